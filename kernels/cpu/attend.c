@@ -1,0 +1,412 @@
+// Attention on the CPU, in the flash style: one pass over the tokens with a running maximum.
+//
+// A *unit* is up to four query rows of one (sequence, layer, kv head); a row is one (query, q head). With few units the
+// tokens are split among threads and the partial results merged. History is scored in the rotated space with the
+// rotated query; its output stays rotated until the end, so that one product with R_V^T un-rotates all of it.
+#include "kernels/cpu/cpu.h"
+
+#include <math.h>
+
+struct unit {
+    const struct kvd_attend_item *item;
+    uint32_t layer, head; // layer counts from layer_begin
+    uint32_t row0, rows;
+};
+
+// Attention of some rows over some tokens, not yet normalised.
+struct partial {
+    float m[KVD_CPU_ROWS], l[KVD_CPU_ROWS]; // running maximum and sum
+    float o[KVD_CPU_ROWS][KVD_MAX_HEAD_DIM];         // from bf16 tokens
+    float o_rotated[KVD_CPU_ROWS][KVD_MAX_HEAD_DIM]; // from compressed tokens
+};
+
+struct attend_job {
+    struct kvd_cpu *cpu;
+    const struct kvd_attend_params *p;
+    const uint64_t *first_unit; // per item, and the total
+    uint32_t splits;
+    struct partial *partials; // [unit][split]; NULL with one split
+};
+
+// What one unit needs while it walks over tokens.
+struct walk {
+    const struct attend_job *job;
+    struct unit unit;
+    float q[KVD_CPU_ROWS][KVD_MAX_HEAD_DIM];
+    float q_codes[KVD_CPU_ROWS * 2 * KVD_MAX_HEAD_DIM]; // rotated and prepared, row stride 2 * dim_k
+    float q_sum[KVD_CPU_ROWS];                          // of the rotated query
+    float acc[KVD_CPU_ROWS * 8 * KVD_MAX_HEAD_DIM];     // row stride 8 * dim_v
+    float min_sum[KVD_CPU_ROWS];                        // sum of p * min: the same for every channel
+    float o[KVD_CPU_ROWS * KVD_MAX_HEAD_DIM];           // row stride dim_v
+    float m[KVD_CPU_ROWS], l[KVD_CPU_ROWS];
+    float s[KVD_CPU_ROWS * KVD_PAGE_TOKENS]; // logits, then probabilities
+    bool compressed;                         // any history seen
+};
+
+// Up to 64 tokens that lie together.
+struct run {
+    uint64_t begin; // position of the first
+    uint32_t n;
+    const uint8_t *tile; // int2; NULL for bf16
+    const uint8_t *k, *v;
+    uint64_t k_stride, v_stride;
+};
+
+static uint32_t group_of(const struct attend_job *job)
+{
+    return job->p->geometry->q_heads / job->p->geometry->kv_heads;
+}
+
+static uint64_t total_tokens(const struct kvd_attend_item *item)
+{
+    return item->length + item->new_tokens;
+}
+
+static void bf16_run(const struct walk *w, uint64_t page, uint32_t row, struct run *run)
+{
+    const struct kvd_geometry *g = w->job->p->geometry;
+    const uint8_t *tile = (const uint8_t *)(uintptr_t)page +
+                          kvd_tile_offset(g, KVD_CODEC_BF16, w->job->p->layer_begin + w->unit.layer, w->unit.head);
+    run->k_stride = 2 * g->head_dim_k;
+    run->v_stride = 2 * g->head_dim_v;
+    run->k = tile + row * run->k_stride;
+    run->v = tile + KVD_PAGE_TOKENS * run->k_stride + row * run->v_stride;
+    run->n = KVD_PAGE_TOKENS - row;
+}
+
+// The run that starts at position t, cut at `end`.
+static struct run run_at(const struct walk *w, uint64_t t, uint64_t end)
+{
+    const struct kvd_geometry *g = w->job->p->geometry;
+    const struct kvd_attend_item *item = w->unit.item;
+    struct run run = {.begin = t};
+    uint64_t limit = end;
+    if (t >= item->length) {
+        run.k = kvd_at(&item->k, w->unit.layer, t - item->length, w->unit.head);
+        run.v = kvd_at(&item->v, w->unit.layer, t - item->length, w->unit.head);
+        run.k_stride = item->k.token_stride;
+        run.v_stride = item->v.token_stride;
+        run.n = KVD_PAGE_TOKENS;
+    } else if (t >= g->sink && t < item->hist_end) {
+        uint64_t page = item->pages.codec[(t - g->sink) / KVD_PAGE_TOKENS];
+        uint32_t row = (uint32_t)((t - g->sink) % KVD_PAGE_TOKENS);
+        limit = KVD_MIN(end, item->hist_end);
+        if (g->codec == KVD_CODEC_BF16) {
+            bf16_run(w, page, row, &run);
+        } else {
+            // Splits start at tile boundaries, so row is 0.
+            run.tile = (const uint8_t *)(uintptr_t)page +
+                       kvd_tile_offset(g, KVD_CODEC_INT2, w->job->p->layer_begin + w->unit.layer, w->unit.head);
+            run.n = KVD_PAGE_TOKENS;
+        }
+    } else {
+        uint32_t entry = (uint32_t)(t / KVD_PAGE_TOKENS), row = (uint32_t)(t % KVD_PAGE_TOKENS);
+        limit = KVD_MIN(end, t < g->sink ? KVD_MIN(item->length, g->sink) : item->length);
+        if (t >= g->sink)
+            kvd_ring_place(g, t, &entry, &row);
+        bf16_run(w, item->pages.bf16[entry], row, &run);
+    }
+    run.n = (uint32_t)KVD_MIN((uint64_t)run.n, limit - t);
+    return run;
+}
+
+static void score_tile(struct walk *w, const struct run *run)
+{
+    const struct kvd_geometry *g = w->job->p->geometry;
+    const struct kvd_param *param = kvd_int2_params(run->tile, g->head_dim_k, g->head_dim_v, false);
+    w->job->cpu->isa->k_scores(run->tile, g->head_dim_k, w->q_codes, w->unit.rows, w->s);
+    for (uint32_t t = 0; t < run->n; t++) {
+        struct kvd_param at = param[kvd_param_index(t)];
+        float scale = kvd_fp16_to_f32(at.scale), min = kvd_fp16_to_f32(at.min);
+        for (uint32_t r = 0; r < w->unit.rows; r++) {
+            float *s = &w->s[r * KVD_PAGE_TOKENS + t];
+            *s = scale * *s + min * w->q_sum[r];
+        }
+    }
+}
+
+// Turns scores into logits of visible tokens, -inf elsewhere. Returns whether any token is visible to any row.
+static bool mask_run(struct walk *w, const struct run *run)
+{
+    const struct kvd_attend_params *p = w->job->p;
+    const struct kvd_attend_item *item = w->unit.item;
+    uint32_t group = group_of(w->job);
+    bool any = false;
+    for (uint32_t r = 0; r < w->unit.rows; r++) {
+        float *s = w->s + r * KVD_PAGE_TOKENS;
+        uint64_t pos = total_tokens(item) - item->q_len + (w->unit.row0 + r) / group;
+        uint64_t first = p->window && pos + 1 > p->window ? pos + 1 - p->window : 0;
+        uint32_t lo = first > run->begin ? (uint32_t)KVD_MIN(first - run->begin, (uint64_t)run->n) : 0;
+        uint32_t hi = pos < run->begin ? 0 : (uint32_t)KVD_MIN(pos - run->begin + 1, (uint64_t)run->n);
+        any |= lo < hi;
+        for (uint32_t t = 0; t < lo; t++)
+            s[t] = -INFINITY;
+        for (uint32_t t = lo; t < hi; t++) {
+            s[t] *= p->scale;
+            if (p->softcap > 0)
+                s[t] = p->softcap * tanhf(s[t] / p->softcap);
+        }
+        for (uint32_t t = KVD_MAX(lo, hi); t < KVD_PAGE_TOKENS; t++)
+            s[t] = -INFINITY;
+    }
+    return any;
+}
+
+// Raises the running maximum to that of the new logits and turns these into probabilities.
+static void soften(struct walk *w, uint32_t r)
+{
+    const struct kvd_geometry *g = w->job->p->geometry;
+    const struct kvd_cpu_isa *isa = w->job->cpu->isa;
+    float *s = w->s + r * KVD_PAGE_TOKENS;
+    float top = w->m[r];
+    for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t++)
+        top = s[t] > top ? s[t] : top;
+    if (top == -INFINITY) {
+        memset(s, 0, KVD_PAGE_TOKENS * sizeof(float));
+        return;
+    }
+    if (top > w->m[r] && w->m[r] != -INFINITY) {
+        float f = expf(w->m[r] - top);
+        isa->scale(w->o + r * g->head_dim_v, g->head_dim_v, f);
+        if (w->compressed)
+            isa->scale(w->acc + r * 8 * g->head_dim_v, 8 * g->head_dim_v, f);
+        w->min_sum[r] *= f;
+        w->l[r] *= f;
+    }
+    w->m[r] = top;
+    w->l[r] += isa->exp_sum(s, top);
+}
+
+static void add_tile(struct walk *w, const struct run *run)
+{
+    const struct kvd_geometry *g = w->job->p->geometry;
+    const struct kvd_param *param = kvd_int2_params(run->tile, g->head_dim_k, g->head_dim_v, true);
+    for (uint32_t t = 0; t < run->n; t++) {
+        struct kvd_param at = param[kvd_param_index(t)];
+        float scale = kvd_fp16_to_f32(at.scale), min = kvd_fp16_to_f32(at.min);
+        for (uint32_t r = 0; r < w->unit.rows; r++) {
+            float *s = &w->s[r * KVD_PAGE_TOKENS + t];
+            w->min_sum[r] += *s * min;
+            *s *= scale;
+        }
+    }
+    w->job->cpu->isa->v_accumulate(run->tile + kvd_int2_codes_bytes(g->head_dim_k), g->head_dim_v, w->s, w->unit.rows,
+                                   w->acc);
+    w->compressed = true;
+}
+
+static void walk_run(struct walk *w, const struct run *run)
+{
+    const struct kvd_geometry *g = w->job->p->geometry;
+    const struct kvd_cpu_isa *isa = w->job->cpu->isa;
+    if (run->tile)
+        score_tile(w, run);
+    else
+        isa->bf16_scores(run->k, run->k_stride, run->n, g->head_dim_k, w->q[0], w->unit.rows, w->s);
+    if (!mask_run(w, run))
+        return;
+    for (uint32_t r = 0; r < w->unit.rows; r++)
+        soften(w, r);
+    if (run->tile)
+        add_tile(w, run);
+    else
+        isa->bf16_accumulate(run->v, run->v_stride, run->n, g->head_dim_v, w->s, w->unit.rows, w->o);
+}
+
+static void load_queries(struct walk *w)
+{
+    const struct kvd_attend_params *p = w->job->p;
+    const struct kvd_geometry *g = p->geometry;
+    const struct kvd_rotation *rot = p->rotation;
+    uint32_t group = group_of(w->job), dim = g->head_dim_k;
+    float *plain = w->q[0]; // rows lie dim apart: the inner loops want them dense
+    for (uint32_t r = 0; r < w->unit.rows; r++) {
+        uint32_t row = w->unit.row0 + r;
+        kvd_load_row(&w->unit.item->q, w->unit.layer, row / group, w->unit.head * group + row % group, dim,
+                     plain + r * dim);
+    }
+    if (g->codec == KVD_CODEC_BF16)
+        return;
+    float rotated[KVD_CPU_ROWS * KVD_MAX_HEAD_DIM];
+    const float *m = kvd_rotation_of(rot, rot->k, dim, p->layer_begin + w->unit.layer, w->unit.head);
+    kvd_apply(w->job->cpu->isa, plain, w->unit.rows, dim, m, rotated);
+    for (uint32_t r = 0; r < w->unit.rows; r++) {
+        w->q_sum[r] = 0;
+        for (uint32_t c = 0; c < dim; c++)
+            w->q_sum[r] += rotated[r * dim + c];
+        w->job->cpu->isa->q_prepare(rotated + r * dim, dim, w->q_codes + r * 2 * dim);
+    }
+}
+
+// The tokens [begin, end) that may be visible to the unit's rows and belong to a split.
+static void split_range(const struct attend_job *job, const struct unit *u, uint32_t split, uint64_t *begin,
+                        uint64_t *end)
+{
+    const struct kvd_attend_params *p = job->p;
+    uint32_t group = group_of(job), sink = p->geometry->sink;
+    uint64_t total = total_tokens(u->item);
+    uint64_t first = total - u->item->q_len + u->row0 / group;
+    uint64_t last = total - u->item->q_len + (u->row0 + u->rows - 1) / group;
+    uint64_t hi = last + 1;
+    uint64_t lo = p->window && first + 1 > p->window ? first + 1 - p->window : 0;
+    // Boundaries at sink + a multiple of a page, as history tiles cannot be entered in the middle.
+    if (lo > 0)
+        lo = lo <= sink ? 0 : sink + (lo - sink) / KVD_PAGE_TOKENS * KVD_PAGE_TOKENS;
+    uint64_t pages = kvd_div_up(hi - KVD_MIN(lo, hi), KVD_PAGE_TOKENS);
+    uint64_t from = pages * split / job->splits * KVD_PAGE_TOKENS;
+    uint64_t to = pages * (split + 1) / job->splits * KVD_PAGE_TOKENS;
+    uint64_t base = lo > 0 ? lo : sink % KVD_PAGE_TOKENS; // keeps lo + k * 64 on the grid
+    *begin = split == 0 ? lo : KVD_MIN(base + from, hi);
+    *end = split + 1 == job->splits ? hi : KVD_MIN(base + to, hi);
+}
+
+static void walk_split(const struct attend_job *job, const struct unit *u, uint32_t split, struct partial *out)
+{
+    struct walk w;
+    const struct kvd_geometry *g = job->p->geometry;
+    w.job = job;
+    w.unit = *u;
+    w.compressed = false;
+    memset(w.acc, 0, u->rows * 8 * g->head_dim_v * sizeof(float));
+    memset(w.o, 0, u->rows * g->head_dim_v * sizeof(float));
+    for (uint32_t r = 0; r < KVD_CPU_ROWS; r++) {
+        w.m[r] = -INFINITY;
+        w.l[r] = w.min_sum[r] = 0;
+    }
+    load_queries(&w);
+    uint64_t t, end;
+    split_range(job, u, split, &t, &end);
+    while (t < end) {
+        struct run run = run_at(&w, t, end);
+        walk_run(&w, &run);
+        t += run.n;
+    }
+    for (uint32_t r = 0; r < u->rows; r++) {
+        out->m[r] = w.m[r];
+        out->l[r] = w.l[r];
+        memcpy(out->o[r], w.o + r * g->head_dim_v, g->head_dim_v * sizeof(float));
+        memset(out->o_rotated[r], 0, g->head_dim_v * sizeof(float));
+        if (!w.compressed)
+            continue;
+        job->cpu->isa->v_reduce(w.acc + r * 8 * g->head_dim_v, g->head_dim_v, out->o_rotated[r]);
+        for (uint32_t c = 0; c < g->head_dim_v; c++)
+            out->o_rotated[r][c] += w.min_sum[r];
+    }
+}
+
+static void merge(struct partial *to, const struct partial *from, uint32_t rows, uint32_t dim)
+{
+    for (uint32_t r = 0; r < rows; r++) {
+        float m = fmaxf(to->m[r], from->m[r]);
+        if (from->m[r] == -INFINITY)
+            continue;
+        float a = to->m[r] == -INFINITY ? 0 : expf(to->m[r] - m), b = expf(from->m[r] - m);
+        for (uint32_t c = 0; c < dim; c++) {
+            to->o[r][c] = a * to->o[r][c] + b * from->o[r][c];
+            to->o_rotated[r][c] = a * to->o_rotated[r][c] + b * from->o_rotated[r][c];
+        }
+        to->l[r] = a * to->l[r] + b * from->l[r];
+        to->m[r] = m;
+    }
+}
+
+static void finish(const struct attend_job *job, const struct unit *u, const struct partial *part)
+{
+    const struct kvd_attend_params *p = job->p;
+    const struct kvd_geometry *g = p->geometry;
+    uint32_t group = group_of(job), dim = g->head_dim_v;
+    for (uint32_t r = 0; r < u->rows; r++) {
+        float o[KVD_MAX_HEAD_DIM];
+        uint32_t row = u->row0 + r, head = u->head * group + row % group;
+        if (g->codec == KVD_CODEC_INT2) {
+            const float *m = kvd_rotation_of(p->rotation, p->rotation->v_t, dim, p->layer_begin + u->layer, u->head);
+            kvd_apply(job->cpu->isa, part->o_rotated[r], 1, dim, m, o);
+        } else {
+            memset(o, 0, sizeof(o));
+        }
+        float inverse = part->l[r] > 0 ? 1 / part->l[r] : 0;
+        for (uint32_t c = 0; c < dim; c++)
+            o[c] = (o[c] + part->o[r][c]) * inverse;
+        kvd_store_row(&u->item->o, u->layer, row / group, head, dim, o);
+        if (u->item->lse.data) {
+            float lse = part->m[r] + logf(part->l[r]);
+            memcpy(kvd_at(&u->item->lse, u->layer, row / group, head), &lse, sizeof(lse));
+        }
+    }
+}
+
+static struct unit unit_at(const struct attend_job *job, uint64_t i)
+{
+    const struct kvd_geometry *g = job->p->geometry;
+    uint32_t lo = 0, hi = job->p->n_items;
+    while (hi - lo > 1) {
+        uint32_t mid = (lo + hi) / 2;
+        if (job->first_unit[mid] <= i)
+            lo = mid;
+        else
+            hi = mid;
+    }
+    const struct kvd_attend_item *item = &job->p->items[lo];
+    uint32_t rows = item->q_len * group_of(job);
+    uint32_t blocks = (rows + KVD_CPU_ROWS - 1) / KVD_CPU_ROWS;
+    i -= job->first_unit[lo];
+    struct unit u = {.item = item, .row0 = (uint32_t)(i % blocks) * KVD_CPU_ROWS};
+    u.rows = KVD_MIN((uint32_t)KVD_CPU_ROWS, rows - u.row0);
+    i /= blocks;
+    u.head = (uint32_t)(i % g->kv_heads);
+    u.layer = (uint32_t)(i / g->kv_heads);
+    return u;
+}
+
+static void attend_one(void *ctx, uint64_t i)
+{
+    const struct attend_job *job = ctx;
+    struct unit u = unit_at(job, i / job->splits);
+    if (job->splits > 1) {
+        walk_split(job, &u, (uint32_t)(i % job->splits), &job->partials[i]);
+        return;
+    }
+    struct partial part;
+    walk_split(job, &u, 0, &part);
+    finish(job, &u, &part);
+}
+
+static void finish_one(void *ctx, uint64_t i)
+{
+    const struct attend_job *job = ctx;
+    struct unit u = unit_at(job, i);
+    struct partial *part = &job->partials[i * job->splits];
+    for (uint32_t s = 1; s < job->splits; s++)
+        merge(part, part + s, u.rows, job->p->geometry->head_dim_v);
+    finish(job, &u, part);
+}
+
+int kvd_cpu_attend(struct kvd_backend *b, const struct kvd_attend_params *p, struct kvd_error *err)
+{
+    struct kvd_cpu *cpu = (struct kvd_cpu *)b;
+    const struct kvd_geometry *g = p->geometry;
+    uint64_t *first KVD_FREE = calloc(p->n_items + 1, sizeof(*first));
+    if (!first)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    uint64_t longest = 0;
+    for (uint32_t i = 0; i < p->n_items; i++) {
+        uint64_t rows = (uint64_t)p->items[i].q_len * (g->q_heads / g->kv_heads);
+        first[i + 1] = first[i] + kvd_div_up(rows, KVD_CPU_ROWS) * g->kv_heads * p->layer_count;
+        longest = KVD_MAX(longest, total_tokens(&p->items[i]));
+    }
+    struct attend_job job = {.cpu = cpu, .p = p, .first_unit = first, .splits = 1};
+    uint64_t units = first[p->n_items], want = 4 * (uint64_t)kvd_threads_count(cpu->threads);
+    if (units < want && kvd_threads_count(cpu->threads) > 1)
+        job.splits = (uint32_t)KVD_MIN(kvd_div_up(want, units), longest / 512 + 1);
+    struct partial *partials KVD_FREE = NULL;
+    if (job.splits > 1) {
+        partials = malloc(units * job.splits * sizeof(*partials));
+        if (!partials)
+            return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+        job.partials = partials;
+    }
+    kvd_threads_run(cpu->threads, units * job.splits, attend_one, &job);
+    if (job.splits > 1)
+        kvd_threads_run(cpu->threads, units, finish_one, &job);
+    return KVD_OK;
+}

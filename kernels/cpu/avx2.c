@@ -1,0 +1,55 @@
+// Inner loops for AVX2 with FMA: 8 floats a vector.
+#include "kernels/cpu/cpu.h"
+
+#include <immintrin.h>
+
+#define V 8
+typedef __m256 vf;
+typedef __m256i vi;
+static inline vf v_zero(void) { return _mm256_setzero_ps(); }
+static inline vf v_set1(float x) { return _mm256_set1_ps(x); }
+static inline vf v_load(const float *p) { return _mm256_loadu_ps(p); }
+static inline void v_store(float *p, vf v) { _mm256_storeu_ps(p, v); }
+static inline vf v_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+static inline vf v_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+static inline vf v_add(vf a, vf b) { return _mm256_add_ps(a, b); }
+static inline vi v_words(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)(const void *)p); }
+static inline vf v_code(vi w, uint32_t shift)
+{
+    const vf table = _mm256_set_ps(3, 2, 1, 0, 3, 2, 1, 0);
+    return _mm256_permutevar_ps(table, _mm256_srli_epi32(w, (int)shift));
+}
+static inline vf v_bf16(const uint8_t *p)
+{
+    __m128i h = _mm_loadu_si128((const __m128i *)(const void *)p);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+static inline float v_sum(vf v)
+{
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+static inline vf v_exp(vf x)
+{
+    vf y = _mm256_mul_ps(x, _mm256_set1_ps(1.44269504088896341f));
+    vf n = _mm256_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vf f = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
+    f = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), f);
+    vf p = _mm256_set1_ps(1.0f / 720);
+    const float c[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
+    for (int i = 0; i < 6; i++)
+        p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(c[i]));
+    vf alive = _mm256_cmp_ps(x, _mm256_set1_ps(-87.0f), _CMP_GT_OQ);
+    __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_and_ps(alive, _mm256_mul_ps(p, _mm256_castsi256_ps(e)));
+}
+
+#include "kernels/cpu/simd.inc.h"
+
+static bool supported(void)
+{
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+const struct kvd_cpu_isa kvd_cpu_avx2 = KVD_SIMD_TABLE("avx2", supported);

@@ -1,0 +1,52 @@
+// Inner loops for AVX-512 (F, BW, DQ, VL): 16 floats a vector.
+#include "kernels/cpu/cpu.h"
+
+#include <immintrin.h>
+
+#define V 16
+typedef __m512 vf;
+typedef __m512i vi;
+static inline vf v_zero(void) { return _mm512_setzero_ps(); }
+static inline vf v_set1(float x) { return _mm512_set1_ps(x); }
+static inline vf v_load(const float *p) { return _mm512_loadu_ps(p); }
+static inline void v_store(float *p, vf v) { _mm512_storeu_ps(p, v); }
+static inline vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+static inline vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+static inline vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+static inline vi v_words(const uint8_t *p) { return _mm512_loadu_si512(p); }
+// vpermilps picks among four floats by the low two bits of each word: no mask, no conversion.
+static inline vf v_code(vi w, uint32_t shift)
+{
+    const vf table = _mm512_set_ps(3, 2, 1, 0, 3, 2, 1, 0, 3, 2, 1, 0, 3, 2, 1, 0);
+    return _mm512_permutevar_ps(table, _mm512_srli_epi32(w, shift));
+}
+static inline vf v_bf16(const uint8_t *p)
+{
+    __m256i h = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+static inline float v_sum(vf v) { return _mm512_reduce_add_ps(v); }
+// 2^(x log2 e) with the fraction in [-0.5, 0.5] by a polynomial of degree 6.
+static inline vf v_exp(vf x)
+{
+    vf y = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f));
+    vf n = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vf f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    f = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), f);
+    vf p = _mm512_set1_ps(1.0f / 720);
+    const float c[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
+    for (int i = 0; i < 6; i++)
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c[i]));
+    __mmask16 alive = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GT_OQ);
+    return _mm512_maskz_scalef_ps(alive, p, n);
+}
+
+#include "kernels/cpu/simd.inc.h"
+
+static bool supported(void)
+{
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+const struct kvd_cpu_isa kvd_cpu_avx512 = KVD_SIMD_TABLE("avx512", supported);

@@ -1,0 +1,312 @@
+// The CPU backend's ops table: memory, rotation sets, read-out and rotation of rows.
+#include "kernels/cpu/cpu.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <sys/mman.h>
+
+static struct kvd_cpu *cpu_of(struct kvd_backend *b)
+{
+    return (struct kvd_cpu *)b;
+}
+
+static int mem_alloc(void *b, uint32_t index, uint64_t bytes, uint64_t *addr)
+{
+    (void)b;
+    (void)index;
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED)
+        return -errno;
+    madvise(p, bytes, MADV_HUGEPAGE); // a hint; without it everything works
+    *addr = (uint64_t)(uintptr_t)p;
+    return 0;
+}
+
+static void mem_free(void *b, uint32_t index, uint64_t addr, uint64_t bytes)
+{
+    (void)b;
+    (void)index;
+    munmap((void *)(uintptr_t)addr, bytes);
+}
+
+static int mem_zero(void *b, uint32_t index, uint64_t addr, uint64_t bytes)
+{
+    (void)b;
+    (void)index;
+    // Private anonymous pages that were dropped read as zero: cheaper than writing them, and the memory goes back.
+    return madvise((void *)(uintptr_t)addr, bytes, MADV_DONTNEED) ? -errno : 0;
+}
+
+void kvd_load_row(const struct kvd_tensor *t, uint32_t layer, uint64_t token, uint32_t head, uint32_t dim, float *x)
+{
+    const uint8_t *p = kvd_at(t, layer, token, head);
+    if (t->dtype == KVD_DTYPE_F32) {
+        memcpy(x, p, dim * sizeof(float));
+        return;
+    }
+    for (uint32_t c = 0; c < dim; c++) {
+        uint16_t b;
+        memcpy(&b, p + 2 * c, sizeof(b));
+        x[c] = kvd_bf16_to_f32(b);
+    }
+}
+
+void kvd_store_row(const struct kvd_tensor *t, uint32_t layer, uint64_t token, uint32_t head, uint32_t dim,
+                   const float *x)
+{
+    uint8_t *p = kvd_at(t, layer, token, head);
+    if (t->dtype == KVD_DTYPE_F32) {
+        memcpy(p, x, dim * sizeof(float));
+        return;
+    }
+    for (uint32_t c = 0; c < dim; c++) {
+        uint16_t b = kvd_f32_to_bf16(x[c]);
+        memcpy(p + 2 * c, &b, sizeof(b));
+    }
+}
+
+static float *copy_floats(const float *from, uint64_t n, bool *failed)
+{
+    if (!from)
+        return NULL;
+    float *to = malloc(n * sizeof(float));
+    if (to)
+        memcpy(to, from, n * sizeof(float));
+    else
+        *failed = true;
+    return to;
+}
+
+static float *transposed(const float *from, uint64_t matrices, uint32_t dim, bool *failed)
+{
+    if (!from)
+        return NULL;
+    float *to = malloc(matrices * dim * dim * sizeof(float));
+    if (!to) {
+        *failed = true;
+        return NULL;
+    }
+    for (uint64_t m = 0; m < matrices; m++)
+        for (uint32_t i = 0; i < dim; i++)
+            for (uint32_t j = 0; j < dim; j++)
+                to[(m * dim + j) * dim + i] = from[(m * dim + i) * dim + j];
+    return to;
+}
+
+static void rotation_free(struct kvd_backend *b, struct kvd_rotation **rp)
+{
+    (void)b;
+    struct kvd_rotation *r = KVD_TAKE(*rp);
+    if (!r)
+        return;
+    free(r->k);
+    free(r->k_t);
+    free(r->v);
+    free(r->v_t);
+    free(r->clip_k);
+    free(r->clip_v);
+    free(r);
+}
+
+static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd_rotation_data *d, struct kvd_error *err)
+{
+    struct kvd_rotation *r = calloc(1, sizeof(*r));
+    if (!r) {
+        kvd_fail(err, KVD_E_INTERNAL, "out of memory for a rotation set");
+        return NULL;
+    }
+    uint64_t n = (uint64_t)d->n_layers * d->heads;
+    bool failed = false;
+    *r = (struct kvd_rotation){.n_layers = d->n_layers, .heads = d->heads, .dim_k = d->dim_k, .dim_v = d->dim_v};
+    r->k = copy_floats(d->k, n * d->dim_k * d->dim_k, &failed);
+    r->v = copy_floats(d->v, n * d->dim_v * d->dim_v, &failed);
+    r->k_t = transposed(d->k, n, d->dim_k, &failed);
+    r->v_t = transposed(d->v, n, d->dim_v, &failed);
+    r->clip_k = copy_floats(d->clip_k, n, &failed);
+    r->clip_v = copy_floats(d->clip_v, n, &failed);
+    if (failed) {
+        rotation_free(b, &r);
+        kvd_fail(err, KVD_E_INTERNAL, "out of memory for a rotation set");
+    }
+    return r;
+}
+
+struct rotate_job {
+    struct kvd_cpu *cpu;
+    const struct kvd_rotate_params *p;
+};
+
+// One (layer, row): all its heads.
+static void rotate_one(void *ctx, uint64_t i)
+{
+    const struct rotate_job *job = ctx;
+    const struct kvd_rotate_params *p = job->p;
+    const struct kvd_rotation *r = p->rotation;
+    uint32_t dim = p->v ? r->dim_v : r->dim_k;
+    const float *m = p->v ? (p->inverse ? r->v_t : r->v) : (p->inverse ? r->k_t : r->k);
+    uint32_t layer = (uint32_t)(i / p->rows);
+    uint64_t row = i % p->rows;
+    float x[KVD_MAX_HEAD_DIM], y[KVD_MAX_HEAD_DIM];
+    for (uint32_t h = 0; h < p->heads; h++) {
+        kvd_load_row(&p->x, layer, row, h, dim, x);
+        uint32_t kv_head = h / (p->heads / p->kv_heads);
+        kvd_apply(job->cpu->isa, x, 1, dim, kvd_rotation_of(r, m, dim, p->layer_begin + layer, kv_head), y);
+        kvd_store_row(&p->y, layer, row, h, dim, y);
+    }
+}
+
+int kvd_cpu_rotate(struct kvd_backend *b, const struct kvd_rotate_params *p, struct kvd_error *err)
+{
+    (void)err;
+    struct rotate_job job = {cpu_of(b), p};
+    kvd_threads_run(job.cpu->threads, (uint64_t)p->layer_count * p->rows, rotate_one, &job);
+    return KVD_OK;
+}
+
+struct read_job {
+    struct kvd_cpu *cpu;
+    const struct kvd_read_params *p;
+};
+
+// One side (K or V) of one token and head, un-rotated.
+static void read_row(const struct read_job *job, uint32_t layer, uint64_t token, uint32_t head, bool v, float *x)
+{
+    const struct kvd_read_params *p = job->p;
+    const struct kvd_geometry *g = p->geometry;
+    uint32_t dk = g->head_dim_k, dv = g->head_dim_v, dim = v ? dv : dk;
+    uint32_t codec = KVD_CODEC_BF16, row;
+    uint64_t page;
+    if (token >= g->sink && token < p->hist_end) {
+        codec = g->codec;
+        page = p->pages.codec[(token - g->sink) / KVD_PAGE_TOKENS];
+        row = (uint32_t)((token - g->sink) % KVD_PAGE_TOKENS);
+    } else if (token < g->sink) {
+        page = p->pages.bf16[token / KVD_PAGE_TOKENS];
+        row = (uint32_t)(token % KVD_PAGE_TOKENS);
+    } else {
+        uint32_t entry;
+        kvd_ring_place(g, token, &entry, &row);
+        page = p->pages.bf16[entry];
+    }
+    uint8_t *tile = (uint8_t *)(uintptr_t)page + kvd_tile_offset(g, codec, layer, head);
+    if (codec == KVD_CODEC_BF16) {
+        uint8_t *data = tile + (v ? (uint64_t)KVD_PAGE_TOKENS * 2 * dk : 0);
+        struct kvd_tensor t = {.data = data, .token_stride = 2 * dim};
+        kvd_load_row(&t, 0, row, 0, dim, x);
+        return;
+    }
+    float rotated[KVD_MAX_HEAD_DIM];
+    const struct kvd_rotation *r = p->rotation;
+    (v ? kvd_int2_unpack_v : kvd_int2_unpack_k)(tile, dk, dv, row, rotated);
+    kvd_apply(job->cpu->isa, rotated, 1, dim, kvd_rotation_of(r, v ? r->v_t : r->k_t, dim, layer, head), x);
+}
+
+// One (layer, token): all its heads.
+static void read_one(void *ctx, uint64_t i)
+{
+    const struct read_job *job = ctx;
+    const struct kvd_read_params *p = job->p;
+    uint32_t layer = (uint32_t)(i / p->tokens);
+    uint64_t token = i % p->tokens;
+    float x[KVD_MAX_HEAD_DIM];
+    for (uint32_t h = 0; h < p->geometry->kv_heads; h++) {
+        for (int v = 0; v < 2; v++) {
+            const struct kvd_tensor *t = v ? &p->v : &p->k;
+            if (!t->data)
+                continue;
+            read_row(job, p->layer_begin + layer, p->begin + token, h, v, x);
+            kvd_store_row(t, layer, token, h, v ? p->geometry->head_dim_v : p->geometry->head_dim_k, x);
+        }
+    }
+}
+
+int kvd_cpu_read(struct kvd_backend *b, const struct kvd_read_params *p, struct kvd_error *err)
+{
+    (void)err;
+    struct read_job job = {cpu_of(b), p};
+    kvd_threads_run(job.cpu->threads, (uint64_t)p->layer_count * p->tokens, read_one, &job);
+    return KVD_OK;
+}
+
+static int copy(struct kvd_backend *b, uint64_t to, uint64_t from, uint64_t bytes, struct kvd_error *err)
+{
+    (void)b;
+    (void)err;
+    memcpy((void *)(uintptr_t)to, (const void *)(uintptr_t)from, bytes);
+    return KVD_OK;
+}
+
+static void cpu_free(struct kvd_backend *b)
+{
+    struct kvd_cpu *cpu = cpu_of(b);
+    kvd_threads_free(&cpu->threads);
+    free(cpu);
+}
+
+static const char *device(const struct kvd_backend *b)
+{
+    return ((const struct kvd_cpu *)b)->device;
+}
+
+static const struct kvd_backend_ops cpu_ops = {
+    .name = "cpu",
+    .free = cpu_free,
+    .device = device,
+    .mem_alloc = mem_alloc,
+    .mem_free = mem_free,
+    .mem_zero = mem_zero,
+    .rotation_new = rotation_new,
+    .rotation_free = rotation_free,
+    .check = kvd_cpu_check,
+    .append = kvd_cpu_append,
+    .attend = kvd_cpu_attend,
+    .read = kvd_cpu_read,
+    .rotate = kvd_cpu_rotate,
+    .copy = copy,
+};
+
+static const struct kvd_cpu_isa *choose_isa(const char *name, struct kvd_error *err)
+{
+    static const struct kvd_cpu_isa *const known[] = {
+#ifdef KVD_X86
+        &kvd_cpu_avx512,
+        &kvd_cpu_avx2,
+#endif
+        &kvd_cpu_scalar,
+    };
+    for (size_t i = 0; i < KVD_LEN(known); i++) {
+        if (name && strcmp(name, known[i]->name) != 0)
+            continue;
+        if (known[i]->supported())
+            return known[i];
+        if (name) {
+            kvd_fail(err, KVD_E_UNSUPPORTED, "this CPU has no %s", name);
+            return NULL;
+        }
+    }
+    kvd_fail(err, KVD_E_INVALID, "unknown instruction set %s; scalar, avx2 and avx512 are known", name);
+    return NULL;
+}
+
+struct kvd_backend *kvd_cpu_backend_new(uint32_t threads, const char *isa, struct kvd_error *err)
+{
+    const struct kvd_cpu_isa *chosen = choose_isa(isa, err);
+    if (!chosen)
+        return NULL;
+    if (threads == 0) {
+        cpu_set_t set;
+        CPU_ZERO(&set);
+        threads = sched_getaffinity(0, sizeof(set), &set) == 0 ? (uint32_t)CPU_COUNT(&set) : 1;
+    }
+    struct kvd_cpu *cpu = calloc(1, sizeof(*cpu));
+    if (!cpu || !(cpu->threads = kvd_threads_new(threads))) {
+        free(cpu);
+        kvd_fail(err, KVD_E_INTERNAL, "cannot start %u threads", threads);
+        return NULL;
+    }
+    cpu->base.ops = &cpu_ops;
+    cpu->isa = chosen;
+    snprintf(cpu->device, sizeof(cpu->device), "%u CPU threads, %s", threads, chosen->name);
+    return &cpu->base;
+}

@@ -1,0 +1,114 @@
+// Inner loops in plain C, straight from the format's definition: the reference for the others, and the way on CPUs
+// without AVX2.
+#include "kernels/cpu/cpu.h"
+
+#include <math.h>
+
+static bool supported(void)
+{
+    return true;
+}
+
+static void q_prepare(const float *q, uint32_t dim, float *out)
+{
+    memset(out, 0, 2 * dim * sizeof(float));
+    memcpy(out, q, dim * sizeof(float));
+}
+
+static float code_at(const uint8_t *codes, struct kvd_code_place p)
+{
+    return (float)(codes[p.byte] >> p.bit & 3);
+}
+
+static void k_scores(const uint8_t *codes, uint32_t dim, const float *q, uint32_t rows, float *scores)
+{
+    memset(scores, 0, rows * KVD_PAGE_TOKENS * sizeof(float));
+    for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t++)
+        for (uint32_t c = 0; c < dim; c++) {
+            float code = code_at(codes, kvd_place_k(dim, t, c));
+            for (uint32_t r = 0; r < rows; r++)
+                scores[r * KVD_PAGE_TOKENS + t] += code * q[r * 2 * dim + c];
+        }
+}
+
+static void v_accumulate(const uint8_t *codes, uint32_t dim, const float *p, uint32_t rows, float *acc)
+{
+    for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t++)
+        for (uint32_t c = 0; c < dim; c++) {
+            float code = code_at(codes, kvd_place_v(dim, t, c));
+            for (uint32_t r = 0; r < rows; r++)
+                acc[r * 8 * dim + c] += code * p[r * KVD_PAGE_TOKENS + t];
+        }
+}
+
+static void v_reduce(const float *acc, uint32_t dim, float *o)
+{
+    memcpy(o, acc, dim * sizeof(float));
+}
+
+static float bf16_at(const uint8_t *row, uint32_t c)
+{
+    uint16_t b;
+    memcpy(&b, row + 2 * c, sizeof(b));
+    return kvd_bf16_to_f32(b);
+}
+
+static void bf16_scores(const uint8_t *k, uint64_t stride, uint32_t n, uint32_t dim, const float *q, uint32_t rows,
+                        float *scores)
+{
+    for (uint32_t r = 0; r < rows; r++)
+        for (uint32_t t = 0; t < n; t++) {
+            float sum = 0;
+            for (uint32_t c = 0; c < dim; c++)
+                sum += bf16_at(k + t * stride, c) * q[r * dim + c];
+            scores[r * KVD_PAGE_TOKENS + t] = sum;
+        }
+}
+
+static void bf16_accumulate(const uint8_t *v, uint64_t stride, uint32_t n, uint32_t dim, const float *p, uint32_t rows,
+                            float *o)
+{
+    for (uint32_t r = 0; r < rows; r++)
+        for (uint32_t t = 0; t < n; t++)
+            for (uint32_t c = 0; c < dim; c++)
+                o[r * dim + c] += p[r * KVD_PAGE_TOKENS + t] * bf16_at(v + t * stride, c);
+}
+
+static float exp_sum(float *s, float m)
+{
+    float sum = 0;
+    for (uint32_t i = 0; i < KVD_PAGE_TOKENS; i++)
+        sum += s[i] = expf(s[i] - m);
+    return sum;
+}
+
+static void scale(float *x, uint32_t n, float f)
+{
+    for (uint32_t i = 0; i < n; i++)
+        x[i] *= f;
+}
+
+static void rotate(const float *x, uint32_t rows, uint32_t dim, const float *m, float *y)
+{
+    for (uint32_t r = 0; r < rows; r++)
+        for (uint32_t j = 0; j < dim; j++) {
+            float sum = 0;
+            for (uint32_t i = 0; i < dim; i++)
+                sum += x[r * dim + i] * m[i * dim + j];
+            y[r * dim + j] = sum;
+        }
+}
+
+const struct kvd_cpu_isa kvd_cpu_scalar = {
+    .name = "scalar",
+    .supported = supported,
+    .q_prepare = q_prepare,
+    .k_scores = k_scores,
+    .v_accumulate = v_accumulate,
+    .v_reduce = v_reduce,
+    .bf16_scores = bf16_scores,
+    .bf16_accumulate = bf16_accumulate,
+    .exp_sum = exp_sum,
+    .scale = scale,
+    .rotate = rotate,
+};

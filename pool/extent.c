@@ -1,0 +1,190 @@
+// Extents and the pages carved out of them.
+//
+// A slab keeps the extents that have a free slot in a list; an extent hands out returned slots first, then carves new
+// ones. An extent that becomes empty goes back to the pool at once, so memory moves between namespaces and geometries
+// without a compactor. It is zeroed when it is next granted to another namespace, not when it is returned: most
+// extents go back to where they came from.
+#include "pool/internal.h"
+
+int slab_find(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind, uint32_t *slab,
+              struct kvd_error *err)
+{
+    struct region_head *h = pool->head;
+    for (uint32_t i = 0; i < h->n_slabs; i++) {
+        const struct region_slab *s = &pool->slab[i];
+        if (s->ns == ns && s->geom == geom && s->kind == (uint32_t)kind) {
+            *slab = i;
+            return KVD_OK;
+        }
+    }
+    if (h->n_slabs == h->max_slabs)
+        return kvd_fail(err, KVD_E_LIMIT, "all %u combinations of namespace and geometry are taken", h->max_slabs);
+    uint64_t bytes = pool->geom[geom].page_bytes[kind];
+    pool->slab[h->n_slabs] = (struct region_slab){.ns = ns,
+                                                  .geom = geom,
+                                                  .kind = kind,
+                                                  .partial = KVD_POOL_NONE,
+                                                  .page_bytes = bytes,
+                                                  .slots = (uint32_t)(h->extent_bytes / bytes)};
+    *slab = h->n_slabs++;
+    return KVD_OK;
+}
+
+static void partial_remove(struct kvd_pool *pool, struct region_slab *s, uint32_t x)
+{
+    struct region_extent *e = &pool->extent[x];
+    if (e->prev != KVD_POOL_NONE)
+        pool->extent[e->prev].next = e->next;
+    else
+        s->partial = e->next;
+    if (e->next != KVD_POOL_NONE)
+        pool->extent[e->next].prev = e->prev;
+    e->prev = e->next = KVD_POOL_NONE;
+}
+
+static void partial_add(struct kvd_pool *pool, struct region_slab *s, uint32_t x)
+{
+    struct region_extent *e = &pool->extent[x];
+    e->prev = KVD_POOL_NONE;
+    e->next = s->partial;
+    if (s->partial != KVD_POOL_NONE)
+        pool->extent[s->partial].prev = x;
+    s->partial = x;
+}
+
+// Takes the free extent that suits `ns` best out of the free list: one that holds its own data or none, else any.
+static uint32_t free_extent_take(struct kvd_pool *pool, uint32_t ns)
+{
+    uint32_t *best = NULL;
+    for (uint32_t *link = &pool->head->free_extent; *link != KVD_POOL_NONE; link = &pool->extent[*link].next) {
+        uint32_t owner = pool->extent[*link].owner;
+        if (!best || owner == ns || (owner == KVD_POOL_NONE && pool->extent[*link].addr))
+            best = link;
+        if (owner == ns)
+            break;
+    }
+    if (!best)
+        return KVD_POOL_NONE;
+    uint32_t x = *best;
+    *best = pool->extent[x].next;
+    return x;
+}
+
+static int extent_grant(struct kvd_pool *pool, uint32_t slab)
+{
+    struct region_slab *s = &pool->slab[slab];
+    uint32_t x = free_extent_take(pool, s->ns);
+    if (x == KVD_POOL_NONE)
+        return KVD_E_FULL;
+    struct region_extent *e = &pool->extent[x];
+    int rc = 0;
+    if (!e->addr)
+        rc = pool->ops.alloc(pool->ops.ctx, x, pool->head->extent_bytes, &e->addr);
+    else if (e->owner != KVD_POOL_NONE && e->owner != s->ns)
+        rc = pool->ops.zero(pool->ops.ctx, x, e->addr, pool->head->extent_bytes);
+    if (rc) {
+        e->next = pool->head->free_extent;
+        pool->head->free_extent = x;
+        return rc;
+    }
+    e->slab = slab;
+    e->owner = s->ns;
+    e->used = e->carved = 0;
+    e->free_slot = KVD_POOL_NONE;
+    partial_add(pool, s, x);
+    s->extents++;
+    pool->head->extents_granted++;
+    return KVD_OK;
+}
+
+static void extent_return(struct kvd_pool *pool, uint32_t x)
+{
+    struct region_extent *e = &pool->extent[x];
+    struct region_slab *s = &pool->slab[e->slab];
+    partial_remove(pool, s, x);
+    s->extents--;
+    pool->head->extents_granted--;
+    e->slab = KVD_POOL_NONE;
+    e->next = pool->head->free_extent;
+    pool->head->free_extent = x;
+}
+
+int page_take(struct kvd_pool *pool, uint32_t slab, uint32_t *page)
+{
+    struct region_slab *s = &pool->slab[slab];
+    if (s->partial == KVD_POOL_NONE) {
+        int rc = extent_grant(pool, slab);
+        if (rc)
+            return rc;
+    }
+    uint32_t x = s->partial;
+    struct region_extent *e = &pool->extent[x];
+    uint32_t slot = e->free_slot;
+    uint32_t first = x * pool->head->slots;
+    if (slot != KVD_POOL_NONE)
+        e->free_slot = pool->page[first + slot].next;
+    else
+        slot = e->carved++;
+    pool->page[first + slot].refs = 1;
+    if (++e->used == s->slots)
+        partial_remove(pool, s, x);
+    s->used++;
+    pool->head->used += s->page_bytes;
+    pool->ns[s->ns].used += s->page_bytes;
+    pool->ns[s->ns].pages++;
+    *page = first + slot;
+    return KVD_OK;
+}
+
+void kvd_pool_page_unref(struct kvd_pool *pool, uint32_t page)
+{
+    if (--pool->page[page].refs)
+        return;
+    uint32_t x = page / pool->head->slots;
+    struct region_extent *e = &pool->extent[x];
+    struct region_slab *s = &pool->slab[e->slab];
+    if (e->used-- == s->slots)
+        partial_add(pool, s, x);
+    pool->page[page].next = e->free_slot;
+    e->free_slot = page % pool->head->slots;
+    s->used--;
+    pool->head->used -= s->page_bytes;
+    pool->ns[s->ns].used -= s->page_bytes;
+    pool->ns[s->ns].pages--;
+    if (e->used == 0)
+        extent_return(pool, x);
+}
+
+int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind, uint32_t *page,
+                        struct kvd_error *err)
+{
+    uint32_t slab;
+    int rc = slab_find(pool, ns, geom, kind, &slab, err);
+    if (rc)
+        return rc;
+    const struct region_namespace *n = &pool->ns[ns];
+    uint64_t bytes = pool->slab[slab].page_bytes;
+    while (n->quota && n->used + bytes > n->quota) {
+        if (!evict_one(pool, ns, NULL))
+            return kvd_fail(err, KVD_E_QUOTA,
+                            "namespace %s uses %llu of its quota of %llu bytes; free sequences or raise the quota",
+                            n->name, (unsigned long long)n->used, (unsigned long long)n->quota);
+    }
+    while ((rc = page_take(pool, slab, page)) == KVD_E_FULL) {
+        if (!evict_one(pool, KVD_POOL_NONE, NULL))
+            return kvd_fail(err, KVD_E_FULL,
+                            "the pool's %u extents of %llu bytes are all in use and nothing can be evicted; free "
+                            "sequences or start kvd with a larger pool-size",
+                            pool->head->n_extents, (unsigned long long)pool->head->extent_bytes);
+    }
+    if (rc)
+        return kvd_fail(err, rc, "cannot make an extent of %llu bytes: %s",
+                        (unsigned long long)pool->head->extent_bytes, kvd_status_name(rc));
+    return KVD_OK;
+}
+
+uint64_t kvd_pool_page_addr(const struct kvd_pool *pool, uint32_t page)
+{
+    const struct region_extent *e = page_extent(pool, page);
+    return e->addr + (uint64_t)(page % pool->head->slots) * pool->slab[e->slab].page_bytes;
+}

@@ -1,0 +1,141 @@
+// The pool's region: one mapping, tables at fixed offsets, references by index. Private to pool/.
+#ifndef KVD_POOL_INTERNAL_H
+#define KVD_POOL_INTERNAL_H
+
+#include "pool/pool.h"
+
+#define KVD_POOL_MAGIC 0x314c4f4f5044564bull // "KVDPOOL1"
+
+enum {
+    KVD_POOL_ALIGN = 4096,       // page sizes are rounded up to this
+    KVD_TABLE_ENTRIES = 30,      // page numbers in a table block
+    KVD_NAME_BUCKETS = 1 << 14,
+    KVD_EXTENT_MIN = 2 << 20,
+};
+
+struct region_namespace {
+    char name[KVD_MAX_NAMESPACE + 1];
+    uint64_t quota, used, pages, sequences, tokens;
+};
+
+struct region_geometry {
+    struct kvd_geometry g;
+    uint64_t page_bytes[KVD_POOL_KINDS];
+};
+
+// Slabs are made on first use, one per (namespace, geometry, kind), and found by hashing.
+struct region_slab {
+    uint32_t ns, geom, kind;
+    uint32_t partial; // first extent with a free slot
+    uint32_t extents;
+    uint64_t page_bytes, used;
+    uint32_t slots; // pages that fit an extent
+};
+
+struct region_extent {
+    uint64_t addr;  // 0: not allocated yet
+    uint32_t slab;  // KVD_POOL_NONE: free
+    uint32_t owner; // namespace whose data it may hold; KVD_POOL_NONE: reads as zero
+    uint32_t used;
+    uint32_t carved;    // slots handed out at least once
+    uint32_t free_slot; // head of the list of returned slots
+    uint32_t prev, next; // in the slab's partial list; `next` also links the free list
+};
+
+struct region_page {
+    uint32_t refs; // 0: free
+    uint32_t next; // next returned slot of the extent
+};
+
+struct region_block {
+    uint32_t next;
+    uint32_t used;
+    uint32_t page[KVD_TABLE_ENTRIES];
+};
+
+struct region_table {
+    uint32_t first, last; // blocks
+    uint32_t count;       // entries, holes included
+};
+
+struct region_seq {
+    uint32_t generation; // odd while in use
+    uint32_t ns, geom;
+    uint32_t holders, pins;
+    bool doomed; // freed by its last holder while pinned
+    bool listed; // on the LRU list
+    uint64_t length, hist_end;
+    uint64_t pending_length, pending_hist_end;
+    uint32_t pending_layers;
+    struct region_table table[KVD_POOL_KINDS];
+    uint32_t lru_prev, lru_next; // lru_next also links the free list
+    uint32_t name_next;
+    char name[KVD_MAX_NAME + 1];
+};
+
+struct region_head {
+    uint64_t magic;
+    uint64_t region_bytes;
+    uint64_t extent_bytes;
+    uint32_t n_extents, slots;
+    uint32_t max_namespaces, max_geometries, max_slabs, max_sequences, max_blocks;
+    uint32_t n_namespaces, n_geometries, n_slabs, n_sequences_ever, n_blocks_ever;
+    uint32_t free_extent, free_seq, free_block;
+    uint32_t extents_granted;
+    uint32_t lru_first, lru_last; // first: least recently used
+    uint64_t used, evictions, sequences, tokens;
+    uint32_t name_bucket[KVD_NAME_BUCKETS];
+};
+
+struct kvd_pool {
+    struct kvd_pool_mem_ops ops;
+    void (*on_evict)(void *ctx, uint32_t ns, uint64_t seq, const char *name);
+    void *on_evict_ctx;
+    struct region_head *head;
+    struct region_namespace *ns;
+    struct region_geometry *geom;
+    struct region_slab *slab;
+    struct region_extent *extent;
+    struct region_page *page;
+    struct region_block *block;
+    struct region_seq *seq;
+};
+
+// -- table.c: page tables ------------------------------------------------------------------------------------------
+void table_init(struct region_table *t);
+// Makes room for one more block if `entry` would need it. KVD_E_LIMIT.
+int table_set(struct kvd_pool *pool, struct region_table *t, uint32_t entry, uint32_t page, struct kvd_error *err);
+uint32_t table_get(const struct kvd_pool *pool, const struct region_table *t, uint32_t entry);
+// Drops the entries from `count` on; their pages lose a reference.
+void table_truncate(struct kvd_pool *pool, struct region_table *t, uint32_t count);
+// Appends all entries of `from`, taking a reference on each page. On failure `to` is unchanged.
+int table_share(struct kvd_pool *pool, struct region_table *to, const struct region_table *from, struct kvd_error *err);
+// Number of entries that hold a page.
+uint32_t table_pages(const struct kvd_pool *pool, const struct region_table *t);
+
+// -- extent.c ------------------------------------------------------------------------------------------------------
+int page_take(struct kvd_pool *pool, uint32_t slab, uint32_t *page);
+int slab_find(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind, uint32_t *slab,
+              struct kvd_error *err);
+static inline struct region_extent *page_extent(const struct kvd_pool *pool, uint32_t page)
+{
+    return &pool->extent[page / pool->head->slots];
+}
+
+// -- sequence.c ----------------------------------------------------------------------------------------------------
+// The record of an id in use, or NULL.
+struct region_seq *seq_find(const struct kvd_pool *pool, uint64_t id);
+uint64_t seq_id(const struct kvd_pool *pool, const struct region_seq *s);
+// Adjusts the token counters when a sequence's length changes.
+void seq_set_length(struct kvd_pool *pool, struct region_seq *s, uint64_t length);
+void seq_destroy(struct kvd_pool *pool, struct region_seq *s);
+uint64_t seq_bytes(const struct kvd_pool *pool, const struct region_seq *s);
+
+// -- publish.c -----------------------------------------------------------------------------------------------------
+void lru_add(struct kvd_pool *pool, struct region_seq *s);
+void lru_remove(struct kvd_pool *pool, struct region_seq *s);
+void name_remove(struct kvd_pool *pool, struct region_seq *s);
+// Evicts the least recently used candidate of `ns` (KVD_POOL_NONE: of any). False when there is none.
+bool evict_one(struct kvd_pool *pool, uint32_t ns, uint64_t *freed);
+
+#endif

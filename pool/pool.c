@@ -1,0 +1,216 @@
+// Region layout, namespaces, geometries and the summary counters.
+#include "pool/internal.h"
+
+#include <errno.h>
+#include <sys/mman.h>
+
+// Gives each table its place in the region. With base NULL only the size is computed.
+static uint64_t lay_out(struct kvd_pool *p, const struct region_head *h, uint8_t *base)
+{
+    uint64_t at = 0;
+#define PLACE(field, count)                                                                                            \
+    do {                                                                                                               \
+        at = kvd_round_up(at, 4096);                                                                                   \
+        p->field = (void *)(base + at);                                                                                \
+        at += (uint64_t)(count) * sizeof(*p->field);                                                                   \
+    } while (0)
+    PLACE(head, 1);
+    PLACE(ns, h->max_namespaces);
+    PLACE(geom, h->max_geometries);
+    PLACE(slab, h->max_slabs);
+    PLACE(extent, h->n_extents);
+    PLACE(seq, h->max_sequences);
+    PLACE(block, h->max_blocks);
+    PLACE(page, (uint64_t)h->n_extents * h->slots);
+#undef PLACE
+    return kvd_round_up(at, 4096);
+}
+
+static int size_tables(const struct kvd_pool_config *c, struct region_head *h, struct kvd_error *err)
+{
+    if (c->extent_bytes < KVD_EXTENT_MIN || c->extent_bytes % KVD_EXTENT_MIN)
+        return kvd_fail(err, KVD_E_INVALID, "extent size %llu is not a multiple of 2 MiB",
+                        (unsigned long long)c->extent_bytes);
+    uint64_t extents = c->bytes / c->extent_bytes;
+    uint64_t slots = c->extent_bytes / KVD_POOL_ALIGN;
+    if (extents == 0)
+        return kvd_fail(err, KVD_E_INVALID, "pool size %llu is smaller than one extent of %llu bytes",
+                        (unsigned long long)c->bytes, (unsigned long long)c->extent_bytes);
+    if (extents * slots >= KVD_POOL_NONE)
+        return kvd_fail(err, KVD_E_INVALID, "pool size %llu is beyond the %llu bytes that page numbers reach",
+                        (unsigned long long)c->bytes, (unsigned long long)KVD_POOL_NONE * KVD_POOL_ALIGN);
+    h->magic = KVD_POOL_MAGIC;
+    h->extent_bytes = c->extent_bytes;
+    h->n_extents = (uint32_t)extents;
+    h->slots = (uint32_t)slots;
+    h->max_namespaces = c->max_namespaces;
+    h->max_geometries = c->max_geometries;
+    h->max_slabs = KVD_POOL_KINDS * 4 * (c->max_namespaces + c->max_geometries);
+    h->max_sequences = c->max_sequences;
+    // Two blocks per sequence, one for every page, and as many again for what forks share.
+    h->max_blocks = 2 * c->max_sequences + 2 * (h->n_extents * h->slots / KVD_TABLE_ENTRIES + 1);
+    return KVD_OK;
+}
+
+struct kvd_pool *kvd_pool_new(const struct kvd_pool_config *config, const struct kvd_pool_mem_ops *ops,
+                              struct kvd_error *err)
+{
+    struct region_head *h KVD_FREE = calloc(1, sizeof(*h));
+    struct kvd_pool *pool KVD_FREE = calloc(1, sizeof(*pool));
+    if (!h || !pool) {
+        kvd_fail(err, -ENOMEM, "no memory for the pool");
+        return NULL;
+    }
+    if (size_tables(config, h, err))
+        return NULL;
+    h->region_bytes = lay_out(pool, h, NULL);
+    // Untouched tables cost address space only.
+    void *base = mmap(NULL, h->region_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (base == MAP_FAILED) {
+        kvd_fail(err, -errno, "cannot map %llu bytes of pool metadata: %s", (unsigned long long)h->region_bytes,
+                 strerror(errno));
+        return NULL;
+    }
+    lay_out(pool, h, base);
+    h->free_extent = 0;
+    h->free_seq = h->free_block = KVD_POOL_NONE;
+    h->lru_first = h->lru_last = KVD_POOL_NONE;
+    memset(h->name_bucket, 0xff, sizeof(h->name_bucket));
+    memcpy(pool->head, h, sizeof(*h));
+    for (uint32_t i = 0; i < h->n_extents; i++) {
+        struct region_extent *e = &pool->extent[i];
+        e->slab = e->owner = e->free_slot = e->prev = KVD_POOL_NONE;
+        e->next = i + 1 < h->n_extents ? i + 1 : KVD_POOL_NONE;
+    }
+    pool->ops = *ops;
+    pool->on_evict = config->on_evict;
+    pool->on_evict_ctx = config->on_evict_ctx;
+    return KVD_TAKE(pool);
+}
+
+void kvd_pool_free(struct kvd_pool **poolp)
+{
+    struct kvd_pool *pool = KVD_TAKE(*poolp);
+    if (!pool)
+        return;
+    for (uint32_t i = 0; i < pool->head->n_extents; i++)
+        if (pool->extent[i].addr)
+            pool->ops.free(pool->ops.ctx, i, pool->extent[i].addr, pool->head->extent_bytes);
+    munmap(pool->head, pool->head->region_bytes);
+    free(pool);
+}
+
+uint32_t kvd_pool_namespace_find(const struct kvd_pool *pool, const char *name)
+{
+    for (uint32_t i = 0; i < pool->head->n_namespaces; i++)
+        if (strcmp(pool->ns[i].name, name) == 0)
+            return i;
+    return KVD_POOL_NONE;
+}
+
+int kvd_pool_namespace(struct kvd_pool *pool, const char *name, uint32_t *ns, struct kvd_error *err)
+{
+    if (!kvd_name_valid(name, KVD_MAX_NAMESPACE))
+        return kvd_fail(err, KVD_E_INVALID, "a namespace's name has 1 to %d printable ASCII characters and no spaces",
+                        KVD_MAX_NAMESPACE);
+    uint32_t i = kvd_pool_namespace_find(pool, name);
+    if (i == KVD_POOL_NONE) {
+        if (pool->head->n_namespaces == pool->head->max_namespaces)
+            return kvd_fail(err, KVD_E_LIMIT, "all %u namespaces are taken; raise max-namespaces",
+                            pool->head->max_namespaces);
+        i = pool->head->n_namespaces++;
+        snprintf(pool->ns[i].name, sizeof(pool->ns[i].name), "%s", name);
+    }
+    *ns = i;
+    return KVD_OK;
+}
+
+void kvd_pool_set_quota(struct kvd_pool *pool, uint32_t ns, uint64_t bytes)
+{
+    pool->ns[ns].quota = bytes;
+}
+
+uint32_t kvd_pool_namespace_count(const struct kvd_pool *pool)
+{
+    return pool->head->n_namespaces;
+}
+
+void kvd_pool_namespace_info(const struct kvd_pool *pool, uint32_t ns, struct kvd_pool_namespace_info *out)
+{
+    const struct region_namespace *n = &pool->ns[ns];
+    *out = (struct kvd_pool_namespace_info){.name = n->name,
+                                            .quota = n->quota,
+                                            .used = n->used,
+                                            .pages = n->pages,
+                                            .sequences = n->sequences,
+                                            .tokens = n->tokens};
+}
+
+int kvd_pool_geometry(struct kvd_pool *pool, const struct kvd_geometry *g, const uint64_t page_bytes[KVD_POOL_KINDS],
+                      uint32_t *geom, struct kvd_error *err)
+{
+    for (uint32_t i = 0; i < pool->head->n_geometries; i++) {
+        if (memcmp(&pool->geom[i].g, g, sizeof(*g)) == 0) {
+            *geom = i;
+            return KVD_OK;
+        }
+    }
+    for (int k = 0; k < KVD_POOL_KINDS; k++) {
+        if (page_bytes[k] == 0 || page_bytes[k] > pool->head->extent_bytes)
+            return kvd_fail(err, KVD_E_INVALID,
+                            "a page of this geometry has %llu bytes and does not fit an extent of %llu; raise extent-size",
+                            (unsigned long long)page_bytes[k], (unsigned long long)pool->head->extent_bytes);
+    }
+    if (pool->head->n_geometries == pool->head->max_geometries)
+        return kvd_fail(err, KVD_E_LIMIT, "all %u geometries are taken; raise max-geometries",
+                        pool->head->max_geometries);
+    uint32_t i = pool->head->n_geometries++;
+    pool->geom[i].g = *g;
+    for (int k = 0; k < KVD_POOL_KINDS; k++)
+        pool->geom[i].page_bytes[k] = kvd_round_up(page_bytes[k], KVD_POOL_ALIGN);
+    *geom = i;
+    return KVD_OK;
+}
+
+const struct kvd_geometry *kvd_pool_geometry_get(const struct kvd_pool *pool, uint32_t geom)
+{
+    return &pool->geom[geom].g;
+}
+
+uint64_t kvd_pool_page_bytes(const struct kvd_pool *pool, uint32_t geom, enum kvd_pool_kind kind)
+{
+    return pool->geom[geom].page_bytes[kind];
+}
+
+void kvd_pool_info(const struct kvd_pool *pool, struct kvd_pool_info *out)
+{
+    const struct region_head *h = pool->head;
+    *out = (struct kvd_pool_info){
+        .bytes = (uint64_t)h->n_extents * h->extent_bytes,
+        .extent_bytes = h->extent_bytes,
+        .extents = h->n_extents,
+        .extents_granted = h->extents_granted,
+        .used = h->used,
+        .slack = (uint64_t)h->extents_granted * h->extent_bytes - h->used,
+        .evictions = h->evictions,
+        .metadata = h->region_bytes,
+        .sequences = h->sequences,
+        .tokens = h->tokens,
+    };
+}
+
+void kvd_pool_slab_each(const struct kvd_pool *pool, bool (*fn)(void *ctx, const struct kvd_pool_slab_info *), void *ctx)
+{
+    for (uint32_t i = 0; i < pool->head->n_slabs; i++) {
+        const struct region_slab *s = &pool->slab[i];
+        struct kvd_pool_slab_info info = {.ns = s->ns,
+                                          .geom = s->geom,
+                                          .kind = s->kind,
+                                          .extents = s->extents,
+                                          .page_bytes = s->page_bytes,
+                                          .used = s->used,
+                                          .free = (uint64_t)s->extents * s->slots - s->used};
+        if (!fn(ctx, &info))
+            return;
+    }
+}

@@ -1,0 +1,137 @@
+// Names of published sequences, and the order in which unused ones are evicted.
+#include "pool/internal.h"
+
+static uint32_t bucket_of(uint32_t ns, const char *name)
+{
+    uint64_t h = 0xcbf29ce484222325ull ^ ns; // FNV-1a
+    for (const char *c = name; *c; c++)
+        h = (h ^ (uint8_t)*c) * 0x100000001b3ull;
+    return (uint32_t)(h ^ h >> 32) % KVD_NAME_BUCKETS;
+}
+
+static struct region_seq *name_find(const struct kvd_pool *pool, uint32_t ns, const char *name)
+{
+    uint32_t i = pool->head->name_bucket[bucket_of(ns, name)];
+    for (; i != KVD_POOL_NONE; i = pool->seq[i].name_next)
+        if (pool->seq[i].ns == ns && strcmp(pool->seq[i].name, name) == 0)
+            return &pool->seq[i];
+    return NULL;
+}
+
+void name_remove(struct kvd_pool *pool, struct region_seq *s)
+{
+    if (!s->name[0])
+        return;
+    uint32_t *link = &pool->head->name_bucket[bucket_of(s->ns, s->name)];
+    while (&pool->seq[*link] != s)
+        link = &pool->seq[*link].name_next;
+    *link = s->name_next;
+    s->name_next = KVD_POOL_NONE;
+    s->name[0] = '\0';
+    lru_remove(pool, s);
+}
+
+void lru_add(struct kvd_pool *pool, struct region_seq *s)
+{
+    struct region_head *h = pool->head;
+    uint32_t i = (uint32_t)(s - pool->seq);
+    s->listed = true;
+    s->lru_next = KVD_POOL_NONE;
+    s->lru_prev = h->lru_last;
+    if (h->lru_last == KVD_POOL_NONE)
+        h->lru_first = i;
+    else
+        pool->seq[h->lru_last].lru_next = i;
+    h->lru_last = i;
+}
+
+void lru_remove(struct kvd_pool *pool, struct region_seq *s)
+{
+    struct region_head *h = pool->head;
+    if (!s->listed)
+        return;
+    s->listed = false;
+    if (s->lru_prev == KVD_POOL_NONE)
+        h->lru_first = s->lru_next;
+    else
+        pool->seq[s->lru_prev].lru_next = s->lru_next;
+    if (s->lru_next == KVD_POOL_NONE)
+        h->lru_last = s->lru_prev;
+    else
+        pool->seq[s->lru_next].lru_prev = s->lru_prev;
+    s->lru_prev = s->lru_next = KVD_POOL_NONE;
+}
+
+int kvd_pool_publish(struct kvd_pool *pool, uint64_t seq, const char *name, bool replace, struct kvd_error *err)
+{
+    struct region_seq *s = seq_find(pool, seq);
+    if (!s)
+        return kvd_fail(err, KVD_E_NOT_FOUND, "there is no sequence %llu", (unsigned long long)seq);
+    if (!kvd_name_valid(name, KVD_MAX_NAME))
+        return kvd_fail(err, KVD_E_INVALID, "a sequence's name has 1 to %d printable ASCII characters and no spaces",
+                        KVD_MAX_NAME);
+    if (strcmp(s->name, name) == 0)
+        return KVD_OK;
+    struct region_seq *old = name_find(pool, s->ns, name);
+    if (old && !replace)
+        return kvd_fail(err, KVD_E_EXISTS, "the name %s belongs to sequence %llu; set replace to take it over", name,
+                        (unsigned long long)seq_id(pool, old));
+    if (old)
+        kvd_pool_unpublish(pool, seq_id(pool, old));
+    name_remove(pool, s);
+    uint32_t *bucket = &pool->head->name_bucket[bucket_of(s->ns, name)];
+    snprintf(s->name, sizeof(s->name), "%s", name);
+    s->name_next = *bucket;
+    *bucket = (uint32_t)(s - pool->seq);
+    return KVD_OK;
+}
+
+void kvd_pool_unpublish(struct kvd_pool *pool, uint64_t seq)
+{
+    struct region_seq *s = seq_find(pool, seq);
+    if (!s)
+        return;
+    name_remove(pool, s);
+    if (s->holders == 0)
+        seq_destroy(pool, s);
+}
+
+uint64_t kvd_pool_lookup(struct kvd_pool *pool, uint32_t ns, const char *name)
+{
+    struct region_seq *s = name[0] ? name_find(pool, ns, name) : NULL;
+    if (!s)
+        return 0;
+    if (s->listed) {
+        lru_remove(pool, s);
+        lru_add(pool, s);
+    }
+    return seq_id(pool, s);
+}
+
+bool evict_one(struct kvd_pool *pool, uint32_t ns, uint64_t *freed)
+{
+    uint32_t i = pool->head->lru_first;
+    while (i != KVD_POOL_NONE && (pool->seq[i].pins || (ns != KVD_POOL_NONE && pool->seq[i].ns != ns)))
+        i = pool->seq[i].lru_next;
+    if (i == KVD_POOL_NONE)
+        return false;
+    struct region_seq *s = &pool->seq[i];
+    if (pool->on_evict)
+        pool->on_evict(pool->on_evict_ctx, s->ns, seq_id(pool, s), s->name);
+    uint64_t before = pool->head->used;
+    name_remove(pool, s);
+    seq_destroy(pool, s);
+    pool->head->evictions++;
+    if (freed)
+        *freed += before - pool->head->used;
+    return true;
+}
+
+uint32_t kvd_pool_evict(struct kvd_pool *pool, uint32_t ns, uint64_t bytes, uint64_t *freed)
+{
+    uint32_t n = 0;
+    *freed = 0;
+    while ((bytes == 0 || *freed < bytes) && evict_one(pool, ns, freed))
+        n++;
+    return n;
+}

@@ -1,0 +1,68 @@
+// Limits and enums that the wire, the pool, the kernels and the client agree on. Plain C, no dependencies.
+#ifndef KVD_PROTO_KVD_LIMITS_H
+#define KVD_PROTO_KVD_LIMITS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#define KVD_VERSION "0.1.0"
+
+enum {
+    KVD_PAGE_TOKENS = 64,  // tokens in a page, and in each of its tiles
+    KVD_CHUNK_TOKENS = 16, // tokens that leave the recent window at once
+
+    KVD_MAX_LAYERS = 512,
+    KVD_MAX_MODEL_LAYER = 65535, // largest model layer id
+    KVD_MAX_KV_HEADS = 256,
+    KVD_MAX_GROUP = 64, // q heads per kv head
+    KVD_MAX_HEAD_DIM = 256,
+    KVD_MAX_SINK = 4096,
+    KVD_MAX_RECENT = 65536,
+    KVD_MAX_LENGTH = 1 << 24, // tokens in a sequence
+
+    KVD_MAX_CALL_TOKENS = 65536, // items x tokens in one Append, Attend or Step
+    KVD_MAX_CALL_ITEMS = 1024,
+    KVD_MAX_CALL_SEQUENCES = 4096,
+    KVD_MAX_NAME = 128,      // bytes of a sequence's or rotation set's name
+    KVD_MAX_NAMESPACE = 64,  // bytes of a namespace's name
+    KVD_MAX_CLIENT_NAME = 64,
+    KVD_MAX_MESSAGE = 64 << 20, // bytes of one RPC message
+
+    KVD_DEFAULT_SINK = 64,
+    KVD_DEFAULT_RECENT = 256,
+    // How far appends may run ahead of demotion: spare ring slots beyond the recent window.
+    KVD_RING_SLACK = 64,
+};
+
+enum kvd_codec {
+    KVD_CODEC_BF16 = 0,
+    KVD_CODEC_INT2 = 1,
+    KVD_CODEC_COUNT,
+};
+
+enum kvd_dtype {
+    KVD_DTYPE_BF16 = 0,
+    KVD_DTYPE_F32 = 1,
+};
+
+// Shape of a model's KV cache as the pages hold it. Pages of different geometries never mix.
+struct kvd_geometry {
+    uint16_t layers[KVD_MAX_LAYERS]; // model layer ids, strictly ascending; entries past n_layers are 0
+    uint32_t n_layers;
+    uint32_t q_heads;
+    uint32_t kv_heads;
+    uint32_t head_dim_k;
+    uint32_t head_dim_v;
+    uint32_t codec; // enum kvd_codec
+    uint32_t sink;
+    uint32_t recent;
+    char rotation[80]; // "sha256:<hex>", "hadamard", "identity" or "" (bf16); zero padded
+};
+
+// Slots of the bf16 ring that holds the recent window: a multiple of KVD_PAGE_TOKENS.
+static inline uint32_t kvd_geometry_ring(const struct kvd_geometry *g)
+{
+    return (g->recent + KVD_RING_SLACK + KVD_PAGE_TOKENS - 1) / KVD_PAGE_TOKENS * KVD_PAGE_TOKENS;
+}
+
+#endif

@@ -1,0 +1,52 @@
+// A Check suite with one case per function, and the main that runs it.
+#ifndef KVD_TESTS_SUITE_H
+#define KVD_TESTS_SUITE_H
+
+#include "proto/base.h"
+
+#include <check.h>
+
+// Runs the tests without forking if CK_FORK=no. Returns the process's exit status.
+static inline int kvd_run_suite(const char *name, const TTest *const *tests, size_t n, int timeout_s)
+{
+    Suite *suite = suite_create(name);
+    for (size_t i = 0; i < n; i++) {
+        TCase *tc = tcase_create(tests[i]->name);
+        tcase_set_timeout(tc, timeout_s);
+        tcase_add_test(tc, tests[i]);
+        suite_add_tcase(suite, tc);
+    }
+    SRunner *runner = srunner_create(suite);
+    srunner_run_all(runner, CK_NORMAL);
+    int failed = srunner_ntests_failed(runner);
+    srunner_free(runner);
+    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+}
+
+#define KVD_MAIN(name, timeout_s, ...)                                                                                 \
+    int main(void)                                                                                                     \
+    {                                                                                                                  \
+        const TTest *const tests[] = {__VA_ARGS__};                                                                    \
+        return kvd_run_suite(name, tests, sizeof(tests) / sizeof(tests[0]), timeout_s);                                \
+    }
+
+// xorshift64*: reproducible, seeded per test.
+static inline uint64_t kvd_rand(uint64_t *state)
+{
+    *state ^= *state >> 12;
+    *state ^= *state << 25;
+    *state ^= *state >> 27;
+    return *state * 0x2545f4914f6cdd1dull;
+}
+
+// A seed that is printed, so that a failure can be repeated with KVD_TEST_SEED.
+static inline uint64_t kvd_test_seed(const char *what)
+{
+    const char *env = getenv("KVD_TEST_SEED");
+    uint64_t seed = env ? strtoull(env, NULL, 0) : (uint64_t)getpid() * 0x9e3779b97f4a7c15ull ^ 0x1234567;
+    printf("%s: KVD_TEST_SEED=%llu\n", what, (unsigned long long)seed);
+    fflush(stdout);
+    return seed | 1;
+}
+
+#endif

@@ -1,0 +1,428 @@
+// The CPU backend against float64, on every instruction set that this CPU has.
+#include "tests/unit/suite.h"
+
+#include "tests/unit/kernel_fixture.h"
+
+static const char *const isas[] = {"scalar", "avx2", "avx512"};
+
+static struct kvd_backend *backend(const char *isa, uint32_t threads)
+{
+    struct kvd_error err = {0};
+    struct kvd_backend *b = kvd_cpu_backend_new(threads, isa, &err);
+    if (!b)
+        printf("skipping %s: %s\n", isa, err.text);
+    return b;
+}
+
+static struct kvd_geometry geometry(uint32_t layers, uint32_t kv_heads, uint32_t group, uint32_t dk, uint32_t dv,
+                                    uint32_t codec, uint32_t sink, uint32_t recent)
+{
+    struct kvd_geometry g = {.n_layers = layers,
+                             .q_heads = kv_heads * group,
+                             .kv_heads = kv_heads,
+                             .head_dim_k = dk,
+                             .head_dim_v = dv,
+                             .codec = codec,
+                             .sink = sink,
+                             .recent = recent};
+    for (uint32_t i = 0; i < layers; i++)
+        g.layers[i] = (uint16_t)(2 * i + 1);
+    ck_assert_int_eq(kvd_geometry_check(&g, NULL), 0);
+    return g;
+}
+
+struct attention {
+    uint32_t q_len, window;
+    float softcap;
+    uint32_t new_tokens; // 0 or q_len
+    enum kvd_dtype dtype;
+};
+
+// Attention in float64 for one (layer, query, q head).
+static void truth(const struct kseq *s, const struct attention *a, const float *q, uint32_t layer, uint32_t qi,
+                  uint32_t q_head, double *o, double *lse)
+{
+    const struct kvd_geometry *g = &s->g;
+    uint32_t head = q_head / (g->q_heads / g->kv_heads);
+    uint64_t total = s->length + a->new_tokens, pos = total - a->q_len + qi;
+    double m = -INFINITY, l = 0, *logits = malloc(sizeof(double) * total);
+    for (uint64_t t = 0; t < total; t++) {
+        double k[KVD_MAX_HEAD_DIM], dot = 0;
+        logits[t] = -INFINITY;
+        if (t > pos || (a->window && t + a->window <= pos))
+            continue;
+        kseq_truth(s, t, layer, head, false, k);
+        for (uint32_t c = 0; c < g->head_dim_k; c++)
+            dot += k[c] * q[c];
+        dot /= sqrt(g->head_dim_k);
+        logits[t] = a->softcap > 0 ? a->softcap * tanh(dot / a->softcap) : dot;
+        m = fmax(m, logits[t]);
+    }
+    memset(o, 0, sizeof(double) * g->head_dim_v);
+    for (uint64_t t = 0; t < total; t++) {
+        double v[KVD_MAX_HEAD_DIM], p = exp(logits[t] - m);
+        if (p == 0)
+            continue;
+        l += p;
+        kseq_truth(s, t, layer, head, true, v);
+        for (uint32_t c = 0; c < g->head_dim_v; c++)
+            o[c] += p * v[c];
+    }
+    for (uint32_t c = 0; c < g->head_dim_v; c++)
+        o[c] /= l;
+    *lse = m + log(l);
+    free(logits);
+}
+
+// Runs attention on all layers and returns the worst relative error over (layer, query, head).
+static double attention_error(struct kseq *s, struct kvd_backend *b, const struct kvd_rotation *rot,
+                              const struct attention *a, double *lse_error)
+{
+    const struct kvd_geometry *g = &s->g;
+    uint64_t rows = (uint64_t)g->n_layers * a->q_len * g->q_heads;
+    float *q = malloc(sizeof(float) * rows * g->head_dim_k);
+    float *o = malloc(sizeof(float) * rows * g->head_dim_v), *lse = malloc(sizeof(float) * rows);
+    for (uint64_t i = 0; i < rows * g->head_dim_k; i++)
+        q[i] = (float)kseq_normal(&s->rng);
+    memset(o, 0xff, sizeof(float) * rows * g->head_dim_v); // NaN: every element must be written
+    memset(lse, 0xff, sizeof(float) * rows);
+    struct kvd_attend_item item = {
+        .pages = {s->bf16, s->codec},
+        .length = s->length,
+        .hist_end = s->hist_end,
+        .q_len = a->q_len,
+        .new_tokens = a->new_tokens,
+        .q = kseq_tensor(q, KVD_DTYPE_F32, a->q_len, g->q_heads, g->head_dim_k, 0),
+        .o = kseq_tensor(o, KVD_DTYPE_F32, a->q_len, g->q_heads, g->head_dim_v, 0),
+        .lse = kseq_tensor(lse, KVD_DTYPE_F32, a->q_len, g->q_heads, 1, 0),
+        .k = kseq_tensor(s->k, KVD_DTYPE_BF16, s->capacity, g->kv_heads, g->head_dim_k, s->length),
+        .v = kseq_tensor(s->v, KVD_DTYPE_BF16, s->capacity, g->kv_heads, g->head_dim_v, s->length),
+    };
+    struct kvd_attend_params p = {.geometry = g,
+                                  .rotation = rot,
+                                  .layer_count = g->n_layers,
+                                  .scale = 1 / sqrtf((float)g->head_dim_k),
+                                  .softcap = a->softcap,
+                                  .window = a->window,
+                                  .items = &item,
+                                  .n_items = 1};
+    ck_assert_int_eq(b->ops->attend(b, &p, NULL), 0);
+    double worst = 0;
+    *lse_error = 0;
+    for (uint64_t i = 0; i < rows; i++) {
+        double want[KVD_MAX_HEAD_DIM], want_lse;
+        uint32_t layer = (uint32_t)(i / (a->q_len * g->q_heads)), qi = (uint32_t)(i / g->q_heads % a->q_len);
+        truth(s, a, q + i * g->head_dim_k, layer, qi, (uint32_t)(i % g->q_heads), want, &want_lse);
+        double e = kseq_rel(want, o + i * g->head_dim_v, g->head_dim_v);
+        ck_assert_msg(!isnan(e), "output not written or NaN at row %llu", (unsigned long long)i);
+        worst = fmax(worst, e);
+        *lse_error = fmax(*lse_error, fabs(want_lse - lse[i]));
+    }
+    free(q);
+    free(o);
+    free(lse);
+    return worst;
+}
+
+struct shape {
+    uint32_t layers, kv_heads, group, dk, dv, sink, recent, heads_rot, length;
+    struct attention a;
+};
+
+static void check_shape(const char *isa, const struct shape *c, uint32_t codec, uint64_t seed)
+{
+    struct kvd_backend *b = backend(isa, 2);
+    if (!b)
+        return;
+    struct kseq s;
+    struct kvd_geometry g = geometry(c->layers, c->kv_heads, c->group, c->dk, c->dv, codec, c->sink, c->recent);
+    kseq_init(&s, g, c->length + 64, c->heads_rot, 0.96f, 0.92f, seed);
+    kseq_fill(&s);
+    struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
+    while (s.length < c->length) {
+        uint32_t n = (uint32_t)(kvd_rand(&s.rng) % 3 ? 1 + kvd_rand(&s.rng) % 200 : 1);
+        kseq_append(&s, b, rot, (uint32_t)KVD_MIN((uint64_t)n, c->length - s.length));
+    }
+    double lse, e = attention_error(&s, b, rot, &c->a, &lse);
+    ck_assert_msg(e < 3e-5 && lse < 1e-4,
+                  "%s codec %u kv %u group %u dk %u dv %u length %u q %u window %u: error %.2e, lse %.2e", isa, codec,
+                  c->kv_heads, c->group, c->dk, c->dv, c->length, c->a.q_len, c->a.window, e, lse);
+    b->ops->rotation_free(b, &rot);
+    kseq_deinit(&s);
+    kvd_backend_free(&b);
+}
+
+START_TEST(attention_matches_float64)
+{
+    const struct shape shapes[] = {
+        {1, 2, 1, 64, 64, 64, 256, 1, 700, {.q_len = 1}},
+        {2, 2, 2, 128, 128, 64, 256, 1, 700, {.q_len = 1}},
+        {1, 2, 3, 256, 256, 64, 256, 1, 500, {.q_len = 1}},
+        {1, 1, 4, 128, 64, 64, 0, 1, 333, {.q_len = 1}},
+        {1, 2, 6, 64, 128, 16, 32, 2, 555, {.q_len = 3}},
+        {1, 1, 12, 128, 128, 0, 0, 1, 400, {.q_len = 1}},
+        {1, 1, 16, 256, 64, 48, 16, 1, 401, {.q_len = 2}},
+        {1, 2, 8, 64, 256, 64, 64, 0, 402, {.q_len = 1}},
+        {1, 3, 2, 128, 128, 64, 64, 3, 1200, {.q_len = 4, .window = 100}},
+        {1, 1, 4, 128, 128, 64, 64, 1, 1203, {.q_len = 5, .window = 700, .softcap = 20}},
+        {1, 1, 4, 128, 128, 64, 64, 1, 640, {.q_len = 37, .new_tokens = 37}},
+        {1, 2, 7, 64, 64, 64, 64, 1, 3000, {.q_len = 1, .softcap = 5}},
+        {1, 1, 2, 128, 128, 64, 256, 1, 1, {.q_len = 1}},
+        {1, 1, 2, 128, 128, 64, 256, 1, 40, {.q_len = 40}},
+        {1, 1, 2, 64, 64, 64, 256, 1, 330, {.q_len = 330}},
+        {1, 1, 2, 64, 64, 64, 256, 1, 0, {.q_len = 50, .new_tokens = 50}},
+    };
+    uint64_t seed = kvd_test_seed("attention");
+    for (size_t i = 0; i < KVD_LEN(isas); i++)
+        for (size_t j = 0; j < KVD_LEN(shapes); j++) {
+            check_shape(isas[i], &shapes[j], KVD_CODEC_INT2, seed + j);
+            check_shape(isas[i], &shapes[j], KVD_CODEC_BF16, seed + j);
+        }
+}
+END_TEST
+
+START_TEST(every_group_and_dim)
+{
+    uint64_t seed = kvd_test_seed("groups");
+    const uint32_t dims[] = {64, 128, 256};
+    for (uint32_t group = 1; group <= 16; group++)
+        for (size_t i = 0; i < 9; i++) {
+            struct shape c = {1, 2, group, dims[i / 3], dims[i % 3], 16, 16, 1, 170 + group, {.q_len = 1}};
+            check_shape("avx512", &c, KVD_CODEC_INT2, seed + group * 9 + i);
+            check_shape("avx2", &c, KVD_CODEC_INT2, seed + group * 9 + i);
+        }
+}
+END_TEST
+
+// DESIGN §5 once more, in double, from the text alone.
+static void derive(const double *x, uint32_t dim, double ratio, uint8_t *codes, double *scale, double *min)
+{
+    double sorted[KVD_MAX_HEAD_DIM], limit = INFINITY;
+    for (uint32_t i = 0; i < dim; i++)
+        sorted[i] = fabs(x[i]);
+    for (uint32_t i = 1; i < dim; i++)
+        for (uint32_t j = i; j > 0 && sorted[j - 1] > sorted[j]; j--) {
+            double t = sorted[j];
+            sorted[j] = sorted[j - 1];
+            sorted[j - 1] = t;
+        }
+    if (ratio < 1)
+        limit = sorted[(uint32_t)floor(ratio * dim)];
+    double lo = INFINITY, hi = -INFINITY;
+    for (uint32_t i = 0; i < dim; i++) {
+        double c = fmin(fmax(x[i], -limit), limit);
+        lo = fmin(lo, c);
+        hi = fmax(hi, c);
+    }
+    *scale = (hi - lo) / 3;
+    *min = lo;
+    for (uint32_t i = 0; i < dim; i++)
+        codes[i] = (uint8_t)fmin(3, floor((fmin(fmax(x[i], -limit), limit) - lo) / *scale + 0.5));
+}
+
+START_TEST(codes_match_a_float64_derivation)
+{
+    struct kvd_backend *b = backend("scalar", 1);
+    struct kseq s;
+    kseq_init(&s, geometry(1, 2, 1, 128, 128, KVD_CODEC_INT2, 0, 0), 512, 1, 0.96f, 0.92f, kvd_test_seed("codes"));
+    kseq_fill(&s);
+    struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
+    kseq_append(&s, b, rot, 512);
+    uint64_t differ = 0, all = 0;
+    for (uint32_t t = 0; t < 512; t++)
+        for (uint32_t h = 0; h < 2; h++)
+            for (int v = 0; v < 2; v++) {
+                const uint16_t *row = (v ? s.v : s.k) + (t * 2 + h) * 128;
+                const float *m = kseq_matrix(&s, v, 0, h);
+                double y[128], scale, min;
+                uint8_t codes[128];
+                for (uint32_t j = 0; j < 128; j++) {
+                    y[j] = 0;
+                    for (uint32_t i = 0; i < 128; i++)
+                        y[j] += (double)kvd_bf16_to_f32(row[i]) * m[i * 128 + j];
+                }
+                derive(y, 128, v ? 0.92 : 0.96, codes, &scale, &min);
+                const uint8_t *tile = (const uint8_t *)(uintptr_t)s.codec[t / 64] + kvd_tile_offset(&s.g, 1, 0, h);
+                struct kvd_param p = kvd_int2_params(tile, 128, 128, v)[kvd_param_index(t % 64)];
+                ck_assert_double_eq_tol(kvd_fp16_to_f32(p.scale), scale, scale * 1e-3);
+                ck_assert_double_eq_tol(kvd_fp16_to_f32(p.min), min, fabs(min) * 1e-3);
+                for (uint32_t c = 0; c < 128; c++, all++) {
+                    struct kvd_code_place at = v ? kvd_place_v(128, t % 64, c) : kvd_place_k(128, t % 64, c);
+                    uint8_t got = tile[(v ? 2048 : 0) + at.byte] >> at.bit & 3;
+                    differ += got != codes[c];
+                }
+            }
+    printf("%llu of %llu codes differ from float64\n", (unsigned long long)differ, (unsigned long long)all);
+    ck_assert_uint_lt(differ, all / 10000); // only values within fp32 rounding of a code boundary
+    b->ops->rotation_free(b, &rot);
+    kseq_deinit(&s);
+    kvd_backend_free(&b);
+}
+END_TEST
+
+START_TEST(every_code_has_its_own_place)
+{
+    const uint32_t dims[] = {64, 128, 256};
+    for (size_t d = 0; d < 3; d++)
+        for (int v = 0; v < 2; v++) {
+            uint32_t dim = dims[d];
+            uint8_t seen[16 * 256 * 4] = {0};
+            for (uint32_t t = 0; t < 64; t++)
+                for (uint32_t c = 0; c < dim; c++) {
+                    struct kvd_code_place p = v ? kvd_place_v(dim, t, c) : kvd_place_k(dim, t, c);
+                    ck_assert_uint_lt(p.byte, 16 * dim);
+                    ck_assert_uint_eq(p.bit % 2, 0);
+                    ck_assert_uint_eq(seen[p.byte * 4 + p.bit / 2]++, 0);
+                    // A chunk of 16 tokens never shares a byte with another: demotion can write bytes.
+                    struct kvd_code_place q = v ? kvd_place_v(dim, t ^ 16, c) : kvd_place_k(dim, t ^ 16, c);
+                    ck_assert_uint_ne(p.byte, q.byte);
+                }
+        }
+}
+END_TEST
+
+START_TEST(instruction_sets_write_the_same_pages)
+{
+    uint64_t seed = kvd_test_seed("pages"), differ = 0, all = 0;
+    struct kseq s[2];
+    for (int i = 0; i < 2; i++) {
+        struct kvd_backend *b = backend(i ? "avx512" : "scalar", 1);
+        if (!b)
+            return;
+        kseq_init(&s[i], geometry(2, 2, 1, 128, 128, KVD_CODEC_INT2, 64, 64), 1000, 1, 0.96f, 0.92f, seed);
+        kseq_fill(&s[i]);
+        struct kvd_rotation *rot = b->ops->rotation_new(b, &s[i].rot, NULL);
+        for (int j = 0; j < 10; j++)
+            kseq_append(&s[i], b, rot, 100);
+        b->ops->rotation_free(b, &rot);
+        kvd_backend_free(&b);
+    }
+    for (uint64_t t = 64; t < s[0].hist_end; t++)
+        for (uint32_t h = 0; h < 2; h++) {
+            double x[128], y[128];
+            kseq_truth(&s[0], t, 1, h, false, x);
+            kseq_truth(&s[1], t, 1, h, false, y);
+            for (int c = 0; c < 128; c++, all++)
+                differ += fabs(x[c] - y[c]) > 0.05;
+        }
+    ck_assert_uint_lt(differ, all / 500 + 1);
+    for (int i = 0; i < 2; i++)
+        kseq_deinit(&s[i]);
+}
+END_TEST
+
+START_TEST(read_returns_what_pages_hold)
+{
+    for (size_t i = 0; i < KVD_LEN(isas); i++) {
+        struct kvd_backend *b = backend(isas[i], 2);
+        if (!b)
+            continue;
+        struct kseq s;
+        kseq_init(&s, geometry(2, 2, 2, 64, 128, KVD_CODEC_INT2, 64, 64), 500, 2, 0.96f, 0.92f, 77);
+        kseq_fill(&s);
+        struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
+        kseq_append(&s, b, rot, 500);
+        float *k = malloc(4 * 2 * 500 * 2 * 64), *v = malloc(4 * 2 * 500 * 2 * 128);
+        struct kvd_read_params p = {.geometry = &s.g,
+                                    .rotation = rot,
+                                    .layer_count = 2,
+                                    .pages = {s.bf16, s.codec},
+                                    .length = s.length,
+                                    .hist_end = s.hist_end,
+                                    .tokens = 500,
+                                    .k = kseq_tensor(k, KVD_DTYPE_F32, 500, 2, 64, 0),
+                                    .v = kseq_tensor(v, KVD_DTYPE_F32, 500, 2, 128, 0)};
+        ck_assert_int_eq(b->ops->read(b, &p, NULL), 0);
+        for (uint32_t l = 0; l < 2; l++)
+            for (uint64_t t = 0; t < 500; t++)
+                for (uint32_t h = 0; h < 2; h++) {
+                    double want[128];
+                    kseq_truth(&s, t, l, h, false, want);
+                    ck_assert_double_lt(kseq_rel(want, k + ((l * 500 + t) * 2 + h) * 64, 64), 1e-5);
+                    kseq_truth(&s, t, l, h, true, want);
+                    ck_assert_double_lt(kseq_rel(want, v + ((l * 500 + t) * 2 + h) * 128, 128), 1e-5);
+                }
+        free(k);
+        free(v);
+        b->ops->rotation_free(b, &rot);
+        kseq_deinit(&s);
+        kvd_backend_free(&b);
+    }
+}
+END_TEST
+
+START_TEST(rotation_is_undone_by_its_inverse)
+{
+    struct kvd_backend *b = backend("scalar", 2);
+    struct kseq s;
+    kseq_init(&s, geometry(2, 2, 3, 64, 64, KVD_CODEC_INT2, 64, 64), 64, 2, 1, 1, 5);
+    struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
+    float x[2 * 5 * 6 * 64], y[2 * 5 * 6 * 64], z[2 * 5 * 6 * 64];
+    for (size_t i = 0; i < KVD_LEN(x); i++)
+        x[i] = (float)kseq_normal(&s.rng);
+    struct kvd_rotate_params p = {.rotation = rot,
+                                  .layer_count = 2,
+                                  .rows = 5,
+                                  .heads = 6,
+                                  .kv_heads = 2,
+                                  .x = kseq_tensor(x, KVD_DTYPE_F32, 5, 6, 64, 0),
+                                  .y = kseq_tensor(y, KVD_DTYPE_F32, 5, 6, 64, 0)};
+    b->ops->rotate(b, &p, NULL);
+    // Layer 1, row 2, q head 4 belongs to kv head 1.
+    const float *m = kseq_matrix(&s, false, 1, 1), *row = x + ((5 + 2) * 6 + 4) * 64;
+    double sum = 0;
+    for (int i = 0; i < 64; i++)
+        sum += (double)row[i] * m[i * 64 + 7];
+    ck_assert_double_eq_tol(sum, y[((5 + 2) * 6 + 4) * 64 + 7], 1e-5);
+    p.x = p.y;
+    p.y = kseq_tensor(z, KVD_DTYPE_F32, 5, 6, 64, 0);
+    p.inverse = true;
+    b->ops->rotate(b, &p, NULL);
+    for (size_t i = 0; i < KVD_LEN(x); i++)
+        ck_assert_double_eq_tol(x[i], z[i], 1e-5);
+    b->ops->rotation_free(b, &rot);
+    kseq_deinit(&s);
+    kvd_backend_free(&b);
+}
+END_TEST
+
+START_TEST(nonfinite_values_are_found)
+{
+    struct kvd_backend *b = backend("scalar", 1);
+    struct kseq s;
+    kseq_init(&s, geometry(2, 2, 1, 64, 64, KVD_CODEC_INT2, 64, 64), 10, 1, 1, 1, 5);
+    kseq_fill(&s);
+    struct kvd_append_item item = {.new_length = 10,
+                                   .k = kseq_tensor(s.k, KVD_DTYPE_BF16, 10, 2, 64, 0),
+                                   .v = kseq_tensor(s.v, KVD_DTYPE_BF16, 10, 2, 64, 0)};
+    struct kvd_append_params p = {.geometry = &s.g, .layer_count = 2, .items = &item, .n_items = 1};
+    struct kvd_nonfinite at;
+    ck_assert_int_eq(b->ops->check(b, &p, &at), 0);
+    s.v[((1 * 10 + 4) * 2 + 1) * 64 + 33] = 0xff80; // -inf
+    ck_assert_int_eq(b->ops->check(b, &p, &at), KVD_E_INVALID);
+    ck_assert(at.in_v && at.layer == 1 && at.token == 4 && at.head == 1 && at.channel == 33);
+    kseq_deinit(&s);
+    kvd_backend_free(&b);
+}
+END_TEST
+
+START_TEST(extreme_rows_stay_finite)
+{
+    const float rows[][4] = {{0, 0, 0, 0}, {3e38f, -3e38f, 1, 0}, {1e-40f, 0, 0, 0}, {NAN, 1, 2, 3}, {7, 7, 7, 7}};
+    for (size_t i = 0; i < KVD_LEN(rows); i++) {
+        float x[64];
+        uint8_t codes[64];
+        struct kvd_param p;
+        for (int c = 0; c < 64; c++)
+            x[c] = rows[i][c % 4];
+        kvd_int2_quantize(x, 64, 0.96f, codes, &p);
+        ck_assert(isfinite(kvd_fp16_to_f32(p.scale)) && isfinite(kvd_fp16_to_f32(p.min)));
+        for (int c = 0; c < 64; c++)
+            ck_assert_uint_le(codes[c], 3);
+    }
+}
+END_TEST
+
+KVD_MAIN("kernels", 300, every_code_has_its_own_place, codes_match_a_float64_derivation, attention_matches_float64,
+         every_group_and_dim, instruction_sets_write_the_same_pages, read_returns_what_pages_hold,
+         rotation_is_undone_by_its_inverse, nonfinite_values_are_found, extreme_rows_stay_finite)

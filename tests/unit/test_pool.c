@@ -1,0 +1,335 @@
+// The pool's rules, one at a time.
+#include "tests/unit/suite.h"
+
+#include <errno.h>
+
+#include "tests/unit/pool_fixture.h"
+
+static const uint64_t page_bytes[KVD_POOL_KINDS] = {128 << 10, 16 << 10}; // 16 and 128 pages an extent
+
+struct fixture {
+    struct test_mem mem;
+    struct kvd_pool *pool;
+    struct kvd_error err;
+    uint32_t ns, geom;
+};
+
+static struct fixture setup(uint32_t extents, uint32_t layers, uint32_t sink, uint32_t recent)
+{
+    struct fixture f = {0};
+    static struct test_mem mem; // outlives the fixture's copies
+    mem = (struct test_mem){0};
+    f.pool = test_pool(&mem, extents, 256);
+    struct kvd_geometry g = test_geometry(layers, sink, recent);
+    ck_assert_int_eq(kvd_pool_namespace(f.pool, "a", &f.ns, &f.err), 0);
+    ck_assert_int_eq(kvd_pool_geometry(f.pool, &g, page_bytes, &f.geom, &f.err), 0);
+    return f;
+}
+
+static uint64_t new_seq(struct fixture *f)
+{
+    uint64_t id = 0;
+    ck_assert_msg(kvd_pool_seq_new(f->pool, f->ns, f->geom, &id, &f->err) == 0, "%s", f->err.text);
+    return id;
+}
+
+static int append(struct fixture *f, uint64_t seq, uint64_t at, uint32_t n)
+{
+    struct kvd_pool_append a;
+    struct kvd_pool_seq_info info;
+    if (kvd_pool_seq_info(f->pool, seq, &info))
+        return KVD_E_NOT_FOUND;
+    int rc = kvd_pool_append_begin(f->pool, seq, at, n, 0, kvd_pool_geometry_get(f->pool, info.geom)->n_layers, &a,
+                                   &f->err);
+    if (rc == 0 && !a.replayed)
+        kvd_pool_append_commit(f->pool, &a);
+    return rc;
+}
+
+static struct kvd_pool_seq_info info_of(struct fixture *f, uint64_t seq)
+{
+    struct kvd_pool_seq_info info;
+    ck_assert_int_eq(kvd_pool_seq_info(f->pool, seq, &info), 0);
+    return info;
+}
+
+static void verify(struct fixture *f)
+{
+    ck_assert_msg(kvd_pool_verify(f->pool, &f->err) == 0, "%s", f->err.text);
+}
+
+static void finish(struct fixture *f)
+{
+    verify(f);
+    kvd_pool_free(&f->pool);
+}
+
+START_TEST(demotion_follows_in_chunks)
+{
+    struct fixture f = setup(8, 1, 64, 256);
+    uint64_t s = new_seq(&f);
+    uint64_t length = 0;
+    for (int i = 0; i < 2000; i++) {
+        ck_assert_int_eq(append(&f, s, length++, 1), 0);
+        struct kvd_pool_seq_info in = info_of(&f, s);
+        uint64_t hist = length > 320 ? 64 + (length - 320) / 16 * 16 : 64;
+        ck_assert_uint_eq(in.hist_end, hist);
+        if (length > 320) {
+            ck_assert_uint_ge(length - in.hist_end, 256);
+            ck_assert_uint_lt(length - in.hist_end, 272);
+        }
+        ck_assert_uint_eq(in.pages[KVD_POOL_CODEC], (hist - 64 + 63) / 64);
+    }
+    ck_assert_uint_eq(info_of(&f, s).pages[KVD_POOL_BF16], 1 + 5);
+    finish(&f);
+}
+END_TEST
+
+START_TEST(one_big_append_equals_many_small)
+{
+    struct fixture f = setup(16, 1, 64, 256);
+    uint64_t a = new_seq(&f), b = new_seq(&f);
+    ck_assert_int_eq(append(&f, a, 0, 1777), 0);
+    for (uint64_t t = 0; t < 1777; t++)
+        ck_assert_int_eq(append(&f, b, t, 1), 0);
+    struct kvd_pool_seq_info x = info_of(&f, a), y = info_of(&f, b);
+    ck_assert_uint_eq(x.hist_end, y.hist_end);
+    ck_assert_uint_eq(x.pages[0], y.pages[0]);
+    ck_assert_uint_eq(x.pages[1], y.pages[1]);
+    finish(&f);
+}
+END_TEST
+
+START_TEST(append_is_idempotent_by_position)
+{
+    struct fixture f = setup(8, 1, 64, 256);
+    uint64_t s = new_seq(&f);
+    ck_assert_int_eq(append(&f, s, 0, 10), 0);
+    struct kvd_pool_append a;
+    ck_assert_int_eq(kvd_pool_append_begin(f.pool, s, 0, 10, 0, 1, &a, &f.err), 0);
+    ck_assert(a.replayed);
+    ck_assert_int_eq(append(&f, s, 5, 10), KVD_E_PRECONDITION);
+    ck_assert_int_eq(append(&f, s, 11, 1), KVD_E_PRECONDITION);
+    ck_assert_uint_eq(info_of(&f, s).length, 10);
+    ck_assert_int_eq(append(&f, s, 10, KVD_MAX_LENGTH), KVD_E_LIMIT);
+    finish(&f);
+}
+END_TEST
+
+START_TEST(layers_fill_in_order)
+{
+    struct fixture f = setup(8, 3, 64, 256);
+    uint64_t s = new_seq(&f);
+    struct kvd_pool_append a;
+    ck_assert_int_eq(kvd_pool_append_begin(f.pool, s, 0, 7, 1, 1, &a, &f.err), KVD_E_PRECONDITION);
+    ck_assert_int_eq(kvd_pool_append_begin(f.pool, s, 0, 7, 0, 1, &a, &f.err), 0);
+    kvd_pool_append_commit(f.pool, &a);
+    ck_assert_uint_eq(info_of(&f, s).length, 0);
+    ck_assert_uint_eq(info_of(&f, s).pending_length, 7);
+    ck_assert_int_eq(kvd_pool_append_begin(f.pool, s, 0, 7, 2, 1, &a, &f.err), KVD_E_PRECONDITION);
+    ck_assert_int_eq(kvd_pool_append_begin(f.pool, s, 0, 8, 1, 1, &a, &f.err), KVD_E_PRECONDITION);
+    ck_assert_int_eq(kvd_pool_append_begin(f.pool, s, 0, 7, 0, 1, &a, &f.err), 0);
+    ck_assert(a.replayed);
+    uint64_t child;
+    ck_assert_int_eq(kvd_pool_seq_fork(f.pool, s, &child, &f.err), KVD_E_PRECONDITION);
+    ck_assert_int_eq(kvd_pool_append_begin(f.pool, s, 0, 7, 1, 2, &a, &f.err), 0);
+    kvd_pool_append_commit(f.pool, &a);
+    ck_assert_uint_eq(info_of(&f, s).length, 7);
+    finish(&f);
+}
+END_TEST
+
+START_TEST(abort_changes_nothing)
+{
+    struct fixture f = setup(8, 1, 64, 256);
+    uint64_t s = new_seq(&f), child;
+    ck_assert_int_eq(append(&f, s, 0, 500), 0);
+    ck_assert_int_eq(kvd_pool_seq_fork(f.pool, s, &child, &f.err), 0);
+    struct kvd_pool_seq_info before = info_of(&f, child);
+    uint64_t pages[64], after[64];
+    uint32_t n = kvd_pool_seq_pages(f.pool, child, KVD_POOL_BF16, pages, 64);
+    struct kvd_pool_info pool_before, pool_after;
+    kvd_pool_info(f.pool, &pool_before);
+    struct kvd_pool_append a;
+    ck_assert_int_eq(kvd_pool_append_begin(f.pool, child, 500, 300, 0, 1, &a, &f.err), 0);
+    ck_assert_uint_gt(a.n_changes, 4);
+    kvd_pool_append_abort(f.pool, &a);
+    kvd_pool_info(f.pool, &pool_after);
+    ck_assert_uint_eq(pool_before.used, pool_after.used);
+    ck_assert_uint_eq(kvd_pool_seq_pages(f.pool, child, KVD_POOL_BF16, after, 64), n);
+    ck_assert_mem_eq(pages, after, n * sizeof(*pages));
+    ck_assert_uint_eq(info_of(&f, child).pages[1], before.pages[1]);
+    finish(&f);
+}
+END_TEST
+
+START_TEST(forks_share_until_written)
+{
+    struct fixture f = setup(8, 1, 64, 256);
+    uint64_t s = new_seq(&f), child;
+    ck_assert_int_eq(append(&f, s, 0, 1000), 0);
+    struct kvd_pool_info one, two, three;
+    kvd_pool_info(f.pool, &one);
+    ck_assert_int_eq(kvd_pool_seq_fork(f.pool, s, &child, &f.err), 0);
+    kvd_pool_info(f.pool, &two);
+    ck_assert_uint_eq(one.used, two.used);
+    // One token more: a private copy of one ring page, and nothing else.
+    ck_assert_int_eq(append(&f, child, 1000, 1), 0);
+    kvd_pool_info(f.pool, &three);
+    ck_assert_uint_eq(three.used - two.used, page_bytes[KVD_POOL_BF16]);
+    kvd_pool_seq_release(f.pool, s);
+    verify(&f);
+    ck_assert_uint_eq(info_of(&f, child).length, 1001);
+    kvd_pool_seq_release(f.pool, child);
+    kvd_pool_info(f.pool, &three);
+    ck_assert_uint_eq(three.used, 0);
+    ck_assert_uint_eq(three.extents_granted, 0);
+    finish(&f);
+}
+END_TEST
+
+START_TEST(quota_and_pool_limits)
+{
+    struct fixture f = setup(4, 1, 64, 256); // 2 extents of bf16 pages = 32, the rest for codes
+    uint64_t s = new_seq(&f);
+    kvd_pool_set_quota(f.pool, f.ns, page_bytes[0] * 2);
+    ck_assert_int_eq(append(&f, s, 0, 128), 0);
+    ck_assert_int_eq(append(&f, s, 128, 64), KVD_E_QUOTA);
+    ck_assert_uint_eq(info_of(&f, s).length, 128);
+    kvd_pool_set_quota(f.pool, f.ns, 0);
+    ck_assert_int_eq(append(&f, s, 128, 64), 0);
+    int rc = 0, made = 0;
+    while (rc == 0 && made < 100) {
+        uint64_t x = new_seq(&f);
+        rc = append(&f, x, 0, 384);
+        made += rc == 0;
+        if (rc)
+            ck_assert_uint_eq(info_of(&f, x).bytes, 0);
+    }
+    ck_assert_int_eq(rc, KVD_E_FULL);
+    ck_assert_ptr_nonnull(strstr(f.err.text, "pool-size"));
+    finish(&f);
+}
+END_TEST
+
+START_TEST(published_unused_are_evicted_in_order_and_live_never)
+{
+    struct fixture f = setup(2, 1, 64, 256); // 32 bf16 pages
+    uint64_t live = new_seq(&f), old = new_seq(&f), young = new_seq(&f), freed;
+    ck_assert_int_eq(append(&f, live, 0, 64), 0);
+    ck_assert_int_eq(append(&f, old, 0, 256), 0);
+    ck_assert_int_eq(append(&f, young, 0, 256), 0);
+    ck_assert_int_eq(kvd_pool_publish(f.pool, live, "live", false, &f.err), 0);
+    ck_assert_int_eq(kvd_pool_publish(f.pool, old, "old", false, &f.err), 0);
+    ck_assert_int_eq(kvd_pool_publish(f.pool, young, "young", false, &f.err), 0);
+    ck_assert_int_eq(kvd_pool_publish(f.pool, live, "old", false, &f.err), KVD_E_EXISTS);
+    kvd_pool_seq_release(f.pool, young);
+    kvd_pool_seq_release(f.pool, old);
+    ck_assert_uint_eq(kvd_pool_lookup(f.pool, f.ns, "young"), young); // now the most recently used
+    for (uint64_t i = 0; i < 26; i++) {
+        uint64_t s = new_seq(&f);
+        ck_assert_msg(append(&f, s, 0, 64) == 0, "%s", f.err.text);
+    }
+    ck_assert_uint_eq(kvd_pool_lookup(f.pool, f.ns, "old"), 0);
+    ck_assert_uint_eq(kvd_pool_lookup(f.pool, f.ns, "live"), live);
+    verify(&f);
+    kvd_pool_evict(f.pool, KVD_POOL_NONE, 0, &freed);
+    ck_assert_uint_eq(kvd_pool_lookup(f.pool, f.ns, "live"), live);
+    ck_assert_uint_eq(kvd_pool_lookup(f.pool, f.ns, "young"), 0);
+    finish(&f);
+}
+END_TEST
+
+START_TEST(memory_is_zeroed_between_namespaces_only)
+{
+    struct fixture f = setup(1, 1, 64, 256);
+    struct kvd_pool_info info;
+    uint32_t other;
+    ck_assert_int_eq(kvd_pool_namespace(f.pool, "b", &other, &f.err), 0);
+    struct test_mem mem = {0};
+    kvd_pool_free(&f.pool);
+    f.pool = test_pool(&mem, 1, 16);
+    struct kvd_geometry g = test_geometry(1, 64, 256);
+    kvd_pool_namespace(f.pool, "a", &f.ns, &f.err);
+    kvd_pool_namespace(f.pool, "b", &other, &f.err);
+    kvd_pool_geometry(f.pool, &g, page_bytes, &f.geom, &f.err);
+    uint32_t page;
+    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, f.ns, f.geom, KVD_POOL_BF16, &page, &f.err), 0);
+    kvd_pool_page_unref(f.pool, page);
+    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, f.ns, f.geom, KVD_POOL_CODEC, &page, &f.err), 0);
+    kvd_pool_page_unref(f.pool, page);
+    ck_assert_uint_eq(mem.zeros, 0);
+    mem.fail_next = true; // a failing zero must not grant the extent
+    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, other, f.geom, KVD_POOL_CODEC, &page, &f.err), -EIO);
+    mem.fail_next = false;
+    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, other, f.geom, KVD_POOL_CODEC, &page, &f.err), 0);
+    ck_assert_uint_eq(mem.zeros, 1);
+    kvd_pool_page_unref(f.pool, page);
+    kvd_pool_info(f.pool, &info);
+    ck_assert_uint_eq(info.used, 0);
+    finish(&f);
+    ck_assert_uint_eq(mem.live, 0);
+}
+END_TEST
+
+START_TEST(truncate_everywhere)
+{
+    struct fixture f = setup(8, 1, 64, 256);
+    for (uint64_t keep = 0; keep <= 1000; keep += 37) {
+        uint64_t s = new_seq(&f);
+        ck_assert_int_eq(append(&f, s, 0, 1000), 0);
+        ck_assert_int_eq(kvd_pool_truncate(f.pool, s, 1001, &f.err), KVD_E_INVALID);
+        ck_assert_int_eq(kvd_pool_truncate(f.pool, s, keep, &f.err), 0);
+        struct kvd_pool_seq_info in = info_of(&f, s);
+        ck_assert_uint_eq(in.length, keep);
+        ck_assert_uint_le(in.hist_end, KVD_MAX(keep, 64));
+        verify(&f);
+        ck_assert_int_eq(append(&f, s, keep, 600), 0);
+        ck_assert_uint_eq((info_of(&f, s).hist_end - 64) % 16, 0);
+        kvd_pool_seq_release(f.pool, s);
+    }
+    finish(&f);
+}
+END_TEST
+
+START_TEST(truncate_refuses_to_keep_an_overwritten_window)
+{
+    struct fixture f = setup(8, 2, 64, 256);
+    uint64_t s = new_seq(&f);
+    struct kvd_pool_append a;
+    ck_assert_int_eq(append(&f, s, 0, 400), 0);
+    ck_assert_int_eq(kvd_pool_append_begin(f.pool, s, 400, 40, 0, 1, &a, &f.err), 0);
+    kvd_pool_append_commit(f.pool, &a);
+    ck_assert_int_eq(kvd_pool_truncate(f.pool, s, 400, &f.err), 0); // fits the slack: nothing was overwritten
+    ck_assert_int_eq(kvd_pool_append_begin(f.pool, s, 400, 300, 0, 1, &a, &f.err), 0);
+    kvd_pool_append_commit(f.pool, &a);
+    ck_assert_int_eq(kvd_pool_truncate(f.pool, s, 400, &f.err), KVD_E_PRECONDITION);
+    ck_assert_int_eq(kvd_pool_truncate(f.pool, s, 144, &f.err), 0);
+    ck_assert_uint_eq(info_of(&f, s).length, 144);
+    finish(&f);
+}
+END_TEST
+
+START_TEST(ids_are_never_reused)
+{
+    struct fixture f = setup(2, 1, 64, 256);
+    struct kvd_pool_seq_info info;
+    uint64_t first = new_seq(&f);
+    kvd_pool_seq_pin(f.pool, first);
+    kvd_pool_seq_release(f.pool, first); // doomed, as it is pinned
+    ck_assert_int_eq(kvd_pool_seq_info(f.pool, first, &info), KVD_E_NOT_FOUND);
+    kvd_pool_seq_unpin(f.pool, first);
+    uint64_t second = new_seq(&f);
+    ck_assert_uint_ne(first, second);
+    ck_assert_int_eq(kvd_pool_seq_info(f.pool, first, &info), KVD_E_NOT_FOUND);
+    ck_assert_int_eq(kvd_pool_seq_info(f.pool, 0, &info), KVD_E_NOT_FOUND);
+    ck_assert_int_eq(kvd_pool_seq_info(f.pool, ~0ull, &info), KVD_E_NOT_FOUND);
+    ck_assert_int_eq(append(&f, first, 0, 1), KVD_E_NOT_FOUND);
+    finish(&f);
+}
+END_TEST
+
+KVD_MAIN("pool", 60, demotion_follows_in_chunks, one_big_append_equals_many_small, append_is_idempotent_by_position,
+         layers_fill_in_order, abort_changes_nothing, forks_share_until_written, quota_and_pool_limits,
+         published_unused_are_evicted_in_order_and_live_never, memory_is_zeroed_between_namespaces_only,
+         truncate_everywhere, truncate_refuses_to_keep_an_overwritten_window, ids_are_never_reused)
