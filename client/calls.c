@@ -1,0 +1,361 @@
+// The calls of the public API, each a request filled in and a reply taken apart.
+#include "client/client.h"
+
+#define METHOD(name) "/kvd.v1.KvCache/" name
+
+static Kvd__V1__TensorRef tensor(const kvd_tensor_ref *t)
+{
+    Kvd__V1__TensorRef r = KVD__V1__TENSOR_REF__INIT;
+    r.buffer = t->buffer ? t->buffer->id : 0;
+    r.offset = t->offset;
+    r.layer_stride = t->layer_stride;
+    r.token_stride = t->token_stride;
+    r.head_stride = t->head_stride;
+    r.dtype = t->dtype == KVD_F32 ? KVD__V1__DTYPE__DTYPE_F32 : KVD__V1__DTYPE__DTYPE_BF16;
+    return r;
+}
+
+static kvd_result take_ids(kvd_result rc, Kvd__V1__SequencesReply *reply, uint32_t count, uint64_t *ids,
+                           kvd_failure *err)
+{
+    if (rc)
+        return rc;
+    if (reply->n_sequences == count) {
+        memcpy(ids, reply->sequences, count * sizeof(*ids));
+    } else {
+        struct kvd_error e = {0};
+        kvd_fail(&e, KVD_E_INTERNAL, "asked for %u sequences, got %zu", count, reply->n_sequences);
+        rc = kvd_client_fail(err, &e);
+    }
+    kvd__v1__sequences_reply__free_unpacked(reply, NULL);
+    return rc;
+}
+
+kvd_result kvd_sequences_create(kvd_client *c, uint32_t count, uint64_t *ids, kvd_failure *err)
+{
+    Kvd__V1__CreateSequencesRequest req = KVD__V1__CREATE_SEQUENCES_REQUEST__INIT;
+    Kvd__V1__SequencesReply *reply = NULL;
+    req.request_id = ++c->next_request;
+    req.count = count;
+    kvd_result rc = kvd_client_call(c, METHOD("CreateSequences"), &req, &req.session,
+                                    &kvd__v1__sequences_reply__descriptor, &reply, err);
+    return take_ids(rc, reply, count, ids, err);
+}
+
+kvd_result kvd_sequence_fork(kvd_client *c, uint64_t sequence, uint32_t count, uint64_t *ids, kvd_failure *err)
+{
+    Kvd__V1__ForkSequenceRequest req = KVD__V1__FORK_SEQUENCE_REQUEST__INIT;
+    Kvd__V1__SequencesReply *reply = NULL;
+    req.request_id = ++c->next_request;
+    req.sequence = sequence;
+    req.count = count;
+    kvd_result rc = kvd_client_call(c, METHOD("ForkSequence"), &req, &req.session,
+                                    &kvd__v1__sequences_reply__descriptor, &reply, err);
+    return take_ids(rc, reply, count, ids, err);
+}
+
+kvd_result kvd_sequence_truncate(kvd_client *c, uint64_t sequence, uint64_t length, kvd_failure *err)
+{
+    Kvd__V1__TruncateSequenceRequest req = KVD__V1__TRUNCATE_SEQUENCE_REQUEST__INIT;
+    Kvd__V1__TruncateSequenceReply *reply;
+    req.sequence = sequence;
+    req.length = length;
+    kvd_result rc = kvd_client_call(c, METHOD("TruncateSequence"), &req, &req.session,
+                                    &kvd__v1__truncate_sequence_reply__descriptor, &reply, err);
+    if (rc == KVD_SUCCESS)
+        kvd__v1__truncate_sequence_reply__free_unpacked(reply, NULL);
+    return rc;
+}
+
+kvd_result kvd_sequence_publish(kvd_client *c, uint64_t sequence, const char *name, bool replace, kvd_failure *err)
+{
+    Kvd__V1__PublishSequenceRequest req = KVD__V1__PUBLISH_SEQUENCE_REQUEST__INIT;
+    Kvd__V1__PublishSequenceReply *reply;
+    req.sequence = sequence;
+    req.name = (char *)name;
+    req.replace = replace;
+    kvd_result rc = kvd_client_call(c, METHOD("PublishSequence"), &req, &req.session,
+                                    &kvd__v1__publish_sequence_reply__descriptor, &reply, err);
+    if (rc == KVD_SUCCESS)
+        kvd__v1__publish_sequence_reply__free_unpacked(reply, NULL);
+    return rc;
+}
+
+static void copy_info(const Kvd__V1__SequenceInfo *in, kvd_sequence_info *out)
+{
+    *out = (kvd_sequence_info){.sequence = in->sequence,
+                               .length = in->length,
+                               .sink_tokens = in->sink_tokens,
+                               .history_tokens = in->history_tokens,
+                               .recent_tokens = in->recent_tokens,
+                               .pending_length = in->pending_length,
+                               .pending_layers = in->pending_layers,
+                               .bytes = in->bytes,
+                               .holders = in->holders};
+    snprintf(out->name, sizeof(out->name), "%s", in->name);
+}
+
+kvd_result kvd_sequence_attach(kvd_client *c, const char *name, kvd_sequence_info *out, kvd_failure *err)
+{
+    Kvd__V1__AttachSequenceRequest req = KVD__V1__ATTACH_SEQUENCE_REQUEST__INIT;
+    Kvd__V1__AttachSequenceReply *reply;
+    req.name = (char *)name;
+    kvd_result rc = kvd_client_call(c, METHOD("AttachSequence"), &req, &req.session,
+                                    &kvd__v1__attach_sequence_reply__descriptor, &reply, err);
+    if (rc)
+        return rc;
+    if (reply->sequence)
+        copy_info(reply->sequence, out);
+    kvd__v1__attach_sequence_reply__free_unpacked(reply, NULL);
+    return KVD_SUCCESS;
+}
+
+kvd_result kvd_sequences_free(kvd_client *c, const uint64_t *ids, uint32_t count, bool unpublish, kvd_failure *err)
+{
+    Kvd__V1__FreeSequencesRequest req = KVD__V1__FREE_SEQUENCES_REQUEST__INIT;
+    Kvd__V1__FreeSequencesReply *reply;
+    req.request_id = ++c->next_request;
+    req.n_sequences = count;
+    req.sequences = (uint64_t *)ids;
+    req.unpublish = unpublish;
+    kvd_result rc = kvd_client_call(c, METHOD("FreeSequences"), &req, &req.session,
+                                    &kvd__v1__free_sequences_reply__descriptor, &reply, err);
+    if (rc == KVD_SUCCESS)
+        kvd__v1__free_sequences_reply__free_unpacked(reply, NULL);
+    return rc;
+}
+
+kvd_result kvd_sequence_describe(kvd_client *c, uint64_t sequence, kvd_sequence_info *out, kvd_failure *err)
+{
+    Kvd__V1__DescribeSequencesRequest req = KVD__V1__DESCRIBE_SEQUENCES_REQUEST__INIT;
+    Kvd__V1__DescribeSequencesReply *reply;
+    req.n_sequences = 1;
+    req.sequences = &sequence;
+    kvd_result rc = kvd_client_call(c, METHOD("DescribeSequences"), &req, &req.session,
+                                    &kvd__v1__describe_sequences_reply__descriptor, &reply, err);
+    if (rc)
+        return rc;
+    if (reply->n_sequences == 1)
+        copy_info(reply->sequences[0], out);
+    kvd__v1__describe_sequences_reply__free_unpacked(reply, NULL);
+    return KVD_SUCCESS;
+}
+
+// -- work ----------------------------------------------------------------------------------------------------------
+
+// The tensors of one item, in wire form.
+struct refs {
+    Kvd__V1__TensorRef k, v, q, o, lse;
+};
+
+static struct refs refs_of(const kvd_item *item)
+{
+    return (struct refs){tensor(&item->k), tensor(&item->v), tensor(&item->q), tensor(&item->o), tensor(&item->lse)};
+}
+
+// Items and their pointers in one allocation.
+struct batch {
+    struct refs *refs;
+    void *items;
+    void **list;
+};
+
+static bool batch_new(struct batch *b, uint32_t count, size_t item_bytes)
+{
+    *b = (struct batch){calloc(count + 1, sizeof(*b->refs)), calloc(count + 1, item_bytes),
+                        calloc(count + 1, sizeof(void *))};
+    return b->refs && b->items && b->list;
+}
+
+static void batch_free(struct batch *b)
+{
+    free(b->refs);
+    free(b->items);
+    free(b->list);
+}
+
+static kvd_result no_memory(kvd_failure *err)
+{
+    struct kvd_error e = {0};
+    kvd_fail(&e, KVD_E_INTERNAL, "out of memory");
+    return kvd_client_fail(err, &e);
+}
+
+kvd_result kvd_append(kvd_client *c, kvd_layers layers, const kvd_item *items, uint32_t count, kvd_failure *err)
+{
+    struct batch b KVD_AUTO(batch_free);
+    Kvd__V1__AppendRequest req = KVD__V1__APPEND_REQUEST__INIT;
+    Kvd__V1__AppendReply *reply;
+    if (!batch_new(&b, count, sizeof(Kvd__V1__AppendItem)))
+        return no_memory(err);
+    Kvd__V1__AppendItem *out = b.items;
+    for (uint32_t i = 0; i < count; i++) {
+        kvd__v1__append_item__init(&out[i]);
+        b.refs[i] = refs_of(&items[i]);
+        out[i].sequence = items[i].sequence;
+        out[i].position = items[i].position;
+        out[i].tokens = items[i].tokens;
+        out[i].k = &b.refs[i].k;
+        out[i].v = &b.refs[i].v;
+        b.list[i] = &out[i];
+    }
+    req.layer_begin = layers.begin;
+    req.layer_count = layers.count;
+    req.n_items = count;
+    req.items = (Kvd__V1__AppendItem **)b.list;
+    kvd_result rc = kvd_client_call(c, METHOD("Append"), &req, &req.session, &kvd__v1__append_reply__descriptor, &reply, err);
+    if (rc == KVD_SUCCESS)
+        kvd__v1__append_reply__free_unpacked(reply, NULL);
+    return rc;
+}
+
+static Kvd__V1__AttentionParams params_of(const kvd_attention *a, const kvd_item *items, uint32_t count)
+{
+    Kvd__V1__AttentionParams p = KVD__V1__ATTENTION_PARAMS__INIT;
+    if (a) {
+        p.scale = a->scale;
+        p.softcap = a->softcap;
+        p.window = a->window;
+    }
+    for (uint32_t i = 0; i < count; i++)
+        p.return_lse |= items[i].lse.buffer != NULL;
+    return p;
+}
+
+static kvd_result attention_call(kvd_client *c, const char *method, void *req, char **session, kvd_failure *err)
+{
+    Kvd__V1__AttendReply *reply;
+    kvd_result rc = kvd_client_call(c, method, req, session, &kvd__v1__attend_reply__descriptor, &reply, err);
+    if (rc == KVD_SUCCESS)
+        kvd__v1__attend_reply__free_unpacked(reply, NULL);
+    return rc;
+}
+
+kvd_result kvd_attend(kvd_client *c, kvd_layers layers, const kvd_attention *attention, const kvd_item *items,
+                      uint32_t count, kvd_failure *err)
+{
+    struct batch b KVD_AUTO(batch_free);
+    Kvd__V1__AttendRequest req = KVD__V1__ATTEND_REQUEST__INIT;
+    Kvd__V1__AttentionParams params = params_of(attention, items, count);
+    if (!batch_new(&b, count, sizeof(Kvd__V1__AttendItem)))
+        return no_memory(err);
+    Kvd__V1__AttendItem *out = b.items;
+    for (uint32_t i = 0; i < count; i++) {
+        kvd__v1__attend_item__init(&out[i]);
+        b.refs[i] = refs_of(&items[i]);
+        out[i].sequence = items[i].sequence;
+        out[i].q_len = items[i].tokens;
+        out[i].q = &b.refs[i].q;
+        out[i].o = &b.refs[i].o;
+        out[i].lse = &b.refs[i].lse;
+        b.list[i] = &out[i];
+    }
+    req.layer_begin = layers.begin;
+    req.layer_count = layers.count;
+    req.params = &params;
+    req.n_items = count;
+    req.items = (Kvd__V1__AttendItem **)b.list;
+    return attention_call(c, METHOD("Attend"), &req, &req.session, err);
+}
+
+kvd_result kvd_step(kvd_client *c, kvd_layers layers, const kvd_attention *attention, const kvd_item *items,
+                    uint32_t count, kvd_failure *err)
+{
+    struct batch b KVD_AUTO(batch_free);
+    Kvd__V1__StepRequest req = KVD__V1__STEP_REQUEST__INIT;
+    Kvd__V1__AttentionParams params = params_of(attention, items, count);
+    if (!batch_new(&b, count, sizeof(Kvd__V1__StepItem)))
+        return no_memory(err);
+    Kvd__V1__StepItem *out = b.items;
+    for (uint32_t i = 0; i < count; i++) {
+        kvd__v1__step_item__init(&out[i]);
+        b.refs[i] = refs_of(&items[i]);
+        out[i].sequence = items[i].sequence;
+        out[i].position = items[i].position;
+        out[i].tokens = items[i].tokens;
+        out[i].k = &b.refs[i].k;
+        out[i].v = &b.refs[i].v;
+        out[i].q = &b.refs[i].q;
+        out[i].o = &b.refs[i].o;
+        out[i].lse = &b.refs[i].lse;
+        b.list[i] = &out[i];
+    }
+    req.layer_begin = layers.begin;
+    req.layer_count = layers.count;
+    req.params = &params;
+    req.n_items = count;
+    req.items = (Kvd__V1__StepItem **)b.list;
+    return attention_call(c, METHOD("Step"), &req, &req.session, err);
+}
+
+kvd_result kvd_rotate(kvd_client *c, bool v, bool inverse, kvd_layers layers, uint32_t rows, uint32_t heads,
+                      const kvd_tensor_ref *x, const kvd_tensor_ref *y, kvd_failure *err)
+{
+    Kvd__V1__RotateRequest req = KVD__V1__ROTATE_REQUEST__INIT;
+    Kvd__V1__RotateReply *reply;
+    Kvd__V1__TensorRef in = tensor(x), out = tensor(y);
+    req.which = v ? KVD__V1__ROTATE_REQUEST__WHICH__V : KVD__V1__ROTATE_REQUEST__WHICH__K;
+    req.inverse = inverse;
+    req.layer_begin = layers.begin;
+    req.layer_count = layers.count;
+    req.rows = rows;
+    req.heads = heads;
+    req.x = &in;
+    req.y = &out;
+    kvd_result rc = kvd_client_call(c, METHOD("Rotate"), &req, &req.session, &kvd__v1__rotate_reply__descriptor, &reply, err);
+    if (rc == KVD_SUCCESS)
+        kvd__v1__rotate_reply__free_unpacked(reply, NULL);
+    return rc;
+}
+
+kvd_result kvd_read_tokens(kvd_client *c, kvd_layers layers, uint64_t sequence, uint64_t begin, uint32_t count,
+                           const kvd_tensor_ref *k, const kvd_tensor_ref *v, kvd_failure *err)
+{
+    Kvd__V1__ReadTokensRequest req = KVD__V1__READ_TOKENS_REQUEST__INIT;
+    Kvd__V1__ReadTokensReply *reply;
+    Kvd__V1__TensorRef k_ref = tensor(k), v_ref = tensor(v);
+    req.sequence = sequence;
+    req.begin = begin;
+    req.tokens = count;
+    req.layer_begin = layers.begin;
+    req.layer_count = layers.count;
+    req.k = &k_ref;
+    req.v = &v_ref;
+    kvd_result rc = kvd_client_call(c, METHOD("ReadTokens"), &req, &req.session, &kvd__v1__read_tokens_reply__descriptor,
+                                    &reply, err);
+    if (rc == KVD_SUCCESS)
+        kvd__v1__read_tokens_reply__free_unpacked(reply, NULL);
+    return rc;
+}
+
+// -- events --------------------------------------------------------------------------------------------------------
+
+kvd_result kvd_next_event(kvd_client *c, uint32_t timeout_ms, kvd_event *out, kvd_failure *err)
+{
+    struct kvd_error e = {0};
+    Kvd__V1__Event *event;
+    pthread_rwlock_rdlock(&c->lock);
+    if (c->events && c->events_epoch != c->epoch)
+        kvd_stream_free(&c->events);
+    if (!c->events) {
+        Kvd__V1__WatchRequest req = KVD__V1__WATCH_REQUEST__INIT;
+        req.session = c->session;
+        c->events_epoch = c->epoch;
+        c->events = kvd_stream_open(c->channel, METHOD("Watch"), &req, &e);
+    }
+    pthread_rwlock_unlock(&c->lock);
+    int rc = c->events ? kvd_stream_next(c->events, &kvd__v1__event__descriptor, timeout_ms, &event, &e) : e.code;
+    if (rc == KVD_E_TIMEOUT) {
+        *out = (kvd_event){.kind = KVD_EVENT_NONE};
+        return KVD_SUCCESS;
+    }
+    if (rc) {
+        kvd_stream_free(&c->events);
+        e.code = rc;
+        return kvd_client_fail(err, &e);
+    }
+    *out = (kvd_event){.kind = (kvd_event_kind)event->kind, .sequence = event->sequence, .count = event->count};
+    snprintf(out->name, sizeof(out->name), "%s", event->name);
+    kvd__v1__event__free_unpacked(event, NULL);
+    return KVD_SUCCESS;
+}

@@ -1,0 +1,80 @@
+// Compute calls: Append, Attend, Step, Rotate and ReadTokens on their way through the daemon.
+//
+//   1. calls_compute.c checks a request and makes a work of it: tensors resolved to memory, sequences pinned
+//   2. compute.c queues it; strictly in order, it starts when no call in flight writes what it uses
+//   3. starting takes the pages (all sequences or none) and notes addresses; the executor runs the kernels
+//   4. done: commit (or abort, and nothing has changed), unpin, reply
+#ifndef KVD_DAEMON_COMPUTE_H
+#define KVD_DAEMON_COMPUTE_H
+
+#include "daemon/rpc.h"
+#include "kvd.pb-c.h"
+
+struct kvd_work_item {
+    uint64_t seq, position;
+    uint32_t tokens; // to append, and queries
+    struct kvd_tensor q, k, v, o, lse;
+    uint8_t *o_inline, *lse_inline; // outputs that go into the reply
+    size_t o_len, lse_len;
+    bool begun;                    // `append` wants commit or abort
+    struct kvd_pool_append append;
+    uint64_t length, hist_end;     // that the attention sees
+    uint64_t *pages;               // bf16 pages, then codec pages
+    uint32_t n_bf16;
+};
+
+// A private copy that a shared page gets before it is written.
+struct kvd_page_copy {
+    uint64_t to, from, bytes;
+};
+
+struct kvd_work {
+    struct kvd_job job;
+    struct kvd_work *next; // in the queue
+    enum kvd_kernel_op op;
+    struct kvd_call *call;
+    const struct kvd_session *session; // only to be compared: it may have ended
+    uint32_t geom, layer_begin, layer_count;
+    struct kvd_work_item *items;
+    uint32_t n_items, pinned;
+    bool locked;
+    struct kvd_buffer **buffers; // referenced until done
+    uint32_t n_buffers, cap_buffers;
+    uint64_t inline_bytes;
+    float scale, softcap;
+    uint32_t window;
+    // What the executor gets
+    struct kvd_append_item *append_items;
+    uint32_t *append_index; // item of each
+    uint32_t n_append;
+    struct kvd_page_copy *copies;
+    uint32_t n_copies;
+    struct kvd_attend_item *attend_items;
+    uint32_t n_replayed;
+    struct kvd_rotate_params rotate;
+    struct kvd_read_params read;
+    struct kvd_nonfinite nonfinite;
+    struct kvd_error err;
+};
+
+// Frees a work that was never queued, and its pins.
+void kvd_work_free(struct kvd_daemon *d, struct kvd_work *w);
+// Queues it; from here on it answers its call itself.
+void kvd_work_queue(struct kvd_daemon *d, struct kvd_work *w);
+// Pins an item's sequence.
+void kvd_work_pin(struct kvd_daemon *d, struct kvd_work *w);
+
+struct kvd_shape {
+    uint32_t layers, tokens, heads, dim;
+};
+
+// tensors.c: resolves a TensorRef to memory. For an output that goes into the reply, memory is made and handed to
+// *inline_out. KVD_E_INVALID says which tensor reaches where; `name` and `item` are for that message.
+int kvd_work_tensor_in(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,
+                       struct kvd_shape shape, const char *name, uint32_t item, struct kvd_tensor *out,
+                       struct kvd_error *err);
+int kvd_work_tensor_out(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,
+                        struct kvd_shape shape, const char *name, uint32_t item, struct kvd_tensor *out,
+                        uint8_t **inline_out, size_t *inline_len, struct kvd_error *err);
+
+#endif

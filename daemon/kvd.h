@@ -1,0 +1,194 @@
+// The daemon's state and its parts.
+//
+// Three threads: the loop thread owns everything in struct kvd_daemon; the completion-queue thread only hands gRPC's
+// tags over; the executor thread runs kernels and hands finished jobs back. Functions here belong to the loop thread
+// unless they say otherwise.
+#ifndef KVD_DAEMON_KVD_H
+#define KVD_DAEMON_KVD_H
+
+#include <grpc/grpc.h>
+#include <uthash.h>
+#include <uv.h>
+
+#include "calib/store.h"
+#include "daemon/config.h"
+#include "daemon/metrics.h"
+#include "kernels/backend.h"
+#include "pool/pool.h"
+
+enum {
+    KVD_SECRET_TEXT = 33, // 16 random bytes in hex, and a NUL
+    KVD_MAX_GEOMETRIES = 64,
+    KVD_MAX_NAMESPACES = 1024,
+    KVD_REPLAY_SLOTS = 256,  // replies remembered per session
+    KVD_EVENT_SLOTS = 256,   // events that wait for a slow reader
+    KVD_MAX_HELD = 65536,    // sequences held by one session
+    KVD_MAX_BUFFERS = 1024,  // per session
+    KVD_MAX_CONNECTIONS = 8192,
+    KVD_HELLO_TIMEOUT_MS = 10000, // an fd connection must open a session by then
+};
+
+struct kvd_daemon;
+struct kvd_call;
+struct kvd_rpc;
+struct kvd_exec;
+struct kvd_fdsock;
+struct kvd_http;
+
+// Shared memory of a worker. Jobs hold references, so that releasing it does not unmap it under a kernel.
+struct kvd_buffer {
+    uint64_t id, key;
+    uint8_t *data;
+    uint64_t size;
+    uint32_t refs;
+    UT_hash_handle hh;
+};
+
+struct kvd_held {
+    uint64_t seq;
+    UT_hash_handle hh;
+};
+
+// The reply to a call with a request id, for when it is repeated.
+struct kvd_replay {
+    uint64_t request_id;
+    const void *method;
+    uint8_t *data;
+    size_t len;
+};
+
+struct kvd_connection; // fdsock.c: a worker's fd-socket connection
+
+struct kvd_session {
+    char secret[KVD_SECRET_TEXT];
+    uint64_t id;
+    uint32_t ns, geom;
+    char client_name[KVD_MAX_CLIENT_NAME + 1];
+    struct kvd_connection *connection; // NULL: leased
+    int64_t pid, uid;
+    uint32_t lease_ms;
+    uint64_t opened_ms, used_ms;
+    uint64_t calls;
+    uint64_t open_request; // request_id of its OpenSession
+    struct kvd_held *held;
+    struct kvd_buffer *buffers;
+    uint64_t buffer_bytes, next_buffer;
+    struct kvd_replay replays[KVD_REPLAY_SLOTS];
+    uint32_t next_replay;
+    struct kvd_call *watchers; // linked by call->next_watch
+    UT_hash_handle hh;
+};
+
+// A sequence's use by calls in flight: readers share, a writer is alone.
+struct kvd_seq_use {
+    uint16_t readers;
+    bool writer;
+};
+
+enum kvd_state { KVD_STARTING, KVD_READY, KVD_DRAINING, KVD_STOPPING };
+
+struct kvd_daemon {
+    struct kvd_config config;
+    uv_loop_t loop;
+    enum kvd_state state;
+    char instance[KVD_SECRET_TEXT];
+    uint64_t started_ms;
+    struct kvd_backend *backend;
+    struct kvd_pool *pool;
+    struct kvd_rotation *rotations[KVD_MAX_GEOMETRIES]; // by pool geometry
+    struct kvd_session *sessions;                       // by secret
+    uint64_t next_session;
+    struct kvd_seq_use *use; // by sequence index
+    struct kvd_rpc *rpc;
+    struct kvd_exec *exec;
+    struct kvd_fdsock *fdsock;
+    struct kvd_http *http;
+    struct kvd_metrics metrics;
+    struct kvd_call *health_watchers; // linked by call->next_watch
+    uv_signal_t sig_term, sig_int, sig_hup;
+    uv_timer_t watchdog, lease_timer, drain_timer;
+    uint64_t drain_deadline_ms;
+    int lock_fds[KVD_MAX_LISTEN];
+    uint32_t n_locks;
+    int exit_code;
+};
+
+static inline uint64_t kvd_now_ms(const struct kvd_daemon *d)
+{
+    return uv_now(&d->loop);
+}
+
+// A fresh random secret in hex. Any thread.
+void kvd_secret_new(char out[KVD_SECRET_TEXT]);
+
+// -- main.c, lifecycle.c -------------------------------------------------------------------------------------------
+int kvd_daemon_init(struct kvd_daemon *d, struct kvd_error *err);
+void kvd_daemon_run(struct kvd_daemon *d);
+void kvd_daemon_deinit(struct kvd_daemon *d);
+// Takes no new sessions, tells the workers, and stops when the last session ends or the time is over.
+void kvd_daemon_drain(struct kvd_daemon *d, uint64_t timeout_ms);
+// To be called when a session ended: a draining daemon may be done.
+void kvd_daemon_session_ended(struct kvd_daemon *d);
+
+// -- session.c -----------------------------------------------------------------------------------------------------
+// The session of a secret, marked as used; NULL if there is none.
+struct kvd_session *kvd_session_find(struct kvd_daemon *d, const char *secret);
+struct kvd_session *kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t geom, struct kvd_connection *conn);
+// Ends a session: releases its sequences and buffers, ends its event streams, forgets it.
+void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *why);
+bool kvd_session_holds(const struct kvd_session *s, uint64_t seq);
+// Notes that the session holds `seq` (the pool's holder count is the caller's affair). KVD_E_LIMIT.
+int kvd_session_add_held(struct kvd_session *s, uint64_t seq, struct kvd_error *err);
+void kvd_session_drop_held(struct kvd_session *s, uint64_t seq);
+struct kvd_buffer *kvd_session_buffer(struct kvd_session *s, uint64_t id);
+// Maps a memfd. Takes the fd. KVD_E_INVALID (seals, size), KVD_E_QUOTA, KVD_E_LIMIT.
+int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t key, int fd, uint64_t size,
+                           struct kvd_buffer **out, struct kvd_error *err);
+void kvd_buffer_unref(struct kvd_buffer *b);
+void kvd_session_drop_buffer(struct kvd_session *s, struct kvd_buffer *b);
+// Ends leased sessions whose time is over.
+void kvd_session_expire(struct kvd_daemon *d);
+
+// -- fdsock.c ------------------------------------------------------------------------------------------------------
+int kvd_fdsock_init(struct kvd_daemon *d, const char *path, struct kvd_error *err);
+// Closes all; their sessions end. NULL is allowed.
+void kvd_fdsock_deinit(struct kvd_daemon *d);
+// The connection that a ticket was given to, or NULL.
+struct kvd_connection *kvd_fdsock_find(struct kvd_daemon *d, const char *ticket);
+struct kvd_peer {
+    int64_t pid, uid, gid;
+};
+struct kvd_peer kvd_connection_peer(const struct kvd_connection *c);
+struct kvd_session *kvd_connection_session(const struct kvd_connection *c);
+// Ties a session to a connection (or unties it with NULL).
+void kvd_connection_bind(struct kvd_connection *c, struct kvd_session *s);
+// Takes the fd sent under a key out of a connection; -1 if there is none.
+int kvd_connection_take_fd(struct kvd_connection *c, uint64_t key);
+// Hangs up: after its session was ended by the worker itself or by an operator.
+void kvd_connection_close(struct kvd_connection *c);
+uint32_t kvd_fdsock_count(const struct kvd_daemon *d);
+
+// -- exec.c --------------------------------------------------------------------------------------------------------
+struct kvd_job {
+    int (*run)(struct kvd_daemon *d, struct kvd_job *job);   // executor thread
+    void (*done)(struct kvd_daemon *d, struct kvd_job *job); // loop thread; frees the job
+    int rc; // what run returned
+    uint64_t queued_ns, started_ns, finished_ns;
+    struct kvd_job *next;
+};
+int kvd_exec_init(struct kvd_daemon *d, struct kvd_error *err);
+void kvd_exec_submit(struct kvd_daemon *d, struct kvd_job *job);
+// Waits for what is queued, runs the done callbacks, and joins the thread. NULL is allowed.
+void kvd_exec_deinit(struct kvd_daemon *d);
+
+// -- http.c, notify.c ----------------------------------------------------------------------------------------------
+int kvd_http_init(struct kvd_daemon *d, struct kvd_error *err);
+void kvd_http_deinit(struct kvd_daemon *d);
+void kvd_notify_ready(struct kvd_daemon *d);
+void kvd_notify_stopping(void);
+void kvd_notify_deinit(struct kvd_daemon *d);
+
+// The whole /metrics page. The caller frees it.
+char *kvd_metrics_page(struct kvd_daemon *d);
+
+#endif

@@ -1,0 +1,31 @@
+// Counters and histograms of the daemon, and their Prometheus text. Loop thread.
+#ifndef KVD_DAEMON_METRICS_H
+#define KVD_DAEMON_METRICS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { KVD_BUCKETS = 16, KVD_MAX_METHODS = 48, KVD_GRPC_CODES = 17 };
+
+struct kvd_histogram {
+    uint64_t bucket[KVD_BUCKETS + 1]; // the last is +Inf
+    uint64_t count, sum_ns;
+};
+
+enum kvd_kernel_op { KVD_OP_APPEND, KVD_OP_ATTEND, KVD_OP_STEP, KVD_OP_ROTATE, KVD_OP_READ, KVD_OP_COUNT };
+
+struct kvd_metrics {
+    struct kvd_histogram rpc[KVD_MAX_METHODS];
+    uint64_t calls[KVD_MAX_METHODS][KVD_GRPC_CODES];
+    struct kvd_histogram queue_wait, kernel[KVD_OP_COUNT];
+    uint64_t sessions_opened, sessions_ended, leases_expired;
+    uint64_t tokens_appended, queries_attended;
+    uint64_t bytes_in, bytes_stored; // bf16 bytes that were demoted, and what they became
+    uint64_t evicted_sequences;
+    uint64_t rotations_loaded, rotations_cached, rotations_fetched, rotations_failed;
+    uint64_t scrapes, nonfinite, events_lost;
+};
+
+void kvd_histogram_add(struct kvd_histogram *h, uint64_t ns);
+
+#endif

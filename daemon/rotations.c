@@ -1,0 +1,135 @@
+#include "daemon/rotations.h"
+
+struct fetch {
+    uv_work_t work;
+    struct kvd_daemon *d;
+    struct kvd_geometry *g;
+    void (*done)(void *ctx, struct kvd_rotset *set, const struct kvd_error *failure);
+    void *ctx;
+    struct kvd_store_config store;
+    char url[KVD_CONFIG_TEXT], cache[KVD_CONFIG_TEXT]; // a reload may change the daemon's
+    char ref[80];
+    struct kvd_rotset *set;
+    enum kvd_store_source source;
+    struct kvd_error err;
+    uint64_t began_ns;
+};
+
+struct kvd_store_config kvd_rotations_store(const struct kvd_daemon *d)
+{
+    return (struct kvd_store_config){.url = d->config.store,
+                                     .cache = d->config.cache,
+                                     .timeout_ms = d->config.store_timeout_ms,
+                                     .retries = 2};
+}
+
+static void fetch_work(uv_work_t *work)
+{
+    struct fetch *f = work->data;
+    if (kvd_store_fetch(&f->store, f->ref, NULL, NULL, &f->set, &f->source, &f->err))
+        f->set = NULL;
+}
+
+static void fetch_done(uv_work_t *work, int status)
+{
+    struct fetch *f = work->data;
+    struct kvd_metrics *m = &f->d->metrics;
+    unsigned long long ms = (uv_hrtime() - f->began_ns) / 1000000;
+    if (status < 0 && !f->set)
+        kvd_fail(&f->err, KVD_E_UNAVAILABLE, "kvd is shutting down");
+    if (f->set) {
+        bool remote = f->source == KVD_STORE_REMOTE;
+        m->rotations_fetched += remote;
+        m->rotations_cached += !remote;
+        kvd_info("rotation set ready name=%s digest=%s from=%s ms=%llu", f->ref, f->set->digest,
+                 remote ? "store" : "cache", ms);
+        snprintf(f->g->rotation, sizeof(f->g->rotation), "%s", f->set->digest);
+        f->done(f->ctx, f->set, NULL);
+    } else {
+        m->rotations_failed++;
+        kvd_warning("rotation set not available name=%s error=\"%s\" ms=%llu", f->ref, f->err.text, ms);
+        f->done(f->ctx, NULL, &f->err);
+    }
+    kvd_rotset_free(&f->set);
+    free(f);
+}
+
+static void get_builtin(struct kvd_geometry *g, void (*done)(void *, struct kvd_rotset *, const struct kvd_error *),
+                        void *ctx)
+{
+    struct kvd_error err = {0};
+    bool hadamard = strcmp(g->rotation, "hadamard") == 0;
+    struct kvd_rotset *set = hadamard ? kvd_rotset_hadamard(g, &err) : kvd_rotset_identity(g, &err);
+    done(ctx, set, set ? NULL : &err);
+    kvd_rotset_free(&set);
+}
+
+void kvd_rotations_get(struct kvd_daemon *d, struct kvd_geometry *g,
+                       void (*done)(void *ctx, struct kvd_rotset *set, const struct kvd_error *failure), void *ctx)
+{
+    struct kvd_error err = {0};
+    if (g->codec == KVD_CODEC_BF16) {
+        done(ctx, NULL, NULL);
+        return;
+    }
+    if (strcmp(g->rotation, "hadamard") == 0 || strcmp(g->rotation, "identity") == 0) {
+        get_builtin(g, done, ctx);
+        return;
+    }
+    struct fetch *f = calloc(1, sizeof(*f));
+    if (!f) {
+        kvd_fail(&err, KVD_E_INTERNAL, "out of memory");
+        done(ctx, NULL, &err);
+        return;
+    }
+    f->d = d;
+    f->g = g;
+    f->done = done;
+    f->ctx = ctx;
+    f->began_ns = uv_hrtime();
+    f->store = kvd_rotations_store(d);
+    snprintf(f->url, sizeof(f->url), "%s", d->config.store);
+    snprintf(f->cache, sizeof(f->cache), "%s", d->config.cache);
+    f->store.url = f->url;
+    f->store.cache = f->cache;
+    snprintf(f->ref, sizeof(f->ref), "%s", g->rotation);
+    f->work.data = f;
+    uv_queue_work(&d->loop, &f->work, fetch_work, fetch_done);
+}
+
+// Puts a set into the backend's memory. Without a set (bf16) there is nothing to rotate by.
+static struct kvd_rotation *load(struct kvd_daemon *d, const struct kvd_geometry *g, const struct kvd_rotset *set,
+                                 struct kvd_error *err)
+{
+    struct kvd_rotation_data data = {
+        .n_layers = g->n_layers, .heads = 1, .dim_k = g->head_dim_k, .dim_v = g->head_dim_v};
+    if (set && kvd_rotset_select(set, g, &data, err))
+        return NULL;
+    if (set && strcmp(g->rotation, "identity") == 0) {
+        // The backend skips the product when there is no matrix.
+        free((void *)data.k);
+        free((void *)data.v);
+        data.k = data.v = NULL;
+    }
+    struct kvd_rotation *r = d->backend->ops->rotation_new(d->backend, &data, err);
+    kvd_rotation_data_deinit(&data);
+    return r;
+}
+
+int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_geometry *g, const struct kvd_rotset *set, uint32_t *geom,
+                       struct kvd_error *err)
+{
+    uint64_t bytes[KVD_POOL_KINDS] = {kvd_page_bytes(g, KVD_CODEC_BF16), kvd_page_bytes(g, g->codec)};
+    // The rotations first: a geometry that they do not fit must leave nothing behind.
+    struct kvd_rotation *r = load(d, g, set, err);
+    if (!r)
+        return err->code;
+    int rc = kvd_pool_geometry(d->pool, g, bytes, geom, err);
+    if (rc || d->rotations[*geom]) {
+        d->backend->ops->rotation_free(d->backend, &r);
+        return rc;
+    }
+    d->rotations[*geom] = r;
+    d->metrics.rotations_loaded++;
+    return KVD_OK;
+}

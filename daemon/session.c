@@ -1,0 +1,179 @@
+// Sessions: what a worker holds, and the end of it.
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+
+#include "daemon/rpc.h"
+
+void kvd_secret_new(char out[KVD_SECRET_TEXT])
+{
+    uint8_t bytes[16];
+    for (size_t have = 0; have < sizeof(bytes);) {
+        ssize_t n = getrandom(bytes + have, sizeof(bytes) - have, 0);
+        have += n > 0 ? (size_t)n : 0;
+    }
+    kvd_hex(bytes, sizeof(bytes), out);
+}
+
+struct kvd_session *kvd_session_find(struct kvd_daemon *d, const char *secret)
+{
+    struct kvd_session *s = NULL;
+    if (strlen(secret) != KVD_SECRET_TEXT - 1)
+        return NULL;
+    HASH_FIND_STR(d->sessions, secret, s);
+    if (s) {
+        s->used_ms = kvd_now_ms(d);
+        s->calls++;
+    }
+    return s;
+}
+
+struct kvd_session *kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t geom, struct kvd_connection *conn)
+{
+    struct kvd_session *s = calloc(1, sizeof(*s));
+    if (!s)
+        return NULL;
+    kvd_secret_new(s->secret);
+    s->id = ++d->next_session;
+    s->ns = ns;
+    s->geom = geom;
+    s->connection = conn;
+    s->pid = s->uid = -1;
+    s->opened_ms = s->used_ms = kvd_now_ms(d);
+    if (conn) {
+        s->pid = kvd_connection_peer(conn).pid;
+        s->uid = kvd_connection_peer(conn).uid;
+        kvd_connection_bind(conn, s);
+    }
+    HASH_ADD_STR(d->sessions, secret, s);
+    d->metrics.sessions_opened++;
+    return s;
+}
+
+void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *why)
+{
+    kvd_info("session ended id=%llu client=%s pid=%lld why=\"%s\" sequences=%u calls=%llu", (unsigned long long)s->id,
+             s->client_name, (long long)s->pid, why, HASH_COUNT(s->held), (unsigned long long)s->calls);
+    kvd_compute_cancel(d, s);
+    while (s->watchers) {
+        struct kvd_call *c = s->watchers;
+        s->watchers = c->next_watch;
+        c->session = NULL;
+        kvd_call_finish(c, KVD_OK, "the session ended");
+    }
+    struct kvd_held *h, *h_next;
+    HASH_ITER (hh, s->held, h, h_next) {
+        kvd_pool_seq_release(d->pool, h->seq);
+        HASH_DEL(s->held, h);
+        free(h);
+    }
+    struct kvd_buffer *b, *b_next;
+    HASH_ITER (hh, s->buffers, b, b_next)
+        kvd_session_drop_buffer(s, b);
+    for (size_t i = 0; i < KVD_LEN(s->replays); i++)
+        free(s->replays[i].data);
+    struct kvd_connection *conn = s->connection;
+    if (conn)
+        kvd_connection_bind(conn, NULL);
+    HASH_DEL(d->sessions, s);
+    free(s);
+    d->metrics.sessions_ended++;
+    if (conn)
+        kvd_connection_close(conn);
+    kvd_daemon_session_ended(d);
+}
+
+void kvd_session_expire(struct kvd_daemon *d)
+{
+    struct kvd_session *s, *next;
+    HASH_ITER (hh, d->sessions, s, next) {
+        if (s->connection || kvd_now_ms(d) - s->used_ms < s->lease_ms)
+            continue;
+        d->metrics.leases_expired++;
+        kvd_session_end(d, s, "its lease ran out");
+    }
+}
+
+bool kvd_session_holds(const struct kvd_session *s, uint64_t seq)
+{
+    struct kvd_held *h;
+    HASH_FIND(hh, s->held, &seq, sizeof(seq), h);
+    return h;
+}
+
+int kvd_session_add_held(struct kvd_session *s, uint64_t seq, struct kvd_error *err)
+{
+    if (HASH_COUNT(s->held) >= KVD_MAX_HELD)
+        return kvd_fail(err, KVD_E_LIMIT, "a session holds at most %d sequences; free some", KVD_MAX_HELD);
+    struct kvd_held *h = calloc(1, sizeof(*h));
+    if (!h)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    h->seq = seq;
+    HASH_ADD(hh, s->held, seq, sizeof(h->seq), h);
+    return KVD_OK;
+}
+
+void kvd_session_drop_held(struct kvd_session *s, uint64_t seq)
+{
+    struct kvd_held *h;
+    HASH_FIND(hh, s->held, &seq, sizeof(seq), h);
+    if (!h)
+        return;
+    HASH_DEL(s->held, h);
+    free(h);
+}
+
+struct kvd_buffer *kvd_session_buffer(struct kvd_session *s, uint64_t id)
+{
+    struct kvd_buffer *b;
+    HASH_FIND(hh, s->buffers, &id, sizeof(id), b);
+    return b;
+}
+
+int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t key, int fd_taken, uint64_t size,
+                           struct kvd_buffer **out, struct kvd_error *err)
+{
+    int fd KVD_CLOSE = fd_taken;
+    struct stat st;
+    int seals = fcntl(fd, F_GET_SEALS);
+    // Without the seal the worker could shrink the file and make our next access a SIGBUS.
+    if (seals < 0 || !(seals & F_SEAL_SHRINK))
+        return kvd_fail(err, KVD_E_INVALID, "buffers are memfds sealed with F_SEAL_SHRINK (memfd_create with "
+                                            "MFD_ALLOW_SEALING, then fcntl F_ADD_SEALS)");
+    if (fstat(fd, &st) || size == 0 || (uint64_t)st.st_size < size)
+        return kvd_fail(err, KVD_E_INVALID, "size is %llu, the memfd has %lld bytes", (unsigned long long)size,
+                        (long long)st.st_size);
+    if (HASH_COUNT(s->buffers) >= KVD_MAX_BUFFERS)
+        return kvd_fail(err, KVD_E_LIMIT, "a session registers at most %d buffers; release some", KVD_MAX_BUFFERS);
+    if (size > d->config.max_buffer_bytes - s->buffer_bytes)
+        return kvd_fail(err, KVD_E_QUOTA, "the session's buffers would pass max-buffer-bytes (%llu)",
+                        (unsigned long long)d->config.max_buffer_bytes);
+    struct kvd_buffer *b = calloc(1, sizeof(*b));
+    void *data = b ? mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0) : MAP_FAILED;
+    if (data == MAP_FAILED) {
+        free(b);
+        return kvd_fail(err, KVD_E_INVALID, "cannot map the memfd for reading and writing: %s", strerror(errno));
+    }
+    *b = (struct kvd_buffer){.id = ++s->next_buffer, .key = key, .data = data, .size = size, .refs = 1};
+    HASH_ADD(hh, s->buffers, id, sizeof(b->id), b);
+    s->buffer_bytes += size;
+    *out = b;
+    return KVD_OK;
+}
+
+void kvd_buffer_unref(struct kvd_buffer *b)
+{
+    if (--b->refs)
+        return;
+    munmap(b->data, b->size);
+    free(b);
+}
+
+void kvd_session_drop_buffer(struct kvd_session *s, struct kvd_buffer *b)
+{
+    HASH_DEL(s->buffers, b);
+    s->buffer_bytes -= b->size;
+    kvd_buffer_unref(b);
+}
