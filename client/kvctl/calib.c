@@ -1,0 +1,238 @@
+// kvctl calib: rotation sets. With --store or --cache, or with a file, no daemon is asked.
+#include "calib/store.h"
+
+#include "client/kvctl/kvctl.h"
+
+static bool is_file(const char *arg)
+{
+    return access(arg, R_OK) == 0 || strchr(arg, '/') == arg || strncmp(arg, "./", 2) == 0;
+}
+
+static bool is_local(const struct kvctl *k)
+{
+    return k->store || k->cache;
+}
+
+static struct kvd_store_config local_store(const struct kvctl *k)
+{
+    static char cache[4096];
+    const char *xdg = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
+    if (k->cache)
+        snprintf(cache, sizeof(cache), "%s", k->cache);
+    else
+        snprintf(cache, sizeof(cache), "%s%s/kvd", xdg ? xdg : home ? home : "/var/tmp", xdg ? "" : "/.cache");
+    return (struct kvd_store_config){.url = k->store, .cache = cache, .timeout_ms = k->timeout_ms, .retries = 2};
+}
+
+static void on_progress(void *ctx, uint64_t have, uint64_t total)
+{
+    progress(ctx, have, total);
+}
+
+static struct kvd_rotset *fetch_local(struct kvctl *k, const char *ref, struct kvd_error *err)
+{
+    struct kvd_store_config c = local_store(k);
+    struct kvd_rotset *set = NULL;
+    if (kvd_store_fetch(&c, ref, on_progress, (void *)ref, &set, NULL, err))
+        set = NULL;
+    progress_end();
+    return set;
+}
+
+static int print_entries(struct kvctl *k, Kvd__V1__ListRotationSetsReply *r)
+{
+    if (k->json) {
+        json_t *j = kvctl_to_json(&r->base);
+        json_dumpf(j, stdout, JSON_INDENT(2) | JSON_PRESERVE_ORDER);
+        putchar('\n');
+        json_decref(j);
+        return EXIT_OK;
+    }
+    struct table *t = table_new("MODEL|TAG|STATE|>BYTES|>USERS|DIGEST");
+    for (size_t i = 0; i < r->n_sets; i++) {
+        table_cell(t, "%s", r->sets[i]->model);
+        table_cell(t, "%s", r->sets[i]->tag);
+        table_cell(t, "%s", r->sets[i]->state);
+        table_size(t, r->sets[i]->bytes);
+        table_cell(t, "%u", r->sets[i]->users);
+        table_cell(t, "%s", r->sets[i]->digest);
+    }
+    table_print(t, "the store has no rotation sets");
+    return EXIT_OK;
+}
+
+static int list_local(struct kvctl *k)
+{
+    struct kvd_store_config c = local_store(k);
+    struct kvd_error err = {0};
+    struct kvd_store_entry *entries KVD_FREE = NULL;
+    uint32_t n;
+    if (kvd_store_list(&c, &entries, &n, &err))
+        return kvctl_fail(&err);
+    Kvd__V1__RotationSetInfo *infos KVD_FREE = calloc(n + 1, sizeof(*infos));
+    Kvd__V1__RotationSetInfo **list KVD_FREE = calloc(n + 1, sizeof(*list));
+    Kvd__V1__ListRotationSetsReply r = KVD__V1__LIST_ROTATION_SETS_REPLY__INIT;
+    for (uint32_t i = 0; infos && list && i < n; i++) {
+        kvd__v1__rotation_set_info__init(&infos[i]);
+        infos[i].model = entries[i].model;
+        infos[i].tag = entries[i].tag;
+        infos[i].digest = entries[i].digest;
+        infos[i].bytes = entries[i].bytes;
+        infos[i].state = entries[i].cached ? "cached" : "store";
+        list[r.n_sets++] = &infos[i];
+    }
+    r.sets = list;
+    return print_entries(k, &r);
+}
+
+static int calib_ls(struct kvctl *k)
+{
+    Kvd__V1__ListRotationSetsRequest req = KVD__V1__LIST_ROTATION_SETS_REQUEST__INIT;
+    Kvd__V1__ListRotationSetsReply *r = NULL;
+    if (is_local(k))
+        return list_local(k);
+    int code = kvctl_call(k, "ListRotationSets", &req, &kvd__v1__list_rotation_sets_reply__descriptor, &r);
+    if (code)
+        return code;
+    code = print_entries(k, r);
+    kvd__v1__list_rotation_sets_reply__free_unpacked(r, NULL);
+    return code;
+}
+
+static void layers_text(const struct kvd_rotset *s, char *out, size_t cap)
+{
+    size_t n = 0;
+    out[0] = '\0';
+    for (uint32_t i = 0; i < s->n_layers && n + 12 < cap; i++) {
+        uint32_t j = i;
+        while (j + 1 < s->n_layers && s->layers[j + 1] == s->layers[j] + 1)
+            j++;
+        n += (size_t)snprintf(out + n, cap - n, j > i ? "%s%u-%u" : "%s%u", i ? "," : "", s->layers[i], s->layers[j]);
+        i = j;
+    }
+}
+
+static int print_set(struct kvctl *k, const struct kvd_rotset *s, double worst)
+{
+    char layers[256];
+    layers_text(s, layers, sizeof(layers));
+    if (k->json) {
+        json_t *j = json_pack("{s:s, s:s, s:s, s:s, s:i, s:s, s:i, s:i, s:i, s:f, s:f, s:f}", "model", s->model, "digest",
+                              s->digest, "objective", s->objective, "provenance", s->provenance, "n_layers",
+                              (int)s->n_layers, "layers", layers, "rotations_per_layer", (int)s->heads, "head_dim_k",
+                              (int)s->dim_k, "head_dim_v", (int)s->dim_v, "clip_k", (double)s->clip_k[0], "clip_v",
+                              (double)s->clip_v[0], "orthogonality", worst);
+        json_dumpf(j, stdout, JSON_INDENT(2) | JSON_PRESERVE_ORDER);
+        putchar('\n');
+        json_decref(j);
+        return EXIT_OK;
+    }
+    printf("model          %s\n", *s->model ? s->model : "-");
+    printf("digest         %s\n", *s->digest ? s->digest : "- (not a native file)");
+    printf("objective      %s\n", s->objective);
+    printf("provenance     %s\n", s->provenance);
+    printf("layers         %u: %s\n", s->n_layers, layers);
+    if (s->heads == 1)
+        printf("rotations      one a layer\n");
+    else
+        printf("rotations      %u a layer, one per kv head\n", s->heads);
+    printf("head_dim       K %u, V %u\n", s->dim_k, s->dim_v);
+    printf("clip           K %.3f, V %.3f (first layer)\n", (double)s->clip_k[0], (double)s->clip_v[0]);
+    printf("orthogonality  max |R R^T - I| = %.2e\n", worst);
+    return EXIT_OK;
+}
+
+// A set from a file, or, by name, from the store that --store and --cache say, or else from the daemon's.
+static struct kvd_rotset *open_set(struct kvctl *k, const char *arg, int *code)
+{
+    struct kvd_error err = {0};
+    struct kvd_rotset *set = NULL;
+    if (is_file(arg)) {
+        set = kvd_rotset_open(arg, &err);
+    } else if (!kvd_store_ref_valid(arg)) {
+        kvd_fail(&err, KVD_E_INVALID, "'%s' is neither a file nor a set: say model@tag or sha256:<64 hex>", arg);
+    } else {
+        set = fetch_local(k, arg, &err);
+    }
+    *code = set ? EXIT_OK : kvctl_fail(&err);
+    return set;
+}
+
+static int print_fetched(struct kvctl *k, Kvd__V1__FetchRotationSetReply *r)
+{
+    if (k->json)
+        return kvctl_print_json(&r->base);
+    const Kvd__V1__RotationSetInfo *s = r->set;
+    printf("%s\n%s: %u layers, head_dim %u/%u, %s\n", s->digest, s->model, s->layers, s->head_dim_k, s->head_dim_v,
+           s->state);
+    kvd__v1__fetch_rotation_set_reply__free_unpacked(r, NULL);
+    return EXIT_OK;
+}
+
+static int fetch_remote(struct kvctl *k, const char *ref)
+{
+    Kvd__V1__FetchRotationSetRequest req = KVD__V1__FETCH_ROTATION_SET_REQUEST__INIT;
+    Kvd__V1__FetchRotationSetReply *r = NULL;
+    req.name = (char *)ref;
+    int code = kvctl_operator_call(k, "FetchRotationSet", &req, &kvd__v1__fetch_rotation_set_reply__descriptor, &r);
+    return code ? code : print_fetched(k, r);
+}
+
+static int calib_show(struct kvctl *k, const char *arg, bool verify)
+{
+    int code;
+    double worst;
+    struct kvd_error err = {0};
+    if (!is_file(arg) && !is_local(k))
+        return fetch_remote(k, arg); // the daemon fetches and verifies
+    struct kvd_rotset *set = open_set(k, arg, &code);
+    if (!set)
+        return code;
+    int rc = kvd_rotset_check(set, &worst, &err);
+    if (rc)
+        code = kvctl_fail(&err);
+    else if (verify && !k->json)
+        printf("good: %u layers, digest %s, max |R R^T - I| = %.2e\n", set->n_layers, *set->digest ? set->digest : "-",
+               worst);
+    else
+        code = print_set(k, set, worst);
+    kvd_rotset_free(&set);
+    return code;
+}
+
+static int calib_import(struct kvctl *k, char **argv)
+{
+    struct kvd_error err = {0};
+    char model[KVD_MAX_NAME + 1];
+    const char *at = strchr(argv[2], '@');
+    if (!kvd_store_ref_valid(argv[2]) || !at)
+        return kvctl_usage("'%s' is not MODEL@TAG", argv[2]);
+    if (!k->store || strstr(k->store, "http") == k->store)
+        return kvctl_usage("import writes into a directory store: --store DIR");
+    const char *directory = strncmp(k->store, "file://", 7) == 0 ? k->store + 7 : k->store;
+    snprintf(model, sizeof(model), "%.*s", (int)(at - argv[2]), argv[2]);
+    struct kvd_rotset *set = kvd_rotset_import(argv[0], argv[1], model, &err);
+    int rc = set ? kvd_store_publish(directory, set, at + 1, &err) : err.code;
+    if (rc == KVD_OK && k->json)
+        printf("{\"model\": \"%s\", \"tag\": \"%s\", \"digest\": \"%s\"}\n", model, at + 1, set->digest);
+    else if (rc == KVD_OK)
+        printf("%s@%s is %s\n", model, at + 1, set->digest);
+    kvd_rotset_free(&set);
+    return rc ? kvctl_fail(&err) : EXIT_OK;
+}
+
+int cmd_calib(struct kvctl *k, int argc, char **argv)
+{
+    const char *verb = argc > 1 ? argv[1] : "ls";
+    if (strcmp(verb, "ls") == 0 && argc <= 2)
+        return calib_ls(k);
+    if (strcmp(verb, "show") == 0 && argc == 3)
+        return calib_show(k, argv[2], false);
+    if (strcmp(verb, "verify") == 0 && argc == 3)
+        return calib_show(k, argv[2], true);
+    if (strcmp(verb, "fetch") == 0 && argc == 3)
+        return is_local(k) ? calib_show(k, argv[2], false) : fetch_remote(k, argv[2]);
+    if (strcmp(verb, "import") == 0 && argc == 5)
+        return calib_import(k, argv + 2);
+    return kvctl_usage("it is: calib ls | show SET|FILE | verify SET|FILE | fetch SET | import K.pt V.pt MODEL@TAG");
+}

@@ -1,0 +1,172 @@
+// Tables for people, JSON for scripts.
+#include <stdarg.h>
+
+#include "client/kvctl/kvctl.h"
+
+static json_t *value_json(const ProtobufCFieldDescriptor *f, const void *at)
+{
+    switch (f->type) {
+    case PROTOBUF_C_TYPE_UINT32:
+        return json_integer(*(const uint32_t *)at);
+    case PROTOBUF_C_TYPE_INT64:
+    case PROTOBUF_C_TYPE_UINT64: // jansson has signed integers; sizes and ids stay below 2^63
+        return json_integer(*(const json_int_t *)at);
+    case PROTOBUF_C_TYPE_BOOL:
+        return json_boolean(*(const protobuf_c_boolean *)at);
+    case PROTOBUF_C_TYPE_STRING:
+        return json_string(*(char *const *)at);
+    case PROTOBUF_C_TYPE_MESSAGE:
+        return *(ProtobufCMessage *const *)at ? kvctl_to_json(*(ProtobufCMessage *const *)at) : json_null();
+    default:
+        return json_null();
+    }
+}
+
+static size_t element_size(const ProtobufCFieldDescriptor *f)
+{
+    return f->type == PROTOBUF_C_TYPE_UINT32 ? sizeof(uint32_t) : sizeof(void *);
+}
+
+json_t *kvctl_to_json(const ProtobufCMessage *m)
+{
+    json_t *out = json_object();
+    for (unsigned i = 0; i < m->descriptor->n_fields; i++) {
+        const ProtobufCFieldDescriptor *f = &m->descriptor->fields[i];
+        const uint8_t *at = (const uint8_t *)m + f->offset;
+        json_t *v;
+        if (f->label == PROTOBUF_C_LABEL_REPEATED) {
+            size_t n = *(const size_t *)(const void *)((const uint8_t *)m + f->quantifier_offset);
+            const uint8_t *items = *(const uint8_t *const *)(const void *)at;
+            v = json_array();
+            for (size_t j = 0; j < n; j++)
+                json_array_append_new(v, value_json(f, items + j * element_size(f)));
+        } else {
+            v = value_json(f, at);
+        }
+        json_object_set_new(out, f->name, v);
+    }
+    return out;
+}
+
+int kvctl_print_json(ProtobufCMessage *m)
+{
+    json_t *j = kvctl_to_json(m);
+    json_dumpf(j, stdout, JSON_INDENT(2) | JSON_PRESERVE_ORDER);
+    putchar('\n');
+    json_decref(j);
+    protobuf_c_message_free_unpacked(m, NULL);
+    return EXIT_OK;
+}
+
+enum { MAX_COLUMNS = 16, CELL = 132 };
+
+struct table {
+    char titles[MAX_COLUMNS][32];
+    bool right[MAX_COLUMNS];
+    int columns;
+    char (*cells)[CELL];
+    size_t n, cap;
+};
+
+struct table *table_new(const char *titles)
+{
+    struct table *t = calloc(1, sizeof(*t));
+    for (const char *c = titles; t && c;) {
+        const char *end = strchr(c, '|');
+        int len = end ? (int)(end - c) : (int)strlen(c);
+        t->right[t->columns] = *c == '>';
+        snprintf(t->titles[t->columns], sizeof(t->titles[0]), "%.*s", len - (*c == '>'), c + (*c == '>'));
+        t->columns++;
+        c = end ? end + 1 : NULL;
+    }
+    return t;
+}
+
+void table_cell(struct table *t, const char *fmt, ...)
+{
+    if (t->n == t->cap) {
+        size_t cap = t->cap ? 2 * t->cap : 64;
+        char(*grown)[CELL] = realloc(t->cells, cap * sizeof(*grown));
+        if (!grown)
+            exit(EXIT_FAILED);
+        t->cells = grown;
+        t->cap = cap;
+    }
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(t->cells[t->n++], CELL, fmt, ap);
+    va_end(ap);
+}
+
+void table_size(struct table *t, uint64_t bytes)
+{
+    char text[32];
+    table_cell(t, "%s", kvd_format_size(bytes, text, sizeof(text)));
+}
+
+const char *text_time(uint64_t ms, char *out, size_t cap)
+{
+    uint64_t s = ms / 1000;
+    if (s < 120)
+        snprintf(out, cap, "%llu.%llus", (unsigned long long)s, (unsigned long long)(ms % 1000 / 100));
+    else if (s < 7200)
+        snprintf(out, cap, "%llum%02llus", (unsigned long long)s / 60, (unsigned long long)s % 60);
+    else
+        snprintf(out, cap, "%lluh%02llum", (unsigned long long)s / 3600, (unsigned long long)s / 60 % 60);
+    return out;
+}
+
+void table_time(struct table *t, uint64_t ms)
+{
+    char text[32];
+    table_cell(t, "%s", text_time(ms, text, sizeof(text)));
+}
+
+static void print_row(const struct table *t, char (*cells)[CELL], const int *width)
+{
+    for (int c = 0; c < t->columns; c++) {
+        const char *text = cells ? cells[c] : t->titles[c];
+        bool last = c + 1 == t->columns;
+        printf(t->right[c] ? "%*s" : last ? "%.0d%s" : "%-*s", t->right[c] || !last ? width[c] : 0, text);
+        printf("%s", last ? "\n" : "  ");
+    }
+}
+
+void table_print(struct table *t, const char *empty)
+{
+    int width[MAX_COLUMNS];
+    for (int c = 0; c < t->columns; c++)
+        width[c] = (int)strlen(t->titles[c]);
+    for (size_t i = 0; i < t->n; i++)
+        width[i % (size_t)t->columns] = KVD_MAX(width[i % (size_t)t->columns], (int)strlen(t->cells[i]));
+    if (t->n == 0) {
+        printf("%s\n", empty);
+    } else {
+        print_row(t, NULL, width);
+        for (size_t i = 0; i + (size_t)t->columns <= t->n; i += (size_t)t->columns)
+            print_row(t, &t->cells[i], width);
+    }
+    free(t->cells);
+    free(t);
+}
+
+void progress(const char *what, uint64_t have, uint64_t total)
+{
+    char a[32], b[32];
+    if (!isatty(STDERR_FILENO))
+        return;
+    kvd_format_size(have, a, sizeof(a));
+    if (total == 0) {
+        fprintf(stderr, "\r%s %s\033[K", what, a);
+        return;
+    }
+    int done = (int)(have * 30 / total);
+    fprintf(stderr, "\r%s [%.*s%.*s] %s of %s\033[K", what, done, "##############################", 30 - done,
+            "..............................", a, kvd_format_size(total, b, sizeof(b)));
+}
+
+void progress_end(void)
+{
+    if (isatty(STDERR_FILENO))
+        fprintf(stderr, "\r\033[K");
+}

@@ -1,0 +1,264 @@
+// Commands that show: status, workers, sequences, pool, metrics, top, ping, version.
+#include <signal.h>
+#include <time.h>
+
+#include "client/kvctl/kvctl.h"
+#include "proto/kvd_limits.h"
+
+static Kvd__V1__StatusReply *get_status(struct kvctl *k, int *code)
+{
+    Kvd__V1__StatusRequest req = KVD__V1__STATUS_REQUEST__INIT;
+    Kvd__V1__StatusReply *r = NULL;
+    *code = kvctl_call(k, "GetStatus", &req, &kvd__v1__status_reply__descriptor, &r);
+    return r;
+}
+
+static void print_status(const Kvd__V1__StatusReply *r)
+{
+    char used[32], all[32], rss[32], up[32];
+    printf("state      %s, up %s\n", r->state, text_time(r->uptime_ms, up, sizeof(up)));
+    printf("version    %s (pid %u, instance %.8s)\n", r->version, r->pid, r->instance);
+    printf("backend    %s: %s\n", r->backend, r->device);
+    printf("pool       %s of %s used (%.1f %%)\n", kvd_format_size(r->pool_used_bytes, used, sizeof(used)),
+           kvd_format_size(r->pool_bytes, all, sizeof(all)),
+           r->pool_bytes ? 100.0 * (double)r->pool_used_bytes / (double)r->pool_bytes : 0);
+    printf("holds      %llu tokens in %llu sequences\n", (unsigned long long)r->tokens,
+           (unsigned long long)r->sequences);
+    printf("sessions   %u, %u calls queued\n", r->sessions, r->queued_calls);
+    for (size_t i = 0; i < r->n_listen; i++)
+        printf("listen     %s\n", r->listen[i]);
+    printf("metrics    %s\n", *r->metrics ? r->metrics : "off");
+    printf("store      %s\n", *r->store ? r->store : "none");
+    printf("memory     %s resident; log level %s\n", kvd_format_size(r->rss_bytes, rss, sizeof(rss)), r->log_level);
+}
+
+int cmd_status(struct kvctl *k, int argc, char **argv)
+{
+    int code;
+    (void)argv;
+    if (argc > 1)
+        return kvctl_usage("status takes no arguments");
+    Kvd__V1__StatusReply *r = get_status(k, &code);
+    if (code)
+        return code;
+    if (k->json)
+        return kvctl_print_json(&r->base);
+    print_status(r);
+    kvd__v1__status_reply__free_unpacked(r, NULL);
+    return EXIT_OK;
+}
+
+static int show_workers(struct kvctl *k)
+{
+    Kvd__V1__ListSessionsRequest req = KVD__V1__LIST_SESSIONS_REQUEST__INIT;
+    Kvd__V1__ListSessionsReply *r = NULL;
+    int code = kvctl_call(k, "ListSessions", &req, &kvd__v1__list_sessions_reply__descriptor, &r);
+    if (code)
+        return code;
+    if (k->json)
+        return kvctl_print_json(&r->base);
+    struct table *t = table_new(">ID|NAMESPACE|CLIENT|>PID|>UID|>AGE|>IDLE|>SEQS|>PAGES|>BUFFERS|>CALLS|CODEC|ROTATION");
+    for (size_t i = 0; i < r->n_sessions; i++) {
+        const Kvd__V1__SessionInfo *s = r->sessions[i];
+        table_cell(t, "%llu", (unsigned long long)s->id);
+        table_cell(t, "%s", s->namespace_name);
+        table_cell(t, "%s", *s->client_name ? s->client_name : "-");
+        table_cell(t, s->pid < 0 ? "lease" : "%lld", (long long)s->pid);
+        table_cell(t, s->uid < 0 ? "-" : "%lld", (long long)s->uid);
+        table_time(t, s->age_ms);
+        table_time(t, s->idle_ms);
+        table_cell(t, "%u", s->sequences);
+        table_size(t, s->page_bytes);
+        table_size(t, s->buffer_bytes);
+        table_cell(t, "%llu", (unsigned long long)s->calls);
+        table_cell(t, "%s", s->codec);
+        table_cell(t, "%.20s", *s->rotation_set ? s->rotation_set : "-");
+    }
+    table_print(t, "no sessions");
+    kvd__v1__list_sessions_reply__free_unpacked(r, NULL);
+    return EXIT_OK;
+}
+
+int cmd_workers(struct kvctl *k, int argc, char **argv)
+{
+    (void)argv;
+    return argc > 1 ? kvctl_usage("workers takes no arguments") : show_workers(k);
+}
+
+int cmd_sequences(struct kvctl *k, int argc, char **argv)
+{
+    Kvd__V1__ListSequencesRequest req = KVD__V1__LIST_SEQUENCES_REQUEST__INIT;
+    Kvd__V1__ListSequencesReply *r = NULL;
+    if (argc > 2)
+        return kvctl_usage("sequences takes one namespace at most");
+    if (argc == 2)
+        req.namespace_name = argv[1];
+    int code = kvctl_call(k, "ListSequences", &req, &kvd__v1__list_sequences_reply__descriptor, &r);
+    if (code)
+        return code;
+    if (k->json)
+        return kvctl_print_json(&r->base);
+    struct table *t = table_new(">ID|NAMESPACE|NAME|>TOKENS|>COMPRESSED|>BYTES|>HOLDERS|CODEC");
+    for (size_t i = 0; i < r->n_sequences; i++) {
+        const Kvd__V1__AdminSequence *s = r->sequences[i];
+        table_cell(t, "%llu", (unsigned long long)s->sequence);
+        table_cell(t, "%s", s->namespace_name);
+        table_cell(t, "%s", *s->name ? s->name : "-");
+        table_cell(t, "%llu", (unsigned long long)s->length);
+        table_cell(t, "%llu", (unsigned long long)s->history_tokens);
+        table_size(t, s->bytes);
+        table_cell(t, "%u", s->holders);
+        table_cell(t, "%s", s->codec);
+    }
+    table_print(t, "no sequences");
+    if (r->more)
+        printf("... and more\n");
+    kvd__v1__list_sequences_reply__free_unpacked(r, NULL);
+    return EXIT_OK;
+}
+
+static int show_pool(struct kvctl *k)
+{
+    Kvd__V1__GetPoolRequest req = KVD__V1__GET_POOL_REQUEST__INIT;
+    Kvd__V1__GetPoolReply *r = NULL;
+    char a[32], b[32], c[32], d[32];
+    int code = kvctl_call(k, "GetPool", &req, &kvd__v1__get_pool_reply__descriptor, &r);
+    if (code)
+        return code;
+    if (k->json)
+        return kvctl_print_json(&r->base);
+    printf("%s: %s in pages, %s slack, %s free; %u of %u extents granted; %llu evictions\n\n",
+           kvd_format_size(r->pool_bytes, a, sizeof(a)), kvd_format_size(r->used_bytes, b, sizeof(b)),
+           kvd_format_size(r->slack_bytes, c, sizeof(c)), kvd_format_size(r->free_bytes, d, sizeof(d)),
+           r->extents_granted, r->extents_total, (unsigned long long)r->evictions);
+    struct table *t = table_new("NAMESPACE|KIND|>PAGE|>USED PAGES|>FREE PAGES|>EXTENTS");
+    for (size_t i = 0; i < r->n_groups; i++) {
+        const Kvd__V1__ExtentGroup *g = r->groups[i];
+        table_cell(t, "%s", g->namespace_name);
+        table_cell(t, "%s", g->kind);
+        table_size(t, g->page_bytes);
+        table_cell(t, "%llu", (unsigned long long)g->pages_used);
+        table_cell(t, "%llu", (unsigned long long)g->pages_free);
+        table_cell(t, "%u", g->extents);
+    }
+    table_print(t, "no pages in use");
+    kvd__v1__get_pool_reply__free_unpacked(r, NULL);
+    return EXIT_OK;
+}
+
+int cmd_pool(struct kvctl *k, int argc, char **argv)
+{
+    (void)argv;
+    return argc > 1 ? kvctl_usage("pool takes no arguments") : show_pool(k);
+}
+
+int cmd_metrics(struct kvctl *k, int argc, char **argv)
+{
+    Kvd__V1__GetMetricsRequest req = KVD__V1__GET_METRICS_REQUEST__INIT;
+    Kvd__V1__GetMetricsReply *r = NULL;
+    (void)argv;
+    if (argc > 1)
+        return kvctl_usage("metrics takes no arguments");
+    int code = kvctl_call(k, "GetMetrics", &req, &kvd__v1__get_metrics_reply__descriptor, &r);
+    if (code)
+        return code;
+    if (k->json)
+        return kvctl_print_json(&r->base);
+    fputs(r->text, stdout);
+    kvd__v1__get_metrics_reply__free_unpacked(r, NULL);
+    return EXIT_OK;
+}
+
+static volatile sig_atomic_t interrupted;
+
+static void on_interrupt(int number)
+{
+    (void)number;
+    interrupted = 1;
+}
+
+int cmd_top(struct kvctl *k, int argc, char **argv)
+{
+    double seconds = argc > 1 ? atof(argv[1]) : 1;
+    long count = argc > 2 ? atol(argv[2]) : -1;
+    if (argc > 3 || seconds < 0.1 || seconds > 3600)
+        return kvctl_usage("top takes seconds (0.1 to 3600) and a count");
+    signal(SIGINT, on_interrupt);
+    for (int code; count != 0 && !interrupted; count -= count > 0) {
+        Kvd__V1__StatusReply *r = get_status(k, &code);
+        if (code)
+            return code;
+        if (k->json) {
+            kvctl_print_json(&r->base);
+        } else {
+            if (isatty(STDOUT_FILENO))
+                printf("\033[H\033[2J");
+            print_status(r);
+            kvd__v1__status_reply__free_unpacked(r, NULL);
+            putchar('\n');
+            if ((code = show_workers(k)))
+                return code;
+            putchar('\n');
+            if ((code = show_pool(k)))
+                return code;
+        }
+        fflush(stdout);
+        struct timespec ts = {(time_t)seconds, (long)((seconds - (double)(time_t)seconds) * 1e9)};
+        if (count != 1)
+            nanosleep(&ts, NULL);
+    }
+    return EXIT_OK;
+}
+
+static double now_ms(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (double)ts.tv_sec * 1e3 + (double)ts.tv_nsec / 1e6;
+}
+
+int cmd_ping(struct kvctl *k, int argc, char **argv)
+{
+    Kvd__V1__PingRequest req = KVD__V1__PING_REQUEST__INIT;
+    long n = argc > 1 ? atol(argv[1]) : 4;
+    double sum = 0, least = 1e9, most = 0;
+    if (argc > 2 || n < 1 || n > 1000000)
+        return kvctl_usage("ping takes a count from 1 to 1000000");
+    for (long i = 0; i < n; i++) {
+        Kvd__V1__PingReply *r = NULL;
+        double t = now_ms();
+        int code = kvctl_call(k, "Ping", &req, &kvd__v1__ping_reply__descriptor, &r);
+        if (code)
+            return code;
+        kvd__v1__ping_reply__free_unpacked(r, NULL);
+        t = now_ms() - t;
+        sum += t;
+        least = KVD_MIN(least, t);
+        most = KVD_MAX(most, t);
+        if (!k->json && n <= 10)
+            printf("%s: %.3f ms\n", k->address, t);
+    }
+    printf(k->json ? "{\"count\": %ld, \"min_ms\": %.3f, \"avg_ms\": %.3f, \"max_ms\": %.3f}\n"
+                   : "%ld calls: min %.3f ms, avg %.3f ms, max %.3f ms\n",
+           n, least, sum / (double)n, most);
+    return EXIT_OK;
+}
+
+int cmd_version(struct kvctl *k, int argc, char **argv)
+{
+    struct kvd_error err = {0};
+    Kvd__V1__StatusRequest req = KVD__V1__STATUS_REQUEST__INIT;
+    Kvd__V1__StatusReply *r = NULL;
+    (void)argv;
+    if (argc > 1)
+        return kvctl_usage("version takes no arguments");
+    struct kvd_channel *c = kvctl_channel(k, &err);
+    if (!c || kvd_channel_call(c, "/kvd.v1.Admin/GetStatus", &req, &kvd__v1__status_reply__descriptor,
+                               KVD_MIN(k->timeout_ms, 2000u), &r, &err))
+        r = NULL;
+    const char *daemon = r ? r->version : "not reachable";
+    printf(k->json ? "{\"kvctl\": \"%s\", \"kvd\": \"%s\"}\n" : "kvctl %s\nkvd   %s\n", KVD_VERSION, daemon);
+    if (r)
+        kvd__v1__status_reply__free_unpacked(r, NULL);
+    return EXIT_OK;
+}
