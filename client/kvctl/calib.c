@@ -200,6 +200,13 @@ static int calib_show(struct kvctl *k, const char *arg, bool verify)
     return code;
 }
 
+static const char *store_directory(const struct kvctl *k)
+{
+    if (!k->store || strncmp(k->store, "http", 4) == 0)
+        return NULL;
+    return strncmp(k->store, "file://", 7) == 0 ? k->store + 7 : k->store;
+}
+
 static int calib_import(struct kvctl *k, char **argv)
 {
     struct kvd_error err = {0};
@@ -207,9 +214,9 @@ static int calib_import(struct kvctl *k, char **argv)
     const char *at = strchr(argv[2], '@');
     if (!kvd_store_ref_valid(argv[2]) || !at)
         return kvctl_usage("'%s' is not MODEL@TAG", argv[2]);
-    if (!k->store || strstr(k->store, "http") == k->store)
+    const char *directory = store_directory(k);
+    if (!directory)
         return kvctl_usage("import writes into a directory store: --store DIR");
-    const char *directory = strncmp(k->store, "file://", 7) == 0 ? k->store + 7 : k->store;
     snprintf(model, sizeof(model), "%.*s", (int)(at - argv[2]), argv[2]);
     struct kvd_rotset *set = kvd_rotset_import(argv[0], argv[1], model, &err);
     int rc = set ? kvd_store_publish(directory, set, at + 1, &err) : err.code;
@@ -217,6 +224,51 @@ static int calib_import(struct kvctl *k, char **argv)
         printf("{\"model\": \"%s\", \"tag\": \"%s\", \"digest\": \"%s\"}\n", model, at + 1, set->digest);
     else if (rc == KVD_OK)
         printf("%s@%s is %s\n", model, at + 1, set->digest);
+    kvd_rotset_free(&set);
+    return rc ? kvctl_fail(&err) : EXIT_OK;
+}
+
+// "0-3,7" into layers of a geometry.
+static bool parse_layers(const char *text, struct kvd_geometry *g)
+{
+    while (*text) {
+        char *end;
+        unsigned long from = strtoul(text, &end, 10), to = from;
+        if (end == text || from > KVD_MAX_MODEL_LAYER)
+            return false;
+        if (*end == '-') {
+            text = end + 1;
+            to = strtoul(text, &end, 10);
+        }
+        if (end == text || (*end && *end != ',') || to < from || to > KVD_MAX_MODEL_LAYER)
+            return false;
+        for (; from <= to; from++) {
+            if (g->n_layers == KVD_MAX_LAYERS || (g->n_layers && from <= g->layers[g->n_layers - 1]))
+                return false;
+            g->layers[g->n_layers++] = (uint16_t)from;
+        }
+        text = *end ? end + 1 : end;
+    }
+    return g->n_layers > 0;
+}
+
+// Publishes the data-free Hadamard set for a model, so that workers can name it as they will name a fitted one.
+static int calib_hadamard(struct kvctl *k, char **argv)
+{
+    struct kvd_error err = {0};
+    struct kvd_geometry g = {0};
+    const char *directory = store_directory(k), *at = strchr(argv[0], '@');
+    if (!kvd_store_ref_valid(argv[0]) || !at || !parse_layers(argv[1], &g))
+        return kvctl_usage("it is: calib hadamard MODEL@TAG LAYERS DIM, with layers such as 0-31 or 3,7,11");
+    if (!directory)
+        return kvctl_usage("hadamard writes into a directory store: --store DIR");
+    g.head_dim_k = g.head_dim_v = (uint32_t)atoi(argv[2]);
+    struct kvd_rotset *set = kvd_rotset_hadamard(&g, &err);
+    if (set)
+        snprintf(set->model, sizeof(set->model), "%.*s", (int)(at - argv[0]), argv[0]);
+    int rc = set ? kvd_store_publish(directory, set, at + 1, &err) : err.code;
+    if (rc == KVD_OK)
+        printf(k->json ? "{\"set\": \"%s\", \"digest\": \"%s\"}\n" : "%s is %s\n", argv[0], set->digest);
     kvd_rotset_free(&set);
     return rc ? kvctl_fail(&err) : EXIT_OK;
 }
@@ -234,5 +286,7 @@ int cmd_calib(struct kvctl *k, int argc, char **argv)
         return is_local(k) ? calib_show(k, argv[2], false) : fetch_remote(k, argv[2]);
     if (strcmp(verb, "import") == 0 && argc == 5)
         return calib_import(k, argv + 2);
-    return kvctl_usage("it is: calib ls | show SET|FILE | verify SET|FILE | fetch SET | import K.pt V.pt MODEL@TAG");
+    if (strcmp(verb, "hadamard") == 0 && argc == 5)
+        return calib_hadamard(k, argv + 2);
+    return kvctl_usage("it is: calib ls | show SET|FILE | verify SET|FILE | fetch SET | import K.pt V.pt MODEL@TAG | hadamard MODEL@TAG LAYERS DIM");
 }

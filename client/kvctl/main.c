@@ -12,13 +12,12 @@ static const struct command commands[] = {
     {"metrics", "", "All metrics, in Prometheus text format", cmd_metrics},
     {"top", "[SECONDS [COUNT]]", "Live view, until interrupted", cmd_top},
     {"ping", "[COUNT]", "Round-trip time of a call", cmd_ping},
-    {"quota", "ls | set NAMESPACE SIZE|none", "Quotas of namespaces", cmd_quota},
-    {"evict", "[--namespace NS [--name NAME]] [--bytes SIZE]", "Evict published, unused sequences, oldest first",
+    {"quota", "ls | set NS SIZE|none", "Quotas of namespaces", cmd_quota},
+    {"evict", "[OPTION...]", "Evict published, unused sequences, oldest first",
      cmd_evict},
     {"drain", "[SECONDS]", "Let sessions end, then stop the daemon", cmd_drain},
     {"log-level", "LEVEL", "error, warning, notice, info or debug", cmd_log_level},
-    {"calib", "ls | show SET|FILE | verify SET|FILE | fetch SET | import K.pt V.pt MODEL@TAG",
-     "Rotation sets: in the store, the cache, or files", cmd_calib},
+    {"calib", "VERB ...", "Rotation sets: ls, show, verify, fetch, import, hadamard", cmd_calib},
     {"version", "", "Versions of kvctl and the daemon", cmd_version},
 };
 
@@ -100,9 +99,12 @@ static char *help_text(int key, const char *text, void *input)
     for (size_t i = 0; i < KVD_LEN(commands); i++) {
         char head[128];
         snprintf(head, sizeof(head), "%s %s", commands[i].name, commands[i].arguments);
-        fprintf(f, strlen(head) > 30 ? "  %s\n  %-30s %s\n" : "  %-30s %.0s%s\n", head, "", commands[i].help);
+        fprintf(f, "  %-31s%s\n", head, commands[i].help);
     }
-    fprintf(f, "\nExit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 no daemon there, 4 not allowed. See kvctl(1).");
+    fprintf(f, "\ncalib ls | show SET|FILE | verify SET|FILE | fetch SET\n"
+               "calib import K.pt V.pt MODEL@TAG | hadamard MODEL@TAG LAYERS DIM\n"
+               "evict --namespace NS --name NAME --bytes SIZE\n");
+    fprintf(f, "\nExit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 no daemon there,\n4 not allowed. See kvctl(1).");
     fclose(f);
     return out;
 }

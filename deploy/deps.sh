@@ -1,0 +1,33 @@
+# Installs what kvd wants on Debian and Ubuntu, and nothing that is there already. Sourced by quickstart.sh and
+# tests/run.sh: kvd_deps build | kvd_deps test.
+
+kvd_deps() {
+    local packages="gcc meson ninja-build pkg-config libuv1-dev libgrpc-dev libprotobuf-c-dev protobuf-c-compiler
+        protobuf-compiler libcurl4-openssl-dev libsystemd-dev libssl-dev libinih-dev libjansson-dev libzip-dev
+        libmicrohttpd-dev uthash-dev libopenblas-dev scdoc"
+    if [ "$1" = test ]; then
+        packages="$packages check prometheus nginx-light python3 python3-grpcio python3-protobuf python3-numpy
+            python3-pytest clang-format openssl"
+    fi
+    local missing="" p
+    for p in $packages; do
+        dpkg-query -W -f='${db:Status-Status}\n' "$p" 2>/dev/null | grep -qx installed || missing="$missing $p"
+    done
+    if [ -z "$missing" ]; then
+        echo "== dependencies: all there"
+        return 0
+    fi
+    echo "== dependencies: installing$missing"
+    local sudo=""
+    [ "$(id -u)" = 0 ] || sudo=sudo
+    # Servers that come with packages must not start here: the tests start their own.
+    local policy=/usr/sbin/policy-rc.d made=""
+    if [ ! -e "$policy" ]; then
+        printf '#!/bin/sh\nexit 101\n' | $sudo tee "$policy" >/dev/null && $sudo chmod +x "$policy" && made=1
+    fi
+    local rc=0
+    $sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends $missing \
+        >/dev/null || rc=$?
+    [ -z "$made" ] || $sudo rm -f "$policy"
+    return $rc
+}
