@@ -345,6 +345,7 @@ struct store_call {
     struct kvd_store_entry *entries;
     uint32_t n;
     struct kvd_rotset *set;
+    enum kvd_store_source source;
     struct kvd_error err;
 };
 
@@ -409,7 +410,7 @@ static void fetch_work(uv_work_t *work)
 {
     struct store_call *s = work->data;
     struct kvd_store_config c = store_of(s);
-    kvd_store_fetch(&c, s->ref, NULL, NULL, &s->set, NULL, &s->err);
+    kvd_store_fetch(&c, s->ref, NULL, NULL, &s->set, &s->source, &s->err);
 }
 
 static void fetch_done(uv_work_t *work, int status)
@@ -417,6 +418,10 @@ static void fetch_done(uv_work_t *work, int status)
     struct store_call *s = work->data;
     Kvd__V1__FetchRotationSetReply r = KVD__V1__FETCH_ROTATION_SET_REPLY__INIT;
     Kvd__V1__RotationSetInfo info = KVD__V1__ROTATION_SET_INFO__INIT;
+    struct kvd_metrics *m = &s->call->d->metrics;
+    m->rotations_failed += !s->set;
+    m->rotations_cached += s->set && s->source == KVD_STORE_CACHE;
+    m->rotations_fetched += s->set && s->source == KVD_STORE_REMOTE;
     if (s->set && status == 0) {
         info.model = s->set->model;
         info.digest = s->set->digest;

@@ -59,7 +59,9 @@ static void get_builtin(struct kvd_geometry *g, void (*done)(void *, struct kvd_
 {
     struct kvd_error err = {0};
     bool hadamard = strcmp(g->rotation, "hadamard") == 0;
-    struct kvd_rotset *set = hadamard ? kvd_rotset_hadamard(g, &err) : kvd_rotset_identity(g, &err);
+    struct kvd_geometry one = *g; // one matrix serves all layers
+    one.n_layers = 1;
+    struct kvd_rotset *set = hadamard ? kvd_rotset_hadamard(&one, &err) : kvd_rotset_identity(&one, &err);
     done(ctx, set, set ? NULL : &err);
     kvd_rotset_free(&set);
 }
@@ -103,7 +105,10 @@ static struct kvd_rotation *load(struct kvd_daemon *d, const struct kvd_geometry
 {
     struct kvd_rotation_data data = {
         .n_layers = g->n_layers, .heads = 1, .dim_k = g->head_dim_k, .dim_v = g->head_dim_v};
-    if (set && kvd_rotset_select(set, g, &data, err))
+    struct kvd_geometry one = *g;
+    if (set && !kvd_digest_valid(g->rotation))
+        one.n_layers = 1; // built in
+    if (set && kvd_rotset_select(set, &one, &data, err))
         return NULL;
     if (set && strcmp(g->rotation, "identity") == 0) {
         // The backend skips the product when there is no matrix.

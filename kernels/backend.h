@@ -14,8 +14,8 @@ struct kvd_rotation; // a rotation set in the backend's memory
 
 // A rotation set in host memory. Rows multiply from the left: y = x R.
 struct kvd_rotation_data {
-    uint32_t n_layers;
-    uint32_t heads; // 1: one rotation per layer, for all kv heads; else kv_heads
+    uint32_t n_layers; // 1: the same rotations for all layers
+    uint32_t heads;    // 1: one rotation per layer, for all kv heads; else kv_heads
     uint32_t dim_k, dim_v;
     const float *k;      // [n_layers][heads][dim_k][dim_k]; NULL: identity
     const float *v;      // [n_layers][heads][dim_v][dim_v]; NULL: identity

@@ -71,7 +71,7 @@ static void demote_int2(const struct append_job *job, const struct kvd_append_it
     const struct kvd_geometry *g = p->geometry;
     const struct kvd_rotation *r = p->rotation;
     uint32_t layer = p->layer_begin + l, dk = g->head_dim_k, dv = g->head_dim_v;
-    uint32_t at = layer * r->heads + (r->heads == 1 ? 0 : head);
+    uint64_t at = kvd_rotation_index(r, layer, head);
     float x[KVD_CHUNK_TOKENS][KVD_MAX_HEAD_DIM], y[KVD_CHUNK_TOKENS * KVD_MAX_HEAD_DIM];
     for (uint64_t t = item->hist_end; t < item->new_hist_end;) {
         uint32_t n = (uint32_t)KVD_MIN((uint64_t)KVD_CHUNK_TOKENS, item->new_hist_end - t);

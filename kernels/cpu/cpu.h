@@ -66,13 +66,17 @@ int kvd_cpu_attend(struct kvd_backend *b, const struct kvd_attend_params *p, str
 int kvd_cpu_read(struct kvd_backend *b, const struct kvd_read_params *p, struct kvd_error *err);
 int kvd_cpu_rotate(struct kvd_backend *b, const struct kvd_rotate_params *p, struct kvd_error *err);
 
+// Index of a layer's and kv head's matrix and clip ratio: sets may be shared by all layers or all heads.
+static inline uint64_t kvd_rotation_index(const struct kvd_rotation *r, uint32_t layer, uint32_t head)
+{
+    return (uint64_t)(r->n_layers == 1 ? 0 : layer) * r->heads + (r->heads == 1 ? 0 : head);
+}
+
 // The matrix of a layer and kv head, or NULL for identity.
 static inline const float *kvd_rotation_of(const struct kvd_rotation *r, const float *m, uint32_t dim, uint32_t layer,
                                            uint32_t head)
 {
-    if (!m)
-        return NULL;
-    return m + ((uint64_t)layer * r->heads + (r->heads == 1 ? 0 : head)) * dim * dim;
+    return m ? m + kvd_rotation_index(r, layer, head) * dim * dim : NULL;
 }
 
 // y = x R, or a copy for identity.

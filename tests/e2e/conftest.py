@@ -1,0 +1,180 @@
+"""Fixtures: a real kvd process per test (or shared per module), spoken to over real sockets.
+
+Environment: KVD_BUILD (the build folder), KVD_SOURCE (the checkout). Every process started here is stopped by its pid.
+"""
+import importlib
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+
+SOURCE = pathlib.Path(os.environ.get("KVD_SOURCE", pathlib.Path(__file__).parents[2])).resolve()
+BUILD = pathlib.Path(os.environ.get("KVD_BUILD", SOURCE / "build")).resolve()
+KVD, KVCTL, WORKER = BUILD / "daemon/kvd", BUILD / "client/kvctl", BUILD / "tests/e2e_worker"
+
+
+def _stubs():
+    out = pathlib.Path(tempfile.mkdtemp(prefix="kvd-stubs."))
+    protos = ["kvd/v1/kvd.proto", "kvd/v1/admin.proto", "grpc/health/v1/health.proto"]
+    subprocess.run(["protoc", f"-I{SOURCE}/proto", f"--python_out={out}", *protos], check=True, cwd=SOURCE / "proto")
+    # grpcio has a package named grpc too: the health stubs move out of its way.
+    shutil.move(out / "grpc/health/v1/health_pb2.py", out / "kvd_health_pb2.py")
+    sys.path.insert(0, str(out))
+    modules = [importlib.import_module(m) for m in ("kvd.v1.kvd_pb2", "kvd.v1.admin_pb2", "kvd_health_pb2")]
+    shutil.rmtree(out)
+    return modules
+
+
+kv, admin, health = _stubs()
+
+
+class Daemon:
+    """A kvd process on a unix socket in a folder of its own."""
+
+    def __init__(self, folder, *args, config=None, wait=True, env=None, prefix=()):
+        self.folder = pathlib.Path(folder)
+        self.socket = self.folder / "s"
+        self.address = f"unix:{self.socket}"
+        self.log = self.folder / "log"
+        command = [*prefix, str(KVD), "--listen", self.address, "--metrics", "127.0.0.1:0", "--cache",
+                   str(self.folder / "cache"), "--pool-size", "256MiB",
+                   "--drain-timeout", "200ms"]
+        if config is not None:
+            (self.folder / "kvd.conf").write_text(config)
+            command += ["--config", str(self.folder / "kvd.conf")]
+        self.command = command + list(args)
+        self.env = {**os.environ, **(env or {})}
+        self.process = None
+        self.start(wait)
+
+    def start(self, wait=True):
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(self.command, stderr=log, stdout=log, env=self.env)
+        if wait:
+            self.wait_ready()
+
+    def wait_ready(self, timeout=20):
+        end = time.time() + timeout
+        while time.time() < end:
+            if "ready version" in self.text():
+                return
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.01)
+        raise AssertionError(f"kvd did not become ready: {self.text()}")
+
+    def text(self):
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def metrics_port(self):
+        line = [l for l in self.text().splitlines() if "ready version" in l][-1]
+        return int(line.split("metrics=127.0.0.1:")[1].split()[0])
+
+    def stop(self, sig=signal.SIGTERM, timeout=20):
+        if self.process.poll() is None:
+            self.process.send_signal(sig)
+        return self.process.wait(timeout)
+
+    def kvctl(self, *args, check=True, env=None):
+        r = subprocess.run([str(KVCTL), "--address", self.address, *map(str, args)], capture_output=True, text=True,
+                           timeout=60, env={**os.environ, **(env or {})})
+        if check:
+            assert r.returncode == 0, r.stderr
+        return r
+
+    def metric(self, name):
+        for line in self.kvctl("metrics").stdout.splitlines():
+            if line.startswith(name + " "):
+                return float(line.split()[-1])
+        return None
+
+
+@pytest.fixture
+def folder():
+    path = tempfile.mkdtemp(prefix="kvd-test.")
+    yield pathlib.Path(path)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def start(folder):
+    """start(*args, **kw) -> Daemon; a clean exit is part of every test that does not kill it."""
+    daemons = []
+
+    def make(*args, **kw):
+        daemons.append(Daemon(folder, *args, **kw))
+        return daemons[-1]
+
+    yield make
+    for d in daemons:
+        if d.process.poll() is None:
+            code = d.stop()
+            assert code == 0, f"kvd exited with {code}: {d.text()[-3000:]}"
+        assert "Sanitizer" not in d.text(), d.text()[-6000:]
+        assert "leak" not in d.text(), d.text()[-3000:]
+
+
+@pytest.fixture
+def kvd(start):
+    return start()
+
+
+class Rpc:
+    """Calls by name over a plain grpcio channel, as any gRPC client would."""
+
+    def __init__(self, address, **kw):
+        import grpc
+
+        options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1),
+                   ("grpc.use_local_subchannel_pool", 1)]
+        self.channel = grpc.insecure_channel(address, options=options) if not kw else grpc.secure_channel(
+            address, kw["credentials"], options=options + kw.get("options", []))
+
+    def call(self, service, method, request, reply, timeout=20, metadata=None):
+        f = self.channel.unary_unary(f"/{service}/{method}", request_serializer=lambda m: m.SerializeToString(),
+                                     response_deserializer=reply.FromString)
+        return f(request, timeout=timeout, metadata=metadata)
+
+    def kv(self, method, timeout=20, **fields):
+        request = getattr(kv, REQUESTS.get(method, method + "Request"))(**fields)
+        return self.call("kvd.v1.KvCache", method, request, getattr(kv, REPLIES.get(method, method + "Reply")), timeout)
+
+    def admin(self, method, metadata=None, **fields):
+        name = {"GetStatus": "Status"}.get(method, method)
+        return self.call("kvd.v1.Admin", method, getattr(admin, name + "Request")(**fields),
+                         getattr(admin, name + "Reply"), metadata=metadata)
+
+    def stream(self, method, **fields):
+        f = self.channel.unary_stream(f"/kvd.v1.KvCache/{method}", request_serializer=lambda m: m.SerializeToString(),
+                                      response_deserializer=kv.Event.FromString)
+        return f(getattr(kv, method + "Request")(**fields))
+
+
+REQUESTS = {}
+REPLIES = {"CreateSequences": "SequencesReply", "ForkSequence": "SequencesReply", "Step": "AttendReply"}
+
+
+@pytest.fixture
+def rpc(kvd):
+    r = Rpc(kvd.address)
+    yield r
+    r.channel.close()
+
+
+def geometry(**kw):
+    g = dict(layers=[0, 1], q_heads=4, kv_heads=2, head_dim_k=64, head_dim_v=64, codec="int2")
+    g.update(kw)
+    return kv.Geometry(**g)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -1,0 +1,303 @@
+"""The wire API, used from a standard grpcio client with inline data."""
+import math
+
+import grpc
+import numpy as np
+import pytest
+
+from conftest import Rpc, geometry, health, kv
+
+LAYERS, HEADS, KV, DIM = 2, 4, 2, 64
+rng = np.random.default_rng(7)
+
+
+def bf16(x):
+    u = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).astype("<u2")
+
+
+def widen(b):
+    return (b.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def tensor(x):
+    return kv.TensorRef(inline_data=np.ascontiguousarray(x).tobytes(), dtype=1 if x.dtype == np.float32 else 0)
+
+
+def random_kv(n):
+    return [bf16(rng.normal(size=(LAYERS, n, KV, DIM))) for _ in range(2)]
+
+
+def open_session(rpc, **kw):
+    return rpc.kv("OpenSession", geometry=kw.pop("geometry", geometry()), **kw).session
+
+
+def append(rpc, session, seq, position, k, v, **kw):
+    item = kv.AppendItem(sequence=seq, position=position, tokens=k.shape[1], k=tensor(k), v=tensor(v))
+    return rpc.kv("Append", session=session, items=[item], **kw)
+
+
+def exact(q, k, v, group=HEADS // KV):
+    """q [L, n, H, D] at the last n positions, k and v [L, T, KV, D], float64."""
+    out, lse = np.empty(q.shape), np.empty(q.shape[:3])
+    n, total = q.shape[1], k.shape[1]
+    for l in range(q.shape[0]):
+        for i in range(n):
+            pos = total - n + i + 1
+            for h in range(q.shape[2]):
+                s = k[l, :pos, h // group] @ q[l, i, h] / math.sqrt(q.shape[3])
+                m = s.max()
+                p = np.exp(s - m)
+                out[l, i, h] = p @ v[l, :pos, h // group] / p.sum()
+                lse[l, i, h] = m + np.log(p.sum())
+    return out, lse
+
+
+def error(a, b):
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+def code_of(e):
+    return e.value.code().name
+
+
+@pytest.mark.parametrize("codec", ["int2", "bf16"])
+def test_attention_over_the_wire(rpc, codec):
+    s = open_session(rpc, geometry=geometry(codec=codec))
+    seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
+    k, v = random_kv(700)
+    assert append(rpc, s, seq, 0, k, v).lengths == [700]
+    q = rng.normal(size=(LAYERS, 3, HEADS, DIM)).astype(np.float32)
+    item = kv.AttendItem(sequence=seq, q_len=3, q=tensor(q), o=kv.TensorRef(dtype=1))
+    r = rpc.kv("Attend", session=s, items=[item], params=kv.AttentionParams(return_lse=True)).results[0]
+    o = np.frombuffer(r.o, np.float32).reshape(LAYERS, 3, HEADS, DIM)
+    lse = np.frombuffer(r.lse, np.float32).reshape(LAYERS, 3, HEADS)
+    back = rpc.kv("ReadTokens", session=s, sequence=seq, begin=0, tokens=700, k=kv.TensorRef(dtype=1),
+                  v=kv.TensorRef(dtype=1))
+    kk = np.frombuffer(back.k, np.float32).reshape(LAYERS, 700, KV, DIM).astype(np.float64)
+    vv = np.frombuffer(back.v, np.float32).reshape(LAYERS, 700, KV, DIM).astype(np.float64)
+    want, want_lse = exact(q.astype(np.float64), kk, vv)
+    assert error(o, want) < 1e-4
+    assert np.abs(lse - want_lse).max() < 1e-4
+    # The windows are exact; history is not, and not far off either.
+    assert np.array_equal(kk[:, :64], widen(k[:, :64])) and np.array_equal(kk[:, -256:], widen(k[:, -256:]))
+    lost = error(kk, widen(k))
+    assert lost == 0 if codec == "bf16" else 0.1 < lost < 0.5
+
+
+def test_step_equals_attend_over_everything(rpc):
+    s = open_session(rpc)
+    seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
+    k, v = random_kv(200)
+    append(rpc, s, seq, 0, k[:, :150], v[:, :150])
+    q = rng.normal(size=(LAYERS, 50, HEADS, DIM)).astype(np.float32)
+    item = kv.StepItem(sequence=seq, position=150, tokens=50, k=tensor(k[:, 150:]), v=tensor(v[:, 150:]), q=tensor(q),
+                       o=kv.TensorRef(dtype=1))
+    first = rpc.kv("Step", session=s, items=[item])
+    o = np.frombuffer(first.results[0].o, np.float32).reshape(LAYERS, 50, HEADS, DIM)
+    assert error(o, exact(q.astype(np.float64), widen(k), widen(v))[0]) < 1e-5
+    again = rpc.kv("Step", session=s, items=[item])  # as after a lost reply
+    assert (first.replayed, again.replayed) == (0, 1)
+    assert error(np.frombuffer(again.results[0].o, np.float32), o.ravel()) < 1e-5
+    assert rpc.kv("DescribeSequences", session=s).sequences[0].length == 200
+
+
+def test_rotate_is_its_own_inverse_for_hadamard(rpc):
+    s = open_session(rpc)
+    x = rng.normal(size=(LAYERS, 3, HEADS, DIM)).astype(np.float32)
+    y = rpc.kv("Rotate", session=s, rows=3, heads=HEADS, x=tensor(x), y=kv.TensorRef(dtype=1)).y
+    y = np.frombuffer(y, np.float32).reshape(x.shape)
+    h = np.array([[(-1) ** bin(i & j).count("1") for j in range(DIM)] for i in range(DIM)]) / 8
+    assert error(y, x.astype(np.float64) @ h) < 1e-5
+
+
+def test_fork_publish_attach(rpc):
+    a, b = open_session(rpc), open_session(rpc)
+    other = open_session(rpc, namespace_name="elsewhere")
+    k, v = random_kv(400)
+    seq = rpc.kv("CreateSequences", session=a, request_id=1, count=1).sequences[0]
+    append(rpc, a, seq, 0, k, v)
+    rpc.kv("PublishSequence", session=a, sequence=seq, name="prompt")
+    got = rpc.kv("AttachSequence", session=b, name="prompt").sequence
+    assert (got.sequence, got.length, got.holders) == (seq, 400, 2)
+    with pytest.raises(grpc.RpcError) as e:
+        rpc.kv("AttachSequence", session=other, name="prompt")
+    assert code_of(e) == "NOT_FOUND"  # another namespace does not see it
+    rpc.kv("CloseSession", session=a)
+    child = rpc.kv("ForkSequence", session=b, request_id=1, sequence=seq).sequences[0]
+    append(rpc, b, child, 400, k[:, :5], v[:, :5])
+    lengths = {i.sequence: i.length for i in rpc.kv("DescribeSequences", session=b).sequences}
+    assert lengths == {seq: 400, child: 405}
+    with pytest.raises(grpc.RpcError) as e:
+        append(rpc, b, seq, 100, k[:, :5], v[:, :5])
+    assert code_of(e) == "FAILED_PRECONDITION" and "length 400" in e.value.details()
+
+
+def test_retries_do_not_act_twice(rpc):
+    s = open_session(rpc)
+    one = rpc.kv("CreateSequences", session=s, request_id=9, count=3).sequences
+    assert list(rpc.kv("CreateSequences", session=s, request_id=9, count=3).sequences) == list(one)
+    assert len(rpc.kv("DescribeSequences", session=s).sequences) == 3
+    rpc.kv("FreeSequences", session=s, request_id=10, sequences=one)
+    rpc.kv("FreeSequences", session=s, request_id=10, sequences=one)
+    with pytest.raises(grpc.RpcError) as e:
+        rpc.kv("FreeSequences", session=s, request_id=11, sequences=one)
+    assert code_of(e) == "NOT_FOUND"
+
+
+def test_layers_one_by_one(rpc):
+    s = open_session(rpc)
+    seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
+    k, v = random_kv(30)
+    append(rpc, s, seq, 0, k[:1], v[:1], layer_begin=0, layer_count=1)
+    info = rpc.kv("DescribeSequences", session=s).sequences[0]
+    assert (info.length, info.pending_length, info.pending_layers) == (0, 30, 1)
+    q = rng.normal(size=(1, 1, HEADS, DIM)).astype(np.float32)
+    item = kv.AttendItem(sequence=seq, q_len=1, q=tensor(q), o=kv.TensorRef(dtype=1))
+    o = rpc.kv("Attend", session=s, layer_begin=0, layer_count=1, items=[item]).results[0]
+    assert o.length == 30
+    with pytest.raises(grpc.RpcError) as e:  # layer 1 has nothing yet
+        rpc.kv("Attend", session=s, layer_begin=1, layer_count=1, items=[item])
+    assert code_of(e) == "INVALID_ARGUMENT"
+    append(rpc, s, seq, 0, k[1:], v[1:], layer_begin=1, layer_count=1)
+    assert rpc.kv("DescribeSequences", session=s).sequences[0].length == 30
+
+
+def test_events_and_health(rpc):
+    s = open_session(rpc)
+    events = rpc.stream("Watch", session=s)
+    assert next(events).kind == kv.Event.OPENED
+    seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
+    rpc.kv("PublishSequence", session=s, sequence=seq, name="x")
+    e = next(events)
+    assert (e.kind, e.name, e.sequence) == (kv.Event.PUBLISHED, "x", seq)
+    check = lambda name: rpc.call("grpc.health.v1.Health", "Check", health.HealthCheckRequest(service=name),
+                                  health.HealthCheckResponse)
+    assert check("").status == 1 and check("kvd.v1.KvCache").status == 1
+    with pytest.raises(grpc.RpcError) as e:
+        check("nobody")
+    assert code_of(e) == "NOT_FOUND"
+    rpc.kv("CloseSession", session=s)
+    assert list(events) == []
+
+
+def test_unknown_method_and_garbage(rpc):
+    with pytest.raises(grpc.RpcError) as e:
+        rpc.call("kvd.v1.KvCache", "Nonsense", kv.KeepAliveRequest(), kv.KeepAliveReply)
+    assert code_of(e) == "UNIMPLEMENTED" and "Nonsense" in e.value.details()
+    f = rpc.channel.unary_unary("/kvd.v1.KvCache/Append")
+    for body in (b"\xff" * 100, b"\x0a\xff\xff\xff\xff\x0f", b"\x22\x00" * 1000000):
+        with pytest.raises(grpc.RpcError) as e:
+            f(body, timeout=20)
+        assert code_of(e) in ("INVALID_ARGUMENT", "UNAUTHENTICATED")
+
+
+def test_a_lease_runs_out(rpc, kvd):
+    import time
+
+    s = open_session(rpc, lease_ms=1000)
+    rpc.kv("CreateSequences", session=s, request_id=1, count=4)
+    assert rpc.kv("KeepAlive", session=s).lease_ms == 1000
+    time.sleep(2.6)
+    with pytest.raises(grpc.RpcError) as e:
+        rpc.kv("KeepAlive", session=s)
+    assert code_of(e) == "UNAUTHENTICATED"
+    assert kvd.metric("kvd_sequences") == 0
+
+
+GEOMETRIES = {
+    "layers": geometry(layers=[]),
+    "ascending": geometry(layers=[3, 3]),
+    "kv_heads": geometry(kv_heads=0),
+    "q_heads": geometry(q_heads=5),
+    "head_dim": geometry(head_dim_k=96),
+    "codec": geometry(codec="int3"),
+    "rotation_set": geometry(rotation_set="../../etc/passwd"),
+    "sink": geometry(windows=kv.Windows(sink=17, recent=64)),
+    "extent": geometry(layers=list(range(500)), q_heads=256, kv_heads=256, head_dim_k=256, head_dim_v=256),
+}
+
+
+@pytest.mark.parametrize("word", GEOMETRIES)
+def test_bad_geometries(rpc, word):
+    with pytest.raises(grpc.RpcError) as e:
+        rpc.kv("OpenSession", geometry=GEOMETRIES[word])
+    assert code_of(e) == "INVALID_ARGUMENT" and word in e.value.details()
+
+
+def test_bad_input_changes_nothing(rpc, kvd):
+    s, foreign = open_session(rpc), open_session(rpc)
+    seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
+    alien = rpc.kv("CreateSequences", session=foreign, request_id=1, count=1).sequences[0]
+    k, v = random_kv(20)
+    append(rpc, s, seq, 0, k, v)
+    before = kvd.kvctl("--json", "pool").stdout
+    nan, inf = k.copy(), v.copy()
+    nan[1, 7, 1, 3], inf[0, 0, 0, 0] = 0x7FC0, 0x7F80
+    huge = 2**64 - 2
+
+    def item(**kw):
+        fields = dict(sequence=seq, position=20, tokens=20, k=tensor(k), v=tensor(v))
+        fields.update(kw)
+        return rpc.kv("Append", session=s, items=[kv.AppendItem(**fields)])
+
+    cases = [
+        (lambda: item(tokens=0), "INVALID_ARGUMENT", "0 tokens"),
+        (lambda: item(tokens=2**31), "INVALID_ARGUMENT", "2147483648 tokens"),
+        (lambda: item(k=tensor(nan)), "INVALID_ARGUMENT", "layer 1, token 7, head 1, channel 3"),
+        (lambda: item(v=tensor(inf)), "INVALID_ARGUMENT", "items[0].v holds NaN or Inf"),
+        (lambda: item(sequence=alien), "NOT_FOUND", "holds no sequence"),
+        (lambda: item(sequence=seq + 1000), "NOT_FOUND", "holds no sequence"),
+        (lambda: item(position=5), "FAILED_PRECONDITION", "length 20"),
+        (lambda: item(k=kv.TensorRef()), "INVALID_ARGUMENT", "inline_data has 0"),
+        (lambda: item(k=kv.TensorRef(buffer=3)), "NOT_FOUND", "no buffer 3"),
+        (lambda: item(k=kv.TensorRef(offset=huge, inline_data=b"x" * 99)), "INVALID_ARGUMENT", "overflow"),
+        (lambda: item(k=kv.TensorRef(layer_stride=2**63, token_stride=2**62, inline_data=b"xx")), "INVALID_ARGUMENT",
+         "overflow"),
+        (lambda: item(k=kv.TensorRef(offset=1, inline_data=b"x" * 100000)), "INVALID_ARGUMENT", "multiples"),
+        (lambda: item(k=tensor(k.astype(np.float32))), "INVALID_ARGUMENT", "bf16"),
+        (lambda: rpc.kv("Append", session=s, items=[]), "INVALID_ARGUMENT", "0 items"),
+        (lambda: rpc.kv("Append", session="f" * 32, items=[]), "UNAUTHENTICATED", "open a new one"),
+        (lambda: append(rpc, s, seq, 20, k, v, layer_begin=2), "INVALID_ARGUMENT", "geometry's 2"),
+        (lambda: rpc.kv("Append", session=s, items=[kv.AppendItem(sequence=seq, position=20, tokens=20, k=tensor(k),
+                                                                  v=tensor(v))] * 2), "INVALID_ARGUMENT", "two items"),
+        (lambda: rpc.kv("Attend", session=s, items=[kv.AttendItem(sequence=seq, q_len=21, q=tensor(
+            np.zeros((2, 21, 4, 64), np.float32)))]), "INVALID_ARGUMENT", "20 tokens"),
+        (lambda: rpc.kv("TruncateSequence", session=s, sequence=seq, length=21), "INVALID_ARGUMENT", "21"),
+        (lambda: rpc.kv("CreateSequences", session=s, count=5000), "INVALID_ARGUMENT", "4096"),
+        (lambda: rpc.kv("PublishSequence", session=s, sequence=seq, name="a b"), "INVALID_ARGUMENT", "name"),
+        (lambda: rpc.kv("ReadTokens", session=s, sequence=seq, begin=2**63, tokens=1), "INVALID_ARGUMENT", "has 20"),
+        (lambda: rpc.kv("RegisterBuffer", session=s, key=1, size=1), "FAILED_PRECONDITION", "leased"),
+        (lambda: rpc.kv("OpenSession", geometry=geometry(), namespace_name="a b"), "INVALID_ARGUMENT", "namespace"),
+        (lambda: rpc.kv("OpenSession", geometry=geometry(), ticket="0" * 32), "UNAUTHENTICATED", "ticket"),
+    ]
+    for run, code, text in cases:
+        with pytest.raises(grpc.RpcError) as e:
+            run()
+        assert code_of(e) == code and text in e.value.details(), (code, text, e.value)
+    assert kvd.kvctl("--json", "pool").stdout == before
+    info = rpc.kv("DescribeSequences", session=s).sequences[0]
+    assert (info.length, info.pending_layers) == (20, 0)
+    back = rpc.kv("ReadTokens", session=s, sequence=seq, begin=0, tokens=20)
+    assert back.k == k.tobytes() and back.v == v.tobytes()
+
+
+def test_quota_and_a_full_pool(start):
+    kvd = start("--pool-size", "8MiB", "--extent-size", "2MiB", config="[namespace small]\nquota = 200KiB\n")
+    rpc = Rpc(kvd.address)
+    s = open_session(rpc, namespace_name="small")
+    seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
+    k, v = random_kv(200)
+    with pytest.raises(grpc.RpcError) as e:
+        append(rpc, s, seq, 0, k, v)
+    assert code_of(e) == "RESOURCE_EXHAUSTED" and "quota" in e.value.details()
+    append(rpc, s, seq, 0, k[:, :64], v[:, :64])
+    big = open_session(rpc)
+    seqs = rpc.kv("CreateSequences", session=big, request_id=1, count=100).sequences
+    with pytest.raises(grpc.RpcError) as e:
+        for q in seqs:
+            append(rpc, big, q, 0, k, v)
+    assert code_of(e) == "RESOURCE_EXHAUSTED" and "pool" in e.value.details()
+    assert rpc.kv("DescribeSequences", session=s).sequences[0].length == 64
+    rpc.kv("FreeSequences", session=big, sequences=seqs)
+    append(rpc, big, rpc.kv("CreateSequences", session=big, request_id=2, count=1).sequences[0], 0, k, v)
