@@ -1,5 +1,6 @@
-// The native file: safetensors (8-byte header length, JSON header, raw little-endian data) with four tensors,
-// k.rotation and v.rotation [layers, heads, dim, dim], k.clip and v.clip [layers, heads], all F32, and metadata.
+// The native file: safetensors (8-byte header length, JSON header, raw little-endian data) with
+// four tensors, k.rotation and v.rotation [layers, heads, dim, dim], k.clip and v.clip [layers,
+// heads], all F32, and metadata.
 #include "calib/rotset.h"
 
 #include <errno.h>
@@ -38,12 +39,13 @@ static int read_file(const char *path, uint8_t **out, size_t *size, struct kvd_e
     int fd KVD_CLOSE = open(path, O_RDONLY | O_CLOEXEC);
     struct stat st;
     if (fd < 0 || fstat(fd, &st))
-        return kvd_fail(err, errno == ENOENT ? KVD_E_NOT_FOUND : -errno, "%s: %s", path, strerror(errno));
+        return kvd_fail(err, errno == ENOENT ? KVD_E_NOT_FOUND : -errno, "%s: %s", path,
+                        strerror(errno));
     if (!S_ISREG(st.st_mode))
         return kvd_fail(err, KVD_E_INVALID, "%s: not a regular file", path);
     if ((uint64_t)st.st_size > KVD_ROTSET_MAX_BYTES)
-        return kvd_fail(err, KVD_E_LIMIT, "%s: %lld bytes; a rotation set has at most %llu", path, (long long)st.st_size,
-                        (unsigned long long)KVD_ROTSET_MAX_BYTES);
+        return kvd_fail(err, KVD_E_LIMIT, "%s: %lld bytes; a rotation set has at most %llu", path,
+                        (long long)st.st_size, (unsigned long long)KVD_ROTSET_MAX_BYTES);
     uint8_t *data KVD_FREE = malloc((size_t)st.st_size + 1);
     if (!data)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
@@ -53,7 +55,8 @@ static int read_file(const char *path, uint8_t **out, size_t *size, struct kvd_e
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0)
-            return kvd_fail(err, n < 0 ? -errno : KVD_E_CORRUPT, "%s: %s", path, n < 0 ? strerror(errno) : "truncated");
+            return kvd_fail(err, n < 0 ? -errno : KVD_E_CORRUPT, "%s: %s", path,
+                            n < 0 ? strerror(errno) : "truncated");
         have += (size_t)n;
     }
     *size = have;
@@ -61,13 +64,14 @@ static int read_file(const char *path, uint8_t **out, size_t *size, struct kvd_e
     return KVD_OK;
 }
 
-static int parse_layers(struct kvd_rotset *s, const char *text, const char *path, struct kvd_error *err)
+static int parse_layers(struct kvd_rotset *s, const char *text, const char *path,
+                        struct kvd_error *err)
 {
     for (const char *c = text; *c;) {
         char *end;
         unsigned long id = strtoul(c, &end, 10);
-        if (end == c || id > KVD_MAX_MODEL_LAYER || s->n_layers == KVD_MAX_LAYERS || (*end && *end != ',') ||
-            (s->n_layers && id <= s->layers[s->n_layers - 1]))
+        if (end == c || id > KVD_MAX_MODEL_LAYER || s->n_layers == KVD_MAX_LAYERS ||
+            (*end && *end != ',') || (s->n_layers && id <= s->layers[s->n_layers - 1]))
             return corrupt(err, path, "metadata: layers is not an ascending list of numbers");
         s->layers[s->n_layers++] = (uint16_t)id;
         c = *end ? end + 1 : end;
@@ -82,35 +86,43 @@ static void copy_text(char *to, size_t cap, const json_t *from)
 
 static uint32_t dim_of(const json_t *header, const char *tensor, size_t axis)
 {
-    const json_t *n = json_array_get(json_object_get(json_object_get(header, tensor), "shape"), axis);
+    const json_t *n =
+        json_array_get(json_object_get(json_object_get(header, tensor), "shape"), axis);
     json_int_t v = json_is_integer(n) ? json_integer_value(n) : 0;
     return v > 0 && v <= 65536 ? (uint32_t)v : 0;
 }
 
-static int copy_tensor(const json_t *header, struct kvd_rotset *s, int i, const uint8_t *data, size_t size,
-                       const char *path, struct kvd_error *err)
+static int copy_tensor(const json_t *header, struct kvd_rotset *s, int i, const uint8_t *data,
+                       size_t size, const char *path, struct kvd_error *err)
 {
     const json_t *t = json_object_get(header, tensor_names[i]);
     const json_t *dtype = json_object_get(t, "dtype"), *at = json_object_get(t, "data_offsets");
     uint64_t shape[4];
     size_t rank;
     uint64_t n = tensor_shape(s, i, shape, &rank);
-    if (!json_is_string(dtype) || strcmp(json_string_value(dtype), "F32") != 0 || json_array_size(at) != 2 ||
-        json_array_size(json_object_get(t, "shape")) != rank)
-        return kvd_fail(err, KVD_E_CORRUPT, "%s: tensor %s is missing or not F32 of rank %zu", path, tensor_names[i], rank);
+    if (!json_is_string(dtype) || strcmp(json_string_value(dtype), "F32") != 0 ||
+        json_array_size(at) != 2 || json_array_size(json_object_get(t, "shape")) != rank)
+        return kvd_fail(err, KVD_E_CORRUPT, "%s: tensor %s is missing or not F32 of rank %zu", path,
+                        tensor_names[i], rank);
     for (size_t d = 0; d < rank; d++)
         if (dim_of(header, tensor_names[i], d) != shape[d])
-            return kvd_fail(err, KVD_E_CORRUPT, "%s: tensor %s has another shape than the other tensors and the metadata say",
-                            path, tensor_names[i]);
-    json_int_t begin = json_integer_value(json_array_get(at, 0)), end = json_integer_value(json_array_get(at, 1));
-    if (begin < 0 || end < begin || (uint64_t)end > size || (uint64_t)(end - begin) != n * sizeof(float))
-        return kvd_fail(err, KVD_E_CORRUPT, "%s: tensor %s lies outside the file or has the wrong size", path,
+            return kvd_fail(
+                err, KVD_E_CORRUPT,
+                "%s: tensor %s has another shape than the other tensors and the metadata say", path,
+                tensor_names[i]);
+    json_int_t begin = json_integer_value(json_array_get(at, 0)),
+               end = json_integer_value(json_array_get(at, 1));
+    if (begin < 0 || end < begin || (uint64_t)end > size ||
+        (uint64_t)(end - begin) != n * sizeof(float))
+        return kvd_fail(err, KVD_E_CORRUPT,
+                        "%s: tensor %s lies outside the file or has the wrong size", path,
                         tensor_names[i]);
     memcpy(tensor_data(s, i), data + begin, n * sizeof(float));
     return KVD_OK;
 }
 
-static int parse(const char *path, const uint8_t *file, size_t size, struct kvd_rotset *s, struct kvd_error *err)
+static int parse(const char *path, const uint8_t *file, size_t size, struct kvd_rotset *s,
+                 struct kvd_error *err)
 {
     uint64_t n = 0;
     if (size < 8)
@@ -123,7 +135,8 @@ static int parse(const char *path, const uint8_t *file, size_t size, struct kvd_
     // jansson bounds the nesting depth; duplicate keys are refused.
     json_t *header = json_loadb((const char *)file + 8, n, JSON_REJECT_DUPLICATES, &je);
     if (!header)
-        return kvd_fail(err, KVD_E_CORRUPT, "%s: the header is not JSON: %s (byte %d)", path, je.text, je.position);
+        return kvd_fail(err, KVD_E_CORRUPT, "%s: the header is not JSON: %s (byte %d)", path,
+                        je.text, je.position);
     const json_t *meta = json_object_get(header, "__metadata__");
     const char *format = json_string_value(json_object_get(meta, "format"));
     const char *layers = json_string_value(json_object_get(meta, "layers"));
@@ -146,7 +159,8 @@ static int parse(const char *path, const uint8_t *file, size_t size, struct kvd_
     s->dim_k = dim_of(header, "k.rotation", 3);
     s->dim_v = dim_of(header, "v.rotation", 3);
     // Memory is taken only for what the file can hold.
-    if (rc == KVD_OK && (uint64_t)s->n_layers * s->heads * ((uint64_t)s->dim_k * s->dim_k + s->dim_v * s->dim_v) * 4 >
+    if (rc == KVD_OK && (uint64_t)s->n_layers * s->heads *
+                                ((uint64_t)s->dim_k * s->dim_k + s->dim_v * s->dim_v) * 4 >
                             data_size)
         rc = corrupt(err, path, "the file is too short for its shapes");
     if (rc == KVD_OK && kvd_rotset_alloc(s, err))
@@ -195,7 +209,8 @@ static char *make_header(const struct kvd_rotset *s, const char *payload)
             json_array_append_new(dims, json_integer((json_int_t)shape[d]));
         json_object_set_new(t, "dtype", json_string("F32"));
         json_object_set_new(t, "shape", dims);
-        json_object_set_new(t, "data_offsets", json_pack("[I,I]", (json_int_t)at, (json_int_t)(at + bytes)));
+        json_object_set_new(t, "data_offsets",
+                            json_pack("[I,I]", (json_int_t)at, (json_int_t)(at + bytes)));
         json_object_set_new(root, tensor_names[i], t);
         at += bytes;
     }

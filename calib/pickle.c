@@ -142,7 +142,8 @@ static int push_global(struct parser *s)
     return bad(s, why);
 }
 
-static int append_items(struct parser *s, struct kvd_pickle_value *to, struct kvd_pickle_value **from, uint32_t n)
+static int append_items(struct parser *s, struct kvd_pickle_value *to,
+                        struct kvd_pickle_value **from, uint32_t n)
 {
     if (to->n_items + n > to->cap_items) {
         uint32_t cap = KVD_MAX(2 * to->cap_items, to->n_items + n);
@@ -203,8 +204,9 @@ static int set_items(struct parser *s)
 
 static int set_item(struct parser *s)
 {
-    if (s->depth < 3 || !s->stack[s->depth - 3] || s->stack[s->depth - 3]->kind != KVD_PICKLE_DICT ||
-        !s->stack[s->depth - 2] || !s->stack[s->depth - 1])
+    if (s->depth < 3 || !s->stack[s->depth - 3] ||
+        s->stack[s->depth - 3]->kind != KVD_PICKLE_DICT || !s->stack[s->depth - 2] ||
+        !s->stack[s->depth - 1])
         return bad(s, "SETITEM without a dictionary, key and value");
     int rc = append_items(s, s->stack[s->depth - 3], &s->stack[s->depth - 2], 2);
     s->depth -= 2;
@@ -240,7 +242,8 @@ static int read_dims(struct parser *s, const struct kvd_pickle_value *t, int64_t
     if (!is(t, KVD_PICKLE_TUPLE) || t->n_items > KVD_PICKLE_MAX_RANK)
         return bad(s, "a tensor's shape or stride is not a short tuple");
     for (uint32_t i = 0; i < t->n_items; i++) {
-        if (!is(t->items[i], KVD_PICKLE_INT) || t->items[i]->number < 0 || t->items[i]->number > INT32_MAX)
+        if (!is(t->items[i], KVD_PICKLE_INT) || t->items[i]->number < 0 ||
+            t->items[i]->number > INT32_MAX)
             return bad(s, "a tensor's shape or stride is out of range");
         out[i] = t->items[i]->number;
     }
@@ -248,10 +251,12 @@ static int read_dims(struct parser *s, const struct kvd_pickle_value *t, int64_t
     return KVD_OK;
 }
 
-// REDUCE of _rebuild_tensor_v2(storage, offset, shape, stride, requires_grad, hooks) or OrderedDict().
+// REDUCE of _rebuild_tensor_v2(storage, offset, shape, stride, requires_grad, hooks) or
+// OrderedDict().
 static int reduce(struct parser *s)
 {
-    if (s->depth < 2 || !is(s->stack[s->depth - 2], KVD_PICKLE_GLOBAL) || !is(s->stack[s->depth - 1], KVD_PICKLE_TUPLE))
+    if (s->depth < 2 || !is(s->stack[s->depth - 2], KVD_PICKLE_GLOBAL) ||
+        !is(s->stack[s->depth - 1], KVD_PICKLE_TUPLE))
         return bad(s, "REDUCE without a function and its arguments");
     const struct kvd_pickle_value *fn = s->stack[s->depth - 2], *args = s->stack[s->depth - 1];
     s->depth -= 2;
@@ -259,7 +264,8 @@ static int reduce(struct parser *s)
         return push(s, KVD_PICKLE_DICT) ? KVD_OK : bad(s, "too many values");
     if (strcmp(fn->text, "torch._utils _rebuild_tensor_v2") != 0)
         return bad(s, "a call of something that is no function here; refused");
-    if (args->n_items < 4 || !is(args->items[0], KVD_PICKLE_STORAGE) || !is(args->items[1], KVD_PICKLE_INT))
+    if (args->n_items < 4 || !is(args->items[0], KVD_PICKLE_STORAGE) ||
+        !is(args->items[1], KVD_PICKLE_INT))
         return bad(s, "malformed arguments of a tensor");
     struct kvd_pickle_value *v = push(s, KVD_PICKLE_TENSOR);
     if (!v)
@@ -334,7 +340,9 @@ static int step(struct parser *s, uint8_t op)
     uint32_t first = 0;
     switch (op) {
     case 0x80: // PROTO
-        return little(s, 1, &version) ? KVD_E_CORRUPT : version <= 3 ? KVD_OK : bad(s, "pickle protocol above 3");
+        return little(s, 1, &version) ? KVD_E_CORRUPT
+               : version <= 3         ? KVD_OK
+                                      : bad(s, "pickle protocol above 3");
     case '}':
         return push(s, KVD_PICKLE_DICT) ? KVD_OK : bad(s, "too many values");
     case ')':
@@ -382,7 +390,8 @@ static int step(struct parser *s, uint8_t op)
         return reduce(s);
     default: {
         char why[96];
-        snprintf(why, sizeof(why), "opcode 0x%02x is not among those that a rotation file needs; refused", op);
+        snprintf(why, sizeof(why),
+                 "opcode 0x%02x is not among those that a rotation file needs; refused", op);
         return bad(s, why);
     }
     }
@@ -391,7 +400,8 @@ static int step(struct parser *s, uint8_t op)
 struct kvd_pickle *kvd_pickle_parse(const uint8_t *data, size_t len, struct kvd_error *err)
 {
     if (len > MAX_BYTES) {
-        kvd_fail(err, KVD_E_LIMIT, "a pickle of %zu bytes; rotation files have a few thousand", len);
+        kvd_fail(err, KVD_E_LIMIT, "a pickle of %zu bytes; rotation files have a few thousand",
+                 len);
         return NULL;
     }
     struct parser *s KVD_FREE = calloc(1, sizeof(*s));

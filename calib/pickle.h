@@ -1,8 +1,8 @@
 // Reads the pickles that torch.save writes for plain dictionaries of tensors, and nothing else.
 //
-// It is a stack machine over a dozen opcodes that builds a tree of values. It imports nothing and calls nothing: the
-// four globals that such files name are recognised by spelling, REDUCE knows the two of them that are functions, and
-// every other opcode or global is an error.
+// It is a stack machine over a dozen opcodes that builds a tree of values. It imports nothing and
+// calls nothing: the four globals that such files name are recognised by spelling, REDUCE knows the
+// two of them that are functions, and every other opcode or global is an error.
 #ifndef KVD_CALIB_PICKLE_H
 #define KVD_CALIB_PICKLE_H
 
@@ -38,7 +38,8 @@ struct kvd_pickle_value {
 
 struct kvd_pickle;
 
-// Parses `len` bytes. The tree lives until kvd_pickle_free. NULL with *err: KVD_E_CORRUPT says the offset and why.
+// Parses `len` bytes. The tree lives until kvd_pickle_free. NULL with *err: KVD_E_CORRUPT says the
+// offset and why.
 struct kvd_pickle *kvd_pickle_parse(const uint8_t *data, size_t len, struct kvd_error *err);
 void kvd_pickle_free(struct kvd_pickle **p);
 const struct kvd_pickle_value *kvd_pickle_root(const struct kvd_pickle *p);

@@ -23,11 +23,14 @@ static bool dim_ok(uint32_t dim)
 
 int kvd_rotset_alloc(struct kvd_rotset *s, struct kvd_error *err)
 {
-    if (s->n_layers < 1 || s->n_layers > KVD_MAX_LAYERS || s->heads < 1 || s->heads > KVD_MAX_KV_HEADS)
-        return kvd_fail(err, KVD_E_INVALID, "a rotation set of %u layers and %u rotations a layer is out of range",
+    if (s->n_layers < 1 || s->n_layers > KVD_MAX_LAYERS || s->heads < 1 ||
+        s->heads > KVD_MAX_KV_HEADS)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "a rotation set of %u layers and %u rotations a layer is out of range",
                         s->n_layers, s->heads);
     if (!dim_ok(s->dim_k) || !dim_ok(s->dim_v))
-        return kvd_fail(err, KVD_E_INVALID, "head_dim is %u for K and %u for V; 64, 128 and 256 are possible", s->dim_k,
+        return kvd_fail(err, KVD_E_INVALID,
+                        "head_dim is %u for K and %u for V; 64, 128 and 256 are possible", s->dim_k,
                         s->dim_v);
     uint64_t n = (uint64_t)s->n_layers * s->heads;
     s->k = calloc(n * s->dim_k * s->dim_k, sizeof(float));
@@ -47,7 +50,8 @@ static void fill_hadamard(float *m, uint32_t dim)
 {
     for (uint32_t i = 0; i < dim; i++)
         for (uint32_t j = 0; j < dim; j++)
-            m[(uint64_t)i * dim + j] = (__builtin_popcount(i & j) & 1 ? -1.0f : 1.0f) / sqrtf((float)dim);
+            m[(uint64_t)i * dim + j] =
+                (__builtin_popcount(i & j) & 1 ? -1.0f : 1.0f) / sqrtf((float)dim);
 }
 
 static void fill_identity(float *m, uint32_t dim)
@@ -56,8 +60,8 @@ static void fill_identity(float *m, uint32_t dim)
         m[(uint64_t)i * dim + i] = 1;
 }
 
-static struct kvd_rotset *built_in(const struct kvd_geometry *g, const char *name, void (*fill)(float *, uint32_t),
-                                   struct kvd_error *err)
+static struct kvd_rotset *built_in(const struct kvd_geometry *g, const char *name,
+                                   void (*fill)(float *, uint32_t), struct kvd_error *err)
 {
     struct kvd_rotset *s KVD_AUTO(kvd_rotset_free) = calloc(1, sizeof(*s));
     if (!s) {
@@ -112,23 +116,27 @@ static double deviation(const float *m, uint32_t dim)
     return worst;
 }
 
-static int check_side(const struct kvd_rotset *s, const char *side, const float *m, const float *clip, uint32_t dim,
-                      double *worst, struct kvd_error *err)
+static int check_side(const struct kvd_rotset *s, const char *side, const float *m,
+                      const float *clip, uint32_t dim, double *worst, struct kvd_error *err)
 {
     for (uint32_t l = 0; l < s->n_layers; l++)
         for (uint32_t h = 0; h < s->heads; h++) {
             uint64_t i = (uint64_t)l * s->heads + h;
             double d = deviation(m + i * dim * dim, dim);
             if (!isfinite(d))
-                return kvd_fail(err, KVD_E_CORRUPT, "R_%s of layer %u, head %u holds values that are not finite", side,
+                return kvd_fail(err, KVD_E_CORRUPT,
+                                "R_%s of layer %u, head %u holds values that are not finite", side,
                                 s->layers[l], h);
             if (d > 1e-3)
                 return kvd_fail(err, KVD_E_CORRUPT,
-                                "R_%s of layer %u, head %u is not orthogonal: R R^T is %.3g away from the identity", side,
-                                s->layers[l], h, d);
+                                "R_%s of layer %u, head %u is not orthogonal: R R^T is %.3g away "
+                                "from the identity",
+                                side, s->layers[l], h, d);
             if (!(clip[i] > 0 && clip[i] <= 1))
-                return kvd_fail(err, KVD_E_CORRUPT, "the clip ratio of %s, layer %u, head %u is %g; it must be in (0, 1]",
-                                side, s->layers[l], h, (double)clip[i]);
+                return kvd_fail(
+                    err, KVD_E_CORRUPT,
+                    "the clip ratio of %s, layer %u, head %u is %g; it must be in (0, 1]", side,
+                    s->layers[l], h, (double)clip[i]);
             *worst = fmax(*worst, d);
         }
     return KVD_OK;
@@ -154,16 +162,19 @@ void kvd_rotation_data_deinit(struct kvd_rotation_data *d)
     *d = (struct kvd_rotation_data){0};
 }
 
-int kvd_rotset_select(const struct kvd_rotset *s, const struct kvd_geometry *g, struct kvd_rotation_data *out,
-                      struct kvd_error *err)
+int kvd_rotset_select(const struct kvd_rotset *s, const struct kvd_geometry *g,
+                      struct kvd_rotation_data *out, struct kvd_error *err)
 {
     if (s->dim_k != g->head_dim_k || s->dim_v != g->head_dim_v)
-        return kvd_fail(err, KVD_E_PRECONDITION, "rotation set %s is for head_dim %u/%u, the geometry has %u/%u", s->model,
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "rotation set %s is for head_dim %u/%u, the geometry has %u/%u", s->model,
                         s->dim_k, s->dim_v, g->head_dim_k, g->head_dim_v);
     if (s->heads != 1 && s->heads != g->kv_heads)
-        return kvd_fail(err, KVD_E_PRECONDITION, "rotation set %s is for %u kv heads, the geometry has %u", s->model,
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "rotation set %s is for %u kv heads, the geometry has %u", s->model,
                         s->heads, g->kv_heads);
-    uint64_t per_k = (uint64_t)s->heads * s->dim_k * s->dim_k, per_v = (uint64_t)s->heads * s->dim_v * s->dim_v;
+    uint64_t per_k = (uint64_t)s->heads * s->dim_k * s->dim_k,
+             per_v = (uint64_t)s->heads * s->dim_v * s->dim_v;
     float *k KVD_FREE = malloc(g->n_layers * per_k * sizeof(float));
     float *v KVD_FREE = malloc(g->n_layers * per_v * sizeof(float));
     float *ck KVD_FREE = malloc((uint64_t)g->n_layers * s->heads * sizeof(float));
@@ -175,12 +186,16 @@ int kvd_rotset_select(const struct kvd_rotset *s, const struct kvd_geometry *g, 
         while (at < s->n_layers && s->layers[at] != g->layers[l])
             at++;
         if (at == s->n_layers)
-            return kvd_fail(err, KVD_E_PRECONDITION, "rotation set %s has no layer %u; it has %u layers from %u to %u",
-                            s->model, g->layers[l], s->n_layers, s->layers[0], s->layers[s->n_layers - 1]);
+            return kvd_fail(err, KVD_E_PRECONDITION,
+                            "rotation set %s has no layer %u; it has %u layers from %u to %u",
+                            s->model, g->layers[l], s->n_layers, s->layers[0],
+                            s->layers[s->n_layers - 1]);
         memcpy(k + l * per_k, s->k + at * per_k, per_k * sizeof(float));
         memcpy(v + l * per_v, s->v + at * per_v, per_v * sizeof(float));
-        memcpy(ck + (uint64_t)l * s->heads, s->clip_k + (uint64_t)at * s->heads, s->heads * sizeof(float));
-        memcpy(cv + (uint64_t)l * s->heads, s->clip_v + (uint64_t)at * s->heads, s->heads * sizeof(float));
+        memcpy(ck + (uint64_t)l * s->heads, s->clip_k + (uint64_t)at * s->heads,
+               s->heads * sizeof(float));
+        memcpy(cv + (uint64_t)l * s->heads, s->clip_v + (uint64_t)at * s->heads,
+               s->heads * sizeof(float));
     }
     *out = (struct kvd_rotation_data){.n_layers = g->n_layers,
                                       .heads = s->heads,

@@ -1,8 +1,8 @@
 // Rotation sets in host memory, their checks, and the files they come from.
 //
-// A set is immutable and named by the SHA-256 of its native file. Two file kinds are read: the native one (safetensors
-// with metadata, see calib/README.md) and RotationZoo's .pt files, one for K and one for V. Reading executes nothing
-// and trusts no length in the file.
+// A set is immutable and named by the SHA-256 of its native file. Two file kinds are read: the
+// native one (safetensors with metadata, see calib/README.md) and RotationZoo's .pt files, one for
+// K and one for V. Reading executes nothing and trusts no length in the file.
 #ifndef KVD_CALIB_ROTSET_H
 #define KVD_CALIB_ROTSET_H
 
@@ -17,7 +17,7 @@ struct kvd_rotset {
     char model[KVD_MAX_NAME + 1];
     char objective[96]; // "hadamard", "K qqt_r_h_pbr, V sst_r_h_pbr", ...
     char provenance[256];
-    char digest[KVD_DIGEST_TEXT]; // of the native file; "" until written
+    char digest[KVD_DIGEST_TEXT];    // of the native file; "" until written
     uint16_t layers[KVD_MAX_LAYERS]; // model layer ids, ascending
     uint32_t n_layers;
     uint32_t heads; // rotations per layer: 1 or kv_heads
@@ -28,7 +28,8 @@ struct kvd_rotset {
 
 void kvd_rotset_free(struct kvd_rotset **set);
 
-// Sizes the arrays of a set whose layers, heads and dims are filled in. KVD_E_INVALID when the shape is impossible.
+// Sizes the arrays of a set whose layers, heads and dims are filled in. KVD_E_INVALID when the
+// shape is impossible.
 int kvd_rotset_alloc(struct kvd_rotset *set, struct kvd_error *err);
 
 // The data-free set: the Sylvester Hadamard matrix / sqrt(dim) for every layer, clip 0.96 and 0.92.
@@ -36,29 +37,37 @@ struct kvd_rotset *kvd_rotset_hadamard(const struct kvd_geometry *g, struct kvd_
 // The identity, with clipping: what "naive int2" means.
 struct kvd_rotset *kvd_rotset_identity(const struct kvd_geometry *g, struct kvd_error *err);
 
-// All values finite, clip ratios in (0, 1], every matrix orthogonal within 1e-3 (max |R R^T - I|; fp32 files measure
-// below 1e-5). KVD_E_CORRUPT names the layer and the deviation. *worst (may be NULL) gets the largest deviation.
+// All values finite, clip ratios in (0, 1], every matrix orthogonal within 1e-3 (max |R R^T - I|;
+// fp32 files measure below 1e-5). KVD_E_CORRUPT names the layer and the deviation. *worst (may be
+// NULL) gets the largest deviation.
 int kvd_rotset_check(const struct kvd_rotset *set, double *worst, struct kvd_error *err);
 
-// Whether the set serves a geometry; if so *out describes the geometry's layers. out->k etc. point to new memory that
-// the caller frees with kvd_rotation_data_deinit. KVD_E_PRECONDITION says what does not match.
-int kvd_rotset_select(const struct kvd_rotset *set, const struct kvd_geometry *g, struct kvd_rotation_data *out,
-                      struct kvd_error *err);
+// Whether the set serves a geometry; if so *out describes the geometry's layers. out->k etc. point
+// to new memory that the caller frees with kvd_rotation_data_deinit. KVD_E_PRECONDITION says what
+// does not match.
+int kvd_rotset_select(const struct kvd_rotset *set, const struct kvd_geometry *g,
+                      struct kvd_rotation_data *out, struct kvd_error *err);
 void kvd_rotation_data_deinit(struct kvd_rotation_data *data);
 
-// -- native files --------------------------------------------------------------------------------------------------
+// -- native files
+// --------------------------------------------------------------------------------------------------
 
 // Reads a native file. KVD_E_CORRUPT (malformed), KVD_E_LIMIT (too large), or a negative errno.
 struct kvd_rotset *kvd_rotset_read(const char *path, struct kvd_error *err);
-// Writes a native file at `path` (through a temporary beside it, renamed when complete) and sets set->digest.
+// Writes a native file at `path` (through a temporary beside it, renamed when complete) and sets
+// set->digest.
 int kvd_rotset_write(struct kvd_rotset *set, const char *path, struct kvd_error *err);
 
-// -- RotationZoo ---------------------------------------------------------------------------------------------------
+// -- RotationZoo
+// ---------------------------------------------------------------------------------------------------
 
-// Reads a K and a V file (.pt, format v1 or v2) into one set. Published clip ratios 0.96 and 0.92 are set.
-struct kvd_rotset *kvd_rotset_import(const char *path_k, const char *path_v, const char *model, struct kvd_error *err);
+// Reads a K and a V file (.pt, format v1 or v2) into one set. Published clip ratios 0.96 and 0.92
+// are set.
+struct kvd_rotset *kvd_rotset_import(const char *path_k, const char *path_v, const char *model,
+                                     struct kvd_error *err);
 
-// Reads any file that holds rotations: native, or a single .pt (then only K or V, both pointing to the same values).
+// Reads any file that holds rotations: native, or a single .pt (then only K or V, both pointing to
+// the same values).
 struct kvd_rotset *kvd_rotset_open(const char *path, struct kvd_error *err);
 
 // "sha256:<hex>" of a buffer.

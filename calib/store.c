@@ -32,7 +32,8 @@ static bool word_valid(const char *text, size_t n, bool slashes)
 static bool split_ref(const char *ref, char model[KVD_MAX_NAME + 1], char tag[KVD_MAX_NAME + 1])
 {
     const char *at = strchr(ref, '@');
-    if (!at || !word_valid(ref, (size_t)(at - ref), true) || !word_valid(at + 1, strlen(at + 1), false))
+    if (!at || !word_valid(ref, (size_t)(at - ref), true) ||
+        !word_valid(at + 1, strlen(at + 1), false))
         return false;
     snprintf(model, KVD_MAX_NAME + 1, "%.*s", (int)(at - ref), ref);
     snprintf(tag, KVD_MAX_NAME + 1, "%s", at + 1);
@@ -85,13 +86,16 @@ static json_t *load_json(const char *path, struct kvd_error *err)
         kvd_fail(err, KVD_E_NOT_FOUND, "%s: %s", path, strerror(errno));
         return NULL;
     }
-    json_t *j = st.st_size <= MAX_MANIFEST ? json_load_file(path, JSON_REJECT_DUPLICATES, &je) : NULL;
+    json_t *j =
+        st.st_size <= MAX_MANIFEST ? json_load_file(path, JSON_REJECT_DUPLICATES, &je) : NULL;
     if (!j)
-        kvd_fail(err, KVD_E_CORRUPT, "%s: %s", path, st.st_size > MAX_MANIFEST ? "too large" : je.text);
+        kvd_fail(err, KVD_E_CORRUPT, "%s: %s", path,
+                 st.st_size > MAX_MANIFEST ? "too large" : je.text);
     return j;
 }
 
-// What arrived must make sense before it replaces what the cache has: a digest names bytes, a name not even that.
+// What arrived must make sense before it replaces what the cache has: a digest names bytes, a name
+// not even that.
 static int inspect(const char *path, bool is_set, const char *url, struct kvd_error *err)
 {
     struct kvd_error local = {0};
@@ -109,12 +113,14 @@ static int inspect(const char *path, bool is_set, const char *url, struct kvd_er
 }
 
 // Fetches <store>/<name> to <cache>/<name>. The old file stays if anything fails.
-static int mirror(const struct kvd_store_config *c, const char *name, uint64_t max, const char *digest,
-                  kvd_store_progress *progress, void *ctx, struct kvd_error *err)
+static int mirror(const struct kvd_store_config *c, const char *name, uint64_t max,
+                  const char *digest, kvd_store_progress *progress, void *ctx,
+                  struct kvd_error *err)
 {
     char url[PATH_CAP], path[PATH_CAP], tmp[PATH_CAP + 8];
     if (!c->url || !*c->url)
-        return kvd_fail(err, KVD_E_UNAVAILABLE, "%s is not in the cache and no store is configured (--store URL)", name);
+        return kvd_fail(err, KVD_E_UNAVAILABLE,
+                        "%s is not in the cache and no store is configured (--store URL)", name);
     if (join(url, c->url, name, err) || join(path, c->cache, name, err) || make_parents(path, err))
         return err ? err->code : KVD_E_INVALID;
     snprintf(tmp, sizeof(tmp), "%s.XXXXXX", path);
@@ -130,7 +136,8 @@ static int mirror(const struct kvd_store_config *c, const char *name, uint64_t m
                              .progress_ctx = ctx};
     int rc = kvd_transfer_run(&t, err);
     if (rc == KVD_OK && digest && strcmp(t.digest, digest) != 0)
-        rc = kvd_fail(err, KVD_E_CORRUPT, "%s has digest %s, not the one asked for; it was not kept", url, t.digest);
+        rc = kvd_fail(err, KVD_E_CORRUPT,
+                      "%s has digest %s, not the one asked for; it was not kept", url, t.digest);
     if (rc == KVD_OK && (fchmod(fd, 0644) || fsync(fd)))
         rc = kvd_fail(err, -errno, "%s: %s", tmp, strerror(errno));
     if (rc == KVD_OK)
@@ -142,20 +149,22 @@ static int mirror(const struct kvd_store_config *c, const char *name, uint64_t m
     return rc;
 }
 
-static int tag_digest(const json_t *manifest, const char *model, const char *tag, char digest[KVD_DIGEST_TEXT],
-                      struct kvd_error *err)
+static int tag_digest(const json_t *manifest, const char *model, const char *tag,
+                      char digest[KVD_DIGEST_TEXT], struct kvd_error *err)
 {
     const json_t *entry = json_object_get(json_object_get(manifest, "tags"), tag);
     const char *text = json_string_value(json_object_get(entry, "digest"));
     if (!entry)
         return kvd_fail(err, KVD_E_NOT_FOUND, "model %s has no tag %s in the store", model, tag);
     if (!text || !kvd_digest_valid(text))
-        return kvd_fail(err, KVD_E_CORRUPT, "the manifest of %s names a malformed digest for tag %s", model, tag);
+        return kvd_fail(err, KVD_E_CORRUPT,
+                        "the manifest of %s names a malformed digest for tag %s", model, tag);
     snprintf(digest, KVD_DIGEST_TEXT, "%s", text);
     return KVD_OK;
 }
 
-// Resolves model@tag. The store's manifest is asked first; the cached one answers when the store cannot.
+// Resolves model@tag. The store's manifest is asked first; the cached one answers when the store
+// cannot.
 static int resolve(const struct kvd_store_config *c, const char *ref, char digest[KVD_DIGEST_TEXT],
                    struct kvd_error *err)
 {
@@ -165,8 +174,9 @@ static int resolve(const struct kvd_store_config *c, const char *ref, char diges
         return KVD_OK;
     }
     if (!split_ref(ref, model, tag))
-        return kvd_fail(err, KVD_E_INVALID, "%.200s is no rotation set: say model@tag, sha256:<hex>, hadamard or identity",
-                        ref);
+        return kvd_fail(
+            err, KVD_E_INVALID,
+            "%.200s is no rotation set: say model@tag, sha256:<hex>, hadamard or identity", ref);
     snprintf(name, sizeof(name), "models/%s.json", model);
     struct kvd_error remote = {0};
     int rc = mirror(c, name, MAX_MANIFEST, NULL, NULL, NULL, &remote);
@@ -182,8 +192,9 @@ static int resolve(const struct kvd_store_config *c, const char *ref, char diges
     return rc;
 }
 
-int kvd_store_fetch(const struct kvd_store_config *c, const char *ref, kvd_store_progress *progress, void *ctx,
-                    struct kvd_rotset **out, enum kvd_store_source *source, struct kvd_error *err)
+int kvd_store_fetch(const struct kvd_store_config *c, const char *ref, kvd_store_progress *progress,
+                    void *ctx, struct kvd_rotset **out, enum kvd_store_source *source,
+                    struct kvd_error *err)
 {
     char digest[KVD_DIGEST_TEXT], name[128], path[PATH_CAP];
     struct kvd_error local = {0};
@@ -261,7 +272,7 @@ static void add_model(struct listing *l, const char *model, bool refresh)
     json_t *manifest = join(path, l->c->cache, name, NULL) ? NULL : load_json(path, NULL);
     const char *tag;
     json_t *info;
-    json_object_foreach (json_object_get(manifest, "tags"), tag, info)
+    json_object_foreach(json_object_get(manifest, "tags"), tag, info)
         add_entry(l, model, tag, info);
     json_decref(manifest);
 }
@@ -277,9 +288,8 @@ int kvd_store_list(const struct kvd_store_config *c, struct kvd_store_entry **en
         return KVD_E_INVALID;
     json_t *index = load_json(path, NULL), *model;
     size_t i;
-    json_array_foreach (json_object_get(index, "models"), i, model)
-        if (json_is_string(model))
-            add_model(&l, json_string_value(model), rc == KVD_OK);
+    json_array_foreach(json_object_get(index, "models"), i, model) if (json_is_string(model))
+        add_model(&l, json_string_value(model), rc == KVD_OK);
     json_decref(index);
     if (rc && l.n == 0 && c->url && *c->url) {
         free(l.entries);
@@ -315,8 +325,8 @@ static int publish_index(const char *directory, const char *model, struct kvd_er
         json_object_set_new(index, "models", json_array());
     json_t *models = json_object_get(index, "models");
     bool known = false;
-    json_array_foreach (models, i, at)
-        known |= json_is_string(at) && strcmp(json_string_value(at), model) == 0;
+    json_array_foreach(models, i, at) known |=
+        json_is_string(at) && strcmp(json_string_value(at), model) == 0;
     if (!known)
         json_array_append_new(models, json_string(model));
     int rc = write_json(index, path, err);
@@ -324,8 +334,8 @@ static int publish_index(const char *directory, const char *model, struct kvd_er
     return rc;
 }
 
-static int publish_manifest(const char *directory, const struct kvd_rotset *set, const char *tag, uint64_t bytes,
-                            struct kvd_error *err)
+static int publish_manifest(const char *directory, const struct kvd_rotset *set, const char *tag,
+                            uint64_t bytes, struct kvd_error *err)
 {
     char name[KVD_MAX_NAME + 16], path[PATH_CAP];
     snprintf(name, sizeof(name), "models/%s.json", set->model);
@@ -337,22 +347,25 @@ static int publish_manifest(const char *directory, const struct kvd_rotset *set,
     json_object_set_new(manifest, "model", json_string(set->model));
     if (!json_is_object(json_object_get(manifest, "tags")))
         json_object_set_new(manifest, "tags", json_object());
-    json_t *entry = json_pack("{s:s, s:I, s:i, s:i, s:i, s:i, s:s}", "digest", set->digest, "bytes", (json_int_t)bytes,
-                              "layers", (int)set->n_layers, "heads", (int)set->heads, "head_dim_k", (int)set->dim_k,
-                              "head_dim_v", (int)set->dim_v, "objective", set->objective);
+    json_t *entry = json_pack("{s:s, s:I, s:i, s:i, s:i, s:i, s:s}", "digest", set->digest, "bytes",
+                              (json_int_t)bytes, "layers", (int)set->n_layers, "heads",
+                              (int)set->heads, "head_dim_k", (int)set->dim_k, "head_dim_v",
+                              (int)set->dim_v, "objective", set->objective);
     json_object_set_new(json_object_get(manifest, "tags"), tag, entry);
     int rc = write_json(manifest, path, err);
     json_decref(manifest);
     return rc;
 }
 
-int kvd_store_publish(const char *directory, struct kvd_rotset *set, const char *tag, struct kvd_error *err)
+int kvd_store_publish(const char *directory, struct kvd_rotset *set, const char *tag,
+                      struct kvd_error *err)
 {
     char tmp[PATH_CAP], name[128], path[PATH_CAP];
     struct stat st;
     if (!word_valid(set->model, strlen(set->model), true) || !word_valid(tag, strlen(tag), false))
-        return kvd_fail(err, KVD_E_INVALID, "%.100s@%.100s: models and tags have letters, digits, '.', '_', '-'", set->model,
-                        tag);
+        return kvd_fail(err, KVD_E_INVALID,
+                        "%.100s@%.100s: models and tags have letters, digits, '.', '_', '-'",
+                        set->model, tag);
     int rc = kvd_rotset_check(set, NULL, err);
     if (rc)
         return rc;
@@ -364,7 +377,8 @@ int kvd_store_publish(const char *directory, struct kvd_rotset *set, const char 
     object_name(name, sizeof(name), set->digest);
     if (join(path, directory, name, err) || stat(tmp, &st) || rename(tmp, path))
         return kvd_fail(err, -errno, "%s: %s", path, strerror(errno));
-    // The object first, the manifest after it, the index last: a reader never meets a name without its object.
+    // The object first, the manifest after it, the index last: a reader never meets a name without
+    // its object.
     rc = publish_manifest(directory, set, tag, (uint64_t)st.st_size, err);
     return rc ? rc : publish_index(directory, set->model, err);
 }

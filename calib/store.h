@@ -1,11 +1,13 @@
-// The calibration store: where rotation sets are fetched from, and the local cache of what was fetched.
+// The calibration store: where rotation sets are fetched from, and the local cache of what was
+// fetched.
 //
 // A store is a directory that any static HTTP server can serve:
 //   index.json                        {"models": ["Qwen/Qwen3-8B", ...]}
-//   models/<model>.json               {"model": ..., "tags": {"<tag>": {"digest": "sha256:...", "bytes": n}}}
-//   objects/sha256/<hex>.safetensors  native rotation sets, named by the digest of the file
-// The cache has the same layout, so that a cache can be served as a store. A file enters the cache only when it is
-// complete, has the digest that was asked for and passes kvd_rotset_check.
+//   models/<model>.json               {"model": ..., "tags": {"<tag>": {"digest": "sha256:...",
+//   "bytes": n}}} objects/sha256/<hex>.safetensors  native rotation sets, named by the digest of
+//   the file
+// The cache has the same layout, so that a cache can be served as a store. A file enters the cache
+// only when it is complete, has the digest that was asked for and passes kvd_rotset_check.
 //
 // All calls block and may be made from any thread, several at a time.
 #ifndef KVD_CALIB_STORE_H
@@ -14,10 +16,12 @@
 #include "calib/rotset.h"
 
 struct kvd_store_config {
-    const char *url;   // "file:///path", "/path", "http://..." or "https://..."; NULL or "": only the cache
+    const char
+        *url; // "file:///path", "/path", "http://..." or "https://..."; NULL or "": only the cache
     const char *cache; // directory, made if need be
-    uint32_t timeout_ms; // for one transfer; 0: 60,000. A server silent for 10 s is given up earlier.
-    uint32_t retries;    // after the first try, with growing pauses; counts network failures and 5xx
+    uint32_t
+        timeout_ms;   // for one transfer; 0: 60,000. A server silent for 10 s is given up earlier.
+    uint32_t retries; // after the first try, with growing pauses; counts network failures and 5xx
 };
 
 struct kvd_store_entry {
@@ -37,23 +41,26 @@ enum kvd_store_source {
 // Told about bytes received; may be NULL. total is 0 when not known.
 typedef void kvd_store_progress(void *ctx, uint64_t have, uint64_t total);
 
-// True if `ref` is "model@tag" or "sha256:<hex>". Model and tag: letters, digits, '.', '_', '-', and '/' in models;
-// no part begins with a dot.
+// True if `ref` is "model@tag" or "sha256:<hex>". Model and tag: letters, digits, '.', '_', '-',
+// and '/' in models; no part begins with a dot.
 bool kvd_store_ref_valid(const char *ref);
 
-// Gets a set: from the cache when its digest is known and present, else from the store. When the store cannot be
-// reached, a tag is resolved from the cached manifest. KVD_E_NOT_FOUND (no such model, tag or object),
-// KVD_E_UNAVAILABLE (store unreachable and not cached), KVD_E_CORRUPT (failed verification; nothing is kept),
-// KVD_E_LIMIT (too large), a negative errno (cache not writable, disk full). *source may be NULL.
-int kvd_store_fetch(const struct kvd_store_config *config, const char *ref, kvd_store_progress *progress, void *ctx,
-                    struct kvd_rotset **out, enum kvd_store_source *source, struct kvd_error *err);
+// Gets a set: from the cache when its digest is known and present, else from the store. When the
+// store cannot be reached, a tag is resolved from the cached manifest. KVD_E_NOT_FOUND (no such
+// model, tag or object), KVD_E_UNAVAILABLE (store unreachable and not cached), KVD_E_CORRUPT
+// (failed verification; nothing is kept), KVD_E_LIMIT (too large), a negative errno (cache not
+// writable, disk full). *source may be NULL.
+int kvd_store_fetch(const struct kvd_store_config *config, const char *ref,
+                    kvd_store_progress *progress, void *ctx, struct kvd_rotset **out,
+                    enum kvd_store_source *source, struct kvd_error *err);
 
-// Lists what the store's index and the cache know. *entries is the caller's to free. An unreachable store is no error
-// if the cache has something.
-int kvd_store_list(const struct kvd_store_config *config, struct kvd_store_entry **entries, uint32_t *n,
-                   struct kvd_error *err);
+// Lists what the store's index and the cache know. *entries is the caller's to free. An unreachable
+// store is no error if the cache has something.
+int kvd_store_list(const struct kvd_store_config *config, struct kvd_store_entry **entries,
+                   uint32_t *n, struct kvd_error *err);
 
 // Writes a set into a directory store under model@tag, with its manifests. Sets set->digest.
-int kvd_store_publish(const char *directory, struct kvd_rotset *set, const char *tag, struct kvd_error *err);
+int kvd_store_publish(const char *directory, struct kvd_rotset *set, const char *tag,
+                      struct kvd_error *err);
 
 #endif

@@ -38,7 +38,8 @@ static size_t on_data(char *data, size_t one, size_t n, void *ctx)
     return len;
 }
 
-static int on_progress(void *ctx, curl_off_t total, curl_off_t have, curl_off_t up_total, curl_off_t up)
+static int on_progress(void *ctx, curl_off_t total, curl_off_t have, curl_off_t up_total,
+                       curl_off_t up)
 {
     struct sink *s = ctx;
     (void)up_total;
@@ -52,7 +53,8 @@ static void set_options(CURL *curl, struct kvd_transfer *t, struct sink *s, cons
 {
     curl_easy_setopt(curl, CURLOPT_URL, url);
     curl_easy_setopt(curl, CURLOPT_PROTOCOLS_STR, "file,http,https");
-    curl_easy_setopt(curl, CURLOPT_REDIR_PROTOCOLS_STR, "http,https"); // a server cannot point us at local files
+    curl_easy_setopt(curl, CURLOPT_REDIR_PROTOCOLS_STR,
+                     "http,https"); // a server cannot point us at local files
     curl_easy_setopt(curl, CURLOPT_FOLLOWLOCATION, 1L);
     curl_easy_setopt(curl, CURLOPT_MAXREDIRS, (long)MAX_REDIRECTS);
     curl_easy_setopt(curl, CURLOPT_FAILONERROR, 1L);
@@ -70,32 +72,40 @@ static void set_options(CURL *curl, struct kvd_transfer *t, struct sink *s, cons
     curl_easy_setopt(curl, CURLOPT_NOPROGRESS, 0L);
 }
 
-static int explain(const struct kvd_transfer *t, const struct sink *s, CURLcode code, long status, struct kvd_error *err)
+static int explain(const struct kvd_transfer *t, const struct sink *s, CURLcode code, long status,
+                   struct kvd_error *err)
 {
     if (s->write_errno)
-        return kvd_fail(err, -s->write_errno, "cannot write to the cache while fetching %s: %s", t->url,
-                        strerror(s->write_errno));
+        return kvd_fail(err, -s->write_errno, "cannot write to the cache while fetching %s: %s",
+                        t->url, strerror(s->write_errno));
     if (s->too_large || code == CURLE_FILESIZE_EXCEEDED)
-        return kvd_fail(err, KVD_E_LIMIT, "%s is larger than %llu bytes", t->url, (unsigned long long)t->max_bytes);
+        return kvd_fail(err, KVD_E_LIMIT, "%s is larger than %llu bytes", t->url,
+                        (unsigned long long)t->max_bytes);
     if (code == CURLE_FILE_COULDNT_READ_FILE || status == 404 || status == 410)
         return kvd_fail(err, KVD_E_NOT_FOUND, "%s does not exist", t->url);
     if (code == CURLE_UNSUPPORTED_PROTOCOL || code == CURLE_URL_MALFORMAT)
-        return kvd_fail(err, KVD_E_INVALID, "%s: stores are file://, http:// or https:// URLs", t->url);
+        return kvd_fail(err, KVD_E_INVALID, "%s: stores are file://, http:// or https:// URLs",
+                        t->url);
     if (code == CURLE_TOO_MANY_REDIRECTS)
-        return kvd_fail(err, KVD_E_UNAVAILABLE, "%s redirects more than %d times", t->url, MAX_REDIRECTS);
+        return kvd_fail(err, KVD_E_UNAVAILABLE, "%s redirects more than %d times", t->url,
+                        MAX_REDIRECTS);
     if (code == CURLE_HTTP_RETURNED_ERROR && status < 500)
-        return kvd_fail(err, KVD_E_CORRUPT, "%s: the server answered with status %ld", t->url, status);
+        return kvd_fail(err, KVD_E_CORRUPT, "%s: the server answered with status %ld", t->url,
+                        status);
     if (code == CURLE_HTTP_RETURNED_ERROR)
-        return kvd_fail(err, KVD_E_UNAVAILABLE, "%s: the server answered with status %ld", t->url, status);
+        return kvd_fail(err, KVD_E_UNAVAILABLE, "%s: the server answered with status %ld", t->url,
+                        status);
     return kvd_fail(err, KVD_E_UNAVAILABLE, "%s: %s", t->url, curl_easy_strerror(code));
 }
 
 // One try. *again says whether another one could help.
-static int attempt(struct kvd_transfer *t, CURL *curl, const char *url, bool *again, struct kvd_error *err)
+static int attempt(struct kvd_transfer *t, CURL *curl, const char *url, bool *again,
+                   struct kvd_error *err)
 {
     struct sink s = {.t = t, .sum = EVP_MD_CTX_new()};
     *again = false;
-    if (!s.sum || !EVP_DigestInit_ex(s.sum, EVP_sha256(), NULL) || ftruncate(t->fd, 0) || lseek(t->fd, 0, SEEK_SET)) {
+    if (!s.sum || !EVP_DigestInit_ex(s.sum, EVP_sha256(), NULL) || ftruncate(t->fd, 0) ||
+        lseek(t->fd, 0, SEEK_SET)) {
         EVP_MD_CTX_free(s.sum);
         return kvd_fail(err, -errno, "%s: cannot prepare the download", t->url);
     }

@@ -16,8 +16,9 @@ struct kvd_transfer {
     uint64_t bytes;               // set on success
 };
 
-// KVD_E_NOT_FOUND (404, no such file), KVD_E_UNAVAILABLE (network, timeout, 5xx), KVD_E_LIMIT (too large),
-// KVD_E_INVALID (scheme), KVD_E_CORRUPT (other statuses), or a negative errno (cannot write).
+// KVD_E_NOT_FOUND (404, no such file), KVD_E_UNAVAILABLE (network, timeout, 5xx), KVD_E_LIMIT (too
+// large), KVD_E_INVALID (scheme), KVD_E_CORRUPT (other statuses), or a negative errno (cannot
+// write).
 int kvd_transfer_run(struct kvd_transfer *t, struct kvd_error *err);
 
 #endif

@@ -1,4 +1,5 @@
-// RotationZoo files: a zip written by torch.save (stored, not compressed), holding one pickle and raw tensors.
+// RotationZoo files: a zip written by torch.save (stored, not compressed), holding one pickle and
+// raw tensors.
 #include "calib/pickle.h"
 #include "calib/rotset.h"
 
@@ -27,23 +28,28 @@ static void zoo_close(struct zoo *z)
     z->zip = NULL;
 }
 
-// Reads an entry of at most `max` bytes that is stored, not compressed: so no entry can be larger than the file.
-static uint8_t *read_entry(struct zoo *z, const char *name, uint64_t max, uint64_t *size, struct kvd_error *err)
+// Reads an entry of at most `max` bytes that is stored, not compressed: so no entry can be larger
+// than the file.
+static uint8_t *read_entry(struct zoo *z, const char *name, uint64_t max, uint64_t *size,
+                           struct kvd_error *err)
 {
     char full[512];
     zip_stat_t st;
     snprintf(full, sizeof(full), "%s%s", z->prefix, name);
-    if (zip_stat(z->zip, full, 0, &st) != 0 || !(st.valid & ZIP_STAT_SIZE) || !(st.valid & ZIP_STAT_COMP_METHOD)) {
+    if (zip_stat(z->zip, full, 0, &st) != 0 || !(st.valid & ZIP_STAT_SIZE) ||
+        !(st.valid & ZIP_STAT_COMP_METHOD)) {
         kvd_fail(err, KVD_E_CORRUPT, "%s: there is no entry %s", z->path, name);
         return NULL;
     }
     if (st.comp_method != ZIP_CM_STORE) {
-        kvd_fail(err, KVD_E_CORRUPT, "%s: entry %s is compressed; torch.save stores entries as they are", z->path, name);
+        kvd_fail(err, KVD_E_CORRUPT,
+                 "%s: entry %s is compressed; torch.save stores entries as they are", z->path,
+                 name);
         return NULL;
     }
     if (st.size > max) {
-        kvd_fail(err, KVD_E_LIMIT, "%s: entry %s has %llu bytes, at most %llu are expected", z->path, name,
-                 (unsigned long long)st.size, (unsigned long long)max);
+        kvd_fail(err, KVD_E_LIMIT, "%s: entry %s has %llu bytes, at most %llu are expected",
+                 z->path, name, (unsigned long long)st.size, (unsigned long long)max);
         return NULL;
     }
     uint8_t *data KVD_FREE = malloc(st.size + 1);
@@ -69,8 +75,8 @@ static int zoo_open(struct zoo *z, const char *path, struct kvd_error *err)
     if (!z->zip) {
         zip_error_t e;
         zip_error_init_with_code(&e, code);
-        kvd_fail(err, code == ZIP_ER_NOENT ? KVD_E_NOT_FOUND : KVD_E_CORRUPT, "%s: not a readable .pt file (%s)", path,
-                 zip_error_strerror(&e));
+        kvd_fail(err, code == ZIP_ER_NOENT ? KVD_E_NOT_FOUND : KVD_E_CORRUPT,
+                 "%s: not a readable .pt file (%s)", path, zip_error_strerror(&e));
         zip_error_fini(&e);
         return err ? err->code : KVD_E_CORRUPT;
     }
@@ -99,29 +105,34 @@ static bool layer_id(const struct kvd_pickle_value *key, uint16_t *out)
     int64_t id = -1;
     if (key->kind == KVD_PICKLE_INT) {
         id = key->number;
-    } else if (key->kind == KVD_PICKLE_STR && key->text[0] && strspn(key->text, "0123456789") == strlen(key->text) &&
-               strlen(key->text) < 6) {
+    } else if (key->kind == KVD_PICKLE_STR && key->text[0] &&
+               strspn(key->text, "0123456789") == strlen(key->text) && strlen(key->text) < 6) {
         id = atoi(key->text);
     }
     *out = (uint16_t)id;
     return id >= 0 && id <= KVD_MAX_MODEL_LAYER;
 }
 
-static int add_layer(const struct zoo *z, struct side *s, uint16_t id, const struct kvd_pickle_value *layer,
-                     struct kvd_error *err)
+static int add_layer(const struct zoo *z, struct side *s, uint16_t id,
+                     const struct kvd_pickle_value *layer, struct kvd_error *err)
 {
     const struct kvd_pickle_value *r = kvd_pickle_get(layer, "rotation");
     if (!r || r->kind != KVD_PICKLE_TENSOR)
-        return kvd_fail(err, KVD_E_CORRUPT, "%s: layer %u has no tensor named rotation", z->path, id);
+        return kvd_fail(err, KVD_E_CORRUPT, "%s: layer %u has no tensor named rotation", z->path,
+                        id);
     // v1 has [D, D], v2 [H_kv, D, D]; the rank tells them apart.
     if (r->rank != 2 && r->rank != 3)
-        return kvd_fail(err, KVD_E_CORRUPT, "%s: layer %u: a rotation of rank %u; 2 or 3 is expected", z->path, id, r->rank);
-    int64_t heads = r->rank == 3 ? r->shape[0] : 1, rows = r->shape[r->rank - 2], dim = r->shape[r->rank - 1];
+        return kvd_fail(err, KVD_E_CORRUPT,
+                        "%s: layer %u: a rotation of rank %u; 2 or 3 is expected", z->path, id,
+                        r->rank);
+    int64_t heads = r->rank == 3 ? r->shape[0] : 1, rows = r->shape[r->rank - 2],
+            dim = r->shape[r->rank - 1];
     if (rows != dim || heads < 1 || heads > KVD_MAX_KV_HEADS || dim < 1 || dim > KVD_MAX_HEAD_DIM)
-        return kvd_fail(err, KVD_E_CORRUPT, "%s: layer %u: a rotation of shape %lld x %lld x %lld", z->path, id,
-                        (long long)heads, (long long)rows, (long long)dim);
+        return kvd_fail(err, KVD_E_CORRUPT, "%s: layer %u: a rotation of shape %lld x %lld x %lld",
+                        z->path, id, (long long)heads, (long long)rows, (long long)dim);
     if (s->n_layers && (s->heads != (uint32_t)heads || s->dim != (uint32_t)dim))
-        return kvd_fail(err, KVD_E_CORRUPT, "%s: layer %u has another shape than the layers before it", z->path, id);
+        return kvd_fail(err, KVD_E_CORRUPT,
+                        "%s: layer %u has another shape than the layers before it", z->path, id);
     if (s->n_layers == KVD_MAX_LAYERS)
         return kvd_fail(err, KVD_E_LIMIT, "%s: more than %d layers", z->path, KVD_MAX_LAYERS);
     s->heads = (uint32_t)heads;
@@ -153,8 +164,8 @@ static int read_side(const struct zoo *z, struct side *s, struct kvd_error *err)
     for (uint32_t i = 0; i + 1 < layers->n_items; i += 2) {
         uint16_t id;
         if (!layer_id(layers->items[i], &id))
-            return kvd_fail(err, KVD_E_CORRUPT, "%s: a layer id that is no number from 0 to %d", z->path,
-                            KVD_MAX_MODEL_LAYER);
+            return kvd_fail(err, KVD_E_CORRUPT, "%s: a layer id that is no number from 0 to %d",
+                            z->path, KVD_MAX_MODEL_LAYER);
         int rc = add_layer(z, s, id, layers->items[i + 1], err);
         if (rc)
             return rc;
@@ -162,11 +173,14 @@ static int read_side(const struct zoo *z, struct side *s, struct kvd_error *err)
     return KVD_OK;
 }
 
-// Copies a tensor, dense, into out. Offsets and strides are checked against the storage's real size.
-static int copy_tensor(struct zoo *z, const struct kvd_pickle_value *t, float *out, struct kvd_error *err)
+// Copies a tensor, dense, into out. Offsets and strides are checked against the storage's real
+// size.
+static int copy_tensor(struct zoo *z, const struct kvd_pickle_value *t, float *out,
+                       struct kvd_error *err)
 {
     char name[160];
-    if (t->storage->text[0] == '\0' || strspn(t->storage->text, "0123456789") != strlen(t->storage->text) ||
+    if (t->storage->text[0] == '\0' ||
+        strspn(t->storage->text, "0123456789") != strlen(t->storage->text) ||
         strlen(t->storage->text) > 20)
         return kvd_fail(err, KVD_E_CORRUPT, "%s: a storage whose key is no number", z->path);
     snprintf(name, sizeof(name), "data/%s", t->storage->text);
@@ -178,32 +192,40 @@ static int copy_tensor(struct zoo *z, const struct kvd_pickle_value *t, float *o
     for (uint32_t i = 0; i < t->rank; i++)
         last += (t->shape[i] - 1) * t->stride[i]; // each product is below 2^62
     if (t->offset < 0 || last < 0 || last >= n || t->offset > n)
-        return kvd_fail(err, KVD_E_CORRUPT, "%s: a tensor reaches beyond its storage of %lld values", z->path,
+        return kvd_fail(err, KVD_E_CORRUPT,
+                        "%s: a tensor reaches beyond its storage of %lld values", z->path,
                         (long long)n);
     uint32_t r = t->rank;
-    int64_t heads = r == 3 ? t->shape[0] : 1, head_stride = r == 3 ? t->stride[0] : 0, dim = t->shape[r - 1];
+    int64_t heads = r == 3 ? t->shape[0] : 1, head_stride = r == 3 ? t->stride[0] : 0,
+            dim = t->shape[r - 1];
     for (int64_t h = 0; h < heads; h++)
         for (int64_t i = 0; i < dim; i++)
             for (int64_t j = 0; j < dim; j++)
-                memcpy(out++, data + 4 * (t->offset + h * head_stride + i * t->stride[r - 2] + j * t->stride[r - 1]), 4);
+                memcpy(out++,
+                       data + 4 * (t->offset + h * head_stride + i * t->stride[r - 2] +
+                                   j * t->stride[r - 1]),
+                       4);
     return KVD_OK;
 }
 
 static int copy_side(struct zoo *z, const struct side *s, float *out, struct kvd_error *err)
 {
     for (uint32_t l = 0; l < s->n_layers; l++) {
-        int rc = copy_tensor(z, s->rotation[l], out + (uint64_t)l * s->heads * s->dim * s->dim, err);
+        int rc =
+            copy_tensor(z, s->rotation[l], out + (uint64_t)l * s->heads * s->dim * s->dim, err);
         if (rc)
             return kvd_fail_in(err, "layer %u", s->layers[l]);
     }
     return KVD_OK;
 }
 
-static int combine(struct zoo z[2], const struct side s[2], struct kvd_rotset *set, struct kvd_error *err)
+static int combine(struct zoo z[2], const struct side s[2], struct kvd_rotset *set,
+                   struct kvd_error *err)
 {
     if (s[0].n_layers != s[1].n_layers || s[0].heads != s[1].heads ||
         memcmp(s[0].layers, s[1].layers, sizeof(s[0].layers)) != 0)
-        return kvd_fail(err, KVD_E_INVALID, "%s and %s have different layers or heads: they are not one set", z[0].path,
+        return kvd_fail(err, KVD_E_INVALID,
+                        "%s and %s have different layers or heads: they are not one set", z[0].path,
                         z[1].path);
     memcpy(set->layers, s[0].layers, sizeof(set->layers));
     set->n_layers = s[0].n_layers;
@@ -220,7 +242,8 @@ static int combine(struct zoo z[2], const struct side s[2], struct kvd_rotset *s
     return rc ? rc : kvd_rotset_check(set, NULL, err);
 }
 
-struct kvd_rotset *kvd_rotset_import(const char *path_k, const char *path_v, const char *model, struct kvd_error *err)
+struct kvd_rotset *kvd_rotset_import(const char *path_k, const char *path_v, const char *model,
+                                     struct kvd_error *err)
 {
     struct zoo z[2] = {{0}};
     struct side *s KVD_FREE = calloc(2, sizeof(*s));

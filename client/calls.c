@@ -15,8 +15,8 @@ static Kvd__V1__TensorRef tensor(const kvd_tensor_ref *t)
     return r;
 }
 
-static kvd_result take_ids(kvd_result rc, Kvd__V1__SequencesReply *reply, uint32_t count, uint64_t *ids,
-                           kvd_failure *err)
+static kvd_result take_ids(kvd_result rc, Kvd__V1__SequencesReply *reply, uint32_t count,
+                           uint64_t *ids, kvd_failure *err)
 {
     if (rc)
         return rc;
@@ -42,7 +42,8 @@ kvd_result kvd_sequences_create(kvd_client *c, uint32_t count, uint64_t *ids, kv
     return take_ids(rc, reply, count, ids, err);
 }
 
-kvd_result kvd_sequence_fork(kvd_client *c, uint64_t sequence, uint32_t count, uint64_t *ids, kvd_failure *err)
+kvd_result kvd_sequence_fork(kvd_client *c, uint64_t sequence, uint32_t count, uint64_t *ids,
+                             kvd_failure *err)
 {
     Kvd__V1__ForkSequenceRequest req = KVD__V1__FORK_SEQUENCE_REQUEST__INIT;
     Kvd__V1__SequencesReply *reply = NULL;
@@ -54,7 +55,8 @@ kvd_result kvd_sequence_fork(kvd_client *c, uint64_t sequence, uint32_t count, u
     return take_ids(rc, reply, count, ids, err);
 }
 
-kvd_result kvd_sequence_truncate(kvd_client *c, uint64_t sequence, uint64_t length, kvd_failure *err)
+kvd_result kvd_sequence_truncate(kvd_client *c, uint64_t sequence, uint64_t length,
+                                 kvd_failure *err)
 {
     Kvd__V1__TruncateSequenceRequest req = KVD__V1__TRUNCATE_SEQUENCE_REQUEST__INIT;
     Kvd__V1__TruncateSequenceReply *reply;
@@ -67,7 +69,8 @@ kvd_result kvd_sequence_truncate(kvd_client *c, uint64_t sequence, uint64_t leng
     return rc;
 }
 
-kvd_result kvd_sequence_publish(kvd_client *c, uint64_t sequence, const char *name, bool replace, kvd_failure *err)
+kvd_result kvd_sequence_publish(kvd_client *c, uint64_t sequence, const char *name, bool replace,
+                                kvd_failure *err)
 {
     Kvd__V1__PublishSequenceRequest req = KVD__V1__PUBLISH_SEQUENCE_REQUEST__INIT;
     Kvd__V1__PublishSequenceReply *reply;
@@ -95,7 +98,8 @@ static void copy_info(const Kvd__V1__SequenceInfo *in, kvd_sequence_info *out)
     snprintf(out->name, sizeof(out->name), "%s", in->name);
 }
 
-kvd_result kvd_sequence_attach(kvd_client *c, const char *name, kvd_sequence_info *out, kvd_failure *err)
+kvd_result kvd_sequence_attach(kvd_client *c, const char *name, kvd_sequence_info *out,
+                               kvd_failure *err)
 {
     Kvd__V1__AttachSequenceRequest req = KVD__V1__ATTACH_SEQUENCE_REQUEST__INIT;
     Kvd__V1__AttachSequenceReply *reply;
@@ -110,7 +114,8 @@ kvd_result kvd_sequence_attach(kvd_client *c, const char *name, kvd_sequence_inf
     return KVD_SUCCESS;
 }
 
-kvd_result kvd_sequences_free(kvd_client *c, const uint64_t *ids, uint32_t count, bool unpublish, kvd_failure *err)
+kvd_result kvd_sequences_free(kvd_client *c, const uint64_t *ids, uint32_t count, bool unpublish,
+                              kvd_failure *err)
 {
     Kvd__V1__FreeSequencesRequest req = KVD__V1__FREE_SEQUENCES_REQUEST__INIT;
     Kvd__V1__FreeSequencesReply *reply;
@@ -125,7 +130,8 @@ kvd_result kvd_sequences_free(kvd_client *c, const uint64_t *ids, uint32_t count
     return rc;
 }
 
-kvd_result kvd_sequence_describe(kvd_client *c, uint64_t sequence, kvd_sequence_info *out, kvd_failure *err)
+kvd_result kvd_sequence_describe(kvd_client *c, uint64_t sequence, kvd_sequence_info *out,
+                                 kvd_failure *err)
 {
     Kvd__V1__DescribeSequencesRequest req = KVD__V1__DESCRIBE_SEQUENCES_REQUEST__INIT;
     Kvd__V1__DescribeSequencesReply *reply;
@@ -141,7 +147,8 @@ kvd_result kvd_sequence_describe(kvd_client *c, uint64_t sequence, kvd_sequence_
     return KVD_SUCCESS;
 }
 
-// -- work ----------------------------------------------------------------------------------------------------------
+// -- work
+// ----------------------------------------------------------------------------------------------------------
 
 // The tensors of one item, in wire form.
 struct refs {
@@ -150,7 +157,8 @@ struct refs {
 
 static struct refs refs_of(const kvd_item *item)
 {
-    return (struct refs){tensor(&item->k), tensor(&item->v), tensor(&item->q), tensor(&item->o), tensor(&item->lse)};
+    return (struct refs){tensor(&item->k), tensor(&item->v), tensor(&item->q), tensor(&item->o),
+                         tensor(&item->lse)};
 }
 
 // Items and their pointers in one allocation.
@@ -181,7 +189,8 @@ static kvd_result no_memory(kvd_failure *err)
     return kvd_client_fail(err, &e);
 }
 
-kvd_result kvd_append(kvd_client *c, kvd_layers layers, const kvd_item *items, uint32_t count, kvd_failure *err)
+kvd_result kvd_append(kvd_client *c, kvd_layers layers, const kvd_item *items, uint32_t count,
+                      kvd_failure *err)
 {
     struct batch b KVD_AUTO(batch_free);
     Kvd__V1__AppendRequest req = KVD__V1__APPEND_REQUEST__INIT;
@@ -203,13 +212,15 @@ kvd_result kvd_append(kvd_client *c, kvd_layers layers, const kvd_item *items, u
     req.layer_count = layers.count;
     req.n_items = count;
     req.items = (Kvd__V1__AppendItem **)b.list;
-    kvd_result rc = kvd_client_call(c, METHOD("Append"), &req, &req.session, &kvd__v1__append_reply__descriptor, &reply, err);
+    kvd_result rc = kvd_client_call(c, METHOD("Append"), &req, &req.session,
+                                    &kvd__v1__append_reply__descriptor, &reply, err);
     if (rc == KVD_SUCCESS)
         kvd__v1__append_reply__free_unpacked(reply, NULL);
     return rc;
 }
 
-static Kvd__V1__AttentionParams params_of(const kvd_attention *a, const kvd_item *items, uint32_t count)
+static Kvd__V1__AttentionParams params_of(const kvd_attention *a, const kvd_item *items,
+                                          uint32_t count)
 {
     Kvd__V1__AttentionParams p = KVD__V1__ATTENTION_PARAMS__INIT;
     if (a) {
@@ -222,17 +233,19 @@ static Kvd__V1__AttentionParams params_of(const kvd_attention *a, const kvd_item
     return p;
 }
 
-static kvd_result attention_call(kvd_client *c, const char *method, void *req, char **session, kvd_failure *err)
+static kvd_result attention_call(kvd_client *c, const char *method, void *req, char **session,
+                                 kvd_failure *err)
 {
     Kvd__V1__AttendReply *reply;
-    kvd_result rc = kvd_client_call(c, method, req, session, &kvd__v1__attend_reply__descriptor, &reply, err);
+    kvd_result rc =
+        kvd_client_call(c, method, req, session, &kvd__v1__attend_reply__descriptor, &reply, err);
     if (rc == KVD_SUCCESS)
         kvd__v1__attend_reply__free_unpacked(reply, NULL);
     return rc;
 }
 
-kvd_result kvd_attend(kvd_client *c, kvd_layers layers, const kvd_attention *attention, const kvd_item *items,
-                      uint32_t count, kvd_failure *err)
+kvd_result kvd_attend(kvd_client *c, kvd_layers layers, const kvd_attention *attention,
+                      const kvd_item *items, uint32_t count, kvd_failure *err)
 {
     struct batch b KVD_AUTO(batch_free);
     Kvd__V1__AttendRequest req = KVD__V1__ATTEND_REQUEST__INIT;
@@ -258,8 +271,8 @@ kvd_result kvd_attend(kvd_client *c, kvd_layers layers, const kvd_attention *att
     return attention_call(c, METHOD("Attend"), &req, &req.session, err);
 }
 
-kvd_result kvd_step(kvd_client *c, kvd_layers layers, const kvd_attention *attention, const kvd_item *items,
-                    uint32_t count, kvd_failure *err)
+kvd_result kvd_step(kvd_client *c, kvd_layers layers, const kvd_attention *attention,
+                    const kvd_item *items, uint32_t count, kvd_failure *err)
 {
     struct batch b KVD_AUTO(batch_free);
     Kvd__V1__StepRequest req = KVD__V1__STEP_REQUEST__INIT;
@@ -288,8 +301,9 @@ kvd_result kvd_step(kvd_client *c, kvd_layers layers, const kvd_attention *atten
     return attention_call(c, METHOD("Step"), &req, &req.session, err);
 }
 
-kvd_result kvd_rotate(kvd_client *c, bool v, bool inverse, kvd_layers layers, uint32_t rows, uint32_t heads,
-                      const kvd_tensor_ref *x, const kvd_tensor_ref *y, kvd_failure *err)
+kvd_result kvd_rotate(kvd_client *c, bool v, bool inverse, kvd_layers layers, uint32_t rows,
+                      uint32_t heads, const kvd_tensor_ref *x, const kvd_tensor_ref *y,
+                      kvd_failure *err)
 {
     Kvd__V1__RotateRequest req = KVD__V1__ROTATE_REQUEST__INIT;
     Kvd__V1__RotateReply *reply;
@@ -302,14 +316,16 @@ kvd_result kvd_rotate(kvd_client *c, bool v, bool inverse, kvd_layers layers, ui
     req.heads = heads;
     req.x = &in;
     req.y = &out;
-    kvd_result rc = kvd_client_call(c, METHOD("Rotate"), &req, &req.session, &kvd__v1__rotate_reply__descriptor, &reply, err);
+    kvd_result rc = kvd_client_call(c, METHOD("Rotate"), &req, &req.session,
+                                    &kvd__v1__rotate_reply__descriptor, &reply, err);
     if (rc == KVD_SUCCESS)
         kvd__v1__rotate_reply__free_unpacked(reply, NULL);
     return rc;
 }
 
-kvd_result kvd_read_tokens(kvd_client *c, kvd_layers layers, uint64_t sequence, uint64_t begin, uint32_t count,
-                           const kvd_tensor_ref *k, const kvd_tensor_ref *v, kvd_failure *err)
+kvd_result kvd_read_tokens(kvd_client *c, kvd_layers layers, uint64_t sequence, uint64_t begin,
+                           uint32_t count, const kvd_tensor_ref *k, const kvd_tensor_ref *v,
+                           kvd_failure *err)
 {
     Kvd__V1__ReadTokensRequest req = KVD__V1__READ_TOKENS_REQUEST__INIT;
     Kvd__V1__ReadTokensReply *reply;
@@ -321,14 +337,15 @@ kvd_result kvd_read_tokens(kvd_client *c, kvd_layers layers, uint64_t sequence, 
     req.layer_count = layers.count;
     req.k = &k_ref;
     req.v = &v_ref;
-    kvd_result rc = kvd_client_call(c, METHOD("ReadTokens"), &req, &req.session, &kvd__v1__read_tokens_reply__descriptor,
-                                    &reply, err);
+    kvd_result rc = kvd_client_call(c, METHOD("ReadTokens"), &req, &req.session,
+                                    &kvd__v1__read_tokens_reply__descriptor, &reply, err);
     if (rc == KVD_SUCCESS)
         kvd__v1__read_tokens_reply__free_unpacked(reply, NULL);
     return rc;
 }
 
-// -- events --------------------------------------------------------------------------------------------------------
+// -- events
+// --------------------------------------------------------------------------------------------------------
 
 kvd_result kvd_next_event(kvd_client *c, uint32_t timeout_ms, kvd_event *out, kvd_failure *err)
 {
@@ -344,7 +361,9 @@ kvd_result kvd_next_event(kvd_client *c, uint32_t timeout_ms, kvd_event *out, kv
         c->events = kvd_stream_open(c->channel, METHOD("Watch"), &req, &e);
     }
     pthread_rwlock_unlock(&c->lock);
-    int rc = c->events ? kvd_stream_next(c->events, &kvd__v1__event__descriptor, timeout_ms, &event, &e) : e.code;
+    int rc = c->events
+                 ? kvd_stream_next(c->events, &kvd__v1__event__descriptor, timeout_ms, &event, &e)
+                 : e.code;
     if (rc == KVD_E_TIMEOUT) {
         *out = (kvd_event){.kind = KVD_EVENT_NONE};
         return KVD_SUCCESS;
@@ -354,7 +373,8 @@ kvd_result kvd_next_event(kvd_client *c, uint32_t timeout_ms, kvd_event *out, kv
         e.code = rc;
         return kvd_client_fail(err, &e);
     }
-    *out = (kvd_event){.kind = (kvd_event_kind)event->kind, .sequence = event->sequence, .count = event->count};
+    *out = (kvd_event){
+        .kind = (kvd_event_kind)event->kind, .sequence = event->sequence, .count = event->count};
     snprintf(out->name, sizeof(out->name), "%s", event->name);
     kvd__v1__event__free_unpacked(event, NULL);
     return KVD_SUCCESS;

@@ -75,7 +75,8 @@ static int read_pem(const char *path, char **out, struct kvd_error *err)
     return KVD_OK;
 }
 
-static grpc_channel_credentials *credentials(const struct kvd_channel_options *o, struct kvd_error *err)
+static grpc_channel_credentials *credentials(const struct kvd_channel_options *o,
+                                             struct kvd_error *err)
 {
     char *ca KVD_FREE = NULL, *cert KVD_FREE = NULL, *key KVD_FREE = NULL;
     if (!o->tls_ca)
@@ -105,7 +106,9 @@ struct kvd_channel *kvd_channel_new(const struct kvd_channel_options *o, struct 
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, .value.integer = -1},
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_MAX_SEND_MESSAGE_LENGTH, .value.integer = -1},
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, .value.integer = 100},
-        {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, .value.integer = 100},
+        {.type = GRPC_ARG_INTEGER,
+         .key = GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS,
+         .value.integer = 100},
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, .value.integer = 1000},
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_ENABLE_HTTP_PROXY, .value.integer = 0},
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, .value.integer = 1},
@@ -178,16 +181,18 @@ static ProtobufCMessage *unpack(const ProtobufCMessageDescriptor *type, grpc_byt
     if (!b || !grpc_byte_buffer_reader_init(&reader, b))
         return NULL;
     grpc_slice all = grpc_byte_buffer_reader_readall(&reader);
-    ProtobufCMessage *m = protobuf_c_message_unpack(type, NULL, GRPC_SLICE_LENGTH(all), GRPC_SLICE_START_PTR(all));
+    ProtobufCMessage *m =
+        protobuf_c_message_unpack(type, NULL, GRPC_SLICE_LENGTH(all), GRPC_SLICE_START_PTR(all));
     grpc_slice_unref(all);
     grpc_byte_buffer_reader_destroy(&reader);
     return m;
 }
 
-static grpc_call *start_call(struct kvd_channel *c, grpc_completion_queue *cq, const char *method, gpr_timespec deadline)
+static grpc_call *start_call(struct kvd_channel *c, grpc_completion_queue *cq, const char *method,
+                             gpr_timespec deadline)
 {
-    return grpc_channel_create_call(c->channel, NULL, GRPC_PROPAGATE_DEFAULTS, cq, grpc_slice_from_static_string(method),
-                                    NULL, deadline, NULL);
+    return grpc_channel_create_call(c->channel, NULL, GRPC_PROPAGATE_DEFAULTS, cq,
+                                    grpc_slice_from_static_string(method), NULL, deadline, NULL);
 }
 
 static size_t ticket_metadata(const struct kvd_channel *c, grpc_metadata *m)
@@ -216,9 +221,10 @@ int kvd_channel_call(struct kvd_channel *c, const char *method, const void *requ
     grpc_status_code code;
     grpc_slice details;
     grpc_metadata ticket;
-    grpc_op ops[6] = {{.op = GRPC_OP_SEND_INITIAL_METADATA},     {.op = GRPC_OP_SEND_MESSAGE},
-                      {.op = GRPC_OP_SEND_CLOSE_FROM_CLIENT},    {.op = GRPC_OP_RECV_INITIAL_METADATA},
-                      {.op = GRPC_OP_RECV_MESSAGE},              {.op = GRPC_OP_RECV_STATUS_ON_CLIENT}};
+    grpc_op ops[6] = {
+        {.op = GRPC_OP_SEND_INITIAL_METADATA},  {.op = GRPC_OP_SEND_MESSAGE},
+        {.op = GRPC_OP_SEND_CLOSE_FROM_CLIENT}, {.op = GRPC_OP_RECV_INITIAL_METADATA},
+        {.op = GRPC_OP_RECV_MESSAGE},           {.op = GRPC_OP_RECV_STATUS_ON_CLIENT}};
     ops[0].data.send_initial_metadata.count = ticket_metadata(c, &ticket);
     ops[0].data.send_initial_metadata.metadata = &ticket;
     ops[1].data.send_message.send_message = out;
@@ -251,7 +257,8 @@ int kvd_channel_call(struct kvd_channel *c, const char *method, const void *requ
     return rc;
 }
 
-struct kvd_stream *kvd_stream_open(struct kvd_channel *c, const char *method, const void *request, struct kvd_error *err)
+struct kvd_stream *kvd_stream_open(struct kvd_channel *c, const char *method, const void *request,
+                                   struct kvd_error *err)
 {
     struct kvd_stream *s = calloc(1, sizeof(*s));
     if (!s) {
@@ -284,8 +291,8 @@ struct kvd_stream *kvd_stream_open(struct kvd_channel *c, const char *method, co
     return s;
 }
 
-int kvd_stream_next(struct kvd_stream *s, const ProtobufCMessageDescriptor *type, uint32_t timeout_ms, void *out,
-                    struct kvd_error *err)
+int kvd_stream_next(struct kvd_stream *s, const ProtobufCMessageDescriptor *type,
+                    uint32_t timeout_ms, void *out, struct kvd_error *err)
 {
     if (!s->receiving) {
         grpc_op op = {.op = GRPC_OP_RECV_MESSAGE};
@@ -299,7 +306,8 @@ int kvd_stream_next(struct kvd_stream *s, const ProtobufCMessageDescriptor *type
     s->receiving = false;
     if (!s->message) {
         if (!s->ended)
-            grpc_completion_queue_pluck(s->cq, &tag_status, gpr_inf_future(GPR_CLOCK_REALTIME), NULL);
+            grpc_completion_queue_pluck(s->cq, &tag_status, gpr_inf_future(GPR_CLOCK_REALTIME),
+                                        NULL);
         s->ended = true;
         explain(s->code, s->details, err);
         return KVD_E_LOST;

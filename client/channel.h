@@ -9,33 +9,34 @@
 struct kvd_channel;
 
 struct kvd_channel_options {
-    const char *address; // "unix:/path" or "host:port"
+    const char *address;                     // "unix:/path" or "host:port"
     const char *tls_ca, *tls_cert, *tls_key; // PEM files, for TCP; NULL: no TLS
 };
 
-struct kvd_channel *kvd_channel_new(const struct kvd_channel_options *options, struct kvd_error *err);
+struct kvd_channel *kvd_channel_new(const struct kvd_channel_options *options,
+                                    struct kvd_error *err);
 void kvd_channel_free(struct kvd_channel **channel);
 
 // Metadata "kvd-ticket" of every call from now on. NULL: none.
 void kvd_channel_set_ticket(struct kvd_channel *channel, const char *ticket);
 
-// One unary call. *reply is to be freed with protobuf_c_message_free_unpacked. Codes are kvd's; KVD_E_UNAVAILABLE
-// when there is no daemon.
+// One unary call. *reply is to be freed with protobuf_c_message_free_unpacked. Codes are kvd's;
+// KVD_E_UNAVAILABLE when there is no daemon.
 int kvd_channel_call(struct kvd_channel *channel, const char *method, const void *request,
                      const ProtobufCMessageDescriptor *reply_type, uint32_t timeout_ms, void *reply,
                      struct kvd_error *err);
 
 // A server stream.
 struct kvd_stream;
-struct kvd_stream *kvd_stream_open(struct kvd_channel *channel, const char *method, const void *request,
-                                   struct kvd_error *err);
+struct kvd_stream *kvd_stream_open(struct kvd_channel *channel, const char *method,
+                                   const void *request, struct kvd_error *err);
 // The next message, or KVD_E_TIMEOUT, or KVD_E_LOST when the stream ended (err says why).
-int kvd_stream_next(struct kvd_stream *stream, const ProtobufCMessageDescriptor *type, uint32_t timeout_ms, void *out,
-                    struct kvd_error *err);
+int kvd_stream_next(struct kvd_stream *stream, const ProtobufCMessageDescriptor *type,
+                    uint32_t timeout_ms, void *out, struct kvd_error *err);
 void kvd_stream_free(struct kvd_stream **stream);
 
-// Connects to the fd socket beside a "unix:" address and reads the hello. The ticket gets 33 bytes. Returns the socket,
-// or a negative status.
+// Connects to the fd socket beside a "unix:" address and reads the hello. The ticket gets 33 bytes.
+// Returns the socket, or a negative status.
 int kvd_fdsock_connect(const char *address, char *ticket, struct kvd_error *err);
 // Sends a memfd under a key.
 int kvd_fdsock_send(int sock, uint64_t key, int fd, struct kvd_error *err);

@@ -37,10 +37,11 @@ struct kvd_client {
     uint64_t events_epoch;
 };
 
-// A call within the session: `set_session` points to the request's session field. On a lost session it reconnects and
-// returns KVD_ERR_LOST.
+// A call within the session: `set_session` points to the request's session field. On a lost session
+// it reconnects and returns KVD_ERR_LOST.
 kvd_result kvd_client_call(kvd_client *c, const char *method, void *request, char **set_session,
-                           const ProtobufCMessageDescriptor *reply_type, void *reply, kvd_failure *err);
+                           const ProtobufCMessageDescriptor *reply_type, void *reply,
+                           kvd_failure *err);
 
 kvd_result kvd_client_result(int code);
 kvd_result kvd_client_fail(kvd_failure *err, const struct kvd_error *e);

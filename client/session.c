@@ -80,7 +80,8 @@ static int register_buffer(kvd_client *c, kvd_buffer *b, struct kvd_error *err)
     return KVD_OK;
 }
 
-// Connects the fd socket, opens a session and registers the buffers. The caller holds the lock for writing.
+// Connects the fd socket, opens a session and registers the buffers. The caller holds the lock for
+// writing.
 static int open_session(kvd_client *c, struct kvd_error *err)
 {
     char ticket[33] = "";
@@ -99,8 +100,8 @@ static int open_session(kvd_client *c, struct kvd_error *err)
     req.ticket = ticket;
     req.client_name = c->client_name;
     req.geometry = &c->geometry;
-    int rc = kvd_channel_call(c->channel, "/kvd.v1.KvCache/OpenSession", &req, &kvd__v1__open_session_reply__descriptor,
-                              c->timeout_ms, &reply, err);
+    int rc = kvd_channel_call(c->channel, "/kvd.v1.KvCache/OpenSession", &req,
+                              &kvd__v1__open_session_reply__descriptor, c->timeout_ms, &reply, err);
     if (rc)
         return rc;
     if (c->opened)
@@ -114,7 +115,8 @@ static int open_session(kvd_client *c, struct kvd_error *err)
 }
 
 // The session of `epoch` is gone: opens a new one, unless another thread has done so.
-static kvd_result reconnect(kvd_client *c, uint64_t epoch, const struct kvd_error *why, kvd_failure *err)
+static kvd_result reconnect(kvd_client *c, uint64_t epoch, const struct kvd_error *why,
+                            kvd_failure *err)
 {
     struct kvd_error e = {0};
     pthread_rwlock_wrlock(&c->lock);
@@ -125,7 +127,8 @@ static kvd_result reconnect(kvd_client *c, uint64_t epoch, const struct kvd_erro
         return kvd_client_fail(err, &e);
     }
     kvd_fail(&e, KVD_E_LOST,
-             "the session was lost (%.200s); a new one is open and buffers are registered again, but sequences made "
+             "the session was lost (%.200s); a new one is open and buffers are registered again, "
+             "but sequences made "
              "before are gone unless they were published and the daemon is the same",
              why->text);
     return kvd_client_fail(err, &e);
@@ -139,7 +142,8 @@ static bool hung_up(const kvd_client *c)
 }
 
 kvd_result kvd_client_call(kvd_client *c, const char *method, void *request, char **set_session,
-                           const ProtobufCMessageDescriptor *reply_type, void *reply, kvd_failure *err)
+                           const ProtobufCMessageDescriptor *reply_type, void *reply,
+                           kvd_failure *err)
 {
     struct kvd_error e = {0};
     pthread_rwlock_rdlock(&c->lock);
@@ -198,7 +202,8 @@ static kvd_client *client_new(const kvd_options *o)
     c->rotation_set = copy_or(o->rotation_set, "");
     c->layers = calloc(o->n_layers + 1, sizeof(*c->layers));
     c->timeout_ms = o->timeout_ms ? o->timeout_ms : 30000;
-    if (!c->address || !c->namespace_name || !c->client_name || !c->codec || !c->rotation_set || !c->layers) {
+    if (!c->address || !c->namespace_name || !c->client_name || !c->codec || !c->rotation_set ||
+        !c->layers) {
         client_free(c);
         return NULL;
     }
@@ -249,8 +254,9 @@ void kvd_close(kvd_client **cp)
     Kvd__V1__CloseSessionReply *reply;
     req.session = c->session;
     // Best effort: hanging up ends the session too.
-    if (kvd_channel_call(c->channel, "/kvd.v1.KvCache/CloseSession", &req, &kvd__v1__close_session_reply__descriptor,
-                         KVD_MIN(c->timeout_ms, 2000u), &reply, NULL) == KVD_OK)
+    if (kvd_channel_call(c->channel, "/kvd.v1.KvCache/CloseSession", &req,
+                         &kvd__v1__close_session_reply__descriptor, KVD_MIN(c->timeout_ms, 2000u),
+                         &reply, NULL) == KVD_OK)
         kvd__v1__close_session_reply__free_unpacked(reply, NULL);
     client_free(c);
 }
@@ -270,17 +276,20 @@ void kvd_get_info(kvd_client *c, kvd_info *out)
     }
 }
 
-// -- buffers -------------------------------------------------------------------------------------------------------
+// -- buffers
+// -------------------------------------------------------------------------------------------------------
 
 static int make_memory(kvd_buffer *b, struct kvd_error *err)
 {
     b->fd = memfd_create("kvd-buffer", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    if (b->fd < 0 || ftruncate(b->fd, (off_t)b->size) || fcntl(b->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW))
-        return kvd_fail(err, -errno, "cannot make %llu bytes of shared memory: %s", (unsigned long long)b->size,
-                        strerror(errno));
+    if (b->fd < 0 || ftruncate(b->fd, (off_t)b->size) ||
+        fcntl(b->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW))
+        return kvd_fail(err, -errno, "cannot make %llu bytes of shared memory: %s",
+                        (unsigned long long)b->size, strerror(errno));
     b->data = mmap(NULL, b->size, PROT_READ | PROT_WRITE, MAP_SHARED, b->fd, 0);
     if (b->data == MAP_FAILED)
-        return kvd_fail(err, -errno, "cannot map %llu bytes: %s", (unsigned long long)b->size, strerror(errno));
+        return kvd_fail(err, -errno, "cannot map %llu bytes: %s", (unsigned long long)b->size,
+                        strerror(errno));
     return KVD_OK;
 }
 
@@ -290,10 +299,12 @@ kvd_result kvd_buffer_new(kvd_client *c, uint64_t bytes, kvd_buffer **out, kvd_f
     kvd_buffer *b = calloc(1, sizeof(*b));
     if (!b || bytes == 0 || !on_unix(c)) {
         free(b);
-        kvd_fail(&e, KVD_E_INVALID, bytes ? "shared buffers want a unix: address" : "a buffer of 0 bytes");
+        kvd_fail(&e, KVD_E_INVALID,
+                 bytes ? "shared buffers want a unix: address" : "a buffer of 0 bytes");
         return kvd_client_fail(err, &e);
     }
-    *b = (kvd_buffer){.client = c, .size = bytes, .key = ++c->next_key, .fd = -1, .data = MAP_FAILED};
+    *b = (kvd_buffer){
+        .client = c, .size = bytes, .key = ++c->next_key, .fd = -1, .data = MAP_FAILED};
     int rc = make_memory(b, &e);
     pthread_rwlock_wrlock(&c->lock);
     uint64_t epoch = c->epoch;
@@ -332,8 +343,9 @@ void kvd_buffer_free(kvd_buffer **bp)
     Kvd__V1__ReleaseBufferReply *reply;
     req.session = c->session;
     req.buffer = b->id;
-    if (kvd_channel_call(c->channel, "/kvd.v1.KvCache/ReleaseBuffer", &req, &kvd__v1__release_buffer_reply__descriptor,
-                         c->timeout_ms, &reply, NULL) == KVD_OK)
+    if (kvd_channel_call(c->channel, "/kvd.v1.KvCache/ReleaseBuffer", &req,
+                         &kvd__v1__release_buffer_reply__descriptor, c->timeout_ms, &reply,
+                         NULL) == KVD_OK)
         kvd__v1__release_buffer_reply__free_unpacked(reply, NULL);
     pthread_rwlock_unlock(&c->lock);
     munmap(b->data, b->size);

@@ -1,4 +1,5 @@
-// What several handlers need: the session of a request, and replies that are remembered for retries.
+// What several handlers need: the session of a request, and replies that are remembered for
+// retries.
 #include "daemon/rpc.h"
 
 struct kvd_session *kvd_call_session(struct kvd_call *call, const char *secret)
@@ -6,7 +7,8 @@ struct kvd_session *kvd_call_session(struct kvd_call *call, const char *secret)
     struct kvd_session *s = kvd_session_find(call->d, secret);
     if (!s)
         kvd_call_fail(call, KVD_E_UNAUTH,
-                      "unknown session: it was closed, its lease ran out, or kvd was restarted; open a new one");
+                      "unknown session: it was closed, its lease ran out, or kvd was restarted; "
+                      "open a new one");
     return s;
 }
 
@@ -21,14 +23,16 @@ bool kvd_call_replayed(struct kvd_call *call, struct kvd_session *s, uint64_t re
         if (r->method == call->method)
             kvd_call_reply_packed(call, r->data, r->len);
         else
-            kvd_call_fail(call, KVD_E_INVALID, "request_id %llu was used for another method; count up",
+            kvd_call_fail(call, KVD_E_INVALID,
+                          "request_id %llu was used for another method; count up",
                           (unsigned long long)request_id);
         return true;
     }
     return false;
 }
 
-void kvd_call_reply_remember(struct kvd_call *call, struct kvd_session *s, uint64_t request_id, const void *reply)
+void kvd_call_reply_remember(struct kvd_call *call, struct kvd_session *s, uint64_t request_id,
+                             const void *reply)
 {
     if (request_id) {
         struct kvd_replay *r = &s->replays[s->next_replay];

@@ -11,7 +11,8 @@ void kvd_on_ping(struct kvd_call *call, const void *request)
     const Kvd__V1__PingRequest *req = request;
     Kvd__V1__PingReply r = KVD__V1__PING_REPLY__INIT;
     if (req->payload.len > 65536) {
-        kvd_call_fail(call, KVD_E_INVALID, "payload has %zu bytes; at most 65536 are sent back", req->payload.len);
+        kvd_call_fail(call, KVD_E_INVALID, "payload has %zu bytes; at most 65536 are sent back",
+                      req->payload.len);
         return;
     }
     r.payload = req->payload;
@@ -258,14 +259,16 @@ void kvd_on_set_quota(struct kvd_call *call, const void *request)
     }
     kvd_pool_set_quota(call->d->pool, ns, req->quota_bytes);
     kvd_pool_namespace_info(call->d->pool, ns, &info);
-    kvd_notice("quota set namespace=%s bytes=%llu", info.name, (unsigned long long)req->quota_bytes);
+    kvd_notice("quota set namespace=%s bytes=%llu", info.name,
+               (unsigned long long)req->quota_bytes);
     Kvd__V1__SetQuotaReply r = KVD__V1__SET_QUOTA_REPLY__INIT;
     r.used_bytes = info.used;
     kvd_call_reply(call, &r);
 }
 
 // One published sequence by name. KVD_E_PRECONDITION when it is in use.
-static int evict_named(struct kvd_daemon *d, uint32_t ns, const char *name, uint64_t *freed, struct kvd_error *err)
+static int evict_named(struct kvd_daemon *d, uint32_t ns, const char *name, uint64_t *freed,
+                       struct kvd_error *err)
 {
     struct kvd_pool_seq_info info;
     struct kvd_pool_info before, after;
@@ -273,7 +276,8 @@ static int evict_named(struct kvd_daemon *d, uint32_t ns, const char *name, uint
     if (!seq || kvd_pool_seq_info(d->pool, seq, &info))
         return kvd_fail(err, KVD_E_NOT_FOUND, "nothing is published as '%.128s' there", name);
     if (info.holders || info.pins)
-        return kvd_fail(err, KVD_E_PRECONDITION, "'%s' is held by %u sessions; live sequences are never evicted", name,
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "'%s' is held by %u sessions; live sequences are never evicted", name,
                         info.holders);
     kvd_pool_info(d->pool, &before);
     kvd_pool_unpublish(d->pool, seq);
@@ -289,7 +293,8 @@ void kvd_on_evict(struct kvd_call *call, const void *request)
     struct kvd_error err = {0};
     uint32_t ns = KVD_POOL_NONE;
     Kvd__V1__EvictReply r = KVD__V1__EVICT_REPLY__INIT;
-    if (req->namespace_name[0] && (ns = kvd_pool_namespace_find(d->pool, req->namespace_name)) == KVD_POOL_NONE) {
+    if (req->namespace_name[0] &&
+        (ns = kvd_pool_namespace_find(d->pool, req->namespace_name)) == KVD_POOL_NONE) {
         kvd_call_fail(call, KVD_E_NOT_FOUND, "there is no namespace %.64s", req->namespace_name);
         return;
     }
@@ -305,7 +310,8 @@ void kvd_on_evict(struct kvd_call *call, const void *request)
         kvd_call_fail_error(call, &err);
         return;
     }
-    kvd_notice("evicted by operator sequences=%u bytes=%llu", r.sequences, (unsigned long long)r.bytes);
+    kvd_notice("evicted by operator sequences=%u bytes=%llu", r.sequences,
+               (unsigned long long)r.bytes);
     kvd_call_reply(call, &r);
 }
 
@@ -324,7 +330,8 @@ void kvd_on_set_log_level(struct kvd_call *call, const void *request)
     const Kvd__V1__SetLogLevelRequest *req = request;
     int level = kvd_log_level_parse(req->level);
     if (level < 0) {
-        kvd_call_fail(call, KVD_E_INVALID, "level is '%.20s'; error, warning, notice, info and debug are possible",
+        kvd_call_fail(call, KVD_E_INVALID,
+                      "level is '%.20s'; error, warning, notice, info and debug are possible",
                       req->level);
         return;
     }
@@ -335,7 +342,8 @@ void kvd_on_set_log_level(struct kvd_call *call, const void *request)
     kvd_call_reply(call, &r);
 }
 
-// -- rotation sets: the store may be slow, so these run on libuv's thread pool ---------------------------------------
+// -- rotation sets: the store may be slow, so these run on libuv's thread pool
+// ---------------------------------------
 
 struct store_call {
     uv_work_t work;
@@ -351,8 +359,10 @@ struct store_call {
 
 static struct kvd_store_config store_of(const struct store_call *s)
 {
-    return (struct kvd_store_config){
-        .url = s->config.store, .cache = s->config.cache, .timeout_ms = s->config.store_timeout_ms, .retries = 1};
+    return (struct kvd_store_config){.url = s->config.store,
+                                     .cache = s->config.cache,
+                                     .timeout_ms = s->config.store_timeout_ms,
+                                     .retries = 1};
 }
 
 static void list_work(uv_work_t *work)
@@ -440,7 +450,8 @@ static void fetch_done(uv_work_t *work, int status)
     free(s);
 }
 
-static void store_call(struct kvd_call *call, const char *ref, uv_work_cb work, uv_after_work_cb done)
+static void store_call(struct kvd_call *call, const char *ref, uv_work_cb work,
+                       uv_after_work_cb done)
 {
     struct store_call *s = calloc(1, sizeof(*s));
     if (!s) {
@@ -465,7 +476,8 @@ void kvd_on_fetch_rotation_set(struct kvd_call *call, const void *request)
 {
     const Kvd__V1__FetchRotationSetRequest *req = request;
     if (!kvd_store_ref_valid(req->name))
-        kvd_call_fail(call, KVD_E_INVALID, "'%.100s' is no rotation set: say model@tag or sha256:<64 hex>", req->name);
+        kvd_call_fail(call, KVD_E_INVALID,
+                      "'%.100s' is no rotation set: say model@tag or sha256:<64 hex>", req->name);
     else
         store_call(call, req->name, fetch_work, fetch_done);
 }

@@ -3,7 +3,8 @@
 
 #include "daemon/compute.h"
 
-static struct kvd_work *work_new(struct kvd_call *call, const struct kvd_session *s, enum kvd_kernel_op op, size_t n)
+static struct kvd_work *work_new(struct kvd_call *call, const struct kvd_session *s,
+                                 enum kvd_kernel_op op, size_t n)
 {
     struct kvd_work *w = calloc(1, sizeof(*w));
     if (!w || !(w->items = calloc(n + 1, sizeof(*w->items)))) {
@@ -19,48 +20,51 @@ static struct kvd_work *work_new(struct kvd_call *call, const struct kvd_session
     return w;
 }
 
-static int set_layers(struct kvd_work *w, const struct kvd_geometry *g, uint32_t begin, uint32_t count,
-                      struct kvd_error *err)
+static int set_layers(struct kvd_work *w, const struct kvd_geometry *g, uint32_t begin,
+                      uint32_t count, struct kvd_error *err)
 {
     if (begin >= g->n_layers || count > g->n_layers - begin)
-        return kvd_fail(err, KVD_E_INVALID, "layers %u to %llu are not all among the geometry's %u", begin,
-                        (unsigned long long)begin + (count ? count - 1 : 0), g->n_layers);
+        return kvd_fail(err, KVD_E_INVALID, "layers %u to %llu are not all among the geometry's %u",
+                        begin, (unsigned long long)begin + (count ? count - 1 : 0), g->n_layers);
     w->layer_begin = begin;
     w->layer_count = count ? count : g->n_layers - begin;
     return KVD_OK;
 }
 
-static int set_attention(struct kvd_work *w, const struct kvd_geometry *g, const Kvd__V1__AttentionParams *p,
-                         struct kvd_error *err)
+static int set_attention(struct kvd_work *w, const struct kvd_geometry *g,
+                         const Kvd__V1__AttentionParams *p, struct kvd_error *err)
 {
     w->scale = p && p->scale != 0 ? p->scale : 1 / sqrtf((float)g->head_dim_k);
     w->softcap = p ? p->softcap : 0;
     w->window = p ? p->window : 0;
     if (!isfinite(w->scale) || !isfinite(w->softcap) || w->softcap < 0)
-        return kvd_fail(err, KVD_E_INVALID, "params: scale and softcap must be finite, softcap not negative");
+        return kvd_fail(err, KVD_E_INVALID,
+                        "params: scale and softcap must be finite, softcap not negative");
     return KVD_OK;
 }
 
 static int check_count(size_t n, struct kvd_error *err)
 {
     if (n < 1 || n > KVD_MAX_CALL_ITEMS)
-        return kvd_fail(err, KVD_E_INVALID, "%zu items; 1 to %d are possible", n, KVD_MAX_CALL_ITEMS);
+        return kvd_fail(err, KVD_E_INVALID, "%zu items; 1 to %d are possible", n,
+                        KVD_MAX_CALL_ITEMS);
     return KVD_OK;
 }
 
 // Sequence and token count of an item; `sum` adds up over the call.
-static int check_item(const struct kvd_session *s, uint64_t seq, uint64_t tokens, uint32_t item, uint64_t *sum,
-                      struct kvd_error *err)
+static int check_item(const struct kvd_session *s, uint64_t seq, uint64_t tokens, uint32_t item,
+                      uint64_t *sum, struct kvd_error *err)
 {
     if (tokens < 1 || tokens > KVD_MAX_CALL_TOKENS)
         return kvd_fail(err, KVD_E_INVALID, "items[%u]: %llu tokens; 1 to %d are possible", item,
                         (unsigned long long)tokens, KVD_MAX_CALL_TOKENS);
     *sum += tokens;
     if (*sum > KVD_MAX_CALL_TOKENS)
-        return kvd_fail(err, KVD_E_LIMIT, "more than %d tokens in one call; split it", KVD_MAX_CALL_TOKENS);
+        return kvd_fail(err, KVD_E_LIMIT, "more than %d tokens in one call; split it",
+                        KVD_MAX_CALL_TOKENS);
     if (!kvd_session_holds(s, seq))
-        return kvd_fail(err, KVD_E_NOT_FOUND, "items[%u]: this session holds no sequence %llu", item,
-                        (unsigned long long)seq);
+        return kvd_fail(err, KVD_E_NOT_FOUND, "items[%u]: this session holds no sequence %llu",
+                        item, (unsigned long long)seq);
     return KVD_OK;
 }
 
@@ -79,15 +83,18 @@ static int check_distinct(const struct kvd_work *w, struct kvd_error *err)
     qsort(ids, w->n_items, sizeof(*ids), compare_ids);
     for (uint32_t i = 1; i < w->n_items; i++)
         if (ids[i] == ids[i - 1])
-            return kvd_fail(err, KVD_E_INVALID, "sequence %llu is named by two items", (unsigned long long)ids[i]);
+            return kvd_fail(err, KVD_E_INVALID, "sequence %llu is named by two items",
+                            (unsigned long long)ids[i]);
     return KVD_OK;
 }
 
-static int set_kv(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g, uint32_t i,
-                  const Kvd__V1__TensorRef *k, const Kvd__V1__TensorRef *v, struct kvd_error *err)
+static int set_kv(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g,
+                  uint32_t i, const Kvd__V1__TensorRef *k, const Kvd__V1__TensorRef *v,
+                  struct kvd_error *err)
 {
     struct kvd_work_item *item = &w->items[i];
-    if ((k && k->dtype != KVD__V1__DTYPE__DTYPE_BF16) || (v && v->dtype != KVD__V1__DTYPE__DTYPE_BF16))
+    if ((k && k->dtype != KVD__V1__DTYPE__DTYPE_BF16) ||
+        (v && v->dtype != KVD__V1__DTYPE__DTYPE_BF16))
         return kvd_fail(err, KVD_E_INVALID, "items[%u]: K and V are bf16", i);
     struct kvd_shape shape = {w->layer_count, item->tokens, g->kv_heads, g->head_dim_k};
     int rc = kvd_work_tensor_in(w, s, k, shape, "k", i, &item->k, err);
@@ -95,16 +102,17 @@ static int set_kv(struct kvd_work *w, struct kvd_session *s, const struct kvd_ge
     return rc ? rc : kvd_work_tensor_in(w, s, v, shape, "v", i, &item->v, err);
 }
 
-static int set_qo(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g, uint32_t i,
-                  const Kvd__V1__TensorRef *q, const Kvd__V1__TensorRef *o, const Kvd__V1__TensorRef *lse, bool want_lse,
-                  struct kvd_error *err)
+static int set_qo(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g,
+                  uint32_t i, const Kvd__V1__TensorRef *q, const Kvd__V1__TensorRef *o,
+                  const Kvd__V1__TensorRef *lse, bool want_lse, struct kvd_error *err)
 {
     struct kvd_work_item *item = &w->items[i];
     struct kvd_shape shape = {w->layer_count, item->tokens, g->q_heads, g->head_dim_k};
     int rc = kvd_work_tensor_in(w, s, q, shape, "q", i, &item->q, err);
     shape.dim = g->head_dim_v;
     if (rc == KVD_OK)
-        rc = kvd_work_tensor_out(w, s, o, shape, "o", i, &item->o, &item->o_inline, &item->o_len, err);
+        rc = kvd_work_tensor_out(w, s, o, shape, "o", i, &item->o, &item->o_inline, &item->o_len,
+                                 err);
     if (rc || !want_lse)
         return rc;
     Kvd__V1__TensorRef ref = KVD__V1__TENSOR_REF__INIT;
@@ -112,7 +120,8 @@ static int set_qo(struct kvd_work *w, struct kvd_session *s, const struct kvd_ge
         ref = *lse;
     ref.dtype = KVD__V1__DTYPE__DTYPE_F32;
     shape.dim = 1;
-    return kvd_work_tensor_out(w, s, &ref, shape, "lse", i, &item->lse, &item->lse_inline, &item->lse_len, err);
+    return kvd_work_tensor_out(w, s, &ref, shape, "lse", i, &item->lse, &item->lse_inline,
+                               &item->lse_len, err);
 }
 
 // Queues a work, or answers the call with what is wrong.
@@ -176,7 +185,8 @@ void kvd_on_attend(struct kvd_call *call, const void *request)
         w->items[i].tokens = in->q_len;
         rc = check_item(s, in->sequence, in->q_len, i, &sum, &err);
         if (rc == KVD_OK)
-            rc = set_qo(w, s, g, i, in->q, in->o, in->lse, req->params && req->params->return_lse, &err);
+            rc = set_qo(w, s, g, i, in->q, in->o, in->lse, req->params && req->params->return_lse,
+                        &err);
     }
     submit(call->d, w, rc, &err);
 }
@@ -205,7 +215,8 @@ void kvd_on_step(struct kvd_call *call, const void *request)
         if (rc == KVD_OK)
             rc = set_kv(w, s, g, i, in->k, in->v, &err);
         if (rc == KVD_OK)
-            rc = set_qo(w, s, g, i, in->q, in->o, in->lse, req->params && req->params->return_lse, &err);
+            rc = set_qo(w, s, g, i, in->q, in->o, in->lse, req->params && req->params->return_lse,
+                        &err);
     }
     if (rc == KVD_OK)
         rc = check_distinct(w, &err);
@@ -219,14 +230,16 @@ static int set_rotate(struct kvd_work *w, struct kvd_session *s, const struct kv
     if (g->codec == KVD_CODEC_BF16)
         return kvd_fail(err, KVD_E_PRECONDITION, "codec bf16 has no rotations");
     if (req->rows < 1 || req->rows > KVD_MAX_CALL_TOKENS)
-        return kvd_fail(err, KVD_E_INVALID, "%u rows; 1 to %d are possible", req->rows, KVD_MAX_CALL_TOKENS);
+        return kvd_fail(err, KVD_E_INVALID, "%u rows; 1 to %d are possible", req->rows,
+                        KVD_MAX_CALL_TOKENS);
     if (req->heads != g->kv_heads && req->heads != g->q_heads)
-        return kvd_fail(err, KVD_E_INVALID, "heads is %u; it must be kv_heads (%u) or q_heads (%u)", req->heads, g->kv_heads,
-                        g->q_heads);
+        return kvd_fail(err, KVD_E_INVALID, "heads is %u; it must be kv_heads (%u) or q_heads (%u)",
+                        req->heads, g->kv_heads, g->q_heads);
     int rc = set_layers(w, g, req->layer_begin, req->layer_count, err);
     if (rc)
         return rc;
-    struct kvd_shape shape = {w->layer_count, req->rows, req->heads, v ? g->head_dim_v : g->head_dim_k};
+    struct kvd_shape shape = {w->layer_count, req->rows, req->heads,
+                              v ? g->head_dim_v : g->head_dim_k};
     struct kvd_work_item *item = &w->items[0];
     w->rotate = (struct kvd_rotate_params){.v = v,
                                            .inverse = req->inverse,
@@ -237,7 +250,8 @@ static int set_rotate(struct kvd_work *w, struct kvd_session *s, const struct kv
                                            .kv_heads = g->kv_heads};
     rc = kvd_work_tensor_in(w, s, req->x, shape, "x", 0, &w->rotate.x, err);
     return rc ? rc
-              : kvd_work_tensor_out(w, s, req->y, shape, "y", 0, &w->rotate.y, &item->o_inline, &item->o_len, err);
+              : kvd_work_tensor_out(w, s, req->y, shape, "y", 0, &w->rotate.y, &item->o_inline,
+                                    &item->o_len, err);
 }
 
 void kvd_on_rotate(struct kvd_call *call, const void *request)
@@ -265,10 +279,12 @@ static int set_read(struct kvd_work *w, struct kvd_session *s, const struct kvd_
         rc = set_layers(w, g, req->layer_begin, req->layer_count, err);
     struct kvd_shape shape = {w->layer_count, req->tokens, g->kv_heads, g->head_dim_k};
     if (rc == KVD_OK)
-        rc = kvd_work_tensor_out(w, s, req->k, shape, "k", 0, &w->read.k, &item->o_inline, &item->o_len, err);
+        rc = kvd_work_tensor_out(w, s, req->k, shape, "k", 0, &w->read.k, &item->o_inline,
+                                 &item->o_len, err);
     shape.dim = g->head_dim_v;
     if (rc == KVD_OK)
-        rc = kvd_work_tensor_out(w, s, req->v, shape, "v", 0, &w->read.v, &item->lse_inline, &item->lse_len, err);
+        rc = kvd_work_tensor_out(w, s, req->v, shape, "v", 0, &w->read.v, &item->lse_inline,
+                                 &item->lse_len, err);
     return rc;
 }
 

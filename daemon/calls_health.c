@@ -4,13 +4,15 @@
 
 static bool known(const char *service)
 {
-    return !*service || strcmp(service, "kvd.v1.KvCache") == 0 || strcmp(service, "kvd.v1.Admin") == 0;
+    return !*service || strcmp(service, "kvd.v1.KvCache") == 0 ||
+           strcmp(service, "kvd.v1.Admin") == 0;
 }
 
 static Grpc__Health__V1__HealthCheckResponse__ServingStatus status_of(const struct kvd_daemon *d)
 {
-    return d->state == KVD_READY ? GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__SERVING
-                                 : GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__NOT_SERVING;
+    return d->state == KVD_READY
+               ? GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__SERVING
+               : GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__NOT_SERVING;
 }
 
 void kvd_on_health_check(struct kvd_call *call, const void *request)
@@ -37,8 +39,9 @@ void kvd_on_health_watch(struct kvd_call *call, const void *request)
 {
     const Grpc__Health__V1__HealthCheckRequest *req = request;
     Grpc__Health__V1__HealthCheckResponse r = GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__INIT;
-    r.status = known(req->service) ? status_of(call->d)
-                                   : GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__SERVICE_UNKNOWN;
+    r.status = known(req->service)
+                   ? status_of(call->d)
+                   : GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__SERVING_STATUS__SERVICE_UNKNOWN;
     kvd_call_send(call, &r);
     if (!known(req->service))
         return; // the stream stays open, as the protocol says

@@ -7,7 +7,8 @@ static int held(const struct kvd_session *s, uint64_t seq, struct kvd_error *err
 {
     if (kvd_session_holds(s, seq))
         return KVD_OK;
-    return kvd_fail(err, KVD_E_NOT_FOUND, "this session holds no sequence %llu", (unsigned long long)seq);
+    return kvd_fail(err, KVD_E_NOT_FOUND, "this session holds no sequence %llu",
+                    (unsigned long long)seq);
 }
 
 // A sequence that a compute call is using cannot change under it.
@@ -16,11 +17,13 @@ static int idle(const struct kvd_daemon *d, uint64_t seq, bool for_write, struct
     const struct kvd_seq_use *use = &d->use[(uint32_t)seq];
     if (!use->writer && (!for_write || !use->readers))
         return KVD_OK;
-    return kvd_fail(err, KVD_E_PRECONDITION, "sequence %llu is being used by a call in flight; wait for its reply",
+    return kvd_fail(err, KVD_E_PRECONDITION,
+                    "sequence %llu is being used by a call in flight; wait for its reply",
                     (unsigned long long)seq);
 }
 
-static int adopt(struct kvd_daemon *d, struct kvd_session *s, uint64_t *ids, size_t n, struct kvd_error *err)
+static int adopt(struct kvd_daemon *d, struct kvd_session *s, uint64_t *ids, size_t n,
+                 struct kvd_error *err)
 {
     for (size_t i = 0; i < n; i++) {
         int rc = kvd_session_add_held(s, ids[i], err);
@@ -36,12 +39,14 @@ static int adopt(struct kvd_daemon *d, struct kvd_session *s, uint64_t *ids, siz
 }
 
 // Makes `count` sequences: new ones, or forks of `parent`. All or none.
-static void make_many(struct kvd_call *call, struct kvd_session *s, uint64_t request_id, uint32_t count, uint64_t parent)
+static void make_many(struct kvd_call *call, struct kvd_session *s, uint64_t request_id,
+                      uint32_t count, uint64_t parent)
 {
     struct kvd_daemon *d = call->d;
     struct kvd_error err = {0};
     if (count < 1 || count > KVD_MAX_CALL_SEQUENCES) {
-        kvd_call_fail(call, KVD_E_INVALID, "count is %u; 1 to %d are possible", count, KVD_MAX_CALL_SEQUENCES);
+        kvd_call_fail(call, KVD_E_INVALID, "count is %u; 1 to %d are possible", count,
+                      KVD_MAX_CALL_SEQUENCES);
         return;
     }
     uint64_t *ids KVD_FREE = calloc(count, sizeof(*ids));
@@ -121,7 +126,8 @@ void kvd_on_publish_sequence(struct kvd_call *call, const void *request)
     kvd_call_reply(call, &r);
 }
 
-static void fill_info(struct kvd_daemon *d, const struct kvd_pool_seq_info *in, Kvd__V1__SequenceInfo *out)
+static void fill_info(struct kvd_daemon *d, const struct kvd_pool_seq_info *in,
+                      Kvd__V1__SequenceInfo *out)
 {
     uint32_t sink = kvd_pool_geometry_get(d->pool, in->geom)->sink;
     kvd__v1__sequence_info__init(out);
@@ -150,13 +156,17 @@ void kvd_on_attach_sequence(struct kvd_call *call, const void *request)
         return;
     uint64_t seq = kvd_pool_lookup(d->pool, s->ns, req->name);
     if (!seq || kvd_pool_seq_info(d->pool, seq, &info)) {
-        kvd_call_fail(call, KVD_E_NOT_FOUND, "nothing is published as '%.128s' in this namespace; it may have been evicted",
-                      req->name);
+        kvd_call_fail(
+            call, KVD_E_NOT_FOUND,
+            "nothing is published as '%.128s' in this namespace; it may have been evicted",
+            req->name);
         return;
     }
     if (info.geom != s->geom) {
-        kvd_call_fail(call, KVD_E_PRECONDITION,
-                      "'%s' has another geometry (codec, rotation set, windows or shape) than this session", req->name);
+        kvd_call_fail(
+            call, KVD_E_PRECONDITION,
+            "'%s' has another geometry (codec, rotation set, windows or shape) than this session",
+            req->name);
         return;
     }
     if (!kvd_session_holds(s, seq)) {
@@ -174,7 +184,8 @@ void kvd_on_attach_sequence(struct kvd_call *call, const void *request)
     kvd_call_reply(call, &r);
 }
 
-static int check_ids(const struct kvd_session *s, const uint64_t *ids, size_t n, struct kvd_error *err)
+static int check_ids(const struct kvd_session *s, const uint64_t *ids, size_t n,
+                     struct kvd_error *err)
 {
     for (size_t i = 0; i < n; i++)
         if (held(s, ids[i], err))

@@ -1,7 +1,8 @@
 // OpenSession, CloseSession, KeepAlive, RegisterBuffer, ReleaseBuffer.
 //
-// Opening goes: check the request → find or fetch the rotation set (on libuv's thread pool) → load it into the backend,
-// once per geometry → make the session. The worker may hang up meanwhile, so the ticket is looked up again at the end.
+// Opening goes: check the request → find or fetch the rotation set (on libuv's thread pool) → load
+// it into the backend, once per geometry → make the session. The worker may hang up meanwhile, so
+// the ticket is looked up again at the end.
 #include <ctype.h>
 
 #include "daemon/geometry.h"
@@ -15,7 +16,8 @@ struct opening {
     struct kvd_geometry g;
 };
 
-static bool namespace_allowed(struct kvd_call *call, const char *name, const struct kvd_connection *conn)
+static bool namespace_allowed(struct kvd_call *call, const char *name,
+                              const struct kvd_connection *conn)
 {
     const struct kvd_config_namespace *ns = kvd_config_namespace_find(&call->d->config, name);
     if (!ns || ns->allow.n_uids + ns->allow.n_gids + ns->allow.n_cns == 0)
@@ -38,43 +40,51 @@ static const char *namespace_of(const Kvd__V1__OpenSessionRequest *req)
 }
 
 // The connection of the request's ticket. KVD_E_UNAUTH if there was one and it is void.
-static int find_connection(struct kvd_daemon *d, const Kvd__V1__OpenSessionRequest *req, struct kvd_connection **conn,
-                           struct kvd_error *err)
+static int find_connection(struct kvd_daemon *d, const Kvd__V1__OpenSessionRequest *req,
+                           struct kvd_connection **conn, struct kvd_error *err)
 {
     *conn = NULL;
     if (!req->ticket[0])
         return KVD_OK;
     *conn = kvd_fdsock_find(d, req->ticket);
     if (!*conn)
-        return kvd_fail(err, KVD_E_UNAUTH, "the ticket is void: connect to the fd socket again and use its new ticket");
+        return kvd_fail(
+            err, KVD_E_UNAUTH,
+            "the ticket is void: connect to the fd socket again and use its new ticket");
     return KVD_OK;
 }
 
-static int check_request(struct kvd_call *call, const Kvd__V1__OpenSessionRequest *req, struct kvd_geometry *g,
-                         struct kvd_error *err)
+static int check_request(struct kvd_call *call, const Kvd__V1__OpenSessionRequest *req,
+                         struct kvd_geometry *g, struct kvd_error *err)
 {
     struct kvd_connection *conn;
     if (!req->geometry)
         return kvd_fail(err, KVD_E_INVALID, "geometry is missing");
     if (strlen(req->client_name) > KVD_MAX_CLIENT_NAME)
-        return kvd_fail(err, KVD_E_INVALID, "client_name has more than %d characters", KVD_MAX_CLIENT_NAME);
+        return kvd_fail(err, KVD_E_INVALID, "client_name has more than %d characters",
+                        KVD_MAX_CLIENT_NAME);
     for (const char *c = req->client_name; *c; c++)
         if (!isprint((unsigned char)*c))
-            return kvd_fail(err, KVD_E_INVALID, "client_name has characters that cannot be printed");
+            return kvd_fail(err, KVD_E_INVALID,
+                            "client_name has characters that cannot be printed");
     if (req->lease_ms && (req->lease_ms < 1000 || req->lease_ms > 3600000))
-        return kvd_fail(err, KVD_E_INVALID, "lease_ms is %u; 1,000 to 3,600,000 are possible", req->lease_ms);
+        return kvd_fail(err, KVD_E_INVALID, "lease_ms is %u; 1,000 to 3,600,000 are possible",
+                        req->lease_ms);
     if (!kvd_name_valid(namespace_of(req), KVD_MAX_NAMESPACE))
-        return kvd_fail(err, KVD_E_INVALID, "a namespace's name has 1 to %d printable ASCII characters and no spaces",
+        return kvd_fail(err, KVD_E_INVALID,
+                        "a namespace's name has 1 to %d printable ASCII characters and no spaces",
                         KVD_MAX_NAMESPACE);
     int rc = find_connection(call->d, req, &conn, err);
     if (rc)
         return rc;
     if (!namespace_allowed(call, namespace_of(req), conn))
-        return kvd_fail(err, KVD_E_DENIED, "namespace %s is not open to you; see allow-uid, allow-gid and allow-cn in "
-                                           "kvd's configuration",
+        return kvd_fail(err, KVD_E_DENIED,
+                        "namespace %s is not open to you; see allow-uid, allow-gid and allow-cn in "
+                        "kvd's configuration",
                         namespace_of(req));
     if (HASH_COUNT(call->d->sessions) >= call->d->config.max_sessions)
-        return kvd_fail(err, KVD_E_LIMIT, "all %u sessions are in use; close some or raise max-sessions",
+        return kvd_fail(err, KVD_E_LIMIT,
+                        "all %u sessions are in use; close some or raise max-sessions",
                         call->d->config.max_sessions);
     return kvd_geometry_from_proto(req->geometry, g, err);
 }
@@ -106,11 +116,13 @@ static bool reopened(struct kvd_call *call, const Kvd__V1__OpenSessionRequest *r
     if (req->request_id && s->open_request == req->request_id)
         reply(call, s);
     else
-        kvd_call_fail(call, KVD_E_PRECONDITION, "this connection has a session already; connect once more for another");
+        kvd_call_fail(call, KVD_E_PRECONDITION,
+                      "this connection has a session already; connect once more for another");
     return true;
 }
 
-static int make_session(struct opening *o, uint32_t geom, struct kvd_session **out, struct kvd_error *err)
+static int make_session(struct opening *o, uint32_t geom, struct kvd_session **out,
+                        struct kvd_error *err)
 {
     struct kvd_daemon *d = o->call->d;
     struct kvd_connection *conn;
@@ -122,7 +134,8 @@ static int make_session(struct opening *o, uint32_t geom, struct kvd_session **o
     rc = kvd_pool_namespace(d->pool, namespace_of(o->req), &ns, err);
     if (rc)
         return rc;
-    const struct kvd_config_namespace *config = kvd_config_namespace_find(&d->config, namespace_of(o->req));
+    const struct kvd_config_namespace *config =
+        kvd_config_namespace_find(&d->config, namespace_of(o->req));
     if (fresh && config)
         kvd_pool_set_quota(d->pool, ns, config->quota);
     struct kvd_session *s = kvd_session_new(d, ns, geom, conn);
@@ -162,8 +175,9 @@ static void on_rotation(void *ctx, struct kvd_rotset *set, const struct kvd_erro
         kvd_call_fail_error(o->call, &err);
         return;
     }
-    kvd_info("session opened id=%llu namespace=%s client=%s pid=%lld codec=%s rotation=%s", (unsigned long long)s->id,
-             namespace_of(o->req), s->client_name, (long long)s->pid, kvd_codec_name(o->g.codec), o->g.rotation);
+    kvd_info("session opened id=%llu namespace=%s client=%s pid=%lld codec=%s rotation=%s",
+             (unsigned long long)s->id, namespace_of(o->req), s->client_name, (long long)s->pid,
+             kvd_codec_name(o->g.codec), o->g.rotation);
     reply(o->call, s);
 }
 
@@ -221,7 +235,8 @@ void kvd_on_register_buffer(struct kvd_call *call, const void *request)
     struct kvd_buffer *b, *next;
     if (!s)
         return;
-    HASH_ITER (hh, s->buffers, b, next) {
+    HASH_ITER(hh, s->buffers, b, next)
+    {
         if (b->key == req->key && b->size == req->size) {
             r.buffer = b->id;
             kvd_call_reply(call, &r);
@@ -230,7 +245,8 @@ void kvd_on_register_buffer(struct kvd_call *call, const void *request)
     }
     if (!s->connection) {
         kvd_call_fail(call, KVD_E_PRECONDITION,
-                      "a leased session has no buffers; connect to the fd socket and open the session with its ticket");
+                      "a leased session has no buffers; connect to the fd socket and open the "
+                      "session with its ticket");
         return;
     }
     int fd = kvd_connection_take_fd(s->connection, req->key);
@@ -254,7 +270,8 @@ void kvd_on_release_buffer(struct kvd_call *call, const void *request)
         return;
     struct kvd_buffer *b = kvd_session_buffer(s, req->buffer);
     if (!b) {
-        kvd_call_fail(call, KVD_E_NOT_FOUND, "there is no buffer %llu", (unsigned long long)req->buffer);
+        kvd_call_fail(call, KVD_E_NOT_FOUND, "there is no buffer %llu",
+                      (unsigned long long)req->buffer);
         return;
     }
     kvd_session_drop_buffer(s, b);

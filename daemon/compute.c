@@ -60,7 +60,8 @@ static void lock(struct kvd_daemon *d, struct kvd_work *w, bool on)
     w->locked = on;
 }
 
-// -- starting ------------------------------------------------------------------------------------------------------
+// -- starting
+// ------------------------------------------------------------------------------------------------------
 
 static int note_pages(struct kvd_daemon *d, struct kvd_work_item *item, struct kvd_error *err)
 {
@@ -81,11 +82,13 @@ static int note_lengths(struct kvd_daemon *d, const struct kvd_work *w, struct k
 {
     struct kvd_pool_seq_info info;
     if (kvd_pool_seq_info(d->pool, item->seq, &info))
-        return kvd_fail(err, KVD_E_NOT_FOUND, "sequence %llu was freed", (unsigned long long)item->seq);
+        return kvd_fail(err, KVD_E_NOT_FOUND, "sequence %llu was freed",
+                        (unsigned long long)item->seq);
     bool ahead = w->layer_begin + w->layer_count <= info.pending_layers;
     if (!ahead && w->layer_begin < info.pending_layers)
         return kvd_fail(err, KVD_E_PRECONDITION,
-                        "sequence %llu: an append in progress has filled layers 0 to %u; ask for layers on one side of that",
+                        "sequence %llu: an append in progress has filled layers 0 to %u; ask for "
+                        "layers on one side of that",
                         (unsigned long long)item->seq, info.pending_layers - 1);
     item->length = ahead ? info.pending_length : info.length;
     item->hist_end = ahead ? info.pending_hist_end : info.hist_end;
@@ -93,7 +96,8 @@ static int note_lengths(struct kvd_daemon *d, const struct kvd_work *w, struct k
 }
 
 // The executor cannot ask the pool, which the loop goes on changing: what it needs is noted here.
-static int note_copies(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_pool_append *a, struct kvd_error *err)
+static int note_copies(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_pool_append *a,
+                       struct kvd_error *err)
 {
     if (a->n_changes == 0)
         return KVD_OK;
@@ -105,10 +109,10 @@ static int note_copies(struct kvd_daemon *d, struct kvd_work *w, const struct kv
         const struct kvd_pool_change *c = &a->changes[i];
         if (c->old_page == KVD_POOL_NONE)
             continue;
-        w->copies[w->n_copies++] =
-            (struct kvd_page_copy){.to = kvd_pool_page_addr(d->pool, c->new_page),
-                                   .from = kvd_pool_page_addr(d->pool, c->old_page),
-                                   .bytes = kvd_pool_page_bytes(d->pool, w->geom, (enum kvd_pool_kind)c->kind)};
+        w->copies[w->n_copies++] = (struct kvd_page_copy){
+            .to = kvd_pool_page_addr(d->pool, c->new_page),
+            .from = kvd_pool_page_addr(d->pool, c->old_page),
+            .bytes = kvd_pool_page_bytes(d->pool, w->geom, (enum kvd_pool_kind)c->kind)};
     }
     return KVD_OK;
 }
@@ -116,8 +120,8 @@ static int note_copies(struct kvd_daemon *d, struct kvd_work *w, const struct kv
 static int begin_append(struct kvd_daemon *d, struct kvd_work *w, uint32_t i, struct kvd_error *err)
 {
     struct kvd_work_item *item = &w->items[i];
-    int rc = kvd_pool_append_begin(d->pool, item->seq, item->position, item->tokens, w->layer_begin, w->layer_count,
-                                   &item->append, err);
+    int rc = kvd_pool_append_begin(d->pool, item->seq, item->position, item->tokens, w->layer_begin,
+                                   w->layer_count, &item->append, err);
     if (rc)
         return kvd_fail_in(err, "items[%u]", i);
     item->begun = !item->append.replayed;
@@ -154,7 +158,8 @@ static int begin_attend(struct kvd_daemon *d, struct kvd_work *w, uint32_t i, st
     if (rc)
         return kvd_fail_in(err, "items[%u]", i);
     if (!item->begun && item->tokens > item->length)
-        return kvd_fail(err, KVD_E_INVALID, "items[%u]: q_len is %u, but the sequence has %llu tokens", i, item->tokens,
+        return kvd_fail(err, KVD_E_INVALID,
+                        "items[%u]: q_len is %u, but the sequence has %llu tokens", i, item->tokens,
                         (unsigned long long)item->length);
     w->attend_items[i] = (struct kvd_attend_item){
         .pages = {item->pages, item->pages + item->n_bf16},
@@ -181,7 +186,8 @@ static int begin_read(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error
         return rc;
     if (item->position > item->length || item->tokens > item->length - item->position)
         return kvd_fail(err, KVD_E_INVALID, "tokens %llu to %llu, but sequence %llu has %llu",
-                        (unsigned long long)item->position, (unsigned long long)item->position + item->tokens - 1,
+                        (unsigned long long)item->position,
+                        (unsigned long long)item->position + item->tokens - 1,
                         (unsigned long long)item->seq, (unsigned long long)item->length);
     w->read.geometry = kvd_pool_geometry_get(d->pool, w->geom);
     w->read.rotation = d->rotations[w->geom];
@@ -217,13 +223,15 @@ static int start(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err
     return rc;
 }
 
-// -- the executor's part -------------------------------------------------------------------------------------------
+// -- the executor's part
+// -------------------------------------------------------------------------------------------
 
 static int copy_pages(struct kvd_daemon *d, struct kvd_work *w)
 {
     int rc = KVD_OK;
     for (uint32_t i = 0; i < w->n_copies && rc == KVD_OK; i++)
-        rc = d->backend->ops->copy(d->backend, w->copies[i].to, w->copies[i].from, w->copies[i].bytes, &w->err);
+        rc = d->backend->ops->copy(d->backend, w->copies[i].to, w->copies[i].from,
+                                   w->copies[i].bytes, &w->err);
     return rc;
 }
 
@@ -231,8 +239,10 @@ static int explain_nonfinite(struct kvd_work *w)
 {
     const struct kvd_nonfinite *n = &w->nonfinite;
     return kvd_fail(&w->err, KVD_E_INVALID,
-                    "items[%u].%s holds NaN or Inf at layer %u, token %u, head %u, channel %u; nothing was stored",
-                    w->append_index[n->item], n->in_v ? "v" : "k", n->layer, n->token, n->head, n->channel);
+                    "items[%u].%s holds NaN or Inf at layer %u, token %u, head %u, channel %u; "
+                    "nothing was stored",
+                    w->append_index[n->item], n->in_v ? "v" : "k", n->layer, n->token, n->head,
+                    n->channel);
 }
 
 static int run(struct kvd_daemon *d, struct kvd_job *job)
@@ -271,7 +281,8 @@ static int run(struct kvd_daemon *d, struct kvd_job *job)
     return rc;
 }
 
-// -- finishing -----------------------------------------------------------------------------------------------------
+// -- finishing
+// -----------------------------------------------------------------------------------------------------
 
 static void settle(struct kvd_daemon *d, struct kvd_work *w, bool commit)
 {
@@ -285,7 +296,8 @@ static void settle(struct kvd_daemon *d, struct kvd_work *w, bool commit)
             kvd_pool_append_abort(d->pool, &item->append);
             continue;
         }
-        uint64_t vectors = (item->append.new_hist_end - item->append.hist_end) * w->layer_count * g->kv_heads;
+        uint64_t vectors =
+            (item->append.new_hist_end - item->append.hist_end) * w->layer_count * g->kv_heads;
         d->metrics.bytes_in += vectors * 2 * (g->head_dim_k + g->head_dim_v);
         d->metrics.bytes_stored +=
             vectors * kvd_tile_bytes(g->codec, g->head_dim_k, g->head_dim_v) / KVD_PAGE_TOKENS;
@@ -379,7 +391,8 @@ static void launch(struct kvd_daemon *d, struct kvd_work *w)
 {
     struct kvd_error err = {0};
     if (kvd_call_expired(w->call)) {
-        kvd_fail(&err, KVD_E_TIMEOUT, "the deadline passed while the call was waiting for %u others", queue.queued);
+        kvd_fail(&err, KVD_E_TIMEOUT,
+                 "the deadline passed while the call was waiting for %u others", queue.queued);
         fail(d, w, &err);
         return;
     }
@@ -410,7 +423,9 @@ void kvd_work_queue(struct kvd_daemon *d, struct kvd_work *w)
 {
     if (queue.queued >= d->config.max_queue) {
         struct kvd_error err = {0};
-        kvd_fail(&err, KVD_E_LIMIT, "%u calls are waiting already; send fewer at a time or raise max-queue", queue.queued);
+        kvd_fail(&err, KVD_E_LIMIT,
+                 "%u calls are waiting already; send fewer at a time or raise max-queue",
+                 queue.queued);
         fail(d, w, &err);
         return;
     }
@@ -433,7 +448,8 @@ uint32_t kvd_compute_queued(const struct kvd_daemon *d)
 void kvd_compute_cancel(struct kvd_daemon *d, const struct kvd_session *s)
 {
     struct kvd_error err = {.code = s ? KVD_E_UNAUTH : KVD_E_UNAVAILABLE};
-    snprintf(err.text, sizeof(err.text), "%s", s ? "the session ended while the call was waiting" : "kvd is shutting down");
+    snprintf(err.text, sizeof(err.text), "%s",
+             s ? "the session ended while the call was waiting" : "kvd is shutting down");
     struct kvd_work **link = &queue.first, *last = NULL, *gone = NULL;
     while (*link) {
         struct kvd_work *w = *link;

@@ -1,8 +1,10 @@
 // Compute calls: Append, Attend, Step, Rotate and ReadTokens on their way through the daemon.
 //
-//   1. calls_compute.c checks a request and makes a work of it: tensors resolved to memory, sequences pinned
+//   1. calls_compute.c checks a request and makes a work of it: tensors resolved to memory,
+//   sequences pinned
 //   2. compute.c queues it; strictly in order, it starts when no call in flight writes what it uses
-//   3. starting takes the pages (all sequences or none) and notes addresses; the executor runs the kernels
+//   3. starting takes the pages (all sequences or none) and notes addresses; the executor runs the
+//   kernels
 //   4. done: commit (or abort, and nothing has changed), unpin, reply
 #ifndef KVD_DAEMON_COMPUTE_H
 #define KVD_DAEMON_COMPUTE_H
@@ -16,10 +18,10 @@ struct kvd_work_item {
     struct kvd_tensor q, k, v, o, lse;
     uint8_t *o_inline, *lse_inline; // outputs that go into the reply
     size_t o_len, lse_len;
-    bool begun;                    // `append` wants commit or abort
+    bool begun; // `append` wants commit or abort
     struct kvd_pool_append append;
-    uint64_t length, hist_end;     // that the attention sees
-    uint64_t *pages;               // bf16 pages, then codec pages
+    uint64_t length, hist_end; // that the attention sees
+    uint64_t *pages;           // bf16 pages, then codec pages
     uint32_t n_bf16;
 };
 
@@ -68,13 +70,15 @@ struct kvd_shape {
     uint32_t layers, tokens, heads, dim;
 };
 
-// tensors.c: resolves a TensorRef to memory. For an output that goes into the reply, memory is made and handed to
-// *inline_out. KVD_E_INVALID says which tensor reaches where; `name` and `item` are for that message.
+// tensors.c: resolves a TensorRef to memory. For an output that goes into the reply, memory is made
+// and handed to *inline_out. KVD_E_INVALID says which tensor reaches where; `name` and `item` are
+// for that message.
 int kvd_work_tensor_in(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,
-                       struct kvd_shape shape, const char *name, uint32_t item, struct kvd_tensor *out,
-                       struct kvd_error *err);
+                       struct kvd_shape shape, const char *name, uint32_t item,
+                       struct kvd_tensor *out, struct kvd_error *err);
 int kvd_work_tensor_out(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,
-                        struct kvd_shape shape, const char *name, uint32_t item, struct kvd_tensor *out,
-                        uint8_t **inline_out, size_t *inline_len, struct kvd_error *err);
+                        struct kvd_shape shape, const char *name, uint32_t item,
+                        struct kvd_tensor *out, uint8_t **inline_out, size_t *inline_len,
+                        struct kvd_error *err);
 
 #endif

@@ -15,7 +15,8 @@ struct key {
 };
 
 #define AT(field) offsetof(struct kvd_config, field), sizeof(((struct kvd_config *)0)->field)
-#define NS(field) offsetof(struct kvd_config_namespace, field), sizeof(((struct kvd_config_namespace *)0)->field)
+#define NS(field)                                                                                  \
+    offsetof(struct kvd_config_namespace, field), sizeof(((struct kvd_config_namespace *)0)->field)
 
 static const struct key keys[] = {
     {"kvd", "backend", TEXT, AT(backend), 0, 0},
@@ -83,7 +84,10 @@ static int parse_millis(const char *value, uint64_t *out)
     unsigned long long n = strtoull(value, &end, 10);
     if (end == value || value[0] == '-' || n > 1000000000)
         return KVD_E_INVALID;
-    uint64_t factor = strcmp(end, "ms") == 0 || !*end ? 1 : strcmp(end, "s") == 0 ? 1000 : strcmp(end, "m") == 0 ? 60000 : 0;
+    uint64_t factor = strcmp(end, "ms") == 0 || !*end ? 1
+                      : strcmp(end, "s") == 0         ? 1000
+                      : strcmp(end, "m") == 0         ? 60000
+                                                      : 0;
     *out = n * factor;
     return factor ? KVD_OK : KVD_E_INVALID;
 }
@@ -131,7 +135,8 @@ static int add_listen(struct kvd_config *c, const char *value)
     uint64_t port;
     bool unix_path = strncmp(value, "unix:/", 6) == 0;
     // A socket address has 108 bytes for a path; the fd socket adds ".fd".
-    if (unix_path ? strlen(value) > 100 : !colon || colon == value || parse_number(colon + 1, &port) || port > 65535)
+    if (unix_path ? strlen(value) > 100
+                  : !colon || colon == value || parse_number(colon + 1, &port) || port > 65535)
         return KVD_E_INVALID;
     if (c->n_listen == KVD_MAX_LISTEN || strlen(value) >= KVD_CONFIG_TEXT)
         return KVD_E_INVALID;
@@ -155,9 +160,10 @@ static int bad_value(const struct key *k, const char *value, struct kvd_error *e
     };
     char range[80] = "";
     if (k->max)
-        snprintf(range, sizeof(range), " from %llu to %llu", (unsigned long long)k->min, (unsigned long long)k->max);
-    return kvd_fail(err, KVD_E_INVALID, "%s: '%.100s' is not possible; it wants %s%s", k->name, value, wanted[k->type],
-                    k->type == OCTAL ? "" : range);
+        snprintf(range, sizeof(range), " from %llu to %llu", (unsigned long long)k->min,
+                 (unsigned long long)k->max);
+    return kvd_fail(err, KVD_E_INVALID, "%s: '%.100s' is not possible; it wants %s%s", k->name,
+                    value, wanted[k->type], k->type == OCTAL ? "" : range);
 }
 
 static int store_number(const struct key *k, void *at, uint64_t n)
@@ -171,9 +177,11 @@ static int store_number(const struct key *k, void *at, uint64_t n)
     return KVD_OK;
 }
 
-static int set_key(struct kvd_config *c, struct kvd_config_namespace *ns, const struct key *k, const char *value)
+static int set_key(struct kvd_config *c, struct kvd_config_namespace *ns, const struct key *k,
+                   const char *value)
 {
-    void *at = (uint8_t *)(strcmp(k->section, "namespace") == 0 ? (void *)ns : (void *)c) + k->offset;
+    void *at =
+        (uint8_t *)(strcmp(k->section, "namespace") == 0 ? (void *)ns : (void *)c) + k->offset;
     struct kvd_allow *allow = at;
     uint64_t n;
     char *end;
@@ -211,8 +219,8 @@ static int set_key(struct kvd_config *c, struct kvd_config_namespace *ns, const 
     return KVD_E_INVALID;
 }
 
-static int set(struct kvd_config *c, const char *section, struct kvd_config_namespace *ns, const char *name,
-               const char *value, struct kvd_error *err)
+static int set(struct kvd_config *c, const char *section, struct kvd_config_namespace *ns,
+               const char *name, const char *value, struct kvd_error *err)
 {
     bool section_known = false;
     char known[512] = "";
@@ -226,9 +234,11 @@ static int set(struct kvd_config *c, const char *section, struct kvd_config_name
         snprintf(known + n, sizeof(known) - n, "%s%s", n ? ", " : "", keys[i].name);
     }
     if (!section_known)
-        return kvd_fail(err, KVD_E_INVALID, "unknown section [%.60s]; there are [kvd], [tls] and [namespace NAME]",
+        return kvd_fail(err, KVD_E_INVALID,
+                        "unknown section [%.60s]; there are [kvd], [tls] and [namespace NAME]",
                         section);
-    return kvd_fail(err, KVD_E_INVALID, "unknown key '%.60s' in [%.60s]; known: %s", name, section, known);
+    return kvd_fail(err, KVD_E_INVALID, "unknown key '%.60s' in [%.60s]; known: %s", name, section,
+                    known);
 }
 
 struct reader {
@@ -248,14 +258,15 @@ static char *read_line(char *text, int cap, void *ctx)
     return fgets(text, cap, r->file);
 }
 
-static struct kvd_config_namespace *namespace_of(struct kvd_config *c, const char *name, struct kvd_error *err)
+static struct kvd_config_namespace *namespace_of(struct kvd_config *c, const char *name,
+                                                 struct kvd_error *err)
 {
     for (uint32_t i = 0; i < c->n_namespaces; i++)
         if (strcmp(c->namespaces[i].name, name) == 0)
             return &c->namespaces[i];
     if (!kvd_name_valid(name, KVD_MAX_NAMESPACE) || c->n_namespaces == KVD_MAX_CONFIG_NAMESPACES) {
-        kvd_fail(err, KVD_E_INVALID, "'%.80s' is no namespace name, or there are more than %d", name,
-                 KVD_MAX_CONFIG_NAMESPACES);
+        kvd_fail(err, KVD_E_INVALID, "'%.80s' is no namespace name, or there are more than %d",
+                 name, KVD_MAX_CONFIG_NAMESPACES);
         return NULL;
     }
     struct kvd_config_namespace *ns = &c->namespaces[c->n_namespaces++];
@@ -294,13 +305,15 @@ int kvd_config_read(struct kvd_config *c, const char *path, struct kvd_error *er
     struct reader r = {.c = c, .path = path, .err = &first};
     FILE *f KVD_FCLOSE = fopen(path, "re");
     if (!f)
-        return kvd_fail(err, errno == ENOENT ? KVD_E_NOT_FOUND : -errno, "%s: %s", path, strerror(errno));
+        return kvd_fail(err, errno == ENOENT ? KVD_E_NOT_FOUND : -errno, "%s: %s", path,
+                        strerror(errno));
     r.file = f;
     int line = ini_parse_stream(read_line, &r, on_key, &r);
     if (first.code)
         return kvd_fail(err, first.code, "%s", first.text);
     if (line)
-        return kvd_fail(err, KVD_E_INVALID, "%s:%d: neither a [section] nor key = value", path, line);
+        return kvd_fail(err, KVD_E_INVALID, "%s:%d: neither a [section] nor key = value", path,
+                        line);
     snprintf(c->file, sizeof(c->file), "%s", path);
     return KVD_OK;
 }
@@ -312,13 +325,16 @@ int kvd_config_set(struct kvd_config *c, const char *key, const char *value, str
 
 static bool loopback(const char *listen)
 {
-    return strncmp(listen, "127.", 4) == 0 || strncmp(listen, "localhost:", 10) == 0 || strncmp(listen, "[::1]:", 6) == 0;
+    return strncmp(listen, "127.", 4) == 0 || strncmp(listen, "localhost:", 10) == 0 ||
+           strncmp(listen, "[::1]:", 6) == 0;
 }
 
 int kvd_config_finish(struct kvd_config *c, struct kvd_error *err)
 {
-    if (strcmp(c->backend, "auto") != 0 && strcmp(c->backend, "cpu") != 0 && strcmp(c->backend, "cuda") != 0)
-        return kvd_fail(err, KVD_E_INVALID, "backend: '%s' is not possible; it wants auto, cpu or cuda", c->backend);
+    if (strcmp(c->backend, "auto") != 0 && strcmp(c->backend, "cpu") != 0 &&
+        strcmp(c->backend, "cuda") != 0)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "backend: '%s' is not possible; it wants auto, cpu or cuda", c->backend);
     if (c->extent_size == 0) {
         // At least 32 extents, so that several namespaces and geometries fit; at most 256 MiB each.
         c->extent_size = 256ull << 20;
@@ -327,7 +343,8 @@ int kvd_config_finish(struct kvd_config *c, struct kvd_error *err)
     }
     if (c->extent_size % (2 << 20) || c->extent_size > c->pool_size)
         return kvd_fail(err, KVD_E_INVALID,
-                        "extent-size: %llu bytes is not possible; it must be a multiple of 2 MiB and at most pool-size",
+                        "extent-size: %llu bytes is not possible; it must be a multiple of 2 MiB "
+                        "and at most pool-size",
                         (unsigned long long)c->extent_size);
     if (c->n_listen == 0)
         add_listen(c, "unix:/run/kvd/kvd.sock");
@@ -347,14 +364,17 @@ int kvd_config_finish(struct kvd_config *c, struct kvd_error *err)
     if (c->tls_client_ca[0] && !tls)
         return kvd_fail(err, KVD_E_INVALID, "tls: client-ca wants cert and key too");
     for (uint32_t i = 0; i < c->n_listen; i++)
-        if (strncmp(c->listen[i], "unix:", 5) != 0 && !loopback(c->listen[i]) && !c->tls_client_ca[0])
-            return kvd_fail(err, KVD_E_INVALID,
-                            "listen: %s is reachable from other hosts; it wants [tls] cert, key and client-ca",
-                            c->listen[i]);
+        if (strncmp(c->listen[i], "unix:", 5) != 0 && !loopback(c->listen[i]) &&
+            !c->tls_client_ca[0])
+            return kvd_fail(
+                err, KVD_E_INVALID,
+                "listen: %s is reachable from other hosts; it wants [tls] cert, key and client-ca",
+                c->listen[i]);
     return KVD_OK;
 }
 
-const struct kvd_config_namespace *kvd_config_namespace_find(const struct kvd_config *c, const char *name)
+const struct kvd_config_namespace *kvd_config_namespace_find(const struct kvd_config *c,
+                                                             const char *name)
 {
     for (uint32_t i = 0; i < c->n_namespaces; i++)
         if (strcmp(c->namespaces[i].name, name) == 0)

@@ -1,4 +1,5 @@
-// Configuration: an INI file, then command-line overrides. See deploy/kvd.conf for every key with its meaning.
+// Configuration: an INI file, then command-line overrides. See deploy/kvd.conf for every key with
+// its meaning.
 #ifndef KVD_DAEMON_CONFIG_H
 #define KVD_DAEMON_CONFIG_H
 
@@ -8,7 +9,12 @@
 #include "proto/base.h"
 #include "proto/kvd_limits.h"
 
-enum { KVD_MAX_LISTEN = 8, KVD_MAX_ALLOW = 16, KVD_MAX_CONFIG_NAMESPACES = 64, KVD_CONFIG_TEXT = 256 };
+enum {
+    KVD_MAX_LISTEN = 8,
+    KVD_MAX_ALLOW = 16,
+    KVD_MAX_CONFIG_NAMESPACES = 64,
+    KVD_CONFIG_TEXT = 256
+};
 
 // Who may do something. An empty list of everything means: anybody who can connect.
 struct kvd_allow {
@@ -27,8 +33,8 @@ struct kvd_config {
     char file[KVD_CONFIG_TEXT]; // "" if there is none
     char backend[16];           // "auto", "cpu", "cuda"
     uint32_t device;
-    uint32_t threads; // 0: one per CPU
-    char isa[16];     // "": the best
+    uint32_t threads;                // 0: one per CPU
+    char isa[16];                    // "": the best
     uint64_t pool_size, extent_size; // extent_size 0: chosen from pool_size
     char listen[KVD_MAX_LISTEN][KVD_CONFIG_TEXT];
     uint32_t n_listen;
@@ -48,13 +54,15 @@ struct kvd_config {
 };
 
 void kvd_config_defaults(struct kvd_config *c);
-// Reads a file over *c. KVD_E_INVALID with "file:line: what is wrong and what is possible", or KVD_E_NOT_FOUND.
+// Reads a file over *c. KVD_E_INVALID with "file:line: what is wrong and what is possible", or
+// KVD_E_NOT_FOUND.
 int kvd_config_read(struct kvd_config *c, const char *path, struct kvd_error *err);
 // Sets one key of section [kvd], as from the command line.
 int kvd_config_set(struct kvd_config *c, const char *key, const char *value, struct kvd_error *err);
 // Fills in what depends on other keys and checks the whole.
 int kvd_config_finish(struct kvd_config *c, struct kvd_error *err);
 // The settings of a namespace, or NULL.
-const struct kvd_config_namespace *kvd_config_namespace_find(const struct kvd_config *c, const char *name);
+const struct kvd_config_namespace *kvd_config_namespace_find(const struct kvd_config *c,
+                                                             const char *name);
 
 #endif

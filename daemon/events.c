@@ -48,7 +48,8 @@ void kvd_on_watch(struct kvd_call *call, const void *request)
 void kvd_event_send(struct kvd_daemon *d, uint32_t ns, int kind, uint64_t seq, const char *name)
 {
     struct kvd_session *s, *next;
-    HASH_ITER (hh, d->sessions, s, next) {
+    HASH_ITER(hh, d->sessions, s, next)
+    {
         if (ns != KVD_POOL_NONE && s->ns != ns)
             continue;
         for (struct kvd_call *c = s->watchers; c; c = c->next_watch)

@@ -1,9 +1,9 @@
-// The fd socket: a unix SOCK_SEQPACKET socket beside the gRPC one. It passes file descriptors, knows the peer's
-// credentials, and its hang-up is the worker's death notice.
+// The fd socket: a unix SOCK_SEQPACKET socket beside the gRPC one. It passes file descriptors,
+// knows the peer's credentials, and its hang-up is the worker's death notice.
 //
-// On connect the daemon sends a hello with a ticket; OpenSession with that ticket ties the session to the connection.
-// Each message from the worker carries one memfd and the key under which RegisterBuffer will ask for it. There is
-// nothing else, and the daemon sends nothing more.
+// On connect the daemon sends a hello with a ticket; OpenSession with that ticket ties the session
+// to the connection. Each message from the worker carries one memfd and the key under which
+// RegisterBuffer will ask for it. There is nothing else, and the daemon sends nothing more.
 #include <errno.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -75,8 +75,10 @@ static int receive(struct kvd_connection *c)
         uint8_t space[CMSG_SPACE(8 * sizeof(int))];
     } control;
     struct iovec iov = {&m, sizeof(m)};
-    struct msghdr msg = {
-        .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control)};
+    struct msghdr msg = {.msg_iov = &iov,
+                         .msg_iovlen = 1,
+                         .msg_control = &control,
+                         .msg_controllen = sizeof(control)};
     ssize_t n = recvmsg(c->fd, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     if (n < 0)
         return errno == EAGAIN || errno == EINTR ? 0 : -1;
@@ -87,8 +89,9 @@ static int receive(struct kvd_connection *c)
         n_fds = (int)((h->cmsg_len - CMSG_LEN(0)) / sizeof(int));
         memcpy(fds, CMSG_DATA(h), (size_t)n_fds * sizeof(int));
     }
-    bool ok = n == sizeof(m) && m.magic == KVD_FD_MAGIC && m.version == KVD_FD_VERSION && n_fds == 1 &&
-              !(msg.msg_flags & (MSG_CTRUNC | MSG_TRUNC)) && c->n_pending < MAX_PENDING_FDS;
+    bool ok = n == sizeof(m) && m.magic == KVD_FD_MAGIC && m.version == KVD_FD_VERSION &&
+              n_fds == 1 && !(msg.msg_flags & (MSG_CTRUNC | MSG_TRUNC)) &&
+              c->n_pending < MAX_PENDING_FDS;
     if (ok) {
         c->pending[c->n_pending].key = m.key;
         c->pending[c->n_pending++].fd = fds[0];
@@ -97,7 +100,8 @@ static int receive(struct kvd_connection *c)
     for (int i = 0; i < n_fds; i++)
         close(fds[i]);
     if (n != 0)
-        kvd_warning("malformed message on the fd socket pid=%lld uid=%lld", (long long)c->peer.pid, (long long)c->peer.uid);
+        kvd_warning("malformed message on the fd socket pid=%lld uid=%lld", (long long)c->peer.pid,
+                    (long long)c->peer.uid);
     return -1;
 }
 
@@ -121,7 +125,8 @@ static void on_timer(uv_timer_t *timer)
     struct kvd_daemon *d = timer->data;
     struct kvd_connection *c, *next;
     bool waiting = false;
-    HASH_ITER (hh, d->fdsock->connections, c, next) {
+    HASH_ITER(hh, d->fdsock->connections, c, next)
+    {
         if (c->session)
             continue;
         if (kvd_now_ms(d) - c->since_ms >= KVD_HELLO_TIMEOUT_MS)
@@ -172,7 +177,8 @@ static void on_accept(uv_poll_t *poll, int status, int events)
 {
     struct kvd_daemon *d = poll->data;
     (void)events;
-    for (int fd; status == 0 && (fd = accept4(d->fdsock->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0;)
+    for (int fd; status == 0 &&
+                 (fd = accept4(d->fdsock->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0;)
         accept_one(d, fd);
 }
 
@@ -180,7 +186,8 @@ int kvd_fdsock_init(struct kvd_daemon *d, const char *path, struct kvd_error *er
 {
     struct sockaddr_un addr = {.sun_family = AF_UNIX};
     struct kvd_fdsock *s = calloc(1, sizeof(*s));
-    if (!s || (size_t)snprintf(addr.sun_path, sizeof(addr.sun_path), "%s", path) >= sizeof(addr.sun_path)) {
+    if (!s || (size_t)snprintf(addr.sun_path, sizeof(addr.sun_path), "%s", path) >=
+                  sizeof(addr.sun_path)) {
         free(s);
         return kvd_fail(err, KVD_E_INVALID, "%s: a socket's path is too long", path);
     }
@@ -194,7 +201,8 @@ int kvd_fdsock_init(struct kvd_daemon *d, const char *path, struct kvd_error *er
     // Who may use the gRPC socket may use this one.
     char grpc_path[128];
     snprintf(grpc_path, sizeof(grpc_path), "%.*s", (int)strlen(path) - 3, path);
-    ok = ok && stat(grpc_path, &st) == 0 && chown(path, (uid_t)-1, st.st_gid) == 0 && chmod(path, st.st_mode & 0777) == 0;
+    ok = ok && stat(grpc_path, &st) == 0 && chown(path, (uid_t)-1, st.st_gid) == 0 &&
+         chmod(path, st.st_mode & 0777) == 0;
     if (!ok || listen(s->fd, 512)) {
         int e = errno;
         if (s->fd >= 0)
@@ -224,8 +232,8 @@ void kvd_fdsock_deinit(struct kvd_daemon *d)
     struct kvd_connection *c, *next;
     if (!s)
         return;
-    HASH_ITER (hh, s->connections, c, next)
-        hang_up(c, "kvd stops");
+    HASH_ITER(hh, s->connections, c, next)
+    hang_up(c, "kvd stops");
     uv_poll_stop(&s->poll);
     close(s->fd);
     unlink(s->path);

@@ -2,7 +2,8 @@
 
 #include "calib/store.h"
 
-static const char *const codecs[KVD_CODEC_COUNT] = {[KVD_CODEC_BF16] = "bf16", [KVD_CODEC_INT2] = "int2"};
+static const char *const codecs[KVD_CODEC_COUNT] = {
+    [KVD_CODEC_BF16] = "bf16", [KVD_CODEC_INT2] = "int2"};
 
 const char *kvd_codec_name(uint32_t codec)
 {
@@ -17,32 +18,37 @@ static int set_codec(const Kvd__V1__Geometry *from, struct kvd_geometry *to, str
         if (strcmp(from->codec, codecs[i]) == 0)
             to->codec = i;
     if (to->codec == KVD_CODEC_COUNT)
-        return kvd_fail(err, KVD_E_INVALID, "geometry.codec is '%.40s'; int2 and bf16 are possible", from->codec);
+        return kvd_fail(err, KVD_E_INVALID, "geometry.codec is '%.40s'; int2 and bf16 are possible",
+                        from->codec);
     if (to->codec == KVD_CODEC_BF16)
         return KVD_OK;
     if (!*rotation)
         rotation = "hadamard";
-    if (strcmp(rotation, "hadamard") != 0 && strcmp(rotation, "identity") != 0 && !kvd_store_ref_valid(rotation))
+    if (strcmp(rotation, "hadamard") != 0 && strcmp(rotation, "identity") != 0 &&
+        !kvd_store_ref_valid(rotation))
         return kvd_fail(err, KVD_E_INVALID,
-                        "geometry.rotation_set is '%.80s'; it wants model@tag, sha256:<64 hex>, hadamard or identity",
+                        "geometry.rotation_set is '%.80s'; it wants model@tag, sha256:<64 hex>, "
+                        "hadamard or identity",
                         rotation);
     if (strlen(rotation) >= sizeof(to->rotation))
-        return kvd_fail(err, KVD_E_INVALID, "geometry.rotation_set has more than %zu characters; use its digest",
+        return kvd_fail(err, KVD_E_INVALID,
+                        "geometry.rotation_set has more than %zu characters; use its digest",
                         sizeof(to->rotation) - 1);
     strcpy(to->rotation, rotation);
     return KVD_OK;
 }
 
-int kvd_geometry_from_proto(const Kvd__V1__Geometry *from, struct kvd_geometry *to, struct kvd_error *err)
+int kvd_geometry_from_proto(const Kvd__V1__Geometry *from, struct kvd_geometry *to,
+                            struct kvd_error *err)
 {
     memset(to, 0, sizeof(*to)); // geometries are compared byte by byte
     if (from->n_layers > KVD_MAX_LAYERS)
-        return kvd_fail(err, KVD_E_INVALID, "geometry has %zu layers; 1 to %d are possible", from->n_layers,
-                        KVD_MAX_LAYERS);
+        return kvd_fail(err, KVD_E_INVALID, "geometry has %zu layers; 1 to %d are possible",
+                        from->n_layers, KVD_MAX_LAYERS);
     for (size_t i = 0; i < from->n_layers; i++) {
         if (from->layers[i] > KVD_MAX_MODEL_LAYER)
-            return kvd_fail(err, KVD_E_INVALID, "geometry.layers holds %u; ids go up to %d", from->layers[i],
-                            KVD_MAX_MODEL_LAYER);
+            return kvd_fail(err, KVD_E_INVALID, "geometry.layers holds %u; ids go up to %d",
+                            from->layers[i], KVD_MAX_MODEL_LAYER);
         to->layers[i] = (uint16_t)from->layers[i];
     }
     to->n_layers = (uint32_t)from->n_layers;
@@ -56,7 +62,8 @@ int kvd_geometry_from_proto(const Kvd__V1__Geometry *from, struct kvd_geometry *
     return rc ? rc : kvd_geometry_check(to, err);
 }
 
-Kvd__V1__Geometry *kvd_geometry_to_proto(const struct kvd_geometry *from, struct kvd_proto_geometry *to)
+Kvd__V1__Geometry *kvd_geometry_to_proto(const struct kvd_geometry *from,
+                                         struct kvd_proto_geometry *to)
 {
     kvd__v1__geometry__init(&to->g);
     kvd__v1__windows__init(&to->windows);

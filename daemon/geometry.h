@@ -6,7 +6,8 @@
 #include "kvd.pb-c.h"
 
 // Checks and converts; fills in defaults. KVD_E_INVALID says what to mend.
-int kvd_geometry_from_proto(const Kvd__V1__Geometry *from, struct kvd_geometry *to, struct kvd_error *err);
+int kvd_geometry_from_proto(const Kvd__V1__Geometry *from, struct kvd_geometry *to,
+                            struct kvd_error *err);
 
 // Room for a message that refers to a geometry.
 struct kvd_proto_geometry {
@@ -14,7 +15,8 @@ struct kvd_proto_geometry {
     Kvd__V1__Windows windows;
     uint32_t layers[KVD_MAX_LAYERS];
 };
-Kvd__V1__Geometry *kvd_geometry_to_proto(const struct kvd_geometry *from, struct kvd_proto_geometry *to);
+Kvd__V1__Geometry *kvd_geometry_to_proto(const struct kvd_geometry *from,
+                                         struct kvd_proto_geometry *to);
 
 const char *kvd_codec_name(uint32_t codec);
 

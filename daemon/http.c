@@ -1,5 +1,5 @@
-// /metrics, /healthz and /readyz, by libmicrohttpd driven from the loop: its epoll fd is polled, so no thread and no
-// lock is wanted.
+// /metrics, /healthz and /readyz, by libmicrohttpd driven from the loop: its epoll fd is polled, so
+// no thread and no lock is wanted.
 #include <microhttpd.h>
 #include <netdb.h>
 #include <netinet/in.h>
@@ -12,7 +12,8 @@ struct kvd_http {
     uv_timer_t timer;
 };
 
-static enum MHD_Result send_text(struct MHD_Connection *c, unsigned status, char *text, bool free_it, const char *type)
+static enum MHD_Result send_text(struct MHD_Connection *c, unsigned status, char *text,
+                                 bool free_it, const char *type)
 {
     struct MHD_Response *r = MHD_create_response_from_buffer(
         strlen(text), text, free_it ? MHD_RESPMEM_MUST_FREE : MHD_RESPMEM_PERSISTENT);
@@ -24,8 +25,9 @@ static enum MHD_Result send_text(struct MHD_Connection *c, unsigned status, char
     return rc;
 }
 
-static enum MHD_Result on_request(void *ctx, struct MHD_Connection *c, const char *url, const char *method,
-                                  const char *version, const char *upload, size_t *upload_size, void **state)
+static enum MHD_Result on_request(void *ctx, struct MHD_Connection *c, const char *url,
+                                  const char *method, const char *version, const char *upload,
+                                  size_t *upload_size, void **state)
 {
     struct kvd_daemon *d = ctx;
     (void)version;
@@ -38,7 +40,8 @@ static enum MHD_Result on_request(void *ctx, struct MHD_Connection *c, const cha
         char *page = kvd_metrics_page(d);
         d->metrics.scrapes++;
         if (page)
-            return send_text(c, MHD_HTTP_OK, page, true, "text/plain; version=0.0.4; charset=utf-8");
+            return send_text(c, MHD_HTTP_OK, page, true,
+                             "text/plain; version=0.0.4; charset=utf-8");
         return send_text(c, MHD_HTTP_INTERNAL_SERVER_ERROR, "out of memory\n", false, "text/plain");
     }
     if (strcmp(url, "/healthz") == 0)
@@ -47,7 +50,8 @@ static enum MHD_Result on_request(void *ctx, struct MHD_Connection *c, const cha
         return send_text(c, MHD_HTTP_OK, "ready\n", false, "text/plain");
     if (strcmp(url, "/readyz") == 0)
         return send_text(c, MHD_HTTP_SERVICE_UNAVAILABLE, "draining\n", false, "text/plain");
-    return send_text(c, MHD_HTTP_NOT_FOUND, "there are /metrics, /healthz and /readyz\n", false, "text/plain");
+    return send_text(c, MHD_HTTP_NOT_FOUND, "there are /metrics, /healthz and /readyz\n", false,
+                     "text/plain");
 }
 
 static void work(struct kvd_daemon *d);
@@ -89,7 +93,8 @@ static int resolve(const char *where, struct addrinfo **out, struct kvd_error *e
     snprintf(host, sizeof(host), "%s", where);
     char *colon = strrchr(host, ':');
     if (!colon)
-        return kvd_fail(err, KVD_E_INVALID, "metrics: '%s' is not possible; it wants HOST:PORT", where);
+        return kvd_fail(err, KVD_E_INVALID, "metrics: '%s' is not possible; it wants HOST:PORT",
+                        where);
     *colon = '\0';
     char *name = host;
     if (name[0] == '[' && colon > name && colon[-1] == ']') {
@@ -110,16 +115,19 @@ int kvd_http_init(struct kvd_daemon *d, struct kvd_error *err)
     if (rc)
         return rc;
     struct kvd_http *h = calloc(1, sizeof(*h));
-    unsigned flags = MHD_USE_EPOLL | MHD_USE_ERROR_LOG | (ai->ai_family == AF_INET6 ? MHD_USE_IPv6 : 0);
+    unsigned flags =
+        MHD_USE_EPOLL | MHD_USE_ERROR_LOG | (ai->ai_family == AF_INET6 ? MHD_USE_IPv6 : 0);
     if (h)
-        h->mhd = MHD_start_daemon(flags, 0, NULL, NULL, on_request, d, MHD_OPTION_EXTERNAL_LOGGER, on_mhd_log, NULL,
-                                  MHD_OPTION_SOCK_ADDR, ai->ai_addr, MHD_OPTION_CONNECTION_LIMIT, 64u,
-                                  MHD_OPTION_CONNECTION_TIMEOUT, 10u, MHD_OPTION_CONNECTION_MEMORY_LIMIT,
-                                  (size_t)16384, MHD_OPTION_END);
+        h->mhd =
+            MHD_start_daemon(flags, 0, NULL, NULL, on_request, d, MHD_OPTION_EXTERNAL_LOGGER,
+                             on_mhd_log, NULL, MHD_OPTION_SOCK_ADDR, ai->ai_addr,
+                             MHD_OPTION_CONNECTION_LIMIT, 64u, MHD_OPTION_CONNECTION_TIMEOUT, 10u,
+                             MHD_OPTION_CONNECTION_MEMORY_LIMIT, (size_t)16384, MHD_OPTION_END);
     freeaddrinfo(ai);
     if (!h || !h->mhd) {
         free(h);
-        return kvd_fail(err, KVD_E_UNAVAILABLE, "cannot serve metrics on %s: %s; choose another with --metrics HOST:PORT",
+        return kvd_fail(err, KVD_E_UNAVAILABLE,
+                        "cannot serve metrics on %s: %s; choose another with --metrics HOST:PORT",
                         d->config.metrics, strerror(errno));
     }
     const union MHD_DaemonInfo *info = MHD_get_daemon_info(h->mhd, MHD_DAEMON_INFO_EPOLL_FD);

@@ -1,8 +1,8 @@
 // The daemon's state and its parts.
 //
-// Three threads: the loop thread owns everything in struct kvd_daemon; the completion-queue thread only hands gRPC's
-// tags over; the executor thread runs kernels and hands finished jobs back. Functions here belong to the loop thread
-// unless they say otherwise.
+// Three threads: the loop thread owns everything in struct kvd_daemon; the completion-queue thread
+// only hands gRPC's tags over; the executor thread runs kernels and hands finished jobs back.
+// Functions here belong to the loop thread unless they say otherwise.
 #ifndef KVD_DAEMON_KVD_H
 #define KVD_DAEMON_KVD_H
 
@@ -20,10 +20,10 @@ enum {
     KVD_SECRET_TEXT = 33, // 16 random bytes in hex, and a NUL
     KVD_MAX_GEOMETRIES = 64,
     KVD_MAX_NAMESPACES = 1024,
-    KVD_REPLAY_SLOTS = 256,  // replies remembered per session
-    KVD_EVENT_SLOTS = 256,   // events that wait for a slow reader
-    KVD_MAX_HELD = 65536,    // sequences held by one session
-    KVD_MAX_BUFFERS = 1024,  // per session
+    KVD_REPLAY_SLOTS = 256, // replies remembered per session
+    KVD_EVENT_SLOTS = 256,  // events that wait for a slow reader
+    KVD_MAX_HELD = 65536,   // sequences held by one session
+    KVD_MAX_BUFFERS = 1024, // per session
     KVD_MAX_CONNECTIONS = 8192,
     KVD_HELLO_TIMEOUT_MS = 10000, // an fd connection must open a session by then
 };
@@ -35,7 +35,8 @@ struct kvd_exec;
 struct kvd_fdsock;
 struct kvd_http;
 
-// Shared memory of a worker. Jobs hold references, so that releasing it does not unmap it under a kernel.
+// Shared memory of a worker. Jobs hold references, so that releasing it does not unmap it under a
+// kernel.
 struct kvd_buffer {
     uint64_t id, key;
     uint8_t *data;
@@ -121,19 +122,23 @@ static inline uint64_t kvd_now_ms(const struct kvd_daemon *d)
 // A fresh random secret in hex. Any thread.
 void kvd_secret_new(char out[KVD_SECRET_TEXT]);
 
-// -- main.c, lifecycle.c -------------------------------------------------------------------------------------------
+// -- main.c, lifecycle.c
+// -------------------------------------------------------------------------------------------
 int kvd_daemon_init(struct kvd_daemon *d, struct kvd_error *err);
 void kvd_daemon_run(struct kvd_daemon *d);
 void kvd_daemon_deinit(struct kvd_daemon *d);
-// Takes no new sessions, tells the workers, and stops when the last session ends or the time is over.
+// Takes no new sessions, tells the workers, and stops when the last session ends or the time is
+// over.
 void kvd_daemon_drain(struct kvd_daemon *d, uint64_t timeout_ms);
 // To be called when a session ended: a draining daemon may be done.
 void kvd_daemon_session_ended(struct kvd_daemon *d);
 
-// -- session.c -----------------------------------------------------------------------------------------------------
+// -- session.c
+// -----------------------------------------------------------------------------------------------------
 // The session of a secret, marked as used; NULL if there is none.
 struct kvd_session *kvd_session_find(struct kvd_daemon *d, const char *secret);
-struct kvd_session *kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t geom, struct kvd_connection *conn);
+struct kvd_session *kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t geom,
+                                    struct kvd_connection *conn);
 // Ends a session: releases its sequences and buffers, ends its event streams, forgets it.
 void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *why);
 bool kvd_session_holds(const struct kvd_session *s, uint64_t seq);
@@ -142,14 +147,15 @@ int kvd_session_add_held(struct kvd_session *s, uint64_t seq, struct kvd_error *
 void kvd_session_drop_held(struct kvd_session *s, uint64_t seq);
 struct kvd_buffer *kvd_session_buffer(struct kvd_session *s, uint64_t id);
 // Maps a memfd. Takes the fd. KVD_E_INVALID (seals, size), KVD_E_QUOTA, KVD_E_LIMIT.
-int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t key, int fd, uint64_t size,
-                           struct kvd_buffer **out, struct kvd_error *err);
+int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t key, int fd,
+                           uint64_t size, struct kvd_buffer **out, struct kvd_error *err);
 void kvd_buffer_unref(struct kvd_buffer *b);
 void kvd_session_drop_buffer(struct kvd_session *s, struct kvd_buffer *b);
 // Ends leased sessions whose time is over.
 void kvd_session_expire(struct kvd_daemon *d);
 
-// -- fdsock.c ------------------------------------------------------------------------------------------------------
+// -- fdsock.c
+// ------------------------------------------------------------------------------------------------------
 int kvd_fdsock_init(struct kvd_daemon *d, const char *path, struct kvd_error *err);
 // Closes all; their sessions end. NULL is allowed.
 void kvd_fdsock_deinit(struct kvd_daemon *d);
@@ -168,11 +174,12 @@ int kvd_connection_take_fd(struct kvd_connection *c, uint64_t key);
 void kvd_connection_close(struct kvd_connection *c);
 uint32_t kvd_fdsock_count(const struct kvd_daemon *d);
 
-// -- exec.c --------------------------------------------------------------------------------------------------------
+// -- exec.c
+// --------------------------------------------------------------------------------------------------------
 struct kvd_job {
     int (*run)(struct kvd_daemon *d, struct kvd_job *job);   // executor thread
     void (*done)(struct kvd_daemon *d, struct kvd_job *job); // loop thread; frees the job
-    int rc; // what run returned
+    int rc;                                                  // what run returned
     uint64_t queued_ns, started_ns, finished_ns;
     struct kvd_job *next;
 };
@@ -181,7 +188,8 @@ void kvd_exec_submit(struct kvd_daemon *d, struct kvd_job *job);
 // Waits for what is queued, runs the done callbacks, and joins the thread. NULL is allowed.
 void kvd_exec_deinit(struct kvd_daemon *d);
 
-// -- http.c, notify.c ----------------------------------------------------------------------------------------------
+// -- http.c, notify.c
+// ----------------------------------------------------------------------------------------------
 int kvd_http_init(struct kvd_daemon *d, struct kvd_error *err);
 void kvd_http_deinit(struct kvd_daemon *d);
 void kvd_notify_ready(struct kvd_daemon *d);

@@ -25,7 +25,8 @@ static int init_backend(struct kvd_daemon *d, struct kvd_error *err)
 {
     const struct kvd_config *c = &d->config;
     if (strcmp(c->backend, "cuda") == 0)
-        return kvd_fail(err, KVD_E_UNSUPPORTED, "this build of kvd has no CUDA backend; use --backend cpu");
+        return kvd_fail(err, KVD_E_UNSUPPORTED,
+                        "this build of kvd has no CUDA backend; use --backend cpu");
     d->backend = kvd_cpu_backend_new(c->threads, c->isa[0] ? c->isa : NULL, err);
     return d->backend ? KVD_OK : err->code;
 }
@@ -65,12 +66,15 @@ static int lock_socket(struct kvd_daemon *d, const char *path, struct kvd_error 
     int fd = open(lock, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (fd < 0)
         return kvd_fail(err, -errno, "cannot open %s: %s%s", lock, strerror(errno),
-                        errno == ENOENT ? "; make the folder, or choose another path with --listen unix:PATH" : "");
+                        errno == ENOENT
+                            ? "; make the folder, or choose another path with --listen unix:PATH"
+                            : "");
     if (flock(fd, LOCK_EX | LOCK_NB)) {
         int e = errno;
         close(fd);
         if (e == EWOULDBLOCK)
-            return kvd_fail(err, KVD_E_EXISTS, "another kvd serves %s; stop it or choose another --listen", path);
+            return kvd_fail(err, KVD_E_EXISTS,
+                            "another kvd serves %s; stop it or choose another --listen", path);
         return kvd_fail(err, -e, "cannot lock %s: %s", lock, strerror(e));
     }
     d->lock_fds[d->n_locks++] = fd;
@@ -142,7 +146,8 @@ static void apply_reload(struct kvd_daemon *d, const struct kvd_config *fresh)
     }
     if (fresh->pool_size != c->pool_size || strcmp(fresh->backend, c->backend) != 0 ||
         strcmp(fresh->metrics, c->metrics) != 0)
-        kvd_notice("some changes want a restart: backend, pool-size, extent-size, listen, metrics and tls are read at start");
+        kvd_notice("some changes want a restart: backend, pool-size, extent-size, listen, metrics "
+                   "and tls are read at start");
 }
 
 static void on_hup(uv_signal_t *signal, int number)
@@ -214,9 +219,9 @@ void kvd_daemon_run(struct kvd_daemon *d)
     kvd_rpc_start(d);
     d->state = KVD_READY;
     kvd_format_size(d->config.pool_size, size, sizeof(size));
-    kvd_notice("ready version=%s backend=%s device=\"%s\" pool=\"%s\" listen=%s metrics=%s ms=%llu", KVD_VERSION,
-               d->backend->ops->name, d->backend->ops->device(d->backend), size, d->config.listen[0],
-               d->config.metrics[0] ? d->config.metrics : "off",
+    kvd_notice("ready version=%s backend=%s device=\"%s\" pool=\"%s\" listen=%s metrics=%s ms=%llu",
+               KVD_VERSION, d->backend->ops->name, d->backend->ops->device(d->backend), size,
+               d->config.listen[0], d->config.metrics[0] ? d->config.metrics : "off",
                (unsigned long long)(uv_hrtime() / 1000000 - d->started_ms));
     kvd_notify_ready(d);
     uv_run(&d->loop, UV_RUN_DEFAULT);
@@ -241,8 +246,8 @@ static void stop(struct kvd_daemon *d)
     d->state = KVD_STOPPING;
     uv_timer_stop(&d->drain_timer);
     struct kvd_session *s, *next;
-    HASH_ITER (hh, d->sessions, s, next)
-        kvd_session_end(d, s, "kvd stops");
+    HASH_ITER(hh, d->sessions, s, next)
+    kvd_session_end(d, s, "kvd stops");
     kvd_compute_cancel(d, NULL);
     kvd_exec_deinit(d);
     kvd_fdsock_deinit(d);
@@ -262,7 +267,8 @@ void kvd_daemon_drain(struct kvd_daemon *d, uint64_t timeout_ms)
     d->state = KVD_DRAINING;
     if (!again) {
         kvd_notify_stopping();
-        kvd_notice("draining sessions=%u timeout_ms=%llu", HASH_COUNT(d->sessions), (unsigned long long)timeout_ms);
+        kvd_notice("draining sessions=%u timeout_ms=%llu", HASH_COUNT(d->sessions),
+                   (unsigned long long)timeout_ms);
         kvd_event_send(d, KVD_POOL_NONE, KVD__V1__EVENT__KIND__DRAINING, 0, "");
         kvd_health_changed(d);
     }
@@ -290,7 +296,8 @@ static void close_rest(uv_handle_t *handle, void *arg)
 
 void kvd_daemon_deinit(struct kvd_daemon *d)
 {
-    // After a run everything below is gone already; after a failed init this takes back what there is.
+    // After a run everything below is gone already; after a failed init this takes back what there
+    // is.
     kvd_exec_deinit(d);
     kvd_fdsock_deinit(d);
     kvd_rpc_deinit(d);

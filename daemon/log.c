@@ -47,7 +47,8 @@ void kvd_log_at(enum kvd_log_level level, const char *fmt, ...)
         clock_gettime(CLOCK_REALTIME, &ts);
         gmtime_r(&ts.tv_sec, &tm);
         n = (int)strftime(line, sizeof(line), "%Y-%m-%dT%H:%M:%S", &tm);
-        n += snprintf(line + n, sizeof(line) - (size_t)n, ".%03ldZ %-7s ", ts.tv_nsec / 1000000, names[level]);
+        n += snprintf(line + n, sizeof(line) - (size_t)n, ".%03ldZ %-7s ", ts.tv_nsec / 1000000,
+                      names[level]);
     }
     va_list ap;
     va_start(ap, fmt);

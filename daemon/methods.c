@@ -6,13 +6,22 @@
 #include "kvd.pb-c.h"
 
 // The flags are: streaming, operator_only, while_draining.
-#define KV(name, type, fn)    {"/kvd.v1.KvCache/" name, &kvd__v1__##type##__descriptor, kvd_on_##fn, false, false, true}
-#define ADMIN(name, type, fn) {"/kvd.v1.Admin/" name, &kvd__v1__##type##__descriptor, kvd_on_##fn, false, false, true}
-#define OPERATOR(name, type, fn)                                                                                       \
-    {"/kvd.v1.Admin/" name, &kvd__v1__##type##__descriptor, kvd_on_##fn, false, true, true}
+#define KV(name, type, fn)                                                                         \
+    {                                                                                              \
+        "/kvd.v1.KvCache/" name, &kvd__v1__##type##__descriptor, kvd_on_##fn, false, false, true   \
+    }
+#define ADMIN(name, type, fn)                                                                      \
+    {                                                                                              \
+        "/kvd.v1.Admin/" name, &kvd__v1__##type##__descriptor, kvd_on_##fn, false, false, true     \
+    }
+#define OPERATOR(name, type, fn)                                                                   \
+    {                                                                                              \
+        "/kvd.v1.Admin/" name, &kvd__v1__##type##__descriptor, kvd_on_##fn, false, true, true      \
+    }
 
 const struct kvd_method kvd_methods[] = {
-    {"/kvd.v1.KvCache/OpenSession", &kvd__v1__open_session_request__descriptor, kvd_on_open_session, false, false, false},
+    {"/kvd.v1.KvCache/OpenSession", &kvd__v1__open_session_request__descriptor, kvd_on_open_session,
+     false, false, false},
     KV("CloseSession", close_session_request, close_session),
     KV("KeepAlive", keep_alive_request, keep_alive),
     KV("RegisterBuffer", register_buffer_request, register_buffer),
@@ -43,8 +52,10 @@ const struct kvd_method kvd_methods[] = {
     OPERATOR("Drain", drain_request, drain),
     OPERATOR("SetLogLevel", set_log_level_request, set_log_level),
     OPERATOR("FetchRotationSet", fetch_rotation_set_request, fetch_rotation_set),
-    {"/grpc.health.v1.Health/Check", &grpc__health__v1__health_check_request__descriptor, kvd_on_health_check, false, false, true},
-    {"/grpc.health.v1.Health/Watch", &grpc__health__v1__health_check_request__descriptor, kvd_on_health_watch, true, false, true},
+    {"/grpc.health.v1.Health/Check", &grpc__health__v1__health_check_request__descriptor,
+     kvd_on_health_check, false, false, true},
+    {"/grpc.health.v1.Health/Watch", &grpc__health__v1__health_check_request__descriptor,
+     kvd_on_health_watch, true, false, true},
 };
 
 const uint32_t kvd_n_methods = KVD_LEN(kvd_methods);

@@ -1,4 +1,5 @@
-// The Prometheus text format. Names follow its conventions: base units, _total for counters, kvd_ in front.
+// The Prometheus text format. Names follow its conventions: base units, _total for counters, kvd_
+// in front.
 #include "daemon/metrics.h"
 
 #include "daemon/geometry.h"
@@ -6,7 +7,7 @@
 
 // Upper bounds in nanoseconds: 25 us to about 10 s.
 static const uint64_t bounds[KVD_BUCKETS] = {
-    25000,    50000,    100000,    200000,    400000,    800000,     1600000,    3200000,
+    25000,   50000,    100000,   200000,    400000,    800000,     1600000,    3200000,
     6400000, 12800000, 25600000, 100000000, 400000000, 1600000000, 4000000000, 10000000000,
 };
 
@@ -45,7 +46,8 @@ static void histogram(FILE *f, const char *name, const char *labels, const struc
         fprintf(f, "%s_bucket{%s%sle=\"%g\"} %llu\n", name, labels, comma, (double)bounds[i] / 1e9,
                 (unsigned long long)sum);
     }
-    fprintf(f, "%s_bucket{%s%sle=\"+Inf\"} %llu\n", name, labels, comma, (unsigned long long)h->count);
+    fprintf(f, "%s_bucket{%s%sle=\"+Inf\"} %llu\n", name, labels, comma,
+            (unsigned long long)h->count);
     const char *open = *labels ? "{" : "", *close = *labels ? "}" : "";
     fprintf(f, "%s_sum%s%s%s %.9f\n", name, open, labels, close, (double)h->sum_ns / 1e9);
     fprintf(f, "%s_count%s%s%s %llu\n", name, open, labels, close, (unsigned long long)h->count);
@@ -67,14 +69,15 @@ static void pool_metrics(struct page *p)
 {
     struct kvd_pool_info info;
     kvd_pool_info(p->d->pool, &info);
-    head(p->f, "kvd_pool_bytes", "gauge", "KV memory by state: used by pages, slack in granted extents, free.");
+    head(p->f, "kvd_pool_bytes", "gauge",
+         "KV memory by state: used by pages, slack in granted extents, free.");
     fprintf(p->f, "kvd_pool_bytes{state=\"used\"} %llu\n", (unsigned long long)info.used);
     fprintf(p->f, "kvd_pool_bytes{state=\"slack\"} %llu\n", (unsigned long long)info.slack);
     fprintf(p->f, "kvd_pool_bytes{state=\"free\"} %llu\n",
             (unsigned long long)(info.bytes - info.used - info.slack));
     single(p->f, "kvd_pool_size_bytes", "gauge", "KV memory in all.", (double)info.bytes);
-    single(p->f, "kvd_pool_evictions_total", "counter", "Published sequences evicted for room or by an operator.",
-           (double)info.evictions);
+    single(p->f, "kvd_pool_evictions_total", "counter",
+           "Published sequences evicted for room or by an operator.", (double)info.evictions);
     single(p->f, "kvd_sequences", "gauge", "Sequences that exist.", (double)info.sequences);
 }
 
@@ -90,21 +93,23 @@ static bool slab_line(void *ctx, const struct kvd_pool_slab_info *info)
     const char *kind = info->kind == KVD_POOL_BF16
                            ? "window"
                            : kvd_codec_name(kvd_pool_geometry_get(p->d->pool, info->geom)->codec);
-    fprintf(p->f, "kvd_pages{namespace=\"%s\",kind=\"%s\",geometry=\"%u\"} %llu\n", name, kind, info->geom,
-            (unsigned long long)info->used);
+    fprintf(p->f, "kvd_pages{namespace=\"%s\",kind=\"%s\",geometry=\"%u\"} %llu\n", name, kind,
+            info->geom, (unsigned long long)info->used);
     return true;
 }
 
 static void namespace_metrics(struct page *p)
 {
-    head(p->f, "kvd_pages", "gauge", "Pages in use by namespace, kind (window or codec) and geometry.");
+    head(p->f, "kvd_pages", "gauge",
+         "Pages in use by namespace, kind (window or codec) and geometry.");
     kvd_pool_slab_each(p->d->pool, slab_line, p);
     static const struct {
         const char *name, *help;
     } gauges[] = {
         {"kvd_namespace_used_bytes", "Bytes of pages in use by namespace."},
         {"kvd_namespace_quota_bytes", "Quota by namespace; 0 means none."},
-        {"kvd_namespace_tokens", "Tokens stored by namespace, shared ones counted for each sequence."},
+        {"kvd_namespace_tokens",
+         "Tokens stored by namespace, shared ones counted for each sequence."},
         {"kvd_namespace_sequences", "Sequences by namespace."},
     };
     for (size_t g = 0; g < KVD_LEN(gauges); g++) {
@@ -115,7 +120,8 @@ static void namespace_metrics(struct page *p)
             kvd_pool_namespace_info(p->d->pool, i, &ns);
             const uint64_t values[] = {ns.used, ns.quota, ns.tokens, ns.sequences};
             escape(ns.name, name, sizeof(name));
-            fprintf(p->f, "%s{namespace=\"%s\"} %llu\n", gauges[g].name, name, (unsigned long long)values[g]);
+            fprintf(p->f, "%s{namespace=\"%s\"} %llu\n", gauges[g].name, name,
+                    (unsigned long long)values[g]);
         }
     }
 }
@@ -132,8 +138,8 @@ static void rpc_metrics(struct page *p)
     for (uint32_t i = 0; i < KVD_MAX_METHODS; i++)
         for (int c = 0; c < KVD_GRPC_CODES; c++)
             if (m->calls[i][c])
-                fprintf(p->f, "kvd_rpc_requests_total{method=\"%s\",code=\"%s\"} %llu\n", method_name(i),
-                        kvd_grpc_code_name(c), (unsigned long long)m->calls[i][c]);
+                fprintf(p->f, "kvd_rpc_requests_total{method=\"%s\",code=\"%s\"} %llu\n",
+                        method_name(i), kvd_grpc_code_name(c), (unsigned long long)m->calls[i][c]);
     head(p->f, "kvd_rpc_duration_seconds", "histogram", "From a call's arrival to its answer.");
     for (uint32_t i = 0; i < kvd_n_methods; i++) {
         char labels[128];
@@ -142,7 +148,8 @@ static void rpc_metrics(struct page *p)
         snprintf(labels, sizeof(labels), "method=\"%s\"", method_name(i));
         histogram(p->f, "kvd_rpc_duration_seconds", labels, &m->rpc[i]);
     }
-    head(p->f, "kvd_queue_wait_seconds", "histogram", "Time a compute call waited for the executor.");
+    head(p->f, "kvd_queue_wait_seconds", "histogram",
+         "Time a compute call waited for the executor.");
     histogram(p->f, "kvd_queue_wait_seconds", "", &m->queue_wait);
     static const char *const ops[KVD_OP_COUNT] = {"append", "attend", "step", "rotate", "read"};
     head(p->f, "kvd_kernel_duration_seconds", "histogram", "Time in the backend, by operation.");
@@ -159,37 +166,54 @@ static void other_metrics(struct page *p)
     const struct kvd_metrics *m = &d->metrics;
     FILE *f = p->f;
     single(f, "kvd_sessions", "gauge", "Open sessions.", HASH_COUNT(d->sessions));
-    single(f, "kvd_connections", "gauge", "Open connections on the fd socket.", kvd_fdsock_count(d));
-    single(f, "kvd_sessions_opened_total", "counter", "Sessions opened.", (double)m->sessions_opened);
-    single(f, "kvd_leases_expired_total", "counter", "Leased sessions that ran out.", (double)m->leases_expired);
-    single(f, "kvd_queued_calls", "gauge", "Compute calls waiting or running.", kvd_compute_queued(d));
+    single(f, "kvd_connections", "gauge", "Open connections on the fd socket.",
+           kvd_fdsock_count(d));
+    single(f, "kvd_sessions_opened_total", "counter", "Sessions opened.",
+           (double)m->sessions_opened);
+    single(f, "kvd_leases_expired_total", "counter", "Leased sessions that ran out.",
+           (double)m->leases_expired);
+    single(f, "kvd_queued_calls", "gauge", "Compute calls waiting or running.",
+           kvd_compute_queued(d));
     single(f, "kvd_appended_tokens_total", "counter", "Tokens appended (complete in every layer).",
            (double)m->tokens_appended);
     single(f, "kvd_attended_queries_total", "counter", "Query tokens answered by Attend and Step.",
            (double)m->queries_attended);
-    single(f, "kvd_compressed_input_bytes_total", "counter", "Bytes of bf16 K and V that left the recent window.",
-           (double)m->bytes_in);
-    single(f, "kvd_compressed_output_bytes_total", "counter", "Bytes that they became.", (double)m->bytes_stored);
-    single(f, "kvd_compression_ratio", "gauge", "Input over output of all compression so far; 0 before the first.",
+    single(f, "kvd_compressed_input_bytes_total", "counter",
+           "Bytes of bf16 K and V that left the recent window.", (double)m->bytes_in);
+    single(f, "kvd_compressed_output_bytes_total", "counter", "Bytes that they became.",
+           (double)m->bytes_stored);
+    single(f, "kvd_compression_ratio", "gauge",
+           "Input over output of all compression so far; 0 before the first.",
            m->bytes_stored ? (double)m->bytes_in / (double)m->bytes_stored : 0);
-    single(f, "kvd_nonfinite_rejected_total", "counter", "Appends refused for NaN or Inf.", (double)m->nonfinite);
-    single(f, "kvd_events_lost_total", "counter", "Events dropped as their reader was slow.", (double)m->events_lost);
-    head(f, "kvd_rotation_set_requests_total", "counter", "Rotation sets asked for, by where they came from.");
-    fprintf(f, "kvd_rotation_set_requests_total{source=\"cache\"} %llu\n", (unsigned long long)m->rotations_cached);
-    fprintf(f, "kvd_rotation_set_requests_total{source=\"store\"} %llu\n", (unsigned long long)m->rotations_fetched);
-    fprintf(f, "kvd_rotation_set_requests_total{source=\"failed\"} %llu\n", (unsigned long long)m->rotations_failed);
-    single(f, "kvd_rotation_sets_loaded", "gauge", "Rotation sets in the backend's memory, one per geometry.",
-           (double)m->rotations_loaded);
-    single(f, "kvd_uptime_seconds", "gauge", "Time since the start.", (double)(kvd_now_ms(d) - d->started_ms) / 1000);
+    single(f, "kvd_nonfinite_rejected_total", "counter", "Appends refused for NaN or Inf.",
+           (double)m->nonfinite);
+    single(f, "kvd_events_lost_total", "counter", "Events dropped as their reader was slow.",
+           (double)m->events_lost);
+    head(f, "kvd_rotation_set_requests_total", "counter",
+         "Rotation sets asked for, by where they came from.");
+    fprintf(f, "kvd_rotation_set_requests_total{source=\"cache\"} %llu\n",
+            (unsigned long long)m->rotations_cached);
+    fprintf(f, "kvd_rotation_set_requests_total{source=\"store\"} %llu\n",
+            (unsigned long long)m->rotations_fetched);
+    fprintf(f, "kvd_rotation_set_requests_total{source=\"failed\"} %llu\n",
+            (unsigned long long)m->rotations_failed);
+    single(f, "kvd_rotation_sets_loaded", "gauge",
+           "Rotation sets in the backend's memory, one per geometry.", (double)m->rotations_loaded);
+    single(f, "kvd_uptime_seconds", "gauge", "Time since the start.",
+           (double)(kvd_now_ms(d) - d->started_ms) / 1000);
     head(f, "kvd_build_info", "gauge", "Always 1; the labels tell version and backend.");
-    fprintf(f, "kvd_build_info{version=\"%s\",backend=\"%s\"} 1\n", KVD_VERSION, d->backend->ops->name);
+    fprintf(f, "kvd_build_info{version=\"%s\",backend=\"%s\"} 1\n", KVD_VERSION,
+            d->backend->ops->name);
     size_t rss = 0;
     uv_rusage_t ru;
     uv_resident_set_memory(&rss);
     uv_getrusage(&ru);
-    single(f, "process_resident_memory_bytes", "gauge", "Resident memory size in bytes.", (double)rss);
-    single(f, "process_cpu_seconds_total", "counter", "Total user and system CPU time spent in seconds.",
-           (double)(ru.ru_utime.tv_sec + ru.ru_stime.tv_sec) + (double)(ru.ru_utime.tv_usec + ru.ru_stime.tv_usec) / 1e6);
+    single(f, "process_resident_memory_bytes", "gauge", "Resident memory size in bytes.",
+           (double)rss);
+    single(f, "process_cpu_seconds_total", "counter",
+           "Total user and system CPU time spent in seconds.",
+           (double)(ru.ru_utime.tv_sec + ru.ru_stime.tv_sec) +
+               (double)(ru.ru_utime.tv_usec + ru.ru_stime.tv_usec) / 1e6);
 }
 
 char *kvd_metrics_page(struct kvd_daemon *d)

@@ -12,7 +12,14 @@ struct kvd_histogram {
     uint64_t count, sum_ns;
 };
 
-enum kvd_kernel_op { KVD_OP_APPEND, KVD_OP_ATTEND, KVD_OP_STEP, KVD_OP_ROTATE, KVD_OP_READ, KVD_OP_COUNT };
+enum kvd_kernel_op {
+    KVD_OP_APPEND,
+    KVD_OP_ATTEND,
+    KVD_OP_STEP,
+    KVD_OP_ROTATE,
+    KVD_OP_READ,
+    KVD_OP_COUNT
+};
 
 struct kvd_metrics {
     struct kvd_histogram rpc[KVD_MAX_METHODS];

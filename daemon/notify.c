@@ -28,9 +28,7 @@ void kvd_notify_ready(struct kvd_daemon *d)
     (void)d;
 }
 
-void kvd_notify_stopping(void)
-{
-}
+void kvd_notify_stopping(void) {}
 #endif
 
 void kvd_notify_deinit(struct kvd_daemon *d)

@@ -47,27 +47,32 @@ static void fetch_done(uv_work_t *work, int status)
         f->done(f->ctx, f->set, NULL);
     } else {
         m->rotations_failed++;
-        kvd_warning("rotation set not available name=%s error=\"%s\" ms=%llu", f->ref, f->err.text, ms);
+        kvd_warning("rotation set not available name=%s error=\"%s\" ms=%llu", f->ref, f->err.text,
+                    ms);
         f->done(f->ctx, NULL, &f->err);
     }
     kvd_rotset_free(&f->set);
     free(f);
 }
 
-static void get_builtin(struct kvd_geometry *g, void (*done)(void *, struct kvd_rotset *, const struct kvd_error *),
+static void get_builtin(struct kvd_geometry *g,
+                        void (*done)(void *, struct kvd_rotset *, const struct kvd_error *),
                         void *ctx)
 {
     struct kvd_error err = {0};
     bool hadamard = strcmp(g->rotation, "hadamard") == 0;
     struct kvd_geometry one = *g; // one matrix serves all layers
     one.n_layers = 1;
-    struct kvd_rotset *set = hadamard ? kvd_rotset_hadamard(&one, &err) : kvd_rotset_identity(&one, &err);
+    struct kvd_rotset *set =
+        hadamard ? kvd_rotset_hadamard(&one, &err) : kvd_rotset_identity(&one, &err);
     done(ctx, set, set ? NULL : &err);
     kvd_rotset_free(&set);
 }
 
 void kvd_rotations_get(struct kvd_daemon *d, struct kvd_geometry *g,
-                       void (*done)(void *ctx, struct kvd_rotset *set, const struct kvd_error *failure), void *ctx)
+                       void (*done)(void *ctx, struct kvd_rotset *set,
+                                    const struct kvd_error *failure),
+                       void *ctx)
 {
     struct kvd_error err = {0};
     if (g->codec == KVD_CODEC_BF16) {
@@ -100,8 +105,8 @@ void kvd_rotations_get(struct kvd_daemon *d, struct kvd_geometry *g,
 }
 
 // Puts a set into the backend's memory. Without a set (bf16) there is nothing to rotate by.
-static struct kvd_rotation *load(struct kvd_daemon *d, const struct kvd_geometry *g, const struct kvd_rotset *set,
-                                 struct kvd_error *err)
+static struct kvd_rotation *load(struct kvd_daemon *d, const struct kvd_geometry *g,
+                                 const struct kvd_rotset *set, struct kvd_error *err)
 {
     struct kvd_rotation_data data = {
         .n_layers = g->n_layers, .heads = 1, .dim_k = g->head_dim_k, .dim_v = g->head_dim_v};
@@ -121,10 +126,11 @@ static struct kvd_rotation *load(struct kvd_daemon *d, const struct kvd_geometry
     return r;
 }
 
-int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_geometry *g, const struct kvd_rotset *set, uint32_t *geom,
-                       struct kvd_error *err)
+int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_geometry *g,
+                       const struct kvd_rotset *set, uint32_t *geom, struct kvd_error *err)
 {
-    uint64_t bytes[KVD_POOL_KINDS] = {kvd_page_bytes(g, KVD_CODEC_BF16), kvd_page_bytes(g, g->codec)};
+    uint64_t bytes[KVD_POOL_KINDS] = {kvd_page_bytes(g, KVD_CODEC_BF16),
+                                      kvd_page_bytes(g, g->codec)};
     // The rotations first: a geometry that they do not fit must leave nothing behind.
     struct kvd_rotation *r = load(d, g, set, err);
     if (!r)

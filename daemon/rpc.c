@@ -32,7 +32,8 @@ struct kvd_rpc {
     grpc_call_details unknown_details;
 };
 
-// -- the completion-queue thread and the loop's side of it ---------------------------------------------------------
+// -- the completion-queue thread and the loop's side of it
+// ---------------------------------------------------------
 
 static void queue_thread(void *arg)
 {
@@ -82,9 +83,11 @@ static void on_async(uv_async_t *async)
     }
 }
 
-// -- packing -------------------------------------------------------------------------------------------------------
+// -- packing
+// -------------------------------------------------------------------------------------------------------
 
-// A message may not unpack to more than a small multiple of its size: many tiny items must not eat the memory.
+// A message may not unpack to more than a small multiple of its size: many tiny items must not eat
+// the memory.
 struct budget {
     size_t left;
 };
@@ -113,7 +116,8 @@ static ProtobufCMessage *unpack(const ProtobufCMessageDescriptor *type, grpc_byt
     size_t len = GRPC_SLICE_LENGTH(all);
     struct budget budget = {len + KVD_MIN(len * 8, (size_t)64 << 20) + (1 << 16)};
     ProtobufCAllocator allocator = {budget_alloc, budget_free, &budget};
-    ProtobufCMessage *m = protobuf_c_message_unpack(type, &allocator, len, GRPC_SLICE_START_PTR(all));
+    ProtobufCMessage *m =
+        protobuf_c_message_unpack(type, &allocator, len, GRPC_SLICE_START_PTR(all));
     grpc_slice_unref(all);
     grpc_byte_buffer_reader_destroy(&reader);
     return m;
@@ -133,7 +137,8 @@ static grpc_byte_buffer *pack(const ProtobufCMessage *m)
     return buffer_of(slice);
 }
 
-// -- calls ---------------------------------------------------------------------------------------------------------
+// -- calls
+// ---------------------------------------------------------------------------------------------------------
 
 static void call_free(struct kvd_call *c)
 {
@@ -160,7 +165,8 @@ static void account(struct kvd_call *c)
     struct kvd_metrics *m = &c->d->metrics;
     m->calls[c->method_index][c->code]++;
     kvd_histogram_add(&m->rpc[c->method_index], uv_hrtime() - c->accepted_ns);
-    kvd_debug("call method=%s code=%s us=%llu", c->method ? c->method->path : "unknown", kvd_grpc_code_name(c->code),
+    kvd_debug("call method=%s code=%s us=%llu", c->method ? c->method->path : "unknown",
+              kvd_grpc_code_name(c->code),
               (unsigned long long)(uv_hrtime() - c->accepted_ns) / 1000);
 }
 
@@ -195,7 +201,8 @@ static void answer(struct kvd_call *c)
     op->data.recv_close_on_server.cancelled = &c->cancelled;
     op++;
     c->done_tag.fire = on_done;
-    if (grpc_call_start_batch(c->call, ops, (size_t)(op - ops), &c->done_tag, NULL) != GRPC_CALL_OK) {
+    if (grpc_call_start_batch(c->call, ops, (size_t)(op - ops), &c->done_tag, NULL) !=
+        GRPC_CALL_OK) {
         kvd_error("grpc refused a batch method=%s", c->method ? c->method->path : "unknown");
         call_free(c);
     }
@@ -238,7 +245,8 @@ void kvd_call_fail_error(struct kvd_call *call, const struct kvd_error *err)
         return;
     }
     if (err->code < 0 || err->code == KVD_E_INTERNAL)
-        kvd_error("call failed method=%s error=%s", call->method ? call->method->path : "unknown", err->text);
+        kvd_error("call failed method=%s error=%s", call->method ? call->method->path : "unknown",
+                  err->text);
     set_message(call, err->code, err->text);
     answer(call);
 }
@@ -266,16 +274,20 @@ bool kvd_call_peer_named(const struct kvd_call *call, const struct kvd_allow *al
 {
     bool found = false;
     grpc_auth_context *auth = grpc_call_auth_context(call->call);
-    grpc_auth_property_iterator it = grpc_auth_context_find_properties_by_name(auth, GRPC_X509_CN_PROPERTY_NAME);
+    grpc_auth_property_iterator it =
+        grpc_auth_context_find_properties_by_name(auth, GRPC_X509_CN_PROPERTY_NAME);
     const grpc_auth_property *p;
-    while (grpc_auth_context_peer_is_authenticated(auth) && (p = grpc_auth_property_iterator_next(&it)))
+    while (grpc_auth_context_peer_is_authenticated(auth) &&
+           (p = grpc_auth_property_iterator_next(&it)))
         for (uint32_t i = 0; i < allow->n_cns; i++)
-            found |= strlen(allow->cns[i]) == p->value_length && memcmp(allow->cns[i], p->value, p->value_length) == 0;
+            found |= strlen(allow->cns[i]) == p->value_length &&
+                     memcmp(allow->cns[i], p->value, p->value_length) == 0;
     grpc_auth_context_release(auth);
     return found;
 }
 
-// -- streams -------------------------------------------------------------------------------------------------------
+// -- streams
+// -------------------------------------------------------------------------------------------------------
 
 static void stream_pump(struct kvd_call *c);
 
@@ -377,7 +389,8 @@ static void stream_begin(struct kvd_call *c)
     grpc_call_start_batch(c->call, &meta, 1, &c->send_tag, NULL);
 }
 
-// -- accepting -----------------------------------------------------------------------------------------------------
+// -- accepting
+// -----------------------------------------------------------------------------------------------------
 
 static void arm(struct kvd_daemon *d, uint32_t index);
 static void arm_unknown(struct kvd_daemon *d);
@@ -409,17 +422,21 @@ static void handle(struct kvd_call *c)
     if (c->d->state != KVD_READY && !m->while_draining)
         kvd_call_fail(c, KVD_E_UNAVAILABLE, "kvd is shutting down; try again when it is back");
     else if (!c->request)
-        kvd_call_fail(c, KVD_E_INVALID, "the request is not a %s, or has more items than kvd takes", m->request->name);
+        kvd_call_fail(c, KVD_E_INVALID, "the request is not a %s, or has more items than kvd takes",
+                      m->request->name);
     else if (m->operator_only && !is_operator(c))
         kvd_call_fail(c, KVD_E_DENIED,
-                      "%s is for operators: root, the daemon's user, admin-uid or admin-cn in kvd's configuration", m->path);
+                      "%s is for operators: root, the daemon's user, admin-uid or admin-cn in "
+                      "kvd's configuration",
+                      m->path);
     else
         m->handle(c, c->request);
 }
 
 static void on_request(struct kvd_tag *tag, bool ok)
 {
-    struct kvd_call *c = (struct kvd_call *)((uint8_t *)tag - offsetof(struct kvd_call, request_tag));
+    struct kvd_call *c =
+        (struct kvd_call *)((uint8_t *)tag - offsetof(struct kvd_call, request_tag));
     if (!ok || !c->call) {
         call_free(c);
         return;
@@ -447,15 +464,16 @@ static void arm(struct kvd_daemon *d, uint32_t index)
     struct kvd_call *c = call_new(d, on_request);
     c->method = &kvd_methods[index];
     c->method_index = index;
-    if (grpc_server_request_registered_call(d->rpc->server, d->rpc->registered[index], &c->call, &c->deadline,
-                                            &c->metadata, &c->payload, d->rpc->cq, d->rpc->cq,
-                                            &c->request_tag) != GRPC_CALL_OK)
+    if (grpc_server_request_registered_call(d->rpc->server, d->rpc->registered[index], &c->call,
+                                            &c->deadline, &c->metadata, &c->payload, d->rpc->cq,
+                                            d->rpc->cq, &c->request_tag) != GRPC_CALL_OK)
         call_free(c);
 }
 
 static void on_unknown(struct kvd_tag *tag, bool ok)
 {
-    struct kvd_call *c = (struct kvd_call *)((uint8_t *)tag - offsetof(struct kvd_call, request_tag));
+    struct kvd_call *c =
+        (struct kvd_call *)((uint8_t *)tag - offsetof(struct kvd_call, request_tag));
     struct kvd_rpc *r = c->d->rpc;
     if (!ok || !c->call) {
         grpc_call_details_destroy(&r->unknown_details);
@@ -477,12 +495,13 @@ static void arm_unknown(struct kvd_daemon *d)
     struct kvd_call *c = call_new(d, on_unknown);
     c->method_index = KVD_MAX_METHODS - 1;
     grpc_call_details_init(&r->unknown_details);
-    if (grpc_server_request_call(r->server, &c->call, &r->unknown_details, &c->metadata, r->cq, r->cq,
-                                 &c->request_tag) != GRPC_CALL_OK)
+    if (grpc_server_request_call(r->server, &c->call, &r->unknown_details, &c->metadata, r->cq,
+                                 r->cq, &c->request_tag) != GRPC_CALL_OK)
         call_free(c);
 }
 
-// -- server --------------------------------------------------------------------------------------------------------
+// -- server
+// --------------------------------------------------------------------------------------------------------
 
 static int read_text(const char *path, char **out, struct kvd_error *err)
 {
@@ -490,7 +509,8 @@ static int read_text(const char *path, char **out, struct kvd_error *err)
     char *text = calloc(1, 65536);
     if (!f || !text || fread(text, 1, 65535, f) == 0) {
         free(text);
-        return kvd_fail(err, KVD_E_INVALID, "cannot read %s: %s", path, f ? "empty" : strerror(errno));
+        return kvd_fail(err, KVD_E_INVALID, "cannot read %s: %s", path,
+                        f ? "empty" : strerror(errno));
     }
     *out = text;
     return KVD_OK;
@@ -504,11 +524,13 @@ static grpc_server_credentials *tls_credentials(const struct kvd_config *c, stru
         return NULL;
     grpc_ssl_pem_key_cert_pair pair = {key, cert};
     grpc_ssl_client_certificate_request_type mode =
-        ca ? GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY : GRPC_SSL_DONT_REQUEST_CLIENT_CERTIFICATE;
-    grpc_server_credentials *creds = grpc_ssl_server_credentials_create_ex(ca, &pair, 1, mode, NULL);
+        ca ? GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY
+           : GRPC_SSL_DONT_REQUEST_CLIENT_CERTIFICATE;
+    grpc_server_credentials *creds =
+        grpc_ssl_server_credentials_create_ex(ca, &pair, 1, mode, NULL);
     if (!creds)
-        kvd_fail(err, KVD_E_INVALID, "the certificate %s, key %s or client-ca %s is not usable", c->tls_cert, c->tls_key,
-                 c->tls_client_ca);
+        kvd_fail(err, KVD_E_INVALID, "the certificate %s, key %s or client-ca %s is not usable",
+                 c->tls_cert, c->tls_key, c->tls_client_ca);
     return creds;
 }
 
@@ -521,8 +543,8 @@ static int own_socket(const struct kvd_config *c, const char *path, struct kvd_e
         return KVD_OK;
     const struct group *gr = getgrnam(c->socket_group);
     if (!gr || chown(path, (uid_t)-1, gr->gr_gid))
-        return kvd_fail(err, KVD_E_INVALID, "cannot give %s to the group %s: %s", path, c->socket_group,
-                        gr ? strerror(errno) : "there is no such group");
+        return kvd_fail(err, KVD_E_INVALID, "cannot give %s to the group %s: %s", path,
+                        c->socket_group, gr ? strerror(errno) : "there is no such group");
     return KVD_OK;
 }
 
@@ -530,8 +552,9 @@ static int add_port(struct kvd_daemon *d, const char *address, struct kvd_error 
 {
     const struct kvd_config *c = &d->config;
     bool is_unix = strncmp(address, "unix:", 5) == 0;
-    grpc_server_credentials *creds = is_unix || !c->tls_cert[0] ? grpc_insecure_server_credentials_create()
-                                                               : tls_credentials(c, err);
+    grpc_server_credentials *creds = is_unix || !c->tls_cert[0]
+                                         ? grpc_insecure_server_credentials_create()
+                                         : tls_credentials(c, err);
     if (!creds)
         return KVD_E_INVALID;
     // Nobody but us may connect before the mode is set.
@@ -540,7 +563,8 @@ static int add_port(struct kvd_daemon *d, const char *address, struct kvd_error 
     umask(mask);
     grpc_server_credentials_release(creds);
     if (!port)
-        return kvd_fail(err, KVD_E_UNAVAILABLE, "cannot listen on %s: in use, or the folder is missing or not writable",
+        return kvd_fail(err, KVD_E_UNAVAILABLE,
+                        "cannot listen on %s: in use, or the folder is missing or not writable",
                         address);
     return is_unix ? own_socket(c, address + 5, err) : KVD_OK;
 }
@@ -556,20 +580,24 @@ int kvd_rpc_init(struct kvd_daemon *d, struct kvd_error *err)
     uv_async_init(&d->loop, &r->async, on_async);
     r->async.data = d;
     grpc_arg args[] = {
-        {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, .value.integer = KVD_MAX_MESSAGE},
+        {.type = GRPC_ARG_INTEGER,
+         .key = GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH,
+         .value.integer = KVD_MAX_MESSAGE},
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_MAX_SEND_MESSAGE_LENGTH, .value.integer = -1},
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_ALLOW_REUSEPORT, .value.integer = 0},
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_MAX_CONCURRENT_STREAMS, .value.integer = 1024},
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_ENABLE_CHANNELZ, .value.integer = 0},
-        {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, .value.integer = KVD_HELLO_TIMEOUT_MS},
+        {.type = GRPC_ARG_INTEGER,
+         .key = GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS,
+         .value.integer = KVD_HELLO_TIMEOUT_MS},
     };
     grpc_channel_args channel_args = {KVD_LEN(args), args};
     r->server = grpc_server_create(&channel_args, NULL);
     r->cq = grpc_completion_queue_create_for_next(NULL);
     grpc_server_register_completion_queue(r->server, r->cq, NULL);
     for (uint32_t i = 0; i < kvd_n_methods; i++)
-        r->registered[i] = grpc_server_register_method(r->server, kvd_methods[i].path, NULL,
-                                                       GRPC_SRM_PAYLOAD_READ_INITIAL_BYTE_BUFFER, 0);
+        r->registered[i] = grpc_server_register_method(
+            r->server, kvd_methods[i].path, NULL, GRPC_SRM_PAYLOAD_READ_INITIAL_BYTE_BUFFER, 0);
     for (uint32_t i = 0; i < d->config.n_listen; i++) {
         int rc = add_port(d, d->config.listen[i], err);
         if (rc)
@@ -625,7 +653,8 @@ void kvd_rpc_deinit(struct kvd_daemon *d)
         grpc_server_shutdown_and_notify(r->server, r->cq, &r->shutdown_tag);
         grpc_completion_queue_next(r->cq, gpr_inf_future(GPR_CLOCK_REALTIME), NULL);
         grpc_completion_queue_shutdown(r->cq);
-        while (grpc_completion_queue_next(r->cq, gpr_inf_future(GPR_CLOCK_REALTIME), NULL).type != GRPC_QUEUE_SHUTDOWN)
+        while (grpc_completion_queue_next(r->cq, gpr_inf_future(GPR_CLOCK_REALTIME), NULL).type !=
+               GRPC_QUEUE_SHUTDOWN)
             continue;
     }
     grpc_server_destroy(r->server);

@@ -1,12 +1,14 @@
-// gRPC: the server, its calls, and how handlers answer them. Loop thread, but for the completion-queue thread inside.
+// gRPC: the server, its calls, and how handlers answer them. Loop thread, but for the
+// completion-queue thread inside.
 //
 // Life of a unary call:
 //   1. a request tag fires with the payload       (accepted; another request is armed in its place)
 //   2. the handler runs; it answers now, or keeps the call and answers later
-//   3. kvd_call_reply or kvd_call_fail starts the one batch: initial metadata, message, status, receive-close
+//   3. kvd_call_reply or kvd_call_fail starts the one batch: initial metadata, message, status,
+//   receive-close
 //   4. the batch's tag fires: metrics, free
-// A streaming call starts with initial metadata and receive-close; kvd_call_send adds messages; it ends when the
-// client goes or kvd_call_finish is called.
+// A streaming call starts with initial metadata and receive-close; kvd_call_send adds messages; it
+// ends when the client goes or kvd_call_finish is called.
 #ifndef KVD_DAEMON_RPC_H
 #define KVD_DAEMON_RPC_H
 
@@ -69,7 +71,8 @@ void kvd_rpc_deinit(struct kvd_daemon *d);
 void kvd_call_reply(struct kvd_call *call, const void *reply);
 // The same with a message that is already packed.
 void kvd_call_reply_packed(struct kvd_call *call, const uint8_t *data, size_t len);
-__attribute__((format(printf, 3, 4))) void kvd_call_fail(struct kvd_call *call, int code, const char *fmt, ...);
+__attribute__((format(printf, 3, 4))) void kvd_call_fail(struct kvd_call *call, int code,
+                                                         const char *fmt, ...);
 void kvd_call_fail_error(struct kvd_call *call, const struct kvd_error *err);
 bool kvd_call_expired(const struct kvd_call *call);
 
@@ -95,7 +98,7 @@ KVD_HANDLER(close_session);
 KVD_HANDLER(keep_alive);
 KVD_HANDLER(register_buffer);
 KVD_HANDLER(release_buffer);
-KVD_HANDLER(watch); // events.c
+KVD_HANDLER(watch);            // events.c
 KVD_HANDLER(create_sequences); // calls_sequence.c
 KVD_HANDLER(fork_sequence);
 KVD_HANDLER(truncate_sequence);
@@ -129,7 +132,8 @@ struct kvd_session *kvd_call_session(struct kvd_call *call, const char *secret);
 // Answers a repeated request id from memory. False: go on.
 bool kvd_call_replayed(struct kvd_call *call, struct kvd_session *s, uint64_t request_id);
 // Replies and remembers the reply under the request id (0: does not remember).
-void kvd_call_reply_remember(struct kvd_call *call, struct kvd_session *s, uint64_t request_id, const void *reply);
+void kvd_call_reply_remember(struct kvd_call *call, struct kvd_session *s, uint64_t request_id,
+                             const void *reply);
 
 // Events, to every watcher of a namespace (KVD_POOL_NONE: of all).
 void kvd_event_send(struct kvd_daemon *d, uint32_t ns, int kind, uint64_t seq, const char *name);

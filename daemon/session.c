@@ -30,7 +30,8 @@ struct kvd_session *kvd_session_find(struct kvd_daemon *d, const char *secret)
     return s;
 }
 
-struct kvd_session *kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t geom, struct kvd_connection *conn)
+struct kvd_session *kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t geom,
+                                    struct kvd_connection *conn)
 {
     struct kvd_session *s = calloc(1, sizeof(*s));
     if (!s)
@@ -54,8 +55,9 @@ struct kvd_session *kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t 
 
 void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *why)
 {
-    kvd_info("session ended id=%llu client=%s pid=%lld why=\"%s\" sequences=%u calls=%llu", (unsigned long long)s->id,
-             s->client_name, (long long)s->pid, why, HASH_COUNT(s->held), (unsigned long long)s->calls);
+    kvd_info("session ended id=%llu client=%s pid=%lld why=\"%s\" sequences=%u calls=%llu",
+             (unsigned long long)s->id, s->client_name, (long long)s->pid, why, HASH_COUNT(s->held),
+             (unsigned long long)s->calls);
     kvd_compute_cancel(d, s);
     while (s->watchers) {
         struct kvd_call *c = s->watchers;
@@ -64,14 +66,15 @@ void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *wh
         kvd_call_finish(c, KVD_OK, "the session ended");
     }
     struct kvd_held *h, *h_next;
-    HASH_ITER (hh, s->held, h, h_next) {
+    HASH_ITER(hh, s->held, h, h_next)
+    {
         kvd_pool_seq_release(d->pool, h->seq);
         HASH_DEL(s->held, h);
         free(h);
     }
     struct kvd_buffer *b, *b_next;
-    HASH_ITER (hh, s->buffers, b, b_next)
-        kvd_session_drop_buffer(s, b);
+    HASH_ITER(hh, s->buffers, b, b_next)
+    kvd_session_drop_buffer(s, b);
     for (size_t i = 0; i < KVD_LEN(s->replays); i++)
         free(s->replays[i].data);
     struct kvd_connection *conn = s->connection;
@@ -88,7 +91,8 @@ void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *wh
 void kvd_session_expire(struct kvd_daemon *d)
 {
     struct kvd_session *s, *next;
-    HASH_ITER (hh, d->sessions, s, next) {
+    HASH_ITER(hh, d->sessions, s, next)
+    {
         if (s->connection || kvd_now_ms(d) - s->used_ms < s->lease_ms)
             continue;
         d->metrics.leases_expired++;
@@ -106,7 +110,8 @@ bool kvd_session_holds(const struct kvd_session *s, uint64_t seq)
 int kvd_session_add_held(struct kvd_session *s, uint64_t seq, struct kvd_error *err)
 {
     if (HASH_COUNT(s->held) >= KVD_MAX_HELD)
-        return kvd_fail(err, KVD_E_LIMIT, "a session holds at most %d sequences; free some", KVD_MAX_HELD);
+        return kvd_fail(err, KVD_E_LIMIT, "a session holds at most %d sequences; free some",
+                        KVD_MAX_HELD);
     struct kvd_held *h = calloc(1, sizeof(*h));
     if (!h)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
@@ -132,31 +137,36 @@ struct kvd_buffer *kvd_session_buffer(struct kvd_session *s, uint64_t id)
     return b;
 }
 
-int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t key, int fd_taken, uint64_t size,
-                           struct kvd_buffer **out, struct kvd_error *err)
+int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t key, int fd_taken,
+                           uint64_t size, struct kvd_buffer **out, struct kvd_error *err)
 {
     int fd KVD_CLOSE = fd_taken;
     struct stat st;
     int seals = fcntl(fd, F_GET_SEALS);
     // Without the seal the worker could shrink the file and make our next access a SIGBUS.
     if (seals < 0 || !(seals & F_SEAL_SHRINK))
-        return kvd_fail(err, KVD_E_INVALID, "buffers are memfds sealed with F_SEAL_SHRINK (memfd_create with "
-                                            "MFD_ALLOW_SEALING, then fcntl F_ADD_SEALS)");
+        return kvd_fail(err, KVD_E_INVALID,
+                        "buffers are memfds sealed with F_SEAL_SHRINK (memfd_create with "
+                        "MFD_ALLOW_SEALING, then fcntl F_ADD_SEALS)");
     if (fstat(fd, &st) || size == 0 || (uint64_t)st.st_size < size)
-        return kvd_fail(err, KVD_E_INVALID, "size is %llu, the memfd has %lld bytes", (unsigned long long)size,
-                        (long long)st.st_size);
+        return kvd_fail(err, KVD_E_INVALID, "size is %llu, the memfd has %lld bytes",
+                        (unsigned long long)size, (long long)st.st_size);
     if (HASH_COUNT(s->buffers) >= KVD_MAX_BUFFERS)
-        return kvd_fail(err, KVD_E_LIMIT, "a session registers at most %d buffers; release some", KVD_MAX_BUFFERS);
+        return kvd_fail(err, KVD_E_LIMIT, "a session registers at most %d buffers; release some",
+                        KVD_MAX_BUFFERS);
     if (size > d->config.max_buffer_bytes - s->buffer_bytes)
-        return kvd_fail(err, KVD_E_QUOTA, "the session's buffers would pass max-buffer-bytes (%llu)",
+        return kvd_fail(err, KVD_E_QUOTA,
+                        "the session's buffers would pass max-buffer-bytes (%llu)",
                         (unsigned long long)d->config.max_buffer_bytes);
     struct kvd_buffer *b = calloc(1, sizeof(*b));
     void *data = b ? mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0) : MAP_FAILED;
     if (data == MAP_FAILED) {
         free(b);
-        return kvd_fail(err, KVD_E_INVALID, "cannot map the memfd for reading and writing: %s", strerror(errno));
+        return kvd_fail(err, KVD_E_INVALID, "cannot map the memfd for reading and writing: %s",
+                        strerror(errno));
     }
-    *b = (struct kvd_buffer){.id = ++s->next_buffer, .key = key, .data = data, .size = size, .refs = 1};
+    *b = (struct kvd_buffer){
+        .id = ++s->next_buffer, .key = key, .data = data, .size = size, .refs = 1};
     HASH_ADD(hh, s->buffers, id, sizeof(b->id), b);
     s->buffer_bytes += size;
     *out = b;

@@ -3,9 +3,10 @@
 
 enum { MAX_INLINE_REPLY = 60 << 20 };
 
-// Fills strides in and computes where the last element ends. KVD_E_INVALID on overflow or misalignment.
-static int lay_out(const Kvd__V1__TensorRef *ref, struct kvd_shape n, const char *name, uint32_t item,
-                   struct kvd_tensor *t, uint64_t *end, struct kvd_error *err)
+// Fills strides in and computes where the last element ends. KVD_E_INVALID on overflow or
+// misalignment.
+static int lay_out(const Kvd__V1__TensorRef *ref, struct kvd_shape n, const char *name,
+                   uint32_t item, struct kvd_tensor *t, uint64_t *end, struct kvd_error *err)
 {
     uint64_t size = ref->dtype == KVD__V1__DTYPE__DTYPE_F32 ? 4 : 2;
     uint64_t part, sum = ref->offset, row = n.dim * size;
@@ -17,15 +18,21 @@ static int lay_out(const Kvd__V1__TensorRef *ref, struct kvd_shape n, const char
     bad |= __builtin_mul_overflow(t->token_stride, n.tokens, &t->layer_stride);
     if (ref->layer_stride)
         t->layer_stride = ref->layer_stride;
-    bad |= __builtin_mul_overflow(t->layer_stride, n.layers - 1, &part) || __builtin_add_overflow(sum, part, &sum);
-    bad |= __builtin_mul_overflow(t->token_stride, n.tokens - 1, &part) || __builtin_add_overflow(sum, part, &sum);
-    bad |= __builtin_mul_overflow(t->head_stride, n.heads - 1, &part) || __builtin_add_overflow(sum, part, &sum);
+    bad |= __builtin_mul_overflow(t->layer_stride, n.layers - 1, &part) ||
+           __builtin_add_overflow(sum, part, &sum);
+    bad |= __builtin_mul_overflow(t->token_stride, n.tokens - 1, &part) ||
+           __builtin_add_overflow(sum, part, &sum);
+    bad |= __builtin_mul_overflow(t->head_stride, n.heads - 1, &part) ||
+           __builtin_add_overflow(sum, part, &sum);
     bad |= __builtin_add_overflow(sum, row, &sum);
     if (bad)
-        return kvd_fail(err, KVD_E_INVALID, "items[%u].%s: offset and strides overflow 64 bits", item, name);
+        return kvd_fail(err, KVD_E_INVALID, "items[%u].%s: offset and strides overflow 64 bits",
+                        item, name);
     if ((ref->offset | t->head_stride | t->token_stride | t->layer_stride) % size)
-        return kvd_fail(err, KVD_E_INVALID, "items[%u].%s: offset and strides must be multiples of the %llu-byte elements",
-                        item, name, (unsigned long long)size);
+        return kvd_fail(
+            err, KVD_E_INVALID,
+            "items[%u].%s: offset and strides must be multiples of the %llu-byte elements", item,
+            name, (unsigned long long)size);
     *end = sum;
     return KVD_OK;
 }
@@ -48,23 +55,25 @@ static int hold_buffer(struct kvd_work *w, struct kvd_buffer *b, struct kvd_erro
     return KVD_OK;
 }
 
-static int in_buffer(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref, uint64_t end,
-                     const char *name, uint32_t item, struct kvd_tensor *out, struct kvd_error *err)
+static int in_buffer(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,
+                     uint64_t end, const char *name, uint32_t item, struct kvd_tensor *out,
+                     struct kvd_error *err)
 {
     struct kvd_buffer *b = kvd_session_buffer(s, ref->buffer);
     if (!b)
-        return kvd_fail(err, KVD_E_NOT_FOUND, "items[%u].%s: this session has no buffer %llu", item, name,
-                        (unsigned long long)ref->buffer);
+        return kvd_fail(err, KVD_E_NOT_FOUND, "items[%u].%s: this session has no buffer %llu", item,
+                        name, (unsigned long long)ref->buffer);
     if (end > b->size)
-        return kvd_fail(err, KVD_E_INVALID, "items[%u].%s reaches to byte %llu, but buffer %llu has %llu", item, name,
-                        (unsigned long long)end, (unsigned long long)b->id, (unsigned long long)b->size);
+        return kvd_fail(
+            err, KVD_E_INVALID, "items[%u].%s reaches to byte %llu, but buffer %llu has %llu", item,
+            name, (unsigned long long)end, (unsigned long long)b->id, (unsigned long long)b->size);
     out->data = b->data + ref->offset;
     return hold_buffer(w, b, err);
 }
 
 int kvd_work_tensor_in(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,
-                       struct kvd_shape shape, const char *name, uint32_t item, struct kvd_tensor *out,
-                       struct kvd_error *err)
+                       struct kvd_shape shape, const char *name, uint32_t item,
+                       struct kvd_tensor *out, struct kvd_error *err)
 {
     uint64_t end = 0;
     if (!ref)
@@ -75,16 +84,18 @@ int kvd_work_tensor_in(struct kvd_work *w, struct kvd_session *s, const Kvd__V1_
     if (ref->buffer)
         return in_buffer(w, s, ref, end, name, item, out, err);
     if (end > ref->inline_data.len)
-        return kvd_fail(err, KVD_E_INVALID, "items[%u].%s wants %llu bytes [%u][%u][%u][%u], inline_data has %zu", item, name,
-                        (unsigned long long)end, shape.layers, shape.tokens, shape.heads, shape.dim,
-                        ref->inline_data.len);
+        return kvd_fail(err, KVD_E_INVALID,
+                        "items[%u].%s wants %llu bytes [%u][%u][%u][%u], inline_data has %zu", item,
+                        name, (unsigned long long)end, shape.layers, shape.tokens, shape.heads,
+                        shape.dim, ref->inline_data.len);
     out->data = ref->inline_data.data + ref->offset;
     return KVD_OK;
 }
 
 int kvd_work_tensor_out(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,
-                        struct kvd_shape shape, const char *name, uint32_t item, struct kvd_tensor *out,
-                        uint8_t **inline_out, size_t *inline_len, struct kvd_error *err)
+                        struct kvd_shape shape, const char *name, uint32_t item,
+                        struct kvd_tensor *out, uint8_t **inline_out, size_t *inline_len,
+                        struct kvd_error *err)
 {
     Kvd__V1__TensorRef none = KVD__V1__TENSOR_REF__INIT;
     uint64_t end = 0;
@@ -95,12 +106,16 @@ int kvd_work_tensor_out(struct kvd_work *w, struct kvd_session *s, const Kvd__V1
     if (ref->buffer)
         return in_buffer(w, s, ref, end, name, item, out, err);
     if (ref->offset || ref->head_stride || ref->token_stride || ref->layer_stride)
-        return kvd_fail(err, KVD_E_INVALID, "items[%u].%s: an output without a buffer is dense; leave offset and strides 0",
-                        item, name);
+        return kvd_fail(
+            err, KVD_E_INVALID,
+            "items[%u].%s: an output without a buffer is dense; leave offset and strides 0", item,
+            name);
     w->inline_bytes += end;
     if (w->inline_bytes > MAX_INLINE_REPLY)
-        return kvd_fail(err, KVD_E_LIMIT, "the reply would have more than %d bytes; register a buffer for %s, or split the call",
-                        MAX_INLINE_REPLY, name);
+        return kvd_fail(
+            err, KVD_E_LIMIT,
+            "the reply would have more than %d bytes; register a buffer for %s, or split the call",
+            MAX_INLINE_REPLY, name);
     *inline_out = malloc(end);
     if (!*inline_out)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");

@@ -1,8 +1,9 @@
 // The backend: memory for the pool and the five operations on pages, behind one ops table.
 //
-// Every operation is synchronous for its caller, batched over many sequences and a range of layers, and takes plain
-// addresses: host pointers on the CPU backend, device addresses on a GPU. The caller has checked all bounds. Calls on
-// one backend come from one thread at a time (the executor); mem_* come from the loop thread.
+// Every operation is synchronous for its caller, batched over many sequences and a range of layers,
+// and takes plain addresses: host pointers on the CPU backend, device addresses on a GPU. The
+// caller has checked all bounds. Calls on one backend come from one thread at a time (the
+// executor); mem_* come from the loop thread.
 #ifndef KVD_KERNELS_BACKEND_H
 #define KVD_KERNELS_BACKEND_H
 
@@ -40,7 +41,8 @@ struct kvd_append_item {
     struct kvd_pages pages;
     uint64_t length, hist_end;         // before
     uint64_t new_length, new_hist_end; // after
-    struct kvd_tensor k, v;            // [layer_count][new_length - length][kv_heads][dim]; layer 0 is layer_begin
+    struct kvd_tensor k,
+        v; // [layer_count][new_length - length][kv_heads][dim]; layer 0 is layer_begin
 };
 
 struct kvd_append_params {
@@ -55,11 +57,12 @@ struct kvd_attend_item {
     struct kvd_pages pages;
     uint64_t length, hist_end; // what the pages hold
     uint32_t q_len;
-    uint32_t new_tokens;      // 0, or q_len: the queries' own K/V come from k and v, after what the pages hold
-    struct kvd_tensor q;      // [layer_count][q_len][q_heads][dim_k]
-    struct kvd_tensor k, v;   // [layer_count][q_len][kv_heads][dim], bf16, with new_tokens
-    struct kvd_tensor o;      // [layer_count][q_len][q_heads][dim_v]
-    struct kvd_tensor lse;    // f32 [layer_count][q_len][q_heads][1]; data NULL: not wanted
+    uint32_t new_tokens;    // 0, or q_len: the queries' own K/V come from k and v, after what the
+                            // pages hold
+    struct kvd_tensor q;    // [layer_count][q_len][q_heads][dim_k]
+    struct kvd_tensor k, v; // [layer_count][q_len][kv_heads][dim], bf16, with new_tokens
+    struct kvd_tensor o;    // [layer_count][q_len][q_heads][dim_v]
+    struct kvd_tensor lse;  // f32 [layer_count][q_len][q_heads][1]; data NULL: not wanted
 };
 
 struct kvd_attend_params {
@@ -109,19 +112,22 @@ struct kvd_backend_ops {
     void (*mem_free)(void *b, uint32_t index, uint64_t addr, uint64_t bytes);
     int (*mem_zero)(void *b, uint32_t index, uint64_t addr, uint64_t bytes);
     // Copies the set into the backend's memory. NULL with *err set on failure.
-    struct kvd_rotation *(*rotation_new)(struct kvd_backend *b, const struct kvd_rotation_data *data,
+    struct kvd_rotation *(*rotation_new)(struct kvd_backend *b,
+                                         const struct kvd_rotation_data *data,
                                          struct kvd_error *err);
     void (*rotation_free)(struct kvd_backend *b, struct kvd_rotation **r);
 
     // Looks for NaN and Inf in the new tokens. KVD_E_INVALID with *where set, or KVD_OK.
-    int (*check)(struct kvd_backend *b, const struct kvd_append_params *p, struct kvd_nonfinite *where);
-    // Demotes [hist_end, new_hist_end) into history pages, from the ring or, where they never were in it, from the new
-    // tokens; writes the others into sink and ring.
+    int (*check)(struct kvd_backend *b, const struct kvd_append_params *p,
+                 struct kvd_nonfinite *where);
+    // Demotes [hist_end, new_hist_end) into history pages, from the ring or, where they never were
+    // in it, from the new tokens; writes the others into sink and ring.
     int (*append)(struct kvd_backend *b, const struct kvd_append_params *p, struct kvd_error *err);
     int (*attend)(struct kvd_backend *b, const struct kvd_attend_params *p, struct kvd_error *err);
     int (*read)(struct kvd_backend *b, const struct kvd_read_params *p, struct kvd_error *err);
     int (*rotate)(struct kvd_backend *b, const struct kvd_rotate_params *p, struct kvd_error *err);
-    int (*copy)(struct kvd_backend *b, uint64_t to, uint64_t from, uint64_t bytes, struct kvd_error *err);
+    int (*copy)(struct kvd_backend *b, uint64_t to, uint64_t from, uint64_t bytes,
+                struct kvd_error *err);
 };
 
 struct kvd_backend {
@@ -135,15 +141,17 @@ static inline void kvd_backend_free(struct kvd_backend **b)
     *b = NULL;
 }
 
-// The CPU backend on `threads` threads (0: one per CPU). `isa`: NULL for the best that this CPU has, or "scalar",
-// "avx2", "avx512". NULL with *err set on failure.
+// The CPU backend on `threads` threads (0: one per CPU). `isa`: NULL for the best that this CPU
+// has, or "scalar", "avx2", "avx512". NULL with *err set on failure.
 struct kvd_backend *kvd_cpu_backend_new(uint32_t threads, const char *isa, struct kvd_error *err);
 
 // Checks a geometry against the limits. KVD_E_INVALID says what to mend.
 int kvd_geometry_check(const struct kvd_geometry *g, struct kvd_error *err);
 
-// Slot of window token t (t >= sink) in the ring's pages: page entry counted from the first sink page, and row.
-static inline void kvd_ring_place(const struct kvd_geometry *g, uint64_t t, uint32_t *entry, uint32_t *row)
+// Slot of window token t (t >= sink) in the ring's pages: page entry counted from the first sink
+// page, and row.
+static inline void kvd_ring_place(const struct kvd_geometry *g, uint64_t t, uint32_t *entry,
+                                  uint32_t *row)
 {
     uint32_t sink_pages = (g->sink + KVD_PAGE_TOKENS - 1) / KVD_PAGE_TOKENS;
     uint32_t slot = (uint32_t)((t - g->sink) % kvd_geometry_ring(g));

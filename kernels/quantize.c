@@ -35,7 +35,8 @@ static float nth_largest_abs(const float *x, uint32_t dim, uint32_t n)
     return top[n - 1];
 }
 
-void kvd_int2_quantize(const float *x, uint32_t dim, float ratio, uint8_t *codes, struct kvd_param *param)
+void kvd_int2_quantize(const float *x, uint32_t dim, float ratio, uint8_t *codes,
+                       struct kvd_param *param)
 {
     float limit = INFINITY;
     uint32_t index = (uint32_t)((double)ratio * dim);
@@ -66,7 +67,8 @@ static void pack(uint8_t *base, place_fn *place, uint32_t dim, uint32_t token, c
     }
 }
 
-static void unpack(const uint8_t *base, place_fn *place, uint32_t dim, uint32_t token, struct kvd_param param, float *x)
+static void unpack(const uint8_t *base, place_fn *place, uint32_t dim, uint32_t token,
+                   struct kvd_param param, float *x)
 {
     float scale = kvd_fp16_to_f32(param.scale), min = kvd_fp16_to_f32(param.min);
     for (uint32_t c = 0; c < dim; c++) {
@@ -75,32 +77,36 @@ static void unpack(const uint8_t *base, place_fn *place, uint32_t dim, uint32_t 
     }
 }
 
-static void set_param(uint8_t *tile, uint32_t dim_k, uint32_t dim_v, bool v, uint32_t token, struct kvd_param param)
+static void set_param(uint8_t *tile, uint32_t dim_k, uint32_t dim_v, bool v, uint32_t token,
+                      struct kvd_param param)
 {
     uint8_t *at = tile + 16 * (dim_k + dim_v) + (v ? KVD_PARAM_BYTES : 0);
     memcpy(at + kvd_param_index(token) * sizeof(param), &param, sizeof(param));
 }
 
-void kvd_int2_pack_k(uint8_t *tile, uint32_t dim_k, uint32_t dim_v, uint32_t token, const uint8_t *codes,
-                     struct kvd_param param)
+void kvd_int2_pack_k(uint8_t *tile, uint32_t dim_k, uint32_t dim_v, uint32_t token,
+                     const uint8_t *codes, struct kvd_param param)
 {
     pack(tile, kvd_place_k, dim_k, token, codes);
     set_param(tile, dim_k, dim_v, false, token, param);
 }
 
-void kvd_int2_pack_v(uint8_t *tile, uint32_t dim_k, uint32_t dim_v, uint32_t token, const uint8_t *codes,
-                     struct kvd_param param)
+void kvd_int2_pack_v(uint8_t *tile, uint32_t dim_k, uint32_t dim_v, uint32_t token,
+                     const uint8_t *codes, struct kvd_param param)
 {
     pack(tile + kvd_int2_codes_bytes(dim_k), kvd_place_v, dim_v, token, codes);
     set_param(tile, dim_k, dim_v, true, token, param);
 }
 
-void kvd_int2_unpack_k(const uint8_t *tile, uint32_t dim_k, uint32_t dim_v, uint32_t token, float *x)
+void kvd_int2_unpack_k(const uint8_t *tile, uint32_t dim_k, uint32_t dim_v, uint32_t token,
+                       float *x)
 {
-    unpack(tile, kvd_place_k, dim_k, token, kvd_int2_params(tile, dim_k, dim_v, false)[kvd_param_index(token)], x);
+    unpack(tile, kvd_place_k, dim_k, token,
+           kvd_int2_params(tile, dim_k, dim_v, false)[kvd_param_index(token)], x);
 }
 
-void kvd_int2_unpack_v(const uint8_t *tile, uint32_t dim_k, uint32_t dim_v, uint32_t token, float *x)
+void kvd_int2_unpack_v(const uint8_t *tile, uint32_t dim_k, uint32_t dim_v, uint32_t token,
+                       float *x)
 {
     unpack(tile + kvd_int2_codes_bytes(dim_k), kvd_place_v, dim_v, token,
            kvd_int2_params(tile, dim_k, dim_v, true)[kvd_param_index(token)], x);

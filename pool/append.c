@@ -1,12 +1,14 @@
 // How a sequence grows and shrinks.
 //
-// A sequence of length T is sink [0, min(T, S)), history [S, H) and recent window [H, T), with S the sink size and R the
-// recent size. T grows by appends; H follows in whole chunks: H = S + 16 * floor((T - S - R) / 16) once T > S + R, so the
-// window has R to R + 15 tokens. Token t >= S of the window lies in ring slot (t - S) mod ring.
+// A sequence of length T is sink [0, min(T, S)), history [S, H) and recent window [H, T), with S
+// the sink size and R the recent size. T grows by appends; H follows in whole chunks: H = S + 16 *
+// floor((T - S - R) / 16) once T > S + R, so the window has R to R + 15 tokens. Token t >= S of the
+// window lies in ring slot (t - S) mod ring.
 //
-// An append fills layers in ascending order, perhaps over several calls. The first call takes all pages, for all
-// layers, and makes private copies of shared pages that it will write. Layers that are filled are at (T', H'), the
-// others at (T, H); when the last is filled, T and H become T' and H'.
+// An append fills layers in ascending order, perhaps over several calls. The first call takes all
+// pages, for all layers, and makes private copies of shared pages that it will write. Layers that
+// are filled are at (T', H'), the others at (T, H); when the last is filled, T and H become T' and
+// H'.
 #include "pool/internal.h"
 
 struct span {
@@ -21,8 +23,9 @@ static uint64_t demoted_to(const struct kvd_geometry *g, uint64_t hist_end, uint
     return KVD_MAX(hist_end, g->sink + (length - keep) / KVD_CHUNK_TOKENS * KVD_CHUNK_TOKENS);
 }
 
-static int check_order(const struct kvd_pool *pool, const struct region_seq *s, uint64_t position, uint32_t tokens,
-                       uint32_t layer_begin, uint32_t layer_count, bool *replayed, struct kvd_error *err)
+static int check_order(const struct kvd_pool *pool, const struct region_seq *s, uint64_t position,
+                       uint32_t tokens, uint32_t layer_begin, uint32_t layer_count, bool *replayed,
+                       struct kvd_error *err)
 {
     uint32_t layers = pool->geom[s->geom].g.n_layers;
     unsigned long long id = seq_id(pool, s), length = s->length;
@@ -34,36 +37,42 @@ static int check_order(const struct kvd_pool *pool, const struct region_seq *s, 
         }
         if (position != s->length)
             return kvd_fail(err, KVD_E_PRECONDITION,
-                            "append at position %llu, but sequence %llu has length %llu; append there or truncate first",
+                            "append at position %llu, but sequence %llu has length %llu; append "
+                            "there or truncate first",
                             (unsigned long long)position, id, length);
         if (layer_begin != 0)
             return kvd_fail(err, KVD_E_PRECONDITION,
-                            "append to sequence %llu at %llu starts with layer %u; layers are filled in order from 0", id,
-                            length, layer_begin);
+                            "append to sequence %llu at %llu starts with layer %u; layers are "
+                            "filled in order from 0",
+                            id, length, layer_begin);
         if (s->length + tokens > KVD_MAX_LENGTH)
-            return kvd_fail(err, KVD_E_LIMIT, "sequence %llu would have more than %d tokens", id, KVD_MAX_LENGTH);
+            return kvd_fail(err, KVD_E_LIMIT, "sequence %llu would have more than %d tokens", id,
+                            KVD_MAX_LENGTH);
         return KVD_OK;
     }
     if (position != s->length || position + tokens != s->pending_length)
         return kvd_fail(err, KVD_E_PRECONDITION,
-                        "sequence %llu is in the middle of an append of %llu tokens at %llu (%u of %u layers); finish it "
+                        "sequence %llu is in the middle of an append of %llu tokens at %llu (%u of "
+                        "%u layers); finish it "
                         "or truncate to %llu first",
-                        id, (unsigned long long)(s->pending_length - s->length), length, s->pending_layers, layers, length);
+                        id, (unsigned long long)(s->pending_length - s->length), length,
+                        s->pending_layers, layers, length);
     if (layer_begin + layer_count <= s->pending_layers) {
         *replayed = true;
         return KVD_OK;
     }
     if (layer_begin != s->pending_layers)
         return kvd_fail(err, KVD_E_PRECONDITION,
-                        "append to sequence %llu at %llu has filled %u layers; the next call must start with layer %u, "
+                        "append to sequence %llu at %llu has filled %u layers; the next call must "
+                        "start with layer %u, "
                         "not %u",
                         id, length, s->pending_layers, s->pending_layers, layer_begin);
     return KVD_OK;
 }
 
 // Makes `entry` of a table a page that nobody else refers to, and notes the change.
-static int want_page(struct kvd_pool *pool, struct region_seq *s, enum kvd_pool_kind kind, uint32_t entry,
-                     struct kvd_pool_append *a, struct kvd_error *err)
+static int want_page(struct kvd_pool *pool, struct region_seq *s, enum kvd_pool_kind kind,
+                     uint32_t entry, struct kvd_pool_append *a, struct kvd_error *err)
 {
     struct region_table *t = &s->table[kind];
     uint32_t old = table_get(pool, t, entry);
@@ -84,8 +93,9 @@ static int want_page(struct kvd_pool *pool, struct region_seq *s, enum kvd_pool_
     return KVD_OK;
 }
 
-static int want_pages(struct kvd_pool *pool, struct region_seq *s, enum kvd_pool_kind kind, struct span span,
-                      uint32_t first_entry, struct kvd_pool_append *a, struct kvd_error *err)
+static int want_pages(struct kvd_pool *pool, struct region_seq *s, enum kvd_pool_kind kind,
+                      struct span span, uint32_t first_entry, struct kvd_pool_append *a,
+                      struct kvd_error *err)
 {
     if (span.begin >= span.end)
         return KVD_OK;
@@ -97,33 +107,37 @@ static int want_pages(struct kvd_pool *pool, struct region_seq *s, enum kvd_pool
     return KVD_OK;
 }
 
-static int want_ring(struct kvd_pool *pool, struct region_seq *s, struct span span, uint32_t first_entry,
-                     struct kvd_pool_append *a, struct kvd_error *err)
+static int want_ring(struct kvd_pool *pool, struct region_seq *s, struct span span,
+                     uint32_t first_entry, struct kvd_pool_append *a, struct kvd_error *err)
 {
     uint32_t ring = kvd_geometry_ring(&pool->geom[s->geom].g);
     if (span.begin >= span.end)
         return KVD_OK;
     uint64_t begin = span.begin % ring, n = span.end - span.begin;
     uint64_t head = KVD_MIN(n, ring - begin);
-    int rc = want_pages(pool, s, KVD_POOL_BF16, (struct span){begin, begin + head}, first_entry, a, err);
+    int rc =
+        want_pages(pool, s, KVD_POOL_BF16, (struct span){begin, begin + head}, first_entry, a, err);
     if (rc == KVD_OK)
         rc = want_pages(pool, s, KVD_POOL_BF16, (struct span){0, n - head}, first_entry, a, err);
     return rc;
 }
 
-static int reserve(struct kvd_pool *pool, struct region_seq *s, struct kvd_pool_append *a, struct kvd_error *err)
+static int reserve(struct kvd_pool *pool, struct region_seq *s, struct kvd_pool_append *a,
+                   struct kvd_error *err)
 {
     const struct kvd_geometry *g = &pool->geom[s->geom].g;
     uint32_t sink_pages = (g->sink + KVD_PAGE_TOKENS - 1) / KVD_PAGE_TOKENS;
     uint64_t hist = a->new_hist_end - a->hist_end;
-    a->changes = calloc(sink_pages + kvd_geometry_ring(g) / KVD_PAGE_TOKENS + hist / KVD_PAGE_TOKENS + 4,
-                        sizeof(*a->changes));
+    a->changes =
+        calloc(sink_pages + kvd_geometry_ring(g) / KVD_PAGE_TOKENS + hist / KVD_PAGE_TOKENS + 4,
+               sizeof(*a->changes));
     if (!a->changes)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     struct span sink = {a->length, KVD_MIN(a->new_length, g->sink)};
     struct span codes = {a->hist_end - g->sink, a->new_hist_end - g->sink};
     uint64_t ring_begin = KVD_MAX(KVD_MAX(a->new_hist_end, a->length), g->sink);
-    struct span ring = {ring_begin - g->sink, a->new_length > g->sink ? a->new_length - g->sink : 0};
+    struct span ring = {ring_begin - g->sink,
+                        a->new_length > g->sink ? a->new_length - g->sink : 0};
     int rc = want_pages(pool, s, KVD_POOL_BF16, sink, 0, a, err);
     if (rc == KVD_OK)
         rc = want_pages(pool, s, KVD_POOL_CODEC, codes, 0, a, err);
@@ -132,11 +146,13 @@ static int reserve(struct kvd_pool *pool, struct region_seq *s, struct kvd_pool_
     return rc;
 }
 
-int kvd_pool_append_begin(struct kvd_pool *pool, uint64_t seq, uint64_t position, uint32_t tokens, uint32_t layer_begin,
-                          uint32_t layer_count, struct kvd_pool_append *out, struct kvd_error *err)
+int kvd_pool_append_begin(struct kvd_pool *pool, uint64_t seq, uint64_t position, uint32_t tokens,
+                          uint32_t layer_begin, uint32_t layer_count, struct kvd_pool_append *out,
+                          struct kvd_error *err)
 {
     struct region_seq *s = seq_find(pool, seq);
-    *out = (struct kvd_pool_append){.seq = seq, .layer_begin = layer_begin, .layer_count = layer_count};
+    *out = (struct kvd_pool_append){
+        .seq = seq, .layer_begin = layer_begin, .layer_count = layer_count};
     if (!s)
         return kvd_fail(err, KVD_E_NOT_FOUND, "there is no sequence %llu", (unsigned long long)seq);
     int rc = check_order(pool, s, position, tokens, layer_begin, layer_count, &out->replayed, err);
@@ -197,7 +213,8 @@ void kvd_pool_append_abort(struct kvd_pool *pool, struct kvd_pool_append *a)
 static bool window_damaged(const struct kvd_geometry *g, const struct region_seq *s, uint64_t keep)
 {
     uint32_t ring = kvd_geometry_ring(g);
-    return s->pending_layers && s->pending_length > ring + s->hist_end && keep > s->hist_end && s->length > s->hist_end;
+    return s->pending_layers && s->pending_length > ring + s->hist_end && keep > s->hist_end &&
+           s->length > s->hist_end;
 }
 
 int kvd_pool_truncate(struct kvd_pool *pool, uint64_t seq, uint64_t length, struct kvd_error *err)
@@ -207,11 +224,13 @@ int kvd_pool_truncate(struct kvd_pool *pool, uint64_t seq, uint64_t length, stru
         return kvd_fail(err, KVD_E_NOT_FOUND, "there is no sequence %llu", (unsigned long long)seq);
     const struct kvd_geometry *g = &pool->geom[s->geom].g;
     if (length > s->length)
-        return kvd_fail(err, KVD_E_INVALID, "cannot truncate sequence %llu of length %llu to %llu tokens",
-                        (unsigned long long)seq, (unsigned long long)s->length, (unsigned long long)length);
+        return kvd_fail(
+            err, KVD_E_INVALID, "cannot truncate sequence %llu of length %llu to %llu tokens",
+            (unsigned long long)seq, (unsigned long long)s->length, (unsigned long long)length);
     if (window_damaged(g, s, length))
         return kvd_fail(err, KVD_E_PRECONDITION,
-                        "an unfinished append to sequence %llu has overwritten part of its recent window; finish the "
+                        "an unfinished append to sequence %llu has overwritten part of its recent "
+                        "window; finish the "
                         "append or truncate to at most %llu",
                         (unsigned long long)seq, (unsigned long long)s->hist_end);
     s->pending_layers = 0;
@@ -219,7 +238,8 @@ int kvd_pool_truncate(struct kvd_pool *pool, uint64_t seq, uint64_t length, stru
         s->hist_end = KVD_MAX(length, g->sink);
     seq_set_length(pool, s, length);
     uint32_t sink_pages = (g->sink + KVD_PAGE_TOKENS - 1) / KVD_PAGE_TOKENS;
-    table_truncate(pool, &s->table[KVD_POOL_CODEC], (uint32_t)kvd_div_up(s->hist_end - g->sink, KVD_PAGE_TOKENS));
+    table_truncate(pool, &s->table[KVD_POOL_CODEC],
+                   (uint32_t)kvd_div_up(s->hist_end - g->sink, KVD_PAGE_TOKENS));
     if (length <= g->sink)
         table_truncate(pool, &s->table[KVD_POOL_BF16],
                        KVD_MIN(sink_pages, (uint32_t)kvd_div_up(length, KVD_PAGE_TOKENS)));

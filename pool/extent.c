@@ -1,13 +1,14 @@
 // Extents and the pages carved out of them.
 //
-// A slab keeps the extents that have a free slot in a list; an extent hands out returned slots first, then carves new
-// ones. An extent that becomes empty goes back to the pool at once, so memory moves between namespaces and geometries
-// without a compactor. It is zeroed when it is next granted to another namespace, not when it is returned: most
-// extents go back to where they came from.
+// A slab keeps the extents that have a free slot in a list; an extent hands out returned slots
+// first, then carves new ones. An extent that becomes empty goes back to the pool at once, so
+// memory moves between namespaces and geometries without a compactor. It is zeroed when it is next
+// granted to another namespace, not when it is returned: most extents go back to where they came
+// from.
 #include "pool/internal.h"
 
-int slab_find(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind, uint32_t *slab,
-              struct kvd_error *err)
+int slab_find(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind,
+              uint32_t *slab, struct kvd_error *err)
 {
     struct region_head *h = pool->head;
     for (uint32_t i = 0; i < h->n_slabs; i++) {
@@ -18,7 +19,8 @@ int slab_find(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_k
         }
     }
     if (h->n_slabs == h->max_slabs)
-        return kvd_fail(err, KVD_E_LIMIT, "all %u combinations of namespace and geometry are taken", h->max_slabs);
+        return kvd_fail(err, KVD_E_LIMIT, "all %u combinations of namespace and geometry are taken",
+                        h->max_slabs);
     uint64_t bytes = pool->geom[geom].page_bytes[kind];
     pool->slab[h->n_slabs] = (struct region_slab){.ns = ns,
                                                   .geom = geom,
@@ -52,11 +54,13 @@ static void partial_add(struct kvd_pool *pool, struct region_slab *s, uint32_t x
     s->partial = x;
 }
 
-// Takes the free extent that suits `ns` best out of the free list: one that holds its own data or none, else any.
+// Takes the free extent that suits `ns` best out of the free list: one that holds its own data or
+// none, else any.
 static uint32_t free_extent_take(struct kvd_pool *pool, uint32_t ns)
 {
     uint32_t *best = NULL;
-    for (uint32_t *link = &pool->head->free_extent; *link != KVD_POOL_NONE; link = &pool->extent[*link].next) {
+    for (uint32_t *link = &pool->head->free_extent; *link != KVD_POOL_NONE;
+         link = &pool->extent[*link].next) {
         uint32_t owner = pool->extent[*link].owner;
         if (!best || owner == ns || (owner == KVD_POOL_NONE && pool->extent[*link].addr))
             best = link;
@@ -155,8 +159,8 @@ void kvd_pool_page_unref(struct kvd_pool *pool, uint32_t page)
         extent_return(pool, x);
 }
 
-int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind, uint32_t *page,
-                        struct kvd_error *err)
+int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind,
+                        uint32_t *page, struct kvd_error *err)
 {
     uint32_t slab;
     int rc = slab_find(pool, ns, geom, kind, &slab, err);
@@ -167,13 +171,15 @@ int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum 
     while (n->quota && n->used + bytes > n->quota) {
         if (!evict_one(pool, ns, NULL))
             return kvd_fail(err, KVD_E_QUOTA,
-                            "namespace %s uses %llu of its quota of %llu bytes; free sequences or raise the quota",
+                            "namespace %s uses %llu of its quota of %llu bytes; free sequences or "
+                            "raise the quota",
                             n->name, (unsigned long long)n->used, (unsigned long long)n->quota);
     }
     while ((rc = page_take(pool, slab, page)) == KVD_E_FULL) {
         if (!evict_one(pool, KVD_POOL_NONE, NULL))
             return kvd_fail(err, KVD_E_FULL,
-                            "the pool's %u extents of %llu bytes are all in use and nothing can be evicted; free "
+                            "the pool's %u extents of %llu bytes are all in use and nothing can be "
+                            "evicted; free "
                             "sequences or start kvd with a larger pool-size",
                             pool->head->n_extents, (unsigned long long)pool->head->extent_bytes);
     }

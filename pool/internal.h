@@ -7,8 +7,8 @@
 #define KVD_POOL_MAGIC 0x314c4f4f5044564bull // "KVDPOOL1"
 
 enum {
-    KVD_POOL_ALIGN = 4096,       // page sizes are rounded up to this
-    KVD_TABLE_ENTRIES = 30,      // page numbers in a table block
+    KVD_POOL_ALIGN = 4096,  // page sizes are rounded up to this
+    KVD_TABLE_ENTRIES = 30, // page numbers in a table block
     KVD_NAME_BUCKETS = 1 << 14,
     KVD_EXTENT_MIN = 2 << 20,
 };
@@ -37,8 +37,8 @@ struct region_extent {
     uint32_t slab;  // KVD_POOL_NONE: free
     uint32_t owner; // namespace whose data it may hold; KVD_POOL_NONE: reads as zero
     uint32_t used;
-    uint32_t carved;    // slots handed out at least once
-    uint32_t free_slot; // head of the list of returned slots
+    uint32_t carved;     // slots handed out at least once
+    uint32_t free_slot;  // head of the list of returned slots
     uint32_t prev, next; // in the slab's partial list; `next` also links the free list
 };
 
@@ -101,28 +101,33 @@ struct kvd_pool {
     struct region_seq *seq;
 };
 
-// -- table.c: page tables ------------------------------------------------------------------------------------------
+// -- table.c: page tables
+// ------------------------------------------------------------------------------------------
 void table_init(struct region_table *t);
 // Makes room for one more block if `entry` would need it. KVD_E_LIMIT.
-int table_set(struct kvd_pool *pool, struct region_table *t, uint32_t entry, uint32_t page, struct kvd_error *err);
+int table_set(struct kvd_pool *pool, struct region_table *t, uint32_t entry, uint32_t page,
+              struct kvd_error *err);
 uint32_t table_get(const struct kvd_pool *pool, const struct region_table *t, uint32_t entry);
 // Drops the entries from `count` on; their pages lose a reference.
 void table_truncate(struct kvd_pool *pool, struct region_table *t, uint32_t count);
 // Appends all entries of `from`, taking a reference on each page. On failure `to` is unchanged.
-int table_share(struct kvd_pool *pool, struct region_table *to, const struct region_table *from, struct kvd_error *err);
+int table_share(struct kvd_pool *pool, struct region_table *to, const struct region_table *from,
+                struct kvd_error *err);
 // Number of entries that hold a page.
 uint32_t table_pages(const struct kvd_pool *pool, const struct region_table *t);
 
-// -- extent.c ------------------------------------------------------------------------------------------------------
+// -- extent.c
+// ------------------------------------------------------------------------------------------------------
 int page_take(struct kvd_pool *pool, uint32_t slab, uint32_t *page);
-int slab_find(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind, uint32_t *slab,
-              struct kvd_error *err);
+int slab_find(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind,
+              uint32_t *slab, struct kvd_error *err);
 static inline struct region_extent *page_extent(const struct kvd_pool *pool, uint32_t page)
 {
     return &pool->extent[page / pool->head->slots];
 }
 
-// -- sequence.c ----------------------------------------------------------------------------------------------------
+// -- sequence.c
+// ----------------------------------------------------------------------------------------------------
 // The record of an id in use, or NULL.
 struct region_seq *seq_find(const struct kvd_pool *pool, uint64_t id);
 uint64_t seq_id(const struct kvd_pool *pool, const struct region_seq *s);
@@ -131,11 +136,13 @@ void seq_set_length(struct kvd_pool *pool, struct region_seq *s, uint64_t length
 void seq_destroy(struct kvd_pool *pool, struct region_seq *s);
 uint64_t seq_bytes(const struct kvd_pool *pool, const struct region_seq *s);
 
-// -- publish.c -----------------------------------------------------------------------------------------------------
+// -- publish.c
+// -----------------------------------------------------------------------------------------------------
 void lru_add(struct kvd_pool *pool, struct region_seq *s);
 void lru_remove(struct kvd_pool *pool, struct region_seq *s);
 void name_remove(struct kvd_pool *pool, struct region_seq *s);
-// Evicts the least recently used candidate of `ns` (KVD_POOL_NONE: of any). False when there is none.
+// Evicts the least recently used candidate of `ns` (KVD_POOL_NONE: of any). False when there is
+// none.
 bool evict_one(struct kvd_pool *pool, uint32_t ns, uint64_t *freed);
 
 #endif

@@ -8,11 +8,11 @@
 static uint64_t lay_out(struct kvd_pool *p, const struct region_head *h, uint8_t *base)
 {
     uint64_t at = 0;
-#define PLACE(field, count)                                                                                            \
-    do {                                                                                                               \
-        at = kvd_round_up(at, 4096);                                                                                   \
-        p->field = (void *)(base + at);                                                                                \
-        at += (uint64_t)(count) * sizeof(*p->field);                                                                   \
+#define PLACE(field, count)                                                                        \
+    do {                                                                                           \
+        at = kvd_round_up(at, 4096);                                                               \
+        p->field = (void *)(base + at);                                                            \
+        at += (uint64_t)(count) * sizeof(*p->field);                                               \
     } while (0)
     PLACE(head, 1);
     PLACE(ns, h->max_namespaces);
@@ -26,7 +26,8 @@ static uint64_t lay_out(struct kvd_pool *p, const struct region_head *h, uint8_t
     return kvd_round_up(at, 4096);
 }
 
-static int size_tables(const struct kvd_pool_config *c, struct region_head *h, struct kvd_error *err)
+static int size_tables(const struct kvd_pool_config *c, struct region_head *h,
+                       struct kvd_error *err)
 {
     if (c->extent_bytes < KVD_EXTENT_MIN || c->extent_bytes % KVD_EXTENT_MIN)
         return kvd_fail(err, KVD_E_INVALID, "extent size %llu is not a multiple of 2 MiB",
@@ -34,11 +35,13 @@ static int size_tables(const struct kvd_pool_config *c, struct region_head *h, s
     uint64_t extents = c->bytes / c->extent_bytes;
     uint64_t slots = c->extent_bytes / KVD_POOL_ALIGN;
     if (extents == 0)
-        return kvd_fail(err, KVD_E_INVALID, "pool size %llu is smaller than one extent of %llu bytes",
+        return kvd_fail(err, KVD_E_INVALID,
+                        "pool size %llu is smaller than one extent of %llu bytes",
                         (unsigned long long)c->bytes, (unsigned long long)c->extent_bytes);
     if (extents * slots >= KVD_POOL_NONE)
-        return kvd_fail(err, KVD_E_INVALID, "pool size %llu is beyond the %llu bytes that page numbers reach",
-                        (unsigned long long)c->bytes, (unsigned long long)KVD_POOL_NONE * KVD_POOL_ALIGN);
+        return kvd_fail(
+            err, KVD_E_INVALID, "pool size %llu is beyond the %llu bytes that page numbers reach",
+            (unsigned long long)c->bytes, (unsigned long long)KVD_POOL_NONE * KVD_POOL_ALIGN);
     h->magic = KVD_POOL_MAGIC;
     h->extent_bytes = c->extent_bytes;
     h->n_extents = (uint32_t)extents;
@@ -52,8 +55,8 @@ static int size_tables(const struct kvd_pool_config *c, struct region_head *h, s
     return KVD_OK;
 }
 
-struct kvd_pool *kvd_pool_new(const struct kvd_pool_config *config, const struct kvd_pool_mem_ops *ops,
-                              struct kvd_error *err)
+struct kvd_pool *kvd_pool_new(const struct kvd_pool_config *config,
+                              const struct kvd_pool_mem_ops *ops, struct kvd_error *err)
 {
     struct region_head *h KVD_FREE = calloc(1, sizeof(*h));
     struct kvd_pool *pool KVD_FREE = calloc(1, sizeof(*pool));
@@ -65,10 +68,11 @@ struct kvd_pool *kvd_pool_new(const struct kvd_pool_config *config, const struct
         return NULL;
     h->region_bytes = lay_out(pool, h, NULL);
     // Untouched tables cost address space only.
-    void *base = mmap(NULL, h->region_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *base = mmap(NULL, h->region_bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) {
-        kvd_fail(err, -errno, "cannot map %llu bytes of pool metadata: %s", (unsigned long long)h->region_bytes,
-                 strerror(errno));
+        kvd_fail(err, -errno, "cannot map %llu bytes of pool metadata: %s",
+                 (unsigned long long)h->region_bytes, strerror(errno));
         return NULL;
     }
     lay_out(pool, h, base);
@@ -111,7 +115,8 @@ uint32_t kvd_pool_namespace_find(const struct kvd_pool *pool, const char *name)
 int kvd_pool_namespace(struct kvd_pool *pool, const char *name, uint32_t *ns, struct kvd_error *err)
 {
     if (!kvd_name_valid(name, KVD_MAX_NAMESPACE))
-        return kvd_fail(err, KVD_E_INVALID, "a namespace's name has 1 to %d printable ASCII characters and no spaces",
+        return kvd_fail(err, KVD_E_INVALID,
+                        "a namespace's name has 1 to %d printable ASCII characters and no spaces",
                         KVD_MAX_NAMESPACE);
     uint32_t i = kvd_pool_namespace_find(pool, name);
     if (i == KVD_POOL_NONE) {
@@ -135,7 +140,8 @@ uint32_t kvd_pool_namespace_count(const struct kvd_pool *pool)
     return pool->head->n_namespaces;
 }
 
-void kvd_pool_namespace_info(const struct kvd_pool *pool, uint32_t ns, struct kvd_pool_namespace_info *out)
+void kvd_pool_namespace_info(const struct kvd_pool *pool, uint32_t ns,
+                             struct kvd_pool_namespace_info *out)
 {
     const struct region_namespace *n = &pool->ns[ns];
     *out = (struct kvd_pool_namespace_info){.name = n->name,
@@ -146,8 +152,9 @@ void kvd_pool_namespace_info(const struct kvd_pool *pool, uint32_t ns, struct kv
                                             .tokens = n->tokens};
 }
 
-int kvd_pool_geometry(struct kvd_pool *pool, const struct kvd_geometry *g, const uint64_t page_bytes[KVD_POOL_KINDS],
-                      uint32_t *geom, struct kvd_error *err)
+int kvd_pool_geometry(struct kvd_pool *pool, const struct kvd_geometry *g,
+                      const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *geom,
+                      struct kvd_error *err)
 {
     for (uint32_t i = 0; i < pool->head->n_geometries; i++) {
         if (memcmp(&pool->geom[i].g, g, sizeof(*g)) == 0) {
@@ -158,8 +165,10 @@ int kvd_pool_geometry(struct kvd_pool *pool, const struct kvd_geometry *g, const
     for (int k = 0; k < KVD_POOL_KINDS; k++) {
         if (page_bytes[k] == 0 || page_bytes[k] > pool->head->extent_bytes)
             return kvd_fail(err, KVD_E_INVALID,
-                            "a page of this geometry has %llu bytes and does not fit an extent of %llu; raise extent-size",
-                            (unsigned long long)page_bytes[k], (unsigned long long)pool->head->extent_bytes);
+                            "a page of this geometry has %llu bytes and does not fit an extent of "
+                            "%llu; raise extent-size",
+                            (unsigned long long)page_bytes[k],
+                            (unsigned long long)pool->head->extent_bytes);
     }
     if (pool->head->n_geometries == pool->head->max_geometries)
         return kvd_fail(err, KVD_E_LIMIT, "all %u geometries are taken; raise max-geometries",
@@ -199,7 +208,8 @@ void kvd_pool_info(const struct kvd_pool *pool, struct kvd_pool_info *out)
     };
 }
 
-void kvd_pool_slab_each(const struct kvd_pool *pool, bool (*fn)(void *ctx, const struct kvd_pool_slab_info *), void *ctx)
+void kvd_pool_slab_each(const struct kvd_pool *pool,
+                        bool (*fn)(void *ctx, const struct kvd_pool_slab_info *), void *ctx)
 {
     for (uint32_t i = 0; i < pool->head->n_slabs; i++) {
         const struct region_slab *s = &pool->slab[i];

@@ -1,14 +1,16 @@
 // The pool: who owns which piece of KV memory.
 //
-// It hands out pages from extents, keeps the page tables of sequences, shares pages copy-on-write between forks,
-// enforces namespace quotas and evicts published sequences that nobody holds. It never touches the memory it manages:
-// that comes from an ops table, and addresses are opaque numbers to it.
+// It hands out pages from extents, keeps the page tables of sequences, shares pages copy-on-write
+// between forks, enforces namespace quotas and evicts published sequences that nobody holds. It
+// never touches the memory it manages: that comes from an ops table, and addresses are opaque
+// numbers to it.
 //
-// All state lives in one contiguous region and refers to itself by index, so the region can be shared memory and be
-// mapped anywhere. One thread at a time.
+// All state lives in one contiguous region and refers to itself by index, so the region can be
+// shared memory and be mapped anywhere. One thread at a time.
 //
-// Glossary: an *extent* is one allocation, granted to one slab at a time. A *slab* is the set of extents of one
-// (namespace, geometry, page kind). A *page* is named by a number that is unique in the pool.
+// Glossary: an *extent* is one allocation, granted to one slab at a time. A *slab* is the set of
+// extents of one (namespace, geometry, page kind). A *page* is named by a number that is unique in
+// the pool.
 #ifndef KVD_POOL_H
 #define KVD_POOL_H
 
@@ -28,7 +30,8 @@ enum kvd_pool_kind {
 // Memory of extents. Addresses are whatever the backend understands (a pointer on the CPU).
 struct kvd_pool_mem_ops {
     void *ctx;
-    // Makes extent `index` of `bytes`, reading as zero. 0, or a negative errno. Sets *addr on success.
+    // Makes extent `index` of `bytes`, reading as zero. 0, or a negative errno. Sets *addr on
+    // success.
     int (*alloc)(void *ctx, uint32_t index, uint64_t bytes, uint64_t *addr);
     // Gives the memory back. Called once for each successful alloc.
     void (*free)(void *ctx, uint32_t index, uint64_t addr, uint64_t bytes);
@@ -48,15 +51,17 @@ struct kvd_pool_config {
 };
 
 // Returns a new pool, or NULL with *err set. `ops` is copied; ops->ctx must outlive the pool.
-struct kvd_pool *kvd_pool_new(const struct kvd_pool_config *config, const struct kvd_pool_mem_ops *ops,
-                              struct kvd_error *err);
+struct kvd_pool *kvd_pool_new(const struct kvd_pool_config *config,
+                              const struct kvd_pool_mem_ops *ops, struct kvd_error *err);
 // Frees all extents and the pool. *pool may be NULL; it becomes NULL.
 void kvd_pool_free(struct kvd_pool **pool);
 
-// -- namespaces ----------------------------------------------------------------------------------------------------
+// -- namespaces
+// ----------------------------------------------------------------------------------------------------
 
 // Finds or makes the namespace. KVD_E_INVALID (name), KVD_E_LIMIT (table full).
-int kvd_pool_namespace(struct kvd_pool *pool, const char *name, uint32_t *ns, struct kvd_error *err);
+int kvd_pool_namespace(struct kvd_pool *pool, const char *name, uint32_t *ns,
+                       struct kvd_error *err);
 // Index of an existing namespace, or KVD_POOL_NONE.
 uint32_t kvd_pool_namespace_find(const struct kvd_pool *pool, const char *name);
 // Sets the quota in bytes of pages; 0 takes it away. Evicts nothing.
@@ -71,39 +76,51 @@ struct kvd_pool_namespace_info {
     uint64_t tokens;
 };
 uint32_t kvd_pool_namespace_count(const struct kvd_pool *pool);
-void kvd_pool_namespace_info(const struct kvd_pool *pool, uint32_t ns, struct kvd_pool_namespace_info *out);
+void kvd_pool_namespace_info(const struct kvd_pool *pool, uint32_t ns,
+                             struct kvd_pool_namespace_info *out);
 
-// -- geometries ----------------------------------------------------------------------------------------------------
+// -- geometries
+// ----------------------------------------------------------------------------------------------------
 
-// Finds or makes a geometry. Page sizes are the backend's; both must fit an extent. KVD_E_INVALID, KVD_E_LIMIT.
-int kvd_pool_geometry(struct kvd_pool *pool, const struct kvd_geometry *g, const uint64_t page_bytes[KVD_POOL_KINDS],
-                      uint32_t *geom, struct kvd_error *err);
+// Finds or makes a geometry. Page sizes are the backend's; both must fit an extent. KVD_E_INVALID,
+// KVD_E_LIMIT.
+int kvd_pool_geometry(struct kvd_pool *pool, const struct kvd_geometry *g,
+                      const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *geom,
+                      struct kvd_error *err);
 const struct kvd_geometry *kvd_pool_geometry_get(const struct kvd_pool *pool, uint32_t geom);
 // Bytes of a page of that geometry and kind, padding to 4096 included.
 uint64_t kvd_pool_page_bytes(const struct kvd_pool *pool, uint32_t geom, enum kvd_pool_kind kind);
 
-// -- sequences -----------------------------------------------------------------------------------------------------
+// -- sequences
+// -----------------------------------------------------------------------------------------------------
 
-// A new, empty sequence with one holder. Ids are never used twice. KVD_E_LIMIT when the table is full.
-int kvd_pool_seq_new(struct kvd_pool *pool, uint32_t ns, uint32_t geom, uint64_t *seq, struct kvd_error *err);
-// A copy-on-write child with one holder. KVD_E_NOT_FOUND; KVD_E_PRECONDITION while an append is unfinished.
-int kvd_pool_seq_fork(struct kvd_pool *pool, uint64_t parent, uint64_t *child, struct kvd_error *err);
+// A new, empty sequence with one holder. Ids are never used twice. KVD_E_LIMIT when the table is
+// full.
+int kvd_pool_seq_new(struct kvd_pool *pool, uint32_t ns, uint32_t geom, uint64_t *seq,
+                     struct kvd_error *err);
+// A copy-on-write child with one holder. KVD_E_NOT_FOUND; KVD_E_PRECONDITION while an append is
+// unfinished.
+int kvd_pool_seq_fork(struct kvd_pool *pool, uint64_t parent, uint64_t *child,
+                      struct kvd_error *err);
 // Adds a holder.
 int kvd_pool_seq_hold(struct kvd_pool *pool, uint64_t seq);
-// Takes one holder away. With none left, a published sequence becomes evictable and any other is freed.
+// Takes one holder away. With none left, a published sequence becomes evictable and any other is
+// freed.
 void kvd_pool_seq_release(struct kvd_pool *pool, uint64_t seq);
-// A pinned sequence is neither freed nor evicted: its pages stay where they are until the last unpin.
+// A pinned sequence is neither freed nor evicted: its pages stay where they are until the last
+// unpin.
 void kvd_pool_seq_pin(struct kvd_pool *pool, uint64_t seq);
 void kvd_pool_seq_unpin(struct kvd_pool *pool, uint64_t seq);
 
 // Names a sequence. KVD_E_EXISTS unless `replace`; KVD_E_INVALID (name); KVD_E_NOT_FOUND.
-int kvd_pool_publish(struct kvd_pool *pool, uint64_t seq, const char *name, bool replace, struct kvd_error *err);
+int kvd_pool_publish(struct kvd_pool *pool, uint64_t seq, const char *name, bool replace,
+                     struct kvd_error *err);
 // Takes the name away; frees the sequence if nobody holds it.
 void kvd_pool_unpublish(struct kvd_pool *pool, uint64_t seq);
 // The sequence of that name, or 0. Counts as a use for eviction's order.
 uint64_t kvd_pool_lookup(struct kvd_pool *pool, uint32_t ns, const char *name);
-// Evicts unused published sequences, oldest use first, in `ns` (KVD_POOL_NONE: in all), until `bytes` of pages are
-// free (0: all of them). Returns how many; *freed gets the bytes.
+// Evicts unused published sequences, oldest use first, in `ns` (KVD_POOL_NONE: in all), until
+// `bytes` of pages are free (0: all of them). Returns how many; *freed gets the bytes.
 uint32_t kvd_pool_evict(struct kvd_pool *pool, uint32_t ns, uint64_t bytes, uint64_t *freed);
 
 struct kvd_pool_seq_info {
@@ -124,15 +141,17 @@ struct kvd_pool_seq_info {
 // KVD_E_NOT_FOUND if the id is unknown or freed.
 int kvd_pool_seq_info(const struct kvd_pool *pool, uint64_t seq, struct kvd_pool_seq_info *out);
 // Calls fn for every sequence until it returns false.
-void kvd_pool_seq_each(const struct kvd_pool *pool, bool (*fn)(void *ctx, const struct kvd_pool_seq_info *info),
-                       void *ctx);
+void kvd_pool_seq_each(const struct kvd_pool *pool,
+                       bool (*fn)(void *ctx, const struct kvd_pool_seq_info *info), void *ctx);
 
-// Copies the addresses of a sequence's pages into `out`: for KVD_POOL_BF16 the sink's pages, then the ring's (0 where
-// none is needed yet); for KVD_POOL_CODEC the history's in order. Returns how many there are; writes at most `cap`.
-uint32_t kvd_pool_seq_pages(const struct kvd_pool *pool, uint64_t seq, enum kvd_pool_kind kind, uint64_t *out,
-                            uint32_t cap);
+// Copies the addresses of a sequence's pages into `out`: for KVD_POOL_BF16 the sink's pages, then
+// the ring's (0 where none is needed yet); for KVD_POOL_CODEC the history's in order. Returns how
+// many there are; writes at most `cap`.
+uint32_t kvd_pool_seq_pages(const struct kvd_pool *pool, uint64_t seq, enum kvd_pool_kind kind,
+                            uint64_t *out, uint32_t cap);
 
-// -- append and truncate -------------------------------------------------------------------------------------------
+// -- append and truncate
+// -------------------------------------------------------------------------------------------
 
 // A page that got a private copy, or a new page (from == 0).
 struct kvd_pool_change {
@@ -142,7 +161,8 @@ struct kvd_pool_change {
     uint32_t new_page;
 };
 
-// An append that has its pages but is not yet true. Between begin and commit or abort the sequence must stay pinned.
+// An append that has its pages but is not yet true. Between begin and commit or abort the sequence
+// must stay pinned.
 struct kvd_pool_append {
     uint64_t seq;
     uint64_t length, hist_end;         // before, for the layers concerned
@@ -153,22 +173,26 @@ struct kvd_pool_append {
     uint32_t n_changes;
 };
 
-// Checks position and layers, and takes the pages that the append needs. On failure nothing has changed.
-// KVD_E_NOT_FOUND, KVD_E_PRECONDITION (position or layer order), KVD_E_QUOTA, KVD_E_FULL, KVD_E_LIMIT (length).
-int kvd_pool_append_begin(struct kvd_pool *pool, uint64_t seq, uint64_t position, uint32_t tokens, uint32_t layer_begin,
-                          uint32_t layer_count, struct kvd_pool_append *out, struct kvd_error *err);
+// Checks position and layers, and takes the pages that the append needs. On failure nothing has
+// changed. KVD_E_NOT_FOUND, KVD_E_PRECONDITION (position or layer order), KVD_E_QUOTA, KVD_E_FULL,
+// KVD_E_LIMIT (length).
+int kvd_pool_append_begin(struct kvd_pool *pool, uint64_t seq, uint64_t position, uint32_t tokens,
+                          uint32_t layer_begin, uint32_t layer_count, struct kvd_pool_append *out,
+                          struct kvd_error *err);
 void kvd_pool_append_commit(struct kvd_pool *pool, struct kvd_pool_append *append);
 void kvd_pool_append_abort(struct kvd_pool *pool, struct kvd_pool_append *append);
 
-// Keeps the first `length` tokens and drops an unfinished append. KVD_E_INVALID if longer than the sequence;
-// KVD_E_PRECONDITION if an unfinished append has overwritten part of the recent window that would be kept.
+// Keeps the first `length` tokens and drops an unfinished append. KVD_E_INVALID if longer than the
+// sequence; KVD_E_PRECONDITION if an unfinished append has overwritten part of the recent window
+// that would be kept.
 int kvd_pool_truncate(struct kvd_pool *pool, uint64_t seq, uint64_t length, struct kvd_error *err);
 
-// -- pages, for tests and tools ------------------------------------------------------------------------------------
+// -- pages, for tests and tools
+// ------------------------------------------------------------------------------------
 
 // One page of a slab. KVD_E_QUOTA, KVD_E_FULL, KVD_E_LIMIT.
-int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind, uint32_t *page,
-                        struct kvd_error *err);
+int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind,
+                        uint32_t *page, struct kvd_error *err);
 void kvd_pool_page_unref(struct kvd_pool *pool, uint32_t page);
 uint64_t kvd_pool_page_addr(const struct kvd_pool *pool, uint32_t page);
 
@@ -190,10 +214,11 @@ struct kvd_pool_slab_info {
     uint32_t extents;
     uint64_t page_bytes, used, free;
 };
-void kvd_pool_slab_each(const struct kvd_pool *pool, bool (*fn)(void *ctx, const struct kvd_pool_slab_info *), void *ctx);
+void kvd_pool_slab_each(const struct kvd_pool *pool,
+                        bool (*fn)(void *ctx, const struct kvd_pool_slab_info *), void *ctx);
 
-// Walks everything and compares it with the counters: no page owned twice, none lost, sums exact. For tests.
-// KVD_E_CORRUPT with a description, or KVD_OK.
+// Walks everything and compares it with the counters: no page owned twice, none lost, sums exact.
+// For tests. KVD_E_CORRUPT with a description, or KVD_OK.
 int kvd_pool_verify(const struct kvd_pool *pool, struct kvd_error *err);
 
 #endif

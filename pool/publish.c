@@ -62,19 +62,22 @@ void lru_remove(struct kvd_pool *pool, struct region_seq *s)
     s->lru_prev = s->lru_next = KVD_POOL_NONE;
 }
 
-int kvd_pool_publish(struct kvd_pool *pool, uint64_t seq, const char *name, bool replace, struct kvd_error *err)
+int kvd_pool_publish(struct kvd_pool *pool, uint64_t seq, const char *name, bool replace,
+                     struct kvd_error *err)
 {
     struct region_seq *s = seq_find(pool, seq);
     if (!s)
         return kvd_fail(err, KVD_E_NOT_FOUND, "there is no sequence %llu", (unsigned long long)seq);
     if (!kvd_name_valid(name, KVD_MAX_NAME))
-        return kvd_fail(err, KVD_E_INVALID, "a sequence's name has 1 to %d printable ASCII characters and no spaces",
+        return kvd_fail(err, KVD_E_INVALID,
+                        "a sequence's name has 1 to %d printable ASCII characters and no spaces",
                         KVD_MAX_NAME);
     if (strcmp(s->name, name) == 0)
         return KVD_OK;
     struct region_seq *old = name_find(pool, s->ns, name);
     if (old && !replace)
-        return kvd_fail(err, KVD_E_EXISTS, "the name %s belongs to sequence %llu; set replace to take it over", name,
+        return kvd_fail(err, KVD_E_EXISTS,
+                        "the name %s belongs to sequence %llu; set replace to take it over", name,
                         (unsigned long long)seq_id(pool, old));
     if (old)
         kvd_pool_unpublish(pool, seq_id(pool, old));
@@ -111,7 +114,8 @@ uint64_t kvd_pool_lookup(struct kvd_pool *pool, uint32_t ns, const char *name)
 bool evict_one(struct kvd_pool *pool, uint32_t ns, uint64_t *freed)
 {
     uint32_t i = pool->head->lru_first;
-    while (i != KVD_POOL_NONE && (pool->seq[i].pins || (ns != KVD_POOL_NONE && pool->seq[i].ns != ns)))
+    while (i != KVD_POOL_NONE &&
+           (pool->seq[i].pins || (ns != KVD_POOL_NONE && pool->seq[i].ns != ns)))
         i = pool->seq[i].lru_next;
     if (i == KVD_POOL_NONE)
         return false;

@@ -20,7 +20,9 @@ uint64_t seq_id(const struct kvd_pool *pool, const struct region_seq *s)
 static struct region_seq *seq_find_any(const struct kvd_pool *pool, uint64_t id)
 {
     struct region_seq *s = &pool->seq[(uint32_t)id];
-    return (uint32_t)id < pool->head->n_sequences_ever && s->generation == (uint32_t)(id >> 32) ? s : NULL;
+    return (uint32_t)id < pool->head->n_sequences_ever && s->generation == (uint32_t)(id >> 32)
+               ? s
+               : NULL;
 }
 
 void seq_set_length(struct kvd_pool *pool, struct region_seq *s, uint64_t length)
@@ -38,7 +40,8 @@ uint64_t seq_bytes(const struct kvd_pool *pool, const struct region_seq *s)
     return bytes;
 }
 
-int kvd_pool_seq_new(struct kvd_pool *pool, uint32_t ns, uint32_t geom, uint64_t *seq, struct kvd_error *err)
+int kvd_pool_seq_new(struct kvd_pool *pool, uint32_t ns, uint32_t geom, uint64_t *seq,
+                     struct kvd_error *err)
 {
     struct region_head *h = pool->head;
     uint32_t i = h->free_seq;
@@ -47,7 +50,8 @@ int kvd_pool_seq_new(struct kvd_pool *pool, uint32_t ns, uint32_t geom, uint64_t
     else if (h->n_sequences_ever < h->max_sequences)
         i = h->n_sequences_ever++;
     else
-        return kvd_fail(err, KVD_E_LIMIT, "all %u sequences are in use; free some or raise max-sequences",
+        return kvd_fail(err, KVD_E_LIMIT,
+                        "all %u sequences are in use; free some or raise max-sequences",
                         h->max_sequences);
     struct region_seq *s = &pool->seq[i];
     uint32_t sink = pool->geom[geom].g.sink;
@@ -85,15 +89,19 @@ void seq_destroy(struct kvd_pool *pool, struct region_seq *s)
     pool->head->free_seq = (uint32_t)(s - pool->seq);
 }
 
-int kvd_pool_seq_fork(struct kvd_pool *pool, uint64_t parent, uint64_t *child, struct kvd_error *err)
+int kvd_pool_seq_fork(struct kvd_pool *pool, uint64_t parent, uint64_t *child,
+                      struct kvd_error *err)
 {
     struct region_seq *p = seq_find(pool, parent);
     if (!p)
-        return kvd_fail(err, KVD_E_NOT_FOUND, "there is no sequence %llu", (unsigned long long)parent);
+        return kvd_fail(err, KVD_E_NOT_FOUND, "there is no sequence %llu",
+                        (unsigned long long)parent);
     if (p->pending_layers)
         return kvd_fail(err, KVD_E_PRECONDITION,
-                        "sequence %llu has an append that reached %u layers; finish it or truncate to %llu before a fork",
-                        (unsigned long long)parent, p->pending_layers, (unsigned long long)p->length);
+                        "sequence %llu has an append that reached %u layers; finish it or truncate "
+                        "to %llu before a fork",
+                        (unsigned long long)parent, p->pending_layers,
+                        (unsigned long long)p->length);
     uint64_t id;
     int rc = kvd_pool_seq_new(pool, p->ns, p->geom, &id, err);
     if (rc)
@@ -148,7 +156,8 @@ void kvd_pool_seq_unpin(struct kvd_pool *pool, uint64_t seq)
         seq_destroy(pool, s);
 }
 
-static void fill_info(const struct kvd_pool *pool, const struct region_seq *s, struct kvd_pool_seq_info *out)
+static void fill_info(const struct kvd_pool *pool, const struct region_seq *s,
+                      struct kvd_pool_seq_info *out)
 {
     *out = (struct kvd_pool_seq_info){
         .id = seq_id(pool, s),
@@ -177,8 +186,8 @@ int kvd_pool_seq_info(const struct kvd_pool *pool, uint64_t seq, struct kvd_pool
     return KVD_OK;
 }
 
-void kvd_pool_seq_each(const struct kvd_pool *pool, bool (*fn)(void *ctx, const struct kvd_pool_seq_info *info),
-                       void *ctx)
+void kvd_pool_seq_each(const struct kvd_pool *pool,
+                       bool (*fn)(void *ctx, const struct kvd_pool_seq_info *info), void *ctx)
 {
     for (uint32_t i = 0; i < pool->head->n_sequences_ever; i++) {
         const struct region_seq *s = &pool->seq[i];
@@ -191,8 +200,8 @@ void kvd_pool_seq_each(const struct kvd_pool *pool, bool (*fn)(void *ctx, const 
     }
 }
 
-uint32_t kvd_pool_seq_pages(const struct kvd_pool *pool, uint64_t seq, enum kvd_pool_kind kind, uint64_t *out,
-                            uint32_t cap)
+uint32_t kvd_pool_seq_pages(const struct kvd_pool *pool, uint64_t seq, enum kvd_pool_kind kind,
+                            uint64_t *out, uint32_t cap)
 {
     const struct region_seq *s = seq_find_any(pool, seq);
     if (!s)

@@ -15,7 +15,8 @@ static int block_add(struct kvd_pool *pool, struct region_table *t, struct kvd_e
     else if (h->n_blocks_ever < h->max_blocks)
         b = h->n_blocks_ever++;
     else
-        return kvd_fail(err, KVD_E_LIMIT, "all %u page-table blocks are in use; free sequences", h->max_blocks);
+        return kvd_fail(err, KVD_E_LIMIT, "all %u page-table blocks are in use; free sequences",
+                        h->max_blocks);
     pool->block[b] = (struct region_block){.next = KVD_POOL_NONE};
     if (t->last == KVD_POOL_NONE)
         t->first = b;
@@ -25,7 +26,8 @@ static int block_add(struct kvd_pool *pool, struct region_table *t, struct kvd_e
     return KVD_OK;
 }
 
-static int entry_push(struct kvd_pool *pool, struct region_table *t, uint32_t page, struct kvd_error *err)
+static int entry_push(struct kvd_pool *pool, struct region_table *t, uint32_t page,
+                      struct kvd_error *err)
 {
     if (t->count % KVD_TABLE_ENTRIES == 0) {
         int rc = block_add(pool, t, err);
@@ -50,7 +52,8 @@ static uint32_t *entry_at(const struct kvd_pool *pool, const struct region_table
     return &pool->block[b].page[entry % KVD_TABLE_ENTRIES];
 }
 
-int table_set(struct kvd_pool *pool, struct region_table *t, uint32_t entry, uint32_t page, struct kvd_error *err)
+int table_set(struct kvd_pool *pool, struct region_table *t, uint32_t entry, uint32_t page,
+              struct kvd_error *err)
 {
     while (t->count <= entry) {
         int rc = entry_push(pool, t, KVD_POOL_NONE, err);
@@ -96,7 +99,8 @@ void table_truncate(struct kvd_pool *pool, struct region_table *t, uint32_t coun
         t->first = KVD_POOL_NONE;
 }
 
-int table_share(struct kvd_pool *pool, struct region_table *to, const struct region_table *from, struct kvd_error *err)
+int table_share(struct kvd_pool *pool, struct region_table *to, const struct region_table *from,
+                struct kvd_error *err)
 {
     uint32_t before = to->count;
     for (uint32_t b = from->first; b != KVD_POOL_NONE; b = pool->block[b].next) {

@@ -22,12 +22,14 @@ static int tally_sequence(const struct kvd_pool *pool, const struct region_seq *
                     return kvd_fail(err, KVD_E_CORRUPT, "page %u lies in a free extent", page);
                 const struct region_slab *slab = &pool->slab[e->slab];
                 if (slab->ns != s->ns || slab->geom != s->geom || slab->kind != (uint32_t)k)
-                    return kvd_fail(err, KVD_E_CORRUPT, "page %u belongs to another slab than its sequence", page);
+                    return kvd_fail(err, KVD_E_CORRUPT,
+                                    "page %u belongs to another slab than its sequence", page);
                 t->refs[page]++;
             }
         }
         if (entries != s->table[k].count)
-            return kvd_fail(err, KVD_E_CORRUPT, "a table says %u entries and has %u", s->table[k].count, entries);
+            return kvd_fail(err, KVD_E_CORRUPT, "a table says %u entries and has %u",
+                            s->table[k].count, entries);
     }
     t->sequences++;
     t->tokens += s->length;
@@ -36,28 +38,32 @@ static int tally_sequence(const struct kvd_pool *pool, const struct region_seq *
     return KVD_OK;
 }
 
-static int check_extent(const struct kvd_pool *pool, uint32_t x, struct tally *t, struct kvd_error *err)
+static int check_extent(const struct kvd_pool *pool, uint32_t x, struct tally *t,
+                        struct kvd_error *err)
 {
     const struct region_extent *e = &pool->extent[x];
     if (e->slab == KVD_POOL_NONE)
         return KVD_OK;
     const struct region_slab *slab = &pool->slab[e->slab];
     if (e->owner != slab->ns)
-        return kvd_fail(err, KVD_E_CORRUPT, "extent %u is marked with another namespace than its slab", x);
+        return kvd_fail(err, KVD_E_CORRUPT,
+                        "extent %u is marked with another namespace than its slab", x);
     uint32_t used = 0, returned = 0;
     for (uint32_t i = 0; i < e->carved; i++) {
         uint32_t page = x * pool->head->slots + i;
         if (pool->page[page].refs != t->refs[page])
-            return kvd_fail(err, KVD_E_CORRUPT, "page %u has %u references and says %u", page, t->refs[page],
-                            pool->page[page].refs);
+            return kvd_fail(err, KVD_E_CORRUPT, "page %u has %u references and says %u", page,
+                            t->refs[page], pool->page[page].refs);
         used += pool->page[page].refs != 0;
     }
-    for (uint32_t i = e->free_slot; i != KVD_POOL_NONE; i = pool->page[x * pool->head->slots + i].next)
+    for (uint32_t i = e->free_slot; i != KVD_POOL_NONE;
+         i = pool->page[x * pool->head->slots + i].next)
         if (++returned > e->carved)
             return kvd_fail(err, KVD_E_CORRUPT, "the slot list of extent %u has a cycle", x);
     if (used != e->used || used + returned != e->carved || e->carved > slab->slots)
-        return kvd_fail(err, KVD_E_CORRUPT, "extent %u: %u used, %u returned, %u carved, says %u used", x, used, returned,
-                        e->carved, e->used);
+        return kvd_fail(err, KVD_E_CORRUPT,
+                        "extent %u: %u used, %u returned, %u carved, says %u used", x, used,
+                        returned, e->carved, e->used);
     t->used += used * slab->page_bytes;
     t->ns_used[slab->ns] += used * slab->page_bytes;
     return KVD_OK;
@@ -67,20 +73,24 @@ static int compare(const struct kvd_pool *pool, const struct tally *t, struct kv
 {
     const struct region_head *h = pool->head;
     if (t->used != h->used || t->sequences != h->sequences || t->tokens != h->tokens)
-        return kvd_fail(err, KVD_E_CORRUPT, "used %llu/%llu sequences %llu/%llu tokens %llu/%llu (counted/said)",
-                        (unsigned long long)t->used, (unsigned long long)h->used, (unsigned long long)t->sequences,
-                        (unsigned long long)h->sequences, (unsigned long long)t->tokens, (unsigned long long)h->tokens);
+        return kvd_fail(err, KVD_E_CORRUPT,
+                        "used %llu/%llu sequences %llu/%llu tokens %llu/%llu (counted/said)",
+                        (unsigned long long)t->used, (unsigned long long)h->used,
+                        (unsigned long long)t->sequences, (unsigned long long)h->sequences,
+                        (unsigned long long)t->tokens, (unsigned long long)h->tokens);
     for (uint32_t i = 0; i < h->n_namespaces; i++) {
         const struct region_namespace *n = &pool->ns[i];
-        if (t->ns_used[i] != n->used || t->ns_sequences[i] != n->sequences || t->ns_tokens[i] != n->tokens)
+        if (t->ns_used[i] != n->used || t->ns_sequences[i] != n->sequences ||
+            t->ns_tokens[i] != n->tokens)
             return kvd_fail(err, KVD_E_CORRUPT, "the counters of namespace %s are wrong", n->name);
     }
     uint32_t free = 0;
-    for (uint32_t x = h->free_extent; x != KVD_POOL_NONE && free <= h->n_extents; x = pool->extent[x].next)
+    for (uint32_t x = h->free_extent; x != KVD_POOL_NONE && free <= h->n_extents;
+         x = pool->extent[x].next)
         free++;
     if (free + h->extents_granted != h->n_extents)
-        return kvd_fail(err, KVD_E_CORRUPT, "%u extents free, %u granted, %u in all", free, h->extents_granted,
-                        h->n_extents);
+        return kvd_fail(err, KVD_E_CORRUPT, "%u extents free, %u granted, %u in all", free,
+                        h->extents_granted, h->n_extents);
     return KVD_OK;
 }
 

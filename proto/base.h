@@ -1,4 +1,5 @@
-// What every folder uses: status codes with a message, cleanup attributes and small arithmetic helpers.
+// What every folder uses: status codes with a message, cleanup attributes and small arithmetic
+// helpers.
 #ifndef KVD_PROTO_BASE_H
 #define KVD_PROTO_BASE_H
 
@@ -11,8 +12,8 @@
 #include <string.h>
 #include <unistd.h>
 
-// 0 is success; positive codes are the caller's to handle; a negative code is an errno that nobody expected and is
-// forwarded up. daemon/status.c is the one place that maps these to gRPC codes.
+// 0 is success; positive codes are the caller's to handle; a negative code is an errno that nobody
+// expected and is forwarded up. daemon/status.c is the one place that maps these to gRPC codes.
 enum kvd_status {
     KVD_OK = 0,
     KVD_E_INVALID,      // malformed or out of range
@@ -37,8 +38,10 @@ struct kvd_error {
     char text[512];
 };
 
-// Fills *e (NULL is allowed) and returns `code`, so that a failing function can `return kvd_fail(...)`.
-__attribute__((format(printf, 3, 4))) int kvd_fail(struct kvd_error *e, int code, const char *fmt, ...);
+// Fills *e (NULL is allowed) and returns `code`, so that a failing function can `return
+// kvd_fail(...)`.
+__attribute__((format(printf, 3, 4))) int kvd_fail(struct kvd_error *e, int code, const char *fmt,
+                                                   ...);
 
 // Puts "prefix: " before the text that *e already has. Returns e->code.
 __attribute__((format(printf, 2, 3))) int kvd_fail_in(struct kvd_error *e, const char *fmt, ...);
@@ -48,7 +51,8 @@ const char *kvd_status_name(int code);
 // `len` bytes of `in` as 2*len lower-case hex digits and a NUL.
 void kvd_hex(const void *in, size_t len, char *out);
 
-// Parses "64MiB", "1.5GiB", "4096"; suffixes KiB MiB GiB TiB (and K M G T). KVD_E_INVALID when malformed or too large.
+// Parses "64MiB", "1.5GiB", "4096"; suffixes KiB MiB GiB TiB (and K M G T). KVD_E_INVALID when
+// malformed or too large.
 int kvd_parse_size(const char *text, uint64_t *out);
 
 // A size for people: "1.5 GiB". Writes at most `cap` bytes.
@@ -82,11 +86,11 @@ static inline void kvd_cleanup_file(FILE **f)
 #define KVD_FCLOSE   KVD_AUTO(kvd_cleanup_file)
 
 // Hands a pointer out of a cleanup variable: yields it and leaves NULL behind.
-#define KVD_TAKE(p)                                                                                                    \
-    ({                                                                                                                 \
-        __typeof__(p) kvd_taken_ = (p);                                                                                \
-        (p) = NULL;                                                                                                    \
-        kvd_taken_;                                                                                                    \
+#define KVD_TAKE(p)                                                                                \
+    ({                                                                                             \
+        __typeof__(p) kvd_taken_ = (p);                                                            \
+        (p) = NULL;                                                                                \
+        kvd_taken_;                                                                                \
     })
 
 #define KVD_LEN(a)    (sizeof(a) / sizeof((a)[0]))

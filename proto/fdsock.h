@@ -1,4 +1,5 @@
-// Messages on the fd socket, a unix SOCK_SEQPACKET socket at the gRPC socket's path with ".fd" appended.
+// Messages on the fd socket, a unix SOCK_SEQPACKET socket at the gRPC socket's path with ".fd"
+// appended.
 #ifndef KVD_PROTO_FDSOCK_H
 #define KVD_PROTO_FDSOCK_H
 

@@ -1,4 +1,5 @@
-// Limits and enums that the wire, the pool, the kernels and the client agree on. Plain C, no dependencies.
+// Limits and enums that the wire, the pool, the kernels and the client agree on. Plain C, no
+// dependencies.
 #ifndef KVD_PROTO_KVD_LIMITS_H
 #define KVD_PROTO_KVD_LIMITS_H
 
@@ -23,8 +24,8 @@ enum {
     KVD_MAX_CALL_TOKENS = 65536, // items x tokens in one Append, Attend or Step
     KVD_MAX_CALL_ITEMS = 1024,
     KVD_MAX_CALL_SEQUENCES = 4096,
-    KVD_MAX_NAME = 128,      // bytes of a sequence's or rotation set's name
-    KVD_MAX_NAMESPACE = 64,  // bytes of a namespace's name
+    KVD_MAX_NAME = 128,     // bytes of a sequence's or rotation set's name
+    KVD_MAX_NAMESPACE = 64, // bytes of a namespace's name
     KVD_MAX_CLIENT_NAME = 64,
     KVD_MAX_MESSAGE = 64 << 20, // bytes of one RPC message
 
@@ -47,7 +48,8 @@ enum kvd_dtype {
 
 // Shape of a model's KV cache as the pages hold it. Pages of different geometries never mix.
 struct kvd_geometry {
-    uint16_t layers[KVD_MAX_LAYERS]; // model layer ids, strictly ascending; entries past n_layers are 0
+    uint16_t
+        layers[KVD_MAX_LAYERS]; // model layer ids, strictly ascending; entries past n_layers are 0
     uint32_t n_layers;
     uint32_t q_heads;
     uint32_t kv_heads;

@@ -1,7 +1,9 @@
 // Two workers on recorded activations of a real model, as two processes:
 //   kvd-demo write ADDRESS ACTIVATIONS ROTATION_SET   prefills a sequence into kvd and publishes it
-//   kvd-demo read  ADDRESS ACTIVATIONS ROTATION_SET   attaches it, attends, and compares with exact float64 attention
-// ACTIVATIONS is a safetensors file with bf16 q, k and v [layers, tokens, heads, 64] (tests/data/record_smollm2.py).
+//   kvd-demo read  ADDRESS ACTIVATIONS ROTATION_SET   attaches it, attends, and compares with exact
+//   float64 attention
+// ACTIVATIONS is a safetensors file with bf16 q, k and v [layers, tokens, heads, 64]
+// (tests/data/record_smollm2.py).
 #include <fcntl.h>
 #include <jansson.h>
 #include <math.h>
@@ -44,7 +46,8 @@ static double now_ms(void)
     return (double)ts.tv_sec * 1e3 + (double)ts.tv_nsec / 1e6;
 }
 
-static const uint16_t *tensor(const json_t *header, const char *name, const char *data, size_t size, uint32_t shape[4])
+static const uint16_t *tensor(const json_t *header, const char *name, const char *data, size_t size,
+                              uint32_t shape[4])
 {
     const json_t *t = json_object_get(header, name), *at = json_object_get(t, "data_offsets");
     size_t bytes = 2;
@@ -95,24 +98,33 @@ static struct activations load(const char *path)
     return a;
 }
 
-static kvd_client *connect_to(const char *address, const struct activations *a, const char *set, const char *name)
+static kvd_client *connect_to(const char *address, const struct activations *a, const char *set,
+                              const char *name)
 {
     kvd_failure err;
     kvd_client *c;
-    kvd_options o = {.address = address, .client_name = name, .layers = a->ids, .n_layers = a->layers,
-                     .q_heads = a->q_heads, .kv_heads = a->kv_heads, .head_dim_k = DIM, .head_dim_v = DIM,
-                     .codec = "int2", .rotation_set = set};
+    kvd_options o = {.address = address,
+                     .client_name = name,
+                     .layers = a->ids,
+                     .n_layers = a->layers,
+                     .q_heads = a->q_heads,
+                     .kv_heads = a->kv_heads,
+                     .head_dim_k = DIM,
+                     .head_dim_v = DIM,
+                     .codec = "int2",
+                     .rotation_set = set};
     if (kvd_open(&o, &c, &err))
         die("cannot open a session", &err);
     return c;
 }
 
-static void copy_tokens(void *to, const uint16_t *from, const struct activations *a, uint32_t heads, uint32_t first,
-                        uint32_t n)
+static void copy_tokens(void *to, const uint16_t *from, const struct activations *a, uint32_t heads,
+                        uint32_t first, uint32_t n)
 {
     size_t row = (size_t)heads * DIM * 2;
     for (uint32_t l = 0; l < a->layers; l++)
-        memcpy((char *)to + l * n * row, (const char *)from + ((size_t)l * a->tokens + first) * row, n * row);
+        memcpy((char *)to + l * n * row, (const char *)from + ((size_t)l * a->tokens + first) * row,
+               n * row);
 }
 
 static int write_all(const char *address, const struct activations *a, const char *set)
@@ -128,15 +140,19 @@ static int write_all(const char *address, const struct activations *a, const cha
         uint32_t n = a->tokens - t < CHUNK ? a->tokens - t : CHUNK;
         copy_tokens(kvd_buffer_data(b), a->k, a, a->kv_heads, t, n);
         copy_tokens((char *)kvd_buffer_data(b) + v_at, a->v, a, a->kv_heads, t, n);
-        kvd_item item = {.sequence = id, .position = t, .tokens = n, .k = {.buffer = b}, .v = {.buffer = b, .offset = v_at}};
+        kvd_item item = {.sequence = id,
+                         .position = t,
+                         .tokens = n,
+                         .k = {.buffer = b},
+                         .v = {.buffer = b, .offset = v_at}};
         if (kvd_append(c, (kvd_layers){0, 0}, &item, 1, &err))
             die("append", &err);
     }
     double ms = now_ms() - began;
     if (kvd_sequence_publish(c, id, "demo", true, &err))
         die("publish", &err);
-    printf("writer: appended %u tokens x %u layers of %s (%s) in %.1f ms, published as 'demo'\n", a->tokens, a->layers,
-           a->model, a->text, ms);
+    printf("writer: appended %u tokens x %u layers of %s (%s) in %.1f ms, published as 'demo'\n",
+           a->tokens, a->layers, a->model, a->text, ms);
     kvd_close(&c);
     return 0;
 }
@@ -202,14 +218,19 @@ static int read_all(const char *address, const struct activations *a, const char
     copy_tokens(kvd_buffer_data(b), a->q, a, a->q_heads, a->tokens - QUERIES, QUERIES);
     uint64_t vector = 2ull * DIM * 2; // K and V of one token and kv head, in bf16
     uint64_t bf16 = info.length * a->kv_heads * vector;
-    uint64_t stored = a->kv_heads * (info.history_tokens * (2 * DIM / 4 + 8) + (info.length - info.history_tokens) * vector);
-    printf("reader: %llu tokens: %llu in the sink, %llu compressed, %llu in the recent window; rotation set %.20s...\n\n",
-           (unsigned long long)info.length, (unsigned long long)info.sink_tokens, (unsigned long long)info.history_tokens,
-           (unsigned long long)info.recent_tokens, daemon.rotation_set);
-    printf("layer  tokens  bytes bf16  bytes stored  ratio  history  rel. error   cosine  ms/call\n");
+    uint64_t stored = a->kv_heads * (info.history_tokens * (2 * DIM / 4 + 8) +
+                                     (info.length - info.history_tokens) * vector);
+    printf("reader: %llu tokens: %llu in the sink, %llu compressed, %llu in the recent window; "
+           "rotation set %.20s...\n\n",
+           (unsigned long long)info.length, (unsigned long long)info.sink_tokens,
+           (unsigned long long)info.history_tokens, (unsigned long long)info.recent_tokens,
+           daemon.rotation_set);
+    printf(
+        "layer  tokens  bytes bf16  bytes stored  ratio  history  rel. error   cosine  ms/call\n");
     struct score all = {0};
     for (uint32_t l = 0; l < a->layers; l++) {
-        kvd_item item = {.sequence = info.sequence, .tokens = QUERIES,
+        kvd_item item = {.sequence = info.sequence,
+                         .tokens = QUERIES,
                          .q = {.buffer = b, .offset = l * (o_at / a->layers)},
                          .o = {.buffer = b, .offset = o_at, .dtype = KVD_F32}};
         double best = 1e9;
@@ -222,13 +243,16 @@ static int read_all(const char *address, const struct activations *a, const char
         struct score s = {0};
         compare(a, l, (const float *)(const void *)((char *)kvd_buffer_data(b) + o_at), &s);
         printf("%5u  %6llu  %10llu  %12llu  %4.2fx  %6.2fx  %10.4f  %.5f  %7.2f\n", a->ids[l],
-               (unsigned long long)info.length, (unsigned long long)bf16, (unsigned long long)stored,
-               (double)bf16 / (double)stored, (double)vector / (2 * DIM / 4 + 8), sqrt(s.diff / s.want),
+               (unsigned long long)info.length, (unsigned long long)bf16,
+               (unsigned long long)stored, (double)bf16 / (double)stored,
+               (double)vector / (2 * DIM / 4 + 8), sqrt(s.diff / s.want),
                s.dot / sqrt(s.want * s.got), best);
         all.diff += s.diff / s.want;
     }
-    printf("\nerror: attention output of the last %d positions against exact float64 attention on the original values\n"
-           "(mean over layers %.4f); ratio: of the whole sequence; history: of its compressed part alone.\n",
+    printf("\nerror: attention output of the last %d positions against exact float64 attention on "
+           "the original values\n"
+           "(mean over layers %.4f); ratio: of the whole sequence; history: of its compressed part "
+           "alone.\n",
            QUERIES, sqrt(all.diff / a->layers));
     kvd_close(&c);
     return 0;
@@ -241,5 +265,6 @@ int main(int argc, char **argv)
         return 2;
     }
     struct activations a = load(argv[3]);
-    return strcmp(argv[1], "write") == 0 ? write_all(argv[2], &a, argv[4]) : read_all(argv[2], &a, argv[4]);
+    return strcmp(argv[1], "write") == 0 ? write_all(argv[2], &a, argv[4])
+                                         : read_all(argv[2], &a, argv[4]);
 }

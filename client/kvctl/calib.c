@@ -20,8 +20,13 @@ static struct kvd_store_config local_store(const struct kvctl *k)
     if (k->cache)
         snprintf(cache, sizeof(cache), "%s", k->cache);
     else
-        snprintf(cache, sizeof(cache), "%s%s/kvd", xdg ? xdg : home ? home : "/var/tmp", xdg ? "" : "/.cache");
-    return (struct kvd_store_config){.url = k->store, .cache = cache, .timeout_ms = k->timeout_ms, .retries = 2};
+        snprintf(cache, sizeof(cache), "%s%s/kvd",
+                 xdg    ? xdg
+                 : home ? home
+                        : "/var/tmp",
+                 xdg ? "" : "/.cache");
+    return (struct kvd_store_config){
+        .url = k->store, .cache = cache, .timeout_ms = k->timeout_ms, .retries = 2};
 }
 
 static void on_progress(void *ctx, uint64_t have, uint64_t total)
@@ -91,7 +96,8 @@ static int calib_ls(struct kvctl *k)
     Kvd__V1__ListRotationSetsReply *r = NULL;
     if (is_local(k))
         return list_local(k);
-    int code = kvctl_call(k, "ListRotationSets", &req, &kvd__v1__list_rotation_sets_reply__descriptor, &r);
+    int code =
+        kvctl_call(k, "ListRotationSets", &req, &kvd__v1__list_rotation_sets_reply__descriptor, &r);
     if (code)
         return code;
     code = print_entries(k, r);
@@ -107,7 +113,8 @@ static void layers_text(const struct kvd_rotset *s, char *out, size_t cap)
         uint32_t j = i;
         while (j + 1 < s->n_layers && s->layers[j + 1] == s->layers[j] + 1)
             j++;
-        n += (size_t)snprintf(out + n, cap - n, j > i ? "%s%u-%u" : "%s%u", i ? "," : "", s->layers[i], s->layers[j]);
+        n += (size_t)snprintf(out + n, cap - n, j > i ? "%s%u-%u" : "%s%u", i ? "," : "",
+                              s->layers[i], s->layers[j]);
         i = j;
     }
 }
@@ -117,11 +124,12 @@ static int print_set(struct kvctl *k, const struct kvd_rotset *s, double worst)
     char layers[256];
     layers_text(s, layers, sizeof(layers));
     if (k->json) {
-        json_t *j = json_pack("{s:s, s:s, s:s, s:s, s:i, s:s, s:i, s:i, s:i, s:f, s:f, s:f}", "model", s->model, "digest",
-                              s->digest, "objective", s->objective, "provenance", s->provenance, "n_layers",
-                              (int)s->n_layers, "layers", layers, "rotations_per_layer", (int)s->heads, "head_dim_k",
-                              (int)s->dim_k, "head_dim_v", (int)s->dim_v, "clip_k", (double)s->clip_k[0], "clip_v",
-                              (double)s->clip_v[0], "orthogonality", worst);
+        json_t *j = json_pack(
+            "{s:s, s:s, s:s, s:s, s:i, s:s, s:i, s:i, s:i, s:f, s:f, s:f}", "model", s->model,
+            "digest", s->digest, "objective", s->objective, "provenance", s->provenance, "n_layers",
+            (int)s->n_layers, "layers", layers, "rotations_per_layer", (int)s->heads, "head_dim_k",
+            (int)s->dim_k, "head_dim_v", (int)s->dim_v, "clip_k", (double)s->clip_k[0], "clip_v",
+            (double)s->clip_v[0], "orthogonality", worst);
         json_dumpf(j, stdout, JSON_INDENT(2) | JSON_PRESERVE_ORDER);
         putchar('\n');
         json_decref(j);
@@ -137,12 +145,14 @@ static int print_set(struct kvctl *k, const struct kvd_rotset *s, double worst)
     else
         printf("rotations      %u a layer, one per kv head\n", s->heads);
     printf("head_dim       K %u, V %u\n", s->dim_k, s->dim_v);
-    printf("clip           K %.3f, V %.3f (first layer)\n", (double)s->clip_k[0], (double)s->clip_v[0]);
+    printf("clip           K %.3f, V %.3f (first layer)\n", (double)s->clip_k[0],
+           (double)s->clip_v[0]);
     printf("orthogonality  max |R R^T - I| = %.2e\n", worst);
     return EXIT_OK;
 }
 
-// A set from a file, or, by name, from the store that --store and --cache say, or else from the daemon's.
+// A set from a file, or, by name, from the store that --store and --cache say, or else from the
+// daemon's.
 static struct kvd_rotset *open_set(struct kvctl *k, const char *arg, int *code)
 {
     struct kvd_error err = {0};
@@ -150,7 +160,8 @@ static struct kvd_rotset *open_set(struct kvctl *k, const char *arg, int *code)
     if (is_file(arg)) {
         set = kvd_rotset_open(arg, &err);
     } else if (!kvd_store_ref_valid(arg)) {
-        kvd_fail(&err, KVD_E_INVALID, "'%s' is neither a file nor a set: say model@tag or sha256:<64 hex>", arg);
+        kvd_fail(&err, KVD_E_INVALID,
+                 "'%s' is neither a file nor a set: say model@tag or sha256:<64 hex>", arg);
     } else {
         set = fetch_local(k, arg, &err);
     }
@@ -163,8 +174,8 @@ static int print_fetched(struct kvctl *k, Kvd__V1__FetchRotationSetReply *r)
     if (k->json)
         return kvctl_print_json(&r->base);
     const Kvd__V1__RotationSetInfo *s = r->set;
-    printf("%s\n%s: %u layers, head_dim %u/%u, %s\n", s->digest, s->model, s->layers, s->head_dim_k, s->head_dim_v,
-           s->state);
+    printf("%s\n%s: %u layers, head_dim %u/%u, %s\n", s->digest, s->model, s->layers, s->head_dim_k,
+           s->head_dim_v, s->state);
     kvd__v1__fetch_rotation_set_reply__free_unpacked(r, NULL);
     return EXIT_OK;
 }
@@ -174,7 +185,8 @@ static int fetch_remote(struct kvctl *k, const char *ref)
     Kvd__V1__FetchRotationSetRequest req = KVD__V1__FETCH_ROTATION_SET_REQUEST__INIT;
     Kvd__V1__FetchRotationSetReply *r = NULL;
     req.name = (char *)ref;
-    int code = kvctl_operator_call(k, "FetchRotationSet", &req, &kvd__v1__fetch_rotation_set_reply__descriptor, &r);
+    int code = kvctl_operator_call(k, "FetchRotationSet", &req,
+                                   &kvd__v1__fetch_rotation_set_reply__descriptor, &r);
     return code ? code : print_fetched(k, r);
 }
 
@@ -183,7 +195,7 @@ static int calib_show(struct kvctl *k, const char *arg, bool verify)
     int code;
     double worst;
     struct kvd_error err = {0};
-    if (!is_file(arg) && !is_local(k))
+    if (!is_file(arg) && !is_local(k) && kvd_store_ref_valid(arg))
         return fetch_remote(k, arg); // the daemon fetches and verifies
     struct kvd_rotset *set = open_set(k, arg, &code);
     if (!set)
@@ -192,8 +204,8 @@ static int calib_show(struct kvctl *k, const char *arg, bool verify)
     if (rc)
         code = kvctl_fail(&err);
     else if (verify && !k->json)
-        printf("good: %u layers, digest %s, max |R R^T - I| = %.2e\n", set->n_layers, *set->digest ? set->digest : "-",
-               worst);
+        printf("good: %u layers, digest %s, max |R R^T - I| = %.2e\n", set->n_layers,
+               *set->digest ? set->digest : "-", worst);
     else
         code = print_set(k, set, worst);
     kvd_rotset_free(&set);
@@ -221,7 +233,8 @@ static int calib_import(struct kvctl *k, char **argv)
     struct kvd_rotset *set = kvd_rotset_import(argv[0], argv[1], model, &err);
     int rc = set ? kvd_store_publish(directory, set, at + 1, &err) : err.code;
     if (rc == KVD_OK && k->json)
-        printf("{\"model\": \"%s\", \"tag\": \"%s\", \"digest\": \"%s\"}\n", model, at + 1, set->digest);
+        printf("{\"model\": \"%s\", \"tag\": \"%s\", \"digest\": \"%s\"}\n", model, at + 1,
+               set->digest);
     else if (rc == KVD_OK)
         printf("%s@%s is %s\n", model, at + 1, set->digest);
     kvd_rotset_free(&set);
@@ -243,7 +256,8 @@ static bool parse_layers(const char *text, struct kvd_geometry *g)
         if (end == text || (*end && *end != ',') || to < from || to > KVD_MAX_MODEL_LAYER)
             return false;
         for (; from <= to; from++) {
-            if (g->n_layers == KVD_MAX_LAYERS || (g->n_layers && from <= g->layers[g->n_layers - 1]))
+            if (g->n_layers == KVD_MAX_LAYERS ||
+                (g->n_layers && from <= g->layers[g->n_layers - 1]))
                 return false;
             g->layers[g->n_layers++] = (uint16_t)from;
         }
@@ -252,14 +266,16 @@ static bool parse_layers(const char *text, struct kvd_geometry *g)
     return g->n_layers > 0;
 }
 
-// Publishes the data-free Hadamard set for a model, so that workers can name it as they will name a fitted one.
+// Publishes the data-free Hadamard set for a model, so that workers can name it as they will name a
+// fitted one.
 static int calib_hadamard(struct kvctl *k, char **argv)
 {
     struct kvd_error err = {0};
     struct kvd_geometry g = {0};
     const char *directory = store_directory(k), *at = strchr(argv[0], '@');
     if (!kvd_store_ref_valid(argv[0]) || !at || !parse_layers(argv[1], &g))
-        return kvctl_usage("it is: calib hadamard MODEL@TAG LAYERS DIM, with layers such as 0-31 or 3,7,11");
+        return kvctl_usage(
+            "it is: calib hadamard MODEL@TAG LAYERS DIM, with layers such as 0-31 or 3,7,11");
     if (!directory)
         return kvctl_usage("hadamard writes into a directory store: --store DIR");
     g.head_dim_k = g.head_dim_v = (uint32_t)atoi(argv[2]);
@@ -268,7 +284,8 @@ static int calib_hadamard(struct kvctl *k, char **argv)
         snprintf(set->model, sizeof(set->model), "%.*s", (int)(at - argv[0]), argv[0]);
     int rc = set ? kvd_store_publish(directory, set, at + 1, &err) : err.code;
     if (rc == KVD_OK)
-        printf(k->json ? "{\"set\": \"%s\", \"digest\": \"%s\"}\n" : "%s is %s\n", argv[0], set->digest);
+        printf(k->json ? "{\"set\": \"%s\", \"digest\": \"%s\"}\n" : "%s is %s\n", argv[0],
+               set->digest);
     kvd_rotset_free(&set);
     return rc ? kvctl_fail(&err) : EXIT_OK;
 }
@@ -288,5 +305,6 @@ int cmd_calib(struct kvctl *k, int argc, char **argv)
         return calib_import(k, argv + 2);
     if (strcmp(verb, "hadamard") == 0 && argc == 5)
         return calib_hadamard(k, argv + 2);
-    return kvctl_usage("it is: calib ls | show SET|FILE | verify SET|FILE | fetch SET | import K.pt V.pt MODEL@TAG | hadamard MODEL@TAG LAYERS DIM");
+    return kvctl_usage("it is: calib ls | show SET|FILE | verify SET|FILE | fetch SET | import "
+                       "K.pt V.pt MODEL@TAG | hadamard MODEL@TAG LAYERS DIM");
 }

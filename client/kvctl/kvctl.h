@@ -34,14 +34,15 @@ int kvctl_fail(const struct kvd_error *err);
 __attribute__((format(printf, 1, 2))) int kvctl_usage(const char *fmt, ...);
 
 // One Admin call. Returns an exit code; on success *reply is to be freed by the caller.
-int kvctl_call(struct kvctl *k, const char *method, const void *request, const ProtobufCMessageDescriptor *reply_type,
-               void *reply);
+int kvctl_call(struct kvctl *k, const char *method, const void *request,
+               const ProtobufCMessageDescriptor *reply_type, void *reply);
 // The same as an operator: fetches a ticket from the fd socket first.
 int kvctl_operator_call(struct kvctl *k, const char *method, const void *request,
                         const ProtobufCMessageDescriptor *reply_type, void *reply);
 struct kvd_channel *kvctl_channel(struct kvctl *k, struct kvd_error *err);
 
-// -- output.c ------------------------------------------------------------------------------------------------------
+// -- output.c
+// ------------------------------------------------------------------------------------------------------
 // Any message as JSON, all fields present, by reflection.
 json_t *kvctl_to_json(const ProtobufCMessage *m);
 // Prints a message as JSON and frees it.

@@ -13,8 +13,7 @@ static const struct command commands[] = {
     {"top", "[SECONDS [COUNT]]", "Live view, until interrupted", cmd_top},
     {"ping", "[COUNT]", "Round-trip time of a call", cmd_ping},
     {"quota", "ls | set NS SIZE|none", "Quotas of namespaces", cmd_quota},
-    {"evict", "[OPTION...]", "Evict published, unused sequences, oldest first",
-     cmd_evict},
+    {"evict", "[OPTION...]", "Evict published, unused sequences, oldest first", cmd_evict},
     {"drain", "[SECONDS]", "Let sessions end, then stop the daemon", cmd_drain},
     {"log-level", "LEVEL", "error, warning, notice, info or debug", cmd_log_level},
     {"calib", "VERB ...", "Rotation sets: ls, show, verify, fetch, import, hadamard", cmd_calib},
@@ -24,7 +23,8 @@ static const struct command commands[] = {
 enum { OPT_TLS_CA = 1000, OPT_TLS_CERT, OPT_TLS_KEY, OPT_STORE, OPT_CACHE };
 
 static const struct argp_option options[] = {
-    {"address", 'a', "ADDRESS", 0, "unix:PATH or HOST:PORT (default: $KVD_ADDRESS or unix:/run/kvd/kvd.sock)", 0},
+    {"address", 'a', "ADDRESS", 0,
+     "unix:PATH or HOST:PORT (default: $KVD_ADDRESS or unix:/run/kvd/kvd.sock)", 0},
     {"json", 'j', 0, 0, "Print JSON, for scripts", 0},
     {"timeout", 't', "SECONDS", 0, "Give up after this long (default: 10)", 0},
     {"tls-ca", OPT_TLS_CA, "FILE", 0, "Certificate authority of the server: use TLS", 1},
@@ -104,7 +104,8 @@ static char *help_text(int key, const char *text, void *input)
     fprintf(f, "\ncalib ls | show SET|FILE | verify SET|FILE | fetch SET\n"
                "calib import K.pt V.pt MODEL@TAG | hadamard MODEL@TAG LAYERS DIM\n"
                "evict --namespace NS --name NAME --bytes SIZE\n");
-    fprintf(f, "\nExit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 no daemon there,\n4 not allowed. See kvctl(1).");
+    fprintf(f, "\nExit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 no daemon there,\n4 "
+               "not allowed. See kvctl(1).");
     fclose(f);
     return out;
 }
@@ -112,7 +113,9 @@ static char *help_text(int key, const char *text, void *input)
 int kvctl_fail(const struct kvd_error *err)
 {
     fprintf(stderr, "kvctl: %s\n", err->text);
-    return err->code == KVD_E_UNAVAILABLE ? EXIT_UNREACHABLE : err->code == KVD_E_DENIED ? EXIT_DENIED : EXIT_FAILED;
+    return err->code == KVD_E_UNAVAILABLE ? EXIT_UNREACHABLE
+           : err->code == KVD_E_DENIED    ? EXIT_DENIED
+                                          : EXIT_FAILED;
 }
 
 int kvctl_usage(const char *fmt, ...)
@@ -129,12 +132,13 @@ int kvctl_usage(const char *fmt, ...)
 struct kvd_channel *kvctl_channel(struct kvctl *k, struct kvd_error *err)
 {
     if (!k->channel)
-        k->channel = kvd_channel_new(&(struct kvd_channel_options){k->address, k->tls_ca, k->tls_cert, k->tls_key}, err);
+        k->channel = kvd_channel_new(
+            &(struct kvd_channel_options){k->address, k->tls_ca, k->tls_cert, k->tls_key}, err);
     return k->channel;
 }
 
-int kvctl_call(struct kvctl *k, const char *method, const void *request, const ProtobufCMessageDescriptor *reply_type,
-               void *reply)
+int kvctl_call(struct kvctl *k, const char *method, const void *request,
+               const ProtobufCMessageDescriptor *reply_type, void *reply)
 {
     struct kvd_error err = {0};
     char path[128];
@@ -142,7 +146,9 @@ int kvctl_call(struct kvctl *k, const char *method, const void *request, const P
     struct kvd_channel *c = kvctl_channel(k, &err);
     if (!c || kvd_channel_call(c, path, request, reply_type, k->timeout_ms, reply, &err)) {
         if (err.code == KVD_E_UNAVAILABLE)
-            kvd_fail_in(&err, "no answer from %s (is kvd running there? --address says where to look)", k->address);
+            kvd_fail_in(&err,
+                        "no answer from %s (is kvd running there? --address says where to look)",
+                        k->address);
         return kvctl_fail(&err);
     }
     return EXIT_OK;
@@ -166,15 +172,18 @@ int kvctl_operator_call(struct kvctl *k, const char *method, const void *request
 
 int main(int argc, char **argv)
 {
-    static const struct argp argp = {.options = options,
-                                     .parser = parse,
-                                     .args_doc = "COMMAND [ARGUMENT...]",
-                                     .doc = "Shows and steers kvd, the shared KV-cache memory daemon.\v ",
-                                     .help_filter = help_text};
+    static const struct argp argp = {
+        .options = options,
+        .parser = parse,
+        .args_doc = "COMMAND [ARGUMENT...]",
+        .doc = "Shows and steers kvd, the shared KV-cache memory daemon.\v ",
+        .help_filter = help_text};
     const char *address = getenv("KVD_ADDRESS");
+    argp_err_exit_status = EXIT_USED_WRONG;
     argp_program_version = "kvctl " KVD_VERSION;
-    struct arguments a = {
-        .k = {.address = address ? address : "unix:/run/kvd/kvd.sock", .timeout_ms = 10000, .sock = -1}};
+    struct arguments a = {.k = {.address = address ? address : "unix:/run/kvd/kvd.sock",
+                                .timeout_ms = 10000,
+                                .sock = -1}};
     argp_parse(&argp, argc, argv, ARGP_IN_ORDER, NULL, &a);
     for (size_t i = 0; i < KVD_LEN(commands); i++) {
         if (strcmp(commands[i].name, argv[a.first]) != 0)

@@ -16,7 +16,8 @@ static json_t *value_json(const ProtobufCFieldDescriptor *f, const void *at)
     case PROTOBUF_C_TYPE_STRING:
         return json_string(*(char *const *)at);
     case PROTOBUF_C_TYPE_MESSAGE:
-        return *(ProtobufCMessage *const *)at ? kvctl_to_json(*(ProtobufCMessage *const *)at) : json_null();
+        return *(ProtobufCMessage *const *)at ? kvctl_to_json(*(ProtobufCMessage *const *)at)
+                                              : json_null();
     default:
         return json_null();
     }
@@ -75,7 +76,8 @@ struct table *table_new(const char *titles)
         const char *end = strchr(c, '|');
         int len = end ? (int)(end - c) : (int)strlen(c);
         t->right[t->columns] = *c == '>';
-        snprintf(t->titles[t->columns], sizeof(t->titles[0]), "%.*s", len - (*c == '>'), c + (*c == '>'));
+        snprintf(t->titles[t->columns], sizeof(t->titles[0]), "%.*s", len - (*c == '>'),
+                 c + (*c == '>'));
         t->columns++;
         c = end ? end + 1 : NULL;
     }
@@ -108,11 +110,13 @@ const char *text_time(uint64_t ms, char *out, size_t cap)
 {
     uint64_t s = ms / 1000;
     if (s < 120)
-        snprintf(out, cap, "%llu.%llus", (unsigned long long)s, (unsigned long long)(ms % 1000 / 100));
+        snprintf(out, cap, "%llu.%llus", (unsigned long long)s,
+                 (unsigned long long)(ms % 1000 / 100));
     else if (s < 7200)
         snprintf(out, cap, "%llum%02llus", (unsigned long long)s / 60, (unsigned long long)s % 60);
     else
-        snprintf(out, cap, "%lluh%02llum", (unsigned long long)s / 3600, (unsigned long long)s / 60 % 60);
+        snprintf(out, cap, "%lluh%02llum", (unsigned long long)s / 3600,
+                 (unsigned long long)s / 60 % 60);
     return out;
 }
 
@@ -127,7 +131,10 @@ static void print_row(const struct table *t, char (*cells)[CELL], const int *wid
     for (int c = 0; c < t->columns; c++) {
         const char *text = cells ? cells[c] : t->titles[c];
         bool last = c + 1 == t->columns;
-        printf(t->right[c] ? "%*s" : last ? "%.0d%s" : "%-*s", t->right[c] || !last ? width[c] : 0, text);
+        printf(t->right[c] ? "%*s"
+               : last      ? "%.0d%s"
+                           : "%-*s",
+               t->right[c] || !last ? width[c] : 0, text);
         printf("%s", last ? "\n" : "  ");
     }
 }
@@ -138,7 +145,8 @@ void table_print(struct table *t, const char *empty)
     for (int c = 0; c < t->columns; c++)
         width[c] = (int)strlen(t->titles[c]);
     for (size_t i = 0; i < t->n; i++)
-        width[i % (size_t)t->columns] = KVD_MAX(width[i % (size_t)t->columns], (int)strlen(t->cells[i]));
+        width[i % (size_t)t->columns] =
+            KVD_MAX(width[i % (size_t)t->columns], (int)strlen(t->cells[i]));
     if (t->n == 0) {
         printf("%s\n", empty);
     } else {
@@ -161,8 +169,8 @@ void progress(const char *what, uint64_t have, uint64_t total)
         return;
     }
     int done = (int)(have * 30 / total);
-    fprintf(stderr, "\r%s [%.*s%.*s] %s of %s\033[K", what, done, "##############################", 30 - done,
-            "..............................", a, kvd_format_size(total, b, sizeof(b)));
+    fprintf(stderr, "\r%s [%.*s%.*s] %s of %s\033[K", what, done, "##############################",
+            30 - done, "..............................", a, kvd_format_size(total, b, sizeof(b)));
 }
 
 void progress_end(void)

@@ -19,7 +19,8 @@ static void print_status(const Kvd__V1__StatusReply *r)
     printf("state      %s, up %s\n", r->state, text_time(r->uptime_ms, up, sizeof(up)));
     printf("version    %s (pid %u, instance %.8s)\n", r->version, r->pid, r->instance);
     printf("backend    %s: %s\n", r->backend, r->device);
-    printf("pool       %s of %s used (%.1f %%)\n", kvd_format_size(r->pool_used_bytes, used, sizeof(used)),
+    printf("pool       %s of %s used (%.1f %%)\n",
+           kvd_format_size(r->pool_used_bytes, used, sizeof(used)),
            kvd_format_size(r->pool_bytes, all, sizeof(all)),
            r->pool_bytes ? 100.0 * (double)r->pool_used_bytes / (double)r->pool_bytes : 0);
     printf("holds      %llu tokens in %llu sequences\n", (unsigned long long)r->tokens,
@@ -29,7 +30,8 @@ static void print_status(const Kvd__V1__StatusReply *r)
         printf("listen     %s\n", r->listen[i]);
     printf("metrics    %s\n", *r->metrics ? r->metrics : "off");
     printf("store      %s\n", *r->store ? r->store : "none");
-    printf("memory     %s resident; log level %s\n", kvd_format_size(r->rss_bytes, rss, sizeof(rss)), r->log_level);
+    printf("memory     %s resident; log level %s\n",
+           kvd_format_size(r->rss_bytes, rss, sizeof(rss)), r->log_level);
 }
 
 int cmd_status(struct kvctl *k, int argc, char **argv)
@@ -57,7 +59,8 @@ static int show_workers(struct kvctl *k)
         return code;
     if (k->json)
         return kvctl_print_json(&r->base);
-    struct table *t = table_new(">ID|NAMESPACE|CLIENT|>PID|>UID|>AGE|>IDLE|>SEQS|>PAGES|>BUFFERS|>CALLS|CODEC|ROTATION");
+    struct table *t = table_new(
+        ">ID|NAMESPACE|CLIENT|>PID|>UID|>AGE|>IDLE|>SEQS|>PAGES|>BUFFERS|>CALLS|CODEC|ROTATION");
     for (size_t i = 0; i < r->n_sessions; i++) {
         const Kvd__V1__SessionInfo *s = r->sessions[i];
         table_cell(t, "%llu", (unsigned long long)s->id);
@@ -127,10 +130,11 @@ static int show_pool(struct kvctl *k)
         return code;
     if (k->json)
         return kvctl_print_json(&r->base);
-    printf("%s: %s in pages, %s slack, %s free; %u of %u extents granted; %llu evictions\n\n",
-           kvd_format_size(r->pool_bytes, a, sizeof(a)), kvd_format_size(r->used_bytes, b, sizeof(b)),
-           kvd_format_size(r->slack_bytes, c, sizeof(c)), kvd_format_size(r->free_bytes, d, sizeof(d)),
-           r->extents_granted, r->extents_total, (unsigned long long)r->evictions);
+    printf(
+        "%s: %s in pages, %s slack, %s free; %u of %u extents granted; %llu evictions\n\n",
+        kvd_format_size(r->pool_bytes, a, sizeof(a)), kvd_format_size(r->used_bytes, b, sizeof(b)),
+        kvd_format_size(r->slack_bytes, c, sizeof(c)), kvd_format_size(r->free_bytes, d, sizeof(d)),
+        r->extents_granted, r->extents_total, (unsigned long long)r->evictions);
     struct table *t = table_new("NAMESPACE|KIND|>PAGE|>USED PAGES|>FREE PAGES|>EXTENTS");
     for (size_t i = 0; i < r->n_groups; i++) {
         const Kvd__V1__ExtentGroup *g = r->groups[i];
@@ -253,11 +257,13 @@ int cmd_version(struct kvctl *k, int argc, char **argv)
     if (argc > 1)
         return kvctl_usage("version takes no arguments");
     struct kvd_channel *c = kvctl_channel(k, &err);
-    if (!c || kvd_channel_call(c, "/kvd.v1.Admin/GetStatus", &req, &kvd__v1__status_reply__descriptor,
-                               KVD_MIN(k->timeout_ms, 2000u), &r, &err))
+    if (!c ||
+        kvd_channel_call(c, "/kvd.v1.Admin/GetStatus", &req, &kvd__v1__status_reply__descriptor,
+                         KVD_MIN(k->timeout_ms, 2000u), &r, &err))
         r = NULL;
     const char *daemon = r ? r->version : "not reachable";
-    printf(k->json ? "{\"kvctl\": \"%s\", \"kvd\": \"%s\"}\n" : "kvctl %s\nkvd   %s\n", KVD_VERSION, daemon);
+    printf(k->json ? "{\"kvctl\": \"%s\", \"kvd\": \"%s\"}\n" : "kvctl %s\nkvd   %s\n", KVD_VERSION,
+           daemon);
     if (r)
         kvd__v1__status_reply__free_unpacked(r, NULL);
     return EXIT_OK;

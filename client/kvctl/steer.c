@@ -7,7 +7,8 @@ static int quota_list(struct kvctl *k)
 {
     Kvd__V1__ListNamespacesRequest req = KVD__V1__LIST_NAMESPACES_REQUEST__INIT;
     Kvd__V1__ListNamespacesReply *r = NULL;
-    int code = kvctl_call(k, "ListNamespaces", &req, &kvd__v1__list_namespaces_reply__descriptor, &r);
+    int code =
+        kvctl_call(k, "ListNamespaces", &req, &kvd__v1__list_namespaces_reply__descriptor, &r);
     if (code)
         return code;
     if (k->json)
@@ -39,7 +40,8 @@ int cmd_quota(struct kvctl *k, int argc, char **argv)
     Kvd__V1__SetQuotaRequest req = KVD__V1__SET_QUOTA_REQUEST__INIT;
     Kvd__V1__SetQuotaReply *r = NULL;
     req.namespace_name = argv[2];
-    if (strcmp(argv[3], "none") != 0 && (kvd_parse_size(argv[3], &req.quota_bytes) || req.quota_bytes == 0))
+    if (strcmp(argv[3], "none") != 0 &&
+        (kvd_parse_size(argv[3], &req.quota_bytes) || req.quota_bytes == 0))
         return kvctl_usage("'%s' is no size; say 512MiB, 8GiB or none", argv[3]);
     int code = kvctl_operator_call(k, "SetQuota", &req, &kvd__v1__set_quota_reply__descriptor, &r);
     if (code)
@@ -56,8 +58,10 @@ int cmd_quota(struct kvctl *k, int argc, char **argv)
 
 int cmd_evict(struct kvctl *k, int argc, char **argv)
 {
-    static const struct option options[] = {
-        {"namespace", required_argument, 0, 'n'}, {"name", required_argument, 0, 'm'}, {"bytes", required_argument, 0, 'b'}, {0}};
+    static const struct option options[] = {{"namespace", required_argument, 0, 'n'},
+                                            {"name", required_argument, 0, 'm'},
+                                            {"bytes", required_argument, 0, 'b'},
+                                            {0}};
     Kvd__V1__EvictRequest req = KVD__V1__EVICT_REQUEST__INIT;
     Kvd__V1__EvictReply *r = NULL;
     char size[32];
@@ -77,7 +81,8 @@ int cmd_evict(struct kvctl *k, int argc, char **argv)
         return code;
     if (k->json)
         return kvctl_print_json(&r->base);
-    printf("evicted %u sequences, %s\n", r->sequences, kvd_format_size(r->bytes, size, sizeof(size)));
+    printf("evicted %u sequences, %s\n", r->sequences,
+           kvd_format_size(r->bytes, size, sizeof(size)));
     kvd__v1__evict_reply__free_unpacked(r, NULL);
     return EXIT_OK;
 }
@@ -107,7 +112,8 @@ int cmd_log_level(struct kvctl *k, int argc, char **argv)
     if (argc != 2)
         return kvctl_usage("log-level takes one of error, warning, notice, info, debug");
     req.level = argv[1];
-    int code = kvctl_operator_call(k, "SetLogLevel", &req, &kvd__v1__set_log_level_reply__descriptor, &r);
+    int code =
+        kvctl_operator_call(k, "SetLogLevel", &req, &kvd__v1__set_log_level_reply__descriptor, &r);
     if (code)
         return code;
     if (k->json)

@@ -19,7 +19,8 @@ static bool row_finite(const uint8_t *row, uint32_t dim, uint32_t *channel)
     return true;
 }
 
-int kvd_cpu_check(struct kvd_backend *b, const struct kvd_append_params *p, struct kvd_nonfinite *where)
+int kvd_cpu_check(struct kvd_backend *b, const struct kvd_append_params *p,
+                  struct kvd_nonfinite *where)
 {
     (void)b;
     const struct kvd_geometry *g = p->geometry;
@@ -30,8 +31,8 @@ int kvd_cpu_check(struct kvd_backend *b, const struct kvd_append_params *p, stru
                 for (uint32_t h = 0; h < g->kv_heads; h++)
                     for (int v = 0; v < 2; v++) {
                         uint32_t channel;
-                        if (row_finite(kvd_at(v ? &item->v : &item->k, l, t, h), v ? g->head_dim_v : g->head_dim_k,
-                                       &channel))
+                        if (row_finite(kvd_at(v ? &item->v : &item->k, l, t, h),
+                                       v ? g->head_dim_v : g->head_dim_k, &channel))
                             continue;
                         *where = (struct kvd_nonfinite){i, p->layer_begin + l, t, h, channel, v};
                         return KVD_E_INVALID;
@@ -41,8 +42,8 @@ int kvd_cpu_check(struct kvd_backend *b, const struct kvd_append_params *p, stru
 }
 
 // The bf16 row of a token that is in the sink or the ring.
-static uint8_t *window_row(const struct kvd_geometry *g, const struct kvd_pages *pages, uint64_t token, uint32_t layer,
-                           uint32_t head, bool v)
+static uint8_t *window_row(const struct kvd_geometry *g, const struct kvd_pages *pages,
+                           uint64_t token, uint32_t layer, uint32_t head, bool v)
 {
     uint32_t entry, row;
     if (token < g->sink) {
@@ -51,21 +52,25 @@ static uint8_t *window_row(const struct kvd_geometry *g, const struct kvd_pages 
     } else {
         kvd_ring_place(g, token, &entry, &row);
     }
-    uint8_t *tile = (uint8_t *)(uintptr_t)pages->bf16[entry] + kvd_tile_offset(g, KVD_CODEC_BF16, layer, head);
-    return v ? tile + (uint64_t)KVD_PAGE_TOKENS * 2 * g->head_dim_k + (uint64_t)row * 2 * g->head_dim_v
+    uint8_t *tile =
+        (uint8_t *)(uintptr_t)pages->bf16[entry] + kvd_tile_offset(g, KVD_CODEC_BF16, layer, head);
+    return v ? tile + (uint64_t)KVD_PAGE_TOKENS * 2 * g->head_dim_k +
+                   (uint64_t)row * 2 * g->head_dim_v
              : tile + (uint64_t)row * 2 * g->head_dim_k;
 }
 
 // The row that an append knows for `token`: among the new ones, or in the window.
-static const uint8_t *source_row(const struct kvd_append_params *p, const struct kvd_append_item *item, uint64_t token,
-                                 uint32_t l, uint32_t head, bool v)
+static const uint8_t *source_row(const struct kvd_append_params *p,
+                                 const struct kvd_append_item *item, uint64_t token, uint32_t l,
+                                 uint32_t head, bool v)
 {
     if (token >= item->length)
         return kvd_at(v ? &item->v : &item->k, l, token - item->length, head);
     return window_row(p->geometry, &item->pages, token, p->layer_begin + l, head, v);
 }
 
-static void demote_int2(const struct append_job *job, const struct kvd_append_item *item, uint32_t l, uint32_t head)
+static void demote_int2(const struct append_job *job, const struct kvd_append_item *item,
+                        uint32_t l, uint32_t head)
 {
     const struct kvd_append_params *p = job->p;
     const struct kvd_geometry *g = p->geometry;
@@ -79,10 +84,12 @@ static void demote_int2(const struct append_job *job, const struct kvd_append_it
             uint32_t dim = v ? dv : dk;
             float *rows = &x[0][0];
             for (uint32_t i = 0; i < n; i++) {
-                struct kvd_tensor src = {.data = (uint8_t *)(uintptr_t)source_row(p, item, t + i, l, head, v)};
+                struct kvd_tensor src = {
+                    .data = (uint8_t *)(uintptr_t)source_row(p, item, t + i, l, head, v)};
                 kvd_load_row(&src, 0, 0, 0, dim, rows + i * dim);
             }
-            kvd_apply(job->cpu->isa, rows, n, dim, kvd_rotation_of(r, v ? r->v : r->k, dim, layer, head), y);
+            kvd_apply(job->cpu->isa, rows, n, dim,
+                      kvd_rotation_of(r, v ? r->v : r->k, dim, layer, head), y);
             const float *clip = v ? r->clip_v : r->clip_k;
             for (uint32_t i = 0; i < n; i++) {
                 uint8_t codes[KVD_MAX_HEAD_DIM];
@@ -91,14 +98,16 @@ static void demote_int2(const struct append_job *job, const struct kvd_append_it
                 uint8_t *tile = (uint8_t *)(uintptr_t)item->pages.codec[h / KVD_PAGE_TOKENS] +
                                 kvd_tile_offset(g, KVD_CODEC_INT2, layer, head);
                 kvd_int2_quantize(y + i * dim, dim, clip ? clip[at] : 1.0f, codes, &param);
-                (v ? kvd_int2_pack_v : kvd_int2_pack_k)(tile, dk, dv, (uint32_t)(h % KVD_PAGE_TOKENS), codes, param);
+                (v ? kvd_int2_pack_v
+                   : kvd_int2_pack_k)(tile, dk, dv, (uint32_t)(h % KVD_PAGE_TOKENS), codes, param);
             }
         }
         t += n;
     }
 }
 
-static void demote_bf16(const struct append_job *job, const struct kvd_append_item *item, uint32_t l, uint32_t head)
+static void demote_bf16(const struct append_job *job, const struct kvd_append_item *item,
+                        uint32_t l, uint32_t head)
 {
     const struct kvd_append_params *p = job->p;
     const struct kvd_geometry *g = p->geometry;
@@ -108,8 +117,10 @@ static void demote_bf16(const struct append_job *job, const struct kvd_append_it
         uint32_t row = (uint32_t)(h % KVD_PAGE_TOKENS);
         uint8_t *tile = (uint8_t *)(uintptr_t)item->pages.codec[h / KVD_PAGE_TOKENS] +
                         kvd_tile_offset(g, KVD_CODEC_BF16, layer, head);
-        memcpy(tile + (uint64_t)row * 2 * g->head_dim_k, source_row(p, item, t, l, head, false), 2 * g->head_dim_k);
-        memcpy(tile + (uint64_t)KVD_PAGE_TOKENS * 2 * g->head_dim_k + (uint64_t)row * 2 * g->head_dim_v,
+        memcpy(tile + (uint64_t)row * 2 * g->head_dim_k, source_row(p, item, t, l, head, false),
+               2 * g->head_dim_k);
+        memcpy(tile + (uint64_t)KVD_PAGE_TOKENS * 2 * g->head_dim_k +
+                   (uint64_t)row * 2 * g->head_dim_v,
                source_row(p, item, t, l, head, true), 2 * g->head_dim_v);
     }
 }
@@ -132,8 +143,8 @@ static void append_one(void *ctx, uint64_t i)
         if (t >= g->sink && t < item->new_hist_end)
             continue;
         for (int v = 0; v < 2; v++)
-            memcpy(window_row(g, &item->pages, t, p->layer_begin + l, head, v), source_row(p, item, t, l, head, v),
-                   2 * (v ? g->head_dim_v : g->head_dim_k));
+            memcpy(window_row(g, &item->pages, t, p->layer_begin + l, head, v),
+                   source_row(p, item, t, l, head, v), 2 * (v ? g->head_dim_v : g->head_dim_k));
     }
 }
 
@@ -141,6 +152,7 @@ int kvd_cpu_append(struct kvd_backend *b, const struct kvd_append_params *p, str
 {
     (void)err;
     struct append_job job = {(struct kvd_cpu *)b, p};
-    kvd_threads_run(job.cpu->threads, (uint64_t)p->n_items * p->layer_count * p->geometry->kv_heads, append_one, &job);
+    kvd_threads_run(job.cpu->threads, (uint64_t)p->n_items * p->layer_count * p->geometry->kv_heads,
+                    append_one, &job);
     return KVD_OK;
 }

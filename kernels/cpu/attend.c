@@ -1,8 +1,9 @@
 // Attention on the CPU, in the flash style: one pass over the tokens with a running maximum.
 //
-// A *unit* is up to four query rows of one (sequence, layer, kv head); a row is one (query, q head). With few units the
-// tokens are split among threads and the partial results merged. History is scored in the rotated space with the
-// rotated query; its output stays rotated until the end, so that one product with R_V^T un-rotates all of it.
+// A *unit* is up to four query rows of one (sequence, layer, kv head); a row is one (query, q
+// head). With few units the tokens are split among threads and the partial results merged. History
+// is scored in the rotated space with the rotated query; its output stays rotated until the end, so
+// that one product with R_V^T un-rotates all of it.
 #include "kernels/cpu/cpu.h"
 
 #include <math.h>
@@ -15,7 +16,7 @@ struct unit {
 
 // Attention of some rows over some tokens, not yet normalised.
 struct partial {
-    float m[KVD_CPU_ROWS], l[KVD_CPU_ROWS]; // running maximum and sum
+    float m[KVD_CPU_ROWS], l[KVD_CPU_ROWS];          // running maximum and sum
     float o[KVD_CPU_ROWS][KVD_MAX_HEAD_DIM];         // from bf16 tokens
     float o_rotated[KVD_CPU_ROWS][KVD_MAX_HEAD_DIM]; // from compressed tokens
 };
@@ -33,11 +34,12 @@ struct walk {
     const struct attend_job *job;
     struct unit unit;
     float q[KVD_CPU_ROWS][KVD_MAX_HEAD_DIM];
-    float q_codes[KVD_CPU_ROWS * 2 * KVD_MAX_HEAD_DIM]; // rotated and prepared, row stride 2 * dim_k
-    float q_sum[KVD_CPU_ROWS];                          // of the rotated query
-    float acc[KVD_CPU_ROWS * 8 * KVD_MAX_HEAD_DIM];     // row stride 8 * dim_v
-    float min_sum[KVD_CPU_ROWS];                        // sum of p * min: the same for every channel
-    float o[KVD_CPU_ROWS * KVD_MAX_HEAD_DIM];           // row stride dim_v
+    float
+        q_codes[KVD_CPU_ROWS * 2 * KVD_MAX_HEAD_DIM]; // rotated and prepared, row stride 2 * dim_k
+    float q_sum[KVD_CPU_ROWS];                        // of the rotated query
+    float acc[KVD_CPU_ROWS * 8 * KVD_MAX_HEAD_DIM];   // row stride 8 * dim_v
+    float min_sum[KVD_CPU_ROWS];                      // sum of p * min: the same for every channel
+    float o[KVD_CPU_ROWS * KVD_MAX_HEAD_DIM];         // row stride dim_v
     float m[KVD_CPU_ROWS], l[KVD_CPU_ROWS];
     float s[KVD_CPU_ROWS * KVD_PAGE_TOKENS]; // logits, then probabilities
     bool compressed;                         // any history seen
@@ -65,8 +67,9 @@ static uint64_t total_tokens(const struct kvd_attend_item *item)
 static void bf16_run(const struct walk *w, uint64_t page, uint32_t row, struct run *run)
 {
     const struct kvd_geometry *g = w->job->p->geometry;
-    const uint8_t *tile = (const uint8_t *)(uintptr_t)page +
-                          kvd_tile_offset(g, KVD_CODEC_BF16, w->job->p->layer_begin + w->unit.layer, w->unit.head);
+    const uint8_t *tile =
+        (const uint8_t *)(uintptr_t)page +
+        kvd_tile_offset(g, KVD_CODEC_BF16, w->job->p->layer_begin + w->unit.layer, w->unit.head);
     run->k_stride = 2 * g->head_dim_k;
     run->v_stride = 2 * g->head_dim_v;
     run->k = tile + row * run->k_stride;
@@ -96,7 +99,8 @@ static struct run run_at(const struct walk *w, uint64_t t, uint64_t end)
         } else {
             // Splits start at tile boundaries, so row is 0.
             run.tile = (const uint8_t *)(uintptr_t)page +
-                       kvd_tile_offset(g, KVD_CODEC_INT2, w->job->p->layer_begin + w->unit.layer, w->unit.head);
+                       kvd_tile_offset(g, KVD_CODEC_INT2, w->job->p->layer_begin + w->unit.layer,
+                                       w->unit.head);
             run.n = KVD_PAGE_TOKENS;
         }
     } else {
@@ -125,7 +129,8 @@ static void score_tile(struct walk *w, const struct run *run)
     }
 }
 
-// Turns scores into logits of visible tokens, -inf elsewhere. Returns whether any token is visible to any row.
+// Turns scores into logits of visible tokens, -inf elsewhere. Returns whether any token is visible
+// to any row.
 static bool mask_run(struct walk *w, const struct run *run)
 {
     const struct kvd_attend_params *p = w->job->p;
@@ -136,8 +141,10 @@ static bool mask_run(struct walk *w, const struct run *run)
         float *s = w->s + r * KVD_PAGE_TOKENS;
         uint64_t pos = total_tokens(item) - item->q_len + (w->unit.row0 + r) / group;
         uint64_t first = p->window && pos + 1 > p->window ? pos + 1 - p->window : 0;
-        uint32_t lo = first > run->begin ? (uint32_t)KVD_MIN(first - run->begin, (uint64_t)run->n) : 0;
-        uint32_t hi = pos < run->begin ? 0 : (uint32_t)KVD_MIN(pos - run->begin + 1, (uint64_t)run->n);
+        uint32_t lo =
+            first > run->begin ? (uint32_t)KVD_MIN(first - run->begin, (uint64_t)run->n) : 0;
+        uint32_t hi =
+            pos < run->begin ? 0 : (uint32_t)KVD_MIN(pos - run->begin + 1, (uint64_t)run->n);
         any |= lo < hi;
         for (uint32_t t = 0; t < lo; t++)
             s[t] = -INFINITY;
@@ -190,8 +197,8 @@ static void add_tile(struct walk *w, const struct run *run)
             *s *= scale;
         }
     }
-    w->job->cpu->isa->v_accumulate(run->tile + kvd_int2_codes_bytes(g->head_dim_k), g->head_dim_v, w->s, w->unit.rows,
-                                   w->acc);
+    w->job->cpu->isa->v_accumulate(run->tile + kvd_int2_codes_bytes(g->head_dim_k), g->head_dim_v,
+                                   w->s, w->unit.rows, w->acc);
     w->compressed = true;
 }
 
@@ -210,7 +217,8 @@ static void walk_run(struct walk *w, const struct run *run)
     if (run->tile)
         add_tile(w, run);
     else
-        isa->bf16_accumulate(run->v, run->v_stride, run->n, g->head_dim_v, w->s, w->unit.rows, w->o);
+        isa->bf16_accumulate(run->v, run->v_stride, run->n, g->head_dim_v, w->s, w->unit.rows,
+                             w->o);
 }
 
 static void load_queries(struct walk *w)
@@ -222,13 +230,14 @@ static void load_queries(struct walk *w)
     float *plain = w->q[0]; // rows lie dim apart: the inner loops want them dense
     for (uint32_t r = 0; r < w->unit.rows; r++) {
         uint32_t row = w->unit.row0 + r;
-        kvd_load_row(&w->unit.item->q, w->unit.layer, row / group, w->unit.head * group + row % group, dim,
-                     plain + r * dim);
+        kvd_load_row(&w->unit.item->q, w->unit.layer, row / group,
+                     w->unit.head * group + row % group, dim, plain + r * dim);
     }
     if (g->codec == KVD_CODEC_BF16)
         return;
     float rotated[KVD_CPU_ROWS * KVD_MAX_HEAD_DIM];
-    const float *m = kvd_rotation_of(rot, rot->k, dim, p->layer_begin + w->unit.layer, w->unit.head);
+    const float *m =
+        kvd_rotation_of(rot, rot->k, dim, p->layer_begin + w->unit.layer, w->unit.head);
     kvd_apply(w->job->cpu->isa, plain, w->unit.rows, dim, m, rotated);
     for (uint32_t r = 0; r < w->unit.rows; r++) {
         w->q_sum[r] = 0;
@@ -239,8 +248,8 @@ static void load_queries(struct walk *w)
 }
 
 // The tokens [begin, end) that may be visible to the unit's rows and belong to a split.
-static void split_range(const struct attend_job *job, const struct unit *u, uint32_t split, uint64_t *begin,
-                        uint64_t *end)
+static void split_range(const struct attend_job *job, const struct unit *u, uint32_t split,
+                        uint64_t *begin, uint64_t *end)
 {
     const struct kvd_attend_params *p = job->p;
     uint32_t group = group_of(job), sink = p->geometry->sink;
@@ -260,7 +269,8 @@ static void split_range(const struct attend_job *job, const struct unit *u, uint
     *end = split + 1 == job->splits ? hi : KVD_MIN(base + to, hi);
 }
 
-static void walk_split(const struct attend_job *job, const struct unit *u, uint32_t split, struct partial *out)
+static void walk_split(const struct attend_job *job, const struct unit *u, uint32_t split,
+                       struct partial *out)
 {
     struct walk w;
     const struct kvd_geometry *g = job->p->geometry;
@@ -319,7 +329,8 @@ static void finish(const struct attend_job *job, const struct unit *u, const str
         float o[KVD_MAX_HEAD_DIM];
         uint32_t row = u->row0 + r, head = u->head * group + row % group;
         if (g->codec == KVD_CODEC_INT2) {
-            const float *m = kvd_rotation_of(p->rotation, p->rotation->v_t, dim, p->layer_begin + u->layer, u->head);
+            const float *m = kvd_rotation_of(p->rotation, p->rotation->v_t, dim,
+                                             p->layer_begin + u->layer, u->head);
             kvd_apply(job->cpu->isa, part->o_rotated[r], 1, dim, m, o);
         } else {
             memset(o, 0, sizeof(o));

@@ -6,14 +6,38 @@
 #define V 16
 typedef __m512 vf;
 typedef __m512i vi;
-static inline vf v_zero(void) { return _mm512_setzero_ps(); }
-static inline vf v_set1(float x) { return _mm512_set1_ps(x); }
-static inline vf v_load(const float *p) { return _mm512_loadu_ps(p); }
-static inline void v_store(float *p, vf v) { _mm512_storeu_ps(p, v); }
-static inline vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
-static inline vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
-static inline vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
-static inline vi v_words(const uint8_t *p) { return _mm512_loadu_si512(p); }
+static inline vf v_zero(void)
+{
+    return _mm512_setzero_ps();
+}
+static inline vf v_set1(float x)
+{
+    return _mm512_set1_ps(x);
+}
+static inline vf v_load(const float *p)
+{
+    return _mm512_loadu_ps(p);
+}
+static inline void v_store(float *p, vf v)
+{
+    _mm512_storeu_ps(p, v);
+}
+static inline vf v_fma(vf a, vf b, vf c)
+{
+    return _mm512_fmadd_ps(a, b, c);
+}
+static inline vf v_mul(vf a, vf b)
+{
+    return _mm512_mul_ps(a, b);
+}
+static inline vf v_add(vf a, vf b)
+{
+    return _mm512_add_ps(a, b);
+}
+static inline vi v_words(const uint8_t *p)
+{
+    return _mm512_loadu_si512(p);
+}
 // vpermilps picks among four floats by the low two bits of each word: no mask, no conversion.
 static inline vf v_code(vi w, uint32_t shift)
 {
@@ -25,7 +49,10 @@ static inline vf v_bf16(const uint8_t *p)
     __m256i h = _mm256_loadu_si256((const __m256i *)(const void *)p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
-static inline float v_sum(vf v) { return _mm512_reduce_add_ps(v); }
+static inline float v_sum(vf v)
+{
+    return _mm512_reduce_add_ps(v);
+}
 // 2^(x log2 e) with the fraction in [-0.5, 0.5] by a polynomial of degree 6.
 static inline vf v_exp(vf x)
 {

@@ -15,7 +15,8 @@ static int mem_alloc(void *b, uint32_t index, uint64_t bytes, uint64_t *addr)
 {
     (void)b;
     (void)index;
-    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                   -1, 0);
     if (p == MAP_FAILED)
         return -errno;
     madvise(p, bytes, MADV_HUGEPAGE); // a hint; without it everything works
@@ -34,11 +35,13 @@ static int mem_zero(void *b, uint32_t index, uint64_t addr, uint64_t bytes)
 {
     (void)b;
     (void)index;
-    // Private anonymous pages that were dropped read as zero: cheaper than writing them, and the memory goes back.
+    // Private anonymous pages that were dropped read as zero: cheaper than writing them, and the
+    // memory goes back.
     return madvise((void *)(uintptr_t)addr, bytes, MADV_DONTNEED) ? -errno : 0;
 }
 
-void kvd_load_row(const struct kvd_tensor *t, uint32_t layer, uint64_t token, uint32_t head, uint32_t dim, float *x)
+void kvd_load_row(const struct kvd_tensor *t, uint32_t layer, uint64_t token, uint32_t head,
+                  uint32_t dim, float *x)
 {
     const uint8_t *p = kvd_at(t, layer, token, head);
     if (t->dtype == KVD_DTYPE_F32) {
@@ -52,8 +55,8 @@ void kvd_load_row(const struct kvd_tensor *t, uint32_t layer, uint64_t token, ui
     }
 }
 
-void kvd_store_row(const struct kvd_tensor *t, uint32_t layer, uint64_t token, uint32_t head, uint32_t dim,
-                   const float *x)
+void kvd_store_row(const struct kvd_tensor *t, uint32_t layer, uint64_t token, uint32_t head,
+                   uint32_t dim, const float *x)
 {
     uint8_t *p = kvd_at(t, layer, token, head);
     if (t->dtype == KVD_DTYPE_F32) {
@@ -109,7 +112,8 @@ static void rotation_free(struct kvd_backend *b, struct kvd_rotation **rp)
     free(r);
 }
 
-static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd_rotation_data *d, struct kvd_error *err)
+static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd_rotation_data *d,
+                                         struct kvd_error *err)
 {
     struct kvd_rotation *r = calloc(1, sizeof(*r));
     if (!r) {
@@ -118,7 +122,8 @@ static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd
     }
     uint64_t n = (uint64_t)d->n_layers * d->heads;
     bool failed = false;
-    *r = (struct kvd_rotation){.n_layers = d->n_layers, .heads = d->heads, .dim_k = d->dim_k, .dim_v = d->dim_v};
+    *r = (struct kvd_rotation){
+        .n_layers = d->n_layers, .heads = d->heads, .dim_k = d->dim_k, .dim_v = d->dim_v};
     r->k = copy_floats(d->k, n * d->dim_k * d->dim_k, &failed);
     r->v = copy_floats(d->v, n * d->dim_v * d->dim_v, &failed);
     r->k_t = transposed(d->k, n, d->dim_k, &failed);
@@ -151,7 +156,8 @@ static void rotate_one(void *ctx, uint64_t i)
     for (uint32_t h = 0; h < p->heads; h++) {
         kvd_load_row(&p->x, layer, row, h, dim, x);
         uint32_t kv_head = h / (p->heads / p->kv_heads);
-        kvd_apply(job->cpu->isa, x, 1, dim, kvd_rotation_of(r, m, dim, p->layer_begin + layer, kv_head), y);
+        kvd_apply(job->cpu->isa, x, 1, dim,
+                  kvd_rotation_of(r, m, dim, p->layer_begin + layer, kv_head), y);
         kvd_store_row(&p->y, layer, row, h, dim, y);
     }
 }
@@ -170,7 +176,8 @@ struct read_job {
 };
 
 // One side (K or V) of one token and head, un-rotated.
-static void read_row(const struct read_job *job, uint32_t layer, uint64_t token, uint32_t head, bool v, float *x)
+static void read_row(const struct read_job *job, uint32_t layer, uint64_t token, uint32_t head,
+                     bool v, float *x)
 {
     const struct kvd_read_params *p = job->p;
     const struct kvd_geometry *g = p->geometry;
@@ -199,7 +206,8 @@ static void read_row(const struct read_job *job, uint32_t layer, uint64_t token,
     float rotated[KVD_MAX_HEAD_DIM];
     const struct kvd_rotation *r = p->rotation;
     (v ? kvd_int2_unpack_v : kvd_int2_unpack_k)(tile, dk, dv, row, rotated);
-    kvd_apply(job->cpu->isa, rotated, 1, dim, kvd_rotation_of(r, v ? r->v_t : r->k_t, dim, layer, head), x);
+    kvd_apply(job->cpu->isa, rotated, 1, dim,
+              kvd_rotation_of(r, v ? r->v_t : r->k_t, dim, layer, head), x);
 }
 
 // One (layer, token): all its heads.
@@ -216,7 +224,8 @@ static void read_one(void *ctx, uint64_t i)
             if (!t->data)
                 continue;
             read_row(job, p->layer_begin + layer, p->begin + token, h, v, x);
-            kvd_store_row(t, layer, token, h, v ? p->geometry->head_dim_v : p->geometry->head_dim_k, x);
+            kvd_store_row(t, layer, token, h, v ? p->geometry->head_dim_v : p->geometry->head_dim_k,
+                          x);
         }
     }
 }
@@ -229,7 +238,8 @@ int kvd_cpu_read(struct kvd_backend *b, const struct kvd_read_params *p, struct 
     return KVD_OK;
 }
 
-static int copy(struct kvd_backend *b, uint64_t to, uint64_t from, uint64_t bytes, struct kvd_error *err)
+static int copy(struct kvd_backend *b, uint64_t to, uint64_t from, uint64_t bytes,
+                struct kvd_error *err)
 {
     (void)b;
     (void)err;
@@ -285,7 +295,8 @@ static const struct kvd_cpu_isa *choose_isa(const char *name, struct kvd_error *
             return NULL;
         }
     }
-    kvd_fail(err, KVD_E_INVALID, "unknown instruction set %s; scalar, avx2 and avx512 are known", name);
+    kvd_fail(err, KVD_E_INVALID, "unknown instruction set %s; scalar, avx2 and avx512 are known",
+             name);
     return NULL;
 }
 

@@ -13,20 +13,23 @@ struct kvd_cpu_isa {
     bool (*supported)(void);
     // q [dim] -> the order in which k_scores wants it, 2 * dim floats.
     void (*q_prepare)(const float *q, uint32_t dim, float *out);
-    // scores[row][64] = sum over channels of code * q, without scale and min. q: [rows][2 * dim], prepared.
-    void (*k_scores)(const uint8_t *codes, uint32_t dim, const float *q, uint32_t rows, float *scores);
-    // acc[row] += sum over tokens of p * code. p: [rows][64] in token order. acc: [rows][8 * dim], in an order of the
-    // implementation's own that v_reduce resolves.
-    void (*v_accumulate)(const uint8_t *codes, uint32_t dim, const float *p, uint32_t rows, float *acc);
+    // scores[row][64] = sum over channels of code * q, without scale and min. q: [rows][2 * dim],
+    // prepared.
+    void (*k_scores)(const uint8_t *codes, uint32_t dim, const float *q, uint32_t rows,
+                     float *scores);
+    // acc[row] += sum over tokens of p * code. p: [rows][64] in token order. acc: [rows][8 * dim],
+    // in an order of the implementation's own that v_reduce resolves.
+    void (*v_accumulate)(const uint8_t *codes, uint32_t dim, const float *p, uint32_t rows,
+                         float *acc);
     // acc [8 * dim] -> o [dim].
     void (*v_reduce)(const float *acc, uint32_t dim, float *o);
-    // scores[row][t] = k_t . q_row for n tokens; k: bf16, `stride` bytes from token to token. q: [rows][dim], plain.
-    // Row r's scores start at scores + r * 64.
-    void (*bf16_scores)(const uint8_t *k, uint64_t stride, uint32_t n, uint32_t dim, const float *q, uint32_t rows,
-                        float *scores);
+    // scores[row][t] = k_t . q_row for n tokens; k: bf16, `stride` bytes from token to token. q:
+    // [rows][dim], plain. Row r's scores start at scores + r * 64.
+    void (*bf16_scores)(const uint8_t *k, uint64_t stride, uint32_t n, uint32_t dim, const float *q,
+                        uint32_t rows, float *scores);
     // o[row] += sum over n tokens of p * v. p as scores above; o: [rows][dim].
-    void (*bf16_accumulate)(const uint8_t *v, uint64_t stride, uint32_t n, uint32_t dim, const float *p, uint32_t rows,
-                            float *o);
+    void (*bf16_accumulate)(const uint8_t *v, uint64_t stride, uint32_t n, uint32_t dim,
+                            const float *p, uint32_t rows, float *o);
     // s[i] = exp(s[i] - m) for 64 values; returns their sum. -inf gives 0.
     float (*exp_sum)(float *s, float m);
     // x [n] *= f; n is a multiple of 16.
@@ -45,7 +48,8 @@ struct kvd_threads *kvd_threads_new(uint32_t n);
 void kvd_threads_free(struct kvd_threads **t);
 uint32_t kvd_threads_count(const struct kvd_threads *t);
 // Runs fn(ctx, i) for i in 0..n-1 on all threads and returns when all are done.
-void kvd_threads_run(struct kvd_threads *t, uint64_t n, void (*fn)(void *ctx, uint64_t i), void *ctx);
+void kvd_threads_run(struct kvd_threads *t, uint64_t n, void (*fn)(void *ctx, uint64_t i),
+                     void *ctx);
 
 struct kvd_rotation {
     uint32_t n_layers, heads, dim_k, dim_v;
@@ -60,28 +64,31 @@ struct kvd_cpu {
     char device[96];
 };
 
-int kvd_cpu_check(struct kvd_backend *b, const struct kvd_append_params *p, struct kvd_nonfinite *where);
+int kvd_cpu_check(struct kvd_backend *b, const struct kvd_append_params *p,
+                  struct kvd_nonfinite *where);
 int kvd_cpu_append(struct kvd_backend *b, const struct kvd_append_params *p, struct kvd_error *err);
 int kvd_cpu_attend(struct kvd_backend *b, const struct kvd_attend_params *p, struct kvd_error *err);
 int kvd_cpu_read(struct kvd_backend *b, const struct kvd_read_params *p, struct kvd_error *err);
 int kvd_cpu_rotate(struct kvd_backend *b, const struct kvd_rotate_params *p, struct kvd_error *err);
 
-// Index of a layer's and kv head's matrix and clip ratio: sets may be shared by all layers or all heads.
-static inline uint64_t kvd_rotation_index(const struct kvd_rotation *r, uint32_t layer, uint32_t head)
+// Index of a layer's and kv head's matrix and clip ratio: sets may be shared by all layers or all
+// heads.
+static inline uint64_t kvd_rotation_index(const struct kvd_rotation *r, uint32_t layer,
+                                          uint32_t head)
 {
     return (uint64_t)(r->n_layers == 1 ? 0 : layer) * r->heads + (r->heads == 1 ? 0 : head);
 }
 
 // The matrix of a layer and kv head, or NULL for identity.
-static inline const float *kvd_rotation_of(const struct kvd_rotation *r, const float *m, uint32_t dim, uint32_t layer,
-                                           uint32_t head)
+static inline const float *kvd_rotation_of(const struct kvd_rotation *r, const float *m,
+                                           uint32_t dim, uint32_t layer, uint32_t head)
 {
     return m ? m + kvd_rotation_index(r, layer, head) * dim * dim : NULL;
 }
 
 // y = x R, or a copy for identity.
-static inline void kvd_apply(const struct kvd_cpu_isa *isa, const float *x, uint32_t rows, uint32_t dim, const float *r,
-                             float *y)
+static inline void kvd_apply(const struct kvd_cpu_isa *isa, const float *x, uint32_t rows,
+                             uint32_t dim, const float *r, float *y)
 {
     if (r)
         isa->rotate(x, rows, dim, r, y);
@@ -89,13 +96,15 @@ static inline void kvd_apply(const struct kvd_cpu_isa *isa, const float *x, uint
         memcpy(y, x, (uint64_t)rows * dim * sizeof(float));
 }
 
-static inline uint8_t *kvd_at(const struct kvd_tensor *t, uint32_t layer, uint64_t token, uint32_t head)
+static inline uint8_t *kvd_at(const struct kvd_tensor *t, uint32_t layer, uint64_t token,
+                              uint32_t head)
 {
     return t->data + layer * t->layer_stride + token * t->token_stride + head * t->head_stride;
 }
 
-void kvd_load_row(const struct kvd_tensor *t, uint32_t layer, uint64_t token, uint32_t head, uint32_t dim, float *x);
-void kvd_store_row(const struct kvd_tensor *t, uint32_t layer, uint64_t token, uint32_t head, uint32_t dim,
-                   const float *x);
+void kvd_load_row(const struct kvd_tensor *t, uint32_t layer, uint64_t token, uint32_t head,
+                  uint32_t dim, float *x);
+void kvd_store_row(const struct kvd_tensor *t, uint32_t layer, uint64_t token, uint32_t head,
+                   uint32_t dim, const float *x);
 
 #endif

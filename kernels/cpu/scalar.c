@@ -1,5 +1,5 @@
-// Inner loops in plain C, straight from the format's definition: the reference for the others, and the way on CPUs
-// without AVX2.
+// Inner loops in plain C, straight from the format's definition: the reference for the others, and
+// the way on CPUs without AVX2.
 #include "kernels/cpu/cpu.h"
 
 #include <math.h>
@@ -20,7 +20,8 @@ static float code_at(const uint8_t *codes, struct kvd_code_place p)
     return (float)(codes[p.byte] >> p.bit & 3);
 }
 
-static void k_scores(const uint8_t *codes, uint32_t dim, const float *q, uint32_t rows, float *scores)
+static void k_scores(const uint8_t *codes, uint32_t dim, const float *q, uint32_t rows,
+                     float *scores)
 {
     memset(scores, 0, rows * KVD_PAGE_TOKENS * sizeof(float));
     for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t++)
@@ -31,7 +32,8 @@ static void k_scores(const uint8_t *codes, uint32_t dim, const float *q, uint32_
         }
 }
 
-static void v_accumulate(const uint8_t *codes, uint32_t dim, const float *p, uint32_t rows, float *acc)
+static void v_accumulate(const uint8_t *codes, uint32_t dim, const float *p, uint32_t rows,
+                         float *acc)
 {
     for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t++)
         for (uint32_t c = 0; c < dim; c++) {
@@ -53,8 +55,8 @@ static float bf16_at(const uint8_t *row, uint32_t c)
     return kvd_bf16_to_f32(b);
 }
 
-static void bf16_scores(const uint8_t *k, uint64_t stride, uint32_t n, uint32_t dim, const float *q, uint32_t rows,
-                        float *scores)
+static void bf16_scores(const uint8_t *k, uint64_t stride, uint32_t n, uint32_t dim, const float *q,
+                        uint32_t rows, float *scores)
 {
     for (uint32_t r = 0; r < rows; r++)
         for (uint32_t t = 0; t < n; t++) {
@@ -65,8 +67,8 @@ static void bf16_scores(const uint8_t *k, uint64_t stride, uint32_t n, uint32_t 
         }
 }
 
-static void bf16_accumulate(const uint8_t *v, uint64_t stride, uint32_t n, uint32_t dim, const float *p, uint32_t rows,
-                            float *o)
+static void bf16_accumulate(const uint8_t *v, uint64_t stride, uint32_t n, uint32_t dim,
+                            const float *p, uint32_t rows, float *o)
 {
     for (uint32_t r = 0; r < rows; r++)
         for (uint32_t t = 0; t < n; t++)

@@ -1,4 +1,5 @@
-// The inner loops over vectors of V floats, written once. The including file defines V and the vector operations:
+// The inner loops over vectors of V floats, written once. The including file defines V and the
+// vector operations:
 //   vf, vi                     vectors of V floats, V 32-bit integers
 //   v_zero, v_set1, v_load, v_store, v_fma(a, b, c) = a*b+c, v_mul, v_add, v_max
 //   v_words(p)                 V words from memory
@@ -6,9 +7,10 @@
 //   v_bf16(p)                  V bf16 from memory as floats
 //   v_sum(v)                   sum of the lanes
 //   v_exp(v)                   exp, relative error under 1e-6, 0 below -87
-// A *group* is 16 words, the words of lanes 4g .. 4g+3 of a unit: G = 16 / V vectors. Word t*4 + r of group g holds, for
-// K, token g + 8(r & 1) and channels 2t + 8(r >> 1) + e of a channel tile; for V, channel g + 8(r & 1) and tokens
-// 2t + 8(r >> 1) + e of a chunk, with e in {0, 1} for the low and high half of the word.
+// A *group* is 16 words, the words of lanes 4g .. 4g+3 of a unit: G = 16 / V vectors. Word t*4 + r
+// of group g holds, for K, token g + 8(r & 1) and channels 2t + 8(r >> 1) + e of a channel tile;
+// for V, channel g + 8(r & 1) and tokens 2t + 8(r >> 1) + e of a chunk, with e in {0, 1} for the
+// low and high half of the word.
 
 enum { G = 16 / V };
 
@@ -27,7 +29,8 @@ static void simd_q_prepare(const float *q, uint32_t dim, float *out)
 }
 
 // Sums the 16 lanes of acc whose register index is even (first token) and odd (second).
-static inline __attribute__((always_inline)) void fold_pairs(const vf acc[G], float *even, float *odd)
+static inline __attribute__((always_inline)) void fold_pairs(const vf acc[G], float *even,
+                                                             float *odd)
 {
     float lane[16] __attribute__((aligned(64)));
     for (int i = 0; i < G; i++)
@@ -39,8 +42,9 @@ static inline __attribute__((always_inline)) void fold_pairs(const vf acc[G], fl
     *odd = s[1] + s[3];
 }
 
-static inline __attribute__((always_inline)) void k_scores_rows(const uint8_t *codes, uint32_t dim, const float *q,
-                                                               const uint32_t rows, float *scores)
+static inline __attribute__((always_inline)) void k_scores_rows(const uint8_t *codes, uint32_t dim,
+                                                                const float *q, const uint32_t rows,
+                                                                float *scores)
 {
     for (uint32_t chunk = 0; chunk < 4; chunk++) {
         for (uint32_t g = 0; g < 8; g++) {
@@ -49,7 +53,8 @@ static inline __attribute__((always_inline)) void k_scores_rows(const uint8_t *c
                 for (int i = 0; i < G; i++)
                     acc[r][i] = v_zero();
             for (uint32_t block = 0; block < dim / 64; block++) {
-                const uint8_t *words = codes + kvd_unit_of(dim, chunk, block * 4) * KVD_UNIT_BYTES + g * 64;
+                const uint8_t *words =
+                    codes + kvd_unit_of(dim, chunk, block * 4) * KVD_UNIT_BYTES + g * 64;
                 uint32_t shift = 2 * kvd_slot_of(dim, chunk, block * 4);
                 const float *qb = q + block * 128;
                 for (int i = 0; i < G; i++) {
@@ -72,7 +77,8 @@ static inline __attribute__((always_inline)) void k_scores_rows(const uint8_t *c
     }
 }
 
-static void simd_k_scores(const uint8_t *codes, uint32_t dim, const float *q, uint32_t rows, float *scores)
+static void simd_k_scores(const uint8_t *codes, uint32_t dim, const float *q, uint32_t rows,
+                          float *scores)
 {
     if (rows == 4 && dim == 128)
         k_scores_rows(codes, 128, q, 4, scores);
@@ -87,8 +93,10 @@ static void simd_k_scores(const uint8_t *codes, uint32_t dim, const float *q, ui
 }
 
 // acc of one row: [g 8][channel tile][16 lanes].
-static inline __attribute__((always_inline)) void v_accumulate_rows(const uint8_t *codes, uint32_t dim,
-                                                                   const float *spread, const uint32_t rows, float *acc)
+static inline __attribute__((always_inline)) void v_accumulate_rows(const uint8_t *codes,
+                                                                    uint32_t dim,
+                                                                    const float *spread,
+                                                                    const uint32_t rows, float *acc)
 {
     enum { SLOTS = V == 16 ? 4 : 2 }; // accumulators that fit the registers
     for (uint32_t g = 0; g < 8; g++) {
@@ -100,11 +108,13 @@ static inline __attribute__((always_inline)) void v_accumulate_rows(const uint8_
                     for (int s = 0; s < SLOTS; s++)
                         a[r][s] = v_load(at + r * 8 * dim + s * 16);
                 for (uint32_t chunk = 0; chunk < 4; chunk++) {
-                    const uint8_t *words = codes + kvd_unit_of(dim, chunk, tile) * KVD_UNIT_BYTES + g * 64 + i * V * 4;
+                    const uint8_t *words =
+                        codes + kvd_unit_of(dim, chunk, tile) * KVD_UNIT_BYTES + g * 64 + i * V * 4;
                     uint32_t shift = 2 * kvd_slot_of(dim, chunk, tile);
                     vi w = v_words(words);
                     for (int s = 0; s < SLOTS; s++) {
-                        vf lo = v_code(w, shift + 2 * (uint32_t)s), hi = v_code(w, shift + 2 * (uint32_t)s + 16);
+                        vf lo = v_code(w, shift + 2 * (uint32_t)s),
+                           hi = v_code(w, shift + 2 * (uint32_t)s + 16);
                         for (uint32_t r = 0; r < rows; r++) {
                             const float *p = spread + (r * 4 + chunk) * 32 + i * V;
                             a[r][s] = v_fma(lo, v_load(p), a[r][s]);
@@ -120,7 +130,8 @@ static inline __attribute__((always_inline)) void v_accumulate_rows(const uint8_
     }
 }
 
-static void simd_v_accumulate(const uint8_t *codes, uint32_t dim, const float *p, uint32_t rows, float *acc)
+static void simd_v_accumulate(const uint8_t *codes, uint32_t dim, const float *p, uint32_t rows,
+                              float *acc)
 {
     float spread[KVD_CPU_ROWS * 4 * 32] __attribute__((aligned(64)));
     for (uint32_t r = 0; r < rows; r++)
@@ -152,9 +163,9 @@ static void simd_v_reduce(const float *acc, uint32_t dim, float *o)
         }
 }
 
-static inline __attribute__((always_inline)) void bf16_scores_rows(const uint8_t *k, uint64_t stride, uint32_t n,
-                                                                  uint32_t dim, const float *q, const uint32_t rows,
-                                                                  float *scores)
+static inline __attribute__((always_inline)) void
+bf16_scores_rows(const uint8_t *k, uint64_t stride, uint32_t n, uint32_t dim, const float *q,
+                 const uint32_t rows, float *scores)
 {
     for (uint32_t t = 0; t < n; t++) {
         const uint8_t *row = k + t * stride;
@@ -171,8 +182,8 @@ static inline __attribute__((always_inline)) void bf16_scores_rows(const uint8_t
     }
 }
 
-static void simd_bf16_scores(const uint8_t *k, uint64_t stride, uint32_t n, uint32_t dim, const float *q, uint32_t rows,
-                             float *scores)
+static void simd_bf16_scores(const uint8_t *k, uint64_t stride, uint32_t n, uint32_t dim,
+                             const float *q, uint32_t rows, float *scores)
 {
     if (rows == 4)
         bf16_scores_rows(k, stride, n, dim, q, 4, scores);
@@ -181,9 +192,9 @@ static void simd_bf16_scores(const uint8_t *k, uint64_t stride, uint32_t n, uint
             bf16_scores_rows(k, stride, n, dim, q + r * dim, 1, scores + r * KVD_PAGE_TOKENS);
 }
 
-static inline __attribute__((always_inline)) void bf16_accumulate_rows(const uint8_t *v, uint64_t stride, uint32_t n,
-                                                                      uint32_t dim, const float *p, const uint32_t rows,
-                                                                      float *o)
+static inline __attribute__((always_inline)) void
+bf16_accumulate_rows(const uint8_t *v, uint64_t stride, uint32_t n, uint32_t dim, const float *p,
+                     const uint32_t rows, float *o)
 {
     for (uint32_t c = 0; c < dim; c += V) {
         vf acc[KVD_CPU_ROWS];
@@ -199,8 +210,8 @@ static inline __attribute__((always_inline)) void bf16_accumulate_rows(const uin
     }
 }
 
-static void simd_bf16_accumulate(const uint8_t *v, uint64_t stride, uint32_t n, uint32_t dim, const float *p,
-                                 uint32_t rows, float *o)
+static void simd_bf16_accumulate(const uint8_t *v, uint64_t stride, uint32_t n, uint32_t dim,
+                                 const float *p, uint32_t rows, float *o)
 {
     if (rows == 4)
         bf16_accumulate_rows(v, stride, n, dim, p, 4, o);
@@ -227,8 +238,8 @@ static void simd_scale(float *x, uint32_t n, float f)
 }
 
 // Four rows by four vectors of outputs at a time: 16 accumulators (8 for V = 8).
-static inline __attribute__((always_inline)) void rotate_rows(const float *x, const uint32_t rows, uint32_t dim,
-                                                             const float *m, float *y)
+static inline __attribute__((always_inline)) void
+rotate_rows(const float *x, const uint32_t rows, uint32_t dim, const float *m, float *y)
 {
     enum { COLS = V == 16 ? 4 : 2 };
     for (uint32_t c = 0; c < dim; c += COLS * V) {
@@ -257,9 +268,10 @@ static void simd_rotate(const float *x, uint32_t rows, uint32_t dim, const float
         rotate_rows(x, 1, dim, m, y);
 }
 
-#define KVD_SIMD_TABLE(isa_name, isa_supported)                                                                        \
-    {                                                                                                                  \
-        .name = isa_name, .supported = isa_supported, .q_prepare = simd_q_prepare, .k_scores = simd_k_scores,          \
-        .v_accumulate = simd_v_accumulate, .v_reduce = simd_v_reduce, .bf16_scores = simd_bf16_scores,                 \
-        .bf16_accumulate = simd_bf16_accumulate, .exp_sum = simd_exp_sum, .scale = simd_scale, .rotate = simd_rotate,  \
+#define KVD_SIMD_TABLE(isa_name, isa_supported)                                                    \
+    {                                                                                              \
+        .name = isa_name, .supported = isa_supported, .q_prepare = simd_q_prepare,                 \
+        .k_scores = simd_k_scores, .v_accumulate = simd_v_accumulate, .v_reduce = simd_v_reduce,   \
+        .bf16_scores = simd_bf16_scores, .bf16_accumulate = simd_bf16_accumulate,                  \
+        .exp_sum = simd_exp_sum, .scale = simd_scale, .rotate = simd_rotate,                       \
     }

@@ -1,4 +1,5 @@
-// A small pool of threads that share one loop at a time. Workers sleep on a condition variable between loops.
+// A small pool of threads that share one loop at a time. Workers sleep on a condition variable
+// between loops.
 #include "kernels/cpu/cpu.h"
 
 #include <pthread.h>
@@ -94,7 +95,8 @@ uint32_t kvd_threads_count(const struct kvd_threads *t)
     return t->n_workers + 1;
 }
 
-void kvd_threads_run(struct kvd_threads *t, uint64_t n, void (*fn)(void *ctx, uint64_t i), void *ctx)
+void kvd_threads_run(struct kvd_threads *t, uint64_t n, void (*fn)(void *ctx, uint64_t i),
+                     void *ctx)
 {
     if (n <= 1 || t->n_workers == 0) {
         for (uint64_t i = 0; i < n; i++)

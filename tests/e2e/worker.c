@@ -1,6 +1,6 @@
-// A worker that uses libkvd as its users do: appends and steps random tokens through the daemon, layer by layer and in
-// batches, and compares every output with attention computed here in float64. Exits with 0 if all agree.
-// usage: worker ADDRESS [codec]
+// A worker that uses libkvd as its users do: appends and steps random tokens through the daemon,
+// layer by layer and in batches, and compares every output with attention computed here in float64.
+// Exits with 0 if all agree. usage: worker ADDRESS [codec]
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -36,14 +36,14 @@ static float widen(uint16_t b)
     return f;
 }
 
-#define TRY(call)                                                                                                      \
-    do {                                                                                                               \
-        kvd_failure err_ = {0};                                                                                        \
-        kvd_failure *err = &err_;                                                                                      \
-        if ((call) != KVD_SUCCESS) {                                                                                   \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, err->text);                                             \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
+#define TRY(call)                                                                                  \
+    do {                                                                                           \
+        kvd_failure err_ = {0};                                                                    \
+        kvd_failure *err = &err_;                                                                  \
+        if ((call) != KVD_SUCCESS) {                                                               \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, err->text);                         \
+            exit(1);                                                                               \
+        }                                                                                          \
     } while (0)
 
 struct tokens { // one sequence's originals
@@ -51,9 +51,10 @@ struct tokens { // one sequence's originals
     uint64_t length;
 };
 
-// float64 attention over values that the daemon itself reads back, for the last `n` positions of `layer`.
-static double error_of(const struct tokens *s, const float *k, const float *v, uint64_t total, int layer, int n,
-                       const float *q, const float *o)
+// float64 attention over values that the daemon itself reads back, for the last `n` positions of
+// `layer`.
+static double error_of(const struct tokens *s, const float *k, const float *v, uint64_t total,
+                       int layer, int n, const float *q, const float *o)
 {
     double diff = 0, norm = 0;
     for (int i = 0; i < n; i++)
@@ -116,7 +117,8 @@ static void read_back(int i, float *k, float *v)
     const float *from = (const float *)((char *)kvd_buffer_data(buffer) + at);
     for (int l = 0; l < LAYERS; l++) {
         memcpy(k + (uint64_t)l * MAX * KV * DIM, from + l * n * KV * DIM, n * KV * DIM * 4);
-        memcpy(v + (uint64_t)l * MAX * KV * DIM, from + bytes / 4 + l * n * KV * DIM, n * KV * DIM * 4);
+        memcpy(v + (uint64_t)l * MAX * KV * DIM, from + bytes / 4 + l * n * KV * DIM,
+               n * KV * DIM * 4);
     }
 }
 
@@ -132,8 +134,15 @@ int main(int argc, char **argv)
 {
     const uint32_t layers[LAYERS] = {1, 4, 9};
     const char *codec = argc > 2 ? argv[2] : "int2";
-    kvd_options options = {.address = argv[1], .client_name = "e2e", .layers = layers, .n_layers = LAYERS,
-                           .q_heads = HEADS, .kv_heads = KV, .head_dim_k = DIM, .head_dim_v = DIM, .codec = codec};
+    kvd_options options = {.address = argv[1],
+                           .client_name = "e2e",
+                           .layers = layers,
+                           .n_layers = LAYERS,
+                           .q_heads = HEADS,
+                           .kv_heads = KV,
+                           .head_dim_k = DIM,
+                           .head_dim_v = DIM,
+                           .codec = codec};
     if (argc < 2)
         return 2;
     TRY(kvd_open(&options, &client, err));
@@ -147,26 +156,33 @@ int main(int argc, char **argv)
     for (size_t s = 0; s < sizeof(steps) / sizeof(*steps); s++)
         for (int i = 0; i < SEQS; i++) {
             int n = steps[s], q_len = n < 64 ? n : 64;
-            kvd_item item = {.sequence = ids[i], .position = seqs[i].length, .tokens = (uint32_t)n,
-                             .k = {.buffer = buffer}, .v = {.buffer = buffer, .offset = KV_BYTES}};
+            kvd_item item = {.sequence = ids[i],
+                             .position = seqs[i].length,
+                             .tokens = (uint32_t)n,
+                             .k = {.buffer = buffer},
+                             .v = {.buffer = buffer, .offset = KV_BYTES}};
             fill(&seqs[i], n, 0);
             for (uint32_t l = 0; l < LAYERS; l++) { // layer by layer, as a model runs
                 uint64_t row = (uint64_t)n * KV * DIM * 2;
                 item.k.offset = l * row;
                 item.v.offset = KV_BYTES + l * row;
                 TRY(kvd_append(client, (kvd_layers){l, 1}, &item, 1, err));
-                TRY(kvd_append(client, (kvd_layers){l, 1}, &item, 1, err)); // a repeat changes nothing
+                TRY(kvd_append(client, (kvd_layers){l, 1}, &item, 1,
+                               err)); // a repeat changes nothing
             }
             seqs[i].length += (uint64_t)n;
             const float *q = queries(q_len);
-            kvd_item ask = {.sequence = ids[i], .tokens = (uint32_t)q_len,
-                            .q = {.buffer = buffer, .offset = 2 * (uint64_t)KV_BYTES, .dtype = KVD_F32},
-                            .o = {.buffer = buffer, .offset = o_at, .dtype = KVD_F32}};
+            kvd_item ask = {
+                .sequence = ids[i],
+                .tokens = (uint32_t)q_len,
+                .q = {.buffer = buffer, .offset = 2 * (uint64_t)KV_BYTES, .dtype = KVD_F32},
+                .o = {.buffer = buffer, .offset = o_at, .dtype = KVD_F32}};
             TRY(kvd_attend(client, (kvd_layers){0, 0}, NULL, &ask, 1, err));
             read_back(i, k, v);
             for (int l = 0; l < LAYERS; l++)
-                worst = fmax(worst, error_of(&seqs[i], k, v, seqs[i].length, l, q_len, q + l * q_len * HEADS * DIM,
-                                             o + l * q_len * HEADS * DIM));
+                worst =
+                    fmax(worst, error_of(&seqs[i], k, v, seqs[i].length, l, q_len,
+                                         q + l * q_len * HEADS * DIM, o + l * q_len * HEADS * DIM));
         }
     // Step on a fork: the parent must not change.
     uint64_t child;
@@ -176,7 +192,10 @@ int main(int argc, char **argv)
     memcpy(copy, &seqs[0], sizeof(*copy));
     fill(copy, 5, 0);
     const float *q = queries(5);
-    kvd_item step = {.sequence = child, .position = copy->length, .tokens = 5, .k = {.buffer = buffer},
+    kvd_item step = {.sequence = child,
+                     .position = copy->length,
+                     .tokens = 5,
+                     .k = {.buffer = buffer},
                      .v = {.buffer = buffer, .offset = KV_BYTES},
                      .q = {.buffer = buffer, .offset = 2 * (uint64_t)KV_BYTES, .dtype = KVD_F32},
                      .o = {.buffer = buffer, .offset = o_at, .dtype = KVD_F32}};
@@ -186,17 +205,21 @@ int main(int argc, char **argv)
         for (int t = 0; t < 5; t++)
             for (int h = 0; h < KV; h++)
                 for (int c = 0; c < DIM; c++) {
-                    uint64_t at = ((l * MAX + copy->length + (uint64_t)t) * KV + (uint64_t)h) * DIM + (uint64_t)c;
+                    uint64_t at =
+                        ((l * MAX + copy->length + (uint64_t)t) * KV + (uint64_t)h) * DIM +
+                        (uint64_t)c;
                     k[at] = widen(copy->k[l][copy->length + (uint64_t)t][h][c]);
                     v[at] = widen(copy->v[l][copy->length + (uint64_t)t][h][c]);
                 }
     for (int l = 0; l < LAYERS; l++)
-        worst = fmax(worst, error_of(copy, k, v, copy->length + 5, l, 5, q + l * 5 * HEADS * DIM, o + l * 5 * HEADS * DIM));
+        worst = fmax(worst, error_of(copy, k, v, copy->length + 5, l, 5, q + l * 5 * HEADS * DIM,
+                                     o + l * 5 * HEADS * DIM));
     TRY(kvd_sequence_describe(client, ids[0], &info, err));
     if (info.length != seqs[0].length)
         return fprintf(stderr, "the parent changed\n"), 1;
     TRY(kvd_sequence_describe(client, child, &info, err));
-    if (info.length != seqs[0].length + 5 || (strcmp(codec, "int2") == 0 && info.history_tokens == 0))
+    if (info.length != seqs[0].length + 5 ||
+        (strcmp(codec, "int2") == 0 && info.history_tokens == 0))
         return fprintf(stderr, "the child has %llu tokens\n", (unsigned long long)info.length), 1;
     kvd_failure bad;
     if (kvd_sequence_describe(client, child + (1u << 20), &info, &bad) != KVD_ERR_NOT_FOUND)

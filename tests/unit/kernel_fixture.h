@@ -1,4 +1,5 @@
-// One sequence in plain memory, grown through a backend, with its float64 truth beside it. For kernel tests and benches.
+// One sequence in plain memory, grown through a backend, with its float64 truth beside it. For
+// kernel tests and benches.
 #ifndef KVD_TESTS_KERNEL_FIXTURE_H
 #define KVD_TESTS_KERNEL_FIXTURE_H
 
@@ -70,13 +71,14 @@ static inline uint64_t *kseq_pages(uint32_t n, uint64_t bytes)
 }
 
 // heads_rot: 0 identity, 1 one rotation per layer, else one per kv head.
-static inline void kseq_init(struct kseq *s, struct kvd_geometry g, uint64_t capacity, uint32_t heads_rot, float clip_k,
-                             float clip_v, uint64_t seed)
+static inline void kseq_init(struct kseq *s, struct kvd_geometry g, uint64_t capacity,
+                             uint32_t heads_rot, float clip_k, float clip_v, uint64_t seed)
 {
     *s = (struct kseq){.g = g, .capacity = capacity, .rng = seed, .hist_end = g.sink};
     uint32_t heads = heads_rot ? heads_rot : 1;
     uint64_t matrices = (uint64_t)g.n_layers * heads;
-    s->rot = (struct kvd_rotation_data){.n_layers = g.n_layers, .heads = heads, .dim_k = g.head_dim_k, .dim_v = g.head_dim_v};
+    s->rot = (struct kvd_rotation_data){
+        .n_layers = g.n_layers, .heads = heads, .dim_k = g.head_dim_k, .dim_v = g.head_dim_v};
     if (heads_rot) {
         s->r_k = malloc(sizeof(float) * matrices * g.head_dim_k * g.head_dim_k);
         s->r_v = malloc(sizeof(float) * matrices * g.head_dim_v * g.head_dim_v);
@@ -130,8 +132,8 @@ static inline void kseq_fill(struct kseq *s)
 }
 
 // A tensor over [layers][capacity][heads][dim] that starts at a token.
-static inline struct kvd_tensor kseq_tensor(void *data, enum kvd_dtype dtype, uint64_t tokens, uint32_t heads,
-                                            uint32_t dim, uint64_t first)
+static inline struct kvd_tensor kseq_tensor(void *data, enum kvd_dtype dtype, uint64_t tokens,
+                                            uint32_t heads, uint32_t dim, uint64_t first)
 {
     uint64_t size = dtype == KVD_DTYPE_F32 ? 4 : 2;
     struct kvd_tensor t = {.dtype = dtype,
@@ -148,7 +150,8 @@ static inline uint64_t kseq_hist_end(const struct kvd_geometry *g, uint64_t old,
     return length <= keep ? old : KVD_MAX(old, g->sink + (length - keep) / 16 * 16);
 }
 
-static inline void kseq_append(struct kseq *s, struct kvd_backend *b, const struct kvd_rotation *rot, uint32_t n)
+static inline void kseq_append(struct kseq *s, struct kvd_backend *b,
+                               const struct kvd_rotation *rot, uint32_t n)
 {
     const struct kvd_geometry *g = &s->g;
     struct kvd_append_item item = {
@@ -172,17 +175,21 @@ static inline const float *kseq_matrix(const struct kseq *s, bool v, uint32_t la
 {
     const float *m = v ? s->r_v : s->r_k;
     uint32_t dim = v ? s->g.head_dim_v : s->g.head_dim_k;
-    return m ? m + ((uint64_t)layer * s->rot.heads + (s->rot.heads == 1 ? 0 : head)) * dim * dim : NULL;
+    return m ? m + ((uint64_t)layer * s->rot.heads + (s->rot.heads == 1 ? 0 : head)) * dim * dim
+             : NULL;
 }
 
-// What the pages say of one token: original bf16 in the windows, dequantized and un-rotated (in double) in history.
-static inline void kseq_truth(const struct kseq *s, uint64_t t, uint32_t layer, uint32_t head, bool v, double *out)
+// What the pages say of one token: original bf16 in the windows, dequantized and un-rotated (in
+// double) in history.
+static inline void kseq_truth(const struct kseq *s, uint64_t t, uint32_t layer, uint32_t head,
+                              bool v, double *out)
 {
     const struct kvd_geometry *g = &s->g;
     uint32_t dim = v ? g->head_dim_v : g->head_dim_k;
     bool history = t >= g->sink && t < s->hist_end;
     if (!history || g->codec == KVD_CODEC_BF16) {
-        const uint16_t *row = (v ? s->v : s->k) + (((uint64_t)layer * s->capacity + t) * g->kv_heads + head) * dim;
+        const uint16_t *row =
+            (v ? s->v : s->k) + (((uint64_t)layer * s->capacity + t) * g->kv_heads + head) * dim;
         for (uint32_t c = 0; c < dim; c++)
             out[c] = kvd_bf16_to_f32(row[c]);
         return;

@@ -7,7 +7,8 @@
 #include <check.h>
 
 // Runs the tests without forking if CK_FORK=no. Returns the process's exit status.
-static inline int kvd_run_suite(const char *name, const TTest *const *tests, size_t n, int timeout_s)
+static inline int kvd_run_suite(const char *name, const TTest *const *tests, size_t n,
+                                int timeout_s)
 {
     Suite *suite = suite_create(name);
     for (size_t i = 0; i < n; i++) {
@@ -23,11 +24,11 @@ static inline int kvd_run_suite(const char *name, const TTest *const *tests, siz
     return failed ? EXIT_FAILURE : EXIT_SUCCESS;
 }
 
-#define KVD_MAIN(name, timeout_s, ...)                                                                                 \
-    int main(void)                                                                                                     \
-    {                                                                                                                  \
-        const TTest *const tests[] = {__VA_ARGS__};                                                                    \
-        return kvd_run_suite(name, tests, sizeof(tests) / sizeof(tests[0]), timeout_s);                                \
+#define KVD_MAIN(name, timeout_s, ...)                                                             \
+    int main(void)                                                                                 \
+    {                                                                                              \
+        const TTest *const tests[] = {__VA_ARGS__};                                                \
+        return kvd_run_suite(name, tests, sizeof(tests) / sizeof(tests[0]), timeout_s);            \
     }
 
 // xorshift64*: reproducible, seeded per test.
@@ -43,7 +44,8 @@ static inline uint64_t kvd_rand(uint64_t *state)
 static inline uint64_t kvd_test_seed(const char *what)
 {
     const char *env = getenv("KVD_TEST_SEED");
-    uint64_t seed = env ? strtoull(env, NULL, 0) : (uint64_t)getpid() * 0x9e3779b97f4a7c15ull ^ 0x1234567;
+    uint64_t seed =
+        env ? strtoull(env, NULL, 0) : (uint64_t)getpid() * 0x9e3779b97f4a7c15ull ^ 0x1234567;
     printf("%s: KVD_TEST_SEED=%llu\n", what, (unsigned long long)seed);
     fflush(stdout);
     return seed | 1;

@@ -14,8 +14,8 @@ static struct kvd_backend *backend(const char *isa, uint32_t threads)
     return b;
 }
 
-static struct kvd_geometry geometry(uint32_t layers, uint32_t kv_heads, uint32_t group, uint32_t dk, uint32_t dv,
-                                    uint32_t codec, uint32_t sink, uint32_t recent)
+static struct kvd_geometry geometry(uint32_t layers, uint32_t kv_heads, uint32_t group, uint32_t dk,
+                                    uint32_t dv, uint32_t codec, uint32_t sink, uint32_t recent)
 {
     struct kvd_geometry g = {.n_layers = layers,
                              .q_heads = kv_heads * group,
@@ -45,14 +45,15 @@ static double *all_rows(const struct kseq *s, uint64_t total, bool v)
     uint32_t dim = v ? g->head_dim_v : g->head_dim_k;
     double *rows = malloc(sizeof(double) * g->n_layers * g->kv_heads * (total + 1) * dim);
     for (uint64_t i = 0; i < g->n_layers * g->kv_heads * total; i++)
-        kseq_truth(s, i % total, (uint32_t)(i / total / g->kv_heads), (uint32_t)(i / total % g->kv_heads), v,
-                   rows + i * dim);
+        kseq_truth(s, i % total, (uint32_t)(i / total / g->kv_heads),
+                   (uint32_t)(i / total % g->kv_heads), v, rows + i * dim);
     return rows;
 }
 
 // Attention in float64 for one (layer, query, q head).
-static void truth(const struct kseq *s, const struct attention *a, const double *keys, const double *values,
-                  const float *q, uint32_t layer, uint32_t qi, uint32_t q_head, double *o, double *lse)
+static void truth(const struct kseq *s, const struct attention *a, const double *keys,
+                  const double *values, const float *q, uint32_t layer, uint32_t qi,
+                  uint32_t q_head, double *o, double *lse)
 {
     const struct kvd_geometry *g = &s->g;
     uint32_t head = q_head / (g->q_heads / g->kv_heads);
@@ -121,13 +122,16 @@ static double attention_error(struct kseq *s, struct kvd_backend *b, const struc
                                   .items = &item,
                                   .n_items = 1};
     ck_assert_int_eq(b->ops->attend(b, &p, NULL), 0);
-    double *keys = all_rows(s, s->length + a->new_tokens, false), *values = all_rows(s, s->length + a->new_tokens, true);
+    double *keys = all_rows(s, s->length + a->new_tokens, false),
+           *values = all_rows(s, s->length + a->new_tokens, true);
     double worst = 0;
     *lse_error = 0;
     for (uint64_t i = 0; i < rows; i++) {
         double want[KVD_MAX_HEAD_DIM], want_lse;
-        uint32_t layer = (uint32_t)(i / (a->q_len * g->q_heads)), qi = (uint32_t)(i / g->q_heads % a->q_len);
-        truth(s, a, keys, values, q + i * g->head_dim_k, layer, qi, (uint32_t)(i % g->q_heads), want, &want_lse);
+        uint32_t layer = (uint32_t)(i / (a->q_len * g->q_heads)),
+                 qi = (uint32_t)(i / g->q_heads % a->q_len);
+        truth(s, a, keys, values, q + i * g->head_dim_k, layer, qi, (uint32_t)(i % g->q_heads),
+              want, &want_lse);
         double e = kseq_rel(want, o + i * g->head_dim_v, g->head_dim_v);
         ck_assert_msg(!isnan(e), "output not written or NaN at row %llu", (unsigned long long)i);
         worst = fmax(worst, e);
@@ -152,7 +156,8 @@ static void check_shape(const char *isa, const struct shape *c, uint32_t codec, 
     if (!b)
         return;
     struct kseq s;
-    struct kvd_geometry g = geometry(c->layers, c->kv_heads, c->group, c->dk, c->dv, codec, c->sink, c->recent);
+    struct kvd_geometry g =
+        geometry(c->layers, c->kv_heads, c->group, c->dk, c->dv, codec, c->sink, c->recent);
     kseq_init(&s, g, c->length + 64, c->heads_rot, 0.96f, 0.92f, seed);
     kseq_fill(&s);
     struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
@@ -161,9 +166,11 @@ static void check_shape(const char *isa, const struct shape *c, uint32_t codec, 
         kseq_append(&s, b, rot, (uint32_t)KVD_MIN((uint64_t)n, c->length - s.length));
     }
     double lse, e = attention_error(&s, b, rot, &c->a, &lse);
-    ck_assert_msg(e < 2e-4 && lse < 2e-4,
-                  "%s codec %u kv %u group %u dk %u dv %u length %u q %u window %u: error %.2e, lse %.2e", isa, codec,
-                  c->kv_heads, c->group, c->dk, c->dv, c->length, c->a.q_len, c->a.window, e, lse);
+    ck_assert_msg(
+        e < 2e-4 && lse < 2e-4,
+        "%s codec %u kv %u group %u dk %u dv %u length %u q %u window %u: error %.2e, lse %.2e",
+        isa, codec, c->kv_heads, c->group, c->dk, c->dv, c->length, c->a.q_len, c->a.window, e,
+        lse);
     b->ops->rotation_free(b, &rot);
     kseq_deinit(&s);
     kvd_backend_free(&b);
@@ -204,7 +211,8 @@ START_TEST(every_group_and_dim)
     const uint32_t dims[] = {64, 128, 256};
     for (uint32_t group = 1; group <= 16; group++)
         for (size_t i = 0; i < 9; i++) {
-            struct shape c = {1, 2, group, dims[i / 3], dims[i % 3], 16, 16, 1, 170 + group, {.q_len = 1}};
+            struct shape c = {1,  2,  group, dims[i / 3], dims[i % 3],
+                              16, 16, 1,     170 + group, {.q_len = 1}};
             check_shape("avx512", &c, KVD_CODEC_INT2, seed + group * 9 + i);
             check_shape("avx2", &c, KVD_CODEC_INT2, seed + group * 9 + i);
         }
@@ -212,7 +220,8 @@ START_TEST(every_group_and_dim)
 END_TEST
 
 // DESIGN §5 once more, in double, from the text alone.
-static void derive(const double *x, uint32_t dim, double ratio, uint8_t *codes, double *scale, double *min)
+static void derive(const double *x, uint32_t dim, double ratio, uint8_t *codes, double *scale,
+                   double *min)
 {
     double sorted[KVD_MAX_HEAD_DIM], limit = INFINITY;
     for (uint32_t i = 0; i < dim; i++)
@@ -241,7 +250,8 @@ START_TEST(codes_match_a_float64_derivation)
 {
     struct kvd_backend *b = backend("scalar", 1);
     struct kseq s;
-    kseq_init(&s, geometry(1, 2, 1, 128, 128, KVD_CODEC_INT2, 0, 0), 512, 1, 0.96f, 0.92f, kvd_test_seed("codes"));
+    kseq_init(&s, geometry(1, 2, 1, 128, 128, KVD_CODEC_INT2, 0, 0), 512, 1, 0.96f, 0.92f,
+              kvd_test_seed("codes"));
     kseq_fill(&s);
     struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
     kseq_append(&s, b, rot, 512);
@@ -259,17 +269,20 @@ START_TEST(codes_match_a_float64_derivation)
                         y[j] += (double)kvd_bf16_to_f32(row[i]) * m[i * 128 + j];
                 }
                 derive(y, 128, v ? 0.92 : 0.96, codes, &scale, &min);
-                const uint8_t *tile = (const uint8_t *)(uintptr_t)s.codec[t / 64] + kvd_tile_offset(&s.g, 1, 0, h);
+                const uint8_t *tile =
+                    (const uint8_t *)(uintptr_t)s.codec[t / 64] + kvd_tile_offset(&s.g, 1, 0, h);
                 struct kvd_param p = kvd_int2_params(tile, 128, 128, v)[kvd_param_index(t % 64)];
                 ck_assert_double_eq_tol(kvd_fp16_to_f32(p.scale), scale, scale * 1e-3);
                 ck_assert_double_eq_tol(kvd_fp16_to_f32(p.min), min, fabs(min) * 1e-3);
                 for (uint32_t c = 0; c < 128; c++, all++) {
-                    struct kvd_code_place at = v ? kvd_place_v(128, t % 64, c) : kvd_place_k(128, t % 64, c);
+                    struct kvd_code_place at =
+                        v ? kvd_place_v(128, t % 64, c) : kvd_place_k(128, t % 64, c);
                     uint8_t got = tile[(v ? 2048 : 0) + at.byte] >> at.bit & 3;
                     differ += got != codes[c];
                 }
             }
-    printf("%llu of %llu codes differ from float64\n", (unsigned long long)differ, (unsigned long long)all);
+    printf("%llu of %llu codes differ from float64\n", (unsigned long long)differ,
+           (unsigned long long)all);
     ck_assert_uint_lt(differ, all / 10000); // only values within fp32 rounding of a code boundary
     b->ops->rotation_free(b, &rot);
     kseq_deinit(&s);
@@ -290,8 +303,10 @@ START_TEST(every_code_has_its_own_place)
                     ck_assert_uint_lt(p.byte, 16 * dim);
                     ck_assert_uint_eq(p.bit % 2, 0);
                     ck_assert_uint_eq(seen[p.byte * 4 + p.bit / 2]++, 0);
-                    // A chunk of 16 tokens never shares a byte with another: demotion can write bytes.
-                    struct kvd_code_place q = v ? kvd_place_v(dim, t ^ 16, c) : kvd_place_k(dim, t ^ 16, c);
+                    // A chunk of 16 tokens never shares a byte with another: demotion can write
+                    // bytes.
+                    struct kvd_code_place q =
+                        v ? kvd_place_v(dim, t ^ 16, c) : kvd_place_k(dim, t ^ 16, c);
                     ck_assert_uint_ne(p.byte, q.byte);
                 }
         }
@@ -306,7 +321,8 @@ START_TEST(instruction_sets_write_the_same_pages)
         struct kvd_backend *b = backend(i ? "avx512" : "scalar", 1);
         if (!b)
             return;
-        kseq_init(&s[i], geometry(2, 2, 1, 128, 128, KVD_CODEC_INT2, 64, 64), 1000, 1, 0.96f, 0.92f, seed);
+        kseq_init(&s[i], geometry(2, 2, 1, 128, 128, KVD_CODEC_INT2, 64, 64), 1000, 1, 0.96f, 0.92f,
+                  seed);
         kseq_fill(&s[i]);
         struct kvd_rotation *rot = b->ops->rotation_new(b, &s[i].rot, NULL);
         for (int j = 0; j < 10; j++)
@@ -357,7 +373,8 @@ START_TEST(read_returns_what_pages_hold)
                     kseq_truth(&s, t, l, h, false, want);
                     ck_assert_double_lt(kseq_rel(want, k + ((l * 500 + t) * 2 + h) * 64, 64), 1e-5);
                     kseq_truth(&s, t, l, h, true, want);
-                    ck_assert_double_lt(kseq_rel(want, v + ((l * 500 + t) * 2 + h) * 128, 128), 1e-5);
+                    ck_assert_double_lt(kseq_rel(want, v + ((l * 500 + t) * 2 + h) * 128, 128),
+                                        1e-5);
                 }
         free(k);
         free(v);
@@ -425,7 +442,8 @@ END_TEST
 
 START_TEST(extreme_rows_stay_finite)
 {
-    const float rows[][4] = {{0, 0, 0, 0}, {3e38f, -3e38f, 1, 0}, {1e-40f, 0, 0, 0}, {NAN, 1, 2, 3}, {7, 7, 7, 7}};
+    const float rows[][4] = {
+        {0, 0, 0, 0}, {3e38f, -3e38f, 1, 0}, {1e-40f, 0, 0, 0}, {NAN, 1, 2, 3}, {7, 7, 7, 7}};
     for (size_t i = 0; i < KVD_LEN(rows); i++) {
         float x[64];
         uint8_t codes[64];
@@ -440,6 +458,7 @@ START_TEST(extreme_rows_stay_finite)
 }
 END_TEST
 
-KVD_MAIN("kernels", 300, every_code_has_its_own_place, codes_match_a_float64_derivation, attention_matches_float64,
-         every_group_and_dim, instruction_sets_write_the_same_pages, read_returns_what_pages_hold,
-         rotation_is_undone_by_its_inverse, nonfinite_values_are_found, extreme_rows_stay_finite)
+KVD_MAIN("kernels", 300, every_code_has_its_own_place, codes_match_a_float64_derivation,
+         attention_matches_float64, every_group_and_dim, instruction_sets_write_the_same_pages,
+         read_returns_what_pages_hold, rotation_is_undone_by_its_inverse,
+         nonfinite_values_are_found, extreme_rows_stay_finite)

@@ -5,7 +5,8 @@
 
 #include "tests/unit/pool_fixture.h"
 
-static const uint64_t page_bytes[KVD_POOL_KINDS] = {128 << 10, 16 << 10}; // 16 and 128 pages an extent
+static const uint64_t page_bytes[KVD_POOL_KINDS] = {128 << 10,
+                                                    16 << 10}; // 16 and 128 pages an extent
 
 struct fixture {
     struct test_mem mem;
@@ -39,8 +40,8 @@ static int append(struct fixture *f, uint64_t seq, uint64_t at, uint32_t n)
     struct kvd_pool_seq_info info;
     if (kvd_pool_seq_info(f->pool, seq, &info))
         return KVD_E_NOT_FOUND;
-    int rc = kvd_pool_append_begin(f->pool, seq, at, n, 0, kvd_pool_geometry_get(f->pool, info.geom)->n_layers, &a,
-                                   &f->err);
+    int rc = kvd_pool_append_begin(
+        f->pool, seq, at, n, 0, kvd_pool_geometry_get(f->pool, info.geom)->n_layers, &a, &f->err);
     if (rc == 0 && !a.replayed)
         kvd_pool_append_commit(f->pool, &a);
     return rc;
@@ -260,7 +261,8 @@ START_TEST(memory_is_zeroed_between_namespaces_only)
     kvd_pool_page_unref(f.pool, page);
     ck_assert_uint_eq(mem.zeros, 0);
     mem.fail_next = true; // a failing zero must not grant the extent
-    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, other, f.geom, KVD_POOL_CODEC, &page, &f.err), -EIO);
+    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, other, f.geom, KVD_POOL_CODEC, &page, &f.err),
+                     -EIO);
     mem.fail_next = false;
     ck_assert_int_eq(kvd_pool_page_alloc(f.pool, other, f.geom, KVD_POOL_CODEC, &page, &f.err), 0);
     ck_assert_uint_eq(mem.zeros, 1);
@@ -300,7 +302,8 @@ START_TEST(truncate_refuses_to_keep_an_overwritten_window)
     ck_assert_int_eq(append(&f, s, 0, 400), 0);
     ck_assert_int_eq(kvd_pool_append_begin(f.pool, s, 400, 40, 0, 1, &a, &f.err), 0);
     kvd_pool_append_commit(f.pool, &a);
-    ck_assert_int_eq(kvd_pool_truncate(f.pool, s, 400, &f.err), 0); // fits the slack: nothing was overwritten
+    ck_assert_int_eq(kvd_pool_truncate(f.pool, s, 400, &f.err),
+                     0); // fits the slack: nothing was overwritten
     ck_assert_int_eq(kvd_pool_append_begin(f.pool, s, 400, 300, 0, 1, &a, &f.err), 0);
     kvd_pool_append_commit(f.pool, &a);
     ck_assert_int_eq(kvd_pool_truncate(f.pool, s, 400, &f.err), KVD_E_PRECONDITION);
@@ -329,7 +332,9 @@ START_TEST(ids_are_never_reused)
 }
 END_TEST
 
-KVD_MAIN("pool", 60, demotion_follows_in_chunks, one_big_append_equals_many_small, append_is_idempotent_by_position,
-         layers_fill_in_order, abort_changes_nothing, forks_share_until_written, quota_and_pool_limits,
-         published_unused_are_evicted_in_order_and_live_never, memory_is_zeroed_between_namespaces_only,
-         truncate_everywhere, truncate_refuses_to_keep_an_overwritten_window, ids_are_never_reused)
+KVD_MAIN("pool", 60, demotion_follows_in_chunks, one_big_append_equals_many_small,
+         append_is_idempotent_by_position, layers_fill_in_order, abort_changes_nothing,
+         forks_share_until_written, quota_and_pool_limits,
+         published_unused_are_evicted_in_order_and_live_never,
+         memory_is_zeroed_between_namespaces_only, truncate_everywhere,
+         truncate_refuses_to_keep_an_overwritten_window, ids_are_never_reused)

@@ -1,5 +1,6 @@
-// Random operations against a model that only knows lengths, names, holders and quotas; the pool's own verifier checks
-// pages and counters all along. KVD_POOL_OPS sets the number of operations (default one million).
+// Random operations against a model that only knows lengths, names, holders and quotas; the pool's
+// own verifier checks pages and counters all along. KVD_POOL_OPS sets the number of operations
+// (default one million).
 #include "tests/unit/suite.h"
 
 #include <errno.h>
@@ -73,7 +74,8 @@ static void op_new(struct model *m)
         return;
     uint32_t ns = m->ns[kvd_rand(&m->rng) % SPACES];
     *s = (struct model_seq){.ns = ns, .holders = 1, .name = -1, .used = true};
-    ck_assert_int_eq(kvd_pool_seq_new(m->pool, ns, m->geom[kvd_rand(&m->rng) % 2], &s->id, NULL), 0);
+    ck_assert_int_eq(kvd_pool_seq_new(m->pool, ns, m->geom[kvd_rand(&m->rng) % 2], &s->id, NULL),
+                     0);
 }
 
 static void op_append(struct model *m)
@@ -81,7 +83,8 @@ static void op_append(struct model *m)
     struct model_seq *s = pick(m, true);
     if (!s)
         return;
-    uint32_t n = kvd_rand(&m->rng) % 4 ? 1 + kvd_rand(&m->rng) % 20 : 1 + (uint32_t)(kvd_rand(&m->rng) % 700);
+    uint32_t n = kvd_rand(&m->rng) % 4 ? 1 + kvd_rand(&m->rng) % 20
+                                       : 1 + (uint32_t)(kvd_rand(&m->rng) % 700);
     struct kvd_pool_append a;
     struct kvd_error err = {0};
     int rc = kvd_pool_append_begin(m->pool, s->id, s->length, n, 0, 1, &a, &err);
@@ -106,7 +109,8 @@ static void op_fork(struct model *m)
         return;
     uint64_t id;
     ck_assert_int_eq(kvd_pool_seq_fork(m->pool, s->id, &id, NULL), 0);
-    *c = (struct model_seq){.id = id, .length = s->length, .ns = s->ns, .holders = 1, .name = -1, .used = true};
+    *c = (struct model_seq){
+        .id = id, .length = s->length, .ns = s->ns, .holders = 1, .name = -1, .used = true};
 }
 
 static void op_truncate(struct model *m)
@@ -173,8 +177,8 @@ static void op_quota(struct model *m)
 static void compare(struct model *m)
 {
     struct kvd_error err = {0};
-    ck_assert_msg(kvd_pool_verify(m->pool, &err) == 0, "after %llu operations: %s", (unsigned long long)m->done,
-                  err.text);
+    ck_assert_msg(kvd_pool_verify(m->pool, &err) == 0, "after %llu operations: %s",
+                  (unsigned long long)m->done, err.text);
     uint64_t sequences = 0;
     for (int i = 0; i < MAX_LIVE; i++) {
         struct model_seq *s = &m->seq[i];
@@ -194,9 +198,9 @@ static void compare(struct model *m)
 
 START_TEST(random_operations)
 {
-    static void (*const ops[])(struct model *) = {op_new,      op_append,  op_append, op_append,  op_append,
-                                                  op_fork,     op_truncate, op_publish, op_hold,   op_release,
-                                                  op_release,  op_append,  op_quota};
+    static void (*const ops[])(struct model *) = {
+        op_new,     op_append, op_append,  op_append,  op_append, op_fork, op_truncate,
+        op_publish, op_hold,   op_release, op_release, op_append, op_quota};
     static struct model m;
     m.rng = kvd_test_seed("random_operations");
     struct kvd_pool_mem_ops mem = {&m.mem, test_mem_alloc, test_mem_free, test_mem_zero};

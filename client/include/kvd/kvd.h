@@ -1,15 +1,19 @@
-/* libkvd: a worker's side of kvd, the shared KV-cache memory daemon. Plain C, no other headers wanted.
+/* libkvd: a worker's side of kvd, the shared KV-cache memory daemon. Plain C, no other headers
+ * wanted.
  *
- * A kvd_client is one session with a daemon, for one model geometry. Its functions may be called from several threads
- * at once, but for kvd_close; calls on the same sequence are the caller's to order.
+ * A kvd_client is one session with a daemon, for one model geometry. Its functions may be called
+ * from several threads at once, but for kvd_close; calls on the same sequence are the caller's to
+ * order.
  *
- * Functions return KVD_SUCCESS or a kvd_result; with a failure *err (may be NULL) says what was wrong and how to mend
- * it, and nothing has changed. Outputs are written on success only.
+ * Functions return KVD_SUCCESS or a kvd_result; with a failure *err (may be NULL) says what was
+ * wrong and how to mend it, and nothing has changed. Outputs are written on success only.
  *
- * If the daemon is restarted, the next call opens a new session, registers the buffers again, and returns
- * KVD_ERR_LOST once: sequences of the old session are gone, buffers keep their addresses and go on working.
+ * If the daemon is restarted, the next call opens a new session, registers the buffers again, and
+ * returns KVD_ERR_LOST once: sequences of the old session are gone, buffers keep their addresses
+ * and go on working.
  *
- * Tensors: [layers][tokens][heads][head_dim], head_dim contiguous, little-endian bf16 unless dtype says f32. */
+ * Tensors: [layers][tokens][heads][head_dim], head_dim contiguous, little-endian bf16 unless dtype
+ * says f32. */
 #ifndef KVD_KVD_H
 #define KVD_KVD_H
 
@@ -33,8 +37,8 @@ typedef enum kvd_result {
     KVD_ERR_DENIED,       /* not allowed in this namespace */
     KVD_ERR_UNAVAILABLE,  /* daemon not reachable, draining, or store down: try again */
     KVD_ERR_TIMEOUT,
-    KVD_ERR_CORRUPT,      /* a rotation set failed verification */
-    KVD_ERR_LOST,         /* the daemon restarted: old sequences are gone, the client works again */
+    KVD_ERR_CORRUPT, /* a rotation set failed verification */
+    KVD_ERR_LOST,    /* the daemon restarted: old sequences are gone, the client works again */
     KVD_ERR_INTERNAL,
 } kvd_result;
 
@@ -46,7 +50,8 @@ typedef struct kvd_failure {
 typedef struct kvd_client kvd_client;
 
 typedef struct kvd_options {
-    const char *address;        /* "unix:/path" or "host:port"; NULL: $KVD_ADDRESS or unix:/run/kvd/kvd.sock */
+    const char
+        *address; /* "unix:/path" or "host:port"; NULL: $KVD_ADDRESS or unix:/run/kvd/kvd.sock */
     const char *namespace_name; /* NULL: "default" */
     const char *client_name;    /* shown to operators; NULL: the program's name */
     uint32_t timeout_ms;        /* per call; 0: 30,000 */
@@ -61,24 +66,28 @@ typedef struct kvd_options {
     bool no_windows;                 /* really no sink and no recent window */
 } kvd_options;
 
-/* Connects and opens a session. Waits for the rotation set to be fetched, at most timeout_ms. *out is to be closed. */
+/* Connects and opens a session. Waits for the rotation set to be fetched, at most timeout_ms. *out
+ * is to be closed. */
 KVD_API kvd_result kvd_open(const kvd_options *options, kvd_client **out, kvd_failure *err);
 /* Ends the session and frees the client and its buffers. *client may be NULL; it becomes NULL. */
 KVD_API void kvd_close(kvd_client **client);
 
 typedef struct kvd_info {
-    const char *version, *backend, *instance; /* valid until the client reconnects or closes */
-    const char *rotation_set;                 /* as resolved: a digest or a built-in's name */
+    const char *version, *backend, *instance;   /* valid until the client reconnects or closes */
+    const char *rotation_set;                   /* as resolved: a digest or a built-in's name */
     uint64_t bf16_page_bytes, codec_page_bytes; /* a page is 64 tokens of all layers */
     uint32_t sink, recent;
 } kvd_info;
 KVD_API void kvd_get_info(kvd_client *client, kvd_info *out);
 
-/* -- buffers: memory shared with the daemon ---------------------------------------------------------------------- */
+/* -- buffers: memory shared with the daemon
+ * ---------------------------------------------------------------------- */
 
 typedef struct kvd_buffer kvd_buffer;
-/* Makes and registers `bytes` of shared memory, zeroed. Wants an address on this host's unix socket. */
-KVD_API kvd_result kvd_buffer_new(kvd_client *client, uint64_t bytes, kvd_buffer **out, kvd_failure *err);
+/* Makes and registers `bytes` of shared memory, zeroed. Wants an address on this host's unix
+ * socket. */
+KVD_API kvd_result kvd_buffer_new(kvd_client *client, uint64_t bytes, kvd_buffer **out,
+                                  kvd_failure *err);
 /* Frees it. Calls that use it must have returned. */
 KVD_API void kvd_buffer_free(kvd_buffer **buffer);
 KVD_API void *kvd_buffer_data(kvd_buffer *buffer);
@@ -93,32 +102,40 @@ typedef struct kvd_tensor_ref {
     kvd_dtype_t dtype;                                /* q, o and read-outs; K and V are bf16 */
 } kvd_tensor_ref;
 
-/* -- sequences --------------------------------------------------------------------------------------------------- */
+/* -- sequences
+ * ---------------------------------------------------------------------------------------------------
+ */
 
-KVD_API kvd_result kvd_sequences_create(kvd_client *client, uint32_t count, uint64_t *ids, kvd_failure *err);
-/* Copy-on-write children. */
-KVD_API kvd_result kvd_sequence_fork(kvd_client *client, uint64_t sequence, uint32_t count, uint64_t *ids,
-                                     kvd_failure *err);
-KVD_API kvd_result kvd_sequence_truncate(kvd_client *client, uint64_t sequence, uint64_t length, kvd_failure *err);
-/* Names a sequence in the namespace: it outlives this session until it is unpublished or evicted. */
-KVD_API kvd_result kvd_sequence_publish(kvd_client *client, uint64_t sequence, const char *name, bool replace,
+KVD_API kvd_result kvd_sequences_create(kvd_client *client, uint32_t count, uint64_t *ids,
                                         kvd_failure *err);
+/* Copy-on-write children. */
+KVD_API kvd_result kvd_sequence_fork(kvd_client *client, uint64_t sequence, uint32_t count,
+                                     uint64_t *ids, kvd_failure *err);
+KVD_API kvd_result kvd_sequence_truncate(kvd_client *client, uint64_t sequence, uint64_t length,
+                                         kvd_failure *err);
+/* Names a sequence in the namespace: it outlives this session until it is unpublished or evicted.
+ */
+KVD_API kvd_result kvd_sequence_publish(kvd_client *client, uint64_t sequence, const char *name,
+                                        bool replace, kvd_failure *err);
 typedef struct kvd_sequence_info {
     uint64_t sequence, length;
     uint64_t sink_tokens, history_tokens, recent_tokens; /* of the length; history is compressed */
-    uint64_t pending_length;                             /* of an append that has not reached every layer */
+    uint64_t pending_length; /* of an append that has not reached every layer */
     uint32_t pending_layers;
     uint64_t bytes;
     uint32_t holders;
     char name[129];
 } kvd_sequence_info;
-KVD_API kvd_result kvd_sequence_attach(kvd_client *client, const char *name, kvd_sequence_info *out, kvd_failure *err);
-KVD_API kvd_result kvd_sequences_free(kvd_client *client, const uint64_t *ids, uint32_t count, bool unpublish,
-                                      kvd_failure *err);
-KVD_API kvd_result kvd_sequence_describe(kvd_client *client, uint64_t sequence, kvd_sequence_info *out,
-                                         kvd_failure *err);
+KVD_API kvd_result kvd_sequence_attach(kvd_client *client, const char *name, kvd_sequence_info *out,
+                                       kvd_failure *err);
+KVD_API kvd_result kvd_sequences_free(kvd_client *client, const uint64_t *ids, uint32_t count,
+                                      bool unpublish, kvd_failure *err);
+KVD_API kvd_result kvd_sequence_describe(kvd_client *client, uint64_t sequence,
+                                         kvd_sequence_info *out, kvd_failure *err);
 
-/* -- work -------------------------------------------------------------------------------------------------------- */
+/* -- work
+ * --------------------------------------------------------------------------------------------------------
+ */
 
 typedef struct kvd_layers {
     uint32_t begin, count; /* positions in options.layers; count 0: all from begin */
@@ -126,11 +143,11 @@ typedef struct kvd_layers {
 
 typedef struct kvd_item {
     uint64_t sequence;
-    uint64_t position;      /* append, step: where the new tokens go: the sequence's length */
-    uint32_t tokens;        /* append, step: new tokens; attend: queries, at the sequence's end */
-    kvd_tensor_ref k, v;    /* append, step: [layers][tokens][kv_heads][head_dim] */
-    kvd_tensor_ref q, o;    /* attend, step: [layers][tokens][q_heads][head_dim] */
-    kvd_tensor_ref lse;     /* attend, step: f32 [layers][tokens][q_heads]; buffer NULL: not wanted */
+    uint64_t position;   /* append, step: where the new tokens go: the sequence's length */
+    uint32_t tokens;     /* append, step: new tokens; attend: queries, at the sequence's end */
+    kvd_tensor_ref k, v; /* append, step: [layers][tokens][kv_heads][head_dim] */
+    kvd_tensor_ref q, o; /* attend, step: [layers][tokens][q_heads][head_dim] */
+    kvd_tensor_ref lse;  /* attend, step: f32 [layers][tokens][q_heads]; buffer NULL: not wanted */
 } kvd_item;
 
 typedef struct kvd_attention {
@@ -139,23 +156,28 @@ typedef struct kvd_attention {
     uint32_t window; /* sliding window in tokens; 0: none */
 } kvd_attention;
 
-/* Appends tokens. Safe to repeat: an append that was applied is skipped. Layers must be filled in ascending order. */
-KVD_API kvd_result kvd_append(kvd_client *client, kvd_layers layers, const kvd_item *items, uint32_t count,
-                              kvd_failure *err);
+/* Appends tokens. Safe to repeat: an append that was applied is skipped. Layers must be filled in
+ * ascending order. */
+KVD_API kvd_result kvd_append(kvd_client *client, kvd_layers layers, const kvd_item *items,
+                              uint32_t count, kvd_failure *err);
 /* Attention of the last `tokens` positions, causal among them. attention NULL: defaults. */
 KVD_API kvd_result kvd_attend(kvd_client *client, kvd_layers layers, const kvd_attention *attention,
                               const kvd_item *items, uint32_t count, kvd_failure *err);
 /* Attends over what is stored and the new tokens, then appends these. */
-KVD_API kvd_result kvd_step(kvd_client *client, kvd_layers layers, const kvd_attention *attention, const kvd_item *items,
-                            uint32_t count, kvd_failure *err);
+KVD_API kvd_result kvd_step(kvd_client *client, kvd_layers layers, const kvd_attention *attention,
+                            const kvd_item *items, uint32_t count, kvd_failure *err);
 /* y = x R_K (or x R_V; inverse: the transpose), heads being kv_heads or q_heads. y may be x. */
-KVD_API kvd_result kvd_rotate(kvd_client *client, bool v, bool inverse, kvd_layers layers, uint32_t rows, uint32_t heads,
-                              const kvd_tensor_ref *x, const kvd_tensor_ref *y, kvd_failure *err);
+KVD_API kvd_result kvd_rotate(kvd_client *client, bool v, bool inverse, kvd_layers layers,
+                              uint32_t rows, uint32_t heads, const kvd_tensor_ref *x,
+                              const kvd_tensor_ref *y, kvd_failure *err);
 /* Dequantizes tokens [begin, begin + count) to [layers][count][kv_heads][head_dim], un-rotated. */
-KVD_API kvd_result kvd_read_tokens(kvd_client *client, kvd_layers layers, uint64_t sequence, uint64_t begin,
-                                   uint32_t count, const kvd_tensor_ref *k, const kvd_tensor_ref *v, kvd_failure *err);
+KVD_API kvd_result kvd_read_tokens(kvd_client *client, kvd_layers layers, uint64_t sequence,
+                                   uint64_t begin, uint32_t count, const kvd_tensor_ref *k,
+                                   const kvd_tensor_ref *v, kvd_failure *err);
 
-/* -- events ------------------------------------------------------------------------------------------------------ */
+/* -- events
+ * ------------------------------------------------------------------------------------------------------
+ */
 
 typedef enum kvd_event_kind {
     KVD_EVENT_NONE = -1, /* the time was over */
@@ -171,7 +193,8 @@ typedef struct kvd_event {
     char name[129];
 } kvd_event;
 /* Waits for the next event; the first call subscribes. One thread at a time. */
-KVD_API kvd_result kvd_next_event(kvd_client *client, uint32_t timeout_ms, kvd_event *out, kvd_failure *err);
+KVD_API kvd_result kvd_next_event(kvd_client *client, uint32_t timeout_ms, kvd_event *out,
+                                  kvd_failure *err);
 
 KVD_API const char *kvd_version(void);
 

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Folders may include only what lies below them: see README.md, "The parts".
+set -u
+cd "$(dirname "$0")/.."
+bad=0
+rule() { # rule FOLDER ALLOWED...
+    local folder=$1 line file header top
+    shift
+    while IFS= read -r line; do
+        file=${line%%:*}
+        header=$(sed -E 's/.*#include "([^"]+)".*/\1/' <<<"$line")
+        top=${header%%/*}
+        case "$top" in proto | pool | kernels | calib | daemon | client | tests) ;; *) continue ;; esac
+        case " $folder $* " in
+        *" $top "*) ;;
+        *)
+            echo "$file includes $header: $folder may include only: $*"
+            bad=1
+            ;;
+        esac
+    done < <(grep -rnE '#include "' "$folder" --include='*.[ch]' --include='*.cu' --include='*.cuh' 2>/dev/null)
+}
+rule proto
+rule pool proto
+rule kernels proto
+rule calib kernels proto
+rule daemon calib kernels pool proto
+rule client/kvctl client calib proto
+# The library itself: no daemon, no pool, no calib.
+while IFS= read -r f; do
+    grep -nE '#include "(daemon|pool|calib)/' "$f" && { echo "$f includes what libkvd may not"; bad=1; }
+done < <(find client -maxdepth 1 -name '*.[ch]')
+# The public header stands alone.
+if grep -n '#include "' client/include/kvd/kvd.h; then
+    echo "the public header includes a private one"
+    bad=1
+fi
+grep -rnE '#include "(daemon|pool|kernels|calib|proto|client)/' client/examples tests/e2e --include='*.c' && { echo "examples use libkvd as installed"; bad=1; }
+exit $bad

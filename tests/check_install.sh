@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Installs into a folder and uses what landed there: a program built with pkg-config against the shared library, the
+# man pages, units and completion where Debian expects them.
+set -eu
+cd "$(dirname "$0")/.."
+build=$1
+root=$(mktemp -d /tmp/kvd-install.XXXXXX)
+trap 'rm -rf "$root"' EXIT
+DESTDIR="$root" meson install -C "$build" --no-rebuild >/dev/null
+for f in usr/sbin/kvd usr/bin/kvctl usr/include/kvd/kvd.h usr/share/man/man8/kvd.8 usr/share/man/man1/kvctl.1 \
+    usr/share/man/man5/kvd.conf.5 usr/share/bash-completion/completions/kvctl etc/kvd/kvd.conf; do
+    [ -s "$root/$f" ] || { echo "missing: $f"; exit 1; }
+done
+find "$root" -name 'kvd@.service' | grep -q . || { echo "missing: kvd@.service"; exit 1; }
+pc=$(dirname "$(find "$root" -name kvd.pc)")
+lib=$(dirname "$(find "$root" -name 'libkvd.so' | head -n 1)")
+[ -e "$lib/libkvd.a" ] || { echo "missing: libkvd.a"; exit 1; }
+printf '#include <kvd/kvd.h>\n#include <stdio.h>\nint main(void) { puts(kvd_version()); return 0; }\n' >"$root/t.c"
+export PKG_CONFIG_PATH=$pc PKG_CONFIG_SYSROOT_DIR=$root
+# shellcheck disable=SC2046
+gcc -std=c99 -Wall -Werror "$root/t.c" -o "$root/t" $(pkg-config --cflags --libs kvd)
+LD_LIBRARY_PATH=$lib "$root/t"
+# Only the public API is visible.
+nm -D --defined-only "$lib/libkvd.so" | awk '{print $3}' | grep -vE '^kvd_' && { echo "private symbols are visible"; exit 1; }
+exit 0

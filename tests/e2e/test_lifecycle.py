@@ -1,0 +1,144 @@
+"""Starting, refusing, reloading, draining; and the worker library as a separate process."""
+import os
+import signal
+import subprocess
+import time
+
+import grpc
+import pytest
+
+from conftest import KVCTL, KVD, WORKER, Daemon, Rpc, geometry
+
+
+@pytest.mark.parametrize("codec", ["int2", "bf16"])
+def test_a_worker_through_libkvd(kvd, codec):
+    r = subprocess.run([WORKER, kvd.address, codec], capture_output=True, text=True, timeout=120)
+    assert r.returncode == 0, r.stderr + r.stdout
+    assert kvd.metric("kvd_sequences") == 0
+
+
+def test_several_workers_at_once(kvd):
+    ps = [subprocess.Popen([WORKER, kvd.address], stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
+    for p in ps:
+        out, err = p.communicate(timeout=180)
+        assert p.returncode == 0, err
+
+
+def test_scalar_kernels_serve_too(start):
+    kvd = start("--isa", "scalar", "--threads", "1")
+    assert "scalar" in kvd.kvctl("status").stdout
+    assert subprocess.run([WORKER, kvd.address], timeout=300).returncode == 0
+
+
+def test_a_second_daemon_is_refused_and_a_stale_socket_is_not_in_the_way(kvd, folder):
+    r = subprocess.run([KVD, "--listen", kvd.address, "--metrics", ""], capture_output=True, text=True, timeout=20)
+    assert r.returncode != 0 and "another kvd serves" in r.stderr
+    kvd.kvctl("ping", 1)
+    kvd.stop(signal.SIGKILL)
+    assert kvd.socket.exists()
+    kvd.start()
+    kvd.kvctl("ping", 1)
+    assert "removing stale socket" in kvd.text()
+    assert kvd.stop() == 0 and not kvd.socket.exists()
+
+
+def test_something_else_in_the_sockets_place_stays(folder):
+    (folder / "s").write_text("precious")
+    r = subprocess.run([KVD, "--listen", f"unix:{folder}/s", "--metrics", ""], capture_output=True, text=True, timeout=20)
+    assert r.returncode != 0 and "not a socket" in r.stderr
+    assert (folder / "s").read_text() == "precious"
+
+
+BAD_CONFIGS = [
+    ("[kvd]\npool-size = 1GiB\ncolour = blue\n", ":3:", "unknown key 'colour'"),
+    ("[kvd]\npool-size = plenty\n", ":2:", "512MiB"),
+    ("[kvd]\n\nlog-level = loud\n", ":3:", "error, warning"),
+    ("[kvdd]\npool-size = 1GiB\n", ":2:", "unknown section"),
+    ("[namespace]\nquota = 1GiB\n", ":2:", "[namespace NAME]"),
+    ("[kvd]\nwhat is this\n", ":2:", "key = value"),
+    ("[kvd]\nlisten = unix:relative\n", ":2:", "unix:/absolute"),
+    ("[kvd]\nlisten = 0.0.0.0:7070\n", "", "[tls]"),
+    ("[kvd]\nbackend = tpu\n", "", "auto, cpu or cuda"),
+    ("[kvd]\nextent-size = 3MiB\n", "", "multiple of 2 MiB"),
+    ("[kvd]\nthreads = 99999999999\n", ":2:", "0 to 1024"),
+]
+
+
+@pytest.mark.parametrize("text,line,words", BAD_CONFIGS)
+def test_bad_configuration(folder, text, line, words):
+    (folder / "c").write_text(text)
+    r = subprocess.run([KVD, "--check-config", "--config", str(folder / "c")], capture_output=True, text=True)
+    assert r.returncode == 78 and words in r.stderr and f"c{line}" in r.stderr, r.stderr
+
+
+def test_the_shipped_configuration_is_good():
+    from conftest import SOURCE
+
+    r = subprocess.run([KVD, "--check-config", "--config", str(SOURCE / "deploy/kvd.conf")], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+
+
+def test_reload(start):
+    kvd = start(config="[kvd]\nlog-level = info\n[namespace a]\nquota = 1MiB\n")
+    (kvd.folder / "kvd.conf").write_text("[kvd]\nlog-level = debug\n[namespace a]\nquota = 2MiB\n")
+    kvd.process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert "configuration reloaded" in kvd.text()
+    assert "2.00 MiB" in kvd.kvctl("quota", "ls").stdout
+    assert "log level debug" in kvd.kvctl("status").stdout
+    (kvd.folder / "kvd.conf").write_text("[kvd]\nlog-level = debug\nbroken\n")
+    kvd.process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert "the old configuration stays" in kvd.text()
+    kvd.kvctl("ping", 1)
+
+
+def test_drain_waits_for_workers(start):
+    kvd = start("--drain-timeout", "5s")
+    rpc = Rpc(kvd.address)
+    s = rpc.kv("OpenSession", geometry=geometry()).session
+    events = rpc.stream("Watch", session=s)
+    next(events)
+    kvd.process.send_signal(signal.SIGTERM)
+    assert next(events).kind == 2  # DRAINING
+    with pytest.raises(grpc.RpcError) as e:
+        rpc.kv("OpenSession", geometry=geometry())
+    assert e.value.code().name == "UNAVAILABLE"
+    rpc.kv("CreateSequences", session=s, request_id=1, count=1)  # an open session goes on
+    assert kvd.process.poll() is None
+    rpc.kv("CloseSession", session=s)
+    assert kvd.process.wait(5) == 0
+
+
+def test_cuda_is_refused_honestly(folder):
+    r = subprocess.run([KVD, "--backend", "cuda", "--listen", f"unix:{folder}/s"], capture_output=True, text=True)
+    assert r.returncode != 0 and "no CUDA backend" in r.stderr
+
+
+def test_sd_notify(folder):
+    import socket
+
+    if "systemd" not in subprocess.run(["ldd", KVD], capture_output=True, text=True).stdout:
+        pytest.skip("built without libsystemd")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+        s.bind(str(folder / "notify"))
+        s.settimeout(10)
+        kvd = Daemon(folder, env={"NOTIFY_SOCKET": str(folder / "notify"), "WATCHDOG_USEC": "400000"})
+        assert b"READY=1" in s.recv(4096)
+        assert s.recv(4096) == b"WATCHDOG=1" and s.recv(4096) == b"WATCHDOG=1"
+        kvd.process.send_signal(signal.SIGTERM)
+        while s.recv(4096) != b"STOPPING=1":
+            pass
+        assert kvd.process.wait(10) == 0
+
+
+def test_clients_survive_a_restart(kvd, folder):
+    """A worker that is in the middle of its work when the daemon is killed gets a clear error, not a hang."""
+    p = subprocess.Popen([WORKER, kvd.address], stderr=subprocess.PIPE, text=True)
+    time.sleep(0.25)
+    kvd.stop(signal.SIGKILL)
+    kvd.start()
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 0 or "the session was lost" in err, err
+    assert subprocess.run([WORKER, kvd.address], timeout=100).returncode == 0
+    assert os.path.exists(KVCTL)

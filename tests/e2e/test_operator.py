@@ -1,0 +1,176 @@
+"""kvctl, metrics, Prometheus and TLS: what an operator meets."""
+import json
+import os
+import shutil
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+import grpc
+import pytest
+
+from conftest import KVCTL, WORKER, Rpc, admin, free_port, geometry
+
+
+def get(port, path):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as r:
+            return r.status, r.read().decode()
+    except urllib.error.HTTPError as e:
+        return e.code, e.read().decode()
+
+
+def test_every_command_answers_people_and_scripts(kvd, rpc):
+    s = rpc.kv("OpenSession", geometry=geometry(), client_name="somebody").session
+    seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
+    rpc.kv("PublishSequence", session=s, sequence=seq, name="a-name")
+    for command, words in {
+        "status": "ready", "workers": "somebody", "sequences": "a-name", "pool": "extents", "quota ls": "default",
+        "ping 2": "avg", "version": "0.1.0", "top 0.1 2": "somebody", "metrics": "kvd_build_info",
+        "calib ls": "no rotation sets", "quota set default 1GiB": "set", "log-level debug": "was info",
+        "evict": "evicted 0", "sequences default": "a-name",
+    }.items():
+        assert words in kvd.kvctl(*command.split()).stdout, command
+        if not command.startswith("top"):
+            json.loads(kvd.kvctl("--json", *command.split()).stdout)
+    assert json.loads(kvd.kvctl("--json", "status").stdout)["sessions"] == 1
+
+
+def test_exit_codes(kvd, folder):
+    assert kvd.kvctl("nonsense", check=False).returncode == 2
+    assert kvd.kvctl("quota", "set", "default", "many", check=False).returncode == 2
+    assert kvd.kvctl("log-level", "loud", check=False).returncode == 1
+    assert kvd.kvctl("evict", "--namespace", "none", check=False).returncode == 1
+    r = subprocess.run([KVCTL, "--address", f"unix:{folder}/nobody", "status"], capture_output=True, text=True)
+    assert r.returncode == 3 and "is kvd running there" in r.stderr
+    assert subprocess.run([KVCTL], capture_output=True).returncode == 2
+    help_text = subprocess.run([KVCTL, "--help"], capture_output=True, text=True)
+    assert help_text.returncode == 0 and "log-level" in help_text.stdout
+
+
+def test_evict_by_name_spares_the_living(kvd, rpc):
+    s = rpc.kv("OpenSession", geometry=geometry()).session
+    a, b = rpc.kv("CreateSequences", session=s, request_id=1, count=2).sequences
+    rpc.kv("PublishSequence", session=s, sequence=a, name="a")
+    rpc.kv("PublishSequence", session=s, sequence=b, name="b")
+    rpc.kv("FreeSequences", session=s, sequences=[b])
+    r = kvd.kvctl("evict", "--namespace", "default", "--name", "a", check=False)
+    assert r.returncode == 1 and "live sequences are never evicted" in r.stderr
+    assert "evicted 1" in kvd.kvctl("evict", "--namespace", "default", "--name", "b").stdout
+    assert kvd.metric("kvd_sequences") == 1
+
+
+def test_only_operators_steer(start):
+    if os.getuid() != 0:
+        pytest.skip("wants root, to be somebody else")
+    kvd = start(config="[kvd]\nsocket-mode = 0666\n")
+    os.chmod(kvd.folder, 0o755)
+    su = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    run = lambda *a: subprocess.run([*su, KVCTL, "--address", kvd.address, *a], capture_output=True, text=True)
+    if run("version").returncode != 0:
+        pytest.skip("the build folder is closed to other users")
+    assert run("status").returncode == 0
+    for command in ("drain", "evict", "quota set default 1MiB", "log-level debug"):
+        r = run(*command.split())
+        assert r.returncode == 4 and "for operators" in r.stderr, (command, r.stderr)
+    with pytest.raises(grpc.RpcError) as e:  # and no ticket, no steering
+        Rpc(kvd.address).admin("Drain")
+    assert e.value.code().name == "PERMISSION_DENIED"
+
+
+def test_drain(kvd):
+    assert "draining" in kvd.kvctl("drain", 1).stdout
+    assert kvd.process.wait(5) == 0
+
+
+def test_metrics_pages(kvd):
+    assert subprocess.run([WORKER, kvd.address], timeout=120).returncode == 0
+    port = kvd.metrics_port()
+    status, page = get(port, "/metrics")
+    assert status == 200 and 'kvd_rpc_requests_total{method="kvd.v1.KvCache/Append",code="OK"}' in page
+    assert get(port, "/healthz") == (200, "ok\n") and get(port, "/readyz") == (200, "ready\n")
+    assert get(port, "/other")[0] == 404
+    if not shutil.which("promtool"):
+        pytest.skip("promtool is not installed")
+    r = subprocess.run(["promtool", "check", "metrics"], input=page, capture_output=True, text=True)
+    assert r.returncode == 0 and not r.stderr and not r.stdout, r.stderr
+
+
+def test_prometheus_scrapes(kvd, folder):
+    if not shutil.which("prometheus"):
+        pytest.skip("prometheus is not installed")
+    from conftest import SOURCE
+
+    rules = SOURCE / "deploy/prometheus/kvd.rules.yml"
+    assert subprocess.run(["promtool", "check", "rules", rules], capture_output=True).returncode == 0
+    port = free_port()
+    (folder / "p.yml").write_text(f"""
+global: {{scrape_interval: 1s, evaluation_interval: 1s}}
+rule_files: ["{rules}"]
+scrape_configs: [{{job_name: kvd, static_configs: [{{targets: ["127.0.0.1:{kvd.metrics_port()}"]}}]}}]
+""")
+    p = subprocess.Popen(["prometheus", f"--config.file={folder}/p.yml", f"--storage.tsdb.path={folder}/tsdb",
+                          f"--web.listen-address=127.0.0.1:{port}"], stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            time.sleep(0.3)
+            try:
+                result = json.loads(get(port, "/api/v1/query?query=kvd_build_info")[1])["data"]["result"]
+            except (OSError, ValueError):
+                continue
+            if result:
+                break
+        assert result[0]["metric"]["backend"] == "cpu"
+        groups = json.loads(get(port, "/api/v1/rules")[1])["data"]["groups"]
+        assert all(r.get("lastError", "") == "" for g in groups for r in g["rules"])
+    finally:
+        p.terminate()
+        p.wait(20)
+
+
+def openssl(*args, cwd):
+    subprocess.run(["openssl", *args], check=True, capture_output=True, cwd=cwd)
+
+
+def test_mutual_tls(start, folder):
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not installed")
+    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj",
+            "/CN=ca", cwd=folder)
+    for name, san in (("server", "IP:127.0.0.1"), ("ops", "DNS:ops"), ("guest", "DNS:guest")):
+        openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj",
+                f"/CN={name}", cwd=folder)
+        (folder / "ext").write_text(f"subjectAltName={san}\n")
+        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2",
+                "-out", f"{name}.pem", "-extfile", "ext", cwd=folder)
+    port = free_port()
+    kvd = start("--listen", f"127.0.0.1:{port}", config=f"""
+[kvd]
+admin-cn = ops
+[tls]
+cert = {folder}/server.pem
+key = {folder}/server.key
+client-ca = {folder}/ca.pem
+[namespace closed]
+allow-cn = ops
+""")
+    base = [KVCTL, "--address", f"127.0.0.1:{port}", "--timeout", "5", "--tls-ca", f"{folder}/ca.pem"]
+    as_ = lambda n: [*base, "--tls-cert", f"{folder}/{n}.pem", "--tls-key", f"{folder}/{n}.key"]
+    run = lambda *a: subprocess.run([*map(str, a)], capture_output=True, text=True)
+    assert run(*as_("guest"), "status").returncode == 0
+    assert run(*as_("guest"), "log-level", "debug").returncode == 4
+    assert run(*as_("ops"), "log-level", "debug").returncode == 0
+    assert run(*base, "status").returncode == 3  # no certificate
+    assert run(*base[:3], "--timeout", "2", "status").returncode in (1, 3)  # no TLS at all
+
+    def rpc(name):
+        read = lambda f: (folder / f).read_bytes()
+        return Rpc(f"127.0.0.1:{port}", credentials=grpc.ssl_channel_credentials(
+            read("ca.pem"), read(f"{name}.key"), read(f"{name}.pem")))
+
+    rpc("ops").kv("OpenSession", namespace_name="closed", geometry=geometry())
+    with pytest.raises(grpc.RpcError) as e:
+        rpc("guest").kv("OpenSession", namespace_name="closed", geometry=geometry())
+    assert e.value.code().name == "PERMISSION_DENIED"
+    assert isinstance(admin.PingReply(), object)

@@ -1,0 +1,219 @@
+"""Rotation sets over file:// and HTTP, with servers that work and servers that do not."""
+import http.server
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import threading
+import time
+
+import grpc
+import pytest
+
+from conftest import KVCTL, Rpc, free_port, geometry
+
+REF = "m/demo@v1"
+
+
+@pytest.fixture
+def store(folder):
+    path = folder / "store"
+    r = subprocess.run([KVCTL, "--store", path, "--json", "calib", "hadamard", REF, "0-3", "64"], capture_output=True,
+                       text=True, check=True)
+    return path, json.loads(r.stdout)["digest"]
+
+
+class Server:
+    """Debian's nginx on a folder."""
+
+    def __init__(self, folder, root):
+        self.port = free_port()
+        conf = folder / "nginx.conf"
+        conf.write_text(f"""
+daemon off; master_process off; pid {folder}/nginx.pid; error_log {folder}/nginx.err;
+events {{ worker_connections 64; }}
+http {{ access_log {folder}/access.log; client_body_temp_path {folder}/b; proxy_temp_path {folder}/p;
+  fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/c;
+  server {{ listen 127.0.0.1:{self.port}; root {root};
+    location /loop {{ return 302 /loop$request_uri; }} }} }}
+""")
+        os.chmod(folder, 0o755)
+        self.process = subprocess.Popen([shutil.which("nginx") or "/usr/sbin/nginx", "-c", str(conf)],
+                                        stderr=subprocess.DEVNULL)
+        for _ in range(100):
+            with socket.socket() as s:
+                if s.connect_ex(("127.0.0.1", self.port)) == 0:
+                    break
+            time.sleep(0.05)
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(10)
+
+
+@pytest.fixture
+def nginx(folder, store):
+    if not (shutil.which("nginx") or os.path.exists("/usr/sbin/nginx")):
+        pytest.skip("nginx is not installed")
+    s = Server(folder, store[0])
+    yield s
+    s.stop()
+
+
+def open_with(kvd, ref=REF):
+    rpc = Rpc(kvd.address)
+    try:
+        return rpc.kv("OpenSession", geometry=geometry(rotation_set=ref), timeout=30)
+    finally:
+        rpc.channel.close()
+
+
+def refused(kvd, code, words, ref=REF):
+    with pytest.raises(grpc.RpcError) as e:
+        open_with(kvd, ref)
+    assert e.value.code().name == code and words in e.value.details(), e.value
+
+
+def test_over_http_then_offline(start, nginx, store):
+    kvd = start("--store", nginx.url)
+    assert open_with(kvd).geometry.rotation_set == store[1]
+    assert "cached" in kvd.kvctl("calib", "ls").stdout or "loaded" in kvd.kvctl("calib", "ls").stdout
+    nginx.stop()
+    assert open_with(kvd).geometry.rotation_set == store[1]  # by tag, from the cached manifest
+    assert open_with(kvd, store[1]).geometry.rotation_set == store[1]
+    refused(kvd, "UNAVAILABLE", "127.0.0.1", "m/other@v1")
+    assert kvd.metric('kvd_rotation_set_requests_total{source="store"}') == 1
+    assert kvd.metric('kvd_rotation_set_requests_total{source="cache"}') == 2
+    assert kvd.metric('kvd_rotation_set_requests_total{source="failed"}') == 1
+
+
+def test_names_that_are_not_there(start, nginx):
+    kvd = start("--store", nginx.url)
+    refused(kvd, "NOT_FOUND", "no model", "m/none@v1")
+    refused(kvd, "NOT_FOUND", "no tag", "m/demo@v9")
+    refused(kvd, "NOT_FOUND", "does not exist", "sha256:" + "0" * 64)
+    refused(kvd, "INVALID_ARGUMENT", "model@tag", "../../etc/passwd@x")
+    refused(kvd, "INVALID_ARGUMENT", "model@tag", "/etc/passwd")
+
+
+def test_a_set_that_does_not_fit_the_geometry(start, store):
+    kvd = start("--store", f"file://{store[0]}")
+    rpc = Rpc(kvd.address)
+    for g, words in ((geometry(rotation_set=REF, layers=[2, 3, 4]), "has no layer 4"),
+                     (geometry(rotation_set=REF, head_dim_k=128), "head_dim 64/64")):
+        with pytest.raises(grpc.RpcError) as e:
+            rpc.kv("OpenSession", geometry=g)
+        assert e.value.code().name == "FAILED_PRECONDITION" and words in e.value.details()
+
+
+def test_the_wrong_bytes_are_refused_and_not_kept(start, store, folder):
+    path, digest = store
+    obj = path / f"objects/sha256/{digest[7:]}.safetensors"
+    good = obj.read_bytes()
+    kvd = start("--store", f"file://{path}")
+    for bad in (good[:-4] + b"\0\0\0\1", good[: len(good) // 2], b"", b"<html>not found</html>"):
+        obj.write_bytes(bad)
+        refused(kvd, "DATA_LOSS", "digest")
+        assert not list((folder / "cache/objects").rglob("*.*"))
+    obj.write_bytes(good)
+    open_with(kvd)
+    # A cached copy that rots is fetched again.
+    cached = next((folder / "cache/objects").rglob("*.safetensors"))
+    cached.write_bytes(good[:1000])
+    assert open_with(kvd).geometry.rotation_set == digest
+
+
+def test_redirects_without_end(start, nginx):
+    kvd = start("--store", nginx.url + "/loop")
+    refused(kvd, "UNAVAILABLE", "redirects more than 5 times")
+
+
+class Bad(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        mode = self.server.mode
+        if mode == "hang":
+            time.sleep(30)
+        elif mode == "500":
+            self.send_response(503)
+            self.end_headers()
+        elif mode == "endless":
+            self.send_response(200)
+            self.end_headers()
+            try:
+                while True:
+                    self.wfile.write(b" " * 65536)
+            except OSError:
+                pass
+        elif mode == "local":
+            self.send_response(302)
+            self.send_header("Location", "file:///etc/passwd")
+            self.end_headers()
+        elif mode == "html":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>log in</html>")
+
+    def log_message(self, *args):
+        self.server.hits += 1
+
+
+@pytest.mark.parametrize("mode,code,words", [("hang", "UNAVAILABLE", "imeout"), ("500", "UNAVAILABLE", "503"),
+                                             ("endless", "RESOURCE_EXHAUSTED", "larger than"),
+                                             ("local", "INVALID_ARGUMENT", "file://"),
+                                             ("html", "DATA_LOSS", "not kept")])
+def test_bad_servers(start, mode, code, words):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bad)
+    server.daemon_threads, server.mode, server.hits = True, mode, 0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    kvd = start("--store", f"http://127.0.0.1:{server.server_port}", config="[kvd]\nstore-timeout = 500ms\n")
+    began = time.time()
+    thread = threading.Thread(target=lambda: refused(kvd, code, words))
+    thread.start()
+    time.sleep(0.2)
+    kvd.kvctl("ping", 3)  # the daemon serves others meanwhile
+    thread.join()
+    assert time.time() - began < 10
+    if mode == "500":
+        assert server.hits >= 3  # tried again
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_full_disk_under_the_cache(start, store, folder):
+    cache = folder / "full"
+    cache.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(cache)], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs wants root")
+    try:
+        kvd = start("--store", f"file://{store[0]}", "--cache", str(cache))
+        refused(kvd, "RESOURCE_EXHAUSTED", "No space left")
+        assert not [p for p in cache.rglob("*") if "XXXXXX" in p.name or p.suffix == ".safetensors"]
+        open_with(kvd, "hadamard")
+        assert kvd.stop() == 0
+    finally:
+        subprocess.run(["umount", "-l", str(cache)], check=True)
+
+
+def test_a_cache_serves_as_a_store(start, store, folder):
+    kvd = start("--store", f"file://{store[0]}")
+    kvd.kvctl("calib", "fetch", REF)
+    kvd.kvctl("calib", "ls")
+    r = subprocess.run([KVCTL, "--store", folder / "cache", "--cache", folder / "c2", "calib", "verify", REF],
+                       capture_output=True, text=True)
+    assert r.returncode == 0 and store[1] in r.stdout, r.stderr
+
+
+def test_kvctl_on_files(store, folder):
+    obj = next(pathlib.Path(store[0]).rglob("*.safetensors"))
+    run = lambda *a: subprocess.run([KVCTL, *a], capture_output=True, text=True)
+    shown = json.loads(run("--json", "calib", "show", str(obj)).stdout)
+    assert shown["digest"] == store[1] and shown["layers"] == "0-3"
+    damaged = folder / "damaged.safetensors"
+    damaged.write_bytes(obj.read_bytes()[:-1])
+    r = run("calib", "verify", str(damaged))
+    assert r.returncode == 1 and "digest" in r.stderr
+    assert run("calib", "verify", str(folder / "none.safetensors")).returncode == 1
+    assert run("calib", "verify", "neither").returncode == 1

@@ -1,0 +1,143 @@
+#!/usr/bin/env bash
+# Installs what the tests want, builds, and runs every test. Asks nothing; may be run again.
+# Ends with one line: N passed, N failed, N skipped.
+#   QUICK=1        leaves out the sanitizer builds
+#   BUILD=DIR      build folder (default: build-test; sanitizers use DIR-asan and DIR-tsan)
+#   KVD_ROTATIONZOO=DIR  real rotation files, for the tests that can use them
+set -uo pipefail
+cd "$(dirname "$0")/.."
+source deploy/deps.sh
+build=${BUILD:-build-test}
+logs=$(mktemp -d /tmp/kvd-tests.XXXXXX)
+trap 'rm -rf "$logs"' EXIT
+passed=0 failed=0 skipped=0
+
+say() { printf '\n== %s\n' "$*"; }
+count() { # count NAME PASSED FAILED SKIPPED
+    printf '   %s: %d passed, %d failed, %d skipped\n' "$@"
+    passed=$((passed + $2)) failed=$((failed + $3)) skipped=$((skipped + $4))
+}
+check() { # check NAME COMMAND...: one test that passes if the command does
+    local name=$1
+    shift
+    if "$@" >"$logs/check" 2>&1; then
+        count "$name" 1 0 0
+    else
+        tail -n 40 "$logs/check"
+        count "$name" 0 1 0
+    fi
+}
+suite() { # suite NAME PROGRAM: a Check program; counts its tests
+    local name=$1 line
+    shift
+    "$@" >"$logs/suite" 2>&1
+    local rc=$?
+    line=$(grep -E '^[0-9]+%: Checks: ' "$logs/suite" | tail -n 1)
+    local skips
+    skips=$(grep -c '^SKIP' "$logs/suite")
+    grep '^SKIP' "$logs/suite"
+    if [[ $line =~ Checks:\ ([0-9]+),\ Failures:\ ([0-9]+),\ Errors:\ ([0-9]+) ]]; then
+        local bad=$((BASH_REMATCH[2] + BASH_REMATCH[3])) all=${BASH_REMATCH[1]}
+        if [ "$bad" -gt 0 ] || [ $rc -ne 0 ]; then tail -n 40 "$logs/suite"; fi
+        [ $rc -ne 0 ] && [ "$bad" = 0 ] && bad=1
+        count "$name" $((all - bad - skips)) "$bad" "$skips"
+    else
+        tail -n 40 "$logs/suite"
+        count "$name" 0 1 0
+    fi
+}
+pytests() { # pytests NAME BUILD ARGUMENT...
+    local name=$1
+    export KVD_BUILD=$PWD/$2 KVD_SOURCE=$PWD
+    shift 2
+    (cd tests/e2e && PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m pytest -q -rs -p no:cacheprovider "$@") >"$logs/py" 2>&1
+    local rc=$? line n_pass n_fail n_skip
+    line=$(tail -n 1 "$logs/py")
+    n_pass=$(grep -oE '[0-9]+ passed' <<<"$line" | grep -oE '[0-9]+' || echo 0)
+    n_fail=$(grep -oE '[0-9]+ (failed|errors?)' <<<"$line" | grep -oE '[0-9]+' | paste -sd+ | bc 2>/dev/null || echo 0)
+    n_skip=$(grep -oE '[0-9]+ skipped' <<<"$line" | grep -oE '[0-9]+' || echo 0)
+    grep '^SKIPPED' "$logs/py"
+    [ $rc -eq 0 ] || { tail -n 60 "$logs/py"; [ "${n_fail:-0}" -gt 0 ] || n_fail=1; }
+    count "$name" "${n_pass:-0}" "${n_fail:-0}" "${n_skip:-0}"
+}
+make_build() { # make_build DIR OPTION...
+    local dir=$1
+    shift
+    if [ -e "$dir/build.ninja" ]; then
+        meson configure "$dir" "$@" || return 1
+    else
+        rm -rf "$dir"
+        meson setup "$dir" "$@" || return 1
+    fi
+    ninja -C "$dir"
+}
+
+kvd_deps test || { echo "0 passed, 1 failed, 0 skipped"; exit 1; }
+
+if [ -z "${KVD_ROTATIONZOO:-}" ] && [ -d ../shared/data/rotationzoo ]; then
+    KVD_ROTATIONZOO=$(realpath ../shared/data/rotationzoo)
+fi
+export KVD_ROTATIONZOO=${KVD_ROTATIONZOO:-}
+
+say "build, warnings are errors"
+if ! make_build "$build" -Dwerror=true >"$logs/build" 2>&1; then
+    tail -n 40 "$logs/build"
+    echo "0 passed, 1 failed, 0 skipped"
+    exit 1
+fi
+count build 1 0 0
+
+say "source rules"
+check "include directions" tests/check_includes.sh
+check "sizes and words" tests/check_source.sh
+check "formatting" tests/check_format.sh
+
+say "unit and property tests"
+for t in pool pool_model kernels calib; do
+    suite "$t" "$build/tests/test_$t"
+done
+
+say "end to end: real processes, real sockets"
+pytests "end to end" "$build" .
+check "install" tests/check_install.sh "$build"
+check "quickstart" env BUILD="$build" deploy/quickstart.sh
+check "benchmarks run" tests/bench/run.sh --smoke "$build"
+
+if [ -z "${QUICK:-}" ]; then
+    say "AddressSanitizer and UndefinedBehaviorSanitizer"
+    export ASAN_OPTIONS=detect_leaks=1:abort_on_error=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+    export LSAN_OPTIONS=suppressions=$PWD/tests/lsan.supp:print_suppressions=0
+    if make_build "$build-asan" -Db_sanitize=address,undefined -Db_lundef=false -Dbuildtype=debugoptimized >"$logs/build" 2>&1; then
+        KVD_POOL_OPS=100000 suite "pool_model, asan" "$build-asan/tests/test_pool_model"
+        for t in pool kernels calib; do
+            suite "$t, asan" "$build-asan/tests/test_$t"
+        done
+        pytests "end to end, asan" "$build-asan" -k "not prometheus and not tls and not scalar" .
+    else
+        tail -n 40 "$logs/build"
+        count "asan build" 0 1 0
+    fi
+    say "ThreadSanitizer"
+    export TSAN_OPTIONS=suppressions=$PWD/tests/tsan.supp:halt_on_error=0:exitcode=66
+    if make_build "$build-tsan" -Db_sanitize=thread -Db_lundef=false -Dbuildtype=debugoptimized >"$logs/build" 2>&1; then
+        pytests "end to end, tsan" "$build-tsan" -k "libkvd or several or killed or retries or restart" test_lifecycle.py test_death.py test_grpc.py
+    else
+        tail -n 40 "$logs/build"
+        count "tsan build" 0 1 0
+    fi
+else
+    echo "SKIP sanitizers: QUICK is set"
+    count "sanitizers" 0 0 1
+fi
+
+say "GPU"
+if command -v nvcc >/dev/null; then
+    echo "SKIP CUDA: this version has no CUDA kernels to compile or run"
+else
+    echo "SKIP CUDA: there is no nvcc, and this version has no CUDA kernels"
+fi
+count "CUDA" 0 0 1
+
+echo
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" -eq 0 ]
