@@ -41,8 +41,12 @@ START_TEST(pickles_that_are_refused)
     FAILS("\x80\x02\x8c\x02os\x93.", "opcode 0x8c");
     FAILS("i__builtin__\nopen\n.", "opcode 0x69");
     FAILS("(lp0\n.", "opcode 0x6c");
-    FAILS("X\xff\xff\xff\x7f" "abc.", "longer than the file");
-    FAILS("X\x03\x00\x00\x00" "a\0b.", "NUL");
+    FAILS("X\xff\xff\xff\x7f"
+          "abc.",
+          "longer than the file");
+    FAILS("X\x03\x00\x00\x00"
+          "a\0b.",
+          "NUL");
     FAILS("t.", "there is no mark");
     FAILS("K\x01\x87.", "too short for a tuple");
     FAILS("h\x09.", "never set");
@@ -68,11 +72,12 @@ END_TEST
 
 START_TEST(mutated_pickles_never_crash)
 {
-    static const char good[] = "\x80\x02}q\x00(X\x05\x00\x00\x00layer(X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
-                               "X\x01\x00\x00\x00"
-                               "0X\x03\x00\x00\x00"
-                               "cpuK\x04tQK\x00K\x02K\x02\x86K\x02K\x01\x86tX\x01\x00\x00\x00"
-                               "bK\x01u.";
+    static const char good[] =
+        "\x80\x02}q\x00(X\x05\x00\x00\x00layer(X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+        "X\x01\x00\x00\x00"
+        "0X\x03\x00\x00\x00"
+        "cpuK\x04tQK\x00K\x02K\x02\x86K\x02K\x01\x86tX\x01\x00\x00\x00"
+        "bK\x01u.";
     uint64_t rng = kvd_test_seed("pickle");
     for (int i = 0; i < 200000; i++) {
         uint8_t data[sizeof(good)];
@@ -85,8 +90,10 @@ START_TEST(mutated_pickles_never_crash)
 }
 END_TEST
 
-// A .pt file: a zip with a pickle for one layer whose rotation has the given shape, stride and offset.
-static const char *make_pt(const char *name, int dim, int stride, int offset, int floats, bool compress)
+// A .pt file: a zip with a pickle for one layer whose rotation has the given shape, stride and
+// offset.
+static const char *make_pt(const char *name, int dim, int stride, int offset, int floats,
+                           bool compress)
 {
     const char *path = scratch(name);
     int code;
@@ -94,10 +101,16 @@ static const char *make_pt(const char *name, int dim, int stride, int offset, in
     char pickle[512];
     size_t n = 0;
 #define PUT(text) (memcpy(pickle + n, text, sizeof(text) - 1), n += sizeof(text) - 1)
-#define NUMBER(x) (pickle[n++] = 'J', pickle[n++] = (char)(x), pickle[n++] = (char)((x) >> 8), pickle[n++] = (char)((x) >> 16), pickle[n++] = (char)((x) >> 24))
-    PUT("\x80\x02}(X\x0e\x00\x00\x00" "format_versionK\x01X\x06\x00\x00\x00layers}(K\x03}(X\x08\x00\x00\x00rotation"
-        "ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x00" "0"
-        "X\x03\x00\x00\x00" "cpu");
+#define NUMBER(x)                                                                                  \
+    (pickle[n++] = 'J', pickle[n++] = (char)(x), pickle[n++] = (char)((x) >> 8),                   \
+     pickle[n++] = (char)((x) >> 16), pickle[n++] = (char)((x) >> 24))
+    PUT("\x80\x02}(X\x0e\x00\x00\x00"
+        "format_versionK\x01X\x06\x00\x00\x00layers}(K\x03}(X\x08\x00\x00\x00rotation"
+        "ctorch._utils\n_rebuild_tensor_v2\n(("
+        "X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x00"
+        "0"
+        "X\x03\x00\x00\x00"
+        "cpu");
     NUMBER(floats);
     PUT("tQ");
     NUMBER(offset);
@@ -106,14 +119,16 @@ static const char *make_pt(const char *name, int dim, int stride, int offset, in
     PUT("\x86");
     NUMBER(stride);
     NUMBER(1);
-    PUT("\x86\x89" "ccollections\nOrderedDict\n)RtRuuu.");
+    PUT("\x86\x89"
+        "ccollections\nOrderedDict\n)RtRuuu.");
     float *data = calloc((size_t)floats + 1, sizeof(float));
     for (int i = 0; i < dim && i * dim + i < floats; i++)
         data[i * dim + i] = 1;
     char *copy = malloc(n);
     memcpy(copy, pickle, n);
     zip_file_add(z, "x/data.pkl", zip_source_buffer(z, copy, n, 1), 0);
-    zip_int64_t i = zip_file_add(z, "x/data/0", zip_source_buffer(z, data, (size_t)floats * 4, 1), 0);
+    zip_int64_t i =
+        zip_file_add(z, "x/data/0", zip_source_buffer(z, data, (size_t)floats * 4, 1), 0);
     zip_set_file_compression(z, 0, ZIP_CM_STORE, 0);
     zip_set_file_compression(z, (zip_uint64_t)i, compress ? ZIP_CM_DEFLATE : ZIP_CM_STORE, 0);
     ck_assert_int_eq(zip_close(z), 0);
@@ -131,7 +146,8 @@ static void import_fails(const char *path, const char *why)
 START_TEST(pt_files)
 {
     struct kvd_error err = {0};
-    struct kvd_rotset *s = kvd_rotset_import(make_pt("good.pt", 64, 64, 0, 4096, false), scratch("good.pt"), "m", &err);
+    struct kvd_rotset *s = kvd_rotset_import(make_pt("good.pt", 64, 64, 0, 4096, false),
+                                             scratch("good.pt"), "m", &err);
     ck_assert_msg(s != NULL, "%s", err.text);
     ck_assert_uint_eq(s->n_layers, 1);
     ck_assert_uint_eq(s->layers[0], 3);
@@ -163,7 +179,12 @@ END_TEST
 
 static struct kvd_geometry geometry(uint32_t layers, uint32_t dim)
 {
-    struct kvd_geometry g = {.n_layers = layers, .q_heads = 2, .kv_heads = 2, .head_dim_k = dim, .head_dim_v = dim, .codec = 1};
+    struct kvd_geometry g = {.n_layers = layers,
+                             .q_heads = 2,
+                             .kv_heads = 2,
+                             .head_dim_k = dim,
+                             .head_dim_v = dim,
+                             .codec = 1};
     for (uint32_t i = 0; i < layers; i++)
         g.layers[i] = (uint16_t)(3 + 4 * i);
     return g;
@@ -226,20 +247,27 @@ START_TEST(native_files_that_are_refused)
     text[8000] = 0;
     write_native(text, 0); // nesting
     native_fails("not JSON");
-    snprintf(text, sizeof(text), "{\"__metadata__\": {\"format\": \"kvd-rotation-set/1\", \"layers\": \"0\", \"payload\": \"%s\"}}",
+    snprintf(text, sizeof(text),
+             "{\"__metadata__\": {\"format\": \"kvd-rotation-set/1\", \"layers\": \"0\", "
+             "\"payload\": \"%s\"}}",
              digest);
     write_native(text, 0);
     native_fails("out of range");
     snprintf(text, sizeof(text),
-             "{\"__metadata__\": {\"format\": \"kvd-rotation-set/1\", \"layers\": \"0,1,2\", \"payload\": \"%s\"},"
-             "\"k.rotation\": {\"dtype\": \"F32\", \"shape\": [3, 256, 256, 256], \"data_offsets\": [0, 9223372036854775807]},"
-             "\"v.rotation\": {\"dtype\": \"F32\", \"shape\": [3, 256, 256, 256], \"data_offsets\": [0, 1]}}",
+             "{\"__metadata__\": {\"format\": \"kvd-rotation-set/1\", \"layers\": \"0,1,2\", "
+             "\"payload\": \"%s\"},"
+             "\"k.rotation\": {\"dtype\": \"F32\", \"shape\": [3, 256, 256, 256], "
+             "\"data_offsets\": [0, 9223372036854775807]},"
+             "\"v.rotation\": {\"dtype\": \"F32\", \"shape\": [3, 256, 256, 256], "
+             "\"data_offsets\": [0, 1]}}",
              digest);
     write_native(text, 0);
     native_fails("too short for its shapes");
     write_native(text, 10);
     native_fails("digest");
-    snprintf(text, sizeof(text), "{\"__metadata__\": {\"format\": \"kvd-rotation-set/1\", \"layers\": \"2,1\", \"payload\": \"%s\"}}",
+    snprintf(text, sizeof(text),
+             "{\"__metadata__\": {\"format\": \"kvd-rotation-set/1\", \"layers\": \"2,1\", "
+             "\"payload\": \"%s\"}}",
              digest);
     write_native(text, 0);
     native_fails("ascending");
@@ -267,7 +295,8 @@ START_TEST(native_files_that_are_refused)
         fseek(f, at, SEEK_SET);
         fputc(old ^ (1 << (i % 8)), f);
         fclose(f);
-        a = kvd_rotset_read(scratch("bad.safetensors"), &err); // may be good (padding, provenance); must not crash
+        a = kvd_rotset_read(scratch("bad.safetensors"),
+                            &err); // may be good (padding, provenance); must not crash
         kvd_rotset_free(&a);
         f = fopen(scratch("bad.safetensors"), "r+");
         fseek(f, at, SEEK_SET);
@@ -301,15 +330,30 @@ END_TEST
 START_TEST(names_of_sets)
 {
     ck_assert(kvd_store_ref_valid("Qwen/Qwen3-8B@v1.0"));
-    ck_assert(kvd_store_ref_valid("sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"));
-    const char *bad[] = {"", "a", "a@", "@b", "../a@b", "/a@b", "a/@b", "a//b@c", "a/.b@c", "a@b/c", "a@.b", "a b@c", "a@b@c",
-                         "sha256:zz", "sha256:0123456789ABCDEF0123456789abcdef0123456789abcdef0123456789abcdef"};
+    ck_assert(kvd_store_ref_valid(
+        "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"));
+    const char *bad[] = {"",
+                         "a",
+                         "a@",
+                         "@b",
+                         "../a@b",
+                         "/a@b",
+                         "a/@b",
+                         "a//b@c",
+                         "a/.b@c",
+                         "a@b/c",
+                         "a@.b",
+                         "a b@c",
+                         "a@b@c",
+                         "sha256:zz",
+                         "sha256:0123456789ABCDEF0123456789abcdef0123456789abcdef0123456789abcdef"};
     for (size_t i = 0; i < KVD_LEN(bad); i++)
         ck_assert_msg(!kvd_store_ref_valid(bad[i]), "%s", bad[i]);
 }
 END_TEST
 
-// The real files, when they are there: RotationZoo's Qwen3-8B (dense layers) and Qwen3.5-4B (sparse, shared storage).
+// The real files, when they are there: RotationZoo's Qwen3-8B (dense layers) and Qwen3.5-4B
+// (sparse, shared storage).
 START_TEST(real_rotation_files)
 {
     const char *zoo = getenv("KVD_ROTATIONZOO");
@@ -321,8 +365,10 @@ START_TEST(real_rotation_files)
         const char *k, *v;
         uint32_t layers, first, last, dim;
     } files[] = {
-        {"qwen3-8b/k_rotation_qqt_r_h_pbr.pt", "qwen3-8b/v_rotation_sst_r_h_pbr.pt", 36, 0, 35, 128},
-        {"qwen3.5-4b/calibrated/k_rotation.pt", "qwen3.5-4b/calibrated/v_rotation.pt", 8, 3, 31, 256},
+        {"qwen3-8b/k_rotation_qqt_r_h_pbr.pt", "qwen3-8b/v_rotation_sst_r_h_pbr.pt", 36, 0, 35,
+         128},
+        {"qwen3.5-4b/calibrated/k_rotation.pt", "qwen3.5-4b/calibrated/v_rotation.pt", 8, 3, 31,
+         256},
         {"qwen3.5-4b/hadamard/k_rotation.pt", "qwen3.5-4b/hadamard/v_rotation.pt", 8, 3, 31, 256},
     };
     for (size_t i = 0; i < KVD_LEN(files); i++) {
@@ -344,5 +390,6 @@ START_TEST(real_rotation_files)
 }
 END_TEST
 
-KVD_MAIN("calib", 120, pickles_that_are_refused, mutated_pickles_never_crash, pt_files, native_files_round_trip,
-         native_files_that_are_refused, sets_that_do_not_hold_up, names_of_sets, real_rotation_files)
+KVD_MAIN("calib", 120, pickles_that_are_refused, mutated_pickles_never_crash, pt_files,
+         native_files_round_trip, native_files_that_are_refused, sets_that_do_not_hold_up,
+         names_of_sets, real_rotation_files)

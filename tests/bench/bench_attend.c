@@ -1,0 +1,277 @@
+// CPU attention over INT2 pages against fp32 K/V through OpenBLAS on the same threads; and codes and outputs against
+// float64 on real activations. usage: bench_attend [TOKENS] [ACTIVATIONS] ; KVD_ROTATIONZOO names real rotation files.
+#include <cblas.h>
+#include <jansson.h>
+#include <time.h>
+
+#include "calib/rotset.h"
+#include "tests/unit/kernel_fixture.h"
+
+enum { HEADS = 32, KV = 8, DIM = 128, GROUP = HEADS / KV };
+
+static double now(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (double)ts.tv_sec + (double)ts.tv_nsec * 1e-9;
+}
+
+static int by_value(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+static double median(double *t, int n)
+{
+    qsort(t, (size_t)n, sizeof(*t), by_value);
+    return t[n / 2];
+}
+
+// Attention of one query token, fp32 K and V [kv head][token][dim], by two matrix products a head.
+static void blas_attention(const float *q, const float *k, const float *v, int tokens, float *s, float *o)
+{
+    for (int h = 0; h < KV; h++) {
+        const float *kh = k + (size_t)h * tokens * DIM, *vh = v + (size_t)h * tokens * DIM;
+        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, GROUP, tokens, DIM, 0.0883883f, q + h * GROUP * DIM,
+                    DIM, kh, DIM, 0, s, tokens);
+        for (int g = 0; g < GROUP; g++) {
+            float *row = s + (size_t)g * tokens, m = row[0], sum = 0;
+            for (int t = 1; t < tokens; t++)
+                m = row[t] > m ? row[t] : m;
+            for (int t = 0; t < tokens; t++)
+                sum += row[t] = expf(row[t] - m);
+            for (int t = 0; t < tokens; t++)
+                row[t] /= sum;
+        }
+        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, GROUP, DIM, tokens, 1, s, tokens, vh, DIM, 0,
+                    o + h * GROUP * DIM, DIM);
+    }
+}
+
+static double time_blas(int tokens, int repeats, uint64_t *rng)
+{
+    size_t n = (size_t)KV * tokens * DIM;
+    float *k = malloc(n * 4), *v = malloc(n * 4), *s = malloc((size_t)GROUP * tokens * 4);
+    float q[HEADS * DIM], o[HEADS * DIM];
+    double t[64];
+    for (size_t i = 0; i < n; i++) {
+        k[i] = (float)kseq_uniform(rng) - 0.5f;
+        v[i] = (float)kseq_uniform(rng) - 0.5f;
+    }
+    for (int i = 0; i < HEADS * DIM; i++)
+        q[i] = (float)kseq_normal(rng);
+    for (int i = 0; i < repeats; i++) {
+        double began = now();
+        blas_attention(q, k, v, tokens, s, o);
+        t[i] = now() - began;
+    }
+    free(k);
+    free(v);
+    free(s);
+    return median(t, repeats);
+}
+
+static struct kvd_geometry geometry_of(uint32_t sink, uint32_t recent, uint32_t kv, uint32_t heads, uint32_t dim)
+{
+    return (struct kvd_geometry){.n_layers = 1,
+                                 .q_heads = heads,
+                                 .kv_heads = kv,
+                                 .head_dim_k = dim,
+                                 .head_dim_v = dim,
+                                 .codec = KVD_CODEC_INT2,
+                                 .sink = sink,
+                                 .recent = recent};
+}
+
+static double time_int2(const char *isa, uint32_t threads, uint32_t tokens, int repeats, uint64_t seed)
+{
+    struct kvd_error err = {0};
+    struct kvd_backend *b = kvd_cpu_backend_new(threads, isa, &err);
+    if (!b)
+        return 0;
+    struct kseq s;
+    kseq_init(&s, geometry_of(64, 256, KV, HEADS, DIM), tokens, 1, 0.96f, 0.92f, seed);
+    // Random pages: what they hold does not change the time, and quantizing would take long.
+    for (uint32_t i = 0; i < s.n_codec; i++)
+        for (uint64_t j = 0; j < kvd_page_bytes(&s.g, KVD_CODEC_INT2); j++)
+            ((uint8_t *)(uintptr_t)s.codec[i])[j] = (uint8_t)(kvd_rand(&s.rng) >> 56 & 0x3b);
+    for (uint32_t i = 0; i < s.n_bf16; i++)
+        memset((void *)(uintptr_t)s.bf16[i], 0x3c, kvd_page_bytes(&s.g, KVD_CODEC_BF16));
+    s.length = tokens;
+    s.hist_end = kseq_hist_end(&s.g, 64, tokens);
+    struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
+    float q[HEADS * DIM], o[HEADS * DIM];
+    for (int i = 0; i < HEADS * DIM; i++)
+        q[i] = (float)kseq_normal(&s.rng);
+    struct kvd_attend_item item = {.pages = {s.bf16, s.codec},
+                                   .length = s.length,
+                                   .hist_end = s.hist_end,
+                                   .q_len = 1,
+                                   .q = kseq_tensor(q, KVD_DTYPE_F32, 1, HEADS, DIM, 0),
+                                   .o = kseq_tensor(o, KVD_DTYPE_F32, 1, HEADS, DIM, 0)};
+    struct kvd_attend_params p = {
+        .geometry = &s.g, .rotation = rot, .layer_count = 1, .scale = 0.0883883f, .items = &item, .n_items = 1};
+    double t[64];
+    for (int i = 0; i < repeats; i++) {
+        double began = now();
+        b->ops->attend(b, &p, NULL);
+        t[i] = now() - began;
+    }
+    b->ops->rotation_free(b, &rot);
+    kseq_deinit(&s);
+    kvd_backend_free(&b);
+    return median(t, repeats);
+}
+
+static void bench_speed(uint32_t tokens, uint64_t seed)
+{
+    int repeats = tokens > 8192 ? 15 : 5;
+    printf("\n# attention, 1 x %u tokens, %d q / %d kv heads, head_dim %d, 2 threads, median of %d\n", tokens, HEADS,
+           KV, DIM, repeats);
+    openblas_set_num_threads(2);
+    double blas = time_blas((int)tokens, repeats, &seed);
+    printf("fp32 K/V, OpenBLAS (%s)   %8.2f ms   %6.1f MB of K/V\n", openblas_get_config(), blas * 1e3,
+           2.0 * KV * tokens * DIM * 4 / 1e6);
+    const char *isas[] = {"avx512", "avx2", "scalar"};
+    for (int i = 0; i < (tokens > 8192 ? 2 : 3); i++) {
+        double t = time_int2(isas[i], 2, tokens, repeats, seed);
+        if (t > 0)
+            printf("int2 pages, kvd %-8s %8.2f ms   %6.1f MB   %.2fx faster\n", isas[i], t * 1e3,
+                   2.0 * KV * tokens * DIM * 0.28125 / 1e6, blas / t);
+    }
+}
+
+// -- accuracy on real activations ------------------------------------------------------------------------------------
+
+struct recorded {
+    uint32_t layers, tokens, heads; // kv heads, of dim 64
+    const uint16_t *k, *v;
+    uint8_t *file;
+};
+
+static bool load(const char *path, struct recorded *r)
+{
+    FILE *f = path ? fopen(path, "rb") : NULL;
+    if (!f)
+        return false;
+    fseek(f, 0, SEEK_END);
+    size_t size = (size_t)ftell(f);
+    rewind(f);
+    r->file = malloc(size);
+    bool ok = fread(r->file, 1, size, f) == size;
+    fclose(f);
+    uint64_t n = 0;
+    memcpy(&n, r->file, 8);
+    json_t *h = ok ? json_loadb((char *)r->file + 8, n, 0, NULL) : NULL;
+    const uint16_t **out[2] = {&r->k, &r->v};
+    for (int i = 0; h && i < 2; i++) {
+        const json_t *t = json_object_get(h, i ? "v" : "k"), *shape = json_object_get(t, "shape");
+        r->layers = (uint32_t)json_integer_value(json_array_get(shape, 0));
+        r->tokens = (uint32_t)json_integer_value(json_array_get(shape, 1));
+        r->heads = (uint32_t)json_integer_value(json_array_get(shape, 2));
+        *out[i] = (const uint16_t *)(const void *)(r->file + 8 + n +
+                                                   json_integer_value(json_array_get(json_object_get(t, "data_offsets"), 0)));
+    }
+    json_decref(h);
+    return ok && h;
+}
+
+// DESIGN §5 in double: codes, scale and min of one row.
+static void derive(const double *x, uint32_t dim, double ratio, int *codes, double *scale, double *min)
+{
+    double sorted[KVD_MAX_HEAD_DIM], lo = 1e300, hi = -1e300;
+    for (uint32_t i = 0; i < dim; i++)
+        sorted[i] = fabs(x[i]);
+    qsort(sorted, dim, sizeof(double), by_value);
+    double limit = sorted[(uint32_t)floor(ratio * dim)];
+    for (uint32_t i = 0; i < dim; i++) {
+        double c = fmin(fmax(x[i], -limit), limit);
+        lo = fmin(lo, c);
+        hi = fmax(hi, c);
+    }
+    *scale = (hi - lo) / 3;
+    *min = lo;
+    for (uint32_t i = 0; i < dim; i++)
+        codes[i] = (int)floor((fmin(fmax(x[i], -limit), limit) - lo) / *scale + 0.5);
+}
+
+// Codes of all rows of one real rotation. Rows of head_dim 128 are two neighbouring heads of 64 side by side, of 256 four.
+static void compare_codes(const struct recorded *r, const struct kvd_rotset *set, const char *name)
+{
+    uint32_t dim = set->dim_k, per = dim / 64;
+    uint64_t codes = 0, differ = 0, rows = 0, boundary = 0;
+    double worst_scale = 0;
+    for (uint32_t l = 0; l < r->layers; l++)
+        for (uint32_t t = 0; t < r->tokens; t += 7)
+            for (int side = 0; side < 2; side++) {
+                const float *m = (side ? set->v : set->k) + (size_t)(l % set->n_layers) * set->heads * dim * dim;
+                const uint16_t *row = (side ? r->v : r->k) + ((size_t)l * r->tokens + t) * r->heads * 64;
+                float x[KVD_MAX_HEAD_DIM], y[KVD_MAX_HEAD_DIM];
+                double z[KVD_MAX_HEAD_DIM], scale, min;
+                int want[KVD_MAX_HEAD_DIM];
+                uint8_t got[KVD_MAX_HEAD_DIM];
+                struct kvd_param p;
+                for (uint32_t c = 0; c < dim; c++)
+                    x[c] = kvd_bf16_to_f32(row[c % (KVD_MIN(per, r->heads) * 64)]);
+                for (uint32_t j = 0; j < dim; j++) {
+                    z[j] = 0;
+                    y[j] = 0;
+                    for (uint32_t i = 0; i < dim; i++) {
+                        z[j] += (double)x[i] * m[(size_t)i * dim + j];
+                        y[j] += x[i] * m[(size_t)i * dim + j];
+                    }
+                }
+                kvd_int2_quantize(y, dim, side ? 0.92f : 0.96f, got, &p);
+                derive(z, dim, side ? 0.92 : 0.96, want, &scale, &min);
+                worst_scale = fmax(worst_scale, fabs(kvd_fp16_to_f32(p.scale) / scale - 1));
+                for (uint32_t c = 0; c < dim; c++, codes++) {
+                    if (got[c] == want[c])
+                        continue;
+                    double at = (z[c] - min) / scale + 0.5;
+                    differ++;
+                    boundary += fabs(at - round(at)) < 1e-4;
+                }
+                rows++;
+            }
+    printf("%-34s head_dim %3u  %7llu rows  %9llu codes  %llu differ (%.1e), %llu of them within 1e-4 of a code "
+           "boundary; scale off by at most %.1e (fp16)\n",
+           name, dim, (unsigned long long)rows, (unsigned long long)codes, (unsigned long long)differ,
+           (double)differ / (double)codes, (unsigned long long)boundary, worst_scale);
+}
+
+static void bench_codes(const char *activations)
+{
+    struct recorded r = {0};
+    printf("\n# int2 codes against an independent float64 derivation, real activations\n");
+    if (!load(activations, &r)) {
+        printf("skipped: no activations at %s\n", activations ? activations : "(none given)");
+        return;
+    }
+    struct kvd_error err = {0};
+    struct kvd_geometry g = geometry_of(64, 256, 1, 1, 64);
+    struct kvd_rotset *h = kvd_rotset_hadamard(&g, &err);
+    compare_codes(&r, h, "Hadamard");
+    kvd_rotset_free(&h);
+    const char *zoo = getenv("KVD_ROTATIONZOO");
+    const char *files[][2] = {{"qwen3-8b/k_rotation_qqt_r_h_pbr.pt", "qwen3-8b/v_rotation_sst_r_h_pbr.pt"},
+                              {"qwen3.5-4b/calibrated/k_rotation.pt", "qwen3.5-4b/calibrated/v_rotation.pt"}};
+    for (size_t i = 0; zoo && *zoo && i < 2; i++) {
+        char k[512], v[512];
+        snprintf(k, sizeof(k), "%s/%s", zoo, files[i][0]);
+        snprintf(v, sizeof(v), "%s/%s", zoo, files[i][1]);
+        struct kvd_rotset *s = kvd_rotset_import(k, v, "m", &err);
+        if (s)
+            compare_codes(&r, s, files[i][0]);
+        kvd_rotset_free(&s);
+    }
+    free(r.file);
+}
+
+int main(int argc, char **argv)
+{
+    uint32_t tokens = argc > 1 ? (uint32_t)atoi(argv[1]) : 32768;
+    bench_codes(argc > 2 ? argv[2] : NULL);
+    bench_speed(tokens, 12345);
+    return 0;
+}

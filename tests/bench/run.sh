@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Prints every figure of the CPU side. usage: tests/bench/run.sh [--smoke] [BUILD]   (--smoke: short, for the tests)
+# Benchmarks report; nothing here judges a time.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+smoke=
+[ "${1:-}" = --smoke ] && { smoke=1; shift; }
+build=${1:-build-test}
+tokens=32768 seconds=3 millions=1
+[ -z "$smoke" ] || { tokens=2048 seconds=0.3 millions=0.1; }
+if [ -z "${KVD_ROTATIONZOO:-}" ] && [ -d ../shared/data/rotationzoo ]; then
+    export KVD_ROTATIONZOO=$(realpath ../shared/data/rotationzoo)
+fi
+
+work=$(mktemp -d /tmp/kvd-bench.XXXXXX)
+pid=
+cleanup() {
+    [ -z "$pid" ] || { kill "$pid" 2>/dev/null || true; wait "$pid" 2>/dev/null || true; }
+    rm -rf "$work"
+}
+trap cleanup EXIT
+
+echo "# machine: $(nproc) cores, $(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -n 1)"
+"$build/tests/bench_pool" "$millions"
+"$build/tests/bench_attend" "$tokens" tests/data/smollm2.safetensors
+
+echo
+echo "# daemon"
+began=$(date +%s%N)
+"$build/daemon/kvd" --listen "unix:$work/s" --metrics 127.0.0.1:0 --cache "$work/cache" 2>"$work/log" &
+pid=$!
+while ! grep -q 'ready version' "$work/log"; do sleep 0.001; done
+echo "start to ready                       $((($(date +%s%N) - began) / 1000000)) ms (seen from the shell)"
+sleep 1
+rss=$(awk '/^VmRSS/ {print $2}' /proc/$pid/status)
+switches() { cat /proc/$pid/task/*/status | awk '/ctxt_switches/ {n += $2} END {print n}'; }
+idle=$([ -n "$smoke" ] && echo 1 || echo 10)
+a=$(switches)
+sleep "$idle"
+b=$(switches)
+echo "idle resident memory                 $((rss / 1024)) MiB"
+echo "idle context switches, all threads   $((b - a)) in $idle s"
+for f in daemon/kvd client/kvctl client/libkvd.so.0; do
+    echo "size of $(basename $f), stripped     $(strip -o "$work/x" "$build/$f" && stat -c %s "$work/x") bytes"
+done
+
+echo
+echo "# gRPC unary round trip between processes (Admin.Ping)"
+cpu() { awk '{print ($14 + $15) * 10000}' /proc/$pid/stat; }
+for clients in 1 8; do
+    a=$(cpu)
+    line=$("$build/tests/bench_rpc" "unix:$work/s" "$seconds" "$clients")
+    b=$(cpu)
+    calls=$(sed -E 's/.* ([0-9]+) calls.*/\1/' <<<"$line")
+    awk -v line="$line" -v us=$((b - a)) -v n="$calls" -v s="$seconds" 'BEGIN {printf "%s  daemon CPU %5.1f us a call\n", line, us / (n * (s + 0.3))}'
+done
+"$build/client/kvctl" --address "unix:$work/s" metrics | awk -F'[ {}]' '/^kvd_rpc_duration_seconds_(sum|count).*Ping/ {v[$1] = $NF}
+    END {printf "inside the daemon, arrival to answer   %.1f us a call (mean)\n", v["kvd_rpc_duration_seconds_sum"] / v["kvd_rpc_duration_seconds_count"] * 1e6}'
