@@ -1,5 +1,6 @@
-// CPU attention over INT2 pages against fp32 K/V through OpenBLAS on the same threads; and codes and outputs against
-// float64 on real activations. usage: bench_attend [TOKENS] [ACTIVATIONS] ; KVD_ROTATIONZOO names real rotation files.
+// CPU attention over INT2 pages against fp32 K/V through OpenBLAS on the same threads; and codes
+// and outputs against float64 on real activations. usage: bench_attend [TOKENS] [ACTIVATIONS] ;
+// KVD_ROTATIONZOO names real rotation files.
 #include <cblas.h>
 #include <jansson.h>
 #include <time.h>
@@ -29,12 +30,13 @@ static double median(double *t, int n)
 }
 
 // Attention of one query token, fp32 K and V [kv head][token][dim], by two matrix products a head.
-static void blas_attention(const float *q, const float *k, const float *v, int tokens, float *s, float *o)
+static void blas_attention(const float *q, const float *k, const float *v, int tokens, float *s,
+                           float *o)
 {
     for (int h = 0; h < KV; h++) {
         const float *kh = k + (size_t)h * tokens * DIM, *vh = v + (size_t)h * tokens * DIM;
-        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, GROUP, tokens, DIM, 0.0883883f, q + h * GROUP * DIM,
-                    DIM, kh, DIM, 0, s, tokens);
+        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, GROUP, tokens, DIM, 0.0883883f,
+                    q + h * GROUP * DIM, DIM, kh, DIM, 0, s, tokens);
         for (int g = 0; g < GROUP; g++) {
             float *row = s + (size_t)g * tokens, m = row[0], sum = 0;
             for (int t = 1; t < tokens; t++)
@@ -44,8 +46,8 @@ static void blas_attention(const float *q, const float *k, const float *v, int t
             for (int t = 0; t < tokens; t++)
                 row[t] /= sum;
         }
-        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, GROUP, DIM, tokens, 1, s, tokens, vh, DIM, 0,
-                    o + h * GROUP * DIM, DIM);
+        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, GROUP, DIM, tokens, 1, s, tokens, vh,
+                    DIM, 0, o + h * GROUP * DIM, DIM);
     }
 }
 
@@ -72,7 +74,8 @@ static double time_blas(int tokens, int repeats, uint64_t *rng)
     return median(t, repeats);
 }
 
-static struct kvd_geometry geometry_of(uint32_t sink, uint32_t recent, uint32_t kv, uint32_t heads, uint32_t dim)
+static struct kvd_geometry geometry_of(uint32_t sink, uint32_t recent, uint32_t kv, uint32_t heads,
+                                       uint32_t dim)
 {
     return (struct kvd_geometry){.n_layers = 1,
                                  .q_heads = heads,
@@ -84,7 +87,8 @@ static struct kvd_geometry geometry_of(uint32_t sink, uint32_t recent, uint32_t 
                                  .recent = recent};
 }
 
-static double time_int2(const char *isa, uint32_t threads, uint32_t tokens, int repeats, uint64_t seed)
+static double time_int2(const char *isa, uint32_t threads, uint32_t tokens, int repeats,
+                        uint64_t seed)
 {
     struct kvd_error err = {0};
     struct kvd_backend *b = kvd_cpu_backend_new(threads, isa, &err);
@@ -110,8 +114,12 @@ static double time_int2(const char *isa, uint32_t threads, uint32_t tokens, int 
                                    .q_len = 1,
                                    .q = kseq_tensor(q, KVD_DTYPE_F32, 1, HEADS, DIM, 0),
                                    .o = kseq_tensor(o, KVD_DTYPE_F32, 1, HEADS, DIM, 0)};
-    struct kvd_attend_params p = {
-        .geometry = &s.g, .rotation = rot, .layer_count = 1, .scale = 0.0883883f, .items = &item, .n_items = 1};
+    struct kvd_attend_params p = {.geometry = &s.g,
+                                  .rotation = rot,
+                                  .layer_count = 1,
+                                  .scale = 0.0883883f,
+                                  .items = &item,
+                                  .n_items = 1};
     double t[64];
     for (int i = 0; i < repeats; i++) {
         double began = now();
@@ -127,12 +135,13 @@ static double time_int2(const char *isa, uint32_t threads, uint32_t tokens, int 
 static void bench_speed(uint32_t tokens, uint64_t seed)
 {
     int repeats = tokens > 8192 ? 15 : 5;
-    printf("\n# attention, 1 x %u tokens, %d q / %d kv heads, head_dim %d, 2 threads, median of %d\n", tokens, HEADS,
-           KV, DIM, repeats);
+    printf(
+        "\n# attention, 1 x %u tokens, %d q / %d kv heads, head_dim %d, 2 threads, median of %d\n",
+        tokens, HEADS, KV, DIM, repeats);
     openblas_set_num_threads(2);
     double blas = time_blas((int)tokens, repeats, &seed);
-    printf("fp32 K/V, OpenBLAS (%s)   %8.2f ms   %6.1f MB of K/V\n", openblas_get_config(), blas * 1e3,
-           2.0 * KV * tokens * DIM * 4 / 1e6);
+    printf("fp32 K/V, OpenBLAS (%s)   %8.2f ms   %6.1f MB of K/V\n", openblas_get_config(),
+           blas * 1e3, 2.0 * KV * tokens * DIM * 4 / 1e6);
     const char *isas[] = {"avx512", "avx2", "scalar"};
     for (int i = 0; i < (tokens > 8192 ? 2 : 3); i++) {
         double t = time_int2(isas[i], 2, tokens, repeats, seed);
@@ -142,7 +151,8 @@ static void bench_speed(uint32_t tokens, uint64_t seed)
     }
 }
 
-// -- accuracy on real activations ------------------------------------------------------------------------------------
+// -- accuracy on real activations
+// ------------------------------------------------------------------------------------
 
 struct recorded {
     uint32_t layers, tokens, heads; // kv heads, of dim 64
@@ -171,14 +181,16 @@ static bool load(const char *path, struct recorded *r)
         r->tokens = (uint32_t)json_integer_value(json_array_get(shape, 1));
         r->heads = (uint32_t)json_integer_value(json_array_get(shape, 2));
         *out[i] = (const uint16_t *)(const void *)(r->file + 8 + n +
-                                                   json_integer_value(json_array_get(json_object_get(t, "data_offsets"), 0)));
+                                                   json_integer_value(json_array_get(
+                                                       json_object_get(t, "data_offsets"), 0)));
     }
     json_decref(h);
     return ok && h;
 }
 
 // DESIGN §5 in double: codes, scale and min of one row.
-static void derive(const double *x, uint32_t dim, double ratio, int *codes, double *scale, double *min)
+static void derive(const double *x, uint32_t dim, double ratio, int *codes, double *scale,
+                   double *min)
 {
     double sorted[KVD_MAX_HEAD_DIM], lo = 1e300, hi = -1e300;
     for (uint32_t i = 0; i < dim; i++)
@@ -196,7 +208,8 @@ static void derive(const double *x, uint32_t dim, double ratio, int *codes, doub
         codes[i] = (int)floor((fmin(fmax(x[i], -limit), limit) - lo) / *scale + 0.5);
 }
 
-// Codes of all rows of one real rotation. Rows of head_dim 128 are two neighbouring heads of 64 side by side, of 256 four.
+// Codes of all rows of one real rotation. Rows of head_dim 128 are two neighbouring heads of 64
+// side by side, of 256 four.
 static void compare_codes(const struct recorded *r, const struct kvd_rotset *set, const char *name)
 {
     uint32_t dim = set->dim_k, per = dim / 64;
@@ -205,8 +218,10 @@ static void compare_codes(const struct recorded *r, const struct kvd_rotset *set
     for (uint32_t l = 0; l < r->layers; l++)
         for (uint32_t t = 0; t < r->tokens; t += 7)
             for (int side = 0; side < 2; side++) {
-                const float *m = (side ? set->v : set->k) + (size_t)(l % set->n_layers) * set->heads * dim * dim;
-                const uint16_t *row = (side ? r->v : r->k) + ((size_t)l * r->tokens + t) * r->heads * 64;
+                const float *m =
+                    (side ? set->v : set->k) + (size_t)(l % set->n_layers) * set->heads * dim * dim;
+                const uint16_t *row =
+                    (side ? r->v : r->k) + ((size_t)l * r->tokens + t) * r->heads * 64;
                 float x[KVD_MAX_HEAD_DIM], y[KVD_MAX_HEAD_DIM];
                 double z[KVD_MAX_HEAD_DIM], scale, min;
                 int want[KVD_MAX_HEAD_DIM];
@@ -234,10 +249,12 @@ static void compare_codes(const struct recorded *r, const struct kvd_rotset *set
                 }
                 rows++;
             }
-    printf("%-34s head_dim %3u  %7llu rows  %9llu codes  %llu differ (%.1e), %llu of them within 1e-4 of a code "
+    printf("%-34s head_dim %3u  %7llu rows  %9llu codes  %llu differ (%.1e), %llu of them within "
+           "1e-4 of a code "
            "boundary; scale off by at most %.1e (fp16)\n",
-           name, dim, (unsigned long long)rows, (unsigned long long)codes, (unsigned long long)differ,
-           (double)differ / (double)codes, (unsigned long long)boundary, worst_scale);
+           name, dim, (unsigned long long)rows, (unsigned long long)codes,
+           (unsigned long long)differ, (double)differ / (double)codes, (unsigned long long)boundary,
+           worst_scale);
 }
 
 static void bench_codes(const char *activations)
@@ -254,8 +271,9 @@ static void bench_codes(const char *activations)
     compare_codes(&r, h, "Hadamard");
     kvd_rotset_free(&h);
     const char *zoo = getenv("KVD_ROTATIONZOO");
-    const char *files[][2] = {{"qwen3-8b/k_rotation_qqt_r_h_pbr.pt", "qwen3-8b/v_rotation_sst_r_h_pbr.pt"},
-                              {"qwen3.5-4b/calibrated/k_rotation.pt", "qwen3.5-4b/calibrated/v_rotation.pt"}};
+    const char *files[][2] = {
+        {"qwen3-8b/k_rotation_qqt_r_h_pbr.pt", "qwen3-8b/v_rotation_sst_r_h_pbr.pt"},
+        {"qwen3.5-4b/calibrated/k_rotation.pt", "qwen3.5-4b/calibrated/v_rotation.pt"}};
     for (size_t i = 0; zoo && *zoo && i < 2; i++) {
         char k[512], v[512];
         snprintf(k, sizeof(k), "%s/%s", zoo, files[i][0]);

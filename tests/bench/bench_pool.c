@@ -1,4 +1,5 @@
-// Pool: page allocate/free pairs a second, and metadata of a million live pages. usage: bench_pool [MILLIONS]
+// Pool: page allocate/free pairs a second, and metadata of a million live pages. usage: bench_pool
+// [MILLIONS]
 #include <errno.h>
 #include <time.h>
 
@@ -66,11 +67,16 @@ int main(int argc, char **argv)
     }
     double tight = now() - t;
     printf("\n# pool, one thread\n");
-    printf("page allocate/free pairs, same page again and again   %6.1f M/s\n", 20e-6 * live / tight);
-    printf("page free/allocate pairs, random among %u live     %6.1f M/s\n", live, (double)pairs / random / 1e6);
-    printf("first allocation of %u pages                        %6.1f M/s\n", live, live / fill / 1e6);
-    printf("resident metadata of %u live pages                  %6.1f bytes a page (and %ld KiB fixed)\n", live,
-           (double)(full - base) / live, (base - before) / 1024 - (long)(live * sizeof(*pages) / 1024));
+    printf("page allocate/free pairs, same page again and again   %6.1f M/s\n",
+           20e-6 * live / tight);
+    printf("page free/allocate pairs, random among %u live     %6.1f M/s\n", live,
+           (double)pairs / random / 1e6);
+    printf("first allocation of %u pages                        %6.1f M/s\n", live,
+           live / fill / 1e6);
+    printf("resident metadata of %u live pages                  %6.1f bytes a page (and %ld KiB "
+           "fixed)\n",
+           live, (double)(full - base) / live,
+           (base - before) / 1024 - (long)(live * sizeof(*pages) / 1024));
     printf("page table of a sequence                                 4.3 bytes a page\n");
     kvd_pool_free(&pool);
     free(pages);

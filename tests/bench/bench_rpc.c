@@ -1,5 +1,6 @@
 // gRPC round trips between processes. usage: bench_rpc ADDRESS SECONDS CLIENTS
-// Each client is a process with its own channel, calling Admin.Ping one call at a time; prints p50, p99 and calls/s.
+// Each client is a process with its own channel, calling Admin.Ping one call at a time; prints p50,
+// p99 and calls/s.
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
@@ -26,12 +27,14 @@ static double now(void)
 static void client(const char *address, double seconds, struct shared *s, int me)
 {
     struct kvd_error err = {0};
-    struct kvd_channel *c = kvd_channel_new(&(struct kvd_channel_options){.address = address}, &err);
+    struct kvd_channel *c =
+        kvd_channel_new(&(struct kvd_channel_options){.address = address}, &err);
     Kvd__V1__PingRequest req = KVD__V1__PING_REQUEST__INIT;
     double warm = now() + 0.3, end = warm + seconds;
     for (double t = now(); t < end;) {
         Kvd__V1__PingReply *r;
-        if (kvd_channel_call(c, "/kvd.v1.Admin/Ping", &req, &kvd__v1__ping_reply__descriptor, 5000, &r, &err)) {
+        if (kvd_channel_call(c, "/kvd.v1.Admin/Ping", &req, &kvd__v1__ping_reply__descriptor, 5000,
+                             &r, &err)) {
             fprintf(stderr, "bench_rpc: %s\n", err.text);
             _exit(1);
         }
@@ -57,7 +60,8 @@ int main(int argc, char **argv)
         return 2;
     double seconds = atof(argv[2]);
     int n = KVD_MIN(atoi(argv[3]), 64);
-    struct shared *s = mmap(NULL, sizeof(*s), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    struct shared *s =
+        mmap(NULL, sizeof(*s), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     for (int i = 0; i < n; i++)
         if (fork() == 0)
             client(argv[1], seconds, s, i);
@@ -77,7 +81,8 @@ int main(int argc, char **argv)
         if (p99 < 0 && seen * 100 >= calls * 99)
             p99 = us;
     }
-    printf("%d client%s  p50 %4d us  p99 %5d us  %7.0f calls/s  client CPU %5.1f us a call\n", n, n > 1 ? "s" : " ", p50, p99,
-           (double)calls / seconds, (double)cpu / (double)(calls ? calls : 1));
+    printf("%d client%s  p50 %4d us  p99 %5d us  %7.0f calls/s  client CPU %5.1f us a call\n", n,
+           n > 1 ? "s" : " ", p50, p99, (double)calls / seconds,
+           (double)cpu / (double)(calls ? calls : 1));
     return calls ? 0 : 1;
 }
