@@ -55,6 +55,7 @@ class Daemon:
         self.start(wait)
 
     def start(self, wait=True):
+        self.lives = self.text().count("ready version") + 1
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(self.command, stderr=log, stdout=log, env=self.env)
         if wait:
@@ -63,7 +64,7 @@ class Daemon:
     def wait_ready(self, timeout=20):
         end = time.time() + timeout
         while time.time() < end:
-            if "ready version" in self.text():
+            if self.text().count("ready version") >= self.lives:
                 return
             if self.process.poll() is not None:
                 break
@@ -83,8 +84,8 @@ class Daemon:
         return self.process.wait(timeout)
 
     def kvctl(self, *args, check=True, env=None):
-        r = subprocess.run([str(KVCTL), "--address", self.address, *map(str, args)], capture_output=True, text=True,
-                           timeout=60, env={**os.environ, **(env or {})})
+        r = subprocess.run([str(KVCTL), "--address", self.address, "--timeout", "40", *map(str, args)],
+                           capture_output=True, text=True, timeout=60, env={**os.environ, **(env or {})})
         if check:
             assert r.returncode == 0, r.stderr
         return r
