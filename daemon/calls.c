@@ -31,20 +31,35 @@ bool kvd_call_replayed(struct kvd_call *call, struct kvd_session *s, uint64_t re
     return false;
 }
 
+static void forget(struct kvd_session *s, struct kvd_replay *r)
+{
+    s->replay_bytes -= r->len;
+    free(r->data);
+    *r = (struct kvd_replay){0};
+}
+
+// Takes the oldest slot; drops more of the oldest while they are too large together.
+static void remember(struct kvd_session *s, const struct kvd_method *method, uint64_t request_id,
+                     const void *reply)
+{
+    size_t len = protobuf_c_message_get_packed_size(reply);
+    struct kvd_replay *r = &s->replays[s->next_replay];
+    s->next_replay = (s->next_replay + 1) % KVD_REPLAY_SLOTS;
+    forget(s, r);
+    for (uint32_t i = 0; i < KVD_REPLAY_SLOTS && s->replay_bytes + len > KVD_REPLAY_BYTES; i++)
+        forget(s, &s->replays[(s->next_replay + i) % KVD_REPLAY_SLOTS]);
+    uint8_t *data = malloc(len ? len : 1);
+    if (!data)
+        return;
+    protobuf_c_message_pack(reply, data);
+    *r = (struct kvd_replay){.request_id = request_id, .method = method, .data = data, .len = len};
+    s->replay_bytes += len;
+}
+
 void kvd_call_reply_remember(struct kvd_call *call, struct kvd_session *s, uint64_t request_id,
                              const void *reply)
 {
-    if (request_id) {
-        struct kvd_replay *r = &s->replays[s->next_replay];
-        s->next_replay = (s->next_replay + 1) % KVD_REPLAY_SLOTS;
-        free(r->data);
-        *r = (struct kvd_replay){.request_id = request_id, .method = call->method};
-        r->len = protobuf_c_message_get_packed_size(reply);
-        r->data = malloc(r->len ? r->len : 1);
-        if (r->data)
-            protobuf_c_message_pack(reply, r->data);
-        else
-            r->request_id = 0;
-    }
+    if (request_id)
+        remember(s, call->method, request_id, reply);
     kvd_call_reply(call, reply);
 }

@@ -169,8 +169,11 @@ static void on_rotation(void *ctx, struct kvd_rotset *set, const struct kvd_erro
     if (reopened(o->call, o->req))
         return;
     int rc = kvd_rotations_bind(o->call->d, &o->g, set, &geom, &err);
-    if (rc == KVD_OK)
+    if (rc == KVD_OK) {
         rc = make_session(o, geom, &s, &err);
+        if (rc)
+            kvd_pool_geometry_unref(o->call->d->pool, geom);
+    }
     if (rc) {
         kvd_call_fail_error(o->call, &err);
         return;

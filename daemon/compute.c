@@ -1,10 +1,14 @@
 #include "daemon/compute.h"
 
-enum { MAX_IN_FLIGHT = 8 }; // works handed to the executor at once
+enum {
+    MAX_IN_FLIGHT = 8,          // works handed to the executor at once
+    MAX_QUEUED_BYTES = 1 << 30, // of the requests that wait: inline data stays in memory meanwhile
+};
 
 static struct {
     struct kvd_work *first, *last;
     uint32_t queued, in_flight;
+    uint64_t queued_bytes;
 } queue; // one daemon a process
 
 static bool writes(const struct kvd_work *w)
@@ -415,16 +419,19 @@ void kvd_compute_kick(struct kvd_daemon *d)
         if (!queue.first)
             queue.last = NULL;
         queue.queued--;
+        queue.queued_bytes -= w->call->request_bytes;
         launch(d, w);
     }
 }
 
 void kvd_work_queue(struct kvd_daemon *d, struct kvd_work *w)
 {
-    if (queue.queued >= d->config.max_queue) {
+    if (queue.queued >= d->config.max_queue ||
+        queue.queued_bytes + w->call->request_bytes > MAX_QUEUED_BYTES) {
         struct kvd_error err = {0};
         kvd_fail(&err, KVD_E_LIMIT,
-                 "%u calls are waiting already; send fewer at a time or raise max-queue",
+                 "%u calls are waiting already, or 1 GiB of requests; send fewer at a time or "
+                 "raise max-queue",
                  queue.queued);
         fail(d, w, &err);
         return;
@@ -436,6 +443,7 @@ void kvd_work_queue(struct kvd_daemon *d, struct kvd_work *w)
         queue.first = w;
     queue.last = w;
     queue.queued++;
+    queue.queued_bytes += w->call->request_bytes;
     kvd_compute_kick(d);
 }
 
@@ -462,6 +470,7 @@ void kvd_compute_cancel(struct kvd_daemon *d, const struct kvd_session *s)
         w->next = gone;
         gone = w;
         queue.queued--;
+        queue.queued_bytes -= w->call->request_bytes;
     }
     queue.last = last;
     while (gone) {

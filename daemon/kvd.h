@@ -20,10 +20,11 @@ enum {
     KVD_SECRET_TEXT = 33, // 16 random bytes in hex, and a NUL
     KVD_MAX_GEOMETRIES = 64,
     KVD_MAX_NAMESPACES = 1024,
-    KVD_REPLAY_SLOTS = 256, // replies remembered per session
-    KVD_EVENT_SLOTS = 256,  // events that wait for a slow reader
-    KVD_MAX_HELD = 65536,   // sequences held by one session
-    KVD_MAX_BUFFERS = 1024, // per session
+    KVD_REPLAY_BYTES = 1 << 20, // of them
+    KVD_REPLAY_SLOTS = 256,     // replies remembered per session
+    KVD_EVENT_SLOTS = 256,      // events that wait for a slow reader
+    KVD_MAX_HELD = 65536,       // sequences held by one session
+    KVD_MAX_BUFFERS = 1024,     // per session
     KVD_MAX_CONNECTIONS = 8192,
     KVD_HELLO_TIMEOUT_MS = 10000, // an fd connection must open a session by then
 };
@@ -76,6 +77,7 @@ struct kvd_session {
     uint64_t buffer_bytes, next_buffer;
     struct kvd_replay replays[KVD_REPLAY_SLOTS];
     uint32_t next_replay;
+    size_t replay_bytes;
     struct kvd_call *watchers; // linked by call->next_watch
     UT_hash_handle hh;
 };

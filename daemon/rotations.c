@@ -131,16 +131,23 @@ int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_geometry *g,
 {
     uint64_t bytes[KVD_POOL_KINDS] = {kvd_page_bytes(g, KVD_CODEC_BF16),
                                       kvd_page_bytes(g, g->codec)};
+    struct kvd_rotation *r = NULL;
+    bool recycled;
     // The rotations first: a geometry that they do not fit must leave nothing behind.
-    struct kvd_rotation *r = load(d, g, set, err);
-    if (!r)
+    if (kvd_pool_geometry_find(d->pool, g) == KVD_POOL_NONE && !(r = load(d, g, set, err)))
         return err->code;
-    int rc = kvd_pool_geometry(d->pool, g, bytes, geom, err);
-    if (rc || d->rotations[*geom]) {
+    int rc = kvd_pool_geometry(d->pool, g, bytes, geom, &recycled, err);
+    if (rc) {
         d->backend->ops->rotation_free(d->backend, &r);
         return rc;
     }
-    d->rotations[*geom] = r;
-    d->metrics.rotations_loaded++;
+    if (recycled) {
+        d->backend->ops->rotation_free(d->backend, &d->rotations[*geom]);
+        d->metrics.rotations_loaded--;
+    }
+    if (r) {
+        d->rotations[*geom] = r;
+        d->metrics.rotations_loaded++;
+    }
     return KVD_OK;
 }

@@ -13,8 +13,9 @@ void kvd_rotations_get(struct kvd_daemon *d, struct kvd_geometry *g,
                                     const struct kvd_error *failure),
                        void *ctx);
 
-// The pool's geometry of a resolved g, with its rotations in the backend's memory.
-// KVD_E_PRECONDITION when the set does not fit the geometry.
+// The pool's geometry of a resolved g, with its rotations in the backend's memory and a reference
+// that the session gives back (kvd_pool_geometry_unref). KVD_E_PRECONDITION when the set does not
+// fit the geometry.
 int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_geometry *g,
                        const struct kvd_rotset *set, uint32_t *geom, struct kvd_error *err);
 

@@ -35,6 +35,13 @@ struct kvd_rpc {
 // -- the completion-queue thread and the loop's side of it
 // ---------------------------------------------------------
 
+// To be called before a tag goes to gRPC, after all else is written.
+static void tag_arm(struct kvd_tag *tag, void (*fire)(struct kvd_tag *tag, bool ok))
+{
+    tag->fire = fire;
+    atomic_store_explicit(&tag->armed, true, memory_order_release);
+}
+
 static void queue_thread(void *arg)
 {
     struct kvd_daemon *d = arg;
@@ -44,6 +51,7 @@ static void queue_thread(void *arg)
         uv_mutex_lock(&r->lock);
         if (e.type == GRPC_OP_COMPLETE) {
             struct kvd_tag *tag = e.tag;
+            atomic_load_explicit(&tag->armed, memory_order_acquire);
             tag->ok = e.success;
             tag->next = NULL;
             if (r->last)
@@ -200,7 +208,7 @@ static void answer(struct kvd_call *c)
     *op = (grpc_op){.op = GRPC_OP_RECV_CLOSE_ON_SERVER};
     op->data.recv_close_on_server.cancelled = &c->cancelled;
     op++;
-    c->done_tag.fire = on_done;
+    tag_arm(&c->done_tag, on_done);
     if (grpc_call_start_batch(c->call, ops, (size_t)(op - ops), &c->done_tag, NULL) !=
         GRPC_CALL_OK) {
         kvd_error("grpc refused a batch method=%s", c->method ? c->method->path : "unknown");
@@ -344,7 +352,7 @@ static void stream_pump(struct kvd_call *c)
         return;
     }
     c->sending = true;
-    c->send_tag.fire = on_sent;
+    tag_arm(&c->send_tag, on_sent);
     grpc_call_start_batch(c->call, &op, 1, &c->send_tag, NULL);
 }
 
@@ -381,11 +389,11 @@ static void stream_begin(struct kvd_call *c)
 {
     grpc_op close = {.op = GRPC_OP_RECV_CLOSE_ON_SERVER};
     close.data.recv_close_on_server.cancelled = &c->cancelled;
-    c->close_tag.fire = on_closed;
+    tag_arm(&c->close_tag, on_closed);
     grpc_call_start_batch(c->call, &close, 1, &c->close_tag, NULL);
     grpc_op meta = {.op = GRPC_OP_SEND_INITIAL_METADATA};
     c->sending = true;
-    c->send_tag.fire = on_sent;
+    tag_arm(&c->send_tag, on_sent);
     grpc_call_start_batch(c->call, &meta, 1, &c->send_tag, NULL);
 }
 
@@ -415,6 +423,7 @@ static void handle(struct kvd_call *c)
     const struct kvd_method *m = c->method;
     if (m->streaming)
         stream_begin(c);
+    c->request_bytes = c->payload ? grpc_byte_buffer_length(c->payload) : 0;
     c->request = unpack(m->request, c->payload);
     if (c->payload)
         grpc_byte_buffer_destroy(c->payload);
@@ -455,7 +464,7 @@ static struct kvd_call *call_new(struct kvd_daemon *d, void (*fire)(struct kvd_t
     c->d = d;
     c->message = grpc_empty_slice();
     grpc_metadata_array_init(&c->metadata);
-    c->request_tag.fire = fire;
+    tag_arm(&c->request_tag, fire);
     return c;
 }
 
@@ -579,13 +588,26 @@ int kvd_rpc_init(struct kvd_daemon *d, struct kvd_error *err)
     uv_mutex_init(&r->lock);
     uv_async_init(&d->loop, &r->async, on_async);
     r->async.data = d;
+    // Messages that are being received, all together.
+    grpc_resource_quota *quota = grpc_resource_quota_create("kvd");
+    grpc_resource_quota_resize(quota, (size_t)1 << 30);
     grpc_arg args[] = {
         {.type = GRPC_ARG_INTEGER,
          .key = GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH,
          .value.integer = KVD_MAX_MESSAGE},
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_MAX_SEND_MESSAGE_LENGTH, .value.integer = -1},
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_ALLOW_REUSEPORT, .value.integer = 0},
-        {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_MAX_CONCURRENT_STREAMS, .value.integer = 1024},
+        {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_MAX_CONCURRENT_STREAMS, .value.integer = 256},
+        // Compressed messages could be bombs, and K/V does not compress: identity only.
+        {.type = GRPC_ARG_INTEGER,
+         .key = GRPC_COMPRESSION_CHANNEL_ENABLED_ALGORITHMS_BITSET,
+         .value.integer = 1},
+        {.type = GRPC_ARG_INTEGER,
+         .key = GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION,
+         .value.integer = 0},
+        {.type = GRPC_ARG_POINTER,
+         .key = GRPC_ARG_RESOURCE_QUOTA,
+         .value.pointer = {quota, grpc_resource_quota_arg_vtable()}},
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_ENABLE_CHANNELZ, .value.integer = 0},
         {.type = GRPC_ARG_INTEGER,
          .key = GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS,
@@ -593,6 +615,7 @@ int kvd_rpc_init(struct kvd_daemon *d, struct kvd_error *err)
     };
     grpc_channel_args channel_args = {KVD_LEN(args), args};
     r->server = grpc_server_create(&channel_args, NULL);
+    grpc_resource_quota_unref(quota);
     r->cq = grpc_completion_queue_create_for_next(NULL);
     grpc_server_register_completion_queue(r->server, r->cq, NULL);
     for (uint32_t i = 0; i < kvd_n_methods; i++)
@@ -629,7 +652,7 @@ void kvd_rpc_shutdown(struct kvd_daemon *d, void (*on_shut)(struct kvd_daemon *d
     struct kvd_rpc *r = d->rpc;
     r->stopping = true;
     r->on_shut = on_shut;
-    r->shutdown_tag.fire = on_server_down;
+    tag_arm(&r->shutdown_tag, on_server_down);
     grpc_server_shutdown_and_notify(r->server, r->cq, &r->shutdown_tag);
     grpc_server_cancel_all_calls(r->server);
 }

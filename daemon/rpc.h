@@ -13,11 +13,15 @@
 #define KVD_DAEMON_RPC_H
 
 #include <protobuf-c/protobuf-c.h>
+#include <stdatomic.h>
 
 #include "daemon/kvd.h"
 
+// What gRPC is given to name an operation, and gives back when it is done.
 struct kvd_tag {
     void (*fire)(struct kvd_tag *tag, bool ok);
+    _Atomic bool armed; // orders the loop's writes before the queue thread's; gRPC does too, but
+                        // tools cannot see it
     bool ok;
     struct kvd_tag *next;
 };
@@ -44,6 +48,7 @@ struct kvd_call {
     uint64_t accepted_ns;
     struct kvd_tag request_tag, done_tag, close_tag, send_tag;
     ProtobufCMessage *request;
+    size_t request_bytes;
     grpc_byte_buffer *reply;
     grpc_slice message; // status text
     grpc_status_code code;

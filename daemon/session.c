@@ -77,6 +77,7 @@ void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *wh
     kvd_session_drop_buffer(s, b);
     for (size_t i = 0; i < KVD_LEN(s->replays); i++)
         free(s->replays[i].data);
+    kvd_pool_geometry_unref(d->pool, s->geom);
     struct kvd_connection *conn = s->connection;
     if (conn)
         kvd_connection_bind(conn, NULL);

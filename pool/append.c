@@ -31,7 +31,7 @@ static int check_order(const struct kvd_pool *pool, const struct region_seq *s, 
     unsigned long long id = seq_id(pool, s), length = s->length;
     *replayed = false;
     if (s->pending_layers == 0) {
-        if (position + tokens == s->length) {
+        if (position < s->length && position + tokens == s->length) {
             *replayed = true;
             return KVD_OK;
         }

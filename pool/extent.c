@@ -11,24 +11,28 @@ int slab_find(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_k
               uint32_t *slab, struct kvd_error *err)
 {
     struct region_head *h = pool->head;
+    uint32_t forgotten = h->n_slabs;
     for (uint32_t i = 0; i < h->n_slabs; i++) {
         const struct region_slab *s = &pool->slab[i];
         if (s->ns == ns && s->geom == geom && s->kind == (uint32_t)kind) {
             *slab = i;
             return KVD_OK;
         }
+        if (s->geom == KVD_POOL_NONE)
+            forgotten = i;
     }
-    if (h->n_slabs == h->max_slabs)
+    if (forgotten == h->max_slabs)
         return kvd_fail(err, KVD_E_LIMIT, "all %u combinations of namespace and geometry are taken",
                         h->max_slabs);
+    h->n_slabs += forgotten == h->n_slabs;
     uint64_t bytes = pool->geom[geom].page_bytes[kind];
-    pool->slab[h->n_slabs] = (struct region_slab){.ns = ns,
-                                                  .geom = geom,
-                                                  .kind = kind,
-                                                  .partial = KVD_POOL_NONE,
-                                                  .page_bytes = bytes,
-                                                  .slots = (uint32_t)(h->extent_bytes / bytes)};
-    *slab = h->n_slabs++;
+    pool->slab[forgotten] = (struct region_slab){.ns = ns,
+                                                 .geom = geom,
+                                                 .kind = kind,
+                                                 .partial = KVD_POOL_NONE,
+                                                 .page_bytes = bytes,
+                                                 .slots = (uint32_t)(h->extent_bytes / bytes)};
+    *slab = forgotten;
     return KVD_OK;
 }
 

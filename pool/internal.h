@@ -20,6 +20,7 @@ struct region_namespace {
 
 struct region_geometry {
     struct kvd_geometry g;
+    uint32_t refs; // sequences, and whoever asked for it
     uint64_t page_bytes[KVD_POOL_KINDS];
 };
 

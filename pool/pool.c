@@ -152,17 +152,41 @@ void kvd_pool_namespace_info(const struct kvd_pool *pool, uint32_t ns,
                                             .tokens = n->tokens};
 }
 
+uint32_t kvd_pool_geometry_find(const struct kvd_pool *pool, const struct kvd_geometry *g)
+{
+    for (uint32_t i = 0; i < pool->head->n_geometries; i++)
+        if (memcmp(&pool->geom[i].g, g, sizeof(*g)) == 0)
+            return i;
+    return KVD_POOL_NONE;
+}
+
+// A slot for a new geometry: a fresh one, or one that nobody refers to. Its slabs have no extents
+// then and are forgotten with it.
+static uint32_t geometry_slot(struct kvd_pool *pool, bool *recycled)
+{
+    struct region_head *h = pool->head;
+    *recycled = false;
+    if (h->n_geometries < h->max_geometries)
+        return h->n_geometries++;
+    uint32_t slot = 0;
+    while (slot < h->n_geometries && pool->geom[slot].refs)
+        slot++;
+    if (slot == h->n_geometries)
+        return KVD_POOL_NONE;
+    for (uint32_t i = 0; i < h->n_slabs; i++)
+        if (pool->slab[i].geom == slot)
+            pool->slab[i].geom = KVD_POOL_NONE;
+    *recycled = true;
+    return slot;
+}
+
 int kvd_pool_geometry(struct kvd_pool *pool, const struct kvd_geometry *g,
-                      const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *geom,
+                      const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *geom, bool *recycled,
                       struct kvd_error *err)
 {
-    for (uint32_t i = 0; i < pool->head->n_geometries; i++) {
-        if (memcmp(&pool->geom[i].g, g, sizeof(*g)) == 0) {
-            *geom = i;
-            return KVD_OK;
-        }
-    }
-    for (int k = 0; k < KVD_POOL_KINDS; k++) {
+    uint32_t i = kvd_pool_geometry_find(pool, g);
+    *recycled = false;
+    for (int k = 0; k < KVD_POOL_KINDS && i == KVD_POOL_NONE; k++) {
         if (page_bytes[k] == 0 || page_bytes[k] > pool->head->extent_bytes)
             return kvd_fail(err, KVD_E_INVALID,
                             "a page of this geometry has %llu bytes and does not fit an extent of "
@@ -170,15 +194,24 @@ int kvd_pool_geometry(struct kvd_pool *pool, const struct kvd_geometry *g,
                             (unsigned long long)page_bytes[k],
                             (unsigned long long)pool->head->extent_bytes);
     }
-    if (pool->head->n_geometries == pool->head->max_geometries)
-        return kvd_fail(err, KVD_E_LIMIT, "all %u geometries are taken; raise max-geometries",
-                        pool->head->max_geometries);
-    uint32_t i = pool->head->n_geometries++;
-    pool->geom[i].g = *g;
-    for (int k = 0; k < KVD_POOL_KINDS; k++)
-        pool->geom[i].page_bytes[k] = kvd_round_up(page_bytes[k], KVD_POOL_ALIGN);
+    if (i == KVD_POOL_NONE) {
+        i = geometry_slot(pool, recycled);
+        if (i == KVD_POOL_NONE)
+            return kvd_fail(err, KVD_E_LIMIT,
+                            "all %u geometries are in use; close sessions or free sequences",
+                            pool->head->max_geometries);
+        pool->geom[i] = (struct region_geometry){.g = *g};
+        for (int k = 0; k < KVD_POOL_KINDS; k++)
+            pool->geom[i].page_bytes[k] = kvd_round_up(page_bytes[k], KVD_POOL_ALIGN);
+    }
+    pool->geom[i].refs++;
     *geom = i;
     return KVD_OK;
+}
+
+void kvd_pool_geometry_unref(struct kvd_pool *pool, uint32_t geom)
+{
+    pool->geom[geom].refs--;
 }
 
 const struct kvd_geometry *kvd_pool_geometry_get(const struct kvd_pool *pool, uint32_t geom)
@@ -213,6 +246,8 @@ void kvd_pool_slab_each(const struct kvd_pool *pool,
 {
     for (uint32_t i = 0; i < pool->head->n_slabs; i++) {
         const struct region_slab *s = &pool->slab[i];
+        if (s->geom == KVD_POOL_NONE)
+            continue;
         struct kvd_pool_slab_info info = {.ns = s->ns,
                                           .geom = s->geom,
                                           .kind = s->kind,

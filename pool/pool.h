@@ -82,11 +82,16 @@ void kvd_pool_namespace_info(const struct kvd_pool *pool, uint32_t ns,
 // -- geometries
 // ----------------------------------------------------------------------------------------------------
 
-// Finds or makes a geometry. Page sizes are the backend's; both must fit an extent. KVD_E_INVALID,
-// KVD_E_LIMIT.
+// Finds or makes a geometry and takes a reference on it; sequences hold one each. Page sizes are
+// the backend's; both must fit an extent. A geometry without references stays until its slot is
+// wanted for another: *recycled then tells the caller that the index meant another geometry before.
+// KVD_E_INVALID, KVD_E_LIMIT.
 int kvd_pool_geometry(struct kvd_pool *pool, const struct kvd_geometry *g,
-                      const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *geom,
+                      const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *geom, bool *recycled,
                       struct kvd_error *err);
+void kvd_pool_geometry_unref(struct kvd_pool *pool, uint32_t geom);
+// Index of a geometry that is known, or KVD_POOL_NONE. Takes no reference.
+uint32_t kvd_pool_geometry_find(const struct kvd_pool *pool, const struct kvd_geometry *g);
 const struct kvd_geometry *kvd_pool_geometry_get(const struct kvd_pool *pool, uint32_t geom);
 // Bytes of a page of that geometry and kind, padding to 4096 included.
 uint64_t kvd_pool_page_bytes(const struct kvd_pool *pool, uint32_t geom, enum kvd_pool_kind kind);

@@ -67,6 +67,7 @@ int kvd_pool_seq_new(struct kvd_pool *pool, uint32_t ns, uint32_t geom, uint64_t
     for (int k = 0; k < KVD_POOL_KINDS; k++)
         table_init(&s->table[k]);
     h->sequences++;
+    pool->geom[geom].refs++;
     pool->ns[ns].sequences++;
     *seq = seq_id(pool, s);
     return KVD_OK;
@@ -83,6 +84,7 @@ void seq_destroy(struct kvd_pool *pool, struct region_seq *s)
     seq_set_length(pool, s, 0);
     pool->ns[s->ns].sequences--;
     pool->head->sequences--;
+    pool->geom[s->geom].refs--;
     s->generation++;
     s->doomed = false;
     s->lru_next = pool->head->free_seq;

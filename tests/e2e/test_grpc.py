@@ -301,3 +301,59 @@ def test_quota_and_a_full_pool(start):
     assert rpc.kv("DescribeSequences", session=s).sequences[0].length == 64
     rpc.kv("FreeSequences", session=big, sequences=seqs)
     append(rpc, big, rpc.kv("CreateSequences", session=big, request_id=2, count=1).sequences[0], 0, k, v)
+
+
+def test_geometries_are_recycled(rpc, kvd):
+    """There are 64 slots: more shapes than that come and go, and what is in use stays."""
+    keep = open_session(rpc)
+    seq = rpc.kv("CreateSequences", session=keep, request_id=1, count=1).sequences[0]
+    k, v = random_kv(100)
+    append(rpc, keep, seq, 0, k, v)
+    for i in range(150):
+        s = open_session(rpc, geometry=geometry(windows=kv.Windows(sink=16 * (i % 100), recent=16 + 16 * i)))
+        append(rpc, s, rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0], 0, k[:, :9], v[:, :9])
+        rpc.kv("CloseSession", session=s)
+    back = rpc.kv("ReadTokens", session=keep, sequence=seq, begin=0, tokens=100)
+    assert back.k == k.tobytes()
+    held = [open_session(rpc, geometry=geometry(windows=kv.Windows(sink=0, recent=16 + 16 * i))) for i in range(63)]
+    with pytest.raises(grpc.RpcError) as e:
+        open_session(rpc, geometry=geometry(windows=kv.Windows(sink=64, recent=0)))
+    assert code_of(e) == "RESOURCE_EXHAUSTED" and "64 geometries" in e.value.details()
+    rpc.kv("CloseSession", session=held[0])
+    open_session(rpc, geometry=geometry(windows=kv.Windows(sink=64, recent=0)))
+
+
+def test_mutated_requests_hurt_nobody(rpc, kvd):
+    """Valid requests with a few bytes changed, to every method: always an answer, and the pool stays consistent."""
+    s = open_session(rpc)
+    seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
+    k, v = random_kv(4)
+    t, o = tensor(k), kv.TensorRef(dtype=1)
+    q = tensor(rng.normal(size=(LAYERS, 4, HEADS, DIM)).astype(np.float32))
+    requests = {
+        "Append": kv.AppendRequest(session=s, items=[kv.AppendItem(sequence=seq, tokens=4, k=t, v=tensor(v))]),
+        "Step": kv.StepRequest(session=s, items=[kv.StepItem(sequence=seq, tokens=4, k=t, v=t, q=q, o=o)]),
+        "Attend": kv.AttendRequest(session=s, items=[kv.AttendItem(sequence=seq, q_len=4, q=q, o=o)]),
+        "ReadTokens": kv.ReadTokensRequest(session=s, sequence=seq, tokens=2),
+        "Rotate": kv.RotateRequest(session=s, rows=2, heads=KV, x=t),
+        "ForkSequence": kv.ForkSequenceRequest(session=s, sequence=seq, count=2),
+        "TruncateSequence": kv.TruncateSequenceRequest(session=s, sequence=seq, length=1),
+        "PublishSequence": kv.PublishSequenceRequest(session=s, sequence=seq, name="n"),
+        "DescribeSequences": kv.DescribeSequencesRequest(session=s, sequences=[seq]),
+        "OpenSession": kv.OpenSessionRequest(geometry=geometry(), lease_ms=2000),
+    }
+    r = np.random.default_rng(int.from_bytes(__import__("os").urandom(4), "little"))
+    for i in range(2500):
+        name = list(requests)[i % len(requests)]
+        raw = bytearray(requests[name].SerializeToString())
+        for _ in range(1 + i % 3):
+            # Mostly the structure at both ends, rarely the data in the middle.
+            at = int(r.integers(0, min(len(raw), 120))) if r.random() < 0.7 else int(r.integers(0, len(raw)))
+            at = len(raw) - 1 - at if r.random() < 0.3 else at
+            raw[at] = int(r.integers(0, 256))
+        try:
+            rpc.channel.unary_unary(f"/kvd.v1.KvCache/{name}")(bytes(raw), timeout=20)
+        except grpc.RpcError as e:
+            assert e.code().name not in ("UNAVAILABLE", "INTERNAL", "DEADLINE_EXCEEDED"), e
+    assert kvd.process.poll() is None
+    rpc.kv("CloseSession", session=s)

@@ -4,6 +4,8 @@
 
 #include "pool/pool.h"
 
+static bool recycled; // what kvd_pool_geometry said last
+
 struct test_mem {
     uint32_t live, allocs, zeros;
     bool fail_next;

@@ -214,8 +214,8 @@ START_TEST(random_operations)
     m.pool = kvd_pool_new(&config, &mem, NULL);
     const uint64_t big[] = {128 << 10, 16 << 10}, small[] = {40 << 10, 5000};
     struct kvd_geometry g = test_geometry(1, 64, 256), h = test_geometry(1, 16, 32);
-    ck_assert_int_eq(kvd_pool_geometry(m.pool, &g, big, &m.geom[0], NULL), 0);
-    ck_assert_int_eq(kvd_pool_geometry(m.pool, &h, small, &m.geom[1], NULL), 0);
+    ck_assert_int_eq(kvd_pool_geometry(m.pool, &g, big, &m.geom[0], &recycled, NULL), 0);
+    ck_assert_int_eq(kvd_pool_geometry(m.pool, &h, small, &m.geom[1], &recycled, NULL), 0);
     for (int i = 0; i < SPACES; i++)
         ck_assert_int_eq(kvd_pool_namespace(m.pool, name_of(i), &m.ns[i], NULL), 0);
     const char *env = getenv("KVD_POOL_OPS");
