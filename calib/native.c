@@ -210,7 +210,7 @@ static char *make_header(const struct kvd_rotset *s, const char *payload)
         json_object_set_new(t, "dtype", json_string("F32"));
         json_object_set_new(t, "shape", dims);
         json_object_set_new(t, "data_offsets",
-                            json_pack("[I,I]", (json_int_t)at, (json_int_t)(at + bytes)));
+                            json_pack("[I,I]", (json_int_t)at, (json_int_t)at + (json_int_t)bytes));
         json_object_set_new(root, tensor_names[i], t);
         at += bytes;
     }

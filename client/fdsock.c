@@ -33,9 +33,7 @@ int kvd_fdsock_connect(const char *address, char *ticket, struct kvd_error *err)
                          hello.version, addr.sun_path, KVD_FD_VERSION);
     memcpy(ticket, hello.ticket, 32);
     ticket[32] = '\0';
-    int out = sock;
-    sock = -1;
-    return out;
+    return KVD_TAKE_FD(sock);
 }
 
 int kvd_fdsock_send(int sock, uint64_t key, int fd, struct kvd_error *err)

@@ -126,7 +126,21 @@ static inline uint16_t kvd_f32_to_bf16(float f)
     return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
-float kvd_fp16_to_f32(uint16_t h);
+static inline float kvd_fp16_to_f32(uint16_t h)
+{
+    // The exponents differ by 112; a product with 2^112 also makes subnormals right.
+    uint32_t u = (uint32_t)(h & 0x7fff) << 13;
+    float f;
+    memcpy(&f, &u, sizeof(f));
+    f *= 0x1p112f;
+    memcpy(&u, &f, sizeof(u));
+    if (f >= 65536.0f) // Inf and NaN
+        u |= 0x7f800000;
+    u |= (uint32_t)(h & 0x8000) << 16;
+    memcpy(&f, &u, sizeof(f));
+    return f;
+}
+
 // Round to nearest even, saturating at +-65504.
 uint16_t kvd_f32_to_fp16(float f);
 

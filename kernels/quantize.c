@@ -2,20 +2,20 @@
 
 #include <math.h>
 
-float kvd_fp16_to_f32(uint16_t h)
-{
-    _Float16 f;
-    memcpy(&f, &h, sizeof(f));
-    return (float)f;
-}
-
 uint16_t kvd_f32_to_fp16(float f)
 {
+    uint32_t u;
     f = f > 65504.0f ? 65504.0f : f < -65504.0f ? -65504.0f : f;
-    _Float16 h = (_Float16)f;
-    uint16_t bits;
-    memcpy(&bits, &h, sizeof(bits));
-    return bits;
+    memcpy(&u, &f, sizeof(u));
+    uint32_t sign = u >> 16 & 0x8000;
+    u &= 0x7fffffff;
+    if (u < 0x38800000) { // below 2^-14: adding 0.5 rounds to multiples of 2^-24
+        f = (f < 0 ? -f : f) + 0.5f;
+        memcpy(&u, &f, sizeof(u));
+        return (uint16_t)(sign | (u - 0x3f000000));
+    }
+    u += 0xc8000fff + (u >> 13 & 1); // rebias by -112 and round to even
+    return (uint16_t)(sign | u >> 13);
 }
 
 // The n-th largest of |x|, n >= 1. Insertion into a short sorted list: n is about 5 % of dim.

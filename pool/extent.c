@@ -166,7 +166,7 @@ void kvd_pool_page_unref(struct kvd_pool *pool, uint32_t page)
 int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind,
                         uint32_t *page, struct kvd_error *err)
 {
-    uint32_t slab;
+    uint32_t slab = 0;
     int rc = slab_find(pool, ns, geom, kind, &slab, err);
     if (rc)
         return rc;

@@ -93,6 +93,14 @@ static inline void kvd_cleanup_file(FILE **f)
         kvd_taken_;                                                                                \
     })
 
+// The same for a file descriptor in a KVD_CLOSE variable.
+#define KVD_TAKE_FD(fd)                                                                            \
+    ({                                                                                             \
+        int kvd_taken_fd_ = (fd);                                                                  \
+        (fd) = -1;                                                                                 \
+        kvd_taken_fd_;                                                                             \
+    })
+
 #define KVD_LEN(a)    (sizeof(a) / sizeof((a)[0]))
 #define KVD_MIN(a, b) ((a) < (b) ? (a) : (b))
 #define KVD_MAX(a, b) ((a) > (b) ? (a) : (b))

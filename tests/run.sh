@@ -91,6 +91,12 @@ say "source rules"
 check "include directions" tests/check_includes.sh
 check "sizes and words" tests/check_source.sh
 check "formatting" tests/check_format.sh
+if command -v clang-tidy >/dev/null; then
+    check "clang-tidy" tests/check_tidy.sh "$build"
+else
+    echo "SKIP clang-tidy: it is not installed"
+    count "clang-tidy" 0 0 1
+fi
 
 say "unit and property tests"
 for t in pool pool_model kernels calib; do

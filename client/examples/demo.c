@@ -216,9 +216,10 @@ static int read_all(const char *address, const struct activations *a, const char
         die("cannot attach 'demo'", &err);
     kvd_get_info(c, &daemon);
     copy_tokens(kvd_buffer_data(b), a->q, a, a->q_heads, a->tokens - QUERIES, QUERIES);
-    uint64_t vector = 2ull * DIM * 2; // K and V of one token and kv head, in bf16
+    const int packed = 2 * (DIM / 4) + 8; // and in int2 pages
+    uint64_t vector = 2ull * DIM * 2;     // K and V of one token and kv head, in bf16
     uint64_t bf16 = info.length * a->kv_heads * vector;
-    uint64_t stored = a->kv_heads * (info.history_tokens * (2 * DIM / 4 + 8) +
+    uint64_t stored = a->kv_heads * (info.history_tokens * (uint64_t)packed +
                                      (info.length - info.history_tokens) * vector);
     printf("reader: %llu tokens: %llu in the sink, %llu compressed, %llu in the recent window; "
            "rotation set %.20s...\n\n",
@@ -244,9 +245,8 @@ static int read_all(const char *address, const struct activations *a, const char
         compare(a, l, (const float *)(const void *)((char *)kvd_buffer_data(b) + o_at), &s);
         printf("%5u  %6llu  %10llu  %12llu  %4.2fx  %6.2fx  %10.4f  %.5f  %7.2f\n", a->ids[l],
                (unsigned long long)info.length, (unsigned long long)bf16,
-               (unsigned long long)stored, (double)bf16 / (double)stored,
-               (double)vector / (2 * DIM / 4 + 8), sqrt(s.diff / s.want),
-               s.dot / sqrt(s.want * s.got), best);
+               (unsigned long long)stored, (double)bf16 / (double)stored, (double)vector / packed,
+               sqrt(s.diff / s.want), s.dot / sqrt(s.want * s.got), best);
         all.diff += s.diff / s.want;
     }
     printf("\nerror: attention output of the last %d positions against exact float64 attention on "

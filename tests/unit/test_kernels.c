@@ -481,6 +481,28 @@ START_TEST(nonfinite_values_are_found)
 }
 END_TEST
 
+START_TEST(half_precision)
+{
+    for (uint32_t h = 0; h < 65536; h++) {
+        if ((h & 0x7c00) == 0x7c00)
+            continue; // Inf and NaN are never stored
+        float f = kvd_fp16_to_f32((uint16_t)h);
+        int e = (int)(h >> 10 & 31);
+        double want = ldexp((h & 1023) + (e ? 1024 : 0), (e ? e : 1) - 25) * (h & 0x8000 ? -1 : 1);
+        ck_assert_double_eq(f, want);
+        ck_assert_uint_eq(kvd_f32_to_fp16(f), h);
+        // Half way to the next: to even.
+        if ((h & 0x7fff) < 0x7bff) {
+            float next = kvd_fp16_to_f32((uint16_t)(h + 1));
+            ck_assert_uint_eq(kvd_f32_to_fp16((f + next) / 2), h % 2 ? h + 1 : h);
+        }
+    }
+    ck_assert_uint_eq(kvd_f32_to_fp16(1e9f), 0x7bff);
+    ck_assert_uint_eq(kvd_f32_to_fp16(-INFINITY), 0xfbff);
+    ck_assert(isnan(kvd_fp16_to_f32(0x7e01)) && isinf(kvd_fp16_to_f32(0x7c00)));
+}
+END_TEST
+
 START_TEST(extreme_rows_stay_finite)
 {
     const float rows[][4] = {
@@ -502,4 +524,5 @@ END_TEST
 KVD_MAIN("kernels", 300, every_code_has_its_own_place, codes_match_a_float64_derivation,
          attention_matches_float64, every_group_and_dim, golden_tiles,
          instruction_sets_write_the_same_pages, read_returns_what_pages_hold,
-         rotation_is_undone_by_its_inverse, nonfinite_values_are_found, extreme_rows_stay_finite)
+         rotation_is_undone_by_its_inverse, nonfinite_values_are_found, half_precision,
+         extreme_rows_stay_finite)
