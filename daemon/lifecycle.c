@@ -26,7 +26,7 @@ static int init_backend(struct kvd_daemon *d, struct kvd_error *err)
     const struct kvd_config *c = &d->config;
     if (strcmp(c->backend, "cuda") == 0)
         return kvd_fail(err, KVD_E_UNSUPPORTED,
-                        "this build of kvd has no CUDA backend; use --backend cpu");
+                        "this version of kvd has no CUDA backend yet; use --backend cpu");
     d->backend = kvd_cpu_backend_new(c->threads, c->isa[0] ? c->isa : NULL, err);
     return d->backend ? KVD_OK : err->code;
 }

@@ -137,12 +137,18 @@ else
 fi
 
 say "GPU"
-if command -v nvcc >/dev/null; then
-    echo "SKIP CUDA: this version has no CUDA kernels to compile or run"
+if ! command -v nvcc >/dev/null; then
+    echo "SKIP CUDA: there is no nvcc"
+    count "CUDA" 0 0 1
 else
-    echo "SKIP CUDA: there is no nvcc, and this version has no CUDA kernels"
+    check "CUDA kernels compile" tests/gpu/run.sh build
+    if nvidia-smi -L 2>/dev/null | grep -q GPU; then
+        check "CUDA decode" tests/gpu/run.sh test
+    else
+        echo "SKIP CUDA decode: there is no GPU"
+        count "CUDA decode" 0 0 1
+    fi
 fi
-count "CUDA" 0 0 1
 
 echo
 echo "$passed passed, $failed failed, $skipped skipped"

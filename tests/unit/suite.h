@@ -3,6 +3,7 @@
 #define KVD_TESTS_SUITE_H
 
 #include "proto/base.h"
+#include "tests/unit/random.h"
 
 #include <check.h>
 
@@ -30,15 +31,6 @@ static inline int kvd_run_suite(const char *name, const TTest *const *tests, siz
         const TTest *const tests[] = {__VA_ARGS__};                                                \
         return kvd_run_suite(name, tests, sizeof(tests) / sizeof(tests[0]), timeout_s);            \
     }
-
-// xorshift64*: reproducible, seeded per test.
-static inline uint64_t kvd_rand(uint64_t *state)
-{
-    *state ^= *state >> 12;
-    *state ^= *state << 25;
-    *state ^= *state >> 27;
-    return *state * 0x2545f4914f6cdd1dull;
-}
 
 // A seed that is printed, so that a failure can be repeated with KVD_TEST_SEED.
 static inline uint64_t kvd_test_seed(const char *what)
