@@ -474,7 +474,7 @@ template <int NT> __global__ void __launch_bounds__(WARPS * 32, NT == 1 ? 4 : 2)
 
 // -- windows ---------------------------------------------------------------------------------------------------------
 
-constexpr int WINDOW_WARPS = 8;
+constexpr int WINDOW_WARPS = 16, WINDOW_HEADS = 4, WINDOW_STEP = 4; // heads, and tokens in flight, of a warp
 
 // The bf16 row of K or V of window token i: tokens of the sink first, then those from hist_end on.
 __device__ inline const uint16_t *window_row(const params &p, uint32_t s, uint32_t kv, uint32_t token, bool v)
@@ -490,59 +490,118 @@ __device__ inline const uint16_t *window_row(const params &p, uint32_t s, uint32
     return (const uint16_t *)(page + tile + (v ? PAGE_TOKENS * 2 * D : 0) + row * 2 * D);
 }
 
-// Block (q head, sequence); each warp takes every eighth token, four channels a lane.
+struct window_heads {
+    float q[WINDOW_HEADS][4], acc[WINDOW_HEADS][4]; // four channels a lane
+    float m[WINDOW_HEADS], l[WINDOW_HEADS];
+};
+
+__device__ inline float low(uint32_t x)
+{
+    return __uint_as_float(x << 16);
+}
+
+__device__ inline float high(uint32_t x)
+{
+    return __uint_as_float(x & 0xffff0000u);
+}
+
+__device__ inline void add_window_token(window_heads &w, uint2 k, uint2 v)
+{
+#pragma unroll
+    for (int h = 0; h < WINDOW_HEADS; h++) {
+        float dot = w.q[h][0] * low(k.x) + w.q[h][1] * high(k.x) + w.q[h][2] * low(k.y) + w.q[h][3] * high(k.y);
+#pragma unroll
+        for (int x = 1; x < 32; x *= 2)
+            dot += __shfl_xor_sync(~0u, dot, x);
+        float top = fmaxf(w.m[h], dot), f = exp2f(w.m[h] - top), e = exp2f(dot - top);
+        w.m[h] = top;
+        w.l[h] = w.l[h] * f + e;
+        w.acc[h][0] = w.acc[h][0] * f + e * low(v.x);
+        w.acc[h][1] = w.acc[h][1] * f + e * high(v.x);
+        w.acc[h][2] = w.acc[h][2] * f + e * low(v.y);
+        w.acc[h][3] = w.acc[h][3] * f + e * high(v.y);
+    }
+}
+
+// Block (kv head, sequence): four of its q heads at a time, tokens dealt to the warps four by four.
 __global__ void __launch_bounds__(WINDOW_WARPS * 32) attend_windows(params p)
 {
-    __shared__ float ml[WINDOW_WARPS][2], o[WINDOW_WARPS][D];
+    __shared__ __align__(16) float o[WINDOW_WARPS][WINDOW_HEADS][D];
+    __shared__ float ml[WINDOW_WARPS][WINDOW_HEADS][2];
     let_next_start();
-    uint32_t h = blockIdx.x, s = blockIdx.y, kv = h / (p.q_heads / p.kv_heads);
+    uint32_t kv = blockIdx.x, s = blockIdx.y, group = p.q_heads / p.kv_heads;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint32_t length = p.length[s], sink = min(p.sink, length), hist_end = max(p.hist_end[s], p.sink);
     uint32_t count = sink + (length > hist_end ? length - hist_end : 0);
-    float q[4], acc[4] = {}, m = NONE, l = 0;
-    for (int i = 0; i < 4; i++)
-        q[i] = __uint_as_float((uint32_t)p.q[((uint64_t)s * p.q_heads + h) * D + lane * 4 + i] << 16) * p.scale * LOG2E;
-    for (uint32_t i = (uint32_t)warp; i < count; i += WINDOW_WARPS) {
-        uint32_t token = i < sink ? i : hist_end + (i - sink);
-        uint2 k = *(const uint2 *)(window_row(p, s, kv, token, false) + lane * 4);
-        uint2 v = *(const uint2 *)(window_row(p, s, kv, token, true) + lane * 4);
-        float dot = q[0] * __uint_as_float(k.x << 16) + q[1] * __uint_as_float(k.x & 0xffff0000u) +
-                    q[2] * __uint_as_float(k.y << 16) + q[3] * __uint_as_float(k.y & 0xffff0000u);
-        for (int x = 1; x < 32; x *= 2)
-            dot += __shfl_xor_sync(~0u, dot, x);
-        float top = fmaxf(m, dot), f = exp2f(m - top), e = exp2f(dot - top);
-        m = top;
-        l = l * f + e;
-        acc[0] = acc[0] * f + e * __uint_as_float(v.x << 16);
-        acc[1] = acc[1] * f + e * __uint_as_float(v.x & 0xffff0000u);
-        acc[2] = acc[2] * f + e * __uint_as_float(v.y << 16);
-        acc[3] = acc[3] * f + e * __uint_as_float(v.y & 0xffff0000u);
-    }
-    for (int i = 0; i < 4; i++)
-        o[warp][lane * 4 + i] = acc[i];
-    if (lane == 0) {
-        ml[warp][0] = m;
-        ml[warp][1] = l;
-    }
-    __syncthreads();
     layout lay = lay_out(p);
-    part *to = &lay.parts[((uint64_t)s * p.q_heads + h) * (p.splits + 1) + p.splits];
-    if (threadIdx.x < D) {
-        float top = NONE, sum = 0, out = 0;
-        for (int w = 0; w < WINDOW_WARPS; w++)
-            top = fmaxf(top, ml[w][0]);
-        for (int w = 0; w < WINDOW_WARPS; w++) {
-            float f = exp2f(ml[w][0] - top);
-            sum += f * ml[w][1];
-            out += f * o[w][threadIdx.x];
+    if (count == 0) { // a part that weighs nothing, but is defined
+        for (uint32_t i = threadIdx.x; i < group * D; i += WINDOW_WARPS * 32) {
+            part *to = &lay.parts[((uint64_t)s * p.q_heads + kv * group + i / D) * (p.splits + 1) + p.splits];
+            to->o[i % D] = 0;
+            if (i % D == 0) {
+                to->m = NONE;
+                to->l = 0;
+            }
         }
-        to->o[threadIdx.x] = out;
-        if (threadIdx.x == 0) {
-            to->m = top;
-            to->l = sum;
+        return;
+    }
+    for (uint32_t h0 = 0; h0 < group; h0 += WINDOW_HEADS) {
+        uint64_t head = (uint64_t)s * p.q_heads + kv * group + h0;
+        window_heads w;
+#pragma unroll
+        for (int h = 0; h < WINDOW_HEADS; h++) {
+            w.m[h] = NONE;
+            w.l[h] = 0;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                uint16_t b = h0 + h < group ? p.q[(head + h) * D + lane * 4 + i] : 0;
+                w.q[h][i] = low(b) * p.scale * LOG2E;
+                w.acc[h][i] = 0;
+            }
         }
+        for (uint32_t first = (uint32_t)warp * WINDOW_STEP; first < count; first += WINDOW_WARPS * WINDOW_STEP) {
+            uint2 k[WINDOW_STEP], v[WINDOW_STEP];
+#pragma unroll
+            for (int i = 0; i < WINDOW_STEP; i++) {
+                uint32_t at = min(first + i, count - 1), token = at < sink ? at : hist_end + (at - sink);
+                k[i] = *(const uint2 *)(window_row(p, s, kv, token, false) + lane * 4);
+                v[i] = *(const uint2 *)(window_row(p, s, kv, token, true) + lane * 4);
+            }
+#pragma unroll
+            for (int i = 0; i < WINDOW_STEP; i++)
+                if (first + i < count)
+                    add_window_token(w, k[i], v[i]);
+        }
+#pragma unroll
+        for (int h = 0; h < WINDOW_HEADS; h++) {
+            *(float4 *)&o[warp][h][lane * 4] = make_float4(w.acc[h][0], w.acc[h][1], w.acc[h][2], w.acc[h][3]);
+            if (lane == 0) {
+                ml[warp][h][0] = w.m[h];
+                ml[warp][h][1] = w.l[h];
+            }
+        }
+        __syncthreads();
+        uint32_t h = threadIdx.x / D, c = threadIdx.x % D; // 512 threads: four heads
+        if (h0 + h < group) {
+            float top = NONE, sum = 0, out = 0;
+            for (int i = 0; i < WINDOW_WARPS; i++)
+                top = fmaxf(top, ml[i][h][0]);
+            for (int i = 0; i < WINDOW_WARPS; i++) {
+                float f = exp2f(ml[i][h][0] - top);
+                sum += f * ml[i][h][1];
+                out += f * o[i][h][c];
+            }
+            part *to = &lay.parts[(head + h) * (p.splits + 1) + p.splits];
+            to->o[c] = out;
+            if (c == 0) {
+                to->m = top;
+                to->l = sum;
+            }
+        }
+        __syncthreads();
     }
 }
+static_assert(WINDOW_WARPS * 32 == WINDOW_HEADS * D, "a thread for each output");
 
 // -- merge -----------------------------------------------------------------------------------------------------------
 
@@ -654,7 +713,7 @@ extern "C" int kvd_cuda_decode(const struct kvd_cuda_decode_params *p, struct CU
     // Overlap pays where launches are a large part of the time, and costs 2 % where they are not (README.md).
     bool overlap = p->sequences < 8;
     // The windows first, never overlapped: what the call before this one left in the scratch is then done with.
-    cudaError_t rc = launch(attend_windows, dim3(p->q_heads, p->sequences), WINDOW_WARPS * 32, 0, false, *p, stream);
+    cudaError_t rc = launch(attend_windows, dim3(p->kv_heads, p->sequences), WINDOW_WARPS * 32, 0, false, *p, stream);
     if (rc == cudaSuccess)
         rc = launch(rotate_queries, rows, ROW_THREADS, ROWS_BYTES, overlap, *p, stream);
     if (rc == cudaSuccess)
