@@ -137,90 +137,138 @@ static void submit(struct kvd_daemon *d, struct kvd_work *w, int rc, const struc
     kvd_call_fail_error(call, err);
 }
 
-void kvd_on_append(struct kvd_call *call, const void *request)
+// Fills in a part of item i from the request's: first the ids and counts, which are then checked,
+// then the tensors.
+typedef int fill_item(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g,
+                      const void *request, uint32_t i, struct kvd_error *err);
+
+// What Append, Attend and Step have in common.
+struct batch {
+    const char *session;
+    uint32_t layer_begin, layer_count;
+    const Kvd__V1__AttentionParams *params; // of Attend and Step
+    size_t n_items;
+    fill_item *ids, *tensors;
+};
+
+static void run_batch(struct kvd_call *call, const void *request, enum kvd_kernel_op op,
+                      const struct batch *b)
 {
-    const Kvd__V1__AppendRequest *req = request;
-    struct kvd_session *s = kvd_call_session(call, req->session);
+    struct kvd_session *s = kvd_call_session(call, b->session);
     struct kvd_error err = {0};
     uint64_t sum = 0;
-    struct kvd_work *w = s ? work_new(call, s, KVD_OP_APPEND, req->n_items) : NULL;
+    struct kvd_work *w = s ? work_new(call, s, op, b->n_items) : NULL;
     if (!w)
         return;
     const struct kvd_geometry *g = kvd_pool_geometry_get(call->d->pool, s->geom);
-    int rc = check_count(req->n_items, &err);
+    int rc = check_count(b->n_items, &err);
     if (rc == KVD_OK)
-        rc = set_layers(w, g, req->layer_begin, req->layer_count, &err);
+        rc = set_layers(w, g, b->layer_begin, b->layer_count, &err);
+    if (rc == KVD_OK)
+        rc = set_attention(w, g, b->params, &err);
     for (uint32_t i = 0; rc == KVD_OK && i < w->n_items; i++) {
-        const Kvd__V1__AppendItem *in = req->items[i];
-        w->items[i].seq = in->sequence;
-        w->items[i].position = in->position;
-        w->items[i].tokens = in->tokens;
-        rc = check_item(s, in->sequence, in->tokens, i, &sum, &err);
+        rc = b->ids(w, s, g, request, i, &err);
         if (rc == KVD_OK)
-            rc = set_kv(w, s, g, i, in->k, in->v, &err);
+            rc = check_item(s, w->items[i].seq, w->items[i].tokens, i, &sum, &err);
+        if (rc == KVD_OK)
+            rc = b->tensors(w, s, g, request, i, &err);
     }
-    if (rc == KVD_OK)
+    if (rc == KVD_OK && op != KVD_OP_ATTEND)
         rc = check_distinct(w, &err);
     submit(call->d, w, rc, &err);
+}
+
+static int append_ids(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g,
+                      const void *request, uint32_t i, struct kvd_error *err)
+{
+    const Kvd__V1__AppendItem *in = ((const Kvd__V1__AppendRequest *)request)->items[i];
+    w->items[i].seq = in->sequence;
+    w->items[i].position = in->position;
+    w->items[i].tokens = in->tokens;
+    return KVD_OK;
+}
+
+static int append_tensors(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g,
+                          const void *request, uint32_t i, struct kvd_error *err)
+{
+    const Kvd__V1__AppendItem *in = ((const Kvd__V1__AppendRequest *)request)->items[i];
+    return set_kv(w, s, g, i, in->k, in->v, err);
+}
+
+void kvd_on_append(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__AppendRequest *req = request;
+    run_batch(call, request, KVD_OP_APPEND,
+              &(struct batch){.session = req->session,
+                              .layer_begin = req->layer_begin,
+                              .layer_count = req->layer_count,
+                              .n_items = req->n_items,
+                              .ids = append_ids,
+                              .tensors = append_tensors});
+}
+
+static int attend_ids(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g,
+                      const void *request, uint32_t i, struct kvd_error *err)
+{
+    const Kvd__V1__AttendItem *in = ((const Kvd__V1__AttendRequest *)request)->items[i];
+    w->items[i].seq = in->sequence;
+    w->items[i].tokens = in->q_len;
+    return KVD_OK;
+}
+
+static int attend_tensors(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g,
+                          const void *request, uint32_t i, struct kvd_error *err)
+{
+    const Kvd__V1__AttendRequest *req = request;
+    const Kvd__V1__AttendItem *in = req->items[i];
+    bool lse = req->params && req->params->return_lse;
+    return set_qo(w, s, g, i, in->q, in->o, in->lse, lse, err);
 }
 
 void kvd_on_attend(struct kvd_call *call, const void *request)
 {
     const Kvd__V1__AttendRequest *req = request;
-    struct kvd_session *s = kvd_call_session(call, req->session);
-    struct kvd_error err = {0};
-    uint64_t sum = 0;
-    struct kvd_work *w = s ? work_new(call, s, KVD_OP_ATTEND, req->n_items) : NULL;
-    if (!w)
-        return;
-    const struct kvd_geometry *g = kvd_pool_geometry_get(call->d->pool, s->geom);
-    int rc = check_count(req->n_items, &err);
-    if (rc == KVD_OK)
-        rc = set_layers(w, g, req->layer_begin, req->layer_count, &err);
-    if (rc == KVD_OK)
-        rc = set_attention(w, g, req->params, &err);
-    for (uint32_t i = 0; rc == KVD_OK && i < w->n_items; i++) {
-        const Kvd__V1__AttendItem *in = req->items[i];
-        w->items[i].seq = in->sequence;
-        w->items[i].tokens = in->q_len;
-        rc = check_item(s, in->sequence, in->q_len, i, &sum, &err);
-        if (rc == KVD_OK)
-            rc = set_qo(w, s, g, i, in->q, in->o, in->lse, req->params && req->params->return_lse,
-                        &err);
-    }
-    submit(call->d, w, rc, &err);
+    run_batch(call, request, KVD_OP_ATTEND,
+              &(struct batch){.session = req->session,
+                              .layer_begin = req->layer_begin,
+                              .layer_count = req->layer_count,
+                              .params = req->params,
+                              .n_items = req->n_items,
+                              .ids = attend_ids,
+                              .tensors = attend_tensors});
+}
+
+static int step_ids(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g,
+                    const void *request, uint32_t i, struct kvd_error *err)
+{
+    const Kvd__V1__StepItem *in = ((const Kvd__V1__StepRequest *)request)->items[i];
+    w->items[i].seq = in->sequence;
+    w->items[i].position = in->position;
+    w->items[i].tokens = in->tokens;
+    return KVD_OK;
+}
+
+static int step_tensors(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g,
+                        const void *request, uint32_t i, struct kvd_error *err)
+{
+    const Kvd__V1__StepRequest *req = request;
+    const Kvd__V1__StepItem *in = req->items[i];
+    bool lse = req->params && req->params->return_lse;
+    int rc = set_kv(w, s, g, i, in->k, in->v, err);
+    return rc ? rc : set_qo(w, s, g, i, in->q, in->o, in->lse, lse, err);
 }
 
 void kvd_on_step(struct kvd_call *call, const void *request)
 {
     const Kvd__V1__StepRequest *req = request;
-    struct kvd_session *s = kvd_call_session(call, req->session);
-    struct kvd_error err = {0};
-    uint64_t sum = 0;
-    struct kvd_work *w = s ? work_new(call, s, KVD_OP_STEP, req->n_items) : NULL;
-    if (!w)
-        return;
-    const struct kvd_geometry *g = kvd_pool_geometry_get(call->d->pool, s->geom);
-    int rc = check_count(req->n_items, &err);
-    if (rc == KVD_OK)
-        rc = set_layers(w, g, req->layer_begin, req->layer_count, &err);
-    if (rc == KVD_OK)
-        rc = set_attention(w, g, req->params, &err);
-    for (uint32_t i = 0; rc == KVD_OK && i < w->n_items; i++) {
-        const Kvd__V1__StepItem *in = req->items[i];
-        w->items[i].seq = in->sequence;
-        w->items[i].position = in->position;
-        w->items[i].tokens = in->tokens;
-        rc = check_item(s, in->sequence, in->tokens, i, &sum, &err);
-        if (rc == KVD_OK)
-            rc = set_kv(w, s, g, i, in->k, in->v, &err);
-        if (rc == KVD_OK)
-            rc = set_qo(w, s, g, i, in->q, in->o, in->lse, req->params && req->params->return_lse,
-                        &err);
-    }
-    if (rc == KVD_OK)
-        rc = check_distinct(w, &err);
-    submit(call->d, w, rc, &err);
+    run_batch(call, request, KVD_OP_STEP,
+              &(struct batch){.session = req->session,
+                              .layer_begin = req->layer_begin,
+                              .layer_count = req->layer_count,
+                              .params = req->params,
+                              .n_items = req->n_items,
+                              .ids = step_ids,
+                              .tensors = step_tensors});
 }
 
 static int set_rotate(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g,

@@ -1,8 +1,9 @@
 // Decode attention over INT2 pages on a CUDA device: a plain C API over streams.
 //
-// One call answers one query token of each sequence for one layer, over sink + history + recent window. Nothing is
-// allocated and nothing waits: lengths and page tables are read on the device, so a call can be captured in a CUDA
-// graph and replayed while they change, as long as no history outgrows `max_history`.
+// One call answers one query token of each sequence for one layer, over sink + history + recent
+// window. Nothing is allocated and nothing waits: lengths and page tables are read on the device,
+// so a call can be captured in a CUDA graph and replayed while they change, as long as no history
+// outgrows `max_history`.
 //
 // Pages are those of kernels/format.h. Built for sm_90 (bulk copies into shared memory).
 #ifndef KVD_KERNELS_CUDA_ATTEND_H
@@ -16,7 +17,8 @@ extern "C" {
 
 struct CUstream_st;
 
-// All pointers are device memory. S sequences, H_q q heads, H_kv kv heads, group = H_q / H_kv, D head_dim.
+// All pointers are device memory. S sequences, H_q q heads, H_kv kv heads, group = H_q / H_kv, D
+// head_dim.
 struct kvd_cuda_decode_params {
     uint32_t sequences, q_heads, kv_heads; // group 1 to 16
     uint32_t head_dim;                     // of K and V: 128
@@ -38,8 +40,10 @@ struct kvd_cuda_decode_params {
     void *scratch;            // kvd_cuda_decode_scratch bytes, 256-byte aligned
 };
 
-// How many parts to cut histories of about `history` tokens into, so that S x H_kv x parts blocks fill the device.
-uint32_t kvd_cuda_decode_plan(uint32_t sequences, uint32_t kv_heads, uint32_t history, uint32_t multiprocessors);
+// How many parts to cut histories of about `history` tokens into, so that S x H_kv x parts blocks
+// fill the device.
+uint32_t kvd_cuda_decode_plan(uint32_t sequences, uint32_t kv_heads, uint32_t history,
+                              uint32_t multiprocessors);
 uint64_t kvd_cuda_decode_scratch(const struct kvd_cuda_decode_params *p);
 
 // Queues the work. 0, or a cudaError_t; -1 for a shape that is not supported.

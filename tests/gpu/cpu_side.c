@@ -28,8 +28,8 @@ struct hidden {
 
 enum { LAYERS = 2, LAYER = 1, DIM = 128 };
 
-static void attend(struct kvd_backend *b, const struct kvd_rotation *rot, struct kseq *s, const struct cpu_case *c,
-                   struct cpu_result *r, uint32_t i)
+static void attend(struct kvd_backend *b, const struct kvd_rotation *rot, struct kseq *s,
+                   const struct cpu_case *c, struct cpu_result *r, uint32_t i)
 {
     uint64_t row = (uint64_t)i * c->q_heads;
     for (uint64_t j = 0; j < (uint64_t)c->q_heads * DIM; j++)
@@ -100,7 +100,8 @@ void cpu_make(const struct cpu_case *c, struct cpu_result *r)
     r->lse = malloc(rows * sizeof(float));
     for (uint32_t i = 0; i < c->sequences; i++) {
         struct kseq *s = &h->s[i];
-        kseq_init(s, g, c->lengths[i], c->rotations, 0.96f, 0.92f, c->seed | 1); // one seed: one set of rotations
+        kseq_init(s, g, c->lengths[i], c->rotations, 0.96f, 0.92f,
+                  c->seed | 1); // one seed: one set of rotations
         s->rng += i;
         kseq_fill(s);
         struct kvd_rotation *rot = b->ops->rotation_new(b, &s->rot, &err);
@@ -108,7 +109,8 @@ void cpu_make(const struct cpu_case *c, struct cpu_result *r)
             kseq_append(s, b, rot, (uint32_t)KVD_MIN(c->lengths[i] - s->length, (uint64_t)333));
         attend(b, rot, s, c, r, i);
         b->ops->rotation_free(b, &rot);
-        memcpy(r->codec + (uint64_t)i * r->codec_stride, s->codec, KVD_MIN(s->n_codec, r->codec_stride) * sizeof(uint64_t));
+        memcpy(r->codec + (uint64_t)i * r->codec_stride, s->codec,
+               KVD_MIN(s->n_codec, r->codec_stride) * sizeof(uint64_t));
         memcpy(r->bf16 + (uint64_t)i * r->bf16_stride, s->bf16, s->n_bf16 * sizeof(uint64_t));
         r->hist_end[i] = (uint32_t)s->hist_end;
     }
