@@ -54,7 +54,7 @@ pytests() { # pytests NAME BUILD ARGUMENT...
     local rc=$? line n_pass n_fail n_skip
     line=$(tail -n 1 "$logs/py")
     n_pass=$(grep -oE '[0-9]+ passed' <<<"$line" | grep -oE '[0-9]+' || echo 0)
-    n_fail=$(grep -oE '[0-9]+ (failed|errors?)' <<<"$line" | grep -oE '[0-9]+' | paste -sd+ | bc 2>/dev/null || echo 0)
+    n_fail=$(grep -oE '[0-9]+ (failed|errors?)' <<<"$line" | awk '{n += $1} END {print n + 0}')
     n_skip=$(grep -oE '[0-9]+ skipped' <<<"$line" | grep -oE '[0-9]+' || echo 0)
     grep '^SKIPPED' "$logs/py"
     [ $rc -eq 0 ] || { tail -n 60 "$logs/py"; [ "${n_fail:-0}" -gt 0 ] || n_fail=1; }
