@@ -13,10 +13,10 @@ static const struct command commands[] = {
     {"top", "[SECONDS [COUNT]]", "Live view, until interrupted", cmd_top},
     {"ping", "[COUNT]", "Round-trip time of a call", cmd_ping},
     {"quota", "ls | set NS SIZE|none", "Quotas of namespaces", cmd_quota},
-    {"evict", "[OPTION...]", "Evict published, unused sequences, oldest first", cmd_evict},
+    {"evict", "[OPTION...]", "Evict published, unused sequences", cmd_evict},
     {"drain", "[SECONDS]", "Let sessions end, then stop the daemon", cmd_drain},
     {"log-level", "LEVEL", "error, warning, notice, info or debug", cmd_log_level},
-    {"calib", "VERB ...", "Rotation sets: ls, show, verify, fetch, import, hadamard", cmd_calib},
+    {"calib", "VERB ...", "Rotation sets; see below", cmd_calib},
     {"version", "", "Versions of kvctl and the daemon", cmd_version},
 };
 
