@@ -49,8 +49,7 @@ int kvd_rotset_select(const struct kvd_rotset *set, const struct kvd_geometry *g
                       struct kvd_rotation_data *out, struct kvd_error *err);
 void kvd_rotation_data_deinit(struct kvd_rotation_data *data);
 
-// -- native files
-// --------------------------------------------------------------------------------------------------
+// -- native files -------------------------------------------------------------------------------
 
 // Reads a native file. KVD_E_CORRUPT (malformed), KVD_E_LIMIT (too large), or a negative errno.
 struct kvd_rotset *kvd_rotset_read(const char *path, struct kvd_error *err);
@@ -58,8 +57,7 @@ struct kvd_rotset *kvd_rotset_read(const char *path, struct kvd_error *err);
 // set->digest.
 int kvd_rotset_write(struct kvd_rotset *set, const char *path, struct kvd_error *err);
 
-// -- RotationZoo
-// ---------------------------------------------------------------------------------------------------
+// -- RotationZoo --------------------------------------------------------------------------------
 
 // Reads a K and a V file (.pt, format v1 or v2) into one set. Published clip ratios 0.96 and 0.92
 // are set.

@@ -147,8 +147,7 @@ kvd_result kvd_sequence_describe(kvd_client *c, uint64_t sequence, kvd_sequence_
     return KVD_SUCCESS;
 }
 
-// -- work
-// ----------------------------------------------------------------------------------------------------------
+// -- work ---------------------------------------------------------------------------------------
 
 // The tensors of one item, in wire form.
 struct refs {
@@ -344,8 +343,7 @@ kvd_result kvd_read_tokens(kvd_client *c, kvd_layers layers, uint64_t sequence, 
     return rc;
 }
 
-// -- events
-// --------------------------------------------------------------------------------------------------------
+// -- events -------------------------------------------------------------------------------------
 
 kvd_result kvd_next_event(kvd_client *c, uint32_t timeout_ms, kvd_event *out, kvd_failure *err)
 {

@@ -342,8 +342,7 @@ void kvd_on_set_log_level(struct kvd_call *call, const void *request)
     kvd_call_reply(call, &r);
 }
 
-// -- rotation sets: the store may be slow, so these run on libuv's thread pool
-// ---------------------------------------
+// -- rotation sets: the store may be slow, so these run on libuv's thread pool ------------------
 
 struct store_call {
     uv_work_t work;

@@ -157,13 +157,17 @@ static void run_batch(struct kvd_call *call, const void *request, enum kvd_kerne
     struct kvd_session *s = kvd_call_session(call, b->session);
     struct kvd_error err = {0};
     uint64_t sum = 0;
-    struct kvd_work *w = s ? work_new(call, s, op, b->n_items) : NULL;
+    if (!s)
+        return;
+    if (check_count(b->n_items, &err)) { // before memory is taken for them
+        kvd_call_fail_error(call, &err);
+        return;
+    }
+    struct kvd_work *w = work_new(call, s, op, b->n_items);
     if (!w)
         return;
     const struct kvd_geometry *g = kvd_pool_geometry_get(call->d->pool, s->geom);
-    int rc = check_count(b->n_items, &err);
-    if (rc == KVD_OK)
-        rc = set_layers(w, g, b->layer_begin, b->layer_count, &err);
+    int rc = set_layers(w, g, b->layer_begin, b->layer_count, &err);
     if (rc == KVD_OK)
         rc = set_attention(w, g, b->params, &err);
     for (uint32_t i = 0; rc == KVD_OK && i < w->n_items; i++) {

@@ -64,8 +64,7 @@ static void lock(struct kvd_daemon *d, struct kvd_work *w, bool on)
     w->locked = on;
 }
 
-// -- starting
-// ------------------------------------------------------------------------------------------------------
+// -- starting -----------------------------------------------------------------------------------
 
 static int note_pages(struct kvd_daemon *d, struct kvd_work_item *item, struct kvd_error *err)
 {
@@ -227,8 +226,7 @@ static int start(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err
     return rc;
 }
 
-// -- the executor's part
-// -------------------------------------------------------------------------------------------
+// -- the executor's part ------------------------------------------------------------------------
 
 static int copy_pages(struct kvd_daemon *d, struct kvd_work *w)
 {
@@ -285,8 +283,7 @@ static int run(struct kvd_daemon *d, struct kvd_job *job)
     return rc;
 }
 
-// -- finishing
-// -----------------------------------------------------------------------------------------------------
+// -- finishing ----------------------------------------------------------------------------------
 
 static void settle(struct kvd_daemon *d, struct kvd_work *w, bool commit)
 {

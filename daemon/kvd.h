@@ -124,8 +124,7 @@ static inline uint64_t kvd_now_ms(const struct kvd_daemon *d)
 // A fresh random secret in hex. Any thread.
 void kvd_secret_new(char out[KVD_SECRET_TEXT]);
 
-// -- main.c, lifecycle.c
-// -------------------------------------------------------------------------------------------
+// -- main.c, lifecycle.c ------------------------------------------------------------------------
 int kvd_daemon_init(struct kvd_daemon *d, struct kvd_error *err);
 void kvd_daemon_run(struct kvd_daemon *d);
 void kvd_daemon_deinit(struct kvd_daemon *d);
@@ -135,8 +134,7 @@ void kvd_daemon_drain(struct kvd_daemon *d, uint64_t timeout_ms);
 // To be called when a session ended: a draining daemon may be done.
 void kvd_daemon_session_ended(struct kvd_daemon *d);
 
-// -- session.c
-// -----------------------------------------------------------------------------------------------------
+// -- session.c ----------------------------------------------------------------------------------
 // The session of a secret, marked as used; NULL if there is none.
 struct kvd_session *kvd_session_find(struct kvd_daemon *d, const char *secret);
 struct kvd_session *kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t geom,
@@ -156,8 +154,7 @@ void kvd_session_drop_buffer(struct kvd_session *s, struct kvd_buffer *b);
 // Ends leased sessions whose time is over.
 void kvd_session_expire(struct kvd_daemon *d);
 
-// -- fdsock.c
-// ------------------------------------------------------------------------------------------------------
+// -- fdsock.c -----------------------------------------------------------------------------------
 int kvd_fdsock_init(struct kvd_daemon *d, const char *path, struct kvd_error *err);
 // Closes all; their sessions end. NULL is allowed.
 void kvd_fdsock_deinit(struct kvd_daemon *d);
@@ -176,8 +173,7 @@ int kvd_connection_take_fd(struct kvd_connection *c, uint64_t key);
 void kvd_connection_close(struct kvd_connection *c);
 uint32_t kvd_fdsock_count(const struct kvd_daemon *d);
 
-// -- exec.c
-// --------------------------------------------------------------------------------------------------------
+// -- exec.c -------------------------------------------------------------------------------------
 struct kvd_job {
     int (*run)(struct kvd_daemon *d, struct kvd_job *job);   // executor thread
     void (*done)(struct kvd_daemon *d, struct kvd_job *job); // loop thread; frees the job
@@ -190,8 +186,7 @@ void kvd_exec_submit(struct kvd_daemon *d, struct kvd_job *job);
 // Waits for what is queued, runs the done callbacks, and joins the thread. NULL is allowed.
 void kvd_exec_deinit(struct kvd_daemon *d);
 
-// -- http.c, notify.c
-// ----------------------------------------------------------------------------------------------
+// -- http.c, notify.c ---------------------------------------------------------------------------
 int kvd_http_init(struct kvd_daemon *d, struct kvd_error *err);
 void kvd_http_deinit(struct kvd_daemon *d);
 void kvd_notify_ready(struct kvd_daemon *d);

@@ -32,8 +32,7 @@ struct kvd_rpc {
     grpc_call_details unknown_details;
 };
 
-// -- the completion-queue thread and the loop's side of it
-// ---------------------------------------------------------
+// -- the completion-queue thread and the loop's side of it --------------------------------------
 
 // To be called before a tag goes to gRPC, after all else is written.
 static void tag_arm(struct kvd_tag *tag, void (*fire)(struct kvd_tag *tag, bool ok))
@@ -91,8 +90,7 @@ static void on_async(uv_async_t *async)
     }
 }
 
-// -- packing
-// -------------------------------------------------------------------------------------------------------
+// -- packing ------------------------------------------------------------------------------------
 
 // A message may not unpack to more than a small multiple of its size: many tiny items must not eat
 // the memory.
@@ -145,8 +143,7 @@ static grpc_byte_buffer *pack(const ProtobufCMessage *m)
     return buffer_of(slice);
 }
 
-// -- calls
-// ---------------------------------------------------------------------------------------------------------
+// -- calls --------------------------------------------------------------------------------------
 
 static void call_free(struct kvd_call *c)
 {
@@ -294,8 +291,7 @@ bool kvd_call_peer_named(const struct kvd_call *call, const struct kvd_allow *al
     return found;
 }
 
-// -- streams
-// -------------------------------------------------------------------------------------------------------
+// -- streams ------------------------------------------------------------------------------------
 
 static void stream_pump(struct kvd_call *c);
 
@@ -397,8 +393,7 @@ static void stream_begin(struct kvd_call *c)
     grpc_call_start_batch(c->call, &meta, 1, &c->send_tag, NULL);
 }
 
-// -- accepting
-// -----------------------------------------------------------------------------------------------------
+// -- accepting ----------------------------------------------------------------------------------
 
 static void arm(struct kvd_daemon *d, uint32_t index);
 static void arm_unknown(struct kvd_daemon *d);
@@ -509,8 +504,7 @@ static void arm_unknown(struct kvd_daemon *d)
         call_free(c);
 }
 
-// -- server
-// --------------------------------------------------------------------------------------------------------
+// -- server -------------------------------------------------------------------------------------
 
 static int read_text(const char *path, char **out, struct kvd_error *err)
 {

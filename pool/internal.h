@@ -102,8 +102,7 @@ struct kvd_pool {
     struct region_seq *seq;
 };
 
-// -- table.c: page tables
-// ------------------------------------------------------------------------------------------
+// -- table.c: page tables -----------------------------------------------------------------------
 void table_init(struct region_table *t);
 // Makes room for one more block if `entry` would need it. KVD_E_LIMIT.
 int table_set(struct kvd_pool *pool, struct region_table *t, uint32_t entry, uint32_t page,
@@ -117,8 +116,7 @@ int table_share(struct kvd_pool *pool, struct region_table *to, const struct reg
 // Number of entries that hold a page.
 uint32_t table_pages(const struct kvd_pool *pool, const struct region_table *t);
 
-// -- extent.c
-// ------------------------------------------------------------------------------------------------------
+// -- extent.c -----------------------------------------------------------------------------------
 int page_take(struct kvd_pool *pool, uint32_t slab, uint32_t *page);
 int slab_find(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind,
               uint32_t *slab, struct kvd_error *err);
@@ -127,8 +125,7 @@ static inline struct region_extent *page_extent(const struct kvd_pool *pool, uin
     return &pool->extent[page / pool->head->slots];
 }
 
-// -- sequence.c
-// ----------------------------------------------------------------------------------------------------
+// -- sequence.c ---------------------------------------------------------------------------------
 // The record of an id in use, or NULL.
 struct region_seq *seq_find(const struct kvd_pool *pool, uint64_t id);
 uint64_t seq_id(const struct kvd_pool *pool, const struct region_seq *s);
@@ -137,8 +134,7 @@ void seq_set_length(struct kvd_pool *pool, struct region_seq *s, uint64_t length
 void seq_destroy(struct kvd_pool *pool, struct region_seq *s);
 uint64_t seq_bytes(const struct kvd_pool *pool, const struct region_seq *s);
 
-// -- publish.c
-// -----------------------------------------------------------------------------------------------------
+// -- publish.c ----------------------------------------------------------------------------------
 void lru_add(struct kvd_pool *pool, struct region_seq *s);
 void lru_remove(struct kvd_pool *pool, struct region_seq *s);
 void name_remove(struct kvd_pool *pool, struct region_seq *s);

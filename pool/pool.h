@@ -56,8 +56,7 @@ struct kvd_pool *kvd_pool_new(const struct kvd_pool_config *config,
 // Frees all extents and the pool. *pool may be NULL; it becomes NULL.
 void kvd_pool_free(struct kvd_pool **pool);
 
-// -- namespaces
-// ----------------------------------------------------------------------------------------------------
+// -- namespaces ---------------------------------------------------------------------------------
 
 // Finds or makes the namespace. KVD_E_INVALID (name), KVD_E_LIMIT (table full).
 int kvd_pool_namespace(struct kvd_pool *pool, const char *name, uint32_t *ns,
@@ -79,8 +78,7 @@ uint32_t kvd_pool_namespace_count(const struct kvd_pool *pool);
 void kvd_pool_namespace_info(const struct kvd_pool *pool, uint32_t ns,
                              struct kvd_pool_namespace_info *out);
 
-// -- geometries
-// ----------------------------------------------------------------------------------------------------
+// -- geometries ---------------------------------------------------------------------------------
 
 // Finds or makes a geometry and takes a reference on it; sequences hold one each. Page sizes are
 // the backend's; both must fit an extent. A geometry without references stays until its slot is
@@ -96,8 +94,7 @@ const struct kvd_geometry *kvd_pool_geometry_get(const struct kvd_pool *pool, ui
 // Bytes of a page of that geometry and kind, padding to 4096 included.
 uint64_t kvd_pool_page_bytes(const struct kvd_pool *pool, uint32_t geom, enum kvd_pool_kind kind);
 
-// -- sequences
-// -----------------------------------------------------------------------------------------------------
+// -- sequences ----------------------------------------------------------------------------------
 
 // A new, empty sequence with one holder. Ids are never used twice. KVD_E_LIMIT when the table is
 // full.
@@ -155,8 +152,7 @@ void kvd_pool_seq_each(const struct kvd_pool *pool,
 uint32_t kvd_pool_seq_pages(const struct kvd_pool *pool, uint64_t seq, enum kvd_pool_kind kind,
                             uint64_t *out, uint32_t cap);
 
-// -- append and truncate
-// -------------------------------------------------------------------------------------------
+// -- append and truncate ------------------------------------------------------------------------
 
 // A page that got a private copy, or a new page (from == 0).
 struct kvd_pool_change {
@@ -192,8 +188,7 @@ void kvd_pool_append_abort(struct kvd_pool *pool, struct kvd_pool_append *append
 // that would be kept.
 int kvd_pool_truncate(struct kvd_pool *pool, uint64_t seq, uint64_t length, struct kvd_error *err);
 
-// -- pages, for tests and tools
-// ------------------------------------------------------------------------------------
+// -- pages, for tests and tools -----------------------------------------------------------------
 
 // One page of a slab. KVD_E_QUOTA, KVD_E_FULL, KVD_E_LIMIT.
 int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind,

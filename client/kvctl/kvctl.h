@@ -41,8 +41,7 @@ int kvctl_operator_call(struct kvctl *k, const char *method, const void *request
                         const ProtobufCMessageDescriptor *reply_type, void *reply);
 struct kvd_channel *kvctl_channel(struct kvctl *k, struct kvd_error *err);
 
-// -- output.c
-// ------------------------------------------------------------------------------------------------------
+// -- output.c -----------------------------------------------------------------------------------
 // Any message as JSON, all fields present, by reflection.
 json_t *kvctl_to_json(const ProtobufCMessage *m);
 // Prints a message as JSON and frees it.

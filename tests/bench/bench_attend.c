@@ -151,8 +151,7 @@ static void bench_speed(uint32_t tokens, uint64_t seed)
     }
 }
 
-// -- accuracy on real activations
-// ------------------------------------------------------------------------------------
+// -- accuracy on real activations ---------------------------------------------------------------
 
 struct recorded {
     uint32_t layers, tokens, heads; // kv heads, of dim 64

@@ -80,8 +80,7 @@ typedef struct kvd_info {
 } kvd_info;
 KVD_API void kvd_get_info(kvd_client *client, kvd_info *out);
 
-/* -- buffers: memory shared with the daemon
- * ---------------------------------------------------------------------- */
+/* -- buffers: memory shared with the daemon -------------------------------------------------- */
 
 typedef struct kvd_buffer kvd_buffer;
 /* Makes and registers `bytes` of shared memory, zeroed. Wants an address on this host's unix
@@ -102,9 +101,7 @@ typedef struct kvd_tensor_ref {
     kvd_dtype_t dtype;                                /* q, o and read-outs; K and V are bf16 */
 } kvd_tensor_ref;
 
-/* -- sequences
- * ---------------------------------------------------------------------------------------------------
- */
+/* -- sequences ------------------------------------------------------------------------------- */
 
 KVD_API kvd_result kvd_sequences_create(kvd_client *client, uint32_t count, uint64_t *ids,
                                         kvd_failure *err);
@@ -133,9 +130,7 @@ KVD_API kvd_result kvd_sequences_free(kvd_client *client, const uint64_t *ids, u
 KVD_API kvd_result kvd_sequence_describe(kvd_client *client, uint64_t sequence,
                                          kvd_sequence_info *out, kvd_failure *err);
 
-/* -- work
- * --------------------------------------------------------------------------------------------------------
- */
+/* -- work ------------------------------------------------------------------------------------ */
 
 typedef struct kvd_layers {
     uint32_t begin, count; /* positions in options.layers; count 0: all from begin */
@@ -175,9 +170,7 @@ KVD_API kvd_result kvd_read_tokens(kvd_client *client, kvd_layers layers, uint64
                                    uint64_t begin, uint32_t count, const kvd_tensor_ref *k,
                                    const kvd_tensor_ref *v, kvd_failure *err);
 
-/* -- events
- * ------------------------------------------------------------------------------------------------------
- */
+/* -- events ---------------------------------------------------------------------------------- */
 
 typedef enum kvd_event_kind {
     KVD_EVENT_NONE = -1, /* the time was over */
