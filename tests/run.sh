@@ -79,8 +79,10 @@ if [ -z "${KVD_ROTATIONZOO:-}" ] && [ -d ../shared/data/rotationzoo ]; then
 fi
 export KVD_ROTATIONZOO=${KVD_ROTATIONZOO:-}
 
-say "build, warnings are errors"
-if ! make_build "$build" -Dwerror=true >"$logs/build" 2>&1; then
+# In CI warnings are errors; elsewhere a newer compiler's new warning must not be in the way.
+werror=$([ -n "${CI:-}" ] && echo true || echo false)
+say "build"
+if ! make_build "$build" -Dwerror="$werror" >"$logs/build" 2>&1; then
     tail -n 40 "$logs/build"
     echo "0 passed, 1 failed, 0 skipped"
     exit 1
@@ -90,13 +92,15 @@ count build 1 0 0
 say "source rules"
 check "include directions" tests/check_includes.sh
 check "sizes and words" tests/check_source.sh
-check "formatting" tests/check_format.sh
-if command -v clang-tidy >/dev/null; then
-    check "clang-tidy" tests/check_tidy.sh "$build"
-else
-    echo "SKIP clang-tidy: it is not installed"
-    count "clang-tidy" 0 0 1
-fi
+# Other versions format otherwise and warn of other things; the rules here are those of 14.
+for tool in format tidy; do
+    if clang-$tool --version 2>/dev/null | grep -q 'version 14\.'; then
+        check "clang-$tool" "tests/check_$tool.sh" "$([ $tool = tidy ] && echo "$build")"
+    else
+        echo "SKIP clang-$tool: version 14 is not installed"
+        count "clang-$tool" 0 0 1
+    fi
+done
 
 say "unit and property tests"
 for t in pool pool_model kernels calib; do
