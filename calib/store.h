@@ -59,6 +59,10 @@ int kvd_store_fetch(const struct kvd_store_config *config, const char *ref,
 int kvd_store_list(const struct kvd_store_config *config, struct kvd_store_entry **entries,
                    uint32_t *n, struct kvd_error *err);
 
+// Makes every transfer that is under way, and every later one, fail with KVD_E_UNAVAILABLE within
+// about a second: for a process that stops. Any thread.
+void kvd_store_abort(void);
+
 // Writes a set into a directory store under model@tag, with its manifests. Sets set->digest.
 int kvd_store_publish(const char *directory, struct kvd_rotset *set, const char *tag,
                       struct kvd_error *err);

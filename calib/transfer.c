@@ -4,8 +4,16 @@
 #include <errno.h>
 #include <openssl/evp.h>
 #include <pthread.h>
+#include <stdatomic.h>
 
 enum { MAX_REDIRECTS = 5, SILENCE_S = 10 };
+
+static atomic_bool aborted;
+
+void kvd_store_abort(void)
+{
+    atomic_store(&aborted, true);
+}
 
 struct sink {
     struct kvd_transfer *t;
@@ -46,7 +54,7 @@ static int on_progress(void *ctx, curl_off_t total, curl_off_t have, curl_off_t 
     (void)up;
     if (s->t->progress)
         s->t->progress(s->t->progress_ctx, (uint64_t)have, (uint64_t)total);
-    return 0;
+    return atomic_load(&aborted); // curl asks at least once a second
 }
 
 static void set_options(CURL *curl, struct kvd_transfer *t, struct sink *s, const char *url)
@@ -78,6 +86,8 @@ static int explain(const struct kvd_transfer *t, const struct sink *s, CURLcode 
     if (s->write_errno)
         return kvd_fail(err, -s->write_errno, "cannot write to the cache while fetching %s: %s",
                         t->url, strerror(s->write_errno));
+    if (code == CURLE_ABORTED_BY_CALLBACK)
+        return kvd_fail(err, KVD_E_UNAVAILABLE, "%s: given up, as the process stops", t->url);
     if (s->too_large || code == CURLE_FILESIZE_EXCEEDED)
         return kvd_fail(err, KVD_E_LIMIT, "%s is larger than %llu bytes", t->url,
                         (unsigned long long)t->max_bytes);
@@ -149,7 +159,7 @@ int kvd_transfer_run(struct kvd_transfer *t, struct kvd_error *err)
     for (uint32_t i = 0; i <= t->retries; i++) {
         bool again;
         rc = attempt(t, curl, url, &again, err);
-        if (!again)
+        if (!again || atomic_load(&aborted))
             break;
         if (i < t->retries)
             usleep(200000u << KVD_MIN(i, 4u));

@@ -12,7 +12,9 @@
 struct kvd_buffer {
     kvd_client *client;
     kvd_buffer *next;
-    uint64_t key, id;
+    uint64_t key;
+    _Atomic uint64_t
+        id; // changes when another thread reconnects; ids of an old session name nothing
     int fd;
     void *data;
     uint64_t size;

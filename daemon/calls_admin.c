@@ -411,6 +411,7 @@ static void list_done(uv_work_t *work, int status)
         kvd_call_fail_error(s->call, &s->err);
     else
         kvd_call_reply(s->call, &r);
+    kvd_daemon_store_end(d);
     free(s->entries);
     free(s);
 }
@@ -427,7 +428,8 @@ static void fetch_done(uv_work_t *work, int status)
     struct store_call *s = work->data;
     Kvd__V1__FetchRotationSetReply r = KVD__V1__FETCH_ROTATION_SET_REPLY__INIT;
     Kvd__V1__RotationSetInfo info = KVD__V1__ROTATION_SET_INFO__INIT;
-    struct kvd_metrics *m = &s->call->d->metrics;
+    struct kvd_daemon *d = s->call->d;
+    struct kvd_metrics *m = &d->metrics;
     m->rotations_failed += !s->set;
     m->rotations_cached += s->set && s->source == KVD_STORE_CACHE;
     m->rotations_fetched += s->set && s->source == KVD_STORE_REMOTE;
@@ -445,6 +447,7 @@ static void fetch_done(uv_work_t *work, int status)
     } else {
         kvd_call_fail_error(s->call, &s->err);
     }
+    kvd_daemon_store_end(d);
     kvd_rotset_free(&s->set);
     free(s);
 }
@@ -462,6 +465,7 @@ static void store_call(struct kvd_call *call, const char *ref, uv_work_cb work,
     s->work.data = s;
     kvd_fail(&s->err, KVD_OK, "kvd is shutting down");
     snprintf(s->ref, sizeof(s->ref), "%s", ref);
+    kvd_daemon_store_begin(call->d);
     uv_queue_work(&call->d->loop, &s->work, work, done);
 }
 

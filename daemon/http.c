@@ -38,7 +38,6 @@ static enum MHD_Result on_request(void *ctx, struct MHD_Connection *c, const cha
         return send_text(c, MHD_HTTP_METHOD_NOT_ALLOWED, "only GET\n", false, "text/plain");
     if (strcmp(url, "/metrics") == 0) {
         char *page = kvd_metrics_page(d);
-        d->metrics.scrapes++;
         if (page)
             return send_text(c, MHD_HTTP_OK, page, true,
                              "text/plain; version=0.0.4; charset=utf-8");

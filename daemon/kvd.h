@@ -74,7 +74,7 @@ struct kvd_session {
     uint64_t open_request; // request_id of its OpenSession
     struct kvd_held *held;
     struct kvd_buffer *buffers;
-    uint64_t buffer_bytes, next_buffer;
+    uint64_t buffer_bytes;
     struct kvd_replay replays[KVD_REPLAY_SLOTS];
     uint32_t next_replay;
     size_t replay_bytes;
@@ -100,7 +100,8 @@ struct kvd_daemon {
     struct kvd_pool *pool;
     struct kvd_rotation *rotations[KVD_MAX_GEOMETRIES]; // by pool geometry
     struct kvd_session *sessions;                       // by secret
-    uint64_t next_session;
+    uint64_t next_session,
+        next_buffer; // buffer ids are the daemon's, never a session's, so a stale one names nothing
     struct kvd_seq_use *use; // by sequence index
     struct kvd_rpc *rpc;
     struct kvd_exec *exec;
@@ -111,6 +112,7 @@ struct kvd_daemon {
     uv_signal_t sig_term, sig_int, sig_hup;
     uv_timer_t watchdog, lease_timer, drain_timer;
     uint64_t drain_deadline_ms;
+    uint32_t store_works; // on libuv's thread pool; gRPC must outlive them, as they answer calls
     int lock_fds[KVD_MAX_LISTEN];
     uint32_t n_locks;
     int exit_code;
@@ -133,6 +135,9 @@ void kvd_daemon_deinit(struct kvd_daemon *d);
 void kvd_daemon_drain(struct kvd_daemon *d, uint64_t timeout_ms);
 // To be called when a session ended: a draining daemon may be done.
 void kvd_daemon_session_ended(struct kvd_daemon *d);
+// Brackets work on libuv's thread pool that ends by answering a call: stopping waits for it.
+void kvd_daemon_store_begin(struct kvd_daemon *d);
+void kvd_daemon_store_end(struct kvd_daemon *d);
 
 // -- session.c ----------------------------------------------------------------------------------
 // The session of a secret, marked as used; NULL if there is none.

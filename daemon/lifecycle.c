@@ -3,6 +3,7 @@
 // Order of stopping (each step fires the next):
 //   drain: no new sessions, workers are told → the last session ends, or time is up
 //   → sessions end, waiting calls fail → executor joined (calls in flight are answered)
+//   → store fetches are given up and answered
 //   → gRPC server shut down → its queue drained → handles closed → the loop returns
 #include <errno.h>
 #include <fcntl.h>
@@ -16,7 +17,6 @@
 static void on_evict(void *ctx, uint32_t ns, uint64_t seq, const char *name)
 {
     struct kvd_daemon *d = ctx;
-    d->metrics.evicted_sequences++;
     kvd_info("evicted sequence=%llu name=%s", (unsigned long long)seq, name);
     kvd_event_send(d, ns, KVD__V1__EVENT__KIND__EVICTED, seq, name);
 }
@@ -37,7 +37,12 @@ static int init_pool(struct kvd_daemon *d, struct kvd_error *err)
     const struct kvd_backend_ops *ops = d->backend->ops;
     struct kvd_pool_mem_ops mem = {
         .ctx = d->backend, .alloc = ops->mem_alloc, .free = ops->mem_free, .zero = ops->mem_zero};
+    // The instance is random already; its first eight digits seed the ids.
+    char seed[9];
+    snprintf(seed, sizeof(seed), "%.8s", d->instance);
+    d->next_buffer = strtoul(seed, NULL, 16);
     struct kvd_pool_config pool = {.bytes = c->pool_size,
+                                   .id_seed = (uint32_t)strtoul(seed, NULL, 16),
                                    .extent_bytes = c->extent_size,
                                    .max_sequences = c->max_sequences,
                                    .max_namespaces = KVD_MAX_NAMESPACES,
@@ -251,7 +256,9 @@ static void stop(struct kvd_daemon *d)
     kvd_compute_cancel(d, NULL);
     kvd_exec_deinit(d);
     kvd_fdsock_deinit(d);
-    kvd_rpc_shutdown(d, on_grpc_down);
+    kvd_store_abort();
+    if (d->store_works == 0)
+        kvd_rpc_shutdown(d, on_grpc_down);
 }
 
 static void on_drained(uv_timer_t *timer)
@@ -285,6 +292,17 @@ void kvd_daemon_session_ended(struct kvd_daemon *d)
 {
     if (d->state == KVD_DRAINING && HASH_COUNT(d->sessions) == 0)
         uv_timer_start(&d->drain_timer, on_drained, 20, 0);
+}
+
+void kvd_daemon_store_begin(struct kvd_daemon *d)
+{
+    d->store_works++;
+}
+
+void kvd_daemon_store_end(struct kvd_daemon *d)
+{
+    if (--d->store_works == 0 && d->state == KVD_STOPPING)
+        kvd_rpc_shutdown(d, on_grpc_down);
 }
 
 static void close_rest(uv_handle_t *handle, void *arg)

@@ -170,6 +170,8 @@ static void other_metrics(struct page *p)
            kvd_fdsock_count(d));
     single(f, "kvd_sessions_opened_total", "counter", "Sessions opened.",
            (double)m->sessions_opened);
+    single(f, "kvd_sessions_ended_total", "counter", "Sessions ended, for whatever reason.",
+           (double)m->sessions_ended);
     single(f, "kvd_leases_expired_total", "counter", "Leased sessions that ran out.",
            (double)m->leases_expired);
     single(f, "kvd_queued_calls", "gauge", "Compute calls waiting or running.",

@@ -28,9 +28,8 @@ struct kvd_metrics {
     uint64_t sessions_opened, sessions_ended, leases_expired;
     uint64_t tokens_appended, queries_attended;
     uint64_t bytes_in, bytes_stored; // bf16 bytes that were demoted, and what they became
-    uint64_t evicted_sequences;
     uint64_t rotations_loaded, rotations_cached, rotations_fetched, rotations_failed;
-    uint64_t scrapes, nonfinite, events_lost;
+    uint64_t nonfinite, events_lost;
 };
 
 void kvd_histogram_add(struct kvd_histogram *h, uint64_t ns);

@@ -167,7 +167,7 @@ int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t
                         strerror(errno));
     }
     *b = (struct kvd_buffer){
-        .id = ++s->next_buffer, .key = key, .data = data, .size = size, .refs = 1};
+        .id = ++d->next_buffer, .key = key, .data = data, .size = size, .refs = 1};
     HASH_ADD(hh, s->buffers, id, sizeof(b->id), b);
     s->buffer_bytes += size;
     *out = b;

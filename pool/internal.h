@@ -83,6 +83,7 @@ struct region_head {
     uint32_t n_namespaces, n_geometries, n_slabs, n_sequences_ever, n_blocks_ever;
     uint32_t free_extent, free_seq, free_block;
     uint32_t extents_granted;
+    uint32_t first_generation;    // of every sequence slot; even
     uint32_t lru_first, lru_last; // first: least recently used
     uint64_t used, evictions, sequences, tokens;
     uint32_t name_bucket[KVD_NAME_BUCKETS];

@@ -50,6 +50,7 @@ static int size_tables(const struct kvd_pool_config *c, struct region_head *h,
     h->max_geometries = c->max_geometries;
     h->max_slabs = KVD_POOL_KINDS * 4 * (c->max_namespaces + c->max_geometries);
     h->max_sequences = c->max_sequences;
+    h->first_generation = c->id_seed & ~1u;
     // Two blocks per sequence, one for every page, and as many again for what forks share.
     h->max_blocks = 2 * c->max_sequences + 2 * (h->n_extents * h->slots / KVD_TABLE_ENTRIES + 1);
     return KVD_OK;

@@ -45,6 +45,9 @@ struct kvd_pool_config {
     uint32_t max_sequences;
     uint32_t max_namespaces;
     uint32_t max_geometries;
+    // Any random number: ids of sequences start from it, so that those of another instance mean
+    // nothing.
+    uint32_t id_seed;
     // Told before a published sequence is evicted. May be NULL.
     void (*on_evict)(void *ctx, uint32_t ns, uint64_t seq, const char *name);
     void *on_evict_ctx;

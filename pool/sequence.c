@@ -48,7 +48,7 @@ int kvd_pool_seq_new(struct kvd_pool *pool, uint32_t ns, uint32_t geom, uint64_t
     if (i != KVD_POOL_NONE)
         h->free_seq = pool->seq[i].lru_next;
     else if (h->n_sequences_ever < h->max_sequences)
-        i = h->n_sequences_ever++;
+        pool->seq[i = h->n_sequences_ever++].generation = h->first_generation;
     else
         return kvd_fail(err, KVD_E_LIMIT,
                         "all %u sequences are in use; free some or raise max-sequences",

@@ -217,3 +217,48 @@ def test_kvctl_on_files(store, folder):
     assert r.returncode == 1 and "digest" in r.stderr
     assert run("calib", "verify", str(folder / "none.safetensors")).returncode == 1
     assert run("calib", "verify", "neither").returncode == 1
+
+
+def test_stopping_while_a_fetch_hangs(start):
+    """The daemon must not wait for a dead store, nor answer a call that gRPC has let go of."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bad)
+    server.daemon_threads, server.mode, server.hits = True, "hang", 0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    kvd = start("--store", f"http://127.0.0.1:{server.server_port}")
+    answers = []
+
+    def ask(f):
+        try:
+            f()
+        except (grpc.RpcError, AssertionError) as e:
+            answers.append(e)
+
+    threads = [threading.Thread(target=ask, args=(lambda: open_with(kvd),)),
+               threading.Thread(target=ask, args=(lambda: kvd.kvctl("calib", "ls"),))]
+    for t in threads:
+        t.start()
+    time.sleep(0.5)
+    began = time.time()
+    assert kvd.stop() == 0
+    assert time.time() - began < 5
+    for t in threads:
+        t.join()
+    assert answers[0]
+    server.shutdown()
+    server.server_close()
+
+
+def test_ids_of_another_instance_mean_nothing(start):
+    """What a worker still holds from before a restart must not name what others made since."""
+    from conftest import kv
+
+    kvd = start()
+    ids = []
+    for _ in range(2):
+        rpc = Rpc(kvd.address)
+        s = rpc.kv("OpenSession", geometry=geometry()).session
+        ids.append(set(rpc.kv("CreateSequences", session=s, request_id=1, count=50).sequences))
+        rpc.channel.close()
+        kvd.stop()
+        kvd.start()
+    assert not ids[0] & ids[1]

@@ -207,6 +207,7 @@ START_TEST(random_operations)
     struct kvd_pool_config config = {.bytes = 12 << 21,
                                      .extent_bytes = 2 << 20,
                                      .max_sequences = MAX_LIVE + 1,
+                                     .id_seed = 0xfffffff0, // generations wrap around
                                      .max_namespaces = SPACES,
                                      .max_geometries = 2,
                                      .on_evict = on_evict,
