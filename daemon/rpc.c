@@ -423,7 +423,9 @@ static void handle(struct kvd_call *c)
     if (c->payload)
         grpc_byte_buffer_destroy(c->payload);
     c->payload = NULL;
-    if (c->d->state != KVD_READY && !m->while_draining)
+    bool refuse =
+        c->d->state == KVD_STOPPING || (c->d->state == KVD_DRAINING && !m->while_draining);
+    if (refuse)
         kvd_call_fail(c, KVD_E_UNAVAILABLE, "kvd is shutting down; try again when it is back");
     else if (!c->request)
         kvd_call_fail(c, KVD_E_INVALID, "the request is not a %s, or has more items than kvd takes",

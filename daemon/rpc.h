@@ -32,7 +32,7 @@ struct kvd_method {
     void (*handle)(struct kvd_call *call, const void *request);
     bool streaming;
     bool operator_only;
-    bool while_draining; // answered also when the daemon drains or stops
+    bool while_draining; // answered also when the daemon drains
 };
 
 struct kvd_out; // a message waiting on a stream
