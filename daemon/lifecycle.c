@@ -21,12 +21,23 @@ static void on_evict(void *ctx, uint32_t ns, uint64_t seq, const char *name)
     kvd_event_send(d, ns, KVD__V1__EVENT__KIND__EVICTED, seq, name);
 }
 
+// The backend that is asked for; "auto": the GPU where it is usable, else the CPU.
 static int init_backend(struct kvd_daemon *d, struct kvd_error *err)
 {
     const struct kvd_config *c = &d->config;
-    if (strcmp(c->backend, "cuda") == 0)
-        return kvd_fail(err, KVD_E_UNSUPPORTED,
-                        "this version of kvd has no CUDA backend yet; use --backend cpu");
+    if (strcmp(c->backend, "cpu") != 0) {
+#ifdef KVD_CUDA
+        d->backend = kvd_cuda_backend_new(c->device, err);
+        if (d->backend)
+            return KVD_OK;
+#else
+        kvd_fail(err, KVD_E_UNSUPPORTED, "this kvd was built without CUDA");
+#endif
+        if (strcmp(c->backend, "cuda") == 0)
+            return kvd_fail_in(err, "backend cuda (backend cpu needs no GPU)");
+        kvd_info("no GPU: %s; running on the CPU", err->text);
+        *err = (struct kvd_error){0};
+    }
     d->backend = kvd_cpu_backend_new(c->threads, c->isa[0] ? c->isa : NULL, err);
     return d->backend ? KVD_OK : err->code;
 }

@@ -1,9 +1,9 @@
 // The backend: memory for the pool and the five operations on pages, behind one ops table.
 //
-// Every operation is synchronous for its caller, batched over many sequences and a range of layers,
-// and takes plain addresses: host pointers on the CPU backend, device addresses on a GPU. The
-// caller has checked all bounds. Calls on one backend come from one thread at a time (the
-// executor); mem_* come from the loop thread.
+// Every operation is synchronous for its caller and batched over many sequences and a range of
+// layers. Pages are where mem_alloc put them; tensors are in host memory, or on a GPU in its own
+// memory too. The caller has checked all bounds. Calls on one backend come from one thread at a
+// time (the executor); mem_* come from the loop thread.
 #ifndef KVD_KERNELS_BACKEND_H
 #define KVD_KERNELS_BACKEND_H
 
@@ -144,6 +144,14 @@ static inline void kvd_backend_free(struct kvd_backend **b)
 // The CPU backend on `threads` threads (0: one per CPU). `isa`: NULL for the best that this CPU
 // has, or "scalar", "avx2", "avx512". NULL with *err set on failure.
 struct kvd_backend *kvd_cpu_backend_new(uint32_t threads, const char *isa, struct kvd_error *err);
+
+// The CUDA backend on device `index`. NULL with *err set: KVD_E_UNAVAILABLE without a usable
+// driver, KVD_E_NOT_FOUND, KVD_E_UNSUPPORTED for a device that is too old. Only in builds with
+// CUDA.
+struct kvd_backend *kvd_cuda_backend_new(uint32_t index, struct kvd_error *err);
+
+// The check operation for tokens in host memory.
+int kvd_check_host(const struct kvd_append_params *p, struct kvd_nonfinite *where);
 
 // Checks a geometry against the limits. KVD_E_INVALID says what to mend.
 int kvd_geometry_check(const struct kvd_geometry *g, struct kvd_error *err);

@@ -19,10 +19,8 @@ static bool row_finite(const uint8_t *row, uint32_t dim, uint32_t *channel)
     return true;
 }
 
-int kvd_cpu_check(struct kvd_backend *b, const struct kvd_append_params *p,
-                  struct kvd_nonfinite *where)
+int kvd_check_host(const struct kvd_append_params *p, struct kvd_nonfinite *where)
 {
-    (void)b;
     const struct kvd_geometry *g = p->geometry;
     for (uint32_t i = 0; i < p->n_items; i++) {
         const struct kvd_append_item *item = &p->items[i];
@@ -39,6 +37,13 @@ int kvd_cpu_check(struct kvd_backend *b, const struct kvd_append_params *p,
                     }
     }
     return KVD_OK;
+}
+
+int kvd_cpu_check(struct kvd_backend *b, const struct kvd_append_params *p,
+                  struct kvd_nonfinite *where)
+{
+    (void)b;
+    return kvd_check_host(p, where);
 }
 
 // The bf16 row of a token that is in the sink or the ring.

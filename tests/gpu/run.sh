@@ -1,29 +1,56 @@
 #!/usr/bin/env bash
-# Builds the CUDA kernels and runs their tests and benchmark on this machine's GPU. Needs gcc and nvcc, no library.
-# usage: tests/gpu/run.sh [test|bench|sanitize|build]...   (default: test bench)
+# Builds the CUDA backend and runs its tests and benchmark on this machine's GPU. Needs gcc and nvcc, no library.
+# usage: tests/gpu/run.sh [test|portable|bench [FILTER]|sanitize|build]...   (default: test bench)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${GPU_BUILD:-build-gpu}
-mkdir -p "$out"
-cflags="-O3 -std=gnu17 -D_GNU_SOURCE -I. -fno-math-errno"
-for f in proto/base.c kernels/geometry.c kernels/quantize.c kernels/cpu/append.c kernels/cpu/attend.c \
-    kernels/cpu/backend.c kernels/cpu/scalar.c kernels/cpu/threads.c tests/gpu/cpu_side.c; do
-    gcc $cflags -DKVD_X86 -c "$f" -o "$out/$(echo "$f" | tr / _).o"
-done
-gcc $cflags -mavx2 -mfma -c kernels/cpu/avx2.c -o "$out/avx2.o"
-gcc $cflags -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -c kernels/cpu/avx512.c -o "$out/avx512.o"
-nvcc -gencode arch=compute_90,code=sm_90 -O3 -std=c++17 -lineinfo -Xptxas -v -I. -c kernels/cuda/attend.cu -o "$out/attend.o" \
-    2>&1 | grep -E 'error|registers|spill|Compiling' | sed -E 's/ptxas info *: //' || true
-nvcc -gencode arch=compute_90,code=sm_90 -O3 -std=c++17 -I. tests/gpu/decode.cu "$out"/*.o -o "$out/decode" -lpthread -lm
-for what in "${@:-test}" ; do
+mkdir -p "$out/bench"
+cuda=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
+cflags="-O3 -std=gnu17 -D_GNU_SOURCE -I. -I$cuda/include -fno-math-errno -DKVD_X86"
+nvflags="-gencode arch=compute_90,code=sm_90 -O3 -std=c++17 -lineinfo -Xptxas -v -I."
+
+build() { # suffix, further flags of nvcc
+    local suffix=$1 f pids=() p
+    shift
+    for f in proto/base.c kernels/geometry.c kernels/quantize.c kernels/cpu/append.c kernels/cpu/attend.c \
+        kernels/cpu/backend.c kernels/cpu/scalar.c kernels/cpu/threads.c kernels/cuda/backend.c kernels/cuda/ops.c \
+        kernels/cuda/pack.c tests/gpu/test_cuda.c; do
+        gcc $cflags -c "$f" -o "$out/$(echo "$f" | tr / _).o" & pids+=($!)
+    done
+    gcc $cflags -mavx2 -mfma -c kernels/cpu/avx2.c -o "$out/avx2.o" & pids+=($!)
+    gcc $cflags -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -c kernels/cpu/avx512.c -o "$out/avx512.o" & pids+=($!)
+    for f in kernels/cuda/*.cu; do
+        nvcc $nvflags "$@" -c "$f" -o "$out/$(basename "$f").o" > "$out/$(basename "$f").log" 2>&1 & pids+=($!)
+    done
+    nvcc $nvflags -c tests/gpu/bench_cuda.cu -o "$out/bench/bench_cuda.o" 2> /dev/null & pids+=($!)
+    for p in "${pids[@]}"; do
+        wait "$p" || { grep -h error "$out"/*.log; exit 1; }
+    done 2> /dev/null
+    nvcc "$out"/*.o -o "$out/test_cuda$suffix" -lpthread -lm
+    nvcc "$out"/bench/bench_cuda.o "$out"/{attend.cu,quantize.cu,read.cu,kernels_quantize.c,kernels_cuda_pack.c}.o \
+        -o "$out/bench_cuda"
+    grep -h spill "$out"/*.log | sort | uniq -c | sort -rn | head -n 3 || true
+}
+
+built=
+for what in "${@:-test}"; do
+    if [ "$what" = portable ]; then # what other architectures get, on this one
+        build _portable -DKVD_CUDA_PORTABLE
+        "$out/test_cuda_portable"
+        built=
+        continue
+    fi
+    [ -n "$built" ] || build ""
+    built=1
     case "$what" in
     build) ;;
+    test) "$out/test_cuda" ;;
+    bench) "$out/bench_cuda" ${FILTER:-} ;;
     sanitize)
         for tool in memcheck racecheck initcheck synccheck; do
             echo "== compute-sanitizer $tool"
-            compute-sanitizer --tool "$tool" "$out/decode" test 2>&1 | tail -n 3
+            compute-sanitizer --tool "$tool" "$out/test_cuda" quick 2>&1 | tail -n 3
         done
         ;;
-    *) "$out/decode" "$what" ;;
     esac
 done

@@ -14,9 +14,10 @@ struct kseq {
     struct kvd_rotation_data rot;
     float *r_k, *r_v, *clip;
     uint64_t length, hist_end;
-    uint32_t n_bf16, n_codec; // pages
-    uint64_t *bf16, *codec;
-    uint16_t *k, *v; // originals: [layer][capacity][kv head][dim]
+    uint32_t n_bf16, n_codec;     // pages
+    uint64_t *bf16, *codec;       // in host memory
+    uint64_t *at_bf16, *at_codec; // where the backend has them: the same, or a GPU's
+    uint16_t *k, *v;              // originals: [layer][capacity][kv head][dim]
     uint64_t capacity;
     uint64_t rng;
 };
@@ -100,6 +101,8 @@ static inline void kseq_init(struct kseq *s, struct kvd_geometry g, uint64_t cap
     s->n_codec = (uint32_t)(capacity / 64 + 1);
     s->bf16 = kseq_pages(s->n_bf16, kvd_page_bytes(&g, KVD_CODEC_BF16));
     s->codec = kseq_pages(s->n_codec, kvd_page_bytes(&g, g.codec));
+    s->at_bf16 = s->bf16;
+    s->at_codec = s->codec;
     uint64_t rows = g.n_layers * capacity * g.kv_heads;
     s->k = malloc(rows * g.head_dim_k * 2);
     s->v = malloc(rows * g.head_dim_v * 2);
@@ -155,7 +158,7 @@ static inline void kseq_append(struct kseq *s, struct kvd_backend *b,
 {
     const struct kvd_geometry *g = &s->g;
     struct kvd_append_item item = {
-        .pages = {s->bf16, s->codec},
+        .pages = {s->at_bf16, s->at_codec},
         .length = s->length,
         .hist_end = s->hist_end,
         .new_length = s->length + n,

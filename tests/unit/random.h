@@ -2,6 +2,9 @@
 #define KVD_TESTS_RANDOM_H
 
 #include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
 
 // xorshift64*: reproducible, seeded per test.
 static inline uint64_t kvd_rand(uint64_t *state)
@@ -10,6 +13,17 @@ static inline uint64_t kvd_rand(uint64_t *state)
     *state ^= *state << 25;
     *state ^= *state >> 27;
     return *state * 0x2545f4914f6cdd1dull;
+}
+
+// A seed that is printed, so that a failure can be repeated with KVD_TEST_SEED.
+static inline uint64_t kvd_test_seed(const char *what)
+{
+    const char *env = getenv("KVD_TEST_SEED");
+    uint64_t seed =
+        env ? strtoull(env, NULL, 0) : (uint64_t)getpid() * 0x9e3779b97f4a7c15ull ^ 0x1234567;
+    printf("%s: KVD_TEST_SEED=%llu\n", what, (unsigned long long)seed);
+    fflush(stdout);
+    return seed | 1;
 }
 
 #endif

@@ -32,15 +32,4 @@ static inline int kvd_run_suite(const char *name, const TTest *const *tests, siz
         return kvd_run_suite(name, tests, sizeof(tests) / sizeof(tests[0]), timeout_s);            \
     }
 
-// A seed that is printed, so that a failure can be repeated with KVD_TEST_SEED.
-static inline uint64_t kvd_test_seed(const char *what)
-{
-    const char *env = getenv("KVD_TEST_SEED");
-    uint64_t seed =
-        env ? strtoull(env, NULL, 0) : (uint64_t)getpid() * 0x9e3779b97f4a7c15ull ^ 0x1234567;
-    printf("%s: KVD_TEST_SEED=%llu\n", what, (unsigned long long)seed);
-    fflush(stdout);
-    return seed | 1;
-}
-
 #endif

@@ -1,0 +1,171 @@
+// The CUDA kernels over pages: a plain C API over streams, used by the daemon's CUDA backend and by
+// workers in direct mode.
+//
+// A call queues its work on a stream and returns. Nothing is allocated and nothing waits: lengths
+// and page tables are read on the device, so that a call can be captured in a CUDA graph and
+// replayed while they change. All pointers are device memory unless said otherwise. Returns 0, a
+// cudaError_t, or -1 for a shape that is not supported.
+//
+// Built for sm_90 (bulk copies into shared memory) and, portably, for sm_80 and later. Pages are
+// those of kernels/format.h. S sequences, H_q q heads, H_kv kv heads, group = H_q / H_kv <= 16, DK
+// and DV head_dim of K and V: 64, 128 or 256.
+#ifndef KVD_KERNELS_CUDA_API_H
+#define KVD_KERNELS_CUDA_API_H
+
+#include "proto/kvd_limits.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct CUstream_st;
+
+// One side (K or V) of a rotation set in device memory, as kvd_cuda_rotation_pack lays it out.
+// Matrix of (layer, kv head): index (n_layers == 1 ? 0 : layer) * heads + (heads == 1 ? 0 : head).
+// Unused for bf16 pages. Identity is a matrix like any other, but its *_f32 may be NULL.
+struct kvd_cuda_matrices {
+    const uint16_t *forward;      // x R: fp16 operands, high then low part
+    const uint16_t *inverse;      // x R^T: the same
+    const float *scale;           // [matrices] what a product must be divided by
+    const float *forward_f32;     // [matrices][D][D]
+    const float *inverse_f32;     // its transpose
+    const float *inverse_columns; // [matrices][D] sums of the columns of R^T
+    const float *clip;            // [matrices] ratios; NULL: none
+};
+
+struct kvd_cuda_rotation {
+    uint32_t n_layers, heads; // 1, or as many as there are
+    struct kvd_cuda_matrices k, v;
+};
+
+// Where the pages of S sequences are, and what they hold.
+struct kvd_cuda_pages {
+    const uint64_t *codec; // [S][codec_stride] addresses of history pages
+    const uint64_t *bf16;  // [S][bf16_stride]: sink pages, then ring pages
+    uint32_t codec_stride, bf16_stride;
+    const uint32_t *length;   // [S] tokens stored
+    const uint32_t *hist_end; // [S] history is [sink, hist_end)
+};
+
+// -- attention -----------------------------------------------------------------------------------
+
+struct kvd_cuda_attend_params {
+    uint32_t sequences, q_heads, kv_heads, dim_k, dim_v;
+    uint32_t codec;                // of the history
+    uint32_t layer;                // KV layer index within the pages and the rotation set
+    uint32_t q_len;                // queries a sequence: the last tokens of it
+    uint32_t new_tokens;           // 0, or q_len: K/V of the queries are in k and v
+    uint32_t sink, ring;           // tokens; ring as kvd_geometry_ring
+    float scale;                   // logits are scale * q.k,
+    float softcap;                 // then softcap * tanh(logit / softcap); 0: none
+    uint32_t window;               // each query sees its last `window` tokens; 0: all
+    enum kvd_dtype q_type, o_type; // bf16, or f32 (q is then rounded to fp16 or 2 x bf16)
+    const void *q;                 // [S][q_len][H_q][DK], not rotated
+    void *o;                       // [S][q_len][H_q][DV], not rotated
+    float *lse;                    // [S][q_len][H_q], natural log; NULL: not wanted
+    const uint16_t *k, *v;         // bf16 [S][q_len][H_kv][D], with new_tokens; 16-byte aligned
+    struct kvd_cuda_pages pages;
+    struct kvd_cuda_rotation rotation;
+    // From kvd_cuda_attend_plan:
+    uint32_t part_tiles;     // tiles of a history's part, about
+    uint32_t splits;         // parts of a history, at most
+    uint32_t window_splits;  // parts of a sink + window
+    uint32_t warps;          // of a block: 4 or 16
+    uint64_t scratch_zeroed; // so many bytes of scratch are zero before a first use; each call
+                             // leaves them so
+    void *scratch;           // kvd_cuda_attend_scratch bytes, 256-byte aligned
+};
+
+// Cuts the work for a device. To be called once for all layers of a step; stays right, if not the
+// best, when lengths change. history_sum and history_max: tokens of the histories, all together and
+// the longest; window_max: of the longest sink + window.
+void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t history_sum,
+                          uint32_t history_max, uint32_t window_max, uint32_t multiprocessors);
+uint64_t kvd_cuda_attend_scratch(const struct kvd_cuda_attend_params *p);
+int kvd_cuda_attend(const struct kvd_cuda_attend_params *p, struct CUstream_st *stream);
+
+// -- storing and reading -------------------------------------------------------------------------
+
+// A tensor [layers][tokens][heads][dim], dim contiguous; strides in bytes.
+struct kvd_cuda_tensor {
+    uint8_t *data;
+    uint64_t layer_stride, token_stride, head_stride;
+    enum kvd_dtype dtype;
+};
+
+// One sequence of an append; an array of them lies in device memory.
+struct kvd_cuda_append_item {
+    const uint64_t *codec, *bf16; // page tables
+    uint32_t length, hist_end, new_length, new_hist_end;
+    uint32_t first_chunk;        // sum over the items before of (new_hist_end - hist_end) / 16
+    uint32_t first_token;        // and of new_length - length
+    struct kvd_cuda_tensor k, v; // bf16, 16-byte aligned rows
+};
+
+struct kvd_cuda_append_params {
+    uint32_t kv_heads, dim_k, dim_v, codec, sink, ring;
+    uint32_t layer_begin, layer_count;
+    struct kvd_cuda_rotation rotation;
+    const struct kvd_cuda_append_item *items;
+    uint32_t n_items;
+    uint32_t chunks, tokens; // sums over the items
+};
+
+// Demotes [hist_end, new_hist_end) into history pages, from the ring or from the new tokens, then
+// writes the others into sink and ring.
+int kvd_cuda_append(const struct kvd_cuda_append_params *p, struct CUstream_st *stream);
+// Looks for NaN and Inf in the new tokens. *found, all ones before, becomes the least of
+// ((((item * layers + layer) * 2^17 + token) * kv_heads + head) * 2 + side) of what it finds.
+int kvd_cuda_check(const struct kvd_cuda_append_params *p, unsigned long long *found,
+                   struct CUstream_st *stream);
+
+struct kvd_cuda_read_params {
+    uint32_t kv_heads, dim_k, dim_v, codec, sink, ring;
+    uint32_t layer_begin, layer_count;
+    struct kvd_cuda_rotation rotation;
+    const uint64_t *codec_pages, *bf16_pages; // of the sequence
+    uint32_t hist_end;
+    uint32_t begin, tokens;
+    struct kvd_cuda_tensor k, v; // outputs; data NULL: not wanted
+};
+
+// Pages to rows, un-rotated.
+int kvd_cuda_read(const struct kvd_cuda_read_params *p, struct CUstream_st *stream);
+
+struct kvd_cuda_rotate_params {
+    const float *matrices; // forward_f32 or inverse_f32 of a side; NULL: identity
+    uint32_t n_layers, rotation_heads;
+    uint32_t dim, layer_begin, layer_count, rows, heads, kv_heads;
+    struct kvd_cuda_tensor x, y;
+};
+
+// y = x R in fp32, row by row.
+int kvd_cuda_rotate(const struct kvd_cuda_rotate_params *p, struct CUstream_st *stream);
+
+// y = x, between tensors of any strides and dtypes.
+int kvd_cuda_copy(const struct kvd_cuda_tensor *x, const struct kvd_cuda_tensor *y, uint32_t layers,
+                  uint32_t tokens, uint32_t heads, uint32_t dim, struct CUstream_st *stream);
+
+// Zeroes memory, and sums it: *sum becomes a 64-bit checksum (position-dependent) of `bytes`, a
+// multiple of 16.
+int kvd_cuda_zero(void *at, uint64_t bytes, struct CUstream_st *stream);
+int kvd_cuda_checksum(const void *at, uint64_t bytes, unsigned long long *sum,
+                      struct CUstream_st *stream);
+
+// -- rotation sets -------------------------------------------------------------------------------
+
+// Bytes of a side's operands in `forward` or `inverse`.
+static inline uint64_t kvd_cuda_operand_bytes(uint64_t matrices, uint32_t dim)
+{
+    return matrices * dim * dim * 4;
+}
+
+// Host code. r: [matrices][dim][dim]. Writes `forward` and `inverse` operands (operand_bytes each),
+// scale and column sums.
+void kvd_cuda_rotation_pack(const float *r, uint64_t matrices, uint32_t dim, uint16_t *forward,
+                            uint16_t *inverse, float *scale, float *inverse_columns);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

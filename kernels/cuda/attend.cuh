@@ -1,0 +1,487 @@
+// Attention of a block of query rows over a part of a sequence: what decode.cu and prefill.cu share.
+//
+// A *row* is one (query, q head) of a kv head; a block takes N = 8 NT of them as columns of
+// mma.m16n8k16, whose 16 rows are tokens (scores) or channels (values). History (int2) is attended
+// in the rotated space, sink and recent window (bf16) in the original one; each part of the work
+// sees only one of the two, and the merge un-rotates the history's share.
+#ifndef KVD_KERNELS_CUDA_ATTEND_CUH
+#define KVD_KERNELS_CUDA_ATTEND_CUH
+
+#include "kernels/cuda/device.cuh"
+
+namespace kvd
+{
+
+using attend_params = kvd_cuda_attend_params;
+
+// Which rows, of what.
+struct row_block {
+    uint32_t s, kv, row0; // sequence, kv head, first row of the block
+    uint32_t group, rows; // q heads a kv head; rows of the kv head
+    uint32_t length, hist_end, total;
+};
+
+__device__ inline row_block rows_of(const attend_params &p, uint32_t s, uint32_t kv, uint32_t row0)
+{
+    row_block b = {s, kv, row0, p.q_heads / p.kv_heads, 0, p.pages.length[s], 0, 0};
+    b.hist_end = p.codec == KVD_CODEC_INT2 ? max(p.pages.hist_end[s], p.sink) : p.sink;
+    b.rows = p.q_len * b.group;
+    b.total = b.length + p.new_tokens;
+    return b;
+}
+
+// Index of a row among [S][q_len][H_q].
+__device__ inline uint64_t row_index(const attend_params &p, const row_block &b, uint32_t row)
+{
+    return ((uint64_t)b.s * p.q_len + row / b.group) * p.q_heads + b.kv * b.group + row % b.group;
+}
+
+// Position of a row's query.
+__device__ inline uint32_t row_position(const attend_params &p, const row_block &b, uint32_t row)
+{
+    return b.total - p.q_len + row / b.group;
+}
+
+// First position that a query sees.
+__device__ inline uint32_t first_seen(const attend_params &p, uint32_t position)
+{
+    return p.window && position + 1 > p.window ? position + 1 - p.window : 0;
+}
+
+// A lane's two columns of each N tile are rows n * 8 + 2 t + e. Maxima are in units of 1 / `unit`
+// log2 units, as scores come: that saves a product for each score.
+template <int NT, int DV> struct state {
+    float m[NT][2], l[NT][2], min_sum[NT][2];
+    float o[NT][DV / 16][4];
+
+    __device__ inline void clear(float none)
+    {
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            m[n][0] = m[n][1] = none;
+            l[n][0] = l[n][1] = min_sum[n][0] = min_sum[n][1] = 0;
+#pragma unroll
+            for (int i = 0; i < DV / 4; i++)
+                o[n][i / 4][i % 4] = 0;
+        }
+    }
+
+    // Raises the maxima of N tile n's columns to those of `top` over the lanes of a column.
+    __device__ inline void raise(int n, float top0, float top1, float unit)
+    {
+#pragma unroll
+        for (int x = 4; x < 32; x *= 2) {
+            top0 = fmaxf(top0, __shfl_xor_sync(~0u, top0, x));
+            top1 = fmaxf(top1, __shfl_xor_sync(~0u, top1, x));
+        }
+        if (!__any_sync(~0u, top0 > m[n][0] || top1 > m[n][1]))
+            return;
+        top0 = fmaxf(top0, m[n][0]);
+        top1 = fmaxf(top1, m[n][1]);
+        float f0 = fast_exp2((m[n][0] - top0) * unit), f1 = fast_exp2((m[n][1] - top1) * unit);
+        m[n][0] = top0, m[n][1] = top1;
+        l[n][0] *= f0, l[n][1] *= f1;
+        min_sum[n][0] *= f0, min_sum[n][1] *= f1;
+#pragma unroll
+        for (int ct = 0; ct < DV / 16; ct++) {
+            o[n][ct][0] *= f0, o[n][ct][1] *= f1;
+            o[n][ct][2] *= f0, o[n][ct][3] *= f1;
+        }
+    }
+};
+
+// -- queries -------------------------------------------------------------------------------------
+
+// 16 rows from row0 + 16 mt, times `factor`, as A operands; the largest absolute value of all.
+template <int DK>
+__device__ inline void load_queries(const attend_params &p, const row_block &b, int mt,
+                                    float factor, uint32_t (&a)[DK / 16][4], float &top)
+{
+    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    top = 0;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        uint32_t row = b.row0 + mt * 16 + half * 8 + g;
+        bool real = row < b.rows;
+        uint64_t at = real ? row_index(p, b, row) * DK + 8 * t : 0;
+#pragma unroll
+        for (int i = 0; i < DK / 8; i++) {
+            float x = 0, y = 0;
+            if (real && p.q_type == KVD_DTYPE_F32) {
+                float2 v = *(const float2 *)((const float *)p.q + at + forward_channel(i));
+                x = v.x, y = v.y;
+            } else if (real) {
+                uint32_t v = *(const uint32_t *)((const uint16_t *)p.q + at + forward_channel(i));
+                x = low_bf16(v), y = high_bf16(v);
+            }
+            top = fmaxf(top, fmaxf(fabsf(x), fabsf(y)));
+            a[i / 2][i % 2 * 2 + half] = pack_fp16(x * factor, y * factor);
+        }
+    }
+#pragma unroll
+    for (int x = 1; x < 32; x *= 2)
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, x));
+}
+
+// Rotated queries of a block in shared memory: B operands of the scores, and sums over channels.
+// They are the true ones times `divisor`'s inverse: products want it back.
+template <int NT, int DK> struct queries {
+    uint32_t op[NT][DK / 16][2][32];
+    float sums[DK / 8][NT * 8];
+
+    // Warp `part` of PARTS. The caller synchronizes before anyone reads. The queries are taken
+    // times `sign`. Returns the divisor.
+    template <int PARTS>
+    __device__ inline float rotate(const attend_params &p, const row_block &b, int part,
+                                   float sign)
+    {
+        int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        uint64_t index = matrix_index(p.rotation, p.layer, b.kv);
+        const uint32_t *r = matrix_at<DK>(p.rotation.k.forward, index);
+        float scale = 1 / p.rotation.k.scale[index];
+        constexpr int MT = (NT + 1) / 2, STEPS = (DK / 8 + PARTS - 1) / PARTS;
+        uint32_t a[DK / 16][4];
+        float top = 0;
+        for (int mt = 0; mt < MT; mt++) {
+            float x;
+            load_queries<DK>(p, b, mt, 1, a, x);
+            top = fmaxf(top, x);
+        }
+        float divisor = magnitude(top);
+#pragma unroll 1
+        for (int mt = 0; mt < MT; mt++) {
+            float x;
+            load_queries<DK>(p, b, mt, sign / divisor, a, x);
+#pragma unroll
+            for (int i = 0; i < STEPS; i++) {
+                int j = part + i * PARTS;
+                if (j >= DK / 8)
+                    break;
+                float c[4];
+                rotate_tile<DK, 2>(a, r, j, c);
+                float f = scale * slot_factor(j / 2), back = 1 / slot_factor(j / 2);
+                uint32_t low = pack_fp16(c[0] * f, c[1] * f), high = pack_fp16(c[2] * f, c[3] * f);
+                // Sums of what the products see: what rounding takes from a query it takes from both.
+                float2 x0 = unpack_fp16(low), x1 = unpack_fp16(high);
+                float s0 = (x0.x + x0.y) * back, s1 = (x1.x + x1.y) * back;
+                s0 += __shfl_xor_sync(~0u, s0, 1), s1 += __shfl_xor_sync(~0u, s1, 1);
+                s0 += __shfl_xor_sync(~0u, s0, 2), s1 += __shfl_xor_sync(~0u, s1, 2);
+                op[2 * mt][j / 2][j % 2][lane] = low;
+                if (t == 0)
+                    sums[j][mt * 16 + g] = s0;
+                if (2 * mt + 1 < NT) {
+                    op[2 * mt + 1][j / 2][j % 2][lane] = high;
+                    if (t == 0)
+                        sums[j][mt * 16 + 8 + g] = s1;
+                }
+            }
+        }
+        return divisor;
+    }
+
+    __device__ inline float sum(int row) const
+    {
+        float x = 0;
+#pragma unroll
+        for (int j = 0; j < DK / 8; j++)
+            x += sums[j][row];
+        return x;
+    }
+};
+
+// -- history -------------------------------------------------------------------------------------
+
+struct tile_place {
+    int count;         // tokens of the tile that count: 1 to 64
+    uint32_t position; // of the tile's first token
+};
+
+// What logits want beside the scores. Scores are in units of 1 / `unit` log2 units.
+template <int NT> struct logit_terms {
+    float unit;
+    float sign;           // of the scale, or 0: scores are taken times it
+    float none;           // less than any score, and not so much less that products overflow
+    float softcap;        // in log2 units; 0: none
+    float sum[NT][2];     // of the rotated queries, by 2^-24
+    uint32_t seen[NT][2]; // first and last position that a column sees
+    uint32_t last[NT][2];
+};
+
+template <bool GENERAL, bool MASKED, int NT>
+__device__ inline void mask_scores(const logit_terms<NT> &x, const tile_place &at, int c, int n,
+                                   float (&s)[4])
+{
+    int g = threadIdx.x % 32 / 4;
+    if (GENERAL && x.softcap > 0)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            s[i] = x.softcap / x.unit * tanhf(s[i] * x.unit / x.softcap);
+    if (MASKED)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int token = c * 16 + g + i / 2 * 8;
+            uint32_t pos = at.position + token;
+            if (token >= at.count || pos < x.seen[n][i % 2] || pos > x.last[n][i % 2])
+                s[i] = x.none;
+        }
+}
+
+// Probabilities of a chunk, and their product with its values.
+template <bool MASKED, int NT, int DK, int DV, int C>
+__device__ inline void add_values(const uint8_t *tile_at, const tile_place &at, float unit,
+                                  const float (&s)[NT][4], state<NT, DV> &st)
+{
+    int g = threadIdx.x % 32 / 4;
+    code_words<DV> w;
+    w.template load<C>(tile_at + tile<DK, DV>::V_CODES);
+    float2 p0, p1;
+    load_params(tile_at + tile<DK, DV>::V_PARAMS, C, p0, p1);
+    if (MASKED) { // what was never written may be anything
+        if (C * 16 + g >= at.count)
+            p0 = make_float2(0, 0);
+        if (C * 16 + g + 8 >= at.count)
+            p1 = make_float2(0, 0);
+    }
+    uint32_t b[NT][2];
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        float m0 = -st.m[n][0] * unit, m1 = -st.m[n][1] * unit;
+        auto power = [&](int i) {
+            // Where all scores so far are masked, a fused product would not cancel.
+            return MASKED ? fast_exp2((s[n][i] - st.m[n][i % 2]) * unit)
+                          : fast_exp2(fmaf(s[n][i], unit, i % 2 ? m1 : m0));
+        };
+        float e0 = power(0), e1 = power(1), e2 = power(2), e3 = power(3);
+        st.l[n][0] += e0 + e2;
+        st.l[n][1] += e1 + e3;
+        st.min_sum[n][0] += e0 * p0.y + e2 * p1.y;
+        st.min_sum[n][1] += e1 * p0.y + e3 * p1.y;
+        b[n][0] = transpose(pack_fp16(e0 * p0.x, e1 * p0.x));
+        b[n][1] = transpose(pack_fp16(e2 * p1.x, e3 * p1.x));
+    }
+    static_for<DV / 16>([&](auto ct) {
+        uint32_t a[4];
+        w.template operand<C, ct>(a);
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+            mma(st.o[n][ct], a, b[n][0], b[n][1]);
+    });
+}
+
+// One tile. q(n, ct) gives the B operands of the scores. CHUNKS of the tile's four are scored before
+// the maxima are raised.
+template <bool GENERAL, bool MASKED, int NT, int DK, int DV, int CHUNKS, typename Q>
+__device__ inline void attend_tile(const uint8_t *tile_at, const tile_place &at, Q q,
+                                   const logit_terms<NT> &x, state<NT, DV> &st)
+{
+    static_for<4 / CHUNKS>([&](auto half) {
+        float s[CHUNKS][NT][4];
+        static_for<CHUNKS / 2>([&](auto pair) { // side by side: they do not wait for each other
+            constexpr int i = 2 * pair, c = half * CHUNKS + i;
+            code_words<DK> w0, w1;
+            w0.template load<c>(tile_at);
+            w1.template load<c + 1>(tile_at);
+#pragma unroll
+            for (int n = 0; n < 2 * NT; n++)
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    s[i + n % 2][n / 2][k] = 0;
+            static_for<DK / 16>([&](auto ct) {
+                uint32_t a0[4], a1[4];
+                w0.template operand<c, ct>(a0);
+                w1.template operand<c + 1, ct>(a1);
+#pragma unroll
+                for (int n = 0; n < NT; n++) {
+                    uint2 b = q(n, ct);
+                    mma(s[i][n], a0, b.x, b.y);
+                    mma(s[i + 1][n], a1, b.x, b.y);
+                }
+            });
+        });
+        static_for<CHUNKS>([&](auto i) {
+            constexpr int c = half * CHUNKS + i;
+            float2 p0, p1;
+            load_params(tile_at + tile<DK, DV>::K_PARAMS, c, p0, p1);
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    s[i][n][e] = fmaf(p0.x, s[i][n][e], p0.y * x.sum[n][e]);
+                    s[i][n][2 + e] = fmaf(p1.x, s[i][n][2 + e], p1.y * x.sum[n][e]);
+                }
+                if (GENERAL || MASKED)
+                    mask_scores<GENERAL, MASKED, NT>(x, at, c, n, s[i][n]);
+            }
+        });
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            float top0 = x.none, top1 = x.none;
+#pragma unroll
+            for (int i = 0; i < CHUNKS; i++) {
+                top0 = fmaxf(top0, fmaxf(s[i][n][0], s[i][n][2]));
+                top1 = fmaxf(top1, fmaxf(s[i][n][1], s[i][n][3]));
+            }
+            st.raise(n, top0, top1, x.unit);
+        }
+        static_for<CHUNKS>([&](auto i) {
+            add_values<MASKED, NT, DK, DV, half * CHUNKS + i>(tile_at, at, x.unit, s[i], st);
+        });
+    });
+}
+
+// -- bf16 tokens ---------------------------------------------------------------------------------
+
+// The tokens that lie in bf16: the sink, then those from `base` on.
+struct bf16_tokens {
+    uint32_t sink, base, count;
+};
+
+__device__ inline bf16_tokens bf16_tokens_of(const attend_params &p, const row_block &b)
+{
+    uint32_t sink = min(p.sink, b.length), base = p.codec == KVD_CODEC_INT2 ? b.hist_end : p.sink;
+    // Tokens before the sink is full are stored in the sink; the new ones follow what is stored.
+    base = max(sink, min(base, b.length));
+    return {sink, base, sink + (b.total - base)};
+}
+
+__device__ inline uint32_t bf16_position(const bf16_tokens &w, uint32_t i)
+{
+    return i < w.sink ? i : w.base + (i - w.sink);
+}
+
+// Row of K or V of a token that lies in bf16.
+template <int DK, int DV>
+__device__ inline const uint16_t *bf16_row(const attend_params &p, const row_block &b,
+                                           uint32_t token, bool v)
+{
+    constexpr uint32_t TILE = PAGE * 2 * (DK + DV);
+    uint32_t dim = v ? DV : DK;
+    if (token >= b.length) {
+        const uint16_t *x = v ? p.v : p.k;
+        return x + (((uint64_t)b.s * p.q_len + (token - b.length)) * p.kv_heads + b.kv) * dim;
+    }
+    uint32_t entry = token / PAGE, row = token % PAGE;
+    const uint64_t *pages = p.pages.bf16 + (uint64_t)b.s * p.pages.bf16_stride;
+    if (token >= p.sink && p.codec == KVD_CODEC_BF16 && token < p.pages.hist_end[b.s]) {
+        pages = p.pages.codec + (uint64_t)b.s * p.pages.codec_stride;
+        entry = (token - p.sink) / PAGE;
+        row = (token - p.sink) % PAGE;
+    } else if (token >= p.sink) {
+        uint32_t at = (token - p.sink) % p.ring;
+        entry = (p.sink + PAGE - 1) / PAGE + at / PAGE;
+        row = at % PAGE;
+    }
+    const uint8_t *page = (const uint8_t *)pages[entry];
+    uint64_t offset = ((uint64_t)p.layer * p.kv_heads + b.kv) * TILE + (v ? PAGE * 2 * DK : 0);
+    return (const uint16_t *)(page + offset + row * 2 * dim);
+}
+
+// Channels are dealt to operands so that a lane's 16-byte loads are operands at once
+// (forward_channel). The same loads of V, transposed, give these channels of the output:
+__device__ inline int bf16_channel(int ct, int half)
+{
+    int g = threadIdx.x % 32 / 4;
+    return 32 * (ct / 2) + 8 * (g / 2) + 4 * (ct % 2) + 2 * half + g % 2;
+}
+
+// The queries of an N tile as B operands; `low` holds what bf16 leaves of an f32.
+template <bool F32, int DK>
+__device__ inline void load_bf16_queries(const attend_params &p, const row_block &b, int n,
+                                         uint32_t (&q)[DK / 8], uint32_t (&low)[DK / 8])
+{
+    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    uint32_t row = b.row0 + n * 8 + g;
+    bool real = row < b.rows;
+    uint64_t at = real ? row_index(p, b, row) * DK : 0;
+#pragma unroll
+    for (int i = 0; i < DK / 8; i++) {
+        uint64_t c = at + 8 * t + forward_channel(i);
+        q[i] = low[i] = 0;
+        if (!real)
+            continue;
+        if (!F32) {
+            q[i] = *(const uint32_t *)((const uint16_t *)p.q + c);
+        } else {
+            float2 x = *(const float2 *)((const float *)p.q + c);
+            q[i] = pack_bf16(x.x, x.y);
+            low[i] = pack_bf16(x.x - low_bf16(q[i]), x.y - high_bf16(q[i]));
+        }
+    }
+}
+
+// 16 bf16 tokens, the i-th to i+15-th.
+template <bool F32, int NT, int DK, int DV>
+__device__ inline void attend_bf16_chunk(const attend_params &p, const row_block &b,
+                                         const bf16_tokens &w, uint32_t i,
+                                         const uint32_t (&q)[NT][DK / 8],
+                                         const uint32_t (&q_low)[NT][DK / 8],
+                                         const logit_terms<NT> &x, state<NT, DV> &st)
+{
+    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    uint32_t i0 = i + g, i1 = i + g + 8;
+    uint32_t pos0 = bf16_position(w, min(i0, w.count - 1));
+    uint32_t pos1 = bf16_position(w, min(i1, w.count - 1));
+    const uint4 *k0 = (const uint4 *)bf16_row<DK, DV>(p, b, pos0, false) + t;
+    const uint4 *k1 = (const uint4 *)bf16_row<DK, DV>(p, b, pos1, false) + t;
+    float s[NT][4];
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+        s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
+#pragma unroll
+    for (int j = 0; j < DK / 32; j++) {
+        uint4 r0 = k0[j * 4], r1 = k1[j * 4];
+        uint32_t a0[4] = {r0.x, r1.x, r0.y, r1.y}, a1[4] = {r0.z, r1.z, r0.w, r1.w};
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            mma_bf16(s[n], a0, q[n][4 * j], q[n][4 * j + 1]);
+            mma_bf16(s[n], a1, q[n][4 * j + 2], q[n][4 * j + 3]);
+            if (F32) {
+                mma_bf16(s[n], a0, q_low[n][4 * j], q_low[n][4 * j + 1]);
+                mma_bf16(s[n], a1, q_low[n][4 * j + 2], q_low[n][4 * j + 3]);
+            }
+        }
+    }
+    uint32_t high[NT][2], low[NT][2];
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            uint32_t pos = e < 2 ? pos0 : pos1, index = e < 2 ? i0 : i1;
+            s[n][e] *= x.sign;
+            if (x.softcap > 0)
+                s[n][e] = x.softcap / x.unit * tanhf(s[n][e] * x.unit / x.softcap);
+            if (index >= w.count || pos < x.seen[n][e % 2] || pos > x.last[n][e % 2])
+                s[n][e] = x.none;
+        }
+        st.raise(n, fmaxf(s[n][0], s[n][2]), fmaxf(s[n][1], s[n][3]), x.unit);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float e0 = fast_exp2((s[n][2 * half] - st.m[n][0]) * x.unit);
+            float e1 = fast_exp2((s[n][2 * half + 1] - st.m[n][1]) * x.unit);
+            st.l[n][0] += e0;
+            st.l[n][1] += e1;
+            uint32_t h = pack_bf16(e0, e1); // two bf16 hold 16 bits of a probability
+            low[n][half] = transpose(pack_bf16(e0 - low_bf16(h), e1 - high_bf16(h)));
+            high[n][half] = transpose(h);
+        }
+    }
+    const uint4 *v0 = (const uint4 *)bf16_row<DK, DV>(p, b, pos0, true) + t;
+    const uint4 *v1 = (const uint4 *)bf16_row<DK, DV>(p, b, pos1, true) + t;
+#pragma unroll
+    for (int j = 0; j < DV / 32; j++) {
+        uint4 r0 = v0[j * 4], r1 = v1[j * 4];
+        uint32_t a0[4] = {transpose(r0.x), transpose(r0.y), transpose(r1.x), transpose(r1.y)};
+        uint32_t a1[4] = {transpose(r0.z), transpose(r0.w), transpose(r1.z), transpose(r1.w)};
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            mma_bf16(st.o[n][2 * j], a0, high[n][0], high[n][1]);
+            mma_bf16(st.o[n][2 * j], a0, low[n][0], low[n][1]);
+            mma_bf16(st.o[n][2 * j + 1], a1, high[n][0], high[n][1]);
+            mma_bf16(st.o[n][2 * j + 1], a1, low[n][0], low[n][1]);
+        }
+    }
+}
+
+} // namespace kvd
+
+#endif

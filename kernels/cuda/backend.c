@@ -1,0 +1,357 @@
+// The CUDA backend's ops table: device, memory, rotation sets, staging.
+#include "kernels/cuda/cuda.h"
+
+#include <errno.h>
+
+static struct kvd_cuda *cuda_of(void *b)
+{
+    return b;
+}
+
+int kvd_cuda_status(int rc, const char *doing, struct kvd_error *err)
+{
+    if (rc == 0)
+        return KVD_OK;
+    if (rc < 0)
+        return kvd_fail(err, KVD_E_UNSUPPORTED, "%s: this shape is not supported on CUDA", doing);
+    cudaGetLastError(); // an error that is not sticky is reported once
+    return kvd_fail(err, rc == cudaErrorMemoryAllocation ? KVD_E_FULL : KVD_E_INTERNAL, "%s: %s",
+                    doing, cudaGetErrorString((cudaError_t)rc));
+}
+
+// -- memory --------------------------------------------------------------------------------------
+
+static int mem_zero(void *b, uint32_t index, uint64_t addr, uint64_t bytes)
+{
+    (void)index;
+    struct kvd_cuda *c = cuda_of(b);
+    cudaSetDevice(c->index);
+    int rc = kvd_cuda_zero((void *)(uintptr_t)addr, bytes, c->mem_stream);
+    if (rc == 0)
+        rc = cudaStreamSynchronize(c->mem_stream);
+    return rc ? -EIO : 0;
+}
+
+static int mem_alloc(void *b, uint32_t index, uint64_t bytes, uint64_t *addr)
+{
+    void *p;
+    cudaSetDevice(cuda_of(b)->index);
+    if (cudaMalloc(&p, bytes) != cudaSuccess) {
+        cudaGetLastError();
+        return -ENOMEM;
+    }
+    *addr = (uint64_t)(uintptr_t)p;
+    int rc = mem_zero(b, index, *addr, bytes);
+    if (rc)
+        cudaFree(p);
+    return rc;
+}
+
+static void mem_free(void *b, uint32_t index, uint64_t addr, uint64_t bytes)
+{
+    (void)index;
+    (void)bytes;
+    cudaSetDevice(cuda_of(b)->index);
+    cudaFree((void *)(uintptr_t)addr);
+}
+
+static int copy(struct kvd_backend *b, uint64_t to, uint64_t from, uint64_t bytes,
+                struct kvd_error *err)
+{
+    struct kvd_cuda *c = cuda_of(b);
+    int rc = cudaMemcpyAsync((void *)(uintptr_t)to, (const void *)(uintptr_t)from, bytes,
+                             cudaMemcpyDeviceToDevice, c->stream);
+    if (rc == 0)
+        rc = cudaStreamSynchronize(c->stream);
+    return kvd_cuda_status(rc, "copying a page", err);
+}
+
+// -- rotation sets -------------------------------------------------------------------------------
+
+static void rotation_free(struct kvd_backend *b, struct kvd_rotation **rp)
+{
+    struct kvd_rotation *r = KVD_TAKE(*rp);
+    if (!r)
+        return;
+    cudaSetDevice(cuda_of(b)->index);
+    cudaFree(r->memory);
+    free(r);
+}
+
+// Bytes of one side in device memory, in the order in which side_new lays them out.
+static uint64_t side_bytes(uint64_t matrices, uint32_t dim)
+{
+    return kvd_round_up(2 * kvd_cuda_operand_bytes(matrices, dim) +    // forward, inverse
+                            2 * matrices * dim * dim * sizeof(float) + // the same in fp32
+                            matrices * (dim + 2) * sizeof(float),      // columns, scale, clip
+                        256);
+}
+
+static void transpose(const float *from, uint64_t matrices, uint32_t dim, float *to)
+{
+    for (uint64_t m = 0; m < matrices; m++)
+        for (uint32_t i = 0; i < dim; i++)
+            for (uint32_t j = 0; j < dim; j++)
+                to[(m * dim + j) * dim + i] = from[(m * dim + i) * dim + j];
+}
+
+// Lays a side out in `host` as it will lie at `device`.
+static struct kvd_cuda_matrices side_new(const float *r, const float *clip, uint64_t matrices,
+                                         uint32_t dim, uint8_t *host, uint8_t *device)
+{
+    uint64_t operands = kvd_cuda_operand_bytes(matrices, dim), n = matrices * dim * dim;
+    uint8_t *at[7] = {host};
+    const uint64_t sizes[] = {operands, operands, n * 4, n * 4, matrices * dim * 4, matrices * 4};
+    for (int i = 0; i < 6; i++)
+        at[i + 1] = at[i] + sizes[i];
+    float *plain = (float *)(void *)at[2];
+    if (r) {
+        memcpy(plain, r, n * sizeof(float));
+    } else {
+        memset(plain, 0, n * sizeof(float));
+        for (uint64_t i = 0; i < matrices * dim; i++)
+            plain[i * dim + i % dim] = 1;
+    }
+    transpose(plain, matrices, dim, (float *)(void *)at[3]);
+    kvd_cuda_rotation_pack(plain, matrices, dim, (uint16_t *)(void *)at[0],
+                           (uint16_t *)(void *)at[1], (float *)(void *)at[5],
+                           (float *)(void *)at[4]);
+    if (clip)
+        memcpy(at[6], clip, matrices * sizeof(float));
+#define AT(i, type) ((type *)(void *)(device + (at[i] - host)))
+    return (struct kvd_cuda_matrices){.forward = AT(0, uint16_t),
+                                      .inverse = AT(1, uint16_t),
+                                      .forward_f32 = r ? AT(2, float) : NULL,
+                                      .inverse_f32 = r ? AT(3, float) : NULL,
+                                      .inverse_columns = AT(4, float),
+                                      .scale = AT(5, float),
+                                      .clip = clip ? AT(6, float) : NULL};
+#undef AT
+}
+
+static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd_rotation_data *d,
+                                         struct kvd_error *err)
+{
+    cudaSetDevice(cuda_of(b)->index);
+    uint64_t n = (uint64_t)d->n_layers * d->heads;
+    uint64_t k = side_bytes(n, d->dim_k), v = side_bytes(n, d->dim_v);
+    struct kvd_rotation *r = calloc(1, sizeof(*r));
+    uint8_t *host KVD_FREE = malloc(k + v);
+    void *memory = NULL;
+    if (!r || !host || cudaMalloc(&memory, k + v) != cudaSuccess) {
+        cudaGetLastError();
+        free(r);
+        kvd_fail(err, KVD_E_FULL, "out of memory for a rotation set (%llu bytes on the GPU)",
+                 (unsigned long long)(k + v));
+        return NULL;
+    }
+    r->memory = memory;
+    r->dim_k = d->dim_k;
+    r->dim_v = d->dim_v;
+    r->device.n_layers = d->n_layers;
+    r->device.heads = d->heads;
+    r->device.k = side_new(d->k, d->clip_k, n, d->dim_k, host, r->memory);
+    r->device.v = side_new(d->v, d->clip_v, n, d->dim_v, host + k, r->memory + k);
+    int rc = cudaMemcpy(r->memory, host, k + v, cudaMemcpyHostToDevice);
+    if (kvd_cuda_status(rc, "loading a rotation set", err))
+        rotation_free(b, &r);
+    return r;
+}
+
+// -- staging -------------------------------------------------------------------------------------
+
+int kvd_stage_begin(struct kvd_cuda *c, uint64_t bytes, struct kvd_error *err)
+{
+    struct kvd_stage *s = &c->stage;
+    cudaSetDevice(c->index);
+    s->used = 0;
+    if (bytes <= s->size)
+        return KVD_OK;
+    cudaFreeHost(s->host);
+    cudaFree(s->device);
+    *s = (struct kvd_stage){0};
+    bytes = kvd_round_up(bytes + bytes / 4, 1 << 20);
+    void *host = NULL, *device = NULL;
+    int rc = cudaMallocHost(&host, bytes);
+    if (rc == 0)
+        rc = cudaMalloc(&device, bytes);
+    if (rc) {
+        cudaFreeHost(host);
+        return kvd_cuda_status(rc, "making room for a call's tensors", err);
+    }
+    *s = (struct kvd_stage){.host = host, .device = device, .size = bytes};
+    return KVD_OK;
+}
+
+uint64_t kvd_stage_take(struct kvd_cuda *c, uint64_t bytes)
+{
+    uint64_t at = c->stage.used;
+    c->stage.used += kvd_stage_bytes(bytes);
+    return at;
+}
+
+int kvd_stage_upload(struct kvd_cuda *c, uint64_t from, uint64_t to, struct kvd_error *err)
+{
+    int rc = to > from ? cudaMemcpyAsync(c->stage.device + from, c->stage.host + from, to - from,
+                                         cudaMemcpyHostToDevice, c->stream)
+                       : cudaSuccess;
+    return kvd_cuda_status(rc, "uploading", err);
+}
+
+int kvd_stage_download(struct kvd_cuda *c, uint64_t from, uint64_t to, struct kvd_error *err)
+{
+    int rc = to > from ? cudaMemcpyAsync(c->stage.host + from, c->stage.device + from, to - from,
+                                         cudaMemcpyDeviceToHost, c->stream)
+                       : cudaSuccess;
+    if (rc == 0)
+        rc = cudaStreamSynchronize(c->stream);
+    return kvd_cuda_status(rc, "waiting for the GPU", err);
+}
+
+bool kvd_on_device(const void *p)
+{
+    struct cudaPointerAttributes a;
+    if (cudaPointerGetAttributes(&a, p) == cudaSuccess)
+        return a.type == cudaMemoryTypeDevice;
+    cudaGetLastError();
+    return false;
+}
+
+// Copies rows between a host tensor and its staged place.
+static void exchange(struct kvd_cuda *c, const struct kvd_staged *s, bool in)
+{
+    const struct kvd_tensor *t = s->tensor;
+    uint64_t row = s->dim * kvd_dtype_size(t->dtype), run = s->heads * row;
+    bool dense = t->head_stride == row;
+    for (uint32_t l = 0; l < s->layers; l++)
+        for (uint32_t i = 0; i < s->tokens; i++) {
+            uint8_t *theirs =
+                t->data + (uint64_t)(s->layer0 + l) * t->layer_stride + i * t->token_stride;
+            uint8_t *ours = c->stage.host + s->at + l * s->layer_stride + i * run;
+            for (uint32_t h = 0; h < (dense ? 1 : s->heads); h++) {
+                uint8_t *a = theirs + h * t->head_stride, *b = ours + h * row;
+                memcpy(in ? b : a, in ? a : b, dense ? run : row);
+            }
+        }
+}
+
+void kvd_stage_pack(struct kvd_cuda *c, const struct kvd_staged *s)
+{
+    if (!kvd_on_device(s->tensor->data))
+        exchange(c, s, true);
+}
+
+void kvd_stage_unpack(struct kvd_cuda *c, const struct kvd_staged *s)
+{
+    if (!kvd_on_device(s->tensor->data))
+        exchange(c, s, false);
+}
+
+static int device_copy(struct kvd_cuda *c, const struct kvd_staged *s, bool in,
+                       struct kvd_error *err)
+{
+    const struct kvd_tensor *t = s->tensor;
+    if (!kvd_on_device(t->data))
+        return KVD_OK;
+    struct kvd_cuda_tensor ours = kvd_device_tensor(c, s);
+    struct kvd_cuda_tensor theirs = {t->data + (uint64_t)s->layer0 * t->layer_stride,
+                                     t->layer_stride, t->token_stride, t->head_stride, t->dtype};
+    return kvd_cuda_status(kvd_cuda_copy(in ? &theirs : &ours, in ? &ours : &theirs, s->layers,
+                                         s->tokens, s->heads, s->dim, c->stream),
+                           "copying a tensor", err);
+}
+
+int kvd_stage_gather(struct kvd_cuda *c, const struct kvd_staged *s, struct kvd_error *err)
+{
+    return device_copy(c, s, true, err);
+}
+
+int kvd_stage_scatter(struct kvd_cuda *c, const struct kvd_staged *s, struct kvd_error *err)
+{
+    return device_copy(c, s, false, err);
+}
+
+// -- the backend ---------------------------------------------------------------------------------
+
+static void cuda_free(struct kvd_backend *b)
+{
+    struct kvd_cuda *c = cuda_of(b);
+    cudaFreeHost(c->stage.host);
+    cudaFree(c->stage.device);
+    cudaFree(c->scratch);
+    if (c->stream)
+        cudaStreamDestroy(c->stream);
+    if (c->mem_stream)
+        cudaStreamDestroy(c->mem_stream);
+    free(c);
+}
+
+static const char *device(const struct kvd_backend *b)
+{
+    return ((const struct kvd_cuda *)b)->device;
+}
+
+static const struct kvd_backend_ops cuda_ops = {
+    .name = "cuda",
+    .free = cuda_free,
+    .device = device,
+    .mem_alloc = mem_alloc,
+    .mem_free = mem_free,
+    .mem_zero = mem_zero,
+    .rotation_new = rotation_new,
+    .rotation_free = rotation_free,
+    .check = kvd_cuda_op_check,
+    .append = kvd_cuda_op_append,
+    .attend = kvd_cuda_op_attend,
+    .read = kvd_cuda_op_read,
+    .rotate = kvd_cuda_op_rotate,
+    .copy = copy,
+};
+
+static int init(struct kvd_cuda *c, uint32_t index, struct kvd_error *err)
+{
+    int n = 0;
+    cudaError_t rc = cudaGetDeviceCount(&n);
+    if (rc != cudaSuccess)
+        return kvd_fail(err, KVD_E_UNAVAILABLE, "no usable CUDA driver: %s",
+                        cudaGetErrorString(rc));
+    if (index >= (uint32_t)n)
+        return kvd_fail(err, KVD_E_NOT_FOUND, "there is no CUDA device %u; %d are visible", index,
+                        n);
+    struct cudaDeviceProp prop;
+    rc = cudaGetDeviceProperties(&prop, (int)index);
+    if (rc == cudaSuccess && prop.major < 8)
+        return kvd_fail(err, KVD_E_UNSUPPORTED,
+                        "%s has compute capability %d.%d; kvd wants 8.0 or later", prop.name,
+                        prop.major, prop.minor);
+    if (rc == cudaSuccess)
+        rc = cudaSetDevice((int)index);
+    if (rc == cudaSuccess)
+        rc = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
+    if (rc == cudaSuccess)
+        rc = cudaStreamCreateWithFlags(&c->mem_stream, cudaStreamNonBlocking);
+    if (rc != cudaSuccess)
+        return kvd_fail(err, KVD_E_UNAVAILABLE, "CUDA device %u cannot be used: %s", index,
+                        cudaGetErrorString(rc));
+    char size[32];
+    snprintf(c->device, sizeof(c->device), "%.64s, %s", prop.name,
+             kvd_format_size(prop.totalGlobalMem, size, sizeof(size)));
+    c->multiprocessors = (uint32_t)prop.multiProcessorCount;
+    return KVD_OK;
+}
+
+struct kvd_backend *kvd_cuda_backend_new(uint32_t index, struct kvd_error *err)
+{
+    struct kvd_cuda *c = calloc(1, sizeof(*c));
+    if (!c) {
+        kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+        return NULL;
+    }
+    c->base.ops = &cuda_ops;
+    c->index = (int)index;
+    if (init(c, index, err)) {
+        cuda_free(&c->base);
+        return NULL;
+    }
+    return &c->base;
+}

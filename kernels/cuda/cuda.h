@@ -1,0 +1,95 @@
+// Inside the CUDA backend: its state, and staging of tensors between host and device.
+#ifndef KVD_KERNELS_CUDA_CUDA_H
+#define KVD_KERNELS_CUDA_CUDA_H
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/backend.h"
+#include "kernels/cuda/api.h"
+
+struct kvd_rotation {
+    uint32_t dim_k, dim_v;
+    struct kvd_cuda_rotation device;
+    uint8_t *memory; // that `device` points into
+};
+
+// Pinned host memory and device memory of the same layout: inputs are packed on the host and
+// uploaded at once, outputs the other way round.
+struct kvd_stage {
+    uint8_t *host, *device;
+    uint64_t size, used;
+};
+
+struct kvd_cuda {
+    struct kvd_backend base;
+    cudaStream_t stream;     // the executor's
+    cudaStream_t mem_stream; // the loop's
+    struct kvd_stage stage;
+    uint8_t *scratch;                      // of attention
+    uint64_t scratch_size, scratch_zeroed; // of the latest call
+    int index;                             // of the device
+    uint32_t multiprocessors;
+    char device[128];
+};
+
+// KVD_OK, or KVD_E_FULL (out of memory) or KVD_E_INTERNAL with a text.
+int kvd_cuda_status(int rc, const char *doing, struct kvd_error *err);
+// Makes room for `bytes` and empties the stage. What is on the stream must be done.
+int kvd_stage_begin(struct kvd_cuda *c, uint64_t bytes, struct kvd_error *err);
+// The next `bytes` of the stage, 256-byte aligned: their offset.
+uint64_t kvd_stage_take(struct kvd_cuda *c, uint64_t bytes);
+// Bytes that a take of `bytes` uses up.
+static inline uint64_t kvd_stage_bytes(uint64_t bytes)
+{
+    return kvd_round_up(bytes, 256);
+}
+int kvd_stage_upload(struct kvd_cuda *c, uint64_t from, uint64_t to, struct kvd_error *err);
+int kvd_stage_download(struct kvd_cuda *c, uint64_t from, uint64_t to, struct kvd_error *err);
+
+// A block of [layers][tokens][heads][dim] of a tensor, from layer l0 on, and where it is staged.
+struct kvd_staged {
+    const struct kvd_tensor *tensor;
+    uint32_t layer0, layers, tokens, heads, dim;
+    uint64_t at;           // offset in the stage
+    uint64_t layer_stride; // of the staged copy, in bytes; tokens and heads are dense
+};
+
+static inline uint64_t kvd_dtype_size(enum kvd_dtype t)
+{
+    return t == KVD_DTYPE_F32 ? 4 : 2;
+}
+
+// Whether memory is the device's. Host memory is staged; the device's is copied by a kernel.
+bool kvd_on_device(const void *p);
+// Host tensors only: rows into or out of the pinned memory. Others are left alone.
+void kvd_stage_pack(struct kvd_cuda *c, const struct kvd_staged *s);
+void kvd_stage_unpack(struct kvd_cuda *c, const struct kvd_staged *s);
+// Device tensors only: queues a copy to or from the stage's device memory.
+int kvd_stage_gather(struct kvd_cuda *c, const struct kvd_staged *s, struct kvd_error *err);
+int kvd_stage_scatter(struct kvd_cuda *c, const struct kvd_staged *s, struct kvd_error *err);
+
+static inline struct kvd_cuda_tensor kvd_device_tensor(const struct kvd_cuda *c,
+                                                       const struct kvd_staged *s)
+{
+    uint64_t size = kvd_dtype_size(s->tensor->dtype);
+    return (struct kvd_cuda_tensor){.data = c->stage.device + s->at,
+                                    .layer_stride = s->layer_stride,
+                                    .token_stride = s->heads * s->dim * size,
+                                    .head_stride = s->dim * size,
+                                    .dtype = s->tensor->dtype};
+}
+
+// Makes the scratch at least so large.
+int kvd_cuda_scratch(struct kvd_cuda *c, uint64_t bytes, struct kvd_error *err);
+
+int kvd_cuda_op_check(struct kvd_backend *b, const struct kvd_append_params *p,
+                      struct kvd_nonfinite *where);
+int kvd_cuda_op_append(struct kvd_backend *b, const struct kvd_append_params *p,
+                       struct kvd_error *err);
+int kvd_cuda_op_attend(struct kvd_backend *b, const struct kvd_attend_params *p,
+                       struct kvd_error *err);
+int kvd_cuda_op_read(struct kvd_backend *b, const struct kvd_read_params *p, struct kvd_error *err);
+int kvd_cuda_op_rotate(struct kvd_backend *b, const struct kvd_rotate_params *p,
+                       struct kvd_error *err);
+
+#endif

@@ -1,0 +1,295 @@
+// What the kernels share: operands of mma.m16n8k16, tiles of codes, bulk copies, rotations on
+// tensor cores.
+//
+// Fragments of mma.sync.m16n8k16, lane = 4 g + t:
+//   A (16 x 16): register 0 (row g, cols 2t, 2t+1), 1 (row g+8), 2 (row g, cols 2t+8, +9), 3 (g+8)
+//   B (16 x 8):  register 0 (rows 2t, 2t+1, col g), 1 (rows 2t+8, 2t+9, col g)
+//   C (16 x 8):  element 0, 1 (row g, cols 2t, 2t+1), 2, 3 (row g+8)
+#ifndef KVD_KERNELS_CUDA_DEVICE_CUH
+#define KVD_KERNELS_CUDA_DEVICE_CUH
+
+#include "kernels/cuda/api.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+// Code for Hopper's bulk copies; without, tiles are read where they lie.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && !defined(KVD_CUDA_PORTABLE)
+#define KVD_BULK 1
+#else
+#define KVD_BULK 0
+#endif
+
+namespace kvd
+{
+
+constexpr int PAGE = KVD_PAGE_TOKENS;
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float TWO24 = 16777216.0f;
+constexpr float NONE = -1e30f; // the maximum of no logits
+
+// Layout of an int2 tile.
+template <int DK, int DV> struct tile {
+    static constexpr int V_CODES = 16 * DK, K_PARAMS = 16 * (DK + DV), V_PARAMS = K_PARAMS + 256;
+    static constexpr int BYTES = V_PARAMS + 256;
+};
+
+__device__ inline float low_bf16(uint32_t x)
+{
+    return __uint_as_float(x << 16);
+}
+
+__device__ inline float high_bf16(uint32_t x)
+{
+    return __uint_as_float(x & 0xffff0000u);
+}
+
+__device__ inline uint32_t pack_fp16(float a, float b)
+{
+    __half2 h = __floats2half2_rn(a, b);
+    return *(uint32_t *)&h;
+}
+
+__device__ inline uint32_t pack_bf16(float a, float b)
+{
+    __nv_bfloat162 h = __floats2bfloat162_rn(a, b);
+    return *(uint32_t *)&h;
+}
+
+__device__ inline float2 unpack_fp16(uint32_t x)
+{
+    return __half22float2(*(__half2 *)&x);
+}
+
+__device__ inline float load_value(const uint8_t *at, bool f32)
+{
+    return f32 ? *(const float *)at : low_bf16(*(const uint16_t *)at);
+}
+
+__device__ inline void store_value(uint8_t *at, bool f32, float x)
+{
+    if (f32)
+        *(float *)at = x;
+    else
+        *(__nv_bfloat16 *)at = __float2bfloat16_rn(x);
+}
+
+__device__ inline void mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+                 "{%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ inline void mma_bf16(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
+                 "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// 2^x, relative error 2^-22; results below 2^-126 are 0.
+__device__ inline float fast_exp2(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// The transpose of an 8 x 8 matrix of 16-bit elements: lane 4 g + t holds (g, 2t) and (g, 2t + 1).
+__device__ inline uint32_t transpose(uint32_t x)
+{
+    uint32_t y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
+// -- codes ---------------------------------------------------------------------------------------
+
+// Codes are never dequantized: masked in place, the code in slot j of a word is the fp16 subnormal
+// code * 2^-24 * 4^(j % 4). slot_factor undoes the last.
+__device__ inline float slot_factor(int channel_tile)
+{
+    return __uint_as_float((uint32_t)(127 - 2 * (channel_tile % 4)) << 23);
+}
+
+template <int I> struct constant {
+    __host__ __device__ constexpr operator int() const
+    {
+        return I;
+    }
+};
+
+// Calls f(constant<0>()) to f(constant<N - 1>()).
+template <int N, int I = 0, typename F> __device__ __forceinline__ void static_for(F &&f)
+{
+    if constexpr (I < N) {
+        f(constant<I>());
+        static_for<N, I + 1>(f);
+    }
+}
+
+// The matrix in a slot of a lane's four words, as A operand.
+template <int SLOT> __device__ inline void operand(const uint4 &w, uint32_t a[4])
+{
+    constexpr uint32_t mask = 0x00030003u << (2 * (SLOT % 4));
+    constexpr int shift = SLOT < 4 ? 0 : 8;
+    a[0] = w.x >> shift & mask;
+    a[1] = w.y >> shift & mask;
+    a[2] = w.z >> shift & mask;
+    a[3] = w.w >> shift & mask;
+}
+
+// K's or V's codes of chunk C, and the A operand of channel tile CT in them.
+template <int D> struct code_words {
+    uint4 unit[D == 256 ? 2 : 1];
+
+    template <int C> __device__ inline void load(const uint8_t *codes)
+    {
+        constexpr int UNITS = D == 256 ? 2 : 1, FIRST = D == 64 ? C / 2 : C * UNITS;
+#pragma unroll
+        for (int u = 0; u < UNITS; u++)
+            unit[u] = *(const uint4 *)(codes + (FIRST + u) * 512 + threadIdx.x % 32 * 16);
+    }
+
+    template <int C, int CT> __device__ inline void operand(uint32_t a[4]) const
+    {
+        kvd::operand<D == 64 ? C % 2 * 4 + CT : CT % 8>(unit[CT / 8], a);
+    }
+};
+
+// The parameters of tokens g and g + 8 of chunk c.
+__device__ inline void load_params(const uint8_t *params, int c, float2 &p0, float2 &p1)
+{
+    uint2 raw = *(const uint2 *)(params + c * 64 + threadIdx.x % 32 / 4 * 8);
+    p0 = unpack_fp16(raw.x);
+    p1 = unpack_fp16(raw.y);
+}
+
+// -- asynchronous copies -------------------------------------------------------------------------
+
+__device__ inline uint32_t shared_address(const void *p)
+{
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+#if KVD_BULK
+__device__ inline void barrier_init(uint64_t *bar, uint32_t arrivals)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)),
+                 "r"(arrivals));
+}
+
+__device__ inline void barriers_ready()
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ inline void fetch(void *to, const void *from, uint32_t bytes, uint64_t *bar)
+{
+    uint32_t b = shared_address(bar);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(bytes)
+                 : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], "
+                 "%2, [%3];" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(b)
+                 : "memory");
+}
+
+__device__ inline void barrier_arrive(uint64_t *bar)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
+}
+
+__device__ inline void barrier_wait(uint64_t *bar, uint32_t phase)
+{
+    asm volatile("{\n.reg .pred done;\nagain:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again;\n}" ::"r"(shared_address(bar)),
+                 "r"(phase)
+                 : "memory");
+}
+#endif
+
+// Programmatic dependent launch: a kernel may be put in place while the one before it still runs,
+// and waits for that one to have finished before it reads anything.
+__device__ inline void wait_for_previous()
+{
+#if KVD_BULK
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ inline void let_next_start()
+{
+#if KVD_BULK
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// -- rotations on tensor cores -------------------------------------------------------------------
+
+// A packed matrix holds B operands: [high, low part][out tile of 8][in tile of 16 / 2][lane][4 words].
+// Channels are dealt to operands so that 16 bytes of a row of bf16 are operands as they are loaded.
+// As inputs of `forward`: word i of a lane's operands, the (2 i % 4)-th and next words of step i / 2,
+// is the pair at channel 8 t + forward_channel(i).
+__host__ __device__ constexpr int forward_channel(int i)
+{
+    return i / 4 * 32 + i % 4 * 2;
+}
+
+// As outputs of `inverse`: element (0 or 2) of tile j is channel 8 t + inverse_channel(j), the next
+// one its neighbour. Outputs of `forward` and inputs of `inverse` are in plain order.
+__host__ __device__ constexpr int inverse_channel(int j)
+{
+    return j / 4 * 32 + j % 4 * 2;
+}
+
+template <int D> struct packed {
+    static constexpr int WORDS = D * D / 2; // of one part
+    static __device__ inline uint4 load(const uint32_t *part, int out8, int in32)
+    {
+        return __ldg((const uint4 *)part + (out8 * (D / 32) + in32) * 32 + threadIdx.x % 32);
+    }
+};
+
+__device__ inline uint64_t matrix_index(const kvd_cuda_rotation &r, uint32_t layer, uint32_t head)
+{
+    return (uint64_t)(r.n_layers == 1 ? 0 : layer) * r.heads + (r.heads == 1 ? 0 : head);
+}
+
+template <int D>
+__device__ inline const uint32_t *matrix_at(const uint16_t *operands, uint64_t index)
+{
+    return (const uint32_t *)operands + index * 2 * packed<D>::WORDS;
+}
+
+// c = a R for one tile of 8 outputs: a is 16 rows as A operands. PARTS 1: by the high part alone.
+template <int D, int PARTS>
+__device__ inline void rotate_tile(const uint32_t (&a)[D / 16][4], const uint32_t *r, int out8,
+                                   float c[4])
+{
+    c[0] = c[1] = c[2] = c[3] = 0;
+#pragma unroll
+    for (int part = 0; part < PARTS; part++)
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) {
+            uint4 b = packed<D>::load(r + part * packed<D>::WORDS, out8, i);
+            mma(c, a[2 * i], b.x, b.y);
+            mma(c, a[2 * i + 1], b.z, b.w);
+        }
+}
+
+// The power of two at or above x, as a divisor that brings |x| to at most 1; 1 for 0, NaN and Inf.
+__device__ inline float magnitude(float x)
+{
+    uint32_t e = __float_as_uint(x) >> 23 & 0xff;
+    return e == 0 || e >= 254 ? 1.0f : __uint_as_float((e + 1) << 23);
+}
+
+} // namespace kvd
+
+#endif

@@ -1,0 +1,576 @@
+// Append, attend, read and rotate behind the ops table.
+//
+// Tensors go through the stage: a call is cut into slices of layers whose tensors fit it, and each
+// slice is packed, uploaded, run, downloaded and unpacked.
+#include "kernels/cuda/cuda.h"
+
+enum { SLICE_BYTES = 64 << 20 }; // of tensors staged at once, unless one layer is more
+
+static struct kvd_cuda *cuda_of(struct kvd_backend *b)
+{
+    return (struct kvd_cuda *)b;
+}
+
+// How many of `layers` to take at once, with `bytes` a layer.
+static uint32_t slice_layers(uint64_t bytes, uint32_t layers)
+{
+    uint64_t n = bytes ? SLICE_BYTES / bytes : layers;
+    return (uint32_t)KVD_MIN(KVD_MAX(n, (uint64_t)1), (uint64_t)layers);
+}
+
+static uint32_t codec_pages(const struct kvd_geometry *g, uint64_t hist_end)
+{
+    return hist_end > g->sink ? (uint32_t)kvd_div_up(hist_end - g->sink, KVD_PAGE_TOKENS) : 0;
+}
+
+static uint32_t bf16_pages(const struct kvd_geometry *g)
+{
+    return (uint32_t)kvd_div_up(g->sink, KVD_PAGE_TOKENS) + kvd_geometry_ring(g) / KVD_PAGE_TOKENS;
+}
+
+// A staged block for a tensor of `layers` slices of [tokens][heads][dim].
+static struct kvd_staged take(struct kvd_cuda *c, const struct kvd_tensor *t, uint32_t layer0,
+                              uint32_t layers, uint32_t tokens, uint32_t heads, uint32_t dim)
+{
+    uint64_t stride = (uint64_t)tokens * heads * dim * kvd_dtype_size(t->dtype);
+    return (struct kvd_staged){
+        t, layer0, layers, tokens, heads, dim, kvd_stage_take(c, layers * stride), stride};
+}
+
+static uint64_t tensor_bytes(const struct kvd_tensor *t, uint64_t tokens, uint64_t heads,
+                             uint64_t dim)
+{
+    return tokens * heads * dim * kvd_dtype_size(t->dtype);
+}
+
+// -- append --------------------------------------------------------------------------------------
+
+static uint32_t new_tokens(const struct kvd_append_item *item)
+{
+    return (uint32_t)(item->new_length - item->length);
+}
+
+// Bytes of the tensors of a layer, and of the tables that every slice carries.
+static uint64_t append_bytes(const struct kvd_append_params *p, uint64_t *tables)
+{
+    const struct kvd_geometry *g = p->geometry;
+    uint64_t tokens = 0;
+    *tables = kvd_stage_bytes(p->n_items * sizeof(struct kvd_cuda_append_item)) + 256;
+    for (uint32_t i = 0; i < p->n_items; i++) {
+        tokens += new_tokens(&p->items[i]);
+        uint64_t pages = codec_pages(g, p->items[i].new_hist_end) + bf16_pages(g);
+        *tables += kvd_stage_bytes(pages * sizeof(uint64_t)) + 2 * 256;
+    }
+    return tokens * g->kv_heads * (g->head_dim_k + g->head_dim_v) * 2;
+}
+
+// Items and page tables, with tensors of the slice [layer, layer + layers) staged at `staged`.
+static struct kvd_cuda_append_params append_tables(struct kvd_cuda *c,
+                                                   const struct kvd_append_params *p,
+                                                   uint32_t layer, uint32_t layers,
+                                                   struct kvd_staged *staged)
+{
+    const struct kvd_geometry *g = p->geometry;
+    struct kvd_cuda_append_params out = {.kv_heads = g->kv_heads,
+                                         .dim_k = g->head_dim_k,
+                                         .dim_v = g->head_dim_v,
+                                         .codec = g->codec,
+                                         .sink = g->sink,
+                                         .ring = kvd_geometry_ring(g),
+                                         .layer_begin = p->layer_begin + layer,
+                                         .layer_count = layers,
+                                         .n_items = p->n_items};
+    if (p->rotation)
+        out.rotation = p->rotation->device;
+    uint64_t at = kvd_stage_take(c, p->n_items * sizeof(struct kvd_cuda_append_item));
+    struct kvd_cuda_append_item *items = (void *)(c->stage.host + at);
+    out.items = (void *)(c->stage.device + at);
+    for (uint32_t i = 0; i < p->n_items; i++) {
+        const struct kvd_append_item *item = &p->items[i];
+        uint32_t codec = codec_pages(g, item->new_hist_end), bf16 = bf16_pages(g);
+        uint64_t table = kvd_stage_take(c, (codec + bf16) * sizeof(uint64_t));
+        if (codec)
+            memcpy(c->stage.host + table, item->pages.codec, codec * sizeof(uint64_t));
+        memcpy(c->stage.host + table + codec * sizeof(uint64_t), item->pages.bf16,
+               bf16 * sizeof(uint64_t));
+        staged[2 * i] =
+            take(c, &item->k, layer, layers, new_tokens(item), g->kv_heads, g->head_dim_k);
+        staged[2 * i + 1] =
+            take(c, &item->v, layer, layers, new_tokens(item), g->kv_heads, g->head_dim_v);
+        items[i] = (struct kvd_cuda_append_item){
+            .codec = (void *)(c->stage.device + table),
+            .bf16 = (uint64_t *)(void *)(c->stage.device + table) + codec,
+            .length = (uint32_t)item->length,
+            .hist_end = (uint32_t)item->hist_end,
+            .new_length = (uint32_t)item->new_length,
+            .new_hist_end = (uint32_t)item->new_hist_end,
+            .first_chunk = out.chunks,
+            .first_token = out.tokens,
+            .k = kvd_device_tensor(c, &staged[2 * i]),
+            .v = kvd_device_tensor(c, &staged[2 * i + 1])};
+        out.chunks += (uint32_t)(item->new_hist_end - item->hist_end) / KVD_CHUNK_TOKENS;
+        out.tokens += new_tokens(item);
+    }
+    return out;
+}
+
+// Brings a slice to the device and describes it.
+static int append_slice(struct kvd_cuda *c, const struct kvd_append_params *p, uint32_t layer,
+                        uint32_t layers, struct kvd_staged *staged,
+                        struct kvd_cuda_append_params *out, struct kvd_error *err)
+{
+    c->stage.used = 0;
+    *out = append_tables(c, p, layer, layers, staged);
+    for (uint32_t i = 0; i < 2 * p->n_items; i++)
+        kvd_stage_pack(c, &staged[i]);
+    int rc = kvd_stage_upload(c, 0, c->stage.used, err);
+    for (uint32_t i = 0; i < 2 * p->n_items && rc == KVD_OK; i++)
+        rc = kvd_stage_gather(c, &staged[i], err);
+    return rc;
+}
+
+// Calls `run` on all slices of an append. Room for all of them is made first: an append that
+// begins does not fail for want of memory.
+static int each_slice(struct kvd_cuda *c, const struct kvd_append_params *p,
+                      int (*run)(struct kvd_cuda *c, const struct kvd_cuda_append_params *p,
+                                 uint32_t layer, void *ctx, struct kvd_error *err),
+                      void *ctx, struct kvd_error *err)
+{
+    uint64_t tables, bytes = append_bytes(p, &tables);
+    uint32_t step = slice_layers(bytes, p->layer_count);
+    struct kvd_staged *staged KVD_FREE = calloc(2 * (size_t)p->n_items, sizeof(*staged));
+    if (!staged)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    int rc = kvd_stage_begin(c, tables + step * bytes + 256 * 2 * (uint64_t)p->n_items, err);
+    for (uint32_t l = 0; l < p->layer_count && rc == KVD_OK; l += step) {
+        struct kvd_cuda_append_params slice;
+        rc = append_slice(c, p, l, KVD_MIN(step, p->layer_count - l), staged, &slice, err);
+        if (rc == KVD_OK)
+            rc = run(c, &slice, l, ctx, err);
+    }
+    return rc;
+}
+
+static int run_append(struct kvd_cuda *c, const struct kvd_cuda_append_params *p, uint32_t layer,
+                      void *ctx, struct kvd_error *err)
+{
+    (void)layer;
+    (void)ctx;
+    int rc = kvd_cuda_append(p, c->stream);
+    if (rc == 0)
+        rc = cudaStreamSynchronize(c->stream); // the stage is used again
+    return kvd_cuda_status(rc, "storing tokens", err);
+}
+
+int kvd_cuda_op_append(struct kvd_backend *b, const struct kvd_append_params *p,
+                       struct kvd_error *err)
+{
+    return each_slice(cuda_of(b), p, run_append, NULL, err);
+}
+
+struct check {
+    const struct kvd_append_params *p;
+    struct kvd_nonfinite *where;
+};
+
+// Which channel of a row is not finite: the kernel tells only the row.
+static uint32_t bad_channel(const struct kvd_staged *s, const struct kvd_cuda *c, uint32_t layer,
+                            uint32_t token, uint32_t head)
+{
+    uint16_t row[KVD_MAX_HEAD_DIM];
+    uint64_t at =
+        s->at + layer * s->layer_stride + ((uint64_t)token * s->heads + head) * s->dim * 2;
+    if (cudaMemcpy(row, c->stage.device + at, s->dim * 2, cudaMemcpyDeviceToHost) != cudaSuccess)
+        return 0;
+    for (uint32_t i = 0; i < s->dim; i++)
+        if ((row[i] & 0x7f80) == 0x7f80)
+            return i;
+    return 0;
+}
+
+static int run_check(struct kvd_cuda *c, const struct kvd_cuda_append_params *p, uint32_t layer,
+                     void *ctx, struct kvd_error *err)
+{
+    struct check *check = ctx;
+    const struct kvd_geometry *g = check->p->geometry;
+    unsigned long long *found = (void *)c->scratch, at = ~0ull;
+    int rc = cudaMemcpyAsync(found, &at, sizeof(at), cudaMemcpyHostToDevice, c->stream);
+    if (rc == 0)
+        rc = kvd_cuda_check(p, found, c->stream);
+    if (rc == 0)
+        rc = cudaMemcpyAsync(&at, found, sizeof(at), cudaMemcpyDeviceToHost, c->stream);
+    if (rc == 0)
+        rc = cudaStreamSynchronize(c->stream);
+    if (rc)
+        return kvd_cuda_status(rc, "checking tokens", err);
+    if (at == ~0ull)
+        return KVD_OK;
+    struct kvd_nonfinite *w = check->where;
+    w->in_v = at % 2;
+    w->head = (uint32_t)(at / 2 % g->kv_heads);
+    w->token = (uint32_t)(at / 2 / g->kv_heads % (1 << 17));
+    uint64_t rest = at / 2 / g->kv_heads >> 17;
+    uint32_t slice_layer = (uint32_t)(rest % p->layer_count);
+    w->item = (uint32_t)(rest / p->layer_count);
+    w->layer = check->p->layer_begin + layer + slice_layer;
+    const struct kvd_append_item *item = &check->p->items[w->item];
+    struct kvd_cuda_append_item staged;
+    rc = cudaMemcpy(&staged, p->items + w->item, sizeof(staged), cudaMemcpyDeviceToHost);
+    if (rc)
+        return kvd_cuda_status(rc, "checking tokens", err);
+    const struct kvd_cuda_tensor *t = w->in_v ? &staged.v : &staged.k;
+    struct kvd_staged s = {.tensor = w->in_v ? &item->v : &item->k,
+                           .heads = g->kv_heads,
+                           .dim = w->in_v ? g->head_dim_v : g->head_dim_k,
+                           .at = (uint64_t)(t->data - c->stage.device),
+                           .layer_stride = t->layer_stride};
+    w->channel = bad_channel(&s, c, slice_layer, w->token, w->head);
+    return KVD_E_INVALID;
+}
+
+int kvd_cuda_op_check(struct kvd_backend *b, const struct kvd_append_params *p,
+                      struct kvd_nonfinite *where)
+{
+    struct kvd_cuda *c = cuda_of(b);
+    struct check check = {p, where};
+    bool host = true;
+    for (uint32_t i = 0; i < p->n_items && host; i++)
+        host = !kvd_on_device(p->items[i].k.data) && !kvd_on_device(p->items[i].v.data);
+    if (host) // no need to bring them over twice
+        return kvd_check_host(p, where);
+    // The scratch of attention holds the answer; it is zero between calls.
+    int rc = kvd_cuda_scratch(c, 256, NULL);
+    if (rc == KVD_OK)
+        rc = each_slice(c, p, run_check, &check, NULL);
+    int cleared = cudaMemsetAsync(c->scratch, 0, 8, c->stream);
+    return rc ? rc : kvd_cuda_status(cleared, "checking tokens", NULL);
+}
+
+// -- attend --------------------------------------------------------------------------------------
+
+// Items that one launch can take.
+static bool alike(const struct kvd_attend_item *a, const struct kvd_attend_item *b)
+{
+    return a->q_len == b->q_len && a->new_tokens == b->new_tokens && a->q.dtype == b->q.dtype &&
+           a->o.dtype == b->o.dtype;
+}
+
+// Tensors of an attention; `at` offsets are for a slice's first item and layer. Every tensor is
+// staged as [layer][item][token][head][dim].
+enum { T_Q, T_K, T_V, T_O, T_LSE, T_COUNT };
+
+struct group {
+    const struct kvd_attend_params *p;
+    const struct kvd_attend_item *items;
+    uint32_t n;
+    bool lse;
+    uint32_t codec_stride, bf16_stride;
+    uint64_t row[T_COUNT]; // bytes of one item's layer; 0: not there
+};
+
+static struct group group_at(const struct kvd_attend_params *p, uint32_t first)
+{
+    const struct kvd_geometry *g = p->geometry;
+    struct group out = {.p = p, .items = &p->items[first], .bf16_stride = bf16_pages(g)};
+    const struct kvd_attend_item *head = out.items;
+    while (first + out.n < p->n_items && alike(head, &out.items[out.n])) {
+        out.lse |= out.items[out.n].lse.data != NULL;
+        uint32_t pages = codec_pages(g, out.items[out.n].hist_end);
+        out.codec_stride = KVD_MAX(out.codec_stride, pages);
+        out.n++;
+    }
+    out.row[T_Q] = tensor_bytes(&head->q, head->q_len, g->q_heads, g->head_dim_k);
+    out.row[T_O] = tensor_bytes(&head->o, head->q_len, g->q_heads, g->head_dim_v);
+    out.row[T_LSE] = out.lse ? (uint64_t)head->q_len * g->q_heads * 4 : 0;
+    if (head->new_tokens) {
+        out.row[T_K] = (uint64_t)head->q_len * g->kv_heads * g->head_dim_k * 2;
+        out.row[T_V] = (uint64_t)head->q_len * g->kv_heads * g->head_dim_v * 2;
+    }
+    return out;
+}
+
+// The staged block of tensor t of item i.
+static struct kvd_staged staged_of(const struct group *g, const uint64_t at[T_COUNT], uint32_t t,
+                                   uint32_t i, uint32_t layer, uint32_t layers)
+{
+    const struct kvd_attend_item *item = &g->items[i];
+    const struct kvd_geometry *geo = g->p->geometry;
+    const struct kvd_tensor *const tensors[] = {&item->q, &item->k, &item->v, &item->o, &item->lse};
+    const uint32_t heads[] = {geo->q_heads, geo->kv_heads, geo->kv_heads, geo->q_heads,
+                              geo->q_heads};
+    const uint32_t dims[] = {geo->head_dim_k, geo->head_dim_k, geo->head_dim_v, geo->head_dim_v, 1};
+    return (struct kvd_staged){.tensor = tensors[t],
+                               .layer0 = layer,
+                               .layers = layers,
+                               .tokens = item->q_len,
+                               .heads = heads[t],
+                               .dim = dims[t],
+                               .at = at[t] + i * g->row[t],
+                               .layer_stride = g->n * g->row[t]};
+}
+
+static bool wanted(const struct group *g, uint32_t t, uint32_t i)
+{
+    return g->row[t] && (t != T_LSE || g->items[i].lse.data);
+}
+
+// Page tables and lengths of the group's sequences.
+static struct kvd_cuda_pages stage_pages(struct kvd_cuda *c, const struct group *g)
+{
+    uint64_t codec = kvd_stage_take(c, (uint64_t)g->n * g->codec_stride * 8);
+    uint64_t bf16 = kvd_stage_take(c, (uint64_t)g->n * g->bf16_stride * 8);
+    uint64_t length = kvd_stage_take(c, g->n * 4), end = kvd_stage_take(c, g->n * 4);
+    for (uint32_t i = 0; i < g->n; i++) {
+        const struct kvd_attend_item *item = &g->items[i];
+        uint32_t pages = codec_pages(g->p->geometry, item->hist_end);
+        if (pages)
+            memcpy(c->stage.host + codec + (uint64_t)i * g->codec_stride * 8, item->pages.codec,
+                   pages * 8);
+        memcpy(c->stage.host + bf16 + (uint64_t)i * g->bf16_stride * 8, item->pages.bf16,
+               g->bf16_stride * 8);
+        ((uint32_t *)(void *)(c->stage.host + length))[i] = (uint32_t)item->length;
+        ((uint32_t *)(void *)(c->stage.host + end))[i] = (uint32_t)item->hist_end;
+    }
+    return (struct kvd_cuda_pages){.codec = (void *)(c->stage.device + codec),
+                                   .bf16 = (void *)(c->stage.device + bf16),
+                                   .codec_stride = g->codec_stride,
+                                   .bf16_stride = g->bf16_stride,
+                                   .length = (void *)(c->stage.device + length),
+                                   .hist_end = (void *)(c->stage.device + end)};
+}
+
+int kvd_cuda_scratch(struct kvd_cuda *c, uint64_t bytes, struct kvd_error *err)
+{
+    if (bytes <= c->scratch_size)
+        return KVD_OK;
+    cudaFree(c->scratch);
+    c->scratch = NULL;
+    c->scratch_size = 0;
+    bytes = kvd_round_up(bytes + bytes / 4, 1 << 20);
+    void *p = NULL;
+    int rc = cudaMalloc(&p, bytes);
+    if (rc == 0)
+        rc = cudaMemset(p, 0, bytes);
+    if (rc == 0)
+        rc = cudaDeviceSynchronize();
+    c->scratch = p;
+    c->scratch_size = rc ? 0 : bytes;
+    return kvd_cuda_status(rc, "making room for attention", err);
+}
+
+// Parameters common to all layers of a group, and the plan.
+static int plan_group(struct kvd_cuda *c, const struct group *g, struct kvd_cuda_attend_params *out,
+                      struct kvd_error *err)
+{
+    const struct kvd_geometry *geo = g->p->geometry;
+    const struct kvd_attend_item *head = g->items;
+    *out = (struct kvd_cuda_attend_params){.sequences = g->n,
+                                           .q_heads = geo->q_heads,
+                                           .kv_heads = geo->kv_heads,
+                                           .dim_k = geo->head_dim_k,
+                                           .dim_v = geo->head_dim_v,
+                                           .codec = geo->codec,
+                                           .q_len = head->q_len,
+                                           .new_tokens = head->new_tokens,
+                                           .sink = geo->sink,
+                                           .ring = kvd_geometry_ring(geo),
+                                           .scale = g->p->scale,
+                                           .softcap = g->p->softcap,
+                                           .window = g->p->window,
+                                           .q_type = head->q.dtype,
+                                           .o_type = head->o.dtype};
+    if (g->p->rotation)
+        out->rotation = g->p->rotation->device;
+    uint64_t sum = 0, longest = 0, window = 0;
+    for (uint32_t i = 0; i < g->n; i++) {
+        const struct kvd_attend_item *item = &g->items[i];
+        uint64_t history = item->hist_end > geo->sink ? item->hist_end - geo->sink : 0;
+        sum += history;
+        longest = KVD_MAX(longest, history);
+        window = KVD_MAX(window, item->length - history + item->new_tokens);
+    }
+    kvd_cuda_attend_plan(out, sum, (uint32_t)longest, (uint32_t)window, c->multiprocessors);
+    uint64_t old = c->scratch_zeroed;
+    int rc = kvd_cuda_scratch(c, kvd_cuda_attend_scratch(out), err);
+    // Parts of an earlier call may lie where this one's counters are.
+    if (rc == KVD_OK && out->scratch_zeroed > old)
+        rc = kvd_cuda_status(cudaMemsetAsync(c->scratch, 0, out->scratch_zeroed, c->stream),
+                             "clearing counters", err);
+    c->scratch_zeroed = out->scratch_zeroed;
+    out->scratch = c->scratch;
+    return rc;
+}
+
+// Brings q (and k, v) of a slice over, runs its layers, brings o and lse back.
+static int attend_slice(struct kvd_cuda *c, const struct group *g, uint32_t layer, uint32_t layers,
+                        struct kvd_cuda_attend_params p, struct kvd_error *err)
+{
+    uint64_t at[T_COUNT], tables_end;
+    c->stage.used = 0;
+    p.pages = stage_pages(c, g);
+    tables_end = c->stage.used;
+    for (uint32_t t = 0; t < T_COUNT; t++)
+        at[t] = kvd_stage_take(c, layers * g->n * g->row[t]);
+    for (uint32_t t = T_Q; t <= T_V; t++)
+        for (uint32_t i = 0; i < g->n; i++)
+            if (wanted(g, t, i)) {
+                struct kvd_staged s = staged_of(g, at, t, i, layer, layers);
+                kvd_stage_pack(c, &s);
+            }
+    int rc = kvd_stage_upload(c, 0, KVD_MAX(at[T_O], tables_end), err);
+    for (uint32_t t = T_Q; t <= T_V && rc == KVD_OK; t++)
+        for (uint32_t i = 0; i < g->n && rc == KVD_OK; i++)
+            if (wanted(g, t, i)) {
+                struct kvd_staged s = staged_of(g, at, t, i, layer, layers);
+                rc = kvd_stage_gather(c, &s, err);
+            }
+    for (uint32_t l = 0; l < layers && rc == KVD_OK; l++) {
+        uint8_t *base = c->stage.device;
+        p.layer = g->p->layer_begin + layer + l;
+        p.q = base + at[T_Q] + l * g->n * g->row[T_Q];
+        p.k = (void *)(base + at[T_K] + l * g->n * g->row[T_K]);
+        p.v = (void *)(base + at[T_V] + l * g->n * g->row[T_V]);
+        p.o = base + at[T_O] + l * g->n * g->row[T_O];
+        p.lse = g->lse ? (void *)(base + at[T_LSE] + l * g->n * g->row[T_LSE]) : NULL;
+        rc = kvd_cuda_status(kvd_cuda_attend(&p, c->stream), "attention", err);
+    }
+    for (uint32_t t = T_O; t < T_COUNT && rc == KVD_OK; t++)
+        for (uint32_t i = 0; i < g->n && rc == KVD_OK; i++)
+            if (wanted(g, t, i)) {
+                struct kvd_staged s = staged_of(g, at, t, i, layer, layers);
+                rc = kvd_stage_scatter(c, &s, err);
+            }
+    if (rc == KVD_OK)
+        rc = kvd_stage_download(c, at[T_O], c->stage.used, err);
+    for (uint32_t t = T_O; t < T_COUNT && rc == KVD_OK; t++)
+        for (uint32_t i = 0; i < g->n; i++)
+            if (wanted(g, t, i)) {
+                struct kvd_staged s = staged_of(g, at, t, i, layer, layers);
+                kvd_stage_unpack(c, &s);
+            }
+    return rc;
+}
+
+int kvd_cuda_op_attend(struct kvd_backend *b, const struct kvd_attend_params *p,
+                       struct kvd_error *err)
+{
+    struct kvd_cuda *c = cuda_of(b);
+    for (uint32_t first = 0; first < p->n_items;) {
+        struct group g = group_at(p, first);
+        uint64_t bytes = 0, tables = 0;
+        for (uint32_t t = 0; t < T_COUNT; t++)
+            bytes += g.n * g.row[t];
+        tables = (uint64_t)g.n * (g.codec_stride + g.bf16_stride + 1) * 8 + (4 + T_COUNT) * 256;
+        uint32_t step = slice_layers(bytes, p->layer_count);
+        struct kvd_cuda_attend_params params;
+        int rc = kvd_stage_begin(c, tables + step * bytes, err);
+        if (rc == KVD_OK)
+            rc = plan_group(c, &g, &params, err);
+        for (uint32_t l = 0; l < p->layer_count && rc == KVD_OK; l += step)
+            rc = attend_slice(c, &g, l, KVD_MIN(step, p->layer_count - l), params, err);
+        if (rc)
+            return rc;
+        first += g.n;
+    }
+    return KVD_OK;
+}
+
+// -- read and rotate -----------------------------------------------------------------------------
+
+int kvd_cuda_op_read(struct kvd_backend *b, const struct kvd_read_params *p, struct kvd_error *err)
+{
+    struct kvd_cuda *c = cuda_of(b);
+    const struct kvd_geometry *g = p->geometry;
+    uint32_t codec = codec_pages(g, p->hist_end), bf16 = bf16_pages(g);
+    uint64_t k = p->k.data ? tensor_bytes(&p->k, p->tokens, g->kv_heads, g->head_dim_k) : 0;
+    uint64_t v = p->v.data ? tensor_bytes(&p->v, p->tokens, g->kv_heads, g->head_dim_v) : 0;
+    uint32_t step = slice_layers(k + v, p->layer_count);
+    int rc = kvd_stage_begin(c, (codec + bf16) * 8ull + step * (k + v) + 3 * 256, err);
+    for (uint32_t l = 0; l < p->layer_count && rc == KVD_OK; l += step) {
+        uint32_t layers = KVD_MIN(step, p->layer_count - l);
+        c->stage.used = 0;
+        uint64_t table = kvd_stage_take(c, (codec + bf16) * 8ull), out = c->stage.used;
+        if (codec)
+            memcpy(c->stage.host + table, p->pages.codec, codec * 8ull);
+        memcpy(c->stage.host + table + codec * 8ull, p->pages.bf16, bf16 * 8ull);
+        struct kvd_staged sides[2] = {
+            take(c, &p->k, l, layers, p->k.data ? p->tokens : 0, g->kv_heads, g->head_dim_k),
+            take(c, &p->v, l, layers, p->v.data ? p->tokens : 0, g->kv_heads, g->head_dim_v)};
+        struct kvd_cuda_read_params params = {
+            .kv_heads = g->kv_heads,
+            .dim_k = g->head_dim_k,
+            .dim_v = g->head_dim_v,
+            .codec = g->codec,
+            .sink = g->sink,
+            .ring = kvd_geometry_ring(g),
+            .layer_begin = p->layer_begin + l,
+            .layer_count = layers,
+            .codec_pages = (void *)(c->stage.device + table),
+            .bf16_pages = (uint64_t *)(void *)(c->stage.device + table) + codec,
+            .hist_end = (uint32_t)p->hist_end,
+            .begin = (uint32_t)p->begin,
+            .tokens = p->tokens};
+        if (p->rotation)
+            params.rotation = p->rotation->device;
+        if (p->k.data)
+            params.k = kvd_device_tensor(c, &sides[0]);
+        if (p->v.data)
+            params.v = kvd_device_tensor(c, &sides[1]);
+        rc = kvd_stage_upload(c, 0, out, err);
+        if (rc == KVD_OK)
+            rc = kvd_cuda_status(kvd_cuda_read(&params, c->stream), "reading tokens", err);
+        for (int i = 0; i < 2 && rc == KVD_OK; i++)
+            if (sides[i].tensor->data)
+                rc = kvd_stage_scatter(c, &sides[i], err);
+        if (rc == KVD_OK)
+            rc = kvd_stage_download(c, out, c->stage.used, err);
+        for (int i = 0; i < 2 && rc == KVD_OK; i++)
+            if (sides[i].tensor->data)
+                kvd_stage_unpack(c, &sides[i]);
+    }
+    return rc;
+}
+
+int kvd_cuda_op_rotate(struct kvd_backend *b, const struct kvd_rotate_params *p,
+                       struct kvd_error *err)
+{
+    struct kvd_cuda *c = cuda_of(b);
+    const struct kvd_rotation *r = p->rotation;
+    const struct kvd_cuda_matrices *side = p->v ? &r->device.v : &r->device.k;
+    uint32_t dim = p->v ? r->dim_v : r->dim_k;
+    uint64_t x = tensor_bytes(&p->x, p->rows, p->heads, dim);
+    uint64_t y = tensor_bytes(&p->y, p->rows, p->heads, dim);
+    uint32_t step = slice_layers(x + y, p->layer_count);
+    int rc = kvd_stage_begin(c, step * (x + y) + 2 * 256, err);
+    for (uint32_t l = 0; l < p->layer_count && rc == KVD_OK; l += step) {
+        uint32_t layers = KVD_MIN(step, p->layer_count - l);
+        c->stage.used = 0;
+        struct kvd_staged in = take(c, &p->x, l, layers, p->rows, p->heads, dim);
+        struct kvd_staged out = take(c, &p->y, l, layers, p->rows, p->heads, dim);
+        struct kvd_cuda_rotate_params params = {.matrices = p->inverse ? side->inverse_f32
+                                                                       : side->forward_f32,
+                                                .n_layers = r->device.n_layers,
+                                                .rotation_heads = r->device.heads,
+                                                .dim = dim,
+                                                .layer_begin = p->layer_begin + l,
+                                                .layer_count = layers,
+                                                .rows = p->rows,
+                                                .heads = p->heads,
+                                                .kv_heads = p->kv_heads,
+                                                .x = kvd_device_tensor(c, &in),
+                                                .y = kvd_device_tensor(c, &out)};
+        kvd_stage_pack(c, &in);
+        rc = kvd_stage_upload(c, 0, out.at, err);
+        if (rc == KVD_OK)
+            rc = kvd_stage_gather(c, &in, err);
+        if (rc == KVD_OK)
+            rc = kvd_cuda_status(kvd_cuda_rotate(&params, c->stream), "rotation", err);
+        if (rc == KVD_OK)
+            rc = kvd_stage_scatter(c, &out, err);
+        if (rc == KVD_OK)
+            rc = kvd_stage_download(c, out.at, c->stage.used, err);
+        if (rc == KVD_OK)
+            kvd_stage_unpack(c, &out);
+    }
+    return rc;
+}

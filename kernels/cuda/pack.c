@@ -1,0 +1,66 @@
+// Rotation matrices as operands of mma.m16n8k16 (kernels/cuda/device.cuh says in which order).
+#include "kernels/cuda/api.h"
+#include "kernels/quantize.h"
+
+#include <math.h>
+
+// Products are of fp16, a matrix is the sum of two of them: 22 bits. Its largest element becomes
+// 256, so that the low part is not lost among fp16's subnormals, and so that matrices whose
+// elements are all of one size (Hadamard) are exact.
+static const float LARGEST = 256;
+
+static uint32_t word(const float *x, bool low)
+{
+    uint32_t w = 0;
+    for (int e = 0; e < 2; e++) {
+        uint16_t h = kvd_f32_to_fp16(x[e]);
+        if (low)
+            h = kvd_f32_to_fp16(x[e] - kvd_fp16_to_f32(h));
+        w |= (uint32_t)h << 16 * e;
+    }
+    return w;
+}
+
+// B operands of m [dim][dim] (rows in, columns out), of which `at` gives the scaled elements.
+// `permuted_in`: inputs as forward_channel, else outputs as inverse_channel.
+static void pack(const float *m, bool transposed, bool permuted_in, uint32_t dim, float scale,
+                 uint32_t *out)
+{
+    for (int part = 0; part < 2; part++)
+        for (uint32_t j = 0; j < dim / 8; j++)
+            for (uint32_t i = 0; i < dim / 32; i++)
+                for (uint32_t lane = 0; lane < 32; lane++)
+                    for (uint32_t r = 0; r < 4; r++) {
+                        uint32_t g = lane / 4, t = lane % 4;
+                        uint32_t in = permuted_in ? 32 * i + 8 * t + 2 * r
+                                                  : 32 * i + r / 2 * 16 + r % 2 * 8 + 2 * t;
+                        // Column g of tile j is that of lane g / 2, element g % 2 in the outputs.
+                        uint32_t to =
+                            permuted_in ? 8 * j + g : j / 4 * 32 + 8 * (g / 2) + j % 4 * 2 + g % 2;
+                        float x[2];
+                        for (uint32_t e = 0; e < 2; e++)
+                            x[e] = scale * (transposed ? m[(uint64_t)to * dim + in + e]
+                                                       : m[(uint64_t)(in + e) * dim + to]);
+                        *out++ = word(x, part);
+                    }
+}
+
+void kvd_cuda_rotation_pack(const float *r, uint64_t matrices, uint32_t dim, uint16_t *forward,
+                            uint16_t *inverse, float *scale, float *inverse_columns)
+{
+    for (uint64_t i = 0; i < matrices; i++) {
+        const float *m = r + i * dim * dim;
+        float top = 0;
+        for (uint32_t k = 0; k < dim * dim; k++)
+            top = fmaxf(top, fabsf(m[k]));
+        scale[i] = top > 0 ? LARGEST / top : 1;
+        pack(m, false, true, dim, scale[i], (uint32_t *)(void *)forward + i * dim * dim);
+        pack(m, true, false, dim, scale[i], (uint32_t *)(void *)inverse + i * dim * dim);
+        for (uint32_t c = 0; c < dim; c++) { // column c of R^T is row c of R
+            double sum = 0;                  // of what products with the high part see
+            for (uint32_t k = 0; k < dim; k++)
+                sum += kvd_fp16_to_f32(kvd_f32_to_fp16(scale[i] * m[(uint64_t)c * dim + k]));
+            inverse_columns[i * dim + c] = (float)(sum / scale[i]);
+        }
+    }
+}

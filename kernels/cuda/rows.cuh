@@ -1,0 +1,61 @@
+// Rows of tensors and of bf16 pages.
+#ifndef KVD_KERNELS_CUDA_ROWS_CUH
+#define KVD_KERNELS_CUDA_ROWS_CUH
+
+#include "kernels/cuda/device.cuh"
+
+namespace kvd
+{
+
+// Index of the item that a running number falls into: the last whose `first` is not beyond it.
+template <typename F> __device__ inline uint32_t find_item(uint32_t n, uint32_t at, F first)
+{
+    uint32_t low = 0, high = n;
+    while (high - low > 1) {
+        uint32_t mid = (low + high) / 2;
+        if (first(mid) <= at)
+            low = mid;
+        else
+            high = mid;
+    }
+    return low;
+}
+
+__device__ inline uint8_t *tensor_row(const kvd_cuda_tensor &x, uint32_t layer, uint32_t token,
+                                      uint32_t head)
+{
+    return x.data + layer * x.layer_stride + token * x.token_stride + head * x.head_stride;
+}
+
+// Page table entry and row of a token of sink or ring.
+__device__ inline void window_place(uint32_t sink, uint32_t ring, uint32_t token, uint32_t &entry,
+                                    uint32_t &row)
+{
+    entry = token / PAGE;
+    row = token % PAGE;
+    if (token >= sink) {
+        uint32_t at = (token - sink) % ring;
+        entry = (sink + PAGE - 1) / PAGE + at / PAGE;
+        row = at % PAGE;
+    }
+}
+
+// The bf16 row `row` of a tile in a page.
+__device__ inline uint8_t *bf16_tile_row(uint64_t page, uint32_t layer, uint32_t kv_heads,
+                                         uint32_t head, uint32_t dim_k, uint32_t dim_v,
+                                         uint32_t row, bool v)
+{
+    uint64_t tile = ((uint64_t)layer * kv_heads + head) * (PAGE * 2 * (dim_k + dim_v));
+    return (uint8_t *)page + tile + (v ? PAGE * 2 * dim_k + row * 2 * dim_v : row * 2 * dim_k);
+}
+
+// A warp copies a row; both ends are 16-byte aligned.
+__device__ inline void copy_row(uint8_t *to, const uint8_t *from, uint32_t bytes)
+{
+    for (uint32_t i = threadIdx.x % 32 * 16; i < bytes; i += 512)
+        *(uint4 *)(to + i) = *(const uint4 *)(from + i);
+}
+
+} // namespace kvd
+
+#endif

@@ -1,0 +1,397 @@
+// The CUDA kernels against the memory's own speed, measured in the same run.
+// usage: bench_cuda [filter]. Built by tests/gpu/run.sh; needs no library but CUDA.
+//
+// Times are medians of CUDA graph replays; each replay goes over several copies of the pages, so
+// that none is in the L2 cache when it is read. Limits count all bytes that must move.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include "kernels/cuda/api.h"
+
+#define CUDA(call)                                                                                 \
+    do {                                                                                           \
+        cudaError_t rc_ = (cudaError_t)(call);                                                     \
+        if (rc_ != cudaSuccess) {                                                                  \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(rc_));           \
+            exit(1);                                                                               \
+        }                                                                                          \
+    } while (0)
+
+static std::vector<void *> owned;
+static const char *filter;
+static uint8_t *pool;
+static const uint64_t pool_bytes = 6ull << 30;
+static double read_tbs, copy_tbs;
+static uint32_t sms;
+
+template <typename T> static T *device(uint64_t n)
+{
+    T *p;
+    CUDA(cudaMalloc(&p, std::max<uint64_t>(n, 1) * sizeof(T)));
+    owned.push_back(p);
+    return p;
+}
+
+template <typename T> static T *to_device(const std::vector<T> &from)
+{
+    T *p = device<T>(from.size());
+    CUDA(cudaMemcpy(p, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice));
+    return p;
+}
+
+static void free_all()
+{
+    for (void *p : owned)
+        CUDA(cudaFree(p));
+    owned.clear();
+}
+
+__global__ void fill(uint32_t *to, uint64_t words, uint32_t seed, uint32_t mask)
+{
+    uint64_t step = (uint64_t)gridDim.x * blockDim.x;
+    for (uint64_t i = blockIdx.x * (uint64_t)blockDim.x + threadIdx.x; i < words; i += step) {
+        uint32_t x = (uint32_t)i * 2654435761u ^ seed;
+        x ^= x >> 16, x *= 0x85ebca6b, x ^= x >> 13;
+        to[i] = x & mask;
+    }
+}
+
+__global__ void read_all(const uint4 *from, uint64_t n, uint32_t *out)
+{
+    uint32_t x = 0;
+    uint64_t step = (uint64_t)gridDim.x * blockDim.x;
+    for (uint64_t i = blockIdx.x * (uint64_t)blockDim.x + threadIdx.x; i < n; i += 4 * step) {
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            if (i + j * step < n) {
+                uint4 v = __ldcs(&from[i + j * step]);
+                x ^= v.x ^ v.y ^ v.z ^ v.w;
+            }
+    }
+    if (x == 0x12345678)
+        *out = x;
+}
+
+static double graph_median(const std::function<void(cudaStream_t, int)> &launch, int inner)
+{
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    cudaEvent_t a, b;
+    CUDA(cudaStreamCreate(&stream));
+    CUDA(cudaEventCreate(&a));
+    CUDA(cudaEventCreate(&b));
+    CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < inner; i++)
+        launch(stream, i);
+    CUDA(cudaStreamEndCapture(stream, &graph));
+    CUDA(cudaGraphInstantiate(&exec, graph, 0));
+    std::vector<double> t;
+    for (int i = 0; i < 25; i++) {
+        float ms;
+        CUDA(cudaEventRecord(a, stream));
+        CUDA(cudaGraphLaunch(exec, stream));
+        CUDA(cudaEventRecord(b, stream));
+        CUDA(cudaStreamSynchronize(stream));
+        CUDA(cudaEventElapsedTime(&ms, a, b));
+        if (i >= 5)
+            t.push_back(ms / inner);
+    }
+    std::sort(t.begin(), t.end());
+    CUDA(cudaGraphExecDestroy(exec));
+    CUDA(cudaGraphDestroy(graph));
+    CUDA(cudaStreamDestroy(stream));
+    return t[t.size() / 2];
+}
+
+static bool wanted(const char *name)
+{
+    return !filter || strstr(name, filter);
+}
+
+static void report(const char *name, double mb, double ms, double limit_ms, const char *want)
+{
+    printf("%-44s %7.1f MB %9.4f ms  limit %8.4f  %5.1f %%   want %s\n", name, mb, ms, limit_ms,
+           100 * limit_ms / ms, want);
+    fflush(stdout);
+}
+
+// A rotation set of a Hadamard matrix, packed.
+static kvd_cuda_rotation rotation(uint32_t dim)
+{
+    std::vector<float> r(dim * dim), t(dim * dim), scale(1), columns(dim);
+    for (uint32_t i = 0; i < dim; i++)
+        for (uint32_t j = 0; j < dim; j++)
+            r[i * dim + j] = t[j * dim + i] =
+                (__builtin_popcount(i & j) & 1 ? -1.0f : 1.0f) / sqrtf((float)dim);
+    std::vector<uint16_t> forward(2 * dim * dim), inverse(2 * dim * dim);
+    kvd_cuda_rotation_pack(r.data(), 1, dim, forward.data(), inverse.data(), scale.data(),
+                           columns.data());
+    kvd_cuda_matrices m = {};
+    m.forward = to_device(forward);
+    m.inverse = to_device(inverse);
+    m.scale = to_device(scale);
+    m.inverse_columns = to_device(columns);
+    m.forward_f32 = to_device(r);
+    m.inverse_f32 = to_device(t);
+    m.clip = to_device(std::vector<float>(1, 0.94f));
+    kvd_cuda_rotation out = {1, 1, m, m};
+    return out;
+}
+
+struct row {
+    const char *name;
+    uint32_t sequences, history; // 0: ragged
+    uint32_t q_heads, kv_heads, dim, sink, recent, q_len;
+    double want_ms, want_fraction;
+};
+
+static void bench_attend(const row &w)
+{
+    if (!wanted(w.name))
+        return;
+    std::vector<uint32_t> history(w.sequences, w.history), length, end;
+    uint64_t pages = 0, sum = 0;
+    uint32_t longest = 0;
+    for (uint32_t i = 0; i < w.sequences; i++) {
+        if (w.history == 0) // log-uniform from 1K to 128K, in a fixed shuffled order
+            history[i] = (uint32_t)(1024 * pow(128, (i * 37 % w.sequences) / (w.sequences - 1.0))) / 16 * 16;
+        pages += (history[i] + 63) / 64;
+        sum += history[i];
+        longest = std::max(longest, history[i]);
+        length.push_back(w.sink + history[i] + w.recent);
+        end.push_back(w.sink + history[i]);
+    }
+    // One layer a page: a layer's tiles lie together no better than they would in any page.
+    uint64_t tile = 32 * w.dim + 512, page = w.kv_heads * tile, bytes = pages * page;
+    uint64_t windows = (uint64_t)w.sequences * (w.sink + w.recent) * w.kv_heads * w.dim * 4;
+    int copies = (int)std::min<uint64_t>(8, std::min(pool_bytes / bytes, 400000000 / bytes + 1));
+    uint32_t ring = (w.recent + 64 + 63) / 64 * 64, bf16_stride = (w.sink + 63) / 64 + ring / 64;
+    uint64_t bf16_page = (uint64_t)w.kv_heads * 64 * w.dim * 4;
+    uint8_t *bf16 = device<uint8_t>(w.sequences * bf16_stride * bf16_page);
+    CUDA(cudaMemset(bf16, 0x3c, w.sequences * bf16_stride * bf16_page));
+    std::vector<uint64_t> bf16_table(w.sequences * bf16_stride);
+    for (uint64_t i = 0; i < bf16_table.size(); i++)
+        bf16_table[i] = (uint64_t)bf16 + i * bf16_page;
+    std::vector<uint16_t> q((uint64_t)w.sequences * w.q_len * w.q_heads * w.dim);
+    for (size_t i = 0; i < q.size(); i++)
+        q[i] = (uint16_t)(0x3c00 + (i * 40503u >> 7) % 512 + (i % 3 ? 0 : 0x8000));
+    kvd_cuda_attend_params p = {};
+    p.sequences = w.sequences;
+    p.q_heads = w.q_heads;
+    p.kv_heads = w.kv_heads;
+    p.dim_k = p.dim_v = w.dim;
+    p.codec = KVD_CODEC_INT2;
+    p.q_len = w.q_len;
+    p.sink = w.sink;
+    p.ring = ring;
+    p.scale = 0.088f;
+    p.q = to_device(q);
+    p.o = device<uint16_t>(q.size());
+    p.pages.bf16 = to_device(bf16_table);
+    p.pages.codec_stride = (longest + 63) / 64;
+    p.pages.bf16_stride = bf16_stride;
+    p.pages.length = to_device(length);
+    p.pages.hist_end = to_device(end);
+    p.rotation = rotation(w.dim);
+    kvd_cuda_attend_plan(&p, sum, longest, w.sink + w.recent, sms);
+    p.scratch = device<uint8_t>(kvd_cuda_attend_scratch(&p));
+    CUDA(cudaMemset(p.scratch, 0, kvd_cuda_attend_scratch(&p)));
+    std::vector<kvd_cuda_attend_params> ps;
+    for (int i = 0; i < copies; i++) {
+        std::vector<uint64_t> table((uint64_t)w.sequences * p.pages.codec_stride);
+        uint64_t at = (uint64_t)pool + i * bytes;
+        for (uint32_t s = 0; s < w.sequences; s++)
+            for (uint32_t k = 0; k < (history[s] + 63) / 64; k++, at += page)
+                table[(uint64_t)s * p.pages.codec_stride + k] = at;
+        p.pages.codec = to_device(table);
+        ps.push_back(p);
+    }
+    int inner = bytes < 100000000 ? 2 * copies : copies;
+    double ms = graph_median([&](cudaStream_t s, int i) { CUDA(kvd_cuda_attend(&ps[i % copies], s)); }, inner);
+    double limit = (bytes + windows) / read_tbs / 1e9;
+    char want[64] = "";
+    if (w.want_ms > 0)
+        snprintf(want, sizeof(want), "<= %.3f ms on an H100", w.want_ms);
+    else if (w.want_fraction > 0)
+        snprintf(want, sizeof(want), ">= %.0f %%", 100 * w.want_fraction);
+    report(w.name, (bytes + windows) / 1e6, ms, limit, want);
+    free_all();
+}
+
+// New tokens over a compressed prefix.
+static void bench_prefill()
+{
+    const char *name = "prefill 2,048 over 32,768, 32/8";
+    if (!wanted(name))
+        return;
+    const uint32_t q_len = 2048, history = 32768, hq = 32, hkv = 8, dim = 128, pages = history / 64;
+    kvd_cuda_attend_params p = {};
+    p.sequences = 1;
+    p.q_heads = hq;
+    p.kv_heads = hkv;
+    p.dim_k = p.dim_v = dim;
+    p.codec = KVD_CODEC_INT2;
+    p.q_len = p.new_tokens = q_len;
+    p.ring = 64;
+    p.scale = 0.088f;
+    uint16_t *x = device<uint16_t>(q_len * hq * dim);
+    fill<<<1024, 256>>>((uint32_t *)x, q_len * hq * dim / 2, 5, 0xbf80bf80);
+    p.q = p.k = p.v = x;
+    p.o = device<uint16_t>(q_len * hq * dim);
+    std::vector<uint64_t> table(pages), bf16(1);
+    for (uint32_t i = 0; i < pages; i++)
+        table[i] = (uint64_t)pool + (uint64_t)i * hkv * 4608;
+    bf16[0] = (uint64_t)device<uint8_t>(hkv * 64 * dim * 4);
+    p.pages.codec = to_device(table);
+    p.pages.bf16 = to_device(bf16);
+    p.pages.codec_stride = pages;
+    p.pages.bf16_stride = 1;
+    p.pages.length = p.pages.hist_end = to_device(std::vector<uint32_t>(1, history));
+    p.rotation = rotation(dim);
+    kvd_cuda_attend_plan(&p, history, history, q_len, sms);
+    p.scratch = device<uint8_t>(kvd_cuda_attend_scratch(&p));
+    CUDA(cudaMemset(p.scratch, 0, kvd_cuda_attend_scratch(&p)));
+    double ms = graph_median([&](cudaStream_t s, int) { CUDA(kvd_cuda_attend(&p, s)); }, 1);
+    double flops = 4.0 * hq * dim * ((double)q_len * history + (double)q_len * (q_len + 1) / 2);
+    printf("%-44s %9.4f ms  %6.1f TFLOP/s   want >= 250\n", name, ms, flops / ms / 1e9);
+    free_all();
+}
+
+// Quantize and dequantize 8 sequences x 36 layers x 8 heads, all in one launch a side.
+static void bench_quantize(bool ring)
+{
+    const char *name = ring ? "quantize from the ring" : "quantize K and V from new tokens";
+    if (!wanted(name))
+        return;
+    const uint32_t n = 8, layers = 36, heads = 8, dim = 128, tokens = ring ? 64 : 1024;
+    uint64_t page = (uint64_t)layers * heads * 4608, pages = tokens / 64 + 1;
+    uint64_t bf16_page = (uint64_t)layers * heads * 64 * dim * 4;
+    std::vector<kvd_cuda_append_item> items(n);
+    kvd_cuda_append_params p = {};
+    p.kv_heads = heads;
+    p.dim_k = p.dim_v = dim;
+    p.codec = KVD_CODEC_INT2;
+    p.ring = 128;
+    p.layer_count = layers;
+    p.rotation = rotation(dim);
+    p.n_items = n;
+    for (uint32_t i = 0; i < n; i++) {
+        std::vector<uint64_t> codec(pages), bf16(2);
+        for (uint64_t k = 0; k < pages; k++)
+            codec[k] = (uint64_t)pool + (i * pages + k) * page;
+        for (uint64_t &at : bf16) {
+            uint8_t *b = device<uint8_t>(bf16_page);
+            fill<<<1024, 256>>>((uint32_t *)b, bf16_page / 4, i, 0xbfffbfff);
+            at = (uint64_t)b;
+        }
+        kvd_cuda_append_item &item = items[i];
+        item.codec = to_device(codec);
+        item.bf16 = to_device(bf16);
+        item.length = ring ? 64 : 0;
+        item.new_length = item.new_hist_end = tokens;
+        uint64_t bytes = (uint64_t)layers * tokens * heads * dim * 2;
+        for (kvd_cuda_tensor *t : {&item.k, &item.v}) {
+            if (ring)
+                continue;
+            uint8_t *b = device<uint8_t>(bytes);
+            fill<<<1024, 256>>>((uint32_t *)b, bytes / 4, 7 * i, 0xbfffbfff);
+            *t = kvd_cuda_tensor{b, (uint64_t)tokens * heads * dim * 2, heads * dim * 2, dim * 2, KVD_DTYPE_BF16};
+        }
+        item.first_chunk = i * tokens / 16;
+        item.first_token = ring ? 0 : i * tokens;
+        p.chunks += tokens / 16;
+        p.tokens += ring ? 0 : tokens;
+    }
+    p.items = to_device(items);
+    double ms = graph_median([&](cudaStream_t s, int) { CUDA(kvd_cuda_append(&p, s)); }, 1);
+    double vectors = (double)n * tokens * layers * heads;
+    double mb = vectors * 2 * (256 + 36) / 1e6;
+    printf("%-44s %7.1f MB %9.4f ms  limit %8.4f  %6.2f G token-heads/s   want %s\n", name, mb, ms,
+           mb / copy_tbs / 1e6 * 1e3, vectors / ms / 1e6, ring ? "" : ">= 2.5");
+    free_all();
+}
+
+static void bench_read()
+{
+    const char *name = "dequantize to bf16";
+    if (!wanted(name))
+        return;
+    const uint32_t layers = 36, heads = 8, dim = 128, tokens = 8192;
+    uint64_t page = (uint64_t)layers * heads * 4608;
+    std::vector<uint64_t> codec(tokens / 64), bf16(2, (uint64_t)pool);
+    for (uint64_t k = 0; k < codec.size(); k++)
+        codec[k] = (uint64_t)pool + k * page;
+    kvd_cuda_read_params p = {};
+    p.kv_heads = heads;
+    p.dim_k = p.dim_v = dim;
+    p.codec = KVD_CODEC_INT2;
+    p.ring = 64;
+    p.layer_count = layers;
+    p.rotation = rotation(dim);
+    p.codec_pages = to_device(codec);
+    p.bf16_pages = to_device(bf16);
+    p.hist_end = p.tokens = tokens;
+    uint64_t bytes = (uint64_t)layers * tokens * heads * dim * 2;
+    p.k = p.v = kvd_cuda_tensor{device<uint8_t>(bytes), (uint64_t)tokens * heads * dim * 2, heads * dim * 2, dim * 2, KVD_DTYPE_BF16};
+    p.v.data = device<uint8_t>(bytes);
+    double ms = graph_median([&](cudaStream_t s, int) { CUDA(kvd_cuda_read(&p, s)); }, 1);
+    double mb = (double)layers * tokens * heads * 2 * (256 + 36) / 1e6;
+    report(name, mb, ms, mb / copy_tbs / 1e6, ">= 80 % of the copy ceiling");
+    free_all();
+}
+
+int main(int argc, char **argv)
+{
+    filter = argc > 1 ? argv[1] : nullptr;
+    cudaDeviceProp prop;
+    CUDA(cudaGetDeviceProperties(&prop, 0));
+    sms = (uint32_t)prop.multiProcessorCount;
+    CUDA(cudaMalloc(&pool, pool_bytes));
+    fill<<<1024, 256>>>((uint32_t *)pool, pool_bytes / 4, 99, 0x2fff2fff); // fp16: small, positive
+    CUDA(cudaDeviceSynchronize());
+    uint32_t *out = device<uint32_t>(1);
+    double best = 1e9;
+    for (int blocks : {4, 8, 16})
+        best = std::min(best, graph_median([&](cudaStream_t s, int) {
+            read_all<<<sms * blocks, 512, 0, s>>>((const uint4 *)pool, pool_bytes / 16, out);
+        }, 1));
+    read_tbs = pool_bytes / best / 1e9;
+    double ms = graph_median([&](cudaStream_t s, int) {
+        CUDA(cudaMemcpyAsync(pool, pool + pool_bytes / 2, pool_bytes / 2, cudaMemcpyDeviceToDevice, s));
+    }, 1);
+    copy_tbs = pool_bytes / ms / 1e9;
+    free_all();
+    printf("%s, %u multiprocessors; ceilings in this run: read %.3f TB/s, copy %.3f TB/s (read + write)\n",
+           prop.name, sms, read_tbs, copy_tbs);
+    const row rows[] = {
+        {"32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 1, 0, 0.92},
+        {"256 x 4,096, 32/8", 256, 4096, 32, 8, 128, 0, 0, 1, 0, 0.90},
+        {"32 x 4,096, 32/8", 32, 4096, 32, 8, 128, 0, 0, 1, 0.031, 0},
+        {"1 x 102,400, 32/8", 1, 102400, 32, 8, 128, 0, 0, 1, 0.026, 0},
+        {"1 x 32,768, 32/8", 1, 32768, 32, 8, 128, 0, 0, 1, 0.012, 0},
+        {"32 x 32,768, 64/8", 32, 32768, 64, 8, 128, 0, 0, 1, 0, 0.88},
+        {"32 x 32,768, 8/8", 32, 32768, 8, 8, 128, 0, 0, 1, 0, 0.88},
+        {"32 x 32,768, 96/8", 32, 32768, 96, 8, 128, 0, 0, 1, 0, 0.80},
+        {"head_dim 64: 64 x 32,768, 32/8", 64, 32768, 32, 8, 64, 0, 0, 1, 0, 0.85},
+        {"head_dim 256: 16 x 32,768, 32/8", 16, 32768, 32, 8, 256, 0, 0, 1, 0, 0.85},
+        {"64 ragged, 1K to 128K, 32/8", 64, 0, 32, 8, 128, 0, 0, 1, 0, 0.85},
+        {"32 x 32,768, 32/8, sink 64 recent 256", 32, 32768, 32, 8, 128, 64, 256, 1, 0, 0.88},
+        {"q_len 4: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 4, 0, 0.736},
+        {"q_len 16: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 16, 0, 0},
+    };
+    for (const row &r : rows)
+        bench_attend(r);
+    bench_prefill();
+    bench_quantize(false);
+    bench_quantize(true);
+    bench_read();
+    return 0;
+}

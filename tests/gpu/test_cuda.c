@@ -1,0 +1,528 @@
+// The CUDA backend on a GPU, against float64 over the pages it wrote and against the CPU backend.
+// usage: test_cuda [quick]. Needs no library but CUDA; built by tests/gpu/run.sh.
+#include <cuda_runtime_api.h>
+#include <errno.h>
+
+#include "kernels/cuda/api.h"
+#include "tests/unit/kernel_truth.h"
+
+static struct kvd_backend *cuda, *cpu;
+static int passed, failed;
+
+static void result(bool ok, const char *name)
+{
+    ok ? passed++ : failed++;
+    if (!ok)
+        printf("FAILED %s\n", name);
+}
+
+static void need(int rc, const char *what)
+{
+    if (rc) {
+        fprintf(stderr, "%s: %s\n", what, cudaGetErrorString((cudaError_t)rc));
+        exit(1);
+    }
+}
+
+// -- a sequence whose pages are on the GPU -------------------------------------------------------
+
+static uint64_t *device_pages(uint32_t n, uint64_t bytes)
+{
+    uint64_t *at = calloc(n ? n : 1, sizeof(*at));
+    for (uint32_t i = 0; i < n; i++) {
+        void *p;
+        need(cudaMalloc(&p, bytes), "page");
+        need(cudaMemset(p, 0xff, bytes), "poison");
+        at[i] = (uint64_t)(uintptr_t)p;
+    }
+    return at;
+}
+
+static void to_device(struct kseq *s)
+{
+    s->at_bf16 = device_pages(s->n_bf16, kvd_page_bytes(&s->g, KVD_CODEC_BF16));
+    s->at_codec = device_pages(s->n_codec, kvd_page_bytes(&s->g, s->g.codec));
+}
+
+static void fetch_pages(struct kseq *s)
+{
+    uint64_t bf16 = kvd_page_bytes(&s->g, KVD_CODEC_BF16),
+             codec = kvd_page_bytes(&s->g, s->g.codec);
+    for (uint32_t i = 0; i < s->n_bf16; i++)
+        need(cudaMemcpy((void *)(uintptr_t)s->bf16[i], (void *)(uintptr_t)s->at_bf16[i], bf16,
+                        cudaMemcpyDeviceToHost),
+             "fetch");
+    for (uint32_t i = 0; i < s->n_codec; i++)
+        need(cudaMemcpy((void *)(uintptr_t)s->codec[i], (void *)(uintptr_t)s->at_codec[i], codec,
+                        cudaMemcpyDeviceToHost),
+             "fetch");
+}
+
+static void deinit(struct kseq *s)
+{
+    for (uint32_t i = 0; s->at_bf16 != s->bf16 && i < s->n_bf16; i++)
+        cudaFree((void *)(uintptr_t)s->at_bf16[i]);
+    for (uint32_t i = 0; s->at_codec != s->codec && i < s->n_codec; i++)
+        cudaFree((void *)(uintptr_t)s->at_codec[i]);
+    if (s->at_bf16 != s->bf16) {
+        free(s->at_bf16);
+        free(s->at_codec);
+    }
+    kseq_deinit(s);
+}
+
+// Appends `length` tokens in pieces of random size; the same pieces for the same seed.
+static struct kvd_rotation *grow(struct kseq *s, struct kvd_backend *b, uint32_t length,
+                                 uint64_t seed)
+{
+    struct kvd_error err = {0};
+    struct kvd_rotation *rot = b->ops->rotation_new(b, &s->rot, &err);
+    if (!rot) {
+        fprintf(stderr, "%s\n", err.text);
+        exit(1);
+    }
+    while (s->length < length) {
+        uint32_t n = (uint32_t)(kvd_rand(&seed) % 3 ? 1 + kvd_rand(&seed) % 200 : 1);
+        kseq_append(s, b, rot, (uint32_t)KVD_MIN((uint64_t)n, length - s->length));
+    }
+    return rot;
+}
+
+// -- attention -----------------------------------------------------------------------------------
+
+struct shape {
+    uint32_t layers, kv_heads, group, dk, dv, sink, recent, heads_rot, length;
+    struct attention a;
+};
+
+static double worst_error, worst_row, worst_lse;
+
+static void check_shape(const struct shape *c, uint32_t codec, double limit, uint64_t seed)
+{
+    struct kseq s;
+    struct kvd_geometry g =
+        geometry(c->layers, c->kv_heads, c->group, c->dk, c->dv, codec, c->sink, c->recent);
+    kseq_init(&s, g, c->length + 64, c->heads_rot, 0.96f, 0.92f, seed);
+    kseq_fill(&s);
+    to_device(&s);
+    struct kvd_rotation *rot = grow(&s, cuda, c->length, seed);
+    fetch_pages(&s);
+    struct attention_errors e = attention_error(&s, cuda, rot, &c->a);
+    char name[200];
+    snprintf(
+        name, sizeof(name),
+        "attention codec %u kv %u group %u dims %u %u sink %u recent %u rotations %u length %u "
+        "q %u new %u window %u cap %g: error %.2e (worst row %.2e), lse %.2e",
+        codec, c->kv_heads, c->group, c->dk, c->dv, c->sink, c->recent, c->heads_rot, c->length,
+        c->a.q_len, c->a.new_tokens, c->a.window, (double)c->a.softcap, e.overall, e.worst, e.lse);
+    result(e.overall < limit && e.worst < 4e-3 && e.lse < 5e-3, name);
+    worst_error = fmax(worst_error, e.overall);
+    worst_row = fmax(worst_row, e.worst);
+    worst_lse = fmax(worst_lse, e.lse);
+    cuda->ops->rotation_free(cuda, &rot);
+    deinit(&s);
+}
+
+static void shapes(uint64_t seed)
+{
+    const struct shape shapes[] = {
+        {1, 2, 1, 64, 64, 64, 256, 1, 700, {.q_len = 1}},
+        {2, 2, 2, 128, 128, 64, 256, 1, 700, {.q_len = 1}},
+        {1, 2, 3, 256, 256, 64, 256, 1, 500, {.q_len = 1}},
+        {1, 1, 4, 128, 64, 64, 0, 1, 333, {.q_len = 1}},
+        {1, 2, 6, 64, 128, 16, 32, 2, 555, {.q_len = 3}},
+        {1, 1, 12, 128, 128, 0, 0, 1, 400, {.q_len = 1}},
+        {1, 1, 12, 128, 128, 0, 0, 1, 403, {.q_len = 7}},
+        {1, 1, 16, 256, 64, 48, 16, 1, 401, {.q_len = 2}},
+        {1, 2, 8, 64, 256, 64, 64, 0, 402, {.q_len = 1}},
+        {1, 3, 2, 128, 128, 64, 64, 3, 1200, {.q_len = 4, .window = 100}},
+        {1, 1, 4, 128, 128, 64, 64, 1, 1203, {.q_len = 5, .window = 700, .softcap = 20}},
+        {1, 1, 4, 128, 128, 64, 64, 1, 1203, {.q_len = 16, .softcap = 30}},
+        {1, 1, 4, 128, 128, 64, 64, 1, 640, {.q_len = 37, .new_tokens = 37}},
+        {1, 1, 4, 128, 128, 64, 64, 1, 2640, {.q_len = 64, .new_tokens = 64, .window = 1000}},
+        {1, 2, 7, 64, 64, 64, 64, 1, 3000, {.q_len = 1, .softcap = 5}},
+        {1, 1, 2, 128, 128, 64, 256, 1, 1, {.q_len = 1}},
+        {1, 1, 2, 128, 128, 64, 256, 1, 40, {.q_len = 40}},
+        {1, 1, 2, 64, 64, 64, 256, 1, 330, {.q_len = 330}},
+        {1, 2, 4, 128, 128, 0, 0, 1, 600, {.q_len = 600}},
+        {1, 2, 4, 64, 64, 64, 256, 1, 700, {.q_len = 300, .window = 200}},
+        {1, 1, 2, 64, 64, 64, 256, 1, 0, {.q_len = 50, .new_tokens = 50}},
+        {1, 2, 4, 128, 128, 64, 256, 1, 20000, {.q_len = 1}},
+        {1, 2, 40, 128, 128, 64, 64, 1, 500, {.q_len = 1}},
+    };
+    for (size_t j = 0; j < KVD_LEN(shapes); j++) {
+        check_shape(&shapes[j], KVD_CODEC_INT2, 2e-3, seed + j);
+        check_shape(&shapes[j], KVD_CODEC_BF16, 5e-4, seed + j);
+    }
+}
+
+static void groups_and_dims(uint64_t seed)
+{
+    const uint32_t dims[] = {64, 128, 256};
+    for (uint32_t group = 1; group <= 16; group++)
+        for (size_t i = 0; i < 9; i++) {
+            struct shape c = {1,  2,  group, dims[i / 3], dims[i % 3],
+                              16, 16, 1,     170 + group, {.q_len = 1}};
+            check_shape(&c, KVD_CODEC_INT2, 2e-3, seed + group * 9 + i);
+        }
+}
+
+// Decode as in serving: 100 random problems.
+static void accuracy(uint64_t seed)
+{
+    worst_error = worst_row = worst_lse = 0;
+    for (uint32_t i = 0; i < 100; i++) {
+        struct shape c = {1,           8,   (const uint32_t[]){1, 2, 4, 5, 6, 8, 12, 16}[i % 8],
+                          128,         128, 64,
+                          256,         1,   330 + (uint32_t)(kvd_rand(&seed) % 3000),
+                          {.q_len = 1}};
+        check_shape(&c, KVD_CODEC_INT2, 2e-3, kvd_rand(&seed));
+    }
+    printf("100 decode problems, f32 q and o: worst relative L2 %.2e (of a row %.2e), worst "
+           "log-sum-exp %.2e\n",
+           worst_error, worst_row, worst_lse);
+}
+
+// A ragged batch in one call gives what single calls give.
+static void ragged(uint64_t seed, uint32_t group, uint32_t dim)
+{
+    enum { N = 10 };
+    const uint32_t lengths[N] = {1, 63, 64, 65, 320, 337, 400, 1000, 3000, 5555};
+    struct kseq s[N];
+    struct kvd_rotation *rot = NULL;
+    struct kvd_attend_item items[N];
+    struct kvd_geometry g = geometry(2, 2, group, dim, dim, KVD_CODEC_INT2, 64, 256);
+    uint64_t row = (uint64_t)2 * g.q_heads * dim;
+    float *q = malloc(N * row * 4), *o = malloc(2 * N * row * 4);
+    for (uint32_t i = 0; i < N; i++) {
+        kseq_init(&s[i], g, lengths[i] + 64, 1, 0.96f, 0.92f, seed); // one set of rotations
+        s[i].rng += i;
+        kseq_fill(&s[i]);
+        to_device(&s[i]);
+        if (rot)
+            cuda->ops->rotation_free(cuda, &rot);
+        rot = grow(&s[i], cuda, lengths[i], seed + i);
+        for (uint64_t j = 0; j < row; j++)
+            q[i * row + j] = (float)kseq_normal(&s[i].rng);
+        items[i] = (struct kvd_attend_item){
+            .pages = {s[i].at_bf16, s[i].at_codec},
+            .length = s[i].length,
+            .hist_end = s[i].hist_end,
+            .q_len = 1,
+            .q = kseq_tensor(q + i * row, KVD_DTYPE_F32, 1, g.q_heads, dim, 0),
+            .o = kseq_tensor(o + i * row, KVD_DTYPE_F32, 1, g.q_heads, dim, 0)};
+    }
+    struct kvd_attend_params p = {.geometry = &g,
+                                  .rotation = rot,
+                                  .layer_count = 2,
+                                  .scale = 0.1f,
+                                  .items = items,
+                                  .n_items = N};
+    memset(o, 0xff, 2 * N * row * 4);
+    bool ok = cuda->ops->attend(cuda, &p, NULL) == KVD_OK;
+    double worst = 0;
+    for (uint32_t i = 0; i < N; i++) {
+        struct kvd_attend_item one = items[i];
+        one.o.data = (uint8_t *)(o + (N + i) * row);
+        p.items = &one;
+        p.n_items = 1;
+        ok &= cuda->ops->attend(cuda, &p, NULL) == KVD_OK;
+        double d = 0, n = 0;
+        for (uint64_t j = 0; j < row; j++) {
+            double a = o[i * row + j], b = o[(N + i) * row + j];
+            d += (a - b) * (a - b);
+            n += b * b;
+        }
+        double e = sqrt(d / n);
+        worst = e <= worst ? worst : e;
+    }
+    char name[100];
+    snprintf(name, sizeof(name), "ragged group %u dim %u: batch differs from single by %.2e", group,
+             dim, worst);
+    result(ok && worst < 1e-3, name);
+    cuda->ops->rotation_free(cuda, &rot);
+    for (uint32_t i = 0; i < N; i++)
+        deinit(&s[i]);
+    free(q);
+    free(o);
+}
+
+// -- pages ---------------------------------------------------------------------------------------
+
+static uint64_t bytes_compared, bytes_different;
+
+// The same tokens through both backends: the pages must be the same bytes, but for codes within
+// rounding of a boundary.
+static void same_pages(uint32_t dk, uint32_t dv, uint32_t heads_rot, uint32_t codec, float clip,
+                       bool ties, uint64_t seed)
+{
+    struct kvd_geometry g = geometry(2, 2, 1, dk, dv, codec, 64, 64);
+    struct kseq s[2];
+    for (int i = 0; i < 2; i++) {
+        kseq_init(&s[i], g, 1000, heads_rot, clip, clip < 1 ? clip - 0.04f : 1, seed);
+        kseq_fill(&s[i]);
+        for (uint64_t j = 0; ties && j < 2 * 1000 * 2 * dk; j++) // few values, constant rows
+            s[i].k[j] = kvd_f32_to_bf16((float)(j / dk % 5 == 0 ? 3 : (int)(j * 7 % 5) - 2));
+        for (uint32_t j = 0; j < s[i].n_codec; j++)
+            memset((void *)(uintptr_t)s[i].codec[j], 0, kvd_page_bytes(&g, codec));
+        for (uint32_t j = 0; j < s[i].n_bf16; j++)
+            memset((void *)(uintptr_t)s[i].bf16[j], 0, kvd_page_bytes(&g, KVD_CODEC_BF16));
+    }
+    to_device(&s[1]);
+    for (uint32_t j = 0; j < s[1].n_codec; j++)
+        cudaMemset((void *)(uintptr_t)s[1].at_codec[j], 0, kvd_page_bytes(&g, codec));
+    for (uint32_t j = 0; j < s[1].n_bf16; j++)
+        cudaMemset((void *)(uintptr_t)s[1].at_bf16[j], 0, kvd_page_bytes(&g, KVD_CODEC_BF16));
+    struct kvd_rotation *a = grow(&s[0], cpu, 1000, seed), *b = grow(&s[1], cuda, 1000, seed);
+    fetch_pages(&s[1]);
+    uint64_t differ = 0, all = 0;
+    for (uint32_t j = 0; j < s[0].n_codec; j++)
+        for (uint64_t k = 0; k < kvd_page_bytes(&g, codec); k++, all++)
+            differ += ((uint8_t *)(uintptr_t)s[0].codec[j])[k] !=
+                      ((uint8_t *)(uintptr_t)s[1].codec[j])[k];
+    bool windows = true;
+    for (uint32_t j = 0; j < s[0].n_bf16; j++)
+        windows &= memcmp((void *)(uintptr_t)s[0].bf16[j], (void *)(uintptr_t)s[1].bf16[j],
+                          kvd_page_bytes(&g, KVD_CODEC_BF16)) == 0;
+    bytes_compared += all;
+    bytes_different += differ;
+    char name[160];
+    snprintf(
+        name, sizeof(name),
+        "pages dims %u %u rotations %u codec %u clip %g%s: %llu of %llu bytes differ, windows %s",
+        dk, dv, heads_rot, codec, (double)clip, ties ? " ties" : "", (unsigned long long)differ,
+        (unsigned long long)all, windows ? "equal" : "DIFFER");
+    // Codes within fp32 rounding of a boundary may differ, and with the rotation's sums scales may
+    // round to another fp16.
+    result(windows && differ <= (heads_rot ? all / 1000 : all / 5000), name);
+    // What one wrote the other reads: the GPU's pages by the CPU.
+    if (codec == KVD_CODEC_INT2) {
+        struct attention at = {.q_len = 1};
+        uint64_t *mine = s[1].at_codec, *windows_at = s[1].at_bf16;
+        s[1].at_codec = s[1].codec;
+        s[1].at_bf16 = s[1].bf16;
+        result(attention_error(&s[1], cpu, a, &at).worst < 2e-4,
+               "the CPU backend reads the GPU's pages");
+        s[1].at_codec = mine;
+        s[1].at_bf16 = windows_at;
+    }
+    cpu->ops->rotation_free(cpu, &a);
+    cuda->ops->rotation_free(cuda, &b);
+    deinit(&s[0]);
+    deinit(&s[1]);
+}
+
+// Reading gives the truth; to bf16 and f32, whole and in part.
+static void reading(uint32_t dk, uint32_t dv, uint32_t heads_rot, uint32_t codec,
+                    enum kvd_dtype dtype, uint64_t seed)
+{
+    struct kvd_geometry g = geometry(2, 2, 1, dk, dv, codec, 64, 64);
+    struct kseq s;
+    kseq_init(&s, g, 800, heads_rot, 0.96f, 0.92f, seed);
+    kseq_fill(&s);
+    to_device(&s);
+    struct kvd_rotation *rot = grow(&s, cuda, 777, seed);
+    fetch_pages(&s);
+    const uint32_t ranges[][2] = {{0, 777}, {3, 64}, {70, 300}, {699, 78}, {80, 16}};
+    double worst = 0;
+    bool ok = true;
+    for (size_t i = 0; i < KVD_LEN(ranges); i++) {
+        uint32_t n = ranges[i][1];
+        uint8_t *k = malloc(2ull * n * 2 * dk * 4), *v = malloc(2ull * n * 2 * dv * 4);
+        memset(k, 0xff, 2ull * n * 2 * dk * 4);
+        memset(v, 0xff, 2ull * n * 2 * dv * 4);
+        struct kvd_read_params p = {.geometry = &g,
+                                    .rotation = rot,
+                                    .layer_count = 2,
+                                    .pages = {s.at_bf16, s.at_codec},
+                                    .length = s.length,
+                                    .hist_end = s.hist_end,
+                                    .begin = ranges[i][0],
+                                    .tokens = n,
+                                    .k = kseq_tensor(k, dtype, n, 2, dk, 0),
+                                    .v = kseq_tensor(v, dtype, n, 2, dv, 0)};
+        ok &= cuda->ops->read(cuda, &p, NULL) == KVD_OK;
+        for (uint64_t row = 0; row < 2ull * n * 2 * 2; row++) {
+            bool side = row % 2;
+            uint32_t head = row / 2 % 2, t = row / 4 % n, layer = (uint32_t)(row / 4 / n);
+            uint32_t dim = side ? dv : dk;
+            double want[KVD_MAX_HEAD_DIM];
+            float got[KVD_MAX_HEAD_DIM];
+            kseq_truth(&s, ranges[i][0] + t, layer, head, side, want);
+            const uint8_t *at = (side ? v : k) + ((uint64_t)(layer * n + t) * 2 + head) * dim *
+                                                     (dtype == KVD_DTYPE_F32 ? 4 : 2);
+            for (uint32_t c = 0; c < dim; c++)
+                got[c] = dtype == KVD_DTYPE_F32
+                             ? ((const float *)(const void *)at)[c]
+                             : kvd_bf16_to_f32(((const uint16_t *)(const void *)at)[c]);
+            double e = kseq_rel(want, got, dim);
+            worst = e <= worst ? worst : e;
+        }
+        free(k);
+        free(v);
+    }
+    char name[120];
+    snprintf(name, sizeof(name), "read dims %u %u rotations %u codec %u %s: error %.2e", dk, dv,
+             heads_rot, codec, dtype == KVD_DTYPE_F32 ? "f32" : "bf16", worst);
+    result(ok && worst < (dtype == KVD_DTYPE_F32 ? 1e-3 : 4e-3), name);
+    cuda->ops->rotation_free(cuda, &rot);
+    deinit(&s);
+}
+
+static void rotating(uint32_t dim, uint32_t heads_rot, bool inverse, uint64_t seed)
+{
+    struct kvd_geometry g = geometry(3, 2, 2, dim, dim, KVD_CODEC_INT2, 64, 64);
+    struct kseq s;
+    kseq_init(&s, g, 64, heads_rot, 1, 1, seed);
+    struct kvd_rotation *a = cpu->ops->rotation_new(cpu, &s.rot, NULL);
+    struct kvd_rotation *b = cuda->ops->rotation_new(cuda, &s.rot, NULL);
+    uint64_t n = 2ull * 33 * 4 * dim;
+    float *x = malloc(n * 4), *y = malloc(n * 4), *z = malloc(n * 4);
+    for (uint64_t i = 0; i < n; i++)
+        x[i] = (float)kseq_normal(&s.rng);
+    struct kvd_rotate_params p = {.rotation = a,
+                                  .v = inverse,
+                                  .inverse = inverse,
+                                  .layer_begin = 1,
+                                  .layer_count = 2,
+                                  .rows = 33,
+                                  .heads = 4,
+                                  .kv_heads = 2,
+                                  .x = kseq_tensor(x, KVD_DTYPE_F32, 33, 4, dim, 0),
+                                  .y = kseq_tensor(y, KVD_DTYPE_F32, 33, 4, dim, 0)};
+    bool ok = cpu->ops->rotate(cpu, &p, NULL) == KVD_OK;
+    p.rotation = b;
+    p.y.data = (uint8_t *)z;
+    ok &= cuda->ops->rotate(cuda, &p, NULL) == KVD_OK;
+    double d = 0, w = 0;
+    for (uint64_t i = 0; i < n; i++) {
+        d += ((double)y[i] - z[i]) * ((double)y[i] - z[i]);
+        w += (double)y[i] * y[i];
+    }
+    char name[80];
+    snprintf(name, sizeof(name), "rotate dim %u rotations %u: %.2e", dim, heads_rot, sqrt(d / w));
+    result(ok && sqrt(d / w) < 1e-6, name);
+    cpu->ops->rotation_free(cpu, &a);
+    cuda->ops->rotation_free(cuda, &b);
+    kseq_deinit(&s);
+    free(x);
+    free(y);
+    free(z);
+}
+
+// NaN and Inf are found where they are, in host and in device memory.
+static void checking(bool on_device, bool in_v)
+{
+    struct kvd_geometry g = geometry(2, 2, 1, 64, 128, KVD_CODEC_INT2, 64, 64);
+    uint64_t nk = 2 * 50 * 2 * 64, nv = 2 * 50 * 2 * 128;
+    uint16_t *k = calloc(nk, 2), *v = calloc(nv, 2), *dk, *dv;
+    uint64_t at = ((1 * 50 + 17) * 2 + 1) * (in_v ? 128ull : 64) + 33;
+    (in_v ? v : k)[at] = in_v ? 0xff80 : 0x7fc1;
+    need(cudaMalloc((void **)&dk, nk * 2), "k");
+    need(cudaMalloc((void **)&dv, nv * 2), "v");
+    need(cudaMemcpy(dk, k, nk * 2, cudaMemcpyHostToDevice), "k");
+    need(cudaMemcpy(dv, v, nv * 2, cudaMemcpyHostToDevice), "v");
+    uint64_t none = 0;
+    struct kvd_append_item item = {
+        .pages = {&none, &none},
+        .new_length = 50,
+        .hist_end = 64,
+        .new_hist_end = 64,
+        .k = kseq_tensor(on_device ? dk : k, KVD_DTYPE_BF16, 50, 2, 64, 0),
+        .v = kseq_tensor(on_device ? dv : v, KVD_DTYPE_BF16, 50, 2, 128, 0)};
+    uint64_t table[8] = {0};
+    item.pages.bf16 = item.pages.codec = table;
+    struct kvd_append_params p = {
+        .geometry = &g, .layer_begin = 0, .layer_count = 2, .items = &item, .n_items = 1};
+    struct kvd_nonfinite w = {0};
+    int rc = cuda->ops->check(cuda, &p, &w);
+    result(rc == KVD_E_INVALID && w.item == 0 && w.layer == 1 && w.token == 17 && w.head == 1 &&
+               w.channel == 33 && w.in_v == in_v,
+           on_device ? "check on the device" : "check on the host");
+    if (on_device)
+        cudaMemset((in_v ? dv : dk) + at, 0, 2);
+    else
+        (in_v ? v : k)[at] = 0;
+    result(cuda->ops->check(cuda, &p, &w) == KVD_OK, "check of finite values");
+    cudaFree(dk);
+    cudaFree(dv);
+    free(k);
+    free(v);
+}
+
+static void memory(void)
+{
+    uint64_t at = 0, bytes = 4 << 20;
+    result(cuda->ops->mem_alloc(cuda, 0, bytes, &at) == 0, "mem_alloc");
+    unsigned long long *sum, first = 0, second = 0;
+    need(cudaMalloc((void **)&sum, 8), "sum");
+    need(kvd_cuda_checksum((void *)(uintptr_t)at, bytes, sum, NULL), "checksum");
+    cudaMemcpy(&first, sum, 8, cudaMemcpyDeviceToHost);
+    result(first == 0, "new memory is zero");
+    uint32_t words[2] = {5, 7};
+    cudaMemcpy((void *)(uintptr_t)(at + 4096), words, 8, cudaMemcpyHostToDevice);
+    kvd_cuda_checksum((void *)(uintptr_t)at, bytes, sum, NULL);
+    cudaMemcpy(&first, sum, 8, cudaMemcpyDeviceToHost);
+    uint32_t swapped[2] = {7, 5};
+    cudaMemcpy((void *)(uintptr_t)(at + 4096), swapped, 8, cudaMemcpyHostToDevice);
+    kvd_cuda_checksum((void *)(uintptr_t)at, bytes, sum, NULL);
+    cudaMemcpy(&second, sum, 8, cudaMemcpyDeviceToHost);
+    result(first == 5 * 2049 + 7 * 2051 && first != second, "checksum");
+    result(cuda->ops->copy(cuda, at, at + 4096, 4096, NULL) == 0, "copy");
+    uint32_t got = 0;
+    cudaMemcpy(&got, (void *)(uintptr_t)at, 4, cudaMemcpyDeviceToHost);
+    result(got == 7, "copied");
+    result(cuda->ops->mem_zero(cuda, 0, at, bytes) == 0, "mem_zero");
+    kvd_cuda_checksum((void *)(uintptr_t)at, bytes, sum, NULL);
+    cudaMemcpy(&second, sum, 8, cudaMemcpyDeviceToHost);
+    result(second == 0, "zeroed memory is zero");
+    cuda->ops->mem_free(cuda, 0, at, bytes);
+    result(cuda->ops->mem_alloc(cuda, 0, 1ull << 50, &at) == -ENOMEM, "too much memory");
+    cudaFree(sum);
+}
+
+int main(int argc, char **argv)
+{
+    bool quick = argc > 1 && strcmp(argv[1], "quick") == 0; // under a sanitizer
+    struct kvd_error err = {0};
+    cuda = kvd_cuda_backend_new(0, &err);
+    if (!cuda) {
+        printf("skipped: %s\n", err.text);
+        return 77;
+    }
+    cpu = kvd_cpu_backend_new(0, NULL, &err);
+    printf("%s; %s\n", cuda->ops->device(cuda), cpu->ops->device(cpu));
+    uint64_t seed = kvd_test_seed("cuda");
+    memory();
+    for (int i = 0; i < 4; i++)
+        checking(i & 1, i & 2);
+    const uint32_t dims[] = {64, 128, 256};
+    for (int i = 0; i < 9; i++) {
+        uint32_t dk = dims[i / 3], dv = dims[i % 3];
+        same_pages(dk, dv, i % 3, KVD_CODEC_INT2, 0.96f, false, seed + i);
+        reading(dk, dv, i % 3, KVD_CODEC_INT2, KVD_DTYPE_F32, seed + i);
+        reading(dk, dv, i % 3, KVD_CODEC_INT2, KVD_DTYPE_BF16, seed + i);
+    }
+    same_pages(128, 128, 1, KVD_CODEC_INT2, 1, false, seed);
+    same_pages(128, 128, 1, KVD_CODEC_INT2, 0.6f, false, seed);
+    same_pages(128, 64, 0, KVD_CODEC_INT2, 0.96f, true, seed);
+    same_pages(128, 64, 1, KVD_CODEC_BF16, 1, false, seed);
+    reading(128, 64, 0, KVD_CODEC_BF16, KVD_DTYPE_BF16, seed);
+    printf("pages of both backends: %llu of %llu bytes differ\n",
+           (unsigned long long)bytes_different, (unsigned long long)bytes_compared);
+    for (int i = 0; i < 6; i++)
+        rotating(dims[i % 3], (uint32_t)i % 3, i > 2, seed + i);
+    shapes(seed);
+    ragged(seed, 4, 128);
+    ragged(seed, 12, 128);
+    if (!quick) {
+        ragged(seed, 7, 64);
+        ragged(seed, 3, 256);
+        groups_and_dims(seed);
+        accuracy(seed);
+    }
+    kvd_backend_free(&cuda);
+    kvd_backend_free(&cpu);
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed != 0;
+}

@@ -1,0 +1,158 @@
+// Attention in float64 over what the pages say, and a backend's distance from it.
+#ifndef KVD_TESTS_KERNEL_TRUTH_H
+#define KVD_TESTS_KERNEL_TRUTH_H
+
+#include "tests/unit/kernel_fixture.h"
+
+static inline struct kvd_geometry geometry(uint32_t layers, uint32_t kv_heads, uint32_t group,
+                                           uint32_t dk, uint32_t dv, uint32_t codec, uint32_t sink,
+                                           uint32_t recent)
+{
+    struct kvd_geometry g = {.n_layers = layers,
+                             .q_heads = kv_heads * group,
+                             .kv_heads = kv_heads,
+                             .head_dim_k = dk,
+                             .head_dim_v = dv,
+                             .codec = codec,
+                             .sink = sink,
+                             .recent = recent};
+    for (uint32_t i = 0; i < layers; i++)
+        g.layers[i] = (uint16_t)(2 * i + 1);
+    struct kvd_error err = {0};
+    if (kvd_geometry_check(&g, &err)) {
+        fprintf(stderr, "%s\n", err.text);
+        abort();
+    }
+    return g;
+}
+
+struct attention {
+    uint32_t q_len, window;
+    float softcap;
+    uint32_t new_tokens; // 0 or q_len
+    enum kvd_dtype dtype;
+};
+
+// All of a sequence's K and V in float64: [layer][kv head][token][dim].
+static inline double *all_rows(const struct kseq *s, uint64_t total, bool v)
+{
+    const struct kvd_geometry *g = &s->g;
+    uint32_t dim = v ? g->head_dim_v : g->head_dim_k;
+    double *rows = malloc(sizeof(double) * g->n_layers * g->kv_heads * (total + 1) * dim);
+    for (uint64_t i = 0; i < g->n_layers * g->kv_heads * total; i++)
+        kseq_truth(s, i % total, (uint32_t)(i / total / g->kv_heads),
+                   (uint32_t)(i / total % g->kv_heads), v, rows + i * dim);
+    return rows;
+}
+
+// Attention in float64 for one (layer, query, q head).
+static inline void truth(const struct kseq *s, const struct attention *a, const double *keys,
+                         const double *values, const float *q, uint32_t layer, uint32_t qi,
+                         uint32_t q_head, double *o, double *lse)
+{
+    const struct kvd_geometry *g = &s->g;
+    uint32_t head = q_head / (g->q_heads / g->kv_heads);
+    uint64_t total = s->length + a->new_tokens, pos = total - a->q_len + qi;
+    keys += ((uint64_t)layer * g->kv_heads + head) * total * g->head_dim_k;
+    values += ((uint64_t)layer * g->kv_heads + head) * total * g->head_dim_v;
+    double m = -INFINITY, l = 0, *logits = malloc(sizeof(double) * total);
+    for (uint64_t t = 0; t < total; t++) {
+        double dot = 0;
+        const double *k = keys + t * g->head_dim_k;
+        logits[t] = -INFINITY;
+        if (t > pos || (a->window && t + a->window <= pos))
+            continue;
+        for (uint32_t c = 0; c < g->head_dim_k; c++)
+            dot += k[c] * q[c];
+        dot /= sqrt(g->head_dim_k);
+        logits[t] = a->softcap > 0 ? a->softcap * tanh(dot / a->softcap) : dot;
+        m = fmax(m, logits[t]);
+    }
+    memset(o, 0, sizeof(double) * g->head_dim_v);
+    for (uint64_t t = 0; t < total; t++) {
+        const double *v = values + t * g->head_dim_v;
+        double p = exp(logits[t] - m);
+        if (p == 0)
+            continue;
+        l += p;
+        for (uint32_t c = 0; c < g->head_dim_v; c++)
+            o[c] += p * v[c];
+    }
+    for (uint32_t c = 0; c < g->head_dim_v; c++)
+        o[c] /= l;
+    *lse = m + log(l);
+    free(logits);
+}
+
+struct attention_errors {
+    double worst;   // relative L2 of a (layer, query, head)
+    double overall; // relative L2 of all of the output
+    double lse;     // absolute
+};
+
+// Runs attention on all layers. NaN where an output was not written.
+static inline struct attention_errors attention_error(struct kseq *s, struct kvd_backend *b,
+                                                      const struct kvd_rotation *rot,
+                                                      const struct attention *a)
+{
+    const struct kvd_geometry *g = &s->g;
+    uint64_t rows = (uint64_t)g->n_layers * a->q_len * g->q_heads;
+    float *q = malloc(sizeof(float) * rows * g->head_dim_k);
+    float *o = malloc(sizeof(float) * rows * g->head_dim_v), *lse = malloc(sizeof(float) * rows);
+    for (uint64_t i = 0; i < rows * g->head_dim_k; i++)
+        q[i] = (float)kseq_normal(&s->rng);
+    memset(o, 0xff, sizeof(float) * rows * g->head_dim_v); // NaN: every element must be written
+    memset(lse, 0xff, sizeof(float) * rows);
+    struct kvd_attend_item item = {
+        .pages = {s->at_bf16, s->at_codec},
+        .length = s->length,
+        .hist_end = s->hist_end,
+        .q_len = a->q_len,
+        .new_tokens = a->new_tokens,
+        .q = kseq_tensor(q, KVD_DTYPE_F32, a->q_len, g->q_heads, g->head_dim_k, 0),
+        .o = kseq_tensor(o, KVD_DTYPE_F32, a->q_len, g->q_heads, g->head_dim_v, 0),
+        .lse = kseq_tensor(lse, KVD_DTYPE_F32, a->q_len, g->q_heads, 1, 0),
+        .k = kseq_tensor(s->k, KVD_DTYPE_BF16, s->capacity, g->kv_heads, g->head_dim_k, s->length),
+        .v = kseq_tensor(s->v, KVD_DTYPE_BF16, s->capacity, g->kv_heads, g->head_dim_v, s->length),
+    };
+    struct kvd_attend_params p = {.geometry = g,
+                                  .rotation = rot,
+                                  .layer_count = g->n_layers,
+                                  .scale = 1 / sqrtf((float)g->head_dim_k),
+                                  .softcap = a->softcap,
+                                  .window = a->window,
+                                  .items = &item,
+                                  .n_items = 1};
+    struct kvd_error err = {0};
+    if (b->ops->attend(b, &p, &err)) {
+        fprintf(stderr, "attend: %s\n", err.text);
+        abort();
+    }
+    double *keys = all_rows(s, s->length + a->new_tokens, false),
+           *values = all_rows(s, s->length + a->new_tokens, true);
+    struct attention_errors err_of = {0};
+    double diff = 0, norm = 0;
+    for (uint64_t i = 0; i < rows; i++) {
+        double want[KVD_MAX_HEAD_DIM], want_lse;
+        uint32_t layer = (uint32_t)(i / (a->q_len * g->q_heads)),
+                 qi = (uint32_t)(i / g->q_heads % a->q_len);
+        truth(s, a, keys, values, q + i * g->head_dim_k, layer, qi, (uint32_t)(i % g->q_heads),
+              want, &want_lse);
+        for (uint32_t c = 0; c < g->head_dim_v; c++) {
+            double d = want[c] - o[i * g->head_dim_v + c];
+            diff += d * d;
+            norm += want[c] * want[c];
+        }
+        err_of.worst = fmax(err_of.worst, kseq_rel(want, o + i * g->head_dim_v, g->head_dim_v));
+        err_of.lse = fmax(err_of.lse, fabs(want_lse - lse[i]));
+    }
+    err_of.overall = sqrt(diff / norm); // NaN if any output is
+    free(keys);
+    free(values);
+    free(q);
+    free(o);
+    free(lse);
+    return err_of;
+}
+
+#endif
