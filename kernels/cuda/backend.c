@@ -141,8 +141,9 @@ static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd
     if (!r || !host || cudaMalloc(&memory, k + v) != cudaSuccess) {
         cudaGetLastError();
         free(r);
-        kvd_fail(err, KVD_E_FULL, "out of memory for a rotation set (%llu bytes on the GPU)",
-                 (unsigned long long)(k + v));
+        char size[32];
+        kvd_fail(err, KVD_E_FULL, "out of memory for a rotation set (%s on the GPU)",
+                 kvd_format_size(k + v, size, sizeof(size)));
         return NULL;
     }
     r->memory = memory;
