@@ -268,8 +268,12 @@ static int run(struct kvd_daemon *d, struct kvd_job *job)
                                        .window = w->window,
                                        .items = w->attend_items,
                                        .n_items = w->n_items};
-    if (w->n_append && ops->check(d->backend, &append, &w->nonfinite))
+    if (w->n_append)
+        rc = ops->check(d->backend, &append, &w->nonfinite);
+    if (rc == KVD_E_INVALID)
         return explain_nonfinite(w);
+    if (rc)
+        return kvd_fail(&w->err, rc, "the new tokens could not be checked; nothing was stored");
     if (w->n_append)
         rc = copy_pages(d, w);
     if (rc == KVD_OK && w->attend_items)

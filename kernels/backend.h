@@ -117,7 +117,8 @@ struct kvd_backend_ops {
                                          struct kvd_error *err);
     void (*rotation_free)(struct kvd_backend *b, struct kvd_rotation **r);
 
-    // Looks for NaN and Inf in the new tokens. KVD_E_INVALID with *where set, or KVD_OK.
+    // Looks for NaN and Inf in the new tokens. KVD_OK, KVD_E_INVALID with *where set, or another
+    // code when the device failed.
     int (*check)(struct kvd_backend *b, const struct kvd_append_params *p,
                  struct kvd_nonfinite *where);
     // Demotes [hist_end, new_hist_end) into history pages, from the ring or, where they never were

@@ -7,7 +7,7 @@
 // cudaError_t, or -1 for a shape that is not supported.
 //
 // Built for sm_90 (bulk copies into shared memory) and, portably, for sm_80 and later. Pages are
-// those of kernels/format.h. S sequences, H_q q heads, H_kv kv heads, group = H_q / H_kv <= 16, DK
+// those of kernels/format.h. S sequences, H_q q heads, H_kv kv heads, group = H_q / H_kv <= 64, DK
 // and DV head_dim of K and V: 64, 128 or 256.
 #ifndef KVD_KERNELS_CUDA_API_H
 #define KVD_KERNELS_CUDA_API_H

@@ -289,7 +289,7 @@ __device__ inline void merge_parts(const attend_params &p, const row_block &b, u
         __syncthreads();
     }
     finish_rows<NT, DV, WARPS, PITCH>(p, b, of_history ? buffer : nullptr,
-                               p.window_splits ? buffer + GROUPS * ROWS * PITCH : nullptr);
+                                      p.window_splits ? buffer + GROUPS * ROWS * PITCH : nullptr);
 }
 
 // The tiles [low, end) of a history that some row of a block sees, and into how many parts they are
@@ -336,7 +336,7 @@ __device__ inline void history_part(const attend_params &p, const row_block &b,
     auto slot_at = [&](uint32_t i) { return shared + (i * WARPS + warp) * mem::TILE; };
     if (lane == 0) {
         for (int i = 0; i < SLOTS; i++)
-            barrier_init(&bars[i], 1);
+            barrier_init(&bars[i]);
         barriers_ready();
         for (uint32_t i = 0; i < SLOTS - 1 && first + i * WARPS < end; i++)
             fetch(slot_at(i), address(first + i * WARPS), mem::TILE, &bars[i]);

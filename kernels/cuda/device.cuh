@@ -177,10 +177,9 @@ __device__ inline uint32_t shared_address(const void *p)
 }
 
 #if KVD_BULK
-__device__ inline void barrier_init(uint64_t *bar, uint32_t arrivals)
+__device__ inline void barrier_init(uint64_t *bar)
 {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)),
-                 "r"(arrivals));
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(bar)));
 }
 
 __device__ inline void barriers_ready()
@@ -197,11 +196,6 @@ __device__ inline void fetch(void *to, const void *from, uint32_t bytes, uint64_
                  "%2, [%3];" ::"r"(shared_address(to)),
                  "l"(from), "r"(bytes), "r"(b)
                  : "memory");
-}
-
-__device__ inline void barrier_arrive(uint64_t *bar)
-{
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
 }
 
 __device__ inline void barrier_wait(uint64_t *bar, uint32_t phase)

@@ -300,10 +300,7 @@ __global__ void __launch_bounds__(QUANTIZE_WARPS * 32, 1)
 // A warp for each (history token, layer, kv head, side): codec bf16's demotion.
 __global__ void demote_bf16_kernel(const __grid_constant__ append_params p)
 {
-    uint64_t i = ((uint64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
-    bool v = i % 2;
-    uint32_t head = i / 2 % p.kv_heads, layer = i / 2 / p.kv_heads % p.layer_count;
-    uint64_t token = i / 2 / p.kv_heads / p.layer_count;
+    auto [token, layer, head, v] = warp_row(p.layer_count, p.kv_heads);
     if (token >= (uint64_t)p.chunks * 16)
         return;
     uint32_t chunk = (uint32_t)(token / 16);
@@ -318,10 +315,7 @@ __global__ void demote_bf16_kernel(const __grid_constant__ append_params p)
 // A warp for each (new token, layer, kv head, side) that stays in bf16.
 __global__ void store_window_kernel(const __grid_constant__ append_params p)
 {
-    uint64_t i = ((uint64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
-    bool v = i % 2;
-    uint32_t head = i / 2 % p.kv_heads, layer = i / 2 / p.kv_heads % p.layer_count;
-    uint64_t token = i / 2 / p.kv_heads / p.layer_count;
+    auto [token, layer, head, v] = warp_row(p.layer_count, p.kv_heads);
     if (token >= p.tokens)
         return;
     uint32_t at = find_item(p.n_items, (uint32_t)token,
@@ -337,10 +331,7 @@ __global__ void store_window_kernel(const __grid_constant__ append_params p)
 // A warp for each (new token, layer, kv head, side).
 __global__ void check_kernel(const __grid_constant__ append_params p, unsigned long long *found)
 {
-    uint64_t i = ((uint64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
-    bool v = i % 2;
-    uint32_t head = i / 2 % p.kv_heads, layer = i / 2 / p.kv_heads % p.layer_count;
-    uint64_t token = i / 2 / p.kv_heads / p.layer_count;
+    auto [token, layer, head, v] = warp_row(p.layer_count, p.kv_heads);
     if (token >= p.tokens)
         return;
     uint32_t at = find_item(p.n_items, (uint32_t)token,
@@ -354,22 +345,12 @@ __global__ void check_kernel(const __grid_constant__ append_params p, unsigned l
         atomicMin(found, ((((uint64_t)at * p.layer_count + layer << 17) + n) * p.kv_heads + head) * 2 + v);
 }
 
-constexpr int ROW_THREADS = 256;
-
-static uint32_t row_blocks(const append_params &p, uint64_t tokens)
-{
-    return (uint32_t)((tokens * p.layer_count * p.kv_heads * 2 * 32 + ROW_THREADS - 1) / ROW_THREADS);
-}
-
 template <int D>
 static cudaError_t quantize_side(const append_params &p, bool v, cudaStream_t stream)
 {
     constexpr int MT = D == 256 ? 1 : 2, BYTES = D <= 128 ? packed<D>::WORDS * 8 : 0;
     uint32_t units = p.layer_count * p.kv_heads;
-    uint32_t most = (p.chunks + QUANTIZE_WARPS * MT - 1) / (QUANTIZE_WARPS * MT);
-    // A block reads its matrix once: it should have a few rounds of chunks, unless blocks are few.
-    uint32_t want = (most + 7) / 8, fill = (264 + units - 1) / units;
-    uint32_t blocks = want > fill ? want : fill < most ? fill : most;
+    uint32_t blocks = chunk_blocks(p.chunks, QUANTIZE_WARPS * MT, units);
     cudaError_t rc = cudaFuncSetAttribute(quantize_kernel<D>,
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
     if (rc != cudaSuccess)
@@ -404,11 +385,11 @@ extern "C" int kvd_cuda_append(const struct kvd_cuda_append_params *p, struct CU
         if (rc == cudaSuccess)
             rc = quantize_any(*p, true, stream);
     } else if (p->chunks) {
-        demote_bf16_kernel<<<row_blocks(*p, p->chunks * 16ull), ROW_THREADS, 0, stream>>>(*p);
+        demote_bf16_kernel<<<row_blocks(p->chunks * 16ull, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream>>>(*p);
         rc = cudaGetLastError();
     }
     if (rc == cudaSuccess && p->tokens) {
-        store_window_kernel<<<row_blocks(*p, p->tokens), ROW_THREADS, 0, stream>>>(*p);
+        store_window_kernel<<<row_blocks(p->tokens, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream>>>(*p);
         rc = cudaGetLastError();
     }
     return rc;
@@ -419,6 +400,6 @@ extern "C" int kvd_cuda_check(const struct kvd_cuda_append_params *p, unsigned l
 {
     if (p->tokens == 0)
         return cudaSuccess;
-    check_kernel<<<row_blocks(*p, p->tokens), ROW_THREADS, 0, stream>>>(*p, found);
+    check_kernel<<<row_blocks(p->tokens, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream>>>(*p, found);
     return cudaGetLastError();
 }

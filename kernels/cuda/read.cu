@@ -168,10 +168,7 @@ __device__ inline void convert_row(uint8_t *to, bool to_f32, const uint8_t *from
 // A warp for each (token, layer, kv head, side) that lies in bf16.
 __global__ void read_bf16_kernel(const __grid_constant__ read_params p)
 {
-    uint64_t i = ((uint64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;
-    bool v = i % 2;
-    uint32_t head = i / 2 % p.kv_heads, layer = i / 2 / p.kv_heads % p.layer_count;
-    uint64_t n = i / 2 / p.kv_heads / p.layer_count;
+    auto [n, layer, head, v] = warp_row(p.layer_count, p.kv_heads);
     const kvd_cuda_tensor &out = v ? p.v : p.k;
     if (n >= p.tokens || !out.data)
         return;
@@ -198,9 +195,7 @@ static cudaError_t read_side(const read_params &p, uint32_t begin, uint32_t end,
 {
     constexpr int MT = D == 256 ? 1 : 2, BYTES = D <= 128 ? packed<D>::WORDS * 4 : 0;
     uint32_t units = p.layer_count * p.kv_heads, chunks = (end - p.sink + 15) / 16 - (begin - p.sink) / 16;
-    uint32_t most = (chunks + READ_WARPS * MT - 1) / (READ_WARPS * MT);
-    uint32_t want = (most + 7) / 8, fill = (264 + units - 1) / units;
-    uint32_t blocks = want > fill ? want : fill < most ? fill : most;
+    uint32_t blocks = chunk_blocks(chunks, READ_WARPS * MT, units);
     cudaError_t rc = cudaFuncSetAttribute(read_history_kernel<D>,
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
     if (rc != cudaSuccess)
@@ -288,9 +283,8 @@ extern "C" int kvd_cuda_read(const struct kvd_cuda_read_params *p, struct CUstre
              : dim == 256 ? read_side<256>(*p, begin, end, v, stream)
                           : cudaErrorInvalidValue;
     }
-    uint64_t warps = (uint64_t)p->tokens * p->layer_count * p->kv_heads * 2;
     if (rc == cudaSuccess && !(history && begin == p->begin && end == p->begin + p->tokens)) {
-        read_bf16_kernel<<<(uint32_t)((warps + 7) / 8), 256, 0, stream>>>(*p);
+        read_bf16_kernel<<<row_blocks(p->tokens, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream>>>(*p);
         rc = cudaGetLastError();
     }
     return rc;

@@ -49,6 +49,36 @@ __device__ inline uint8_t *bf16_tile_row(uint64_t page, uint32_t layer, uint32_t
     return (uint8_t *)page + tile + (v ? PAGE * 2 * dim_k + row * 2 * dim_v : row * 2 * dim_k);
 }
 
+// One side of a token in one layer and kv head, by the warp's number in a grid that takes all.
+struct row_of_warp {
+    uint64_t token;
+    uint32_t layer, head;
+    bool v;
+};
+
+__device__ inline row_of_warp warp_row(uint32_t layers, uint32_t kv_heads)
+{
+    uint64_t i = ((uint64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32, rest = i / 2 / kv_heads;
+    return {rest / layers, (uint32_t)(rest % layers), (uint32_t)(i / 2 % kv_heads), i % 2 == 1};
+}
+
+constexpr int ROW_THREADS = 256;
+
+// Blocks of ROW_THREADS for all rows of `tokens` tokens.
+inline uint32_t row_blocks(uint64_t tokens, uint32_t layers, uint32_t kv_heads)
+{
+    return (uint32_t)((tokens * layers * kv_heads * 2 * 32 + ROW_THREADS - 1) / ROW_THREADS);
+}
+
+// Blocks for each of `units` (layer, kv head) pairs when one takes `per_round` chunks at a time. A
+// block reads its matrix once: it should have a few rounds, unless blocks are few.
+inline uint32_t chunk_blocks(uint32_t chunks, uint32_t per_round, uint32_t units)
+{
+    uint32_t most = (chunks + per_round - 1) / per_round;
+    uint32_t want = (most + 7) / 8, fill = (264 + units - 1) / units;
+    return want > fill ? want : fill < most ? fill : most;
+}
+
 // A warp copies a row; both ends are 16-byte aligned.
 __device__ inline void copy_row(uint8_t *to, const uint8_t *from, uint32_t bytes)
 {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the CUDA backend and runs its tests and benchmark on this machine's GPU. Needs gcc and nvcc, no library.
-# usage: tests/gpu/run.sh [test|portable|bench [FILTER]|sanitize|build]...   (default: test bench)
+# usage: tests/gpu/run.sh [test|portable|bench|sanitize|build]...   (default: test; FILTER=TEXT: benches whose name has it)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${GPU_BUILD:-build-gpu}
@@ -22,7 +22,7 @@ build() { # suffix, further flags of nvcc
     for f in kernels/cuda/*.cu; do
         nvcc $nvflags "$@" -c "$f" -o "$out/$(basename "$f").o" > "$out/$(basename "$f").log" 2>&1 & pids+=($!)
     done
-    nvcc $nvflags -c tests/gpu/bench_cuda.cu -o "$out/bench/bench_cuda.o" 2> /dev/null & pids+=($!)
+    nvcc $nvflags -c tests/gpu/bench_cuda.cu -o "$out/bench/bench_cuda.o" > "$out/bench_cuda.log" 2>&1 & pids+=($!)
     for p in "${pids[@]}"; do
         wait "$p" || { grep -h error "$out"/*.log; exit 1; }
     done 2> /dev/null
@@ -45,7 +45,7 @@ for what in "${@:-test}"; do
     case "$what" in
     build) ;;
     test) "$out/test_cuda" ;;
-    bench) "$out/bench_cuda" ${FILTER:-} ;;
+    bench) "$out/bench_cuda" ${FILTER:+"$FILTER"} ;;
     sanitize)
         for tool in memcheck racecheck initcheck synccheck; do
             echo "== compute-sanitizer $tool"

@@ -155,4 +155,36 @@ static inline struct attention_errors attention_error(struct kseq *s, struct kvd
     return err_of;
 }
 
+struct shape {
+    uint32_t layers, kv_heads, group, dk, dv, sink, recent, heads_rot, length;
+    struct attention a;
+};
+
+// Every head_dim, small and large groups, cut chunks and tiles, windows that are off or not full.
+static const struct shape attention_shapes[] = {
+    {1, 2, 1, 64, 64, 64, 256, 1, 700, {.q_len = 1}},
+    {2, 2, 2, 128, 128, 64, 256, 1, 700, {.q_len = 1}},
+    {1, 2, 3, 256, 256, 64, 256, 1, 500, {.q_len = 1}},
+    {1, 1, 4, 128, 64, 64, 0, 1, 333, {.q_len = 1}},
+    {1, 2, 6, 64, 128, 16, 32, 2, 555, {.q_len = 3}},
+    {1, 1, 12, 128, 128, 0, 0, 1, 400, {.q_len = 1}},
+    {1, 1, 12, 128, 128, 0, 0, 1, 403, {.q_len = 7}},
+    {1, 1, 16, 256, 64, 48, 16, 1, 401, {.q_len = 2}},
+    {1, 2, 8, 64, 256, 64, 64, 0, 402, {.q_len = 1}},
+    {1, 3, 2, 128, 128, 64, 64, 3, 1200, {.q_len = 4, .window = 100}},
+    {1, 1, 4, 128, 128, 64, 64, 1, 1203, {.q_len = 5, .window = 700, .softcap = 20}},
+    {1, 1, 4, 128, 128, 64, 64, 1, 1203, {.q_len = 16, .softcap = 30}},
+    {1, 1, 4, 128, 128, 64, 64, 1, 640, {.q_len = 37, .new_tokens = 37}},
+    {1, 1, 4, 128, 128, 64, 64, 1, 2640, {.q_len = 64, .new_tokens = 64, .window = 1000}},
+    {1, 2, 7, 64, 64, 64, 64, 1, 3000, {.q_len = 1, .softcap = 5}},
+    {1, 1, 2, 128, 128, 64, 256, 1, 1, {.q_len = 1}},
+    {1, 1, 2, 128, 128, 64, 256, 1, 40, {.q_len = 40}},
+    {1, 1, 2, 64, 64, 64, 256, 1, 330, {.q_len = 330}},
+    {1, 2, 4, 128, 128, 0, 0, 1, 600, {.q_len = 600}},
+    {1, 2, 4, 64, 64, 64, 256, 1, 700, {.q_len = 300, .window = 200}},
+    {1, 1, 2, 64, 64, 64, 256, 1, 0, {.q_len = 50, .new_tokens = 50}},
+    {1, 2, 4, 128, 128, 64, 256, 1, 20000, {.q_len = 1}},
+    {1, 2, 40, 128, 128, 64, 64, 1, 500, {.q_len = 1}},
+};
+
 #endif

@@ -14,11 +14,6 @@ static struct kvd_backend *backend(const char *isa, uint32_t threads)
     return b;
 }
 
-struct shape {
-    uint32_t layers, kv_heads, group, dk, dv, sink, recent, heads_rot, length;
-    struct attention a;
-};
-
 static void check_shape(const char *isa, const struct shape *c, uint32_t codec, uint64_t seed)
 {
     struct kvd_backend *b = backend(isa, 2);
@@ -47,29 +42,11 @@ static void check_shape(const char *isa, const struct shape *c, uint32_t codec, 
 
 START_TEST(attention_matches_float64)
 {
-    const struct shape shapes[] = {
-        {1, 2, 1, 64, 64, 64, 256, 1, 700, {.q_len = 1}},
-        {2, 2, 2, 128, 128, 64, 256, 1, 700, {.q_len = 1}},
-        {1, 2, 3, 256, 256, 64, 256, 1, 500, {.q_len = 1}},
-        {1, 1, 4, 128, 64, 64, 0, 1, 333, {.q_len = 1}},
-        {1, 2, 6, 64, 128, 16, 32, 2, 555, {.q_len = 3}},
-        {1, 1, 12, 128, 128, 0, 0, 1, 400, {.q_len = 1}},
-        {1, 1, 16, 256, 64, 48, 16, 1, 401, {.q_len = 2}},
-        {1, 2, 8, 64, 256, 64, 64, 0, 402, {.q_len = 1}},
-        {1, 3, 2, 128, 128, 64, 64, 3, 1200, {.q_len = 4, .window = 100}},
-        {1, 1, 4, 128, 128, 64, 64, 1, 1203, {.q_len = 5, .window = 700, .softcap = 20}},
-        {1, 1, 4, 128, 128, 64, 64, 1, 640, {.q_len = 37, .new_tokens = 37}},
-        {1, 2, 7, 64, 64, 64, 64, 1, 3000, {.q_len = 1, .softcap = 5}},
-        {1, 1, 2, 128, 128, 64, 256, 1, 1, {.q_len = 1}},
-        {1, 1, 2, 128, 128, 64, 256, 1, 40, {.q_len = 40}},
-        {1, 1, 2, 64, 64, 64, 256, 1, 330, {.q_len = 330}},
-        {1, 1, 2, 64, 64, 64, 256, 1, 0, {.q_len = 50, .new_tokens = 50}},
-    };
     uint64_t seed = kvd_test_seed("attention");
     for (size_t i = 0; i < KVD_LEN(isas); i++)
-        for (size_t j = 0; j < KVD_LEN(shapes); j++) {
-            check_shape(isas[i], &shapes[j], KVD_CODEC_INT2, seed + j);
-            check_shape(isas[i], &shapes[j], KVD_CODEC_BF16, seed + j);
+        for (size_t j = 0; j < KVD_LEN(attention_shapes); j++) {
+            check_shape(isas[i], &attention_shapes[j], KVD_CODEC_INT2, seed + j);
+            check_shape(isas[i], &attention_shapes[j], KVD_CODEC_BF16, seed + j);
         }
 }
 END_TEST
