@@ -92,35 +92,60 @@ template <int NT, int DV> struct state {
 
 // -- queries -------------------------------------------------------------------------------------
 
-// 16 rows from row0 + 16 mt, times `factor`, as A operands; the largest absolute value of all.
-template <int DK>
-__device__ inline void load_queries(const attend_params &p, const row_block &b, int mt,
-                                    float factor, uint32_t (&a)[DK / 16][4], float &top)
+// A lane's share of 16 rows of q, from row0 + 16 mt: f(half, i, x, y) gets the i-th pair of row
+// half * 8 + g. Rows beyond the end are 0. Nothing branches: all loads are under way at once.
+template <int DK, typename F>
+__device__ inline void for_queries(const attend_params &p, const row_block &b, int mt, F &&f)
 {
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    top = 0;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         uint32_t row = b.row0 + mt * 16 + half * 8 + g;
-        bool real = row < b.rows;
-        uint64_t at = real ? row_index(p, b, row) * DK + 8 * t : 0;
+        uint64_t at = row_index(p, b, min(row, b.rows - 1)) * DK + 8 * t;
+        float2 v[DK / 8];
+        if (p.q_type == KVD_DTYPE_F32) {
 #pragma unroll
-        for (int i = 0; i < DK / 8; i++) {
-            float x = 0, y = 0;
-            if (real && p.q_type == KVD_DTYPE_F32) {
-                float2 v = *(const float2 *)((const float *)p.q + at + forward_channel(i));
-                x = v.x, y = v.y;
-            } else if (real) {
-                uint32_t v = *(const uint32_t *)((const uint16_t *)p.q + at + forward_channel(i));
-                x = low_bf16(v), y = high_bf16(v);
+            for (int i = 0; i < DK / 8; i++)
+                v[i] = *(const float2 *)((const float *)p.q + at + forward_channel(i));
+        } else {
+            uint4 w[DK / 32];
+#pragma unroll
+            for (int i = 0; i < DK / 32; i++)
+                w[i] = *(const uint4 *)((const uint16_t *)p.q + at + 32 * i);
+#pragma unroll
+            for (int i = 0; i < DK / 8; i++) {
+                uint32_t x = word_of(w[i / 4], i % 4);
+                v[i] = make_float2(low_bf16(x), high_bf16(x));
             }
-            top = fmaxf(top, fmaxf(fabsf(x), fabsf(y)));
-            a[i / 2][i % 2 * 2 + half] = pack_fp16(x * factor, y * factor);
         }
+#pragma unroll
+        for (int i = 0; i < DK / 8; i++)
+            f(half, i, row < b.rows ? v[i].x : 0, row < b.rows ? v[i].y : 0);
     }
+}
+
+// The same rows times `factor`, as A operands.
+template <int DK>
+__device__ inline void load_queries(const attend_params &p, const row_block &b, int mt,
+                                    float factor, uint32_t (&a)[DK / 16][4])
+{
+    for_queries<DK>(p, b, mt, [&](int half, int i, float x, float y) {
+        a[i / 2][i % 2 * 2 + half] = pack_fp16(x * factor, y * factor);
+    });
+}
+
+// The largest absolute value of these rows.
+template <int DK>
+__device__ inline float largest_query(const attend_params &p, const row_block &b, int mt)
+{
+    float top = 0;
+    for_queries<DK>(p, b, mt, [&](int, int, float x, float y) {
+        top = fmaxf(top, fmaxf(fabsf(x), fabsf(y)));
+    });
 #pragma unroll
     for (int x = 1; x < 32; x *= 2)
         top = fmaxf(top, __shfl_xor_sync(~0u, top, x));
+    return top;
 }
 
 // Rotated queries of a block in shared memory: B operands of the scores, and sums over channels.
@@ -140,25 +165,36 @@ template <int NT, int DK> struct queries {
         const uint32_t *r = matrix_at<DK>(p.rotation.k.forward, index);
         float scale = 1 / p.rotation.k.scale[index];
         constexpr int MT = (NT + 1) / 2, STEPS = (DK / 8 + PARTS - 1) / PARTS;
+        // The first tile's operands are under way before anything is known of q.
+        uint4 ahead[2][DK / 32];
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int i = 0; i < DK / 32; i++)
+                ahead[half][i] = __ldg(packed<DK>::at(r + half * packed<DK>::WORDS, part, i));
         uint32_t a[DK / 16][4];
         float top = 0;
-        for (int mt = 0; mt < MT; mt++) {
-            float x;
-            load_queries<DK>(p, b, mt, 1, a, x);
-            top = fmaxf(top, x);
-        }
+        for (int mt = 0; mt < MT; mt++)
+            top = fmaxf(top, largest_query<DK>(p, b, mt));
         float divisor = magnitude(top);
 #pragma unroll 1
         for (int mt = 0; mt < MT; mt++) {
-            float x;
-            load_queries<DK>(p, b, mt, sign / divisor, a, x);
+            load_queries<DK>(p, b, mt, sign / divisor, a);
 #pragma unroll
             for (int i = 0; i < STEPS; i++) {
                 int j = part + i * PARTS;
                 if (j >= DK / 8)
                     break;
-                float c[4];
-                rotate_tile<DK, 2>(a, r, j, c);
+                float c[4] = {}, low_part[4] = {};
+                auto operands = [&](int half, int in32) {
+                    return i == 0 ? ahead[half][in32]
+                                  : __ldg(packed<DK>::at(r + half * packed<DK>::WORDS, j, in32));
+                };
+                rotate_tile<DK>(a, [&](int in32) { return operands(0, in32); }, c);
+                rotate_tile<DK>(a, [&](int in32) { return operands(1, in32); }, low_part);
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    c[k] += low_part[k];
                 float f = scale * slot_factor(j / 2), back = 1 / slot_factor(j / 2);
                 uint32_t low = pack_fp16(c[0] * f, c[1] * f), high = pack_fp16(c[2] * f, c[3] * f);
                 // Sums of what the products see: what rounding takes from a query it takes from both.
@@ -390,19 +426,16 @@ __device__ inline void load_bf16_queries(const attend_params &p, const row_block
                                          uint32_t (&q)[DK / 8], uint32_t (&low)[DK / 8])
 {
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    uint32_t row = b.row0 + n * 8 + g;
-    bool real = row < b.rows;
-    uint64_t at = real ? row_index(p, b, row) * DK : 0;
+    // Rows beyond the end are another's: what comes of them is not written.
+    uint32_t row = min(b.row0 + n * 8 + g, b.rows - 1);
+    uint64_t at = row_index(p, b, row) * DK + 8 * t;
 #pragma unroll
     for (int i = 0; i < DK / 8; i++) {
-        uint64_t c = at + 8 * t + forward_channel(i);
-        q[i] = low[i] = 0;
-        if (!real)
-            continue;
+        low[i] = 0;
         if (!F32) {
-            q[i] = *(const uint32_t *)((const uint16_t *)p.q + c);
+            q[i] = *(const uint32_t *)((const uint16_t *)p.q + at + forward_channel(i));
         } else {
-            float2 x = *(const float2 *)((const float *)p.q + c);
+            float2 x = *(const float2 *)((const float *)p.q + at + forward_channel(i));
             q[i] = pack_bf16(x.x, x.y);
             low[i] = pack_bf16(x.x - low_bf16(q[i]), x.y - high_bf16(q[i]));
         }
@@ -423,13 +456,28 @@ __device__ inline void attend_bf16_chunk(const attend_params &p, const row_block
     uint32_t pos1 = bf16_position(w, min(i1, w.count - 1));
     const uint4 *k0 = (const uint4 *)bf16_row<DK, DV>(p, b, pos0, false) + t;
     const uint4 *k1 = (const uint4 *)bf16_row<DK, DV>(p, b, pos1, false) + t;
+    const uint4 *v0 = (const uint4 *)bf16_row<DK, DV>(p, b, pos0, true) + t;
+    const uint4 *v1 = (const uint4 *)bf16_row<DK, DV>(p, b, pos1, true) + t;
+    constexpr int AHEAD = DV <= 128 ? DV / 32 : 0; // of V's loads before the scores
+    uint4 rows_v[2][AHEAD + 1];
     float s[NT][4];
 #pragma unroll
     for (int n = 0; n < NT; n++)
         s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
+    uint4 rows_k[2][DK / 32];
 #pragma unroll
     for (int j = 0; j < DK / 32; j++) {
-        uint4 r0 = k0[j * 4], r1 = k1[j * 4];
+        rows_k[0][j] = k0[j * 4];
+        rows_k[1][j] = k1[j * 4];
+    }
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++) {
+        rows_v[0][j] = v0[j * 4];
+        rows_v[1][j] = v1[j * 4];
+    }
+#pragma unroll
+    for (int j = 0; j < DK / 32; j++) {
+        uint4 r0 = rows_k[0][j], r1 = rows_k[1][j];
         uint32_t a0[4] = {r0.x, r1.x, r0.y, r1.y}, a1[4] = {r0.z, r1.z, r0.w, r1.w};
 #pragma unroll
         for (int n = 0; n < NT; n++) {
@@ -465,11 +513,10 @@ __device__ inline void attend_bf16_chunk(const attend_params &p, const row_block
             high[n][half] = transpose(h);
         }
     }
-    const uint4 *v0 = (const uint4 *)bf16_row<DK, DV>(p, b, pos0, true) + t;
-    const uint4 *v1 = (const uint4 *)bf16_row<DK, DV>(p, b, pos1, true) + t;
 #pragma unroll
     for (int j = 0; j < DV / 32; j++) {
-        uint4 r0 = v0[j * 4], r1 = v1[j * 4];
+        uint4 r0 = j < AHEAD ? rows_v[0][j] : v0[j * 4];
+        uint4 r1 = j < AHEAD ? rows_v[1][j] : v1[j * 4];
         uint32_t a0[4] = {transpose(r0.x), transpose(r0.y), transpose(r1.x), transpose(r1.y)};
         uint32_t a1[4] = {transpose(r0.z), transpose(r0.w), transpose(r1.z), transpose(r1.w)};
 #pragma unroll

@@ -15,7 +15,6 @@ namespace kvd
 constexpr int SLOTS = 3;        // tiles of a warp's ring
 constexpr int MAX_SPLITS = 128; // of a history
 constexpr int MAX_WINDOW_SPLITS = 32;
-constexpr int MAX_PARTS = MAX_SPLITS + MAX_WINDOW_SPLITS;
 
 __host__ __device__ inline uint32_t n_row_blocks(const attend_params &p, uint32_t nt)
 {
@@ -40,52 +39,131 @@ __host__ __device__ inline scratch_layout scratch_of(const attend_params &p, uin
 }
 
 template <int NT, int DK, int DV, int WARPS> struct block_memory {
+    static constexpr int COUNT = WARPS;
     static constexpr int ROWS = 8 * NT, PITCH = DV + 4; // rows apart by an odd number of 16 bytes
+    static constexpr int WARP_PITCH = ROWS * PITCH + 8; // floats between the warps' results
     static constexpr int TILE = tile<DK, DV>::BYTES;
     static constexpr int RING = WARPS * SLOTS * TILE; // [slot][warp]
-    static constexpr int GROUPS = WARPS / 2;          // of threads that share the merging of parts
-    // One after another in the same bytes: ring (with the queries in its last slots until they are
-    // in registers), the warps' results, the merge.
-    static constexpr int RESULTS = WARPS * ROWS * (PITCH + 1) * 4 + ROWS * 8;
-    static constexpr int MERGE = 2 * GROUPS * ROWS * PITCH * 4 + ROWS * MAX_PARTS * 4;
-    static constexpr int LARGER = RESULTS > MERGE ? RESULTS : MERGE;
+    // One after another in the same bytes: the ring, with the queries in its last slots until they
+    // are in registers; then the warps' results and maxima, the finished rows of history and
+    // windows, and R^T.
+    static constexpr int MAXIMA = WARPS * WARP_PITCH * 4, SUMS = MAXIMA + ROWS * WARPS * 4;
+    static constexpr int FINISHED = SUMS + ROWS * WARPS * 4;
+    static constexpr int MATRIX = (FINISHED + 2 * ROWS * PITCH * 4 + 127) / 128 * 128;
+    static constexpr bool STAGED = DV <= 128; // is R^T
+    static constexpr int RESULTS = MATRIX + (STAGED ? packed<DV>::WORDS * 4 : 0);
     static constexpr int QUERIES = (SLOTS - 1) * WARPS * TILE;
-    static constexpr int WORK = LARGER > RING ? LARGER : RING;
-    static constexpr int BYTES = WORK + WARPS * SLOTS * 8;
+    static constexpr int WORK = RESULTS > RING ? RESULTS : RING;
+    static constexpr int BARRIERS = WARPS * SLOTS + 1; // the last one is R^T's
+    static constexpr int BYTES = WORK + BARRIERS * 8;
     static_assert(sizeof(queries<NT, DK>) <= WARPS * TILE, "queries fit the last slots");
+    static_assert(WORK % 8 == 0, "barriers are aligned");
+
+    uint8_t *at;
+
+    __device__ inline float *results(int warp) const
+    {
+        return (float *)at + warp * WARP_PITCH;
+    }
+
+    __device__ inline float *maxima() const // [ROWS][WARPS]
+    {
+        return (float *)(at + MAXIMA);
+    }
+
+    __device__ inline float *sums() const // [ROWS][WARPS]
+    {
+        return (float *)(at + SUMS);
+    }
+
+    __device__ inline float *finished(bool plain) const // [ROWS][PITCH], of windows or of history
+    {
+        return (float *)(at + FINISHED) + plain * (ROWS * PITCH);
+    }
+
+    __device__ inline uint64_t *barriers(int warp) const // [SLOTS]; those of warp WARPS: R^T's
+    {
+        return (uint64_t *)(at + WORK) + warp * SLOTS;
+    }
 };
 
-// Writes o and lse of a block's rows. o_rotated and o_plain: [ROWS][PITCH] in shared memory, the
-// shares of history and windows, normalised; either may be NULL.
-template <int NT, int DV, int WARPS, int PITCH>
-__device__ inline void finish_rows(const attend_params &p, const row_block &b,
-                                   const float *o_rotated, const float *o_plain)
-{
-    int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
-    int t = threadIdx.x % 4;
-    uint64_t index = matrix_index(p.rotation, p.layer, b.kv);
-    const uint32_t *r = nullptr;
-    float scale = 0;
-    if (o_rotated) {
+// -- finishing -----------------------------------------------------------------------------------
+
+// R^T of a kv head, by its high part, on its way into shared memory.
+template <int NT, int DK, int DV, int WARPS> struct unrotation {
+    using memory = block_memory<NT, DK, DV, WARPS>;
+    static constexpr bool STAGED = KVD_BULK && memory::STAGED;
+    memory m;
+    const uint32_t *r;
+    const float *scale;
+
+    __device__ inline unrotation(const attend_params &p, const row_block &b, memory memory)
+        : m(memory)
+    {
+        uint64_t index = matrix_index(p.rotation, p.layer, b.kv);
         r = matrix_at<DV>(p.rotation.v.inverse, index);
-        scale = 1 / p.rotation.v.scale[index];
+        scale = &p.rotation.v.scale[index];
     }
+
+    // One thread, once, when nobody reads or writes there; wait() only after a block-wide barrier.
+    __device__ inline void start() const
+    {
+#if KVD_BULK
+        if constexpr (STAGED) {
+            uint64_t *bar = m.barriers(WARPS);
+            barrier_init(bar);
+            barriers_ready();
+            fetch(m.at + memory::MATRIX, r, packed<DV>::WORDS * 4, bar);
+        }
+#endif
+    }
+
+    __device__ inline void wait() const
+    {
+#if KVD_BULK
+        if constexpr (STAGED)
+            barrier_wait(m.barriers(WARPS), 0);
+#endif
+    }
+
+    __device__ inline uint4 load(int out8, int in32) const
+    {
+        if constexpr (STAGED)
+            return *packed<DV>::at((const uint32_t *)(m.at + memory::MATRIX), out8, in32);
+        else
+            return __ldg(packed<DV>::at(r, out8, in32));
+    }
+};
+
+// Writes o of a block's rows from `finished`: un-rotates the history's share where there is one.
+template <int NT, int DK, int DV, int WARPS>
+__device__ inline void finish_rows(const attend_params &p, const row_block &b,
+                                   const unrotation<NT, DK, DV, WARPS> &back, bool rotated,
+                                   bool plain)
+{
+    using memory = block_memory<NT, DK, DV, WARPS>;
+    int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const float *history = back.m.finished(false), *windows = back.m.finished(true);
+    float scale = rotated ? 1 / __ldg(back.scale) : 0;
 #pragma unroll 1
     for (int mt = 0; mt < (NT + 1) / 2; mt++) {
         uint32_t a[DV / 16][4];
         float top = 0;
-        if (o_rotated) {
+        if (rotated) {
             float2 x[DV / 8][2];
 #pragma unroll
-            for (int half = 0; half < 2; half++)
+            for (int half = 0; half < 2; half++) {
+                int row = mt * 16 + half * 8 + g;
+                bool real = row < memory::ROWS && b.row0 + row < b.rows;
+                const float *from = history + (real ? row : 0) * memory::PITCH + 2 * t;
 #pragma unroll
                 for (int i = 0; i < DV / 8; i++) {
-                    int row = mt * 16 + half * 8 + g;
-                    x[i][half] = make_float2(0, 0);
-                    if (row < 8 * NT && b.row0 + row < b.rows)
-                        x[i][half] = *(const float2 *)&o_rotated[row * PITCH + i * 8 + 2 * t];
+                    x[i][half] = *(const float2 *)(from + i * 8);
+                    if (!real)
+                        x[i][half] = make_float2(0, 0);
                     top = fmaxf(top, fmaxf(fabsf(x[i][half].x), fabsf(x[i][half].y)));
                 }
+            }
 #pragma unroll
             for (int m = 1; m < 32; m *= 2)
                 top = fmaxf(top, __shfl_xor_sync(~0u, top, m));
@@ -97,6 +175,7 @@ __device__ inline void finish_rows(const attend_params &p, const row_block &b,
                 for (int half = 0; half < 2; half++)
                     a[i / 2][i % 2 * 2 + half] =
                         pack_fp16(x[i][half].x * inverse, x[i][half].y * inverse);
+            back.wait();
         }
 #pragma unroll
         for (int i = 0; i < (DV / 8 + WARPS - 1) / WARPS; i++) {
@@ -105,16 +184,16 @@ __device__ inline void finish_rows(const attend_params &p, const row_block &b,
                 break;
             float c[4] = {};
             int channel = 8 * t + inverse_channel(j);
-            if (o_rotated)
-                rotate_tile<DV, 1>(a, r, j, c);
+            if (rotated)
+                rotate_tile<DV>(a, [&](int in32) { return back.load(j, in32); }, c);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 int row = mt * 16 + half * 8 + g;
-                if (row >= 8 * NT || b.row0 + row >= b.rows)
+                if (row >= memory::ROWS || b.row0 + row >= b.rows)
                     continue;
                 float x = c[2 * half] * scale * top, y = c[2 * half + 1] * scale * top;
-                if (o_plain) {
-                    float2 w = *(const float2 *)&o_plain[row * PITCH + channel];
+                if (plain) {
+                    float2 w = *(const float2 *)&windows[row * memory::PITCH + channel];
                     x += w.x, y += w.y;
                 }
                 uint64_t at = row_index(p, b, b.row0 + row) * DV + channel;
@@ -134,162 +213,230 @@ __device__ inline void write_lse(const attend_params &p, const row_block &b, uin
         p.lse[row_index(p, b, b.row0 + row)] = (m + log2f(l)) / LOG2E;
 }
 
-// Combines the warps' states: rows' outputs (not normalised) at `o`, their (m, l) at `ml`, maxima in
-// log2 units.
-template <int NT, int DV, int WARPS, int PITCH>
-__device__ inline void combine_warps(float *o, float *ml, const logit_terms<NT> &x,
-                                     state<NT, DV> &st, bool plain, int rows)
+// -- the warps of a block ------------------------------------------------------------------------
+
+// First step of combining: the maxima of the warps' columns, in log2 units, become known. After it
+// nobody reads the ring.
+template <int NT, int DV, typename M>
+__device__ inline void share_maxima(const M &mem, const logit_terms<NT> &x, state<NT, DV> &st)
 {
-    constexpr int ROWS = 8 * NT, THREADS = WARPS * 32;
-    int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    float sums[NT][2], lows[NT][2];
+    constexpr int WARPS = M::COUNT;
+    int warp = threadIdx.x / 32, t = threadIdx.x % 4;
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            float sum = st.l[n][e], low = st.min_sum[n][e];
-#pragma unroll
-            for (int k = 4; k < 32; k *= 2) {
-                sum += __shfl_xor_sync(~0u, sum, k);
-                low += __shfl_xor_sync(~0u, low, k);
-            }
-            sums[n][e] = sum, lows[n][e] = low;
             st.m[n][e] = st.m[n][e] > x.none * 0.99f ? st.m[n][e] * x.unit : NONE;
-            if (g == 0)
-                ml[(n * 8 + 2 * t + e) * WARPS + warp] = st.m[n][e];
+            if (threadIdx.x % 32 < 4)
+                mem.maxima()[(n * 8 + 2 * t + e) * WARPS + warp] = st.m[n][e];
         }
     __syncthreads();
+}
+
+// Second step: writes this warp's outputs and sums, relative to the maxima of all warps, which
+// st.m becomes.
+template <int NT, int DV, typename M>
+__device__ inline void share_results(const M &mem, state<NT, DV> &st, bool plain, int rows)
+{
+    constexpr int WARPS = M::COUNT;
+    int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             int row = n * 8 + 2 * t + e;
-            float m = NONE;
+            float sum = st.l[n][e], low = st.min_sum[n][e], m = NONE;
+#pragma unroll
+            for (int k = 4; k < 32; k *= 2) {
+                sum += __shfl_xor_sync(~0u, sum, k);
+                low += __shfl_xor_sync(~0u, low, k);
+            }
 #pragma unroll
             for (int w = 0; w < WARPS; w += 4) {
-                float4 x = *(const float4 *)&ml[row * WARPS + w];
+                float4 x = *(const float4 *)&mem.maxima()[row * WARPS + w];
                 m = fmaxf(m, fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)));
             }
             float f = fast_exp2(st.m[n][e] - m);
             st.m[n][e] = m;
-            sums[n][e] *= f;
+            if (g == 0)
+                mem.sums()[row * WARPS + warp] = sum * f;
+            float *to = mem.results(warp) + row * M::PITCH;
 #pragma unroll
             for (int ct = 0; ct < DV / 16; ct++)
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     float y = st.o[n][ct][2 * half + e];
                     int channel = plain ? bf16_channel(ct, half) : ct * 16 + half * 8 + g;
-                    y = plain ? y : y * TWO24 * slot_factor(ct) + lows[n][e];
+                    y = plain ? y : y * TWO24 * slot_factor(ct) + low;
                     if (row < rows)
-                        o[(warp * ROWS + row) * PITCH + channel] = y * f;
+                        to[channel] = y * f;
                 }
         }
     __syncthreads();
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int e = 0; e < 2; e++)
-            if (g == 0) // maxima have been read
-                ml[(n * 8 + 2 * t + e) * WARPS + warp] = sums[n][e];
-    // A thread sums a vector of four channels over its group's share of the warps.
+}
+
+// What a thread sums up: four channels of a row, over every groups-th of some parts, from `group`.
+// The groups of a vector are lanes side by side.
+struct share {
+    int row, channel, group, groups;
+};
+
+// Calls f(share) for all of a block's rows; all threads of a warp make the same calls.
+template <int DV, int WARPS, typename F> __device__ inline void for_shares(int rows, F &&f)
+{
+    constexpr int THREADS = WARPS * 32;
     int vectors = rows * (DV / 4), groups = WARPS > 4 && THREADS >= 4 * vectors ? 4 : 1;
     for (int i = threadIdx.x; i < vectors * groups; i += THREADS) {
-        int group = i / vectors, row = i % vectors / (DV / 4), c = i % (DV / 4) * 4;
+        int vector = i / groups;
+        f(share{vector / (DV / 4), vector % (DV / 4) * 4, i % groups, groups});
+    }
+}
+
+__device__ inline float4 add(float4 a, float4 b)
+{
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+__device__ inline float4 times(float4 a, float f)
+{
+    return make_float4(a.x * f, a.y * f, a.z * f, a.w * f);
+}
+
+// Over the groups of a share.
+__device__ inline float4 sum_groups(float4 x, int groups)
+{
+    for (int k = 1; k < groups; k *= 2)
+        x = add(x, make_float4(__shfl_xor_sync(~0u, x.x, k), __shfl_xor_sync(~0u, x.y, k),
+                               __shfl_xor_sync(~0u, x.z, k), __shfl_xor_sync(~0u, x.w, k)));
+    return x;
+}
+
+// Of all warps, after share_maxima.
+template <typename M> __device__ inline float row_maximum(const M &mem, int row)
+{
+    constexpr int WARPS = M::COUNT;
+    float m = NONE;
+    for (int w = 0; w < WARPS; w++)
+        m = fmaxf(m, mem.maxima()[row * WARPS + w]);
+    return m;
+}
+
+// Third step: the sum over the warps. f(row, channel, sum of outputs, sum of probabilities) gets
+// each vector once.
+template <int DV, typename M, typename F>
+__device__ inline void sum_warps(const M &mem, int rows, F &&f)
+{
+    constexpr int WARPS = M::COUNT;
+    for_shares<DV, WARPS>(rows, [&](share s) {
         float4 sum = {};
-        int first = group * (WARPS / groups);
-        for (int w = first; w < first + WARPS / groups; w++) {
-            float4 y = *(const float4 *)&o[(w * ROWS + row) * PITCH + c];
-            sum.x += y.x, sum.y += y.y, sum.z += y.z, sum.w += y.w;
+        for (int w = s.group; w < WARPS; w += s.groups)
+            sum = add(sum, *(const float4 *)&mem.results(w)[s.row * M::PITCH + s.channel]);
+        sum = sum_groups(sum, s.groups);
+        float l = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w += 4) {
+            float4 x = *(const float4 *)&mem.sums()[s.row * WARPS + w];
+            l += x.x + x.y + (x.z + x.w);
         }
-        *(float4 *)&o[(first * ROWS + row) * PITCH + c] = sum;
+        if (s.group == 0)
+            f(s.row, s.channel, sum, l);
+    });
+}
+
+// -- the parts of a unit -------------------------------------------------------------------------
+
+// A part in memory: outputs [rows][DV], then (m, l) [rows].
+template <int DV, int ROWS> struct part_view {
+    float *at;
+
+    __device__ inline float4 *vector(int row, int channel) const
+    {
+        return (float4 *)(at + row * DV + channel);
+    }
+
+    __device__ inline float2 *terms(int row) const
+    {
+        return (float2 *)(at + ROWS * DV) + row;
+    }
+};
+
+// Counts the blocks of a unit; in the last one, calls f in one thread and returns true: what the
+// others wrote is seen then.
+template <typename F> __device__ inline bool arrive_last(uint32_t *counter, uint32_t n, F &&f)
+{
+    __shared__ bool last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicAdd(counter, 1) == n - 1;
+        if (last) {
+            *counter = 0;
+            __threadfence();
+            f();
+        }
     }
     __syncthreads();
-    if (groups > 1)
-        for (int i = threadIdx.x; i < vectors; i += THREADS) {
-            int row = i / (DV / 4), c = i % (DV / 4) * 4;
-            float4 sum = *(const float4 *)&o[row * PITCH + c];
-            for (int k = 1; k < groups; k++) {
-                float4 y = *(const float4 *)&o[(k * (WARPS / groups) * ROWS + row) * PITCH + c];
-                sum.x += y.x, sum.y += y.y, sum.z += y.z, sum.w += y.w;
-            }
-            *(float4 *)&o[row * PITCH + c] = sum;
-        }
-    float sum = 0;
-    if (threadIdx.x < ROWS)
-        for (int w = 0; w < WARPS; w++)
-            sum += ml[threadIdx.x * WARPS + w];
-    __syncthreads();
-    if (threadIdx.x < ROWS)
-        ml[threadIdx.x * 2 + 1] = sum;
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int e = 0; e < 2; e++)
-            if (threadIdx.x < 4)
-                ml[(n * 8 + 2 * t + e) * 2] = st.m[n][e];
-    __syncthreads();
+    return last;
 }
 
 // The last block of a unit: weighs all parts and finishes.
-template <int NT, int DV, int WARPS, int GROUPS, int PITCH>
+template <int NT, int DK, int DV, int WARPS>
 __device__ inline void merge_parts(const attend_params &p, const row_block &b, uint32_t of_history,
-                                   const uint8_t *parts, uint64_t part_bytes, uint8_t *memory)
+                                   uint8_t *parts, uint64_t part_bytes,
+                                   const unrotation<NT, DK, DV, WARPS> &back)
 {
-    constexpr int ROWS = 8 * NT, THREADS = WARPS * 32;
-    float *buffer = (float *)memory; // [history, windows][GROUPS][ROWS][PITCH]
-    float *weight = buffer + 2 * GROUPS * ROWS * PITCH;
-    uint32_t n = of_history + p.window_splits, lane = threadIdx.x % 32;
-    int rows = min((uint32_t)ROWS, b.rows - b.row0);
-    for (int row = threadIdx.x / 32; row < rows; row += WARPS) {
-        float m = NONE, sum = 0;
-        for (uint32_t i = lane; i < n; i += 32)
-            m = fmaxf(m, __ldcg((const float *)(parts + i * part_bytes) + ROWS * DV + row * 2));
-#pragma unroll
-        for (int x = 1; x < 32; x *= 2)
-            m = fmaxf(m, __shfl_xor_sync(~0u, m, x));
-        for (uint32_t i = lane; i < n; i += 32) {
-            float2 ml = __ldcg((const float2 *)((const float *)(parts + i * part_bytes) + ROWS * DV) + row);
-            float f = fast_exp2(ml.x - m);
-            sum += f * ml.y;
-            weight[row * MAX_PARTS + i] = f;
-        }
-#pragma unroll
-        for (int x = 1; x < 32; x *= 2)
-            sum += __shfl_xor_sync(~0u, sum, x);
-        for (uint32_t i = lane; i < n; i += 32)
-            weight[row * MAX_PARTS + i] *= sum > 0 ? 1 / sum : 0;
-        if (lane == 0)
-            write_lse(p, b, row, m, sum);
-    }
-    __syncthreads();
-    int vectors = rows * (DV / 4), groups = min(GROUPS, max(1, THREADS / vectors));
-    for (int i = threadIdx.x; i < vectors * groups; i += THREADS) {
-        int row = i % vectors / (DV / 4), c = i % (DV / 4) * 4, group = i / vectors;
+    constexpr int ROWS = 8 * NT, PITCH = DV + 4, AHEAD = 4;
+    uint32_t n = of_history + p.window_splits;
+    for_shares<DV, WARPS>((int)min((uint32_t)ROWS, b.rows - b.row0), [&](share s) {
         float4 history = {}, plain = {};
-#pragma unroll 8
-        for (uint32_t k = group; k < n; k += groups) {
-            float4 x = __ldcg((const float4 *)((const float *)(parts + k * part_bytes) + row * DV + c));
-            float w = weight[row * MAX_PARTS + k], h = k < of_history ? w : 0, r = w - h;
-            history.x += h * x.x, history.y += h * x.y, history.z += h * x.z, history.w += h * x.w;
-            plain.x += r * x.x, plain.y += r * x.y, plain.z += r * x.z, plain.w += r * x.w;
-        }
-        *(float4 *)&buffer[(group * ROWS + row) * PITCH + c] = history;
-        *(float4 *)&buffer[((GROUPS + group) * ROWS + row) * PITCH + c] = plain;
-    }
-    __syncthreads();
-    if (groups > 1) {
-        for (int i = threadIdx.x; i < rows * DV; i += THREADS) {
-            int at = i / DV * PITCH + i % DV;
-            for (int k = 1; k < groups; k++) {
-                buffer[at] += buffer[k * ROWS * PITCH + at];
-                buffer[GROUPS * ROWS * PITCH + at] += buffer[(GROUPS + k) * ROWS * PITCH + at];
+        float m = NONE, l = 0;
+        for (uint32_t first = s.group; first < n; first += AHEAD * s.groups) {
+            float4 x[AHEAD];
+            float2 terms[AHEAD];
+            float top = m;
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                uint32_t k = first + i * s.groups;
+                part_view<DV, ROWS> part = {(float *)(parts + min(k, n - 1) * part_bytes)};
+                x[i] = __ldcg(part.vector(s.row, s.channel));
+                terms[i] = __ldcg(part.terms(s.row));
+                if (k >= n)
+                    terms[i] = make_float2(NONE, 0);
+                top = fmaxf(top, terms[i].x);
+            }
+            float f = fast_exp2(m - top);
+            m = top;
+            l *= f, history = times(history, f), plain = times(plain, f);
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                uint32_t k = first + i * s.groups;
+                float w = k < n ? fast_exp2(terms[i].x - m) : 0;
+                l += w * terms[i].y;
+                history = add(history, times(x[i], k < of_history ? w : 0));
+                plain = add(plain, times(x[i], k < of_history ? 0 : w));
             }
         }
-        __syncthreads();
-    }
-    finish_rows<NT, DV, WARPS, PITCH>(p, b, of_history ? buffer : nullptr,
-                                      p.window_splits ? buffer + GROUPS * ROWS * PITCH : nullptr);
+        float top = m;
+        for (int k = 1; k < s.groups; k *= 2)
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, k));
+        float f = fast_exp2(m - top);
+        l *= f;
+        for (int k = 1; k < s.groups; k *= 2)
+            l += __shfl_xor_sync(~0u, l, k);
+        f *= l > 0 ? 1 / l : 0;
+        history = sum_groups(times(history, f), s.groups);
+        if (p.window_splits)
+            plain = sum_groups(times(plain, f), s.groups);
+        if (s.group)
+            return;
+        *(float4 *)&back.m.finished(false)[s.row * PITCH + s.channel] = history;
+        *(float4 *)&back.m.finished(true)[s.row * PITCH + s.channel] = plain;
+        if (s.channel == 0)
+            write_lse(p, b, s.row, top, l);
+    });
+    __syncthreads();
+    finish_rows(p, b, back, of_history > 0, p.window_splits > 0);
 }
 
 // The tiles [low, end) of a history that some row of a block sees, and into how many parts they are
@@ -319,31 +466,39 @@ __device__ inline history_range history_of(const attend_params &p, const row_blo
 // Streams a part of the history through the warps' rings.
 template <bool GENERAL, int NT, int DK, int DV, int WARPS>
 __device__ inline void history_part(const attend_params &p, const row_block &b,
-                                    const history_range &range, uint32_t part, uint8_t *shared,
-                                    uint64_t *bars, logit_terms<NT> &x, state<NT, DV> &st)
+                                    const history_range &range, uint32_t part,
+                                    const block_memory<NT, DK, DV, WARPS> &memory,
+                                    logit_terms<NT> &x, state<NT, DV> &st)
 {
     using mem = block_memory<NT, DK, DV, WARPS>;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4;
     uint32_t tokens = b.hist_end - p.sink, tiles = range.end - range.low;
     uint32_t pos_first = row_position(p, b, b.row0);
     uint32_t pos_last = row_position(p, b, min(b.row0 + 8 * NT, b.rows) - 1);
-    uint32_t first = range.low + (uint32_t)((uint64_t)tiles * part / range.parts) + (uint32_t)warp;
-    uint32_t end = range.low + (uint32_t)((uint64_t)tiles * (part + 1) / range.parts);
+    uint32_t first = range.low + tiles * part / range.parts + (uint32_t)warp;
+    uint32_t end = range.low + tiles * (part + 1) / range.parts;
     const uint64_t *pages = p.pages.codec + (uint64_t)b.s * p.pages.codec_stride;
     uint64_t offset = ((uint64_t)p.layer * p.kv_heads + b.kv) * mem::TILE;
-    auto address = [&](uint32_t i) { return (const uint8_t *)pages[i] + offset; };
 #if KVD_BULK
-    auto slot_at = [&](uint32_t i) { return shared + (i * WARPS + warp) * mem::TILE; };
+    // Lane k fetches the warp's tiles k, k + 32, ...: it has read their addresses ahead of need.
+    uint64_t *bars = memory.barriers(warp);
+    auto slot_at = [&](uint32_t i) { return memory.at + (i * WARPS + warp) * mem::TILE; };
+    auto page_of = [&](uint32_t k) {
+        uint32_t i = first + k * WARPS;
+        return (const uint8_t *)(i < end ? pages[i] + offset : 0);
+    };
+    const uint8_t *mine = page_of(lane);
     if (lane == 0) {
         for (int i = 0; i < SLOTS; i++)
             barrier_init(&bars[i]);
         barriers_ready();
-        for (uint32_t i = 0; i < SLOTS - 1 && first + i * WARPS < end; i++)
-            fetch(slot_at(i), address(first + i * WARPS), mem::TILE, &bars[i]);
     }
     __syncwarp();
+    if (lane < SLOTS - 1 && mine)
+        fetch(slot_at(lane), mine, mem::TILE, &bars[lane]);
+    __syncwarp();
 #endif
-    queries<NT, DK> &qs = *(queries<NT, DK> *)(shared + mem::QUERIES);
+    queries<NT, DK> &qs = *(queries<NT, DK> *)(memory.at + mem::QUERIES);
     float divisor = qs.template rotate<WARPS>(p, b, warp, x.sign);
     __syncthreads();
     uint2 q[NT][DK / 16];
@@ -361,21 +516,21 @@ __device__ inline void history_part(const attend_params &p, const row_block &b,
     }
     __syncthreads(); // the last slots are free
 #if KVD_BULK
-    if (lane == 0 && first + (SLOTS - 1) * WARPS < end) {
+    if (lane == SLOTS - 1 && mine) {
         barriers_ready(); // what was written there is in order before the copy
-        fetch(slot_at(SLOTS - 1), address(first + (SLOTS - 1) * WARPS), mem::TILE,
-              &bars[SLOTS - 1]);
+        fetch(slot_at(lane), mine, mem::TILE, &bars[lane]);
     }
 #endif
     st.clear(x.none);
 #if KVD_BULK
-    uint32_t slot = 0, phase = 0;
+    uint32_t slot = 0, phase = 0, ahead = SLOTS;
 #endif
     for (uint32_t i = first; i < end; i += WARPS) {
-        const uint8_t *at = address(i);
 #if KVD_BULK
-        at = slot_at(slot);
+        const uint8_t *at = slot_at(slot);
         barrier_wait(&bars[slot], phase);
+#else
+        const uint8_t *at = (const uint8_t *)pages[i] + offset;
 #endif
         uint32_t left = tokens - i * PAGE;
         tile_place place = {left < PAGE ? (int)left : PAGE, p.sink + i * PAGE};
@@ -390,9 +545,11 @@ __device__ inline void history_part(const attend_params &p, const row_block &b,
             attend_tile<GENERAL, false, NT, DK, DV, CHUNKS>(at, place, operands, x, st);
 #if KVD_BULK
         __syncwarp();
-        uint32_t next = i + SLOTS * WARPS;
-        if (lane == 0 && next < end)
-            fetch(slot_at(slot), address(next), mem::TILE, &bars[slot]);
+        if (ahead % 32 == 0)
+            mine = page_of(ahead + lane);
+        if (lane == ahead % 32 && mine)
+            fetch(slot_at(slot), mine, mem::TILE, &bars[slot]);
+        ahead++;
         if (++slot == SLOTS) {
             slot = 0;
             phase ^= 1;
@@ -428,7 +585,6 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 16 ? 1 : NT == 2 || DK + 
 {
     using mem = block_memory<NT, DK, DV, WARPS>;
     extern __shared__ __align__(128) uint8_t shared[];
-    __shared__ bool last;
     wait_for_previous();
     uint32_t blocks = n_row_blocks(p, NT), part = blockIdx.x;
     uint32_t kv = blockIdx.y / blocks, block = blockIdx.y % blocks;
@@ -448,27 +604,30 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 16 ? 1 : NT == 2 || DK + 
             x.last[n][e] = row_position(p, b, row);
             x.seen[n][e] = first_seen(p, x.last[n][e]);
         }
-    uint64_t *bars = (uint64_t *)(shared + mem::WORK) + threadIdx.x / 32 * SLOTS;
+    mem memory = {shared};
     if (plain && p.q_type == KVD_DTYPE_F32)
         window_part<true, NT, DK, DV, WARPS>(p, b, part - p.splits, x, st);
     else if (plain)
         window_part<false, NT, DK, DV, WARPS>(p, b, part - p.splits, x, st);
     else
-        history_part<GENERAL, NT, DK, DV, WARPS>(p, b, range, part, shared, bars, x, st);
+        history_part<GENERAL, NT, DK, DV, WARPS>(p, b, range, part, memory, x, st);
     let_next_start();
-    float *o = (float *)shared, *ml = o + WARPS * mem::ROWS * mem::PITCH;
-    combine_warps<NT, DV, WARPS, mem::PITCH>(o, ml, x, st, plain,
-                                             (int)min((uint32_t)mem::ROWS, b.rows - b.row0));
     uint32_t n = range.parts + p.window_splits;
+    int rows = (int)min((uint32_t)mem::ROWS, b.rows - b.row0);
+    unrotation<NT, DK, DV, WARPS> back(p, b, memory);
+    share_maxima(memory, x, st);
+    if (n == 1 && !plain && threadIdx.x == 0)
+        back.start();
+    share_results(memory, st, plain, rows);
     if (n == 1) {
-        for (int i = threadIdx.x; i < mem::ROWS * DV; i += WARPS * 32) {
-            float l = ml[i / DV * 2 + 1];
-            o[i / DV * mem::PITCH + i % DV] *= l > 0 ? 1 / l : 0;
-        }
-        if (threadIdx.x < mem::ROWS && b.row0 + threadIdx.x < b.rows)
-            write_lse(p, b, threadIdx.x, ml[threadIdx.x * 2], ml[threadIdx.x * 2 + 1]);
+        sum_warps<DV>(memory, rows, [&](int row, int channel, float4 sum, float l) {
+            *(float4 *)&memory.finished(plain)[row * mem::PITCH + channel] =
+                times(sum, l > 0 ? 1 / l : 0);
+            if (channel == 0)
+                write_lse(p, b, row, row_maximum(memory, row), l);
+        });
         __syncthreads();
-        finish_rows<NT, DV, WARPS, mem::PITCH>(p, b, plain ? nullptr : o, plain ? o : nullptr);
+        finish_rows(p, b, back, !plain, plain);
         return;
     }
     scratch_layout l = scratch_of(p, NT);
@@ -476,25 +635,15 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 16 ? 1 : NT == 2 || DK + 
     uint8_t *parts = (uint8_t *)p.scratch + l.parts_at +
                      unit * (p.splits + p.window_splits) * l.part_bytes;
     uint32_t slot = plain ? range.parts + part - p.splits : part;
-    float *to = (float *)(parts + slot * l.part_bytes);
-    for (int i = threadIdx.x; i < mem::ROWS * (DV / 4); i += WARPS * 32)
-        __stcg((float4 *)to + i, *(float4 *)&o[i / (DV / 4) * mem::PITCH + i % (DV / 4) * 4]);
-    if (threadIdx.x < mem::ROWS * 2)
-        __stcg(to + mem::ROWS * DV + threadIdx.x, ml[threadIdx.x]);
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        uint32_t *counter = (uint32_t *)p.scratch + unit;
-        last = atomicAdd(counter, 1) == n - 1;
-        if (last)
-            *counter = 0;
-    }
-    __syncthreads();
-    if (!last)
+    part_view<DV, mem::ROWS> to = {(float *)(parts + slot * l.part_bytes)};
+    sum_warps<DV>(memory, rows, [&](int row, int channel, float4 sum, float l) {
+        __stcg(to.vector(row, channel), sum);
+        if (channel == 0)
+            __stcg(to.terms(row), make_float2(row_maximum(memory, row), l));
+    });
+    if (!arrive_last((uint32_t *)p.scratch + unit, n, [&] { back.start(); }))
         return;
-    __threadfence();
-    merge_parts<NT, DV, WARPS, mem::GROUPS, mem::PITCH>(p, b, range.parts, parts, l.part_bytes,
-                                                        shared);
+    merge_parts(p, b, range.parts, parts, l.part_bytes, back);
 }
 
 // Launches behind what is on the stream already, and in place before that has finished.

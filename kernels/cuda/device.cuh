@@ -45,6 +45,11 @@ __device__ inline float high_bf16(uint32_t x)
     return __uint_as_float(x & 0xffff0000u);
 }
 
+__device__ inline uint32_t word_of(const uint4 &x, int i)
+{
+    return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+}
+
 __device__ inline uint32_t pack_fp16(float a, float b)
 {
     __half2 h = __floats2half2_rn(a, b);
@@ -244,9 +249,9 @@ __host__ __device__ constexpr int inverse_channel(int j)
 
 template <int D> struct packed {
     static constexpr int WORDS = D * D / 2; // of one part
-    static __device__ inline uint4 load(const uint32_t *part, int out8, int in32)
+    static __device__ inline const uint4 *at(const uint32_t *part, int out8, int in32)
     {
-        return __ldg((const uint4 *)part + (out8 * (D / 32) + in32) * 32 + threadIdx.x % 32);
+        return (const uint4 *)part + (out8 * (D / 32) + in32) * 32 + threadIdx.x % 32;
     }
 };
 
@@ -261,20 +266,17 @@ __device__ inline const uint32_t *matrix_at(const uint16_t *operands, uint64_t i
     return (const uint32_t *)operands + index * 2 * packed<D>::WORDS;
 }
 
-// c = a R for one tile of 8 outputs: a is 16 rows as A operands. PARTS 1: by the high part alone.
-template <int D, int PARTS>
-__device__ inline void rotate_tile(const uint32_t (&a)[D / 16][4], const uint32_t *r, int out8,
-                                   float c[4])
+// c = a R for one tile of 8 outputs: a is 16 rows as A operands, load(i) the tile's operands of 32
+// inputs.
+template <int D, typename L>
+__device__ inline void rotate_tile(const uint32_t (&a)[D / 16][4], L load, float c[4])
 {
-    c[0] = c[1] = c[2] = c[3] = 0;
 #pragma unroll
-    for (int part = 0; part < PARTS; part++)
-#pragma unroll
-        for (int i = 0; i < D / 32; i++) {
-            uint4 b = packed<D>::load(r + part * packed<D>::WORDS, out8, i);
-            mma(c, a[2 * i], b.x, b.y);
-            mma(c, a[2 * i + 1], b.z, b.w);
-        }
+    for (int i = 0; i < D / 32; i++) {
+        uint4 b = load(i);
+        mma(c, a[2 * i], b.x, b.y);
+        mma(c, a[2 * i + 1], b.z, b.w);
+    }
 }
 
 // The power of two at or above x, as a divisor that brings |x| to at most 1; 1 for 0, NaN and Inf.

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(READ_WARPS * 32, D == 64 ? 2 : 1)
                     if (STAGED) {
                         b = ((const uint4 *)shared)[((j4 * 4 + j) * (D / 32) + i) * 32 + lane];
                     } else {
-                        b = packed<D>::load(r, j4 * 4 + j, i);
+                        b = __ldg(packed<D>::at(r, j4 * 4 + j, i));
                         __half2 *h = (__half2 *)&b;
                         __half2 f0 = __float2half2_rn(slot_factor(2 * i));
                         __half2 f1 = __float2half2_rn(slot_factor(2 * i + 1));
