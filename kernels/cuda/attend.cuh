@@ -30,16 +30,23 @@ __device__ inline row_block rows_of(const attend_params &p, uint32_t s, uint32_t
     return b;
 }
 
+// Which query of its sequence a row is.
+__device__ inline uint32_t query_of(const attend_params &p, const row_block &b, uint32_t row)
+{
+    return p.q_len == 1 ? 0 : row / b.group; // a division is twenty instructions
+}
+
 // Index of a row among [S][q_len][H_q].
 __device__ inline uint64_t row_index(const attend_params &p, const row_block &b, uint32_t row)
 {
-    return ((uint64_t)b.s * p.q_len + row / b.group) * p.q_heads + b.kv * b.group + row % b.group;
+    uint32_t query = query_of(p, b, row), head = row - query * b.group;
+    return ((uint64_t)b.s * p.q_len + query) * p.q_heads + b.kv * b.group + head;
 }
 
 // Position of a row's query.
 __device__ inline uint32_t row_position(const attend_params &p, const row_block &b, uint32_t row)
 {
-    return b.total - p.q_len + row / b.group;
+    return b.total - p.q_len + query_of(p, b, row);
 }
 
 // First position that a query sees.
@@ -92,79 +99,84 @@ template <int NT, int DV> struct state {
 
 // -- queries -------------------------------------------------------------------------------------
 
-// A lane's share of 16 rows of q, from row0 + 16 mt: f(half, i, x, y) gets the i-th pair of row
-// half * 8 + g. Rows beyond the end are 0. Nothing branches: all loads are under way at once.
-template <int DK, typename F>
-__device__ inline void for_queries(const attend_params &p, const row_block &b, int mt, F &&f)
-{
-    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+// Up to 16 rows of fp32 in shared memory as A operands: each row by a divisor of its own, a power of
+// two that brings it to at most 1. NT N tiles of rows: with one, rows 8 to 15 are zeros.
+template <int NT, int D> struct row_operands {
+    uint32_t word[D / 16][32][2 * NT];
+    float divisor[8 * NT];
+
+    // Pair i of step i / 2 in lane t of a row's four.
+    __device__ inline void put(int row, int i, int t, float x, float y)
+    {
+        word[i / 2][row % 8 * 4 + t][i % 2 * NT + row / 8] = pack_fp16(x, y);
+    }
+
+    __device__ inline void load(uint32_t (&a)[D / 16][4]) const
+    {
+        int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        uint32_t row = b.row0 + mt * 16 + half * 8 + g;
-        uint64_t at = row_index(p, b, min(row, b.rows - 1)) * DK + 8 * t;
-        float2 v[DK / 8];
-        if (p.q_type == KVD_DTYPE_F32) {
-#pragma unroll
-            for (int i = 0; i < DK / 8; i++)
-                v[i] = *(const float2 *)((const float *)p.q + at + forward_channel(i));
-        } else {
-            uint4 w[DK / 32];
-#pragma unroll
-            for (int i = 0; i < DK / 32; i++)
-                w[i] = *(const uint4 *)((const uint16_t *)p.q + at + 32 * i);
-#pragma unroll
-            for (int i = 0; i < DK / 8; i++) {
-                uint32_t x = word_of(w[i / 4], i % 4);
-                v[i] = make_float2(low_bf16(x), high_bf16(x));
+        for (int i = 0; i < D / 16; i++) {
+            if constexpr (NT == 2) {
+                *(uint4 *)a[i] = *(const uint4 *)word[i][lane];
+            } else {
+                uint2 x = *(const uint2 *)word[i][lane];
+                a[i][0] = x.x, a[i][1] = 0, a[i][2] = x.y, a[i][3] = 0;
             }
         }
-#pragma unroll
-        for (int i = 0; i < DK / 8; i++)
-            f(half, i, row < b.rows ? v[i].x : 0, row < b.rows ? v[i].y : 0);
     }
-}
-
-// The same rows times `factor`, as A operands.
-template <int DK>
-__device__ inline void load_queries(const attend_params &p, const row_block &b, int mt,
-                                    float factor, uint32_t (&a)[DK / 16][4])
-{
-    for_queries<DK>(p, b, mt, [&](int half, int i, float x, float y) {
-        a[i / 2][i % 2 * 2 + half] = pack_fp16(x * factor, y * factor);
-    });
-}
-
-// The largest absolute value of these rows.
-template <int DK>
-__device__ inline float largest_query(const attend_params &p, const row_block &b, int mt)
-{
-    float top = 0;
-    for_queries<DK>(p, b, mt, [&](int, int, float x, float y) {
-        top = fmaxf(top, fmaxf(fabsf(x), fabsf(y)));
-    });
-#pragma unroll
-    for (int x = 1; x < 32; x *= 2)
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, x));
-    return top;
-}
+};
 
 // Rotated queries of a block in shared memory: B operands of the scores, and sums over channels.
 // They are the true ones times `divisor`'s inverse: products want it back.
-template <int NT, int DK> struct queries {
+template <int NT, int DK, int PARTS> struct queries {
+    static constexpr int ROWS = 8 * NT, PER_LANE = DK / 32;
     uint32_t op[NT][DK / 16][2][32];
-    float sums[DK / 8][NT * 8];
+    float sums[PARTS][ROWS];
+    row_operands<NT, DK> rows;
 
-    // Warp `part` of PARTS. The caller synchronizes before anyone reads. The queries are taken
-    // times `sign`. Returns the divisor.
-    template <int PARTS>
-    __device__ inline float rotate(const attend_params &p, const row_block &b, int part,
-                                   float sign)
+    // Warp `part` of PARTS brings its share of the rows into shared memory, times `sign`; rows
+    // beyond the end as zeros.
+    template <bool F32>
+    __device__ inline void load(const attend_params &p, const row_block &b, int part, float sign)
     {
+        int lane = threadIdx.x % 32, channel = lane * PER_LANE;
+#pragma unroll 1
+        for (int row = part; row < ROWS; row += PARTS) {
+            bool real = b.row0 + row < b.rows;
+            uint64_t at = row_index(p, b, real ? b.row0 + row : b.row0) * DK + channel;
+            float x[PER_LANE], top = 0;
+#pragma unroll
+            for (int i = 0; i < PER_LANE; i += 2) {
+                if (F32) {
+                    *(float2 *)&x[i] = *(const float2 *)((const float *)p.q + at + i);
+                } else {
+                    uint32_t w = *(const uint32_t *)((const uint16_t *)p.q + at + i);
+                    x[i] = low_bf16(w), x[i + 1] = high_bf16(w);
+                }
+                top = fmaxf(top, fmaxf(fabsf(x[i]), fabsf(x[i + 1])));
+            }
+            top = real ? top : 0;
+#pragma unroll
+            for (int k = 1; k < 32; k *= 2)
+                top = fmaxf(top, __shfl_xor_sync(~0u, top, k));
+            float divisor = magnitude(top), factor = real ? sign / divisor : 0;
+            if (lane == 0)
+                rows.divisor[row] = real ? divisor : 0;
+#pragma unroll
+            for (int i = 0; i < PER_LANE; i += 2) {
+                int c = channel + i, pair = c / 32 * 4 + c % 8 / 2; // 8 t + forward_channel(pair)
+                rows.put(row, pair, c / 8 % 4, real ? x[i] * factor : 0, real ? x[i + 1] * factor : 0);
+            }
+        }
+    }
+
+    // Warp `part` of PARTS. The caller synchronizes before anyone reads. Returns the divisor.
+    __device__ inline float rotate(const attend_params &p, const row_block &b, int part, float sign)
+    {
+        constexpr int STEPS = (DK / 8 + PARTS - 1) / PARTS;
         int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         uint64_t index = matrix_index(p.rotation, p.layer, b.kv);
         const uint32_t *r = matrix_at<DK>(p.rotation.k.forward, index);
-        float scale = 1 / p.rotation.k.scale[index];
-        constexpr int MT = (NT + 1) / 2, STEPS = (DK / 8 + PARTS - 1) / PARTS;
         // The first tile's operands are under way before anything is known of q.
         uint4 ahead[2][DK / 32];
 #pragma unroll
@@ -172,45 +184,50 @@ template <int NT, int DK> struct queries {
 #pragma unroll
             for (int i = 0; i < DK / 32; i++)
                 ahead[half][i] = __ldg(packed<DK>::at(r + half * packed<DK>::WORDS, part, i));
+        float scale = 1 / __ldg(&p.rotation.k.scale[index]);
+        if (p.q_type == KVD_DTYPE_F32)
+            load<true>(p, b, part, sign);
+        else
+            load<false>(p, b, part, sign);
+        __syncthreads();
+        float divisor = rows.divisor[lane % ROWS];
+#pragma unroll
+        for (int k = 1; k < ROWS; k *= 2)
+            divisor = fmaxf(divisor, __shfl_xor_sync(~0u, divisor, k));
+        float f0 = scale * (rows.divisor[g] / divisor), f1 = scale * (rows.divisor[ROWS - 8 + g] / divisor);
         uint32_t a[DK / 16][4];
-        float top = 0;
-        for (int mt = 0; mt < MT; mt++)
-            top = fmaxf(top, largest_query<DK>(p, b, mt));
-        float divisor = magnitude(top);
-#pragma unroll 1
-        for (int mt = 0; mt < MT; mt++) {
-            load_queries<DK>(p, b, mt, sign / divisor, a);
+        rows.load(a);
+        float sum0 = 0, sum1 = 0;
 #pragma unroll
-            for (int i = 0; i < STEPS; i++) {
-                int j = part + i * PARTS;
-                if (j >= DK / 8)
-                    break;
-                float c[4] = {}, low_part[4] = {};
-                auto operands = [&](int half, int in32) {
-                    return i == 0 ? ahead[half][in32]
-                                  : __ldg(packed<DK>::at(r + half * packed<DK>::WORDS, j, in32));
-                };
-                rotate_tile<DK>(a, [&](int in32) { return operands(0, in32); }, c);
-                rotate_tile<DK>(a, [&](int in32) { return operands(1, in32); }, low_part);
-#pragma unroll
-                for (int k = 0; k < 4; k++)
-                    c[k] += low_part[k];
-                float f = scale * slot_factor(j / 2), back = 1 / slot_factor(j / 2);
-                uint32_t low = pack_fp16(c[0] * f, c[1] * f), high = pack_fp16(c[2] * f, c[3] * f);
-                // Sums of what the products see: what rounding takes from a query it takes from both.
-                float2 x0 = unpack_fp16(low), x1 = unpack_fp16(high);
-                float s0 = (x0.x + x0.y) * back, s1 = (x1.x + x1.y) * back;
-                s0 += __shfl_xor_sync(~0u, s0, 1), s1 += __shfl_xor_sync(~0u, s1, 1);
-                s0 += __shfl_xor_sync(~0u, s0, 2), s1 += __shfl_xor_sync(~0u, s1, 2);
-                op[2 * mt][j / 2][j % 2][lane] = low;
-                if (t == 0)
-                    sums[j][mt * 16 + g] = s0;
-                if (2 * mt + 1 < NT) {
-                    op[2 * mt + 1][j / 2][j % 2][lane] = high;
-                    if (t == 0)
-                        sums[j][mt * 16 + 8 + g] = s1;
-                }
-            }
+        for (int i = 0; i < STEPS; i++) {
+            int j = part + i * PARTS;
+            if (j >= DK / 8)
+                break;
+            float c[4] = {}, low_part[4] = {};
+            auto operands = [&](int half, int in32) {
+                return i == 0 ? ahead[half][in32]
+                              : __ldg(packed<DK>::at(r + half * packed<DK>::WORDS, j, in32));
+            };
+            rotate_tile<DK>(a, [&](int in32) { return operands(0, in32); }, c);
+            rotate_tile<DK>(a, [&](int in32) { return operands(1, in32); }, low_part);
+            float slot = slot_factor(j / 2), back = 1 / slot;
+            // Sums of what the products see: what rounding takes from a query it takes from both.
+            auto write = [&](int n, float x, float y, float f) {
+                uint32_t w = pack_fp16(x * f * slot, y * f * slot);
+                float2 seen = unpack_fp16(w);
+                op[n][j / 2][j % 2][lane] = w;
+                return (seen.x + seen.y) * back;
+            };
+            sum0 += write(0, c[0] + low_part[0], c[1] + low_part[1], f0);
+            if (NT == 2)
+                sum1 += write(NT - 1, c[2] + low_part[2], c[3] + low_part[3], f1);
+        }
+        sum0 += __shfl_xor_sync(~0u, sum0, 1), sum0 += __shfl_xor_sync(~0u, sum0, 2);
+        sum1 += __shfl_xor_sync(~0u, sum1, 1), sum1 += __shfl_xor_sync(~0u, sum1, 2);
+        if (t == 0) {
+            sums[part][g] = sum0;
+            if (NT == 2)
+                sums[part][ROWS - 8 + g] = sum1;
         }
         return divisor;
     }
@@ -219,7 +236,7 @@ template <int NT, int DK> struct queries {
     {
         float x = 0;
 #pragma unroll
-        for (int j = 0; j < DK / 8; j++)
+        for (int j = 0; j < PARTS; j++)
             x += sums[j][row];
         return x;
     }
@@ -257,7 +274,8 @@ __device__ inline void mask_scores(const logit_terms<NT> &x, const tile_place &a
         for (int i = 0; i < 4; i++) {
             int token = c * 16 + g + i / 2 * 8;
             uint32_t pos = at.position + token;
-            if (token >= at.count || pos < x.seen[n][i % 2] || pos > x.last[n][i % 2])
+            if (token >= at.count ||
+                (GENERAL && (pos < x.seen[n][i % 2] || pos > x.last[n][i % 2])))
                 s[i] = x.none;
         }
 }

@@ -46,17 +46,19 @@ template <int NT, int DK, int DV, int WARPS> struct block_memory {
     static constexpr int RING = WARPS * SLOTS * TILE; // [slot][warp]
     // One after another in the same bytes: the ring, with the queries in its last slots until they
     // are in registers; then the warps' results and maxima, the finished rows of history and
-    // windows, and R^T.
+    // windows, those of the history as operands, and R^T.
     static constexpr int MAXIMA = WARPS * WARP_PITCH * 4, SUMS = MAXIMA + ROWS * WARPS * 4;
     static constexpr int FINISHED = SUMS + ROWS * WARPS * 4;
-    static constexpr int MATRIX = (FINISHED + 2 * ROWS * PITCH * 4 + 127) / 128 * 128;
+    static constexpr int OPERANDS = (FINISHED + 2 * ROWS * PITCH * 4 + 15) / 16 * 16;
+    static constexpr int TOPS = OPERANDS + (int)sizeof(row_operands<NT, DV>);
+    static constexpr int MATRIX = (TOPS + ROWS * 4 + 127) / 128 * 128;
     static constexpr bool STAGED = DV <= 128; // is R^T
     static constexpr int RESULTS = MATRIX + (STAGED ? packed<DV>::WORDS * 4 : 0);
     static constexpr int QUERIES = (SLOTS - 1) * WARPS * TILE;
     static constexpr int WORK = RESULTS > RING ? RESULTS : RING;
     static constexpr int BARRIERS = WARPS * SLOTS + 1; // the last one is R^T's
     static constexpr int BYTES = WORK + BARRIERS * 8;
-    static_assert(sizeof(queries<NT, DK>) <= WARPS * TILE, "queries fit the last slots");
+    static_assert(sizeof(queries<NT, DK, WARPS>) <= WARPS * TILE, "queries fit the last slots");
     static_assert(WORK % 8 == 0, "barriers are aligned");
 
     uint8_t *at;
@@ -79,6 +81,26 @@ template <int NT, int DK, int DV, int WARPS> struct block_memory {
     __device__ inline float *finished(bool plain) const // [ROWS][PITCH], of windows or of history
     {
         return (float *)(at + FINISHED) + plain * (ROWS * PITCH);
+    }
+
+    __device__ inline row_operands<NT, DV> &operands() const
+    {
+        return *(row_operands<NT, DV> *)(at + OPERANDS);
+    }
+
+    // The largest absolute values of the history's finished rows, as bits; clear before finish().
+    __device__ inline uint32_t *tops() const
+    {
+        return (uint32_t *)(at + TOPS);
+    }
+
+    __device__ inline void finish(int row, int channel, float4 x, bool plain) const
+    {
+        *(float4 *)&finished(plain)[row * PITCH + channel] = x;
+        if (!plain) {
+            float top = fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
+            atomicMax(&tops()[row], __float_as_uint(top));
+        }
     }
 
     __device__ inline uint64_t *barriers(int warp) const // [SLOTS]; those of warp WARPS: R^T's
@@ -135,73 +157,59 @@ template <int NT, int DK, int DV, int WARPS> struct unrotation {
     }
 };
 
-// Writes o of a block's rows from `finished`: un-rotates the history's share where there is one.
+// Writes o of a block's rows from what memory.finish() was given by for_shares: un-rotates the
+// history's share where there is one.
 template <int NT, int DK, int DV, int WARPS>
-__device__ inline void finish_rows(const attend_params &p, const row_block &b,
+__device__ inline void finish_rows(const attend_params &p, const row_block &b, int rows,
                                    const unrotation<NT, DK, DV, WARPS> &back, bool rotated,
                                    bool plain)
 {
     using memory = block_memory<NT, DK, DV, WARPS>;
     int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const float *history = back.m.finished(false), *windows = back.m.finished(true);
-    float scale = rotated ? 1 / __ldg(back.scale) : 0;
-#pragma unroll 1
-    for (int mt = 0; mt < (NT + 1) / 2; mt++) {
-        uint32_t a[DV / 16][4];
-        float top = 0;
-        if (rotated) {
-            float2 x[DV / 8][2];
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int row = mt * 16 + half * 8 + g;
-                bool real = row < memory::ROWS && b.row0 + row < b.rows;
-                const float *from = history + (real ? row : 0) * memory::PITCH + 2 * t;
-#pragma unroll
-                for (int i = 0; i < DV / 8; i++) {
-                    x[i][half] = *(const float2 *)(from + i * 8);
-                    if (!real)
-                        x[i][half] = make_float2(0, 0);
-                    top = fmaxf(top, fmaxf(fabsf(x[i][half].x), fabsf(x[i][half].y)));
-                }
-            }
-#pragma unroll
-            for (int m = 1; m < 32; m *= 2)
-                top = fmaxf(top, __shfl_xor_sync(~0u, top, m));
-            top = magnitude(top);
-            float inverse = 1 / top;
-#pragma unroll
-            for (int i = 0; i < DV / 8; i++)
-#pragma unroll
-                for (int half = 0; half < 2; half++)
-                    a[i / 2][i % 2 * 2 + half] =
-                        pack_fp16(x[i][half].x * inverse, x[i][half].y * inverse);
-            back.wait();
+    row_operands<NT, DV> &operands = back.m.operands();
+    uint32_t a[DV / 16][4];
+    __syncthreads();
+    if (rotated) {
+        for (int i = threadIdx.x; i < memory::ROWS * (DV / 4); i += WARPS * 32) {
+            int row = i / (DV / 4), c = i % (DV / 4) * 4;
+            float divisor = magnitude(__uint_as_float(back.m.tops()[row])), f = 1 / divisor;
+            float4 x = *(const float4 *)&back.m.finished(false)[row * memory::PITCH + c];
+            if (row >= rows)
+                x = {};
+            operands.put(row, c / 8, c % 8 / 2, x.x * f, x.y * f);
+            operands.put(row, c / 8, c % 8 / 2 + 1, x.z * f, x.w * f);
+            if (c == 0)
+                operands.divisor[row] = divisor / __ldg(back.scale);
         }
+        __syncthreads();
+        operands.load(a);
+        back.wait();
+    }
 #pragma unroll
-        for (int i = 0; i < (DV / 8 + WARPS - 1) / WARPS; i++) {
-            int j = warp + i * WARPS;
-            if (j >= DV / 8)
-                break;
-            float c[4] = {};
-            int channel = 8 * t + inverse_channel(j);
+    for (int i = 0; i < (DV / 8 + WARPS - 1) / WARPS; i++) {
+        int j = warp + i * WARPS;
+        if (j >= DV / 8)
+            break;
+        float c[4] = {};
+        if (rotated)
+            rotate_tile<DV>(a, [&](int in32) { return back.load(j, in32); }, c);
+#pragma unroll
+        for (int half = 0; half < NT; half++) {
+            int row = half * 8 + g, channel = 8 * t + inverse_channel(j);
+            if (row >= rows)
+                continue;
+            float2 x = make_float2(0, 0);
             if (rotated)
-                rotate_tile<DV>(a, [&](int in32) { return back.load(j, in32); }, c);
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int row = mt * 16 + half * 8 + g;
-                if (row >= memory::ROWS || b.row0 + row >= b.rows)
-                    continue;
-                float x = c[2 * half] * scale * top, y = c[2 * half + 1] * scale * top;
-                if (plain) {
-                    float2 w = *(const float2 *)&windows[row * memory::PITCH + channel];
-                    x += w.x, y += w.y;
-                }
-                uint64_t at = row_index(p, b, b.row0 + row) * DV + channel;
-                if (p.o_type == KVD_DTYPE_F32)
-                    *(float2 *)((float *)p.o + at) = make_float2(x, y);
-                else
-                    *(uint32_t *)((uint16_t *)p.o + at) = pack_bf16(x, y);
+                x = make_float2(c[2 * half] * operands.divisor[row], c[2 * half + 1] * operands.divisor[row]);
+            if (plain) {
+                float2 w = *(const float2 *)&back.m.finished(true)[row * memory::PITCH + channel];
+                x.x += w.x, x.y += w.y;
             }
+            uint64_t at = row_index(p, b, b.row0 + row) * DV + channel;
+            if (p.o_type == KVD_DTYPE_F32)
+                *(float2 *)((float *)p.o + at) = x;
+            else
+                *(uint32_t *)((uint16_t *)p.o + at) = pack_bf16(x.x, x.y);
         }
     }
 }
@@ -223,6 +231,8 @@ __device__ inline void share_maxima(const M &mem, const logit_terms<NT> &x, stat
     constexpr int WARPS = M::COUNT;
     int warp = threadIdx.x / 32, t = threadIdx.x % 4;
     __syncthreads();
+    if (threadIdx.x < M::ROWS)
+        mem.tops()[threadIdx.x] = 0;
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
@@ -382,13 +392,13 @@ template <typename F> __device__ inline bool arrive_last(uint32_t *counter, uint
 
 // The last block of a unit: weighs all parts and finishes.
 template <int NT, int DK, int DV, int WARPS>
-__device__ inline void merge_parts(const attend_params &p, const row_block &b, uint32_t of_history,
-                                   uint8_t *parts, uint64_t part_bytes,
+__device__ inline void merge_parts(const attend_params &p, const row_block &b, int rows,
+                                   uint32_t of_history, uint8_t *parts, uint64_t part_bytes,
                                    const unrotation<NT, DK, DV, WARPS> &back)
 {
-    constexpr int ROWS = 8 * NT, PITCH = DV + 4, AHEAD = 4;
+    constexpr int ROWS = 8 * NT, AHEAD = 4;
     uint32_t n = of_history + p.window_splits;
-    for_shares<DV, WARPS>((int)min((uint32_t)ROWS, b.rows - b.row0), [&](share s) {
+    for_shares<DV, WARPS>(rows, [&](share s) {
         float4 history = {}, plain = {};
         float m = NONE, l = 0;
         for (uint32_t first = s.group; first < n; first += AHEAD * s.groups) {
@@ -430,13 +440,13 @@ __device__ inline void merge_parts(const attend_params &p, const row_block &b, u
             plain = sum_groups(times(plain, f), s.groups);
         if (s.group)
             return;
-        *(float4 *)&back.m.finished(false)[s.row * PITCH + s.channel] = history;
-        *(float4 *)&back.m.finished(true)[s.row * PITCH + s.channel] = plain;
+        back.m.finish(s.row, s.channel, history, false);
+        if (p.window_splits)
+            back.m.finish(s.row, s.channel, plain, true);
         if (s.channel == 0)
             write_lse(p, b, s.row, top, l);
     });
-    __syncthreads();
-    finish_rows(p, b, back, of_history > 0, p.window_splits > 0);
+    finish_rows(p, b, rows, back, of_history > 0, p.window_splits > 0);
 }
 
 // The tiles [low, end) of a history that some row of a block sees, and into how many parts they are
@@ -498,8 +508,8 @@ __device__ inline void history_part(const attend_params &p, const row_block &b,
         fetch(slot_at(lane), mine, mem::TILE, &bars[lane]);
     __syncwarp();
 #endif
-    queries<NT, DK> &qs = *(queries<NT, DK> *)(memory.at + mem::QUERIES);
-    float divisor = qs.template rotate<WARPS>(p, b, warp, x.sign);
+    auto &qs = *(queries<NT, DK, WARPS> *)(memory.at + mem::QUERIES);
+    float divisor = qs.rotate(p, b, warp, x.sign);
     __syncthreads();
     uint2 q[NT][DK / 16];
     x.unit = p.scale == 0 ? 1 : fabsf(p.scale) * LOG2E * divisor * TWO24;
@@ -596,14 +606,15 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 16 ? 1 : NT == 2 || DK + 
     logit_terms<NT> x;
     state<NT, DV> st;
     x.sign = p.scale < 0 ? -1.0f : p.scale > 0;
+    if (GENERAL || plain)
 #pragma unroll
-    for (int n = 0; n < NT; n++)
+        for (int n = 0; n < NT; n++)
 #pragma unroll
-        for (int e = 0; e < 2; e++) {
-            uint32_t row = min(b.row0 + n * 8 + threadIdx.x % 4 * 2 + e, b.rows - 1);
-            x.last[n][e] = row_position(p, b, row);
-            x.seen[n][e] = first_seen(p, x.last[n][e]);
-        }
+            for (int e = 0; e < 2; e++) {
+                uint32_t row = min(b.row0 + n * 8 + threadIdx.x % 4 * 2 + e, b.rows - 1);
+                x.last[n][e] = row_position(p, b, row);
+                x.seen[n][e] = first_seen(p, x.last[n][e]);
+            }
     mem memory = {shared};
     if (plain && p.q_type == KVD_DTYPE_F32)
         window_part<true, NT, DK, DV, WARPS>(p, b, part - p.splits, x, st);
@@ -621,13 +632,11 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 16 ? 1 : NT == 2 || DK + 
     share_results(memory, st, plain, rows);
     if (n == 1) {
         sum_warps<DV>(memory, rows, [&](int row, int channel, float4 sum, float l) {
-            *(float4 *)&memory.finished(plain)[row * mem::PITCH + channel] =
-                times(sum, l > 0 ? 1 / l : 0);
+            memory.finish(row, channel, times(sum, l > 0 ? 1 / l : 0), plain);
             if (channel == 0)
                 write_lse(p, b, row, row_maximum(memory, row), l);
         });
-        __syncthreads();
-        finish_rows(p, b, back, !plain, plain);
+        finish_rows(p, b, rows, back, !plain, plain);
         return;
     }
     scratch_layout l = scratch_of(p, NT);
@@ -643,7 +652,7 @@ __global__ void __launch_bounds__(WARPS * 32, WARPS == 16 ? 1 : NT == 2 || DK + 
     });
     if (!arrive_last((uint32_t *)p.scratch + unit, n, [&] { back.start(); }))
         return;
-    merge_parts(p, b, range.parts, parts, l.part_bytes, back);
+    merge_parts(p, b, rows, range.parts, parts, l.part_bytes, back);
 }
 
 // Launches behind what is on the stream already, and in place before that has finished.
