@@ -73,7 +73,7 @@ extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t 
     uint32_t small = nt == 1 && p->dim_k <= 128 && !general(*p); // four blocks a multiprocessor
     // Few units: blocks of 16 warps, one a multiprocessor, leave fewer parts to merge.
     p->warps = small && units * 8 <= multiprocessors * 4 ? 16 : 4;
-    uint64_t slots = multiprocessors * (p->warps == 16 ? 1 : small ? 4 : 2);
+    uint64_t slots = multiprocessors * (p->warps == 16 ? 1 : small ? X_BLOCKS : 2);
     // Ragged lengths even out when parts are smaller.
     if ((uint64_t)history_max * p->sequences > history_sum + history_sum / 4)
         slots *= 3;

@@ -129,66 +129,98 @@ template <int NT, int D> struct row_operands {
 // Rotated queries of a block in shared memory: B operands of the scores, and sums over channels.
 // They are the true ones times `divisor`'s inverse: products want it back.
 template <int NT, int DK, int PARTS> struct queries {
-    static constexpr int ROWS = 8 * NT, PER_LANE = DK / 32;
+    static constexpr int ROWS = 8 * NT, PER_LANE = DK / 32, SHARE = (ROWS + PARTS - 1) / PARTS;
     uint32_t op[NT][DK / 16][2][32];
     float sums[PARTS][ROWS];
     row_operands<NT, DK> rows;
 
-    // Warp `part` of PARTS brings its share of the rows into shared memory, times `sign`; rows
-    // beyond the end as zeros.
-    template <bool F32>
-    __device__ inline void load(const attend_params &p, const row_block &b, int part, float sign)
+    // What a warp loads before it fetches tiles: behind these, loads would wait long.
+    struct loads {
+        uint4 matrix[2][DK / 32]; // high and low part of the warp's first tile of R
+        float scale, x[SHARE][PER_LANE];
+    };
+
+    static __device__ inline const uint32_t *matrix(const attend_params &p, const row_block &b)
     {
-        int lane = threadIdx.x % 32, channel = lane * PER_LANE;
-#pragma unroll 1
-        for (int row = part; row < ROWS; row += PARTS) {
-            bool real = b.row0 + row < b.rows;
-            uint64_t at = row_index(p, b, real ? b.row0 + row : b.row0) * DK + channel;
-            float x[PER_LANE], top = 0;
+        return matrix_at<DK>(p.rotation.k.forward, matrix_index(p.rotation, p.layer, b.kv));
+    }
+
+    template <bool F32>
+    static __device__ inline void load_rows(const attend_params &p, const row_block &b, int part,
+                                            loads &l)
+    {
+#pragma unroll
+        for (int k = 0; k < SHARE; k++) {
+            uint32_t row = min(b.row0 + part + k * PARTS, b.rows - 1);
+            uint64_t at = row_index(p, b, row) * DK + threadIdx.x % 32 * PER_LANE;
 #pragma unroll
             for (int i = 0; i < PER_LANE; i += 2) {
                 if (F32) {
-                    *(float2 *)&x[i] = *(const float2 *)((const float *)p.q + at + i);
+                    *(float2 *)&l.x[k][i] = *(const float2 *)((const float *)p.q + at + i);
                 } else {
                     uint32_t w = *(const uint32_t *)((const uint16_t *)p.q + at + i);
-                    x[i] = low_bf16(w), x[i + 1] = high_bf16(w);
+                    l.x[k][i] = low_bf16(w), l.x[k][i + 1] = high_bf16(w);
                 }
-                top = fmaxf(top, fmaxf(fabsf(x[i]), fabsf(x[i + 1])));
             }
-            top = real ? top : 0;
+        }
+    }
+
+    // For warp `part` of PARTS.
+    static __device__ inline loads load(const attend_params &p, const row_block &b, int part)
+    {
+        loads l;
+        const uint32_t *r = matrix(p, b);
 #pragma unroll
-            for (int k = 1; k < 32; k *= 2)
-                top = fmaxf(top, __shfl_xor_sync(~0u, top, k));
-            float divisor = magnitude(top), factor = real ? sign / divisor : 0;
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int i = 0; i < DK / 32; i++)
+                l.matrix[half][i] = __ldg(packed<DK>::at(r + half * packed<DK>::WORDS, part, i));
+        l.scale = __ldg(&p.rotation.k.scale[matrix_index(p.rotation, p.layer, b.kv)]);
+        if (p.q_type == KVD_DTYPE_F32)
+            load_rows<true>(p, b, part, l);
+        else
+            load_rows<false>(p, b, part, l);
+        return l;
+    }
+
+    // Brings the warp's rows into shared memory, times `sign`; rows beyond the end as zeros.
+    __device__ inline void share_rows(const row_block &b, int part, float sign, const loads &l)
+    {
+        int lane = threadIdx.x % 32, channel = lane * PER_LANE;
+#pragma unroll
+        for (int k = 0; k < SHARE; k++) {
+            int row = part + k * PARTS;
+            if (row >= ROWS)
+                break;
+            bool real = b.row0 + row < b.rows;
+            float top = 0;
+#pragma unroll
+            for (int i = 0; i < PER_LANE; i++)
+                top = fmaxf(top, fabsf(l.x[k][i]));
+#pragma unroll
+            for (int i = 1; i < 32; i *= 2)
+                top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
+            float divisor = magnitude(top), factor = sign / divisor;
             if (lane == 0)
                 rows.divisor[row] = real ? divisor : 0;
 #pragma unroll
             for (int i = 0; i < PER_LANE; i += 2) {
                 int c = channel + i, pair = c / 32 * 4 + c % 8 / 2; // 8 t + forward_channel(pair)
-                rows.put(row, pair, c / 8 % 4, real ? x[i] * factor : 0, real ? x[i + 1] * factor : 0);
+                rows.put(row, pair, c / 8 % 4, real ? l.x[k][i] * factor : 0,
+                         real ? l.x[k][i + 1] * factor : 0);
             }
         }
     }
 
     // Warp `part` of PARTS. The caller synchronizes before anyone reads. Returns the divisor.
-    __device__ inline float rotate(const attend_params &p, const row_block &b, int part, float sign)
+    __device__ inline float rotate(const attend_params &p, const row_block &b, int part, float sign,
+                                   const loads &l)
     {
         constexpr int STEPS = (DK / 8 + PARTS - 1) / PARTS;
         int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-        uint64_t index = matrix_index(p.rotation, p.layer, b.kv);
-        const uint32_t *r = matrix_at<DK>(p.rotation.k.forward, index);
-        // The first tile's operands are under way before anything is known of q.
-        uint4 ahead[2][DK / 32];
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-#pragma unroll
-            for (int i = 0; i < DK / 32; i++)
-                ahead[half][i] = __ldg(packed<DK>::at(r + half * packed<DK>::WORDS, part, i));
-        float scale = 1 / __ldg(&p.rotation.k.scale[index]);
-        if (p.q_type == KVD_DTYPE_F32)
-            load<true>(p, b, part, sign);
-        else
-            load<false>(p, b, part, sign);
+        const uint32_t *r = matrix(p, b);
+        float scale = 1 / l.scale;
+        share_rows(b, part, sign, l);
         __syncthreads();
         float divisor = rows.divisor[lane % ROWS];
 #pragma unroll
@@ -205,7 +237,7 @@ template <int NT, int DK, int PARTS> struct queries {
                 break;
             float c[4] = {}, low_part[4] = {};
             auto operands = [&](int half, int in32) {
-                return i == 0 ? ahead[half][in32]
+                return i == 0 ? l.matrix[half][in32]
                               : __ldg(packed<DK>::at(r + half * packed<DK>::WORDS, j, in32));
             };
             rotate_tile<DK>(a, [&](int in32) { return operands(0, in32); }, c);

@@ -12,7 +12,11 @@
 namespace kvd
 {
 
-constexpr int SLOTS = 3;        // tiles of a warp's ring
+#ifndef X_SLOTS
+#define X_SLOTS 2
+#define X_BLOCKS 4
+#endif
+constexpr int SLOTS = X_SLOTS;        // tiles of a warp's ring
 constexpr int MAX_SPLITS = 128; // of a history
 constexpr int MAX_WINDOW_SPLITS = 32;
 
@@ -135,7 +139,7 @@ template <int NT, int DK, int DV, int WARPS> struct unrotation {
             uint64_t *bar = m.barriers(WARPS);
             barrier_init(bar);
             barriers_ready();
-            fetch(m.at + memory::MATRIX, r, packed<DV>::WORDS * 4, bar);
+            fetch(m.at + memory::MATRIX, r, packed<DV>::WORDS * 4, bar, cache_policy(false));
         }
 #endif
     }
@@ -489,7 +493,9 @@ __device__ inline void history_part(const attend_params &p, const row_block &b,
     uint32_t end = range.low + tiles * (part + 1) / range.parts;
     const uint64_t *pages = p.pages.codec + (uint64_t)b.s * p.pages.codec_stride;
     uint64_t offset = ((uint64_t)p.layer * p.kv_heads + b.kv) * mem::TILE;
-#if KVD_BULK
+#if !KVD_BULK
+    auto loads = queries<NT, DK, WARPS>::load(p, b, warp);
+#else
     // Lane k fetches the warp's tiles k, k + 32, ...: it has read their addresses ahead of need.
     uint64_t *bars = memory.barriers(warp);
     auto slot_at = [&](uint32_t i) { return memory.at + (i * WARPS + warp) * mem::TILE; };
@@ -498,6 +504,8 @@ __device__ inline void history_part(const attend_params &p, const row_block &b,
         return (const uint8_t *)(i < end ? pages[i] + offset : 0);
     };
     const uint8_t *mine = page_of(lane);
+    auto loads = queries<NT, DK, WARPS>::load(p, b, warp);
+    uint64_t policy = cache_policy(b.rows <= 8 * NT);
     if (lane == 0) {
         for (int i = 0; i < SLOTS; i++)
             barrier_init(&bars[i]);
@@ -505,11 +513,11 @@ __device__ inline void history_part(const attend_params &p, const row_block &b,
     }
     __syncwarp();
     if (lane < SLOTS - 1 && mine)
-        fetch(slot_at(lane), mine, mem::TILE, &bars[lane]);
+        fetch(slot_at(lane), mine, mem::TILE, &bars[lane], policy);
     __syncwarp();
 #endif
     auto &qs = *(queries<NT, DK, WARPS> *)(memory.at + mem::QUERIES);
-    float divisor = qs.rotate(p, b, warp, x.sign);
+    float divisor = qs.rotate(p, b, warp, x.sign, loads);
     __syncthreads();
     uint2 q[NT][DK / 16];
     x.unit = p.scale == 0 ? 1 : fabsf(p.scale) * LOG2E * divisor * TWO24;
@@ -528,7 +536,7 @@ __device__ inline void history_part(const attend_params &p, const row_block &b,
 #if KVD_BULK
     if (lane == SLOTS - 1 && mine) {
         barriers_ready(); // what was written there is in order before the copy
-        fetch(slot_at(lane), mine, mem::TILE, &bars[lane]);
+        fetch(slot_at(lane), mine, mem::TILE, &bars[lane], policy);
     }
 #endif
     st.clear(x.none);
@@ -558,7 +566,7 @@ __device__ inline void history_part(const attend_params &p, const row_block &b,
         if (ahead % 32 == 0)
             mine = page_of(ahead + lane);
         if (lane == ahead % 32 && mine)
-            fetch(slot_at(slot), mine, mem::TILE, &bars[slot]);
+            fetch(slot_at(slot), mine, mem::TILE, &bars[slot], policy);
         ahead++;
         if (++slot == SLOTS) {
             slot = 0;
@@ -590,7 +598,7 @@ __device__ inline void window_part(const attend_params &p, const row_block &b, u
 }
 
 template <bool GENERAL, int NT, int DK, int DV, int WARPS>
-__global__ void __launch_bounds__(WARPS * 32, WARPS == 16 ? 1 : NT == 2 || DK + DV > 256 ? 2 : GENERAL ? 3 : 4)
+__global__ void __launch_bounds__(WARPS * 32, WARPS == 16 ? 1 : NT == 2 || DK + DV > 256 ? 2 : GENERAL ? 3 : X_BLOCKS)
     attend_kernel(const __grid_constant__ attend_params p)
 {
     using mem = block_memory<NT, DK, DV, WARPS>;

@@ -192,14 +192,26 @@ __device__ inline void barriers_ready()
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-__device__ inline void fetch(void *to, const void *from, uint32_t bytes, uint64_t *bar)
+// A policy of the L2 cache: what is read once should not push out what many blocks read.
+__device__ inline uint64_t cache_policy(bool once)
+{
+    uint64_t policy;
+    if (once)
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    else
+        asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ inline void fetch(void *to, const void *from, uint32_t bytes, uint64_t *bar,
+                             uint64_t policy)
 {
     uint32_t b = shared_address(bar);
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(bytes)
                  : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], "
-                 "%2, [%3];" ::"r"(shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(b)
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(b), "l"(policy)
                  : "memory");
 }
 
