@@ -70,7 +70,7 @@ struct kvd_cuda_attend_params {
     uint32_t part_tiles;     // tiles of a history's part, about
     uint32_t splits;         // parts of a history, at most
     uint32_t window_splits;  // parts of a sink + window
-    uint32_t warps;          // of a block: 4 or 16
+    uint32_t warps;          // of a block: 4, 8 or 16
     uint64_t scratch_zeroed; // so many bytes of scratch are zero before a first use; each call
                              // leaves them so
     void *scratch;           // kvd_cuda_attend_scratch bytes, 256-byte aligned

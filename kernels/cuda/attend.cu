@@ -46,6 +46,8 @@ template <int D> static cudaError_t launch_dim(const attend_params &p, cudaStrea
     if constexpr (D <= 128)
         if (p.warps == 16)
             return launch_attend<false, 1, D, D, 16>(p, stream);
+        else if (p.warps == 8)
+            return launch_attend<false, 1, D, D, 8>(p, stream);
     if constexpr (D <= 128)
         if (n_tiles(p) == 2)
             return launch_same<2, D>(p, stream);
@@ -71,9 +73,10 @@ extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t 
     uint32_t tiles_max = plain ? 0 : (history_max + PAGE - 1) / PAGE;
     uint64_t tiles = plain ? 0 : history_sum / PAGE * p->kv_heads * blocks;
     uint32_t small = nt == 1 && p->dim_k <= 128 && !general(*p); // four blocks a multiprocessor
-    // Few units: blocks of 16 warps, one a multiprocessor, leave fewer parts to merge.
-    p->warps = small && units * 8 <= multiprocessors * 4 ? 16 : 4;
-    uint64_t slots = multiprocessors * (p->warps == 16 ? 1 : small ? X_BLOCKS : 2);
+    // Larger blocks leave fewer parts to merge, and rotate q less often; with many units there is
+    // nothing to merge, and smaller ones hide each other's beginnings and ends.
+    p->warps = !small || units >= 8 * multiprocessors ? 4 : units * 2 > multiprocessors ? 8 : 16;
+    uint64_t slots = multiprocessors * (small ? 16 / p->warps : 2);
     // Ragged lengths even out when parts are smaller.
     if ((uint64_t)history_max * p->sequences > history_sum + history_sum / 4)
         slots *= 3;

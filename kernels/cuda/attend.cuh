@@ -508,7 +508,7 @@ __device__ inline void attend_bf16_chunk(const attend_params &p, const row_block
     const uint4 *k1 = (const uint4 *)bf16_row<DK, DV>(p, b, pos1, false) + t;
     const uint4 *v0 = (const uint4 *)bf16_row<DK, DV>(p, b, pos0, true) + t;
     const uint4 *v1 = (const uint4 *)bf16_row<DK, DV>(p, b, pos1, true) + t;
-    constexpr int AHEAD = DV <= 128 ? DV / 32 : 0; // of V's loads before the scores
+    constexpr int AHEAD = NT == 1 && DV <= 128 ? DV / 32 : 0; // of V's loads before the scores
     uint4 rows_v[2][AHEAD + 1];
     float s[NT][4];
 #pragma unroll

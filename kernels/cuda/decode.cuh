@@ -1,6 +1,7 @@
 // The attention kernel for few query rows: one launch, from un-rotated q to un-rotated o.
 //
-// Block (part, kv head and row block, sequence). A history part streams its tiles: each warp takes
+// Block (sequence, kv head and row block, part): parts of one unit start far apart, so that shares
+// of the device that lag behind do not meet in one of them. A history part streams its tiles: each warp takes
 // every WARPS-th tile, from a ring of tiles in shared memory that it keeps filling itself. A window
 // part takes sink and recent window. The block that finishes a (sequence, kv head, row block) last
 // merges its parts, un-rotates the history's share and writes o.
@@ -12,11 +13,7 @@
 namespace kvd
 {
 
-#ifndef X_SLOTS
-#define X_SLOTS 2
-#define X_BLOCKS 4
-#endif
-constexpr int SLOTS = X_SLOTS;        // tiles of a warp's ring
+constexpr int SLOTS = 2;        // tiles of a warp's ring
 constexpr int MAX_SPLITS = 128; // of a history
 constexpr int MAX_WINDOW_SPLITS = 32;
 
@@ -103,7 +100,10 @@ template <int NT, int DK, int DV, int WARPS> struct block_memory {
         *(float4 *)&finished(plain)[row * PITCH + channel] = x;
         if (!plain) {
             float top = fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
-            atomicMax(&tops()[row], __float_as_uint(top));
+            uint32_t same = __match_any_sync(__activemask(), row);
+            uint32_t bits = __reduce_max_sync(same, __float_as_uint(top));
+            if (threadIdx.x % 32 == __ffs(same) - 1)
+                atomicMax(&tops()[row], bits);
         }
     }
 
@@ -597,16 +597,24 @@ __device__ inline void window_part(const attend_params &p, const row_block &b, u
         attend_bf16_chunk<F32, NT, DK, DV>(p, b, w, i * 16, q, q_low, x, st);
 }
 
+// As many as registers allow.
+__host__ __device__ constexpr int blocks_per_multiprocessor(bool general, int nt, int dk, int dv,
+                                                            int warps)
+{
+    int warps_in_all = nt == 2 || dk + dv > 256 ? 8 : general ? 12 : 16;
+    return warps_in_all / warps;
+}
+
 template <bool GENERAL, int NT, int DK, int DV, int WARPS>
-__global__ void __launch_bounds__(WARPS * 32, WARPS == 16 ? 1 : NT == 2 || DK + DV > 256 ? 2 : GENERAL ? 3 : X_BLOCKS)
+__global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL, NT, DK, DV, WARPS))
     attend_kernel(const __grid_constant__ attend_params p)
 {
     using mem = block_memory<NT, DK, DV, WARPS>;
     extern __shared__ __align__(128) uint8_t shared[];
     wait_for_previous();
-    uint32_t blocks = n_row_blocks(p, NT), part = blockIdx.x;
+    uint32_t blocks = n_row_blocks(p, NT), part = blockIdx.z;
     uint32_t kv = blockIdx.y / blocks, block = blockIdx.y % blocks;
-    row_block b = rows_of(p, blockIdx.z, kv, block * 8 * NT);
+    row_block b = rows_of(p, blockIdx.x, kv, block * 8 * NT);
     history_range range = history_of<GENERAL>(p, b, 8 * NT);
     bool plain = part >= p.splits;
     if (!plain && part >= range.parts)
@@ -673,7 +681,7 @@ cudaError_t launch_attend(const attend_params &p, cudaStream_t stream)
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(p.splits + p.window_splits, p.kv_heads * n_row_blocks(p, NT), p.sequences);
+    config.gridDim = dim3(p.sequences, p.kv_heads * n_row_blocks(p, NT), p.splits + p.window_splits);
     config.blockDim = dim3(WARPS * 32);
     config.dynamicSmemBytes = bytes;
     config.stream = stream;
