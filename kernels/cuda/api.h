@@ -99,6 +99,7 @@ struct kvd_cuda_append_item {
     uint32_t length, hist_end, new_length, new_hist_end;
     uint32_t first_chunk;        // sum over the items before of (new_hist_end - hist_end) / 16
     uint32_t first_token;        // and of new_length - length
+    uint32_t first_kept;         // and of kvd_cuda_kept_tokens
     struct kvd_cuda_tensor k, v; // bf16, 16-byte aligned rows
 };
 
@@ -108,8 +109,18 @@ struct kvd_cuda_append_params {
     struct kvd_cuda_rotation rotation;
     const struct kvd_cuda_append_item *items;
     uint32_t n_items;
-    uint32_t chunks, tokens; // sums over the items
+    uint32_t chunks, tokens, kept; // sums over the items
 };
+
+// New tokens of an item that stay in bf16: those in the sink, and those beyond the new history.
+static inline uint32_t kvd_cuda_kept_tokens(const struct kvd_cuda_append_item *item, uint32_t sink)
+{
+    uint32_t sunk = item->new_length < sink ? item->new_length : sink;
+    uint32_t from = item->new_hist_end > sink ? item->new_hist_end : sink;
+    from = from > item->length ? from : item->length;
+    return (sunk > item->length ? sunk - item->length : 0) +
+           (item->new_length > from ? item->new_length - from : 0);
+}
 
 // Demotes [hist_end, new_hist_end) into history pages, from the ring or from the new tokens, then
 // writes the others into sink and ring.

@@ -106,10 +106,12 @@ static struct kvd_cuda_append_params append_tables(struct kvd_cuda *c,
             .new_hist_end = (uint32_t)item->new_hist_end,
             .first_chunk = out.chunks,
             .first_token = out.tokens,
+            .first_kept = out.kept,
             .k = kvd_device_tensor(c, &staged[2 * i]),
             .v = kvd_device_tensor(c, &staged[2 * i + 1])};
         out.chunks += (uint32_t)(item->new_hist_end - item->hist_end) / KVD_CHUNK_TOKENS;
         out.tokens += new_tokens(item);
+        out.kept += kvd_cuda_kept_tokens(&items[i], g->sink);
     }
     return out;
 }

@@ -5,6 +5,7 @@
 // the ones whose words of a unit hold the codes, so that packing needs no exchange for K and one
 // transpose of each word for V.
 #include "kernels/cuda/rows.cuh"
+#include "kernels/cuda/warpgroup.cuh"
 
 namespace kvd
 {
@@ -12,7 +13,16 @@ namespace kvd
 using append_params = kvd_cuda_append_params;
 using append_item = kvd_cuda_append_item;
 
-constexpr int QUANTIZE_WARPS = 8;
+// Warps of a block, and bytes of shared memory for R: with head_dim 256 it does not fit.
+__host__ __device__ constexpr int quantize_warps(int dim)
+{
+    return dim == 256 ? 8 : 16;
+}
+
+__host__ __device__ constexpr int quantize_bytes(int dim)
+{
+    return dim == 256 ? 0 : dim * dim * 4;
+}
 
 __device__ inline uint8_t *window_row(const append_params &p, const append_item &item,
                                       uint32_t token, uint32_t layer, uint32_t head, bool v)
@@ -53,77 +63,105 @@ __device__ inline int quad_sum(int x)
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// The n-th largest of |x| over a row: N values in each of its four lanes, x(i) giving one. All
-// lanes take part. As bits, absolute values order like integers; a value below `cur` minus `cur`
-// wraps to more than any other, so that one addition and maximum find the largest below.
-template <int N, typename X> __device__ inline float nth_largest(X x, int n)
+__device__ inline uint32_t absolute_bits(float x)
 {
-    auto bits = [&](int i) { return __float_as_uint(x(i)) & 0x7fffffffu; };
-    uint32_t cur = 0x80000000u;
-#pragma unroll 1
-    for (int k = 0; k < n; k++) {
+    return __float_as_uint(x) & 0x7fffffffu;
+}
+
+// How many of a row's |x| are at least the value with these bits.
+template <int N, typename X> __device__ inline int count_from(X x, uint32_t bits)
+{
+    float count = 0, at = __uint_as_float(bits);
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        count += fabsf(x(i)) >= at ? 1.0f : 0.0f;
+    return quad_sum((int)count);
+}
+
+// The n-th largest of |x| over a row, for any values: from each value to the next below. As bits,
+// absolute values order like integers; a value below `cur` minus `cur` wraps to more than any other.
+template <int N, typename X> __device__ inline uint32_t nth_by_steps(X x, int n)
+{
+    uint32_t cur = 0x80000000u, found = cur;
+    for (int k = 0; k < n && __any_sync(~0u, found == 0x80000000u); k++) {
         uint32_t best = 0;
 #pragma unroll
         for (int i = 0; i < N; i++)
-            best = max(best, bits(i) - cur);
-        best = quad_max(best);
-        cur += best;
+            best = max(best, absolute_bits(x(i)) - cur);
+        cur += quad_max(best);
+        if (count_from<N>(x, cur) >= n && found == 0x80000000u)
+            found = cur;
     }
-    // Right unless values are equal, or run out: then count them.
-    auto count = [&](uint32_t at) {
-        int c = 0;
+    return found;
+}
+
+// The n-th largest of |x| over a row: N values in each of its four lanes, x(i) giving one, `top` the
+// largest. All lanes take part. Goes down by n steps over keys of 16 bits, two a register; the key
+// found leads to the value unless keys are equal, which the count tells.
+template <int N, typename X> __device__ inline float nth_largest(X x, float top, int n)
+{
+    float to_key = top > 0 ? fminf(65535.0f / top, 1e38f) : 0;
+    uint32_t keys[N / 2];
 #pragma unroll
-        for (int i = 0; i < N; i++)
-            c += bits(i) >= at;
-        return quad_sum(c);
-    };
-    int have = count(cur);
-    if (__any_sync(~0u, have != n)) {
-        uint32_t found = 0x80000000u;
-        cur = 0x80000000u;
-        for (int k = 0; k < n; k++) {
-            uint32_t best = 0;
-#pragma unroll
-            for (int i = 0; i < N; i++)
-                best = max(best, bits(i) - cur);
-            cur += quad_max(best);
-            have = count(cur);
-            if (have >= n && found == 0x80000000u)
-                found = cur;
-            if (__all_sync(~0u, found != 0x80000000u))
-                break;
-        }
-        cur = found;
+    for (int i = 0; i < N / 2; i++) {
+        uint32_t low = __float_as_uint(fmaf(fabsf(x(2 * i)), to_key, 8388608.0f));
+        uint32_t high = __float_as_uint(fmaf(fabsf(x(2 * i + 1)), to_key, 8388608.0f));
+        keys[i] = __byte_perm(low, high, 0x5410);
     }
-    return __uint_as_float(cur);
+    uint32_t cur = 0;
+#pragma unroll 1
+    for (int k = 0; k < n; k++) {
+        uint32_t minus = __byte_perm(0u - cur, 0, 0x1010), best[2] = {0, 0};
+#pragma unroll
+        for (int i = 0; i < N / 2; i++)
+            best[i % 2] = __viaddmax_u16x2(keys[i], minus, best[i % 2]);
+        best[0] = __vmaxu2(best[0], best[1]);
+        best[0] = __vmaxu2(best[0], __shfl_xor_sync(~0u, best[0], 1));
+        best[0] = __vmaxu2(best[0], __shfl_xor_sync(~0u, best[0], 2));
+        cur = (cur + max(best[0] & 0xffff, best[0] >> 16)) & 0xffff;
+    }
+    // The largest value that is not above the key's; where rounding makes that wrong, the count is.
+    uint32_t above = __float_as_uint(((float)cur + 0.5f) / to_key) + 1, best = 0;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        best = max(best, absolute_bits(x(i)) - above);
+    uint32_t found = above + quad_max(best);
+    if (__any_sync(~0u, count_from<N>(x, found) != n))
+        found = nth_by_steps<N>(x, n);
+    return __uint_as_float(found);
 }
 
 struct quantizer {
-    float limit, low, inverse, scale; // clamp, minimum, 1 / scale
+    float low, high, inverse, scale; // inverse: 1 / (4 scale)
 };
 
 template <int N, typename X> __device__ inline quantizer make_quantizer(X x, int clipped)
 {
     quantizer q;
-    q.limit = clipped > 0 ? nth_largest<N>(x, clipped) : INFINITY;
     float low = INFINITY, high = -INFINITY;
 #pragma unroll
     for (int i = 0; i < N; i++) {
         low = fminf(low, x(i));
         high = fmaxf(high, x(i));
     }
-    q.low = fminf(fmaxf(-quad_max(-low), -q.limit), q.limit);
-    high = fminf(fmaxf(quad_max(high), -q.limit), q.limit);
-    q.scale = (high - q.low) / 3.0f;
-    q.inverse = q.scale > 0 ? 1.0f / q.scale : 0;
+    q.low = -quad_max(-low);
+    q.high = quad_max(high);
+    if (clipped > 0) {
+        float limit = nth_largest<N>(x, fmaxf(fabsf(q.low), fabsf(q.high)), clipped);
+        q.low = fminf(fmaxf(q.low, -limit), limit);
+        q.high = fminf(fmaxf(q.high, -limit), limit);
+    }
+    q.scale = (q.high - q.low) / 3.0f;
+    q.inverse = q.scale > 0 ? 0.25f / q.scale : 0;
     return q;
 }
 
-// floor((clamped x - low) / scale + 0.5), in the lowest bits of a sum that is rounded down.
+// floor((clamped x - low) / scale + 0.5), as the bits of a sum that is rounded down: a fourth of it,
+// saturated where x is below the minimum, comes in quarters.
 __device__ inline uint32_t code_of(const quantizer &q, float x)
 {
-    float c = fminf(fmaxf(x, -q.limit), q.limit) - q.low;
-    return __float_as_uint(__fadd_rd(fminf(fmaf(c, q.inverse, 0.5f), 3.0f), 8388608.0f)) & 3;
+    float quarter = __saturatef(fmaf(fminf(x, q.high) - q.low, q.inverse, 0.125f));
+    return __float_as_uint(__fadd_rd(quarter, 2097152.0f));
 }
 
 __device__ inline uint32_t pack_param(const quantizer &q)
@@ -134,87 +172,116 @@ __device__ inline uint32_t pack_param(const quantizer &q)
 
 // -- demotion ------------------------------------------------------------------------------------
 
-struct chunk_source {
-    const append_item *item;
-    uint32_t token; // first of the 16
-};
-
-// Multiplies 16 * MT rows by R, high and low part; `r` gives operands. The accumulators are the
-// true values times `back`.
-template <int D, int MT, typename R>
-__device__ inline void rotate_rows(const uint8_t *const (&rows)[MT][2], R r,
-                                   float (&c)[MT][D / 8][4], float (&back)[MT][2])
+// 16 rows (this lane's: g and g + 8) as A operands: the true values by `divisor`, powers of two.
+template <int D>
+__device__ inline void load_rows(const uint8_t *const (&rows)[2], uint32_t (&a)[D / 16][4],
+                                 float (&divisor)[2])
 {
     int t = threadIdx.x % 4;
-    uint32_t a[MT][D / 16][4];
 #pragma unroll
-    for (int m = 0; m < MT; m++)
+    for (int half = 0; half < 2; half++) {
+        uint4 x[D / 32];
+        float top = 0;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            uint4 x[D / 32];
-            float top = 0;
+        for (int i = 0; i < D / 32; i++) {
+            x[i] = *((const uint4 *)rows[half] + i * 4 + t);
 #pragma unroll
-            for (int i = 0; i < D / 32; i++) {
-                x[i] = *((const uint4 *)rows[m][half] + i * 4 + t);
-                uint32_t w[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
-#pragma unroll
-                for (int k = 0; k < 4; k++)
-                    top = fmaxf(top, fmaxf(fabsf(low_bf16(w[k])), fabsf(high_bf16(w[k]))));
-            }
-            back[m][half] = magnitude(quad_max(top));
-            float inverse = 1 / back[m][half];
-#pragma unroll
-            for (int i = 0; i < D / 32; i++) {
-                uint32_t w[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
-#pragma unroll
-                for (int k = 0; k < 4; k++)
-                    a[m][2 * i + k / 2][k % 2 * 2 + half] =
-                        pack_fp16(low_bf16(w[k]) * inverse, high_bf16(w[k]) * inverse);
-            }
+            for (int k = 0; k < 4; k++)
+                top = fmaxf(top, fmaxf(fabsf(low_bf16(word_of(x[i], k))),
+                                       fabsf(high_bf16(word_of(x[i], k)))));
         }
+        divisor[half] = magnitude(quad_max(top));
+        float inverse = 1 / divisor[half];
 #pragma unroll
-    for (int j = 0; j < D / 8; j++) {
+        for (int i = 0; i < D / 32; i++)
 #pragma unroll
-        for (int m = 0; m < MT; m++)
-            c[m][j][0] = c[m][j][1] = c[m][j][2] = c[m][j][3] = 0;
-#pragma unroll
-        for (int part = 1; part >= 0; part--) // the small part first
-#pragma unroll
-            for (int i = 0; i < D / 32; i++) {
-                uint4 b = r(part, j, i);
-#pragma unroll
-                for (int m = 0; m < MT; m++) {
-                    mma(c[m][j], a[m][2 * i], b.x, b.y);
-                    mma(c[m][j], a[m][2 * i + 1], b.z, b.w);
-                }
-            }
+            for (int k = 0; k < 4; k++)
+                a[2 * i + k / 2][k % 2 * 2 + half] =
+                    pack_fp16(low_bf16(word_of(x[i], k)) * inverse,
+                              high_bf16(word_of(x[i], k)) * inverse);
     }
 }
 
-// Quantizes the 16 rows in `c` and writes them as chunk `chunk` of a tile's side.
+// R in shared memory, where it serves all warps of a block.
+template <int D> struct shared_matrix {
+    static constexpr bool USED = KVD_WARPGROUP && D <= 128;
+    const uint32_t *r; // in global memory
+    uint8_t *at;
+
+    __device__ inline void load() const
+    {
+        if constexpr (!USED)
+            return;
+        constexpr int PER_PART = D / 8 * (D / 32) * 32; // groups of four words
+        for (int i = threadIdx.x; i < 2 * PER_PART; i += quantize_warps(D) * 32) {
+            uint4 x = __ldg((const uint4 *)r + i);
+            uint32_t *to = (uint32_t *)at + i / 32 * 128 + i % 32;
+            to[0] = x.x, to[32] = x.y, to[64] = x.z, to[96] = x.w;
+        }
+#if KVD_BULK
+        barriers_ready();
+#endif
+        __syncthreads();
+    }
+
+    // c = a R, high and low part, the small part first.
+    __device__ inline void multiply(const uint32_t (&a)[D / 16][4], float (&c)[D / 8][4]) const
+    {
+        if constexpr (USED) {
+#if KVD_WARPGROUP
+            warpgroup_begin();
+#pragma unroll
+            for (int part = 1; part >= 0; part--)
+#pragma unroll
+                for (int i = 0; i < D / 16; i++)
+                    warpgroup_mma<D>(c, a[i], operand_descriptor<D>(at + part * D * D * 2 + i * 256),
+                                     part == 0 || i > 0);
+            warpgroup_end();
+#endif
+        } else {
+#pragma unroll
+            for (int j = 0; j < D / 8; j++) {
+                c[j][0] = c[j][1] = c[j][2] = c[j][3] = 0;
+#pragma unroll
+                for (int part = 1; part >= 0; part--)
+                    rotate_tile<D>(a, [&](int i) {
+                        return __ldg(packed<D>::at(r + part * packed<D>::WORDS, j, i));
+                    }, c[j]);
+            }
+        }
+    }
+};
+
+// Quantizes the 16 rows in `c` and writes them as chunk `chunk` of a tile's side. Takes `c` apart.
 template <int D>
-__device__ inline void write_chunk(float (&c)[D / 8][4], const float (&back)[2], float scale,
-                                   int clipped, bool v, uint8_t *codes, uint8_t *params,
-                                   uint32_t chunk)
+__device__ inline void write_chunk(float (&c)[D / 8][4], const float (&factor)[2], int clipped, bool v,
+                                   uint8_t *codes, uint8_t *params, uint32_t chunk)
 {
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    uint32_t w[D / 128 + 1][4] = {};
-    uint32_t pair[2];
-#pragma unroll
+    uint32_t w[D == 256 ? 2 : 1][4] = {}, pair[2] = {};
+    // Row g, then row g + 8 in its place: the code is long, and the cache of instructions small.
+#pragma unroll 1
     for (int half = 0; half < 2; half++) {
-        float f = back[half] * scale;
+        float f = factor[0];
+        if (half)
+            f = factor[1];
 #pragma unroll
-        for (int j = 0; j < D / 8; j++) {
-            c[j][2 * half] *= f;
-            c[j][2 * half + 1] *= f;
-        }
-        auto x = [&](int i) { return c[i / 2][2 * half + i % 2]; };
+        for (int j = 0; j < D / 8; j++)
+            c[j][0] *= f, c[j][1] *= f;
+        auto x = [&](int i) { return c[i / 2][i % 2]; };
         quantizer q = make_quantizer<D / 4>(x, clipped);
-        pair[half] = pack_param(q);
+        pair[0] = pair[1];
+        pair[1] = pack_param(q);
 #pragma unroll
-        for (int j = 0; j < D / 8; j++) {
-            uint32_t codes2 = code_of(q, x(2 * j)) | code_of(q, x(2 * j + 1)) << 16;
-            w[j / 16][j % 2 * 2 + half] |= codes2 << (2 * (j / 2 % 8));
+        for (int u = 0; u < (D == 256 ? 2 : 1); u++) {
+            w[u][0] = w[u][1], w[u][2] = w[u][3];
+            w[u][1] = w[u][3] = 0;
+        }
+#pragma unroll
+        for (int j = D / 8 - 1; j >= 0; j--) { // slots from the last to the first
+            uint32_t &to = w[j / 16][j % 2 * 2 + 1];
+            to = to * 4 + __byte_perm(code_of(q, x(2 * j)), code_of(q, x(2 * j + 1)), 0x5410);
+            c[j][0] = c[j][2], c[j][1] = c[j][3];
         }
     }
     if (t == 0)
@@ -239,59 +306,49 @@ __device__ inline void write_chunk(float (&c)[D / 8][4], const float (&back)[2],
     }
 }
 
-// Block (share of the chunks, layer and kv head). One side of the sequences' chunks.
+// Block (share of the chunks, layer and kv head). One side of the sequences' chunks; each warp takes
+// one at a time, the four warps of a warpgroup together.
 template <int D>
-__global__ void __launch_bounds__(QUANTIZE_WARPS * 32, 1)
+__global__ void __launch_bounds__(quantize_warps(D) * 32, 1)
     quantize_kernel(const __grid_constant__ append_params p, bool v)
 {
-    constexpr int MT = D == 256 ? 1 : 2, WORDS = packed<D>::WORDS;
-    constexpr bool STAGED = D <= 128; // the matrix fits shared memory
     extern __shared__ __align__(128) uint8_t shared[];
+    constexpr uint32_t WARPS = quantize_warps(D);
     uint32_t layer = blockIdx.y / p.kv_heads, head = blockIdx.y % p.kv_heads;
     const kvd_cuda_matrices &side = v ? p.rotation.v : p.rotation.k;
     uint64_t index = matrix_index(p.rotation, p.layer_begin + layer, head);
-    const uint32_t *r = matrix_at<D>(side.forward, index);
-    if (STAGED) {
-        for (int i = threadIdx.x; i < 2 * WORDS / 4; i += QUANTIZE_WARPS * 32)
-            ((uint4 *)shared)[i] = __ldg((const uint4 *)r + i);
-        __syncthreads();
-        r = (const uint32_t *)shared;
-    }
-    auto operands = [&](int part, int j, int i) {
-        const uint4 *at = (const uint4 *)(r + part * WORDS) + (j * (D / 32) + i) * 32;
-        return STAGED ? at[threadIdx.x % 32] : __ldg(at + threadIdx.x % 32);
-    };
+    shared_matrix<D> r = {matrix_at<D>(side.forward, index), shared};
+    r.load();
     float scale = 1 / side.scale[index];
     uint32_t kept = side.clip ? (uint32_t)((double)side.clip[index] * D) : D;
     int clipped = kept < D ? (int)(D - kept) : 0, g = threadIdx.x % 32 / 4;
     uint64_t tile = ((uint64_t)(p.layer_begin + layer) * p.kv_heads + head) *
                     (16 * (p.dim_k + p.dim_v) + 512);
-    uint32_t warp = blockIdx.x * QUANTIZE_WARPS + threadIdx.x / 32;
+    uint32_t warp = threadIdx.x / 32;
 #pragma unroll 1
-    for (uint32_t first = warp * MT; first < p.chunks; first += gridDim.x * QUANTIZE_WARPS * MT) {
-        const uint8_t *rows[MT][2];
-        chunk_source from[MT];
+    for (uint32_t first = blockIdx.x * WARPS; first < p.chunks; first += gridDim.x * WARPS) {
+        uint32_t i = min(first + warp, p.chunks - 1);
+        const append_item &item =
+            p.items[find_item(p.n_items, i, [&](uint32_t k) { return p.items[k].first_chunk; })];
+        uint32_t token = item.hist_end + (i - item.first_chunk) * 16, h = token - p.sink;
+        const uint8_t *rows[2], *window = nullptr; // a chunk lies in one page of the ring
+        if (token < item.length)
+            window = window_row(p, item, token, layer, head, v);
 #pragma unroll
-        for (int m = 0; m < MT; m++) {
-            uint32_t i = min(first + m, p.chunks - 1);
-            uint32_t at = find_item(p.n_items, i, [&](uint32_t k) { return p.items[k].first_chunk; });
-            const append_item *item = &p.items[at];
-            from[m] = {item, item->hist_end + (i - item->first_chunk) * 16};
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-                rows[m][half] = source_row(p, *item, from[m].token + half * 8 + g, layer, head, v);
+        for (int half = 0; half < 2; half++) {
+            uint32_t n = half * 8 + g, at = token + n - item.length; // among the new tokens
+            rows[half] = token + n < item.length ? window + n * D * 2
+                                                 : tensor_row(v ? item.v : item.k, layer, at, head);
         }
-        float c[MT][D / 8][4], back[MT][2];
-        rotate_rows<D, MT>(rows, operands, c, back);
-#pragma unroll
-        for (int m = 0; m < MT; m++) {
-            if (first + m >= p.chunks)
-                continue;
-            uint32_t h = from[m].token - p.sink;
-            uint8_t *at = (uint8_t *)from[m].item->codec[h / PAGE] + tile;
-            write_chunk<D>(c[m], back[m], scale, clipped, v, at + (v ? 16 * p.dim_k : 0),
+        uint8_t *at = (uint8_t *)item.codec[h / PAGE] + tile;
+        uint32_t a[D / 16][4];
+        float c[D / 8][4], factor[2];
+        load_rows<D>(rows, a, factor);
+        factor[0] *= scale, factor[1] *= scale;
+        r.multiply(a, c);
+        if (first + warp < p.chunks)
+            write_chunk<D>(c, factor, clipped, v, at + (v ? 16 * p.dim_k : 0),
                            at + 16 * (p.dim_k + p.dim_v) + (v ? 256 : 0), h % PAGE / 16);
-        }
     }
 }
 
@@ -316,16 +373,17 @@ __global__ void demote_bf16_kernel(const __grid_constant__ append_params p)
 __global__ void store_window_kernel(const __grid_constant__ append_params p)
 {
     auto [token, layer, head, v] = warp_row(p.layer_count, p.kv_heads);
-    if (token >= p.tokens)
+    if (token >= p.kept)
         return;
     uint32_t at = find_item(p.n_items, (uint32_t)token,
-                            [&](uint32_t k) { return p.items[k].first_token; });
+                            [&](uint32_t k) { return p.items[k].first_kept; });
     const append_item &item = p.items[at];
-    uint32_t n = (uint32_t)token - item.first_token, t = item.length + n;
-    if (t >= p.sink && t < item.new_hist_end)
-        return;
+    uint32_t t = item.length + ((uint32_t)token - item.first_kept);
+    if (t >= p.sink) // what the history has taken is left out
+        t += max(item.new_hist_end, max(item.length, p.sink)) - max(item.length, p.sink);
     copy_row(window_row(p, item, t, layer, head, v),
-             tensor_row(v ? item.v : item.k, layer, n, head), 2 * (v ? p.dim_v : p.dim_k));
+             tensor_row(v ? item.v : item.k, layer, t - item.length, head),
+             2 * (v ? p.dim_v : p.dim_k));
 }
 
 // A warp for each (new token, layer, kv head, side).
@@ -348,14 +406,14 @@ __global__ void check_kernel(const __grid_constant__ append_params p, unsigned l
 template <int D>
 static cudaError_t quantize_side(const append_params &p, bool v, cudaStream_t stream)
 {
-    constexpr int MT = D == 256 ? 1 : 2, BYTES = D <= 128 ? packed<D>::WORDS * 8 : 0;
+    constexpr int BYTES = quantize_bytes(D), WARPS = quantize_warps(D);
     uint32_t units = p.layer_count * p.kv_heads;
-    uint32_t blocks = chunk_blocks(p.chunks, QUANTIZE_WARPS * MT, units);
+    uint32_t blocks = chunk_blocks(p.chunks, WARPS, units);
     cudaError_t rc = cudaFuncSetAttribute(quantize_kernel<D>,
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
     if (rc != cudaSuccess)
         return rc;
-    quantize_kernel<D><<<dim3(blocks, units), QUANTIZE_WARPS * 32, BYTES, stream>>>(p, v);
+    quantize_kernel<D><<<dim3(blocks, units), WARPS * 32, BYTES, stream>>>(p, v);
     return cudaGetLastError();
 }
 
@@ -388,8 +446,8 @@ extern "C" int kvd_cuda_append(const struct kvd_cuda_append_params *p, struct CU
         demote_bf16_kernel<<<row_blocks(p->chunks * 16ull, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream>>>(*p);
         rc = cudaGetLastError();
     }
-    if (rc == cudaSuccess && p->tokens) {
-        store_window_kernel<<<row_blocks(p->tokens, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream>>>(*p);
+    if (rc == cudaSuccess && p->kept) {
+        store_window_kernel<<<row_blocks(p->kept, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream>>>(*p);
         rc = cudaGetLastError();
     }
     return rc;

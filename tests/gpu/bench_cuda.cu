@@ -328,6 +328,7 @@ static void bench_quantize(bool ring)
         item.first_token = ring ? 0 : i * tokens;
         p.chunks += tokens / 16;
         p.tokens += ring ? 0 : tokens;
+        p.kept += kvd_cuda_kept_tokens(&item, 0);
     }
     p.items = to_device(items);
     double ms = graph_median([&](cudaStream_t s, int) { CUDA(kvd_cuda_append(&p, s)); }, 1);

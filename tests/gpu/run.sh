@@ -7,7 +7,7 @@ out=${GPU_BUILD:-build-gpu}
 mkdir -p "$out/bench"
 cuda=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
 cflags="-O3 -std=gnu17 -D_GNU_SOURCE -I. -I$cuda/include -fno-math-errno -DKVD_X86"
-nvflags="-gencode arch=compute_90,code=sm_90 -O3 -std=c++17 -lineinfo -Xptxas -v -I."
+nvflags="-gencode arch=compute_90a,code=sm_90a -O3 -std=c++17 -lineinfo -Xptxas -v -I."
 
 build() { # suffix, further flags of nvcc
     local suffix=$1 f pids=() p
