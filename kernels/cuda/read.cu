@@ -50,7 +50,7 @@ __device__ inline void chunk_operands(const uint8_t *codes, uint32_t chunk, bool
 
 // Block (share of the chunks, layer and kv head). One side of a sequence's history.
 template <int D>
-__global__ void __launch_bounds__(READ_WARPS * 32, D == 64 ? 2 : 1)
+__global__ void __launch_bounds__(READ_WARPS * 32, D == 256 ? 1 : 2)
     read_history_kernel(const __grid_constant__ read_params p, uint32_t begin, uint32_t end, bool v)
 {
     constexpr int MT = D == 256 ? 1 : 2, WORDS = packed<D>::WORDS;

@@ -70,11 +70,11 @@ __global__ void fill_normal(uint32_t *to, uint64_t words, uint32_t seed)
     for (uint64_t i = blockIdx.x * (uint64_t)blockDim.x + threadIdx.x; i < words; i += step) {
         uint32_t out = 0;
         for (int half = 0; half < 2; half++) {
-            uint32_t x = ((uint32_t)i * 2 + half) * 2654435761u ^ seed;
             float sum = 0;
-            for (int k = 0; k < 6; k++) {
-                x = x * 1664525u + 1013904223u;
-                sum += (x >> 8) / 16777216.0f - 0.5f;
+            for (uint32_t k = 0; k < 6; k++) {
+                uint32_t x = (((uint32_t)i * 2 + half) * 6 + k) * 2654435761u ^ seed;
+                x ^= x >> 16, x *= 0x85ebca6b, x ^= x >> 13, x *= 0xc2b2ae35, x ^= x >> 16;
+                sum += x / 4294967296.0f - 0.5f;
             }
             out |= __float_as_uint(sum * 1.4f) >> 16 << 16 * half;
         }
