@@ -100,7 +100,7 @@ template <int N, typename X> __device__ inline uint32_t nth_by_steps(X x, int n)
 // found leads to the value unless keys are equal, which the count tells.
 template <int N, typename X> __device__ inline float nth_largest(X x, float top, int n)
 {
-    float to_key = top > 0 ? fminf(65535.0f / top, 1e38f) : 0;
+    float to_key = top > 0 ? fminf(__fdividef(65535.0f, top), 1e38f) : 0;
     uint32_t keys[N / 2];
 #pragma unroll
     for (int i = 0; i < N / 2; i++) {
@@ -121,7 +121,7 @@ template <int N, typename X> __device__ inline float nth_largest(X x, float top,
         cur = (cur + max(best[0] & 0xffff, best[0] >> 16)) & 0xffff;
     }
     // The largest value that is not above the key's; where rounding makes that wrong, the count is.
-    uint32_t above = __float_as_uint(((float)cur + 0.5f) / to_key) + 1, best = 0;
+    uint32_t above = __float_as_uint(__fdividef((float)cur + 0.5f, to_key)) + 1, best = 0;
 #pragma unroll
     for (int i = 0; i < N; i++)
         best = max(best, absolute_bits(x(i)) - above);
@@ -181,16 +181,17 @@ __device__ inline void load_rows(const uint8_t *const (&rows)[2], uint32_t (&a)[
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         uint4 x[D / 32];
-        float top = 0;
+        __nv_bfloat162 top = __float2bfloat162_rn(0);
 #pragma unroll
         for (int i = 0; i < D / 32; i++) {
             x[i] = *((const uint4 *)rows[half] + i * 4 + t);
 #pragma unroll
-            for (int k = 0; k < 4; k++)
-                top = fmaxf(top, fmaxf(fabsf(low_bf16(word_of(x[i], k))),
-                                       fabsf(high_bf16(word_of(x[i], k)))));
+            for (int k = 0; k < 4; k++) {
+                uint32_t w = word_of(x[i], k);
+                top = __hmax2(top, __habs2(*(__nv_bfloat162 *)&w));
+            }
         }
-        divisor[half] = magnitude(quad_max(top));
+        divisor[half] = magnitude(quad_max(fmaxf(__low2float(top), __high2float(top))));
         float inverse = 1 / divisor[half];
 #pragma unroll
         for (int i = 0; i < D / 32; i++)
@@ -324,12 +325,13 @@ __global__ void __launch_bounds__(quantize_warps(D) * 32, 1)
     int clipped = kept < D ? (int)(D - kept) : 0, g = threadIdx.x % 32 / 4;
     uint64_t tile = ((uint64_t)(p.layer_begin + layer) * p.kv_heads + head) *
                     (16 * (p.dim_k + p.dim_v) + 512);
-    uint32_t warp = threadIdx.x / 32;
+    uint32_t warp = threadIdx.x / 32, of = 0;
 #pragma unroll 1
     for (uint32_t first = blockIdx.x * WARPS; first < p.chunks; first += gridDim.x * WARPS) {
         uint32_t i = min(first + warp, p.chunks - 1);
-        const append_item &item =
-            p.items[find_item(p.n_items, i, [&](uint32_t k) { return p.items[k].first_chunk; })];
+        if (of + 1 < p.n_items && p.items[of + 1].first_chunk <= i)
+            of = find_item(p.n_items, i, [&](uint32_t k) { return p.items[k].first_chunk; });
+        const append_item &item = p.items[of];
         uint32_t token = item.hist_end + (i - item.first_chunk) * 16, h = token - p.sink;
         const uint8_t *rows[2], *window = nullptr; // a chunk lies in one page of the ring
         if (token < item.length)
