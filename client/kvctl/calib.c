@@ -1,6 +1,8 @@
 // kvctl calib: rotation sets. With --store or --cache, or with a file, no daemon is asked.
 #include "calib/store.h"
 
+#include <errno.h>
+
 #include "client/kvctl/kvctl.h"
 
 static bool is_file(const char *arg)
@@ -290,9 +292,46 @@ static int calib_hadamard(struct kvctl *k, char **argv)
     return rc ? kvctl_fail(&err) : EXIT_OK;
 }
 
+static int calib_publish(struct kvctl *k, char **argv)
+{
+    struct kvd_error err = {0};
+    const char *directory = store_directory(k), *at = strchr(argv[1], '@');
+    if (!kvd_store_ref_valid(argv[1]) || !at)
+        return kvctl_usage("'%s' is not MODEL@TAG", argv[1]);
+    if (!directory)
+        return kvctl_usage("publish writes into a directory store: --store DIR");
+    struct kvd_rotset *set = kvd_rotset_open(argv[0], &err);
+    if (set)
+        snprintf(set->model, sizeof(set->model), "%.*s", (int)(at - argv[1]), argv[1]);
+    int rc = set ? kvd_store_publish(directory, set, at + 1, &err) : err.code;
+    if (rc == KVD_OK)
+        printf(k->json ? "{\"set\": \"%s\", \"digest\": \"%s\"}\n" : "%s is %s\n", argv[1],
+               set->digest);
+    kvd_rotset_free(&set);
+    return rc ? kvctl_fail(&err) : EXIT_OK;
+}
+
+// What fits rotation sets lies beside kvctl: it wants OpenBLAS, which an operator's kvctl does not.
+static int calib_helper(char **argv)
+{
+    char path[4096];
+    ssize_t n = readlink("/proc/self/exe", path, sizeof(path) - 16);
+    if (n > 0) {
+        snprintf(path + n, sizeof(path) - (size_t)n, "-calib");
+        execv(path, argv);
+    }
+    fprintf(stderr, "kvctl: %s: %s: it comes with kvctl where OpenBLAS was there to build it\n",
+            n > 0 ? path : "kvctl-calib", strerror(errno));
+    return EXIT_FAILED;
+}
+
 int cmd_calib(struct kvctl *k, int argc, char **argv)
 {
     const char *verb = argc > 1 ? argv[1] : "ls";
+    if (strcmp(verb, "fit") == 0)
+        return calib_helper(argv + 1);
+    if (strcmp(verb, "publish") == 0 && argc == 4)
+        return calib_publish(k, argv + 2);
     if (strcmp(verb, "ls") == 0 && argc <= 2)
         return calib_ls(k);
     if (strcmp(verb, "show") == 0 && argc == 3)
@@ -306,5 +345,6 @@ int cmd_calib(struct kvctl *k, int argc, char **argv)
     if (strcmp(verb, "hadamard") == 0 && argc == 5)
         return calib_hadamard(k, argv + 2);
     return kvctl_usage("it is: calib ls | show SET|FILE | verify SET|FILE | fetch SET | import "
-                       "K.pt V.pt MODEL@TAG | hadamard MODEL@TAG LAYERS DIM");
+                       "K.pt V.pt MODEL@TAG | hadamard MODEL@TAG LAYERS DIM | fit DUMP OUT | "
+                       "publish FILE MODEL@TAG");
 }

@@ -263,12 +263,12 @@ START_TEST(native_files_that_are_refused)
              digest);
     write_native(text, 0);
     native_fails("lies outside the file");
-    write_native(text, 10);
-    native_fails("digest");
     snprintf(text, sizeof(text),
              "{\"__metadata__\": {\"format\": \"kvd-rotation-set/1\", \"layers\": \"2,1\", "
              "\"payload\": \"%s\"}}",
              digest);
+    write_native(text, 10);
+    native_fails("digest");
     write_native(text, 0);
     native_fails("ascending");
     FILE *f = fopen(scratch("bad.safetensors"), "w");

@@ -1,0 +1,344 @@
+#include "calib/dump.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <sys/stat.h>
+
+#include "kernels/format.h"
+
+static const char side_names[] = "qkv";
+
+static int64_t change_time(const struct stat *st)
+{
+    return (int64_t)st->st_mtim.tv_sec * 1000000000 + st->st_mtim.tv_nsec;
+}
+
+void kvd_dump_free(struct kvd_dump **d)
+{
+    if (!*d)
+        return;
+    for (uint32_t i = 0; i < (*d)->n_files; i++)
+        free((*d)->files[i].path);
+    free((*d)->files);
+    free((*d)->pieces);
+    free(*d);
+    *d = NULL;
+}
+
+// -- files ---------------------------------------------------------------------------------------
+
+static int add_file(struct kvd_dump *d, const char *path, struct kvd_error *err)
+{
+    struct kvd_dump_file *files = realloc(d->files, (d->n_files + 1) * sizeof(*files));
+    char *copy = strdup(path);
+    if (files)
+        d->files = files;
+    if (!files || !copy) {
+        free(copy);
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    }
+    d->files[d->n_files++] = (struct kvd_dump_file){.path = copy};
+    return KVD_OK;
+}
+
+static int is_shard(const struct dirent *e)
+{
+    size_t n = strlen(e->d_name);
+    return n > 12 && strcmp(e->d_name + n - 12, ".safetensors") == 0;
+}
+
+static int list_files(struct kvd_dump *d, const char *path, struct kvd_error *err)
+{
+    struct stat st;
+    struct dirent **entries;
+    if (stat(path, &st))
+        return kvd_fail(err, errno == ENOENT ? KVD_E_NOT_FOUND : -errno, "%s: %s", path,
+                        strerror(errno));
+    if (!S_ISDIR(st.st_mode))
+        return add_file(d, path, err);
+    int n = scandir(path, &entries, is_shard, alphasort);
+    if (n < 0)
+        return kvd_fail(err, -errno, "%s: %s", path, strerror(errno));
+    int rc = KVD_OK;
+    for (int i = 0; i < n; i++) {
+        char file[4096];
+        snprintf(file, sizeof(file), "%s/%s", path, entries[i]->d_name);
+        rc = rc ? rc : add_file(d, file, err);
+        free(entries[i]);
+    }
+    free(entries);
+    if (rc == KVD_OK && n == 0)
+        rc = kvd_fail(err, KVD_E_NOT_FOUND, "%s: there are no *.safetensors files in it", path);
+    return rc;
+}
+
+// -- tensors -------------------------------------------------------------------------------------
+
+// The place of a layer id, made if it is new. -1: too many layers.
+static int layer_index(struct kvd_dump *d, unsigned long id)
+{
+    uint32_t i = 0;
+    while (i < d->n_layers && d->layers[i] < id)
+        i++;
+    if (i < d->n_layers && d->layers[i] == id)
+        return (int)i;
+    if (d->n_layers == KVD_MAX_LAYERS || id > KVD_MAX_MODEL_LAYER)
+        return -1;
+    memmove(&d->layers[i + 1], &d->layers[i], (d->n_layers - i) * sizeof(*d->layers));
+    d->layers[i] = (uint16_t)id;
+    d->n_layers++;
+    for (uint32_t p = 0; p < d->n_pieces; p++)
+        d->pieces[p].layer += d->pieces[p].layer >= i;
+    return (int)i;
+}
+
+static int check_heads(struct kvd_dump *d, uint32_t file, unsigned long layer, int side,
+                       uint64_t heads, uint64_t dim, struct kvd_error *err)
+{
+    const char *path = d->files[file].path;
+    if (heads == 0 ||
+        heads > (side == KVD_DUMP_Q ? KVD_MAX_KV_HEADS * KVD_MAX_GROUP : KVD_MAX_KV_HEADS) ||
+        (dim != 64 && dim != 128 && dim != 256))
+        return kvd_fail(err, KVD_E_INVALID,
+                        "%s: layer %lu: %c has %llu heads of %llu; head_dim is 64, 128 or 256",
+                        path, layer, side_names[side], (unsigned long long)heads,
+                        (unsigned long long)dim);
+    if (d->dim[side] == 0) {
+        d->heads[side] = (uint32_t)heads;
+        d->dim[side] = (uint32_t)dim;
+    }
+    if (d->heads[side] != heads || d->dim[side] != dim)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "%s: layer %lu: %c has %llu heads of %llu, but %u of %u before: these "
+                        "files are not of one model",
+                        path, layer, side_names[side], (unsigned long long)heads,
+                        (unsigned long long)dim, d->heads[side], d->dim[side]);
+    return KVD_OK;
+}
+
+// One layer of one file. t: its three tensors, of which the layer is entry `entry`, if `stacked`.
+static int add_piece(struct kvd_dump *d, uint32_t file, unsigned long id, bool stacked,
+                     uint64_t entry, const struct kvd_safetensor *const t[3], struct kvd_error *err)
+{
+    struct kvd_dump_piece p = {.file = file};
+    const char *path = d->files[file].path;
+    for (int s = 0; s < KVD_DUMP_SIDES; s++) {
+        const uint64_t *shape = t[s] ? t[s]->shape + stacked : NULL;
+        if (!t[s] || t[s]->type > KVD_TENSOR_F32 || t[s]->rank != 3u + stacked)
+            return kvd_fail(
+                err, KVD_E_INVALID,
+                "%s: layer %lu: %c is missing, or not F16, BF16 or F32 [%stokens, heads, "
+                "head_dim]",
+                path, id, side_names[s], stacked ? "layers, " : "");
+        if (s == 0)
+            p.tokens = shape[0];
+        if (shape[0] != p.tokens)
+            return kvd_fail(err, KVD_E_INVALID, "%s: layer %lu: q has %llu tokens, %c has %llu",
+                            path, id, (unsigned long long)p.tokens, side_names[s],
+                            (unsigned long long)shape[0]);
+        if (check_heads(d, file, id, s, shape[1], shape[2], err))
+            return err->code;
+        p.type[s] = t[s]->type;
+        p.at[s] =
+            t[s]->at + entry * shape[0] * shape[1] * shape[2] * kvd_tensor_type_size(p.type[s]);
+    }
+    int layer = layer_index(d, id);
+    struct kvd_dump_piece *pieces = realloc(d->pieces, (d->n_pieces + 1) * sizeof(*pieces));
+    if (pieces)
+        d->pieces = pieces;
+    if (layer < 0 || !pieces)
+        return kvd_fail(err, KVD_E_LIMIT, "%s: layer %lu: at most %d layers, ids to %d", path, id,
+                        KVD_MAX_LAYERS, KVD_MAX_MODEL_LAYER);
+    p.layer = (uint32_t)layer;
+    d->pieces[d->n_pieces++] = p;
+    return KVD_OK;
+}
+
+static int add_stacked(struct kvd_dump *d, uint32_t file, const struct kvd_safetensors *st,
+                       struct kvd_error *err)
+{
+    const struct kvd_safetensor *t[KVD_DUMP_SIDES];
+    const char *layers = kvd_safetensors_metadata(st, "layers"), *path = d->files[file].path;
+    for (int s = 0; s < KVD_DUMP_SIDES; s++)
+        t[s] = kvd_safetensors_find(st, (char[]){side_names[s], 0});
+    uint64_t n = 0;
+    for (const char *c = layers ? layers : ""; *c; n++) {
+        char *end;
+        unsigned long id = strtoul(c, &end, 10);
+        if (end == c || (*end && *end != ','))
+            return kvd_fail(err, KVD_E_INVALID, "%s: metadata layers is '%.60s', not a list of ids",
+                            path, layers);
+        if (!t[0] || n >= t[0]->shape[0])
+            break;
+        if (add_piece(d, file, id, true, n, t, err))
+            return err->code;
+        c = *end ? end + 1 : end;
+    }
+    for (int s = 0; s < KVD_DUMP_SIDES; s++)
+        if (n == 0 || !t[s] || t[s]->shape[0] != n)
+            return kvd_fail(err, KVD_E_INVALID,
+                            "%s: metadata layers does not name as many layers as %c has", path,
+                            side_names[s]);
+    return KVD_OK;
+}
+
+static int add_named(struct kvd_dump *d, uint32_t file, const struct kvd_safetensors *st,
+                     struct kvd_error *err)
+{
+    bool any = false;
+    for (uint32_t i = 0; i < st->n; i++) {
+        unsigned id;
+        char side, name[KVD_TENSOR_NAME];
+        if (sscanf(st->tensors[i].name, "layers.%u.%c", &id, &side) != 2 || side != 'q')
+            continue;
+        const struct kvd_safetensor *t[KVD_DUMP_SIDES];
+        for (int s = 0; s < KVD_DUMP_SIDES; s++) {
+            snprintf(name, sizeof(name), "layers.%u.%c", id, side_names[s]);
+            t[s] = kvd_safetensors_find(st, name);
+        }
+        if (add_piece(d, file, id, false, 0, t, err))
+            return err->code;
+        any = true;
+    }
+    return any ? KVD_OK
+               : kvd_fail(err, KVD_E_INVALID,
+                          "%s: there is neither q, k, v nor layers.<id>.q, .k, .v in it",
+                          d->files[file].path);
+}
+
+static int scan(struct kvd_dump *d, uint32_t file, struct kvd_error *err)
+{
+    struct kvd_dump_file *f = &d->files[file];
+    int fd KVD_CLOSE = open(f->path, O_RDONLY | O_CLOEXEC);
+    struct stat st;
+    struct kvd_safetensors t;
+    if (fd < 0 || fstat(fd, &st))
+        return kvd_fail(err, -errno, "%s: %s", f->path, strerror(errno));
+    if (!S_ISREG(st.st_mode))
+        return kvd_fail(err, KVD_E_INVALID, "%s: not a regular file", f->path);
+    f->size = (uint64_t)st.st_size;
+    f->inode = st.st_ino;
+    f->device = st.st_dev;
+    f->changed_ns = change_time(&st);
+    if (kvd_safetensors_read(f->path, fd, f->size, &t, err))
+        return err->code;
+    int rc =
+        kvd_safetensors_find(&t, "q") ? add_stacked(d, file, &t, err) : add_named(d, file, &t, err);
+    const char *model = kvd_safetensors_metadata(&t, "model");
+    if (rc == KVD_OK && model && *d->model && strcmp(model, d->model) != 0)
+        rc = kvd_fail(err, KVD_E_INVALID, "%s: of model %.60s, but the files before of %.60s",
+                      f->path, model, d->model);
+    if (rc == KVD_OK && model)
+        snprintf(d->model, sizeof(d->model), "%s", model);
+    kvd_safetensors_free(&t);
+    return rc;
+}
+
+static int by_layer(const void *a, const void *b)
+{
+    const struct kvd_dump_piece *x = a, *y = b;
+    if (x->layer != y->layer)
+        return x->layer < y->layer ? -1 : 1;
+    return x->file < y->file ? -1 : x->file > y->file;
+}
+
+struct kvd_dump *kvd_dump_open(const char *path, struct kvd_error *err)
+{
+    struct kvd_dump *d KVD_AUTO(kvd_dump_free) = calloc(1, sizeof(*d));
+    if (!d || list_files(d, path, err))
+        return NULL;
+    for (uint32_t i = 0; i < d->n_files; i++)
+        if (scan(d, i, err))
+            return NULL;
+    if (d->heads[KVD_DUMP_K] != d->heads[KVD_DUMP_V] || d->dim[KVD_DUMP_Q] != d->dim[KVD_DUMP_K] ||
+        d->heads[KVD_DUMP_Q] % d->heads[KVD_DUMP_K]) {
+        kvd_fail(err, KVD_E_INVALID,
+                 "%s: q %u heads of %u, k %u of %u, v %u of %u: k and v want the same heads, q a "
+                 "multiple of them, and the head_dim of k",
+                 path, d->heads[0], d->dim[0], d->heads[1], d->dim[1], d->heads[2], d->dim[2]);
+        return NULL;
+    }
+    qsort(d->pieces, d->n_pieces, sizeof(*d->pieces), by_layer);
+    for (uint32_t i = 0; i < d->n_pieces; i++)
+        d->tokens[d->pieces[i].layer] += d->pieces[i].tokens;
+    return KVD_TAKE(d);
+}
+
+// -- reading -------------------------------------------------------------------------------------
+
+static int read_values(const struct kvd_dump_file *f, uint64_t at, uint64_t bytes, void *to,
+                       struct kvd_error *err)
+{
+    int fd KVD_CLOSE = open(f->path, O_RDONLY | O_CLOEXEC);
+    struct stat st;
+    if (fd < 0 || fstat(fd, &st))
+        return kvd_fail(err, KVD_E_CORRUPT, "%s: %s, though it was there when the dump was opened",
+                        f->path, strerror(errno));
+    if ((uint64_t)st.st_size != f->size || st.st_ino != f->inode || st.st_dev != f->device ||
+        change_time(&st) != f->changed_ns)
+        return kvd_fail(err, KVD_E_CORRUPT, "%s: changed since the dump was opened", f->path);
+    for (uint64_t have = 0; have < bytes;) {
+        ssize_t n = pread(fd, (char *)to + have, bytes - have, (off_t)(at + have));
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return kvd_fail(err, n < 0 ? -errno : KVD_E_CORRUPT, "%s: %s", f->path,
+                            n < 0 ? strerror(errno) : "truncated");
+        have += (uint64_t)n;
+    }
+    return KVD_OK;
+}
+
+// `raw` may be the end of `out`: what is overwritten has been read.
+static void widen(float *out, const uint8_t *raw, uint64_t n, enum kvd_tensor_type type)
+{
+    enum { AT_ONCE = 1024 };
+    uint16_t narrow[AT_ONCE];
+    for (uint64_t i = 0; i < n; i += AT_ONCE) {
+        uint64_t m = KVD_MIN((uint64_t)AT_ONCE, n - i);
+        memcpy(narrow, raw + 2 * i, 2 * m);
+        if (type == KVD_TENSOR_F16)
+            for (uint64_t k = 0; k < m; k++)
+                out[i + k] = kvd_fp16_to_f32(narrow[k]);
+        else
+            for (uint64_t k = 0; k < m; k++)
+                out[i + k] = kvd_bf16_to_f32(narrow[k]);
+    }
+}
+
+static bool all_finite(const float *x, uint64_t n)
+{
+    uint32_t bad = 0;
+    for (uint64_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, &x[i], sizeof(bits));
+        bad |= (bits & 0x7f800000u) == 0x7f800000u;
+    }
+    return !bad;
+}
+
+int kvd_dump_read(const struct kvd_dump *d, const struct kvd_dump_piece *p, enum kvd_dump_side side,
+                  uint64_t first, uint64_t n, float *out, struct kvd_error *err)
+{
+    const struct kvd_dump_file *f = &d->files[p->file];
+    uint64_t row = (uint64_t)d->heads[side] * d->dim[side], values = n * row;
+    uint32_t size = kvd_tensor_type_size(p->type[side]);
+    // Narrow values are read into the end of the output and widened from its beginning.
+    uint8_t *raw = (uint8_t *)out + values * (sizeof(float) - size);
+    if (read_values(f, p->at[side] + first * row * size, values * size, raw, err))
+        return err->code;
+    if (size == 2)
+        widen(out, raw, values, p->type[side]);
+    if (all_finite(out, values))
+        return KVD_OK;
+    for (uint64_t i = 0; i < values; i++)
+        if (!isfinite(out[i]))
+            return kvd_fail(err, KVD_E_CORRUPT,
+                            "%s: layer %u, %c: token %llu, head %llu has NaN or Inf", f->path,
+                            d->layers[p->layer], side_names[side],
+                            (unsigned long long)(first + i / row),
+                            (unsigned long long)(i % row / d->dim[side]));
+    return KVD_OK;
+}

@@ -1,0 +1,51 @@
+// Recorded activations of a model: q, k and v after RoPE, in safetensors files.
+//
+// A dump is one file or a directory of them (*.safetensors, in the order of their names). Each
+// holds some tokens of some layers, as
+//   q, k, v              [layers, tokens, heads, head_dim], with metadata layers "0,9,19,29"
+// or
+//   layers.<id>.q, .k, .v   [tokens, heads, head_dim]
+// in F16, BF16 or F32. The tokens of a layer are those of all files, one after another.
+#ifndef KVD_CALIB_DUMP_H
+#define KVD_CALIB_DUMP_H
+
+#include "calib/safetensors.h"
+#include "proto/kvd_limits.h"
+
+enum kvd_dump_side { KVD_DUMP_Q, KVD_DUMP_K, KVD_DUMP_V, KVD_DUMP_SIDES };
+
+// Tokens of one layer in one file.
+struct kvd_dump_piece {
+    uint32_t file, layer; // layer: index into kvd_dump.layers
+    uint64_t tokens;
+    uint64_t at[KVD_DUMP_SIDES];
+    enum kvd_tensor_type type[KVD_DUMP_SIDES];
+};
+
+struct kvd_dump_file {
+    char *path;
+    uint64_t size, inode, device;
+    int64_t changed_ns; // must stay as they were when the dump was opened
+};
+
+struct kvd_dump {
+    struct kvd_dump_file *files;
+    struct kvd_dump_piece *pieces; // by layer, then by file
+    uint32_t n_files, n_pieces, n_layers;
+    uint16_t layers[KVD_MAX_LAYERS]; // model layer ids, ascending
+    uint64_t tokens[KVD_MAX_LAYERS];
+    uint32_t heads[KVD_DUMP_SIDES], dim[KVD_DUMP_SIDES];
+    char model[KVD_MAX_NAME + 1]; // of the files' metadata; "" if they do not say
+};
+
+// KVD_E_NOT_FOUND (no such file, no *.safetensors), KVD_E_CORRUPT (malformed), KVD_E_INVALID
+// (shapes that do not fit together), or a negative errno.
+struct kvd_dump *kvd_dump_open(const char *path, struct kvd_error *err);
+void kvd_dump_free(struct kvd_dump **d);
+
+// Reads tokens [first, first + n) of a piece as [n][heads][dim] fp32. KVD_E_CORRUPT when the file
+// was changed, cut or removed since it was opened, or holds NaN or Inf (says where). Any thread.
+int kvd_dump_read(const struct kvd_dump *d, const struct kvd_dump_piece *p, enum kvd_dump_side side,
+                  uint64_t first, uint64_t n, float *out, struct kvd_error *err);
+
+#endif

@@ -1,0 +1,78 @@
+// Fitting rotation sets to recorded activations (OSCAR: offline spectral covariance-aware
+// rotation).
+//
+// Per kv head h with q heads G(h), over n tokens, in double precision:
+//   qqt   C = sum over tokens and G(h) of q q^T / (n |G(h)|)
+//   ktk   C = sum k k^T / n
+//   sst   C = sum w_t v_t v_t^T / n, where w_t = k_t^T qqt(h) k_t, scaled to mean 1
+//   vtv   C = sum v v^T / n
+// A layer's covariance is the mean over its kv heads, or, per kv head, each its own.
+//
+// With C = U diag(lambda) U^T, eigenvalues ascending, H the Sylvester Hadamard matrix / sqrt(D) and
+// P = I[:, perm], perm[bitrev(i)] = index of the i-th largest eigenvalue:
+//   r_h_pbr   R = U H P      r_h   R = U H      r   R = U      h   R = H (no data)
+// Signs and bases are made the same everywhere: the largest component of an eigenvector is positive
+// (the first of equals), and eigenvectors of one eigenvalue are those that a Gram-Schmidt process
+// over the unit vectors gives.
+//
+// Results do not depend on the number of threads.
+#ifndef KVD_CALIB_FIT_H
+#define KVD_CALIB_FIT_H
+
+#include "calib/dump.h"
+#include "calib/rotset.h"
+
+enum kvd_objective { KVD_FIT_QQT, KVD_FIT_KTK, KVD_FIT_SST, KVD_FIT_VTV, KVD_FIT_HADAMARD };
+enum kvd_composition { KVD_COMPOSE_R_H_PBR, KVD_COMPOSE_R_H, KVD_COMPOSE_R };
+
+struct kvd_fit_options {
+    enum kvd_objective k, v; // k: qqt, ktk or hadamard; v: sst, vtv or hadamard
+    enum kvd_composition composition;
+    bool per_kv_head;
+    float clip_k, clip_v;   // ratios that the set gets
+    uint32_t threads;       // 0: as many as there are
+    const uint16_t *layers; // model layer ids, ascending; NULL: all of the dump
+    uint32_t n_layers;
+    const char *state; // directory that keeps finished layers, so that a fit that was cut
+                       // short goes on; NULL: none
+    void (*progress)(void *ctx, uint64_t done, uint64_t total); // bytes of the dump; one thread
+    void (*warn)(void *ctx, const char *text);                  // each at a time
+    void *ctx;
+};
+
+// What a side's fit found, in double precision.
+struct kvd_spectrum {
+    double *covariance;  // [layers][heads][dim][dim]
+    double *eigenvalues; // [layers][heads][dim] ascending
+    double *rotation;    // [layers][heads][dim][dim] before it is rounded
+};
+
+struct kvd_fit {
+    struct kvd_rotset *set;
+    struct kvd_spectrum k, v; // covariance NULL for hadamard
+};
+
+// "qqt", "sst", "hadamard"...; -1 for anything else.
+int kvd_objective_parse(const char *text);
+int kvd_composition_parse(const char *text);
+
+// KVD_E_INVALID: objectives that do not fit their side, layers that the dump lacks, fewer tokens
+// than channels, activations that span less than half of the channels. KVD_E_CORRUPT: NaN, or files
+// that changed meanwhile.
+struct kvd_fit *kvd_fit_run(const struct kvd_dump *d, const struct kvd_fit_options *o,
+                            struct kvd_error *err);
+void kvd_fit_free(struct kvd_fit **fit);
+
+// Writes covariances, eigenvalues and rotations as F64 tensors k.covariance, k.eigenvalues,
+// k.rotation and the same of v, with metadata layers.
+int kvd_fit_write_spectrum(const struct kvd_fit *fit, const char *path, struct kvd_error *err);
+
+// -- linear algebra ------------------------------------------------------------------------------
+
+// Eigenvectors of a symmetric matrix [dim][dim], ascending, as columns of u, in the canonical basis
+// described above. Returns the rank (eigenvalues above 1e-10 of the largest), or -1 with *err.
+int kvd_eigenbasis(const double *c, uint32_t dim, double *values, double *u, struct kvd_error *err);
+// r = the composition of u.
+void kvd_compose(const double *u, uint32_t dim, enum kvd_composition composition, double *r);
+
+#endif

@@ -1,0 +1,233 @@
+// kvctl-calib: what kvctl calls for "calib fit".
+#include <argp.h>
+#include <time.h>
+
+#include "calib/fit.h"
+#include "client/kvctl/kvctl.h"
+
+enum {
+    OPT_PER_HEAD = 1000,
+    OPT_COMPOSE,
+    OPT_CLIP,
+    OPT_LAYERS,
+    OPT_SPECTRUM,
+    OPT_MODEL,
+    OPT_STATE,
+};
+
+static const struct argp_option options[] = {
+    {"objective-k", 'k', "NAME", 0, "qqt (default), ktk or hadamard", 0},
+    {"objective-v", 'v', "NAME", 0, "sst (default), vtv or hadamard", 0},
+    {"compose", OPT_COMPOSE, "NAME", 0, "r_h_pbr (default), r_h or r", 0},
+    {"per-kv-head", OPT_PER_HEAD, 0, 0, "A rotation for each kv head, not one a layer", 0},
+    {"clip", OPT_CLIP, "K,V", 0, "Clip ratios (default: 0.96,0.92)", 0},
+    {"layers", OPT_LAYERS, "LIST", 0, "Model layer ids, such as 0-35 or 3,7,11 (default: all)", 0},
+    {"model", OPT_MODEL, "NAME", 0, "Name of the model (default: what the dump says)", 0},
+    {"threads", 't', "N", 0, "Default: as many as there are cores", 0},
+    {"state", OPT_STATE, "DIR", 0, "Keep finished layers there; the same command goes on with them",
+     0},
+    {"spectrum", OPT_SPECTRUM, "FILE", 0, "Also write covariances and eigenvalues (F64)", 0},
+    {"json", 'j', 0, 0, "Print JSON", 0},
+    {0},
+};
+
+struct arguments {
+    struct kvd_fit_options o;
+    const char *dump, *out, *spectrum, *model;
+    uint16_t layers[KVD_MAX_LAYERS];
+    bool json;
+};
+
+// "0-3,7" into ascending ids. 0 when malformed.
+static uint32_t parse_layers(const char *text, uint16_t *out)
+{
+    uint32_t n = 0;
+    while (*text) {
+        char *end;
+        unsigned long from = strtoul(text, &end, 10), to = from;
+        if (end != text && *end == '-') {
+            text = end + 1;
+            to = strtoul(text, &end, 10);
+        }
+        if (end == text || (*end && *end != ',') || to < from || to > KVD_MAX_MODEL_LAYER)
+            return 0;
+        for (; from <= to; from++) {
+            if (n == KVD_MAX_LAYERS || (n && from <= out[n - 1]))
+                return 0;
+            out[n++] = (uint16_t)from;
+        }
+        text = *end ? end + 1 : end;
+    }
+    return n;
+}
+
+static error_t parse(int key, char *arg, struct argp_state *state)
+{
+    struct arguments *a = state->input;
+    int n = 0;
+    switch (key) {
+    case 'k':
+    case 'v':
+        if ((n = kvd_objective_parse(arg)) < 0)
+            argp_error(state, "%s is no objective: qqt, ktk, sst, vtv or hadamard", arg);
+        *(key == 'k' ? &a->o.k : &a->o.v) = (enum kvd_objective)n;
+        break;
+    case OPT_COMPOSE:
+        if ((n = kvd_composition_parse(arg)) < 0)
+            argp_error(state, "%s is no composition: r_h_pbr, r_h or r", arg);
+        a->o.composition = (enum kvd_composition)n;
+        break;
+    case OPT_PER_HEAD:
+        a->o.per_kv_head = true;
+        break;
+    case OPT_CLIP:
+        if (sscanf(arg, "%f,%f%n", &a->o.clip_k, &a->o.clip_v, &n) != 2 || arg[n])
+            argp_error(state, "--clip %s: it wants two ratios, such as 0.96,0.92", arg);
+        break;
+    case OPT_LAYERS:
+        a->o.n_layers = parse_layers(arg, a->layers);
+        a->o.layers = a->layers;
+        if (a->o.n_layers == 0)
+            argp_error(state, "--layers %s: it wants ascending ids, such as 0-35 or 3,7,11", arg);
+        break;
+    case OPT_MODEL:
+        a->model = arg;
+        break;
+    case 't':
+        if (sscanf(arg, "%u%n", &a->o.threads, &n) != 1 || arg[n] || a->o.threads == 0)
+            argp_error(state, "--threads %s: it wants a number from 1", arg);
+        break;
+    case OPT_STATE:
+        a->o.state = arg;
+        break;
+    case OPT_SPECTRUM:
+        a->spectrum = arg;
+        break;
+    case 'j':
+        a->json = true;
+        break;
+    case ARGP_KEY_ARG:
+        if (state->arg_num > 1)
+            argp_usage(state);
+        *(state->arg_num == 0 ? &a->dump : &a->out) = arg;
+        break;
+    case ARGP_KEY_END:
+        if (state->arg_num < 2)
+            argp_usage(state);
+        break;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+    return 0;
+}
+
+static void on_progress(void *ctx, uint64_t done, uint64_t total)
+{
+    progress(ctx, done, total);
+}
+
+static void on_warning(void *ctx, const char *text)
+{
+    (void)ctx;
+    progress_end();
+    fprintf(stderr, "kvctl: warning: %s\n", text);
+}
+
+static int fail(const struct kvd_error *err)
+{
+    progress_end();
+    fprintf(stderr, "kvctl: %s\n", err->text);
+    return EXIT_FAILED;
+}
+
+// Eigenvalues of a matrix as the part of the whole that its largest eighth has.
+static double concentration(const double *values, uint32_t dim)
+{
+    double all = 0, top = 0;
+    for (uint32_t i = 0; i < dim; i++) {
+        all += values[i];
+        top += i >= dim - dim / 8 ? values[i] : 0;
+    }
+    return all > 0 ? top / all : 0;
+}
+
+static void print_layers(const struct kvd_fit *f)
+{
+    const struct kvd_rotset *s = f->set;
+    struct table *t = table_new("LAYER|>K: LARGEST EIGHTH|>V: LARGEST EIGHTH");
+    for (uint32_t i = 0; i < s->n_layers; i++) {
+        table_cell(t, "%u", s->layers[i]);
+        for (int v = 0; v < 2; v++) {
+            const struct kvd_spectrum *x = v ? &f->v : &f->k;
+            uint32_t dim = v ? s->dim_v : s->dim_k;
+            double sum = 0;
+            for (uint32_t h = 0; x->eigenvalues && h < s->heads; h++)
+                sum += concentration(x->eigenvalues + ((uint64_t)i * s->heads + h) * dim, dim);
+            if (x->eigenvalues)
+                table_cell(t, "%.1f %%", 100 * sum / s->heads);
+            else
+                table_cell(t, "-");
+        }
+    }
+    table_print(t, "");
+    printf("(of the variance, in the largest eighth of the eigenvalues)\n");
+}
+
+static int run(struct arguments *a)
+{
+    struct kvd_error err = {0};
+    struct timespec from, to;
+    clock_gettime(CLOCK_MONOTONIC, &from);
+    struct kvd_dump *d = kvd_dump_open(a->dump, &err);
+    if (!d)
+        return fail(&err);
+    if (a->model)
+        snprintf(d->model, sizeof(d->model), "%s", a->model);
+    struct kvd_fit *fit = kvd_fit_run(d, &a->o, &err);
+    int rc = fit ? KVD_OK : err.code;
+    if (rc == KVD_OK)
+        rc = kvd_rotset_write(fit->set, a->out, &err);
+    if (rc == KVD_OK && a->spectrum)
+        rc = kvd_fit_write_spectrum(fit, a->spectrum, &err);
+    clock_gettime(CLOCK_MONOTONIC, &to);
+    double seconds = (double)(to.tv_sec - from.tv_sec) + (double)(to.tv_nsec - from.tv_nsec) / 1e9;
+    progress_end();
+    if (rc == KVD_OK && a->json) {
+        json_t *j =
+            json_pack("{s:s, s:s, s:s, s:s, s:i, s:f}", "file", a->out, "digest", fit->set->digest,
+                      "model", fit->set->model, "objective", fit->set->objective, "layers",
+                      (int)fit->set->n_layers, "seconds", seconds);
+        json_dumpf(j, stdout, JSON_INDENT(2) | JSON_PRESERVE_ORDER);
+        putchar('\n');
+        json_decref(j);
+    } else if (rc == KVD_OK) {
+        print_layers(fit);
+        printf("%s: %s, %u layers, %s, in %.1f s\n%s\n", a->out, fit->set->objective,
+               fit->set->n_layers, fit->set->provenance, seconds, fit->set->digest);
+    }
+    kvd_fit_free(&fit);
+    kvd_dump_free(&d);
+    return rc ? fail(&err) : EXIT_OK;
+}
+
+int main(int argc, char **argv)
+{
+    static const struct argp argp = {
+        .options = options,
+        .parser = parse,
+        .args_doc = "DUMP OUT",
+        .doc = "Fits a rotation set to recorded activations: DUMP is a safetensors file or a "
+               "directory of them, with q, k and v after RoPE as [layers, tokens, heads, head_dim] "
+               "and metadata layers, or layers.<id>.q, .k and .v as [tokens, heads, head_dim]."};
+    struct arguments a = {.o = {.k = KVD_FIT_QQT,
+                                .v = KVD_FIT_SST,
+                                .clip_k = 0.96f,
+                                .clip_v = 0.92f,
+                                .progress = on_progress,
+                                .warn = on_warning,
+                                .ctx = "fit"}};
+    argp_err_exit_status = EXIT_USED_WRONG;
+    argv[0] = "kvctl calib fit";
+    argp_parse(&argp, argc, argv, 0, NULL, &a);
+    return run(&a);
+}
