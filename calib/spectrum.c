@@ -63,7 +63,7 @@ int kvd_eigenbasis(const double *c, uint32_t dim, double *values, double *u, str
         kvd_fail(err, KVD_E_INTERNAL, "dsyevd failed: %d", (int)rc);
         return -1;
     }
-    double top = values[dim - 1], close = top * 1e-12 * dim;
+    double top = values[dim - 1], close = top * 1e-14 * dim; // rounding
     int rank = 0;
     for (uint32_t a = 0, b; a < dim; a = b) {
         for (b = a + 1; b < dim && values[b] - values[b - 1] <= close; b++)

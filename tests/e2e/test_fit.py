@@ -1,0 +1,307 @@
+"""kvctl calib fit against an independent transcription of the published method in NumPy, in double precision."""
+import json
+import struct
+import subprocess
+
+import numpy as np
+import pytest
+
+from conftest import KVCTL, SOURCE
+
+SMOLLM2 = SOURCE / "tests/data/smollm2.safetensors"
+
+
+# -- safetensors, by hand: the files must not come from what is tested ------------------------------------------------
+
+def write(path, tensors, metadata=None):
+    header, blob = {}, b""
+    if metadata:
+        header["__metadata__"] = metadata
+    for name, (dtype, x) in tensors.items():
+        if dtype == "BF16":
+            data = (np.ascontiguousarray(x, np.float32).view(np.uint32) >> 16).astype("<u2").tobytes()
+        else:
+            data = np.ascontiguousarray(x, {"F16": "<f2", "F32": "<f4"}[dtype]).tobytes()
+        header[name] = {"dtype": dtype, "shape": list(x.shape), "data_offsets": [len(blob), len(blob) + len(data)]}
+        blob += data
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + blob)
+
+
+def read(path):
+    raw = path.read_bytes()
+    n = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8:8 + n])
+    out = {}
+    for name, t in header.items():
+        if name == "__metadata__":
+            continue
+        a, b = t["data_offsets"]
+        data = raw[8 + n + a:8 + n + b]
+        if t["dtype"] == "BF16":
+            x = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+        else:
+            x = np.frombuffer(data, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[t["dtype"]])
+        out[name] = x.reshape(t["shape"])
+    return out, header.get("__metadata__", {})
+
+
+# -- the method -------------------------------------------------------------------------------------------------------
+
+def covariances(q, k, v, objective_k, objective_v):
+    """q [n, H_q, D], k and v [n, H, D]: per kv head, K's and V's matrices."""
+    n, kv_heads = k.shape[:2]
+    group = q.shape[1] // kv_heads
+    out_k, out_v = [], []
+    for h in range(kv_heads):
+        rows = q[:, h * group:(h + 1) * group].reshape(-1, q.shape[2]).astype(np.float64)
+        keys, values = k[:, h].astype(np.float64), v[:, h].astype(np.float64)
+        qqt = rows.T @ rows / len(rows)
+        out_k.append({"qqt": qqt, "ktk": keys.T @ keys / n}[objective_k])
+        w = np.einsum("ti,ij,tj->t", keys, qqt, keys)
+        w /= w.mean()
+        out_v.append({"sst": (values * w[:, None]).T @ values / n, "vtv": values.T @ values / n}[objective_v])
+    return np.array(out_k), np.array(out_v)
+
+
+def hadamard(n):
+    h = np.array([[1.0]])
+    while len(h) < n:
+        h = np.block([[h, h], [h, -h]])
+    return h / np.sqrt(n)
+
+
+def permutation(n):
+    bits = n.bit_length() - 1
+    perm = np.zeros(n, int)
+    for i in range(n):
+        perm[int(format(i, f"0{bits}b")[::-1], 2)] = n - 1 - i  # eigenvalues ascend
+    return perm
+
+
+def eigenvectors_of(rotation, composition):
+    """Undoes what comes after U."""
+    n = len(rotation)
+    u = rotation
+    if composition == "r_h_pbr":
+        back = np.empty_like(u)
+        back[:, permutation(n)] = u
+        u = back
+    return u @ hadamard(n).T if composition != "r" else u
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+def fit(dump, out, *options, code=0):
+    r = subprocess.run([KVCTL, "calib", "fit", dump, out, *options], capture_output=True, text=True, timeout=300)
+    assert r.returncode == code, r.stdout + r.stderr
+    return r.stderr if code else r
+
+
+def activations(seed, tokens, q_heads, kv_heads, dim_k, dim_v, layers):
+    """Correlated channels with an outlier, so that eigenvalues lie apart."""
+    r = np.random.default_rng(seed)
+    out = {}
+    for layer in layers:
+        def side(heads, dim):
+            mix = r.normal(size=(dim, dim)) * np.exp(-3 * np.arange(dim) / dim)[:, None]
+            x = r.normal(size=(tokens, heads, dim)) @ mix
+            x[..., 3] *= 30
+            return x.astype(np.float32)
+        out[layer] = side(q_heads, dim_k), side(kv_heads, dim_k), side(kv_heads, dim_v)
+    return out
+
+
+def check_parity(tmp_path, data, dump, objective_k, objective_v, composition, per_head, *options):
+    spectrum = tmp_path / "spectrum.safetensors"
+    if per_head:
+        options = (*options, "--per-kv-head")
+    fit(dump, tmp_path / "set.safetensors", "-k", objective_k, "-v", objective_v, "--compose", composition,
+        "--spectrum", spectrum, *options)
+    got, meta = read(spectrum)
+    sets, set_meta = read(tmp_path / "set.safetensors")
+    assert meta["layers"] == set_meta["layers"] == ",".join(str(x) for x in sorted(data))
+    for i, layer in enumerate(sorted(data)):
+        for side, want in zip("kv", covariances(*data[layer], objective_k, objective_v)):
+            if not per_head:
+                want = want.mean(axis=0, keepdims=True)
+            c = got[f"{side}.covariance"][i]
+            assert c.shape == want.shape
+            assert np.abs(c - want).max() <= 1e-10 * np.abs(want).max()
+            for h, matrix in enumerate(want):
+                values, vectors = np.linalg.eigh(matrix)
+                assert np.abs(got[f"{side}.eigenvalues"][i, h] - values).max() <= 1e-10 * values[-1]
+                rotation = got[f"{side}.rotation"][i, h]
+                assert np.abs(rotation @ rotation.T - np.eye(len(rotation))).max() < 1e-12
+                assert np.abs(sets[f"{side}.rotation"][i, h] - rotation).max() <= 2 ** -24
+                u = eigenvectors_of(rotation, composition)
+                # Rounding turns an eigenvector by as much as its eigenvalue is near to another.
+                gap = np.diff(values, prepend=-np.inf, append=np.inf)
+                gap = np.minimum(gap[:-1], gap[1:]) / values[-1]
+                signs = np.sign(np.sum(u * vectors, axis=0))
+                assert (np.abs(u - vectors * signs).max(axis=0) <= 1e-11 + 1e-13 / gap).all()
+                top = np.abs(u).argmax(axis=0)
+                assert (u[top, np.arange(len(top))] > 0).all()
+
+
+@pytest.mark.parametrize("objective_k,objective_v,composition,per_head", [
+    ("qqt", "sst", "r_h_pbr", False), ("qqt", "sst", "r_h_pbr", True), ("ktk", "vtv", "r_h", False),
+    ("qqt", "vtv", "r", True)])
+def test_parity_on_a_real_model(tmp_path, objective_k, objective_v, composition, per_head):
+    x, meta = read(SMOLLM2)
+    data = {int(layer): (x["q"][i], x["k"][i], x["v"][i]) for i, layer in enumerate(meta["layers"].split(","))}
+    check_parity(tmp_path, data, SMOLLM2, objective_k, objective_v, composition, per_head)
+
+
+@pytest.mark.parametrize("dtype,q_heads,kv_heads,dim_k,dim_v", [
+    ("F32", 6, 2, 64, 128), ("F16", 3, 1, 128, 64), ("BF16", 4, 4, 64, 64), ("F32", 1, 1, 64, 64),
+    ("F32", 2, 1, 256, 128)])
+def test_parity_over_shards_layers_and_types(tmp_path, dtype, q_heads, kv_heads, dim_k, dim_v):
+    data = activations(5, 1300, q_heads, kv_heads, dim_k, dim_v, [3, 7, 40])
+    dump = tmp_path / "dump"
+    dump.mkdir()
+    # Unequal shards, both ways to name tensors, layers apart in some, and a stray file.
+    (dump / "README.txt").write_text("not a shard")
+    rounded = {}
+    for i, (a, b) in enumerate([(0, 1), (1, 600), (600, 1300)]):
+        if i == 1:
+            for layer, x in data.items():
+                write(dump / f"shard-1-{layer}.safetensors",
+                      {f"layers.{layer}.{s}": (dtype, y[a:b]) for s, y in zip("qkv", x)}, {"model": "m"})
+        else:
+            write(dump / f"shard-{i}.safetensors",
+                  {s: (dtype, np.stack([data[layer][k][a:b] for layer in data])) for k, s in enumerate("qkv")},
+                  {"layers": "3,7,40", "model": "m"})
+    for layer, x in data.items():
+        if dtype == "F16":
+            rounded[layer] = tuple(y.astype(np.float16).astype(np.float32) for y in x)
+        elif dtype == "BF16":
+            rounded[layer] = tuple((y.view(np.uint32) >> 16 << 16).view(np.float32) for y in x)
+        else:
+            rounded[layer] = x
+    check_parity(tmp_path, rounded, dump, "qqt", "sst", "r_h_pbr", False)
+    _, meta = read(tmp_path / "set.safetensors")
+    assert meta["model"] == "m" and "1300 tokens in 5 files" in meta["provenance"]
+    check_parity(tmp_path, {7: rounded[7]}, dump, "ktk", "vtv", "r_h_pbr", True, "--layers", "7")
+
+
+def test_threads_and_resuming_change_nothing(tmp_path):
+    data = activations(6, 900, 4, 2, 64, 64, range(6))
+    dump, state = tmp_path / "dump.safetensors", tmp_path / "state"
+    write(dump, {f"layers.{n}.{s}": ("F32", y) for n, x in data.items() for s, y in zip("qkv", x)})
+    fit(dump, tmp_path / "one", "--threads", "1", "--state", state)
+    fit(dump, tmp_path / "many", "--threads", "5")
+    want = (tmp_path / "one").read_bytes()
+    assert (tmp_path / "many").read_bytes() == want
+    # A fit that was cut short: one layer is missing, one broken; a third comes from the state, as its change shows.
+    (state / "layer-2.safetensors").unlink()
+    broken = bytearray((state / "layer-4.safetensors").read_bytes())
+    broken[-5] ^= 1
+    (state / "layer-4.safetensors").write_bytes(broken)
+    before = (state / "layer-1.safetensors").stat().st_mtime_ns
+    fit(dump, tmp_path / "again", "--state", state)
+    assert (tmp_path / "again").read_bytes() == want
+    assert (state / "layer-1.safetensors").stat().st_mtime_ns == before
+    assert (state / "layer-2.safetensors").exists()
+    # Another dump under the same name: nothing of the state is taken.
+    data[1][0][:] *= 1.5
+    data[1][0][:, :, 5] += 1
+    write(dump, {f"layers.{n}.{s}": ("F32", y) for n, x in data.items() for s, y in zip("qkv", x)})
+    fit(dump, tmp_path / "other", "--state", state)
+    fit(dump, tmp_path / "fresh")
+    assert (tmp_path / "other").read_bytes() == (tmp_path / "fresh").read_bytes() != want
+
+
+def test_directions_without_data_get_a_fixed_basis(tmp_path):
+    data = activations(7, 2000, 2, 1, 64, 64, [0])
+    q, k, v = data[0]
+    q[:, :, 40:] = 0
+    v[:, :, 50:] = v[:, :, :14]  # rank 50, not along the axes
+    dump = tmp_path / "d.safetensors"
+    write(dump, {"layers.0.q": ("F32", q), "layers.0.k": ("F32", k), "layers.0.v": ("F32", v)})
+    r = fit(dump, tmp_path / "set", "--compose", "r", "--spectrum", tmp_path / "s")
+    assert "K: the activations span 40 of 64" in r.stderr and "V: the activations span 50 of 64" in r.stderr
+    s, _ = read(tmp_path / "s")
+    u = s["k.rotation"][0, 0]
+    assert np.abs(u @ u.T - np.eye(64)).max() < 1e-12
+    # What has no data in K are the axes 40 to 63, in their order.
+    assert np.abs(u[40:, :24] - np.eye(24)).max() < 1e-9
+
+
+@pytest.mark.parametrize("change,text", [
+    ("nan", "layer 0, k: token 77, head 1 has NaN or Inf"),
+    ("constant", "span 1 of 64 dimensions"),
+    ("zero", "all zeros"),
+    ("few", "fewer than head_dim 64"),
+    ("dims", "these files are not of one model"),
+    ("tokens", "q has 1100 tokens, v has 1099"),
+    ("truncated", "lies outside the file"),
+    ("no_k", "k is missing"),
+    ("model", "of model b, but the files before of a"),
+    ("empty", "no *.safetensors files"),
+    ("heads", "k and v want the same heads"),
+    ("integers", "not F16, BF16 or F32"),
+    ("overflow", "impossible shape"),
+])
+def test_bad_dumps_make_no_set(tmp_path, change, text):
+    q, k, v = activations(8, 1100, 4, 2, 64, 64, [0])[0]
+    dump = tmp_path / "dump"
+    dump.mkdir()
+    a, second = dump / "a.safetensors", dump / "b.safetensors"
+    if change == "nan":
+        k[77, 1, 5] = np.nan
+    elif change == "constant":
+        q[:] = q[0, 0]
+    elif change == "zero":
+        k[:] = 0
+    elif change == "few":
+        q, k, v = q[:50], k[:50], v[:50]
+    elif change == "tokens":
+        v = v[:-1]
+    elif change == "heads":
+        v = v[:, :1]
+    tensors = {f"layers.0.{s}": ("F32", x) for s, x in zip("qkv", (q, k, v))}
+    if change == "no_k":
+        del tensors["layers.0.k"]
+    if change != "empty":
+        write(a, tensors, {"model": "a"})
+    if change == "dims":
+        write(second, {f"layers.1.{s}": ("F32", np.ones((100, 2, 128))) for s in "qkv"})
+    elif change == "model":
+        write(second, tensors, {"model": "b"})
+    elif change == "truncated":
+        a.write_bytes(a.read_bytes()[:-100])
+    elif change == "integers":
+        a.write_bytes(a.read_bytes().replace(b'"F32"', b'"I32"'))
+    elif change == "overflow":
+        a.write_bytes(a.read_bytes().replace(b'[1100, 4, 64]', b'[-100, 4, 64]'))
+    assert text in fit(dump, tmp_path / "set", code=1)
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("options,text", [
+    (["-k", "sst"], "qqt, ktk or hadamard for K"), (["-k", "nonsense"], "no objective"),
+    (["--layers", "5"], "layer 5 is not in the dump"), (["--layers", "3-1"], "ascending"),
+    (["--clip", "1.5,0.9"], "at most 1"), (["--clip", "0.9"], "two ratios"), (["--threads", "0"], "from 1")])
+def test_bad_options(tmp_path, options, text):
+    r = subprocess.run([KVCTL, "calib", "fit", SMOLLM2, tmp_path / "set", *options], capture_output=True, text=True)
+    assert r.returncode != 0 and text in r.stderr
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_fitted_set_goes_into_a_store_and_out(tmp_path):
+    fit(SMOLLM2, tmp_path / "set.safetensors")
+    store = tmp_path / "store"
+    said = subprocess.run([KVCTL, "--store", store, "calib", "publish", tmp_path / "set.safetensors", "Smol/LM@fitted"],
+                          check=True, capture_output=True, text=True).stdout
+    shown = json.loads(subprocess.run([KVCTL, "--json", "--store", f"file://{store}", "--cache", tmp_path / "cache",
+                                       "calib", "show", "Smol/LM@fitted"], check=True, capture_output=True).stdout)
+    assert shown["objective"] == "K qqt_r_h_pbr, V sst_r_h_pbr" and shown["digest"] in said
+    assert shown["layers"] == "0,9,19,29" and shown["model"] == "Smol/LM"
+
+
+def test_hadamard_needs_no_data_of_its_side(tmp_path):
+    fit(SMOLLM2, tmp_path / "set", "-k", "hadamard", "-v", "hadamard")
+    s, meta = read(tmp_path / "set")
+    assert meta["objective"] == "K hadamard, V hadamard"
+    assert np.abs(s["k.rotation"][2, 0] - hadamard(64)).max() < 1e-7
