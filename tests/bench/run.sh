@@ -25,6 +25,9 @@ echo "# machine: $(nproc) cores, $(sed -n 's/^model name.*: //p' /proc/cpuinfo |
 "$build/tests/bench_attend" "$tokens" tests/data/smollm2.safetensors
 
 echo
+"$build/tests/bench_fit" $([ -n "$smoke" ] && echo 2 1024 || echo 8 30000)
+
+echo
 echo "# daemon"
 times=()
 for _ in 1 2 3 4 5; do
