@@ -11,6 +11,8 @@
 #include <pthread.h>
 #include <sys/stat.h>
 
+#include "calib/parallel.h"
+
 enum { BLOCK = 256 }; // tokens at once
 
 struct job {
@@ -479,21 +481,6 @@ static void *work(void *arg)
     return NULL;
 }
 
-static int run_threads(struct job *j)
-{
-    pthread_t threads[256];
-    long cores = sysconf(_SC_NPROCESSORS_ONLN);
-    uint32_t want = j->o->threads ? j->o->threads : cores > 0 ? (uint32_t)cores : 1, started = 0;
-    want = KVD_MIN(KVD_MIN(want, j->fit->set->n_layers), (uint32_t)KVD_LEN(threads));
-    openblas_set_num_threads(1); // a layer a thread: sums are then in one order
-    while (started + 1 < want && pthread_create(&threads[started], NULL, work, j) == 0)
-        started++;
-    work(j);
-    for (uint32_t i = 0; i < started; i++)
-        pthread_join(threads[i], NULL);
-    return j->err.code;
-}
-
 static int check_options(const struct kvd_dump *d, const struct kvd_fit_options *o,
                          struct kvd_error *err)
 {
@@ -610,8 +597,8 @@ struct kvd_fit *kvd_fit_run(const struct kvd_dump *d, const struct kvd_fit_optio
         j.total += layer_bytes(&j, dump_layer(&j, i));
     if ((o->state && fingerprint(&j, err)))
         return NULL;
-    int rc = run_threads(&j);
-    if (rc) {
+    kvd_parallel(o->threads, fit->set->n_layers, work, &j);
+    if (j.err.code) {
         *err = j.err;
         return NULL;
     }

@@ -328,7 +328,7 @@ static int calib_helper(char **argv)
 int cmd_calib(struct kvctl *k, int argc, char **argv)
 {
     const char *verb = argc > 1 ? argv[1] : "ls";
-    if (strcmp(verb, "fit") == 0)
+    if (strcmp(verb, "fit") == 0 || strcmp(verb, "eval") == 0)
         return calib_helper(argv + 1);
     if (strcmp(verb, "publish") == 0 && argc == 4)
         return calib_publish(k, argv + 2);
@@ -346,5 +346,6 @@ int cmd_calib(struct kvctl *k, int argc, char **argv)
         return calib_hadamard(k, argv + 2);
     return kvctl_usage("it is: calib ls | show SET|FILE | verify SET|FILE | fetch SET | import "
                        "K.pt V.pt MODEL@TAG | hadamard MODEL@TAG LAYERS DIM | fit DUMP OUT | "
+                       "eval DUMP SET... | "
                        "publish FILE MODEL@TAG");
 }

@@ -1,9 +1,10 @@
-// kvctl-calib: what kvctl calls for "calib fit".
+// kvctl calib fit.
 #include <argp.h>
 #include <time.h>
 
+#include "calib/eval.h"
 #include "calib/fit.h"
-#include "client/kvctl/kvctl.h"
+#include "client/kvctl/calib_tool.h"
 
 enum {
     OPT_PER_HEAD = 1000,
@@ -13,6 +14,8 @@ enum {
     OPT_SPECTRUM,
     OPT_MODEL,
     OPT_STATE,
+    OPT_FIT_CLIPS,
+    OPT_CONTEXT,
 };
 
 static const struct argp_option options[] = {
@@ -21,6 +24,9 @@ static const struct argp_option options[] = {
     {"compose", OPT_COMPOSE, "NAME", 0, "r_h_pbr (default), r_h or r", 0},
     {"per-kv-head", OPT_PER_HEAD, 0, 0, "A rotation for each kv head, not one a layer", 0},
     {"clip", OPT_CLIP, "K,V", 0, "Clip ratios (default: 0.96,0.92)", 0},
+    {"fit-clips", OPT_FIT_CLIPS, "DUMP", 0,
+     "Choose clip ratios by the output error on these activations", 0},
+    {"context", OPT_CONTEXT, "TOKENS", 0, "Of these, attended at a time (default: 2048)", 0},
     {"layers", OPT_LAYERS, "LIST", 0, "Model layer ids, such as 0-35 or 3,7,11 (default: all)", 0},
     {"model", OPT_MODEL, "NAME", 0, "Name of the model (default: what the dump says)", 0},
     {"threads", 't', "N", 0, "Default: as many as there are cores", 0},
@@ -33,7 +39,8 @@ static const struct argp_option options[] = {
 
 struct arguments {
     struct kvd_fit_options o;
-    const char *dump, *out, *spectrum, *model;
+    struct kvd_eval_options eval;
+    const char *dump, *out, *spectrum, *model, *clips;
     uint16_t layers[KVD_MAX_LAYERS];
     bool json;
 };
@@ -90,6 +97,13 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         if (a->o.n_layers == 0)
             argp_error(state, "--layers %s: it wants ascending ids, such as 0-35 or 3,7,11", arg);
         break;
+    case OPT_FIT_CLIPS:
+        a->clips = arg;
+        break;
+    case OPT_CONTEXT:
+        if (sscanf(arg, "%u%n", &a->eval.context, &n) != 1 || arg[n])
+            argp_error(state, "--context %s: it wants a number of tokens", arg);
+        break;
     case OPT_MODEL:
         a->model = arg;
         break;
@@ -121,23 +135,11 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     return 0;
 }
 
-static void on_progress(void *ctx, uint64_t done, uint64_t total)
-{
-    progress(ctx, done, total);
-}
-
 static void on_warning(void *ctx, const char *text)
 {
     (void)ctx;
     progress_end();
     fprintf(stderr, "kvctl: warning: %s\n", text);
-}
-
-static int fail(const struct kvd_error *err)
-{
-    progress_end();
-    fprintf(stderr, "kvctl: %s\n", err->text);
-    return EXIT_FAILED;
 }
 
 // Eigenvalues of a matrix as the part of the whole that its largest eighth has.
@@ -173,6 +175,22 @@ static void print_layers(const struct kvd_fit *f)
     printf("(of the variance, in the largest eighth of the eigenvalues)\n");
 }
 
+// By activations that were not fitted to.
+static int fit_clips(const struct arguments *a, struct kvd_rotset *set, struct kvd_error *err)
+{
+    struct kvd_eval_options o = a->eval;
+    struct kvd_dump *d = kvd_dump_open(a->clips, err);
+    o.threads = a->o.threads;
+    int rc = d ? kvd_eval_fit_clips(d, set, &o, err) : err->code;
+    kvd_dump_free(&d);
+    progress_end();
+    if (rc)
+        return rc;
+    size_t n = strlen(set->objective);
+    snprintf(set->objective + n, sizeof(set->objective) - n, ", clips fitted");
+    return KVD_OK;
+}
+
 static int run(struct arguments *a)
 {
     struct kvd_error err = {0};
@@ -180,11 +198,13 @@ static int run(struct arguments *a)
     clock_gettime(CLOCK_MONOTONIC, &from);
     struct kvd_dump *d = kvd_dump_open(a->dump, &err);
     if (!d)
-        return fail(&err);
+        return tool_fail(&err);
     if (a->model)
         snprintf(d->model, sizeof(d->model), "%s", a->model);
     struct kvd_fit *fit = kvd_fit_run(d, &a->o, &err);
     int rc = fit ? KVD_OK : err.code;
+    if (rc == KVD_OK && a->clips)
+        rc = fit_clips(a, fit->set, &err);
     if (rc == KVD_OK)
         rc = kvd_rotset_write(fit->set, a->out, &err);
     if (rc == KVD_OK && a->spectrum)
@@ -207,10 +227,10 @@ static int run(struct arguments *a)
     }
     kvd_fit_free(&fit);
     kvd_dump_free(&d);
-    return rc ? fail(&err) : EXIT_OK;
+    return rc ? tool_fail(&err) : EXIT_OK;
 }
 
-int main(int argc, char **argv)
+int fit_main(int argc, char **argv)
 {
     static const struct argp argp = {
         .options = options,
@@ -219,15 +239,15 @@ int main(int argc, char **argv)
         .doc = "Fits a rotation set to recorded activations: DUMP is a safetensors file or a "
                "directory of them, with q, k and v after RoPE as [layers, tokens, heads, head_dim] "
                "and metadata layers, or layers.<id>.q, .k and .v as [tokens, heads, head_dim]."};
-    struct arguments a = {.o = {.k = KVD_FIT_QQT,
-                                .v = KVD_FIT_SST,
-                                .clip_k = 0.96f,
-                                .clip_v = 0.92f,
-                                .progress = on_progress,
-                                .warn = on_warning,
-                                .ctx = "fit"}};
-    argp_err_exit_status = EXIT_USED_WRONG;
-    argv[0] = "kvctl calib fit";
+    struct arguments a = {
+        .o = {.k = KVD_FIT_QQT,
+              .v = KVD_FIT_SST,
+              .clip_k = 0.96f,
+              .clip_v = 0.92f,
+              .progress = tool_progress,
+              .warn = on_warning,
+              .ctx = "fit"},
+        .eval = {.context = 2048, .queries = 64, .progress = tool_progress_count, .ctx = "clips"}};
     argp_parse(&argp, argc, argv, 0, NULL, &a);
     return run(&a);
 }

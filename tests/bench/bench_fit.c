@@ -1,5 +1,5 @@
-// kvctl calib fit's work in the shape of Qwen3-8B's layers, against the same flops in OpenBLAS alone.
-// usage: bench_fit [LAYERS [TOKENS]]
+// kvctl calib fit's work in the shape of Qwen3-8B's layers, against the same flops in OpenBLAS
+// alone. usage: bench_fit [LAYERS [TOKENS]]
 #include <cblas.h>
 #include <lapacke.h>
 #include <math.h>
@@ -29,7 +29,8 @@ static void write_dump(const char *path, uint64_t tokens)
             x = x * 1664525u + 1013904223u;
             data[i] = (uint16_t)(0x3e00 + (x >> 20) % 0x200 + (x >> 31) * 0x8000);
         }
-        t[s] = (struct kvd_tensor_source){names[s], KVD_TENSOR_BF16, 3, {tokens, heads[s], DIM}, data};
+        t[s] =
+            (struct kvd_tensor_source){names[s], KVD_TENSOR_BF16, 3, {tokens, heads[s], DIM}, data};
     }
     size_t size;
     uint8_t *file = kvd_safetensors_render(t, 3, json_object(), NULL, &size);
@@ -56,7 +57,8 @@ static double openblas_alone(uint64_t tokens)
         cblas_dsyrk(CblasRowMajor, CblasUpper, CblasTrans, DIM, (int)rows, 1, a, DIM, 0, c, DIM);
         syrk = fmin(syrk, now() - t);
         t = now();
-        cblas_dsymm(CblasRowMajor, CblasRight, CblasUpper, (int)rows, DIM, 1, c, DIM, a, DIM, 0, w, DIM);
+        cblas_dsymm(CblasRowMajor, CblasRight, CblasUpper, (int)rows, DIM, 1, c, DIM, a, DIM, 0, w,
+                    DIM);
         symm = fmin(symm, now() - t);
         t = now();
         LAPACKE_dsyevd(LAPACK_ROW_MAJOR, 'V', 'U', DIM, c, DIM, values);
@@ -95,7 +97,8 @@ int main(int argc, char **argv)
         fprintf(stderr, "%s\n", err.text);
         return 1;
     }
-    printf("fit of %u layers x %llu tokens, %d/%d heads of %d: %.2f s; the same flops in dsyrk, dsymm and "
+    printf("fit of %u layers x %llu tokens, %d/%d heads of %d: %.2f s; the same flops in dsyrk, "
+           "dsymm and "
            "dsyevd on all cores: %.2f s (%.2f times)\n",
            layers, (unsigned long long)tokens, Q_HEADS, KV_HEADS, DIM, t, alone, t / alone);
     kvd_fit_free(&fit);

@@ -1,0 +1,471 @@
+#include "calib/eval.h"
+
+#include <cblas.h>
+#include <math.h>
+#include <pthread.h>
+
+#include "calib/parallel.h"
+#include "kernels/quantize.h"
+
+static const float clip_ratios[] = {1.0f,  0.99f, 0.98f, 0.97f, 0.96f, 0.95f, 0.94f,
+                                    0.93f, 0.92f, 0.91f, 0.90f, 0.88f, 0.86f, 0.84f};
+enum { RATIOS = KVD_LEN(clip_ratios) };
+
+double kvd_eval_bits(uint32_t dim_k, uint32_t dim_v)
+{
+    return 2 + 32.0 * 2 / (dim_k + dim_v);
+}
+
+// Sums of one layer and set, or ratio; per kv head while it is worked on.
+struct sums {
+    double difference, norm; // squared
+    double logit, logits;    // squared, and how many
+    double kl, queries;
+    double worst;
+};
+
+struct context {
+    const struct kvd_dump_piece *piece;
+    uint64_t first;
+};
+
+struct job {
+    const struct kvd_dump *dump;
+    const struct kvd_eval_options *o;
+    const struct kvd_rotset *const *sets;
+    uint32_t n_sets;
+    struct kvd_rotset *clips; // fit these instead
+    uint16_t layers[KVD_MAX_LAYERS];
+    uint32_t n_layers;
+    struct kvd_eval_figures *figures;
+    pthread_mutex_t lock; // of what follows
+    uint32_t next;
+    uint64_t done, total; // heads of contexts
+    struct kvd_error err;
+};
+
+// One kv head of one context.
+struct workspace {
+    float *rows[KVD_DUMP_SIDES]; // [tokens][heads][dim], of q the last positions
+    float *q;                    // [positions * group][dim_k]
+    float *k, *v, *k2, *v2;      // [tokens][dim], as recorded and as read back
+    float *turned;               // [tokens][dim]
+    float *logits, *p, *p2;      // [positions * group][tokens]
+    float *out, *out2;           // [positions * group][dim_v]
+    uint32_t tokens, rows_q, positions;
+};
+
+static void workspace_deinit(struct workspace *w)
+{
+    for (int s = 0; s < KVD_DUMP_SIDES; s++)
+        free(w->rows[s]);
+    float *all[] = {w->q,      w->k, w->v,  w->k2,  w->v2,  w->turned,
+                    w->logits, w->p, w->p2, w->out, w->out2};
+    for (size_t i = 0; i < KVD_LEN(all); i++)
+        free(all[i]);
+}
+
+static bool workspace_init(struct workspace *w, const struct job *j)
+{
+    const struct kvd_dump *d = j->dump;
+    uint64_t t = j->o->context, group = d->heads[KVD_DUMP_Q] / d->heads[KVD_DUMP_K];
+    uint64_t rows = j->o->queries * group, dk = d->dim[KVD_DUMP_K], dv = d->dim[KVD_DUMP_V];
+    struct {
+        float **to;
+        uint64_t n;
+    } all[] = {{&w->rows[KVD_DUMP_Q], j->o->queries * d->heads[KVD_DUMP_Q] * dk},
+               {&w->rows[KVD_DUMP_K], t * d->heads[KVD_DUMP_K] * dk},
+               {&w->rows[KVD_DUMP_V], t * d->heads[KVD_DUMP_V] * dv},
+               {&w->q, rows * dk},
+               {&w->k, t * dk},
+               {&w->k2, t * dk},
+               {&w->v, t * dv},
+               {&w->v2, t * dv},
+               {&w->turned, t * KVD_MAX(dk, dv)},
+               {&w->logits, rows * t},
+               {&w->p, rows * t},
+               {&w->p2, rows * t},
+               {&w->out, rows * dv},
+               {&w->out2, rows * dv}};
+    w->tokens = (uint32_t)t;
+    w->positions = j->o->queries;
+    w->rows_q = (uint32_t)rows;
+    bool ok = true;
+    for (size_t i = 0; i < KVD_LEN(all); i++)
+        ok &= (*all[i].to = malloc(all[i].n * sizeof(float))) != NULL;
+    return ok;
+}
+
+// -- what pages do to rows -----------------------------------------------------------------------
+
+// The history of a context: [begin, end).
+static void history(const struct job *j, uint32_t *begin, uint32_t *end)
+{
+    uint32_t window = KVD_MAX(j->o->recent, j->o->queries); // queries see their own tokens in bf16
+    uint32_t chunks = (j->o->context - j->o->sink - window) / KVD_CHUNK_TOKENS;
+    *begin = j->o->sink;
+    *end = j->o->sink + chunks * KVD_CHUNK_TOKENS;
+}
+
+// out: x with its history turned by r, quantized, and turned back.
+static void through_pages(const struct job *j, struct workspace *w, const float *x, uint32_t dim,
+                          const float *r, float ratio, float *out)
+{
+    uint32_t begin, end;
+    uint8_t codes[KVD_MAX_HEAD_DIM];
+    struct kvd_param param;
+    history(j, &begin, &end);
+    int n = (int)(end - begin), d = (int)dim;
+    memcpy(out, x, (uint64_t)w->tokens * dim * sizeof(*out));
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, n, d, d, 1, x + (uint64_t)begin * dim, d,
+                r, d, 0, w->turned, d);
+    for (int t = 0; t < n; t++) {
+        float *row = w->turned + (uint64_t)t * dim;
+        kvd_int2_quantize(row, dim, ratio, codes, &param);
+        float scale = kvd_fp16_to_f32(param.scale), min = kvd_fp16_to_f32(param.min);
+        for (uint32_t i = 0; i < dim; i++)
+            row[i] = scale * (float)codes[i] + min;
+    }
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, n, d, d, 1, w->turned, d, r, d, 0,
+                out + (uint64_t)begin * dim, d);
+}
+
+// -- attention -----------------------------------------------------------------------------------
+
+static void logits_of(const struct job *j, struct workspace *w, const float *k, float *out)
+{
+    int dim = (int)j->dump->dim[KVD_DUMP_K], n = (int)w->tokens;
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)w->rows_q, n, dim,
+                1 / sqrtf((float)dim), w->q, dim, k, dim, 0, out, n);
+}
+
+// Causal softmax: row i is of position tokens - positions + i / group.
+static void softmax(const struct workspace *w, float *p)
+{
+    uint32_t group = w->rows_q / w->positions;
+    for (uint32_t i = 0; i < w->rows_q; i++) {
+        float *row = p + (uint64_t)i * w->tokens, top = row[0];
+        uint32_t n = w->tokens - w->positions + i / group + 1;
+        double sum = 0;
+        for (uint32_t t = 1; t < n; t++)
+            top = fmaxf(top, row[t]);
+        for (uint32_t t = 0; t < n; t++)
+            sum += (double)(row[t] = expf(row[t] - top));
+        for (uint32_t t = 0; t < n; t++)
+            row[t] = (float)(row[t] / sum);
+        memset(row + n, 0, (w->tokens - n) * sizeof(*row));
+    }
+}
+
+static void outputs_of(const struct job *j, struct workspace *w, const float *p, const float *v,
+                       float *out)
+{
+    int dim = (int)j->dump->dim[KVD_DUMP_V], n = (int)w->tokens;
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)w->rows_q, dim, n, 1, p, n, v, dim,
+                0, out, dim);
+}
+
+static void add_output_error(const struct job *j, const struct workspace *w, struct sums *s)
+{
+    uint64_t n = (uint64_t)w->rows_q * j->dump->dim[KVD_DUMP_V];
+    for (uint64_t i = 0; i < n; i++) {
+        double x = (double)w->out[i], e = (double)w->out2[i] - x;
+        s->difference += e * e;
+        s->norm += x * x;
+    }
+}
+
+// p2 holds the quantized logits, logits the recorded ones; p2 becomes probabilities.
+static void add_weight_error(const struct job *j, struct workspace *w, struct sums *s)
+{
+    uint32_t begin, end;
+    history(j, &begin, &end);
+    for (uint32_t i = 0; i < w->rows_q; i++)
+        for (uint32_t t = begin; t < end; t++) {
+            uint64_t at = (uint64_t)i * w->tokens + t;
+            double e = (double)w->p2[at] - (double)w->logits[at];
+            s->logit += e * e;
+        }
+    s->logits += (double)w->rows_q * (end - begin);
+    softmax(w, w->p2);
+    for (uint64_t at = 0; at < (uint64_t)w->rows_q * w->tokens; at++)
+        if (w->p[at] > 0)
+            s->kl += (double)w->p[at] * log((double)w->p[at] / fmax((double)w->p2[at], 1e-30));
+    s->queries += w->rows_q;
+}
+
+// -- a kv head of a context ----------------------------------------------------------------------
+
+static void gather(const float *rows, uint32_t tokens, uint32_t heads, uint32_t head,
+                   uint32_t count, uint32_t dim, float *out)
+{
+    for (uint32_t t = 0; t < tokens; t++)
+        memcpy(out + (uint64_t)t * count * dim, rows + ((uint64_t)t * heads + head) * dim,
+               (uint64_t)count * dim * sizeof(*out));
+}
+
+static void recorded(const struct job *j, struct workspace *w, uint32_t head)
+{
+    const struct kvd_dump *d = j->dump;
+    uint32_t heads = d->heads[KVD_DUMP_K], group = d->heads[KVD_DUMP_Q] / heads;
+    gather(w->rows[KVD_DUMP_Q], w->positions, d->heads[KVD_DUMP_Q], head * group, group,
+           d->dim[KVD_DUMP_Q], w->q);
+    gather(w->rows[KVD_DUMP_K], w->tokens, heads, head, 1, d->dim[KVD_DUMP_K], w->k);
+    gather(w->rows[KVD_DUMP_V], w->tokens, heads, head, 1, d->dim[KVD_DUMP_V], w->v);
+    logits_of(j, w, w->k, w->logits);
+    memcpy(w->p, w->logits, (uint64_t)w->rows_q * w->tokens * sizeof(*w->p));
+    softmax(w, w->p);
+    outputs_of(j, w, w->p, w->v, w->out);
+}
+
+// Index of the matrix that a set has for a layer and kv head.
+static uint64_t matrix(const struct kvd_rotset *s, uint32_t layer, uint32_t head)
+{
+    uint32_t i = 0;
+    while (s->layers[i] != layer)
+        i++;
+    return (uint64_t)i * s->heads + (s->heads == 1 ? 0 : head);
+}
+
+static void compare_sets(const struct job *j, struct workspace *w, uint32_t layer, uint32_t head,
+                         struct sums *out)
+{
+    for (uint32_t i = 0; i < j->n_sets; i++) {
+        const struct kvd_rotset *s = j->sets[i];
+        uint64_t at = matrix(s, layer, head);
+        through_pages(j, w, w->k, s->dim_k, s->k + at * s->dim_k * s->dim_k, s->clip_k[at], w->k2);
+        through_pages(j, w, w->v, s->dim_v, s->v + at * s->dim_v * s->dim_v, s->clip_v[at], w->v2);
+        logits_of(j, w, w->k2, w->p2);
+        add_weight_error(j, w, &out[i]);
+        outputs_of(j, w, w->p2, w->v2, w->out2);
+        add_output_error(j, w, &out[i]);
+    }
+}
+
+// out: [K's ratios, V's ratios].
+static void compare_ratios(const struct job *j, struct workspace *w, uint32_t layer, uint32_t head,
+                           struct sums *out)
+{
+    const struct kvd_rotset *s = j->clips;
+    uint64_t at = matrix(s, layer, head);
+    for (uint32_t i = 0; i < RATIOS; i++) {
+        through_pages(j, w, w->k, s->dim_k, s->k + at * s->dim_k * s->dim_k, clip_ratios[i], w->k2);
+        logits_of(j, w, w->k2, w->p2);
+        softmax(w, w->p2);
+        outputs_of(j, w, w->p2, w->v, w->out2);
+        add_output_error(j, w, &out[i]);
+        through_pages(j, w, w->v, s->dim_v, s->v + at * s->dim_v * s->dim_v, clip_ratios[i], w->v2);
+        outputs_of(j, w, w->p, w->v2, w->out2);
+        add_output_error(j, w, &out[RATIOS + i]);
+    }
+}
+
+// -- layers --------------------------------------------------------------------------------------
+
+static uint32_t contexts_of(const struct job *j, uint32_t layer, struct context *out, uint32_t cap)
+{
+    const struct kvd_dump *d = j->dump;
+    uint32_t n = 0, most = j->o->max_contexts ? j->o->max_contexts : UINT32_MAX;
+    for (uint32_t i = 0; i < d->n_pieces; i++) {
+        const struct kvd_dump_piece *p = &d->pieces[i];
+        if (d->layers[p->layer] != layer)
+            continue;
+        for (uint64_t t = 0; t + j->o->context <= p->tokens && n < most; t += j->o->context, n++)
+            if (n < cap)
+                out[n] = (struct context){p, t};
+    }
+    return n;
+}
+
+static int read_context(const struct job *j, struct workspace *w, const struct context *c,
+                        struct kvd_error *err)
+{
+    uint64_t t = c->first, last = t + w->tokens - w->positions;
+    if (kvd_dump_read(j->dump, c->piece, KVD_DUMP_Q, last, w->positions, w->rows[KVD_DUMP_Q],
+                      err) ||
+        kvd_dump_read(j->dump, c->piece, KVD_DUMP_K, t, w->tokens, w->rows[KVD_DUMP_K], err) ||
+        kvd_dump_read(j->dump, c->piece, KVD_DUMP_V, t, w->tokens, w->rows[KVD_DUMP_V], err))
+        return err->code;
+    return KVD_OK;
+}
+
+static void report(struct job *j)
+{
+    pthread_mutex_lock(&j->lock);
+    j->done++;
+    if (j->o->progress)
+        j->o->progress(j->o->ctx, j->done, j->total);
+    pthread_mutex_unlock(&j->lock);
+}
+
+static void take_figures(struct job *j, uint32_t i, const struct sums *s, uint32_t heads)
+{
+    for (uint32_t k = 0; k < j->n_sets; k++) {
+        struct sums all = {0};
+        for (uint32_t h = 0; h < heads; h++) {
+            const struct sums *x = &s[h * j->n_sets + k];
+            all.difference += x->difference, all.norm += x->norm;
+            all.logit += x->logit, all.logits += x->logits;
+            all.kl += x->kl, all.queries += x->queries;
+            all.worst = fmax(all.worst, x->norm > 0 ? sqrt(x->difference / x->norm) : 0);
+        }
+        j->figures[(uint64_t)k * j->n_layers + i] = (struct kvd_eval_figures){
+            .output_error = all.norm > 0 ? sqrt(all.difference / all.norm) : 0,
+            .worst_head = all.worst,
+            .logit_error = all.logits > 0 ? sqrt(all.logit / all.logits) : 0,
+            .kl = all.queries > 0 ? all.kl / all.queries : 0};
+    }
+}
+
+// The ratio of least error for each matrix of a layer; of equals, the one that clips less.
+static void take_clips(struct job *j, uint32_t i, const struct sums *s, uint32_t heads)
+{
+    struct kvd_rotset *set = j->clips;
+    for (uint32_t m = 0; m < set->heads; m++)
+        for (uint32_t side = 0; side < 2; side++) {
+            double least = INFINITY;
+            uint32_t best = 0;
+            for (uint32_t r = 0; r < RATIOS; r++) {
+                double difference = 0;
+                for (uint32_t h = 0; h < heads; h++)
+                    if (set->heads == 1 || h == m)
+                        difference += s[(h * 2 + side) * RATIOS + r].difference;
+                if (difference < least) {
+                    least = difference;
+                    best = r;
+                }
+            }
+            (side ? set->clip_v : set->clip_k)[matrix(set, j->layers[i], m)] = clip_ratios[best];
+        }
+}
+
+static int eval_layer(struct job *j, struct workspace *w, uint32_t i, struct kvd_error *err)
+{
+    uint32_t heads = j->dump->heads[KVD_DUMP_K], layer = j->layers[i];
+    uint32_t n = contexts_of(j, layer, NULL, 0), each = j->clips ? 2 * RATIOS : j->n_sets;
+    struct context *c KVD_FREE = calloc(n, sizeof(*c));
+    struct sums *s KVD_FREE = calloc((uint64_t)heads * each, sizeof(*s));
+    if (!c || !s)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    contexts_of(j, layer, c, n);
+    for (uint32_t k = 0; k < n; k++) {
+        if (read_context(j, w, &c[k], err))
+            return err->code;
+        for (uint32_t h = 0; h < heads; h++) {
+            recorded(j, w, h);
+            if (j->clips)
+                compare_ratios(j, w, layer, h, &s[h * each]);
+            else
+                compare_sets(j, w, layer, h, &s[h * each]);
+            report(j);
+        }
+    }
+    if (j->clips)
+        take_clips(j, i, s, heads);
+    else
+        take_figures(j, i, s, heads);
+    return KVD_OK;
+}
+
+static void *work(void *arg)
+{
+    struct job *j = arg;
+    struct workspace w = {0};
+    struct kvd_error err = {0};
+    bool ok = workspace_init(&w, j);
+    if (!ok)
+        kvd_fail(&err, KVD_E_INTERNAL, "out of memory");
+    while (ok) {
+        pthread_mutex_lock(&j->lock);
+        uint32_t i = j->err.code ? j->n_layers : j->next++;
+        pthread_mutex_unlock(&j->lock);
+        if (i >= j->n_layers)
+            break;
+        ok = eval_layer(j, &w, i, &err) == KVD_OK;
+    }
+    workspace_deinit(&w);
+    pthread_mutex_lock(&j->lock);
+    if (err.code && !j->err.code)
+        j->err = err;
+    pthread_mutex_unlock(&j->lock);
+    return NULL;
+}
+
+static bool has_layer(const struct kvd_rotset *s, uint32_t layer)
+{
+    for (uint32_t i = 0; i < s->n_layers; i++)
+        if (s->layers[i] == layer)
+            return true;
+    return false;
+}
+
+static int check_set(const struct job *j, const struct kvd_rotset *s, struct kvd_error *err)
+{
+    const struct kvd_dump *d = j->dump;
+    if (s->dim_k != d->dim[KVD_DUMP_K] || s->dim_v != d->dim[KVD_DUMP_V])
+        return kvd_fail(err, KVD_E_INVALID,
+                        "the set's head_dim is %u for K and %u for V, the dump's %u and %u",
+                        s->dim_k, s->dim_v, d->dim[KVD_DUMP_K], d->dim[KVD_DUMP_V]);
+    if (s->heads != 1 && s->heads != d->heads[KVD_DUMP_K])
+        return kvd_fail(err, KVD_E_INVALID,
+                        "the set has %u rotations a layer, the dump %u kv heads", s->heads,
+                        d->heads[KVD_DUMP_K]);
+    for (uint32_t i = 0; i < j->n_layers; i++)
+        if (!has_layer(s, j->layers[i]))
+            return kvd_fail(err, KVD_E_INVALID, "a set has no layer %u, which another has",
+                            j->layers[i]);
+    return KVD_OK;
+}
+
+static int run(struct job *j, const struct kvd_rotset *first, struct kvd_error *err)
+{
+    const struct kvd_eval_options *o = j->o;
+    uint32_t window = KVD_MAX(o->recent, o->queries);
+    if (o->queries == 0 || o->context > 1u << 20 ||
+        (uint64_t)o->sink + window + KVD_CHUNK_TOKENS > o->context)
+        return kvd_fail(
+            err, KVD_E_INVALID,
+            "a context of %u tokens leaves no history beside %u of sink and %u at its end",
+            o->context, o->sink, window);
+    for (uint32_t i = 0; i < first->n_layers; i++) {
+        uint32_t contexts = contexts_of(j, first->layers[i], NULL, 0);
+        if (contexts)
+            j->layers[j->n_layers++] = first->layers[i];
+        j->total += (uint64_t)contexts * j->dump->heads[KVD_DUMP_K];
+    }
+    if (j->n_layers == 0)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "no layer of the set has %u tokens in one file of the dump", o->context);
+    for (uint32_t i = 0; i < j->n_sets; i++)
+        if (check_set(j, j->sets[i], err))
+            return err->code;
+    if (j->clips && check_set(j, j->clips, err))
+        return err->code;
+    kvd_parallel(o->threads, j->n_layers, work, j);
+    if (j->err.code)
+        *err = j->err;
+    return j->err.code;
+}
+
+int kvd_eval_run(const struct kvd_dump *d, const struct kvd_rotset *const *sets, uint32_t n,
+                 const struct kvd_eval_options *o, struct kvd_eval_figures *figures,
+                 uint16_t *layers, uint32_t *n_layers, struct kvd_error *err)
+{
+    struct job j = {.dump = d,
+                    .o = o,
+                    .sets = sets,
+                    .n_sets = n,
+                    .figures = figures,
+                    .lock = PTHREAD_MUTEX_INITIALIZER};
+    int rc = run(&j, sets[0], err);
+    memcpy(layers, j.layers, j.n_layers * sizeof(*layers));
+    *n_layers = j.n_layers;
+    return rc;
+}
+
+int kvd_eval_fit_clips(const struct kvd_dump *d, struct kvd_rotset *set,
+                       const struct kvd_eval_options *o, struct kvd_error *err)
+{
+    struct job j = {.dump = d, .o = o, .clips = set, .lock = PTHREAD_MUTEX_INITIALIZER};
+    return run(&j, set, err);
+}

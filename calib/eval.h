@@ -1,0 +1,49 @@
+// What a rotation set costs: attention over quantized keys and values against attention over the
+// recorded ones.
+//
+// A dump's tokens are cut into contexts. The queries of a context's last positions attend,
+// causally, to all of it, once as recorded and once with the history [sink, end - recent) quantized
+// as pages hold it: rotated, clipped, 2-bit codes, scale and min in fp16, un-rotated. Per layer and
+// set:
+//   output error   sqrt(sum |o' - o|^2 / sum |o|^2), o the outputs of all queries and q heads
+//   worst head     the largest such error of a kv head's queries
+//   logit error    root mean square of scale * q (k' - k) over the quantized tokens
+//   KL             mean over queries of sum p log(p / p'), in nats
+#ifndef KVD_CALIB_EVAL_H
+#define KVD_CALIB_EVAL_H
+
+#include "calib/dump.h"
+#include "calib/rotset.h"
+
+struct kvd_eval_options {
+    uint32_t context;      // tokens; shorter ends of a file are left out
+    uint32_t queries;      // positions at the end of each context
+    uint32_t sink, recent; // as in a namespace's geometry; 0 and 0: everything is quantized but the
+                           // queries' own tokens
+    uint32_t max_contexts; // of a layer; 0: all
+    uint32_t threads;      // 0: as many as there are
+    void (*progress)(void *ctx, uint64_t done, uint64_t total); // one thread at a time
+    void *ctx;
+};
+
+struct kvd_eval_figures {
+    double output_error, worst_head, logit_error, kl;
+};
+
+// Evaluates n sets on the layers that the dump and the first set have in common: layers[0 ..
+// *n_layers), of the caller, as many as sets[0] has at most. figures: [n][*n_layers].
+// KVD_E_INVALID: nothing in common, other head_dims, no context long enough. KVD_E_CORRUPT as
+// kvd_dump_read.
+int kvd_eval_run(const struct kvd_dump *d, const struct kvd_rotset *const *sets, uint32_t n,
+                 const struct kvd_eval_options *o, struct kvd_eval_figures *figures,
+                 uint16_t *layers, uint32_t *n_layers, struct kvd_error *err);
+
+// Sets the clip ratios of each layer of `set` to those of a fixed list that give the least output
+// error, for K with V as recorded and for V with K as recorded.
+int kvd_eval_fit_clips(const struct kvd_dump *d, struct kvd_rotset *set,
+                       const struct kvd_eval_options *o, struct kvd_error *err);
+
+// Bits that a value of K and V takes in int2 pages, scale and min included.
+double kvd_eval_bits(uint32_t dim_k, uint32_t dim_v);
+
+#endif
