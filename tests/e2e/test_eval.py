@@ -1,0 +1,126 @@
+"""kvctl calib eval and fit --fit-clips against attention over quantized tokens, written out in NumPy."""
+import json
+import subprocess
+
+import numpy as np
+import pytest
+
+from conftest import KVCTL
+from dumps import SMOLLM2, activations, read, write
+
+CONTEXT, QUERIES = 640, 32
+
+
+def quantized(x, rotation, ratio):
+    """int2 as DESIGN.md has it, by rows; scale and min in fp16."""
+    y = x.astype(np.float64) @ rotation.astype(np.float64)
+    n = y.shape[-1]
+    if ratio < 1:
+        limit = np.sort(np.abs(y), axis=-1)[..., int(np.float32(ratio) * np.float64(n)), None]
+        y = np.clip(y, -limit, limit)
+    low, high = y.min(axis=-1, keepdims=True), y.max(axis=-1, keepdims=True)
+    scale = (high - low) / 3
+    codes = np.floor((y - low) / np.where(scale > 0, scale, 1) + 0.5)
+    return (codes * scale.astype(np.float16) + low.astype(np.float16)) @ rotation.astype(np.float64).T
+
+
+def attention(q, k, v):
+    """q [positions, group, D] are the last positions. Logits, probabilities, outputs."""
+    logits = np.einsum("pgd,td->pgt", q, k) / np.sqrt(k.shape[1])
+    seen = np.arange(len(k))[None, :] <= len(k) - len(q) + np.arange(len(q))[:, None]
+    w = np.where(seen[:, None, :], np.exp(logits - logits.max(axis=-1, keepdims=True)), 0)
+    p = w / w.sum(axis=-1, keepdims=True)
+    return logits, p, np.einsum("pgt,td->pgd", p, v)
+
+
+def figures(x, sets, i, sink, recent):
+    """Of layer i of the model's tensors, over all whole contexts."""
+    q, k, v = (x[s][i].astype(np.float64) for s in "qkv")
+    group, begin = q.shape[1] // k.shape[1], sink
+    end = sink + (CONTEXT - sink - max(recent, QUERIES)) // 16 * 16
+    difference, norm, logit, kl = [], [], [], []
+    for h in range(k.shape[1]):
+        d = n = 0
+        for at in range(0, len(k) - CONTEXT + 1, CONTEXT):
+            keys, values = k[at:at + CONTEXT, h], v[at:at + CONTEXT, h]
+            asks = q[at + CONTEXT - QUERIES:at + CONTEXT, h * group:(h + 1) * group]
+            keys2, values2 = keys.copy(), values.copy()
+            m = h if sets["k.rotation"].shape[1] > 1 else 0
+            keys2[begin:end] = quantized(keys[begin:end], sets["k.rotation"][i, m], sets["k.clip"][i, m])
+            values2[begin:end] = quantized(values[begin:end], sets["v.rotation"][i, m], sets["v.clip"][i, m])
+            logits, p, o = attention(asks, keys, values)
+            logits2, p2, o2 = attention(asks, keys2, values2)
+            d, n = d + np.sum((o2 - o) ** 2), n + np.sum(o ** 2)
+            logit.append(np.mean((logits2 - logits)[..., begin:end] ** 2))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                kl.append(np.where(p > 0, p * np.log(p / p2), 0).sum(axis=-1).mean())
+        difference.append(d), norm.append(n)
+    return {"output_error": np.sqrt(sum(difference) / sum(norm)), "logit_error": np.sqrt(np.mean(logit)),
+            "worst_head": np.sqrt(np.max(np.array(difference) / norm)), "kl": np.mean(kl)}
+
+
+def kvctl(*arguments, code=0):
+    r = subprocess.run([KVCTL, "calib", *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    assert r.returncode == code, r.stdout + r.stderr
+    return r.stderr if code else r.stdout
+
+
+@pytest.mark.parametrize("options", [(), ("--per-kv-head", "--clip", "0.93,0.88")])
+def test_figures_agree_with_numpy(tmp_path, options):
+    kvctl("fit", SMOLLM2, tmp_path / "set", *options)
+    report = json.loads(kvctl("eval", SMOLLM2, tmp_path / "set", "--json", "-c", CONTEXT, "-q", QUERIES,
+                              "--sink", 16, "--recent", 100))
+    assert [s["name"] for s in report["sets"]] == ["naive", "hadamard", "set"]
+    assert report["bits"] == 2.5  # head_dim 64: 32 bits of scale and min for 64 codes
+    x, _ = read(SMOLLM2)
+    sets, _ = read(tmp_path / "set")
+    for mode, sink, recent in (("windows", 16, 100), ("no_windows", 0, 0)):
+        got = report["sets"][2][mode]["layers"]
+        for i, layer in enumerate(("0", "9", "19", "29")):
+            for name, want in figures(x, sets, i, sink, recent).items():
+                assert got[layer][name] == pytest.approx(want, rel=2e-3), (mode, layer, name)
+        errors = [layer["output_error"] for layer in got.values()]
+        assert report["sets"][2][mode]["output_error"] == pytest.approx(np.sqrt(np.mean(np.square(errors))))
+    naive, fitted = (report["sets"][i]["windows"]["output_error"] for i in (0, 2))
+    assert fitted < naive / 3
+
+
+def test_fitted_clips_are_the_best_of_their_list(tmp_path):
+    kvctl("fit", SMOLLM2, tmp_path / "a", "--fit-clips", SMOLLM2, "--context", CONTEXT)
+    sets, meta = read(tmp_path / "a")
+    assert meta["objective"].endswith("clips fitted")
+    x, _ = read(SMOLLM2)
+    ratios = [1, .99, .98, .97, .96, .95, .94, .93, .92, .91, .90, .88, .86, .84]
+    group = 3
+    for i in (0, 2):
+        q, k, v = (x[s][i].astype(np.float64) for s in "qkv")
+        error = {"k": np.zeros(len(ratios)), "v": np.zeros(len(ratios))}
+        end = (CONTEXT - 64) // 16 * 16
+        for at in range(0, len(k) - CONTEXT + 1, CONTEXT):
+            for h in range(k.shape[1]):
+                keys, values = k[at:at + CONTEXT, h], v[at:at + CONTEXT, h]
+                asks = q[at + CONTEXT - 64:at + CONTEXT, h * group:(h + 1) * group]
+                _, p, o = attention(asks, keys, values)
+                for r, ratio in enumerate(ratios):
+                    k2, v2 = keys.copy(), values.copy()
+                    k2[:end] = quantized(keys[:end], sets["k.rotation"][i, 0], ratio)
+                    v2[:end] = quantized(values[:end], sets["v.rotation"][i, 0], ratio)
+                    error["k"][r] += np.sum((attention(asks, k2, values)[2] - o) ** 2)
+                    error["v"][r] += np.sum((np.einsum("pgt,td->pgd", p, v2) - o) ** 2)
+        for side in "kv":
+            chosen = ratios.index(round(float(sets[f"{side}.clip"][i, 0]), 2))
+            assert error[side][chosen] <= error[side].min() * 1.001
+
+
+def test_what_cannot_be_evaluated(tmp_path):
+    kvctl("fit", SMOLLM2, tmp_path / "set")
+    assert "no layer of the set has 2048 tokens in one file" in kvctl("eval", SMOLLM2, tmp_path / "set", code=1)
+    assert "leaves no history" in kvctl("eval", SMOLLM2, "-c", 300, code=1)
+    assert "No such file" in kvctl("eval", tmp_path / "none", code=1)
+    assert "No such file" in kvctl("eval", SMOLLM2, tmp_path / "none", "-c", 640, code=1)
+    other = tmp_path / "other.safetensors"
+    for layer, dims in ((0, (128, 128)), (5, (64, 64))):
+        q, k, v = activations(1, 700, 2, 1, *dims, [layer])[layer]
+        write(other, {f"layers.{layer}.{s}": ("F32", t) for s, t in zip("qkv", (q, k, v))})
+        want = "head_dim" if layer == 0 else "no layer"
+        assert want in kvctl("eval", other, tmp_path / "set", "-c", 640, code=1)
