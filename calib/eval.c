@@ -38,7 +38,8 @@ struct job {
     uint16_t layers[KVD_MAX_LAYERS];
     uint32_t n_layers;
     struct kvd_eval_figures *figures;
-    pthread_mutex_t lock; // of what follows
+    pthread_mutex_t lock;             // of what follows
+    struct kvd_eval_spectra *spectra; // sums so far; NULL: not wanted
     uint32_t next;
     uint64_t done, total; // heads of contexts
     struct kvd_error err;
@@ -107,9 +108,32 @@ static void history(const struct job *j, uint32_t *begin, uint32_t *end)
     *end = j->o->sink + chunks * KVD_CHUNK_TOKENS;
 }
 
-// out: x with its history turned by r, quantized, and turned back.
-static void through_pages(const struct job *j, struct workspace *w, const float *x, uint32_t dim,
-                          const float *r, float ratio, float *out)
+static int falling(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? 1 : x > y ? -1 : 0;
+}
+
+// Adds the shares of the channels of n rows to `to`, largest first.
+static void add_spectrum(struct job *j, const float *x, uint32_t n, uint32_t dim, double *to)
+{
+    double energy[KVD_MAX_HEAD_DIM] = {0}, all = 0;
+    for (uint32_t t = 0; t < n; t++)
+        for (uint32_t i = 0; i < dim; i++)
+            energy[i] += (double)x[(uint64_t)t * dim + i] * (double)x[(uint64_t)t * dim + i];
+    for (uint32_t i = 0; i < dim; i++)
+        all += energy[i];
+    qsort(energy, dim, sizeof(*energy), falling);
+    pthread_mutex_lock(&j->lock);
+    for (uint32_t i = 0; all > 0 && i < dim; i++)
+        to[i] += energy[i] / all;
+    pthread_mutex_unlock(&j->lock);
+}
+
+// out: x with its history turned by r, quantized, and turned back. `spectrum`, if not NULL, gets
+// what the turned channels share.
+static void through_pages(struct job *j, struct workspace *w, const float *x, uint32_t dim,
+                          const float *r, float ratio, double *spectrum, float *out)
 {
     uint32_t begin, end;
     uint8_t codes[KVD_MAX_HEAD_DIM];
@@ -119,6 +143,8 @@ static void through_pages(const struct job *j, struct workspace *w, const float 
     memcpy(out, x, (uint64_t)w->tokens * dim * sizeof(*out));
     cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, n, d, d, 1, x + (uint64_t)begin * dim, d,
                 r, d, 0, w->turned, d);
+    if (spectrum)
+        add_spectrum(j, w->turned, (uint32_t)n, dim, spectrum);
     for (int t = 0; t < n; t++) {
         float *row = w->turned + (uint64_t)t * dim;
         kvd_int2_quantize(row, dim, ratio, codes, &param);
@@ -227,14 +253,23 @@ static uint64_t matrix(const struct kvd_rotset *s, uint32_t layer, uint32_t head
     return (uint64_t)i * s->heads + (s->heads == 1 ? 0 : head);
 }
 
-static void compare_sets(const struct job *j, struct workspace *w, uint32_t layer, uint32_t head,
+static void compare_sets(struct job *j, struct workspace *w, uint32_t layer, uint32_t head,
                          struct sums *out)
 {
+    uint32_t begin, end, dim_k = j->dump->dim[KVD_DUMP_K], dim_v = j->dump->dim[KVD_DUMP_V];
+    double *k = j->spectra ? j->spectra->k : NULL, *v = j->spectra ? j->spectra->v : NULL;
+    history(j, &begin, &end);
+    if (k) {
+        add_spectrum(j, w->k + (uint64_t)begin * dim_k, end - begin, dim_k, k);
+        add_spectrum(j, w->v + (uint64_t)begin * dim_v, end - begin, dim_v, v);
+    }
     for (uint32_t i = 0; i < j->n_sets; i++) {
         const struct kvd_rotset *s = j->sets[i];
         uint64_t at = matrix(s, layer, head);
-        through_pages(j, w, w->k, s->dim_k, s->k + at * s->dim_k * s->dim_k, s->clip_k[at], w->k2);
-        through_pages(j, w, w->v, s->dim_v, s->v + at * s->dim_v * s->dim_v, s->clip_v[at], w->v2);
+        through_pages(j, w, w->k, dim_k, s->k + at * dim_k * dim_k, s->clip_k[at],
+                      k ? k + (1 + i) * dim_k : NULL, w->k2);
+        through_pages(j, w, w->v, dim_v, s->v + at * dim_v * dim_v, s->clip_v[at],
+                      v ? v + (1 + i) * dim_v : NULL, w->v2);
         logits_of(j, w, w->k2, w->p2);
         add_weight_error(j, w, &out[i]);
         outputs_of(j, w, w->p2, w->v2, w->out2);
@@ -243,18 +278,20 @@ static void compare_sets(const struct job *j, struct workspace *w, uint32_t laye
 }
 
 // out: [K's ratios, V's ratios].
-static void compare_ratios(const struct job *j, struct workspace *w, uint32_t layer, uint32_t head,
+static void compare_ratios(struct job *j, struct workspace *w, uint32_t layer, uint32_t head,
                            struct sums *out)
 {
     const struct kvd_rotset *s = j->clips;
     uint64_t at = matrix(s, layer, head);
     for (uint32_t i = 0; i < RATIOS; i++) {
-        through_pages(j, w, w->k, s->dim_k, s->k + at * s->dim_k * s->dim_k, clip_ratios[i], w->k2);
+        through_pages(j, w, w->k, s->dim_k, s->k + at * s->dim_k * s->dim_k, clip_ratios[i], NULL,
+                      w->k2);
         logits_of(j, w, w->k2, w->p2);
         softmax(w, w->p2);
         outputs_of(j, w, w->p2, w->v, w->out2);
         add_output_error(j, w, &out[i]);
-        through_pages(j, w, w->v, s->dim_v, s->v + at * s->dim_v * s->dim_v, clip_ratios[i], w->v2);
+        through_pages(j, w, w->v, s->dim_v, s->v + at * s->dim_v * s->dim_v, clip_ratios[i], NULL,
+                      w->v2);
         outputs_of(j, w, w->p, w->v2, w->out2);
         add_output_error(j, w, &out[RATIOS + i]);
     }
@@ -449,9 +486,11 @@ static int run(struct job *j, const struct kvd_rotset *first, struct kvd_error *
 
 int kvd_eval_run(const struct kvd_dump *d, const struct kvd_rotset *const *sets, uint32_t n,
                  const struct kvd_eval_options *o, struct kvd_eval_figures *figures,
-                 uint16_t *layers, uint32_t *n_layers, struct kvd_error *err)
+                 uint16_t *layers, uint32_t *n_layers, struct kvd_eval_spectra *spectra,
+                 struct kvd_error *err)
 {
     struct job j = {.dump = d,
+                    .spectra = spectra,
                     .o = o,
                     .sets = sets,
                     .n_sets = n,
@@ -460,6 +499,10 @@ int kvd_eval_run(const struct kvd_dump *d, const struct kvd_rotset *const *sets,
     int rc = run(&j, sets[0], err);
     memcpy(layers, j.layers, j.n_layers * sizeof(*layers));
     *n_layers = j.n_layers;
+    for (uint32_t i = 0; spectra && rc == KVD_OK && i < (1 + n) * d->dim[KVD_DUMP_K]; i++)
+        spectra->k[i] /= (double)j.total;
+    for (uint32_t i = 0; spectra && rc == KVD_OK && i < (1 + n) * d->dim[KVD_DUMP_V]; i++)
+        spectra->v[i] /= (double)j.total;
     return rc;
 }
 

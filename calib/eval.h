@@ -26,6 +26,12 @@ struct kvd_eval_options {
     void *ctx;
 };
 
+// How channels share the energy of K or V, largest first, all together 1: means over layers, kv
+// heads and contexts of the history. Row 0 is as recorded, row 1 + i after set i's rotation.
+struct kvd_eval_spectra {
+    double *k, *v; // [1 + n][dim], of the caller
+};
+
 struct kvd_eval_figures {
     double output_error, worst_head, logit_error, kl;
 };
@@ -33,10 +39,11 @@ struct kvd_eval_figures {
 // Evaluates n sets on the layers that the dump and the first set have in common: layers[0 ..
 // *n_layers), of the caller, as many as sets[0] has at most. figures: [n][*n_layers].
 // KVD_E_INVALID: nothing in common, other head_dims, no context long enough. KVD_E_CORRUPT as
-// kvd_dump_read.
+// kvd_dump_read. spectra may be NULL.
 int kvd_eval_run(const struct kvd_dump *d, const struct kvd_rotset *const *sets, uint32_t n,
                  const struct kvd_eval_options *o, struct kvd_eval_figures *figures,
-                 uint16_t *layers, uint32_t *n_layers, struct kvd_error *err);
+                 uint16_t *layers, uint32_t *n_layers, struct kvd_eval_spectra *spectra,
+                 struct kvd_error *err);
 
 // Sets the clip ratios of each layer of `set` to those of a fixed list that give the least output
 // error, for K with V as recorded and for V with K as recorded.

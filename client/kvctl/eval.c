@@ -1,11 +1,10 @@
 // kvctl calib eval.
 #include <argp.h>
-#include <math.h>
 
-#include "calib/eval.h"
 #include "client/kvctl/calib_tool.h"
+#include "client/kvctl/evaluation.h"
 
-enum { MAX_SETS = 16, OPT_SINK = 1000, OPT_RECENT, OPT_CONTEXTS };
+enum { OPT_SINK = 1000, OPT_RECENT, OPT_CONTEXTS, OPT_HTML };
 
 static const struct argp_option options[] = {
     {"context", 'c', "TOKENS", 0, "Tokens attended at a time (default: 2048)", 0},
@@ -14,25 +13,16 @@ static const struct argp_option options[] = {
     {"sink", OPT_SINK, "TOKENS", 0, "Kept in bf16 at the beginning (default: 64)", 0},
     {"recent", OPT_RECENT, "TOKENS", 0, "Kept in bf16 at the end (default: 256)", 0},
     {"threads", 't', "N", 0, "Default: as many as there are cores", 0},
+    {"html", OPT_HTML, "FILE", 0, "Also write a report, one file that needs no other", 0},
     {"json", 'j', 0, 0, "Print JSON", 0},
     {0},
 };
 
 struct arguments {
     struct kvd_eval_options o;
-    const char *dump, *files[MAX_SETS];
+    const char *dump, *files[EVALUATION_SETS], *html;
     uint32_t n_files;
     bool json;
-};
-
-// The sets under evaluation; the first two need no data.
-struct evaluation {
-    struct kvd_rotset *sets[MAX_SETS + 2];
-    const char *names[MAX_SETS + 2];
-    uint32_t n, n_layers;
-    uint16_t layers[KVD_MAX_LAYERS];
-    struct kvd_eval_figures *figures; // [windows, no windows][n][n_layers]
-    double bits;
 };
 
 static error_t parse(int key, char *arg, struct argp_state *state)
@@ -52,12 +42,15 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     }
     switch (key) {
+    case OPT_HTML:
+        a->html = arg;
+        break;
     case 'j':
         a->json = true;
         break;
     case ARGP_KEY_ARG:
-        if (state->arg_num > MAX_SETS)
-            argp_error(state, "at most %d sets at a time", MAX_SETS);
+        if (state->arg_num > EVALUATION_SETS)
+            argp_error(state, "at most %d sets at a time", EVALUATION_SETS);
         if (state->arg_num == 0)
             a->dump = arg;
         else
@@ -94,31 +87,6 @@ static int open_sets(const struct arguments *a, const struct kvd_dump *d, struct
     return e->sets[0] && e->sets[1] ? KVD_OK : err->code;
 }
 
-// Over layers: the root mean square of output errors, the means of the others, the worst head.
-static struct kvd_eval_figures over_layers(const struct evaluation *e,
-                                           const struct kvd_eval_figures *f, uint32_t *worst_layer)
-{
-    struct kvd_eval_figures all = {0};
-    double worst = -1;
-    for (uint32_t i = 0; i < e->n_layers; i++) {
-        all.output_error += f[i].output_error * f[i].output_error / e->n_layers;
-        all.logit_error += f[i].logit_error / e->n_layers;
-        all.kl += f[i].kl / e->n_layers;
-        all.worst_head = fmax(all.worst_head, f[i].worst_head);
-        if (f[i].output_error > worst) {
-            worst = f[i].output_error;
-            *worst_layer = e->layers[i];
-        }
-    }
-    all.output_error = sqrt(all.output_error);
-    return all;
-}
-
-static const struct kvd_eval_figures *figures_of(const struct evaluation *e, int mode, uint32_t set)
-{
-    return e->figures + ((uint64_t)mode * e->n + set) * e->n_layers;
-}
-
 static void print_summary(const struct arguments *a, const struct evaluation *e, int mode)
 {
     struct table *t =
@@ -129,7 +97,7 @@ static void print_summary(const struct arguments *a, const struct evaluation *e,
         printf("\nno windows:\n");
     for (uint32_t s = 0; s < e->n; s++) {
         uint32_t layer = 0;
-        struct kvd_eval_figures f = over_layers(e, figures_of(e, mode, s), &layer);
+        struct kvd_eval_figures f = evaluation_of_layers(e, mode, s, &layer);
         table_cell(t, "%s", e->names[s]);
         table_cell(t, "%.3f", e->bits);
         table_cell(t, "%.4f", f.output_error);
@@ -151,7 +119,7 @@ static void print_layers(const struct evaluation *e)
     for (uint32_t i = 0; i < e->n_layers; i++) {
         table_cell(t, "%u", e->layers[i]);
         for (uint32_t s = 0; s < e->n; s++)
-            table_cell(t, "%.4f", figures_of(e, 0, s)[i].output_error);
+            table_cell(t, "%.4f", evaluation_figures(e, 0, s)[i].output_error);
     }
     table_print(t, "");
 }
@@ -172,12 +140,12 @@ static void print_json(const struct arguments *a, const struct evaluation *e)
                                 e->sets[s]->digest, "objective", e->sets[s]->objective);
         for (int mode = 0; mode < 2; mode++) {
             uint32_t layer = 0;
-            struct kvd_eval_figures f = over_layers(e, figures_of(e, mode, s), &layer);
+            struct kvd_eval_figures f = evaluation_of_layers(e, mode, s, &layer);
             json_t *layers = json_object(), *all = json_figures(&f);
             char id[16];
             for (uint32_t i = 0; i < e->n_layers; i++) {
                 snprintf(id, sizeof(id), "%u", e->layers[i]);
-                json_object_set_new(layers, id, json_figures(&figures_of(e, mode, s)[i]));
+                json_object_set_new(layers, id, json_figures(&evaluation_figures(e, mode, s)[i]));
             }
             json_object_set_new(all, "layers", layers);
             json_object_set_new(set, mode ? "no_windows" : "windows", all);
@@ -189,11 +157,20 @@ static void print_json(const struct arguments *a, const struct evaluation *e)
     json_decref(root);
 }
 
+static void swap(void *a, void *b, size_t bytes)
+{
+    for (size_t i = 0; i < bytes; i++) {
+        char x = ((char *)a)[i];
+        ((char *)a)[i] = ((char *)b)[i];
+        ((char *)b)[i] = x;
+    }
+}
+
 static int run_modes(const struct arguments *a, const struct kvd_dump *d, struct evaluation *e,
                      struct kvd_error *err)
 {
     struct kvd_eval_options bare = a->o;
-    const struct kvd_rotset *sets[MAX_SETS + 2];
+    const struct kvd_rotset *sets[EVALUATION_SETS + 2];
     memcpy(sets, e->sets, sizeof(sets));
     bare.sink = bare.recent = 0;
     // What all sets have is evaluated: the one with the fewest layers says what that is.
@@ -202,21 +179,22 @@ static int run_modes(const struct arguments *a, const struct kvd_dump *d, struct
         first = sets[s]->n_layers < sets[first]->n_layers ? s : first;
     const struct kvd_rotset *least = sets[first];
     sets[first] = sets[0], sets[0] = least;
+    uint64_t dim_k = d->dim[KVD_DUMP_K], dim_v = d->dim[KVD_DUMP_V];
     struct kvd_eval_figures *f = calloc(2ull * e->n * least->n_layers, sizeof(*f));
     e->figures = f;
-    if (!f)
+    e->spectra.k = calloc((1 + e->n) * dim_k, sizeof(double));
+    e->spectra.v = calloc((1 + e->n) * dim_v, sizeof(double));
+    if (!f || !e->spectra.k || !e->spectra.v)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    if (kvd_eval_run(d, sets, e->n, &a->o, f, e->layers, &e->n_layers, err) ||
+    if (kvd_eval_run(d, sets, e->n, &a->o, f, e->layers, &e->n_layers, &e->spectra, err) ||
         kvd_eval_run(d, sets, e->n, &bare, f + (uint64_t)e->n * e->n_layers, e->layers,
-                     &e->n_layers, err))
+                     &e->n_layers, NULL, err))
         return err->code;
-    for (int mode = 0; mode < 2; mode++) // the first set goes back to its place
-        for (uint32_t i = 0; i < e->n_layers; i++) {
-            struct kvd_eval_figures *at = f + (uint64_t)mode * e->n * e->n_layers + i;
-            struct kvd_eval_figures x = at[0];
-            at[0] = at[(uint64_t)first * e->n_layers];
-            at[(uint64_t)first * e->n_layers] = x;
-        }
+    for (uint64_t mode = 0; mode < 2; mode++) // the first set goes back to its place
+        swap(f + mode * e->n * e->n_layers, f + (mode * e->n + first) * e->n_layers,
+             e->n_layers * sizeof(*f));
+    swap(e->spectra.k + dim_k, e->spectra.k + (1 + first) * dim_k, dim_k * sizeof(double));
+    swap(e->spectra.v + dim_v, e->spectra.v + (1 + first) * dim_v, dim_v * sizeof(double));
     return KVD_OK;
 }
 
@@ -247,6 +225,10 @@ int eval_main(int argc, char **argv)
     progress_end();
     if (rc == KVD_OK) {
         e.bits = kvd_eval_bits(d->dim[KVD_DUMP_K], d->dim[KVD_DUMP_V]);
+        if (a.html)
+            rc = evaluation_write_html(&e, d, &a.o, a.html, &err);
+    }
+    if (rc == KVD_OK) {
         if (a.json) {
             print_json(&a, &e);
         } else {
@@ -258,6 +240,8 @@ int eval_main(int argc, char **argv)
     for (uint32_t s = 0; s < KVD_LEN(e.sets); s++)
         kvd_rotset_free(&e.sets[s]);
     free(e.figures);
+    free(e.spectra.k);
+    free(e.spectra.v);
     kvd_dump_free(&d);
     return rc ? tool_fail(&err) : EXIT_OK;
 }

@@ -69,7 +69,7 @@ def kvctl(*arguments, code=0):
 def test_figures_agree_with_numpy(tmp_path, options):
     kvctl("fit", SMOLLM2, tmp_path / "set", *options)
     report = json.loads(kvctl("eval", SMOLLM2, tmp_path / "set", "--json", "-c", CONTEXT, "-q", QUERIES,
-                              "--sink", 16, "--recent", 100))
+                              "--sink", 16, "--recent", 100, "--html", tmp_path / "page.html"))
     assert [s["name"] for s in report["sets"]] == ["naive", "hadamard", "set"]
     assert report["bits"] == 2.5  # head_dim 64: 32 bits of scale and min for 64 codes
     x, _ = read(SMOLLM2)
@@ -83,6 +83,17 @@ def test_figures_agree_with_numpy(tmp_path, options):
         assert report["sets"][2][mode]["output_error"] == pytest.approx(np.sqrt(np.mean(np.square(errors))))
     naive, fitted = (report["sets"][i]["windows"]["output_error"] for i in (0, 2))
     assert fitted < naive / 3
+    page = (tmp_path / "page.html").read_text()
+    assert f"<td>{fitted:.4f}" in page and page.count("<svg") == page.count("</svg>") == 5
+    assert "http" not in page and "nan" not in page
+
+
+def test_names_are_no_markup_in_the_report(tmp_path):
+    evil = tmp_path / "<script>alert(1)<&\"set"
+    kvctl("fit", SMOLLM2, evil)
+    kvctl("eval", SMOLLM2, evil, "-c", CONTEXT, "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "<script" not in page and "&#60;script&#62;alert(1)&#60;&#38;&#34;set" in page
 
 
 def test_fitted_clips_are_the_best_of_their_list(tmp_path):

@@ -1,0 +1,32 @@
+// What calib eval found, and the report of it.
+#ifndef KVD_CLIENT_KVCTL_EVALUATION_H
+#define KVD_CLIENT_KVCTL_EVALUATION_H
+
+#include "calib/eval.h"
+
+enum { EVALUATION_SETS = 16 };
+
+// The sets under evaluation; the first two need no data.
+struct evaluation {
+    struct kvd_rotset *sets[EVALUATION_SETS + 2];
+    const char *names[EVALUATION_SETS + 2];
+    uint32_t n, n_layers;
+    uint16_t layers[KVD_MAX_LAYERS];
+    struct kvd_eval_figures *figures; // [with windows, without][n][n_layers]
+    struct kvd_eval_spectra spectra;
+    double bits; // a value of K or V
+};
+
+// [n_layers]; mode 0: with windows, 1: without.
+const struct kvd_eval_figures *evaluation_figures(const struct evaluation *e, int mode,
+                                                  uint32_t set);
+// Over layers: the root mean square of output errors, the means of the others, the worst head.
+struct kvd_eval_figures evaluation_of_layers(const struct evaluation *e, int mode, uint32_t set,
+                                             uint32_t *worst_layer);
+
+// A page that needs no other file.
+int evaluation_write_html(const struct evaluation *e, const struct kvd_dump *d,
+                          const struct kvd_eval_options *o, const char *path,
+                          struct kvd_error *err);
+
+#endif

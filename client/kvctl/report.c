@@ -1,0 +1,264 @@
+// The report of calib eval: tables, and charts as inline SVG.
+#include <math.h>
+
+#include "calib/safetensors.h"
+#include "client/kvctl/evaluation.h"
+
+enum { WIDTH = 720, HEIGHT = 280, LEFT = 60, RIGHT = 20, TOP = 16, BOTTOM = 40 };
+
+static const char *const colours[] = {"#9aa0a6", "#e8871e", "#1f6feb", "#2da44e",
+                                      "#8250df", "#cf222e", "#0a7ea4", "#bf3989"};
+
+const struct kvd_eval_figures *evaluation_figures(const struct evaluation *e, int mode,
+                                                  uint32_t set)
+{
+    return e->figures + ((uint64_t)mode * e->n + set) * e->n_layers;
+}
+
+struct kvd_eval_figures evaluation_of_layers(const struct evaluation *e, int mode, uint32_t set,
+                                             uint32_t *worst_layer)
+{
+    const struct kvd_eval_figures *f = evaluation_figures(e, mode, set);
+    struct kvd_eval_figures all = {0};
+    double worst = -1;
+    for (uint32_t i = 0; i < e->n_layers; i++) {
+        all.output_error += f[i].output_error * f[i].output_error / e->n_layers;
+        all.logit_error += f[i].logit_error / e->n_layers;
+        all.kl += f[i].kl / e->n_layers;
+        all.worst_head = fmax(all.worst_head, f[i].worst_head);
+        if (f[i].output_error > worst) {
+            worst = f[i].output_error;
+            *worst_layer = e->layers[i];
+        }
+    }
+    all.output_error = sqrt(all.output_error);
+    return all;
+}
+
+// Text of files and names: nothing in it becomes markup.
+static void put_text(FILE *f, const char *text)
+{
+    for (; *text; text++)
+        if (strchr("<>&\"", *text))
+            fprintf(f, "&#%d;", *text);
+        else
+            fputc(*text, f);
+}
+
+// -- charts --------------------------------------------------------------------------------------
+
+struct chart {
+    FILE *f;
+    double x0, x1, y0, y1; // what the axes span
+    bool log;              // y
+};
+
+static double at_x(const struct chart *c, double x)
+{
+    double span = c->x1 > c->x0 ? c->x1 - c->x0 : 1;
+    return LEFT + (x - c->x0) / span * (WIDTH - LEFT - RIGHT);
+}
+
+static double at_y(const struct chart *c, double y)
+{
+    double part =
+        c->log ? log(fmax(y, c->y0) / c->y0) / log(c->y1 / c->y0) : (y - c->y0) / (c->y1 - c->y0);
+    return HEIGHT - BOTTOM - part * (HEIGHT - TOP - BOTTOM);
+}
+
+static void chart_begin(struct chart *c, const char *title, const char *x_label)
+{
+    fprintf(c->f, "<h2>%s</h2>\n<svg viewBox=\"0 0 %d %d\" role=\"img\">\n", title, WIDTH, HEIGHT);
+    for (int i = 0; i <= 4; i++) {
+        double y = c->log ? c->y0 * pow(c->y1 / c->y0, i / 4.0) : c->y0 + (c->y1 - c->y0) * i / 4;
+        fprintf(c->f,
+                "<line class=\"grid\" x1=\"%d\" x2=\"%d\" y1=\"%.1f\" y2=\"%.1f\"/>"
+                "<text x=\"%d\" y=\"%.1f\" text-anchor=\"end\">%.3g</text>\n",
+                LEFT, WIDTH - RIGHT, at_y(c, y), at_y(c, y), LEFT - 6, at_y(c, y) + 4, y);
+    }
+    fprintf(c->f, "<text x=\"%d\" y=\"%d\" text-anchor=\"middle\">%s</text>\n",
+            (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, x_label);
+}
+
+static void chart_tick(const struct chart *c, double x, double label)
+{
+    fprintf(c->f, "<text x=\"%.1f\" y=\"%d\" text-anchor=\"middle\">%g</text>\n", at_x(c, x),
+            HEIGHT - BOTTOM + 16, label);
+}
+
+static void chart_line(const struct chart *c, const char *stroke, const double *x, const double *y,
+                       uint32_t n, const char *name)
+{
+    fprintf(c->f, "<g stroke=\"%s\" fill=\"%s\"><title>", stroke, stroke);
+    put_text(c->f, name);
+    fprintf(c->f, "</title><polyline fill=\"none\" stroke-width=\"2\" points=\"");
+    for (uint32_t i = 0; i < n; i++)
+        fprintf(c->f, "%.1f,%.1f ", at_x(c, x[i]), at_y(c, y[i]));
+    fprintf(c->f, "\"/>");
+    for (uint32_t i = 0; n < 64 && i < n; i++)
+        fprintf(c->f, "<circle r=\"3\" cx=\"%.1f\" cy=\"%.1f\"/>", at_x(c, x[i]), at_y(c, y[i]));
+    fprintf(c->f, "</g>\n");
+}
+
+// `first`, if there is one, is the black line.
+static void chart_end(const struct chart *c, const struct evaluation *e, const char *first)
+{
+    fprintf(c->f, "</svg>\n<p class=\"legend\">");
+    if (first)
+        fprintf(c->f, "<span style=\"--c:#111\">%s</span> ", first);
+    for (uint32_t s = first ? 1 : 0; s < e->n; s++) {
+        fprintf(c->f, "<span style=\"--c:%s\">", colours[s % KVD_LEN(colours)]);
+        put_text(c->f, e->names[s]);
+        fprintf(c->f, "</span> ");
+    }
+    fprintf(c->f, "</p>\n");
+}
+
+static void errors_by_layer(FILE *f, const struct evaluation *e, int mode)
+{
+    struct chart c = {.f = f, .x0 = 0, .x1 = e->n_layers - 1};
+    double x[KVD_MAX_LAYERS], y[KVD_MAX_LAYERS];
+    for (uint32_t s = 0; s < e->n; s++)
+        for (uint32_t i = 0; i < e->n_layers; i++)
+            c.y1 = fmax(c.y1, evaluation_figures(e, mode, s)[i].output_error * 1.05);
+    c.y1 = c.y1 > 0 ? c.y1 : 1;
+    chart_begin(&c,
+                mode ? "Output error by layer, no windows" : "Output error by layer, with windows",
+                "layer");
+    for (uint32_t i = 0; i < e->n_layers; i += 1 + e->n_layers / 16)
+        chart_tick(&c, i, e->layers[i]);
+    for (uint32_t s = 0; s < e->n; s++) {
+        for (uint32_t i = 0; i < e->n_layers; i++) {
+            x[i] = i;
+            y[i] = evaluation_figures(e, mode, s)[i].output_error;
+        }
+        chart_line(&c, colours[s % KVD_LEN(colours)], x, y, e->n_layers, e->names[s]);
+    }
+    chart_end(&c, e, NULL);
+}
+
+static void errors_by_bits(FILE *f, const struct evaluation *e)
+{
+    struct chart c = {.f = f, .x0 = 2, .x1 = 3};
+    uint32_t layer;
+    for (uint32_t s = 0; s < e->n; s++)
+        c.y1 = fmax(c.y1, evaluation_of_layers(e, 0, s, &layer).output_error * 1.05);
+    c.y1 = c.y1 > 0 ? c.y1 : 1;
+    chart_begin(&c, "Output error by bits, with windows", "bits a value, scale and min included");
+    for (int i = 0; i <= 4; i++)
+        chart_tick(&c, 2 + i / 4.0, 2 + i / 4.0);
+    for (uint32_t s = 0; s < e->n; s++) {
+        double y = evaluation_of_layers(e, 0, s, &layer).output_error;
+        chart_line(&c, colours[s % KVD_LEN(colours)], &e->bits, &y, 1, e->names[s]);
+    }
+    chart_end(&c, e, NULL);
+}
+
+static void spectrum(FILE *f, const struct evaluation *e, const double *shares, uint32_t dim,
+                     const char *title)
+{
+    struct chart c = {.f = f, .x0 = 1, .x1 = dim, .log = true, .y0 = 1e-4, .y1 = 1};
+    double x[KVD_MAX_HEAD_DIM];
+    for (uint32_t i = 0; i < dim; i++)
+        x[i] = i + 1;
+    chart_begin(&c, title, "channels, by their share");
+    for (uint32_t i = 0; i <= 4; i++)
+        chart_tick(&c, KVD_MAX(i * dim / 4, 1u), KVD_MAX(i * dim / 4, 1u));
+    chart_line(&c, "#111", x, shares, dim, "as recorded");
+    for (uint32_t s = 1; s < e->n; s++) // naive turns nothing
+        chart_line(&c, colours[s % KVD_LEN(colours)], x, shares + (uint64_t)(1 + s) * dim, dim,
+                   e->names[s]);
+    chart_end(&c, e, "as recorded");
+}
+
+// -- tables --------------------------------------------------------------------------------------
+
+static void summary(FILE *f, const struct evaluation *e, int mode)
+{
+    fprintf(f, "<table><tr><th>set<th>bits<th>output error<th>worst layer<th>worst head"
+               "<th>logit error<th>KL\n");
+    for (uint32_t s = 0; s < e->n; s++) {
+        uint32_t layer = 0;
+        struct kvd_eval_figures x = evaluation_of_layers(e, mode, s, &layer);
+        fprintf(f, "<tr><td title=\"%s\">", e->sets[s]->digest);
+        put_text(f, e->names[s]);
+        fprintf(f, "<td>%.3f<td>%.4f<td>%u<td>%.4f<td>%.4f<td>%.5f\n", e->bits, x.output_error,
+                layer, x.worst_head, x.logit_error, x.kl);
+    }
+    fprintf(f, "</table>\n");
+}
+
+static void by_layer(FILE *f, const struct evaluation *e)
+{
+    fprintf(f, "<h2>Every layer, with windows</h2>\n<table><tr><th>layer");
+    for (uint32_t s = 0; s < e->n; s++) {
+        fprintf(f, "<th>");
+        put_text(f, e->names[s]);
+    }
+    for (uint32_t i = 0; i < e->n_layers; i++) {
+        fprintf(f, "\n<tr><td>%u", e->layers[i]);
+        for (uint32_t s = 0; s < e->n; s++)
+            fprintf(f, "<td>%.4f", evaluation_figures(e, 0, s)[i].output_error);
+    }
+    fprintf(f, "\n</table>\n");
+}
+
+static const char style[] =
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:760px;margin:2em auto;padding:0 1em;"
+    "color:#1f2328}h1{font-size:1.5em}h2{font-size:1.1em;margin:2em 0 .3em}"
+    "table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}"
+    "th,td{text-align:right;padding:.25em .6em;border-bottom:1px solid #d8dee4}"
+    "th:first-child,td:first-child{text-align:left}svg{width:100%;height:auto}"
+    "svg text{font-size:11px;fill:#57606a}.grid{stroke:#d8dee4}"
+    ".legend span{white-space:nowrap;margin-right:1em}.legend span::before{content:\"\";"
+    "display:inline-block;width:.8em;height:.8em;margin-right:.35em;background:var(--c)}";
+
+static void page(FILE *f, const struct evaluation *e, const struct kvd_dump *d,
+                 const struct kvd_eval_options *o)
+{
+    fprintf(f,
+            "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\">"
+            "<meta name=\"viewport\" content=\"width=device-width\"><title>Rotation sets</title>\n"
+            "<style>%s</style>\n<h1>Rotation sets on held-out activations",
+            style);
+    if (*d->model) {
+        fprintf(f, " of ");
+        put_text(f, d->model);
+    }
+    fprintf(f,
+            "</h1>\n<p>Attention over quantized keys and values against the recorded ones. %u "
+            "layers, %u query and %u kv heads, head_dim %u; contexts of %u tokens, whose last %u "
+            "positions ask; int2, scale and min included: %.3f bits a value. Output error is "
+            "relative (L2), worst head a kv head's, logit error a root mean square, KL in "
+            "nats.</p>\n",
+            e->n_layers, d->heads[KVD_DUMP_Q], d->heads[KVD_DUMP_K], d->dim[KVD_DUMP_K], o->context,
+            o->queries, e->bits);
+    fprintf(f, "<h2>Sink %u and recent %u in bf16</h2>\n", o->sink, o->recent);
+    summary(f, e, 0);
+    fprintf(f, "<h2>No windows</h2>\n");
+    summary(f, e, 1);
+    errors_by_layer(f, e, 0);
+    errors_by_layer(f, e, 1);
+    errors_by_bits(f, e);
+    spectrum(f, e, e->spectra.k, d->dim[KVD_DUMP_K],
+             "Energy of K's channels, before and after rotation");
+    spectrum(f, e, e->spectra.v, d->dim[KVD_DUMP_V],
+             "Energy of V's channels, before and after rotation");
+    by_layer(f, e);
+    fprintf(f, "</html>\n");
+}
+
+int evaluation_write_html(const struct evaluation *e, const struct kvd_dump *d,
+                          const struct kvd_eval_options *o, const char *path, struct kvd_error *err)
+{
+    char *text = NULL;
+    size_t size = 0;
+    FILE *f = open_memstream(&text, &size);
+    if (f)
+        page(f, e, d, o);
+    bool ok = f && fclose(f) == 0;
+    int rc =
+        ok ? kvd_write_file(path, text, size, err) : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    free(text);
+    return rc;
+}
