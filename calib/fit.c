@@ -40,8 +40,10 @@ static const char *const objectives[] = {[KVD_FIT_QQT] = "qqt",
                                          [KVD_FIT_SST] = "sst",
                                          [KVD_FIT_VTV] = "vtv",
                                          [KVD_FIT_HADAMARD] = "hadamard"};
-static const char *const compositions[] = {
-    [KVD_COMPOSE_R_H_PBR] = "r_h_pbr", [KVD_COMPOSE_R_H] = "r_h", [KVD_COMPOSE_R] = "r"};
+static const char *const compositions[] = {[KVD_COMPOSE_R_H_PBR] = "r_h_pbr",
+                                           [KVD_COMPOSE_R_H] = "r_h",
+                                           [KVD_COMPOSE_R] = "r",
+                                           [KVD_COMPOSE_TOP_H] = "top_h"};
 
 static int index_of(const char *text, const char *const *names, size_t n)
 {

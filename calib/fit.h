@@ -10,7 +10,11 @@
 //
 // With C = U diag(lambda) U^T, eigenvalues ascending, H the Sylvester Hadamard matrix / sqrt(D) and
 // P = I[:, perm], perm[bitrev(i)] = index of the i-th largest eigenvalue:
-//   r_h_pbr   R = U H P      r_h   R = U H      r   R = U      h   R = H (no data)
+//   r_h_pbr   R = U H P      r_h   R = U H      r   R = U      hadamard   R = H (no data)
+//   top_h     R = U' H, the columns of U' those of U with the largest eigenvalue first
+// H's first row is all ones: in top_h the direction that holds most of a row's energy becomes an
+// equal share of all channels, which a row's min takes up without any code. Made for ktk and vtv.
+// P permutes channels within a row that is quantized as a whole: it changes no error.
 // Signs and bases are made the same everywhere: the largest component of an eigenvector is positive
 // (the first of equals), and eigenvectors of one eigenvalue are those that a Gram-Schmidt process
 // over the unit vectors gives.
@@ -23,7 +27,7 @@
 #include "calib/rotset.h"
 
 enum kvd_objective { KVD_FIT_QQT, KVD_FIT_KTK, KVD_FIT_SST, KVD_FIT_VTV, KVD_FIT_HADAMARD };
-enum kvd_composition { KVD_COMPOSE_R_H_PBR, KVD_COMPOSE_R_H, KVD_COMPOSE_R };
+enum kvd_composition { KVD_COMPOSE_R_H_PBR, KVD_COMPOSE_R_H, KVD_COMPOSE_R, KVD_COMPOSE_TOP_H };
 
 struct kvd_fit_options {
     enum kvd_objective k, v; // k: qqt, ktk or hadamard; v: sst, vtv or hadamard

@@ -108,6 +108,12 @@ void kvd_compose(const double *u, uint32_t dim, enum kvd_composition composition
         return;
     for (uint32_t i = 0; i < dim; i++) {
         double row[MAX_DIM];
+        if (composition == KVD_COMPOSE_TOP_H) {
+            for (uint32_t j = 0; j < dim; j++)
+                r[i * dim + j] = u[i * dim + dim - 1 - j];
+            hadamard_row(&r[i * dim], dim);
+            continue;
+        }
         hadamard_row(&r[i * dim], dim);
         if (composition == KVD_COMPOSE_R_H)
             continue;

@@ -24,10 +24,10 @@ cleanup() {
 trap cleanup EXIT
 
 kvctl="$build/client/kvctl --address unix:$work/kvd.sock"
-set_name=SmolLM2-135M-Instruct@hadamard
+set_name=SmolLM2-135M-Instruct@fitted
 echo "== calibration store: $work/store"
-echo "   (no fitted rotations exist for this model yet: the data-free Hadamard set serves)"
-"$build/client/kvctl" --store "$work/store" calib hadamard "$set_name" 0-29 64
+echo "   (a rotation set fitted to 30,720 recorded tokens of this model; calib/README.md says how)"
+"$build/client/kvctl" --store "$work/store" calib publish tests/data/smollm2-rotations.safetensors "$set_name"
 
 echo "== daemon"
 "$build/daemon/kvd" --listen "unix:$work/kvd.sock" --metrics 127.0.0.1:0 --store "file://$work/store" \

@@ -21,7 +21,7 @@ enum {
 static const struct argp_option options[] = {
     {"objective-k", 'k', "NAME", 0, "qqt (default), ktk or hadamard", 0},
     {"objective-v", 'v', "NAME", 0, "sst (default), vtv or hadamard", 0},
-    {"compose", OPT_COMPOSE, "NAME", 0, "r_h_pbr (default), r_h or r", 0},
+    {"compose", OPT_COMPOSE, "NAME", 0, "r_h_pbr (default), r_h, r or top_h", 0},
     {"per-kv-head", OPT_PER_HEAD, 0, 0, "A rotation for each kv head, not one a layer", 0},
     {"clip", OPT_CLIP, "K,V", 0, "Clip ratios (default: 0.96,0.92)", 0},
     {"fit-clips", OPT_FIT_CLIPS, "DUMP", 0,
@@ -81,7 +81,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         break;
     case OPT_COMPOSE:
         if ((n = kvd_composition_parse(arg)) < 0)
-            argp_error(state, "%s is no composition: r_h_pbr, r_h or r", arg);
+            argp_error(state, "%s is no composition: r_h_pbr, r_h, r or top_h", arg);
         a->o.composition = (enum kvd_composition)n;
         break;
     case OPT_PER_HEAD:

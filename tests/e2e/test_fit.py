@@ -49,7 +49,8 @@ def eigenvectors_of(rotation, composition):
         back = np.empty_like(u)
         back[:, permutation(n)] = u
         u = back
-    return u @ hadamard(n).T if composition != "r" else u
+    u = u @ hadamard(n).T if composition != "r" else u
+    return u[:, ::-1] if composition == "top_h" else u
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ def check_parity(tmp_path, data, dump, objective_k, objective_v, composition, pe
 
 @pytest.mark.parametrize("objective_k,objective_v,composition,per_head", [
     ("qqt", "sst", "r_h_pbr", False), ("qqt", "sst", "r_h_pbr", True), ("ktk", "vtv", "r_h", False),
-    ("qqt", "vtv", "r", True)])
+    ("qqt", "vtv", "r", True), ("ktk", "vtv", "top_h", True)])
 def test_parity_on_a_real_model(tmp_path, objective_k, objective_v, composition, per_head):
     x, meta = read(SMOLLM2)
     data = {int(layer): (x["q"][i], x["k"][i], x["v"][i]) for i, layer in enumerate(meta["layers"].split(","))}
