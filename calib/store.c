@@ -1,15 +1,14 @@
-#include "calib/store.h"
+#include "calib/store_private.h"
 
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <jansson.h>
 #include <sys/stat.h>
 
 #include "calib/transfer.h"
 
-enum { MAX_MANIFEST = 1 << 20, PATH_CAP = 4096 };
+enum { MAX_MANIFEST = 1 << 20 };
 
 // A model or tag: parts of [A-Za-z0-9._-] that do not begin with a dot.
 static bool word_valid(const char *text, size_t n, bool slashes)
@@ -46,10 +45,9 @@ bool kvd_store_ref_valid(const char *ref)
     return kvd_digest_valid(ref) || split_ref(ref, model, tag);
 }
 
-// mkdir -p of the folder that holds `path`.
-static int make_parents(const char *path, struct kvd_error *err)
+int kvd_store_make_parents(const char *path, struct kvd_error *err)
 {
-    char dir[PATH_CAP];
+    char dir[KVD_STORE_PATH];
     if ((size_t)snprintf(dir, sizeof(dir), "%s", path) >= sizeof(dir))
         return kvd_fail(err, KVD_E_INVALID, "%s: path too long", path);
     for (char *c = dir + 1; *c; c++) {
@@ -63,22 +61,23 @@ static int make_parents(const char *path, struct kvd_error *err)
     return KVD_OK;
 }
 
-static int join(char out[PATH_CAP], const char *base, const char *rest, struct kvd_error *err)
+int kvd_store_join(char out[KVD_STORE_PATH], const char *base, const char *rest,
+                   struct kvd_error *err)
 {
     size_t n = strlen(base);
     while (n > 1 && base[n - 1] == '/')
         n--;
-    if (snprintf(out, PATH_CAP, "%.*s/%s", (int)n, base, rest) >= PATH_CAP)
+    if (snprintf(out, KVD_STORE_PATH, "%.*s/%s", (int)n, base, rest) >= KVD_STORE_PATH)
         return kvd_fail(err, KVD_E_INVALID, "%s/%s: path too long", base, rest);
     return KVD_OK;
 }
 
-static int object_name(char *out, size_t cap, const char *digest)
+int kvd_store_object_name(char *out, size_t cap, const char *digest)
 {
     return snprintf(out, cap, "objects/sha256/%s.safetensors", digest + 7);
 }
 
-static json_t *load_json(const char *path, struct kvd_error *err)
+json_t *kvd_store_load_json(const char *path, struct kvd_error *err)
 {
     struct stat st;
     json_error_t je;
@@ -105,7 +104,7 @@ static int inspect(const char *path, bool is_set, const char *url, struct kvd_er
         ok = set;
         kvd_rotset_free(&set);
     } else {
-        json_t *j = load_json(path, &local);
+        json_t *j = kvd_store_load_json(path, &local);
         ok = j;
         json_decref(j);
     }
@@ -117,11 +116,12 @@ static int mirror(const struct kvd_store_config *c, const char *name, uint64_t m
                   const char *digest, kvd_store_progress *progress, void *ctx,
                   struct kvd_error *err)
 {
-    char url[PATH_CAP], path[PATH_CAP], tmp[PATH_CAP + 8];
+    char url[KVD_STORE_PATH], path[KVD_STORE_PATH], tmp[KVD_STORE_PATH + 8];
     if (!c->url || !*c->url)
         return kvd_fail(err, KVD_E_UNAVAILABLE,
                         "%s is not in the cache and no store is configured (--store URL)", name);
-    if (join(url, c->url, name, err) || join(path, c->cache, name, err) || make_parents(path, err))
+    if (kvd_store_join(url, c->url, name, err) || kvd_store_join(path, c->cache, name, err) ||
+        kvd_store_make_parents(path, err))
         return err ? err->code : KVD_E_INVALID;
     snprintf(tmp, sizeof(tmp), "%s.XXXXXX", path);
     int fd KVD_CLOSE = mkostemp(tmp, O_CLOEXEC);
@@ -168,7 +168,8 @@ static int tag_digest(const json_t *manifest, const char *model, const char *tag
 static int resolve(const struct kvd_store_config *c, const char *ref, char digest[KVD_DIGEST_TEXT],
                    struct kvd_error *err)
 {
-    char model[KVD_MAX_NAME + 1], tag[KVD_MAX_NAME + 1], name[KVD_MAX_NAME + 16], path[PATH_CAP];
+    char model[KVD_MAX_NAME + 1], tag[KVD_MAX_NAME + 1], name[KVD_MAX_NAME + 16],
+        path[KVD_STORE_PATH];
     if (kvd_digest_valid(ref)) {
         snprintf(digest, KVD_DIGEST_TEXT, "%s", ref);
         return KVD_OK;
@@ -182,9 +183,9 @@ static int resolve(const struct kvd_store_config *c, const char *ref, char diges
     int rc = mirror(c, name, MAX_MANIFEST, NULL, NULL, NULL, &remote);
     if (rc == KVD_E_NOT_FOUND)
         return kvd_fail(err, rc, "the store has no model %s", model);
-    if (join(path, c->cache, name, err))
+    if (kvd_store_join(path, c->cache, name, err))
         return KVD_E_INVALID;
-    json_t *manifest = load_json(path, err);
+    json_t *manifest = kvd_store_load_json(path, err);
     if (!manifest)
         return rc ? kvd_fail(err, rc, "%s", remote.text) : err->code;
     rc = tag_digest(manifest, model, tag, digest, err);
@@ -196,14 +197,14 @@ int kvd_store_fetch(const struct kvd_store_config *c, const char *ref, kvd_store
                     void *ctx, struct kvd_rotset **out, enum kvd_store_source *source,
                     struct kvd_error *err)
 {
-    char digest[KVD_DIGEST_TEXT], name[128], path[PATH_CAP];
+    char digest[KVD_DIGEST_TEXT], name[128], path[KVD_STORE_PATH];
     struct kvd_error local = {0};
     err = err ? err : &local;
     int rc = resolve(c, ref, digest, err);
     if (rc)
         return rc;
-    object_name(name, sizeof(name), digest);
-    if (join(path, c->cache, name, err))
+    kvd_store_object_name(name, sizeof(name), digest);
+    if (kvd_store_join(path, c->cache, name, err))
         return KVD_E_INVALID;
     struct kvd_rotset *set = NULL;
     bool remote = access(path, R_OK) != 0;
@@ -254,22 +255,23 @@ static int add_entry(struct listing *l, const char *model, const char *tag, cons
     snprintf(e->tag, sizeof(e->tag), "%s", tag);
     snprintf(e->digest, sizeof(e->digest), "%s", digest);
     e->bytes = (uint64_t)json_integer_value(json_object_get(info, "bytes"));
-    char name[128], path[PATH_CAP];
-    object_name(name, sizeof(name), digest);
-    e->cached = join(path, l->c->cache, name, NULL) == 0 && access(path, R_OK) == 0;
+    char name[128], path[KVD_STORE_PATH];
+    kvd_store_object_name(name, sizeof(name), digest);
+    e->cached = kvd_store_join(path, l->c->cache, name, NULL) == 0 && access(path, R_OK) == 0;
     l->n++;
     return KVD_OK;
 }
 
 static void add_model(struct listing *l, const char *model, bool refresh)
 {
-    char name[KVD_MAX_NAME + 16], path[PATH_CAP];
+    char name[KVD_MAX_NAME + 16], path[KVD_STORE_PATH];
     if (!word_valid(model, strlen(model), true))
         return;
     snprintf(name, sizeof(name), "models/%s.json", model);
     if (refresh)
         mirror(l->c, name, MAX_MANIFEST, NULL, NULL, NULL, NULL);
-    json_t *manifest = join(path, l->c->cache, name, NULL) ? NULL : load_json(path, NULL);
+    json_t *manifest =
+        kvd_store_join(path, l->c->cache, name, NULL) ? NULL : kvd_store_load_json(path, NULL);
     const char *tag;
     json_t *info;
     json_object_foreach(json_object_get(manifest, "tags"), tag, info)
@@ -281,12 +283,12 @@ int kvd_store_list(const struct kvd_store_config *c, struct kvd_store_entry **en
                    struct kvd_error *err)
 {
     struct listing l = {.c = c};
-    char path[PATH_CAP];
+    char path[KVD_STORE_PATH];
     struct kvd_error remote = {0};
     int rc = mirror(c, "index.json", MAX_MANIFEST, NULL, NULL, NULL, &remote);
-    if (join(path, c->cache, "index.json", err))
+    if (kvd_store_join(path, c->cache, "index.json", err))
         return KVD_E_INVALID;
-    json_t *index = load_json(path, NULL), *model;
+    json_t *index = kvd_store_load_json(path, NULL), *model;
     size_t i;
     json_array_foreach(json_object_get(index, "models"), i, model) if (json_is_string(model))
         add_model(&l, json_string_value(model), rc == KVD_OK);
@@ -300,9 +302,9 @@ int kvd_store_list(const struct kvd_store_config *c, struct kvd_store_entry **en
     return KVD_OK;
 }
 
-static int write_json(json_t *j, const char *path, struct kvd_error *err)
+int kvd_store_write_json(json_t *j, const char *path, struct kvd_error *err)
 {
-    char tmp[PATH_CAP + 8];
+    char tmp[KVD_STORE_PATH + 8];
     snprintf(tmp, sizeof(tmp), "%s.new", path);
     if (json_dump_file(j, tmp, JSON_INDENT(2) | JSON_SORT_KEYS) || rename(tmp, path)) {
         int e = errno;
@@ -314,10 +316,10 @@ static int write_json(json_t *j, const char *path, struct kvd_error *err)
 
 static int publish_index(const char *directory, const char *model, struct kvd_error *err)
 {
-    char path[PATH_CAP];
-    if (join(path, directory, "index.json", err))
+    char path[KVD_STORE_PATH];
+    if (kvd_store_join(path, directory, "index.json", err))
         return KVD_E_INVALID;
-    json_t *index = load_json(path, NULL), *at;
+    json_t *index = kvd_store_load_json(path, NULL), *at;
     size_t i;
     if (!index)
         index = json_object();
@@ -329,7 +331,7 @@ static int publish_index(const char *directory, const char *model, struct kvd_er
         json_is_string(at) && strcmp(json_string_value(at), model) == 0;
     if (!known)
         json_array_append_new(models, json_string(model));
-    int rc = write_json(index, path, err);
+    int rc = kvd_store_write_json(index, path, err);
     json_decref(index);
     return rc;
 }
@@ -337,11 +339,11 @@ static int publish_index(const char *directory, const char *model, struct kvd_er
 static int publish_manifest(const char *directory, const struct kvd_rotset *set, const char *tag,
                             uint64_t bytes, struct kvd_error *err)
 {
-    char name[KVD_MAX_NAME + 16], path[PATH_CAP];
+    char name[KVD_MAX_NAME + 16], path[KVD_STORE_PATH];
     snprintf(name, sizeof(name), "models/%s.json", set->model);
-    if (join(path, directory, name, err) || make_parents(path, err))
+    if (kvd_store_join(path, directory, name, err) || kvd_store_make_parents(path, err))
         return err ? err->code : KVD_E_INVALID;
-    json_t *manifest = load_json(path, NULL);
+    json_t *manifest = kvd_store_load_json(path, NULL);
     if (!manifest)
         manifest = json_object();
     json_object_set_new(manifest, "model", json_string(set->model));
@@ -352,7 +354,7 @@ static int publish_manifest(const char *directory, const struct kvd_rotset *set,
                               (int)set->heads, "head_dim_k", (int)set->dim_k, "head_dim_v",
                               (int)set->dim_v, "objective", set->objective);
     json_object_set_new(json_object_get(manifest, "tags"), tag, entry);
-    int rc = write_json(manifest, path, err);
+    int rc = kvd_store_write_json(manifest, path, err);
     json_decref(manifest);
     return rc;
 }
@@ -360,7 +362,7 @@ static int publish_manifest(const char *directory, const struct kvd_rotset *set,
 int kvd_store_publish(const char *directory, struct kvd_rotset *set, const char *tag,
                       struct kvd_error *err)
 {
-    char tmp[PATH_CAP], name[128], path[PATH_CAP];
+    char tmp[KVD_STORE_PATH], name[128], path[KVD_STORE_PATH];
     struct stat st;
     if (!word_valid(set->model, strlen(set->model), true) || !word_valid(tag, strlen(tag), false))
         return kvd_fail(err, KVD_E_INVALID,
@@ -369,13 +371,14 @@ int kvd_store_publish(const char *directory, struct kvd_rotset *set, const char 
     int rc = kvd_rotset_check(set, NULL, err);
     if (rc)
         return rc;
-    if (join(tmp, directory, "objects/sha256/incoming", err) || make_parents(tmp, err))
+    if (kvd_store_join(tmp, directory, "objects/sha256/incoming", err) ||
+        kvd_store_make_parents(tmp, err))
         return err ? err->code : KVD_E_INVALID;
     rc = kvd_rotset_write(set, tmp, err);
     if (rc)
         return rc;
-    object_name(name, sizeof(name), set->digest);
-    if (join(path, directory, name, err) || stat(tmp, &st) || rename(tmp, path))
+    kvd_store_object_name(name, sizeof(name), set->digest);
+    if (kvd_store_join(path, directory, name, err) || stat(tmp, &st) || rename(tmp, path))
         return kvd_fail(err, -errno, "%s: %s", path, strerror(errno));
     // The object first, the manifest after it, the index last: a reader never meets a name without
     // its object.

@@ -63,6 +63,22 @@ int kvd_store_list(const struct kvd_store_config *config, struct kvd_store_entry
 // about a second: for a process that stops. Any thread.
 void kvd_store_abort(void);
 
+// Marks a set of the cache, fetching it if need be, so that kvd_store_gc leaves it; or, with
+// `pinned` false, takes the mark off. Errors as kvd_store_fetch.
+int kvd_store_pin(const struct kvd_store_config *config, const char *ref, bool pinned,
+                  char digest[KVD_DIGEST_TEXT], struct kvd_error *err);
+
+struct kvd_store_gc {
+    uint32_t kept, removed; // objects
+    uint64_t freed;         // bytes
+};
+
+// Removes from the cache the sets that no cached manifest's tag names and no pin marks, and what
+// fetches that were cut short left behind a day ago. With `dry`, only counts. KVD_E_CORRUPT when a
+// manifest cannot be read: what it names is not known then, and nothing is removed.
+int kvd_store_collect(const struct kvd_store_config *config, bool dry, struct kvd_store_gc *out,
+                      struct kvd_error *err);
+
 // Writes a set into a directory store under model@tag, with its manifests. Sets set->digest.
 int kvd_store_publish(const char *directory, struct kvd_rotset *set, const char *tag,
                       struct kvd_error *err);

@@ -311,6 +311,39 @@ static int calib_publish(struct kvctl *k, char **argv)
     return rc ? kvctl_fail(&err) : EXIT_OK;
 }
 
+static int calib_pin(struct kvctl *k, const char *ref, bool pinned)
+{
+    struct kvd_store_config c = local_store(k);
+    struct kvd_error err = {0};
+    char digest[KVD_DIGEST_TEXT];
+    if (!kvd_store_ref_valid(ref))
+        return kvctl_usage("'%s' is no set: say model@tag or sha256:<64 hex>", ref);
+    if (kvd_store_pin(&c, ref, pinned, digest, &err))
+        return kvctl_fail(&err);
+    printf(k->json ? "{\"digest\": \"%s\", \"pinned\": %s}\n" : "%s: %s\n", digest,
+           k->json  ? pinned ? "true" : "false"
+           : pinned ? "pinned"
+                    : "no longer pinned");
+    return EXIT_OK;
+}
+
+static int calib_gc(struct kvctl *k, bool dry)
+{
+    struct kvd_store_config c = local_store(k);
+    struct kvd_error err = {0};
+    struct kvd_store_gc gc;
+    char size[32];
+    if (kvd_store_collect(&c, dry, &gc, &err))
+        return kvctl_fail(&err);
+    if (k->json)
+        printf("{\"removed\": %u, \"freed\": %llu, \"kept\": %u, \"dry\": %s}\n", gc.removed,
+               (unsigned long long)gc.freed, gc.kept, dry ? "true" : "false");
+    else
+        printf("%s: %s %u sets, %s; %u stay\n", c.cache, dry ? "would remove" : "removed",
+               gc.removed, kvd_format_size(gc.freed, size, sizeof(size)), gc.kept);
+    return EXIT_OK;
+}
+
 // What fits rotation sets lies beside kvctl: it wants OpenBLAS, which an operator's kvctl does not.
 static int calib_helper(char **argv)
 {
@@ -330,6 +363,10 @@ int cmd_calib(struct kvctl *k, int argc, char **argv)
     const char *verb = argc > 1 ? argv[1] : "ls";
     if (strcmp(verb, "fit") == 0 || strcmp(verb, "eval") == 0)
         return calib_helper(argv + 1);
+    if ((strcmp(verb, "pin") == 0 || strcmp(verb, "unpin") == 0) && argc == 3)
+        return calib_pin(k, argv[2], *verb == 'p');
+    if (strcmp(verb, "gc") == 0 && (argc == 2 || (argc == 3 && strcmp(argv[2], "--dry-run") == 0)))
+        return calib_gc(k, argc == 3);
     if (strcmp(verb, "publish") == 0 && argc == 4)
         return calib_publish(k, argv + 2);
     if (strcmp(verb, "ls") == 0 && argc <= 2)
@@ -347,5 +384,5 @@ int cmd_calib(struct kvctl *k, int argc, char **argv)
     return kvctl_usage("it is: calib ls | show SET|FILE | verify SET|FILE | fetch SET | import "
                        "K.pt V.pt MODEL@TAG | hadamard MODEL@TAG LAYERS DIM | fit DUMP OUT | "
                        "eval DUMP SET... | "
-                       "publish FILE MODEL@TAG");
+                       "publish FILE MODEL@TAG | pin SET | unpin SET | gc [--dry-run]");
 }

@@ -214,9 +214,53 @@ def test_kvctl_on_files(store, folder):
     damaged = folder / "damaged.safetensors"
     damaged.write_bytes(obj.read_bytes()[:-1])
     r = run("calib", "verify", str(damaged))
-    assert r.returncode == 1 and "digest" in r.stderr
+    assert r.returncode == 1 and "truncated" in r.stderr
     assert run("calib", "verify", str(folder / "none.safetensors")).returncode == 1
     assert run("calib", "verify", "neither").returncode == 1
+
+
+def test_pins_and_removal(folder):
+    store, cache = folder / "gc-store", folder / "gc-cache"
+    objects = cache / "objects/sha256"
+
+    def calib(*arguments, code=0):
+        r = subprocess.run([KVCTL, "--json", "--store", f"file://{store}", "--cache", cache, "calib", *arguments],
+                           capture_output=True, text=True)
+        assert r.returncode == code, r.stdout + r.stderr
+        return json.loads(r.stdout) if code == 0 else r.stderr
+
+    def publish(tag, layers):
+        r = subprocess.run([KVCTL, "--json", "--store", store, "calib", "hadamard", f"a/b@{tag}", layers, "64"],
+                           check=True, capture_output=True)
+        calib("fetch", f"a/b@{tag}")
+        return json.loads(r.stdout)["digest"]
+
+    def names():
+        return {f"sha256:{p.name[:64]}" for p in objects.iterdir()}
+
+    old, pinned = publish("x", "0"), publish("y", "0-1")
+    assert calib("pin", "a/b@y") == {"digest": pinned, "pinned": True}
+    new, third = publish("x", "0-2"), publish("y", "0-3")
+    assert names() == {old, pinned, new, third}
+    assert calib("gc", "--dry-run") | {"freed": 0} == {"removed": 1, "freed": 0, "kept": 3, "dry": True}
+    assert names() == {old, pinned, new, third}
+    # A manifest that cannot be read, or names nothing: nothing is removed.
+    (cache / "models/c.json").write_text("{")
+    assert "c.json" in calib("gc", code=1)
+    (cache / "models/c.json").write_text("[]")
+    assert "without tags" in calib("gc", code=1)
+    (cache / "models/c.json").unlink()
+    stale, fresh = objects / "0.safetensors.AAAAAA", objects / "0.safetensors.BBBBBB"
+    stale.write_text("x"), fresh.write_text("x")
+    os.utime(stale, (1, 1))
+    freed = (objects / f"{old[7:]}.safetensors").stat().st_size
+    assert calib("gc") == {"removed": 1, "freed": freed + 1, "kept": 3, "dry": False}
+    assert not stale.exists() and fresh.exists()
+    fresh.unlink()
+    assert names() == {pinned, new, third}
+    assert calib("unpin", pinned) == {"digest": pinned, "pinned": False}
+    assert calib("gc")["removed"] == 1 and names() == {new, third}
+    assert "no tag z" in calib("pin", "a/b@z", code=1)
 
 
 def test_stopping_while_a_fetch_hangs(start):
