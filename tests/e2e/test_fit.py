@@ -175,6 +175,17 @@ def test_directions_without_data_get_a_fixed_basis(tmp_path):
     assert np.abs(u @ u.T - np.eye(64)).max() < 1e-12
     # What has no data in K are the axes 40 to 63, in their order.
     assert np.abs(u[40:, :24] - np.eye(24)).max() < 1e-9
+    # V's do not lie along the axes: the basis is that of a Gram-Schmidt process over the deepest unit vectors.
+    u = s["v.rotation"][0, 0][:, :14]
+    projector = np.linalg.eigh(s["v.covariance"][0, 0])[1][:, :14]
+    projector = projector @ projector.T
+    for j in range(14):
+        depth = np.diag(projector)
+        i = np.argmax(depth > depth.max() * (1 - 1e-6))
+        x = projector[:, i] / np.sqrt(depth[i])
+        projector = projector - np.outer(x, x)
+        top = np.argmax(np.abs(x) > np.abs(x).max() * (1 - 1e-6))  # the first of equals
+        assert np.abs(u[:, j] - x * np.sign(x[top])).max() < 1e-6
 
 
 @pytest.mark.parametrize("change,text", [
