@@ -24,6 +24,12 @@ static bool general(const attend_params &p)
     return p.q_len > 1 || p.window || p.softcap > 0 || !same_dims(p);
 }
 
+// Sixteen warps a multiprocessor, in blocks of 4, 8 or 16.
+static bool small_blocks(const attend_params &p)
+{
+    return n_tiles(p) == 1 && p.dim_k <= 128 && !general(p);
+}
+
 template <int NT, int D> static cudaError_t launch_same(const attend_params &p, cudaStream_t stream)
 {
     return general(p) ? launch_attend<true, NT, D, D, 4>(p, stream)
@@ -72,7 +78,7 @@ extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t 
     bool plain = p->codec == KVD_CODEC_BF16;
     uint32_t tiles_max = plain ? 0 : (history_max + PAGE - 1) / PAGE;
     uint64_t tiles = plain ? 0 : history_sum / PAGE * p->kv_heads * blocks;
-    uint32_t small = nt == 1 && p->dim_k <= 128 && !general(*p); // four blocks a multiprocessor
+    bool small = small_blocks(*p);
     // Larger blocks leave fewer parts to merge, and rotate q less often; with many units there is
     // nothing to merge, and smaller ones hide each other's beginnings and ends.
     p->warps = !small || units >= 8 * multiprocessors ? 4 : units * 2 > multiprocessors ? 8 : 16;
@@ -107,6 +113,7 @@ extern "C" int kvd_cuda_attend(const struct kvd_cuda_attend_params *p, struct CU
         p->sequences > 65535 || p->splits + p->window_splits == 0 || p->splits > MAX_SPLITS ||
         p->window_splits > MAX_WINDOW_SPLITS || p->part_tiles == 0 ||
         (p->new_tokens && p->new_tokens != p->q_len) ||
+        (p->warps != 4 && !(small_blocks(*p) && (p->warps == 8 || p->warps == 16))) ||
         (uint64_t)p->kv_heads * n_row_blocks(*p, n_tiles(*p)) > 65535)
         return -1;
     if (p->dim_k == 64)
