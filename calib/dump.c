@@ -334,11 +334,11 @@ int kvd_dump_read(const struct kvd_dump *d, const struct kvd_dump_piece *p, enum
     if (all_finite(out, values))
         return KVD_OK;
     for (uint64_t i = 0; i < values; i++)
-        if (!isfinite(out[i]))
+        if (!isfinite(out[i])) {
+            unsigned long long token = first + i / row, head = i % row / d->dim[side];
             return kvd_fail(err, KVD_E_CORRUPT,
                             "%s: layer %u, %c: token %llu, head %llu has NaN or Inf", f->path,
-                            d->layers[p->layer], side_names[side],
-                            (unsigned long long)(first + i / row),
-                            (unsigned long long)(i % row / d->dim[side]));
+                            d->layers[p->layer], side_names[side], token, head);
+        }
     return KVD_OK;
 }

@@ -191,8 +191,8 @@ static char *make_header(const struct kvd_tensor_source *tensors, uint32_t n, js
             json_array_append_new(dims, json_integer((json_int_t)tensors[i].shape[d]));
         json_object_set_new(t, "dtype", json_string(types[tensors[i].type].name));
         json_object_set_new(t, "shape", dims);
-        json_object_set_new(t, "data_offsets",
-                            json_pack("[I,I]", (json_int_t)at, (json_int_t)(at + bytes)));
+        json_int_t begin = (json_int_t)at, end = begin + (json_int_t)bytes;
+        json_object_set_new(t, "data_offsets", json_pack("[I,I]", begin, end));
         json_object_set_new(root, tensors[i].name, t);
         at += bytes;
     }
