@@ -92,14 +92,15 @@ static bool unwanted(const char *name, const struct stat *st, const json_t *name
                      struct kvd_store_gc *out)
 {
     size_t n = strlen(name);
-    if (n == 64 + sizeof(suffix) - 1 && strcmp(name + 64, suffix) == 0) {
+    bool object = n > 64 && strcmp(name + 64, suffix) == 0;
+    if (object || (n > 64 && strcmp(name + 64, ".sig") == 0)) {
         char digest[KVD_DIGEST_TEXT];
         snprintf(digest, sizeof(digest), "sha256:%.64s", name);
         if (json_object_get(named, digest)) {
-            out->kept++;
+            out->kept += object;
             return false;
         }
-        out->removed++;
+        out->removed += object;
         return true;
     }
     return strstr(name, suffix) && time(NULL) - st->st_mtime > STALE_SECONDS;

@@ -6,9 +6,14 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 
+#include "calib/safetensors.h"
+#include "calib/sign.h"
 #include "calib/transfer.h"
 
 enum { MAX_MANIFEST = 1 << 20 };
+
+// What a file of a store is.
+enum kind { MANIFEST, SET, SIGNATURE };
 
 // A model or tag: parts of [A-Za-z0-9._-] that do not begin with a dot.
 static bool word_valid(const char *text, size_t n, bool slashes)
@@ -72,6 +77,11 @@ int kvd_store_join(char out[KVD_STORE_PATH], const char *base, const char *rest,
     return KVD_OK;
 }
 
+static int signature_name(char *out, size_t cap, const char *digest)
+{
+    return snprintf(out, cap, "objects/sha256/%s.sig", digest + 7);
+}
+
 int kvd_store_object_name(char *out, size_t cap, const char *digest)
 {
     return snprintf(out, cap, "objects/sha256/%s.safetensors", digest + 7);
@@ -95,11 +105,16 @@ json_t *kvd_store_load_json(const char *path, struct kvd_error *err)
 
 // What arrived must make sense before it replaces what the cache has: a digest names bytes, a name
 // not even that.
-static int inspect(const char *path, bool is_set, const char *url, struct kvd_error *err)
+static int inspect(const char *path, enum kind kind, const char *url, struct kvd_error *err)
 {
+    struct stat st;
     struct kvd_error local = {0};
     bool ok;
-    if (is_set) {
+    if (kind == SIGNATURE) {
+        ok = stat(path, &st) == 0 && st.st_size == KVD_SIGNATURE_BYTES;
+        if (!ok)
+            kvd_fail(&local, KVD_E_CORRUPT, "a signature has %d bytes", KVD_SIGNATURE_BYTES);
+    } else if (kind == SET) {
         struct kvd_rotset *set = kvd_rotset_read(path, &local);
         ok = set;
         kvd_rotset_free(&set);
@@ -112,7 +127,7 @@ static int inspect(const char *path, bool is_set, const char *url, struct kvd_er
 }
 
 // Fetches <store>/<name> to <cache>/<name>. The old file stays if anything fails.
-static int mirror(const struct kvd_store_config *c, const char *name, uint64_t max,
+static int mirror(const struct kvd_store_config *c, const char *name, enum kind kind, uint64_t max,
                   const char *digest, kvd_store_progress *progress, void *ctx,
                   struct kvd_error *err)
 {
@@ -141,7 +156,7 @@ static int mirror(const struct kvd_store_config *c, const char *name, uint64_t m
     if (rc == KVD_OK && (fchmod(fd, 0644) || fsync(fd)))
         rc = kvd_fail(err, -errno, "%s: %s", tmp, strerror(errno));
     if (rc == KVD_OK)
-        rc = inspect(tmp, digest, url, err);
+        rc = inspect(tmp, kind, url, err);
     if (rc == KVD_OK && rename(tmp, path))
         rc = kvd_fail(err, -errno, "%s: %s", path, strerror(errno));
     if (rc)
@@ -180,7 +195,7 @@ static int resolve(const struct kvd_store_config *c, const char *ref, char diges
             "%.200s is no rotation set: say model@tag, sha256:<hex>, hadamard or identity", ref);
     snprintf(name, sizeof(name), "models/%s.json", model);
     struct kvd_error remote = {0};
-    int rc = mirror(c, name, MAX_MANIFEST, NULL, NULL, NULL, &remote);
+    int rc = mirror(c, name, MANIFEST, MAX_MANIFEST, NULL, NULL, NULL, &remote);
     if (rc == KVD_E_NOT_FOUND)
         return kvd_fail(err, rc, "the store has no model %s", model);
     if (kvd_store_join(path, c->cache, name, err))
@@ -191,6 +206,34 @@ static int resolve(const struct kvd_store_config *c, const char *ref, char diges
     rc = tag_digest(manifest, model, tag, digest, err);
     json_decref(manifest);
     return rc;
+}
+
+// The signature in the cache; if it is not there or not good, the store's.
+static int check_signature(const struct kvd_store_config *c, const char *digest,
+                           struct kvd_error *err)
+{
+    char name[128], path[KVD_STORE_PATH];
+    uint8_t signature[KVD_SIGNATURE_BYTES];
+    if (!c->public_key || !*c->public_key)
+        return KVD_OK;
+    signature_name(name, sizeof(name), digest);
+    if (kvd_store_join(path, c->cache, name, err))
+        return KVD_E_INVALID;
+    for (int fetched = 0; fetched < 2; fetched++) {
+        if (fetched && mirror(c, name, SIGNATURE, KVD_SIGNATURE_BYTES, NULL, NULL, NULL, err))
+            return err->code == KVD_E_NOT_FOUND
+                       ? kvd_fail(err, KVD_E_DENIED,
+                                  "%s is not signed, and only sets signed by %s are taken", digest,
+                                  c->public_key)
+                       : err->code;
+        int fd KVD_CLOSE = open(path, O_RDONLY | O_CLOEXEC);
+        ssize_t n = fd < 0 ? 0 : read(fd, signature, sizeof(signature));
+        if (n == sizeof(signature) &&
+            kvd_sign_verify(c->public_key, digest, signature, sizeof(signature), err) == KVD_OK)
+            return KVD_OK;
+    }
+    unlink(path);
+    return err->code ? err->code : kvd_fail(err, KVD_E_DENIED, "%s: unreadable signature", digest);
 }
 
 int kvd_store_fetch(const struct kvd_store_config *c, const char *ref, kvd_store_progress *progress,
@@ -217,12 +260,16 @@ int kvd_store_fetch(const struct kvd_store_config *c, const char *ref, kvd_store
         }
     }
     if (remote) {
-        rc = mirror(c, name, KVD_ROTSET_MAX_BYTES, digest, progress, ctx, err);
+        rc = mirror(c, name, SET, KVD_ROTSET_MAX_BYTES, digest, progress, ctx, err);
         if (rc)
             return rc;
         set = kvd_rotset_read(path, err);
         if (!set)
             return err->code;
+    }
+    if (check_signature(c, digest, err)) {
+        kvd_rotset_free(&set);
+        return err->code;
     }
     *out = set;
     if (source)
@@ -269,7 +316,7 @@ static void add_model(struct listing *l, const char *model, bool refresh)
         return;
     snprintf(name, sizeof(name), "models/%s.json", model);
     if (refresh)
-        mirror(l->c, name, MAX_MANIFEST, NULL, NULL, NULL, NULL);
+        mirror(l->c, name, MANIFEST, MAX_MANIFEST, NULL, NULL, NULL, NULL);
     json_t *manifest =
         kvd_store_join(path, l->c->cache, name, NULL) ? NULL : kvd_store_load_json(path, NULL);
     const char *tag;
@@ -285,7 +332,7 @@ int kvd_store_list(const struct kvd_store_config *c, struct kvd_store_entry **en
     struct listing l = {.c = c};
     char path[KVD_STORE_PATH];
     struct kvd_error remote = {0};
-    int rc = mirror(c, "index.json", MAX_MANIFEST, NULL, NULL, NULL, &remote);
+    int rc = mirror(c, "index.json", MANIFEST, MAX_MANIFEST, NULL, NULL, NULL, &remote);
     if (kvd_store_join(path, c->cache, "index.json", err))
         return KVD_E_INVALID;
     json_t *index = kvd_store_load_json(path, NULL), *model;
@@ -359,8 +406,20 @@ static int publish_manifest(const char *directory, const struct kvd_rotset *set,
     return rc;
 }
 
+static int publish_signature(const char *directory, const char *digest, const char *key,
+                             struct kvd_error *err)
+{
+    char name[128], path[KVD_STORE_PATH];
+    uint8_t signature[KVD_SIGNATURE_BYTES];
+    signature_name(name, sizeof(name), digest);
+    if (kvd_store_join(path, directory, name, err) || kvd_sign(key, digest, signature, err) ||
+        kvd_write_file(path, signature, sizeof(signature), err))
+        return err ? err->code : KVD_E_INVALID;
+    return KVD_OK;
+}
+
 int kvd_store_publish(const char *directory, struct kvd_rotset *set, const char *tag,
-                      struct kvd_error *err)
+                      const char *key, struct kvd_error *err)
 {
     char tmp[KVD_STORE_PATH], name[128], path[KVD_STORE_PATH];
     struct stat st;
@@ -380,6 +439,8 @@ int kvd_store_publish(const char *directory, struct kvd_rotset *set, const char 
     kvd_store_object_name(name, sizeof(name), set->digest);
     if (kvd_store_join(path, directory, name, err) || stat(tmp, &st) || rename(tmp, path))
         return kvd_fail(err, -errno, "%s: %s", path, strerror(errno));
+    if (key && publish_signature(directory, set->digest, key, err))
+        return err ? err->code : KVD_E_INVALID;
     // The object first, the manifest after it, the index last: a reader never meets a name without
     // its object.
     rc = publish_manifest(directory, set, tag, (uint64_t)st.st_size, err);

@@ -4,8 +4,9 @@
 // A store is a directory that any static HTTP server can serve:
 //   index.json                        {"models": ["Qwen/Qwen3-8B", ...]}
 //   models/<model>.json               {"model": ..., "tags": {"<tag>": {"digest": "sha256:...",
-//   "bytes": n}}} objects/sha256/<hex>.safetensors  native rotation sets, named by the digest of
-//   the file
+//   "bytes": n}}}
+//   objects/sha256/<hex>.safetensors  native rotation sets, named by the digest of the file
+//   objects/sha256/<hex>.sig          a signature (calib/sign.h), if there is one
 // The cache has the same layout, so that a cache can be served as a store. A file enters the cache
 // only when it is complete, has the digest that was asked for and passes kvd_rotset_check.
 //
@@ -20,7 +21,9 @@ struct kvd_store_config {
         *url; // "file:///path", "/path", "http://..." or "https://..."; NULL or "": only the cache
     const char *cache; // directory, made if need be
     uint32_t
-        timeout_ms;   // for one transfer; 0: 60,000. A server silent for 10 s is given up earlier.
+        timeout_ms; // for one transfer; 0: 60,000. A server silent for 10 s is given up earlier.
+    const char
+        *public_key; // PEM, Ed25519: only sets signed by its private key are taken; NULL or "": any
     uint32_t retries; // after the first try, with growing pauses; counts network failures and 5xx
 };
 
@@ -48,8 +51,8 @@ bool kvd_store_ref_valid(const char *ref);
 // Gets a set: from the cache when its digest is known and present, else from the store. When the
 // store cannot be reached, a tag is resolved from the cached manifest. KVD_E_NOT_FOUND (no such
 // model, tag or object), KVD_E_UNAVAILABLE (store unreachable and not cached), KVD_E_CORRUPT
-// (failed verification; nothing is kept), KVD_E_LIMIT (too large), a negative errno (cache not
-// writable, disk full). *source may be NULL.
+// (failed verification; nothing is kept), KVD_E_DENIED (not signed by the configured key),
+// KVD_E_LIMIT (too large), a negative errno (cache not writable, disk full). *source may be NULL.
 int kvd_store_fetch(const struct kvd_store_config *config, const char *ref,
                     kvd_store_progress *progress, void *ctx, struct kvd_rotset **out,
                     enum kvd_store_source *source, struct kvd_error *err);
@@ -79,8 +82,9 @@ struct kvd_store_gc {
 int kvd_store_collect(const struct kvd_store_config *config, bool dry, struct kvd_store_gc *out,
                       struct kvd_error *err);
 
-// Writes a set into a directory store under model@tag, with its manifests. Sets set->digest.
+// Writes a set into a directory store under model@tag, with its manifests, signed by the private
+// key in the file `key` if that is not NULL. Sets set->digest.
 int kvd_store_publish(const char *directory, struct kvd_rotset *set, const char *tag,
-                      struct kvd_error *err);
+                      const char *key, struct kvd_error *err);
 
 #endif

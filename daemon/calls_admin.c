@@ -361,6 +361,7 @@ static struct kvd_store_config store_of(const struct store_call *s)
     return (struct kvd_store_config){.url = s->config.store,
                                      .cache = s->config.cache,
                                      .timeout_ms = s->config.store_timeout_ms,
+                                     .public_key = s->config.store_public_key,
                                      .retries = 1};
 }
 

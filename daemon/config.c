@@ -1,5 +1,7 @@
 #include "daemon/config.h"
 
+#include "calib/sign.h"
+
 #include <errno.h>
 #include <grp.h>
 #include <ini.h>
@@ -31,6 +33,7 @@ static const struct key keys[] = {
     {"kvd", "metrics", TEXT, AT(metrics), 0, 0},
     {"kvd", "store", TEXT, AT(store), 0, 0},
     {"kvd", "cache", TEXT, AT(cache), 0, 0},
+    {"kvd", "store-public-key", TEXT, AT(store_public_key), 0, 0},
     {"kvd", "store-timeout", MILLIS, AT(store_timeout_ms), 100, 3600000},
     {"kvd", "log-level", LEVEL, AT(log_level), 0, 0},
     {"kvd", "drain-timeout", MILLIS, AT(drain_timeout_ms), 0, 3600000},
@@ -358,6 +361,8 @@ int kvd_config_finish(struct kvd_config *c, struct kvd_error *err)
         else
             snprintf(c->cache, sizeof(c->cache), "%s/.cache/kvd", user ? user : "/var/tmp");
     }
+    if (c->store_public_key[0] && kvd_sign_check_key(c->store_public_key, err))
+        return kvd_fail_in(err, "store-public-key");
     bool tls = c->tls_cert[0] || c->tls_key[0];
     if (tls && (!c->tls_cert[0] || !c->tls_key[0]))
         return kvd_fail(err, KVD_E_INVALID, "tls: cert and key go together");

@@ -42,6 +42,7 @@ struct kvd_config {
     uint32_t socket_mode;
     char metrics[KVD_CONFIG_TEXT]; // "HOST:PORT", "" turns it off
     char store[KVD_CONFIG_TEXT], cache[KVD_CONFIG_TEXT];
+    char store_public_key[KVD_CONFIG_TEXT]; // PEM; "": sets need no signature
     uint32_t store_timeout_ms;
     enum kvd_log_level log_level;
     uint32_t drain_timeout_ms;

@@ -20,6 +20,7 @@ struct kvd_store_config kvd_rotations_store(const struct kvd_daemon *d)
     return (struct kvd_store_config){.url = d->config.store,
                                      .cache = d->config.cache,
                                      .timeout_ms = d->config.store_timeout_ms,
+                                     .public_key = d->config.store_public_key, // never reloaded
                                      .retries = 2};
 }
 

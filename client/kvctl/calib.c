@@ -27,8 +27,11 @@ static struct kvd_store_config local_store(const struct kvctl *k)
                  : home ? home
                         : "/var/tmp",
                  xdg ? "" : "/.cache");
-    return (struct kvd_store_config){
-        .url = k->store, .cache = cache, .timeout_ms = k->timeout_ms, .retries = 2};
+    return (struct kvd_store_config){.url = k->store,
+                                     .cache = cache,
+                                     .timeout_ms = k->timeout_ms,
+                                     .public_key = k->public_key,
+                                     .retries = 2};
 }
 
 static void on_progress(void *ctx, uint64_t have, uint64_t total)
@@ -233,7 +236,7 @@ static int calib_import(struct kvctl *k, char **argv)
         return kvctl_usage("import writes into a directory store: --store DIR");
     snprintf(model, sizeof(model), "%.*s", (int)(at - argv[2]), argv[2]);
     struct kvd_rotset *set = kvd_rotset_import(argv[0], argv[1], model, &err);
-    int rc = set ? kvd_store_publish(directory, set, at + 1, &err) : err.code;
+    int rc = set ? kvd_store_publish(directory, set, at + 1, k->sign, &err) : err.code;
     if (rc == KVD_OK && k->json)
         printf("{\"model\": \"%s\", \"tag\": \"%s\", \"digest\": \"%s\"}\n", model, at + 1,
                set->digest);
@@ -284,7 +287,7 @@ static int calib_hadamard(struct kvctl *k, char **argv)
     struct kvd_rotset *set = kvd_rotset_hadamard(&g, &err);
     if (set)
         snprintf(set->model, sizeof(set->model), "%.*s", (int)(at - argv[0]), argv[0]);
-    int rc = set ? kvd_store_publish(directory, set, at + 1, &err) : err.code;
+    int rc = set ? kvd_store_publish(directory, set, at + 1, k->sign, &err) : err.code;
     if (rc == KVD_OK)
         printf(k->json ? "{\"set\": \"%s\", \"digest\": \"%s\"}\n" : "%s is %s\n", argv[0],
                set->digest);
@@ -303,7 +306,7 @@ static int calib_publish(struct kvctl *k, char **argv)
     struct kvd_rotset *set = kvd_rotset_open(argv[0], &err);
     if (set)
         snprintf(set->model, sizeof(set->model), "%.*s", (int)(at - argv[1]), argv[1]);
-    int rc = set ? kvd_store_publish(directory, set, at + 1, &err) : err.code;
+    int rc = set ? kvd_store_publish(directory, set, at + 1, k->sign, &err) : err.code;
     if (rc == KVD_OK)
         printf(k->json ? "{\"set\": \"%s\", \"digest\": \"%s\"}\n" : "%s is %s\n", argv[1],
                set->digest);

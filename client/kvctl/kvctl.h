@@ -19,6 +19,7 @@ struct kvctl {
     const char *address;
     const char *tls_ca, *tls_cert, *tls_key;
     const char *store, *cache; // for calib commands that need no daemon
+    const char *sign, *public_key;
     bool json;
     uint32_t timeout_ms;
     struct kvd_channel *channel; // made on first use

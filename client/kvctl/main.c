@@ -20,7 +20,15 @@ static const struct command commands[] = {
     {"version", "", "Versions of kvctl and the daemon", cmd_version},
 };
 
-enum { OPT_TLS_CA = 1000, OPT_TLS_CERT, OPT_TLS_KEY, OPT_STORE, OPT_CACHE };
+enum {
+    OPT_TLS_CA = 1000,
+    OPT_TLS_CERT,
+    OPT_TLS_KEY,
+    OPT_STORE,
+    OPT_CACHE,
+    OPT_SIGN,
+    OPT_PUBLIC_KEY
+};
 
 static const struct argp_option options[] = {
     {"address", 'a', "ADDRESS", 0,
@@ -32,6 +40,8 @@ static const struct argp_option options[] = {
     {"tls-key", OPT_TLS_KEY, "FILE", 0, "Its key", 1},
     {"store", OPT_STORE, "URL", 0, "calib: use this store, without a daemon", 2},
     {"cache", OPT_CACHE, "DIR", 0, "calib: use this cache, without a daemon", 2},
+    {"sign", OPT_SIGN, "FILE", 0, "calib: sign what is published with this Ed25519 private key", 2},
+    {"public-key", OPT_PUBLIC_KEY, "FILE", 0, "calib: take only sets signed with this key", 2},
     {0},
 };
 
@@ -72,6 +82,12 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         break;
     case OPT_CACHE:
         a->k.cache = arg;
+        break;
+    case OPT_SIGN:
+        a->k.sign = arg;
+        break;
+    case OPT_PUBLIC_KEY:
+        a->k.public_key = arg;
         break;
     case ARGP_KEY_ARG:
         a->first = state->next - 1;

@@ -263,6 +263,62 @@ def test_pins_and_removal(folder):
     assert "no tag z" in calib("pin", "a/b@z", code=1)
 
 
+def test_signed_sets(start, folder, store):
+    other = folder / "signed"
+    keys = []
+    for name in ("right", "wrong"):
+        key, public = folder / f"{name}.pem", folder / f"{name}.pub"
+        subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", key], check=True, capture_output=True)
+        subprocess.run(["openssl", "pkey", "-in", key, "-pubout", "-out", public], check=True)
+        keys += [key, public]
+    right, right_public, _, wrong_public = keys
+
+    def kvctl(*arguments):
+        return subprocess.run([KVCTL, *map(str, arguments)], capture_output=True, text=True)
+
+    r = kvctl("--json", "--store", other, "--sign", right, "calib", "hadamard", REF, "0-3", "64")
+    assert r.returncode == 0, r.stderr
+    digest = json.loads(r.stdout)["digest"]
+    signature = other / f"objects/sha256/{digest[7:]}.sig"
+    message = folder / "message"
+    message.write_text(f"kvd-rotation-set/1 {digest}\n")
+    subprocess.run(["openssl", "pkeyutl", "-verify", "-rawin", "-pubin", "-inkey", right_public, "-in", message,
+                    "-sigfile", signature], check=True, capture_output=True)
+
+    # By kvctl: the right key, the wrong one, no signature, a signature of something else.
+    def fetch(where, public, cache):
+        return kvctl("--store", f"file://{where}", "--cache", folder / cache, "--public-key", public, "calib", "fetch", REF)
+
+    assert fetch(other, right_public, "c1").returncode == 0
+    assert "not of the key" in fetch(other, wrong_public, "c1").stderr
+    assert fetch(other, right_public, "c1").returncode == 0
+    assert "is not signed" in fetch(store[0], right_public, "c2").stderr
+    assert "not an Ed25519 public key" in fetch(other, message, "c1").stderr
+    good = signature.read_bytes()
+    # A bad signature in the cache is fetched again; a bad one in the store is refused.
+    (folder / f"c1/objects/sha256/{digest[7:]}.sig").write_bytes(bytes(64))
+    assert fetch(other, right_public, "c1").returncode == 0
+    signature.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert "not of the key" in fetch(other, right_public, "c3").stderr
+    signature.write_bytes(good + b"x")
+    assert fetch(other, right_public, "c3").returncode == 1
+    signature.write_bytes(good)
+    # Without the store, what the cache has suffices.
+    r = kvctl("--store", "http://127.0.0.1:1", "--cache", folder / "c1", "--public-key", right_public, "calib", "fetch", REF)
+    assert r.returncode == 0, r.stderr
+
+    # By the daemon.
+    kvd = start("--store", f"file://{other}", config=f"[kvd]\nstore-public-key = {right_public}\n")
+    open_with(kvd)
+    kvd.stop()
+    kvd = start("--store", f"file://{store[0]}", config=f"[kvd]\nstore-public-key = {wrong_public}\n")
+    refused(kvd, "PERMISSION_DENIED", "not")
+    open_with(kvd, "hadamard")
+    kvd.stop()
+    bad = start(config=f"[kvd]\nstore-public-key = {folder}/none\n", wait=False)
+    assert bad.process.wait(10) != 0 and "store-public-key" in bad.text()
+
+
 def test_stopping_while_a_fetch_hangs(start):
     """The daemon must not wait for a dead store, nor answer a call that gRPC has let go of."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bad)
