@@ -383,8 +383,9 @@ static int publish_index(const char *directory, const char *model, struct kvd_er
     return rc;
 }
 
-static int publish_manifest(const char *directory, const struct kvd_rotset *set, const char *tag,
-                            uint64_t bytes, struct kvd_error *err)
+static int publish_manifest(const char *directory, const struct kvd_rotset *set,
+                            const struct kvd_publish_options *o, uint64_t bytes,
+                            struct kvd_error *err)
 {
     char name[KVD_MAX_NAME + 16], path[KVD_STORE_PATH];
     snprintf(name, sizeof(name), "models/%s.json", set->model);
@@ -396,11 +397,14 @@ static int publish_manifest(const char *directory, const struct kvd_rotset *set,
     json_object_set_new(manifest, "model", json_string(set->model));
     if (!json_is_object(json_object_get(manifest, "tags")))
         json_object_set_new(manifest, "tags", json_object());
-    json_t *entry = json_pack("{s:s, s:I, s:i, s:i, s:i, s:i, s:s}", "digest", set->digest, "bytes",
-                              (json_int_t)bytes, "layers", (int)set->n_layers, "heads",
-                              (int)set->heads, "head_dim_k", (int)set->dim_k, "head_dim_v",
-                              (int)set->dim_v, "objective", set->objective);
-    json_object_set_new(json_object_get(manifest, "tags"), tag, entry);
+    json_t *entry =
+        json_pack("{s:s, s:I, s:i, s:i, s:i, s:i, s:s, s:s}", "digest", set->digest, "bytes",
+                  (json_int_t)bytes, "layers", (int)set->n_layers, "heads", (int)set->heads,
+                  "head_dim_k", (int)set->dim_k, "head_dim_v", (int)set->dim_v, "objective",
+                  set->objective, "provenance", set->provenance);
+    if (o->evaluation)
+        json_object_set(entry, "evaluation", o->evaluation);
+    json_object_set_new(json_object_get(manifest, "tags"), o->tag, entry);
     int rc = kvd_store_write_json(manifest, path, err);
     json_decref(manifest);
     return rc;
@@ -418,15 +422,16 @@ static int publish_signature(const char *directory, const char *digest, const ch
     return KVD_OK;
 }
 
-int kvd_store_publish(const char *directory, struct kvd_rotset *set, const char *tag,
-                      const char *key, struct kvd_error *err)
+int kvd_store_publish(const char *directory, struct kvd_rotset *set,
+                      const struct kvd_publish_options *o, struct kvd_error *err)
 {
     char tmp[KVD_STORE_PATH], name[128], path[KVD_STORE_PATH];
     struct stat st;
-    if (!word_valid(set->model, strlen(set->model), true) || !word_valid(tag, strlen(tag), false))
+    if (!word_valid(set->model, strlen(set->model), true) ||
+        !word_valid(o->tag, strlen(o->tag), false))
         return kvd_fail(err, KVD_E_INVALID,
                         "%.100s@%.100s: models and tags have letters, digits, '.', '_', '-'",
-                        set->model, tag);
+                        set->model, o->tag);
     int rc = kvd_rotset_check(set, NULL, err);
     if (rc)
         return rc;
@@ -439,10 +444,10 @@ int kvd_store_publish(const char *directory, struct kvd_rotset *set, const char 
     kvd_store_object_name(name, sizeof(name), set->digest);
     if (kvd_store_join(path, directory, name, err) || stat(tmp, &st) || rename(tmp, path))
         return kvd_fail(err, -errno, "%s: %s", path, strerror(errno));
-    if (key && publish_signature(directory, set->digest, key, err))
+    if (o->key && publish_signature(directory, set->digest, o->key, err))
         return err ? err->code : KVD_E_INVALID;
     // The object first, the manifest after it, the index last: a reader never meets a name without
     // its object.
-    rc = publish_manifest(directory, set, tag, (uint64_t)st.st_size, err);
+    rc = publish_manifest(directory, set, o, (uint64_t)st.st_size, err);
     return rc ? rc : publish_index(directory, set->model, err);
 }

@@ -4,7 +4,7 @@
 // A store is a directory that any static HTTP server can serve:
 //   index.json                        {"models": ["Qwen/Qwen3-8B", ...]}
 //   models/<model>.json               {"model": ..., "tags": {"<tag>": {"digest": "sha256:...",
-//   "bytes": n}}}
+//   "bytes": n, shape, objective, provenance, evaluation}}}
 //   objects/sha256/<hex>.safetensors  native rotation sets, named by the digest of the file
 //   objects/sha256/<hex>.sig          a signature (calib/sign.h), if there is one
 // The cache has the same layout, so that a cache can be served as a store. A file enters the cache
@@ -13,6 +13,8 @@
 // All calls block and may be made from any thread, several at a time.
 #ifndef KVD_CALIB_STORE_H
 #define KVD_CALIB_STORE_H
+
+#include <jansson.h>
 
 #include "calib/rotset.h"
 
@@ -82,9 +84,14 @@ struct kvd_store_gc {
 int kvd_store_collect(const struct kvd_store_config *config, bool dry, struct kvd_store_gc *out,
                       struct kvd_error *err);
 
-// Writes a set into a directory store under model@tag, with its manifests, signed by the private
-// key in the file `key` if that is not NULL. Sets set->digest.
-int kvd_store_publish(const char *directory, struct kvd_rotset *set, const char *tag,
-                      const char *key, struct kvd_error *err);
+struct kvd_publish_options {
+    const char *tag;
+    const char *key;    // file of a private key to sign with; NULL: no signature
+    json_t *evaluation; // goes into the manifest beside the set's shape; NULL: none
+};
+
+// Writes a set into a directory store under model@tag, with its manifests. Sets set->digest.
+int kvd_store_publish(const char *directory, struct kvd_rotset *set,
+                      const struct kvd_publish_options *o, struct kvd_error *err);
 
 #endif

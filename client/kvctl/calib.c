@@ -236,7 +236,9 @@ static int calib_import(struct kvctl *k, char **argv)
         return kvctl_usage("import writes into a directory store: --store DIR");
     snprintf(model, sizeof(model), "%.*s", (int)(at - argv[2]), argv[2]);
     struct kvd_rotset *set = kvd_rotset_import(argv[0], argv[1], model, &err);
-    int rc = set ? kvd_store_publish(directory, set, at + 1, k->sign, &err) : err.code;
+    int rc = set ? kvd_store_publish(directory, set,
+                                     &(struct kvd_publish_options){at + 1, k->sign, NULL}, &err)
+                 : err.code;
     if (rc == KVD_OK && k->json)
         printf("{\"model\": \"%s\", \"tag\": \"%s\", \"digest\": \"%s\"}\n", model, at + 1,
                set->digest);
@@ -287,7 +289,9 @@ static int calib_hadamard(struct kvctl *k, char **argv)
     struct kvd_rotset *set = kvd_rotset_hadamard(&g, &err);
     if (set)
         snprintf(set->model, sizeof(set->model), "%.*s", (int)(at - argv[0]), argv[0]);
-    int rc = set ? kvd_store_publish(directory, set, at + 1, k->sign, &err) : err.code;
+    int rc = set ? kvd_store_publish(directory, set,
+                                     &(struct kvd_publish_options){at + 1, k->sign, NULL}, &err)
+                 : err.code;
     if (rc == KVD_OK)
         printf(k->json ? "{\"set\": \"%s\", \"digest\": \"%s\"}\n" : "%s is %s\n", argv[0],
                set->digest);
@@ -295,7 +299,38 @@ static int calib_hadamard(struct kvctl *k, char **argv)
     return rc ? kvctl_fail(&err) : EXIT_OK;
 }
 
-static int calib_publish(struct kvctl *k, char **argv)
+// Of a report of `calib eval --json`, what it says of the set with this digest. NULL with *err.
+static json_t *evaluation_of(const char *path, const char *digest, struct kvd_error *err)
+{
+    json_error_t je;
+    json_t *report = json_load_file(path, JSON_REJECT_DUPLICATES, &je), *set, *found = NULL;
+    static const char *const terms[] = {"context", "queries", "sink", "recent", "bits"};
+    size_t i;
+    if (!report) {
+        kvd_fail(err, KVD_E_INVALID, "%s: %s", path, je.text);
+        return NULL;
+    }
+    json_array_foreach(json_object_get(report, "sets"), i, set)
+    {
+        const char *of = json_string_value(json_object_get(set, "digest"));
+        if (found || !of || strcmp(of, digest) != 0)
+            continue;
+        found = json_object();
+        for (size_t t = 0; t < KVD_LEN(terms); t++)
+            json_object_set(found, terms[t], json_object_get(report, terms[t]));
+        for (int mode = 0; mode < 2; mode++) {
+            json_t *figures = json_copy(json_object_get(set, mode ? "no_windows" : "windows"));
+            json_object_del(figures, "layers");
+            json_object_set_new(found, mode ? "no_windows" : "windows", figures);
+        }
+    }
+    json_decref(report);
+    if (!found)
+        kvd_fail(err, KVD_E_INVALID, "%s says nothing of the set %s", path, digest);
+    return found;
+}
+
+static int calib_publish(struct kvctl *k, char **argv, const char *report)
 {
     struct kvd_error err = {0};
     const char *directory = store_directory(k), *at = strchr(argv[1], '@');
@@ -304,12 +339,16 @@ static int calib_publish(struct kvctl *k, char **argv)
     if (!directory)
         return kvctl_usage("publish writes into a directory store: --store DIR");
     struct kvd_rotset *set = kvd_rotset_open(argv[0], &err);
+    struct kvd_publish_options o = {.tag = at + 1, .key = k->sign};
+    if (set && report)
+        o.evaluation = evaluation_of(report, set->digest, &err);
     if (set)
         snprintf(set->model, sizeof(set->model), "%.*s", (int)(at - argv[1]), argv[1]);
-    int rc = set ? kvd_store_publish(directory, set, at + 1, k->sign, &err) : err.code;
+    int rc = set && !err.code ? kvd_store_publish(directory, set, &o, &err) : err.code;
     if (rc == KVD_OK)
         printf(k->json ? "{\"set\": \"%s\", \"digest\": \"%s\"}\n" : "%s is %s\n", argv[1],
                set->digest);
+    json_decref(o.evaluation);
     kvd_rotset_free(&set);
     return rc ? kvctl_fail(&err) : EXIT_OK;
 }
@@ -370,8 +409,8 @@ int cmd_calib(struct kvctl *k, int argc, char **argv)
         return calib_pin(k, argv[2], *verb == 'p');
     if (strcmp(verb, "gc") == 0 && (argc == 2 || (argc == 3 && strcmp(argv[2], "--dry-run") == 0)))
         return calib_gc(k, argc == 3);
-    if (strcmp(verb, "publish") == 0 && argc == 4)
-        return calib_publish(k, argv + 2);
+    if (strcmp(verb, "publish") == 0 && (argc == 4 || argc == 5))
+        return calib_publish(k, argv + 2, argc == 5 ? argv[4] : NULL);
     if (strcmp(verb, "ls") == 0 && argc <= 2)
         return calib_ls(k);
     if (strcmp(verb, "show") == 0 && argc == 3)
@@ -384,8 +423,9 @@ int cmd_calib(struct kvctl *k, int argc, char **argv)
         return calib_import(k, argv + 2);
     if (strcmp(verb, "hadamard") == 0 && argc == 5)
         return calib_hadamard(k, argv + 2);
-    return kvctl_usage("it is: calib ls | show SET|FILE | verify SET|FILE | fetch SET | import "
-                       "K.pt V.pt MODEL@TAG | hadamard MODEL@TAG LAYERS DIM | fit DUMP OUT | "
-                       "eval DUMP SET... | "
-                       "publish FILE MODEL@TAG | pin SET | unpin SET | gc [--dry-run]");
+    return kvctl_usage(
+        "it is: calib ls | show SET|FILE | verify SET|FILE | fetch SET | import "
+        "K.pt V.pt MODEL@TAG | hadamard MODEL@TAG LAYERS DIM | fit DUMP OUT | "
+        "eval DUMP SET... | "
+        "publish FILE MODEL@TAG [REPORT.json] | pin SET | unpin SET | gc [--dry-run]");
 }

@@ -120,7 +120,7 @@ static char *help_text(int key, const char *text, void *input)
     fprintf(f, "\ncalib ls | show SET|FILE | verify SET|FILE | fetch SET\n"
                "calib import K.pt V.pt MODEL@TAG | hadamard MODEL@TAG LAYERS DIM\n"
                "calib fit DUMP OUT | eval DUMP SET... (see calib fit --help)\n"
-               "calib publish FILE MODEL@TAG | pin SET | unpin SET | gc [--dry-run]\n"
+               "calib publish FILE MODEL@TAG [REPORT.json] | pin SET | unpin SET | gc [--dry-run]\n"
                "evict --namespace NS --name NAME --bytes SIZE\n");
     fprintf(f, "\nExit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 no daemon there,\n4 "
                "not allowed. See kvctl(1).");

@@ -96,6 +96,24 @@ def test_names_are_no_markup_in_the_report(tmp_path):
     assert "<script" not in page and "&#60;script&#62;alert(1)&#60;&#38;&#34;set" in page
 
 
+def test_a_report_goes_into_the_manifest(tmp_path):
+    for name, clip in (("set", "0.96,0.92"), ("other", "0.9,0.9")):
+        kvctl("fit", SMOLLM2, tmp_path / name, "--model", "m", "--clip", clip)
+    report, store = tmp_path / "report.json", tmp_path / "store"
+    report.write_text(kvctl("eval", SMOLLM2, tmp_path / "set", "--json", "-c", CONTEXT))
+    r = subprocess.run([KVCTL, "--store", store, "calib", "publish", tmp_path / "set", "m@v1", report])
+    assert r.returncode == 0
+    entry = json.loads((store / "models/m.json").read_text())["tags"]["v1"]
+    figures = json.loads(report.read_text())["sets"][2]["windows"]
+    del figures["layers"]
+    assert entry["evaluation"]["windows"] == figures and entry["evaluation"]["context"] == CONTEXT
+    assert "1280 tokens" in entry["provenance"]
+    r = subprocess.run([KVCTL, "--store", store, "calib", "publish", tmp_path / "other", "m@v2", report],
+                       capture_output=True, text=True)
+    assert r.returncode == 1 and "says nothing of the set sha256:" in r.stderr
+    assert "v2" not in json.loads((store / "models/m.json").read_text())["tags"]
+
+
 def test_fitted_clips_are_the_best_of_their_list(tmp_path):
     kvctl("fit", SMOLLM2, tmp_path / "a", "--fit-clips", SMOLLM2, "--context", CONTEXT)
     sets, meta = read(tmp_path / "a")
