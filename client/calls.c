@@ -328,7 +328,8 @@ kvd_result kvd_read_tokens(kvd_client *c, kvd_layers layers, uint64_t sequence, 
 {
     Kvd__V1__ReadTokensRequest req = KVD__V1__READ_TOKENS_REQUEST__INIT;
     Kvd__V1__ReadTokensReply *reply;
-    Kvd__V1__TensorRef k_ref = tensor(k), v_ref = tensor(v);
+    static const kvd_tensor_ref none;
+    Kvd__V1__TensorRef k_ref = tensor(k ? k : &none), v_ref = tensor(v ? v : &none);
     req.sequence = sequence;
     req.begin = begin;
     req.tokens = count;

@@ -327,12 +327,13 @@ kvd_result kvd_buffer_new(kvd_client *c, uint64_t bytes, kvd_buffer **out, kvd_f
     return lost ? reconnect(c, epoch, &e, err) : kvd_client_fail(err, &e);
 }
 
-void kvd_buffer_free(kvd_buffer **bp)
+void *kvd_buffer_detach(kvd_buffer **bp)
 {
     kvd_buffer *b = KVD_TAKE(*bp);
     if (!b)
-        return;
+        return NULL;
     kvd_client *c = b->client;
+    void *data = b->data;
     pthread_rwlock_wrlock(&c->lock);
     kvd_buffer **link = &c->buffers;
     while (*link != b)
@@ -347,9 +348,17 @@ void kvd_buffer_free(kvd_buffer **bp)
                          NULL) == KVD_OK)
         kvd__v1__release_buffer_reply__free_unpacked(reply, NULL);
     pthread_rwlock_unlock(&c->lock);
-    munmap(b->data, b->size);
     close(b->fd);
     free(b);
+    return data;
+}
+
+void kvd_buffer_free(kvd_buffer **bp)
+{
+    uint64_t size = *bp ? (*bp)->size : 0;
+    void *data = kvd_buffer_detach(bp);
+    if (data)
+        munmap(data, size);
 }
 
 void *kvd_buffer_data(kvd_buffer *b)

@@ -122,7 +122,8 @@ if [ -z "${QUICK:-}" ]; then
         for t in pool kernels calib; do
             suite "$t, asan" "$build-asan/tests/test_$t"
         done
-        pytests "end to end, asan" "$build-asan" -k "not prometheus and not tls and not scalar" .
+        # Python itself is not instrumented: libkvd cannot be loaded into it here.
+        pytests "end to end, asan" "$build-asan" -k "not prometheus and not tls and not scalar" --ignore=test_python.py .
     else
         tail -n 40 "$logs/build"
         count "asan build" 0 1 0

@@ -89,6 +89,9 @@ KVD_API kvd_result kvd_buffer_new(kvd_client *client, uint64_t bytes, kvd_buffer
                                   kvd_failure *err);
 /* Frees it. Calls that use it must have returned. */
 KVD_API void kvd_buffer_free(kvd_buffer **buffer);
+/* Frees it, but for its memory, which stays where it is and is the caller's to munmap (its size
+ * rounded up to pages): for languages whose arrays may outlive a client. Returns that memory. */
+KVD_API void *kvd_buffer_detach(kvd_buffer **buffer);
 KVD_API void *kvd_buffer_data(kvd_buffer *buffer);
 KVD_API uint64_t kvd_buffer_size(const kvd_buffer *buffer);
 
@@ -165,7 +168,8 @@ KVD_API kvd_result kvd_step(kvd_client *client, kvd_layers layers, const kvd_att
 KVD_API kvd_result kvd_rotate(kvd_client *client, bool v, bool inverse, kvd_layers layers,
                               uint32_t rows, uint32_t heads, const kvd_tensor_ref *x,
                               const kvd_tensor_ref *y, kvd_failure *err);
-/* Dequantizes tokens [begin, begin + count) to [layers][count][kv_heads][head_dim], un-rotated. */
+/* Dequantizes tokens [begin, begin + count) to [layers][count][kv_heads][head_dim], un-rotated.
+ * k or v may be NULL: not wanted. */
 KVD_API kvd_result kvd_read_tokens(kvd_client *client, kvd_layers layers, uint64_t sequence,
                                    uint64_t begin, uint32_t count, const kvd_tensor_ref *k,
                                    const kvd_tensor_ref *v, kvd_failure *err);

@@ -1,0 +1,171 @@
+"""libkvd as ctypes sees it. Names and order are those of kvd/kvd.h."""
+import ctypes as c
+import os
+from typing import Any
+
+KVD_BF16, KVD_F32 = 0, 1
+
+
+class Error(Exception):
+    """A call failed, and nothing has changed. The text says what was wrong and how to mend it."""
+
+
+class InvalidError(Error, ValueError):
+    """Malformed or out of range."""
+
+
+class NotFoundError(Error, KeyError):
+    """Unknown, freed or foreign id or name."""
+
+    __str__ = Exception.__str__
+
+
+class ExistsError(Error):
+    """The name is taken."""
+
+
+class PreconditionError(Error):
+    """Not in this state: wrong position, wrong geometry."""
+
+
+class ExhaustedError(Error, MemoryError):
+    """Quota, pool or a limit."""
+
+
+class DeniedError(Error, PermissionError):
+    """Not allowed in this namespace, or a rotation set that is not signed as it should be."""
+
+
+class UnavailableError(Error, ConnectionError):
+    """Daemon not reachable, draining, or its store is down: try again."""
+
+
+class TimeoutError(Error):  # noqa: A001
+    """The call took longer than the client's timeout."""
+
+
+class CorruptError(Error):
+    """A rotation set failed verification."""
+
+
+class LostError(Error):
+    """The daemon was restarted: old sequences are gone, the client works again."""
+
+
+class InternalError(Error):
+    """A fault in kvd or libkvd."""
+
+
+ERRORS = (None, InvalidError, NotFoundError, ExistsError, PreconditionError, ExhaustedError, DeniedError,
+          UnavailableError, TimeoutError, CorruptError, LostError, InternalError)
+
+
+class Failure(c.Structure):
+    _fields_ = [("code", c.c_int), ("text", c.c_char * 512)]
+
+
+class Options(c.Structure):
+    _fields_ = [
+        ("address", c.c_char_p), ("namespace_name", c.c_char_p), ("client_name", c.c_char_p), ("timeout_ms", c.c_uint32),
+        ("layers", c.POINTER(c.c_uint32)), ("n_layers", c.c_uint32), ("q_heads", c.c_uint32), ("kv_heads", c.c_uint32),
+        ("head_dim_k", c.c_uint32), ("head_dim_v", c.c_uint32), ("codec", c.c_char_p), ("rotation_set", c.c_char_p),
+        ("sink", c.c_uint32), ("recent", c.c_uint32), ("no_windows", c.c_bool),
+    ]
+
+
+class Info(c.Structure):
+    _fields_ = [("version", c.c_char_p), ("backend", c.c_char_p), ("instance", c.c_char_p), ("rotation_set", c.c_char_p),
+                ("bf16_page_bytes", c.c_uint64), ("codec_page_bytes", c.c_uint64), ("sink", c.c_uint32),
+                ("recent", c.c_uint32)]
+
+
+class TensorRef(c.Structure):
+    _fields_ = [("buffer", c.c_void_p), ("offset", c.c_uint64), ("layer_stride", c.c_uint64),
+                ("token_stride", c.c_uint64), ("head_stride", c.c_uint64), ("dtype", c.c_int)]
+
+
+class SequenceStruct(c.Structure):
+    _fields_ = [("sequence", c.c_uint64), ("length", c.c_uint64), ("sink_tokens", c.c_uint64),
+                ("history_tokens", c.c_uint64), ("recent_tokens", c.c_uint64), ("pending_length", c.c_uint64),
+                ("pending_layers", c.c_uint32), ("bytes", c.c_uint64), ("holders", c.c_uint32), ("name", c.c_char * 129)]
+
+
+class Layers(c.Structure):
+    _fields_ = [("begin", c.c_uint32), ("count", c.c_uint32)]
+
+
+class ItemStruct(c.Structure):
+    _fields_ = [("sequence", c.c_uint64), ("position", c.c_uint64), ("tokens", c.c_uint32), ("k", TensorRef),
+                ("v", TensorRef), ("q", TensorRef), ("o", TensorRef), ("lse", TensorRef)]
+
+
+class Attention(c.Structure):
+    _fields_ = [("scale", c.c_float), ("softcap", c.c_float), ("window", c.c_uint32)]
+
+
+class EventStruct(c.Structure):
+    _fields_ = [("kind", c.c_int), ("sequence", c.c_uint64), ("count", c.c_uint64), ("name", c.c_char * 129)]
+
+
+_P, _ERR = c.c_void_p, c.POINTER(Failure)
+_FUNCTIONS = {  # name: argument types; all of these return a kvd_result and end with the failure
+    "kvd_open": [c.POINTER(Options), c.POINTER(_P)],
+    "kvd_buffer_new": [_P, c.c_uint64, c.POINTER(_P)],
+    "kvd_sequences_create": [_P, c.c_uint32, c.POINTER(c.c_uint64)],
+    "kvd_sequence_fork": [_P, c.c_uint64, c.c_uint32, c.POINTER(c.c_uint64)],
+    "kvd_sequence_truncate": [_P, c.c_uint64, c.c_uint64],
+    "kvd_sequence_publish": [_P, c.c_uint64, c.c_char_p, c.c_bool],
+    "kvd_sequence_attach": [_P, c.c_char_p, c.POINTER(SequenceStruct)],
+    "kvd_sequences_free": [_P, c.POINTER(c.c_uint64), c.c_uint32, c.c_bool],
+    "kvd_sequence_describe": [_P, c.c_uint64, c.POINTER(SequenceStruct)],
+    "kvd_append": [_P, Layers, c.POINTER(ItemStruct), c.c_uint32],
+    "kvd_attend": [_P, Layers, c.POINTER(Attention), c.POINTER(ItemStruct), c.c_uint32],
+    "kvd_step": [_P, Layers, c.POINTER(Attention), c.POINTER(ItemStruct), c.c_uint32],
+    "kvd_rotate": [_P, c.c_bool, c.c_bool, Layers, c.c_uint32, c.c_uint32, c.POINTER(TensorRef), c.POINTER(TensorRef)],
+    "kvd_read_tokens": [_P, Layers, c.c_uint64, c.c_uint64, c.c_uint32, c.POINTER(TensorRef), c.POINTER(TensorRef)],
+    "kvd_next_event": [_P, c.c_uint32, c.POINTER(EventStruct)],
+}
+_library: Any = None
+
+
+def library() -> Any:
+    """libkvd, loaded when it is first wanted: $KVD_LIBRARY or libkvd.so.0."""
+    global _library
+    if _library is None:
+        path = os.environ.get("KVD_LIBRARY", "libkvd.so.0")
+        try:
+            lib = c.CDLL(path)
+        except OSError as e:
+            raise ImportError(f"libkvd cannot be loaded: {e}. Install kvd, or say where it is: KVD_LIBRARY=.../libkvd.so.0") from e
+        for name, arguments in _FUNCTIONS.items():
+            getattr(lib, name).argtypes = [*arguments, _ERR]
+            getattr(lib, name).restype = c.c_int
+        lib.kvd_close.argtypes, lib.kvd_close.restype = [c.POINTER(_P)], None
+        lib.kvd_get_info.argtypes, lib.kvd_get_info.restype = [_P, c.POINTER(Info)], None
+        lib.kvd_buffer_free.argtypes, lib.kvd_buffer_free.restype = [c.POINTER(_P)], None
+        lib.kvd_buffer_detach.argtypes, lib.kvd_buffer_detach.restype = [c.POINTER(_P)], _P
+        lib.kvd_buffer_data.argtypes, lib.kvd_buffer_data.restype = [_P], _P
+        lib.kvd_version.argtypes, lib.kvd_version.restype = [], c.c_char_p
+        _library = lib
+    return _library
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Calls a function of libkvd; raises what it says is wrong."""
+    failure = Failure()
+    code = getattr(library(), name)(*arguments, c.byref(failure))
+    if code:
+        kind = ERRORS[code] if code < len(ERRORS) else InternalError
+        raise kind(failure.text.decode(errors="replace"))
+
+
+def unmap(address: int, size: int) -> None:
+    """munmap."""
+    libc = c.CDLL(None)
+    libc.munmap.argtypes = [_P, c.c_size_t]
+    libc.munmap(address, size)
+
+
+def version() -> str:
+    """libkvd's version."""
+    return library().kvd_version().decode()

@@ -1,0 +1,255 @@
+"""The Python package over libkvd, against attention in NumPy."""
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from conftest import BUILD, SOURCE
+
+os.environ.setdefault("KVD_LIBRARY", str(BUILD / "client/libkvd.so.0"))
+# By another name: stubs made from kvd/v1/*.proto are a package kvd too.
+_folder = SOURCE / "client/python/kvd"
+_spec = importlib.util.spec_from_file_location("kvd_package", _folder / "__init__.py",
+                                               submodule_search_locations=[str(_folder)])
+package = importlib.util.module_from_spec(_spec)
+sys.modules["kvd_package"] = package
+_spec.loader.exec_module(package)
+
+LAYERS, Q_HEADS, KV_HEADS, DIM = 3, 6, 2, 64
+
+
+@pytest.fixture
+def client(kvd):
+    with connect(kvd) as c:
+        yield c
+
+
+def connect(kvd, **options):
+    return package.Client(**{"layers": range(LAYERS), "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "head_dim": DIM,
+                             "address": kvd.address, **options})
+
+
+def values(seed, *shape):
+    """As the daemon will see them."""
+    return package.from_bf16(package.to_bf16(np.random.default_rng(seed).normal(size=shape)))
+
+
+def fill(client, x):
+    t = client.tensor(*x.shape)
+    t.array[:] = package.to_bf16(x)
+    return t
+
+
+def attention(q, k, v, window=0):
+    """One layer: q [n, H_q, D], the last n positions; k, v [t, H, D]."""
+    n, t, group = len(q), len(k), q.shape[1] // k.shape[1]
+    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    logits = np.einsum("nhd,thd->nht", q.astype(np.float64), k) / np.sqrt(q.shape[2])
+    at, of = np.arange(t)[None, :], t - n + np.arange(n)[:, None]
+    seen = (at <= of) & ((at > of - window) if window else True)
+    w = np.where(seen[:, None, :], np.exp(logits - logits.max(axis=-1, keepdims=True)), 0)
+    return np.einsum("nht,thd->nhd", w / w.sum(axis=-1, keepdims=True), v), \
+        np.log(w.sum(axis=-1)) + logits.max(axis=-1)
+
+
+def close(got, want, limit):
+    assert np.linalg.norm(got - want) <= limit * np.linalg.norm(want)
+
+
+def test_bf16_conversion():
+    x = np.array([0, 1, -1.5, 3.0e38, 1e-40, np.inf, -np.inf, 1 + 2 ** -8, 1 + 3 * 2 ** -8], np.float32)
+    want = np.array([0, 1, -1.5, 3.0e38, 1e-40, np.inf, -np.inf, 1, 1 + 2 ** -6], np.float32)
+    got = package.from_bf16(package.to_bf16(x))
+    np.testing.assert_allclose(got, want, rtol=2 ** -9, atol=1e-41)
+    assert got[7] == 1 and got[8] == np.float32(1 + 2 ** -6)  # ties to even
+    assert np.isnan(package.from_bf16(package.to_bf16(np.array([np.nan, -np.nan], np.float32)))).all()
+    assert package.to_bf16(np.ones((2, 3))[:, ::2]).shape == (2, 2)
+
+
+@pytest.mark.parametrize("codec,limit", [("bf16", 5e-3), ("int2", 0.7)])
+def test_append_attend_read(kvd, codec, limit):
+    tokens, queries = 700, 5
+    k, v = values(1, LAYERS, tokens, KV_HEADS, DIM), values(2, LAYERS, tokens, KV_HEADS, DIM)
+    q = values(3, LAYERS, queries, Q_HEADS, DIM)
+    with connect(kvd, codec=codec, sink=16, recent=32) as client:
+        assert client.info["sink"] == 16 and client.info["version"] == package.version()
+        s = client.create()
+        kt, vt = fill(client, k), fill(client, v)
+        s.append(kt[:, :300], vt[:, :300])  # slices have strides
+        s.append(kt[:, 300:], vt[:, 300:])
+        assert s.length == s.describe().length == tokens and s.describe().holders == 1
+        qt, o = fill(client, q), client.tensor(LAYERS, queries, Q_HEADS, DIM, dtype="f32")
+        lse = client.tensor(LAYERS, queries, Q_HEADS, dtype="f32")
+        s.attend(qt, o, lse=lse)
+        for layer in range(LAYERS):
+            want, want_lse = attention(q[layer], k[layer], v[layer])
+            close(o.array[layer], want, limit)
+            if codec == "bf16":
+                np.testing.assert_allclose(lse.array[layer], want_lse, atol=1e-2)
+        s.attend(qt[1:2], o[1:2], layer=1, window=50)
+        close(o.array[1], attention(q[1], k[1], v[1], window=50)[0], limit)
+        back = client.tensor(LAYERS, 100, KV_HEADS, DIM)
+        s.read(200, 100, k=back)
+        if codec == "bf16":
+            assert (back.array == kt.array[:, 200:300]).all()
+        else:
+            info = s.describe()
+            assert info.history_tokens > 600 and info.sink_tokens == 16
+            close(package.from_bf16(back.array), k[:, 200:300], 0.5)
+
+
+def test_steps_layer_by_layer_in_a_batch(kvd):
+    n = 40
+    with connect(kvd, codec="bf16") as client:
+        sequences = list(client.create_many(2))
+        k, v = (values(i, 2, LAYERS, n, KV_HEADS, DIM) for i in (4, 5))
+        q = values(6, 2, LAYERS, n, Q_HEADS, DIM)
+        tensors = [[fill(client, x[i]) for x in (k, v, q)] for i in range(2)]
+        outs = [client.tensor(LAYERS, n, Q_HEADS, DIM, dtype="f32") for _ in range(2)]
+        for first, last in ((0, 30), (30, 31), (31, n)):
+            for layer in range(LAYERS):
+                cut = np.s_[layer:layer + 1, first:last]
+                client.step([package.Item(s, k=t[0][cut], v=t[1][cut], q=t[2][cut], o=o[cut])
+                             for s, t, o in zip(sequences, tensors, outs)], layer=layer)
+                assert sequences[0].length == (last if layer == LAYERS - 1 else first)
+        for i in range(2):
+            for layer in range(LAYERS):
+                close(outs[i].array[layer], attention(q[i, layer], k[i, layer], v[i, layer])[0], 5e-3)
+
+
+def test_two_processes_share_a_sequence(kvd, tmp_path):
+    writer = """
+import sys, numpy as np, kvd
+with kvd.Client(layers=range(3), q_heads=6, kv_heads=2, head_dim=64, address=sys.argv[1]) as client:
+    k = client.tensor(3, 100, 2, 64)
+    k.array[:] = kvd.to_bf16(np.random.default_rng(9).normal(size=k.shape))
+    s = client.create()
+    s.append(k, k)
+    s.publish("prompt")
+"""
+    subprocess.run([sys.executable, "-c", writer, kvd.address], check=True,
+                   env={**os.environ, "PYTHONPATH": str(SOURCE / "client/python")})
+    with connect(kvd) as client:
+        s = client.attach("prompt")
+        assert s.length == 100 and s.describe().name == "prompt"
+        child, other = s.fork(2)
+        child.truncate(60)
+        assert child.length == child.describe().length == 60 and other.describe().length == 100
+        k = np.random.default_rng(9).normal(size=(3, 100, 2, 64))
+        back = client.tensor(3, 100, 2, 64)
+        s.read(0, 100, v=back)
+        assert (back.array == package.to_bf16(k)).all()  # all of it is in sink and recent window
+        with pytest.raises(package.ExistsError, match="prompt"):
+            other.publish("prompt")
+        other.publish("prompt", replace=True)
+        other.free(unpublish=True)
+        with pytest.raises(package.NotFoundError):
+            client.attach("prompt")
+
+
+def test_rotation_and_its_inverse(client):
+    x, y = fill(client, values(7, LAYERS, 5, KV_HEADS, DIM)), client.tensor(LAYERS, 5, KV_HEADS, DIM, dtype="f32")
+    client.rotate(x, y, side="v")
+    h = np.array([[1.0]])
+    while len(h) < DIM:
+        h = np.block([[h, h], [h, -h]])
+    close(y.array, package.from_bf16(x.array) @ h / 8, 1e-6)
+    client.rotate(y, y, side="v", inverse=True)
+    close(y.array, package.from_bf16(x.array), 1e-5)
+
+
+def test_events(kvd):
+    with connect(kvd) as client, connect(kvd) as other:
+        while client.next_event(0.2):
+            pass
+        s = other.create()
+        k = other.tensor(LAYERS, 1, KV_HEADS, DIM)
+        s.append(k, k)
+        s.publish("news")
+        event = client.next_event(10)
+        assert (event.kind, event.name) == ("published", "news")
+        assert client.next_event(0.01) is None
+
+
+def test_what_is_refused(kvd, client):
+    s = client.create()
+    k, q = client.tensor(LAYERS, 4, KV_HEADS, DIM), client.tensor(LAYERS, 4, Q_HEADS, DIM)
+    for call, text in [
+            (lambda: s.append(k, k[:, :2]), "v has 2 tokens, others 4"),
+            (lambda: s.append(k, k[:1]), "v has 1 layers, the call 3"),
+            (lambda: s.append(k[..., ::2], k[..., ::2]), "head_dim must be contiguous"),
+            (lambda: s.append(k[:, ::-1], k), "backwards"),
+            (lambda: s.append(k, None), "v is wanted"),
+            (lambda: s.attend(None, q), "q is wanted"),
+            (lambda: client.append([]), "no items"),
+            (lambda: s.read(0, 4), "k or v is wanted"),
+            (lambda: client.tensor(0, 1), "shape"),
+            (lambda: s.append(k, k, layer=2), "layer"),
+            (lambda: s.attend(q, q), "")]:
+        with pytest.raises(ValueError, match=text):
+            call()
+    with pytest.raises(IndexError, match="keeps all dimensions"):
+        k[0]
+    k.array[1, 2, 0, 5] = 0x7FC0
+    with pytest.raises(package.InvalidError, match="NaN"):
+        s.append(k, k)
+    assert s.length == 0 == s.describe().length
+    with pytest.raises(package.NotFoundError, match="nobody"):
+        client.attach("nobody")
+    with pytest.raises(package.InvalidError, match="head_dim"):
+        connect(kvd, head_dim=100)
+    with pytest.raises(package.UnavailableError):
+        connect(kvd, address="unix:/nonexistent/s", timeout=0.5)
+    with pytest.raises(package.Error) as e:
+        connect(kvd, rotation_set="no@set")
+    assert isinstance(e.value, (package.NotFoundError, package.UnavailableError)) and "no" in str(e.value)
+
+
+def test_after_the_end(kvd):
+    client = connect(kvd)
+    t, other = client.tensor(1, 1, 1, 64), client.tensor(1, 1, 1, 64)
+    arrays = t.array, other.array[..., ::2]
+    arrays[0][:] = 7
+    s = client.create()
+    t.free()
+    with pytest.raises(ValueError, match="freed"):
+        t.array
+    client.close()
+    assert (arrays[0] == 7).all() and not arrays[1].any()  # memory outlives the client
+    client.close()
+    for use in (lambda: other.array, lambda: s.describe(), lambda: client.create(), lambda: client.info):
+        with pytest.raises(ValueError, match="closed"):
+            use()
+
+
+def test_memory_goes_with_the_last_array(client):
+    def mapped():
+        return pathlib.Path("/proc/self/maps").read_text().count("memfd:kvd")
+
+    before = mapped()
+    t = client.tensor(64, 64, 2, 64)
+    part = t[1:2].array[0, 0]
+    assert mapped() == before + 1
+    del t
+    assert mapped() == before + 1 and not part.any()
+    del part
+    assert mapped() == before
+
+
+def test_a_restarted_daemon(kvd):
+    with connect(kvd) as client:
+        s = client.create()
+        k = client.tensor(LAYERS, 2, KV_HEADS, DIM)
+        kvd.stop()
+        kvd.start()
+        with pytest.raises(package.LostError):
+            s.append(k, k)
+        with pytest.raises(package.NotFoundError):
+            s.describe()
+        s = client.create()
+        s.append(k, k)
+        assert s.describe().length == 2
