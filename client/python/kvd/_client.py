@@ -80,10 +80,12 @@ class _Buffer:
         lib.unmap(self.address, self.size)
 
     def free(self) -> None:
-        """Unregisters it."""
-        self._client._buffers.discard(self)
-        if self.handle:
-            lib.library().kvd_buffer_detach(c.byref(self.handle))
+        """Unregisters it. Any thread: the last array may go anywhere."""
+        with self._client._lock:
+            self._client._buffers.discard(self)
+            handle, self.handle = self.handle, c.c_void_p()
+            if handle:
+                lib.library().kvd_buffer_detach(c.byref(handle))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +240,7 @@ class Client:
             no_windows=windows == (0, 0))
         self._handle = c.c_void_p()
         self._buffers: set[_Buffer] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # of buffers that come and go, and of closing
         lib.call("kvd_open", c.byref(options), c.byref(self._handle))
 
     def _open(self) -> c.c_void_p:
@@ -250,10 +252,10 @@ class Client:
         """Ends the session and frees its tensors. Calls of other threads must have returned."""
         with self._lock:
             handle, self._handle = self._handle, c.c_void_p()
-        for b in list(self._buffers):
-            b.free()
-        if handle:
-            lib.library().kvd_close(c.byref(handle))
+            for b in list(self._buffers):
+                b.free()
+            if handle:
+                lib.library().kvd_close(c.byref(handle))
 
     def __enter__(self) -> "Client":
         return self
