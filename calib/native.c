@@ -7,7 +7,7 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 
-enum { TENSORS = 4 };
+enum { TENSORS = 4, MAX_HEADER = 1 << 20 };
 
 static const char *const tensor_names[TENSORS] = {"k.rotation", "v.rotation", "k.clip", "v.clip"};
 
@@ -150,8 +150,14 @@ struct kvd_rotset *kvd_rotset_read(const char *path, struct kvd_error *err)
     struct kvd_rotset *s KVD_AUTO(kvd_rotset_free) = calloc(1, sizeof(*s));
     size_t size = 0;
     struct kvd_safetensors st;
-    if (!s || read_file(path, &file, &size, err) ||
-        kvd_safetensors_parse(path, file, size, size, &st, err))
+    if (!s || read_file(path, &file, &size, err))
+        return NULL;
+    // It may come from anywhere: less than a safetensors file may have is enough for a set.
+    if (size >= 8 && kvd_safetensors_header_length(file) > MAX_HEADER) {
+        corrupt(err, path, "the header is longer than the file or than 1 MiB");
+        return NULL;
+    }
+    if (kvd_safetensors_parse(path, file, size, size, &st, err))
         return NULL;
     int rc = parse(path, file, size, &st, s, err);
     kvd_safetensors_free(&st);

@@ -67,7 +67,7 @@ static int parse_tensor(const char *path, const char *name, const json_t *t, uin
     return KVD_OK;
 }
 
-static uint64_t header_length(const uint8_t *file)
+uint64_t kvd_safetensors_header_length(const uint8_t file[8])
 {
     uint64_t n = 0;
     for (int i = 0; i < 8; i++)
@@ -81,7 +81,7 @@ int kvd_safetensors_parse(const char *path, const uint8_t *file, size_t have, ui
     *out = (struct kvd_safetensors){0};
     if (have < 8)
         return corrupt(err, path, "truncated: no header");
-    uint64_t n = header_length(file);
+    uint64_t n = kvd_safetensors_header_length(file);
     if (n > MAX_HEADER || n > have - 8)
         return corrupt(err, path, "the header is longer than the file or than 16 MiB");
     out->data_at = 8 + n;
@@ -138,7 +138,7 @@ int kvd_safetensors_read(const char *path, int fd, uint64_t size, struct kvd_saf
         return corrupt(err, path, "truncated: no header");
     if (read_at(path, fd, length, 8, 0, err))
         return err->code;
-    uint64_t n = header_length(length);
+    uint64_t n = kvd_safetensors_header_length(length);
     if (n > MAX_HEADER || n > size - 8)
         return corrupt(err, path, "the header is longer than the file or than 16 MiB");
     uint8_t *file KVD_FREE = malloc(n + 8);

@@ -34,6 +34,9 @@ struct kvd_safetensors {
 
 uint32_t kvd_tensor_type_size(enum kvd_tensor_type type);
 
+// What the first eight bytes say.
+uint64_t kvd_safetensors_header_length(const uint8_t file[8]);
+
 // Parses the beginning of a file of `size` bytes, of which `have` are there. KVD_E_CORRUPT says
 // what is wrong with `path`. *out is to be freed with kvd_safetensors_free.
 int kvd_safetensors_parse(const char *path, const uint8_t *file, size_t have, uint64_t size,

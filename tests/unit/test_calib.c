@@ -275,6 +275,13 @@ START_TEST(native_files_that_are_refused)
     fwrite("\xff\xff\xff\xff\xff\xff\xff\x7f{}", 10, 1, f);
     fclose(f);
     native_fails("longer than the file");
+    char *large = malloc((1 << 20) + 2);
+    memset(large, ' ', (1 << 20) + 1);
+    memcpy(large, "{}", 2);
+    large[(1 << 20) + 1] = 0;
+    write_native(large, 0);
+    native_fails("1 MiB");
+    free(large);
     f = fopen(scratch("bad.safetensors"), "w");
     fclose(f);
     native_fails("truncated");
