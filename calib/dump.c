@@ -279,16 +279,7 @@ static int read_values(const struct kvd_dump_file *f, uint64_t at, uint64_t byte
     if ((uint64_t)st.st_size != f->size || st.st_ino != f->inode || st.st_dev != f->device ||
         change_time(&st) != f->changed_ns)
         return kvd_fail(err, KVD_E_CORRUPT, "%s: changed since the dump was opened", f->path);
-    for (uint64_t have = 0; have < bytes;) {
-        ssize_t n = pread(fd, (char *)to + have, bytes - have, (off_t)(at + have));
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return kvd_fail(err, n < 0 ? -errno : KVD_E_CORRUPT, "%s: %s", f->path,
-                            n < 0 ? strerror(errno) : "truncated");
-        have += (uint64_t)n;
-    }
-    return KVD_OK;
+    return kvd_read_at(f->path, fd, to, bytes, at, err);
 }
 
 // `raw` may be the end of `out`: what is overwritten has been read.

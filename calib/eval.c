@@ -40,9 +40,7 @@ struct job {
     struct kvd_eval_figures *figures;
     pthread_mutex_t lock;             // of what follows
     struct kvd_eval_spectra *spectra; // sums so far; NULL: not wanted
-    uint32_t next;
-    uint64_t done, total; // heads of contexts
-    struct kvd_error err;
+    uint64_t done, total;             // heads of contexts
 };
 
 // One kv head of one context.
@@ -56,8 +54,9 @@ struct workspace {
     uint32_t tokens, rows_q, positions;
 };
 
-static void workspace_deinit(struct workspace *w)
+static void workspace_deinit(void *workspace)
 {
+    struct workspace *w = workspace;
     for (int s = 0; s < KVD_DUMP_SIDES; s++)
         free(w->rows[s]);
     float *all[] = {w->q,      w->k, w->v,  w->k2,  w->v2,  w->turned,
@@ -66,8 +65,10 @@ static void workspace_deinit(struct workspace *w)
         free(all[i]);
 }
 
-static bool workspace_init(struct workspace *w, const struct job *j)
+static bool workspace_init(void *arg, void *workspace)
 {
+    const struct job *j = arg;
+    struct workspace *w = workspace;
     const struct kvd_dump *d = j->dump;
     uint64_t t = j->o->context, group = d->heads[KVD_DUMP_Q] / d->heads[KVD_DUMP_K];
     uint64_t rows = j->o->queries * group, dk = d->dim[KVD_DUMP_K], dv = d->dim[KVD_DUMP_V];
@@ -376,8 +377,10 @@ static void take_clips(struct job *j, uint32_t i, const struct sums *s, uint32_t
         }
 }
 
-static int eval_layer(struct job *j, struct workspace *w, uint32_t i, struct kvd_error *err)
+static int eval_layer(void *arg, void *workspace, uint32_t i, struct kvd_error *err)
 {
+    struct job *j = arg;
+    struct workspace *w = workspace;
     uint32_t heads = j->dump->heads[KVD_DUMP_K], layer = j->layers[i];
     uint32_t n = contexts_of(j, layer, NULL, 0), each = j->clips ? 2 * RATIOS : j->n_sets;
     struct context *c KVD_FREE = calloc(n, sizeof(*c));
@@ -402,30 +405,6 @@ static int eval_layer(struct job *j, struct workspace *w, uint32_t i, struct kvd
     else
         take_figures(j, i, s, heads);
     return KVD_OK;
-}
-
-static void *work(void *arg)
-{
-    struct job *j = arg;
-    struct workspace w = {0};
-    struct kvd_error err = {0};
-    bool ok = workspace_init(&w, j);
-    if (!ok)
-        kvd_fail(&err, KVD_E_INTERNAL, "out of memory");
-    while (ok) {
-        pthread_mutex_lock(&j->lock);
-        uint32_t i = j->err.code ? j->n_layers : j->next++;
-        pthread_mutex_unlock(&j->lock);
-        if (i >= j->n_layers)
-            break;
-        ok = eval_layer(j, &w, i, &err) == KVD_OK;
-    }
-    workspace_deinit(&w);
-    pthread_mutex_lock(&j->lock);
-    if (err.code && !j->err.code)
-        j->err = err;
-    pthread_mutex_unlock(&j->lock);
-    return NULL;
 }
 
 static bool has_layer(const struct kvd_rotset *s, uint32_t layer)
@@ -480,10 +459,14 @@ static int run(struct job *j, const struct kvd_rotset *first, struct kvd_error *
             return err->code;
     if (j->clips && check_set(j, j->clips, err))
         return err->code;
-    kvd_parallel(o->threads, j->n_layers, work, j);
-    if (j->err.code)
-        *err = j->err;
-    return j->err.code;
+    struct kvd_parallel p = {.threads = o->threads,
+                             .jobs = j->n_layers,
+                             .workspace_size = sizeof(struct workspace),
+                             .begin = workspace_init,
+                             .run = eval_layer,
+                             .end = workspace_deinit,
+                             .arg = j};
+    return kvd_parallel_run(&p, err);
 }
 
 int kvd_eval_run(const struct kvd_dump *d, const struct kvd_rotset *const *sets, uint32_t n,

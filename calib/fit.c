@@ -20,10 +20,9 @@ struct job {
     const struct kvd_fit_options *o;
     struct kvd_fit *fit;
     char fingerprint[KVD_DIGEST_TEXT]; // of the dump and the options
-    pthread_mutex_t lock;              // of what follows
-    uint32_t next;                     // layer of the set
-    uint64_t done, total;              // bytes
-    struct kvd_error err;
+    struct kvd_parallel parallel;
+    pthread_mutex_t lock; // of what follows, progress and warnings
+    uint64_t done, total; // bytes
 };
 
 // A thread's memory.
@@ -65,8 +64,9 @@ int kvd_composition_parse(const char *text)
 
 // -- products ------------------------------------------------------------------------------------
 
-static void workspace_deinit(struct workspace *w)
+static void workspace_deinit(void *workspace)
 {
+    struct workspace *w = workspace;
     for (int s = 0; s < KVD_DUMP_SIDES; s++)
         free(w->rows[s]);
     free(w->a);
@@ -77,8 +77,10 @@ static void workspace_deinit(struct workspace *w)
     free(w->weight);
 }
 
-static bool workspace_init(struct workspace *w, const struct kvd_dump *d)
+static bool workspace_init(void *arg, void *workspace)
 {
+    const struct kvd_dump *d = ((const struct job *)arg)->dump;
+    struct workspace *w = workspace;
     uint64_t group = d->heads[KVD_DUMP_Q] / d->heads[KVD_DUMP_K], kv = d->heads[KVD_DUMP_K];
     uint64_t dim = KVD_MAX(d->dim[KVD_DUMP_K], d->dim[KVD_DUMP_V]);
     bool ok = true;
@@ -161,14 +163,6 @@ static void report(struct job *j, uint64_t bytes)
     pthread_mutex_unlock(&j->lock);
 }
 
-static bool stopped(struct job *j)
-{
-    pthread_mutex_lock(&j->lock);
-    bool bad = j->err.code != 0;
-    pthread_mutex_unlock(&j->lock);
-    return bad;
-}
-
 // Calls f for blocks of a layer's tokens, with the sides of `mask` in w->rows.
 static int for_blocks(struct job *j, struct workspace *w, uint32_t layer, uint32_t mask,
                       void (*f)(struct job *, struct workspace *, uint64_t n),
@@ -188,8 +182,8 @@ static int for_blocks(struct job *j, struct workspace *w, uint32_t layer, uint32
             }
             f(j, w, n);
             report(j, bytes);
-            if (stopped(j))
-                return KVD_E_INTERNAL;
+            if (j->parallel.failed)
+                return kvd_fail(err, KVD_E_INTERNAL, "given up: another layer failed");
         }
     }
     return KVD_OK;
@@ -449,38 +443,16 @@ static uint32_t dump_layer(const struct job *j, uint32_t i)
     return at;
 }
 
-static int fit_layer(struct job *j, struct workspace *w, uint32_t i, struct kvd_error *err)
+static int fit_layer(void *arg, void *workspace, uint32_t i, struct kvd_error *err)
 {
+    struct job *j = arg;
+    struct workspace *w = workspace;
     uint32_t layer = dump_layer(j, i);
     if (j->o->state && load_layer(j, i))
         report(j, layer_bytes(j, layer));
     else if (layer_covariances(j, w, i, layer, err) || (j->o->state && save_layer(j, i, err)))
         return err->code;
     return rotate_side(j, i, false, err) || rotate_side(j, i, true, err) ? err->code : KVD_OK;
-}
-
-static void *work(void *arg)
-{
-    struct job *j = arg;
-    struct workspace w = {0};
-    struct kvd_error err = {0};
-    bool ok = workspace_init(&w, j->dump);
-    if (!ok)
-        kvd_fail(&err, KVD_E_INTERNAL, "out of memory");
-    while (ok) {
-        pthread_mutex_lock(&j->lock);
-        uint32_t i = j->err.code ? j->fit->set->n_layers : j->next++;
-        pthread_mutex_unlock(&j->lock);
-        if (i >= j->fit->set->n_layers)
-            break;
-        ok = fit_layer(j, &w, i, &err) == KVD_OK;
-    }
-    workspace_deinit(&w);
-    pthread_mutex_lock(&j->lock);
-    if (err.code && !j->err.code)
-        j->err = err;
-    pthread_mutex_unlock(&j->lock);
-    return NULL;
 }
 
 static int check_options(const struct kvd_dump *d, const struct kvd_fit_options *o,
@@ -599,11 +571,15 @@ struct kvd_fit *kvd_fit_run(const struct kvd_dump *d, const struct kvd_fit_optio
         j.total += layer_bytes(&j, dump_layer(&j, i));
     if ((o->state && fingerprint(&j, err)))
         return NULL;
-    kvd_parallel(o->threads, fit->set->n_layers, work, &j);
-    if (j.err.code) {
-        *err = j.err;
+    j.parallel = (struct kvd_parallel){.threads = o->threads,
+                                       .jobs = fit->set->n_layers,
+                                       .workspace_size = sizeof(struct workspace),
+                                       .begin = workspace_init,
+                                       .run = fit_layer,
+                                       .end = workspace_deinit,
+                                       .arg = &j};
+    if (kvd_parallel_run(&j.parallel, err))
         return NULL;
-    }
     if (kvd_rotset_check(fit->set, NULL, err))
         return NULL;
     return KVD_TAKE(fit);

@@ -48,17 +48,9 @@ static int read_file(const char *path, uint8_t **out, size_t *size, struct kvd_e
     uint8_t *data KVD_FREE = malloc((size_t)st.st_size + 1);
     if (!data)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    size_t have = 0;
-    while (have < (size_t)st.st_size) {
-        ssize_t n = read(fd, data + have, (size_t)st.st_size - have);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return kvd_fail(err, n < 0 ? -errno : KVD_E_CORRUPT, "%s: %s", path,
-                            n < 0 ? strerror(errno) : "truncated");
-        have += (size_t)n;
-    }
-    *size = have;
+    if (kvd_read_at(path, fd, data, (size_t)st.st_size, 0, err))
+        return err->code;
+    *size = (size_t)st.st_size;
     *out = KVD_TAKE(data);
     return KVD_OK;
 }

@@ -2,6 +2,7 @@
 
 #include <ctype.h>
 #include <math.h>
+#include <ctype.h>
 #include <openssl/evp.h>
 
 void kvd_rotset_free(struct kvd_rotset **sp)
@@ -224,4 +225,27 @@ bool kvd_digest_valid(const char *text)
         if (!isdigit((unsigned char)*c) && !(*c >= 'a' && *c <= 'f'))
             return false;
     return true;
+}
+
+uint32_t kvd_layers_parse(const char *text, uint16_t *out)
+{
+    uint32_t n = 0;
+    while (*text) {
+        char *end;
+        unsigned long from = strtoul(text, &end, 10), to = from;
+        if (isdigit((unsigned char)*text) && *end == '-') {
+            text = end + 1;
+            to = strtoul(text, &end, 10);
+        }
+        if (!isdigit((unsigned char)*text) || (*end && *end != ',') || to < from ||
+            to > KVD_MAX_MODEL_LAYER)
+            return 0;
+        for (; from <= to; from++) {
+            if (n == KVD_MAX_LAYERS || (n && from <= out[n - 1]))
+                return 0;
+            out[n++] = (uint16_t)from;
+        }
+        text = *end ? end + 1 : end;
+    }
+    return n;
 }

@@ -68,6 +68,10 @@ struct kvd_rotset *kvd_rotset_import(const char *path_k, const char *path_v, con
 // the same values).
 struct kvd_rotset *kvd_rotset_open(const char *path, struct kvd_error *err);
 
+// Model layer ids from text such as "0-35" or "3,7,11": ascending, at most KVD_MAX_LAYERS. Returns
+// how many; 0 when malformed.
+uint32_t kvd_layers_parse(const char *text, uint16_t *out);
+
 // "sha256:<hex>" of a buffer.
 void kvd_digest(const void *data, size_t len, char out[KVD_DIGEST_TEXT]);
 // True for "sha256:" and 64 lower-case hex digits.

@@ -114,8 +114,8 @@ int kvd_safetensors_parse(const char *path, const uint8_t *file, size_t have, ui
     return rc;
 }
 
-static int read_at(const char *path, int fd, void *to, size_t bytes, uint64_t at,
-                   struct kvd_error *err)
+int kvd_read_at(const char *path, int fd, void *to, size_t bytes, uint64_t at,
+                struct kvd_error *err)
 {
     for (size_t have = 0; have < bytes;) {
         ssize_t n = pread(fd, (char *)to + have, bytes - have, (off_t)(at + have));
@@ -136,7 +136,7 @@ int kvd_safetensors_read(const char *path, int fd, uint64_t size, struct kvd_saf
     *out = (struct kvd_safetensors){0};
     if (size < 8)
         return corrupt(err, path, "truncated: no header");
-    if (read_at(path, fd, length, 8, 0, err))
+    if (kvd_read_at(path, fd, length, 8, 0, err))
         return err->code;
     uint64_t n = kvd_safetensors_header_length(length);
     if (n > MAX_HEADER || n > size - 8)
@@ -144,7 +144,7 @@ int kvd_safetensors_read(const char *path, int fd, uint64_t size, struct kvd_saf
     uint8_t *file KVD_FREE = malloc(n + 8);
     if (!file)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    if (read_at(path, fd, file, n + 8, 0, err))
+    if (kvd_read_at(path, fd, file, n + 8, 0, err))
         return err->code;
     return kvd_safetensors_parse(path, file, n + 8, size, out, err);
 }

@@ -66,6 +66,11 @@ struct kvd_tensor_source {
 uint8_t *kvd_safetensors_render(const struct kvd_tensor_source *tensors, uint32_t n,
                                 json_t *metadata, const char *payload, size_t *size);
 
+// Reads bytes [at, at + bytes) of an open file. KVD_E_CORRUPT when it ends before, or a negative
+// errno.
+int kvd_read_at(const char *path, int fd, void *to, size_t bytes, uint64_t at,
+                struct kvd_error *err);
+
 // Writes a file so that it is there whole or not at all.
 int kvd_write_file(const char *path, const void *data, size_t size, struct kvd_error *err);
 

@@ -248,31 +248,6 @@ static int calib_import(struct kvctl *k, char **argv)
     return rc ? kvctl_fail(&err) : EXIT_OK;
 }
 
-// "0-3,7" into layers of a geometry.
-static bool parse_layers(const char *text, struct kvd_geometry *g)
-{
-    while (*text) {
-        char *end;
-        unsigned long from = strtoul(text, &end, 10), to = from;
-        if (end == text || from > KVD_MAX_MODEL_LAYER)
-            return false;
-        if (*end == '-') {
-            text = end + 1;
-            to = strtoul(text, &end, 10);
-        }
-        if (end == text || (*end && *end != ',') || to < from || to > KVD_MAX_MODEL_LAYER)
-            return false;
-        for (; from <= to; from++) {
-            if (g->n_layers == KVD_MAX_LAYERS ||
-                (g->n_layers && from <= g->layers[g->n_layers - 1]))
-                return false;
-            g->layers[g->n_layers++] = (uint16_t)from;
-        }
-        text = *end ? end + 1 : end;
-    }
-    return g->n_layers > 0;
-}
-
 // Publishes the data-free Hadamard set for a model, so that workers can name it as they will name a
 // fitted one.
 static int calib_hadamard(struct kvctl *k, char **argv)
@@ -280,7 +255,8 @@ static int calib_hadamard(struct kvctl *k, char **argv)
     struct kvd_error err = {0};
     struct kvd_geometry g = {0};
     const char *directory = store_directory(k), *at = strchr(argv[0], '@');
-    if (!kvd_store_ref_valid(argv[0]) || !at || !parse_layers(argv[1], &g))
+    g.n_layers = kvd_layers_parse(argv[1], g.layers);
+    if (!kvd_store_ref_valid(argv[0]) || !at || g.n_layers == 0)
         return kvctl_usage(
             "it is: calib hadamard MODEL@TAG LAYERS DIM, with layers such as 0-31 or 3,7,11");
     if (!directory)

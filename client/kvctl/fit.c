@@ -45,29 +45,6 @@ struct arguments {
     bool json;
 };
 
-// "0-3,7" into ascending ids. 0 when malformed.
-static uint32_t parse_layers(const char *text, uint16_t *out)
-{
-    uint32_t n = 0;
-    while (*text) {
-        char *end;
-        unsigned long from = strtoul(text, &end, 10), to = from;
-        if (end != text && *end == '-') {
-            text = end + 1;
-            to = strtoul(text, &end, 10);
-        }
-        if (end == text || (*end && *end != ',') || to < from || to > KVD_MAX_MODEL_LAYER)
-            return 0;
-        for (; from <= to; from++) {
-            if (n == KVD_MAX_LAYERS || (n && from <= out[n - 1]))
-                return 0;
-            out[n++] = (uint16_t)from;
-        }
-        text = *end ? end + 1 : end;
-    }
-    return n;
-}
-
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
     struct arguments *a = state->input;
@@ -92,7 +69,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
             argp_error(state, "--clip %s: it wants two ratios, such as 0.96,0.92", arg);
         break;
     case OPT_LAYERS:
-        a->o.n_layers = parse_layers(arg, a->layers);
+        a->o.n_layers = kvd_layers_parse(arg, a->layers);
         a->o.layers = a->layers;
         if (a->o.n_layers == 0)
             argp_error(state, "--layers %s: it wants ascending ids, such as 0-35 or 3,7,11", arg);
