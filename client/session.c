@@ -1,6 +1,7 @@
 // Opening, reconnecting and closing a client; buffers.
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 
@@ -134,11 +135,14 @@ static kvd_result reconnect(kvd_client *c, uint64_t epoch, const struct kvd_erro
     return kvd_client_fail(err, &e);
 }
 
-// Whether the daemon has hung up the fd socket: then the session is gone, whatever a call says.
+// Whether the daemon has hung up the fd socket: then the session is gone, whatever a call says. A
+// daemon that dies may have closed its other sockets a moment before this one.
 static bool hung_up(const kvd_client *c)
 {
     char byte;
-    return c->sock >= 0 && recv(c->sock, &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 0;
+    struct pollfd p = {.fd = c->sock, .events = POLLIN};
+    return c->sock >= 0 && poll(&p, 1, 100) == 1 &&
+           recv(c->sock, &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 0;
 }
 
 kvd_result kvd_client_call(kvd_client *c, const char *method, void *request, char **set_session,
