@@ -426,14 +426,18 @@ static int check_set(const struct job *j, const struct kvd_rotset *s, struct kvd
         return kvd_fail(err, KVD_E_INVALID,
                         "the set has %u rotations a layer, the dump %u kv heads", s->heads,
                         d->heads[KVD_DUMP_K]);
-    for (uint32_t i = 0; i < j->n_layers; i++)
-        if (!has_layer(s, j->layers[i]))
-            return kvd_fail(err, KVD_E_INVALID, "a set has no layer %u, which another has",
-                            j->layers[i]);
     return KVD_OK;
 }
 
-static int run(struct job *j, const struct kvd_rotset *first, struct kvd_error *err)
+static bool all_have_layer(const struct job *j, uint32_t layer)
+{
+    bool all = !j->clips || has_layer(j->clips, layer);
+    for (uint32_t i = 0; i < j->n_sets; i++)
+        all &= has_layer(j->sets[i], layer);
+    return all;
+}
+
+static int run(struct job *j, struct kvd_error *err)
 {
     const struct kvd_eval_options *o = j->o;
     uint32_t window = KVD_MAX(o->recent, o->queries);
@@ -443,10 +447,11 @@ static int run(struct job *j, const struct kvd_rotset *first, struct kvd_error *
             err, KVD_E_INVALID,
             "a context of %u tokens leaves no history beside %u of sink and %u at its end",
             o->context, o->sink, window);
-    for (uint32_t i = 0; i < first->n_layers; i++) {
-        uint32_t contexts = contexts_of(j, first->layers[i], NULL, 0);
-        if (contexts)
-            j->layers[j->n_layers++] = first->layers[i];
+    for (uint32_t i = 0; i < j->dump->n_layers; i++) {
+        uint32_t layer = j->dump->layers[i], contexts = contexts_of(j, layer, NULL, 0);
+        if (contexts == 0 || !all_have_layer(j, layer))
+            continue;
+        j->layers[j->n_layers++] = (uint16_t)layer;
         j->total += (uint64_t)contexts * j->dump->heads[KVD_DUMP_K];
     }
     if (j->n_layers == 0)
@@ -481,7 +486,7 @@ int kvd_eval_run(const struct kvd_dump *d, const struct kvd_rotset *const *sets,
                     .n_sets = n,
                     .figures = figures,
                     .lock = PTHREAD_MUTEX_INITIALIZER};
-    int rc = run(&j, sets[0], err);
+    int rc = run(&j, err);
     memcpy(layers, j.layers, j.n_layers * sizeof(*layers));
     *n_layers = j.n_layers;
     for (uint32_t i = 0; spectra && rc == KVD_OK && i < (1 + n) * d->dim[KVD_DUMP_K]; i++)
@@ -495,5 +500,5 @@ int kvd_eval_fit_clips(const struct kvd_dump *d, struct kvd_rotset *set,
                        const struct kvd_eval_options *o, struct kvd_error *err)
 {
     struct job j = {.dump = d, .o = o, .clips = set, .lock = PTHREAD_MUTEX_INITIALIZER};
-    return run(&j, set, err);
+    return run(&j, err);
 }

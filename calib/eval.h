@@ -36,8 +36,8 @@ struct kvd_eval_figures {
     double output_error, worst_head, logit_error, kl;
 };
 
-// Evaluates n sets on the layers that the dump and the first set have in common: layers[0 ..
-// *n_layers), of the caller, as many as sets[0] has at most. figures: [n][*n_layers].
+// Evaluates n sets on the layers that the dump and all sets have: layers[0 .. *n_layers), of the
+// caller, as many as the dump has at most. figures: [n][*n_layers].
 // KVD_E_INVALID: nothing in common, other head_dims, no context long enough. KVD_E_CORRUPT as
 // kvd_dump_read. spectra may be NULL.
 int kvd_eval_run(const struct kvd_dump *d, const struct kvd_rotset *const *sets, uint32_t n,

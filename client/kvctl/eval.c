@@ -157,15 +157,6 @@ static void print_json(const struct arguments *a, const struct evaluation *e)
     json_decref(root);
 }
 
-static void swap(void *a, void *b, size_t bytes)
-{
-    for (size_t i = 0; i < bytes; i++) {
-        char x = ((char *)a)[i];
-        ((char *)a)[i] = ((char *)b)[i];
-        ((char *)b)[i] = x;
-    }
-}
-
 static int run_modes(const struct arguments *a, const struct kvd_dump *d, struct evaluation *e,
                      struct kvd_error *err)
 {
@@ -173,14 +164,8 @@ static int run_modes(const struct arguments *a, const struct kvd_dump *d, struct
     const struct kvd_rotset *sets[EVALUATION_SETS + 2];
     memcpy(sets, e->sets, sizeof(sets));
     bare.sink = bare.recent = 0;
-    // What all sets have is evaluated: the one with the fewest layers says what that is.
-    uint32_t first = 0;
-    for (uint32_t s = 1; s < e->n; s++)
-        first = sets[s]->n_layers < sets[first]->n_layers ? s : first;
-    const struct kvd_rotset *least = sets[first];
-    sets[first] = sets[0], sets[0] = least;
     uint64_t dim_k = d->dim[KVD_DUMP_K], dim_v = d->dim[KVD_DUMP_V];
-    struct kvd_eval_figures *f = calloc(2ull * e->n * least->n_layers, sizeof(*f));
+    struct kvd_eval_figures *f = calloc(2ull * e->n * d->n_layers, sizeof(*f));
     e->figures = f;
     e->spectra.k = calloc((1 + e->n) * dim_k, sizeof(double));
     e->spectra.v = calloc((1 + e->n) * dim_v, sizeof(double));
@@ -190,11 +175,6 @@ static int run_modes(const struct arguments *a, const struct kvd_dump *d, struct
         kvd_eval_run(d, sets, e->n, &bare, f + (uint64_t)e->n * e->n_layers, e->layers,
                      &e->n_layers, NULL, err))
         return err->code;
-    for (uint64_t mode = 0; mode < 2; mode++) // the first set goes back to its place
-        swap(f + mode * e->n * e->n_layers, f + (mode * e->n + first) * e->n_layers,
-             e->n_layers * sizeof(*f));
-    swap(e->spectra.k + dim_k, e->spectra.k + (1 + first) * dim_k, dim_k * sizeof(double));
-    swap(e->spectra.v + dim_v, e->spectra.v + (1 + first) * dim_v, dim_v * sizeof(double));
     return KVD_OK;
 }
 
