@@ -7,7 +7,7 @@ static Kvd__V1__TensorRef tensor(const kvd_tensor_ref *t)
 {
     Kvd__V1__TensorRef r = KVD__V1__TENSOR_REF__INIT;
     r.buffer = t->buffer ? t->buffer->id : 0;
-    r.offset = t->offset;
+    r.offset = t->offset + (t->buffer ? t->buffer->at : 0);
     r.layer_stride = t->layer_stride;
     r.token_stride = t->token_stride;
     r.head_stride = t->head_stride;

@@ -15,9 +15,12 @@ struct kvd_buffer {
     uint64_t key;
     _Atomic uint64_t
         id; // changes when another thread reconnects; ids of an old session name nothing
-    int fd;
-    void *data;
-    uint64_t size;
+    Kvd__V1__RegisterBufferRequest__Memory kind;
+    int fd;          // of a memfd or a CUDA_FD; -1
+    uint8_t ipc[64]; // of CUDA_IPC
+    void *data;      // of a memfd, mapped; on a GPU as the caller said
+    uint64_t at;     // where data begins in what is registered
+    uint64_t size;   // from there
 };
 
 struct kvd_client {
@@ -37,6 +40,7 @@ struct kvd_client {
     _Atomic uint64_t next_request, next_key;
     struct kvd_stream *events;
     uint64_t events_epoch;
+    kvd_direct *direct;
 };
 
 // A call within the session: `set_session` points to the request's session field. On a lost session
@@ -44,6 +48,9 @@ struct kvd_client {
 kvd_result kvd_client_call(kvd_client *c, const char *method, void *request, char **set_session,
                            const ProtobufCMessageDescriptor *reply_type, void *reply,
                            kvd_failure *err);
+
+// Registers a buffer that has its memory and links it to the client. On failure *b is not freed.
+kvd_result kvd_client_add_buffer(kvd_client *c, kvd_buffer *b, kvd_failure *err);
 
 kvd_result kvd_client_result(int code);
 kvd_result kvd_client_fail(kvd_failure *err, const struct kvd_error *e);

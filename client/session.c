@@ -57,6 +57,8 @@ const char *kvd_version(void)
     return KVD_VERSION;
 }
 
+#define MEMORY_KIND(name) KVD__V1__REGISTER_BUFFER_REQUEST__MEMORY__##name
+
 static bool on_unix(const kvd_client *c)
 {
     return strncmp(c->address, "unix:", 5) == 0;
@@ -66,12 +68,15 @@ static int register_buffer(kvd_client *c, kvd_buffer *b, struct kvd_error *err)
 {
     Kvd__V1__RegisterBufferRequest req = KVD__V1__REGISTER_BUFFER_REQUEST__INIT;
     Kvd__V1__RegisterBufferReply *reply;
-    int rc = kvd_fdsock_send(c->sock, b->key, b->fd, err);
+    int rc = b->fd >= 0 ? kvd_fdsock_send(c->sock, b->key, b->fd, err) : KVD_OK;
     if (rc)
         return rc;
     req.session = c->session;
     req.key = b->key;
-    req.size = b->size;
+    req.size = b->at + b->size;
+    req.memory = b->kind;
+    if (b->kind == MEMORY_KIND(CUDA_IPC))
+        req.cuda_ipc_handle = (ProtobufCBinaryData){sizeof(b->ipc), b->ipc};
     rc = kvd_channel_call(c->channel, "/kvd.v1.KvCache/RegisterBuffer", &req,
                           &kvd__v1__register_buffer_reply__descriptor, c->timeout_ms, &reply, err);
     if (rc)
@@ -139,10 +144,8 @@ static kvd_result reconnect(kvd_client *c, uint64_t epoch, const struct kvd_erro
 // daemon that dies may have closed its other sockets a moment before this one.
 static bool hung_up(const kvd_client *c)
 {
-    char byte;
-    struct pollfd p = {.fd = c->sock, .events = POLLIN};
-    return c->sock >= 0 && poll(&p, 1, 100) == 1 &&
-           recv(c->sock, &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 0;
+    struct pollfd p = {.fd = c->sock, .events = 0};
+    return c->sock >= 0 && poll(&p, 1, 100) == 1 && p.revents & (POLLHUP | POLLERR);
 }
 
 kvd_result kvd_client_call(kvd_client *c, const char *method, void *request, char **set_session,
@@ -166,8 +169,10 @@ static void client_free(kvd_client *c)
     while (c->buffers) {
         kvd_buffer *b = c->buffers;
         c->buffers = b->next;
-        munmap(b->data, b->size);
-        close(b->fd);
+        if (b->kind == MEMORY_KIND(MEMFD))
+            munmap(b->data, b->size);
+        if (b->fd >= 0)
+            close(b->fd);
         free(b);
     }
     kvd_stream_free(&c->events);
@@ -296,39 +301,51 @@ static int make_memory(kvd_buffer *b, struct kvd_error *err)
     return KVD_OK;
 }
 
-kvd_result kvd_buffer_new(kvd_client *c, uint64_t bytes, kvd_buffer **out, kvd_failure *err)
+kvd_result kvd_client_add_buffer(kvd_client *c, kvd_buffer *b, kvd_failure *err)
 {
     struct kvd_error e = {0};
-    kvd_buffer *b = calloc(1, sizeof(*b));
-    if (!b || bytes == 0 || !on_unix(c)) {
-        free(b);
-        kvd_fail(&e, KVD_E_INVALID,
-                 bytes ? "shared buffers want a unix: address" : "a buffer of 0 bytes");
+    b->client = c;
+    b->key = ++c->next_key;
+    if (!on_unix(c)) {
+        kvd_fail(&e, KVD_E_INVALID, "shared buffers want a unix: address");
         return kvd_client_fail(err, &e);
     }
-    *b = (kvd_buffer){
-        .client = c, .size = bytes, .key = ++c->next_key, .fd = -1, .data = MAP_FAILED};
-    int rc = make_memory(b, &e);
     pthread_rwlock_wrlock(&c->lock);
     uint64_t epoch = c->epoch;
-    if (rc == KVD_OK)
-        rc = register_buffer(c, b, &e);
+    int rc = register_buffer(c, b, &e);
     if (rc == KVD_OK) {
         b->next = c->buffers;
         c->buffers = b;
     }
     bool lost = rc == KVD_E_UNAUTH || (rc == KVD_E_UNAVAILABLE && hung_up(c));
     pthread_rwlock_unlock(&c->lock);
-    if (rc == KVD_OK) {
-        *out = b;
+    if (rc == KVD_OK)
         return KVD_SUCCESS;
+    return lost ? reconnect(c, epoch, &e, err) : kvd_client_fail(err, &e);
+}
+
+kvd_result kvd_buffer_new(kvd_client *c, uint64_t bytes, kvd_buffer **out, kvd_failure *err)
+{
+    struct kvd_error e = {0};
+    kvd_buffer *b = calloc(1, sizeof(*b));
+    if (!b || bytes == 0) {
+        free(b);
+        kvd_fail(&e, KVD_E_INVALID, bytes ? "out of memory" : "a buffer of 0 bytes");
+        return kvd_client_fail(err, &e);
+    }
+    *b = (kvd_buffer){.size = bytes, .fd = -1, .data = MAP_FAILED};
+    kvd_result rc =
+        make_memory(b, &e) ? kvd_client_fail(err, &e) : kvd_client_add_buffer(c, b, err);
+    if (rc == KVD_SUCCESS) {
+        *out = b;
+        return rc;
     }
     if (b->data != MAP_FAILED)
         munmap(b->data, b->size);
     if (b->fd >= 0)
         close(b->fd);
     free(b);
-    return lost ? reconnect(c, epoch, &e, err) : kvd_client_fail(err, &e);
+    return rc;
 }
 
 void *kvd_buffer_detach(kvd_buffer **bp)
@@ -352,16 +369,18 @@ void *kvd_buffer_detach(kvd_buffer **bp)
                          NULL) == KVD_OK)
         kvd__v1__release_buffer_reply__free_unpacked(reply, NULL);
     pthread_rwlock_unlock(&c->lock);
-    close(b->fd);
+    if (b->fd >= 0)
+        close(b->fd);
     free(b);
     return data;
 }
 
 void kvd_buffer_free(kvd_buffer **bp)
 {
+    bool ours = *bp && (*bp)->kind == MEMORY_KIND(MEMFD);
     uint64_t size = *bp ? (*bp)->size : 0;
     void *data = kvd_buffer_detach(bp);
-    if (data)
+    if (ours)
         munmap(data, size);
 }
 

@@ -3,8 +3,8 @@
 
 #include "daemon/compute.h"
 
-static struct kvd_work *work_new(struct kvd_call *call, const struct kvd_session *s,
-                                 enum kvd_kernel_op op, size_t n)
+struct kvd_work *kvd_work_new(struct kvd_call *call, const struct kvd_session *s,
+                              enum kvd_kernel_op op, size_t n)
 {
     struct kvd_work *w = calloc(1, sizeof(*w));
     if (!w || !(w->items = calloc(n + 1, sizeof(*w->items)))) {
@@ -163,7 +163,7 @@ static void run_batch(struct kvd_call *call, const void *request, enum kvd_kerne
         kvd_call_fail_error(call, &err);
         return;
     }
-    struct kvd_work *w = work_new(call, s, op, b->n_items);
+    struct kvd_work *w = kvd_work_new(call, s, op, b->n_items);
     if (!w)
         return;
     const struct kvd_geometry *g = kvd_pool_geometry_get(call->d->pool, s->geom);
@@ -311,7 +311,7 @@ void kvd_on_rotate(struct kvd_call *call, const void *request)
     const Kvd__V1__RotateRequest *req = request;
     struct kvd_session *s = kvd_call_session(call, req->session);
     struct kvd_error err = {0};
-    struct kvd_work *w = s ? work_new(call, s, KVD_OP_ROTATE, 0) : NULL;
+    struct kvd_work *w = s ? kvd_work_new(call, s, KVD_OP_ROTATE, 0) : NULL;
     if (!w)
         return;
     int rc = set_rotate(w, s, kvd_pool_geometry_get(call->d->pool, s->geom), req, &err);
@@ -345,7 +345,7 @@ void kvd_on_read_tokens(struct kvd_call *call, const void *request)
     const Kvd__V1__ReadTokensRequest *req = request;
     struct kvd_session *s = kvd_call_session(call, req->session);
     struct kvd_error err = {0};
-    struct kvd_work *w = s ? work_new(call, s, KVD_OP_READ, 1) : NULL;
+    struct kvd_work *w = s ? kvd_work_new(call, s, KVD_OP_READ, 1) : NULL;
     if (!w)
         return;
     int rc = set_read(w, s, kvd_pool_geometry_get(call->d->pool, s->geom), req, &err);

@@ -229,12 +229,40 @@ void kvd_on_keep_alive(struct kvd_call *call, const void *request)
     kvd_call_reply(call, &r);
 }
 
+// What a request says of its memory. The fd, if any, is the caller's to close.
+static int foreign_of(struct kvd_session *s, const Kvd__V1__RegisterBufferRequest *req,
+                      struct kvd_foreign *out, struct kvd_error *err)
+{
+    *out = (struct kvd_foreign){.kind = (enum kvd_memory)req->memory, .fd = -1, .size = req->size};
+    if (!s->connection)
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "a leased session has no buffers; connect to the fd socket and open the "
+                        "session with its ticket");
+    if (out->kind > KVD_MEMORY_CUDA_FD || (int)out->kind < 0)
+        return kvd_fail(err, KVD_E_INVALID, "memory is %d; MEMFD, CUDA_IPC and CUDA_FD are known",
+                        (int)req->memory);
+    if (out->kind == KVD_MEMORY_CUDA_IPC) {
+        if (req->cuda_ipc_handle.len != sizeof(out->ipc))
+            return kvd_fail(err, KVD_E_INVALID, "cuda_ipc_handle has %zu bytes, not %zu",
+                            req->cuda_ipc_handle.len, sizeof(out->ipc));
+        memcpy(out->ipc, req->cuda_ipc_handle.data, sizeof(out->ipc));
+        return KVD_OK;
+    }
+    out->fd = kvd_connection_take_fd(s->connection, req->key);
+    if (out->fd < 0)
+        return kvd_fail(err, KVD_E_NOT_FOUND,
+                        "no descriptor was sent over the fd socket under key %llu",
+                        (unsigned long long)req->key);
+    return KVD_OK;
+}
+
 void kvd_on_register_buffer(struct kvd_call *call, const void *request)
 {
     const Kvd__V1__RegisterBufferRequest *req = request;
     Kvd__V1__RegisterBufferReply r = KVD__V1__REGISTER_BUFFER_REPLY__INIT;
     struct kvd_session *s = kvd_call_session(call, req->session);
     struct kvd_error err = {0};
+    struct kvd_foreign memory;
     struct kvd_buffer *b, *next;
     if (!s)
         return;
@@ -246,22 +274,17 @@ void kvd_on_register_buffer(struct kvd_call *call, const void *request)
             return;
         }
     }
-    if (!s->connection) {
-        kvd_call_fail(call, KVD_E_PRECONDITION,
-                      "a leased session has no buffers; connect to the fd socket and open the "
-                      "session with its ticket");
+    int rc = foreign_of(s, req, &memory, &err);
+    if (rc == KVD_OK)
+        rc = kvd_session_add_buffer(call->d, s, req->key, &memory, &b, &err);
+    if (memory.fd >= 0)
+        close(memory.fd);
+    if (rc) {
+        kvd_call_fail_error(call, &err);
         return;
     }
-    int fd = kvd_connection_take_fd(s->connection, req->key);
-    if (fd < 0)
-        kvd_call_fail(call, KVD_E_NOT_FOUND, "no memfd was sent over the fd socket under key %llu",
-                      (unsigned long long)req->key);
-    else if (kvd_session_add_buffer(call->d, s, req->key, fd, req->size, &b, &err))
-        kvd_call_fail_error(call, &err);
-    else {
-        r.buffer = b->id;
-        kvd_call_reply(call, &r);
-    }
+    r.buffer = b->id;
+    kvd_call_reply(call, &r);
 }
 
 void kvd_on_release_buffer(struct kvd_call *call, const void *request)

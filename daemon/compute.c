@@ -76,6 +76,7 @@ static int note_pages(struct kvd_daemon *d, struct kvd_work_item *item, struct k
     kvd_pool_seq_pages(d->pool, item->seq, KVD_POOL_BF16, item->pages, n);
     kvd_pool_seq_pages(d->pool, item->seq, KVD_POOL_CODEC, item->pages + n, m);
     item->n_bf16 = n;
+    item->n_codec = m;
     return KVD_OK;
 }
 
@@ -204,6 +205,24 @@ static int begin_read(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error
     return KVD_OK;
 }
 
+static int begin_map(struct kvd_daemon *d, struct kvd_work *w, uint32_t i, struct kvd_error *err)
+{
+    struct kvd_work_item *item = &w->items[i];
+    struct kvd_pool_seq_info info;
+    if (kvd_pool_seq_info(d->pool, item->seq, &info))
+        return kvd_fail(err, KVD_E_NOT_FOUND, "items[%u]: sequence %llu was freed", i,
+                        (unsigned long long)item->seq);
+    if (info.pending_layers)
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "items[%u]: an append has filled %u layers of sequence %llu; finish it or "
+                        "truncate to %llu first",
+                        i, info.pending_layers, (unsigned long long)item->seq,
+                        (unsigned long long)info.length);
+    item->length = info.length;
+    item->hist_end = info.hist_end;
+    return note_pages(d, item, err);
+}
+
 static int start(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
 {
     int rc = KVD_OK;
@@ -220,6 +239,8 @@ static int start(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err
         rc = begin_append(d, w, i, err);
     for (uint32_t i = 0; i < w->n_items && rc == KVD_OK && w->attend_items; i++)
         rc = begin_attend(d, w, i, err);
+    for (uint32_t i = 0; i < w->n_items && rc == KVD_OK && w->op == KVD_OP_MAP; i++)
+        rc = begin_map(d, w, i, err);
     if (w->op == KVD_OP_READ)
         rc = begin_read(d, w, err);
     w->rotate.rotation = d->rotations[w->geom];
@@ -402,8 +423,15 @@ static void launch(struct kvd_daemon *d, struct kvd_work *w)
         return;
     }
     lock(d, w, true);
-    if (start(d, w, &err)) {
+    if (start(d, w, &err) || (w->op == KVD_OP_MAP && kvd_mapping_reply(d, w, &err))) {
         fail(d, w, &err);
+        return;
+    }
+    if (writes(w))
+        kvd_memory_ahead(d);
+    if (w->op == KVD_OP_MAP) {
+        lock(d, w, false);
+        kvd_work_free(d, w);
         return;
     }
     w->job.run = run;

@@ -22,7 +22,7 @@ struct kvd_work_item {
     struct kvd_pool_append append;
     uint64_t length, hist_end; // that the attention sees
     uint64_t *pages;           // bf16 pages, then codec pages
-    uint32_t n_bf16;
+    uint32_t n_bf16, n_codec;
 };
 
 // A private copy that a shared page gets before it is written.
@@ -59,12 +59,18 @@ struct kvd_work {
     struct kvd_error err;
 };
 
+// A work of n items for a call; NULL with the call answered when memory is short.
+struct kvd_work *kvd_work_new(struct kvd_call *call, const struct kvd_session *s,
+                              enum kvd_kernel_op op, size_t n);
 // Frees a work that was never queued, and its pins.
 void kvd_work_free(struct kvd_daemon *d, struct kvd_work *w);
 // Queues it; from here on it answers its call itself.
 void kvd_work_queue(struct kvd_daemon *d, struct kvd_work *w);
 // Pins an item's sequence.
 void kvd_work_pin(struct kvd_daemon *d, struct kvd_work *w);
+
+// mapping.c: answers MapSequences, whose work has its pages noted.
+int kvd_mapping_reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err);
 
 struct kvd_shape {
     uint32_t layers, tokens, heads, dim;

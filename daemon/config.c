@@ -27,6 +27,7 @@ static const struct key keys[] = {
     {"kvd", "isa", TEXT, AT(isa), 0, 0},
     {"kvd", "pool-size", SIZE, AT(pool_size), 2 << 20, 1ull << 43},
     {"kvd", "extent-size", SIZE, AT(extent_size), 0, 1ull << 40},
+    {"kvd", "memory-floor", SIZE, AT(memory_floor), 0, 1ull << 43},
     {"kvd", "listen", LISTEN, AT(listen), 0, 0},
     {"kvd", "socket-group", TEXT, AT(socket_group), 0, 0},
     {"kvd", "socket-mode", OCTAL, AT(socket_mode), 0, 0777},
@@ -57,6 +58,7 @@ void kvd_config_defaults(struct kvd_config *c)
     *c = (struct kvd_config){
         .backend = "auto",
         .pool_size = 1ull << 30,
+        .memory_floor = 512ull << 20,
         .socket_mode = 0660,
         .metrics = "127.0.0.1:9464",
         .store_timeout_ms = 60000,

@@ -36,6 +36,7 @@ struct kvd_config {
     uint32_t threads;                // 0: one per CPU
     char isa[16];                    // "": the best
     uint64_t pool_size, extent_size; // extent_size 0: chosen from pool_size
+    uint64_t memory_floor;           // GPU memory that is left to others
     char listen[KVD_MAX_LISTEN][KVD_CONFIG_TEXT];
     uint32_t n_listen;
     char socket_group[64];

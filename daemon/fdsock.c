@@ -3,14 +3,14 @@
 //
 // On connect the daemon sends a hello with a ticket; OpenSession with that ticket ties the session
 // to the connection. Each message from the worker carries one memfd and the key under which
-// RegisterBuffer will ask for it. There is nothing else, and the daemon sends nothing more.
+// RegisterBuffer will ask for it. To workers in direct mode the daemon sends descriptors of extents
+// and rotation sets (memory.c).
 #include <errno.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 
 #include "daemon/kvd.h"
-#include "proto/fdsock.h"
 
 enum { MAX_PENDING_FDS = 64 };
 
@@ -278,6 +278,30 @@ int kvd_connection_take_fd(struct kvd_connection *c, uint64_t key)
         return fd;
     }
     return -1;
+}
+
+int kvd_connection_send(struct kvd_connection *c, const struct kvd_fd_grant *grant, int fd,
+                        struct kvd_error *err)
+{
+    union {
+        struct cmsghdr head;
+        uint8_t space[CMSG_SPACE(sizeof(int))];
+    } control = {0};
+    struct iovec iov = {(void *)grant, sizeof(*grant)};
+    struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
+    if (fd >= 0) {
+        msg.msg_control = &control;
+        msg.msg_controllen = sizeof(control);
+        control.head.cmsg_level = SOL_SOCKET;
+        control.head.cmsg_type = SCM_RIGHTS;
+        control.head.cmsg_len = CMSG_LEN(sizeof(int));
+        memcpy(CMSG_DATA(&control.head), &fd, sizeof(fd));
+    }
+    if (sendmsg(c->fd, &msg, MSG_NOSIGNAL | MSG_DONTWAIT) == sizeof(*grant))
+        return KVD_OK;
+    if (errno == EAGAIN || errno == ETOOMANYREFS || errno == ENOBUFS)
+        return kvd_fail(err, KVD_E_LIMIT, "the worker does not read its fd socket");
+    return kvd_fail(err, KVD_E_UNAVAILABLE, "the fd socket failed: %s", strerror(errno));
 }
 
 uint32_t kvd_fdsock_count(const struct kvd_daemon *d)

@@ -15,6 +15,7 @@
 #include "daemon/metrics.h"
 #include "kernels/backend.h"
 #include "pool/pool.h"
+#include "proto/fdsock.h"
 
 enum {
     KVD_SECRET_TEXT = 33, // 16 random bytes in hex, and a NUL
@@ -36,10 +37,12 @@ struct kvd_exec;
 struct kvd_fdsock;
 struct kvd_http;
 
-// Shared memory of a worker. Jobs hold references, so that releasing it does not unmap it under a
+// Memory of a worker. Jobs hold references, so that releasing it does not unmap it under a
 // kernel.
 struct kvd_buffer {
+    struct kvd_daemon *d;
     uint64_t id, key;
+    enum kvd_memory kind;
     uint8_t *data;
     uint64_t size;
     uint32_t refs;
@@ -75,6 +78,8 @@ struct kvd_session {
     struct kvd_held *held;
     struct kvd_buffer *buffers;
     uint64_t buffer_bytes;
+    uint32_t *extents; // per extent: the version that was sent over the fd socket; NULL: none yet
+    bool rotations_sent;
     struct kvd_replay replays[KVD_REPLAY_SLOTS];
     uint32_t next_replay;
     size_t replay_bytes;
@@ -90,6 +95,8 @@ struct kvd_seq_use {
 
 enum kvd_state { KVD_STARTING, KVD_READY, KVD_DRAINING, KVD_STOPPING };
 
+struct kvd_memory_state; // memory.c
+
 struct kvd_daemon {
     struct kvd_config config;
     uv_loop_t loop;
@@ -97,8 +104,10 @@ struct kvd_daemon {
     char instance[KVD_SECRET_TEXT];
     uint64_t started_ms;
     struct kvd_backend *backend;
+    struct kvd_memory_state *memory;
     struct kvd_pool *pool;
     struct kvd_rotation *rotations[KVD_MAX_GEOMETRIES]; // by pool geometry
+    int rotation_fds[KVD_MAX_GEOMETRIES];               // the same for workers; -1: none
     struct kvd_session *sessions;                       // by secret
     uint64_t next_session,
         next_buffer; // buffer ids are the daemon's, never a session's, so a stale one names nothing
@@ -110,7 +119,7 @@ struct kvd_daemon {
     struct kvd_metrics metrics;
     struct kvd_call *health_watchers; // linked by call->next_watch
     uv_signal_t sig_term, sig_int, sig_hup;
-    uv_timer_t watchdog, lease_timer, drain_timer;
+    uv_timer_t watchdog, lease_timer, drain_timer, memory_timer;
     uint64_t drain_deadline_ms;
     uint32_t store_works; // on libuv's thread pool; gRPC must outlive them, as they answer calls
     int lock_fds[KVD_MAX_LISTEN];
@@ -151,13 +160,31 @@ bool kvd_session_holds(const struct kvd_session *s, uint64_t seq);
 int kvd_session_add_held(struct kvd_session *s, uint64_t seq, struct kvd_error *err);
 void kvd_session_drop_held(struct kvd_session *s, uint64_t seq);
 struct kvd_buffer *kvd_session_buffer(struct kvd_session *s, uint64_t id);
-// Maps a memfd. Takes the fd. KVD_E_INVALID (seals, size), KVD_E_QUOTA, KVD_E_LIMIT.
-int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t key, int fd,
-                           uint64_t size, struct kvd_buffer **out, struct kvd_error *err);
+// Maps a worker's memory. The fd stays the caller's. KVD_E_INVALID (seals, size, not memory),
+// KVD_E_UNSUPPORTED, KVD_E_QUOTA, KVD_E_LIMIT.
+int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t key,
+                           const struct kvd_foreign *memory, struct kvd_buffer **out,
+                           struct kvd_error *err);
 void kvd_buffer_unref(struct kvd_buffer *b);
 void kvd_session_drop_buffer(struct kvd_session *s, struct kvd_buffer *b);
 // Ends leased sessions whose time is over.
 void kvd_session_expire(struct kvd_daemon *d);
+
+// -- memory.c -----------------------------------------------------------------------------------
+// The pool's memory: extents of the backend, made ahead of need, lent to workers for reading.
+int kvd_memory_init(struct kvd_daemon *d, struct kvd_error *err);
+void kvd_memory_deinit(struct kvd_daemon *d);
+struct kvd_pool_mem_ops kvd_memory_ops(struct kvd_daemon *d);
+// Sees to it that spare extents are made, on libuv's thread pool.
+void kvd_memory_ahead(struct kvd_daemon *d);
+// Lends the session the extent of an address, unless it has it. KVD_E_LIMIT: the fd socket is full.
+int kvd_memory_lend(struct kvd_daemon *d, struct kvd_session *s, uint64_t addr,
+                    struct kvd_error *err);
+// Lends it its rotation set.
+int kvd_memory_lend_rotations(struct kvd_daemon *d, struct kvd_session *s, struct kvd_error *err);
+// Page number on the wire of an address; 0 has UINT32_MAX.
+uint32_t kvd_memory_page_number(const struct kvd_daemon *d, uint64_t addr);
+uint32_t kvd_memory_extents(const struct kvd_daemon *d);
 
 // -- fdsock.c -----------------------------------------------------------------------------------
 int kvd_fdsock_init(struct kvd_daemon *d, const char *path, struct kvd_error *err);
@@ -172,6 +199,10 @@ struct kvd_peer kvd_connection_peer(const struct kvd_connection *c);
 struct kvd_session *kvd_connection_session(const struct kvd_connection *c);
 // Ties a session to a connection (or unties it with NULL).
 void kvd_connection_bind(struct kvd_connection *c, struct kvd_session *s);
+// Sends a message, with fd unless it is -1 (it stays the caller's). KVD_E_LIMIT when the worker
+// does not read; KVD_E_UNAVAILABLE when it has hung up.
+int kvd_connection_send(struct kvd_connection *c, const struct kvd_fd_grant *grant, int fd,
+                        struct kvd_error *err);
 // Takes the fd sent under a key out of a connection; -1 if there is none.
 int kvd_connection_take_fd(struct kvd_connection *c, uint64_t key);
 // Hangs up: after its session was ended by the worker itself or by an operator.

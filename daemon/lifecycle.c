@@ -45,9 +45,7 @@ static int init_backend(struct kvd_daemon *d, struct kvd_error *err)
 static int init_pool(struct kvd_daemon *d, struct kvd_error *err)
 {
     const struct kvd_config *c = &d->config;
-    const struct kvd_backend_ops *ops = d->backend->ops;
-    struct kvd_pool_mem_ops mem = {
-        .ctx = d->backend, .alloc = ops->mem_alloc, .free = ops->mem_free, .zero = ops->mem_zero};
+    struct kvd_pool_mem_ops mem = kvd_memory_ops(d);
     // The instance is random already; its first eight digits seed the ids.
     char seed[9];
     snprintf(seed, sizeof(seed), "%.8s", d->instance);
@@ -151,6 +149,7 @@ static void apply_reload(struct kvd_daemon *d, const struct kvd_config *fresh)
     c->max_sessions = fresh->max_sessions;
     c->max_queue = fresh->max_queue;
     c->max_buffer_bytes = fresh->max_buffer_bytes;
+    c->memory_floor = fresh->memory_floor;
     c->admin = fresh->admin;
     memcpy(c->store, fresh->store, sizeof(c->store));
     memcpy(c->namespaces, fresh->namespaces, sizeof(c->namespaces));
@@ -210,6 +209,7 @@ int kvd_daemon_init(struct kvd_daemon *d, struct kvd_error *err)
     uv_timer_init(&d->loop, &d->watchdog);
     uv_timer_init(&d->loop, &d->lease_timer);
     uv_timer_init(&d->loop, &d->drain_timer);
+    uv_timer_init(&d->loop, &d->memory_timer);
     d->lease_timer.data = (void *)on_lease_timer;
     d->drain_timer.data = d;
     start_signal(d, &d->sig_term, on_stop_signal, SIGTERM);
@@ -218,6 +218,8 @@ int kvd_daemon_init(struct kvd_daemon *d, struct kvd_error *err)
     d->started_ms = kvd_now_ms(d);
     kvd_secret_new(d->instance);
     int rc = init_backend(d, err);
+    if (rc == KVD_OK)
+        rc = kvd_memory_init(d, err);
     if (rc == KVD_OK)
         rc = init_pool(d, err);
     if (rc == KVD_OK)
@@ -239,6 +241,7 @@ void kvd_daemon_run(struct kvd_daemon *d)
                KVD_VERSION, d->backend->ops->name, d->backend->ops->device(d->backend), size,
                d->config.listen[0], d->config.metrics[0] ? d->config.metrics : "off",
                (unsigned long long)(uv_hrtime() / 1000000 - d->started_ms));
+    kvd_memory_ahead(d);
     kvd_notify_ready(d);
     uv_run(&d->loop, UV_RUN_DEFAULT);
 }
@@ -249,7 +252,8 @@ static void on_grpc_down(struct kvd_daemon *d)
     kvd_http_deinit(d);
     uv_handle_t *rest[] = {(uv_handle_t *)&d->sig_term,    (uv_handle_t *)&d->sig_int,
                            (uv_handle_t *)&d->sig_hup,     (uv_handle_t *)&d->watchdog,
-                           (uv_handle_t *)&d->lease_timer, (uv_handle_t *)&d->drain_timer};
+                           (uv_handle_t *)&d->lease_timer, (uv_handle_t *)&d->drain_timer,
+                           (uv_handle_t *)&d->memory_timer};
     for (size_t i = 0; i < KVD_LEN(rest); i++)
         if (!uv_is_closing(rest[i]))
             uv_close(rest[i], NULL);
@@ -339,6 +343,7 @@ void kvd_daemon_deinit(struct kvd_daemon *d)
         if (d->rotations[i])
             d->backend->ops->rotation_free(d->backend, &d->rotations[i]);
     kvd_pool_free(&d->pool);
+    kvd_memory_deinit(d);
     kvd_backend_free(&d->backend);
     free(d->use);
     for (uint32_t i = 0; i < d->config.n_listen; i++)

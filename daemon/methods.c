@@ -38,6 +38,7 @@ const struct kvd_method kvd_methods[] = {
     KV("Step", step_request, step),
     KV("Rotate", rotate_request, rotate),
     KV("ReadTokens", read_tokens_request, read_tokens),
+    KV("MapSequences", map_sequences_request, map_sequences),
     {"/kvd.v1.KvCache/Watch", &kvd__v1__watch_request__descriptor, kvd_on_watch, true, false, true},
     ADMIN("Ping", ping_request, ping),
     ADMIN("GetStatus", status_request, get_status),

@@ -18,7 +18,8 @@ enum kvd_kernel_op {
     KVD_OP_STEP,
     KVD_OP_ROTATE,
     KVD_OP_READ,
-    KVD_OP_COUNT
+    KVD_OP_COUNT,
+    KVD_OP_MAP, // runs no kernel
 };
 
 struct kvd_metrics {

@@ -1,5 +1,8 @@
 #include "daemon/rotations.h"
 
+#include <fcntl.h>
+#include <sys/mman.h>
+
 struct fetch {
     uv_work_t work;
     struct kvd_daemon *d;
@@ -107,9 +110,44 @@ void kvd_rotations_get(struct kvd_daemon *d, struct kvd_geometry *g,
     uv_queue_work(&d->loop, &f->work, fetch_work, fetch_done);
 }
 
-// Puts a set into the backend's memory. Without a set (bf16) there is nothing to rotate by.
+static bool write_all(int fd, const void *data, uint64_t bytes)
+{
+    const uint8_t *at = data;
+    while (bytes) {
+        ssize_t n = write(fd, at, bytes);
+        if (n <= 0)
+            return false;
+        at += n;
+        bytes -= (uint64_t)n;
+    }
+    return true;
+}
+
+// The set as a sealed memfd, for workers in direct mode; -1 when there is no memory for that.
+static int share(const struct kvd_rotation_data *data)
+{
+    struct kvd_fd_rotations head = {.magic = KVD_FD_MAGIC,
+                                    .version = KVD_FD_VERSION,
+                                    .n_layers = data->n_layers,
+                                    .heads = data->heads,
+                                    .dim_k = data->dim_k,
+                                    .dim_v = data->dim_v,
+                                    .has_k = data->k != NULL,
+                                    .has_v = data->v != NULL};
+    uint64_t n = (uint64_t)data->n_layers * data->heads * sizeof(float);
+    int fd KVD_CLOSE = memfd_create("kvd-rotations", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0 || !write_all(fd, &head, sizeof(head)) ||
+        (data->k && !write_all(fd, data->k, n * data->dim_k * data->dim_k)) ||
+        (data->v && !write_all(fd, data->v, n * data->dim_v * data->dim_v)) ||
+        fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL))
+        return -1;
+    return KVD_TAKE_FD(fd);
+}
+
+// Puts a set into the backend's memory, and into *fd for workers. Without a set (bf16) there is
+// nothing to rotate by.
 static struct kvd_rotation *load(struct kvd_daemon *d, const struct kvd_geometry *g,
-                                 const struct kvd_rotset *set, struct kvd_error *err)
+                                 const struct kvd_rotset *set, int *fd, struct kvd_error *err)
 {
     struct kvd_rotation_data data = {
         .n_layers = g->n_layers, .heads = 1, .dim_k = g->head_dim_k, .dim_v = g->head_dim_v};
@@ -125,6 +163,7 @@ static struct kvd_rotation *load(struct kvd_daemon *d, const struct kvd_geometry
         data.k = data.v = NULL;
     }
     struct kvd_rotation *r = d->backend->ops->rotation_new(d->backend, &data, err);
+    *fd = r && set ? share(&data) : -1;
     kvd_rotation_data_deinit(&data);
     return r;
 }
@@ -135,9 +174,10 @@ int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_geometry *g,
     uint64_t bytes[KVD_POOL_KINDS] = {kvd_page_bytes(g, KVD_CODEC_BF16),
                                       kvd_page_bytes(g, g->codec)};
     struct kvd_rotation *r = NULL;
+    int fd KVD_CLOSE = -1;
     bool recycled;
     // The rotations first: a geometry that they do not fit must leave nothing behind.
-    if (kvd_pool_geometry_find(d->pool, g) == KVD_POOL_NONE && !(r = load(d, g, set, err)))
+    if (kvd_pool_geometry_find(d->pool, g) == KVD_POOL_NONE && !(r = load(d, g, set, &fd, err)))
         return err->code;
     int rc = kvd_pool_geometry(d->pool, g, bytes, geom, &recycled, err);
     if (rc) {
@@ -149,6 +189,9 @@ int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_geometry *g,
         d->metrics.rotations_loaded--;
     }
     if (r) {
+        if (d->rotation_fds[*geom] >= 0)
+            close(d->rotation_fds[*geom]);
+        d->rotation_fds[*geom] = KVD_TAKE_FD(fd);
         d->rotations[*geom] = r;
         d->metrics.rotations_loaded++;
     }

@@ -116,6 +116,7 @@ KVD_HANDLER(attend);
 KVD_HANDLER(step);
 KVD_HANDLER(rotate);
 KVD_HANDLER(read_tokens);
+KVD_HANDLER(map_sequences);
 KVD_HANDLER(ping); // calls_admin.c
 KVD_HANDLER(get_status);
 KVD_HANDLER(list_sessions);

@@ -77,6 +77,7 @@ void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *wh
     kvd_session_drop_buffer(s, b);
     for (size_t i = 0; i < KVD_LEN(s->replays); i++)
         free(s->replays[i].data);
+    free(s->extents);
     kvd_pool_geometry_unref(d->pool, s->geom);
     struct kvd_connection *conn = s->connection;
     if (conn)
@@ -138,38 +139,59 @@ struct kvd_buffer *kvd_session_buffer(struct kvd_session *s, uint64_t id)
     return b;
 }
 
-int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t key, int fd_taken,
-                           uint64_t size, struct kvd_buffer **out, struct kvd_error *err)
+// Maps a memfd.
+static int map_memfd(const struct kvd_foreign *m, uint8_t **data, struct kvd_error *err)
 {
-    int fd KVD_CLOSE = fd_taken;
     struct stat st;
-    int seals = fcntl(fd, F_GET_SEALS);
+    int seals = fcntl(m->fd, F_GET_SEALS);
     // Without the seal the worker could shrink the file and make our next access a SIGBUS.
     if (seals < 0 || !(seals & F_SEAL_SHRINK))
         return kvd_fail(err, KVD_E_INVALID,
                         "buffers are memfds sealed with F_SEAL_SHRINK (memfd_create with "
                         "MFD_ALLOW_SEALING, then fcntl F_ADD_SEALS)");
-    if (fstat(fd, &st) || size == 0 || (uint64_t)st.st_size < size)
+    if (fstat(m->fd, &st) || (uint64_t)st.st_size < m->size)
         return kvd_fail(err, KVD_E_INVALID, "size is %llu, the memfd has %lld bytes",
-                        (unsigned long long)size, (long long)st.st_size);
+                        (unsigned long long)m->size, (long long)st.st_size);
+    void *p = mmap(NULL, m->size, PROT_READ | PROT_WRITE, MAP_SHARED, m->fd, 0);
+    if (p == MAP_FAILED)
+        return kvd_fail(err, KVD_E_INVALID, "cannot map the memfd for reading and writing: %s",
+                        strerror(errno));
+    *data = p;
+    return KVD_OK;
+}
+
+int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t key,
+                           const struct kvd_foreign *m, struct kvd_buffer **out,
+                           struct kvd_error *err)
+{
+    if (m->size == 0)
+        return kvd_fail(err, KVD_E_INVALID, "size is 0");
     if (HASH_COUNT(s->buffers) >= KVD_MAX_BUFFERS)
         return kvd_fail(err, KVD_E_LIMIT, "a session registers at most %d buffers; release some",
                         KVD_MAX_BUFFERS);
-    if (size > d->config.max_buffer_bytes - s->buffer_bytes)
+    if (s->buffer_bytes > d->config.max_buffer_bytes ||
+        m->size > d->config.max_buffer_bytes - s->buffer_bytes)
         return kvd_fail(err, KVD_E_QUOTA,
                         "the session's buffers would pass max-buffer-bytes (%llu)",
                         (unsigned long long)d->config.max_buffer_bytes);
     struct kvd_buffer *b = calloc(1, sizeof(*b));
-    void *data = b ? mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0) : MAP_FAILED;
-    if (data == MAP_FAILED) {
+    if (!b)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    int rc = m->kind == KVD_MEMORY_MEMFD
+                 ? map_memfd(m, &b->data, err)
+                 : d->backend->ops->foreign_map(d->backend, m, &b->data, err);
+    if (rc) {
         free(b);
-        return kvd_fail(err, KVD_E_INVALID, "cannot map the memfd for reading and writing: %s",
-                        strerror(errno));
+        return rc;
     }
-    *b = (struct kvd_buffer){
-        .id = ++d->next_buffer, .key = key, .data = data, .size = size, .refs = 1};
+    b->d = d;
+    b->id = ++d->next_buffer;
+    b->key = key;
+    b->kind = m->kind;
+    b->size = m->size;
+    b->refs = 1;
     HASH_ADD(hh, s->buffers, id, sizeof(b->id), b);
-    s->buffer_bytes += size;
+    s->buffer_bytes += m->size;
     *out = b;
     return KVD_OK;
 }
@@ -178,7 +200,10 @@ void kvd_buffer_unref(struct kvd_buffer *b)
 {
     if (--b->refs)
         return;
-    munmap(b->data, b->size);
+    if (b->kind == KVD_MEMORY_MEMFD)
+        munmap(b->data, b->size);
+    else
+        b->d->backend->ops->foreign_unmap(b->d->backend, b->kind, b->data, b->size);
     free(b);
 }
 

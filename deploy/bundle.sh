@@ -10,7 +10,9 @@ root=$(mktemp -d /tmp/kvd-bundle.XXXXXX)
 trap 'rm -rf "$root"' EXIT
 mkdir -p "$root/kvd/bin" "$root/kvd/lib" "$root/kvd/libexec"
 programs="$build/daemon/kvd $build/client/kvctl $build/client/kvd-demo"
-[ -x "$build/tests/e2e_worker" ] && programs="$programs $build/tests/e2e_worker"
+for test in e2e_worker e2e_direct; do # with which a node can be tried
+    [ -x "$build/tests/$test" ] && programs="$programs $build/tests/$test"
+done
 cp $programs "$root/kvd/libexec/"
 # glibc's own libraries and the loader come from the node: they must match its kernel and name services.
 ldd $programs | awk '$2 == "=>" && $3 ~ /^\// {print $3}' | sort -u |

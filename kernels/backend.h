@@ -1,9 +1,10 @@
 // The backend: memory for the pool and the five operations on pages, behind one ops table.
 //
 // Every operation is synchronous for its caller and batched over many sequences and a range of
-// layers. Pages are where mem_alloc put them; tensors are in host memory, or on a GPU in its own
+// layers. Pages are in the extents of an arena; tensors are in host memory, or on a GPU in its own
 // memory too. The caller has checked all bounds. Calls on one backend come from one thread at a
-// time (the executor); mem_* come from the loop thread.
+// time (the executor); those on arenas and foreign memory from another (the loop), but for
+// extent_make, which may run beside them for an extent that nothing else touches.
 #ifndef KVD_KERNELS_BACKEND_H
 #define KVD_KERNELS_BACKEND_H
 
@@ -57,10 +58,10 @@ struct kvd_attend_item {
     struct kvd_pages pages;
     uint64_t length, hist_end; // what the pages hold
     uint32_t q_len;
-    uint32_t new_tokens;    // 0, or q_len: the queries' own K/V come from k and v, after what the
-                            // pages hold
+    uint32_t new_tokens;    // 0, or at least q_len: K/V of the queries, and of tokens before them
+                            // that no page has yet, come from k and v, after what the pages hold
     struct kvd_tensor q;    // [layer_count][q_len][q_heads][dim_k]
-    struct kvd_tensor k, v; // [layer_count][q_len][kv_heads][dim], bf16, with new_tokens
+    struct kvd_tensor k, v; // [layer_count][new_tokens][kv_heads][dim], bf16
     struct kvd_tensor o;    // [layer_count][q_len][q_heads][dim_v]
     struct kvd_tensor lse;  // f32 [layer_count][q_len][q_heads][1]; data NULL: not wanted
 };
@@ -104,13 +105,60 @@ struct kvd_nonfinite {
     bool in_v;
 };
 
+// Addresses for `count` extents of `bytes` each, side by side: extent i is at base + i * bytes. The
+// owner makes extents; other processes import them into arenas of their own and can only read. As
+// all lay them out alike, a page is named everywhere by its distance from the base.
+struct kvd_arena {
+    uint64_t base, bytes;
+    uint32_t count;
+};
+
+// Memory that another process hands over.
+enum kvd_memory {
+    KVD_MEMORY_MEMFD = 0,    // host memory; the daemon maps it itself
+    KVD_MEMORY_CUDA_IPC = 1, // a cudaIpcMemHandle_t: an allocation of cudaMalloc, from its start
+    KVD_MEMORY_CUDA_FD = 2,  // a descriptor of cuMemExportToShareableHandle
+};
+enum { KVD_IPC_HANDLE_BYTES = 64 };
+struct kvd_foreign {
+    enum kvd_memory kind;
+    int fd; // stays the caller's
+    uint8_t ipc[KVD_IPC_HANDLE_BYTES];
+    uint64_t size; // that the other process claims
+};
+
 struct kvd_backend_ops {
     const char *name; // "cpu", "cuda"
     void (*free)(struct kvd_backend *b);
     const char *(*device)(const struct kvd_backend *b); // for people
-    int (*mem_alloc)(void *b, uint32_t index, uint64_t bytes, uint64_t *addr);
-    void (*mem_free)(void *b, uint32_t index, uint64_t addr, uint64_t bytes);
-    int (*mem_zero)(void *b, uint32_t index, uint64_t addr, uint64_t bytes);
+
+    // `bytes` is a multiple of 2 MiB. NULL with *err set on failure. Freeing drops all extents.
+    struct kvd_arena *(*arena_new)(struct kvd_backend *b, uint32_t count, uint64_t bytes,
+                                   struct kvd_error *err);
+    void (*arena_free)(struct kvd_backend *b, struct kvd_arena **a);
+    // Gives extent i memory that reads as zero. KVD_E_FULL, KVD_E_INTERNAL.
+    int (*extent_make)(struct kvd_backend *b, struct kvd_arena *a, uint32_t i,
+                       struct kvd_error *err);
+    // Takes its memory away. Processes that imported it keep it until they drop it too.
+    void (*extent_drop)(struct kvd_backend *b, struct kvd_arena *a, uint32_t i);
+    int (*extent_zero)(struct kvd_backend *b, struct kvd_arena *a, uint32_t i,
+                       struct kvd_error *err);
+    // A descriptor for extent_import elsewhere, to be closed by the caller. An extent that was ever
+    // exported is not to be zeroed for others: drop it and make it anew.
+    int (*extent_export)(struct kvd_backend *b, struct kvd_arena *a, uint32_t i, int *fd,
+                         struct kvd_error *err);
+    // Maps another process's extent, read-only. The fd stays the caller's.
+    int (*extent_import)(struct kvd_backend *b, struct kvd_arena *a, uint32_t i, int fd,
+                         struct kvd_error *err);
+    // Maps a worker's device memory for reading and writing; never beyond what there is, whatever
+    // it claims. KVD_E_INVALID says what is wrong with it; KVD_E_UNSUPPORTED on the CPU.
+    int (*foreign_map)(struct kvd_backend *b, const struct kvd_foreign *f, uint8_t **data,
+                       struct kvd_error *err);
+    void (*foreign_unmap)(struct kvd_backend *b, enum kvd_memory kind, uint8_t *data,
+                          uint64_t size);
+    // Bytes of device memory that nobody uses; UINT64_MAX where it is not the scarce kind.
+    uint64_t (*memory_free)(struct kvd_backend *b);
+
     // Copies the set into the backend's memory. NULL with *err set on failure.
     struct kvd_rotation *(*rotation_new)(struct kvd_backend *b,
                                          const struct kvd_rotation_data *data,
@@ -150,6 +198,9 @@ struct kvd_backend *kvd_cpu_backend_new(uint32_t threads, const char *isa, struc
 // driver, KVD_E_NOT_FOUND, KVD_E_UNSUPPORTED for a device that is too old. Only in builds with
 // CUDA.
 struct kvd_backend *kvd_cuda_backend_new(uint32_t index, struct kvd_error *err);
+
+// The same on the calling thread's current device.
+struct kvd_backend *kvd_cuda_backend_current(struct kvd_error *err);
 
 // The check operation for tokens in host memory.
 int kvd_check_host(const struct kvd_append_params *p, struct kvd_nonfinite *where);

@@ -59,13 +59,15 @@ static void partial_add(struct kvd_pool *pool, struct region_slab *s, uint32_t x
 }
 
 // Takes the free extent that suits `ns` best out of the free list: one that holds its own data or
-// none, else any.
-static uint32_t free_extent_take(struct kvd_pool *pool, uint32_t ns)
+// none, else any; `made`: only among those that have memory.
+static uint32_t free_extent_take(struct kvd_pool *pool, uint32_t ns, bool made)
 {
     uint32_t *best = NULL;
     for (uint32_t *link = &pool->head->free_extent; *link != KVD_POOL_NONE;
          link = &pool->extent[*link].next) {
         uint32_t owner = pool->extent[*link].owner;
+        if (made && !pool->extent[*link].addr)
+            continue;
         if (!best || owner == ns || (owner == KVD_POOL_NONE && pool->extent[*link].addr))
             best = link;
         if (owner == ns)
@@ -78,10 +80,10 @@ static uint32_t free_extent_take(struct kvd_pool *pool, uint32_t ns)
     return x;
 }
 
-static int extent_grant(struct kvd_pool *pool, uint32_t slab)
+static int extent_grant(struct kvd_pool *pool, uint32_t slab, bool made)
 {
     struct region_slab *s = &pool->slab[slab];
-    uint32_t x = free_extent_take(pool, s->ns);
+    uint32_t x = free_extent_take(pool, s->ns, made);
     if (x == KVD_POOL_NONE)
         return KVD_E_FULL;
     struct region_extent *e = &pool->extent[x];
@@ -105,6 +107,49 @@ static int extent_grant(struct kvd_pool *pool, uint32_t slab)
     return KVD_OK;
 }
 
+uint32_t kvd_pool_spare_wanted(struct kvd_pool *pool, uint32_t want)
+{
+    uint32_t *fresh = NULL, have = 0;
+    for (uint32_t *link = &pool->head->free_extent; *link != KVD_POOL_NONE;
+         link = &pool->extent[*link].next) {
+        if (!pool->extent[*link].addr)
+            fresh = fresh ? fresh : link;
+        else if (++have == want)
+            return KVD_POOL_NONE;
+    }
+    if (!fresh || have >= want)
+        return KVD_POOL_NONE;
+    uint32_t x = *fresh;
+    *fresh = pool->extent[x].next;
+    pool->head->extents_aside++;
+    return x;
+}
+
+void kvd_pool_spare_made(struct kvd_pool *pool, uint32_t index, uint64_t addr)
+{
+    struct region_extent *e = &pool->extent[index];
+    e->addr = addr;
+    e->next = pool->head->free_extent;
+    pool->head->free_extent = index;
+    pool->head->extents_aside--;
+}
+
+uint32_t kvd_pool_trim(struct kvd_pool *pool, uint32_t most)
+{
+    uint32_t n = 0;
+    for (uint32_t x = pool->head->free_extent; x != KVD_POOL_NONE && n < most;
+         x = pool->extent[x].next) {
+        struct region_extent *e = &pool->extent[x];
+        if (!e->addr)
+            continue;
+        pool->ops.free(pool->ops.ctx, x, e->addr, pool->head->extent_bytes);
+        e->addr = 0;
+        e->owner = KVD_POOL_NONE;
+        n++;
+    }
+    return n;
+}
+
 static void extent_return(struct kvd_pool *pool, uint32_t x)
 {
     struct region_extent *e = &pool->extent[x];
@@ -121,7 +166,9 @@ int page_take(struct kvd_pool *pool, uint32_t slab, uint32_t *page)
 {
     struct region_slab *s = &pool->slab[slab];
     if (s->partial == KVD_POOL_NONE) {
-        int rc = extent_grant(pool, slab);
+        int rc = extent_grant(pool, slab, false);
+        if (rc == KVD_E_FULL) // the device has no more, but the pool may hold some idle
+            rc = extent_grant(pool, slab, true);
         if (rc)
             return rc;
     }
@@ -180,12 +227,20 @@ int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum 
                             n->name, (unsigned long long)n->used, (unsigned long long)n->quota);
     }
     while ((rc = page_take(pool, slab, page)) == KVD_E_FULL) {
-        if (!evict_one(pool, KVD_POOL_NONE, NULL))
+        if (evict_one(pool, KVD_POOL_NONE, NULL))
+            continue;
+        if (pool->head->extents_granted < pool->head->n_extents)
             return kvd_fail(err, KVD_E_FULL,
-                            "the pool's %u extents of %llu bytes are all in use and nothing can be "
-                            "evicted; free "
-                            "sequences or start kvd with a larger pool-size",
-                            pool->head->n_extents, (unsigned long long)pool->head->extent_bytes);
+                            "the device is short of memory: %u of the pool's %u extents of %llu "
+                            "bytes are in use, another cannot be made, and nothing can be evicted; "
+                            "free sequences or memory of other processes",
+                            pool->head->extents_granted, pool->head->n_extents,
+                            (unsigned long long)pool->head->extent_bytes);
+        return kvd_fail(err, KVD_E_FULL,
+                        "the pool's %u extents of %llu bytes are all in use and nothing can be "
+                        "evicted; free "
+                        "sequences or start kvd with a larger pool-size",
+                        pool->head->n_extents, (unsigned long long)pool->head->extent_bytes);
     }
     if (rc)
         return kvd_fail(err, rc, "cannot make an extent of %llu bytes: %s",

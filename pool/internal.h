@@ -7,8 +7,8 @@
 #define KVD_POOL_MAGIC 0x314c4f4f5044564bull // "KVDPOOL1"
 
 enum {
-    KVD_POOL_ALIGN = 4096,  // page sizes are rounded up to this
-    KVD_TABLE_ENTRIES = 30, // page numbers in a table block
+    KVD_POOL_ALIGN = KVD_PAGE_UNIT, // page sizes are rounded up to this
+    KVD_TABLE_ENTRIES = 30,         // page numbers in a table block
     KVD_NAME_BUCKETS = 1 << 14,
     KVD_EXTENT_MIN = 2 << 20,
 };
@@ -83,6 +83,7 @@ struct region_head {
     uint32_t n_namespaces, n_geometries, n_slabs, n_sequences_ever, n_blocks_ever;
     uint32_t free_extent, free_seq, free_block;
     uint32_t extents_granted;
+    uint32_t extents_aside;       // being made ahead of need
     uint32_t first_generation;    // of every sequence slot; even
     uint32_t lru_first, lru_last; // first: least recently used
     uint64_t used, evictions, sequences, tokens;

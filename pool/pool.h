@@ -30,12 +30,13 @@ enum kvd_pool_kind {
 // Memory of extents. Addresses are whatever the backend understands (a pointer on the CPU).
 struct kvd_pool_mem_ops {
     void *ctx;
-    // Makes extent `index` of `bytes`, reading as zero. 0, or a negative errno. Sets *addr on
-    // success.
+    // Makes extent `index` of `bytes`, reading as zero. 0, KVD_E_FULL when the device is short of
+    // memory, or a negative errno. Sets *addr on success.
     int (*alloc)(void *ctx, uint32_t index, uint64_t bytes, uint64_t *addr);
     // Gives the memory back. Called once for each successful alloc.
     void (*free)(void *ctx, uint32_t index, uint64_t addr, uint64_t bytes);
-    // Makes the extent read as zero. 0, or a negative errno (the extent is then not granted).
+    // Makes the extent read as zero, for another namespace. 0, or as alloc (the extent is then not
+    // granted).
     int (*zero)(void *ctx, uint32_t index, uint64_t addr, uint64_t bytes);
 };
 
@@ -58,6 +59,14 @@ struct kvd_pool *kvd_pool_new(const struct kvd_pool_config *config,
                               const struct kvd_pool_mem_ops *ops, struct kvd_error *err);
 // Frees all extents and the pool. *pool may be NULL; it becomes NULL.
 void kvd_pool_free(struct kvd_pool **pool);
+
+// Memory made ahead of need: the index of an extent that wants some, if fewer than `want` free
+// extents have it, else KVD_POOL_NONE. The extent is set aside until kvd_pool_spare_made says what
+// came of it: its address, or 0.
+uint32_t kvd_pool_spare_wanted(struct kvd_pool *pool, uint32_t want);
+void kvd_pool_spare_made(struct kvd_pool *pool, uint32_t index, uint64_t addr);
+// Gives back the memory of up to `most` free extents. Returns of how many.
+uint32_t kvd_pool_trim(struct kvd_pool *pool, uint32_t most);
 
 // -- namespaces ---------------------------------------------------------------------------------
 

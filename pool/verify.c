@@ -88,7 +88,7 @@ static int compare(const struct kvd_pool *pool, const struct tally *t, struct kv
     for (uint32_t x = h->free_extent; x != KVD_POOL_NONE && free <= h->n_extents;
          x = pool->extent[x].next)
         free++;
-    if (free + h->extents_granted != h->n_extents)
+    if (free + h->extents_granted + h->extents_aside != h->n_extents)
         return kvd_fail(err, KVD_E_CORRUPT, "%u extents free, %u granted, %u in all", free,
                         h->extents_granted, h->n_extents);
     return KVD_OK;

@@ -1,5 +1,5 @@
 // Messages on the fd socket, a unix SOCK_SEQPACKET socket at the gRPC socket's path with ".fd"
-// appended.
+// appended. All carry one file descriptor, but for the hello and KVD_FD_REVOKE.
 #ifndef KVD_PROTO_FDSOCK_H
 #define KVD_PROTO_FDSOCK_H
 
@@ -15,10 +15,33 @@ struct kvd_fd_hello {
     char pad[7];
 };
 
-// Worker to daemon, with exactly one file descriptor: a memfd sealed with F_SEAL_SHRINK.
+// Worker to daemon: a memfd sealed with F_SEAL_SHRINK, or GPU memory.
 struct kvd_fd_message {
     uint32_t magic, version;
     uint64_t key; // the worker's choice; RegisterBuffer names it
+};
+
+enum kvd_fd_kind {
+    KVD_FD_EXTENT = 1,    // memory of an extent: a memfd, or the GPU's
+    KVD_FD_REVOKE = 2,    // the extent is to be unmapped: it passed to another namespace
+    KVD_FD_ROTATIONS = 3, // a sealed memfd: struct kvd_fd_rotations, then its matrices
+};
+
+// Daemon to worker, after MapSequences.
+struct kvd_fd_grant {
+    uint32_t magic, version;
+    uint32_t kind; // enum kvd_fd_kind
+    uint32_t extent;
+    uint64_t bytes; // of the memory
+};
+
+// The head of a rotation set's memfd. fp32 matrices follow, rows multiplied from the left: K's
+// [n_layers][heads][dim_k][dim_k] if has_k, then V's.
+struct kvd_fd_rotations {
+    uint32_t magic, version;
+    uint32_t n_layers, heads; // 1: the same for all
+    uint32_t dim_k, dim_v;
+    uint32_t has_k, has_v; // 0: identity
 };
 
 #endif

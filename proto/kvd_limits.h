@@ -11,6 +11,7 @@
 enum {
     KVD_PAGE_TOKENS = 64,  // tokens in a page, and in each of its tiles
     KVD_CHUNK_TOKENS = 16, // tokens that leave the recent window at once
+    KVD_PAGE_UNIT = 4096,  // bytes that a page number counts; page sizes are multiples of it
 
     KVD_MAX_LAYERS = 512,
     KVD_MAX_MODEL_LAYER = 65535, // largest model layer id

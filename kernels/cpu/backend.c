@@ -1,43 +1,11 @@
-// The CPU backend's ops table: memory, rotation sets, read-out and rotation of rows.
+// The CPU backend's ops table: rotation sets, read-out and rotation of rows.
 #include "kernels/cpu/cpu.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <sched.h>
-#include <sys/mman.h>
 
 static struct kvd_cpu *cpu_of(struct kvd_backend *b)
 {
     return (struct kvd_cpu *)b;
-}
-
-static int mem_alloc(void *b, uint32_t index, uint64_t bytes, uint64_t *addr)
-{
-    (void)b;
-    (void)index;
-    void *p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                   -1, 0);
-    if (p == MAP_FAILED)
-        return -errno;
-    madvise(p, bytes, MADV_HUGEPAGE); // a hint; without it everything works
-    *addr = (uint64_t)(uintptr_t)p;
-    return 0;
-}
-
-static void mem_free(void *b, uint32_t index, uint64_t addr, uint64_t bytes)
-{
-    (void)b;
-    (void)index;
-    munmap((void *)(uintptr_t)addr, bytes);
-}
-
-static int mem_zero(void *b, uint32_t index, uint64_t addr, uint64_t bytes)
-{
-    (void)b;
-    (void)index;
-    // Private anonymous pages that were dropped read as zero: cheaper than writing them, and the
-    // memory goes back.
-    return madvise((void *)(uintptr_t)addr, bytes, MADV_DONTNEED) ? -errno : 0;
 }
 
 void kvd_load_row(const struct kvd_tensor *t, uint32_t layer, uint64_t token, uint32_t head,
@@ -263,9 +231,15 @@ static const struct kvd_backend_ops cpu_ops = {
     .name = "cpu",
     .free = cpu_free,
     .device = device,
-    .mem_alloc = mem_alloc,
-    .mem_free = mem_free,
-    .mem_zero = mem_zero,
+    .arena_new = kvd_cpu_arena_new,
+    .arena_free = kvd_cpu_arena_free,
+    .extent_make = kvd_cpu_extent_make,
+    .extent_drop = kvd_cpu_extent_drop,
+    .extent_zero = kvd_cpu_extent_zero,
+    .extent_export = kvd_cpu_extent_export,
+    .extent_import = kvd_cpu_extent_import,
+    .foreign_map = kvd_cpu_foreign_map,
+    .memory_free = kvd_cpu_memory_free,
     .rotation_new = rotation_new,
     .rotation_free = rotation_free,
     .check = kvd_cpu_check,

@@ -71,6 +71,23 @@ int kvd_cpu_attend(struct kvd_backend *b, const struct kvd_attend_params *p, str
 int kvd_cpu_read(struct kvd_backend *b, const struct kvd_read_params *p, struct kvd_error *err);
 int kvd_cpu_rotate(struct kvd_backend *b, const struct kvd_rotate_params *p, struct kvd_error *err);
 
+// memory.c
+struct kvd_arena *kvd_cpu_arena_new(struct kvd_backend *b, uint32_t count, uint64_t bytes,
+                                    struct kvd_error *err);
+void kvd_cpu_arena_free(struct kvd_backend *b, struct kvd_arena **ap);
+int kvd_cpu_extent_make(struct kvd_backend *b, struct kvd_arena *a, uint32_t i,
+                        struct kvd_error *err);
+void kvd_cpu_extent_drop(struct kvd_backend *b, struct kvd_arena *a, uint32_t i);
+int kvd_cpu_extent_zero(struct kvd_backend *b, struct kvd_arena *a, uint32_t i,
+                        struct kvd_error *err);
+int kvd_cpu_extent_export(struct kvd_backend *b, struct kvd_arena *a, uint32_t i, int *fd,
+                          struct kvd_error *err);
+int kvd_cpu_extent_import(struct kvd_backend *b, struct kvd_arena *a, uint32_t i, int fd,
+                          struct kvd_error *err);
+int kvd_cpu_foreign_map(struct kvd_backend *b, const struct kvd_foreign *f, uint8_t **data,
+                        struct kvd_error *err);
+uint64_t kvd_cpu_memory_free(struct kvd_backend *b);
+
 // Index of a layer's and kv head's matrix and clip ratio: sets may be shared by all layers or all
 // heads.
 static inline uint64_t kvd_rotation_index(const struct kvd_rotation *r, uint32_t layer,

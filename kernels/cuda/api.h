@@ -49,6 +49,14 @@ struct kvd_cuda_pages {
 
 // -- attention -----------------------------------------------------------------------------------
 
+// A worker's newest tokens of a layer, which no page has yet. Token t lies in row t % ring.
+struct kvd_cuda_tail {
+    uint16_t *k, *v;        // bf16 [S][ring][H_kv][D]; 16-byte aligned
+    const uint32_t *tokens; // [S] how many follow those in the pages, the queries' own included;
+                            // NULL: there is no tail
+    uint32_t ring;
+};
+
 struct kvd_cuda_attend_params {
     uint32_t sequences, q_heads, kv_heads, dim_k, dim_v;
     uint32_t codec;                // of the history
@@ -65,6 +73,7 @@ struct kvd_cuda_attend_params {
     float *lse;                    // [S][q_len][H_q], natural log; NULL: not wanted
     const uint16_t *k, *v;         // bf16 [S][q_len][H_kv][D], with new_tokens; 16-byte aligned
     struct kvd_cuda_pages pages;
+    struct kvd_cuda_tail tail; // instead of new_tokens
     struct kvd_cuda_rotation rotation;
     // From kvd_cuda_attend_plan:
     uint32_t part_tiles;     // tiles of a history's part, about
@@ -83,6 +92,15 @@ void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t history_sum
                           uint32_t history_max, uint32_t window_max, uint32_t multiprocessors);
 uint64_t kvd_cuda_attend_scratch(const struct kvd_cuda_attend_params *p);
 int kvd_cuda_attend(const struct kvd_cuda_attend_params *p, struct CUstream_st *stream);
+
+// Writes K and V of a step's tokens to the tail: the last q_len of tail.tokens[s].
+struct kvd_cuda_store_params {
+    uint32_t sequences, kv_heads, dim_k, dim_v, q_len;
+    const uint16_t *k, *v;  // bf16 [S][q_len][H_kv][D]; 16-byte aligned
+    const uint32_t *length; // [S] tokens in the pages
+    struct kvd_cuda_tail tail;
+};
+int kvd_cuda_store(const struct kvd_cuda_store_params *p, struct CUstream_st *stream);
 
 // -- storing and reading -------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ __device__ inline row_block rows_of(const attend_params &p, uint32_t s, uint32_t
     row_block b = {s, kv, row0, p.q_heads / p.kv_heads, 0, p.pages.length[s], 0, 0};
     b.hist_end = p.codec == KVD_CODEC_INT2 ? max(p.pages.hist_end[s], p.sink) : p.sink;
     b.rows = p.q_len * b.group;
-    b.total = b.length + p.new_tokens;
+    b.total = b.length + (p.tail.tokens ? p.tail.tokens[s] : p.new_tokens);
     return b;
 }
 
@@ -443,8 +443,11 @@ __device__ inline const uint16_t *bf16_row(const attend_params &p, const row_blo
     constexpr uint32_t TILE = PAGE * 2 * (DK + DV);
     uint32_t dim = v ? DV : DK;
     if (token >= b.length) {
-        const uint16_t *x = v ? p.v : p.k;
-        return x + (((uint64_t)b.s * p.q_len + (token - b.length)) * p.kv_heads + b.kv) * dim;
+        bool tail = p.tail.tokens;
+        const uint16_t *x = tail ? v ? p.tail.v : p.tail.k : v ? p.v : p.k;
+        uint64_t row = tail ? (uint64_t)b.s * p.tail.ring + token % p.tail.ring
+                            : (uint64_t)b.s * p.q_len + (token - b.length);
+        return x + (row * p.kv_heads + b.kv) * dim;
     }
     uint32_t entry = token / PAGE, row = token % PAGE;
     const uint64_t *pages = p.pages.bf16 + (uint64_t)b.s * p.pages.bf16_stride;

@@ -1,7 +1,5 @@
-// The CUDA backend's ops table: device, memory, rotation sets, staging.
+// The CUDA backend's ops table: device, rotation sets, staging.
 #include "kernels/cuda/cuda.h"
-
-#include <errno.h>
 
 static struct kvd_cuda *cuda_of(void *b)
 {
@@ -17,42 +15,6 @@ int kvd_cuda_status(int rc, const char *doing, struct kvd_error *err)
     cudaGetLastError(); // an error that is not sticky is reported once
     return kvd_fail(err, rc == cudaErrorMemoryAllocation ? KVD_E_FULL : KVD_E_INTERNAL, "%s: %s",
                     doing, cudaGetErrorString((cudaError_t)rc));
-}
-
-// -- memory --------------------------------------------------------------------------------------
-
-static int mem_zero(void *b, uint32_t index, uint64_t addr, uint64_t bytes)
-{
-    (void)index;
-    struct kvd_cuda *c = cuda_of(b);
-    cudaSetDevice(c->index);
-    int rc = kvd_cuda_zero((void *)(uintptr_t)addr, bytes, c->mem_stream);
-    if (rc == 0)
-        rc = cudaStreamSynchronize(c->mem_stream);
-    return rc ? -EIO : 0;
-}
-
-static int mem_alloc(void *b, uint32_t index, uint64_t bytes, uint64_t *addr)
-{
-    void *p;
-    cudaSetDevice(cuda_of(b)->index);
-    if (cudaMalloc(&p, bytes) != cudaSuccess) {
-        cudaGetLastError();
-        return -ENOMEM;
-    }
-    *addr = (uint64_t)(uintptr_t)p;
-    int rc = mem_zero(b, index, *addr, bytes);
-    if (rc)
-        cudaFree(p);
-    return rc;
-}
-
-static void mem_free(void *b, uint32_t index, uint64_t addr, uint64_t bytes)
-{
-    (void)index;
-    (void)bytes;
-    cudaSetDevice(cuda_of(b)->index);
-    cudaFree((void *)(uintptr_t)addr);
 }
 
 static int copy(struct kvd_backend *b, uint64_t to, uint64_t from, uint64_t bytes,
@@ -296,9 +258,16 @@ static const struct kvd_backend_ops cuda_ops = {
     .name = "cuda",
     .free = cuda_free,
     .device = device,
-    .mem_alloc = mem_alloc,
-    .mem_free = mem_free,
-    .mem_zero = mem_zero,
+    .arena_new = kvd_cuda_arena_new,
+    .arena_free = kvd_cuda_arena_free,
+    .extent_make = kvd_cuda_extent_make,
+    .extent_drop = kvd_cuda_extent_drop,
+    .extent_zero = kvd_cuda_extent_zero,
+    .extent_export = kvd_cuda_extent_export,
+    .extent_import = kvd_cuda_extent_import,
+    .foreign_map = kvd_cuda_foreign_map,
+    .foreign_unmap = kvd_cuda_foreign_unmap,
+    .memory_free = kvd_cuda_memory_free,
     .rotation_new = rotation_new,
     .rotation_free = rotation_free,
     .check = kvd_cuda_op_check,
@@ -334,6 +303,9 @@ static int init(struct kvd_cuda *c, uint32_t index, struct kvd_error *err)
     if (rc != cudaSuccess)
         return kvd_fail(err, KVD_E_UNAVAILABLE, "CUDA device %u cannot be used: %s", index,
                         cudaGetErrorString(rc));
+    int status = kvd_cuda_memory_init(c, err);
+    if (status)
+        return status;
     char size[32];
     snprintf(c->device, sizeof(c->device), "%.64s, %s", prop.name,
              kvd_format_size(prop.totalGlobalMem, size, sizeof(size)));
@@ -355,4 +327,15 @@ struct kvd_backend *kvd_cuda_backend_new(uint32_t index, struct kvd_error *err)
         return NULL;
     }
     return &c->base;
+}
+
+struct kvd_backend *kvd_cuda_backend_current(struct kvd_error *err)
+{
+    int index = 0;
+    if (cudaGetDevice(&index) != cudaSuccess) {
+        cudaGetLastError();
+        kvd_fail(err, KVD_E_UNAVAILABLE, "no usable CUDA device");
+        return NULL;
+    }
+    return kvd_cuda_backend_new((uint32_t)index, err);
 }

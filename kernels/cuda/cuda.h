@@ -3,6 +3,7 @@
 #define KVD_KERNELS_CUDA_CUDA_H
 
 #include <cuda_runtime_api.h>
+#include <cudaTypedefs.h>
 
 #include "kernels/backend.h"
 #include "kernels/cuda/api.h"
@@ -20,8 +21,25 @@ struct kvd_stage {
     uint64_t size, used;
 };
 
+// The driver's virtual-memory calls. Found at run time: kvd starts without a driver.
+struct kvd_cuda_driver {
+    PFN_cuMemAddressReserve_v10020 reserve;
+    PFN_cuMemAddressFree_v10020 unreserve;
+    PFN_cuMemCreate_v10020 create;
+    PFN_cuMemRelease_v10020 release;
+    PFN_cuMemMap_v10020 map;
+    PFN_cuMemUnmap_v10020 unmap;
+    PFN_cuMemSetAccess_v10020 set_access;
+    PFN_cuMemExportToShareableHandle_v10020 export_handle;
+    PFN_cuMemImportFromShareableHandle_v10020 import_handle;
+    PFN_cuMemGetAllocationPropertiesFromHandle_v10020 properties;
+    PFN_cuMemGetAddressRange_v3020 range;
+    PFN_cuGetErrorString_v6000 error;
+};
+
 struct kvd_cuda {
     struct kvd_backend base;
+    struct kvd_cuda_driver driver;
     cudaStream_t stream;     // the executor's
     cudaStream_t mem_stream; // the loop's
     struct kvd_stage stage;
@@ -81,6 +99,26 @@ static inline struct kvd_cuda_tensor kvd_device_tensor(const struct kvd_cuda *c,
 
 // Makes the scratch at least so large.
 int kvd_cuda_scratch(struct kvd_cuda *c, uint64_t bytes, struct kvd_error *err);
+
+// memory.c
+int kvd_cuda_memory_init(struct kvd_cuda *c, struct kvd_error *err);
+struct kvd_arena *kvd_cuda_arena_new(struct kvd_backend *b, uint32_t count, uint64_t bytes,
+                                     struct kvd_error *err);
+void kvd_cuda_arena_free(struct kvd_backend *b, struct kvd_arena **ap);
+int kvd_cuda_extent_make(struct kvd_backend *b, struct kvd_arena *a, uint32_t i,
+                         struct kvd_error *err);
+void kvd_cuda_extent_drop(struct kvd_backend *b, struct kvd_arena *a, uint32_t i);
+int kvd_cuda_extent_zero(struct kvd_backend *b, struct kvd_arena *a, uint32_t i,
+                         struct kvd_error *err);
+int kvd_cuda_extent_export(struct kvd_backend *b, struct kvd_arena *a, uint32_t i, int *fd,
+                           struct kvd_error *err);
+int kvd_cuda_extent_import(struct kvd_backend *b, struct kvd_arena *a, uint32_t i, int fd,
+                           struct kvd_error *err);
+int kvd_cuda_foreign_map(struct kvd_backend *b, const struct kvd_foreign *f, uint8_t **data,
+                         struct kvd_error *err);
+void kvd_cuda_foreign_unmap(struct kvd_backend *b, enum kvd_memory kind, uint8_t *data,
+                            uint64_t size);
+uint64_t kvd_cuda_memory_free(struct kvd_backend *b);
 
 int kvd_cuda_op_check(struct kvd_backend *b, const struct kvd_append_params *p,
                       struct kvd_nonfinite *where);

@@ -13,7 +13,7 @@ build() { # suffix, further flags of nvcc
     local suffix=$1 f pids=() p
     shift
     for f in proto/base.c kernels/geometry.c kernels/quantize.c kernels/cpu/append.c kernels/cpu/attend.c \
-        kernels/cpu/backend.c kernels/cpu/scalar.c kernels/cpu/threads.c kernels/cuda/backend.c kernels/cuda/ops.c \
+        kernels/cpu/backend.c kernels/cpu/memory.c kernels/cpu/scalar.c kernels/cpu/threads.c kernels/cuda/backend.c kernels/cuda/memory.c kernels/cuda/ops.c \
         kernels/cuda/pack.c tests/gpu/test_cuda.c; do
         gcc $cflags -c "$f" -o "$out/$(echo "$f" | tr / _).o" & pids+=($!)
     done
@@ -27,7 +27,7 @@ build() { # suffix, further flags of nvcc
         wait "$p" || { grep -h error "$out"/*.log; exit 1; }
     done 2> /dev/null
     nvcc "$out"/*.o -o "$out/test_cuda$suffix" -lpthread -lm
-    nvcc "$out"/bench/bench_cuda.o "$out"/{attend.cu,quantize.cu,read.cu,kernels_quantize.c,kernels_cuda_pack.c}.o \
+    nvcc "$out"/bench/bench_cuda.o "$out"/{attend.cu,quantize.cu,read.cu,tail.cu,kernels_quantize.c,kernels_cuda_pack.c}.o \
         -o "$out/bench_cuda"
     grep -h spill "$out"/*.log | sort | uniq -c | sort -rn | head -n 3 || true
 }

@@ -87,11 +87,26 @@ typedef struct kvd_buffer kvd_buffer;
  * socket. */
 KVD_API kvd_result kvd_buffer_new(kvd_client *client, uint64_t bytes, kvd_buffer **out,
                                   kvd_failure *err);
+/* Registers memory of the GPU that kvd runs on: `bytes` from `data` on, from cudaMalloc or an
+ * allocator above it, such as PyTorch's. It stays the caller's and must outlive the buffer. Work
+ * that writes or reads it must have finished before a call that uses it. */
+KVD_API kvd_result kvd_buffer_cuda(kvd_client *client, void *data, uint64_t bytes, kvd_buffer **out,
+                                   kvd_failure *err);
+/* The same for who has a cudaIpcMemHandle_t (64 bytes) of the allocation already; data begins
+ * `offset` bytes into it. */
+KVD_API kvd_result kvd_buffer_cuda_ipc(kvd_client *client, const void *handle, uint64_t offset,
+                                       uint64_t bytes, kvd_buffer **out, kvd_failure *err);
+/* The same for memory of cuMemCreate, by a descriptor of cuMemExportToShareableHandle, which stays
+ * the caller's. bytes: a multiple of 2 MiB. */
+KVD_API kvd_result kvd_buffer_cuda_fd(kvd_client *client, int fd, uint64_t bytes, kvd_buffer **out,
+                                      kvd_failure *err);
 /* Frees it. Calls that use it must have returned. */
 KVD_API void kvd_buffer_free(kvd_buffer **buffer);
-/* Frees it, but for its memory, which stays where it is and is the caller's to munmap (its size
- * rounded up to pages): for languages whose arrays may outlive a client. Returns that memory. */
+/* Frees it, but for its memory, which stays where it is and, if kvd_buffer_new made it, is the
+ * caller's to munmap (its size rounded up to pages): for languages whose arrays may outlive a
+ * client. Returns that memory. */
 KVD_API void *kvd_buffer_detach(kvd_buffer **buffer);
+/* Where it is; NULL on a GPU, if the caller gave a handle. */
 KVD_API void *kvd_buffer_data(kvd_buffer *buffer);
 KVD_API uint64_t kvd_buffer_size(const kvd_buffer *buffer);
 
@@ -173,6 +188,61 @@ KVD_API kvd_result kvd_rotate(kvd_client *client, bool v, bool inverse, kvd_laye
 KVD_API kvd_result kvd_read_tokens(kvd_client *client, kvd_layers layers, uint64_t sequence,
                                    uint64_t begin, uint32_t count, const kvd_tensor_ref *k,
                                    const kvd_tensor_ref *v, kvd_failure *err);
+
+/* -- direct mode -----------------------------------------------------------------------------
+ *
+ * The worker attends to pages itself: they are mapped into its address space, for reading only, and
+ * libkvd's kernels run on its own stream, with no call to kvd on the way. A decode step can be
+ * captured in a CUDA graph and replayed while sequences grow. On the CPU backend the same functions
+ * do their work before they return; `stream` is ignored.
+ *
+ * New tokens live in the worker's tail at first. Every 16 of them, a thread of libkvd appends them
+ * to kvd, where they outlive the worker. A step waits for that only when kvd is 64 tokens behind.
+ *
+ * A step: kvd_direct_begin; for each layer kvd_store_enqueue, then kvd_attend_enqueue (or a graph
+ * that has captured them); kvd_direct_end. Prompts come in by kvd_append before a sequence is
+ * bound. While it is bound, only this object may append to it; forking is fine after
+ * kvd_direct_flush. One thread at a time, one stream; one kvd_direct a client. */
+
+typedef struct kvd_direct kvd_direct;
+
+typedef struct kvd_direct_options {
+    uint32_t slots;          /* sequences of a step, 1 to 1,024; slots may be empty */
+    uint32_t max_tokens;     /* longest sequence: sizes the page tables */
+    uint32_t step_tokens;    /* new tokens of a slot in each step, 1 (0) to 16 */
+    kvd_attention attention; /* zeros: defaults */
+    kvd_dtype_t dtype;       /* of q and o */
+} kvd_direct_options;
+
+KVD_API kvd_result kvd_direct_open(kvd_client *client, const kvd_direct_options *options,
+                                   kvd_direct **out, kvd_failure *err);
+/* Appends what is left in the tail, as far as kvd takes it, and frees. *direct becomes NULL. */
+KVD_API void kvd_direct_close(kvd_direct **direct);
+/* Puts a sequence that the session holds into a slot; 0 empties it. What the slot had is flushed
+ * first. */
+KVD_API kvd_result kvd_direct_bind(kvd_direct *direct, uint32_t slot, uint64_t sequence,
+                                   kvd_failure *err);
+/* Starts a step: every bound slot gets step_tokens more positions, and the kernels that follow on
+ * `stream` see them. KVD_ERR_EXHAUSTED, and other errors of kvd_append: kvd is 64 tokens behind as
+ * it cannot take more; free something and call again. KVD_ERR_LOST: the daemon is gone. */
+KVD_API kvd_result kvd_direct_begin(kvd_direct *direct, void *stream, kvd_failure *err);
+/* Stores the step's K and V of a layer: bf16 [slots][step_tokens][kv_heads][head_dim], in memory of
+ * the GPU (of the host on the CPU), 16-byte aligned. */
+KVD_API kvd_result kvd_store_enqueue(kvd_direct *direct, void *stream, uint32_t layer,
+                                     const void *k, const void *v, kvd_failure *err);
+/* Attention of the step's queries of a layer: q [slots][step_tokens][q_heads][head_dim_k] to
+ * o [slots][step_tokens][q_heads][head_dim_v]; lse f32 [slots][step_tokens][q_heads] or NULL. What
+ * empty slots get means nothing. */
+KVD_API kvd_result kvd_attend_enqueue(kvd_direct *direct, void *stream, uint32_t layer,
+                                      const void *q, void *o, float *lse, kvd_failure *err);
+/* Ends a step. tokens: how many of each slot's new ones stay, [slots]; NULL: all (speculative
+ * decoding keeps fewer; the others are forgotten). */
+KVD_API kvd_result kvd_direct_end(kvd_direct *direct, void *stream, const uint32_t *tokens,
+                                  kvd_failure *err);
+/* Waits until kvd has every token of every slot. */
+KVD_API kvd_result kvd_direct_flush(kvd_direct *direct, kvd_failure *err);
+/* Tokens of a slot, and how many of them kvd has. */
+KVD_API uint64_t kvd_direct_length(kvd_direct *direct, uint32_t slot, uint64_t *stored);
 
 /* -- events ---------------------------------------------------------------------------------- */
 

@@ -1,0 +1,635 @@
+// Direct mode: steps, views, and the thread that brings tokens to kvd.
+//
+// A slot's tokens are [0, stored) in kvd's pages and [stored, length) in the tail. A *view* is what
+// kernels see of kvd's pages: (stored, hist_end) and a page table. The thread appends whole chunks
+// from the tail and fetches the new view; the next step adopts it.
+//
+// An old view stays good while kvd goes on: new history lies beyond its end, and the ring has
+// KVD_RING_SLACK slots that the view's tokens do not use. So the thread never appends more than
+// MAX_AHEAD tokens beyond the oldest view that a kernel may still use.
+#include <errno.h>
+#include <time.h>
+
+#include "client/direct.h"
+
+enum {
+    // ring - recent - the up to 15 tokens more that a window has
+    MAX_AHEAD = (KVD_RING_SLACK - 15) / KVD_CHUNK_TOKENS * KVD_CHUNK_TOKENS,
+    IDLE_MS = 1000, // between looks at the fd socket when nothing happens
+};
+
+static void wait_on(pthread_cond_t *cond, pthread_mutex_t *lock, uint32_t ms)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    t.tv_nsec += (long)(ms % 1000) * 1000000;
+    t.tv_sec += ms / 1000 + t.tv_nsec / 1000000000;
+    t.tv_nsec %= 1000000000;
+    pthread_cond_timedwait(cond, lock, &t);
+}
+
+// -- the thread ---------------------------------------------------------------------------------
+
+// `stored` of the oldest view that a kernel may still use.
+static uint64_t oldest_view(struct kvd_direct *d, const struct direct_slot *s)
+{
+    return d->ops->passed(d, KVD_DIRECT_ADOPTED) ? s->now.stored : s->older;
+}
+
+// How far a slot may be appended now: up to the end of a run in the tail's ring.
+static uint64_t append_to(struct kvd_direct *d, const struct direct_slot *s)
+{
+    uint64_t to = s->written;
+    if (!d->quiet)
+        to = KVD_MIN(to, oldest_view(d, s) + MAX_AHEAD);
+    uint64_t run_end = (s->appended / KVD_DIRECT_RING + 1) * KVD_DIRECT_RING;
+    to = KVD_MIN(to, run_end);
+    // Part of a chunk only when it is all there is: at a flush.
+    return to == s->written ? to : to / KVD_CHUNK_TOKENS * KVD_CHUNK_TOKENS;
+}
+
+static kvd_item item_of(const struct kvd_direct *d, uint32_t slot, uint64_t to)
+{
+    const struct direct_slot *s = &d->slots[slot];
+    kvd_item item = {
+        .sequence = s->sequence, .position = s->appended, .tokens = (uint32_t)(to - s->appended)};
+    for (int v = 0; v < 2; v++) {
+        uint64_t row = direct_row_bytes(d, v);
+        uint64_t at = (uint64_t)slot * KVD_DIRECT_RING + s->appended % KVD_DIRECT_RING;
+        *(v ? &item.v : &item.k) =
+            (kvd_tensor_ref){.buffer = d->tail,
+                             .offset = direct_layer_at(d, 0, v) + at * row,
+                             .layer_stride = direct_layer_at(d, 1, v) - direct_layer_at(d, 0, v)};
+    }
+    return item;
+}
+
+// Collects what can be appended now. *blocked: some slot waits for its kernels to take up a view.
+static uint32_t collect(struct kvd_direct *d, uint32_t *list, kvd_item *items, bool *blocked)
+{
+    uint32_t n = 0;
+    *blocked = false;
+    for (uint32_t i = 0; i < d->options.slots; i++) {
+        struct direct_slot *s = &d->slots[i];
+        if (!s->sequence || s->appended >= s->written)
+            continue;
+        uint64_t to = append_to(d, s);
+        if (to <= s->appended) {
+            *blocked = true;
+            continue;
+        }
+        list[n] = i;
+        items[n++] = item_of(d, i, to);
+    }
+    return n;
+}
+
+// Appends one batch and fetches its new views. The lock is released meanwhile.
+static int append_batch(struct kvd_direct *d, const uint32_t *list, const kvd_item *items,
+                        uint32_t n, struct kvd_error *err)
+{
+    kvd_failure failure = {0};
+    d->busy = true;
+    pthread_mutex_unlock(&d->lock);
+    int rc = kvd_direct_read_socket(d, err); // is the session still the same?
+    if (rc == KVD_OK && kvd_append(d->client, (kvd_layers){0, 0}, items, n, &failure))
+        rc = kvd_fail(err,
+                      failure.code == KVD_ERR_LOST          ? KVD_E_LOST
+                      : failure.code == KVD_ERR_EXHAUSTED   ? KVD_E_FULL
+                      : failure.code == KVD_ERR_UNAVAILABLE ? KVD_E_UNAVAILABLE
+                      : failure.code == KVD_ERR_TIMEOUT     ? KVD_E_TIMEOUT
+                                                            : KVD_E_PRECONDITION,
+                      "%s", failure.text);
+    if (rc == KVD_OK)
+        rc = kvd_direct_map(d, list, n, err);
+    pthread_mutex_lock(&d->lock);
+    d->busy = false;
+    for (uint32_t i = 0; i < n && rc == KVD_OK; i++)
+        d->slots[list[i]].appended = items[i].position + items[i].tokens;
+    return rc;
+}
+
+static void append_all(struct kvd_direct *d)
+{
+    while (!d->stop) {
+        bool blocked;
+        uint32_t n = collect(d, d->list, d->items, &blocked);
+        if (n == 0 && !blocked)
+            return;
+        if (n == 0) {
+            wait_on(&d->work, &d->lock, 1);
+            continue;
+        }
+        struct kvd_error err = {0};
+        if (append_batch(d, d->list, d->items, n, &err)) {
+            d->failure = err;
+            pthread_cond_broadcast(&d->progress);
+            while (d->failure.code && !d->stop) // until somebody has heard of it
+                pthread_cond_wait(&d->work, &d->lock);
+        }
+        pthread_cond_broadcast(&d->progress);
+    }
+}
+
+// Takes the first mark, waits until it has passed, and notes what is written.
+static void take_job(struct kvd_direct *d)
+{
+    struct direct_job *job = &d->jobs[d->first_job];
+    struct kvd_error err = {0};
+    pthread_mutex_unlock(&d->lock);
+    int rc = d->ops->wait(d, job->mark, &err);
+    pthread_mutex_lock(&d->lock);
+    for (uint32_t i = 0; i < d->options.slots; i++)
+        if (d->slots[i].sequence && rc == KVD_OK)
+            d->slots[i].written = KVD_MAX(d->slots[i].written, job->targets[i]);
+    d->first_job = (d->first_job + 1) % KVD_DIRECT_JOBS;
+    d->n_jobs--;
+    if (rc)
+        d->failure = err;
+    pthread_cond_broadcast(&d->progress);
+}
+
+static void *run(void *ctx)
+{
+    struct kvd_direct *d = ctx;
+    pthread_mutex_lock(&d->lock);
+    while (!d->stop) {
+        if (d->n_jobs) {
+            take_job(d);
+            append_all(d);
+            continue;
+        }
+        wait_on(&d->work, &d->lock, IDLE_MS);
+        if (d->n_jobs || d->stop)
+            continue;
+        pthread_mutex_unlock(&d->lock);
+        kvd_direct_read_socket(d, NULL); // extents that are taken back
+        pthread_mutex_lock(&d->lock);
+    }
+    pthread_mutex_unlock(&d->lock);
+    return NULL;
+}
+
+// -- steps --------------------------------------------------------------------------------------
+
+// The latest append's failure, once. The caller holds the lock.
+static int hear_failure(struct kvd_direct *d, struct kvd_error *err)
+{
+    if (!d->failure.code)
+        return KVD_OK;
+    *err = d->failure;
+    if (d->failure.code != KVD_E_LOST)
+        d->failure = (struct kvd_error){0}; // the thread tries again
+    pthread_cond_signal(&d->work);
+    return err->code;
+}
+
+// Adds a mark with the slots' targets. Without room for it, it stays owed: a later one will stand
+// for it too.
+static int push_job(struct kvd_direct *d, struct kvd_error *err)
+{
+    d->owed = d->n_jobs == KVD_DIRECT_JOBS;
+    if (d->owed)
+        return KVD_OK;
+    uint32_t i = (d->first_job + d->n_jobs) % KVD_DIRECT_JOBS;
+    struct direct_job *job = &d->jobs[i];
+    int rc = d->ops->mark(d, d->stream, i, err);
+    if (rc)
+        return rc;
+    job->mark = i;
+    for (uint32_t s = 0; s < d->options.slots; s++)
+        job->targets[s] = d->slots[s].target;
+    d->n_jobs++;
+    pthread_cond_signal(&d->work);
+    return KVD_OK;
+}
+
+static bool has_room(const struct kvd_direct *d)
+{
+    for (uint32_t i = 0; i < d->options.slots; i++) {
+        const struct direct_slot *s = &d->slots[i];
+        const struct direct_view *view = s->fresh ? &s->next : &s->now;
+        if (s->sequence && s->length + d->options.step_tokens > view->stored + KVD_DIRECT_RING)
+            return false;
+    }
+    return true;
+}
+
+// Lets the kernels see what kvd has stored by now.
+static int adopt(struct kvd_direct *d, struct kvd_error *err)
+{
+    bool passed = d->ops->passed(d, KVD_DIRECT_ADOPTED), any = false;
+    for (uint32_t i = 0; i < d->options.slots; i++) {
+        struct direct_slot *s = &d->slots[i];
+        if (passed)
+            s->older = s->now.stored;
+        if (!s->fresh)
+            continue;
+        memcpy(d->codec + (uint64_t)i * d->codec_stride,
+               d->next_codec + (uint64_t)i * d->codec_stride, s->next.n_codec * sizeof(*d->codec));
+        memcpy(d->bf16 + (uint64_t)i * d->bf16_stride, d->next_bf16 + (uint64_t)i * d->bf16_stride,
+               d->bf16_stride * sizeof(*d->bf16));
+        s->now = s->next;
+        s->fresh = false;
+        s->dirty = any = true;
+    }
+    return any ? d->ops->mark(d, d->stream, KVD_DIRECT_ADOPTED, err) : KVD_OK;
+}
+
+static int begin(struct kvd_direct *d, void *stream, struct kvd_error *err)
+{
+    uint32_t n = d->options.step_tokens;
+    if (d->in_step)
+        return kvd_fail(err, KVD_E_PRECONDITION, "the step before has not been ended");
+    for (uint32_t i = 0; i < d->options.slots; i++)
+        if (d->slots[i].sequence && d->slots[i].length + n > d->options.max_tokens)
+            return kvd_fail(err, KVD_E_LIMIT, "slot %u has %llu tokens, max_tokens is %u", i,
+                            (unsigned long long)d->slots[i].length, d->options.max_tokens);
+    if (d->failure.code == KVD_E_LOST)
+        return hear_failure(d, err);
+    while (!has_room(d)) {
+        int rc = hear_failure(d, err);
+        if (rc == KVD_OK && d->owed)
+            rc = push_job(d, err);
+        if (rc)
+            return rc;
+        pthread_cond_wait(&d->progress, &d->lock);
+    }
+    d->stream = stream;
+    int rc = adopt(d, err);
+    for (uint32_t i = 0; i < d->options.slots && rc == KVD_OK; i++) {
+        struct direct_slot *s = &d->slots[i];
+        s->length += s->sequence ? n : 0;
+        d->length[i] = (uint32_t)s->now.stored;
+        d->hist_end[i] = (uint32_t)KVD_MAX(s->now.hist_end, (uint64_t)d->geometry.sink);
+        d->tail_tokens[i] = s->sequence ? (uint32_t)(s->length - s->now.stored) : n;
+    }
+    if (rc == KVD_OK)
+        rc = d->ops->update(d, stream, err);
+    d->in_step = rc == KVD_OK;
+    return rc;
+}
+
+static kvd_result result_of(int rc, const struct kvd_error *e, kvd_failure *err)
+{
+    return rc ? kvd_client_fail(err, e) : KVD_SUCCESS;
+}
+
+kvd_result kvd_direct_begin(kvd_direct *d, void *stream, kvd_failure *err)
+{
+    struct kvd_error e = {0};
+    pthread_mutex_lock(&d->lock);
+    int rc = begin(d, stream, &e);
+    pthread_mutex_unlock(&d->lock);
+    return result_of(rc, &e, err);
+}
+
+static int check_call(const struct kvd_direct *d, uint32_t layer, const void *a, const void *b,
+                      struct kvd_error *err)
+{
+    if (layer >= d->geometry.n_layers)
+        return kvd_fail(err, KVD_E_INVALID, "layer %u of %u", layer, d->geometry.n_layers);
+    if (!a || !b || ((uintptr_t)a | (uintptr_t)b) % 16)
+        return kvd_fail(err, KVD_E_INVALID, "tensors must be given, at addresses that 16 divides");
+    return KVD_OK;
+}
+
+kvd_result kvd_store_enqueue(kvd_direct *d, void *stream, uint32_t layer, const void *k,
+                             const void *v, kvd_failure *err)
+{
+    struct kvd_error e = {0};
+    int rc = check_call(d, layer, k, v, &e);
+    if (rc == KVD_OK)
+        rc = d->ops->store(d, stream, layer, k, v, &e);
+    return result_of(rc, &e, err);
+}
+
+kvd_result kvd_attend_enqueue(kvd_direct *d, void *stream, uint32_t layer, const void *q, void *o,
+                              float *lse, kvd_failure *err)
+{
+    struct kvd_error e = {0};
+    int rc = check_call(d, layer, q, o, &e);
+    if (rc == KVD_OK)
+        rc = d->ops->attend(d, stream, layer, q, o, lse, &e);
+    return result_of(rc, &e, err);
+}
+
+static int end(struct kvd_direct *d, void *stream, const uint32_t *tokens, struct kvd_error *err)
+{
+    uint32_t n = d->options.step_tokens;
+    bool whole = d->owed;
+    if (!d->in_step)
+        return kvd_fail(err, KVD_E_PRECONDITION, "no step has been begun");
+    for (uint32_t i = 0; tokens && i < d->options.slots; i++)
+        if (d->slots[i].sequence && tokens[i] > n)
+            return kvd_fail(err, KVD_E_INVALID, "slot %u keeps %u tokens of %u", i, tokens[i], n);
+    d->stream = stream;
+    d->in_step = false;
+    for (uint32_t i = 0; i < d->options.slots; i++) {
+        struct direct_slot *s = &d->slots[i];
+        if (!s->sequence)
+            continue;
+        s->length -= tokens ? n - tokens[i] : 0;
+        uint64_t chunks = s->length / KVD_CHUNK_TOKENS * KVD_CHUNK_TOKENS;
+        whole |= chunks > s->target;
+        s->target = KVD_MAX(s->target, chunks);
+    }
+    return whole ? push_job(d, err) : KVD_OK;
+}
+
+kvd_result kvd_direct_end(kvd_direct *d, void *stream, const uint32_t *tokens, kvd_failure *err)
+{
+    struct kvd_error e = {0};
+    pthread_mutex_lock(&d->lock);
+    int rc = end(d, stream, tokens, &e);
+    pthread_mutex_unlock(&d->lock);
+    return result_of(rc, &e, err);
+}
+
+enum { ALL_SLOTS = UINT32_MAX };
+
+static bool flushed(const struct kvd_direct *d, uint32_t only)
+{
+    for (uint32_t i = 0; i < d->options.slots; i++)
+        if ((only == ALL_SLOTS || only == i) && d->slots[i].sequence &&
+            d->slots[i].appended < d->slots[i].length)
+            return false;
+    return !d->busy;
+}
+
+// Waits until the thread has taken all marks.
+static int wait_for_jobs(struct kvd_direct *d, struct kvd_error *err)
+{
+    int rc = hear_failure(d, err);
+    while (d->n_jobs && rc == KVD_OK) {
+        wait_on(&d->progress, &d->lock, 100);
+        rc = hear_failure(d, err);
+    }
+    return rc;
+}
+
+// Brings a slot's tokens, or all slots', to kvd. The caller holds the lock.
+static int flush(struct kvd_direct *d, uint32_t only, struct kvd_error *err)
+{
+    if (d->in_step)
+        return kvd_fail(err, KVD_E_PRECONDITION, "the step has not been ended");
+    if (flushed(d, only))
+        return KVD_OK;
+    for (uint32_t i = 0; i < d->options.slots; i++)
+        if (only == ALL_SLOTS || only == i)
+            d->slots[i].target = d->slots[i].length;
+    // When the new mark has passed, no kernel is under way, and none comes while we are here.
+    int rc = wait_for_jobs(d, err);
+    if (rc == KVD_OK)
+        rc = push_job(d, err);
+    if (rc == KVD_OK)
+        rc = wait_for_jobs(d, err);
+    d->quiet = rc == KVD_OK;
+    pthread_cond_signal(&d->work);
+    while (rc == KVD_OK && !flushed(d, only) && !(rc = hear_failure(d, err)))
+        wait_on(&d->progress, &d->lock, 100);
+    d->quiet = false;
+    return rc;
+}
+
+kvd_result kvd_direct_flush(kvd_direct *d, kvd_failure *err)
+{
+    struct kvd_error e = {0};
+    pthread_mutex_lock(&d->lock);
+    int rc = flush(d, ALL_SLOTS, &e);
+    pthread_mutex_unlock(&d->lock);
+    return result_of(rc, &e, err);
+}
+
+uint64_t kvd_direct_length(kvd_direct *d, uint32_t slot, uint64_t *stored)
+{
+    uint64_t length = 0, have = 0;
+    pthread_mutex_lock(&d->lock);
+    if (slot < d->options.slots && d->slots[slot].sequence) {
+        length = d->slots[slot].length;
+        have = d->slots[slot].appended;
+    }
+    pthread_mutex_unlock(&d->lock);
+    if (stored)
+        *stored = have;
+    return length;
+}
+
+// -- slots --------------------------------------------------------------------------------------
+
+static int bind(struct kvd_direct *d, uint32_t slot, uint64_t sequence, struct kvd_error *err)
+{
+    if (slot >= d->options.slots)
+        return kvd_fail(err, KVD_E_INVALID, "slot %u of %u", slot, d->options.slots);
+    struct direct_slot *s = &d->slots[slot];
+    pthread_mutex_lock(&d->lock);
+    int rc = flush(d, slot, err);
+    if (rc == KVD_OK)
+        *s = (struct direct_slot){.sequence = sequence,
+                                  .now.hist_end = d->geometry.sink,
+                                  .next.hist_end = d->geometry.sink,
+                                  .dirty = true};
+    pthread_mutex_unlock(&d->lock);
+    if (rc || !sequence)
+        return rc;
+    rc = kvd_direct_map(d, &slot, 1, err);
+    pthread_mutex_lock(&d->lock);
+    s->length = s->older = s->appended = s->target = s->written = s->next.stored;
+    if (rc)
+        *s = (struct direct_slot){.now.hist_end = d->geometry.sink, .dirty = true};
+    else
+        s->now.stored = s->next.stored; // the thread counts from there
+    pthread_mutex_unlock(&d->lock);
+    return rc;
+}
+
+kvd_result kvd_direct_bind(kvd_direct *d, uint32_t slot, uint64_t sequence, kvd_failure *err)
+{
+    struct kvd_error e = {0};
+    int rc = bind(d, slot, sequence, &e);
+    return result_of(rc, &e, err);
+}
+
+// -- opening and closing ------------------------------------------------------------------------
+
+static int take_geometry(struct kvd_direct *d, struct kvd_error *err)
+{
+    const Kvd__V1__Geometry *g = d->client->opened->geometry;
+    if (!g || !g->windows)
+        return kvd_fail(err, KVD_E_INTERNAL, "kvd told no geometry");
+    d->geometry = (struct kvd_geometry){.n_layers = (uint32_t)g->n_layers,
+                                        .q_heads = g->q_heads,
+                                        .kv_heads = g->kv_heads,
+                                        .head_dim_k = g->head_dim_k,
+                                        .head_dim_v = g->head_dim_v,
+                                        .codec = strcmp(g->codec, "bf16") == 0 ? KVD_CODEC_BF16
+                                                                               : KVD_CODEC_INT2,
+                                        .sink = g->windows->sink,
+                                        .recent = g->windows->recent};
+    uint32_t sink_pages = (uint32_t)kvd_div_up(d->geometry.sink, KVD_PAGE_TOKENS);
+    d->bf16_stride = sink_pages + kvd_geometry_ring(&d->geometry) / KVD_PAGE_TOKENS;
+    d->codec_stride = (uint32_t)kvd_div_up(d->options.max_tokens, KVD_PAGE_TOKENS) + 1;
+    return KVD_OK;
+}
+
+static int open_backend(struct kvd_direct *d, struct kvd_error *err)
+{
+    if (strcmp(d->client->opened->backend, "cpu") == 0) {
+        d->ops = &kvd_direct_cpu;
+        d->backend = kvd_cpu_backend_new(0, NULL, err);
+    } else {
+#ifdef KVD_CUDA
+        d->ops = &kvd_direct_cuda;
+        d->backend = kvd_cuda_backend_current(err);
+#else
+        kvd_fail(err, KVD_E_UNSUPPORTED,
+                 "kvd runs on a GPU, and this libkvd was built without CUDA");
+#endif
+    }
+    return d->backend ? KVD_OK : err->code;
+}
+
+static int make_tables(struct kvd_direct *d, struct kvd_error *err)
+{
+    uint64_t slots = d->options.slots, codec = slots * d->codec_stride;
+    uint64_t bf16 = slots * d->bf16_stride;
+    d->slots = calloc(slots, sizeof(*d->slots));
+    d->length = calloc(3 * slots, sizeof(*d->length));
+    d->codec = calloc(2 * (codec + bf16), sizeof(*d->codec));
+    uint64_t *targets = calloc(KVD_DIRECT_JOBS * slots, sizeof(*targets));
+    d->jobs[0].targets = targets;
+    d->list = calloc(slots, sizeof(*d->list));
+    d->items = calloc(slots, sizeof(*d->items));
+    if (!d->list || !d->items || !d->slots || !d->length || !d->codec || !targets)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    d->hist_end = d->length + slots;
+    d->tail_tokens = d->length + 2 * slots;
+    d->bf16 = d->codec + codec;
+    d->next_codec = d->bf16 + bf16;
+    d->next_bf16 = d->next_codec + codec;
+    for (uint32_t i = 0; i < KVD_DIRECT_JOBS; i++)
+        d->jobs[i].targets = targets + i * slots;
+    for (uint32_t i = 0; i < slots; i++) {
+        d->slots[i].now.hist_end = d->hist_end[i] = d->geometry.sink;
+        d->slots[i].dirty = true;
+        d->tail_tokens[i] = d->options.step_tokens;
+    }
+    d->tail_v = direct_layer_at(d, d->geometry.n_layers, false);
+    return KVD_OK;
+}
+
+static int check_options(const kvd_client *c, kvd_direct_options *o, struct kvd_error *err)
+{
+    o->step_tokens = o->step_tokens ? o->step_tokens : 1;
+    if (o->slots < 1 || o->slots > KVD_MAX_CALL_ITEMS)
+        return kvd_fail(err, KVD_E_INVALID, "slots is %u; 1 to %d are possible", o->slots,
+                        KVD_MAX_CALL_ITEMS);
+    if (o->max_tokens < 1 || o->max_tokens > KVD_MAX_LENGTH)
+        return kvd_fail(err, KVD_E_INVALID, "max_tokens is %u; 1 to %d are possible", o->max_tokens,
+                        KVD_MAX_LENGTH);
+    if (o->step_tokens > KVD_DIRECT_STEP)
+        return kvd_fail(err, KVD_E_INVALID, "step_tokens is %u; 1 to %d are possible",
+                        o->step_tokens, KVD_DIRECT_STEP);
+    if (c->direct)
+        return kvd_fail(err, KVD_E_PRECONDITION, "this client has a kvd_direct already");
+    if (c->sock < 0)
+        return kvd_fail(err, KVD_E_UNSUPPORTED, "direct mode wants kvd's unix: address");
+    return KVD_OK;
+}
+
+static int open_direct(struct kvd_direct *d, struct kvd_error *err)
+{
+    int rc = take_geometry(d, err);
+    if (rc == KVD_OK)
+        rc = make_tables(d, err);
+    if (rc == KVD_OK)
+        rc = open_backend(d, err);
+    if (rc == KVD_OK)
+        rc = kvd_direct_map(d, NULL, 0, err);
+    if (rc == KVD_OK)
+        rc = kvd_direct_load_rotations(d, err);
+    if (rc == KVD_OK)
+        rc = d->ops->init(d, err);
+    if (rc == KVD_OK && pthread_create(&d->thread, NULL, run, d))
+        rc = kvd_fail(err, KVD_E_INTERNAL, "cannot start a thread");
+    d->started = rc == KVD_OK;
+    return rc;
+}
+
+kvd_result kvd_direct_open(kvd_client *c, const kvd_direct_options *options, kvd_direct **out,
+                           kvd_failure *err)
+{
+    struct kvd_error e = {0};
+    struct kvd_direct *d = calloc(1, sizeof(*d));
+    pthread_condattr_t attr;
+    if (!d) {
+        kvd_fail(&e, KVD_E_INTERNAL, "out of memory");
+        return kvd_client_fail(err, &e);
+    }
+    d->options = *options;
+    if (check_options(c, &d->options, &e)) {
+        free(d);
+        return kvd_client_fail(err, &e);
+    }
+    d->client = c;
+    d->epoch = c->epoch;
+    d->rotations_fd = -1;
+    pthread_mutex_init(&d->lock, NULL);
+    pthread_mutex_init(&d->socket_lock, NULL);
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_cond_init(&d->work, &attr);
+    pthread_cond_init(&d->progress, &attr);
+    pthread_condattr_destroy(&attr);
+    c->direct = d;
+    if (open_direct(d, &e)) {
+        kvd_direct_close(&d);
+        return kvd_client_fail(err, &e);
+    }
+    *out = d;
+    return KVD_SUCCESS;
+}
+
+static void stop_thread(struct kvd_direct *d)
+{
+    struct kvd_error ignored;
+    pthread_mutex_lock(&d->lock);
+    d->in_step = false;
+    flush(d, ALL_SLOTS, &ignored);
+    d->stop = true;
+    pthread_cond_broadcast(&d->work);
+    pthread_mutex_unlock(&d->lock);
+    pthread_join(d->thread, NULL);
+}
+
+void kvd_direct_close(kvd_direct **dp)
+{
+    struct kvd_direct *d = KVD_TAKE(*dp);
+    if (!d)
+        return;
+    if (d->started)
+        stop_thread(d);
+    if (d->side)
+        d->ops->deinit(d);
+    kvd_buffer_free(&d->tail);
+    if (d->backend) {
+        d->backend->ops->rotation_free(d->backend, &d->rotation);
+        d->backend->ops->arena_free(d->backend, &d->arena);
+    }
+    kvd_backend_free(&d->backend);
+    if (d->rotations_fd >= 0)
+        close(d->rotations_fd);
+    d->client->direct = NULL;
+    pthread_mutex_destroy(&d->lock);
+    pthread_mutex_destroy(&d->socket_lock);
+    pthread_cond_destroy(&d->work);
+    pthread_cond_destroy(&d->progress);
+    free(d->jobs[0].targets);
+    free(d->list);
+    free(d->items);
+    free(d->codec);
+    free(d->length);
+    free(d->slots);
+    free(d->mapped);
+    free(d);
+}

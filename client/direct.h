@@ -1,0 +1,134 @@
+// Inside direct mode: what direct.c shares with the two sides that run kernels (direct_cpu.c,
+// direct_cuda.c).
+#ifndef KVD_CLIENT_DIRECT_H
+#define KVD_CLIENT_DIRECT_H
+
+#include <math.h>
+
+#include "client/client.h"
+#include "kernels/backend.h"
+
+enum {
+    KVD_DIRECT_BEHIND = 64, // tokens that kvd may be behind before a step waits
+    KVD_DIRECT_STEP = 16,   // new tokens of a slot in a step, at most
+    // Rows of a slot's tail: those that kvd is behind, a chunk that fills, and a step.
+    KVD_DIRECT_RING = KVD_DIRECT_BEHIND + KVD_CHUNK_TOKENS + KVD_DIRECT_STEP,
+    KVD_DIRECT_JOBS = 8,                  // marks of chunks that are written, at most under way
+    KVD_DIRECT_ADOPTED = KVD_DIRECT_JOBS, // the mark of the latest change of views
+    KVD_DIRECT_MARKS,
+};
+
+// What kvd had stored when it was asked.
+struct direct_view {
+    uint64_t stored, hist_end;
+    uint32_t n_codec; // history pages
+};
+
+struct direct_slot {
+    uint64_t sequence;        // 0: empty
+    uint64_t length;          // tokens, those of a running step included
+    struct direct_view now;   // what the kernels of the latest step see
+    struct direct_view next;  // what those of the next will
+    uint64_t older;           // `stored` of the oldest view that a kernel may still use
+    uint64_t appended;        // tokens that kvd has
+    uint64_t target, written; // tokens that kvd is to have; those that are in memory, too
+    bool fresh;               // next is newer than now
+    bool dirty;               // the kernels' page table has not the latest yet
+};
+
+// A mark on the stream, and how far each slot's tokens are written when it has passed.
+struct direct_job {
+    uint32_t mark;
+    uint64_t *targets;
+};
+
+struct direct_ops {
+    // Makes the tail (d->tail) and what kernels want. On failure deinit follows.
+    int (*init)(struct kvd_direct *d, struct kvd_error *err);
+    void (*deinit)(struct kvd_direct *d);
+    // Brings lengths and dirty page tables to the kernels that follow on the stream.
+    int (*update)(struct kvd_direct *d, void *stream, struct kvd_error *err);
+    int (*store)(struct kvd_direct *d, void *stream, uint32_t layer, const void *k, const void *v,
+                 struct kvd_error *err);
+    int (*attend)(struct kvd_direct *d, void *stream, uint32_t layer, const void *q, void *o,
+                  float *lse, struct kvd_error *err);
+    // Marks what is on the stream; whether, and until, it has been done. Any thread.
+    int (*mark)(struct kvd_direct *d, void *stream, uint32_t mark, struct kvd_error *err);
+    bool (*passed)(struct kvd_direct *d, uint32_t mark);
+    int (*wait)(struct kvd_direct *d, uint32_t mark, struct kvd_error *err);
+};
+
+struct kvd_direct {
+    kvd_client *client;
+    kvd_direct_options options;
+    struct kvd_geometry geometry;
+    struct kvd_backend *backend;
+    struct kvd_rotation *rotation;
+    const struct direct_ops *ops;
+    void *side; // the ops' own
+
+    // The fd socket, the arena, and the order of MapSequences calls.
+    pthread_mutex_t socket_lock;
+    struct kvd_arena *arena;
+    bool *mapped; // per extent
+    int rotations_fd;
+
+    kvd_buffer *tail; // K [layers][slots][ring][kv_heads][dim_k], then V alike
+    uint64_t tail_v;  // where V begins
+    uint32_t codec_stride, bf16_stride;
+
+    // What kernels read; only the caller's thread writes it. [slots], [slots][stride]
+    uint32_t *length, *hist_end, *tail_tokens;
+    uint64_t *codec, *bf16;
+
+    pthread_mutex_t lock; // of what follows
+    pthread_cond_t work, progress;
+    pthread_t thread;
+    bool started, stop, busy;
+    bool owed;      // a mark that found no room among the jobs
+    uint32_t *list; // the thread's own, as items
+    kvd_item *items;
+    bool quiet; // flushing: no kernel is under way, none will be queued
+    struct direct_slot *slots;
+    uint64_t *next_codec, *next_bf16;
+    struct direct_job jobs[KVD_DIRECT_JOBS]; // a ring
+    uint32_t first_job, n_jobs;
+    void *stream; // of the latest step
+    bool in_step;
+    struct kvd_error failure; // of the latest append
+    uint64_t epoch;           // the client's session
+};
+
+static inline uint64_t direct_row_bytes(const struct kvd_direct *d, bool v)
+{
+    const struct kvd_geometry *g = &d->geometry;
+    return (uint64_t)g->kv_heads * (v ? g->head_dim_v : g->head_dim_k) * 2;
+}
+
+// Where a layer's tail begins in d->tail.
+static inline uint64_t direct_layer_at(const struct kvd_direct *d, uint32_t layer, bool v)
+{
+    return (v ? d->tail_v : 0) +
+           (uint64_t)layer * d->options.slots * KVD_DIRECT_RING * direct_row_bytes(d, v);
+}
+
+static inline float direct_scale(const struct kvd_direct *d)
+{
+    float scale = d->options.attention.scale;
+    return scale != 0 ? scale : 1 / sqrtf((float)d->geometry.head_dim_k);
+}
+
+extern const struct direct_ops kvd_direct_cpu;
+#ifdef KVD_CUDA
+extern const struct direct_ops kvd_direct_cuda;
+#endif
+
+// mapping.c: one MapSequences call, with the descriptors that come with it. For slot i of `list`,
+// fills its `next` view and tables. n 0: only the pool's layout and the rotation set.
+int kvd_direct_map(struct kvd_direct *d, const uint32_t *list, uint32_t n, struct kvd_error *err);
+// Takes what the fd socket has: extents to map or to unmap.
+int kvd_direct_read_socket(struct kvd_direct *d, struct kvd_error *err);
+// The session's rotation set in the backend's memory, as far as it has one.
+int kvd_direct_load_rotations(struct kvd_direct *d, struct kvd_error *err);
+
+#endif

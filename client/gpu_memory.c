@@ -1,0 +1,112 @@
+// Registering the worker's GPU memory with the daemon.
+#include <errno.h>
+#include <fcntl.h>
+
+#include "client/client.h"
+
+static kvd_result add(kvd_client *c, const kvd_buffer *b, kvd_buffer **out, kvd_failure *err)
+{
+    struct kvd_error e = {0};
+    kvd_buffer *copy = malloc(sizeof(*copy));
+    if (!copy || b->size == 0) {
+        free(copy);
+        kvd_fail(&e, KVD_E_INVALID, b->size ? "out of memory" : "a buffer of 0 bytes");
+        return kvd_client_fail(err, &e);
+    }
+    *copy = *b;
+    kvd_result rc = kvd_client_add_buffer(c, copy, err);
+    if (rc == KVD_SUCCESS)
+        *out = copy;
+    else
+        free(copy);
+    return rc;
+}
+
+kvd_result kvd_buffer_cuda_ipc(kvd_client *c, const void *handle, uint64_t offset, uint64_t bytes,
+                               kvd_buffer **out, kvd_failure *err)
+{
+    kvd_buffer b = {.kind = KVD__V1__REGISTER_BUFFER_REQUEST__MEMORY__CUDA_IPC,
+                    .fd = -1,
+                    .at = offset,
+                    .size = bytes};
+    memcpy(b.ipc, handle, sizeof(b.ipc));
+    return add(c, &b, out, err);
+}
+
+kvd_result kvd_buffer_cuda_fd(kvd_client *c, int fd, uint64_t bytes, kvd_buffer **out,
+                              kvd_failure *err)
+{
+    kvd_buffer b = {.kind = KVD__V1__REGISTER_BUFFER_REQUEST__MEMORY__CUDA_FD,
+                    .fd = fcntl(fd, F_DUPFD_CLOEXEC, 0), // kept, to register again after a restart
+                    .size = bytes};
+    struct kvd_error e = {0};
+    if (b.fd < 0) {
+        kvd_fail(&e, KVD_E_INVALID, "descriptor %d: %s", fd, strerror(errno));
+        return kvd_client_fail(err, &e);
+    }
+    kvd_result rc = add(c, &b, out, err);
+    if (rc)
+        close(b.fd);
+    return rc;
+}
+
+#ifdef KVD_CUDA
+
+#include "kernels/cuda/cuda.h"
+
+// The allocation that holds `data`: its IPC handle and where it begins.
+static int export_ipc(void *data, cudaIpcMemHandle_t *handle, uint64_t *offset,
+                      struct kvd_error *err)
+{
+    PFN_cuMemGetAddressRange_v3020 range = NULL;
+    enum cudaDriverEntryPointQueryResult found;
+    CUdeviceptr base = 0;
+    size_t size = 0;
+    if (cudaGetDriverEntryPointByVersion("cuMemGetAddressRange", (void **)&range, 12000,
+                                         cudaEnableDefault, &found) != cudaSuccess ||
+        !range || range(&base, &size, (CUdeviceptr)(uintptr_t)data) != CUDA_SUCCESS) {
+        cudaGetLastError();
+        return kvd_fail(err, KVD_E_INVALID, "%p is not GPU memory of this process", data);
+    }
+    cudaError_t rc = cudaIpcGetMemHandle(handle, (void *)(uintptr_t)base);
+    if (rc != cudaSuccess) {
+        cudaGetLastError();
+        return kvd_fail(
+            err, KVD_E_INVALID,
+            "the memory at %p has no IPC handle (%s): it must come from cudaMalloc; for "
+            "cuMemCreate (PyTorch's expandable_segments) use kvd_buffer_cuda_fd",
+            data, cudaGetErrorString(rc));
+    }
+    *offset = (CUdeviceptr)(uintptr_t)data - base;
+    return KVD_OK;
+}
+
+kvd_result kvd_buffer_cuda(kvd_client *c, void *data, uint64_t bytes, kvd_buffer **out,
+                           kvd_failure *err)
+{
+    struct kvd_error e = {0};
+    cudaIpcMemHandle_t handle;
+    uint64_t offset = 0;
+    if (export_ipc(data, &handle, &offset, &e))
+        return kvd_client_fail(err, &e);
+    kvd_result rc = kvd_buffer_cuda_ipc(c, &handle, offset, bytes, out, err);
+    if (rc == KVD_SUCCESS)
+        (*out)->data = data;
+    return rc;
+}
+
+#else
+
+kvd_result kvd_buffer_cuda(kvd_client *c, void *data, uint64_t bytes, kvd_buffer **out,
+                           kvd_failure *err)
+{
+    struct kvd_error e = {0};
+    (void)c;
+    (void)data;
+    (void)bytes;
+    (void)out;
+    kvd_fail(&e, KVD_E_UNSUPPORTED, "this libkvd was built without CUDA");
+    return kvd_client_fail(err, &e);
+}
+
+#endif

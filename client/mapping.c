@@ -1,0 +1,232 @@
+// Direct mode's pages: MapSequences, and the descriptors that come over the fd socket.
+#include <errno.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+
+#include "client/direct.h"
+#include "proto/fdsock.h"
+
+// Receives one message. 1: there was one; 0: none waits; negative: the socket is closed.
+static int receive(int sock, struct kvd_fd_grant *grant, int *fd)
+{
+    union {
+        struct cmsghdr head;
+        uint8_t space[CMSG_SPACE(sizeof(int))];
+    } control;
+    struct iovec iov = {grant, sizeof(*grant)};
+    struct msghdr msg = {.msg_iov = &iov,
+                         .msg_iovlen = 1,
+                         .msg_control = &control,
+                         .msg_controllen = sizeof(control)};
+    ssize_t n = recvmsg(sock, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    *fd = -1;
+    if (n < 0)
+        return errno == EAGAIN || errno == EINTR ? 0 : -1;
+    struct cmsghdr *h = CMSG_FIRSTHDR(&msg);
+    if (h && h->cmsg_level == SOL_SOCKET && h->cmsg_type == SCM_RIGHTS)
+        memcpy(fd, CMSG_DATA(h), sizeof(*fd));
+    return n == sizeof(*grant) && grant->magic == KVD_FD_MAGIC ? 1 : -1;
+}
+
+// Takes what a message brings. The fd is closed here or kept.
+static int take(struct kvd_direct *d, const struct kvd_fd_grant *grant, int fd_taken,
+                struct kvd_error *err)
+{
+    int fd KVD_CLOSE = fd_taken;
+    const struct kvd_backend_ops *ops = d->backend ? d->backend->ops : NULL;
+    if (grant->kind == KVD_FD_ROTATIONS) {
+        if (d->rotations_fd >= 0)
+            close(d->rotations_fd);
+        d->rotations_fd = KVD_TAKE_FD(fd);
+        return KVD_OK;
+    }
+    if (!d->arena || grant->extent >= d->arena->count)
+        return kvd_fail(err, KVD_E_INTERNAL, "kvd speaks of extent %u, which is none of its own",
+                        grant->extent);
+    if (grant->kind == KVD_FD_REVOKE) {
+        ops->extent_drop(d->backend, d->arena, grant->extent);
+        d->mapped[grant->extent] = false;
+        return KVD_OK;
+    }
+    if (grant->bytes != d->arena->bytes)
+        return kvd_fail(err, KVD_E_INTERNAL, "extent %u has %llu bytes instead of %llu",
+                        grant->extent, (unsigned long long)grant->bytes,
+                        (unsigned long long)d->arena->bytes);
+    int rc = ops->extent_import(d->backend, d->arena, grant->extent, fd, err);
+    d->mapped[grant->extent] = rc == KVD_OK;
+    return rc;
+}
+
+static int read_socket(struct kvd_direct *d, struct kvd_error *err)
+{
+    struct kvd_fd_grant grant;
+    int rc, fd, result = KVD_OK;
+    pthread_rwlock_rdlock(&d->client->lock);
+    bool same = d->client->epoch == d->epoch;
+    while (same && (rc = receive(d->client->sock, &grant, &fd)) > 0) {
+        int took = take(d, &grant, fd, err);
+        result = result ? result : took;
+    }
+    pthread_rwlock_unlock(&d->client->lock);
+    if (!same || rc < 0)
+        return kvd_fail(err, KVD_E_LOST,
+                        "the session that direct mode was opened with is gone; close the "
+                        "kvd_direct, and open one on the new session");
+    return result;
+}
+
+int kvd_direct_read_socket(struct kvd_direct *d, struct kvd_error *err)
+{
+    pthread_mutex_lock(&d->socket_lock);
+    int rc = read_socket(d, err);
+    pthread_mutex_unlock(&d->socket_lock);
+    return rc;
+}
+
+// The address of a page number, 0 for none.
+static int address_of(const struct kvd_direct *d, uint32_t number, uint64_t *out,
+                      struct kvd_error *err)
+{
+    uint64_t at = (uint64_t)number * KVD_PAGE_UNIT, extent = at / d->arena->bytes;
+    *out = 0;
+    if (number == UINT32_MAX)
+        return KVD_OK;
+    if (extent >= d->arena->count || !d->mapped[extent])
+        return kvd_fail(err, KVD_E_INTERNAL, "page %u lies in extent %llu, which was not lent",
+                        number, (unsigned long long)extent);
+    *out = d->arena->base + at;
+    return KVD_OK;
+}
+
+static int take_pages(struct kvd_direct *d, uint32_t slot, const Kvd__V1__SequencePages *p,
+                      struct kvd_error *err)
+{
+    struct direct_slot *s = &d->slots[slot];
+    uint64_t *codec = d->next_codec + (uint64_t)slot * d->codec_stride;
+    uint64_t *bf16 = d->next_bf16 + (uint64_t)slot * d->bf16_stride;
+    uint64_t n_codec = p->codec_from + p->n_codec_pages;
+    int rc = KVD_OK;
+    if (p->length > d->options.max_tokens || n_codec > d->codec_stride)
+        return kvd_fail(err, KVD_E_LIMIT, "sequence %llu has %llu tokens, max_tokens is %u",
+                        (unsigned long long)s->sequence, (unsigned long long)p->length,
+                        d->options.max_tokens);
+    if (p->codec_from > s->next.n_codec || p->n_bf16_pages > d->bf16_stride ||
+        p->hist_end > p->length + d->geometry.sink)
+        return kvd_fail(err, KVD_E_INTERNAL, "kvd's page table of sequence %llu does not fit",
+                        (unsigned long long)s->sequence);
+    for (size_t i = 0; i < p->n_bf16_pages && rc == KVD_OK; i++)
+        rc = address_of(d, p->bf16_pages[i], &bf16[i], err);
+    for (size_t i = 0; i < p->n_codec_pages && rc == KVD_OK; i++)
+        rc = address_of(d, p->codec_pages[i], &codec[p->codec_from + i], err);
+    if (rc)
+        return rc;
+    s->next = (struct direct_view){p->length, p->hist_end, (uint32_t)n_codec};
+    s->fresh = true;
+    return KVD_OK;
+}
+
+// The pool's layout, on the first call.
+static int make_arena(struct kvd_direct *d, const Kvd__V1__MapSequencesReply *reply,
+                      struct kvd_error *err)
+{
+    if (d->arena)
+        return KVD_OK;
+    if (reply->extents == 0 || reply->extent_bytes == 0 || reply->extent_bytes % (2 << 20) ||
+        reply->extent_bytes > (1ull << 47) / reply->extents)
+        return kvd_fail(err, KVD_E_INTERNAL,
+                        "kvd's pool of %u extents of %llu bytes makes no sense", reply->extents,
+                        (unsigned long long)reply->extent_bytes);
+    d->arena = d->backend->ops->arena_new(d->backend, reply->extents, reply->extent_bytes, err);
+    if (!d->arena)
+        return err->code;
+    d->mapped = calloc(reply->extents, sizeof(*d->mapped));
+    return d->mapped ? KVD_OK : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+}
+
+// One call; *more when the fd socket was full.
+static int map_once(struct kvd_direct *d, Kvd__V1__MapSequencesRequest *req, const uint32_t *list,
+                    bool *more, struct kvd_error *err)
+{
+    Kvd__V1__MapSequencesReply *reply;
+    kvd_failure failure;
+    if (kvd_client_call(d->client, "/kvd.v1.KvCache/MapSequences", req, &req->session,
+                        &kvd__v1__map_sequences_reply__descriptor, &reply, &failure))
+        return kvd_fail(err, failure.code == KVD_ERR_LOST ? KVD_E_LOST : KVD_E_UNAVAILABLE, "%s",
+                        failure.text);
+    int rc = make_arena(d, reply, err);
+    if (rc == KVD_OK)
+        rc = read_socket(d, err);
+    *more = reply->more;
+    if (rc == KVD_OK && !reply->more && reply->n_sequences != req->n_items)
+        rc = kvd_fail(err, KVD_E_INTERNAL, "asked for %zu sequences, got %zu", req->n_items,
+                      reply->n_sequences);
+    pthread_mutex_lock(&d->lock);
+    for (size_t i = 0; i < reply->n_sequences && rc == KVD_OK && !reply->more; i++)
+        rc = take_pages(d, list[i], reply->sequences[i], err);
+    pthread_mutex_unlock(&d->lock);
+    kvd__v1__map_sequences_reply__free_unpacked(reply, NULL);
+    return rc;
+}
+
+int kvd_direct_map(struct kvd_direct *d, const uint32_t *list, uint32_t n, struct kvd_error *err)
+{
+    Kvd__V1__MapSequencesRequest req = KVD__V1__MAP_SEQUENCES_REQUEST__INIT;
+    Kvd__V1__MapItem *items KVD_FREE = calloc(n + 1, sizeof(*items));
+    Kvd__V1__MapItem **refs KVD_FREE = calloc(n + 1, sizeof(*refs));
+    if (!items || !refs)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    for (uint32_t i = 0; i < n; i++) {
+        const struct direct_slot *s = &d->slots[list[i]];
+        kvd__v1__map_item__init(&items[i]);
+        items[i].sequence = s->sequence;
+        // The last page may have been copied before it was written.
+        items[i].codec_from = s->next.n_codec ? s->next.n_codec - 1 : 0;
+        refs[i] = &items[i];
+    }
+    req.n_items = n;
+    req.items = refs;
+    bool more = true;
+    int rc = KVD_OK;
+    pthread_mutex_lock(&d->socket_lock);
+    while (more && rc == KVD_OK)
+        rc = map_once(d, &req, list, &more, err);
+    pthread_mutex_unlock(&d->socket_lock);
+    return rc;
+}
+
+int kvd_direct_load_rotations(struct kvd_direct *d, struct kvd_error *err)
+{
+    const struct kvd_geometry *g = &d->geometry;
+    struct kvd_rotation_data data = {
+        .n_layers = 1, .heads = 1, .dim_k = g->head_dim_k, .dim_v = g->head_dim_v};
+    const struct kvd_fd_rotations *head = MAP_FAILED;
+    struct stat st = {0};
+    if (d->geometry.codec != KVD_CODEC_BF16) {
+        if (d->rotations_fd < 0 || fstat(d->rotations_fd, &st) ||
+            (size_t)st.st_size < sizeof(*head))
+            return kvd_fail(err, KVD_E_INTERNAL, "kvd sent no rotation set");
+        head = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, d->rotations_fd, 0);
+        if (head == MAP_FAILED)
+            return kvd_fail(err, KVD_E_INTERNAL, "cannot map the rotation set: %s",
+                            strerror(errno));
+        uint64_t n = (uint64_t)head->n_layers * head->heads;
+        uint64_t k = head->has_k ? n * head->dim_k * head->dim_k : 0;
+        uint64_t v = head->has_v ? n * head->dim_v * head->dim_v : 0;
+        if (head->magic != KVD_FD_MAGIC || head->version != KVD_FD_VERSION ||
+            head->n_layers > KVD_MAX_LAYERS || head->heads > KVD_MAX_KV_HEADS ||
+            head->dim_k != g->head_dim_k || head->dim_v != g->head_dim_v ||
+            (uint64_t)st.st_size != sizeof(*head) + (k + v) * sizeof(float)) {
+            munmap((void *)head, (size_t)st.st_size);
+            return kvd_fail(err, KVD_E_INTERNAL, "kvd's rotation set does not fit the geometry");
+        }
+        data.n_layers = head->n_layers;
+        data.heads = head->heads;
+        data.k = k ? (const float *)(head + 1) : NULL;
+        data.v = v ? (const float *)(head + 1) + k : NULL;
+    }
+    d->rotation = d->backend->ops->rotation_new(d->backend, &data, err);
+    if (head != MAP_FAILED)
+        munmap((void *)head, (size_t)st.st_size);
+    return d->rotation ? KVD_OK : err->code;
+}
