@@ -180,6 +180,12 @@ bool kvd_on_device(const void *p)
     return false;
 }
 
+bool kvd_in_place(const struct kvd_tensor *t)
+{
+    uint64_t all = (uint64_t)(uintptr_t)t->data | t->layer_stride | t->token_stride | t->head_stride;
+    return all % 16 == 0 && kvd_on_device(t->data);
+}
+
 // Copies rows between a host tensor and its staged place.
 static void exchange(struct kvd_cuda *c, const struct kvd_staged *s, bool in)
 {
@@ -200,13 +206,13 @@ static void exchange(struct kvd_cuda *c, const struct kvd_staged *s, bool in)
 
 void kvd_stage_pack(struct kvd_cuda *c, const struct kvd_staged *s)
 {
-    if (!kvd_on_device(s->tensor->data))
+    if (!s->in_place && !kvd_on_device(s->tensor->data))
         exchange(c, s, true);
 }
 
 void kvd_stage_unpack(struct kvd_cuda *c, const struct kvd_staged *s)
 {
-    if (!kvd_on_device(s->tensor->data))
+    if (!s->in_place && !kvd_on_device(s->tensor->data))
         exchange(c, s, false);
 }
 
@@ -214,7 +220,7 @@ static int device_copy(struct kvd_cuda *c, const struct kvd_staged *s, bool in,
                        struct kvd_error *err)
 {
     const struct kvd_tensor *t = s->tensor;
-    if (!kvd_on_device(t->data))
+    if (s->in_place || !kvd_on_device(t->data))
         return KVD_OK;
     struct kvd_cuda_tensor ours = kvd_device_tensor(c, s);
     struct kvd_cuda_tensor theirs = {t->data + (uint64_t)s->layer0 * t->layer_stride,

@@ -70,6 +70,7 @@ struct kvd_staged {
     uint32_t layer0, layers, tokens, heads, dim;
     uint64_t at;           // offset in the stage
     uint64_t layer_stride; // of the staged copy, in bytes; tokens and heads are dense
+    bool in_place;         // kernels can work on the tensor where it is: nothing is staged
 };
 
 static inline uint64_t kvd_dtype_size(enum kvd_dtype t)
@@ -79,17 +80,23 @@ static inline uint64_t kvd_dtype_size(enum kvd_dtype t)
 
 // Whether memory is the device's. Host memory is staged; the device's is copied by a kernel.
 bool kvd_on_device(const void *p);
+// Whether kernels can work on a tensor where it is: in device memory, aligned for them.
+bool kvd_in_place(const struct kvd_tensor *t);
 // Host tensors only: rows into or out of the pinned memory. Others are left alone.
 void kvd_stage_pack(struct kvd_cuda *c, const struct kvd_staged *s);
 void kvd_stage_unpack(struct kvd_cuda *c, const struct kvd_staged *s);
-// Device tensors only: queues a copy to or from the stage's device memory.
+// Device tensors that are not taken in place: queues a copy to or from the stage's device memory.
 int kvd_stage_gather(struct kvd_cuda *c, const struct kvd_staged *s, struct kvd_error *err);
 int kvd_stage_scatter(struct kvd_cuda *c, const struct kvd_staged *s, struct kvd_error *err);
 
 static inline struct kvd_cuda_tensor kvd_device_tensor(const struct kvd_cuda *c,
                                                        const struct kvd_staged *s)
 {
-    uint64_t size = kvd_dtype_size(s->tensor->dtype);
+    const struct kvd_tensor *t = s->tensor;
+    uint64_t size = kvd_dtype_size(t->dtype);
+    if (s->in_place)
+        return (struct kvd_cuda_tensor){t->data + s->layer0 * t->layer_stride, t->layer_stride,
+                                        t->token_stride, t->head_stride, t->dtype};
     return (struct kvd_cuda_tensor){.data = c->stage.device + s->at,
                                     .layer_stride = s->layer_stride,
                                     .token_stride = s->heads * s->dim * size,

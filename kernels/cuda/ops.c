@@ -1,7 +1,8 @@
 // Append, attend, read and rotate behind the ops table.
 //
-// Tensors go through the stage: a call is cut into slices of layers whose tensors fit it, and each
-// slice is packed, uploaded, run, downloaded and unpacked.
+// Tensors in device memory that lie as the kernels want them are used where they are. Others go
+// through the stage: a call is cut into slices of layers whose tensors fit it, and each slice is
+// packed, uploaded, run, downloaded and unpacked.
 #include "kernels/cuda/cuda.h"
 
 enum { SLICE_BYTES = 64 << 20 }; // of tensors staged at once, unless one layer is more
@@ -28,13 +29,14 @@ static uint32_t bf16_pages(const struct kvd_geometry *g)
     return (uint32_t)kvd_div_up(g->sink, KVD_PAGE_TOKENS) + kvd_geometry_ring(g) / KVD_PAGE_TOKENS;
 }
 
-// A staged block for a tensor of `layers` slices of [tokens][heads][dim].
+// A block for a tensor of `layers` slices of [tokens][heads][dim]: staged, or where it is.
 static struct kvd_staged take(struct kvd_cuda *c, const struct kvd_tensor *t, uint32_t layer0,
-                              uint32_t layers, uint32_t tokens, uint32_t heads, uint32_t dim)
+                              uint32_t layers, uint32_t tokens, uint32_t heads, uint32_t dim,
+                              bool in_place)
 {
     uint64_t stride = (uint64_t)tokens * heads * dim * kvd_dtype_size(t->dtype);
-    return (struct kvd_staged){
-        t, layer0, layers, tokens, heads, dim, kvd_stage_take(c, layers * stride), stride};
+    uint64_t at = in_place ? 0 : kvd_stage_take(c, layers * stride);
+    return (struct kvd_staged){t, layer0, layers, tokens, heads, dim, at, stride, in_place};
 }
 
 static uint64_t tensor_bytes(const struct kvd_tensor *t, uint64_t tokens, uint64_t heads,
@@ -54,14 +56,16 @@ static uint32_t new_tokens(const struct kvd_append_item *item)
 static uint64_t append_bytes(const struct kvd_append_params *p, uint64_t *tables)
 {
     const struct kvd_geometry *g = p->geometry;
-    uint64_t tokens = 0;
+    uint64_t bytes = 0;
     *tables = kvd_stage_bytes(p->n_items * sizeof(struct kvd_cuda_append_item)) + 256;
     for (uint32_t i = 0; i < p->n_items; i++) {
-        tokens += new_tokens(&p->items[i]);
+        uint64_t rows = (uint64_t)new_tokens(&p->items[i]) * g->kv_heads * 2;
+        bytes += kvd_in_place(&p->items[i].k) ? 0 : rows * g->head_dim_k;
+        bytes += kvd_in_place(&p->items[i].v) ? 0 : rows * g->head_dim_v;
         uint64_t pages = codec_pages(g, p->items[i].new_hist_end) + bf16_pages(g);
         *tables += kvd_stage_bytes(pages * sizeof(uint64_t)) + 2 * 256;
     }
-    return tokens * g->kv_heads * (g->head_dim_k + g->head_dim_v) * 2;
+    return bytes;
 }
 
 // Items and page tables, with tensors of the slice [layer, layer + layers) staged at `staged`.
@@ -94,9 +98,11 @@ static struct kvd_cuda_append_params append_tables(struct kvd_cuda *c,
         memcpy(c->stage.host + table + codec * sizeof(uint64_t), item->pages.bf16,
                bf16 * sizeof(uint64_t));
         staged[2 * i] =
-            take(c, &item->k, layer, layers, new_tokens(item), g->kv_heads, g->head_dim_k);
+            take(c, &item->k, layer, layers, new_tokens(item), g->kv_heads, g->head_dim_k,
+                 kvd_in_place(&item->k));
         staged[2 * i + 1] =
-            take(c, &item->v, layer, layers, new_tokens(item), g->kv_heads, g->head_dim_v);
+            take(c, &item->v, layer, layers, new_tokens(item), g->kv_heads, g->head_dim_v,
+                 kvd_in_place(&item->v));
         items[i] = (struct kvd_cuda_append_item){
             .codec = (void *)(c->stage.device + table),
             .bf16 = (uint64_t *)(void *)(c->stage.device + table) + codec,
@@ -176,15 +182,15 @@ struct check {
 };
 
 // Which channel of a row is not finite: the kernel tells only the row.
-static uint32_t bad_channel(const struct kvd_staged *s, const struct kvd_cuda *c, uint32_t layer,
-                            uint32_t token, uint32_t head)
+static uint32_t bad_channel(const struct kvd_cuda_tensor *t, uint32_t layer, uint32_t token,
+                            uint32_t head, uint32_t dim)
 {
     uint16_t row[KVD_MAX_HEAD_DIM];
-    uint64_t at =
-        s->at + layer * s->layer_stride + ((uint64_t)token * s->heads + head) * s->dim * 2;
-    if (cudaMemcpy(row, c->stage.device + at, s->dim * 2, cudaMemcpyDeviceToHost) != cudaSuccess)
+    const uint8_t *at =
+        t->data + layer * t->layer_stride + token * t->token_stride + head * t->head_stride;
+    if (cudaMemcpy(row, at, dim * 2, cudaMemcpyDeviceToHost) != cudaSuccess)
         return 0;
-    for (uint32_t i = 0; i < s->dim; i++)
+    for (uint32_t i = 0; i < dim; i++)
         if ((row[i] & 0x7f80) == 0x7f80)
             return i;
     return 0;
@@ -215,18 +221,12 @@ static int run_check(struct kvd_cuda *c, const struct kvd_cuda_append_params *p,
     uint32_t slice_layer = (uint32_t)(rest % p->layer_count);
     w->item = (uint32_t)(rest / p->layer_count);
     w->layer = check->p->layer_begin + layer + slice_layer;
-    const struct kvd_append_item *item = &check->p->items[w->item];
     struct kvd_cuda_append_item staged;
     rc = cudaMemcpy(&staged, p->items + w->item, sizeof(staged), cudaMemcpyDeviceToHost);
     if (rc)
         return kvd_cuda_status(rc, "checking tokens", err);
-    const struct kvd_cuda_tensor *t = w->in_v ? &staged.v : &staged.k;
-    struct kvd_staged s = {.tensor = w->in_v ? &item->v : &item->k,
-                           .heads = g->kv_heads,
-                           .dim = w->in_v ? g->head_dim_v : g->head_dim_k,
-                           .at = (uint64_t)(t->data - c->stage.device),
-                           .layer_stride = t->layer_stride};
-    w->channel = bad_channel(&s, c, slice_layer, w->token, w->head);
+    w->channel = bad_channel(w->in_v ? &staged.v : &staged.k, slice_layer, w->token, w->head,
+                             w->in_v ? g->head_dim_v : g->head_dim_k);
     return KVD_E_INVALID;
 }
 
@@ -268,7 +268,30 @@ struct group {
     bool lse;
     uint32_t codec_stride, bf16_stride;
     uint64_t row[T_COUNT]; // bytes of one item's layer; 0: not there
+    // The first item's tensor where all items' lie in device memory as they would be staged.
+    const struct kvd_tensor *direct[T_COUNT];
 };
+
+static const struct kvd_tensor *tensor_of(const struct kvd_attend_item *item, uint32_t t)
+{
+    const struct kvd_tensor *const all[] = {&item->q, &item->k, &item->v, &item->o, &item->lse};
+    return all[t];
+}
+
+// Whether a tensor of all items is [layer][item][token][head][dim] already.
+static bool lies_right(const struct group *g, uint32_t t, uint32_t heads)
+{
+    const struct kvd_tensor *head = tensor_of(g->items, t);
+    uint32_t tokens = g->items->q_len;
+    bool right = g->row[t] && head->data && kvd_in_place(head);
+    for (uint32_t i = 0; i < g->n && right; i++) {
+        const struct kvd_tensor *x = tensor_of(&g->items[i], t);
+        right = x->data == head->data + i * g->row[t] && x->layer_stride == head->layer_stride &&
+                (tokens == 1 || x->token_stride * tokens == g->row[t]) &&
+                (heads == 1 || x->head_stride * heads * tokens == g->row[t]);
+    }
+    return right;
+}
 
 static struct group group_at(const struct kvd_attend_params *p, uint32_t first)
 {
@@ -288,6 +311,9 @@ static struct group group_at(const struct kvd_attend_params *p, uint32_t first)
         out.row[T_K] = (uint64_t)head->q_len * g->kv_heads * g->head_dim_k * 2;
         out.row[T_V] = (uint64_t)head->q_len * g->kv_heads * g->head_dim_v * 2;
     }
+    for (uint32_t t = 0; t < T_COUNT; t++)
+        if (lies_right(&out, t, t == T_K || t == T_V ? g->kv_heads : g->q_heads))
+            out.direct[t] = tensor_of(head, t);
     return out;
 }
 
@@ -297,11 +323,10 @@ static struct kvd_staged staged_of(const struct group *g, const uint64_t at[T_CO
 {
     const struct kvd_attend_item *item = &g->items[i];
     const struct kvd_geometry *geo = g->p->geometry;
-    const struct kvd_tensor *const tensors[] = {&item->q, &item->k, &item->v, &item->o, &item->lse};
     const uint32_t heads[] = {geo->q_heads, geo->kv_heads, geo->kv_heads, geo->q_heads,
                               geo->q_heads};
     const uint32_t dims[] = {geo->head_dim_k, geo->head_dim_k, geo->head_dim_v, geo->head_dim_v, 1};
-    return (struct kvd_staged){.tensor = tensors[t],
+    return (struct kvd_staged){.tensor = tensor_of(item, t),
                                .layer0 = layer,
                                .layers = layers,
                                .tokens = item->q_len,
@@ -313,7 +338,7 @@ static struct kvd_staged staged_of(const struct group *g, const uint64_t at[T_CO
 
 static bool wanted(const struct group *g, uint32_t t, uint32_t i)
 {
-    return g->row[t] && (t != T_LSE || g->items[i].lse.data);
+    return g->row[t] && !g->direct[t] && (t != T_LSE || g->items[i].lse.data);
 }
 
 // Page tables and lengths of the group's sequences.
@@ -412,7 +437,7 @@ static int attend_slice(struct kvd_cuda *c, const struct group *g, uint32_t laye
     p.pages = stage_pages(c, g);
     tables_end = c->stage.used;
     for (uint32_t t = 0; t < T_COUNT; t++)
-        at[t] = kvd_stage_take(c, layers * g->n * g->row[t]);
+        at[t] = g->direct[t] ? c->stage.used : kvd_stage_take(c, layers * g->n * g->row[t]);
     for (uint32_t t = T_Q; t <= T_V; t++)
         for (uint32_t i = 0; i < g->n; i++)
             if (wanted(g, t, i)) {
@@ -427,13 +452,17 @@ static int attend_slice(struct kvd_cuda *c, const struct group *g, uint32_t laye
                 rc = kvd_stage_gather(c, &s, err);
             }
     for (uint32_t l = 0; l < layers && rc == KVD_OK; l++) {
-        uint8_t *base = c->stage.device;
+        uint8_t *place[T_COUNT];
+        for (uint32_t t = 0; t < T_COUNT; t++)
+            place[t] = g->direct[t]
+                           ? g->direct[t]->data + (layer + l) * g->direct[t]->layer_stride
+                           : c->stage.device + at[t] + l * g->n * g->row[t];
         p.layer = g->p->layer_begin + layer + l;
-        p.q = base + at[T_Q] + l * g->n * g->row[T_Q];
-        p.k = (void *)(base + at[T_K] + l * g->n * g->row[T_K]);
-        p.v = (void *)(base + at[T_V] + l * g->n * g->row[T_V]);
-        p.o = base + at[T_O] + l * g->n * g->row[T_O];
-        p.lse = g->lse ? (void *)(base + at[T_LSE] + l * g->n * g->row[T_LSE]) : NULL;
+        p.q = place[T_Q];
+        p.k = (void *)place[T_K];
+        p.v = (void *)place[T_V];
+        p.o = place[T_O];
+        p.lse = g->lse ? (void *)place[T_LSE] : NULL;
         rc = kvd_cuda_status(kvd_cuda_attend(&p, c->stream), "attention", err);
     }
     for (uint32_t t = T_O; t < T_COUNT && rc == KVD_OK; t++)
@@ -461,7 +490,7 @@ int kvd_cuda_op_attend(struct kvd_backend *b, const struct kvd_attend_params *p,
         struct group g = group_at(p, first);
         uint64_t bytes = 0, tables = 0;
         for (uint32_t t = 0; t < T_COUNT; t++)
-            bytes += g.n * g.row[t];
+            bytes += g.direct[t] ? 0 : g.n * g.row[t];
         tables = (uint64_t)g.n * (g.codec_stride + g.bf16_stride + 1) * 8 + (4 + T_COUNT) * 256;
         uint32_t step = slice_layers(bytes, p->layer_count);
         struct kvd_cuda_attend_params params;
@@ -496,8 +525,9 @@ int kvd_cuda_op_read(struct kvd_backend *b, const struct kvd_read_params *p, str
             memcpy(c->stage.host + table, p->pages.codec, codec * 8ull);
         memcpy(c->stage.host + table + codec * 8ull, p->pages.bf16, bf16 * 8ull);
         struct kvd_staged sides[2] = {
-            take(c, &p->k, l, layers, p->k.data ? p->tokens : 0, g->kv_heads, g->head_dim_k),
-            take(c, &p->v, l, layers, p->v.data ? p->tokens : 0, g->kv_heads, g->head_dim_v)};
+            take(c, &p->k, l, layers, p->k.data ? p->tokens : 0, g->kv_heads, g->head_dim_k, false),
+            take(c, &p->v, l, layers, p->v.data ? p->tokens : 0, g->kv_heads, g->head_dim_v,
+                 false)};
         struct kvd_cuda_read_params params = {
             .kv_heads = g->kv_heads,
             .dim_k = g->head_dim_k,
@@ -547,8 +577,8 @@ int kvd_cuda_op_rotate(struct kvd_backend *b, const struct kvd_rotate_params *p,
     for (uint32_t l = 0; l < p->layer_count && rc == KVD_OK; l += step) {
         uint32_t layers = KVD_MIN(step, p->layer_count - l);
         c->stage.used = 0;
-        struct kvd_staged in = take(c, &p->x, l, layers, p->rows, p->heads, dim);
-        struct kvd_staged out = take(c, &p->y, l, layers, p->rows, p->heads, dim);
+        struct kvd_staged in = take(c, &p->x, l, layers, p->rows, p->heads, dim, false);
+        struct kvd_staged out = take(c, &p->y, l, layers, p->rows, p->heads, dim, false);
         struct kvd_cuda_rotate_params params = {.matrices = p->inverse ? side->inverse_f32
                                                                        : side->forward_f32,
                                                 .n_layers = r->device.n_layers,
