@@ -109,26 +109,21 @@ static int append_batch(struct kvd_direct *d, const uint32_t *list, const kvd_it
     return rc;
 }
 
-static void append_all(struct kvd_direct *d)
+// Appends what can be appended now. False: nothing can.
+static bool append_some(struct kvd_direct *d, bool *blocked)
 {
-    while (!d->stop) {
-        bool blocked;
-        uint32_t n = collect(d, d->list, d->items, &blocked);
-        if (n == 0 && !blocked)
-            return;
-        if (n == 0) {
-            wait_on(&d->work, &d->lock, 1);
-            continue;
-        }
-        struct kvd_error err = {0};
-        if (append_batch(d, d->list, d->items, n, &err)) {
-            d->failure = err;
-            pthread_cond_broadcast(&d->progress);
-            while (d->failure.code && !d->stop) // until somebody has heard of it
-                pthread_cond_wait(&d->work, &d->lock);
-        }
+    struct kvd_error err = {0};
+    uint32_t n = collect(d, d->list, d->items, blocked);
+    if (n == 0)
+        return false;
+    if (append_batch(d, d->list, d->items, n, &err)) {
+        d->failure = err;
         pthread_cond_broadcast(&d->progress);
+        while (d->failure.code && !d->stop) // until somebody has heard of it
+            pthread_cond_wait(&d->work, &d->lock);
     }
+    pthread_cond_broadcast(&d->progress);
+    return true;
 }
 
 // Takes the first mark, waits until it has passed, and notes what is written.
@@ -154,13 +149,13 @@ static void *run(void *ctx)
     struct kvd_direct *d = ctx;
     pthread_mutex_lock(&d->lock);
     while (!d->stop) {
-        if (d->n_jobs) {
+        bool blocked;
+        if (d->n_jobs)
             take_job(d);
-            append_all(d);
+        if (append_some(d, &blocked) || d->n_jobs || d->stop)
             continue;
-        }
-        wait_on(&d->work, &d->lock, IDLE_MS);
-        if (d->n_jobs || d->stop)
+        wait_on(&d->work, &d->lock, blocked ? 1 : IDLE_MS);
+        if (blocked || d->n_jobs || d->stop)
             continue;
         pthread_mutex_unlock(&d->lock);
         kvd_direct_read_socket(d, NULL); // extents that are taken back

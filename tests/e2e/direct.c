@@ -338,7 +338,10 @@ static int stall(void)
             TRY(kvd_direct_end(direct, stream, NULL, ERR));
             seqs[0].length++;
         }
-        printf("done %llu\n", (unsigned long long)seqs[0].length);
+        uint64_t stored;
+        kvd_direct_length(direct, 0, &stored);
+        printf("done %llu stored %llu\n", (unsigned long long)seqs[0].length,
+               (unsigned long long)stored);
     }
     TRY(kvd_direct_flush(direct, ERR));
     kvd_sequence_info info;

@@ -1,0 +1,540 @@
+// One GPU, several processes: what direct mode and calls cost beside the bare kernels. Qwen3-8B's
+// geometry: 36 layers, 32 q heads, 8 kv heads, head_dim 128, sink 64, recent 256.
+// usage: bench_direct ADDRESS [quick|capacity]   (kvd runs there, with backend cuda)
+#include <math.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <time.h>
+
+#include "admin.pb-c.h"
+#include "client/direct.h"
+#include "kernels/cuda/cuda.h"
+
+enum { LAYERS = 36, HEADS = 32, KV = 8, DIM = 128, PIECE = 2048 };
+
+static const char *address;
+static kvd_client *client;
+static kvd_buffer *tokens;   // K, then V, of PIECE tokens of all layers
+static const uint64_t KV_BYTES = (uint64_t)LAYERS * PIECE * KV * DIM * 2;
+static kvd_failure failure;
+static cudaStream_t stream;
+
+static void try(int rc, int line)
+{
+    if (rc) {
+        fprintf(stderr, "bench_direct.c:%d: %s\n", line,
+                failure.text[0] ? failure.text : cudaGetErrorString((cudaError_t)rc));
+        exit(1);
+    }
+}
+#define TRY(call) try(call, __LINE__)
+#define ERR       (&failure)
+
+static double now(void) // us
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (double)ts.tv_sec * 1e6 + (double)ts.tv_nsec * 1e-3;
+}
+
+static int ascending(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+static double median(double *x, int n)
+{
+    qsort(x, (size_t)n, sizeof(*x), ascending);
+    return x[n / 2];
+}
+
+static void *make(uint64_t bytes)
+{
+    void *p;
+    TRY(cudaMalloc(&p, bytes));
+    TRY(cudaMemset(p, 0, bytes));
+    return p;
+}
+
+// Normal values in bf16, repeated.
+static void fill(uint8_t *to, uint64_t bytes)
+{
+    enum { BLOCK = 1 << 20 };
+    static uint16_t block[BLOCK];
+    uint64_t x = 88172645463325252ull;
+    for (int i = 0; i < BLOCK && !block[BLOCK - 1]; i++) {
+        float sum = 0;
+        for (int k = 0; k < 4; k++) {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            sum += (float)(x >> 40) * 0x1p-24f - 0.5f;
+        }
+        block[i] = kvd_f32_to_bf16(sum * 1.7f);
+    }
+    for (uint64_t at = 0; at < bytes; at += sizeof(block))
+        TRY(cudaMemcpy(to + at, block, KVD_MIN(sizeof(block), bytes - at), cudaMemcpyDefault));
+}
+
+static void open_client(void)
+{
+    static uint32_t layers[LAYERS];
+    for (uint32_t i = 0; i < LAYERS; i++)
+        layers[i] = i;
+    kvd_options o = {.address = address,
+                     .client_name = "bench",
+                     .timeout_ms = 120000,
+                     .layers = layers,
+                     .n_layers = LAYERS,
+                     .q_heads = HEADS,
+                     .kv_heads = KV,
+                     .head_dim_k = DIM,
+                     .head_dim_v = DIM};
+    TRY(kvd_open(&o, &client, ERR));
+    uint8_t *memory = make(2 * KV_BYTES);
+    fill(memory, 2 * KV_BYTES);
+    TRY(kvd_buffer_cuda(client, memory, 2 * KV_BYTES, &tokens, ERR));
+}
+
+// Appends `count` tokens to `n` sequences of length `at`.
+static void append(const uint64_t *ids, uint32_t n, uint64_t at, uint32_t count)
+{
+    kvd_item items[64];
+    for (uint32_t first = 0; first < n; first += 32) {
+        uint32_t some = KVD_MIN(n - first, 32u);
+        for (uint32_t t = 0; t < count; t += PIECE) {
+            uint32_t piece = KVD_MIN(count - t, (uint32_t)PIECE);
+            for (uint32_t i = 0; i < some; i++)
+                items[i] = (kvd_item){.sequence = ids[first + i],
+                                      .position = at + t,
+                                      .tokens = piece,
+                                      .k = {tokens},
+                                      .v = {tokens, .offset = KV_BYTES}};
+            TRY(kvd_append(client, (kvd_layers){0, 0}, items, some, ERR));
+        }
+    }
+}
+
+// -- direct mode --------------------------------------------------------------------------------
+
+struct tensors { // of a step of all layers
+    uint8_t *q, *k, *v, *o;
+    uint64_t q_layer, kv_layer;
+};
+
+static struct tensors make_tensors(uint32_t slots)
+{
+    struct tensors t = {.q_layer = (uint64_t)slots * HEADS * DIM * 2,
+                        .kv_layer = (uint64_t)slots * KV * DIM * 2};
+    t.q = make(LAYERS * t.q_layer);
+    t.o = make(LAYERS * t.q_layer);
+    t.k = make(LAYERS * t.kv_layer);
+    t.v = make(LAYERS * t.kv_layer);
+    fill(t.q, LAYERS * t.q_layer);
+    fill(t.k, LAYERS * t.kv_layer);
+    fill(t.v, LAYERS * t.kv_layer);
+    return t;
+}
+
+static void free_tensors(struct tensors *t)
+{
+    cudaFree(t->q);
+    cudaFree(t->o);
+    cudaFree(t->k);
+    cudaFree(t->v);
+}
+
+static cudaGraphExec_t capture(void (*enqueue)(void *ctx, uint32_t layer), void *ctx)
+{
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    TRY(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    for (uint32_t l = 0; l < LAYERS; l++)
+        enqueue(ctx, l);
+    TRY(cudaStreamEndCapture(stream, &graph));
+    TRY(cudaGraphInstantiate(&exec, graph, 0));
+    TRY(cudaGraphDestroy(graph));
+    return exec;
+}
+
+// Median time of a replay, in us.
+static double replay(cudaGraphExec_t graph, int n)
+{
+    cudaEvent_t a, b;
+    double t[64];
+    TRY(cudaEventCreate(&a));
+    TRY(cudaEventCreate(&b));
+    for (int i = -2; i < n; i++) {
+        float ms;
+        TRY(cudaEventRecord(a, stream));
+        TRY(cudaGraphLaunch(graph, stream));
+        TRY(cudaEventRecord(b, stream));
+        TRY(cudaEventSynchronize(b));
+        TRY(cudaEventElapsedTime(&ms, a, b));
+        if (i >= 0)
+            t[i] = ms * 1e3;
+    }
+    cudaEventDestroy(a);
+    cudaEventDestroy(b);
+    return median(t, n);
+}
+
+struct direct_step {
+    kvd_direct *d;
+    struct tensors t;
+};
+
+static void enqueue_direct(void *ctx, uint32_t l)
+{
+    struct direct_step *s = ctx;
+    TRY(kvd_store_enqueue(s->d, stream, l, s->t.k + l * s->t.kv_layer, s->t.v + l * s->t.kv_layer,
+                          ERR));
+    TRY(kvd_attend_enqueue(s->d, stream, l, s->t.q + l * s->t.q_layer, s->t.o + l * s->t.q_layer,
+                           NULL, ERR));
+}
+
+// The same kernels over memory of this process alone.
+struct local_step {
+    struct kvd_cuda_attend_params attend;
+    struct kvd_cuda_store_params store;
+    struct tensors t;
+    uint64_t tail_layer;
+    uint8_t *tail;
+};
+
+static void enqueue_local(void *ctx, uint32_t l)
+{
+    struct local_step *s = ctx;
+    uint16_t *k = (uint16_t *)(void *)(s->tail + l * s->tail_layer);
+    uint16_t *v = (uint16_t *)(void *)(s->tail + (LAYERS + l) * s->tail_layer);
+    s->store.k = (void *)(s->t.k + l * s->t.kv_layer);
+    s->store.v = (void *)(s->t.v + l * s->t.kv_layer);
+    s->store.tail.k = s->attend.tail.k = k;
+    s->store.tail.v = s->attend.tail.v = v;
+    TRY(kvd_cuda_store(&s->store, stream));
+    s->attend.layer = l;
+    s->attend.q = s->t.q + l * s->t.q_layer;
+    s->attend.o = s->t.o + l * s->t.q_layer;
+    TRY(kvd_cuda_attend(&s->attend, stream));
+}
+
+// Copies the pages that a step sees into memory of this process.
+static uint64_t *copy_pages(const uint64_t *table, uint64_t entries, uint64_t page, uint64_t *bytes)
+{
+    uint64_t *own = calloc(entries, sizeof(*own)), used = 0, at = 0;
+    for (uint64_t i = 0; i < entries; i++)
+        used += table[i] != 0;
+    uint8_t *memory = make(used * page);
+    for (uint64_t i = 0; i < entries; i++) {
+        if (!table[i])
+            continue;
+        own[i] = (uint64_t)(uintptr_t)memory + at++ * page;
+        TRY(cudaMemcpy((void *)(uintptr_t)own[i], (void *)(uintptr_t)table[i], page,
+                       cudaMemcpyDeviceToDevice));
+    }
+    uint64_t *device = make(entries * sizeof(*own));
+    TRY(cudaMemcpy(device, own, entries * sizeof(*own), cudaMemcpyDefault));
+    free(own);
+    *bytes += used * page;
+    return device;
+}
+
+static struct local_step make_local(const kvd_direct *d, struct tensors t, uint64_t *bytes)
+{
+    const struct kvd_geometry *g = &d->geometry;
+    uint32_t n = d->options.slots, *lengths = make(3 * n * sizeof(*lengths));
+    struct cudaDeviceProp prop;
+    uint64_t sum = 0;
+    TRY(cudaMemcpy(lengths, d->length, 3 * n * sizeof(*lengths), cudaMemcpyDefault));
+    TRY(cudaGetDeviceProperties(&prop, 0));
+    for (uint32_t i = 0; i < n; i++)
+        sum += d->hist_end[i] - g->sink;
+    struct kvd_cuda_tail tail = {.tokens = lengths + 2 * n, .ring = KVD_DIRECT_RING};
+    struct local_step s = {
+        .t = t,
+        .tail_layer = direct_layer_at(d, 1, false),
+        .attend = {.sequences = n,
+                   .q_heads = HEADS,
+                   .kv_heads = KV,
+                   .dim_k = DIM,
+                   .dim_v = DIM,
+                   .codec = g->codec,
+                   .q_len = 1,
+                   .sink = g->sink,
+                   .ring = kvd_geometry_ring(g),
+                   .scale = 1 / sqrtf(DIM),
+                   .pages = {.codec = copy_pages(d->codec, (uint64_t)n * d->codec_stride,
+                                                 kvd_round_up(kvd_page_bytes(g, g->codec), 4096),
+                                                 bytes),
+                             .bf16 = copy_pages(d->bf16, (uint64_t)n * d->bf16_stride,
+                                                kvd_page_bytes(g, KVD_CODEC_BF16), bytes),
+                             .codec_stride = d->codec_stride,
+                             .bf16_stride = d->bf16_stride,
+                             .length = lengths,
+                             .hist_end = lengths + n},
+                   .tail = tail,
+                   .rotation = d->rotation->device},
+        .store = {.sequences = n,
+                  .kv_heads = KV,
+                  .dim_k = DIM,
+                  .dim_v = DIM,
+                  .q_len = 1,
+                  .length = lengths,
+                  .tail = tail}};
+    s.tail = make(2 * LAYERS * s.tail_layer);
+    kvd_cuda_attend_plan(&s.attend, sum, d->hist_end[0] - g->sink,
+                         d->length[0] + d->tail_tokens[0] - (d->hist_end[0] - g->sink),
+                         (uint32_t)prop.multiProcessorCount);
+    s.attend.scratch = make(kvd_cuda_attend_scratch(&s.attend));
+    return s;
+}
+
+// Steps with demotions under way, as a worker makes them: us a step.
+static double run_steps(struct direct_step *s, cudaGraphExec_t graph, int n)
+{
+    double began = now();
+    for (int i = 0; i < n; i++) {
+        TRY(kvd_direct_begin(s->d, stream, ERR));
+        TRY(cudaGraphLaunch(graph, stream));
+        TRY(kvd_direct_end(s->d, stream, NULL, ERR));
+    }
+    TRY(cudaStreamSynchronize(stream));
+    return (now() - began) / n;
+}
+
+static void direct_against_local(uint32_t slots, uint32_t length)
+{
+    uint64_t ids[256], bytes = 0;
+    struct direct_step s = {.t = make_tensors(slots)};
+    TRY(kvd_sequences_create(client, slots, ids, ERR));
+    double t0 = now();
+    append(ids, slots, 0, length);
+    printf("append %u x %u from a worker's GPU buffer: %.2f s\n", slots, length,
+           (now() - t0) * 1e-6);
+    t0 = now();
+    kvd_direct_options o = {.slots = slots, .max_tokens = length + 4096};
+    TRY(kvd_direct_open(client, &o, &s.d, ERR));
+    double opened = now();
+    for (uint32_t i = 0; i < slots; i++)
+        TRY(kvd_direct_bind(s.d, i, ids[i], ERR));
+    double bound = now();
+    uint32_t extents = 0;
+    for (uint32_t i = 0; i < s.d->arena->count; i++)
+        extents += s.d->mapped[i];
+    TRY(kvd_direct_begin(s.d, stream, ERR));
+    cudaGraphExec_t graph = capture(enqueue_direct, &s);
+    TRY(cudaGraphLaunch(graph, stream));
+    TRY(kvd_direct_end(s.d, stream, NULL, ERR));
+    TRY(cudaStreamSynchronize(stream));
+    printf("kvd_direct_open %.1f ms; binding %u sequences, %u extents of %llu MiB mapped: %.1f ms "
+           "(%.2f ms an extent)\n",
+           (opened - t0) * 1e-3, slots, extents, (unsigned long long)s.d->arena->bytes >> 20,
+           (bound - opened) * 1e-3, (bound - opened) * 1e-3 / extents);
+    struct local_step local = make_local(s.d, s.t, &bytes);
+    cudaGraphExec_t local_graph = capture(enqueue_local, &local);
+    double direct[5], own[5];
+    for (int i = 0; i < 5; i++) { // in turns, as clocks drift
+        direct[i] = replay(graph, 20);
+        own[i] = replay(local_graph, 20);
+    }
+    double a = median(direct, 5), b = median(own, 5);
+    printf("36 layers, decode %u x %u in a CUDA graph: direct mode %.1f us, the same kernels over "
+           "this process's memory %.1f us: %+.2f %%\n",
+           slots, length, a, b, (a / b - 1) * 100);
+    double steps = run_steps(&s, graph, 256);
+    double c = (a + replay(graph, 20)) / 2; // sequences and tails have grown
+    printf("  with begin, end and %u appends a slot under way: %.1f us a step; replays alone before "
+           "and after %.1f us: %+.2f %%\n",
+           256 / 16, steps, c, (steps / c - 1) * 100);
+    TRY(cudaGraphExecDestroy(graph));
+    TRY(cudaGraphExecDestroy(local_graph));
+    kvd_direct_close(&s.d);
+    free_tensors(&s.t);
+    TRY(kvd_sequences_free(client, ids, slots, false, ERR));
+}
+
+// -- on request ---------------------------------------------------------------------------------
+
+static void on_request(uint32_t n, uint32_t length)
+{
+    enum { ROUNDS = 6 };
+    uint64_t ids[64], kv = (uint64_t)n * KV * DIM * 2, q = (uint64_t)n * HEADS * DIM * 2;
+    double step[ROUNDS * LAYERS], attend[ROUNDS * LAYERS], all[ROUNDS];
+    kvd_buffer *b;
+    TRY(kvd_sequences_create(client, n, ids, ERR));
+    append(ids, n, 0, length);
+    uint8_t *memory = make(LAYERS * 2 * (kv + q));
+    fill(memory, LAYERS * 2 * (kv + q));
+    TRY(kvd_buffer_cuda(client, memory, LAYERS * 2 * (kv + q), &b, ERR));
+    for (int r = 0; r < ROUNDS; r++)
+        for (uint32_t l = 0; l <= LAYERS; l++) {
+            // The last round of a token takes all layers at once.
+            bool once = l == LAYERS;
+            kvd_item items[64];
+            for (uint32_t i = 0; i < n; i++) {
+                uint64_t layer = once ? 0 : l;
+                items[i] = (kvd_item){
+                    .sequence = ids[i],
+                    .position = length + 2 * (uint64_t)r + once,
+                    .tokens = 1,
+                    .k = {b, layer * kv + i * kv / n, kv},
+                    .v = {b, (LAYERS + layer) * kv + i * kv / n, kv},
+                    .q = {b, 2 * LAYERS * kv + layer * q + i * q / n, q},
+                    .o = {b, 2 * LAYERS * kv + (LAYERS + layer) * q + i * q / n, q}};
+            }
+            kvd_layers which = once ? (kvd_layers){0, 0} : (kvd_layers){l, 1};
+            double t = now();
+            TRY(kvd_step(client, which, NULL, items, n, ERR));
+            if (once) {
+                all[r] = now() - t;
+                continue;
+            }
+            step[r * LAYERS + (int)l] = now() - t;
+            t = now();
+            TRY(kvd_attend(client, which, NULL, items, n, ERR));
+            attend[r * LAYERS + (int)l] = now() - t;
+        }
+    printf("on request, %u x %u: Step of a layer %.0f us, Attend of a layer %.0f us, Step of 36 "
+           "layers %.0f us (medians)\n",
+           n, length, median(step, ROUNDS * LAYERS), median(attend, ROUNDS * LAYERS),
+           median(all, ROUNDS));
+    kvd_buffer_free(&b);
+    cudaFree(memory);
+    TRY(kvd_sequences_free(client, ids, n, false, ERR));
+}
+
+// -- capacity, bits, death ----------------------------------------------------------------------
+
+static void capacity(uint32_t n, uint32_t length)
+{
+    uint64_t ids[256];
+    kvd_sequence_info info;
+    struct direct_step s = {.t = make_tensors(n)};
+    double t0 = now();
+    TRY(kvd_sequences_create(client, n, ids, ERR));
+    append(ids, n, 0, length);
+    double stored = now();
+    TRY(kvd_sequence_describe(client, ids[0], &info, ERR));
+    kvd_direct_options o = {.slots = n, .max_tokens = length + 64};
+    TRY(kvd_direct_open(client, &o, &s.d, ERR));
+    for (uint32_t i = 0; i < n; i++)
+        TRY(kvd_direct_bind(s.d, i, ids[i], ERR));
+    TRY(kvd_direct_begin(s.d, stream, ERR));
+    cudaGraphExec_t graph = capture(enqueue_direct, &s);
+    double us = replay(graph, 8);
+    TRY(kvd_direct_end(s.d, stream, NULL, ERR));
+    uint64_t bf16 = (uint64_t)length * LAYERS * KV * DIM * 2 * 2;
+    uint16_t *o_host = malloc(s.t.q_layer);
+    uint32_t zeros = 0;
+    TRY(cudaMemcpy(o_host, s.t.o + (LAYERS - 1) * s.t.q_layer, s.t.q_layer, cudaMemcpyDefault));
+    for (uint64_t i = 0; i < s.t.q_layer / 2; i++)
+        zeros += (o_host[i] & 0x7f80) == 0x7f80 || o_host[i] == 0;
+    printf("capacity: %u sequences of %u tokens resident (stored in %.1f s), all attended to: %.0f "
+           "us a step of 36 layers; %.1f MiB a sequence, bf16 would be %.1f MiB: %.2f times; %u of "
+           "%llu outputs zero or not finite\n",
+           n, length, (stored - t0) * 1e-6, us, (double)info.bytes / (1 << 20),
+           (double)bf16 / (1 << 20), (double)bf16 / (double)info.bytes, zeros,
+           (unsigned long long)s.t.q_layer / 2);
+    free(o_host);
+    TRY(cudaGraphExecDestroy(graph));
+    kvd_direct_close(&s.d);
+    free_tensors(&s.t);
+    TRY(kvd_sequences_free(client, ids, n, false, ERR));
+}
+
+static void bits(uint32_t length)
+{
+    uint64_t id;
+    kvd_sequence_info info;
+    TRY(kvd_sequences_create(client, 1, &id, ERR));
+    append(&id, 1, 0, length);
+    TRY(kvd_sequence_describe(client, id, &info, ERR));
+    printf("%u tokens: %.3f bits an element, windows, padding and metadata included\n", length,
+           (double)info.bytes * 8 / ((double)length * LAYERS * KV * DIM * 2));
+    TRY(kvd_sequences_free(client, &id, 1, false, ERR));
+}
+
+static uint64_t pool_used(struct kvd_channel *c)
+{
+    Kvd__V1__GetPoolRequest req = KVD__V1__GET_POOL_REQUEST__INIT;
+    Kvd__V1__GetPoolReply *r;
+    struct kvd_error err = {0};
+    if (kvd_channel_call(c, "/kvd.v1.Admin/GetPool", &req, &kvd__v1__get_pool_reply__descriptor,
+                         5000, &r, &err))
+        exit(fprintf(stderr, "%s\n", err.text));
+    uint64_t used = r->used_bytes;
+    kvd__v1__get_pool_reply__free_unpacked(r, NULL);
+    return used;
+}
+
+// A child fills memory and is killed; before CUDA is touched here, as it does not outlive a fork.
+static void death(void)
+{
+    int ready[2];
+    char byte;
+    if (pipe(ready))
+        exit(1);
+    pid_t child = fork();
+    if (child == 0) {
+        uint64_t ids[16];
+        double t0 = now();
+        TRY(cudaStreamCreate(&stream));
+        double context = now();
+        open_client();
+        TRY(kvd_sequences_create(client, 16, ids, ERR));
+        append(ids, 16, 0, PIECE);
+        kvd_direct *d;
+        kvd_direct_options o = {.slots = 16, .max_tokens = 4096};
+        TRY(kvd_direct_open(client, &o, &d, ERR));
+        for (uint32_t i = 0; i < 16; i++)
+            TRY(kvd_direct_bind(d, i, ids[i], ERR));
+        printf("a worker: CUDA context %.0f ms, then to 16 sequences bound %.0f ms\n",
+               (context - t0) * 1e-3, (now() - context) * 1e-3);
+        fflush(stdout);
+        if (write(ready[1], "x", 1) != 1)
+            exit(1);
+        pause();
+    }
+    if (read(ready[0], &byte, 1) != 1)
+        exit(1);
+    struct kvd_error err = {0};
+    struct kvd_channel *c =
+        kvd_channel_new(&(struct kvd_channel_options){.address = address}, &err);
+    uint64_t held = pool_used(c);
+    double t0 = now();
+    kill(child, SIGKILL);
+    while (pool_used(c) && now() - t0 < 1e7)
+        continue;
+    double freed = now();
+    waitpid(child, NULL, 0);
+    printf("death of a worker that holds %.1f GiB: free after %.1f ms, the process gone after %.0f "
+           "ms\n",
+           (double)held / (1 << 30), (freed - t0) * 1e-3, (now() - t0) * 1e-3);
+    kvd_channel_free(&c);
+}
+
+int main(int argc, char **argv)
+{
+    const char *what = argc > 2 ? argv[2] : "";
+    struct cudaDeviceProp prop;
+    if (argc < 2)
+        return 2;
+    address = argv[1];
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    death();
+    TRY(cudaGetDeviceProperties(&prop, 0));
+    TRY(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    printf("# %s; MPS: %s\n", prop.name, getenv("CUDA_MPS_PIPE_DIRECTORY") ? "yes" : "no");
+    open_client();
+    if (strcmp(what, "capacity") != 0) {
+        bool quick = strcmp(what, "quick") == 0;
+        direct_against_local(32, quick ? 1024 : 8192);
+        on_request(32, quick ? 1024 : 8192);
+    }
+    if (strcmp(what, "quick") != 0) {
+        bits(131072);
+        capacity(256, 8192);
+    }
+    kvd_close(&client);
+    return 0;
+}
