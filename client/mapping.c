@@ -186,6 +186,7 @@ int kvd_direct_map(struct kvd_direct *d, const uint32_t *list, uint32_t n, struc
     }
     req.n_items = n;
     req.items = refs;
+    req.again = !d->arena; // another kvd_direct of this session may have had them
     bool more = true;
     int rc = KVD_OK;
     pthread_mutex_lock(&d->socket_lock);

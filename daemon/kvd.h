@@ -180,6 +180,8 @@ void kvd_memory_ahead(struct kvd_daemon *d);
 // Lends the session the extent of an address, unless it has it. KVD_E_LIMIT: the fd socket is full.
 int kvd_memory_lend(struct kvd_daemon *d, struct kvd_session *s, uint64_t addr,
                     struct kvd_error *err);
+// Forgets what the session was lent.
+void kvd_memory_forget(struct kvd_daemon *d, struct kvd_session *s);
 // Lends it its rotation set.
 int kvd_memory_lend_rotations(struct kvd_daemon *d, struct kvd_session *s, struct kvd_error *err);
 // Page number on the wire of an address; 0 has UINT32_MAX.

@@ -33,7 +33,7 @@ static void fill(struct kvd_daemon *d, const struct kvd_work_item *item, uint32_
     out->codec_pages = numbers + item->n_bf16 + from;
 }
 
-static int reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_session *s,
+static int reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_session *s, bool again,
                  struct kvd_error *err)
 {
     Kvd__V1__MapSequencesReply r = KVD__V1__MAP_SEQUENCES_REPLY__INIT;
@@ -45,6 +45,8 @@ static int reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_session *s
                         "%llu pages in one reply, %d are possible; ask for fewer "
                         "sequences",
                         (unsigned long long)pages, MAX_PAGES);
+    if (again)
+        kvd_memory_forget(d, s);
     int rc = kvd_memory_lend_rotations(d, s, err);
     for (uint32_t i = 0; i < w->n_items && rc == KVD_OK; i++)
         rc = lend_pages(d, s, &w->items[i], err);
@@ -74,7 +76,7 @@ int kvd_mapping_reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error
     // A work that waits is failed when its session ends, so this one's is there.
     const Kvd__V1__MapSequencesRequest *req = (const void *)w->call->request;
     struct kvd_session *s = kvd_session_find(d, req->session);
-    return s ? reply(d, w, s, err) : kvd_fail(err, KVD_E_UNAUTH, "the session ended");
+    return s ? reply(d, w, s, req->again, err) : kvd_fail(err, KVD_E_UNAUTH, "the session ended");
 }
 
 void kvd_on_map_sequences(struct kvd_call *call, const void *request)

@@ -207,6 +207,13 @@ int kvd_memory_lend(struct kvd_daemon *d, struct kvd_session *s, uint64_t addr,
     return rc;
 }
 
+void kvd_memory_forget(struct kvd_daemon *d, struct kvd_session *s)
+{
+    if (s->extents)
+        memset(s->extents, 0, d->memory->arena->count * sizeof(*s->extents));
+    s->rotations_sent = false;
+}
+
 int kvd_memory_lend_rotations(struct kvd_daemon *d, struct kvd_session *s, struct kvd_error *err)
 {
     int fd = d->rotation_fds[s->geom];

@@ -1,0 +1,278 @@
+"""Direct mode: pages mapped into the worker, read-only; and what a hostile worker gets from that."""
+import array
+import ctypes
+import mmap
+import os
+import signal
+import socket
+import struct
+import subprocess
+import time
+
+import grpc
+import numpy as np
+import pytest
+
+from conftest import BUILD, Rpc, geometry, kv
+from test_grpc import KV, LAYERS, append, code_of, random_kv
+
+DIRECT = BUILD / "tests/e2e_direct"
+EXTENT, REVOKE, ROTATIONS = 1, 2, 3
+NO_PAGE = 2**32 - 1
+
+
+@pytest.mark.parametrize("codec,step,steps", [("bf16", 1, 120), ("bf16", 4, 60), ("bf16", 16, 20), ("int2", 1, 150),
+                                              ("int2", 5, 60)])
+def test_outputs(kvd, codec, step, steps):
+    r = subprocess.run([DIRECT, kvd.address, codec, str(step), str(steps)], capture_output=True, text=True, timeout=120)
+    assert r.returncode == 0, r.stdout + r.stderr
+    assert kvd.metric('kvd_pool_bytes{state="used"}') == 0
+
+
+class Stalling:
+    """A worker that makes as many steps as it is told."""
+
+    def __init__(self, kvd):
+        self.p = subprocess.Popen([DIRECT, kvd.address, "stall"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  stderr=subprocess.PIPE, text=True)
+        assert self.p.stdout.readline() == "ready\n", self.p.stderr.read()
+
+    def ask(self, steps):
+        self.p.stdin.write(f"{steps}\n")
+        self.p.stdin.flush()
+
+    def done(self):
+        words = self.p.stdout.readline().split()
+        assert words and words[0] == "done", self.p.stderr.read()
+        return int(words[1]), int(words[3])
+
+    def steps(self, n):
+        self.ask(n)
+        return self.done()
+
+
+def test_a_slow_daemon_is_waited_for_late(kvd):
+    w = Stalling(kvd)
+    length, stored = w.steps(90)
+    assert length == 190 and stored >= length - 64
+    time.sleep(0.5)  # the thread catches up
+    kvd.process.send_signal(signal.SIGSTOP)
+    try:
+        began = time.time()
+        assert w.steps(64)[0] == 254  # with nobody at the other end
+        assert time.time() - began < 20
+        w.ask(100)
+        time.sleep(1.5)
+    finally:
+        kvd.process.send_signal(signal.SIGCONT)
+    length, stored = w.done()
+    assert length == 354 and stored >= length - 96
+    w.p.stdin.close()
+    assert w.p.wait(30) == 0  # it flushed, and kvd has all tokens
+
+
+def test_the_daemon_dies(start):
+    d = start()
+    w = Stalling(d)
+    w.steps(20)
+    d.stop(signal.SIGKILL)
+    w.ask(500)
+    assert w.p.stdout.readline() == ""
+    assert w.p.wait(60) == 1
+    assert "session" in w.p.stderr.read()
+
+
+def test_a_killed_worker_leaves_what_is_stored(kvd):
+    """The pages of a worker that dies are free at once; another worker is not disturbed."""
+    other = Stalling(kvd)
+    for _ in range(3):
+        w = Stalling(kvd)
+        w.steps(50)
+        w.ask(100000)
+        time.sleep(0.1)
+        w.p.kill()
+        w.p.wait()
+        assert other.steps(10)
+    other.p.stdin.close()
+    assert other.p.wait(30) == 0
+    end = time.time() + 10
+    while kvd.metric('kvd_pool_bytes{state="used"}') and time.time() < end:
+        time.sleep(0.05)
+    assert kvd.metric('kvd_pool_bytes{state="used"}') == 0
+
+
+# -- the protocol, by hand ----------------------------------------------------------------------
+
+
+class Raw:
+    """A worker that speaks to both sockets itself, in a namespace of its own."""
+
+    def __init__(self, kvd, namespace="default", **kw):
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.sock.connect(f"{kvd.socket}.fd")
+        self.ticket = self.sock.recv(64)[8:40].decode()
+        self.rpc = Rpc(kvd.address)
+        self.session = self.rpc.kv("OpenSession", ticket=self.ticket, namespace_name=namespace,
+                                   geometry=geometry(**kw)).session
+
+    def sequence(self, tokens=0):
+        seq = self.rpc.kv("CreateSequences", session=self.session, count=1).sequences[0]
+        k, v = random_kv(max(tokens, 1))
+        if tokens:
+            append(self.rpc, self.session, seq, 0, k, v)
+        return seq, k, v
+
+    def map(self, *sequences, **kw):
+        return self.rpc.kv("MapSequences", session=self.session, items=[kv.MapItem(sequence=s) for s in sequences], **kw)
+
+    def read(self):
+        """What waits on the fd socket: (kind, extent, bytes, fd)."""
+        out = []
+        while True:
+            try:
+                data, ancillary, _, _ = self.sock.recvmsg(64, socket.CMSG_SPACE(4), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return out
+            if not data:
+                return out
+            _, _, kind, extent, size = struct.unpack("<IIIIQ", data)
+            fds = array.array("i")
+            for _, _, d in ancillary:
+                fds.frombytes(d[:4])
+            out.append((kind, extent, size, fds[0] if fds else -1))
+
+    def free(self, *sequences):
+        self.rpc.kv("FreeSequences", session=self.session, sequences=sequences)
+
+
+def page_of(number, extents, extent_bytes):
+    at = number * 4096
+    return extents[at // extent_bytes], at % extent_bytes
+
+
+def test_pages_are_what_was_stored(kvd):
+    w = Raw(kvd)
+    seq, k, _ = w.sequence(400)
+    reply = w.map(seq)
+    got = w.read()
+    assert {g[0] for g in got} == {EXTENT, ROTATIONS}
+    maps = {e: mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ) for kind, e, size, fd in got if kind == EXTENT}
+    p = reply.sequences[0]
+    assert (p.length, p.hist_end) == (400, 64 + (400 - 320) // 16 * 16)
+    assert len(p.codec_pages) == 2 and p.codec_from == 0
+    m, at = page_of(p.bf16_pages[0], maps, reply.extent_bytes)
+    tile = 64 * 2 * (64 + 64)  # K, then V, of a layer and kv head
+    for layer in range(LAYERS):
+        for head in range(KV):
+            begin = at + (layer * KV + head) * tile
+            stored = np.frombuffer(m, "<u2", 64 * 64, begin).reshape(64, 64)
+            assert np.array_equal(stored, k[layer, :64, head])
+    # Once more: the descriptors are sent once, and the pages that are known are left out.
+    again = w.rpc.kv("MapSequences", session=w.session, items=[kv.MapItem(sequence=seq, codec_from=1)])
+    assert w.read() == []
+    assert again.sequences[0].codec_from == 1 and list(again.sequences[0].codec_pages) == list(p.codec_pages)[1:]
+    assert len(w.rpc.kv("MapSequences", session=w.session, again=True).sequences) == 0
+    assert [g[0] for g in w.read()] == [ROTATIONS]
+
+
+def test_pages_cannot_be_written(kvd):
+    w = Raw(kvd)
+    seq, _, _ = w.sequence(400)
+    w.map(seq)
+    for kind, _, size, fd in w.read():
+        with pytest.raises(PermissionError):
+            mmap.mmap(fd, 4096, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        with pytest.raises(PermissionError):
+            os.pwrite(fd, b"x", 0)
+        with pytest.raises(PermissionError):
+            os.ftruncate(fd, 4096)
+        with pytest.raises(OSError):
+            os.posix_fallocate(fd, 0, 2 * size)
+        wide = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)  # its mode does not matter
+        with pytest.raises(PermissionError):
+            mmap.mmap(wide, 4096, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        os.close(wide)
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+        libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        at = libc.mmap(None, 4096, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+        assert libc.mprotect(at, 4096, mmap.PROT_READ | mmap.PROT_WRITE) == -1
+    append(w.rpc, w.session, seq, 400, *random_kv(30))  # the daemon still can
+
+
+def test_only_its_own(kvd):
+    a, b = Raw(kvd, "a"), Raw(kvd, "b")
+    seq, _, _ = a.sequence(100)
+    for s in (seq, 0, 2**63):
+        with pytest.raises(grpc.RpcError) as e:
+            b.map(s)
+        assert code_of(e) == "NOT_FOUND"
+    assert b.read() == []
+    leased = Rpc(kvd.address)
+    session = leased.kv("OpenSession", geometry=geometry()).session
+    with pytest.raises(grpc.RpcError) as e:
+        leased.kv("MapSequences", session=session)
+    assert code_of(e) == "FAILED_PRECONDITION"
+
+
+def test_an_extent_that_changes_hands(start):
+    """Its old holder keeps what was its own, is told, and never sees the new one's data."""
+    d = start("--pool-size", "4MiB", "--extent-size", "2MiB")
+    a, b = Raw(d, "a", codec="bf16"), Raw(d, "b", codec="bf16")
+    seq, k, _ = a.sequence(64)
+    reply = a.map(seq)
+    [(kind, extent, size, fd)] = a.read()
+    assert kind == EXTENT and size == 2 << 20
+    m = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+    before = bytes(m)
+    assert k[0, 0, 0].tobytes() in before
+    a.free(seq)
+    assert a.read() == []
+    theirs, k_b, _ = b.sequence(1200)  # wants both extents
+    assert (REVOKE, extent) in [(g[0], g[1]) for g in a.read()]
+    assert bytes(m) == before
+    pages = b.map(theirs).sequences[0]
+    extents = {e: mmap.mmap(f, n, mmap.MAP_SHARED, mmap.PROT_READ) for kind, e, n, f in b.read() if kind == EXTENT}
+    assert extent in extents
+    fresh, at = page_of(pages.bf16_pages[0], extents, 2 << 20)
+    assert fresh[at:at + 128] == k_b[0, 0, 0].tobytes()
+    assert k[0, 0, 0].tobytes() not in b"".join(bytes(x) for x in extents.values())
+    del reply
+
+
+def test_a_worker_that_does_not_read(kvd):
+    w = Raw(kvd)
+    seq, _, _ = w.sequence(400)
+    full = None
+    for _ in range(5000):
+        full = w.map(seq, again=True)
+        if full.more:
+            break
+    assert full.more and len(full.sequences) == 0
+    assert Raw(kvd).map().extents  # others go on
+    for _, _, _, fd in w.read():
+        os.close(fd)
+    reply = w.map(seq)
+    assert not reply.more and reply.sequences[0].length == 400
+    assert w.read()
+
+
+def test_unfinished_appends_are_not_mapped(kvd):
+    w = Raw(kvd)
+    seq, k, v = w.sequence(100)
+    append(w.rpc, w.session, seq, 100, k[:1, :10], v[:1, :10], layer_begin=0, layer_count=1)
+    with pytest.raises(grpc.RpcError) as e:
+        w.map(seq)
+    assert code_of(e) == "FAILED_PRECONDITION" and "truncate to 100" in e.value.details()
+
+
+def test_gpu_memory_on_the_cpu_backend(kvd):
+    w = Raw(kvd)
+    for memory, extra, code in ((1, {"cuda_ipc_handle": bytes(64)}, "UNIMPLEMENTED"),
+                                (1, {"cuda_ipc_handle": bytes(63)}, "INVALID_ARGUMENT"),
+                                (2, {}, "NOT_FOUND"), (3, {}, "INVALID_ARGUMENT"),
+                                (-1, {}, "INVALID_ARGUMENT")):
+        with pytest.raises(grpc.RpcError) as e:
+            w.rpc.kv("RegisterBuffer", session=w.session, key=7, size=4096, memory=memory, **extra)
+        assert code_of(e) == code, e.value.details()
