@@ -68,6 +68,7 @@ static int in_buffer(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__T
             err, KVD_E_INVALID, "items[%u].%s reaches to byte %llu, but buffer %llu has %llu", item,
             name, (unsigned long long)end, (unsigned long long)b->id, (unsigned long long)b->size);
     out->data = b->data + ref->offset;
+    out->on_device = b->kind != KVD_MEMORY_MEMFD;
     return hold_buffer(w, b, err);
 }
 

@@ -30,6 +30,7 @@ struct kvd_tensor {
     uint8_t *data;
     uint64_t layer_stride, token_stride, head_stride;
     enum kvd_dtype dtype;
+    bool on_device; // in the GPU's memory
 };
 
 // The pages of one sequence, as kvd_pool_seq_pages gives them.

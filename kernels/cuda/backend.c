@@ -171,19 +171,10 @@ int kvd_stage_download(struct kvd_cuda *c, uint64_t from, uint64_t to, struct kv
     return kvd_cuda_status(rc, "waiting for the GPU", err);
 }
 
-bool kvd_on_device(const void *p)
-{
-    struct cudaPointerAttributes a;
-    if (cudaPointerGetAttributes(&a, p) == cudaSuccess)
-        return a.type == cudaMemoryTypeDevice;
-    cudaGetLastError();
-    return false;
-}
-
 bool kvd_in_place(const struct kvd_tensor *t)
 {
     uint64_t all = (uint64_t)(uintptr_t)t->data | t->layer_stride | t->token_stride | t->head_stride;
-    return all % 16 == 0 && kvd_on_device(t->data);
+    return t->on_device && all % 16 == 0;
 }
 
 // Copies rows between a host tensor and its staged place.
@@ -206,13 +197,13 @@ static void exchange(struct kvd_cuda *c, const struct kvd_staged *s, bool in)
 
 void kvd_stage_pack(struct kvd_cuda *c, const struct kvd_staged *s)
 {
-    if (!s->in_place && !kvd_on_device(s->tensor->data))
+    if (!s->tensor->on_device)
         exchange(c, s, true);
 }
 
 void kvd_stage_unpack(struct kvd_cuda *c, const struct kvd_staged *s)
 {
-    if (!s->in_place && !kvd_on_device(s->tensor->data))
+    if (!s->tensor->on_device)
         exchange(c, s, false);
 }
 
@@ -220,7 +211,7 @@ static int device_copy(struct kvd_cuda *c, const struct kvd_staged *s, bool in,
                        struct kvd_error *err)
 {
     const struct kvd_tensor *t = s->tensor;
-    if (s->in_place || !kvd_on_device(t->data))
+    if (s->in_place || !t->on_device)
         return KVD_OK;
     struct kvd_cuda_tensor ours = kvd_device_tensor(c, s);
     struct kvd_cuda_tensor theirs = {t->data + (uint64_t)s->layer0 * t->layer_stride,

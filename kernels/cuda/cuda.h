@@ -78,8 +78,6 @@ static inline uint64_t kvd_dtype_size(enum kvd_dtype t)
     return t == KVD_DTYPE_F32 ? 4 : 2;
 }
 
-// Whether memory is the device's. Host memory is staged; the device's is copied by a kernel.
-bool kvd_on_device(const void *p);
 // Whether kernels can work on a tensor where it is: in device memory, aligned for them.
 bool kvd_in_place(const struct kvd_tensor *t);
 // Host tensors only: rows into or out of the pinned memory. Others are left alone.

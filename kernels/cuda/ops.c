@@ -237,7 +237,7 @@ int kvd_cuda_op_check(struct kvd_backend *b, const struct kvd_append_params *p,
     struct check check = {p, where};
     bool host = true;
     for (uint32_t i = 0; i < p->n_items && host; i++)
-        host = !kvd_on_device(p->items[i].k.data) && !kvd_on_device(p->items[i].v.data);
+        host = !p->items[i].k.on_device && !p->items[i].v.on_device;
     if (host) // no need to bring them over twice
         return kvd_check_host(p, where);
     // The scratch of attention holds the answer; it is zero between calls.

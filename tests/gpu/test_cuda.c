@@ -403,6 +403,7 @@ static void checking(bool on_device, bool in_v)
         .v = kseq_tensor(on_device ? dv : v, KVD_DTYPE_BF16, 50, 2, 128, 0)};
     uint64_t table[8] = {0};
     item.pages.bf16 = item.pages.codec = table;
+    item.k.on_device = item.v.on_device = on_device;
     struct kvd_append_params p = {
         .geometry = &g, .layer_begin = 0, .layer_count = 2, .items = &item, .n_items = 1};
     struct kvd_nonfinite w = {0};
