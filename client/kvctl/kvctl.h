@@ -74,6 +74,7 @@ COMMAND(evict);
 COMMAND(drain);
 COMMAND(log_level);
 COMMAND(calib);
+COMMAND(doctor);
 COMMAND(version);
 
 #endif

@@ -17,6 +17,7 @@ static const struct command commands[] = {
     {"drain", "[SECONDS]", "Let sessions end, then stop the daemon", cmd_drain},
     {"log-level", "LEVEL", "error, warning, notice, info or debug", cmd_log_level},
     {"calib", "VERB ...", "Rotation sets; see below", cmd_calib},
+    {"doctor", "", "What this host gives kvd and workers, and what is missing", cmd_doctor},
     {"version", "", "Versions of kvctl and the daemon", cmd_version},
 };
 

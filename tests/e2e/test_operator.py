@@ -29,7 +29,7 @@ def test_every_command_answers_people_and_scripts(kvd, rpc):
         "status": "ready", "workers": "somebody", "sequences": "a-name", "pool": "extents", "quota ls": "default",
         "ping 2": "avg", "version": "0.1.0", "top 0.1 2": "somebody", "metrics": "kvd_build_info",
         "calib ls": "no rotation sets", "quota set default 1GiB": "set", "log-level debug": "was info",
-        "evict": "evicted 0", "sequences default": "a-name",
+        "evict": "evicted 0", "sequences default": "a-name", "doctor": "fd socket",
     }.items():
         assert words in kvd.kvctl(*command.split()).stdout, command
         if not command.startswith("top"):
