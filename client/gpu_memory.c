@@ -25,6 +25,11 @@ static kvd_result add(kvd_client *c, const kvd_buffer *b, kvd_buffer **out, kvd_
 kvd_result kvd_buffer_cuda_ipc(kvd_client *c, const void *handle, uint64_t offset, uint64_t bytes,
                                kvd_buffer **out, kvd_failure *err)
 {
+    struct kvd_error e = {0};
+    if (offset > UINT64_MAX - bytes) {
+        kvd_fail(&e, KVD_E_INVALID, "offset and size overflow 64 bits");
+        return kvd_client_fail(err, &e);
+    }
     kvd_buffer b = {.kind = KVD__V1__REGISTER_BUFFER_REQUEST__MEMORY__CUDA_IPC,
                     .fd = -1,
                     .at = offset,

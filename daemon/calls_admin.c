@@ -198,6 +198,7 @@ void kvd_on_get_pool(struct kvd_call *call, const void *request)
     r.extent_bytes = pool.extent_bytes;
     r.extents_total = pool.extents;
     r.extents_granted = pool.extents_granted;
+    r.extents_made = pool.extents_made;
     r.used_bytes = pool.used;
     r.slack_bytes = pool.slack;
     r.free_bytes = pool.bytes - pool.used - pool.slack;

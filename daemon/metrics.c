@@ -75,6 +75,9 @@ static void pool_metrics(struct page *p)
     fprintf(p->f, "kvd_pool_bytes{state=\"slack\"} %llu\n", (unsigned long long)info.slack);
     fprintf(p->f, "kvd_pool_bytes{state=\"free\"} %llu\n",
             (unsigned long long)(info.bytes - info.used - info.slack));
+    single(p->f, "kvd_pool_memory_bytes", "gauge",
+           "Device memory that the pool's extents have, idle ones included.",
+           (double)info.extents_made * (double)info.extent_bytes);
     single(p->f, "kvd_pool_size_bytes", "gauge", "KV memory in all.", (double)info.bytes);
     single(p->f, "kvd_pool_evictions_total", "counter",
            "Published sequences evicted for room or by an operator.", (double)info.evictions);

@@ -10,7 +10,7 @@ root=$(mktemp -d /tmp/kvd-bundle.XXXXXX)
 trap 'rm -rf "$root"' EXIT
 mkdir -p "$root/kvd/bin" "$root/kvd/lib" "$root/kvd/libexec"
 programs="$build/daemon/kvd $build/client/kvctl $build/client/kvd-demo"
-for test in e2e_worker e2e_direct bench_direct bench_rpc; do # with which a node can be tried
+for test in e2e_worker e2e_direct gpu_processes bench_direct bench_rpc; do # with which a node can be tried
     [ -x "$build/tests/$test" ] && programs="$programs $build/tests/$test"
 done
 cp $programs "$root/kvd/libexec/"

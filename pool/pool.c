@@ -240,6 +240,8 @@ void kvd_pool_info(const struct kvd_pool *pool, struct kvd_pool_info *out)
         .sequences = h->sequences,
         .tokens = h->tokens,
     };
+    for (uint32_t i = 0; i < h->n_extents; i++)
+        out->extents_made += pool->extent[i].addr != 0;
 }
 
 void kvd_pool_slab_each(const struct kvd_pool *pool,

@@ -211,6 +211,7 @@ uint64_t kvd_pool_page_addr(const struct kvd_pool *pool, uint32_t page);
 struct kvd_pool_info {
     uint64_t bytes, extent_bytes;
     uint32_t extents, extents_granted;
+    uint32_t extents_made; // that have memory, idle ones included
     uint64_t used;  // bytes of pages in use
     uint64_t slack; // bytes of granted extents that are not
     uint64_t evictions;

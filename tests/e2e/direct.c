@@ -282,6 +282,7 @@ static void open_all(const char *address, const char *codec)
     const uint32_t layers[LAYERS] = {1, 4, 9};
     kvd_options options = {.address = address,
                            .client_name = "direct",
+                           .namespace_name = getenv("KVD_NAMESPACE"),
                            .layers = layers,
                            .n_layers = LAYERS,
                            .q_heads = HEADS,

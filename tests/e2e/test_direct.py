@@ -1,6 +1,7 @@
 """Direct mode: pages mapped into the worker, read-only; and what a hostile worker gets from that."""
 import array
 import ctypes
+import json
 import mmap
 import os
 import signal
@@ -104,6 +105,11 @@ def test_a_killed_worker_leaves_what_is_stored(kvd):
 # -- the protocol, by hand ----------------------------------------------------------------------
 
 
+def wants_memfds(kvd):
+    if json.loads(kvd.kvctl("--json", "status").stdout)["backend"] != "cpu":
+        pytest.skip("pages on a GPU cannot be mapped here: tests/gpu/processes.c")
+
+
 class Raw:
     """A worker that speaks to both sockets itself, in a namespace of its own."""
 
@@ -151,6 +157,7 @@ def page_of(number, extents, extent_bytes):
 
 
 def test_pages_are_what_was_stored(kvd):
+    wants_memfds(kvd)
     w = Raw(kvd)
     seq, k, _ = w.sequence(400)
     reply = w.map(seq)
@@ -176,6 +183,7 @@ def test_pages_are_what_was_stored(kvd):
 
 
 def test_pages_cannot_be_written(kvd):
+    wants_memfds(kvd)
     w = Raw(kvd)
     seq, _, _ = w.sequence(400)
     w.map(seq)
@@ -219,6 +227,7 @@ def test_only_its_own(kvd):
 def test_an_extent_that_changes_hands(start):
     """Its old holder keeps what was its own, is told, and never sees the new one's data."""
     d = start("--pool-size", "4MiB", "--extent-size", "2MiB")
+    wants_memfds(d)
     a, b = Raw(d, "a", codec="bf16"), Raw(d, "b", codec="bf16")
     seq, k, _ = a.sequence(64)
     reply = a.map(seq)
@@ -268,6 +277,7 @@ def test_unfinished_appends_are_not_mapped(kvd):
 
 
 def test_gpu_memory_on_the_cpu_backend(kvd):
+    wants_memfds(kvd)
     w = Raw(kvd)
     for memory, extra, code in ((1, {"cuda_ipc_handle": bytes(64)}, "UNIMPLEMENTED"),
                                 (1, {"cuda_ipc_handle": bytes(63)}, "INVALID_ARGUMENT"),

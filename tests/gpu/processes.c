@@ -1,0 +1,456 @@
+// Many processes on one GPU, against a kvd that runs there: workers of several namespaces at once,
+// hostile ones, and ones that are killed. Every worker is a child; this process never touches CUDA.
+// usage: processes ADDRESS E2E_DIRECT [CYCLES]
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <time.h>
+
+#include "admin.pb-c.h"
+#include "client/direct.h"
+#include "kernels/cuda/cuda.h"
+
+enum { LAYERS = 4, HEADS = 8, KV = 2, DIM = 128, TOKENS = 1024 };
+static const uint64_t BYTES = (uint64_t)LAYERS * TOKENS * KV * DIM * 2;
+
+static const char *address;
+static int ready_fd = -1; // a child's: it has reached what it was to reach
+static struct kvd_channel *channel;
+static int passed, failed;
+
+static void result(bool ok, const char *what)
+{
+    passed += ok;
+    failed += !ok;
+    printf("%s: %s\n", ok ? "ok" : "FAILED", what);
+}
+
+static double now(void) // ms
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (double)ts.tv_sec * 1e3 + (double)ts.tv_nsec * 1e-6;
+}
+
+// -- in a child ---------------------------------------------------------------------------------
+
+static kvd_client *client;
+static kvd_failure failure;
+#define ERR (&failure)
+
+static void need(int rc)
+{
+    if (rc) {
+        fprintf(stderr, "a worker: %s\n", failure.text[0] ? failure.text : "CUDA failed");
+        _exit(1);
+    }
+}
+
+static void ready(void)
+{
+    if (write(ready_fd, "x", 1) != 1)
+        _exit(1);
+}
+
+static void open_client(const char *namespace_name)
+{
+    static const uint32_t layers[LAYERS] = {0, 1, 2, 3};
+    kvd_options o = {.address = address,
+                     .namespace_name = namespace_name,
+                     .client_name = "child",
+                     .layers = layers,
+                     .n_layers = LAYERS,
+                     .q_heads = HEADS,
+                     .kv_heads = KV,
+                     .head_dim_k = DIM,
+                     .head_dim_v = DIM};
+    need(kvd_open(&o, &client, ERR));
+}
+
+static kvd_buffer *gpu_buffer(void **at)
+{
+    kvd_buffer *b;
+    void *p;
+    need(cudaMalloc(&p, 2 * BYTES));
+    need(cudaMemset(p, 0x3f, 2 * BYTES));
+    need(cudaDeviceSynchronize());
+    need(kvd_buffer_cuda(client, p, 2 * BYTES, &b, ERR));
+    if (at)
+        *at = p;
+    return b;
+}
+
+static kvd_result append(uint64_t id, kvd_buffer *b, uint64_t at, uint32_t tokens)
+{
+    kvd_item item = {.sequence = id,
+                     .position = at,
+                     .tokens = tokens,
+                     .k = {b},
+                     .v = {b, .offset = BYTES}};
+    return kvd_append(client, (kvd_layers){0, 0}, &item, 1, ERR);
+}
+
+static void child_cpu_buffer(void) // no CUDA context: quick
+{
+    kvd_buffer *b;
+    uint64_t id;
+    open_client("default");
+    need(kvd_buffer_new(client, 2 * BYTES, &b, ERR));
+    need(kvd_sequences_create(client, 1, &id, ERR));
+    need(append(id, b, 0, 500));
+    ready();
+    pause();
+}
+
+static void child_opened(void)
+{
+    open_client("default");
+    ready();
+    pause();
+}
+
+static void child_buffers(void)
+{
+    open_client("default");
+    for (int i = 0; i < 8; i++)
+        gpu_buffer(NULL);
+    ready();
+    pause();
+}
+
+static void child_appending(void)
+{
+    uint64_t id;
+    open_client("default");
+    kvd_buffer *b = gpu_buffer(NULL);
+    need(kvd_sequences_create(client, 1, &id, ERR));
+    need(append(id, b, 0, TOKENS));
+    ready();
+    for (uint64_t at = TOKENS;; at += TOKENS)
+        need(append(id, b, at, TOKENS));
+}
+
+static kvd_direct *bound_direct(void)
+{
+    uint64_t ids[4];
+    kvd_direct *d;
+    open_client("default");
+    kvd_buffer *b = gpu_buffer(NULL);
+    need(kvd_sequences_create(client, 4, ids, ERR));
+    for (int i = 0; i < 4; i++)
+        need(append(ids[i], b, 0, TOKENS));
+    kvd_direct_options o = {.slots = 4, .max_tokens = 1 << 20};
+    need(kvd_direct_open(client, &o, &d, ERR));
+    for (uint32_t i = 0; i < 4; i++)
+        need(kvd_direct_bind(d, i, ids[i], ERR));
+    return d;
+}
+
+static void child_replaying(void)
+{
+    kvd_direct *d = bound_direct();
+    uint8_t *memory;
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    need(cudaMalloc((void **)&memory, 1 << 20));
+    need(cudaMemset(memory, 0, 1 << 20));
+    need(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    need(kvd_direct_begin(d, stream, ERR));
+    need(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < 50; i++)
+        for (uint32_t l = 0; l < LAYERS; l++) {
+            need(kvd_store_enqueue(d, stream, l, memory, memory, ERR));
+            need(kvd_attend_enqueue(d, stream, l, memory, memory + 65536, NULL, ERR));
+        }
+    need(cudaStreamEndCapture(stream, &graph));
+    need(cudaGraphInstantiate(&exec, graph, 0));
+    need(cudaGraphLaunch(exec, stream));
+    need(kvd_direct_end(d, stream, NULL, ERR));
+    ready();
+    for (;;) {
+        need(kvd_direct_begin(d, stream, ERR));
+        need(cudaGraphLaunch(exec, stream));
+        need(kvd_direct_end(d, stream, NULL, ERR));
+    }
+}
+
+// Writes into pages that are lent for reading: the fault is this process's own.
+static void child_writing(void)
+{
+    kvd_direct *d = bound_direct();
+    uint64_t page = d->next_bf16[0];
+    int rc = cudaMemset((void *)(uintptr_t)page, 0xff, 4096);
+    if (rc == 0)
+        rc = cudaDeviceSynchronize();
+    _exit(rc == 0); // no error: it was written
+}
+
+static kvd_result lie(kvd_result rc)
+{
+    return rc == KVD_ERR_INVALID ? 0 : 1;
+}
+
+static void child_lying(void)
+{
+    kvd_buffer *b;
+    void *p;
+    uint8_t handle[64];
+    cudaIpcMemHandle_t real;
+    int fd = memfd_create("x", 0);
+    open_client("default");
+    need(cudaMalloc(&p, 4 << 20));
+    need(cudaIpcGetMemHandle(&real, p));
+    need(lie(kvd_buffer_cuda_ipc(client, &real, 0, 5 << 20, &b, ERR)));
+    need(lie(kvd_buffer_cuda_ipc(client, &real, 4 << 20, 16, &b, ERR)));
+    need(lie(kvd_buffer_cuda_ipc(client, &real, UINT64_MAX - 8, 16, &b, ERR)));
+    for (int i = 0; i < 64; i++)
+        handle[i] = (uint8_t)(i * 37 + 11);
+    need(lie(kvd_buffer_cuda_ipc(client, handle, 0, 4096, &b, ERR)));
+    memcpy(handle, &real, 64);
+    handle[20] ^= 0x55;
+    kvd_buffer_cuda_ipc(client, handle, 0, 4096, &b, ERR); // whatever comes of it
+    memset(handle, 0, sizeof(handle));
+    need(lie(kvd_buffer_cuda_ipc(client, handle, 0, 4096, &b, ERR)));
+    need(lie(kvd_buffer_cuda_fd(client, fd, 2 << 20, &b, ERR)));
+    need(lie(kvd_buffer_cuda_fd(client, 2, 2 << 20, &b, ERR)));
+    // Twice the same memory; the one that stays must stay good.
+    kvd_buffer *one, *two;
+    uint64_t id;
+    need(cudaMemset(p, 0, 4 << 20));
+    need(kvd_buffer_cuda(client, p, 4 << 20, &one, ERR));
+    need(kvd_buffer_cuda(client, (uint8_t *)p + 4096, 2 << 20, &two, ERR));
+    kvd_buffer_free(&one);
+    need(kvd_sequences_create(client, 1, &id, ERR));
+    kvd_item item = {
+        .sequence = id, .tokens = 16, .k = {two}, .v = {two, .offset = 1 << 20}};
+    need(kvd_append(client, (kvd_layers){0, 0}, &item, 1, ERR));
+    // Memory that is gone while kvd knows it: whatever comes of it, but kvd lives.
+    need(cudaFree(p));
+    item.position = 16;
+    kvd_append(client, (kvd_layers){0, 0}, &item, 1, ERR);
+    _exit(0);
+}
+
+// Memory by a descriptor of cuMemCreate.
+static void child_by_fd(void)
+{
+    struct kvd_error err = {0};
+    struct kvd_backend *b = kvd_cuda_backend_new(0, &err);
+    struct kvd_arena *a = b ? b->ops->arena_new(b, 1, 2 << 20, &err) : NULL;
+    int fd = -1;
+    uint64_t id;
+    kvd_buffer *buffer;
+    need(!a || b->ops->extent_make(b, a, 0, &err) || b->ops->extent_export(b, a, 0, &fd, &err));
+    open_client("default");
+    need(kvd_buffer_cuda_fd(client, fd, 2 << 20, &buffer, ERR));
+    need(lie(kvd_buffer_cuda_fd(client, fd, 4 << 20, &buffer, ERR)));
+    need(kvd_sequences_create(client, 1, &id, ERR));
+    kvd_item item = {
+        .sequence = id, .tokens = 16, .k = {buffer}, .v = {buffer, .offset = 1 << 20}};
+    need(kvd_append(client, (kvd_layers){0, 0}, &item, 1, ERR));
+    _exit(0);
+}
+
+static void child_leaking(void)
+{
+    open_client("default");
+    for (int i = 0; i < 2000; i++) {
+        kvd_buffer *b;
+        void *p;
+        need(cudaMalloc(&p, 2 << 20));
+        if (kvd_buffer_cuda(client, p, 2 << 20, &b, ERR))
+            break;
+    }
+    if (failure.code != KVD_ERR_EXHAUSTED)
+        _exit(1);
+    ready();
+    pause();
+}
+
+static void child_free_memory(void)
+{
+    size_t left, total;
+    need(cudaMemGetInfo(&left, &total));
+    if (write(ready_fd, &left, sizeof(left)) != sizeof(left))
+        _exit(1);
+    _exit(0);
+}
+
+// -- in the parent ------------------------------------------------------------------------------
+
+static pid_t start(void (*run)(void), int *from)
+{
+    int p[2];
+    if (pipe2(p, O_CLOEXEC))
+        exit(1);
+    fflush(stdout);
+    pid_t pid = fork();
+    if (pid == 0) {
+        ready_fd = p[1];
+        close(p[0]);
+        run();
+        _exit(0);
+    }
+    close(p[1]);
+    *from = p[0];
+    return pid;
+}
+
+static int finish(pid_t pid, int fd)
+{
+    int status;
+    close(fd);
+    waitpid(pid, &status, 0);
+    return status;
+}
+
+static uint64_t free_memory(void)
+{
+    size_t left = 0;
+    int fd;
+    pid_t pid = start(child_free_memory, &fd);
+    ssize_t n = read(fd, &left, sizeof(left));
+    finish(pid, fd);
+    return n == sizeof(left) ? left : 0;
+}
+
+// Bytes of pages in use; *made gets those of extents that have memory.
+static uint64_t pool_used(uint64_t *made)
+{
+    Kvd__V1__GetPoolRequest req = KVD__V1__GET_POOL_REQUEST__INIT;
+    Kvd__V1__GetPoolReply *r;
+    struct kvd_error err = {0};
+    if (kvd_channel_call(channel, "/kvd.v1.Admin/GetPool", &req,
+                         &kvd__v1__get_pool_reply__descriptor, 5000, &r, &err)) {
+        printf("FAILED: kvd does not answer: %s\n", err.text);
+        exit(1);
+    }
+    uint64_t used = r->used_bytes;
+    if (made)
+        *made = r->extents_made * r->extent_bytes;
+    kvd__v1__get_pool_reply__free_unpacked(r, NULL);
+    return used;
+}
+
+// ms until nothing is in use; 10,000 if that does not come.
+static double until_free(void)
+{
+    double t0 = now();
+    while (pool_used(NULL) && now() - t0 < 10000)
+        continue;
+    return now() - t0;
+}
+
+static void kill_at(const char *stage, void (*run)(void), int times)
+{
+    double worst = 0;
+    bool reached = true;
+    char text[128], byte;
+    for (int i = 0; i < times; i++) {
+        int fd;
+        pid_t pid = start(run, &fd);
+        reached &= read(fd, &byte, 1) == 1;
+        usleep((useconds_t)(i * 7919 % 30000));
+        kill(pid, SIGKILL);
+        double t = until_free();
+        worst = t > worst ? t : worst;
+        finish(pid, fd);
+    }
+    snprintf(text, sizeof(text), "%d workers killed %s: all free after at most %.0f ms", times,
+             stage, worst);
+    result(reached && worst < 1000, text);
+}
+
+static void cycles(int n)
+{
+    enum { LANES = 8 };
+    pid_t pids[LANES];
+    int fds[LANES], bad = 0;
+    char text[128], byte;
+    for (int i = 0; i < n; i += LANES) {
+        for (int l = 0; l < LANES; l++)
+            pids[l] = start(i / LANES % 10 == 9 ? child_appending : child_cpu_buffer, &fds[l]);
+        for (int l = 0; l < LANES; l++)
+            bad += read(fds[l], &byte, 1) != 1;
+        for (int l = 0; l < LANES; l++) {
+            kill(pids[l], SIGKILL);
+            finish(pids[l], fds[l]);
+        }
+    }
+    double t = until_free();
+    snprintf(text, sizeof(text), "%d cycles of open, append and kill: free %.0f ms after the last",
+             n, t);
+    result(bad == 0 && t < 1000, text);
+}
+
+// Six workers at once in two namespaces and a third; all their outputs are right.
+static void together(const char *direct)
+{
+    static const char *const names[] = {"a", "b", "shared", "shared", "shared", "shared"};
+    pid_t pids[KVD_LEN(names)];
+    int bad = 0;
+    for (size_t i = 0; i < KVD_LEN(names); i++) {
+        fflush(stdout);
+        pids[i] = fork();
+        if (pids[i] == 0) {
+            setenv("KVD_NAMESPACE", names[i], 1);
+            execl(direct, direct, address, i % 2 ? "int2" : "bf16", "1", "100", "graph",
+                  (char *)NULL);
+            _exit(127);
+        }
+    }
+    for (size_t i = 0; i < KVD_LEN(names); i++) {
+        int status;
+        waitpid(pids[i], &status, 0);
+        bad += status != 0;
+    }
+    result(bad == 0, "two namespaces with a worker each and one with four, at once");
+}
+
+static void runs(const char *what, void (*run)(void))
+{
+    int fd;
+    pid_t pid = start(run, &fd);
+    result(finish(pid, fd) == 0, what);
+}
+
+int main(int argc, char **argv)
+{
+    struct kvd_error err = {0};
+    if (argc < 3)
+        return 2;
+    address = argv[1];
+    int n = argc > 3 ? atoi(argv[3]) : 1000;
+    channel = kvd_channel_new(&(struct kvd_channel_options){.address = address}, &err);
+    uint64_t before, after, made;
+    together(argv[2]);
+    kill_at("while idle", child_opened, 3);
+    sleep(1);
+    pool_used(&made);
+    before = free_memory() + made; // the pool keeps idle extents
+    kill_at("while they hold buffers", child_buffers, 5);
+    kill_at("in the middle of an append", child_appending, 10);
+    kill_at("with graph replays in flight", child_replaying, 10);
+    kill_at("after they leaked all they may", child_leaking, 1);
+    runs("a worker that lies about its memory", child_lying);
+    runs("memory by a descriptor", child_by_fd);
+    if (!getenv("CUDA_MPS_PIPE_DIRECTORY")) {
+        // Under MPS a worker's fault takes the daemon's context with it: daemon/README.md.
+        runs("a write to a lent page fails in the writer", child_writing);
+        until_free();
+        together(argv[2]);
+    }
+    cycles(n);
+    sleep(1);
+    pool_used(&made);
+    after = free_memory() + made;
+    char text[128];
+    snprintf(text, sizeof(text), "free GPU memory, idle extents included: %.1f MiB before, %.1f MiB after",
+             (double)before / (1 << 20), (double)after / (1 << 20));
+    result(before == after, text);
+    printf("%d passed, %d failed\n", passed, failed);
+    kvd_channel_free(&channel);
+    return failed != 0;
+}
