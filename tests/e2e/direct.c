@@ -74,7 +74,8 @@ static void copy(void *to, const void *from, size_t bytes)
 {
 #ifdef KVD_CUDA
     if (on_gpu) {
-        if (cudaMemcpy(to, from, bytes, cudaMemcpyDefault))
+        // A copy of little host memory returns before it is there.
+        if (cudaMemcpy(to, from, bytes, cudaMemcpyDefault) || cudaStreamSynchronize(0))
             exit(fprintf(stderr, "a copy failed\n"));
         return;
     }

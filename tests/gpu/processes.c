@@ -1,6 +1,6 @@
 // Many processes on one GPU, against a kvd that runs there: workers of several namespaces at once,
-// hostile ones, and ones that are killed. Every worker is a child; this process never touches CUDA.
-// usage: processes ADDRESS E2E_DIRECT [CYCLES]
+// hostile ones, and ones that are killed. Every worker is this program again, as a child.
+// usage: gpu_processes ADDRESS E2E_DIRECT [CYCLES]
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -278,24 +278,43 @@ static void child_free_memory(void)
     _exit(0);
 }
 
+static const struct {
+    const char *name;
+    void (*run)(void);
+} children[] = {{"cpu buffer", child_cpu_buffer}, {"opened", child_opened},
+                {"buffers", child_buffers},       {"appending", child_appending},
+                {"replaying", child_replaying},   {"writing", child_writing},
+                {"lying", child_lying},           {"by fd", child_by_fd},
+                {"leaking", child_leaking},       {"free memory", child_free_memory}};
+
 // -- in the parent ------------------------------------------------------------------------------
 
-static pid_t start(void (*run)(void), int *from)
+static pid_t start(const char *child, int *from)
 {
     int p[2];
-    if (pipe2(p, O_CLOEXEC))
+    char fd[16];
+    if (pipe(p))
         exit(1);
+    fcntl(p[0], F_SETFD, FD_CLOEXEC);
+    snprintf(fd, sizeof(fd), "%d", p[1]);
     fflush(stdout);
     pid_t pid = fork();
-    if (pid == 0) {
-        ready_fd = p[1];
-        close(p[0]);
-        run();
-        _exit(0);
+    if (pid == 0) { // neither gRPC nor CUDA outlive a fork
+        execl("/proc/self/exe", "gpu_processes", address, "child", child, fd, (char *)NULL);
+        _exit(127);
     }
     close(p[1]);
     *from = p[0];
     return pid;
+}
+
+static int run_child(const char *name, int fd)
+{
+    ready_fd = fd;
+    for (size_t i = 0; i < KVD_LEN(children); i++)
+        if (strcmp(children[i].name, name) == 0)
+            children[i].run();
+    return 0;
 }
 
 static int finish(pid_t pid, int fd)
@@ -310,7 +329,7 @@ static uint64_t free_memory(void)
 {
     size_t left = 0;
     int fd;
-    pid_t pid = start(child_free_memory, &fd);
+    pid_t pid = start("free memory", &fd);
     ssize_t n = read(fd, &left, sizeof(left));
     finish(pid, fd);
     return n == sizeof(left) ? left : 0;
@@ -343,14 +362,14 @@ static double until_free(void)
     return now() - t0;
 }
 
-static void kill_at(const char *stage, void (*run)(void), int times)
+static void kill_at(const char *stage, const char *child, int times)
 {
     double worst = 0;
     bool reached = true;
     char text[128], byte;
     for (int i = 0; i < times; i++) {
         int fd;
-        pid_t pid = start(run, &fd);
+        pid_t pid = start(child, &fd);
         reached &= read(fd, &byte, 1) == 1;
         usleep((useconds_t)(i * 7919 % 30000));
         kill(pid, SIGKILL);
@@ -371,7 +390,7 @@ static void cycles(int n)
     char text[128], byte;
     for (int i = 0; i < n; i += LANES) {
         for (int l = 0; l < LANES; l++)
-            pids[l] = start(i / LANES % 10 == 9 ? child_appending : child_cpu_buffer, &fds[l]);
+            pids[l] = start(i / LANES % 10 == 9 ? "appending" : "cpu buffer", &fds[l]);
         for (int l = 0; l < LANES; l++)
             bad += read(fds[l], &byte, 1) != 1;
         for (int l = 0; l < LANES; l++) {
@@ -409,10 +428,10 @@ static void together(const char *direct)
     result(bad == 0, "two namespaces with a worker each and one with four, at once");
 }
 
-static void runs(const char *what, void (*run)(void))
+static void runs(const char *what, const char *child)
 {
     int fd;
-    pid_t pid = start(run, &fd);
+    pid_t pid = start(child, &fd);
     result(finish(pid, fd) == 0, what);
 }
 
@@ -422,23 +441,25 @@ int main(int argc, char **argv)
     if (argc < 3)
         return 2;
     address = argv[1];
+    if (argc == 5 && strcmp(argv[2], "child") == 0)
+        return run_child(argv[3], atoi(argv[4]));
     int n = argc > 3 ? atoi(argv[3]) : 1000;
     channel = kvd_channel_new(&(struct kvd_channel_options){.address = address}, &err);
     uint64_t before, after, made;
     together(argv[2]);
-    kill_at("while idle", child_opened, 3);
+    kill_at("while idle", "opened", 3);
     sleep(1);
     pool_used(&made);
     before = free_memory() + made; // the pool keeps idle extents
-    kill_at("while they hold buffers", child_buffers, 5);
-    kill_at("in the middle of an append", child_appending, 10);
-    kill_at("with graph replays in flight", child_replaying, 10);
-    kill_at("after they leaked all they may", child_leaking, 1);
-    runs("a worker that lies about its memory", child_lying);
-    runs("memory by a descriptor", child_by_fd);
+    kill_at("while they hold buffers", "buffers", 5);
+    kill_at("in the middle of an append", "appending", 10);
+    kill_at("with graph replays in flight", "replaying", 10);
+    kill_at("after they leaked all they may", "leaking", 1);
+    runs("a worker that lies about its memory", "lying");
+    runs("memory by a descriptor", "by fd");
     if (!getenv("CUDA_MPS_PIPE_DIRECTORY")) {
         // Under MPS a worker's fault takes the daemon's context with it: daemon/README.md.
-        runs("a write to a lent page fails in the writer", child_writing);
+        runs("a write to a lent page fails in the writer", "writing");
         until_free();
         together(argv[2]);
     }
