@@ -110,6 +110,7 @@ def test_drain_waits_for_workers(start):
     assert kvd.process.wait(5) == 0
 
 
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is a GPU")
 def test_cuda_is_refused_honestly(folder):
     r = subprocess.run([KVD, "--backend", "cuda", "--listen", f"unix:{folder}/s"], capture_output=True, text=True)
     assert r.returncode != 0 and "backend cuda" in r.stderr and "backend cpu needs no GPU" in r.stderr

@@ -88,8 +88,9 @@ typedef struct kvd_buffer kvd_buffer;
 KVD_API kvd_result kvd_buffer_new(kvd_client *client, uint64_t bytes, kvd_buffer **out,
                                   kvd_failure *err);
 /* Registers memory of the GPU that kvd runs on: `bytes` from `data` on, from cudaMalloc or an
- * allocator above it, such as PyTorch's. It stays the caller's and must outlive the buffer. Work
- * that writes or reads it must have finished before a call that uses it. */
+ * allocator above it, such as PyTorch's. It stays the caller's and must outlive the buffer. Work that
+ * writes or reads it must have finished before a call that uses it: synchronize its stream; after a
+ * cudaMemcpy from host memory too, which may return before it is done. */
 KVD_API kvd_result kvd_buffer_cuda(kvd_client *client, void *data, uint64_t bytes, kvd_buffer **out,
                                    kvd_failure *err);
 /* The same for who has a cudaIpcMemHandle_t (64 bytes) of the allocation already; data begins
