@@ -188,8 +188,8 @@ static kvd_result no_memory(kvd_failure *err)
     return kvd_client_fail(err, &e);
 }
 
-kvd_result kvd_append(kvd_client *c, kvd_layers layers, const kvd_item *items, uint32_t count,
-                      kvd_failure *err)
+static kvd_result append(kvd_client *c, kvd_layers layers, const kvd_item *items, uint32_t count,
+                         Kvd__V1__Fence *wait, Kvd__V1__Fence *signal, kvd_failure *err)
 {
     struct batch b KVD_AUTO(batch_free);
     Kvd__V1__AppendRequest req = KVD__V1__APPEND_REQUEST__INIT;
@@ -209,6 +209,8 @@ kvd_result kvd_append(kvd_client *c, kvd_layers layers, const kvd_item *items, u
     }
     req.layer_begin = layers.begin;
     req.layer_count = layers.count;
+    req.wait = wait;
+    req.signal = signal;
     req.n_items = count;
     req.items = (Kvd__V1__AppendItem **)b.list;
     kvd_result rc = kvd_client_call(c, METHOD("Append"), &req, &req.session,
@@ -243,8 +245,9 @@ static kvd_result attention_call(kvd_client *c, const char *method, void *req, c
     return rc;
 }
 
-kvd_result kvd_attend(kvd_client *c, kvd_layers layers, const kvd_attention *attention,
-                      const kvd_item *items, uint32_t count, kvd_failure *err)
+static kvd_result attend(kvd_client *c, kvd_layers layers, const kvd_attention *attention,
+                         const kvd_item *items, uint32_t count, Kvd__V1__Fence *wait,
+                         Kvd__V1__Fence *signal, kvd_failure *err)
 {
     struct batch b KVD_AUTO(batch_free);
     Kvd__V1__AttendRequest req = KVD__V1__ATTEND_REQUEST__INIT;
@@ -265,13 +268,16 @@ kvd_result kvd_attend(kvd_client *c, kvd_layers layers, const kvd_attention *att
     req.layer_begin = layers.begin;
     req.layer_count = layers.count;
     req.params = &params;
+    req.wait = wait;
+    req.signal = signal;
     req.n_items = count;
     req.items = (Kvd__V1__AttendItem **)b.list;
     return attention_call(c, METHOD("Attend"), &req, &req.session, err);
 }
 
-kvd_result kvd_step(kvd_client *c, kvd_layers layers, const kvd_attention *attention,
-                    const kvd_item *items, uint32_t count, kvd_failure *err)
+static kvd_result step(kvd_client *c, kvd_layers layers, const kvd_attention *attention,
+                       const kvd_item *items, uint32_t count, Kvd__V1__Fence *wait,
+                       Kvd__V1__Fence *signal, kvd_failure *err)
 {
     struct batch b KVD_AUTO(batch_free);
     Kvd__V1__StepRequest req = KVD__V1__STEP_REQUEST__INIT;
@@ -295,9 +301,46 @@ kvd_result kvd_step(kvd_client *c, kvd_layers layers, const kvd_attention *atten
     req.layer_begin = layers.begin;
     req.layer_count = layers.count;
     req.params = &params;
+    req.wait = wait;
+    req.signal = signal;
     req.n_items = count;
     req.items = (Kvd__V1__StepItem **)b.list;
     return attention_call(c, METHOD("Step"), &req, &req.session, err);
+}
+
+kvd_result kvd_client_compute(kvd_client *c, kvd_call_kind kind, kvd_layers layers,
+                              const kvd_attention *attention, const kvd_item *items, uint32_t count,
+                              Kvd__V1__Fence *wait, Kvd__V1__Fence *signal, kvd_failure *err)
+{
+    struct kvd_error e = {0};
+    switch (kind) {
+    case KVD_CALL_APPEND:
+        return append(c, layers, items, count, wait, signal, err);
+    case KVD_CALL_ATTEND:
+        return attend(c, layers, attention, items, count, wait, signal, err);
+    case KVD_CALL_STEP:
+        return step(c, layers, attention, items, count, wait, signal, err);
+    }
+    kvd_fail(&e, KVD_E_INVALID, "call %d is not known", (int)kind);
+    return kvd_client_fail(err, &e);
+}
+
+kvd_result kvd_append(kvd_client *c, kvd_layers layers, const kvd_item *items, uint32_t count,
+                      kvd_failure *err)
+{
+    return append(c, layers, items, count, NULL, NULL, err);
+}
+
+kvd_result kvd_attend(kvd_client *c, kvd_layers layers, const kvd_attention *attention,
+                      const kvd_item *items, uint32_t count, kvd_failure *err)
+{
+    return attend(c, layers, attention, items, count, NULL, NULL, err);
+}
+
+kvd_result kvd_step(kvd_client *c, kvd_layers layers, const kvd_attention *attention,
+                    const kvd_item *items, uint32_t count, kvd_failure *err)
+{
+    return step(c, layers, attention, items, count, NULL, NULL, err);
 }
 
 kvd_result kvd_rotate(kvd_client *c, bool v, bool inverse, kvd_layers layers, uint32_t rows,

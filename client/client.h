@@ -41,6 +41,7 @@ struct kvd_client {
     struct kvd_stream *events;
     uint64_t events_epoch;
     kvd_direct *direct;
+    struct kvd_enqueuer *enqueuer; // made on first use
 };
 
 // A call within the session: `set_session` points to the request's session field. On a lost session
@@ -48,6 +49,19 @@ struct kvd_client {
 kvd_result kvd_client_call(kvd_client *c, const char *method, void *request, char **set_session,
                            const ProtobufCMessageDescriptor *reply_type, void *reply,
                            kvd_failure *err);
+
+// An append, attend or step, with fences or without.
+kvd_result kvd_client_compute(kvd_client *c, kvd_call_kind kind, kvd_layers layers,
+                              const kvd_attention *attention, const kvd_item *items, uint32_t count,
+                              Kvd__V1__Fence *wait, Kvd__V1__Fence *signal, kvd_failure *err);
+// enqueue.c: sends what is queued and stops. *q becomes NULL.
+void kvd_enqueuer_free(struct kvd_enqueuer **q);
+// gpu_memory.c: lets the GPU reach host memory; and has a stream write `value` at one address, then
+// wait until it is at the other.
+int kvd_gpu_map(void *data, uint64_t bytes, uint64_t *device, struct kvd_error *err);
+void kvd_gpu_unmap(void *data);
+int kvd_gpu_order(void *stream, uint64_t write_at, uint64_t wait_at, uint32_t value,
+                  struct kvd_error *err);
 
 // Registers a buffer that has its memory and links it to the client. On failure *b is not freed.
 kvd_result kvd_client_add_buffer(kvd_client *c, kvd_buffer *b, kvd_failure *err);

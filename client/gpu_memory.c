@@ -100,7 +100,67 @@ kvd_result kvd_buffer_cuda(kvd_client *c, void *data, uint64_t bytes, kvd_buffer
     return rc;
 }
 
+int kvd_gpu_map(void *data, uint64_t bytes, uint64_t *device, struct kvd_error *err)
+{
+    void *at = NULL;
+    cudaError_t rc = cudaHostRegister(data, bytes, cudaHostRegisterMapped);
+    if (rc == cudaSuccess)
+        rc = cudaHostGetDevicePointer(&at, data, 0);
+    *device = (uint64_t)(uintptr_t)at;
+    return kvd_cuda_status((int)rc, "sharing counters with the GPU", err);
+}
+
+void kvd_gpu_unmap(void *data)
+{
+    cudaHostUnregister(data);
+    cudaGetLastError();
+}
+
+int kvd_gpu_order(void *stream, uint64_t write_at, uint64_t wait_at, uint32_t value,
+                  struct kvd_error *err)
+{
+    static PFN_cuStreamWriteValue32_v11070 write_value;
+    static PFN_cuStreamWaitValue32_v11070 wait_value;
+    enum cudaDriverEntryPointQueryResult found;
+    if (!wait_value &&
+        (cudaGetDriverEntryPointByVersion("cuStreamWriteValue32", (void **)&write_value, 12000,
+                                          cudaEnableDefault, &found) != cudaSuccess ||
+         cudaGetDriverEntryPointByVersion("cuStreamWaitValue32", (void **)&wait_value, 12000,
+                                          cudaEnableDefault, &found) != cudaSuccess))
+        return kvd_fail(err, KVD_E_UNSUPPORTED, "the CUDA driver has no stream memory operations");
+    CUresult rc = write_value(stream, write_at, value, CU_STREAM_WRITE_VALUE_DEFAULT);
+    if (rc == CUDA_SUCCESS)
+        rc = wait_value(stream, wait_at, value, CU_STREAM_WAIT_VALUE_GEQ);
+    return rc == CUDA_SUCCESS ? KVD_OK
+                              : kvd_fail(err, KVD_E_INVALID,
+                                         "the stream takes no memory operations (CUDA error %d)",
+                                         (int)rc);
+}
+
 #else
+
+int kvd_gpu_map(void *data, uint64_t bytes, uint64_t *device, struct kvd_error *err)
+{
+    (void)data;
+    (void)bytes;
+    (void)device;
+    return kvd_fail(err, KVD_E_UNSUPPORTED, "this libkvd was built without CUDA");
+}
+
+void kvd_gpu_unmap(void *data)
+{
+    (void)data;
+}
+
+int kvd_gpu_order(void *stream, uint64_t write_at, uint64_t wait_at, uint32_t value,
+                  struct kvd_error *err)
+{
+    (void)stream;
+    (void)write_at;
+    (void)wait_at;
+    (void)value;
+    return kvd_fail(err, KVD_E_UNSUPPORTED, "this libkvd was built without CUDA");
+}
 
 kvd_result kvd_buffer_cuda(kvd_client *c, void *data, uint64_t bytes, kvd_buffer **out,
                            kvd_failure *err)

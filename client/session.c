@@ -258,6 +258,7 @@ void kvd_close(kvd_client **cp)
     kvd_client *c = KVD_TAKE(*cp);
     if (!c)
         return;
+    kvd_enqueuer_free(&c->enqueuer);
     kvd_stream_free(&c->events);
     Kvd__V1__CloseSessionRequest req = KVD__V1__CLOSE_SESSION_REQUEST__INIT;
     Kvd__V1__CloseSessionReply *reply;

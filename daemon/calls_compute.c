@@ -147,6 +147,7 @@ struct batch {
     const char *session;
     uint32_t layer_begin, layer_count;
     const Kvd__V1__AttentionParams *params; // of Attend and Step
+    const Kvd__V1__Fence *wait, *signal;
     size_t n_items;
     fill_item *ids, *tensors;
 };
@@ -170,6 +171,10 @@ static void run_batch(struct kvd_call *call, const void *request, enum kvd_kerne
     int rc = set_layers(w, g, b->layer_begin, b->layer_count, &err);
     if (rc == KVD_OK)
         rc = set_attention(w, g, b->params, &err);
+    if (rc == KVD_OK)
+        rc = kvd_work_fence(w, s, b->wait, "wait", &w->wait, &err);
+    if (rc == KVD_OK)
+        rc = kvd_work_fence(w, s, b->signal, "signal", &w->signal, &err);
     for (uint32_t i = 0; rc == KVD_OK && i < w->n_items; i++) {
         rc = b->ids(w, s, g, request, i, &err);
         if (rc == KVD_OK)
@@ -206,6 +211,8 @@ void kvd_on_append(struct kvd_call *call, const void *request)
               &(struct batch){.session = req->session,
                               .layer_begin = req->layer_begin,
                               .layer_count = req->layer_count,
+                              .wait = req->wait,
+                              .signal = req->signal,
                               .n_items = req->n_items,
                               .ids = append_ids,
                               .tensors = append_tensors});
@@ -237,6 +244,8 @@ void kvd_on_attend(struct kvd_call *call, const void *request)
                               .layer_begin = req->layer_begin,
                               .layer_count = req->layer_count,
                               .params = req->params,
+                              .wait = req->wait,
+                              .signal = req->signal,
                               .n_items = req->n_items,
                               .ids = attend_ids,
                               .tensors = attend_tensors});
@@ -270,6 +279,8 @@ void kvd_on_step(struct kvd_call *call, const void *request)
                               .layer_begin = req->layer_begin,
                               .layer_count = req->layer_count,
                               .params = req->params,
+                              .wait = req->wait,
+                              .signal = req->signal,
                               .n_items = req->n_items,
                               .ids = step_ids,
                               .tensors = step_tensors});

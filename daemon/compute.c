@@ -305,6 +305,8 @@ static int run(struct kvd_daemon *d, struct kvd_job *job)
         rc = ops->rotate(d->backend, &w->rotate, &w->err);
     if (w->op == KVD_OP_READ)
         rc = ops->read(d->backend, &w->read, &w->err);
+    if (rc == KVD_OK)
+        kvd_fence_signal(&w->signal); // the worker's stream goes on before the reply is there
     return rc;
 }
 
@@ -396,6 +398,7 @@ static void done(struct kvd_daemon *d, struct kvd_job *job)
     if (job->rc == KVD_OK) {
         reply(d, w);
     } else {
+        kvd_fence_signal(&w->signal);
         d->metrics.nonfinite += job->rc == KVD_E_INVALID;
         kvd_call_fail_error(w->call, &w->err);
     }
@@ -403,10 +406,11 @@ static void done(struct kvd_daemon *d, struct kvd_job *job)
     kvd_compute_kick(d);
 }
 
-static void fail(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_error *err)
+void kvd_work_fail(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_error *err)
 {
     struct kvd_call *call = w->call;
     settle(d, w, false);
+    kvd_fence_signal(&w->signal);
     if (w->locked)
         lock(d, w, false);
     kvd_work_free(d, w);
@@ -419,12 +423,12 @@ static void launch(struct kvd_daemon *d, struct kvd_work *w)
     if (kvd_call_expired(w->call)) {
         kvd_fail(&err, KVD_E_TIMEOUT,
                  "the deadline passed while the call was waiting for %u others", queue.queued);
-        fail(d, w, &err);
+        kvd_work_fail(d, w, &err);
         return;
     }
     lock(d, w, true);
     if (start(d, w, &err) || (w->op == KVD_OP_MAP && kvd_mapping_reply(d, w, &err))) {
-        fail(d, w, &err);
+        kvd_work_fail(d, w, &err);
         return;
     }
     if (writes(w))
@@ -453,7 +457,7 @@ void kvd_compute_kick(struct kvd_daemon *d)
     }
 }
 
-void kvd_work_queue(struct kvd_daemon *d, struct kvd_work *w)
+void kvd_work_enqueue(struct kvd_daemon *d, struct kvd_work *w)
 {
     if (queue.queued >= d->config.max_queue ||
         queue.queued_bytes + w->call->request_bytes > MAX_QUEUED_BYTES) {
@@ -462,7 +466,7 @@ void kvd_work_queue(struct kvd_daemon *d, struct kvd_work *w)
                  "%u calls are waiting already, or 1 GiB of requests; send fewer at a time or "
                  "raise max-queue",
                  queue.queued);
-        fail(d, w, &err);
+        kvd_work_fail(d, w, &err);
         return;
     }
     w->next = NULL;
@@ -476,10 +480,18 @@ void kvd_work_queue(struct kvd_daemon *d, struct kvd_work *w)
     kvd_compute_kick(d);
 }
 
+void kvd_work_queue(struct kvd_daemon *d, struct kvd_work *w)
+{
+    if (w->wait.word && !kvd_fence_passed(&w->wait))
+        kvd_fences_park(d, w);
+    else
+        kvd_work_enqueue(d, w);
+}
+
 uint32_t kvd_compute_queued(const struct kvd_daemon *d)
 {
     (void)d;
-    return queue.queued + queue.in_flight;
+    return queue.queued + queue.in_flight + kvd_fences_parked();
 }
 
 void kvd_compute_cancel(struct kvd_daemon *d, const struct kvd_session *s)
@@ -487,6 +499,7 @@ void kvd_compute_cancel(struct kvd_daemon *d, const struct kvd_session *s)
     struct kvd_error err = {.code = s ? KVD_E_UNAUTH : KVD_E_UNAVAILABLE};
     snprintf(err.text, sizeof(err.text), "%s",
              s ? "the session ended while the call was waiting" : "kvd is shutting down");
+    kvd_fences_cancel(d, s, &err);
     struct kvd_work **link = &queue.first, *last = NULL, *gone = NULL;
     while (*link) {
         struct kvd_work *w = *link;
@@ -504,7 +517,7 @@ void kvd_compute_cancel(struct kvd_daemon *d, const struct kvd_session *s)
     queue.last = last;
     while (gone) {
         struct kvd_work *next = gone->next;
-        fail(d, gone, &err);
+        kvd_work_fail(d, gone, &err);
         gone = next;
     }
 }

@@ -30,6 +30,12 @@ struct kvd_page_copy {
     uint64_t to, from, bytes;
 };
 
+// A word in a worker's memfd, and the value that it is to reach.
+struct kvd_fence {
+    _Atomic uint32_t *word; // NULL: none
+    uint32_t value;
+};
+
 struct kvd_work {
     struct kvd_job job;
     struct kvd_work *next; // in the queue
@@ -43,6 +49,7 @@ struct kvd_work {
     struct kvd_buffer **buffers; // referenced until done
     uint32_t n_buffers, cap_buffers;
     uint64_t inline_bytes;
+    struct kvd_fence wait, signal;
     float scale, softcap;
     uint32_t window;
     // What the executor gets
@@ -64,13 +71,26 @@ struct kvd_work *kvd_work_new(struct kvd_call *call, const struct kvd_session *s
                               enum kvd_kernel_op op, size_t n);
 // Frees a work that was never queued, and its pins.
 void kvd_work_free(struct kvd_daemon *d, struct kvd_work *w);
-// Queues it; from here on it answers its call itself.
+// Queues it, when its fence has been passed; from here on it answers its call itself.
 void kvd_work_queue(struct kvd_daemon *d, struct kvd_work *w);
+// Puts a work whose fence has been passed into the queue.
+void kvd_work_enqueue(struct kvd_daemon *d, struct kvd_work *w);
+// Answers its call with an error and frees it.
+void kvd_work_fail(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_error *err);
 // Pins an item's sequence.
 void kvd_work_pin(struct kvd_daemon *d, struct kvd_work *w);
 
 // mapping.c: answers MapSequences, whose work has its pages noted.
 int kvd_mapping_reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err);
+
+// fences.c: works that wait for their workers' GPU streams.
+bool kvd_fence_passed(const struct kvd_fence *f);
+void kvd_fence_signal(const struct kvd_fence *f);
+void kvd_fences_park(struct kvd_daemon *d, struct kvd_work *w);
+// Fails those of a session, or all.
+void kvd_fences_cancel(struct kvd_daemon *d, const struct kvd_session *s,
+                       const struct kvd_error *err);
+uint32_t kvd_fences_parked(void);
 
 struct kvd_shape {
     uint32_t layers, tokens, heads, dim;
@@ -82,6 +102,9 @@ struct kvd_shape {
 int kvd_work_tensor_in(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,
                        struct kvd_shape shape, const char *name, uint32_t item,
                        struct kvd_tensor *out, struct kvd_error *err);
+// Resolves a fence; `name` is for the message. NULL: none.
+int kvd_work_fence(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__Fence *f,
+                   const char *name, struct kvd_fence *out, struct kvd_error *err);
 int kvd_work_tensor_out(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,
                         struct kvd_shape shape, const char *name, uint32_t item,
                         struct kvd_tensor *out, uint8_t **inline_out, size_t *inline_len,

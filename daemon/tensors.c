@@ -72,6 +72,28 @@ static int in_buffer(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__T
     return hold_buffer(w, b, err);
 }
 
+int kvd_work_fence(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__Fence *f,
+                   const char *name, struct kvd_fence *out, struct kvd_error *err)
+{
+    if (!f)
+        return KVD_OK;
+    struct kvd_buffer *b = kvd_session_buffer(s, f->buffer);
+    if (!b)
+        return kvd_fail(err, KVD_E_NOT_FOUND, "%s: this session has no buffer %llu", name,
+                        (unsigned long long)f->buffer);
+    if (b->kind != KVD_MEMORY_MEMFD)
+        return kvd_fail(err, KVD_E_INVALID, "%s: a fence lies in a memfd, not in GPU memory", name);
+    if (f->offset % sizeof(uint32_t) || b->size < sizeof(uint32_t) ||
+        f->offset > b->size - sizeof(uint32_t))
+        return kvd_fail(err, KVD_E_INVALID,
+                        "%s: offset %llu is not that of an aligned 32-bit word in a buffer of %llu "
+                        "bytes",
+                        name, (unsigned long long)f->offset, (unsigned long long)b->size);
+    out->word = (_Atomic uint32_t *)(void *)(b->data + f->offset);
+    out->value = f->value;
+    return hold_buffer(w, b, err);
+}
+
 int kvd_work_tensor_in(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,
                        struct kvd_shape shape, const char *name, uint32_t item,
                        struct kvd_tensor *out, struct kvd_error *err)

@@ -1,6 +1,7 @@
 """Direct mode: pages mapped into the worker, read-only; and what a hostile worker gets from that."""
 import array
 import ctypes
+import fcntl
 import json
 import mmap
 import os
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from conftest import BUILD, Rpc, geometry, kv
-from test_grpc import KV, LAYERS, append, code_of, random_kv
+from test_grpc import KV, LAYERS, append, code_of, random_kv, tensor
 
 DIRECT = BUILD / "tests/e2e_direct"
 EXTENT, REVOKE, ROTATIONS = 1, 2, 3
@@ -286,3 +287,99 @@ def test_gpu_memory_on_the_cpu_backend(kvd):
         with pytest.raises(grpc.RpcError) as e:
             w.rpc.kv("RegisterBuffer", session=w.session, key=7, size=4096, memory=memory, **extra)
         assert code_of(e) == code, e.value.details()
+
+
+# -- fences -------------------------------------------------------------------------------------
+
+
+class Fenced(Raw):
+    """A worker with two counters in a memfd: kvd waits for the first and writes the second."""
+
+    def __init__(self, kvd):
+        super().__init__(kvd)
+        fd = os.memfd_create("words", os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, 4096)
+        fcntl.fcntl(fd, 1033, 2)  # F_ADD_SEALS, F_SEAL_SHRINK
+        self.words = mmap.mmap(fd, 4096)
+        self.sock.sendmsg([struct.pack("<IIQ", 0x0144766B, 1, 9)],
+                          [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
+        self.buffer = self.rpc.kv("RegisterBuffer", session=self.session, key=9, size=4096).buffer
+        self.seq, _, _ = self.sequence(100)
+
+    def fence(self, value, offset=0, **kw):
+        return kv.Fence(buffer=kw.get("buffer", self.buffer), offset=offset, value=value)
+
+    def write(self, value):
+        self.words[0:4] = struct.pack("<I", value)
+
+    def signalled(self):
+        return struct.unpack("<I", self.words[64:68])[0]
+
+    def append_later(self, at, value, timeout=20, **kw):
+        """An append of 10 tokens that waits for `value`: a future."""
+        k, v = random_kv(10)
+        item = kv.AppendItem(sequence=self.seq, position=at, tokens=10, k=tensor(k), v=tensor(v))
+        request = kv.AppendRequest(session=self.session, items=[item], wait=self.fence(value),
+                                   signal=self.fence(value, 64), **kw)
+        call = self.rpc.channel.unary_unary("/kvd.v1.KvCache/Append", request_serializer=lambda m: m.SerializeToString(),
+                                            response_deserializer=kv.AppendReply.FromString)
+        return call.future(request, timeout=timeout)
+
+    def length(self):
+        return self.rpc.kv("DescribeSequences", session=self.session, sequences=[self.seq]).sequences[0].length
+
+
+def test_a_call_waits_for_its_fence(kvd):
+    w = Fenced(kvd)
+    w.write(2**32 - 1)  # it may wrap around
+    later = w.append_later(110, 2)
+    first = w.append_later(100, 1)
+    time.sleep(0.3)
+    assert not first.done() and not later.done() and w.length() == 100
+    other = Stalling(kvd)  # nobody is held up
+    assert other.steps(20)
+    w.write(1)
+    assert list(first.result().lengths) == [110] and w.signalled() == 1
+    time.sleep(0.1)
+    assert not later.done()
+    w.write(2)
+    assert list(later.result().lengths) == [120] and w.signalled() == 2
+    w.write(50)
+    assert list(w.append_later(120, 3).result().lengths) == [130] and w.signalled() == 3
+    other.p.kill()
+    other.p.wait()
+
+
+def test_a_fence_that_is_never_passed(kvd):
+    w = Fenced(kvd)
+    with pytest.raises(grpc.RpcError):
+        w.append_later(100, 5, timeout=0.5).result()
+    end = time.time() + 5
+    while w.signalled() != 5 and time.time() < end:  # whoever waits for it goes on
+        time.sleep(0.01)
+    assert w.signalled() == 5 and w.length() == 100
+    waiting = [w.append_later(100, 7) for _ in range(50)]
+    time.sleep(0.2)
+    w.sock.close()  # its session ends, and with it the calls
+    for call in waiting:
+        with pytest.raises(grpc.RpcError):
+            call.result()
+    assert kvd.kvctl("ping", 1).returncode == 0
+    waiting = Fenced(kvd).append_later(100, 7)
+    time.sleep(0.1)
+    assert kvd.stop() == 0  # the daemon ends all the same
+    with pytest.raises(grpc.RpcError):
+        waiting.result()
+
+
+def test_bad_fences(kvd):
+    w = Fenced(kvd)
+    k, v = random_kv(10)
+    item = kv.AppendItem(sequence=w.seq, position=100, tokens=10, k=tensor(k), v=tensor(v))
+    for fence, code in ((w.fence(1, 4096), "INVALID_ARGUMENT"), (w.fence(1, 2), "INVALID_ARGUMENT"),
+                        (w.fence(1, 2**64 - 4), "INVALID_ARGUMENT"), (w.fence(1, buffer=12345), "NOT_FOUND")):
+        for name in ("wait", "signal"):
+            with pytest.raises(grpc.RpcError) as e:
+                w.rpc.kv("Append", session=w.session, items=[item], **{name: fence})
+            assert code_of(e) == code and e.value.details().startswith(name)
+    assert w.length() == 100

@@ -190,6 +190,24 @@ KVD_API kvd_result kvd_read_tokens(kvd_client *client, kvd_layers layers, uint64
                                    uint64_t begin, uint32_t count, const kvd_tensor_ref *k,
                                    const kvd_tensor_ref *v, kvd_failure *err);
 
+/* -- calls in a stream's order ---------------------------------------------------------------
+ *
+ * An append, attend or step that takes its turn on a CUDA stream of the worker: kvd starts when what
+ * was on the stream before is done, and what comes after waits for kvd's outputs. kvd_enqueue returns
+ * at once; the next calls may be enqueued meanwhile and are with kvd before their turn. items are
+ * copied; their buffers must stay. Not while a graph is captured. At most 16 streams a client. On the
+ * CPU backend the call is made at once. */
+
+typedef enum kvd_call_kind { KVD_CALL_APPEND = 0, KVD_CALL_ATTEND, KVD_CALL_STEP } kvd_call_kind;
+
+KVD_API kvd_result kvd_enqueue(kvd_client *client, void *stream, kvd_call_kind kind,
+                               kvd_layers layers, const kvd_attention *attention,
+                               const kvd_item *items, uint32_t count, kvd_failure *err);
+/* Waits until all calls that were enqueued have been answered (outputs may still be under way on the
+ * streams), and returns the first failure since it was last called. A call that failed has written
+ * no output; what the stream did after it used old values. */
+KVD_API kvd_result kvd_enqueued(kvd_client *client, kvd_failure *err);
+
 /* -- direct mode -----------------------------------------------------------------------------
  *
  * The worker attends to pages itself: they are mapped into its address space, for reading only, and
