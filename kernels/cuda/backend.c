@@ -239,6 +239,7 @@ static void cuda_free(struct kvd_backend *b)
     cudaFreeHost(c->stage.host);
     cudaFree(c->stage.device);
     cudaFree(c->scratch);
+    cudaFreeHost(c->found);
     if (c->stream)
         cudaStreamDestroy(c->stream);
     if (c->mem_stream)
@@ -297,6 +298,8 @@ static int init(struct kvd_cuda *c, uint32_t index, struct kvd_error *err)
         rc = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
     if (rc == cudaSuccess)
         rc = cudaStreamCreateWithFlags(&c->mem_stream, cudaStreamNonBlocking);
+    if (rc == cudaSuccess)
+        rc = cudaHostAlloc((void **)&c->found, sizeof(*c->found), cudaHostAllocMapped);
     if (rc != cudaSuccess)
         return kvd_fail(err, KVD_E_UNAVAILABLE, "CUDA device %u cannot be used: %s", index,
                         cudaGetErrorString(rc));

@@ -45,6 +45,7 @@ struct kvd_cuda {
     struct kvd_stage stage;
     uint8_t *scratch;                      // of attention
     uint64_t scratch_size, scratch_zeroed; // of the latest call
+    unsigned long long *found;             // of a check: pinned memory that kernels reach too
     int index;                             // of the device
     uint32_t multiprocessors;
     char device[128];

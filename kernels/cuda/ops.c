@@ -201,16 +201,13 @@ static int run_check(struct kvd_cuda *c, const struct kvd_cuda_append_params *p,
 {
     struct check *check = ctx;
     const struct kvd_geometry *g = check->p->geometry;
-    unsigned long long *found = (void *)c->scratch, at = ~0ull;
-    int rc = cudaMemcpyAsync(found, &at, sizeof(at), cudaMemcpyHostToDevice, c->stream);
-    if (rc == 0)
-        rc = kvd_cuda_check(p, found, c->stream);
-    if (rc == 0)
-        rc = cudaMemcpyAsync(&at, found, sizeof(at), cudaMemcpyDeviceToHost, c->stream);
+    *c->found = ~0ull;
+    int rc = kvd_cuda_check(p, c->found, c->stream);
     if (rc == 0)
         rc = cudaStreamSynchronize(c->stream);
     if (rc)
         return kvd_cuda_status(rc, "checking tokens", err);
+    unsigned long long at = *c->found;
     if (at == ~0ull)
         return KVD_OK;
     struct kvd_nonfinite *w = check->where;
@@ -240,12 +237,7 @@ int kvd_cuda_op_check(struct kvd_backend *b, const struct kvd_append_params *p,
         host = !p->items[i].k.on_device && !p->items[i].v.on_device;
     if (host) // no need to bring them over twice
         return kvd_check_host(p, where);
-    // The scratch of attention holds the answer; it is zero between calls.
-    int rc = kvd_cuda_scratch(c, 256, NULL);
-    if (rc == KVD_OK)
-        rc = each_slice(c, p, run_check, &check, NULL);
-    int cleared = cudaMemsetAsync(c->scratch, 0, 8, c->stream);
-    return rc ? rc : kvd_cuda_status(cleared, "checking tokens", NULL);
+    return each_slice(c, p, run_check, &check, NULL);
 }
 
 // -- attend --------------------------------------------------------------------------------------

@@ -355,49 +355,66 @@ static void direct_against_local(uint32_t slots, uint32_t length)
 
 // -- on request ---------------------------------------------------------------------------------
 
+// The items of a step of one token, for a layer or, with `all`, for all layers.
+static void step_items(kvd_item *items, const uint64_t *ids, uint32_t n, kvd_buffer *b,
+                       uint64_t position, uint32_t layer, bool all)
+{
+    uint64_t kv = (uint64_t)n * KV * DIM * 2, q = (uint64_t)n * HEADS * DIM * 2;
+    uint64_t l = all ? 0 : layer;
+    for (uint32_t i = 0; i < n; i++)
+        items[i] = (kvd_item){.sequence = ids[i],
+                              .position = position,
+                              .tokens = 1,
+                              .k = {b, l * kv + i * kv / n, kv},
+                              .v = {b, (LAYERS + l) * kv + i * kv / n, kv},
+                              .q = {b, 2 * LAYERS * kv + l * q + i * q / n, q},
+                              .o = {b, 2 * LAYERS * kv + (LAYERS + l) * q + i * q / n, q}};
+}
+
 static void on_request(uint32_t n, uint32_t length)
 {
     enum { ROUNDS = 6 };
-    uint64_t ids[64], kv = (uint64_t)n * KV * DIM * 2, q = (uint64_t)n * HEADS * DIM * 2;
-    double step[ROUNDS * LAYERS], attend[ROUNDS * LAYERS], all[ROUNDS];
+    uint64_t ids[64], bytes = (uint64_t)LAYERS * 2 * n * (KV + HEADS) * DIM * 2;
+    uint64_t position = length;
+    double step[ROUNDS * LAYERS], attend[ROUNDS * LAYERS], all[ROUNDS], ordered[ROUNDS];
+    kvd_item items[64];
     kvd_buffer *b;
     TRY(kvd_sequences_create(client, n, ids, ERR));
     append(ids, n, 0, length);
-    uint8_t *memory = make(LAYERS * 2 * (kv + q));
-    fill(memory, LAYERS * 2 * (kv + q));
-    TRY(kvd_buffer_cuda(client, memory, LAYERS * 2 * (kv + q), &b, ERR));
-    for (int r = 0; r < ROUNDS; r++)
-        for (uint32_t l = 0; l <= LAYERS; l++) {
-            // The last round of a token takes all layers at once.
-            bool once = l == LAYERS;
-            kvd_item items[64];
-            for (uint32_t i = 0; i < n; i++) {
-                uint64_t layer = once ? 0 : l;
-                items[i] = (kvd_item){
-                    .sequence = ids[i],
-                    .position = length + 2 * (uint64_t)r + once,
-                    .tokens = 1,
-                    .k = {b, layer * kv + i * kv / n, kv},
-                    .v = {b, (LAYERS + layer) * kv + i * kv / n, kv},
-                    .q = {b, 2 * LAYERS * kv + layer * q + i * q / n, q},
-                    .o = {b, 2 * LAYERS * kv + (LAYERS + layer) * q + i * q / n, q}};
-            }
-            kvd_layers which = once ? (kvd_layers){0, 0} : (kvd_layers){l, 1};
+    uint8_t *memory = make(bytes);
+    fill(memory, bytes);
+    TRY(cudaDeviceSynchronize());
+    TRY(kvd_buffer_cuda(client, memory, bytes, &b, ERR));
+    for (int r = 0; r < ROUNDS; r++) {
+        for (uint32_t l = 0; l < LAYERS; l++) {
+            step_items(items, ids, n, b, position, l, false);
             double t = now();
-            TRY(kvd_step(client, which, NULL, items, n, ERR));
-            if (once) {
-                all[r] = now() - t;
-                continue;
-            }
+            TRY(kvd_step(client, (kvd_layers){l, 1}, NULL, items, n, ERR));
             step[r * LAYERS + (int)l] = now() - t;
             t = now();
-            TRY(kvd_attend(client, which, NULL, items, n, ERR));
+            TRY(kvd_attend(client, (kvd_layers){l, 1}, NULL, items, n, ERR));
             attend[r * LAYERS + (int)l] = now() - t;
         }
-    printf("on request, %u x %u: Step of a layer %.0f us, Attend of a layer %.0f us, Step of 36 "
-           "layers %.0f us (medians)\n",
-           n, length, median(step, ROUNDS * LAYERS), median(attend, ROUNDS * LAYERS),
-           median(all, ROUNDS));
+        step_items(items, ids, n, b, ++position, 0, true);
+        double t = now();
+        TRY(kvd_step(client, (kvd_layers){0, 0}, NULL, items, n, ERR));
+        all[r] = now() - t;
+        position++;
+        // In the stream's order: the calls of the next layers are with kvd before their turn.
+        t = now();
+        for (uint32_t l = 0; l < LAYERS; l++) {
+            step_items(items, ids, n, b, position, l, false);
+            TRY(kvd_enqueue(client, stream, KVD_CALL_STEP, (kvd_layers){l, 1}, NULL, items, n, ERR));
+        }
+        TRY(cudaStreamSynchronize(stream));
+        ordered[r] = (now() - t) / LAYERS;
+        TRY(kvd_enqueued(client, ERR));
+        position++;
+    }
+    printf("on request, %u x %u: Step of a layer %.0f us, enqueued in the stream's order %.0f us; "
+           "Attend of a layer %.0f us, Step of 36 layers %.0f us (medians)\n",
+           n, length, median(step, ROUNDS * LAYERS), median(ordered, ROUNDS),
+           median(attend, ROUNDS * LAYERS), median(all, ROUNDS));
     kvd_buffer_free(&b);
     cudaFree(memory);
     TRY(kvd_sequences_free(client, ids, n, false, ERR));

@@ -80,6 +80,9 @@ class Daemon:
     def text(self):
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
+    def on_gpu(self):
+        return "backend=cuda" in self.text()
+
     def metrics_port(self):
         line = [l for l in self.text().splitlines() if "ready version" in l][-1]
         return int(line.split("metrics=127.0.0.1:")[1].split()[0])

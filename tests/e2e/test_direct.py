@@ -2,7 +2,6 @@
 import array
 import ctypes
 import fcntl
-import json
 import mmap
 import os
 import signal
@@ -107,7 +106,7 @@ def test_a_killed_worker_leaves_what_is_stored(kvd):
 
 
 def wants_memfds(kvd):
-    if json.loads(kvd.kvctl("--json", "status").stdout)["backend"] != "cpu":
+    if kvd.on_gpu():
         pytest.skip("pages on a GPU cannot be mapped here: tests/gpu/processes.c")
 
 

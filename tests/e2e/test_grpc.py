@@ -1,4 +1,5 @@
 """The wire API, used from a standard grpcio client with inline data."""
+import json
 import math
 
 import grpc
@@ -62,7 +63,7 @@ def code_of(e):
 
 
 @pytest.mark.parametrize("codec", ["int2", "bf16"])
-def test_attention_over_the_wire(rpc, codec):
+def test_attention_over_the_wire(kvd, rpc, codec):
     s = open_session(rpc, geometry=geometry(codec=codec))
     seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
     k, v = random_kv(700)
@@ -77,8 +78,9 @@ def test_attention_over_the_wire(rpc, codec):
     kk = np.frombuffer(back.k, np.float32).reshape(LAYERS, 700, KV, DIM).astype(np.float64)
     vv = np.frombuffer(back.v, np.float32).reshape(LAYERS, 700, KV, DIM).astype(np.float64)
     want, want_lse = exact(q.astype(np.float64), kk, vv)
-    assert error(o, want) < 1e-4
-    assert np.abs(lse - want_lse).max() < 1e-4
+    tolerance = 2e-3 if kvd.on_gpu() else 1e-4  # fp16 operands, or fp32
+    assert error(o, want) < tolerance
+    assert np.abs(lse - want_lse).max() < tolerance
     # The windows are exact; history is not, and not far off either.
     assert np.array_equal(kk[:, :64], widen(k[:, :64])) and np.array_equal(kk[:, -256:], widen(k[:, -256:]))
     lost = error(kk, widen(k))
@@ -225,13 +227,19 @@ def test_bad_geometries(rpc, word):
     assert code_of(e) == "INVALID_ARGUMENT" and word in e.value.details()
 
 
+def pool_of(kvd):
+    pool = json.loads(kvd.kvctl("--json", "pool").stdout)
+    del pool["extents_made"]  # on a GPU some are made ahead of need
+    return pool
+
+
 def test_bad_input_changes_nothing(rpc, kvd):
     s, foreign = open_session(rpc), open_session(rpc)
     seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
     alien = rpc.kv("CreateSequences", session=foreign, request_id=1, count=1).sequences[0]
     k, v = random_kv(20)
     append(rpc, s, seq, 0, k, v)
-    before = kvd.kvctl("--json", "pool").stdout
+    before = pool_of(kvd)
     nan, inf = k.copy(), v.copy()
     nan[1, 7, 1, 3], inf[0, 0, 0, 0] = 0x7FC0, 0x7F80
     huge = 2**64 - 2
@@ -275,7 +283,7 @@ def test_bad_input_changes_nothing(rpc, kvd):
         with pytest.raises(grpc.RpcError) as e:
             run()
         assert code_of(e) == code and text in e.value.details(), (code, text, e.value)
-    assert kvd.kvctl("--json", "pool").stdout == before
+    assert pool_of(kvd) == before
     info = rpc.kv("DescribeSequences", session=s).sequences[0]
     assert (info.length, info.pending_layers) == (20, 0)
     back = rpc.kv("ReadTokens", session=s, sequence=seq, begin=0, tokens=20)

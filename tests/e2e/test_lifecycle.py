@@ -25,7 +25,7 @@ def test_several_workers_at_once(kvd):
 
 
 def test_scalar_kernels_serve_too(start):
-    kvd = start("--isa", "scalar", "--threads", "1")
+    kvd = start("--backend", "cpu", "--isa", "scalar", "--threads", "1")
     assert "scalar" in kvd.kvctl("status").stdout
     assert subprocess.run([WORKER, kvd.address], timeout=300).returncode == 0
 
