@@ -1,16 +1,16 @@
 // Calls in the order of a CUDA stream.
 //
-// A call is sent at once, with two counters of a shared page: the stream writes the first when it has
-// got so far, which kvd waits for, and itself waits for the second, which kvd writes when outputs
-// are there. A few threads send, so that the next calls are with kvd before their turn. Each stream
-// has a lane of counters; a call that fails moves its lane on all the same.
+// A call is sent at once, with two counters of a shared page: the stream writes the first when it
+// has got so far, which kvd waits for, and itself waits for the second, which kvd writes when
+// outputs are there. A few threads send, so that the next calls are with kvd before their turn.
+// Each stream has a lane of counters; a call that fails moves its lane on all the same.
 #include <stdatomic.h>
 
 #include "client/client.h"
 
 enum {
     LANES = 16,
-    LANE_BYTES = 128,  // two cache lines: what the stream writes, what kvd writes
+    LANE_BYTES = 128, // two cache lines: what the stream writes, what kvd writes
     SENDERS = 4,
     MAX_JOBS = 256,
 };

@@ -131,10 +131,10 @@ int kvd_gpu_order(void *stream, uint64_t write_at, uint64_t wait_at, uint32_t va
     CUresult rc = write_value(stream, write_at, value, CU_STREAM_WRITE_VALUE_DEFAULT);
     if (rc == CUDA_SUCCESS)
         rc = wait_value(stream, wait_at, value, CU_STREAM_WAIT_VALUE_GEQ);
-    return rc == CUDA_SUCCESS ? KVD_OK
-                              : kvd_fail(err, KVD_E_INVALID,
-                                         "the stream takes no memory operations (CUDA error %d)",
-                                         (int)rc);
+    return rc == CUDA_SUCCESS
+               ? KVD_OK
+               : kvd_fail(err, KVD_E_INVALID,
+                          "the stream takes no memory operations (CUDA error %d)", (int)rc);
 }
 
 #else

@@ -1,9 +1,9 @@
 // Calls that wait for their workers' GPU streams.
 //
-// A worker sends a call before its stream has got so far; the stream then writes a counter that both
-// share (Fence in kvd.proto). Nothing tells the loop of that write, so while calls wait it looks: all
-// the time at first, once a millisecond when nothing has passed for a while. A waiting call holds
-// nobody up: it is not in the queue yet. GPU streams of kvd never wait for a worker.
+// A worker sends a call before its stream has got so far; the stream then writes a counter that
+// both share (Fence in kvd.proto). Nothing tells the loop of that write, so while calls wait it
+// looks: all the time at first, once a millisecond when nothing has passed for a while. A waiting
+// call holds nobody up: it is not in the queue yet. GPU streams of kvd never wait for a worker.
 #include <stdatomic.h>
 
 #include "daemon/compute.h"

@@ -212,8 +212,8 @@ struct kvd_pool_info {
     uint64_t bytes, extent_bytes;
     uint32_t extents, extents_granted;
     uint32_t extents_made; // that have memory, idle ones included
-    uint64_t used;  // bytes of pages in use
-    uint64_t slack; // bytes of granted extents that are not
+    uint64_t used;         // bytes of pages in use
+    uint64_t slack;        // bytes of granted extents that are not
     uint64_t evictions;
     uint64_t metadata; // bytes of the region that can be in use at all
     uint64_t sequences;

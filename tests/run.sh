@@ -131,7 +131,8 @@ if [ -z "${QUICK:-}" ]; then
     say "ThreadSanitizer"
     export TSAN_OPTIONS=suppressions=$PWD/tests/tsan.supp:halt_on_error=0:exitcode=66
     if make_build "$build-tsan" -Dcuda=disabled -Db_sanitize=thread -Db_lundef=false -Dbuildtype=debugoptimized >"$logs/build" 2>&1; then
-        pytests "end to end, tsan" "$build-tsan" -k "libkvd or several or killed or retries or restart" test_lifecycle.py test_death.py test_grpc.py
+        pytests "end to end, tsan" "$build-tsan" -k "libkvd or several or killed or retries or restart or outputs or slow or fence" \
+            test_lifecycle.py test_death.py test_grpc.py test_direct.py
     else
         tail -n 40 "$logs/build"
         count "tsan build" 0 1 0

@@ -35,9 +35,9 @@ __attribute__((format(printf, 5, 6))) static void found(struct findings *f, enum
     vsnprintf(text, sizeof(text), fmt, ap);
     va_end(ap);
     if (f->list)
-        json_array_append_new(f->list, json_pack("{s:s, s:s, s:s, s:s}", "level",
-                                                 level_names[level], "what", what, "found", text,
-                                                 "meaning", meaning));
+        json_array_append_new(f->list,
+                              json_pack("{s:s, s:s, s:s, s:s}", "level", level_names[level], "what",
+                                        what, "found", text, "meaning", meaning));
     if (!f->list)
         printf("%-8s %-18s %s\n", level_names[level], what, text);
     if (!f->list && meaning[0])
@@ -52,8 +52,9 @@ static void look_at_socket(struct findings *f, const char *address)
     struct stat st;
     char path[256];
     if (strncmp(address, "unix:", 5) != 0) {
-        found(f, NOTE, "fd socket", "over TCP sessions are leased: inline data only, no shared "
-                                    "buffers and no direct mode",
+        found(f, NOTE, "fd socket",
+              "over TCP sessions are leased: inline data only, no shared "
+              "buffers and no direct mode",
               "%s is no unix socket", address);
         return;
     }
@@ -162,8 +163,10 @@ static void look_at_gpu(struct findings *f, const struct driver *d, int i, bool 
         found(f, WARNING, what, "kvd wants compute capability 8.0 or later and cannot use this one",
               "%s, compute capability %d.%d", name, major, attribute(d, CAPABILITY_MINOR, i));
     else
-        found(f, GOOD, what, major == 9 ? "" : "kernels are compiled when kvd starts, and are not "
-                                               "tuned for this one",
+        found(f, GOOD, what,
+              major == 9 ? ""
+                         : "kernels are compiled when kvd starts, and are not "
+                           "tuned for this one",
               "%s, compute capability %d.%d", name, major, attribute(d, CAPABILITY_MINOR, i));
     if (attribute(d, POSIX_FD_SUPPORTED, i) == 1)
         found(f, GOOD, "shared GPU memory", "direct mode works: pages can be mapped by workers",
@@ -176,8 +179,8 @@ static void look_at_gpu(struct findings *f, const struct driver *d, int i, bool 
               "not supported");
     if (mode == PROHIBITED || (mode == EXCLUSIVE_PROCESS && !mps))
         found(f, BAD, "compute mode",
-              "kvd and workers cannot share the GPU: start MPS, or nvidia-smi -c DEFAULT",
-              "%s", mode == PROHIBITED ? "prohibited" : "exclusive process, without MPS");
+              "kvd and workers cannot share the GPU: start MPS, or nvidia-smi -c DEFAULT", "%s",
+              mode == PROHIBITED ? "prohibited" : "exclusive process, without MPS");
     else
         found(f, GOOD, "compute mode", "", "%s",
               mode == EXCLUSIVE_PROCESS ? "exclusive process, with MPS" : "default");
@@ -201,8 +204,9 @@ static bool look_at_mps(struct findings *f)
               "CUDA_MPS_PIPE_DIRECTORY. A worker's fault on the GPU ends kvd's work there too",
               "its control daemon runs (pid %d)", atoi(line));
     else if (folder)
-        found(f, WARNING, "MPS", "CUDA programs with this environment may fail: start "
-                                 "nvidia-cuda-mps-control -d, or unset CUDA_MPS_PIPE_DIRECTORY",
+        found(f, WARNING, "MPS",
+              "CUDA programs with this environment may fail: start "
+              "nvidia-cuda-mps-control -d, or unset CUDA_MPS_PIPE_DIRECTORY",
               "%s is set, but nothing runs there", "CUDA_MPS_PIPE_DIRECTORY");
     else
         found(f, NOTE, "MPS",
@@ -290,8 +294,8 @@ static void look_at_shm(struct findings *f)
     char size[32];
     if (statvfs("/dev/shm", &v) || access("/dev/shm", W_OK))
         found(f, WARNING, "/dev/shm",
-              "CUDA's IPC events and many engines want it; mount a tmpfs there",
-              "%s", errno == EACCES || errno == EROFS ? "cannot be written" : "is not there");
+              "CUDA's IPC events and many engines want it; mount a tmpfs there", "%s",
+              errno == EACCES || errno == EROFS ? "cannot be written" : "is not there");
     else
         found(f, GOOD, "/dev/shm",
               "to share CUDA's IPC events, workers in containers must see the same one "
@@ -318,8 +322,7 @@ static void look_at_limits(struct findings *f)
     if (getrlimit(RLIMIT_NOFILE, &r) == 0)
         found(f, r.rlim_max < 4096 ? WARNING : GOOD, "open files",
               r.rlim_max < 4096 ? "few: kvd takes one for each connection, buffer and extent" : "",
-              "%llu, at most %llu", (unsigned long long)r.rlim_cur,
-              (unsigned long long)r.rlim_max);
+              "%llu, at most %llu", (unsigned long long)r.rlim_cur, (unsigned long long)r.rlim_max);
 }
 
 int cmd_doctor(struct kvctl *k, int argc, char **argv)

@@ -131,7 +131,8 @@ static int show_pool(struct kvctl *k)
     if (k->json)
         return kvctl_print_json(&r->base);
     printf(
-        "%s: %s in pages, %s slack, %s free; %u of %u extents granted, %u have memory; %llu evictions\n\n",
+        "%s: %s in pages, %s slack, %s free; %u of %u extents granted, %u have memory; %llu "
+        "evictions\n\n",
         kvd_format_size(r->pool_bytes, a, sizeof(a)), kvd_format_size(r->used_bytes, b, sizeof(b)),
         kvd_format_size(r->slack_bytes, c, sizeof(c)), kvd_format_size(r->free_bytes, d, sizeof(d)),
         r->extents_granted, r->extents_total, r->extents_made, (unsigned long long)r->evictions);

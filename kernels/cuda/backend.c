@@ -173,7 +173,8 @@ int kvd_stage_download(struct kvd_cuda *c, uint64_t from, uint64_t to, struct kv
 
 bool kvd_in_place(const struct kvd_tensor *t)
 {
-    uint64_t all = (uint64_t)(uintptr_t)t->data | t->layer_stride | t->token_stride | t->head_stride;
+    uint64_t all =
+        (uint64_t)(uintptr_t)t->data | t->layer_stride | t->token_stride | t->head_stride;
     return t->on_device && all % 16 == 0;
 }
 

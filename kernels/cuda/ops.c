@@ -97,12 +97,10 @@ static struct kvd_cuda_append_params append_tables(struct kvd_cuda *c,
             memcpy(c->stage.host + table, item->pages.codec, codec * sizeof(uint64_t));
         memcpy(c->stage.host + table + codec * sizeof(uint64_t), item->pages.bf16,
                bf16 * sizeof(uint64_t));
-        staged[2 * i] =
-            take(c, &item->k, layer, layers, new_tokens(item), g->kv_heads, g->head_dim_k,
-                 kvd_in_place(&item->k));
-        staged[2 * i + 1] =
-            take(c, &item->v, layer, layers, new_tokens(item), g->kv_heads, g->head_dim_v,
-                 kvd_in_place(&item->v));
+        staged[2 * i] = take(c, &item->k, layer, layers, new_tokens(item), g->kv_heads,
+                             g->head_dim_k, kvd_in_place(&item->k));
+        staged[2 * i + 1] = take(c, &item->v, layer, layers, new_tokens(item), g->kv_heads,
+                                 g->head_dim_v, kvd_in_place(&item->v));
         items[i] = (struct kvd_cuda_append_item){
             .codec = (void *)(c->stage.device + table),
             .bf16 = (uint64_t *)(void *)(c->stage.device + table) + codec,
@@ -446,9 +444,8 @@ static int attend_slice(struct kvd_cuda *c, const struct group *g, uint32_t laye
     for (uint32_t l = 0; l < layers && rc == KVD_OK; l++) {
         uint8_t *place[T_COUNT];
         for (uint32_t t = 0; t < T_COUNT; t++)
-            place[t] = g->direct[t]
-                           ? g->direct[t]->data + (layer + l) * g->direct[t]->layer_stride
-                           : c->stage.device + at[t] + l * g->n * g->row[t];
+            place[t] = g->direct[t] ? g->direct[t]->data + (layer + l) * g->direct[t]->layer_stride
+                                    : c->stage.device + at[t] + l * g->n * g->row[t];
         p.layer = g->p->layer_begin + layer + l;
         p.q = place[T_Q];
         p.k = (void *)place[T_K];

@@ -14,7 +14,7 @@ enum { LAYERS = 36, HEADS = 32, KV = 8, DIM = 128, PIECE = 2048 };
 
 static const char *address;
 static kvd_client *client;
-static kvd_buffer *tokens;   // K, then V, of PIECE tokens of all layers
+static kvd_buffer *tokens; // K, then V, of PIECE tokens of all layers
 static const uint64_t KV_BYTES = (uint64_t)LAYERS * PIECE * KV * DIM * 2;
 static kvd_failure failure;
 static cudaStream_t stream;
@@ -263,9 +263,9 @@ static struct local_step make_local(const kvd_direct *d, struct tensors t, uint6
                    .sink = g->sink,
                    .ring = kvd_geometry_ring(g),
                    .scale = 1 / sqrtf(DIM),
-                   .pages = {.codec = copy_pages(d->codec, (uint64_t)n * d->codec_stride,
-                                                 kvd_round_up(kvd_page_bytes(g, g->codec), 4096),
-                                                 bytes),
+                   .pages = {.codec =
+                                 copy_pages(d->codec, (uint64_t)n * d->codec_stride,
+                                            kvd_round_up(kvd_page_bytes(g, g->codec), 4096), bytes),
                              .bf16 = copy_pages(d->bf16, (uint64_t)n * d->bf16_stride,
                                                 kvd_page_bytes(g, KVD_CODEC_BF16), bytes),
                              .codec_stride = d->codec_stride,
@@ -343,9 +343,10 @@ static void direct_against_local(uint32_t slots, uint32_t length)
            slots, length, a, b, (a / b - 1) * 100);
     double steps = run_steps(&s, graph, 256);
     double c = (a + replay(graph, 20)) / 2; // sequences and tails have grown
-    printf("  with begin, end and %u appends a slot under way: %.1f us a step; replays alone before "
-           "and after %.1f us: %+.2f %%\n",
-           256 / 16, steps, c, (steps / c - 1) * 100);
+    printf(
+        "  with begin, end and %u appends a slot under way: %.1f us a step; replays alone before "
+        "and after %.1f us: %+.2f %%\n",
+        256 / 16, steps, c, (steps / c - 1) * 100);
     TRY(cudaGraphExecDestroy(graph));
     TRY(cudaGraphExecDestroy(local_graph));
     kvd_direct_close(&s.d);
@@ -404,7 +405,8 @@ static void on_request(uint32_t n, uint32_t length)
         t = now();
         for (uint32_t l = 0; l < LAYERS; l++) {
             step_items(items, ids, n, b, position, l, false);
-            TRY(kvd_enqueue(client, stream, KVD_CALL_STEP, (kvd_layers){l, 1}, NULL, items, n, ERR));
+            TRY(kvd_enqueue(client, stream, KVD_CALL_STEP, (kvd_layers){l, 1}, NULL, items, n,
+                            ERR));
         }
         TRY(cudaStreamSynchronize(stream));
         ordered[r] = (now() - t) / LAYERS;

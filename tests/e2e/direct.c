@@ -197,21 +197,22 @@ static double twin_error(void)
     }
     int in_order = on_gpu && checked % 2; // in the stream's order, or one thing after the other
 #ifdef KVD_CUDA
-    if (in_order && cudaMemcpyAsync(kvd_buffer_data(buffer), shared, o_at, cudaMemcpyDefault, stream))
+    if (in_order &&
+        cudaMemcpyAsync(kvd_buffer_data(buffer), shared, o_at, cudaMemcpyDefault, stream))
         exit(fprintf(stderr, "a copy failed\n"));
 #endif
     if (!in_order)
         push(o_at);
     for (uint64_t s = 0; s < SLOTS - 1; s++) {
         uint64_t k_row = s * kv / SLOTS, q_row = s * q / SLOTS;
-        items[s] = (kvd_item){
-            .sequence = seqs[s].twin,
-            .position = seqs[s].length,
-            .tokens = n,
-            .k = {buffer, .offset = k_row, .layer_stride = kv},
-            .v = {buffer, .offset = v_at + k_row, .layer_stride = kv},
-            .q = {buffer, .offset = q_at + q_row, .layer_stride = q, .dtype = KVD_F32},
-            .o = {buffer, .offset = o_at + q_row, .layer_stride = q, .dtype = KVD_F32}};
+        items[s] =
+            (kvd_item){.sequence = seqs[s].twin,
+                       .position = seqs[s].length,
+                       .tokens = n,
+                       .k = {buffer, .offset = k_row, .layer_stride = kv},
+                       .v = {buffer, .offset = v_at + k_row, .layer_stride = kv},
+                       .q = {buffer, .offset = q_at + q_row, .layer_stride = q, .dtype = KVD_F32},
+                       .o = {buffer, .offset = o_at + q_row, .layer_stride = q, .dtype = KVD_F32}};
     }
     if (in_order) {
         // Layer by layer, as a model runs, with nothing waited for in between.

@@ -83,11 +83,8 @@ static kvd_buffer *gpu_buffer(void **at)
 
 static kvd_result append(uint64_t id, kvd_buffer *b, uint64_t at, uint32_t tokens)
 {
-    kvd_item item = {.sequence = id,
-                     .position = at,
-                     .tokens = tokens,
-                     .k = {b},
-                     .v = {b, .offset = BYTES}};
+    kvd_item item = {
+        .sequence = id, .position = at, .tokens = tokens, .k = {b}, .v = {b, .offset = BYTES}};
     return kvd_append(client, (kvd_layers){0, 0}, &item, 1, ERR);
 }
 
@@ -223,8 +220,7 @@ static void child_lying(void)
     need(kvd_buffer_cuda(client, (uint8_t *)p + 4096, 2 << 20, &two, ERR));
     kvd_buffer_free(&one);
     need(kvd_sequences_create(client, 1, &id, ERR));
-    kvd_item item = {
-        .sequence = id, .tokens = 16, .k = {two}, .v = {two, .offset = 1 << 20}};
+    kvd_item item = {.sequence = id, .tokens = 16, .k = {two}, .v = {two, .offset = 1 << 20}};
     need(kvd_append(client, (kvd_layers){0, 0}, &item, 1, ERR));
     // Memory that is gone while kvd knows it: whatever comes of it, but kvd lives.
     need(cudaFree(p));
@@ -247,8 +243,7 @@ static void child_by_fd(void)
     need(kvd_buffer_cuda_fd(client, fd, 2 << 20, &buffer, ERR));
     need(lie(kvd_buffer_cuda_fd(client, fd, 4 << 20, &buffer, ERR)));
     need(kvd_sequences_create(client, 1, &id, ERR));
-    kvd_item item = {
-        .sequence = id, .tokens = 16, .k = {buffer}, .v = {buffer, .offset = 1 << 20}};
+    kvd_item item = {.sequence = id, .tokens = 16, .k = {buffer}, .v = {buffer, .offset = 1 << 20}};
     need(kvd_append(client, (kvd_layers){0, 0}, &item, 1, ERR));
     _exit(0);
 }
@@ -467,7 +462,8 @@ int main(int argc, char **argv)
     }
     together(argv[2]);
     char text[128];
-    snprintf(text, sizeof(text), "free GPU memory, idle extents included: %.1f MiB before, %.1f MiB after",
+    snprintf(text, sizeof(text),
+             "free GPU memory, idle extents included: %.1f MiB before, %.1f MiB after",
              (double)before / (1 << 20), (double)after / (1 << 20));
     result(before == after, text);
     printf("%d passed, %d failed\n", passed, failed);

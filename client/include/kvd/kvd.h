@@ -88,9 +88,9 @@ typedef struct kvd_buffer kvd_buffer;
 KVD_API kvd_result kvd_buffer_new(kvd_client *client, uint64_t bytes, kvd_buffer **out,
                                   kvd_failure *err);
 /* Registers memory of the GPU that kvd runs on: `bytes` from `data` on, from cudaMalloc or an
- * allocator above it, such as PyTorch's. It stays the caller's and must outlive the buffer. Work that
- * writes or reads it must have finished before a call that uses it: synchronize its stream; after a
- * cudaMemcpy from host memory too, which may return before it is done. */
+ * allocator above it, such as PyTorch's. It stays the caller's and must outlive the buffer. Work
+ * that writes or reads it must have finished before a call that uses it: synchronize its stream;
+ * after a cudaMemcpy from host memory too, which may return before it is done. */
 KVD_API kvd_result kvd_buffer_cuda(kvd_client *client, void *data, uint64_t bytes, kvd_buffer **out,
                                    kvd_failure *err);
 /* The same for who has a cudaIpcMemHandle_t (64 bytes) of the allocation already; data begins
@@ -192,20 +192,20 @@ KVD_API kvd_result kvd_read_tokens(kvd_client *client, kvd_layers layers, uint64
 
 /* -- calls in a stream's order ---------------------------------------------------------------
  *
- * An append, attend or step that takes its turn on a CUDA stream of the worker: kvd starts when what
- * was on the stream before is done, and what comes after waits for kvd's outputs. kvd_enqueue returns
- * at once; the next calls may be enqueued meanwhile and are with kvd before their turn. items are
- * copied; their buffers must stay. Not while a graph is captured. At most 16 streams a client. On the
- * CPU backend the call is made at once. */
+ * An append, attend or step that takes its turn on a CUDA stream of the worker: kvd starts when
+ * what was on the stream before is done, and what comes after waits for kvd's outputs. kvd_enqueue
+ * returns at once; the next calls may be enqueued meanwhile and are with kvd before their turn.
+ * items are copied; their buffers must stay. Not while a graph is captured. At most 16 streams a
+ * client. On the CPU backend the call is made at once. */
 
 typedef enum kvd_call_kind { KVD_CALL_APPEND = 0, KVD_CALL_ATTEND, KVD_CALL_STEP } kvd_call_kind;
 
 KVD_API kvd_result kvd_enqueue(kvd_client *client, void *stream, kvd_call_kind kind,
                                kvd_layers layers, const kvd_attention *attention,
                                const kvd_item *items, uint32_t count, kvd_failure *err);
-/* Waits until all calls that were enqueued have been answered (outputs may still be under way on the
- * streams), and returns the first failure since it was last called. A call that failed has written
- * no output; what the stream did after it used old values. */
+/* Waits until all calls that were enqueued have been answered (outputs may still be under way on
+ * the streams), and returns the first failure since it was last called. A call that failed has
+ * written no output; what the stream did after it used old values. */
 KVD_API kvd_result kvd_enqueued(kvd_client *client, kvd_failure *err);
 
 /* -- direct mode -----------------------------------------------------------------------------
