@@ -401,6 +401,8 @@ static void done(struct kvd_daemon *d, struct kvd_job *job)
         kvd_fence_signal(&w->signal);
         d->metrics.nonfinite += job->rc == KVD_E_INVALID;
         kvd_call_fail_error(w->call, &w->err);
+        if (job->rc == KVD_E_INTERNAL)
+            kvd_daemon_check_device(d);
     }
     kvd_work_free(d, w);
     kvd_compute_kick(d);

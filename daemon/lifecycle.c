@@ -10,6 +10,7 @@
 #include <sys/file.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sysexits.h>
 
 #include "daemon/rpc.h"
 #include "kvd.pb-c.h"
@@ -301,6 +302,16 @@ void kvd_daemon_drain(struct kvd_daemon *d, uint64_t timeout_ms)
         d->drain_deadline_ms = deadline;
         uv_timer_start(&d->drain_timer, on_drained, wait, 0);
     }
+}
+
+void kvd_daemon_check_device(struct kvd_daemon *d)
+{
+    if (d->exit_code || !d->backend->ops->lost(d->backend))
+        return;
+    kvd_error("the GPU is lost to this process after a fault, of its own or of another MPS client; "
+              "stopping, so that the service manager starts a new one");
+    d->exit_code = EX_SOFTWARE;
+    kvd_daemon_drain(d, 0);
 }
 
 void kvd_daemon_session_ended(struct kvd_daemon *d)

@@ -117,5 +117,5 @@ int main(int argc, char **argv)
     kvd_daemon_run(&daemon);
     kvd_daemon_deinit(&daemon);
     kvd_notice("stopped");
-    return EX_OK;
+    return daemon.exit_code;
 }

@@ -253,6 +253,15 @@ static const char *device(const struct kvd_backend *b)
     return ((const struct kvd_cuda *)b)->device;
 }
 
+// A fault in a kernel, or in one of another client of MPS, stays with every later call.
+static bool lost(struct kvd_backend *b)
+{
+    cudaSetDevice(cuda_of(b)->index);
+    cudaGetLastError();
+    cudaError_t rc = cudaStreamQuery(cuda_of(b)->mem_stream);
+    return rc != cudaSuccess && rc != cudaErrorNotReady;
+}
+
 static const struct kvd_backend_ops cuda_ops = {
     .name = "cuda",
     .free = cuda_free,
@@ -267,6 +276,7 @@ static const struct kvd_backend_ops cuda_ops = {
     .foreign_map = kvd_cuda_foreign_map,
     .foreign_unmap = kvd_cuda_foreign_unmap,
     .memory_free = kvd_cuda_memory_free,
+    .lost = lost,
     .rotation_new = rotation_new,
     .rotation_free = rotation_free,
     .check = kvd_cuda_op_check,
