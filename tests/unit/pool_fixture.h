@@ -8,7 +8,7 @@ static bool recycled; // what kvd_pool_geometry said last
 
 struct test_mem {
     uint32_t live, allocs, zeros;
-    bool fail_next;
+    bool fail_next, short_of_memory;
 };
 
 static int test_mem_alloc(void *ctx, uint32_t index, uint64_t bytes, uint64_t *addr)
@@ -18,6 +18,8 @@ static int test_mem_alloc(void *ctx, uint32_t index, uint64_t bytes, uint64_t *a
     (void)bytes;
     if (m->fail_next)
         return -ENOMEM;
+    if (m->short_of_memory)
+        return KVD_E_FULL;
     m->live++;
     *addr = ((uint64_t)++m->allocs) << 40; // never touched by the pool
     return 0;

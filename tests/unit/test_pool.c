@@ -15,12 +15,13 @@ struct fixture {
     uint32_t ns, geom;
 };
 
+static struct test_mem fixture_mem; // outlives the fixture's copies
+
 static struct fixture setup(uint32_t extents, uint32_t layers, uint32_t sink, uint32_t recent)
 {
     struct fixture f = {0};
-    static struct test_mem mem; // outlives the fixture's copies
-    mem = (struct test_mem){0};
-    f.pool = test_pool(&mem, extents, 256);
+    fixture_mem = (struct test_mem){0};
+    f.pool = test_pool(&fixture_mem, extents, 256);
     struct kvd_geometry g = test_geometry(layers, sink, recent);
     ck_assert_int_eq(kvd_pool_namespace(f.pool, "a", &f.ns, &f.err), 0);
     ck_assert_int_eq(kvd_pool_geometry(f.pool, &g, page_bytes, &f.geom, &recycled, &f.err), 0);
@@ -332,9 +333,56 @@ START_TEST(ids_are_never_reused)
 }
 END_TEST
 
+START_TEST(extents_are_made_ahead_and_given_back)
+{
+    struct fixture f = setup(4, 1, 64, 256);
+    struct test_mem *mem = &fixture_mem;
+    struct kvd_pool_info info;
+    uint32_t a = kvd_pool_spare_wanted(f.pool, 2), b = kvd_pool_spare_wanted(f.pool, 2);
+    ck_assert_uint_ne(a, KVD_POOL_NONE);
+    ck_assert_uint_ne(b, KVD_POOL_NONE);
+    ck_assert_uint_ne(a, b);
+    verify(&f); // those set aside are counted
+    mem->live += 2;
+    kvd_pool_spare_made(f.pool, a, 7ull << 40);
+    kvd_pool_spare_made(f.pool, b, 8ull << 40);
+    ck_assert_uint_eq(kvd_pool_spare_wanted(f.pool, 2), KVD_POOL_NONE);
+    // They are used before others are made.
+    mem->short_of_memory = true;
+    uint64_t s = new_seq(&f), other = new_seq(&f);
+    ck_assert_int_eq(append(&f, s, 0, 400), 0); // both kinds of pages: two extents
+    ck_assert_uint_eq(mem->allocs, 0);
+    kvd_pool_info(f.pool, &info);
+    ck_assert_uint_eq(info.extents_made, 2);
+    // The device has no more: what is idle is used, and without any the text says why.
+    uint32_t c = kvd_pool_spare_wanted(f.pool, 1);
+    kvd_pool_spare_made(f.pool, c, 0); // it could not be made
+    ck_assert_int_eq(append(&f, other, 0, 2048 * 8), KVD_E_FULL);
+    ck_assert_ptr_nonnull(strstr(f.err.text, "the device is short of memory"));
+    verify(&f);
+    kvd_pool_seq_release(f.pool, s);
+    ck_assert_int_eq(append(&f, other, 0, 400), 0);
+    kvd_pool_seq_release(f.pool, other);
+    // Those of another namespace too, even if one without memory comes first.
+    uint32_t ns;
+    ck_assert_int_eq(kvd_pool_namespace(f.pool, "b", &ns, &f.err), 0);
+    ck_assert_int_eq(kvd_pool_seq_new(f.pool, ns, f.geom, &other, &f.err), 0);
+    kvd_pool_spare_made(f.pool, kvd_pool_spare_wanted(f.pool, 3), 0);
+    ck_assert_int_eq(append(&f, other, 0, 400), 0);
+    ck_assert_uint_eq(mem->zeros, 2);
+    kvd_pool_seq_release(f.pool, other);
+    ck_assert_uint_eq(kvd_pool_trim(f.pool, 1), 1);
+    ck_assert_uint_eq(kvd_pool_trim(f.pool, 9), 1);
+    ck_assert_uint_eq(mem->live, 0);
+    mem->short_of_memory = false;
+    finish(&f);
+}
+END_TEST
+
 KVD_MAIN("pool", 60, demotion_follows_in_chunks, one_big_append_equals_many_small,
          append_is_idempotent_by_position, layers_fill_in_order, abort_changes_nothing,
          forks_share_until_written, quota_and_pool_limits,
          published_unused_are_evicted_in_order_and_live_never,
          memory_is_zeroed_between_namespaces_only, truncate_everywhere,
-         truncate_refuses_to_keep_an_overwritten_window, ids_are_never_reused)
+         truncate_refuses_to_keep_an_overwritten_window, ids_are_never_reused,
+         extents_are_made_ahead_and_given_back)
