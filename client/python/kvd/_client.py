@@ -238,7 +238,9 @@ class Client:
             n_layers=len(self.layers), q_heads=q_heads, kv_heads=kv_heads, head_dim_k=dims[0], head_dim_v=dims[1],
             codec=codec.encode(), rotation_set=rotation_set.encode(), sink=windows[0], recent=windows[1],
             no_windows=windows == (0, 0))
+        self.q_heads, self.kv_heads, self.head_dim = q_heads, kv_heads, dims
         self._handle = c.c_void_p()
+        self._directs: set[Any] = set()
         self._buffers: set[_Buffer] = set()
         self._lock = threading.RLock()  # of buffers that come and go, and of closing
         lib.call("kvd_open", c.byref(options), c.byref(self._handle))
@@ -250,6 +252,8 @@ class Client:
 
     def close(self) -> None:
         """Ends the session and frees its tensors. Calls of other threads must have returned."""
+        for d in list(self._directs):
+            d.close()
         with self._lock:
             handle, self._handle = self._handle, c.c_void_p()
             for b in list(self._buffers):

@@ -103,6 +103,11 @@ class Attention(c.Structure):
     _fields_ = [("scale", c.c_float), ("softcap", c.c_float), ("window", c.c_uint32)]
 
 
+class DirectOptions(c.Structure):
+    _fields_ = [("slots", c.c_uint32), ("max_tokens", c.c_uint32), ("step_tokens", c.c_uint32), ("attention", Attention),
+                ("dtype", c.c_int)]
+
+
 class EventStruct(c.Structure):
     _fields_ = [("kind", c.c_int), ("sequence", c.c_uint64), ("count", c.c_uint64), ("name", c.c_char * 129)]
 
@@ -123,6 +128,13 @@ _FUNCTIONS = {  # name: argument types; all of these return a kvd_result and end
     "kvd_step": [_P, Layers, c.POINTER(Attention), c.POINTER(ItemStruct), c.c_uint32],
     "kvd_rotate": [_P, c.c_bool, c.c_bool, Layers, c.c_uint32, c.c_uint32, c.POINTER(TensorRef), c.POINTER(TensorRef)],
     "kvd_read_tokens": [_P, Layers, c.c_uint64, c.c_uint64, c.c_uint32, c.POINTER(TensorRef), c.POINTER(TensorRef)],
+    "kvd_direct_open": [_P, c.POINTER(DirectOptions), c.POINTER(_P)],
+    "kvd_direct_bind": [_P, c.c_uint32, c.c_uint64],
+    "kvd_direct_begin": [_P, _P],
+    "kvd_store_enqueue": [_P, _P, c.c_uint32, _P, _P],
+    "kvd_attend_enqueue": [_P, _P, c.c_uint32, _P, _P, _P],
+    "kvd_direct_end": [_P, _P, c.POINTER(c.c_uint32)],
+    "kvd_direct_flush": [_P],
     "kvd_next_event": [_P, c.c_uint32, c.POINTER(EventStruct)],
 }
 _library: Any = None
@@ -141,6 +153,7 @@ def library() -> Any:
             getattr(lib, name).argtypes = [*arguments, _ERR]
             getattr(lib, name).restype = c.c_int
         lib.kvd_close.argtypes, lib.kvd_close.restype = [c.POINTER(_P)], None
+        lib.kvd_direct_close.argtypes, lib.kvd_direct_close.restype = [c.POINTER(_P)], None
         lib.kvd_get_info.argtypes, lib.kvd_get_info.restype = [_P, c.POINTER(Info)], None
         lib.kvd_buffer_free.argtypes, lib.kvd_buffer_free.restype = [c.POINTER(_P)], None
         lib.kvd_buffer_detach.argtypes, lib.kvd_buffer_detach.restype = [c.POINTER(_P)], _P

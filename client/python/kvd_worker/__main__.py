@@ -1,0 +1,84 @@
+"""Runs a language model with its KV cache in kvd: a chat in the terminal, or one prompt."""
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+import kvd
+
+from . import Conversation, KvdCache, Model, generate
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024 or unit == "GiB":
+            return f"{n:.1f} {unit}" if unit != "B" else f"{n:.0f} B"
+        n /= 1024
+    return ""
+
+
+def _report(model: Model, sequence: kvd.Sequence, client: kvd.Client, tokens: int, seconds: float) -> None:
+    s = sequence.describe()
+    bf16 = s.length * model.layers * model.kv_heads * model.head_dim * 2 * 2
+    print(f"[{tokens / max(seconds, 1e-9):.1f} tokens/s; sequence {s.id} on {client.info['backend']}: {s.length} tokens "
+          f"({s.sink_tokens} sink, {s.history_tokens} compressed, {s.recent_tokens} recent), {_size(s.bytes)} of pages, "
+          f"{_size(bf16)} as bf16]", file=sys.stderr)
+
+
+def main() -> int:
+    ap = argparse.ArgumentParser(prog="kvd-worker", description=__doc__)
+    ap.add_argument("model", help="a GGUF file, or a folder with config.json, tokenizer.json and safetensors")
+    ap.add_argument("prompt", nargs="?", help="one prompt; without it, a chat: a line a turn, until end of file")
+    ap.add_argument("--address", help="of kvd (default: $KVD_ADDRESS or unix:/run/kvd/kvd.sock)")
+    ap.add_argument("--codec", default="int2", choices=["int2", "bf16"])
+    ap.add_argument("--rotation-set", default="hadamard", help="MODEL@TAG of the store, hadamard or identity")
+    ap.add_argument("--tokens", type=int, default=200, help="of an answer, at most")
+    ap.add_argument("--publish", metavar="NAME", help="name the sequence in kvd at the end, for another worker")
+    ap.add_argument("--attach", metavar="NAME", help="go on with a sequence that a worker published")
+    args = ap.parse_args()
+    model = Model(args.model)
+    print(f"{model.name}: {model.layers} layers, {model.q_heads} q heads, {model.kv_heads} kv heads, head_dim "
+          f"{model.head_dim}", file=sys.stderr)
+    with kvd.Client(layers=range(model.layers), q_heads=model.q_heads, kv_heads=model.kv_heads, head_dim=model.head_dim,
+                    codec=args.codec, rotation_set=args.rotation_set, address=args.address, name="kvd-worker") as client:
+        sequence = client.attach(args.attach) if args.attach else client.create()
+        cache, chat = KvdCache(client, [sequence]), Conversation(model)
+        if args.attach:
+            chat.resume()
+            print(f"attached {args.attach}: {sequence.length} tokens are there already", file=sys.stderr)
+        for line in [args.prompt] if args.prompt is not None else sys.stdin:
+            ids: list[int] = []
+            shown = ""
+
+            def show(_: int, token: int) -> None:
+                nonlocal shown
+                ids.append(token)
+                text = model.decode([i for i in ids if i not in model.stop])
+                if not text.endswith("\ufffd"):  # a character that is not whole yet
+                    print(text[len(shown):], end="", flush=True)
+                    shown = text
+
+            began = time.monotonic()
+            answer = generate(model, cache, [chat.turn(line.rstrip("\n"))], args.tokens, on_token=show)[0]
+            chat.answered(answer)
+            print()
+            _report(model, sequence, client, len(answer), time.monotonic() - began)
+        if args.publish:
+            model.forward([chat.rest()], cache)
+            sequence.publish(args.publish, replace=True)
+            print(f"published {args.publish}: attach it with --attach {args.publish}", file=sys.stderr)
+    return 0
+
+
+def run() -> None:
+    try:
+        sys.exit(main())
+    except (kvd.Error, ValueError, OSError, ImportError) as e:
+        sys.exit(f"kvd-worker: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,83 @@
+"""Greedy generation for several sequences at once, conversations, and the loss of a text."""
+from __future__ import annotations
+
+from typing import Callable, Optional, Sequence
+
+import numpy as np
+
+from .model import Cache, Model
+
+
+def generate(model: Model, cache: Cache, prompts: Sequence[Sequence[int]], tokens: int, *,
+             on_token: Optional[Callable[[int, int], None]] = None,
+             on_logits: Optional[Callable[[np.ndarray], None]] = None, ignore_stop: bool = False) -> list[list[int]]:
+    """Feeds each sequence its prompt, then up to `tokens` tokens of its own, the likeliest each time. Sequences that have
+    stopped rest while the others go on. The last token of an answer is not fed: the next prompt may begin with it."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    live = [i for i, p in enumerate(prompts) if p]
+    feed: list[Sequence[int]] = list(prompts)
+    for _ in range(tokens):
+        if not live:
+            break
+        logits = model.forward(feed, cache)
+        if on_logits:
+            on_logits(logits)
+        feed = [[] for _ in prompts]
+        for row, i in enumerate(list(live)):
+            token = int(np.argmax(logits[row]))
+            answers[i].append(token)
+            if on_token:
+                on_token(i, token)
+            if token in model.stop and not ignore_stop:
+                live.remove(i)
+            else:
+                feed[i] = [token]
+    return answers
+
+
+class Conversation:
+    """Turns of a chat in ChatML, as instruction-tuned models of this kind take it; only new tokens are ever computed."""
+
+    def __init__(self, model: Model, system: str = "You are a helpful assistant."):
+        self.model = model
+        self._pending = f"<|im_start|>system\n{system}<|im_end|>\n"
+        self._last: list[int] = []  # an answer's last token, not fed yet
+
+    def turn(self, text: str) -> list[int]:
+        """What to feed for the user's next words."""
+        ids = self._last + self.model.encode(
+            f"{self._pending}<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
+        return ids
+
+    def rest(self) -> list[int]:
+        """What is to be fed to end the latest turn, for another worker to begin the next."""
+        ids, self._last, self._pending = self._last + self.model.encode(self._pending), [], ""
+        return ids
+
+    def resume(self) -> None:
+        """The sequence holds turns already, the last of them ended."""
+        self._pending = ""
+
+    def answered(self, answer: Sequence[int]) -> str:
+        """Notes the model's answer; returns its text."""
+        ended = bool(answer) and answer[-1] in self.model.stop
+        self._last = list(answer[-1:])
+        self._pending = "\n" if ended else "<|im_end|>\n"
+        return self.model.decode(answer[:-1] if ended else answer)
+
+
+def loss(model: Model, cache: Cache, ids: Sequence[int], *, chunk: int = 16, skip: int = 0) -> tuple[float, int]:
+    """Sum of the next-token losses (nats) of a text, fed `chunk` tokens at a time as in serving, and how many tokens that
+    is; the first `skip` predictions do not count."""
+    total, n = 0.0, 0
+    for at in range(0, len(ids) - 1, chunk):
+        new = list(ids[at:at + chunk])
+        logits = model.forward([new], cache, every=True)
+        targets = np.asarray(ids[at + 1:at + 1 + len(new)])
+        logits = logits[: len(targets)].astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        nll = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(targets)), targets]
+        counted = nll[max(0, skip - at):]
+        total += float(counted.sum())
+        n += len(counted)
+    return total, n

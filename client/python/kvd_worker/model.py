@@ -1,0 +1,176 @@
+"""Llama- and Qwen-style decoders in NumPy, float32: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+
+Weights come from a GGUF file (any quantization that the `gguf` package can undo) or from a Hugging Face folder of
+safetensors with config.json and tokenizer.json. The attention is the cache's: see cache.py.
+"""
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any, Protocol, Sequence
+
+import numpy as np
+
+
+class Cache(Protocol):
+    """Where keys and values live, and where queries meet them."""
+
+    lengths: list[int]  # tokens of each sequence
+
+    def attend(self, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+        """Stores k and v [tokens, kv_heads, head_dim] of the new tokens, counts[i] of sequence i one after the other, and
+        returns the attention of q [tokens, q_heads, head_dim] over all tokens of their sequences, causal."""
+
+
+_GGUF_LAYER = {"attn_norm": "ln1", "attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "o", "ffn_norm": "ln2",
+               "ffn_gate": "gate", "ffn_up": "up", "ffn_down": "down", "attn_q_norm": "q_norm", "attn_k_norm": "k_norm"}
+_HF_LAYER = {"input_layernorm": "ln1", "self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v",
+             "self_attn.o_proj": "o", "post_attention_layernorm": "ln2", "mlp.gate_proj": "gate", "mlp.up_proj": "up",
+             "mlp.down_proj": "down", "self_attn.q_norm": "q_norm", "self_attn.k_norm": "k_norm"}
+_TOP = {"token_embd.weight": "embed", "output_norm.weight": "norm", "output.weight": "head",
+        "model.embed_tokens.weight": "embed", "model.norm.weight": "norm", "lm_head.weight": "head"}
+
+
+def _rms(x: np.ndarray, w: np.ndarray, eps: float) -> np.ndarray:
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * w
+
+
+class Model:
+    """`layers`, `q_heads`, `kv_heads` and `head_dim` are the geometry that kvd wants. `encode` and `decode` are the
+    tokenizer's, `stop` the ids that end an answer."""
+
+    def __init__(self, path: str):
+        p = pathlib.Path(path)
+        if p.is_dir():
+            self._load_folder(p)
+        elif p.suffix == ".gguf":
+            self._load_gguf(p)
+        else:
+            raise ValueError(f"{path}: a .gguf file, or a folder with config.json and safetensors, is wanted")
+        for name in ("embed", "norm"):
+            if name not in self.top:
+                raise ValueError(f"{path}: no {name} weights; is it a Llama- or Qwen-style model?")
+        for i, layer in enumerate(self.blocks):
+            missing = {"ln1", "q", "k", "v", "o", "ln2", "gate", "up", "down"} - {n.split(".")[0] for n in layer}
+            if missing:
+                raise ValueError(f"{path}: layer {i} lacks {', '.join(sorted(missing))}")
+        self.top.setdefault("head", self.top["embed"])
+        self.layers = len(self.blocks)
+
+    def _take(self, name: str, w: np.ndarray, prefix: str, layer_names: dict[str, str]) -> None:
+        if name in _TOP:
+            self.top[_TOP[name]] = w
+            return
+        if not name.startswith(prefix):
+            return
+        number, _, rest = name[len(prefix):].partition(".")
+        what, _, kind = rest.rpartition(".")
+        if number.isdigit() and what in layer_names:
+            while len(self.blocks) <= int(number):
+                self.blocks.append({})
+            key = layer_names[what]
+            self.blocks[int(number)][key if kind == "weight" else key + ".bias"] = w
+
+    def _load_gguf(self, path: pathlib.Path) -> None:
+        import gguf
+
+        reader = gguf.GGUFReader(str(path))
+        meta = {n: f.contents() for n, f in reader.fields.items() if not n.startswith("GGUF.")}
+        arch = meta["general.architecture"]
+        self.top: dict[str, np.ndarray] = {}
+        self.blocks: list[dict[str, np.ndarray]] = []
+        for t in reader.tensors:
+            self._take(t.name, gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32), "blk.", _GGUF_LAYER)
+        self.name = meta.get("general.name", path.stem)
+        self.q_heads = meta[f"{arch}.attention.head_count"]
+        self.kv_heads = meta.get(f"{arch}.attention.head_count_kv", self.q_heads)
+        self.head_dim = meta.get(f"{arch}.attention.key_length", meta[f"{arch}.embedding_length"] // self.q_heads)
+        self.eps = meta[f"{arch}.attention.layer_norm_rms_epsilon"]
+        self.theta = meta.get(f"{arch}.rope.freq_base", 10000.0)
+        self.halves = arch != "llama"  # GGUF's llama weights are permuted to neighbouring pairs
+        self.tokenizer = _gguf_tokenizer(meta)
+        eos = meta.get("tokenizer.ggml.eos_token_id")
+        self.stop = {i for i in (eos, self.tokenizer.token_to_id("<|im_end|>"), self.tokenizer.token_to_id("<|endoftext|>"))
+                     if i is not None}
+
+    def _load_folder(self, folder: pathlib.Path) -> None:
+        from safetensors import safe_open
+        from tokenizers import Tokenizer
+
+        config = json.loads((folder / "config.json").read_text())
+        self.top, self.blocks = {}, []
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{folder}: no *.safetensors")
+        for file in files:
+            with safe_open(str(file), framework="numpy") as f:
+                for name in f.keys():
+                    self._take(name, f.get_tensor(name).astype(np.float32), "model.layers.", _HF_LAYER)
+        self.name = config.get("_name_or_path") or folder.name
+        self.q_heads, self.kv_heads = config["num_attention_heads"], config.get("num_key_value_heads",
+                                                                               config["num_attention_heads"])
+        self.head_dim = config.get("head_dim") or config["hidden_size"] // self.q_heads
+        self.eps, self.theta, self.halves = config["rms_norm_eps"], config.get("rope_theta", 10000.0), True
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        eos = config.get("eos_token_id")
+        self.stop = set(eos if isinstance(eos, list) else [eos]) - {None}
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def _rope(self, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        d = x.shape[-1]
+        angle = positions[:, None] * self.theta ** (-np.arange(0, d, 2) / d)[None, :]
+        cos, sin = np.cos(angle)[:, None, :].astype(np.float32), np.sin(angle)[:, None, :].astype(np.float32)
+        a, b = (x[..., : d // 2], x[..., d // 2:]) if self.halves else (x[..., 0::2], x[..., 1::2])
+        out = np.empty_like(x)
+        first, second = (np.s_[..., : d // 2], np.s_[..., d // 2:]) if self.halves else (np.s_[..., 0::2], np.s_[..., 1::2])
+        out[first] = a * cos - b * sin
+        out[second] = a * sin + b * cos
+        return out
+
+    def _project(self, block: dict[str, np.ndarray], name: str, h: np.ndarray, heads: int) -> np.ndarray:
+        y = h @ block[name].T
+        if name + ".bias" in block:
+            y = y + block[name + ".bias"]
+        y = y.reshape(len(h), heads, -1)
+        return _rms(y, block[name + "_norm"], self.eps) if name + "_norm" in block else y
+
+    def forward(self, ids: Sequence[Sequence[int]], cache: Cache, *, every: bool = False) -> np.ndarray:
+        """Runs the new tokens ids[i] of each sequence (none for some is fine). Returns logits: of the last new token of each
+        sequence that has one, or with `every` of all tokens, [rows, vocabulary]."""
+        counts = [len(s) for s in ids]
+        flat = np.concatenate([np.asarray(s, np.int64) for s in ids])
+        positions = np.concatenate([np.arange(c) + n for c, n in zip(counts, cache.lengths)]).astype(np.float64)
+        x = self.top["embed"][flat]
+        for i, b in enumerate(self.blocks):
+            h = _rms(x, b["ln1"], self.eps)
+            q = self._rope(self._project(b, "q", h, self.q_heads), positions)
+            k = self._rope(self._project(b, "k", h, self.kv_heads), positions)
+            v = self._project(b, "v", h, self.kv_heads)
+            x = x + cache.attend(i, q, k, v, counts).reshape(len(flat), -1) @ b["o"].T
+            h = _rms(x, b["ln2"], self.eps)
+            gate = h @ b["gate"].T
+            x = x + (gate / (1 + np.exp(-gate)) * (h @ b["up"].T)) @ b["down"].T
+        if not every:
+            x = x[[e - 1 for c, e in zip(counts, np.cumsum(counts)) if c]]
+        return _rms(x, self.top["norm"], self.eps) @ self.top["head"].T
+
+
+def _gguf_tokenizer(meta: dict[str, Any]) -> Any:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    if meta.get("tokenizer.ggml.model") != "gpt2":
+        raise ValueError("this GGUF file's tokenizer is not byte-level BPE; use a folder with tokenizer.json")
+    tokens = meta["tokenizer.ggml.tokens"]
+    merges = [tuple(m.split(" ")) for m in meta["tokenizer.ggml.merges"]]
+    tok = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tok.decoder = decoders.ByteLevel()
+    control = [AddedToken(t, special=True) for t, kind in zip(tokens, meta["tokenizer.ggml.token_type"]) if kind == 3]
+    tok.add_special_tokens(control)
+    return tok

