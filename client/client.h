@@ -68,5 +68,7 @@ kvd_result kvd_client_add_buffer(kvd_client *c, kvd_buffer *b, kvd_failure *err)
 
 kvd_result kvd_client_result(int code);
 kvd_result kvd_client_fail(kvd_failure *err, const struct kvd_error *e);
+// The other way round: a failure of the public API as a status.
+int kvd_client_failed(const kvd_failure *failure, struct kvd_error *err);
 
 #endif

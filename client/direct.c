@@ -93,13 +93,7 @@ static int append_batch(struct kvd_direct *d, const uint32_t *list, const kvd_it
     pthread_mutex_unlock(&d->lock);
     int rc = kvd_direct_read_socket(d, err); // is the session still the same?
     if (rc == KVD_OK && kvd_append(d->client, (kvd_layers){0, 0}, items, n, &failure))
-        rc = kvd_fail(err,
-                      failure.code == KVD_ERR_LOST          ? KVD_E_LOST
-                      : failure.code == KVD_ERR_EXHAUSTED   ? KVD_E_FULL
-                      : failure.code == KVD_ERR_UNAVAILABLE ? KVD_E_UNAVAILABLE
-                      : failure.code == KVD_ERR_TIMEOUT     ? KVD_E_TIMEOUT
-                                                            : KVD_E_PRECONDITION,
-                      "%s", failure.text);
+        rc = kvd_client_failed(&failure, err);
     if (rc == KVD_OK)
         rc = kvd_direct_map(d, list, n, err);
     pthread_mutex_lock(&d->lock);

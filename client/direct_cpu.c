@@ -17,7 +17,7 @@ static int cpu_init(struct kvd_direct *d, struct kvd_error *err)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     uint64_t bytes = direct_layer_at(d, d->geometry.n_layers, true);
     if (kvd_buffer_new(d->client, bytes, &d->tail, &failure))
-        return kvd_fail(err, KVD_E_UNAVAILABLE, "%s", failure.text);
+        return kvd_client_failed(&failure, err);
     return KVD_OK;
 }
 

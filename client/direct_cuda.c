@@ -124,7 +124,7 @@ static int cuda_init(struct kvd_direct *d, struct kvd_error *err)
         return rc;
     if (kvd_buffer_cuda(d->client, side_of(d)->tail, direct_layer_at(d, d->geometry.n_layers, true),
                         &d->tail, &failure))
-        return kvd_fail(err, KVD_E_UNAVAILABLE, "%s", failure.text);
+        return kvd_client_failed(&failure, err);
     return KVD_OK;
 }
 

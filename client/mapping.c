@@ -152,8 +152,7 @@ static int map_once(struct kvd_direct *d, Kvd__V1__MapSequencesRequest *req, con
     kvd_failure failure;
     if (kvd_client_call(d->client, "/kvd.v1.KvCache/MapSequences", req, &req->session,
                         &kvd__v1__map_sequences_reply__descriptor, &reply, &failure))
-        return kvd_fail(err, failure.code == KVD_ERR_LOST ? KVD_E_LOST : KVD_E_UNAVAILABLE, "%s",
-                        failure.text);
+        return kvd_client_failed(&failure, err);
     int rc = make_arena(d, reply, err);
     if (rc == KVD_OK)
         rc = read_socket(d, err);

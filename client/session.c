@@ -42,6 +42,18 @@ kvd_result kvd_client_result(int code)
     }
 }
 
+int kvd_client_failed(const kvd_failure *failure, struct kvd_error *err)
+{
+    static const int codes[] = {
+        [KVD_ERR_INVALID] = KVD_E_INVALID,         [KVD_ERR_NOT_FOUND] = KVD_E_NOT_FOUND,
+        [KVD_ERR_EXISTS] = KVD_E_EXISTS,           [KVD_ERR_PRECONDITION] = KVD_E_PRECONDITION,
+        [KVD_ERR_EXHAUSTED] = KVD_E_FULL,          [KVD_ERR_DENIED] = KVD_E_DENIED,
+        [KVD_ERR_UNAVAILABLE] = KVD_E_UNAVAILABLE, [KVD_ERR_TIMEOUT] = KVD_E_TIMEOUT,
+        [KVD_ERR_CORRUPT] = KVD_E_CORRUPT,         [KVD_ERR_LOST] = KVD_E_LOST,
+        [KVD_ERR_INTERNAL] = KVD_E_INTERNAL};
+    return kvd_fail(err, codes[failure->code], "%s", failure->text);
+}
+
 kvd_result kvd_client_fail(kvd_failure *err, const struct kvd_error *e)
 {
     kvd_result code = kvd_client_result(e->code);

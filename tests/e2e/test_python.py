@@ -253,3 +253,61 @@ def test_a_restarted_daemon(kvd):
         s = client.create()
         s.append(k, k)
         assert s.describe().length == 2
+
+
+def aligned(array):
+    """The same values at an address that 16 divides."""
+    memory = np.zeros(array.nbytes + 64, np.uint8)
+    at = -memory.ctypes.data % 64
+    out = memory[at:at + array.nbytes].view(array.dtype).reshape(array.shape)
+    out[:] = array
+    return out
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int2"])
+def test_direct_mode(kvd, codec):
+    """Decoding over mapped pages: two sequences of three slots, against attention here or a twin's step."""
+    with connect(kvd, codec=codec) as client:
+        lengths, known = [70, 500], []
+        sequences = list(client.create_many(2))
+        for s, n in zip(sequences, lengths):
+            known.append([values(n, LAYERS, n, KV_HEADS, DIM), values(n + 1, LAYERS, n, KV_HEADS, DIM)])
+            s.append(fill(client, known[-1][0]), fill(client, known[-1][1]))
+        twins = [s.fork()[0] for s in sequences]
+        with package.Direct(client, slots=3, max_tokens=1000) as direct:
+            direct.bind(0, sequences[0])
+            direct.bind(2, sequences[1])
+            for step in range(40):
+                q = aligned(values(step, LAYERS, 3, Q_HEADS, DIM))
+                k, v = (aligned(package.to_bf16(values(step + i, LAYERS, 3, KV_HEADS, DIM))) for i in (100, 200))
+                o = aligned(np.zeros((LAYERS, 3, Q_HEADS, DIM), np.float32))
+                direct.begin()
+                for layer in range(LAYERS):
+                    direct.store(layer, k[layer], v[layer])
+                    direct.attend(layer, q[layer], o[layer])
+                direct.end()
+                for i, slot in enumerate((0, 2)):
+                    kv = [np.concatenate([x, package.from_bf16(new[:, slot:slot + 1])], axis=1)
+                          for x, new in zip(known[i], (k, v))]
+                    known[i] = kv
+                    if codec == "bf16":
+                        for layer in range(LAYERS):
+                            close(o[layer, slot], attention(q[layer, slot:slot + 1], kv[0][layer], kv[1][layer])[0][0], 1e-5)
+            direct.flush()
+            assert [s.describe().length for s in sequences] == [s.length for s in sequences] == [110, 540]
+            for bad in (k[0, :2], k[0].astype(np.float32), k[:, 0], memoryview(b"x")):
+                with pytest.raises((ValueError, TypeError)):
+                    direct.store(0, bad, v[0])
+            with pytest.raises(package.InvalidError):
+                direct.store(LAYERS, k[0], v[0])
+            with pytest.raises(package.PreconditionError):
+                package.Direct(client, slots=1, max_tokens=10)
+            with pytest.raises(package.NotFoundError):
+                direct.bind(1, package.Sequence(client, 12345))
+        for i, (s, twin) in enumerate(zip(sequences, twins)):  # what kvd has is what a plain append makes of it
+            twin.append(fill(client, known[i][0][:, lengths[i]:]), fill(client, known[i][1][:, lengths[i]:]))
+            got, want = ([client.tensor(LAYERS, s.length, KV_HEADS, DIM, dtype="f32") for _ in range(2)] for _ in range(2))
+            s.read(0, s.length, k=got[0], v=got[1])
+            twin.read(0, twin.length, k=want[0], v=want[1])
+            for a, b in zip(got, want):
+                assert np.array_equal(a.array, b.array)
