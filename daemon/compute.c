@@ -1,8 +1,7 @@
 #include "daemon/compute.h"
 
 enum {
-    MAX_IN_FLIGHT = 8,          // works handed to the executor at once
-    MAX_QUEUED_BYTES = 1 << 30, // of the requests that wait: inline data stays in memory meanwhile
+    MAX_IN_FLIGHT = 8, // works handed to the executor at once
 };
 
 static struct {
@@ -462,7 +461,7 @@ void kvd_compute_kick(struct kvd_daemon *d)
 void kvd_work_enqueue(struct kvd_daemon *d, struct kvd_work *w)
 {
     if (queue.queued >= d->config.max_queue ||
-        queue.queued_bytes + w->call->request_bytes > MAX_QUEUED_BYTES) {
+        queue.queued_bytes + w->call->request_bytes > KVD_MAX_WAITING_BYTES) {
         struct kvd_error err = {0};
         kvd_fail(&err, KVD_E_LIMIT,
                  "%u calls are waiting already, or 1 GiB of requests; send fewer at a time or "

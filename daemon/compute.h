@@ -12,6 +12,10 @@
 #include "daemon/rpc.h"
 #include "kvd.pb-c.h"
 
+// Of the requests that wait, in the queue or for fences each: inline data stays in memory
+// meanwhile.
+#define KVD_MAX_WAITING_BYTES (1ull << 30)
+
 struct kvd_work_item {
     uint64_t seq, position;
     uint32_t tokens; // to append, and queries

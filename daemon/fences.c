@@ -16,6 +16,7 @@ enum {
 static struct {
     struct kvd_work *first; // linked by next
     uint32_t count;
+    uint64_t bytes; // of their requests
     bool made;
     uv_idle_t eager;
     uv_timer_t lazy;
@@ -44,6 +45,7 @@ static struct kvd_work *take(struct kvd_work **link)
     *link = w->next;
     w->next = NULL;
     parked.count--;
+    parked.bytes -= w->call->request_bytes;
     return w;
 }
 
@@ -109,10 +111,12 @@ static void on_lazy(uv_timer_t *timer)
 
 void kvd_fences_park(struct kvd_daemon *d, struct kvd_work *w)
 {
-    if (parked.count >= d->config.max_queue) {
+    if (parked.count >= d->config.max_queue ||
+        parked.bytes + w->call->request_bytes > KVD_MAX_WAITING_BYTES) {
         struct kvd_error err = {0};
         kvd_fail(&err, KVD_E_LIMIT,
-                 "%u calls wait for fences already; send fewer at a time or raise max-queue",
+                 "%u calls wait for fences already, or 1 GiB of requests; send fewer at a time or "
+                 "raise max-queue",
                  parked.count);
         kvd_work_fail(d, w, &err);
         return;
@@ -126,6 +130,7 @@ void kvd_fences_park(struct kvd_daemon *d, struct kvd_work *w)
     w->next = parked.first;
     parked.first = w;
     parked.count++;
+    parked.bytes += w->call->request_bytes;
     parked.latest_ms = kvd_now_ms(d);
     uv_timer_stop(&parked.lazy);
     uv_idle_start(&parked.eager, on_eager);
