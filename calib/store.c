@@ -283,6 +283,12 @@ struct listing {
     uint32_t n, cap;
 };
 
+static double evaluated(const json_t *info, const char *mode)
+{
+    const json_t *figures = json_object_get(json_object_get(info, "evaluation"), mode);
+    return json_number_value(json_object_get(figures, "output_error"));
+}
+
 static int add_entry(struct listing *l, const char *model, const char *tag, const json_t *info)
 {
     if (l->n == l->cap) {
@@ -302,6 +308,8 @@ static int add_entry(struct listing *l, const char *model, const char *tag, cons
     snprintf(e->tag, sizeof(e->tag), "%s", tag);
     snprintf(e->digest, sizeof(e->digest), "%s", digest);
     e->bytes = (uint64_t)json_integer_value(json_object_get(info, "bytes"));
+    e->error = evaluated(info, "windows");
+    e->error_no_windows = evaluated(info, "no_windows");
     char name[128], path[KVD_STORE_PATH];
     kvd_store_object_name(name, sizeof(name), digest);
     e->cached = kvd_store_join(path, l->c->cache, name, NULL) == 0 && access(path, R_OK) == 0;

@@ -404,6 +404,8 @@ static void list_done(uv_work_t *work, int status)
         infos[i].tag = (char *)e->tag;
         infos[i].digest = (char *)e->digest;
         infos[i].bytes = e->bytes;
+        infos[i].error = e->error;
+        infos[i].error_no_windows = e->error_no_windows;
         infos[i].users = loaded_users(d, e->digest);
         infos[i].state = is_loaded(d, e->digest) ? "loaded" : e->cached ? "cached" : "store";
         list[r.n_sets++] = &infos[i];

@@ -58,13 +58,14 @@ static int print_entries(struct kvctl *k, Kvd__V1__ListRotationSetsReply *r)
         json_decref(j);
         return EXIT_OK;
     }
-    struct table *t = table_new("MODEL|TAG|STATE|>BYTES|>USERS|DIGEST");
+    struct table *t = table_new("MODEL|TAG|STATE|>BYTES|>USERS|>ERROR|DIGEST");
     for (size_t i = 0; i < r->n_sets; i++) {
         table_cell(t, "%s", r->sets[i]->model);
         table_cell(t, "%s", r->sets[i]->tag);
         table_cell(t, "%s", r->sets[i]->state);
         table_size(t, r->sets[i]->bytes);
         table_cell(t, "%u", r->sets[i]->users);
+        table_cell(t, r->sets[i]->error > 0 ? "%.3f" : "-", r->sets[i]->error);
         table_cell(t, "%s", r->sets[i]->digest);
     }
     table_print(t, "the store has no rotation sets");
@@ -88,6 +89,8 @@ static int list_local(struct kvctl *k)
         infos[i].tag = entries[i].tag;
         infos[i].digest = entries[i].digest;
         infos[i].bytes = entries[i].bytes;
+        infos[i].error = entries[i].error;
+        infos[i].error_no_windows = entries[i].error_no_windows;
         infos[i].state = entries[i].cached ? "cached" : "store";
         list[r.n_sets++] = &infos[i];
     }

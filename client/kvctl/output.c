@@ -13,6 +13,8 @@ static json_t *value_json(const ProtobufCFieldDescriptor *f, const void *at)
         return json_integer(*(const json_int_t *)at);
     case PROTOBUF_C_TYPE_BOOL:
         return json_boolean(*(const protobuf_c_boolean *)at);
+    case PROTOBUF_C_TYPE_DOUBLE:
+        return json_real(*(const double *)at);
     case PROTOBUF_C_TYPE_STRING:
         return json_string(*(char *const *)at);
     case PROTOBUF_C_TYPE_MESSAGE:

@@ -108,6 +108,11 @@ def test_a_report_goes_into_the_manifest(tmp_path):
     del figures["layers"]
     assert entry["evaluation"]["windows"] == figures and entry["evaluation"]["context"] == CONTEXT
     assert "1280 tokens" in entry["provenance"]
+    listed = subprocess.run([KVCTL, "--json", "--store", store, "--cache", tmp_path / "cache", "calib", "ls"],
+                            capture_output=True, text=True)
+    assert json.loads(listed.stdout)["sets"][0]["error"] == pytest.approx(figures["output_error"])
+    plain = subprocess.run([KVCTL, "--store", store, "--cache", tmp_path / "cache", "calib", "ls"], capture_output=True, text=True)
+    assert f" {figures['output_error']:.3f} " in plain.stdout
     r = subprocess.run([KVCTL, "--store", store, "calib", "publish", tmp_path / "other", "m@v2", report],
                        capture_output=True, text=True)
     assert r.returncode == 1 and "says nothing of the set sha256:" in r.stderr
