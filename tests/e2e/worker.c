@@ -7,34 +7,9 @@
 #include <string.h>
 
 #include "kvd/kvd.h"
+#include "random.h"
 
 enum { LAYERS = 3, KV = 2, GROUP = 3, HEADS = KV * GROUP, DIM = 64, MAX = 900, SEQS = 3 };
-
-static uint64_t rng = 88172645463325252ull;
-static double uniform(void)
-{
-    rng ^= rng << 13;
-    rng ^= rng >> 7;
-    rng ^= rng << 17;
-    return (double)(rng >> 11) * 0x1p-53;
-}
-static float normal(void)
-{
-    return (float)(sqrt(-2 * log(uniform() + 1e-300)) * cos(6.283185307179586 * uniform()));
-}
-static uint16_t bf16(float f)
-{
-    uint32_t u;
-    memcpy(&u, &f, 4);
-    return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-static float widen(uint16_t b)
-{
-    uint32_t u = (uint32_t)b << 16;
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
 
 #define TRY(call)                                                                                  \
     do {                                                                                           \
