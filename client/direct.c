@@ -583,6 +583,9 @@ static void stop_thread(struct kvd_direct *d)
 {
     struct kvd_error ignored;
     pthread_mutex_lock(&d->lock);
+    for (uint32_t i = 0; i < d->options.slots && d->in_step;
+         i++) // a step that was not ended is none
+        d->slots[i].length -= d->slots[i].sequence ? d->options.step_tokens : 0;
     d->in_step = false;
     flush(d, ALL_SLOTS, &ignored);
     d->stop = true;

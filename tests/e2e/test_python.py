@@ -304,6 +304,10 @@ def test_direct_mode(kvd, codec):
                 package.Direct(client, slots=1, max_tokens=10)
             with pytest.raises(package.NotFoundError):
                 direct.bind(1, package.Sequence(client, 12345))
+            direct.begin()  # a step that is not ended is none
+            with pytest.raises(package.PreconditionError):
+                direct.flush()
+        assert [s.describe().length for s in sequences] == [110, 540]
         for i, (s, twin) in enumerate(zip(sequences, twins)):  # what kvd has is what a plain append makes of it
             twin.append(fill(client, known[i][0][:, lengths[i]:]), fill(client, known[i][1][:, lengths[i]:]))
             got, want = ([client.tensor(LAYERS, s.length, KV_HEADS, DIM, dtype="f32") for _ in range(2)] for _ in range(2))

@@ -235,7 +235,8 @@ typedef struct kvd_direct_options {
 
 KVD_API kvd_result kvd_direct_open(kvd_client *client, const kvd_direct_options *options,
                                    kvd_direct **out, kvd_failure *err);
-/* Appends what is left in the tail, as far as kvd takes it, and frees. *direct becomes NULL. */
+/* Appends what is left in the tail, as far as kvd takes it, and frees. A step that was not ended is
+ * forgotten. To be called before kvd_close. *direct becomes NULL. */
 KVD_API void kvd_direct_close(kvd_direct **direct);
 /* Puts a sequence that the session holds into a slot; 0 empties it. What the slot had is flushed
  * first. */
