@@ -41,6 +41,7 @@ struct kvd_client {
     struct kvd_stream *events;
     uint64_t events_epoch;
     kvd_direct *direct;
+    pthread_mutex_t enqueuer_lock; // of its making
     struct kvd_enqueuer *enqueuer; // made on first use
 };
 
@@ -66,6 +67,8 @@ int kvd_gpu_order(void *stream, uint64_t write_at, uint64_t wait_at, uint32_t va
 // Registers a buffer that has its memory and links it to the client. On failure *b is not freed.
 kvd_result kvd_client_add_buffer(kvd_client *c, kvd_buffer *b, kvd_failure *err);
 
+// Whether the daemon runs on the CPU.
+bool kvd_client_on_cpu(kvd_client *c);
 kvd_result kvd_client_result(int code);
 kvd_result kvd_client_fail(kvd_failure *err, const struct kvd_error *e);
 // The other way round: a failure of the public API as a status.

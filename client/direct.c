@@ -463,7 +463,7 @@ static int take_geometry(struct kvd_direct *d, struct kvd_error *err)
 
 static int open_backend(struct kvd_direct *d, struct kvd_error *err)
 {
-    if (strcmp(d->client->opened->backend, "cpu") == 0) {
+    if (kvd_client_on_cpu(d->client)) {
         d->ops = &kvd_direct_cpu;
         d->backend = kvd_cpu_backend_new(0, NULL, err);
     } else {
@@ -528,7 +528,10 @@ static int check_options(const kvd_client *c, kvd_direct_options *o, struct kvd_
 
 static int open_direct(struct kvd_direct *d, struct kvd_error *err)
 {
+    pthread_rwlock_rdlock(&d->client->lock);
+    d->epoch = d->client->epoch;
     int rc = take_geometry(d, err);
+    pthread_rwlock_unlock(&d->client->lock);
     if (rc == KVD_OK)
         rc = make_tables(d, err);
     if (rc == KVD_OK)
@@ -561,7 +564,6 @@ kvd_result kvd_direct_open(kvd_client *c, const kvd_direct_options *options, kvd
         return kvd_client_fail(err, &e);
     }
     d->client = c;
-    d->epoch = c->epoch;
     d->rotations_fd = -1;
     pthread_mutex_init(&d->lock, NULL);
     pthread_mutex_init(&d->socket_lock, NULL);

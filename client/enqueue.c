@@ -192,13 +192,13 @@ kvd_result kvd_enqueue(kvd_client *c, void *stream, kvd_call_kind kind, kvd_laye
                        kvd_failure *err)
 {
     struct kvd_error e = {0};
-    if (strcmp(c->opened->backend, "cpu") == 0)
+    if (kvd_client_on_cpu(c))
         return kvd_client_compute(c, kind, layers, attention, items, count, NULL, NULL, err);
-    if (!c->enqueuer) {
-        kvd_result rc = enqueuer_new(c, err);
-        if (rc)
-            return rc;
-    }
+    pthread_mutex_lock(&c->enqueuer_lock);
+    kvd_result made = c->enqueuer ? KVD_SUCCESS : enqueuer_new(c, err);
+    pthread_mutex_unlock(&c->enqueuer_lock);
+    if (made)
+        return made;
     struct job *job = malloc(sizeof(*job) + count * sizeof(*items));
     if (!job) {
         kvd_fail(&e, KVD_E_INTERNAL, "out of memory");
@@ -219,7 +219,9 @@ kvd_result kvd_enqueue(kvd_client *c, void *stream, kvd_call_kind kind, kvd_laye
 
 kvd_result kvd_enqueued(kvd_client *c, kvd_failure *err)
 {
+    pthread_mutex_lock(&c->enqueuer_lock);
     struct kvd_enqueuer *q = c->enqueuer;
+    pthread_mutex_unlock(&c->enqueuer_lock);
     if (!q)
         return KVD_SUCCESS;
     pthread_mutex_lock(&q->lock);

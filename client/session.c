@@ -194,6 +194,7 @@ static void client_free(kvd_client *c)
     if (c->sock >= 0)
         close(c->sock);
     pthread_rwlock_destroy(&c->lock);
+    pthread_mutex_destroy(&c->enqueuer_lock);
     free(c->address);
     free(c->namespace_name);
     free(c->client_name);
@@ -216,6 +217,7 @@ static kvd_client *client_new(const kvd_options *o)
         return NULL;
     c->sock = -1;
     pthread_rwlock_init(&c->lock, NULL);
+    pthread_mutex_init(&c->enqueuer_lock, NULL);
     c->address = copy_or(address, "unix:/run/kvd/kvd.sock");
     c->namespace_name = copy_or(o->namespace_name, "default");
     c->client_name = copy_or(o->client_name, program_invocation_short_name);
@@ -281,6 +283,14 @@ void kvd_close(kvd_client **cp)
                          &reply, NULL) == KVD_OK)
         kvd__v1__close_session_reply__free_unpacked(reply, NULL);
     client_free(c);
+}
+
+bool kvd_client_on_cpu(kvd_client *c)
+{
+    pthread_rwlock_rdlock(&c->lock);
+    bool cpu = strcmp(c->opened->backend, "cpu") == 0;
+    pthread_rwlock_unlock(&c->lock);
+    return cpu;
 }
 
 void kvd_get_info(kvd_client *c, kvd_info *out)

@@ -415,7 +415,7 @@ static void list_done(uv_work_t *work, int status)
         kvd_call_fail_error(s->call, &s->err);
     else
         kvd_call_reply(s->call, &r);
-    kvd_daemon_store_end(d);
+    kvd_daemon_work_end(d);
     free(s->entries);
     free(s);
 }
@@ -451,7 +451,7 @@ static void fetch_done(uv_work_t *work, int status)
     } else {
         kvd_call_fail_error(s->call, &s->err);
     }
-    kvd_daemon_store_end(d);
+    kvd_daemon_work_end(d);
     kvd_rotset_free(&s->set);
     free(s);
 }
@@ -469,7 +469,7 @@ static void store_call(struct kvd_call *call, const char *ref, uv_work_cb work,
     s->work.data = s;
     kvd_fail(&s->err, KVD_OK, "kvd is shutting down");
     snprintf(s->ref, sizeof(s->ref), "%s", ref);
-    kvd_daemon_store_begin(call->d);
+    kvd_daemon_work_begin(call->d);
     uv_queue_work(&call->d->loop, &s->work, work, done);
 }
 

@@ -416,6 +416,8 @@ void kvd_work_fail(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_er
         lock(d, w, false);
     kvd_work_free(d, w);
     kvd_call_fail_error(call, err);
+    if (err->code == KVD_E_INTERNAL)
+        kvd_daemon_check_device(d);
 }
 
 static void launch(struct kvd_daemon *d, struct kvd_work *w)

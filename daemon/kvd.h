@@ -121,7 +121,7 @@ struct kvd_daemon {
     uv_signal_t sig_term, sig_int, sig_hup;
     uv_timer_t watchdog, lease_timer, drain_timer, memory_timer;
     uint64_t drain_deadline_ms;
-    uint32_t store_works; // on libuv's thread pool; gRPC must outlive them, as they answer calls
+    uint32_t pool_works; // on libuv's thread pool; gRPC must outlive them, as they answer calls
     int lock_fds[KVD_MAX_LISTEN];
     uint32_t n_locks;
     int exit_code;
@@ -146,9 +146,9 @@ void kvd_daemon_drain(struct kvd_daemon *d, uint64_t timeout_ms);
 void kvd_daemon_check_device(struct kvd_daemon *d);
 // To be called when a session ended: a draining daemon may be done.
 void kvd_daemon_session_ended(struct kvd_daemon *d);
-// Brackets work on libuv's thread pool that ends by answering a call: stopping waits for it.
-void kvd_daemon_store_begin(struct kvd_daemon *d);
-void kvd_daemon_store_end(struct kvd_daemon *d);
+// Brackets work on libuv's thread pool that needs the daemon when it ends: stopping waits for it.
+void kvd_daemon_work_begin(struct kvd_daemon *d);
+void kvd_daemon_work_end(struct kvd_daemon *d);
 
 // -- session.c ----------------------------------------------------------------------------------
 // The session of a secret, marked as used; NULL if there is none.

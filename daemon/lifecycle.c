@@ -273,7 +273,7 @@ static void stop(struct kvd_daemon *d)
     kvd_exec_deinit(d);
     kvd_fdsock_deinit(d);
     kvd_store_abort();
-    if (d->store_works == 0)
+    if (d->pool_works == 0)
         kvd_rpc_shutdown(d, on_grpc_down);
 }
 
@@ -320,14 +320,14 @@ void kvd_daemon_session_ended(struct kvd_daemon *d)
         uv_timer_start(&d->drain_timer, on_drained, 20, 0);
 }
 
-void kvd_daemon_store_begin(struct kvd_daemon *d)
+void kvd_daemon_work_begin(struct kvd_daemon *d)
 {
-    d->store_works++;
+    d->pool_works++;
 }
 
-void kvd_daemon_store_end(struct kvd_daemon *d)
+void kvd_daemon_work_end(struct kvd_daemon *d)
 {
-    if (--d->store_works == 0 && d->state == KVD_STOPPING)
+    if (--d->pool_works == 0 && d->state == KVD_STOPPING)
         kvd_rpc_shutdown(d, on_grpc_down);
 }
 

@@ -63,11 +63,12 @@ static void take_back(struct kvd_daemon *d, uint32_t index)
 
 // -- the pool's ops -----------------------------------------------------------------------------
 
-static int make(struct kvd_daemon *d, uint32_t index, uint64_t *addr)
+static int mem_alloc(void *ctx, uint32_t index, uint64_t bytes, uint64_t *addr)
 {
+    struct kvd_daemon *d = ctx;
     struct kvd_memory_state *m = d->memory;
     struct kvd_error err = {0};
-    if (m->scarce && !above_floor(d, m->arena->bytes)) {
+    if (m->scarce && !above_floor(d, bytes)) {
         kvd_warning("no extent made: it would leave less than memory-floor on the GPU");
         return KVD_E_FULL;
     }
@@ -77,12 +78,6 @@ static int make(struct kvd_daemon *d, uint32_t index, uint64_t *addr)
     else
         *addr = m->arena->base + index * m->arena->bytes;
     return rc;
-}
-
-static int mem_alloc(void *ctx, uint32_t index, uint64_t bytes, uint64_t *addr)
-{
-    (void)bytes;
-    return make(ctx, index, addr);
 }
 
 static void mem_free(void *ctx, uint32_t index, uint64_t addr, uint64_t bytes)
@@ -138,7 +133,7 @@ static void spare_done(uv_work_t *work, int status)
     bool made = status == 0 && m->rc == KVD_OK;
     m->making = false;
     kvd_pool_spare_made(d->pool, m->index, made ? m->arena->base + m->index * m->arena->bytes : 0);
-    kvd_daemon_store_end(d);
+    kvd_daemon_work_end(d);
     if (made)
         kvd_memory_ahead(d);
 }
@@ -158,7 +153,7 @@ void kvd_memory_ahead(struct kvd_daemon *d)
     m->index = index;
     m->making = true;
     m->work.data = d;
-    kvd_daemon_store_begin(d);
+    kvd_daemon_work_begin(d);
     uv_queue_work(&d->loop, &m->work, spare_work, spare_done);
 }
 

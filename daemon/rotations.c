@@ -56,7 +56,7 @@ static void fetch_done(uv_work_t *work, int status)
         f->done(f->ctx, NULL, &f->err);
     }
     kvd_rotset_free(&f->set);
-    kvd_daemon_store_end(f->d);
+    kvd_daemon_work_end(f->d);
     free(f);
 }
 
@@ -106,7 +106,7 @@ void kvd_rotations_get(struct kvd_daemon *d, struct kvd_geometry *g,
     f->store.cache = f->cache;
     snprintf(f->ref, sizeof(f->ref), "%s", g->rotation);
     f->work.data = f;
-    kvd_daemon_store_begin(d);
+    kvd_daemon_work_begin(d);
     uv_queue_work(&d->loop, &f->work, fetch_work, fetch_done);
 }
 

@@ -239,11 +239,6 @@ static void look_at_daemons_mps(struct findings *f)
               "kvd has CUDA_MPS_PIPE_DIRECTORY=%s", theirs[0] ? theirs : "(none)");
 }
 
-static void *symbol(void *lib, const char *name)
-{
-    return dlsym(lib, name);
-}
-
 static void look_at_driver(struct findings *f, bool mps)
 {
     char line[160] = "";
@@ -263,11 +258,11 @@ static void look_at_driver(struct findings *f, bool mps)
         return;
     }
     struct driver d = {
-        .init = (int (*)(unsigned))symbol(lib, "cuInit"),
-        .version = (int (*)(int *))symbol(lib, "cuDriverGetVersion"),
-        .count = (int (*)(int *))symbol(lib, "cuDeviceGetCount"),
-        .name = (int (*)(char *, int, int))symbol(lib, "cuDeviceGetName"),
-        .attribute = (int (*)(int *, int, int))symbol(lib, "cuDeviceGetAttribute"),
+        .init = (int (*)(unsigned))dlsym(lib, "cuInit"),
+        .version = (int (*)(int *))dlsym(lib, "cuDriverGetVersion"),
+        .count = (int (*)(int *))dlsym(lib, "cuDeviceGetCount"),
+        .name = (int (*)(char *, int, int))dlsym(lib, "cuDeviceGetName"),
+        .attribute = (int (*)(int *, int, int))dlsym(lib, "cuDeviceGetAttribute"),
     };
     int version = 0, n = 0, rc = -1;
     if (d.init && d.version && d.count && d.name && d.attribute && d.version(&version) == 0)

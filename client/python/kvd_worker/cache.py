@@ -86,7 +86,6 @@ class LocalCache:
 
     def __init__(self, sequences: int):
         self._kv: list[dict[int, tuple[np.ndarray, np.ndarray]]] = [{} for _ in range(sequences)]
-        self._layers = 0
 
     @property
     def lengths(self) -> list[int]:
