@@ -158,6 +158,29 @@ static double error_of(const struct tokens *s, int slot, int layer, double *norm
     return diff;
 }
 
+// A step of each layer in the stream's order, as a model runs, with nothing waited for in between.
+static void steps_in_order(kvd_item *items, uint64_t kv, uint64_t q, uint64_t o_at)
+{
+    for (uint32_t l = 0; l < LAYERS; l++) {
+        TRY(kvd_enqueue(client, stream, KVD_CALL_STEP, (kvd_layers){l, 1}, NULL, items, SLOTS - 1,
+                        ERR));
+        for (int s = 0; s < SLOTS - 1; s++) {
+            items[s].k.offset += kv;
+            items[s].v.offset += kv;
+            items[s].q.offset += q;
+            items[s].o.offset += q;
+        }
+    }
+#ifdef KVD_CUDA
+    if (cudaMemcpyAsync(shared + o_at, (uint8_t *)kvd_buffer_data(buffer) + o_at, LAYERS * q,
+                        cudaMemcpyDefault, stream) ||
+        cudaStreamSynchronize(stream))
+        exit(fprintf(stderr, "a copy failed\n"));
+#else
+    (void)o_at;
+#endif
+}
+
 // The same step on request, over the twins, in one call. Returns the worst relative error.
 static double twin_error(void)
 {
@@ -190,23 +213,7 @@ static double twin_error(void)
                        .o = {buffer, .offset = o_at + q_row, .layer_stride = q, .dtype = KVD_F32}};
     }
     if (in_order) {
-        // Layer by layer, as a model runs, with nothing waited for in between.
-        for (uint32_t l = 0; l < LAYERS; l++) {
-            TRY(kvd_enqueue(client, stream, KVD_CALL_STEP, (kvd_layers){l, 1}, NULL, items,
-                            SLOTS - 1, ERR));
-            for (int s = 0; s < SLOTS - 1; s++) {
-                items[s].k.offset += kv;
-                items[s].v.offset += kv;
-                items[s].q.offset += q;
-                items[s].o.offset += q;
-            }
-        }
-#ifdef KVD_CUDA
-        if (cudaMemcpyAsync(shared + o_at, (uint8_t *)kvd_buffer_data(buffer) + o_at, LAYERS * q,
-                            cudaMemcpyDefault, stream) ||
-            cudaStreamSynchronize(stream))
-            exit(fprintf(stderr, "a copy failed\n"));
-#endif
+        steps_in_order(items, kv, q, o_at);
         TRY(kvd_enqueued(client, ERR));
     } else {
         TRY(kvd_step(client, (kvd_layers){0, 0}, NULL, items, SLOTS - 1, ERR));
@@ -355,6 +362,34 @@ static int stall(void)
     return info.length == seqs[0].length ? 0 : 1;
 }
 
+// The worst relative error of a step's outputs. After a flush, the view has all that kvd has, as a
+// step on request sees it.
+static double check_step(int exact, int i)
+{
+    double worst = 0;
+    if (!exact && i % 13 == 0) {
+        worst = twin_error();
+        checked++;
+    }
+    for (int s = 0; s < SLOTS - 1 && exact; s++) {
+        double norm = 0, diff = 0;
+        for (int l = 0; l < LAYERS; l++)
+            diff += error_of(&seqs[s], s, l, &norm);
+        worst = fmax(worst, sqrt(diff / norm));
+        checked++;
+    }
+    return worst;
+}
+
+// Appends the step's tokens to a twin.
+static void follow(const struct tokens *s)
+{
+    kvd_item item = {
+        .sequence = s->twin, .position = s->length, .tokens = n, .k = {buffer}, .v = {buffer}};
+    item.v.offset = put(s, s->length, n);
+    TRY(kvd_append(client, (kvd_layers){0, 0}, &item, 1, ERR));
+}
+
 int main(int argc, char **argv)
 {
     static const uint32_t lengths[SLOTS - 1] = {0, 5, 333, 900};
@@ -380,31 +415,13 @@ int main(int argc, char **argv)
         for (int s = 0; s < SLOTS - 1; s++)
             draw(&seqs[s], seqs[s].length, n);
         step(with_graph);
-        // After a flush, the view has all that kvd has, as a step on request sees it.
-        if (!exact && i % 13 == 0) {
-            worst = fmax(worst, twin_error());
-            checked++;
-        }
-        for (int s = 0; s < SLOTS - 1 && exact; s++) {
-            double norm = 0, diff = 0;
-            for (int l = 0; l < LAYERS; l++)
-                diff += error_of(&seqs[s], s, l, &norm);
-            worst = fmax(worst, sqrt(diff / norm));
-            checked++;
-        }
+        worst = fmax(worst, check_step(exact, i));
         for (int s = 0; s < SLOTS; s++)
             keep[s] = n == 1 || !exact ? n : (uint32_t)(uniform() * (n + 1));
         TRY(kvd_direct_end(direct, stream, keep, ERR));
         for (int s = 0; s < SLOTS - 1; s++) {
-            if (!exact) { // the twin follows
-                kvd_item item = {.sequence = seqs[s].twin,
-                                 .position = seqs[s].length,
-                                 .tokens = n,
-                                 .k = {buffer},
-                                 .v = {buffer}};
-                item.v.offset = put(&seqs[s], seqs[s].length, n);
-                TRY(kvd_append(client, (kvd_layers){0, 0}, &item, 1, ERR));
-            }
+            if (!exact)
+                follow(&seqs[s]);
             seqs[s].length += keep[s];
         }
         if (i % 13 == 12)
