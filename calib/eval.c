@@ -9,14 +9,16 @@
 
 static const float clip_ratios[] = {1.0f,  0.99f, 0.98f, 0.97f, 0.96f, 0.95f, 0.94f,
                                     0.93f, 0.92f, 0.91f, 0.90f, 0.88f, 0.86f, 0.84f};
-enum { RATIOS = KVD_LEN(clip_ratios) };
+// Of the levels, at the ratios chosen before. None first: of equals the first is taken.
+static const float gains[] = {1.0f, 0.98f, 0.96f, 0.94f, 0.92f, 0.9f, 0.88f, 1.03f, 1.06f};
+enum { RATIOS = KVD_LEN(clip_ratios), GAINS = KVD_LEN(gains) };
 
-double kvd_eval_bits(uint32_t dim_k, uint32_t dim_v)
+double kvd_eval_bits(uint32_t codec, uint32_t dim_k, uint32_t dim_v)
 {
-    return 2 + 32.0 * 2 / (dim_k + dim_v);
+    return 8.0 * (double)kvd_tile_bytes(codec, dim_k, dim_v) / KVD_PAGE_TOKENS / (dim_k + dim_v);
 }
 
-// Sums of one layer and set, or ratio; per kv head while it is worked on.
+// Sums of one layer and case, ratio or gain; per kv head while it is worked on.
 struct sums {
     double difference, norm; // squared
     double logit, logits;    // squared, and how many
@@ -32,9 +34,10 @@ struct context {
 struct job {
     const struct kvd_dump *dump;
     const struct kvd_eval_options *o;
-    const struct kvd_rotset *const *sets;
-    uint32_t n_sets;
-    struct kvd_rotset *clips; // fit these instead
+    const struct kvd_eval_case *cases;
+    uint32_t n_cases;
+    struct kvd_rotset *clips; // fit these instead,
+    bool fit_gains;           // or its gains
     uint16_t layers[KVD_MAX_LAYERS];
     uint32_t n_layers;
     struct kvd_eval_figures *figures;
@@ -134,11 +137,11 @@ static void add_spectrum(struct job *j, const float *x, uint32_t n, uint32_t dim
 // out: x with its history turned by r, quantized, and turned back. `spectrum`, if not NULL, gets
 // what the turned channels share.
 static void through_pages(struct job *j, struct workspace *w, const float *x, uint32_t dim,
-                          const float *r, float ratio, double *spectrum, float *out)
+                          const float *r, const struct kvd_quantizer *q, double *spectrum,
+                          float *out)
 {
     uint32_t begin, end;
-    uint8_t codes[KVD_MAX_HEAD_DIM];
-    struct kvd_param param;
+    struct kvd_row quantized;
     history(j, &begin, &end);
     int n = (int)(end - begin), d = (int)dim;
     memcpy(out, x, (uint64_t)w->tokens * dim * sizeof(*out));
@@ -146,12 +149,15 @@ static void through_pages(struct job *j, struct workspace *w, const float *x, ui
                 r, d, 0, w->turned, d);
     if (spectrum)
         add_spectrum(j, w->turned, (uint32_t)n, dim, spectrum);
+    if (q->codec == KVD_CODEC_BF16) // rounded when it was recorded
+        return;
+    const float *levels = kvd_codec_levels(q->codec);
     for (int t = 0; t < n; t++) {
         float *row = w->turned + (uint64_t)t * dim;
-        kvd_int2_quantize(row, dim, ratio, codes, &param);
-        float scale = kvd_fp16_to_f32(param.scale), min = kvd_fp16_to_f32(param.min);
+        kvd_row_quantize(q, row, dim, &quantized);
+        struct kvd_affine a = kvd_param_decode(q->codec, quantized.param);
         for (uint32_t i = 0; i < dim; i++)
-            row[i] = scale * (float)codes[i] + min;
+            row[i] = a.scale * levels[quantized.codes[i]] + a.min;
     }
     cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, n, d, d, 1, w->turned, d, r, d, 0,
                 out + (uint64_t)begin * dim, d);
@@ -254,8 +260,8 @@ static uint64_t matrix(const struct kvd_rotset *s, uint32_t layer, uint32_t head
     return (uint64_t)i * s->heads + (s->heads == 1 ? 0 : head);
 }
 
-static void compare_sets(struct job *j, struct workspace *w, uint32_t layer, uint32_t head,
-                         struct sums *out)
+static void compare_cases(struct job *j, struct workspace *w, uint32_t layer, uint32_t head,
+                          struct sums *out)
 {
     uint32_t begin, end, dim_k = j->dump->dim[KVD_DUMP_K], dim_v = j->dump->dim[KVD_DUMP_V];
     double *k = j->spectra ? j->spectra->k : NULL, *v = j->spectra ? j->spectra->v : NULL;
@@ -264,12 +270,14 @@ static void compare_sets(struct job *j, struct workspace *w, uint32_t layer, uin
         add_spectrum(j, w->k + (uint64_t)begin * dim_k, end - begin, dim_k, k);
         add_spectrum(j, w->v + (uint64_t)begin * dim_v, end - begin, dim_v, v);
     }
-    for (uint32_t i = 0; i < j->n_sets; i++) {
-        const struct kvd_rotset *s = j->sets[i];
+    for (uint32_t i = 0; i < j->n_cases; i++) {
+        const struct kvd_rotset *s = j->cases[i].set;
         uint64_t at = matrix(s, layer, head);
-        through_pages(j, w, w->k, dim_k, s->k + at * dim_k * dim_k, s->clip_k[at],
+        struct kvd_quantizer qk = {j->cases[i].codec, s->clip_k[at], s->gain_k[at]};
+        struct kvd_quantizer qv = {j->cases[i].codec, s->clip_v[at], s->gain_v[at]};
+        through_pages(j, w, w->k, dim_k, s->k + at * dim_k * dim_k, &qk,
                       k ? k + (1 + i) * dim_k : NULL, w->k2);
-        through_pages(j, w, w->v, dim_v, s->v + at * dim_v * dim_v, s->clip_v[at],
+        through_pages(j, w, w->v, dim_v, s->v + at * dim_v * dim_v, &qv,
                       v ? v + (1 + i) * dim_v : NULL, w->v2);
         logits_of(j, w, w->k2, w->p2);
         add_weight_error(j, w, &out[i]);
@@ -278,23 +286,34 @@ static void compare_sets(struct job *j, struct workspace *w, uint32_t layer, uin
     }
 }
 
-// out: [K's ratios, V's ratios].
-static void compare_ratios(struct job *j, struct workspace *w, uint32_t layer, uint32_t head,
-                           struct sums *out)
+// How many ratios, or gains, are compared.
+static uint32_t n_terms(const struct job *j)
+{
+    return j->fit_gains ? GAINS : RATIOS;
+}
+
+// out: [K's ratios or gains, V's].
+static void compare_terms(struct job *j, struct workspace *w, uint32_t layer, uint32_t head,
+                          struct sums *out)
 {
     const struct kvd_rotset *s = j->clips;
     uint64_t at = matrix(s, layer, head);
-    for (uint32_t i = 0; i < RATIOS; i++) {
-        through_pages(j, w, w->k, s->dim_k, s->k + at * s->dim_k * s->dim_k, clip_ratios[i], NULL,
-                      w->k2);
+    uint32_t n = n_terms(j);
+    for (uint32_t i = 0; i < n; i++) {
+        struct kvd_quantizer qk = {KVD_CODEC_INT2, s->clip_k[at], 1};
+        struct kvd_quantizer qv = {KVD_CODEC_INT2, s->clip_v[at], 1};
+        if (j->fit_gains)
+            qk.gain = qv.gain = gains[i];
+        else
+            qk.ratio = qv.ratio = clip_ratios[i];
+        through_pages(j, w, w->k, s->dim_k, s->k + at * s->dim_k * s->dim_k, &qk, NULL, w->k2);
         logits_of(j, w, w->k2, w->p2);
         softmax(w, w->p2);
         outputs_of(j, w, w->p2, w->v, w->out2);
         add_output_error(j, w, &out[i]);
-        through_pages(j, w, w->v, s->dim_v, s->v + at * s->dim_v * s->dim_v, clip_ratios[i], NULL,
-                      w->v2);
+        through_pages(j, w, w->v, s->dim_v, s->v + at * s->dim_v * s->dim_v, &qv, NULL, w->v2);
         outputs_of(j, w, w->p, w->v2, w->out2);
-        add_output_error(j, w, &out[RATIOS + i]);
+        add_output_error(j, w, &out[n + i]);
     }
 }
 
@@ -338,10 +357,10 @@ static void report(struct job *j)
 
 static void take_figures(struct job *j, uint32_t i, const struct sums *s, uint32_t heads)
 {
-    for (uint32_t k = 0; k < j->n_sets; k++) {
+    for (uint32_t k = 0; k < j->n_cases; k++) {
         struct sums all = {0};
         for (uint32_t h = 0; h < heads; h++) {
-            const struct sums *x = &s[h * j->n_sets + k];
+            const struct sums *x = &s[h * j->n_cases + k];
             all.difference += x->difference, all.norm += x->norm;
             all.logit += x->logit, all.logits += x->logits;
             all.kl += x->kl, all.queries += x->queries;
@@ -355,25 +374,29 @@ static void take_figures(struct job *j, uint32_t i, const struct sums *s, uint32
     }
 }
 
-// The ratio of least error for each matrix of a layer; of equals, the one that clips less.
-static void take_clips(struct job *j, uint32_t i, const struct sums *s, uint32_t heads)
+// The ratio or gain of least error for each matrix of a layer; of equals, the first.
+static void take_terms(struct job *j, uint32_t i, const struct sums *s, uint32_t heads)
 {
     struct kvd_rotset *set = j->clips;
     for (uint32_t m = 0; m < set->heads; m++)
         for (uint32_t side = 0; side < 2; side++) {
             double least = INFINITY;
             uint32_t best = 0;
-            for (uint32_t r = 0; r < RATIOS; r++) {
+            for (uint32_t r = 0; r < n_terms(j); r++) {
                 double difference = 0;
                 for (uint32_t h = 0; h < heads; h++)
                     if (set->heads == 1 || h == m)
-                        difference += s[(h * 2 + side) * RATIOS + r].difference;
+                        difference += s[(h * 2 + side) * n_terms(j) + r].difference;
                 if (difference < least) {
                     least = difference;
                     best = r;
                 }
             }
-            (side ? set->clip_v : set->clip_k)[matrix(set, j->layers[i], m)] = clip_ratios[best];
+            uint64_t at = matrix(set, j->layers[i], m);
+            if (j->fit_gains)
+                (side ? set->gain_v : set->gain_k)[at] = gains[best];
+            else
+                (side ? set->clip_v : set->clip_k)[at] = clip_ratios[best];
         }
 }
 
@@ -382,7 +405,7 @@ static int eval_layer(void *arg, void *workspace, uint32_t i, struct kvd_error *
     struct job *j = arg;
     struct workspace *w = workspace;
     uint32_t heads = j->dump->heads[KVD_DUMP_K], layer = j->layers[i];
-    uint32_t n = contexts_of(j, layer, NULL, 0), each = j->clips ? 2 * RATIOS : j->n_sets;
+    uint32_t n = contexts_of(j, layer, NULL, 0), each = j->clips ? 2 * n_terms(j) : j->n_cases;
     struct context *c KVD_FREE = calloc(n, sizeof(*c));
     struct sums *s KVD_FREE = calloc((uint64_t)heads * each, sizeof(*s));
     if (!c || !s)
@@ -394,14 +417,14 @@ static int eval_layer(void *arg, void *workspace, uint32_t i, struct kvd_error *
         for (uint32_t h = 0; h < heads; h++) {
             recorded(j, w, h);
             if (j->clips)
-                compare_ratios(j, w, layer, h, &s[h * each]);
+                compare_terms(j, w, layer, h, &s[h * each]);
             else
-                compare_sets(j, w, layer, h, &s[h * each]);
+                compare_cases(j, w, layer, h, &s[h * each]);
             report(j);
         }
     }
     if (j->clips)
-        take_clips(j, i, s, heads);
+        take_terms(j, i, s, heads);
     else
         take_figures(j, i, s, heads);
     return KVD_OK;
@@ -432,8 +455,8 @@ static int check_set(const struct job *j, const struct kvd_rotset *s, struct kvd
 static bool all_have_layer(const struct job *j, uint32_t layer)
 {
     bool all = !j->clips || has_layer(j->clips, layer);
-    for (uint32_t i = 0; i < j->n_sets; i++)
-        all &= has_layer(j->sets[i], layer);
+    for (uint32_t i = 0; i < j->n_cases; i++)
+        all &= has_layer(j->cases[i].set, layer);
     return all;
 }
 
@@ -459,8 +482,8 @@ static int run(struct job *j, struct kvd_error *err)
             err, KVD_E_INVALID,
             "no layer of the set has %u tokens in one file of the dump: ask for a shorter context",
             o->context);
-    for (uint32_t i = 0; i < j->n_sets; i++)
-        if (check_set(j, j->sets[i], err))
+    for (uint32_t i = 0; i < j->n_cases; i++)
+        if (check_set(j, j->cases[i].set, err))
             return err->code;
     if (j->clips && check_set(j, j->clips, err))
         return err->code;
@@ -474,7 +497,7 @@ static int run(struct job *j, struct kvd_error *err)
     return kvd_parallel_run(&p, err);
 }
 
-int kvd_eval_run(const struct kvd_dump *d, const struct kvd_rotset *const *sets, uint32_t n,
+int kvd_eval_run(const struct kvd_dump *d, const struct kvd_eval_case *cases, uint32_t n,
                  const struct kvd_eval_options *o, struct kvd_eval_figures *figures,
                  uint16_t *layers, uint32_t *n_layers, struct kvd_eval_spectra *spectra,
                  struct kvd_error *err)
@@ -482,8 +505,8 @@ int kvd_eval_run(const struct kvd_dump *d, const struct kvd_rotset *const *sets,
     struct job j = {.dump = d,
                     .spectra = spectra,
                     .o = o,
-                    .sets = sets,
-                    .n_sets = n,
+                    .cases = cases,
+                    .n_cases = n,
                     .figures = figures,
                     .lock = PTHREAD_MUTEX_INITIALIZER};
     int rc = run(&j, err);
@@ -499,6 +522,11 @@ int kvd_eval_run(const struct kvd_dump *d, const struct kvd_rotset *const *sets,
 int kvd_eval_fit_clips(const struct kvd_dump *d, struct kvd_rotset *set,
                        const struct kvd_eval_options *o, struct kvd_error *err)
 {
-    struct job j = {.dump = d, .o = o, .clips = set, .lock = PTHREAD_MUTEX_INITIALIZER};
-    return run(&j, err);
+    for (int gain = 0; gain < 2; gain++) {
+        struct job j = {
+            .dump = d, .o = o, .clips = set, .fit_gains = gain, .lock = PTHREAD_MUTEX_INITIALIZER};
+        if (run(&j, err))
+            return err->code;
+    }
+    return KVD_OK;
 }

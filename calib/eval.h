@@ -1,10 +1,9 @@
-// What a rotation set costs: attention over quantized keys and values against attention over the
-// recorded ones.
+// What a rotation set and a codec cost: attention over quantized keys and values against attention
+// over the recorded ones.
 //
 // A dump's tokens are cut into contexts. The queries of a context's last positions attend,
-// causally, to all of it, once as recorded and once with the history [sink, end - recent) quantized
-// as pages hold it: rotated, clipped, 2-bit codes, scale and min in fp16, un-rotated. Per layer and
-// set:
+// causally, to all of it, once as recorded and once with the history [sink, end - recent) as pages
+// of the codec hold it: rotated, quantized (kernels/quantize.h), un-rotated. Per layer and case:
 //   output error   sqrt(sum |o' - o|^2 / sum |o|^2), o the outputs of all queries and q heads
 //   worst head     the largest such error of a kv head's queries
 //   logit error    root mean square of scale * q (k' - k) over the quantized tokens
@@ -27,30 +26,35 @@ struct kvd_eval_options {
 };
 
 // How channels share the energy of K or V, largest first, all together 1: means over layers, kv
-// heads and contexts of the history. Row 0 is as recorded, row 1 + i after set i's rotation.
+// heads and contexts of the history. Row 0 is as recorded, row 1 + i after case i's rotation.
 struct kvd_eval_spectra {
     double *k, *v; // [1 + n][dim], of the caller
+};
+
+struct kvd_eval_case {
+    const struct kvd_rotset *set; // with the clip ratios and gains to use
+    uint32_t codec;               // bf16: nothing is quantized
 };
 
 struct kvd_eval_figures {
     double output_error, worst_head, logit_error, kl;
 };
 
-// Evaluates n sets on the layers that the dump and all sets have: layers[0 .. *n_layers), of the
+// Evaluates n cases on the layers that the dump and all sets have: layers[0 .. *n_layers), of the
 // caller, as many as the dump has at most. figures: [n][*n_layers].
 // KVD_E_INVALID: nothing in common, other head_dims, no context long enough. KVD_E_CORRUPT as
 // kvd_dump_read. spectra may be NULL.
-int kvd_eval_run(const struct kvd_dump *d, const struct kvd_rotset *const *sets, uint32_t n,
+int kvd_eval_run(const struct kvd_dump *d, const struct kvd_eval_case *cases, uint32_t n,
                  const struct kvd_eval_options *o, struct kvd_eval_figures *figures,
                  uint16_t *layers, uint32_t *n_layers, struct kvd_eval_spectra *spectra,
                  struct kvd_error *err);
 
-// Sets the clip ratios of each layer of `set` to those of a fixed list that give the least output
-// error, for K with V as recorded and for V with K as recorded.
+// Sets the clip ratios of each layer of `set`, then the gains, to those of a fixed list that give
+// the least output error in codec int2, for K with V as recorded and for V with K as recorded.
 int kvd_eval_fit_clips(const struct kvd_dump *d, struct kvd_rotset *set,
                        const struct kvd_eval_options *o, struct kvd_error *err);
 
-// Bits that a value of K and V takes in int2 pages, scale and min included.
-double kvd_eval_bits(uint32_t dim_k, uint32_t dim_v);
+// Bits that a value of K and V takes in pages of a codec, parameters included.
+double kvd_eval_bits(uint32_t codec, uint32_t dim_k, uint32_t dim_v);
 
 #endif

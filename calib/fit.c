@@ -504,7 +504,7 @@ static struct kvd_rotset *new_set(const struct kvd_dump *d, const struct kvd_fit
     struct kvd_geometry g = {.head_dim_k = d->dim[KVD_DUMP_K], .head_dim_v = d->dim[KVD_DUMP_V]};
     g.n_layers = o->layers ? o->n_layers : d->n_layers;
     memcpy(g.layers, o->layers ? o->layers : d->layers, g.n_layers * sizeof(*g.layers));
-    struct kvd_rotset *base KVD_AUTO(kvd_rotset_free) = kvd_rotset_hadamard(&g, err);
+    struct kvd_rotset *base KVD_AUTO(kvd_rotset_free) = kvd_rotset_new("hadamard", &g, err);
     struct kvd_rotset *set KVD_AUTO(kvd_rotset_free) = calloc(1, sizeof(*set));
     if (!base || !set)
         return NULL;

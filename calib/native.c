@@ -1,5 +1,6 @@
-// The native file: safetensors with four tensors, k.rotation and v.rotation [layers, heads, dim,
-// dim], k.clip and v.clip [layers, heads], all F32, and metadata.
+// The native file: safetensors with tensors k.rotation and v.rotation [layers, heads, dim, dim],
+// k.clip and v.clip [layers, heads] and, where a gain is not 1, k.gain and v.gain [layers, heads],
+// all F32, and metadata.
 #include "calib/rotset.h"
 #include "calib/safetensors.h"
 
@@ -7,13 +8,14 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 
-enum { TENSORS = 4, MAX_HEADER = 1 << 20 };
+enum { TENSORS = 6, GAINS = 4, MAX_HEADER = 1 << 20 }; // gains: from this tensor on
 
-static const char *const tensor_names[TENSORS] = {"k.rotation", "v.rotation", "k.clip", "v.clip"};
+static const char *const tensor_names[TENSORS] = {"k.rotation", "v.rotation", "k.clip",
+                                                  "v.clip",     "k.gain",     "v.gain"};
 
 static float *tensor_data(const struct kvd_rotset *s, int i)
 {
-    float *const data[TENSORS] = {s->k, s->v, s->clip_k, s->clip_v};
+    float *const data[TENSORS] = {s->k, s->v, s->clip_k, s->clip_v, s->gain_k, s->gain_v};
     return data[i];
 }
 
@@ -130,7 +132,9 @@ static int parse(const char *path, const uint8_t *file, size_t size,
         return corrupt(err, path, "the file is too short for its shapes");
     if (kvd_rotset_alloc(s, err))
         return kvd_fail_in(err, "%s", path);
-    for (int i = 0; i < TENSORS; i++)
+    bool gains = kvd_safetensors_find(st, tensor_names[GAINS]) ||
+                 kvd_safetensors_find(st, tensor_names[GAINS + 1]);
+    for (int i = 0; i < (gains ? TENSORS : GAINS); i++)
         if (copy_tensor(st, s, i, file, path, err))
             return err->code;
     return KVD_OK;
@@ -163,26 +167,35 @@ struct kvd_rotset *kvd_rotset_read(const char *path, struct kvd_error *err)
     return KVD_TAKE(s);
 }
 
+static bool has_gains(const struct kvd_rotset *s)
+{
+    for (uint64_t i = 0; i < (uint64_t)s->n_layers * s->heads; i++)
+        if (s->gain_k[i] != 1 || s->gain_v[i] != 1)
+            return true;
+    return false;
+}
+
 int kvd_rotset_write(struct kvd_rotset *s, const char *path, struct kvd_error *err)
 {
     struct kvd_tensor_source tensors[TENSORS];
+    uint32_t n = has_gains(s) ? TENSORS : GAINS;
     char *layers KVD_FREE = calloc(KVD_MAX_LAYERS, 7);
     size_t size = 0, rank;
     if (!layers)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     for (uint32_t i = 0, at = 0; i < s->n_layers; i++)
         at += (uint32_t)sprintf(layers + at, "%s%u", i ? "," : "", s->layers[i]);
-    for (int i = 0; i < TENSORS; i++) {
+    for (uint32_t i = 0; i < n; i++) {
         tensors[i] = (struct kvd_tensor_source){
-            .name = tensor_names[i], .type = KVD_TENSOR_F32, .data = tensor_data(s, i)};
-        tensor_shape(s, i, tensors[i].shape, &rank);
+            .name = tensor_names[i], .type = KVD_TENSOR_F32, .data = tensor_data(s, (int)i)};
+        tensor_shape(s, (int)i, tensors[i].shape, &rank);
         tensors[i].rank = (uint32_t)rank;
     }
     json_t *metadata =
         json_pack("{s:s, s:s, s:s, s:s, s:s}", "format", "kvd-rotation-set/1", "model", s->model,
                   "objective", s->objective, "provenance", s->provenance, "layers", layers);
     // Sets are a few megabytes: the whole file is made in memory.
-    uint8_t *file KVD_FREE = kvd_safetensors_render(tensors, TENSORS, metadata, "payload", &size);
+    uint8_t *file KVD_FREE = kvd_safetensors_render(tensors, n, metadata, "payload", &size);
     if (!file)
         return kvd_fail(err, KVD_E_INTERNAL, "%s: out of memory", path);
     if (kvd_write_file(path, file, size, err))

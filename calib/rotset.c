@@ -2,8 +2,8 @@
 
 #include <ctype.h>
 #include <math.h>
-#include <ctype.h>
 #include <openssl/evp.h>
+#include <pthread.h>
 
 void kvd_rotset_free(struct kvd_rotset **sp)
 {
@@ -14,6 +14,8 @@ void kvd_rotset_free(struct kvd_rotset **sp)
     free(s->v);
     free(s->clip_k);
     free(s->clip_v);
+    free(s->gain_k);
+    free(s->gain_v);
     free(s);
 }
 
@@ -38,14 +40,41 @@ int kvd_rotset_alloc(struct kvd_rotset *s, struct kvd_error *err)
     s->v = calloc(n * s->dim_v * s->dim_v, sizeof(float));
     s->clip_k = calloc(n, sizeof(float));
     s->clip_v = calloc(n, sizeof(float));
-    if (!s->k || !s->v || !s->clip_k || !s->clip_v)
+    s->gain_k = calloc(n, sizeof(float));
+    s->gain_v = calloc(n, sizeof(float));
+    if (!s->k || !s->v || !s->clip_k || !s->clip_v || !s->gain_k || !s->gain_v)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory for a rotation set");
     for (uint64_t i = 0; i < n; i++) {
         s->clip_k[i] = 0.96f;
         s->clip_v[i] = 0.92f;
+        s->gain_k[i] = s->gain_v[i] = 1;
     }
     return KVD_OK;
 }
+
+struct kvd_rotset *kvd_rotset_clone(const struct kvd_rotset *from)
+{
+    struct kvd_rotset *s = malloc(sizeof(*s));
+    struct kvd_error ignored;
+    if (!s)
+        return NULL;
+    *s = *from;
+    s->k = s->v = s->clip_k = s->clip_v = s->gain_k = s->gain_v = NULL;
+    if (kvd_rotset_alloc(s, &ignored)) {
+        kvd_rotset_free(&s);
+        return NULL;
+    }
+    uint64_t n = (uint64_t)s->n_layers * s->heads * sizeof(float);
+    memcpy(s->k, from->k, n * s->dim_k * s->dim_k);
+    memcpy(s->v, from->v, n * s->dim_v * s->dim_v);
+    memcpy(s->clip_k, from->clip_k, n);
+    memcpy(s->clip_v, from->clip_v, n);
+    memcpy(s->gain_k, from->gain_k, n);
+    memcpy(s->gain_v, from->gain_v, n);
+    return s;
+}
+
+// -- built-in sets -------------------------------------------------------------------------------
 
 static void fill_hadamard(float *m, uint32_t dim)
 {
@@ -61,12 +90,74 @@ static void fill_identity(float *m, uint32_t dim)
         m[(uint64_t)i * dim + i] = 1;
 }
 
-static struct kvd_rotset *built_in(const struct kvd_geometry *g, const char *name,
-                                   void (*fill)(float *, uint32_t), struct kvd_error *err)
+// splitmix64: uniform in (0, 1).
+static double uniform(uint64_t *state)
 {
+    uint64_t z = *state += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return ((double)((z ^ z >> 31) >> 11) + 0.5) * 0x1p-53;
+}
+
+// Takes from a row what lies along the rows before it, twice for rounding's sake, and normalizes
+// it.
+static void orthogonalize(double *m, uint32_t row, uint32_t dim)
+{
+    double *x = m + (uint64_t)row * dim, norm = 0;
+    for (uint32_t k = 0; k < 2 * row; k++) {
+        const double *y = m + (uint64_t)(k % row) * dim;
+        double dot = 0;
+        for (uint32_t c = 0; c < dim; c++)
+            dot += x[c] * y[c];
+        for (uint32_t c = 0; c < dim; c++)
+            x[c] -= dot * y[c];
+    }
+    for (uint32_t c = 0; c < dim; c++)
+        norm += x[c] * x[c];
+    for (uint32_t c = 0; c < dim; c++)
+        x[c] /= sqrt(norm);
+}
+
+// Normal rows made orthonormal are uniformly distributed over the orthogonal matrices.
+static void fill_random(float *out, uint32_t dim)
+{
+    static double m[KVD_MAX_HEAD_DIM * KVD_MAX_HEAD_DIM];
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    uint64_t state = dim;
+    pthread_mutex_lock(&lock);
+    for (uint32_t i = 0; i < dim; i++) {
+        for (uint32_t c = 0; c < dim; c++)
+            m[i * dim + c] = sqrt(-2 * log(uniform(&state))) * cos(2 * M_PI * uniform(&state));
+        orthogonalize(m, i, dim);
+    }
+    for (uint32_t i = 0; i < dim * dim; i++)
+        out[i] = (float)m[i];
+    pthread_mutex_unlock(&lock);
+}
+
+typedef void fill_fn(float *, uint32_t);
+
+static fill_fn *fill_of(const char *name)
+{
+    return strcmp(name, "hadamard") == 0   ? fill_hadamard
+           : strcmp(name, "random") == 0   ? fill_random
+           : strcmp(name, "identity") == 0 ? fill_identity
+                                           : NULL;
+}
+
+bool kvd_rotset_built_in(const char *name)
+{
+    return fill_of(name) != NULL;
+}
+
+struct kvd_rotset *kvd_rotset_new(const char *name, const struct kvd_geometry *g,
+                                  struct kvd_error *err)
+{
+    fill_fn *fill = fill_of(name);
     struct kvd_rotset *s KVD_AUTO(kvd_rotset_free) = calloc(1, sizeof(*s));
-    if (!s) {
-        kvd_fail(err, KVD_E_INTERNAL, "out of memory for a rotation set");
+    if (!fill || !s) {
+        kvd_fail(err, fill ? KVD_E_INTERNAL : KVD_E_INVALID,
+                 fill ? "out of memory for the set %s" : "no set %s is built in", name);
         return NULL;
     }
     snprintf(s->model, sizeof(s->model), "%s", name);
@@ -79,22 +170,17 @@ static struct kvd_rotset *built_in(const struct kvd_geometry *g, const char *nam
     s->dim_v = g->head_dim_v;
     if (kvd_rotset_alloc(s, err))
         return NULL;
-    for (uint64_t l = 0; l < s->n_layers; l++) {
-        fill(s->k + l * s->dim_k * s->dim_k, s->dim_k);
-        fill(s->v + l * s->dim_v * s->dim_v, s->dim_v);
+    for (int v = 0; v < 2; v++) {
+        uint32_t dim = v ? s->dim_v : s->dim_k;
+        float *m = v ? s->v : s->k;
+        fill(m, dim);
+        for (uint64_t l = 1; l < s->n_layers; l++)
+            memcpy(m + l * dim * dim, m, sizeof(*m) * dim * dim);
     }
     return KVD_TAKE(s);
 }
 
-struct kvd_rotset *kvd_rotset_hadamard(const struct kvd_geometry *g, struct kvd_error *err)
-{
-    return built_in(g, "hadamard", fill_hadamard, err);
-}
-
-struct kvd_rotset *kvd_rotset_identity(const struct kvd_geometry *g, struct kvd_error *err)
-{
-    return built_in(g, "identity", fill_identity, err);
-}
+// -- checks --------------------------------------------------------------------------------------
 
 // Largest |(R R^T)_ij - delta_ij|; NaN if any value is not finite.
 static double deviation(const float *m, uint32_t dim)
@@ -118,7 +204,8 @@ static double deviation(const float *m, uint32_t dim)
 }
 
 static int check_side(const struct kvd_rotset *s, const char *side, const float *m,
-                      const float *clip, uint32_t dim, double *worst, struct kvd_error *err)
+                      const float *clip, const float *gain, uint32_t dim, double *worst,
+                      struct kvd_error *err)
 {
     for (uint32_t l = 0; l < s->n_layers; l++)
         for (uint32_t h = 0; h < s->heads; h++) {
@@ -138,6 +225,11 @@ static int check_side(const struct kvd_rotset *s, const char *side, const float 
                     err, KVD_E_CORRUPT,
                     "the clip ratio of %s, layer %u, head %u is %g; it must be in (0, 1]", side,
                     s->layers[l], h, (double)clip[i]);
+            if (!(gain[i] >= 0.5f && gain[i] <= 1.5f))
+                return kvd_fail(
+                    err, KVD_E_CORRUPT,
+                    "the level gain of %s, layer %u, head %u is %g; it must be in [0.5, 1.5]", side,
+                    s->layers[l], h, (double)gain[i]);
             *worst = fmax(*worst, d);
         }
     return KVD_OK;
@@ -146,9 +238,9 @@ static int check_side(const struct kvd_rotset *s, const char *side, const float 
 int kvd_rotset_check(const struct kvd_rotset *s, double *worst, struct kvd_error *err)
 {
     double w = 0;
-    int rc = check_side(s, "K", s->k, s->clip_k, s->dim_k, &w, err);
+    int rc = check_side(s, "K", s->k, s->clip_k, s->gain_k, s->dim_k, &w, err);
     if (rc == KVD_OK)
-        rc = check_side(s, "V", s->v, s->clip_v, s->dim_v, &w, err);
+        rc = check_side(s, "V", s->v, s->clip_v, s->gain_v, s->dim_v, &w, err);
     if (worst)
         *worst = w;
     return rc;
@@ -160,7 +252,18 @@ void kvd_rotation_data_deinit(struct kvd_rotation_data *d)
     free((void *)d->v);
     free((void *)d->clip_k);
     free((void *)d->clip_v);
+    free((void *)d->gain_k);
+    free((void *)d->gain_v);
     *d = (struct kvd_rotation_data){0};
+}
+
+// n_layers when the set has no such layer.
+static uint64_t layer_index(const struct kvd_rotset *s, uint32_t layer)
+{
+    uint32_t at = 0;
+    while (at < s->n_layers && s->layers[at] != layer)
+        at++;
+    return at;
 }
 
 int kvd_rotset_select(const struct kvd_rotset *s, const struct kvd_geometry *g,
@@ -174,38 +277,33 @@ int kvd_rotset_select(const struct kvd_rotset *s, const struct kvd_geometry *g,
         return kvd_fail(err, KVD_E_PRECONDITION,
                         "rotation set %s is for %u kv heads, the geometry has %u", s->model,
                         s->heads, g->kv_heads);
-    uint64_t per_k = (uint64_t)s->heads * s->dim_k * s->dim_k,
-             per_v = (uint64_t)s->heads * s->dim_v * s->dim_v;
-    float *k KVD_FREE = malloc(g->n_layers * per_k * sizeof(float));
-    float *v KVD_FREE = malloc(g->n_layers * per_v * sizeof(float));
-    float *ck KVD_FREE = malloc((uint64_t)g->n_layers * s->heads * sizeof(float));
-    float *cv KVD_FREE = malloc((uint64_t)g->n_layers * s->heads * sizeof(float));
-    if (!k || !v || !ck || !cv)
-        return kvd_fail(err, KVD_E_INTERNAL, "out of memory for a rotation set");
-    for (uint32_t l = 0; l < g->n_layers; l++) {
-        uint32_t at = 0;
-        while (at < s->n_layers && s->layers[at] != g->layers[l])
-            at++;
-        if (at == s->n_layers)
+    for (uint32_t l = 0; l < g->n_layers; l++)
+        if (layer_index(s, g->layers[l]) == s->n_layers)
             return kvd_fail(err, KVD_E_PRECONDITION,
                             "rotation set %s has no layer %u; it has %u layers from %u to %u",
                             s->model, g->layers[l], s->n_layers, s->layers[0],
                             s->layers[s->n_layers - 1]);
-        memcpy(k + l * per_k, s->k + at * per_k, per_k * sizeof(float));
-        memcpy(v + l * per_v, s->v + at * per_v, per_v * sizeof(float));
-        memcpy(ck + (uint64_t)l * s->heads, s->clip_k + (uint64_t)at * s->heads,
-               s->heads * sizeof(float));
-        memcpy(cv + (uint64_t)l * s->heads, s->clip_v + (uint64_t)at * s->heads,
-               s->heads * sizeof(float));
+    struct kvd_rotation_data d = {
+        .n_layers = g->n_layers, .heads = s->heads, .dim_k = s->dim_k, .dim_v = s->dim_v};
+    uint64_t square_k = (uint64_t)s->dim_k * s->dim_k, square_v = (uint64_t)s->dim_v * s->dim_v;
+    const struct {
+        const float *from, **to;
+        uint64_t layer; // values
+    } all[] = {{s->k, &d.k, s->heads * square_k}, {s->v, &d.v, s->heads * square_v},
+               {s->clip_k, &d.clip_k, s->heads},  {s->clip_v, &d.clip_v, s->heads},
+               {s->gain_k, &d.gain_k, s->heads},  {s->gain_v, &d.gain_v, s->heads}};
+    for (size_t i = 0; i < KVD_LEN(all); i++) {
+        float *to = malloc(g->n_layers * all[i].layer * sizeof(float));
+        *all[i].to = to;
+        if (!to) {
+            kvd_rotation_data_deinit(&d);
+            return kvd_fail(err, KVD_E_INTERNAL, "out of memory for a rotation set");
+        }
+        for (uint32_t l = 0; l < g->n_layers; l++)
+            memcpy(to + l * all[i].layer, all[i].from + layer_index(s, g->layers[l]) * all[i].layer,
+                   all[i].layer * sizeof(float));
     }
-    *out = (struct kvd_rotation_data){.n_layers = g->n_layers,
-                                      .heads = s->heads,
-                                      .dim_k = s->dim_k,
-                                      .dim_v = s->dim_v,
-                                      .k = KVD_TAKE(k),
-                                      .v = KVD_TAKE(v),
-                                      .clip_k = KVD_TAKE(ck),
-                                      .clip_v = KVD_TAKE(cv)};
+    *out = d;
     return KVD_OK;
 }
 

@@ -24,6 +24,8 @@ struct kvd_rotset {
     uint32_t dim_k, dim_v;
     float *k, *v;           // [n_layers][heads][dim][dim]
     float *clip_k, *clip_v; // [n_layers][heads]
+    float *gain_k,
+        *gain_v; // [n_layers][heads], of the levels (kernels/quantize.h); 1 unless fitted
 };
 
 void kvd_rotset_free(struct kvd_rotset **set);
@@ -32,14 +34,21 @@ void kvd_rotset_free(struct kvd_rotset **set);
 // shape is impossible.
 int kvd_rotset_alloc(struct kvd_rotset *set, struct kvd_error *err);
 
-// The data-free set: the Sylvester Hadamard matrix / sqrt(dim) for every layer, clip 0.96 and 0.92.
-struct kvd_rotset *kvd_rotset_hadamard(const struct kvd_geometry *g, struct kvd_error *err);
-// The identity, with clipping: what "naive int2" means.
-struct kvd_rotset *kvd_rotset_identity(const struct kvd_geometry *g, struct kvd_error *err);
+// A copy, with the same digest. NULL when out of memory.
+struct kvd_rotset *kvd_rotset_clone(const struct kvd_rotset *set);
 
-// All values finite, clip ratios in (0, 1], every matrix orthogonal within 1e-3 (max |R R^T - I|;
-// fp32 files measure below 1e-5). KVD_E_CORRUPT names the layer and the deviation. *worst (may be
-// NULL) gets the largest deviation.
+// The data-free sets, the same matrix for every layer, clips 0.96 and 0.92, by name:
+//   "hadamard"  the Sylvester Hadamard matrix / sqrt(dim)
+//   "random"    uniformly distributed orthogonal matrices, the same on every machine: Gram-Schmidt
+//               of normal rows from a fixed seed; what TurboQuant rotates by
+//   "identity"  no rotation: what "naive int2" means
+bool kvd_rotset_built_in(const char *name);
+struct kvd_rotset *kvd_rotset_new(const char *name, const struct kvd_geometry *g,
+                                  struct kvd_error *err);
+
+// All values finite, clip ratios in (0, 1], gains in [0.5, 1.5], every matrix orthogonal within
+// 1e-3 (max |R R^T - I|; fp32 files measure below 1e-5). KVD_E_CORRUPT names the layer and the
+// deviation. *worst (may be NULL) gets the largest deviation.
 int kvd_rotset_check(const struct kvd_rotset *set, double *worst, struct kvd_error *err);
 
 // Whether the set serves a geometry; if so *out describes the geometry's layers. out->k etc. point

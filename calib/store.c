@@ -192,7 +192,8 @@ static int resolve(const struct kvd_store_config *c, const char *ref, char diges
     if (!split_ref(ref, model, tag))
         return kvd_fail(
             err, KVD_E_INVALID,
-            "%.200s is no rotation set: say model@tag, sha256:<hex>, hadamard or identity", ref);
+            "%.200s is no rotation set: say model@tag, sha256:<hex>, hadamard, random or identity",
+            ref);
     snprintf(name, sizeof(name), "models/%s.json", model);
     struct kvd_error remote = {0};
     int rc = mirror(c, name, MANIFEST, MAX_MANIFEST, NULL, NULL, NULL, &remote);

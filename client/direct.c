@@ -451,10 +451,12 @@ static int take_geometry(struct kvd_direct *d, struct kvd_error *err)
                                         .kv_heads = g->kv_heads,
                                         .head_dim_k = g->head_dim_k,
                                         .head_dim_v = g->head_dim_v,
-                                        .codec = strcmp(g->codec, "bf16") == 0 ? KVD_CODEC_BF16
-                                                                               : KVD_CODEC_INT2,
+                                        .codec = kvd_codec_find(g->codec),
                                         .sink = g->windows->sink,
                                         .recent = g->windows->recent};
+    if (d->geometry.codec == KVD_CODEC_COUNT)
+        return kvd_fail(err, KVD_E_UNSUPPORTED,
+                        "kvd stores in codec %.40s, which this libkvd does not know", g->codec);
     uint32_t sink_pages = (uint32_t)kvd_div_up(d->geometry.sink, KVD_PAGE_TOKENS);
     d->bf16_stride = sink_pages + kvd_geometry_ring(&d->geometry) / KVD_PAGE_TOKENS;
     d->codec_stride = (uint32_t)kvd_div_up(d->options.max_tokens, KVD_PAGE_TOKENS) + 1;

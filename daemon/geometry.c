@@ -1,34 +1,23 @@
 #include "daemon/geometry.h"
 
+#include "calib/rotset.h"
 #include "calib/store.h"
-
-static const char *const codecs[KVD_CODEC_COUNT] = {
-    [KVD_CODEC_BF16] = "bf16", [KVD_CODEC_INT2] = "int2"};
-
-const char *kvd_codec_name(uint32_t codec)
-{
-    return codec < KVD_CODEC_COUNT ? codecs[codec] : "unknown";
-}
 
 static int set_codec(const Kvd__V1__Geometry *from, struct kvd_geometry *to, struct kvd_error *err)
 {
     const char *rotation = from->rotation_set;
-    to->codec = KVD_CODEC_COUNT;
-    for (uint32_t i = 0; i < KVD_CODEC_COUNT; i++)
-        if (strcmp(from->codec, codecs[i]) == 0)
-            to->codec = i;
+    to->codec = kvd_codec_find(from->codec);
     if (to->codec == KVD_CODEC_COUNT)
-        return kvd_fail(err, KVD_E_INVALID, "geometry.codec is '%.40s'; int2 and bf16 are possible",
+        return kvd_fail(err, KVD_E_INVALID, "geometry.codec is '%.40s'; known are " KVD_CODEC_NAMES,
                         from->codec);
     if (to->codec == KVD_CODEC_BF16)
         return KVD_OK;
     if (!*rotation)
-        rotation = "hadamard";
-    if (strcmp(rotation, "hadamard") != 0 && strcmp(rotation, "identity") != 0 &&
-        !kvd_store_ref_valid(rotation))
+        rotation = to->codec >= KVD_CODEC_TURBOQUANT_2 ? "random" : "hadamard";
+    if (!kvd_rotset_built_in(rotation) && !kvd_store_ref_valid(rotation))
         return kvd_fail(err, KVD_E_INVALID,
                         "geometry.rotation_set is '%.80s'; it wants model@tag, sha256:<64 hex>, "
-                        "hadamard or identity",
+                        "hadamard, random or identity",
                         rotation);
     if (strlen(rotation) >= sizeof(to->rotation))
         return kvd_fail(err, KVD_E_INVALID,

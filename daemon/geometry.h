@@ -18,6 +18,4 @@ struct kvd_proto_geometry {
 Kvd__V1__Geometry *kvd_geometry_to_proto(const struct kvd_geometry *from,
                                          struct kvd_proto_geometry *to);
 
-const char *kvd_codec_name(uint32_t codec);
-
 #endif

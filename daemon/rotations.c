@@ -65,11 +65,9 @@ static void get_builtin(struct kvd_geometry *g,
                         void *ctx)
 {
     struct kvd_error err = {0};
-    bool hadamard = strcmp(g->rotation, "hadamard") == 0;
     struct kvd_geometry one = *g; // one matrix serves all layers
     one.n_layers = 1;
-    struct kvd_rotset *set =
-        hadamard ? kvd_rotset_hadamard(&one, &err) : kvd_rotset_identity(&one, &err);
+    struct kvd_rotset *set = kvd_rotset_new(g->rotation, &one, &err);
     done(ctx, set, set ? NULL : &err);
     kvd_rotset_free(&set);
 }
@@ -84,7 +82,7 @@ void kvd_rotations_get(struct kvd_daemon *d, struct kvd_geometry *g,
         done(ctx, NULL, NULL);
         return;
     }
-    if (strcmp(g->rotation, "hadamard") == 0 || strcmp(g->rotation, "identity") == 0) {
+    if (kvd_rotset_built_in(g->rotation)) {
         get_builtin(g, done, ctx);
         return;
     }

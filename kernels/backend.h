@@ -23,6 +23,8 @@ struct kvd_rotation_data {
     const float *v;      // [n_layers][heads][dim_v][dim_v]; NULL: identity
     const float *clip_k; // [n_layers][heads]; NULL: no clipping
     const float *clip_v; // [n_layers][heads]
+    const float *gain_k; // [n_layers][heads] of the levels (quantize.h); NULL: 1
+    const float *gain_v; // [n_layers][heads]
 };
 
 // A tensor [layers][tokens][heads][dim], dim contiguous; strides in bytes.

@@ -1,5 +1,7 @@
 #include "kernels/quantize.h"
 
+#include "kernels/codebook.h"
+
 #include <math.h>
 
 uint16_t kvd_f32_to_fp16(float f)
@@ -35,12 +37,86 @@ static float nth_largest_abs(const float *x, uint32_t dim, uint32_t n)
     return top[n - 1];
 }
 
-void kvd_int2_quantize(const float *x, uint32_t dim, float ratio, uint8_t *codes,
-                       struct kvd_param *param)
+static const float levels_even[] = {0, 1, 2, 3};
+static const float levels_2[] = {KVD_MAGNITUDES_2, KVD_NEGATIVES_2};
+static const float levels_3[] = {KVD_MAGNITUDES_3, KVD_NEGATIVES_3};
+static const float levels_4[] = {KVD_MAGNITUDES_4, KVD_NEGATIVES_4};
+static const float thresholds_2[] = {KVD_THRESHOLDS_2};
+static const float thresholds_3[] = {KVD_THRESHOLDS_3};
+static const float thresholds_4[] = {KVD_THRESHOLDS_4};
+
+const float *kvd_codec_levels(uint32_t codec)
+{
+    uint32_t bits = kvd_codec_bits(codec);
+    if (!kvd_codec_signed(codec))
+        return levels_even;
+    return bits == 4 ? levels_4 : bits == 3 ? levels_3 : levels_2;
+}
+
+// -- parameters ----------------------------------------------------------------------------------
+
+// int2c: the low byte is n, scale 2^((n - 128) / 8), or 0 for n = 0; the high byte is the row's
+// centre, min + 1.5 scale, in eighths of the scale, as a signed number.
+enum { SCALE_ONE = 128, CENTRE_MOST = 127 };
+
+struct kvd_affine kvd_param_decode(uint32_t codec, uint32_t param)
+{
+    float first = kvd_fp16_to_f32((uint16_t)param);
+    if (codec == KVD_CODEC_INT2C) {
+        int n = (int)(param & 255), centre = (int8_t)(param >> 8 & 255);
+        float scale = n ? exp2f((float)(n - SCALE_ONE) / 8) : 0;
+        return (struct kvd_affine){scale, scale * ((float)centre / 8 - 1.5f)};
+    }
+    if (kvd_codec_param_bytes(codec) == 2)
+        return (struct kvd_affine){first, 0};
+    return (struct kvd_affine){first, kvd_fp16_to_f32((uint16_t)(param >> 16))};
+}
+
+static uint32_t pack_fp16(float scale, float min)
+{
+    return kvd_f32_to_fp16(scale) | (uint32_t)kvd_f32_to_fp16(min) << 16;
+}
+
+static uint32_t pack_bytes(float scale, float centre)
+{
+    // A centre beyond what its byte reaches makes the scale coarser.
+    scale = fmaxf(scale, fabsf(centre) * 8 / CENTRE_MOST);
+    if (!(scale > 0))
+        return 0;
+    int n = SCALE_ONE + (int)fminf(fmaxf(rintf(8 * log2f(scale)), 1 - SCALE_ONE), SCALE_ONE - 1);
+    float stored = exp2f((float)(n - SCALE_ONE) / 8);
+    int eighths = (int)fminf(fmaxf(rintf(centre * 8 / stored), -CENTRE_MOST), CENTRE_MOST);
+    return (uint32_t)n | ((uint32_t)eighths & 255) << 8;
+}
+
+void kvd_params_read(uint32_t codec, const uint8_t *params, uint32_t n, struct kvd_affine *out)
+{
+    uint32_t bytes = kvd_codec_param_bytes(codec);
+    for (uint32_t t = 0; t < n; t++) {
+        uint32_t param = 0;
+        memcpy(&param, params + kvd_param_index(t) * bytes, bytes);
+        out[t] = kvd_param_decode(codec, param);
+    }
+}
+
+// -- rows to codes -------------------------------------------------------------------------------
+
+static void code_evenly(const float *x, uint32_t dim, float limit, float low, float scale,
+                        uint8_t *codes)
+{
+    for (uint32_t i = 0; i < dim; i++) {
+        float c = fminf(fmaxf(x[i], -limit), limit);
+        float q = scale > 0 ? floorf((c - low) / scale + 0.5f) : 0;
+        codes[i] = q >= 3 ? 3 : q >= 1 ? (uint8_t)q : 0;
+    }
+}
+
+static void quantize_evenly(const struct kvd_quantizer *q, const float *x, uint32_t dim,
+                            struct kvd_row *out)
 {
     float limit = INFINITY;
-    uint32_t index = (uint32_t)((double)ratio * dim);
-    if (ratio < 1.0f && index < dim)
+    uint32_t index = (uint32_t)((double)q->ratio * dim);
+    if (q->ratio < 1.0f && index < dim)
         limit = nth_largest_abs(x, dim, dim - index);
     float lo = INFINITY, hi = -INFINITY;
     for (uint32_t i = 0; i < dim; i++) {
@@ -48,66 +124,138 @@ void kvd_int2_quantize(const float *x, uint32_t dim, float ratio, uint8_t *codes
         lo = fminf(lo, c);
         hi = fmaxf(hi, c);
     }
-    float scale = (hi - lo) / 3.0f;
+    float scale = (hi - lo) / 3.0f, drawn = scale * q->gain;
+    if (q->codec == KVD_CODEC_INT2) {
+        code_evenly(x, dim, limit, lo, scale, out->codes);
+        out->param = pack_fp16(drawn, lo + 1.5f * (scale - drawn));
+        return;
+    }
+    out->param = pack_bytes(drawn, lo + 1.5f * scale);
+    struct kvd_affine stored = kvd_param_decode(q->codec, out->param);
+    scale = stored.scale / q->gain;
+    code_evenly(x, dim, limit, stored.min + 1.5f * (stored.scale - scale), scale, out->codes);
+}
+
+// Codes of the levels nearest to (x - mean) / deviation.
+static void code_nearest(uint32_t bits, const float *x, uint32_t dim, float mean, float deviation,
+                         uint8_t *codes)
+{
+    const float *above = bits == 4 ? thresholds_4 : bits == 3 ? thresholds_3 : thresholds_2;
+    uint32_t magnitudes = 1u << (bits - 1);
     for (uint32_t i = 0; i < dim; i++) {
-        float c = fminf(fmaxf(x[i], -limit), limit);
-        float q = scale > 0 ? floorf((c - lo) / scale + 0.5f) : 0;
-        codes[i] = q >= 3 ? 3 : q >= 1 ? (uint8_t)q : 0;
+        float d = x[i] - mean, a = fabsf(d);
+        uint32_t index = 0;
+        for (uint32_t j = 0; j + 1 < magnitudes; j++)
+            index += a > above[j] * deviation;
+        codes[i] = (uint8_t)(index | (d < 0 ? magnitudes : 0));
     }
-    *param = (struct kvd_param){kvd_f32_to_fp16(scale), kvd_f32_to_fp16(lo)};
 }
 
-typedef struct kvd_code_place place_fn(uint32_t dim, uint32_t token, uint32_t channel);
-
-static void pack(uint8_t *base, place_fn *place, uint32_t dim, uint32_t token, const uint8_t *codes)
+static void quantize_about_mean(const float *x, uint32_t dim, struct kvd_row *out)
 {
+    enum { REFITS = 2 };
+    float n = (float)dim, sum = 0, squares = 0;
+    for (uint32_t i = 0; i < dim; i++)
+        sum += x[i];
+    float average = sum / n, mean = average;
+    for (uint32_t i = 0; i < dim; i++)
+        squares += (x[i] - average) * (x[i] - average);
+    float deviation = sqrtf(squares / n);
+    code_nearest(2, x, dim, mean, deviation, out->codes);
+    for (int k = 0; k < REFITS && deviation > 0; k++) {
+        float levels = 0, level_squares = 0, products = 0;
+        for (uint32_t i = 0; i < dim; i++) {
+            float l = levels_2[out->codes[i]];
+            levels += l;
+            level_squares += l * l;
+            products += l * (x[i] - average);
+        }
+        float spread = level_squares - levels * levels / n;
+        if (!(spread > 0))
+            break;
+        deviation = products / spread;
+        mean = average - deviation * levels / n;
+        code_nearest(2, x, dim, mean, deviation, out->codes);
+    }
+    out->param = pack_fp16(deviation, mean);
+}
+
+static void quantize_about_zero(uint32_t bits, const float *x, uint32_t dim, struct kvd_row *out)
+{
+    float squares = 0;
+    for (uint32_t i = 0; i < dim; i++)
+        squares += x[i] * x[i];
+    float deviation = sqrtf(squares / (float)dim);
+    code_nearest(bits, x, dim, 0, deviation, out->codes);
+    out->param = kvd_f32_to_fp16(deviation);
+}
+
+void kvd_row_quantize(const struct kvd_quantizer *q, const float *x, uint32_t dim,
+                      struct kvd_row *out)
+{
+    float bounded[KVD_MAX_HEAD_DIM]; // squares stay finite; fp16 parameters end far below
+    if (!kvd_codec_signed(q->codec)) {
+        quantize_evenly(q, x, dim, out);
+        return;
+    }
+    for (uint32_t i = 0; i < dim; i++)
+        bounded[i] = fminf(fmaxf(x[i], -0x1p40f), 0x1p40f);
+    if (q->codec == KVD_CODEC_INT2_LM)
+        quantize_about_mean(bounded, dim, out);
+    else
+        quantize_about_zero(kvd_codec_bits(q->codec), bounded, dim, out);
+}
+
+// -- rows in tiles -------------------------------------------------------------------------------
+
+// Reads, or writes if `write`, bits [shift, shift + width) of a row's codes from a plane.
+static void move_plane(uint8_t *plane, uint32_t dim, bool v, uint32_t token, uint32_t width,
+                       uint32_t shift, uint8_t *codes, bool write)
+{
+    uint32_t mask = (1u << width) - 1;
     for (uint32_t c = 0; c < dim; c++) {
-        struct kvd_code_place p = place(dim, token, c);
-        base[p.byte] = (uint8_t)((base[p.byte] & ~(3u << p.bit)) | (unsigned)codes[c] << p.bit);
+        struct kvd_code_place p = kvd_place_of(v, dim, width, token, c);
+        uint8_t *at = &plane[p.byte];
+        if (write)
+            *at = (uint8_t)((*at & ~(mask << p.bit)) | (codes[c] >> shift & mask) << p.bit);
+        else
+            codes[c] |= (uint8_t)((*at >> p.bit & mask) << shift);
     }
 }
 
-static void unpack(const uint8_t *base, place_fn *place, uint32_t dim, uint32_t token,
-                   struct kvd_param param, float *x)
+static void move_codes(uint32_t codec, uint8_t *at, uint32_t dim, bool v, uint32_t token,
+                       uint8_t *codes, bool write)
 {
-    float scale = kvd_fp16_to_f32(param.scale), min = kvd_fp16_to_f32(param.min);
-    for (uint32_t c = 0; c < dim; c++) {
-        struct kvd_code_place p = place(dim, token, c);
-        x[c] = scale * (float)(base[p.byte] >> p.bit & 3) + min;
-    }
+    uint32_t bits = kvd_codec_bits(codec);
+    move_plane(at, dim, v, token, 2, 0, codes, write);
+    if (bits > 2)
+        move_plane(at + kvd_codes_bytes(KVD_CODEC_INT2, dim), dim, v, token, bits - 2, 2, codes,
+                   write);
 }
 
-static void set_param(uint8_t *tile, uint32_t dim_k, uint32_t dim_v, bool v, uint32_t token,
-                      struct kvd_param param)
+void kvd_row_pack(uint32_t codec, uint8_t *tile, uint32_t dim_k, uint32_t dim_v, bool v,
+                  uint32_t token, const struct kvd_row *row)
 {
-    uint8_t *at = tile + 16 * (dim_k + dim_v) + (v ? KVD_PARAM_BYTES : 0);
-    memcpy(at + kvd_param_index(token) * sizeof(param), &param, sizeof(param));
+    struct kvd_row r = *row;
+    uint32_t bytes = kvd_codec_param_bytes(codec);
+    move_codes(codec, tile + kvd_codes_offset(codec, dim_k, v), v ? dim_v : dim_k, v, token,
+               r.codes, true);
+    memcpy(tile + kvd_params_offset(codec, dim_k, dim_v, v) + kvd_param_index(token) * bytes,
+           &r.param, bytes); // little-endian, as everything here
 }
 
-void kvd_int2_pack_k(uint8_t *tile, uint32_t dim_k, uint32_t dim_v, uint32_t token,
-                     const uint8_t *codes, struct kvd_param param)
+void kvd_row_unpack(uint32_t codec, const uint8_t *tile, uint32_t dim_k, uint32_t dim_v, bool v,
+                    uint32_t token, float *x)
 {
-    pack(tile, kvd_place_k, dim_k, token, codes);
-    set_param(tile, dim_k, dim_v, false, token, param);
-}
-
-void kvd_int2_pack_v(uint8_t *tile, uint32_t dim_k, uint32_t dim_v, uint32_t token,
-                     const uint8_t *codes, struct kvd_param param)
-{
-    pack(tile + kvd_int2_codes_bytes(dim_k), kvd_place_v, dim_v, token, codes);
-    set_param(tile, dim_k, dim_v, true, token, param);
-}
-
-void kvd_int2_unpack_k(const uint8_t *tile, uint32_t dim_k, uint32_t dim_v, uint32_t token,
-                       float *x)
-{
-    unpack(tile, kvd_place_k, dim_k, token,
-           kvd_int2_params(tile, dim_k, dim_v, false)[kvd_param_index(token)], x);
-}
-
-void kvd_int2_unpack_v(const uint8_t *tile, uint32_t dim_k, uint32_t dim_v, uint32_t token,
-                       float *x)
-{
-    unpack(tile + kvd_int2_codes_bytes(dim_k), kvd_place_v, dim_v, token,
-           kvd_int2_params(tile, dim_k, dim_v, true)[kvd_param_index(token)], x);
+    uint8_t codes[KVD_MAX_HEAD_DIM] = {0};
+    uint32_t dim = v ? dim_v : dim_k, bytes = kvd_codec_param_bytes(codec), param = 0;
+    move_codes(codec, (uint8_t *)tile + kvd_codes_offset(codec, dim_k, v), dim, v, token, codes,
+               false);
+    memcpy(&param,
+           tile + kvd_params_offset(codec, dim_k, dim_v, v) + kvd_param_index(token) * bytes,
+           bytes);
+    struct kvd_affine a = kvd_param_decode(codec, param);
+    const float *levels = kvd_codec_levels(codec);
+    for (uint32_t c = 0; c < dim; c++)
+        x[c] = a.scale * levels[codes[c]] + a.min;
 }

@@ -1,36 +1,52 @@
-// The int2 codec, one row (the head_dim values of one token and kv head) at a time: clip, min-max,
-// pack. DESIGN: threshold = sorted |x| at index floor(ratio * D), clamp to +-threshold, scale =
-// (max - min) / 3, code = floor((x - min) / scale + 0.5). Codes come from the unrounded fp32 scale
-// and min; both are stored as fp16.
+// The codecs, one row (the head_dim values of one token and kv head, rotated) at a time: row to
+// codes and parameters, these into a tile, and back. The reference for both backends.
+//
+//   int2     threshold = sorted |x| at index floor(ratio * D), clamp to +-threshold, scale = (max -
+//            min) / 3, code = floor((x - min) / scale + 0.5). Levels are then drawn together about
+//            the row's centre by `gain`: scale' = gain * scale, min' = min + 1.5 (scale - scale').
+//            Codes come from the unrounded fp32 scale and min; scale' and min' are stored as fp16.
+//   int2c    the same scale' and centre = min + 1.5 scale; scale' rounded to 2^(n/8), the centre to
+//            eighths of that; codes by what was stored.
+//   int2-lm  mean and deviation of the row, codes of the nearest levels, scale and mean by least
+//            squares for these codes, twice; then the codes. fp16 scale and mean.
+//   turboquant-b  scale = |x| / sqrt(D), codes of the nearest levels; fp16 scale
+//            (arXiv 2504.19874, the quantizer of least mean squared error).
 #ifndef KVD_KERNELS_QUANTIZE_H
 #define KVD_KERNELS_QUANTIZE_H
 
 #include "kernels/format.h"
 
-#include <stdbool.h>
+struct kvd_quantizer {
+    uint32_t codec; // not bf16
+    float ratio;    // of clipping, int2 and int2c; 1 or more: none
+    float gain;     // of the levels, int2 and int2c; 1: none
+};
 
-// x: [dim], rotated. ratio >= 1 turns clipping off. codes: [dim], each 0..3. NaN in x gives code 0.
-void kvd_int2_quantize(const float *x, uint32_t dim, float ratio, uint8_t *codes,
-                       struct kvd_param *param);
+struct kvd_row {
+    uint8_t codes[KVD_MAX_HEAD_DIM];
+    uint32_t param; // as stored, 2 or 4 bytes
+};
 
-// Writes a row's codes and parameters into an int2 tile.
-void kvd_int2_pack_k(uint8_t *tile, uint32_t dim_k, uint32_t dim_v, uint32_t token,
-                     const uint8_t *codes, struct kvd_param param);
-void kvd_int2_pack_v(uint8_t *tile, uint32_t dim_k, uint32_t dim_v, uint32_t token,
-                     const uint8_t *codes, struct kvd_param param);
+// value = scale * level + min.
+struct kvd_affine {
+    float scale, min;
+};
 
-// Reads a row back: x = scale * code + min, still rotated.
-void kvd_int2_unpack_k(const uint8_t *tile, uint32_t dim_k, uint32_t dim_v, uint32_t token,
-                       float *x);
-void kvd_int2_unpack_v(const uint8_t *tile, uint32_t dim_k, uint32_t dim_v, uint32_t token,
-                       float *x);
+// x: [dim]. NaN in x gives some code.
+void kvd_row_quantize(const struct kvd_quantizer *q, const float *x, uint32_t dim,
+                      struct kvd_row *out);
 
-// The parameters of one side of a tile: 64 of them, in kvd_param_index order.
-static inline const struct kvd_param *kvd_int2_params(const uint8_t *tile, uint32_t dim_k,
-                                                      uint32_t dim_v, bool v)
-{
-    return (const struct kvd_param *)(const void *)(tile + 16 * (dim_k + dim_v) +
-                                                    (v ? KVD_PARAM_BYTES : 0));
-}
+// Writes a row's codes and parameters into a tile, or reads it back, still rotated.
+void kvd_row_pack(uint32_t codec, uint8_t *tile, uint32_t dim_k, uint32_t dim_v, bool v,
+                  uint32_t token, const struct kvd_row *row);
+void kvd_row_unpack(uint32_t codec, const uint8_t *tile, uint32_t dim_k, uint32_t dim_v, bool v,
+                    uint32_t token, float *x);
+
+// The levels of a codec by code: 2^bits of them.
+const float *kvd_codec_levels(uint32_t codec);
+
+struct kvd_affine kvd_param_decode(uint32_t codec, uint32_t param);
+// One side's parameters of a tile's first n tokens, in the order of tokens.
+void kvd_params_read(uint32_t codec, const uint8_t *params, uint32_t n, struct kvd_affine *out);
 
 #endif

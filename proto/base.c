@@ -1,5 +1,7 @@
 #include "proto/base.h"
 
+#include "proto/kvd_limits.h"
+
 #include <ctype.h>
 #include <math.h>
 
@@ -55,6 +57,29 @@ const char *kvd_status_name(int code)
     if (code < 0)
         return strerror(-code);
     return (size_t)code < KVD_LEN(names) ? names[code] : "unknown status";
+}
+
+static const char *const codec_names[KVD_CODEC_COUNT] = {
+    [KVD_CODEC_BF16] = "bf16",
+    [KVD_CODEC_INT2] = "int2",
+    [KVD_CODEC_INT2C] = "int2c",
+    [KVD_CODEC_INT2_LM] = "int2-lm",
+    [KVD_CODEC_TURBOQUANT_2] = "turboquant-2",
+    [KVD_CODEC_TURBOQUANT_3] = "turboquant-3",
+    [KVD_CODEC_TURBOQUANT_4] = "turboquant-4",
+};
+
+const char *kvd_codec_name(uint32_t codec)
+{
+    return codec < KVD_CODEC_COUNT ? codec_names[codec] : "unknown";
+}
+
+uint32_t kvd_codec_find(const char *name)
+{
+    uint32_t i = 0;
+    while (i < KVD_CODEC_COUNT && strcmp(name, codec_names[i]) != 0)
+        i++;
+    return i;
 }
 
 void kvd_hex(const void *in, size_t len, char *out)

@@ -48,6 +48,13 @@ __attribute__((format(printf, 2, 3))) int kvd_fail_in(struct kvd_error *e, const
 
 const char *kvd_status_name(int code);
 
+// Names of codecs as geometries have them: "bf16", "int2", "int2c", "int2-lm", "turboquant-2" ...
+// "unknown" for a number that is none, and KVD_CODEC_COUNT for a name that is none.
+const char *kvd_codec_name(uint32_t codec);
+uint32_t kvd_codec_find(const char *name);
+// All of them for error messages: "bf16, int2, ...".
+#define KVD_CODEC_NAMES "bf16, int2, int2c, int2-lm, turboquant-2, turboquant-3, turboquant-4"
+
 // `len` bytes of `in` as 2*len lower-case hex digits and a NUL.
 void kvd_hex(const void *in, size_t len, char *out);
 

@@ -38,7 +38,12 @@ enum {
 
 enum kvd_codec {
     KVD_CODEC_BF16 = 0,
-    KVD_CODEC_INT2 = 1,
+    KVD_CODEC_INT2 = 1,         // four even levels from a row's min up
+    KVD_CODEC_INT2C = 2,        // the same with scale and min in a byte each
+    KVD_CODEC_INT2_LM = 3,      // Lloyd-Max levels about a row's mean
+    KVD_CODEC_TURBOQUANT_2 = 4, // Lloyd-Max levels of 2, 3 and 4 bits about 0
+    KVD_CODEC_TURBOQUANT_3 = 5,
+    KVD_CODEC_TURBOQUANT_4 = 6,
     KVD_CODEC_COUNT,
 };
 
@@ -59,7 +64,7 @@ struct kvd_geometry {
     uint32_t codec; // enum kvd_codec
     uint32_t sink;
     uint32_t recent;
-    char rotation[80]; // "sha256:<hex>", "hadamard", "identity" or "" (bf16); zero padded
+    char rotation[80]; // "sha256:<hex>", a built-in set's name or "" (bf16); zero padded
 };
 
 // Slots of the bf16 ring that holds the recent window: a multiple of KVD_PAGE_TOKENS.

@@ -103,7 +103,7 @@ for tool in format tidy; do
 done
 
 say "unit and property tests"
-for t in pool pool_model kernels calib; do
+for t in pool pool_model kernels codecs calib; do
     suite "$t" "$build/tests/test_$t"
 done
 
@@ -132,7 +132,7 @@ if [ -z "${QUICK:-}" ]; then
     export LSAN_OPTIONS=suppressions=$PWD/tests/lsan.supp:print_suppressions=0
     if make_build "$build-asan" -Dcuda=disabled -Db_sanitize=address,undefined -Db_lundef=false -Dbuildtype=debugoptimized >"$logs/build" 2>&1; then
         KVD_POOL_OPS=100000 suite "pool_model, asan" "$build-asan/tests/test_pool_model"
-        for t in pool kernels calib; do
+        for t in pool kernels codecs calib; do
             suite "$t, asan" "$build-asan/tests/test_$t"
         done
         # Python itself is not instrumented: libkvd cannot be loaded into it here.

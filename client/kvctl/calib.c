@@ -265,7 +265,7 @@ static int calib_hadamard(struct kvctl *k, char **argv)
     if (!directory)
         return kvctl_usage("hadamard writes into a directory store: --store DIR");
     g.head_dim_k = g.head_dim_v = (uint32_t)atoi(argv[2]);
-    struct kvd_rotset *set = kvd_rotset_hadamard(&g, &err);
+    struct kvd_rotset *set = kvd_rotset_new("hadamard", &g, &err);
     if (set)
         snprintf(set->model, sizeof(set->model), "%.*s", (int)(at - argv[0]), argv[0]);
     int rc = set ? kvd_store_publish(directory, set,
@@ -283,7 +283,7 @@ static json_t *evaluation_of(const char *path, const char *digest, struct kvd_er
 {
     json_error_t je;
     json_t *report = json_load_file(path, JSON_REJECT_DUPLICATES, &je), *set, *found = NULL;
-    static const char *const terms[] = {"context", "queries", "sink", "recent", "bits"};
+    static const char *const terms[] = {"context", "queries", "sink", "recent"};
     size_t i;
     if (!report) {
         kvd_fail(err, KVD_E_INVALID, "%s: %s", path, je.text);
@@ -292,9 +292,11 @@ static json_t *evaluation_of(const char *path, const char *digest, struct kvd_er
     json_array_foreach(json_object_get(report, "sets"), i, set)
     {
         const char *of = json_string_value(json_object_get(set, "digest"));
-        if (found || !of || strcmp(of, digest) != 0)
+        const char *codec = json_string_value(json_object_get(set, "codec"));
+        if (found || !of || strcmp(of, digest) != 0 || !codec || strcmp(codec, "int2") != 0)
             continue;
         found = json_object();
+        json_object_set(found, "bits", json_object_get(set, "bits"));
         for (size_t t = 0; t < KVD_LEN(terms); t++)
             json_object_set(found, terms[t], json_object_get(report, terms[t]));
         for (int mode = 0; mode < 2; mode++) {

@@ -4,7 +4,7 @@
 #include "client/kvctl/calib_tool.h"
 #include "client/kvctl/evaluation.h"
 
-enum { OPT_SINK = 1000, OPT_RECENT, OPT_CONTEXTS, OPT_HTML };
+enum { OPT_SINK = 1000, OPT_RECENT, OPT_CONTEXTS, OPT_HTML, OPT_CODECS };
 
 static const struct argp_option options[] = {
     {"context", 'c', "TOKENS", 0, "Tokens attended at a time (default: 2048)", 0},
@@ -12,6 +12,8 @@ static const struct argp_option options[] = {
     {"contexts", OPT_CONTEXTS, "N", 0, "At most so many a layer (default: all)", 0},
     {"sink", OPT_SINK, "TOKENS", 0, "Kept in bf16 at the beginning (default: 64)", 0},
     {"recent", OPT_RECENT, "TOKENS", 0, "Kept in bf16 at the end (default: 256)", 0},
+    {"codecs", OPT_CODECS, "LIST", 0, "Only these, separated by commas (default: all there are)",
+     0},
     {"threads", 't', "N", 0, "Default: as many as there are cores", 0},
     {"html", OPT_HTML, "FILE", 0, "Also write a report, one file that needs no other", 0},
     {"json", 'j', 0, 0, "Print JSON", 0},
@@ -20,10 +22,25 @@ static const struct argp_option options[] = {
 
 struct arguments {
     struct kvd_eval_options o;
-    const char *dump, *files[EVALUATION_SETS], *html;
+    const char *dump, *files[EVALUATION_FILES], *html;
     uint32_t n_files;
-    bool json;
+    bool json, codecs[KVD_CODEC_COUNT];
 };
+
+static void choose_codecs(struct arguments *a, const char *list, struct argp_state *state)
+{
+    char name[32];
+    int n;
+    memset(a->codecs, 0, sizeof(a->codecs));
+    for (; sscanf(list, "%31[^,]%n", name, &n) == 1; list += n + (list[n] == ',')) {
+        uint32_t codec = kvd_codec_find(name);
+        if (codec == KVD_CODEC_COUNT)
+            argp_error(state, "--codecs: there is no codec %s; known are " KVD_CODEC_NAMES, name);
+        a->codecs[codec] = true;
+    }
+    if (*list)
+        argp_error(state, "--codecs: it wants names, separated by commas: " KVD_CODEC_NAMES);
+}
 
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
@@ -45,12 +62,15 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case OPT_HTML:
         a->html = arg;
         break;
+    case OPT_CODECS:
+        choose_codecs(a, arg, state);
+        break;
     case 'j':
         a->json = true;
         break;
     case ARGP_KEY_ARG:
-        if (state->arg_num > EVALUATION_SETS)
-            argp_error(state, "at most %d sets at a time", EVALUATION_SETS);
+        if (state->arg_num > EVALUATION_FILES)
+            argp_error(state, "at most %d sets at a time", EVALUATION_FILES);
         if (state->arg_num == 0)
             a->dump = arg;
         else
@@ -66,31 +86,84 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     return 0;
 }
 
+// Adds a case of the last set, if its codec is wanted.
+static void add_case(const struct arguments *a, struct evaluation *e, uint32_t codec,
+                     const char *name, const char *suffix)
+{
+    const struct kvd_rotset *set = e->sets[e->n_sets - 1];
+    if (!a->codecs[codec] || e->n == EVALUATION_CASES)
+        return;
+    e->cases[e->n] = (struct kvd_eval_case){set, codec};
+    snprintf(e->names[e->n], sizeof(e->names[0]), "%.60s%s", name, suffix);
+    e->bits[e->n++] = kvd_eval_bits(codec, set->dim_k, set->dim_v);
+}
+
+static bool add_set(struct evaluation *e, struct kvd_rotset *set)
+{
+    e->sets[e->n_sets] = set;
+    e->n_sets += set != NULL;
+    return set != NULL;
+}
+
+// Takes a copy's clip ratios and gains back to the published ones. Returns whether they were
+// others.
+static bool publish_terms(struct kvd_rotset *s)
+{
+    bool differ = false;
+    for (uint64_t i = 0; i < (uint64_t)s->n_layers * s->heads; i++) {
+        differ |= s->clip_k[i] != 0.96f || s->clip_v[i] != 0.92f || s->gain_k[i] != 1 ||
+                  s->gain_v[i] != 1;
+        s->clip_k[i] = 0.96f;
+        s->clip_v[i] = 0.92f;
+        s->gain_k[i] = s->gain_v[i] = 1;
+    }
+    *s->digest = '\0'; // it is another set now
+    return differ;
+}
+
+static int open_file(const struct arguments *a, const char *file, struct evaluation *e,
+                     struct kvd_error *err)
+{
+    const char *slash = strrchr(file, '/'), *name = slash ? slash + 1 : file;
+    if (!add_set(e, kvd_rotset_open(file, err)))
+        return err->code;
+    add_case(a, e, KVD_CODEC_INT2, name, "");
+    add_case(a, e, KVD_CODEC_INT2C, name, " int2c");
+    add_case(a, e, KVD_CODEC_INT2_LM, name, " int2-lm");
+    if (!add_set(e, kvd_rotset_clone(e->sets[e->n_sets - 1])))
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    if (publish_terms(e->sets[e->n_sets - 1]))
+        add_case(a, e, KVD_CODEC_INT2, name, " 0.96/0.92");
+    return KVD_OK;
+}
+
 static int open_sets(const struct arguments *a, const struct kvd_dump *d, struct evaluation *e,
                      struct kvd_error *err)
 {
     struct kvd_geometry g = {.head_dim_k = d->dim[KVD_DUMP_K], .head_dim_v = d->dim[KVD_DUMP_V]};
     g.n_layers = d->n_layers;
     memcpy(g.layers, d->layers, sizeof(*g.layers) * d->n_layers);
-    e->names[0] = "naive";
-    e->sets[0] = kvd_rotset_identity(&g, err);
-    e->names[1] = "hadamard";
-    e->sets[1] = kvd_rotset_hadamard(&g, err);
-    e->n = 2;
-    for (uint32_t i = 0; i < a->n_files; i++, e->n++) {
-        const char *slash = strrchr(a->files[i], '/');
-        e->names[e->n] = slash ? slash + 1 : a->files[i];
-        e->sets[e->n] = kvd_rotset_open(a->files[i], err);
-        if (!e->sets[e->n])
+    if (!add_set(e, kvd_rotset_new("identity", &g, err)))
+        return err->code;
+    add_case(a, e, KVD_CODEC_INT2, "naive", "");
+    if (!add_set(e, kvd_rotset_new("hadamard", &g, err)))
+        return err->code;
+    add_case(a, e, KVD_CODEC_INT2, "hadamard", "");
+    for (uint32_t i = 0; i < a->n_files; i++)
+        if (open_file(a, a->files[i], e, err))
             return err->code;
-    }
-    return e->sets[0] && e->sets[1] ? KVD_OK : err->code;
+    if (!add_set(e, kvd_rotset_new("random", &g, err)))
+        return err->code;
+    for (uint32_t codec = KVD_CODEC_TURBOQUANT_2; codec <= KVD_CODEC_TURBOQUANT_4; codec++)
+        add_case(a, e, codec, kvd_codec_name(codec), "");
+    add_case(a, e, KVD_CODEC_BF16, "bf16", "");
+    return e->n ? KVD_OK : kvd_fail(err, KVD_E_INVALID, "no set has a codec of --codecs");
 }
 
 static void print_summary(const struct arguments *a, const struct evaluation *e, int mode)
 {
     struct table *t =
-        table_new("SET|>BITS|>OUTPUT ERROR|>WORST LAYER|>WORST HEAD|>LOGIT ERROR|>KL");
+        table_new("SET, CODEC|>BITS|>OUTPUT ERROR|>WORST LAYER|>WORST HEAD|>LOGIT ERROR|>KL");
     if (mode == 0)
         printf("\nsink %u, recent %u in bf16:\n", a->o.sink, a->o.recent);
     else
@@ -99,7 +172,7 @@ static void print_summary(const struct arguments *a, const struct evaluation *e,
         uint32_t layer = 0;
         struct kvd_eval_figures f = evaluation_of_layers(e, mode, s, &layer);
         table_cell(t, "%s", e->names[s]);
-        table_cell(t, "%.3f", e->bits);
+        table_cell(t, "%.3f", e->bits[s]);
         table_cell(t, "%.4f", f.output_error);
         table_cell(t, "%u", layer);
         table_cell(t, "%.4f", f.worst_head);
@@ -111,7 +184,7 @@ static void print_summary(const struct arguments *a, const struct evaluation *e,
 
 static void print_layers(const struct evaluation *e)
 {
-    char titles[1024] = "LAYER";
+    char titles[EVALUATION_CASES * 64] = "LAYER";
     for (uint32_t s = 0, at = 5; s < e->n && at + 64 < sizeof(titles); s++)
         at += (uint32_t)snprintf(titles + at, sizeof(titles) - at, "|>%.50s", e->names[s]);
     struct table *t = table_new(titles);
@@ -132,12 +205,14 @@ static json_t *json_figures(const struct kvd_eval_figures *f)
 
 static void print_json(const struct arguments *a, const struct evaluation *e)
 {
-    json_t *root = json_pack("{s:i, s:i, s:i, s:i, s:f, s:[]}", "context", (int)a->o.context,
-                             "queries", (int)a->o.queries, "sink", (int)a->o.sink, "recent",
-                             (int)a->o.recent, "bits", e->bits, "sets");
+    json_t *root =
+        json_pack("{s:i, s:i, s:i, s:i, s:[]}", "context", (int)a->o.context, "queries",
+                  (int)a->o.queries, "sink", (int)a->o.sink, "recent", (int)a->o.recent, "sets");
     for (uint32_t s = 0; s < e->n; s++) {
-        json_t *set = json_pack("{s:s, s:s, s:s}", "name", e->names[s], "digest",
-                                e->sets[s]->digest, "objective", e->sets[s]->objective);
+        const struct kvd_eval_case *c = &e->cases[s];
+        json_t *set = json_pack("{s:s, s:s, s:f, s:s, s:s}", "name", e->names[s], "codec",
+                                kvd_codec_name(c->codec), "bits", e->bits[s], "digest",
+                                c->set->digest, "objective", c->set->objective);
         for (int mode = 0; mode < 2; mode++) {
             uint32_t layer = 0;
             struct kvd_eval_figures f = evaluation_of_layers(e, mode, s, &layer);
@@ -161,8 +236,6 @@ static int run_modes(const struct arguments *a, const struct kvd_dump *d, struct
                      struct kvd_error *err)
 {
     struct kvd_eval_options bare = a->o;
-    const struct kvd_rotset *sets[EVALUATION_SETS + 2];
-    memcpy(sets, e->sets, sizeof(sets));
     bare.sink = bare.recent = 0;
     uint64_t dim_k = d->dim[KVD_DUMP_K], dim_v = d->dim[KVD_DUMP_V];
     struct kvd_eval_figures *f = calloc(2ull * e->n * d->n_layers, sizeof(*f));
@@ -171,8 +244,8 @@ static int run_modes(const struct arguments *a, const struct kvd_dump *d, struct
     e->spectra.v = calloc((1 + e->n) * dim_v, sizeof(double));
     if (!f || !e->spectra.k || !e->spectra.v)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    if (kvd_eval_run(d, sets, e->n, &a->o, f, e->layers, &e->n_layers, &e->spectra, err) ||
-        kvd_eval_run(d, sets, e->n, &bare, f + (uint64_t)e->n * e->n_layers, e->layers,
+    if (kvd_eval_run(d, e->cases, e->n, &a->o, f, e->layers, &e->n_layers, &e->spectra, err) ||
+        kvd_eval_run(d, e->cases, e->n, &bare, f + (uint64_t)e->n * e->n_layers, e->layers,
                      &e->n_layers, NULL, err))
         return err->code;
     return KVD_OK;
@@ -185,8 +258,12 @@ int eval_main(int argc, char **argv)
         .parser = parse,
         .args_doc = "DUMP [SET...]",
         .doc =
-            "Evaluates rotation sets (files) on activations that they were not fitted to, beside "
-            "naive int2 (no rotation) and the Hadamard matrix. Errors are of attention's outputs "
+            "Evaluates rotation sets (files) and codecs on activations that the sets were not "
+            "fitted "
+            "to: each set with int2, int2c and int2-lm, and with int2 at the published clip "
+            "ratios; "
+            "beside them naive int2 (no rotation), the Hadamard matrix, and TurboQuant. Errors are "
+            "of attention's outputs "
             "against those over the recorded keys and values; logit error is a root mean square, "
             "KL in nats."};
     struct arguments a = {.o = {.context = 2048,
@@ -197,6 +274,7 @@ int eval_main(int argc, char **argv)
                                 .ctx = "eval"}};
     struct evaluation e = {0};
     struct kvd_error err = {0};
+    memset(a.codecs, true, sizeof(a.codecs));
     argp_parse(&argp, argc, argv, 0, NULL, &a);
     struct kvd_dump *d = kvd_dump_open(a.dump, &err);
     int rc = d ? open_sets(&a, d, &e, &err) : err.code;
@@ -204,7 +282,6 @@ int eval_main(int argc, char **argv)
         rc = run_modes(&a, d, &e, &err);
     progress_end();
     if (rc == KVD_OK) {
-        e.bits = kvd_eval_bits(d->dim[KVD_DUMP_K], d->dim[KVD_DUMP_V]);
         if (a.html)
             rc = evaluation_write_html(&e, d, &a.o, a.html, &err);
     }

@@ -4,24 +4,25 @@
 
 #include "calib/eval.h"
 
-enum { EVALUATION_SETS = 16 };
+enum { EVALUATION_FILES = 8, EVALUATION_SETS = 3 + 2 * EVALUATION_FILES, EVALUATION_CASES = 64 };
 
-// The sets under evaluation; the first two need no data.
+// What is under evaluation: sets with codecs.
 struct evaluation {
-    struct kvd_rotset *sets[EVALUATION_SETS + 2];
-    const char *names[EVALUATION_SETS + 2];
+    struct kvd_rotset *sets[EVALUATION_SETS];
+    uint32_t n_sets;
+    struct kvd_eval_case cases[EVALUATION_CASES];
+    char names[EVALUATION_CASES][80];
+    double bits[EVALUATION_CASES]; // a value of K or V
     uint32_t n, n_layers;
     uint16_t layers[KVD_MAX_LAYERS];
     struct kvd_eval_figures *figures; // [with windows, without][n][n_layers]
     struct kvd_eval_spectra spectra;
-    double bits; // a value of K or V
 };
 
 // [n_layers]; mode 0: with windows, 1: without.
-const struct kvd_eval_figures *evaluation_figures(const struct evaluation *e, int mode,
-                                                  uint32_t set);
+const struct kvd_eval_figures *evaluation_figures(const struct evaluation *e, int mode, uint32_t i);
 // Over layers: the root mean square of output errors, the means of the others, the worst head.
-struct kvd_eval_figures evaluation_of_layers(const struct evaluation *e, int mode, uint32_t set,
+struct kvd_eval_figures evaluation_of_layers(const struct evaluation *e, int mode, uint32_t i,
                                              uint32_t *worst_layer);
 
 // A page that needs no other file.

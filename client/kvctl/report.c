@@ -7,28 +7,28 @@
 enum { WIDTH = 720, HEIGHT = 280, LEFT = 60, RIGHT = 20, TOP = 16, BOTTOM = 40 };
 
 static const char *const colours[] = {"#9aa0a6", "#e8871e", "#1f6feb", "#2da44e",
-                                      "#8250df", "#cf222e", "#0a7ea4", "#bf3989"};
+                                      "#8250df", "#cf222e", "#0a7ea4", "#bf3989",
+                                      "#7a5c00", "#00695c", "#5d4037", "#3949ab"};
 
-const struct kvd_eval_figures *evaluation_figures(const struct evaluation *e, int mode,
-                                                  uint32_t set)
+const struct kvd_eval_figures *evaluation_figures(const struct evaluation *e, int mode, uint32_t i)
 {
-    return e->figures + ((uint64_t)mode * e->n + set) * e->n_layers;
+    return e->figures + ((uint64_t)mode * e->n + i) * e->n_layers;
 }
 
-struct kvd_eval_figures evaluation_of_layers(const struct evaluation *e, int mode, uint32_t set,
+struct kvd_eval_figures evaluation_of_layers(const struct evaluation *e, int mode, uint32_t i,
                                              uint32_t *worst_layer)
 {
-    const struct kvd_eval_figures *f = evaluation_figures(e, mode, set);
+    const struct kvd_eval_figures *f = evaluation_figures(e, mode, i);
     struct kvd_eval_figures all = {0};
     double worst = -1;
-    for (uint32_t i = 0; i < e->n_layers; i++) {
-        all.output_error += f[i].output_error * f[i].output_error / e->n_layers;
-        all.logit_error += f[i].logit_error / e->n_layers;
-        all.kl += f[i].kl / e->n_layers;
-        all.worst_head = fmax(all.worst_head, f[i].worst_head);
-        if (f[i].output_error > worst) {
-            worst = f[i].output_error;
-            *worst_layer = e->layers[i];
+    for (uint32_t l = 0; l < e->n_layers; l++) {
+        all.output_error += f[l].output_error * f[l].output_error / e->n_layers;
+        all.logit_error += f[l].logit_error / e->n_layers;
+        all.kl += f[l].kl / e->n_layers;
+        all.worst_head = fmax(all.worst_head, f[l].worst_head);
+        if (f[l].output_error > worst) {
+            worst = f[l].output_error;
+            *worst_layer = e->layers[l];
         }
     }
     all.output_error = sqrt(all.output_error);
@@ -100,13 +100,21 @@ static void chart_line(const struct chart *c, const char *stroke, const double *
     fprintf(c->f, "</g>\n");
 }
 
-// `first`, if there is one, is the black line.
+// Whether a case is the first of its set: the others have the same spectrum.
+static bool turns(const struct evaluation *e, uint32_t i)
+{
+    return i == 0 || e->cases[i].set != e->cases[i - 1].set;
+}
+
+// `first`, if there is one, is the black line of a chart that has one line a set.
 static void chart_end(const struct chart *c, const struct evaluation *e, const char *first)
 {
     fprintf(c->f, "</svg>\n<p class=\"legend\">");
     if (first)
         fprintf(c->f, "<span style=\"--c:#111\">%s</span> ", first);
-    for (uint32_t s = first ? 1 : 0; s < e->n; s++) {
+    for (uint32_t s = 0; s < e->n; s++) {
+        if (first && !turns(e, s))
+            continue;
         fprintf(c->f, "<span style=\"--c:%s\">", colours[s % KVD_LEN(colours)]);
         put_text(c->f, e->names[s]);
         fprintf(c->f, "</span> ");
@@ -139,17 +147,22 @@ static void errors_by_layer(FILE *f, const struct evaluation *e, int mode)
 
 static void errors_by_bits(FILE *f, const struct evaluation *e)
 {
-    struct chart c = {.f = f, .x0 = 2, .x1 = 3};
+    struct chart c = {.f = f, .x0 = 2, .x1 = 2.5};
     uint32_t layer;
+    for (uint32_t s = 0; s < e->n; s++)
+        if (e->cases[s].codec != KVD_CODEC_BF16)
+            c.x1 = fmax(c.x1, ceil(e->bits[s] * 2) / 2);
     for (uint32_t s = 0; s < e->n; s++)
         c.y1 = fmax(c.y1, evaluation_of_layers(e, 0, s, &layer).output_error * 1.05);
     c.y1 = c.y1 > 0 ? c.y1 : 1;
-    chart_begin(&c, "Output error by bits, with windows", "bits a value, scale and min included");
-    for (int i = 0; i <= 4; i++)
-        chart_tick(&c, 2 + i / 4.0, 2 + i / 4.0);
+    chart_begin(&c, "Output error by bits, with windows", "bits a value, parameters included");
+    for (double x = c.x0; x <= c.x1; x += (c.x1 - c.x0) / 5)
+        chart_tick(&c, x, x);
     for (uint32_t s = 0; s < e->n; s++) {
+        if (e->cases[s].codec == KVD_CODEC_BF16)
+            continue;
         double y = evaluation_of_layers(e, 0, s, &layer).output_error;
-        chart_line(&c, colours[s % KVD_LEN(colours)], &e->bits, &y, 1, e->names[s]);
+        chart_line(&c, colours[s % KVD_LEN(colours)], &e->bits[s], &y, 1, e->names[s]);
     }
     chart_end(&c, e, NULL);
 }
@@ -165,9 +178,10 @@ static void spectrum(FILE *f, const struct evaluation *e, const double *shares, 
     for (uint32_t i = 0; i <= 4; i++)
         chart_tick(&c, KVD_MAX(i * dim / 4, 1u), KVD_MAX(i * dim / 4, 1u));
     chart_line(&c, "#111", x, shares, dim, "as recorded");
-    for (uint32_t s = 1; s < e->n; s++) // naive turns nothing
-        chart_line(&c, colours[s % KVD_LEN(colours)], x, shares + (uint64_t)(1 + s) * dim, dim,
-                   e->names[s]);
+    for (uint32_t s = 0; s < e->n; s++)
+        if (turns(e, s))
+            chart_line(&c, colours[s % KVD_LEN(colours)], x, shares + (uint64_t)(1 + s) * dim, dim,
+                       e->names[s]);
     chart_end(&c, e, "as recorded");
 }
 
@@ -175,14 +189,14 @@ static void spectrum(FILE *f, const struct evaluation *e, const double *shares, 
 
 static void summary(FILE *f, const struct evaluation *e, int mode)
 {
-    fprintf(f, "<table><tr><th>set<th>bits<th>output error<th>worst layer<th>worst head"
+    fprintf(f, "<table><tr><th>set, codec<th>bits<th>output error<th>worst layer<th>worst head"
                "<th>logit error<th>KL\n");
     for (uint32_t s = 0; s < e->n; s++) {
         uint32_t layer = 0;
         struct kvd_eval_figures x = evaluation_of_layers(e, mode, s, &layer);
-        fprintf(f, "<tr><td title=\"%s\">", e->sets[s]->digest);
+        fprintf(f, "<tr><td title=\"%s\">", e->cases[s].set->digest);
         put_text(f, e->names[s]);
-        fprintf(f, "<td>%.3f<td>%.4f<td>%u<td>%.4f<td>%.4f<td>%.5f\n", e->bits, x.output_error,
+        fprintf(f, "<td>%.3f<td>%.4f<td>%u<td>%.4f<td>%.4f<td>%.5f\n", e->bits[s], x.output_error,
                 layer, x.worst_head, x.logit_error, x.kl);
     }
     fprintf(f, "</table>\n");
@@ -225,14 +239,15 @@ static void page(FILE *f, const struct evaluation *e, const struct kvd_dump *d,
         fprintf(f, " of ");
         put_text(f, d->model);
     }
-    fprintf(f,
-            "</h1>\n<p>Attention over quantized keys and values against the recorded ones. %u "
-            "layers, %u query and %u kv heads, head_dim %u; contexts of %u tokens, whose last %u "
-            "positions ask; int2, scale and min included: %.3f bits a value. Output error is "
-            "relative (L2), worst head a kv head's, logit error a root mean square, KL in "
-            "nats.</p>\n",
-            e->n_layers, d->heads[KVD_DUMP_Q], d->heads[KVD_DUMP_K], d->dim[KVD_DUMP_K], o->context,
-            o->queries, e->bits);
+    fprintf(
+        f,
+        "</h1>\n<p>Attention over quantized keys and values against the recorded ones. %u "
+        "layers, %u query and %u kv heads, head_dim %u; contexts of %u tokens, whose last %u "
+        "positions ask. The codec is int2 where none is named; bits are those of a value, with its "
+        "share of the parameters. Output error is relative (L2), worst head a kv head's, logit "
+        "error a root mean square, KL in nats.</p>\n",
+        e->n_layers, d->heads[KVD_DUMP_Q], d->heads[KVD_DUMP_K], d->dim[KVD_DUMP_K], o->context,
+        o->queries);
     fprintf(f, "<h2>Sink %u and recent %u in bf16</h2>\n", o->sink, o->recent);
     summary(f, e, 0);
     fprintf(f, "<h2>No windows</h2>\n");

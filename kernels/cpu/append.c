@@ -74,8 +74,8 @@ static const uint8_t *source_row(const struct kvd_append_params *p,
     return window_row(p->geometry, &item->pages, token, p->layer_begin + l, head, v);
 }
 
-static void demote_int2(const struct append_job *job, const struct kvd_append_item *item,
-                        uint32_t l, uint32_t head)
+static void demote(const struct append_job *job, const struct kvd_append_item *item, uint32_t l,
+                   uint32_t head)
 {
     const struct kvd_append_params *p = job->p;
     const struct kvd_geometry *g = p->geometry;
@@ -95,16 +95,15 @@ static void demote_int2(const struct append_job *job, const struct kvd_append_it
             }
             kvd_apply(job->cpu->isa, rows, n, dim,
                       kvd_rotation_of(r, v ? r->v : r->k, dim, layer, head), y);
-            const float *clip = v ? r->clip_v : r->clip_k;
+            const float *clip = v ? r->clip_v : r->clip_k, *gain = v ? r->gain_v : r->gain_k;
+            struct kvd_quantizer quantizer = {g->codec, clip ? clip[at] : 1, gain ? gain[at] : 1};
             for (uint32_t i = 0; i < n; i++) {
-                uint8_t codes[KVD_MAX_HEAD_DIM];
-                struct kvd_param param;
+                struct kvd_row row;
                 uint64_t h = t + i - g->sink;
                 uint8_t *tile = (uint8_t *)(uintptr_t)item->pages.codec[h / KVD_PAGE_TOKENS] +
-                                kvd_tile_offset(g, KVD_CODEC_INT2, layer, head);
-                kvd_int2_quantize(y + i * dim, dim, clip ? clip[at] : 1.0f, codes, &param);
-                (v ? kvd_int2_pack_v
-                   : kvd_int2_pack_k)(tile, dk, dv, (uint32_t)(h % KVD_PAGE_TOKENS), codes, param);
+                                kvd_tile_offset(g, g->codec, layer, head);
+                kvd_row_quantize(&quantizer, y + i * dim, dim, &row);
+                kvd_row_pack(g->codec, tile, dk, dv, v, (uint32_t)(h % KVD_PAGE_TOKENS), &row);
             }
         }
         t += n;
@@ -140,10 +139,10 @@ static void append_one(void *ctx, uint64_t i)
     uint32_t l = (uint32_t)(i / g->kv_heads % p->layer_count);
     const struct kvd_append_item *item = &p->items[i / g->kv_heads / p->layer_count];
     // Demotion first: new tokens may take the ring slots of demoted ones.
-    if (g->codec == KVD_CODEC_INT2)
-        demote_int2(job, item, l, head);
-    else
+    if (g->codec == KVD_CODEC_BF16)
         demote_bf16(job, item, l, head);
+    else
+        demote(job, item, l, head);
     for (uint64_t t = item->length; t < item->new_length; t++) {
         if (t >= g->sink && t < item->new_hist_end)
             continue;

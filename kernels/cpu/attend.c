@@ -49,7 +49,7 @@ struct walk {
 struct run {
     uint64_t begin; // position of the first
     uint32_t n;
-    const uint8_t *tile; // int2; NULL for bf16
+    const uint8_t *tile; // of a codec; NULL for bf16
     const uint8_t *k, *v;
     uint64_t k_stride, v_stride;
 };
@@ -98,9 +98,9 @@ static struct run run_at(const struct walk *w, uint64_t t, uint64_t end)
             bf16_run(w, page, row, &run);
         } else {
             // Splits start at tile boundaries, so row is 0.
-            run.tile = (const uint8_t *)(uintptr_t)page +
-                       kvd_tile_offset(g, KVD_CODEC_INT2, w->job->p->layer_begin + w->unit.layer,
-                                       w->unit.head);
+            run.tile =
+                (const uint8_t *)(uintptr_t)page +
+                kvd_tile_offset(g, g->codec, w->job->p->layer_begin + w->unit.layer, w->unit.head);
             run.n = KVD_PAGE_TOKENS;
         }
     } else {
@@ -117,16 +117,16 @@ static struct run run_at(const struct walk *w, uint64_t t, uint64_t end)
 static void score_tile(struct walk *w, const struct run *run)
 {
     const struct kvd_geometry *g = w->job->p->geometry;
-    const struct kvd_param *param = kvd_int2_params(run->tile, g->head_dim_k, g->head_dim_v, false);
-    w->job->cpu->isa->k_scores(run->tile, g->head_dim_k, w->q_codes, w->unit.rows, w->s);
-    for (uint32_t t = 0; t < run->n; t++) {
-        struct kvd_param at = param[kvd_param_index(t)];
-        float scale = kvd_fp16_to_f32(at.scale), min = kvd_fp16_to_f32(at.min);
+    struct kvd_affine param[KVD_PAGE_TOKENS];
+    kvd_params_read(g->codec,
+                    run->tile + kvd_params_offset(g->codec, g->head_dim_k, g->head_dim_v, false),
+                    run->n, param);
+    w->job->cpu->isa->k_scores(g->codec, run->tile, g->head_dim_k, w->q_codes, w->unit.rows, w->s);
+    for (uint32_t t = 0; t < run->n; t++)
         for (uint32_t r = 0; r < w->unit.rows; r++) {
             float *s = &w->s[r * KVD_PAGE_TOKENS + t];
-            *s = scale * *s + min * w->q_sum[r];
+            *s = param[t].scale * *s + param[t].min * w->q_sum[r];
         }
-    }
 }
 
 // Turns scores into logits of visible tokens, -inf elsewhere. Returns whether any token is visible
@@ -187,18 +187,19 @@ static void soften(struct walk *w, uint32_t r)
 static void add_tile(struct walk *w, const struct run *run)
 {
     const struct kvd_geometry *g = w->job->p->geometry;
-    const struct kvd_param *param = kvd_int2_params(run->tile, g->head_dim_k, g->head_dim_v, true);
-    for (uint32_t t = 0; t < run->n; t++) {
-        struct kvd_param at = param[kvd_param_index(t)];
-        float scale = kvd_fp16_to_f32(at.scale), min = kvd_fp16_to_f32(at.min);
+    struct kvd_affine param[KVD_PAGE_TOKENS];
+    kvd_params_read(g->codec,
+                    run->tile + kvd_params_offset(g->codec, g->head_dim_k, g->head_dim_v, true),
+                    run->n, param);
+    for (uint32_t t = 0; t < run->n; t++)
         for (uint32_t r = 0; r < w->unit.rows; r++) {
             float *s = &w->s[r * KVD_PAGE_TOKENS + t];
-            w->min_sum[r] += *s * min;
-            *s *= scale;
+            w->min_sum[r] += *s * param[t].min;
+            *s *= param[t].scale;
         }
-    }
-    w->job->cpu->isa->v_accumulate(run->tile + kvd_int2_codes_bytes(g->head_dim_k), g->head_dim_v,
-                                   w->s, w->unit.rows, w->acc);
+    w->job->cpu->isa->v_accumulate(g->codec,
+                                   run->tile + kvd_codes_offset(g->codec, g->head_dim_k, true),
+                                   g->head_dim_v, w->s, w->unit.rows, w->acc);
     w->compressed = true;
 }
 
@@ -328,7 +329,7 @@ static void finish(const struct attend_job *job, const struct unit *u, const str
     for (uint32_t r = 0; r < u->rows; r++) {
         float o[KVD_MAX_HEAD_DIM];
         uint32_t row = u->row0 + r, head = u->head * group + row % group;
-        if (g->codec == KVD_CODEC_INT2) {
+        if (g->codec != KVD_CODEC_BF16) {
             const float *m = kvd_rotation_of(p->rotation, p->rotation->v_t, dim,
                                              p->layer_begin + u->layer, u->head);
             kvd_apply(job->cpu->isa, part->o_rotated[r], 1, dim, m, o);

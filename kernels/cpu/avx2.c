@@ -38,10 +38,22 @@ static inline vi v_words(const uint8_t *p)
 {
     return _mm256_loadu_si256((const __m256i *)(const void *)p);
 }
-static inline vf v_code(vi w, uint32_t shift)
+static inline vf v_table(const float *four)
 {
-    const vf table = _mm256_set_ps(3, 2, 1, 0, 3, 2, 1, 0);
+    return _mm256_broadcast_ps((const __m128 *)(const void *)four);
+}
+static inline vf v_pick(vf table, vi w, uint32_t shift)
+{
     return _mm256_permutevar_ps(table, _mm256_srli_epi32(w, (int)shift));
+}
+static inline vf v_select(vf a, vf b, vi w, uint32_t bit)
+{
+    return _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(w, 31 - (int)bit)));
+}
+static inline vf v_flip(vf x, vi w, uint32_t bit)
+{
+    vf sign = _mm256_castsi256_ps(_mm256_slli_epi32(w, 31 - (int)bit));
+    return _mm256_xor_ps(x, _mm256_and_ps(sign, _mm256_set1_ps(-0.0f)));
 }
 static inline vf v_bf16(const uint8_t *p)
 {

@@ -39,10 +39,23 @@ static inline vi v_words(const uint8_t *p)
     return _mm512_loadu_si512(p);
 }
 // vpermilps picks among four floats by the low two bits of each word: no mask, no conversion.
-static inline vf v_code(vi w, uint32_t shift)
+static inline vf v_table(const float *four)
 {
-    const vf table = _mm512_set_ps(3, 2, 1, 0, 3, 2, 1, 0, 3, 2, 1, 0, 3, 2, 1, 0);
+    return _mm512_broadcast_f32x4(_mm_loadu_ps(four));
+}
+static inline vf v_pick(vf table, vi w, uint32_t shift)
+{
     return _mm512_permutevar_ps(table, _mm512_srli_epi32(w, shift));
+}
+static inline vf v_select(vf a, vf b, vi w, uint32_t bit)
+{
+    return _mm512_mask_blend_ps(_mm512_test_epi32_mask(w, _mm512_set1_epi32((int)(1u << bit))), a,
+                                b);
+}
+static inline vf v_flip(vf x, vi w, uint32_t bit)
+{
+    vf sign = _mm512_castsi512_ps(_mm512_slli_epi32(w, 31 - bit));
+    return _mm512_xor_ps(x, _mm512_and_ps(sign, _mm512_set1_ps(-0.0f)));
 }
 static inline vf v_bf16(const uint8_t *p)
 {

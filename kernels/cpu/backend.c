@@ -77,6 +77,8 @@ static void rotation_free(struct kvd_backend *b, struct kvd_rotation **rp)
     free(r->v_t);
     free(r->clip_k);
     free(r->clip_v);
+    free(r->gain_k);
+    free(r->gain_v);
     free(r);
 }
 
@@ -98,6 +100,8 @@ static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd
     r->v_t = transposed(d->v, n, d->dim_v, &failed);
     r->clip_k = copy_floats(d->clip_k, n, &failed);
     r->clip_v = copy_floats(d->clip_v, n, &failed);
+    r->gain_k = copy_floats(d->gain_k, n, &failed);
+    r->gain_v = copy_floats(d->gain_v, n, &failed);
     if (failed) {
         rotation_free(b, &r);
         kvd_fail(err, KVD_E_INTERNAL, "out of memory for a rotation set");
@@ -173,7 +177,7 @@ static void read_row(const struct read_job *job, uint32_t layer, uint64_t token,
     }
     float rotated[KVD_MAX_HEAD_DIM];
     const struct kvd_rotation *r = p->rotation;
-    (v ? kvd_int2_unpack_v : kvd_int2_unpack_k)(tile, dk, dv, row, rotated);
+    kvd_row_unpack(codec, tile, dk, dv, v, row, rotated);
     kvd_apply(job->cpu->isa, rotated, 1, dim,
               kvd_rotation_of(r, v ? r->v_t : r->k_t, dim, layer, head), x);
 }

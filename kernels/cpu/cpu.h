@@ -13,14 +13,14 @@ struct kvd_cpu_isa {
     bool (*supported)(void);
     // q [dim] -> the order in which k_scores wants it, 2 * dim floats.
     void (*q_prepare)(const float *q, uint32_t dim, float *out);
-    // scores[row][64] = sum over channels of code * q, without scale and min. q: [rows][2 * dim],
+    // scores[row][64] = sum over channels of level * q, without scale and min. q: [rows][2 * dim],
     // prepared.
-    void (*k_scores)(const uint8_t *codes, uint32_t dim, const float *q, uint32_t rows,
-                     float *scores);
-    // acc[row] += sum over tokens of p * code. p: [rows][64] in token order. acc: [rows][8 * dim],
+    void (*k_scores)(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *q,
+                     uint32_t rows, float *scores);
+    // acc[row] += sum over tokens of p * level. p: [rows][64] in token order. acc: [rows][8 * dim],
     // in an order of the implementation's own that v_reduce resolves.
-    void (*v_accumulate)(const uint8_t *codes, uint32_t dim, const float *p, uint32_t rows,
-                         float *acc);
+    void (*v_accumulate)(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *p,
+                         uint32_t rows, float *acc);
     // acc [8 * dim] -> o [dim].
     void (*v_reduce)(const float *acc, uint32_t dim, float *o);
     // scores[row][t] = k_t . q_row for n tokens; k: bf16, `stride` bytes from token to token. q:
@@ -55,6 +55,7 @@ struct kvd_rotation {
     uint32_t n_layers, heads, dim_k, dim_v;
     float *k, *k_t, *v, *v_t; // [layer][head][dim][dim] and transposes; NULL: identity
     float *clip_k, *clip_v;   // [layer][head]
+    float *gain_k, *gain_v;
 };
 
 struct kvd_cpu {

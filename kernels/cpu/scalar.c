@@ -15,31 +15,40 @@ static void q_prepare(const float *q, uint32_t dim, float *out)
     memcpy(out, q, dim * sizeof(float));
 }
 
-static float code_at(const uint8_t *codes, struct kvd_code_place p)
+static float level_at(uint32_t codec, const uint8_t *codes, uint32_t dim, bool v, uint32_t token,
+                      uint32_t channel)
 {
-    return (float)(codes[p.byte] >> p.bit & 3);
+    uint32_t more = kvd_codec_bits(codec) - 2;
+    struct kvd_code_place p = kvd_place_of(v, dim, 2, token, channel);
+    uint32_t code = codes[p.byte] >> p.bit & 3;
+    if (more) {
+        p = kvd_place_of(v, dim, more, token, channel);
+        codes += kvd_codes_bytes(KVD_CODEC_INT2, dim);
+        code |= (codes[p.byte] >> p.bit & ((1u << more) - 1)) << 2;
+    }
+    return kvd_codec_levels(codec)[code];
 }
 
-static void k_scores(const uint8_t *codes, uint32_t dim, const float *q, uint32_t rows,
-                     float *scores)
+static void k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *q,
+                     uint32_t rows, float *scores)
 {
     memset(scores, 0, rows * KVD_PAGE_TOKENS * sizeof(float));
     for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t++)
         for (uint32_t c = 0; c < dim; c++) {
-            float code = code_at(codes, kvd_place_k(dim, t, c));
+            float level = level_at(codec, codes, dim, false, t, c);
             for (uint32_t r = 0; r < rows; r++)
-                scores[r * KVD_PAGE_TOKENS + t] += code * q[r * 2 * dim + c];
+                scores[r * KVD_PAGE_TOKENS + t] += level * q[r * 2 * dim + c];
         }
 }
 
-static void v_accumulate(const uint8_t *codes, uint32_t dim, const float *p, uint32_t rows,
-                         float *acc)
+static void v_accumulate(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *p,
+                         uint32_t rows, float *acc)
 {
     for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t++)
         for (uint32_t c = 0; c < dim; c++) {
-            float code = code_at(codes, kvd_place_v(dim, t, c));
+            float level = level_at(codec, codes, dim, true, t, c);
             for (uint32_t r = 0; r < rows; r++)
-                acc[r * 8 * dim + c] += code * p[r * KVD_PAGE_TOKENS + t];
+                acc[r * 8 * dim + c] += level * p[r * KVD_PAGE_TOKENS + t];
         }
 }
 

@@ -3,7 +3,10 @@
 //   vf, vi                     vectors of V floats, V 32-bit integers
 //   v_zero, v_set1, v_load, v_store, v_fma(a, b, c) = a*b+c, v_mul, v_add, v_max
 //   v_words(p)                 V words from memory
-//   v_code(w, shift)           the 2-bit codes at `shift` as floats
+//   v_table(four)              four floats, for:
+//   v_pick(table, w, shift)    which of them the two bits at `shift` of each word say
+//   v_select(a, b, w, bit)     b where the bit is set, a elsewhere
+//   v_flip(x, w, bit)          -x where the bit is set
 //   v_bf16(p)                  V bf16 from memory as floats
 //   v_sum(v)                   sum of the lanes
 //   v_exp(v)                   exp, relative error under 1e-6, 0 below -87
@@ -42,9 +45,62 @@ static inline __attribute__((always_inline)) void fold_pairs(const vf acc[G], fl
     *odd = s[1] + s[3];
 }
 
-static inline __attribute__((always_inline)) void k_scores_rows(const uint8_t *codes, uint32_t dim,
-                                                                const float *q, const uint32_t rows,
-                                                                float *scores)
+// What codes of `bits` bits mean: `low` for two bits, or for the first four magnitudes, `high` for
+// the others.
+struct levels {
+    vf low, high;
+};
+
+static inline struct levels levels_of(uint32_t codec)
+{
+    const float *l = kvd_codec_levels(codec);
+    return (struct levels){v_table(l), v_table(kvd_codec_bits(codec) == 4 ? l + 4 : l)};
+}
+
+// Where the words of some channel tiles of a chunk lie, for G vectors from word group g on, and the
+// first tile's bits in them.
+struct code_words {
+    const uint8_t *at, *more; // of the second plane
+    uint32_t shift, more_shift;
+};
+
+static inline __attribute__((always_inline)) struct code_words
+words_of(const uint32_t bits, const uint8_t *codes, uint32_t dim, uint32_t chunk, uint32_t tile,
+         uint32_t g)
+{
+    uint32_t at = kvd_unit_of(dim, chunk, tile) * KVD_UNIT_BYTES + g * 64;
+    struct code_words w = {codes + at, codes + at, 2 * kvd_slot_of(dim, chunk, tile), 0};
+    if (bits == 4) {
+        w.more += kvd_codes_bytes(KVD_CODEC_INT2, dim);
+        w.more_shift = w.shift;
+    } else if (bits == 3) {
+        w.more = codes + kvd_codes_bytes(KVD_CODEC_INT2, dim) +
+                 kvd_bit_unit_of(dim, chunk) * KVD_UNIT_BYTES + g * 64;
+        w.more_shift = kvd_bit_slot_of(dim, chunk, tile);
+    }
+    return w;
+}
+
+// The levels of the codes in slot `slot` after the first, low or high half of the words.
+static inline __attribute__((always_inline)) vf level_of(const uint32_t bits,
+                                                         const struct levels *l,
+                                                         const struct code_words *w, vi words,
+                                                         vi more, uint32_t slot, uint32_t half)
+{
+    uint32_t shift = w->shift + 2 * slot + half;
+    vf x = v_pick(l->low, words, shift);
+    if (bits == 4) {
+        uint32_t bit = w->more_shift + 2 * slot + half;
+        x = v_flip(v_select(x, v_pick(l->high, words, shift), more, bit), more, bit + 1);
+    } else if (bits == 3) {
+        x = v_flip(x, more, w->more_shift + slot + half);
+    }
+    return x;
+}
+
+static inline __attribute__((always_inline)) void
+k_scores_rows(const uint32_t bits, struct levels l, const uint8_t *codes, uint32_t dim,
+              const float *q, const uint32_t rows, float *scores)
 {
     for (uint32_t chunk = 0; chunk < 4; chunk++) {
         for (uint32_t g = 0; g < 8; g++) {
@@ -53,14 +109,13 @@ static inline __attribute__((always_inline)) void k_scores_rows(const uint8_t *c
                 for (int i = 0; i < G; i++)
                     acc[r][i] = v_zero();
             for (uint32_t block = 0; block < dim / 64; block++) {
-                const uint8_t *words =
-                    codes + kvd_unit_of(dim, chunk, block * 4) * KVD_UNIT_BYTES + g * 64;
-                uint32_t shift = 2 * kvd_slot_of(dim, chunk, block * 4);
+                struct code_words at = words_of(bits, codes, dim, chunk, block * 4, g);
                 const float *qb = q + block * 128;
                 for (int i = 0; i < G; i++) {
-                    vi w = v_words(words + i * V * 4);
+                    vi w = v_words(at.at + i * V * 4), more = v_words(at.more + i * V * 4);
                     for (uint32_t slot = 0; slot < 4; slot++) {
-                        vf lo = v_code(w, shift + 2 * slot), hi = v_code(w, shift + 2 * slot + 16);
+                        vf lo = level_of(bits, &l, &at, w, more, slot, 0);
+                        vf hi = level_of(bits, &l, &at, w, more, slot, 16);
                         for (uint32_t r = 0; r < rows; r++) {
                             const float *qr = qb + r * 2 * dim + slot * 32 + i * V;
                             acc[r][i] = v_fma(lo, v_load(qr), acc[r][i]);
@@ -77,26 +132,38 @@ static inline __attribute__((always_inline)) void k_scores_rows(const uint8_t *c
     }
 }
 
-static void simd_k_scores(const uint8_t *codes, uint32_t dim, const float *q, uint32_t rows,
-                          float *scores)
+static inline __attribute__((always_inline)) void
+k_scores_bits(const uint32_t bits, struct levels l, const uint8_t *codes, uint32_t dim,
+              const float *q, uint32_t rows, float *scores)
 {
     if (rows == 4 && dim == 128)
-        k_scores_rows(codes, 128, q, 4, scores);
+        k_scores_rows(bits, l, codes, 128, q, 4, scores);
     else if (rows == 4)
-        k_scores_rows(codes, dim, q, 4, scores);
+        k_scores_rows(bits, l, codes, dim, q, 4, scores);
     else if (rows == 3)
-        k_scores_rows(codes, dim, q, 3, scores);
+        k_scores_rows(bits, l, codes, dim, q, 3, scores);
     else if (rows == 2)
-        k_scores_rows(codes, dim, q, 2, scores);
+        k_scores_rows(bits, l, codes, dim, q, 2, scores);
     else
-        k_scores_rows(codes, dim, q, 1, scores);
+        k_scores_rows(bits, l, codes, dim, q, 1, scores);
+}
+
+static void simd_k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *q,
+                          uint32_t rows, float *scores)
+{
+    uint32_t bits = kvd_codec_bits(codec);
+    if (bits == 2)
+        k_scores_bits(2, levels_of(codec), codes, dim, q, rows, scores);
+    else if (bits == 3)
+        k_scores_bits(3, levels_of(codec), codes, dim, q, rows, scores);
+    else
+        k_scores_bits(4, levels_of(codec), codes, dim, q, rows, scores);
 }
 
 // acc of one row: [g 8][channel tile][16 lanes].
-static inline __attribute__((always_inline)) void v_accumulate_rows(const uint8_t *codes,
-                                                                    uint32_t dim,
-                                                                    const float *spread,
-                                                                    const uint32_t rows, float *acc)
+static inline __attribute__((always_inline)) void
+v_accumulate_rows(const uint32_t bits, struct levels l, const uint8_t *codes, uint32_t dim,
+                  const float *spread, const uint32_t rows, float *acc)
 {
     enum { SLOTS = V == 16 ? 4 : 2 }; // accumulators that fit the registers
     for (uint32_t g = 0; g < 8; g++) {
@@ -108,13 +175,11 @@ static inline __attribute__((always_inline)) void v_accumulate_rows(const uint8_
                     for (int s = 0; s < SLOTS; s++)
                         a[r][s] = v_load(at + r * 8 * dim + s * 16);
                 for (uint32_t chunk = 0; chunk < 4; chunk++) {
-                    const uint8_t *words =
-                        codes + kvd_unit_of(dim, chunk, tile) * KVD_UNIT_BYTES + g * 64 + i * V * 4;
-                    uint32_t shift = 2 * kvd_slot_of(dim, chunk, tile);
-                    vi w = v_words(words);
+                    struct code_words where = words_of(bits, codes, dim, chunk, tile, g);
+                    vi w = v_words(where.at + i * V * 4), more = v_words(where.more + i * V * 4);
                     for (int s = 0; s < SLOTS; s++) {
-                        vf lo = v_code(w, shift + 2 * (uint32_t)s),
-                           hi = v_code(w, shift + 2 * (uint32_t)s + 16);
+                        vf lo = level_of(bits, &l, &where, w, more, (uint32_t)s, 0);
+                        vf hi = level_of(bits, &l, &where, w, more, (uint32_t)s, 16);
                         for (uint32_t r = 0; r < rows; r++) {
                             const float *p = spread + (r * 4 + chunk) * 32 + i * V;
                             a[r][s] = v_fma(lo, v_load(p), a[r][s]);
@@ -130,23 +195,36 @@ static inline __attribute__((always_inline)) void v_accumulate_rows(const uint8_
     }
 }
 
-static void simd_v_accumulate(const uint8_t *codes, uint32_t dim, const float *p, uint32_t rows,
-                              float *acc)
+static inline __attribute__((always_inline)) void
+v_accumulate_bits(const uint32_t bits, struct levels l, const uint8_t *codes, uint32_t dim,
+                  const float *spread, uint32_t rows, float *acc)
 {
+    if (rows == 4 && dim == 128)
+        v_accumulate_rows(bits, l, codes, 128, spread, 4, acc);
+    else if (rows == 4)
+        v_accumulate_rows(bits, l, codes, dim, spread, 4, acc);
+    else if (rows == 3)
+        v_accumulate_rows(bits, l, codes, dim, spread, 3, acc);
+    else if (rows == 2)
+        v_accumulate_rows(bits, l, codes, dim, spread, 2, acc);
+    else
+        v_accumulate_rows(bits, l, codes, dim, spread, 1, acc);
+}
+
+static void simd_v_accumulate(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *p,
+                              uint32_t rows, float *acc)
+{
+    uint32_t bits = kvd_codec_bits(codec);
     float spread[KVD_CPU_ROWS * 4 * 32] __attribute__((aligned(64)));
     for (uint32_t r = 0; r < rows; r++)
         for (uint32_t chunk = 0; chunk < 4; chunk++)
             spread16(p + r * KVD_PAGE_TOKENS + chunk * 16, spread + (r * 4 + chunk) * 32);
-    if (rows == 4 && dim == 128)
-        v_accumulate_rows(codes, 128, spread, 4, acc);
-    else if (rows == 4)
-        v_accumulate_rows(codes, dim, spread, 4, acc);
-    else if (rows == 3)
-        v_accumulate_rows(codes, dim, spread, 3, acc);
-    else if (rows == 2)
-        v_accumulate_rows(codes, dim, spread, 2, acc);
+    if (bits == 2)
+        v_accumulate_bits(2, levels_of(codec), codes, dim, spread, rows, acc);
+    else if (bits == 3)
+        v_accumulate_bits(3, levels_of(codec), codes, dim, spread, rows, acc);
     else
-        v_accumulate_rows(codes, dim, spread, 1, acc);
+        v_accumulate_bits(4, levels_of(codec), codes, dim, spread, rows, acc);
 }
 
 static void simd_v_reduce(const float *acc, uint32_t dim, float *o)

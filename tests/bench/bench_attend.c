@@ -224,8 +224,8 @@ static void compare_codes(const struct recorded *r, const struct kvd_rotset *set
                 float x[KVD_MAX_HEAD_DIM], y[KVD_MAX_HEAD_DIM];
                 double z[KVD_MAX_HEAD_DIM], scale, min;
                 int want[KVD_MAX_HEAD_DIM];
-                uint8_t got[KVD_MAX_HEAD_DIM];
-                struct kvd_param p;
+                struct kvd_row got;
+                struct kvd_quantizer q = {KVD_CODEC_INT2, side ? 0.92f : 0.96f, 1};
                 for (uint32_t c = 0; c < dim; c++)
                     x[c] = kvd_bf16_to_f32(row[c % (KVD_MIN(per, r->heads) * 64)]);
                 for (uint32_t j = 0; j < dim; j++) {
@@ -236,11 +236,13 @@ static void compare_codes(const struct recorded *r, const struct kvd_rotset *set
                         y[j] += x[i] * m[(size_t)i * dim + j];
                     }
                 }
-                kvd_int2_quantize(y, dim, side ? 0.92f : 0.96f, got, &p);
+                kvd_row_quantize(&q, y, dim, &got);
                 derive(z, dim, side ? 0.92 : 0.96, want, &scale, &min);
-                worst_scale = fmax(worst_scale, fabs(kvd_fp16_to_f32(p.scale) / scale - 1));
+                worst_scale =
+                    fmax(worst_scale,
+                         fabs(kvd_param_decode(KVD_CODEC_INT2, got.param).scale / scale - 1));
                 for (uint32_t c = 0; c < dim; c++, codes++) {
-                    if (got[c] == want[c])
+                    if (got.codes[c] == want[c])
                         continue;
                     double at = (z[c] - min) / scale + 0.5;
                     differ++;
@@ -266,7 +268,7 @@ static void bench_codes(const char *activations)
     }
     struct kvd_error err = {0};
     struct kvd_geometry g = geometry_of(64, 256, 1, 1, 64);
-    struct kvd_rotset *h = kvd_rotset_hadamard(&g, &err);
+    struct kvd_rotset *h = kvd_rotset_new("hadamard", &g, &err);
     compare_codes(&r, h, "Hadamard");
     kvd_rotset_free(&h);
     const char *zoo = getenv("KVD_ROTATIONZOO");

@@ -1,49 +1,114 @@
 #!/usr/bin/env python3
-"""Writes tests/data/golden_int2.bin: INT2 tiles made here, in NumPy float64, from the words of kernels/README.md alone.
+"""Writes tests/data/golden_codecs.bin: tiles of every codec, made here in NumPy float64 from the words of kernels/README.md
+alone.
 
-For each case: uint32 dim_k, uint32 dim_v, float32 x_k [64][dim_k], float32 x_v [64][dim_v] (rotated rows), then the tile.
+For each case: uint32 dim_k, uint32 dim_v, float32 x_k [64][dim_k], float32 x_v [64][dim_v] (rotated rows), then a tile of each
+codec: int2, int2c, int2-lm, turboquant-2, -3, -4. Clip ratios are 0.96 for K and 0.92 for V, gains 1 and 0.95.
 """
 import struct
 import sys
 
 import numpy as np
 
+CODECS = ("int2", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4")
+BITS = dict(zip(CODECS, (2, 2, 2, 2, 3, 4)))
+# Centroids of a normal variable's Lloyd-Max quantizers.
+MAGNITUDES = {2: [0.452780035, 1.510417608],
+              3: [0.245094179, 0.756005281, 1.343909279, 2.151945705],
+              4: [0.128395030, 0.388048299, 0.656759119, 0.942340456, 1.256231197, 1.618046386, 2.069017227, 2.732589571]}
 
-def quantize(row, ratio):
-    limit = np.sort(np.abs(row))[int(np.floor(ratio * len(row)))]
-    c = np.clip(row.astype(np.float64), -limit, limit)
-    scale = (c.max() - c.min()) / 3
-    return np.floor((c - c.min()) / scale + 0.5).astype(int), np.float16(scale), np.float16(c.min())
+
+def signed_codes(z, bits):
+    m = np.array(MAGNITUDES[bits])
+    index = np.searchsorted((m[1:] + m[:-1]) / 2, np.abs(z))
+    return index + (z < 0) * 2 ** (bits - 1)
 
 
-def side(x, ratio, is_v):
-    """Codes and parameters of one side of a tile."""
-    dim = x.shape[1]
-    words = np.zeros(64 * dim // 16, np.uint32)
-    params = np.zeros((64, 2), np.float16)
+def half(x):
+    return np.float16(x).tobytes()
+
+
+def evenly(x, ratio, gain, codec):
+    limit = np.sort(np.abs(x))[int(np.floor(ratio * len(x)))]
+    c = np.clip(x, -limit, limit)
+    scale, low = (c.max() - c.min()) / 3, c.min()
+    if codec == "int2":
+        drawn = scale * gain
+        return np.floor((c - low) / scale + 0.5).astype(int), half(drawn) + half(low + 1.5 * (scale - drawn))
+    centre, drawn = low + 1.5 * scale, max(scale * gain, abs(low + 1.5 * scale) * 8 / 127)
+    n = int(np.clip(np.rint(8 * np.log2(drawn)) + 128, 1, 255))
+    drawn = 2.0 ** ((n - 128) / 8)
+    eighths = int(np.clip(np.rint(centre * 8 / drawn), -127, 127))
+    scale = drawn / gain
+    low = drawn * eighths / 8 - 1.5 * scale
+    return np.clip(np.floor((c - low) / scale + 0.5), 0, 3).astype(int), bytes([n, eighths & 255])
+
+
+def about_mean(x):
+    levels = np.float16(MAGNITUDES[2] + [-m for m in MAGNITUDES[2]]).astype(float)
+    mean, scale = x.mean(), x.std()
+    for refit in range(3):
+        codes = signed_codes((x - mean) / scale, 2)
+        if refit < 2:
+            l = levels[codes]
+            scale = np.sum((l - l.mean()) * (x - x.mean())) / np.sum((l - l.mean()) ** 2)
+            mean = x.mean() - scale * l.mean()
+    return codes, half(scale) + half(mean)
+
+
+def quantize(x, ratio, gain, codec):
+    x = x.astype(np.float64)
+    if codec in ("int2", "int2c"):
+        return evenly(x, ratio, gain, codec)
+    if codec == "int2-lm":
+        return about_mean(x)
+    scale = np.linalg.norm(x) / np.sqrt(len(x))
+    return signed_codes(x / scale, BITS[codec]), half(scale)
+
+
+def plane(codes, is_v, width, shift):
+    """Bits [shift, shift + width) of codes [64][dim]."""
+    dim = codes.shape[1]
+    words = np.zeros(64 * dim * width // 32, np.uint32)
     for token in range(64):
-        codes, scale, low = quantize(x[token], ratio)
-        params[token // 16 * 16 + token % 8 * 2 + token % 16 // 8] = scale, low
         for channel in range(dim):
             chunk, tile = token // 16, channel // 16
-            if dim == 64:
+            if width == 1:
+                unit, slot = chunk * (dim // 16) // 16, chunk * (dim // 16) % 16 + tile
+            elif dim == 64:
                 unit, slot = chunk // 2, chunk % 2 * 4 + tile
             else:
                 unit, slot = chunk * (dim // 128) + tile // 8, tile % 8
             row, col = (channel % 16, token % 16) if is_v else (token % 16, channel % 16)
             lane, register = row % 8 * 4 + col % 8 // 2, row // 8 + col // 8 * 2
-            words[unit * 128 + lane * 4 + register] |= np.uint32(codes[channel] << (2 * slot + 16 * (col % 2)))
-    return words.astype("<u4").tobytes(), params.astype("<f2").tobytes()
+            bits = int(codes[token, channel]) >> shift & (1 << width) - 1
+            words[unit * 128 + lane * 4 + register] |= np.uint32(bits << (width * slot + 16 * (col % 2)))
+    return words.astype("<u4").tobytes()
+
+
+def side(x, is_v, codec):
+    """Codes and parameters of one side of a tile."""
+    codes, params = np.zeros(x.shape, int), [b""] * 64
+    for token in range(64):
+        codes[token], param = quantize(x[token], 0.92 if is_v else 0.96, 0.95 if is_v else 1.0, codec)
+        params[token // 16 * 16 + token % 8 * 2 + token % 16 // 8] = param
+    planes = plane(codes, is_v, 2, 0)
+    if BITS[codec] > 2:
+        planes += plane(codes, is_v, BITS[codec] - 2, 2)
+    return planes, b"".join(params)
 
 
 def main():
     rng = np.random.default_rng(20260517)
     out = b""
-    for dk, dv in ((64, 64), (128, 128), (256, 256), (128, 64), (64, 256)):
-        x = [rng.normal(size=(64, d)).astype(np.float32) * (1 + 4 * (np.arange(d) == 7)).astype(np.float32) for d in (dk, dv)]
-        (kc, kp), (vc, vp) = side(x[0], 0.96, False), side(x[1], 0.92, True)
-        out += struct.pack("<II", dk, dv) + x[0].astype("<f4").tobytes() + x[1].astype("<f4").tobytes() + kc + vc + kp + vp
-    with open(sys.argv[1] if len(sys.argv) > 1 else "tests/data/golden_int2.bin", "wb") as f:
+    for dk, dv in ((64, 64), (128, 128), (256, 64)):
+        x = [(rng.normal(size=(64, d)) * (1 + 4 * (np.arange(d) == 7)) + rng.normal(size=(64, 1)) * (np.arange(64) % 4 == 0)[:, None])
+             .astype("<f4") for d in (dk, dv)]
+        out += struct.pack("<II", dk, dv) + x[0].tobytes() + x[1].tobytes()
+        for codec in CODECS:
+            (kc, kp), (vc, vp) = side(x[0], False, codec), side(x[1], True, codec)
+            out += kc + vc + kp + vp
+    with open(sys.argv[1] if len(sys.argv) > 1 else "tests/data/golden_codecs.bin", "wb") as f:
         f.write(out)
 
 

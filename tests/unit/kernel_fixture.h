@@ -201,10 +201,10 @@ static inline void kseq_truth(const struct kseq *s, uint64_t t, uint32_t layer, 
         return;
     }
     const uint8_t *tile = (const uint8_t *)(uintptr_t)s->codec[(t - g->sink) / 64] +
-                          kvd_tile_offset(g, KVD_CODEC_INT2, layer, head);
+                          kvd_tile_offset(g, g->codec, layer, head);
     float x[KVD_MAX_HEAD_DIM];
     uint32_t row = (uint32_t)((t - g->sink) % 64);
-    (v ? kvd_int2_unpack_v : kvd_int2_unpack_k)(tile, g->head_dim_k, g->head_dim_v, row, x);
+    kvd_row_unpack(g->codec, tile, g->head_dim_k, g->head_dim_v, v, row, x);
     const float *m = kseq_matrix(s, v, layer, head);
     for (uint32_t i = 0; i < dim; i++) {
         double sum = m ? 0 : x[i];

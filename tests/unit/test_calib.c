@@ -194,7 +194,7 @@ START_TEST(native_files_round_trip)
 {
     struct kvd_error err = {0};
     struct kvd_geometry g = geometry(3, 128);
-    struct kvd_rotset *a = kvd_rotset_hadamard(&g, &err);
+    struct kvd_rotset *a = kvd_rotset_new("hadamard", &g, &err);
     a->clip_k[1] = 0.875f;
     ck_assert_msg(kvd_rotset_write(a, scratch("a.safetensors"), &err) == 0, "%s", err.text);
     struct kvd_rotset *b = kvd_rotset_read(scratch("a.safetensors"), &err);
@@ -288,7 +288,7 @@ START_TEST(native_files_that_are_refused)
     // Every truncation and a lot of flipped bytes of a good file.
     struct kvd_geometry g = geometry(1, 64);
     struct kvd_error err = {0};
-    struct kvd_rotset *a = kvd_rotset_identity(&g, &err);
+    struct kvd_rotset *a = kvd_rotset_new("identity", &g, &err);
     kvd_rotset_write(a, scratch("bad.safetensors"), &err);
     kvd_rotset_free(&a);
     uint64_t rng = kvd_test_seed("native");
@@ -317,7 +317,7 @@ START_TEST(sets_that_do_not_hold_up)
 {
     struct kvd_error err = {0};
     struct kvd_geometry g = geometry(2, 64);
-    struct kvd_rotset *s = kvd_rotset_hadamard(&g, &err);
+    struct kvd_rotset *s = kvd_rotset_new("hadamard", &g, &err);
     double worst;
     ck_assert_int_eq(kvd_rotset_check(s, &worst, &err), 0);
     ck_assert_double_lt(worst, 1e-6);

@@ -1,0 +1,273 @@
+// The codecs, row by row: places of codes, levels, what quantizing costs, extreme rows, golden
+// tiles.
+#include "tests/unit/suite.h"
+
+#include "kernels/codebook.h"
+#include "tests/unit/kernel_fixture.h"
+
+static const uint32_t dims[] = {64, 128, 256};
+
+START_TEST(every_bit_of_a_code_has_its_own_place)
+{
+    for (size_t d = 0; d < KVD_LEN(dims); d++)
+        for (uint32_t width = 1; width <= 2; width++)
+            for (int v = 0; v < 2; v++) {
+                uint32_t dim = dims[d];
+                uint8_t seen[64 * 256] = {0};
+                for (uint32_t t = 0; t < 64; t++)
+                    for (uint32_t c = 0; c < dim; c++) {
+                        struct kvd_code_place p = kvd_place_of(v, dim, width, t, c);
+                        ck_assert_uint_lt(p.byte, 8 * dim * width);
+                        ck_assert_uint_eq(p.bit % width, 0);
+                        ck_assert_uint_eq(seen[(p.byte * 8 + p.bit) / width]++, 0);
+                        // Chunks of 16 tokens share no byte, so that demotion can write bytes;
+                        // but for one plane.
+                        struct kvd_code_place q = kvd_place_of(v, dim, width, t ^ 16, c);
+                        ck_assert(p.byte != q.byte || (width == 1 && dim == 64));
+                    }
+            }
+}
+END_TEST
+
+START_TEST(tiles_have_no_gaps_and_state_their_bits)
+{
+    const double bits[KVD_CODEC_COUNT] = {16, 2.25, 2.125, 2.25, 2.125, 3.125, 4.125};
+    for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++) {
+        ck_assert_uint_eq(kvd_codec_find(kvd_codec_name(codec)), codec);
+        ck_assert(strstr(KVD_CODEC_NAMES, kvd_codec_name(codec)) != NULL);
+        double got = 8.0 * (double)kvd_tile_bytes(codec, 128, 128) / 64 / 256;
+        ck_assert_double_eq(got, bits[codec]);
+        for (size_t i = 0; i < 9; i++)
+            ck_assert_uint_eq(kvd_tile_bytes(codec, dims[i / 3], dims[i % 3]) % 16, 0);
+    }
+    ck_assert_uint_eq(kvd_codec_find("int3"), KVD_CODEC_COUNT);
+}
+END_TEST
+
+// The levels are the centroids of their cells under the normal density, by numeric integration.
+START_TEST(levels_are_those_of_lloyd_and_max)
+{
+    const uint32_t codecs[] = {KVD_CODEC_TURBOQUANT_2, KVD_CODEC_TURBOQUANT_3,
+                               KVD_CODEC_TURBOQUANT_4};
+    const float t2[] = {KVD_THRESHOLDS_2}, t3[] = {KVD_THRESHOLDS_3}, t4[] = {KVD_THRESHOLDS_4};
+    const float *const thresholds[] = {t2, t3, t4};
+    for (size_t i = 0; i < 3; i++) {
+        const float *level = kvd_codec_levels(codecs[i]);
+        uint32_t n = 2u << i;
+        for (uint32_t m = 0; m < n; m++) {
+            double lo = m ? thresholds[i][m - 1] : 0, hi = m + 1 < n ? thresholds[i][m] : 12;
+            double mass = 0, moment = 0;
+            for (int k = 0; k < 100000; k++) {
+                double x = lo + (hi - lo) * (k + 0.5) / 100000, p = exp(-x * x / 2);
+                mass += p;
+                moment += p * x;
+            }
+            ck_assert_double_eq_tol(level[m], moment / mass, 6e-4 * level[m]); // fp16
+            ck_assert_float_eq(level[m + n], -level[m]);
+            if (m)
+                ck_assert_double_eq_tol((level[m] + level[m - 1]) / 2, thresholds[i][m - 1], 1e-3);
+        }
+    }
+}
+END_TEST
+
+static void normal_row(uint64_t *rng, uint32_t dim, double mean, double deviation, float *x)
+{
+    for (uint32_t c = 0; c < dim; c++)
+        x[c] = (float)(mean + deviation * kseq_normal(rng));
+}
+
+// A row through a tile and back.
+static double row_error(const struct kvd_quantizer *q, const float *x, uint32_t dim, uint64_t *rng,
+                        float *y)
+{
+    static uint8_t tile[64 * 2 * 512];
+    struct kvd_row row;
+    uint32_t token = (uint32_t)(kvd_rand(rng) % 64);
+    bool v = kvd_rand(rng) % 2;
+    kvd_row_quantize(q, x, dim, &row);
+    kvd_row_pack(q->codec, tile, dim, dim, v, token, &row);
+    kvd_row_unpack(q->codec, tile, dim, dim, v, token, y);
+    double e = 0;
+    for (uint32_t c = 0; c < dim; c++)
+        e += ((double)y[c] - x[c]) * ((double)y[c] - x[c]);
+    return e / dim;
+}
+
+// Means over many normal rows: near what is known for infinitely long ones (DESIGN section 5).
+START_TEST(mean_squared_errors_are_those_of_the_literature)
+{
+    const struct {
+        struct kvd_quantizer q;
+        double mean, low, high;
+    } cases[] = {{{KVD_CODEC_INT2, 1, 1}, 0, 0.22, 0.27},
+                 {{KVD_CODEC_INT2, 0.92f, 1}, 0, 0.118, 0.132},
+                 {{KVD_CODEC_INT2C, 0.92f, 1}, 0, 0.118, 0.132},
+                 {{KVD_CODEC_INT2C, 1, 1}, 3, 0.22, 0.28},
+                 {{KVD_CODEC_INT2_LM, 1, 1}, 0, 0.108, 0.1185},
+                 {{KVD_CODEC_INT2_LM, 1, 1}, 5, 0.108, 0.1185},
+                 {{KVD_CODEC_TURBOQUANT_2, 1, 1}, 0, 0.114, 0.121},
+                 {{KVD_CODEC_TURBOQUANT_3, 1, 1}, 0, 0.0333, 0.0358},
+                 {{KVD_CODEC_TURBOQUANT_4, 1, 1}, 0, 0.0091, 0.0099}};
+    uint64_t rng = kvd_test_seed("errors");
+    for (size_t i = 0; i < KVD_LEN(cases); i++) {
+        double sum = 0;
+        for (int k = 0; k < 2000; k++) {
+            float x[128], y[128];
+            normal_row(&rng, 128, cases[i].mean, 1, x);
+            sum += row_error(&cases[i].q, x, 128, &rng, y) / 2000;
+        }
+        ck_assert_msg(sum > cases[i].low && sum < cases[i].high, "%s about %g: %.4f",
+                      kvd_codec_name(cases[i].q.codec), cases[i].mean, sum);
+    }
+}
+END_TEST
+
+// Every value goes to the level nearest to it, of those that the row's parameters offer.
+START_TEST(codes_are_those_of_the_nearest_levels)
+{
+    uint64_t rng = kvd_test_seed("nearest");
+    for (uint32_t codec = KVD_CODEC_INT2C; codec < KVD_CODEC_COUNT; codec++)
+        for (int k = 0; k < 300; k++) {
+            uint32_t dim = dims[k % 3];
+            float x[256];
+            struct kvd_row row;
+            struct kvd_quantizer q = {codec, 1, 1};
+            normal_row(&rng, dim, kseq_normal(&rng), exp(kseq_normal(&rng)), x);
+            kvd_row_quantize(&q, x, dim, &row);
+            struct kvd_affine a = kvd_param_decode(codec, row.param);
+            const float *level = kvd_codec_levels(codec);
+            for (uint32_t c = 0; c < dim; c++) {
+                double least = INFINITY, got = fabs(a.scale * level[row.codes[c]] + a.min - x[c]);
+                for (uint32_t i = 0; i < 1u << kvd_codec_bits(codec); i++)
+                    least = fmin(least, fabs(a.scale * level[i] + a.min - x[c]));
+                // But for fp16 parameters and levels.
+                ck_assert_double_le(got, least + 4e-3 * a.scale + 1e-3 * fabs(a.min));
+            }
+        }
+}
+END_TEST
+
+START_TEST(gain_draws_levels_together_about_the_centre)
+{
+    uint64_t rng = kvd_test_seed("gain");
+    for (int k = 0; k < 100; k++) {
+        float x[64];
+        struct kvd_row plain, drawn;
+        normal_row(&rng, 64, 2, 1, x);
+        kvd_row_quantize(&(struct kvd_quantizer){KVD_CODEC_INT2, 0.9f, 1}, x, 64, &plain);
+        kvd_row_quantize(&(struct kvd_quantizer){KVD_CODEC_INT2, 0.9f, 0.9f}, x, 64, &drawn);
+        struct kvd_affine a = kvd_param_decode(KVD_CODEC_INT2, plain.param),
+                          b = kvd_param_decode(KVD_CODEC_INT2, drawn.param);
+        ck_assert_int_eq(memcmp(plain.codes, drawn.codes, 64), 0);
+        ck_assert_double_eq_tol(b.scale, 0.9 * a.scale, 2e-3 * a.scale);
+        ck_assert_double_eq_tol(b.min + 1.5 * b.scale, a.min + 1.5 * a.scale, 8e-3 * a.scale);
+        kvd_row_quantize(&(struct kvd_quantizer){KVD_CODEC_INT2C, 0.9f, 0.9f}, x, 64, &drawn);
+        struct kvd_affine c = kvd_param_decode(KVD_CODEC_INT2C, drawn.param);
+        ck_assert_double_eq_tol(c.scale, b.scale, 0.0443 * b.scale); // 2^(1/16) - 1
+        ck_assert_double_eq_tol(c.min + 1.5 * c.scale, b.min + 1.5 * b.scale, 0.07 * b.scale);
+    }
+}
+END_TEST
+
+// int2c's bytes reach from tiny to large rows and centres; beyond, the error grows with what they
+// miss, not at once.
+START_TEST(int2c_reaches_far)
+{
+    uint64_t rng = kvd_test_seed("int2c");
+    const struct kvd_quantizer c = {KVD_CODEC_INT2C, 0.92f, 1};
+    for (int e = -12; e <= 12; e++) {
+        float x[128], y[128];
+        double unit = ldexp(1, e);
+        normal_row(&rng, 128, 0, unit, x);
+        ck_assert_double_lt(row_error(&c, x, 128, &rng, y), 0.25 * unit * unit);
+        normal_row(&rng, 128, 100 * unit, unit, x); // a centre of some 100 scales
+        ck_assert_double_lt(sqrt(row_error(&c, x, 128, &rng, y)), 100 * unit / 15);
+    }
+    float constant[64], y[64];
+    for (int i = 0; i < 64; i++)
+        constant[i] = -7;
+    ck_assert_double_lt(row_error(&c, constant, 64, &rng, y), 0.05 * 0.05 * 49);
+}
+END_TEST
+
+START_TEST(extreme_rows_stay_finite)
+{
+    const float rows[][4] = {{0, 0, 0, 0},
+                             {3e38f, -3e38f, 1, 0},
+                             {1e-40f, 0, 0, 0},
+                             {NAN, 1, 2, 3},
+                             {7, 7, 7, 7},
+                             {3e38f, 3e38f, 3e38f, 3e38f},
+                             {INFINITY, -INFINITY, 0, 0},
+                             {NAN, NAN, NAN, NAN},
+                             {-1e-30f, 2e-30f, 0, 1e-30f}};
+    uint64_t rng = 1;
+    for (uint32_t codec = KVD_CODEC_INT2; codec < KVD_CODEC_COUNT; codec++)
+        for (size_t i = 0; i < KVD_LEN(rows); i++)
+            for (float gain = 0.5f; gain < 2; gain += 0.5f) {
+                float x[64], y[64];
+                struct kvd_row row;
+                struct kvd_quantizer q = {codec, 0.96f, gain};
+                for (int c = 0; c < 64; c++)
+                    x[c] = rows[i][c % 4];
+                kvd_row_quantize(&q, x, 64, &row);
+                struct kvd_affine a = kvd_param_decode(codec, row.param);
+                ck_assert_msg(isfinite(a.scale) && isfinite(a.min), "%s row %zu",
+                              kvd_codec_name(codec), i);
+                for (int c = 0; c < 64; c++)
+                    ck_assert_uint_lt(row.codes[c], 1u << kvd_codec_bits(codec));
+                row_error(&q, x, 64, &rng, y);
+                for (int c = 0; i == 0 && c < 64; c++)
+                    ck_assert_double_eq(y[c], 0);
+            }
+}
+END_TEST
+
+// Tiles that tests/data/make_golden.py wrote from the specification, in another language: per case
+// head_dims and rows, then a tile of each codec but bf16.
+START_TEST(golden_tiles)
+{
+    const char *data = getenv("KVD_TEST_DATA");
+    char path[512];
+    snprintf(path, sizeof(path), "%s/golden_codecs.bin", data ? data : "tests/data");
+    FILE *f = fopen(path, "rb");
+    ck_assert_msg(f != NULL, "%s is missing", path);
+    uint32_t d[2], cases = 0;
+    while (fread(d, sizeof(d), 1, f) == 1) {
+        float *x = malloc(sizeof(float) * 64 * (d[0] + d[1]));
+        ck_assert_uint_eq(fread(x, sizeof(float) * 64, d[0] + d[1], f), d[0] + d[1]);
+        for (uint32_t codec = KVD_CODEC_INT2; codec < KVD_CODEC_COUNT; codec++) {
+            uint64_t bytes = kvd_tile_bytes(codec, d[0], d[1]), differ = 0;
+            uint8_t *want = malloc(bytes), *got = malloc(bytes);
+            ck_assert_uint_eq(fread(want, 1, bytes, f), bytes);
+            memset(got, 0xff, bytes);
+            for (uint32_t t = 0; t < 128; t++) {
+                struct kvd_row row;
+                bool v = t >= 64;
+                struct kvd_quantizer q = {codec, v ? 0.92f : 0.96f, v ? 0.95f : 1.0f};
+                kvd_row_quantize(&q, x + (v ? 64 * d[0] + (t - 64) * d[1] : t * d[0]), d[v], &row);
+                kvd_row_pack(codec, got, d[0], d[1], v, t % 64, &row);
+            }
+            for (uint64_t i = 0; i < bytes; i++)
+                differ += got[i] != want[i];
+            // fp32 and fp64 may round a parameter, or a value at a boundary, apart once in a while.
+            ck_assert_msg(differ <= 4, "%s: %llu of %llu bytes differ at head_dim %u/%u",
+                          kvd_codec_name(codec), (unsigned long long)differ,
+                          (unsigned long long)bytes, d[0], d[1]);
+            free(want);
+            free(got);
+        }
+        free(x);
+        cases++;
+    }
+    fclose(f);
+    ck_assert_uint_ge(cases, 3);
+}
+END_TEST
+
+KVD_MAIN("codecs", 120, every_bit_of_a_code_has_its_own_place,
+         tiles_have_no_gaps_and_state_their_bits, levels_are_those_of_lloyd_and_max,
+         mean_squared_errors_are_those_of_the_literature, codes_are_those_of_the_nearest_levels,
+         gain_draws_levels_together_about_the_centre, int2c_reaches_far, extreme_rows_stay_finite,
+         golden_tiles)
