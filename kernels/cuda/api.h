@@ -31,6 +31,7 @@ struct kvd_cuda_matrices {
     const float *inverse_f32;     // its transpose
     const float *inverse_columns; // [matrices][D] sums of the columns of R^T
     const float *clip;            // [matrices] ratios; NULL: none
+    const float *gain;            // [matrices] of the levels; NULL: 1
 };
 
 struct kvd_cuda_rotation {

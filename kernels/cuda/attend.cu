@@ -1,64 +1,9 @@
-// Attention: plan, checks and choice of kernel. What is computed and how: decode.cuh.
-#include "kernels/cuda/decode.cuh"
+// Attention: plan, checks and choice of codec. What is computed and how: decode.cuh. The kernels of a
+// codec are compiled in attend_<codec>.cu.
+#include "kernels/cuda/launch.cuh"
 
 namespace kvd
 {
-
-static uint32_t rows_of_head(const attend_params &p)
-{
-    return p.q_len * (p.q_heads / p.kv_heads);
-}
-
-static bool same_dims(const attend_params &p)
-{
-    return p.dim_k == p.dim_v;
-}
-
-static uint32_t n_tiles(const attend_params &p)
-{
-    return same_dims(p) && p.dim_k <= 128 && rows_of_head(p) > 8 ? 2 : 1;
-}
-
-static bool general(const attend_params &p)
-{
-    return p.q_len > 1 || p.window || p.softcap > 0 || !same_dims(p);
-}
-
-// Sixteen warps a multiprocessor, in blocks of 4, 8 or 16.
-static bool small_blocks(const attend_params &p)
-{
-    return n_tiles(p) == 1 && p.dim_k <= 128 && !general(p);
-}
-
-template <int NT, int D> static cudaError_t launch_same(const attend_params &p, cudaStream_t stream)
-{
-    return general(p) ? launch_attend<true, NT, D, D, 4>(p, stream)
-                      : launch_attend<false, NT, D, D, 4>(p, stream);
-}
-
-template <int DK> static cudaError_t launch_mixed(const attend_params &p, cudaStream_t stream)
-{
-    if (p.dim_v == 64)
-        return launch_attend<true, 1, DK, 64, 4>(p, stream);
-    if (p.dim_v == 128)
-        return launch_attend<true, 1, DK, 128, 4>(p, stream);
-    return launch_attend<true, 1, DK, 256, 4>(p, stream);
-}
-
-template <int D> static cudaError_t launch_dim(const attend_params &p, cudaStream_t stream)
-{
-    if (!same_dims(p))
-        return launch_mixed<D>(p, stream);
-    if constexpr (D <= 128)
-        if (p.warps == 16)
-            return launch_attend<false, 1, D, D, 16>(p, stream);
-        else if (p.warps == 8)
-            return launch_attend<false, 1, D, D, 8>(p, stream);
-    if constexpr (D <= 128)
-        if (n_tiles(p) == 2)
-            return launch_same<2, D>(p, stream);
-    return launch_same<1, D>(p, stream);
-}
 
 static bool dim_ok(uint32_t dim)
 {
@@ -117,7 +62,20 @@ extern "C" int kvd_cuda_attend(const struct kvd_cuda_attend_params *p, struct CU
         (p->warps != 4 && !(small_blocks(*p) && (p->warps == 8 || p->warps == 16))) ||
         (uint64_t)p->kv_heads * n_row_blocks(*p, n_tiles(*p)) > 65535)
         return -1;
-    if (p->dim_k == 64)
-        return launch_dim<64>(*p, stream);
-    return p->dim_k == 128 ? launch_dim<128>(*p, stream) : launch_dim<256>(*p, stream);
+    switch (p->codec) {
+    case KVD_CODEC_BF16:
+    case KVD_CODEC_INT2:
+        return launch_int2(*p, stream);
+    case KVD_CODEC_INT2C:
+        return launch_int2c(*p, stream);
+    case KVD_CODEC_INT2_LM:
+    case KVD_CODEC_TURBOQUANT_2:
+        return launch_levels2(*p, stream);
+    case KVD_CODEC_TURBOQUANT_3:
+        return launch_levels3(*p, stream);
+    case KVD_CODEC_TURBOQUANT_4:
+        return launch_levels4(*p, stream);
+    default:
+        return -1;
+    }
 }

@@ -1,7 +1,7 @@
 // Attention of a block of query rows over a part of a sequence: what decode.cu and prefill.cu share.
 //
 // A *row* is one (query, q head) of a kv head; a block takes N = 8 NT of them as columns of
-// mma.m16n8k16, whose 16 rows are tokens (scores) or channels (values). History (int2) is attended
+// mma.m16n8k16, whose 16 rows are tokens (scores) or channels (values). History (of a codec) is attended
 // in the rotated space, sink and recent window (bf16) in the original one; each part of the work
 // sees only one of the two, and the merge un-rotates the history's share.
 #ifndef KVD_KERNELS_CUDA_ATTEND_CUH
@@ -24,7 +24,7 @@ struct row_block {
 __device__ inline row_block rows_of(const attend_params &p, uint32_t s, uint32_t kv, uint32_t row0)
 {
     row_block b = {s, kv, row0, p.q_heads / p.kv_heads, 0, p.pages.length[s], 0, 0};
-    b.hist_end = p.codec == KVD_CODEC_INT2 ? max(p.pages.hist_end[s], p.sink) : p.sink;
+    b.hist_end = p.codec != KVD_CODEC_BF16 ? max(p.pages.hist_end[s], p.sink) : p.sink;
     b.rows = p.q_len * b.group;
     b.total = b.length + (p.tail.tokens ? p.tail.tokens[s] : p.new_tokens);
     return b;
@@ -213,6 +213,7 @@ template <int NT, int DK, int PARTS> struct queries {
     }
 
     // Warp `part` of PARTS. The caller synchronizes before anyone reads. Returns the divisor.
+    template <int CODEC>
     __device__ inline float rotate(const attend_params &p, const row_block &b, int part, float sign,
                                    const loads &l)
     {
@@ -242,7 +243,7 @@ template <int NT, int DK, int PARTS> struct queries {
             };
             rotate_tile<DK>(a, [&](int in32) { return operands(0, in32); }, c);
             rotate_tile<DK>(a, [&](int in32) { return operands(1, in32); }, low_part);
-            float slot = slot_factor(j / 2), back = 1 / slot;
+            float slot = slot_factor<CODEC>(j / 2), back = 1 / slot;
             // Sums of what the products see: what rounding takes from a query it takes from both.
             auto write = [&](int n, float x, float y, float f) {
                 uint32_t w = pack_fp16(x * f * slot, y * f * slot);
@@ -313,15 +314,15 @@ __device__ inline void mask_scores(const logit_terms<NT> &x, const tile_place &a
 }
 
 // Probabilities of a chunk, and their product with its values.
-template <bool MASKED, int NT, int DK, int DV, int C>
-__device__ inline void add_values(const uint8_t *tile_at, const tile_place &at, float unit,
+template <bool MASKED, int NT, int DK, int DV, int CODEC, int C>
+__device__ inline void add_values(const uint8_t *tile_at, uint32_t codec, const tile_place &at, float unit,
                                   const float (&s)[NT][4], state<NT, DV> &st)
 {
     int g = threadIdx.x % 32 / 4;
-    code_words<DV> w;
-    w.template load<C>(tile_at + tile<DK, DV>::V_CODES);
+    code_words<DV, CODEC> w;
+    w.template load<C>(tile_at + tile<DK, DV, CODEC>::V_CODES);
     float2 p0, p1;
-    load_params(tile_at + tile<DK, DV>::V_PARAMS, C, p0, p1);
+    load_params<CODEC>(tile_at + tile<DK, DV, CODEC>::v_params(codec), codec, C, p0, p1);
     if (MASKED) { // what was never written may be anything
         if (C * 16 + g >= at.count)
             p0 = make_float2(0, 0);
@@ -356,15 +357,15 @@ __device__ inline void add_values(const uint8_t *tile_at, const tile_place &at, 
 
 // One tile. q(n, ct) gives the B operands of the scores. CHUNKS of the tile's four are scored before
 // the maxima are raised.
-template <bool GENERAL, bool MASKED, int NT, int DK, int DV, int CHUNKS, typename Q>
-__device__ inline void attend_tile(const uint8_t *tile_at, const tile_place &at, Q q,
+template <bool GENERAL, bool MASKED, int NT, int DK, int DV, int CODEC, int CHUNKS, typename Q>
+__device__ inline void attend_tile(const uint8_t *tile_at, uint32_t codec, const tile_place &at, Q q,
                                    const logit_terms<NT> &x, state<NT, DV> &st)
 {
     static_for<4 / CHUNKS>([&](auto half) {
         float s[CHUNKS][NT][4];
         static_for<CHUNKS / 2>([&](auto pair) { // side by side: they do not wait for each other
             constexpr int i = 2 * pair, c = half * CHUNKS + i;
-            code_words<DK> w0, w1;
+            code_words<DK, CODEC> w0, w1;
             w0.template load<c>(tile_at);
             w1.template load<c + 1>(tile_at);
 #pragma unroll
@@ -387,7 +388,9 @@ __device__ inline void attend_tile(const uint8_t *tile_at, const tile_place &at,
         static_for<CHUNKS>([&](auto i) {
             constexpr int c = half * CHUNKS + i;
             float2 p0, p1;
-            load_params(tile_at + tile<DK, DV>::K_PARAMS, c, p0, p1);
+            load_params<CODEC>(tile_at + tile<DK, DV, CODEC>::K_PARAMS, codec, c, p0, p1);
+            if (has_levels(CODEC)) // scores are in the unit of int2's
+                p0.x *= 1 / TWO24, p1.x *= 1 / TWO24;
 #pragma unroll
             for (int n = 0; n < NT; n++) {
 #pragma unroll
@@ -410,7 +413,7 @@ __device__ inline void attend_tile(const uint8_t *tile_at, const tile_place &at,
             st.raise(n, top0, top1, x.unit);
         }
         static_for<CHUNKS>([&](auto i) {
-            add_values<MASKED, NT, DK, DV, half * CHUNKS + i>(tile_at, at, x.unit, s[i], st);
+            add_values<MASKED, NT, DK, DV, CODEC, half * CHUNKS + i>(tile_at, codec, at, x.unit, s[i], st);
         });
     });
 }
@@ -424,7 +427,7 @@ struct bf16_tokens {
 
 __device__ inline bf16_tokens bf16_tokens_of(const attend_params &p, const row_block &b)
 {
-    uint32_t sink = min(p.sink, b.length), base = p.codec == KVD_CODEC_INT2 ? b.hist_end : p.sink;
+    uint32_t sink = min(p.sink, b.length), base = p.codec != KVD_CODEC_BF16 ? b.hist_end : p.sink;
     // Tokens before the sink is full are stored in the sink; the new ones follow what is stored.
     base = max(sink, min(base, b.length));
     return {sink, base, sink + (b.total - base)};

@@ -45,7 +45,7 @@ static uint64_t side_bytes(uint64_t matrices, uint32_t dim)
 {
     return kvd_round_up(2 * kvd_cuda_operand_bytes(matrices, dim) +    // forward, inverse
                             2 * matrices * dim * dim * sizeof(float) + // the same in fp32
-                            matrices * (dim + 2) * sizeof(float),      // columns, scale, clip
+                            matrices * (dim + 3) * sizeof(float),      // columns, scale, clip, gain
                         256);
 }
 
@@ -58,13 +58,15 @@ static void transpose(const float *from, uint64_t matrices, uint32_t dim, float 
 }
 
 // Lays a side out in `host` as it will lie at `device`.
-static struct kvd_cuda_matrices side_new(const float *r, const float *clip, uint64_t matrices,
-                                         uint32_t dim, uint8_t *host, uint8_t *device)
+static struct kvd_cuda_matrices side_new(const float *r, const float *clip, const float *gain,
+                                         uint64_t matrices, uint32_t dim, uint8_t *host,
+                                         uint8_t *device)
 {
     uint64_t operands = kvd_cuda_operand_bytes(matrices, dim), n = matrices * dim * dim;
-    uint8_t *at[7] = {host};
-    const uint64_t sizes[] = {operands, operands, n * 4, n * 4, matrices * dim * 4, matrices * 4};
-    for (int i = 0; i < 6; i++)
+    uint8_t *at[8] = {host};
+    const uint64_t sizes[] = {operands, operands, n * 4,       n * 4, matrices * dim * 4,
+                              matrices * 4, matrices * 4};
+    for (int i = 0; i < 7; i++)
         at[i + 1] = at[i] + sizes[i];
     float *plain = (float *)(void *)at[2];
     if (r) {
@@ -80,6 +82,8 @@ static struct kvd_cuda_matrices side_new(const float *r, const float *clip, uint
                            (float *)(void *)at[4]);
     if (clip)
         memcpy(at[6], clip, matrices * sizeof(float));
+    if (gain)
+        memcpy(at[7], gain, matrices * sizeof(float));
 #define AT(i, type) ((type *)(void *)(device + (at[i] - host)))
     return (struct kvd_cuda_matrices){.forward = AT(0, uint16_t),
                                       .inverse = AT(1, uint16_t),
@@ -87,7 +91,8 @@ static struct kvd_cuda_matrices side_new(const float *r, const float *clip, uint
                                       .inverse_f32 = r ? AT(3, float) : NULL,
                                       .inverse_columns = AT(4, float),
                                       .scale = AT(5, float),
-                                      .clip = clip ? AT(6, float) : NULL};
+                                      .clip = clip ? AT(6, float) : NULL,
+                                      .gain = gain ? AT(7, float) : NULL};
 #undef AT
 }
 
@@ -113,8 +118,8 @@ static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd
     r->dim_v = d->dim_v;
     r->device.n_layers = d->n_layers;
     r->device.heads = d->heads;
-    r->device.k = side_new(d->k, d->clip_k, n, d->dim_k, host, r->memory);
-    r->device.v = side_new(d->v, d->clip_v, n, d->dim_v, host + k, r->memory + k);
+    r->device.k = side_new(d->k, d->clip_k, d->gain_k, n, d->dim_k, host, r->memory);
+    r->device.v = side_new(d->v, d->clip_v, d->gain_v, n, d->dim_v, host + k, r->memory + k);
     int rc = cudaMemcpy(r->memory, host, k + v, cudaMemcpyHostToDevice);
     if (kvd_cuda_status(rc, "loading a rotation set", err))
         rotation_free(b, &r);

@@ -62,13 +62,13 @@ __device__ inline history_range history_of(const attend_params &p, const row_blo
 }
 
 // Streams a part of the history through the warps' rings.
-template <bool GENERAL, int NT, int DK, int DV, int WARPS>
+template <bool GENERAL, int NT, int DK, int DV, int WARPS, int CODEC>
 __device__ inline void history_part(const attend_params &p, const row_block &b,
                                     const history_range &range, uint32_t part,
-                                    const block_memory<NT, DK, DV, WARPS> &memory,
+                                    const block_memory<NT, DK, DV, WARPS, CODEC> &memory,
                                     logit_terms<NT> &x, state<NT, DV> &st)
 {
-    using mem = block_memory<NT, DK, DV, WARPS>;
+    using mem = block_memory<NT, DK, DV, WARPS, CODEC>;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4;
     uint32_t tokens = b.hist_end - p.sink, tiles = range.end - range.low;
     uint32_t pos_first = row_position(p, b, b.row0);
@@ -76,7 +76,8 @@ __device__ inline void history_part(const attend_params &p, const row_block &b,
     uint32_t first = range.low + tiles * part / range.parts + (uint32_t)warp;
     uint32_t end = range.low + tiles * (part + 1) / range.parts;
     const uint64_t *pages = p.pages.codec + (uint64_t)b.s * p.pages.codec_stride;
-    uint64_t offset = ((uint64_t)p.layer * p.kv_heads + b.kv) * mem::TILE;
+    const uint32_t bytes = tile<DK, DV, CODEC>::bytes(p.codec);
+    uint64_t offset = ((uint64_t)p.layer * p.kv_heads + b.kv) * bytes;
 #if !KVD_BULK
     auto loads = queries<NT, DK, WARPS>::load(p, b, warp);
 #else
@@ -97,11 +98,11 @@ __device__ inline void history_part(const attend_params &p, const row_block &b,
     }
     __syncwarp();
     if (lane < SLOTS - 1 && mine)
-        fetch(slot_at(lane), mine, mem::TILE, &bars[lane], policy);
+        fetch(slot_at(lane), mine, bytes, &bars[lane], policy);
     __syncwarp();
 #endif
     auto &qs = *(queries<NT, DK, WARPS> *)(memory.at + mem::QUERIES);
-    float divisor = qs.rotate(p, b, warp, x.sign, loads);
+    float divisor = qs.template rotate<CODEC>(p, b, warp, x.sign, loads);
     __syncthreads();
     uint2 q[NT][DK / 16];
     x.unit = p.scale == 0 ? 1 : fabsf(p.scale) * LOG2E * divisor * TWO24;
@@ -120,7 +121,7 @@ __device__ inline void history_part(const attend_params &p, const row_block &b,
 #if KVD_BULK
     if (lane == SLOTS - 1 && mine) {
         barriers_ready(); // what was written there is in order before the copy
-        fetch(slot_at(lane), mine, mem::TILE, &bars[lane], policy);
+        fetch(slot_at(lane), mine, bytes, &bars[lane], policy);
     }
 #endif
     st.clear(x.none);
@@ -142,15 +143,15 @@ __device__ inline void history_part(const attend_params &p, const row_block &b,
         auto operands = [&](int n, int ct) { return q[n][ct]; };
         constexpr int CHUNKS = NT == 1 && DK <= 128 ? 4 : 2;
         if (masked)
-            attend_tile<GENERAL, true, NT, DK, DV, CHUNKS>(at, place, operands, x, st);
+            attend_tile<GENERAL, true, NT, DK, DV, CODEC, CHUNKS>(at, p.codec, place, operands, x, st);
         else
-            attend_tile<GENERAL, false, NT, DK, DV, CHUNKS>(at, place, operands, x, st);
+            attend_tile<GENERAL, false, NT, DK, DV, CODEC, CHUNKS>(at, p.codec, place, operands, x, st);
 #if KVD_BULK
         __syncwarp();
         if (ahead % 32 == 0)
             mine = page_of(ahead + lane);
         if (lane == ahead % 32 && mine)
-            fetch(slot_at(slot), mine, mem::TILE, &bars[slot], policy);
+            fetch(slot_at(slot), mine, bytes, &bars[slot], policy);
         ahead++;
         if (++slot == SLOTS) {
             slot = 0;
@@ -189,11 +190,11 @@ __host__ __device__ constexpr int blocks_per_multiprocessor(bool general, int nt
     return warps_in_all / warps;
 }
 
-template <bool GENERAL, int NT, int DK, int DV, int WARPS>
+template <bool GENERAL, int NT, int DK, int DV, int WARPS, int CODEC>
 __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL, NT, DK, DV, WARPS))
     attend_kernel(const __grid_constant__ attend_params p)
 {
-    using mem = block_memory<NT, DK, DV, WARPS>;
+    using mem = block_memory<NT, DK, DV, WARPS, CODEC>;
     extern __shared__ __align__(128) uint8_t shared[];
     wait_for_previous();
     uint32_t blocks = n_row_blocks(p, NT), part = blockIdx.z;
@@ -221,11 +222,11 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
     else if (plain)
         window_part<false, NT, DK, DV, WARPS>(p, b, part - p.splits, x, st);
     else
-        history_part<GENERAL, NT, DK, DV, WARPS>(p, b, range, part, memory, x, st);
+        history_part<GENERAL, NT, DK, DV, WARPS, CODEC>(p, b, range, part, memory, x, st);
     let_next_start();
     uint32_t n = range.parts + p.window_splits;
     int rows = (int)min((uint32_t)mem::ROWS, b.rows - b.row0);
-    unrotation<NT, DK, DV, WARPS> back(p, b, memory);
+    unrotation<NT, DK, DV, WARPS, CODEC> back(p, b, memory);
     share_maxima(memory, x, st);
     if (n == 1 && !plain && threadIdx.x == 0)
         back.start();
@@ -256,11 +257,11 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
 }
 
 // Launches behind what is on the stream already, and in place before that has finished.
-template <bool GENERAL, int NT, int DK, int DV, int WARPS>
+template <bool GENERAL, int NT, int DK, int DV, int WARPS, int CODEC>
 cudaError_t launch_attend(const attend_params &p, cudaStream_t stream)
 {
-    auto kernel = attend_kernel<GENERAL, NT, DK, DV, WARPS>;
-    constexpr int bytes = block_memory<NT, DK, DV, WARPS>::BYTES;
+    auto kernel = attend_kernel<GENERAL, NT, DK, DV, WARPS, CODEC>;
+    constexpr int bytes = block_memory<NT, DK, DV, WARPS, CODEC>::BYTES;
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;

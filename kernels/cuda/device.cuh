@@ -8,6 +8,7 @@
 #ifndef KVD_KERNELS_CUDA_DEVICE_CUH
 #define KVD_KERNELS_CUDA_DEVICE_CUH
 
+#include "kernels/codebook.h"
 #include "kernels/cuda/api.h"
 
 #include <cuda_bf16.h>
@@ -29,10 +30,43 @@ constexpr float LOG2E = 1.4426950408889634f;
 constexpr float TWO24 = 16777216.0f;
 constexpr float NONE = -1e30f; // the maximum of no logits
 
-// Layout of an int2 tile.
-template <int DK, int DV> struct tile {
-    static constexpr int V_CODES = 16 * DK, K_PARAMS = 16 * (DK + DV), V_PARAMS = K_PARAMS + 256;
-    static constexpr int BYTES = V_PARAMS + 256;
+// What kernels are compiled for: a codec, but for turboquant-2, which differs from int2-lm in its
+// parameters alone and is told apart at run time.
+constexpr int INT2 = KVD_CODEC_INT2, INT2C = KVD_CODEC_INT2C, LEVELS2 = KVD_CODEC_INT2_LM,
+              LEVELS3 = KVD_CODEC_TURBOQUANT_3, LEVELS4 = KVD_CODEC_TURBOQUANT_4;
+
+__host__ __device__ constexpr int code_bits(int codec)
+{
+    return codec == LEVELS4 ? 4 : codec == LEVELS3 ? 3 : 2;
+}
+
+// Whether codes mean levels of a codebook; else they are their own values.
+__host__ __device__ constexpr bool has_levels(int codec)
+{
+    return codec >= LEVELS2;
+}
+
+// Bytes of one side's parameters; CODEC as compiled, `codec` as it is.
+template <int CODEC> __host__ __device__ inline int params_bytes(uint32_t codec)
+{
+    return CODEC == INT2 || (CODEC == LEVELS2 && codec == KVD_CODEC_INT2_LM) ? 256 : 128;
+}
+
+// Layout of a tile.
+template <int DK, int DV, int CODEC> struct tile {
+    static constexpr int BITS = code_bits(CODEC);
+    static constexpr int V_CODES = 8 * BITS * DK, K_PARAMS = 8 * BITS * (DK + DV);
+    static constexpr int MOST_BYTES = K_PARAMS + (CODEC == INT2 || CODEC == LEVELS2 ? 512 : 256);
+
+    static __host__ __device__ inline int v_params(uint32_t codec)
+    {
+        return K_PARAMS + params_bytes<CODEC>(codec);
+    }
+
+    static __host__ __device__ inline int bytes(uint32_t codec)
+    {
+        return K_PARAMS + 2 * params_bytes<CODEC>(codec);
+    }
 };
 
 __device__ inline float low_bf16(uint32_t x)
@@ -114,10 +148,12 @@ __device__ inline uint32_t transpose(uint32_t x)
 
 // -- codes ---------------------------------------------------------------------------------------
 
-// Codes are never dequantized: masked in place, the code in slot j of a word is the fp16 subnormal
-// code * 2^-24 * 4^(j % 4). slot_factor undoes the last.
-__device__ inline float slot_factor(int channel_tile)
+// int2's and int2c's codes are never dequantized: masked in place, the code in slot j of a word is the
+// fp16 subnormal code * 2^-24 * 4^(j % 4). slot_factor undoes the last. Levels come as they are.
+template <int CODEC> __device__ inline float slot_factor(int channel_tile)
 {
+    if (has_levels(CODEC))
+        return 1;
     return __uint_as_float((uint32_t)(127 - 2 * (channel_tile % 4)) << 23);
 }
 
@@ -148,30 +184,102 @@ template <int SLOT> __device__ inline void operand(const uint4 &w, uint32_t a[4]
     a[3] = w.w >> shift & mask;
 }
 
+// Two levels as fp16, from codes at bit SHIFT and 16 + SHIFT of a word of the plane of two bits, and at
+// MORE and 16 + MORE of the second plane's.
+template <int BITS, int SHIFT, int MORE> __device__ inline uint32_t levels_of(uint32_t w, uint32_t more)
+{
+    if constexpr (BITS == 2) {
+        constexpr uint32_t m[] = {KVD_MAGNITUDE_BITS_2};
+        uint32_t code = w >> SHIFT;
+        return ((code & 0x00010001u) * (m[1] - m[0]) + m[0] * 0x00010001u) | (code << 14 & 0x80008000u);
+    } else if constexpr (BITS == 3) {
+        constexpr uint32_t m[] = {KVD_MAGNITUDE_BITS_3};
+        constexpr uint32_t low = (m[0] & 255) | (m[1] & 255) << 8 | (m[2] & 255) << 16 | m[3] << 24;
+        constexpr uint32_t high = m[0] >> 8 | m[1] >> 8 << 8 | m[2] >> 8 << 16 | m[3] >> 8 << 24;
+        uint32_t index = (w >> SHIFT & 0x00030003u) * 0x11; // twice: for the low and the high byte
+        uint32_t sign = MORE < 15 ? more << (15 - MORE) : more;
+        return __byte_perm(low, high, ((index | index >> 8) & 0x3333) | 0x4040) | (sign & 0x80008000u);
+    } else {
+        constexpr uint32_t m[] = {KVD_MAGNITUDE_BITS_4};
+        constexpr uint32_t low0 = (m[0] & 255) | (m[1] & 255) << 8 | (m[2] & 255) << 16 | m[3] << 24;
+        constexpr uint32_t low1 = (m[4] & 255) | (m[5] & 255) << 8 | (m[6] & 255) << 16 | m[7] << 24;
+        constexpr uint32_t high0 = m[0] >> 8 | m[1] >> 8 << 8 | m[2] >> 8 << 16 | m[3] >> 8 << 24;
+        constexpr uint32_t high1 = m[4] >> 8 | m[5] >> 8 << 8 | m[6] >> 8 << 16 | m[7] >> 8 << 24;
+        uint32_t above = more >> MORE;
+        uint32_t index = (w >> SHIFT & 0x00030003u) | (above & 0x00010001u) << 2, both = index | index >> 12;
+        uint32_t bytes = __byte_perm(low0, low1, both), more_bytes = __byte_perm(high0, high1, both);
+        return __byte_perm(bytes, more_bytes, 0x5140) | (above << 14 & 0x80008000u);
+    }
+}
+
 // K's or V's codes of chunk C, and the A operand of channel tile CT in them.
-template <int D> struct code_words {
-    uint4 unit[D == 256 ? 2 : 1];
+template <int D, int CODEC> struct code_words {
+    static constexpr int BITS = code_bits(CODEC), UNITS = D == 256 ? 2 : 1;
+    uint4 unit[UNITS];
+    uint4 more[BITS == 2 ? 1 : BITS == 3 ? 1 : UNITS];
+
+    static __device__ inline uint4 words(const uint8_t *plane, int unit)
+    {
+        return *(const uint4 *)(plane + unit * 512 + threadIdx.x % 32 * 16);
+    }
 
     template <int C> __device__ inline void load(const uint8_t *codes)
     {
-        constexpr int UNITS = D == 256 ? 2 : 1, FIRST = D == 64 ? C / 2 : C * UNITS;
+        constexpr int FIRST = D == 64 ? C / 2 : C * UNITS;
 #pragma unroll
         for (int u = 0; u < UNITS; u++)
-            unit[u] = *(const uint4 *)(codes + (FIRST + u) * 512 + threadIdx.x % 32 * 16);
+            unit[u] = words(codes, FIRST + u);
+        if constexpr (BITS == 4)
+#pragma unroll
+            for (int u = 0; u < UNITS; u++)
+                more[u] = words(codes + 16 * D, FIRST + u);
+        if constexpr (BITS == 3)
+            more[0] = words(codes + 16 * D, C * D / 256);
     }
 
     template <int C, int CT> __device__ inline void operand(uint32_t a[4]) const
     {
-        kvd::operand<D == 64 ? C % 2 * 4 + CT : CT % 8>(unit[CT / 8], a);
+        constexpr int SLOT = D == 64 ? C % 2 * 4 + CT : CT % 8;
+        if constexpr (!has_levels(CODEC)) {
+            kvd::operand<SLOT>(unit[CT / 8], a);
+        } else {
+            constexpr int MORE = BITS == 4 ? 2 * SLOT : C * (D / 16) % 16 + CT;
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+                a[r] = levels_of<BITS, 2 * SLOT, MORE>(word_of(unit[CT / 8], r),
+                                                       word_of(more[BITS == 4 ? CT / 8 : 0], r));
+        }
     }
 };
 
-// The parameters of tokens g and g + 8 of chunk c.
-__device__ inline void load_params(const uint8_t *params, int c, float2 &p0, float2 &p1)
+// int2c's bytes: kernels/quantize.c.
+__device__ inline float2 unpack_bytes(uint32_t x)
 {
-    uint2 raw = *(const uint2 *)(params + c * 64 + threadIdx.x % 32 / 4 * 8);
-    p0 = unpack_fp16(raw.x);
-    p1 = unpack_fp16(raw.y);
+    int n = (int)(x & 255), centre = (int8_t)(x >> 8);
+    float scale = n ? fast_exp2((float)(n - 128) * 0.125f) : 0;
+    return make_float2(scale, scale * ((float)centre * 0.125f - 1.5f));
+}
+
+// The parameters (scale, min) of tokens g and g + 8 of chunk c.
+template <int CODEC>
+__device__ inline void load_params(const uint8_t *params, uint32_t codec, int c, float2 &p0, float2 &p1)
+{
+    int g = threadIdx.x % 32 / 4;
+    if (params_bytes<CODEC>(codec) == 256) {
+        uint2 raw = *(const uint2 *)(params + c * 64 + g * 8);
+        p0 = unpack_fp16(raw.x);
+        p1 = unpack_fp16(raw.y);
+        return;
+    }
+    uint32_t raw = *(const uint32_t *)(params + c * 32 + g * 4);
+    if constexpr (CODEC == INT2C) {
+        p0 = unpack_bytes(raw);
+        p1 = unpack_bytes(raw >> 16);
+    } else {
+        float2 scales = unpack_fp16(raw);
+        p0 = make_float2(scales.x, 0);
+        p1 = make_float2(scales.y, 0);
+    }
 }
 
 // -- asynchronous copies -------------------------------------------------------------------------

@@ -10,11 +10,11 @@ namespace kvd
 
 constexpr int SLOTS = 2; // tiles of a warp's ring
 
-template <int NT, int DK, int DV, int WARPS> struct block_memory {
-    static constexpr int COUNT = WARPS;
+template <int NT, int DK, int DV, int WARPS, int CODEC> struct block_memory {
+    static constexpr int COUNT = WARPS, COMPILED_CODEC = CODEC;
     static constexpr int ROWS = 8 * NT, PITCH = DV + 4; // rows apart by an odd number of 16 bytes
     static constexpr int WARP_PITCH = ROWS * PITCH + 8; // floats between the warps' results
-    static constexpr int TILE = tile<DK, DV>::BYTES;
+    static constexpr int TILE = tile<DK, DV, CODEC>::MOST_BYTES;
     static constexpr int RING = WARPS * SLOTS * TILE; // [slot][warp]
     // One after another in the same bytes: the ring, with the queries in its last slots until they
     // are in registers; then the warps' results and maxima, the finished rows of history and
@@ -87,8 +87,8 @@ template <int NT, int DK, int DV, int WARPS> struct block_memory {
 // -- finishing -----------------------------------------------------------------------------------
 
 // R^T of a kv head, by its high part, on its way into shared memory.
-template <int NT, int DK, int DV, int WARPS> struct unrotation {
-    using memory = block_memory<NT, DK, DV, WARPS>;
+template <int NT, int DK, int DV, int WARPS, int CODEC> struct unrotation {
+    using memory = block_memory<NT, DK, DV, WARPS, CODEC>;
     static constexpr bool STAGED = KVD_BULK && memory::STAGED;
     memory m;
     const uint32_t *r;
@@ -134,12 +134,12 @@ template <int NT, int DK, int DV, int WARPS> struct unrotation {
 
 // Writes o of a block's rows from what memory.finish() was given by for_shares: un-rotates the
 // history's share where there is one.
-template <int NT, int DK, int DV, int WARPS>
+template <int NT, int DK, int DV, int WARPS, int CODEC>
 __device__ inline void finish_rows(const attend_params &p, const row_block &b, int rows,
-                                   const unrotation<NT, DK, DV, WARPS> &back, bool rotated,
+                                   const unrotation<NT, DK, DV, WARPS, CODEC> &back, bool rotated,
                                    bool plain)
 {
-    using memory = block_memory<NT, DK, DV, WARPS>;
+    using memory = block_memory<NT, DK, DV, WARPS, CODEC>;
     int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     row_operands<NT, DV> &operands = back.m.operands();
     uint32_t a[DV / 16][4];
@@ -224,7 +224,7 @@ __device__ inline void share_maxima(const M &mem, const logit_terms<NT> &x, stat
 template <int NT, int DV, typename M>
 __device__ inline void share_results(const M &mem, state<NT, DV> &st, bool plain, int rows)
 {
-    constexpr int WARPS = M::COUNT;
+    constexpr int WARPS = M::COUNT, CODEC = M::COMPILED_CODEC;
     int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int n = 0; n < NT; n++)
@@ -253,7 +253,7 @@ __device__ inline void share_results(const M &mem, state<NT, DV> &st, bool plain
                 for (int half = 0; half < 2; half++) {
                     float y = st.o[n][ct][2 * half + e];
                     int channel = plain ? bf16_channel(ct, half) : ct * 16 + half * 8 + g;
-                    y = plain ? y : y * TWO24 * slot_factor(ct) + low;
+                    y = plain ? y : y * (has_levels(CODEC) ? 1 : TWO24 * slot_factor<CODEC>(ct)) + low;
                     if (row < rows)
                         to[channel] = y * f;
                 }
@@ -366,10 +366,10 @@ template <typename F> __device__ inline bool arrive_last(uint32_t *counter, uint
 }
 
 // The last block of a unit: weighs all parts and finishes.
-template <int NT, int DK, int DV, int WARPS>
+template <int NT, int DK, int DV, int WARPS, int CODEC>
 __device__ inline void merge_parts(const attend_params &p, const row_block &b, int rows,
                                    uint32_t of_history, uint8_t *parts, uint64_t part_bytes,
-                                   const unrotation<NT, DK, DV, WARPS> &back)
+                                   const unrotation<NT, DK, DV, WARPS, CODEC> &back)
 {
     constexpr int ROWS = 8 * NT, AHEAD = 4;
     uint32_t n = of_history + p.window_splits;

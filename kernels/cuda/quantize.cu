@@ -57,7 +57,7 @@ __device__ inline float quad_max(float x)
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-__device__ inline int quad_sum(int x)
+template <typename T> __device__ inline T quad_sum(T x)
 {
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);
@@ -131,11 +131,44 @@ template <int N, typename X> __device__ inline float nth_largest(X x, float top,
     return __uint_as_float(found);
 }
 
+// Codes and parameters of a row: `param` as stored, 2 or 4 bytes. int2 and int2c: codes count scales
+// from `low`, of values up to `high`; `inverse` is 1 / (4 scale). Others: `low` is the levels' centre,
+// `inverse` 1 / scale.
 struct quantizer {
-    float low, high, inverse, scale; // inverse: 1 / (4 scale)
+    float low, high, inverse;
+    uint32_t param;
 };
 
-template <int N, typename X> __device__ inline quantizer make_quantizer(X x, int clipped)
+__device__ inline float bounded(float x, float top)
+{
+    return fminf(fmaxf(x, -top), top);
+}
+
+__device__ inline uint32_t pack_param(float scale, float min)
+{
+    return pack_fp16(fminf(scale, 65504.0f), bounded(min, 65504.0f));
+}
+
+// int2c's bytes (kernels/quantize.c), and its codes by what they say.
+__device__ inline quantizer quantize_bytes(float drawn, float centre, float gain)
+{
+    quantizer q = {0, 0, 0, 0};
+    drawn = fmaxf(drawn, fabsf(centre) * 8 / 127);
+    if (!(drawn > 0))
+        return q;
+    int n = 128 + (int)fminf(fmaxf(rintf(8 * log2f(drawn)), -127.0f), 127.0f);
+    float stored = exp2f((float)(n - 128) * 0.125f);
+    int eighths = (int)bounded(rintf(centre * 8 / stored), 127.0f);
+    float scale = stored / gain;
+    q.low = stored * ((float)eighths * 0.125f) - 1.5f * scale;
+    q.high = q.low + 3 * scale;
+    q.inverse = 0.25f / scale;
+    q.param = (uint32_t)n | ((uint32_t)eighths & 255) << 8;
+    return q;
+}
+
+template <int CODEC, int N, typename X>
+__device__ inline quantizer quantize_evenly(X x, int clipped, float gain)
 {
     quantizer q;
     float low = INFINITY, high = -INFINITY;
@@ -151,23 +184,96 @@ template <int N, typename X> __device__ inline quantizer make_quantizer(X x, int
         q.low = fminf(fmaxf(q.low, -limit), limit);
         q.high = fminf(fmaxf(q.high, -limit), limit);
     }
-    q.scale = (q.high - q.low) / 3.0f;
-    q.inverse = q.scale > 0 ? 0.25f / q.scale : 0;
+    float scale = (q.high - q.low) / 3.0f, drawn = scale * gain;
+    if (CODEC == INT2C)
+        return quantize_bytes(drawn, q.low + 1.5f * scale, gain);
+    q.inverse = scale > 0 ? 0.25f / scale : 0;
+    q.param = pack_param(drawn, q.low + 1.5f * (scale - drawn));
     return q;
 }
 
-// floor((clamped x - low) / scale + 0.5), as the bits of a sum that is rounded down: a fourth of it,
-// saturated where x is below the minimum, comes in quarters.
-__device__ inline uint32_t code_of(const quantizer &q, float x)
+// The code of the level nearest to x: a sign and how many thresholds lie below |x|.
+template <int BITS> __device__ inline uint32_t nearest_level(const quantizer &q, float x)
 {
-    float quarter = __saturatef(fmaf(fminf(x, q.high) - q.low, q.inverse, 0.125f));
-    return __float_as_uint(__fadd_rd(quarter, 2097152.0f));
+    float d = x - q.low, a = fabsf(d) * q.inverse;
+    uint32_t code = d < 0 ? 1u << (BITS - 1) : 0;
+    constexpr float t2[] = {KVD_THRESHOLDS_2}, t3[] = {KVD_THRESHOLDS_3}, t4[] = {KVD_THRESHOLDS_4};
+#pragma unroll
+    for (int i = 0; i < (1 << (BITS - 1)) - 1; i++)
+        code += a > (BITS == 2 ? t2[i] : BITS == 3 ? t3[i] : t4[i]);
+    return code;
 }
 
-__device__ inline uint32_t pack_param(const quantizer &q)
+// About 0 (turboquant).
+template <int BITS, int N, typename X> __device__ inline quantizer quantize_about_zero(X x)
 {
-    float top = 65504.0f;
-    return pack_fp16(fminf(q.scale, top), fminf(fmaxf(q.low, -top), top));
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        squares = fmaf(x(i), x(i), squares);
+    float deviation = sqrtf(quad_sum(squares) / (4 * N));
+    return {0, 0, deviation > 0 ? 1 / deviation : 0, pack_param(deviation, 0) & 0xffff};
+}
+
+// About the mean, refitted twice (int2-lm).
+template <int N, typename X> __device__ inline quantizer quantize_about_mean(X x)
+{
+    constexpr float m[] = {KVD_MAGNITUDES_2}, n = 4 * N;
+    float sum = 0, squares = 0;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        sum += x(i);
+    float average = quad_sum(sum) / n, mean = average;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        squares = fmaf(x(i) - average, x(i) - average, squares);
+    float deviation = sqrtf(quad_sum(squares) / n);
+    quantizer q = {mean, 0, deviation > 0 ? 1 / deviation : 0, 0};
+#pragma unroll 1
+    for (int k = 0; k < 2; k++) {
+        float levels = 0, level_squares = 0, products = 0;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            uint32_t code = nearest_level<2>(q, x(i));
+            float l = code & 1 ? m[1] : m[0];
+            l = code & 2 ? -l : l;
+            levels += l;
+            level_squares = fmaf(l, l, level_squares);
+            products = fmaf(l, x(i) - average, products);
+        }
+        levels = quad_sum(levels), level_squares = quad_sum(level_squares), products = quad_sum(products);
+        float spread = level_squares - levels * levels / n;
+        if (spread > 0 && deviation > 0) {
+            deviation = products / spread;
+            mean = average - deviation * levels / n;
+            q.low = mean;
+            q.inverse = 1 / deviation;
+        }
+    }
+    q.param = pack_param(deviation, mean);
+    return q;
+}
+
+template <int CODEC, int N, typename X> __device__ inline quantizer make_quantizer(X x, int clipped, float gain)
+{
+    // Squares stay finite; fp16 parameters end far below.
+    auto y = [&](int i) { return bounded(x(i), 0x1p40f); };
+    if constexpr (!has_levels(CODEC))
+        return quantize_evenly<CODEC, N>(x, clipped, gain);
+    else if constexpr (CODEC == KVD_CODEC_INT2_LM)
+        return quantize_about_mean<N>(y);
+    else
+        return quantize_about_zero<code_bits(CODEC), N>(y);
+}
+
+// floor((clamped x - low) / scale + 0.5) as the low bits of a sum that is rounded down: a fourth of it,
+// saturated where x is below the minimum, comes in quarters. Or a level's code.
+template <int CODEC> __device__ inline uint32_t code_of(const quantizer &q, float x)
+{
+    if constexpr (has_levels(CODEC))
+        return nearest_level<code_bits(CODEC)>(q, bounded(x, 0x1p40f));
+    float quarter = __saturatef(fmaf(fminf(x, q.high) - q.low, q.inverse, 0.125f));
+    return __float_as_uint(__fadd_rd(quarter, 2097152.0f));
 }
 
 // -- demotion ------------------------------------------------------------------------------------
@@ -253,13 +359,62 @@ template <int D> struct shared_matrix {
     }
 };
 
-// Quantizes the 16 rows in `c` and writes them as chunk `chunk` of a tile's side. Takes `c` apart.
-template <int D>
-__device__ inline void write_chunk(float (&c)[D / 8][4], const float (&factor)[2], int clipped, bool v,
-                                   uint8_t *codes, uint8_t *params, uint32_t chunk)
+// The four words of a lane as values' rows are tokens; for V, whose rows are channels, transposed:
+// words 1 and 2 change places.
+__device__ inline uint4 as_side(const uint32_t (&w)[4], bool v)
 {
-    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    uint32_t w[D == 256 ? 2 : 1][4] = {}, pair[2] = {};
+    return v ? make_uint4(transpose(w[0]), transpose(w[2]), transpose(w[1]), transpose(w[3]))
+             : make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+// Writes the half of each word's halves that is the chunk's: bytes 0 and 2, or 1 and 3.
+__device__ inline void store_half(uint8_t *to, const uint4 &x)
+{
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+        uint32_t w = word_of(x, r);
+        to[4 * r] = (uint8_t)w;
+        to[4 * r + 2] = (uint8_t)(w >> 16);
+    }
+}
+
+// A chunk's words of two bits a code, or its unit u of them.
+template <int D> __device__ inline void store_pairs(uint8_t *plane, uint32_t chunk, int u, const uint4 &x)
+{
+    int lane = threadIdx.x % 32;
+    if (D == 64) // two chunks share a unit
+        store_half(plane + chunk / 2 * 512 + lane * 16 + chunk % 2, x);
+    else
+        *(uint4 *)(plane + (chunk * (D / 128) + u) * 512 + lane * 16) = x;
+}
+
+// And of a bit a code. With head_dim 64 chunks share bytes, and other warps write the others.
+template <int D> __device__ inline void store_bits(uint8_t *plane, uint32_t chunk, const uint4 &x)
+{
+    int lane = threadIdx.x % 32;
+    uint8_t *to = plane + chunk * D / 256 * 512 + lane * 16;
+    if (D == 256) {
+        *(uint4 *)to = x;
+    } else if (D == 128) {
+        store_half(to + chunk % 2, x);
+    } else {
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            atomicAnd((uint32_t *)to + r, ~(0x000f000fu << (4 * chunk)));
+            atomicOr((uint32_t *)to + r, word_of(x, r) << (4 * chunk));
+        }
+    }
+}
+
+// Quantizes the 16 rows in `c` and writes them as chunk `chunk` of a tile's side. Takes `c` apart.
+template <int CODEC, int D>
+__device__ inline void write_chunk(float (&c)[D / 8][4], const float (&factor)[2], int clipped, float gain,
+                                   uint32_t codec, bool v, uint8_t *codes, uint8_t *params, uint32_t chunk)
+{
+    constexpr int BITS = code_bits(CODEC), UNITS = D == 256 ? 2 : 1;
+    constexpr int MORE_BITS = BITS - 2, MORE_UNITS = BITS == 4 ? UNITS : 1;
+    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    uint32_t w[UNITS][4] = {}, more[MORE_UNITS][4] = {}, pair[2] = {};
     // Row g, then row g + 8 in its place: the code is long, and the cache of instructions small.
 #pragma unroll 1
     for (int half = 0; half < 2; half++) {
@@ -270,46 +425,53 @@ __device__ inline void write_chunk(float (&c)[D / 8][4], const float (&factor)[2
         for (int j = 0; j < D / 8; j++)
             c[j][0] *= f, c[j][1] *= f;
         auto x = [&](int i) { return c[i / 2][i % 2]; };
-        quantizer q = make_quantizer<D / 4>(x, clipped);
+        quantizer q;
+        if (CODEC == LEVELS2 && codec == KVD_CODEC_TURBOQUANT_2)
+            q = make_quantizer<KVD_CODEC_TURBOQUANT_2, D / 4>(x, clipped, gain);
+        else
+            q = make_quantizer<CODEC, D / 4>(x, clipped, gain);
         pair[0] = pair[1];
-        pair[1] = pack_param(q);
+        pair[1] = q.param;
+        auto next_row = [](uint32_t(&words)[4]) {
+            words[0] = words[1], words[2] = words[3];
+            words[1] = words[3] = 0;
+        };
 #pragma unroll
-        for (int u = 0; u < (D == 256 ? 2 : 1); u++) {
-            w[u][0] = w[u][1], w[u][2] = w[u][3];
-            w[u][1] = w[u][3] = 0;
-        }
+        for (int u = 0; u < UNITS; u++)
+            next_row(w[u]);
+#pragma unroll
+        for (int u = 0; u < MORE_UNITS; u++)
+            next_row(more[u]);
 #pragma unroll
         for (int j = D / 8 - 1; j >= 0; j--) { // slots from the last to the first
+            uint32_t both = __byte_perm(code_of<CODEC>(q, x(2 * j)), code_of<CODEC>(q, x(2 * j + 1)), 0x5410);
             uint32_t &to = w[j / 16][j % 2 * 2 + 1];
-            to = to * 4 + __byte_perm(code_of(q, x(2 * j)), code_of(q, x(2 * j + 1)), 0x5410);
+            to = to * 4 + (MORE_BITS ? both & 0x00030003 : both);
+            if constexpr (MORE_BITS > 0) {
+                uint32_t &above = more[MORE_UNITS == 2 ? j / 16 : 0][j % 2 * 2 + 1];
+                above = (above << MORE_BITS) + (both >> 2 & (MORE_BITS == 2 ? 0x00030003 : 0x00010001));
+            }
             c[j][0] = c[j][2], c[j][1] = c[j][3];
         }
     }
-    if (t == 0)
+    if (t == 0 && params_bytes<CODEC>(codec) == 256)
         *(uint2 *)(params + chunk * 64 + g * 8) = make_uint2(pair[0], pair[1]);
+    else if (t == 0)
+        *(uint32_t *)(params + chunk * 32 + g * 4) = pair[0] | pair[1] << 16;
 #pragma unroll
-    for (int u = 0; u < (D == 256 ? 2 : 1); u++) {
-        uint4 out = make_uint4(w[u][0], w[u][1], w[u][2], w[u][3]);
-        if (v) // rows are channels: words 1 and 2 change places
-            out = make_uint4(transpose(w[u][0]), transpose(w[u][2]), transpose(w[u][1]),
-                             transpose(w[u][3]));
-        if (D == 64) { // two chunks share a unit: bytes 0 and 2 are the first's, 1 and 3 the second's
-            uint8_t *to = codes + chunk / 2 * 512 + lane * 16 + chunk % 2;
-            uint32_t words4[4] = {out.x, out.y, out.z, out.w};
+    for (int u = 0; u < UNITS; u++)
+        store_pairs<D>(codes, chunk, u, as_side(w[u], v));
+    if constexpr (BITS == 4)
 #pragma unroll
-            for (int r = 0; r < 4; r++) {
-                to[4 * r] = (uint8_t)words4[r];
-                to[4 * r + 2] = (uint8_t)(words4[r] >> 16);
-            }
-        } else {
-            *(uint4 *)(codes + (chunk * (D / 128) + u) * 512 + lane * 16) = out;
-        }
-    }
+        for (int u = 0; u < UNITS; u++)
+            store_pairs<D>(codes + 16 * D, chunk, u, as_side(more[u], v));
+    if constexpr (BITS == 3)
+        store_bits<D>(codes + 16 * D, chunk, as_side(more[0], v));
 }
 
 // Block (share of the chunks, layer and kv head). One side of the sequences' chunks; each warp takes
 // one at a time, the four warps of a warpgroup together.
-template <int D>
+template <int CODEC, int D>
 __global__ void __launch_bounds__(quantize_warps(D) * 32, 1)
     quantize_kernel(const __grid_constant__ append_params p, bool v)
 {
@@ -323,8 +485,12 @@ __global__ void __launch_bounds__(quantize_warps(D) * 32, 1)
     float scale = 1 / side.scale[index];
     uint32_t kept = side.clip ? (uint32_t)((double)side.clip[index] * D) : D;
     int clipped = kept < D ? (int)(D - kept) : 0, g = threadIdx.x % 32 / 4;
+    float gain = side.gain ? side.gain[index] : 1;
+    constexpr uint32_t BITS = code_bits(CODEC);
+    uint32_t codes_at = v ? 8 * BITS * p.dim_k : 0, param_bytes = params_bytes<CODEC>(p.codec);
+    uint32_t params_at = 8 * BITS * (p.dim_k + p.dim_v) + (v ? param_bytes : 0);
     uint64_t tile = ((uint64_t)(p.layer_begin + layer) * p.kv_heads + head) *
-                    (16 * (p.dim_k + p.dim_v) + 512);
+                    (8 * BITS * (p.dim_k + p.dim_v) + 2 * param_bytes);
     uint32_t warp = threadIdx.x / 32, of = 0;
 #pragma unroll 1
     for (uint32_t first = blockIdx.x * WARPS; first < p.chunks; first += gridDim.x * WARPS) {
@@ -349,8 +515,8 @@ __global__ void __launch_bounds__(quantize_warps(D) * 32, 1)
         factor[0] *= scale, factor[1] *= scale;
         r.multiply(a, c);
         if (first + warp < p.chunks)
-            write_chunk<D>(c, factor, clipped, v, at + (v ? 16 * p.dim_k : 0),
-                           at + 16 * (p.dim_k + p.dim_v) + (v ? 256 : 0), h % PAGE / 16);
+            write_chunk<CODEC, D>(c, factor, clipped, gain, p.codec, v, at + codes_at, at + params_at,
+                                  h % PAGE / 16);
     }
 }
 
@@ -405,29 +571,50 @@ __global__ void check_kernel(const __grid_constant__ append_params p, unsigned l
         atomicMin(found, ((((uint64_t)at * p.layer_count + layer << 17) + n) * p.kv_heads + head) * 2 + v);
 }
 
-template <int D>
+template <int CODEC, int D>
 static cudaError_t quantize_side(const append_params &p, bool v, cudaStream_t stream)
 {
     constexpr int BYTES = quantize_bytes(D), WARPS = quantize_warps(D);
     uint32_t units = p.layer_count * p.kv_heads;
     uint32_t blocks = chunk_blocks(p.chunks, WARPS, units);
-    cudaError_t rc = cudaFuncSetAttribute(quantize_kernel<D>,
+    cudaError_t rc = cudaFuncSetAttribute(quantize_kernel<CODEC, D>,
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
     if (rc != cudaSuccess)
         return rc;
-    quantize_kernel<D><<<dim3(blocks, units), WARPS * 32, BYTES, stream>>>(p, v);
+    quantize_kernel<CODEC, D><<<dim3(blocks, units), WARPS * 32, BYTES, stream>>>(p, v);
     return cudaGetLastError();
 }
 
-static cudaError_t quantize_any(const append_params &p, bool v, cudaStream_t stream)
+template <int CODEC> static cudaError_t quantize_sides(const append_params &p, cudaStream_t stream)
 {
-    switch (v ? p.dim_v : p.dim_k) {
-    case 64:
-        return quantize_side<64>(p, v, stream);
-    case 128:
-        return quantize_side<128>(p, v, stream);
-    case 256:
-        return quantize_side<256>(p, v, stream);
+    cudaError_t rc = cudaSuccess;
+    for (int v = 0; v < 2 && rc == cudaSuccess; v++) {
+        uint32_t dim = v ? p.dim_v : p.dim_k;
+        rc = dim == 64    ? quantize_side<CODEC, 64>(p, v, stream)
+             : dim == 128 ? quantize_side<CODEC, 128>(p, v, stream)
+             : dim == 256 ? quantize_side<CODEC, 256>(p, v, stream)
+                          : cudaErrorInvalidValue;
+    }
+    return rc;
+}
+
+static cudaError_t demote(const append_params &p, cudaStream_t stream)
+{
+    switch (p.codec) {
+    case KVD_CODEC_BF16:
+        demote_bf16_kernel<<<row_blocks(p.chunks * 16ull, p.layer_count, p.kv_heads), ROW_THREADS, 0, stream>>>(p);
+        return cudaGetLastError();
+    case KVD_CODEC_INT2:
+        return quantize_sides<INT2>(p, stream);
+    case KVD_CODEC_INT2C:
+        return quantize_sides<INT2C>(p, stream);
+    case KVD_CODEC_INT2_LM:
+    case KVD_CODEC_TURBOQUANT_2:
+        return quantize_sides<LEVELS2>(p, stream);
+    case KVD_CODEC_TURBOQUANT_3:
+        return quantize_sides<LEVELS3>(p, stream);
+    case KVD_CODEC_TURBOQUANT_4:
+        return quantize_sides<LEVELS4>(p, stream);
     default:
         return cudaErrorInvalidValue;
     }
@@ -440,14 +627,8 @@ using namespace kvd;
 extern "C" int kvd_cuda_append(const struct kvd_cuda_append_params *p, struct CUstream_st *stream)
 {
     cudaError_t rc = cudaSuccess;
-    if (p->chunks && p->codec == KVD_CODEC_INT2) {
-        rc = quantize_any(*p, false, stream);
-        if (rc == cudaSuccess)
-            rc = quantize_any(*p, true, stream);
-    } else if (p->chunks) {
-        demote_bf16_kernel<<<row_blocks(p->chunks * 16ull, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream>>>(*p);
-        rc = cudaGetLastError();
-    }
+    if (p->chunks)
+        rc = demote(*p, stream);
     if (rc == cudaSuccess && p->kept) {
         store_window_kernel<<<row_blocks(p->kept, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream>>>(*p);
         rc = cudaGetLastError();

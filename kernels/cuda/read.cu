@@ -13,10 +13,10 @@ using read_params = kvd_cuda_read_params;
 constexpr int READ_WARPS = 8;
 
 // Codes of chunk C as A operands with tokens as rows: as they lie for K, each word transposed for V.
-template <int D, int C, typename F>
+template <int CODEC, int D, int C, typename F>
 __device__ inline void each_token_operand(const uint8_t *codes, bool v, F f)
 {
-    code_words<D> w;
+    code_words<D, CODEC> w;
     w.template load<C>(codes);
     static_for<D / 16>([&](auto ct) {
         uint32_t a[4];
@@ -30,7 +30,7 @@ __device__ inline void each_token_operand(const uint8_t *codes, bool v, F f)
     });
 }
 
-template <int D>
+template <int CODEC, int D>
 __device__ inline void chunk_operands(const uint8_t *codes, uint32_t chunk, bool v,
                                       uint32_t (&a)[D / 16][4])
 {
@@ -39,17 +39,20 @@ __device__ inline void chunk_operands(const uint8_t *codes, uint32_t chunk, bool
         for (int r = 0; r < 4; r++)
             a[ct][r] = x[r];
     };
-    // Only head_dim 64 has chunks that differ by more than an offset.
-    constexpr int STEP = D == 64 ? 512 : D * 4;
-    const uint8_t *at = codes + (D == 64 ? chunk / 2 : chunk) * STEP;
-    if (D == 64 && chunk % 2)
-        each_token_operand<D, D == 64 ? 1 : 0>(at, v, keep);
-    else
-        each_token_operand<D, 0>(at, v, keep);
+    switch (chunk) {
+    case 0:
+        return each_token_operand<CODEC, D, 0>(codes, v, keep);
+    case 1:
+        return each_token_operand<CODEC, D, 1>(codes, v, keep);
+    case 2:
+        return each_token_operand<CODEC, D, 2>(codes, v, keep);
+    default:
+        return each_token_operand<CODEC, D, 3>(codes, v, keep);
+    }
 }
 
 // Block (share of the chunks, layer and kv head). One side of a sequence's history.
-template <int D>
+template <int CODEC, int D>
 __global__ void __launch_bounds__(READ_WARPS * 32, D == 256 ? 1 : 2)
     read_history_kernel(const __grid_constant__ read_params p, uint32_t begin, uint32_t end, bool v)
 {
@@ -65,8 +68,8 @@ __global__ void __launch_bounds__(READ_WARPS * 32, D == 256 ? 1 : 2)
         for (int i = threadIdx.x; i < WORDS / 4; i += READ_WARPS * 32) {
             uint4 w = __ldg((const uint4 *)r + i);
             int in32 = i / 32 % (D / 32);
-            __half2 f0 = __float2half2_rn(slot_factor(2 * in32));
-            __half2 f1 = __float2half2_rn(slot_factor(2 * in32 + 1));
+            __half2 f0 = __float2half2_rn(slot_factor<CODEC>(2 * in32));
+            __half2 f1 = __float2half2_rn(slot_factor<CODEC>(2 * in32 + 1));
             __half2 *h = (__half2 *)&w;
             h[0] = __hmul2(h[0], f0), h[1] = __hmul2(h[1], f0);
             h[2] = __hmul2(h[2], f1), h[3] = __hmul2(h[3], f1);
@@ -74,11 +77,14 @@ __global__ void __launch_bounds__(READ_WARPS * 32, D == 256 ? 1 : 2)
         }
         __syncthreads();
     }
-    float factor = TWO24 / side.scale[index];
+    float factor = (has_levels(CODEC) ? 1 : TWO24) / side.scale[index];
     const float *columns = side.inverse_columns + index * D;
     const kvd_cuda_tensor &out = v ? p.v : p.k;
+    constexpr uint32_t BITS = code_bits(CODEC);
+    uint32_t codes_at = v ? 8 * BITS * p.dim_k : 0, param_bytes = params_bytes<CODEC>(p.codec);
+    uint32_t params_at = 8 * BITS * (p.dim_k + p.dim_v) + (v ? param_bytes : 0);
     uint64_t tile = ((uint64_t)(p.layer_begin + layer) * p.kv_heads + head) *
-                    (16 * (p.dim_k + p.dim_v) + 512);
+                    (8 * BITS * (p.dim_k + p.dim_v) + 2 * param_bytes);
     uint32_t low = (begin - p.sink) / 16, chunks = (end - p.sink + 15) / 16 - low;
     uint32_t warp = blockIdx.x * READ_WARPS + threadIdx.x / 32;
 #pragma unroll 1
@@ -90,9 +96,8 @@ __global__ void __launch_bounds__(READ_WARPS * 32, D == 256 ? 1 : 2)
         for (int m = 0; m < MT; m++) {
             uint32_t chunk = low + min(first + m, chunks - 1), page = chunk / 4;
             const uint8_t *at = (const uint8_t *)p.codec_pages[page] + tile;
-            chunk_operands<D>(at + (v ? 16 * p.dim_k : 0), chunk % 4, v, a[m]);
-            load_params(at + 16 * (p.dim_k + p.dim_v) + (v ? 256 : 0), chunk % 4, param[m][0],
-                        param[m][1]);
+            chunk_operands<CODEC, D>(at + codes_at, chunk % 4, v, a[m]);
+            load_params<CODEC>(at + params_at, p.codec, chunk % 4, param[m][0], param[m][1]);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 uint32_t token = p.sink + chunk * 16 + half * 8 + g;
@@ -117,8 +122,8 @@ __global__ void __launch_bounds__(READ_WARPS * 32, D == 256 ? 1 : 2)
                     } else {
                         b = __ldg(packed<D>::at(r, j4 * 4 + j, i));
                         __half2 *h = (__half2 *)&b;
-                        __half2 f0 = __float2half2_rn(slot_factor(2 * i));
-                        __half2 f1 = __float2half2_rn(slot_factor(2 * i + 1));
+                        __half2 f0 = __float2half2_rn(slot_factor<CODEC>(2 * i));
+                        __half2 f1 = __float2half2_rn(slot_factor<CODEC>(2 * i + 1));
                         h[0] = __hmul2(h[0], f0), h[1] = __hmul2(h[1], f0);
                         h[2] = __hmul2(h[2], f1), h[3] = __hmul2(h[3], f1);
                     }
@@ -189,19 +194,54 @@ __global__ void read_bf16_kernel(const __grid_constant__ read_params p)
                 v ? p.dim_v : p.dim_k);
 }
 
-template <int D>
+template <int CODEC, int D>
 static cudaError_t read_side(const read_params &p, uint32_t begin, uint32_t end, bool v,
                              cudaStream_t stream)
 {
     constexpr int MT = D == 256 ? 1 : 2, BYTES = D <= 128 ? packed<D>::WORDS * 4 : 0;
     uint32_t units = p.layer_count * p.kv_heads, chunks = (end - p.sink + 15) / 16 - (begin - p.sink) / 16;
     uint32_t blocks = chunk_blocks(chunks, READ_WARPS * MT, units);
-    cudaError_t rc = cudaFuncSetAttribute(read_history_kernel<D>,
+    cudaError_t rc = cudaFuncSetAttribute(read_history_kernel<CODEC, D>,
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
     if (rc != cudaSuccess)
         return rc;
-    read_history_kernel<D><<<dim3(blocks, units), READ_WARPS * 32, BYTES, stream>>>(p, begin, end, v);
+    read_history_kernel<CODEC, D><<<dim3(blocks, units), READ_WARPS * 32, BYTES, stream>>>(p, begin, end, v);
     return cudaGetLastError();
+}
+
+template <int CODEC>
+static cudaError_t read_sides(const read_params &p, uint32_t begin, uint32_t end, cudaStream_t stream)
+{
+    cudaError_t rc = cudaSuccess;
+    for (int v = 0; v < 2 && rc == cudaSuccess; v++) {
+        uint32_t dim = v ? p.dim_v : p.dim_k;
+        if (!(v ? p.v.data : p.k.data))
+            continue;
+        rc = dim == 64    ? read_side<CODEC, 64>(p, begin, end, v, stream)
+             : dim == 128 ? read_side<CODEC, 128>(p, begin, end, v, stream)
+             : dim == 256 ? read_side<CODEC, 256>(p, begin, end, v, stream)
+                          : cudaErrorInvalidValue;
+    }
+    return rc;
+}
+
+static cudaError_t read_history(const read_params &p, uint32_t begin, uint32_t end, cudaStream_t stream)
+{
+    switch (p.codec) {
+    case KVD_CODEC_INT2:
+        return read_sides<INT2>(p, begin, end, stream);
+    case KVD_CODEC_INT2C:
+        return read_sides<INT2C>(p, begin, end, stream);
+    case KVD_CODEC_INT2_LM:
+    case KVD_CODEC_TURBOQUANT_2:
+        return read_sides<LEVELS2>(p, begin, end, stream);
+    case KVD_CODEC_TURBOQUANT_3:
+        return read_sides<LEVELS3>(p, begin, end, stream);
+    case KVD_CODEC_TURBOQUANT_4:
+        return read_sides<LEVELS4>(p, begin, end, stream);
+    default:
+        return cudaErrorInvalidValue;
+    }
 }
 
 // -- rotation of rows ----------------------------------------------------------------------------
@@ -272,17 +312,8 @@ extern "C" int kvd_cuda_read(const struct kvd_cuda_read_params *p, struct CUstre
 {
     uint32_t begin = p->begin > p->sink ? p->begin : p->sink;
     uint32_t end = p->begin + p->tokens < p->hist_end ? p->begin + p->tokens : p->hist_end;
-    bool history = p->codec == KVD_CODEC_INT2 && begin < end;
-    cudaError_t rc = cudaSuccess;
-    for (int v = 0; v < 2 && history && rc == cudaSuccess; v++) {
-        uint32_t dim = v ? p->dim_v : p->dim_k;
-        if (!(v ? p->v.data : p->k.data))
-            continue;
-        rc = dim == 64    ? read_side<64>(*p, begin, end, v, stream)
-             : dim == 128 ? read_side<128>(*p, begin, end, v, stream)
-             : dim == 256 ? read_side<256>(*p, begin, end, v, stream)
-                          : cudaErrorInvalidValue;
-    }
+    bool history = p->codec != KVD_CODEC_BF16 && begin < end;
+    cudaError_t rc = history ? read_history(*p, begin, end, stream) : cudaSuccess;
     if (rc == cudaSuccess && !(history && begin == p->begin && end == p->begin + p->tokens)) {
         read_bf16_kernel<<<row_blocks(p->tokens, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream>>>(*p);
         rc = cudaGetLastError();

@@ -14,6 +14,9 @@
 #include <vector>
 
 #include "kernels/cuda/api.h"
+#include "kernels/format.h"
+
+extern "C" const char *kvd_codec_name(uint32_t codec);
 
 #define CUDA(call)                                                                                 \
     do {                                                                                           \
@@ -170,6 +173,7 @@ struct row {
     uint32_t sequences, history; // 0: ragged
     uint32_t q_heads, kv_heads, dim, sink, recent, q_len;
     double want_ms, want_fraction;
+    uint32_t codec = KVD_CODEC_INT2;
 };
 
 static void bench_attend(const row &w)
@@ -189,7 +193,7 @@ static void bench_attend(const row &w)
         end.push_back(w.sink + history[i]);
     }
     // One layer a page: a layer's tiles lie together no better than they would in any page.
-    uint64_t tile = 32 * w.dim + 512, page = w.kv_heads * tile, bytes = pages * page;
+    uint64_t tile = kvd_tile_bytes(w.codec, w.dim, w.dim), page = w.kv_heads * tile, bytes = pages * page;
     uint64_t windows = (uint64_t)w.sequences * (w.sink + w.recent) * w.kv_heads * w.dim * 4;
     int copies = (int)std::min<uint64_t>(8, std::min(pool_bytes / bytes, 400000000 / bytes + 1));
     uint32_t ring = (w.recent + 64 + 63) / 64 * 64, bf16_stride = (w.sink + 63) / 64 + ring / 64;
@@ -207,7 +211,7 @@ static void bench_attend(const row &w)
     p.q_heads = w.q_heads;
     p.kv_heads = w.kv_heads;
     p.dim_k = p.dim_v = w.dim;
-    p.codec = KVD_CODEC_INT2;
+    p.codec = w.codec;
     p.q_len = w.q_len;
     p.sink = w.sink;
     p.ring = ring;
@@ -285,19 +289,21 @@ static void bench_prefill()
 }
 
 // Quantize and dequantize 8 sequences x 36 layers x 8 heads, all in one launch a side.
-static void bench_quantize(bool ring)
+static void bench_quantize(bool ring, uint32_t codec = KVD_CODEC_INT2)
 {
-    const char *name = ring ? "quantize from the ring" : "quantize K and V from new tokens";
+    char name[80];
+    snprintf(name, sizeof(name), "%s%s%s", ring ? "quantize from the ring" : "quantize K and V from new tokens",
+             codec == KVD_CODEC_INT2 ? "" : ", ", codec == KVD_CODEC_INT2 ? "" : kvd_codec_name(codec));
     if (!wanted(name))
         return;
     const uint32_t n = 8, layers = 36, heads = 8, dim = 128, tokens = ring ? 64 : 1024;
-    uint64_t page = (uint64_t)layers * heads * 4608, pages = tokens / 64 + 1;
+    uint64_t tile = kvd_tile_bytes(codec, dim, dim), page = layers * heads * tile, pages = tokens / 64 + 1;
     uint64_t bf16_page = (uint64_t)layers * heads * 64 * dim * 4;
     std::vector<kvd_cuda_append_item> items(n);
     kvd_cuda_append_params p = {};
     p.kv_heads = heads;
     p.dim_k = p.dim_v = dim;
-    p.codec = KVD_CODEC_INT2;
+    p.codec = codec;
     p.ring = 128;
     p.layer_count = layers;
     p.rotation = rotation(dim);
@@ -333,9 +339,9 @@ static void bench_quantize(bool ring)
     p.items = to_device(items);
     double ms = graph_median([&](cudaStream_t s, int) { CUDA(kvd_cuda_append(&p, s)); }, 1);
     double vectors = (double)n * tokens * layers * heads;
-    double mb = vectors * 2 * (256 + 36) / 1e6;
+    double mb = vectors * (512 + tile / 64.0) / 1e6;
     printf("%-44s %7.1f MB %9.4f ms  limit %8.4f  %6.2f G token-heads/s   want %s\n", name, mb, ms,
-           mb / copy_tbs / 1e6 * 1e3, vectors / ms / 1e6, ring ? "" : ">= 2.5");
+           mb / copy_tbs / 1e6 * 1e3, vectors / ms / 1e6, ring || codec != KVD_CODEC_INT2 ? "" : ">= 2.5");
     free_all();
 }
 
@@ -406,12 +412,19 @@ int main(int argc, char **argv)
         {"32 x 32,768, 32/8, sink 64 recent 256", 32, 32768, 32, 8, 128, 64, 256, 1, 0, 0.88},
         {"q_len 4: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 4, 0, 0.736},
         {"q_len 16: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 16, 0, 0},
+        {"int2c: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_INT2C},
+        {"int2-lm: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_INT2_LM},
+        {"turboquant-2: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_TURBOQUANT_2},
+        {"turboquant-3: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_TURBOQUANT_3},
+        {"turboquant-4: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_TURBOQUANT_4},
     };
     for (const row &r : rows)
         bench_attend(r);
     bench_prefill();
     bench_quantize(false);
     bench_quantize(true);
+    for (uint32_t codec = KVD_CODEC_INT2C; codec < KVD_CODEC_COUNT; codec++)
+        bench_quantize(false, codec);
     bench_read();
     return 0;
 }

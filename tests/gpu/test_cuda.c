@@ -122,8 +122,9 @@ static void check_shape(const struct shape *c, uint32_t codec, double limit, uin
 static void shapes(uint64_t seed)
 {
     for (size_t j = 0; j < KVD_LEN(attention_shapes); j++) {
-        check_shape(&attention_shapes[j], KVD_CODEC_INT2, 2e-3, seed + j);
         check_shape(&attention_shapes[j], KVD_CODEC_BF16, 5e-4, seed + j);
+        for (uint32_t codec = KVD_CODEC_INT2; codec < KVD_CODEC_COUNT; codec++)
+            check_shape(&attention_shapes[j], codec, 2e-3, seed + j);
     }
 }
 
@@ -135,6 +136,9 @@ static void groups_and_dims(uint64_t seed)
             struct shape c = {1,  2,  group, dims[i / 3], dims[i % 3],
                               16, 16, 1,     170 + group, {.q_len = 1}};
             check_shape(&c, KVD_CODEC_INT2, 2e-3, seed + group * 9 + i);
+            check_shape(
+                &c, KVD_CODEC_INT2C + (group + (uint32_t)i) % (KVD_CODEC_COUNT - KVD_CODEC_INT2C),
+                2e-3, seed + group * 9 + i);
         }
 }
 
@@ -155,14 +159,14 @@ static void accuracy(uint64_t seed)
 }
 
 // A ragged batch in one call gives what single calls give.
-static void ragged(uint64_t seed, uint32_t group, uint32_t dim)
+static void ragged(uint64_t seed, uint32_t codec, uint32_t group, uint32_t dim)
 {
     enum { N = 10 };
     const uint32_t lengths[N] = {1, 63, 64, 65, 320, 337, 400, 1000, 3000, 5555};
     struct kseq s[N];
     struct kvd_rotation *rot = NULL;
     struct kvd_attend_item items[N];
-    struct kvd_geometry g = geometry(2, 2, group, dim, dim, KVD_CODEC_INT2, 64, 256);
+    struct kvd_geometry g = geometry(2, 2, group, dim, dim, codec, 64, 256);
     uint64_t row = (uint64_t)2 * g.q_heads * dim;
     float *q = malloc(N * row * 4), *o = malloc(2 * N * row * 4);
     for (uint32_t i = 0; i < N; i++) {
@@ -208,7 +212,8 @@ static void ragged(uint64_t seed, uint32_t group, uint32_t dim)
         worst = e <= worst ? worst : e;
     }
     char name[100];
-    snprintf(name, sizeof(name), "ragged group %u dim %u: batch differs from single by %.2e", group,
+    snprintf(name, sizeof(name),
+             "ragged codec %u group %u dim %u: batch differs from single by %.2e", codec, group,
              dim, worst);
     result(ok && worst < 1e-3, name);
     cuda->ops->rotation_free(cuda, &rot);
@@ -229,8 +234,11 @@ static void same_pages(uint32_t dk, uint32_t dv, uint32_t heads_rot, uint32_t co
 {
     struct kvd_geometry g = geometry(2, 2, 1, dk, dv, codec, 64, 64);
     struct kseq s[2];
+    float gains[4] = {0.95f, 1, 1.1f, 0.9f}; // one a matrix; sets have as many
     for (int i = 0; i < 2; i++) {
         kseq_init(&s[i], g, 1000, heads_rot, clip, clip < 1 ? clip - 0.04f : 1, seed);
+        if (clip < 1)
+            s[i].rot.gain_k = s[i].rot.gain_v = gains;
         kseq_fill(&s[i]);
         for (uint64_t j = 0; ties && j < 2 * 1000 * 2 * dk; j++) // few values, constant rows
             s[i].k[j] = kvd_f32_to_bf16((float)(j / dk % 5 == 0 ? 3 : (int)(j * 7 % 5) - 2));
@@ -267,7 +275,7 @@ static void same_pages(uint32_t dk, uint32_t dv, uint32_t heads_rot, uint32_t co
     // round to another fp16.
     result(windows && differ <= (heads_rot ? all / 1000 : all / 5000), name);
     // What one wrote the other reads: the GPU's pages by the CPU.
-    if (codec == KVD_CODEC_INT2) {
+    if (codec != KVD_CODEC_BF16) {
         struct attention at = {.q_len = 1};
         uint64_t *mine = s[1].at_codec, *windows_at = s[1].at_bf16;
         s[1].at_codec = s[1].codec;
@@ -506,6 +514,12 @@ int main(int argc, char **argv)
         reading(dk, dv, i % 3, KVD_CODEC_INT2, KVD_DTYPE_F32, seed + i);
         reading(dk, dv, i % 3, KVD_CODEC_INT2, KVD_DTYPE_BF16, seed + i);
     }
+    for (int i = 0; i < 3 * (KVD_CODEC_COUNT - KVD_CODEC_INT2C); i++) {
+        uint32_t codec = KVD_CODEC_INT2C + (uint32_t)i / 3, dk = dims[i % 3];
+        same_pages(dk, dims[(i + 1) % 3], (uint32_t)i % 3, codec, 0.96f, false, seed + (uint64_t)i);
+        reading(dk, dims[(i + 1) % 3], (uint32_t)i % 3, codec, KVD_DTYPE_F32, seed + (uint64_t)i);
+        reading(dk, dk, 2, codec, KVD_DTYPE_BF16, seed + (uint64_t)i);
+    }
     same_pages(128, 128, 1, KVD_CODEC_INT2, 1, false, seed);
     same_pages(128, 128, 1, KVD_CODEC_INT2, 0.6f, false, seed);
     same_pages(128, 64, 0, KVD_CODEC_INT2, 0.96f, true, seed);
@@ -516,11 +530,14 @@ int main(int argc, char **argv)
     for (int i = 0; i < 6; i++)
         rotating(dims[i % 3], (uint32_t)i % 3, i > 2, seed + i);
     shapes(seed);
-    ragged(seed, 4, 128);
-    ragged(seed, 12, 128);
+    ragged(seed, KVD_CODEC_INT2, 4, 128);
+    ragged(seed, KVD_CODEC_INT2C, 12, 128);
     if (!quick) {
-        ragged(seed, 7, 64);
-        ragged(seed, 3, 256);
+        ragged(seed, KVD_CODEC_INT2, 12, 128);
+        ragged(seed, KVD_CODEC_INT2, 7, 64);
+        ragged(seed, KVD_CODEC_INT2, 3, 256);
+        for (uint32_t codec = KVD_CODEC_INT2_LM; codec < KVD_CODEC_COUNT; codec++)
+            ragged(seed, codec, 5, 128);
         groups_and_dims(seed);
         accuracy(seed);
     }
