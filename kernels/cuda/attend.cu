@@ -10,6 +10,31 @@ static bool dim_ok(uint32_t dim)
     return dim == 64 || dim == 128 || dim == 256;
 }
 
+static uint32_t blocks_a_multiprocessor(const attend_params &p, bool small)
+{
+    return small ? 16 / p.warps
+                 : (uint32_t)blocks_per_multiprocessor(general(p), (int)n_tiles(p), (int)p.dim_k,
+                                                       (int)p.dim_v, 4);
+}
+
+// Tiles of a part, so that all parts of equally long histories take the fewest tiles one after the
+// other: `slots` blocks run at a time, and the beginning and end of a block cost some tiles' time.
+static uint32_t even_part(uint32_t units, uint32_t slots, uint32_t tiles)
+{
+    const uint32_t overhead = 12;
+    uint64_t least = UINT64_MAX;
+    uint32_t best = tiles;
+    for (uint32_t parts = 1; parts <= MAX_SPLITS && parts <= tiles; parts++) {
+        uint64_t waves = ((uint64_t)units * parts + slots - 1) / slots;
+        uint32_t part = (tiles + parts - 1) / parts;
+        if (waves * (part + overhead) < least) {
+            least = waves * (part + overhead);
+            best = part;
+        }
+    }
+    return best;
+}
+
 } // namespace kvd
 
 using namespace kvd;
@@ -27,11 +52,14 @@ extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t 
     // Larger blocks leave fewer parts to merge, and rotate q less often; with many units there is
     // nothing to merge, and smaller ones hide each other's beginnings and ends.
     p->warps = !small || units >= 8 * multiprocessors ? 4 : units * 2 > multiprocessors ? 8 : 16;
-    uint64_t slots = multiprocessors * (small ? 16 / p->warps : 2);
+    uint64_t slots = multiprocessors * blocks_a_multiprocessor(*p, small);
     // Ragged lengths even out when parts are smaller.
-    if ((uint64_t)history_max * p->sequences > history_sum + history_sum / 4)
+    bool ragged = (uint64_t)history_max * p->sequences > history_sum + history_sum / 4;
+    if (ragged)
         slots *= 3;
     uint64_t part = (tiles + slots - 1) / slots, least = p->warps * 2;
+    if (!small && !ragged && tiles_max)
+        part = even_part(units, (uint32_t)slots, tiles_max);
     p->part_tiles = (uint32_t)(part > least ? part : least);
     uint32_t splits = (tiles_max + p->part_tiles / 2) / p->part_tiles;
     p->splits = splits > MAX_SPLITS ? MAX_SPLITS : splits == 0 && tiles_max ? 1 : splits;

@@ -130,7 +130,7 @@ template <int NT, int D> struct row_operands {
 // They are the true ones times `divisor`'s inverse: products want it back.
 template <int NT, int DK, int PARTS> struct queries {
     static constexpr int ROWS = 8 * NT, PER_LANE = DK / 32, SHARE = (ROWS + PARTS - 1) / PARTS;
-    uint32_t op[NT][DK / 16][2][32];
+    uint32_t op[NT][DK / 16][32][2];
     float sums[PARTS][ROWS];
     row_operands<NT, DK> rows;
 
@@ -248,7 +248,7 @@ template <int NT, int DK, int PARTS> struct queries {
             auto write = [&](int n, float x, float y, float f) {
                 uint32_t w = pack_fp16(x * f * slot, y * f * slot);
                 float2 seen = unpack_fp16(w);
-                op[n][j / 2][j % 2][lane] = w;
+                op[n][j / 2][lane][j % 2] = w;
                 return (seen.x + seen.y) * back;
             };
             sum0 += write(0, c[0] + low_part[0], c[1] + low_part[1], f0);
@@ -320,7 +320,7 @@ __device__ inline void add_values(const uint8_t *tile_at, uint32_t codec, const 
 {
     int g = threadIdx.x % 32 / 4;
     code_words<DV, CODEC> w;
-    w.template load<C>(tile_at + tile<DK, DV, CODEC>::V_CODES);
+    w.load(tile_at + tile<DK, DV, CODEC>::V_CODES, C);
     float2 p0, p1;
     load_params<CODEC>(tile_at + tile<DK, DV, CODEC>::v_params(codec), codec, C, p0, p1);
     if (MASKED) { // what was never written may be anything
@@ -366,8 +366,8 @@ __device__ inline void attend_tile(const uint8_t *tile_at, uint32_t codec, const
         static_for<CHUNKS / 2>([&](auto pair) { // side by side: they do not wait for each other
             constexpr int i = 2 * pair, c = half * CHUNKS + i;
             code_words<DK, CODEC> w0, w1;
-            w0.template load<c>(tile_at);
-            w1.template load<c + 1>(tile_at);
+            w0.load(tile_at, c);
+            w1.load(tile_at, c + 1);
 #pragma unroll
             for (int n = 0; n < 2 * NT; n++)
 #pragma unroll

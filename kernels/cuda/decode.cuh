@@ -92,12 +92,12 @@ __device__ inline void history_part(const attend_params &p, const row_block &b,
     auto loads = queries<NT, DK, WARPS>::load(p, b, warp);
     uint64_t policy = cache_policy(b.rows <= 8 * NT);
     if (lane == 0) {
-        for (int i = 0; i < SLOTS; i++)
+        for (int i = 0; i < mem::SLOTS; i++)
             barrier_init(&bars[i]);
         barriers_ready();
     }
     __syncwarp();
-    if (lane < SLOTS - 1 && mine)
+    if (lane < mem::SLOTS - 1 && mine)
         fetch(slot_at(lane), mine, bytes, &bars[lane], policy);
     __syncwarp();
 #endif
@@ -112,21 +112,21 @@ __device__ inline void history_part(const attend_params &p, const row_block &b,
     for (int n = 0; n < NT; n++) {
 #pragma unroll
         for (int ct = 0; ct < DK / 16; ct++)
-            q[n][ct] = make_uint2(qs.op[n][ct][0][lane], qs.op[n][ct][1][lane]);
+            q[n][ct] = *(const uint2 *)qs.op[n][ct][lane];
 #pragma unroll
         for (int e = 0; e < 2; e++)
             x.sum[n][e] = qs.sum(n * 8 + 2 * t + e) / TWO24;
     }
     __syncthreads(); // the last slots are free
 #if KVD_BULK
-    if (lane == SLOTS - 1 && mine) {
+    if (lane == mem::SLOTS - 1 && mine) {
         barriers_ready(); // what was written there is in order before the copy
         fetch(slot_at(lane), mine, bytes, &bars[lane], policy);
     }
 #endif
     st.clear(x.none);
 #if KVD_BULK
-    uint32_t slot = 0, phase = 0, ahead = SLOTS;
+    uint32_t slot = 0, phase = 0, ahead = mem::SLOTS;
 #endif
     for (uint32_t i = first; i < end; i += WARPS) {
 #if KVD_BULK
@@ -153,7 +153,7 @@ __device__ inline void history_part(const attend_params &p, const row_block &b,
         if (lane == ahead % 32 && mine)
             fetch(slot_at(slot), mine, bytes, &bars[slot], policy);
         ahead++;
-        if (++slot == SLOTS) {
+        if (++slot == mem::SLOTS) {
             slot = 0;
             phase ^= 1;
         }

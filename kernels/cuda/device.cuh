@@ -215,6 +215,8 @@ template <int BITS, int SHIFT, int MORE> __device__ inline uint32_t levels_of(ui
 // K's or V's codes of chunk C, and the A operand of channel tile CT in them.
 template <int D, int CODEC> struct code_words {
     static constexpr int BITS = code_bits(CODEC), UNITS = D == 256 ? 2 : 1;
+    // Chunks whose bits lie at different places of their words: chunk c's are those of c % PLACES.
+    static constexpr int PLACES = BITS == 3 ? 256 / D : D == 64 ? 2 : 1;
     uint4 unit[UNITS];
     uint4 more[BITS == 2 ? 1 : BITS == 3 ? 1 : UNITS];
 
@@ -223,18 +225,19 @@ template <int D, int CODEC> struct code_words {
         return *(const uint4 *)(plane + unit * 512 + threadIdx.x % 32 * 16);
     }
 
-    template <int C> __device__ inline void load(const uint8_t *codes)
+    // Of chunk c; operand's C may be any chunk whose bits lie as c's do.
+    __device__ inline void load(const uint8_t *codes, int c)
     {
-        constexpr int FIRST = D == 64 ? C / 2 : C * UNITS;
+        int first = D == 64 ? c / 2 : c * UNITS;
 #pragma unroll
         for (int u = 0; u < UNITS; u++)
-            unit[u] = words(codes, FIRST + u);
+            unit[u] = words(codes, first + u);
         if constexpr (BITS == 4)
 #pragma unroll
             for (int u = 0; u < UNITS; u++)
-                more[u] = words(codes + 16 * D, FIRST + u);
+                more[u] = words(codes + 16 * D, first + u);
         if constexpr (BITS == 3)
-            more[0] = words(codes + 16 * D, C * D / 256);
+            more[0] = words(codes + 16 * D, c * D / 256);
     }
 
     template <int C, int CT> __device__ inline void operand(uint32_t a[4]) const

@@ -8,13 +8,13 @@
 namespace kvd
 {
 
-constexpr int SLOTS = 2; // tiles of a warp's ring
-
 template <int NT, int DK, int DV, int WARPS, int CODEC> struct block_memory {
     static constexpr int COUNT = WARPS, COMPILED_CODEC = CODEC;
     static constexpr int ROWS = 8 * NT, PITCH = DV + 4; // rows apart by an odd number of 16 bytes
     static constexpr int WARP_PITCH = ROWS * PITCH + 8; // floats between the warps' results
     static constexpr int TILE = tile<DK, DV, CODEC>::MOST_BYTES;
+    // Tiles of a warp's ring. Short blocks gain by a third; long ones lose by what it takes.
+    static constexpr int SLOTS = WARPS == 4 && NT == 1 && DK + DV <= 256 && !has_levels(CODEC) ? 3 : 2;
     static constexpr int RING = WARPS * SLOTS * TILE; // [slot][warp]
     // One after another in the same bytes: the ring, with the queries in its last slots until they
     // are in registers; then the warps' results and maxima, the finished rows of history and

@@ -12,43 +12,28 @@ using read_params = kvd_cuda_read_params;
 
 constexpr int READ_WARPS = 8;
 
-// Codes of chunk C as A operands with tokens as rows: as they lie for K, each word transposed for V.
-template <int CODEC, int D, int C, typename F>
-__device__ inline void each_token_operand(const uint8_t *codes, bool v, F f)
-{
-    code_words<D, CODEC> w;
-    w.template load<C>(codes);
-    static_for<D / 16>([&](auto ct) {
-        uint32_t a[4];
-        w.template operand<C, ct>(a);
-        if (v) {
-            uint32_t b[4] = {transpose(a[0]), transpose(a[2]), transpose(a[1]), transpose(a[3])};
-            f(ct, b);
-        } else {
-            f(ct, a);
-        }
-    });
-}
-
-template <int CODEC, int D>
+// Codes of a chunk as A operands with tokens as rows: as they lie for K, each word transposed for V.
+// The chunk's bits lie as those of chunk C.
+template <int CODEC, int D, int C = 0>
 __device__ inline void chunk_operands(const uint8_t *codes, uint32_t chunk, bool v,
                                       uint32_t (&a)[D / 16][4])
 {
-    auto keep = [&](auto ct, const uint32_t(&x)[4]) {
-#pragma unroll
-        for (int r = 0; r < 4; r++)
-            a[ct][r] = x[r];
-    };
-    switch (chunk) {
-    case 0:
-        return each_token_operand<CODEC, D, 0>(codes, v, keep);
-    case 1:
-        return each_token_operand<CODEC, D, 1>(codes, v, keep);
-    case 2:
-        return each_token_operand<CODEC, D, 2>(codes, v, keep);
-    default:
-        return each_token_operand<CODEC, D, 3>(codes, v, keep);
-    }
+    using words = code_words<D, CODEC>;
+    if constexpr (C + 1 < words::PLACES)
+        if (chunk % words::PLACES != C)
+            return chunk_operands<CODEC, D, C + 1>(codes, chunk, v, a);
+    words w;
+    w.load(codes, (int)chunk);
+    static_for<D / 16>([&](auto ct) {
+        uint32_t x[4];
+        w.template operand<C, ct>(x);
+        if (v) {
+            a[ct][0] = transpose(x[0]), a[ct][1] = transpose(x[2]);
+            a[ct][2] = transpose(x[1]), a[ct][3] = transpose(x[3]);
+        } else {
+            a[ct][0] = x[0], a[ct][1] = x[1], a[ct][2] = x[2], a[ct][3] = x[3];
+        }
+    });
 }
 
 // Block (share of the chunks, layer and kv head). One side of a sequence's history.
