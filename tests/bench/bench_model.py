@@ -53,8 +53,9 @@ def main():
                 sys.exit((work / "log").read_text())
             time.sleep(0.05)
         model = Model(args.model)
-        kinds = [("bf16", "bf16", "identity")] + [(f"int2 {n}", "int2", f"model@{n}") for n, _ in pairs(args.sets)]
-        kinds += [("int2 hadamard", "int2", "hadamard"), ("int2 without rotation", "int2", "identity")]
+        kinds = [("bf16", "bf16", "identity"), ("int2 hadamard", "int2", "hadamard"), ("int2 without rotation", "int2", "identity")]
+        kinds += [(f"{codec} {n}", codec, f"model@{n}") for n, _ in pairs(args.sets) for codec in ("int2", "int2c", "int2-lm")]
+        kinds += [(f"turboquant-{bits}", f"turboquant-{bits}", "random") for bits in (2, 3, 4)]
         clients = {name: kvd.Client(layers=range(model.layers), q_heads=model.q_heads, kv_heads=model.kv_heads,
                                     head_dim=model.head_dim, codec=codec, rotation_set=rotation, address=address)
                    for name, codec, rotation in kinds}

@@ -70,8 +70,15 @@ def test_figures_agree_with_numpy(tmp_path, options):
     kvctl("fit", SMOLLM2, tmp_path / "set", *options)
     report = json.loads(kvctl("eval", SMOLLM2, tmp_path / "set", "--json", "-c", CONTEXT, "-q", QUERIES,
                               "--sink", 16, "--recent", 100, "--html", tmp_path / "page.html"))
-    assert [s["name"] for s in report["sets"]] == ["naive", "hadamard", "set"]
-    assert report["bits"] == 2.5  # head_dim 64: 32 bits of scale and min for 64 codes
+    assert [s["name"] for s in report["sets"]] == [
+        "naive", "hadamard", "set", "set int2c", "set int2-lm", *(["set 0.96/0.92"] if options else []), "turboquant-2",
+        "turboquant-3", "turboquant-4", "bf16"]
+    bits = {s["codec"]: s["bits"] for s in report["sets"]}  # head_dim 64: 32 or 16 bits of parameters for 64 codes
+    assert bits == {"int2": 2.5, "int2c": 2.25, "int2-lm": 2.5, "turboquant-2": 2.25, "turboquant-3": 3.25,
+                    "turboquant-4": 4.25, "bf16": 16}
+    error = {s["name"]: s["windows"]["output_error"] for s in report["sets"]}
+    assert error["bf16"] < 1e-6 < error["turboquant-4"] < error["turboquant-3"] < error["turboquant-2"] < error["naive"]
+    assert error["set int2c"] == pytest.approx(error["set"], rel=0.15)
     x, _ = read(SMOLLM2)
     sets, _ = read(tmp_path / "set")
     for mode, sink, recent in (("windows", 16, 100), ("no_windows", 0, 0)):
@@ -144,6 +151,29 @@ def test_fitted_clips_are_the_best_of_their_list(tmp_path):
         for side in "kv":
             chosen = ratios.index(round(float(sets[f"{side}.clip"][i, 0]), 2))
             assert error[side][chosen] <= error[side].min() * 1.001
+
+
+def test_fitted_gains(tmp_path):
+    """--fit-clips chooses gains too: of no more error on what they were fitted to, in files of their own kind."""
+    kvctl("fit", SMOLLM2, tmp_path / "plain")
+    kvctl("fit", SMOLLM2, tmp_path / "fitted", "--fit-clips", SMOLLM2, "--context", CONTEXT, "--per-kv-head")
+    plain, _ = read(tmp_path / "plain")
+    fitted, _ = read(tmp_path / "fitted")
+    assert "k.gain" not in plain  # files without gains stay what they were
+    gains = np.concatenate([fitted["k.gain"].ravel(), fitted["v.gain"].ravel()])
+    assert (gains != 1).any() and gains.min() > 0.8 and gains.max() < 1.1
+    assert "gain" in kvctl("show", tmp_path / "fitted")
+    # The same file with gains that no one fits is refused.
+    raw = (tmp_path / "fitted").read_bytes()
+    broken = raw.replace(fitted["k.gain"].astype("<f4").tobytes(), np.full(fitted["k.gain"].size, 9, "<f4").tobytes())
+    (tmp_path / "broken").write_bytes(broken)
+    assert "digest" in kvctl("show", tmp_path / "broken", code=1)
+
+
+def test_codecs_are_chosen(tmp_path):
+    report = json.loads(kvctl("eval", SMOLLM2, "--json", "-c", CONTEXT, "--codecs", "int2,turboquant-3"))
+    assert [s["name"] for s in report["sets"]] == ["naive", "hadamard", "turboquant-3"]
+    assert "there is no codec int7; known are bf16, int2," in kvctl("eval", SMOLLM2, "--codecs", "int7", code=2)
 
 
 def test_what_cannot_be_evaluated(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from conftest import KVCTL, KVD, WORKER, Daemon, Rpc, geometry
 
 
-@pytest.mark.parametrize("codec", ["int2", "bf16"])
+@pytest.mark.parametrize("codec", ["int2", "bf16", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4"])
 def test_a_worker_through_libkvd(kvd, codec):
     r = subprocess.run([WORKER, kvd.address, codec], capture_output=True, text=True, timeout=120)
     assert r.returncode == 0, r.stderr + r.stdout

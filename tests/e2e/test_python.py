@@ -70,7 +70,8 @@ def test_bf16_conversion():
     assert package.to_bf16(np.ones((2, 3))[:, ::2]).shape == (2, 2)
 
 
-@pytest.mark.parametrize("codec,limit", [("bf16", 5e-3), ("int2", 0.7)])
+@pytest.mark.parametrize("codec,limit", [("bf16", 5e-3), ("int2", 0.7), ("int2c", 0.7), ("int2-lm", 0.65), ("turboquant-2", 0.65),
+                                         ("turboquant-3", 0.35), ("turboquant-4", 0.2)])
 def test_append_attend_read(kvd, codec, limit):
     tokens, queries = 700, 5
     k, v = values(1, LAYERS, tokens, KV_HEADS, DIM), values(2, LAYERS, tokens, KV_HEADS, DIM)
@@ -264,7 +265,7 @@ def aligned(array):
     return out
 
 
-@pytest.mark.parametrize("codec", ["bf16", "int2"])
+@pytest.mark.parametrize("codec", ["bf16", "int2", "int2c", "turboquant-3"])
 def test_direct_mode(kvd, codec):
     """Decoding over mapped pages: two sequences of three slots, against attention here or a twin's step."""
     with connect(kvd, codec=codec) as client:
@@ -295,6 +296,15 @@ def test_direct_mode(kvd, codec):
                             close(o[layer, slot], attention(q[layer, slot:slot + 1], kv[0][layer], kv[1][layer])[0][0], 1e-5)
             direct.flush()
             assert [s.describe().length for s in sequences] == [s.length for s in sequences] == [110, 540]
+            class Device:  # as CuPy says where its memory is
+                __cuda_array_interface__ = {"shape": k[0].shape, "typestr": "<u2", "data": (1 << 20, False), "version": 3}
+
+            with pytest.raises(ValueError, match="in the GPU memory, and kvd runs on the CPU"):
+                direct.store(0, Device(), v[0])
+            with pytest.raises(package.Error, match="GPU|CUDA|CPU"):
+                client.share(Device())
+            with pytest.raises(TypeError, match="PyTorch tensor or a CuPy array"):
+                client.share(k[0])
             for bad in (k[0, :2], k[0].astype(np.float32), k[:, 0], memoryview(b"x")):
                 with pytest.raises((ValueError, TypeError)):
                     direct.store(0, bad, v[0])

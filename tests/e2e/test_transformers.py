@@ -120,6 +120,33 @@ def test_beams_and_samples(hf, kvd, kind):
     assert kvd.metric('kvd_pool_bytes{state="used"}') == 0
 
 
+def test_direct_mode(hf, kvd):
+    """Two turns, decoded in this process: the tokens that calls give; beams, which fork at each step, too."""
+    torch = hf.torch
+    inputs = hf.tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    with connect(hf, kvd, codec="bf16") as client, connect(hf, kvd, codec="bf16") as other:
+        caches = [hf.integration.KvdCache(client), hf.integration.KvdCache(other, direct=True, max_tokens=400)]
+        ids, mask = inputs.input_ids, inputs.attention_mask
+        for turn in range(2):
+            outs = [hf.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=40, min_new_tokens=40, do_sample=False,
+                                      cache=cache) for cache in caches]
+            assert same(*outs)
+            caches[1].flush()
+            lengths = [[s.describe().length for s in cache.sequences] for cache in caches]
+            assert lengths[0] == lengths[1] == [s.length for s in caches[1].sequences]
+            ids = torch.cat([outs[0], inputs.input_ids[:, -3:]], 1)
+            mask = torch.cat([mask, torch.ones(4, ids.shape[1] - mask.shape[1], dtype=mask.dtype)], 1)
+        for cache in caches:
+            cache.crop(30)
+        assert [s.describe().length for s in caches[1].sequences] == [n - 30 for n in lengths[0]]
+        for cache in caches:
+            cache.reset()
+        short = hf.tokenizer(PROMPTS[:1], return_tensors="pt")
+        outs = [hf.model.generate(**short, max_new_tokens=12, num_beams=3, do_sample=False, cache=cache) for cache in caches]
+        assert same(*outs)
+        caches[1].free()
+
+
 def test_compressed(hf, kvd):
     text = " ".join((SOURCE / "README.md").read_text().split())
     inputs = hf.tokenizer([text], return_tensors="pt", truncation=True, max_length=900)

@@ -5,12 +5,13 @@ Tensors are [layers, tokens, heads, head_dim], head_dim contiguous, in memory sh
 import numpy as np
 
 from ._client import Client, Event, Item, Sequence, SequenceInfo, Tensor
+from ._cuda import DeviceTensor
 from ._direct import Direct
 from ._library import (CorruptError, DeniedError, Error, ExhaustedError, ExistsError, InternalError, InvalidError,
                        LostError, NotFoundError, PreconditionError, TimeoutError, UnavailableError, version)
 
 __all__ = [
-    "Client", "CorruptError", "DeniedError", "Direct", "Error", "Event", "ExhaustedError", "ExistsError", "InternalError",
+    "Client", "CorruptError", "DeniedError", "DeviceTensor", "Direct", "Error", "Event", "ExhaustedError", "ExistsError", "InternalError",
     "InvalidError", "Item", "LostError", "NotFoundError", "PreconditionError", "Sequence", "SequenceInfo", "Tensor",
     "TimeoutError", "UnavailableError", "from_bf16", "to_bf16", "version",
 ]

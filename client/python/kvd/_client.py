@@ -10,7 +10,9 @@ from typing import Any, Iterable, Iterator, Literal, Optional, Union
 import numpy as np
 
 from . import _library as lib
+from ._cuda import DeviceTensor, share
 
+Codec = Literal["bf16", "int2", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4"]
 _EVENTS = ("opened", "evicted", "draining", "lost", "published")
 
 
@@ -119,6 +121,9 @@ class Event:
     name: str
 
 
+AnyTensor = Union[Tensor, DeviceTensor]
+
+
 @dataclasses.dataclass
 class Item:
     """One sequence's part of a batch.
@@ -128,11 +133,11 @@ class Item:
     """
 
     sequence: "Sequence"
-    k: Optional[Tensor] = None
-    v: Optional[Tensor] = None
-    q: Optional[Tensor] = None
-    o: Optional[Tensor] = None
-    lse: Optional[Tensor] = None
+    k: Optional[AnyTensor] = None
+    v: Optional[AnyTensor] = None
+    q: Optional[AnyTensor] = None
+    o: Optional[AnyTensor] = None
+    lse: Optional[AnyTensor] = None
 
     def _struct(self, needs: str, layers: int) -> lib.ItemStruct:
         s = lib.ItemStruct(sequence=self.sequence.id, position=self.sequence.length)
@@ -219,13 +224,13 @@ class Client:
     """A session with a daemon, for one model geometry. A context manager.
 
     layers: ids of the model's layers that hold KV, ascending. head_dim: 64, 128 or 256, or a pair for K and V.
-    rotation_set: "model@tag", "sha256:...", "hadamard" or "identity". sink, recent: tokens kept in bf16; None: 64 and
+    rotation_set: "model@tag", "sha256:...", "hadamard", "random" or "identity"; None: what suits the codec. sink, recent: tokens kept in bf16; None: 64 and
     256. address: "unix:/path" or "host:port"; None: $KVD_ADDRESS or unix:/run/kvd/kvd.sock. timeout: seconds for each
     call.
     """
 
     def __init__(self, *, layers: Iterable[int], q_heads: int, kv_heads: int, head_dim: Union[int, tuple[int, int]],
-                 codec: Literal["int2", "bf16"] = "int2", rotation_set: str = "hadamard", sink: Optional[int] = None,
+                 codec: Codec = "int2", rotation_set: Optional[str] = None, sink: Optional[int] = None,
                  recent: Optional[int] = None, address: Optional[str] = None, namespace: Optional[str] = None,
                  name: Optional[str] = None, timeout: float = 30.0):
         self.layers = list(layers)
@@ -236,12 +241,12 @@ class Client:
             address=address.encode() if address else None, namespace_name=namespace.encode() if namespace else None,
             client_name=name.encode() if name else None, timeout_ms=max(1, int(timeout * 1000)), layers=ids,
             n_layers=len(self.layers), q_heads=q_heads, kv_heads=kv_heads, head_dim_k=dims[0], head_dim_v=dims[1],
-            codec=codec.encode(), rotation_set=rotation_set.encode(), sink=windows[0], recent=windows[1],
+            codec=codec.encode(), rotation_set=rotation_set.encode() if rotation_set else None, sink=windows[0], recent=windows[1],
             no_windows=windows == (0, 0))
         self.q_heads, self.kv_heads, self.head_dim = q_heads, kv_heads, dims
         self._handle = c.c_void_p()
         self._directs: set[Any] = set()
-        self._buffers: set[_Buffer] = set()
+        self._buffers: set[Any] = set()
         self._lock = threading.RLock()  # of buffers that come and go, and of closing
         lib.call("kvd_open", c.byref(options), c.byref(self._handle))
 
@@ -288,6 +293,11 @@ class Client:
         buffer = _Buffer(self, size)
         return Tensor(buffer, np.frombuffer(buffer.memory(), kind).reshape(shape))
 
+    def share(self, x: Any) -> DeviceTensor:
+        """A PyTorch tensor or CuPy array of the GPU that kvd runs on, bfloat16 (CuPy: uint16) or float32, for calls, without
+        a copy."""
+        return share(self, x)
+
     def create(self) -> Sequence:
         return next(self.create_many(1))
 
@@ -333,6 +343,25 @@ class Client:
         layers, structs, n = self._batch(items, "kvqo", layer)
         lib.call("kvd_step", self._open(), layers, c.byref(lib.Attention(scale, softcap, window)), structs, n)
         self._appended(items, layers)
+
+    def enqueue(self, kind: Literal["append", "attend", "step"], items: list[Item], stream: int, *, layer: int = 0,
+                scale: float = 0, softcap: float = 0, window: int = 0) -> None:
+        """A call that takes its turn on a CUDA stream (PyTorch's stream.cuda_stream): it returns at once, starts when what was
+        on the stream is done, and what comes after waits for its outputs. `enqueued` says whether such calls went well."""
+        needs, number = {"append": ("kv", 0), "attend": ("qo", 1), "step": ("kvqo", 2)}[kind]
+        layers, structs, n = self._batch(items, needs, layer)
+        lib.call("kvd_enqueue", self._open(), stream, number, layers, c.byref(lib.Attention(scale, softcap, window)), structs, n)
+        if kind != "attend":
+            self._appended(items, layers)
+
+    def enqueued(self) -> None:
+        """Waits until all enqueued calls have been answered, and raises the first failure since it was last called."""
+        lib.call("kvd_enqueued", self._open())
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the daemon runs on a GPU."""
+        return self.info["backend"].startswith("cuda")
 
     def rotate(self, x: Tensor, y: Tensor, *, side: Literal["k", "v"] = "k", inverse: bool = False, layer: int = 0) -> None:
         """y = x R of K's or V's rotations, or x R^T. Heads are kv_heads or q_heads; y may be x."""

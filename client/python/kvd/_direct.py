@@ -8,19 +8,23 @@ import numpy as np
 
 from . import _library as lib
 from ._client import Client, Sequence
+from ._cuda import view
 
 
-def _pointer(what: str, x: Any, elements: int, sizes: tuple[int, ...]) -> int:
-    """Address of a dense array of so many elements: NumPy's on the CPU, PyTorch's or CuPy's on a GPU."""
+def _pointer(what: str, x: Any, elements: int, sizes: tuple[int, ...], on_gpu: bool) -> int:
+    """Address of a dense array of so many elements: NumPy's or PyTorch's on the CPU, PyTorch's or CuPy's on a GPU."""
     if isinstance(x, np.ndarray):
-        size, count, dense, at = x.itemsize, x.size, x.flags.c_contiguous, x.ctypes.data
-    elif hasattr(x, "data_ptr"):
-        size, count, dense, at = x.element_size(), x.numel(), x.is_contiguous(), x.data_ptr()
-    elif hasattr(x, "__cuda_array_interface__"):
-        i = x.__cuda_array_interface__
-        size, count, dense, at = int(i["typestr"][2:]), int(np.prod(i["shape"])), i.get("strides") is None, i["data"][0]
+        size, count, dense, at, there = x.itemsize, x.size, x.flags.c_contiguous, x.ctypes.data, False
+    elif hasattr(x, "data_ptr") or hasattr(x, "__cuda_array_interface__"):
+        v = view(x)
+        step, dense = v.itemsize, True
+        for n, s in zip(reversed(v.shape), reversed(v.strides)):
+            dense, step = dense and (s == step or n == 1), step * n
+        size, count, at, there = v.itemsize, step // v.itemsize, v.address, v.on_gpu
     else:
         raise TypeError(f"{what}: a NumPy array, a PyTorch tensor or a CuPy array is wanted")
+    if there != on_gpu:
+        raise ValueError(f"{what} is in {'the GPU' if there else 'host'} memory, and kvd runs on {'a GPU' if on_gpu else 'the CPU'}")
     if count != elements or size not in sizes or not dense or at % 16:
         raise ValueError(f"{what}: {elements} elements of {' or '.join(map(str, sizes))} bytes are wanted, dense and at an "
                          f"address that 16 divides; there are {count} of {size}")
@@ -40,7 +44,7 @@ class Direct:
                  dtype: Literal["bf16", "f32"] = "f32", scale: float = 0, softcap: float = 0, window: int = 0):
         self.slots, self.step_tokens = slots, step_tokens
         self._size = {"bf16": 2, "f32": 4}[dtype]
-        self._client = client
+        self._client, self._on_gpu = client, client.on_gpu
         self._handle = c.c_void_p()
         options = lib.DirectOptions(slots, max_tokens, step_tokens, lib.Attention(scale, softcap, window),
                                     lib.KVD_BF16 if dtype == "bf16" else lib.KVD_F32)
@@ -73,21 +77,26 @@ class Direct:
         lib.call("kvd_direct_bind", self._open(), slot, sequence.id if sequence else 0)
         self._bound[slot] = sequence
 
+    def sequence(self, slot: int) -> Optional[Sequence]:
+        """What is bound there."""
+        return self._bound[slot]
+
     def begin(self, stream: int = 0) -> None:
         """Starts a step: every bound slot gets `step_tokens` more positions. Waits only if the daemon is 64 tokens behind."""
         lib.call("kvd_direct_begin", self._open(), stream)
 
     def store(self, layer: int, k: Any, v: Any, stream: int = 0) -> None:
         """Stores K and V of the step's tokens of a layer."""
-        rows, dims = self.slots * self.step_tokens * self._client.kv_heads, self._client.head_dim
-        lib.call("kvd_store_enqueue", self._open(), stream, layer, _pointer("k", k, rows * dims[0], (2,)),
-                 _pointer("v", v, rows * dims[1], (2,)))
+        rows, dims, gpu = self.slots * self.step_tokens * self._client.kv_heads, self._client.head_dim, self._on_gpu
+        lib.call("kvd_store_enqueue", self._open(), stream, layer, _pointer("k", k, rows * dims[0], (2,), gpu),
+                 _pointer("v", v, rows * dims[1], (2,), gpu))
 
     def attend(self, layer: int, q: Any, o: Any, lse: Any = None, stream: int = 0) -> None:
         """o = attention of the step's queries over all tokens. What empty slots get means nothing."""
         rows, dims, size = self.slots * self.step_tokens * self._client.q_heads, self._client.head_dim, (self._size,)
-        lib.call("kvd_attend_enqueue", self._open(), stream, layer, _pointer("q", q, rows * dims[0], size),
-                 _pointer("o", o, rows * dims[1], size), _pointer("lse", lse, rows, (4,)) if lse is not None else None)
+        gpu = self._on_gpu
+        lib.call("kvd_attend_enqueue", self._open(), stream, layer, _pointer("q", q, rows * dims[0], size, gpu),
+                 _pointer("o", o, rows * dims[1], size, gpu), _pointer("lse", lse, rows, (4,), gpu) if lse is not None else None)
 
     def end(self, tokens: Optional[Seq[int]] = None, stream: int = 0) -> None:
         """Ends a step. tokens: how many of each slot's new ones stay; None: all."""

@@ -116,6 +116,7 @@ _P, _ERR = c.c_void_p, c.POINTER(Failure)
 _FUNCTIONS = {  # name: argument types; all of these return a kvd_result and end with the failure
     "kvd_open": [c.POINTER(Options), c.POINTER(_P)],
     "kvd_buffer_new": [_P, c.c_uint64, c.POINTER(_P)],
+    "kvd_buffer_cuda": [_P, _P, c.c_uint64, c.POINTER(_P)],
     "kvd_sequences_create": [_P, c.c_uint32, c.POINTER(c.c_uint64)],
     "kvd_sequence_fork": [_P, c.c_uint64, c.c_uint32, c.POINTER(c.c_uint64)],
     "kvd_sequence_truncate": [_P, c.c_uint64, c.c_uint64],
@@ -126,6 +127,8 @@ _FUNCTIONS = {  # name: argument types; all of these return a kvd_result and end
     "kvd_append": [_P, Layers, c.POINTER(ItemStruct), c.c_uint32],
     "kvd_attend": [_P, Layers, c.POINTER(Attention), c.POINTER(ItemStruct), c.c_uint32],
     "kvd_step": [_P, Layers, c.POINTER(Attention), c.POINTER(ItemStruct), c.c_uint32],
+    "kvd_enqueue": [_P, _P, c.c_int, Layers, c.POINTER(Attention), c.POINTER(ItemStruct), c.c_uint32],
+    "kvd_enqueued": [_P],
     "kvd_rotate": [_P, c.c_bool, c.c_bool, Layers, c.c_uint32, c.c_uint32, c.POINTER(TensorRef), c.POINTER(TensorRef)],
     "kvd_read_tokens": [_P, Layers, c.c_uint64, c.c_uint64, c.c_uint32, c.POINTER(TensorRef), c.POINTER(TensorRef)],
     "kvd_direct_open": [_P, c.POINTER(DirectOptions), c.POINTER(_P)],

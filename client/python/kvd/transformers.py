@@ -10,11 +10,15 @@
 For decoders with full or sliding-window attention and RoPE (Llama, Qwen, Mistral, ...). Prompts of different lengths are
 padded on the left, and padding is not stored. Beams are copy-on-write forks. A cache may be passed to generate again for
 another turn. Releases of transformers before 5.2x call the argument `past_key_values`. K and V are stored in bf16, or
-compressed, whatever the model's dtype; tensors on a GPU are copied through shared memory.
+compressed, whatever the model's dtype.
+
+A model on the GPU that kvd runs on hands its tensors over where they are, in the order of PyTorch's current stream; with another
+GPU, or kvd on the CPU, they are copied through shared memory. With `KvdCache(client, direct=True)` the steps of one token run in
+this process, in direct mode; prompts, beams and cropping go through the daemon as before.
 """
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -22,9 +26,17 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface
 
-from ._client import Client, Item, Sequence, Tensor
+from ._client import AnyTensor, Client, Item, Sequence
+from ._direct import Direct
 
 _NAME = "kvd"
+
+
+class _Shared(NamedTuple):
+    """Memory that both sides see."""
+
+    kvd: AnyTensor
+    torch: torch.Tensor
 
 
 def connect(config: Any, **options: Any) -> Client:
@@ -97,26 +109,45 @@ class _Layer(CacheLayerMixin):
 
 class KvdCache(Cache):
     """The KV cache of a batch, in kvd. `sequences` are those of the rows, once the first prompt is there; `reset` and
-    `free` let go of them. sequences: some to go on with, such as those that another worker has published."""
+    `free` let go of them. sequences: some to go on with, such as those that another worker has published. direct: attend in
+    this process when each row gets one token; then the daemon lags behind by up to 64 tokens until `flush`, and no sequence
+    may grow beyond max_tokens."""
 
-    def __init__(self, client: Client, sequences: Optional[list[Sequence]] = None):
+    def __init__(self, client: Client, sequences: Optional[list[Sequence]] = None, *, direct: bool = False,
+                 max_tokens: int = 32768):
         super().__init__(layers=[_Layer(self, i) for i in range(len(client.layers))])
         self.client = client
         self.sequences = list(sequences or [])
-        self._tensors: dict[int, tuple[Tensor, ...]] = {}
+        self._tensors: dict[tuple, tuple[_Shared, ...]] = {}
+        self._max_tokens = max_tokens if direct else 0
+        self._direct: Optional[Direct] = None
+        self._direct_terms: dict[str, Any] = {}
+        self._on_gpu = client.on_gpu
         for layer in self.layers:  # rows of different lengths count as padded on the left
             layer.seen = max((s.length for s in self.sequences), default=0)
 
-    def _memory(self, tokens: int) -> tuple[Tensor, ...]:
-        if tokens not in self._tensors:
+    def _share(self, device: torch.device, dtype: torch.dtype, *shape: int) -> _Shared:
+        if device.type == "cuda" and self._on_gpu:
+            x = torch.zeros(shape, dtype=dtype, device=device)
+            torch.cuda.current_stream(device).synchronize()
+            return _Shared(self.client.share(x), x)
+        t = self.client.tensor(*shape, dtype="f32" if dtype == torch.float32 else "bf16")
+        x = torch.from_numpy(t.array if dtype == torch.float32 else t.array.view(np.int16))
+        return _Shared(t, x if dtype == torch.float32 else x.view(torch.bfloat16))
+
+    def _memory(self, tokens: int, q: torch.Tensor) -> tuple[_Shared, ...]:
+        """Of q, k, v and o; kept for the next step of the same size."""
+        dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+        key = (tokens, q.device, dtype)
+        if key not in self._tensors:
             while len(self._tensors) >= 8:
                 for t in self._tensors.pop(next(iter(self._tensors))):
-                    t.free()
-            t, c = self.client.tensor, self.client
-            self._tensors[tokens] = (t(1, tokens, c.q_heads, c.head_dim[0], dtype="f32"),
-                                     t(1, tokens, c.kv_heads, c.head_dim[0]), t(1, tokens, c.kv_heads, c.head_dim[1]),
-                                     t(1, tokens, c.q_heads, c.head_dim[1], dtype="f32"))
-        return self._tensors[tokens]
+                    t.kvd.free()
+            c = self.client
+            self._tensors[key] = tuple(self._share(q.device, kind, 1, tokens, heads, dim) for kind, heads, dim in (
+                (dtype, c.q_heads, c.head_dim[0]), (torch.bfloat16, c.kv_heads, c.head_dim[0]),
+                (torch.bfloat16, c.kv_heads, c.head_dim[1]), (dtype, c.q_heads, c.head_dim[1])))
+        return self._tensors[key]
 
     def _valid(self, mask: Optional[torch.Tensor], batch: int, tokens: int) -> torch.Tensor:
         """[batch, tokens]: which of the new tokens are not padding."""
@@ -134,24 +165,79 @@ class KvdCache(Cache):
             self.sequences = list(self.client.create_many(batch))
         if len(self.sequences) != batch:
             raise ValueError(f"the cache has {len(self.sequences)} sequences, the batch {batch}")
-        valid = self._valid(mask, batch, tokens)
+        if tokens == 1 and self._max_tokens and (not q.is_cuda or self._on_gpu):
+            o = self._attend_directly(layer.index, q, k, v, attention)
+        else:
+            o = self._attend_by_call(layer.index, q, k, v, self._valid(mask, batch, tokens), attention)
+        layer.waits = False
+        return o
+
+    def _attend_by_call(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor,
+                        attention: dict[str, Any]) -> torch.Tensor:
+        self._unbind()
         counts = valid.sum(1).tolist()
-        tq, tk, tv, to = self._memory(sum(counts))
+        tq, tk, tv, to = self._memory(sum(counts), q)
         rows = valid.to(q.device)
-        torch.from_numpy(tq.array[0]).copy_(q.transpose(1, 2)[rows])
-        for t, x in ((tk, k), (tv, v)):
-            torch.from_numpy(t.array[0].view(np.int16)).view(torch.bfloat16).copy_(x.transpose(1, 2)[rows])
+        for t, x in ((tq, q), (tk, k), (tv, v)):
+            t.torch[0].copy_(x.transpose(1, 2)[rows])
         items, at = [], 0
         for s, n in zip(self.sequences, counts):
             if n:
                 part = np.s_[:, at:at + n]
-                items.append(Item(s, tk[part], tv[part], tq[part], to[part]))
+                items.append(Item(s, tk.kvd[part], tv.kvd[part], tq.kvd[part], to.kvd[part]))
             at += n
-        self.client.step(items, layer=layer.index, **attention)
-        layer.waits = False
-        out = q.new_zeros(batch, tokens, to.shape[2], to.shape[3])
-        out[rows] = torch.from_numpy(to.array[0]).to(device=q.device, dtype=q.dtype)
+        if tq.torch.is_cuda:
+            self.client.enqueue("step", items, torch.cuda.current_stream(q.device).cuda_stream, layer=layer, **attention)
+            if layer + 1 == len(self.layers):
+                self.client.enqueued()
+        else:
+            self.client.step(items, layer=layer, **attention)
+        out = q.new_zeros(len(counts), valid.shape[1], *to.torch.shape[2:])
+        out[rows] = to.torch[0].to(device=q.device, dtype=q.dtype)
         return out
+
+    # -- direct mode -------------------------------------------------------------------------------
+
+    def _attend_directly(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                         attention: dict[str, Any]) -> torch.Tensor:
+        stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
+        dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+        if layer == 0:
+            self._bind(dtype, attention)
+            self._direct.begin(stream)
+        if {**attention, "dtype": dtype} != self._direct_terms:
+            raise ValueError("direct mode wants the same scale, softcap, window and dtype in all layers: pass direct=False")
+        q, k, v = (x.transpose(1, 2).to(kind).contiguous() for x, kind in ((q, dtype), (k, torch.bfloat16), (v, torch.bfloat16)))
+        o = torch.empty(*q.shape[:3], self.client.head_dim[1], dtype=dtype, device=q.device)
+        self._direct.store(layer, k, v, stream)
+        self._direct.attend(layer, q, o, stream=stream)
+        if layer + 1 == len(self.layers):
+            self._direct.end(stream=stream)
+        return o
+
+    def _bind(self, dtype: torch.dtype, attention: dict[str, Any]) -> None:
+        terms = {**attention, "dtype": dtype}
+        if self._direct and (self._direct.slots != len(self.sequences) or self._direct_terms != terms):
+            self._direct.close()
+            self._direct = None
+        if not self._direct:
+            self._direct = Direct(self.client, slots=len(self.sequences), max_tokens=self._max_tokens,
+                                  dtype="bf16" if dtype == torch.bfloat16 else "f32", **attention)
+            self._direct_terms = terms
+        for slot, s in enumerate(self.sequences):
+            if self._direct.sequence(slot) is not s:
+                self._direct.bind(slot, s)
+
+    def _unbind(self) -> None:
+        """Brings the latest tokens to the daemon, which may work on the sequences from then on."""
+        for slot in range(self._direct.slots if self._direct else 0):
+            if self._direct.sequence(slot):
+                self._direct.bind(slot, None)
+
+    def flush(self) -> None:
+        """Waits until the daemon has every token."""
+        if self._direct:
+            self._direct.flush()
 
     # -- what generate() asks of a cache -----------------------------------------------------------
 
@@ -166,6 +252,9 @@ class KvdCache(Cache):
 
     def _take(self, rows: list[int]) -> None:
         """The sequences of these rows; one that is wanted again is forked, one that is not wanted is freed."""
+        if rows == list(range(len(self.sequences))):
+            return
+        self._unbind()
         old, used = self.sequences, set()
         fresh = []
         for r in rows:
@@ -177,6 +266,7 @@ class KvdCache(Cache):
                 s.free()
 
     def crop(self, tokens_to_remove: int) -> None:
+        self._unbind()
         for s in self.sequences:
             s.truncate(max(0, s.length - tokens_to_remove))
         for layer in self.layers:
@@ -188,6 +278,9 @@ class KvdCache(Cache):
 
     def reset(self) -> None:
         """Forgets all tokens; the cache may be used again."""
+        if self._direct:
+            self._direct.close()
+            self._direct = None
         for s in self.sequences:
             s.free()
         self.sequences = []
