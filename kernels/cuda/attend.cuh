@@ -73,16 +73,28 @@ template <int NT, int DV> struct state {
         }
     }
 
-    // Raises the maxima of N tile n's columns to those of `top` over the lanes of a column.
-    __device__ inline void raise(int n, float top0, float top1, float unit)
+    // Raises the maxima of all columns to those of `top` over the lanes of a column. Seldom needed
+    // after the first tiles; and shuffles take their time.
+    __device__ inline void raise(const float (&top)[NT][2], float unit)
+    {
+        bool higher = false;
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+            higher |= top[n][0] > m[n][0] || top[n][1] > m[n][1];
+        if (!__any_sync(~0u, higher))
+            return;
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+            raise_tile(n, top[n][0], top[n][1], unit);
+    }
+
+    __device__ inline void raise_tile(int n, float top0, float top1, float unit)
     {
 #pragma unroll
         for (int x = 4; x < 32; x *= 2) {
             top0 = fmaxf(top0, __shfl_xor_sync(~0u, top0, x));
             top1 = fmaxf(top1, __shfl_xor_sync(~0u, top1, x));
         }
-        if (!__any_sync(~0u, top0 > m[n][0] || top1 > m[n][1]))
-            return;
         top0 = fmaxf(top0, m[n][0]);
         top1 = fmaxf(top1, m[n][1]);
         float f0 = fast_exp2((m[n][0] - top0) * unit), f1 = fast_exp2((m[n][1] - top1) * unit);
@@ -402,16 +414,17 @@ __device__ inline void attend_tile(const uint8_t *tile_at, uint32_t codec, const
                     mask_scores<GENERAL, MASKED, NT>(x, at, c, n, s[i][n]);
             }
         });
+        float top[NT][2];
 #pragma unroll
-        for (int n = 0; n < NT; n++) {
-            float top0 = x.none, top1 = x.none;
+        for (int n = 0; n < NT; n++)
 #pragma unroll
-            for (int i = 0; i < CHUNKS; i++) {
-                top0 = fmaxf(top0, fmaxf(s[i][n][0], s[i][n][2]));
-                top1 = fmaxf(top1, fmaxf(s[i][n][1], s[i][n][3]));
+            for (int e = 0; e < 2; e++) {
+                top[n][e] = fmaxf(s[0][n][e], s[0][n][2 + e]);
+#pragma unroll
+                for (int i = 1; i < CHUNKS; i++)
+                    top[n][e] = fmaxf(top[n][e], fmaxf(s[i][n][e], s[i][n][2 + e]));
             }
-            st.raise(n, top0, top1, x.unit);
-        }
+        st.raise(top, x.unit);
         static_for<CHUNKS>([&](auto i) {
             add_values<MASKED, NT, DK, DV, CODEC, half * CHUNKS + i>(tile_at, codec, at, x.unit, s[i], st);
         });
@@ -546,6 +559,7 @@ __device__ inline void attend_bf16_chunk(const attend_params &p, const row_block
         }
     }
     uint32_t high[NT][2], low[NT][2];
+    float top[NT][2];
 #pragma unroll
     for (int n = 0; n < NT; n++) {
 #pragma unroll
@@ -557,7 +571,11 @@ __device__ inline void attend_bf16_chunk(const attend_params &p, const row_block
             if (index >= w.count || pos < x.seen[n][e % 2] || pos > x.last[n][e % 2])
                 s[n][e] = x.none;
         }
-        st.raise(n, fmaxf(s[n][0], s[n][2]), fmaxf(s[n][1], s[n][3]), x.unit);
+        top[n][0] = fmaxf(s[n][0], s[n][2]), top[n][1] = fmaxf(s[n][1], s[n][3]);
+    }
+    st.raise(top, x.unit);
+#pragma unroll
+    for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float e0 = fast_exp2((s[n][2 * half] - st.m[n][0]) * x.unit);
@@ -568,7 +586,6 @@ __device__ inline void attend_bf16_chunk(const attend_params &p, const row_block
             low[n][half] = transpose(pack_bf16(e0 - low_bf16(h), e1 - high_bf16(h)));
             high[n][half] = transpose(h);
         }
-    }
 #pragma unroll
     for (int j = 0; j < DV / 32; j++) {
         uint4 r0 = j < AHEAD ? rows_v[0][j] : v0[j * 4];

@@ -139,13 +139,14 @@ __device__ inline void history_part(const attend_params &p, const row_block &b,
         tile_place place = {left < PAGE ? (int)left : PAGE, p.sink + i * PAGE};
         bool masked = place.count < PAGE;
         if (GENERAL)
-            masked |= place.position + PAGE - 1 > pos_first || place.position < first_seen(p, pos_last);
+            masked |= place.position + PAGE - 1 > pos_first || place.position < first_seen(p, pos_last) ||
+                      x.softcap > 0;
         auto operands = [&](int n, int ct) { return q[n][ct]; };
-        constexpr int CHUNKS = NT == 1 && DK <= 128 ? 4 : 2;
+        constexpr int CHUNKS = DK <= 128 ? 4 : 2;
         if (masked)
             attend_tile<GENERAL, true, NT, DK, DV, CODEC, CHUNKS>(at, p.codec, place, operands, x, st);
         else
-            attend_tile<GENERAL, false, NT, DK, DV, CODEC, CHUNKS>(at, p.codec, place, operands, x, st);
+            attend_tile<false, false, NT, DK, DV, CODEC, CHUNKS>(at, p.codec, place, operands, x, st);
 #if KVD_BULK
         __syncwarp();
         if (ahead % 32 == 0)
