@@ -370,7 +370,7 @@ static void take_figures(struct job *j, uint32_t i, const struct sums *s, uint32
             .output_error = all.norm > 0 ? sqrt(all.difference / all.norm) : 0,
             .worst_head = all.worst,
             .logit_error = all.logits > 0 ? sqrt(all.logit / all.logits) : 0,
-            .kl = all.queries > 0 ? all.kl / all.queries : 0};
+            .kl = all.queries > 0 ? fmax(0, all.kl / all.queries) : 0}; // but for rounding
     }
 }
 

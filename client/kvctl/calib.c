@@ -133,12 +133,12 @@ static int print_set(struct kvctl *k, const struct kvd_rotset *s, double worst)
     layers_text(s, layers, sizeof(layers));
     if (k->json) {
         json_t *j = json_pack(
-            "{s:s, s:s, s:s, s:s, s:i, s:s, s:i, s:i, s:i, s:f, s:f, s:f, s:f, s:f}", "model", s->model,
-            "digest", s->digest, "objective", s->objective, "provenance", s->provenance, "n_layers",
-            (int)s->n_layers, "layers", layers, "rotations_per_layer", (int)s->heads, "head_dim_k",
-            (int)s->dim_k, "head_dim_v", (int)s->dim_v, "clip_k", (double)s->clip_k[0], "clip_v",
-            (double)s->clip_v[0], "gain_k", (double)s->gain_k[0], "gain_v", (double)s->gain_v[0],
-            "orthogonality", worst);
+            "{s:s, s:s, s:s, s:s, s:i, s:s, s:i, s:i, s:i, s:f, s:f, s:f, s:f, s:f}", "model",
+            s->model, "digest", s->digest, "objective", s->objective, "provenance", s->provenance,
+            "n_layers", (int)s->n_layers, "layers", layers, "rotations_per_layer", (int)s->heads,
+            "head_dim_k", (int)s->dim_k, "head_dim_v", (int)s->dim_v, "clip_k",
+            (double)s->clip_k[0], "clip_v", (double)s->clip_v[0], "gain_k", (double)s->gain_k[0],
+            "gain_v", (double)s->gain_v[0], "orthogonality", worst);
         json_dumpf(j, stdout, JSON_INDENT(2) | JSON_PRESERVE_ORDER);
         putchar('\n');
         json_decref(j);

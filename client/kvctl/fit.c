@@ -25,7 +25,7 @@ static const struct argp_option options[] = {
     {"per-kv-head", OPT_PER_HEAD, 0, 0, "A rotation for each kv head, not one a layer", 0},
     {"clip", OPT_CLIP, "K,V", 0, "Clip ratios (default: 0.96,0.92)", 0},
     {"fit-clips", OPT_FIT_CLIPS, "DUMP", 0,
-     "Choose clip ratios by the output error on these activations", 0},
+     "Choose clip ratios and level gains by the output error on these activations", 0},
     {"context", OPT_CONTEXT, "TOKENS", 0, "Of these, attended at a time (default: 2048)", 0},
     {"layers", OPT_LAYERS, "LIST", 0, "Model layer ids, such as 0-35 or 3,7,11 (default: all)", 0},
     {"model", OPT_MODEL, "NAME", 0, "Name of the model (default: what the dump says)", 0},

@@ -6,9 +6,9 @@
 
 enum { WIDTH = 720, HEIGHT = 280, LEFT = 60, RIGHT = 20, TOP = 16, BOTTOM = 40 };
 
-static const char *const colours[] = {"#9aa0a6", "#e8871e", "#1f6feb", "#2da44e",
-                                      "#8250df", "#cf222e", "#0a7ea4", "#bf3989",
-                                      "#7a5c00", "#00695c", "#5d4037", "#3949ab"};
+static const char *const colours[] = {
+    "#9aa0a6", "#e8871e", "#1f6feb", "#2da44e", "#8250df", "#cf222e", "#0a7ea4", "#bf3989",
+    "#7a5c00", "#00695c", "#5d4037", "#3949ab", "#d4a72c", "#57606a", "#e85aad", "#116329"};
 
 const struct kvd_eval_figures *evaluation_figures(const struct evaluation *e, int mode, uint32_t i)
 {
@@ -100,10 +100,21 @@ static void chart_line(const struct chart *c, const char *stroke, const double *
     fprintf(c->f, "</g>\n");
 }
 
-// Whether a case is the first of its set: the others have the same spectrum.
+// Whether a case is in the charts of errors: bf16 has none.
+static bool errs(const struct evaluation *e, uint32_t i)
+{
+    return e->cases[i].codec != KVD_CODEC_BF16;
+}
+
+// Whether a case is in those of spectra: it turns, and not as the case before.
 static bool turns(const struct evaluation *e, uint32_t i)
 {
-    return i == 0 || e->cases[i].set != e->cases[i - 1].set;
+    const struct kvd_rotset *a = e->cases[i].set, *b = i ? e->cases[i - 1].set : NULL;
+    if (!errs(e, i) || strcmp(a->objective, "identity") == 0)
+        return false;
+    return !b || a->n_layers != b->n_layers || a->heads != b->heads ||
+           memcmp(a->k, b->k,
+                  sizeof(*a->k) * a->n_layers * a->heads * (uint64_t)a->dim_k * a->dim_k) != 0;
 }
 
 // `first`, if there is one, is the black line of a chart that has one line a set.
@@ -113,7 +124,7 @@ static void chart_end(const struct chart *c, const struct evaluation *e, const c
     if (first)
         fprintf(c->f, "<span style=\"--c:#111\">%s</span> ", first);
     for (uint32_t s = 0; s < e->n; s++) {
-        if (first && !turns(e, s))
+        if (!(first ? turns(e, s) : errs(e, s)))
             continue;
         fprintf(c->f, "<span style=\"--c:%s\">", colours[s % KVD_LEN(colours)]);
         put_text(c->f, e->names[s]);
@@ -122,20 +133,36 @@ static void chart_end(const struct chart *c, const struct evaluation *e, const c
     fprintf(c->f, "</p>\n");
 }
 
+// A logarithmic axis of errors over what any layer of the charted cases has.
+static void error_axis(struct chart *c, const struct evaluation *e, int mode)
+{
+    c->log = true;
+    c->y0 = INFINITY;
+    c->y1 = 0;
+    for (uint32_t s = 0; s < e->n; s++)
+        for (uint32_t i = 0; errs(e, s) && i < e->n_layers; i++) {
+            double y = evaluation_figures(e, mode, s)[i].output_error;
+            c->y1 = fmax(c->y1, y * 1.1);
+            if (y > 0)
+                c->y0 = fmin(c->y0, y / 1.1);
+        }
+    c->y1 = c->y1 > 0 ? c->y1 : 1;
+    c->y0 = c->y0 < c->y1 ? c->y0 : c->y1 / 10;
+}
+
 static void errors_by_layer(FILE *f, const struct evaluation *e, int mode)
 {
     struct chart c = {.f = f, .x0 = 0, .x1 = e->n_layers - 1};
     double x[KVD_MAX_LAYERS], y[KVD_MAX_LAYERS];
-    for (uint32_t s = 0; s < e->n; s++)
-        for (uint32_t i = 0; i < e->n_layers; i++)
-            c.y1 = fmax(c.y1, evaluation_figures(e, mode, s)[i].output_error * 1.05);
-    c.y1 = c.y1 > 0 ? c.y1 : 1;
+    error_axis(&c, e, mode);
     chart_begin(&c,
                 mode ? "Output error by layer, no windows" : "Output error by layer, with windows",
                 "layer");
     for (uint32_t i = 0; i < e->n_layers; i += 1 + e->n_layers / 16)
         chart_tick(&c, i, e->layers[i]);
     for (uint32_t s = 0; s < e->n; s++) {
+        if (!errs(e, s))
+            continue;
         for (uint32_t i = 0; i < e->n_layers; i++) {
             x[i] = i;
             y[i] = evaluation_figures(e, mode, s)[i].output_error;
@@ -150,19 +177,16 @@ static void errors_by_bits(FILE *f, const struct evaluation *e)
     struct chart c = {.f = f, .x0 = 2, .x1 = 2.5};
     uint32_t layer;
     for (uint32_t s = 0; s < e->n; s++)
-        if (e->cases[s].codec != KVD_CODEC_BF16)
+        if (errs(e, s))
             c.x1 = fmax(c.x1, ceil(e->bits[s] * 2) / 2);
-    for (uint32_t s = 0; s < e->n; s++)
-        c.y1 = fmax(c.y1, evaluation_of_layers(e, 0, s, &layer).output_error * 1.05);
-    c.y1 = c.y1 > 0 ? c.y1 : 1;
+    error_axis(&c, e, 0);
     chart_begin(&c, "Output error by bits, with windows", "bits a value, parameters included");
-    for (double x = c.x0; x <= c.x1; x += (c.x1 - c.x0) / 5)
+    for (double x = c.x0; x <= c.x1; x += 0.25)
         chart_tick(&c, x, x);
     for (uint32_t s = 0; s < e->n; s++) {
-        if (e->cases[s].codec == KVD_CODEC_BF16)
-            continue;
         double y = evaluation_of_layers(e, 0, s, &layer).output_error;
-        chart_line(&c, colours[s % KVD_LEN(colours)], &e->bits[s], &y, 1, e->names[s]);
+        if (errs(e, s))
+            chart_line(&c, colours[s % KVD_LEN(colours)], &e->bits[s], &y, 1, e->names[s]);
     }
     chart_end(&c, e, NULL);
 }
@@ -204,7 +228,7 @@ static void summary(FILE *f, const struct evaluation *e, int mode)
 
 static void by_layer(FILE *f, const struct evaluation *e)
 {
-    fprintf(f, "<h2>Every layer, with windows</h2>\n<table><tr><th>layer");
+    fprintf(f, "<h2>Every layer, with windows</h2>\n<div><table><tr><th>layer");
     for (uint32_t s = 0; s < e->n; s++) {
         fprintf(f, "<th>");
         put_text(f, e->names[s]);
@@ -214,7 +238,7 @@ static void by_layer(FILE *f, const struct evaluation *e)
         for (uint32_t s = 0; s < e->n; s++)
             fprintf(f, "<td>%.4f", evaluation_figures(e, 0, s)[i].output_error);
     }
-    fprintf(f, "\n</table>\n");
+    fprintf(f, "\n</table></div>\n");
 }
 
 static const char style[] =
@@ -224,7 +248,8 @@ static const char style[] =
     "th,td{text-align:right;padding:.25em .6em;border-bottom:1px solid #d8dee4}"
     "th:first-child,td:first-child{text-align:left}svg{width:100%;height:auto}"
     "svg text{font-size:11px;fill:#57606a}.grid{stroke:#d8dee4}"
-    ".legend span{white-space:nowrap;margin-right:1em}.legend span::before{content:\"\";"
+    "div{overflow-x:auto}.legend span{white-space:nowrap;margin-right:1em}.legend "
+    "span::before{content:\"\";"
     "display:inline-block;width:.8em;height:.8em;margin-right:.35em;background:var(--c)}";
 
 static void page(FILE *f, const struct evaluation *e, const struct kvd_dump *d,
