@@ -119,12 +119,10 @@ static void orthogonalize(double *m, uint32_t row, uint32_t dim)
 }
 
 // Normal rows made orthonormal are uniformly distributed over the orthogonal matrices.
-static void fill_random(float *out, uint32_t dim)
+static void make_random(float *out, uint32_t dim)
 {
     static double m[KVD_MAX_HEAD_DIM * KVD_MAX_HEAD_DIM];
-    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     uint64_t state = dim;
-    pthread_mutex_lock(&lock);
     for (uint32_t i = 0; i < dim; i++) {
         for (uint32_t c = 0; c < dim; c++)
             m[i * dim + c] = sqrt(-2 * log(uniform(&state))) * cos(2 * M_PI * uniform(&state));
@@ -132,6 +130,20 @@ static void fill_random(float *out, uint32_t dim)
     }
     for (uint32_t i = 0; i < dim * dim; i++)
         out[i] = (float)m[i];
+}
+
+// Making one takes tens of milliseconds, and every session of a geometry asks again: they are kept.
+static void fill_random(float *out, uint32_t dim)
+{
+    static float kept[3][KVD_MAX_HEAD_DIM * KVD_MAX_HEAD_DIM];
+    static bool made[3];
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    uint32_t i = dim / 128; // 64, 128, 256
+    pthread_mutex_lock(&lock);
+    if (!made[i])
+        make_random(kept[i], dim);
+    made[i] = true;
+    memcpy(out, kept[i], sizeof(*out) * dim * dim);
     pthread_mutex_unlock(&lock);
 }
 

@@ -397,6 +397,37 @@ START_TEST(real_rotation_files)
 }
 END_TEST
 
+// "random" is orthogonal, no permutation of axes, and the same every time.
+START_TEST(random_rotations)
+{
+    struct kvd_error err = {0};
+    const uint32_t dims[] = {64, 128, 256};
+    for (size_t d = 0; d < KVD_LEN(dims); d++) {
+        struct kvd_geometry g = {.n_layers = 2,
+                                 .layers = {0, 5},
+                                 .head_dim_k = dims[d],
+                                 .head_dim_v = dims[(d + 1) % 3]};
+        struct kvd_rotset *a = kvd_rotset_new("random", &g, &err);
+        struct kvd_rotset *b = kvd_rotset_new("random", &g, &err);
+        double worst = 0, most = 0;
+        ck_assert_msg(a && b && kvd_rotset_check(a, &worst, &err) == 0 && worst < 1e-6, "%s",
+                      err.text);
+        uint64_t n = 2ull * dims[d] * dims[d];
+        ck_assert_int_eq(memcmp(a->k, b->k, n * sizeof(float)), 0);
+        ck_assert_int_eq(memcmp(a->k, a->k + n / 2, n / 2 * sizeof(float)), 0);
+        for (uint64_t i = 0; i < n; i++)
+            most = fmax(most, fabs((double)a->k[i]));
+        // The largest of dim^2 values with deviation 1 / sqrt(dim).
+        ck_assert(most > 2.5 / sqrt(dims[d]) && most < 6 / sqrt(dims[d]));
+        kvd_rotset_free(&a);
+        kvd_rotset_free(&b);
+    }
+    ck_assert(!kvd_rotset_built_in("Random") && kvd_rotset_built_in("random"));
+    struct kvd_geometry g = {.n_layers = 1, .head_dim_k = 64, .head_dim_v = 64};
+    ck_assert(kvd_rotset_new("other", &g, &err) == NULL && err.code == KVD_E_INVALID);
+}
+END_TEST
+
 KVD_MAIN("calib", 120, pickles_that_are_refused, mutated_pickles_never_crash, pt_files,
          native_files_round_trip, native_files_that_are_refused, sets_that_do_not_hold_up,
-         names_of_sets, real_rotation_files)
+         names_of_sets, random_rotations, real_rotation_files)
