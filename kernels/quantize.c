@@ -63,7 +63,8 @@ struct kvd_affine kvd_param_decode(uint32_t codec, uint32_t param)
 {
     float first = kvd_fp16_to_f32((uint16_t)param);
     if (codec == KVD_CODEC_INT2C) {
-        int n = (int)(param & 255), centre = (int8_t)(param >> 8 & 255);
+        int n = (int)(param & 255), centre = (int)(param >> 8 & 255);
+        centre -= centre > CENTRE_MOST ? 256 : 0;
         float scale = n ? exp2f((float)(n - SCALE_ONE) / 8) : 0;
         return (struct kvd_affine){scale, scale * ((float)centre / 8 - 1.5f)};
     }

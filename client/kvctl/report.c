@@ -181,8 +181,8 @@ static void errors_by_bits(FILE *f, const struct evaluation *e)
             c.x1 = fmax(c.x1, ceil(e->bits[s] * 2) / 2);
     error_axis(&c, e, 0);
     chart_begin(&c, "Output error by bits, with windows", "bits a value, parameters included");
-    for (double x = c.x0; x <= c.x1; x += 0.25)
-        chart_tick(&c, x, x);
+    for (int i = 0; c.x0 + i / 4.0 <= c.x1; i++)
+        chart_tick(&c, c.x0 + i / 4.0, c.x0 + i / 4.0);
     for (uint32_t s = 0; s < e->n; s++) {
         double y = evaluation_of_layers(e, 0, s, &layer).output_error;
         if (errs(e, s))

@@ -64,8 +64,8 @@ static struct kvd_cuda_matrices side_new(const float *r, const float *clip, cons
 {
     uint64_t operands = kvd_cuda_operand_bytes(matrices, dim), n = matrices * dim * dim;
     uint8_t *at[8] = {host};
-    const uint64_t sizes[] = {operands, operands, n * 4,       n * 4, matrices * dim * 4,
-                              matrices * 4, matrices * 4};
+    const uint64_t sizes[] = {operands,           operands,     n * 4,       n * 4,
+                              matrices * dim * 4, matrices * 4, matrices * 4};
     for (int i = 0; i < 7; i++)
         at[i + 1] = at[i] + sizes[i];
     float *plain = (float *)(void *)at[2];

@@ -60,11 +60,11 @@ typedef struct kvd_options {
     uint32_t n_layers;
     uint32_t q_heads, kv_heads;
     uint32_t head_dim_k, head_dim_v; /* 64, 128 or 256 */
-    const char *codec;               /* "int2" (NULL), "int2c", "int2-lm", "turboquant-2", -3, -4, "bf16" */
-    const char *rotation_set;        /* "model@tag", "sha256:...", "hadamard", "random", "identity";
-                                        NULL: hadamard, or random with turboquant */
-    uint32_t sink, recent;           /* tokens kept in bf16; both 0: 64 and 256 */
-    bool no_windows;                 /* really no sink and no recent window */
+    const char *codec; /* "int2" (NULL), "int2c", "int2-lm", "turboquant-2", -3, -4, "bf16" */
+    const char *rotation_set; /* "model@tag", "sha256:...", "hadamard", "random", "identity";
+                                 NULL: hadamard, or random with turboquant */
+    uint32_t sink, recent;    /* tokens kept in bf16; both 0: 64 and 256 */
+    bool no_windows;          /* really no sink and no recent window */
 } kvd_options;
 
 /* Connects and opens a session. Waits for the rotation set to be fetched, at most timeout_ms. *out
