@@ -59,18 +59,36 @@ const float *kvd_codec_levels(uint32_t codec)
 // centre, min + 1.5 scale, in eighths of the scale, as a signed number.
 enum { SCALE_ONE = 128, CENTRE_MOST = 127 };
 
-struct kvd_affine kvd_param_decode(uint32_t codec, uint32_t param)
+// 2^((n - 128) / 8).
+static float scale_of(uint32_t n)
 {
-    float first = kvd_fp16_to_f32((uint16_t)param);
+    static const float eighths[8] = {1,           1.0905077f, 1.1892071f, 1.2968396f,
+                                     1.41421356f, 1.5422108f, 1.6817928f, 1.8340081f};
+    uint32_t bits;
+    memcpy(&bits, &eighths[n % 8], sizeof(bits));
+    bits += (n / 8 - SCALE_ONE / 8) << 23; // wraps as it should below 1
+    float scale;
+    memcpy(&scale, &bits, sizeof(scale));
+    return n ? scale : 0;
+}
+
+static inline struct kvd_affine decode(uint32_t codec, uint32_t param)
+{
     if (codec == KVD_CODEC_INT2C) {
-        int n = (int)(param & 255), centre = (int)(param >> 8 & 255);
+        int centre = (int)(param >> 8 & 255);
         centre -= centre > CENTRE_MOST ? 256 : 0;
-        float scale = n ? exp2f((float)(n - SCALE_ONE) / 8) : 0;
+        float scale = scale_of(param & 255);
         return (struct kvd_affine){scale, scale * ((float)centre / 8 - 1.5f)};
     }
+    float first = kvd_fp16_to_f32((uint16_t)param);
     if (kvd_codec_param_bytes(codec) == 2)
         return (struct kvd_affine){first, 0};
     return (struct kvd_affine){first, kvd_fp16_to_f32((uint16_t)(param >> 16))};
+}
+
+struct kvd_affine kvd_param_decode(uint32_t codec, uint32_t param)
+{
+    return decode(codec, param);
 }
 
 static uint32_t pack_fp16(float scale, float min)
@@ -85,18 +103,23 @@ static uint32_t pack_bytes(float scale, float centre)
     if (!(scale > 0))
         return 0;
     int n = SCALE_ONE + (int)fminf(fmaxf(rintf(8 * log2f(scale)), 1 - SCALE_ONE), SCALE_ONE - 1);
-    float stored = exp2f((float)(n - SCALE_ONE) / 8);
+    float stored = scale_of((uint32_t)n);
     int eighths = (int)fminf(fmaxf(rintf(centre * 8 / stored), -CENTRE_MOST), CENTRE_MOST);
     return (uint32_t)n | ((uint32_t)eighths & 255) << 8;
 }
 
+// One loop a size: attention comes here for every tile.
 void kvd_params_read(uint32_t codec, const uint8_t *params, uint32_t n, struct kvd_affine *out)
 {
-    uint32_t bytes = kvd_codec_param_bytes(codec);
-    for (uint32_t t = 0; t < n; t++) {
-        uint32_t param = 0;
-        memcpy(&param, params + kvd_param_index(t) * bytes, bytes);
-        out[t] = kvd_param_decode(codec, param);
+    for (uint32_t t = 0; t < n && kvd_codec_param_bytes(codec) == 4; t++) {
+        uint32_t param;
+        memcpy(&param, params + kvd_param_index(t) * 4, 4);
+        out[t] = decode(KVD_CODEC_INT2, param);
+    }
+    for (uint32_t t = 0; t < n && kvd_codec_param_bytes(codec) == 2; t++) {
+        uint16_t param;
+        memcpy(&param, params + kvd_param_index(t) * 2, 2);
+        out[t] = decode(codec, param);
     }
 }
 
