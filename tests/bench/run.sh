@@ -68,3 +68,8 @@ for clients in 1 8; do
 done
 "$build/client/kvctl" --address "unix:$work/s" metrics | awk -F'[ {}]' '/^kvd_rpc_duration_seconds_(sum|count).*Ping/ {v[$1] = $NF}
     END {printf "inside the daemon, arrival to answer   %.1f us a call (mean)\n", v["kvd_rpc_duration_seconds_sum"] / v["kvd_rpc_duration_seconds_count"] * 1e6}'
+if [ -z "$smoke" ] && /usr/bin/python3 -c 'import numpy' 2>/dev/null; then
+    echo
+    echo "# a worker in Python"
+    /usr/bin/python3 tests/bench/bench_python.py "$build"
+fi

@@ -47,8 +47,9 @@ START_TEST(attention_matches_float64)
     uint64_t seed = kvd_test_seed("attention");
     for (size_t i = 0; i < KVD_LEN(isas); i++)
         for (size_t j = 0; j < KVD_LEN(attention_shapes); j++) {
-            uint32_t codecs =
-                attention_shapes[j].length < 600 ? KVD_CODEC_COUNT : KVD_CODEC_INT2 + 1;
+            // Plain loops take their time.
+            bool all = attention_shapes[j].length < (i == 0 ? 350 : 600);
+            uint32_t codecs = all ? KVD_CODEC_COUNT : KVD_CODEC_INT2 + 1;
             for (uint32_t codec = 0; codec < codecs; codec++)
                 check_shape(isas[i], &attention_shapes[j], codec, seed + j);
         }
@@ -66,8 +67,7 @@ START_TEST(every_group_and_dim)
             uint32_t codec = KVD_CODEC_INT2 + (group + (uint32_t)i) % (KVD_CODEC_COUNT - 1);
             check_shape("avx512", &c, KVD_CODEC_INT2, seed + group * 9 + i);
             check_shape("avx2", &c, KVD_CODEC_INT2, seed + group * 9 + i);
-            check_shape("avx512", &c, codec, seed + group * 9 + i);
-            check_shape("avx2", &c, codec, seed + group * 9 + i);
+            check_shape((group + i) % 2 ? "avx512" : "avx2", &c, codec, seed + group * 9 + i);
         }
 }
 END_TEST
