@@ -101,7 +101,7 @@ def side(x, is_v, codec):
 def main():
     rng = np.random.default_rng(20260517)
     out = b""
-    for dk, dv in ((64, 64), (128, 128), (256, 64)):
+    for dk, dv in ((64, 64), (128, 128), (256, 256), (128, 64), (64, 256)):
         x = [(rng.normal(size=(64, d)) * (1 + 4 * (np.arange(d) == 7)) + rng.normal(size=(64, 1)) * (np.arange(64) % 4 == 0)[:, None])
              .astype("<f4") for d in (dk, dv)]
         out += struct.pack("<II", dk, dv) + x[0].tobytes() + x[1].tobytes()
