@@ -4,7 +4,11 @@
 
 #include "calib/eval.h"
 
-enum { EVALUATION_FILES = 8, EVALUATION_SETS = 3 + 2 * EVALUATION_FILES, EVALUATION_CASES = 64 };
+enum {
+    EVALUATION_FILES = 16,
+    EVALUATION_SETS = 3 + 2 * EVALUATION_FILES, // and copies at the published clip ratios
+    EVALUATION_CASES = 6 + 4 * EVALUATION_FILES,
+};
 
 // What is under evaluation: sets with codecs.
 struct evaluation {
