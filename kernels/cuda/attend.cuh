@@ -14,43 +14,71 @@ namespace kvd
 
 using attend_params = kvd_cuda_attend_params;
 
+constexpr int MAX_SPLITS = 128; // of a history
+constexpr int MAX_WINDOW_SPLITS = 32, MAX_PARTS = MAX_SPLITS + MAX_WINDOW_SPLITS;
+
+// A call, with what would take divisions on the device.
+struct attend_call : kvd_cuda_attend_params {
+    uint32_t group, rows; // q heads a kv head; rows of a kv head
+    uint32_t row_blocks;  // of a kv head
+    float parts_a_tile;   // 1 / part_tiles
+};
+
 // Which rows, of what.
 struct row_block {
     uint32_t s, kv, row0; // sequence, kv head, first row of the block
-    uint32_t group, rows; // q heads a kv head; rows of the kv head
     uint32_t length, hist_end, total;
 };
 
-__device__ inline row_block rows_of(const attend_params &p, uint32_t s, uint32_t kv, uint32_t row0)
+// Of this block. Not kept in registers from one use to the next: these are scarce between.
+template <int NT> __device__ inline row_block place_of(const attend_call &p)
 {
-    row_block b = {s, kv, row0, p.q_heads / p.kv_heads, 0, p.pages.length[s], 0, 0};
-    b.hist_end = p.codec != KVD_CODEC_BF16 ? max(p.pages.hist_end[s], p.sink) : p.sink;
-    b.rows = p.q_len * b.group;
-    b.total = b.length + (p.tail.tokens ? p.tail.tokens[s] : p.new_tokens);
-    return b;
+    uint32_t s, x;
+    asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(s));
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+    uint32_t kv = p.row_blocks == 1 ? x : x / p.row_blocks;
+    return {s, kv, (x - kv * p.row_blocks) * 8 * NT};
+}
+
+// Brings nearer what a block reads first. May come before what is there is known: a cache of all
+// multiprocessors does not go stale.
+__device__ inline void prefetch_place(const attend_call &p, const row_block &b)
+{
+    auto prefetch = [](const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); };
+    if (threadIdx.x == 0) {
+        prefetch(p.pages.hist_end + b.s);
+        prefetch(p.pages.codec + (uint64_t)b.s * p.pages.codec_stride);
+    }
+}
+
+__device__ inline void load_lengths(const attend_call &p, row_block &b)
+{
+    b.length = p.pages.length[b.s];
+    b.hist_end = p.codec != KVD_CODEC_BF16 ? max(p.pages.hist_end[b.s], p.sink) : p.sink;
+    b.total = b.length + (p.tail.tokens ? p.tail.tokens[b.s] : p.new_tokens);
 }
 
 // Which query of its sequence a row is.
-__device__ inline uint32_t query_of(const attend_params &p, const row_block &b, uint32_t row)
+__device__ inline uint32_t query_of(const attend_call &p, uint32_t row)
 {
-    return p.q_len == 1 ? 0 : row / b.group; // a division is twenty instructions
+    return p.q_len == 1 ? 0 : row / p.group; // a division is twenty instructions
 }
 
 // Index of a row among [S][q_len][H_q].
-__device__ inline uint64_t row_index(const attend_params &p, const row_block &b, uint32_t row)
+__device__ inline uint64_t row_index(const attend_call &p, const row_block &b, uint32_t row)
 {
-    uint32_t query = query_of(p, b, row), head = row - query * b.group;
-    return ((uint64_t)b.s * p.q_len + query) * p.q_heads + b.kv * b.group + head;
+    uint32_t query = query_of(p, row), head = row - query * p.group;
+    return ((uint64_t)b.s * p.q_len + query) * p.q_heads + b.kv * p.group + head;
 }
 
 // Position of a row's query.
-__device__ inline uint32_t row_position(const attend_params &p, const row_block &b, uint32_t row)
+__device__ inline uint32_t row_position(const attend_call &p, const row_block &b, uint32_t row)
 {
-    return b.total - p.q_len + query_of(p, b, row);
+    return b.total - p.q_len + query_of(p, row);
 }
 
 // First position that a query sees.
-__device__ inline uint32_t first_seen(const attend_params &p, uint32_t position)
+__device__ inline uint32_t first_seen(const attend_call &p, uint32_t position)
 {
     return p.window && position + 1 > p.window ? position + 1 - p.window : 0;
 }
@@ -111,181 +139,147 @@ template <int NT, int DV> struct state {
 
 // -- queries -------------------------------------------------------------------------------------
 
-// Up to 16 rows of fp32 in shared memory as A operands: each row by a divisor of its own, a power of
-// two that brings it to at most 1. NT N tiles of rows: with one, rows 8 to 15 are zeros.
-template <int NT, int D> struct row_operands {
-    uint32_t word[D / 16][32][2 * NT];
-    float divisor[8 * NT];
+// The queries of a block as they are: what a lane loads of them, with which it has the channels of
+// B operands as forward_channel deals them.
+template <int NT, int DK> struct plain_queries {
+    uint4 x[NT][DK / 16]; // half of them for bf16
 
-    // Pair i of step i / 2 in lane t of a row's four.
-    __device__ inline void put(int row, int i, int t, float x, float y)
+    __device__ inline void load(const attend_call &p, const row_block &b)
     {
-        word[i / 2][row % 8 * 4 + t][i % 2 * NT + row / 8] = pack_fp16(x, y);
+        int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+        bool f32 = p.q_type == KVD_DTYPE_F32;
+#pragma unroll
+        for (int n = 0; n < NT; n++) {
+            // Rows beyond the end are another's: what comes of them is not written.
+            uint64_t row = row_index(p, b, min(b.row0 + n * 8 + g, p.rows - 1));
+            const uint4 *from = (const uint4 *)((const uint8_t *)p.q + (row * DK + 8 * t << (f32 ? 2 : 1)));
+#pragma unroll
+            for (int i = 0; i < DK / 32; i++)
+                x[n][i] = from[f32 ? i * 8 : i * 4];
+            if (f32)
+#pragma unroll
+                for (int i = 0; i < DK / 32; i++)
+                    x[n][DK / 32 + i] = from[i * 8 + 1];
+        }
     }
 
-    __device__ inline void load(uint32_t (&a)[D / 16][4]) const
+    // As bf16; `low` holds what that leaves of an f32.
+    template <bool F32>
+    __device__ inline void operands(int n, uint32_t (&q)[DK / 8], uint32_t (&low)[DK / 8]) const
     {
-        int lane = threadIdx.x % 32;
 #pragma unroll
-        for (int i = 0; i < D / 16; i++) {
-            if constexpr (NT == 2) {
-                *(uint4 *)a[i] = *(const uint4 *)word[i][lane];
-            } else {
-                uint2 x = *(const uint2 *)word[i][lane];
-                a[i][0] = x.x, a[i][1] = 0, a[i][2] = x.y, a[i][3] = 0;
+        for (int i = 0; i < DK / 8; i++) {
+            if (!F32) {
+                q[i] = word_of(x[n][i / 4], i % 4);
+                continue;
             }
+            const uint4 &four = x[n][i / 4 + (i % 4 / 2 ? DK / 32 : 0)];
+            float a = __uint_as_float(word_of(four, i % 2 * 2)), b = __uint_as_float(word_of(four, i % 2 * 2 + 1));
+            q[i] = pack_bf16(a, b);
+            low[i] = pack_bf16(a - low_bf16(q[i]), b - high_bf16(q[i]));
         }
     }
 };
 
-// Rotated queries of a block in shared memory: B operands of the scores, and sums over channels.
-// They are the true ones times `divisor`'s inverse: products want it back.
-template <int NT, int DK, int PARTS> struct queries {
-    static constexpr int ROWS = 8 * NT, PER_LANE = DK / 32, SHARE = (ROWS + PARTS - 1) / PARTS;
-    uint32_t op[NT][DK / 16][32][2];
-    float sums[PARTS][ROWS];
-    row_operands<NT, DK> rows;
+// Rotated queries of a block in shared memory, as B operands of the scores. They are the true ones by
+// a divisor, a power of two. Channels are the 16 rows of products here, query rows the columns.
+template <int NT, int DK, int WARPS> struct queries {
+    static constexpr int STEPS = DK / 16, RUN = STEPS < 8 ? STEPS : 8; // of 16 inputs
+    uint2 op[NT][DK / 16][32];
 
-    // What a warp loads before it fetches tiles: behind these, loads would wait long.
-    struct loads {
-        uint4 matrix[2][DK / 32]; // high and low part of the warp's first tile of R
-        float scale, x[SHARE][PER_LANE];
+    // Operands of R for 16 outputs and some steps: high and low part.
+    struct run {
+        uint4 part[2][RUN];
     };
 
-    static __device__ inline const uint32_t *matrix(const attend_params &p, const row_block &b)
+    // The i-th run of a warp: the runs of a tile of 16 outputs follow each other.
+    static __device__ inline void load(const attend_call &p, uint32_t kv, int i, run &r)
     {
-        return matrix_at<DK>(p.rotation.k.forward, matrix_index(p.rotation, p.layer, b.kv));
-    }
-
-    template <bool F32>
-    static __device__ inline void load_rows(const attend_params &p, const row_block &b, int part,
-                                            loads &l)
-    {
-#pragma unroll
-        for (int k = 0; k < SHARE; k++) {
-            uint32_t row = min(b.row0 + part + k * PARTS, b.rows - 1);
-            uint64_t at = row_index(p, b, row) * DK + threadIdx.x % 32 * PER_LANE;
-#pragma unroll
-            for (int i = 0; i < PER_LANE; i += 2) {
-                if (F32) {
-                    *(float2 *)&l.x[k][i] = *(const float2 *)((const float *)p.q + at + i);
-                } else {
-                    uint32_t w = *(const uint32_t *)((const uint16_t *)p.q + at + i);
-                    l.x[k][i] = low_bf16(w), l.x[k][i + 1] = high_bf16(w);
-                }
-            }
-        }
-    }
-
-    // For warp `part` of PARTS.
-    static __device__ inline loads load(const attend_params &p, const row_block &b, int part)
-    {
-        loads l;
-        const uint32_t *r = matrix(p, b);
+        int tile = threadIdx.x / 32 + i / (STEPS / RUN) * WARPS, step = i % (STEPS / RUN) * RUN;
+        if (tile >= DK / 16)
+            return;
+        const uint4 *from = (const uint4 *)matrix_at<DK>(p.rotation.k.queries,
+                                                         matrix_index(p.rotation, p.layer, kv)) +
+                            (tile * STEPS + step) * 32 + threadIdx.x % 32;
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll
-            for (int i = 0; i < DK / 32; i++)
-                l.matrix[half][i] = __ldg(packed<DK>::at(r + half * packed<DK>::WORDS, part, i));
-        l.scale = __ldg(&p.rotation.k.scale[matrix_index(p.rotation, p.layer, b.kv)]);
-        if (p.q_type == KVD_DTYPE_F32)
-            load_rows<true>(p, b, part, l);
-        else
-            load_rows<false>(p, b, part, l);
-        return l;
+            for (int k = 0; k < RUN; k++)
+                r.part[half][k] = __ldg(from + half * (packed<DK>::WORDS / 4) + k * 32);
     }
 
-    // Brings the warp's rows into shared memory, times `sign`; rows beyond the end as zeros.
-    __device__ inline void share_rows(const row_block &b, int part, float sign, const loads &l)
+    // Rotates the warp's share of outputs; `r` holds its first run. The caller synchronizes before
+    // anyone reads. Returns the divisor.
+    template <bool F32, int CODEC>
+    __device__ inline float rotate(const attend_call &p, uint32_t kv, float sign,
+                                   const plain_queries<NT, DK> &plain, run &r)
     {
-        int lane = threadIdx.x % 32, channel = lane * PER_LANE;
+        constexpr int TILES = (DK / 16 + WARPS - 1) / WARPS;
+        int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        uint32_t q[NT][DK / 8], low[NT][DK / 8];
+        float scale = __ldg(&p.rotation.k.scale[matrix_index(p.rotation, p.layer, kv)]);
+        __nv_bfloat162 top = __float2bfloat162_rn(0);
 #pragma unroll
-        for (int k = 0; k < SHARE; k++) {
-            int row = part + k * PARTS;
-            if (row >= ROWS)
+        for (int n = 0; n < NT; n++) {
+            plain.template operands<F32>(n, q[n], low[n]);
+#pragma unroll
+            for (int i = 0; i < DK / 8; i++)
+                top = __hmax2(top, __habs2(*(__nv_bfloat162 *)&q[n][i]));
+        }
+        float mine = fmaxf(__low2float(top), __high2float(top));
+        float divisor = magnitude(__uint_as_float(__reduce_max_sync(~0u, __float_as_uint(mine))));
+        float factor = __fdividef(sign * inverse_power(divisor), scale);
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            int tile = warp + i * WARPS;
+            if (tile >= DK / 16)
                 break;
-            bool real = b.row0 + row < b.rows;
-            float top = 0;
+            float c[NT][2][2][4] = {}; // independent chains of products
 #pragma unroll
-            for (int i = 0; i < PER_LANE; i++)
-                top = fmaxf(top, fabsf(l.x[k][i]));
+            for (int k = 0; k < STEPS; k++) {
+                if (k % RUN == 0 && k + i > 0)
+                    load(p, kv, (i * STEPS + k) / RUN, r);
 #pragma unroll
-            for (int i = 1; i < 32; i *= 2)
-                top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
-            float divisor = magnitude(top), factor = sign / divisor;
-            if (lane == 0)
-                rows.divisor[row] = real ? divisor : 0;
+                for (int half = 0; half < 2; half++) {
+                    uint4 x = r.part[half][k % RUN];
+                    uint32_t a[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-            for (int i = 0; i < PER_LANE; i += 2) {
-                int c = channel + i, pair = c / 32 * 4 + c % 8 / 2; // 8 t + forward_channel(pair)
-                rows.put(row, pair, c / 8 % 4, real ? l.x[k][i] * factor : 0,
-                         real ? l.x[k][i + 1] * factor : 0);
+                    for (int n = 0; n < NT; n++) {
+                        mma_bf16(c[n][half][k % 2], a, q[n][2 * k], q[n][2 * k + 1]);
+                        if (F32 && half == 0)
+                            mma_bf16(c[n][1][k % 2], a, low[n][2 * k], low[n][2 * k + 1]);
+                    }
+                }
             }
-        }
-    }
-
-    // Warp `part` of PARTS. The caller synchronizes before anyone reads. Returns the divisor.
-    template <int CODEC>
-    __device__ inline float rotate(const attend_params &p, const row_block &b, int part, float sign,
-                                   const loads &l)
-    {
-        constexpr int STEPS = (DK / 8 + PARTS - 1) / PARTS;
-        int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-        const uint32_t *r = matrix(p, b);
-        float scale = 1 / l.scale;
-        share_rows(b, part, sign, l);
-        __syncthreads();
-        float divisor = rows.divisor[lane % ROWS];
+            float f = factor * slot_factor<CODEC>(tile);
 #pragma unroll
-        for (int k = 1; k < ROWS; k *= 2)
-            divisor = fmaxf(divisor, __shfl_xor_sync(~0u, divisor, k));
-        float f0 = scale * (rows.divisor[g] / divisor), f1 = scale * (rows.divisor[ROWS - 8 + g] / divisor);
-        uint32_t a[DK / 16][4];
-        rows.load(a);
-        float sum0 = 0, sum1 = 0;
+            for (int n = 0; n < NT; n++) {
+                float y[4];
 #pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-            int j = part + i * PARTS;
-            if (j >= DK / 8)
-                break;
-            float c[4] = {}, low_part[4] = {};
-            auto operands = [&](int half, int in32) {
-                return i == 0 ? l.matrix[half][in32]
-                              : __ldg(packed<DK>::at(r + half * packed<DK>::WORDS, j, in32));
-            };
-            rotate_tile<DK>(a, [&](int in32) { return operands(0, in32); }, c);
-            rotate_tile<DK>(a, [&](int in32) { return operands(1, in32); }, low_part);
-            float slot = slot_factor<CODEC>(j / 2), back = 1 / slot;
-            // Sums of what the products see: what rounding takes from a query it takes from both.
-            auto write = [&](int n, float x, float y, float f) {
-                uint32_t w = pack_fp16(x * f * slot, y * f * slot);
-                float2 seen = unpack_fp16(w);
-                op[n][j / 2][lane][j % 2] = w;
-                return (seen.x + seen.y) * back;
-            };
-            sum0 += write(0, c[0] + low_part[0], c[1] + low_part[1], f0);
-            if (NT == 2)
-                sum1 += write(NT - 1, c[2] + low_part[2], c[3] + low_part[3], f1);
-        }
-        sum0 += __shfl_xor_sync(~0u, sum0, 1), sum0 += __shfl_xor_sync(~0u, sum0, 2);
-        sum1 += __shfl_xor_sync(~0u, sum1, 1), sum1 += __shfl_xor_sync(~0u, sum1, 2);
-        if (t == 0) {
-            sums[part][g] = sum0;
-            if (NT == 2)
-                sums[part][ROWS - 8 + g] = sum1;
+                for (int e = 0; e < 4; e++)
+                    y[e] = f * (c[n][0][0][e] + c[n][0][1][e] + (c[n][1][0][e] + c[n][1][1][e]));
+                op[n][tile][lane] = make_uint2(transpose(pack_fp16(y[0], y[1])),
+                                               transpose(pack_fp16(y[2], y[3])));
+            }
         }
         return divisor;
     }
-
-    __device__ inline float sum(int row) const
-    {
-        float x = 0;
-#pragma unroll
-        for (int j = 0; j < PARTS; j++)
-            x += sums[j][row];
-        return x;
-    }
 };
+
+// 2^-24 times the sums over channels of the queries as products see them: what rounding takes from a
+// query it takes from both. A product with ones, or with codes of 1, in `sum`'s order of rows.
+template <int DK, int CODEC> __device__ inline void sum_queries(const uint2 (&q)[DK / 16], float (&sum)[2])
+{
+    float c[4] = {};
+#pragma unroll
+    for (int ct = 0; ct < DK / 16; ct++) {
+        uint32_t one = has_levels(CODEC) ? 0x3c003c00 : 0x00010001u << (2 * (ct % 4));
+        const uint32_t a[4] = {one, one, one, one};
+        mma(c, a, q[ct].x, q[ct].y);
+    }
+    sum[0] = has_levels(CODEC) ? c[0] / TWO24 : c[0];
+    sum[1] = has_levels(CODEC) ? c[1] / TWO24 : c[1];
+}
 
 // -- history -------------------------------------------------------------------------------------
 
@@ -309,7 +303,7 @@ template <bool GENERAL, bool MASKED, int NT>
 __device__ inline void mask_scores(const logit_terms<NT> &x, const tile_place &at, int c, int n,
                                    float (&s)[4])
 {
-    int g = threadIdx.x % 32 / 4;
+    int left = at.count - (int)threadIdx.x % 32 / 4;
     if (GENERAL && x.softcap > 0)
 #pragma unroll
         for (int i = 0; i < 4; i++)
@@ -317,9 +311,9 @@ __device__ inline void mask_scores(const logit_terms<NT> &x, const tile_place &a
     if (MASKED)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            int token = c * 16 + g + i / 2 * 8;
-            uint32_t pos = at.position + token;
-            if (token >= at.count ||
+            int token = c * 16 + i / 2 * 8; // from the lane's first on
+            uint32_t pos = at.position + at.count - left + token;
+            if (token >= left ||
                 (GENERAL && (pos < x.seen[n][i % 2] || pos > x.last[n][i % 2])))
                 s[i] = x.none;
         }
@@ -330,15 +324,15 @@ template <bool MASKED, int NT, int DK, int DV, int CODEC, int C>
 __device__ inline void add_values(const uint8_t *tile_at, uint32_t codec, const tile_place &at, float unit,
                                   const float (&s)[NT][4], state<NT, DV> &st)
 {
-    int g = threadIdx.x % 32 / 4;
     code_words<DV, CODEC> w;
     w.load(tile_at + tile<DK, DV, CODEC>::V_CODES, C);
     float2 p0, p1;
     load_params<CODEC>(tile_at + tile<DK, DV, CODEC>::v_params(codec), codec, C, p0, p1);
     if (MASKED) { // what was never written may be anything
-        if (C * 16 + g >= at.count)
+        int left = at.count - (int)threadIdx.x % 32 / 4;
+        if (C * 16 >= left)
             p0 = make_float2(0, 0);
-        if (C * 16 + g + 8 >= at.count)
+        if (C * 16 + 8 >= left)
             p1 = make_float2(0, 0);
     }
     uint32_t b[NT][2];
@@ -438,7 +432,7 @@ struct bf16_tokens {
     uint32_t sink, base, count;
 };
 
-__device__ inline bf16_tokens bf16_tokens_of(const attend_params &p, const row_block &b)
+__device__ inline bf16_tokens bf16_tokens_of(const attend_call &p, const row_block &b)
 {
     uint32_t sink = min(p.sink, b.length), base = p.codec != KVD_CODEC_BF16 ? b.hist_end : p.sink;
     // Tokens before the sink is full are stored in the sink; the new ones follow what is stored.
@@ -453,7 +447,7 @@ __device__ inline uint32_t bf16_position(const bf16_tokens &w, uint32_t i)
 
 // Row of K or V of a token that lies in bf16.
 template <int DK, int DV>
-__device__ inline const uint16_t *bf16_row(const attend_params &p, const row_block &b,
+__device__ inline const uint16_t *bf16_row(const attend_call &p, const row_block &b,
                                            uint32_t token, bool v)
 {
     constexpr uint32_t TILE = PAGE * 2 * (DK + DV);
@@ -489,31 +483,9 @@ __device__ inline int bf16_channel(int ct, int half)
     return 32 * (ct / 2) + 8 * (g / 2) + 4 * (ct % 2) + 2 * half + g % 2;
 }
 
-// The queries of an N tile as B operands; `low` holds what bf16 leaves of an f32.
-template <bool F32, int DK>
-__device__ inline void load_bf16_queries(const attend_params &p, const row_block &b, int n,
-                                         uint32_t (&q)[DK / 8], uint32_t (&low)[DK / 8])
-{
-    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    // Rows beyond the end are another's: what comes of them is not written.
-    uint32_t row = min(b.row0 + n * 8 + g, b.rows - 1);
-    uint64_t at = row_index(p, b, row) * DK + 8 * t;
-#pragma unroll
-    for (int i = 0; i < DK / 8; i++) {
-        low[i] = 0;
-        if (!F32) {
-            q[i] = *(const uint32_t *)((const uint16_t *)p.q + at + forward_channel(i));
-        } else {
-            float2 x = *(const float2 *)((const float *)p.q + at + forward_channel(i));
-            q[i] = pack_bf16(x.x, x.y);
-            low[i] = pack_bf16(x.x - low_bf16(q[i]), x.y - high_bf16(q[i]));
-        }
-    }
-}
-
 // 16 bf16 tokens, the i-th to i+15-th.
 template <bool F32, int NT, int DK, int DV>
-__device__ inline void attend_bf16_chunk(const attend_params &p, const row_block &b,
+__device__ inline void attend_bf16_chunk(const attend_call &p, const row_block &b,
                                          const bf16_tokens &w, uint32_t i,
                                          const uint32_t (&q)[NT][DK / 8],
                                          const uint32_t (&q_low)[NT][DK / 8],

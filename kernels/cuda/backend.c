@@ -41,9 +41,9 @@ static void rotation_free(struct kvd_backend *b, struct kvd_rotation **rp)
 }
 
 // Bytes of one side in device memory, in the order in which side_new lays them out.
-static uint64_t side_bytes(uint64_t matrices, uint32_t dim)
+static uint64_t side_bytes(uint64_t matrices, uint32_t dim, bool v)
 {
-    return kvd_round_up(2 * kvd_cuda_operand_bytes(matrices, dim) +    // forward, inverse
+    return kvd_round_up((v ? 2 : 3) * kvd_cuda_operand_bytes(matrices, dim) + // K's with queries
                             2 * matrices * dim * dim * sizeof(float) + // the same in fp32
                             matrices * (dim + 3) * sizeof(float),      // columns, scale, clip, gain
                         256);
@@ -59,16 +59,16 @@ static void transpose(const float *from, uint64_t matrices, uint32_t dim, float 
 
 // Lays a side out in `host` as it will lie at `device`.
 static struct kvd_cuda_matrices side_new(const float *r, const float *clip, const float *gain,
-                                         uint64_t matrices, uint32_t dim, uint8_t *host,
+                                         uint64_t matrices, uint32_t dim, bool v, uint8_t *host,
                                          uint8_t *device)
 {
     uint64_t operands = kvd_cuda_operand_bytes(matrices, dim), n = matrices * dim * dim;
-    uint8_t *at[8] = {host};
-    const uint64_t sizes[] = {operands,           operands,     n * 4,       n * 4,
+    uint8_t *at[9] = {host};
+    const uint64_t sizes[] = {v ? 0 : operands,   operands,     operands,     n * 4, n * 4,
                               matrices * dim * 4, matrices * 4, matrices * 4};
-    for (int i = 0; i < 7; i++)
+    for (int i = 0; i < 8; i++)
         at[i + 1] = at[i] + sizes[i];
-    float *plain = (float *)(void *)at[2];
+    float *plain = (float *)(void *)at[3];
     if (r) {
         memcpy(plain, r, n * sizeof(float));
     } else {
@@ -76,23 +76,24 @@ static struct kvd_cuda_matrices side_new(const float *r, const float *clip, cons
         for (uint64_t i = 0; i < matrices * dim; i++)
             plain[i * dim + i % dim] = 1;
     }
-    transpose(plain, matrices, dim, (float *)(void *)at[3]);
-    kvd_cuda_rotation_pack(plain, matrices, dim, (uint16_t *)(void *)at[0],
-                           (uint16_t *)(void *)at[1], (float *)(void *)at[5],
-                           (float *)(void *)at[4]);
+    transpose(plain, matrices, dim, (float *)(void *)at[4]);
+    kvd_cuda_rotation_pack(plain, matrices, dim, v ? NULL : (uint16_t *)(void *)at[0],
+                           (uint16_t *)(void *)at[1], (uint16_t *)(void *)at[2],
+                           (float *)(void *)at[6], (float *)(void *)at[5]);
     if (clip)
-        memcpy(at[6], clip, matrices * sizeof(float));
+        memcpy(at[7], clip, matrices * sizeof(float));
     if (gain)
-        memcpy(at[7], gain, matrices * sizeof(float));
+        memcpy(at[8], gain, matrices * sizeof(float));
 #define AT(i, type) ((type *)(void *)(device + (at[i] - host)))
-    return (struct kvd_cuda_matrices){.forward = AT(0, uint16_t),
-                                      .inverse = AT(1, uint16_t),
-                                      .forward_f32 = r ? AT(2, float) : NULL,
-                                      .inverse_f32 = r ? AT(3, float) : NULL,
-                                      .inverse_columns = AT(4, float),
-                                      .scale = AT(5, float),
-                                      .clip = clip ? AT(6, float) : NULL,
-                                      .gain = gain ? AT(7, float) : NULL};
+    return (struct kvd_cuda_matrices){.queries = v ? NULL : AT(0, uint16_t),
+                                      .forward = AT(1, uint16_t),
+                                      .inverse = AT(2, uint16_t),
+                                      .forward_f32 = r ? AT(3, float) : NULL,
+                                      .inverse_f32 = r ? AT(4, float) : NULL,
+                                      .inverse_columns = AT(5, float),
+                                      .scale = AT(6, float),
+                                      .clip = clip ? AT(7, float) : NULL,
+                                      .gain = gain ? AT(8, float) : NULL};
 #undef AT
 }
 
@@ -101,7 +102,7 @@ static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd
 {
     cudaSetDevice(cuda_of(b)->index);
     uint64_t n = (uint64_t)d->n_layers * d->heads;
-    uint64_t k = side_bytes(n, d->dim_k), v = side_bytes(n, d->dim_v);
+    uint64_t k = side_bytes(n, d->dim_k, false), v = side_bytes(n, d->dim_v, true);
     struct kvd_rotation *r = calloc(1, sizeof(*r));
     uint8_t *host KVD_FREE = malloc(k + v);
     void *memory = NULL;
@@ -118,8 +119,8 @@ static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd
     r->dim_v = d->dim_v;
     r->device.n_layers = d->n_layers;
     r->device.heads = d->heads;
-    r->device.k = side_new(d->k, d->clip_k, d->gain_k, n, d->dim_k, host, r->memory);
-    r->device.v = side_new(d->v, d->clip_v, d->gain_v, n, d->dim_v, host + k, r->memory + k);
+    r->device.k = side_new(d->k, d->clip_k, d->gain_k, n, d->dim_k, false, host, r->memory);
+    r->device.v = side_new(d->v, d->clip_v, d->gain_v, n, d->dim_v, true, host + k, r->memory + k);
     int rc = cudaMemcpy(r->memory, host, k + v, cudaMemcpyHostToDevice);
     if (kvd_cuda_status(rc, "loading a rotation set", err))
         rotation_free(b, &r);

@@ -293,9 +293,9 @@ __device__ inline uint32_t shared_address(const void *p)
 }
 
 #if KVD_BULK
-__device__ inline void barrier_init(uint64_t *bar)
+__device__ inline void barrier_init(uint64_t *bar, uint32_t arrivals)
 {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(bar)));
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals));
 }
 
 __device__ inline void barriers_ready()
@@ -308,9 +308,9 @@ __device__ inline uint64_t cache_policy(bool once)
 {
     uint64_t policy;
     if (once)
-        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     else
-        asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+        asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
 
@@ -407,6 +407,12 @@ __device__ inline float magnitude(float x)
 {
     uint32_t e = __float_as_uint(x) >> 23 & 0xff;
     return e == 0 || e >= 254 ? 1.0f : __uint_as_float((e + 1) << 23);
+}
+
+// 1 / x of such a divisor.
+__device__ inline float inverse_power(float x)
+{
+    return __uint_as_float(max(0x7f000000u - __float_as_uint(x), 0x00400000u));
 }
 
 } // namespace kvd

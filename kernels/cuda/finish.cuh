@@ -1,5 +1,8 @@
-// The end of a block's attention: its warps' results are summed, and the block that finishes a
-// (sequence, kv head, row block) last merges the parts, un-rotates the history's share and writes o.
+// The end of a block's attention. A *partial* result of some rows is, for each row, a maximum m of
+// logits, and relative to it a sum l of probabilities, sums of values and their minima's. A block
+// combines its warps' partials in shared memory; the block that finishes a (sequence, kv head, row
+// block) last combines those of all parts, from memory, in the same way, un-rotates the history's share
+// and writes o.
 #ifndef KVD_KERNELS_CUDA_FINISH_CUH
 #define KVD_KERNELS_CUDA_FINISH_CUH
 
@@ -8,109 +11,180 @@
 namespace kvd
 {
 
+// A partial in memory: sums of values [quad of rows][channel][4], then m, l and low [rows]. m in log2
+// units, sums of a history's values in the unit of products, without `low`.
+template <int NT, int DV> struct partial {
+    static constexpr int ROWS = 8 * NT, QUADS = ROWS / 4;
+    static constexpr int QUAD_PITCH = DV * 4 + 16; // floats; halves of a warp write to two quads
+    static constexpr int TERMS = QUADS * QUAD_PITCH;
+    static constexpr int BYTES = ((TERMS + 3 * ROWS) * 4 + 127) / 128 * 128;
+    float *at;
+
+    __device__ inline float4 *vector(int quad, int channel) const
+    {
+        return (float4 *)(at + quad * QUAD_PITCH + channel * 4);
+    }
+
+    __device__ inline float *m() const
+    {
+        return at + TERMS;
+    }
+
+    __device__ inline float *l() const
+    {
+        return at + TERMS + ROWS;
+    }
+
+    __device__ inline float *low() const
+    {
+        return at + TERMS + 2 * ROWS;
+    }
+};
+
+template <int NT> inline uint64_t partial_bytes(uint32_t dim_v)
+{
+    return dim_v == 64 ? partial<NT, 64>::BYTES : dim_v == 128 ? partial<NT, 128>::BYTES : partial<NT, 256>::BYTES;
+}
+
+// What is known of a block's rows when partials have been combined.
+template <int NT> struct alignas(16) row_terms {
+    float m[8 * NT], l[8 * NT], low[8 * NT];
+    float inverse[8 * NT]; // 1 / l
+    uint32_t top[8 * NT];  // the largest absolute value of the history's results, as bits
+    uint32_t parts;        // of the history
+};
+
+// Rows of the history's results as A operands, each by a power of two. With one N tile, rows 8 to 15
+// are zeros.
+template <int NT, int D> struct row_operands {
+    uint32_t word[D / 16][32][2 * NT];
+
+    // Channel of row 4 quad; those of the next three rows follow by `NEXT`.
+    static constexpr int NEXT = 4 * 2 * NT * 2;
+    __device__ inline uint16_t *put(int quad, int channel)
+    {
+        int lane = quad % 2 * 16 + channel % 8 / 2, pair = channel / 8 % 2;
+        return (uint16_t *)&word[channel / 16][lane][pair * NT + quad / 2] + channel % 2;
+    }
+
+    __device__ inline void load(uint32_t (&a)[D / 16][4]) const
+    {
+        int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int i = 0; i < D / 16; i++) {
+            if constexpr (NT == 2) {
+                *(uint4 *)a[i] = *(const uint4 *)word[i][lane];
+            } else {
+                uint2 x = *(const uint2 *)word[i][lane];
+                a[i][0] = x.x, a[i][1] = 0, a[i][2] = x.y, a[i][3] = 0;
+            }
+        }
+    }
+};
+
+// Shared memory. A warp's own bytes are its ring of tiles; after its last tile its partial, behind which
+// its share of R^T arrives. When partials have been read: in the first warp's bytes the results of
+// windows [rows][PITCH], in the second's those of the history as operands.
 template <int NT, int DK, int DV, int WARPS, int CODEC> struct block_memory {
+    using result = partial<NT, DV>;
     static constexpr int COUNT = WARPS, COMPILED_CODEC = CODEC;
-    static constexpr int ROWS = 8 * NT, PITCH = DV + 4; // rows apart by an odd number of 16 bytes
-    static constexpr int WARP_PITCH = ROWS * PITCH + 8; // floats between the warps' results
+    static constexpr int ROWS = 8 * NT, PITCH = DV + 4;
     static constexpr int TILE = tile<DK, DV, CODEC>::MOST_BYTES;
     // Tiles of a warp's ring. Short blocks gain by a third; long ones lose by what it takes.
     static constexpr int SLOTS = WARPS == 4 && NT == 1 && DK + DV <= 256 && !has_levels(CODEC) ? 3 : 2;
-    static constexpr int RING = WARPS * SLOTS * TILE; // [slot][warp]
-    // One after another in the same bytes: the ring, with the queries in its last slots until they
-    // are in registers; then the warps' results and maxima, the finished rows of history and
-    // windows, those of the history as operands, and R^T.
-    static constexpr int MAXIMA = WARPS * WARP_PITCH * 4, SUMS = MAXIMA + ROWS * WARPS * 4;
-    static constexpr int FINISHED = SUMS + ROWS * WARPS * 4;
-    static constexpr int OPERANDS = (FINISHED + 2 * ROWS * PITCH * 4 + 15) / 16 * 16;
-    static constexpr int TOPS = OPERANDS + (int)sizeof(row_operands<NT, DV>);
-    static constexpr int MATRIX = (TOPS + ROWS * 4 + 127) / 128 * 128;
-    static constexpr bool STAGED = DV <= 128; // is R^T
-    static constexpr int RESULTS = MATRIX + (STAGED ? packed<DV>::WORDS * 4 : 0);
-    static constexpr int QUERIES = (SLOTS - 1) * WARPS * TILE;
-    static constexpr int WORK = RESULTS > RING ? RESULTS : RING;
-    static constexpr int BARRIERS = WARPS * SLOTS + 1; // the last one is R^T's
-    static constexpr int BYTES = WORK + BARRIERS * 8;
-    static_assert(sizeof(queries<NT, DK, WARPS>) <= WARPS * TILE, "queries fit the last slots");
-    static_assert(WORK % 8 == 0, "barriers are aligned");
+    static constexpr bool STAGED = KVD_BULK && DV <= 128; // is R^T
+    static constexpr int SHARE = DV <= 128 ? packed<DV>::WORDS * 4 / WARPS : 0;
+    static constexpr int AFTER = result::BYTES + SHARE, RING = SLOTS * TILE;
+    static constexpr int OWN = ((RING > AFTER ? RING : AFTER) + 127) / 128 * 128;
+    // With three slots nothing is left for the queries: the last slot holds them at first.
+    static constexpr bool QUERIES_IN_RING = SLOTS == 3;
+    static constexpr int QUERIES = QUERIES_IN_RING ? WARPS * OWN - OWN + (SLOTS - 1) * TILE : WARPS * OWN;
+    static constexpr int TERMS = QUERIES_IN_RING ? WARPS * OWN : QUERIES + (int)sizeof(queries<NT, DK, WARPS>);
+    static constexpr int BARRIERS = TERMS + (int)sizeof(row_terms<NT>);
+    static constexpr int BYTES = BARRIERS + (WARPS * SLOTS + 1) * 8; // the last one is R^T's
+    static_assert(sizeof(queries<NT, DK, WARPS>) <= TILE || !QUERIES_IN_RING, "queries fit a slot");
+    static_assert(ROWS * PITCH * 4 <= result::BYTES && sizeof(row_operands<NT, DV>) <= result::BYTES &&
+                      (MAX_PARTS + WARPS - 1) / WARPS * ROWS * 4 <= result::BYTES,
+                  "what comes after the partials takes their place");
 
     uint8_t *at;
 
-    __device__ inline float *results(int warp) const
+    __device__ inline uint8_t *own(int warp) const
     {
-        return (float *)at + warp * WARP_PITCH;
+        return at + warp * OWN;
     }
 
-    __device__ inline float *maxima() const // [ROWS][WARPS]
+    __device__ inline result results(int warp) const
     {
-        return (float *)(at + MAXIMA);
+        return {(float *)own(warp)};
     }
 
-    __device__ inline float *sums() const // [ROWS][WARPS]
+    __device__ inline queries<NT, DK, WARPS> &rotated() const
     {
-        return (float *)(at + SUMS);
+        return *(queries<NT, DK, WARPS> *)(at + QUERIES);
     }
 
-    __device__ inline float *finished(bool plain) const // [ROWS][PITCH], of windows or of history
+    __device__ inline row_terms<NT> &terms() const
     {
-        return (float *)(at + FINISHED) + plain * (ROWS * PITCH);
+        return *(row_terms<NT> *)(at + TERMS);
+    }
+
+    __device__ inline float *windows() const // [ROWS][PITCH]
+    {
+        return (float *)own(0);
     }
 
     __device__ inline row_operands<NT, DV> &operands() const
     {
-        return *(row_operands<NT, DV> *)(at + OPERANDS);
+        return *(row_operands<NT, DV> *)own(1);
     }
 
-    // The largest absolute values of the history's finished rows, as bits; clear before finish().
-    __device__ inline uint32_t *tops() const
+    __device__ inline uint64_t *barriers(int warp) const // [SLOTS]; of warp WARPS: R^T's
     {
-        return (uint32_t *)(at + TOPS);
+        return (uint64_t *)(at + BARRIERS) + warp * SLOTS;
     }
 
-    __device__ inline void finish(int row, int channel, float4 x, bool plain) const
+    // By all threads, before the first barrier of the block.
+    __device__ inline void init() const
     {
-        *(float4 *)&finished(plain)[row * PITCH + channel] = x;
-        if (!plain) {
-            float top = fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
-            uint32_t same = __match_any_sync(__activemask(), row);
-            uint32_t bits = __reduce_max_sync(same, __float_as_uint(top));
-            if (threadIdx.x % 32 == __ffs(same) - 1)
-                atomicMax(&tops()[row], bits);
+        if (threadIdx.x < ROWS)
+            terms().top[threadIdx.x] = 0;
+#if KVD_BULK
+        if (threadIdx.x % 32 == 0) {
+            for (int i = 0; i < SLOTS; i++)
+                barrier_init(&barriers(threadIdx.x / 32)[i], 1);
+            if (threadIdx.x == 0)
+                barrier_init(barriers(WARPS), WARPS);
+            barriers_ready();
         }
-    }
-
-    __device__ inline uint64_t *barriers(int warp) const // [SLOTS]; those of warp WARPS: R^T's
-    {
-        return (uint64_t *)(at + WORK) + warp * SLOTS;
+#endif
     }
 };
 
-// -- finishing -----------------------------------------------------------------------------------
+// -- un-rotation ---------------------------------------------------------------------------------
 
-// R^T of a kv head, by its high part, on its way into shared memory.
-template <int NT, int DK, int DV, int WARPS, int CODEC> struct unrotation {
-    using memory = block_memory<NT, DK, DV, WARPS, CODEC>;
-    static constexpr bool STAGED = KVD_BULK && memory::STAGED;
-    memory m;
+// R^T of a kv head, by its high part.
+template <typename M, int DV> struct unrotation {
+    M m;
     const uint32_t *r;
     const float *scale;
 
-    __device__ inline unrotation(const attend_params &p, const row_block &b, memory memory)
-        : m(memory)
+    __device__ inline unrotation(const attend_call &p, const row_block &b, M memory) : m(memory)
     {
         uint64_t index = matrix_index(p.rotation, p.layer, b.kv);
         r = matrix_at<DV>(p.rotation.v.inverse, index);
         scale = &p.rotation.v.scale[index];
     }
 
-    // One thread, once, when nobody reads or writes there; wait() only after a block-wide barrier.
+    // Each warp asks for its share, once, after its last tile.
     __device__ inline void start() const
     {
 #if KVD_BULK
-        if constexpr (STAGED) {
-            uint64_t *bar = m.barriers(WARPS);
-            barrier_init(bar);
-            barriers_ready();
-            fetch(m.at + memory::MATRIX, r, packed<DV>::WORDS * 4, bar, cache_policy(false));
+        if constexpr (M::STAGED) {
+            int warp = threadIdx.x / 32;
+            if (threadIdx.x % 32 == 0)
+                fetch(m.own(warp) + M::result::BYTES, r + warp * (M::SHARE / 4), M::SHARE,
+                      m.barriers(M::COUNT), cache_policy(false));
         }
 #endif
     }
@@ -118,47 +192,320 @@ template <int NT, int DK, int DV, int WARPS, int CODEC> struct unrotation {
     __device__ inline void wait() const
     {
 #if KVD_BULK
-        if constexpr (STAGED)
-            barrier_wait(m.barriers(WARPS), 0);
+        if constexpr (M::STAGED)
+            barrier_wait(m.barriers(M::COUNT), 0);
 #endif
     }
 
     __device__ inline uint4 load(int out8, int in32) const
     {
-        if constexpr (STAGED)
-            return *packed<DV>::at((const uint32_t *)(m.at + memory::MATRIX), out8, in32);
-        else
-            return __ldg(packed<DV>::at(r, out8, in32));
+        if constexpr (M::STAGED) {
+            constexpr int UNITS = M::SHARE / 512; // of 8 outputs x 32 inputs
+            int unit = out8 * (DV / 32) + in32;
+            return *((const uint4 *)(m.own(unit / UNITS) + M::result::BYTES) + unit % UNITS * 32 +
+                     threadIdx.x % 32);
+        }
+        return __ldg(packed<DV>::at(r, out8, in32));
     }
 };
 
-// Writes o of a block's rows from what memory.finish() was given by for_shares: un-rotates the
-// history's share where there is one.
-template <int NT, int DK, int DV, int WARPS, int CODEC>
-__device__ inline void finish_rows(const attend_params &p, const row_block &b, int rows,
-                                   const unrotation<NT, DK, DV, WARPS, CODEC> &back, bool rotated,
-                                   bool plain)
-{
-    using memory = block_memory<NT, DK, DV, WARPS, CODEC>;
-    int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    row_operands<NT, DV> &operands = back.m.operands();
-    uint32_t a[DV / 16][4];
-    __syncthreads();
-    if (rotated) {
-        for (int i = threadIdx.x; i < memory::ROWS * (DV / 4); i += WARPS * 32) {
-            int row = i / (DV / 4), c = i % (DV / 4) * 4;
-            float divisor = magnitude(__uint_as_float(back.m.tops()[row])), f = 1 / divisor;
-            float4 x = *(const float4 *)&back.m.finished(false)[row * memory::PITCH + c];
-            if (row >= rows)
-                x = {};
-            operands.put(row, c / 8, c % 8 / 2, x.x * f, x.y * f);
-            operands.put(row, c / 8, c % 8 / 2 + 1, x.z * f, x.w * f);
-            if (c == 0)
-                operands.divisor[row] = divisor / __ldg(back.scale);
+// -- combining partials --------------------------------------------------------------------------
+
+// Which sums of values a thread takes: four rows of a channel, over every groups-th partial from
+// `group` on. A warp's lanes have channels of one quad; those of a group lie side by side.
+template <int NT, int DV, int WARPS> struct share {
+    static constexpr int THREADS = WARPS * 32, QUADS = 2 * NT;
+    static constexpr int MOST = (QUADS * DV + THREADS - 1) / THREADS; // vectors a thread, at most
+    int vectors, groups, group, first;
+
+    __device__ inline explicit share(int rows)
+    {
+        vectors = (rows + 3) / 4 * DV;
+        groups = THREADS >= 4 * vectors ? 4 : THREADS >= 2 * vectors ? 2 : 1;
+        int lanes = 32 / groups, lane = threadIdx.x % 32;
+        group = lane / lanes;
+        first = (int)threadIdx.x / 32 * lanes + lane % lanes;
+    }
+
+    // Calls f(i, quad, channel) for the thread's vectors.
+    template <typename F> __device__ inline void each(F &&f) const
+    {
+#pragma unroll
+        for (int i = 0; i < MOST; i++) {
+            int vector = first + i * (THREADS / groups);
+            if (vector < vectors)
+                f(i, vector / DV, vector % DV);
         }
-        __syncthreads();
-        operands.load(a);
+    }
+
+    __device__ inline void sum_groups(float4 &x) const
+    {
+#pragma unroll 1
+        for (int k = 32 / groups; k < 32; k *= 2) {
+            x.x += __shfl_xor_sync(~0u, x.x, k), x.y += __shfl_xor_sync(~0u, x.y, k);
+            x.z += __shfl_xor_sync(~0u, x.z, k), x.w += __shfl_xor_sync(~0u, x.w, k);
+        }
+    }
+};
+
+// The larger of floats over a warp; NaN counts as very large or very small.
+__device__ inline float warp_max(float x)
+{
+    auto ordered = [](int bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
+    return __int_as_float(ordered(__reduce_max_sync(~0u, ordered(__float_as_int(x)))));
+}
+
+// First step: terms of all rows over n partials, of which at(k) gives the k-th, and the partials'
+// weights, one for a row, at weights(k), which may be where their maxima were.
+template <bool GLOBAL, typename M, typename A, typename W>
+__device__ inline void combine_terms(const M &mem, uint32_t n, int rows, A at, W weights)
+{
+    auto &t = mem.terms();
+    uint32_t lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int row = (int)threadIdx.x / 32; row < rows; row += M::COUNT) {
+        auto read = [&](const float *x) { return GLOBAL ? __ldcg(x + row) : x[row]; };
+        auto of = [&](uint32_t k, const float *x, float none) { return k < n ? read(x) : none; };
+        float first = of(lane, at(lane).m(), NONE), m = first;
+        float first_l = of(lane, at(lane).l(), 0), first_low = of(lane, at(lane).low(), 0);
+#pragma unroll 1
+        for (uint32_t k = lane + 32; k < n; k += 32)
+            m = fmaxf(m, read(at(k).m()));
+        m = warp_max(m);
+        float f = fast_exp2(first - m), l = f * first_l, low = f * first_low;
+        if (lane < n)
+            weights(lane)[row] = f;
+#pragma unroll 1
+        for (uint32_t k = lane + 32; k < n; k += 32) {
+            f = fast_exp2(read(at(k).m()) - m);
+            l += f * read(at(k).l());
+            low += f * read(at(k).low());
+            weights(k)[row] = f;
+        }
+#pragma unroll
+        for (int k = 1; k < 32; k *= 2) {
+            l += __shfl_xor_sync(~0u, l, k);
+            low += __shfl_xor_sync(~0u, low, k);
+        }
+        if (lane == 0) {
+            t.m[row] = m, t.l[row] = l, t.low[row] = low;
+            t.inverse[row] = l > 0 ? __fdividef(1, l) : 0;
+        }
+    }
+}
+
+__device__ inline void add(float4 &to, float4 x, float4 w)
+{
+    to.x = fmaf(x.x, w.x, to.x), to.y = fmaf(x.y, w.y, to.y);
+    to.z = fmaf(x.z, w.z, to.z), to.w = fmaf(x.w, w.w, to.w);
+}
+
+// The warps' partials, which all have written: terms, and the thread's sums of values.
+template <typename M, typename S>
+__device__ inline void combine_warps(const M &mem, int rows, const S &mine, float4 (&sums)[S::MOST])
+{
+    constexpr uint32_t WARPS = M::COUNT;
+    auto at = [&](uint32_t w) { return mem.results(min(w, WARPS - 1)); };
+    combine_terms<false>(mem, WARPS, rows, at, [&](uint32_t w) { return at(w).m(); });
+    __syncthreads();
+    mine.each([&](int i, int quad, int channel) {
+        sums[i] = {};
+#pragma unroll 4
+        for (uint32_t w = mine.group; w < WARPS; w += mine.groups)
+            add(sums[i], *at(w).vector(quad, channel), *(const float4 *)&at(w).m()[quad * 4]);
+        mine.sum_groups(sums[i]);
+    });
+}
+
+// The partials of all parts of a unit, the history's first.
+template <typename M, typename S>
+__device__ inline void combine_parts(const M &mem, const uint8_t *parts, uint32_t of_history, uint32_t n,
+                                     int rows, const S &mine, float4 (&history)[S::MOST],
+                                     float4 (&windows)[S::MOST])
+{
+    constexpr int AHEAD = 4;
+    using result = typename M::result;
+    auto at = [&](uint32_t k) { return result{(float *)(parts + min(k, n - 1) * result::BYTES)}; };
+    auto weights = [&](uint32_t k) { // where partials of the warps were
+        return (float *)mem.own(k % M::COUNT) + k / M::COUNT * M::ROWS;
+    };
+    float4 x[S::MOST][AHEAD];
+    auto load = [&](int i, int quad, int channel, uint32_t first) {
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++)
+            x[i][k] = __ldcg(at(first + k * mine.groups).vector(quad, channel));
+    };
+    mine.each([&](int i, int quad, int channel) { load(i, quad, channel, mine.group); });
+    combine_terms<true>(mem, n, rows, at, weights);
+    __syncthreads();
+    mine.each([&](int i, int quad, int channel) {
+        history[i] = windows[i] = {};
+#pragma unroll 1
+        for (uint32_t first = mine.group; first < n; first += AHEAD * mine.groups) {
+            if (first != mine.group)
+                load(i, quad, channel, first);
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++) {
+                uint32_t part = first + k * mine.groups;
+                if (part >= n)
+                    break;
+                float4 w = *(const float4 *)&weights(part)[quad * 4];
+                if (part < of_history)
+                    add(history[i], x[i][k], w);
+                else
+                    add(windows[i], x[i][k], w);
+            }
+        }
+        mine.sum_groups(history[i]);
+        if (n > of_history)
+            mine.sum_groups(windows[i]);
+    });
+}
+
+// -- the warps of a block ------------------------------------------------------------------------
+
+// Leaves a warp's partial in its own bytes.
+template <int NT, int DV, typename M>
+__device__ inline void share_results(const M &mem, const logit_terms<NT> &x, const state<NT, DV> &st,
+                                     uint32_t rows)
+{
+    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    auto to = mem.results(threadIdx.x / 32);
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        float l[2], low[2];
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            l[e] = st.l[n][e], low[e] = st.min_sum[n][e];
+#pragma unroll
+            for (int k = 4; k < 32; k *= 2) {
+                l[e] += __shfl_xor_sync(~0u, l[e], k);
+                low[e] += __shfl_xor_sync(~0u, low[e], k);
+            }
+        }
+        uint32_t row = n * 8 + 2 * t;
+        if (row >= rows)
+            continue;
+        float2 *vector = (float2 *)to.vector(row / 4, g) + row % 4 / 2;
+#pragma unroll
+        for (int i = 0; i < DV / 8; i++)
+            vector[i * 16] = make_float2(st.o[n][i / 2][i % 2 * 2], st.o[n][i / 2][i % 2 * 2 + 1]);
+        if (g > 0)
+            continue;
+        auto maximum = [&](int e) { return st.m[n][e] > x.none * 0.99f ? st.m[n][e] * x.unit : NONE; };
+        *(float2 *)&to.m()[row] = make_float2(maximum(0), maximum(1));
+        *(float2 *)&to.l()[row] = make_float2(l[0], l[1]);
+        *(float2 *)&to.low()[row] = make_float2(low[0], low[1]);
+    }
+}
+
+// Writes a block's partial for the one that will combine the parts.
+template <typename M, typename S>
+__device__ inline void write_part(const M &mem, uint8_t *part, int rows, const S &mine,
+                                  const float4 (&sums)[S::MOST])
+{
+    typename M::result to = {(float *)part};
+    if (mine.group == 0)
+        mine.each([&](int i, int quad, int channel) { __stcg(to.vector(quad, channel), sums[i]); });
+    const auto &t = mem.terms();
+    if ((int)threadIdx.x < rows) {
+        __stcg(to.m() + threadIdx.x, t.m[threadIdx.x]);
+        __stcg(to.l() + threadIdx.x, t.l[threadIdx.x]);
+        __stcg(to.low() + threadIdx.x, t.low[threadIdx.x]);
+    }
+}
+
+// Counts the blocks of a unit. True in the last one: what the others wrote is seen then.
+__device__ inline bool arrive_last(uint32_t *counter, uint32_t n)
+{
+    __shared__ bool last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        uint32_t before;
+        asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+        last = before == n - 1;
+        if (last)
+            *counter = 0;
+    }
+    __syncthreads();
+    return last;
+}
+
+// -- writing o -----------------------------------------------------------------------------------
+
+// Shares the results of the history as operands, and those of windows as they are.
+template <int NT, int DV, typename M, typename S>
+__device__ inline void share_finished(const M &mem, const S &mine, bool rotated, bool plain,
+                                      float4 (&history)[S::MOST], const float4 (&windows)[S::MOST])
+{
+    auto &t = mem.terms();
+    if (rotated)
+        mine.each([&](int i, int quad, int channel) {
+            float unit = has_levels(M::COMPILED_CODEC)
+                             ? 1 : TWO24 * slot_factor<M::COMPILED_CODEC>(channel / 16);
+            float4 low = *(const float4 *)&t.low[quad * 4], f = *(const float4 *)&t.inverse[quad * 4];
+            float4 x = history[i];
+            x.x = fmaf(x.x, unit, low.x) * f.x, x.y = fmaf(x.y, unit, low.y) * f.y;
+            x.z = fmaf(x.z, unit, low.z) * f.z, x.w = fmaf(x.w, unit, low.w) * f.w;
+            history[i] = x;
+            auto top = [&](float y, int row) {
+                uint32_t bits = __reduce_max_sync(~0u, __float_as_uint(fabsf(y)));
+                if (threadIdx.x % 32 == 0)
+                    atomicMax(&t.top[quad * 4 + row], bits);
+            };
+            top(x.x, 0), top(x.y, 1), top(x.z, 2), top(x.w, 3);
+        });
+    __syncthreads();
+    if (mine.group > 0)
+        return;
+    mine.each([&](int i, int quad, int channel) {
+        if (rotated) {
+            uint16_t *to = mem.operands().put(quad, channel);
+            auto put = [&](float y, int row) {
+                float f = inverse_power(magnitude(__uint_as_float(t.top[quad * 4 + row])));
+                to[row * mem.operands().NEXT] = __half_as_ushort(__float2half_rn(y * f));
+            };
+            put(history[i].x, 0), put(history[i].y, 1), put(history[i].z, 2), put(history[i].w, 3);
+        }
+        if (plain) { // these channels come in the order of bf16 operands
+            int in = channel % 8;
+            int c = channel / 32 * 32 + in / 2 * 8 + channel / 16 % 2 * 4 + channel / 8 % 2 * 2 + in % 2;
+            float4 x = windows[i], f = *(const float4 *)&t.inverse[quad * 4];
+            float *to = mem.windows() + quad * 4 * M::PITCH + c;
+            to[0] = x.x * f.x, to[M::PITCH] = x.y * f.y;
+            to[2 * M::PITCH] = x.z * f.z, to[3 * M::PITCH] = x.w * f.w;
+        }
+    });
+}
+
+// Writes o and lse of a block's rows: un-rotates the history's share where there is one.
+template <int NT, int DV, typename M, typename S>
+__device__ inline void finish_rows(const attend_call &p, const row_block &b, const M &mem, int rows,
+                                   const S &mine, bool rotated, bool plain,
+                                   float4 (&history)[S::MOST], const float4 (&windows)[S::MOST])
+{
+    constexpr int WARPS = M::COUNT;
+    int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    unrotation<M, DV> back(p, b, mem);
+    const auto &terms = mem.terms();
+    float scale = rotated ? __fdividef(1, __ldg(back.scale)) : 0;
+    if (p.lse && (int)threadIdx.x < rows)
+        p.lse[row_index(p, b, b.row0 + threadIdx.x)] =
+            (terms.m[threadIdx.x] + log2f(terms.l[threadIdx.x])) / LOG2E;
+    share_finished<NT, DV>(mem, mine, rotated, plain, history, windows);
+    __syncthreads();
+    uint32_t a[DV / 16][4];
+    if (rotated) {
+        mem.operands().load(a);
         back.wait();
+    }
+    float factor[NT];
+    uint64_t at[NT];
+#pragma unroll
+    for (int half = 0; half < NT; half++) {
+        int row = half * 8 + g;
+        factor[half] = magnitude(__uint_as_float(terms.top[row])) * scale;
+        at[half] = row_index(p, b, b.row0 + row) * DV + 8 * t;
     }
 #pragma unroll
     for (int i = 0; i < (DV / 8 + WARPS - 1) / WARPS; i++) {
@@ -170,258 +517,20 @@ __device__ inline void finish_rows(const attend_params &p, const row_block &b, i
             rotate_tile<DV>(a, [&](int in32) { return back.load(j, in32); }, c);
 #pragma unroll
         for (int half = 0; half < NT; half++) {
-            int row = half * 8 + g, channel = 8 * t + inverse_channel(j);
+            int row = half * 8 + g, channel = inverse_channel(j);
             if (row >= rows)
                 continue;
-            float2 x = make_float2(0, 0);
-            if (rotated)
-                x = make_float2(c[2 * half] * operands.divisor[row], c[2 * half + 1] * operands.divisor[row]);
+            float2 x = make_float2(c[2 * half] * factor[half], c[2 * half + 1] * factor[half]);
             if (plain) {
-                float2 w = *(const float2 *)&back.m.finished(true)[row * memory::PITCH + channel];
+                float2 w = *(const float2 *)&mem.windows()[row * M::PITCH + 8 * t + channel];
                 x.x += w.x, x.y += w.y;
             }
-            uint64_t at = row_index(p, b, b.row0 + row) * DV + channel;
             if (p.o_type == KVD_DTYPE_F32)
-                *(float2 *)((float *)p.o + at) = x;
+                *(float2 *)((float *)p.o + at[half] + channel) = x;
             else
-                *(uint32_t *)((uint16_t *)p.o + at) = pack_bf16(x.x, x.y);
+                *(uint32_t *)((uint16_t *)p.o + at[half] + channel) = pack_bf16(x.x, x.y);
         }
     }
-}
-
-__device__ inline void write_lse(const attend_params &p, const row_block &b, uint32_t row, float m,
-                                 float l)
-{
-    if (p.lse)
-        p.lse[row_index(p, b, b.row0 + row)] = (m + log2f(l)) / LOG2E;
-}
-
-// -- the warps of a block ------------------------------------------------------------------------
-
-// First step of combining: the maxima of the warps' columns, in log2 units, become known. After it
-// nobody reads the ring.
-template <int NT, int DV, typename M>
-__device__ inline void share_maxima(const M &mem, const logit_terms<NT> &x, state<NT, DV> &st)
-{
-    constexpr int WARPS = M::COUNT;
-    int warp = threadIdx.x / 32, t = threadIdx.x % 4;
-    __syncthreads();
-    if (threadIdx.x < M::ROWS)
-        mem.tops()[threadIdx.x] = 0;
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            st.m[n][e] = st.m[n][e] > x.none * 0.99f ? st.m[n][e] * x.unit : NONE;
-            if (threadIdx.x % 32 < 4)
-                mem.maxima()[(n * 8 + 2 * t + e) * WARPS + warp] = st.m[n][e];
-        }
-    __syncthreads();
-}
-
-// Second step: writes this warp's outputs and sums, relative to the maxima of all warps, which
-// st.m becomes.
-template <int NT, int DV, typename M>
-__device__ inline void share_results(const M &mem, state<NT, DV> &st, bool plain, int rows)
-{
-    constexpr int WARPS = M::COUNT, CODEC = M::COMPILED_CODEC;
-    int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            int row = n * 8 + 2 * t + e;
-            float sum = st.l[n][e], low = st.min_sum[n][e], m = NONE;
-#pragma unroll
-            for (int k = 4; k < 32; k *= 2) {
-                sum += __shfl_xor_sync(~0u, sum, k);
-                low += __shfl_xor_sync(~0u, low, k);
-            }
-#pragma unroll
-            for (int w = 0; w < WARPS; w += 4) {
-                float4 x = *(const float4 *)&mem.maxima()[row * WARPS + w];
-                m = fmaxf(m, fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)));
-            }
-            float f = fast_exp2(st.m[n][e] - m);
-            st.m[n][e] = m;
-            if (g == 0)
-                mem.sums()[row * WARPS + warp] = sum * f;
-            float *to = mem.results(warp) + row * M::PITCH;
-#pragma unroll
-            for (int ct = 0; ct < DV / 16; ct++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    float y = st.o[n][ct][2 * half + e];
-                    int channel = plain ? bf16_channel(ct, half) : ct * 16 + half * 8 + g;
-                    y = plain ? y : y * (has_levels(CODEC) ? 1 : TWO24 * slot_factor<CODEC>(ct)) + low;
-                    if (row < rows)
-                        to[channel] = y * f;
-                }
-        }
-    __syncthreads();
-}
-
-// What a thread sums up: four channels of a row, over every groups-th of some parts, from `group`.
-// The groups of a vector are lanes side by side.
-struct share {
-    int row, channel, group, groups;
-};
-
-// Calls f(share) for all of a block's rows; all threads of a warp make the same calls.
-template <int DV, int WARPS, typename F> __device__ inline void for_shares(int rows, F &&f)
-{
-    constexpr int THREADS = WARPS * 32;
-    int vectors = rows * (DV / 4), groups = WARPS > 4 && THREADS >= 4 * vectors ? 4 : 1;
-    for (int i = threadIdx.x; i < vectors * groups; i += THREADS) {
-        int vector = i / groups;
-        f(share{vector / (DV / 4), vector % (DV / 4) * 4, i % groups, groups});
-    }
-}
-
-__device__ inline float4 add(float4 a, float4 b)
-{
-    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
-}
-
-__device__ inline float4 times(float4 a, float f)
-{
-    return make_float4(a.x * f, a.y * f, a.z * f, a.w * f);
-}
-
-// Over the groups of a share.
-__device__ inline float4 sum_groups(float4 x, int groups)
-{
-    for (int k = 1; k < groups; k *= 2)
-        x = add(x, make_float4(__shfl_xor_sync(~0u, x.x, k), __shfl_xor_sync(~0u, x.y, k),
-                               __shfl_xor_sync(~0u, x.z, k), __shfl_xor_sync(~0u, x.w, k)));
-    return x;
-}
-
-// Of all warps, after share_maxima.
-template <typename M> __device__ inline float row_maximum(const M &mem, int row)
-{
-    constexpr int WARPS = M::COUNT;
-    float m = NONE;
-    for (int w = 0; w < WARPS; w++)
-        m = fmaxf(m, mem.maxima()[row * WARPS + w]);
-    return m;
-}
-
-// Third step: the sum over the warps. f(row, channel, sum of outputs, sum of probabilities) gets
-// each vector once.
-template <int DV, typename M, typename F>
-__device__ inline void sum_warps(const M &mem, int rows, F &&f)
-{
-    constexpr int WARPS = M::COUNT;
-    for_shares<DV, WARPS>(rows, [&](share s) {
-        float4 sum = {};
-        for (int w = s.group; w < WARPS; w += s.groups)
-            sum = add(sum, *(const float4 *)&mem.results(w)[s.row * M::PITCH + s.channel]);
-        sum = sum_groups(sum, s.groups);
-        float l = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; w += 4) {
-            float4 x = *(const float4 *)&mem.sums()[s.row * WARPS + w];
-            l += x.x + x.y + (x.z + x.w);
-        }
-        if (s.group == 0)
-            f(s.row, s.channel, sum, l);
-    });
-}
-
-// -- the parts of a unit -------------------------------------------------------------------------
-
-// A part in memory: outputs [rows][DV], then (m, l) [rows].
-template <int DV, int ROWS> struct part_view {
-    float *at;
-
-    __device__ inline float4 *vector(int row, int channel) const
-    {
-        return (float4 *)(at + row * DV + channel);
-    }
-
-    __device__ inline float2 *terms(int row) const
-    {
-        return (float2 *)(at + ROWS * DV) + row;
-    }
-};
-
-// Counts the blocks of a unit; in the last one, calls f in one thread and returns true: what the
-// others wrote is seen then.
-template <typename F> __device__ inline bool arrive_last(uint32_t *counter, uint32_t n, F &&f)
-{
-    __shared__ bool last;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        last = atomicAdd(counter, 1) == n - 1;
-        if (last) {
-            *counter = 0;
-            __threadfence();
-            f();
-        }
-    }
-    __syncthreads();
-    return last;
-}
-
-// The last block of a unit: weighs all parts and finishes.
-template <int NT, int DK, int DV, int WARPS, int CODEC>
-__device__ inline void merge_parts(const attend_params &p, const row_block &b, int rows,
-                                   uint32_t of_history, uint8_t *parts, uint64_t part_bytes,
-                                   const unrotation<NT, DK, DV, WARPS, CODEC> &back)
-{
-    constexpr int ROWS = 8 * NT, AHEAD = 4;
-    uint32_t n = of_history + p.window_splits;
-    for_shares<DV, WARPS>(rows, [&](share s) {
-        float4 history = {}, plain = {};
-        float m = NONE, l = 0;
-        for (uint32_t first = s.group; first < n; first += AHEAD * s.groups) {
-            float4 x[AHEAD];
-            float2 terms[AHEAD];
-            float top = m;
-#pragma unroll
-            for (int i = 0; i < AHEAD; i++) {
-                uint32_t k = first + i * s.groups;
-                part_view<DV, ROWS> part = {(float *)(parts + min(k, n - 1) * part_bytes)};
-                x[i] = __ldcg(part.vector(s.row, s.channel));
-                terms[i] = __ldcg(part.terms(s.row));
-                if (k >= n)
-                    terms[i] = make_float2(NONE, 0);
-                top = fmaxf(top, terms[i].x);
-            }
-            float f = fast_exp2(m - top);
-            m = top;
-            l *= f, history = times(history, f), plain = times(plain, f);
-#pragma unroll
-            for (int i = 0; i < AHEAD; i++) {
-                uint32_t k = first + i * s.groups;
-                float w = k < n ? fast_exp2(terms[i].x - m) : 0;
-                l += w * terms[i].y;
-                history = add(history, times(x[i], k < of_history ? w : 0));
-                plain = add(plain, times(x[i], k < of_history ? 0 : w));
-            }
-        }
-        float top = m;
-        for (int k = 1; k < s.groups; k *= 2)
-            top = fmaxf(top, __shfl_xor_sync(~0u, top, k));
-        float f = fast_exp2(m - top);
-        l *= f;
-        for (int k = 1; k < s.groups; k *= 2)
-            l += __shfl_xor_sync(~0u, l, k);
-        f *= l > 0 ? 1 / l : 0;
-        history = sum_groups(times(history, f), s.groups);
-        if (p.window_splits)
-            plain = sum_groups(times(plain, f), s.groups);
-        if (s.group)
-            return;
-        back.m.finish(s.row, s.channel, history, false);
-        if (p.window_splits)
-            back.m.finish(s.row, s.channel, plain, true);
-        if (s.channel == 0)
-            write_lse(p, b, s.row, top, l);
-    });
-    finish_rows(p, b, rows, back, of_history > 0, p.window_splits > 0);
 }
 
 } // namespace kvd

@@ -45,8 +45,32 @@ static void pack(const float *m, bool transposed, bool permuted_in, uint32_t dim
                     }
 }
 
-void kvd_cuda_rotation_pack(const float *r, uint64_t matrices, uint32_t dim, uint16_t *forward,
-                            uint16_t *inverse, float *scale, float *inverse_columns)
+// A operands of the transpose of m, in two bf16 parts: 16 rows are outputs, 16 columns inputs in the
+// order of forward_channel.
+static void pack_queries(const float *m, uint32_t dim, float scale, uint32_t *out)
+{
+    for (int part = 0; part < 2; part++)
+        for (uint32_t j = 0; j < dim / 16; j++)
+            for (uint32_t i = 0; i < dim / 16; i++)
+                for (uint32_t lane = 0; lane < 32; lane++)
+                    for (uint32_t r = 0; r < 4; r++) {
+                        uint32_t to = 16 * j + lane / 4 + 8 * (r % 2);
+                        uint32_t in = 32 * (i / 2) + 8 * (lane % 4) + 4 * (i % 2) + 2 * (r / 2);
+                        uint32_t w = 0;
+                        for (uint32_t e = 0; e < 2; e++) {
+                            float x = scale * m[(uint64_t)(in + e) * dim + to];
+                            uint16_t h = kvd_f32_to_bf16(x);
+                            if (part)
+                                h = kvd_f32_to_bf16(x - kvd_bf16_to_f32(h));
+                            w |= (uint32_t)h << 16 * e;
+                        }
+                        *out++ = w;
+                    }
+}
+
+void kvd_cuda_rotation_pack(const float *r, uint64_t matrices, uint32_t dim, uint16_t *queries,
+                            uint16_t *forward, uint16_t *inverse, float *scale,
+                            float *inverse_columns)
 {
     for (uint64_t i = 0; i < matrices; i++) {
         const float *m = r + i * dim * dim;
@@ -54,6 +78,8 @@ void kvd_cuda_rotation_pack(const float *r, uint64_t matrices, uint32_t dim, uin
         for (uint32_t k = 0; k < dim * dim; k++)
             top = fmaxf(top, fabsf(m[k]));
         scale[i] = top > 0 ? LARGEST / top : 1;
+        if (queries)
+            pack_queries(m, dim, scale[i], (uint32_t *)(void *)queries + i * dim * dim);
         pack(m, false, true, dim, scale[i], (uint32_t *)(void *)forward + i * dim * dim);
         pack(m, true, false, dim, scale[i], (uint32_t *)(void *)inverse + i * dim * dim);
         for (uint32_t c = 0; c < dim; c++) { // column c of R^T is row c of R
