@@ -26,7 +26,7 @@ struct scratch_layout {
 inline scratch_layout scratch_of(const attend_params &p, uint32_t nt)
 {
     uint64_t units = (uint64_t)p.sequences * p.kv_heads * n_row_blocks(p, nt);
-    uint64_t part = nt == 1 ? partial_bytes<1>(p.dim_v) : partial_bytes<2>(p.dim_v);
+    uint64_t part = nt == 1 ? part_bytes<1>(p.dim_v) : part_bytes<2>(p.dim_v);
     uint64_t parts_at = (units * 4 + 255) / 256 * 256;
     return {parts_at, part, parts_at + units * (p.splits + p.window_splits) * part};
 }
@@ -110,8 +110,10 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
         fetch(slot_at(slot), at, bytes, &bars[slot], cache_policy(p.rows <= 8 * NT));
     };
     const uint8_t *mine = tile_of(lane);
-    bool last_slot_late = mem::QUERIES_IN_RING && warp == WARPS - 1;
-    if (lane < mem::SLOTS - last_slot_late && mine)
+    // With two slots, the first tiles of all warps are on their way before the second ones are asked
+    // for; with three, all at once, but for the slot where the queries will be.
+    bool late = lane == mem::SLOTS - 1 && (mem::SLOTS == 2 || warp == WARPS - 1);
+    if (lane < mem::SLOTS && !late && mine)
         ask(lane, mine);
     __syncwarp();
 #endif
@@ -133,12 +135,12 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
         sum_queries<DK, CODEC>(q[n], x.sum[n]);
     }
 #if KVD_BULK
-    if (mem::QUERIES_IN_RING) {
+    if (mem::QUERIES_IN_RING)
         __syncthreads(); // the last slot is free
-        if (last_slot_late && lane == mem::SLOTS - 1 && mine) {
+    if (late && mine) {
+        if (mem::QUERIES_IN_RING)
             barriers_ready(); // what was written there is in order before the copy
-            ask(lane, mine);
-        }
+        ask(lane, mine);
     }
 #endif
     x.unit = p.scale == 0 ? 1 : fabsf(p.scale) * LOG2E * divisor * TWO24;
@@ -240,7 +242,7 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
     if (!plain && part >= range.parts)
         return;
     if (threadIdx.x == 0)
-        memory.terms().parts = range.parts;
+        memory.parts() = range.parts;
     if (plain && p.q_type == KVD_DTYPE_F32)
         window_part<true, NT, DK, DV, WARPS>(p, b, part - p.splits, memory, q);
     else if (plain)
@@ -249,36 +251,37 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
         history_part<GENERAL, NT, DK, DV, WARPS, CODEC>(p, b, range, part, memory, q, r);
     b = place_of<NT>(p);
     part = blockIdx.z, plain = part >= p.splits;
-    int rows = (int)min((uint32_t)mem::ROWS, p.rows - b.row0);
+    uint32_t rows = min((uint32_t)mem::ROWS, p.rows - b.row0);
     __syncthreads();
-    uint32_t of_history = memory.terms().parts, n = of_history + p.window_splits;
+    uint32_t of_history = memory.parts(), n = of_history + p.window_splits;
     unrotation<mem, DV> back(p, b, memory);
     if (n == 1 && !plain)
         back.start();
     using work = share<NT, DV, WARPS>;
     work mine(rows);
     float4 history[work::MOST], windows[work::MOST];
-    combine_warps(memory, rows, mine, history);
+    row_terms t = combine<NT>(memory, warp_partials<mem>{memory}, rows, mine, history, windows);
     bool rotated = !plain;
     if (n > 1) {
+        using layout = part_layout<NT, DV>;
         uint64_t unit = ((uint64_t)b.s * p.kv_heads + b.kv) * p.row_blocks + b.row0 / (8 * NT);
         uint8_t *parts = (uint8_t *)p.scratch + p.scratch_zeroed +
-                         unit * (p.splits + p.window_splits) * mem::result::BYTES;
+                         unit * (p.splits + p.window_splits) * layout::BYTES;
         uint32_t slot = plain ? of_history + part - p.splits : part;
-        write_part(memory, parts + slot * mem::result::BYTES, rows, mine, history);
+        write_part<layout>(parts + slot * layout::BYTES, rows, mine, t, history);
         if (!arrive_last((uint32_t *)p.scratch + unit, n))
             return;
         rotated = of_history > 0;
         plain = p.window_splits > 0;
         if (rotated)
             back.start();
-        combine_parts(memory, parts, of_history, n, rows, mine, history, windows);
+        t = combine<NT>(memory, part_partials<layout>{parts, n, of_history}, rows, mine, history, windows);
     } else if (plain) {
 #pragma unroll
         for (int i = 0; i < work::MOST; i++)
             windows[i] = history[i];
     }
-    finish_rows<NT, DV>(p, b, memory, rows, mine, rotated, plain, history, windows);
+    finish_rows<NT, DV>(p, b, back, rows, mine, t, rotated, plain, history, windows);
 }
 
 // Launches behind what is on the stream already, and in place before that has finished.

@@ -130,6 +130,24 @@ __device__ inline void mma_bf16(float c[4], const uint32_t a[4], uint32_t b0, ui
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// c += a b, over 8 inputs in tf32: a and a8 are rows g and g + 8, b column g; inputs t and t + 4 of a
+// lane's share come as x and y.
+__device__ inline void mma_tf32(float c[4], float2 a, float2 a8, float2 b)
+{
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(__float_as_uint(a.x)), "r"(__float_as_uint(a8.x)), "r"(__float_as_uint(a.y)),
+          "r"(__float_as_uint(a8.y)), "r"(__float_as_uint(b.x)), "r"(__float_as_uint(b.y)));
+}
+
+__device__ inline float round_tf32(float x)
+{
+    uint32_t y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+    return __uint_as_float(y);
+}
+
 // 2^x, relative error 2^-22; results below 2^-126 are 0.
 __device__ inline float fast_exp2(float x)
 {

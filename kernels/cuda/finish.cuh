@@ -1,7 +1,7 @@
 // The end of a block's attention. A *partial* result of some rows is, for each row, a maximum m of
-// logits, and relative to it a sum l of probabilities, sums of values and their minima's. A block
-// combines its warps' partials in shared memory; the block that finishes a (sequence, kv head, row
-// block) last combines those of all parts, from memory, in the same way, un-rotates the history's share
+// logits, and relative to it a sum l of probabilities, sums of values and their minima's, `low`. A block
+// combines its warps' partials from shared memory; the block that finishes a (sequence, kv head, row
+// block) last combines those of all parts from memory, in the same way, un-rotates the history's share
 // and writes o.
 #ifndef KVD_KERNELS_CUDA_FINISH_CUH
 #define KVD_KERNELS_CUDA_FINISH_CUH
@@ -11,101 +11,57 @@
 namespace kvd
 {
 
-// A partial in memory: sums of values [quad of rows][channel][4], then m, l and low [rows]. m in log2
-// units, sums of a history's values in the unit of products, without `low`.
-template <int NT, int DV> struct partial {
+// A partial's sums of values in memory: [quad of rows][channel][4], a history's in the unit of products.
+template <int NT, int DV> struct value_sums {
     static constexpr int ROWS = 8 * NT, QUADS = ROWS / 4;
     static constexpr int QUAD_PITCH = DV * 4 + 16; // floats; halves of a warp write to two quads
-    static constexpr int TERMS = QUADS * QUAD_PITCH;
-    static constexpr int BYTES = ((TERMS + 3 * ROWS) * 4 + 127) / 128 * 128;
     float *at;
 
     __device__ inline float4 *vector(int quad, int channel) const
     {
         return (float4 *)(at + quad * QUAD_PITCH + channel * 4);
     }
-
-    __device__ inline float *m() const
-    {
-        return at + TERMS;
-    }
-
-    __device__ inline float *l() const
-    {
-        return at + TERMS + ROWS;
-    }
-
-    __device__ inline float *low() const
-    {
-        return at + TERMS + 2 * ROWS;
-    }
 };
 
-template <int NT> inline uint64_t partial_bytes(uint32_t dim_v)
+enum term { TERM_M, TERM_L, TERM_LOW, N_TERMS };
+
+// The partial of a part in memory: sums of values, then its terms, m in log2 units.
+template <int NT, int DV> struct part_layout {
+    using sums = value_sums<NT, DV>;
+    static constexpr int TERMS = sums::QUADS * sums::QUAD_PITCH;
+    static constexpr int BYTES = ((TERMS + N_TERMS * sums::ROWS) * 4 + 127) / 128 * 128;
+};
+
+template <int NT> inline uint64_t part_bytes(uint32_t dim_v)
 {
-    return dim_v == 64 ? partial<NT, 64>::BYTES : dim_v == 128 ? partial<NT, 128>::BYTES : partial<NT, 256>::BYTES;
+    return dim_v == 64    ? part_layout<NT, 64>::BYTES
+           : dim_v == 128 ? part_layout<NT, 128>::BYTES
+                          : part_layout<NT, 256>::BYTES;
 }
 
-// What is known of a block's rows when partials have been combined.
-template <int NT> struct alignas(16) row_terms {
-    float m[8 * NT], l[8 * NT], low[8 * NT];
-    float inverse[8 * NT]; // 1 / l
-    uint32_t top[8 * NT];  // the largest absolute value of the history's results, as bits
-    uint32_t parts;        // of the history
-};
-
-// Rows of the history's results as A operands, each by a power of two. With one N tile, rows 8 to 15
-// are zeros.
-template <int NT, int D> struct row_operands {
-    uint32_t word[D / 16][32][2 * NT];
-
-    // Channel of row 4 quad; those of the next three rows follow by `NEXT`.
-    static constexpr int NEXT = 4 * 2 * NT * 2;
-    __device__ inline uint16_t *put(int quad, int channel)
-    {
-        int lane = quad % 2 * 16 + channel % 8 / 2, pair = channel / 8 % 2;
-        return (uint16_t *)&word[channel / 16][lane][pair * NT + quad / 2] + channel % 2;
-    }
-
-    __device__ inline void load(uint32_t (&a)[D / 16][4]) const
-    {
-        int lane = threadIdx.x % 32;
-#pragma unroll
-        for (int i = 0; i < D / 16; i++) {
-            if constexpr (NT == 2) {
-                *(uint4 *)a[i] = *(const uint4 *)word[i][lane];
-            } else {
-                uint2 x = *(const uint2 *)word[i][lane];
-                a[i][0] = x.x, a[i][1] = 0, a[i][2] = x.y, a[i][3] = 0;
-            }
-        }
-    }
-};
-
-// Shared memory. A warp's own bytes are its ring of tiles; after its last tile its partial, behind which
-// its share of R^T arrives. When partials have been read: in the first warp's bytes the results of
-// windows [rows][PITCH], in the second's those of the history as operands.
+// Shared memory. A warp's own bytes are its ring of tiles; after its last tile its sums of values, a
+// table of weights and its share of R^T. When sums have been read: in the first warp's bytes the results
+// of windows, in the second's those of the history, [rows][PITCH].
 template <int NT, int DK, int DV, int WARPS, int CODEC> struct block_memory {
-    using result = partial<NT, DV>;
+    using sums = value_sums<NT, DV>;
     static constexpr int COUNT = WARPS, COMPILED_CODEC = CODEC;
-    static constexpr int ROWS = 8 * NT, PITCH = DV + 4;
+    static constexpr int ROWS = 8 * NT, PITCH = DV + 8; // operands are read without bank conflicts
     static constexpr int TILE = tile<DK, DV, CODEC>::MOST_BYTES;
     // Tiles of a warp's ring. Short blocks gain by a third; long ones lose by what it takes.
     static constexpr int SLOTS = WARPS == 4 && NT == 1 && DK + DV <= 256 && !has_levels(CODEC) ? 3 : 2;
     static constexpr bool STAGED = KVD_BULK && DV <= 128; // is R^T
     static constexpr int SHARE = DV <= 128 ? packed<DV>::WORDS * 4 / WARPS : 0;
-    static constexpr int AFTER = result::BYTES + SHARE, RING = SLOTS * TILE;
+    static constexpr int WEIGHTS = ROWS * PITCH * 4, STAGE = WEIGHTS + 512;
+    static constexpr int RING = SLOTS * TILE, AFTER = STAGE + SHARE;
     static constexpr int OWN = ((RING > AFTER ? RING : AFTER) + 127) / 128 * 128;
     // With three slots nothing is left for the queries: the last slot holds them at first.
     static constexpr bool QUERIES_IN_RING = SLOTS == 3;
     static constexpr int QUERIES = QUERIES_IN_RING ? WARPS * OWN - OWN + (SLOTS - 1) * TILE : WARPS * OWN;
     static constexpr int TERMS = QUERIES_IN_RING ? WARPS * OWN : QUERIES + (int)sizeof(queries<NT, DK, WARPS>);
-    static constexpr int BARRIERS = TERMS + (int)sizeof(row_terms<NT>);
+    static constexpr int PARTS = TERMS + N_TERMS * ROWS * WARPS * 4, BARRIERS = PARTS + 8;
     static constexpr int BYTES = BARRIERS + (WARPS * SLOTS + 1) * 8; // the last one is R^T's
     static_assert(sizeof(queries<NT, DK, WARPS>) <= TILE || !QUERIES_IN_RING, "queries fit a slot");
-    static_assert(ROWS * PITCH * 4 <= result::BYTES && sizeof(row_operands<NT, DV>) <= result::BYTES &&
-                      (MAX_PARTS + WARPS - 1) / WARPS * ROWS * 4 <= result::BYTES,
-                  "what comes after the partials takes their place");
+    static_assert(sums::QUADS * sums::QUAD_PITCH * 4 <= WEIGHTS, "results take the place of sums");
 
     uint8_t *at;
 
@@ -114,9 +70,19 @@ template <int NT, int DK, int DV, int WARPS, int CODEC> struct block_memory {
         return at + warp * OWN;
     }
 
-    __device__ inline result results(int warp) const
+    __device__ inline sums values(int warp) const
     {
         return {(float *)own(warp)};
+    }
+
+    __device__ inline float *weights() const // of this warp
+    {
+        return (float *)(own(threadIdx.x / 32) + WEIGHTS);
+    }
+
+    __device__ inline float *terms(int term, int row) const // [WARPS]
+    {
+        return (float *)(at + TERMS) + (term * ROWS + row) * WARPS;
     }
 
     __device__ inline queries<NT, DK, WARPS> &rotated() const
@@ -124,19 +90,19 @@ template <int NT, int DK, int DV, int WARPS, int CODEC> struct block_memory {
         return *(queries<NT, DK, WARPS> *)(at + QUERIES);
     }
 
-    __device__ inline row_terms<NT> &terms() const
-    {
-        return *(row_terms<NT> *)(at + TERMS);
-    }
-
-    __device__ inline float *windows() const // [ROWS][PITCH]
+    __device__ inline float *windows() const
     {
         return (float *)own(0);
     }
 
-    __device__ inline row_operands<NT, DV> &operands() const
+    __device__ inline float *history() const
     {
-        return *(row_operands<NT, DV> *)own(1);
+        return (float *)own(1);
+    }
+
+    __device__ inline uint32_t &parts() const // of the history
+    {
+        return *(uint32_t *)(at + PARTS);
     }
 
     __device__ inline uint64_t *barriers(int warp) const // [SLOTS]; of warp WARPS: R^T's
@@ -147,8 +113,6 @@ template <int NT, int DK, int DV, int WARPS, int CODEC> struct block_memory {
     // By all threads, before the first barrier of the block.
     __device__ inline void init() const
     {
-        if (threadIdx.x < ROWS)
-            terms().top[threadIdx.x] = 0;
 #if KVD_BULK
         if (threadIdx.x % 32 == 0) {
             for (int i = 0; i < SLOTS; i++)
@@ -167,13 +131,13 @@ template <int NT, int DK, int DV, int WARPS, int CODEC> struct block_memory {
 template <typename M, int DV> struct unrotation {
     M m;
     const uint32_t *r;
-    const float *scale;
+    float scale; // what products must be divided by
 
     __device__ inline unrotation(const attend_call &p, const row_block &b, M memory) : m(memory)
     {
         uint64_t index = matrix_index(p.rotation, p.layer, b.kv);
         r = matrix_at<DV>(p.rotation.v.inverse, index);
-        scale = &p.rotation.v.scale[index];
+        scale = __ldg(&p.rotation.v.scale[index]);
     }
 
     // Each warp asks for its share, once, after its last tile.
@@ -183,7 +147,7 @@ template <typename M, int DV> struct unrotation {
         if constexpr (M::STAGED) {
             int warp = threadIdx.x / 32;
             if (threadIdx.x % 32 == 0)
-                fetch(m.own(warp) + M::result::BYTES, r + warp * (M::SHARE / 4), M::SHARE,
+                fetch(m.own(warp) + M::STAGE, r + warp * (M::SHARE / 4), M::SHARE,
                       m.barriers(M::COUNT), cache_policy(false));
         }
 #endif
@@ -202,7 +166,7 @@ template <typename M, int DV> struct unrotation {
         if constexpr (M::STAGED) {
             constexpr int UNITS = M::SHARE / 512; // of 8 outputs x 32 inputs
             int unit = out8 * (DV / 32) + in32;
-            return *((const uint4 *)(m.own(unit / UNITS) + M::result::BYTES) + unit % UNITS * 32 +
+            return *((const uint4 *)(m.own(unit / UNITS) + M::STAGE) + unit % UNITS * 32 +
                      threadIdx.x % 32);
         }
         return __ldg(packed<DV>::at(r, out8, in32));
@@ -211,20 +175,20 @@ template <typename M, int DV> struct unrotation {
 
 // -- combining partials --------------------------------------------------------------------------
 
-// Which sums of values a thread takes: four rows of a channel, over every groups-th partial from
+// Which sums of values a thread takes: four rows of a channel, over every groups-th four partials from
 // `group` on. A warp's lanes have channels of one quad; those of a group lie side by side.
 template <int NT, int DV, int WARPS> struct share {
     static constexpr int THREADS = WARPS * 32, QUADS = 2 * NT;
     static constexpr int MOST = (QUADS * DV + THREADS - 1) / THREADS; // vectors a thread, at most
-    int vectors, groups, group, first;
+    uint32_t vectors, groups, group, first;
 
-    __device__ inline explicit share(int rows)
+    __device__ inline explicit share(uint32_t rows)
     {
         vectors = (rows + 3) / 4 * DV;
         groups = THREADS >= 4 * vectors ? 4 : THREADS >= 2 * vectors ? 2 : 1;
-        int lanes = 32 / groups, lane = threadIdx.x % 32;
+        uint32_t lanes = 32 / groups, lane = threadIdx.x % 32;
         group = lane / lanes;
-        first = (int)threadIdx.x / 32 * lanes + lane % lanes;
+        first = threadIdx.x / 32 * lanes + lane % lanes;
     }
 
     // Calls f(i, quad, channel) for the thread's vectors.
@@ -232,145 +196,163 @@ template <int NT, int DV, int WARPS> struct share {
     {
 #pragma unroll
         for (int i = 0; i < MOST; i++) {
-            int vector = first + i * (THREADS / groups);
+            uint32_t vector = first + i * (THREADS / groups);
             if (vector < vectors)
-                f(i, vector / DV, vector % DV);
+                f(i, (int)(vector / DV), (int)(vector % DV));
         }
     }
 
     __device__ inline void sum_groups(float4 &x) const
     {
 #pragma unroll 1
-        for (int k = 32 / groups; k < 32; k *= 2) {
+        for (uint32_t k = 32 / groups; k < 32; k *= 2) {
             x.x += __shfl_xor_sync(~0u, x.x, k), x.y += __shfl_xor_sync(~0u, x.y, k);
             x.z += __shfl_xor_sync(~0u, x.z, k), x.w += __shfl_xor_sync(~0u, x.w, k);
         }
     }
 };
 
-// The larger of floats over a warp; NaN counts as very large or very small.
-__device__ inline float warp_max(float x)
-{
-    auto ordered = [](int bits) { return bits ^ (bits >> 31 & 0x7fffffff); };
-    return __int_as_float(ordered(__reduce_max_sync(~0u, ordered(__float_as_int(x)))));
-}
+// The warps' partials, in shared memory.
+template <typename M> struct warp_partials {
+    static constexpr bool MIXED = false;
+    static constexpr uint32_t n = M::COUNT, of_history = n; // all are of one kind
+    M mem;
 
-// First step: terms of all rows over n partials, of which at(k) gives the k-th, and the partials'
-// weights, one for a row, at weights(k), which may be where their maxima were.
-template <bool GLOBAL, typename M, typename A, typename W>
-__device__ inline void combine_terms(const M &mem, uint32_t n, int rows, A at, W weights)
-{
-    auto &t = mem.terms();
-    uint32_t lane = threadIdx.x % 32;
-#pragma unroll 1
-    for (int row = (int)threadIdx.x / 32; row < rows; row += M::COUNT) {
-        auto read = [&](const float *x) { return GLOBAL ? __ldcg(x + row) : x[row]; };
-        auto of = [&](uint32_t k, const float *x, float none) { return k < n ? read(x) : none; };
-        float first = of(lane, at(lane).m(), NONE), m = first;
-        float first_l = of(lane, at(lane).l(), 0), first_low = of(lane, at(lane).low(), 0);
-#pragma unroll 1
-        for (uint32_t k = lane + 32; k < n; k += 32)
-            m = fmaxf(m, read(at(k).m()));
-        m = warp_max(m);
-        float f = fast_exp2(first - m), l = f * first_l, low = f * first_low;
-        if (lane < n)
-            weights(lane)[row] = f;
-#pragma unroll 1
-        for (uint32_t k = lane + 32; k < n; k += 32) {
-            f = fast_exp2(read(at(k).m()) - m);
-            l += f * read(at(k).l());
-            low += f * read(at(k).low());
-            weights(k)[row] = f;
-        }
-#pragma unroll
-        for (int k = 1; k < 32; k *= 2) {
-            l += __shfl_xor_sync(~0u, l, k);
-            low += __shfl_xor_sync(~0u, low, k);
-        }
-        if (lane == 0) {
-            t.m[row] = m, t.l[row] = l, t.low[row] = low;
-            t.inverse[row] = l > 0 ? __fdividef(1, l) : 0;
-        }
+    // A term of partials k to k + 3.
+    __device__ inline float4 terms(int term, int row, uint32_t k, float none) const
+    {
+        return k < n ? *(const float4 *)(mem.terms(term, row) + k) : make_float4(none, none, none, none);
     }
+
+    __device__ inline float4 values(uint32_t k, int quad, int channel) const
+    {
+        return *mem.values(min(k, n - 1)).vector(quad, channel);
+    }
+};
+
+// Those of the parts of a unit, in memory, the history's first.
+template <typename L> struct part_partials {
+    static constexpr bool MIXED = true;
+    const uint8_t *at;
+    uint32_t n, of_history;
+
+    __device__ inline const float *part(uint32_t k) const
+    {
+        return (const float *)(at + k * L::BYTES);
+    }
+
+    __device__ inline float4 terms(int term, int row, uint32_t k, float none) const
+    {
+        auto one = [&](uint32_t i) {
+            return i < n ? __ldcg(part(i) + L::TERMS + term * L::sums::ROWS + row) : none;
+        };
+        return make_float4(one(k), one(k + 1), one(k + 2), one(k + 3));
+    }
+
+    __device__ inline float4 values(uint32_t k, int quad, int channel) const
+    {
+        return __ldcg(typename L::sums{(float *)part(min(k, n - 1))}.vector(quad, channel));
+    }
+};
+
+// Terms of a row, of all partials. A lane has those of row lane % ROWS.
+struct row_terms {
+    float m, l, low;
+};
+
+__device__ inline void add(float4 &to, const float4 &x, float a, float b, float c, float d)
+{
+    to.x = fmaf(x.x, a, to.x), to.y = fmaf(x.y, b, to.y), to.z = fmaf(x.z, c, to.z), to.w = fmaf(x.w, d, to.w);
 }
 
-__device__ inline void add(float4 &to, float4 x, float4 w)
+__device__ inline float largest(const float4 &x)
 {
-    to.x = fmaf(x.x, w.x, to.x), to.y = fmaf(x.y, w.y, to.y);
-    to.z = fmaf(x.z, w.z, to.z), to.w = fmaf(x.w, w.w, to.w);
+    return fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w));
 }
 
-// The warps' partials, which all have written: terms, and the thread's sums of values.
-template <typename M, typename S>
-__device__ inline void combine_warps(const M &mem, int rows, const S &mine, float4 (&sums)[S::MOST])
+__device__ inline float dot(const float4 &x, const float4 &y)
 {
-    constexpr uint32_t WARPS = M::COUNT;
-    auto at = [&](uint32_t w) { return mem.results(min(w, WARPS - 1)); };
-    combine_terms<false>(mem, WARPS, rows, at, [&](uint32_t w) { return at(w).m(); });
-    __syncthreads();
-    mine.each([&](int i, int quad, int channel) {
-        sums[i] = {};
-#pragma unroll 4
-        for (uint32_t w = mine.group; w < WARPS; w += mine.groups)
-            add(sums[i], *at(w).vector(quad, channel), *(const float4 *)&at(w).m()[quad * 4]);
-        mine.sum_groups(sums[i]);
-    });
+    return x.x * y.x + x.y * y.y + (x.z * y.z + x.w * y.w);
 }
 
-// The partials of all parts of a unit, the history's first.
-template <typename M, typename S>
-__device__ inline void combine_parts(const M &mem, const uint8_t *parts, uint32_t of_history, uint32_t n,
-                                     int rows, const S &mine, float4 (&history)[S::MOST],
-                                     float4 (&windows)[S::MOST])
+// Sums over partials: the terms of the lane's row, and the thread's values, those of windows apart. A lane weighs four partials for its row at a time; a table in
+// shared memory brings the weights to the lanes that want them.
+template <int NT, typename M, typename P, typename S>
+__device__ inline row_terms combine(const M &mem, const P &from, uint32_t rows, const S &mine,
+                                    float4 (&history)[S::MOST], float4 (&windows)[S::MOST])
 {
-    constexpr int AHEAD = 4;
-    using result = typename M::result;
-    auto at = [&](uint32_t k) { return result{(float *)(parts + min(k, n - 1) * result::BYTES)}; };
-    auto weights = [&](uint32_t k) { // where partials of the warps were
-        return (float *)mem.own(k % M::COUNT) + k / M::COUNT * M::ROWS;
-    };
-    float4 x[S::MOST][AHEAD];
-    auto load = [&](int i, int quad, int channel, uint32_t first) {
-#pragma unroll
-        for (int k = 0; k < AHEAD; k++)
-            x[i][k] = __ldcg(at(first + k * mine.groups).vector(quad, channel));
-    };
-    mine.each([&](int i, int quad, int channel) { load(i, quad, channel, mine.group); });
-    combine_terms<true>(mem, n, rows, at, weights);
-    __syncthreads();
+    constexpr int ROWS = 8 * NT, FOURS = 32 / ROWS, BATCH = 4 * FOURS; // partials at a time
+    int lane = threadIdx.x % 32, row = min(lane % ROWS, (int)rows - 1), four = lane / ROWS;
+    float *table = mem.weights(); // [four][row][4]
+    float4 ahead[S::MOST][4];
     mine.each([&](int i, int quad, int channel) {
         history[i] = windows[i] = {};
-#pragma unroll 1
-        for (uint32_t first = mine.group; first < n; first += AHEAD * mine.groups) {
-            if (first != mine.group)
-                load(i, quad, channel, first);
 #pragma unroll
-            for (int k = 0; k < AHEAD; k++) {
-                uint32_t part = first + k * mine.groups;
-                if (part >= n)
-                    break;
-                float4 w = *(const float4 *)&weights(part)[quad * 4];
-                if (part < of_history)
-                    add(history[i], x[i][k], w);
-                else
-                    add(windows[i], x[i][k], w);
-            }
+        for (int k = 0; k < 4; k++)
+            ahead[i][k] = from.values(4 * mine.group + k, quad, channel);
+    });
+    float4 m = from.terms(TERM_M, row, 4 * four, NONE), l = from.terms(TERM_L, row, 4 * four, 0);
+    float4 low = from.terms(TERM_LOW, row, 4 * four, 0);
+    row_terms t = {largest(m), 0, 0};
+#pragma unroll 1
+    for (uint32_t base = BATCH; base < from.n; base += BATCH)
+        t.m = fmaxf(t.m, largest(from.terms(TERM_M, row, base + 4 * four, NONE)));
+#pragma unroll
+    for (int k = ROWS; k < 32; k *= 2)
+        t.m = fmaxf(t.m, __shfl_xor_sync(~0u, t.m, k));
+#pragma unroll 1
+    for (uint32_t base = 0; base < from.n; base += BATCH) {
+        if (base > 0) {
+            m = from.terms(TERM_M, row, base + 4 * four, NONE), l = from.terms(TERM_L, row, base + 4 * four, 0);
+            low = from.terms(TERM_LOW, row, base + 4 * four, 0);
+            __syncwarp();
         }
+        float4 f = make_float4(fast_exp2(m.x - t.m), fast_exp2(m.y - t.m), fast_exp2(m.z - t.m),
+                               fast_exp2(m.w - t.m));
+        *(float4 *)&table[(four * ROWS + lane % ROWS) * 4] = f;
+        t.l += dot(f, l);
+        t.low += dot(f, low);
+        __syncwarp();
+        for (uint32_t q = mine.group; q < FOURS && base + 4 * q < from.n; q += mine.groups)
+            mine.each([&](int i, int quad, int channel) {
+                const float4 *w = (const float4 *)&table[(q * ROWS + quad * 4) * 4];
+                float4 a = w[0], b = w[1], c = w[2], d = w[3];
+                if (base + q != mine.group)
+#pragma unroll
+                    for (int k = 0; k < 4; k++)
+                        ahead[i][k] = from.values(base + 4 * q + k, quad, channel);
+                auto to = [&](int k, float w0, float w1, float w2, float w3) {
+                    if (!P::MIXED || base + 4 * q + k < from.of_history)
+                        add(history[i], ahead[i][k], w0, w1, w2, w3);
+                    else
+                        add(windows[i], ahead[i][k], w0, w1, w2, w3);
+                };
+                to(0, a.x, b.x, c.x, d.x), to(1, a.y, b.y, c.y, d.y);
+                to(2, a.z, b.z, c.z, d.z), to(3, a.w, b.w, c.w, d.w);
+            });
+    }
+    mine.each([&](int i, int, int) {
         mine.sum_groups(history[i]);
-        if (n > of_history)
+        if (P::MIXED && from.of_history < from.n)
             mine.sum_groups(windows[i]);
     });
+#pragma unroll
+    for (int k = ROWS; k < 32; k *= 2) {
+        t.l += __shfl_xor_sync(~0u, t.l, k);
+        t.low += __shfl_xor_sync(~0u, t.low, k);
+    }
+    return t;
 }
 
 // -- the warps of a block ------------------------------------------------------------------------
 
-// Leaves a warp's partial in its own bytes.
+// Leaves a warp's partial in shared memory.
 template <int NT, int DV, typename M>
 __device__ inline void share_results(const M &mem, const logit_terms<NT> &x, const state<NT, DV> &st,
                                      uint32_t rows)
 {
-    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    auto to = mem.results(threadIdx.x / 32);
+    int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    auto to = mem.values(warp);
 #pragma unroll
     for (int n = 0; n < NT; n++) {
         float l[2], low[2];
@@ -392,26 +374,29 @@ __device__ inline void share_results(const M &mem, const logit_terms<NT> &x, con
             vector[i * 16] = make_float2(st.o[n][i / 2][i % 2 * 2], st.o[n][i / 2][i % 2 * 2 + 1]);
         if (g > 0)
             continue;
-        auto maximum = [&](int e) { return st.m[n][e] > x.none * 0.99f ? st.m[n][e] * x.unit : NONE; };
-        *(float2 *)&to.m()[row] = make_float2(maximum(0), maximum(1));
-        *(float2 *)&to.l()[row] = make_float2(l[0], l[1]);
-        *(float2 *)&to.low()[row] = make_float2(low[0], low[1]);
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            mem.terms(TERM_M, row + e)[warp] = st.m[n][e] > x.none * 0.99f ? st.m[n][e] * x.unit : NONE;
+            mem.terms(TERM_L, row + e)[warp] = l[e];
+            mem.terms(TERM_LOW, row + e)[warp] = low[e];
+        }
     }
 }
 
 // Writes a block's partial for the one that will combine the parts.
-template <typename M, typename S>
-__device__ inline void write_part(const M &mem, uint8_t *part, int rows, const S &mine,
-                                  const float4 (&sums)[S::MOST])
+template <typename L, typename S>
+__device__ inline void write_part(uint8_t *part, uint32_t rows, const S &mine, const row_terms &t,
+                                  const float4 (&values)[S::MOST])
 {
-    typename M::result to = {(float *)part};
     if (mine.group == 0)
-        mine.each([&](int i, int quad, int channel) { __stcg(to.vector(quad, channel), sums[i]); });
-    const auto &t = mem.terms();
-    if ((int)threadIdx.x < rows) {
-        __stcg(to.m() + threadIdx.x, t.m[threadIdx.x]);
-        __stcg(to.l() + threadIdx.x, t.l[threadIdx.x]);
-        __stcg(to.low() + threadIdx.x, t.low[threadIdx.x]);
+        mine.each([&](int i, int quad, int channel) {
+            __stcg(typename L::sums{(float *)part}.vector(quad, channel), values[i]);
+        });
+    if (threadIdx.x < rows) {
+        float *to = (float *)part + L::TERMS + threadIdx.x;
+        __stcg(to + TERM_M * L::sums::ROWS, t.m);
+        __stcg(to + TERM_L * L::sums::ROWS, t.l);
+        __stcg(to + TERM_LOW * L::sums::ROWS, t.low);
     }
 }
 
@@ -433,80 +418,67 @@ __device__ inline bool arrive_last(uint32_t *counter, uint32_t n)
 
 // -- writing o -----------------------------------------------------------------------------------
 
-// Shares the results of the history as operands, and those of windows as they are.
-template <int NT, int DV, typename M, typename S>
-__device__ inline void share_finished(const M &mem, const S &mine, bool rotated, bool plain,
-                                      float4 (&history)[S::MOST], const float4 (&windows)[S::MOST])
+// Un-rotates 8 channels of a block's rows, in tf32: rows are 32-bit floats in shared memory, rounded
+// when they were put there. With one N tile, rows 8 to 15 of the product are zeros.
+template <int NT, int DV, typename M>
+__device__ inline void unrotate(const M &mem, const unrotation<M, DV> &back, int out8, float (&c)[4])
 {
-    auto &t = mem.terms();
-    if (rotated)
-        mine.each([&](int i, int quad, int channel) {
-            float unit = has_levels(M::COMPILED_CODEC)
-                             ? 1 : TWO24 * slot_factor<M::COMPILED_CODEC>(channel / 16);
-            float4 low = *(const float4 *)&t.low[quad * 4], f = *(const float4 *)&t.inverse[quad * 4];
-            float4 x = history[i];
-            x.x = fmaf(x.x, unit, low.x) * f.x, x.y = fmaf(x.y, unit, low.y) * f.y;
-            x.z = fmaf(x.z, unit, low.z) * f.z, x.w = fmaf(x.w, unit, low.w) * f.w;
-            history[i] = x;
-            auto top = [&](float y, int row) {
-                uint32_t bits = __reduce_max_sync(~0u, __float_as_uint(fabsf(y)));
-                if (threadIdx.x % 32 == 0)
-                    atomicMax(&t.top[quad * 4 + row], bits);
-            };
-            top(x.x, 0), top(x.y, 1), top(x.z, 2), top(x.w, 3);
-        });
-    __syncthreads();
-    if (mine.group > 0)
-        return;
-    mine.each([&](int i, int quad, int channel) {
-        if (rotated) {
-            uint16_t *to = mem.operands().put(quad, channel);
-            auto put = [&](float y, int row) {
-                float f = inverse_power(magnitude(__uint_as_float(t.top[quad * 4 + row])));
-                to[row * mem.operands().NEXT] = __half_as_ushort(__float2half_rn(y * f));
-            };
-            put(history[i].x, 0), put(history[i].y, 1), put(history[i].z, 2), put(history[i].w, 3);
+    const float *row = mem.history() + threadIdx.x % 32 / 4 * M::PITCH + threadIdx.x % 4 * 2;
+    float sums[2][4] = {};
+#pragma unroll
+    for (int i = 0; i < DV / 32; i++) {
+        uint4 r = back.load(out8, i);
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            float2 b = unpack_fp16(word_of(r, k)), a = *(const float2 *)(row + i * 32 + k * 8), a8 = {};
+            if (NT == 2)
+                a8 = *(const float2 *)(row + 8 * M::PITCH + i * 32 + k * 8);
+            mma_tf32(sums[k % 2], a, a8, b);
         }
-        if (plain) { // these channels come in the order of bf16 operands
-            int in = channel % 8;
-            int c = channel / 32 * 32 + in / 2 * 8 + channel / 16 % 2 * 4 + channel / 8 % 2 * 2 + in % 2;
-            float4 x = windows[i], f = *(const float4 *)&t.inverse[quad * 4];
-            float *to = mem.windows() + quad * 4 * M::PITCH + c;
-            to[0] = x.x * f.x, to[M::PITCH] = x.y * f.y;
-            to[2 * M::PITCH] = x.z * f.z, to[3 * M::PITCH] = x.w * f.w;
-        }
-    });
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+        c[e] = sums[0][e] + sums[1][e];
+}
+
+// Channel of the i-th sum of windows' values: these come in the order of bf16 operands.
+__device__ inline int window_channel(int i)
+{
+    return i / 32 * 32 + i % 8 / 2 * 8 + i / 16 % 2 * 4 + i / 8 % 2 * 2 + i % 2;
 }
 
 // Writes o and lse of a block's rows: un-rotates the history's share where there is one.
 template <int NT, int DV, typename M, typename S>
-__device__ inline void finish_rows(const attend_call &p, const row_block &b, const M &mem, int rows,
-                                   const S &mine, bool rotated, bool plain,
-                                   float4 (&history)[S::MOST], const float4 (&windows)[S::MOST])
+__device__ inline void finish_rows(const attend_call &p, const row_block &b, const unrotation<M, DV> &back,
+                                   uint32_t rows, const S &mine, const row_terms &t, bool rotated, bool plain,
+                                   const float4 (&history)[S::MOST], const float4 (&windows)[S::MOST])
 {
     constexpr int WARPS = M::COUNT;
-    int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    unrotation<M, DV> back(p, b, mem);
-    const auto &terms = mem.terms();
-    float scale = rotated ? __fdividef(1, __ldg(back.scale)) : 0;
-    if (p.lse && (int)threadIdx.x < rows)
-        p.lse[row_index(p, b, b.row0 + threadIdx.x)] =
-            (terms.m[threadIdx.x] + log2f(terms.l[threadIdx.x])) / LOG2E;
-    share_finished<NT, DV>(mem, mine, rotated, plain, history, windows);
+    const M &mem = back.m;
+    int warp = threadIdx.x / 32;
+    float inverse = t.l > 0 ? __fdividef(1, t.l) : 0, scaled = __fdividef(inverse, back.scale);
+    if (p.lse && threadIdx.x < rows)
+        p.lse[row_index(p, b, b.row0 + threadIdx.x)] = (t.m + log2f(t.l)) / LOG2E;
+    __syncthreads(); // sums of values have been read
+    mine.each([&](int i, int quad, int channel) {
+        float unit = has_levels(M::COMPILED_CODEC) ? 1 : TWO24 * slot_factor<M::COMPILED_CODEC>(channel / 16);
+        auto put = [&](int k, float x, float y) {
+            int row = quad * 4 + k;
+            float low = __shfl_sync(~0u, t.low, row), f = __shfl_sync(~0u, scaled, row);
+            float g = __shfl_sync(~0u, inverse, row);
+            if (mine.group > 0)
+                return;
+            if (rotated)
+                mem.history()[row * M::PITCH + channel] = round_tf32(fmaf(x, unit, low) * f);
+            if (plain)
+                mem.windows()[row * M::PITCH + window_channel(channel)] = y * g;
+        };
+        put(0, history[i].x, windows[i].x), put(1, history[i].y, windows[i].y);
+        put(2, history[i].z, windows[i].z), put(3, history[i].w, windows[i].w);
+    });
     __syncthreads();
-    uint32_t a[DV / 16][4];
-    if (rotated) {
-        mem.operands().load(a);
+    if (rotated)
         back.wait();
-    }
-    float factor[NT];
-    uint64_t at[NT];
-#pragma unroll
-    for (int half = 0; half < NT; half++) {
-        int row = half * 8 + g;
-        factor[half] = magnitude(__uint_as_float(terms.top[row])) * scale;
-        at[half] = row_index(p, b, b.row0 + row) * DV + 8 * t;
-    }
 #pragma unroll
     for (int i = 0; i < (DV / 8 + WARPS - 1) / WARPS; i++) {
         int j = warp + i * WARPS;
@@ -514,21 +486,22 @@ __device__ inline void finish_rows(const attend_call &p, const row_block &b, con
             break;
         float c[4] = {};
         if (rotated)
-            rotate_tile<DV>(a, [&](int in32) { return back.load(j, in32); }, c);
+            unrotate<NT>(mem, back, j, c);
 #pragma unroll
         for (int half = 0; half < NT; half++) {
-            int row = half * 8 + g, channel = inverse_channel(j);
+            uint32_t row = half * 8 + threadIdx.x % 32 / 4, channel = threadIdx.x % 4 * 8 + inverse_channel(j);
             if (row >= rows)
                 continue;
-            float2 x = make_float2(c[2 * half] * factor[half], c[2 * half + 1] * factor[half]);
+            float2 x = make_float2(c[2 * half], c[2 * half + 1]);
             if (plain) {
-                float2 w = *(const float2 *)&mem.windows()[row * M::PITCH + 8 * t + channel];
+                float2 w = *(const float2 *)&mem.windows()[row * M::PITCH + channel];
                 x.x += w.x, x.y += w.y;
             }
+            uint64_t at = row_index(p, b, b.row0 + row) * DV + channel;
             if (p.o_type == KVD_DTYPE_F32)
-                *(float2 *)((float *)p.o + at[half] + channel) = x;
+                *(float2 *)((float *)p.o + at) = x;
             else
-                *(uint32_t *)((uint16_t *)p.o + at[half] + channel) = pack_bf16(x.x, x.y);
+                *(uint32_t *)((uint16_t *)p.o + at) = pack_bf16(x.x, x.y);
         }
     }
 }
