@@ -96,20 +96,19 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
     uint32_t pos_last = row_position(p, b, min(b.row0 + 8 * NT, p.rows) - 1);
     uint32_t first = part_begin(range, part) + (uint32_t)warp, end = part_begin(range, part + 1);
     const uint32_t bytes = tile<DK, DV, CODEC>::bytes(p.codec);
-    // The warp's tile k. Computed anew each time: registers are scarce.
-    auto tile_of = [&](uint32_t k) {
-        uint32_t s = place_of<NT>(p).s, kv = place_of<NT>(p).kv, i = first + k * WARPS;
-        const uint64_t *pages = p.pages.codec + (uint64_t)s * p.pages.codec_stride;
-        return (const uint8_t *)(i < end ? pages[i] + ((uint64_t)p.layer * p.kv_heads + kv) * bytes : 0);
-    };
+    const uint64_t *pages = p.pages.codec + (uint64_t)b.s * p.pages.codec_stride;
+    uint64_t offset = ((uint64_t)p.layer * p.kv_heads + b.kv) * bytes;
 #if KVD_BULK
     // Lane k fetches the warp's tiles k, k + 32, ...: it has read their addresses ahead of need.
     uint64_t *bars = memory.barriers(warp);
     auto slot_at = [&](uint32_t i) { return memory.own(warp) + i * mem::TILE; };
-    auto ask = [&](uint32_t slot, const uint8_t *at) {
-        fetch(slot_at(slot), at, bytes, &bars[slot], cache_policy(p.rows <= 8 * NT));
+    auto page_of = [&](uint32_t k) {
+        uint32_t i = first + k * WARPS;
+        return (const uint8_t *)(i < end ? pages[i] + offset : 0);
     };
-    const uint8_t *mine = tile_of(lane);
+    uint64_t policy = cache_policy(p.rows <= 8 * NT);
+    auto ask = [&](uint32_t slot, const uint8_t *at) { fetch(slot_at(slot), at, bytes, &bars[slot], policy); };
+    const uint8_t *mine = page_of(lane);
     // With two slots, the first tiles of all warps are on their way before the second ones are asked
     // for; with three, all at once, but for the slot where the queries will be.
     bool late = lane == mem::SLOTS - 1 && (mem::SLOTS == 2 || warp == WARPS - 1);
@@ -148,17 +147,17 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
     x.none = -1e10f; // scores are below 10
     st.clear(x.none);
     auto operands = [&](int n, int ct) { return q[n][ct]; };
-    uint32_t round = 0; // of three slots
-    for (uint32_t k = 0; first + k * WARPS < end; k++) {
-        uint32_t i = first + k * WARPS, left = tokens - i * PAGE;
 #if KVD_BULK
-        uint32_t slot = mem::SLOTS == 2 ? k % 2 : k - 3 * round;
-        uint32_t phase = mem::SLOTS == 2 ? k / 2 % 2 : round % 2;
+    uint32_t slot = 0, phase = 0, ahead = mem::SLOTS;
+#endif
+    for (uint32_t i = first; i < end; i += WARPS) {
+#if KVD_BULK
         const uint8_t *at = slot_at(slot);
         barrier_wait(&bars[slot], phase);
 #else
-        const uint8_t *at = tile_of(k);
+        const uint8_t *at = (const uint8_t *)pages[i] + offset;
 #endif
+        uint32_t left = tokens - i * PAGE;
         tile_place place = {left < PAGE ? (int)left : PAGE, p.sink + i * PAGE};
         bool masked = place.count < PAGE;
         if (GENERAL)
@@ -171,12 +170,15 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
             attend_tile<false, false, NT, DK, DV, CODEC, CHUNKS>(at, p.codec, place, operands, x, st);
 #if KVD_BULK
         __syncwarp();
-        if ((k + mem::SLOTS) % 32 == 0)
-            mine = tile_of(k + mem::SLOTS + lane);
-        if (lane == (k + mem::SLOTS) % 32 && mine)
+        if (ahead % 32 == 0)
+            mine = page_of(ahead + lane);
+        if (lane == ahead % 32 && mine)
             ask(slot, mine);
-        if (mem::SLOTS == 3)
-            round += slot == 2;
+        ahead++;
+        if (++slot == mem::SLOTS) {
+            slot = 0;
+            phase ^= 1;
+        }
 #endif
     }
     let_next_start();
