@@ -25,8 +25,8 @@ struct CUstream_st;
 // Unused for bf16 pages. Identity is a matrix like any other, but its *_f32 may be NULL.
 struct kvd_cuda_matrices {
     const uint16_t *queries;      // q R, K's side only: bf16 operands, high then low part
-    const uint16_t *forward;      // x R: fp16 operands, high then low part
-    const uint16_t *inverse;      // x R^T: the same
+    const uint16_t *forward;      // x R: the same for rows to store
+    const uint16_t *inverse;      // x R^T: fp16 operands
     const float *scale;           // [matrices] what a product must be divided by
     const float *forward_f32;     // [matrices][D][D]
     const float *inverse_f32;     // its transpose
@@ -185,14 +185,14 @@ int kvd_cuda_checksum(const void *at, uint64_t bytes, unsigned long long *sum,
 
 // -- rotation sets -------------------------------------------------------------------------------
 
-// Bytes of a side's operands in `queries`, `forward` or `inverse`.
+// Bytes of a side's operands, of one part.
 static inline uint64_t kvd_cuda_operand_bytes(uint64_t matrices, uint32_t dim)
 {
-    return matrices * dim * dim * 4;
+    return matrices * dim * dim * 2;
 }
 
-// Host code. r: [matrices][dim][dim]. Writes operands (operand_bytes each; `queries` where it is not
-// NULL), scale and column sums.
+// Host code. r: [matrices][dim][dim]. Writes operands (`queries` where it is not NULL), scale and column
+// sums.
 void kvd_cuda_rotation_pack(const float *r, uint64_t matrices, uint32_t dim, uint16_t *queries,
                             uint16_t *forward, uint16_t *inverse, float *scale,
                             float *inverse_columns);

@@ -199,7 +199,7 @@ template <int NT, int DK, int WARPS> struct queries {
         if (tile >= DK / 16)
             return;
         const uint4 *from = (const uint4 *)matrix_at<DK>(p.rotation.k.queries,
-                                                         matrix_index(p.rotation, p.layer, kv)) +
+                                                         matrix_index(p.rotation, p.layer, kv), 2) +
                             (tile * STEPS + step) * 32 + threadIdx.x % 32;
 #pragma unroll
         for (int half = 0; half < 2; half++)

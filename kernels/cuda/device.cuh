@@ -372,7 +372,8 @@ __device__ inline void let_next_start()
 
 // -- rotations on tensor cores -------------------------------------------------------------------
 
-// A packed matrix holds B operands: [high, low part][out tile of 8][in tile of 16 / 2][lane][4 words].
+// A packed matrix holds B operands, [part][out tile of 8][in tile of 16 / 2][lane][4 words], or, for
+// queries, A operands of its transpose, [part][out tile of 16][in tile of 16][lane][4 words].
 // Channels are dealt to operands so that 16 bytes of a row of bf16 are operands as they are loaded.
 // As inputs of `forward`: word i of a lane's operands, the (2 i % 4)-th and next words of step i / 2,
 // is the pair at channel 8 t + forward_channel(i).
@@ -402,22 +403,9 @@ __device__ inline uint64_t matrix_index(const kvd_cuda_rotation &r, uint32_t lay
 }
 
 template <int D>
-__device__ inline const uint32_t *matrix_at(const uint16_t *operands, uint64_t index)
+__device__ inline const uint32_t *matrix_at(const uint16_t *operands, uint64_t index, int parts)
 {
-    return (const uint32_t *)operands + index * 2 * packed<D>::WORDS;
-}
-
-// c = a R for one tile of 8 outputs: a is 16 rows as A operands, load(i) the tile's operands of 32
-// inputs.
-template <int D, typename L>
-__device__ inline void rotate_tile(const uint32_t (&a)[D / 16][4], L load, float c[4])
-{
-#pragma unroll
-    for (int i = 0; i < D / 32; i++) {
-        uint4 b = load(i);
-        mma(c, a[2 * i], b.x, b.y);
-        mma(c, a[2 * i + 1], b.z, b.w);
-    }
+    return (const uint32_t *)operands + index * parts * packed<D>::WORDS;
 }
 
 // The power of two at or above x, as a divisor that brings |x| to at most 1; 1 for 0, NaN and Inf.

@@ -136,7 +136,7 @@ template <typename M, int DV> struct unrotation {
     __device__ inline unrotation(const attend_call &p, const row_block &b, M memory) : m(memory)
     {
         uint64_t index = matrix_index(p.rotation, p.layer, b.kv);
-        r = matrix_at<DV>(p.rotation.v.inverse, index);
+        r = matrix_at<DV>(p.rotation.v.inverse, index, 1);
         scale = __ldg(&p.rotation.v.scale[index]);
     }
 

@@ -63,79 +63,49 @@ template <typename T> __device__ inline T quad_sum(T x)
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-__device__ inline uint32_t absolute_bits(float x)
+// The value of lane `lane` of the row's four at index `i` of its own.
+template <int N, typename X> __device__ inline float value_at(X x, uint32_t i, uint32_t lane)
 {
-    return __float_as_uint(x) & 0x7fffffffu;
+    float y[N];
+#pragma unroll
+    for (int k = 0; k < N; k++)
+        y[k] = x(k);
+    static_for<8>([&](auto level) {
+        constexpr int half = N >> (level + 1);
+#pragma unroll
+        for (int k = 0; k < half; k++)
+            y[k] = i & half ? y[k + half] : y[k];
+    });
+    return __shfl_sync(~0u, y[0], (threadIdx.x & ~3u & 31) | lane);
 }
 
-// How many of a row's |x| are at least the value with these bits.
-template <int N, typename X> __device__ inline int count_from(X x, uint32_t bits)
+// The n-th largest of |x| over a row: N values in each of its four lanes, x(i) giving one. All lanes take
+// part. Goes down by n steps over keys that order like |x| and differ: their last bits say where a value
+// lies. Values that agree in the other 16 bits or more of their mantissas pass for equal.
+template <int N, typename X> __device__ inline float nth_largest(X x, int n)
 {
-    float count = 0, at = __uint_as_float(bits);
+    constexpr uint32_t places = 4 * N - 1;
+    uint32_t keys[N], lane = threadIdx.x % 4, cur = 0;
 #pragma unroll
     for (int i = 0; i < N; i++)
-        count += fabsf(x(i)) >= at ? 1.0f : 0.0f;
-    return quad_sum((int)count);
-}
-
-// The n-th largest of |x| over a row, for any values: from each value to the next below. As bits,
-// absolute values order like integers; a value below `cur` minus `cur` wraps to more than any other.
-template <int N, typename X> __device__ inline uint32_t nth_by_steps(X x, int n)
-{
-    uint32_t cur = 0x80000000u, found = cur;
-    for (int k = 0; k < n && __any_sync(~0u, found == 0x80000000u); k++) {
-        uint32_t best = 0;
-#pragma unroll
-        for (int i = 0; i < N; i++)
-            best = max(best, absolute_bits(x(i)) - cur);
-        cur += quad_max(best);
-        if (count_from<N>(x, cur) >= n && found == 0x80000000u)
-            found = cur;
-    }
-    return found;
-}
-
-// The n-th largest of |x| over a row: N values in each of its four lanes, x(i) giving one, `top` the
-// largest. All lanes take part. Goes down by n steps over keys of 16 bits, two a register; the key
-// found leads to the value unless keys are equal, which the count tells.
-template <int N, typename X> __device__ inline float nth_largest(X x, float top, int n)
-{
-    float to_key = top > 0 ? fminf(__fdividef(65535.0f, top), 1e38f) : 0;
-    uint32_t keys[N / 2];
-#pragma unroll
-    for (int i = 0; i < N / 2; i++) {
-        uint32_t low = __float_as_uint(fmaf(fabsf(x(2 * i)), to_key, 8388608.0f));
-        uint32_t high = __float_as_uint(fmaf(fabsf(x(2 * i + 1)), to_key, 8388608.0f));
-        keys[i] = __byte_perm(low, high, 0x5410);
-    }
-    uint32_t cur = 0;
+        keys[i] = (__float_as_uint(x(i)) & (0x7fffffffu & ~places)) | (4 * i);
 #pragma unroll 1
     for (int k = 0; k < n; k++) {
-        uint32_t minus = __byte_perm(0u - cur, 0, 0x1010), best[2] = {0, 0};
+        // A key below `cur` minus `cur` wraps to more than any other.
+        uint32_t minus = lane - cur, best[4] = {0, 0, 0, 0};
 #pragma unroll
-        for (int i = 0; i < N / 2; i++)
-            best[i % 2] = __viaddmax_u16x2(keys[i], minus, best[i % 2]);
-        best[0] = __vmaxu2(best[0], best[1]);
-        best[0] = __vmaxu2(best[0], __shfl_xor_sync(~0u, best[0], 1));
-        best[0] = __vmaxu2(best[0], __shfl_xor_sync(~0u, best[0], 2));
-        cur = (cur + max(best[0] & 0xffff, best[0] >> 16)) & 0xffff;
+        for (int i = 0; i < N; i++)
+            best[i % 4] = __viaddmax_u32(keys[i], minus, best[i % 4]);
+        cur += quad_max(max(max(best[0], best[1]), max(best[2], best[3])));
     }
-    // The largest value that is not above the key's; where rounding makes that wrong, the count is.
-    uint32_t above = __float_as_uint(__fdividef((float)cur + 0.5f, to_key)) + 1, best = 0;
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        best = max(best, absolute_bits(x(i)) - above);
-    uint32_t found = above + quad_max(best);
-    if (__any_sync(~0u, count_from<N>(x, found) != n))
-        found = nth_by_steps<N>(x, n);
-    return __uint_as_float(found);
+    return fabsf(value_at<N>(x, cur >> 2 & (N - 1), cur & 3));
 }
 
-// Codes and parameters of a row: `param` as stored, 2 or 4 bytes. int2 and int2c: codes count scales
-// from `low`, of values up to `high`; `inverse` is 1 / (4 scale). Others: `low` is the levels' centre,
-// `inverse` 1 / scale.
+// Codes and parameters of a row: `param` as stored, 2 or 4 bytes. int2 and int2c: `inverse` is
+// 1 / (4 scale), `offset` -min / (4 scale) + 1 / 8. Others: `offset` is the levels' centre, `inverse`
+// 1 / scale.
 struct quantizer {
-    float low, high, inverse;
+    float offset, inverse;
     uint32_t param;
 };
 
@@ -149,53 +119,52 @@ __device__ inline uint32_t pack_param(float scale, float min)
     return pack_fp16(fminf(scale, 65504.0f), bounded(min, 65504.0f));
 }
 
-// int2c's bytes (kernels/quantize.c), and its codes by what they say.
-__device__ inline quantizer quantize_bytes(float drawn, float centre, float gain)
+// int2c's bytes (kernels/quantize.c), and its codes by what they say. Values are `unit` times x.
+__device__ inline quantizer quantize_bytes(float drawn, float centre, float gain, float unit)
 {
-    quantizer q = {0, 0, 0, 0};
+    quantizer q = {0, 0, 0};
     drawn = fmaxf(drawn, fabsf(centre) * 8 / 127);
     if (!(drawn > 0))
         return q;
     int n = 128 + (int)fminf(fmaxf(rintf(8 * log2f(drawn)), -127.0f), 127.0f);
     float stored = exp2f((float)(n - 128) * 0.125f);
     int eighths = (int)bounded(rintf(centre * 8 / stored), 127.0f);
-    float scale = stored / gain;
-    q.low = stored * ((float)eighths * 0.125f) - 1.5f * scale;
-    q.high = q.low + 3 * scale;
+    float scale = stored / gain, min = stored * ((float)eighths * 0.125f) - 1.5f * scale;
     q.inverse = 0.25f / scale;
+    q.offset = fmaf(-min, q.inverse, 0.125f);
+    q.inverse *= unit;
     q.param = (uint32_t)n | ((uint32_t)eighths & 255) << 8;
     return q;
 }
 
 template <int CODEC, int N, typename X>
-__device__ inline quantizer quantize_evenly(X x, int clipped, float gain)
+__device__ inline quantizer quantize_evenly(X x, int clipped, float gain, float unit)
 {
-    quantizer q;
     float low = INFINITY, high = -INFINITY;
 #pragma unroll
     for (int i = 0; i < N; i++) {
         low = fminf(low, x(i));
         high = fmaxf(high, x(i));
     }
-    q.low = -quad_max(-low);
-    q.high = quad_max(high);
+    low = -quad_max(-low);
+    high = quad_max(high);
     if (clipped > 0) {
-        float limit = nth_largest<N>(x, fmaxf(fabsf(q.low), fabsf(q.high)), clipped);
-        q.low = fminf(fmaxf(q.low, -limit), limit);
-        q.high = fminf(fmaxf(q.high, -limit), limit);
+        float limit = nth_largest<N>(x, clipped);
+        low = bounded(low, limit);
+        high = bounded(high, limit);
     }
-    float scale = (q.high - q.low) / 3.0f, drawn = scale * gain;
+    float scale = (high - low) / 3.0f, drawn = scale * gain;
     if (CODEC == INT2C)
-        return quantize_bytes(drawn, q.low + 1.5f * scale, gain);
-    q.inverse = scale > 0 ? 0.25f / scale : 0;
-    q.param = pack_param(drawn, q.low + 1.5f * (scale - drawn));
-    return q;
+        return quantize_bytes(unit * drawn, unit * (low + 1.5f * scale), gain, unit);
+    float inverse = scale > 0 ? 0.25f / scale : 0;
+    return {fmaf(-low, inverse, 0.125f), inverse,
+            pack_param(unit * drawn, unit * (low + 1.5f * (scale - drawn)))};
 }
 
 // The code of the level nearest to x: a sign and how many thresholds lie below |x|.
 template <int BITS> __device__ inline uint32_t nearest_level(const quantizer &q, float x)
 {
-    float d = x - q.low, a = fabsf(d) * q.inverse;
+    float d = x - q.offset, a = fabsf(d) * q.inverse;
     uint32_t code = d < 0 ? 1u << (BITS - 1) : 0;
     constexpr float t2[] = {KVD_THRESHOLDS_2}, t3[] = {KVD_THRESHOLDS_3}, t4[] = {KVD_THRESHOLDS_4};
 #pragma unroll
@@ -212,7 +181,7 @@ template <int BITS, int N, typename X> __device__ inline quantizer quantize_abou
     for (int i = 0; i < N; i++)
         squares = fmaf(x(i), x(i), squares);
     float deviation = sqrtf(quad_sum(squares) / (4 * N));
-    return {0, 0, deviation > 0 ? 1 / deviation : 0, pack_param(deviation, 0) & 0xffff};
+    return {0, deviation > 0 ? 1 / deviation : 0, pack_param(deviation, 0) & 0xffff};
 }
 
 // About the mean, refitted twice (int2-lm).
@@ -228,7 +197,7 @@ template <int N, typename X> __device__ inline quantizer quantize_about_mean(X x
     for (int i = 0; i < N; i++)
         squares = fmaf(x(i) - average, x(i) - average, squares);
     float deviation = sqrtf(quad_sum(squares) / n);
-    quantizer q = {mean, 0, deviation > 0 ? 1 / deviation : 0, 0};
+    quantizer q = {mean, deviation > 0 ? 1 / deviation : 0, 0};
 #pragma unroll 1
     for (int k = 0; k < 2; k++) {
         float levels = 0, level_squares = 0, products = 0;
@@ -246,7 +215,7 @@ template <int N, typename X> __device__ inline quantizer quantize_about_mean(X x
         if (spread > 0 && deviation > 0) {
             deviation = products / spread;
             mean = average - deviation * levels / n;
-            q.low = mean;
+            q.offset = mean;
             q.inverse = 1 / deviation;
         }
     }
@@ -254,59 +223,45 @@ template <int N, typename X> __device__ inline quantizer quantize_about_mean(X x
     return q;
 }
 
-template <int CODEC, int N, typename X> __device__ inline quantizer make_quantizer(X x, int clipped, float gain)
+// Of codecs with levels. Squares stay finite; fp16 parameters end far below.
+template <int CODEC, int N, typename X> __device__ inline quantizer fit_levels(X x)
 {
-    // Squares stay finite; fp16 parameters end far below.
     auto y = [&](int i) { return bounded(x(i), 0x1p40f); };
-    if constexpr (!has_levels(CODEC))
-        return quantize_evenly<CODEC, N>(x, clipped, gain);
-    else if constexpr (CODEC == KVD_CODEC_INT2_LM)
+    if constexpr (CODEC == KVD_CODEC_INT2_LM)
         return quantize_about_mean<N>(y);
     else
         return quantize_about_zero<code_bits(CODEC), N>(y);
 }
 
-// floor((clamped x - low) / scale + 0.5) as the low bits of a sum that is rounded down: a fourth of it,
-// saturated where x is below the minimum, comes in quarters. Or a level's code.
-template <int CODEC> __device__ inline uint32_t code_of(const quantizer &q, float x)
+// Codes of two values, each in the low bits of a half of a word. int2's, floor((x - min) / scale + 0.5)
+// from 0 to 3: a fourth of it, saturated, comes in quarters as the low bits of a sum that is rounded down.
+template <int CODEC> __device__ inline uint32_t codes_of(const quantizer &q, float x, float y)
 {
-    if constexpr (has_levels(CODEC))
-        return nearest_level<code_bits(CODEC)>(q, bounded(x, 0x1p40f));
-    float quarter = __saturatef(fmaf(fminf(x, q.high) - q.low, q.inverse, 0.125f));
-    return __float_as_uint(__fadd_rd(quarter, 2097152.0f));
+    auto code = [&](float z) {
+        if constexpr (has_levels(CODEC))
+            return nearest_level<code_bits(CODEC)>(q, bounded(z, 0x1p40f));
+        return __float_as_uint(__fadd_rd(__saturatef(fmaf(z, q.inverse, q.offset)), 2097152.0f));
+    };
+    uint32_t both = __byte_perm(code(x), code(y), 0x5410);
+    return has_levels(CODEC) ? both : __vminu2(both, 0x00030003);
 }
 
 // -- demotion ------------------------------------------------------------------------------------
 
-// 16 rows (this lane's: g and g + 8) as A operands: the true values by `divisor`, powers of two.
+// 16 rows (this lane's: g and g + 8) as A operands.
 template <int D>
-__device__ inline void load_rows(const uint8_t *const (&rows)[2], uint32_t (&a)[D / 16][4],
-                                 float (&divisor)[2])
+__device__ inline void load_rows(const uint8_t *const (&rows)[2], uint32_t (&a)[D / 16][4])
 {
     int t = threadIdx.x % 4;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        uint4 x[D / 32];
-        __nv_bfloat162 top = __float2bfloat162_rn(0);
+    for (int half = 0; half < 2; half++)
 #pragma unroll
         for (int i = 0; i < D / 32; i++) {
-            x[i] = *((const uint4 *)rows[half] + i * 4 + t);
-#pragma unroll
-            for (int k = 0; k < 4; k++) {
-                uint32_t w = word_of(x[i], k);
-                top = __hmax2(top, __habs2(*(__nv_bfloat162 *)&w));
-            }
-        }
-        divisor[half] = magnitude(quad_max(fmaxf(__low2float(top), __high2float(top))));
-        float inverse = 1 / divisor[half];
-#pragma unroll
-        for (int i = 0; i < D / 32; i++)
+            uint4 x = *((const uint4 *)rows[half] + i * 4 + t);
 #pragma unroll
             for (int k = 0; k < 4; k++)
-                a[2 * i + k / 2][k % 2 * 2 + half] =
-                    pack_fp16(low_bf16(word_of(x[i], k)) * inverse,
-                              high_bf16(word_of(x[i], k)) * inverse);
-    }
+                a[2 * i + k / 2][k % 2 * 2 + half] = word_of(x, k);
+        }
 }
 
 // R in shared memory, where it serves all warps of a block.
@@ -351,9 +306,12 @@ template <int D> struct shared_matrix {
                 c[j][0] = c[j][1] = c[j][2] = c[j][3] = 0;
 #pragma unroll
                 for (int part = 1; part >= 0; part--)
-                    rotate_tile<D>(a, [&](int i) {
-                        return __ldg(packed<D>::at(r + part * packed<D>::WORDS, j, i));
-                    }, c[j]);
+#pragma unroll
+                    for (int i = 0; i < D / 32; i++) {
+                        uint4 b = __ldg(packed<D>::at(r + part * packed<D>::WORDS, j, i));
+                        mma_bf16(c[j], a[2 * i], b.x, b.y);
+                        mma_bf16(c[j], a[2 * i + 1], b.z, b.w);
+                    }
             }
         }
     }
@@ -406,9 +364,10 @@ template <int D> __device__ inline void store_bits(uint8_t *plane, uint32_t chun
     }
 }
 
-// Quantizes the 16 rows in `c` and writes them as chunk `chunk` of a tile's side. Takes `c` apart.
+// Quantizes the 16 rows in `c`, times `unit`, and writes them as chunk `chunk` of a tile's side. Takes
+// `c` apart.
 template <int CODEC, int D>
-__device__ inline void write_chunk(float (&c)[D / 8][4], const float (&factor)[2], int clipped, float gain,
+__device__ inline void write_chunk(float (&c)[D / 8][4], float unit, int clipped, float gain,
                                    uint32_t codec, bool v, uint8_t *codes, uint8_t *params, uint32_t chunk)
 {
     constexpr int BITS = code_bits(CODEC), UNITS = D == 256 ? 2 : 1;
@@ -418,18 +377,18 @@ __device__ inline void write_chunk(float (&c)[D / 8][4], const float (&factor)[2
     // Row g, then row g + 8 in its place: the code is long, and the cache of instructions small.
 #pragma unroll 1
     for (int half = 0; half < 2; half++) {
-        float f = factor[0];
-        if (half)
-            f = factor[1];
+        if (has_levels(CODEC))
 #pragma unroll
-        for (int j = 0; j < D / 8; j++)
-            c[j][0] *= f, c[j][1] *= f;
+            for (int j = 0; j < D / 8; j++)
+                c[j][0] *= unit, c[j][1] *= unit;
         auto x = [&](int i) { return c[i / 2][i % 2]; };
         quantizer q;
-        if (CODEC == LEVELS2 && codec == KVD_CODEC_TURBOQUANT_2)
-            q = make_quantizer<KVD_CODEC_TURBOQUANT_2, D / 4>(x, clipped, gain);
+        if constexpr (!has_levels(CODEC))
+            q = quantize_evenly<CODEC, D / 4>(x, clipped, gain, unit);
+        else if (CODEC == LEVELS2 && codec == KVD_CODEC_TURBOQUANT_2)
+            q = fit_levels<KVD_CODEC_TURBOQUANT_2, D / 4>(x);
         else
-            q = make_quantizer<CODEC, D / 4>(x, clipped, gain);
+            q = fit_levels<CODEC, D / 4>(x);
         pair[0] = pair[1];
         pair[1] = q.param;
         auto next_row = [](uint32_t(&words)[4]) {
@@ -444,7 +403,7 @@ __device__ inline void write_chunk(float (&c)[D / 8][4], const float (&factor)[2
             next_row(more[u]);
 #pragma unroll
         for (int j = D / 8 - 1; j >= 0; j--) { // slots from the last to the first
-            uint32_t both = __byte_perm(code_of<CODEC>(q, x(2 * j)), code_of<CODEC>(q, x(2 * j + 1)), 0x5410);
+            uint32_t both = codes_of<CODEC>(q, x(2 * j), x(2 * j + 1));
             uint32_t &to = w[j / 16][j % 2 * 2 + 1];
             to = to * 4 + (MORE_BITS ? both & 0x00030003 : both);
             if constexpr (MORE_BITS > 0) {
@@ -480,7 +439,7 @@ __global__ void __launch_bounds__(quantize_warps(D) * 32, 1)
     uint32_t layer = blockIdx.y / p.kv_heads, head = blockIdx.y % p.kv_heads;
     const kvd_cuda_matrices &side = v ? p.rotation.v : p.rotation.k;
     uint64_t index = matrix_index(p.rotation, p.layer_begin + layer, head);
-    shared_matrix<D> r = {matrix_at<D>(side.forward, index), shared};
+    shared_matrix<D> r = {matrix_at<D>(side.forward, index, 2), shared};
     r.load();
     float scale = 1 / side.scale[index];
     uint32_t kept = side.clip ? (uint32_t)((double)side.clip[index] * D) : D;
@@ -510,12 +469,11 @@ __global__ void __launch_bounds__(quantize_warps(D) * 32, 1)
         }
         uint8_t *at = (uint8_t *)item.codec[h / PAGE] + tile;
         uint32_t a[D / 16][4];
-        float c[D / 8][4], factor[2];
-        load_rows<D>(rows, a, factor);
-        factor[0] *= scale, factor[1] *= scale;
+        float c[D / 8][4];
+        load_rows<D>(rows, a);
         r.multiply(a, c);
         if (first + warp < p.chunks)
-            write_chunk<CODEC, D>(c, factor, clipped, gain, p.codec, v, at + codes_at, at + params_at,
+            write_chunk<CODEC, D>(c, scale, clipped, gain, p.codec, v, at + codes_at, at + params_at,
                                   h % PAGE / 16);
     }
 }

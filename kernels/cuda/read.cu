@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(READ_WARPS * 32, D == 256 ? 1 : 2)
     uint32_t layer = blockIdx.y / p.kv_heads, head = blockIdx.y % p.kv_heads;
     const kvd_cuda_matrices &side = v ? p.rotation.v : p.rotation.k;
     uint64_t index = matrix_index(p.rotation, p.layer_begin + layer, head);
-    const uint32_t *r = matrix_at<D>(side.inverse, index); // the high part suffices for bf16
+    const uint32_t *r = matrix_at<D>(side.inverse, index, 1);
     if (STAGED) { // 4^-j of the input's slot goes into the matrix
         for (int i = threadIdx.x; i < WORDS / 4; i += READ_WARPS * 32) {
             uint4 w = __ldg((const uint4 *)r + i);

@@ -32,14 +32,14 @@ __device__ inline void warpgroup_end()
     asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 
-// c = a B, or c += a B with `add`: a and c as in mma.m16n8k16, a warp's 16 rows of the 64.
+// c = a B, or c += a B with `add`, of bf16: a and c as in mma.m16n8k16, a warp's 16 rows of the 64.
 template <int D>
 __device__ inline void warpgroup_mma(float (&c)[D / 8][4], const uint32_t (&a)[4], uint64_t b, int add)
 {
     static_assert(D == 64 || D == 128, "");
     if constexpr (D == 64) {
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
                  "{%0, %1, %2, %3, %4, %5, %6, %7, "
                  "%8, %9, %10, %11, %12, %13, %14, %15, "
                  "%16, %17, %18, %19, %20, %21, %22, %23, "
@@ -52,7 +52,7 @@ __device__ inline void warpgroup_mma(float (&c)[D / 8][4], const uint32_t (&a)[4
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
     } else {
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
                  "{%0, %1, %2, %3, %4, %5, %6, %7, "
                  "%8, %9, %10, %11, %12, %13, %14, %15, "
                  "%16, %17, %18, %19, %20, %21, %22, %23, "

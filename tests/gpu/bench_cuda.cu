@@ -153,7 +153,7 @@ static kvd_cuda_rotation rotation(uint32_t dim)
         for (uint32_t j = 0; j < dim; j++)
             r[i * dim + j] = t[j * dim + i] =
                 (__builtin_popcount(i & j) & 1 ? -1.0f : 1.0f) / sqrtf((float)dim);
-    std::vector<uint16_t> queries(2 * dim * dim), forward(2 * dim * dim), inverse(2 * dim * dim);
+    std::vector<uint16_t> queries(2 * dim * dim), forward(2 * dim * dim), inverse(dim * dim);
     kvd_cuda_rotation_pack(r.data(), 1, dim, queries.data(), forward.data(), inverse.data(),
                            scale.data(), columns.data());
     kvd_cuda_matrices m = {};
