@@ -54,6 +54,13 @@ __device__ inline history_range history_of(const attend_call &p, const row_block
     return r;
 }
 
+// Which part a block takes. The last parts of long histories come first, then those of short ones, whose
+// only part is shorter, to fill the gaps at the end.
+__device__ inline uint32_t part_of(const attend_call &p)
+{
+    return blockIdx.z < p.splits ? p.splits - 1 - blockIdx.z : blockIdx.z;
+}
+
 // Where a part begins; all blocks of a unit compute the same.
 __device__ inline uint32_t part_begin(const history_range &r, uint32_t part)
 {
@@ -228,7 +235,7 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
     extern __shared__ __align__(128) uint8_t shared[];
     mem memory = {shared};
     row_block b = place_of<NT>(p);
-    uint32_t part = blockIdx.z;
+    uint32_t part = part_of(p);
     bool plain = part >= p.splits;
     // Rotations do not change while kernels run: they may be read before the last one has finished.
     typename queries<NT, DK, WARPS>::run r;
@@ -252,7 +259,7 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
     else
         history_part<GENERAL, NT, DK, DV, WARPS, CODEC>(p, b, range, part, memory, q, r);
     b = place_of<NT>(p);
-    part = blockIdx.z, plain = part >= p.splits;
+    part = part_of(p), plain = part >= p.splits;
     uint32_t rows = min((uint32_t)mem::ROWS, p.rows - b.row0);
     __syncthreads();
     uint32_t of_history = memory.parts(), n = of_history + p.window_splits;

@@ -102,12 +102,15 @@ template <int N, typename X> __device__ inline float nth_largest(X x, int n)
 }
 
 // Codes and parameters of a row: `param` as stored, 2 or 4 bytes. int2 and int2c: `inverse` is
-// 1 / (4 scale), `offset` -min / (4 scale) + 1 / 8. Others: `offset` is the levels' centre, `inverse`
+// 1 / (4 scale), `offset` -min / (4 scale) + EIGHTH. Others: `offset` is the levels' centre, `inverse`
 // 1 / scale.
 struct quantizer {
     float offset, inverse;
     uint32_t param;
 };
+
+// A little more than 1/8 and less than 4, so that ties go up and 1 does not.
+constexpr float EIGHTH = 0.125f + 0x1p-23f, FOUR = 4 - 0x1p-21f;
 
 __device__ inline float bounded(float x, float top)
 {
@@ -131,7 +134,7 @@ __device__ inline quantizer quantize_bytes(float drawn, float centre, float gain
     int eighths = (int)bounded(rintf(centre * 8 / stored), 127.0f);
     float scale = stored / gain, min = stored * ((float)eighths * 0.125f) - 1.5f * scale;
     q.inverse = 0.25f / scale;
-    q.offset = fmaf(-min, q.inverse, 0.125f);
+    q.offset = fmaf(-min, q.inverse, EIGHTH);
     q.inverse *= unit;
     q.param = (uint32_t)n | ((uint32_t)eighths & 255) << 8;
     return q;
@@ -157,7 +160,7 @@ __device__ inline quantizer quantize_evenly(X x, int clipped, float gain, float 
     if (CODEC == INT2C)
         return quantize_bytes(unit * drawn, unit * (low + 1.5f * scale), gain, unit);
     float inverse = scale > 0 ? 0.25f / scale : 0;
-    return {fmaf(-low, inverse, 0.125f), inverse,
+    return {fmaf(-low, inverse, EIGHTH), inverse,
             pack_param(unit * drawn, unit * (low + 1.5f * (scale - drawn)))};
 }
 
@@ -234,30 +237,27 @@ template <int CODEC, int N, typename X> __device__ inline quantizer fit_levels(X
 }
 
 // Codes of two values, each in the low bits of a half of a word. int2's, floor((x - min) / scale + 0.5)
-// from 0 to 3: a fourth of it, saturated, comes in quarters as the low bits of a sum that is rounded down.
+// from 0 to 3: a fourth of it, saturated, comes times four as the low bits of a sum that is rounded down.
 template <int CODEC> __device__ inline uint32_t codes_of(const quantizer &q, float x, float y)
 {
     auto code = [&](float z) {
         if constexpr (has_levels(CODEC))
             return nearest_level<code_bits(CODEC)>(q, bounded(z, 0x1p40f));
-        return __float_as_uint(__fadd_rd(__saturatef(fmaf(z, q.inverse, q.offset)), 2097152.0f));
+        return __float_as_uint(__fmaf_rd(__saturatef(fmaf(z, q.inverse, q.offset)), FOUR, 0x1p23f));
     };
-    uint32_t both = __byte_perm(code(x), code(y), 0x5410);
-    return has_levels(CODEC) ? both : __vminu2(both, 0x00030003);
+    return __byte_perm(code(x), code(y), 0x5410);
 }
 
 // -- demotion ------------------------------------------------------------------------------------
 
 // 16 rows (this lane's: g and g + 8) as A operands.
-template <int D>
-__device__ inline void load_rows(const uint8_t *const (&rows)[2], uint32_t (&a)[D / 16][4])
+template <int D> __device__ inline void load_rows(const uint8_t *const (&rows)[2], uint32_t (&a)[D / 16][4])
 {
-    int t = threadIdx.x % 4;
 #pragma unroll
     for (int half = 0; half < 2; half++)
 #pragma unroll
         for (int i = 0; i < D / 32; i++) {
-            uint4 x = *((const uint4 *)rows[half] + i * 4 + t);
+            uint4 x = *((const uint4 *)rows[half] + i * 4 + threadIdx.x % 4);
 #pragma unroll
             for (int k = 0; k < 4; k++)
                 a[2 * i + k / 2][k % 2 * 2 + half] = word_of(x, k);
@@ -364,19 +364,16 @@ template <int D> __device__ inline void store_bits(uint8_t *plane, uint32_t chun
     }
 }
 
-// Quantizes the 16 rows in `c`, times `unit`, and writes them as chunk `chunk` of a tile's side. Takes
-// `c` apart.
-template <int CODEC, int D>
-__device__ inline void write_chunk(float (&c)[D / 8][4], float unit, int clipped, float gain,
-                                   uint32_t codec, bool v, uint8_t *codes, uint8_t *params, uint32_t chunk)
-{
-    constexpr int BITS = code_bits(CODEC), UNITS = D == 256 ? 2 : 1;
-    constexpr int MORE_BITS = BITS - 2, MORE_UNITS = BITS == 4 ? UNITS : 1;
-    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    uint32_t w[UNITS][4] = {}, more[MORE_UNITS][4] = {}, pair[2] = {};
-    // Row g, then row g + 8 in its place: the code is long, and the cache of instructions small.
-#pragma unroll 1
-    for (int half = 0; half < 2; half++) {
+// The codes of 16 rows, as words of a unit: of two bits, and, for codes of more, of the bits above.
+template <int CODEC, int D> struct coded_rows {
+    static constexpr int BITS = code_bits(CODEC), UNITS = D == 256 ? 2 : 1;
+    static constexpr int MORE_BITS = BITS - 2, MORE_UNITS = BITS == 4 ? UNITS : 1;
+    uint32_t pairs[UNITS][4], more[MORE_UNITS][4], param[2];
+
+    // Of the 8 rows in the first half of each c[j], times `unit`; the second half takes its place. To be
+    // called twice, for rows g and g + 8.
+    __device__ inline void quantize(float (&c)[D / 8][4], float unit, int clipped, float gain, uint32_t codec)
+    {
         if (has_levels(CODEC))
 #pragma unroll
             for (int j = 0; j < D / 8; j++)
@@ -389,22 +386,22 @@ __device__ inline void write_chunk(float (&c)[D / 8][4], float unit, int clipped
             q = fit_levels<KVD_CODEC_TURBOQUANT_2, D / 4>(x);
         else
             q = fit_levels<CODEC, D / 4>(x);
-        pair[0] = pair[1];
-        pair[1] = q.param;
+        param[0] = param[1];
+        param[1] = q.param;
         auto next_row = [](uint32_t(&words)[4]) {
             words[0] = words[1], words[2] = words[3];
             words[1] = words[3] = 0;
         };
 #pragma unroll
         for (int u = 0; u < UNITS; u++)
-            next_row(w[u]);
+            next_row(pairs[u]);
 #pragma unroll
         for (int u = 0; u < MORE_UNITS; u++)
             next_row(more[u]);
 #pragma unroll
         for (int j = D / 8 - 1; j >= 0; j--) { // slots from the last to the first
             uint32_t both = codes_of<CODEC>(q, x(2 * j), x(2 * j + 1));
-            uint32_t &to = w[j / 16][j % 2 * 2 + 1];
+            uint32_t &to = pairs[j / 16][j % 2 * 2 + 1];
             to = to * 4 + (MORE_BITS ? both & 0x00030003 : both);
             if constexpr (MORE_BITS > 0) {
                 uint32_t &above = more[MORE_UNITS == 2 ? j / 16 : 0][j % 2 * 2 + 1];
@@ -413,20 +410,26 @@ __device__ inline void write_chunk(float (&c)[D / 8][4], float unit, int clipped
             c[j][0] = c[j][2], c[j][1] = c[j][3];
         }
     }
-    if (t == 0 && params_bytes<CODEC>(codec) == 256)
-        *(uint2 *)(params + chunk * 64 + g * 8) = make_uint2(pair[0], pair[1]);
-    else if (t == 0)
-        *(uint32_t *)(params + chunk * 32 + g * 4) = pair[0] | pair[1] << 16;
-#pragma unroll
-    for (int u = 0; u < UNITS; u++)
-        store_pairs<D>(codes, chunk, u, as_side(w[u], v));
-    if constexpr (BITS == 4)
+
+    // As chunk `chunk` of a tile's side.
+    __device__ inline void store(uint32_t codec, bool v, uint8_t *codes, uint8_t *params, uint32_t chunk) const
+    {
+        int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+        if (t == 0 && params_bytes<CODEC>(codec) == 256)
+            *(uint2 *)(params + chunk * 64 + g * 8) = make_uint2(param[0], param[1]);
+        else if (t == 0)
+            *(uint32_t *)(params + chunk * 32 + g * 4) = param[0] | param[1] << 16;
 #pragma unroll
         for (int u = 0; u < UNITS; u++)
-            store_pairs<D>(codes + 16 * D, chunk, u, as_side(more[u], v));
-    if constexpr (BITS == 3)
-        store_bits<D>(codes + 16 * D, chunk, as_side(more[0], v));
-}
+            store_pairs<D>(codes, chunk, u, as_side(pairs[u], v));
+        if constexpr (BITS == 4)
+#pragma unroll
+            for (int u = 0; u < UNITS; u++)
+                store_pairs<D>(codes + 16 * D, chunk, u, as_side(more[u], v));
+        if constexpr (BITS == 3)
+            store_bits<D>(codes + 16 * D, chunk, as_side(more[0], v));
+    }
+};
 
 // Block (share of the chunks, layer and kv head). One side of the sequences' chunks; each warp takes
 // one at a time, the four warps of a warpgroup together.
@@ -435,22 +438,20 @@ __global__ void __launch_bounds__(quantize_warps(D) * 32, 1)
     quantize_kernel(const __grid_constant__ append_params p, bool v)
 {
     extern __shared__ __align__(128) uint8_t shared[];
-    constexpr uint32_t WARPS = quantize_warps(D);
+    constexpr uint32_t WARPS = quantize_warps(D), BITS = code_bits(CODEC);
     uint32_t layer = blockIdx.y / p.kv_heads, head = blockIdx.y % p.kv_heads;
     const kvd_cuda_matrices &side = v ? p.rotation.v : p.rotation.k;
     uint64_t index = matrix_index(p.rotation, p.layer_begin + layer, head);
     shared_matrix<D> r = {matrix_at<D>(side.forward, index, 2), shared};
     r.load();
-    float scale = 1 / side.scale[index];
+    float scale = 1 / side.scale[index], gain = side.gain ? side.gain[index] : 1;
     uint32_t kept = side.clip ? (uint32_t)((double)side.clip[index] * D) : D;
-    int clipped = kept < D ? (int)(D - kept) : 0, g = threadIdx.x % 32 / 4;
-    float gain = side.gain ? side.gain[index] : 1;
-    constexpr uint32_t BITS = code_bits(CODEC);
+    int clipped = kept < D ? (int)(D - kept) : 0;
     uint32_t codes_at = v ? 8 * BITS * p.dim_k : 0, param_bytes = params_bytes<CODEC>(p.codec);
     uint32_t params_at = 8 * BITS * (p.dim_k + p.dim_v) + (v ? param_bytes : 0);
     uint64_t tile = ((uint64_t)(p.layer_begin + layer) * p.kv_heads + head) *
                     (8 * BITS * (p.dim_k + p.dim_v) + 2 * param_bytes);
-    uint32_t warp = threadIdx.x / 32, of = 0;
+    uint32_t warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, of = 0;
 #pragma unroll 1
     for (uint32_t first = blockIdx.x * WARPS; first < p.chunks; first += gridDim.x * WARPS) {
         uint32_t i = min(first + warp, p.chunks - 1);
@@ -472,9 +473,14 @@ __global__ void __launch_bounds__(quantize_warps(D) * 32, 1)
         float c[D / 8][4];
         load_rows<D>(rows, a);
         r.multiply(a, c);
-        if (first + warp < p.chunks)
-            write_chunk<CODEC, D>(c, scale, clipped, gain, p.codec, v, at + codes_at, at + params_at,
-                                  h % PAGE / 16);
+        if (first + warp >= p.chunks)
+            continue;
+        coded_rows<CODEC, D> coded = {};
+        // Row g, then row g + 8 in its place: the code is long, and the cache of instructions small.
+#pragma unroll 1
+        for (int half = 0; half < 2; half++)
+            coded.quantize(c, scale, clipped, gain, p.codec);
+        coded.store(p.codec, v, at + codes_at, at + params_at, h % PAGE / 16);
     }
 }
 
