@@ -53,11 +53,11 @@ extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t 
     // nothing to merge, and smaller ones hide each other's beginnings and ends.
     p->warps = !small || units >= 8 * multiprocessors ? 4 : units * 2 > multiprocessors ? 8 : 16;
     uint64_t slots = multiprocessors * blocks_a_multiprocessor(*p, small);
-    // Ragged lengths even out when parts are smaller.
+    uint64_t part = (tiles + slots - 1) / slots, least = p->warps * 2;
+    // Ragged lengths even out when parts are smaller, but not much smaller than what one costs.
     bool ragged = (uint64_t)history_max * p->sequences > history_sum + history_sum / 4;
     if (ragged)
-        slots *= 3;
-    uint64_t part = (tiles + slots - 1) / slots, least = p->warps * 2;
+        part = part / 3 < 96 ? part / 3 : part / 8 < 96 ? 96 : part / 8;
     if (!small && !ragged && tiles_max)
         part = even_part(units, (uint32_t)slots, tiles_max);
     p->part_tiles = (uint32_t)(part > least ? part : least);

@@ -475,12 +475,11 @@ __device__ inline const uint16_t *bf16_row(const attend_call &p, const row_block
     return (const uint16_t *)(page + offset + row * 2 * dim);
 }
 
-// Channels are dealt to operands so that a lane's 16-byte loads are operands at once
-// (forward_channel). The same loads of V, transposed, give these channels of the output:
-__device__ inline int bf16_channel(int ct, int half)
+// Channels are dealt to operands so that a lane's 16-byte loads are operands at once (forward_channel).
+// The same loads of V, transposed, give the i-th row of the output products this channel.
+__device__ inline int window_channel(int i)
 {
-    int g = threadIdx.x % 32 / 4;
-    return 32 * (ct / 2) + 8 * (g / 2) + 4 * (ct % 2) + 2 * half + g % 2;
+    return i / 32 * 32 + i % 8 / 2 * 8 + i / 16 % 2 * 4 + i / 8 % 2 * 2 + i % 2;
 }
 
 // 16 bf16 tokens, the i-th to i+15-th.

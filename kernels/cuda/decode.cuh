@@ -1,9 +1,9 @@
 // The attention kernel for few query rows: one launch, from un-rotated q to un-rotated o.
 //
 // Block (kv head and row block, sequence, part): blocks side by side read tiles that lie side by side,
-// and the parts of one (sequence, kv head, row block) lie far apart in the grid. A history part streams its tiles: each warp takes every WARPS-th tile, from
-// a ring of tiles in shared memory that it keeps filling itself. A window part takes sink and recent
-// window. What follows, finish.cuh has.
+// and the parts of one (sequence, kv head, row block) lie far apart in the grid. A history part streams
+// its tiles: each warp takes every WARPS-th tile, from a ring of tiles in shared memory that it keeps
+// filling itself. A window part takes sink and recent window. What follows, finish.cuh has.
 #ifndef KVD_KERNELS_CUDA_DECODE_CUH
 #define KVD_KERNELS_CUDA_DECODE_CUH
 
@@ -20,7 +20,7 @@ inline uint32_t n_row_blocks(const attend_params &p, uint32_t nt)
 
 // Scratch: a counter for each (sequence, kv head, row block), zero between calls; then the parts.
 struct scratch_layout {
-    uint64_t parts_at, part_bytes, total;
+    uint64_t parts_at, total;
 };
 
 inline scratch_layout scratch_of(const attend_params &p, uint32_t nt)
@@ -28,7 +28,7 @@ inline scratch_layout scratch_of(const attend_params &p, uint32_t nt)
     uint64_t units = (uint64_t)p.sequences * p.kv_heads * n_row_blocks(p, nt);
     uint64_t part = nt == 1 ? part_bytes<1>(p.dim_v) : part_bytes<2>(p.dim_v);
     uint64_t parts_at = (units * 4 + 255) / 256 * 256;
-    return {parts_at, part, parts_at + units * (p.splits + p.window_splits) * part};
+    return {parts_at, parts_at + units * (p.splits + p.window_splits) * part};
 }
 
 // The tiles [low, end) of a history that some row of a block sees, and into how many parts they are

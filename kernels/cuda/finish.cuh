@@ -441,12 +441,6 @@ __device__ inline void unrotate(const M &mem, const unrotation<M, DV> &back, int
         c[e] = sums[0][e] + sums[1][e];
 }
 
-// Channel of the i-th sum of windows' values: these come in the order of bf16 operands.
-__device__ inline int window_channel(int i)
-{
-    return i / 32 * 32 + i % 8 / 2 * 8 + i / 16 % 2 * 4 + i / 8 % 2 * 2 + i % 2;
-}
-
 // Writes o and lse of a block's rows: un-rotates the history's share where there is one.
 template <int NT, int DV, typename M, typename S>
 __device__ inline void finish_rows(const attend_call &p, const row_block &b, const unrotation<M, DV> &back,
