@@ -44,7 +44,6 @@ template <int NT> __device__ inline row_block place_of(const attend_call &p)
 // multiprocessors does not go stale.
 __device__ inline void prefetch_place(const attend_call &p, const row_block &b)
 {
-    auto prefetch = [](const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); };
     if (threadIdx.x == 0) {
         prefetch(p.pages.hist_end + b.s);
         prefetch(p.pages.codec + (uint64_t)b.s * p.pages.codec_stride);

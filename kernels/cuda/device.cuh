@@ -303,6 +303,12 @@ __device__ inline void load_params(const uint8_t *params, uint32_t codec, int c,
     }
 }
 
+// Brings a line into the L2 cache.
+__device__ inline void prefetch(const void *at)
+{
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
+
 // -- asynchronous copies -------------------------------------------------------------------------
 
 __device__ inline uint32_t shared_address(const void *p)

@@ -121,6 +121,7 @@ template <int NT, int DK, int DV, int WARPS, int CODEC> struct block_memory {
                 barrier_init(barriers(WARPS), WARPS);
             barriers_ready();
         }
+        __syncwarp(); // any lane may ask for a tile
 #endif
     }
 };
