@@ -7,8 +7,6 @@
 #include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/warpgroup.cuh"
 
-#include <climits>
-
 namespace kvd
 {
 
@@ -81,79 +79,26 @@ template <int N, typename X> __device__ inline float value_at(X x, uint32_t i, u
     return __shfl_sync(~0u, y[0], (threadIdx.x & ~3u & 31) | lane);
 }
 
-// The n-th largest of a row's keys, of which each of its four lanes has N, plus its lane's `more`: goes
-// down from each to the next.
-template <int N> __device__ inline uint32_t nth_key(const uint32_t (&keys)[N], uint32_t more, int n)
+// The n-th largest of |x| over a row: N values in each of its four lanes, x(i) giving one. All lanes take
+// part. Goes down by n steps over keys that order like |x| and differ: their last bits say where a value
+// lies. Values that agree in the other 16 bits or more of their mantissas pass for equal.
+template <int N, typename X> __device__ inline float nth_largest(X x, int n)
 {
-    uint32_t cur = 0;
+    constexpr uint32_t places = 4 * N - 1;
+    uint32_t keys[N], lane = threadIdx.x % 4, cur = 0;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        keys[i] = (__float_as_uint(x(i)) & (0x7fffffffu & ~places)) | (4 * i);
 #pragma unroll 1
     for (int k = 0; k < n; k++) {
         // A key below `cur` minus `cur` wraps to more than any other.
-        uint32_t minus = more - cur, best[4] = {0, 0, 0, 0};
+        uint32_t minus = lane - cur, best[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int i = 0; i < N; i++)
             best[i % 4] = __viaddmax_u32(keys[i], minus, best[i % 4]);
         cur += quad_max(max(max(best[0], best[1]), max(best[2], best[3])));
     }
-    return cur;
-}
-
-// How many of a row's |x| are at least `from`, a positive number.
-template <int N, typename X> __device__ inline int count_from(X x, float from)
-{
-    // Differences from the next number below, as multiples of less than their least.
-    uint32_t bits = __float_as_uint(from), exponent = min(278 - (bits >> 23), 254);
-    float times = __uint_as_float(exponent << 23), below = __uint_as_float(bits - 1) * times, count[2] = {};
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        count[i % 2] += __saturatef(fmaf(fabsf(x(i)), times, -below));
-    return quad_sum((int)(count[0] + count[1]));
-}
-
-// The n-th largest of |x| over a row: N values in each of its four lanes, x(i) giving one. All lanes take
-// part. As bits, absolute values order like integers. Going from each to the next below counts equal ones
-// as one; if there are any, keys whose last bits say where a value lies tell them apart. (Values that
-// agree in the other 16 bits or more of their mantissas then pass for equal.)
-template <int N, typename X> __device__ inline float nth_largest(X x, int n)
-{
-    constexpr uint32_t places = 4 * N - 1;
-    uint32_t keys[N], lane = threadIdx.x % 4;
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        keys[i] = __float_as_uint(fabsf(x(i)));
-    uint32_t found = nth_key(keys, 0, n);
-    if (!__any_sync(~0u, found == 0 || count_from<N>(x, __uint_as_float(found)) != n))
-        return __uint_as_float(found);
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        keys[i] = (keys[i] & ~places) | (4 * i);
-    found = nth_key(keys, lane, n);
-    return fabsf(value_at<N>(x, found >> 2 & (N - 1), found & 3));
-}
-
-// The least and the largest of a row.
-template <int N, typename X> __device__ inline float2 range_of(X x)
-{
-    // As bits, the largest is that of signed integers, and the least that of unsigned ones, if there are
-    // positive and negative values.
-    int high = INT_MIN;
-    uint32_t low = 0;
-#pragma unroll
-    for (int i = 0; i < N; i += 2) {
-        high = __vimax3_s32(high, __float_as_int(x(i)), __float_as_int(x(i + 1)));
-        low = __vimax3_u32(low, __float_as_uint(x(i)), __float_as_uint(x(i + 1)));
-    }
-    high = max(high, __shfl_xor_sync(~0u, high, 1));
-    high = max(high, __shfl_xor_sync(~0u, high, 2));
-    low = quad_max(low);
-    float2 range = make_float2(__uint_as_float(low), __int_as_float(high));
-    if (!__any_sync(~0u, high < 0 || (int)low >= 0))
-        return range;
-    range = make_float2(INFINITY, -INFINITY);
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        range = make_float2(fminf(range.x, x(i)), fmaxf(range.y, x(i)));
-    return make_float2(-quad_max(-range.x), quad_max(range.y));
+    return fabsf(value_at<N>(x, cur >> 2 & (N - 1), cur & 3));
 }
 
 // Codes and parameters of a row: `param` as stored, 2 or 4 bytes. int2 and int2c: `inverse` is
@@ -198,8 +143,14 @@ __device__ inline quantizer quantize_bytes(float drawn, float centre, float gain
 template <int CODEC, int N, typename X>
 __device__ inline quantizer quantize_evenly(X x, int clipped, float gain, float unit)
 {
-    float2 range = range_of<N>(x);
-    float low = range.x, high = range.y;
+    float low = INFINITY, high = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        low = fminf(low, x(i));
+        high = fmaxf(high, x(i));
+    }
+    low = -quad_max(-low);
+    high = quad_max(high);
     if (clipped > 0) {
         float limit = nth_largest<N>(x, clipped);
         low = bounded(low, limit);
