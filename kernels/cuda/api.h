@@ -69,7 +69,7 @@ struct kvd_cuda_attend_params {
     float scale;                   // logits are scale * q.k,
     float softcap;                 // then softcap * tanh(logit / softcap); 0: none
     uint32_t window;               // each query sees its last `window` tokens; 0: all
-    enum kvd_dtype q_type, o_type; // bf16, or f32 (q is then rounded to fp16 or 2 x bf16)
+    enum kvd_dtype q_type, o_type; // bf16, or f32 (q is then taken as two bf16)
     const void *q;                 // [S][q_len][H_q][DK], not rotated; 16-byte aligned
     void *o;                       // [S][q_len][H_q][DV], not rotated; 8-byte aligned
     float *lse;                    // [S][q_len][H_q], natural log; NULL: not wanted

@@ -1,4 +1,4 @@
-// Attention of a block of query rows over a part of a sequence: what decode.cu and prefill.cu share.
+// Attention of a block of query rows over a part of a sequence: queries, tiles, bf16 tokens.
 //
 // A *row* is one (query, q head) of a kv head; a block takes N = 8 NT of them as columns of
 // mma.m16n8k16, whose 16 rows are tokens (scores) or channels (values). History (of a codec) is attended
