@@ -191,8 +191,8 @@ static inline uint64_t kvd_cuda_operand_bytes(uint64_t matrices, uint32_t dim)
     return matrices * dim * dim * 2;
 }
 
-// Host code. r: [matrices][dim][dim]. Writes operands (`queries` where it is not NULL), scale and column
-// sums.
+// Host code. r: [matrices][dim][dim]. Writes operands (`queries` where it is not NULL), scale and
+// column sums.
 void kvd_cuda_rotation_pack(const float *r, uint64_t matrices, uint32_t dim, uint16_t *queries,
                             uint16_t *forward, uint16_t *inverse, float *scale,
                             float *inverse_columns);

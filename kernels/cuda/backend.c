@@ -44,8 +44,8 @@ static void rotation_free(struct kvd_backend *b, struct kvd_rotation **rp)
 static uint64_t side_bytes(uint64_t matrices, uint32_t dim, bool v)
 {
     return kvd_round_up((v ? 3 : 5) * kvd_cuda_operand_bytes(matrices, dim) + // K's with queries
-                            2 * matrices * dim * dim * sizeof(float) + // the same in fp32
-                            matrices * (dim + 3) * sizeof(float),      // columns, scale, clip, gain
+                            2 * matrices * dim * dim * sizeof(float) +        // the same in fp32
+                            matrices * (dim + 3) * sizeof(float), // columns, scale, clip, gain
                         256);
 }
 
@@ -64,7 +64,7 @@ static struct kvd_cuda_matrices side_new(const float *r, const float *clip, cons
 {
     uint64_t operands = kvd_cuda_operand_bytes(matrices, dim), n = matrices * dim * dim;
     uint8_t *at[9] = {host};
-    const uint64_t sizes[] = {v ? 0 : 2 * operands, 2 * operands, operands,     n * 4, n * 4,
+    const uint64_t sizes[] = {v ? 0 : 2 * operands, 2 * operands, operands,    n * 4, n * 4,
                               matrices * dim * 4,   matrices * 4, matrices * 4};
     for (int i = 0; i < 8; i++)
         at[i + 1] = at[i] + sizes[i];

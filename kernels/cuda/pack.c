@@ -4,9 +4,9 @@
 
 #include <math.h>
 
-// What is multiplied is exact: bf16, of which R takes two parts (16 bits), or codes, for which fp16 is
-// enough. R's largest element becomes 256, so that fp16's subnormals are far, and so that matrices
-// whose elements are all of one size (Hadamard) are exact.
+// What is multiplied is exact: bf16, of which R takes two parts (16 bits), or codes, for which fp16
+// is enough. R's largest element becomes 256, so that fp16's subnormals are far, and so that
+// matrices whose elements are all of one size (Hadamard) are exact.
 static const float LARGEST = 256;
 
 enum part { BF16, BF16_REST, FP16 };
@@ -55,7 +55,8 @@ static void pack_forward(const float *m, uint32_t dim, float scale, uint32_t *ou
                 for (uint32_t lane = 0; lane < 32; lane++)
                     for (uint32_t r = 0; r < 4; r++) {
                         float x[2];
-                        inputs_of(m, dim, scale, 32 * i + 8 * (lane % 4) + 2 * r, 8 * j + lane / 4, x);
+                        inputs_of(m, dim, scale, 32 * i + 8 * (lane % 4) + 2 * r, 8 * j + lane / 4,
+                                  x);
                         *out++ = word(x, part ? BF16_REST : BF16);
                     }
 }
