@@ -239,10 +239,11 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
     bool plain = part >= p.splits;
     // Rotations do not change while kernels run: they may be read before the last one has finished.
     typename queries<NT, DK, WARPS>::run r;
-    if (!plain)
+    if (!plain) {
         queries<NT, DK, WARPS>::load(p, b.kv, 0, r);
+        prefetch_place(p, b);
+    }
     memory.init();
-    prefetch_place(p, b);
     wait_for_previous();
     plain_queries<NT, DK> q; // asked for before the first tiles: behind these, they would wait long
     q.load(p, b);

@@ -128,7 +128,7 @@ template <int NT, int DK, int DV, int WARPS, int CODEC> struct block_memory {
 
 // -- un-rotation ---------------------------------------------------------------------------------
 
-// R^T of a kv head, by its high part.
+// R^T of a kv head. With bf16 pages there may be none.
 template <typename M, int DV> struct unrotation {
     M m;
     const uint32_t *r;
@@ -138,7 +138,7 @@ template <typename M, int DV> struct unrotation {
     {
         uint64_t index = matrix_index(p.rotation, p.layer, b.kv);
         r = matrix_at<DV>(p.rotation.v.inverse, index, 1);
-        scale = __ldg(&p.rotation.v.scale[index]);
+        scale = p.codec != KVD_CODEC_BF16 ? __ldg(&p.rotation.v.scale[index]) : 1;
     }
 
     // Each warp asks for its share, once, after its last tile.
