@@ -276,8 +276,9 @@ __device__ inline float dot(const float4 &x, const float4 &y)
     return x.x * y.x + x.y * y.y + (x.z * y.z + x.w * y.w);
 }
 
-// Sums over partials: the terms of the lane's row, and the thread's values, those of windows apart. A lane weighs four partials for its row at a time; a table in
-// shared memory brings the weights to the lanes that want them.
+// Sums over partials: the terms of the lane's row, and the thread's values, those of windows apart. A
+// lane weighs four partials for its row at a time; a table in shared memory brings the weights to the
+// lanes that want them.
 template <int NT, typename M, typename P, typename S>
 __device__ inline row_terms combine(const M &mem, const P &from, uint32_t rows, const S &mine,
                                     float4 (&history)[S::MOST], float4 (&windows)[S::MOST])
