@@ -497,6 +497,7 @@ static void memory(void)
 
 int main(int argc, char **argv)
 {
+    setvbuf(stdout, NULL, _IOLBF, 0); // what was reached shows even if a kernel hangs
     bool quick = argc > 1 && strcmp(argv[1], "quick") == 0; // under a sanitizer
     struct kvd_error err = {0};
     cuda = kvd_cuda_backend_new(0, &err);
