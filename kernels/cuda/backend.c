@@ -40,13 +40,26 @@ static void rotation_free(struct kvd_backend *b, struct kvd_rotation **rp)
     free(r);
 }
 
-// Bytes of one side in device memory, in the order in which side_new lays them out.
-static uint64_t side_bytes(uint64_t matrices, uint32_t dim, bool v)
+// What one side has in device memory, in this order.
+enum { QUERIES, FORWARD, INVERSE, FORWARD_F32, INVERSE_F32, COLUMNS, SCALE, CLIP, GAIN, N_ARRAYS };
+
+// Offsets of the arrays; returns how many bytes they have together.
+static uint64_t side_layout(uint64_t matrices, uint32_t dim, bool v, uint64_t at[N_ARRAYS])
 {
-    return kvd_round_up((v ? 3 : 5) * kvd_cuda_operand_bytes(matrices, dim) + // K's with queries
-                            2 * matrices * dim * dim * sizeof(float) +        // the same in fp32
-                            matrices * (dim + 3) * sizeof(float), // columns, scale, clip, gain
-                        256);
+    uint64_t operands = kvd_cuda_operand_bytes(matrices, dim), floats = matrices * sizeof(float);
+    const uint64_t sizes[N_ARRAYS] = {[QUERIES] = v ? 0 : 2 * operands,
+                                      [FORWARD] = 2 * operands,
+                                      [INVERSE] = operands,
+                                      [FORWARD_F32] = floats * dim * dim,
+                                      [INVERSE_F32] = floats * dim * dim,
+                                      [COLUMNS] = floats * dim,
+                                      [SCALE] = floats,
+                                      [CLIP] = floats,
+                                      [GAIN] = floats};
+    uint64_t bytes = 0;
+    for (int i = 0; i < N_ARRAYS; bytes += sizes[i++])
+        at[i] = bytes;
+    return kvd_round_up(bytes, 256);
 }
 
 static void transpose(const float *from, uint64_t matrices, uint32_t dim, float *to)
@@ -62,13 +75,10 @@ static struct kvd_cuda_matrices side_new(const float *r, const float *clip, cons
                                          uint64_t matrices, uint32_t dim, bool v, uint8_t *host,
                                          uint8_t *device)
 {
-    uint64_t operands = kvd_cuda_operand_bytes(matrices, dim), n = matrices * dim * dim;
-    uint8_t *at[9] = {host};
-    const uint64_t sizes[] = {v ? 0 : 2 * operands, 2 * operands, operands,    n * 4, n * 4,
-                              matrices * dim * 4,   matrices * 4, matrices * 4};
-    for (int i = 0; i < 8; i++)
-        at[i + 1] = at[i] + sizes[i];
-    float *plain = (float *)(void *)at[3];
+    uint64_t at[N_ARRAYS], n = matrices * dim * dim;
+    side_layout(matrices, dim, v, at);
+#define HOST(i, type) ((type *)(void *)(host + at[i]))
+    float *plain = HOST(FORWARD_F32, float);
     if (r) {
         memcpy(plain, r, n * sizeof(float));
     } else {
@@ -76,24 +86,25 @@ static struct kvd_cuda_matrices side_new(const float *r, const float *clip, cons
         for (uint64_t i = 0; i < matrices * dim; i++)
             plain[i * dim + i % dim] = 1;
     }
-    transpose(plain, matrices, dim, (float *)(void *)at[4]);
-    kvd_cuda_rotation_pack(plain, matrices, dim, v ? NULL : (uint16_t *)(void *)at[0],
-                           (uint16_t *)(void *)at[1], (uint16_t *)(void *)at[2],
-                           (float *)(void *)at[6], (float *)(void *)at[5]);
+    transpose(plain, matrices, dim, HOST(INVERSE_F32, float));
+    kvd_cuda_rotation_pack(plain, matrices, dim, v ? NULL : HOST(QUERIES, uint16_t),
+                           HOST(FORWARD, uint16_t), HOST(INVERSE, uint16_t), HOST(SCALE, float),
+                           HOST(COLUMNS, float));
     if (clip)
-        memcpy(at[7], clip, matrices * sizeof(float));
+        memcpy(HOST(CLIP, float), clip, matrices * sizeof(float));
     if (gain)
-        memcpy(at[8], gain, matrices * sizeof(float));
-#define AT(i, type) ((type *)(void *)(device + (at[i] - host)))
-    return (struct kvd_cuda_matrices){.queries = v ? NULL : AT(0, uint16_t),
-                                      .forward = AT(1, uint16_t),
-                                      .inverse = AT(2, uint16_t),
-                                      .forward_f32 = r ? AT(3, float) : NULL,
-                                      .inverse_f32 = r ? AT(4, float) : NULL,
-                                      .inverse_columns = AT(5, float),
-                                      .scale = AT(6, float),
-                                      .clip = clip ? AT(7, float) : NULL,
-                                      .gain = gain ? AT(8, float) : NULL};
+        memcpy(HOST(GAIN, float), gain, matrices * sizeof(float));
+#undef HOST
+#define AT(i, type) ((type *)(void *)(device + at[i]))
+    return (struct kvd_cuda_matrices){.queries = v ? NULL : AT(QUERIES, uint16_t),
+                                      .forward = AT(FORWARD, uint16_t),
+                                      .inverse = AT(INVERSE, uint16_t),
+                                      .forward_f32 = r ? AT(FORWARD_F32, float) : NULL,
+                                      .inverse_f32 = r ? AT(INVERSE_F32, float) : NULL,
+                                      .inverse_columns = AT(COLUMNS, float),
+                                      .scale = AT(SCALE, float),
+                                      .clip = clip ? AT(CLIP, float) : NULL,
+                                      .gain = gain ? AT(GAIN, float) : NULL};
 #undef AT
 }
 
@@ -102,7 +113,8 @@ static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd
 {
     cudaSetDevice(cuda_of(b)->index);
     uint64_t n = (uint64_t)d->n_layers * d->heads;
-    uint64_t k = side_bytes(n, d->dim_k, false), v = side_bytes(n, d->dim_v, true);
+    uint64_t at[N_ARRAYS], k = side_layout(n, d->dim_k, false, at);
+    uint64_t v = side_layout(n, d->dim_v, true, at);
     struct kvd_rotation *r = calloc(1, sizeof(*r));
     uint8_t *host KVD_FREE = malloc(k + v);
     void *memory = NULL;
