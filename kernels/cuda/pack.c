@@ -11,6 +11,45 @@ static const float LARGEST = 256;
 
 enum part { BF16, BF16_REST, FP16 };
 
+// Pairs of inputs of R, or of R^T, in the order in which lanes want them: parts, tiles of outputs,
+// tiles of inputs, lanes, 4 words. place() says which two inputs, `in` and the next, and which
+// output.
+struct order {
+    enum part first, last; // parts
+    uint32_t outputs, inputs;
+    bool transposed; // R^T
+    void (*place)(uint32_t j, uint32_t i, uint32_t lane, uint32_t r, uint32_t *in, uint32_t *out);
+};
+
+// 16 rows are outputs, 16 columns inputs in the order of forward_channel.
+static void place_queries(uint32_t j, uint32_t i, uint32_t lane, uint32_t r, uint32_t *in,
+                          uint32_t *out)
+{
+    *in = 32 * (i / 2) + 8 * (lane % 4) + 4 * (i % 2) + 2 * (r / 2);
+    *out = 16 * j + lane / 4 + 8 * (r % 2);
+}
+
+// Inputs in the order of forward_channel.
+static void place_forward(uint32_t j, uint32_t i, uint32_t lane, uint32_t r, uint32_t *in,
+                          uint32_t *out)
+{
+    *in = 32 * i + 8 * (lane % 4) + 2 * r;
+    *out = 8 * j + lane / 4;
+}
+
+// Outputs in the order of inverse_channel: column g of tile j is that of lane g / 2, element g % 2.
+static void place_inverse(uint32_t j, uint32_t i, uint32_t lane, uint32_t r, uint32_t *in,
+                          uint32_t *out)
+{
+    uint32_t g = lane / 4;
+    *in = 32 * i + r / 2 * 16 + r % 2 * 8 + 2 * (lane % 4);
+    *out = j / 4 * 32 + 8 * (g / 2) + j % 4 * 2 + g % 2;
+}
+
+static const struct order queries_order = {BF16, BF16_REST, 16, 16, false, place_queries};
+static const struct order forward_order = {BF16, BF16_REST, 8, 32, false, place_forward};
+static const struct order inverse_order = {FP16, FP16, 8, 32, true, place_inverse};
+
 static uint32_t word(const float *x, enum part part)
 {
     uint32_t w = 0;
@@ -23,56 +62,21 @@ static uint32_t word(const float *x, enum part part)
     return w;
 }
 
-// Two elements of R, one input after the other, scaled.
-static void inputs_of(const float *m, uint32_t dim, float scale, uint32_t in, uint32_t to, float *x)
+// Packs R [dim][dim] times `scale`; `to` has the operands of all matrices, this one's index is
+// given.
+static void pack(const float *m, uint32_t dim, float scale, const struct order *o, uint16_t *to,
+                 uint64_t index)
 {
-    for (uint32_t e = 0; e < 2; e++)
-        x[e] = scale * m[(uint64_t)(in + e) * dim + to];
-}
-
-// Of one matrix. 16 rows are outputs, 16 columns inputs in the order of forward_channel.
-static void pack_queries(const float *m, uint32_t dim, float scale, uint32_t *out)
-{
-    for (int part = 0; part < 2; part++)
-        for (uint32_t j = 0; j < dim / 16; j++)
-            for (uint32_t i = 0; i < dim / 16; i++)
-                for (uint32_t lane = 0; lane < 32; lane++)
-                    for (uint32_t r = 0; r < 4; r++) {
-                        uint32_t to = 16 * j + lane / 4 + 8 * (r % 2);
-                        uint32_t in = 32 * (i / 2) + 8 * (lane % 4) + 4 * (i % 2) + 2 * (r / 2);
-                        float x[2];
-                        inputs_of(m, dim, scale, in, to, x);
-                        *out++ = word(x, part ? BF16_REST : BF16);
-                    }
-}
-
-// Inputs in the order of forward_channel.
-static void pack_forward(const float *m, uint32_t dim, float scale, uint32_t *out)
-{
-    for (int part = 0; part < 2; part++)
-        for (uint32_t j = 0; j < dim / 8; j++)
-            for (uint32_t i = 0; i < dim / 32; i++)
-                for (uint32_t lane = 0; lane < 32; lane++)
-                    for (uint32_t r = 0; r < 4; r++) {
-                        float x[2];
-                        inputs_of(m, dim, scale, 32 * i + 8 * (lane % 4) + 2 * r, 8 * j + lane / 4,
-                                  x);
-                        *out++ = word(x, part ? BF16_REST : BF16);
-                    }
-}
-
-// Outputs in the order of inverse_channel: column g of tile j is that of lane g / 2, element g % 2.
-static void pack_inverse(const float *m, uint32_t dim, float scale, uint32_t *out)
-{
-    for (uint32_t j = 0; j < dim / 8; j++)
-        for (uint32_t i = 0; i < dim / 32; i++)
-            for (uint32_t lane = 0; lane < 32; lane++)
-                for (uint32_t r = 0; r < 4; r++) {
-                    uint32_t g = lane / 4, in = 32 * i + r / 2 * 16 + r % 2 * 8 + 2 * (lane % 4);
-                    uint32_t to = j / 4 * 32 + 8 * (g / 2) + j % 4 * 2 + g % 2;
-                    const float *row = m + (uint64_t)to * dim + in;
-                    float x[2] = {scale * row[0], scale * row[1]};
-                    *out++ = word(x, FP16);
+    uint64_t parts = o->last - o->first + 1, step = o->transposed ? 1 : dim;
+    uint32_t *at = (uint32_t *)(void *)to + index * parts * dim * dim / 2, in, out;
+    for (int part = (int)o->first; part <= (int)o->last; part++)
+        for (uint32_t j = 0; j < dim / o->outputs; j++)
+            for (uint32_t i = 0; i < dim / o->inputs; i++)
+                for (uint32_t word_index = 0; word_index < 32 * 4; word_index++) {
+                    o->place(j, i, word_index / 4, word_index % 4, &in, &out);
+                    const float *x =
+                        m + (o->transposed ? (uint64_t)out * dim + in : (uint64_t)in * dim + out);
+                    *at++ = word((float[]){scale * x[0], scale * x[step]}, (enum part)part);
                 }
 }
 
@@ -87,9 +91,9 @@ void kvd_cuda_rotation_pack(const float *r, uint64_t matrices, uint32_t dim, uin
             top = fmaxf(top, fabsf(m[k]));
         scale[i] = top > 0 ? LARGEST / top : 1;
         if (queries)
-            pack_queries(m, dim, scale[i], (uint32_t *)(void *)queries + i * dim * dim);
-        pack_forward(m, dim, scale[i], (uint32_t *)(void *)forward + i * dim * dim);
-        pack_inverse(m, dim, scale[i], (uint32_t *)(void *)inverse + i * dim * dim / 2);
+            pack(m, dim, scale[i], &queries_order, queries, i);
+        pack(m, dim, scale[i], &forward_order, forward, i);
+        pack(m, dim, scale[i], &inverse_order, inverse, i);
         for (uint32_t c = 0; c < dim; c++) { // column c of R^T is row c of R
             double sum = 0;                  // of what products see
             for (uint32_t k = 0; k < dim; k++)
