@@ -2,6 +2,8 @@
 // codec are compiled in attend_<codec>.cu.
 #include "kernels/cuda/launch.cuh"
 
+#include <algorithm>
+
 namespace kvd
 {
 
@@ -57,7 +59,7 @@ extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t 
     // Ragged lengths even out when parts are smaller, but not much smaller than what one costs.
     bool ragged = (uint64_t)history_max * p->sequences > history_sum + history_sum / 4;
     if (ragged)
-        part = part / 3 < 96 ? part / 3 : part / 8 < 96 ? 96 : part / 8;
+        part = std::min<uint64_t>(part / 3, std::max<uint64_t>(part / 8, 96));
     if (!small && !ragged && tiles_max)
         part = even_part(units, (uint32_t)slots, tiles_max);
     p->part_tiles = (uint32_t)(part > least ? part : least);

@@ -40,8 +40,8 @@ template <int NT> __device__ inline row_block place_of(const attend_call &p)
     return {s, kv, (x - kv * p.row_blocks) * 8 * NT};
 }
 
-// Brings nearer what a block reads first. May come before what is there is known: a cache of all
-// multiprocessors does not go stale.
+// Brings nearer what a block reads first. May run while the kernel in front still writes there: the L2
+// cache is where that arrives, too.
 __device__ inline void prefetch_place(const attend_call &p, const row_block &b)
 {
     if (threadIdx.x == 0) {

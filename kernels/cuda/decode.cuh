@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
         window_part<false, NT, DK, DV, WARPS>(p, b, part - p.splits, memory, q);
     else
         history_part<GENERAL, NT, DK, DV, WARPS, CODEC>(p, b, range, part, memory, q, r);
-    b = place_of<NT>(p);
+    b = place_of<NT>(p); // again, so that nothing of it was kept in registers
     part = part_of(p), plain = part >= p.splits;
     uint32_t rows = min((uint32_t)mem::ROWS, p.rows - b.row0);
     __syncthreads();
@@ -310,7 +310,7 @@ cudaError_t launch_attend(const attend_params &p, cudaStream_t stream)
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(p.kv_heads * n_row_blocks(p, NT), p.sequences, p.splits + p.window_splits);
+    config.gridDim = dim3(p.kv_heads * call.row_blocks, p.sequences, p.splits + p.window_splits);
     config.blockDim = dim3(WARPS * 32);
     config.dynamicSmemBytes = bytes;
     config.stream = stream;
