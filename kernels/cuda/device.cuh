@@ -316,6 +316,17 @@ __device__ inline uint32_t shared_address(const void *p)
     return (uint32_t)__cvta_generic_to_shared(p);
 }
 
+// Copies 16 bytes from global to shared memory; this thread may read them after copies_arrived().
+__device__ inline void copy_async(void *to, const void *from)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+__device__ inline void copies_arrived()
+{
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
 #if KVD_BULK
 __device__ inline void barrier_init(uint64_t *bar, uint32_t arrivals)
 {

@@ -4,8 +4,11 @@
 // mma.m16n8k16. The product's accumulator has a token's channels in four lanes, and these lanes are
 // the ones whose words of a unit hold the codes, so that packing needs no exchange for K and one
 // transpose of each word for V.
+#include "kernels/cuda/clip.cuh"
 #include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/warpgroup.cuh"
+
+#include <climits>
 
 namespace kvd
 {
@@ -13,15 +16,20 @@ namespace kvd
 using append_params = kvd_cuda_append_params;
 using append_item = kvd_cuda_append_item;
 
-// Warps of a block, and bytes of shared memory for R: with head_dim 256 it does not fit.
+// Warps of a block, and bytes of shared memory for R (with head_dim 256 it does not fit) and for all.
 __host__ __device__ constexpr int quantize_warps(int dim)
 {
     return dim == 256 ? 8 : 16;
 }
 
-__host__ __device__ constexpr int quantize_bytes(int dim)
+__host__ __device__ constexpr int matrix_bytes(int dim)
 {
     return dim == 256 ? 0 : dim * dim * 4;
+}
+
+__host__ __device__ constexpr int quantize_bytes(int dim)
+{
+    return matrix_bytes(dim) + quantize_warps(dim) * 16 * dim * 2;
 }
 
 __device__ inline uint8_t *window_row(const append_params &p, const append_item &item,
@@ -44,61 +52,11 @@ __device__ inline const uint8_t *source_row(const append_params &p, const append
 
 // -- one row's quantizer -------------------------------------------------------------------------
 
-// Sum and maximum over the four lanes of a row.
-__device__ inline uint32_t quad_max(uint32_t x)
+// Maximum over the four lanes of a row.
+template <typename T> __device__ inline T quad_max(T x)
 {
     x = max(x, __shfl_xor_sync(~0u, x, 1));
     return max(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-__device__ inline float quad_max(float x)
-{
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-template <typename T> __device__ inline T quad_sum(T x)
-{
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
-
-// The value of lane `lane` of the row's four at index `i` of its own.
-template <int N, typename X> __device__ inline float value_at(X x, uint32_t i, uint32_t lane)
-{
-    float y[N];
-#pragma unroll
-    for (int k = 0; k < N; k++)
-        y[k] = x(k);
-    static_for<8>([&](auto level) {
-        constexpr int half = N >> (level + 1);
-#pragma unroll
-        for (int k = 0; k < half; k++)
-            y[k] = i & half ? y[k + half] : y[k];
-    });
-    return __shfl_sync(~0u, y[0], (threadIdx.x & ~3u & 31) | lane);
-}
-
-// The n-th largest of |x| over a row: N values in each of its four lanes, x(i) giving one. All lanes take
-// part. Goes down by n steps over keys that order like |x| and differ: their last bits say where a value
-// lies. Values that agree in the other 16 bits or more of their mantissas pass for equal.
-template <int N, typename X> __device__ inline float nth_largest(X x, int n)
-{
-    constexpr uint32_t places = 4 * N - 1;
-    uint32_t keys[N], lane = threadIdx.x % 4, cur = 0;
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        keys[i] = (__float_as_uint(x(i)) & (0x7fffffffu & ~places)) | (4 * i);
-#pragma unroll 1
-    for (int k = 0; k < n; k++) {
-        // A key below `cur` minus `cur` wraps to more than any other.
-        uint32_t minus = lane - cur, best[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int i = 0; i < N; i++)
-            best[i % 4] = __viaddmax_u32(keys[i], minus, best[i % 4]);
-        cur += quad_max(max(max(best[0], best[1]), max(best[2], best[3])));
-    }
-    return fabsf(value_at<N>(x, cur >> 2 & (N - 1), cur & 3));
 }
 
 // Codes and parameters of a row: `param` as stored, 2 or 4 bytes. int2 and int2c: `inverse` is
@@ -140,26 +98,51 @@ __device__ inline quantizer quantize_bytes(float drawn, float centre, float gain
     return q;
 }
 
-template <int CODEC, int N, typename X>
-__device__ inline quantizer quantize_evenly(X x, int clipped, float gain, float unit)
+// Least and greatest of a row, by the bits of floats. As signed integers the greatest is the greatest float, unless
+// all are negative; as unsigned ones it is the least float, if any is negative.
+template <int N, typename X> __device__ inline float2 range_of(X x)
 {
-    float low = INFINITY, high = -INFINITY;
+    int high[2] = {INT_MIN, INT_MIN};
+    uint32_t low[2] = {0, 0};
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-        low = fminf(low, x(i));
-        high = fmaxf(high, x(i));
+    for (int i = 0; i < N; i += 2) {
+        uint32_t a = __float_as_uint(x(i)), b = __float_as_uint(x(i + 1));
+        high[i / 2 % 2] = __vimax3_s32((int)a, (int)b, high[i / 2 % 2]);
+        low[i / 2 % 2] = __vimax3_u32(a, b, low[i / 2 % 2]);
     }
-    low = -quad_max(-low);
-    high = quad_max(high);
-    if (clipped > 0) {
-        float limit = nth_largest<N>(x, clipped);
+    int top = quad_max(max(high[0], high[1]));
+    uint32_t bottom = quad_max(max(low[0], low[1]));
+    bool one_sign = top < 0 || (int)bottom >= 0;
+    if (__any_sync(~0u, one_sign)) {
+        uint32_t least = clip_search<4 * N>::nearest(x, 0, true);
+        if (top < 0)
+            top = (int)(least | 0x80000000);
+        else if (one_sign)
+            bottom = least;
+    }
+    return make_float2(__uint_as_float(bottom), __int_as_float(top));
+}
+
+// x / 3, correctly rounded, without a division's branch.
+__device__ inline float third(float x)
+{
+    constexpr float y = 1 / 3.0f;
+    return fmaf(fmaf(-3, x * y, x), y, x * y);
+}
+
+template <int CODEC, int N, typename X>
+__device__ inline quantizer quantize_evenly(X x, const clip_search<4 * N> &clip, float gain, float unit)
+{
+    auto [low, high] = range_of<N>(x);
+    if (__any_sync(~0u, clip.n > 0)) { // uniform, and known to be
+        float limit = clip(x);
         low = bounded(low, limit);
         high = bounded(high, limit);
     }
-    float scale = (high - low) / 3.0f, drawn = scale * gain;
+    float scale = third(high - low), drawn = scale * gain;
     if (CODEC == INT2C)
         return quantize_bytes(unit * drawn, unit * (low + 1.5f * scale), gain, unit);
-    float inverse = scale > 0 ? 0.25f / scale : 0;
+    float inverse = scale > 0 ? __fdividef(0.25f, scale) : 0;
     return {fmaf(-low, inverse, EIGHTH), inverse,
             pack_param(unit * drawn, unit * (low + 1.5f * (scale - drawn)))};
 }
@@ -250,19 +233,35 @@ template <int CODEC> __device__ inline uint32_t codes_of(const quantizer &q, flo
 
 // -- demotion ------------------------------------------------------------------------------------
 
-// 16 rows (this lane's: g and g + 8) as A operands.
-template <int D> __device__ inline void load_rows(const uint8_t *const (&rows)[2], uint32_t (&a)[D / 16][4])
-{
+// 16 rows of a chunk on their way through shared memory: a lane fetches what it reads itself, 16 bytes at a time.
+template <int D> struct staged_rows {
+    uint8_t *at; // the lane's first 16 bytes
+
+    // Asks for rows g and g + 8.
+    __device__ inline void fetch(const uint8_t *const (&rows)[2]) const
+    {
 #pragma unroll
-    for (int half = 0; half < 2; half++)
+        for (int half = 0; half < 2; half++)
 #pragma unroll
-        for (int i = 0; i < D / 32; i++) {
-            uint4 x = *((const uint4 *)rows[half] + i * 4 + threadIdx.x % 4);
+            for (int i = 0; i < D / 32; i++)
+                copy_async(at + (half * D / 32 + i) * 512, rows[half] + i * 64 + threadIdx.x % 4 * 16);
+    }
+
+    // As A operands.
+    __device__ inline void load(uint32_t (&a)[D / 16][4]) const
+    {
+        copies_arrived();
 #pragma unroll
-            for (int k = 0; k < 4; k++)
-                a[2 * i + k / 2][k % 2 * 2 + half] = word_of(x, k);
-        }
-}
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int i = 0; i < D / 32; i++) {
+                uint4 x = *(const uint4 *)(at + (half * D / 32 + i) * 512);
+#pragma unroll
+                for (int k = 0; k < 4; k++)
+                    a[2 * i + k / 2][k % 2 * 2 + half] = word_of(x, k);
+            }
+    }
+};
 
 // R in shared memory, where it serves all warps of a block.
 template <int D> struct shared_matrix {
@@ -286,19 +285,19 @@ template <int D> struct shared_matrix {
         __syncthreads();
     }
 
-    // c = a R, high and low part, the small part first.
+    // c = a R, high and low part, the small part first. c is not there before `finish`.
     __device__ inline void multiply(const uint32_t (&a)[D / 16][4], float (&c)[D / 8][4]) const
     {
         if constexpr (USED) {
 #if KVD_WARPGROUP
+            uint64_t operand = operand_descriptor<D>(at);
             warpgroup_begin();
 #pragma unroll
             for (int part = 1; part >= 0; part--)
 #pragma unroll
                 for (int i = 0; i < D / 16; i++)
-                    warpgroup_mma<D>(c, a[i], operand_descriptor<D>(at + part * D * D * 2 + i * 256),
-                                     part == 0 || i > 0);
-            warpgroup_end();
+                    warpgroup_mma<D>(c, a[i], operand + (part * D * D * 2 + i * 256) / 16, part == 0 || i > 0);
+            warpgroup_commit();
 #endif
         } else {
 #pragma unroll
@@ -314,6 +313,67 @@ template <int D> struct shared_matrix {
                     }
             }
         }
+    }
+
+    __device__ inline void finish() const
+    {
+#if KVD_WARPGROUP
+        if constexpr (USED)
+            warpgroup_wait();
+#endif
+    }
+};
+
+// A (side, layer, kv head), counted from K's first.
+struct append_unit {
+    uint32_t layer, head;
+    bool v;
+
+    __device__ inline append_unit(const append_params &p, bool first_v, uint32_t u)
+        : layer(u / p.kv_heads), head(u % p.kv_heads), v(first_v)
+    {
+        if (layer >= p.layer_count)
+            layer -= p.layer_count, v = true;
+    }
+};
+
+// A warp's way through the chunks of a unit, in steps of any size.
+template <int D> struct chunk_walk {
+    uint32_t chunk, of = 0; // and its item
+    uint32_t until = 0;     // so far rows follow each other as in the item's tensor
+    const uint8_t *row;     // the lane's, g, of the chunk
+
+    // Asks for the rows of chunk i. `along`: of the same unit as before, and behind it.
+    __device__ inline void fetch(const append_params &p, bool first_v, uint32_t u, uint32_t i, bool along,
+                                 const staged_rows<D> &staged)
+    {
+        if (along && i <= until) {
+            const append_item &item = p.items[of];
+            uint64_t stride = first_v || u >= p.layer_count * p.kv_heads ? item.v.token_stride : item.k.token_stride;
+            row += (i - chunk) * 16 * stride;
+            chunk = i;
+            staged.fetch({row, row + 8 * stride});
+            return;
+        }
+        append_unit unit(p, first_v, u);
+        chunk = i;
+        if (p.items[of].first_chunk > i || (of + 1 < p.n_items && p.items[of + 1].first_chunk <= i))
+            of = find_item(p.n_items, i, [&](uint32_t k) { return p.items[k].first_chunk; });
+        const append_item &item = p.items[of];
+        uint32_t token = item.hist_end + (i - item.first_chunk) * 16;
+        const uint8_t *rows[2], *window = nullptr; // a chunk lies in one page of the ring
+        if (token < item.length)
+            window = window_row(p, item, token, unit.layer, unit.head, unit.v);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            uint32_t n = half * 8 + threadIdx.x % 32 / 4, at = token + n - item.length; // among the new tokens
+            rows[half] = token + n < item.length
+                             ? window + n * D * 2
+                             : tensor_row(unit.v ? item.v : item.k, unit.layer, at, unit.head);
+        }
+        until = token < item.length ? 0 : (of + 1 < p.n_items ? p.items[of + 1].first_chunk : p.chunks) - 1;
+        row = rows[0];
+        staged.fetch(rows);
     }
 };
 
@@ -370,9 +430,9 @@ template <int CODEC, int D> struct coded_rows {
     static constexpr int MORE_BITS = BITS - 2, MORE_UNITS = BITS == 4 ? UNITS : 1;
     uint32_t pairs[UNITS][4], more[MORE_UNITS][4], param[2];
 
-    // Of the 8 rows in the first half of each c[j], times `unit`; the second half takes its place. To be
-    // called twice, for rows g and g + 8.
-    __device__ inline void quantize(float (&c)[D / 8][4], float unit, int clipped, float gain, uint32_t codec)
+    // Of the 8 rows in the first half of each c[j], times `unit`. To be called twice, for rows g and g + 8.
+    __device__ inline void quantize(float (&c)[D / 8][4], float unit, const clip_search<D> &clip, float gain,
+                                    uint32_t codec)
     {
         if (has_levels(CODEC))
 #pragma unroll
@@ -381,7 +441,7 @@ template <int CODEC, int D> struct coded_rows {
         auto x = [&](int i) { return c[i / 2][i % 2]; };
         quantizer q;
         if constexpr (!has_levels(CODEC))
-            q = quantize_evenly<CODEC, D / 4>(x, clipped, gain, unit);
+            q = quantize_evenly<CODEC, D / 4>(x, clip, gain, unit);
         else if (CODEC == LEVELS2 && codec == KVD_CODEC_TURBOQUANT_2)
             q = fit_levels<KVD_CODEC_TURBOQUANT_2, D / 4>(x);
         else
@@ -407,7 +467,6 @@ template <int CODEC, int D> struct coded_rows {
                 uint32_t &above = more[MORE_UNITS == 2 ? j / 16 : 0][j % 2 * 2 + 1];
                 above = (above << MORE_BITS) + (both >> 2 & (MORE_BITS == 2 ? 0x00030003 : 0x00010001));
             }
-            c[j][0] = c[j][2], c[j][1] = c[j][3];
         }
     }
 
@@ -431,56 +490,88 @@ template <int CODEC, int D> struct coded_rows {
     }
 };
 
-// Block (share of the chunks, layer and kv head). One side of the sequences' chunks; each warp takes
-// one at a time, the four warps of a warpgroup together.
+// What a (side, layer, kv head) has its chunks quantized with, and where in a page they go.
+template <int CODEC, int D> struct quantize_unit {
+    const uint32_t *matrix;
+    clip_search<D> clip;
+    float unit, gain;
+    uint64_t codes, params;
+    bool v;
+
+    quantize_unit() = default;
+
+    __device__ inline quantize_unit(const append_params &p, const append_unit &of)
+        : v(of.v)
+    {
+        constexpr uint32_t BITS = code_bits(CODEC);
+        uint32_t layer = p.layer_begin + of.layer;
+        const kvd_cuda_matrices &side = v ? p.rotation.v : p.rotation.k;
+        uint64_t index = matrix_index(p.rotation, layer, of.head);
+        matrix = matrix_at<D>(side.forward, index, 2);
+        unit = 1 / side.scale[index];
+        gain = side.gain ? side.gain[index] : 1;
+        uint32_t kept = side.clip ? (uint32_t)((double)side.clip[index] * D) : D;
+        clip = clip_search<D>(kept < D ? (int)(D - kept) : 0);
+        uint32_t param_bytes = params_bytes<CODEC>(p.codec), both = p.dim_k + p.dim_v;
+        uint64_t tile = ((uint64_t)layer * p.kv_heads + of.head) * (8 * BITS * both + 2 * param_bytes);
+        codes = tile + (v ? 8 * BITS * p.dim_k : 0);
+        params = tile + 8 * BITS * both + (v ? param_bytes : 0);
+    }
+};
+
+// One side, or both, K first. A unit is a (side, layer, kv head), a round as many of its chunks as a block has
+// warps; a block takes `share` of all rounds. A warp takes one chunk at a time, the four warps of a warpgroup
+// together. While one is multiplied and quantized, the next one's rows come.
 template <int CODEC, int D>
 __global__ void __launch_bounds__(quantize_warps(D) * 32, 1)
-    quantize_kernel(const __grid_constant__ append_params p, bool v)
+    quantize_kernel(const __grid_constant__ append_params p, bool first_v, uint32_t all, uint32_t share)
 {
     extern __shared__ __align__(128) uint8_t shared[];
-    constexpr uint32_t WARPS = quantize_warps(D), BITS = code_bits(CODEC);
-    uint32_t layer = blockIdx.y / p.kv_heads, head = blockIdx.y % p.kv_heads;
-    const kvd_cuda_matrices &side = v ? p.rotation.v : p.rotation.k;
-    uint64_t index = matrix_index(p.rotation, p.layer_begin + layer, head);
-    shared_matrix<D> r = {matrix_at<D>(side.forward, index, 2), shared};
-    r.load();
-    float scale = 1 / side.scale[index], gain = side.gain ? side.gain[index] : 1;
-    uint32_t kept = side.clip ? (uint32_t)((double)side.clip[index] * D) : D;
-    int clipped = kept < D ? (int)(D - kept) : 0;
-    uint32_t codes_at = v ? 8 * BITS * p.dim_k : 0, param_bytes = params_bytes<CODEC>(p.codec);
-    uint32_t params_at = 8 * BITS * (p.dim_k + p.dim_v) + (v ? param_bytes : 0);
-    uint64_t tile = ((uint64_t)(p.layer_begin + layer) * p.kv_heads + head) *
-                    (8 * BITS * (p.dim_k + p.dim_v) + 2 * param_bytes);
-    uint32_t warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, of = 0;
-#pragma unroll 1
-    for (uint32_t first = blockIdx.x * WARPS; first < p.chunks; first += gridDim.x * WARPS) {
-        uint32_t i = min(first + warp, p.chunks - 1);
-        if (of + 1 < p.n_items && p.items[of + 1].first_chunk <= i)
-            of = find_item(p.n_items, i, [&](uint32_t k) { return p.items[k].first_chunk; });
-        const append_item &item = p.items[of];
-        uint32_t token = item.hist_end + (i - item.first_chunk) * 16, h = token - p.sink;
-        const uint8_t *rows[2], *window = nullptr; // a chunk lies in one page of the ring
-        if (token < item.length)
-            window = window_row(p, item, token, layer, head, v);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            uint32_t n = half * 8 + g, at = token + n - item.length; // among the new tokens
-            rows[half] = token + n < item.length ? window + n * D * 2
-                                                 : tensor_row(v ? item.v : item.k, layer, at, head);
+    constexpr uint32_t WARPS = quantize_warps(D);
+    uint32_t warp = threadIdx.x / 32, rounds = (p.chunks + WARPS - 1) / WARPS;
+    uint32_t at = blockIdx.x * share, end = min(all - at, share) + at;
+    uint32_t u = at / rounds, round = at % rounds;
+    staged_rows<D> staged = {shared + matrix_bytes(D) + warp * (32 * D) + threadIdx.x % 32 * 16};
+    chunk_walk<D> walk;
+    auto fetch = [&] { // warps without a chunk in the last round take the last one
+        walk.fetch(p, first_v, u, min(round * WARPS + warp, p.chunks - 1), round > 0, staged);
+    };
+    quantize_unit<CODEC, D> unit;
+    fetch();
+    for (bool load = true; at < end; at++) {
+        if (load) {
+            unit = quantize_unit<CODEC, D>(p, append_unit(p, first_v, u));
+            __syncthreads();
+            shared_matrix<D>{unit.matrix, shared}.load();
         }
-        uint8_t *at = (uint8_t *)item.codec[h / PAGE] + tile;
+        shared_matrix<D> r = {unit.matrix, shared};
+        const append_item &item = p.items[walk.of];
+        bool mine = round * WARPS + warp < p.chunks;
+        uint32_t h = item.hist_end + (walk.chunk - item.first_chunk) * 16 - p.sink;
+        uint8_t *page = (uint8_t *)item.codec[h / PAGE];
         uint32_t a[D / 16][4];
         float c[D / 8][4];
-        load_rows<D>(rows, a);
+        staged.load(a);
         r.multiply(a, c);
-        if (first + warp >= p.chunks)
-            continue;
+        load = ++round == rounds;
+        if (load)
+            u++, round = 0;
+        if (at + 1 < end)
+            fetch();
+        r.finish();
         coded_rows<CODEC, D> coded = {};
         // Row g, then row g + 8 in its place: the code is long, and the cache of instructions small.
 #pragma unroll 1
-        for (int half = 0; half < 2; half++)
-            coded.quantize(c, scale, clipped, gain, p.codec);
-        coded.store(p.codec, v, at + codes_at, at + params_at, h % PAGE / 16);
+        for (int half = 0;; half++) {
+            coded.quantize(c, unit.unit, unit.clip, unit.gain, p.codec);
+            if (half == 1)
+                break;
+#pragma unroll
+            for (int j = 0; j < D / 8; j++)
+                c[j][0] = c[j][2], c[j][1] = c[j][3];
+        }
+        if (mine)
+            coded.store(p.codec, unit.v, page + unit.codes, page + unit.params, h % PAGE / 16);
     }
 }
 
@@ -536,27 +627,35 @@ __global__ void check_kernel(const __grid_constant__ append_params p, unsigned l
 }
 
 template <int CODEC, int D>
-static cudaError_t quantize_side(const append_params &p, bool v, cudaStream_t stream)
+static cudaError_t quantize_side(const append_params &p, bool first_v, uint32_t sides, cudaStream_t stream)
 {
     constexpr int BYTES = quantize_bytes(D), WARPS = quantize_warps(D);
-    uint32_t units = p.layer_count * p.kv_heads;
-    uint32_t blocks = chunk_blocks(p.chunks, WARPS, units);
-    cudaError_t rc = cudaFuncSetAttribute(quantize_kernel<CODEC, D>,
-                                          cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
+    uint32_t units = sides * p.layer_count * p.kv_heads, rounds = (p.chunks + WARPS - 1) / WARPS;
+    int device = 0, processors = 0;
+    cudaError_t rc = cudaGetDevice(&device);
+    if (rc == cudaSuccess)
+        rc = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (rc == cudaSuccess)
+        rc = cudaFuncSetAttribute(quantize_kernel<CODEC, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
     if (rc != cudaSuccess)
         return rc;
-    quantize_kernel<CODEC, D><<<dim3(blocks, units), WARPS * 32, BYTES, stream>>>(p, v);
+    uint64_t all = (uint64_t)units * rounds, share = (all + processors - 1) / processors;
+    if (all > UINT32_MAX)
+        return cudaErrorInvalidValue;
+    quantize_kernel<CODEC, D><<<(uint32_t)((all + share - 1) / share), WARPS * 32, BYTES, stream>>>(
+        p, first_v, (uint32_t)all, (uint32_t)share);
     return cudaGetLastError();
 }
 
 template <int CODEC> static cudaError_t quantize_sides(const append_params &p, cudaStream_t stream)
 {
     cudaError_t rc = cudaSuccess;
-    for (int v = 0; v < 2 && rc == cudaSuccess; v++) {
+    uint32_t sides = p.dim_k == p.dim_v ? 2 : 1;
+    for (uint32_t v = 0; v < 2 && rc == cudaSuccess; v += sides) {
         uint32_t dim = v ? p.dim_v : p.dim_k;
-        rc = dim == 64    ? quantize_side<CODEC, 64>(p, v, stream)
-             : dim == 128 ? quantize_side<CODEC, 128>(p, v, stream)
-             : dim == 256 ? quantize_side<CODEC, 256>(p, v, stream)
+        rc = dim == 64    ? quantize_side<CODEC, 64>(p, v, sides, stream)
+             : dim == 128 ? quantize_side<CODEC, 128>(p, v, sides, stream)
+             : dim == 256 ? quantize_side<CODEC, 256>(p, v, sides, stream)
                           : cudaErrorInvalidValue;
     }
     return rc;

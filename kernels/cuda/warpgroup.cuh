@@ -19,7 +19,8 @@ namespace kvd
 template <int D> __device__ inline uint64_t operand_descriptor(const void *at)
 {
     constexpr uint64_t next_inputs = 128, next_outputs = D / 8 * 128;
-    return (uint64_t)(shared_address(at) >> 4) | next_inputs >> 4 << 16 | next_outputs >> 4 << 32;
+    uint32_t address = __reduce_max_sync(~0u, shared_address(at)); // the compiler sees that it is uniform
+    return (uint64_t)(address >> 4) | next_inputs >> 4 << 16 | next_outputs >> 4 << 32;
 }
 
 __device__ inline void warpgroup_begin()
@@ -27,9 +28,14 @@ __device__ inline void warpgroup_begin()
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-__device__ inline void warpgroup_end()
+__device__ inline void warpgroup_commit()
 {
-    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+__device__ inline void warpgroup_wait()
+{
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 
 // c = a B, or c += a B with `add`, of bf16: a and c as in mma.m16n8k16, a warp's 16 rows of the 64.
