@@ -52,9 +52,11 @@ __device__ inline void prefetch_place(const attend_call &p, const row_block &b)
 
 __device__ inline void load_lengths(const attend_call &p, row_block &b)
 {
-    b.length = p.pages.length[b.s];
-    b.hist_end = p.codec != KVD_CODEC_BF16 ? max(p.pages.hist_end[b.s], p.sink) : p.sink;
-    b.total = b.length + (p.tail.tokens ? p.tail.tokens[b.s] : p.new_tokens);
+    uint32_t length = p.pages.length[b.s], hist_end = p.codec != KVD_CODEC_BF16 ? p.pages.hist_end[b.s] : 0;
+    uint32_t more = p.tail.tokens ? p.tail.tokens[b.s] : p.new_tokens;
+    b.length = uniform(length);
+    b.hist_end = max(uniform(hist_end), p.sink);
+    b.total = b.length + uniform(more);
 }
 
 // Which query of its sequence a row is.

@@ -26,9 +26,10 @@ struct scratch_layout {
 inline scratch_layout scratch_of(const attend_params &p, uint32_t nt)
 {
     uint64_t units = (uint64_t)p.sequences * p.kv_heads * n_row_blocks(p, nt);
-    uint64_t part = nt == 1 ? part_bytes<1>(p.dim_v) : part_bytes<2>(p.dim_v);
+    uint32_t most = p.splits + p.window_splits;
+    uint64_t unit = nt == 1 ? unit_bytes<1>(p.dim_v, most) : unit_bytes<2>(p.dim_v, most);
     uint64_t parts_at = (units * 4 + 255) / 256 * 256;
-    return {parts_at, parts_at + units * (p.splits + p.window_splits) * part};
+    return {parts_at, parts_at + units * unit};
 }
 
 // The tiles [low, end) of a history that some row of a block sees, and into how many parts they are
@@ -101,7 +102,8 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
     uint32_t tokens = b.hist_end - p.sink;
     uint32_t pos_first = row_position(p, b, b.row0);
     uint32_t pos_last = row_position(p, b, min(b.row0 + 8 * NT, p.rows) - 1);
-    uint32_t first = part_begin(range, part) + (uint32_t)warp, end = part_begin(range, part + 1);
+    uint32_t first = uniform(part_begin(range, part) + (uint32_t)warp);
+    uint32_t end = uniform(part_begin(range, part + 1));
     const uint32_t bytes = tile<DK, DV, CODEC>::bytes(p.codec);
     const uint64_t *pages = p.pages.codec + (uint64_t)b.s * p.pages.codec_stride;
     uint64_t offset = ((uint64_t)p.layer * p.kv_heads + b.kv) * bytes;
@@ -210,7 +212,7 @@ __device__ inline void window_part(const attend_call &p, const row_block &b, uin
     st.clear(x.none);
     bf16_tokens w = bf16_tokens_of(p, b);
     uint32_t chunks = (w.count + 15) / 16;
-    uint32_t first = (uint32_t)((uint64_t)chunks * part / p.window_splits) + threadIdx.x / 32;
+    uint32_t first = uniform((uint32_t)((uint64_t)chunks * part / p.window_splits) + threadIdx.x / 32);
     uint32_t end = (uint32_t)((uint64_t)chunks * (part + 1) / p.window_splits);
 #pragma unroll 1
     for (uint32_t i = first; i < end; i += WARPS)
@@ -263,29 +265,31 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
     part = part_of(p), plain = part >= p.splits;
     uint32_t rows = min((uint32_t)mem::ROWS, p.rows - b.row0);
     __syncthreads();
-    uint32_t of_history = memory.parts(), n = of_history + p.window_splits;
+    uint32_t of_history = uniform(memory.parts()), n = of_history + p.window_splits;
     unrotation<mem, DV> back(p, b, memory);
     if (n == 1 && !plain)
         back.start();
     using work = share<NT, DV, WARPS>;
     work mine(rows);
     float4 history[work::MOST], windows[work::MOST];
-    row_terms t = combine<NT>(memory, warp_partials<mem>{memory}, rows, mine, history, windows);
+    row_terms t = {};
+    if (mine.any())
+        t = combine<NT>(memory, warp_partials<mem>{memory}, rows, mine, history, windows);
     bool rotated = !plain;
     if (n > 1) {
         using layout = part_layout<NT, DV>;
         uint64_t unit = ((uint64_t)b.s * p.kv_heads + b.kv) * p.row_blocks + b.row0 / (8 * NT);
-        uint8_t *parts = (uint8_t *)p.scratch + p.scratch_zeroed +
-                         unit * (p.splits + p.window_splits) * layout::BYTES;
-        uint32_t slot = plain ? of_history + part - p.splits : part;
-        write_part<layout>(parts + slot * layout::BYTES, rows, mine, t, history);
+        uint32_t most = p.splits + p.window_splits;
+        layout parts = {most, (uint8_t *)p.scratch + p.scratch_zeroed + unit * layout::bytes(most)};
+        write_part(parts, plain ? of_history + part - p.splits : part, rows, mine, t, history);
         if (!arrive_last((uint32_t *)p.scratch + unit, n))
             return;
         rotated = of_history > 0;
         plain = p.window_splits > 0;
         if (rotated)
             back.start();
-        t = combine<NT>(memory, part_partials<layout>{parts, n, of_history}, rows, mine, history, windows);
+        if (mine.any())
+            t = combine<NT>(memory, part_partials<layout>{parts, n, of_history}, rows, mine, history, windows);
     } else if (plain) {
 #pragma unroll
         for (int i = 0; i < work::MOST; i++)

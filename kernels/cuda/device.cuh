@@ -316,6 +316,13 @@ __device__ inline uint32_t shared_address(const void *p)
     return (uint32_t)__cvta_generic_to_shared(p);
 }
 
+// x, which is the same in all lanes of a warp. The compiler, too, knows it then: with a branch on x it need not
+// expect that the warp has parted.
+__device__ inline uint32_t uniform(uint32_t x)
+{
+    return __reduce_max_sync(~0u, x);
+}
+
 // Copies 16 bytes from global to shared memory; this thread may read them after copies_arrived().
 __device__ inline void copy_async(void *to, const void *from)
 {

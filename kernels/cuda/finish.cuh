@@ -25,18 +25,40 @@ template <int NT, int DV> struct value_sums {
 
 enum term { TERM_M, TERM_L, TERM_LOW, N_TERMS };
 
-// The partial of a part in memory: sums of values, then its terms, m in log2 units.
+// The partials of a unit's parts in memory: each one's sums of values, then [term][row][part], m in log2 units.
 template <int NT, int DV> struct part_layout {
     using sums = value_sums<NT, DV>;
-    static constexpr int TERMS = sums::QUADS * sums::QUAD_PITCH;
-    static constexpr int BYTES = ((TERMS + N_TERMS * sums::ROWS) * 4 + 127) / 128 * 128;
+    static constexpr int ROWS = sums::ROWS, SUMS_BYTES = sums::QUADS * sums::QUAD_PITCH * 4;
+    uint32_t most; // parts that there is memory for
+    uint8_t *at;
+
+    __host__ __device__ static inline uint64_t bytes(uint32_t most)
+    {
+        return (uint64_t)most * SUMS_BYTES + (uint64_t)pitch(most) * (N_TERMS * ROWS * 4);
+    }
+
+    __host__ __device__ static inline uint32_t pitch(uint32_t most) // whole vectors
+    {
+        return (most + 3) / 4 * 4;
+    }
+
+    __device__ inline sums values(uint32_t part) const
+    {
+        return {(float *)(at + part * SUMS_BYTES)};
+    }
+
+    __device__ inline float *terms(uint32_t term, uint32_t row) const // [most]
+    {
+        return (float *)(at + (uint64_t)most * SUMS_BYTES) + (term * ROWS + row) * pitch(most);
+    }
 };
 
-template <int NT> inline uint64_t part_bytes(uint32_t dim_v)
+// Memory of a unit with so many parts.
+template <int NT> inline uint64_t unit_bytes(uint32_t dim_v, uint32_t most)
 {
-    return dim_v == 64    ? part_layout<NT, 64>::BYTES
-           : dim_v == 128 ? part_layout<NT, 128>::BYTES
-                          : part_layout<NT, 256>::BYTES;
+    return dim_v == 64    ? part_layout<NT, 64>::bytes(most)
+           : dim_v == 128 ? part_layout<NT, 128>::bytes(most)
+                          : part_layout<NT, 256>::bytes(most);
 }
 
 // Shared memory. A warp's own bytes are its ring of tiles; after its last tile its sums of values, a
@@ -80,7 +102,7 @@ template <int NT, int DK, int DV, int WARPS, int CODEC> struct block_memory {
         return (float *)(own(threadIdx.x / 32) + WEIGHTS);
     }
 
-    __device__ inline float *terms(int term, int row) const // [WARPS]
+    __device__ inline float *terms(uint32_t term, uint32_t row) const // [WARPS]
     {
         return (float *)(at + TERMS) + (term * ROWS + row) * WARPS;
     }
@@ -176,20 +198,21 @@ template <typename M, int DV> struct unrotation {
 
 // -- combining partials --------------------------------------------------------------------------
 
-// Which sums of values a thread takes: four rows of a channel, over every groups-th four partials from
-// `group` on. A warp's lanes have channels of one quad; those of a group lie side by side.
+// Which sums of values a thread takes: four rows of a channel. The first warps take them all, where there are more
+// threads than that: what others would do costs more instructions than it saves time.
 template <int NT, int DV, int WARPS> struct share {
     static constexpr int THREADS = WARPS * 32, QUADS = 2 * NT;
     static constexpr int MOST = (QUADS * DV + THREADS - 1) / THREADS; // vectors a thread, at most
-    uint32_t vectors, groups, group, first;
+    uint32_t vectors, first; // the warp's first
 
     __device__ inline explicit share(uint32_t rows)
+        : vectors((rows + 3) / 4 * DV), first(uniform(threadIdx.x / 32) * 32)
     {
-        vectors = (rows + 3) / 4 * DV;
-        groups = THREADS >= 4 * vectors ? 4 : THREADS >= 2 * vectors ? 2 : 1;
-        uint32_t lanes = 32 / groups, lane = threadIdx.x % 32;
-        group = lane / lanes;
-        first = threadIdx.x / 32 * lanes + lane % lanes;
+    }
+
+    __device__ inline bool any() const
+    {
+        return first < vectors;
     }
 
     // Calls f(i, quad, channel) for the thread's vectors.
@@ -197,18 +220,9 @@ template <int NT, int DV, int WARPS> struct share {
     {
 #pragma unroll
         for (int i = 0; i < MOST; i++) {
-            uint32_t vector = first + i * (THREADS / groups);
+            uint32_t vector = first + i * THREADS;
             if (vector < vectors)
-                f(i, (int)(vector / DV), (int)(vector % DV));
-        }
-    }
-
-    __device__ inline void sum_groups(float4 &x) const
-    {
-#pragma unroll 1
-        for (uint32_t k = 32 / groups; k < 32; k *= 2) {
-            x.x += __shfl_xor_sync(~0u, x.x, k), x.y += __shfl_xor_sync(~0u, x.y, k);
-            x.z += __shfl_xor_sync(~0u, x.z, k), x.w += __shfl_xor_sync(~0u, x.w, k);
+                f(i, (int)(vector / DV), (int)(vector % DV + threadIdx.x % 32));
         }
     }
 };
@@ -219,40 +233,35 @@ template <typename M> struct warp_partials {
     static constexpr uint32_t n = M::COUNT, of_history = n; // all are of one kind
     M mem;
 
-    // A term of partials k to k + 3.
-    __device__ inline float4 terms(int term, int row, uint32_t k, float none) const
+    // A term of partials k to k + 3, `none` of those that there are not.
+    __device__ inline float4 terms(uint32_t term, uint32_t row, uint32_t k, float none) const
     {
         return k < n ? *(const float4 *)(mem.terms(term, row) + k) : make_float4(none, none, none, none);
     }
 
     __device__ inline float4 values(uint32_t k, int quad, int channel) const
     {
-        return *mem.values(min(k, n - 1)).vector(quad, channel);
+        return *mem.values((int)k).vector(quad, channel);
     }
 };
 
 // Those of the parts of a unit, in memory, the history's first.
 template <typename L> struct part_partials {
     static constexpr bool MIXED = true;
-    const uint8_t *at;
+    L parts;
     uint32_t n, of_history;
 
-    __device__ inline const float *part(uint32_t k) const
+    __device__ inline float4 terms(uint32_t term, uint32_t row, uint32_t k, float none) const
     {
-        return (const float *)(at + k * L::BYTES);
-    }
-
-    __device__ inline float4 terms(int term, int row, uint32_t k, float none) const
-    {
-        auto one = [&](uint32_t i) {
-            return i < n ? __ldcg(part(i) + L::TERMS + term * L::sums::ROWS + row) : none;
-        };
-        return make_float4(one(k), one(k + 1), one(k + 2), one(k + 3));
+        if (k >= n)
+            return make_float4(none, none, none, none);
+        float4 x = __ldcg((const float4 *)(parts.terms(term, row) + k));
+        return make_float4(x.x, k + 1 < n ? x.y : none, k + 2 < n ? x.z : none, k + 3 < n ? x.w : none);
     }
 
     __device__ inline float4 values(uint32_t k, int quad, int channel) const
     {
-        return __ldcg(typename L::sums{(float *)part(min(k, n - 1))}.vector(quad, channel));
+        return __ldcg(parts.values(k).vector(quad, channel));
     }
 };
 
@@ -278,24 +287,31 @@ __device__ inline float dot(const float4 &x, const float4 &y)
 
 // Sums over partials: the terms of the lane's row, and the thread's values, those of windows apart. A
 // lane weighs four partials for its row at a time; a table in shared memory brings the weights to the
-// lanes that want them.
+// lanes that want them. By warps that have a share.
 template <int NT, typename M, typename P, typename S>
 __device__ inline row_terms combine(const M &mem, const P &from, uint32_t rows, const S &mine,
                                     float4 (&history)[S::MOST], float4 (&windows)[S::MOST])
 {
     constexpr int ROWS = 8 * NT, FOURS = 32 / ROWS, BATCH = 4 * FOURS; // partials at a time
-    int lane = threadIdx.x % 32, row = min(lane % ROWS, (int)rows - 1), four = lane / ROWS;
+    constexpr int AHEAD = S::MOST == 1 ? FOURS : 1; // fours on their way at a time
+    uint32_t lane = threadIdx.x % 32, row = min(lane % ROWS, rows - 1), four = lane / ROWS;
     float *table = mem.weights(); // [four][row][4]
-    float4 ahead[S::MOST][4];
-    mine.each([&](int i, int quad, int channel) {
-        history[i] = windows[i] = {};
+    float4 values[S::MOST][4 * AHEAD];
+    auto load = [&](uint32_t from_k) {
+        mine.each([&](int i, int quad, int channel) {
 #pragma unroll
-        for (int k = 0; k < 4; k++)
-            ahead[i][k] = from.values(4 * mine.group + k, quad, channel);
-    });
+            for (int k = 0; k < 4 * AHEAD; k++)
+                if (from_k + k < from.n)
+                    values[i][k] = from.values(from_k + k, quad, channel);
+        });
+    };
+    load(0);
     float4 m = from.terms(TERM_M, row, 4 * four, NONE), l = from.terms(TERM_L, row, 4 * four, 0);
     float4 low = from.terms(TERM_LOW, row, 4 * four, 0);
     row_terms t = {largest(m), 0, 0};
+#pragma unroll
+    for (int i = 0; i < S::MOST; i++)
+        history[i] = windows[i] = {};
 #pragma unroll 1
     for (uint32_t base = BATCH; base < from.n; base += BATCH)
         t.m = fmaxf(t.m, largest(from.terms(TERM_M, row, base + 4 * four, NONE)));
@@ -315,29 +331,32 @@ __device__ inline row_terms combine(const M &mem, const P &from, uint32_t rows, 
         t.l += dot(f, l);
         t.low += dot(f, low);
         __syncwarp();
-        for (uint32_t q = mine.group; q < FOURS && base + 4 * q < from.n; q += mine.groups)
-            mine.each([&](int i, int quad, int channel) {
-                const float4 *w = (const float4 *)&table[(q * ROWS + quad * 4) * 4];
-                float4 a = w[0], b = w[1], c = w[2], d = w[3];
-                if (base + q != mine.group)
+#pragma unroll 1
+        for (int q = 0; q < FOURS && base + 4 * q < from.n; q += AHEAD) {
+            if (base + q > 0)
+                load(base + 4 * q);
+            mine.each([&](int i, int quad, int) {
 #pragma unroll
-                    for (int k = 0; k < 4; k++)
-                        ahead[i][k] = from.values(base + 4 * q + k, quad, channel);
-                auto to = [&](int k, float w0, float w1, float w2, float w3) {
-                    if (!P::MIXED || base + 4 * q + k < from.of_history)
-                        add(history[i], ahead[i][k], w0, w1, w2, w3);
-                    else
-                        add(windows[i], ahead[i][k], w0, w1, w2, w3);
-                };
-                to(0, a.x, b.x, c.x, d.x), to(1, a.y, b.y, c.y, d.y);
-                to(2, a.z, b.z, c.z, d.z), to(3, a.w, b.w, c.w, d.w);
+                for (int j = 0; j < AHEAD; j++) {
+                    uint32_t k = base + 4 * (q + j);
+                    if (k >= from.n)
+                        break;
+                    const float4 *w = (const float4 *)&table[((q + j) * ROWS + quad * 4) * 4];
+                    float4 a = w[0], b = w[1], c = w[2], d = w[3];
+                    auto to = [&](int e, float w0, float w1, float w2, float w3) {
+                        if (k + e >= from.n)
+                            return;
+                        if (!P::MIXED || k + e < from.of_history)
+                            add(history[i], values[i][4 * j + e], w0, w1, w2, w3);
+                        else
+                            add(windows[i], values[i][4 * j + e], w0, w1, w2, w3);
+                    };
+                    to(0, a.x, b.x, c.x, d.x), to(1, a.y, b.y, c.y, d.y);
+                    to(2, a.z, b.z, c.z, d.z), to(3, a.w, b.w, c.w, d.w);
+                }
             });
+        }
     }
-    mine.each([&](int i, int, int) {
-        mine.sum_groups(history[i]);
-        if (P::MIXED && from.of_history < from.n)
-            mine.sum_groups(windows[i]);
-    });
 #pragma unroll
     for (int k = ROWS; k < 32; k *= 2) {
         t.l += __shfl_xor_sync(~0u, t.l, k);
@@ -387,18 +406,16 @@ __device__ inline void share_results(const M &mem, const logit_terms<NT> &x, con
 
 // Writes a block's partial for the one that will combine the parts.
 template <typename L, typename S>
-__device__ inline void write_part(uint8_t *part, uint32_t rows, const S &mine, const row_terms &t,
+__device__ inline void write_part(const L &parts, uint32_t part, uint32_t rows, const S &mine, const row_terms &t,
                                   const float4 (&values)[S::MOST])
 {
-    if (mine.group == 0)
-        mine.each([&](int i, int quad, int channel) {
-            __stcg(typename L::sums{(float *)part}.vector(quad, channel), values[i]);
-        });
+    mine.each([&](int i, int quad, int channel) {
+        __stcg(parts.values(part).vector(quad, channel), values[i]);
+    });
     if (threadIdx.x < rows) {
-        float *to = (float *)part + L::TERMS + threadIdx.x;
-        __stcg(to + TERM_M * L::sums::ROWS, t.m);
-        __stcg(to + TERM_L * L::sums::ROWS, t.l);
-        __stcg(to + TERM_LOW * L::sums::ROWS, t.low);
+        __stcg(parts.terms(TERM_M, threadIdx.x) + part, t.m);
+        __stcg(parts.terms(TERM_L, threadIdx.x) + part, t.l);
+        __stcg(parts.terms(TERM_LOW, threadIdx.x) + part, t.low);
     }
 }
 
@@ -415,7 +432,7 @@ __device__ inline bool arrive_last(uint32_t *counter, uint32_t n)
             *counter = 0;
     }
     __syncthreads();
-    return last;
+    return uniform(last);
 }
 
 // -- writing o -----------------------------------------------------------------------------------
@@ -462,8 +479,6 @@ __device__ inline void finish_rows(const attend_call &p, const row_block &b, con
             int row = quad * 4 + k;
             float low = __shfl_sync(~0u, t.low, row), f = __shfl_sync(~0u, scaled, row);
             float g = __shfl_sync(~0u, inverse, row);
-            if (mine.group > 0)
-                return;
             if (rotated)
                 mem.history()[row * M::PITCH + channel] = round_tf32(fmaf(x, unit, low) * f);
             if (plain)
