@@ -20,15 +20,18 @@ static uint32_t blocks_a_multiprocessor(const attend_params &p, bool small)
 }
 
 // Tiles of a part, so that all parts of equally long histories take the fewest tiles one after the
-// other: `slots` blocks run at a time, and the beginning and end of a block cost some tiles' time.
-static uint32_t even_part(uint32_t units, uint32_t slots, uint32_t tiles)
+// other: `slots` blocks run at a time, and the beginning and end of a block cost some tiles' time. More
+// than one wave of parts of less than 48 tiles does not pay.
+static uint32_t even_part(uint32_t units, uint64_t slots, uint32_t tiles)
 {
-    const uint32_t overhead = 12;
+    const uint32_t overhead = 12, least_part = 48;
     uint64_t least = UINT64_MAX;
     uint32_t best = tiles;
     for (uint32_t parts = 1; parts <= MAX_SPLITS && parts <= tiles; parts++) {
         uint64_t waves = ((uint64_t)units * parts + slots - 1) / slots;
         uint32_t part = (tiles + parts - 1) / parts;
+        if (parts > 1 && waves > 1 && part < least_part)
+            break;
         if (waves * (part + overhead) < least) {
             least = waves * (part + overhead);
             best = part;
@@ -57,11 +60,10 @@ extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t 
     uint64_t slots = multiprocessors * blocks_a_multiprocessor(*p, small);
     uint64_t part = (tiles + slots - 1) / slots, least = p->warps * 2;
     // Ragged lengths even out when parts are smaller, but not much smaller than what one costs.
-    bool ragged = (uint64_t)history_max * p->sequences > history_sum + history_sum / 4;
-    if (ragged)
+    if ((uint64_t)history_max * p->sequences > history_sum + history_sum / 4)
         part = std::min<uint64_t>(part / 3, std::max<uint64_t>(part / 8, 96));
-    if (!small && !ragged && tiles_max)
-        part = even_part(units, (uint32_t)slots, tiles_max);
+    else if (tiles_max)
+        part = even_part(units, slots, tiles_max);
     p->part_tiles = (uint32_t)(part > least ? part : least);
     uint32_t splits = (tiles_max + p->part_tiles / 2) / p->part_tiles;
     p->splits = splits > MAX_SPLITS ? MAX_SPLITS : splits == 0 && tiles_max ? 1 : splits;

@@ -213,7 +213,7 @@ __device__ inline void window_part(const attend_call &p, const row_block &b, uin
     bf16_tokens w = bf16_tokens_of(p, b);
     uint32_t chunks = (w.count + 15) / 16;
     uint32_t first = uniform((uint32_t)((uint64_t)chunks * part / p.window_splits) + threadIdx.x / 32);
-    uint32_t end = (uint32_t)((uint64_t)chunks * (part + 1) / p.window_splits);
+    uint32_t end = uniform((uint32_t)((uint64_t)chunks * (part + 1) / p.window_splits));
 #pragma unroll 1
     for (uint32_t i = first; i < end; i += WARPS)
         attend_bf16_chunk<F32, NT, DK, DV>(p, b, w, i * 16, q, q_low, x, st);
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
         uint64_t unit = ((uint64_t)b.s * p.kv_heads + b.kv) * p.row_blocks + b.row0 / (8 * NT);
         uint32_t most = p.splits + p.window_splits;
         layout parts = {most, (uint8_t *)p.scratch + p.scratch_zeroed + unit * layout::bytes(most)};
-        write_part(parts, plain ? of_history + part - p.splits : part, rows, mine, t, history);
+        write_part(parts, plain ? of_history + part - p.splits : part, n, rows, mine, t, history);
         if (!arrive_last((uint32_t *)p.scratch + unit, n))
             return;
         rotated = of_history > 0;

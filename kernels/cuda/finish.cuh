@@ -253,10 +253,7 @@ template <typename L> struct part_partials {
 
     __device__ inline float4 terms(uint32_t term, uint32_t row, uint32_t k, float none) const
     {
-        if (k >= n)
-            return make_float4(none, none, none, none);
-        float4 x = __ldcg((const float4 *)(parts.terms(term, row) + k));
-        return make_float4(x.x, k + 1 < n ? x.y : none, k + 2 < n ? x.z : none, k + 3 < n ? x.w : none);
+        return k < n ? __ldcg((const float4 *)(parts.terms(term, row) + k)) : make_float4(none, none, none, none);
     }
 
     __device__ inline float4 values(uint32_t k, int quad, int channel) const
@@ -404,18 +401,22 @@ __device__ inline void share_results(const M &mem, const logit_terms<NT> &x, con
     }
 }
 
-// Writes a block's partial for the one that will combine the parts.
+// Writes a block's partial, of part `part` of n, for the block that will combine them. Terms are read as whole
+// vectors: the last part fills up its vector.
 template <typename L, typename S>
-__device__ inline void write_part(const L &parts, uint32_t part, uint32_t rows, const S &mine, const row_terms &t,
-                                  const float4 (&values)[S::MOST])
+__device__ inline void write_part(const L &parts, uint32_t part, uint32_t n, uint32_t rows, const S &mine,
+                                  const row_terms &t, const float4 (&values)[S::MOST])
 {
     mine.each([&](int i, int quad, int channel) {
         __stcg(parts.values(part).vector(quad, channel), values[i]);
     });
-    if (threadIdx.x < rows) {
-        __stcg(parts.terms(TERM_M, threadIdx.x) + part, t.m);
-        __stcg(parts.terms(TERM_L, threadIdx.x) + part, t.l);
-        __stcg(parts.terms(TERM_LOW, threadIdx.x) + part, t.low);
+    if (threadIdx.x >= rows)
+        return;
+    uint32_t end = part + 1 == n ? L::pitch(n) : part + 1;
+    for (uint32_t k = part; k < end; k++) {
+        __stcg(parts.terms(TERM_M, threadIdx.x) + k, k == part ? t.m : NONE);
+        __stcg(parts.terms(TERM_L, threadIdx.x) + k, k == part ? t.l : 0);
+        __stcg(parts.terms(TERM_LOW, threadIdx.x) + k, k == part ? t.low : 0);
     }
 }
 

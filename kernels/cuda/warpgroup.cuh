@@ -19,8 +19,7 @@ namespace kvd
 template <int D> __device__ inline uint64_t operand_descriptor(const void *at)
 {
     constexpr uint64_t next_inputs = 128, next_outputs = D / 8 * 128;
-    uint32_t address = __reduce_max_sync(~0u, shared_address(at)); // the compiler sees that it is uniform
-    return (uint64_t)(address >> 4) | next_inputs >> 4 << 16 | next_outputs >> 4 << 32;
+    return (uint64_t)(uniform(shared_address(at)) >> 4) | next_inputs >> 4 << 16 | next_outputs >> 4 << 32;
 }
 
 __device__ inline void warpgroup_begin()

@@ -467,6 +467,7 @@ static void memory(void)
     int fd = -1;
     struct kvd_arena *other = ops->arena_new(cuda, 2, bytes, &err);
     cudaMemcpy((void *)(uintptr_t)at, words, 8, cudaMemcpyHostToDevice);
+    cudaDeviceSynchronize(); // so small a copy may still be under way
     result(ops->extent_export(cuda, arena, 1, &fd, &err) == 0 &&
                ops->extent_import(cuda, other, 0, fd, &err) == 0,
            "export and import");
