@@ -536,15 +536,15 @@ __global__ void __launch_bounds__(quantize_warps(D) * 32, 1)
     auto fetch = [&] { // warps without a chunk in the last round take the last one
         walk.fetch(p, first_v, u, min(round * WARPS + warp, p.chunks - 1), round > 0, staged);
     };
-    quantize_unit<CODEC, D> unit;
+    quantize_unit<CODEC, D> work;
     fetch();
     for (bool load = true; at < end; at++) {
         if (load) {
-            unit = quantize_unit<CODEC, D>(p, append_unit(p, first_v, u));
+            work = quantize_unit<CODEC, D>(p, append_unit(p, first_v, u));
             __syncthreads();
-            shared_matrix<D>{unit.matrix, shared}.load();
+            shared_matrix<D>{work.matrix, shared}.load();
         }
-        shared_matrix<D> r = {unit.matrix, shared};
+        shared_matrix<D> r = {work.matrix, shared};
         const append_item &item = p.items[walk.of];
         bool mine = round * WARPS + warp < p.chunks;
         uint32_t h = item.hist_end + (walk.chunk - item.first_chunk) * 16 - p.sink;
@@ -563,7 +563,7 @@ __global__ void __launch_bounds__(quantize_warps(D) * 32, 1)
         // Row g, then row g + 8 in its place: the code is long, and the cache of instructions small.
 #pragma unroll 1
         for (int half = 0;; half++) {
-            coded.quantize(c, unit.unit, unit.clip, unit.gain, p.codec);
+            coded.quantize(c, work.unit, work.clip, work.gain, p.codec);
             if (half == 1)
                 break;
 #pragma unroll
@@ -571,7 +571,7 @@ __global__ void __launch_bounds__(quantize_warps(D) * 32, 1)
                 c[j][0] = c[j][2], c[j][1] = c[j][3];
         }
         if (mine)
-            coded.store(p.codec, unit.v, page + unit.codes, page + unit.params, h % PAGE / 16);
+            coded.store(p.codec, work.v, page + work.codes, page + work.params, h % PAGE / 16);
     }
 }
 
