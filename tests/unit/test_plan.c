@@ -1,0 +1,87 @@
+// How the CUDA backend cuts attention into blocks: host code, needs no GPU.
+#include "kernels/cuda/api.h"
+#include "kernels/format.h"
+#include "tests/unit/suite.h"
+
+enum { PROCESSORS = 132, WARPS_A_PROCESSOR = 16 }; // int2 at head_dim 128 on an H100
+
+static struct kvd_cuda_attend_params step(uint32_t sequences, uint32_t q_heads, uint32_t kv_heads, uint32_t q_len)
+{
+    return (struct kvd_cuda_attend_params){.sequences = sequences,
+                                           .q_heads = q_heads,
+                                           .kv_heads = kv_heads,
+                                           .dim_k = 128,
+                                           .dim_v = 128,
+                                           .codec = KVD_CODEC_INT2,
+                                           .q_len = q_len,
+                                           .scale = 0.1f};
+}
+
+// Tiles that the busiest place of the GPU takes, with equal histories; and how many places there are.
+static uint32_t busiest(struct kvd_cuda_attend_params *p, uint32_t tiles, uint32_t *slots, uint32_t *waves)
+{
+    kvd_cuda_attend_plan(p, (uint64_t)p->sequences * tiles * KVD_PAGE_TOKENS, tiles * KVD_PAGE_TOKENS, 0, PROCESSORS);
+    *slots = PROCESSORS * WARPS_A_PROCESSOR / p->warps;
+    *waves = (p->sequences * p->kv_heads * p->splits + *slots - 1) / *slots;
+    return *waves * ((tiles + p->splits - 1) / p->splits);
+}
+
+START_TEST(equal_histories_fill_the_gpu)
+{
+    static const uint32_t lengths[] = {256, 512, 1024, 2048};
+    for (size_t i = 0; i < KVD_LEN(lengths); i++)
+        for (uint32_t n = 9; n <= 300; n++) {
+            struct kvd_cuda_attend_params p = step(n, 32, 8, 1);
+            uint32_t slots, waves, most = busiest(&p, lengths[i], &slots, &waves);
+            double even = (double)n * 8 * lengths[i] / slots;
+            ck_assert_msg(most <= 1.25 * even, "%u x %u tiles: %u parts, the busiest place takes %u tiles of %.0f",
+                          n, lengths[i], p.splits, most, even);
+        }
+}
+END_TEST
+
+START_TEST(parts_of_several_waves_are_long)
+{
+    for (uint32_t tiles = 1; tiles <= 300; tiles++)
+        for (uint32_t n = 1; n <= 300; n += 7) {
+            struct kvd_cuda_attend_params p = step(n, 32, 8, 1);
+            uint32_t slots, waves;
+            busiest(&p, tiles, &slots, &waves);
+            ck_assert_msg(p.splits <= 1 || waves == 1 || tiles / p.splits >= 40, "%u x %u tiles: %u parts in %u waves",
+                          n, tiles, p.splits, waves);
+        }
+}
+END_TEST
+
+START_TEST(any_step_has_a_plan)
+{
+    uint64_t seed = kvd_test_seed("plan");
+    static const uint32_t dims[] = {64, 128, 256};
+    for (int i = 0; i < 20000; i++) {
+        uint32_t kv = 1 + (uint32_t)(kvd_rand(&seed) % 16), group = 1 + (uint32_t)(kvd_rand(&seed) % 16);
+        struct kvd_cuda_attend_params p = step(1 + (uint32_t)(kvd_rand(&seed) % 400), kv * group, kv,
+                                               1 + (uint32_t)(kvd_rand(&seed) % 40));
+        p.dim_k = dims[kvd_rand(&seed) % 3];
+        p.dim_v = dims[kvd_rand(&seed) % 3];
+        p.codec = (uint32_t)(kvd_rand(&seed) % KVD_CODEC_COUNT);
+        uint32_t longest = (uint32_t)(kvd_rand(&seed) % (1 << kvd_rand(&seed) % 21));
+        uint64_t sum = longest + kvd_rand(&seed) % ((uint64_t)longest * (p.sequences - 1) + 1);
+        uint32_t window = longest ? (uint32_t)(kvd_rand(&seed) % 700) : 1;
+        kvd_cuda_attend_plan(&p, sum, longest, window, 1 + (uint32_t)(kvd_rand(&seed) % 200));
+        ck_assert_uint_ge(p.part_tiles, 1);
+        ck_assert_uint_le(p.splits, 128);
+        ck_assert_uint_ge(p.splits + p.window_splits, 1);
+        if (longest && p.codec != KVD_CODEC_BF16)
+            ck_assert_uint_ge(p.splits, 1);
+        if (window)
+            ck_assert_uint_ge(p.window_splits, 1);
+        ck_assert(p.warps == 4 || p.warps == 8 || p.warps == 16);
+        // A counter for each (sequence, kv head), at least, and the parts behind them.
+        ck_assert_uint_ge(p.scratch_zeroed, (uint64_t)p.sequences * kv * 4);
+        uint64_t parts = (uint64_t)p.sequences * kv * (p.splits + p.window_splits);
+        ck_assert_uint_ge(kvd_cuda_attend_scratch(&p), p.scratch_zeroed + parts * p.dim_v * 4 * 8);
+    }
+}
+END_TEST
+
+KVD_MAIN("plan", 60, equal_histories_fill_the_gpu, parts_of_several_waves_are_long, any_step_has_a_plan)
