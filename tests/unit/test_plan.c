@@ -5,7 +5,8 @@
 
 enum { PROCESSORS = 132, WARPS_A_PROCESSOR = 16 }; // int2 at head_dim 128 on an H100
 
-static struct kvd_cuda_attend_params step(uint32_t sequences, uint32_t q_heads, uint32_t kv_heads, uint32_t q_len)
+static struct kvd_cuda_attend_params step(uint32_t sequences, uint32_t q_heads, uint32_t kv_heads,
+                                          uint32_t q_len)
 {
     return (struct kvd_cuda_attend_params){.sequences = sequences,
                                            .q_heads = q_heads,
@@ -17,10 +18,13 @@ static struct kvd_cuda_attend_params step(uint32_t sequences, uint32_t q_heads, 
                                            .scale = 0.1f};
 }
 
-// Tiles that the busiest place of the GPU takes, with equal histories; and how many places there are.
-static uint32_t busiest(struct kvd_cuda_attend_params *p, uint32_t tiles, uint32_t *slots, uint32_t *waves)
+// Tiles that the busiest place of the GPU takes, with equal histories; and how many places there
+// are.
+static uint32_t busiest(struct kvd_cuda_attend_params *p, uint32_t tiles, uint32_t *slots,
+                        uint32_t *waves)
 {
-    kvd_cuda_attend_plan(p, (uint64_t)p->sequences * tiles * KVD_PAGE_TOKENS, tiles * KVD_PAGE_TOKENS, 0, PROCESSORS);
+    kvd_cuda_attend_plan(p, (uint64_t)p->sequences * tiles * KVD_PAGE_TOKENS,
+                         tiles * KVD_PAGE_TOKENS, 0, PROCESSORS);
     *slots = PROCESSORS * WARPS_A_PROCESSOR / p->warps;
     *waves = (p->sequences * p->kv_heads * p->splits + *slots - 1) / *slots;
     return *waves * ((tiles + p->splits - 1) / p->splits);
@@ -34,8 +38,9 @@ START_TEST(equal_histories_fill_the_gpu)
             struct kvd_cuda_attend_params p = step(n, 32, 8, 1);
             uint32_t slots, waves, most = busiest(&p, lengths[i], &slots, &waves);
             double even = (double)n * 8 * lengths[i] / slots;
-            ck_assert_msg(most <= 1.25 * even, "%u x %u tiles: %u parts, the busiest place takes %u tiles of %.0f",
-                          n, lengths[i], p.splits, most, even);
+            ck_assert_msg(most <= 1.25 * even,
+                          "%u x %u tiles: %u parts, the busiest place takes %u tiles of %.0f", n,
+                          lengths[i], p.splits, most, even);
         }
 }
 END_TEST
@@ -47,8 +52,8 @@ START_TEST(parts_of_several_waves_are_long)
             struct kvd_cuda_attend_params p = step(n, 32, 8, 1);
             uint32_t slots, waves;
             busiest(&p, tiles, &slots, &waves);
-            ck_assert_msg(p.splits <= 1 || waves == 1 || tiles / p.splits >= 40, "%u x %u tiles: %u parts in %u waves",
-                          n, tiles, p.splits, waves);
+            ck_assert_msg(p.splits <= 1 || waves == 1 || tiles / p.splits >= 40,
+                          "%u x %u tiles: %u parts in %u waves", n, tiles, p.splits, waves);
         }
 }
 END_TEST
@@ -58,9 +63,10 @@ START_TEST(any_step_has_a_plan)
     uint64_t seed = kvd_test_seed("plan");
     static const uint32_t dims[] = {64, 128, 256};
     for (int i = 0; i < 20000; i++) {
-        uint32_t kv = 1 + (uint32_t)(kvd_rand(&seed) % 16), group = 1 + (uint32_t)(kvd_rand(&seed) % 16);
-        struct kvd_cuda_attend_params p = step(1 + (uint32_t)(kvd_rand(&seed) % 400), kv * group, kv,
-                                               1 + (uint32_t)(kvd_rand(&seed) % 40));
+        uint32_t kv = 1 + (uint32_t)(kvd_rand(&seed) % 16),
+                 group = 1 + (uint32_t)(kvd_rand(&seed) % 16);
+        struct kvd_cuda_attend_params p = step(1 + (uint32_t)(kvd_rand(&seed) % 400), kv * group,
+                                               kv, 1 + (uint32_t)(kvd_rand(&seed) % 40));
         p.dim_k = dims[kvd_rand(&seed) % 3];
         p.dim_v = dims[kvd_rand(&seed) % 3];
         p.codec = (uint32_t)(kvd_rand(&seed) % KVD_CODEC_COUNT);
@@ -84,4 +90,5 @@ START_TEST(any_step_has_a_plan)
 }
 END_TEST
 
-KVD_MAIN("plan", 60, equal_histories_fill_the_gpu, parts_of_several_waves_are_long, any_step_has_a_plan)
+KVD_MAIN("plan", 60, equal_histories_fill_the_gpu, parts_of_several_waves_are_long,
+         any_step_has_a_plan)
