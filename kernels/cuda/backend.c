@@ -77,8 +77,8 @@ static struct kvd_cuda_matrices side_new(const float *r, const float *clip, cons
 {
     uint64_t at[N_ARRAYS], n = matrices * dim * dim;
     side_layout(matrices, dim, v, at);
-#define HOST(i, type) ((type *)(void *)(host + at[i]))
-    float *plain = HOST(FORWARD_F32, float);
+#define ARRAY(memory, i, type) ((type *)(void *)((memory) + at[i]))
+    float *plain = ARRAY(host, FORWARD_F32, float);
     if (r) {
         memcpy(plain, r, n * sizeof(float));
     } else {
@@ -86,26 +86,24 @@ static struct kvd_cuda_matrices side_new(const float *r, const float *clip, cons
         for (uint64_t i = 0; i < matrices * dim; i++)
             plain[i * dim + i % dim] = 1;
     }
-    transpose(plain, matrices, dim, HOST(INVERSE_F32, float));
-    kvd_cuda_rotation_pack(plain, matrices, dim, v ? NULL : HOST(QUERIES, uint16_t),
-                           HOST(FORWARD, uint16_t), HOST(INVERSE, uint16_t), HOST(SCALE, float),
-                           HOST(COLUMNS, float));
+    transpose(plain, matrices, dim, ARRAY(host, INVERSE_F32, float));
+    kvd_cuda_rotation_pack(plain, matrices, dim, v ? NULL : ARRAY(host, QUERIES, uint16_t),
+                           ARRAY(host, FORWARD, uint16_t), ARRAY(host, INVERSE, uint16_t),
+                           ARRAY(host, SCALE, float), ARRAY(host, COLUMNS, float));
     if (clip)
-        memcpy(HOST(CLIP, float), clip, matrices * sizeof(float));
+        memcpy(ARRAY(host, CLIP, float), clip, matrices * sizeof(float));
     if (gain)
-        memcpy(HOST(GAIN, float), gain, matrices * sizeof(float));
-#undef HOST
-#define AT(i, type) ((type *)(void *)(device + at[i]))
-    return (struct kvd_cuda_matrices){.queries = v ? NULL : AT(QUERIES, uint16_t),
-                                      .forward = AT(FORWARD, uint16_t),
-                                      .inverse = AT(INVERSE, uint16_t),
-                                      .forward_f32 = r ? AT(FORWARD_F32, float) : NULL,
-                                      .inverse_f32 = r ? AT(INVERSE_F32, float) : NULL,
-                                      .inverse_columns = AT(COLUMNS, float),
-                                      .scale = AT(SCALE, float),
-                                      .clip = clip ? AT(CLIP, float) : NULL,
-                                      .gain = gain ? AT(GAIN, float) : NULL};
-#undef AT
+        memcpy(ARRAY(host, GAIN, float), gain, matrices * sizeof(float));
+    return (struct kvd_cuda_matrices){.queries = v ? NULL : ARRAY(device, QUERIES, uint16_t),
+                                      .forward = ARRAY(device, FORWARD, uint16_t),
+                                      .inverse = ARRAY(device, INVERSE, uint16_t),
+                                      .forward_f32 = r ? ARRAY(device, FORWARD_F32, float) : NULL,
+                                      .inverse_f32 = r ? ARRAY(device, INVERSE_F32, float) : NULL,
+                                      .inverse_columns = ARRAY(device, COLUMNS, float),
+                                      .scale = ARRAY(device, SCALE, float),
+                                      .clip = clip ? ARRAY(device, CLIP, float) : NULL,
+                                      .gain = gain ? ARRAY(device, GAIN, float) : NULL};
+#undef ARRAY
 }
 
 static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd_rotation_data *d,

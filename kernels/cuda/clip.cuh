@@ -13,18 +13,6 @@
 namespace kvd
 {
 
-template <typename T> __device__ inline T quad_sum(T x)
-{
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
-
-__device__ inline uint32_t quad_min(uint32_t x)
-{
-    x = min(x, __shfl_xor_sync(~0u, x, 1));
-    return min(x, __shfl_xor_sync(~0u, x, 2));
-}
-
 // Two values as fp16, rounded towards zero.
 __device__ inline uint32_t truncate_fp16(float a, float b)
 {

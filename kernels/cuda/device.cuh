@@ -323,6 +323,25 @@ __device__ inline uint32_t uniform(uint32_t x)
     return __reduce_max_sync(~0u, x);
 }
 
+// Over four neighbouring lanes.
+template <typename T> __device__ inline T quad_sum(T x)
+{
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+template <typename T> __device__ inline T quad_max(T x)
+{
+    x = max(x, __shfl_xor_sync(~0u, x, 1));
+    return max(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__device__ inline uint32_t quad_min(uint32_t x)
+{
+    x = min(x, __shfl_xor_sync(~0u, x, 1));
+    return min(x, __shfl_xor_sync(~0u, x, 2));
+}
+
 // Copies 16 bytes from global to shared memory; this thread may read them after copies_arrived().
 __device__ inline void copy_async(void *to, const void *from)
 {

@@ -52,13 +52,6 @@ __device__ inline const uint8_t *source_row(const append_params &p, const append
 
 // -- one row's quantizer -------------------------------------------------------------------------
 
-// Maximum over the four lanes of a row.
-template <typename T> __device__ inline T quad_max(T x)
-{
-    x = max(x, __shfl_xor_sync(~0u, x, 1));
-    return max(x, __shfl_xor_sync(~0u, x, 2));
-}
-
 // Codes and parameters of a row: `param` as stored, 2 or 4 bytes. int2 and int2c: `inverse` is
 // 1 / (4 scale), `offset` -min / (4 scale) + EIGHTH. Others: `offset` is the levels' centre, `inverse`
 // 1 / scale.

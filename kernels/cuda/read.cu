@@ -179,6 +179,15 @@ __global__ void read_bf16_kernel(const __grid_constant__ read_params p)
                 v ? p.dim_v : p.dim_k);
 }
 
+// Blocks for each of `units` (layer, kv head) pairs when one takes `per_round` chunks at a time. A
+// block reads its matrix once: it should have a few rounds, unless blocks are few.
+static uint32_t chunk_blocks(uint32_t chunks, uint32_t per_round, uint32_t units)
+{
+    uint32_t most = (chunks + per_round - 1) / per_round;
+    uint32_t want = (most + 7) / 8, fill = (264 + units - 1) / units;
+    return want > fill ? want : fill < most ? fill : most;
+}
+
 template <int CODEC, int D>
 static cudaError_t read_side(const read_params &p, uint32_t begin, uint32_t end, bool v,
                              cudaStream_t stream)

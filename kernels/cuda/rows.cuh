@@ -70,15 +70,6 @@ inline uint32_t row_blocks(uint64_t tokens, uint32_t layers, uint32_t kv_heads)
     return (uint32_t)((tokens * layers * kv_heads * 2 * 32 + ROW_THREADS - 1) / ROW_THREADS);
 }
 
-// Blocks for each of `units` (layer, kv head) pairs when one takes `per_round` chunks at a time. A
-// block reads its matrix once: it should have a few rounds, unless blocks are few.
-inline uint32_t chunk_blocks(uint32_t chunks, uint32_t per_round, uint32_t units)
-{
-    uint32_t most = (chunks + per_round - 1) / per_round;
-    uint32_t want = (most + 7) / 8, fill = (264 + units - 1) / units;
-    return want > fill ? want : fill < most ? fill : most;
-}
-
 // A warp copies a row; both ends are 16-byte aligned.
 __device__ inline void copy_row(uint8_t *to, const uint8_t *from, uint32_t bytes)
 {
