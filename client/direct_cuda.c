@@ -72,6 +72,7 @@ static void set_params(struct kvd_direct *d)
                   .length = lengths,
                   .hist_end = lengths + n},
         .tail = {.tokens = lengths + 2 * n, .ring = KVD_DIRECT_RING},
+        .settled = true, // a step's copies are in front of its first kernel
         .rotation = d->rotation->device,
     };
 }

@@ -76,6 +76,10 @@ struct kvd_cuda_attend_params {
     const uint16_t *k, *v;         // bf16 [S][q_len][H_kv][D], with new_tokens; 16-byte aligned
     struct kvd_cuda_pages pages;
     struct kvd_cuda_tail tail; // instead of new_tokens
+    // What `pages` has, tail.tokens, and the tokens of codec pages were written by copies, or by
+    // kernels that had finished when the kernel in front of this call on the stream let it start:
+    // they are read while that one still runs.
+    bool settled;
     struct kvd_cuda_rotation rotation;
     // From kvd_cuda_attend_plan:
     uint32_t part_tiles;     // tiles of a history's part, about

@@ -32,6 +32,15 @@ inline scratch_layout scratch_of(const attend_params &p, uint32_t nt)
     return {parts_at, parts_at + units * unit};
 }
 
+// Long parts gain nothing: their queries would come behind the tiles. Where a part is a ring of tiles or two, computing
+// takes longer than reading, and more reading would only disturb the end of the kernel in front.
+inline early early_tiles(const attend_params &p, uint32_t warps)
+{
+    if (!p.settled || p.part_tiles > 16 * warps)
+        return EARLY_NONE;
+    return p.part_tiles > 2 * warps ? EARLY_SECOND : EARLY_FIRST;
+}
+
 // The tiles [low, end) of a history that some row of a block sees, and into how many parts they are
 // cut.
 struct history_range {
@@ -89,12 +98,22 @@ __device__ inline float sign_of(float x)
     return x < 0 ? -1.0f : x > 0;
 }
 
+// Waits for the kernel in front and asks for the queries. All blocks run then or have ended: the next kernel may put its
+// own in their places as these become free.
+template <int NT, int DK>
+__device__ inline void after_previous(const attend_call &p, const row_block &b, plain_queries<NT, DK> &q)
+{
+    wait_for_previous();
+    let_next_start();
+    q.load(p, b);
+}
+
 // Streams a part of the history through the warps' rings.
 template <bool GENERAL, int NT, int DK, int DV, int WARPS, int CODEC>
 __device__ inline void history_part(const attend_call &p, const row_block &b,
                                     const history_range &range, uint32_t part,
                                     const block_memory<NT, DK, DV, WARPS, CODEC> &memory,
-                                    const plain_queries<NT, DK> &plain,
+                                    plain_queries<NT, DK> &plain,
                                     typename queries<NT, DK, WARPS>::run &r)
 {
     using mem = block_memory<NT, DK, DV, WARPS, CODEC>;
@@ -124,7 +143,16 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
     if (lane < mem::SLOTS && !late && mine)
         ask(lane, mine);
     __syncwarp();
+    if (mem::SLOTS == 2 && p.early == EARLY_SECOND && warp < WARPS / 2 && first < end) {
+        barrier_wait(&bars[0], 0);
+        if (late && mine)
+            ask(lane, mine);
+        late = false;
+        __syncwarp();
+    }
 #endif
+    if (p.early)
+        after_previous(p, b, plain);
     auto &rotated = memory.rotated();
     float sign = sign_of(p.scale);
     float divisor = p.q_type == KVD_DTYPE_F32 ? rotated.template rotate<true, CODEC>(p, b.kv, sign, plain, r)
@@ -190,7 +218,6 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
         }
 #endif
     }
-    let_next_start();
     share_results(memory, x, st, p.rows - place_of<NT>(p).row0);
 }
 
@@ -217,7 +244,6 @@ __device__ inline void window_part(const attend_call &p, const row_block &b, uin
 #pragma unroll 1
     for (uint32_t i = first; i < end; i += WARPS)
         attend_bf16_chunk<F32, NT, DK, DV>(p, b, w, i * 16, q, q_low, x, st);
-    let_next_start();
     share_results(memory, x, st, p.rows - b.row0);
 }
 
@@ -246,9 +272,9 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
         prefetch_place(p, b);
     }
     memory.init();
-    wait_for_previous();
-    plain_queries<NT, DK> q; // asked for before the first tiles: behind these, they would wait long
-    q.load(p, b);
+    plain_queries<NT, DK> q;
+    if (plain || !p.early) // before the first tiles are asked for, behind which q would wait long
+        after_previous(p, b, q);
     load_lengths(p, b);
     history_range range = history_of<GENERAL>(p, b, 8 * NT);
     if (!plain && part >= range.parts)
@@ -298,7 +324,6 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
     finish_rows<NT, DV>(p, b, back, rows, mine, t, rotated, plain, history, windows);
 }
 
-// Launches behind what is on the stream already, and in place before that has finished.
 template <bool GENERAL, int NT, int DK, int DV, int WARPS, int CODEC>
 cudaError_t launch_attend(const attend_params &p, cudaStream_t stream)
 {
@@ -307,21 +332,11 @@ cudaError_t launch_attend(const attend_params &p, cudaStream_t stream)
     call.group = p.q_heads / p.kv_heads;
     call.rows = p.q_len * call.group;
     call.row_blocks = n_row_blocks(p, NT);
+    call.early = early_tiles(p, WARPS);
     call.parts_a_tile = 1.0f / (float)p.part_tiles;
-    auto kernel = attend_kernel<GENERAL, NT, DK, DV, WARPS, CODEC>;
-    constexpr int bytes = block_memory<NT, DK, DV, WARPS, CODEC>::BYTES;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(p.kv_heads * call.row_blocks, p.sequences, p.splits + p.window_splits);
-    config.blockDim = dim3(WARPS * 32);
-    config.dynamicSmemBytes = bytes;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    cudaError_t rc = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    return rc == cudaSuccess ? cudaLaunchKernelEx(&config, kernel, call) : rc;
+    dim3 grid(p.kv_heads * call.row_blocks, p.sequences, p.splits + p.window_splits);
+    return launch_behind(attend_kernel<GENERAL, NT, DK, DV, WARPS, CODEC>, grid, WARPS * 32,
+                         block_memory<NT, DK, DV, WARPS, CODEC>::BYTES, stream, call);
 }
 
 } // namespace kvd

@@ -397,8 +397,8 @@ __device__ inline void barrier_wait(uint64_t *bar, uint32_t phase)
 }
 #endif
 
-// Programmatic dependent launch: a kernel may be put in place while the one before it still runs,
-// and waits for that one to have finished before it reads anything.
+// Programmatic dependent launch: a kernel may be put in place while the one in front still runs, and waits for that one to
+// have finished before it reads what that may have written. launch_behind launches kernels that call this.
 __device__ inline void wait_for_previous()
 {
 #if KVD_BULK
@@ -411,6 +411,31 @@ __device__ inline void let_next_start()
 #if KVD_BULK
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// Launches a kernel, before the one in front on the stream has finished where the code for this device can wait for that.
+template <typename P>
+cudaError_t launch_behind(void (*kernel)(P), dim3 grid, uint32_t threads, uint32_t shared, cudaStream_t stream, const P &p)
+{
+    cudaFuncAttributes code;
+    cudaError_t rc = cudaFuncGetAttributes(&code, kernel);
+    if (rc == cudaSuccess && shared > 0)
+        rc = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    if (rc)
+        return rc;
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &attribute;
+#ifndef KVD_CUDA_PORTABLE
+    config.numAttrs = code.ptxVersion >= 90;
+#endif
+    return cudaLaunchKernelEx(&config, kernel, p);
 }
 
 // -- rotations on tensor cores -------------------------------------------------------------------

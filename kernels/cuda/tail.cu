@@ -28,14 +28,5 @@ extern "C" int kvd_cuda_store(const struct kvd_cuda_store_params *p, struct CUst
     if (p->sequences == 0 || p->q_len == 0 || p->q_len > p->tail.ring || !p->tail.tokens ||
         p->dim_k % 8 || p->dim_v % 8)
         return -1;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(p->sequences, p->q_len, 2);
-    config.blockDim = dim3(128);
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kvd::store_kernel, *p);
+    return kvd::launch_behind(kvd::store_kernel, dim3(p->sequences, p->q_len, 2), 128, 0, stream, *p);
 }

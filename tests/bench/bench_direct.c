@@ -276,6 +276,7 @@ static struct local_step make_local(const kvd_direct *d, struct tensors t, uint6
                              .length = lengths,
                              .hist_end = lengths + n},
                    .tail = tail,
+                   .settled = true,
                    .rotation = d->rotation->device},
         .store = {.sequences = n,
                   .kv_heads = KV,
