@@ -4,7 +4,7 @@
 # protocol (kvd/v1/*_pb2.py, kvd_health_pb2.py) where there is no protoc.
 # usage: tests/gpu/e2e.sh BUNDLE.tar.gz [PYTEST ARGUMENT...]
 set -euo pipefail
-bundle=$(realpath "$1")
+bundle=$(realpath "${1:?usage: tests/gpu/e2e.sh BUNDLE.tar.gz [PYTEST ARGUMENT...]}")
 shift
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d /tmp/kvd-gpu.XXXXXX)
@@ -24,6 +24,10 @@ program kvd daemon
 program kvctl client
 program e2e_worker tests
 program e2e_direct tests
+# For Python, which brings a C++ runtime of its own, newer than the bundle's or the same.
+cp -rP "$work/kvd/lib" "$work/build/lib"
+rm -f "$work"/build/lib/{libstdc++,libgcc_s}.so*
+ln -s ../lib/libkvd.so.0 "$work/build/client/libkvd.so.0"
 echo "== many processes"
 "$work/kvd/bin/kvd" --backend cuda --pool-size 4GiB --listen "unix:$work/s" --metrics '' >"$work/log" 2>&1 &
 pid=$!
@@ -39,6 +43,8 @@ kill "$pid" && wait "$pid" || rc=1
 pid=
 if [ "${1:-}" != none ]; then
     echo "== end to end"
-    KVD_BUILD="$work/build" KVD_SOURCE="$PWD" python3 -m pytest -q -p no:cacheprovider "$@" || rc=1
+    # Calibration runs on no GPU, and is not in the bundle.
+    KVD_BUILD="$work/build" KVD_SOURCE="$PWD" LD_LIBRARY_PATH="$work/build/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" \
+        python3 -m pytest -q -p no:cacheprovider --ignore-glob='*/test_fit.py' --ignore-glob='*/test_eval.py' "$@" || rc=1
 fi
 exit $rc

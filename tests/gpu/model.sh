@@ -2,7 +2,7 @@
 # Runs tests/gpu/model.py on this machine's GPU with the kvd and libkvd of a bundle (deploy/bundle.sh). Needs python3 with
 # PyTorch and transformers. usage: tests/gpu/model.sh BUNDLE.tar.gz [ARGUMENT of model.py...]
 set -euo pipefail
-bundle=$(realpath "$1")
+bundle=$(realpath "${1:?usage: tests/gpu/model.sh BUNDLE.tar.gz [ARGUMENT of model.py...]}")
 shift
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d /tmp/kvd-model.XXXXXX)
