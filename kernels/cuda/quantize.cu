@@ -323,10 +323,15 @@ struct append_unit {
     bool v;
 
     __device__ inline append_unit(const append_params &p, bool first_v, uint32_t u)
-        : layer(u / p.kv_heads), head(u % p.kv_heads), v(first_v)
+        : layer(u / p.kv_heads), head(u % p.kv_heads), v(of_v(p, first_v, u))
     {
         if (layer >= p.layer_count)
-            layer -= p.layer_count, v = true;
+            layer -= p.layer_count;
+    }
+
+    static __device__ inline bool of_v(const append_params &p, bool first_v, uint32_t u)
+    {
+        return first_v || u >= p.layer_count * p.kv_heads;
     }
 };
 
@@ -342,7 +347,7 @@ template <int D> struct chunk_walk {
     {
         if (along && i <= until) {
             const append_item &item = p.items[of];
-            uint64_t stride = first_v || u >= p.layer_count * p.kv_heads ? item.v.token_stride : item.k.token_stride;
+            uint64_t stride = append_unit::of_v(p, first_v, u) ? item.v.token_stride : item.k.token_stride;
             row += (i - chunk) * 16 * stride;
             chunk = i;
             staged.fetch({row, row + 8 * stride});
