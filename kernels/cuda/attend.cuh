@@ -17,8 +17,8 @@ using attend_params = kvd_cuda_attend_params;
 constexpr int MAX_SPLITS = 128; // of a history
 constexpr int MAX_WINDOW_SPLITS = 32, MAX_PARTS = MAX_SPLITS + MAX_WINDOW_SPLITS;
 
-// Which tiles are asked for before the kernel in front has finished: none, every warp's first, or the second of every
-// other warp, too.
+// Which tiles are asked for before the kernel in front has finished: none, every warp's first, or the second of half of
+// the warps, too.
 enum early : uint32_t { EARLY_NONE, EARLY_FIRST, EARLY_SECOND };
 
 // A call, with what would take divisions on the device.

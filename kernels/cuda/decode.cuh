@@ -98,8 +98,8 @@ __device__ inline float sign_of(float x)
     return x < 0 ? -1.0f : x > 0;
 }
 
-// Waits for the kernel in front and asks for the queries. All blocks run then or have ended: the next kernel may put its
-// own in their places as these become free.
+// Waits for the kernel in front and asks for the queries. When all blocks have come so far, or ended, the next kernel may
+// take their places as these become free.
 template <int NT, int DK>
 __device__ inline void after_previous(const attend_call &p, const row_block &b, plain_queries<NT, DK> &q)
 {
