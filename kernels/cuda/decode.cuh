@@ -32,8 +32,8 @@ inline scratch_layout scratch_of(const attend_params &p, uint32_t nt)
     return {parts_at, parts_at + units * unit};
 }
 
-// Long parts gain nothing: their queries would come behind the tiles. Where a part is a ring of tiles or two, computing
-// takes longer than reading, and more reading would only disturb the end of the kernel in front.
+// Long parts gain nothing: their queries would come behind the tiles. Where a part is no longer than the rings of its
+// warps, computing takes longer than what is left to read, and more reading would disturb the end of the kernel in front.
 inline early early_tiles(const attend_params &p, uint32_t warps)
 {
     if (!p.settled || p.part_tiles > 16 * warps)

@@ -381,23 +381,22 @@ static int plan_group(struct kvd_cuda *c, const struct group *g, struct kvd_cuda
 {
     const struct kvd_geometry *geo = g->p->geometry;
     const struct kvd_attend_item *head = g->items;
-    *out =
-        (struct kvd_cuda_attend_params){.sequences = g->n,
-                                        .q_heads = geo->q_heads,
-                                        .kv_heads = geo->kv_heads,
-                                        .dim_k = geo->head_dim_k,
-                                        .dim_v = geo->head_dim_v,
-                                        .codec = geo->codec,
-                                        .q_len = head->q_len,
-                                        .new_tokens = head->new_tokens,
-                                        .sink = geo->sink,
-                                        .ring = kvd_geometry_ring(geo),
-                                        .scale = g->p->scale,
-                                        .softcap = g->p->softcap,
-                                        .window = g->p->window,
-                                        .settled = true, // the tables' upload follows all appends
-                                        .q_type = head->q.dtype,
-                                        .o_type = head->o.dtype};
+    *out = (struct kvd_cuda_attend_params){.sequences = g->n,
+                                           .q_heads = geo->q_heads,
+                                           .kv_heads = geo->kv_heads,
+                                           .dim_k = geo->head_dim_k,
+                                           .dim_v = geo->head_dim_v,
+                                           .codec = geo->codec,
+                                           .q_len = head->q_len,
+                                           .new_tokens = head->new_tokens,
+                                           .sink = geo->sink,
+                                           .ring = kvd_geometry_ring(geo),
+                                           .scale = g->p->scale,
+                                           .softcap = g->p->softcap,
+                                           .window = g->p->window,
+                                           .q_type = head->q.dtype,
+                                           .o_type = head->o.dtype};
+    out->settled = true; // the upload of the tables follows all appends
     if (g->p->rotation)
         out->rotation = g->p->rotation->device;
     uint64_t sum = 0, longest = 0, window = 0;

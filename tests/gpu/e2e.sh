@@ -14,7 +14,8 @@ cleanup() {
     rm -rf "$work"
 }
 trap cleanup EXIT
-tar xzf "$bundle" -C "$work"
+source tests/gpu/unpack.sh
+unpack "$bundle" "$work"
 mkdir -p "$work/build"/{daemon,client,tests}
 program() { # name in the bundle, place in the build folder
     printf '#!/bin/sh\nexec "%s" "$@"\n' "$work/kvd/bin/$1" >"$work/build/$2/$1"
@@ -24,10 +25,7 @@ program kvd daemon
 program kvctl client
 program e2e_worker tests
 program e2e_direct tests
-# For Python, which brings a C++ runtime of its own, newer than the bundle's or the same.
-cp -rP "$work/kvd/lib" "$work/build/lib"
-rm -f "$work"/build/lib/{libstdc++,libgcc_s}.so*
-ln -s ../lib/libkvd.so.0 "$work/build/client/libkvd.so.0"
+ln -s "$work/lib/libkvd.so.0" "$work/build/client/libkvd.so.0"
 echo "== many processes"
 "$work/kvd/bin/kvd" --backend cuda --pool-size 4GiB --listen "unix:$work/s" --metrics '' >"$work/log" 2>&1 &
 pid=$!
@@ -44,7 +42,7 @@ pid=
 if [ "${1:-}" != none ]; then
     echo "== end to end"
     # Calibration runs on no GPU, and is not in the bundle.
-    KVD_BUILD="$work/build" KVD_SOURCE="$PWD" LD_LIBRARY_PATH="$work/build/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" \
+    KVD_BUILD="$work/build" KVD_SOURCE="$PWD" LD_LIBRARY_PATH="$library_path" \
         python3 -m pytest -q -p no:cacheprovider --ignore-glob='*/test_fit.py' --ignore-glob='*/test_eval.py' "$@" || rc=1
 fi
 exit $rc

@@ -7,10 +7,7 @@ shift
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d /tmp/kvd-model.XXXXXX)
 trap 'rm -rf "$work"' EXIT
-tar xzf "$bundle" -C "$work"
-# Python and PyTorch bring a C++ runtime of their own, newer than the bundle's or the same.
-mkdir "$work/lib"
-cp -P "$work"/kvd/lib/* "$work/lib/"
-rm -f "$work"/lib/libstdc++.so* "$work"/lib/libgcc_s.so*
-LD_LIBRARY_PATH="$work/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" KVD_LIBRARY="$work/lib/libkvd.so.0" \
+source tests/gpu/unpack.sh
+unpack "$bundle" "$work"
+LD_LIBRARY_PATH="$library_path" KVD_LIBRARY="$work/lib/libkvd.so.0" \
     python3 tests/gpu/model.py "$work/kvd" "$@"

@@ -698,7 +698,8 @@ int main(int argc, char **argv)
     chain(1, 3000, KVD_CODEC_INT2, seed);
     chain(5, 2000, KVD_CODEC_INT2_LM, seed);
     if (!quick) {
-        // Blocks of 16, 8 and 4 warps; some tiles, first tiles and second ones asked for early.
+        // Blocks of 16, 8 and 4 warps; no tiles, first ones, or second ones, too, are asked for
+        // early.
         chain(1, 20000, KVD_CODEC_INT2, seed);
         chain(1, 60000, KVD_CODEC_INT2C, seed);
         chain(32, 4000, KVD_CODEC_INT2, seed);
