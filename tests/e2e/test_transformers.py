@@ -23,8 +23,6 @@ PROMPTS = ["Hi!", "What is the capital of France? Answer in one word.", "Write a
 @pytest.fixture(scope="module")
 def hf():
     """Modules, tokenizer and a function that loads the model."""
-    stubs = {n: sys.modules.pop(n) for n in list(sys.modules) if n == "kvd" or n.startswith("kvd.")}
-    sys.path.insert(0, str(SOURCE / "client/python"))
     import torch
     import transformers
 
@@ -54,10 +52,7 @@ def hf():
             return super().update(k, v, *args, **kwargs)
 
     h.rounded = lambda: Rounded(config=h.stock.config)
-    yield h
-    for n in [n for n in sys.modules if n == "kvd" or n.startswith("kvd.")]:
-        del sys.modules[n]
-    sys.modules.update(stubs)
+    return h
 
 
 def connect(hf, kvd, **kw):

@@ -2,28 +2,20 @@
 
 Tensors are [layers, tokens, heads, head_dim], head_dim contiguous, in memory shared with the daemon.
 """
-import numpy as np
+from pkgutil import extend_path
 
-from ._client import Client, Event, Item, Sequence, SequenceInfo, Tensor
+from ._client import Client, Event, Item, Sequence, SequenceInfo
 from ._cuda import DeviceTensor
 from ._direct import Direct
 from ._library import (CorruptError, DeniedError, Error, ExhaustedError, ExistsError, InternalError, InvalidError,
                        LostError, NotFoundError, PreconditionError, TimeoutError, UnavailableError, version)
+from ._tensor import Bf16Array, Tensor, from_bf16, to_bf16
 
 __all__ = [
-    "Client", "CorruptError", "DeniedError", "DeviceTensor", "Direct", "Error", "Event", "ExhaustedError", "ExistsError", "InternalError",
-    "InvalidError", "Item", "LostError", "NotFoundError", "PreconditionError", "Sequence", "SequenceInfo", "Tensor",
+    "Bf16Array", "Client", "CorruptError", "DeniedError", "DeviceTensor", "Direct", "Error", "Event", "ExhaustedError",
+    "ExistsError", "InternalError", "InvalidError", "Item", "LostError", "NotFoundError", "PreconditionError", "Sequence", "SequenceInfo", "Tensor",
     "TimeoutError", "UnavailableError", "from_bf16", "to_bf16", "version",
 ]
 
-
-def to_bf16(x: np.ndarray) -> np.ndarray:
-    """Floats as bf16 bits (uint16), rounded to nearest, ties to even. NaN stays NaN."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded).reshape(np.shape(x))
-
-
-def from_bf16(bits: np.ndarray) -> np.ndarray:
-    """bf16 bits (uint16) as float32."""
-    return (np.ascontiguousarray(bits, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(np.shape(bits))
+# Stubs that protoc makes of kvd/v1/*.proto are modules kvd.v1.*: those on the path when this is imported are found too.
+__path__ = extend_path(__path__, __name__)

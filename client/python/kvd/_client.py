@@ -4,90 +4,15 @@ from __future__ import annotations
 import ctypes as c
 import dataclasses
 import threading
-import weakref
 from typing import Any, Iterable, Iterator, Literal, Optional, Union
 
-import numpy as np
-
+from . import _check
 from . import _library as lib
 from ._cuda import DeviceTensor, share
+from ._tensor import Tensor, new_tensor
 
 Codec = Literal["bf16", "int2", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4"]
 _EVENTS = ("opened", "evicted", "draining", "lost", "published")
-
-
-class Tensor:
-    """[layers, tokens, heads, head_dim] (an lse: [layers, tokens, heads]) in memory shared with the daemon.
-
-    `array` is a NumPy view of it: float32, or uint16 that holds bf16 (`kvd.to_bf16`, `kvd.from_bf16`). Slices of a
-    tensor are tensors over the same memory, as long as head_dim stays whole. The daemon shares the memory until `free()`,
-    the end of the client, or until no tensor and no array of it are left; arrays stay what they are.
-    """
-
-    def __init__(self, owner: "_Buffer", array: np.ndarray):
-        self._owner = owner
-        self._array = array
-
-    @property
-    def array(self) -> np.ndarray:
-        if not self._owner.handle:
-            raise ValueError("the tensor was freed, or its client closed")
-        return self._array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._array.shape
-
-    def __getitem__(self, index: Any) -> "Tensor":
-        view = self.array[index]
-        if not isinstance(view, np.ndarray) or view.ndim != self._array.ndim or not np.may_share_memory(view, self._array):
-            raise IndexError("a slice of a tensor keeps all dimensions: say t[2:3], not t[2]")
-        return Tensor(self._owner, view)
-
-    def free(self) -> None:
-        """Ends the sharing, for all slices too. Arrays keep the memory."""
-        self._owner.free()
-
-    def _ref(self, what: str, dims: int) -> lib.TensorRef:
-        a = self.array
-        if a.ndim != dims:
-            raise ValueError(f"{what} has {a.ndim} dimensions, not {dims}")
-        if dims == 4 and a.shape[3] > 1 and a.strides[3] != a.itemsize:
-            raise ValueError(f"{what}: head_dim must be contiguous")
-        if any(s < 0 for s in a.strides):
-            raise ValueError(f"{what} runs backwards")
-        offset = a.__array_interface__["data"][0] - self._owner.address
-        kind = lib.KVD_BF16 if a.dtype == np.uint16 else lib.KVD_F32
-        return lib.TensorRef(self._owner.handle, offset, a.strides[0], a.strides[1], a.strides[2], kind)
-
-
-class _Buffer:
-    """A kvd_buffer. Its memory lives as long as an array over it, whatever becomes of the client."""
-
-    def __init__(self, client: "Client", size: int):
-        self.handle = c.c_void_p()
-        lib.call("kvd_buffer_new", client._open(), size, c.byref(self.handle))
-        self.address, self.size = lib.library().kvd_buffer_data(self.handle), size
-        self._client = client
-        client._buffers.add(self)
-
-    def memory(self) -> Any:
-        """Once: what arrays are views of."""
-        memory = (c.c_uint8 * self.size).from_address(self.address)
-        weakref.finalize(memory, self._unused).atexit = False
-        return memory
-
-    def _unused(self) -> None:
-        self.free()
-        lib.unmap(self.address, self.size)
-
-    def free(self) -> None:
-        """Unregisters it. Any thread: the last array may go anywhere."""
-        with self._client._lock:
-            self._client._buffers.discard(self)
-            handle, self.handle = self.handle, c.c_void_p()
-            if handle:
-                lib.library().kvd_buffer_detach(c.byref(handle))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +47,9 @@ class Event:
 
 
 AnyTensor = Union[Tensor, DeviceTensor]
+_BF16, _F32, _BOTH = ("bf16",), ("f32",), ("bf16", "f32")
+_KINDS = {"k": _BF16, "v": _BF16, "q": _BOTH, "o": _BOTH, "lse": _F32}
+_NEEDS = {"append": "kv", "attend": "qo", "step": "kvqo"}
 
 
 @dataclasses.dataclass
@@ -139,23 +67,27 @@ class Item:
     o: Optional[AnyTensor] = None
     lse: Optional[AnyTensor] = None
 
-    def _struct(self, needs: str, layers: int) -> lib.ItemStruct:
-        s = lib.ItemStruct(sequence=self.sequence.id, position=self.sequence.length)
-        tokens = None
+    def _struct(self, client: "Client", call: str, at: str, layers: Union[int, str]) -> tuple[lib.ItemStruct, int]:
+        """Checked: of so many layers, or as many as the first tensor has. Returns that number too."""
+        sequence = _check.sequence(at + "sequence", self.sequence, client, Sequence)
+        s = lib.ItemStruct(sequence=sequence.id, position=sequence.length)
+        needs, tokens = _NEEDS[call], None
         for name in ("k", "v", "q", "o", "lse"):
             t = getattr(self, name)
             if t is None:
                 if name in needs:
-                    raise ValueError(f"{name} is wanted")
+                    raise lib.InvalidError(f"{at}{name} is wanted")
                 continue
-            if t.shape[0] != layers:
-                raise ValueError(f"{name} has {t.shape[0]} layers, the call {layers}")
-            if tokens is not None and t.shape[1] != tokens:
-                raise ValueError(f"{name} has {t.shape[1]} tokens, others {tokens}")
-            tokens = t.shape[1]
-            setattr(s, name, t._ref(name, 3 if name == "lse" else 4))
+            if name not in needs and (name != "lse" or "o" not in needs):
+                raise lib.InvalidError(f"{call} takes no {at}{name}")
+            names, sizes = client._rows[name]
+            wanted = (layers, "tokens" if tokens is None else tokens, *sizes)
+            f = _check.facts(at + name, t, client)
+            _check.same_shape(at + name, f.shape, wanted, ("layers", "tokens", *names))
+            setattr(s, name, _check.reference(at + name, f, _KINDS[name]))
+            layers, tokens = f.shape[:2]
         s.tokens = tokens
-        return s
+        return s, layers  # type: ignore[return-value]
 
 
 class Sequence:
@@ -166,8 +98,8 @@ class Sequence:
 
     def __init__(self, client: "Client", id: int, length: int = 0):  # noqa: A002
         self.client = client
-        self.id = id
-        self.length = length
+        self.id = _check.integer("id", id, 0, _check.U64)
+        self.length = _check.integer("length", length, 0, _check.U64)
 
     def append(self, k: Tensor, v: Tensor, *, layer: int = 0) -> None:
         """Appends k's tokens, to as many layers as it has, from `layer` on (a position in the client's list)."""
@@ -184,30 +116,35 @@ class Sequence:
 
     def read(self, begin: int, count: int, *, k: Optional[Tensor] = None, v: Optional[Tensor] = None, layer: int = 0) -> None:
         """Writes tokens [begin, begin + count) into k and v, dequantized and un-rotated."""
-        given = [(n, t) for n, t in (("k", k), ("v", v)) if t is not None]
-        if not given:
-            raise ValueError("k or v is wanted")
-        for name, t in given:
-            if t.shape[0] != given[0][1].shape[0] or t.shape[1] != count:
-                raise ValueError(f"{name} is not [layers, {count}, kv_heads, head_dim]")
-        refs = {name: t._ref(name, 4) for name, t in given}
-        lib.call("kvd_read_tokens", self.client._open(), lib.Layers(layer, given[0][1].shape[0]), self.id, begin, count,
+        count, refs = _check.integer("count", count, 1), {}
+        layers: Union[int, str] = "layers"
+        for name, t in (("k", k), ("v", v)):
+            if t is not None:
+                names, sizes = self.client._rows[name]
+                refs[name] = _check.tensor(name, t, self.client, (layers, count, *sizes), ("layers", "tokens", *names), _BOTH)
+                layers = t.shape[0]
+        if not refs:
+            raise lib.InvalidError("k or v is wanted")
+        lib.call("kvd_read_tokens", self.client._open(), self.client._layers(layer, layers), self.id,
+                 _check.integer("begin", begin, 0, _check.U64), count,
                  c.byref(refs["k"]) if k is not None else None, c.byref(refs["v"]) if v is not None else None)
 
     def fork(self, count: int = 1) -> list["Sequence"]:
         """Copy-on-write children."""
+        count = _check.integer("count", count, 1, lib.MAX_CALL_SEQUENCES)
         ids = (c.c_uint64 * count)()
         lib.call("kvd_sequence_fork", self.client._open(), self.id, count, ids)
         return [Sequence(self.client, i, self.length) for i in ids]
 
     def truncate(self, length: int) -> None:
         """Forgets the tokens from `length` on."""
+        length = _check.integer("length", length, 0, _check.U64)
         lib.call("kvd_sequence_truncate", self.client._open(), self.id, length)
         self.length = length
 
     def publish(self, name: str, *, replace: bool = False) -> None:
         """Names it in the namespace: it outlives this client until it is unpublished or evicted."""
-        lib.call("kvd_sequence_publish", self.client._open(), self.id, name.encode(), replace)
+        lib.call("kvd_sequence_publish", self.client._open(), self.id, _check.text("name", name), _check.flag("replace", replace))
 
     def describe(self) -> SequenceInfo:
         s = lib.SequenceStruct()
@@ -217,33 +154,40 @@ class Sequence:
     def free(self, *, unpublish: bool = False) -> None:
         """Lets go of it. Published ones stay, unless `unpublish`."""
         ids = (c.c_uint64 * 1)(self.id)
-        lib.call("kvd_sequences_free", self.client._open(), ids, 1, unpublish)
+        lib.call("kvd_sequences_free", self.client._open(), ids, 1, _check.flag("unpublish", unpublish))
 
 
 class Client:
     """A session with a daemon, for one model geometry. A context manager.
 
     layers: ids of the model's layers that hold KV, ascending. head_dim: 64, 128 or 256, or a pair for K and V.
-    rotation_set: "model@tag", "sha256:...", "hadamard", "random" or "identity"; None: what suits the codec. sink, recent: tokens kept in bf16; None: 64 and
-    256. address: "unix:/path" or "host:port"; None: $KVD_ADDRESS or unix:/run/kvd/kvd.sock. timeout: seconds for each
-    call.
+    rotation_set: "model@tag", "sha256:...", "hadamard", "random" or "identity"; None: what suits the codec. sink, recent:
+    tokens kept in bf16; None: 64 and 256. address: "unix:/path" or "host:port"; None: $KVD_ADDRESS or
+    unix:/run/kvd/kvd.sock. timeout: seconds for each call.
     """
 
     def __init__(self, *, layers: Iterable[int], q_heads: int, kv_heads: int, head_dim: Union[int, tuple[int, int]],
                  codec: Codec = "int2", rotation_set: Optional[str] = None, sink: Optional[int] = None,
                  recent: Optional[int] = None, address: Optional[str] = None, namespace: Optional[str] = None,
                  name: Optional[str] = None, timeout: float = 30.0):
-        self.layers = list(layers)
-        dims = (head_dim, head_dim) if isinstance(head_dim, int) else tuple(head_dim)
-        windows = (64 if sink is None else sink, 256 if recent is None else recent)
+        self.layers = [_check.integer(f"layers[{i}]", x) for i, x in enumerate(layers)]
+        pair = head_dim if isinstance(head_dim, (tuple, list)) else (head_dim, head_dim)
+        if len(pair) != 2:
+            raise lib.InvalidError(f"head_dim is {head_dim!r}, and one number or a pair for K and V is wanted")
+        dims = (_check.integer("head_dim", pair[0]), _check.integer("head_dim", pair[1]))
+        self.q_heads, self.kv_heads, self.head_dim = _check.integer("q_heads", q_heads), _check.integer("kv_heads", kv_heads), dims
+        windows = (64 if sink is None else _check.integer("sink", sink), 256 if recent is None else _check.integer("recent", recent))
+        names = {n: _check.text(n, x) if x is not None else None for n, x in (
+            ("address", address), ("namespace", namespace), ("name", name), ("codec", codec), ("rotation_set", rotation_set))}
+        kv, q = ("kv_heads", "head_dim"), ("q_heads", "head_dim")  # names and sizes of a tensor's last dimensions
+        self._rows = {"k": (kv, (self.kv_heads, dims[0])), "v": (kv, (self.kv_heads, dims[1])), "q": (q, (self.q_heads, dims[0])),
+                      "o": (q, (self.q_heads, dims[1])), "lse": (q[:1], (self.q_heads,))}
         ids = (c.c_uint32 * len(self.layers))(*self.layers)
         options = lib.Options(
-            address=address.encode() if address else None, namespace_name=namespace.encode() if namespace else None,
-            client_name=name.encode() if name else None, timeout_ms=max(1, int(timeout * 1000)), layers=ids,
-            n_layers=len(self.layers), q_heads=q_heads, kv_heads=kv_heads, head_dim_k=dims[0], head_dim_v=dims[1],
-            codec=codec.encode(), rotation_set=rotation_set.encode() if rotation_set else None, sink=windows[0], recent=windows[1],
-            no_windows=windows == (0, 0))
-        self.q_heads, self.kv_heads, self.head_dim = q_heads, kv_heads, dims
+            address=names["address"] or None, namespace_name=names["namespace"] or None, client_name=names["name"] or None,
+            timeout_ms=max(1, _check.milliseconds("timeout", timeout)), layers=ids, n_layers=len(self.layers),
+            q_heads=self.q_heads, kv_heads=self.kv_heads, head_dim_k=dims[0], head_dim_v=dims[1], codec=names["codec"],
+            rotation_set=names["rotation_set"] or None, sink=windows[0], recent=windows[1], no_windows=windows == (0, 0))
         self._handle = c.c_void_p()
         self._directs: set[Any] = set()
         self._buffers: set[Any] = set()
@@ -252,7 +196,7 @@ class Client:
 
     def _open(self) -> c.c_void_p:
         if not self._handle:
-            raise ValueError("the client was closed")
+            raise lib.InvalidError("the client was closed")
         return self._handle
 
     def close(self) -> None:
@@ -286,12 +230,7 @@ class Client:
 
     def tensor(self, *shape: int, dtype: Literal["bf16", "f32"] = "bf16") -> Tensor:
         """Zeroed shared memory for a tensor."""
-        kind = {"bf16": np.uint16, "f32": np.float32}[dtype]
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(kind).itemsize
-        if size <= 0 or min(shape) <= 0:
-            raise ValueError(f"a tensor of shape {shape}")
-        buffer = _Buffer(self, size)
-        return Tensor(buffer, np.frombuffer(buffer.memory(), kind).reshape(shape))
+        return new_tensor(self, shape, dtype)
 
     def share(self, x: Any) -> DeviceTensor:
         """A PyTorch tensor or CuPy array of the GPU that kvd runs on, bfloat16 (CuPy: uint16) or float32, for calls, without
@@ -302,6 +241,7 @@ class Client:
         return next(self.create_many(1))
 
     def create_many(self, count: int) -> Iterator[Sequence]:
+        count = _check.integer("count", count, 1, lib.MAX_CALL_SEQUENCES)
         ids = (c.c_uint64 * count)()
         lib.call("kvd_sequences_create", self._open(), count, ids)
         return iter([Sequence(self, i) for i in ids])
@@ -309,18 +249,25 @@ class Client:
     def attach(self, name: str) -> Sequence:
         """A sequence that some worker published."""
         s = lib.SequenceStruct()
-        lib.call("kvd_sequence_attach", self._open(), name.encode(), c.byref(s))
+        lib.call("kvd_sequence_attach", self._open(), _check.text("name", name), c.byref(s))
         return Sequence(self, s.sequence, s.length)
 
-    def _batch(self, items: list[Item], needs: str, layer: int) -> tuple[lib.Layers, Any, int]:
+    def _layers(self, begin: Any, count: Any) -> lib.Layers:
+        begin = _check.integer("layer", begin, 0, len(self.layers) - 1)
+        if begin + count > len(self.layers):
+            raise lib.InvalidError(f"the tensors have {count} layers, and there are {len(self.layers) - begin} from layer {begin} on")
+        return lib.Layers(begin, count)
+
+    def _batch(self, call: str, items: list[Item], layer: int) -> tuple[lib.Layers, Any, int]:
+        if not isinstance(items, (list, tuple)) or not all(isinstance(i, Item) for i in items):
+            raise TypeError(f"items is a {_check.describe(items)}, and a list of kvd.Item is wanted")
         if not items:
-            raise ValueError("no items")
-        first = items[0].k if "k" in needs else items[0].q
-        if first is None:
-            raise ValueError(f"{needs[0]} is wanted")
-        layers = first.shape[0]
-        structs = (lib.ItemStruct * len(items))(*[i._struct(needs, layers) for i in items])
-        return lib.Layers(layer, layers), structs, len(items)
+            raise lib.InvalidError("no items")
+        self._open()
+        structs, layers = (lib.ItemStruct * len(items))(), "layers"
+        for i, item in enumerate(items):
+            structs[i], layers = item._struct(self, call, f"items[{i}]." if len(items) > 1 else "", layers)
+        return self._layers(layer, layers), structs, len(items)
 
     def _appended(self, items: list[Item], layers: lib.Layers) -> None:
         if layers.begin + layers.count == len(self.layers):
@@ -329,28 +276,29 @@ class Client:
 
     def append(self, items: list[Item], *, layer: int = 0) -> None:
         """Appends the tokens of k and v. Safe to repeat; layers in ascending order."""
-        layers, structs, n = self._batch(items, "kv", layer)
+        layers, structs, n = self._batch("append", items, layer)
         lib.call("kvd_append", self._open(), layers, structs, n)
         self._appended(items, layers)
 
     def attend(self, items: list[Item], *, layer: int = 0, scale: float = 0, softcap: float = 0, window: int = 0) -> None:
         """scale 0: 1/sqrt(head_dim). softcap 0: none. window 0: all tokens."""
-        layers, structs, n = self._batch(items, "qo", layer)
-        lib.call("kvd_attend", self._open(), layers, c.byref(lib.Attention(scale, softcap, window)), structs, n)
+        layers, structs, n = self._batch("attend", items, layer)
+        lib.call("kvd_attend", self._open(), layers, c.byref(_check.attention(scale, softcap, window)), structs, n)
 
     def step(self, items: list[Item], *, layer: int = 0, scale: float = 0, softcap: float = 0, window: int = 0) -> None:
         """Attends over what is stored and the new tokens, then appends these."""
-        layers, structs, n = self._batch(items, "kvqo", layer)
-        lib.call("kvd_step", self._open(), layers, c.byref(lib.Attention(scale, softcap, window)), structs, n)
+        layers, structs, n = self._batch("step", items, layer)
+        lib.call("kvd_step", self._open(), layers, c.byref(_check.attention(scale, softcap, window)), structs, n)
         self._appended(items, layers)
 
     def enqueue(self, kind: Literal["append", "attend", "step"], items: list[Item], stream: int, *, layer: int = 0,
                 scale: float = 0, softcap: float = 0, window: int = 0) -> None:
         """A call that takes its turn on a CUDA stream (PyTorch's stream.cuda_stream): it returns at once, starts when what was
         on the stream is done, and what comes after waits for its outputs. `enqueued` says whether such calls went well."""
-        needs, number = {"append": ("kv", 0), "attend": ("qo", 1), "step": ("kvqo", 2)}[kind]
-        layers, structs, n = self._batch(items, needs, layer)
-        lib.call("kvd_enqueue", self._open(), stream, number, layers, c.byref(lib.Attention(scale, softcap, window)), structs, n)
+        number = list(_NEEDS).index(_check.choice("kind", kind, *_NEEDS))
+        stream = _check.integer("stream", stream, 0, _check.U64)
+        layers, structs, n = self._batch(kind, items, layer)
+        lib.call("kvd_enqueue", self._open(), stream, number, layers, c.byref(_check.attention(scale, softcap, window)), structs, n)
         if kind != "attend":
             self._appended(items, layers)
 
@@ -365,13 +313,18 @@ class Client:
 
     def rotate(self, x: Tensor, y: Tensor, *, side: Literal["k", "v"] = "k", inverse: bool = False, layer: int = 0) -> None:
         """y = x R of K's or V's rotations, or x R^T. Heads are kv_heads or q_heads; y may be x."""
-        if x.shape != y.shape:
-            raise ValueError(f"x is {x.shape}, y {y.shape}")
-        lib.call("kvd_rotate", self._open(), side == "v", inverse, lib.Layers(layer, x.shape[0]), x.shape[1], x.shape[2],
-                 c.byref(x._ref("x", 4)), c.byref(y._ref("y", 4)))
+        _check.choice("side", side, "k", "v")
+        inverse = _check.flag("inverse", inverse)
+        f = _check.facts("x", x, self)
+        heads = self.q_heads if len(f.shape) == 4 and f.shape[2] == self.q_heads else self.kv_heads
+        names = ("layers", "rows", "kv_heads or q_heads", "head_dim")
+        _check.same_shape("x", f.shape, ("layers", "rows", heads, self.head_dim[side == "v"]), names)
+        refs = _check.reference("x", f, _BOTH), _check.tensor("y", y, self, f.shape, names, _BOTH)
+        lib.call("kvd_rotate", self._open(), side == "v", inverse, self._layers(layer, f.shape[0]), f.shape[1], f.shape[2],
+                 c.byref(refs[0]), c.byref(refs[1]))
 
     def next_event(self, timeout: float = 1.0) -> Optional[Event]:
         """The next event of the namespace, or None when the time is over. One thread at a time."""
         e = lib.EventStruct()
-        lib.call("kvd_next_event", self._open(), max(0, int(timeout * 1000)), c.byref(e))
+        lib.call("kvd_next_event", self._open(), _check.milliseconds("timeout", timeout), c.byref(e))
         return None if e.kind < 0 else Event(_EVENTS[e.kind], e.sequence, e.count, e.name.decode())

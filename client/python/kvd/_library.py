@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 KVD_BF16, KVD_F32 = 0, 1
+MAX_CALL_SEQUENCES = 4096
 
 
 class Error(Exception):
