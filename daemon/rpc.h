@@ -3,10 +3,12 @@
 //
 // Life of a unary call:
 //   1. a request tag fires with the payload       (accepted; another request is armed in its place)
-//   2. the handler runs; it answers now, or keeps the call and answers later
-//   3. kvd_call_reply or kvd_call_fail starts the one batch: initial metadata, message, status,
-//   receive-close
-//   4. the batch's tag fires: metrics, free
+//   2. the handler runs; it answers now, or keeps the call and answers later. A call that is kept
+//   is watched: on_cancelled tells that its client cancelled it, its deadline passed or its
+//   connection is gone
+//   3. kvd_call_reply or kvd_call_fail, once for each call, cancelled or not, starts the batch that
+//   answers: initial metadata, message, status, and receive-close if it was not watched before
+//   4. the tags fire: free
 // A streaming call starts with initial metadata and receive-close; kvd_call_send adds messages; it
 // ends when the client goes or kvd_call_finish is called.
 #ifndef KVD_DAEMON_RPC_H
@@ -53,6 +55,10 @@ struct kvd_call {
     grpc_slice message; // status text
     grpc_status_code code;
     int cancelled;
+    // Nobody waits for the answer any more: called at most once, on the loop thread, after the
+    // handler has returned and before the call is answered, which it may do. The answer is dropped.
+    void (*on_cancelled)(struct kvd_call *call);
+    bool handling, answered, watched, done;
     // Streams
     struct kvd_out *out_first, *out_last;
     uint32_t out_count;
