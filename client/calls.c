@@ -86,16 +86,17 @@ kvd_result kvd_sequence_publish(kvd_client *c, uint64_t sequence, const char *na
 
 static void copy_info(const Kvd__V1__SequenceInfo *in, kvd_sequence_info *out)
 {
-    *out = (kvd_sequence_info){.sequence = in->sequence,
-                               .length = in->length,
-                               .sink_tokens = in->sink_tokens,
-                               .history_tokens = in->history_tokens,
-                               .recent_tokens = in->recent_tokens,
-                               .pending_length = in->pending_length,
-                               .pending_layers = in->pending_layers,
-                               .bytes = in->bytes,
-                               .holders = in->holders};
-    snprintf(out->name, sizeof(out->name), "%s", in->name);
+    kvd_sequence_info info = {.sequence = in->sequence,
+                              .length = in->length,
+                              .sink_tokens = in->sink_tokens,
+                              .history_tokens = in->history_tokens,
+                              .recent_tokens = in->recent_tokens,
+                              .pending_length = in->pending_length,
+                              .pending_layers = in->pending_layers,
+                              .bytes = in->bytes,
+                              .holders = in->holders};
+    snprintf(info.name, sizeof(info.name), "%s", in->name);
+    kvd_sized_give(&kvd_sized_sequence_info, &info, out);
 }
 
 kvd_result kvd_sequence_attach(kvd_client *c, const char *name, kvd_sequence_info *out,
@@ -103,6 +104,9 @@ kvd_result kvd_sequence_attach(kvd_client *c, const char *name, kvd_sequence_inf
 {
     Kvd__V1__AttachSequenceRequest req = KVD__V1__ATTACH_SEQUENCE_REQUEST__INIT;
     Kvd__V1__AttachSequenceReply *reply;
+    struct kvd_error e = {0};
+    if (kvd_sized_check(&kvd_sized_sequence_info, out, &e))
+        return kvd_client_fail(err, &e);
     req.name = (char *)name;
     kvd_result rc = kvd_client_call(c, METHOD("AttachSequence"), &req, &req.session,
                                     &kvd__v1__attach_sequence_reply__descriptor, &reply, err);
@@ -135,6 +139,9 @@ kvd_result kvd_sequence_describe(kvd_client *c, uint64_t sequence, kvd_sequence_
 {
     Kvd__V1__DescribeSequencesRequest req = KVD__V1__DESCRIBE_SEQUENCES_REQUEST__INIT;
     Kvd__V1__DescribeSequencesReply *reply;
+    struct kvd_error e = {0};
+    if (kvd_sized_check(&kvd_sized_sequence_info, out, &e))
+        return kvd_client_fail(err, &e);
     req.n_sequences = 1;
     req.sequences = &sequence;
     kvd_result rc = kvd_client_call(c, METHOD("DescribeSequences"), &req, &req.session,
@@ -215,34 +222,40 @@ static kvd_result append(kvd_client *c, kvd_layers layers, const kvd_item *items
     req.items = (Kvd__V1__AppendItem **)b.list;
     kvd_result rc = kvd_client_call(c, METHOD("Append"), &req, &req.session,
                                     &kvd__v1__append_reply__descriptor, &reply, err);
-    if (rc == KVD_SUCCESS)
-        kvd__v1__append_reply__free_unpacked(reply, NULL);
-    return rc;
+    if (rc)
+        return rc;
+    for (uint32_t i = 0; i < count && i < reply->n_replayed; i++)
+        if (items[i].replayed)
+            *items[i].replayed = reply->replayed[i];
+    kvd__v1__append_reply__free_unpacked(reply, NULL);
+    return KVD_SUCCESS;
 }
 
 static Kvd__V1__AttentionParams params_of(const kvd_attention *a, const kvd_item *items,
                                           uint32_t count)
 {
     Kvd__V1__AttentionParams p = KVD__V1__ATTENTION_PARAMS__INIT;
-    if (a) {
-        p.scale = a->scale;
-        p.softcap = a->softcap;
-        p.window = a->window;
-    }
+    p.scale = a->scale;
+    p.softcap = a->softcap;
+    p.window = a->window;
     for (uint32_t i = 0; i < count; i++)
         p.return_lse |= items[i].lse.buffer != NULL;
     return p;
 }
 
 static kvd_result attention_call(kvd_client *c, const char *method, void *req, char **session,
-                                 kvd_failure *err)
+                                 const kvd_item *items, uint32_t count, kvd_failure *err)
 {
     Kvd__V1__AttendReply *reply;
     kvd_result rc =
         kvd_client_call(c, method, req, session, &kvd__v1__attend_reply__descriptor, &reply, err);
-    if (rc == KVD_SUCCESS)
-        kvd__v1__attend_reply__free_unpacked(reply, NULL);
-    return rc;
+    if (rc)
+        return rc;
+    for (uint32_t i = 0; i < count && i < reply->n_results; i++)
+        if (items[i].replayed)
+            *items[i].replayed = reply->results[i]->replayed;
+    kvd__v1__attend_reply__free_unpacked(reply, NULL);
+    return KVD_SUCCESS;
 }
 
 static kvd_result attend(kvd_client *c, kvd_layers layers, const kvd_attention *attention,
@@ -272,7 +285,7 @@ static kvd_result attend(kvd_client *c, kvd_layers layers, const kvd_attention *
     req.signal = signal;
     req.n_items = count;
     req.items = (Kvd__V1__AttendItem **)b.list;
-    return attention_call(c, METHOD("Attend"), &req, &req.session, err);
+    return attention_call(c, METHOD("Attend"), &req, &req.session, items, count, err);
 }
 
 static kvd_result step(kvd_client *c, kvd_layers layers, const kvd_attention *attention,
@@ -305,7 +318,7 @@ static kvd_result step(kvd_client *c, kvd_layers layers, const kvd_attention *at
     req.signal = signal;
     req.n_items = count;
     req.items = (Kvd__V1__StepItem **)b.list;
-    return attention_call(c, METHOD("Step"), &req, &req.session, err);
+    return attention_call(c, METHOD("Step"), &req, &req.session, items, count, err);
 }
 
 kvd_result kvd_client_compute(kvd_client *c, kvd_call_kind kind, kvd_layers layers,
@@ -325,22 +338,36 @@ kvd_result kvd_client_compute(kvd_client *c, kvd_call_kind kind, kvd_layers laye
     return kvd_client_fail(err, &e);
 }
 
+// A call that is made now, of items and parameters as the program has them.
+static kvd_result compute_now(kvd_client *c, kvd_call_kind kind, kvd_layers layers,
+                              const kvd_attention *attention, const kvd_item *items, uint32_t count,
+                              kvd_failure *err)
+{
+    struct kvd_error e = {0};
+    kvd_item *own KVD_FREE = NULL;
+    kvd_attention a = {0};
+    if (kvd_items_take(items, count, &own, &e) ||
+        (attention && kvd_sized_take(&kvd_sized_attention, attention, &a, &e)))
+        return kvd_client_fail(err, &e);
+    return kvd_client_compute(c, kind, layers, &a, own, count, NULL, NULL, err);
+}
+
 kvd_result kvd_append(kvd_client *c, kvd_layers layers, const kvd_item *items, uint32_t count,
                       kvd_failure *err)
 {
-    return append(c, layers, items, count, NULL, NULL, err);
+    return compute_now(c, KVD_CALL_APPEND, layers, NULL, items, count, err);
 }
 
 kvd_result kvd_attend(kvd_client *c, kvd_layers layers, const kvd_attention *attention,
                       const kvd_item *items, uint32_t count, kvd_failure *err)
 {
-    return attend(c, layers, attention, items, count, NULL, NULL, err);
+    return compute_now(c, KVD_CALL_ATTEND, layers, attention, items, count, err);
 }
 
 kvd_result kvd_step(kvd_client *c, kvd_layers layers, const kvd_attention *attention,
                     const kvd_item *items, uint32_t count, kvd_failure *err)
 {
-    return step(c, layers, attention, items, count, NULL, NULL, err);
+    return compute_now(c, KVD_CALL_STEP, layers, attention, items, count, err);
 }
 
 kvd_result kvd_rotate(kvd_client *c, bool v, bool inverse, kvd_layers layers, uint32_t rows,
@@ -393,6 +420,8 @@ kvd_result kvd_next_event(kvd_client *c, uint32_t timeout_ms, kvd_event *out, kv
 {
     struct kvd_error e = {0};
     Kvd__V1__Event *event;
+    if (kvd_sized_check(&kvd_sized_event, out, &e))
+        return kvd_client_fail(err, &e);
     pthread_rwlock_rdlock(&c->lock);
     if (c->events && c->events_epoch != c->epoch)
         kvd_stream_free(&c->events);
@@ -407,7 +436,7 @@ kvd_result kvd_next_event(kvd_client *c, uint32_t timeout_ms, kvd_event *out, kv
                  ? kvd_stream_next(c->events, &kvd__v1__event__descriptor, timeout_ms, &event, &e)
                  : e.code;
     if (rc == KVD_E_TIMEOUT) {
-        *out = (kvd_event){.kind = KVD_EVENT_NONE};
+        kvd_sized_give(&kvd_sized_event, &(kvd_event){.kind = KVD_EVENT_NONE}, out);
         return KVD_SUCCESS;
     }
     if (rc) {
@@ -415,9 +444,10 @@ kvd_result kvd_next_event(kvd_client *c, uint32_t timeout_ms, kvd_event *out, kv
         e.code = rc;
         return kvd_client_fail(err, &e);
     }
-    *out = (kvd_event){
+    kvd_event found = {
         .kind = (kvd_event_kind)event->kind, .sequence = event->sequence, .count = event->count};
-    snprintf(out->name, sizeof(out->name), "%s", event->name);
+    snprintf(found.name, sizeof(found.name), "%s", event->name);
+    kvd_sized_give(&kvd_sized_event, &found, out);
     kvd__v1__event__free_unpacked(event, NULL);
     return KVD_SUCCESS;
 }

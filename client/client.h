@@ -8,6 +8,7 @@
 #include "client/channel.h"
 #include "kvd.pb-c.h"
 #include "kvd/kvd.h"
+#include "proto/kvd_limits.h"
 
 struct kvd_buffer {
     kvd_client *client;
@@ -45,13 +46,28 @@ struct kvd_client {
     struct kvd_enqueuer *enqueuer; // made on first use
 };
 
+// A public structure that may grow: its size here, and that of the first release. sized.c
+struct kvd_sized {
+    const char *name;
+    uint32_t size, least;
+};
+extern const struct kvd_sized kvd_sized_options, kvd_sized_info, kvd_sized_sequence_info,
+    kvd_sized_item, kvd_sized_attention, kvd_sized_direct_options, kvd_sized_event;
+// What a program of another age gave, as this library has it.
+int kvd_sized_take(const struct kvd_sized *type, const void *from, void *to, struct kvd_error *err);
+// Whether there is room to write one to; and writes as much of it as the program knows.
+int kvd_sized_check(const struct kvd_sized *type, const void *out, struct kvd_error *err);
+void kvd_sized_give(const struct kvd_sized *type, const void *from, void *to);
+// The same for a call's items: *own is to be freed.
+int kvd_items_take(const kvd_item *items, uint32_t count, kvd_item **own, struct kvd_error *err);
+
 // A call within the session: `set_session` points to the request's session field. On a lost session
 // it reconnects and returns KVD_ERR_LOST.
 kvd_result kvd_client_call(kvd_client *c, const char *method, void *request, char **set_session,
                            const ProtobufCMessageDescriptor *reply_type, void *reply,
                            kvd_failure *err);
 
-// An append, attend or step, with fences or without.
+// An append, attend or step, with fences or without, of items as this library has them.
 kvd_result kvd_client_compute(kvd_client *c, kvd_call_kind kind, kvd_layers layers,
                               const kvd_attention *attention, const kvd_item *items, uint32_t count,
                               Kvd__V1__Fence *wait, Kvd__V1__Fence *signal, kvd_failure *err);

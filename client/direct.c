@@ -51,8 +51,10 @@ static uint64_t append_to(struct kvd_direct *d, const struct direct_slot *s)
 static kvd_item item_of(const struct kvd_direct *d, uint32_t slot, uint64_t to)
 {
     const struct direct_slot *s = &d->slots[slot];
-    kvd_item item = {
-        .sequence = s->sequence, .position = s->appended, .tokens = (uint32_t)(to - s->appended)};
+    kvd_item item = {.size = sizeof(item),
+                     .sequence = s->sequence,
+                     .position = s->appended,
+                     .tokens = (uint32_t)(to - s->appended)};
     for (int v = 0; v < 2; v++) {
         uint64_t row = direct_row_bytes(d, v);
         uint64_t at = (uint64_t)slot * KVD_DIRECT_RING + s->appended % KVD_DIRECT_RING;
@@ -390,18 +392,21 @@ kvd_result kvd_direct_flush(kvd_direct *d, kvd_failure *err)
     return result_of(rc, &e, err);
 }
 
-uint64_t kvd_direct_length(kvd_direct *d, uint32_t slot, uint64_t *stored)
+kvd_result kvd_direct_length(kvd_direct *d, uint32_t slot, uint64_t *length, uint64_t *stored,
+                             kvd_failure *err)
 {
-    uint64_t length = 0, have = 0;
-    pthread_mutex_lock(&d->lock);
-    if (slot < d->options.slots && d->slots[slot].sequence) {
-        length = d->slots[slot].length;
-        have = d->slots[slot].appended;
+    struct kvd_error e = {0};
+    if (slot >= d->options.slots) {
+        kvd_fail(&e, KVD_E_INVALID, "slot %u of %u", slot, d->options.slots);
+        return kvd_client_fail(err, &e);
     }
-    pthread_mutex_unlock(&d->lock);
+    pthread_mutex_lock(&d->lock);
+    const struct direct_slot *s = &d->slots[slot];
+    *length = s->sequence ? s->length : 0;
     if (stored)
-        *stored = have;
-    return length;
+        *stored = s->sequence ? s->appended : 0;
+    pthread_mutex_unlock(&d->lock);
+    return KVD_SUCCESS;
 }
 
 // -- slots --------------------------------------------------------------------------------------
@@ -528,6 +533,16 @@ static int check_options(const kvd_client *c, kvd_direct_options *o, struct kvd_
     return KVD_OK;
 }
 
+static int take_options(struct kvd_direct *d, const kvd_client *c, const kvd_direct_options *o,
+                        struct kvd_error *err)
+{
+    int rc = kvd_sized_take(&kvd_sized_direct_options, o, &d->options, err);
+    if (rc == KVD_OK && d->options.attention)
+        rc = kvd_sized_take(&kvd_sized_attention, d->options.attention, &d->attention, err);
+    d->options.attention = NULL; // the caller's
+    return rc ? rc : check_options(c, &d->options, err);
+}
+
 static int open_direct(struct kvd_direct *d, struct kvd_error *err)
 {
     pthread_rwlock_rdlock(&d->client->lock);
@@ -560,8 +575,7 @@ kvd_result kvd_direct_open(kvd_client *c, const kvd_direct_options *options, kvd
         kvd_fail(&e, KVD_E_INTERNAL, "out of memory");
         return kvd_client_fail(err, &e);
     }
-    d->options = *options;
-    if (check_options(c, &d->options, &e)) {
+    if (take_options(d, c, options, &e)) {
         free(d);
         return kvd_client_fail(err, &e);
     }

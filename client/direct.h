@@ -61,6 +61,7 @@ struct direct_ops {
 struct kvd_direct {
     kvd_client *client;
     kvd_direct_options options;
+    kvd_attention attention;
     struct kvd_geometry geometry;
     struct kvd_backend *backend;
     struct kvd_rotation *rotation;
@@ -114,7 +115,7 @@ static inline uint64_t direct_layer_at(const struct kvd_direct *d, uint32_t laye
 
 static inline float direct_scale(const struct kvd_direct *d)
 {
-    float scale = d->options.attention.scale;
+    float scale = d->attention.scale;
     return scale != 0 ? scale : 1 / sqrtf((float)d->geometry.head_dim_k);
 }
 

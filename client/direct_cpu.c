@@ -104,7 +104,7 @@ static int cpu_attend(struct kvd_direct *d, void *stream, uint32_t layer, const 
             .lse = {lse ? (uint8_t *)(lse + s * n * g->q_heads) : NULL, 0, g->q_heads * 4, 4,
                     KVD_DTYPE_F32}};
     }
-    const kvd_attention *a = &d->options.attention;
+    const kvd_attention *a = &d->attention;
     struct kvd_attend_params p = {.geometry = g,
                                   .rotation = d->rotation,
                                   .layer_begin = layer,

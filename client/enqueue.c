@@ -192,22 +192,25 @@ kvd_result kvd_enqueue(kvd_client *c, void *stream, kvd_call_kind kind, kvd_laye
                        kvd_failure *err)
 {
     struct kvd_error e = {0};
+    kvd_item *own KVD_FREE = NULL;
+    kvd_attention a = {0};
+    if (kvd_items_take(items, count, &own, &e) ||
+        (attention && kvd_sized_take(&kvd_sized_attention, attention, &a, &e)))
+        return kvd_client_fail(err, &e);
     if (kvd_client_on_cpu(c))
-        return kvd_client_compute(c, kind, layers, attention, items, count, NULL, NULL, err);
+        return kvd_client_compute(c, kind, layers, &a, own, count, NULL, NULL, err);
     pthread_mutex_lock(&c->enqueuer_lock);
     kvd_result made = c->enqueuer ? KVD_SUCCESS : enqueuer_new(c, err);
     pthread_mutex_unlock(&c->enqueuer_lock);
     if (made)
         return made;
-    struct job *job = malloc(sizeof(*job) + count * sizeof(*items));
+    struct job *job = malloc(sizeof(*job) + count * sizeof(*own));
     if (!job) {
         kvd_fail(&e, KVD_E_INTERNAL, "out of memory");
         return kvd_client_fail(err, &e);
     }
-    *job = (struct job){.kind = kind, .layers = layers, .count = count};
-    if (attention)
-        job->attention = *attention;
-    memcpy(job->items, items, count * sizeof(*items));
+    *job = (struct job){.kind = kind, .layers = layers, .attention = a, .count = count};
+    memcpy(job->items, own, count * sizeof(*own));
     pthread_mutex_lock(&c->enqueuer->lock);
     int rc = hand_over(c->enqueuer, stream, job, &e);
     pthread_mutex_unlock(&c->enqueuer->lock);

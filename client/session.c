@@ -6,7 +6,6 @@
 #include <sys/socket.h>
 
 #include "client/client.h"
-#include "proto/kvd_limits.h"
 
 kvd_result kvd_client_result(int code)
 {
@@ -252,7 +251,10 @@ static kvd_client *client_new(const kvd_options *o)
 kvd_result kvd_open(const kvd_options *options, kvd_client **out, kvd_failure *err)
 {
     struct kvd_error e = {0};
-    kvd_client *c = client_new(options);
+    kvd_options o;
+    if (kvd_sized_take(&kvd_sized_options, options, &o, &e))
+        return kvd_client_fail(err, &e);
+    kvd_client *c = client_new(&o);
     if (!c) {
         kvd_fail(&e, KVD_E_INTERNAL, "out of memory");
         return kvd_client_fail(err, &e);
@@ -293,19 +295,24 @@ bool kvd_client_on_cpu(kvd_client *c)
     return cpu;
 }
 
-void kvd_get_info(kvd_client *c, kvd_info *out)
+kvd_result kvd_get_info(kvd_client *c, kvd_info *out, kvd_failure *err)
 {
+    struct kvd_error e = {0};
+    if (kvd_sized_check(&kvd_sized_info, out, &e))
+        return kvd_client_fail(err, &e);
     const Kvd__V1__OpenSessionReply *r = c->opened;
-    *out = (kvd_info){.version = r->version,
-                      .backend = r->backend,
-                      .instance = r->instance,
-                      .rotation_set = r->geometry ? r->geometry->rotation_set : "",
-                      .bf16_page_bytes = r->bf16_page_bytes,
-                      .codec_page_bytes = r->codec_page_bytes};
+    kvd_info info = {.version = r->version,
+                     .backend = r->backend,
+                     .instance = r->instance,
+                     .rotation_set = r->geometry ? r->geometry->rotation_set : "",
+                     .bf16_page_bytes = r->bf16_page_bytes,
+                     .codec_page_bytes = r->codec_page_bytes};
     if (r->geometry && r->geometry->windows) {
-        out->sink = r->geometry->windows->sink;
-        out->recent = r->geometry->windows->recent;
+        info.sink = r->geometry->windows->sink;
+        info.recent = r->geometry->windows->recent;
     }
+    kvd_sized_give(&kvd_sized_info, &info, out);
+    return KVD_SUCCESS;
 }
 
 // -- buffers ------------------------------------------------------------------------------------

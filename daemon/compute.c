@@ -128,7 +128,6 @@ static int begin_append(struct kvd_daemon *d, struct kvd_work *w, uint32_t i, st
     if (rc)
         return kvd_fail_in(err, "items[%u]", i);
     item->begun = !item->append.replayed;
-    w->n_replayed += item->append.replayed;
     rc = note_pages(d, item, err);
     if (rc == KVD_OK && item->begun)
         rc = note_copies(d, w, &item->append, err);
@@ -337,13 +336,16 @@ static void settle(struct kvd_daemon *d, struct kvd_work *w, bool commit)
 static void reply_append(struct kvd_daemon *d, struct kvd_work *w)
 {
     uint64_t *lengths KVD_FREE = calloc(w->n_items, sizeof(*lengths));
+    protobuf_c_boolean *replayed KVD_FREE = calloc(w->n_items, sizeof(*replayed));
     Kvd__V1__AppendReply r = KVD__V1__APPEND_REPLY__INIT;
     struct kvd_pool_seq_info info;
-    for (uint32_t i = 0; lengths && i < w->n_items; i++)
+    for (uint32_t i = 0; lengths && replayed && i < w->n_items; i++) {
         lengths[i] = kvd_pool_seq_info(d->pool, w->items[i].seq, &info) ? 0 : info.length;
-    r.n_lengths = lengths ? w->n_items : 0;
+        replayed[i] = w->items[i].append.replayed;
+    }
+    r.n_lengths = r.n_replayed = lengths && replayed ? w->n_items : 0;
     r.lengths = lengths;
-    r.replayed = w->n_replayed;
+    r.replayed = replayed;
     kvd_call_reply(w->call, &r);
 }
 
@@ -358,11 +360,11 @@ static void reply_attend(struct kvd_work *w)
         results[i].length = w->attend_items[i].length + w->attend_items[i].new_tokens;
         results[i].o = (ProtobufCBinaryData){item->o_len, item->o_inline};
         results[i].lse = (ProtobufCBinaryData){item->lse_len, item->lse_inline};
+        results[i].replayed = item->append.replayed;
         list[i] = &results[i];
     }
     r.n_results = w->n_items;
     r.results = list;
-    r.replayed = w->n_replayed;
     kvd_call_reply(w->call, &r);
 }
 

@@ -63,7 +63,6 @@ struct kvd_work {
     struct kvd_page_copy *copies;
     uint32_t n_copies;
     struct kvd_attend_item *attend_items;
-    uint32_t n_replayed;
     struct kvd_rotate_params rotate;
     struct kvd_read_params read;
     struct kvd_nonfinite nonfinite;

@@ -103,7 +103,8 @@ static kvd_client *connect_to(const char *address, const struct activations *a, 
 {
     kvd_failure err;
     kvd_client *c;
-    kvd_options o = {.address = address,
+    kvd_options o = {.size = sizeof(o),
+                     .address = address,
                      .client_name = name,
                      .layers = a->ids,
                      .n_layers = a->layers,
@@ -140,7 +141,8 @@ static int write_all(const char *address, const struct activations *a, const cha
         uint32_t n = a->tokens - t < CHUNK ? a->tokens - t : CHUNK;
         copy_tokens(kvd_buffer_data(b), a->k, a, a->kv_heads, t, n);
         copy_tokens((char *)kvd_buffer_data(b) + v_at, a->v, a, a->kv_heads, t, n);
-        kvd_item item = {.sequence = id,
+        kvd_item item = {.size = sizeof(item),
+                         .sequence = id,
                          .position = t,
                          .tokens = n,
                          .k = {.buffer = b},
@@ -208,13 +210,14 @@ static int read_all(const char *address, const struct activations *a, const char
 {
     kvd_failure err;
     kvd_buffer *b;
-    kvd_sequence_info info;
-    kvd_info daemon;
+    kvd_sequence_info info = KVD_NEW(kvd_sequence_info);
+    kvd_info daemon = KVD_NEW(kvd_info);
     kvd_client *c = connect_to(address, a, set, "demo-reader");
     uint64_t o_at = (uint64_t)a->layers * QUERIES * a->q_heads * DIM * 2;
     if (kvd_sequence_attach(c, "demo", &info, &err) || kvd_buffer_new(c, 3 * o_at, &b, &err))
         die("cannot attach 'demo'", &err);
-    kvd_get_info(c, &daemon);
+    if (kvd_get_info(c, &daemon, &err))
+        die("info", &err);
     copy_tokens(kvd_buffer_data(b), a->q, a, a->q_heads, a->tokens - QUERIES, QUERIES);
     const int packed = 2 * (DIM / 4) + 8; // and in int2 pages
     uint64_t vector = 2ull * DIM * 2;     // K and V of one token and kv head, in bf16
@@ -230,7 +233,8 @@ static int read_all(const char *address, const struct activations *a, const char
         "layer  tokens  bytes bf16  bytes stored  ratio  history  rel. error   cosine  ms/call\n");
     struct score all = {0};
     for (uint32_t l = 0; l < a->layers; l++) {
-        kvd_item item = {.sequence = info.sequence,
+        kvd_item item = {.size = sizeof(item),
+                         .sequence = info.sequence,
                          .tokens = QUERIES,
                          .q = {.buffer = b, .offset = l * (o_at / a->layers)},
                          .o = {.buffer = b, .offset = o_at, .dtype = KVD_F32}};

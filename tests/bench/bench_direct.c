@@ -83,7 +83,8 @@ static void open_client(void)
     static uint32_t layers[LAYERS];
     for (uint32_t i = 0; i < LAYERS; i++)
         layers[i] = i;
-    kvd_options o = {.address = address,
+    kvd_options o = {.size = sizeof(o),
+                     .address = address,
                      .client_name = "bench",
                      .timeout_ms = 120000,
                      .layers = layers,
@@ -108,7 +109,8 @@ static void append(const uint64_t *ids, uint32_t n, uint64_t at, uint32_t count)
         for (uint32_t t = 0; t < count; t += PIECE) {
             uint32_t piece = KVD_MIN(count - t, (uint32_t)PIECE);
             for (uint32_t i = 0; i < some; i++)
-                items[i] = (kvd_item){.sequence = ids[first + i],
+                items[i] = (kvd_item){.size = sizeof(kvd_item),
+                                      .sequence = ids[first + i],
                                       .position = at + t,
                                       .tokens = piece,
                                       .k = {tokens},
@@ -316,7 +318,7 @@ static void direct_against_local(uint32_t slots, uint32_t length)
     printf("append %u x %u from a worker's GPU buffer: %.2f s\n", slots, length,
            (now() - t0) * 1e-6);
     t0 = now();
-    kvd_direct_options o = {.slots = slots, .max_tokens = length + 4096};
+    kvd_direct_options o = {.size = sizeof(o), .slots = slots, .max_tokens = length + 4096};
     TRY(kvd_direct_open(client, &o, &s.d, ERR));
     double opened = now();
     for (uint32_t i = 0; i < slots; i++)
@@ -367,7 +369,8 @@ static void step_items(kvd_item *items, const uint64_t *ids, uint32_t n, kvd_buf
     uint64_t kv = (uint64_t)n * KV * DIM * 2, q = (uint64_t)n * HEADS * DIM * 2;
     uint64_t l = all ? 0 : layer;
     for (uint32_t i = 0; i < n; i++)
-        items[i] = (kvd_item){.sequence = ids[i],
+        items[i] = (kvd_item){.size = sizeof(kvd_item),
+                              .sequence = ids[i],
                               .position = position,
                               .tokens = 1,
                               .k = {b, l * kv + i * kv / n, kv},
@@ -431,14 +434,14 @@ static void on_request(uint32_t n, uint32_t length)
 static void capacity(uint32_t n, uint32_t length)
 {
     uint64_t ids[256];
-    kvd_sequence_info info;
+    kvd_sequence_info info = KVD_NEW(kvd_sequence_info);
     struct direct_step s = {.t = make_tensors(n)};
     double t0 = now();
     TRY(kvd_sequences_create(client, n, ids, ERR));
     append(ids, n, 0, length);
     double stored = now();
     TRY(kvd_sequence_describe(client, ids[0], &info, ERR));
-    kvd_direct_options o = {.slots = n, .max_tokens = length + 64};
+    kvd_direct_options o = {.size = sizeof(o), .slots = n, .max_tokens = length + 64};
     TRY(kvd_direct_open(client, &o, &s.d, ERR));
     for (uint32_t i = 0; i < n; i++)
         TRY(kvd_direct_bind(s.d, i, ids[i], ERR));
@@ -468,7 +471,7 @@ static void capacity(uint32_t n, uint32_t length)
 static void bits(uint32_t length)
 {
     uint64_t id;
-    kvd_sequence_info info;
+    kvd_sequence_info info = KVD_NEW(kvd_sequence_info);
     TRY(kvd_sequences_create(client, 1, &id, ERR));
     append(&id, 1, 0, length);
     TRY(kvd_sequence_describe(client, id, &info, ERR));
@@ -506,7 +509,8 @@ static void death(void)
         open_client();
         TRY(kvd_sequences_create(client, 16, ids, ERR));
         append(ids, 1, 0, PIECE);
-        kvd_item item = {.sequence = ids[0], .tokens = 1, .q = {tokens}, .o = {tokens}};
+        kvd_item item = {
+            .size = sizeof(item), .sequence = ids[0], .tokens = 1, .q = {tokens}, .o = {tokens}};
         TRY(kvd_attend(client, (kvd_layers){0, 1}, NULL, &item, 1, ERR));
         printf(
             "from kvd_open to the first Attend's output, %d tokens of 36 layers stored meanwhile: "
@@ -514,7 +518,7 @@ static void death(void)
             PIECE, (now() - opening) * 1e-3);
         append(ids + 1, 15, 0, PIECE);
         kvd_direct *d;
-        kvd_direct_options o = {.slots = 16, .max_tokens = 4096};
+        kvd_direct_options o = {.size = sizeof(o), .slots = 16, .max_tokens = 4096};
         TRY(kvd_direct_open(client, &o, &d, ERR));
         for (uint32_t i = 0; i < 16; i++)
             TRY(kvd_direct_bind(d, i, ids[i], ERR));

@@ -117,7 +117,8 @@ static void prefill(struct tokens *s, uint32_t count)
     TRY(kvd_sequences_create(client, 1, &s->id, ERR));
     if (count) {
         draw(s, 0, count);
-        kvd_item item = {.sequence = s->id, .tokens = count, .k = {buffer}, .v = {buffer}};
+        kvd_item item = {
+            .size = sizeof(item), .sequence = s->id, .tokens = count, .k = {buffer}, .v = {buffer}};
         item.v.offset = put(s, 0, count);
         TRY(kvd_append(client, (kvd_layers){0, 0}, &item, 1, ERR));
     }
@@ -204,7 +205,8 @@ static double twin_error(void)
     for (uint64_t s = 0; s < SLOTS - 1; s++) {
         uint64_t k_row = s * kv / SLOTS, q_row = s * q / SLOTS;
         items[s] =
-            (kvd_item){.sequence = seqs[s].twin,
+            (kvd_item){.size = sizeof(kvd_item),
+                       .sequence = seqs[s].twin,
                        .position = seqs[s].length,
                        .tokens = n,
                        .k = {buffer, .offset = k_row, .layer_stride = kv},
@@ -292,7 +294,8 @@ static void step(int with_graph)
 static void open_all(const char *address, const char *codec)
 {
     const uint32_t layers[LAYERS] = {1, 4, 9};
-    kvd_options options = {.address = address,
+    kvd_options options = {.size = sizeof(options),
+                           .address = address,
                            .client_name = "direct",
                            .namespace_name = getenv("KVD_NAMESPACE"),
                            .layers = layers,
@@ -302,9 +305,9 @@ static void open_all(const char *address, const char *codec)
                            .head_dim_k = DIM,
                            .head_dim_v = DIM,
                            .codec = codec};
-    kvd_info info;
+    kvd_info info = KVD_NEW(kvd_info);
     TRY(kvd_open(&options, &client, ERR));
-    kvd_get_info(client, &info);
+    TRY(kvd_get_info(client, &info, ERR));
     on_gpu = strcmp(info.backend, "cuda") == 0;
 #ifdef KVD_CUDA
     if (on_gpu && cudaStreamCreateWithFlags((cudaStream_t *)&stream, cudaStreamNonBlocking))
@@ -327,8 +330,11 @@ static void open_all(const char *address, const char *codec)
 
 static void open_direct(void)
 {
-    kvd_direct_options options = {
-        .slots = SLOTS, .max_tokens = MAX, .step_tokens = n, .dtype = KVD_F32};
+    kvd_direct_options options = {.size = sizeof(options),
+                                  .slots = SLOTS,
+                                  .max_tokens = MAX,
+                                  .step_tokens = n,
+                                  .dtype = KVD_F32};
     TRY(kvd_direct_open(client, &options, &direct, ERR));
     for (uint32_t s = 0; s < SLOTS - 1; s++)
         TRY(kvd_direct_bind(direct, s, seqs[s].id, ERR));
@@ -351,13 +357,12 @@ static int stall(void)
             TRY(kvd_direct_end(direct, stream, NULL, ERR));
             seqs[0].length++;
         }
-        uint64_t stored;
-        kvd_direct_length(direct, 0, &stored);
-        printf("done %llu stored %llu\n", (unsigned long long)seqs[0].length,
-               (unsigned long long)stored);
+        uint64_t length, stored;
+        TRY(kvd_direct_length(direct, 0, &length, &stored, ERR));
+        printf("done %llu stored %llu\n", (unsigned long long)length, (unsigned long long)stored);
     }
     TRY(kvd_direct_flush(direct, ERR));
-    kvd_sequence_info info;
+    kvd_sequence_info info = KVD_NEW(kvd_sequence_info);
     TRY(kvd_sequence_describe(client, seqs[0].id, &info, ERR));
     return info.length == seqs[0].length ? 0 : 1;
 }
@@ -384,8 +389,12 @@ static double check_step(int exact, int i)
 // Appends the step's tokens to a twin.
 static void follow(const struct tokens *s)
 {
-    kvd_item item = {
-        .sequence = s->twin, .position = s->length, .tokens = n, .k = {buffer}, .v = {buffer}};
+    kvd_item item = {.size = sizeof(item),
+                     .sequence = s->twin,
+                     .position = s->length,
+                     .tokens = n,
+                     .k = {buffer},
+                     .v = {buffer}};
     item.v.offset = put(s, s->length, n);
     TRY(kvd_append(client, (kvd_layers){0, 0}, &item, 1, ERR));
 }
@@ -428,7 +437,7 @@ int main(int argc, char **argv)
             TRY(kvd_direct_flush(direct, ERR));
     }
     TRY(kvd_direct_flush(direct, ERR));
-    kvd_sequence_info info;
+    kvd_sequence_info info = KVD_NEW(kvd_sequence_info);
     for (int s = 0; s < SLOTS - 1; s++) {
         TRY(kvd_sequence_describe(client, seqs[s].id, &info, ERR));
         if (info.length != seqs[s].length)

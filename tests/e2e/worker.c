@@ -109,7 +109,8 @@ int main(int argc, char **argv)
 {
     const uint32_t layers[LAYERS] = {1, 4, 9};
     const char *codec = argc > 2 ? argv[2] : "int2";
-    kvd_options options = {.address = argv[1],
+    kvd_options options = {.size = sizeof(options),
+                           .address = argv[1],
                            .client_name = "e2e",
                            .layers = layers,
                            .n_layers = LAYERS,
@@ -131,7 +132,8 @@ int main(int argc, char **argv)
     for (size_t s = 0; s < sizeof(steps) / sizeof(*steps); s++)
         for (int i = 0; i < SEQS; i++) {
             int n = steps[s], q_len = n < 64 ? n : 64;
-            kvd_item item = {.sequence = ids[i],
+            kvd_item item = {.size = sizeof(item),
+                             .sequence = ids[i],
                              .position = seqs[i].length,
                              .tokens = (uint32_t)n,
                              .k = {.buffer = buffer},
@@ -148,6 +150,7 @@ int main(int argc, char **argv)
             seqs[i].length += (uint64_t)n;
             const float *q = queries(q_len);
             kvd_item ask = {
+                .size = sizeof(ask),
                 .sequence = ids[i],
                 .tokens = (uint32_t)q_len,
                 .q = {.buffer = buffer, .offset = 2 * (uint64_t)KV_BYTES, .dtype = KVD_F32},
@@ -161,13 +164,14 @@ int main(int argc, char **argv)
         }
     // Step on a fork: the parent must not change.
     uint64_t child;
-    kvd_sequence_info info;
+    kvd_sequence_info info = KVD_NEW(kvd_sequence_info);
     TRY(kvd_sequence_fork(client, ids[0], 1, &child, err));
     struct tokens *copy = malloc(sizeof(*copy));
     memcpy(copy, &seqs[0], sizeof(*copy));
     fill(copy, 5, 0);
     const float *q = queries(5);
-    kvd_item step = {.sequence = child,
+    kvd_item step = {.size = sizeof(step),
+                     .sequence = child,
                      .position = copy->length,
                      .tokens = 5,
                      .k = {.buffer = buffer},

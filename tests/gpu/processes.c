@@ -56,7 +56,8 @@ static void ready(void)
 static void open_client(const char *namespace_name)
 {
     static const uint32_t layers[LAYERS] = {0, 1, 2, 3};
-    kvd_options o = {.address = address,
+    kvd_options o = {.size = sizeof(o),
+                     .address = address,
                      .namespace_name = namespace_name,
                      .client_name = "child",
                      .layers = layers,
@@ -83,8 +84,12 @@ static kvd_buffer *gpu_buffer(void **at)
 
 static kvd_result append(uint64_t id, kvd_buffer *b, uint64_t at, uint32_t tokens)
 {
-    kvd_item item = {
-        .sequence = id, .position = at, .tokens = tokens, .k = {b}, .v = {b, .offset = BYTES}};
+    kvd_item item = {.size = sizeof(item),
+                     .sequence = id,
+                     .position = at,
+                     .tokens = tokens,
+                     .k = {b},
+                     .v = {b, .offset = BYTES}};
     return kvd_append(client, (kvd_layers){0, 0}, &item, 1, ERR);
 }
 
@@ -137,7 +142,7 @@ static kvd_direct *bound_direct(void)
     need(kvd_sequences_create(client, 4, ids, ERR));
     for (int i = 0; i < 4; i++)
         need(append(ids[i], b, 0, TOKENS));
-    kvd_direct_options o = {.slots = 4, .max_tokens = 1 << 20};
+    kvd_direct_options o = {.size = sizeof(o), .slots = 4, .max_tokens = 1 << 20};
     need(kvd_direct_open(client, &o, &d, ERR));
     for (uint32_t i = 0; i < 4; i++)
         need(kvd_direct_bind(d, i, ids[i], ERR));
@@ -220,7 +225,11 @@ static void child_lying(void)
     need(kvd_buffer_cuda(client, (uint8_t *)p + 4096, 2 << 20, &two, ERR));
     kvd_buffer_free(&one);
     need(kvd_sequences_create(client, 1, &id, ERR));
-    kvd_item item = {.sequence = id, .tokens = 16, .k = {two}, .v = {two, .offset = 1 << 20}};
+    kvd_item item = {.size = sizeof(item),
+                     .sequence = id,
+                     .tokens = 16,
+                     .k = {two},
+                     .v = {two, .offset = 1 << 20}};
     need(kvd_append(client, (kvd_layers){0, 0}, &item, 1, ERR));
     // Memory that is gone while kvd knows it: whatever comes of it, but kvd lives.
     need(cudaFree(p));
@@ -243,7 +252,11 @@ static void child_by_fd(void)
     need(kvd_buffer_cuda_fd(client, fd, 2 << 20, &buffer, ERR));
     need(lie(kvd_buffer_cuda_fd(client, fd, 4 << 20, &buffer, ERR)));
     need(kvd_sequences_create(client, 1, &id, ERR));
-    kvd_item item = {.sequence = id, .tokens = 16, .k = {buffer}, .v = {buffer, .offset = 1 << 20}};
+    kvd_item item = {.size = sizeof(item),
+                     .sequence = id,
+                     .tokens = 16,
+                     .k = {buffer},
+                     .v = {buffer, .offset = 1 << 20}};
     need(kvd_append(client, (kvd_layers){0, 0}, &item, 1, ERR));
     _exit(0);
 }

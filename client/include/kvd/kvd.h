@@ -12,6 +12,11 @@
  * returns KVD_ERR_LOST once: sequences of the old session are gone, buffers keep their addresses
  * and go on working.
  *
+ * Structures that may grow begin with `size`: sizeof of the structure, as the program was compiled
+ * (KVD_NEW sets it). What a library knows and an older program does not is taken as 0, and is not
+ * written; a newer program's fields that a library does not know must be 0. All items of one call
+ * have the same size. A size of 0 is refused.
+ *
  * Tensors: [layers][tokens][heads][head_dim], head_dim contiguous, little-endian bf16 unless dtype
  * says f32. */
 #ifndef KVD_KVD_H
@@ -26,6 +31,10 @@ extern "C" {
 #endif
 
 #define KVD_API __attribute__((visibility("default")))
+
+/* A structure with its size: kvd_info info = KVD_NEW(kvd_info); kvd_options o =
+ * KVD_NEW(kvd_options, .address = a, .layers = ids). */
+#define KVD_NEW(type, ...) ((type){.size = sizeof(type), __VA_ARGS__})
 
 typedef enum kvd_result {
     KVD_SUCCESS = 0,
@@ -50,8 +59,9 @@ typedef struct kvd_failure {
 typedef struct kvd_client kvd_client;
 
 typedef struct kvd_options {
-    const char
-        *address; /* "unix:/path" or "host:port"; NULL: $KVD_ADDRESS or unix:/run/kvd/kvd.sock */
+    uint32_t size;
+    /* "unix:/path" or "host:port"; NULL: $KVD_ADDRESS or unix:/run/kvd/kvd.sock */
+    const char *address;
     const char *namespace_name; /* NULL: "default" */
     const char *client_name;    /* shown to operators; NULL: the program's name */
     uint32_t timeout_ms;        /* per call; 0: 30,000 */
@@ -74,12 +84,13 @@ KVD_API kvd_result kvd_open(const kvd_options *options, kvd_client **out, kvd_fa
 KVD_API void kvd_close(kvd_client **client);
 
 typedef struct kvd_info {
+    uint32_t size;
     const char *version, *backend, *instance;   /* valid until the client reconnects or closes */
     const char *rotation_set;                   /* as resolved: a digest or a built-in's name */
     uint64_t bf16_page_bytes, codec_page_bytes; /* a page is 64 tokens of all layers */
     uint32_t sink, recent;
 } kvd_info;
-KVD_API void kvd_get_info(kvd_client *client, kvd_info *out);
+KVD_API kvd_result kvd_get_info(kvd_client *client, kvd_info *out, kvd_failure *err);
 
 /* -- buffers: memory shared with the daemon -------------------------------------------------- */
 
@@ -135,6 +146,7 @@ KVD_API kvd_result kvd_sequence_truncate(kvd_client *client, uint64_t sequence, 
 KVD_API kvd_result kvd_sequence_publish(kvd_client *client, uint64_t sequence, const char *name,
                                         bool replace, kvd_failure *err);
 typedef struct kvd_sequence_info {
+    uint32_t size;
     uint64_t sequence, length;
     uint64_t sink_tokens, history_tokens, recent_tokens; /* of the length; history is compressed */
     uint64_t pending_length; /* of an append that has not reached every layer */
@@ -157,22 +169,28 @@ typedef struct kvd_layers {
 } kvd_layers;
 
 typedef struct kvd_item {
+    uint32_t size;
     uint64_t sequence;
     uint64_t position;   /* append, step: where the new tokens go: the sequence's length */
     uint32_t tokens;     /* append, step: new tokens; attend: queries, at the sequence's end */
     kvd_tensor_ref k, v; /* append, step: [layers][tokens][kv_heads][head_dim] */
     kvd_tensor_ref q, o; /* attend, step: [layers][tokens][q_heads][head_dim] */
     kvd_tensor_ref lse;  /* attend, step: f32 [layers][tokens][q_heads]; buffer NULL: not wanted */
+    /* append, step: where to write whether this item's tokens had been applied before, so that this
+     * call has only been answered again; NULL: not wanted. With kvd_enqueue it must stay until
+     * kvd_enqueued has returned. */
+    bool *replayed;
 } kvd_item;
 
 typedef struct kvd_attention {
+    uint32_t size;
     float scale;     /* 0: 1/sqrt(head_dim_k) */
     float softcap;   /* 0: none */
     uint32_t window; /* sliding window in tokens; 0: none */
 } kvd_attention;
 
-/* Appends tokens. Safe to repeat: an append that was applied is skipped. Layers must be filled in
- * ascending order. */
+/* Appends tokens. Safe to repeat: an append that was applied is skipped, and item.replayed says so.
+ * Layers must be filled in ascending order. */
 KVD_API kvd_result kvd_append(kvd_client *client, kvd_layers layers, const kvd_item *items,
                               uint32_t count, kvd_failure *err);
 /* Attention of the last `tokens` positions, causal among them. attention NULL: defaults. */
@@ -227,11 +245,12 @@ KVD_API kvd_result kvd_enqueued(kvd_client *client, kvd_failure *err);
 typedef struct kvd_direct kvd_direct;
 
 typedef struct kvd_direct_options {
-    uint32_t slots;          /* sequences of a step, 1 to 1,024; slots may be empty */
-    uint32_t max_tokens;     /* longest sequence: sizes the page tables */
-    uint32_t step_tokens;    /* new tokens of a slot in each step, 1 (0) to 16 */
-    kvd_attention attention; /* zeros: defaults */
-    kvd_dtype_t dtype;       /* of q and o */
+    uint32_t size;
+    uint32_t slots;                 /* sequences of a step, 1 to 1,024; slots may be empty */
+    uint32_t max_tokens;            /* longest sequence: sizes the page tables */
+    uint32_t step_tokens;           /* new tokens of a slot in each step, 1 (0) to 16 */
+    kvd_dtype_t dtype;              /* of q and o */
+    const kvd_attention *attention; /* NULL: defaults */
 } kvd_direct_options;
 
 KVD_API kvd_result kvd_direct_open(kvd_client *client, const kvd_direct_options *options,
@@ -262,8 +281,9 @@ KVD_API kvd_result kvd_direct_end(kvd_direct *direct, void *stream, const uint32
                                   kvd_failure *err);
 /* Waits until kvd has every token of every slot. */
 KVD_API kvd_result kvd_direct_flush(kvd_direct *direct, kvd_failure *err);
-/* Tokens of a slot, and how many of them kvd has. */
-KVD_API uint64_t kvd_direct_length(kvd_direct *direct, uint32_t slot, uint64_t *stored);
+/* Tokens of a slot (0 if it is empty), and how many of them kvd has; stored may be NULL. */
+KVD_API kvd_result kvd_direct_length(kvd_direct *direct, uint32_t slot, uint64_t *length,
+                                     uint64_t *stored, kvd_failure *err);
 
 /* -- events ---------------------------------------------------------------------------------- */
 
@@ -276,6 +296,7 @@ typedef enum kvd_event_kind {
     KVD_EVENT_PUBLISHED,
 } kvd_event_kind;
 typedef struct kvd_event {
+    uint32_t size;
     kvd_event_kind kind;
     uint64_t sequence, count;
     char name[129];

@@ -224,7 +224,7 @@ class Client:
     def info(self) -> dict[str, Any]:
         """version, backend, instance, rotation_set (as resolved), page sizes in bytes, sink and recent."""
         i = lib.Info()
-        lib.library().kvd_get_info(self._open(), c.byref(i))
+        lib.call("kvd_get_info", self._open(), c.byref(i))
         values = {name: getattr(i, name) for name, _ in lib.Info._fields_}
         return {n: x.decode() if isinstance(x, bytes) else x for n, x in values.items()}
 

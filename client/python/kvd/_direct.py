@@ -66,7 +66,8 @@ class Direct:
         self._client, self._on_gpu = client, client.on_gpu
         self._handle = c.c_void_p()
         options = lib.DirectOptions(self.slots, _check.integer("max_tokens", max_tokens, 1), self.step_tokens,
-                                    _check.attention(scale, softcap, window), lib.KVD_BF16 if dtype == "bf16" else lib.KVD_F32)
+                                    lib.KVD_BF16 if dtype == "bf16" else lib.KVD_F32,
+                                    c.pointer(_check.attention(scale, softcap, window)))
         lib.call("kvd_direct_open", client._open(), c.byref(options), c.byref(self._handle))
         self._bound: list[Optional[Sequence]] = [None] * self.slots
         client._directs.add(self)

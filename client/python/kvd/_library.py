@@ -65,7 +65,16 @@ class Failure(c.Structure):
     _fields_ = [("code", c.c_int), ("text", c.c_char * 512)]
 
 
-class Options(c.Structure):
+class Sized(c.Structure):
+    """A structure that may grow: libkvd is told how much of it is known here."""
+
+    _fields_ = [("size", c.c_uint32)]
+
+    def __init__(self, *values: Any, **named: Any):
+        super().__init__(c.sizeof(type(self)), *values, **named)
+
+
+class Options(Sized):
     _fields_ = [
         ("address", c.c_char_p), ("namespace_name", c.c_char_p), ("client_name", c.c_char_p), ("timeout_ms", c.c_uint32),
         ("layers", c.POINTER(c.c_uint32)), ("n_layers", c.c_uint32), ("q_heads", c.c_uint32), ("kv_heads", c.c_uint32),
@@ -74,7 +83,7 @@ class Options(c.Structure):
     ]
 
 
-class Info(c.Structure):
+class Info(Sized):
     _fields_ = [("version", c.c_char_p), ("backend", c.c_char_p), ("instance", c.c_char_p), ("rotation_set", c.c_char_p),
                 ("bf16_page_bytes", c.c_uint64), ("codec_page_bytes", c.c_uint64), ("sink", c.c_uint32),
                 ("recent", c.c_uint32)]
@@ -85,7 +94,7 @@ class TensorRef(c.Structure):
                 ("token_stride", c.c_uint64), ("head_stride", c.c_uint64), ("dtype", c.c_int)]
 
 
-class SequenceStruct(c.Structure):
+class SequenceStruct(Sized):
     _fields_ = [("sequence", c.c_uint64), ("length", c.c_uint64), ("sink_tokens", c.c_uint64),
                 ("history_tokens", c.c_uint64), ("recent_tokens", c.c_uint64), ("pending_length", c.c_uint64),
                 ("pending_layers", c.c_uint32), ("bytes", c.c_uint64), ("holders", c.c_uint32), ("name", c.c_char * 129)]
@@ -95,27 +104,28 @@ class Layers(c.Structure):
     _fields_ = [("begin", c.c_uint32), ("count", c.c_uint32)]
 
 
-class ItemStruct(c.Structure):
+class ItemStruct(Sized):
     _fields_ = [("sequence", c.c_uint64), ("position", c.c_uint64), ("tokens", c.c_uint32), ("k", TensorRef),
-                ("v", TensorRef), ("q", TensorRef), ("o", TensorRef), ("lse", TensorRef)]
+                ("v", TensorRef), ("q", TensorRef), ("o", TensorRef), ("lse", TensorRef), ("replayed", c.POINTER(c.c_bool))]
 
 
-class Attention(c.Structure):
+class Attention(Sized):
     _fields_ = [("scale", c.c_float), ("softcap", c.c_float), ("window", c.c_uint32)]
 
 
-class DirectOptions(c.Structure):
-    _fields_ = [("slots", c.c_uint32), ("max_tokens", c.c_uint32), ("step_tokens", c.c_uint32), ("attention", Attention),
-                ("dtype", c.c_int)]
+class DirectOptions(Sized):
+    _fields_ = [("slots", c.c_uint32), ("max_tokens", c.c_uint32), ("step_tokens", c.c_uint32), ("dtype", c.c_int),
+                ("attention", c.POINTER(Attention))]
 
 
-class EventStruct(c.Structure):
+class EventStruct(Sized):
     _fields_ = [("kind", c.c_int), ("sequence", c.c_uint64), ("count", c.c_uint64), ("name", c.c_char * 129)]
 
 
 _P, _ERR = c.c_void_p, c.POINTER(Failure)
 _FUNCTIONS = {  # name: argument types; all of these return a kvd_result and end with the failure
     "kvd_open": [c.POINTER(Options), c.POINTER(_P)],
+    "kvd_get_info": [_P, c.POINTER(Info)],
     "kvd_buffer_new": [_P, c.c_uint64, c.POINTER(_P)],
     "kvd_buffer_cuda": [_P, _P, c.c_uint64, c.POINTER(_P)],
     "kvd_sequences_create": [_P, c.c_uint32, c.POINTER(c.c_uint64)],
@@ -158,7 +168,6 @@ def library() -> Any:
             getattr(lib, name).restype = c.c_int
         lib.kvd_close.argtypes, lib.kvd_close.restype = [c.POINTER(_P)], None
         lib.kvd_direct_close.argtypes, lib.kvd_direct_close.restype = [c.POINTER(_P)], None
-        lib.kvd_get_info.argtypes, lib.kvd_get_info.restype = [_P, c.POINTER(Info)], None
         lib.kvd_buffer_free.argtypes, lib.kvd_buffer_free.restype = [c.POINTER(_P)], None
         lib.kvd_buffer_detach.argtypes, lib.kvd_buffer_detach.restype = [c.POINTER(_P)], _P
         lib.kvd_buffer_data.argtypes, lib.kvd_buffer_data.restype = [_P], _P

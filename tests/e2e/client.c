@@ -1,0 +1,273 @@
+// libkvd's promises that are not about numbers, each a subcommand that exits with 0 if it is kept.
+// usage: client layout | client sized ADDRESS | client replayed ADDRESS
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "client.h"
+
+kvd_client *client;
+kvd_buffer *buffer;
+uint64_t id;
+kvd_failure failure;
+
+void need(int line, bool ok)
+{
+    if (!ok) {
+        fprintf(stderr, "line %d: %s\n", line, failure.text);
+        exit(1);
+    }
+}
+
+kvd_options options_of(const char *address)
+{
+    static const uint32_t layers[LAYERS] = {1, 4};
+    return (kvd_options){.size = sizeof(kvd_options),
+                         .address = address,
+                         .client_name = "client-test",
+                         .timeout_ms = 10000,
+                         .layers = layers,
+                         .n_layers = LAYERS,
+                         .q_heads = HEADS,
+                         .kv_heads = KV,
+                         .head_dim_k = DIM_K,
+                         .head_dim_v = DIM_V};
+}
+
+void open_client(const char *address)
+{
+    kvd_options o = options_of(address);
+    NEED(kvd_open(&o, &client, ERR) == 0);
+    NEED(kvd_buffer_new(client, BYTES, &buffer, ERR) == 0);
+    NEED(kvd_sequences_create(client, 1, &id, ERR) == 0);
+}
+
+kvd_item item_of(uint32_t tokens)
+{
+    return (kvd_item){.size = sizeof(kvd_item),
+                      .sequence = id,
+                      .tokens = tokens,
+                      .k = {buffer},
+                      .v = {buffer, .offset = V_AT},
+                      .q = {buffer, .offset = Q_AT},
+                      .o = {buffer, .offset = O_AT, .dtype = KVD_F32}};
+}
+
+const kvd_layers ALL = {0, 0};
+
+// -- layout: every public structure, for other languages to compare with ------------------------
+
+#define STRUCT(type) printf("%s - 0 %zu\n", #type, sizeof(type))
+#define FIELD(type, field)                                                                         \
+    printf("%s %s %zu %zu\n", #type, #field, offsetof(type, field), sizeof(((type *)NULL)->field))
+
+static void print_options(void)
+{
+    STRUCT(kvd_options);
+    FIELD(kvd_options, size);
+    FIELD(kvd_options, address);
+    FIELD(kvd_options, namespace_name);
+    FIELD(kvd_options, client_name);
+    FIELD(kvd_options, timeout_ms);
+    FIELD(kvd_options, layers);
+    FIELD(kvd_options, n_layers);
+    FIELD(kvd_options, q_heads);
+    FIELD(kvd_options, kv_heads);
+    FIELD(kvd_options, head_dim_k);
+    FIELD(kvd_options, head_dim_v);
+    FIELD(kvd_options, codec);
+    FIELD(kvd_options, rotation_set);
+    FIELD(kvd_options, sink);
+    FIELD(kvd_options, recent);
+    FIELD(kvd_options, no_windows);
+    STRUCT(kvd_direct_options);
+    FIELD(kvd_direct_options, size);
+    FIELD(kvd_direct_options, slots);
+    FIELD(kvd_direct_options, max_tokens);
+    FIELD(kvd_direct_options, step_tokens);
+    FIELD(kvd_direct_options, dtype);
+    FIELD(kvd_direct_options, attention);
+}
+
+static void print_outputs(void)
+{
+    STRUCT(kvd_failure);
+    FIELD(kvd_failure, code);
+    FIELD(kvd_failure, text);
+    STRUCT(kvd_info);
+    FIELD(kvd_info, size);
+    FIELD(kvd_info, version);
+    FIELD(kvd_info, backend);
+    FIELD(kvd_info, instance);
+    FIELD(kvd_info, rotation_set);
+    FIELD(kvd_info, bf16_page_bytes);
+    FIELD(kvd_info, codec_page_bytes);
+    FIELD(kvd_info, sink);
+    FIELD(kvd_info, recent);
+    STRUCT(kvd_sequence_info);
+    FIELD(kvd_sequence_info, size);
+    FIELD(kvd_sequence_info, sequence);
+    FIELD(kvd_sequence_info, length);
+    FIELD(kvd_sequence_info, sink_tokens);
+    FIELD(kvd_sequence_info, history_tokens);
+    FIELD(kvd_sequence_info, recent_tokens);
+    FIELD(kvd_sequence_info, pending_length);
+    FIELD(kvd_sequence_info, pending_layers);
+    FIELD(kvd_sequence_info, bytes);
+    FIELD(kvd_sequence_info, holders);
+    FIELD(kvd_sequence_info, name);
+    STRUCT(kvd_event);
+    FIELD(kvd_event, size);
+    FIELD(kvd_event, kind);
+    FIELD(kvd_event, sequence);
+    FIELD(kvd_event, count);
+    FIELD(kvd_event, name);
+}
+
+static void print_items(void)
+{
+    STRUCT(kvd_layers);
+    FIELD(kvd_layers, begin);
+    FIELD(kvd_layers, count);
+    STRUCT(kvd_tensor_ref);
+    FIELD(kvd_tensor_ref, buffer);
+    FIELD(kvd_tensor_ref, offset);
+    FIELD(kvd_tensor_ref, layer_stride);
+    FIELD(kvd_tensor_ref, token_stride);
+    FIELD(kvd_tensor_ref, head_stride);
+    FIELD(kvd_tensor_ref, dtype);
+    STRUCT(kvd_item);
+    FIELD(kvd_item, size);
+    FIELD(kvd_item, sequence);
+    FIELD(kvd_item, position);
+    FIELD(kvd_item, tokens);
+    FIELD(kvd_item, k);
+    FIELD(kvd_item, v);
+    FIELD(kvd_item, q);
+    FIELD(kvd_item, o);
+    FIELD(kvd_item, lse);
+    FIELD(kvd_item, replayed);
+    STRUCT(kvd_attention);
+    FIELD(kvd_attention, size);
+    FIELD(kvd_attention, scale);
+    FIELD(kvd_attention, softcap);
+    FIELD(kvd_attention, window);
+}
+
+// -- sized: programs of another age -------------------------------------------------------------
+
+// kvd_item as the first release had it, and as one to come may.
+struct old_item {
+    uint8_t bytes[offsetof(kvd_item, replayed)];
+};
+struct new_item {
+    kvd_item item;
+    uint64_t more;
+};
+
+static void old_and_new_items(void)
+{
+    union {
+        struct old_item items[3];
+        uint64_t align;
+    } old;
+    for (uint64_t i = 0; i < 2; i++) { // an array of smaller structures
+        kvd_item item = item_of(3);
+        NEED(kvd_sequences_create(client, 1, &item.sequence, ERR) == 0);
+        item.size = sizeof(struct old_item);
+        memcpy(&old.items[i], &item, sizeof(struct old_item));
+    }
+    memset(&old.items[2], 0xff, sizeof(struct old_item)); // where `replayed` of a new one would be
+    NEED(kvd_append(client, ALL, (const kvd_item *)(const void *)&old, 2, ERR) == 0);
+
+    struct new_item new[2] = {{.item = item_of(3)}, {.item = item_of(3)}};
+    NEED(kvd_sequences_create(client, 1, &new[1].item.sequence, ERR) == 0);
+    new[0].item.size = new[1].item.size = sizeof(struct new_item);
+    new[1].more = 1;
+    NEED(kvd_append(client, ALL, &new[0].item, 2, ERR) == KVD_ERR_INVALID);
+    NEED(strstr(failure.text, "items[1]: this libkvd (") && strstr(failure.text, "is older"));
+    new[1].more = 0;
+    NEED(kvd_append(client, ALL, &new[0].item, 2, ERR) == 0);
+    new[0].item.size = new[1].item.size = 0;
+    NEED(kvd_append(client, ALL, &new[0].item, 2, ERR) == KVD_ERR_INVALID);
+    NEED(strstr(failure.text, "items[0]: kvd_item.size is 0: set it to sizeof(kvd_item)"));
+    kvd_item uneven[2] = {item_of(1), item_of(1)};
+    uneven[1].size += 8;
+    NEED(kvd_append(client, ALL, uneven, 2, ERR) == KVD_ERR_INVALID);
+}
+
+static int sized(const char *address)
+{
+    kvd_options o = options_of(address);
+    o.size = 0;
+    NEED(kvd_open(&o, &client, ERR) == KVD_ERR_INVALID && strstr(failure.text, "kvd_options.size"));
+    open_client(address);
+    old_and_new_items();
+    struct {
+        kvd_info info;
+        uint32_t more;
+        uint32_t beyond;
+    } out = {.info.size = sizeof(kvd_info) + 4, .more = 1, .beyond = 1};
+    NEED(kvd_get_info(client, &out.info, ERR) == 0);
+    NEED(out.info.size == sizeof(kvd_info) + 4 && out.more == 0 && out.beyond == 1);
+    NEED(out.info.version && out.info.recent == 256);
+    kvd_sequence_info info = {0};
+    NEED(kvd_sequence_describe(client, id, &info, ERR) == KVD_ERR_INVALID);
+    NEED(strstr(failure.text, "kvd_sequence_info.size is 0"));
+    kvd_event event = {0};
+    NEED(kvd_next_event(client, 0, &event, ERR) == KVD_ERR_INVALID);
+    kvd_direct *direct;
+    kvd_direct_options d = {.slots = 1, .max_tokens = 100};
+    NEED(kvd_direct_open(client, &d, &direct, ERR) == KVD_ERR_INVALID);
+    kvd_attention a = {.scale = 1};
+    d = KVD_NEW(kvd_direct_options, .slots = 1, .max_tokens = 100, .attention = &a);
+    NEED(kvd_direct_open(client, &d, &direct, ERR) == KVD_ERR_INVALID);
+    NEED(strstr(failure.text, "kvd_attention.size"));
+    kvd_item item = item_of(1);
+    NEED(kvd_attend(client, ALL, &a, &item, 1, ERR) == KVD_ERR_INVALID);
+    kvd_close(&client);
+    return 0;
+}
+
+// -- replayed -----------------------------------------------------------------------------------
+
+static int replayed(const char *address)
+{
+    bool before[2] = {true, true};
+    open_client(address);
+    kvd_item items[2] = {item_of(5), item_of(5)};
+    NEED(kvd_sequences_create(client, 1, &items[1].sequence, ERR) == 0);
+    items[0].replayed = &before[0];
+    items[1].replayed = &before[1];
+    NEED(kvd_append(client, ALL, items, 1, ERR) == 0 && !before[0]);
+    NEED(kvd_append(client, ALL, items, 1, ERR) == 0 && before[0]);
+    before[0] = false;
+    NEED(kvd_append(client, ALL, items, 2, ERR) == 0 && before[0] && !before[1]);
+    items[0].position = items[1].position = 5;
+    before[0] = before[1] = true;
+    NEED(kvd_step(client, ALL, NULL, items, 2, ERR) == 0 && !before[0] && !before[1]);
+    NEED(kvd_enqueue(client, NULL, KVD_CALL_STEP, ALL, NULL, items, 2, ERR) == 0);
+    NEED(kvd_enqueued(client, ERR) == 0 && before[0] && before[1]);
+    items[0].replayed = NULL;
+    NEED(kvd_step(client, ALL, NULL, items, 2, ERR) == 0 && before[1]);
+    kvd_close(&client);
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    const char *what = argc > 1 ? argv[1] : "";
+    if (strcmp(what, "layout") == 0) {
+        print_options();
+        print_outputs();
+        print_items();
+        return 0;
+    }
+    if (argc < 3)
+        return 2;
+    if (strcmp(what, "sized") == 0)
+        return sized(argv[2]);
+    if (strcmp(what, "replayed") == 0)
+        return replayed(argv[2]);
+    return 2;
+}
