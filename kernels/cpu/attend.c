@@ -6,6 +6,7 @@
 // that one product with R_V^T un-rotates all of it.
 #include "kernels/cpu/cpu.h"
 
+#include <float.h>
 #include <math.h>
 
 struct unit {
@@ -14,12 +15,16 @@ struct unit {
     uint32_t row0, rows;
 };
 
-// Attention of some rows over some tokens, not yet normalised.
+// Attention of some rows over some tokens, not yet normalised. In double: rounding would grow with
+// the tokens.
 struct partial {
-    float m[KVD_CPU_ROWS], l[KVD_CPU_ROWS];          // running maximum and sum
-    float o[KVD_CPU_ROWS][KVD_MAX_HEAD_DIM];         // from bf16 tokens
-    float o_rotated[KVD_CPU_ROWS][KVD_MAX_HEAD_DIM]; // from compressed tokens
+    float m[KVD_CPU_ROWS];                            // running maximum
+    double l[KVD_CPU_ROWS];                           // running sum; NaN: a logit was not finite
+    double o[KVD_CPU_ROWS][KVD_MAX_HEAD_DIM];         // from bf16 tokens
+    double o_rotated[KVD_CPU_ROWS][KVD_MAX_HEAD_DIM]; // from compressed tokens
 };
+
+enum { RUNS_IN_FLOAT = 256 }; // so many are summed in float, and then added to a partial
 
 struct attend_job {
     struct kvd_cpu *cpu;
@@ -37,12 +42,14 @@ struct walk {
     float
         q_codes[KVD_CPU_ROWS * 2 * KVD_MAX_HEAD_DIM]; // rotated and prepared, row stride 2 * dim_k
     float q_sum[KVD_CPU_ROWS];                        // of the rotated query
-    float acc[KVD_CPU_ROWS * 8 * KVD_MAX_HEAD_DIM];   // row stride 8 * dim_v
-    float min_sum[KVD_CPU_ROWS];                      // sum of p * min: the same for every channel
-    float o[KVD_CPU_ROWS * KVD_MAX_HEAD_DIM];         // row stride dim_v
-    float m[KVD_CPU_ROWS], l[KVD_CPU_ROWS];
+    // Sums of the last runs, that are not in `out` yet:
+    float acc[KVD_CPU_ROWS * 8 * KVD_MAX_HEAD_DIM]; // row stride 8 * dim_v
+    float o[KVD_CPU_ROWS * KVD_MAX_HEAD_DIM];       // row stride dim_v
+    uint32_t runs;
+    bool compressed;                         // any of them of history
+    double centre_sum[KVD_CPU_ROWS];         // sum of p * centre: the same for every channel
     float s[KVD_CPU_ROWS * KVD_PAGE_TOKENS]; // logits, then probabilities
-    bool compressed;                         // any history seen
+    struct partial *out;
 };
 
 // Up to 64 tokens that lie together.
@@ -114,13 +121,24 @@ static struct run run_at(const struct walk *w, uint64_t t, uint64_t end)
     return run;
 }
 
+// Scale and centre of the tokens of a tile, for the levels of kvd_cpu_levels.
+static void read_params(const struct walk *w, const struct run *run, bool v,
+                        struct kvd_affine param[KVD_PAGE_TOKENS])
+{
+    const struct kvd_geometry *g = w->job->p->geometry;
+    float centre = kvd_cpu_centre(g->codec);
+    kvd_params_read(g->codec,
+                    run->tile + kvd_params_offset(g->codec, g->head_dim_k, g->head_dim_v, v),
+                    run->n, param);
+    for (uint32_t t = 0; t < run->n; t++)
+        param[t].min += centre * param[t].scale;
+}
+
 static void score_tile(struct walk *w, const struct run *run)
 {
     const struct kvd_geometry *g = w->job->p->geometry;
     struct kvd_affine param[KVD_PAGE_TOKENS];
-    kvd_params_read(g->codec,
-                    run->tile + kvd_params_offset(g->codec, g->head_dim_k, g->head_dim_v, false),
-                    run->n, param);
+    read_params(w, run, false, param);
     w->job->cpu->isa->k_scores(g->codec, run->tile, g->head_dim_k, w->q_codes, w->unit.rows, w->s);
     for (uint32_t t = 0; t < run->n; t++)
         for (uint32_t r = 0; r < w->unit.rows; r++) {
@@ -148,15 +166,25 @@ static bool mask_run(struct walk *w, const struct run *run)
         any |= lo < hi;
         for (uint32_t t = 0; t < lo; t++)
             s[t] = -INFINITY;
+        bool finite = true;
         for (uint32_t t = lo; t < hi; t++) {
             s[t] *= p->scale;
-            if (p->softcap > 0)
-                s[t] = p->softcap * tanhf(s[t] / p->softcap);
+            finite &= fabsf(s[t]) <= FLT_MAX;
         }
+        if (!finite)
+            w->out->l[r] = NAN; // and stays so, whatever is added
+        for (uint32_t t = lo; t < hi && p->softcap > 0; t++)
+            s[t] = p->softcap * tanhf(s[t] / p->softcap);
         for (uint32_t t = KVD_MAX(lo, hi); t < KVD_PAGE_TOKENS; t++)
             s[t] = -INFINITY;
     }
     return any;
+}
+
+static void scale_sums(double *x, uint32_t n, double f)
+{
+    for (uint32_t i = 0; i < n; i++)
+        x[i] *= f;
 }
 
 // Raises the running maximum to that of the new logits and turns these into probabilities.
@@ -164,43 +192,69 @@ static void soften(struct walk *w, uint32_t r)
 {
     const struct kvd_geometry *g = w->job->p->geometry;
     const struct kvd_cpu_isa *isa = w->job->cpu->isa;
+    struct partial *out = w->out;
     float *s = w->s + r * KVD_PAGE_TOKENS;
-    float top = w->m[r];
+    float top = out->m[r];
     for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t++)
         top = s[t] > top ? s[t] : top;
     if (top == -INFINITY) {
         memset(s, 0, KVD_PAGE_TOKENS * sizeof(float));
         return;
     }
-    if (top > w->m[r] && w->m[r] != -INFINITY) {
-        float f = expf(w->m[r] - top);
+    if (top > out->m[r] && out->m[r] != -INFINITY) {
+        float f = expf(out->m[r] - top);
         isa->scale(w->o + r * g->head_dim_v, g->head_dim_v, f);
         if (w->compressed)
             isa->scale(w->acc + r * 8 * g->head_dim_v, 8 * g->head_dim_v, f);
-        w->min_sum[r] *= f;
-        w->l[r] *= f;
+        scale_sums(out->o[r], g->head_dim_v, f);
+        scale_sums(out->o_rotated[r], g->head_dim_v, f);
+        w->centre_sum[r] *= f;
+        out->l[r] *= f;
     }
-    w->m[r] = top;
-    w->l[r] += isa->exp_sum(s, top);
+    out->m[r] = top;
+    out->l[r] += isa->exp_sum(s, top);
 }
 
 static void add_tile(struct walk *w, const struct run *run)
 {
     const struct kvd_geometry *g = w->job->p->geometry;
     struct kvd_affine param[KVD_PAGE_TOKENS];
-    kvd_params_read(g->codec,
-                    run->tile + kvd_params_offset(g->codec, g->head_dim_k, g->head_dim_v, true),
-                    run->n, param);
+    float sum[KVD_CPU_ROWS] = {0};
+    read_params(w, run, true, param);
     for (uint32_t t = 0; t < run->n; t++)
         for (uint32_t r = 0; r < w->unit.rows; r++) {
             float *s = &w->s[r * KVD_PAGE_TOKENS + t];
-            w->min_sum[r] += *s * param[t].min;
+            sum[r] += *s * param[t].min;
             *s *= param[t].scale;
         }
+    for (uint32_t r = 0; r < w->unit.rows; r++)
+        w->centre_sum[r] += sum[r];
     w->job->cpu->isa->v_accumulate(g->codec,
                                    run->tile + kvd_codes_offset(g->codec, g->head_dim_k, true),
                                    g->head_dim_v, w->s, w->unit.rows, w->acc);
     w->compressed = true;
+}
+
+// Adds the last runs' sums to the partial.
+static void flush_sums(struct walk *w)
+{
+    uint32_t dim = w->job->p->geometry->head_dim_v;
+    for (uint32_t r = 0; r < w->unit.rows; r++) {
+        for (uint32_t c = 0; c < dim; c++)
+            w->out->o[r][c] += w->o[r * dim + c];
+        if (!w->compressed)
+            continue;
+        float o[KVD_MAX_HEAD_DIM];
+        w->job->cpu->isa->v_reduce(w->acc + r * 8 * dim, dim, o);
+        for (uint32_t c = 0; c < dim; c++)
+            w->out->o_rotated[r][c] += o[c] + w->centre_sum[r];
+        w->centre_sum[r] = 0;
+    }
+    memset(w->o, 0, w->unit.rows * dim * sizeof(float));
+    if (w->compressed)
+        memset(w->acc, 0, w->unit.rows * 8 * dim * sizeof(float));
+    w->compressed = false;
+    w->runs = 0;
 }
 
 static void walk_run(struct walk *w, const struct run *run)
@@ -220,6 +274,8 @@ static void walk_run(struct walk *w, const struct run *run)
     else
         isa->bf16_accumulate(run->v, run->v_stride, run->n, g->head_dim_v, w->s, w->unit.rows,
                              w->o);
+    if (++w->runs == RUNS_IN_FLOAT)
+        flush_sums(w);
 }
 
 static void load_queries(struct walk *w)
@@ -277,12 +333,16 @@ static void walk_split(const struct attend_job *job, const struct unit *u, uint3
     const struct kvd_geometry *g = job->p->geometry;
     w.job = job;
     w.unit = *u;
+    w.out = out;
     w.compressed = false;
+    w.runs = 0;
     memset(w.acc, 0, u->rows * 8 * g->head_dim_v * sizeof(float));
     memset(w.o, 0, u->rows * g->head_dim_v * sizeof(float));
     for (uint32_t r = 0; r < KVD_CPU_ROWS; r++) {
-        w.m[r] = -INFINITY;
-        w.l[r] = w.min_sum[r] = 0;
+        out->m[r] = -INFINITY;
+        out->l[r] = w.centre_sum[r] = 0;
+        memset(out->o[r], 0, g->head_dim_v * sizeof(double));
+        memset(out->o_rotated[r], 0, g->head_dim_v * sizeof(double));
     }
     load_queries(&w);
     uint64_t t, end;
@@ -292,26 +352,15 @@ static void walk_split(const struct attend_job *job, const struct unit *u, uint3
         walk_run(&w, &run);
         t += run.n;
     }
-    for (uint32_t r = 0; r < u->rows; r++) {
-        out->m[r] = w.m[r];
-        out->l[r] = w.l[r];
-        memcpy(out->o[r], w.o + r * g->head_dim_v, g->head_dim_v * sizeof(float));
-        memset(out->o_rotated[r], 0, g->head_dim_v * sizeof(float));
-        if (!w.compressed)
-            continue;
-        job->cpu->isa->v_reduce(w.acc + r * 8 * g->head_dim_v, g->head_dim_v, out->o_rotated[r]);
-        for (uint32_t c = 0; c < g->head_dim_v; c++)
-            out->o_rotated[r][c] += w.min_sum[r];
-    }
+    flush_sums(&w);
 }
 
 static void merge(struct partial *to, const struct partial *from, uint32_t rows, uint32_t dim)
 {
     for (uint32_t r = 0; r < rows; r++) {
         float m = fmaxf(to->m[r], from->m[r]);
-        if (from->m[r] == -INFINITY)
-            continue;
-        float a = to->m[r] == -INFINITY ? 0 : expf(to->m[r] - m), b = expf(from->m[r] - m);
+        double a = to->m[r] == m ? 1 : exp(to->m[r] - m),
+               b = from->m[r] == m ? 1 : exp(from->m[r] - m);
         for (uint32_t c = 0; c < dim; c++) {
             to->o[r][c] = a * to->o[r][c] + b * from->o[r][c];
             to->o_rotated[r][c] = a * to->o_rotated[r][c] + b * from->o_rotated[r][c];
@@ -327,21 +376,21 @@ static void finish(const struct attend_job *job, const struct unit *u, const str
     const struct kvd_geometry *g = p->geometry;
     uint32_t group = group_of(job), dim = g->head_dim_v;
     for (uint32_t r = 0; r < u->rows; r++) {
-        float o[KVD_MAX_HEAD_DIM];
+        float o[KVD_MAX_HEAD_DIM] = {0}, rotated[KVD_MAX_HEAD_DIM];
         uint32_t row = u->row0 + r, head = u->head * group + row % group;
+        double inverse = part->l[r] == 0 ? 0 : 1 / part->l[r]; // NaN stays NaN
         if (g->codec != KVD_CODEC_BF16) {
             const float *m = kvd_rotation_of(p->rotation, p->rotation->v_t, dim,
                                              p->layer_begin + u->layer, u->head);
-            kvd_apply(job->cpu->isa, part->o_rotated[r], 1, dim, m, o);
-        } else {
-            memset(o, 0, sizeof(o));
+            for (uint32_t c = 0; c < dim; c++)
+                rotated[c] = (float)(part->o_rotated[r][c] * inverse);
+            kvd_apply(job->cpu->isa, rotated, 1, dim, m, o);
         }
-        float inverse = part->l[r] > 0 ? 1 / part->l[r] : 0;
         for (uint32_t c = 0; c < dim; c++)
-            o[c] = (o[c] + part->o[r][c]) * inverse;
+            o[c] += (float)(part->o[r][c] * inverse);
         kvd_store_row(&u->item->o, u->layer, row / group, head, dim, o);
         if (u->item->lse.data) {
-            float lse = part->m[r] + logf(part->l[r]);
+            float lse = (float)(part->m[r] + log(part->l[r]));
             memcpy(kvd_at(&u->item->lse, u->layer, row / group, head), &lse, sizeof(lse));
         }
     }

@@ -13,8 +13,8 @@ struct kvd_cpu_isa {
     bool (*supported)(void);
     // q [dim] -> the order in which k_scores wants it, 2 * dim floats.
     void (*q_prepare)(const float *q, uint32_t dim, float *out);
-    // scores[row][64] = sum over channels of level * q, without scale and min. q: [rows][2 * dim],
-    // prepared.
+    // scores[row][64] = sum over channels of level * q, without scale and centre. q: [rows][2 *
+    // dim], prepared. Levels are those of kvd_cpu_levels.
     void (*k_scores)(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *q,
                      uint32_t rows, float *scores);
     // acc[row] += sum over tokens of p * level. p: [rows][64] in token order. acc: [rows][8 * dim],
@@ -37,6 +37,20 @@ struct kvd_cpu_isa {
     // y[row] = x[row] R for `rows` rows (any number); r: [dim][dim]. y must not overlap x.
     void (*rotate)(const float *x, uint32_t rows, uint32_t dim, const float *r, float *y);
 };
+
+// The levels that attention sums: those of the codec less the centre of all four where they are not
+// symmetric. Sums of values that average to nothing then stay small; about any other centre they
+// would grow with the tokens, and what is left when scale * level and min cancel would be rounding.
+static inline float kvd_cpu_centre(uint32_t codec)
+{
+    return kvd_codec_signed(codec) ? 0 : 1.5f;
+}
+
+static inline const float *kvd_cpu_levels(uint32_t codec)
+{
+    static const float centred[] = {-1.5f, -0.5f, 0.5f, 1.5f};
+    return kvd_codec_signed(codec) ? kvd_codec_levels(codec) : centred;
+}
 
 extern const struct kvd_cpu_isa kvd_cpu_scalar;
 extern const struct kvd_cpu_isa kvd_cpu_avx2;

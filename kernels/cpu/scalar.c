@@ -26,7 +26,7 @@ static float level_at(uint32_t codec, const uint8_t *codes, uint32_t dim, bool v
         codes += kvd_codes_bytes(KVD_CODEC_INT2, dim);
         code |= (codes[p.byte] >> p.bit & ((1u << more) - 1)) << 2;
     }
-    return kvd_codec_levels(codec)[code];
+    return kvd_cpu_levels(codec)[code];
 }
 
 static void k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *q,

@@ -53,7 +53,7 @@ struct levels {
 
 static inline struct levels levels_of(uint32_t codec)
 {
-    const float *l = kvd_codec_levels(codec);
+    const float *l = kvd_cpu_levels(codec);
     return (struct levels){v_table(l), v_table(kvd_codec_bits(codec) == 4 ? l + 4 : l)};
 }
 

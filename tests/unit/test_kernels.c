@@ -1,7 +1,7 @@
 // The CPU backend against float64, on every instruction set that this CPU has.
 #include "tests/unit/suite.h"
 
-#include "tests/unit/kernel_truth.h"
+#include "tests/unit/kernel_long.h"
 
 static const char *const isas[] = {"scalar", "avx2", "avx512"};
 
@@ -71,6 +71,46 @@ START_TEST(attention_matches_float64)
             for (uint32_t codec = 0; codec < codecs; codec++)
                 check_shape(isas[i], &attention_shapes[j], codec, seed + j);
         }
+}
+END_TEST
+
+// What rounding does to a sum must not grow with its tokens.
+static void check_long(uint32_t codec, uint32_t group, uint64_t tokens, struct attention a,
+                       bool scalar, uint64_t seed)
+{
+    struct long_seq s;
+    long_init(&s, codec, group, 64, tokens, seed);
+    struct long_truth *x = long_truth(&s, a);
+    for (size_t i = scalar ? 0 : 1; i < KVD_LEN(isas); i++) {
+        struct kvd_backend *b = backend(isas[i], 2);
+        if (!b)
+            continue;
+        struct kvd_rotation_data none = {.n_layers = 1, .heads = 1, .dim_k = 64, .dim_v = 64};
+        struct kvd_rotation *rot = b->ops->rotation_new(b, &none, NULL);
+        struct attention_errors e = long_error(&s, x, b, rot, 1);
+        ck_assert_msg(e.worst <= 1e-5 && e.lse <= 2e-6,
+                      "%s codec %u, %llu tokens, q %u window %u softcap %g: error %.2e, lse %.2e",
+                      isas[i], codec, (unsigned long long)tokens, a.q_len, a.window,
+                      (double)a.softcap, e.worst, e.lse);
+        b->ops->rotation_free(b, &rot);
+        kvd_backend_free(&b);
+    }
+    free(x);
+    long_deinit(&s);
+}
+
+// KVD_LONG_TESTS=1: two million tokens everywhere.
+START_TEST(precision_does_not_fall_with_length)
+{
+    uint64_t seed = kvd_test_seed("length");
+    bool all = getenv("KVD_LONG_TESTS") != NULL;
+    uint64_t most = all ? 2000000 : 40000;
+    check_long(KVD_CODEC_INT2, all ? 6 : 1, 1200000, (struct attention){.q_len = 1}, all, seed);
+    for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++)
+        check_long(codec, 2, most, (struct attention){.q_len = 3}, true, seed + codec);
+    check_long(KVD_CODEC_INT2, 2, most,
+               (struct attention){.q_len = 2, .window = 30001, .softcap = 3}, true, seed);
+    check_long(KVD_CODEC_INT2C, 2, most, (struct attention){.q_len = 1, .softcap = 30}, true, seed);
 }
 END_TEST
 
@@ -309,6 +349,7 @@ START_TEST(half_precision)
 END_TEST
 
 KVD_MAIN("kernels", 300, avx2_is_among_those_tested, avx512_is_among_those_tested,
-         codes_match_a_float64_derivation, attention_matches_float64, every_group_and_dim,
+         codes_match_a_float64_derivation, attention_matches_float64,
+         precision_does_not_fall_with_length, every_group_and_dim,
          instruction_sets_write_the_same_pages, read_returns_what_pages_hold,
          rotation_is_undone_by_its_inverse, nonfinite_values_are_found, half_precision)
