@@ -325,17 +325,10 @@ kvd_result kvd_client_compute(kvd_client *c, kvd_call_kind kind, kvd_layers laye
                               const kvd_attention *attention, const kvd_item *items, uint32_t count,
                               Kvd__V1__Fence *wait, Kvd__V1__Fence *signal, kvd_failure *err)
 {
-    struct kvd_error e = {0};
-    switch (kind) {
-    case KVD_CALL_APPEND:
+    if (kind == KVD_CALL_APPEND)
         return append(c, layers, items, count, wait, signal, err);
-    case KVD_CALL_ATTEND:
-        return attend(c, layers, attention, items, count, wait, signal, err);
-    case KVD_CALL_STEP:
-        return step(c, layers, attention, items, count, wait, signal, err);
-    }
-    kvd_fail(&e, KVD_E_INVALID, "call %d is not known", (int)kind);
-    return kvd_client_fail(err, &e);
+    return kind == KVD_CALL_ATTEND ? attend(c, layers, attention, items, count, wait, signal, err)
+                                   : step(c, layers, attention, items, count, wait, signal, err);
 }
 
 // A call that is made now, of items and parameters as the program has them.
@@ -347,7 +340,8 @@ static kvd_result compute_now(kvd_client *c, kvd_call_kind kind, kvd_layers laye
     kvd_item *own KVD_FREE = NULL;
     kvd_attention a = {0};
     if (kvd_items_take(items, count, &own, &e) ||
-        (attention && kvd_sized_take(&kvd_sized_attention, attention, &a, &e)))
+        (attention && kvd_sized_take(&kvd_sized_attention, attention, &a, &e)) ||
+        kvd_check_compute(c, kind, layers, &a, own, count, &e))
         return kvd_client_fail(err, &e);
     return kvd_client_compute(c, kind, layers, &a, own, count, NULL, NULL, err);
 }
@@ -376,6 +370,9 @@ kvd_result kvd_rotate(kvd_client *c, bool v, bool inverse, kvd_layers layers, ui
 {
     Kvd__V1__RotateRequest req = KVD__V1__ROTATE_REQUEST__INIT;
     Kvd__V1__RotateReply *reply;
+    struct kvd_error e = {0};
+    if (kvd_check_rotate(c, v, layers, rows, heads, x, y, &e))
+        return kvd_client_fail(err, &e);
     Kvd__V1__TensorRef in = tensor(x), out = tensor(y);
     req.which = v ? KVD__V1__ROTATE_REQUEST__WHICH__V : KVD__V1__ROTATE_REQUEST__WHICH__K;
     req.inverse = inverse;
@@ -398,6 +395,9 @@ kvd_result kvd_read_tokens(kvd_client *c, kvd_layers layers, uint64_t sequence, 
 {
     Kvd__V1__ReadTokensRequest req = KVD__V1__READ_TOKENS_REQUEST__INIT;
     Kvd__V1__ReadTokensReply *reply;
+    struct kvd_error e = {0};
+    if (kvd_check_read(c, layers, begin, count, k, v, &e))
+        return kvd_client_fail(err, &e);
     static const kvd_tensor_ref none;
     Kvd__V1__TensorRef k_ref = tensor(k ? k : &none), v_ref = tensor(v ? v : &none);
     req.sequence = sequence;

@@ -61,6 +61,20 @@ void kvd_sized_give(const struct kvd_sized *type, const void *from, void *to);
 // The same for a call's items: *own is to be freed.
 int kvd_items_take(const kvd_item *items, uint32_t count, kvd_item **own, struct kvd_error *err);
 
+// shapes.c: calls are checked before anything is sent. KVD_E_INVALID says what is wrong.
+int kvd_check_attention(const kvd_attention *a, struct kvd_error *err);
+int kvd_check_compute(const kvd_client *c, kvd_call_kind kind, kvd_layers layers,
+                      const kvd_attention *a, const kvd_item *items, uint32_t count,
+                      struct kvd_error *err);
+int kvd_check_rotate(const kvd_client *c, bool v, kvd_layers layers, uint32_t rows, uint32_t heads,
+                     const kvd_tensor_ref *x, const kvd_tensor_ref *y, struct kvd_error *err);
+int kvd_check_read(const kvd_client *c, kvd_layers layers, uint64_t begin, uint32_t count,
+                   const kvd_tensor_ref *k, const kvd_tensor_ref *v, struct kvd_error *err);
+// A dense tensor of direct mode, of elements of `size` bytes. dim 1: an lse, aligned as its
+// elements are, others to 16 bytes.
+int kvd_check_dense(const char *name, const void *data, uint64_t bytes, uint64_t rows,
+                    uint32_t heads, uint32_t dim, uint32_t size, struct kvd_error *err);
+
 // A call within the session: `set_session` points to the request's session field. On a lost session
 // it reconnects and returns KVD_ERR_LOST.
 kvd_result kvd_client_call(kvd_client *c, const char *method, void *request, char **set_session,

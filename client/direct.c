@@ -275,31 +275,44 @@ kvd_result kvd_direct_begin(kvd_direct *d, void *stream, kvd_failure *err)
     return result_of(rc, &e, err);
 }
 
-static int check_call(const struct kvd_direct *d, uint32_t layer, const void *a, const void *b,
-                      struct kvd_error *err)
+static int check_layer(const struct kvd_direct *d, uint32_t layer, struct kvd_error *err)
 {
     if (layer >= d->geometry.n_layers)
         return kvd_fail(err, KVD_E_INVALID, "layer %u of %u", layer, d->geometry.n_layers);
-    if (!a || !b || ((uintptr_t)a | (uintptr_t)b) % 16)
-        return kvd_fail(err, KVD_E_INVALID, "tensors must be given, at addresses that 16 divides");
     return KVD_OK;
 }
 
 kvd_result kvd_store_enqueue(kvd_direct *d, void *stream, uint32_t layer, const void *k,
-                             const void *v, kvd_failure *err)
+                             uint64_t k_bytes, const void *v, uint64_t v_bytes, kvd_failure *err)
 {
     struct kvd_error e = {0};
-    int rc = check_call(d, layer, k, v, &e);
+    const struct kvd_geometry *g = &d->geometry;
+    uint64_t rows = (uint64_t)d->options.slots * d->options.step_tokens;
+    int rc = check_layer(d, layer, &e);
+    if (rc == KVD_OK)
+        rc = kvd_check_dense("k", k, k_bytes, rows, g->kv_heads, g->head_dim_k, 2, &e);
+    if (rc == KVD_OK)
+        rc = kvd_check_dense("v", v, v_bytes, rows, g->kv_heads, g->head_dim_v, 2, &e);
     if (rc == KVD_OK)
         rc = d->ops->store(d, stream, layer, k, v, &e);
     return result_of(rc, &e, err);
 }
 
-kvd_result kvd_attend_enqueue(kvd_direct *d, void *stream, uint32_t layer, const void *q, void *o,
-                              float *lse, kvd_failure *err)
+kvd_result kvd_attend_enqueue(kvd_direct *d, void *stream, uint32_t layer, const void *q,
+                              uint64_t q_bytes, void *o, uint64_t o_bytes, float *lse,
+                              uint64_t lse_bytes, kvd_failure *err)
 {
     struct kvd_error e = {0};
-    int rc = check_call(d, layer, q, o, &e);
+    const struct kvd_geometry *g = &d->geometry;
+    uint64_t rows = (uint64_t)d->options.slots * d->options.step_tokens;
+    uint32_t size = d->options.dtype == KVD_F32 ? 4 : 2;
+    int rc = check_layer(d, layer, &e);
+    if (rc == KVD_OK)
+        rc = kvd_check_dense("q", q, q_bytes, rows, g->q_heads, g->head_dim_k, size, &e);
+    if (rc == KVD_OK)
+        rc = kvd_check_dense("o", o, o_bytes, rows, g->q_heads, g->head_dim_v, size, &e);
+    if (rc == KVD_OK && (lse || lse_bytes))
+        rc = kvd_check_dense("lse", lse, lse_bytes, rows, g->q_heads, 1, 4, &e);
     if (rc == KVD_OK)
         rc = d->ops->attend(d, stream, layer, q, o, lse, &e);
     return result_of(rc, &e, err);
@@ -526,6 +539,9 @@ static int check_options(const kvd_client *c, kvd_direct_options *o, struct kvd_
     if (o->step_tokens > KVD_DIRECT_STEP)
         return kvd_fail(err, KVD_E_INVALID, "step_tokens is %u; 1 to %d are possible",
                         o->step_tokens, KVD_DIRECT_STEP);
+    if (o->dtype != KVD_BF16 && o->dtype != KVD_F32)
+        return kvd_fail(err, KVD_E_INVALID, "dtype is %d; KVD_BF16 (0) and KVD_F32 (1) are known",
+                        (int)o->dtype);
     if (c->direct)
         return kvd_fail(err, KVD_E_PRECONDITION, "this client has a kvd_direct already");
     if (c->sock < 0)
@@ -539,6 +555,8 @@ static int take_options(struct kvd_direct *d, const kvd_client *c, const kvd_dir
     int rc = kvd_sized_take(&kvd_sized_direct_options, o, &d->options, err);
     if (rc == KVD_OK && d->options.attention)
         rc = kvd_sized_take(&kvd_sized_attention, d->options.attention, &d->attention, err);
+    if (rc == KVD_OK)
+        rc = kvd_check_attention(&d->attention, err);
     d->options.attention = NULL; // the caller's
     return rc ? rc : check_options(c, &d->options, err);
 }

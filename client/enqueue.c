@@ -195,7 +195,8 @@ kvd_result kvd_enqueue(kvd_client *c, void *stream, kvd_call_kind kind, kvd_laye
     kvd_item *own KVD_FREE = NULL;
     kvd_attention a = {0};
     if (kvd_items_take(items, count, &own, &e) ||
-        (attention && kvd_sized_take(&kvd_sized_attention, attention, &a, &e)))
+        (attention && kvd_sized_take(&kvd_sized_attention, attention, &a, &e)) ||
+        kvd_check_compute(c, kind, layers, &a, own, count, &e))
         return kvd_client_fail(err, &e);
     if (kvd_client_on_cpu(c))
         return kvd_client_compute(c, kind, layers, &a, own, count, NULL, NULL, err);

@@ -192,10 +192,9 @@ struct direct_step {
 static void enqueue_direct(void *ctx, uint32_t l)
 {
     struct direct_step *s = ctx;
-    TRY(kvd_store_enqueue(s->d, stream, l, s->t.k + l * s->t.kv_layer, s->t.v + l * s->t.kv_layer,
-                          ERR));
-    TRY(kvd_attend_enqueue(s->d, stream, l, s->t.q + l * s->t.q_layer, s->t.o + l * s->t.q_layer,
-                           NULL, ERR));
+    uint64_t kv = s->t.kv_layer, q = s->t.q_layer;
+    TRY(kvd_store_enqueue(s->d, stream, l, s->t.k + l * kv, kv, s->t.v + l * kv, kv, ERR));
+    TRY(kvd_attend_enqueue(s->d, stream, l, s->t.q + l * q, q, s->t.o + l * q, q, NULL, 0, ERR));
 }
 
 // The same kernels over memory of this process alone.

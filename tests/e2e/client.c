@@ -1,5 +1,5 @@
 // libkvd's promises that are not about numbers, each a subcommand that exits with 0 if it is kept.
-// usage: client layout | client sized ADDRESS | client replayed ADDRESS
+// usage: client layout | client sized|replayed|shapes ADDRESS
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -269,5 +269,7 @@ int main(int argc, char **argv)
         return sized(argv[2]);
     if (strcmp(what, "replayed") == 0)
         return replayed(argv[2]);
+    if (strcmp(what, "shapes") == 0)
+        return shapes(argv[2]);
     return 2;
 }

@@ -29,4 +29,6 @@ void open_client(const char *address);
 // An item of the sequence at position 0, with all tensors of a step but for lse.
 kvd_item item_of(uint32_t tokens);
 
+int shapes(const char *address); // client_shapes.c
+
 #endif

@@ -239,8 +239,9 @@ static double twin_error(void)
 static void enqueue(void)
 {
     for (uint32_t l = 0; l < LAYERS; l++) {
-        TRY(kvd_store_enqueue(direct, stream, l, k_dev[l], v_dev[l], ERR));
-        TRY(kvd_attend_enqueue(direct, stream, l, q_dev[l], o_dev[l], NULL, ERR));
+        uint64_t kv = (uint64_t)SLOTS * n * KV_ROW * 2, q = (uint64_t)SLOTS * n * Q_ROW * 4;
+        TRY(kvd_store_enqueue(direct, stream, l, k_dev[l], kv, v_dev[l], kv, ERR));
+        TRY(kvd_attend_enqueue(direct, stream, l, q_dev[l], q, o_dev[l], q, NULL, 0, ERR));
     }
 }
 

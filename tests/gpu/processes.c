@@ -163,8 +163,9 @@ static void child_replaying(void)
     need(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
     for (int i = 0; i < 50; i++)
         for (uint32_t l = 0; l < LAYERS; l++) {
-            need(kvd_store_enqueue(d, stream, l, memory, memory, ERR));
-            need(kvd_attend_enqueue(d, stream, l, memory, memory + 65536, NULL, ERR));
+            uint64_t kv = 4 * KV * DIM * 2, q = 4 * HEADS * DIM * 2;
+            need(kvd_store_enqueue(d, stream, l, memory, kv, memory, kv, ERR));
+            need(kvd_attend_enqueue(d, stream, l, memory, q, memory + 65536, q, NULL, 0, ERR));
         }
     need(cudaStreamEndCapture(stream, &graph));
     need(cudaGraphInstantiate(&exec, graph, 0));

@@ -18,7 +18,9 @@
  * have the same size. A size of 0 is refused.
  *
  * Tensors: [layers][tokens][heads][head_dim], head_dim contiguous, little-endian bf16 unless dtype
- * says f32. */
+ * says f32. Every tensor is checked against the client's geometry and its buffer's size before
+ * anything is sent: KVD_ERR_INVALID names the item, the tensor, what is expected and what was
+ * given. */
 #ifndef KVD_KVD_H
 #define KVD_KVD_H
 
@@ -186,7 +188,7 @@ typedef struct kvd_attention {
     uint32_t size;
     float scale;     /* 0: 1/sqrt(head_dim_k) */
     float softcap;   /* 0: none */
-    uint32_t window; /* sliding window in tokens; 0: none */
+    uint32_t window; /* sliding window in tokens, at most 16,777,216; 0: none */
 } kvd_attention;
 
 /* Appends tokens. Safe to repeat: an append that was applied is skipped, and item.replayed says so.
@@ -266,15 +268,18 @@ KVD_API kvd_result kvd_direct_bind(kvd_direct *direct, uint32_t slot, uint64_t s
  * `stream` see them. KVD_ERR_EXHAUSTED, and other errors of kvd_append: kvd is 64 tokens behind as
  * it cannot take more; free something and call again. KVD_ERR_LOST: the daemon is gone. */
 KVD_API kvd_result kvd_direct_begin(kvd_direct *direct, void *stream, kvd_failure *err);
-/* Stores the step's K and V of a layer: bf16 [slots][step_tokens][kv_heads][head_dim], in memory of
- * the GPU (of the host on the CPU), 16-byte aligned. */
+/* Stores the step's K and V of a layer: bf16 [slots][step_tokens][kv_heads][head_dim], dense, in
+ * memory of the GPU (of the host on the CPU), 16-byte aligned. The sizes in bytes are the tensors'
+ * own, by which other shapes and types are told. */
 KVD_API kvd_result kvd_store_enqueue(kvd_direct *direct, void *stream, uint32_t layer,
-                                     const void *k, const void *v, kvd_failure *err);
+                                     const void *k, uint64_t k_bytes, const void *v,
+                                     uint64_t v_bytes, kvd_failure *err);
 /* Attention of the step's queries of a layer: q [slots][step_tokens][q_heads][head_dim_k] to
  * o [slots][step_tokens][q_heads][head_dim_v]; lse f32 [slots][step_tokens][q_heads] or NULL. What
  * empty slots get means nothing. */
 KVD_API kvd_result kvd_attend_enqueue(kvd_direct *direct, void *stream, uint32_t layer,
-                                      const void *q, void *o, float *lse, kvd_failure *err);
+                                      const void *q, uint64_t q_bytes, void *o, uint64_t o_bytes,
+                                      float *lse, uint64_t lse_bytes, kvd_failure *err);
 /* Ends a step. tokens: how many of each slot's new ones stay, [slots]; NULL: all (speculative
  * decoding keeps fewer; the others are forgotten). */
 KVD_API kvd_result kvd_direct_end(kvd_direct *direct, void *stream, const uint32_t *tokens,

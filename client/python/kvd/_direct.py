@@ -17,8 +17,8 @@ _KINDS = {"<u2": "bf16", "<f4": "f32"}  # of NumPy's dtypes: uint16 holds bf16
 
 
 def _pointer(what: str, x: Any, shape: tuple[int, ...], names: tuple[str, ...], kind: str, *, on_gpu: bool,
-             written: bool) -> int:
-    """Address of a dense array: NumPy's or PyTorch's on the CPU, PyTorch's or CuPy's on a GPU. Of its dimensions the last are
+             written: bool) -> tuple[int, int]:
+    """Address and bytes of a dense array: NumPy's or PyTorch's on the CPU, PyTorch's or CuPy's on a GPU. Of its dimensions the last are
     those of `shape` but for the first two, slots and tokens, which may come as any that hold as many rows."""
     if isinstance(x, (Tensor, DeviceTensor)):
         x = x.array
@@ -45,7 +45,7 @@ def _pointer(what: str, x: Any, shape: tuple[int, ...], names: tuple[str, ...], 
         step *= n
     if v.address % 16:
         raise lib.InvalidError(f"{what} is at address {v.address:#x}, which 16 does not divide")
-    return v.address
+    return v.address, math.prod(v.shape) * v.itemsize
 
 
 class Direct:
@@ -77,7 +77,7 @@ class Direct:
             raise lib.InvalidError("direct mode was closed")
         return self._handle
 
-    def _array(self, name: str, x: Any) -> int:
+    def _array(self, name: str, x: Any) -> tuple[int, int]:
         names, sizes = self._client._rows[name]
         kind = "bf16" if name in "kv" else "f32" if name == "lse" else self._dtype
         return _pointer(name, x, (self.slots, self.step_tokens, *sizes), ("slots", "step_tokens", *names), kind, on_gpu=self._on_gpu,
@@ -114,13 +114,13 @@ class Direct:
 
     def store(self, layer: int, k: Any, v: Any, stream: int = 0) -> None:
         """Stores K and V of the step's tokens of a layer."""
-        lib.call("kvd_store_enqueue", self._open(), _stream(stream), _check.integer("layer", layer), self._array("k", k),
-                 self._array("v", v))
+        lib.call("kvd_store_enqueue", self._open(), _stream(stream), _check.integer("layer", layer), *self._array("k", k),
+                 *self._array("v", v))
 
     def attend(self, layer: int, q: Any, o: Any, lse: Any = None, stream: int = 0) -> None:
         """o = attention of the step's queries over all tokens. What empty slots get means nothing."""
-        lib.call("kvd_attend_enqueue", self._open(), _stream(stream), _check.integer("layer", layer), self._array("q", q),
-                 self._array("o", o), self._array("lse", lse) if lse is not None else None)
+        lib.call("kvd_attend_enqueue", self._open(), _stream(stream), _check.integer("layer", layer), *self._array("q", q),
+                 *self._array("o", o), *(self._array("lse", lse) if lse is not None else (None, 0)))
 
     def end(self, tokens: Optional[Seq[int]] = None, stream: int = 0) -> None:
         """Ends a step. tokens: how many of each slot's new ones stay; None: all."""
