@@ -343,6 +343,24 @@ void kvd_on_set_log_level(struct kvd_call *call, const void *request)
     kvd_call_reply(call, &r);
 }
 
+void kvd_on_reload(struct kvd_call *call, const void *request)
+{
+    struct kvd_reload report = {0};
+    Kvd__V1__ReloadReply r = KVD__V1__RELOAD_REPLY__INIT;
+    (void)request;
+    r.applied = kvd_daemon_reload(call->d, &report) == KVD_OK;
+    r.errors = report.errors.line;
+    r.n_errors = report.errors.n;
+    r.changed = report.changed.line;
+    r.n_changed = report.changed.n;
+    r.restart = report.restart.line;
+    r.n_restart = report.restart.n;
+    r.kept = report.kept.line;
+    r.n_kept = report.kept.n;
+    kvd_call_reply(call, &r);
+    kvd_reload_free(&report);
+}
+
 // -- rotation sets: the store may be slow, so these run on libuv's thread pool ------------------
 
 struct store_call {

@@ -1,16 +1,14 @@
-#include "daemon/config.h"
-
-#include "calib/sign.h"
+// Keys and their values. config_read.c reads files, config_check.c checks the whole.
+#include "daemon/config_load.h"
 
 #include <errno.h>
 #include <grp.h>
-#include <ini.h>
 #include <pwd.h>
 
 enum key_type { TEXT, SIZE, NUMBER, MILLIS, OCTAL, LEVEL, LISTEN, UIDS, GIDS, CNS };
 
 struct key {
-    const char *section, *name; // section "namespace" is [namespace NAME]
+    struct kvd_config_key is; // section "namespace" is [namespace NAME]
     enum key_type type;
     size_t offset, cap;
     uint64_t min, max;
@@ -20,40 +18,44 @@ struct key {
 #define NS(field)                                                                                  \
     offsetof(struct kvd_config_namespace, field), sizeof(((struct kvd_config_namespace *)0)->field)
 
+enum { AT_START = false, RELOADED = true };
+
 static const struct key keys[] = {
-    {"kvd", "backend", TEXT, AT(backend), 0, 0},
-    {"kvd", "device", NUMBER, AT(device), 0, 63},
-    {"kvd", "threads", NUMBER, AT(threads), 0, 1024},
-    {"kvd", "isa", TEXT, AT(isa), 0, 0},
-    {"kvd", "pool-size", SIZE, AT(pool_size), 2 << 20, 1ull << 43},
-    {"kvd", "extent-size", SIZE, AT(extent_size), 0, 1ull << 40},
-    {"kvd", "memory-floor", SIZE, AT(memory_floor), 0, 1ull << 43},
-    {"kvd", "listen", LISTEN, AT(listen), 0, 0},
-    {"kvd", "socket-group", TEXT, AT(socket_group), 0, 0},
-    {"kvd", "socket-mode", OCTAL, AT(socket_mode), 0, 0777},
-    {"kvd", "metrics", TEXT, AT(metrics), 0, 0},
-    {"kvd", "store", TEXT, AT(store), 0, 0},
-    {"kvd", "cache", TEXT, AT(cache), 0, 0},
-    {"kvd", "store-public-key", TEXT, AT(store_public_key), 0, 0},
-    {"kvd", "store-timeout", MILLIS, AT(store_timeout_ms), 100, 3600000},
-    {"kvd", "log-level", LEVEL, AT(log_level), 0, 0},
-    {"kvd", "drain-timeout", MILLIS, AT(drain_timeout_ms), 0, 3600000},
-    {"kvd", "max-sessions", NUMBER, AT(max_sessions), 1, 100000},
-    {"kvd", "max-sequences", NUMBER, AT(max_sequences), 16, 4000000},
-    {"kvd", "max-queue", NUMBER, AT(max_queue), 1, 1000000},
-    {"kvd", "max-buffer-bytes", SIZE, AT(max_buffer_bytes), 4096, 1ull << 43},
-    {"kvd", "admin-uid", UIDS, AT(admin), 0, 0},
-    {"kvd", "admin-cn", CNS, AT(admin), 0, 0},
-    {"tls", "cert", TEXT, AT(tls_cert), 0, 0},
-    {"tls", "key", TEXT, AT(tls_key), 0, 0},
-    {"tls", "client-ca", TEXT, AT(tls_client_ca), 0, 0},
-    {"namespace", "quota", SIZE, NS(quota), 0, 1ull << 50},
-    {"namespace", "allow-uid", UIDS, NS(allow), 0, 0},
-    {"namespace", "allow-gid", GIDS, NS(allow), 0, 0},
-    {"namespace", "allow-cn", CNS, NS(allow), 0, 0},
+    {{"kvd", "backend", AT_START}, TEXT, AT(backend), 0, 0},
+    {{"kvd", "device", AT_START}, NUMBER, AT(device), 0, 63},
+    {{"kvd", "threads", AT_START}, NUMBER, AT(threads), 0, 1024},
+    {{"kvd", "isa", AT_START}, TEXT, AT(isa), 0, 0},
+    {{"kvd", "pool-size", AT_START}, SIZE, AT(pool_size), 2 << 20, 1ull << 43},
+    {{"kvd", "extent-size", AT_START}, SIZE, AT(extent_size), 0, 1ull << 40},
+    {{"kvd", "memory-floor", RELOADED}, SIZE, AT(memory_floor), 0, 1ull << 43},
+    {{"kvd", "listen", AT_START}, LISTEN, AT(listen), 0, 0},
+    {{"kvd", "socket-group", AT_START}, TEXT, AT(socket_group), 0, 0},
+    {{"kvd", "socket-mode", AT_START}, OCTAL, AT(socket_mode), 0, 0777},
+    {{"kvd", "metrics", AT_START}, TEXT, AT(metrics), 0, 0},
+    {{"kvd", "store", RELOADED}, TEXT, AT(store), 0, 0},
+    {{"kvd", "cache", AT_START}, TEXT, AT(cache), 0, 0},
+    {{"kvd", "store-public-key", RELOADED}, TEXT, AT(store_public_key), 0, 0},
+    {{"kvd", "store-timeout", RELOADED}, MILLIS, AT(store_timeout_ms), 100, 3600000},
+    {{"kvd", "log-level", RELOADED}, LEVEL, AT(log_level), 0, 0},
+    {{"kvd", "drain-timeout", RELOADED}, MILLIS, AT(drain_timeout_ms), 0, 3600000},
+    {{"kvd", "max-sessions", RELOADED}, NUMBER, AT(max_sessions), 1, 100000},
+    {{"kvd", "max-sequences", AT_START}, NUMBER, AT(max_sequences), 16, 4000000},
+    {{"kvd", "max-queue", RELOADED}, NUMBER, AT(max_queue), 1, 1000000},
+    {{"kvd", "max-buffer-bytes", RELOADED}, SIZE, AT(max_buffer_bytes), 4096, 1ull << 43},
+    {{"kvd", "admin-uid", RELOADED}, UIDS, AT(admin), 0, 0},
+    {{"kvd", "admin-cn", RELOADED}, CNS, AT(admin), 0, 0},
+    {{"tls", "cert", AT_START}, TEXT, AT(tls_cert), 0, 0},
+    {{"tls", "key", AT_START}, TEXT, AT(tls_key), 0, 0},
+    {{"tls", "client-ca", AT_START}, TEXT, AT(tls_client_ca), 0, 0},
+    {{"namespace", "quota", RELOADED}, SIZE, NS(quota), 0, 1ull << 50},
+    {{"namespace", "allow-uid", RELOADED}, UIDS, NS(allow), 0, 0},
+    {{"namespace", "allow-gid", RELOADED}, GIDS, NS(allow), 0, 0},
+    {{"namespace", "allow-cn", RELOADED}, CNS, NS(allow), 0, 0},
 };
 
-void kvd_config_defaults(struct kvd_config *c)
+_Static_assert(KVD_LEN(keys) <= KVD_CONFIG_KEYS, "places are kept for so many keys");
+
+static void set_defaults(struct kvd_config *c)
 {
     *c = (struct kvd_config){
         .backend = "auto",
@@ -100,6 +102,7 @@ static int parse_millis(const char *value, uint64_t *out)
 static int parse_ids(uint32_t *ids, uint32_t *n, const char *value, bool groups)
 {
     char copy[512], *save = NULL;
+    *n = 0; // a later file replaces the list
     if (strlen(value) >= sizeof(copy))
         return KVD_E_INVALID;
     strcpy(copy, value);
@@ -114,14 +117,17 @@ static int parse_ids(uint32_t *ids, uint32_t *n, const char *value, bool groups)
                 return KVD_E_INVALID;
             id = pw ? pw->pw_uid : gr->gr_gid;
         }
+        if (id >= UINT32_MAX) // the last one stands for "nobody" in system calls
+            return KVD_E_INVALID;
         ids[(*n)++] = (uint32_t)id;
     }
-    return KVD_OK;
+    return *n ? KVD_OK : KVD_E_INVALID; // an empty list would let everybody in
 }
 
 static int parse_cns(struct kvd_allow *allow, const char *value)
 {
     char copy[1024], *save = NULL;
+    allow->n_cns = 0;
     if (strlen(value) >= sizeof(copy))
         return KVD_E_INVALID;
     strcpy(copy, value);
@@ -131,25 +137,45 @@ static int parse_cns(struct kvd_allow *allow, const char *value)
             return KVD_E_INVALID;
         strcpy(allow->cns[allow->n_cns++], word);
     }
+    return allow->n_cns ? KVD_OK : KVD_E_INVALID;
+}
+
+int kvd_config_host_port(const char *text, char *host, size_t cap, uint32_t *port)
+{
+    const char *colon = strrchr(text, ':');
+    uint64_t n;
+    if (!colon || parse_number(colon + 1, &n) || n > 65535 || (size_t)(colon - text) >= cap)
+        return KVD_E_INVALID;
+    bool bracket = text[0] == '[';
+    if (bracket != (colon > text && colon[-1] == ']') ||
+        (!bracket && memchr(text, ':', (size_t)(colon - text))))
+        return KVD_E_INVALID; // an IPv6 address wants its brackets
+    snprintf(host, cap, "%.*s", (int)(colon - text) - 2 * bracket, text + bracket);
+    *port = (uint32_t)n;
     return KVD_OK;
 }
 
-static int add_listen(struct kvd_config *c, const char *value)
+static int add_listen(struct kvd_config_load *l, const char *value)
 {
-    const char *colon = strrchr(value, ':');
-    uint64_t port;
+    struct kvd_config *c = l->c;
+    char host[KVD_CONFIG_TEXT];
+    uint32_t port;
     bool unix_path = strncmp(value, "unix:/", 6) == 0;
+    // Those of one file, or of the command line, replace what was there before.
+    if (c->n_listen && l->listen[0].file != l->at.file)
+        c->n_listen = 0;
     // A socket address has 108 bytes for a path; the fd socket adds ".fd".
     if (unix_path ? strlen(value) > 100
-                  : !colon || colon == value || parse_number(colon + 1, &port) || port > 65535)
+                  : kvd_config_host_port(value, host, sizeof(host), &port) || !host[0])
         return KVD_E_INVALID;
     if (c->n_listen == KVD_MAX_LISTEN || strlen(value) >= KVD_CONFIG_TEXT)
         return KVD_E_INVALID;
+    l->listen[c->n_listen] = l->at;
     strcpy(c->listen[c->n_listen++], value);
     return KVD_OK;
 }
 
-static int bad_value(const struct key *k, const char *value, struct kvd_error *err)
+static void bad_value(struct kvd_config_load *l, const struct key *k, const char *value)
 {
     static const char *const wanted[] = {
         [TEXT] = "a shorter text",
@@ -158,7 +184,8 @@ static int bad_value(const struct key *k, const char *value, struct kvd_error *e
         [MILLIS] = "a time such as 500ms, 10s or 2m",
         [OCTAL] = "an octal mode such as 0660",
         [LEVEL] = "error, warning, notice, info or debug",
-        [LISTEN] = "unix:/absolute/path (at most 95 characters) or host:port, at most 8 of them",
+        [LISTEN] =
+            "unix:/absolute/path (at most 95 characters) or host:port (0 to 65535), at most 8",
         [UIDS] = "user names or ids, separated by commas, at most 16",
         [GIDS] = "group names or ids, separated by commas, at most 16",
         [CNS] = "certificate names, separated by commas, at most 16",
@@ -167,8 +194,8 @@ static int bad_value(const struct key *k, const char *value, struct kvd_error *e
     if (k->max)
         snprintf(range, sizeof(range), " from %llu to %llu", (unsigned long long)k->min,
                  (unsigned long long)k->max);
-    return kvd_fail(err, KVD_E_INVALID, "%s: '%.100s' is not possible; it wants %s%s", k->name,
-                    value, wanted[k->type], k->type == OCTAL ? "" : range);
+    kvd_config_problem(l, l->at, "%s: '%.100s' is not possible; it wants %s%s", k->is.name, value,
+                       wanted[k->type], k->type == OCTAL ? "" : range);
 }
 
 static int store_number(const struct key *k, void *at, uint64_t n)
@@ -182,11 +209,8 @@ static int store_number(const struct key *k, void *at, uint64_t n)
     return KVD_OK;
 }
 
-static int set_key(struct kvd_config *c, struct kvd_config_namespace *ns, const struct key *k,
-                   const char *value)
+static int set_value(struct kvd_config_load *l, const struct key *k, void *at, const char *value)
 {
-    void *at =
-        (uint8_t *)(strcmp(k->section, "namespace") == 0 ? (void *)ns : (void *)c) + k->offset;
     struct kvd_allow *allow = at;
     uint64_t n;
     char *end;
@@ -210,10 +234,10 @@ static int set_key(struct kvd_config *c, struct kvd_config_namespace *ns, const 
         level = kvd_log_level_parse(value);
         if (level < 0)
             return KVD_E_INVALID;
-        c->log_level = (enum kvd_log_level)level;
+        *(enum kvd_log_level *)at = (enum kvd_log_level)level;
         return KVD_OK;
     case LISTEN:
-        return add_listen(c, value);
+        return add_listen(l, value);
     case UIDS:
         return parse_ids(allow->uids, &allow->n_uids, value, false);
     case GIDS:
@@ -224,160 +248,258 @@ static int set_key(struct kvd_config *c, struct kvd_config_namespace *ns, const 
     return KVD_E_INVALID;
 }
 
-static int set(struct kvd_config *c, const char *section, struct kvd_config_namespace *ns,
-               const char *name, const char *value, struct kvd_error *err)
+static bool of_namespace(const struct key *k)
 {
-    bool section_known = false;
+    return strcmp(k->is.section, "namespace") == 0;
+}
+
+static void *field_of(struct kvd_config *c, struct kvd_config_namespace *ns, const struct key *k)
+{
+    return (uint8_t *)(of_namespace(k) ? (void *)ns : (void *)c) + k->offset;
+}
+
+// Index of a key; KVD_LEN(keys) if there is none of that name.
+static size_t find_key(const char *section, const char *name)
+{
+    size_t i = 0;
+    while (i < KVD_LEN(keys) &&
+           (strcmp(keys[i].is.section, section) != 0 || strcmp(keys[i].is.name, name) != 0))
+        i++;
+    return i;
+}
+
+void kvd_config_set(struct kvd_config_load *l, const char *section, uint32_t ns, const char *name,
+                    const char *value)
+{
+    size_t i = find_key(section, name);
     char known[512] = "";
-    for (size_t i = 0; i < KVD_LEN(keys); i++) {
-        if (strcmp(keys[i].section, section) != 0)
-            continue;
-        section_known = true;
-        if (strcmp(keys[i].name, name) == 0)
-            return set_key(c, ns, &keys[i], value) ? bad_value(&keys[i], value, err) : KVD_OK;
-        size_t n = strlen(known);
-        snprintf(known + n, sizeof(known) - n, "%s%s", n ? ", " : "", keys[i].name);
+    if (i == KVD_LEN(keys)) {
+        for (i = 0; i < KVD_LEN(keys); i++) {
+            size_t n = strlen(known);
+            if (strcmp(keys[i].is.section, section) == 0)
+                snprintf(known + n, sizeof(known) - n, "%s%s", n ? ", " : "", keys[i].is.name);
+        }
+        kvd_config_problem(l, l->at, "unknown key '%.60s' in [%.60s]; known: %s", name, section,
+                           known);
+        return;
     }
-    if (!section_known)
-        return kvd_fail(err, KVD_E_INVALID,
-                        "unknown section [%.60s]; there are [kvd], [tls] and [namespace NAME]",
-                        section);
-    return kvd_fail(err, KVD_E_INVALID, "unknown key '%.60s' in [%.60s]; known: %s", name, section,
-                    known);
+    const struct key *k = &keys[i];
+    struct kvd_place *place = of_namespace(k) ? &l->namespaces[ns][i] : &l->keys[i];
+    if (k->type != LISTEN && place->file == l->at.file && place->line && l->at.line) {
+        kvd_config_problem(l, l->at,
+                           "%s is set twice, on line %u too; remove one (an indented line goes on "
+                           "with the one before it)",
+                           name, place->line);
+        return;
+    }
+    *place = l->at;
+    if (set_value(l, k, field_of(l->c, of_namespace(k) ? &l->c->namespaces[ns] : NULL, k), value))
+        bad_value(l, k, value);
 }
 
-struct reader {
-    struct kvd_config *c;
-    const char *path;
-    struct kvd_error *err;
-    FILE *file;
-    int line;     // of the text that the parser has just been given
-    bool listens; // this file has named a listener
-};
-
-// inih tells its handler no line numbers, so the lines are counted as they are handed over.
-static char *read_line(char *text, int cap, void *ctx)
+struct kvd_place kvd_config_place(const struct kvd_config_load *l, const char *name)
 {
-    struct reader *r = ctx;
-    r->line++;
-    return fgets(text, cap, r->file);
+    size_t i = find_key("kvd", name);
+    return l->keys[i < KVD_LEN(keys) ? i : find_key("tls", name)];
 }
 
-static struct kvd_config_namespace *namespace_of(struct kvd_config *c, const char *name,
-                                                 struct kvd_error *err)
+struct kvd_place kvd_config_namespace_place(const struct kvd_config_load *l, uint32_t ns,
+                                            const char *name)
 {
-    for (uint32_t i = 0; i < c->n_namespaces; i++)
-        if (strcmp(c->namespaces[i].name, name) == 0)
-            return &c->namespaces[i];
-    if (!kvd_name_valid(name, KVD_MAX_NAMESPACE) || c->n_namespaces == KVD_MAX_CONFIG_NAMESPACES) {
-        kvd_fail(err, KVD_E_INVALID, "'%.80s' is no namespace name, or there are more than %d",
-                 name, KVD_MAX_CONFIG_NAMESPACES);
-        return NULL;
-    }
-    struct kvd_config_namespace *ns = &c->namespaces[c->n_namespaces++];
-    *ns = (struct kvd_config_namespace){0};
-    snprintf(ns->name, sizeof(ns->name), "%s", name);
-    return ns;
+    return l->namespaces[ns][find_key("namespace", name)];
 }
 
-static int on_key(void *ctx, const char *section, const char *name, const char *value)
+void kvd_lines_add(struct kvd_lines *l, const char *fmt, ...)
 {
-    struct reader *r = ctx;
-    struct kvd_error err = {0};
-    struct kvd_config_namespace *ns = NULL;
-    int rc = KVD_OK;
-    if (strncmp(section, "namespace ", 10) == 0) {
-        ns = namespace_of(r->c, section + 10, &err);
-        section = "namespace";
-        rc = ns ? KVD_OK : err.code;
-    } else if (strcmp(section, "namespace") == 0) {
-        rc = kvd_fail(&err, KVD_E_INVALID, "a namespace section wants a name: [namespace NAME]");
-    }
-    if (strcmp(name, "listen") == 0 && !r->listens) {
-        r->listens = true;
-        r->c->n_listen = 0;
-    }
-    if (rc == KVD_OK)
-        rc = set(r->c, section, ns, name, value, &err);
-    if (rc && r->err->code == 0)
-        kvd_fail(r->err, KVD_E_INVALID, "%s:%d: %s", r->path, r->line, err.text);
-    return rc == KVD_OK;
+    char **grown = realloc(l->line, (l->n + 1) * sizeof(*grown));
+    va_list ap;
+    if (!grown)
+        return;
+    l->line = grown;
+    va_start(ap, fmt);
+    l->n += vasprintf(&grown[l->n], fmt, ap) >= 0;
+    va_end(ap);
 }
 
-int kvd_config_read(struct kvd_config *c, const char *path, struct kvd_error *err)
+void kvd_lines_free(struct kvd_lines *l)
 {
-    struct kvd_error first = {0};
-    struct reader r = {.c = c, .path = path, .err = &first};
-    FILE *f KVD_FCLOSE = fopen(path, "re");
+    for (uint32_t i = 0; i < l->n; i++)
+        free(l->line[i]);
+    free(l->line);
+    *l = (struct kvd_lines){0};
+}
+
+void kvd_config_problem(struct kvd_config_load *l, struct kvd_place at, const char *fmt, ...)
+{
+    char text[1024];
+    va_list ap;
+    struct kvd_lines *all = l->problems;
+    struct kvd_place *places = realloc(l->places, (all->n + 1) * sizeof(*places));
+    uint32_t i = all->n;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof(text), fmt, ap);
+    va_end(ap);
+    if (!places)
+        return;
+    l->places = places;
+    if (!at.file)
+        kvd_lines_add(all, "%s", text);
+    else if (at.line)
+        kvd_lines_add(all, "%s:%u: %s", at.file, at.line, text);
+    else
+        kvd_lines_add(all, "%s: %s", at.file, text);
+    if (all->n == i)
+        return;
+    for (; i && places[i - 1].file == at.file && places[i - 1].line > at.line; i--) {
+        char *later = all->line[i - 1];
+        all->line[i - 1] = all->line[i];
+        all->line[i] = later;
+        places[i] = places[i - 1];
+    }
+    places[i] = at;
+}
+
+// -- loading ------------------------------------------------------------------------------------
+
+static bool instance_valid(const char *name)
+{
+    size_t n = strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-");
+    return n && n <= KVD_MAX_INSTANCE && !name[n] && name[0] != '.' && name[0] != '-';
+}
+
+static void instance_defaults(struct kvd_config_load *l, const char *instance)
+{
+    uint64_t number;
+    if (!instance_valid(instance)) {
+        kvd_config_problem(l, (struct kvd_place){"--instance", 0},
+                           "'%.64s' is not possible; it wants at most %d letters, digits, '_', '-' "
+                           "and '.'",
+                           instance, KVD_MAX_INSTANCE);
+        return;
+    }
+    snprintf(l->c->listen[0], sizeof(l->c->listen[0]), "unix:/run/kvd/%s/kvd.sock", instance);
+    if (parse_number(instance, &number) || number > 63)
+        return;
+    l->c->device = (uint32_t)number;
+    snprintf(l->c->metrics, sizeof(l->c->metrics), "127.0.0.1:%u", 9464 + l->c->device);
+}
+
+// What the instance has over a file: "DIR/NAME-INSTANCE.conf" beside "DIR/NAME.conf".
+static char *instance_file(const char *file, const char *instance)
+{
+    size_t n = strlen(file);
+    char *path = NULL;
+    if (n > 5 && strcmp(file + n - 5, ".conf") == 0)
+        n -= 5;
+    return asprintf(&path, "%.*s-%s%s", (int)n, file, instance, file + n) < 0 ? NULL : path;
+}
+
+int kvd_config_load(const struct kvd_config_source *source, struct kvd_config *out,
+                    struct kvd_lines *problems)
+{
+    struct kvd_config_load *l KVD_FREE = calloc(1, sizeof(*l));
+    char *beside[KVD_MAX_CONFIG_FILES] = {0};
+    if (!l) {
+        kvd_lines_add(problems, "out of memory");
+        return KVD_E_INVALID;
+    }
+    l->c = out;
+    l->problems = problems;
+    set_defaults(out);
+    if (source->instance)
+        instance_defaults(l, source->instance);
+    for (uint32_t i = 0; i < source->n_files; i++) {
+        kvd_config_read(l, source->files[i], false);
+        if (source->instance && instance_valid(source->instance))
+            beside[i] = instance_file(source->files[i], source->instance);
+        if (beside[i])
+            kvd_config_read(l, beside[i], true);
+    }
+    l->at = (struct kvd_place){"command line", 0};
+    for (uint32_t i = 0; i < source->n_options; i++) {
+        kvd_config_set(l, "kvd", 0, source->options[i].key, source->options[i].value);
+    }
+    kvd_config_check(l);
+    for (uint32_t i = 0; i < KVD_LEN(beside); i++)
+        free(beside[i]);
+    free(l->places);
+    return problems->n ? KVD_E_INVALID : KVD_OK;
+}
+
+// -- the table of keys --------------------------------------------------------------------------
+
+const struct kvd_config_key *kvd_config_key(uint32_t i)
+{
+    return i < KVD_LEN(keys) ? &keys[i].is : NULL;
+}
+
+static void put_ids(FILE *f, const uint32_t *ids, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++)
+        fprintf(f, "%s%u", i ? ", " : "", ids[i]);
+}
+
+void kvd_config_value(const struct kvd_config *c, const struct kvd_config_namespace *ns, uint32_t i,
+                      char *out, size_t cap)
+{
+    const struct key *k = &keys[i];
+    const void *at =
+        (const uint8_t *)(of_namespace(k) ? (const void *)ns : (const void *)c) + k->offset;
+    const struct kvd_allow *allow = at;
+    uint64_t n = 0;
+    if (k->type == SIZE || k->type == NUMBER || k->type == MILLIS || k->type == OCTAL)
+        n = k->cap == sizeof(uint64_t) ? *(const uint64_t *)at : *(const uint32_t *)at;
+    FILE *f KVD_FCLOSE = fmemopen(out, cap, "w");
+    out[0] = '\0';
     if (!f)
-        return kvd_fail(err, errno == ENOENT ? KVD_E_NOT_FOUND : -errno, "%s: %s", path,
-                        strerror(errno));
-    r.file = f;
-    int line = ini_parse_stream(read_line, &r, on_key, &r);
-    if (first.code)
-        return kvd_fail(err, first.code, "%s", first.text);
-    if (line)
-        return kvd_fail(err, KVD_E_INVALID, "%s:%d: neither a [section] nor key = value", path,
-                        line);
-    snprintf(c->file, sizeof(c->file), "%s", path);
-    return KVD_OK;
-}
-
-int kvd_config_set(struct kvd_config *c, const char *key, const char *value, struct kvd_error *err)
-{
-    return set(c, "kvd", NULL, key, value, err);
-}
-
-static bool loopback(const char *listen)
-{
-    return strncmp(listen, "127.", 4) == 0 || strncmp(listen, "localhost:", 10) == 0 ||
-           strncmp(listen, "[::1]:", 6) == 0;
-}
-
-int kvd_config_finish(struct kvd_config *c, struct kvd_error *err)
-{
-    if (strcmp(c->backend, "auto") != 0 && strcmp(c->backend, "cpu") != 0 &&
-        strcmp(c->backend, "cuda") != 0)
-        return kvd_fail(err, KVD_E_INVALID,
-                        "backend: '%s' is not possible; it wants auto, cpu or cuda", c->backend);
-    if (c->extent_size == 0) {
-        // At least 32 extents, so that several namespaces and geometries fit; at most 256 MiB each.
-        c->extent_size = 256ull << 20;
-        while (c->extent_size > 2 << 20 && c->pool_size / c->extent_size < 32)
-            c->extent_size /= 2;
-    }
-    if (c->extent_size % (2 << 20) || c->extent_size > c->pool_size)
-        return kvd_fail(err, KVD_E_INVALID,
-                        "extent-size: %llu bytes is not possible; it must be a multiple of 2 MiB "
-                        "and at most pool-size",
-                        (unsigned long long)c->extent_size);
-    if (c->n_listen == 0)
-        add_listen(c, "unix:/run/kvd/kvd.sock");
-    if (!c->cache[0]) {
-        const char *home = getenv("CACHE_DIRECTORY"); // systemd's
-        const char *xdg = getenv("XDG_CACHE_HOME"), *user = getenv("HOME");
-        if (home)
-            snprintf(c->cache, sizeof(c->cache), "%s", home);
-        else if (xdg)
-            snprintf(c->cache, sizeof(c->cache), "%s/kvd", xdg);
+        return;
+    switch (k->type) {
+    case TEXT:
+        fprintf(f, "%s", (const char *)at);
+        break;
+    case SIZE:
+        if (n && n % (1 << 20) == 0)
+            fprintf(f, "%lluMiB", (unsigned long long)n >> 20);
         else
-            snprintf(c->cache, sizeof(c->cache), "%s/.cache/kvd", user ? user : "/var/tmp");
+            fprintf(f, "%llu", (unsigned long long)n);
+        break;
+    case NUMBER:
+        fprintf(f, "%llu", (unsigned long long)n);
+        break;
+    case MILLIS:
+        fprintf(f, "%llums", (unsigned long long)n);
+        break;
+    case OCTAL:
+        fprintf(f, "%04llo", (unsigned long long)n);
+        break;
+    case LEVEL:
+        fprintf(f, "%s", kvd_log_level_name(*(const enum kvd_log_level *)at));
+        break;
+    case LISTEN:
+        for (uint32_t j = 0; j < c->n_listen; j++)
+            fprintf(f, "%s%s", j ? ", " : "", c->listen[j]);
+        break;
+    case UIDS:
+        put_ids(f, allow->uids, allow->n_uids);
+        break;
+    case GIDS:
+        put_ids(f, allow->gids, allow->n_gids);
+        break;
+    case CNS:
+        for (uint32_t j = 0; j < allow->n_cns; j++)
+            fprintf(f, "%s%s", j ? ", " : "", allow->cns[j]);
+        break;
     }
-    if (c->store_public_key[0] && kvd_sign_check_key(c->store_public_key, err))
-        return kvd_fail_in(err, "store-public-key");
-    bool tls = c->tls_cert[0] || c->tls_key[0];
-    if (tls && (!c->tls_cert[0] || !c->tls_key[0]))
-        return kvd_fail(err, KVD_E_INVALID, "tls: cert and key go together");
-    if (c->tls_client_ca[0] && !tls)
-        return kvd_fail(err, KVD_E_INVALID, "tls: client-ca wants cert and key too");
-    for (uint32_t i = 0; i < c->n_listen; i++)
-        if (strncmp(c->listen[i], "unix:", 5) != 0 && !loopback(c->listen[i]) &&
-            !c->tls_client_ca[0])
-            return kvd_fail(
-                err, KVD_E_INVALID,
-                "listen: %s is reachable from other hosts; it wants [tls] cert, key and client-ca",
-                c->listen[i]);
-    return KVD_OK;
+}
+
+void kvd_config_copy(struct kvd_config *to, const struct kvd_config *from, uint32_t i)
+{
+    const struct key *k = &keys[i];
+    if (of_namespace(k))
+        return;
+    memcpy((uint8_t *)to + k->offset, (const uint8_t *)from + k->offset, k->cap);
+    if (k->type == LISTEN)
+        to->n_listen = from->n_listen;
 }
 
 const struct kvd_config_namespace *kvd_config_namespace_find(const struct kvd_config *c,

@@ -1,5 +1,6 @@
-// Configuration: an INI file, then command-line overrides. See deploy/kvd.conf for every key with
-// its meaning.
+// Configuration: built-in defaults, then the files in their order, then the command line; later
+// ones win. See kvd.conf(5) for every key with its meaning. Start, --check-config and reload all go
+// through kvd_config_load, so that one refuses exactly what the others refuse.
 #ifndef KVD_DAEMON_CONFIG_H
 #define KVD_DAEMON_CONFIG_H
 
@@ -13,7 +14,10 @@ enum {
     KVD_MAX_LISTEN = 8,
     KVD_MAX_ALLOW = 16,
     KVD_MAX_CONFIG_NAMESPACES = 64,
-    KVD_CONFIG_TEXT = 256
+    KVD_CONFIG_TEXT = 256,
+    KVD_MAX_CONFIG_FILES = 8,
+    KVD_MAX_CONFIG_OPTIONS = 64,
+    KVD_MAX_INSTANCE = 32, // bytes of an instance's name
 };
 
 // Who may do something. An empty list of everything means: anybody who can connect.
@@ -30,8 +34,7 @@ struct kvd_config_namespace {
 };
 
 struct kvd_config {
-    char file[KVD_CONFIG_TEXT]; // "" if there is none
-    char backend[16];           // "auto", "cpu", "cuda"
+    char backend[16]; // "auto", "cpu", "cuda"
     uint32_t device;
     uint32_t threads;                // 0: one per CPU
     char isa[16];                    // "": the best
@@ -55,14 +58,48 @@ struct kvd_config {
     uint32_t n_namespaces;
 };
 
-void kvd_config_defaults(struct kvd_config *c);
-// Reads a file over *c. KVD_E_INVALID with "file:line: what is wrong and what is possible", or
-// KVD_E_NOT_FOUND.
-int kvd_config_read(struct kvd_config *c, const char *path, struct kvd_error *err);
-// Sets one key of section [kvd], as from the command line.
-int kvd_config_set(struct kvd_config *c, const char *key, const char *value, struct kvd_error *err);
-// Fills in what depends on other keys and checks the whole.
-int kvd_config_finish(struct kvd_config *c, struct kvd_error *err);
+// What a configuration is made from. Texts are the caller's and must outlive every load: a reload
+// reads the same again.
+struct kvd_config_source {
+    const char *files[KVD_MAX_CONFIG_FILES];
+    uint32_t n_files;
+    // NULL: none. With an instance "1", the defaults are those of the second daemon of a host
+    // (device 1, its own socket and metrics port), and beside each file X.conf, X-1.conf is read
+    // over it if it is there.
+    const char *instance;
+    struct {
+        const char *key, *value; // of section [kvd]
+    } options[KVD_MAX_CONFIG_OPTIONS];
+    uint32_t n_options;
+};
+
+// Lines of text, each on the heap.
+struct kvd_lines {
+    char **line;
+    uint32_t n;
+};
+// Leaves the line out when memory is short.
+__attribute__((format(printf, 2, 3))) void kvd_lines_add(struct kvd_lines *l, const char *fmt, ...);
+void kvd_lines_free(struct kvd_lines *l);
+
+// Fills *out with the checked configuration. KVD_E_INVALID with all that is wrong in *problems, one
+// line each: "file:line: what is wrong and what is possible". *out is then of no use.
+int kvd_config_load(const struct kvd_config_source *source, struct kvd_config *out,
+                    struct kvd_lines *problems);
+
+// The table of keys, for reloading and for documentation. Number `i` of section "kvd", "tls" or
+// "namespace" (for all of them), or NULL after the last.
+struct kvd_config_key {
+    const char *section, *name;
+    bool reloaded; // takes effect without a restart
+};
+const struct kvd_config_key *kvd_config_key(uint32_t i);
+// The value of a key as text, as a file could have it. `ns` is for keys of section "namespace".
+void kvd_config_value(const struct kvd_config *c, const struct kvd_config_namespace *ns, uint32_t i,
+                      char *out, size_t cap);
+// Copies the value of a key of section "kvd" or "tls".
+void kvd_config_copy(struct kvd_config *to, const struct kvd_config *from, uint32_t i);
+
 // The settings of a namespace, or NULL.
 const struct kvd_config_namespace *kvd_config_namespace_find(const struct kvd_config *c,
                                                              const char *name);

@@ -103,6 +103,10 @@ struct kvd_daemon {
     enum kvd_state state;
     char instance[KVD_SECRET_TEXT];
     uint64_t started_ms;
+    const struct kvd_config_source *source; // what a reload reads
+    struct kvd_config configured;           // as the source says; `config` is what is in force
+    double reloaded_at; // the last reload that was applied, or the start: Unix time
+    bool reload_failed; // the last one
     struct kvd_backend *backend;
     struct kvd_memory_state *memory;
     struct kvd_pool *pool;
@@ -142,6 +146,17 @@ void kvd_daemon_deinit(struct kvd_daemon *d);
 // Takes no new sessions, tells the workers, and stops when the last session ends or the time is
 // over.
 void kvd_daemon_drain(struct kvd_daemon *d, uint64_t timeout_ms);
+// What a reload did, line by line.
+struct kvd_reload {
+    struct kvd_lines errors;  // if there are any, nothing has changed
+    struct kvd_lines changed; // and is in force
+    struct kvd_lines restart; // differs, but is read at start only
+    struct kvd_lines kept;    // was set at run time, and the files say what they said before
+};
+// Reads the configuration again, and logs the same lines. The caller frees what *report has.
+// KVD_E_INVALID with report->errors.
+int kvd_daemon_reload(struct kvd_daemon *d, struct kvd_reload *report); // reload.c
+void kvd_reload_free(struct kvd_reload *report);
 // To be called when the backend failed: without a device the daemon stops, for a new one to start.
 void kvd_daemon_check_device(struct kvd_daemon *d);
 // To be called when a session ended: a draining daemon may be done.

@@ -1,4 +1,4 @@
-// Starting, reloading, draining and stopping.
+// Starting, draining and stopping.
 //
 // Order of stopping (each step fires the next):
 //   drain: no new sessions, workers are told → the last session ends, or time is up
@@ -11,6 +11,7 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sysexits.h>
+#include <time.h>
 
 #include "daemon/rpc.h"
 #include "kvd.pb-c.h"
@@ -140,49 +141,12 @@ static void on_stop_signal(uv_signal_t *signal, int number)
     kvd_daemon_drain(d, d->config.drain_timeout_ms);
 }
 
-static void apply_reload(struct kvd_daemon *d, const struct kvd_config *fresh)
-{
-    struct kvd_config *c = &d->config;
-    kvd_log_set_level(fresh->log_level);
-    c->log_level = fresh->log_level;
-    c->drain_timeout_ms = fresh->drain_timeout_ms;
-    c->store_timeout_ms = fresh->store_timeout_ms;
-    c->max_sessions = fresh->max_sessions;
-    c->max_queue = fresh->max_queue;
-    c->max_buffer_bytes = fresh->max_buffer_bytes;
-    c->memory_floor = fresh->memory_floor;
-    c->admin = fresh->admin;
-    memcpy(c->store, fresh->store, sizeof(c->store));
-    memcpy(c->namespaces, fresh->namespaces, sizeof(c->namespaces));
-    c->n_namespaces = fresh->n_namespaces;
-    for (uint32_t i = 0; i < c->n_namespaces; i++) {
-        uint32_t ns;
-        if (kvd_pool_namespace(d->pool, c->namespaces[i].name, &ns, NULL) == KVD_OK)
-            kvd_pool_set_quota(d->pool, ns, c->namespaces[i].quota);
-    }
-    if (fresh->pool_size != c->pool_size || strcmp(fresh->backend, c->backend) != 0 ||
-        strcmp(fresh->metrics, c->metrics) != 0)
-        kvd_notice("some changes want a restart: backend, pool-size, extent-size, listen, metrics "
-                   "and tls are read at start");
-}
-
 static void on_hup(uv_signal_t *signal, int number)
 {
-    struct kvd_daemon *d = signal->data;
-    struct kvd_error err = {0};
-    struct kvd_config *fresh KVD_FREE = calloc(1, sizeof(*fresh));
+    struct kvd_reload report = {0};
     (void)number;
-    if (!d->config.file[0] || !fresh) {
-        kvd_notice("nothing to reload: kvd was started without --config");
-        return;
-    }
-    kvd_config_defaults(fresh);
-    if (kvd_config_read(fresh, d->config.file, &err) || kvd_config_finish(fresh, &err)) {
-        kvd_error("reload failed, the old configuration stays: %s", err.text);
-        return;
-    }
-    apply_reload(d, fresh);
-    kvd_notice("configuration reloaded file=%s", d->config.file);
+    kvd_daemon_reload(signal->data, &report);
+    kvd_reload_free(&report);
 }
 
 static void start_signal(struct kvd_daemon *d, uv_signal_t *s, uv_signal_cb cb, int number)
@@ -217,6 +181,7 @@ int kvd_daemon_init(struct kvd_daemon *d, struct kvd_error *err)
     start_signal(d, &d->sig_int, on_stop_signal, SIGINT);
     start_signal(d, &d->sig_hup, on_hup, SIGHUP);
     d->started_ms = kvd_now_ms(d);
+    d->reloaded_at = (double)time(NULL);
     kvd_secret_new(d->instance);
     int rc = init_backend(d, err);
     if (rc == KVD_OK)

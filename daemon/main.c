@@ -4,7 +4,7 @@
 
 #include "daemon/kvd.h"
 
-enum { OPT_CHECK = 1000, OPT_FIRST };
+enum { OPT_CHECK = 1000, OPT_INSTANCE, OPT_FIRST };
 
 // Options that are configuration keys; the rest of the configuration is for the file.
 static const char *const overrides[] = {
@@ -12,8 +12,14 @@ static const char *const overrides[] = {
     "cache",   "log-level", "threads",   "isa",         "socket-group", "drain-timeout"};
 
 static const struct argp_option options[] = {
-    {"config", 'c', "FILE", 0, "Read this file (default: built-in settings)", 0},
-    {"check-config", OPT_CHECK, 0, 0, "Check the configuration, say what is wrong, and exit", 0},
+    {"config", 'c', "FILE", 0,
+     "Read this file (default: built-in settings); may be repeated, later ones win", 0},
+    {"instance", OPT_INSTANCE, "NAME", 0,
+     "One daemon of several: read FILE-NAME.conf over FILE.conf, and by default take the device, "
+     "socket and metrics port of that number",
+     0},
+    {"check-config", OPT_CHECK, 0, 0, "Check the configuration, say all that is wrong, and exit",
+     0},
     {"backend", OPT_FIRST + 0, "auto|cpu|cuda", 0,
      "Where pages live and kernels run (default: auto)", 1},
     {"device", OPT_FIRST + 1, "N", 0, "CUDA device (default: 0)", 1},
@@ -38,26 +44,27 @@ static const struct argp_option options[] = {
 };
 
 struct arguments {
-    struct kvd_config *config;
+    struct kvd_config_source source;
     bool check;
-    // Overrides wait until the file has been read.
-    const char *keys[64], *values[64];
-    uint32_t n;
-    const char *file;
 };
 
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
     struct arguments *a = state->input;
+    struct kvd_config_source *s = &a->source;
     if (key == 'c') {
-        a->file = arg;
+        if (s->n_files == KVD_LEN(s->files))
+            argp_error(state, "at most %zu files", KVD_LEN(s->files));
+        s->files[s->n_files++] = arg;
+    } else if (key == OPT_INSTANCE) {
+        s->instance = arg;
     } else if (key == OPT_CHECK) {
         a->check = true;
     } else if (key >= OPT_FIRST && key < OPT_FIRST + (int)KVD_LEN(overrides)) {
-        if (a->n == KVD_LEN(a->keys))
+        if (s->n_options == KVD_LEN(s->options))
             argp_error(state, "too many options");
-        a->keys[a->n] = overrides[key - OPT_FIRST];
-        a->values[a->n++] = arg;
+        s->options[s->n_options].key = overrides[key - OPT_FIRST];
+        s->options[s->n_options++].value = arg;
     } else if (key == ARGP_KEY_ARG) {
         argp_error(state, "'%s' is not an option; see --help", arg);
     } else {
@@ -66,24 +73,13 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     return 0;
 }
 
-static int load(struct arguments *a, struct kvd_error *err)
+static int load(const struct kvd_config_source *source, struct kvd_config *config)
 {
-    struct kvd_config *c = a->config;
-    kvd_config_defaults(c);
-    int rc = a->file ? kvd_config_read(c, a->file, err) : KVD_OK;
-    bool listens = false;
-    for (uint32_t i = 0; i < a->n && rc == KVD_OK; i++) {
-        if (strcmp(a->keys[i], "listen") == 0 && !listens) {
-            listens = true;
-            c->n_listen = 0; // the command line replaces the file's
-        }
-        rc = kvd_config_set(c, a->keys[i], a->values[i], err);
-    }
-    if (rc == KVD_OK) {
-        rc = kvd_config_finish(c, err);
-        if (rc && a->file)
-            kvd_fail_in(err, "%s", a->file);
-    }
+    struct kvd_lines problems = {0};
+    int rc = kvd_config_load(source, config, &problems);
+    for (uint32_t i = 0; i < problems.n; i++)
+        fprintf(stderr, "kvd: %s\n", problems.line[i]);
+    kvd_lines_free(&problems);
     return rc;
 }
 
@@ -96,18 +92,19 @@ int main(int argc, char **argv)
                                             "SIGTERM drains and stops, SIGHUP reloads the "
                                             "configuration file. See kvd(8) and kvd.conf(5)."};
     argp_program_version = "kvd " KVD_VERSION;
-    struct arguments a = {.config = &daemon.config};
+    struct arguments a = {.check = false};
     struct kvd_error err = {0};
     if (argp_parse(&argp, argc, argv, 0, NULL, &a))
         return EX_USAGE;
-    if (load(&a, &err)) {
-        fprintf(stderr, "kvd: %s\n", err.text);
+    if (load(&a.source, &daemon.configured))
         return EX_CONFIG;
-    }
     if (a.check) {
-        printf("%s: the configuration is good\n", a.file ? a.file : "built-in settings");
+        printf("%s: the configuration is good\n",
+               a.source.n_files ? a.source.files[a.source.n_files - 1] : "built-in settings");
         return EX_OK;
     }
+    daemon.source = &a.source;
+    daemon.config = daemon.configured;
     kvd_log_set_level(daemon.config.log_level);
     if (kvd_daemon_init(&daemon, &err)) {
         kvd_error("cannot start: %s", err.text);

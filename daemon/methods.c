@@ -52,6 +52,7 @@ const struct kvd_method kvd_methods[] = {
     OPERATOR("Evict", evict_request, evict),
     OPERATOR("Drain", drain_request, drain),
     OPERATOR("SetLogLevel", set_log_level_request, set_log_level),
+    OPERATOR("Reload", reload_request, reload),
     OPERATOR("FetchRotationSet", fetch_rotation_set_request, fetch_rotation_set),
     {"/grpc.health.v1.Health/Check", &grpc__health__v1__health_check_request__descriptor,
      kvd_on_health_check, false, false, true},

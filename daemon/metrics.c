@@ -204,6 +204,12 @@ static void other_metrics(struct page *p)
             (unsigned long long)m->rotations_failed);
     single(f, "kvd_rotation_sets_loaded", "gauge",
            "Rotation sets in the backend's memory, one per geometry.", (double)m->rotations_loaded);
+    single(f, "kvd_config_last_reload_successful", "gauge",
+           "1 if the configuration that was read last is in force, 0 if it had errors.",
+           !d->reload_failed);
+    single(f, "kvd_config_last_reload_success_timestamp_seconds", "gauge",
+           "When a configuration was last put in force, at start or by a reload: Unix time.",
+           d->reloaded_at);
     single(f, "kvd_uptime_seconds", "gauge", "Time since the start.",
            (double)(kvd_now_ms(d) - d->started_ms) / 1000);
     head(f, "kvd_build_info", "gauge", "Always 1; the labels tell version and backend.");

@@ -135,6 +135,7 @@ KVD_HANDLER(set_quota);
 KVD_HANDLER(evict);
 KVD_HANDLER(drain);
 KVD_HANDLER(set_log_level);
+KVD_HANDLER(reload);
 KVD_HANDLER(fetch_rotation_set);
 KVD_HANDLER(health_check); // calls_health.c
 KVD_HANDLER(health_watch);

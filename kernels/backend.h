@@ -198,6 +198,9 @@ static inline void kvd_backend_free(struct kvd_backend **b)
 // The CPU backend on `threads` threads (0: one per CPU). `isa`: NULL for the best that this CPU
 // has, or "scalar", "avx2", "avx512". NULL with *err set on failure.
 struct kvd_backend *kvd_cpu_backend_new(uint32_t threads, const char *isa, struct kvd_error *err);
+// Whether that would take this `isa`. KVD_E_INVALID (no such name), KVD_E_UNSUPPORTED (not this
+// CPU).
+int kvd_cpu_isa_check(const char *isa, struct kvd_error *err);
 
 // The CUDA backend on device `index`. NULL with *err set: KVD_E_UNAVAILABLE without a usable
 // driver, KVD_E_NOT_FOUND, KVD_E_UNSUPPORTED for a device that is too old. Only in builds with

