@@ -1,5 +1,6 @@
 # Installs what kvd wants on Debian and Ubuntu, and nothing that is there already. Sourced by quickstart.sh and
-# tests/run.sh: kvd_deps build | kvd_deps test.
+# tests/run.sh and deb.sh: kvd_deps build | kvd_deps test | kvd_deps package |
+# kvd_deps container.
 
 kvd_deps() {
     local packages="gcc meson ninja-build pkg-config libuv1-dev libgrpc-dev libprotobuf-c-dev protobuf-c-compiler
@@ -8,6 +9,12 @@ kvd_deps() {
     if [ "$1" = test ]; then
         packages="$packages check prometheus nginx-light python3 python3-pip python3-grpcio python3-protobuf python3-numpy
             python3-pytest python3-pytest-xdist clang-format openssl"
+    fi
+    if [ "$1" = package ]; then
+        packages="$packages debhelper dh-python dpkg-dev fakeroot python3 systemd"
+    fi
+    if [ "$1" = container ]; then # roots of other systems, booted or unpacked
+        packages="mmdebstrap systemd-container procps util-linux dpkg"
     fi
     local missing="" p
     for p in $packages; do
