@@ -13,6 +13,9 @@ kvd_deps() {
     if [ "$1" = package ]; then
         packages="$packages debhelper dh-python dpkg-dev fakeroot python3 systemd"
     fi
+    if [ "$1" = image ]; then
+        packages="mmdebstrap umoci"
+    fi
     if [ "$1" = container ]; then # roots of other systems, booted or unpacked
         packages="mmdebstrap systemd-container procps util-linux dpkg"
     fi
