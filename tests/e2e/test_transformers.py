@@ -132,7 +132,7 @@ def test_direct_mode(hf, kvd):
             ids = torch.cat([outs[0], inputs.input_ids[:, -3:]], 1)
             mask = torch.cat([mask, torch.ones(4, ids.shape[1] - mask.shape[1], dtype=mask.dtype)], 1)
         for cache in caches:
-            cache.crop(30)
+            cache.crop(-30)
         assert [s.describe().length for s in caches[1].sequences] == [n - 30 for n in lengths[0]]
         for cache in caches:
             cache.reset()
@@ -150,7 +150,7 @@ def test_compressed(hf, kvd):
         out = hf.model.generate(**inputs, max_new_tokens=16, do_sample=False, cache=cache)
         s = cache.sequences[0].describe()
         assert out.shape[1] > 900 and s.history_tokens >= 512 and s.length == out.shape[1] - 1
-        cache.crop(10)
+        cache.crop(-10)
         assert cache.sequences[0].describe().length == s.length - 10 == cache.get_seq_length()
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ctypes as c
 import dataclasses
+import os
 import threading
 from typing import Any, Iterable, Iterator, Literal, Optional, Union
 
@@ -182,6 +183,7 @@ class Client:
         kv, q = ("kv_heads", "head_dim"), ("q_heads", "head_dim")  # names and sizes of a tensor's last dimensions
         self._rows = {"k": (kv, (self.kv_heads, dims[0])), "v": (kv, (self.kv_heads, dims[1])), "q": (q, (self.q_heads, dims[0])),
                       "o": (q, (self.q_heads, dims[1])), "lse": (q[:1], (self.q_heads,))}
+        self.address = address or os.environ.get("KVD_ADDRESS") or "unix:/run/kvd/kvd.sock"
         ids = (c.c_uint32 * len(self.layers))(*self.layers)
         options = lib.Options(
             address=names["address"] or None, namespace_name=names["namespace"] or None, client_name=names["name"] or None,

@@ -7,9 +7,11 @@
         cache = KvdCache(client)
         model.generate(**tokenizer(prompts, padding=True, return_tensors="pt"), cache=cache)
 
-For decoders with full or sliding-window attention and RoPE (Llama, Qwen, Mistral, ...). Prompts of different lengths are
-padded on the left, and padding is not stored. Beams are copy-on-write forks. A cache may be passed to generate again for
-another turn. Releases of transformers before 5.2x call the argument `past_key_values`. K and V are stored in bf16, or
+For decoders whose attention is causal softmax over all tokens or a sliding window, with a soft cap or without (Llama, Qwen,
+Mistral, Gemma, Phi, ...). What wants anything else, such as attention sinks, chunked or linear attention, biases, or layers that
+share K and V, is refused by name: by `connect` and `use_kvd` where config and modules show it, else by the call, which then
+changes nothing. Prompts of different lengths are padded on the left, and padding is not stored. Beams are copy-on-write forks. A
+cache may be passed to generate again for another turn. Releases of transformers before 5.2x call the argument `past_key_values`. K and V are stored in bf16, or
 compressed, whatever the model's dtype.
 
 A model on the GPU that kvd runs on hands its tensors over where they are, in the order of PyTorch's current stream; with another
@@ -18,7 +20,8 @@ this process, in direct mode; prompts, beams and cropping go through the daemon 
 """
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+import contextlib
+from typing import Any, Iterator, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -26,8 +29,10 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface
 
+from . import _transformers as checks
 from ._client import AnyTensor, Client, Item, Sequence
 from ._direct import Direct
+from ._library import Error
 
 _NAME = "kvd"
 
@@ -40,39 +45,34 @@ class _Shared(NamedTuple):
 
 
 def connect(config: Any, **options: Any) -> Client:
-    """A client with the geometry of a model's config. options: those of kvd.Client that do not follow from it."""
-    c = config.get_text_config() if hasattr(config, "get_text_config") else config
-    q_heads = c.num_attention_heads
-    return Client(layers=range(c.num_hidden_layers), q_heads=q_heads,
-                  kv_heads=getattr(c, "num_key_value_heads", None) or q_heads,
-                  head_dim=getattr(c, "head_dim", None) or c.hidden_size // q_heads, **options)
+    """A client with the geometry of a model's config. options: those of kvd.Client that do not follow from it. Refuses, with
+    ValueError, a config whose attention is not what kvd computes."""
+    g = checks.check_config(config)
+    return Client(layers=range(g.layers), q_heads=g.q_heads, kv_heads=g.kv_heads, head_dim=g.head_dim, **options)
 
 
 def use_kvd(model: Any) -> None:
-    """Makes the model attend in kvd. It then wants a KvdCache in every call."""
+    """Makes the model attend in kvd. It then wants a KvdCache in every call. Refuses, with ValueError and changing nothing, a
+    model whose attention is not what kvd computes."""
+    checks.check_model(model)
     AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, _padding)
+    AttentionMaskInterface.register(_NAME, checks.make_mask)
     model.set_attn_implementation(_NAME)
-
-
-def _padding(*args: Any, attention_mask: Optional[torch.Tensor] = None, **kwargs: Any) -> Optional[torch.Tensor]:
-    """Instead of a mask: which tokens are none, [batch, tokens]. What is causal, and windows, kvd knows."""
-    return attention_mask
 
 
 def _attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                attention_mask: Optional[torch.Tensor], scaling: Optional[float] = None, dropout: float = 0.0,
-               sliding_window: Optional[int] = None, softcap: Optional[float] = None,
+               sliding_window: Optional[int] = None, softcap: Optional[float] = None, is_causal: Optional[bool] = None,
                **kwargs: Any) -> tuple[torch.Tensor, None]:
     layer = getattr(key, "kvd_layer", None)
-    if layer is None:
+    if layer is None or getattr(value, "kvd_layer", None) is not layer:
         raise ValueError("attention in kvd wants a KvdCache: pass it to generate() or forward()")
-    if dropout:
-        raise ValueError("attention in kvd has no dropout: call model.eval()")
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise ValueError("attention in kvd takes a padding mask [batch, tokens], no other")
-    o = layer.cache._attend(layer, query, key, value, attention_mask, scale=scaling or 0, softcap=softcap or 0,
-                            window=sliding_window or 0)
+    with layer.cache._step():
+        if not layer.waits or getattr(module, "layer_idx", layer.index) != layer.index:
+            raise ValueError(f"layer {getattr(module, 'layer_idx', '?')} attends to K and V of layer {layer.index}: layers that share "
+                             "them are not supported")
+        checks.check_call(module, query, key, value, dropout, is_causal, kwargs, layer.cache._geometry)
+        o = layer.cache._attend(layer, query, key, value, attention_mask, sliding_window, scale=scaling or 0, softcap=softcap or 0)
     return o, None
 
 
@@ -82,26 +82,25 @@ class _Layer(CacheLayerMixin):
 
     def __init__(self, cache: "KvdCache", index: int):
         super().__init__()
-        self.cache, self.index, self.seen, self.waits = cache, index, 0, False
+        self.cache, self.index, self.waits = cache, index, False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any,
                **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        if any(x.waits for x in self.cache.layers):
-            raise RuntimeError("the model does not attend in kvd: call kvd.transformers.use_kvd(model)")
+        self.cache._begin(self.index)
         self.waits = self.is_initialized = True
-        self.seen += key_states.shape[-2]
-        key_states = key_states.view_as(key_states)  # an object of our own to say whose it is
-        key_states.kvd_layer = self
+        # Objects of our own, to say whose they are. They keep the memory that the model gave.
+        key_states, value_states = key_states.view_as(key_states), value_states.view_as(value_states)
+        key_states.kvd_layer = value_states.kvd_layer = self
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
+        return self.cache.seen + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.seen
+        return self.cache.seen
 
     def get_max_length(self) -> int:
         return -1
@@ -123,8 +122,13 @@ class KvdCache(Cache):
         self._direct: Optional[Direct] = None
         self._direct_terms: dict[str, Any] = {}
         self._on_gpu = client.on_gpu
-        for layer in self.layers:  # rows of different lengths count as padded on the left
-            layer.seen = max((s.length for s in self.sequences), default=0)
+        self._geometry = checks.Geometry(len(client.layers), client.q_heads, client.kv_heads, client.head_dim)
+        self.seen = max((s.length for s in self.sequences), default=0)
+        # [batch, seen]: which positions of a row are tokens, not padding.
+        self._held = torch.arange(self.seen)[None] >= torch.tensor([self.seen - s.length for s in self.sequences])[:, None].long()
+        self._made = not self.sequences
+        self._next = 0  # the layer that comes next
+        self._masks: dict[int, tuple[Any, torch.Tensor, int]] = {}  # of this step, by the id of the mask
 
     def _share(self, device: torch.device, dtype: torch.dtype, *shape: int) -> _Shared:
         if device.type == "cuda" and self._on_gpu:
@@ -149,27 +153,95 @@ class KvdCache(Cache):
                 (torch.bfloat16, c.kv_heads, c.head_dim[1]), (dtype, c.q_heads, c.head_dim[1])))
         return self._tensors[key]
 
-    def _valid(self, mask: Optional[torch.Tensor], batch: int, tokens: int) -> torch.Tensor:
-        """[batch, tokens]: which of the new tokens are not padding."""
-        if mask is None:
-            return torch.ones(batch, tokens, dtype=torch.bool)
-        valid = mask[:, -tokens:].bool().cpu()
-        if tokens > 1 and bool((valid[:, :-1] & ~valid[:, 1:]).any()):
+    # -- a step: every layer in turn ---------------------------------------------------------------
+
+    def _begin(self, index: int) -> None:
+        """A layer has new K and V."""
+        if any(x.waits for x in self.layers):
+            self._abandon()
+            raise RuntimeError("the model does not attend in kvd, or was interrupted: call kvd.transformers.use_kvd(model)")
+        if index == 0 and self._next:  # the last step was broken off
+            self._abandon()
+        if index != self._next:
+            expected = self._next
+            self._abandon()
+            raise ValueError(f"layer {index} comes where layer {expected} is expected: a KvdCache wants every layer once, in order")
+
+    @contextlib.contextmanager
+    def _step(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _abandon(self) -> None:
+        """Forgets what the step has brought to kvd."""
+        for layer in self.layers:
+            layer.waits = False
+        self._next = 0
+        self._masks.clear()
+        with contextlib.suppress(Error):  # what is wrong has been said, or is said by the next call
+            if self._direct:
+                self._direct.close()
+            self.client.enqueued()
+        self._direct = None
+        forget = self._made and self.seen == 0  # the next batch may be of another size
+        for s in self.sequences:
+            with contextlib.suppress(Error):
+                if forget:
+                    s.free()
+                else:
+                    s.truncate(s.length)
+        if forget:
+            self.sequences = []
+
+    def _new_tokens(self, mask: Optional[torch.Tensor], batch: int, tokens: int) -> tuple[torch.Tensor, int]:
+        """[batch, tokens]: which of the new tokens are not padding, and the window. What the mask says of older ones must be what
+        kvd holds."""
+        if id(mask) in self._masks:
+            return self._masks[id(mask)][1:]
+        shown, window, given = checks.padding_of(mask, tokens)
+        if tuple(shown.shape) != (batch, self.seen + tokens):
+            raise ValueError(f"the mask is for {shown.shape[0]} rows of {shown.shape[1]} tokens, and there are {batch} of "
+                             f"{self.seen + tokens}: {self.seen} in kvd and {tokens} new")
+        old, valid = shown[:, :self.seen], shown[:, self.seen:]
+        if not bool((old == self._held).all()):
+            raise ValueError("the mask hides tokens that kvd holds, or shows padding, which it does not hold" if given else
+                             "rows are padded: pass attention_mask")
+        if bool((valid[:, :-1] & ~valid[:, 1:]).any()):
             raise ValueError("padding after tokens: set tokenizer.padding_side = 'left'")
-        return valid
+        shown = torch.cat([self._held, valid], 1)
+        if window and bool((shown[:, :-1] & ~shown[:, 1:]).any()):
+            raise ValueError("padding between tokens, and a sliding window, which counts it: pad the first prompt only")
+        self._masks[id(mask)] = (mask, valid, window)  # keeps the mask: its id stays its own
+        return valid, window
 
     def _attend(self, layer: _Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Optional[torch.Tensor],
-                **attention: Any) -> torch.Tensor:
+                sliding_window: Optional[int], **attention: Any) -> torch.Tensor:
         batch, _, tokens, _ = q.shape
+        if self.sequences and len(self.sequences) != batch:
+            raise ValueError(f"the cache has {len(self.sequences)} sequences, the batch {batch}")
+        if not self.sequences:
+            self._held = torch.ones(batch, 0, dtype=torch.bool)
+        valid, window = self._new_tokens(mask, batch, tokens)
+        if sliding_window is not None and sliding_window != window:
+            raise ValueError(f"the layer has a sliding window of {sliding_window}, and its mask "
+                             f"{f'one of {window}' if window else 'none'}")
+        attention["window"] = window
         if not self.sequences:
             self.sequences = list(self.client.create_many(batch))
-        if len(self.sequences) != batch:
-            raise ValueError(f"the cache has {len(self.sequences)} sequences, the batch {batch}")
-        if tokens == 1 and self._max_tokens and (not q.is_cuda or self._on_gpu):
+        if tokens == 1 and self._max_tokens and bool(valid.all()) and (not q.is_cuda or self._on_gpu):
             o = self._attend_directly(layer.index, q, k, v, attention)
         else:
-            o = self._attend_by_call(layer.index, q, k, v, self._valid(mask, batch, tokens), attention)
+            o = self._attend_by_call(layer.index, q, k, v, valid, attention)
         layer.waits = False
+        self._next += 1
+        if self._next == len(self.layers):
+            self._next = 0
+            self.seen += tokens
+            self._held = torch.cat([self._held, valid], 1)
+            self._masks.clear()
         return o
 
     def _attend_by_call(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor,
@@ -255,6 +327,7 @@ class KvdCache(Cache):
         if rows == list(range(len(self.sequences))):
             return
         self._unbind()
+        self._held = self._held[rows]
         old, used = self.sequences, set()
         fresh = []
         for r in rows:
@@ -266,11 +339,18 @@ class KvdCache(Cache):
                 s.free()
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens of every row: -n removes n, as the caches of transformers have it."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): a negative number is wanted, of the tokens to remove")
+        n = min(-tokens_to_remove, self.seen)
+        if n == 0:
+            return
         self._unbind()
-        for s in self.sequences:
-            s.truncate(max(0, s.length - tokens_to_remove))
-        for layer in self.layers:
-            layer.seen = max(0, layer.seen - tokens_to_remove)
+        removed = self._held[:, self.seen - n:].sum(1).tolist()  # padding is not stored
+        for s, tokens in zip(self.sequences, removed):
+            s.truncate(s.length - tokens)
+        self.seen -= n
+        self._held = self._held[:, :self.seen]
 
     @property
     def batch_size(self) -> int:
@@ -283,8 +363,9 @@ class KvdCache(Cache):
             self._direct = None
         for s in self.sequences:
             s.free()
-        self.sequences = []
+        self.sequences, self.seen, self._next, self._made = [], 0, 0, True
+        self._masks.clear()
         for layer in self.layers:
-            layer.seen, layer.waits = 0, False
+            layer.waits = False
 
     free = reset

@@ -1,0 +1,310 @@
+"""Tiny random models of many families: attention in kvd agrees with the model's own eager attention, or is refused by name
+before anything runs.
+
+PyTorch is too heavy for every run: tests/transformers.sh makes an environment that has it and runs this.
+"""
+import importlib.util
+import os
+
+import pytest
+
+from conftest import BUILD, Daemon
+
+os.environ["KVD_LIBRARY"] = str(BUILD / "client/libkvd.so.0")
+MISSING = [n for n in ("torch", "transformers") if not importlib.util.find_spec(n)]
+if MISSING:
+    pytest.skip(f"packages are missing: {', '.join(MISSING)}; see tests/transformers.sh", allow_module_level=True)
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+import kvd as package  # noqa: E402
+from kvd.transformers import KvdCache, connect, use_kvd  # noqa: E402
+
+SIZES = dict(vocab_size=199, hidden_size=128, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=64, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+WINDOW, MIXED = dict(sliding_window=9), ["sliding_attention", "full_attention", "sliding_attention"]
+MOE = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_routed_experts=4, n_shared_experts=1,
+           n_group=1, topk_group=1, first_k_dense_replace=1)
+ALL = dict(num_key_value_heads=4)  # without groups
+GPT = dict(hidden_size=256, n_embd=256, n_layer=3, n_head=4, n_positions=256, n_inner=96)
+
+AGREE = {  # model_type: what else its config needs
+    "llama": {}, "llama, many heads": {"num_key_value_heads": 4}, "llama, one kv head": {"num_key_value_heads": 1},
+    "llama, head_dim 128": {"head_dim": 128}, "llama, yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
+    "qwen2": {"hidden_size": 256}, "qwen2, window": {"hidden_size": 256, "use_sliding_window": True, "max_window_layers": 1, **WINDOW},
+    "qwen2_moe": {"hidden_size": 256, **MOE, "use_sliding_window": True, "max_window_layers": 1, **WINDOW},
+    "qwen3": {}, "qwen3_moe": MOE, "mistral": WINDOW, "mistral, no window": {"sliding_window": None}, "mixtral": {**MOE, **WINDOW},
+    "ministral": {**WINDOW, "layer_types": MIXED}, "gemma": {}, "gemma2": {**WINDOW, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0},
+    "gemma3_text": {**WINDOW, "layer_types": MIXED, "query_pre_attn_scalar": 32}, "phi": {"hidden_size": 256, "partial_rotary_factor": 0.5},
+    "phi3": {"hidden_size": 256, **WINDOW}, "smollm3": {"no_rope_layers": [1, 0, 1]}, "granite": {"hidden_size": 256, "attention_multiplier": 0.3},
+    "granitemoe": {"hidden_size": 256, **MOE}, "olmo": {"hidden_size": 256}, "olmo2": {"hidden_size": 256},
+    "olmo3": {"hidden_size": 256, **WINDOW, "layer_types": MIXED}, "olmoe": {"hidden_size": 256, **MOE}, "cohere": {"hidden_size": 256},
+    "cohere2": {"hidden_size": 256, **WINDOW, "layer_types": MIXED}, "glm": {}, "glm4": {}, "glm4_moe": MOE,
+    "stablelm": {"hidden_size": 256, "partial_rotary_factor": 0.25}, "starcoder2": {"hidden_size": 256, **WINDOW}, "helium": {"hidden_size": 256}, "arcee": {},
+    "exaone4": {**WINDOW, "layer_types": MIXED}, "ernie4_5": {}, "hunyuan_v1_dense": {}, "seed_oss": {}, "nemotron": {"hidden_size": 256},
+    "dots1": {**MOE, **WINDOW, "layer_types": MIXED}, "apertus": {}, "phimoe": {"hidden_size": 256, **MOE, **WINDOW}, "persimmon": {"hidden_size": 256, **ALL},
+    "gpt2": {**GPT, **ALL}, "gpt_neox": {"hidden_size": 256, **ALL}, "biogpt": {"hidden_size": 256, **ALL},
+    "opt": {"hidden_size": 256, "ffn_dim": 96, "word_embed_proj_dim": 256, **ALL},
+    "lfm2": {"full_attn_idxs": [0, 1, 2], "layer_types": ["full_attention"] * 3}, "bitnet": {"hidden_size": 256}, "vaultgemma": {**WINDOW, "layer_types": MIXED},
+}
+REFUSED = {  # model_type: what else its config needs, and what the refusal says
+    "gpt_oss": ({**MOE, **WINDOW}, "s_aux|sinks"), "llama4_text": ({**MOE, "attention_chunk_size": 8}, "chunked"),
+    "bloom": ({"n_layer": 3, "n_head": 4, "hidden_size": 256}, "interface"), "mpt": ({"d_model": 256, "n_heads": 4, "n_layers": 3}, "interface|ALiBi"),
+    "falcon": ({"hidden_size": 256, "alibi": True, "head_dim": None}, "ALiBi"), "t5": ({}, "encoder-decoder"), "bart": ({"d_model": 256}, "encoder-decoder"),
+    "mamba": ({}, "linear_attention"), "jamba": ({**MOE, "attn_layer_period": 2, "attn_layer_offset": 1}, "linear_attention|interface"),
+    "deepseek_v3": ({**MOE, "kv_lora_rank": 32}, "MLA"), "gemma3n_text": ({"num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 3}, "share"),
+    "qwen3_next": (MOE, "linear_attention"), "gpt2, cross": ({**GPT, "add_cross_attention": True}, "cross-attention"),
+    "gemma3_text, both ways": ({**WINDOW, "use_bidirectional_attention": True}, "bidirectional"),
+    "gpt2, inverse": ({**GPT, "scale_attn_by_inverse_layer_idx": True}, "scale"), "lfm2, conv": ({"layer_types": ["conv", "full_attention", "conv"]}, "conv"),
+    "granite_swa": ({**WINDOW}, "sinks|s_aux"), "mimo_v2_flash": ({**MOE, **WINDOW}, "."), "doge": ({}, "a mask of its own"),
+}
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory):
+    d = Daemon(tmp_path_factory.mktemp("kvd"))
+    yield d
+    assert d.stop() == 0
+
+
+def make(name, **more):
+    kind = name.split(",")[0]
+    config = transformers.AutoConfig.for_model(kind, **{k: v for k, v in {**SIZES, **more}.items() if (k, v) != ("head_dim", None)})
+    torch.manual_seed(3)
+    auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    model = auto.from_config(config, attn_implementation="eager").eval()
+    for p in model.parameters():  # what is initialized to nothing would hide what it does
+        if p.ndim >= 1 and float(p.detach().float().std() if p.numel() > 1 else 0) < 0.1:
+            p.data.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+class Rounded(transformers.DynamicCache):
+    """The stock cache with K and V in bf16, as kvd stores them."""
+
+    def update(self, k, v, *args, **kwargs):
+        k, v = (x.to(torch.bfloat16).to(x.dtype) for x in (k, v))
+        return super().update(k, v, *args, **kwargs)
+
+
+def run(model, cache, ids, mask, steps):
+    """Logits of a padded prompt and of some tokens after it, one at a time."""
+    out, prompt = [], ids.shape[1] - steps
+    with torch.no_grad():
+        for begin, end in [(0, prompt)] + [(prompt + i, prompt + i + 1) for i in range(steps)]:
+            positions = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, begin:]
+            args = {"position_ids": positions} if "position_ids" in model.forward.__code__.co_varnames else {}
+            out.append(model(input_ids=ids[:, begin:end], attention_mask=mask[:, :end], cache=cache, use_cache=True, **args).logits)
+    return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("name", AGREE)
+def test_agrees_with_eager(daemon, name):
+    model = make(name, **AGREE[name])
+    ids = torch.randint(3, 190, (3, 32), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    mask[1, :7], mask[2, :15] = 0, 0
+    ids = ids * mask
+    want = run(model, Rounded(config=model.config), ids, mask, 8)
+    use_kvd(model)
+    with connect(model.config, address=daemon.address, codec="bf16") as client:
+        for options in ({}, {"direct": True, "max_tokens": 64}):
+            try:
+                got = run(model, KvdCache(client, **options), ids, mask, 8)
+            except ValueError as e:
+                assert options and "direct mode wants the same" in str(e)
+                continue
+            error = float(((got - want).norm(dim=2) / want.norm(dim=2))[mask.bool()].max())
+            assert error < 5e-3, (name, options, error)
+    assert float(want.std()) > 0.1  # the model says something
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(daemon, name):
+    more, why = REFUSED[name]
+    model = make(name, **more)
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match=f"kvd cannot serve.*({why})"):
+        use_kvd(model)
+    assert model.config._attn_implementation == before
+
+
+# -- calls: a tiny Llama, with a sliding window or without ---------------------------------------------------------------
+
+
+class Pair:
+    """A stock model and the same in kvd."""
+
+    def __init__(self, daemon, name="llama", **more):
+        self.stock, self.model = make(name, **more), make(name, **more)
+        use_kvd(self.model)
+        self.client = connect(self.model.config, address=daemon.address, codec="bf16")
+
+    def stock_cache(self):
+        return Rounded(config=self.stock.config)
+
+
+@pytest.fixture(scope="module")
+def llama(daemon):
+    pair = Pair(daemon)
+    yield pair
+    pair.client.close()
+
+
+@pytest.fixture(scope="module")
+def mistral(daemon):
+    pair = Pair(daemon, "mistral", **WINDOW)
+    yield pair
+    pair.client.close()
+
+
+def tokens(rows, n, seed=7):
+    return torch.randint(3, 190, (rows, n), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model, cache, ids, mask=None, **more):
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask, cache=cache, **more).logits
+
+
+def close(a, b, valid=None):
+    error = (a - b).norm(dim=2) / b.norm(dim=2)
+    return float((error if valid is None else error[valid]).max()) < 5e-3
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_crop(kind, request):
+    """crop(-n) removes n tokens of every row; what is said then is what the stock cache says."""
+    pair = request.getfixturevalue(kind)
+    ids, mask = tokens(2, 24), torch.ones(2, 24, dtype=torch.long)
+    mask[1, :5] = 0
+    cache, stock = KvdCache(pair.client), pair.stock_cache()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits(pair.model, cache, ids, mask, position_ids=positions)
+    cache.crop(0)
+    assert cache.get_seq_length() == 24
+    with pytest.raises(ValueError, match=r"crop\(3\): a negative number"):
+        cache.crop(3)
+    cache.crop(-6)
+    assert cache.get_seq_length() == 18 and [s.describe().length for s in cache.sequences] == [18, 13]
+    logits(pair.stock, stock, ids[:, :18], mask[:, :18], position_ids=positions[:, :18])
+    more, ones = tokens(2, 4, 8), torch.ones(2, 4, dtype=torch.long)
+    mask = torch.cat([mask[:, :18], ones], 1)
+    args = {"position_ids": (mask.cumsum(1) - 1)[:, 18:]}
+    assert close(logits(pair.model, cache, more, mask, **args), logits(pair.stock, stock, more, mask, **args))
+    cache.crop(-100)
+    assert cache.get_seq_length() == 0 and [s.describe().length for s in cache.sequences] == [0, 0]
+    cache.free()
+
+
+@pytest.mark.parametrize("how", ["prompt lookup", "assistant"])
+@pytest.mark.parametrize("direct", [False, True])
+def test_assisted_decoding(llama, how, direct):
+    """Candidates that are not accepted are cropped: the text is that of plain decoding."""
+    ids = tokens(1, 12).repeat(1, 3)
+    plain = llama.stock.generate(ids, max_new_tokens=24, do_sample=False, cache=llama.stock_cache())
+    assistant = {"prompt_lookup_num_tokens": 4} if how == "prompt lookup" else {"assistant_model": make("llama", num_hidden_layers=1)}
+    cache = KvdCache(llama.client, **({"direct": True, "max_tokens": 100} if direct else {}))
+    got = llama.model.generate(ids, max_new_tokens=24, do_sample=False, cache=cache, **assistant)
+    assert got.tolist() == plain.tolist()
+    cache.free()
+
+
+def four(mask, t):
+    """A 4D mask of zeros and the smallest float: causal and padding."""
+    n = mask.shape[1]
+    at = torch.arange(n)
+    seen = mask[:, None, None].bool() & (at <= at[n - t:, None])
+    return torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+
+
+def test_4d_masks(llama, mistral):
+    ids, mask = tokens(2, 10), torch.ones(2, 10, dtype=torch.long)
+    mask[1, :3] = 0
+    args = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    for right in (four(mask, 10), four(mask, 10) == 0):
+        cache = KvdCache(llama.client)
+        want = logits(llama.stock, llama.stock_cache(), ids, mask, **args)
+        assert close(logits(llama.model, cache, ids, right, **args), want, mask.bool())
+        cache.free()
+    hidden, both_ways, bias = four(mask, 10), four(mask, 10), four(mask, 10)
+    hidden[0, 0, 7, 2] = torch.finfo(torch.float32).min
+    both_ways[0, 0, 3, 5] = 0
+    bias[0, 0, 7, 2] = -0.5
+    cache = KvdCache(llama.client)
+    for wrong in (hidden, both_ways, bias, four(mask, 10)[:, :, 1:], four(mask, 10)[:1], torch.zeros(2, 1, 10, 10)):
+        with pytest.raises(ValueError, match="4D mask|the mask is for 1 rows"):
+            logits(llama.model, cache, ids, wrong, **args)
+    with pytest.raises(ValueError, match="sliding window"):
+        logits(mistral.model, KvdCache(mistral.client), ids, four(mask, 10), **args)
+    assert cache.sequences == [] and cache.get_seq_length() == 0
+
+
+def test_masks_must_be_what_kvd_holds(llama, mistral):
+    ids, mask = tokens(2, 10), torch.ones(2, 10, dtype=torch.long)
+    mask[1, :3] = 0
+    cache, stock = KvdCache(llama.client), llama.stock_cache()
+    for model, c in ((llama.model, cache), (llama.stock, stock)):
+        logits(model, c, ids, mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    more, wider = tokens(2, 4, 9), torch.cat([mask, torch.ones(2, 4, dtype=torch.long)], 1)
+    hides, shows, right_padded = wider.clone(), wider.clone(), wider.clone()
+    hides[0, 4], shows[1, 1], right_padded[0, 13] = 0, 1, 0
+    for wrong, text in ((hides, "hides tokens"), (shows, "shows padding"), (None, "rows are padded"), (wider[:, :12], "the mask is for"),
+                        (wider[:, 4:], "the mask is for"), (right_padded, "padding_side")):
+        with pytest.raises(ValueError, match=text):
+            logits(llama.model, cache, more, wrong)
+        assert [s.length for s in cache.sequences] == [s.describe().length for s in cache.sequences] == [10, 7]
+    between = wider.clone()
+    between[1, 10:12] = 0  # a shorter second prompt
+    args = {"position_ids": (between.cumsum(1) - 1)[:, 10:]}
+    assert close(logits(llama.model, cache, more, between, **args), logits(llama.stock, stock, more, between, **args), between[:, 10:].bool())
+    cache.free()
+    cache = KvdCache(mistral.client)
+    logits(mistral.model, cache, ids, mask)
+    with pytest.raises(ValueError, match="padding between tokens, and a sliding window"):
+        logits(mistral.model, cache, more, between)
+    cache.free()
+
+
+def test_what_a_call_may_not_ask(llama, mistral):
+    ids = tokens(1, 6)
+    cache = KvdCache(llama.client)
+    for more, text in (({"position_bias": torch.zeros(1)}, "'position_bias'"), ({"s_aux": torch.zeros(4)}, "'s_aux'"),
+                       ({"softcap": -1.0}, "softcap"), ({"is_causal": False}, "causal"), ({"sliding_window": 3}, "sliding window of 3"),
+                       ({"cu_seq_lens_q": torch.tensor([0, 6])}, "'cu_seq_lens_q'")):
+        with pytest.raises(ValueError, match=text):
+            logits(llama.model, cache, ids, **more)
+    for layer in llama.model.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(ValueError, match="causal"):
+        logits(llama.model, cache, ids)
+    for layer in llama.model.model.layers:
+        layer.self_attn.is_causal = True
+    with pytest.raises(ValueError, match=r"k of LlamaAttention|q of LlamaAttention|every layer once"):
+        logits(llama.model, KvdCache(package.Client(layers=range(3), q_heads=4, kv_heads=2, head_dim=128, address=llama.client.address,
+                                                    codec="bf16")), ids)
+    assert close(logits(llama.model, cache, ids), logits(llama.stock, llama.stock_cache(), ids))
+    cache.free()
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_step_that_was_broken_off(llama, direct):
+    """An error in a later layer: kvd forgets the step, and the same call works afterwards."""
+    ids, stock = tokens(2, 9), llama.stock_cache()
+    want = [logits(llama.stock, stock, ids), logits(llama.stock, stock, ids[:, :1])]
+    cache = KvdCache(llama.client, **({"direct": True, "max_tokens": 50} if direct else {}))
+
+    def fail(*args):
+        raise MemoryError("as PyTorch says")
+
+    for part, right in ((ids, want[0]), (ids[:, :1], want[1])):
+        before = [s.length for s in cache.sequences]
+        hook = llama.model.model.layers[1].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            logits(llama.model, cache, part)
+        hook.remove()
+        assert [s.length for s in cache.sequences] in (before, [0, 0])
+        assert close(logits(llama.model, cache, part), right)
+    cache.flush()
+    assert [s.length for s in cache.sequences] == [10, 10] and cache.get_seq_length() == 10
+    cache.free()
