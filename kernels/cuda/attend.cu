@@ -19,15 +19,19 @@ static uint32_t blocks_a_multiprocessor(const attend_params &p, bool small)
                                                        (int)p.dim_v, 4);
 }
 
+// Tiles that a warp may sum up by itself: products cut off their sums' last bits (they do not round), and
+// by 65,536 tokens 1e-4 of a sum is lost.
+constexpr uint32_t MOST_TILES = 1024;
+
 // Tiles of a part, so that all parts of equally long histories take the fewest tiles one after the
 // other: `slots` blocks run at a time, and the beginning and end of a block cost some tiles' time. More
-// than one wave of parts of less than 48 tiles does not pay.
-static uint32_t even_part(uint32_t units, uint64_t slots, uint32_t tiles)
+// than one wave of parts of less than 48 tiles does not pay. A part has `most` tiles at most.
+static uint32_t even_part(uint32_t units, uint64_t slots, uint32_t tiles, uint32_t most)
 {
     const uint32_t overhead = 12, least_part = 48;
     uint64_t least = UINT64_MAX;
-    uint32_t best = tiles;
-    for (uint32_t parts = 1; parts <= MAX_SPLITS && parts <= tiles; parts++) {
+    uint32_t best = most;
+    for (uint32_t parts = (tiles + most - 1) / most; parts <= MAX_SPLITS && parts <= tiles; parts++) {
         uint64_t waves = ((uint64_t)units * parts + slots - 1) / slots;
         uint32_t part = (tiles + parts - 1) / parts;
         if (parts > 1 && waves > 1 && part < least_part)
@@ -61,15 +65,16 @@ extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t 
     uint64_t part = (tiles + slots - 1) / slots, least = p->warps * 2;
     // Ragged lengths even out when parts are smaller, but not much smaller than what one costs.
     if ((uint64_t)history_max * p->sequences > history_sum + history_sum / 4)
-        part = std::min<uint64_t>(part / 3, std::max<uint64_t>(part / 8, 96));
+        part = std::min<uint64_t>({part / 3, std::max<uint64_t>(part / 8, 96), MOST_TILES * p->warps});
     else if (tiles_max)
-        part = even_part(units, slots, tiles_max);
+        part = even_part(units, slots, tiles_max, MOST_TILES * p->warps);
     p->part_tiles = (uint32_t)(part > least ? part : least);
     uint32_t splits = (tiles_max + p->part_tiles / 2) / p->part_tiles;
     p->splits = splits > MAX_SPLITS ? MAX_SPLITS : splits == 0 && tiles_max ? 1 : splits;
     uint32_t window = plain ? window_max + history_max : window_max, chunks = (window + 15) / 16;
     uint32_t want = multiprocessors * 4 / units, most = (chunks + 15) / 16;
     want = want > 1 ? want : 1;
+    want = std::max(want, chunks / (4 * MOST_TILES * p->warps));
     p->window_splits = want < most ? want : most;
     if (p->window_splits > MAX_WINDOW_SPLITS)
         p->window_splits = MAX_WINDOW_SPLITS;

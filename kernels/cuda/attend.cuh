@@ -233,6 +233,8 @@ template <int NT, int DK, int WARPS> struct queries {
                 top = __hmax2(top, __habs2(*(__nv_bfloat162 *)&q[n][i]));
         }
         float mine = fmaxf(__low2float(top), __high2float(top));
+        if (__float_as_uint(mine) >= 0x7f800000) // a row that is not finite must not touch others
+            mine = 0;
         float divisor = magnitude(__uint_as_float(__reduce_max_sync(~0u, __float_as_uint(mine))));
         float factor = __fdividef(sign * inverse_power(divisor), scale);
 #pragma unroll
@@ -325,6 +327,14 @@ __device__ inline void mask_scores(const logit_terms<NT> &x, const tile_place &a
         }
 }
 
+// Whether a chunk's values are summed upside down, as max - scale * (3 - code) instead of min + scale * code.
+// Codes are not negative: their sums, and those of minima, would grow with the tokens until what is left when they
+// cancel is rounding. Those of two chunks of a tile have one sign, of the other two the other. Levels are symmetric.
+__host__ __device__ constexpr bool upside_down(int codec, int chunk)
+{
+    return !has_levels(codec) && (chunk == 1 || chunk == 2);
+}
+
 // Probabilities of a chunk, and their product with its values.
 template <bool MASKED, int NT, int DK, int DV, int CODEC, int C>
 __device__ inline void add_values(const uint8_t *tile_at, uint32_t codec, const tile_place &at, float unit,
@@ -334,6 +344,11 @@ __device__ inline void add_values(const uint8_t *tile_at, uint32_t codec, const 
     w.load(tile_at + tile<DK, DV, CODEC>::V_CODES, C);
     float2 p0, p1;
     load_params<CODEC>(tile_at + tile<DK, DV, CODEC>::v_params(codec), codec, C, p0, p1);
+    constexpr bool FLIPPED = upside_down(CODEC, C);
+    if (FLIPPED) {
+        p0 = make_float2(-p0.x, fmaf(3, p0.x, p0.y));
+        p1 = make_float2(-p1.x, fmaf(3, p1.x, p1.y));
+    }
     if (MASKED) { // what was never written may be anything
         int left = at.count - (int)threadIdx.x % 32 / 4;
         if (C * 16 >= left)
@@ -360,7 +375,7 @@ __device__ inline void add_values(const uint8_t *tile_at, uint32_t codec, const 
     }
     static_for<DV / 16>([&](auto ct) {
         uint32_t a[4];
-        w.template operand<C, ct>(a);
+        w.template operand<C, ct, FLIPPED>(a);
 #pragma unroll
         for (int n = 0; n < NT; n++)
             mma(st.o[n][ct], a, b[n][0], b[n][1]);
@@ -542,7 +557,7 @@ __device__ inline void attend_bf16_chunk(const attend_call &p, const row_block &
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             uint32_t pos = e < 2 ? pos0 : pos1, index = e < 2 ? i0 : i1;
-            s[n][e] *= x.sign;
+            s[n][e] = fmaf(s[n][e], 0, s[n][e] * x.sign); // an infinite one is not a number
             if (x.softcap > 0)
                 s[n][e] = x.softcap / x.unit * tanhf(s[n][e] * x.unit / x.softcap);
             if (index >= w.count || pos < x.seen[n][e % 2] || pos > x.last[n][e % 2])

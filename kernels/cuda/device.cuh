@@ -191,15 +191,15 @@ template <int N, int I = 0, typename F> __device__ __forceinline__ void static_f
     }
 }
 
-// The matrix in a slot of a lane's four words, as A operand.
-template <int SLOT> __device__ inline void operand(const uint4 &w, uint32_t a[4])
+// The matrix in a slot of a lane's four words, as A operand; of 3 - code if FLIPPED.
+template <int SLOT, bool FLIPPED = false> __device__ inline void operand(const uint4 &w, uint32_t a[4])
 {
-    constexpr uint32_t mask = 0x00030003u << (2 * (SLOT % 4));
+    constexpr uint32_t mask = 0x00030003u << (2 * (SLOT % 4)), flip = FLIPPED ? ~0u : 0;
     constexpr int shift = SLOT < 4 ? 0 : 8;
-    a[0] = w.x >> shift & mask;
-    a[1] = w.y >> shift & mask;
-    a[2] = w.z >> shift & mask;
-    a[3] = w.w >> shift & mask;
+    a[0] = (w.x >> shift ^ flip) & mask;
+    a[1] = (w.y >> shift ^ flip) & mask;
+    a[2] = (w.z >> shift ^ flip) & mask;
+    a[3] = (w.w >> shift ^ flip) & mask;
 }
 
 // Two levels as fp16, from codes at bit SHIFT and 16 + SHIFT of a word of the plane of two bits, and at
@@ -258,11 +258,11 @@ template <int D, int CODEC> struct code_words {
             more[0] = words(codes + 16 * D, c * D / 256);
     }
 
-    template <int C, int CT> __device__ inline void operand(uint32_t a[4]) const
+    template <int C, int CT, bool FLIPPED = false> __device__ inline void operand(uint32_t a[4]) const
     {
         constexpr int SLOT = D == 64 ? C % 2 * 4 + CT : CT % 8;
         if constexpr (!has_levels(CODEC)) {
-            kvd::operand<SLOT>(unit[CT / 8], a);
+            kvd::operand<SLOT, FLIPPED>(unit[CT / 8], a);
         } else {
             constexpr int MORE = BITS == 4 ? 2 * SLOT : C * (D / 16) % 16 + CT;
 #pragma unroll

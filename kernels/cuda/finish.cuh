@@ -470,7 +470,7 @@ __device__ inline void finish_rows(const attend_call &p, const row_block &b, con
     constexpr int WARPS = M::COUNT;
     const M &mem = back.m;
     int warp = threadIdx.x / 32;
-    float inverse = t.l > 0 ? __fdividef(1, t.l) : 0, scaled = __fdividef(inverse, back.scale);
+    float inverse = t.l == 0 ? 0 : __fdividef(1, t.l), scaled = __fdividef(inverse, back.scale);
     if (p.lse && threadIdx.x < rows)
         p.lse[row_index(p, b, b.row0 + threadIdx.x)] = (t.m + log2f(t.l)) / LOG2E;
     __syncthreads(); // sums of values have been read

@@ -5,7 +5,8 @@
 #include <unistd.h>
 
 #include "kernels/cuda/cuda.h"
-#include "tests/unit/kernel_truth.h"
+#include "tests/unit/kernel_long.h"
+#include "tests/unit/kernel_nonfinite.h"
 
 static struct kvd_backend *cuda, *cpu;
 static int passed, failed;
@@ -159,6 +160,81 @@ static void accuracy(uint64_t seed)
     printf("100 decode problems, f32 q and o: worst relative L2 %.2e (of a row %.2e), worst "
            "log-sum-exp %.2e\n",
            worst_error, worst_row, worst_lse);
+}
+
+// A long sequence, `copies` times in one call. Returns the error.
+static double check_long(uint32_t codec, uint32_t dim, uint64_t tokens, struct attention a,
+                         uint32_t copies, uint64_t seed)
+{
+    struct long_seq s;
+    long_init(&s, codec, 6, dim, tokens, seed);
+    struct long_truth *x = long_truth(&s, a);
+    uint8_t *pages;
+    need(cudaMalloc((void **)&pages, s.bytes), "pages");
+    need(cudaMemcpy(pages, s.pages, s.bytes, cudaMemcpyHostToDevice), "pages");
+    for (uint64_t i = 0; i < s.n_pages; i++)
+        s.table[i] = (uint64_t)(uintptr_t)pages + i * kvd_page_bytes(&s.g, codec);
+    struct kvd_rotation_data none = {.n_layers = 1, .heads = 1, .dim_k = dim, .dim_v = dim};
+    struct kvd_rotation *rot = cuda->ops->rotation_new(cuda, &none, NULL);
+    struct attention_errors e =
+        long_error(&s, x, cuda, codec == KVD_CODEC_BF16 ? NULL : rot, copies);
+    char name[200];
+    snprintf(
+        name, sizeof(name),
+        "long: codec %u dim %u, %u x %llu tokens, q %u window %u cap %g: error %.2e (worst row "
+        "%.2e), lse %.2e",
+        codec, dim, copies, (unsigned long long)tokens, a.q_len, a.window, (double)a.softcap,
+        e.overall, e.worst, e.lse);
+    printf("%s\n", name);
+    result(e.overall < 1e-3 && e.lse < 1e-3, name);
+    cuda->ops->rotation_free(cuda, &rot);
+    cudaFree(pages);
+    free(x);
+    long_deinit(&s);
+    return e.overall;
+}
+
+// What rounding does to a sum must not grow with its tokens, neither where a sequence is cut into
+// parts nor where there are so many that it is not.
+static void long_sequences(uint64_t seed)
+{
+    for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++)
+        for (uint32_t copies = 1; copies <= 272; copies += 271) {
+            struct attention a = {.q_len = 1};
+            double small = check_long(codec, 64, 32768, a, copies, seed);
+            double large = check_long(codec, 64, copies > 1 ? 300000 : 2000000, a, copies, seed);
+            result(large < fmax(1.25 * small, 6e-4), "errors do not grow with the length");
+        }
+    const uint32_t codecs[] = {KVD_CODEC_INT2, KVD_CODEC_INT2C, KVD_CODEC_INT2_LM};
+    for (size_t i = 0; i < KVD_LEN(codecs); i++) {
+        check_long(codecs[i], 64, 1200000, (struct attention){.q_len = 1}, 1, seed);
+        check_long(codecs[i], 64, 1200000, (struct attention){.q_len = 3}, 2, seed);
+        check_long(codecs[i], 128, 1200000, (struct attention){.q_len = 1}, 2, seed);
+    }
+    check_long(KVD_CODEC_INT2, 64, 1200000,
+               (struct attention){.q_len = 2, .window = 1000001, .softcap = 30}, 1, seed);
+    check_long(KVD_CODEC_INT2, 256, 1200000, (struct attention){.q_len = 1}, 1, seed);
+    check_long(KVD_CODEC_INT2, 64, 2000000, (struct attention){.q_len = 1}, 272, seed);
+    check_long(KVD_CODEC_INT2_LM, 64, 2000000, (struct attention){.q_len = 1}, 272, seed);
+}
+
+// Queries that are not finite.
+static void nonfinite(uint64_t seed)
+{
+    for (size_t i = 0; i < KVD_LEN(nonfinite_cases); i++) {
+        const struct nonfinite_case *c = &nonfinite_cases[i];
+        struct kseq s;
+        kseq_init(&s, nonfinite_geometry(c), c->length + 64, 1, 0.96f, 0.92f, seed + i);
+        kseq_fill(&s);
+        to_device(&s);
+        struct kvd_rotation *rot = grow(&s, cuda, c->length, seed);
+        int row = nonfinite_check(&s, c, cuda, c->codec == KVD_CODEC_BF16 ? NULL : rot);
+        char name[100];
+        snprintf(name, sizeof(name), "queries that are not finite, case %zu: row %d", i, row);
+        result(row < 0, name);
+        cuda->ops->rotation_free(cuda, &rot);
+        deinit(&s);
+    }
 }
 
 // A ragged batch in one call gives what single calls give.
@@ -693,6 +769,7 @@ int main(int argc, char **argv)
     for (int i = 0; i < 6; i++)
         rotating(dims[i % 3], (uint32_t)i % 3, i > 2, seed + i);
     shapes(seed, quick);
+    nonfinite(seed);
     ragged(seed, KVD_CODEC_INT2, 4, 128);
     ragged(seed, KVD_CODEC_INT2C, 12, 128);
     chain(1, 3000, KVD_CODEC_INT2, seed);
@@ -710,6 +787,7 @@ int main(int argc, char **argv)
         ragged(seed, KVD_CODEC_INT2, 3, 256);
         for (uint32_t codec = KVD_CODEC_INT2_LM; codec < KVD_CODEC_COUNT; codec++)
             ragged(seed, codec, 5, 128);
+        long_sequences(seed);
         groups_and_dims(seed);
         accuracy(seed);
     }

@@ -2,6 +2,7 @@
 #include "tests/unit/suite.h"
 
 #include "tests/unit/kernel_long.h"
+#include "tests/unit/kernel_nonfinite.h"
 
 static const char *const isas[] = {"scalar", "avx2", "avx512"};
 
@@ -326,6 +327,59 @@ START_TEST(nonfinite_values_are_found)
 }
 END_TEST
 
+START_TEST(queries_that_are_not_finite_give_nan_alone)
+{
+    uint64_t seed = kvd_test_seed("nonfinite");
+    for (size_t i = 0; i < KVD_LEN(isas); i++)
+        for (size_t j = 0; j < KVD_LEN(nonfinite_cases); j++) {
+            const struct nonfinite_case *c = &nonfinite_cases[j];
+            struct kvd_backend *b = backend(isas[i], 1 + j % 2);
+            if (!b)
+                continue;
+            struct kseq s;
+            kseq_init(&s, nonfinite_geometry(c), c->length, 1, 0.96f, 0.92f, seed + j);
+            kseq_fill(&s);
+            struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
+            kseq_append(&s, b, rot, c->length);
+            int row = nonfinite_check(&s, c, b, rot);
+            ck_assert_msg(row < 0, "%s case %zu: row %d", isas[i], j, row);
+            b->ops->rotation_free(b, &rot);
+            kseq_deinit(&s);
+            kvd_backend_free(&b);
+        }
+}
+END_TEST
+
+// Logits beyond fp32, of finite queries and keys: NaN too, never a result that looks like one.
+START_TEST(logits_that_overflow_give_nan)
+{
+    for (size_t i = 0; i < KVD_LEN(isas); i++)
+        for (int negative = 0; negative < 2; negative++) {
+            struct nonfinite_case c = {KVD_CODEC_BF16, 3, 1, KVD_DTYPE_F32, negative ? 0 : 5};
+            struct kvd_backend *b = backend(isas[i], 1);
+            if (!b)
+                continue;
+            struct kseq s;
+            kseq_init(&s, nonfinite_geometry(&c), c.length, 0, 1, 1, 3);
+            kseq_fill(&s);
+            for (uint32_t t = 0; t < c.length; t++) // of kv head 0, channel 0
+                s.k[(uint64_t)t * NONFINITE_KV * NONFINITE_DIM] = negative ? 0xff00 : 0x7f00;
+            struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
+            kseq_append(&s, b, rot, c.length);
+            float q[8 * NONFINITE_DIM] = {0}, o[8 * NONFINITE_DIM], lse[8];
+            q[NONFINITE_DIM] = 1e10f; // of q head 1
+            nonfinite_attend(&s, &c, b, rot, q, o, lse);
+            for (uint32_t h = 0; h < 8; h++)
+                ck_assert_msg((isnan(lse[h]) != 0) == (h == 1) &&
+                                  (isnan(o[h * NONFINITE_DIM + 7]) != 0) == (h == 1),
+                              "%s head %u: lse %g", isas[i], h, (double)lse[h]);
+            b->ops->rotation_free(b, &rot);
+            kseq_deinit(&s);
+            kvd_backend_free(&b);
+        }
+}
+END_TEST
+
 START_TEST(half_precision)
 {
     for (uint32_t h = 0; h < 65536; h++) {
@@ -352,4 +406,5 @@ KVD_MAIN("kernels", 300, avx2_is_among_those_tested, avx512_is_among_those_teste
          codes_match_a_float64_derivation, attention_matches_float64,
          precision_does_not_fall_with_length, every_group_and_dim,
          instruction_sets_write_the_same_pages, read_returns_what_pages_hold,
-         rotation_is_undone_by_its_inverse, nonfinite_values_are_found, half_precision)
+         rotation_is_undone_by_its_inverse, nonfinite_values_are_found,
+         queries_that_are_not_finite_give_nan_alone, logits_that_overflow_give_nan, half_precision)
