@@ -27,6 +27,7 @@ struct parser {
     struct kvd_pickle_value *stack[MAX_STACK]; // NULL is a mark
     uint32_t depth, values;
     struct kvd_pickle_value *memo[MAX_MEMO];
+    uint64_t memoized; // how many were put there
     struct kvd_error *err;
 };
 
@@ -59,6 +60,11 @@ static struct kvd_pickle_value *push(struct parser *s, enum kvd_pickle_kind kind
     s->values++;
     s->stack[s->depth++] = v;
     return v;
+}
+
+static bool is(const struct kvd_pickle_value *v, enum kvd_pickle_kind kind)
+{
+    return v && v->kind == kind;
 }
 
 static int push_number(struct parser *s, enum kvd_pickle_kind kind, int64_t number)
@@ -110,11 +116,39 @@ static int push_text(struct parser *s, size_t length_bytes)
     return KVD_OK;
 }
 
-// GLOBAL: two lines of text. Only spellings are compared; nothing is looked up.
+// The globals that are known; only spellings are compared, nothing is looked up. Those of storages
+// stand in the order of enum kvd_pickle_element.
+enum { STORAGES = 4 };
+static const char *const globals[] = {"torch FloatStorage",
+                                      "torch HalfStorage",
+                                      "torch BFloat16Storage",
+                                      "torch DoubleStorage",
+                                      "torch._utils _rebuild_tensor_v2",
+                                      "collections OrderedDict"};
+
+static int push_known(struct parser *s, char *name, size_t n)
+{
+    for (size_t i = 0; i < KVD_LEN(globals); i++) {
+        if (strcmp(name, globals[i]) != 0)
+            continue;
+        struct kvd_pickle_value *v = push(s, KVD_PICKLE_GLOBAL);
+        if (!v)
+            return bad(s, "too many values");
+        v->text = globals[i];
+        return KVD_OK;
+    }
+    char why[224];
+    for (size_t i = 0; i < n; i++)
+        if (name[i] < ' ' || name[i] > '~')
+            name[i] = '?';
+    snprintf(why, sizeof(why), "it names %.128s, which a rotation file has no use for; refused",
+             name);
+    return bad(s, why);
+}
+
+// GLOBAL: two lines of text.
 static int push_global(struct parser *s)
 {
-    static const char *const known[] = {"torch._utils _rebuild_tensor_v2", "torch FloatStorage",
-                                        "collections OrderedDict"};
     char name[128];
     size_t n = 0;
     for (int lines = 0; lines < 2;) {
@@ -125,21 +159,20 @@ static int push_global(struct parser *s)
         lines += *c == '\n';
     }
     name[n - 1] = '\0';
-    for (size_t i = 0; i < KVD_LEN(known); i++) {
-        if (strcmp(name, known[i]) != 0)
-            continue;
-        struct kvd_pickle_value *v = push(s, KVD_PICKLE_GLOBAL);
-        if (!v)
-            return bad(s, "too many values");
-        v->text = known[i];
-        return KVD_OK;
-    }
-    char why[192];
-    for (size_t i = 0; i < n - 1; i++)
-        if (name[i] < ' ' || name[i] > '~')
-            name[i] = '?';
-    snprintf(why, sizeof(why), "it names %s, which a rotation file has no use for; refused", name);
-    return bad(s, why);
+    return push_known(s, name, n - 1);
+}
+
+// STACK_GLOBAL: module and name are the two texts on top.
+static int push_stack_global(struct parser *s)
+{
+    char name[256];
+    if (s->depth < 2 || !is(s->stack[s->depth - 2], KVD_PICKLE_STR) ||
+        !is(s->stack[s->depth - 1], KVD_PICKLE_STR))
+        return bad(s, "STACK_GLOBAL without two texts");
+    s->depth -= 2;
+    snprintf(name, sizeof(name), "%.120s %.120s", s->stack[s->depth]->text,
+             s->stack[s->depth + 1]->text);
+    return push_known(s, name, strlen(name));
 }
 
 static int append_items(struct parser *s, struct kvd_pickle_value *to,
@@ -213,12 +246,24 @@ static int set_item(struct parser *s)
     return rc;
 }
 
-static bool is(const struct kvd_pickle_value *v, enum kvd_pickle_kind kind)
+// APPEND and APPENDS: the list under them is a tuple that grows.
+static int append_to_list(struct parser *s, bool several)
 {
-    return v && v->kind == kind;
+    uint32_t first = s->depth ? s->depth - 1 : 0, under = several ? 2 : 1;
+    if (several && find_mark(s, &first))
+        return KVD_E_CORRUPT;
+    if (first < under || first >= s->depth + several ||
+        !is(s->stack[first - under], KVD_PICKLE_TUPLE))
+        return bad(s, "APPEND without a list and a value");
+    for (uint32_t i = first; i < s->depth; i++)
+        if (!s->stack[i])
+            return bad(s, "a mark inside a list");
+    int rc = append_items(s, s->stack[first - under], &s->stack[first], s->depth - first);
+    s->depth = first - under + 1;
+    return rc;
 }
 
-// BINPERSID: ("storage", FloatStorage, key, location, numel) becomes a storage.
+// BINPERSID: ("storage", one of the storage globals, key, location, numel) becomes a storage.
 static int make_storage(struct parser *s)
 {
     struct kvd_pickle_value *t = s->depth ? s->stack[s->depth - 1] : NULL;
@@ -226,14 +271,18 @@ static int make_storage(struct parser *s)
         strcmp(t->items[0]->text, "storage") != 0 || !is(t->items[1], KVD_PICKLE_GLOBAL) ||
         !is(t->items[2], KVD_PICKLE_STR) || !is(t->items[4], KVD_PICKLE_INT))
         return bad(s, "a persistent id that is not a storage");
-    if (strcmp(t->items[1]->text, "torch FloatStorage") != 0)
-        return bad(s, "a storage that is not float32");
+    uint32_t element = 0;
+    while (element < STORAGES && t->items[1]->text != globals[element])
+        element++;
+    if (element == STORAGES)
+        return bad(s, "a storage of values that are not bf16, or floats of 16, 32 or 64 bits");
     s->depth--;
     struct kvd_pickle_value *v = push(s, KVD_PICKLE_STORAGE);
     if (!v)
         return bad(s, "too many values");
     v->text = t->items[2]->text;
     v->number = t->items[4]->number;
+    v->element = (enum kvd_pickle_element)element;
     return KVD_OK;
 }
 
@@ -281,11 +330,13 @@ static int reduce(struct parser *s)
     return rc;
 }
 
+// Under an index of so many bytes; of none (MEMOIZE): under the next one.
 static int memo_put(struct parser *s, size_t index_bytes)
 {
-    uint64_t i = 0;
-    if (little(s, index_bytes, &i))
+    uint64_t i = s->memoized;
+    if (index_bytes && little(s, index_bytes, &i))
         return KVD_E_CORRUPT;
+    s->memoized++;
     if (i >= MAX_MEMO || s->depth == 0 || !s->stack[s->depth - 1])
         return bad(s, "a memo index out of range");
     s->memo[i] = s->stack[s->depth - 1];
@@ -326,6 +377,29 @@ static int long_number(struct parser *s)
     return push_number(s, KVD_PICKLE_INT, (int64_t)u);
 }
 
+// BINFLOAT: a double, the most significant byte first.
+static int real_number(struct parser *s)
+{
+    const uint8_t *p = bytes(s, 8);
+    struct kvd_pickle_value *v = p ? push(s, KVD_PICKLE_FLOAT) : NULL;
+    if (!v)
+        return bad(s, p ? "too many values" : "truncated");
+    uint64_t bits = 0;
+    for (int i = 0; i < 8; i++)
+        bits = bits << 8 | p[i];
+    memcpy(&v->real, &bits, sizeof(bits));
+    return KVD_OK;
+}
+
+// FRAME: how long the following piece is. Only its presence is checked: nothing is read ahead.
+static int frame(struct parser *s)
+{
+    uint64_t n = 0;
+    if (little(s, 8, &n))
+        return KVD_E_CORRUPT;
+    return n <= s->len - s->at ? KVD_OK : bad(s, "a frame is longer than the file");
+}
+
 static int mark(struct parser *s)
 {
     if (s->depth == MAX_STACK)
@@ -341,11 +415,14 @@ static int step(struct parser *s, uint8_t op)
     switch (op) {
     case 0x80: // PROTO
         return little(s, 1, &version) ? KVD_E_CORRUPT
-               : version <= 3         ? KVD_OK
-                                      : bad(s, "pickle protocol above 3");
+               : version <= 5         ? KVD_OK
+                                      : bad(s, "pickle protocol above 5");
+    case 0x95:
+        return frame(s);
     case '}':
         return push(s, KVD_PICKLE_DICT) ? KVD_OK : bad(s, "too many values");
     case ')':
+    case ']': // a list
         return push(s, KVD_PICKLE_TUPLE) ? KVD_OK : bad(s, "too many values");
     case 'N':
         return push_number(s, KVD_PICKLE_NONE, 0);
@@ -360,10 +437,18 @@ static int step(struct parser *s, uint8_t op)
         return number(s, 4, true);
     case 0x8a:
         return long_number(s);
+    case 'G':
+        return real_number(s);
+    case 0x8c:
+        return push_text(s, 1);
     case 'X':
         return push_text(s, 4);
+    case 0x8d:
+        return push_text(s, 8);
     case 'c':
         return push_global(s);
+    case 0x93:
+        return push_stack_global(s);
     case '(':
         return mark(s);
     case 't':
@@ -372,6 +457,8 @@ static int step(struct parser *s, uint8_t op)
     case 0x86:
     case 0x87:
         return make_tuple(s, op - 0x84u, false);
+    case 0x94:
+        return memo_put(s, 0);
     case 'q':
         return memo_put(s, 1);
     case 'r':
@@ -380,6 +467,10 @@ static int step(struct parser *s, uint8_t op)
         return memo_get(s, 1);
     case 'j':
         return memo_get(s, 4);
+    case 'a':
+        return append_to_list(s, false);
+    case 'e':
+        return append_to_list(s, true);
     case 's':
         return set_item(s);
     case 'u':

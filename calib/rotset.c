@@ -215,6 +215,50 @@ static double deviation(const float *m, uint32_t dim)
     return worst;
 }
 
+// out = x (3 I - x^T x) / 2: one step of Newton's iteration towards the nearest orthogonal matrix,
+// which squares the distance from it. `gram` is room for x^T x.
+static void newton_step(const double *x, double *gram, double *out, uint32_t dim)
+{
+    memset(gram, 0, sizeof(*gram) * dim * dim);
+    for (uint32_t r = 0; r < dim; r++)
+        for (uint32_t i = 0; i < dim; i++)
+            for (uint32_t j = 0; j < dim; j++)
+                gram[i * dim + j] += x[r * dim + i] * x[r * dim + j];
+    for (uint32_t r = 0; r < dim; r++) {
+        double *to = out + (uint64_t)r * dim;
+        for (uint32_t j = 0; j < dim; j++)
+            to[j] = 1.5 * x[r * dim + j];
+        for (uint32_t i = 0; i < dim; i++)
+            for (uint32_t j = 0; j < dim; j++)
+                to[j] -= 0.5 * x[r * dim + i] * gram[i * dim + j];
+    }
+}
+
+int kvd_rotation_straighten(float *r, uint32_t dim, struct kvd_error *err)
+{
+    enum { STEPS = 3 }; // from 0.05, below the rounding of a double
+    uint64_t n = (uint64_t)dim * dim;
+    double far = deviation(r, dim);
+    if (!(far <= 0.05)) // NaN too
+        return kvd_fail(err, KVD_E_CORRUPT,
+                        "a rotation is not orthogonal: R R^T is %.3g away from the identity, and "
+                        "rounding to 16 bits explains at most 0.05",
+                        far);
+    double *work KVD_FREE = malloc(3 * n * sizeof(*work));
+    if (!work)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory for a rotation set");
+    double *x = work, *gram = work + n, *next = work + 2 * n;
+    for (uint64_t i = 0; i < n; i++)
+        x[i] = r[i];
+    for (int step = 0; step < STEPS; step++) {
+        newton_step(x, gram, next, dim);
+        memcpy(x, next, n * sizeof(*x));
+    }
+    for (uint64_t i = 0; i < n; i++)
+        r[i] = (float)x[i];
+    return KVD_OK;
+}
+
 static int check_side(const struct kvd_rotset *s, const char *side, const float *m,
                       const float *clip, const float *gain, uint32_t dim, double *worst,
                       struct kvd_error *err)

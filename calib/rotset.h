@@ -51,6 +51,11 @@ struct kvd_rotset *kvd_rotset_new(const char *name, const struct kvd_geometry *g
 // deviation. *worst (may be NULL) gets the largest deviation.
 int kvd_rotset_check(const struct kvd_rotset *set, double *worst, struct kvd_error *err);
 
+// Takes a matrix [dim][dim] that was orthogonal before its values were rounded to 16 bits to the
+// nearest orthogonal one, in place. KVD_E_CORRUPT when it is further from that than rounding
+// explains (max |R R^T - I| above 0.05).
+int kvd_rotation_straighten(float *r, uint32_t dim, struct kvd_error *err);
+
 // Whether the set serves a geometry; if so *out describes the geometry's layers. out->k etc. point
 // to new memory that the caller frees with kvd_rotation_data_deinit. KVD_E_PRECONDITION says what
 // does not match.

@@ -1,9 +1,12 @@
-// RotationZoo files: a zip written by torch.save (stored, not compressed), holding one pickle and
-// raw tensors.
+// RotationZoo files, and others of OSCAR's kind: a zip written by torch.save (stored, not
+// compressed), holding one pickle and raw tensors in floats of 16, 32 or 64 bits, or bf16.
 #include "calib/pickle.h"
 #include "calib/rotset.h"
 
 #include <zip.h>
+
+static const uint8_t element_bytes[] = {
+    [KVD_PICKLE_F32] = 4, [KVD_PICKLE_F16] = 2, [KVD_PICKLE_BF16] = 2, [KVD_PICKLE_F64] = 8};
 
 struct zoo {
     zip_t *zip;
@@ -18,6 +21,7 @@ struct side {
     const struct kvd_pickle_value *rotation[KVD_MAX_LAYERS];
     uint32_t n_layers, heads, dim;
     char objective[40];
+    bool rounded; // some tensor is stored in 16 bits
 };
 
 static void zoo_close(struct zoo *z)
@@ -146,6 +150,7 @@ static int add_layer(const struct zoo *z, struct side *s, uint16_t id,
         return kvd_fail(err, KVD_E_CORRUPT, "%s: layer %u appears twice", z->path, id);
     s->layers[at] = id;
     s->rotation[at] = r;
+    s->rounded |= element_bytes[r->storage->element] == 2;
     return KVD_OK;
 }
 
@@ -155,8 +160,9 @@ static int read_side(const struct zoo *z, struct side *s, struct kvd_error *err)
     const struct kvd_pickle_value *version = kvd_pickle_get(root, "format_version");
     const struct kvd_pickle_value *objective = kvd_pickle_get(root, "objective");
     const struct kvd_pickle_value *layers = kvd_pickle_get(root, "layers");
-    if (!version || version->kind != KVD_PICKLE_INT || version->number < 1 || version->number > 2)
-        return kvd_fail(err, KVD_E_CORRUPT, "%s: format_version is missing or not 1 or 2", z->path);
+    // Files from before there were versions have none, and the shape of version 1 or 2.
+    if (version && (version->kind != KVD_PICKLE_INT || version->number < 1 || version->number > 2))
+        return kvd_fail(err, KVD_E_CORRUPT, "%s: format_version is neither 1 nor 2", z->path);
     if (!layers || layers->kind != KVD_PICKLE_DICT || layers->n_items == 0)
         return kvd_fail(err, KVD_E_CORRUPT, "%s: there are no layers", z->path);
     if (objective && objective->kind == KVD_PICKLE_STR)
@@ -171,6 +177,28 @@ static int read_side(const struct zoo *z, struct side *s, struct kvd_error *err)
             return rc;
     }
     return KVD_OK;
+}
+
+static float element(const uint8_t *at, enum kvd_pickle_element kind)
+{
+    uint16_t half;
+    float single;
+    double real;
+    switch (kind) {
+    case KVD_PICKLE_F16:
+        memcpy(&half, at, sizeof(half));
+        return kvd_fp16_to_f32(half);
+    case KVD_PICKLE_BF16:
+        memcpy(&half, at, sizeof(half));
+        return kvd_bf16_to_f32(half);
+    case KVD_PICKLE_F64:
+        memcpy(&real, at, sizeof(real));
+        return (float)real;
+    case KVD_PICKLE_F32:
+        break;
+    }
+    memcpy(&single, at, sizeof(single));
+    return single;
 }
 
 // Copies a tensor, dense, into out. Offsets and strides are checked against the storage's real
@@ -188,7 +216,8 @@ static int copy_tensor(struct zoo *z, const struct kvd_pickle_value *t, float *o
     uint8_t *data KVD_FREE = read_entry(z, name, 256 << 20, &size, err);
     if (!data)
         return KVD_E_CORRUPT;
-    int64_t last = t->offset, n = (int64_t)(size / sizeof(float));
+    enum kvd_pickle_element kind = t->storage->element;
+    int64_t bytes = element_bytes[kind], last = t->offset, n = (int64_t)size / bytes;
     for (uint32_t i = 0; i < t->rank; i++)
         last += (t->shape[i] - 1) * t->stride[i]; // each product is below 2^62
     if (t->offset < 0 || last < 0 || last >= n || t->offset > n)
@@ -201,27 +230,53 @@ static int copy_tensor(struct zoo *z, const struct kvd_pickle_value *t, float *o
     for (int64_t h = 0; h < heads; h++)
         for (int64_t i = 0; i < dim; i++)
             for (int64_t j = 0; j < dim; j++)
-                memcpy(out++,
-                       data + 4 * (t->offset + h * head_stride + i * t->stride[r - 2] +
-                                   j * t->stride[r - 1]),
-                       4);
+                *out++ = element(data + bytes * (t->offset + h * head_stride +
+                                                 i * t->stride[r - 2] + j * t->stride[r - 1]),
+                                 kind);
     return KVD_OK;
 }
 
 static int copy_side(struct zoo *z, const struct side *s, float *out, struct kvd_error *err)
 {
+    uint64_t matrix = (uint64_t)s->dim * s->dim;
     for (uint32_t l = 0; l < s->n_layers; l++) {
-        int rc =
-            copy_tensor(z, s->rotation[l], out + (uint64_t)l * s->heads * s->dim * s->dim, err);
+        float *layer = out + l * s->heads * matrix;
+        int rc = copy_tensor(z, s->rotation[l], layer, err);
+        for (uint32_t h = 0; h < s->heads && rc == KVD_OK && s->rounded; h++)
+            rc = kvd_rotation_straighten(layer + h * matrix, s->dim, err);
         if (rc)
             return kvd_fail_in(err, "layer %u", s->layers[l]);
     }
     return KVD_OK;
 }
 
+// Objectives say which side they are of, where they say it: a swapped pair would serve, badly.
+static bool is_of(const char *objective, const char *const names[2])
+{
+    return strncmp(objective, names[0], strlen(names[0])) == 0 ||
+           strncmp(objective, names[1], strlen(names[1])) == 0;
+}
+
+static int check_sides(const struct zoo z[2], const struct side s[2], struct kvd_error *err)
+{
+    static const char *const of_k[] = {"qqt", "ktk"}, *const of_v[] = {"sst", "vtv"};
+    if (strcmp(z[0].path, z[1].path) == 0)
+        return KVD_OK; // one file, looked at by itself
+    for (int i = 0; i < 2; i++)
+        if (is_of(s[i].objective, i ? of_k : of_v))
+            return kvd_fail(err, KVD_E_INVALID,
+                            "%s has the objective %s, which is one of %s, and is given as %s: name "
+                            "K's file first, then V's",
+                            z[i].path, s[i].objective, i ? "K" : "V", i ? "V" : "K");
+    return KVD_OK;
+}
+
 static int combine(struct zoo z[2], const struct side s[2], struct kvd_rotset *set,
                    struct kvd_error *err)
 {
+    int rc = check_sides(z, s, err);
+    if (rc)
+        return rc;
     if (s[0].n_layers != s[1].n_layers || s[0].heads != s[1].heads ||
         memcmp(s[0].layers, s[1].layers, sizeof(s[0].layers)) != 0)
         return kvd_fail(err, KVD_E_INVALID,
@@ -234,7 +289,7 @@ static int combine(struct zoo z[2], const struct side s[2], struct kvd_rotset *s
     set->dim_v = s[1].dim;
     snprintf(set->objective, sizeof(set->objective), "K %s, V %s", s[0].objective, s[1].objective);
     snprintf(set->provenance, sizeof(set->provenance), "imported from RotationZoo files");
-    int rc = kvd_rotset_alloc(set, err);
+    rc = kvd_rotset_alloc(set, err);
     if (rc == KVD_OK)
         rc = copy_side(&z[0], &s[0], set->k, err);
     if (rc == KVD_OK)

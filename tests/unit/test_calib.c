@@ -34,11 +34,21 @@ START_TEST(pickles_that_are_refused)
 {
     FAILS("", "truncated");
     FAILS("\x80\x02", "no STOP");
-    FAILS("\x80\x05.", "protocol above 3");
+    FAILS("\x80\x06.", "protocol above 5");
     FAILS("\x80\x02.", "without exactly one value");
     FAILS("cos\nsystem\n(X\x02\x00\x00\x00lstR.", "os system");
     FAILS("cbuiltins\neval\n.", "builtins eval");
-    FAILS("\x80\x02\x8c\x02os\x93.", "opcode 0x8c");
+    FAILS("\x80\x04\x8c\x02os\x8c\x06system\x93.", "os system");
+    FAILS("\x80\x04\x8c\x02os\x93.", "without two texts");
+    FAILS("\x80\x04\x95\x09\x00\x00\x00\x00\x00\x00\x00.", "a frame is longer");
+    FAILS("\x8d\xff\xff\xff\xff\xff\xff\xff\xff.", "longer than the file");
+    FAILS("G\x00\x00.", "truncated");
+    FAILS("\x94.", "memo index");
+    FAILS("a.", "APPEND");
+    FAILS("K\x01K\x02\x61.", "APPEND");
+    FAILS("(K\x01\x65.", "APPEND");
+    FAILS("](K\x01(K\x02t\x81.", "opcode 0x81");
+    FAILS("ctorch\nLongStorage\n.", "LongStorage");
     FAILS("i__builtin__\nopen\n.", "opcode 0x69");
     FAILS("(lp0\n.", "opcode 0x6c");
     FAILS("X\xff\xff\xff\x7f"
@@ -73,6 +83,9 @@ END_TEST
 START_TEST(mutated_pickles_never_crash)
 {
     static const char good[] =
+        "\x80\x04\x95\x0a\x00\x00\x00\x00\x00\x00\x00]\x94("
+        "K\x01G\x3f\xf0\x00\x00\x00\x00\x00\x00\x65"
+        "\x8c\x05torch\x8c\x0bHalfStorage\x93"
         "\x80\x02}q\x00(X\x05\x00\x00\x00layer(X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
         "X\x01\x00\x00\x00"
         "0X\x03\x00\x00\x00"
