@@ -98,9 +98,17 @@ int kvd_parse_size(const char *text, uint64_t *out)
     static const char units[] = "KMGT";
     if (!isdigit((unsigned char)text[0]))
         return KVD_E_INVALID;
-    char *end;
-    double value = strtod(text, &end);
+    char *end, digits[32];
+    size_t n = strspn(text, "0123456789.");
+    if (n >= sizeof(digits))
+        return KVD_E_INVALID;
+    memcpy(digits, text, n); // strtod would take 0x10 and 1e3 too
+    digits[n] = '\0';
+    double value = strtod(digits, &end);
     double factor = 1;
+    if (*end)
+        return KVD_E_INVALID;
+    end = (char *)text + n;
     if (*end == ' ')
         end++;
     if (*end) {

@@ -51,13 +51,8 @@ static struct kvd_rotset *fetch_local(struct kvctl *k, const char *ref, struct k
 
 static int print_entries(struct kvctl *k, Kvd__V1__ListRotationSetsReply *r)
 {
-    if (k->json) {
-        json_t *j = kvctl_to_json(&r->base);
-        json_dumpf(j, stdout, JSON_INDENT(2) | JSON_PRESERVE_ORDER);
-        putchar('\n');
-        json_decref(j);
-        return EXIT_OK;
-    }
+    if (k->json)
+        return kvctl_print(k, kvctl_to_json(&r->base));
     struct table *t = table_new("MODEL|TAG|STATE|>BYTES|>USERS|>ERROR|DIGEST");
     for (size_t i = 0; i < r->n_sets; i++) {
         table_cell(t, "%s", r->sets[i]->model);
@@ -98,7 +93,7 @@ static int list_local(struct kvctl *k)
     return print_entries(k, &r);
 }
 
-static int calib_ls(struct kvctl *k)
+int cmd_calib_ls(struct kvctl *k)
 {
     Kvd__V1__ListRotationSetsRequest req = KVD__V1__LIST_ROTATION_SETS_REQUEST__INIT;
     Kvd__V1__ListRotationSetsReply *r = NULL;
@@ -131,19 +126,16 @@ static int print_set(struct kvctl *k, const struct kvd_rotset *s, double worst)
 {
     char layers[256];
     layers_text(s, layers, sizeof(layers));
-    if (k->json) {
-        json_t *j = json_pack(
-            "{s:s, s:s, s:s, s:s, s:i, s:s, s:i, s:i, s:i, s:f, s:f, s:f, s:f, s:f}", "model",
-            s->model, "digest", s->digest, "objective", s->objective, "provenance", s->provenance,
-            "n_layers", (int)s->n_layers, "layers", layers, "rotations_per_layer", (int)s->heads,
-            "head_dim_k", (int)s->dim_k, "head_dim_v", (int)s->dim_v, "clip_k",
-            (double)s->clip_k[0], "clip_v", (double)s->clip_v[0], "gain_k", (double)s->gain_k[0],
-            "gain_v", (double)s->gain_v[0], "orthogonality", worst);
-        json_dumpf(j, stdout, JSON_INDENT(2) | JSON_PRESERVE_ORDER);
-        putchar('\n');
-        json_decref(j);
-        return EXIT_OK;
-    }
+    if (k->json)
+        return kvctl_print(
+            k, json_pack("{s:o, s:o, s:o, s:o, s:i, s:s, s:i, s:i, s:i, s:f, s:f, s:f, s:f, s:f}",
+                         "model", kvctl_text_json(s->model), "digest", kvctl_text_json(s->digest),
+                         "objective", kvctl_text_json(s->objective), "provenance",
+                         kvctl_text_json(s->provenance), "n_layers", (int)s->n_layers, "layers",
+                         layers, "rotations_per_layer", (int)s->heads, "head_dim_k", (int)s->dim_k,
+                         "head_dim_v", (int)s->dim_v, "clip_k", (double)s->clip_k[0], "clip_v",
+                         (double)s->clip_v[0], "gain_k", (double)s->gain_k[0], "gain_v",
+                         (double)s->gain_v[0], "orthogonality", worst));
     printf("model          %s\n", *s->model ? s->model : "-");
     printf("digest         %s\n", *s->digest ? s->digest : "- (not a native file)");
     printf("objective      %s\n", s->objective);
@@ -183,7 +175,7 @@ static struct kvd_rotset *open_set(struct kvctl *k, const char *arg, int *code)
 static int print_fetched(struct kvctl *k, Kvd__V1__FetchRotationSetReply *r)
 {
     if (k->json)
-        return kvctl_print_json(&r->base);
+        return kvctl_print_json(k, &r->base);
     const Kvd__V1__RotationSetInfo *s = r->set;
     printf("%s\n%s: %u layers, head_dim %u/%u, %s\n", s->digest, s->model, s->layers, s->head_dim_k,
            s->head_dim_v, s->state);
@@ -230,53 +222,55 @@ static const char *store_directory(const struct kvctl *k)
     return strncmp(k->store, "file://", 7) == 0 ? k->store + 7 : k->store;
 }
 
-static int calib_import(struct kvctl *k, char **argv)
+int cmd_calib_import(struct kvctl *k)
 {
+    const char *name = k->arguments[2], *at = strchr(name, '@');
     struct kvd_error err = {0};
     char model[KVD_MAX_NAME + 1];
-    const char *at = strchr(argv[2], '@');
-    if (!kvd_store_ref_valid(argv[2]) || !at)
-        return kvctl_usage("'%s' is not MODEL@TAG", argv[2]);
     const char *directory = store_directory(k);
     if (!directory)
         return kvctl_usage("import writes into a directory store: --store DIR");
-    snprintf(model, sizeof(model), "%.*s", (int)(at - argv[2]), argv[2]);
-    struct kvd_rotset *set = kvd_rotset_import(argv[0], argv[1], model, &err);
+    snprintf(model, sizeof(model), "%.*s", (int)(at - name), name);
+    struct kvd_rotset *set = kvd_rotset_import(k->arguments[0], k->arguments[1], model, &err);
     int rc = set ? kvd_store_publish(directory, set,
                                      &(struct kvd_publish_options){at + 1, k->sign, NULL}, &err)
                  : err.code;
     if (rc == KVD_OK && k->json)
-        printf("{\"model\": \"%s\", \"tag\": \"%s\", \"digest\": \"%s\"}\n", model, at + 1,
-               set->digest);
+        kvctl_print(
+            k, json_pack("{s:s, s:s, s:s}", "model", model, "tag", at + 1, "digest", set->digest));
     else if (rc == KVD_OK)
         printf("%s@%s is %s\n", model, at + 1, set->digest);
     kvd_rotset_free(&set);
     return rc ? kvctl_fail(&err) : EXIT_OK;
 }
 
+static void print_published(struct kvctl *k, const char *name, const char *digest)
+{
+    if (k->json)
+        kvctl_print(k, json_pack("{s:s, s:s}", "set", name, "digest", digest));
+    else
+        printf("%s is %s\n", name, digest);
+}
+
 // Publishes the data-free Hadamard set for a model, so that workers can name it as they will name a
 // fitted one.
-static int calib_hadamard(struct kvctl *k, char **argv)
+int cmd_calib_hadamard(struct kvctl *k)
 {
     struct kvd_error err = {0};
     struct kvd_geometry g = {0};
-    const char *directory = store_directory(k), *at = strchr(argv[0], '@');
-    g.n_layers = kvd_layers_parse(argv[1], g.layers);
-    if (!kvd_store_ref_valid(argv[0]) || !at || g.n_layers == 0)
-        return kvctl_usage(
-            "it is: calib hadamard MODEL@TAG LAYERS DIM, with layers such as 0-31 or 3,7,11");
+    const char *directory = store_directory(k), *name = k->arguments[0], *at = strchr(name, '@');
+    g.n_layers = kvd_layers_parse(k->arguments[1], g.layers);
     if (!directory)
         return kvctl_usage("hadamard writes into a directory store: --store DIR");
-    g.head_dim_k = g.head_dim_v = (uint32_t)atoi(argv[2]);
+    g.head_dim_k = g.head_dim_v = (uint32_t)atoi(k->arguments[2]);
     struct kvd_rotset *set = kvd_rotset_new("hadamard", &g, &err);
     if (set)
-        snprintf(set->model, sizeof(set->model), "%.*s", (int)(at - argv[0]), argv[0]);
+        snprintf(set->model, sizeof(set->model), "%.*s", (int)(at - name), name);
     int rc = set ? kvd_store_publish(directory, set,
                                      &(struct kvd_publish_options){at + 1, k->sign, NULL}, &err)
                  : err.code;
     if (rc == KVD_OK)
-        printf(k->json ? "{\"set\": \"%s\", \"digest\": \"%s\"}\n" : "%s is %s\n", argv[0],
-               set->digest);
+        print_published(k, name, set->digest);
     kvd_rotset_free(&set);
     return rc ? kvctl_fail(&err) : EXIT_OK;
 }
@@ -314,24 +308,22 @@ static json_t *evaluation_of(const char *path, const char *digest, struct kvd_er
     return found;
 }
 
-static int calib_publish(struct kvctl *k, char **argv, const char *report)
+int cmd_calib_publish(struct kvctl *k)
 {
     struct kvd_error err = {0};
-    const char *directory = store_directory(k), *at = strchr(argv[1], '@');
-    if (!kvd_store_ref_valid(argv[1]) || !at)
-        return kvctl_usage("'%s' is not MODEL@TAG", argv[1]);
+    const char *directory = store_directory(k), *name = k->arguments[1], *at = strchr(name, '@');
+    const char *report = k->n_arguments > 2 ? k->arguments[2] : NULL;
     if (!directory)
         return kvctl_usage("publish writes into a directory store: --store DIR");
-    struct kvd_rotset *set = kvd_rotset_open(argv[0], &err);
+    struct kvd_rotset *set = kvd_rotset_open(k->arguments[0], &err);
     struct kvd_publish_options o = {.tag = at + 1, .key = k->sign};
     if (set && report)
         o.evaluation = evaluation_of(report, set->digest, &err);
     if (set)
-        snprintf(set->model, sizeof(set->model), "%.*s", (int)(at - argv[1]), argv[1]);
+        snprintf(set->model, sizeof(set->model), "%.*s", (int)(at - name), name);
     int rc = set && !err.code ? kvd_store_publish(directory, set, &o, &err) : err.code;
     if (rc == KVD_OK)
-        printf(k->json ? "{\"set\": \"%s\", \"digest\": \"%s\"}\n" : "%s is %s\n", argv[1],
-               set->digest);
+        print_published(k, name, set->digest);
     json_decref(o.evaluation);
     kvd_rotset_free(&set);
     return rc ? kvctl_fail(&err) : EXIT_OK;
@@ -342,74 +334,77 @@ static int calib_pin(struct kvctl *k, const char *ref, bool pinned)
     struct kvd_store_config c = local_store(k);
     struct kvd_error err = {0};
     char digest[KVD_DIGEST_TEXT];
-    if (!kvd_store_ref_valid(ref))
-        return kvctl_usage("'%s' is no set: say model@tag or sha256:<64 hex>", ref);
     if (kvd_store_pin(&c, ref, pinned, digest, &err))
         return kvctl_fail(&err);
-    printf(k->json ? "{\"digest\": \"%s\", \"pinned\": %s}\n" : "%s: %s\n", digest,
-           k->json  ? pinned ? "true" : "false"
-           : pinned ? "pinned"
-                    : "no longer pinned");
+    if (k->json)
+        return kvctl_print(k, json_pack("{s:s, s:b}", "digest", digest, "pinned", (int)pinned));
+    printf("%s: %s\n", digest, pinned ? "pinned" : "no longer pinned");
     return EXIT_OK;
 }
 
-static int calib_gc(struct kvctl *k, bool dry)
+int cmd_calib_pin(struct kvctl *k)
+{
+    return calib_pin(k, k->arguments[0], true);
+}
+
+int cmd_calib_unpin(struct kvctl *k)
+{
+    return calib_pin(k, k->arguments[0], false);
+}
+
+int cmd_calib_gc(struct kvctl *k)
 {
     struct kvd_store_config c = local_store(k);
     struct kvd_error err = {0};
     struct kvd_store_gc gc;
     char size[32];
+    bool dry = kvctl_option(k, "dry-run");
     if (kvd_store_collect(&c, dry, &gc, &err))
         return kvctl_fail(&err);
     if (k->json)
-        printf("{\"removed\": %u, \"freed\": %llu, \"kept\": %u, \"dry\": %s}\n", gc.removed,
-               (unsigned long long)gc.freed, gc.kept, dry ? "true" : "false");
-    else
-        printf("%s: %s %u sets, %s; %u stay\n", c.cache, dry ? "would remove" : "removed",
-               gc.removed, kvd_format_size(gc.freed, size, sizeof(size)), gc.kept);
+        return kvctl_print(k, json_pack("{s:i, s:o, s:i, s:b}", "removed", (int)gc.removed, "freed",
+                                        kvctl_number_json(gc.freed), "kept", (int)gc.kept, "dry",
+                                        (int)dry));
+    printf("%s: %s %u sets, %s; %u stay\n", c.cache, dry ? "would remove" : "removed", gc.removed,
+           kvd_format_size(gc.freed, size, sizeof(size)), gc.kept);
     return EXIT_OK;
 }
 
+int cmd_calib_show(struct kvctl *k)
+{
+    return calib_show(k, k->arguments[0], false);
+}
+
+int cmd_calib_verify(struct kvctl *k)
+{
+    return calib_show(k, k->arguments[0], true);
+}
+
+int cmd_calib_fetch(struct kvctl *k)
+{
+    return is_local(k) ? calib_show(k, k->arguments[0], false) : fetch_remote(k, k->arguments[0]);
+}
+
 // What fits rotation sets lies beside kvctl: it wants OpenBLAS, which an operator's kvctl does not.
-static int calib_helper(char **argv)
+static int calib_helper(struct kvctl *k)
 {
     char path[4096];
     ssize_t n = readlink("/proc/self/exe", path, sizeof(path) - 16);
     if (n > 0) {
         snprintf(path + n, sizeof(path) - (size_t)n, "-calib");
-        execv(path, argv);
+        execv(path, k->argv);
     }
     fprintf(stderr, "kvctl: %s: %s: it comes with kvctl where OpenBLAS was there to build it\n",
             n > 0 ? path : "kvctl-calib", strerror(errno));
     return EXIT_FAILED;
 }
 
-int cmd_calib(struct kvctl *k, int argc, char **argv)
+int cmd_calib_fit(struct kvctl *k)
 {
-    const char *verb = argc > 1 ? argv[1] : "ls";
-    if (strcmp(verb, "fit") == 0 || strcmp(verb, "eval") == 0)
-        return calib_helper(argv + 1);
-    if ((strcmp(verb, "pin") == 0 || strcmp(verb, "unpin") == 0) && argc == 3)
-        return calib_pin(k, argv[2], *verb == 'p');
-    if (strcmp(verb, "gc") == 0 && (argc == 2 || (argc == 3 && strcmp(argv[2], "--dry-run") == 0)))
-        return calib_gc(k, argc == 3);
-    if (strcmp(verb, "publish") == 0 && (argc == 4 || argc == 5))
-        return calib_publish(k, argv + 2, argc == 5 ? argv[4] : NULL);
-    if (strcmp(verb, "ls") == 0 && argc <= 2)
-        return calib_ls(k);
-    if (strcmp(verb, "show") == 0 && argc == 3)
-        return calib_show(k, argv[2], false);
-    if (strcmp(verb, "verify") == 0 && argc == 3)
-        return calib_show(k, argv[2], true);
-    if (strcmp(verb, "fetch") == 0 && argc == 3)
-        return is_local(k) ? calib_show(k, argv[2], false) : fetch_remote(k, argv[2]);
-    if (strcmp(verb, "import") == 0 && argc == 5)
-        return calib_import(k, argv + 2);
-    if (strcmp(verb, "hadamard") == 0 && argc == 5)
-        return calib_hadamard(k, argv + 2);
-    return kvctl_usage(
-        "it is: calib ls | show SET|FILE | verify SET|FILE | fetch SET | import "
-        "K.pt V.pt MODEL@TAG | hadamard MODEL@TAG LAYERS DIM | fit DUMP OUT | "
-        "eval DUMP SET... | "
-        "publish FILE MODEL@TAG [REPORT.json] | pin SET | unpin SET | gc [--dry-run]");
+    return calib_helper(k);
+}
+
+int cmd_calib_eval(struct kvctl *k)
+{
+    return calib_helper(k);
 }

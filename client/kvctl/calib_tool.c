@@ -1,12 +1,22 @@
 #include "client/kvctl/calib_tool.h"
 
-#include <argp.h>
-
 int tool_fail(const struct kvd_error *err)
 {
     progress_end();
     fprintf(stderr, "kvctl: %s\n", err->text);
     return EXIT_FAILED;
+}
+
+int tool_usage(const char *option, const char *value, const char *want)
+{
+    fprintf(stderr, "kvctl: --%s: '%s' is not possible; it wants %s\n", option, value, want);
+    return EXIT_USED_WRONG;
+}
+
+uint32_t tool_number(const struct kvctl *k, const char *option, uint32_t otherwise)
+{
+    const char *value = kvctl_option(k, option);
+    return value ? (uint32_t)strtoul(value, NULL, 10) : otherwise;
 }
 
 void tool_progress(void *ctx, uint64_t done, uint64_t total)
@@ -21,23 +31,14 @@ void tool_progress_count(void *ctx, uint64_t done, uint64_t total)
                 (unsigned long long)total);
 }
 
+const struct command *kvctl_command(size_t i)
+{
+    return i == 0 ? &kvctl_fit : i == 1 ? &kvctl_eval : NULL;
+}
+
 int main(int argc, char **argv)
 {
-    // kvctl gives the verb as name; by its own name the verb comes first.
-    bool named = strcmp(argv[0], "fit") == 0 || strcmp(argv[0], "eval") == 0;
-    if (!named && argc > 1) {
-        argc--;
-        argv++;
-    }
-    argp_err_exit_status = EXIT_USED_WRONG;
-    if (strcmp(argv[0], "fit") == 0) {
-        argv[0] = "kvctl calib fit";
-        return fit_main(argc, argv);
-    }
-    if (strcmp(argv[0], "eval") == 0) {
-        argv[0] = "kvctl calib eval";
-        return eval_main(argc, argv);
-    }
-    fprintf(stderr, "kvctl-calib: it is: kvctl calib fit | kvctl calib eval\n");
-    return EXIT_USED_WRONG;
+    struct kvctl k = {.argv = argv};
+    kvctl_parse(&k, argc, argv);
+    return k.command->run(&k);
 }

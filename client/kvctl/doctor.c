@@ -36,8 +36,8 @@ __attribute__((format(printf, 5, 6))) static void found(struct findings *f, enum
     va_end(ap);
     if (f->list)
         json_array_append_new(f->list,
-                              json_pack("{s:s, s:s, s:s, s:s}", "level", level_names[level], "what",
-                                        what, "found", text, "meaning", meaning));
+                              json_pack("{s:s, s:s, s:o, s:s}", "level", level_names[level], "what",
+                                        what, "found", kvctl_text_json(text), "meaning", meaning));
     if (!f->list)
         printf("%-8s %-18s %s\n", level_names[level], what, text);
     if (!f->list && meaning[0])
@@ -78,6 +78,11 @@ static void look_at_daemon(struct kvctl *k, struct findings *f)
     Kvd__V1__StatusRequest req = KVD__V1__STATUS_REQUEST__INIT;
     Kvd__V1__StatusReply *r;
     struct kvd_error err = {0};
+    if (kvctl_find(k, &err)) {
+        found(f, BAD, "kvd", "start it, or say with --address or --instance where it is", "%s",
+              err.text);
+        return;
+    }
     struct kvd_channel *c = kvctl_channel(k, &err);
     if (!c || kvd_channel_call(c, "/kvd.v1.Admin/GetStatus", &req,
                                &kvd__v1__status_reply__descriptor, k->timeout_ms, &r, &err)) {
@@ -320,11 +325,8 @@ static void look_at_limits(struct findings *f)
               "%llu, at most %llu", (unsigned long long)r.rlim_cur, (unsigned long long)r.rlim_max);
 }
 
-int cmd_doctor(struct kvctl *k, int argc, char **argv)
+int cmd_doctor(struct kvctl *k)
 {
-    (void)argv;
-    if (argc > 1)
-        return kvctl_usage("doctor takes no arguments");
     struct findings f = {.list = k->json ? json_array() : NULL};
     look_at_daemon(k, &f);
     look_at_devices(&f);
@@ -334,10 +336,7 @@ int cmd_doctor(struct kvctl *k, int argc, char **argv)
     look_at_shm(&f);
     look_at_memfd(&f);
     look_at_limits(&f);
-    if (f.list) {
-        json_dumpf(f.list, stdout, JSON_INDENT(2) | JSON_PRESERVE_ORDER);
-        putchar('\n');
-        json_decref(f.list);
-    }
+    if (f.list)
+        kvctl_print(k, f.list);
     return f.worst == BAD ? EXIT_FAILED : EXIT_OK;
 }

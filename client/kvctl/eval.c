@@ -1,89 +1,28 @@
 // kvctl calib eval.
-#include <argp.h>
-
 #include "client/kvctl/calib_tool.h"
 #include "client/kvctl/evaluation.h"
-
-enum { OPT_SINK = 1000, OPT_RECENT, OPT_CONTEXTS, OPT_HTML, OPT_CODECS };
-
-static const struct argp_option options[] = {
-    {"context", 'c', "TOKENS", 0, "Tokens attended at a time (default: 2048)", 0},
-    {"queries", 'q', "N", 0, "Last positions of a context that ask (default: 64)", 0},
-    {"contexts", OPT_CONTEXTS, "N", 0, "At most so many a layer (default: all)", 0},
-    {"sink", OPT_SINK, "TOKENS", 0, "Kept in bf16 at the beginning (default: 64)", 0},
-    {"recent", OPT_RECENT, "TOKENS", 0, "Kept in bf16 at the end (default: 256)", 0},
-    {"codecs", OPT_CODECS, "LIST", 0, "Only these, separated by commas (default: all there are)",
-     0},
-    {"threads", 't', "N", 0, "Default: as many as there are cores", 0},
-    {"html", OPT_HTML, "FILE", 0, "Also write a report, one file that needs no other", 0},
-    {"json", 'j', 0, 0, "Print JSON", 0},
-    {0},
-};
 
 struct arguments {
     struct kvd_eval_options o;
     const char *dump, *files[EVALUATION_FILES], *html;
     uint32_t n_files;
-    bool json, codecs[KVD_CODEC_COUNT];
+    bool codecs[KVD_CODEC_COUNT];
 };
 
-static void choose_codecs(struct arguments *a, const char *list, struct argp_state *state)
+static int choose_codecs(struct arguments *a, const char *list)
 {
     char name[32];
     int n;
+    const char *all = list;
     memset(a->codecs, 0, sizeof(a->codecs));
     for (; sscanf(list, "%31[^,]%n", name, &n) == 1; list += n + (list[n] == ',')) {
         uint32_t codec = kvd_codec_find(name);
         if (codec == KVD_CODEC_COUNT)
-            argp_error(state, "--codecs: there is no codec %s; known are " KVD_CODEC_NAMES, name);
+            return kvctl_usage("--codecs: there is no codec %s; known are " KVD_CODEC_NAMES, name);
         a->codecs[codec] = true;
     }
-    if (*list)
-        argp_error(state, "--codecs: it wants names, separated by commas: " KVD_CODEC_NAMES);
-}
-
-static error_t parse(int key, char *arg, struct argp_state *state)
-{
-    struct arguments *a = state->input;
-    uint32_t *number = key == 'c'            ? &a->o.context
-                       : key == 'q'          ? &a->o.queries
-                       : key == OPT_CONTEXTS ? &a->o.max_contexts
-                       : key == OPT_SINK     ? &a->o.sink
-                       : key == OPT_RECENT   ? &a->o.recent
-                       : key == 't'          ? &a->o.threads
-                                             : NULL;
-    int n = 0;
-    if (number) {
-        if (sscanf(arg, "%u%n", number, &n) != 1 || arg[n] || *number > 1u << 20)
-            argp_error(state, "%s: it wants a number", arg);
-        return 0;
-    }
-    switch (key) {
-    case OPT_HTML:
-        a->html = arg;
-        break;
-    case OPT_CODECS:
-        choose_codecs(a, arg, state);
-        break;
-    case 'j':
-        a->json = true;
-        break;
-    case ARGP_KEY_ARG:
-        if (state->arg_num > EVALUATION_FILES)
-            argp_error(state, "at most %d sets at a time", EVALUATION_FILES);
-        if (state->arg_num == 0)
-            a->dump = arg;
-        else
-            a->files[a->n_files++] = arg;
-        break;
-    case ARGP_KEY_END:
-        if (!a->dump)
-            argp_usage(state);
-        break;
-    default:
-        return ARGP_ERR_UNKNOWN;
-    }
-    return 0;
+    return *list ? tool_usage("codecs", all, "names, separated by commas: " KVD_CODEC_NAMES)
+                 : EXIT_OK;
 }
 
 // Adds a case of the last set, if its codec is wanted.
@@ -203,16 +142,16 @@ static json_t *json_figures(const struct kvd_eval_figures *f)
                      f->worst_head, "logit_error", f->logit_error, "kl", f->kl);
 }
 
-static void print_json(const struct arguments *a, const struct evaluation *e)
+static void print_json(struct kvctl *k, const struct arguments *a, const struct evaluation *e)
 {
     json_t *root =
         json_pack("{s:i, s:i, s:i, s:i, s:[]}", "context", (int)a->o.context, "queries",
                   (int)a->o.queries, "sink", (int)a->o.sink, "recent", (int)a->o.recent, "sets");
     for (uint32_t s = 0; s < e->n; s++) {
         const struct kvd_eval_case *c = &e->cases[s];
-        json_t *set = json_pack("{s:s, s:s, s:f, s:s, s:s}", "name", e->names[s], "codec",
-                                kvd_codec_name(c->codec), "bits", e->bits[s], "digest",
-                                c->set->digest, "objective", c->set->objective);
+        json_t *set = json_pack("{s:o, s:s, s:f, s:s, s:o}", "name", kvctl_text_json(e->names[s]),
+                                "codec", kvd_codec_name(c->codec), "bits", e->bits[s], "digest",
+                                c->set->digest, "objective", kvctl_text_json(c->set->objective));
         for (int mode = 0; mode < 2; mode++) {
             uint32_t layer = 0;
             struct kvd_eval_figures f = evaluation_of_layers(e, mode, s, &layer);
@@ -227,9 +166,7 @@ static void print_json(const struct arguments *a, const struct evaluation *e)
         }
         json_array_append_new(json_object_get(root, "sets"), set);
     }
-    json_dumpf(root, stdout, JSON_INDENT(2) | JSON_PRESERVE_ORDER);
-    putchar('\n');
-    json_decref(root);
+    kvctl_print(k, root);
 }
 
 static int run_modes(const struct arguments *a, const struct kvd_dump *d, struct evaluation *e,
@@ -251,31 +188,27 @@ static int run_modes(const struct arguments *a, const struct kvd_dump *d, struct
     return KVD_OK;
 }
 
-int eval_main(int argc, char **argv)
+int cmd_calib_eval(struct kvctl *k)
 {
-    static const struct argp argp = {
-        .options = options,
-        .parser = parse,
-        .args_doc = "DUMP [SET...]",
-        .doc =
-            "Evaluates rotation sets (files) and codecs on activations that the sets were not "
-            "fitted "
-            "to: each set with int2, int2c and int2-lm, and with int2 at the published clip "
-            "ratios; "
-            "beside them naive int2 (no rotation), the Hadamard matrix, and TurboQuant. Errors are "
-            "of attention's outputs "
-            "against those over the recorded keys and values; logit error is a root mean square, "
-            "KL in nats."};
-    struct arguments a = {.o = {.context = 2048,
-                                .queries = 64,
-                                .sink = 64,
-                                .recent = 256,
+    const char *codecs = kvctl_option(k, "codecs");
+    struct arguments a = {.o = {.context = tool_number(k, "context", 2048),
+                                .queries = tool_number(k, "queries", 64),
+                                .max_contexts = tool_number(k, "contexts", 0),
+                                .sink = tool_number(k, "sink", 64),
+                                .recent = tool_number(k, "recent", 256),
+                                .threads = tool_number(k, "threads", 0),
                                 .progress = tool_progress_count,
-                                .ctx = "eval"}};
+                                .ctx = "eval"},
+                          .dump = k->arguments[0],
+                          .html = kvctl_option(k, "html")};
     struct evaluation e = {0};
     struct kvd_error err = {0};
     memset(a.codecs, true, sizeof(a.codecs));
-    argp_parse(&argp, argc, argv, 0, NULL, &a);
+    int code = codecs ? choose_codecs(&a, codecs) : EXIT_OK;
+    if (code)
+        return code;
+    for (unsigned i = 1; i < k->n_arguments; i++)
+        a.files[a.n_files++] = k->arguments[i];
     struct kvd_dump *d = kvd_dump_open(a.dump, &err);
     int rc = d ? open_sets(&a, d, &e, &err) : err.code;
     if (rc == KVD_OK)
@@ -286,8 +219,8 @@ int eval_main(int argc, char **argv)
             rc = evaluation_write_html(&e, d, &a.o, a.html, &err);
     }
     if (rc == KVD_OK) {
-        if (a.json) {
-            print_json(&a, &e);
+        if (k->json) {
+            print_json(k, &a, &e);
         } else {
             print_layers(&e);
             print_summary(&a, &e, 0);

@@ -1,115 +1,56 @@
 // kvctl calib fit.
-#include <argp.h>
 #include <time.h>
 
 #include "calib/eval.h"
 #include "calib/fit.h"
 #include "client/kvctl/calib_tool.h"
 
-enum {
-    OPT_PER_HEAD = 1000,
-    OPT_COMPOSE,
-    OPT_CLIP,
-    OPT_LAYERS,
-    OPT_SPECTRUM,
-    OPT_MODEL,
-    OPT_STATE,
-    OPT_FIT_CLIPS,
-    OPT_CONTEXT,
-};
-
-static const struct argp_option options[] = {
-    {"objective-k", 'k', "NAME", 0, "qqt (default), ktk or hadamard", 0},
-    {"objective-v", 'v', "NAME", 0, "sst (default), vtv or hadamard", 0},
-    {"compose", OPT_COMPOSE, "NAME", 0, "r_h_pbr (default), r_h, r or top_h", 0},
-    {"per-kv-head", OPT_PER_HEAD, 0, 0, "A rotation for each kv head, not one a layer", 0},
-    {"clip", OPT_CLIP, "K,V", 0, "Clip ratios (default: 0.96,0.92)", 0},
-    {"fit-clips", OPT_FIT_CLIPS, "DUMP", 0,
-     "Choose clip ratios and level gains by the output error on these activations", 0},
-    {"context", OPT_CONTEXT, "TOKENS", 0, "Of these, attended at a time (default: 2048)", 0},
-    {"layers", OPT_LAYERS, "LIST", 0, "Model layer ids, such as 0-35 or 3,7,11 (default: all)", 0},
-    {"model", OPT_MODEL, "NAME", 0, "Name of the model (default: what the dump says)", 0},
-    {"threads", 't', "N", 0, "Default: as many as there are cores", 0},
-    {"state", OPT_STATE, "DIR", 0, "Keep finished layers there; the same command goes on with them",
-     0},
-    {"spectrum", OPT_SPECTRUM, "FILE", 0, "Also write covariances and eigenvalues (F64)", 0},
-    {"json", 'j', 0, 0, "Print JSON", 0},
-    {0},
-};
-
 struct arguments {
     struct kvd_fit_options o;
     struct kvd_eval_options eval;
     const char *dump, *out, *spectrum, *model, *clips;
     uint16_t layers[KVD_MAX_LAYERS];
-    bool json;
 };
 
-static error_t parse(int key, char *arg, struct argp_state *state)
+static int parse_objective(const struct kvctl *k, const char *option, enum kvd_objective *out)
 {
-    struct arguments *a = state->input;
-    int n = 0;
-    switch (key) {
-    case 'k':
-    case 'v':
-        if ((n = kvd_objective_parse(arg)) < 0)
-            argp_error(state, "%s is no objective: qqt, ktk, sst, vtv or hadamard", arg);
-        *(key == 'k' ? &a->o.k : &a->o.v) = (enum kvd_objective)n;
-        break;
-    case OPT_COMPOSE:
-        if ((n = kvd_composition_parse(arg)) < 0)
-            argp_error(state, "%s is no composition: r_h_pbr, r_h, r or top_h", arg);
+    const char *name = kvctl_option(k, option);
+    int n = name ? kvd_objective_parse(name) : (int)*out;
+    if (n < 0)
+        return tool_usage(option, name, "qqt, ktk, sst, vtv or hadamard");
+    *out = (enum kvd_objective)n;
+    return EXIT_OK;
+}
+
+// What the table of commands does not know of values. An exit code.
+static int parse(const struct kvctl *k, struct arguments *a)
+{
+    const char *compose = kvctl_option(k, "compose"), *clip = kvctl_option(k, "clip");
+    const char *layers = kvctl_option(k, "layers");
+    int n = 0, code = parse_objective(k, "objective-k", &a->o.k);
+    code = code ? code : parse_objective(k, "objective-v", &a->o.v);
+    if (code)
+        return code;
+    if (compose && (n = kvd_composition_parse(compose)) < 0)
+        return tool_usage("compose", compose, "r_h_pbr, r_h, r or top_h");
+    if (compose)
         a->o.composition = (enum kvd_composition)n;
-        break;
-    case OPT_PER_HEAD:
-        a->o.per_kv_head = true;
-        break;
-    case OPT_CLIP:
-        if (sscanf(arg, "%f,%f%n", &a->o.clip_k, &a->o.clip_v, &n) != 2 || arg[n])
-            argp_error(state, "--clip %s: it wants two ratios, such as 0.96,0.92", arg);
-        break;
-    case OPT_LAYERS:
-        a->o.n_layers = kvd_layers_parse(arg, a->layers);
+    if (clip && (sscanf(clip, "%f,%f%n", &a->o.clip_k, &a->o.clip_v, &n) != 2 || clip[n]))
+        return tool_usage("clip", clip, "two ratios, such as 0.96,0.92");
+    if (layers) {
+        a->o.n_layers = kvd_layers_parse(layers, a->layers);
         a->o.layers = a->layers;
-        if (a->o.n_layers == 0)
-            argp_error(state, "--layers %s: it wants ascending ids, such as 0-35 or 3,7,11", arg);
-        break;
-    case OPT_FIT_CLIPS:
-        a->clips = arg;
-        break;
-    case OPT_CONTEXT:
-        if (sscanf(arg, "%u%n", &a->eval.context, &n) != 1 || arg[n])
-            argp_error(state, "--context %s: it wants a number of tokens", arg);
-        break;
-    case OPT_MODEL:
-        a->model = arg;
-        break;
-    case 't':
-        if (sscanf(arg, "%u%n", &a->o.threads, &n) != 1 || arg[n] || a->o.threads == 0)
-            argp_error(state, "--threads %s: it wants a number from 1", arg);
-        break;
-    case OPT_STATE:
-        a->o.state = arg;
-        break;
-    case OPT_SPECTRUM:
-        a->spectrum = arg;
-        break;
-    case 'j':
-        a->json = true;
-        break;
-    case ARGP_KEY_ARG:
-        if (state->arg_num > 1)
-            argp_usage(state);
-        *(state->arg_num == 0 ? &a->dump : &a->out) = arg;
-        break;
-    case ARGP_KEY_END:
-        if (state->arg_num < 2)
-            argp_usage(state);
-        break;
-    default:
-        return ARGP_ERR_UNKNOWN;
     }
-    return 0;
+    a->o.per_kv_head = kvctl_option(k, "per-kv-head");
+    a->o.threads = tool_number(k, "threads", 0);
+    a->eval.context = tool_number(k, "context", a->eval.context);
+    a->o.state = kvctl_option(k, "state");
+    a->clips = kvctl_option(k, "fit-clips");
+    a->model = kvctl_option(k, "model");
+    a->spectrum = kvctl_option(k, "spectrum");
+    a->dump = k->arguments[0];
+    a->out = k->arguments[1];
+    return EXIT_OK;
 }
 
 static void on_warning(void *ctx, const char *text)
@@ -168,7 +109,7 @@ static int fit_clips(const struct arguments *a, struct kvd_rotset *set, struct k
     return KVD_OK;
 }
 
-static int run(struct arguments *a)
+static int run(struct kvctl *k, struct arguments *a)
 {
     struct kvd_error err = {0};
     struct timespec from, to;
@@ -189,14 +130,11 @@ static int run(struct arguments *a)
     clock_gettime(CLOCK_MONOTONIC, &to);
     double seconds = (double)(to.tv_sec - from.tv_sec) + (double)(to.tv_nsec - from.tv_nsec) / 1e9;
     progress_end();
-    if (rc == KVD_OK && a->json) {
-        json_t *j =
-            json_pack("{s:s, s:s, s:s, s:s, s:i, s:f}", "file", a->out, "digest", fit->set->digest,
-                      "model", fit->set->model, "objective", fit->set->objective, "layers",
-                      (int)fit->set->n_layers, "seconds", seconds);
-        json_dumpf(j, stdout, JSON_INDENT(2) | JSON_PRESERVE_ORDER);
-        putchar('\n');
-        json_decref(j);
+    if (rc == KVD_OK && k->json) {
+        kvctl_print(k, json_pack("{s:o, s:s, s:o, s:s, s:i, s:f}", "file", kvctl_text_json(a->out),
+                                 "digest", fit->set->digest, "model",
+                                 kvctl_text_json(fit->set->model), "objective", fit->set->objective,
+                                 "layers", (int)fit->set->n_layers, "seconds", seconds));
     } else if (rc == KVD_OK) {
         print_layers(fit);
         printf("%s: %s, %u layers, %s, in %.1f s\n%s\n", a->out, fit->set->objective,
@@ -207,15 +145,8 @@ static int run(struct arguments *a)
     return rc ? tool_fail(&err) : EXIT_OK;
 }
 
-int fit_main(int argc, char **argv)
+int cmd_calib_fit(struct kvctl *k)
 {
-    static const struct argp argp = {
-        .options = options,
-        .parser = parse,
-        .args_doc = "DUMP OUT",
-        .doc = "Fits a rotation set to recorded activations: DUMP is a safetensors file or a "
-               "directory of them, with q, k and v after RoPE as [layers, tokens, heads, head_dim] "
-               "and metadata layers, or layers.<id>.q, .k and .v as [tokens, heads, head_dim]."};
     struct arguments a = {
         .o = {.k = KVD_FIT_QQT,
               .v = KVD_FIT_SST,
@@ -225,6 +156,6 @@ int fit_main(int argc, char **argv)
               .warn = on_warning,
               .ctx = "fit"},
         .eval = {.context = 2048, .queries = 64, .progress = tool_progress_count, .ctx = "clips"}};
-    argp_parse(&argp, argc, argv, 0, NULL, &a);
-    return run(&a);
+    int code = parse(k, &a);
+    return code ? code : run(k, &a);
 }

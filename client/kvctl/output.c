@@ -1,33 +1,111 @@
 // Tables for people, JSON for scripts.
+#include <math.h>
 #include <stdarg.h>
 
 #include "client/kvctl/kvctl.h"
 
+json_t *kvctl_text_json(const char *text)
+{
+    json_t *j = json_string(text);
+    if (j)
+        return j;
+    char *copy = strdup(text);
+    for (char *c = copy; c && *c; c++)
+        *c = (signed char)*c < 0 ? '?' : *c;
+    j = json_string(copy ? copy : "");
+    free(copy);
+    return j;
+}
+
+json_t *kvctl_number_json(uint64_t n)
+{
+    return json_sprintf("%llu", (unsigned long long)n);
+}
+
+static json_t *bytes_json(const ProtobufCBinaryData *b)
+{
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    char *text KVD_FREE = malloc((b->len + 2) / 3 * 4 + 1), *out = text;
+    for (size_t i = 0; text && i < b->len; i += 3) {
+        uint32_t left = (uint32_t)(b->len - i);
+        uint32_t w = (uint32_t)b->data[i] << 16 | (left > 1 ? (uint32_t)b->data[i + 1] << 8 : 0) |
+                     (left > 2 ? b->data[i + 2] : 0);
+        *out++ = digits[w >> 18];
+        *out++ = digits[w >> 12 & 63];
+        *out++ = left > 1 ? digits[w >> 6 & 63] : '=';
+        *out++ = left > 2 ? digits[w & 63] : '=';
+    }
+    return text ? json_stringn(text, (size_t)(out - text)) : json_null();
+}
+
+static json_t *real_json(double x)
+{
+    return isnan(x)   ? json_string("NaN")
+           : isinf(x) ? json_string(x < 0 ? "-Infinity" : "Infinity")
+                      : json_real(x);
+}
+
+static json_t *enum_json(const ProtobufCEnumDescriptor *d, int number)
+{
+    const ProtobufCEnumValue *v = protobuf_c_enum_descriptor_get_value(d, number);
+    return v ? json_string(v->name) : json_integer(number);
+}
+
 static json_t *value_json(const ProtobufCFieldDescriptor *f, const void *at)
 {
     switch (f->type) {
+    case PROTOBUF_C_TYPE_INT32:
+    case PROTOBUF_C_TYPE_SINT32:
+    case PROTOBUF_C_TYPE_SFIXED32:
+        return json_integer(*(const int32_t *)at);
     case PROTOBUF_C_TYPE_UINT32:
+    case PROTOBUF_C_TYPE_FIXED32:
         return json_integer(*(const uint32_t *)at);
     case PROTOBUF_C_TYPE_INT64:
-    case PROTOBUF_C_TYPE_UINT64: // jansson has signed integers; sizes and ids stay below 2^63
-        return json_integer(*(const json_int_t *)at);
+    case PROTOBUF_C_TYPE_SINT64:
+    case PROTOBUF_C_TYPE_SFIXED64: // more than a number of JSON can hold in many programs
+        return json_sprintf("%lld", (long long)*(const int64_t *)at);
+    case PROTOBUF_C_TYPE_UINT64:
+    case PROTOBUF_C_TYPE_FIXED64:
+        return kvctl_number_json(*(const uint64_t *)at);
     case PROTOBUF_C_TYPE_BOOL:
         return json_boolean(*(const protobuf_c_boolean *)at);
+    case PROTOBUF_C_TYPE_FLOAT:
+        return real_json((double)*(const float *)at);
     case PROTOBUF_C_TYPE_DOUBLE:
-        return json_real(*(const double *)at);
+        return real_json(*(const double *)at);
+    case PROTOBUF_C_TYPE_ENUM:
+        return enum_json(f->descriptor, *(const int *)at);
     case PROTOBUF_C_TYPE_STRING:
-        return json_string(*(char *const *)at);
+        return kvctl_text_json(*(char *const *)at);
+    case PROTOBUF_C_TYPE_BYTES:
+        return bytes_json(at);
     case PROTOBUF_C_TYPE_MESSAGE:
-        return *(ProtobufCMessage *const *)at ? kvctl_to_json(*(ProtobufCMessage *const *)at)
-                                              : json_null();
-    default:
-        return json_null();
+        return kvctl_to_json(*(ProtobufCMessage *const *)at);
     }
+    return json_null();
 }
 
 static size_t element_size(const ProtobufCFieldDescriptor *f)
 {
-    return f->type == PROTOBUF_C_TYPE_UINT32 ? sizeof(uint32_t) : sizeof(void *);
+    switch (f->type) {
+    case PROTOBUF_C_TYPE_INT64:
+    case PROTOBUF_C_TYPE_SINT64:
+    case PROTOBUF_C_TYPE_SFIXED64:
+    case PROTOBUF_C_TYPE_UINT64:
+    case PROTOBUF_C_TYPE_FIXED64:
+    case PROTOBUF_C_TYPE_DOUBLE:
+        return 8;
+    case PROTOBUF_C_TYPE_BOOL:
+        return sizeof(protobuf_c_boolean);
+    case PROTOBUF_C_TYPE_STRING:
+    case PROTOBUF_C_TYPE_MESSAGE:
+        return sizeof(void *);
+    case PROTOBUF_C_TYPE_BYTES:
+        return sizeof(ProtobufCBinaryData);
+    default:
+        return 4;
+    }
 }
 
 json_t *kvctl_to_json(const ProtobufCMessage *m)
@@ -43,6 +121,8 @@ json_t *kvctl_to_json(const ProtobufCMessage *m)
             v = json_array();
             for (size_t j = 0; j < n; j++)
                 json_array_append_new(v, value_json(f, items + j * element_size(f)));
+        } else if (f->type == PROTOBUF_C_TYPE_MESSAGE && !*(void *const *)(const void *)at) {
+            continue; // there is none
         } else {
             v = value_json(f, at);
         }
@@ -51,12 +131,21 @@ json_t *kvctl_to_json(const ProtobufCMessage *m)
     return out;
 }
 
-int kvctl_print_json(ProtobufCMessage *m)
+int kvctl_print(struct kvctl *k, json_t *j)
 {
-    json_t *j = kvctl_to_json(m);
+    if (k->collected) {
+        json_object_set_new(k->collected, "reply", j);
+        return EXIT_OK;
+    }
     json_dumpf(j, stdout, JSON_INDENT(2) | JSON_PRESERVE_ORDER);
     putchar('\n');
     json_decref(j);
+    return EXIT_OK;
+}
+
+int kvctl_print_json(struct kvctl *k, ProtobufCMessage *m)
+{
+    kvctl_print(k, kvctl_to_json(m));
     protobuf_c_message_free_unpacked(m, NULL);
     return EXIT_OK;
 }

@@ -34,17 +34,14 @@ static void print_status(const Kvd__V1__StatusReply *r)
            kvd_format_size(r->rss_bytes, rss, sizeof(rss)), r->log_level);
 }
 
-int cmd_status(struct kvctl *k, int argc, char **argv)
+int cmd_status(struct kvctl *k)
 {
     int code;
-    (void)argv;
-    if (argc > 1)
-        return kvctl_usage("status takes no arguments");
     Kvd__V1__StatusReply *r = get_status(k, &code);
     if (code)
         return code;
     if (k->json)
-        return kvctl_print_json(&r->base);
+        return kvctl_print_json(k, &r->base);
     print_status(r);
     kvd__v1__status_reply__free_unpacked(r, NULL);
     return EXIT_OK;
@@ -58,7 +55,7 @@ static int show_workers(struct kvctl *k)
     if (code)
         return code;
     if (k->json)
-        return kvctl_print_json(&r->base);
+        return kvctl_print_json(k, &r->base);
     struct table *t = table_new(
         ">ID|NAMESPACE|CLIENT|>PID|>UID|>AGE|>IDLE|>SEQS|>PAGES|>BUFFERS|>CALLS|CODEC|ROTATION");
     for (size_t i = 0; i < r->n_sessions; i++) {
@@ -82,25 +79,22 @@ static int show_workers(struct kvctl *k)
     return EXIT_OK;
 }
 
-int cmd_workers(struct kvctl *k, int argc, char **argv)
+int cmd_workers(struct kvctl *k)
 {
-    (void)argv;
-    return argc > 1 ? kvctl_usage("workers takes no arguments") : show_workers(k);
+    return show_workers(k);
 }
 
-int cmd_sequences(struct kvctl *k, int argc, char **argv)
+int cmd_sequences(struct kvctl *k)
 {
     Kvd__V1__ListSequencesRequest req = KVD__V1__LIST_SEQUENCES_REQUEST__INIT;
     Kvd__V1__ListSequencesReply *r = NULL;
-    if (argc > 2)
-        return kvctl_usage("sequences takes one namespace at most");
-    if (argc == 2)
-        req.namespace_name = argv[1];
+    if (k->n_arguments)
+        req.namespace_name = (char *)k->arguments[0];
     int code = kvctl_call(k, "ListSequences", &req, &kvd__v1__list_sequences_reply__descriptor, &r);
     if (code)
         return code;
     if (k->json)
-        return kvctl_print_json(&r->base);
+        return kvctl_print_json(k, &r->base);
     struct table *t = table_new(">ID|NAMESPACE|NAME|>TOKENS|>COMPRESSED|>BYTES|>HOLDERS|CODEC");
     for (size_t i = 0; i < r->n_sequences; i++) {
         const Kvd__V1__AdminSequence *s = r->sequences[i];
@@ -129,7 +123,7 @@ static int show_pool(struct kvctl *k)
     if (code)
         return code;
     if (k->json)
-        return kvctl_print_json(&r->base);
+        return kvctl_print_json(k, &r->base);
     printf(
         "%s: %s in pages, %s slack, %s free; %u of %u extents granted, %u have memory; %llu "
         "evictions\n\n",
@@ -151,24 +145,20 @@ static int show_pool(struct kvctl *k)
     return EXIT_OK;
 }
 
-int cmd_pool(struct kvctl *k, int argc, char **argv)
+int cmd_pool(struct kvctl *k)
 {
-    (void)argv;
-    return argc > 1 ? kvctl_usage("pool takes no arguments") : show_pool(k);
+    return show_pool(k);
 }
 
-int cmd_metrics(struct kvctl *k, int argc, char **argv)
+int cmd_metrics(struct kvctl *k)
 {
     Kvd__V1__GetMetricsRequest req = KVD__V1__GET_METRICS_REQUEST__INIT;
     Kvd__V1__GetMetricsReply *r = NULL;
-    (void)argv;
-    if (argc > 1)
-        return kvctl_usage("metrics takes no arguments");
     int code = kvctl_call(k, "GetMetrics", &req, &kvd__v1__get_metrics_reply__descriptor, &r);
     if (code)
         return code;
     if (k->json)
-        return kvctl_print_json(&r->base);
+        return kvctl_print_json(k, &r->base);
     fputs(r->text, stdout);
     kvd__v1__get_metrics_reply__free_unpacked(r, NULL);
     return EXIT_OK;
@@ -182,19 +172,17 @@ static void on_interrupt(int number)
     interrupted = 1;
 }
 
-int cmd_top(struct kvctl *k, int argc, char **argv)
+int cmd_top(struct kvctl *k)
 {
-    double seconds = argc > 1 ? atof(argv[1]) : 1;
-    long count = argc > 2 ? atol(argv[2]) : -1;
-    if (argc > 3 || seconds < 0.1 || seconds > 3600)
-        return kvctl_usage("top takes seconds (0.1 to 3600) and a count");
+    double seconds = k->n_arguments ? atof(k->arguments[0]) : 1;
+    long count = k->n_arguments > 1 ? atol(k->arguments[1]) : -1;
     signal(SIGINT, on_interrupt);
     for (int code; count != 0 && !interrupted; count -= count > 0) {
         Kvd__V1__StatusReply *r = get_status(k, &code);
         if (code)
             return code;
         if (k->json) {
-            kvctl_print_json(&r->base);
+            kvctl_print_json(k, &r->base);
         } else {
             if (isatty(STDOUT_FILENO))
                 printf("\033[H\033[2J");
@@ -222,13 +210,11 @@ static double now_ms(void)
     return (double)ts.tv_sec * 1e3 + (double)ts.tv_nsec / 1e6;
 }
 
-int cmd_ping(struct kvctl *k, int argc, char **argv)
+int cmd_ping(struct kvctl *k)
 {
     Kvd__V1__PingRequest req = KVD__V1__PING_REQUEST__INIT;
-    long n = argc > 1 ? atol(argv[1]) : 4;
+    long n = k->n_arguments ? atol(k->arguments[0]) : 4;
     double sum = 0, least = 1e9, most = 0;
-    if (argc > 2 || n < 1 || n > 1000000)
-        return kvctl_usage("ping takes a count from 1 to 1000000");
     for (long i = 0; i < n; i++) {
         Kvd__V1__PingReply *r = NULL;
         double t = now_ms();
@@ -243,28 +229,28 @@ int cmd_ping(struct kvctl *k, int argc, char **argv)
         if (!k->json && n <= 10)
             printf("%s: %.3f ms\n", k->address, t);
     }
-    printf(k->json ? "{\"count\": %ld, \"min_ms\": %.3f, \"avg_ms\": %.3f, \"max_ms\": %.3f}\n"
-                   : "%ld calls: min %.3f ms, avg %.3f ms, max %.3f ms\n",
-           n, least, sum / (double)n, most);
+    if (k->json)
+        return kvctl_print(k, json_pack("{s:i, s:f, s:f, s:f}", "count", (int)n, "min_ms", least,
+                                        "avg_ms", sum / (double)n, "max_ms", most));
+    printf("%ld calls: min %.3f ms, avg %.3f ms, max %.3f ms\n", n, least, sum / (double)n, most);
     return EXIT_OK;
 }
 
-int cmd_version(struct kvctl *k, int argc, char **argv)
+int cmd_version(struct kvctl *k)
 {
     struct kvd_error err = {0};
     Kvd__V1__StatusRequest req = KVD__V1__STATUS_REQUEST__INIT;
     Kvd__V1__StatusReply *r = NULL;
-    (void)argv;
-    if (argc > 1)
-        return kvctl_usage("version takes no arguments");
     struct kvd_channel *c = kvctl_channel(k, &err);
     if (!c ||
         kvd_channel_call(c, "/kvd.v1.Admin/GetStatus", &req, &kvd__v1__status_reply__descriptor,
                          KVD_MIN(k->timeout_ms, 2000u), &r, &err))
         r = NULL;
-    const char *daemon = r ? r->version : "not reachable";
-    printf(k->json ? "{\"kvctl\": \"%s\", \"kvd\": \"%s\"}\n" : "kvctl %s\nkvd   %s\n", KVD_VERSION,
-           daemon);
+    if (k->json)
+        kvctl_print(k,
+                    json_pack("{s:s, s:s?}", "kvctl", KVD_VERSION, "kvd", r ? r->version : NULL));
+    else
+        printf("kvctl %s\nkvd   %s\n", KVD_VERSION, r ? r->version : "not reachable");
     if (r)
         kvd__v1__status_reply__free_unpacked(r, NULL);
     return EXIT_OK;

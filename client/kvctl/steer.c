@@ -1,9 +1,8 @@
-// Commands that change something: quota, evict, drain, log-level.
-#include <getopt.h>
+// Commands that change something: quota, evict, drain, reload, log-level.
 
 #include "client/kvctl/kvctl.h"
 
-static int quota_list(struct kvctl *k)
+int cmd_quota_ls(struct kvctl *k)
 {
     Kvd__V1__ListNamespacesRequest req = KVD__V1__LIST_NAMESPACES_REQUEST__INIT;
     Kvd__V1__ListNamespacesReply *r = NULL;
@@ -12,7 +11,7 @@ static int quota_list(struct kvctl *k)
     if (code)
         return code;
     if (k->json)
-        return kvctl_print_json(&r->base);
+        return kvctl_print_json(k, &r->base);
     struct table *t = table_new("NAMESPACE|>USED|>QUOTA|>PAGES|>SEQUENCES|>SESSIONS");
     for (size_t i = 0; i < r->n_namespaces; i++) {
         const Kvd__V1__NamespaceInfo *n = r->namespaces[i];
@@ -31,23 +30,41 @@ static int quota_list(struct kvctl *k)
     return EXIT_OK;
 }
 
-int cmd_quota(struct kvctl *k, int argc, char **argv)
+// Whether there is the namespace; a quota for a slip of the pen would do nothing, unseen.
+static int find_namespace(struct kvctl *k, const char *name)
 {
-    if (argc == 1 || (argc == 2 && strcmp(argv[1], "ls") == 0))
-        return quota_list(k);
-    if (argc != 4 || strcmp(argv[1], "set") != 0)
-        return kvctl_usage("it is: quota ls, or quota set NAMESPACE SIZE|none");
+    Kvd__V1__ListNamespacesRequest req = KVD__V1__LIST_NAMESPACES_REQUEST__INIT;
+    Kvd__V1__ListNamespacesReply *r = NULL;
+    bool found = false;
+    int code =
+        kvctl_call(k, "ListNamespaces", &req, &kvd__v1__list_namespaces_reply__descriptor, &r);
+    if (code)
+        return code;
+    for (size_t i = 0; i < r->n_namespaces; i++)
+        found |= strcmp(r->namespaces[i]->name, name) == 0;
+    kvd__v1__list_namespaces_reply__free_unpacked(r, NULL);
+    if (found)
+        return EXIT_OK;
+    fprintf(stderr, "kvctl: there is no namespace '%s'; --create makes it\n", name);
+    return EXIT_FAILED;
+}
+
+int cmd_quota_set(struct kvctl *k)
+{
     Kvd__V1__SetQuotaRequest req = KVD__V1__SET_QUOTA_REQUEST__INIT;
     Kvd__V1__SetQuotaReply *r = NULL;
-    req.namespace_name = argv[2];
-    if (strcmp(argv[3], "none") != 0 &&
-        (kvd_parse_size(argv[3], &req.quota_bytes) || req.quota_bytes == 0))
-        return kvctl_usage("'%s' is no size; say 512MiB, 8GiB or none", argv[3]);
+    const char *quota = k->arguments[1];
+    req.namespace_name = (char *)k->arguments[0];
+    if (strcmp(quota, "none") != 0 && kvd_parse_size(quota, &req.quota_bytes))
+        return kvctl_usage("'%s' is no size", quota);
+    int found = kvctl_option(k, "create") ? EXIT_OK : find_namespace(k, req.namespace_name);
+    if (found)
+        return found;
     int code = kvctl_operator_call(k, "SetQuota", &req, &kvd__v1__set_quota_reply__descriptor, &r);
     if (code)
         return code;
     if (k->json)
-        return kvctl_print_json(&r->base);
+        return kvctl_print_json(k, &r->base);
     if (req.quota_bytes && r->used_bytes > req.quota_bytes)
         printf("set; the namespace uses more than that already and cannot grow until it shrinks\n");
     else
@@ -56,69 +73,98 @@ int cmd_quota(struct kvctl *k, int argc, char **argv)
     return EXIT_OK;
 }
 
-int cmd_evict(struct kvctl *k, int argc, char **argv)
+int cmd_evict(struct kvctl *k)
 {
-    static const struct option options[] = {{"namespace", required_argument, 0, 'n'},
-                                            {"name", required_argument, 0, 'm'},
-                                            {"bytes", required_argument, 0, 'b'},
-                                            {0}};
     Kvd__V1__EvictRequest req = KVD__V1__EVICT_REQUEST__INIT;
     Kvd__V1__EvictReply *r = NULL;
     char size[32];
-    optind = 0;
-    for (int c; (c = getopt_long(argc, argv, "", options, NULL)) != -1;) {
-        if (c == 'n')
-            req.namespace_name = optarg;
-        else if (c == 'm')
-            req.name = optarg;
-        else if (c != 'b' || kvd_parse_size(optarg, &req.bytes))
-            return kvctl_usage("evict takes --namespace NS, --name NAME and --bytes SIZE");
-    }
-    if (optind != argc)
-        return kvctl_usage("evict takes --namespace NS, --name NAME and --bytes SIZE");
+    const char *ns = kvctl_option(k, "namespace"), *name = kvctl_option(k, "name");
+    const char *bytes = kvctl_option(k, "bytes");
+    if (!ns == !k->all)
+        return kvctl_usage("evict wants either --namespace NAMESPACE or --all");
+    if (name && (!ns || bytes))
+        return kvctl_usage("--name goes with --namespace alone: one sequence of it is evicted");
+    if (bytes && kvd_parse_size(bytes, &req.bytes))
+        return kvctl_usage("'%s' is no size", bytes);
+    int answer =
+        ns ? EXIT_OK
+           : kvctl_confirm(k, "Evict %s%s that is published and not in use, of all namespaces?",
+                           bytes ? bytes : "everything", bytes ? " of what there is" : "");
+    if (answer)
+        return answer;
+    if (ns)
+        req.namespace_name = (char *)ns;
+    if (name)
+        req.name = (char *)name;
     int code = kvctl_operator_call(k, "Evict", &req, &kvd__v1__evict_reply__descriptor, &r);
     if (code)
         return code;
     if (k->json)
-        return kvctl_print_json(&r->base);
+        return kvctl_print_json(k, &r->base);
     printf("evicted %u sequences, %s\n", r->sequences,
            kvd_format_size(r->bytes, size, sizeof(size)));
     kvd__v1__evict_reply__free_unpacked(r, NULL);
     return EXIT_OK;
 }
 
-int cmd_drain(struct kvctl *k, int argc, char **argv)
+int cmd_drain(struct kvctl *k)
 {
     Kvd__V1__DrainRequest req = KVD__V1__DRAIN_REQUEST__INIT;
     Kvd__V1__DrainReply *r = NULL;
-    double seconds = argc > 1 ? atof(argv[1]) : 0;
-    if (argc > 2 || seconds < 0 || seconds > 3600)
-        return kvctl_usage("drain takes a number of seconds up to 3600");
-    req.timeout_ms = (uint32_t)(seconds * 1000);
+    if (k->n_arguments) // 0 stands for the configured time, so the least is a millisecond
+        req.timeout_ms = KVD_MAX((uint32_t)(atof(k->arguments[0]) * 1000), 1u);
     int code = kvctl_operator_call(k, "Drain", &req, &kvd__v1__drain_reply__descriptor, &r);
     if (code)
         return code;
     if (k->json)
-        return kvctl_print_json(&r->base);
+        return kvctl_print_json(k, &r->base);
     printf("draining; %u sessions are open\n", r->sessions);
     kvd__v1__drain_reply__free_unpacked(r, NULL);
     return EXIT_OK;
 }
 
-int cmd_log_level(struct kvctl *k, int argc, char **argv)
+static void print_lines(FILE *f, const char *what, size_t n, char **lines)
+{
+    for (size_t i = 0; i < n; i++)
+        fprintf(f, "%s%s\n", what, lines[i]);
+}
+
+int cmd_reload(struct kvctl *k)
+{
+    Kvd__V1__ReloadRequest req = KVD__V1__RELOAD_REQUEST__INIT;
+    Kvd__V1__ReloadReply *r = NULL;
+    int code = kvctl_operator_call(k, "Reload", &req, &kvd__v1__reload_reply__descriptor, &r);
+    if (code)
+        return code;
+    code = r->applied ? EXIT_OK : EXIT_FAILED;
+    if (k->json) {
+        kvctl_print_json(k, &r->base);
+        return code;
+    }
+    print_lines(stderr, "kvctl: ", r->n_errors, r->errors);
+    if (!r->applied)
+        fprintf(stderr, "kvctl: the old configuration stays\n");
+    print_lines(stdout, "changed: ", r->n_changed, r->changed);
+    print_lines(stdout, "wants a restart: ", r->n_restart, r->restart);
+    print_lines(stdout, "kept: ", r->n_kept, r->kept);
+    if (r->applied && !r->n_changed && !r->n_restart && !r->n_kept)
+        printf("nothing has changed\n");
+    kvd__v1__reload_reply__free_unpacked(r, NULL);
+    return code;
+}
+
+int cmd_log_level(struct kvctl *k)
 {
     Kvd__V1__SetLogLevelRequest req = KVD__V1__SET_LOG_LEVEL_REQUEST__INIT;
     Kvd__V1__SetLogLevelReply *r = NULL;
-    if (argc != 2)
-        return kvctl_usage("log-level takes one of error, warning, notice, info, debug");
-    req.level = argv[1];
+    req.level = (char *)k->arguments[0];
     int code =
         kvctl_operator_call(k, "SetLogLevel", &req, &kvd__v1__set_log_level_reply__descriptor, &r);
     if (code)
         return code;
     if (k->json)
-        return kvctl_print_json(&r->base);
-    printf("%s (was %s)\n", argv[1], r->previous);
+        return kvctl_print_json(k, &r->base);
+    printf("%s (was %s)\n", req.level, r->previous);
     kvd__v1__set_log_level_reply__free_unpacked(r, NULL);
     return EXIT_OK;
 }

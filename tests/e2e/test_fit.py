@@ -240,7 +240,7 @@ def test_bad_dumps_make_no_set(tmp_path, change, text):
 
 
 @pytest.mark.parametrize("options,text", [
-    (["-k", "sst"], "qqt, ktk or hadamard for K"), (["-k", "nonsense"], "no objective"),
+    (["-k", "sst"], "qqt, ktk or hadamard for K"), (["-k", "nonsense"], "qqt, ktk"),
     (["--layers", "5"], "layer 5 is not in the dump"), (["--layers", "3-1"], "ascending"),
     (["--clip", "1.5,0.9"], "at most 1"), (["--clip", "0.9"], "two ratios"), (["--threads", "0"], "from 1")])
 def test_bad_options(tmp_path, options, text):

@@ -1,0 +1,346 @@
+"""kvctl's command line: every command of its table understands help, refuses what it does not know before anything is
+sent, prints JSON as protobuf maps it, and finds the daemon."""
+import json
+import os
+import pty
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+from google.protobuf import json_format
+
+from conftest import KVCTL, Daemon, Rpc, admin, geometry
+
+SAMPLES = {"NAMESPACE": "default", "SIZE|none": "1GiB", "SECONDS": "1", "COUNT": "1", "LEVEL": "info", "COMMAND": "quota",
+           "VERB": "set", "SET": "a/b@c", "SET|FILE": "a/b@c", "K.pt": "k.pt", "V.pt": "v.pt", "MODEL@TAG": "a/b@c",
+           "LAYERS": "0-3", "DIM": "64", "FILE": "f", "REPORT.json": "r.json", "DUMP": "d", "OUT": "o"}
+
+
+def run(*arguments, env=None, **kw):
+    kw.setdefault("stdin", subprocess.DEVNULL)
+    return subprocess.run([KVCTL, *map(str, arguments)], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, **(env or {})}, **kw)
+
+
+TABLE = json.loads(run("--json", "help").stdout)
+COMMANDS = {c["command"]: c for c in TABLE["commands"]}
+
+
+def words(command):
+    """Names of its arguments; "..." repeats the last."""
+    return re.sub(r"[\[\]]", "", COMMANDS[command]["arguments"]).split()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A daemon with something to lose, for commands that must not reach it."""
+    d = Daemon(tmp_path_factory.mktemp("kvctl"))
+    rpc = Rpc(d.address)
+    s = rpc.kv("OpenSession", geometry=geometry(), client_name="somebody").session
+    seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
+    rpc.kv("PublishSequence", session=s, sequence=seq, name="precious")
+    rpc.kv("FreeSequences", session=s, sequences=[seq])
+    yield d
+    assert d.stop() == 0
+
+
+def unharmed(d):
+    status = json.loads(d.kvctl("--json", "status").stdout)
+    assert status["state"] == "ready" and status["sequences"] == "1" and status["log_level"] == "info"
+    assert d.process.poll() is None
+
+
+def test_every_command_has_help_and_refuses_what_it_does_not_know(shared):
+    address = ("--address", shared.address)
+    for name, c in COMMANDS.items():
+        command = name.split()
+        for line in ([*command, "--help"], [*command, "-h"], ["help", *command], [command[0], "--help"]):
+            r = run(*address, *line)
+            assert r.returncode == 0 and r.stderr == "" and f"Usage: kvctl {command[0]}" in r.stdout, (line, r.stderr)
+        shown = run(*command, "--help").stdout
+        for o in c["options"] + TABLE["options"]:
+            assert f"--{o['name']}" in shown, (name, o)
+        names = words(name)
+        good = [SAMPLES[n.removesuffix("...")] for n in names]
+        wrong = [[*command, *good, "--no-such-option"], [*command, *good, "-Z"], [*command, "--help-me", *good]]
+        if not names or not names[-1].endswith("..."):
+            wrong.append([*command, *good, "too-much"])
+        for i in range(c["required"]):
+            wrong.append([*command, *good[:i]])
+        for o in c["options"]:
+            if o["value"]:
+                wrong.append([*command, *good, f"--{o['name']}"])  # no value
+        for line in wrong:
+            r = run(*address, *line)
+            assert r.returncode == 2 and r.stdout == "" and r.stderr.startswith("kvctl"), (line, r.returncode, r.stderr)
+    unharmed(shared)
+
+
+WRONG_VALUES = """
+drain abc | drain 5x | drain -1 | drain nan | drain inf | drain 1e3 | drain 4000 | drain "" | drain 1 2
+top 0 | top 0.01 | top soon | top 1 0 | top 1 x | ping 0 | ping many | ping 1.5 | ping 0x10 | ping 9999999
+quota set default many | quota set default -5 | quota set default 0 | quota set default "" | quota set "two words" 1GiB
+quota set "" 1GiB | quota set default | quota lst | quota set default 1GiB 2GiB | quota set default 0x10 | sequences "a b"
+evict | evict everything | evict --all --namespace default --yes | evict --name precious --yes | evict --all
+evict --namespace default --bytes lots | evict --namespace "" | evict --namespace default --name ""
+evict --namespace default --name precious --bytes 1 | evict --namespace default --bytes 0 | evict --yes
+log-level loud | log-level "" | log-level | log-level INFO | log-level info debug
+calib | calib lss | calib show nonsense | calib fetch nonsense | calib pin nonsense | calib unpin @ | calib gc now
+calib import a b c | calib hadamard a/b@c 3-1 64 | calib hadamard a/b@c 0-3 65 | calib hadamard ab 0-3 64
+calib publish f nonsense | calib fit d | calib fit d o --threads none | calib fit d o --layers 9-1 | calib fit d o --clip x
+calib fit d o --objective-k none | calib fit d o --compose none | calib eval | calib eval d --codecs int7 | calib eval d -c x
+--timeout soon status | --timeout 0 status | --timeout -1 status | status --instance a/b | status --instance ""
+help nonsense | help quota nonsense | help status x | nonsense | --nonsense | status --all | --all drain | --json
+--all quota set default 1MiB | top --all 1 1
+"""
+
+
+def test_values_are_checked_before_anything_is_sent(shared):
+    for line in re.split(r"[|\n]", WRONG_VALUES.strip()):
+        if line.strip() == "calib":
+            continue  # calib ls
+        r = run("--address", shared.address, *shlex.split(line))
+        assert r.returncode == 2 and r.stderr and not r.stdout, (line, r.returncode, r.stdout, r.stderr)
+    unharmed(shared)
+
+
+def test_options_of_all_commands_go_anywhere(shared):
+    a, t = ("--address", shared.address), ("--timeout", "20")
+    want = run(*a, "--json", "quota", "ls").stdout
+    for line in ([*a, "quota", "--json", "ls"], [*a, "quota", "ls", "--json"], ["quota", *a, "ls", "-j"],
+                 ["quota", "ls", *t, "--json", *a], ["-j", "quota", *a], [*t, "quota", "ls", f"--address={shared.address}", "-j"]):
+        r = run(*line)
+        assert r.returncode == 0 and r.stdout == want, (line, r.stderr)
+    assert run("sequences", "--json", "default", *a).stdout == run(*a, "sequences", "default", "--json").stdout
+
+
+def test_evicting_everything_asks(shared, start):
+    r = run("--address", shared.address, "evict", "--all")
+    assert r.returncode == 2 and "--yes" in r.stderr
+    for answer, code in (("n", 1), ("", 1)):
+        master, slave = pty.openpty()
+        os.write(master, answer.encode() + b"\n")
+        r = run("--address", shared.address, "evict", "--all", stdin=slave)
+        os.close(slave), os.close(master)
+        assert r.returncode == code and "of all namespaces? [y/N]" in r.stderr and "nothing was done" in r.stderr
+    unharmed(shared)
+    kvd = start()
+    master, slave = pty.openpty()
+    os.write(master, b"y\n")
+    r = run("--address", kvd.address, "evict", "--all", stdin=slave)
+    os.close(slave), os.close(master)
+    assert r.returncode == 0 and "evicted 0" in r.stdout
+    assert "evicted 0" in kvd.kvctl("evict", "--all", "--yes", "--bytes", "1MiB").stdout
+
+
+def test_a_quota_for_nobody_is_refused(start):
+    kvd = start(config="[namespace known]\n")
+    r = kvd.kvctl("quota", "set", "nosuch", "1MiB", check=False)
+    assert r.returncode == 1 and "--create" in r.stderr
+    assert "nosuch" not in kvd.kvctl("quota", "ls").stdout
+    kvd.kvctl("quota", "set", "known", "1MiB")
+    kvd.kvctl("quota", "set", "nosuch", "1MiB", "--create")
+    assert "nosuch" in kvd.kvctl("quota", "ls").stdout
+
+
+# -- JSON -------------------------------------------------------------------------------------------------------------
+
+MOVING = {"uptime_ms", "idle_ms", "age_ms", "rss_bytes", "text"}  # between two calls
+
+
+def same(a, b, at=""):
+    assert type(a) is type(b), (at, a, b)
+    if isinstance(a, dict):
+        assert list(a) == list(b), (at, list(a), list(b))
+        for key in a:
+            if key in MOVING:
+                assert type(a[key]) is type(b[key]), (at, key)
+            else:
+                same(a[key], b[key], f"{at}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), at
+        for x, y in zip(a, b):
+            same(x, y, at + "[]")
+    else:
+        assert a == b, (at, a, b)
+
+
+def test_json_is_what_protobuf_makes_of_the_reply(start, folder):
+    store = folder / "store"
+    assert run("--store", store, "calib", "hadamard", "m/m@t", "0-3", "64").returncode == 0
+    kvd = start("--store", f"file://{store}")
+    rpc = Rpc(kvd.address)
+    s = rpc.kv("OpenSession", geometry=geometry(), client_name="somebody").session
+    seq = rpc.kv("CreateSequences", session=s, request_id=1, count=2).sequences
+    rpc.kv("PublishSequence", session=s, sequence=seq[0], name="a-name")
+
+    def reply(method, **fields):
+        return json_format.MessageToDict(rpc.admin(method, **fields), including_default_value_fields=True,
+                                         preserving_proto_field_name=True)
+
+    def operator(method, **fields):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as fd:
+            fd.connect(f"{kvd.socket}.fd")
+            ticket = fd.recv(4096)[8:40].decode()
+            return json_format.MessageToDict(rpc.admin(method, metadata=(("kvd-ticket", ticket),), **fields),
+                                             including_default_value_fields=True, preserving_proto_field_name=True)
+
+    for command, want in {
+        "status": lambda: reply("GetStatus"), "workers": lambda: reply("ListSessions"),
+        "sequences": lambda: reply("ListSequences"), "sequences none": lambda: reply("ListSequences", namespace_name="none"),
+        "pool": lambda: reply("GetPool"), "quota ls": lambda: reply("ListNamespaces"),
+        "metrics": lambda: reply("GetMetrics"), "calib ls": lambda: reply("ListRotationSets"),
+        "calib fetch m/m@t": lambda: operator("FetchRotationSet", name="m/m@t"),
+        "quota set default 64MiB": lambda: operator("SetQuota", namespace_name="default", quota_bytes=64 << 20),
+        "evict --namespace default": lambda: operator("Evict", namespace_name="default"),
+        "log-level info": lambda: operator("SetLogLevel", level="info"), "reload": lambda: operator("Reload"),
+    }.items():
+        expected = want()  # once, so that what changes by being done has been done
+        got = json.loads(kvd.kvctl("--json", *command.split()).stdout)
+        expected = want()
+        order = {key: expected[key] for key in got if key in expected}  # the order of fields is protobuf's affair
+        assert set(got) == set(expected), command
+        same(sort_fields(got), sort_fields(order), command)
+    # Ids have all 64 bits: numbers of JSON would be rounded by JavaScript, jq and others, and signed ones are wrong.
+    listed = json.loads(kvd.kvctl("--json", "sequences").stdout)["sequences"]
+    assert {int(x["sequence"]) for x in listed} == set(seq) and all(isinstance(x["sequence"], str) for x in listed)
+
+
+def sort_fields(x):
+    if isinstance(x, dict):
+        return {k: sort_fields(x[k]) for k in sorted(x)}
+    return [sort_fields(y) for y in x] if isinstance(x, list) else x
+
+
+# -- finding the daemon ------------------------------------------------------------------------------------------------
+
+def test_the_daemon_is_found(start, folder):
+    runtime = folder / "run"
+    env = {"KVD_RUNTIME_DIR": str(runtime), "KVD_ADDRESS": ""}
+    runtime.mkdir()
+    r = run("status", env=env)
+    assert r.returncode == 3 and "no kvd listens" in r.stderr and str(runtime) in r.stderr
+    (runtime / "0").mkdir()
+    (runtime / "1").mkdir()
+    one = start("--listen", f"unix:{runtime}/0/kvd.sock")
+    r = run("status", env=env)
+    assert r.returncode == 0 and f"{runtime}/0/kvd.sock" in r.stdout
+    # What nobody listens on any more is not in the way.
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(f"{runtime}/1/kvd.sock")
+    assert run("status", env=env).returncode == 0
+    os.unlink(runtime / "1/kvd.sock")
+    (folder / "b").mkdir()
+    two = Daemon(folder / "b", "--listen", f"unix:{runtime}/1/kvd.sock")
+    try:
+        r = run("status", env=env)
+        assert r.returncode == 2 and f"{runtime}/0/kvd.sock" in r.stderr and "--instance 1" in r.stderr and not r.stdout
+        assert run("evict", "--all", "--yes", env=env).returncode == 2  # not at whichever comes first
+        for name, d in (("0", one), ("1", two)):
+            got = json.loads(run("--json", "status", "--instance", name, env=env).stdout)
+            assert got["pid"] == d.process.pid
+        assert run("status", "--instance", "2", env=env).returncode == 3
+        assert run("status", "--instance", "1", "--address", one.address, env=env).returncode == 2
+        both = json.loads(run("status", "--all", "--json", env=env).stdout)
+        assert {n: s["pid"] for n, s in both.items()} == {"0": one.process.pid, "1": two.process.pid}
+        text = run("--all", "pool", env=env).stdout
+        assert "== 0: unix:" in text and "== 1: unix:" in text and text.count("extents granted") == 2
+        # An address that is named is taken without looking.
+        assert run("status", env={**env, "KVD_ADDRESS": two.address}).returncode == 0
+    finally:
+        assert two.stop() == 0
+
+
+# -- reload ------------------------------------------------------------------------------------------------------------
+
+BEFORE = """[kvd]
+drain-timeout = 5s
+max-queue = 100
+[namespace a]
+quota = 10MiB
+[namespace b]
+quota = 20MiB
+allow-uid = 0
+"""
+
+
+def quota(kvd, name):
+    return {n["name"]: int(n["quota_bytes"]) >> 20 for n in json.loads(kvd.kvctl("--json", "quota", "ls").stdout)["namespaces"]}[name]
+
+
+def test_reload_tells_what_it_did(start):
+    kvd = start(config=BEFORE)
+    file = kvd.folder / "kvd.conf"
+    assert "nothing has changed" in kvd.kvctl("reload").stdout
+    assert kvd.metric("kvd_config_last_reload_successful") == 1
+    stamp = kvd.metric("kvd_config_last_reload_success_timestamp_seconds")
+    assert abs(stamp - time.time()) < 60
+
+    # A broken file changes nothing, says every line, and fails.
+    file.write_text("[kvd]\nmax-queue = none\nlog-level = loud\ndrain-timeout = 1s\n")
+    r = kvd.kvctl("reload", check=False)
+    assert r.returncode == 1 and f"{file}:2: max-queue" in r.stderr and f"{file}:3: log-level" in r.stderr
+    assert "the old configuration stays" in r.stderr and quota(kvd, "a") == 10
+    assert kvd.metric("kvd_config_last_reload_successful") == 0
+    assert kvd.metric("kvd_config_last_reload_success_timestamp_seconds") == stamp
+    got = kvd.kvctl("--json", "reload", check=False)
+    assert got.returncode == 1 and json.loads(got.stdout)["applied"] is False and len(json.loads(got.stdout)["errors"]) == 2
+
+    # A good one: what changed, and what wants a restart.
+    file.write_text(BEFORE.replace("max-queue = 100", "max-queue = 50\nmax-sequences = 100").replace("10MiB", "11MiB")
+                    .replace("allow-uid = 0", "allow-uid = 0, 7"))
+    out = kvd.kvctl("reload").stdout
+    assert "changed: max-queue: 100, now 50" in out and "wants a restart: max-sequences: 65536, now 100" in out
+    assert "namespace a: quota: 10.0 MiB, now 11.0 MiB" in out and "namespace b: allow-uid: 0, now 0, 7" in out
+    assert quota(kvd, "a") == 11 and kvd.metric("kvd_config_last_reload_successful") == 1
+    assert "wants a restart" in kvd.kvctl("reload").stdout  # still
+
+    # A namespace that is no longer named has no quota.
+    file.write_text("[namespace a]\nquota = 11MiB\n")
+    assert "namespace b: no longer configured" in kvd.kvctl("reload").stdout
+    assert quota(kvd, "b") == 0 and quota(kvd, "a") == 11
+
+
+def test_what_is_set_at_run_time_outlives_a_reload_until_the_file_says_otherwise(start):
+    kvd = start(config=BEFORE)
+    file = kvd.folder / "kvd.conf"
+    kvd.kvctl("quota", "set", "a", "99MiB")
+    kvd.kvctl("log-level", "debug")
+    file.write_text(BEFORE.replace("max-queue = 100", "max-queue = 50"))
+    out = kvd.kvctl("reload").stdout
+    assert "kept: namespace a: a quota of 99.0 MiB was set at run time" in out and "kept: log-level: debug" in out
+    assert quota(kvd, "a") == 99
+    kvd.process.send_signal(signal.SIGHUP)  # the same by the signal
+    time.sleep(0.3)
+    assert quota(kvd, "a") == 99 and "was set at run time and stays" in kvd.text()
+    file.write_text(BEFORE.replace("10MiB", "12MiB").replace("[kvd]", "[kvd]\nlog-level = notice"))
+    kvd.kvctl("reload")
+    assert quota(kvd, "a") == 12 and "log level notice" in kvd.kvctl("status").stdout
+
+
+def test_the_command_line_outlives_a_reload(start, folder):
+    """The fixture says --drain-timeout 200ms; the store is said here."""
+    kvd = start("--store", f"file://{folder}/mine", config="[kvd]\nstore = /file\ndrain-timeout = 60m\nmax-queue = 5\n")
+    (kvd.folder / "kvd.conf").write_text("[kvd]\nstore = /other\ndrain-timeout = 30m\nmax-queue = 6\n")
+    for how in ("signal", "call"):
+        if how == "signal":
+            kvd.process.send_signal(signal.SIGHUP)
+            time.sleep(0.3)
+        else:
+            kvd.kvctl("reload")
+        assert json.loads(kvd.kvctl("--json", "status").stdout)["store"] == f"file://{folder}/mine"
+    rpc = Rpc(kvd.address)
+    rpc.kv("OpenSession", geometry=geometry())
+    begin = time.time()
+    assert kvd.stop() == 0 and time.time() - begin < 15  # not half an hour
+
+
+def test_only_operators_reload(start):
+    kvd = start()
+    with pytest.raises(Exception) as e:
+        Rpc(kvd.address).admin("Reload")
+    assert e.value.code().name == "PERMISSION_DENIED"
