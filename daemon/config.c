@@ -41,6 +41,10 @@ static const struct key keys[] = {
     {{"kvd", "max-sessions", RELOADED}, NUMBER, AT(max_sessions), 1, 100000},
     {{"kvd", "max-sequences", AT_START}, NUMBER, AT(max_sequences), 16, 4000000},
     {{"kvd", "max-queue", RELOADED}, NUMBER, AT(max_queue), 1, 1000000},
+    {{"kvd", "max-connections", AT_START}, NUMBER, AT(max_connections), 8, 100000},
+    {{"kvd", "max-calls", RELOADED}, NUMBER, AT(max_calls), 64, 1000000},
+    {{"kvd", "max-reply-bytes", RELOADED}, SIZE, AT(max_reply_bytes), 256 << 20, 1ull << 40},
+    {{"kvd", "reply-timeout", RELOADED}, MILLIS, AT(reply_timeout_ms), 100, 3600000},
     {{"kvd", "max-buffer-bytes", RELOADED}, SIZE, AT(max_buffer_bytes), 4096, 1ull << 43},
     {{"kvd", "admin-uid", RELOADED}, UIDS, AT(admin), 0, 0},
     {{"kvd", "admin-cn", RELOADED}, CNS, AT(admin), 0, 0},
@@ -69,6 +73,10 @@ static void set_defaults(struct kvd_config *c)
         .max_sessions = 4096,
         .max_sequences = 65536,
         .max_queue = 4096,
+        .max_connections = 4096,
+        .max_calls = 8192,
+        .max_reply_bytes = 1ull << 30,
+        .reply_timeout_ms = 30000,
         .max_buffer_bytes = 16ull << 30,
     };
 }

@@ -7,12 +7,15 @@
 // and rotation sets (memory.c).
 #include <errno.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/un.h>
 
 #include "daemon/kvd.h"
+#include "daemon/listen.h"
+#include "daemon/users.h"
 
-enum { MAX_PENDING_FDS = 64 };
+enum {
+    MAX_PENDING_FDS = 64,
+    YIELDS_MS = 1000, // a connection without a session for so long makes room when there is none
+};
 
 struct kvd_connection {
     char ticket[KVD_SECRET_TEXT];
@@ -21,6 +24,7 @@ struct kvd_connection {
     uv_poll_t poll;
     uint64_t since_ms;
     struct kvd_peer peer;
+    struct kvd_user *user; // whose share it is
     struct kvd_session *session;
     struct {
         uint64_t key;
@@ -32,9 +36,6 @@ struct kvd_connection {
 };
 
 struct kvd_fdsock {
-    int fd;
-    char path[128];
-    uv_poll_t poll;
     uv_timer_t timer; // drops connections that say nothing; runs only while there are such
     struct kvd_connection *connections; // by ticket
 };
@@ -50,6 +51,8 @@ void kvd_connection_close(struct kvd_connection *c)
         return;
     c->closing = true;
     HASH_DEL(c->d->fdsock->connections, c);
+    kvd_user_give(c->user, KVD_SHARE_CONNECTIONS, 1);
+    kvd_user_unref(&c->user);
     for (uint32_t i = 0; i < c->n_pending; i++)
         close(c->pending[i].fd);
     uv_poll_stop(&c->poll);
@@ -145,14 +148,47 @@ static bool send_hello(struct kvd_connection *c)
     return send(c->fd, &hello, sizeof(hello), MSG_NOSIGNAL | MSG_DONTWAIT) == sizeof(hello);
 }
 
+// Room is made among the user's connections that have no session.
+static bool make_room(struct kvd_daemon *d, const struct kvd_user *user)
+{
+    struct kvd_connection *c, *next; // by age: a hash keeps the order in which it was filled
+    HASH_ITER(hh, d->fdsock->connections, c, next)
+    {
+        if (kvd_now_ms(d) - c->since_ms >= YIELDS_MS && !c->session && c->user == user) {
+            kvd_connection_close(c);
+            return true;
+        }
+    }
+    return false;
+}
+
+// A connection that is charged to its user; NULL: it is not to be.
+static struct kvd_connection *connection_new(struct kvd_daemon *d, int64_t uid)
+{
+    struct kvd_error err = {0};
+    struct kvd_connection *c = calloc(1, sizeof(*c));
+    if (c)
+        c->user = kvd_user_ref(d, uid);
+    if (c && c->user &&
+        (kvd_user_take(c->user, KVD_SHARE_CONNECTIONS, 1, &err) == KVD_OK ||
+         (make_room(d, c->user) &&
+          kvd_user_take(c->user, KVD_SHARE_CONNECTIONS, 1, &err) == KVD_OK)))
+        return c;
+    kvd_debug("connection to the fd socket refused: %s", err.text);
+    if (c)
+        kvd_user_unref(&c->user);
+    free(c);
+    return NULL;
+}
+
 static void accept_one(struct kvd_daemon *d, int fd)
 {
     struct ucred cred;
     socklen_t len = sizeof(cred);
-    struct kvd_connection *c = calloc(1, sizeof(*c));
-    if (!c || getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len) ||
-        HASH_COUNT(d->fdsock->connections) >= KVD_MAX_CONNECTIONS) {
-        free(c);
+    struct kvd_connection *c = NULL;
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len) == 0)
+        c = connection_new(d, cred.uid);
+    if (!c) {
         close(fd);
         return;
     }
@@ -173,50 +209,14 @@ static void accept_one(struct kvd_daemon *d, int fd)
         uv_timer_start(&d->fdsock->timer, on_timer, 1000, 1000);
 }
 
-static void on_accept(uv_poll_t *poll, int status, int events)
-{
-    struct kvd_daemon *d = poll->data;
-    (void)events;
-    for (int fd; status == 0 &&
-                 (fd = accept4(d->fdsock->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)) >= 0;)
-        accept_one(d, fd);
-}
-
 int kvd_fdsock_init(struct kvd_daemon *d, const char *path, struct kvd_error *err)
 {
-    struct sockaddr_un addr = {.sun_family = AF_UNIX};
-    struct kvd_fdsock *s = calloc(1, sizeof(*s));
-    if (!s || (size_t)snprintf(addr.sun_path, sizeof(addr.sun_path), "%s", path) >=
-                  sizeof(addr.sun_path)) {
-        free(s);
-        return kvd_fail(err, KVD_E_INVALID, "%s: a socket's path is too long", path);
-    }
-    snprintf(s->path, sizeof(s->path), "%s", path);
-    s->fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    unlink(path); // stale: the lock beside the gRPC socket is ours
-    mode_t mask = umask(0177);
-    bool ok = s->fd >= 0 && bind(s->fd, (struct sockaddr *)&addr, sizeof(addr)) == 0;
-    umask(mask);
-    struct stat st;
-    // Who may use the gRPC socket may use this one.
-    char grpc_path[128];
-    snprintf(grpc_path, sizeof(grpc_path), "%.*s", (int)strlen(path) - 3, path);
-    ok = ok && stat(grpc_path, &st) == 0 && chown(path, (uid_t)-1, st.st_gid) == 0 &&
-         chmod(path, st.st_mode & 0777) == 0;
-    if (!ok || listen(s->fd, 512)) {
-        int e = errno;
-        if (s->fd >= 0)
-            close(s->fd);
-        free(s);
-        return kvd_fail(err, -e, "cannot listen on %s: %s", path, strerror(e));
-    }
-    d->fdsock = s;
-    uv_poll_init(&d->loop, &s->poll, s->fd);
-    s->poll.data = d;
-    uv_poll_start(&s->poll, UV_READABLE, on_accept);
-    uv_timer_init(&d->loop, &s->timer);
-    s->timer.data = d;
-    return KVD_OK;
+    d->fdsock = calloc(1, sizeof(*d->fdsock));
+    if (!d->fdsock)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    uv_timer_init(&d->loop, &d->fdsock->timer);
+    d->fdsock->timer.data = d;
+    return kvd_listen_unix(d, KVD_LISTEN_FD, path, SOCK_SEQPACKET, accept_one, err);
 }
 
 static void free_fdsock(uv_handle_t *handle)
@@ -232,13 +232,10 @@ void kvd_fdsock_deinit(struct kvd_daemon *d)
     struct kvd_connection *c, *next;
     if (!s)
         return;
+    kvd_listen_close(d, KVD_LISTEN_FD);
     HASH_ITER(hh, s->connections, c, next)
     hang_up(c, "kvd stops");
-    uv_poll_stop(&s->poll);
-    close(s->fd);
-    unlink(s->path);
-    uv_close((uv_handle_t *)&s->timer, NULL);
-    uv_close((uv_handle_t *)&s->poll, free_fdsock);
+    uv_close((uv_handle_t *)&s->timer, free_fdsock);
 }
 
 struct kvd_connection *kvd_fdsock_find(struct kvd_daemon *d, const char *ticket)

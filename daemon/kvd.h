@@ -21,12 +21,11 @@ enum {
     KVD_SECRET_TEXT = 33, // 16 random bytes in hex, and a NUL
     KVD_MAX_GEOMETRIES = 64,
     KVD_MAX_NAMESPACES = 1024,
-    KVD_REPLAY_BYTES = 1 << 20, // of them
-    KVD_REPLAY_SLOTS = 256,     // replies remembered per session
-    KVD_EVENT_SLOTS = 256,      // events that wait for a slow reader
-    KVD_MAX_HELD = 65536,       // sequences held by one session
-    KVD_MAX_BUFFERS = 1024,     // per session
-    KVD_MAX_CONNECTIONS = 8192,
+    KVD_REPLAY_BYTES = 1 << 20,   // of them
+    KVD_REPLAY_SLOTS = 256,       // replies remembered per session
+    KVD_EVENT_SLOTS = 256,        // events that wait for a slow reader
+    KVD_MAX_HELD = 65536,         // sequences held by one session
+    KVD_MAX_BUFFERS = 1024,       // per session
     KVD_HELLO_TIMEOUT_MS = 10000, // an fd connection must open a session by then
 };
 
@@ -96,6 +95,9 @@ struct kvd_seq_use {
 enum kvd_state { KVD_STARTING, KVD_READY, KVD_DRAINING, KVD_STOPPING };
 
 struct kvd_memory_state; // memory.c
+struct kvd_users;        // users.c
+struct kvd_links;        // links.c
+struct kvd_listener;     // listen.c
 
 struct kvd_daemon {
     struct kvd_config config;
@@ -120,6 +122,9 @@ struct kvd_daemon {
     struct kvd_exec *exec;
     struct kvd_fdsock *fdsock;
     struct kvd_http *http;
+    struct kvd_users *users;
+    struct kvd_links *links;
+    struct kvd_listener *listeners;
     struct kvd_metrics metrics;
     struct kvd_call *health_watchers; // linked by call->next_watch
     uv_signal_t sig_term, sig_int, sig_hup;

@@ -14,6 +14,7 @@
 #include <time.h>
 
 #include "daemon/rpc.h"
+#include "daemon/users.h"
 #include "kvd.pb-c.h"
 
 static void on_evict(void *ctx, uint32_t ns, uint64_t seq, const char *name)
@@ -322,9 +323,7 @@ void kvd_daemon_deinit(struct kvd_daemon *d)
     kvd_memory_deinit(d);
     kvd_backend_free(&d->backend);
     free(d->use);
-    for (uint32_t i = 0; i < d->config.n_listen; i++)
-        if (strncmp(d->config.listen[i], "unix:", 5) == 0 && d->state == KVD_STOPPING)
-            unlink(d->config.listen[i] + 5);
+    kvd_users_deinit(d);
     for (uint32_t i = 0; i < d->n_locks; i++)
         close(d->lock_fds[i]);
 }

@@ -4,8 +4,87 @@
 #include <grpc/grpc_security.h>
 #include <grpc/slice.h>
 #include <grpc/support/alloc.h>
+#include <utlist.h>
 
-// -- calls --------------------------------------------------------------------------------------
+#include "daemon/links.h"
+
+enum { SMALL_REPLY = 64 << 10 };
+
+// -- what a call may take -----------------------------------------------------------------------
+
+static int charge(struct kvd_call *c, struct kvd_error *err)
+{
+    c->link = kvd_link_of(c->d, c->call);
+    if (kvd_link_refusal(c->link)) {
+        *err = *kvd_link_refusal(c->link);
+        return err->code;
+    }
+    struct kvd_user *user =
+        kvd_user_ref(c->d, c->link ? kvd_link_uid(c->link) : (int64_t)KVD_USER_UNKNOWN);
+    int rc = user ? kvd_user_take(user, KVD_SHARE_CALLS, 1, err)
+                  : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    if (rc)
+        kvd_user_unref(&user);
+    c->user = user;
+    return rc;
+}
+
+static void release(struct kvd_call *c)
+{
+    if (c->user) {
+        kvd_user_give(c->user, KVD_SHARE_REPLY_BYTES, c->reply_bytes);
+        kvd_user_give(c->user, KVD_SHARE_CALLS, 1);
+    }
+    kvd_link_give(c->link, c->reply_bytes);
+    kvd_user_unref(&c->user);
+    kvd_link_unref(&c->link);
+}
+
+int kvd_call_reserve(struct kvd_call *c, size_t n, struct kvd_error *err)
+{
+    int rc = c->user ? kvd_link_take(c->link, n, err) : KVD_OK;
+    if (rc || !c->user)
+        return rc;
+    rc = kvd_user_take(c->user, KVD_SHARE_REPLY_BYTES, n, err);
+    if (rc)
+        kvd_link_give(c->link, n);
+    else
+        c->reply_bytes += n;
+    return rc;
+}
+
+void kvd_call_sending(struct kvd_call *c)
+{
+    if (c->sending_ms)
+        return;
+    c->sending_ms = kvd_now_ms(c->d);
+    DL_APPEND2(c->d->rpc->unread, c, previous_unread, next_unread);
+}
+
+void kvd_call_sent(struct kvd_call *c)
+{
+    if (!c->sending_ms)
+        return;
+    c->sending_ms = 0;
+    DL_DELETE2(c->d->rpc->unread, c, previous_unread, next_unread);
+}
+
+void kvd_rpc_tick(struct kvd_daemon *d)
+{
+    struct kvd_call *c, *next;
+    DL_FOREACH_SAFE2(d->rpc->unread, c, next, next_unread)
+    {
+        if (kvd_now_ms(d) - c->sending_ms < d->config.reply_timeout_ms)
+            return; // those behind it are younger
+        kvd_call_sent(c);
+        if (c->link)
+            kvd_link_cut(c->link, "it does not read its replies");
+        else
+            grpc_call_cancel(c->call, NULL);
+    }
+}
+
+// -- the life of a call -------------------------------------------------------------------------
 
 void kvd_call_free(struct kvd_call *c)
 {
@@ -20,6 +99,8 @@ void kvd_call_free(struct kvd_call *c)
         grpc_byte_buffer_destroy(c->payload);
     if (c->reply)
         grpc_byte_buffer_destroy(c->reply);
+    kvd_call_sent(c);
+    release(c);
     grpc_slice_unref(c->message);
     grpc_metadata_array_destroy(&c->metadata);
     if (c->call)
@@ -49,6 +130,8 @@ static void on_done(struct kvd_tag *tag, bool ok)
     struct kvd_call *c = (struct kvd_call *)((uint8_t *)tag - offsetof(struct kvd_call, done_tag));
     (void)ok;
     c->done = true;
+    if (c->cancelled)
+        kvd_link_cancelled(c->link, (uv_hrtime() - c->accepted_ns) / 1000);
     maybe_free(c);
 }
 
@@ -57,6 +140,8 @@ static void on_closed(struct kvd_tag *tag, bool ok)
     struct kvd_call *c = (struct kvd_call *)((uint8_t *)tag - offsetof(struct kvd_call, close_tag));
     (void)ok;
     c->closed = true;
+    if (c->cancelled)
+        kvd_link_cancelled(c->link, (uv_hrtime() - c->accepted_ns) / 1000);
     if (!c->answered && c->on_cancelled) {
         void (*hook)(struct kvd_call *) = c->on_cancelled;
         c->on_cancelled = NULL;
@@ -86,12 +171,35 @@ grpc_op *kvd_call_status_op(struct kvd_call *c, grpc_op *op)
     return op + 1;
 }
 
+void kvd_call_set_message(struct kvd_call *c, int code, const char *text)
+{
+    c->code = kvd_status_to_grpc(code);
+    grpc_slice_unref(c->message);
+    c->message = grpc_slice_from_copied_string(text);
+}
+
+// A reply of some size must have been reserved, or find room now. Small ones always go out: as many
+// as there are calls, and some tell of what cannot be undone.
+static void bound_reply(struct kvd_call *c)
+{
+    struct kvd_error err = {0};
+    size_t n = grpc_byte_buffer_length(c->reply);
+    if (n <= SMALL_REPLY || n <= c->reply_bytes ||
+        kvd_call_reserve(c, n - c->reply_bytes, &err) == KVD_OK)
+        return;
+    grpc_byte_buffer_destroy(c->reply);
+    c->reply = NULL;
+    kvd_call_set_message(c, err.code, err.text);
+}
+
 // Starts the one batch that answers a unary call.
 static void answer(struct kvd_call *c)
 {
     grpc_op ops[4] = {{.op = GRPC_OP_SEND_INITIAL_METADATA}};
     grpc_op *op = ops + 1;
     c->answered = true;
+    if (c->reply)
+        bound_reply(c);
     if (c->closed) { // nobody will read it
         c->code = kvd_call_expired(c) ? GRPC_STATUS_DEADLINE_EXCEEDED : GRPC_STATUS_CANCELLED;
         if (c->reply)
@@ -110,6 +218,7 @@ static void answer(struct kvd_call *c)
         op->data.recv_close_on_server.cancelled = &c->cancelled;
         op++;
     }
+    kvd_call_sending(c);
     kvd_tag_arm(&c->done_tag, on_done);
     if (grpc_call_start_batch(c->call, ops, (size_t)(op - ops), &c->done_tag, NULL) !=
         GRPC_CALL_OK) {
@@ -118,13 +227,6 @@ static void answer(struct kvd_call *c)
         c->done = true;
         maybe_free(c);
     }
-}
-
-void kvd_call_set_message(struct kvd_call *c, int code, const char *text)
-{
-    c->code = kvd_status_to_grpc(code);
-    grpc_slice_unref(c->message);
-    c->message = grpc_slice_from_copied_string(text);
 }
 
 void kvd_call_reply(struct kvd_call *call, const void *reply)
@@ -186,6 +288,8 @@ bool kvd_call_peer_named(const struct kvd_call *call, const struct kvd_allow *al
 {
     bool found = false;
     grpc_auth_context *auth = grpc_call_auth_context(call->call);
+    if (!auth) // a connection that kvd accepted: no TLS, no names
+        return false;
     grpc_auth_property_iterator it =
         grpc_auth_context_find_properties_by_name(auth, GRPC_X509_CN_PROPERTY_NAME);
     const grpc_auth_property *p;
@@ -225,7 +329,10 @@ static void dispatch(struct kvd_call *c)
     c->payload = NULL;
     bool refuse =
         c->d->state == KVD_STOPPING || (c->d->state == KVD_DRAINING && !m->while_draining);
-    if (refuse)
+    struct kvd_error err = {0};
+    if (charge(c, &err))
+        kvd_call_fail_error(c, &err);
+    else if (refuse)
         kvd_call_fail(c, KVD_E_UNAVAILABLE, "kvd is shutting down; try again when it is back");
     else if (!c->request)
         kvd_call_fail(c, KVD_E_INVALID, "the request is not a %s, or has more items than kvd takes",
@@ -268,13 +375,16 @@ static void on_request(struct kvd_tag *tag, bool ok)
     handle(c);
 }
 
-static struct kvd_call *call_new(struct kvd_daemon *d, void (*fire)(struct kvd_tag *, bool))
+static struct kvd_call *call_new(struct kvd_daemon *d, uint32_t index,
+                                 void (*fire)(struct kvd_tag *, bool))
 {
     struct kvd_call *c = calloc(1, sizeof(*c));
     if (!c)
         abort(); // nothing can be answered without it
     c->d = d;
     c->message = grpc_empty_slice();
+    c->method_index = index;
+    c->request_tag.waiting = &d->rpc->waiting[index];
     grpc_metadata_array_init(&c->metadata);
     kvd_tag_arm(&c->request_tag, fire);
     return c;
@@ -282,13 +392,13 @@ static struct kvd_call *call_new(struct kvd_daemon *d, void (*fire)(struct kvd_t
 
 void kvd_call_arm(struct kvd_daemon *d, uint32_t index)
 {
-    struct kvd_call *c = call_new(d, on_request);
+    struct kvd_call *c = call_new(d, index, on_request);
     c->method = &kvd_methods[index];
-    c->method_index = index;
     if (grpc_server_request_registered_call(d->rpc->server, d->rpc->registered[index], &c->call,
                                             &c->deadline, &c->metadata, &c->payload, d->rpc->cq,
                                             d->rpc->cq, &c->request_tag) != GRPC_CALL_OK)
         kvd_call_free(c);
+    kvd_rpc_armed(d, index);
 }
 
 static void on_unknown(struct kvd_tag *tag, bool ok)
@@ -313,10 +423,10 @@ static void on_unknown(struct kvd_tag *tag, bool ok)
 void kvd_call_arm_unknown(struct kvd_daemon *d)
 {
     struct kvd_rpc *r = d->rpc;
-    struct kvd_call *c = call_new(d, on_unknown);
-    c->method_index = KVD_MAX_METHODS - 1;
+    struct kvd_call *c = call_new(d, KVD_MAX_METHODS - 1, on_unknown);
     grpc_call_details_init(&r->unknown_details);
     if (grpc_server_request_call(r->server, &c->call, &r->unknown_details, &c->metadata, r->cq,
                                  r->cq, &c->request_tag) != GRPC_CALL_OK)
         kvd_call_free(c);
+    kvd_rpc_armed(d, KVD_MAX_METHODS - 1);
 }

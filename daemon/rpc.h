@@ -25,6 +25,7 @@ struct kvd_tag {
     _Atomic bool armed; // orders the loop's writes before the queue thread's; gRPC does too, but
                         // tools cannot see it
     bool ok;
+    int *waiting; // of a request: what counts it while it waits inside gRPC
     struct kvd_tag *next;
 };
 
@@ -48,6 +49,11 @@ struct kvd_call {
     grpc_metadata_array metadata;
     gpr_timespec deadline;
     uint64_t accepted_ns;
+    struct kvd_link *link; // NULL: it came over TLS
+    struct kvd_user *user; // who is charged; NULL: not charged
+    uint64_t reply_bytes;  // taken of the reply share
+    uint64_t sending_ms;   // since when there is something to send; 0: nothing
+    struct kvd_call *previous_unread, *next_unread;
     struct kvd_tag request_tag, done_tag, close_tag, send_tag;
     ProtobufCMessage *request;
     size_t request_bytes;
@@ -85,6 +91,9 @@ void kvd_call_reply_packed(struct kvd_call *call, const uint8_t *data, size_t le
 __attribute__((format(printf, 3, 4))) void kvd_call_fail(struct kvd_call *call, int code,
                                                          const char *fmt, ...);
 void kvd_call_fail_error(struct kvd_call *call, const struct kvd_error *err);
+// Takes room for a reply of n bytes more, before memory is taken for it. KVD_E_LIMIT: the client,
+// its user or all together have too many replies that are being made or wait to be read.
+int kvd_call_reserve(struct kvd_call *call, size_t n, struct kvd_error *err);
 bool kvd_call_expired(const struct kvd_call *call);
 
 // Streams: sends a message, or counts it as lost when KVD_EVENT_SLOTS wait already.

@@ -1,16 +1,33 @@
 // The gRPC server: its sockets, the completion-queue thread, start and stop.
-#include <grp.h>
+#include <errno.h>
+#include <grpc/byte_buffer.h>
 #include <grpc/grpc_security.h>
-#include <sys/stat.h>
+#include <sys/socket.h>
 
+#include "daemon/links.h"
+#include "daemon/listen.h"
 #include "daemon/rpc_internal.h"
 
-enum { ARMED = 4 }; // requests kept waiting per method; a burst beyond that waits inside gRPC
+enum {
+    ARMED = 16, // requests kept waiting per method; a burst beyond that waits inside gRPC
+    READ_BYTES = 64 << 10, // that gRPC reads from a connection before it looks at others
+};
 
 void kvd_tag_arm(struct kvd_tag *tag, void (*fire)(struct kvd_tag *tag, bool ok))
 {
     tag->fire = fire;
     atomic_store_explicit(&tag->armed, true, memory_order_release);
+}
+
+void kvd_rpc_armed(struct kvd_daemon *d, uint32_t index)
+{
+    struct kvd_rpc *r = d->rpc;
+    uv_mutex_lock(&r->lock);
+    if (++r->waiting[index] == 1) {
+        r->dry--;
+        uv_cond_signal(&r->armed);
+    }
+    uv_mutex_unlock(&r->lock);
 }
 
 static void queue_thread(void *arg)
@@ -25,6 +42,9 @@ static void queue_thread(void *arg)
             atomic_load_explicit(&tag->armed, memory_order_acquire);
             tag->ok = e.success;
             tag->next = NULL;
+            if (tag->waiting && --*tag->waiting == 0)
+                r->dry++;
+            tag->waiting = NULL;
             if (r->last)
                 r->last->next = tag;
             else
@@ -34,6 +54,11 @@ static void queue_thread(void *arg)
             r->drained = true;
         }
         uv_async_send(&r->async);
+        // gRPC reads from connections when its queue is asked and empty. While calls of a method
+        // wait inside it, for which there is no bound, none is asked for more: so what waits there
+        // is what one connection's read brought.
+        while (r->dry && !r->stopping)
+            uv_cond_wait(&r->armed, &r->lock);
         uv_mutex_unlock(&r->lock);
         if (e.type == GRPC_QUEUE_SHUTDOWN)
             return;
@@ -93,39 +118,26 @@ static grpc_server_credentials *tls_credentials(const struct kvd_config *c, stru
     return creds;
 }
 
-// Access to a unix socket: mode and group as configured.
-static int own_socket(const struct kvd_config *c, const char *path, struct kvd_error *err)
+// TLS is gRPC's affair, and so are the listeners that have it; what is plain is accepted here.
+static int add_tls_port(struct kvd_daemon *d, const char *address, struct kvd_error *err)
 {
-    if (chmod(path, (mode_t)c->socket_mode))
-        return kvd_fail(err, -errno, "cannot set the mode of %s: %s", path, strerror(errno));
-    if (!c->socket_group[0])
-        return KVD_OK;
-    const struct group *gr = getgrnam(c->socket_group);
-    if (!gr || chown(path, (uid_t)-1, gr->gr_gid))
-        return kvd_fail(err, KVD_E_INVALID, "cannot give %s to the group %s: %s", path,
-                        c->socket_group, gr ? strerror(errno) : "there is no such group");
-    return KVD_OK;
+    grpc_server_credentials *creds = tls_credentials(&d->config, err);
+    if (!creds)
+        return KVD_E_INVALID;
+    int port = grpc_server_add_http2_port(d->rpc->server, address, creds);
+    grpc_server_credentials_release(creds);
+    return port ? KVD_OK
+                : kvd_fail(err, KVD_E_UNAVAILABLE, "cannot listen on %s: in use, or not ours",
+                           address);
 }
 
 static int add_port(struct kvd_daemon *d, const char *address, struct kvd_error *err)
 {
-    const struct kvd_config *c = &d->config;
-    bool is_unix = strncmp(address, "unix:", 5) == 0;
-    grpc_server_credentials *creds = is_unix || !c->tls_cert[0]
-                                         ? grpc_insecure_server_credentials_create()
-                                         : tls_credentials(c, err);
-    if (!creds)
-        return KVD_E_INVALID;
-    // Nobody but us may connect before the mode is set.
-    mode_t mask = umask(0177);
-    int port = grpc_server_add_http2_port(d->rpc->server, address, creds);
-    umask(mask);
-    grpc_server_credentials_release(creds);
-    if (!port)
-        return kvd_fail(err, KVD_E_UNAVAILABLE,
-                        "cannot listen on %s: in use, or the folder is missing or not writable",
-                        address);
-    return is_unix ? own_socket(c, address + 5, err) : KVD_OK;
+    if (strncmp(address, "unix:", 5) == 0)
+        return kvd_listen_unix(d, KVD_LISTEN_GRPC, address + 5, SOCK_STREAM, kvd_links_accept, err);
+    return d->config.tls_cert[0]
+               ? add_tls_port(d, address, err)
+               : kvd_listen_tcp(d, KVD_LISTEN_GRPC, address, kvd_links_accept, NULL, err);
 }
 
 int kvd_rpc_init(struct kvd_daemon *d, struct kvd_error *err)
@@ -136,6 +148,8 @@ int kvd_rpc_init(struct kvd_daemon *d, struct kvd_error *err)
     d->rpc = r;
     grpc_init();
     uv_mutex_init(&r->lock);
+    uv_cond_init(&r->armed);
+    r->dry = (int)kvd_n_methods + 1;
     uv_async_init(&d->loop, &r->async, on_async);
     r->async.data = d;
     // Messages that are being received, all together.
@@ -160,6 +174,9 @@ int kvd_rpc_init(struct kvd_daemon *d, struct kvd_error *err)
          .value.pointer = {quota, grpc_resource_quota_arg_vtable()}},
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_ENABLE_CHANNELZ, .value.integer = 0},
         {.type = GRPC_ARG_INTEGER,
+         .key = GRPC_ARG_TCP_MAX_READ_CHUNK_SIZE,
+         .value.integer = READ_BYTES},
+        {.type = GRPC_ARG_INTEGER,
          .key = GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS,
          .value.integer = KVD_HELLO_TIMEOUT_MS},
     };
@@ -171,12 +188,10 @@ int kvd_rpc_init(struct kvd_daemon *d, struct kvd_error *err)
     for (uint32_t i = 0; i < kvd_n_methods; i++)
         r->registered[i] = grpc_server_register_method(
             r->server, kvd_methods[i].path, NULL, GRPC_SRM_PAYLOAD_READ_INITIAL_BYTE_BUFFER, 0);
-    for (uint32_t i = 0; i < d->config.n_listen; i++) {
-        int rc = add_port(d, d->config.listen[i], err);
-        if (rc)
-            return rc;
-    }
-    return KVD_OK;
+    int rc = kvd_links_init(d, err);
+    for (uint32_t i = 0; i < d->config.n_listen && rc == KVD_OK; i++)
+        rc = add_port(d, d->config.listen[i], err);
+    return rc;
 }
 
 void kvd_rpc_start(struct kvd_daemon *d)
@@ -200,7 +215,11 @@ static void on_server_down(struct kvd_tag *tag, bool ok)
 void kvd_rpc_shutdown(struct kvd_daemon *d, void (*on_shut)(struct kvd_daemon *d))
 {
     struct kvd_rpc *r = d->rpc;
+    kvd_listen_close(d, KVD_LISTEN_GRPC);
+    uv_mutex_lock(&r->lock);
     r->stopping = true;
+    uv_cond_signal(&r->armed);
+    uv_mutex_unlock(&r->lock);
     r->on_shut = on_shut;
     kvd_tag_arm(&r->shutdown_tag, on_server_down);
     grpc_server_shutdown_and_notify(r->server, r->cq, &r->shutdown_tag);
@@ -219,6 +238,7 @@ void kvd_rpc_deinit(struct kvd_daemon *d)
     struct kvd_rpc *r = d->rpc;
     if (!r)
         return;
+    kvd_listen_close(d, KVD_LISTEN_GRPC);
     if (r->thread_running) {
         uv_thread_join(&r->thread);
     } else {
@@ -233,6 +253,8 @@ void kvd_rpc_deinit(struct kvd_daemon *d)
     grpc_server_destroy(r->server);
     grpc_completion_queue_destroy(r->cq);
     grpc_shutdown();
+    kvd_links_deinit(d);
+    uv_cond_destroy(&r->armed);
     uv_mutex_destroy(&r->lock);
     uv_close((uv_handle_t *)&r->async, free_rpc);
 }

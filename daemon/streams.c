@@ -1,6 +1,7 @@
 // Streaming calls: messages wait in a list of their own and go out one at a time.
 #include <grpc/byte_buffer.h>
 
+#include "daemon/links.h"
 #include "daemon/rpc_internal.h"
 
 static void stream_pump(struct kvd_call *c);
@@ -15,6 +16,7 @@ static void on_sent(struct kvd_tag *tag, bool ok)
 {
     struct kvd_call *c = (struct kvd_call *)((uint8_t *)tag - offsetof(struct kvd_call, send_tag));
     c->sending = false;
+    kvd_call_sent(c);
     if (ok && !c->closed)
         stream_pump(c);
     stream_maybe_free(c);
@@ -25,6 +27,8 @@ static void on_closed(struct kvd_tag *tag, bool ok)
     struct kvd_call *c = (struct kvd_call *)((uint8_t *)tag - offsetof(struct kvd_call, close_tag));
     (void)ok;
     c->closed = true;
+    if (c->cancelled)
+        kvd_link_cancelled(c->link, (uv_hrtime() - c->accepted_ns) / 1000);
     if (c->on_closed)
         c->on_closed(c);
     if (!c->finished)
@@ -58,6 +62,7 @@ static void stream_pump(struct kvd_call *c)
         return;
     }
     c->sending = true;
+    kvd_call_sending(c);
     kvd_tag_arm(&c->send_tag, on_sent);
     grpc_call_start_batch(c->call, &op, 1, &c->send_tag, NULL);
 }

@@ -139,6 +139,9 @@ int kvd_work_tensor_out(struct kvd_work *w, struct kvd_session *s, const Kvd__V1
             err, KVD_E_LIMIT,
             "the reply would have more than %d bytes; register a buffer for %s, or split the call",
             MAX_INLINE_REPLY, name);
+    rc = kvd_call_reserve(w->call, end, err);
+    if (rc)
+        return rc;
     *inline_out = malloc(end);
     if (!*inline_out)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
