@@ -274,6 +274,7 @@ int64_t kvd_link_uid(const struct kvd_link *l)
 int kvd_link_take(struct kvd_link *l, uint64_t n, struct kvd_error *err)
 {
     uint64_t most = l ? kvd_share_total(l->d, KVD_SHARE_REPLY_BYTES) / 4 : 0;
+    unsigned long long wanted = l ? l->reply_bytes + n : 0;
     if (!l)
         return KVD_OK;
     if (n > most || l->reply_bytes > most - n)
@@ -281,7 +282,7 @@ int kvd_link_take(struct kvd_link *l, uint64_t n, struct kvd_error *err)
             err, KVD_E_LIMIT,
             "this connection has %llu bytes of replies that are made or unread, %llu are "
             "possible; read them, or raise max-reply-bytes",
-            (unsigned long long)(l->reply_bytes + n), (unsigned long long)most);
+            wanted, (unsigned long long)most);
     l->reply_bytes += n;
     return KVD_OK;
 }

@@ -231,7 +231,7 @@ static int tcp_socket(const struct addrinfo *ai, uint16_t *port)
 int kvd_listen_tcp(struct kvd_daemon *d, enum kvd_listen_for what, const char *where,
                    kvd_accepted *accepted, uint16_t *port, struct kvd_error *err)
 {
-    struct addrinfo *all;
+    struct addrinfo *all = NULL;
     uint16_t got = 0;
     bool any = false;
     int rc = resolve(where, &all, err);

@@ -94,6 +94,7 @@ static int over(const struct kvd_user *u, enum kvd_share share, uint64_t n, bool
                 struct kvd_error *err)
 {
     uint64_t total = total_of(u->all, share), used = alone ? u->used[share] : u->all->used[share];
+    unsigned long long wanted = used + n, most = alone ? total / 4 * 3 : total;
     char who[48] = "all users together";
     if (alone && u->uid == KVD_USER_UNKNOWN)
         snprintf(who, sizeof(who), "those who come over TCP");
@@ -101,8 +102,7 @@ static int over(const struct kvd_user *u, enum kvd_share share, uint64_t n, bool
         snprintf(who, sizeof(who), "user %lld", (long long)u->uid);
     return kvd_fail(err, KVD_E_LIMIT,
                     "%s would have %llu %s, %llu are possible; give some back or raise %s", who,
-                    (unsigned long long)(used + n), shares[share].what,
-                    (unsigned long long)(alone ? total / 4 * 3 : total), shares[share].key);
+                    wanted, shares[share].what, most, shares[share].key);
 }
 
 int kvd_user_take(struct kvd_user *user, enum kvd_share share, uint64_t n, struct kvd_error *err)
