@@ -132,18 +132,22 @@ static void make_random(float *out, uint32_t dim)
         out[i] = (float)m[i];
 }
 
-// Making one takes tens of milliseconds, and every session of a geometry asks again: they are kept.
+// Making one takes tens of milliseconds, and every session of a geometry asks again: they are kept,
+// by their dim. Without memory for that one is made anew.
 static void fill_random(float *out, uint32_t dim)
 {
-    static float kept[3][KVD_MAX_HEAD_DIM * KVD_MAX_HEAD_DIM];
-    static bool made[3];
+    static float *kept[KVD_MAX_HEAD_DIM + 1];
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-    uint32_t i = dim / 128; // 64, 128, 256
+    uint64_t bytes = sizeof(*out) * dim * dim;
     pthread_mutex_lock(&lock);
-    if (!made[i])
-        make_random(kept[i], dim);
-    made[i] = true;
-    memcpy(out, kept[i], sizeof(*out) * dim * dim);
+    if (kept[dim]) {
+        memcpy(out, kept[dim], bytes);
+    } else {
+        make_random(out, dim);
+        kept[dim] = malloc(bytes);
+        if (kept[dim])
+            memcpy(kept[dim], out, bytes);
+    }
     pthread_mutex_unlock(&lock);
 }
 
