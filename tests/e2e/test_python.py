@@ -95,6 +95,24 @@ def test_append_attend_read(kvd, codec, limit):
             close(package.from_bf16(back.array), k[:, 200:300], 0.5)
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_queries_that_are_not_finite(kvd, value):
+    """Their o and lse are NaN, theirs alone: one sequence of a batch does not fail a step of all."""
+    with connect(kvd, codec="int2", sink=16, recent=32) as client:
+        s = client.create()
+        s.append(fill(client, values(1, LAYERS, 100, KV_HEADS, DIM)), fill(client, values(2, LAYERS, 100, KV_HEADS, DIM)))
+        q, o = fill(client, values(3, LAYERS, 2, Q_HEADS, DIM)), client.tensor(LAYERS, 2, Q_HEADS, DIM, dtype="f32")
+        lse = client.tensor(LAYERS, 2, Q_HEADS, dtype="f32")
+        s.attend(q, o, lse=lse)
+        want, want_lse = o.array.copy(), lse.array.copy()
+        q.array[1, 0, 1, 5] = package.to_bf16(np.array([value], np.float32))[0]
+        s.attend(q, o, lse=lse)
+        assert np.isnan(o.array[1, 0, 1]).all() and np.isnan(lse.array[1, 0, 1])
+        o.array[1, 0, 1], lse.array[1, 0, 1] = want[1, 0, 1], want_lse[1, 0, 1]
+        close(o.array, want, 2e-3)
+        np.testing.assert_allclose(lse.array, want_lse, atol=1e-3)
+
+
 def test_steps_layer_by_layer_in_a_batch(kvd):
     n = 40
     with connect(kvd, codec="bf16") as client:

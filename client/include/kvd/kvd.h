@@ -195,7 +195,9 @@ typedef struct kvd_attention {
  * Layers must be filled in ascending order. */
 KVD_API kvd_result kvd_append(kvd_client *client, kvd_layers layers, const kvd_item *items,
                               uint32_t count, kvd_failure *err);
-/* Attention of the last `tokens` positions, causal among them. attention NULL: defaults. */
+/* Attention of the last `tokens` positions, causal among them. attention NULL: defaults. A query
+ * that is not finite, or whose logits exceed float32, gets NaN in its own o and lse, and others do
+ * not change. */
 KVD_API kvd_result kvd_attend(kvd_client *client, kvd_layers layers, const kvd_attention *attention,
                               const kvd_item *items, uint32_t count, kvd_failure *err);
 /* Attends over what is stored and the new tokens, then appends these. */
