@@ -196,7 +196,8 @@ static kvd_result no_memory(kvd_failure *err)
 }
 
 static kvd_result append(kvd_client *c, kvd_layers layers, const kvd_item *items, uint32_t count,
-                         Kvd__V1__Fence *wait, Kvd__V1__Fence *signal, kvd_failure *err)
+                         Kvd__V1__Fence *wait, Kvd__V1__Fence *signal, uint64_t deadline,
+                         kvd_failure *err)
 {
     struct batch b KVD_AUTO(batch_free);
     Kvd__V1__AppendRequest req = KVD__V1__APPEND_REQUEST__INIT;
@@ -220,8 +221,9 @@ static kvd_result append(kvd_client *c, kvd_layers layers, const kvd_item *items
     req.signal = signal;
     req.n_items = count;
     req.items = (Kvd__V1__AppendItem **)b.list;
-    kvd_result rc = kvd_client_call(c, METHOD("Append"), &req, &req.session,
-                                    &kvd__v1__append_reply__descriptor, &reply, err);
+    kvd_result rc =
+        kvd_client_call_until(c, METHOD("Append"), &req, &req.session,
+                              &kvd__v1__append_reply__descriptor, &reply, deadline, err);
     if (rc)
         return rc;
     for (uint32_t i = 0; i < count && i < reply->n_replayed; i++)
@@ -244,11 +246,12 @@ static Kvd__V1__AttentionParams params_of(const kvd_attention *a, const kvd_item
 }
 
 static kvd_result attention_call(kvd_client *c, const char *method, void *req, char **session,
-                                 const kvd_item *items, uint32_t count, kvd_failure *err)
+                                 const kvd_item *items, uint32_t count, uint64_t deadline,
+                                 kvd_failure *err)
 {
     Kvd__V1__AttendReply *reply;
-    kvd_result rc =
-        kvd_client_call(c, method, req, session, &kvd__v1__attend_reply__descriptor, &reply, err);
+    kvd_result rc = kvd_client_call_until(
+        c, method, req, session, &kvd__v1__attend_reply__descriptor, &reply, deadline, err);
     if (rc)
         return rc;
     for (uint32_t i = 0; i < count && i < reply->n_results; i++)
@@ -260,7 +263,7 @@ static kvd_result attention_call(kvd_client *c, const char *method, void *req, c
 
 static kvd_result attend(kvd_client *c, kvd_layers layers, const kvd_attention *attention,
                          const kvd_item *items, uint32_t count, Kvd__V1__Fence *wait,
-                         Kvd__V1__Fence *signal, kvd_failure *err)
+                         Kvd__V1__Fence *signal, uint64_t deadline, kvd_failure *err)
 {
     struct batch b KVD_AUTO(batch_free);
     Kvd__V1__AttendRequest req = KVD__V1__ATTEND_REQUEST__INIT;
@@ -285,12 +288,12 @@ static kvd_result attend(kvd_client *c, kvd_layers layers, const kvd_attention *
     req.signal = signal;
     req.n_items = count;
     req.items = (Kvd__V1__AttendItem **)b.list;
-    return attention_call(c, METHOD("Attend"), &req, &req.session, items, count, err);
+    return attention_call(c, METHOD("Attend"), &req, &req.session, items, count, deadline, err);
 }
 
 static kvd_result step(kvd_client *c, kvd_layers layers, const kvd_attention *attention,
                        const kvd_item *items, uint32_t count, Kvd__V1__Fence *wait,
-                       Kvd__V1__Fence *signal, kvd_failure *err)
+                       Kvd__V1__Fence *signal, uint64_t deadline, kvd_failure *err)
 {
     struct batch b KVD_AUTO(batch_free);
     Kvd__V1__StepRequest req = KVD__V1__STEP_REQUEST__INIT;
@@ -318,17 +321,19 @@ static kvd_result step(kvd_client *c, kvd_layers layers, const kvd_attention *at
     req.signal = signal;
     req.n_items = count;
     req.items = (Kvd__V1__StepItem **)b.list;
-    return attention_call(c, METHOD("Step"), &req, &req.session, items, count, err);
+    return attention_call(c, METHOD("Step"), &req, &req.session, items, count, deadline, err);
 }
 
 kvd_result kvd_client_compute(kvd_client *c, kvd_call_kind kind, kvd_layers layers,
                               const kvd_attention *attention, const kvd_item *items, uint32_t count,
-                              Kvd__V1__Fence *wait, Kvd__V1__Fence *signal, kvd_failure *err)
+                              Kvd__V1__Fence *wait, Kvd__V1__Fence *signal, uint64_t deadline,
+                              kvd_failure *err)
 {
     if (kind == KVD_CALL_APPEND)
-        return append(c, layers, items, count, wait, signal, err);
-    return kind == KVD_CALL_ATTEND ? attend(c, layers, attention, items, count, wait, signal, err)
-                                   : step(c, layers, attention, items, count, wait, signal, err);
+        return append(c, layers, items, count, wait, signal, deadline, err);
+    return kind == KVD_CALL_ATTEND
+               ? attend(c, layers, attention, items, count, wait, signal, deadline, err)
+               : step(c, layers, attention, items, count, wait, signal, deadline, err);
 }
 
 // A call that is made now, of items and parameters as the program has them.
@@ -343,7 +348,8 @@ static kvd_result compute_now(kvd_client *c, kvd_call_kind kind, kvd_layers laye
         (attention && kvd_sized_take(&kvd_sized_attention, attention, &a, &e)) ||
         kvd_check_compute(c, kind, layers, &a, own, count, &e))
         return kvd_client_fail(err, &e);
-    return kvd_client_compute(c, kind, layers, &a, own, count, NULL, NULL, err);
+    return kvd_client_compute(c, kind, layers, &a, own, count, NULL, NULL, kvd_client_deadline(c),
+                              err);
 }
 
 kvd_result kvd_append(kvd_client *c, kvd_layers layers, const kvd_item *items, uint32_t count,
@@ -412,42 +418,4 @@ kvd_result kvd_read_tokens(kvd_client *c, kvd_layers layers, uint64_t sequence, 
     if (rc == KVD_SUCCESS)
         kvd__v1__read_tokens_reply__free_unpacked(reply, NULL);
     return rc;
-}
-
-// -- events -------------------------------------------------------------------------------------
-
-kvd_result kvd_next_event(kvd_client *c, uint32_t timeout_ms, kvd_event *out, kvd_failure *err)
-{
-    struct kvd_error e = {0};
-    Kvd__V1__Event *event;
-    if (kvd_sized_check(&kvd_sized_event, out, &e))
-        return kvd_client_fail(err, &e);
-    pthread_rwlock_rdlock(&c->lock);
-    if (c->events && c->events_epoch != c->epoch)
-        kvd_stream_free(&c->events);
-    if (!c->events) {
-        Kvd__V1__WatchRequest req = KVD__V1__WATCH_REQUEST__INIT;
-        req.session = c->session;
-        c->events_epoch = c->epoch;
-        c->events = kvd_stream_open(c->channel, METHOD("Watch"), &req, &e);
-    }
-    pthread_rwlock_unlock(&c->lock);
-    int rc = c->events
-                 ? kvd_stream_next(c->events, &kvd__v1__event__descriptor, timeout_ms, &event, &e)
-                 : e.code;
-    if (rc == KVD_E_TIMEOUT) {
-        kvd_sized_give(&kvd_sized_event, &(kvd_event){.kind = KVD_EVENT_NONE}, out);
-        return KVD_SUCCESS;
-    }
-    if (rc) {
-        kvd_stream_free(&c->events);
-        e.code = rc;
-        return kvd_client_fail(err, &e);
-    }
-    kvd_event found = {
-        .kind = (kvd_event_kind)event->kind, .sequence = event->sequence, .count = event->count};
-    snprintf(found.name, sizeof(found.name), "%s", event->name);
-    kvd_sized_give(&kvd_sized_event, &found, out);
-    kvd__v1__event__free_unpacked(event, NULL);
-    return KVD_SUCCESS;
 }

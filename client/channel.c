@@ -7,22 +7,32 @@
 #include <grpc/support/alloc.h>
 #include <pthread.h>
 
-struct kvd_channel {
+struct connection {
     grpc_channel *channel;
+    uint32_t users; // calls, streams, and the channel whose latest it is
+    bool stale;     // broken, and gRPC would take its time to try again
+};
+
+struct kvd_channel {
+    grpc_channel_credentials *creds;
+    char *address;
     pthread_mutex_t lock;
+    struct connection *now;
     grpc_completion_queue *idle[16]; // queues between calls
     uint32_t n_idle;
     char ticket[33];
 };
 
 struct kvd_stream {
+    struct kvd_channel *owner;
+    struct connection *connection;
     grpc_call *call;
     grpc_completion_queue *cq;
     grpc_metadata_array meta, trailing;
-    grpc_byte_buffer *message;
+    grpc_byte_buffer *request, *message;
     grpc_status_code code;
     grpc_slice details;
-    bool receiving, ended;
+    bool started, receiving, ended;
 };
 
 static char tag_start, tag_status, tag_message;
@@ -88,20 +98,8 @@ static grpc_channel_credentials *credentials(const struct kvd_channel_options *o
     return grpc_ssl_credentials_create_ex(ca, cert ? &pair : NULL, NULL, NULL);
 }
 
-struct kvd_channel *kvd_channel_new(const struct kvd_channel_options *o, struct kvd_error *err)
+static grpc_channel *make_channel(const char *address, grpc_channel_credentials *creds)
 {
-    struct kvd_channel *c = calloc(1, sizeof(*c));
-    if (!c) {
-        kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-        return NULL;
-    }
-    grpc_init();
-    grpc_channel_credentials *creds = credentials(o, err);
-    if (!creds) {
-        grpc_shutdown();
-        free(c);
-        return NULL;
-    }
     grpc_arg args[] = {
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, .value.integer = -1},
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_MAX_SEND_MESSAGE_LENGTH, .value.integer = -1},
@@ -109,18 +107,49 @@ struct kvd_channel *kvd_channel_new(const struct kvd_channel_options *o, struct 
         {.type = GRPC_ARG_INTEGER,
          .key = GRPC_ARG_MIN_RECONNECT_BACKOFF_MS,
          .value.integer = 10000},
+        // For streams; calls do not wait for these, see kvd_channel_call.
         {.type = GRPC_ARG_INTEGER,
          .key = GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS,
          .value.integer = 100},
-        {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, .value.integer = 1000},
+        {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, .value.integer = 100},
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_ENABLE_HTTP_PROXY, .value.integer = 0},
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, .value.integer = 1},
     };
     grpc_channel_args channel_args = {KVD_LEN(args), args};
-    c->channel = grpc_channel_create(o->address, creds, &channel_args);
-    grpc_channel_credentials_release(creds);
+    return grpc_channel_create(address, creds, &channel_args);
+}
+
+struct kvd_channel *kvd_channel_new(const struct kvd_channel_options *o, struct kvd_error *err)
+{
+    struct kvd_channel *c = calloc(1, sizeof(*c));
+    if (!c || !(c->address = strdup(o->address))) {
+        free(c);
+        kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+        return NULL;
+    }
+    grpc_init();
+    c->creds = credentials(o, err);
+    if (!c->creds) {
+        grpc_shutdown();
+        free(c->address);
+        free(c);
+        return NULL;
+    }
     pthread_mutex_init(&c->lock, NULL);
     return c;
+}
+
+static void give_connection(struct kvd_channel *c, struct connection *k)
+{
+    if (!k)
+        return;
+    pthread_mutex_lock(&c->lock);
+    bool last = --k->users == 0;
+    pthread_mutex_unlock(&c->lock);
+    if (last) {
+        grpc_channel_destroy(k->channel);
+        free(k);
+    }
 }
 
 void kvd_channel_free(struct kvd_channel **cp)
@@ -132,10 +161,12 @@ void kvd_channel_free(struct kvd_channel **cp)
         grpc_completion_queue_shutdown(c->idle[i]);
         grpc_completion_queue_destroy(c->idle[i]);
     }
-    grpc_channel_destroy(c->channel);
+    give_connection(c, c->now);
+    grpc_channel_credentials_release(c->creds);
     pthread_mutex_destroy(&c->lock);
+    free(c->address);
     free(c);
-    grpc_shutdown();
+    grpc_shutdown_blocking(); // whoever forks now finds none of its threads at work
 }
 
 void kvd_channel_set_ticket(struct kvd_channel *c, const char *ticket)
@@ -191,11 +222,45 @@ static ProtobufCMessage *unpack(const ProtobufCMessageDescriptor *type, grpc_byt
     return m;
 }
 
-static grpc_call *start_call(struct kvd_channel *c, grpc_completion_queue *cq, const char *method,
+// A connection that failed is made anew by the next call, at once: gRPC would back off, or go on
+// waiting for one that accepts and says nothing, when the daemon has long been back. Calls under
+// way keep the one that they use.
+static struct connection *take_connection(struct kvd_channel *c)
+{
+    struct connection *old = NULL, *now;
+    pthread_mutex_lock(&c->lock);
+    if (!c->now || c->now->stale) {
+        struct connection *made = calloc(1, sizeof(*made));
+        if (made) {
+            *made = (struct connection){.channel = make_channel(c->address, c->creds), .users = 1};
+            old = c->now;
+            c->now = made;
+        }
+    }
+    now = c->now;
+    if (now)
+        now->users++;
+    pthread_mutex_unlock(&c->lock);
+    give_connection(c, old);
+    return now;
+}
+
+static grpc_call *start_call(struct connection *k, grpc_completion_queue *cq, const char *method,
                              gpr_timespec deadline)
 {
-    return grpc_channel_create_call(c->channel, NULL, GRPC_PROPAGATE_DEFAULTS, cq,
+    return grpc_channel_create_call(k->channel, NULL, GRPC_PROPAGATE_DEFAULTS, cq,
                                     grpc_slice_from_static_string(method), NULL, deadline, NULL);
+}
+
+static void note_failure(struct kvd_channel *c, struct connection *k, grpc_status_code code)
+{
+    if (code != GRPC_STATUS_UNAVAILABLE && code != GRPC_STATUS_DEADLINE_EXCEEDED)
+        return;
+    // A daemon that answers so by itself keeps its connection.
+    bool stale = grpc_channel_check_connectivity_state(k->channel, 0) != GRPC_CHANNEL_READY;
+    pthread_mutex_lock(&c->lock);
+    k->stale |= stale;
+    pthread_mutex_unlock(&c->lock);
 }
 
 static size_t ticket_metadata(const struct kvd_channel *c, grpc_metadata *m)
@@ -215,8 +280,11 @@ int kvd_channel_call(struct kvd_channel *c, const char *method, const void *requ
                      const ProtobufCMessageDescriptor *reply_type, uint32_t timeout_ms, void *reply,
                      struct kvd_error *err)
 {
+    struct connection *k = take_connection(c);
+    if (!k)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     grpc_completion_queue *cq = take_queue(c);
-    grpc_call *call = start_call(c, cq, method, deadline_in(timeout_ms));
+    grpc_call *call = start_call(k, cq, method, deadline_in(timeout_ms));
     grpc_metadata_array initial, trailing;
     grpc_metadata_array_init(&initial);
     grpc_metadata_array_init(&trailing);
@@ -242,6 +310,7 @@ int kvd_channel_call(struct kvd_channel *c, const char *method, const void *requ
     } else {
         grpc_completion_queue_pluck(cq, &tag_start, gpr_inf_future(GPR_CLOCK_REALTIME), NULL);
         ProtobufCMessage *m = code == GRPC_STATUS_OK ? unpack(reply_type, in) : NULL;
+        note_failure(c, k, code);
         if (code != GRPC_STATUS_OK)
             rc = explain(code, details, err);
         else if (!m)
@@ -257,6 +326,7 @@ int kvd_channel_call(struct kvd_channel *c, const char *method, const void *requ
     grpc_metadata_array_destroy(&trailing);
     grpc_call_unref(call);
     give_queue(c, cq);
+    give_connection(c, k);
     return rc;
 }
 
@@ -264,16 +334,20 @@ struct kvd_stream *kvd_stream_open(struct kvd_channel *c, const char *method, co
                                    struct kvd_error *err)
 {
     struct kvd_stream *s = calloc(1, sizeof(*s));
-    if (!s) {
+    struct connection *k = s ? take_connection(c) : NULL;
+    if (!k) {
+        free(s);
         kvd_fail(err, KVD_E_INTERNAL, "out of memory");
         return NULL;
     }
+    s->owner = c;
+    s->connection = k;
     s->cq = grpc_completion_queue_create_for_pluck(NULL);
-    s->call = start_call(c, s->cq, method, gpr_inf_future(GPR_CLOCK_MONOTONIC));
+    s->call = start_call(k, s->cq, method, gpr_inf_future(GPR_CLOCK_MONOTONIC));
     s->details = grpc_empty_slice();
     grpc_metadata_array_init(&s->meta);
     grpc_metadata_array_init(&s->trailing);
-    grpc_byte_buffer *out = pack(request);
+    s->request = pack(request);
     grpc_metadata ticket;
     grpc_op ops[4] = {{.op = GRPC_OP_SEND_INITIAL_METADATA},
                       {.op = GRPC_OP_SEND_MESSAGE},
@@ -281,16 +355,14 @@ struct kvd_stream *kvd_stream_open(struct kvd_channel *c, const char *method, co
                       {.op = GRPC_OP_RECV_INITIAL_METADATA}};
     ops[0].data.send_initial_metadata.count = ticket_metadata(c, &ticket);
     ops[0].data.send_initial_metadata.metadata = &ticket;
-    ops[1].data.send_message.send_message = out;
+    ops[1].data.send_message.send_message = s->request;
     ops[3].data.recv_initial_metadata.recv_initial_metadata = &s->meta;
     grpc_op status = {.op = GRPC_OP_RECV_STATUS_ON_CLIENT};
     status.data.recv_status_on_client.trailing_metadata = &s->trailing;
     status.data.recv_status_on_client.status = &s->code;
     status.data.recv_status_on_client.status_details = &s->details;
     grpc_call_start_batch(s->call, &status, 1, &tag_status, NULL);
-    grpc_call_start_batch(s->call, ops, 4, &tag_start, NULL);
-    grpc_completion_queue_pluck(s->cq, &tag_start, gpr_inf_future(GPR_CLOCK_REALTIME), NULL);
-    grpc_byte_buffer_destroy(out);
+    s->started = grpc_call_start_batch(s->call, ops, 4, &tag_start, NULL) == GRPC_CALL_OK;
     return s;
 }
 
@@ -312,6 +384,7 @@ int kvd_stream_next(struct kvd_stream *s, const ProtobufCMessageDescriptor *type
             grpc_completion_queue_pluck(s->cq, &tag_status, gpr_inf_future(GPR_CLOCK_REALTIME),
                                         NULL);
         s->ended = true;
+        note_failure(s->owner, s->connection, s->code);
         explain(s->code, s->details, err);
         return KVD_E_LOST;
     }
@@ -334,6 +407,9 @@ void kvd_stream_free(struct kvd_stream **sp)
         grpc_completion_queue_pluck(s->cq, &tag_status, gpr_inf_future(GPR_CLOCK_REALTIME), NULL);
     if (s->receiving)
         grpc_completion_queue_pluck(s->cq, &tag_message, gpr_inf_future(GPR_CLOCK_REALTIME), NULL);
+    if (s->started)
+        grpc_completion_queue_pluck(s->cq, &tag_start, gpr_inf_future(GPR_CLOCK_REALTIME), NULL);
+    grpc_byte_buffer_destroy(s->request);
     if (s->message)
         grpc_byte_buffer_destroy(s->message);
     grpc_slice_unref(s->details);
@@ -342,5 +418,6 @@ void kvd_stream_free(struct kvd_stream **sp)
     grpc_call_unref(s->call);
     grpc_completion_queue_shutdown(s->cq);
     grpc_completion_queue_destroy(s->cq);
+    give_connection(s->owner, s->connection);
     free(s);
 }

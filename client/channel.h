@@ -26,7 +26,7 @@ int kvd_channel_call(struct kvd_channel *channel, const char *method, const void
                      const ProtobufCMessageDescriptor *reply_type, uint32_t timeout_ms, void *reply,
                      struct kvd_error *err);
 
-// A server stream.
+// A server stream. Opening waits for nothing: what is wrong shows with the first message.
 struct kvd_stream;
 struct kvd_stream *kvd_stream_open(struct kvd_channel *channel, const char *method,
                                    const void *request, struct kvd_error *err);
@@ -35,10 +35,11 @@ int kvd_stream_next(struct kvd_stream *stream, const ProtobufCMessageDescriptor 
                     uint32_t timeout_ms, void *out, struct kvd_error *err);
 void kvd_stream_free(struct kvd_stream **stream);
 
-// Connects to the fd socket beside a "unix:" address and reads the hello. The ticket gets 33 bytes.
-// Returns the socket, or a negative status.
-int kvd_fdsock_connect(const char *address, char *ticket, struct kvd_error *err);
+// Connects to the fd socket beside a "unix:" address and reads the hello, in so many milliseconds
+// at most. The ticket gets 33 bytes. Returns the socket, or a negative status.
+int kvd_fdsock_connect(const char *address, uint32_t timeout_ms, char *ticket,
+                       struct kvd_error *err);
 // Sends a memfd under a key.
-int kvd_fdsock_send(int sock, uint64_t key, int fd, struct kvd_error *err);
+int kvd_fdsock_send(int sock, uint64_t key, int fd, uint32_t timeout_ms, struct kvd_error *err);
 
 #endif

@@ -6,6 +6,7 @@
 #include <stdatomic.h>
 
 #include "client/channel.h"
+#include "client/gate.h"
 #include "kvd.pb-c.h"
 #include "kvd/kvd.h"
 #include "proto/kvd_limits.h"
@@ -25,6 +26,8 @@ struct kvd_buffer {
 };
 
 struct kvd_client {
+    kvd_client *next; // fork.c
+    bool forked;      // in a child of the process that opened it
     char *address, *namespace_name, *client_name, *codec, *rotation_set;
     uint32_t *layers;
     Kvd__V1__Geometry geometry; // refers to the copies above
@@ -32,11 +35,14 @@ struct kvd_client {
     uint32_t timeout_ms;
     struct kvd_channel *channel;
     // Guards what a reconnect replaces. Calls hold it for reading.
-    pthread_rwlock_t lock;
+    struct kvd_gate gate;
     uint64_t epoch; // counts sessions
-    int sock;       // fd socket; -1 over TCP
+    bool lost;      // the session is gone and no new one is open yet
+    _Atomic bool on_cpu;
+    int sock; // fd socket; -1 over TCP
     char session[33], instance[33];
     Kvd__V1__OpenSessionReply *opened;
+    pthread_mutex_t buffers_lock;
     kvd_buffer *buffers;
     _Atomic uint64_t next_request, next_key;
     struct kvd_stream *events;
@@ -75,18 +81,37 @@ int kvd_check_read(const kvd_client *c, kvd_layers layers, uint64_t begin, uint3
 int kvd_check_dense(const char *name, const void *data, uint64_t bytes, uint64_t rows,
                     uint32_t heads, uint32_t dim, uint32_t size, struct kvd_error *err);
 
-// A call within the session: `set_session` points to the request's session field. On a lost session
-// it reconnects and returns KVD_ERR_LOST.
+// When a call that begins now has to be over, by kvd_now_ms.
+static inline uint64_t kvd_client_deadline(const kvd_client *c)
+{
+    return kvd_now_ms() + c->timeout_ms;
+}
+// Around whatever uses the session. Leaving with the failure of a session that is gone opens a new
+// one, and returns KVD_ERR_LOST.
+int kvd_client_enter(kvd_client *c, uint64_t deadline, struct kvd_error *err);
+kvd_result kvd_client_leave(kvd_client *c, int rc, const struct kvd_error *e, uint64_t deadline,
+                            kvd_failure *err);
+// A call within the session: `set_session` points to the request's session field.
 kvd_result kvd_client_call(kvd_client *c, const char *method, void *request, char **set_session,
                            const ProtobufCMessageDescriptor *reply_type, void *reply,
                            kvd_failure *err);
+kvd_result kvd_client_call_until(kvd_client *c, const char *method, void *request,
+                                 char **set_session, const ProtobufCMessageDescriptor *reply_type,
+                                 void *reply, uint64_t deadline, kvd_failure *err);
+
+// fork.c: an open client is watched. KVD_E_PRECONDITION in a child: the first of a process whose
+// parent had some open, the other with a client of the parent.
+int kvd_fork_watch(kvd_client *c, struct kvd_error *err);
+void kvd_fork_forget(kvd_client *c);
+int kvd_fork_check(const kvd_client *c, struct kvd_error *err);
 
 // An append, attend or step, with fences or without, of items as this library has them.
 kvd_result kvd_client_compute(kvd_client *c, kvd_call_kind kind, kvd_layers layers,
                               const kvd_attention *attention, const kvd_item *items, uint32_t count,
-                              Kvd__V1__Fence *wait, Kvd__V1__Fence *signal, kvd_failure *err);
-// enqueue.c: sends what is queued and stops. *q becomes NULL.
-void kvd_enqueuer_free(struct kvd_enqueuer **q);
+                              Kvd__V1__Fence *wait, Kvd__V1__Fence *signal, uint64_t deadline,
+                              kvd_failure *err);
+// enqueue.c: sends what is queued, until the deadline, and stops. *q becomes NULL.
+void kvd_enqueuer_free(struct kvd_enqueuer **q, uint64_t deadline);
 // gpu_memory.c: lets the GPU reach host memory; and has a stream write `value` at one address, then
 // wait until it is at the other.
 int kvd_gpu_map(void *data, uint64_t bytes, uint64_t *device, struct kvd_error *err);
@@ -94,11 +119,16 @@ void kvd_gpu_unmap(void *data);
 int kvd_gpu_order(void *stream, uint64_t write_at, uint64_t wait_at, uint32_t value,
                   struct kvd_error *err);
 
-// Registers a buffer that has its memory and links it to the client. On failure *b is not freed.
+// buffers.c: registers a buffer that has its memory and links it to the client. On failure *b is
+// not freed.
 kvd_result kvd_client_add_buffer(kvd_client *c, kvd_buffer *b, kvd_failure *err);
+// With the session that is being opened.
+int kvd_buffer_register(kvd_client *c, kvd_buffer *b, uint64_t deadline, struct kvd_error *err);
+// Frees a buffer, but for its memory unless `unmap`; returns where that is. *b becomes NULL.
+void *kvd_buffer_take(kvd_buffer **b, uint64_t deadline, bool unmap);
+// Frees all, without a word to the daemon.
+void kvd_buffers_drop(kvd_client *c);
 
-// Whether the daemon runs on the CPU.
-bool kvd_client_on_cpu(kvd_client *c);
 kvd_result kvd_client_result(int code);
 kvd_result kvd_client_fail(kvd_failure *err, const struct kvd_error *e);
 // The other way round: a failure of the public API as a status.

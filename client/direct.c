@@ -8,7 +8,6 @@
 // KVD_RING_SLACK slots that the view's tokens do not use. So the thread never appends more than
 // MAX_AHEAD tokens beyond the oldest view that a kernel may still use.
 #include <errno.h>
-#include <time.h>
 
 #include "client/direct.h"
 
@@ -17,16 +16,6 @@ enum {
     MAX_AHEAD = (KVD_RING_SLACK - 15) / KVD_CHUNK_TOKENS * KVD_CHUNK_TOKENS,
     IDLE_MS = 1000, // between looks at the fd socket when nothing happens
 };
-
-static void wait_on(pthread_cond_t *cond, pthread_mutex_t *lock, uint32_t ms)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    t.tv_nsec += (long)(ms % 1000) * 1000000;
-    t.tv_sec += ms / 1000 + t.tv_nsec / 1000000000;
-    t.tv_nsec %= 1000000000;
-    pthread_cond_timedwait(cond, lock, &t);
-}
 
 // -- the thread ---------------------------------------------------------------------------------
 
@@ -91,13 +80,16 @@ static int append_batch(struct kvd_direct *d, const uint32_t *list, const kvd_it
                         uint32_t n, struct kvd_error *err)
 {
     kvd_failure failure = {0};
+    kvd_attention none = {0};
+    uint64_t deadline = KVD_MIN(kvd_client_deadline(d->client), d->close_by);
     d->busy = true;
     pthread_mutex_unlock(&d->lock);
     int rc = kvd_direct_read_socket(d, err); // is the session still the same?
-    if (rc == KVD_OK && kvd_append(d->client, (kvd_layers){0, 0}, items, n, &failure))
+    if (rc == KVD_OK && kvd_client_compute(d->client, KVD_CALL_APPEND, (kvd_layers){0, 0}, &none,
+                                           items, n, NULL, NULL, deadline, &failure))
         rc = kvd_client_failed(&failure, err);
     if (rc == KVD_OK)
-        rc = kvd_direct_map(d, list, n, err);
+        rc = kvd_direct_map(d, list, n, deadline, err);
     pthread_mutex_lock(&d->lock);
     d->busy = false;
     for (uint32_t i = 0; i < n && rc == KVD_OK; i++)
@@ -150,7 +142,7 @@ static void *run(void *ctx)
             take_job(d);
         if (append_some(d, &blocked) || d->n_jobs || d->stop)
             continue;
-        wait_on(&d->work, &d->lock, blocked ? 1 : IDLE_MS);
+        kvd_cond_wait(&d->work, &d->lock, kvd_now_ms() + (blocked ? 1 : IDLE_MS));
         if (blocked || d->n_jobs || d->stop)
             continue;
         pthread_mutex_unlock(&d->lock);
@@ -230,6 +222,7 @@ static int adopt(struct kvd_direct *d, struct kvd_error *err)
 static int begin(struct kvd_direct *d, void *stream, struct kvd_error *err)
 {
     uint32_t n = d->options.step_tokens;
+    uint64_t deadline = kvd_client_deadline(d->client);
     if (d->in_step)
         return kvd_fail(err, KVD_E_PRECONDITION, "the step before has not been ended");
     for (uint32_t i = 0; i < d->options.slots; i++)
@@ -244,7 +237,8 @@ static int begin(struct kvd_direct *d, void *stream, struct kvd_error *err)
             rc = push_job(d, err);
         if (rc)
             return rc;
-        pthread_cond_wait(&d->progress, &d->lock);
+        if (!kvd_cond_wait(&d->progress, &d->lock, deadline) && !has_room(d))
+            return kvd_fail(err, KVD_E_TIMEOUT, "kvd has not taken the tokens of earlier steps");
     }
     d->stream = stream;
     int rc = adopt(d, err);
@@ -269,6 +263,8 @@ static kvd_result result_of(int rc, const struct kvd_error *e, kvd_failure *err)
 kvd_result kvd_direct_begin(kvd_direct *d, void *stream, kvd_failure *err)
 {
     struct kvd_error e = {0};
+    if (kvd_fork_check(d->client, &e))
+        return kvd_client_fail(err, &e);
     pthread_mutex_lock(&d->lock);
     int rc = begin(d, stream, &e);
     pthread_mutex_unlock(&d->lock);
@@ -279,7 +275,7 @@ static int check_layer(const struct kvd_direct *d, uint32_t layer, struct kvd_er
 {
     if (layer >= d->geometry.n_layers)
         return kvd_fail(err, KVD_E_INVALID, "layer %u of %u", layer, d->geometry.n_layers);
-    return KVD_OK;
+    return kvd_fork_check(d->client, err);
 }
 
 kvd_result kvd_store_enqueue(kvd_direct *d, void *stream, uint32_t layer, const void *k,
@@ -344,6 +340,8 @@ static int end(struct kvd_direct *d, void *stream, const uint32_t *tokens, struc
 kvd_result kvd_direct_end(kvd_direct *d, void *stream, const uint32_t *tokens, kvd_failure *err)
 {
     struct kvd_error e = {0};
+    if (kvd_fork_check(d->client, &e))
+        return kvd_client_fail(err, &e);
     pthread_mutex_lock(&d->lock);
     int rc = end(d, stream, tokens, &e);
     pthread_mutex_unlock(&d->lock);
@@ -361,19 +359,26 @@ static bool flushed(const struct kvd_direct *d, uint32_t only)
     return !d->busy;
 }
 
+// One wait for the thread's progress, and whether there is a reason to give up.
+static int wait_for_thread(struct kvd_direct *d, uint64_t deadline, struct kvd_error *err)
+{
+    if (!kvd_left_ms(deadline))
+        return kvd_fail(err, KVD_E_TIMEOUT, "kvd has not taken every token in time");
+    kvd_cond_wait(&d->progress, &d->lock, KVD_MIN(kvd_now_ms() + 100, deadline));
+    return hear_failure(d, err);
+}
+
 // Waits until the thread has taken all marks.
-static int wait_for_jobs(struct kvd_direct *d, struct kvd_error *err)
+static int wait_for_jobs(struct kvd_direct *d, uint64_t deadline, struct kvd_error *err)
 {
     int rc = hear_failure(d, err);
-    while (d->n_jobs && rc == KVD_OK) {
-        wait_on(&d->progress, &d->lock, 100);
-        rc = hear_failure(d, err);
-    }
+    while (d->n_jobs && rc == KVD_OK)
+        rc = wait_for_thread(d, deadline, err);
     return rc;
 }
 
 // Brings a slot's tokens, or all slots', to kvd. The caller holds the lock.
-static int flush(struct kvd_direct *d, uint32_t only, struct kvd_error *err)
+static int flush(struct kvd_direct *d, uint32_t only, uint64_t deadline, struct kvd_error *err)
 {
     if (d->in_step)
         return kvd_fail(err, KVD_E_PRECONDITION, "the step has not been ended");
@@ -383,15 +388,17 @@ static int flush(struct kvd_direct *d, uint32_t only, struct kvd_error *err)
         if (only == ALL_SLOTS || only == i)
             d->slots[i].target = d->slots[i].length;
     // When the new mark has passed, no kernel is under way, and none comes while we are here.
-    int rc = wait_for_jobs(d, err);
+    int rc = wait_for_jobs(d, deadline, err);
     if (rc == KVD_OK)
         rc = push_job(d, err);
     if (rc == KVD_OK)
-        rc = wait_for_jobs(d, err);
+        rc = wait_for_jobs(d, deadline, err);
     d->quiet = rc == KVD_OK;
     pthread_cond_signal(&d->work);
-    while (rc == KVD_OK && !flushed(d, only) && !(rc = hear_failure(d, err)))
-        wait_on(&d->progress, &d->lock, 100);
+    if (rc == KVD_OK)
+        rc = hear_failure(d, err);
+    while (rc == KVD_OK && !flushed(d, only))
+        rc = wait_for_thread(d, deadline, err);
     d->quiet = false;
     return rc;
 }
@@ -399,8 +406,10 @@ static int flush(struct kvd_direct *d, uint32_t only, struct kvd_error *err)
 kvd_result kvd_direct_flush(kvd_direct *d, kvd_failure *err)
 {
     struct kvd_error e = {0};
+    if (kvd_fork_check(d->client, &e))
+        return kvd_client_fail(err, &e);
     pthread_mutex_lock(&d->lock);
-    int rc = flush(d, ALL_SLOTS, &e);
+    int rc = flush(d, ALL_SLOTS, kvd_client_deadline(d->client), &e);
     pthread_mutex_unlock(&d->lock);
     return result_of(rc, &e, err);
 }
@@ -409,10 +418,10 @@ kvd_result kvd_direct_length(kvd_direct *d, uint32_t slot, uint64_t *length, uin
                              kvd_failure *err)
 {
     struct kvd_error e = {0};
-    if (slot >= d->options.slots) {
+    if (slot >= d->options.slots)
         kvd_fail(&e, KVD_E_INVALID, "slot %u of %u", slot, d->options.slots);
+    if (e.code || kvd_fork_check(d->client, &e))
         return kvd_client_fail(err, &e);
-    }
     pthread_mutex_lock(&d->lock);
     const struct direct_slot *s = &d->slots[slot];
     *length = s->sequence ? s->length : 0;
@@ -429,8 +438,12 @@ static int bind(struct kvd_direct *d, uint32_t slot, uint64_t sequence, struct k
     if (slot >= d->options.slots)
         return kvd_fail(err, KVD_E_INVALID, "slot %u of %u", slot, d->options.slots);
     struct direct_slot *s = &d->slots[slot];
+    uint64_t deadline = kvd_client_deadline(d->client);
+    int rc = kvd_fork_check(d->client, err);
+    if (rc)
+        return rc;
     pthread_mutex_lock(&d->lock);
-    int rc = flush(d, slot, err);
+    rc = flush(d, slot, deadline, err);
     if (rc == KVD_OK)
         *s = (struct direct_slot){.sequence = sequence,
                                   .now.hist_end = d->geometry.sink,
@@ -439,7 +452,7 @@ static int bind(struct kvd_direct *d, uint32_t slot, uint64_t sequence, struct k
     pthread_mutex_unlock(&d->lock);
     if (rc || !sequence)
         return rc;
-    rc = kvd_direct_map(d, &slot, 1, err);
+    rc = kvd_direct_map(d, &slot, 1, deadline, err);
     pthread_mutex_lock(&d->lock);
     s->length = s->older = s->appended = s->target = s->written = s->next.stored;
     if (rc)
@@ -483,7 +496,7 @@ static int take_geometry(struct kvd_direct *d, struct kvd_error *err)
 
 static int open_backend(struct kvd_direct *d, struct kvd_error *err)
 {
-    if (kvd_client_on_cpu(d->client)) {
+    if (d->client->on_cpu) {
         d->ops = &kvd_direct_cpu;
         d->backend = kvd_cpu_backend_new(0, NULL, err);
     } else {
@@ -552,7 +565,9 @@ static int check_options(const kvd_client *c, kvd_direct_options *o, struct kvd_
 static int take_options(struct kvd_direct *d, const kvd_client *c, const kvd_direct_options *o,
                         struct kvd_error *err)
 {
-    int rc = kvd_sized_take(&kvd_sized_direct_options, o, &d->options, err);
+    int rc = kvd_fork_check(c, err);
+    if (rc == KVD_OK)
+        rc = kvd_sized_take(&kvd_sized_direct_options, o, &d->options, err);
     if (rc == KVD_OK && d->options.attention)
         rc = kvd_sized_take(&kvd_sized_attention, d->options.attention, &d->attention, err);
     if (rc == KVD_OK)
@@ -563,16 +578,19 @@ static int take_options(struct kvd_direct *d, const kvd_client *c, const kvd_dir
 
 static int open_direct(struct kvd_direct *d, struct kvd_error *err)
 {
-    pthread_rwlock_rdlock(&d->client->lock);
+    uint64_t deadline = kvd_client_deadline(d->client);
+    int rc = kvd_client_enter(d->client, deadline, err);
+    if (rc)
+        return rc;
     d->epoch = d->client->epoch;
-    int rc = take_geometry(d, err);
-    pthread_rwlock_unlock(&d->client->lock);
+    rc = take_geometry(d, err);
+    kvd_gate_leave(&d->client->gate);
     if (rc == KVD_OK)
         rc = make_tables(d, err);
     if (rc == KVD_OK)
         rc = open_backend(d, err);
     if (rc == KVD_OK)
-        rc = kvd_direct_map(d, NULL, 0, err);
+        rc = kvd_direct_map(d, NULL, 0, deadline, err);
     if (rc == KVD_OK)
         rc = kvd_direct_load_rotations(d, err);
     if (rc == KVD_OK)
@@ -588,7 +606,6 @@ kvd_result kvd_direct_open(kvd_client *c, const kvd_direct_options *options, kvd
 {
     struct kvd_error e = {0};
     struct kvd_direct *d = calloc(1, sizeof(*d));
-    pthread_condattr_t attr;
     if (!d) {
         kvd_fail(&e, KVD_E_INTERNAL, "out of memory");
         return kvd_client_fail(err, &e);
@@ -601,11 +618,9 @@ kvd_result kvd_direct_open(kvd_client *c, const kvd_direct_options *options, kvd
     d->rotations_fd = -1;
     pthread_mutex_init(&d->lock, NULL);
     pthread_mutex_init(&d->socket_lock, NULL);
-    pthread_condattr_init(&attr);
-    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
-    pthread_cond_init(&d->work, &attr);
-    pthread_cond_init(&d->progress, &attr);
-    pthread_condattr_destroy(&attr);
+    kvd_cond_init(&d->work);
+    kvd_cond_init(&d->progress);
+    d->close_by = UINT64_MAX;
     c->direct = d;
     if (open_direct(d, &e)) {
         kvd_direct_close(&d);
@@ -619,11 +634,12 @@ static void stop_thread(struct kvd_direct *d)
 {
     struct kvd_error ignored;
     pthread_mutex_lock(&d->lock);
+    d->close_by = kvd_client_deadline(d->client);
     for (uint32_t i = 0; i < d->options.slots && d->in_step;
          i++) // a step that was not ended is none
         d->slots[i].length -= d->slots[i].sequence ? d->options.step_tokens : 0;
     d->in_step = false;
-    flush(d, ALL_SLOTS, &ignored);
+    flush(d, ALL_SLOTS, d->close_by, &ignored);
     d->stop = true;
     pthread_cond_broadcast(&d->work);
     pthread_mutex_unlock(&d->lock);
@@ -635,11 +651,19 @@ void kvd_direct_close(kvd_direct **dp)
     struct kvd_direct *d = KVD_TAKE(*dp);
     if (!d)
         return;
+    if (d->client->forked) { // there is no thread to stop, and others may have held the locks
+        if (d->side)
+            d->ops->forget(d);
+        kvd_buffer_take(&d->tail, 0, true);
+        return;
+    }
     if (d->started)
         stop_thread(d);
+    else
+        d->close_by = kvd_client_deadline(d->client);
     if (d->side)
         d->ops->deinit(d);
-    kvd_buffer_free(&d->tail);
+    kvd_buffer_take(&d->tail, d->close_by, true);
     if (d->backend) {
         d->backend->ops->rotation_free(d->backend, &d->rotation);
         d->backend->ops->arena_free(d->backend, &d->arena);

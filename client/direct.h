@@ -43,9 +43,11 @@ struct direct_job {
 };
 
 struct direct_ops {
-    // Makes the tail (d->tail) and what kernels want. On failure deinit follows.
+    // Makes the tail (d->tail) and what kernels want. On failure deinit follows. forget is deinit
+    // in a forked child: what is host memory goes, the rest is the parent's.
     int (*init)(struct kvd_direct *d, struct kvd_error *err);
     void (*deinit)(struct kvd_direct *d);
+    void (*forget)(struct kvd_direct *d);
     // Brings lengths and dirty page tables to the kernels that follow on the stream.
     int (*update)(struct kvd_direct *d, void *stream, struct kvd_error *err);
     int (*store)(struct kvd_direct *d, void *stream, uint32_t layer, const void *k, const void *v,
@@ -98,6 +100,7 @@ struct kvd_direct {
     bool in_step;
     struct kvd_error failure; // of the latest append
     uint64_t epoch;           // the client's session
+    uint64_t close_by;        // when closing has to be over; until then far away
 };
 
 static inline uint64_t direct_row_bytes(const struct kvd_direct *d, bool v)
@@ -126,7 +129,8 @@ extern const struct direct_ops kvd_direct_cuda;
 
 // mapping.c: one MapSequences call, with the descriptors that come with it. For slot i of `list`,
 // fills its `next` view and tables. n 0: only the pool's layout and the rotation set.
-int kvd_direct_map(struct kvd_direct *d, const uint32_t *list, uint32_t n, struct kvd_error *err);
+int kvd_direct_map(struct kvd_direct *d, const uint32_t *list, uint32_t n, uint64_t deadline,
+                   struct kvd_error *err);
 // Takes what the fd socket has: extents to map or to unmap.
 int kvd_direct_read_socket(struct kvd_direct *d, struct kvd_error *err);
 // The session's rotation set in the backend's memory, as far as it has one.

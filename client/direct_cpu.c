@@ -28,6 +28,12 @@ static void cpu_deinit(struct kvd_direct *d)
     free(side);
 }
 
+static void cpu_forget(struct kvd_direct *d)
+{
+    cpu_deinit(d);
+    d->backend->ops->arena_free(d->backend, &d->arena);
+}
+
 static int cpu_update(struct kvd_direct *d, void *stream, struct kvd_error *err)
 {
     (void)stream;
@@ -143,6 +149,7 @@ static int cpu_wait(struct kvd_direct *d, uint32_t mark, struct kvd_error *err)
 
 const struct direct_ops kvd_direct_cpu = {.init = cpu_init,
                                           .deinit = cpu_deinit,
+                                          .forget = cpu_forget,
                                           .update = cpu_update,
                                           .store = cpu_store,
                                           .attend = cpu_attend,

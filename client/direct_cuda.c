@@ -133,7 +133,7 @@ static void cuda_deinit(struct kvd_direct *d)
 {
     struct cuda_side *side = KVD_TAKE(d->side);
     cudaDeviceSynchronize();
-    kvd_buffer_free(&d->tail); // before its memory goes
+    kvd_buffer_take(&d->tail, d->close_by, true); // before its memory goes
     cudaFree(side->device);
     cudaFree(side->tail);
     cudaFree(side->scratch);
@@ -147,6 +147,11 @@ static void cuda_deinit(struct kvd_direct *d)
             cudaEventDestroy(side->marks[i]);
     cudaGetLastError();
     free(side);
+}
+
+static void cuda_forget(struct kvd_direct *d)
+{
+    (void)d; // CUDA does not work in a child
 }
 
 // Copies what a slot's tables have in use to the kernels.
@@ -254,6 +259,7 @@ static int cuda_wait(struct kvd_direct *d, uint32_t mark, struct kvd_error *err)
 
 const struct direct_ops kvd_direct_cuda = {.init = cuda_init,
                                            .deinit = cuda_deinit,
+                                           .forget = cuda_forget,
                                            .update = cuda_update,
                                            .store = cuda_store,
                                            .attend = cuda_attend,

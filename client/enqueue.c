@@ -40,6 +40,7 @@ struct kvd_enqueuer {
     struct job *first, *last;
     uint32_t pending; // queued or being sent
     bool stop;
+    uint64_t close_by; // when what is queued has to be sent; until closing far away
     pthread_t threads[SENDERS];
     uint32_t n_threads;
     kvd_failure failure; // the first since it was asked for
@@ -63,9 +64,12 @@ static Kvd__V1__Fence fence_of(struct kvd_enqueuer *q, const struct job *job, bo
 static void send_job(struct kvd_enqueuer *q, struct job *job)
 {
     kvd_failure failure;
+    pthread_mutex_lock(&q->lock);
+    uint64_t deadline = KVD_MIN(kvd_client_deadline(q->client), q->close_by);
+    pthread_mutex_unlock(&q->lock);
     Kvd__V1__Fence wait = fence_of(q, job, false), signal = fence_of(q, job, true);
     kvd_result rc = kvd_client_compute(q->client, job->kind, job->layers, &job->attention,
-                                       job->items, job->count, &wait, &signal, &failure);
+                                       job->items, job->count, &wait, &signal, deadline, &failure);
     pthread_mutex_lock(&q->lock);
     if (rc) {
         // Whatever went wrong, the stream must not wait for ever.
@@ -113,20 +117,21 @@ static uint32_t lane_of(struct kvd_enqueuer *q, void *stream)
     return LANES;
 }
 
-void kvd_enqueuer_free(struct kvd_enqueuer **qp)
+void kvd_enqueuer_free(struct kvd_enqueuer **qp, uint64_t deadline)
 {
     struct kvd_enqueuer *q = KVD_TAKE(*qp);
     if (!q)
         return;
     pthread_mutex_lock(&q->lock);
     q->stop = true;
+    q->close_by = deadline;
     pthread_cond_broadcast(&q->work);
     pthread_mutex_unlock(&q->lock);
     for (uint32_t i = 0; i < q->n_threads; i++)
         pthread_join(q->threads[i], NULL);
     if (q->words)
         kvd_gpu_unmap(kvd_buffer_data(q->words));
-    kvd_buffer_free(&q->words);
+    kvd_buffer_take(&q->words, deadline, true);
     pthread_mutex_destroy(&q->lock);
     pthread_cond_destroy(&q->work);
     pthread_cond_destroy(&q->done);
@@ -143,8 +148,9 @@ static kvd_result enqueuer_new(kvd_client *c, kvd_failure *err)
     }
     q->client = c;
     pthread_mutex_init(&q->lock, NULL);
-    pthread_cond_init(&q->work, NULL);
-    pthread_cond_init(&q->done, NULL);
+    kvd_cond_init(&q->work);
+    kvd_cond_init(&q->done);
+    q->close_by = UINT64_MAX;
     kvd_result rc = kvd_buffer_new(c, 4096, &q->words, err);
     if (rc == KVD_SUCCESS && kvd_gpu_map(kvd_buffer_data(q->words), 4096, &q->device, &e))
         rc = kvd_client_fail(err, &e);
@@ -157,7 +163,7 @@ static kvd_result enqueuer_new(kvd_client *c, kvd_failure *err)
         }
     }
     if (rc)
-        kvd_enqueuer_free(&q);
+        kvd_enqueuer_free(&q, kvd_client_deadline(c));
     c->enqueuer = q;
     return rc;
 }
@@ -168,8 +174,11 @@ static int hand_over(struct kvd_enqueuer *q, void *stream, struct job *job, stru
     job->lane = lane_of(q, stream);
     if (job->lane == LANES)
         return kvd_fail(err, KVD_E_LIMIT, "a client takes calls from at most %d streams", LANES);
+    uint64_t deadline = kvd_client_deadline(q->client);
     while (q->pending >= MAX_JOBS)
-        pthread_cond_wait(&q->done, &q->lock);
+        if (!kvd_cond_wait(&q->done, &q->lock, deadline))
+            return kvd_fail(err, KVD_E_TIMEOUT, "%d calls are under way and none was answered",
+                            MAX_JOBS);
     job->value = q->lanes[job->lane].value + 1;
     uint64_t at = q->device + job->lane * LANE_BYTES;
     int rc = kvd_gpu_order(stream, at, at + LANE_BYTES / 2, job->value, err);
@@ -198,8 +207,11 @@ kvd_result kvd_enqueue(kvd_client *c, void *stream, kvd_call_kind kind, kvd_laye
         (attention && kvd_sized_take(&kvd_sized_attention, attention, &a, &e)) ||
         kvd_check_compute(c, kind, layers, &a, own, count, &e))
         return kvd_client_fail(err, &e);
-    if (kvd_client_on_cpu(c))
-        return kvd_client_compute(c, kind, layers, &a, own, count, NULL, NULL, err);
+    if (kvd_fork_check(c, &e))
+        return kvd_client_fail(err, &e);
+    if (c->on_cpu)
+        return kvd_client_compute(c, kind, layers, &a, own, count, NULL, NULL,
+                                  kvd_client_deadline(c), err);
     pthread_mutex_lock(&c->enqueuer_lock);
     kvd_result made = c->enqueuer ? KVD_SUCCESS : enqueuer_new(c, err);
     pthread_mutex_unlock(&c->enqueuer_lock);
@@ -223,14 +235,23 @@ kvd_result kvd_enqueue(kvd_client *c, void *stream, kvd_call_kind kind, kvd_laye
 
 kvd_result kvd_enqueued(kvd_client *c, kvd_failure *err)
 {
+    struct kvd_error e = {0};
+    uint64_t deadline = kvd_client_deadline(c);
+    if (kvd_fork_check(c, &e))
+        return kvd_client_fail(err, &e);
     pthread_mutex_lock(&c->enqueuer_lock);
     struct kvd_enqueuer *q = c->enqueuer;
     pthread_mutex_unlock(&c->enqueuer_lock);
     if (!q)
         return KVD_SUCCESS;
     pthread_mutex_lock(&q->lock);
-    while (q->pending)
-        pthread_cond_wait(&q->done, &q->lock);
+    while (q->pending && kvd_left_ms(deadline))
+        kvd_cond_wait(&q->done, &q->lock, deadline);
+    if (q->pending) {
+        kvd_fail(&e, KVD_E_TIMEOUT, "%u calls have not been answered", q->pending);
+        pthread_mutex_unlock(&q->lock);
+        return kvd_client_fail(err, &e);
+    }
     kvd_failure failure = q->failure;
     q->failure.code = KVD_SUCCESS;
     pthread_mutex_unlock(&q->lock);

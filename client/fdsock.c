@@ -5,28 +5,53 @@
 #include <sys/un.h>
 
 #include "client/channel.h"
+#include "client/gate.h"
 #include "proto/fdsock.h"
 
-enum { HELLO_TIMEOUT_MS = 5000 };
+// Also how long connecting waits where the daemon accepts nobody.
+static void limit_sends(int sock, uint32_t timeout_ms)
+{
+    uint32_t ms = KVD_MAX(timeout_ms, 1u); // 0 would be for ever
+    struct timeval t = {.tv_sec = ms / 1000, .tv_usec = (long)(ms % 1000) * 1000};
+    setsockopt(sock, SOL_SOCKET, SO_SNDTIMEO, &t, sizeof(t));
+}
 
-int kvd_fdsock_connect(const char *address, char *ticket, struct kvd_error *err)
+int kvd_fdsock_connect(const char *address, uint32_t timeout_ms, char *ticket,
+                       struct kvd_error *err)
 {
     struct sockaddr_un addr = {.sun_family = AF_UNIX};
     struct kvd_fd_hello hello;
+    uint64_t deadline = kvd_now_ms() + timeout_ms;
     if (strncmp(address, "unix:", 5) != 0 ||
         (size_t)snprintf(addr.sun_path, sizeof(addr.sun_path), "%s.fd", address + 5) >=
             sizeof(addr.sun_path))
         return -kvd_fail(err, KVD_E_UNSUPPORTED, "%s has no fd socket: it wants unix:/path",
                          address);
     int sock KVD_CLOSE = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-    if (sock < 0 || connect(sock, (struct sockaddr *)&addr, sizeof(addr)))
+    if (sock < 0)
+        return -kvd_fail(err, KVD_E_INTERNAL, "cannot make a socket: %s", strerror(errno));
+    limit_sends(sock, timeout_ms);
+    if (connect(sock, (struct sockaddr *)&addr, sizeof(addr))) {
+        if (errno == EAGAIN)
+            return -kvd_fail(err, KVD_E_TIMEOUT, "%s accepts no connections: kvd hangs there",
+                             addr.sun_path);
         return -kvd_fail(err, errno == EACCES ? KVD_E_DENIED : KVD_E_UNAVAILABLE,
                          "cannot connect to %s: %s; is kvd running there?", addr.sun_path,
                          strerror(errno));
+    }
     struct pollfd p = {.fd = sock, .events = POLLIN};
-    if (poll(&p, 1, HELLO_TIMEOUT_MS) != 1 ||
-        recv(sock, &hello, sizeof(hello), MSG_DONTWAIT) != sizeof(hello) ||
-        hello.magic != KVD_FD_MAGIC)
+    int ready;
+    do {
+        ready = poll(&p, 1, (int)KVD_MIN(kvd_left_ms(deadline), (uint32_t)INT32_MAX));
+    } while (ready < 0 && errno == EINTR);
+    if (ready == 0)
+        return -kvd_fail(err, KVD_E_TIMEOUT, "%s says nothing: kvd hangs there, or it is another",
+                         addr.sun_path);
+    ssize_t n = recv(sock, &hello, sizeof(hello), MSG_DONTWAIT);
+    if (n == 0 || (n < 0 && errno == ECONNRESET))
+        return -kvd_fail(err, KVD_E_UNAVAILABLE, "%s hung up; is kvd stopping, or full?",
+                         addr.sun_path);
+    if (n != sizeof(hello) || hello.magic != KVD_FD_MAGIC)
         return -kvd_fail(err, KVD_E_UNAVAILABLE, "%s does not speak as kvd does", addr.sun_path);
     if (hello.version != KVD_FD_VERSION)
         return -kvd_fail(err, KVD_E_UNSUPPORTED, "kvd speaks version %u on %s, this library %u",
@@ -36,8 +61,9 @@ int kvd_fdsock_connect(const char *address, char *ticket, struct kvd_error *err)
     return KVD_TAKE_FD(sock);
 }
 
-int kvd_fdsock_send(int sock, uint64_t key, int fd, struct kvd_error *err)
+int kvd_fdsock_send(int sock, uint64_t key, int fd, uint32_t timeout_ms, struct kvd_error *err)
 {
+    limit_sends(sock, timeout_ms);
     struct kvd_fd_message m = {.magic = KVD_FD_MAGIC, .version = KVD_FD_VERSION, .key = key};
     union {
         struct cmsghdr head;
@@ -53,7 +79,9 @@ int kvd_fdsock_send(int sock, uint64_t key, int fd, struct kvd_error *err)
     h->cmsg_type = SCM_RIGHTS;
     h->cmsg_len = CMSG_LEN(sizeof(int));
     memcpy(CMSG_DATA(h), &fd, sizeof(fd));
-    if (sendmsg(sock, &msg, MSG_NOSIGNAL) != sizeof(m))
-        return kvd_fail(err, KVD_E_UNAVAILABLE, "the fd socket is closed: %s", strerror(errno));
-    return KVD_OK;
+    if (sendmsg(sock, &msg, MSG_NOSIGNAL) == sizeof(m))
+        return KVD_OK;
+    return errno == EAGAIN
+               ? kvd_fail(err, KVD_E_TIMEOUT, "the fd socket takes nothing more: kvd hangs")
+               : kvd_fail(err, KVD_E_UNAVAILABLE, "the fd socket is closed: %s", strerror(errno));
 }

@@ -92,7 +92,7 @@ kvd_result kvd_buffer_cuda(kvd_client *c, void *data, uint64_t bytes, kvd_buffer
     struct kvd_error e = {0};
     cudaIpcMemHandle_t handle;
     uint64_t offset = 0;
-    if (export_ipc(data, &handle, &offset, &e))
+    if (kvd_fork_check(c, &e) || export_ipc(data, &handle, &offset, &e))
         return kvd_client_fail(err, &e);
     kvd_result rc = kvd_buffer_cuda_ipc(c, &handle, offset, bytes, out, err);
     if (rc == KVD_SUCCESS)

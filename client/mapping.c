@@ -61,14 +61,16 @@ static int take(struct kvd_direct *d, const struct kvd_fd_grant *grant, int fd_t
 static int read_socket(struct kvd_direct *d, struct kvd_error *err)
 {
     struct kvd_fd_grant grant;
-    int rc, fd, result = KVD_OK;
-    pthread_rwlock_rdlock(&d->client->lock);
-    bool same = d->client->epoch == d->epoch;
+    int fd, result = KVD_OK;
+    int rc = kvd_client_enter(d->client, kvd_client_deadline(d->client), err);
+    if (rc)
+        return rc;
+    bool same = d->client->epoch == d->epoch && !d->client->lost;
     while (same && (rc = receive(d->client->sock, &grant, &fd)) > 0) {
         int took = take(d, &grant, fd, err);
         result = result ? result : took;
     }
-    pthread_rwlock_unlock(&d->client->lock);
+    kvd_gate_leave(&d->client->gate);
     if (!same || rc < 0)
         return kvd_fail(err, KVD_E_LOST,
                         "the session that direct mode was opened with is gone; close the "
@@ -146,12 +148,13 @@ static int make_arena(struct kvd_direct *d, const Kvd__V1__MapSequencesReply *re
 
 // One call; *more when the fd socket was full.
 static int map_once(struct kvd_direct *d, Kvd__V1__MapSequencesRequest *req, const uint32_t *list,
-                    bool *more, struct kvd_error *err)
+                    bool *more, uint64_t deadline, struct kvd_error *err)
 {
     Kvd__V1__MapSequencesReply *reply;
     kvd_failure failure;
-    if (kvd_client_call(d->client, "/kvd.v1.KvCache/MapSequences", req, &req->session,
-                        &kvd__v1__map_sequences_reply__descriptor, &reply, &failure))
+    if (kvd_client_call_until(d->client, "/kvd.v1.KvCache/MapSequences", req, &req->session,
+                              &kvd__v1__map_sequences_reply__descriptor, &reply, deadline,
+                              &failure))
         return kvd_client_failed(&failure, err);
     int rc = make_arena(d, reply, err);
     if (rc == KVD_OK)
@@ -168,7 +171,8 @@ static int map_once(struct kvd_direct *d, Kvd__V1__MapSequencesRequest *req, con
     return rc;
 }
 
-int kvd_direct_map(struct kvd_direct *d, const uint32_t *list, uint32_t n, struct kvd_error *err)
+int kvd_direct_map(struct kvd_direct *d, const uint32_t *list, uint32_t n, uint64_t deadline,
+                   struct kvd_error *err)
 {
     Kvd__V1__MapSequencesRequest req = KVD__V1__MAP_SEQUENCES_REQUEST__INIT;
     Kvd__V1__MapItem *items KVD_FREE = calloc(n + 1, sizeof(*items));
@@ -190,7 +194,7 @@ int kvd_direct_map(struct kvd_direct *d, const uint32_t *list, uint32_t n, struc
     int rc = KVD_OK;
     pthread_mutex_lock(&d->socket_lock);
     while (more && rc == KVD_OK)
-        rc = map_once(d, &req, list, &more, err);
+        rc = map_once(d, &req, list, &more, deadline, err);
     pthread_mutex_unlock(&d->socket_lock);
     return rc;
 }

@@ -1,11 +1,10 @@
-// Opening, reconnecting and closing a client; buffers.
+// Opening, reconnecting and closing a client; calls in its session.
 #include <errno.h>
-#include <fcntl.h>
 #include <poll.h>
-#include <sys/mman.h>
-#include <sys/socket.h>
 
 #include "client/client.h"
+
+enum { CLOSE_MS = 2000 }; // that closing waits for the daemon at most
 
 kvd_result kvd_client_result(int code)
 {
@@ -68,47 +67,22 @@ const char *kvd_version(void)
     return KVD_VERSION;
 }
 
-#define MEMORY_KIND(name) KVD__V1__REGISTER_BUFFER_REQUEST__MEMORY__##name
-
 static bool on_unix(const kvd_client *c)
 {
     return strncmp(c->address, "unix:", 5) == 0;
 }
 
-static int register_buffer(kvd_client *c, kvd_buffer *b, struct kvd_error *err)
-{
-    Kvd__V1__RegisterBufferRequest req = KVD__V1__REGISTER_BUFFER_REQUEST__INIT;
-    Kvd__V1__RegisterBufferReply *reply;
-    int rc = b->fd >= 0 ? kvd_fdsock_send(c->sock, b->key, b->fd, err) : KVD_OK;
-    if (rc)
-        return rc;
-    req.session = c->session;
-    req.key = b->key;
-    req.size = b->at + b->size;
-    req.memory = b->kind;
-    if (b->kind == MEMORY_KIND(CUDA_IPC))
-        req.cuda_ipc_handle = (ProtobufCBinaryData){sizeof(b->ipc), b->ipc};
-    rc = kvd_channel_call(c->channel, "/kvd.v1.KvCache/RegisterBuffer", &req,
-                          &kvd__v1__register_buffer_reply__descriptor, c->timeout_ms, &reply, err);
-    if (rc)
-        return rc;
-    b->id = reply->buffer;
-    kvd__v1__register_buffer_reply__free_unpacked(reply, NULL);
-    return KVD_OK;
-}
-
-// Connects the fd socket, opens a session and registers the buffers. The caller holds the lock for
-// writing.
-static int open_session(kvd_client *c, struct kvd_error *err)
+static int make_session(kvd_client *c, uint64_t deadline, struct kvd_error *err)
 {
     char ticket[33] = "";
-    if (c->sock >= 0)
-        close(c->sock);
-    c->sock = -1;
+    int old = KVD_TAKE_FD(c->sock); // a fork in between must not find a number that is taken anew
+    if (old >= 0)
+        close(old);
     if (on_unix(c)) {
-        c->sock = kvd_fdsock_connect(c->address, ticket, err);
-        if (c->sock < 0)
-            return -c->sock;
+        int sock = kvd_fdsock_connect(c->address, kvd_left_ms(deadline), ticket, err);
+        if (sock < 0)
+            return -sock;
+        c->sock = sock;
     }
     Kvd__V1__OpenSessionRequest req = KVD__V1__OPEN_SESSION_REQUEST__INIT;
     Kvd__V1__OpenSessionReply *reply;
@@ -118,27 +92,45 @@ static int open_session(kvd_client *c, struct kvd_error *err)
     req.client_name = c->client_name;
     req.geometry = &c->geometry;
     int rc = kvd_channel_call(c->channel, "/kvd.v1.KvCache/OpenSession", &req,
-                              &kvd__v1__open_session_reply__descriptor, c->timeout_ms, &reply, err);
+                              &kvd__v1__open_session_reply__descriptor, kvd_left_ms(deadline),
+                              &reply, err);
     if (rc)
         return rc;
     if (c->opened)
         kvd__v1__open_session_reply__free_unpacked(c->opened, NULL);
     c->opened = reply;
+    c->on_cpu = strcmp(reply->backend, "cpu") == 0;
     snprintf(c->session, sizeof(c->session), "%s", reply->session);
-    c->epoch++;
+    return KVD_OK;
+}
+
+// Connects the fd socket, opens a session and registers the buffers: all of it, or there is none
+// and the next call tries again. The caller is inside the gate for writing.
+static int open_session(kvd_client *c, uint64_t deadline, struct kvd_error *err)
+{
+    c->lost = true;
+    int rc = make_session(c, deadline, err);
+    pthread_mutex_lock(&c->buffers_lock);
     for (kvd_buffer *b = c->buffers; b && rc == KVD_OK; b = b->next)
-        rc = register_buffer(c, b, err);
-    return rc;
+        rc = kvd_buffer_register(c, b, deadline, err);
+    pthread_mutex_unlock(&c->buffers_lock);
+    if (rc)
+        return rc;
+    c->lost = false;
+    c->epoch++;
+    return KVD_OK;
 }
 
 // The session of `epoch` is gone: opens a new one, unless another thread has done so.
 static kvd_result reconnect(kvd_client *c, uint64_t epoch, const struct kvd_error *why,
-                            kvd_failure *err)
+                            uint64_t deadline, kvd_failure *err)
 {
     struct kvd_error e = {0};
-    pthread_rwlock_wrlock(&c->lock);
-    int rc = c->epoch == epoch ? open_session(c, &e) : KVD_OK;
-    pthread_rwlock_unlock(&c->lock);
+    int rc = kvd_gate_write(&c->gate, deadline, &e);
+    if (rc == KVD_OK) {
+        rc = c->epoch == epoch ? open_session(c, deadline, &e) : KVD_OK;
+        kvd_gate_leave(&c->gate);
+    }
     if (rc) {
         kvd_fail_in(&e, "the session was lost (%.120s) and no new one could be opened", why->text);
         return kvd_client_fail(err, &e);
@@ -159,40 +151,58 @@ static bool hung_up(const kvd_client *c)
     return c->sock >= 0 && poll(&p, 1, 100) == 1 && p.revents & (POLLHUP | POLLERR);
 }
 
+int kvd_client_enter(kvd_client *c, uint64_t deadline, struct kvd_error *err)
+{
+    int rc = kvd_fork_check(c, err);
+    return rc ? rc : kvd_gate_read(&c->gate, deadline, err);
+}
+
+kvd_result kvd_client_leave(kvd_client *c, int rc, const struct kvd_error *e, uint64_t deadline,
+                            kvd_failure *err)
+{
+    uint64_t epoch = c->epoch;
+    bool lost = rc == KVD_E_UNAUTH || ((rc == KVD_E_UNAVAILABLE || rc == KVD_E_LOST) && hung_up(c));
+    kvd_gate_leave(&c->gate);
+    if (lost)
+        return reconnect(c, epoch, e, deadline, err);
+    return rc ? kvd_client_fail(err, e) : KVD_SUCCESS;
+}
+
+kvd_result kvd_client_call_until(kvd_client *c, const char *method, void *request,
+                                 char **set_session, const ProtobufCMessageDescriptor *reply_type,
+                                 void *reply, uint64_t deadline, kvd_failure *err)
+{
+    struct kvd_error e = {0};
+    int rc = kvd_client_enter(c, deadline, &e);
+    if (rc)
+        return kvd_client_fail(err, &e);
+    *set_session = c->session;
+    rc = c->lost ? kvd_fail(&e, KVD_E_UNAUTH, "the daemon was gone")
+                 : kvd_channel_call(c->channel, method, request, reply_type, kvd_left_ms(deadline),
+                                    reply, &e);
+    return kvd_client_leave(c, rc, &e, deadline, err);
+}
+
 kvd_result kvd_client_call(kvd_client *c, const char *method, void *request, char **set_session,
                            const ProtobufCMessageDescriptor *reply_type, void *reply,
                            kvd_failure *err)
 {
-    struct kvd_error e = {0};
-    pthread_rwlock_rdlock(&c->lock);
-    uint64_t epoch = c->epoch;
-    *set_session = c->session;
-    int rc = kvd_channel_call(c->channel, method, request, reply_type, c->timeout_ms, reply, &e);
-    bool lost = rc == KVD_E_UNAUTH || ((rc == KVD_E_UNAVAILABLE || rc == KVD_E_LOST) && hung_up(c));
-    pthread_rwlock_unlock(&c->lock);
-    if (lost)
-        return reconnect(c, epoch, &e, err);
-    return rc ? kvd_client_fail(err, &e) : KVD_SUCCESS;
+    return kvd_client_call_until(c, method, request, set_session, reply_type, reply,
+                                 kvd_client_deadline(c), err);
 }
 
 static void client_free(kvd_client *c)
 {
-    while (c->buffers) {
-        kvd_buffer *b = c->buffers;
-        c->buffers = b->next;
-        if (b->kind == MEMORY_KIND(MEMFD))
-            munmap(b->data, b->size);
-        if (b->fd >= 0)
-            close(b->fd);
-        free(b);
-    }
+    kvd_fork_forget(c);
+    kvd_buffers_drop(c);
     kvd_stream_free(&c->events);
     if (c->opened)
         kvd__v1__open_session_reply__free_unpacked(c->opened, NULL);
     kvd_channel_free(&c->channel);
     if (c->sock >= 0)
         close(c->sock);
-    pthread_rwlock_destroy(&c->lock);
+    kvd_gate_deinit(&c->gate);
+    pthread_mutex_destroy(&c->buffers_lock);
     pthread_mutex_destroy(&c->enqueuer_lock);
     free(c->address);
     free(c->namespace_name);
@@ -208,6 +218,15 @@ static char *copy_or(const char *text, const char *otherwise)
     return strdup(text ? text : otherwise);
 }
 
+// What could not even be copied; the rest is the daemon's to judge.
+static int check_options(const kvd_options *o, struct kvd_error *err)
+{
+    if (!o->layers || o->n_layers < 1 || o->n_layers > KVD_MAX_LAYERS)
+        return kvd_fail(err, KVD_E_INVALID, "%u layers%s; 1 to %d are possible", o->n_layers,
+                        o->layers ? "" : " (NULL)", KVD_MAX_LAYERS);
+    return KVD_OK;
+}
+
 static kvd_client *client_new(const kvd_options *o)
 {
     kvd_client *c = calloc(1, sizeof(*c));
@@ -215,7 +234,8 @@ static kvd_client *client_new(const kvd_options *o)
     if (!c)
         return NULL;
     c->sock = -1;
-    pthread_rwlock_init(&c->lock, NULL);
+    kvd_gate_init(&c->gate);
+    pthread_mutex_init(&c->buffers_lock, NULL);
     pthread_mutex_init(&c->enqueuer_lock, NULL);
     c->address = copy_or(address, "unix:/run/kvd/kvd.sock");
     c->namespace_name = copy_or(o->namespace_name, "default");
@@ -252,15 +272,18 @@ kvd_result kvd_open(const kvd_options *options, kvd_client **out, kvd_failure *e
 {
     struct kvd_error e = {0};
     kvd_options o;
-    if (kvd_sized_take(&kvd_sized_options, options, &o, &e))
+    if (kvd_sized_take(&kvd_sized_options, options, &o, &e) || check_options(&o, &e))
         return kvd_client_fail(err, &e);
     kvd_client *c = client_new(&o);
     if (!c) {
         kvd_fail(&e, KVD_E_INTERNAL, "out of memory");
         return kvd_client_fail(err, &e);
     }
-    c->channel = kvd_channel_new(&(struct kvd_channel_options){.address = c->address}, &e);
-    int rc = c->channel ? open_session(c, &e) : e.code;
+    int rc = kvd_fork_watch(c, &e);
+    if (rc == KVD_OK) {
+        c->channel = kvd_channel_new(&(struct kvd_channel_options){.address = c->address}, &e);
+        rc = c->channel ? open_session(c, kvd_client_deadline(c), &e) : e.code;
+    }
     if (rc) {
         client_free(c);
         return kvd_client_fail(err, &e);
@@ -274,31 +297,29 @@ void kvd_close(kvd_client **cp)
     kvd_client *c = KVD_TAKE(*cp);
     if (!c)
         return;
-    kvd_enqueuer_free(&c->enqueuer);
+    if (c->forked) { // the rest is gRPC's, and stays
+        kvd_buffers_drop(c);
+        return;
+    }
+    uint64_t deadline = kvd_now_ms() + KVD_MIN(c->timeout_ms, (uint32_t)CLOSE_MS);
+    kvd_enqueuer_free(&c->enqueuer, deadline);
     kvd_stream_free(&c->events);
     Kvd__V1__CloseSessionRequest req = KVD__V1__CLOSE_SESSION_REQUEST__INIT;
     Kvd__V1__CloseSessionReply *reply;
     req.session = c->session;
     // Best effort: hanging up ends the session too.
-    if (kvd_channel_call(c->channel, "/kvd.v1.KvCache/CloseSession", &req,
-                         &kvd__v1__close_session_reply__descriptor, KVD_MIN(c->timeout_ms, 2000u),
-                         &reply, NULL) == KVD_OK)
+    if (!c->lost && kvd_channel_call(c->channel, "/kvd.v1.KvCache/CloseSession", &req,
+                                     &kvd__v1__close_session_reply__descriptor,
+                                     kvd_left_ms(deadline), &reply, NULL) == KVD_OK)
         kvd__v1__close_session_reply__free_unpacked(reply, NULL);
     client_free(c);
-}
-
-bool kvd_client_on_cpu(kvd_client *c)
-{
-    pthread_rwlock_rdlock(&c->lock);
-    bool cpu = strcmp(c->opened->backend, "cpu") == 0;
-    pthread_rwlock_unlock(&c->lock);
-    return cpu;
 }
 
 kvd_result kvd_get_info(kvd_client *c, kvd_info *out, kvd_failure *err)
 {
     struct kvd_error e = {0};
-    if (kvd_sized_check(&kvd_sized_info, out, &e))
+    if (kvd_sized_check(&kvd_sized_info, out, &e) ||
+        kvd_client_enter(c, kvd_client_deadline(c), &e))
         return kvd_client_fail(err, &e);
     const Kvd__V1__OpenSessionReply *r = c->opened;
     kvd_info info = {.version = r->version,
@@ -312,114 +333,6 @@ kvd_result kvd_get_info(kvd_client *c, kvd_info *out, kvd_failure *err)
         info.recent = r->geometry->windows->recent;
     }
     kvd_sized_give(&kvd_sized_info, &info, out);
+    kvd_gate_leave(&c->gate);
     return KVD_SUCCESS;
-}
-
-// -- buffers ------------------------------------------------------------------------------------
-
-static int make_memory(kvd_buffer *b, struct kvd_error *err)
-{
-    b->fd = memfd_create("kvd-buffer", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    if (b->fd < 0 || ftruncate(b->fd, (off_t)b->size) ||
-        fcntl(b->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW))
-        return kvd_fail(err, -errno, "cannot make %llu bytes of shared memory: %s",
-                        (unsigned long long)b->size, strerror(errno));
-    b->data = mmap(NULL, b->size, PROT_READ | PROT_WRITE, MAP_SHARED, b->fd, 0);
-    if (b->data == MAP_FAILED)
-        return kvd_fail(err, -errno, "cannot map %llu bytes: %s", (unsigned long long)b->size,
-                        strerror(errno));
-    return KVD_OK;
-}
-
-kvd_result kvd_client_add_buffer(kvd_client *c, kvd_buffer *b, kvd_failure *err)
-{
-    struct kvd_error e = {0};
-    b->client = c;
-    b->key = ++c->next_key;
-    if (!on_unix(c)) {
-        kvd_fail(&e, KVD_E_INVALID, "shared buffers want a unix: address");
-        return kvd_client_fail(err, &e);
-    }
-    pthread_rwlock_wrlock(&c->lock);
-    uint64_t epoch = c->epoch;
-    int rc = register_buffer(c, b, &e);
-    if (rc == KVD_OK) {
-        b->next = c->buffers;
-        c->buffers = b;
-    }
-    bool lost = rc == KVD_E_UNAUTH || (rc == KVD_E_UNAVAILABLE && hung_up(c));
-    pthread_rwlock_unlock(&c->lock);
-    if (rc == KVD_OK)
-        return KVD_SUCCESS;
-    return lost ? reconnect(c, epoch, &e, err) : kvd_client_fail(err, &e);
-}
-
-kvd_result kvd_buffer_new(kvd_client *c, uint64_t bytes, kvd_buffer **out, kvd_failure *err)
-{
-    struct kvd_error e = {0};
-    kvd_buffer *b = calloc(1, sizeof(*b));
-    if (!b || bytes == 0) {
-        free(b);
-        kvd_fail(&e, KVD_E_INVALID, bytes ? "out of memory" : "a buffer of 0 bytes");
-        return kvd_client_fail(err, &e);
-    }
-    *b = (kvd_buffer){.size = bytes, .fd = -1, .data = MAP_FAILED};
-    kvd_result rc =
-        make_memory(b, &e) ? kvd_client_fail(err, &e) : kvd_client_add_buffer(c, b, err);
-    if (rc == KVD_SUCCESS) {
-        *out = b;
-        return rc;
-    }
-    if (b->data != MAP_FAILED)
-        munmap(b->data, b->size);
-    if (b->fd >= 0)
-        close(b->fd);
-    free(b);
-    return rc;
-}
-
-void *kvd_buffer_detach(kvd_buffer **bp)
-{
-    kvd_buffer *b = KVD_TAKE(*bp);
-    if (!b)
-        return NULL;
-    kvd_client *c = b->client;
-    void *data = b->data;
-    pthread_rwlock_wrlock(&c->lock);
-    kvd_buffer **link = &c->buffers;
-    while (*link != b)
-        link = &(*link)->next;
-    *link = b->next;
-    Kvd__V1__ReleaseBufferRequest req = KVD__V1__RELEASE_BUFFER_REQUEST__INIT;
-    Kvd__V1__ReleaseBufferReply *reply;
-    req.session = c->session;
-    req.buffer = b->id;
-    if (kvd_channel_call(c->channel, "/kvd.v1.KvCache/ReleaseBuffer", &req,
-                         &kvd__v1__release_buffer_reply__descriptor, c->timeout_ms, &reply,
-                         NULL) == KVD_OK)
-        kvd__v1__release_buffer_reply__free_unpacked(reply, NULL);
-    pthread_rwlock_unlock(&c->lock);
-    if (b->fd >= 0)
-        close(b->fd);
-    free(b);
-    return data;
-}
-
-void kvd_buffer_free(kvd_buffer **bp)
-{
-    bool ours = *bp && (*bp)->kind == MEMORY_KIND(MEMFD);
-    uint64_t size = *bp ? (*bp)->size : 0;
-    void *data = kvd_buffer_detach(bp);
-    if (ours)
-        munmap(data, size);
-}
-
-void *kvd_buffer_data(kvd_buffer *b)
-{
-    return b->data;
-}
-
-uint64_t kvd_buffer_size(const kvd_buffer *b)
-{
-    return b->size;
 }

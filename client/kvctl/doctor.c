@@ -47,8 +47,9 @@ __attribute__((format(printf, 5, 6))) static void found(struct findings *f, enum
 
 // -- the daemon ---------------------------------------------------------------------------------
 
-static void look_at_socket(struct findings *f, const char *address)
+static void look_at_socket(const struct kvctl *k, struct findings *f)
 {
+    const char *address = k->address;
     struct stat st;
     char path[256];
     if (strncmp(address, "unix:", 5) != 0) {
@@ -61,7 +62,7 @@ static void look_at_socket(struct findings *f, const char *address)
     snprintf(path, sizeof(path), "%s.fd", address + 5);
     struct kvd_error err = {0};
     char ticket[33];
-    int sock KVD_CLOSE = kvd_fdsock_connect(address, ticket, &err);
+    int sock KVD_CLOSE = kvd_fdsock_connect(address, k->timeout_ms, ticket, &err);
     if (sock >= 0 && stat(path, &st) == 0)
         found(f, GOOD, "fd socket", "memory can be shared, and a worker's death is noticed",
               "%s answers (mode %04o, uid %u, gid %u)", path, st.st_mode & 07777, st.st_uid,
@@ -101,7 +102,7 @@ static void look_at_daemon(struct kvctl *k, struct findings *f)
               "--backend cuda",
               "cpu: %s", r->device);
     kvd__v1__status_reply__free_unpacked(r, NULL);
-    look_at_socket(f, k->address);
+    look_at_socket(k, f);
 }
 
 // -- the GPU ------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ int kvctl_operator_call(struct kvctl *k, const char *method, const void *request
     if (code)
         return code;
     if (k->sock < 0 && strncmp(k->address, "unix:", 5) == 0) {
-        k->sock = kvd_fdsock_connect(k->address, ticket, &err);
+        k->sock = kvd_fdsock_connect(k->address, k->timeout_ms, ticket, &err);
         if (k->sock < 0)
             return kvctl_fail(&err);
         if (!kvctl_channel(k, &err))

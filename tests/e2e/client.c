@@ -1,5 +1,6 @@
 // libkvd's promises that are not about numbers, each a subcommand that exits with 0 if it is kept.
-// usage: client layout | client sized|replayed|shapes ADDRESS
+// usage: client layout | client sized|replayed|shapes|fork ADDRESS [HOW] | client deadlines ADDRESS
+// STEP
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -271,5 +272,11 @@ int main(int argc, char **argv)
         return replayed(argv[2]);
     if (strcmp(what, "shapes") == 0)
         return shapes(argv[2]);
+    if (strcmp(what, "fork") == 0)
+        return forks(argv[2], argc > 3 ? argv[3] : "");
+    if (strcmp(what, "deadlines") == 0)
+        return deadlines(argv[2]);
+    if (strcmp(what, "reconnect") == 0)
+        return reconnects(argv[2]);
     return 2;
 }

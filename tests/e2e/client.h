@@ -10,7 +10,8 @@ enum {
     V_AT = LAYERS * MOST * KV * DIM_K * 2,
     Q_AT = V_AT + LAYERS * MOST * KV * DIM_V * 2,
     O_AT = Q_AT + LAYERS * MOST * HEADS * DIM_K * 2,
-    BYTES = O_AT + LAYERS * MOST * HEADS * DIM_V * 4
+    BYTES = O_AT + LAYERS * MOST * HEADS * DIM_V * 4,
+    SLOTS_BYTES = HEADS * DIM_K * 4 // of direct mode's q of one slot, the largest
 };
 
 extern kvd_client *client;
@@ -29,6 +30,9 @@ void open_client(const char *address);
 // An item of the sequence at position 0, with all tensors of a step but for lse.
 kvd_item item_of(uint32_t tokens);
 
-int shapes(const char *address); // client_shapes.c
+int shapes(const char *address);                 // client_shapes.c
+int forks(const char *address, const char *how); // client_fork.c
+int deadlines(const char *address);              // client_deadlines.c
+int reconnects(const char *address);
 
 #endif

@@ -2,8 +2,13 @@
 deadlines. tests/e2e/client.c is the worker."""
 import ctypes as c
 import importlib.util
+import os
 import re
+import signal
+import socket
 import subprocess
+import threading
+import time
 
 import pytest
 
@@ -16,7 +21,7 @@ def run(*args, timeout=60):
     return subprocess.run([CLIENT, *map(str, args)], capture_output=True, text=True, timeout=timeout)
 
 
-@pytest.mark.parametrize("what", ["sized", "replayed", "shapes"])
+@pytest.mark.parametrize("what", ["sized", "replayed", "shapes", "fork"])
 def test_promise(kvd, what):
     r = run(what, kvd.address)
     assert r.returncode == 0, r.stdout + r.stderr
@@ -45,3 +50,146 @@ def test_pythons_structures_are_the_compilers():
     header = (SOURCE / "client/include/kvd/kvd.h").read_text()
     declared = set(re.findall(r"^typedef struct (kvd_\w+) \{", header, re.M))
     assert declared == set(structs)
+
+
+@pytest.mark.parametrize("how", ["first", "after"])
+def test_a_fork_around_clients(kvd, how):
+    r = run("fork", kvd.address, how)
+    assert r.returncode == 0, r.stdout + r.stderr
+
+
+def test_a_child_does_not_keep_its_parents_session(kvd):
+    p = subprocess.Popen([CLIENT, "fork", kvd.address, "outlived"], start_new_session=True)
+    try:
+        assert p.wait(20) == 0
+        end = time.time() + 10
+        while kvd.metric("kvd_sessions") != 0:
+            assert time.time() < end, "the session lives as long as the child"
+            time.sleep(0.05)
+    finally:
+        os.killpg(p.pid, signal.SIGKILL)  # the child
+
+
+class Mute:
+    """Accepts on a daemon's sockets and says nothing."""
+
+    def __init__(self, path):
+        self.sockets, self.taken = [], []
+        for name, kind in ((path, socket.SOCK_STREAM), (f"{path}.fd", socket.SOCK_SEQPACKET)):
+            if os.path.exists(name):
+                os.unlink(name)
+            s = socket.socket(socket.AF_UNIX, kind)
+            s.bind(name)
+            s.listen(64)
+            self.sockets.append(s)
+            threading.Thread(target=self.accept, args=(s,), daemon=True).start()
+
+    def accept(self, s):
+        while True:
+            try:
+                self.taken.append(s.accept()[0])
+            except OSError:
+                return
+
+    def close(self):
+        for s in self.sockets:
+            s.shutdown(socket.SHUT_RDWR)
+            s.close()
+
+
+# What is answered at once when the daemon is dead; else everything may take the whole timeout, 1 s.
+LATE = 1.0 + 0.8
+
+
+@pytest.mark.parametrize("daemon", ["stopped", "dead", "mute"])
+def test_deadlines(start, daemon):
+    kvd = start()
+    p = subprocess.Popen([CLIENT, "deadlines", kvd.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert p.stdout.readline() == "ready\n"
+    mute = None
+    if daemon == "stopped":
+        kvd.process.send_signal(signal.SIGSTOP)
+    else:
+        kvd.stop(signal.SIGKILL)
+    if daemon == "mute":
+        mute = Mute(str(kvd.socket))
+    try:
+        out, _ = p.communicate("go\n", timeout=60)
+    finally:
+        kvd.process.send_signal(signal.SIGCONT)
+        if mute:
+            mute.close()
+    assert p.returncode == 0
+    rows = [line.split() for line in out.splitlines()]
+    assert len(rows) >= 23
+    assert not [r for r in rows if float(r[2]) > LATE * 1000], out
+    ok = {name for name, result, _ in rows if result == "0"}
+    void = {"kvd_close", "kvd_buffer_free", "kvd_direct_close"}
+    assert ok <= void | {"kvd_next_event"}, out  # nothing else may have gone well; that may say "none"
+    if daemon == "dead":
+        assert not [r for r in rows if float(r[2]) > 700 and r[0] != "kvd_next_event"], out
+
+
+def test_a_client_works_again_at_once(start):
+    kvd = start()
+    waits = []
+    for _ in range(3):
+        p = subprocess.Popen([CLIENT, "reconnect", kvd.address], stdout=subprocess.PIPE, text=True)
+        assert p.stdout.readline() == "ready\n"
+        kvd.stop(signal.SIGKILL)
+        time.sleep(1.5)  # gRPC's back-off would have grown
+        kvd.start(wait=False)
+        while kvd.text().count("ready version") < kvd.lives:
+            time.sleep(0.002)
+        ready = time.time()
+        out, _ = p.communicate(timeout=30)
+        assert p.returncode == 0
+        waits.append(float(out) - ready)
+    assert min(waits) < 0.2, waits  # of three, as machines that run tests are busy
+
+
+FORKS = """
+import multiprocessing as mp, os, sys
+import numpy as np
+import kvd
+
+def client():
+    return kvd.Client(layers=[0], q_heads=2, kv_heads=1, head_dim=64, address=sys.argv[1], timeout=10)
+
+def use(c, s):
+    for call in (s.describe, c.create, lambda: c.tensor(1, 1, 1, 64), lambda: c.next_event(0.1), client):
+        try:
+            call()
+        except kvd.PreconditionError as e:
+            assert "forked" in str(e), e
+        else:
+            sys.exit(f"a child could {call}")
+
+def own(address):
+    sys.argv[1] = address
+    with client() as c:
+        c.create().free()
+
+if __name__ == "__main__":
+    c = client()
+    s, t = c.create(), c.tensor(1, 4, 1, 64)
+    s.append(t, t)
+    if os.fork() == 0:
+        sys.exit(0)  # the interpreter's end closes what is left
+    assert os.wait()[1] == 0 and s.describe().length == 4
+    for how, target, arguments in (("fork", use, (c, s)), ("spawn", own, sys.argv[1:2])):
+        p = mp.get_context(how).Process(target=target, args=arguments)
+        p.start()
+        p.join(20)
+        assert p.exitcode == 0, (how, p.exitcode)
+    s.append(t, t)
+    assert s.describe().length == 8
+"""
+
+
+@pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
+def test_forks_of_python(kvd, folder):
+    (folder / "forks.py").write_text(FORKS)
+    env = {**os.environ, "PYTHONPATH": str(SOURCE / "client/python"), "KVD_LIBRARY": str(BUILD / "client/libkvd.so.0")}
+    r = subprocess.run(["/usr/bin/python3", folder / "forks.py", kvd.address], env=env, capture_output=True, text=True, timeout=60)
+    assert r.returncode == 0, r.stderr

@@ -1,0 +1,163 @@
+// Memory shared with the daemon: made, registered, and released.
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+
+#include "client/client.h"
+
+#define MEMORY_KIND(name) KVD__V1__REGISTER_BUFFER_REQUEST__MEMORY__##name
+
+int kvd_buffer_register(kvd_client *c, kvd_buffer *b, uint64_t deadline, struct kvd_error *err)
+{
+    Kvd__V1__RegisterBufferRequest req = KVD__V1__REGISTER_BUFFER_REQUEST__INIT;
+    Kvd__V1__RegisterBufferReply *reply;
+    int rc = KVD_OK;
+    if (b->fd >= 0)
+        rc = kvd_fdsock_send(c->sock, b->key, b->fd, kvd_left_ms(deadline), err);
+    if (rc)
+        return rc;
+    req.session = c->session;
+    req.key = b->key;
+    req.size = b->at + b->size;
+    req.memory = b->kind;
+    if (b->kind == MEMORY_KIND(CUDA_IPC))
+        req.cuda_ipc_handle = (ProtobufCBinaryData){sizeof(b->ipc), b->ipc};
+    rc = kvd_channel_call(c->channel, "/kvd.v1.KvCache/RegisterBuffer", &req,
+                          &kvd__v1__register_buffer_reply__descriptor, kvd_left_ms(deadline),
+                          &reply, err);
+    if (rc)
+        return rc;
+    b->id = reply->buffer;
+    kvd__v1__register_buffer_reply__free_unpacked(reply, NULL);
+    return KVD_OK;
+}
+
+kvd_result kvd_client_add_buffer(kvd_client *c, kvd_buffer *b, kvd_failure *err)
+{
+    struct kvd_error e = {0};
+    uint64_t deadline = kvd_client_deadline(c);
+    b->client = c;
+    b->key = ++c->next_key;
+    if (strncmp(c->address, "unix:", 5) != 0)
+        kvd_fail(&e, KVD_E_INVALID, "shared buffers want a unix: address");
+    if (e.code || kvd_fork_check(c, &e) || kvd_client_enter(c, deadline, &e))
+        return kvd_client_fail(err, &e);
+    int rc = c->lost ? kvd_fail(&e, KVD_E_UNAUTH, "no session") // to be opened again
+                     : kvd_buffer_register(c, b, deadline, &e);
+    if (rc == KVD_OK) {
+        pthread_mutex_lock(&c->buffers_lock);
+        b->next = c->buffers;
+        c->buffers = b;
+        pthread_mutex_unlock(&c->buffers_lock);
+    }
+    return kvd_client_leave(c, rc, &e, deadline, err);
+}
+
+static int make_memory(kvd_buffer *b, struct kvd_error *err)
+{
+    b->fd = memfd_create("kvd-buffer", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (b->fd < 0 || ftruncate(b->fd, (off_t)b->size) ||
+        fcntl(b->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW))
+        return kvd_fail(err, -errno, "cannot make %llu bytes of shared memory: %s",
+                        (unsigned long long)b->size, strerror(errno));
+    b->data = mmap(NULL, b->size, PROT_READ | PROT_WRITE, MAP_SHARED, b->fd, 0);
+    if (b->data == MAP_FAILED)
+        return kvd_fail(err, -errno, "cannot map %llu bytes: %s", (unsigned long long)b->size,
+                        strerror(errno));
+    return KVD_OK;
+}
+
+static void drop(kvd_buffer *b, bool unmap)
+{
+    if (unmap && b->kind == MEMORY_KIND(MEMFD) && b->data != MAP_FAILED)
+        munmap(b->data, b->size);
+    if (b->fd >= 0)
+        close(b->fd);
+    free(b);
+}
+
+kvd_result kvd_buffer_new(kvd_client *c, uint64_t bytes, kvd_buffer **out, kvd_failure *err)
+{
+    struct kvd_error e = {0};
+    kvd_buffer *b = calloc(1, sizeof(*b));
+    if (!b || bytes == 0) {
+        free(b);
+        kvd_fail(&e, KVD_E_INVALID, bytes ? "out of memory" : "a buffer of 0 bytes");
+        return kvd_client_fail(err, &e);
+    }
+    *b = (kvd_buffer){.size = bytes, .fd = -1, .data = MAP_FAILED};
+    kvd_result rc =
+        make_memory(b, &e) ? kvd_client_fail(err, &e) : kvd_client_add_buffer(c, b, err);
+    if (rc == KVD_SUCCESS)
+        *out = b;
+    else
+        drop(b, true);
+    return rc;
+}
+
+// Takes it off the client's list, which is all that a forked child may do.
+static void unlink_buffer(kvd_client *c, kvd_buffer *b)
+{
+    if (!c->forked)
+        pthread_mutex_lock(&c->buffers_lock);
+    kvd_buffer **link = &c->buffers;
+    while (*link != b)
+        link = &(*link)->next;
+    *link = b->next;
+    if (!c->forked)
+        pthread_mutex_unlock(&c->buffers_lock);
+}
+
+void *kvd_buffer_take(kvd_buffer **bp, uint64_t deadline, bool unmap)
+{
+    kvd_buffer *b = KVD_TAKE(*bp);
+    if (!b)
+        return NULL;
+    kvd_client *c = b->client;
+    void *data = b->data;
+    unlink_buffer(c, b);
+    Kvd__V1__ReleaseBufferRequest req = KVD__V1__RELEASE_BUFFER_REQUEST__INIT;
+    Kvd__V1__ReleaseBufferReply *reply;
+    // Best effort: the session's end releases it too.
+    if (!c->forked && kvd_client_enter(c, deadline, NULL) == KVD_OK) {
+        req.session = c->session;
+        req.buffer = b->id;
+        if (kvd_channel_call(c->channel, "/kvd.v1.KvCache/ReleaseBuffer", &req,
+                             &kvd__v1__release_buffer_reply__descriptor, kvd_left_ms(deadline),
+                             &reply, NULL) == KVD_OK)
+            kvd__v1__release_buffer_reply__free_unpacked(reply, NULL);
+        kvd_gate_leave(&c->gate);
+    }
+    drop(b, unmap);
+    return data;
+}
+
+void *kvd_buffer_detach(kvd_buffer **bp)
+{
+    return *bp ? kvd_buffer_take(bp, kvd_client_deadline((*bp)->client), false) : NULL;
+}
+
+void kvd_buffer_free(kvd_buffer **bp)
+{
+    if (*bp)
+        kvd_buffer_take(bp, kvd_client_deadline((*bp)->client), true);
+}
+
+void kvd_buffers_drop(kvd_client *c)
+{
+    while (c->buffers) {
+        kvd_buffer *b = c->buffers;
+        c->buffers = b->next;
+        drop(b, true);
+    }
+}
+
+void *kvd_buffer_data(kvd_buffer *b)
+{
+    return b->data;
+}
+
+uint64_t kvd_buffer_size(const kvd_buffer *b)
+{
+    return b->size;
+}
