@@ -5,13 +5,25 @@ set -eu
 cd "$(dirname "$0")/.."
 build=$1
 root=$(mktemp -d /tmp/kvd-install.XXXXXX)
-trap 'rm -rf "$root"' EXIT
+other=$(mktemp -d /tmp/kvd-install.XXXXXX)
+trap 'rm -rf "$root" "$other"' EXIT
 DESTDIR="$root" meson install -C "$build" --no-rebuild >/dev/null
 for f in usr/sbin/kvd usr/bin/kvctl usr/bin/kvctl-calib usr/include/kvd/kvd.h usr/share/man/man8/kvd.8 usr/share/man/man1/kvctl.1 \
     usr/share/man/man5/kvd.conf.5 usr/share/bash-completion/completions/kvctl etc/kvd/kvd.conf; do
     [ -s "$root/$f" ] || { echo "missing: $f"; exit 1; }
 done
-find "$root" -name 'kvd@.service' | grep -q . || { echo "missing: kvd@.service"; exit 1; }
+unit=$(find "$root" -name 'kvd@.service')
+[ -n "$unit" ] || { echo "missing: kvd@.service"; exit 1; }
+# Paths in the unit are those of the prefix, and systemd finds no fault with it.
+meson setup "$other" -Dprefix=/usr/local -Dcuda=disabled -Dtests=false >/dev/null
+grep -q '^ExecStart=/usr/local/sbin/kvd --config /usr/local/etc/kvd/kvd.conf' "$other/deploy/kvd@.service" &&
+    grep -q '^ExecReload=/usr/local/bin/kvctl' "$other/deploy/kvd@.service" &&
+    ! grep -E '=/usr/s?bin|=/etc' "$other/deploy/kvd@.service" || { echo "the unit of another prefix has other paths"; exit 1; }
+if command -v systemd-analyze >/dev/null; then
+    sed -e "s|/usr/s\?bin/kv[a-z]*|/bin/true|" "$unit" >"$root/kvd@.service" # the programs are not installed here
+    said=$(systemd-analyze verify "$root/kvd@.service" 2>&1 | grep 'kvd@' | grep -v -i 'man ' || true)
+    [ -z "$said" ] || { echo "$said"; exit 1; }
+fi
 pc=$(dirname "$(find "$root" -name kvd.pc)")
 lib=$(dirname "$(find "$root" -name 'libkvd.so' | head -n 1)")
 [ -e "$lib/libkvd.a" ] || { echo "missing: libkvd.a"; exit 1; }
