@@ -447,7 +447,7 @@ static void put_ids(FILE *f, const uint32_t *ids, uint32_t n)
         fprintf(f, "%s%u", i ? ", " : "", ids[i]);
 }
 
-void kvd_config_value(const struct kvd_config *c, const struct kvd_config_namespace *ns, uint32_t i,
+bool kvd_config_value(const struct kvd_config *c, const struct kvd_config_namespace *ns, uint32_t i,
                       char *out, size_t cap)
 {
     const struct key *k = &keys[i];
@@ -460,13 +460,15 @@ void kvd_config_value(const struct kvd_config *c, const struct kvd_config_namesp
     FILE *f KVD_FCLOSE = fmemopen(out, cap, "w");
     out[0] = '\0';
     if (!f)
-        return;
+        return false;
     switch (k->type) {
     case TEXT:
         fprintf(f, "%s", (const char *)at);
         break;
     case SIZE:
-        if (n && n % (1 << 20) == 0)
+        if (n && n % (1 << 30) == 0)
+            fprintf(f, "%lluGiB", (unsigned long long)n >> 30);
+        else if (n && n % (1 << 20) == 0)
             fprintf(f, "%lluMiB", (unsigned long long)n >> 20);
         else
             fprintf(f, "%llu", (unsigned long long)n);
@@ -475,7 +477,7 @@ void kvd_config_value(const struct kvd_config *c, const struct kvd_config_namesp
         fprintf(f, "%llu", (unsigned long long)n);
         break;
     case MILLIS:
-        fprintf(f, "%llums", (unsigned long long)n);
+        fprintf(f, n % 1000 ? "%llums" : "%llus", (unsigned long long)(n % 1000 ? n : n / 1000));
         break;
     case OCTAL:
         fprintf(f, "%04llo", (unsigned long long)n);
@@ -498,6 +500,10 @@ void kvd_config_value(const struct kvd_config *c, const struct kvd_config_namesp
             fprintf(f, "%s%s", j ? ", " : "", allow->cns[j]);
         break;
     }
+    return k->type == UIDS   ? allow->n_uids > 0
+           : k->type == GIDS ? allow->n_gids > 0
+           : k->type == CNS  ? allow->n_cns > 0
+                             : true;
 }
 
 void kvd_config_copy(struct kvd_config *to, const struct kvd_config *from, uint32_t i)

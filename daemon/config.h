@@ -97,7 +97,8 @@ struct kvd_config_key {
 };
 const struct kvd_config_key *kvd_config_key(uint32_t i);
 // The value of a key as text, as a file could have it. `ns` is for keys of section "namespace".
-void kvd_config_value(const struct kvd_config *c, const struct kvd_config_namespace *ns, uint32_t i,
+// False for an empty list, which a file says by leaving the key out.
+bool kvd_config_value(const struct kvd_config *c, const struct kvd_config_namespace *ns, uint32_t i,
                       char *out, size_t cap);
 // Copies the value of a key of section "kvd" or "tls".
 void kvd_config_copy(struct kvd_config *to, const struct kvd_config *from, uint32_t i);

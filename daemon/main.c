@@ -4,7 +4,7 @@
 
 #include "daemon/kvd.h"
 
-enum { OPT_CHECK = 1000, OPT_INSTANCE, OPT_FIRST };
+enum { OPT_CHECK = 1000, OPT_PRINT, OPT_INSTANCE, OPT_FIRST };
 
 // Options that are configuration keys; the rest of the configuration is for the file.
 static const char *const overrides[] = {
@@ -20,6 +20,8 @@ static const struct argp_option options[] = {
      0},
     {"check-config", OPT_CHECK, 0, 0, "Check the configuration, say all that is wrong, and exit",
      0},
+    {"print-config", OPT_PRINT, 0, 0,
+     "Print all keys with their values, as files and command line have them, and exit", 0},
     {"backend", OPT_FIRST + 0, "auto|cpu|cuda", 0,
      "Where pages live and kernels run (default: auto)", 1},
     {"device", OPT_FIRST + 1, "N", 0, "CUDA device (default: 0)", 1},
@@ -45,7 +47,7 @@ static const struct argp_option options[] = {
 
 struct arguments {
     struct kvd_config_source source;
-    bool check;
+    bool check, print;
 };
 
 static error_t parse(int key, char *arg, struct argp_state *state)
@@ -60,6 +62,8 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         s->instance = arg;
     } else if (key == OPT_CHECK) {
         a->check = true;
+    } else if (key == OPT_PRINT) {
+        a->print = true;
     } else if (key >= OPT_FIRST && key < OPT_FIRST + (int)KVD_LEN(overrides)) {
         if (s->n_options == KVD_LEN(s->options))
             argp_error(state, "too many options");
@@ -83,6 +87,35 @@ static int load(const struct kvd_config_source *source, struct kvd_config *confi
     return rc;
 }
 
+static void print_section(const struct kvd_config *c, const char *section,
+                          const struct kvd_config_namespace *ns)
+{
+    const struct kvd_config_key *k;
+    char value[2400];
+    printf("%s[%s%s%s]\n", strcmp(section, "kvd") == 0 ? "" : "\n", section, ns ? " " : "",
+           ns ? ns->name : "");
+    for (uint32_t i = 0; (k = kvd_config_key(i)); i++) {
+        if (strcmp(k->section, section) != 0)
+            continue;
+        bool there = kvd_config_value(c, ns, i, value, sizeof(value));
+        if (strcmp(k->name, "listen") == 0)
+            for (uint32_t j = 0; j < c->n_listen; j++)
+                printf("listen = %s\n", c->listen[j]);
+        else
+            printf("%s%s =%s%s\n", there ? "" : "# ", k->name, *value ? " " : "", value);
+    }
+}
+
+// A file that says the same.
+static void print_config(const struct kvd_config *c)
+{
+    print_section(c, "kvd", NULL);
+    if (c->tls_cert[0])
+        print_section(c, "tls", NULL);
+    for (uint32_t i = 0; i < c->n_namespaces; i++)
+        print_section(c, "namespace", &c->namespaces[i]);
+}
+
 int main(int argc, char **argv)
 {
     static struct kvd_daemon daemon;
@@ -90,7 +123,7 @@ int main(int argc, char **argv)
                                      .parser = parse,
                                      .doc = "The shared KV-cache memory daemon for LLM inference.\v"
                                             "SIGTERM drains and stops, SIGHUP reloads the "
-                                            "configuration file. See kvd(8) and kvd.conf(5)."};
+                                            "configuration. See kvd(8) and kvd.conf(5)."};
     argp_program_version = "kvd " KVD_VERSION;
     struct arguments a = {.check = false};
     struct kvd_error err = {0};
@@ -98,6 +131,10 @@ int main(int argc, char **argv)
         return EX_USAGE;
     if (load(&a.source, &daemon.configured))
         return EX_CONFIG;
+    if (a.print) {
+        print_config(&daemon.configured);
+        return EX_OK;
+    }
     if (a.check) {
         printf("%s: the configuration is good\n",
                a.source.n_files ? a.source.files[a.source.n_files - 1] : "built-in settings");
