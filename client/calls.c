@@ -211,6 +211,7 @@ static kvd_result append(kvd_client *c, kvd_layers layers, const kvd_item *items
         out[i].sequence = items[i].sequence;
         out[i].position = items[i].position;
         out[i].tokens = items[i].tokens;
+        out[i].request_id = items[i].request;
         out[i].k = &b.refs[i].k;
         out[i].v = &b.refs[i].v;
         b.list[i] = &out[i];
@@ -307,6 +308,7 @@ static kvd_result step(kvd_client *c, kvd_layers layers, const kvd_attention *at
         out[i].sequence = items[i].sequence;
         out[i].position = items[i].position;
         out[i].tokens = items[i].tokens;
+        out[i].request_id = items[i].request;
         out[i].k = &b.refs[i].k;
         out[i].v = &b.refs[i].v;
         out[i].q = &b.refs[i].q;
@@ -350,6 +352,11 @@ static kvd_result compute_now(kvd_client *c, kvd_call_kind kind, kvd_layers laye
         return kvd_client_fail(err, &e);
     return kvd_client_compute(c, kind, layers, &a, own, count, NULL, NULL, kvd_client_deadline(c),
                               err);
+}
+
+uint64_t kvd_request_new(kvd_client *c)
+{
+    return ++c->next_request;
 }
 
 kvd_result kvd_append(kvd_client *c, kvd_layers layers, const kvd_item *items, uint32_t count,

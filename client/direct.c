@@ -43,7 +43,8 @@ static kvd_item item_of(const struct kvd_direct *d, uint32_t slot, uint64_t to)
     kvd_item item = {.size = sizeof(item),
                      .sequence = s->sequence,
                      .position = s->appended,
-                     .tokens = (uint32_t)(to - s->appended)};
+                     .tokens = (uint32_t)(to - s->appended),
+                     .request = s->request};
     for (int v = 0; v < 2; v++) {
         uint64_t row = direct_row_bytes(d, v);
         uint64_t at = (uint64_t)slot * KVD_DIRECT_RING + s->appended % KVD_DIRECT_RING;
@@ -64,10 +65,14 @@ static uint32_t collect(struct kvd_direct *d, uint32_t *list, kvd_item *items, b
         struct direct_slot *s = &d->slots[i];
         if (!s->sequence || s->appended >= s->written)
             continue;
-        uint64_t to = append_to(d, s);
+        uint64_t to = s->sent ? s->sent : append_to(d, s);
         if (to <= s->appended) {
             *blocked = true;
             continue;
+        }
+        if (!s->sent) {
+            s->sent = to; // and sent again as it is until it is known to be there
+            s->request = kvd_request_new(d->client);
         }
         list[n] = i;
         items[n++] = item_of(d, i, to);
@@ -92,8 +97,10 @@ static int append_batch(struct kvd_direct *d, const uint32_t *list, const kvd_it
         rc = kvd_direct_map(d, list, n, deadline, err);
     pthread_mutex_lock(&d->lock);
     d->busy = false;
-    for (uint32_t i = 0; i < n && rc == KVD_OK; i++)
+    for (uint32_t i = 0; i < n && rc == KVD_OK; i++) {
         d->slots[list[i]].appended = items[i].position + items[i].tokens;
+        d->slots[list[i]].sent = 0;
+    }
     return rc;
 }
 

@@ -31,6 +31,7 @@ struct direct_slot {
     struct direct_view next;  // what those of the next will
     uint64_t older;           // `stored` of the oldest view that a kernel may still use
     uint64_t appended;        // tokens that kvd has
+    uint64_t sent, request;   // an append up to there whose end is not known; 0: none
     uint64_t target, written; // tokens that kvd is to have; those that are in memory, too
     bool fresh;               // next is newer than now
     bool dirty;               // the kernels' page table has not the latest yet

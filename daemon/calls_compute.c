@@ -15,6 +15,7 @@ struct kvd_work *kvd_work_new(struct kvd_call *call, const struct kvd_session *s
     w->op = op;
     w->call = call;
     w->session = s;
+    w->appender = s->appender;
     w->geom = s->geom;
     w->n_items = (uint32_t)n;
     return w;
@@ -194,6 +195,7 @@ static int append_ids(struct kvd_work *w, struct kvd_session *s, const struct kv
     w->items[i].seq = in->sequence;
     w->items[i].position = in->position;
     w->items[i].tokens = in->tokens;
+    w->items[i].request = in->request_id;
     return KVD_OK;
 }
 
@@ -258,6 +260,7 @@ static int step_ids(struct kvd_work *w, struct kvd_session *s, const struct kvd_
     w->items[i].seq = in->sequence;
     w->items[i].position = in->position;
     w->items[i].tokens = in->tokens;
+    w->items[i].request = in->request_id;
     return KVD_OK;
 }
 

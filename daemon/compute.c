@@ -123,8 +123,14 @@ static int note_copies(struct kvd_daemon *d, struct kvd_work *w, const struct kv
 static int begin_append(struct kvd_daemon *d, struct kvd_work *w, uint32_t i, struct kvd_error *err)
 {
     struct kvd_work_item *item = &w->items[i];
-    int rc = kvd_pool_append_begin(d->pool, item->seq, item->position, item->tokens, w->layer_begin,
-                                   w->layer_count, &item->append, err);
+    struct kvd_pool_append_request by = {.seq = item->seq,
+                                         .position = item->position,
+                                         .tokens = item->tokens,
+                                         .layer_begin = w->layer_begin,
+                                         .layer_count = w->layer_count,
+                                         .appender = w->appender,
+                                         .request = item->request};
+    int rc = kvd_pool_append_begin(d->pool, &by, &item->append, err);
     if (rc)
         return kvd_fail_in(err, "items[%u]", i);
     item->begun = !item->append.replayed;
@@ -146,6 +152,25 @@ static int begin_append(struct kvd_daemon *d, struct kvd_work *w, uint32_t i, st
     return KVD_OK;
 }
 
+// A Step that had been applied before attends to what it did then: the history as it was, and the
+// window, which still has the tokens that became history since. Where a long step has overwritten
+// them, only bf16 history still has their values.
+static int note_repeated(struct kvd_daemon *d, const struct kvd_work *w, struct kvd_work_item *item,
+                         struct kvd_error *err)
+{
+    const struct kvd_pool_append *a = &item->append;
+    bool exact = kvd_pool_geometry_get(d->pool, w->geom)->codec == KVD_CODEC_BF16;
+    if (!a->window_kept && !exact)
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "the %u tokens had been appended before, but their attention cannot be "
+                        "computed again: the step has compressed part of the window that it saw; "
+                        "Attend sees what is stored now",
+                        item->tokens);
+    item->length = a->new_length;
+    item->hist_end = a->window_kept ? a->hist_end : a->new_hist_end;
+    return KVD_OK;
+}
+
 static int begin_attend(struct kvd_daemon *d, struct kvd_work *w, uint32_t i, struct kvd_error *err)
 {
     struct kvd_work_item *item = &w->items[i];
@@ -155,7 +180,7 @@ static int begin_attend(struct kvd_daemon *d, struct kvd_work *w, uint32_t i, st
         item->length = item->append.length;
         item->hist_end = item->append.hist_end;
     } else if (rc == KVD_OK) {
-        rc = note_lengths(d, w, item, err);
+        rc = item->append.replayed ? note_repeated(d, w, item, err) : note_lengths(d, w, item, err);
     }
     if (rc)
         return kvd_fail_in(err, "items[%u]", i);

@@ -18,7 +18,8 @@
 
 struct kvd_work_item {
     uint64_t seq, position;
-    uint32_t tokens; // to append, and queries
+    uint64_t request; // names the append, for when it is sent again; 0: none
+    uint32_t tokens;  // to append, and queries
     struct kvd_tensor q, k, v, o, lse;
     uint8_t *o_inline, *lse_inline; // outputs that go into the reply
     size_t o_len, lse_len;
@@ -46,6 +47,7 @@ struct kvd_work {
     enum kvd_kernel_op op;
     struct kvd_call *call;
     const struct kvd_session *session; // only to be compared: it may have ended
+    uint64_t appender;                 // its identity in the pool
     uint32_t geom, layer_begin, layer_count;
     struct kvd_work_item *items;
     uint32_t n_items, pinned;

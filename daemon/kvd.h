@@ -66,6 +66,7 @@ struct kvd_connection; // fdsock.c: a worker's fd-socket connection
 struct kvd_session {
     char secret[KVD_SECRET_TEXT];
     uint64_t id;
+    uint64_t appender; // random: names the session in the pool's records, which may outlive it
     uint32_t ns, geom;
     char client_name[KVD_MAX_CLIENT_NAME + 1];
     struct kvd_connection *connection; // NULL: leased

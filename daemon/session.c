@@ -17,6 +17,14 @@ void kvd_secret_new(char out[KVD_SECRET_TEXT])
     kvd_hex(bytes, sizeof(bytes), out);
 }
 
+static uint64_t random64(void)
+{
+    uint64_t value = 0;
+    while (getrandom(&value, sizeof(value), 0) != (ssize_t)sizeof(value))
+        ;
+    return value;
+}
+
 struct kvd_session *kvd_session_find(struct kvd_daemon *d, const char *secret)
 {
     struct kvd_session *s = NULL;
@@ -38,6 +46,7 @@ struct kvd_session *kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t 
         return NULL;
     kvd_secret_new(s->secret);
     s->id = ++d->next_session;
+    s->appender = random64();
     s->ns = ns;
     s->geom = geom;
     s->connection = conn;

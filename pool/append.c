@@ -9,6 +9,11 @@
 // pages, for all layers, and makes private copies of shared pages that it will write. Layers that
 // are filled are at (T', H'), the others at (T, H); when the last is filled, T and H become T' and
 // H'.
+//
+// The last append of a sequence is remembered by who made it and its request, and nothing else is
+// taken for a repeat: that the position fits says nothing about whose tokens are there, nor which.
+// Forks do not inherit it. A truncation keeps it, so that a repeat that comes after it is refused
+// instead of being applied once more.
 #include "pool/internal.h"
 
 struct span {
@@ -23,50 +28,69 @@ static uint64_t demoted_to(const struct kvd_geometry *g, uint64_t hist_end, uint
     return KVD_MAX(hist_end, g->sink + (length - keep) / KVD_CHUNK_TOKENS * KVD_CHUNK_TOKENS);
 }
 
-static int check_order(const struct kvd_pool *pool, const struct region_seq *s, uint64_t position,
-                       uint32_t tokens, uint32_t layer_begin, uint32_t layer_count, bool *replayed,
-                       struct kvd_error *err)
+// Whether an append names itself as the last one that was applied.
+static bool is_last(const struct region_append *last, const struct kvd_pool_append_request *by)
+{
+    return by->request && by->request == last->request && by->appender == last->appender;
+}
+
+// The last append, sent again: it must be the same, and the sequence still as it left it.
+static int check_repeat(const struct kvd_pool *pool, const struct region_seq *s,
+                        const struct kvd_pool_append_request *by, struct kvd_error *err)
+{
+    const struct region_append *last = &s->last;
+    uint64_t end = by->position + by->tokens;
+    uint32_t filled = by->layer_begin + by->layer_count;
+    bool same = by->position == last->position && by->tokens == last->tokens &&
+                by->layer_begin == last->layer_begin && by->layer_count == last->layer_count;
+    bool whole = filled == pool->geom[s->geom].g.n_layers;
+    bool there = whole ? s->pending_layers == 0 && s->length == end
+                       : s->pending_layers == filled && s->pending_length == end;
+    if (same && there)
+        return KVD_OK;
+    return kvd_fail(
+        err, KVD_E_PRECONDITION,
+        "request %llu appended %u tokens at %llu to layers %u to %u of sequence %llu%s; "
+        "another append wants another request id",
+        (unsigned long long)by->request, last->tokens, (unsigned long long)last->position,
+        last->layer_begin, last->layer_begin + last->layer_count - 1,
+        (unsigned long long)seq_id(pool, s), same ? ", which was truncated since" : "");
+}
+
+static int check_order(const struct kvd_pool *pool, const struct region_seq *s,
+                       const struct kvd_pool_append_request *by, struct kvd_error *err)
 {
     uint32_t layers = pool->geom[s->geom].g.n_layers;
     unsigned long long id = seq_id(pool, s), length = s->length;
-    *replayed = false;
     if (s->pending_layers == 0) {
-        if (position < s->length && position + tokens == s->length) {
-            *replayed = true;
-            return KVD_OK;
-        }
-        if (position != s->length)
+        if (by->position != s->length)
             return kvd_fail(err, KVD_E_PRECONDITION,
                             "append at position %llu, but sequence %llu has length %llu; append "
                             "there or truncate first",
-                            (unsigned long long)position, id, length);
-        if (layer_begin != 0)
+                            (unsigned long long)by->position, id, length);
+        if (by->layer_begin != 0)
             return kvd_fail(err, KVD_E_PRECONDITION,
                             "append to sequence %llu at %llu starts with layer %u; layers are "
                             "filled in order from 0",
-                            id, length, layer_begin);
-        if (s->length + tokens > KVD_MAX_LENGTH)
+                            id, length, by->layer_begin);
+        if (s->length + by->tokens > KVD_MAX_LENGTH)
             return kvd_fail(err, KVD_E_LIMIT, "sequence %llu would have more than %d tokens", id,
                             KVD_MAX_LENGTH);
         return KVD_OK;
     }
-    if (position != s->length || position + tokens != s->pending_length)
+    if (by->position != s->length || by->position + by->tokens != s->pending_length)
         return kvd_fail(err, KVD_E_PRECONDITION,
                         "sequence %llu is in the middle of an append of %llu tokens at %llu (%u of "
                         "%u layers); finish it "
                         "or truncate to %llu first",
                         id, (unsigned long long)(s->pending_length - s->length), length,
                         s->pending_layers, layers, length);
-    if (layer_begin + layer_count <= s->pending_layers) {
-        *replayed = true;
-        return KVD_OK;
-    }
-    if (layer_begin != s->pending_layers)
+    if (by->layer_begin != s->pending_layers)
         return kvd_fail(err, KVD_E_PRECONDITION,
                         "append to sequence %llu at %llu has filled %u layers; the next call must "
                         "start with layer %u, "
                         "not %u",
-                        id, length, s->pending_layers, s->pending_layers, layer_begin);
+                        id, length, s->pending_layers, s->pending_layers, by->layer_begin);
     return KVD_OK;
 }
 
@@ -146,23 +170,26 @@ static int reserve(struct kvd_pool *pool, struct region_seq *s, struct kvd_pool_
     return rc;
 }
 
-int kvd_pool_append_begin(struct kvd_pool *pool, uint64_t seq, uint64_t position, uint32_t tokens,
-                          uint32_t layer_begin, uint32_t layer_count, struct kvd_pool_append *out,
-                          struct kvd_error *err)
+int kvd_pool_append_begin(struct kvd_pool *pool, const struct kvd_pool_append_request *by,
+                          struct kvd_pool_append *out, struct kvd_error *err)
 {
-    struct region_seq *s = seq_find(pool, seq);
-    *out = (struct kvd_pool_append){
-        .seq = seq, .layer_begin = layer_begin, .layer_count = layer_count};
+    struct region_seq *s = seq_find(pool, by->seq);
+    *out = (struct kvd_pool_append){.by = *by};
     if (!s)
-        return kvd_fail(err, KVD_E_NOT_FOUND, "there is no sequence %llu", (unsigned long long)seq);
-    int rc = check_order(pool, s, position, tokens, layer_begin, layer_count, &out->replayed, err);
-    if (rc || out->replayed)
+        return kvd_fail(err, KVD_E_NOT_FOUND, "there is no sequence %llu",
+                        (unsigned long long)by->seq);
+    const struct kvd_geometry *g = &pool->geom[s->geom].g;
+    bool repeat = is_last(&s->last, by);
+    int rc = repeat ? check_repeat(pool, s, by, err) : check_order(pool, s, by, err);
+    if (rc)
         return rc;
-    out->length = s->length;
-    out->hist_end = s->hist_end;
-    out->new_length = position + tokens;
-    out->new_hist_end = demoted_to(&pool->geom[s->geom].g, s->hist_end, out->new_length);
-    if (s->pending_layers)
+    out->replayed = repeat;
+    out->length = by->position;
+    out->hist_end = repeat ? s->last.hist_end : s->hist_end;
+    out->new_length = by->position + by->tokens;
+    out->new_hist_end = demoted_to(g, out->hist_end, out->new_length);
+    out->window_kept = repeat && out->new_length <= out->hist_end + kvd_geometry_ring(g);
+    if (repeat || s->pending_layers)
         return KVD_OK;
     // Eviction must not take the very sequence that grows.
     s->pins++;
@@ -175,7 +202,7 @@ int kvd_pool_append_begin(struct kvd_pool *pool, uint64_t seq, uint64_t position
 
 void kvd_pool_append_commit(struct kvd_pool *pool, struct kvd_pool_append *a)
 {
-    struct region_seq *s = &pool->seq[(uint32_t)a->seq];
+    struct region_seq *s = &pool->seq[(uint32_t)a->by.seq];
     for (uint32_t i = 0; i < a->n_changes; i++)
         if (a->changes[i].old_page != KVD_POOL_NONE)
             kvd_pool_page_unref(pool, a->changes[i].old_page);
@@ -183,7 +210,14 @@ void kvd_pool_append_commit(struct kvd_pool *pool, struct kvd_pool_append *a)
     a->n_changes = 0;
     s->pending_length = a->new_length;
     s->pending_hist_end = a->new_hist_end;
-    s->pending_layers = a->layer_begin + a->layer_count;
+    s->pending_layers = a->by.layer_begin + a->by.layer_count;
+    s->last = (struct region_append){.appender = a->by.appender,
+                                     .request = a->by.request,
+                                     .position = a->by.position,
+                                     .hist_end = a->hist_end,
+                                     .tokens = a->by.tokens,
+                                     .layer_begin = a->by.layer_begin,
+                                     .layer_count = a->by.layer_count};
     if (s->pending_layers == pool->geom[s->geom].g.n_layers) {
         seq_set_length(pool, s, a->new_length);
         s->hist_end = a->new_hist_end;
@@ -193,7 +227,7 @@ void kvd_pool_append_commit(struct kvd_pool *pool, struct kvd_pool_append *a)
 
 void kvd_pool_append_abort(struct kvd_pool *pool, struct kvd_pool_append *a)
 {
-    struct region_seq *s = &pool->seq[(uint32_t)a->seq];
+    struct region_seq *s = &pool->seq[(uint32_t)a->by.seq];
     while (a->n_changes > 0) {
         const struct kvd_pool_change *c = &a->changes[--a->n_changes];
         table_set(pool, &s->table[c->kind], c->entry, c->old_page, NULL);

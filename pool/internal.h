@@ -4,7 +4,7 @@
 
 #include "pool/pool.h"
 
-#define KVD_POOL_MAGIC 0x314c4f4f5044564bull // "KVDPOOL1"
+#define KVD_POOL_MAGIC 0x324c4f4f5044564bull // "KVDPOOL2"
 
 enum {
     KVD_POOL_ALIGN = KVD_PAGE_UNIT, // page sizes are rounded up to this
@@ -59,6 +59,13 @@ struct region_table {
     uint32_t count;       // entries, holes included
 };
 
+// The last append that was applied to a sequence: whoever made it may send it again.
+struct region_append {
+    uint64_t appender, request;
+    uint64_t position, hist_end; // of the history before it
+    uint32_t tokens, layer_begin, layer_count;
+};
+
 struct region_seq {
     uint32_t generation; // odd while in use
     uint32_t ns, geom;
@@ -68,6 +75,7 @@ struct region_seq {
     uint64_t length, hist_end;
     uint64_t pending_length, pending_hist_end;
     uint32_t pending_layers;
+    struct region_append last;
     struct region_table table[KVD_POOL_KINDS];
     uint32_t lru_prev, lru_next; // lru_next also links the free list
     uint32_t name_next;

@@ -174,24 +174,33 @@ struct kvd_pool_change {
     uint32_t new_page;
 };
 
+// An append as it is asked for. `appender` and `request` name it, for when it is sent again: the
+// last append of a sequence is remembered with it. request 0: it is never taken for a repeat.
+struct kvd_pool_append_request {
+    uint64_t seq, position;
+    uint32_t tokens, layer_begin, layer_count;
+    uint64_t appender, request;
+};
+
 // An append that has its pages but is not yet true. Between begin and commit or abort the sequence
 // must stay pinned.
 struct kvd_pool_append {
-    uint64_t seq;
+    struct kvd_pool_append_request by;
     uint64_t length, hist_end;         // before, for the layers concerned
     uint64_t new_length, new_hist_end; // after
-    uint32_t layer_begin, layer_count;
-    bool replayed; // had been applied before: nothing to do, no commit or abort wanted
+    bool replayed;    // had been applied before: nothing to do, no commit or abort wanted
+    bool window_kept; // replayed: the tokens from hist_end on are all still in the recent window
     struct kvd_pool_change *changes;
     uint32_t n_changes;
 };
 
 // Checks position and layers, and takes the pages that the append needs. On failure nothing has
-// changed. KVD_E_NOT_FOUND, KVD_E_PRECONDITION (position or layer order), KVD_E_QUOTA, KVD_E_FULL,
-// KVD_E_LIMIT (length).
-int kvd_pool_append_begin(struct kvd_pool *pool, uint64_t seq, uint64_t position, uint32_t tokens,
-                          uint32_t layer_begin, uint32_t layer_count, struct kvd_pool_append *out,
-                          struct kvd_error *err);
+// changed. The sequence's last append, from the same appender with the same request, is recognized
+// (`replayed`) as long as nothing has changed the sequence since. KVD_E_NOT_FOUND,
+// KVD_E_PRECONDITION (position, layer order, or a repeat that came too late), KVD_E_QUOTA,
+// KVD_E_FULL, KVD_E_LIMIT (length).
+int kvd_pool_append_begin(struct kvd_pool *pool, const struct kvd_pool_append_request *by,
+                          struct kvd_pool_append *out, struct kvd_error *err);
 void kvd_pool_append_commit(struct kvd_pool *pool, struct kvd_pool_append *append);
 void kvd_pool_append_abort(struct kvd_pool *pool, struct kvd_pool_append *append);
 

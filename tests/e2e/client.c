@@ -148,6 +148,7 @@ static void print_items(void)
     FIELD(kvd_item, o);
     FIELD(kvd_item, lse);
     FIELD(kvd_item, replayed);
+    FIELD(kvd_item, request);
     STRUCT(kvd_attention);
     FIELD(kvd_attention, size);
     FIELD(kvd_attention, scale);
@@ -240,17 +241,25 @@ static int replayed(const char *address)
     NEED(kvd_sequences_create(client, 1, &items[1].sequence, ERR) == 0);
     items[0].replayed = &before[0];
     items[1].replayed = &before[1];
+    items[0].request = kvd_request_new(client);
+    items[1].request = kvd_request_new(client);
     NEED(kvd_append(client, ALL, items, 1, ERR) == 0 && !before[0]);
     NEED(kvd_append(client, ALL, items, 1, ERR) == 0 && before[0]);
     before[0] = false;
     NEED(kvd_append(client, ALL, items, 2, ERR) == 0 && before[0] && !before[1]);
     items[0].position = items[1].position = 5;
+    // The same numbers for other tokens, and other numbers for the same: neither is a repeat.
+    NEED(kvd_step(client, ALL, NULL, items, 2, ERR) == KVD_ERR_PRECONDITION);
+    items[0].request = kvd_request_new(client);
+    items[1].request = kvd_request_new(client);
     before[0] = before[1] = true;
     NEED(kvd_step(client, ALL, NULL, items, 2, ERR) == 0 && !before[0] && !before[1]);
     NEED(kvd_enqueue(client, NULL, KVD_CALL_STEP, ALL, NULL, items, 2, ERR) == 0);
     NEED(kvd_enqueued(client, ERR) == 0 && before[0] && before[1]);
     items[0].replayed = NULL;
     NEED(kvd_step(client, ALL, NULL, items, 2, ERR) == 0 && before[1]);
+    items[1].request = 0;
+    NEED(kvd_append(client, ALL, &items[1], 1, ERR) == KVD_ERR_PRECONDITION);
     kvd_close(&client);
     return 0;
 }

@@ -183,7 +183,6 @@ int shapes(const char *address)
     open_client(address);
     NEED(kvd_open(&o, &other, ERR) == 0 && kvd_buffer_new(other, BYTES, &foreign, ERR) == 0);
     wrong_steps();
-    NEED(kvd_append(client, ALL, &(kvd_item[]){item_of(7)}[0], 1, ERR) == 0);
     wrong_reads_and_rotations();
     wrong_direct();
     kvd_close(&other);

@@ -94,7 +94,7 @@ def test_step_equals_attend_over_everything(rpc):
     append(rpc, s, seq, 0, k[:, :150], v[:, :150])
     q = rng.normal(size=(LAYERS, 50, HEADS, DIM)).astype(np.float32)
     item = kv.StepItem(sequence=seq, position=150, tokens=50, k=tensor(k[:, 150:]), v=tensor(v[:, 150:]), q=tensor(q),
-                       o=kv.TensorRef(dtype=1))
+                       o=kv.TensorRef(dtype=1), request_id=1)
     first = rpc.kv("Step", session=s, items=[item])
     o = np.frombuffer(first.results[0].o, np.float32).reshape(LAYERS, 50, HEADS, DIM)
     assert error(o, exact(q.astype(np.float64), widen(k), widen(v))[0]) < 1e-5

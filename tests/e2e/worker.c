@@ -143,6 +143,7 @@ int main(int argc, char **argv)
                 uint64_t row = (uint64_t)n * KV * DIM * 2;
                 item.k.offset = l * row;
                 item.v.offset = KV_BYTES + l * row;
+                item.request = kvd_request_new(client);
                 TRY(kvd_append(client, (kvd_layers){l, 1}, &item, 1, err));
                 TRY(kvd_append(client, (kvd_layers){l, 1}, &item, 1,
                                err)); // a repeat changes nothing

@@ -35,14 +35,27 @@ static uint64_t new_seq(struct fixture *f)
     return id;
 }
 
+static int begin(struct fixture *f, struct kvd_pool_append *a, uint64_t seq, uint64_t at,
+                 uint32_t n, uint32_t layer, uint32_t layers, uint64_t appender, uint64_t request)
+{
+    struct kvd_pool_append_request by = {.seq = seq,
+                                         .position = at,
+                                         .tokens = n,
+                                         .layer_begin = layer,
+                                         .layer_count = layers,
+                                         .appender = appender,
+                                         .request = request};
+    return kvd_pool_append_begin(f->pool, &by, a, &f->err);
+}
+
 static int append(struct fixture *f, uint64_t seq, uint64_t at, uint32_t n)
 {
     struct kvd_pool_append a;
     struct kvd_pool_seq_info info;
     if (kvd_pool_seq_info(f->pool, seq, &info))
         return KVD_E_NOT_FOUND;
-    int rc = kvd_pool_append_begin(
-        f->pool, seq, at, n, 0, kvd_pool_geometry_get(f->pool, info.geom)->n_layers, &a, &f->err);
+    uint32_t layers = kvd_pool_geometry_get(f->pool, info.geom)->n_layers;
+    int rc = begin(f, &a, seq, at, n, 0, layers, 0, 0);
     if (rc == 0 && !a.replayed)
         kvd_pool_append_commit(f->pool, &a);
     return rc;
@@ -102,18 +115,103 @@ START_TEST(one_big_append_equals_many_small)
 }
 END_TEST
 
-START_TEST(append_is_idempotent_by_position)
+// Commits what has begun; whether it was a repeat.
+static bool apply(struct fixture *f, struct kvd_pool_append *a)
+{
+    if (!a->replayed)
+        kvd_pool_append_commit(f->pool, a);
+    return a->replayed;
+}
+
+START_TEST(a_repeat_belongs_to_its_sender)
+{
+    enum { A = 7, B = 8 };
+    struct fixture f = setup(8, 1, 64, 256);
+    uint64_t s = new_seq(&f), child;
+    struct kvd_pool_append a;
+    ck_assert_int_eq(begin(&f, &a, s, 0, 10, 0, 1, A, 1), 0);
+    ck_assert(!apply(&f, &a));
+    ck_assert_int_eq(begin(&f, &a, s, 0, 10, 0, 1, A, 1), 0);
+    ck_assert(apply(&f, &a));
+    ck_assert_uint_eq(a.new_length, 10);
+    // Another sender, another request, none, other tokens under the same one, a fork:
+    ck_assert_int_eq(begin(&f, &a, s, 0, 10, 0, 1, B, 1), KVD_E_PRECONDITION);
+    ck_assert_int_eq(begin(&f, &a, s, 0, 10, 0, 1, A, 2), KVD_E_PRECONDITION);
+    ck_assert_int_eq(begin(&f, &a, s, 0, 10, 0, 1, A, 0), KVD_E_PRECONDITION);
+    ck_assert_int_eq(begin(&f, &a, s, 10, 10, 0, 1, A, 1), KVD_E_PRECONDITION);
+    ck_assert_ptr_nonnull(strstr(f.err.text, "another request id"));
+    ck_assert_int_eq(kvd_pool_seq_fork(f.pool, s, &child, &f.err), 0);
+    ck_assert_int_eq(begin(&f, &a, child, 0, 10, 0, 1, A, 1), KVD_E_PRECONDITION);
+    // Cut off since: neither a repeat nor to be stored once more.
+    ck_assert_int_eq(kvd_pool_truncate(f.pool, s, 0, &f.err), 0);
+    ck_assert_int_eq(begin(&f, &a, s, 0, 10, 0, 1, A, 1), KVD_E_PRECONDITION);
+    ck_assert_ptr_nonnull(strstr(f.err.text, "truncated"));
+    ck_assert_int_eq(begin(&f, &a, s, 0, 10, 0, 1, B, 1), 0);
+    ck_assert(!apply(&f, &a));
+    ck_assert_int_eq(begin(&f, &a, s, 0, 10, 0, 1, A, 1), KVD_E_PRECONDITION);
+    // After another append it comes too late.
+    ck_assert_int_eq(begin(&f, &a, s, 10, 5, 0, 1, B, 2), 0);
+    ck_assert(!apply(&f, &a));
+    ck_assert_int_eq(begin(&f, &a, s, 0, 10, 0, 1, B, 1), KVD_E_PRECONDITION);
+    // What was aborted has not been applied.
+    ck_assert_int_eq(begin(&f, &a, s, 15, 5, 0, 1, B, 3), 0);
+    kvd_pool_append_abort(f.pool, &a);
+    ck_assert_int_eq(begin(&f, &a, s, 15, 5, 0, 1, B, 3), 0);
+    ck_assert(!apply(&f, &a));
+    ck_assert_int_eq(begin(&f, &a, s, 15, 5, 0, 1, B, 3), 0);
+    ck_assert(apply(&f, &a));
+    ck_assert_uint_eq(info_of(&f, s).length, 20);
+    ck_assert_uint_eq(info_of(&f, child).length, 10);
+    ck_assert_int_eq(append(&f, s, 11, 1), KVD_E_PRECONDITION);
+    ck_assert_int_eq(append(&f, s, 20, KVD_MAX_LENGTH), KVD_E_LIMIT);
+    finish(&f);
+}
+END_TEST
+
+START_TEST(a_repeat_of_a_layer)
+{
+    struct fixture f = setup(8, 3, 64, 256);
+    uint64_t s = new_seq(&f);
+    struct kvd_pool_append a;
+    ck_assert_int_eq(begin(&f, &a, s, 0, 7, 0, 1, 1, 1), 0);
+    ck_assert(!apply(&f, &a));
+    ck_assert_int_eq(begin(&f, &a, s, 0, 7, 0, 1, 1, 1), 0);
+    ck_assert(apply(&f, &a));
+    ck_assert_int_eq(begin(&f, &a, s, 0, 7, 0, 1, 1, 2), KVD_E_PRECONDITION);
+    ck_assert_int_eq(begin(&f, &a, s, 0, 7, 0, 1, 2, 1), KVD_E_PRECONDITION);
+    ck_assert_int_eq(begin(&f, &a, s, 0, 7, 1, 1, 1, 1), KVD_E_PRECONDITION);
+    ck_assert_int_eq(begin(&f, &a, s, 0, 7, 1, 2, 1, 2), 0);
+    ck_assert(!apply(&f, &a));
+    ck_assert_int_eq(begin(&f, &a, s, 0, 7, 1, 2, 1, 2), 0);
+    ck_assert(apply(&f, &a));
+    ck_assert_int_eq(begin(&f, &a, s, 0, 7, 0, 1, 1, 1), KVD_E_PRECONDITION);
+    // Dropped by a truncation before it was whole.
+    ck_assert_int_eq(begin(&f, &a, s, 7, 2, 0, 1, 1, 3), 0);
+    ck_assert(!apply(&f, &a));
+    ck_assert_int_eq(kvd_pool_truncate(f.pool, s, 7, &f.err), 0);
+    ck_assert_int_eq(begin(&f, &a, s, 7, 2, 0, 1, 1, 3), KVD_E_PRECONDITION);
+    ck_assert_int_eq(begin(&f, &a, s, 7, 2, 0, 1, 1, 4), 0);
+    ck_assert(!apply(&f, &a));
+    finish(&f);
+}
+END_TEST
+
+START_TEST(a_repeat_knows_what_the_first_saw)
 {
     struct fixture f = setup(8, 1, 64, 256);
-    uint64_t s = new_seq(&f);
-    ck_assert_int_eq(append(&f, s, 0, 10), 0);
-    struct kvd_pool_append a;
-    ck_assert_int_eq(kvd_pool_append_begin(f.pool, s, 0, 10, 0, 1, &a, &f.err), 0);
-    ck_assert(a.replayed);
-    ck_assert_int_eq(append(&f, s, 5, 10), KVD_E_PRECONDITION);
-    ck_assert_int_eq(append(&f, s, 11, 1), KVD_E_PRECONDITION);
-    ck_assert_uint_eq(info_of(&f, s).length, 10);
-    ck_assert_int_eq(append(&f, s, 10, KVD_MAX_LENGTH), KVD_E_LIMIT);
+    struct kvd_pool_append first, again;
+    for (uint32_t n = 1; n < 120; n++) {
+        uint64_t s = new_seq(&f);
+        ck_assert_int_eq(append(&f, s, 0, 335), 0); // a window of 271: as long as it gets
+        ck_assert_int_eq(begin(&f, &first, s, 335, n, 0, 1, 1, n), 0);
+        apply(&f, &first);
+        ck_assert_int_eq(begin(&f, &again, s, 335, n, 0, 1, 1, n), 0);
+        ck_assert(again.replayed);
+        ck_assert_uint_eq(again.hist_end, first.hist_end);
+        ck_assert_uint_eq(again.new_hist_end, first.new_hist_end);
+        ck_assert(again.window_kept == (n <= 49));
+        kvd_pool_seq_release(f.pool, s);
+    }
     finish(&f);
 }
 END_TEST
@@ -123,18 +221,17 @@ START_TEST(layers_fill_in_order)
     struct fixture f = setup(8, 3, 64, 256);
     uint64_t s = new_seq(&f);
     struct kvd_pool_append a;
-    ck_assert_int_eq(kvd_pool_append_begin(f.pool, s, 0, 7, 1, 1, &a, &f.err), KVD_E_PRECONDITION);
-    ck_assert_int_eq(kvd_pool_append_begin(f.pool, s, 0, 7, 0, 1, &a, &f.err), 0);
+    ck_assert_int_eq(begin(&f, &a, s, 0, 7, 1, 1, 0, 0), KVD_E_PRECONDITION);
+    ck_assert_int_eq(begin(&f, &a, s, 0, 7, 0, 1, 0, 0), 0);
     kvd_pool_append_commit(f.pool, &a);
     ck_assert_uint_eq(info_of(&f, s).length, 0);
     ck_assert_uint_eq(info_of(&f, s).pending_length, 7);
-    ck_assert_int_eq(kvd_pool_append_begin(f.pool, s, 0, 7, 2, 1, &a, &f.err), KVD_E_PRECONDITION);
-    ck_assert_int_eq(kvd_pool_append_begin(f.pool, s, 0, 8, 1, 1, &a, &f.err), KVD_E_PRECONDITION);
-    ck_assert_int_eq(kvd_pool_append_begin(f.pool, s, 0, 7, 0, 1, &a, &f.err), 0);
-    ck_assert(a.replayed);
+    ck_assert_int_eq(begin(&f, &a, s, 0, 7, 2, 1, 0, 0), KVD_E_PRECONDITION);
+    ck_assert_int_eq(begin(&f, &a, s, 0, 8, 1, 1, 0, 0), KVD_E_PRECONDITION);
+    ck_assert_int_eq(begin(&f, &a, s, 0, 7, 0, 1, 0, 0), KVD_E_PRECONDITION);
     uint64_t child;
     ck_assert_int_eq(kvd_pool_seq_fork(f.pool, s, &child, &f.err), KVD_E_PRECONDITION);
-    ck_assert_int_eq(kvd_pool_append_begin(f.pool, s, 0, 7, 1, 2, &a, &f.err), 0);
+    ck_assert_int_eq(begin(&f, &a, s, 0, 7, 1, 2, 0, 0), 0);
     kvd_pool_append_commit(f.pool, &a);
     ck_assert_uint_eq(info_of(&f, s).length, 7);
     finish(&f);
@@ -153,7 +250,7 @@ START_TEST(abort_changes_nothing)
     struct kvd_pool_info pool_before, pool_after;
     kvd_pool_info(f.pool, &pool_before);
     struct kvd_pool_append a;
-    ck_assert_int_eq(kvd_pool_append_begin(f.pool, child, 500, 300, 0, 1, &a, &f.err), 0);
+    ck_assert_int_eq(begin(&f, &a, child, 500, 300, 0, 1, 0, 0), 0);
     ck_assert_uint_gt(a.n_changes, 4);
     kvd_pool_append_abort(f.pool, &a);
     kvd_pool_info(f.pool, &pool_after);
@@ -301,11 +398,11 @@ START_TEST(truncate_refuses_to_keep_an_overwritten_window)
     uint64_t s = new_seq(&f);
     struct kvd_pool_append a;
     ck_assert_int_eq(append(&f, s, 0, 400), 0);
-    ck_assert_int_eq(kvd_pool_append_begin(f.pool, s, 400, 40, 0, 1, &a, &f.err), 0);
+    ck_assert_int_eq(begin(&f, &a, s, 400, 40, 0, 1, 0, 0), 0);
     kvd_pool_append_commit(f.pool, &a);
     ck_assert_int_eq(kvd_pool_truncate(f.pool, s, 400, &f.err),
                      0); // fits the slack: nothing was overwritten
-    ck_assert_int_eq(kvd_pool_append_begin(f.pool, s, 400, 300, 0, 1, &a, &f.err), 0);
+    ck_assert_int_eq(begin(&f, &a, s, 400, 300, 0, 1, 0, 0), 0);
     kvd_pool_append_commit(f.pool, &a);
     ck_assert_int_eq(kvd_pool_truncate(f.pool, s, 400, &f.err), KVD_E_PRECONDITION);
     ck_assert_int_eq(kvd_pool_truncate(f.pool, s, 144, &f.err), 0);
@@ -380,9 +477,9 @@ START_TEST(extents_are_made_ahead_and_given_back)
 END_TEST
 
 KVD_MAIN("pool", 60, demotion_follows_in_chunks, one_big_append_equals_many_small,
-         append_is_idempotent_by_position, layers_fill_in_order, abort_changes_nothing,
-         forks_share_until_written, quota_and_pool_limits,
-         published_unused_are_evicted_in_order_and_live_never,
+         a_repeat_belongs_to_its_sender, a_repeat_of_a_layer, a_repeat_knows_what_the_first_saw,
+         layers_fill_in_order, abort_changes_nothing, forks_share_until_written,
+         quota_and_pool_limits, published_unused_are_evicted_in_order_and_live_never,
          memory_is_zeroed_between_namespaces_only, truncate_everywhere,
          truncate_refuses_to_keep_an_overwritten_window, ids_are_never_reused,
          extents_are_made_ahead_and_given_back)

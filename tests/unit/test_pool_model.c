@@ -7,13 +7,15 @@
 
 #include "tests/unit/pool_fixture.h"
 
-enum { MAX_LIVE = 64, NAMES = 16, SPACES = 3 };
+enum { MAX_LIVE = 64, NAMES = 16, SPACES = 3, SENDERS = 3 };
 
 struct model_seq {
     uint64_t id, length;
     uint32_t ns, holders;
     int name; // -1: none
     bool used;
+    struct kvd_pool_append_request last;
+    bool last_there; // nothing has changed the sequence since
 };
 
 struct model {
@@ -22,7 +24,7 @@ struct model {
     uint32_t ns[SPACES], geom[2];
     struct model_seq seq[MAX_LIVE];
     uint64_t rng;
-    uint64_t done, refused, evicted;
+    uint64_t done, refused, evicted, repeats;
 };
 
 static const char *name_of(int i)
@@ -87,7 +89,13 @@ static void op_append(struct model *m)
                                        : 1 + (uint32_t)(kvd_rand(&m->rng) % 700);
     struct kvd_pool_append a;
     struct kvd_error err = {0};
-    int rc = kvd_pool_append_begin(m->pool, s->id, s->length, n, 0, 1, &a, &err);
+    struct kvd_pool_append_request by = {.seq = s->id,
+                                         .position = s->length,
+                                         .tokens = n,
+                                         .layer_count = 1,
+                                         .appender = kvd_rand(&m->rng) % SENDERS,
+                                         .request = m->done + 1};
+    int rc = kvd_pool_append_begin(m->pool, &by, &a, &err);
     if (rc) {
         ck_assert_msg(rc == KVD_E_QUOTA || rc == KVD_E_FULL, "%s", err.text);
         m->refused++;
@@ -100,6 +108,37 @@ static void op_append(struct model *m)
     }
     kvd_pool_append_commit(m->pool, &a);
     s->length += n;
+    s->last = by;
+    s->last_there = true;
+}
+
+// Sends the last append of a sequence again, as it was or changed a little.
+static void op_repeat(struct model *m)
+{
+    struct model_seq *s = pick(m, true);
+    if (!s || !s->last.request)
+        return;
+    struct kvd_pool_append_request by = s->last;
+    uint32_t change = kvd_rand(&m->rng) % 5;
+    by.appender += change == 1;
+    by.request += change == 2 ? 1u << 31 : 0;
+    by.tokens += change == 3;
+    by.request = change == 4 ? 0 : by.request;
+    struct kvd_pool_append a;
+    struct kvd_error err = {0};
+    int rc = kvd_pool_append_begin(m->pool, &by, &a, &err);
+    bool named = change == 0 || change == 3;
+    if (change == 0 && s->last_there) {
+        ck_assert_msg(rc == 0 && a.replayed, "%s", err.text);
+        ck_assert_uint_eq(a.new_length, s->length);
+        m->repeats++;
+    } else if (!named && by.position == s->length) { // to be stored like any other
+        ck_assert(rc == 0 ? !a.replayed : rc == KVD_E_QUOTA || rc == KVD_E_FULL);
+        if (rc == 0)
+            kvd_pool_append_abort(m->pool, &a);
+    } else {
+        ck_assert_int_eq(rc, KVD_E_PRECONDITION);
+    }
 }
 
 static void op_fork(struct model *m)
@@ -120,6 +159,7 @@ static void op_truncate(struct model *m)
         return;
     uint64_t to = kvd_rand(&m->rng) % (s->length + 1);
     ck_assert_int_eq(kvd_pool_truncate(m->pool, s->id, to, NULL), 0);
+    s->last_there &= to == s->length;
     s->length = to;
 }
 
@@ -199,8 +239,8 @@ static void compare(struct model *m)
 START_TEST(random_operations)
 {
     static void (*const ops[])(struct model *) = {
-        op_new,     op_append, op_append,  op_append,  op_append, op_fork, op_truncate,
-        op_publish, op_hold,   op_release, op_release, op_append, op_quota};
+        op_new,     op_append, op_append,  op_append,  op_append, op_fork,   op_truncate,
+        op_publish, op_hold,   op_release, op_release, op_append, op_repeat, op_quota};
     static struct model m;
     m.rng = kvd_test_seed("random_operations");
     struct kvd_pool_mem_ops mem = {&m.mem, test_mem_alloc, test_mem_free, test_mem_zero};
@@ -232,10 +272,12 @@ START_TEST(random_operations)
             compare(&m);
     }
     compare(&m);
-    printf("%llu operations, %llu refused for room, %llu evictions\n", (unsigned long long)m.done,
-           (unsigned long long)m.refused, (unsigned long long)m.evicted);
+    printf("%llu operations, %llu refused for room, %llu evictions, %llu repeats\n",
+           (unsigned long long)m.done, (unsigned long long)m.refused, (unsigned long long)m.evicted,
+           (unsigned long long)m.repeats);
     ck_assert_uint_gt(m.refused, 0);
     ck_assert_uint_gt(m.evicted, 0);
+    ck_assert_uint_gt(m.repeats, 0);
     kvd_pool_free(&m.pool);
     ck_assert_uint_eq(m.mem.live, 0);
 }

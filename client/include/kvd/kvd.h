@@ -182,6 +182,11 @@ typedef struct kvd_item {
      * call has only been answered again; NULL: not wanted. With kvd_enqueue it must stay until
      * kvd_enqueued has returned. */
     bool *replayed;
+    /* append, step: names the item, for when the call is made again after a failure that leaves
+     * open whether it was applied (a lost reply): the same number is recognized and nothing is
+     * stored twice. From kvd_request_new, or any other not used before; 0: a call that is made
+     * again fails with KVD_ERR_PRECONDITION if it had been applied. */
+    uint64_t request;
 } kvd_item;
 
 typedef struct kvd_attention {
@@ -191,8 +196,11 @@ typedef struct kvd_attention {
     uint32_t window; /* sliding window in tokens, at most 16,777,216; 0: none */
 } kvd_attention;
 
-/* Appends tokens. Safe to repeat: an append that was applied is skipped, and item.replayed says so.
- * Layers must be filled in ascending order. */
+/* A number that names an item of an append or step. Never 0. Any thread. */
+KVD_API uint64_t kvd_request_new(kvd_client *client);
+/* Appends tokens. Safe to repeat with the same item.request: an append that was applied is skipped,
+ * and item.replayed says so. Whoever appends where another holder of the sequence has appended
+ * since gets KVD_ERR_PRECONDITION. Layers must be filled in ascending order. */
 KVD_API kvd_result kvd_append(kvd_client *client, kvd_layers layers, const kvd_item *items,
                               uint32_t count, kvd_failure *err);
 /* Attention of the last `tokens` positions, causal among them. attention NULL: defaults. A query

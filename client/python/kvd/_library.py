@@ -106,7 +106,8 @@ class Layers(c.Structure):
 
 class ItemStruct(Sized):
     _fields_ = [("sequence", c.c_uint64), ("position", c.c_uint64), ("tokens", c.c_uint32), ("k", TensorRef),
-                ("v", TensorRef), ("q", TensorRef), ("o", TensorRef), ("lse", TensorRef), ("replayed", c.POINTER(c.c_bool))]
+                ("v", TensorRef), ("q", TensorRef), ("o", TensorRef), ("lse", TensorRef), ("replayed", c.POINTER(c.c_bool)),
+                ("request", c.c_uint64)]
 
 
 class Attention(Sized):
