@@ -107,6 +107,7 @@ kvd_result kvd_sequence_attach(kvd_client *c, const char *name, kvd_sequence_inf
     struct kvd_error e = {0};
     if (kvd_sized_check(&kvd_sized_sequence_info, out, &e))
         return kvd_client_fail(err, &e);
+    req.request_id = ++c->next_request;
     req.name = (char *)name;
     kvd_result rc = kvd_client_call(c, METHOD("AttachSequence"), &req, &req.session,
                                     &kvd__v1__attach_sequence_reply__descriptor, &reply, err);

@@ -26,7 +26,8 @@ static int adopt(struct kvd_daemon *d, struct kvd_session *s, uint64_t *ids, siz
                  struct kvd_error *err)
 {
     for (size_t i = 0; i < n; i++) {
-        int rc = kvd_session_add_held(s, ids[i], err);
+        bool first;
+        int rc = kvd_session_add_held(s, ids[i], &first, err);
         if (rc == KVD_OK)
             continue;
         for (size_t j = 0; j < n; j++) {
@@ -126,8 +127,8 @@ void kvd_on_publish_sequence(struct kvd_call *call, const void *request)
     kvd_call_reply(call, &r);
 }
 
-static void fill_info(struct kvd_daemon *d, const struct kvd_pool_seq_info *in,
-                      Kvd__V1__SequenceInfo *out)
+static void fill_info(struct kvd_daemon *d, const struct kvd_session *s,
+                      const struct kvd_pool_seq_info *in, Kvd__V1__SequenceInfo *out)
 {
     uint32_t sink = kvd_pool_geometry_get(d->pool, in->geom)->sink;
     kvd__v1__sequence_info__init(out);
@@ -142,6 +143,7 @@ static void fill_info(struct kvd_daemon *d, const struct kvd_pool_seq_info *in,
     out->codec_pages = in->pages[KVD_POOL_CODEC];
     out->bytes = in->bytes;
     out->holders = in->holders;
+    out->holds = kvd_session_holds(s, in->id);
     out->name = (char *)in->name;
 }
 
@@ -152,7 +154,8 @@ void kvd_on_attach_sequence(struct kvd_call *call, const void *request)
     struct kvd_session *s = kvd_call_session(call, req->session);
     struct kvd_error err = {0};
     struct kvd_pool_seq_info info;
-    if (!s)
+    bool first;
+    if (!s || kvd_call_replayed(call, s, req->request_id))
         return;
     uint64_t seq = kvd_pool_lookup(d->pool, s->ns, req->name);
     if (!seq || kvd_pool_seq_info(d->pool, seq, &info)) {
@@ -169,19 +172,18 @@ void kvd_on_attach_sequence(struct kvd_call *call, const void *request)
             req->name);
         return;
     }
-    if (!kvd_session_holds(s, seq)) {
-        if (kvd_session_add_held(s, seq, &err)) {
-            kvd_call_fail_error(call, &err);
-            return;
-        }
-        kvd_pool_seq_hold(d->pool, seq);
-        info.holders++;
+    if (kvd_session_add_held(s, seq, &first, &err)) {
+        kvd_call_fail_error(call, &err);
+        return;
     }
+    if (first)
+        kvd_pool_seq_hold(d->pool, seq);
+    info.holders += first;
     Kvd__V1__AttachSequenceReply r = KVD__V1__ATTACH_SEQUENCE_REPLY__INIT;
     Kvd__V1__SequenceInfo out;
-    fill_info(d, &info, &out);
+    fill_info(d, s, &info, &out);
     r.sequence = &out;
-    kvd_call_reply(call, &r);
+    kvd_call_reply_remember(call, s, req->request_id, &r);
 }
 
 static int check_ids(const struct kvd_session *s, const uint64_t *ids, size_t n,
@@ -191,6 +193,30 @@ static int check_ids(const struct kvd_session *s, const uint64_t *ids, size_t n,
         if (held(s, ids[i], err))
             return err->code;
     return KVD_OK;
+}
+
+static int compare_ids(const void *a, const void *b)
+{
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+// Each mention of a sequence gives up one hold, so there must be as many.
+static int check_holds(const struct kvd_session *s, const uint64_t *ids, size_t n,
+                       struct kvd_error *err)
+{
+    uint64_t sorted[KVD_MAX_CALL_SEQUENCES];
+    memcpy(sorted, ids, n * sizeof(*ids));
+    qsort(sorted, n, sizeof(*sorted), compare_ids);
+    uint32_t times = 0;
+    for (size_t i = 0; i < n; i++) {
+        times = i && sorted[i] == sorted[i - 1] ? times + 1 : 1;
+        if (times > 1 && times > kvd_session_holds(s, sorted[i]))
+            return kvd_fail(err, KVD_E_NOT_FOUND,
+                            "sequence %llu is named %u times or more, and held %u times",
+                            (unsigned long long)sorted[i], times, kvd_session_holds(s, sorted[i]));
+    }
+    return check_ids(s, ids, n, err);
 }
 
 void kvd_on_free_sequences(struct kvd_call *call, const void *request)
@@ -205,17 +231,15 @@ void kvd_on_free_sequences(struct kvd_call *call, const void *request)
                       KVD_MAX_CALL_SEQUENCES);
         return;
     }
-    if (check_ids(s, req->sequences, req->n_sequences, &err)) {
+    if (check_holds(s, req->sequences, req->n_sequences, &err)) {
         kvd_call_fail_error(call, &err);
         return;
     }
     for (size_t i = 0; i < req->n_sequences; i++) {
-        if (!kvd_session_holds(s, req->sequences[i]))
-            continue; // named twice
         if (req->unpublish)
             kvd_pool_unpublish(call->d->pool, req->sequences[i]);
-        kvd_session_drop_held(s, req->sequences[i]);
-        kvd_pool_seq_release(call->d->pool, req->sequences[i]);
+        if (kvd_session_drop_held(s, req->sequences[i]))
+            kvd_pool_seq_release(call->d->pool, req->sequences[i]);
     }
     Kvd__V1__FreeSequencesReply r = KVD__V1__FREE_SEQUENCES_REPLY__INIT;
     kvd_call_reply_remember(call, s, req->request_id, &r);
@@ -243,7 +267,7 @@ void kvd_on_describe_sequences(struct kvd_call *call, const void *request)
         h = h ? h->hh.next : NULL;
         if (kvd_pool_seq_info(d->pool, seq, &info))
             continue;
-        fill_info(d, &info, &infos[i]);
+        fill_info(d, s, &info, &infos[i]);
         list[i] = &infos[i];
         i++;
     }

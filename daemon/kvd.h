@@ -50,6 +50,7 @@ struct kvd_buffer {
 
 struct kvd_held {
     uint64_t seq;
+    uint32_t holds; // times that it was made or attached, less times that it was freed
     UT_hash_handle hh;
 };
 
@@ -178,10 +179,12 @@ struct kvd_session *kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t 
                                     struct kvd_connection *conn);
 // Ends a session: releases its sequences and buffers, ends its event streams, forgets it.
 void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *why);
-bool kvd_session_holds(const struct kvd_session *s, uint64_t seq);
-// Notes that the session holds `seq` (the pool's holder count is the caller's affair). KVD_E_LIMIT.
-int kvd_session_add_held(struct kvd_session *s, uint64_t seq, struct kvd_error *err);
-void kvd_session_drop_held(struct kvd_session *s, uint64_t seq);
+// How many times the session holds a sequence. In the pool it is one holder, however many.
+uint32_t kvd_session_holds(const struct kvd_session *s, uint64_t seq);
+// Adds a hold; *first tells that it was the first, which the pool wants to know. KVD_E_LIMIT.
+int kvd_session_add_held(struct kvd_session *s, uint64_t seq, bool *first, struct kvd_error *err);
+// Takes one away; true if it was the last.
+bool kvd_session_drop_held(struct kvd_session *s, uint64_t seq);
 struct kvd_buffer *kvd_session_buffer(struct kvd_session *s, uint64_t id);
 // Maps a worker's memory. The fd stays the caller's. KVD_E_INVALID (seals, size, not memory),
 // KVD_E_UNSUPPORTED, KVD_E_QUOTA, KVD_E_LIMIT.

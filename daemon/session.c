@@ -111,34 +111,48 @@ void kvd_session_expire(struct kvd_daemon *d)
     }
 }
 
-bool kvd_session_holds(const struct kvd_session *s, uint64_t seq)
+static struct kvd_held *find_held(const struct kvd_session *s, uint64_t seq)
 {
     struct kvd_held *h;
     HASH_FIND(hh, s->held, &seq, sizeof(seq), h);
     return h;
 }
 
-int kvd_session_add_held(struct kvd_session *s, uint64_t seq, struct kvd_error *err)
+uint32_t kvd_session_holds(const struct kvd_session *s, uint64_t seq)
 {
-    if (HASH_COUNT(s->held) >= KVD_MAX_HELD)
+    const struct kvd_held *h = find_held(s, seq);
+    return h ? h->holds : 0;
+}
+
+int kvd_session_add_held(struct kvd_session *s, uint64_t seq, bool *first, struct kvd_error *err)
+{
+    struct kvd_held *h = find_held(s, seq);
+    if (h && h->holds == UINT32_MAX)
+        return kvd_fail(err, KVD_E_LIMIT, "the session holds sequence %llu %u times; free some",
+                        (unsigned long long)seq, h->holds);
+    if (!h && HASH_COUNT(s->held) >= KVD_MAX_HELD)
         return kvd_fail(err, KVD_E_LIMIT, "a session holds at most %d sequences; free some",
                         KVD_MAX_HELD);
-    struct kvd_held *h = calloc(1, sizeof(*h));
-    if (!h)
-        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    h->seq = seq;
-    HASH_ADD(hh, s->held, seq, sizeof(h->seq), h);
+    *first = !h;
+    if (!h) {
+        h = calloc(1, sizeof(*h));
+        if (!h)
+            return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+        h->seq = seq;
+        HASH_ADD(hh, s->held, seq, sizeof(h->seq), h);
+    }
+    h->holds++;
     return KVD_OK;
 }
 
-void kvd_session_drop_held(struct kvd_session *s, uint64_t seq)
+bool kvd_session_drop_held(struct kvd_session *s, uint64_t seq)
 {
-    struct kvd_held *h;
-    HASH_FIND(hh, s->held, &seq, sizeof(seq), h);
-    if (!h)
-        return;
+    struct kvd_held *h = find_held(s, seq);
+    if (!h || --h->holds)
+        return false;
     HASH_DEL(s->held, h);
     free(h);
+    return true;
 }
 
 struct kvd_buffer *kvd_session_buffer(struct kvd_session *s, uint64_t id)

@@ -104,3 +104,40 @@ def test_a_repeat_in_flight_and_mixed_with_new_items(rpc):
     assert sorted(c.result().replayed[0] for c in calls) == [False, True, True, True]
     both = rpc.kv("Append", session=s, items=items)
     assert list(both.replayed) == [True, False] and list(both.lengths) == [2000, 2000]
+
+
+def test_every_attach_is_a_hold(rpc, kvd):
+    a, b, seq = shared(rpc, 4)
+    holds = lambda s: [(i.holders, i.holds) for i in rpc.kv("DescribeSequences", session=s).sequences]
+    free = lambda s, *ids, **kw: rpc.kv("FreeSequences", session=s, sequences=ids, **kw)
+    again = rpc.kv("AttachSequence", session=b, name="p", request_id=5).sequence
+    assert (again.sequence, again.holders, again.holds) == (seq, 2, 2)
+    assert rpc.kv("AttachSequence", session=b, name="p", request_id=5).sequence == again  # after a lost reply
+    assert holds(b) == [(2, 2)]
+    free(b, seq, request_id=6)
+    free(b, seq, request_id=6)
+    assert holds(b) == [(2, 1)]
+    rpc.kv("Step", session=b, items=[step_item(seq, 4, 1, 1)])  # the other handle works
+    # More mentions than holds: nothing is given up.
+    assert "named 2 times" in refused("NOT_FOUND", free, b, seq, seq)
+    child = rpc.kv("ForkSequence", session=b, request_id=7, sequence=seq).sequences[0]
+    refused("NOT_FOUND", free, b, child, seq, child)
+    assert sorted(holds(b)) == [(1, 1), (2, 1)]
+    rpc.kv("AttachSequence", session=b, name="p")
+    free(b, seq, child, seq)
+    assert holds(b) == [] and holds(a) == [(1, 1)]
+    refused("NOT_FOUND", free, b, seq)
+    # Its maker may attach too; without its name it stays until the last hold is given up.
+    rpc.kv("AttachSequence", session=a, name="p")
+    free(a, seq, unpublish=True)
+    refused("NOT_FOUND", rpc.kv, "AttachSequence", session=b, name="p")
+    assert holds(a) == [(1, 1)]
+    free(a, seq)
+    assert kvd.metric("kvd_sequences") == 0
+    # A session's end gives up all.
+    a, b, seq = shared(rpc, 4)
+    rpc.kv("AttachSequence", session=b, name="p")
+    free(a, seq, unpublish=True)
+    assert kvd.metric("kvd_sequences") == 1
+    rpc.kv("CloseSession", session=b)
+    assert kvd.metric("kvd_sequences") == 0

@@ -157,6 +157,7 @@ typedef struct kvd_sequence_info {
     uint32_t holders;
     char name[129];
 } kvd_sequence_info;
+/* Every attach is a hold of its own: the sequence stays until it was freed as often. */
 KVD_API kvd_result kvd_sequence_attach(kvd_client *client, const char *name, kvd_sequence_info *out,
                                        kvd_failure *err);
 KVD_API kvd_result kvd_sequences_free(kvd_client *client, const uint64_t *ids, uint32_t count,
