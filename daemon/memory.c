@@ -102,12 +102,13 @@ static int mem_zero(void *ctx, uint32_t index, uint64_t addr, uint64_t bytes)
             kvd_error("extent %u: %s", index, err.text);
         return rc;
     }
-    // The new memory first: without it the extent stays as it was.
-    take_back(d, index);
-    d->backend->ops->extent_drop(d->backend, m->arena, index);
+    // New memory takes the place of the old. Without it the extent stays as it was, lent and its
+    // old namespace's.
     int rc = d->backend->ops->extent_make(d->backend, m->arena, index, &err);
     if (rc)
         kvd_warning("extent %u that was lent got no new memory: %s", index, err.text);
+    else
+        take_back(d, index);
     return rc;
 }
 

@@ -139,7 +139,9 @@ struct kvd_backend_ops {
     struct kvd_arena *(*arena_new)(struct kvd_backend *b, uint32_t count, uint64_t bytes,
                                    struct kvd_error *err);
     void (*arena_free)(struct kvd_backend *b, struct kvd_arena **a);
-    // Gives extent i memory that reads as zero. KVD_E_FULL, KVD_E_INTERNAL.
+    // Gives extent i memory that reads as zero. Memory that it has is replaced; on failure the
+    // extent keeps it. Processes that imported the old keep it until they drop it too. KVD_E_FULL,
+    // KVD_E_INTERNAL.
     int (*extent_make)(struct kvd_backend *b, struct kvd_arena *a, uint32_t i,
                        struct kvd_error *err);
     // Takes its memory away. Processes that imported it keep it until they drop it too.
@@ -147,7 +149,7 @@ struct kvd_backend_ops {
     int (*extent_zero)(struct kvd_backend *b, struct kvd_arena *a, uint32_t i,
                        struct kvd_error *err);
     // A descriptor for extent_import elsewhere, to be closed by the caller. An extent that was ever
-    // exported is not to be zeroed for others: drop it and make it anew.
+    // exported is not to be zeroed for others: make it anew.
     int (*extent_export)(struct kvd_backend *b, struct kvd_arena *a, uint32_t i, int *fd,
                          struct kvd_error *err);
     // Maps another process's extent, read-only. The fd stays the caller's.

@@ -66,6 +66,8 @@ int kvd_cpu_extent_make(struct kvd_backend *b, struct kvd_arena *a, uint32_t i,
                         struct kvd_error *err)
 {
     (void)b;
+    // The new mapping takes the place of the old one, if any, in one step, and only if there is a
+    // new one.
     int fd KVD_CLOSE = memfd_create("kvd-extent", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (fd < 0 || ftruncate(fd, (off_t)a->bytes) ||
         mmap(place(a, i), a->bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) ==
@@ -74,6 +76,8 @@ int kvd_cpu_extent_make(struct kvd_backend *b, struct kvd_arena *a, uint32_t i,
                         (unsigned long long)a->bytes, strerror(errno),
                         errno == EMFILE ? "; raise extent-size or the limit of open files" : "");
     madvise(place(a, i), a->bytes, MADV_HUGEPAGE); // a hint; without it everything works
+    if (arena_of(a)->fds[i] >= 0)
+        close(arena_of(a)->fds[i]);
     arena_of(a)->fds[i] = KVD_TAKE_FD(fd);
     return KVD_OK;
 }

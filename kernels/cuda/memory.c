@@ -143,11 +143,18 @@ int kvd_cuda_extent_make(struct kvd_backend *b, struct kvd_arena *a, uint32_t i,
     int rc = status(c, c->driver.create(&handle, a->bytes, &wanted, 0), "making an extent", err);
     if (rc)
         return rc;
+    CUmemGenericAllocationHandle old = arena_of(a)->handles[i];
+    bool had = arena_of(a)->mapped[i];
+    if (had)
+        c->driver.unmap(place(a, i), a->bytes);
     rc = status(c, map_at(c, place(a, i), a->bytes, handle, true), "mapping an extent", err);
     if (rc) {
         c->driver.release(handle);
+        arena_of(a)->mapped[i] = had && map_at(c, place(a, i), a->bytes, old, true) == CUDA_SUCCESS;
         return rc;
     }
+    if (had && old)
+        c->driver.release(old);
     arena_of(a)->handles[i] = handle;
     arena_of(a)->mapped[i] = true;
     rc = kvd_cuda_extent_zero(b, a, i, err);

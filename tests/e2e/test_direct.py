@@ -4,6 +4,7 @@ import ctypes
 import fcntl
 import mmap
 import os
+import resource
 import signal
 import socket
 import struct
@@ -248,6 +249,34 @@ def test_an_extent_that_changes_hands(start):
     assert fresh[at:at + 128] == k_b[0, 0, 0].tobytes()
     assert k[0, 0, 0].tobytes() not in b"".join(bytes(x) for x in extents.values())
     del reply
+
+
+def test_an_extent_that_gets_no_new_memory(start):
+    """The call that wanted it fails, the daemon and the old holder go on, and when there is memory again so does the call."""
+    d = start("--pool-size", "4MiB", "--extent-size", "2MiB")
+    wants_memfds(d)
+    a, b = Raw(d, "a", codec="bf16"), Raw(d, "b", codec="bf16")
+    seq, k, v = a.sequence(1200)  # both extents
+    a.map(seq)
+    held = {e: mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ) for _, e, size, fd in a.read()}
+    assert len(held) == 2
+    before = {e: bytes(m) for e, m in held.items()}
+    a.free(seq)
+    pid, limit = d.process.pid, resource.prlimit(d.process.pid, resource.RLIMIT_NOFILE)
+    target = b.rpc.kv("CreateSequences", session=b.session, request_id=9, count=1).sequences[0]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limit[1]))  # those that are open stay
+    for _ in range(3):
+        with pytest.raises(grpc.RpcError) as e:
+            append(b.rpc, b.session, target, 0, k, v)
+        assert code_of(e) == "RESOURCE_EXHAUSTED", e.value
+    assert {e: bytes(m) for e, m in held.items()} == before and a.read() == []
+    mine, k2, _ = a.sequence(64)  # its own memory is as good as ever
+    assert a.rpc.kv("ReadTokens", session=a.session, sequence=mine, begin=0, tokens=64).k == k2.tobytes()
+    a.free(mine)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
+    append(b.rpc, b.session, target, 0, k, v)
+    assert b.rpc.kv("ReadTokens", session=b.session, sequence=target, begin=0, tokens=1200).k == k.tobytes()
+    assert {g[0] for g in a.read()} == {REVOKE}
 
 
 def test_a_worker_that_does_not_read(kvd):
