@@ -323,7 +323,8 @@ static void dispatch(struct kvd_call *c)
 {
     const struct kvd_method *m = c->method;
     c->request_bytes = c->payload ? grpc_byte_buffer_length(c->payload) : 0;
-    c->request = kvd_message_unpack(m->request, c->payload);
+    struct kvd_error malformed = {0};
+    c->request = kvd_message_unpack(m->request, c->payload, &malformed);
     if (c->payload)
         grpc_byte_buffer_destroy(c->payload);
     c->payload = NULL;
@@ -335,8 +336,7 @@ static void dispatch(struct kvd_call *c)
     else if (refuse)
         kvd_call_fail(c, KVD_E_UNAVAILABLE, "kvd is shutting down; try again when it is back");
     else if (!c->request)
-        kvd_call_fail(c, KVD_E_INVALID, "the request is not a %s, or has more items than kvd takes",
-                      m->request->name);
+        kvd_call_fail_error(c, &malformed);
     else if (m->operator_only && !is_operator(c))
         kvd_call_fail(c, KVD_E_DENIED,
                       "%s is for operators: root, the daemon's user, admin-uid or admin-cn in "

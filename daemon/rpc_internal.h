@@ -36,9 +36,11 @@ struct kvd_rpc {
 void kvd_tag_arm(struct kvd_tag *tag, void (*fire)(struct kvd_tag *tag, bool ok));
 
 // -- packing.c ----------------------------------------------------------------------------------
-// NULL: not such a message, or one that unpacks to much more than its size. The caller frees it.
+// NULL: not such a message, one that unpacks to much more than its size, or one with a string that
+// is no text (control characters, NUL above all, and invalid UTF-8); *err says which. The caller
+// frees it.
 ProtobufCMessage *kvd_message_unpack(const ProtobufCMessageDescriptor *type,
-                                     grpc_byte_buffer *payload);
+                                     grpc_byte_buffer *payload, struct kvd_error *err);
 grpc_byte_buffer *kvd_message_pack(const ProtobufCMessage *m);
 // A buffer of one slice, whose reference is taken.
 grpc_byte_buffer *kvd_message_wrap(grpc_slice slice);
