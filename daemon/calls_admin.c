@@ -253,8 +253,15 @@ void kvd_on_set_quota(struct kvd_call *call, const void *request)
     const Kvd__V1__SetQuotaRequest *req = request;
     struct kvd_error err = {0};
     struct kvd_pool_namespace_info info;
-    uint32_t ns;
-    if (kvd_pool_namespace(call->d->pool, req->namespace_name, &ns, &err)) {
+    uint32_t ns = kvd_pool_namespace_find(call->d->pool, req->namespace_name);
+    if (ns == KVD_POOL_NONE && !req->create) {
+        kvd_call_fail(call, KVD_E_NOT_FOUND,
+                      "there is no namespace '%.64s'; set create (kvctl: --create) to make it with "
+                      "this quota",
+                      req->namespace_name);
+        return;
+    }
+    if (ns == KVD_POOL_NONE && kvd_pool_namespace(call->d->pool, req->namespace_name, &ns, &err)) {
         kvd_call_fail_error(call, &err);
         return;
     }

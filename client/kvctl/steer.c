@@ -30,25 +30,6 @@ int cmd_quota_ls(struct kvctl *k)
     return EXIT_OK;
 }
 
-// Whether there is the namespace; a quota for a slip of the pen would do nothing, unseen.
-static int find_namespace(struct kvctl *k, const char *name)
-{
-    Kvd__V1__ListNamespacesRequest req = KVD__V1__LIST_NAMESPACES_REQUEST__INIT;
-    Kvd__V1__ListNamespacesReply *r = NULL;
-    bool found = false;
-    int code =
-        kvctl_call(k, "ListNamespaces", &req, &kvd__v1__list_namespaces_reply__descriptor, &r);
-    if (code)
-        return code;
-    for (size_t i = 0; i < r->n_namespaces; i++)
-        found |= strcmp(r->namespaces[i]->name, name) == 0;
-    kvd__v1__list_namespaces_reply__free_unpacked(r, NULL);
-    if (found)
-        return EXIT_OK;
-    fprintf(stderr, "kvctl: there is no namespace '%s'; --create makes it\n", name);
-    return EXIT_FAILED;
-}
-
 int cmd_quota_set(struct kvctl *k)
 {
     Kvd__V1__SetQuotaRequest req = KVD__V1__SET_QUOTA_REQUEST__INIT;
@@ -57,9 +38,7 @@ int cmd_quota_set(struct kvctl *k)
     req.namespace_name = (char *)k->arguments[0];
     if (strcmp(quota, "none") != 0 && kvd_parse_size(quota, &req.quota_bytes))
         return kvctl_usage("'%s' is no size", quota);
-    int found = kvctl_option(k, "create") ? EXIT_OK : find_namespace(k, req.namespace_name);
-    if (found)
-        return found;
+    req.create = kvctl_option(k, "create") != NULL;
     int code = kvctl_operator_call(k, "SetQuota", &req, &kvd__v1__set_quota_reply__descriptor, &r);
     if (code)
         return code;
