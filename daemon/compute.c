@@ -152,11 +152,12 @@ static int begin_append(struct kvd_daemon *d, struct kvd_work *w, uint32_t i, st
     return KVD_OK;
 }
 
-// A Step that had been applied before attends to what it did then: the history as it was, and the
-// window, which still has the tokens that became history since. Where a long step has overwritten
-// them, only bf16 history still has their values.
+// A Step that had been applied before attends to what it did then: the history as it was, the
+// window, which still has the tokens that became history since, and the new tokens from the
+// worker's memory, as some may have become history without ever having been in the window. Where a
+// long step has overwritten part of the window, only bf16 history still has its values.
 static int note_repeated(struct kvd_daemon *d, const struct kvd_work *w, struct kvd_work_item *item,
-                         struct kvd_error *err)
+                         uint32_t *new_tokens, struct kvd_error *err)
 {
     const struct kvd_pool_append *a = &item->append;
     bool exact = kvd_pool_geometry_get(d->pool, w->geom)->codec == KVD_CODEC_BF16;
@@ -166,7 +167,8 @@ static int note_repeated(struct kvd_daemon *d, const struct kvd_work *w, struct 
                         "computed again: the step has compressed part of the window that it saw; "
                         "Attend sees what is stored now",
                         item->tokens);
-    item->length = a->new_length;
+    *new_tokens = a->window_kept ? item->tokens : 0;
+    item->length = a->window_kept ? a->length : a->new_length;
     item->hist_end = a->window_kept ? a->hist_end : a->new_hist_end;
     return KVD_OK;
 }
@@ -174,17 +176,19 @@ static int note_repeated(struct kvd_daemon *d, const struct kvd_work *w, struct 
 static int begin_attend(struct kvd_daemon *d, struct kvd_work *w, uint32_t i, struct kvd_error *err)
 {
     struct kvd_work_item *item = &w->items[i];
+    uint32_t new_tokens = item->begun ? item->tokens : 0;
     int rc = item->pages ? KVD_OK : note_pages(d, item, err);
     if (rc == KVD_OK && item->begun) {
         // Step: the stored tokens as they were, and the new ones from the worker's memory.
         item->length = item->append.length;
         item->hist_end = item->append.hist_end;
     } else if (rc == KVD_OK) {
-        rc = item->append.replayed ? note_repeated(d, w, item, err) : note_lengths(d, w, item, err);
+        rc = item->append.replayed ? note_repeated(d, w, item, &new_tokens, err)
+                                   : note_lengths(d, w, item, err);
     }
     if (rc)
         return kvd_fail_in(err, "items[%u]", i);
-    if (!item->begun && item->tokens > item->length)
+    if (new_tokens == 0 && item->tokens > item->length)
         return kvd_fail(err, KVD_E_INVALID,
                         "items[%u]: q_len is %u, but the sequence has %llu tokens", i, item->tokens,
                         (unsigned long long)item->length);
@@ -193,7 +197,7 @@ static int begin_attend(struct kvd_daemon *d, struct kvd_work *w, uint32_t i, st
         .length = item->length,
         .hist_end = item->hist_end,
         .q_len = item->tokens,
-        .new_tokens = item->begun ? item->tokens : 0,
+        .new_tokens = new_tokens,
         .q = item->q,
         .k = item->k,
         .v = item->v,

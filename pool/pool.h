@@ -189,7 +189,7 @@ struct kvd_pool_append {
     uint64_t length, hist_end;         // before, for the layers concerned
     uint64_t new_length, new_hist_end; // after
     bool replayed;    // had been applied before: nothing to do, no commit or abort wanted
-    bool window_kept; // replayed: the tokens from hist_end on are all still in the recent window
+    bool window_kept; // replayed: tokens [hist_end, length) are all still in the recent window
     struct kvd_pool_change *changes;
     uint32_t n_changes;
 };

@@ -93,6 +93,20 @@ def test_a_repeated_step_gives_the_same_outputs(rpc, codec):
     assert {i.length for i in rpc.kv("DescribeSequences", session=s).sequences} == {at}
 
 
+@pytest.mark.parametrize("codec", ["int2", "bf16"])
+def test_a_step_whose_tokens_are_compressed_at_once_can_be_repeated(rpc, codec):
+    """Without a recent window every 16th token of a step never was in it."""
+    s = open_session(rpc, geometry=geometry(codec=codec, windows=kv.Windows(sink=16)))
+    seq, at = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0], 0
+    for request, n in enumerate((5, 20, 1, 1, 1, 1, 1, 1, 1, 1, 40), 1):
+        item = step_item(seq, at, n, request)
+        first, again = (rpc.kv("Step", session=s, items=[item]).results[0] for _ in range(2))
+        assert (first.replayed, again.replayed) == (False, True)
+        x, y = np.frombuffer(first.o, np.float32), np.frombuffer(again.o, np.float32)
+        assert np.abs(x - y).max() < 3e-6 * np.abs(x).max(), at
+        at += n
+
+
 def test_a_repeat_in_flight_and_mixed_with_new_items(rpc):
     s = open_session(rpc)
     seqs = rpc.kv("CreateSequences", session=s, request_id=1, count=2).sequences
