@@ -157,7 +157,7 @@ if [ -z "${QUICK:-}" ]; then
     if make_build "$build-asan" "$targets ${units[*]/#/tests/}" -Dcuda=disabled -Db_sanitize=address,undefined -Db_lundef=false -Dbuildtype=debugoptimized >"$logs/build" 2>&1; then
         KVD_POOL_OPS=100000 suites ", asan" "${units[@]/#/$build-asan/tests/}"
         # Python itself is not instrumented: libkvd cannot be loaded into it here.
-        pytests "end to end, asan" "$build-asan" -k "not prometheus and not tls and not scalar" --ignore-glob="test_python*.py" --ignore=test_model.py \
+        KVD_SCENARIOS=12 pytests "end to end, asan" "$build-asan" -k "not prometheus and not tls and not scalar" --ignore-glob="test_python*.py" --ignore=test_model.py \
             --ignore-glob="test_transformers*.py" .
     else
         tail -n 40 "$logs/build"
