@@ -178,6 +178,19 @@ else
     count "ThreadSanitizer" 0 0 1
 fi
 
+say "fuzzing"
+fuzzers=(pickle zoo native safetensors config request)
+clang=$(command -v clang-14 || command -v clang)
+if echo 'int LLVMFuzzerTestOneInput(void) { return 0; }' | "${clang:-false}" -fsanitize=fuzzer -x c - -o "$logs/fuzzer" 2>/dev/null; then
+    BUILD="$build-fuzz" tests/fuzz/run.sh 3 "${fuzzers[@]}" >"$logs/fuzz" 2>&1
+    sed 's/^/   /' "$logs/fuzz"
+    bad=$((${#fuzzers[@]} - $(grep executions "$logs/fuzz" | grep -vc FAILED)))
+    count "fuzzing" $((${#fuzzers[@]} - bad)) $bad 0
+else
+    echo "SKIP fuzzing: clang with libFuzzer is not installed (clang-14 and libclang-rt-14-dev)"
+    count "fuzzing" 0 0 ${#fuzzers[@]}
+fi
+
 say "GPU"
 if [ ! -e "$build/tests/test_cuda" ]; then
     echo "SKIP CUDA: there is no nvcc"

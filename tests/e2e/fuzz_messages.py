@@ -1,0 +1,223 @@
+"""Random requests: any message by its descriptor, requests that are nearly right, and damage to their bytes."""
+import random
+
+from google.protobuf.descriptor import FieldDescriptor as F
+
+from conftest import admin, health, kv
+
+LAYERS, Q_HEADS, KV_HEADS, DIM = 2, 4, 2, 64
+NUMBERS = [0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 255, 256, 1000, 4095, 4096, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1]
+WIDE = NUMBERS + [2**32, 2**40, 2**63 - 1, 2**63, 2**64 - 1]
+TEXTS = ["", "x", "default", "..", "/", "a b", "\0", "tenant\0x", "\n", "\x7f", "\x1b[2J", "ü", "x" * 64, "x" * 65, "y" * 129, "z" * 70000,
+         "%s%n", "sha256:" + "0" * 64, "model@tag", "hadamard", "identity", "random", "bf16", "int2", "int2c", "int2-lm", "turboquant-4"]
+
+METHODS = {f"/kvd.v1.KvCache/{m.name}": (getattr(kv, m.input_type.name), False)
+           for m in kv.DESCRIPTOR.services_by_name["KvCache"].methods if m.name != "Watch"}
+METHODS |= {f"/kvd.v1.Admin/{m.name}": (getattr(admin, m.input_type.name), False)
+            for m in admin.DESCRIPTOR.services_by_name["Admin"].methods}
+METHODS["/grpc.health.v1.Health/Check"] = health.HealthCheckRequest, False
+METHODS["/kvd.v1.KvCache/Watch"] = kv.WatchRequest, True
+METHODS["/grpc.health.v1.Health/Watch"] = health.HealthCheckRequest, True
+
+
+class Known:
+    """What requests may refer to, of all threads; some of it is gone already."""
+
+    def __init__(self):
+        self.sessions, self.sequences, self.buffers, self.names, self.tickets = ["0" * 32], [1], [1], ["shared"], [""]
+        self.unused = []  # tickets without a session
+        self.held = {}    # session: {sequence: length}
+        self.memory = {}  # session: its buffers
+
+    def add(self, kind, value):
+        values = getattr(self, kind)
+        values.append(value)
+        del values[:-200]
+
+    def took(self, session, sequence, length):
+        self.add("sequences", sequence)
+        held = self.held.setdefault(session, {})
+        held[sequence] = length
+        if len(held) > 30:
+            held.pop(next(iter(held)), None)
+
+    def lives(self, r, filled):
+        """A session that seems to live, with a sequence of its own and its length; `filled`: of some tokens, if it can be."""
+        session = r.choice(self.sessions[-5:])
+        held = list(self.held.get(session, {}).items())
+        held = [x for x in held if x[1]] or held if filled else held
+        return session, *(r.choice(held) if held else (1, 0))
+
+
+class Maker:
+    def __init__(self, known, seed):
+        self.known, self.r = known, random.Random(seed)
+
+    def number(self, field):
+        name = field.name
+        if name in ("sequence", "sequences") and self.r.random() < 0.8:
+            return self.r.choice(self.known.sequences)
+        if name == "buffer" and self.r.random() < 0.8:
+            return self.r.choice([0, 0, *self.known.buffers[-5:]])
+        if name in ("layer_begin", "layer_count", "count", "tokens", "q_len", "rows", "heads") and self.r.random() < 0.8:
+            return self.r.randrange(5)
+        wide = field.type in (F.TYPE_UINT64, F.TYPE_INT64, F.TYPE_FIXED64)
+        return self.r.choice(WIDE if wide else NUMBERS) if self.r.random() < 0.8 else self.r.getrandbits(64 if wide else 32)
+
+    def text(self, field):
+        if field.name == "session" and self.r.random() < 0.9:
+            return self.r.choice(self.known.sessions)
+        if field.name == "ticket" and self.r.random() < 0.7:
+            return self.r.choice(self.known.tickets)
+        if field.name in ("name", "namespace_name") and self.r.random() < 0.5:
+            return self.r.choice(self.known.names)
+        return self.r.choice(TEXTS)
+
+    def value(self, field, depth):
+        if field.type == F.TYPE_MESSAGE:
+            return None
+        if field.type == F.TYPE_STRING:
+            return self.text(field)
+        if field.type == F.TYPE_BYTES:
+            return self.r.randbytes(self.r.choice([0, 1, 63, 64, 256, 1024, 8192]))
+        if field.type == F.TYPE_BOOL:
+            return self.r.random() < 0.5
+        if field.type in (F.TYPE_FLOAT, F.TYPE_DOUBLE):
+            return self.r.choice([0.0, 1.0, -1.0, 1e30, -1e30, float("inf"), float("nan"), 1e-40, self.r.random()])
+        if field.type == F.TYPE_ENUM:
+            return self.r.choice([0, 0, 1, 2, 3, 77])
+        return self.number(field)
+
+    def fill(self, message, depth=0):
+        """Any fields, with anything in them."""
+        for field in message.DESCRIPTOR.fields:
+            if field.name in ("wait", "signal") and self.r.random() < 0.9 or self.r.random() < 0.15:
+                continue
+            if field.label == F.LABEL_REPEATED:
+                for _ in range(self.r.choice([0, 1, 1, 2, 3, 40])):
+                    if field.type == F.TYPE_MESSAGE:
+                        self.fill(getattr(message, field.name).add(), depth + 1)
+                    else:
+                        getattr(message, field.name).append(self.value(field, depth))
+            elif field.type == F.TYPE_MESSAGE:
+                self.fill(getattr(message, field.name), depth + 1)
+                getattr(message, field.name).SetInParent()
+            else:
+                setattr(message, field.name, self.value(field, depth))
+        return message
+
+    def geometry(self):
+        return kv.Geometry(layers=[0, 1], q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim_k=DIM, head_dim_v=DIM,
+                           codec=self.r.choice(["bf16", "int2", "int2c", "turboquant-3"]), windows=kv.Windows(sink=16, recent=16))
+
+    def tensor(self, session, heads, n, size=2):
+        buffers = self.known.memory.get(session)
+        if buffers and self.r.random() < 0.5:
+            return kv.TensorRef(buffer=self.r.choice(buffers), offset=self.r.choice([0, 64, 4096]), dtype=size // 4)
+        return kv.TensorRef(inline_data=b"\x00\x3f" * (LAYERS * n * heads * DIM * size // 2), dtype=size // 4)
+
+    def good(self, kind):
+        """A request of this kind as a worker could send it."""
+        n, (s, q, at) = self.r.choice([1, 1, 3, 20, 100]), self.known.lives(
+            self.r, kind in (kv.AttendRequest, kv.ReadTokensRequest, kv.ForkSequenceRequest, kv.TruncateSequenceRequest))
+        if kind is kv.OpenSessionRequest:
+            ticket = self.known.unused.pop() if self.known.unused else ""
+            return kind(ticket=ticket, geometry=self.geometry(), lease_ms=1000,
+                        namespace_name=self.r.choice(["", "", "fuzz"]))
+        if kind is kv.CreateSequencesRequest:
+            return kind(session=s, count=self.r.choice([1, 2, 5]), request_id=self.r.choice([0, 1, 2, self.r.getrandbits(40)]))
+        if kind is kv.RegisterBufferRequest:
+            return kind(session=s, key=self.r.randrange(4), size=1 << 16)
+        if kind in (kv.AppendRequest, kv.StepRequest, kv.AttendRequest):
+            k = dict(sequence=q)
+            if kind is not kv.AttendRequest:
+                k |= dict(position=at, tokens=n, k=self.tensor(s, KV_HEADS, n), v=self.tensor(s, KV_HEADS, n))
+            else:
+                k |= dict(q_len=max(1, min(n, at)))
+            if kind is kv.AttendRequest:
+                n = k["q_len"]
+            if kind is not kv.AppendRequest:
+                k |= dict(q=self.tensor(s, Q_HEADS, n, self.r.choice([2, 4])))
+            item = {kv.AppendRequest: kv.AppendItem, kv.StepRequest: kv.StepItem, kv.AttendRequest: kv.AttendItem}[kind](**k)
+            return kind(session=s, items=[item], layer_count=self.r.choice([0, 0, 0, 0, 1, 2]))
+        if kind is kv.ReadTokensRequest:
+            return kind(session=s, sequence=q, begin=self.r.choice([0, 0, 1]), tokens=max(1, min(n, at - 1)))
+        if kind is kv.RotateRequest:
+            return kind(session=s, rows=n, heads=Q_HEADS, x=self.tensor(s, Q_HEADS, n))
+        if kind is kv.MapSequencesRequest:
+            return kind(session=s, items=[kv.MapItem(sequence=q)], again=self.r.random() < 0.2)
+        if kind in (kv.PublishSequenceRequest, kv.AttachSequenceRequest):
+            m = kind(session=s, name=self.r.choice(["shared", "a", "b"]))
+            if kind is kv.PublishSequenceRequest:
+                m.sequence, m.replace = q, True
+            return m
+        if kind is admin.SetQuotaRequest:
+            return kind(namespace_name="fuzz", quota_bytes=self.r.choice([0, 0, 0, 1 << 20]))
+        if kind is admin.FetchRotationSetRequest:
+            return kind(name="nobody@none")
+        if kind is kv.ForkSequenceRequest:
+            return kind(session=s, sequence=q, count=2)
+        if kind is kv.FreeSequencesRequest:
+            return kind(session=s, sequences=[q], unpublish=True)
+        if kind is kv.TruncateSequenceRequest:
+            return kind(session=s, sequence=q, length=self.r.randrange(at + 1))
+        return self.fill(kind())
+
+    # -- bytes ------------------------------------------------------------------------------------
+
+    def varint(self, n):
+        out = b""
+        while n > 127:
+            out, n = out + bytes([n & 127 | 128]), n >> 7
+        return out + bytes([n])
+
+    def damage(self, data):
+        r, data = self.r, bytearray(data)
+        at = r.randrange(len(data) + 1)
+        kind = r.randrange(10)
+        if kind == 0:
+            return bytes(data[:at])
+        if kind == 1 and data:
+            for _ in range(r.choice([1, 1, 4, 30])):
+                data[r.randrange(len(data))] ^= 1 << r.randrange(8)
+            return bytes(data)
+        if kind == 2:
+            return bytes(data[:at]) + r.randbytes(r.choice([1, 2, 9, 100])) + bytes(data[at:])
+        if kind == 3:  # a length far beyond the end
+            return bytes(data) + self.varint(r.randrange(1, 20) << 3 | 2) + self.varint(r.choice(WIDE))
+        if kind == 4:  # fields that nobody knows, of every wire type
+            return bytes(data) + b"".join(self.varint(r.getrandbits(29) << 3 | r.randrange(8)) + r.randbytes(r.randrange(12)) for _ in range(20))
+        if kind == 5:  # messages in messages
+            inner = b""
+            for _ in range(r.choice([50, 500, 3000])):
+                inner = self.varint(r.choice([2, 4, 5, 8]) << 3 | 2) + self.varint(len(inner)) + inner
+            return bytes(data) + inner
+        if kind == 6:  # one field very often
+            count = r.choice([1000, 20000, 20000, 300000])
+            return bytes(data) + (self.varint(r.randrange(1, 9) << 3 | r.choice([0, 2])) + b"\0") * count
+        if kind == 7:  # text that is none
+            bad = r.choice([b"\xff\xfe", b"\xc0\x80", b"a\0b", b"\xed\xa0\x80", b"\xf4\x90\x80\x80"])
+            return bytes(data) + self.varint(r.randrange(1, 6) << 3 | 2) + self.varint(len(bad)) + bad
+        if kind == 8:  # an endless varint
+            return bytes(data) + b"\x08" + b"\xff" * r.choice([9, 10, 11, 1000])
+        return r.randbytes(r.choice([0, 1, 10, 1000, 100000]))
+
+    def request(self, kind):
+        """The bytes of a request of this kind."""
+        p = self.r.random()
+        if p < 0.45:
+            return self.good(kind).SerializeToString()
+        message = self.fill(kind()) if p < 0.7 else self.good(kind)
+        if 0.7 <= p < 0.8:  # nearly right: one field is anything
+            other = self.fill(kind())
+            field = self.r.choice(kind.DESCRIPTOR.fields) if kind.DESCRIPTOR.fields else None
+            if field:
+                message.ClearField(field.name)
+                keep = kind()
+                keep.CopyFrom(other)
+                for f in kind.DESCRIPTOR.fields:
+                    if f.name != field.name:
+                        keep.ClearField(f.name)
+                message.MergeFrom(keep)
+        data = message.SerializeToString()
+        return self.damage(data) if p >= 0.8 else data

@@ -1,0 +1,78 @@
+// Requests from the wire, as the daemon unpacks them: the first byte chooses the message.
+#include <grpc/grpc.h>
+#include <sanitizer/allocator_interface.h>
+
+#include "daemon/rpc_internal.h"
+#include "kvd.pb-c.h"
+#include "admin.pb-c.h"
+#include "health.pb-c.h"
+#include "tests/fuzz/file.h"
+
+#define KV(name) &kvd__v1__##name##_request__descriptor
+static const ProtobufCMessageDescriptor *const types[] = {
+    KV(open_session),
+    KV(close_session),
+    KV(keep_alive),
+    KV(register_buffer),
+    KV(release_buffer),
+    KV(create_sequences),
+    KV(fork_sequence),
+    KV(truncate_sequence),
+    KV(publish_sequence),
+    KV(attach_sequence),
+    KV(free_sequences),
+    KV(describe_sequences),
+    KV(append),
+    KV(attend),
+    KV(step),
+    KV(rotate),
+    KV(read_tokens),
+    KV(map_sequences),
+    KV(watch),
+    KV(ping),
+    KV(list_sequences),
+    KV(set_quota),
+    KV(evict),
+    KV(drain),
+    KV(set_log_level),
+    KV(fetch_rotation_set),
+    &grpc__health__v1__health_check_request__descriptor,
+};
+
+static ProtobufCMessage *unpack(const ProtobufCMessageDescriptor *type, const uint8_t *data,
+                                size_t size)
+{
+    grpc_slice slice = grpc_slice_from_copied_buffer((const char *)data, size);
+    grpc_byte_buffer *b = grpc_raw_byte_buffer_create(&slice, 1);
+    grpc_slice_unref(slice);
+    ProtobufCMessage *m = kvd_message_unpack(type, b);
+    grpc_byte_buffer_destroy(b);
+    return m;
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    static bool ready;
+    if (!ready)
+        grpc_init();
+    ready = true;
+    if (size < 1)
+        return 0;
+    const ProtobufCMessageDescriptor *type = types[data[0] % KVD_LEN(types)];
+    size_t before = __sanitizer_get_current_allocated_bytes();
+    ProtobufCMessage *m = unpack(type, data + 1, size - 1);
+    if (!m)
+        return 0;
+    if (__sanitizer_get_current_allocated_bytes() - before > 9 * size + (256 << 10))
+        abort(); // much more memory than the message has bytes
+    size_t n = protobuf_c_message_get_packed_size(m);
+    uint8_t *packed = malloc(n + 1);
+    if (packed && protobuf_c_message_pack(m, packed) != n)
+        abort();
+    protobuf_c_message_free_unpacked(m, NULL);
+    m = packed ? unpack(type, packed, n) : NULL; // what it says can be said
+    if (m)
+        protobuf_c_message_free_unpacked(m, NULL);
+    free(packed);
+    return 0;
+}

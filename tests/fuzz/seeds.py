@@ -1,0 +1,143 @@
+"""Writes what fuzzing starts from: small good inputs of every target. usage: seeds.py FOLDER (FOLDER/TARGET/NAME)"""
+import collections
+import io
+import json
+import pathlib
+import pickle
+import struct
+import sys
+import types
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "e2e"))
+from conftest import admin, kv  # noqa: E402
+
+out = pathlib.Path(sys.argv[1])
+
+
+def write(target, name, data):
+    folder = out / target
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(data)
+
+
+# -- pickles as torch.save writes them ------------------------------------------------------------
+
+torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
+STORAGES = ("FloatStorage", "HalfStorage", "BFloat16Storage", "DoubleStorage")
+for kind in STORAGES:
+    setattr(torch, kind, type(kind, (), {"__module__": "torch"}))
+exec("def _rebuild_tensor_v2(*arguments): pass", utils.__dict__)
+utils._rebuild_tensor_v2.__module__ = "torch._utils"
+sys.modules.update({"torch": torch, "torch._utils": utils})
+
+
+class Storage:
+    def __init__(self, kind, key):
+        self.kind, self.key = kind, key
+
+
+class Tensor:
+    def __init__(self, *shape, kind="FloatStorage", key="0", offset=0):
+        self.shape, self.storage, self.offset = shape, Storage(kind, key), offset
+
+    def __reduce__(self):
+        strides = [1]
+        for n in reversed(self.shape[1:]):
+            strides.insert(0, strides[0] * n)
+        return utils._rebuild_tensor_v2, (self.storage, self.offset, self.shape, tuple(strides), False, collections.OrderedDict())
+
+
+def pickled(value, protocol):
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, x):
+            return ("storage", getattr(torch, x.kind), x.key, "cpu", 8192) if isinstance(x, Storage) else None
+
+    data = io.BytesIO()
+    Pickler(data, protocol=protocol).dump(value)
+    return data.getvalue()
+
+
+def layers(tensor, **more):
+    return {"format_version": 1, "source_grouping": "layer", "layers": {i: {"layer_id": i, "rotation": tensor, **more} for i in (0, 2)}}
+
+
+trees = {
+    "v1": layers(Tensor(64, 64), eigenvalues=Tensor(64, key="1")),
+    "v2": {**layers(Tensor(2, 64, 64)), "format_version": 2, "source_grouping": "per_kv_head"},
+    "half": layers(Tensor(64, 64, kind="HalfStorage")),
+    "bf16": layers(Tensor(64, 64, kind="BFloat16Storage", offset=64)),
+    "double": {"layers": {"0": Tensor(64, 64, kind="DoubleStorage")}},
+    "objective": {**layers(Tensor(64, 64)), "objective": "qqt_r_h_pbr", "note": [1.5, None, True, (1, 2), 1 << 40]},
+    "list": [Tensor(64, 64), Tensor(64, 64, key="2")],
+}
+for name, tree in trees.items():
+    for protocol in (2, 4, 5):
+        write("pickle", f"{name}-{protocol}", pickled(tree, protocol))
+    write("zoo", name, b"\1" + pickled(tree, 2))
+write("zoo", "no-zip", b"\0PK\3\4")
+
+# -- safetensors and sets -------------------------------------------------------------------------
+
+shape = {"k.rotation": [1, 1, 64, 64], "v.rotation": [1, 1, 64, 64], "k.clip": [1, 1], "v.clip": [1, 1]}
+
+
+def header(**more):
+    tensors, at = {}, 0
+    for name, dims in shape.items():
+        size = 4 * 64 * 64 if len(dims) == 4 else 4
+        tensors[name] = {"dtype": "F32", "shape": dims, "data_offsets": [at, at + size]}
+        at += size
+    return json.dumps({"__metadata__": {"format": "kvd-rotation-set/1", "model": "m", "layers": "0", "objective": "o",
+                                        "provenance": "p", "payload": "@", **more}, **tensors}, separators=(",", ":")).encode()
+
+
+for name, data in {"good": header(), "layers": header(layers="0-1"), "other": header(format="x"), "empty": b"{}"}.items():
+    write("native", name, b"\1" + data)
+    write("safetensors", name, struct.pack("<Q", len(data)) + data + bytes(64))
+small = json.dumps({"a": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]},
+                    "b": {"dtype": "I8", "shape": [], "data_offsets": [12, 13]}}).encode()
+write("safetensors", "small", struct.pack("<Q", len(small)) + small + bytes(13))
+write("native", "cut", b"\0" + struct.pack("<Q", 1 << 40) + b"{")
+
+# -- configuration --------------------------------------------------------------------------------
+
+conf = (HERE.parents[1] / "deploy/kvd.conf").read_bytes()
+write("config", "installed", conf)
+write("config", "all", b"\n".join(line.lstrip(b"#; ") if b"=" in line else line for line in conf.splitlines()))
+write("config", "two", b"[kvd]\npool-size = 1GiB\nlisten = unix:/run/x\n\0[namespace a]\nquota = 1GiB\nallow-uid = 0, 1\n")
+write("config", "wrong", b"pool-size = 1\n[kvd]\nthreads = -1\nthreads = 5\n[namespace ]\n[tls]\ncert = /\n  indented\n" + b"x" * 300)
+
+# -- requests -------------------------------------------------------------------------------------
+
+ref = kv.TensorRef(buffer=1, offset=64, layer_stride=4096, token_stride=256, head_stride=128, dtype=1, inline_data=b"1234")
+fence = kv.Fence(buffer=1, offset=4, value=9)
+session = "0123456789abcdef" * 2
+geometry = kv.Geometry(layers=range(5), q_heads=8, kv_heads=2, head_dim_k=64, head_dim_v=64, codec="int2",
+                       rotation_set="hadamard", windows=kv.Windows(sink=64, recent=256))
+params = kv.AttentionParams(scale=.5, softcap=30, window=100, return_lse=True)
+both = dict(session=session, layer_begin=1, layer_count=2, wait=fence, signal=fence)
+requests = [
+    kv.OpenSessionRequest(request_id=1, namespace_name="n", ticket=session, client_name="c", geometry=geometry, lease_ms=1000),
+    kv.CloseSessionRequest(session=session), kv.KeepAliveRequest(session=session),
+    kv.RegisterBufferRequest(session=session, key=1, size=4096, memory=1, cuda_ipc_handle=bytes(64)),
+    kv.ReleaseBufferRequest(session=session, buffer=1), kv.CreateSequencesRequest(session=session, request_id=2, count=3),
+    kv.ForkSequenceRequest(session=session, request_id=2, sequence=1 << 33, count=3),
+    kv.TruncateSequenceRequest(session=session, sequence=1 << 33, length=5),
+    kv.PublishSequenceRequest(session=session, sequence=1 << 33, name="n", replace=True),
+    kv.AttachSequenceRequest(session=session, name="n"),
+    kv.FreeSequencesRequest(session=session, request_id=4, sequences=[1 << 33, 2], unpublish=True),
+    kv.DescribeSequencesRequest(session=session, sequences=[1, 2, 3]),
+    kv.AppendRequest(items=[kv.AppendItem(sequence=5, position=6, tokens=7, k=ref, v=ref)] * 2, **both),
+    kv.AttendRequest(items=[kv.AttendItem(sequence=5, q_len=6, q=ref, o=ref, lse=ref)] * 2, params=params, **both),
+    kv.StepRequest(items=[kv.StepItem(sequence=5, position=6, tokens=7, k=ref, v=ref, q=ref, o=ref, lse=ref)] * 2, params=params, **both),
+    kv.RotateRequest(session=session, which=1, inverse=True, layer_begin=1, layer_count=1, rows=2, heads=3, x=ref, y=ref),
+    kv.ReadTokensRequest(session=session, sequence=5, begin=1, tokens=2, layer_begin=1, layer_count=1, k=ref, v=ref),
+    kv.MapSequencesRequest(session=session, items=[kv.MapItem(sequence=1, codec_from=2)], again=True),
+    kv.WatchRequest(session=session), admin.PingRequest(payload=b"x" * 20),
+    admin.ListSequencesRequest(namespace_name="n", limit=4), admin.SetQuotaRequest(namespace_name="n", quota_bytes=1),
+    admin.EvictRequest(namespace_name="n", name="x", bytes=1), admin.DrainRequest(timeout_ms=1),
+    admin.SetLogLevelRequest(level="info"), admin.FetchRotationSetRequest(name="a@b"),
+]
+for i, message in enumerate(requests):
+    write("request", message.DESCRIPTOR.name, bytes([i]) + message.SerializeToString())
