@@ -132,6 +132,26 @@ def test_steps_layer_by_layer_in_a_batch(kvd):
                 close(outs[i].array[layer], attention(q[i, layer], k[i, layer], v[i, layer])[0], 5e-3)
 
 
+def test_what_was_applied_before_is_said(client):
+    """An append that is sent again, as after a lost answer."""
+    a, b = client.create_many(2)
+    k, q = fill(client, values(1, LAYERS, 4, KV_HEADS, DIM)), fill(client, values(2, LAYERS, 4, Q_HEADS, DIM))
+    o = client.tensor(LAYERS, 4, Q_HEADS, DIM, dtype="f32")
+    assert a.append(k, k) is False
+    a.length = 0
+    assert client.append([package.Item(a, k, k), package.Item(b, k, k)]) == [True, False]
+    assert [s.length for s in (a, b)] == [s.describe().length for s in (a, b)] == [4, 4]
+    assert a.step(q, k, k, o) is False
+    first = o.array.copy()
+    a.length = 4
+    assert a.step(q, k, k, o) is True and a.length == a.describe().length == 8
+    np.testing.assert_allclose(o.array, first, atol=1e-5)
+    a.length = 4
+    client.enqueue("step", [package.Item(a, k, k, q, o)], 0)
+    client.enqueue("append", [package.Item(b, k, k)], 0)
+    assert client.enqueued() == [True, False] and client.enqueued() == []
+
+
 def test_two_processes_share_a_sequence(kvd, tmp_path):
     writer = """
 import sys, numpy as np, kvd

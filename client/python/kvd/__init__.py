@@ -3,6 +3,7 @@
 Tensors are [layers, tokens, heads, head_dim], head_dim contiguous, in memory shared with the daemon.
 """
 from pkgutil import extend_path
+from typing import Iterator
 
 from ._client import Client, Event, Item, Sequence, SequenceInfo
 from ._cuda import DeviceTensor
@@ -17,5 +18,13 @@ __all__ = [
     "TimeoutError", "UnavailableError", "from_bf16", "to_bf16", "version",
 ]
 
-# Stubs that protoc makes of kvd/v1/*.proto are modules kvd.v1.*: those on the path when this is imported are found too.
-__path__ = extend_path(__path__, __name__)
+
+class _Path(list):
+    """The package's folder, and folders named kvd elsewhere on the path: stubs that protoc makes of kvd/v1/*.proto are modules
+    kvd.v1.*, and both are found, whichever comes first."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(extend_path([*super().__iter__()], __name__))
+
+
+__path__ = _Path(__path__)

@@ -100,6 +100,7 @@ def facts(what: str, x: Any, client: "Client") -> Facts:
     if not hasattr(x, "_facts"):
         raise TypeError(f"{what} is a {describe(x)}: calls want a tensor that the daemon shares, from Client.tensor or, on a GPU, "
                         "Client.share")
+    x._check_process()
     f: Facts = x._facts()
     if not f.buffer.handle:
         raise lib.InvalidError(f"{what} was freed, or its client closed")

@@ -91,31 +91,45 @@ class Item:
         return s, layers  # type: ignore[return-value]
 
 
-class Sequence:
+def _replayed(structs: Any, n: int) -> Any:
+    """Has libkvd write whether each item had been applied before. What is returned must live until it has."""
+    flags = (c.c_bool * n)()
+    for i in range(n):
+        structs[i].replayed = c.cast(c.addressof(flags) + i, c.POINTER(c.c_bool))
+    return flags
+
+
+class Sequence(lib.OfProcess):
     """Tokens of all layers. Made by `Client.create`, `Client.attach` or `fork`.
 
     `length` is where the next tokens go; it grows when a call has reached the last layer.
     """
 
     def __init__(self, client: "Client", id: int, length: int = 0):  # noqa: A002
+        super().__init__()
         self.client = client
         self.id = _check.integer("id", id, 0, _check.U64)
         self.length = _check.integer("length", length, 0, _check.U64)
 
-    def append(self, k: Tensor, v: Tensor, *, layer: int = 0) -> None:
-        """Appends k's tokens, to as many layers as it has, from `layer` on (a position in the client's list)."""
-        self.client.append([Item(self, k, v)], layer=layer)
+    def __repr__(self) -> str:
+        return f"<kvd.Sequence {self.id}, {self.length} tokens>"
 
-    def attend(self, q: Tensor, o: Tensor, *, lse: Optional[Tensor] = None, layer: int = 0, **attention: Any) -> None:
+    def append(self, k: AnyTensor, v: AnyTensor, *, layer: int = 0) -> bool:
+        """Appends k's tokens, to as many layers as it has, from `layer` on (a position in the client's list). Whether it had been
+        applied before, as `Client.append` says."""
+        return self.client.append([Item(self, k, v)], layer=layer)[0]
+
+    def attend(self, q: AnyTensor, o: AnyTensor, *, lse: Optional[AnyTensor] = None, layer: int = 0, **attention: Any) -> None:
         """o = attention of the sequence's last positions, causal among them. scale, softcap, window as `Client.attend`."""
         self.client.attend([Item(self, q=q, o=o, lse=lse)], layer=layer, **attention)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, *, lse: Optional[Tensor] = None, layer: int = 0,
-             **attention: Any) -> None:
-        """Attends over what is stored and the new tokens, then appends these."""
-        self.client.step([Item(self, k, v, q, o, lse)], layer=layer, **attention)
+    def step(self, q: AnyTensor, k: AnyTensor, v: AnyTensor, o: AnyTensor, *, lse: Optional[AnyTensor] = None, layer: int = 0,
+             **attention: Any) -> bool:
+        """Attends over what is stored and the new tokens, then appends these. Whether that had been applied before."""
+        return self.client.step([Item(self, k, v, q, o, lse)], layer=layer, **attention)[0]
 
-    def read(self, begin: int, count: int, *, k: Optional[Tensor] = None, v: Optional[Tensor] = None, layer: int = 0) -> None:
+    def read(self, begin: int, count: int, *, k: Optional[AnyTensor] = None, v: Optional[AnyTensor] = None,
+             layer: int = 0) -> None:
         """Writes tokens [begin, begin + count) into k and v, dequantized and un-rotated."""
         count, refs = _check.integer("count", count, 1), {}
         layers: Union[int, str] = "layers"
@@ -158,7 +172,7 @@ class Sequence:
         lib.call("kvd_sequences_free", self.client._open(), ids, 1, _check.flag("unpublish", unpublish))
 
 
-class Client:
+class Client(lib.OfProcess):
     """A session with a daemon, for one model geometry. A context manager.
 
     layers: ids of the model's layers that hold KV, ascending. head_dim: 64, 128 or 256, or a pair for K and V.
@@ -171,6 +185,7 @@ class Client:
                  codec: Codec = "int2", rotation_set: Optional[str] = None, sink: Optional[int] = None,
                  recent: Optional[int] = None, address: Optional[str] = None, namespace: Optional[str] = None,
                  name: Optional[str] = None, timeout: float = 30.0):
+        super().__init__()
         self.layers = [_check.integer(f"layers[{i}]", x) for i, x in enumerate(layers)]
         pair = head_dim if isinstance(head_dim, (tuple, list)) else (head_dim, head_dim)
         if len(pair) != 2:
@@ -183,6 +198,7 @@ class Client:
         kv, q = ("kv_heads", "head_dim"), ("q_heads", "head_dim")  # names and sizes of a tensor's last dimensions
         self._rows = {"k": (kv, (self.kv_heads, dims[0])), "v": (kv, (self.kv_heads, dims[1])), "q": (q, (self.q_heads, dims[0])),
                       "o": (q, (self.q_heads, dims[1])), "lse": (q[:1], (self.q_heads,))}
+        self.codec = codec
         self.address = address or os.environ.get("KVD_ADDRESS") or "unix:/run/kvd/kvd.sock"
         ids = (c.c_uint32 * len(self.layers))(*self.layers)
         options = lib.Options(
@@ -193,16 +209,21 @@ class Client:
         self._handle = c.c_void_p()
         self._directs: set[Any] = set()
         self._buffers: set[Any] = set()
+        self._replays: list[Any] = []  # flags of enqueued calls
         self._lock = threading.RLock()  # of buffers that come and go, and of closing
         lib.call("kvd_open", c.byref(options), c.byref(self._handle))
 
     def _open(self) -> c.c_void_p:
+        self._check_process()
         if not self._handle:
             raise lib.InvalidError("the client was closed")
         return self._handle
 
     def close(self) -> None:
-        """Ends the session and frees its tensors. Calls of other threads must have returned."""
+        """Ends the session and frees its tensors. Calls of other threads must have returned. In a forked child this does
+        nothing: the session is the parent's."""
+        if self._forked():
+            return
         for d in list(self._directs):
             d.close()
         with self._lock:
@@ -211,6 +232,11 @@ class Client:
                 b.free()
             if handle:
                 lib.library().kvd_close(c.byref(handle))
+
+    def __repr__(self) -> str:
+        dims = self.head_dim[0] if self.head_dim[0] == self.head_dim[1] else self.head_dim
+        return (f"<kvd.Client {self.address} {self.codec}: {len(self.layers)} layers, {self.q_heads} q heads, {self.kv_heads} kv heads, "
+                f"head_dim {dims}{'' if self._handle else ', closed'}>")
 
     def __enter__(self) -> "Client":
         return self
@@ -276,22 +302,27 @@ class Client:
             for i in items:
                 i.sequence.length += i.k.shape[1]  # type: ignore[union-attr]
 
-    def append(self, items: list[Item], *, layer: int = 0) -> None:
-        """Appends the tokens of k and v. Safe to repeat; layers in ascending order."""
+    def append(self, items: list[Item], *, layer: int = 0) -> list[bool]:
+        """Appends the tokens of k and v; layers in ascending order. Safe to repeat when no answer came: the result says of each
+        item whether its tokens had been applied before, so that nothing was added."""
         layers, structs, n = self._batch("append", items, layer)
+        replayed = _replayed(structs, n)
         lib.call("kvd_append", self._open(), layers, structs, n)
         self._appended(items, layers)
+        return list(replayed)
 
     def attend(self, items: list[Item], *, layer: int = 0, scale: float = 0, softcap: float = 0, window: int = 0) -> None:
         """scale 0: 1/sqrt(head_dim). softcap 0: none. window 0: all tokens."""
         layers, structs, n = self._batch("attend", items, layer)
         lib.call("kvd_attend", self._open(), layers, c.byref(_check.attention(scale, softcap, window)), structs, n)
 
-    def step(self, items: list[Item], *, layer: int = 0, scale: float = 0, softcap: float = 0, window: int = 0) -> None:
-        """Attends over what is stored and the new tokens, then appends these."""
+    def step(self, items: list[Item], *, layer: int = 0, scale: float = 0, softcap: float = 0, window: int = 0) -> list[bool]:
+        """Attends over what is stored and the new tokens, then appends these. The result is that of `append`."""
         layers, structs, n = self._batch("step", items, layer)
+        replayed = _replayed(structs, n)
         lib.call("kvd_step", self._open(), layers, c.byref(_check.attention(scale, softcap, window)), structs, n)
         self._appended(items, layers)
+        return list(replayed)
 
     def enqueue(self, kind: Literal["append", "attend", "step"], items: list[Item], stream: int, *, layer: int = 0,
                 scale: float = 0, softcap: float = 0, window: int = 0) -> None:
@@ -300,20 +331,26 @@ class Client:
         number = list(_NEEDS).index(_check.choice("kind", kind, *_NEEDS))
         stream = _check.integer("stream", stream, 0, _check.U64)
         layers, structs, n = self._batch(kind, items, layer)
+        replayed = _replayed(structs, n if kind != "attend" else 0)
         lib.call("kvd_enqueue", self._open(), stream, number, layers, c.byref(_check.attention(scale, softcap, window)), structs, n)
+        self._replays.append(replayed)  # libkvd writes to it until kvd_enqueued
         if kind != "attend":
             self._appended(items, layers)
 
-    def enqueued(self) -> None:
-        """Waits until all enqueued calls have been answered, and raises the first failure since it was last called."""
-        lib.call("kvd_enqueued", self._open())
+    def enqueued(self) -> list[bool]:
+        """Waits until all enqueued calls have been answered, and raises the first failure since it was last called. The result
+        says of each item of each append and step, in order, whether its tokens had been applied before."""
+        handle, replays = self._open(), self._replays
+        self._replays = []
+        lib.call("kvd_enqueued", handle)
+        return [x for flags in replays for x in flags]
 
     @property
     def on_gpu(self) -> bool:
         """Whether the daemon runs on a GPU."""
         return self.info["backend"].startswith("cuda")
 
-    def rotate(self, x: Tensor, y: Tensor, *, side: Literal["k", "v"] = "k", inverse: bool = False, layer: int = 0) -> None:
+    def rotate(self, x: AnyTensor, y: AnyTensor, *, side: Literal["k", "v"] = "k", inverse: bool = False, layer: int = 0) -> None:
         """y = x R of K's or V's rotations, or x R^T. Heads are kv_heads or q_heads; y may be x."""
         _check.choice("side", side, "k", "v")
         inverse = _check.flag("inverse", inverse)

@@ -50,6 +50,8 @@ class _DeviceBuffer:
         client._buffers.add(self)
 
     def free(self) -> None:
+        if self.client._forked():
+            return
         with self.client._lock:
             self.client._buffers.discard(self)
             handle, self.handle = self.handle, c.c_void_p()
@@ -58,7 +60,7 @@ class _DeviceBuffer:
         self.owner = None
 
 
-class DeviceTensor:
+class DeviceTensor(lib.OfProcess):
     """[layers, tokens, heads, head_dim] (an lse: [layers, tokens, heads]) of the GPU, for calls as a `Tensor` is.
 
     Made by `Client.share`. `array` is what was shared: kvd reads and writes its memory. It is kept until `free()` or the end of
@@ -67,6 +69,7 @@ class DeviceTensor:
     """
 
     def __init__(self, buffer: _DeviceBuffer, array: Any):
+        super().__init__()
         self._buffer, self.array = buffer, array
 
     @property

@@ -48,7 +48,7 @@ def _pointer(what: str, x: Any, shape: tuple[int, ...], names: tuple[str, ...], 
     return v.address, math.prod(v.shape) * v.itemsize
 
 
-class Direct:
+class Direct(lib.OfProcess):
     """Some slots that are decoded together, each bound to a sequence or empty. A context manager; one to a client.
 
     A step: `begin`; for each layer `store` and `attend`; `end`. New tokens go to the daemon in the background, 16 at a time;
@@ -59,6 +59,7 @@ class Direct:
 
     def __init__(self, client: Client, *, slots: int, max_tokens: int, step_tokens: int = 1,
                  dtype: Literal["bf16", "f32"] = "f32", scale: float = 0, softcap: float = 0, window: int = 0):
+        super().__init__()
         if not isinstance(client, Client):
             raise TypeError(f"client is a {_check.describe(client)}, and a kvd.Client is wanted")
         self.slots, self.step_tokens = _check.integer("slots", slots, 1), _check.integer("step_tokens", step_tokens, 1)
@@ -73,6 +74,7 @@ class Direct:
         client._directs.add(self)
 
     def _open(self) -> c.c_void_p:
+        self._check_process()
         if not self._handle:
             raise lib.InvalidError("direct mode was closed")
         return self._handle
@@ -84,11 +86,17 @@ class Direct:
                         written=name in ("o", "lse"))
 
     def close(self) -> None:
-        """Brings what is left to the daemon."""
+        """Brings what is left to the daemon. In a forked child this does nothing."""
+        if self._forked():
+            return
         handle, self._handle = self._handle, c.c_void_p()
         if handle:
             self._client._directs.discard(self)
             lib.library().kvd_direct_close(c.byref(handle))
+
+    def __repr__(self) -> str:
+        bound = sum(s is not None for s in self._bound)
+        return f"<kvd.Direct {self.slots} slots, {bound} bound{'' if self._handle else ', closed'}>"
 
     def __enter__(self) -> "Direct":
         return self

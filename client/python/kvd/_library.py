@@ -61,6 +61,27 @@ ERRORS = (None, InvalidError, NotFoundError, ExistsError, PreconditionError, Exh
           UnavailableError, TimeoutError, CorruptError, LostError, InternalError)
 
 
+class OfProcess:
+    """What lives in the process that made it: its session, and the threads of gRPC, are not in a forked child, nor can it be
+    pickled for another process."""
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+
+    def _forked(self) -> bool:
+        return self._process != os.getpid()
+
+    def _check_process(self) -> None:
+        if self._forked():
+            raise PreconditionError(
+                f"this {type(self).__name__} belongs to process {self._process}, which forked this one: start processes before clients "
+                "are opened, or by multiprocessing's spawn, and open a client in each; publish and attach share sequences")
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"a {type(self).__name__} belongs to its process and cannot be pickled or copied: open a client there; publish "
+                        "and attach share sequences")
+
+
 class Failure(c.Structure):
     _fields_ = [("code", c.c_int), ("text", c.c_char * 512)]
 

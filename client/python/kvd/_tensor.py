@@ -100,7 +100,7 @@ class Bf16Array(np.ndarray):
         return format(self.floats()[()], spec)
 
 
-class Tensor:
+class Tensor(lib.OfProcess):
     """[layers, tokens, heads, head_dim] (an lse: [layers, tokens, heads]) in memory shared with the daemon.
 
     `array` is a NumPy view of it: float32, or a `Bf16Array`, which rounds the floats that are assigned to it. Slices of a
@@ -109,11 +109,13 @@ class Tensor:
     """
 
     def __init__(self, owner: "Buffer", array: np.ndarray):
+        super().__init__()
         self._owner = owner
         self._array = array
 
     @property
     def array(self) -> np.ndarray:
+        self._check_process()
         if not self._owner.handle:
             raise lib.InvalidError("the tensor was freed, or its client closed")
         return self._array
@@ -173,7 +175,9 @@ class Buffer:
         lib.unmap(self.address, self.size)
 
     def free(self) -> None:
-        """Unregisters it. Any thread: the last array may go anywhere."""
+        """Unregisters it. Any thread: the last array may go anywhere. Not in a forked child, where it is the parent's."""
+        if self.client._forked():
+            return
         with self.client._lock:
             self.client._buffers.discard(self)
             handle, self.handle = self.handle, c.c_void_p()
