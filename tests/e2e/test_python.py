@@ -133,23 +133,37 @@ def test_steps_layer_by_layer_in_a_batch(kvd):
 
 
 def test_what_was_applied_before_is_said(client):
-    """An append that is sent again, as after a lost answer."""
+    """An append or step that is sent again, as after a lost answer, is known by its item's request; by its position never."""
     a, b = client.create_many(2)
     k, q = fill(client, values(1, LAYERS, 4, KV_HEADS, DIM)), fill(client, values(2, LAYERS, 4, Q_HEADS, DIM))
     o = client.tensor(LAYERS, 4, Q_HEADS, DIM, dtype="f32")
-    assert a.append(k, k) is False
+
+    def item(sequence, request=0, **more):
+        return package.Item(sequence, k, k, request=request, **more)
+
+    first = item(a, 701)
+    assert client.append([first]) == [False] and first.request == 0
     a.length = 0
-    assert client.append([package.Item(a, k, k), package.Item(b, k, k)]) == [True, False]
+    with pytest.raises(package.PreconditionError):
+        a.append(k, k)
+    assert client.append([item(a, 701), item(b)]) == [True, False]
     assert [s.length for s in (a, b)] == [s.describe().length for s in (a, b)] == [4, 4]
-    assert a.step(q, k, k, o) is False
-    first = o.array.copy()
+    assert client.step([item(a, 702, q=q, o=o)]) == [False]
+    said = o.array.copy()
     a.length = 4
-    assert a.step(q, k, k, o) is True and a.length == a.describe().length == 8
-    np.testing.assert_allclose(o.array, first, atol=1e-5)
+    assert client.step([item(a, 702, q=q, o=o)]) == [True] and a.length == a.describe().length == 8
+    np.testing.assert_allclose(o.array, said, atol=1e-5)
     a.length = 4
-    client.enqueue("step", [package.Item(a, k, k, q, o)], 0)
-    client.enqueue("append", [package.Item(b, k, k)], 0)
+    client.enqueue("step", [item(a, 702, q=q, o=o)], 0)
+    client.enqueue("append", [item(b)], 0)
     assert client.enqueued() == [True, False] and client.enqueued() == []
+    lost = item(b)
+    b.length = 3  # a call that fails leaves the item its number
+    with pytest.raises(package.PreconditionError):
+        client.append([lost])
+    assert lost.request
+    b.length = 8
+    assert client.append([lost]) == [False] and lost.request == 0 and b.length == b.describe().length == 12
 
 
 def test_two_processes_share_a_sequence(kvd, tmp_path):

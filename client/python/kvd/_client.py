@@ -59,6 +59,10 @@ class Item:
 
     k and v: [layers, tokens, kv_heads, head_dim] bf16; q and o: [layers, tokens, q_heads, head_dim]; lse (natural log,
     f32): [layers, tokens, q_heads]. `layers` are those of the call.
+
+    An append or step whose answer was lost (TimeoutError, UnavailableError) may or may not have been applied. Called again with the
+    same Item and the same data it is recognized by `request`, a number that the first call gives the Item and a call that
+    succeeds takes back, and nothing is stored twice.
     """
 
     sequence: "Sequence"
@@ -67,6 +71,7 @@ class Item:
     q: Optional[AnyTensor] = None
     o: Optional[AnyTensor] = None
     lse: Optional[AnyTensor] = None
+    request: int = 0
 
     def _struct(self, client: "Client", call: str, at: str, layers: Union[int, str]) -> tuple[lib.ItemStruct, int]:
         """Checked: of so many layers, or as many as the first tensor has. Returns that number too."""
@@ -88,6 +93,9 @@ class Item:
             setattr(s, name, _check.reference(at + name, f, _KINDS[name]))
             layers, tokens = f.shape[:2]
         s.tokens = tokens
+        if call != "attend":
+            self.request = _check.integer(at + "request", self.request, 0, _check.U64) or lib.library().kvd_request_new(client._open())
+            s.request = self.request
         return s, layers  # type: ignore[return-value]
 
 
@@ -114,19 +122,19 @@ class Sequence(lib.OfProcess):
     def __repr__(self) -> str:
         return f"<kvd.Sequence {self.id}, {self.length} tokens>"
 
-    def append(self, k: AnyTensor, v: AnyTensor, *, layer: int = 0) -> bool:
-        """Appends k's tokens, to as many layers as it has, from `layer` on (a position in the client's list). Whether it had been
-        applied before, as `Client.append` says."""
-        return self.client.append([Item(self, k, v)], layer=layer)[0]
+    def append(self, k: AnyTensor, v: AnyTensor, *, layer: int = 0) -> None:
+        """Appends k's tokens, to as many layers as it has, from `layer` on (a position in the client's list). To be able
+        to repeat it after a lost answer, make an `Item` and call `Client.append`."""
+        self.client.append([Item(self, k, v)], layer=layer)
 
     def attend(self, q: AnyTensor, o: AnyTensor, *, lse: Optional[AnyTensor] = None, layer: int = 0, **attention: Any) -> None:
         """o = attention of the sequence's last positions, causal among them. scale, softcap, window as `Client.attend`."""
         self.client.attend([Item(self, q=q, o=o, lse=lse)], layer=layer, **attention)
 
     def step(self, q: AnyTensor, k: AnyTensor, v: AnyTensor, o: AnyTensor, *, lse: Optional[AnyTensor] = None, layer: int = 0,
-             **attention: Any) -> bool:
-        """Attends over what is stored and the new tokens, then appends these. Whether that had been applied before."""
-        return self.client.step([Item(self, k, v, q, o, lse)], layer=layer, **attention)[0]
+             **attention: Any) -> None:
+        """Attends over what is stored and the new tokens, then appends these."""
+        self.client.step([Item(self, k, v, q, o, lse)], layer=layer, **attention)
 
     def read(self, begin: int, count: int, *, k: Optional[AnyTensor] = None, v: Optional[AnyTensor] = None,
              layer: int = 0) -> None:
@@ -298,13 +306,15 @@ class Client(lib.OfProcess):
         return self._layers(layer, layers), structs, len(items)
 
     def _appended(self, items: list[Item], layers: lib.Layers) -> None:
+        for i in items:
+            i.request = 0
         if layers.begin + layers.count == len(self.layers):
             for i in items:
                 i.sequence.length += i.k.shape[1]  # type: ignore[union-attr]
 
     def append(self, items: list[Item], *, layer: int = 0) -> list[bool]:
-        """Appends the tokens of k and v; layers in ascending order. Safe to repeat when no answer came: the result says of each
-        item whether its tokens had been applied before, so that nothing was added."""
+        """Appends the tokens of k and v; layers in ascending order. Safe to repeat with the same items when no answer came. The
+        result says of each item whether its tokens had been applied before, so that nothing was added."""
         layers, structs, n = self._batch("append", items, layer)
         replayed = _replayed(structs, n)
         lib.call("kvd_append", self._open(), layers, structs, n)

@@ -193,6 +193,7 @@ def library() -> Any:
         lib.kvd_buffer_free.argtypes, lib.kvd_buffer_free.restype = [c.POINTER(_P)], None
         lib.kvd_buffer_detach.argtypes, lib.kvd_buffer_detach.restype = [c.POINTER(_P)], _P
         lib.kvd_buffer_data.argtypes, lib.kvd_buffer_data.restype = [_P], _P
+        lib.kvd_request_new.argtypes, lib.kvd_request_new.restype = [_P], c.c_uint64
         lib.kvd_version.argtypes, lib.kvd_version.restype = [], c.c_char_p
         _library = lib
     return _library
