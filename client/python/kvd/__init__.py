@@ -2,6 +2,8 @@
 
 Tensors are [layers, tokens, heads, head_dim], head_dim contiguous, in memory shared with the daemon.
 """
+import pathlib
+import re
 from pkgutil import extend_path
 from typing import Iterator
 
@@ -17,6 +19,22 @@ __all__ = [
     "ExistsError", "InternalError", "InvalidError", "Item", "LostError", "NotFoundError", "PreconditionError", "Sequence", "SequenceInfo", "Tensor",
     "TimeoutError", "UnavailableError", "from_bf16", "to_bf16", "version",
 ]
+
+__version__: str  # of this package; `version()` is libkvd's
+
+
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(f"module 'kvd' has no attribute '{name}'")
+    try:
+        from ._version import VERSION  # of a wheel
+
+        return VERSION
+    except ImportError:
+        pass
+    header = pathlib.Path(__file__).resolve().parents[3] / "proto/kvd_limits.h"  # of a checkout
+    found = re.search(r'#define KVD_VERSION "(.+)"', header.read_text()) if header.exists() else None
+    return found[1] if found else version()  # of a Debian package, whose libkvd is of the same source
 
 
 class _Path(list):

@@ -177,10 +177,11 @@ _library: Any = None
 
 
 def library() -> Any:
-    """libkvd, loaded when it is first wanted: $KVD_LIBRARY or libkvd.so.0."""
+    """libkvd, loaded when it is first wanted: $KVD_LIBRARY, the wheel's own, or what the loader finds."""
     global _library
     if _library is None:
-        path = os.environ.get("KVD_LIBRARY", "libkvd.so.0")
+        own = os.path.join(os.path.dirname(__file__), "libkvd.so.0")
+        path = os.environ.get("KVD_LIBRARY") or (own if os.path.exists(own) else "libkvd.so.0")
         try:
             lib = c.CDLL(path)
         except OSError as e:

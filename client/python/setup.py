@@ -1,0 +1,49 @@
+"""What pyproject.toml cannot say: the version is the one of proto/kvd_limits.h, and the wheel carries libkvd.
+
+The library is $KVD_LIBRARY, or that of a build in `build` at the top of the checkout. Without one the wheel is Python alone and
+finds libkvd as the loader does, such as the one of the Debian package libkvd0.
+"""
+import os
+import pathlib
+import re
+import shutil
+
+from setuptools import Distribution, setup
+from setuptools.command.build_py import build_py
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70
+    from wheel.bdist_wheel import bdist_wheel
+
+TOP = pathlib.Path(__file__).resolve().parents[2]
+VERSION = re.search(r'#define KVD_VERSION "(.+)"', (TOP / "proto/kvd_limits.h").read_text())[1]
+LIBRARY = pathlib.Path(os.environ.get("KVD_LIBRARY") or TOP / "build/client/libkvd.so.0")
+if "KVD_LIBRARY" in os.environ and not LIBRARY.exists():
+    raise SystemExit(f"KVD_LIBRARY={LIBRARY}: there is no such file")
+
+
+class Build(build_py):
+    def run(self):
+        super().run()
+        package = pathlib.Path(self.build_lib, "kvd")
+        (package / "_version.py").write_text(f'VERSION = "{VERSION}"\n')
+        if LIBRARY.exists():
+            shutil.copy(LIBRARY.resolve(), package / "libkvd.so.0")
+
+
+class Wheel(bdist_wheel):
+    def finalize_options(self):
+        super().finalize_options()
+        self.root_is_pure = not LIBRARY.exists()
+
+    def get_tag(self):  # libkvd is called by ctypes: any Python will do
+        return "py3", "none", super().get_tag()[2]
+
+
+class Binary(Distribution):
+    def has_ext_modules(self):
+        return LIBRARY.exists()
+
+
+setup(version=VERSION.replace("-", "+", 1), distclass=Binary, cmdclass={"build_py": Build, "bdist_wheel": Wheel})
