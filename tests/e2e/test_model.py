@@ -116,12 +116,10 @@ def test_compressed_history_costs_little(kv, kvd, worker, model):
 
 
 def run_worker(kvd, *args, lines=()):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCE / "client/python"),
-                                                        os.environ.get("KVD_MODEL_PACKAGES", "")])}
-    r = subprocess.run([sys.executable, "-m", "kvd_worker", str(WEIGHTS), "--address", kvd.address, "--tokens", "12", *args],
-                       input="".join(f"{x}\n" for x in lines), capture_output=True, text=True, env=env, timeout=200)
-    assert r.returncode == 0, r.stderr
-    return r.stdout, r.stderr
+    p = worker_process(WEIGHTS, "--address", kvd.address, "--tokens", "12", *args, stdin=subprocess.PIPE)
+    out, err = p.communicate("".join(f"{x}\n" for x in lines), timeout=200)
+    assert p.returncode == 0, err
+    return out, err
 
 
 def test_one_worker_reads_another_goes_on(kvd):
@@ -171,6 +169,66 @@ def test_a_worker_is_killed_and_another_finishes(kv, kvd, worker, model):
         assert len(seen) - 1 <= done <= len(seen)
         rest = worker.generate(model, worker.KvdCache(c, [s]), [want[done:done + 1]], 60 - done - 1, ignore_stop=True)[0]
         assert want[:done + 1] + rest == want
+
+
+def test_sampler(worker):
+    """Frequencies are those of the softmax, cut at top_p; seeds repeat."""
+    logits = np.log(np.array([0.5, 0.05, 0.3, 0.15], np.float32)) + 3
+    assert [worker.Sampler()(logits) for _ in range(3)] == [0, 0, 0]
+
+    def shares(n=4000, **kw):
+        s = worker.Sampler(seed=1, **kw)
+        return np.bincount([s(logits) for _ in range(n)], minlength=4) / n
+
+    np.testing.assert_allclose(shares(temperature=1), [0.5, 0.05, 0.3, 0.15], atol=0.03)
+    np.testing.assert_allclose(shares(temperature=1, top_p=0.8), [0.625, 0, 0.375, 0], atol=0.03)
+    np.testing.assert_allclose(shares(temperature=0.5), np.square([0.5, 0.05, 0.3, 0.15]) / 0.365, atol=0.03)
+    assert shares(50, temperature=1, top_p=1e-6)[0] == 1
+    a, b, c = (worker.Sampler(1.0, 1.0, seed) for seed in (5, 5, 6))
+    chosen = [[s(logits) for _ in range(40)] for s in (a, b, c)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    for bad in ({"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            worker.Sampler(**bad)
+
+
+def worker_process(*args, **kw):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCE / "client/python"), os.environ.get("KVD_MODEL_PACKAGES", "")])}
+    return subprocess.Popen([sys.executable, "-m", "kvd_worker", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=env, **kw)
+
+
+def test_the_commands_options(kvd, worker, monkeypatch, capsys):
+    """Before and after the prompt, samples that a seed repeats; --help and what is refused."""
+    from kvd_worker.__main__ import _arguments
+
+    options = ["--address", kvd.address, "--tokens", "4", "--temperature", "1.5", "--top-p", "0.9", "--seed", "11"]
+    said = [worker_process(*o).communicate(timeout=100) for o in ([WEIGHTS, "Name a fruit.", *options], [*options, WEIGHTS, "Name a fruit."])]
+    assert said[0][0].strip() and said[0][0] == said[1][0], said
+    for bad, code, text in ((["--help"], 0, "--top-p"), (["m", "x", "--temperature", "-1"], 2, "temperature is -1.0"), (["m", "--top-p", "0"], 2, "top_p"),
+                            (["m", "--tokens", "0", "x"], 2, "0 is not positive"), (["--tokens", "x", "m"], 2, "invalid"), (["m", "--nonsense"], 2, "--nonsense"),
+                            ([], 2, "model"), (["m", "x", "y"], 2, "y")):
+        monkeypatch.setattr(sys, "argv", ["kvd-worker", *bad])
+        with pytest.raises(SystemExit) as e:
+            _arguments()
+        out = capsys.readouterr()
+        assert e.value.code == code and text in out.out + out.err
+    for order in (["--seed", "1", "m", "--tokens", "5", "x"], ["m", "x", "--seed", "1", "--tokens", "5"]):
+        monkeypatch.setattr(sys, "argv", ["kvd-worker", *order])
+        args = _arguments()
+        assert (args.model, args.prompt, args.seed, args.tokens) == ("m", "x", 1, 5)
+
+
+def test_a_chat_shows_a_prompt(kvd):
+    """On a terminal: a prompt in front of each turn, an empty line is none, Ctrl-D ends it."""
+    ours, theirs = os.openpty()
+    p = worker_process(WEIGHTS, "--address", kvd.address, "--tokens", "3", stdin=theirs)
+    os.close(theirs)
+    os.write(ours, b"Hi!\n\nGo on.\n\x04")
+    out, err = p.communicate(timeout=100)
+    os.close(ours)
+    assert p.returncode == 0, err
+    assert out.count("you> ") == 4 and err.count("tokens/s") == 2 and "Ctrl-D" in err
 
 
 def test_bad_models_are_refused(worker, folder):

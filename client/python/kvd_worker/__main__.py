@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
+from typing import Iterator, Optional
 
 import kvd
 
-from . import Conversation, KvdCache, Model, generate
+from . import Conversation, KvdCache, Model, Sampler, generate
 
 
 def _size(n: float) -> str:
@@ -26,17 +28,56 @@ def _report(model: Model, sequence: kvd.Sequence, client: kvd.Client, tokens: in
           f"{_size(bf16)} as bf16]", file=sys.stderr)
 
 
-def main() -> int:
+def _turns(prompt: Optional[str]) -> Iterator[str]:
+    """One prompt, or what is typed: with a prompt in front, and editing, where a person sits."""
+    if prompt is not None:
+        yield prompt
+    elif sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401: input() edits and remembers lines by it
+        print("A line a turn; end with Ctrl-D.", file=sys.stderr)
+        with contextlib.suppress(EOFError):
+            while True:
+                line = input("you> ")
+                if line.strip():
+                    yield line
+        print(file=sys.stderr)
+    else:
+        for line in sys.stdin:
+            yield line.rstrip("\n")
+
+
+def _positive(text: str) -> int:
+    n = int(text)
+    if n < 1:
+        raise argparse.ArgumentTypeError(f"{n} is not positive")
+    return n
+
+
+def _arguments() -> argparse.Namespace:
     ap = argparse.ArgumentParser(prog="kvd-worker", description=__doc__)
     ap.add_argument("model", help="a GGUF file, or a folder with config.json, tokenizer.json and safetensors")
     ap.add_argument("prompt", nargs="?", help="one prompt; without it, a chat: a line a turn, until end of file")
     ap.add_argument("--address", help="of kvd (default: $KVD_ADDRESS or unix:/run/kvd/kvd.sock)")
     ap.add_argument("--codec", default="int2", help="bf16, int2 (default), int2c, int2-lm, turboquant-2, -3 or -4")
     ap.add_argument("--rotation-set", help="MODEL@TAG of the store, hadamard, random or identity (default: what suits the codec)")
-    ap.add_argument("--tokens", type=int, default=200, help="of an answer, at most")
+    ap.add_argument("--tokens", type=_positive, default=200, help="of an answer, at most (default: 200)")
+    ap.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest token; else a random one, more so the higher")
+    ap.add_argument("--top-p", type=float, default=1.0, help="random ones only of the likeliest that have this much of the probability "
+                    "together (default: 1, all)")
+    ap.add_argument("--seed", type=int, help="the same seed makes the same choices (default: others each time)")
     ap.add_argument("--publish", metavar="NAME", help="name the sequence in kvd at the end, for another worker")
     ap.add_argument("--attach", metavar="NAME", help="go on with a sequence that a worker published")
-    args = ap.parse_args()
+    args = ap.parse_intermixed_args()  # options before, between and after the others
+    try:
+        args.choose = Sampler(args.temperature, args.top_p, args.seed)
+    except ValueError as e:
+        ap.error(str(e))
+    return args
+
+
+def main() -> int:
+    args = _arguments()
     model = Model(args.model)
     print(f"{model.name}: {model.layers} layers, {model.q_heads} q heads, {model.kv_heads} kv heads, head_dim "
           f"{model.head_dim}", file=sys.stderr)
@@ -47,7 +88,7 @@ def main() -> int:
         if args.attach:
             chat.resume()
             print(f"attached {args.attach}: {sequence.length} tokens are there already", file=sys.stderr)
-        for line in [args.prompt] if args.prompt is not None else sys.stdin:
+        for line in _turns(args.prompt):
             ids: list[int] = []
             shown = ""
 
@@ -60,7 +101,7 @@ def main() -> int:
                     shown = text
 
             began = time.monotonic()
-            answer = generate(model, cache, [chat.turn(line.rstrip("\n"))], args.tokens, on_token=show)[0]
+            answer = generate(model, cache, [chat.turn(line)], args.tokens, on_token=show, choose=args.choose)[0]
             chat.answered(answer)
             print()
             _report(model, sequence, client, len(answer), time.monotonic() - began)

@@ -1,4 +1,4 @@
-"""Greedy generation for several sequences at once, conversations, and the loss of a text."""
+"""Generation for several sequences at once, conversations, and the loss of a text."""
 from __future__ import annotations
 
 from typing import Callable, Optional, Sequence
@@ -8,10 +8,33 @@ import numpy as np
 from .model import Cache, Model
 
 
+class Sampler:
+    """Chooses a token by its logits. temperature 0: the likeliest; else a random one, less so the lower it is, of the likeliest
+    that have `top_p` of the probability together. The same seed makes the same choices."""
+
+    def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: Optional[int] = None):
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"temperature is {temperature}, and a number from 0 on is wanted")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p is {top_p}, and more than 0, at most 1 is wanted")
+        self.temperature, self.top_p, self._random = temperature, top_p, np.random.default_rng(seed)
+
+    def __call__(self, logits: np.ndarray) -> int:
+        if self.temperature == 0:
+            return int(np.argmax(logits))
+        x = logits.astype(np.float64)
+        p = np.exp((x - x.max()) / self.temperature)
+        order = np.argsort(-p, kind="stable")
+        total = np.cumsum(p[order]) / p.sum()
+        order = order[: int(np.searchsorted(total, self.top_p * (1 - 1e-9))) + 1]
+        return int(self._random.choice(order, p=p[order] / p[order].sum()))
+
+
 def generate(model: Model, cache: Cache, prompts: Sequence[Sequence[int]], tokens: int, *,
              on_token: Optional[Callable[[int, int], None]] = None,
-             on_logits: Optional[Callable[[np.ndarray], None]] = None, ignore_stop: bool = False) -> list[list[int]]:
-    """Feeds each sequence its prompt, then up to `tokens` tokens of its own, the likeliest each time. Sequences that have
+             on_logits: Optional[Callable[[np.ndarray], None]] = None, ignore_stop: bool = False,
+             choose: Callable[[np.ndarray], int] = Sampler()) -> list[list[int]]:
+    """Feeds each sequence its prompt, then up to `tokens` tokens of its own, as `choose` has them: the likeliest. Sequences that have
     stopped rest while the others go on. The last token of an answer is not fed: the next prompt may begin with it."""
     answers: list[list[int]] = [[] for _ in prompts]
     live = [i for i, p in enumerate(prompts) if p]
@@ -24,7 +47,7 @@ def generate(model: Model, cache: Cache, prompts: Sequence[Sequence[int]], token
             on_logits(logits)
         feed = [[] for _ in prompts]
         for row, i in enumerate(list(live)):
-            token = int(np.argmax(logits[row]))
+            token = choose(logits[row])
             answers[i].append(token)
             if on_token:
                 on_token(i, token)
