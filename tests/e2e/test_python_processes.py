@@ -1,5 +1,6 @@
 """The Python package and processes: forked children, multiprocessing, pickles; and what objects say of themselves."""
 import copy
+import inspect
 import multiprocessing
 import os
 import pickle
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
+import typing
 
 import pytest
 
@@ -163,6 +165,21 @@ def test_stubs_of_the_protocol_beside_the_package(folder, order):
     order = order.format(package=SOURCE / "client/python", stubs=folder)
     r = subprocess.run([sys.executable, "-c", STUBS, order], capture_output=True, text=True, timeout=30, env={**os.environ, "PYTHONPATH": ""})
     assert r.stdout == "kvd kvd.v1.kvd_pb2\n", r.stderr
+
+
+def test_type_hints_are_complete():
+    """What py.typed promises: every public function and method has hints for all it takes and returns, and they name what exists."""
+    public = [getattr(package, n) for n in package.__all__]
+    functions = [f for f in public if inspect.isfunction(f)]
+    for kind in (k for k in public if inspect.isclass(k)):
+        functions += [f for n, f in vars(kind).items() if inspect.isfunction(f) and (not n.startswith("_") or n in ("__init__", "__getitem__"))]
+        functions += [p.fget for p in vars(kind).values() if isinstance(p, property)]
+    assert len(functions) > 40
+    for f in functions:
+        hints = typing.get_type_hints(f, {**vars(sys.modules[f.__module__]), **{n: getattr(package, n) for n in package.__all__}})
+        wanted = {*inspect.signature(f).parameters, "return"} - {"self", "return" if f.__name__ == "__init__" else "self"}
+        missing = sorted(wanted - set(hints))
+        assert not missing, (f.__qualname__, missing)
 
 
 def test_what_objects_say(kvd):

@@ -300,7 +300,8 @@ class Client(lib.OfProcess):
         if not items:
             raise lib.InvalidError("no items")
         self._open()
-        structs, layers = (lib.ItemStruct * len(items))(), "layers"
+        structs = (lib.ItemStruct * len(items))()
+        layers: Union[int, str] = "layers"
         for i, item in enumerate(items):
             structs[i], layers = item._struct(self, call, f"items[{i}]." if len(items) > 1 else "", layers)
         return self._layers(layer, layers), structs, len(items)
@@ -358,7 +359,7 @@ class Client(lib.OfProcess):
     @property
     def on_gpu(self) -> bool:
         """Whether the daemon runs on a GPU."""
-        return self.info["backend"].startswith("cuda")
+        return str(self.info["backend"]).startswith("cuda")
 
     def rotate(self, x: AnyTensor, y: AnyTensor, *, side: Literal["k", "v"] = "k", inverse: bool = False, layer: int = 0) -> None:
         """y = x R of K's or V's rotations, or x R^T. Heads are kv_heads or q_heads; y may be x."""

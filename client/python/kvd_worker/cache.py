@@ -27,9 +27,9 @@ class KvdCache:
             if len(self._tensors) > 8:
                 for t in self._tensors.pop(next(iter(self._tensors))):
                     t.free()
-            t = self.client.tensor
-            self._tensors[tokens] = (t(1, tokens, *q.shape[1:], dtype="f32"), t(1, tokens, *k.shape[1:]),
-                                     t(1, tokens, *k.shape[1:]), t(1, tokens, *q.shape[1:], dtype="f32"))
+            make = self.client.tensor
+            self._tensors[tokens] = (make(1, tokens, *q.shape[1:], dtype="f32"), make(1, tokens, *k.shape[1:]),
+                                     make(1, tokens, *k.shape[1:]), make(1, tokens, *q.shape[1:], dtype="f32"))
         return self._tensors[tokens]
 
     def attend(self, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, counts: Sequence[int]) -> np.ndarray:

@@ -15,7 +15,9 @@ import numpy as np
 class Cache(Protocol):
     """Where keys and values live, and where queries meet them."""
 
-    lengths: list[int]  # tokens of each sequence
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
 
     def attend(self, layer: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, counts: Sequence[int]) -> np.ndarray:
         """Stores k and v [tokens, kv_heads, head_dim] of the new tokens, counts[i] of sequence i one after the other, and
