@@ -69,10 +69,10 @@ int kvd_items_take(const kvd_item *items, uint32_t count, kvd_item **own, struct
     uint32_t step = size_of(items); // also the distance from one to the next
     for (uint32_t i = 0; i < count; i++) {
         const uint8_t *at = (const uint8_t *)items + (size_t)i * step;
-        int rc = kvd_sized_take(&kvd_sized_item, at, &list[i], err);
-        if (rc == KVD_OK && size_of(at) != step)
-            rc = kvd_fail(err, KVD_E_INVALID, "kvd_item.size is %u and that of the first is %u",
-                          size_of(at), step);
+        int rc = size_of(at) == step // before more of it is read
+                     ? kvd_sized_take(&kvd_sized_item, at, &list[i], err)
+                     : kvd_fail(err, KVD_E_INVALID, "kvd_item.size is %u, that of the first is %u",
+                                size_of(at), step);
         if (rc)
             return kvd_fail_in(err, "items[%u]", i);
     }

@@ -167,7 +167,7 @@ if [ -z "${QUICK:-}" ]; then
     export TSAN_OPTIONS=suppressions=$PWD/tests/tsan.supp:halt_on_error=0:exitcode=66:history_size=7
     if make_build "$build-tsan" "$targets" -Dcuda=disabled -Db_sanitize=thread -Db_lundef=false -Dbuildtype=debugoptimized >"$logs/build" 2>&1; then
         pytests "end to end, tsan" "$build-tsan" -k "(libkvd or several or killed or retries or restart or outputs or slow or fence) and not turboquant and not int2c and not int2-lm" \
-            test_lifecycle.py test_death.py test_grpc.py test_direct.py
+            test_lifecycle.py test_libkvd.py test_death.py test_grpc.py test_direct.py
     else
         tail -n 40 "$logs/build"
         count "tsan build" 0 1 0

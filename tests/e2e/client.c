@@ -239,6 +239,7 @@ static int replayed(const char *address)
     open_client(address);
     kvd_item items[2] = {item_of(5), item_of(5)};
     NEED(kvd_sequences_create(client, 1, &items[1].sequence, ERR) == 0);
+    items[1].o.offset += LAYERS * 5 * HEADS * DIM_V * 4; // of its own
     items[0].replayed = &before[0];
     items[1].replayed = &before[1];
     items[0].request = kvd_request_new(client);

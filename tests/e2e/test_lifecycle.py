@@ -107,7 +107,9 @@ def test_sd_notify(folder):
 def test_clients_survive_a_restart(kvd, folder):
     """A worker that is in the middle of its work when the daemon is killed gets a clear error, not a hang."""
     p = subprocess.Popen([WORKER, kvd.address], stderr=subprocess.PIPE, text=True)
-    time.sleep(0.25)
+    while "session opened" not in kvd.text() and p.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.15)
     kvd.stop(signal.SIGKILL)
     kvd.start()
     _, err = p.communicate(timeout=60)
