@@ -1,5 +1,5 @@
 # Installs what kvd wants on Debian and Ubuntu, and nothing that is there already. Sourced by quickstart.sh and
-# tests/run.sh and deb.sh: kvd_deps build | kvd_deps test | kvd_deps package |
+# tests/run.sh, tests/bench/run.sh and deb.sh: kvd_deps build | kvd_deps test | kvd_deps bench | kvd_deps package |
 # kvd_deps container.
 
 kvd_deps() {
@@ -9,6 +9,9 @@ kvd_deps() {
     if [ "$1" = test ]; then
         packages="$packages check prometheus nginx-light python3 python3-pip python3-grpcio python3-protobuf python3-numpy
             python3-pytest python3-pytest-xdist clang-format openssl"
+    fi
+    if [ "$1" = bench ]; then
+        packages="$packages check python3 python3-numpy"
     fi
     if [ "$1" = package ]; then
         packages="$packages debhelper dh-python dpkg-dev fakeroot python3 systemd"

@@ -1,16 +1,52 @@
 #!/usr/bin/env bash
 # From a fresh Debian or Ubuntu machine to kvd at work: installs dependencies, builds, starts a daemon, fetches a
 # rotation set from a calibration store, runs a writer and a reader as separate processes on recorded activations of a
-# real model, and prints what came of it. Asks nothing; may be run again. BUILD=DIR chooses the build folder.
+# real model, and prints what came of it. Asks nothing; may be run again. usage: deploy/quickstart.sh [--with-cuda]
+# CUDA kernels take minutes to compile: they are built where there is a GPU, for that GPU alone; with --with-cuda
+# everywhere, for all that kvd knows. BUILD=DIR chooses the build folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source deploy/deps.sh
 build=${BUILD:-build}
+case "${1:-}" in
+"" | --with-cuda) ;;
+*) echo "usage: deploy/quickstart.sh [--with-cuda]" >&2; exit 2 ;;
+esac
+
+began=$SECONDS
+took() { # took WHAT: seconds since the last one
+    echo "   ($1: $((SECONDS - began)) s)"
+    began=$SECONDS
+}
 
 kvd_deps build
-echo "== build: $build"
-[ -e "$build/build.ninja" ] || meson setup "$build" -Dtests=false >/dev/null
-ninja -C "$build" daemon/kvd client/kvctl client/kvd-demo >/dev/null
+took dependencies
+
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | grep -xE '[0-9]+\.[0-9]+' || true)
+cuda=(-Dcuda=disabled) what="without CUDA kernels: there is no GPU"
+if [ "${1:-}" = --with-cuda ]; then
+    cuda=(-Dcuda=enabled -Dgpu_capability=) what="with CUDA kernels for all GPUs"
+elif [ -n "$capability" ]; then
+    cuda=(-Dcuda=auto "-Dgpu_capability=$capability") what="with CUDA kernels for compute capability $capability, if nvcc is there"
+fi
+if [ -e "$build/build.ninja" ] && [ -n "${BUILD:-}" ]; then
+    what="as $build was set up"
+elif [ -e "$build/build.ninja" ]; then
+    [ "$(cat "$build/quickstart.options" 2>/dev/null)" = "${cuda[*]}" ] || meson configure "$build" "${cuda[@]}" >/dev/null
+else
+    meson setup "$build" -Dtests=false "${cuda[@]}" >/dev/null
+fi
+echo "${cuda[*]}" >"$build/quickstart.options"
+echo "== build: $build, $what"
+targets=(daemon/kvd client/kvctl client/kvd-demo client/kvd-compare)
+export NINJA_STATUS='   [%f/%t, %e s] '
+if [ -t 1 ]; then
+    ninja -C "$build" "${targets[@]}" # one line that moves
+else # a line now and then; everything if it fails
+    ninja -C "$build" "${targets[@]}" | awk '$1 ~ /^\[/ {split($1, n, "[[/,]"); if (n[2] * 4 < n[3] * shown) next; shown++; print; next}
+        {rest = rest $0 "\n"} /FAILED|ERROR/ {bad = 1} END {if (bad) printf "%s", rest}'
+fi
+took build
 
 work=$(mktemp -d /tmp/kvd-quickstart.XXXXXX)
 pid=
@@ -50,5 +86,9 @@ $kvctl status
 echo
 echo "== some metrics"
 $kvctl metrics | grep -E '^kvd_(pool_bytes|namespace_tokens|compression_ratio|rotation_set_requests_total|sessions_opened_total|pages)'
+echo
+echo "== what it is worth"
+"$build/client/kvd-compare" "unix:$work/kvd.sock" tests/data/smollm2.safetensors "$set_name"
+took run
 echo
 echo "== done. To keep a daemon: $build/daemon/kvd --listen unix:\$HOME/kvd.sock --store URL; then $build/client/kvctl --help"

@@ -28,7 +28,14 @@ pc=$(dirname "$(find "$root" -name kvd.pc)")
 lib=$(dirname "$(find "$root" -name 'libkvd.so' | head -n 1)")
 [ -e "$lib/libkvd.a" ] || { echo "missing: libkvd.a"; exit 1; }
 printf '#include <kvd/kvd.h>\n#include <stdio.h>\nint main(void) { puts(kvd_version()); return 0; }\n' >"$root/t.c"
-export PKG_CONFIG_PATH=$pc PKG_CONFIG_SYSROOT_DIR=$root
+# A fresh build's kvd.pc says where it lies itself, and nothing of the machine that built it.
+grep -q '^prefix=${pcfiledir}/' "$other/meson-private/kvd.pc" && ! grep -E "$PWD|$HOME/|/tmp/" "$other/meson-private/kvd.pc" ||
+    { echo "kvd.pc has paths of the build machine"; exit 1; }
+if grep -q '^prefix=${pcfiledir}/' "$pc/kvd.pc"; then
+    export PKG_CONFIG_PATH=$pc
+else # a build folder from before it was so
+    export PKG_CONFIG_PATH=$pc PKG_CONFIG_SYSROOT_DIR=$root
+fi
 # shellcheck disable=SC2046
 gcc -std=c99 -Wall -Werror "$root/t.c" -o "$root/t" $(pkg-config --cflags --libs kvd)
 LD_LIBRARY_PATH=$lib "$root/t"
