@@ -26,7 +26,7 @@ static uint64_t append_all(kvd_client *c, const struct activations *a, struct ou
     kvd_failure err;
     kvd_buffer *b;
     kvd_sequence_info info = KVD_NEW(kvd_sequence_info);
-    uint64_t id, v_at = (uint64_t)a->layers * STEP * a->kv_heads * DIM * 2;
+    uint64_t id = 0, v_at = (uint64_t)a->layers * STEP * a->kv_heads * DIM * 2;
     if (kvd_buffer_new(c, 2 * v_at, &b, &err) || kvd_sequences_create(c, 1, &id, &err))
         die("cannot prepare", &err);
     for (uint32_t t = 0; t < a->tokens; t += STEP) {

@@ -77,6 +77,15 @@ static const struct command table[] = {
      .operators = true,
      .run = cmd_log_level},
     {.name = "doctor", .help = "What this host gives kvd, and what is missing", .run = cmd_doctor},
+    {.name = "bench",
+     .help = "What kvd does on this machine, against its memory's limit",
+     .more = "A sequence of random tokens of 4 layers is appended, attended to and read, and freed "
+             "again; the tokens take room in the namespace meanwhile. Other load shows in the "
+             "figures. It wants the unix: address.",
+     .options = {{"tokens", 0, "N", VALUE_NUMBER, "Length of the sequence (default 8192)"},
+                 {"codec", 0, "CODEC", VALUE_TEXT, "As a worker's (default int2)"},
+                 {"namespace", 0, "NAMESPACE", VALUE_NAMESPACE, "Where (default: default)"}},
+     .run = cmd_bench},
     {.name = "version", .help = "Versions of kvctl and the daemon", .run = cmd_version},
     {.name = "help",
      .help = "Help for a command",

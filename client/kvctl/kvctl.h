@@ -180,6 +180,7 @@ COMMAND(calib_pin);
 COMMAND(calib_unpin);
 COMMAND(calib_gc);
 COMMAND(doctor);
+COMMAND(bench);
 COMMAND(version);
 
 #endif
