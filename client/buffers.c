@@ -12,6 +12,8 @@ int kvd_buffer_register(kvd_client *c, kvd_buffer *b, uint64_t deadline, struct 
     Kvd__V1__RegisterBufferRequest req = KVD__V1__REGISTER_BUFFER_REQUEST__INIT;
     Kvd__V1__RegisterBufferReply *reply;
     int rc = KVD_OK;
+    if (b->local)
+        return KVD_OK;
     if (b->fd >= 0)
         rc = kvd_fdsock_send(c->sock, b->key, b->fd, kvd_left_ms(deadline), err);
     if (rc)
@@ -38,8 +40,8 @@ kvd_result kvd_client_add_buffer(kvd_client *c, kvd_buffer *b, kvd_failure *err)
     uint64_t deadline = kvd_client_deadline(c);
     b->client = c;
     b->key = ++c->next_key;
-    if (strncmp(c->address, "unix:", 5) != 0)
-        kvd_fail(&e, KVD_E_INVALID, "shared buffers want a unix: address");
+    if (c->remote && !b->local)
+        kvd_fail(&e, KVD_E_INVALID, "GPU memory is shared over kvd's unix: address only");
     if (e.code || kvd_fork_check(c, &e) || kvd_client_enter(c, deadline, &e))
         return kvd_client_fail(err, &e);
     int rc = c->lost ? kvd_fail(&e, KVD_E_UNAUTH, "no session") // to be opened again
@@ -55,6 +57,12 @@ kvd_result kvd_client_add_buffer(kvd_client *c, kvd_buffer *b, kvd_failure *err)
 
 static int make_memory(kvd_buffer *b, struct kvd_error *err)
 {
+    if (b->local) {
+        b->data = mmap(NULL, b->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        return b->data != MAP_FAILED ? KVD_OK
+                                     : kvd_fail(err, -errno, "cannot map %llu bytes: %s",
+                                                (unsigned long long)b->size, strerror(errno));
+    }
     b->fd = memfd_create("kvd-buffer", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (b->fd < 0 || ftruncate(b->fd, (off_t)b->size) ||
         fcntl(b->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW))
@@ -85,7 +93,7 @@ kvd_result kvd_buffer_new(kvd_client *c, uint64_t bytes, kvd_buffer **out, kvd_f
         kvd_fail(&e, KVD_E_INVALID, bytes ? "out of memory" : "a buffer of 0 bytes");
         return kvd_client_fail(err, &e);
     }
-    *b = (kvd_buffer){.size = bytes, .fd = -1, .data = MAP_FAILED};
+    *b = (kvd_buffer){.size = bytes, .fd = -1, .data = MAP_FAILED, .local = c->remote};
     kvd_result rc =
         make_memory(b, &e) ? kvd_client_fail(err, &e) : kvd_client_add_buffer(c, b, err);
     if (rc == KVD_SUCCESS)
@@ -119,7 +127,7 @@ void *kvd_buffer_take(kvd_buffer **bp, uint64_t deadline, bool unmap)
     Kvd__V1__ReleaseBufferRequest req = KVD__V1__RELEASE_BUFFER_REQUEST__INIT;
     Kvd__V1__ReleaseBufferReply *reply;
     // Best effort: the session's end releases it too.
-    if (!c->forked && kvd_client_enter(c, deadline, NULL) == KVD_OK) {
+    if (!c->forked && !b->local && kvd_client_enter(c, deadline, NULL) == KVD_OK) {
         req.session = c->session;
         req.buffer = b->id;
         if (kvd_channel_call(c->channel, "/kvd.v1.KvCache/ReleaseBuffer", &req,

@@ -6,12 +6,14 @@
 static Kvd__V1__TensorRef tensor(const kvd_tensor_ref *t)
 {
     Kvd__V1__TensorRef r = KVD__V1__TENSOR_REF__INIT;
+    r.dtype = t->dtype == KVD_F32 ? KVD__V1__DTYPE__DTYPE_F32 : KVD__V1__DTYPE__DTYPE_BF16;
+    if (t->buffer && t->buffer->local)
+        return r; // it travels with the call
     r.buffer = t->buffer ? t->buffer->id : 0;
     r.offset = t->offset + (t->buffer ? t->buffer->at : 0);
     r.layer_stride = t->layer_stride;
     r.token_stride = t->token_stride;
     r.head_stride = t->head_stride;
-    r.dtype = t->dtype == KVD_F32 ? KVD__V1__DTYPE__DTYPE_F32 : KVD__V1__DTYPE__DTYPE_BF16;
     return r;
 }
 
@@ -162,38 +164,78 @@ struct refs {
     Kvd__V1__TensorRef k, v, q, o, lse;
 };
 
-static struct refs refs_of(const kvd_item *item)
-{
-    return (struct refs){tensor(&item->k), tensor(&item->v), tensor(&item->q), tensor(&item->o),
-                         tensor(&item->lse)};
-}
-
-// Items and their pointers in one allocation.
+// Items of a request, their tensors, and pointers to them.
 struct batch {
+    uint32_t count;
     struct refs *refs;
     void *items;
     void **list;
 };
 
-static bool batch_new(struct batch *b, uint32_t count, size_t item_bytes)
+static struct kvd_dims dims_of(const kvd_client *c, kvd_layers l, uint32_t tokens, bool q, bool v,
+                               kvd_dtype_t dtype)
 {
-    *b = (struct batch){calloc(count + 1, sizeof(*b->refs)), calloc(count + 1, item_bytes),
+    const Kvd__V1__Geometry *g = &c->geometry;
+    return (struct kvd_dims){.layers = l.count ? l.count : (uint32_t)g->n_layers - l.begin,
+                             .tokens = tokens,
+                             .heads = q ? g->q_heads : g->kv_heads,
+                             .dim = v ? g->head_dim_v : g->head_dim_k,
+                             .size = dtype == KVD_F32 ? 4 : 2};
+}
+
+static int send_inline(const kvd_client *c, kvd_call_kind kind, kvd_layers l, const kvd_item *item,
+                       struct refs *r, struct kvd_error *err)
+{
+    uint32_t n = item->tokens;
+    int rc = KVD_OK;
+    if (kind != KVD_CALL_ATTEND)
+        rc = kvd_inline_send(&item->k, dims_of(c, l, n, false, false, KVD_BF16), &r->k, err);
+    if (kind != KVD_CALL_ATTEND && rc == KVD_OK)
+        rc = kvd_inline_send(&item->v, dims_of(c, l, n, false, true, KVD_BF16), &r->v, err);
+    if (kind != KVD_CALL_APPEND && rc == KVD_OK)
+        rc = kvd_inline_send(&item->q, dims_of(c, l, n, true, false, item->q.dtype), &r->q, err);
+    return rc;
+}
+
+// *b is to be freed in any case.
+static int batch_new(struct batch *b, const kvd_client *c, kvd_call_kind kind, kvd_layers l,
+                     const kvd_item *items, uint32_t count, size_t item_bytes,
+                     struct kvd_error *err)
+{
+    int rc = KVD_OK;
+    uint64_t sum = 0;
+    *b = (struct batch){count, calloc(count + 1, sizeof(*b->refs)), calloc(count + 1, item_bytes),
                         calloc(count + 1, sizeof(void *))};
-    return b->refs && b->items && b->list;
+    if (!b->refs || !b->items || !b->list)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    for (uint32_t i = 0; i < count && rc == KVD_OK; i++) {
+        const kvd_item *item = &items[i];
+        struct refs *r = &b->refs[i];
+        *r = (struct refs){tensor(&item->k), tensor(&item->v), tensor(&item->q), tensor(&item->o),
+                           tensor(&item->lse)};
+        b->list[i] = (char *)b->items + i * item_bytes;
+        if (c->remote)
+            rc = send_inline(c, kind, l, item, r, err);
+        sum += r->k.inline_data.len + r->v.inline_data.len + r->q.inline_data.len;
+    }
+    if (rc == KVD_OK && sum > KVD_MAX_MESSAGE - (1 << 20))
+        return kvd_fail(err, KVD_E_LIMIT,
+                        "over TCP tensors travel with their call, and %llu bytes are too many for "
+                        "one: split it",
+                        (unsigned long long)sum);
+    return rc;
 }
 
 static void batch_free(struct batch *b)
 {
+    for (uint32_t i = 0; b->refs && i < b->count; i++) {
+        free(b->refs[i].k.inline_data.data);
+        free(b->refs[i].v.inline_data.data);
+        free(b->refs[i].q.inline_data.data);
+    }
     free(b->refs);
     free(b->items);
     free(b->list);
-}
-
-static kvd_result no_memory(kvd_failure *err)
-{
-    struct kvd_error e = {0};
-    kvd_fail(&e, KVD_E_INTERNAL, "out of memory");
-    return kvd_client_fail(err, &e);
 }
 
 static kvd_result append(kvd_client *c, kvd_layers layers, const kvd_item *items, uint32_t count,
@@ -203,19 +245,18 @@ static kvd_result append(kvd_client *c, kvd_layers layers, const kvd_item *items
     struct batch b KVD_AUTO(batch_free);
     Kvd__V1__AppendRequest req = KVD__V1__APPEND_REQUEST__INIT;
     Kvd__V1__AppendReply *reply;
-    if (!batch_new(&b, count, sizeof(Kvd__V1__AppendItem)))
-        return no_memory(err);
+    struct kvd_error e = {0};
+    if (batch_new(&b, c, KVD_CALL_APPEND, layers, items, count, sizeof(Kvd__V1__AppendItem), &e))
+        return kvd_client_fail(err, &e);
     Kvd__V1__AppendItem *out = b.items;
     for (uint32_t i = 0; i < count; i++) {
         kvd__v1__append_item__init(&out[i]);
-        b.refs[i] = refs_of(&items[i]);
         out[i].sequence = items[i].sequence;
         out[i].position = items[i].position;
         out[i].tokens = items[i].tokens;
         out[i].request_id = items[i].request;
         out[i].k = &b.refs[i].k;
         out[i].v = &b.refs[i].v;
-        b.list[i] = &out[i];
     }
     req.layer_begin = layers.begin;
     req.layer_count = layers.count;
@@ -247,20 +288,34 @@ static Kvd__V1__AttentionParams params_of(const kvd_attention *a, const kvd_item
     return p;
 }
 
-static kvd_result attention_call(kvd_client *c, const char *method, void *req, char **session,
-                                 const kvd_item *items, uint32_t count, uint64_t deadline,
-                                 kvd_failure *err)
+static int receive_inline(const kvd_client *c, kvd_layers l, const kvd_item *item,
+                          const Kvd__V1__AttendResult *r, struct kvd_error *err)
 {
+    struct kvd_dims d = dims_of(c, l, item->tokens, true, true, item->o.dtype);
+    int rc = kvd_inline_receive(&item->o, d, &r->o, err);
+    d.dim = 1;
+    d.size = sizeof(float);
+    return rc || !item->lse.buffer ? rc : kvd_inline_receive(&item->lse, d, &r->lse, err);
+}
+
+static kvd_result attention_call(kvd_client *c, const char *method, void *req, char **session,
+                                 kvd_layers layers, const kvd_item *items, uint32_t count,
+                                 uint64_t deadline, kvd_failure *err)
+{
+    struct kvd_error e = {0};
     Kvd__V1__AttendReply *reply;
     kvd_result rc = kvd_client_call_until(
         c, method, req, session, &kvd__v1__attend_reply__descriptor, &reply, deadline, err);
     if (rc)
         return rc;
-    for (uint32_t i = 0; i < count && i < reply->n_results; i++)
+    for (uint32_t i = 0; i < count && i < reply->n_results && !e.code; i++) {
         if (items[i].replayed)
             *items[i].replayed = reply->results[i]->replayed;
+        if (c->remote)
+            receive_inline(c, layers, &items[i], reply->results[i], &e);
+    }
     kvd__v1__attend_reply__free_unpacked(reply, NULL);
-    return KVD_SUCCESS;
+    return e.code ? kvd_client_fail(err, &e) : KVD_SUCCESS;
 }
 
 static kvd_result attend(kvd_client *c, kvd_layers layers, const kvd_attention *attention,
@@ -270,18 +325,17 @@ static kvd_result attend(kvd_client *c, kvd_layers layers, const kvd_attention *
     struct batch b KVD_AUTO(batch_free);
     Kvd__V1__AttendRequest req = KVD__V1__ATTEND_REQUEST__INIT;
     Kvd__V1__AttentionParams params = params_of(attention, items, count);
-    if (!batch_new(&b, count, sizeof(Kvd__V1__AttendItem)))
-        return no_memory(err);
+    struct kvd_error e = {0};
+    if (batch_new(&b, c, KVD_CALL_ATTEND, layers, items, count, sizeof(Kvd__V1__AttendItem), &e))
+        return kvd_client_fail(err, &e);
     Kvd__V1__AttendItem *out = b.items;
     for (uint32_t i = 0; i < count; i++) {
         kvd__v1__attend_item__init(&out[i]);
-        b.refs[i] = refs_of(&items[i]);
         out[i].sequence = items[i].sequence;
         out[i].q_len = items[i].tokens;
         out[i].q = &b.refs[i].q;
         out[i].o = &b.refs[i].o;
         out[i].lse = &b.refs[i].lse;
-        b.list[i] = &out[i];
     }
     req.layer_begin = layers.begin;
     req.layer_count = layers.count;
@@ -290,7 +344,8 @@ static kvd_result attend(kvd_client *c, kvd_layers layers, const kvd_attention *
     req.signal = signal;
     req.n_items = count;
     req.items = (Kvd__V1__AttendItem **)b.list;
-    return attention_call(c, METHOD("Attend"), &req, &req.session, items, count, deadline, err);
+    return attention_call(c, METHOD("Attend"), &req, &req.session, layers, items, count, deadline,
+                          err);
 }
 
 static kvd_result step(kvd_client *c, kvd_layers layers, const kvd_attention *attention,
@@ -300,12 +355,12 @@ static kvd_result step(kvd_client *c, kvd_layers layers, const kvd_attention *at
     struct batch b KVD_AUTO(batch_free);
     Kvd__V1__StepRequest req = KVD__V1__STEP_REQUEST__INIT;
     Kvd__V1__AttentionParams params = params_of(attention, items, count);
-    if (!batch_new(&b, count, sizeof(Kvd__V1__StepItem)))
-        return no_memory(err);
+    struct kvd_error e = {0};
+    if (batch_new(&b, c, KVD_CALL_STEP, layers, items, count, sizeof(Kvd__V1__StepItem), &e))
+        return kvd_client_fail(err, &e);
     Kvd__V1__StepItem *out = b.items;
     for (uint32_t i = 0; i < count; i++) {
         kvd__v1__step_item__init(&out[i]);
-        b.refs[i] = refs_of(&items[i]);
         out[i].sequence = items[i].sequence;
         out[i].position = items[i].position;
         out[i].tokens = items[i].tokens;
@@ -315,7 +370,6 @@ static kvd_result step(kvd_client *c, kvd_layers layers, const kvd_attention *at
         out[i].q = &b.refs[i].q;
         out[i].o = &b.refs[i].o;
         out[i].lse = &b.refs[i].lse;
-        b.list[i] = &out[i];
     }
     req.layer_begin = layers.begin;
     req.layer_count = layers.count;
@@ -324,7 +378,8 @@ static kvd_result step(kvd_client *c, kvd_layers layers, const kvd_attention *at
     req.signal = signal;
     req.n_items = count;
     req.items = (Kvd__V1__StepItem **)b.list;
-    return attention_call(c, METHOD("Step"), &req, &req.session, items, count, deadline, err);
+    return attention_call(c, METHOD("Step"), &req, &req.session, layers, items, count, deadline,
+                          err);
 }
 
 kvd_result kvd_client_compute(kvd_client *c, kvd_call_kind kind, kvd_layers layers,
@@ -396,11 +451,20 @@ kvd_result kvd_rotate(kvd_client *c, bool v, bool inverse, kvd_layers layers, ui
     req.heads = heads;
     req.x = &in;
     req.y = &out;
+    struct kvd_dims d = dims_of(c, layers, rows, false, v, x->dtype);
+    d.heads = heads;
+    if (c->remote && kvd_inline_send(x, d, &in, &e))
+        return kvd_client_fail(err, &e);
     kvd_result rc = kvd_client_call(c, METHOD("Rotate"), &req, &req.session,
                                     &kvd__v1__rotate_reply__descriptor, &reply, err);
-    if (rc == KVD_SUCCESS)
-        kvd__v1__rotate_reply__free_unpacked(reply, NULL);
-    return rc;
+    free(in.inline_data.data);
+    if (rc)
+        return rc;
+    d.size = y->dtype == KVD_F32 ? 4 : 2;
+    if (c->remote)
+        kvd_inline_receive(y, d, &reply->y, &e);
+    kvd__v1__rotate_reply__free_unpacked(reply, NULL);
+    return e.code ? kvd_client_fail(err, &e) : KVD_SUCCESS;
 }
 
 kvd_result kvd_read_tokens(kvd_client *c, kvd_layers layers, uint64_t sequence, uint64_t begin,
@@ -423,7 +487,12 @@ kvd_result kvd_read_tokens(kvd_client *c, kvd_layers layers, uint64_t sequence, 
     req.v = &v_ref;
     kvd_result rc = kvd_client_call(c, METHOD("ReadTokens"), &req, &req.session,
                                     &kvd__v1__read_tokens_reply__descriptor, &reply, err);
-    if (rc == KVD_SUCCESS)
-        kvd__v1__read_tokens_reply__free_unpacked(reply, NULL);
-    return rc;
+    if (rc)
+        return rc;
+    if (c->remote && k)
+        kvd_inline_receive(k, dims_of(c, layers, count, false, false, k->dtype), &reply->k, &e);
+    if (c->remote && v && !e.code)
+        kvd_inline_receive(v, dims_of(c, layers, count, false, true, v->dtype), &reply->v, &e);
+    kvd__v1__read_tokens_reply__free_unpacked(reply, NULL);
+    return e.code ? kvd_client_fail(err, &e) : KVD_SUCCESS;
 }

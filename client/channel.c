@@ -15,7 +15,7 @@ struct connection {
 
 struct kvd_channel {
     grpc_channel_credentials *creds;
-    char *address;
+    char *address, *server_name;
     pthread_mutex_t lock;
     struct connection *now;
     grpc_completion_queue *idle[16]; // queues between calls
@@ -36,6 +36,8 @@ struct kvd_stream {
 };
 
 static char tag_start, tag_status, tag_message;
+
+enum { MAX_PEM = 4 << 20 };
 
 static int from_grpc(grpc_status_code code)
 {
@@ -76,10 +78,12 @@ static int from_grpc(grpc_status_code code)
 static int read_pem(const char *path, char **out, struct kvd_error *err)
 {
     FILE *f KVD_FCLOSE = fopen(path, "re");
-    char *text = f ? calloc(1, 65536) : NULL;
-    if (!text || fread(text, 1, 65535, f) == 0) {
+    char *text = f ? calloc(1, MAX_PEM + 1) : NULL;
+    size_t n = text ? fread(text, 1, MAX_PEM, f) : 0;
+    if (n == 0 || n == MAX_PEM) {
         free(text);
-        return kvd_fail(err, KVD_E_INVALID, "cannot read %s", path);
+        return kvd_fail(err, KVD_E_INVALID,
+                        n ? "%s has more than 4 MiB" : "cannot read %s, or it is empty", path);
     }
     *out = text;
     return KVD_OK;
@@ -98,7 +102,7 @@ static grpc_channel_credentials *credentials(const struct kvd_channel_options *o
     return grpc_ssl_credentials_create_ex(ca, cert ? &pair : NULL, NULL, NULL);
 }
 
-static grpc_channel *make_channel(const char *address, grpc_channel_credentials *creds)
+static grpc_channel *make_channel(const struct kvd_channel *c)
 {
     grpc_arg args[] = {
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, .value.integer = -1},
@@ -114,15 +118,31 @@ static grpc_channel *make_channel(const char *address, grpc_channel_credentials 
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, .value.integer = 100},
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_ENABLE_HTTP_PROXY, .value.integer = 0},
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, .value.integer = 1},
+        // The last one is only there with a name.
+        {.type = GRPC_ARG_STRING,
+         .key = GRPC_SSL_TARGET_NAME_OVERRIDE_ARG,
+         .value.string = c->server_name},
     };
-    grpc_channel_args channel_args = {KVD_LEN(args), args};
-    return grpc_channel_create(address, creds, &channel_args);
+    grpc_channel_args channel_args = {KVD_LEN(args) - (c->server_name ? 0 : 1), args};
+    return grpc_channel_create(c->address, c->creds, &channel_args);
+}
+
+static void names_free(struct kvd_channel *c)
+{
+    free(c->address);
+    free(c->server_name);
 }
 
 struct kvd_channel *kvd_channel_new(const struct kvd_channel_options *o, struct kvd_error *err)
 {
     struct kvd_channel *c = calloc(1, sizeof(*c));
-    if (!c || !(c->address = strdup(o->address))) {
+    if (c) {
+        c->address = strdup(o->address);
+        c->server_name = o->tls_server_name ? strdup(o->tls_server_name) : NULL;
+    }
+    if (!c || !c->address || !c->server_name != !o->tls_server_name) {
+        if (c)
+            names_free(c);
         free(c);
         kvd_fail(err, KVD_E_INTERNAL, "out of memory");
         return NULL;
@@ -131,7 +151,7 @@ struct kvd_channel *kvd_channel_new(const struct kvd_channel_options *o, struct 
     c->creds = credentials(o, err);
     if (!c->creds) {
         grpc_shutdown();
-        free(c->address);
+        names_free(c);
         free(c);
         return NULL;
     }
@@ -164,7 +184,7 @@ void kvd_channel_free(struct kvd_channel **cp)
     give_connection(c, c->now);
     grpc_channel_credentials_release(c->creds);
     pthread_mutex_destroy(&c->lock);
-    free(c->address);
+    names_free(c);
     free(c);
     grpc_shutdown_blocking(); // whoever forks now finds none of its threads at work
 }
@@ -232,7 +252,7 @@ static struct connection *take_connection(struct kvd_channel *c)
     if (!c->now || c->now->stale) {
         struct connection *made = calloc(1, sizeof(*made));
         if (made) {
-            *made = (struct connection){.channel = make_channel(c->address, c->creds), .users = 1};
+            *made = (struct connection){.channel = make_channel(c), .users = 1};
             old = c->now;
             c->now = made;
         }

@@ -11,6 +11,7 @@ struct kvd_channel;
 struct kvd_channel_options {
     const char *address;                     // "unix:/path" or "host:port"
     const char *tls_ca, *tls_cert, *tls_key; // PEM files, for TCP; NULL: no TLS
+    const char *tls_server_name;             // what the certificate must name; NULL: the host
 };
 
 struct kvd_channel *kvd_channel_new(const struct kvd_channel_options *options,

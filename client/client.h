@@ -14,6 +14,7 @@
 struct kvd_buffer {
     kvd_client *client;
     kvd_buffer *next;
+    bool local; // this process's own: kvd is elsewhere
     uint64_t key;
     _Atomic uint64_t
         id; // changes when another thread reconnects; ids of an old session name nothing
@@ -28,12 +29,14 @@ struct kvd_buffer {
 struct kvd_client {
     kvd_client *next; // fork.c
     bool forked;      // in a child of the process that opened it
+    bool remote;      // over TCP: nothing is shared
     char *address, *namespace_name, *client_name, *codec, *rotation_set;
     uint32_t *layers;
     Kvd__V1__Geometry geometry; // refers to the copies above
     Kvd__V1__Windows windows;
-    uint32_t timeout_ms;
+    uint32_t timeout_ms, lease_ms;
     struct kvd_channel *channel;
+    struct kvd_lease *lease; // over TCP
     // Guards what a reconnect replaces. Calls hold it for reading.
     struct kvd_gate gate;
     uint64_t epoch; // counts sessions
@@ -118,6 +121,20 @@ int kvd_gpu_map(void *data, uint64_t bytes, uint64_t *device, struct kvd_error *
 void kvd_gpu_unmap(void *data);
 int kvd_gpu_order(void *stream, uint64_t write_at, uint64_t wait_at, uint32_t value,
                   struct kvd_error *err);
+
+// inline.c: a tensor over TCP. Its dims are those that were checked, elements of `size` bytes.
+struct kvd_dims {
+    uint32_t layers, tokens, heads, dim, size;
+};
+// Copies it into the request; inline_data is to be freed.
+int kvd_inline_send(const kvd_tensor_ref *t, struct kvd_dims d, Kvd__V1__TensorRef *ref,
+                    struct kvd_error *err);
+// Copies it out of a reply.
+int kvd_inline_receive(const kvd_tensor_ref *t, struct kvd_dims d, const ProtobufCBinaryData *from,
+                       struct kvd_error *err);
+// lease.c: keeps a session over TCP alive. Stopping may be done twice.
+int kvd_lease_start(kvd_client *c, struct kvd_error *err);
+void kvd_lease_stop(kvd_client *c);
 
 // buffers.c: registers a buffer that has its memory and links it to the client. On failure *b is
 // not freed.

@@ -564,7 +564,7 @@ static int check_options(const kvd_client *c, kvd_direct_options *o, struct kvd_
                         (int)o->dtype);
     if (c->direct)
         return kvd_fail(err, KVD_E_PRECONDITION, "this client has a kvd_direct already");
-    if (c->sock < 0)
+    if (c->remote)
         return kvd_fail(err, KVD_E_UNSUPPORTED, "direct mode wants kvd's unix: address");
     return KVD_OK;
 }

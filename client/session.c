@@ -67,18 +67,13 @@ const char *kvd_version(void)
     return KVD_VERSION;
 }
 
-static bool on_unix(const kvd_client *c)
-{
-    return strncmp(c->address, "unix:", 5) == 0;
-}
-
 static int make_session(kvd_client *c, uint64_t deadline, struct kvd_error *err)
 {
     char ticket[33] = "";
     int old = KVD_TAKE_FD(c->sock); // a fork in between must not find a number that is taken anew
     if (old >= 0)
         close(old);
-    if (on_unix(c)) {
+    if (!c->remote) {
         int sock = kvd_fdsock_connect(c->address, kvd_left_ms(deadline), ticket, err);
         if (sock < 0)
             return -sock;
@@ -91,6 +86,7 @@ static int make_session(kvd_client *c, uint64_t deadline, struct kvd_error *err)
     req.ticket = ticket;
     req.client_name = c->client_name;
     req.geometry = &c->geometry;
+    req.lease_ms = c->lease_ms;
     int rc = kvd_channel_call(c->channel, "/kvd.v1.KvCache/OpenSession", &req,
                               &kvd__v1__open_session_reply__descriptor, kvd_left_ms(deadline),
                               &reply, err);
@@ -218,32 +214,48 @@ static char *copy_or(const char *text, const char *otherwise)
     return strdup(text ? text : otherwise);
 }
 
+static const char *address_of(const kvd_options *o)
+{
+    const char *given = o->address ? o->address : getenv("KVD_ADDRESS");
+    return given ? given : "unix:/run/kvd/kvd.sock";
+}
+
 // What could not even be copied; the rest is the daemon's to judge.
 static int check_options(const kvd_options *o, struct kvd_error *err)
 {
     if (!o->layers || o->n_layers < 1 || o->n_layers > KVD_MAX_LAYERS)
         return kvd_fail(err, KVD_E_INVALID, "%u layers%s; 1 to %d are possible", o->n_layers,
                         o->layers ? "" : " (NULL)", KVD_MAX_LAYERS);
+    if (!o->tls_cert != !o->tls_key)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "tls_cert and tls_key are given together or not at all");
+    if (!o->tls_ca && (o->tls_cert || o->tls_server_name))
+        return kvd_fail(err, KVD_E_INVALID,
+                        "TLS wants tls_ca: who may have signed the daemon's "
+                        "certificate");
+    if (strncmp(address_of(o), "unix:", 5) == 0 && o->tls_ca)
+        return kvd_fail(err, KVD_E_INVALID, "TLS is for host:port, not for %s", address_of(o));
     return KVD_OK;
 }
 
 static kvd_client *client_new(const kvd_options *o)
 {
     kvd_client *c = calloc(1, sizeof(*c));
-    const char *address = o->address ? o->address : getenv("KVD_ADDRESS");
     if (!c)
         return NULL;
     c->sock = -1;
     kvd_gate_init(&c->gate);
     pthread_mutex_init(&c->buffers_lock, NULL);
     pthread_mutex_init(&c->enqueuer_lock, NULL);
-    c->address = copy_or(address, "unix:/run/kvd/kvd.sock");
+    c->address = strdup(address_of(o));
     c->namespace_name = copy_or(o->namespace_name, "default");
     c->client_name = copy_or(o->client_name, program_invocation_short_name);
     c->codec = copy_or(o->codec, "int2");
     c->rotation_set = copy_or(o->rotation_set, "");
     c->layers = calloc(o->n_layers + 1, sizeof(*c->layers));
     c->timeout_ms = o->timeout_ms ? o->timeout_ms : 30000;
+    c->lease_ms = o->lease_ms;
+    c->remote = strncmp(address_of(o), "unix:", 5) != 0;
     if (!c->address || !c->namespace_name || !c->client_name || !c->codec || !c->rotation_set ||
         !c->layers) {
         client_free(c);
@@ -281,9 +293,17 @@ kvd_result kvd_open(const kvd_options *options, kvd_client **out, kvd_failure *e
     }
     int rc = kvd_fork_watch(c, &e);
     if (rc == KVD_OK) {
-        c->channel = kvd_channel_new(&(struct kvd_channel_options){.address = c->address}, &e);
+        c->channel =
+            kvd_channel_new(&(struct kvd_channel_options){.address = c->address,
+                                                          .tls_ca = o.tls_ca,
+                                                          .tls_cert = o.tls_cert,
+                                                          .tls_key = o.tls_key,
+                                                          .tls_server_name = o.tls_server_name},
+                            &e);
         rc = c->channel ? open_session(c, kvd_client_deadline(c), &e) : e.code;
     }
+    if (rc == KVD_OK && c->remote)
+        rc = kvd_lease_start(c, &e);
     if (rc) {
         client_free(c);
         return kvd_client_fail(err, &e);
@@ -303,6 +323,7 @@ void kvd_close(kvd_client **cp)
     }
     uint64_t deadline = kvd_now_ms() + KVD_MIN(c->timeout_ms, (uint32_t)CLOSE_MS);
     kvd_enqueuer_free(&c->enqueuer, deadline);
+    kvd_lease_stop(c);
     kvd_stream_free(&c->events);
     Kvd__V1__CloseSessionRequest req = KVD__V1__CLOSE_SESSION_REQUEST__INIT;
     Kvd__V1__CloseSessionReply *reply;

@@ -32,8 +32,11 @@ int kvctl_confirm(const struct kvctl *k, const char *fmt, ...)
 struct kvd_channel *kvctl_channel(struct kvctl *k, struct kvd_error *err)
 {
     if (!k->channel && kvctl_find(k, err) == EXIT_OK)
-        k->channel = kvd_channel_new(
-            &(struct kvd_channel_options){k->address, k->tls_ca, k->tls_cert, k->tls_key}, err);
+        k->channel = kvd_channel_new(&(struct kvd_channel_options){.address = k->address,
+                                                                   .tls_ca = k->tls_ca,
+                                                                   .tls_cert = k->tls_cert,
+                                                                   .tls_key = k->tls_key},
+                                     err);
     return k->channel;
 }
 

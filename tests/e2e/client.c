@@ -1,6 +1,8 @@
 // libkvd's promises that are not about numbers, each a subcommand that exits with 0 if it is kept.
-// usage: client layout | client sized|replayed|shapes|fork ADDRESS [HOW] | client deadlines ADDRESS
-// STEP
+// usage: client layout
+//        client sized|replayed|shapes|deadlines|reconnect ADDRESS
+//        client fork ADDRESS [first|after|outlived]
+//        client remote ADDRESS UNIX_ADDRESS
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,6 +27,10 @@ kvd_options options_of(const char *address)
     static const uint32_t layers[LAYERS] = {1, 4};
     return (kvd_options){.size = sizeof(kvd_options),
                          .address = address,
+                         .tls_ca = getenv("KVD_TEST_CA"),
+                         .tls_cert = getenv("KVD_TEST_CERT"),
+                         .tls_key = getenv("KVD_TEST_KEY"),
+                         .tls_server_name = getenv("KVD_TEST_SERVER"),
                          .client_name = "client-test",
                          .timeout_ms = 10000,
                          .layers = layers,
@@ -81,6 +87,11 @@ static void print_options(void)
     FIELD(kvd_options, sink);
     FIELD(kvd_options, recent);
     FIELD(kvd_options, no_windows);
+    FIELD(kvd_options, lease_ms);
+    FIELD(kvd_options, tls_ca);
+    FIELD(kvd_options, tls_cert);
+    FIELD(kvd_options, tls_key);
+    FIELD(kvd_options, tls_server_name);
     STRUCT(kvd_direct_options);
     FIELD(kvd_direct_options, size);
     FIELD(kvd_direct_options, slots);
@@ -286,6 +297,8 @@ int main(int argc, char **argv)
         return forks(argv[2], argc > 3 ? argv[3] : "");
     if (strcmp(what, "deadlines") == 0)
         return deadlines(argv[2]);
+    if (strcmp(what, "remote") == 0)
+        return remotes(argv[2], argc > 3 ? argv[3] : argv[2]);
     if (strcmp(what, "reconnect") == 0)
         return reconnects(argv[2]);
     return 2;

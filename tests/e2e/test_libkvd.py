@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from conftest import BUILD, SOURCE
+from conftest import BUILD, SOURCE, WORKER, certificates, free_port
 
 CLIENT = BUILD / "tests/e2e_client"
 
@@ -193,3 +193,35 @@ def test_forks_of_python(kvd, folder):
     env = {**os.environ, "PYTHONPATH": str(SOURCE / "client/python"), "KVD_LIBRARY": str(BUILD / "client/libkvd.so.0")}
     r = subprocess.run(["/usr/bin/python3", folder / "forks.py", kvd.address], env=env, capture_output=True, text=True, timeout=60)
     assert r.returncode == 0, r.stderr
+
+
+def test_a_worker_over_mutual_tls(start, folder):
+    """The same numbers, with tensors that travel with their calls in a leased session."""
+    certificates(folder, server="IP:127.0.0.1,DNS:kvd.test", worker="DNS:worker", other="DNS:other")
+    port = free_port()
+    kvd = start("--listen", f"127.0.0.1:{port}", config=f"""
+[tls]
+cert = {folder}/server.pem
+key = {folder}/server.key
+client-ca = {folder}/ca.pem
+""")
+    tls = {"KVD_TEST_CA": f"{folder}/ca.pem", "KVD_TEST_CERT": f"{folder}/worker.pem", "KVD_TEST_KEY": f"{folder}/worker.key"}
+
+    def run(program, *args, **more):
+        env = {**os.environ, **tls, **more}
+        env = {k: v for k, v in env.items() if v}
+        return subprocess.run([program, *args], env=env, capture_output=True, text=True, timeout=60)
+
+    address = f"127.0.0.1:{port}"
+    r = run(WORKER, address)
+    assert r.returncode == 0, r.stdout + r.stderr
+    r = run(CLIENT, "remote", address, kvd.address)
+    assert r.returncode == 0, r.stdout + r.stderr
+    assert run(CLIENT, "remote", address, kvd.address, KVD_TEST_SERVER="kvd.test").returncode == 0
+    for words, wrong in (("handshake|certificate|connect", {"KVD_TEST_SERVER": "other.test"}),
+                         ("handshake|certificate|connect|closed|reset", {"KVD_TEST_CERT": "", "KVD_TEST_KEY": ""}),
+                         ("tls_cert and tls_key", {"KVD_TEST_KEY": ""}), ("cannot read", {"KVD_TEST_CA": f"{folder}/none.pem"}),
+                         ("TLS wants tls_ca", {"KVD_TEST_CA": ""})):
+        r = run(CLIENT, "remote", address, kvd.address, **wrong)
+        assert r.returncode == 1 and re.search(words, r.stderr), (wrong, r.stderr)
+    assert kvd.metric("kvd_sessions") == 0

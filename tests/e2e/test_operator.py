@@ -10,7 +10,7 @@ import urllib.request
 import grpc
 import pytest
 
-from conftest import KVCTL, WORKER, Rpc, admin, free_port, geometry
+from conftest import KVCTL, WORKER, Rpc, admin, certificates, free_port, geometry
 
 
 def get(port, path):
@@ -130,21 +130,8 @@ scrape_configs: [{{job_name: kvd, static_configs: [{{targets: ["127.0.0.1:{kvd.m
         p.wait(20)
 
 
-def openssl(*args, cwd):
-    subprocess.run(["openssl", *args], check=True, capture_output=True, cwd=cwd)
-
-
 def test_mutual_tls(start, folder):
-    if not shutil.which("openssl"):
-        pytest.skip("openssl is not installed")
-    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj",
-            "/CN=ca", cwd=folder)
-    for name, san in (("server", "IP:127.0.0.1"), ("ops", "DNS:ops"), ("guest", "DNS:guest")):
-        openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj",
-                f"/CN={name}", cwd=folder)
-        (folder / "ext").write_text(f"subjectAltName={san}\n")
-        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2",
-                "-out", f"{name}.pem", "-extfile", "ext", cwd=folder)
+    certificates(folder, server="IP:127.0.0.1", ops="DNS:ops", guest="DNS:guest")
     port = free_port()
     kvd = start("--listen", f"127.0.0.1:{port}", config=f"""
 [kvd]

@@ -77,6 +77,14 @@ typedef struct kvd_options {
                                  NULL: hadamard, or random with turboquant */
     uint32_t sink, recent;    /* tokens kept in bf16; both 0: 64 and 256 */
     bool no_windows;          /* really no sink and no recent window */
+    /* For "host:port", where nothing is shared: tensors travel with their calls (64 MiB a call),
+     * and a session that is not closed ends lease_ms after its worker was last heard of (a thread
+     * of libkvd says so; 0: 60,000, at least 1,000). No direct mode. */
+    uint32_t lease_ms;
+    /* PEM files. tls_ca: who may have signed the daemon's certificate; NULL: no TLS. cert and key:
+     * the worker's own, which a daemon beyond loopback wants. */
+    const char *tls_ca, *tls_cert, *tls_key;
+    const char *tls_server_name; /* what the certificate must name; NULL: the address's host */
 } kvd_options;
 
 /* Connects and opens a session. Waits for the rotation set to be fetched, at most timeout_ms. *out
@@ -97,8 +105,8 @@ KVD_API kvd_result kvd_get_info(kvd_client *client, kvd_info *out, kvd_failure *
 /* -- buffers: memory shared with the daemon -------------------------------------------------- */
 
 typedef struct kvd_buffer kvd_buffer;
-/* Makes and registers `bytes` of shared memory, zeroed. Wants an address on this host's unix
- * socket. */
+/* Makes and registers `bytes` of shared memory, zeroed. Over TCP it is the process's own memory,
+ * and tensors in it are copied into calls and out of replies. */
 KVD_API kvd_result kvd_buffer_new(kvd_client *client, uint64_t bytes, kvd_buffer **out,
                                   kvd_failure *err);
 /* Registers memory of the GPU that kvd runs on: `bytes` from `data` on, from cudaMalloc or an
@@ -228,7 +236,7 @@ KVD_API kvd_result kvd_read_tokens(kvd_client *client, kvd_layers layers, uint64
  * what was on the stream before is done, and what comes after waits for kvd's outputs. kvd_enqueue
  * returns at once; the next calls may be enqueued meanwhile and are with kvd before their turn.
  * items are copied; their buffers must stay. Not while a graph is captured. At most 16 streams a
- * client. On the CPU backend the call is made at once. */
+ * client. On the CPU backend the call is made at once; a GPU wants the unix: address. */
 
 typedef enum kvd_call_kind { KVD_CALL_APPEND = 0, KVD_CALL_ATTEND, KVD_CALL_STEP } kvd_call_kind;
 

@@ -101,6 +101,8 @@ class Options(Sized):
         ("layers", c.POINTER(c.c_uint32)), ("n_layers", c.c_uint32), ("q_heads", c.c_uint32), ("kv_heads", c.c_uint32),
         ("head_dim_k", c.c_uint32), ("head_dim_v", c.c_uint32), ("codec", c.c_char_p), ("rotation_set", c.c_char_p),
         ("sink", c.c_uint32), ("recent", c.c_uint32), ("no_windows", c.c_bool),
+        ("lease_ms", c.c_uint32), ("tls_ca", c.c_char_p), ("tls_cert", c.c_char_p), ("tls_key", c.c_char_p),
+        ("tls_server_name", c.c_char_p),
     ]
 
 
