@@ -96,7 +96,8 @@ static void copy_info(const Kvd__V1__SequenceInfo *in, kvd_sequence_info *out)
                               .pending_length = in->pending_length,
                               .pending_layers = in->pending_layers,
                               .bytes = in->bytes,
-                              .holders = in->holders};
+                              .holders = in->holders,
+                              .holds = in->holds};
     snprintf(info.name, sizeof(info.name), "%s", in->name);
     kvd_sized_give(&kvd_sized_sequence_info, &info, out);
 }
@@ -109,6 +110,7 @@ kvd_result kvd_sequence_attach(kvd_client *c, const char *name, kvd_sequence_inf
     struct kvd_error e = {0};
     if (kvd_sized_check(&kvd_sized_sequence_info, out, &e))
         return kvd_client_fail(err, &e);
+    req.request_id = ++c->next_request;
     req.request_id = ++c->next_request;
     req.name = (char *)name;
     kvd_result rc = kvd_client_call(c, METHOD("AttachSequence"), &req, &req.session,

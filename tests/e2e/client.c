@@ -1,6 +1,6 @@
 // libkvd's promises that are not about numbers, each a subcommand that exits with 0 if it is kept.
 // usage: client layout
-//        client sized|replayed|shapes|deadlines|reconnect ADDRESS
+//        client sized|replayed|holds|shapes|deadlines|reconnect ADDRESS
 //        client fork ADDRESS [first|after|outlived]
 //        client remote ADDRESS UNIX_ADDRESS
 #include <stdio.h>
@@ -128,6 +128,7 @@ static void print_outputs(void)
     FIELD(kvd_sequence_info, bytes);
     FIELD(kvd_sequence_info, holders);
     FIELD(kvd_sequence_info, name);
+    FIELD(kvd_sequence_info, holds);
     STRUCT(kvd_event);
     FIELD(kvd_event, size);
     FIELD(kvd_event, kind);
@@ -276,6 +277,37 @@ static int replayed(const char *address)
     return 0;
 }
 
+// -- holds: who attaches twice frees twice ------------------------------------------------------
+
+static int holds(const char *address)
+{
+    kvd_sequence_info one = KVD_NEW(kvd_sequence_info), two = one, now = one;
+    kvd_client *maker;
+    kvd_options o = options_of(address);
+    kvd_item item = {0};
+    open_client(address);
+    item = item_of(5);
+    NEED(kvd_append(client, ALL, &item, 1, ERR) == 0);
+    NEED(kvd_sequence_publish(client, id, "p", false, ERR) == 0);
+    maker = client;
+    NEED(kvd_open(&o, &client, ERR) == 0 && kvd_buffer_new(client, BYTES, &buffer, ERR) == 0);
+    NEED(kvd_sequence_attach(client, "p", &one, ERR) == 0 && one.holds == 1 && one.holders == 2);
+    NEED(kvd_sequence_attach(client, "p", &two, ERR) == 0 && two.holds == 2 && two.holders == 2);
+    NEED(one.sequence == two.sequence && one.length == 5);
+    NEED(kvd_sequences_free(client, &one.sequence, 1, false, ERR) == 0);
+    NEED(kvd_sequence_describe(client, two.sequence, &now, ERR) == 0 && now.holds == 1);
+    item = item_of(1);
+    item.sequence = two.sequence;
+    NEED(kvd_attend(client, ALL, NULL, &item, 1, ERR) == 0); // the other handle is good
+    NEED(kvd_sequences_free(client, (uint64_t[]){two.sequence, two.sequence}, 2, false, ERR) ==
+         KVD_ERR_NOT_FOUND);
+    NEED(kvd_sequences_free(client, &two.sequence, 1, false, ERR) == 0);
+    NEED(kvd_sequence_describe(client, two.sequence, &now, ERR) == KVD_ERR_NOT_FOUND);
+    kvd_close(&client);
+    kvd_close(&maker);
+    return 0;
+}
+
 int main(int argc, char **argv)
 {
     const char *what = argc > 1 ? argv[1] : "";
@@ -291,6 +323,8 @@ int main(int argc, char **argv)
         return sized(argv[2]);
     if (strcmp(what, "replayed") == 0)
         return replayed(argv[2]);
+    if (strcmp(what, "holds") == 0)
+        return holds(argv[2]);
     if (strcmp(what, "shapes") == 0)
         return shapes(argv[2]);
     if (strcmp(what, "fork") == 0)

@@ -21,7 +21,7 @@ def run(*args, timeout=60):
     return subprocess.run([CLIENT, *map(str, args)], capture_output=True, text=True, timeout=timeout)
 
 
-@pytest.mark.parametrize("what", ["sized", "replayed", "shapes", "fork"])
+@pytest.mark.parametrize("what", ["sized", "replayed", "holds", "shapes", "fork"])
 def test_promise(kvd, what):
     r = run(what, kvd.address)
     assert r.returncode == 0, r.stdout + r.stderr

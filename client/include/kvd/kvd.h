@@ -12,6 +12,15 @@
  * returns KVD_ERR_LOST once: sequences of the old session are gone, buffers keep their addresses
  * and go on working.
  *
+ * Every function returns within the client's timeout, whatever has become of the daemon; kvd_close
+ * takes 2 s at most. Nothing waits for a daemon that is not there: KVD_ERR_UNAVAILABLE comes at
+ * once, and the first call after it is back finds it.
+ *
+ * A forked child cannot use its parent's clients: functions fail with KVD_ERR_PRECONDITION, and
+ * those that close and free release the child's memory without a word to the daemon. kvd_open fails
+ * too in a child of a process that had a client open, as gRPC does not survive a fork: open clients
+ * after forking, or exec. All descriptors are close-on-exec.
+ *
  * Structures that may grow begin with `size`: sizeof of the structure, as the program was compiled
  * (KVD_NEW sets it). What a library knows and an older program does not is taken as 0, and is not
  * written; a newer program's fields that a library does not know must be 0. All items of one call
@@ -66,7 +75,7 @@ typedef struct kvd_options {
     const char *address;
     const char *namespace_name; /* NULL: "default" */
     const char *client_name;    /* shown to operators; NULL: the program's name */
-    uint32_t timeout_ms;        /* per call; 0: 30,000 */
+    uint32_t timeout_ms;        /* per call, and for kvd_open; 0: 30,000 */
     /* Geometry of the model's KV cache. */
     const uint32_t *layers; /* model layer ids that hold KV, ascending */
     uint32_t n_layers;
@@ -162,8 +171,9 @@ typedef struct kvd_sequence_info {
     uint64_t pending_length; /* of an append that has not reached every layer */
     uint32_t pending_layers;
     uint64_t bytes;
-    uint32_t holders;
+    uint32_t holders; /* sessions */
     char name[129];
+    uint32_t holds; /* of this session: how many times it is to be freed */
 } kvd_sequence_info;
 /* Every attach is a hold of its own: the sequence stays until it was freed as often. */
 KVD_API kvd_result kvd_sequence_attach(kvd_client *client, const char *name, kvd_sequence_info *out,
@@ -244,7 +254,8 @@ KVD_API kvd_result kvd_enqueue(kvd_client *client, void *stream, kvd_call_kind k
                                kvd_layers layers, const kvd_attention *attention,
                                const kvd_item *items, uint32_t count, kvd_failure *err);
 /* Waits until all calls that were enqueued have been answered (outputs may still be under way on
- * the streams), and returns the first failure since it was last called. A call that failed has
+ * the streams), and returns the first failure since it was last called, or KVD_ERR_TIMEOUT when
+ * some are still under way after the client's timeout. A call that failed has
  * written no output; what the stream did after it used old values. */
 KVD_API kvd_result kvd_enqueued(kvd_client *client, kvd_failure *err);
 

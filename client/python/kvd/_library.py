@@ -120,7 +120,8 @@ class TensorRef(c.Structure):
 class SequenceStruct(Sized):
     _fields_ = [("sequence", c.c_uint64), ("length", c.c_uint64), ("sink_tokens", c.c_uint64),
                 ("history_tokens", c.c_uint64), ("recent_tokens", c.c_uint64), ("pending_length", c.c_uint64),
-                ("pending_layers", c.c_uint32), ("bytes", c.c_uint64), ("holders", c.c_uint32), ("name", c.c_char * 129)]
+                ("pending_layers", c.c_uint32), ("bytes", c.c_uint64), ("holders", c.c_uint32), ("name", c.c_char * 129),
+                ("holds", c.c_uint32)]
 
 
 class Layers(c.Structure):
