@@ -146,7 +146,7 @@ class Fuzz:
         self.known.add("tickets", hello[8:40].decode())
         self.known.add("unused", hello[8:40].decode())
         for key in range(3):
-            fd = new_memory()
+            fd = new_memory(1 << 16)
             with contextlib.suppress(OSError):
                 s.sendmsg([struct.pack("<IIQ", MAGIC, VERSION, key)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
             os.close(fd)
@@ -155,7 +155,7 @@ class Fuzz:
     def rude(self, seed):
         maker = Maker(self.known, seed)
         r, port = maker.r, self.kvd.metrics_port()
-        fds = [os.open("/dev/null", os.O_RDWR), os.open("/", os.O_RDONLY), *os.pipe(), os.memfd_create("unsealed"), new_memory()]
+        fds = [os.open("/dev/null", os.O_RDWR), os.open("/", os.O_RDONLY), *os.pipe(), os.memfd_create("unsealed"), new_memory(1 << 16)]
         while self.running():
             kind = r.choice(["fd socket", "fd socket", "gRPC socket", "HTTP"])
             with contextlib.suppress(OSError):

@@ -1,6 +1,6 @@
 """Sessions of random scenarios: here, or in a process of their own (this file as a program).
 
-A session has a ticket and 64 MiB of registered memory, or is leased and has inline data only. Calls are made of bytes, so
+A session has a ticket and 20 MiB of registered memory, or is leased and has inline data only. Calls are made of bytes, so
 that the other process only hands on what it is given.
 """
 import array
@@ -15,12 +15,12 @@ import sys
 
 import grpc
 
-MAGIC, VERSION, MEMORY = 0x0144766B, 1, 64 << 20
+MAGIC, VERSION, MEMORY = 0x0144766B, 1, 20 << 20
 
 
-def new_memory():
+def new_memory(size=MEMORY):
     fd = os.memfd_create("scenario", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
-    os.truncate(fd, MEMORY)
+    os.posix_fallocate(fd, 0, size)
     fcntl.fcntl(fd, 1033, 0x2)  # F_ADD_SEALS, F_SEAL_SHRINK
     return fd
 
@@ -33,7 +33,7 @@ class Here:
                    ("grpc.use_local_subchannel_pool", 1)]
         self.address = address
         self.channel = grpc.insecure_channel(address, options=options)
-        self.sockets, self.memory = {}, memory if memory is not None else [new_memory() for _ in range(4)]
+        self.sockets, self.memory = {}, memory if memory is not None else [new_memory() for _ in range(3)]
 
     def connect(self, fd):
         """A connection to the fd socket over which `fd` was sent, under key 1. Returns its ticket."""
@@ -67,7 +67,7 @@ class Elsewhere:
     """The same in another process."""
 
     def __init__(self, address):
-        self.memory = [new_memory() for _ in range(4)]
+        self.memory = [new_memory() for _ in range(3)]
         self.process = subprocess.Popen([sys.executable, __file__, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         pass_fds=self.memory)
 

@@ -141,7 +141,7 @@ class Scenario:
     def tokens(self, room):
         kind = self.rng.random()
         high = 2 if kind < 0.3 else 20 if kind < 0.6 else 130 if kind < 0.9 else 400
-        return int(min(self.rng.integers(1, high), room))
+        return int(min(self.rng.integers(1, high), room, 2 * self.most_queries()))
 
     def rows(self, layers, tokens):
         """K and V of so many tokens, bf16; rows differ in size."""
@@ -446,7 +446,7 @@ class Scenario:
         calls, used = [], set()
         for session in self.sessions:
             for s in self.held(session, lambda s: s.id not in used)[:3]:
-                if not isinstance(session.where, Here) or any(c.session is session and session.memory for c in calls):
+                if not isinstance(session.where, Here) or any(c.session is session and session.memory for c in calls if c):
                     continue  # one process answers one at a time; one call at a time has the session's memory
                 used.add(s.id)
                 if self.chance(0.5) and self.room(s):
