@@ -58,6 +58,22 @@ START_TEST(parts_of_several_waves_are_long)
 }
 END_TEST
 
+// A single block that finds no place costs half of the time of a short step.
+START_TEST(few_sequences_and_their_windows_run_at_once)
+{
+    for (uint32_t n = 1; n <= 4; n++)
+        for (uint32_t tiles = 16; tiles <= 600; tiles++) {
+            struct kvd_cuda_attend_params p = step(n, 32, 8, 1);
+            kvd_cuda_attend_plan(&p, (uint64_t)n * tiles * KVD_PAGE_TOKENS, tiles * KVD_PAGE_TOKENS,
+                                 320, PROCESSORS);
+            uint32_t blocks = n * 8 * (p.splits + p.window_splits);
+            ck_assert_msg(blocks <= PROCESSORS * WARPS_A_PROCESSOR / p.warps,
+                          "%u x %u tiles: %u + %u parts of %u warps", n, tiles, p.splits,
+                          p.window_splits, p.warps);
+        }
+}
+END_TEST
+
 START_TEST(any_step_has_a_plan)
 {
     uint64_t seed = kvd_test_seed("plan");
@@ -91,4 +107,4 @@ START_TEST(any_step_has_a_plan)
 END_TEST
 
 KVD_MAIN("plan", 60, equal_histories_fill_the_gpu, parts_of_several_waves_are_long,
-         any_step_has_a_plan)
+         few_sequences_and_their_windows_run_at_once, any_step_has_a_plan)
