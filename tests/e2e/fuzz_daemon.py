@@ -16,7 +16,7 @@ from fuzz_messages import METHODS, Known, Maker
 from scenario_holder import MAGIC, VERSION, new_memory
 
 OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1),
-           ("grpc.initial_reconnect_backoff_ms", 20), ("grpc.min_reconnect_backoff_ms", 20), ("grpc.max_reconnect_backoff_ms", 100)]
+           ("grpc.initial_reconnect_backoff_ms", 20), ("grpc.min_reconnect_backoff_ms", 5000), ("grpc.max_reconnect_backoff_ms", 100)]
 
 class Fuzz:
     """Some threads that call, and one that is rude on sockets, until the time is over."""

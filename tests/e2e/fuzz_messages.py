@@ -122,7 +122,7 @@ class Maker:
             self.r, kind in (kv.AttendRequest, kv.ReadTokensRequest, kv.ForkSequenceRequest, kv.TruncateSequenceRequest))
         if kind is kv.OpenSessionRequest:
             ticket = self.known.unused.pop() if self.known.unused else ""
-            return kind(ticket=ticket, geometry=self.geometry(), lease_ms=1000,
+            return kind(ticket=ticket, geometry=self.geometry(), lease_ms=3000,
                         namespace_name=self.r.choice(["", "", "fuzz"]))
         if kind is kv.CreateSequencesRequest:
             return kind(session=s, count=self.r.choice([1, 2, 5]), request_id=self.r.choice([0, 1, 2, self.r.getrandbits(40)]))

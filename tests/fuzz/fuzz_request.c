@@ -1,12 +1,19 @@
 // Requests from the wire, as the daemon unpacks them: the first byte chooses the message.
 #include <grpc/grpc.h>
-#include <sanitizer/allocator_interface.h>
 
 #include "daemon/rpc_internal.h"
 #include "kvd.pb-c.h"
 #include "admin.pb-c.h"
 #include "health.pb-c.h"
 #include "tests/fuzz/file.h"
+
+// Of the sanitizer, if there is one.
+size_t __sanitizer_get_current_allocated_bytes(void) __attribute__((weak));
+
+static size_t allocated(void)
+{
+    return __sanitizer_get_current_allocated_bytes ? __sanitizer_get_current_allocated_bytes() : 0;
+}
 
 #define KV(name) &kvd__v1__##name##_request__descriptor
 static const ProtobufCMessageDescriptor *const types[] = {
@@ -42,12 +49,39 @@ static const ProtobufCMessageDescriptor *const types[] = {
 static ProtobufCMessage *unpack(const ProtobufCMessageDescriptor *type, const uint8_t *data,
                                 size_t size)
 {
+    struct kvd_error err = {0};
     grpc_slice slice = grpc_slice_from_copied_buffer((const char *)data, size);
     grpc_byte_buffer *b = grpc_raw_byte_buffer_create(&slice, 1);
     grpc_slice_unref(slice);
-    ProtobufCMessage *m = kvd_message_unpack(type, b);
+    ProtobufCMessage *m = kvd_message_unpack(type, b, &err);
     grpc_byte_buffer_destroy(b);
+    if (!m && !err.text[0])
+        abort(); // refused without a reason
     return m;
+}
+
+static void check_text(const char *text)
+{
+    for (const char *c = text; c && *c; c++)
+        if ((uint8_t)*c < ' ' || *c == 0x7f)
+            abort(); // a control character in a name
+}
+
+// Every string of a message, and of those in it.
+static void check_texts(const ProtobufCMessage *m)
+{
+    for (unsigned i = 0; i < m->descriptor->n_fields; i++) {
+        const ProtobufCFieldDescriptor *f = &m->descriptor->fields[i];
+        const uint8_t *at = (const uint8_t *)m + f->offset;
+        bool many = f->label == PROTOBUF_C_LABEL_REPEATED;
+        size_t n = many ? *(const size_t *)((const uint8_t *)m + f->quantifier_offset) : 1;
+        const void *const *list = many ? *(const void *const *const *)at : (const void *const *)at;
+        for (size_t j = 0; j < n && f->type == PROTOBUF_C_TYPE_STRING; j++)
+            check_text(list[j]);
+        for (size_t j = 0; j < n && f->type == PROTOBUF_C_TYPE_MESSAGE; j++)
+            if (list[j])
+                check_texts(list[j]);
+    }
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -59,12 +93,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (size < 1)
         return 0;
     const ProtobufCMessageDescriptor *type = types[data[0] % KVD_LEN(types)];
-    size_t before = __sanitizer_get_current_allocated_bytes();
+    size_t before = allocated();
     ProtobufCMessage *m = unpack(type, data + 1, size - 1);
     if (!m)
         return 0;
-    if (__sanitizer_get_current_allocated_bytes() - before > 9 * size + (256 << 10))
+    if (allocated() - before > 9 * size + (256 << 10))
         abort(); // much more memory than the message has bytes
+    check_texts(m);
     size_t n = protobuf_c_message_get_packed_size(m);
     uint8_t *packed = malloc(n + 1);
     if (packed && protobuf_c_message_pack(m, packed) != n)
