@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs tests/e2e/test_transformers*.py in an environment of its own with PyTorch and transformers (some 3 GB).
+# Runs tests/e2e/test_transformers*.py and test_record.py in an environment of its own with PyTorch and transformers (some 3 GB).
 # usage: tests/transformers.sh [BUILD]   (default: build)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,4 +13,4 @@ if [ ! -e "$env/done" ]; then
     touch "$env/done"
 fi
 KVD_BUILD=$(realpath "$build") KVD_SOURCE=$PWD "$env/bin/python" -m pytest -q -s -p no:cacheprovider \
-    tests/e2e/test_transformers.py tests/e2e/test_transformers_models.py
+    tests/e2e/test_transformers.py tests/e2e/test_transformers_models.py tests/e2e/test_record.py

@@ -32,7 +32,7 @@ def commands(*starts):
 
 
 def test_every_command_is_run_here():
-    known = ("pip install", "kvd-worker ", "protoc ", "PYTHONPATH=")
+    known = ("pip install", "kvd-worker ", "protoc ", "PYTHONPATH=", "python3 -m kvd.record ", "kvctl calib fit ")
     assert COMMANDS and all(c.startswith(known) for c in COMMANDS)
 
 
@@ -93,6 +93,16 @@ def test_stubs(folder):
     (folder / "bin/python3").symlink_to(sys.executable)
     for c in commands("protoc ", "PYTHONPATH="):
         shell(c, folder, PATH=f"{folder}/bin:{os.environ['PATH']}")
+
+
+def test_recordings_arguments():
+    """test_record.py runs both where PyTorch is."""
+    from kvd.record import _arguments
+
+    one, = commands("python3 -m kvd.record ")
+    args = _arguments(shlex.split(one)[3:])
+    assert (args.model, args.text, args.out) == ("MODEL", ["book.txt"], "recorded/")
+    assert commands("kvctl calib fit ") == ["kvctl calib fit recorded/ set.safetensors"]
 
 
 def test_the_workers_arguments(monkeypatch):

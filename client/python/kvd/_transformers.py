@@ -86,8 +86,9 @@ def _call_of(kind: type) -> Optional[ast.Call]:
     return calls[0] if calls else None
 
 
-def check_model(model: Any) -> None:
-    """Each layer must attend once, through the interface, and its own eager attention must be what kvd computes."""
+def check_model(model: Any) -> Geometry:
+    """Each layer must attend once, through the interface, and its own eager attention must be what kvd computes. Returns the
+    shape of the KV cache."""
     shape = check_config(model.config)
     found: dict[int, str] = {}
     for name, module in model.named_modules():
@@ -115,6 +116,7 @@ def check_model(model: Any) -> None:
     if missing or len(found) != shape.layers:
         _refuse(f"layers {', '.join(map(str, missing)) or max(found)} of {type(model).__name__} do not attend through transformers' "
                 "attention interface, or are none of the config")
+    return shape
 
 
 @torch.no_grad()

@@ -1,0 +1,212 @@
+"""Records queries, keys and values of a model on texts, for `kvctl calib fit` and `calib eval`.
+
+    python3 -m kvd.record MODEL --text book.txt --out recorded/
+
+MODEL is a folder or name that transformers loads, or a GGUF file; its attention must be what kvd serves. The model runs over each
+text, a context at a time, and what its attention gets (after RoPE) goes into OUT, a safetensors file for each context, layer by
+layer as it is computed.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pathlib
+import struct
+import sys
+from typing import Any, BinaryIO, Iterator, Optional
+
+try:
+    import torch
+    import transformers
+    from tqdm import tqdm
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    from . import _transformers as checks
+except ImportError as e:  # said when the command runs
+    MISSING: Optional[ImportError] = e
+else:
+    MISSING = None
+
+_NAME, _SIDES = "kvd_record", "qkv"
+
+
+class Shard:
+    """One safetensors file, `layers.<id>.<q, k or v>` of [tokens, heads, head_dim] in bf16, written as layers come. It has its
+    name when it is whole."""
+
+    def __init__(self, path: pathlib.Path, shape: "checks.Geometry", layers: list[int], tokens: int, metadata: dict[str, str]):
+        self.path, self._part, self._at = path, path.with_suffix(".part"), {}
+        header: dict[str, Any] = {"__metadata__": metadata}
+        end = 0
+        for layer in layers:
+            for side, heads, dim in zip(_SIDES, (shape.q_heads, shape.kv_heads, shape.kv_heads),
+                                        (shape.head_dim[0], shape.head_dim[0], shape.head_dim[1])):
+                size = tokens * heads * dim * 2
+                name = f"layers.{layer}.{side}"
+                header[name] = {"dtype": "BF16", "shape": [tokens, heads, dim], "data_offsets": [end, end + size]}
+                self._at[name], end = (end, size), end + size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._file: BinaryIO = open(self._part, "wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._begin, self._left = 8 + len(text), set(self._at)
+
+    def add(self, layer: int, side: str, x: "torch.Tensor") -> None:
+        """x: [1, heads, tokens, head_dim]."""
+        name = f"layers.{layer}.{side}"
+        if name not in self._left:
+            raise ValueError(f"layer {layer} attended twice" if name in self._at else f"there is no layer {layer}")
+        at, size = self._at[name]
+        x = x[0].transpose(0, 1).to(torch.bfloat16).contiguous()
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"layer {layer}: {side} holds NaN or Inf in bf16")
+        raw = x.view(torch.int16).cpu().numpy().tobytes()
+        if len(raw) != size:
+            raise ValueError(f"layer {layer}: {side} has {len(raw)} bytes, and its config says {size}")
+        self._file.seek(self._begin + at)
+        self._file.write(raw)
+        self._left.discard(name)
+
+    def end(self) -> None:
+        if self._left:
+            raise ValueError(f"{', '.join(sorted(self._left)[:3])} did not come: the model skipped layers")
+        self._file.close()
+        self._part.rename(self.path)
+
+    def drop(self) -> None:
+        self._file.close()
+        self._part.unlink(missing_ok=True)
+
+
+class Recorder:
+    """Makes a model's attention write what it gets into `shard`, and attend as ever."""
+
+    def __init__(self, model: Any, layers: Optional[list[int]] = None):
+        self.shape = checks.check_model(model)
+        self.layers = list(range(self.shape.layers)) if layers is None else layers
+        wrong = [i for i in self.layers if not 0 <= i < self.shape.layers]
+        if wrong or len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"layers {self.layers}: the model has 0 to {self.shape.layers - 1}, each once")
+        self.shard: Optional[Shard] = None
+        stock = transformers.AttentionInterface()["sdpa"]
+
+        def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
+            if self.shard and module.layer_idx in self.layers:
+                for side, x in zip(_SIDES, (q, k, v)):
+                    self.shard.add(module.layer_idx, side, x)
+            if kwargs.get("softcap") is not None:  # which sdpa does not know
+                eager = sys.modules[type(module).__module__].eager_attention_forward
+                floats = None if mask is None else torch.where(mask, 0.0, torch.finfo(q.dtype).min) if mask.dtype == torch.bool else mask
+                return eager(module, q, k, v, floats, **kwargs)
+            return stock(module, q, k, v, mask, **kwargs)
+
+        transformers.AttentionInterface.register(_NAME, attention)
+        # Where sdpa would get no mask, eager attention still wants one.
+        mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+        transformers.AttentionMaskInterface.register(_NAME, lambda *a, **kw: mask(*a, **{**kw, "allow_is_causal_skip": False}))
+        model.set_attn_implementation(_NAME)
+        self.model = model
+
+    @torch.no_grad() if MISSING is None else (lambda f: f)
+    def context(self, ids: "torch.Tensor", shard: Shard) -> float:
+        """Runs the model over ids and fills the shard. Returns the mean next-token loss, which tells whether the pass is right."""
+        self.shard = shard
+        try:
+            logits = self.model(input_ids=ids[None], use_cache=False).logits[0]
+            shard.end()
+        except BaseException:
+            shard.drop()
+            raise
+        finally:
+            self.shard = None
+        total = sum(float(torch.nn.functional.cross_entropy(logits[i:i + 256][:len(ids) - 1 - i].float(), ids[i + 1:i + 257], reduction="sum"))
+                    for i in range(0, len(ids) - 1, 256))
+        return total / (len(ids) - 1)
+
+
+def contexts(tokenizer: Any, texts: list[str], length: int, limit: Optional[int]) -> Iterator[tuple[str, list[int]]]:
+    """Pieces of `length` tokens, text by text; what is left at a text's end is left out."""
+    left = limit
+    for text in texts:
+        with open(text, encoding="utf-8", errors="strict") as f:
+            ids = tokenizer(f.read(), add_special_tokens=False, verbose=False)["input_ids"]
+        for at in range(0, len(ids) - length + 1, length):
+            if left is not None and left < length:
+                return
+            left = left if left is None else left - length
+            yield text, ids[at:at + length]
+
+
+def _load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
+    path, gguf = pathlib.Path(name), {}
+    if path.suffix == ".gguf" and path.is_file():
+        name, gguf = str(path.parent), {"gguf_file": path.name}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **gguf)
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype={"bf16": torch.bfloat16, "f32": torch.float32}[dtype], **gguf)
+    return tokenizer, model.to(device).eval()
+
+
+def _arguments(args: Optional[list[str]]) -> argparse.Namespace:
+    def positive(text: str) -> int:
+        if int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text} is not positive")
+        return int(text)
+
+    ap = argparse.ArgumentParser(prog="python3 -m kvd.record", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("model", help="a folder or name that transformers loads, or a GGUF file")
+    ap.add_argument("--text", nargs="+", required=True, metavar="FILE", help="texts in UTF-8, like those that the model will serve")
+    ap.add_argument("--out", required=True, metavar="FOLDER", help="where the files go; it must not hold recordings")
+    ap.add_argument("--context", type=positive, default=2048, help="tokens that the model sees at once (default: 2048)")
+    ap.add_argument("--tokens", type=positive, help="record at most so many (default: all that fill contexts)")
+    ap.add_argument("--layers", default="all", help="such as 0,9,19 (default: all)")
+    ap.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: auto, a GPU if there is one)")
+    ap.add_argument("--dtype", default="auto", choices=["auto", "bf16", "f32"], help="of the model (default: bf16 on a GPU, else f32)")
+    parsed = ap.parse_intermixed_args(args)
+    try:
+        parsed.layers = None if parsed.layers == "all" else [int(i) for i in parsed.layers.split(",")]
+    except ValueError:
+        ap.error(f"--layers {parsed.layers}: numbers with commas between are wanted, or all")
+    return parsed
+
+
+def main(arguments: Optional[list[str]] = None) -> int:
+    args = _arguments(arguments)
+    if MISSING:
+        print(f"kvd.record wants PyTorch and transformers ({MISSING}): pip install 'client/python[transformers]'", file=sys.stderr)
+        return 1
+    try:
+        return _record(args)
+    except (ValueError, OSError) as e:
+        print(f"kvd.record: {e}", file=sys.stderr)
+        return 1
+
+
+def _record(args: argparse.Namespace) -> int:
+    out = pathlib.Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if next(out.glob("*.safetensors"), None):
+        raise ValueError(f"{out} holds recordings already, and calib fit would take them together: name another folder, or empty it")
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = args.dtype if args.dtype != "auto" else "f32" if torch.device(device).type == "cpu" else "bf16"
+    tokenizer, model = _load(args.model, device, dtype)
+    recorder = Recorder(model, args.layers)
+    pieces = list(contexts(tokenizer, args.text, args.context, args.tokens))
+    if not pieces:
+        raise ValueError(f"no text fills a context of {args.context} tokens: give longer ones, or a smaller --context and --tokens")
+    name, losses = pathlib.Path(args.model).stem or args.model, []
+    with tqdm(total=len(pieces) * args.context, unit=" tokens", desc="recording") as bar:
+        for i, (text, ids) in enumerate(pieces):
+            shard = Shard(out / f"{i:05}.safetensors", recorder.shape, recorder.layers, len(ids), {
+                "model": name, "text": pathlib.Path(text).name, "rope": "applied"})
+            losses.append(recorder.context(torch.tensor(ids, device=device), shard))
+            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+            bar.update(len(ids))
+    loss = sum(losses) / len(losses)
+    print(f"{out}: {len(pieces)} contexts of {args.context} tokens, {len(recorder.layers)} layers; next-token loss {loss:.3f} "
+          f"(perplexity {math.exp(min(loss, 99)):.2f}). Next: kvctl calib fit {out} set.safetensors")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

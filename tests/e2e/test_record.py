@@ -1,0 +1,117 @@
+"""kvd.record: what it writes is what the model's attention gets, and kvctl calib fit takes it.
+
+PyTorch is too heavy for every run: tests/transformers.sh makes an environment that has it and runs this.
+"""
+import importlib.util
+import json
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from conftest import KVCTL
+from kvd import record
+
+MISSING = [n for n in ("torch", "transformers", "tokenizers") if not importlib.util.find_spec(n)]
+if MISSING:
+    pytest.skip(f"packages are missing: {', '.join(MISSING)}; see tests/transformers.sh", allow_module_level=True)
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from test_transformers_models import WINDOW, MIXED, make  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    file.write_text("".join(map(chr, np.random.default_rng(1).integers(32, 127, 4000))))  # single bytes are tokens: many of them
+    return file
+
+
+def save(folder, name, **more):
+    """A tiny model and a tokenizer of single bytes, as from_pretrained wants them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tok = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tok).save_pretrained(folder)
+    make(name, vocab_size=256, **more).save_pretrained(folder)
+    return folder
+
+
+def load(path):
+    raw = path.read_bytes()
+    n, = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8:8 + n])
+    meta = header.pop("__metadata__")
+    out = {}
+    for name, t in header.items():
+        bits = np.frombuffer(raw[8 + n:][slice(*t["data_offsets"])], np.uint16)
+        out[name] = (bits.astype(np.uint32) << 16).view(np.float32).reshape(t["shape"])
+    return out, meta
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_what_attention_gets(folder, text, kind, monkeypatch, capsys):
+    more = {} if kind == "llama" else {**WINDOW, "layer_types": MIXED, "attn_logit_softcapping": 5.0}
+    model = save(folder / "model", kind, **more)
+    assert record.main([str(model), "--text", str(text), "--out", str(folder / "out"), "--context", "256", "--tokens", "800", "--device", "cpu",
+                        "--layers", "0,2"]) == 0
+    said = capsys.readouterr()
+    shards = sorted((folder / "out").iterdir())
+    assert [s.name for s in shards] == ["00000.safetensors", "00001.safetensors", "00002.safetensors"]
+    assert "3 contexts of 256 tokens, 2 layers" in said.out and "768/768" in said.err
+    # The same by the model's own eager attention.
+    stock = transformers.AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager", dtype=torch.float32).eval()
+    module, kept = sys.modules[type(stock).__module__], {}
+    eager = module.eager_attention_forward
+
+    def attention(layer, q, k, v, *args, **kwargs):
+        kept.update({f"layers.{layer.layer_idx}.{n}": x[0].transpose(0, 1) for n, x in zip("qkv", (q, k, v))})
+        return eager(layer, q, k, v, *args, **kwargs)
+
+    monkeypatch.setattr(module, "eager_attention_forward", attention)
+    ids = list(text.read_bytes())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    losses = []
+    for i, shard in enumerate(shards):
+        got, meta = load(shard)
+        assert meta == {"model": "model", "text": "words.txt", "rope": "applied"} and len(got) == 6
+        piece = torch.tensor([tokenizer(text.read_text())["input_ids"][256 * i:256 * (i + 1)]])
+        assert len(ids) >= 768
+        with torch.no_grad():
+            losses.append(float(stock(input_ids=piece, labels=piece, use_cache=False).loss))
+        for name, x in got.items():
+            want = kept[name].float().numpy()
+            assert x.shape == want.shape and np.abs(x - want).max() <= 2 ** -7 * np.abs(want).max(), name
+    assert f"next-token loss {sum(losses) / 3:.3f}" in said.out
+
+
+def test_fit_takes_it(folder, text):
+    model = save(folder / "model", "llama")
+    r = subprocess.run([sys.executable, "-m", "kvd.record", model, "--out", folder / "out", "--context", "512", "--text", text],
+                       capture_output=True, text=True, timeout=200, cwd=record.__file__.rsplit("/", 2)[0])
+    assert r.returncode == 0, r.stderr
+    fit = subprocess.run([KVCTL, "calib", "fit", folder / "out", folder / "set.safetensors"], capture_output=True, text=True, timeout=100)
+    assert fit.returncode == 0 and (folder / "set.safetensors").exists(), fit.stderr
+
+
+def test_what_is_refused(folder, text, capsys):
+    model = save(folder / "model", "llama")
+    base = [str(model), "--text", str(text), "--device", "cpu"]
+    for more, says in ((["--context", "100000"], "no text fills a context"), (["--layers", "0,7"], "layers [0, 7]"), (["--layers", "0,0"], "each once")):
+        assert record.main([*base, "--out", str(folder / "out"), *more]) == 1
+        assert says in capsys.readouterr().err and not list((folder / "out").iterdir())
+    (folder / "out/00000.safetensors").write_bytes(b"")
+    assert record.main([*base, "--out", str(folder / "out")]) == 1 and "holds recordings already" in capsys.readouterr().err
+    sinks = save(folder / "sinks", "gpt_oss", **WINDOW, num_experts=4, num_local_experts=4)
+    assert record.main([str(sinks), *base[1:], "--out", str(folder / "new")]) == 1 and "kvd cannot serve" in capsys.readouterr().err
+    model = transformers.AutoModelForCausalLM.from_pretrained(model)
+    model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = float("nan")
+    recorder = record.Recorder(model)
+    shard = record.Shard(folder / "x.safetensors", recorder.shape, recorder.layers, 8, {})
+    with pytest.raises(ValueError, match="layer 1: k holds NaN"):
+        recorder.context(torch.arange(8), shard)
+    assert not list(folder.glob("x*"))
