@@ -231,6 +231,25 @@ def test_a_chat_shows_a_prompt(kvd):
     assert out.count("you> ") == 4 and err.count("tokens/s") == 2 and "Ctrl-D" in err
 
 
+def test_models_of_another_kind_are_refused():
+    """What config or metadata say beyond this decoder is not left out in silence."""
+    from kvd_worker.model import check_config, check_gguf
+
+    gguf = {"general.architecture": "llama", "llama.attention.head_count": 9, "llama.embedding_length": 576, "llama.rope.dimension_count": 64}
+    check_gguf(gguf)
+    for more in ({"general.architecture": "gemma2"}, {"llama.rope.scaling.type": "yarn"}, {"llama.attention.sliding_window": 4096},
+                 {"llama.expert_count": 8}, {"llama.rope.dimension_count": 32}, {"llama.attn_logit_softcapping": 50.0}, {"llama.attention.scale": 0.1}):
+        with pytest.raises(ValueError, match="architecture gemma2|, which this decoder does not have"):
+            check_gguf({**gguf, **more})
+    config = {"model_type": "qwen2", "hidden_act": "silu", "sliding_window": 4096, "use_sliding_window": False, "rope_parameters": {"rope_type": "default"}}
+    check_config(config)
+    for more, text in (({"model_type": "gpt_oss"}, "gpt_oss"), ({"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": None}, "RoPE"),
+                       ({"use_sliding_window": True}, "sliding"), ({"model_type": "mistral"}, "sliding"), ({"hidden_act": "gelu"}, "gelu"),
+                       ({"layer_types": ["sliding_attention"]}, "sliding"), ({"partial_rotary_factor": 0.5}, "partial_rotary_factor")):
+        with pytest.raises(ValueError, match=text):
+            check_config({**config, **more})
+
+
 def test_bad_models_are_refused(worker, folder):
     (folder / "x.gguf").write_bytes(b"nothing")
     (folder / "model.bin").write_bytes(b"")

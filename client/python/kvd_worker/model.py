@@ -33,6 +33,43 @@ _TOP = {"token_embd.weight": "embed", "output_norm.weight": "norm", "output.weig
         "model.embed_tokens.weight": "embed", "model.norm.weight": "norm", "lm_head.weight": "head"}
 
 
+# Names of what is no weight of the decoder, and may be there.
+_NO_WEIGHTS = ("rotary_emb.inv_freq",)
+
+
+def check_gguf(meta: dict[str, Any]) -> None:
+    """Refuses a GGUF file whose model is more than this decoder: what is not understood would be left out in silence."""
+    arch = meta.get("general.architecture")
+    if arch not in ("llama", "qwen2", "qwen3"):
+        raise ValueError(f"architecture {arch}: llama, qwen2 and qwen3 are known")
+    heads = meta[f"{arch}.attention.head_count"]
+    dim = meta.get(f"{arch}.attention.key_length", meta[f"{arch}.embedding_length"] // heads)
+    for name, right in (("rope.scaling.type", ("none", "")), ("attention.sliding_window", (0,)), ("expert_count", (0,)),
+                        ("attn_logit_softcapping", (0.0,)), ("final_logit_softcapping", (0.0,)), ("rope.dimension_count", (dim,)),
+                        ("attention.value_length", (dim,)), ("attention.scale", ()), ("logit_scale", (1.0,)), ("rope.scaling.factor", (1.0,)),
+                        ("rope.scale_linear", (1.0,)), ("attention.causal", (True,))):
+        x = meta.get(f"{arch}.{name}")
+        if x is not None and x not in right:
+            raise ValueError(f"{arch}.{name} is {x}, which this decoder does not have")
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """The same for a Hugging Face folder."""
+    kind = config.get("model_type")
+    if kind not in ("llama", "qwen2", "qwen3", "mistral"):
+        raise ValueError(f"model_type {kind}: llama, qwen2, qwen3 and mistral are known")
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    if rope.get("rope_type", rope.get("type", "default")) != "default" or rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"RoPE {rope}: the plain one is known")
+    windows = config.get("sliding_window") is not None and (kind == "mistral" or config.get("use_sliding_window"))
+    if windows or set(config.get("layer_types") or ()) - {"full_attention"}:
+        raise ValueError("sliding windows (sliding_window, layer_types): attention over all tokens is known")
+    for name, right in (("hidden_act", ("silu",)), ("partial_rotary_factor", (1, 1.0)), ("quantization_config", ()), ("attn_logit_softcapping", ())):
+        x = config.get(name)
+        if x is not None and x not in right:
+            raise ValueError(f"{name} is {x}, which this decoder does not have")
+
+
 def _rms(x: np.ndarray, w: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * w
 
@@ -43,12 +80,17 @@ class Model:
 
     def __init__(self, path: str):
         p = pathlib.Path(path)
+        self.top: dict[str, np.ndarray] = {}
+        self.blocks: list[dict[str, np.ndarray]] = []
+        self._unknown: list[str] = []
         if p.is_dir():
             self._load_folder(p)
         elif p.suffix == ".gguf":
             self._load_gguf(p)
         else:
             raise ValueError(f"{path}: a .gguf file, or a folder with config.json and safetensors, is wanted")
+        if self._unknown:
+            raise ValueError(f"{path}: weights that this decoder does not have: {', '.join(sorted(self._unknown)[:5])}")
         for name in ("embed", "norm"):
             if name not in self.top:
                 raise ValueError(f"{path}: no {name} weights; is it a Llama- or Qwen-style model?")
@@ -63,15 +105,15 @@ class Model:
         if name in _TOP:
             self.top[_TOP[name]] = w
             return
-        if not name.startswith(prefix):
-            return
         number, _, rest = name[len(prefix):].partition(".")
         what, _, kind = rest.rpartition(".")
-        if number.isdigit() and what in layer_names:
+        if name.startswith(prefix) and number.isdigit() and what in layer_names:
             while len(self.blocks) <= int(number):
                 self.blocks.append({})
             key = layer_names[what]
             self.blocks[int(number)][key if kind == "weight" else key + ".bias"] = w
+        elif not name.endswith(_NO_WEIGHTS):
+            self._unknown.append(name)
 
     def _load_gguf(self, path: pathlib.Path) -> None:
         import gguf
@@ -79,8 +121,7 @@ class Model:
         reader = gguf.GGUFReader(str(path))
         meta = {n: f.contents() for n, f in reader.fields.items() if not n.startswith("GGUF.")}
         arch = meta["general.architecture"]
-        self.top: dict[str, np.ndarray] = {}
-        self.blocks: list[dict[str, np.ndarray]] = []
+        check_gguf(meta)
         for t in reader.tensors:
             self._take(t.name, gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32), "blk.", _GGUF_LAYER)
         self.name = meta.get("general.name", path.stem)
@@ -100,7 +141,7 @@ class Model:
         from tokenizers import Tokenizer
 
         config = json.loads((folder / "config.json").read_text())
-        self.top, self.blocks = {}, []
+        check_config(config)
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise ValueError(f"{folder}: no *.safetensors")
@@ -112,7 +153,7 @@ class Model:
         self.q_heads, self.kv_heads = config["num_attention_heads"], config.get("num_key_value_heads",
                                                                                config["num_attention_heads"])
         self.head_dim = config.get("head_dim") or config["hidden_size"] // self.q_heads
-        self.eps, self.theta, self.halves = config["rms_norm_eps"], config.get("rope_theta", 10000.0), True
+        self.eps, self.theta, self.halves = config["rms_norm_eps"], (config.get("rope_parameters") or config).get("rope_theta", 10000.0), True
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         eos = config.get("eos_token_id")
         self.stop = set(eos if isinstance(eos, list) else [eos]) - {None}
