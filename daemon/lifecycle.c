@@ -8,7 +8,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/file.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sysexits.h>
 #include <time.h>
@@ -30,7 +29,14 @@ static int init_backend(struct kvd_daemon *d, struct kvd_error *err)
     const struct kvd_config *c = &d->config;
     if (strcmp(c->backend, "cpu") != 0) {
 #ifdef KVD_CUDA
-        d->backend = kvd_cuda_backend_new(c->device, err);
+        // The runtime's own words for a host without a GPU are about versions.
+        if (access("/dev/nvidiactl", F_OK) && access("/dev/dxg", F_OK))
+            kvd_fail(
+                err, KVD_E_UNAVAILABLE,
+                "no NVIDIA GPU was found: there is no /dev/nvidiactl (is the driver loaded, has "
+                "the container been given the device?)");
+        else
+            d->backend = kvd_cuda_backend_new(c->device, err);
         if (d->backend)
             return KVD_OK;
 #else
@@ -157,19 +163,8 @@ static void start_signal(struct kvd_daemon *d, uv_signal_t *s, uv_signal_cb cb, 
     uv_signal_start(s, cb, number);
 }
 
-static void raise_file_limit(void)
-{
-    struct rlimit r;
-    if (getrlimit(RLIMIT_NOFILE, &r) == 0 && r.rlim_cur < r.rlim_max) {
-        r.rlim_cur = KVD_MIN(r.rlim_max, (rlim_t)262144);
-        setrlimit(RLIMIT_NOFILE, &r);
-    }
-}
-
 int kvd_daemon_init(struct kvd_daemon *d, struct kvd_error *err)
 {
-    raise_file_limit();
-    signal(SIGPIPE, SIG_IGN);
     uv_loop_init(&d->loop);
     d->loop.data = d;
     uv_timer_init(&d->loop, &d->watchdog);
@@ -195,13 +190,14 @@ int kvd_daemon_init(struct kvd_daemon *d, struct kvd_error *err)
         rc = init_sockets(d, err);
     if (rc == KVD_OK)
         rc = kvd_http_init(d, err);
+    if (rc == KVD_OK)
+        rc = kvd_rpc_start(d, err); // calls wait until the loop runs
     return rc;
 }
 
 void kvd_daemon_run(struct kvd_daemon *d)
 {
     char size[32];
-    kvd_rpc_start(d);
     d->state = KVD_READY;
     kvd_format_size(d->config.pool_size, size, sizeof(size));
     kvd_notice("ready version=%s backend=%s device=\"%s\" pool=\"%s\" listen=%s metrics=%s ms=%llu",

@@ -1,7 +1,8 @@
 #include "daemon/log.h"
 
-#include <stdatomic.h>
+#include <poll.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <time.h>
 
 #include "proto/base.h"
@@ -35,6 +36,26 @@ const char *kvd_log_level_name(enum kvd_log_level level)
     return names[level];
 }
 
+// Nobody waits for a log: a line that its reader has no room for, or that cannot be written, is
+// lost and counted.
+static void put(const char *line, size_t len)
+{
+    static _Atomic uint64_t lost;
+    struct pollfd p = {.fd = STDERR_FILENO, .events = POLLOUT};
+    char note[64];
+    if (poll(&p, 1, 0) != 1 || !(p.revents & POLLOUT)) {
+        atomic_fetch_add(&lost, 1);
+        return;
+    }
+    uint64_t before = atomic_exchange(&lost, 0);
+    int n = before ? snprintf(note, sizeof(note), "(%llu lines of the log were lost)\n",
+                              (unsigned long long)before)
+                   : 0;
+    bool ok = n == 0 || write(STDERR_FILENO, note, (size_t)n) == n;
+    if (!ok || write(STDERR_FILENO, line, len) < 0)
+        atomic_fetch_add(&lost, before + 1);
+}
+
 void kvd_log_at(enum kvd_log_level level, const char *fmt, ...)
 {
     char line[1024];
@@ -60,6 +81,5 @@ void kvd_log_at(enum kvd_log_level level, const char *fmt, ...)
         if ((unsigned char)line[i] < ' ')
             line[i] = ' ';
     line[len++] = '\n';
-    if (write(STDERR_FILENO, line, len) < 0)
-        return;
+    put(line, len);
 }

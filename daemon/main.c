@@ -3,6 +3,7 @@
 #include <sysexits.h>
 
 #include "daemon/kvd.h"
+#include "daemon/process.h"
 
 enum { OPT_CHECK = 1000, OPT_PRINT, OPT_INSTANCE, OPT_FIRST };
 
@@ -143,8 +144,14 @@ int main(int argc, char **argv)
     daemon.source = &a.source;
     daemon.config = daemon.configured;
     kvd_log_set_level(daemon.config.log_level);
+    if (kvd_process_prepare(&err)) {
+        kvd_error("cannot start: %s", err.text);
+        return EX_OSERR;
+    }
     if (kvd_daemon_init(&daemon, &err)) {
         kvd_error("cannot start: %s", err.text);
+        if (err.code == KVD_E_LOST) // gRPC does not come to an end without its threads
+            _exit(EX_OSERR);
         kvd_daemon_deinit(&daemon);
         return EX_UNAVAILABLE;
     }

@@ -78,8 +78,9 @@ struct kvd_call {
 };
 
 int kvd_rpc_init(struct kvd_daemon *d, struct kvd_error *err);
-// Starts to take calls.
-void kvd_rpc_start(struct kvd_daemon *d);
+// Starts to take calls. KVD_E_LOST: its thread could not be started, and gRPC may not have got its
+// own, in which case it hangs when it is shut down.
+int kvd_rpc_start(struct kvd_daemon *d, struct kvd_error *err);
 // Cancels what is left; on_shut fires when gRPC has let go of everything.
 void kvd_rpc_shutdown(struct kvd_daemon *d, void (*on_shut)(struct kvd_daemon *d));
 void kvd_rpc_deinit(struct kvd_daemon *d);

@@ -2,6 +2,7 @@
 #include <errno.h>
 #include <grpc/byte_buffer.h>
 #include <grpc/grpc_security.h>
+#include <grpc/support/log.h>
 #include <sys/socket.h>
 
 #include "daemon/links.h"
@@ -9,7 +10,8 @@
 #include "daemon/rpc_internal.h"
 
 enum {
-    ARMED = 16, // requests kept waiting per method; a burst beyond that waits inside gRPC
+    ARMED = 16,      // requests kept waiting per method; a burst beyond that waits inside gRPC
+    GRPC_LINES = 10, // that gRPC may log in a second
     READ_BYTES = 64 << 10, // that gRPC reads from a connection before it looks at others
 };
 
@@ -140,12 +142,29 @@ static int add_port(struct kvd_daemon *d, const char *address, struct kvd_error 
                : kvd_listen_tcp(d, KVD_LISTEN_GRPC, address, kvd_links_accept, NULL, err);
 }
 
+// What gRPC says goes into our log; errors of its own are mostly the doing of clients, who must not
+// fill it.
+static void on_grpc_log(gpr_log_func_args *args)
+{
+    static _Atomic uint64_t window_ns;
+    static _Atomic int lines;
+    uint64_t now = uv_hrtime();
+    if (now - atomic_load(&window_ns) > 1000000000) {
+        atomic_store(&window_ns, now);
+        atomic_store(&lines, 0);
+    }
+    if (atomic_fetch_add(&lines, 1) < GRPC_LINES)
+        kvd_log(args->severity == GPR_LOG_SEVERITY_ERROR ? KVD_LOG_WARNING : KVD_LOG_DEBUG,
+                "grpc: %s", args->message);
+}
+
 int kvd_rpc_init(struct kvd_daemon *d, struct kvd_error *err)
 {
     struct kvd_rpc *r = calloc(1, sizeof(*r));
     if (!r)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     d->rpc = r;
+    gpr_set_log_function(on_grpc_log);
     grpc_init();
     uv_mutex_init(&r->lock);
     uv_cond_init(&r->armed);
@@ -194,15 +213,18 @@ int kvd_rpc_init(struct kvd_daemon *d, struct kvd_error *err)
     return rc;
 }
 
-void kvd_rpc_start(struct kvd_daemon *d)
+int kvd_rpc_start(struct kvd_daemon *d, struct kvd_error *err)
 {
-    grpc_server_start(d->rpc->server);
-    uv_thread_create(&d->rpc->thread, queue_thread, d);
+    int rc = uv_thread_create(&d->rpc->thread, queue_thread, d);
+    if (rc)
+        return kvd_fail(err, KVD_E_LOST, "cannot start a thread: %s", uv_strerror(rc));
     d->rpc->thread_running = true;
+    grpc_server_start(d->rpc->server);
     for (uint32_t i = 0; i < kvd_n_methods; i++)
         for (int j = 0; j < ARMED; j++)
             kvd_call_arm(d, i);
     kvd_call_arm_unknown(d);
+    return KVD_OK;
 }
 
 static void on_server_down(struct kvd_tag *tag, bool ok)

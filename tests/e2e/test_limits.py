@@ -13,7 +13,7 @@ import urllib.request
 import grpc
 import pytest
 
-from conftest import Rpc, geometry, kv
+from conftest import KVD, Rpc, geometry, kv
 from h2 import Connection
 from test_death import FdSocket, memfd, wait_for
 
@@ -192,3 +192,81 @@ print("refused")
     assert attacked < max(2 * alone, alone + SLACK_MS)
     assert status(kvd, "VmHWM") < 200 << 10
     kvd.kvctl("ping", 1)
+
+
+def refused_start(folder, *prefix, **kw):
+    r = subprocess.run([*prefix, str(KVD), "--backend", "cpu", "--listen", f"unix:{folder}/s", "--metrics", "", "--cache",
+                        str(folder / "cache"), "--pool-size", "256MiB"], capture_output=True, text=True, timeout=20, **kw)
+    assert r.returncode > 0, r.stderr
+    return r.stderr
+
+
+def test_limits_that_are_too_low_are_named_at_start(folder):
+    assert "limit of open files is 12" in refused_start(folder, "prlimit", "--nofile=12")
+    assert "limit of the stack is 131072" in refused_start(folder, "prlimit", "--stack=131072:131072")
+    assert "cannot reserve addresses" in refused_start(folder, "prlimit", "--as=200000000")
+    folder.chmod(0o777)
+    su = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    if os.getuid() == 0 and subprocess.run([*su, str(KVD), "--version"], capture_output=True).returncode == 0:
+        assert "TasksMax=" in refused_start(folder, *su, "prlimit", "--nproc=4")
+
+
+def test_a_limit_of_file_sizes_stops_the_log_and_nothing_else(start):
+    kvd = start("--log-level", "debug", prefix=["prlimit", "--fsize=3000"])
+    rpc = Rpc(kvd.address)
+    for _ in range(100):  # each is a line of the log
+        rpc.admin("Ping")
+    assert os.path.getsize(kvd.log) <= 3000
+    s = rpc.kv("OpenSession", geometry=geometry(codec="bf16")).session
+    seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
+    data = kv.TensorRef(inline_data=bytes(2 * 64 * 2 * 64 * 2))
+    with pytest.raises(grpc.RpcError) as e:  # extents are files too
+        rpc.kv("Append", session=s, items=[kv.AppendItem(sequence=seq, position=0, tokens=64, k=data, v=data)])
+    assert e.value.code().name == "RESOURCE_EXHAUSTED"
+    rpc.admin("Ping")
+
+
+def test_nobody_reads_the_log(folder):
+    read, write = os.pipe()
+    command = [str(KVD), "--backend", "cpu", "--listen", f"unix:{folder}/s", "--metrics", "", "--cache", str(folder / "cache"),
+               "--pool-size", "64MiB", "--log-level", "debug", "--drain-timeout", "100ms"]
+    p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=write)
+    try:
+        assert wait_for(lambda: (folder / "s").exists())
+        rpc = Rpc(f"unix:{folder}/s")
+        for _ in range(2000):  # more than the pipe holds
+            rpc.admin("Ping")
+        text = os.read(read, 1 << 20)
+        rpc.admin("Ping")
+        assert b"lines of the log were lost" in os.read(read, 1 << 20) and b"ready version" in text
+    finally:
+        p.terminate()
+        os.close(write)
+        assert p.wait(10) == 0
+        os.close(read)
+
+
+def test_standard_descriptors_closed_and_signals_blocked_at_start(folder):
+    script = """
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+for fd in 0, 1, 2:
+    os.close(fd)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+    p = subprocess.Popen([sys.executable, "-c", script, str(KVD), "--backend", "cpu", "--listen", f"unix:{folder}/s", "--metrics", "",
+                          "--pool-size", "64MiB", "--log-level", "debug", "--cache", str(folder / "cache")])
+    assert wait_for(lambda: (folder / "s").exists())
+    for fd in 0, 1, 2:
+        assert os.readlink(f"/proc/{p.pid}/fd/{fd}") == "/dev/null"
+    Rpc(f"unix:{folder}/s").admin("Ping")
+    p.terminate()
+    assert p.wait(10) == 0
+
+
+def test_grpc_logs_where_kvd_does(kvd):
+    c = Connection(kvd.socket, "/kvd.v1.Admin/Ping")
+    c.s.sendall(b"\xff" * 500)
+    c.close()
+    kvd.kvctl("ping", 1)
+    assert all(line[:2] == "20" for line in kvd.text().splitlines()), kvd.text()
