@@ -55,6 +55,7 @@ kvd_result kvd_client_add_buffer(kvd_client *c, kvd_buffer *b, kvd_failure *err)
     return kvd_client_leave(c, rc, &e, deadline, err);
 }
 
+// All of it gets its memory here: kvd takes none that it would have to pay for.
 static int make_memory(kvd_buffer *b, struct kvd_error *err)
 {
     if (b->local) {
@@ -64,8 +65,12 @@ static int make_memory(kvd_buffer *b, struct kvd_error *err)
                                                 (unsigned long long)b->size, strerror(errno));
     }
     b->fd = memfd_create("kvd-buffer", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    if (b->fd < 0 || ftruncate(b->fd, (off_t)b->size) ||
-        fcntl(b->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW))
+    int rc = 0;
+    if (b->fd >= 0)
+        while ((rc = posix_fallocate(b->fd, 0, (off_t)b->size)) == EINTR)
+            continue;
+    errno = rc ? rc : errno;
+    if (b->fd < 0 || rc || fcntl(b->fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW))
         return kvd_fail(err, -errno, "cannot make %llu bytes of shared memory: %s",
                         (unsigned long long)b->size, strerror(errno));
     b->data = mmap(NULL, b->size, PROT_READ | PROT_WRITE, MAP_SHARED, b->fd, 0);

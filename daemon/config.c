@@ -46,6 +46,7 @@ static const struct key keys[] = {
     {{"kvd", "max-reply-bytes", RELOADED}, SIZE, AT(max_reply_bytes), 256 << 20, 1ull << 40},
     {{"kvd", "reply-timeout", RELOADED}, MILLIS, AT(reply_timeout_ms), 100, 3600000},
     {{"kvd", "max-buffer-bytes", RELOADED}, SIZE, AT(max_buffer_bytes), 4096, 1ull << 43},
+    {{"kvd", "max-buffer-bytes-total", RELOADED}, SIZE, AT(max_buffer_bytes_total), 0, 1ull << 43},
     {{"kvd", "admin-uid", RELOADED}, UIDS, AT(admin), 0, 0},
     {{"kvd", "admin-cn", RELOADED}, CNS, AT(admin), 0, 0},
     {{"tls", "cert", AT_START}, TEXT, AT(tls_cert), 0, 0},

@@ -53,7 +53,8 @@ struct kvd_config {
     uint32_t max_sessions, max_sequences, max_queue, max_connections, max_calls;
     uint64_t max_reply_bytes; // being made or unread, in all
     uint32_t reply_timeout_ms;
-    uint64_t max_buffer_bytes; // registered per session
+    uint64_t max_buffer_bytes;       // registered per session
+    uint64_t max_buffer_bytes_total; // in all; 0: as much as there is memory
     char tls_cert[KVD_CONFIG_TEXT], tls_key[KVD_CONFIG_TEXT], tls_client_ca[KVD_CONFIG_TEXT];
     struct kvd_allow admin; // besides root and the daemon's own user
     struct kvd_config_namespace namespaces[KVD_MAX_CONFIG_NAMESPACES];

@@ -45,6 +45,7 @@ struct kvd_buffer {
     uint8_t *data;
     uint64_t size;
     uint32_t refs;
+    struct kvd_user *user; // whose share it is
     UT_hash_handle hh;
 };
 
@@ -186,8 +187,10 @@ int kvd_session_add_held(struct kvd_session *s, uint64_t seq, bool *first, struc
 // Takes one away; true if it was the last.
 bool kvd_session_drop_held(struct kvd_session *s, uint64_t seq);
 struct kvd_buffer *kvd_session_buffer(struct kvd_session *s, uint64_t id);
-// Maps a worker's memory. The fd stays the caller's. KVD_E_INVALID (seals, size, not memory),
-// KVD_E_UNSUPPORTED, KVD_E_QUOTA, KVD_E_LIMIT.
+// What the host makes possible of workers' buffers: to be called once, at start.
+void kvd_session_measure_host(struct kvd_daemon *d);
+// Maps a worker's memory. The fd stays the caller's. KVD_E_INVALID (seals, size, holes, not
+// memory), KVD_E_UNSUPPORTED, KVD_E_QUOTA, KVD_E_LIMIT.
 int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t key,
                            const struct kvd_foreign *memory, struct kvd_buffer **out,
                            struct kvd_error *err);

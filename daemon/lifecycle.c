@@ -182,6 +182,7 @@ int kvd_daemon_init(struct kvd_daemon *d, struct kvd_error *err)
     int rc = init_backend(d, err);
     if (rc == KVD_OK)
         rc = kvd_memory_init(d, err);
+    kvd_session_measure_host(d);
     if (rc == KVD_OK)
         rc = init_pool(d, err);
     if (rc == KVD_OK)

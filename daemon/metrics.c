@@ -4,6 +4,7 @@
 
 #include "daemon/geometry.h"
 #include "daemon/rpc.h"
+#include "daemon/users.h"
 
 // Upper bounds in nanoseconds: 25 us to about 10 s.
 static const uint64_t bounds[KVD_BUCKETS] = {
@@ -163,6 +164,21 @@ static void rpc_metrics(struct page *p)
     }
 }
 
+static void share_metrics(struct page *p)
+{
+    static const char *const names[KVD_SHARE_COUNT] = {"connections", "calls", "reply_bytes",
+                                                       "mappings", "buffer_bytes"};
+    head(p->f, "kvd_share_limit", "gauge",
+         "What clients may have of it in all; one user may have three quarters.");
+    for (int i = 0; i < KVD_SHARE_COUNT; i++)
+        fprintf(p->f, "kvd_share_limit{share=\"%s\"} %llu\n", names[i],
+                (unsigned long long)kvd_share_total(p->d, (enum kvd_share)i));
+    head(p->f, "kvd_share_used", "gauge", "What they have.");
+    for (int i = 0; i < KVD_SHARE_COUNT; i++)
+        fprintf(p->f, "kvd_share_used{share=\"%s\"} %llu\n", names[i],
+                (unsigned long long)kvd_share_used(p->d, (enum kvd_share)i));
+}
+
 static void other_metrics(struct page *p)
 {
     struct kvd_daemon *d = p->d;
@@ -194,6 +210,7 @@ static void other_metrics(struct page *p)
            (double)m->nonfinite);
     single(f, "kvd_events_lost_total", "counter", "Events dropped as their reader was slow.",
            (double)m->events_lost);
+    share_metrics(p);
     head(f, "kvd_rotation_set_requests_total", "counter",
          "Rotation sets asked for, by where they came from.");
     fprintf(f, "kvd_rotation_set_requests_total{source=\"cache\"} %llu\n",

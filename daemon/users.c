@@ -23,6 +23,8 @@ static const struct {
     [KVD_SHARE_CONNECTIONS] = {"connections", "max-connections"},
     [KVD_SHARE_CALLS] = {"calls in flight", "max-calls"},
     [KVD_SHARE_REPLY_BYTES] = {"bytes of replies that are made or unread", "max-reply-bytes"},
+    [KVD_SHARE_MAPPINGS] = {"registered buffers", "vm.max_map_count"},
+    [KVD_SHARE_BUFFER_BYTES] = {"bytes of registered buffers", "max-buffer-bytes-total"},
 };
 
 static struct kvd_users *users(struct kvd_daemon *d)
@@ -41,6 +43,9 @@ static uint64_t total_of(const struct kvd_users *all, enum kvd_share share)
         [KVD_SHARE_CONNECTIONS] = c->max_connections,
         [KVD_SHARE_CALLS] = c->max_calls,
         [KVD_SHARE_REPLY_BYTES] = c->max_reply_bytes,
+        [KVD_SHARE_MAPPINGS] = UINT64_MAX,
+        [KVD_SHARE_BUFFER_BYTES] =
+            c->max_buffer_bytes_total ? c->max_buffer_bytes_total : UINT64_MAX,
     };
     return all->possible[share] ? KVD_MIN(all->possible[share], configured[share])
                                 : configured[share];

@@ -8,9 +8,11 @@
 #include "proto/base.h"
 
 enum kvd_share {
-    KVD_SHARE_CONNECTIONS, // of both sockets
-    KVD_SHARE_CALLS,       // that are not answered yet, and streams
-    KVD_SHARE_REPLY_BYTES, // of replies that are being made or have not been read
+    KVD_SHARE_CONNECTIONS,  // of both sockets
+    KVD_SHARE_CALLS,        // that are not answered yet, and streams
+    KVD_SHARE_REPLY_BYTES,  // of replies that are being made or have not been read
+    KVD_SHARE_MAPPINGS,     // buffers of workers, each of which is one
+    KVD_SHARE_BUFFER_BYTES, // in those that are host memory
     KVD_SHARE_COUNT,
 };
 

@@ -33,7 +33,7 @@ class FdSocket:
 
 def memfd(size, seal=True):
     fd = os.memfd_create("t", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
-    os.truncate(fd, size)
+    os.posix_fallocate(fd, 0, size)
     if seal:
         fcntl.fcntl(fd, 1033, 0x2)  # F_ADD_SEALS, F_SEAL_SHRINK
     return fd

@@ -194,7 +194,7 @@ def test_pages_cannot_be_written(kvd):
         with pytest.raises(PermissionError):
             os.pwrite(fd, b"x", 0)
         with pytest.raises(PermissionError):
-            os.ftruncate(fd, 4096)
+            os.posix_fallocate(fd, 0, 4096)
         with pytest.raises(OSError):
             os.posix_fallocate(fd, 0, 2 * size)
         wide = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)  # its mode does not matter
@@ -326,7 +326,7 @@ class Fenced(Raw):
     def __init__(self, kvd):
         super().__init__(kvd)
         fd = os.memfd_create("words", os.MFD_ALLOW_SEALING)
-        os.ftruncate(fd, 4096)
+        os.posix_fallocate(fd, 0, 4096)
         fcntl.fcntl(fd, 1033, 2)  # F_ADD_SEALS, F_SEAL_SHRINK
         self.words = mmap.mmap(fd, 4096)
         self.sock.sendmsg([struct.pack("<IIQ", 0x0144766B, 1, 9)],

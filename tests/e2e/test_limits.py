@@ -1,8 +1,9 @@
 """What one client may take: descriptors, connections, memory; and that its neighbours are served meanwhile."""
+import fcntl
 import os
 import resource
-import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import grpc
 import pytest
 
 from conftest import KVD, Rpc, geometry, kv
-from h2 import Connection
+from h2 import Connection, frame
 from test_death import FdSocket, memfd, wait_for
 
 
@@ -163,7 +164,7 @@ def test_calls_given_up_as_fast_as_they_are_sent(kvd, neighbour):
     alone = neighbour.p99(0.5)
     script = f"""
 import sys, time; sys.path.insert(0, {os.path.dirname(__file__)!r})
-from h2 import Connection
+from h2 import Connection, frame
 held = [Connection({str(kvd.socket)!r}, "/kvd.v1.Admin/Ping") for _ in range(60)]
 cut = 0
 for c in held:
@@ -270,3 +271,83 @@ def test_grpc_logs_where_kvd_does(kvd):
     c.close()
     kvd.kvctl("ping", 1)
     assert all(line[:2] == "20" for line in kvd.text().splitlines()), kvd.text()
+
+
+def worker(kvd):
+    """A session with an fd socket: (its FdSocket, Rpc, session)."""
+    w, rpc = FdSocket(kvd), Rpc(kvd.address)
+    return w, rpc, rpc.kv("OpenSession", ticket=w.ticket, geometry=geometry()).session
+
+
+def register(w, rpc, session, key, fd, size=4096):
+    w.send(key, fd)
+    return rpc.kv("RegisterBuffer", session=session, key=key, size=size).buffer
+
+
+def test_buffers_are_bounded_by_what_the_kernel_maps(kvd):
+    """64 sessions of 1,024 buffers would pass vm.max_map_count, and malloc with it."""
+    most = int(open("/proc/sys/vm/max_map_count").read())
+    if most > 70000:
+        pytest.skip("vm.max_map_count is too large to be reached quickly")
+    assert kvd.metric('kvd_share_limit{share="mappings"}') <= most / 2
+    w, rpc, session = worker(kvd)
+    fd = memfd(4096)
+    for key in range(20):
+        register(w, rpc, session, key, fd)
+    assert kvd.metric('kvd_share_used{share="mappings"}') == 20
+    rpc.kv("CloseSession", session=session)
+    assert kvd.metric('kvd_share_used{share="mappings"}') == 0
+
+
+def test_bytes_of_buffers_are_bounded_and_have_no_holes(start):
+    kvd = start(config="[kvd]\nmax-buffer-bytes-total = 4MiB\n")
+    w, rpc, session = worker(kvd)
+    first = register(w, rpc, session, 1, memfd(2 << 20), 2 << 20)
+    with pytest.raises(grpc.RpcError) as e:
+        register(w, rpc, session, 2, memfd(2 << 20), 2 << 20)
+    assert e.value.code().name == "RESOURCE_EXHAUSTED" and "max-buffer-bytes-total" in e.value.details()
+    rpc.kv("ReleaseBuffer", session=session, buffer=first)
+    register(w, rpc, session, 3, memfd(2 << 20), 2 << 20)
+    sparse = os.memfd_create("t", os.MFD_ALLOW_SEALING)
+    os.truncate(sparse, 1 << 20)
+    fcntl.fcntl(sparse, 1033, 0x2)
+    with pytest.raises(grpc.RpcError) as e:
+        register(w, rpc, session, 4, sparse, 1 << 20)
+    assert e.value.code().name == "INVALID_ARGUMENT" and "holes" in e.value.details()
+
+
+def read_everything(path, session, sequence, tokens, n):
+    """A client that asks for n large replies on one connection and reads none."""
+    c = Connection(path, "/kvd.v1.KvCache/ReadTokens")
+    request = kv.ReadTokensRequest(session=session, sequence=sequence, begin=0, tokens=tokens).SerializeToString()
+    out = b""
+    for _ in range(n):
+        out += c.headers() + c.message(request)
+    c.s.sendall(frame(8, 0, 0, struct.pack(">I", 0x7FFF0000 - 65535)) + out)  # and lets it all come
+    return c
+
+
+def test_replies_that_nobody_reads(start):
+    """They are bounded, and who does not read is cut off in the end."""
+    kvd = start("--pool-size", "256MiB", config="[kvd]\nmax-reply-bytes = 256MiB\nreply-timeout = 1500ms\n")
+    rpc = Rpc(kvd.address)
+    tokens = 40000
+    s = rpc.kv("OpenSession", geometry=geometry(layers=[0], codec="bf16", kv_heads=4)).session
+    seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
+    data = kv.TensorRef(inline_data=bytes(tokens // 2 * 4 * 64 * 2))
+    for i in range(2):
+        rpc.kv("Append", session=s, items=[kv.AppendItem(sequence=seq, position=i * tokens // 2, tokens=tokens // 2, k=data, v=data)])
+    before = status(kvd, "VmRSS")
+    held = [read_everything(kvd.socket, s, seq, tokens, 10) for _ in range(7)]  # 41 MB each, 2.8 GB in all
+    wait_for(lambda: kvd.metric('kvd_share_used{share="reply_bytes"}') > 100e6)
+    time.sleep(1)
+    assert kvd.metric('kvd_share_used{share="reply_bytes"}') <= 192 << 20  # a user's three quarters
+    more = status(kvd, "VmHWM") - before
+    print(f"70 replies of 41 MB that nobody reads: {more / 1024:.0f} MiB more")
+    assert more < 400 << 10
+    rpc.admin("Ping")
+    assert wait_for(lambda: "does not read its replies" in kvd.text())
+    assert wait_for(lambda: kvd.metric('kvd_share_used{share="reply_bytes"}') == 0)
+    for c in held:
+        c.close()
+    assert len(rpc.kv("ReadTokens", session=s, sequence=seq, begin=0, tokens=100).k) == 100 * 4 * 64 * 2
