@@ -53,6 +53,15 @@ int kvd_call_reserve(struct kvd_call *c, size_t n, struct kvd_error *err)
     return rc;
 }
 
+void kvd_call_unreserve(struct kvd_call *c, size_t n)
+{
+    if (!c->user)
+        return;
+    kvd_user_give(c->user, KVD_SHARE_REPLY_BYTES, n);
+    kvd_link_give(c->link, n);
+    c->reply_bytes -= n;
+}
+
 void kvd_call_sending(struct kvd_call *c)
 {
     if (c->sending_ms)
@@ -77,7 +86,11 @@ void kvd_rpc_tick(struct kvd_daemon *d)
         if (kvd_now_ms(d) - c->sending_ms < d->config.reply_timeout_ms)
             return; // those behind it are younger
         kvd_call_sent(c);
-        if (c->link)
+        if (c->method && c->method->streaming)
+            grpc_call_cancel_with_status(c->call, GRPC_STATUS_RESOURCE_EXHAUSTED,
+                                         "the stream was not read for longer than reply-timeout",
+                                         NULL);
+        else if (c->link)
             kvd_link_cut(c->link, "it does not read its replies");
         else
             grpc_call_cancel(c->call, NULL);

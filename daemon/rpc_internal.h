@@ -60,6 +60,8 @@ void kvd_rpc_tick(struct kvd_daemon *d);
 // Notes that gRPC has something of the call to send, or that it is sent.
 void kvd_call_sending(struct kvd_call *c);
 void kvd_call_sent(struct kvd_call *c);
+// Gives back a part of what kvd_call_reserve took.
+void kvd_call_unreserve(struct kvd_call *c, size_t n);
 // Counts the call in the metrics, with its code.
 void kvd_call_account(struct kvd_call *c);
 void kvd_call_set_message(struct kvd_call *c, int code, const char *text);

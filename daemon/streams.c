@@ -49,6 +49,7 @@ static void stream_pump(struct kvd_call *c)
         if (!c->out_first)
             c->out_last = NULL;
         c->out_count--;
+        kvd_call_unreserve(c, grpc_byte_buffer_length(out->bytes));
         if (c->reply)
             grpc_byte_buffer_destroy(c->reply);
         c->reply = out->bytes;
@@ -72,7 +73,8 @@ void kvd_call_send(struct kvd_call *call, const void *message)
     if (call->closed || call->finishing)
         return;
     struct kvd_out *out = call->out_count < KVD_EVENT_SLOTS ? calloc(1, sizeof(*out)) : NULL;
-    if (!out) {
+    if (!out || kvd_call_reserve(call, protobuf_c_message_get_packed_size(message), NULL)) {
+        free(out);
         call->lost++;
         call->d->metrics.events_lost++;
         return;
