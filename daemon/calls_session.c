@@ -251,7 +251,8 @@ static int foreign_of(struct kvd_session *s, const Kvd__V1__RegisterBufferReques
     out->fd = kvd_connection_take_fd(s->connection, req->key);
     if (out->fd < 0)
         return kvd_fail(err, KVD_E_NOT_FOUND,
-                        "no descriptor was sent over the fd socket under key %llu",
+                        "no descriptor was sent over the fd socket under key %llu, or too many "
+                        "were waiting to be asked for",
                         (unsigned long long)req->key);
     return KVD_OK;
 }

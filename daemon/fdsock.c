@@ -13,6 +13,7 @@
 #include "daemon/users.h"
 
 enum {
+    PEERPIDFD = 77, // SO_PEERPIDFD, of Linux 6.5
     MAX_PENDING_FDS = 64,
     YIELDS_MS = 1000, // a connection without a session for so long makes room when there is none
 };
@@ -21,7 +22,9 @@ struct kvd_connection {
     char ticket[KVD_SECRET_TEXT];
     struct kvd_daemon *d;
     int fd;
-    uv_poll_t poll;
+    int pidfd; // of the process that connected; -1: the kernel has none to give
+    uv_poll_t poll, death;
+    uint32_t handles;
     uint64_t since_ms;
     struct kvd_peer peer;
     struct kvd_user *user; // whose share it is
@@ -40,9 +43,17 @@ struct kvd_fdsock {
     struct kvd_connection *connections; // by ticket
 };
 
-static void free_connection(uv_handle_t *handle)
+static void on_handle_closed(uv_handle_t *handle)
 {
-    free(handle->data);
+    struct kvd_connection *c = handle->data;
+    if (--c->handles == 0)
+        free(c);
+}
+
+static void drop_pending(struct kvd_connection *c, uint32_t i)
+{
+    c->pending[i] = c->pending[--c->n_pending];
+    kvd_user_give(c->user, KVD_SHARE_DESCRIPTORS, 1);
 }
 
 void kvd_connection_close(struct kvd_connection *c)
@@ -51,13 +62,20 @@ void kvd_connection_close(struct kvd_connection *c)
         return;
     c->closing = true;
     HASH_DEL(c->d->fdsock->connections, c);
+    while (c->n_pending) {
+        close(c->pending[0].fd);
+        drop_pending(c, 0);
+    }
     kvd_user_give(c->user, KVD_SHARE_CONNECTIONS, 1);
     kvd_user_unref(&c->user);
-    for (uint32_t i = 0; i < c->n_pending; i++)
-        close(c->pending[i].fd);
     uv_poll_stop(&c->poll);
     close(c->fd);
-    uv_close((uv_handle_t *)&c->poll, free_connection);
+    uv_close((uv_handle_t *)&c->poll, on_handle_closed);
+    if (c->pidfd < 0)
+        return;
+    uv_poll_stop(&c->death);
+    close(c->pidfd);
+    uv_close((uv_handle_t *)&c->death, on_handle_closed);
 }
 
 static void hang_up(struct kvd_connection *c, const char *why)
@@ -95,6 +113,10 @@ static int receive(struct kvd_connection *c)
     bool ok = n == sizeof(m) && m.magic == KVD_FD_MAGIC && m.version == KVD_FD_VERSION &&
               n_fds == 1 && !(msg.msg_flags & (MSG_CTRUNC | MSG_TRUNC)) &&
               c->n_pending < MAX_PENDING_FDS;
+    if (ok && kvd_user_take(c->user, KVD_SHARE_DESCRIPTORS, 1, NULL)) {
+        close(fds[0]); // RegisterBuffer will not find it, and says so
+        return 1;
+    }
     if (ok) {
         c->pending[c->n_pending].key = m.key;
         c->pending[c->n_pending++].fd = fds[0];
@@ -103,8 +125,8 @@ static int receive(struct kvd_connection *c)
     for (int i = 0; i < n_fds; i++)
         close(fds[i]);
     if (n != 0)
-        kvd_warning("malformed message on the fd socket pid=%lld uid=%lld", (long long)c->peer.pid,
-                    (long long)c->peer.uid);
+        kvd_warning("malformed message on the fd socket, or too many descriptors pid=%lld uid=%lld",
+                    (long long)c->peer.pid, (long long)c->peer.uid);
     return -1;
 }
 
@@ -121,6 +143,30 @@ static void on_readable(uv_poll_t *poll, int status, int events)
         continue;
     if (rc < 0)
         hang_up(c, "the worker hung up");
+}
+
+// The process that connected is gone, whoever else may have got its socket from it.
+static void on_death(uv_poll_t *poll, int status, int events)
+{
+    (void)status;
+    (void)events;
+    hang_up(poll->data, "the worker died");
+}
+
+static void watch_process(struct kvd_connection *c)
+{
+    socklen_t len = sizeof(c->pidfd);
+    if (getsockopt(c->fd, SOL_SOCKET, PEERPIDFD, &c->pidfd, &len))
+        c->pidfd = -1;
+    if (c->pidfd >= 0 && uv_poll_init(&c->d->loop, &c->death, c->pidfd)) {
+        close(c->pidfd);
+        c->pidfd = -1;
+    }
+    if (c->pidfd < 0)
+        return;
+    c->handles++;
+    c->death.data = c;
+    uv_poll_start(&c->death, UV_READABLE, on_death);
 }
 
 static void on_timer(uv_timer_t *timer)
@@ -200,7 +246,9 @@ static void accept_one(struct kvd_daemon *d, int fd)
     uv_poll_init(&d->loop, &c->poll, fd);
     c->poll.data = c;
     HASH_ADD_STR(d->fdsock->connections, ticket, c);
+    c->handles = 1;
     uv_poll_start(&c->poll, UV_READABLE | UV_DISCONNECT, on_readable);
+    watch_process(c);
     if (!send_hello(c)) {
         kvd_connection_close(c);
         return;
@@ -271,7 +319,7 @@ int kvd_connection_take_fd(struct kvd_connection *c, uint64_t key)
         if (c->pending[i].key != key)
             continue;
         int fd = c->pending[i].fd;
-        c->pending[i] = c->pending[--c->n_pending];
+        drop_pending(c, i);
         return fd;
     }
     return -1;

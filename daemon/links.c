@@ -354,6 +354,7 @@ int kvd_links_init(struct kvd_daemon *d, struct kvd_error *err)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     d->links->plain = grpc_insecure_server_credentials_create();
     kvd_share_possible(d, KVD_SHARE_CONNECTIONS, connections_possible(d));
+    kvd_share_possible(d, KVD_SHARE_DESCRIPTORS, kvd_share_total(d, KVD_SHARE_CONNECTIONS));
     uv_timer_init(&d->loop, &d->links->timer);
     d->links->timer.data = d;
     uv_timer_start(&d->links->timer, on_tick, TICK_MS, TICK_MS);

@@ -166,8 +166,8 @@ static void rpc_metrics(struct page *p)
 
 static void share_metrics(struct page *p)
 {
-    static const char *const names[KVD_SHARE_COUNT] = {"connections", "calls", "reply_bytes",
-                                                       "mappings", "buffer_bytes"};
+    static const char *const names[KVD_SHARE_COUNT] = {
+        "connections", "calls", "reply_bytes", "mappings", "buffer_bytes", "descriptors"};
     head(p->f, "kvd_share_limit", "gauge",
          "What clients may have of it in all; one user may have three quarters.");
     for (int i = 0; i < KVD_SHARE_COUNT; i++)

@@ -24,6 +24,7 @@ static const struct {
     [KVD_SHARE_CALLS] = {"calls in flight", "max-calls"},
     [KVD_SHARE_REPLY_BYTES] = {"bytes of replies that are made or unread", "max-reply-bytes"},
     [KVD_SHARE_MAPPINGS] = {"registered buffers", "vm.max_map_count"},
+    [KVD_SHARE_DESCRIPTORS] = {"descriptors sent and not asked for", "max-connections"},
     [KVD_SHARE_BUFFER_BYTES] = {"bytes of registered buffers", "max-buffer-bytes-total"},
 };
 
@@ -44,6 +45,7 @@ static uint64_t total_of(const struct kvd_users *all, enum kvd_share share)
         [KVD_SHARE_CALLS] = c->max_calls,
         [KVD_SHARE_REPLY_BYTES] = c->max_reply_bytes,
         [KVD_SHARE_MAPPINGS] = UINT64_MAX,
+        [KVD_SHARE_DESCRIPTORS] = c->max_connections,
         [KVD_SHARE_BUFFER_BYTES] =
             c->max_buffer_bytes_total ? c->max_buffer_bytes_total : UINT64_MAX,
     };

@@ -13,6 +13,7 @@ enum kvd_share {
     KVD_SHARE_REPLY_BYTES,  // of replies that are being made or have not been read
     KVD_SHARE_MAPPINGS,     // buffers of workers, each of which is one
     KVD_SHARE_BUFFER_BYTES, // in those that are host memory
+    KVD_SHARE_DESCRIPTORS,  // that were sent and not yet asked for
     KVD_SHARE_COUNT,
 };
 

@@ -2,6 +2,7 @@
 import fcntl
 import os
 import resource
+import signal
 import socket
 import struct
 import subprocess
@@ -351,3 +352,49 @@ def test_replies_that_nobody_reads(start):
     for c in held:
         c.close()
     assert len(rpc.kv("ReadTokens", session=s, sequence=seq, begin=0, tokens=100).k) == 100 * 4 * 64 * 2
+
+
+def test_a_session_ends_with_its_process_though_a_child_has_its_socket(kvd):
+    with socket.socket(socket.AF_UNIX) as s:
+        s.connect(str(kvd.socket))
+        try:
+            os.close(s.getsockopt(socket.SOL_SOCKET, 77))  # SO_PEERPIDFD
+        except OSError:
+            pytest.skip("the kernel does not know a peer's process")
+    script = f"""
+import os, sys, time; sys.path.insert(0, {os.path.dirname(__file__)!r})
+from conftest import Rpc, geometry
+from test_death import FdSocket
+class Kvd: socket = {str(kvd.socket)!r}
+w = FdSocket(Kvd)
+pid = os.fork()
+if pid == 0:
+    time.sleep(20)
+    os._exit(0)
+Rpc({kvd.address!r}).kv("OpenSession", ticket=w.ticket, geometry=geometry())
+print(pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    p = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    child = int(p.stdout.readline())
+    p.wait()
+    try:
+        assert wait_for(lambda: kvd.metric("kvd_sessions") == 0, 5)
+        assert "the worker died" in kvd.text()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_descriptors_that_are_sent_and_not_asked_for(start):
+    """They are bounded by user, as each takes one of the daemon's."""
+    kvd = start(config="[kvd]\nmax-connections = 100\n")
+    ws = [FdSocket(kvd) for _ in range(20)]
+    fd = memfd(4096)
+    for key in range(60):
+        for w in ws:
+            w.send(key, fd)
+    assert wait_for(lambda: kvd.metric('kvd_share_used{share="descriptors"}') == 75)
+    assert len(os.listdir(f"/proc/{kvd.process.pid}/fd")) < 75 + 2 * 20 + 40
+    for w in ws:
+        w.s.close()
+    assert wait_for(lambda: kvd.metric('kvd_share_used{share="descriptors"}') == 0)
