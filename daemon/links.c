@@ -10,16 +10,16 @@
 #include <utlist.h>
 
 #include "daemon/listen.h"
+#include "daemon/meter.h"
 #include "daemon/rpc_internal.h"
 
 enum {
     TICK_MS = 1000,
     SILENT_MS = 30000,         // a link on which no call has come by then is closed
     YIELDS_MS = 1000,          // one that is silent for so long makes room when there is none
-    QUICK_US = 20000,          // a call given up within that was not worth sending
-    QUICK_MAX = 64,            // of them on one link in a second
+    WASTE_MAX = 100,           // connections without a call by one process in a second
     BANNED_MS = 10000,         // for a process that was cut off
-    BANNED = 32,               // of them that are remembered
+    CULPRITS = 64,             // processes of which something is noted
     GUESTS = 16,               // connections beyond a limit, whose calls are told of it
     GUEST_MS = 1000,           // how long they may stay
     OWN_DESCRIPTORS = 96,      // of kvd itself, besides extents: files, listeners, HTTP, stores
@@ -32,14 +32,22 @@ struct kvd_link {
     int number;  // of gRPC's descriptor, which names the link in calls
     int control; // ours, for the same socket
     int64_t pid, uid;
-    uint64_t since_ms, window_ms;
+    uint64_t since_ms;
     uint64_t calls, reply_bytes;
-    uint32_t quick; // calls given up in this second
-    uint32_t refs;  // one is the table's, one the poll handle's
+    uint32_t in_flight;     // calls that the daemon has
+    struct kvd_meter meter; // read by gRPC's threads
+    uint32_t refs;          // one is the table's, one the poll handle's
     bool closed;
     struct kvd_error *refusal; // of a guest: what its calls are told
     uv_poll_t poll;
     struct kvd_link *previous, *next;
+};
+
+struct culprit {
+    int64_t pid;
+    uint64_t window_ms; // in which these are counted:
+    uint32_t wasted;    // connections without a call
+    uint64_t until_ms;  // its connections are refused
 };
 
 struct kvd_links {
@@ -48,11 +56,7 @@ struct kvd_links {
         *by_number; // the latest link of each descriptor number, also when it is closed
     uint32_t cap, count, guests;
     struct kvd_link *oldest; // open ones, by age
-    struct {
-        int64_t pid;
-        uint64_t until_ms;
-    } banned[BANNED];
-    uint32_t next_banned;
+    struct culprit culprits[CULPRITS];
     uv_timer_t timer;
 };
 
@@ -103,23 +107,78 @@ void kvd_link_cut(struct kvd_link *l, const char *why)
     forget(l);
 }
 
+// -- who wastes our time ------------------------------------------------------------------------
+
+// What is noted of a process. NULL: nothing is, and `make` is false. The place of whoever was noted
+// longest ago is taken; those who are banned come last.
+static struct culprit *culprit_of(struct kvd_daemon *d, int64_t pid, bool make)
+{
+    struct culprit *oldest = &d->links->culprits[0];
+    for (uint32_t i = 0; i < CULPRITS; i++) {
+        struct culprit *c = &d->links->culprits[i];
+        if (c->pid == pid)
+            return c;
+        if (KVD_MAX(c->window_ms, c->until_ms) < KVD_MAX(oldest->window_ms, oldest->until_ms))
+            oldest = c;
+    }
+    if (make)
+        *oldest = (struct culprit){.pid = pid};
+    return make ? oldest : NULL;
+}
+
+static bool is_banned(struct kvd_daemon *d, int64_t pid)
+{
+    const struct culprit *c = pid > 0 ? culprit_of(d, pid, false) : NULL;
+    return c && c->until_ms > kvd_now_ms(d);
+}
+
+// The whole process goes: its other connections do the same in a moment, if they do not already.
+static void ban(struct kvd_link *culprit, const char *why)
+{
+    struct kvd_daemon *d = culprit->d;
+    struct kvd_link *l, *next;
+    kvd_warning("connection cut off: %s pid=%lld uid=%lld", why, (long long)culprit->pid,
+                (long long)culprit->uid);
+    if (culprit->pid <= 0)
+        return;
+    culprit_of(d, culprit->pid, true)->until_ms = kvd_now_ms(d) + BANNED_MS;
+    DL_FOREACH_SAFE2(d->links->oldest, l, next, next)
+    {
+        if (l->pid == culprit->pid)
+            kvd_link_cut(l, NULL);
+    }
+}
+
+// Notes a connection that was given up before its first call.
+static void note_waste(struct kvd_link *l)
+{
+    struct culprit *c = l->pid > 0 ? culprit_of(l->d, l->pid, true) : NULL;
+    uint64_t now = kvd_now_ms(l->d);
+    if (!c || c->until_ms > now)
+        return;
+    if (now - c->window_ms > 1000) {
+        c->window_ms = now;
+        c->wasted = 0;
+    }
+    if (++c->wasted > WASTE_MAX)
+        ban(l, "its process connects for nothing, again and again");
+}
+
 static void on_hung_up(uv_poll_t *poll, int status, int events)
 {
+    struct kvd_link *l = poll->data; // the poll handle has a reference for a while yet
+    const char *verdict = atomic_load(&l->meter.verdict);
+    bool wasted = l->calls == 0 && kvd_now_ms(l->d) - l->since_ms < YIELDS_MS;
     (void)status;
     (void)events;
-    forget(poll->data);
+    forget(l);
+    if (verdict)
+        ban(l, verdict);
+    else if (wasted)
+        note_waste(l);
 }
 
 // -- who is taken in ----------------------------------------------------------------------------
-
-static bool is_banned(const struct kvd_daemon *d, int64_t pid)
-{
-    for (uint32_t i = 0; i < BANNED; i++)
-        if (pid > 0 && d->links->banned[i].pid == pid &&
-            d->links->banned[i].until_ms > kvd_now_ms(d))
-            return true;
-    return false;
-}
 
 // Makes room among the user's links on which no call has ever come.
 static bool make_room(struct kvd_daemon *d, const struct kvd_user *user)
@@ -153,12 +212,15 @@ static void on_tick(uv_timer_t *timer)
 {
     struct kvd_daemon *d = timer->data;
     struct kvd_link *l, *next;
+    int64_t total = 0;
     DL_FOREACH_SAFE2(d->links->oldest, l, next, next)
     {
         uint64_t age = kvd_now_ms(d) - l->since_ms;
+        total += kvd_meter_calls(&l->meter);
         if ((l->calls == 0 && age >= SILENT_MS) || (l->refusal && age >= GUEST_MS))
             kvd_link_cut(l, NULL);
     }
+    kvd_meter_total(total);
     kvd_rpc_tick(d);
 }
 
@@ -188,6 +250,7 @@ static struct kvd_link *link_new(struct kvd_daemon *d, int fd, const struct ucre
     uv_poll_start(&l->poll, UV_DISCONNECT, on_hung_up);
     kvd_link_unref(&all->by_number[fd]);
     all->by_number[fd] = l;
+    kvd_meter_start(&l->meter, fd, d->config.max_calls);
     DL_APPEND2(all->oldest, l, previous, next);
     all->count++;
     return l;
@@ -261,11 +324,6 @@ struct kvd_link *kvd_link_of(struct kvd_daemon *d, grpc_call *call)
     return l;
 }
 
-const struct kvd_error *kvd_link_refusal(const struct kvd_link *l)
-{
-    return l ? l->refusal : NULL;
-}
-
 int64_t kvd_link_uid(const struct kvd_link *l)
 {
     return l->uid;
@@ -293,38 +351,29 @@ void kvd_link_give(struct kvd_link *l, uint64_t n)
         l->reply_bytes -= n;
 }
 
-// The whole process goes: its other connections do the same in a moment, if they do not already.
-static void ban(struct kvd_link *l)
+int kvd_link_begin_call(struct kvd_link *l, struct kvd_error *err)
 {
-    struct kvd_daemon *d = l->d;
-    struct kvd_links *all = d->links;
-    struct kvd_link *other, *next;
-    int64_t pid = l->pid;
-    if (pid <= 0) {
-        kvd_link_cut(l, "it gives up calls as fast as it sends them");
-        return;
+    if (!l)
+        return KVD_OK;
+    if (l->refusal) {
+        *err = *l->refusal;
+        return err->code;
     }
-    all->banned[all->next_banned].pid = pid;
-    all->banned[all->next_banned].until_ms = kvd_now_ms(d) + BANNED_MS;
-    all->next_banned = (all->next_banned + 1) % BANNED;
-    kvd_link_cut(l, "its process gives up calls as fast as it sends them");
-    DL_FOREACH_SAFE2(all->oldest, other, next, next)
-    {
-        if (other->pid == pid)
-            kvd_link_cut(other, NULL);
-    }
+    if (l->in_flight >= 2 * KVD_LINK_CALLS)
+        kvd_link_cut(l, "it has more calls in flight than HTTP/2 allows it");
+    if (l->in_flight >= KVD_LINK_CALLS)
+        return kvd_fail(err, KVD_E_LIMIT, "this connection has %u calls in flight, %d are possible",
+                        l->in_flight, KVD_LINK_CALLS);
+    l->in_flight++;
+    return KVD_OK;
 }
 
-void kvd_link_cancelled(struct kvd_link *l, uint64_t us)
+void kvd_link_end_call(struct kvd_link *l, bool counted)
 {
-    if (!l || l->closed || us > QUICK_US)
+    if (!l)
         return;
-    if (kvd_now_ms(l->d) - l->window_ms > 1000) {
-        l->window_ms = kvd_now_ms(l->d);
-        l->quick = 0;
-    }
-    if (++l->quick > QUICK_MAX)
-        ban(l);
+    l->in_flight -= counted;
+    kvd_meter_end_call(&l->meter);
 }
 
 // -- start and end ------------------------------------------------------------------------------
@@ -376,6 +425,8 @@ void kvd_links_deinit(struct kvd_daemon *d)
         return;
     while (all->oldest)
         kvd_link_cut(all->oldest, NULL);
+    for (uint32_t i = 0; i < all->cap; i++)
+        kvd_meter_forget((int)i);
     for (uint32_t i = 0; i < all->cap; i++)
         kvd_link_unref(&all->by_number[i]);
     grpc_server_credentials_release(all->plain);

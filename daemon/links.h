@@ -7,6 +7,7 @@
 #include <grpc/grpc.h>
 
 #include "daemon/kvd.h"
+#include "daemon/meter.h"
 #include "daemon/users.h"
 
 struct kvd_link;
@@ -22,17 +23,16 @@ bool kvd_links_open(const struct kvd_daemon *d);
 
 // The link that a call came by, with a reference, or NULL: it came over TLS.
 struct kvd_link *kvd_link_of(struct kvd_daemon *d, grpc_call *call);
-// What calls on a link that cannot stay are to be told; NULL: it can.
-const struct kvd_error *kvd_link_refusal(const struct kvd_link *l);
+// Counts a call that begins. KVD_E_LIMIT: it is to be refused, as the link has too many, or cannot
+// stay; then it does not count. NULL is allowed, in both.
+int kvd_link_begin_call(struct kvd_link *l, struct kvd_error *err);
+void kvd_link_end_call(struct kvd_link *l, bool counted);
 // Who is at the other end, or KVD_USER_UNKNOWN.
 int64_t kvd_link_uid(const struct kvd_link *l);
 // Takes n bytes of replies for the link, of which one may have a quarter. KVD_E_LIMIT. NULL is
 // allowed, in both.
 int kvd_link_take(struct kvd_link *l, uint64_t n, struct kvd_error *err);
 void kvd_link_give(struct kvd_link *l, uint64_t n);
-// Notes that a call was cancelled `us` after it had come. A process that gives up calls as fast as
-// it sends them is cut off.
-void kvd_link_cancelled(struct kvd_link *l, uint64_t us);
 // Hangs up now; what lies in the socket is thrown away.
 void kvd_link_cut(struct kvd_link *l, const char *why);
 void kvd_link_unref(struct kvd_link **l);

@@ -14,6 +14,8 @@
 #include <sys/syscall.h>
 #include <sys/un.h>
 
+#include "daemon/meter.h"
+
 enum {
     ACCEPT_AT_ONCE = 8, // then others have their turn
     REST_MS = 50,       // of a listener for which there was no descriptor
@@ -52,7 +54,9 @@ static void note_shortage(int e)
 
 static int accept_now(int listener)
 {
-    return (int)syscall(SYS_accept4, listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    int fd = (int)syscall(SYS_accept4, listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    kvd_meter_forget(fd);
+    return fd;
 }
 
 // Accepts with the reserve and hangs up. False: nobody waits, or not even that was possible.
@@ -74,9 +78,11 @@ static bool turn_away(int listener)
 // gRPC's own listeners (those with TLS) call this instead of libc's, as the linker puts the
 // program's symbols first: gRPC closes a listener for good when accept fails for want of a
 // descriptor. It is told that nobody waits, which is true after those who did were turned away.
-int accept4(int listener, struct sockaddr *addr, socklen_t *len, int flags)
+__attribute__((visibility("default"))) int accept4(int listener, struct sockaddr *addr,
+                                                   socklen_t *len, int flags)
 {
     int fd = (int)syscall(SYS_accept4, listener, addr, len, flags);
+    kvd_meter_forget(fd);
     if (fd >= 0 || !is_shortage(errno))
         return fd;
     note_shortage(errno);

@@ -15,10 +15,9 @@ enum { SMALL_REPLY = 64 << 10 };
 static int charge(struct kvd_call *c, struct kvd_error *err)
 {
     c->link = kvd_link_of(c->d, c->call);
-    if (kvd_link_refusal(c->link)) {
-        *err = *kvd_link_refusal(c->link);
+    if (kvd_link_begin_call(c->link, err))
         return err->code;
-    }
+    c->counted = true;
     struct kvd_user *user =
         kvd_user_ref(c->d, c->link ? kvd_link_uid(c->link) : (int64_t)KVD_USER_UNKNOWN);
     int rc = user ? kvd_user_take(user, KVD_SHARE_CALLS, 1, err)
@@ -35,6 +34,7 @@ static void release(struct kvd_call *c)
         kvd_user_give(c->user, KVD_SHARE_REPLY_BYTES, c->reply_bytes);
         kvd_user_give(c->user, KVD_SHARE_CALLS, 1);
     }
+    kvd_link_end_call(c->link, c->counted);
     kvd_link_give(c->link, c->reply_bytes);
     kvd_user_unref(&c->user);
     kvd_link_unref(&c->link);
@@ -143,8 +143,6 @@ static void on_done(struct kvd_tag *tag, bool ok)
     struct kvd_call *c = (struct kvd_call *)((uint8_t *)tag - offsetof(struct kvd_call, done_tag));
     (void)ok;
     c->done = true;
-    if (c->cancelled)
-        kvd_link_cancelled(c->link, (uv_hrtime() - c->accepted_ns) / 1000);
     maybe_free(c);
 }
 
@@ -153,8 +151,6 @@ static void on_closed(struct kvd_tag *tag, bool ok)
     struct kvd_call *c = (struct kvd_call *)((uint8_t *)tag - offsetof(struct kvd_call, close_tag));
     (void)ok;
     c->closed = true;
-    if (c->cancelled)
-        kvd_link_cancelled(c->link, (uv_hrtime() - c->accepted_ns) / 1000);
     if (!c->answered && c->on_cancelled) {
         void (*hook)(struct kvd_call *) = c->on_cancelled;
         c->on_cancelled = NULL;
@@ -397,7 +393,6 @@ static struct kvd_call *call_new(struct kvd_daemon *d, uint32_t index,
     c->d = d;
     c->message = grpc_empty_slice();
     c->method_index = index;
-    c->request_tag.waiting = &d->rpc->waiting[index];
     grpc_metadata_array_init(&c->metadata);
     kvd_tag_arm(&c->request_tag, fire);
     return c;
@@ -411,7 +406,6 @@ void kvd_call_arm(struct kvd_daemon *d, uint32_t index)
                                             &c->deadline, &c->metadata, &c->payload, d->rpc->cq,
                                             d->rpc->cq, &c->request_tag) != GRPC_CALL_OK)
         kvd_call_free(c);
-    kvd_rpc_armed(d, index);
 }
 
 static void on_unknown(struct kvd_tag *tag, bool ok)
@@ -429,7 +423,10 @@ static void on_unknown(struct kvd_tag *tag, bool ok)
     if (!r->stopping)
         kvd_call_arm_unknown(c->d);
     c->accepted_ns = uv_hrtime();
-    kvd_call_fail(c, KVD_E_UNSUPPORTED, "kvd %s has no method %.200s", KVD_VERSION, path);
+    struct kvd_error err = {0};
+    if (charge(c, &err) == KVD_OK)
+        kvd_fail(&err, KVD_E_UNSUPPORTED, "kvd %s has no method %.200s", KVD_VERSION, path);
+    kvd_call_fail_error(c, &err);
     gpr_free(path);
 }
 
@@ -441,5 +438,4 @@ void kvd_call_arm_unknown(struct kvd_daemon *d)
     if (grpc_server_request_call(r->server, &c->call, &r->unknown_details, &c->metadata, r->cq,
                                  r->cq, &c->request_tag) != GRPC_CALL_OK)
         kvd_call_free(c);
-    kvd_rpc_armed(d, KVD_MAX_METHODS - 1);
 }

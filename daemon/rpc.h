@@ -25,7 +25,6 @@ struct kvd_tag {
     _Atomic bool armed; // orders the loop's writes before the queue thread's; gRPC does too, but
                         // tools cannot see it
     bool ok;
-    int *waiting; // of a request: what counts it while it waits inside gRPC
     struct kvd_tag *next;
 };
 
@@ -50,6 +49,7 @@ struct kvd_call {
     gpr_timespec deadline;
     uint64_t accepted_ns;
     struct kvd_link *link; // NULL: it came over TLS
+    bool counted;          // by the link
     struct kvd_user *user; // who is charged; NULL: not charged
     uint64_t reply_bytes;  // taken of the reply share
     uint64_t sending_ms;   // since when there is something to send; 0: nothing

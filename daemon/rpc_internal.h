@@ -18,12 +18,8 @@ struct kvd_rpc {
     uv_mutex_t lock;
     uv_async_t async;
     struct kvd_tag *first, *last; // fired, to be handled by the loop
-    // How many requests wait inside gRPC for calls, by method (the last: unknown methods), and how
-    // many methods have none. Under the lock.
-    int waiting[KVD_MAX_METHODS], dry;
-    uv_cond_t armed;
-    bool drained;            // the queue has shut down
-    struct kvd_call *unread; // whose answers or messages have not all been read, oldest first
+    bool drained;                 // the queue has shut down
+    struct kvd_call *unread;      // whose answers or messages have not all been read, oldest first
     bool stopping;
     struct kvd_tag shutdown_tag;
     void (*on_shut)(struct kvd_daemon *d);
@@ -44,11 +40,6 @@ ProtobufCMessage *kvd_message_unpack(const ProtobufCMessageDescriptor *type,
 grpc_byte_buffer *kvd_message_pack(const ProtobufCMessage *m);
 // A buffer of one slice, whose reference is taken.
 grpc_byte_buffer *kvd_message_wrap(grpc_slice slice);
-
-// -- server.c -----------------------------------------------------------------------------------
-// To be called when a request for a method's calls has gone to gRPC (the last index: for unknown
-// methods); its tag's `waiting` must say so before.
-void kvd_rpc_armed(struct kvd_daemon *d, uint32_t index);
 
 // -- rpc.c --------------------------------------------------------------------------------------
 // Arms a request for a method, and for methods that we do not have.

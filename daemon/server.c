@@ -12,24 +12,13 @@
 enum {
     ARMED = 16,      // requests kept waiting per method; a burst beyond that waits inside gRPC
     GRPC_LINES = 10, // that gRPC may log in a second
-    READ_BYTES = 64 << 10, // that gRPC reads from a connection before it looks at others
+    READ_BYTES = 16 << 10, // that gRPC reads from a connection before it looks at others
 };
 
 void kvd_tag_arm(struct kvd_tag *tag, void (*fire)(struct kvd_tag *tag, bool ok))
 {
     tag->fire = fire;
     atomic_store_explicit(&tag->armed, true, memory_order_release);
-}
-
-void kvd_rpc_armed(struct kvd_daemon *d, uint32_t index)
-{
-    struct kvd_rpc *r = d->rpc;
-    uv_mutex_lock(&r->lock);
-    if (++r->waiting[index] == 1) {
-        r->dry--;
-        uv_cond_signal(&r->armed);
-    }
-    uv_mutex_unlock(&r->lock);
 }
 
 static void queue_thread(void *arg)
@@ -44,9 +33,6 @@ static void queue_thread(void *arg)
             atomic_load_explicit(&tag->armed, memory_order_acquire);
             tag->ok = e.success;
             tag->next = NULL;
-            if (tag->waiting && --*tag->waiting == 0)
-                r->dry++;
-            tag->waiting = NULL;
             if (r->last)
                 r->last->next = tag;
             else
@@ -56,11 +42,6 @@ static void queue_thread(void *arg)
             r->drained = true;
         }
         uv_async_send(&r->async);
-        // gRPC reads from connections when its queue is asked and empty. While calls of a method
-        // wait inside it, for which there is no bound, none is asked for more: so what waits there
-        // is what one connection's read brought.
-        while (r->dry && !r->stopping)
-            uv_cond_wait(&r->armed, &r->lock);
         uv_mutex_unlock(&r->lock);
         if (e.type == GRPC_QUEUE_SHUTDOWN)
             return;
@@ -167,8 +148,6 @@ int kvd_rpc_init(struct kvd_daemon *d, struct kvd_error *err)
     gpr_set_log_function(on_grpc_log);
     grpc_init();
     uv_mutex_init(&r->lock);
-    uv_cond_init(&r->armed);
-    r->dry = (int)kvd_n_methods + 1;
     uv_async_init(&d->loop, &r->async, on_async);
     r->async.data = d;
     // Messages that are being received, all together.
@@ -180,7 +159,9 @@ int kvd_rpc_init(struct kvd_daemon *d, struct kvd_error *err)
          .value.integer = KVD_MAX_MESSAGE},
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_MAX_SEND_MESSAGE_LENGTH, .value.integer = -1},
         {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_ALLOW_REUSEPORT, .value.integer = 0},
-        {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_MAX_CONCURRENT_STREAMS, .value.integer = 256},
+        {.type = GRPC_ARG_INTEGER,
+         .key = GRPC_ARG_MAX_CONCURRENT_STREAMS,
+         .value.integer = KVD_LINK_CALLS},
         // Compressed messages could be bombs, and K/V does not compress: identity only.
         {.type = GRPC_ARG_INTEGER,
          .key = GRPC_COMPRESSION_CHANNEL_ENABLED_ALGORITHMS_BITSET,
@@ -238,10 +219,7 @@ void kvd_rpc_shutdown(struct kvd_daemon *d, void (*on_shut)(struct kvd_daemon *d
 {
     struct kvd_rpc *r = d->rpc;
     kvd_listen_close(d, KVD_LISTEN_GRPC);
-    uv_mutex_lock(&r->lock);
     r->stopping = true;
-    uv_cond_signal(&r->armed);
-    uv_mutex_unlock(&r->lock);
     r->on_shut = on_shut;
     kvd_tag_arm(&r->shutdown_tag, on_server_down);
     grpc_server_shutdown_and_notify(r->server, r->cq, &r->shutdown_tag);
@@ -276,7 +254,6 @@ void kvd_rpc_deinit(struct kvd_daemon *d)
     grpc_completion_queue_destroy(r->cq);
     grpc_shutdown();
     kvd_links_deinit(d);
-    uv_cond_destroy(&r->armed);
     uv_mutex_destroy(&r->lock);
     uv_close((uv_handle_t *)&r->async, free_rpc);
 }

@@ -1,7 +1,6 @@
 // Streaming calls: messages wait in a list of their own and go out one at a time.
 #include <grpc/byte_buffer.h>
 
-#include "daemon/links.h"
 #include "daemon/rpc_internal.h"
 
 static void stream_pump(struct kvd_call *c);
@@ -27,8 +26,6 @@ static void on_closed(struct kvd_tag *tag, bool ok)
     struct kvd_call *c = (struct kvd_call *)((uint8_t *)tag - offsetof(struct kvd_call, close_tag));
     (void)ok;
     c->closed = true;
-    if (c->cancelled)
-        kvd_link_cancelled(c->link, (uv_hrtime() - c->accepted_ns) / 1000);
     if (c->on_closed)
         c->on_closed(c);
     if (!c->finished)
