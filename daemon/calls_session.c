@@ -279,7 +279,7 @@ void kvd_on_register_buffer(struct kvd_call *call, const void *request)
     if (rc == KVD_OK)
         rc = kvd_session_add_buffer(call->d, s, req->key, &memory, &b, &err);
     if (memory.fd >= 0)
-        close(memory.fd);
+        kvd_reclaim_fd(call->d, memory.fd);
     if (rc) {
         kvd_call_fail_error(call, &err);
         return;

@@ -63,7 +63,7 @@ void kvd_connection_close(struct kvd_connection *c)
     c->closing = true;
     HASH_DEL(c->d->fdsock->connections, c);
     while (c->n_pending) {
-        close(c->pending[0].fd);
+        kvd_reclaim_fd(c->d, c->pending[0].fd);
         drop_pending(c, 0);
     }
     kvd_user_give(c->user, KVD_SHARE_CONNECTIONS, 1);
@@ -114,7 +114,7 @@ static int receive(struct kvd_connection *c)
               n_fds == 1 && !(msg.msg_flags & (MSG_CTRUNC | MSG_TRUNC)) &&
               c->n_pending < MAX_PENDING_FDS;
     if (ok && kvd_user_take(c->user, KVD_SHARE_DESCRIPTORS, 1, NULL)) {
-        close(fds[0]); // RegisterBuffer will not find it, and says so
+        kvd_reclaim_fd(c->d, fds[0]); // RegisterBuffer will not find it, and says so
         return 1;
     }
     if (ok) {
@@ -123,7 +123,7 @@ static int receive(struct kvd_connection *c)
         return 1;
     }
     for (int i = 0; i < n_fds; i++)
-        close(fds[i]);
+        kvd_reclaim_fd(c->d, fds[i]);
     if (n != 0)
         kvd_warning("malformed message on the fd socket, or too many descriptors pid=%lld uid=%lld",
                     (long long)c->peer.pid, (long long)c->peer.uid);

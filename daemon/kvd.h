@@ -199,6 +199,11 @@ void kvd_session_drop_buffer(struct kvd_session *s, struct kvd_buffer *b);
 // Ends leased sessions whose time is over.
 void kvd_session_expire(struct kvd_daemon *d);
 
+// -- reclaim.c ----------------------------------------------------------------------------------
+// Unmaps, or closes, what may be the last reference to much memory, on libuv's thread pool.
+void kvd_reclaim_mapping(struct kvd_daemon *d, void *data, uint64_t size);
+void kvd_reclaim_fd(struct kvd_daemon *d, int fd);
+
 // -- memory.c -----------------------------------------------------------------------------------
 // The pool's memory: extents of the backend, made ahead of need, lent to workers for reading.
 int kvd_memory_init(struct kvd_daemon *d, struct kvd_error *err);

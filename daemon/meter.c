@@ -9,8 +9,7 @@
 #include "proto/base.h"
 
 enum {
-    METERS = 262144,    // descriptor numbers
-    PREFACE_BYTES = 24, // of HTTP/2, before the first frame
+    METERS = 262144, // descriptor numbers
     CONTINUED_MAX = 8,
     FEW_CALLS = 32, // a connection with no more is not ended for what others do
 };
@@ -24,7 +23,6 @@ static _Atomic uint64_t most_in_flight;
 
 void kvd_meter_start(struct kvd_meter *m, int fd, uint64_t most)
 {
-    m->skip = PREFACE_BYTES;
     atomic_store(&most_in_flight, most);
     if (fd < METERS)
         atomic_store(&meters[fd], m);
@@ -107,9 +105,22 @@ static const char *frame(struct kvd_meter *m)
     }
 }
 
+// Returns how many of the bytes belong to the greeting.
+static size_t greet(struct kvd_meter *m, const uint8_t *p, size_t n)
+{
+    static const char greeting[] = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    size_t step = KVD_MIN(n, sizeof(greeting) - 1 - m->greeted);
+    m->foreign |= memcmp(p, greeting + m->greeted, step) != 0;
+    m->greeted = (uint8_t)(m->greeted + step);
+    return step;
+}
+
 static const char *feed(struct kvd_meter *m, const uint8_t *p, size_t n)
 {
     const char *wrong = NULL;
+    size_t greeting = greet(m, p, n);
+    p += greeting;
+    n -= m->foreign ? n : greeting;
     while (n && !wrong) {
         size_t step = m->skip ? KVD_MIN(n, (size_t)m->skip) : KVD_MIN(n, sizeof(m->head) - m->have);
         if (m->skip) {

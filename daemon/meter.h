@@ -21,6 +21,8 @@ enum {
 struct kvd_meter {
     uint8_t head[9]; // of the frame that is being read
     uint8_t have;
+    uint8_t greeted;               // bytes of HTTP/2's greeting that have come
+    bool foreign;                  // it was another: gRPC closes the connection
     uint32_t skip;                 // bytes to the next head
     uint32_t continued;            // frames of one block of headers
     uint64_t window_ns;            // in which these are counted:

@@ -281,7 +281,7 @@ void kvd_buffer_unref(struct kvd_buffer *b)
     if (--b->refs)
         return;
     if (b->kind == KVD_MEMORY_MEMFD)
-        munmap(b->data, b->size);
+        kvd_reclaim_mapping(b->d, b->data, b->size);
     else
         b->d->backend->ops->foreign_unmap(b->d->backend, b->kind, b->data, b->size);
     discharge(b);
