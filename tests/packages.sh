@@ -116,7 +116,8 @@ done
 
 check "the packages install without a network" 'apt-get install -y --no-install-recommends /pkg/*.deb'
 check "nothing runs that was not asked for" '! systemctl list-units --all "kvd@*" --no-legend | grep -q kvd@'
-check "enable --now kvd@0 kvd@1" 'systemctl enable --now kvd@0 kvd@1; systemctl is-active kvd@0 kvd@1'
+check "enable --now kvd@0 kvd@1" 'systemctl enable --now kvd@0 kvd@1
+    systemctl is-active kvd@0 kvd@1'
 check "each instance has its socket" 'test -S /run/kvd/0/kvd.sock; test -S /run/kvd/1/kvd.sock'
 check "kvctl asks which of several" '! kvctl status 2>/tmp/e; grep -q /run/kvd/0/kvd.sock /tmp/e; grep -q /run/kvd/1/kvd.sock /tmp/e'
 check "kvctl status of each" 'kvctl --instance 0 status; kvctl --instance 1 status; kvctl --all status'
@@ -129,7 +130,7 @@ check "a user of the group may, another may not" 'useradd -G kvd member; useradd
     setpriv --reuid member --regid member --init-groups python3 /work/worker.py unix:/run/kvd/0/kvd.sock
     ! setpriv --reuid stranger --regid stranger --init-groups python3 /work/worker.py unix:/run/kvd/0/kvd.sock'
 check "an instance has its own file over the common one" 'printf "[kvd]\nlog-level = debug\n" >/etc/kvd/kvd-1.conf
-    systemctl reload kvd@1; kvctl --instance 1 --json status | grep -q debug || journalctl -u kvd@1 | grep -qi "level=debug\|debug"'
+    systemctl reload kvd@1; journalctl -u kvd@1 | grep -q " debug "'
 check "a broken file: reload fails and the instance goes on" 'printf "[kvd]\nlog-levle = debug\n" >/etc/kvd/kvd-1.conf
     ! systemctl reload kvd@1; systemctl is-active kvd@1; kvctl --instance 1 ping 1; rm /etc/kvd/kvd-1.conf; systemctl reload kvd@1'
 check "a permanent error does not restart in a loop" 'printf "[kvd]\npool-size = much\n" >/etc/kvd/kvd-2.conf
@@ -141,7 +142,8 @@ check "upgrade, with both instances running" 'before=$(systemctl show -P MainPID
     systemctl is-active kvd@0 kvd@1; [ "$before" != "$(systemctl show -P MainPID kvd@0)" ]; python3 /work/worker.py unix:/run/kvd/0/kvd.sock'
 check "remove stops them and keeps the configuration" 'apt-get remove -y kvd kvd-calib libkvd0 libkvd-dev python3-kvd
     ! pgrep -x kvd; test -e /etc/kvd/kvd.conf; ! test -e /usr/sbin/kvd'
-check "purge leaves nothing" 'apt-get purge -y kvd kvd-calib libkvd0 libkvd-dev python3-kvd
+check "purge leaves nothing" 'dpkg --purge kvd kvd-calib libkvd0 libkvd-dev python3-kvd
+    systemctl daemon-reload
     left=$(find / -xdev \( -path /proc -o -path /sys -o -path /pkg -o -path /new -o -path /work -o -path /var/log -o -path /var/cache/apt -o -path /var/lib/apt -o -path /tmp -o -path /var/tmp \) -prune -o -iname "*kvd*" -print)
     echo "$left"; [ -z "$left" ]; ! getent passwd kvd; ! getent group kvd; ! systemctl list-unit-files | grep -q kvd'
 
