@@ -64,7 +64,7 @@ kvd_result kvd_client_fail(kvd_failure *err, const struct kvd_error *e)
 
 const char *kvd_version(void)
 {
-    return KVD_VERSION;
+    return kvd_build_version();
 }
 
 static int make_session(kvd_client *c, uint64_t deadline, struct kvd_error *err)

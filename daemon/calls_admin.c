@@ -31,7 +31,7 @@ void kvd_on_get_status(struct kvd_call *call, const void *request)
     for (uint32_t i = 0; i < d->config.n_listen; i++)
         listen[i] = d->config.listen[i];
     Kvd__V1__StatusReply r = KVD__V1__STATUS_REPLY__INIT;
-    r.version = (char *)KVD_VERSION;
+    r.version = (char *)kvd_build_version();
     r.instance = d->instance;
     r.backend = (char *)d->backend->ops->name;
     r.device = (char *)d->backend->ops->device(d->backend);

@@ -100,7 +100,7 @@ static void reply(struct kvd_call *call, const struct kvd_session *s)
     r.bf16_page_bytes = kvd_pool_page_bytes(d->pool, s->geom, KVD_POOL_BF16);
     r.codec_page_bytes = kvd_pool_page_bytes(d->pool, s->geom, KVD_POOL_CODEC);
     r.instance = d->instance;
-    r.version = (char *)KVD_VERSION;
+    r.version = (char *)kvd_build_version();
     r.backend = (char *)d->backend->ops->name;
     r.lease_ms = s->lease_ms;
     kvd_call_reply(call, &r);

@@ -202,8 +202,8 @@ void kvd_daemon_run(struct kvd_daemon *d)
     d->state = KVD_READY;
     kvd_format_size(d->config.pool_size, size, sizeof(size));
     kvd_notice("ready version=%s backend=%s device=\"%s\" pool=\"%s\" listen=%s metrics=%s ms=%llu",
-               KVD_VERSION, d->backend->ops->name, d->backend->ops->device(d->backend), size,
-               d->config.listen[0], d->config.metrics[0] ? d->config.metrics : "off",
+               kvd_build_version(), d->backend->ops->name, d->backend->ops->device(d->backend),
+               size, d->config.listen[0], d->config.metrics[0] ? d->config.metrics : "off",
                (unsigned long long)(uv_hrtime() / 1000000 - d->started_ms));
     kvd_memory_ahead(d);
     kvd_notify_ready(d);

@@ -125,7 +125,9 @@ int main(int argc, char **argv)
                                      .doc = "The shared KV-cache memory daemon for LLM inference.\v"
                                             "SIGTERM drains and stops, SIGHUP reloads the "
                                             "configuration. See kvd(8) and kvd.conf(5)."};
-    argp_program_version = "kvd " KVD_VERSION;
+    static char version[96];
+    snprintf(version, sizeof(version), "kvd %s", kvd_build_version());
+    argp_program_version = version;
     struct arguments a = {.check = false};
     struct kvd_error err = {0};
     if (argp_parse(&argp, argc, argv, 0, NULL, &a))

@@ -230,7 +230,7 @@ static void other_metrics(struct page *p)
     single(f, "kvd_uptime_seconds", "gauge", "Time since the start.",
            (double)(kvd_now_ms(d) - d->started_ms) / 1000);
     head(f, "kvd_build_info", "gauge", "Always 1; the labels tell version and backend.");
-    fprintf(f, "kvd_build_info{version=\"%s\",backend=\"%s\"} 1\n", KVD_VERSION,
+    fprintf(f, "kvd_build_info{version=\"%s\",backend=\"%s\"} 1\n", kvd_build_version(),
             d->backend->ops->name);
     size_t rss = 0;
     uv_rusage_t ru;

@@ -425,7 +425,7 @@ static void on_unknown(struct kvd_tag *tag, bool ok)
     c->accepted_ns = uv_hrtime();
     struct kvd_error err = {0};
     if (charge(c, &err) == KVD_OK)
-        kvd_fail(&err, KVD_E_UNSUPPORTED, "kvd %s has no method %.200s", KVD_VERSION, path);
+        kvd_fail(&err, KVD_E_UNSUPPORTED, "kvd %s has no method %.200s", kvd_build_version(), path);
     kvd_call_fail_error(c, &err);
     gpr_free(path);
 }

@@ -16,7 +16,7 @@ out=$(realpath -m "${1:-build-deb}")
 kvd_deps package
 work=$(mktemp -d /tmp/kvd-deb.XXXXXX)
 trap 'rm -rf "$work"' EXIT
-version=$(awk -F'"' '/define KVD_VERSION/ {print $2}' proto/kvd_limits.h)
+version=$(proto/version.sh)
 # A clean copy: what git tracks, as it is in the working tree; outside a checkout, what is there.
 mkdir "$work/kvd"
 if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then
@@ -27,14 +27,14 @@ else
 fi
 mv "$work/kvd/deploy/debian" "$work/kvd/debian"
 cat >"$work/kvd/debian/changelog" <<C
-kvd (${version//-/+}) unstable; urgency=medium
+kvd ($version) unstable; urgency=medium
 
   * Built from the sources of this version.
 
  -- kvd maintainers <kvd@localhost>  $(LC_ALL=C date -R -d "@${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || stat -c %Y meson.build)}")
 C
 echo "== packages: kvd $version"
-if ! (cd "$work/kvd" && KVD_CUDA=$cuda DEB_BUILD_OPTIONS="nocheck parallel=$(nproc)" dpkg-buildpackage -us -uc -b) >"$work/log" 2>&1; then
+if ! (cd "$work/kvd" && KVD_BUILD_VERSION=$version KVD_CUDA=$cuda DEB_BUILD_OPTIONS="nocheck parallel=$(nproc)" dpkg-buildpackage -us -uc -b) >"$work/log" 2>&1; then
     tail -n 40 "$work/log"
     exit 1
 fi

@@ -101,7 +101,7 @@ static error_t parse_common(int key, char *arg, struct argp_state *state)
         argp_state_help(state, stdout, ARGP_HELP_USAGE | ARGP_HELP_EXIT_OK);
         break;
     case 'V':
-        printf("kvctl %s\n", KVD_VERSION);
+        printf("kvctl %s\n", kvd_build_version());
         exit(EXIT_OK);
     case OPT_TLS_CA:
         k->tls_ca = arg;

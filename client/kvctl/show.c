@@ -247,10 +247,10 @@ int cmd_version(struct kvctl *k)
                          KVD_MIN(k->timeout_ms, 2000u), &r, &err))
         r = NULL;
     if (k->json)
-        kvctl_print(k,
-                    json_pack("{s:s, s:s?}", "kvctl", KVD_VERSION, "kvd", r ? r->version : NULL));
+        kvctl_print(k, json_pack("{s:s, s:s?}", "kvctl", kvd_build_version(), "kvd",
+                                 r ? r->version : NULL));
     else
-        printf("kvctl %s\nkvd   %s\n", KVD_VERSION, r ? r->version : "not reachable");
+        printf("kvctl %s\nkvd   %s\n", kvd_build_version(), r ? r->version : "not reachable");
     if (r)
         kvd__v1__status_reply__free_unpacked(r, NULL);
     return EXIT_OK;

@@ -1,12 +1,12 @@
-"""What pyproject.toml cannot say: the version is the one of proto/kvd_limits.h, and the wheel carries libkvd.
+"""What pyproject.toml cannot say: the version is what proto/version.sh tells, as all parts of kvd have it, and the wheel carries libkvd.
 
 The library is $KVD_LIBRARY, or that of a build in `build` at the top of the checkout. Without one the wheel is Python alone and
 finds libkvd as the loader does, such as the one of the Debian package libkvd0.
 """
 import os
 import pathlib
-import re
 import shutil
+import subprocess
 
 from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
@@ -17,7 +17,7 @@ except ImportError:  # setuptools before 70
     from wheel.bdist_wheel import bdist_wheel
 
 TOP = pathlib.Path(__file__).resolve().parents[2]
-VERSION = re.search(r'#define KVD_VERSION "(.+)"', (TOP / "proto/kvd_limits.h").read_text())[1]
+VERSION = subprocess.run(["sh", TOP / "proto/version.sh"], capture_output=True, text=True, check=True).stdout.strip()
 LIBRARY = pathlib.Path(os.environ.get("KVD_LIBRARY") or TOP / "build/client/libkvd.so.0")
 if "KVD_LIBRARY" in os.environ and not LIBRARY.exists():
     raise SystemExit(f"KVD_LIBRARY={LIBRARY}: there is no such file")

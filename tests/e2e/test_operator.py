@@ -1,6 +1,7 @@
 """kvctl, metrics, Prometheus and TLS: what an operator meets."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -10,7 +11,7 @@ import urllib.request
 import grpc
 import pytest
 
-from conftest import KVCTL, WORKER, Rpc, admin, certificates, free_port, geometry
+from conftest import KVCTL, KVD, WORKER, Rpc, admin, certificates, free_port, geometry
 
 
 def get(port, path):
@@ -36,6 +37,15 @@ def test_every_command_answers_people_and_scripts(kvd, rpc):
         if not command.startswith("top"):
             json.loads(kvd.kvctl("--json", *command.split()).stdout)
     assert json.loads(kvd.kvctl("--json", "status").stdout)["sessions"] == 1
+
+
+def test_versions_are_one(kvd, rpc):
+    version = subprocess.run([KVD, "--version"], capture_output=True, text=True).stdout.split()[1]
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\+(\d+\.)?g[0-9a-f]{7,}(\.dirty)?)?", version), version
+    assert json.loads(kvd.kvctl("--json", "version").stdout) == {"kvctl": version, "kvd": version}
+    assert kvd.kvctl("--version").stdout == f"kvctl {version}\n"
+    assert rpc.kv("OpenSession", geometry=geometry()).version == version
+    assert f'kvd_build_info{{version="{version}",' in kvd.kvctl("metrics").stdout and f"version={version} " in kvd.text()
 
 
 def test_exit_codes(kvd, folder):

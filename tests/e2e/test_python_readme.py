@@ -69,8 +69,8 @@ def test_installing(folder):
     if not all(importlib.util.find_spec(m) for m in ("setuptools", "wheel", "pip")):
         pytest.skip("there is no pip, setuptools or wheel")
     shutil.copytree(SOURCE / "client/python", folder / "client/python", ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
-    for file in ("proto/kvd_limits.h", "build/client/libkvd.so.0"):
-        (folder / file).parent.mkdir(parents=True)
+    for file in ("proto/kvd_limits.h", "proto/version.sh", "build/client/libkvd.so.0"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(BUILD / "client/libkvd.so.0" if file.startswith("build") else SOURCE / file, folder / file)
     local = [c for c in commands("pip install") if "./client/python" in c]
     assert len(local) == 2
