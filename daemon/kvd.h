@@ -110,6 +110,7 @@ struct kvd_daemon {
     uint64_t started_ms;
     const struct kvd_config_source *source; // what a reload reads
     struct kvd_config configured;           // as the source says; `config` is what is in force
+    uint64_t evictable, evictable_at_ms, evictable_by_ns[KVD_MAX_NAMESPACES]; // metrics.c
     double reloaded_at; // the last reload that was applied, or the start: Unix time
     bool reload_failed; // the last one
     struct kvd_backend *backend;
@@ -264,6 +265,10 @@ void kvd_http_deinit(struct kvd_daemon *d);
 void kvd_notify_ready(struct kvd_daemon *d);
 void kvd_notify_stopping(void);
 void kvd_notify_deinit(struct kvd_daemon *d);
+
+// Bytes that evicting would free, in all and (unless by_namespace is NULL) of each namespace: a
+// look at the pool that is at most a second old, as looking takes time.
+uint64_t kvd_evictable(struct kvd_daemon *d, const uint64_t **by_namespace);
 
 // The whole /metrics page. The caller frees it.
 char *kvd_metrics_page(struct kvd_daemon *d);

@@ -2,6 +2,9 @@
 // in front.
 #include "daemon/metrics.h"
 
+#include <dirent.h>
+#include <sys/resource.h>
+
 #include "daemon/geometry.h"
 #include "daemon/rpc.h"
 #include "daemon/users.h"
@@ -20,6 +23,15 @@ void kvd_histogram_add(struct kvd_histogram *h, uint64_t ns)
     h->bucket[i]++;
     h->count++;
     h->sum_ns += ns;
+}
+
+uint64_t kvd_metrics_calls(const struct kvd_metrics *m)
+{
+    uint64_t sum = 0;
+    for (int i = 0; i < KVD_MAX_METHODS; i++)
+        for (int c = 0; c < KVD_GRPC_CODES; c++)
+            sum += m->calls[i][c];
+    return sum;
 }
 
 struct page {
@@ -66,6 +78,20 @@ static void escape(const char *in, char *out, size_t cap)
     out[n] = '\0';
 }
 
+uint64_t kvd_evictable(struct kvd_daemon *d, const uint64_t **by_namespace)
+{
+    enum { FRESH_MS = 1000 };
+    uint64_t now = kvd_now_ms(d) + 1; // 0: never
+    if (!d->evictable_at_ms || now - d->evictable_at_ms >= FRESH_MS) {
+        memset(d->evictable_by_ns, 0, sizeof(d->evictable_by_ns));
+        d->evictable = kvd_pool_evictable(d->pool, d->evictable_by_ns);
+        d->evictable_at_ms = now;
+    }
+    if (by_namespace)
+        *by_namespace = d->evictable_by_ns;
+    return d->evictable;
+}
+
 static void pool_metrics(struct page *p)
 {
     struct kvd_pool_info info;
@@ -76,6 +102,9 @@ static void pool_metrics(struct page *p)
     fprintf(p->f, "kvd_pool_bytes{state=\"slack\"} %llu\n", (unsigned long long)info.slack);
     fprintf(p->f, "kvd_pool_bytes{state=\"free\"} %llu\n",
             (unsigned long long)(info.bytes - info.used - info.slack));
+    single(p->f, "kvd_pool_evictable_bytes", "gauge",
+           "Of the used ones, those that evicting published, unused sequences would free.",
+           (double)kvd_evictable(p->d, NULL));
     single(p->f, "kvd_pool_memory_bytes", "gauge",
            "Device memory that the pool's extents have, idle ones included.",
            (double)info.extents_made * (double)info.extent_bytes);
@@ -115,14 +144,18 @@ static void namespace_metrics(struct page *p)
         {"kvd_namespace_tokens",
          "Tokens stored by namespace, shared ones counted for each sequence."},
         {"kvd_namespace_sequences", "Sequences by namespace."},
+        {"kvd_namespace_evictable_bytes",
+         "Bytes that evicting published, unused sequences would free, by namespace."},
     };
+    const uint64_t *evictable;
+    kvd_evictable(p->d, &evictable);
     for (size_t g = 0; g < KVD_LEN(gauges); g++) {
         head(p->f, gauges[g].name, "gauge", gauges[g].help);
         for (uint32_t i = 0; i < kvd_pool_namespace_count(p->d->pool); i++) {
             struct kvd_pool_namespace_info ns;
             char name[2 * KVD_MAX_NAMESPACE + 4];
             kvd_pool_namespace_info(p->d->pool, i, &ns);
-            const uint64_t values[] = {ns.used, ns.quota, ns.tokens, ns.sequences};
+            const uint64_t values[] = {ns.used, ns.quota, ns.tokens, ns.sequences, evictable[i]};
             escape(ns.name, name, sizeof(name));
             fprintf(p->f, "%s{namespace=\"%s\"} %llu\n", gauges[g].name, name,
                     (unsigned long long)values[g]);
@@ -152,6 +185,12 @@ static void rpc_metrics(struct page *p)
         snprintf(labels, sizeof(labels), "method=\"%s\"", method_name(i));
         histogram(p->f, "kvd_rpc_duration_seconds", labels, &m->rpc[i]);
     }
+    static const char *const reasons[KVD_REFUSED_COUNT] = {"pool", "quota", "limit"};
+    head(p->f, "kvd_refused_calls_total", "counter",
+         "Calls refused for want of room: in the pool, in the namespace's quota, within a limit.");
+    for (int i = 0; i < KVD_REFUSED_COUNT; i++)
+        fprintf(p->f, "kvd_refused_calls_total{reason=\"%s\"} %llu\n", reasons[i],
+                (unsigned long long)m->refused[i]);
     head(p->f, "kvd_queue_wait_seconds", "histogram",
          "Time a compute call waited for the executor.");
     histogram(p->f, "kvd_queue_wait_seconds", "", &m->queue_wait);
@@ -229,19 +268,90 @@ static void other_metrics(struct page *p)
            d->reloaded_at);
     single(f, "kvd_uptime_seconds", "gauge", "Time since the start.",
            (double)(kvd_now_ms(d) - d->started_ms) / 1000);
+}
+
+static void identity_metrics(const struct page *p)
+{
+    const struct kvd_daemon *d = p->d;
+    char device[2 * KVD_CONFIG_TEXT];
+    FILE *f = p->f;
+    escape(d->backend->ops->device(d->backend), device, sizeof(device));
     head(f, "kvd_build_info", "gauge", "Always 1; the labels tell version and backend.");
     fprintf(f, "kvd_build_info{version=\"%s\",backend=\"%s\"} 1\n", kvd_build_version(),
             d->backend->ops->name);
+    head(f, "kvd_device_info", "gauge",
+         "Always 1; the labels tell what the backend runs on, and the instance of this start.");
+    fprintf(f, "kvd_device_info{backend=\"%s\",index=\"%u\",device=\"%s\",start=\"%s\"} 1\n",
+            d->backend->ops->name, d->config.device, device, d->instance);
+    single(f, "kvd_draining", "gauge", "1 while kvd takes no new sessions, as it is to stop.",
+           d->state != KVD_READY);
+}
+
+// A number of /proc/self/FILE after "KEY", or 0.
+static double proc_number(const char *path, const char *key)
+{
+    char line[512];
+    double value = 0;
+    FILE *f KVD_FCLOSE = fopen(path, "re");
+    while (f && fgets(line, sizeof(line), f))
+        if (strncmp(line, key, strlen(key)) == 0)
+            value = strtod(line + strlen(key), NULL);
+    return value;
+}
+
+// When the process began, in Unix time: field 22 of stat, in clock ticks after the machine's start.
+static double process_start(void)
+{
+    static double began;
+    char text[1024];
+    if (began > 0)
+        return began;
+    FILE *f KVD_FCLOSE = fopen("/proc/self/stat", "re");
+    size_t n = f ? fread(text, 1, sizeof(text) - 1, f) : 0;
+    text[n] = '\0';
+    char *at = strrchr(text, ')'); // after the name, which may have spaces, comes field 3
+    for (int field = 2; at && field < 22; field++)
+        at = strchr(at + 1, ' ');
+    began = proc_number("/proc/stat", "btime ") +
+            (at ? strtod(at, NULL) / (double)sysconf(_SC_CLK_TCK) : 0);
+    return began;
+}
+
+static uint32_t open_descriptors(void)
+{
+    uint32_t n = 0;
+    DIR *folder = opendir("/proc/self/fd");
+    while (folder && readdir(folder))
+        n++;
+    if (folder)
+        closedir(folder);
+    return n > 3 ? n - 3 : 0; // ".", "..", and the folder's own
+}
+
+// Under the names that Prometheus' own clients have.
+static void process_metrics(FILE *f)
+{
+    struct rlimit limit = {0};
     size_t rss = 0;
     uv_rusage_t ru;
     uv_resident_set_memory(&rss);
     uv_getrusage(&ru);
-    single(f, "process_resident_memory_bytes", "gauge", "Resident memory size in bytes.",
-           (double)rss);
+    getrlimit(RLIMIT_NOFILE, &limit);
     single(f, "process_cpu_seconds_total", "counter",
            "Total user and system CPU time spent in seconds.",
            (double)(ru.ru_utime.tv_sec + ru.ru_stime.tv_sec) +
                (double)(ru.ru_utime.tv_usec + ru.ru_stime.tv_usec) / 1e6);
+    single(f, "process_resident_memory_bytes", "gauge", "Resident memory size in bytes.",
+           (double)rss);
+    single(f, "process_virtual_memory_bytes", "gauge", "Virtual memory size in bytes.",
+           proc_number("/proc/self/status", "VmSize:") * 1024);
+    single(f, "process_open_fds", "gauge", "Number of open file descriptors.", open_descriptors());
+    single(f, "process_max_fds", "gauge", "Maximum number of open file descriptors.",
+           (double)limit.rlim_cur);
+    single(f, "process_threads", "gauge", "Number of OS threads in the process.",
+           proc_number("/proc/self/status", "Threads:"));
+    single(f, "process_start_time_seconds", "gauge",
+           "Start time of the process since unix epoch in seconds.", process_start());
 }
 
 char *kvd_metrics_page(struct kvd_daemon *d)
@@ -255,6 +365,8 @@ char *kvd_metrics_page(struct kvd_daemon *d)
     namespace_metrics(&p);
     rpc_metrics(&p);
     other_metrics(&p);
+    identity_metrics(&p);
+    process_metrics(p.f);
     if (fclose(p.f)) {
         free(text);
         return NULL;

@@ -22,6 +22,14 @@ enum kvd_kernel_op {
     KVD_OP_MAP, // runs no kernel
 };
 
+// Why a call was refused for want of room: labels of kvd_refused_calls_total.
+enum kvd_refusal {
+    KVD_REFUSED_POOL,  // no KV memory that could be had
+    KVD_REFUSED_QUOTA, // of the namespace
+    KVD_REFUSED_LIMIT, // of the daemon: see max- keys
+    KVD_REFUSED_COUNT,
+};
+
 struct kvd_metrics {
     struct kvd_histogram rpc[KVD_MAX_METHODS];
     uint64_t calls[KVD_MAX_METHODS][KVD_GRPC_CODES];
@@ -31,8 +39,11 @@ struct kvd_metrics {
     uint64_t bytes_in, bytes_stored; // bf16 bytes that were demoted, and what they became
     uint64_t rotations_loaded, rotations_cached, rotations_fetched, rotations_failed;
     uint64_t nonfinite, events_lost;
+    uint64_t refused[KVD_REFUSED_COUNT];
 };
 
 void kvd_histogram_add(struct kvd_histogram *h, uint64_t ns);
+// Calls answered, of all methods and with whatever code.
+uint64_t kvd_metrics_calls(const struct kvd_metrics *m);
 
 #endif

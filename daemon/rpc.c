@@ -263,6 +263,10 @@ void kvd_call_fail(struct kvd_call *call, int code, const char *fmt, ...)
 
 void kvd_call_fail_error(struct kvd_call *call, const struct kvd_error *err)
 {
+    struct kvd_metrics *m = &call->d->metrics;
+    m->refused[KVD_REFUSED_POOL] += err->code == KVD_E_FULL;
+    m->refused[KVD_REFUSED_QUOTA] += err->code == KVD_E_QUOTA;
+    m->refused[KVD_REFUSED_LIMIT] += err->code == KVD_E_LIMIT;
     if (call->method && call->method->streaming) {
         kvd_call_finish(call, err->code, err->text);
         return;

@@ -126,6 +126,10 @@ int table_share(struct kvd_pool *pool, struct region_table *to, const struct reg
 // Number of entries that hold a page.
 uint32_t table_pages(const struct kvd_pool *pool, const struct region_table *t);
 
+// Takes (-1) or gives back (1) a reference of each page, without freeing any. Adds the bytes of
+// those that have none left to *bytes (NULL: not wanted).
+void table_weigh(struct kvd_pool *pool, const struct region_table *t, int by, uint64_t *bytes);
+
 // -- extent.c -----------------------------------------------------------------------------------
 int page_take(struct kvd_pool *pool, uint32_t slab, uint32_t *page);
 int slab_find(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind,

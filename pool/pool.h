@@ -136,6 +136,9 @@ uint64_t kvd_pool_lookup(struct kvd_pool *pool, uint32_t ns, const char *name);
 // Evicts unused published sequences, oldest use first, in `ns` (KVD_POOL_NONE: in all), until
 // `bytes` of pages are free (0: all of them). Returns how many; *freed gets the bytes.
 uint32_t kvd_pool_evict(struct kvd_pool *pool, uint32_t ns, uint64_t bytes, uint64_t *freed);
+// Bytes that evicting everything would free. Adds each namespace's to by_namespace[ns] (NULL: not
+// wanted). Takes time in proportion to the pages of what is evictable.
+uint64_t kvd_pool_evictable(struct kvd_pool *pool, uint64_t *by_namespace);
 
 struct kvd_pool_seq_info {
     uint64_t id;

@@ -139,3 +139,24 @@ uint32_t kvd_pool_evict(struct kvd_pool *pool, uint32_t ns, uint64_t bytes, uint
         n++;
     return n;
 }
+
+uint64_t kvd_pool_evictable(struct kvd_pool *pool, uint64_t *by_namespace)
+{
+    uint64_t sum = 0;
+    // Pages may be shared among them and with sequences in use: their references are taken away for
+    // the moment, and those pages count that then have none.
+    for (int by = -1; by <= 1; by += 2) {
+        for (uint32_t i = pool->head->lru_first; i != KVD_POOL_NONE; i = pool->seq[i].lru_next) {
+            const struct region_seq *s = &pool->seq[i];
+            uint64_t bytes = 0;
+            if (s->pins)
+                continue;
+            for (int kind = 0; kind < KVD_POOL_KINDS; kind++)
+                table_weigh(pool, &s->table[kind], by, by < 0 ? &bytes : NULL);
+            sum += bytes;
+            if (by_namespace)
+                by_namespace[s->ns] += bytes;
+        }
+    }
+    return sum;
+}

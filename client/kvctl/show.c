@@ -15,14 +15,15 @@ static Kvd__V1__StatusReply *get_status(struct kvctl *k, int *code)
 
 static void print_status(const Kvd__V1__StatusReply *r)
 {
-    char used[32], all[32], rss[32], up[32];
+    char used[32], all[32], rss[32], up[32], evictable[32];
     printf("state      %s, up %s\n", r->state, text_time(r->uptime_ms, up, sizeof(up)));
     printf("version    %s (pid %u, instance %.8s)\n", r->version, r->pid, r->instance);
     printf("backend    %s: %s\n", r->backend, r->device);
-    printf("pool       %s of %s used (%.1f %%)\n",
+    printf("pool       %s of %s used (%.1f %%), %s of it evictable\n",
            kvd_format_size(r->pool_used_bytes, used, sizeof(used)),
            kvd_format_size(r->pool_bytes, all, sizeof(all)),
-           r->pool_bytes ? 100.0 * (double)r->pool_used_bytes / (double)r->pool_bytes : 0);
+           r->pool_bytes ? 100.0 * (double)r->pool_used_bytes / (double)r->pool_bytes : 0,
+           kvd_format_size(r->evictable_bytes, evictable, sizeof(evictable)));
     printf("holds      %llu tokens in %llu sequences\n", (unsigned long long)r->tokens,
            (unsigned long long)r->sequences);
     printf("sessions   %u, %u calls queued\n", r->sessions, r->queued_calls);
@@ -172,10 +173,43 @@ static void on_interrupt(int number)
     interrupted = 1;
 }
 
+static double now_ms(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (double)ts.tv_sec * 1e3 + (double)ts.tv_nsec / 1e6;
+}
+
+// What is counted, and when.
+struct counters {
+    double ms;
+    uint64_t calls, tokens, queries, evictions, refused;
+};
+
+// Per second since the last look. The first look has none.
+static void print_rates(const Kvd__V1__StatusReply *r, struct counters *last)
+{
+    struct counters now = {now_ms(),     r->calls,        r->appended_tokens, r->attended_queries,
+                           r->evictions, r->refused_calls};
+    double s = (now.ms - last->ms) / 1000;
+    if (last->ms > 0 && now.calls >= last->calls) // else kvd was started anew
+        printf(
+            "rates      %.1f calls, %.1f tokens appended, %.1f queries attended, %.1f evictions, "
+            "%.1f refusals a second\n",
+            (double)(now.calls - last->calls) / s, (double)(now.tokens - last->tokens) / s,
+            (double)(now.queries - last->queries) / s,
+            (double)(now.evictions - last->evictions) / s,
+            (double)(now.refused - last->refused) / s);
+    else
+        printf("rates      (from the second look on)\n");
+    *last = now;
+}
+
 int cmd_top(struct kvctl *k)
 {
     double seconds = k->n_arguments ? atof(k->arguments[0]) : 1;
     long count = k->n_arguments > 1 ? atol(k->arguments[1]) : -1;
+    struct counters last = {0};
     signal(SIGINT, on_interrupt);
     for (int code; count != 0 && !interrupted; count -= count > 0) {
         Kvd__V1__StatusReply *r = get_status(k, &code);
@@ -187,6 +221,7 @@ int cmd_top(struct kvctl *k)
             if (isatty(STDOUT_FILENO))
                 printf("\033[H\033[2J");
             print_status(r);
+            print_rates(r, &last);
             kvd__v1__status_reply__free_unpacked(r, NULL);
             putchar('\n');
             if ((code = show_workers(k)))
@@ -201,13 +236,6 @@ int cmd_top(struct kvctl *k)
             nanosleep(&ts, NULL);
     }
     return EXIT_OK;
-}
-
-static double now_ms(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (double)ts.tv_sec * 1e3 + (double)ts.tv_nsec / 1e6;
 }
 
 int cmd_ping(struct kvctl *k)

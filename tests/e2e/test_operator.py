@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 import urllib.error
 import urllib.request
 
@@ -106,38 +105,6 @@ def test_metrics_pages(kvd):
         pytest.skip("promtool is not installed")
     r = subprocess.run(["promtool", "check", "metrics"], input=page, capture_output=True, text=True)
     assert r.returncode == 0 and not r.stderr and not r.stdout, r.stderr
-
-
-def test_prometheus_scrapes(kvd, folder):
-    if not shutil.which("prometheus"):
-        pytest.skip("prometheus is not installed")
-    from conftest import SOURCE
-
-    rules = SOURCE / "deploy/prometheus/kvd.rules.yml"
-    assert subprocess.run(["promtool", "check", "rules", rules], capture_output=True).returncode == 0
-    port = free_port()
-    (folder / "p.yml").write_text(f"""
-global: {{scrape_interval: 1s, evaluation_interval: 1s}}
-rule_files: ["{rules}"]
-scrape_configs: [{{job_name: kvd, static_configs: [{{targets: ["127.0.0.1:{kvd.metrics_port()}"]}}]}}]
-""")
-    p = subprocess.Popen(["prometheus", f"--config.file={folder}/p.yml", f"--storage.tsdb.path={folder}/tsdb",
-                          f"--web.listen-address=127.0.0.1:{port}"], stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(100):
-            time.sleep(0.3)
-            try:
-                result = json.loads(get(port, "/api/v1/query?query=kvd_build_info")[1])["data"]["result"]
-            except (OSError, ValueError):
-                continue
-            if result:
-                break
-        assert result[0]["metric"]["backend"] == "cpu"
-        groups = json.loads(get(port, "/api/v1/rules")[1])["data"]["groups"]
-        assert all(r.get("lastError", "") == "" for g in groups for r in g["rules"])
-    finally:
-        p.terminate()
-        p.wait(20)
 
 
 def test_mutual_tls(start, folder):

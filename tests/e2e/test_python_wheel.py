@@ -58,8 +58,8 @@ def test_wheel(kvd, folder, library):
     r = subprocess.run([sys.executable, "-c", USE, kvd.address, site], capture_output=True, text=True, timeout=30, cwd=folder,
                        env={**env, "PYTHONPATH": site, **({} if library else {"LD_LIBRARY_PATH": str(BUILD / "client")})})
     own = f"{site}/kvd/libkvd.so.0" if library else "libkvd.so.0"
-    wheel, library, daemon, loaded = r.stdout.split()
-    assert wheel == VERSION and library == daemon and loaded == own, r.stdout + r.stderr  # the build tells its commit too
+    of_wheel, of_library, of_daemon, loaded = r.stdout.split()
+    assert of_wheel == VERSION and of_library == of_daemon and loaded == own, r.stdout + r.stderr  # the build tells its commit too
 
 
 def test_a_wheel_of_a_missing_library(folder):

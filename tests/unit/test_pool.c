@@ -339,6 +339,38 @@ START_TEST(published_unused_are_evicted_in_order_and_live_never)
 }
 END_TEST
 
+START_TEST(evictable_is_what_eviction_frees)
+{
+    struct fixture f = setup(16, 1, 64, 64);
+    uint64_t alone = new_seq(&f), parent = new_seq(&f), child, freed, by[8] = {0};
+    ck_assert_int_eq(append(&f, alone, 0, 1000), 0);
+    ck_assert_int_eq(append(&f, parent, 0, 2000), 0);
+    ck_assert_uint_eq(kvd_pool_evictable(f.pool, NULL), 0);
+    ck_assert_int_eq(kvd_pool_seq_fork(f.pool, parent, &child, &f.err), 0);
+    ck_assert_int_eq(append(&f, child, 2000, 100), 0);
+    ck_assert_int_eq(kvd_pool_publish(f.pool, alone, "alone", false, &f.err), 0);
+    ck_assert_int_eq(kvd_pool_publish(f.pool, parent, "parent", false, &f.err), 0);
+    ck_assert_int_eq(kvd_pool_publish(f.pool, child, "child", false, &f.err), 0);
+    kvd_pool_seq_release(f.pool, alone);
+    ck_assert_uint_eq(kvd_pool_evictable(f.pool, by), info_of(&f, alone).bytes);
+    ck_assert_uint_eq(by[f.ns], info_of(&f, alone).bytes);
+    // What a living child shares with its parent is not to be had.
+    kvd_pool_seq_release(f.pool, parent);
+    uint64_t some = kvd_pool_evictable(f.pool, NULL);
+    ck_assert_uint_lt(some, info_of(&f, alone).bytes + info_of(&f, parent).bytes);
+    // With the child unused too, all is, each page once.
+    kvd_pool_seq_release(f.pool, child);
+    uint64_t all = kvd_pool_evictable(f.pool, NULL);
+    struct kvd_pool_info info;
+    kvd_pool_info(f.pool, &info);
+    ck_assert_uint_eq(all, info.used);
+    verify(&f);
+    ck_assert_uint_eq(kvd_pool_evict(f.pool, f.ns, 0, &freed), 3);
+    ck_assert_uint_eq(freed, all);
+    finish(&f);
+}
+END_TEST
+
 START_TEST(memory_is_zeroed_between_namespaces_only)
 {
     struct fixture f = setup(1, 1, 64, 256);
@@ -480,6 +512,6 @@ KVD_MAIN("pool", 60, demotion_follows_in_chunks, one_big_append_equals_many_smal
          a_repeat_belongs_to_its_sender, a_repeat_of_a_layer, a_repeat_knows_what_the_first_saw,
          layers_fill_in_order, abort_changes_nothing, forks_share_until_written,
          quota_and_pool_limits, published_unused_are_evicted_in_order_and_live_never,
-         memory_is_zeroed_between_namespaces_only, truncate_everywhere,
-         truncate_refuses_to_keep_an_overwritten_window, ids_are_never_reused,
+         evictable_is_what_eviction_frees, memory_is_zeroed_between_namespaces_only,
+         truncate_everywhere, truncate_refuses_to_keep_an_overwritten_window, ids_are_never_reused,
          extents_are_made_ahead_and_given_back)
