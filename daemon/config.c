@@ -368,6 +368,27 @@ void kvd_config_problem(struct kvd_config_load *l, struct kvd_place at, const ch
     places[i] = at;
 }
 
+bool kvd_config_text_valid(const char *text, size_t n)
+{
+    static const uint32_t least[] = {0, 0x80, 0x800,
+                                     0x10000}; // of a character with that many more bytes
+    for (size_t i = 0; i < n;) {
+        uint8_t c = (uint8_t)text[i++];
+        uint32_t more = c < 0x80 ? 0 : c >> 5 == 6 ? 1 : c >> 4 == 14 ? 2 : c >> 3 == 30 ? 3 : 4;
+        uint32_t character = c & (0x7fu >> (more ? more + 1 : 0));
+        if (more == 4 || (c < ' ' && c != '\t' && c != '\r' && c != '\n') || c == 0x7f)
+            return false;
+        for (uint32_t k = more; k; k--) {
+            if (i == n || ((uint8_t)text[i] & 0xc0) != 0x80)
+                return false;
+            character = character << 6 | ((uint8_t)text[i++] & 0x3f);
+        }
+        if (character < least[more] || character > 0x10ffff || (character >> 11) == 0x1b)
+            return false;
+    }
+    return true;
+}
+
 // -- loading ------------------------------------------------------------------------------------
 
 static bool instance_valid(const char *name)
@@ -426,7 +447,13 @@ int kvd_config_load(const struct kvd_config_source *source, struct kvd_config *o
     }
     l->at = (struct kvd_place){"command line", 0};
     for (uint32_t i = 0; i < source->n_options; i++) {
-        kvd_config_set(l, "kvd", 0, source->options[i].key, source->options[i].value);
+        const char *value = source->options[i].value;
+        if (!kvd_config_text_valid(value, strlen(value)))
+            kvd_config_problem(l, l->at,
+                               "%s: control characters are not possible, nor what is no UTF-8",
+                               source->options[i].key);
+        else
+            kvd_config_set(l, "kvd", 0, source->options[i].key, value);
     }
     kvd_config_check(l);
     for (uint32_t i = 0; i < KVD_LEN(beside); i++)

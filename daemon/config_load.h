@@ -29,6 +29,10 @@ struct kvd_config_load {
 __attribute__((format(printf, 3, 4))) void
 kvd_config_problem(struct kvd_config_load *l, struct kvd_place at, const char *fmt, ...);
 
+// Whether a text has neither control characters (but those that end lines, and tabs) nor bytes that
+// are no UTF-8: it comes back in messages, logs and replies.
+bool kvd_config_text_valid(const char *text, size_t n);
+
 // Sets one key of a section ("kvd", "tls" or "namespace" with its `ns`), as written at l->at.
 void kvd_config_set(struct kvd_config_load *l, const char *section, uint32_t ns, const char *name,
                     const char *value);

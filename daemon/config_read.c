@@ -87,15 +87,6 @@ static void end_line(struct reader *r)
     r->wants_key = false;
 }
 
-static bool has_control(const char *text, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        if (((unsigned char)text[i] < ' ' && !strchr("\t\r\n", text[i])) || text[i] == 0x7f ||
-            text[i] == '\0')
-            return true;
-    return false;
-}
-
 static char *read_line(char *text, int cap, void *ctx)
 {
     struct reader *r = ctx;
@@ -107,8 +98,9 @@ static char *read_line(char *text, int cap, void *ctx)
     const char *start = r->text + strspn(r->text, " \t\r\n");
     if (r->l->at.line == 1 && strncmp(r->text, "\xef\xbb\xbf", 3) == 0)
         start = r->text + 3; // a byte order mark
-    if (has_control(r->text, (size_t)n)) {
-        kvd_config_problem(r->l, r->l->at, "control characters are not possible");
+    if (!kvd_config_text_valid(r->text, (size_t)n)) {
+        kvd_config_problem(r->l, r->l->at,
+                           "control characters are not possible, nor what is no UTF-8");
         start = "";
     } else if (*start && !strchr("#;", *start) && n > cap - 2) {
         kvd_config_problem(r->l, r->l->at, "the line is too long: at most %d characters", cap - 2);

@@ -54,6 +54,8 @@ WRONG = [
     ("[kvd]\nstore = " + LONG + "\n", [(2, "too long")]),
     ("[kvd]\nstore = /a\x01b\n", [(2, "control characters")]),
     ("[kvd]\nstore = /a\x00b\n", [(2, "control characters")]),
+    ("[kvd]\nstore = /\udcff\n", [(2, "no UTF-8")]),  # the byte 0xff
+    ("[kvd]\nstore = /\udcc0\udcaf\n", [(2, "no UTF-8")]),  # too long a form of a slash
     ("[kvd]\ncolour = blue\n", [(2, "unknown key 'colour'")]),
     ("[kvd]\nwhat is this\nand this\n", [(2, "key = value"), (3, "key = value")]),
     ("pool-size = 1GiB\n", [(1, "no section")]),
@@ -80,7 +82,7 @@ WRONG = [
 
 
 def write(path, text, folder):
-    path.write_bytes(text.replace("FOLDER", str(folder)).encode())
+    path.write_bytes(text.replace("FOLDER", str(folder)).encode(errors="surrogateescape"))
 
 
 def run(*arguments):
@@ -156,7 +158,7 @@ def test_good_configurations(keys):
                  "[namespace " + "n" * 64 + "]\nquota = 1MiB\n", "[kvd]\nmetrics =\nstore =\n",
                  "[tls]\ncert = FOLDER/server.pem\nkey = FOLDER/server.key\nclient-ca = FOLDER/other.pem\n",
                  "[kvd]\nlisten = [::1]:7000\nlisten = localhost:7001\nlisten = unix:FOLDER/s\n",
-                 "# " + LONG + "\n[kvd]\nthreads = 2\n"):
+                 "# " + LONG + "\n[kvd]\nthreads = 2\n", "[kvd]\nstore = /räume/間\n"):
         write(file, text, keys)
         r = run("--check-config", "--config", file)
         assert r.returncode == 0 and r.stderr == "", (text, r.stderr)
