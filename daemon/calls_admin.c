@@ -357,22 +357,28 @@ void kvd_on_set_log_level(struct kvd_call *call, const void *request)
     kvd_call_reply(call, &r);
 }
 
+static void on_reloaded(struct kvd_daemon *d, const struct kvd_reload *report, void *ctx)
+{
+    Kvd__V1__ReloadReply r = KVD__V1__RELOAD_REPLY__INIT;
+    (void)d;
+    r.applied = report->errors.n == 0;
+    r.errors = report->errors.line;
+    r.n_errors = report->errors.n;
+    r.changed = report->changed.line;
+    r.n_changed = report->changed.n;
+    r.restart = report->restart.line;
+    r.n_restart = report->restart.n;
+    r.kept = report->kept.line;
+    r.n_kept = report->kept.n;
+    kvd_call_reply(ctx, &r);
+}
+
 void kvd_on_reload(struct kvd_call *call, const void *request)
 {
-    struct kvd_reload report = {0};
-    Kvd__V1__ReloadReply r = KVD__V1__RELOAD_REPLY__INIT;
+    struct kvd_error err = {0};
     (void)request;
-    r.applied = kvd_daemon_reload(call->d, &report) == KVD_OK;
-    r.errors = report.errors.line;
-    r.n_errors = report.errors.n;
-    r.changed = report.changed.line;
-    r.n_changed = report.changed.n;
-    r.restart = report.restart.line;
-    r.n_restart = report.restart.n;
-    r.kept = report.kept.line;
-    r.n_kept = report.kept.n;
-    kvd_call_reply(call, &r);
-    kvd_reload_free(&report);
+    if (kvd_daemon_reload(call->d, on_reloaded, call, &err))
+        kvd_call_fail_error(call, &err);
 }
 
 // -- rotation sets: the store may be slow, so these run on libuv's thread pool ------------------

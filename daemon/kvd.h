@@ -111,8 +111,9 @@ struct kvd_daemon {
     const struct kvd_config_source *source; // what a reload reads
     struct kvd_config configured;           // as the source says; `config` is what is in force
     uint64_t evictable, evictable_at_ms, evictable_by_ns[KVD_MAX_NAMESPACES]; // metrics.c
-    double reloaded_at; // the last reload that was applied, or the start: Unix time
-    bool reload_failed; // the last one
+    double reloaded_at;           // the last reload that was applied, or the start: Unix time
+    bool reload_failed;           // the last one
+    bool reloading, reload_again; // one is under way; another is to follow
     struct kvd_backend *backend;
     struct kvd_memory_state *memory;
     struct kvd_pool *pool;
@@ -162,10 +163,12 @@ struct kvd_reload {
     struct kvd_lines restart; // differs, but is read at start only
     struct kvd_lines kept;    // was set at run time, and the files say what they said before
 };
-// Reads the configuration again, and logs the same lines. The caller frees what *report has.
-// KVD_E_INVALID with report->errors.
-int kvd_daemon_reload(struct kvd_daemon *d, struct kvd_reload *report); // reload.c
-void kvd_reload_free(struct kvd_reload *report);
+typedef void kvd_reload_fn(struct kvd_daemon *d, const struct kvd_reload *report, void *ctx);
+// Reads the configuration again, on libuv's thread pool, and puts it in force. Then logs what came
+// of it and calls `done` (NULL: nobody wants to know) with the same lines. KVD_E_UNAVAILABLE while
+// another is under way; without `done`, one more follows it.
+int kvd_daemon_reload(struct kvd_daemon *d, kvd_reload_fn *done, void *ctx,
+                      struct kvd_error *err); // reload.c
 // To be called when the backend failed: without a device the daemon stops, for a new one to start.
 void kvd_daemon_check_device(struct kvd_daemon *d);
 // To be called when a session ended: a draining daemon may be done.

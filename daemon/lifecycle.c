@@ -150,10 +150,8 @@ static void on_stop_signal(uv_signal_t *signal, int number)
 
 static void on_hup(uv_signal_t *signal, int number)
 {
-    struct kvd_reload report = {0};
     (void)number;
-    kvd_daemon_reload(signal->data, &report);
-    kvd_reload_free(&report);
+    kvd_daemon_reload(signal->data, NULL, NULL, NULL);
 }
 
 static void start_signal(struct kvd_daemon *d, uv_signal_t *s, uv_signal_cb cb, int number)

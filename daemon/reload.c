@@ -124,54 +124,110 @@ static void apply_namespaces(struct kvd_daemon *d, const struct kvd_config *fres
     d->configured.n_namespaces = fresh->n_namespaces;
 }
 
-// All that can fail, before anything changes.
-static int prepare(struct kvd_daemon *d, struct kvd_config *fresh, struct kvd_lines *errors)
+// -- reading and checking, on libuv's thread pool: names of hosts and users may take their time
+// -----
+
+struct reload {
+    uv_work_t work;
+    struct kvd_daemon *d;
+    struct kvd_config fresh;
+    struct kvd_reload report;
+    kvd_reload_fn *done;
+    void *ctx;
+};
+
+static void on_work(uv_work_t *work)
 {
-    struct kvd_error err = {0};
-    int rc = kvd_config_load(d->source, fresh, errors);
-    for (uint32_t i = 0; rc == KVD_OK && i < fresh->n_namespaces; i++) {
-        uint32_t ns;
-        rc = kvd_pool_namespace(d->pool, fresh->namespaces[i].name, &ns, &err);
-        if (rc)
-            kvd_lines_add(errors, "namespace %s: %s", fresh->namespaces[i].name, err.text);
-    }
-    return rc;
+    struct reload *r = work->data;
+    kvd_config_load(r->d->source, &r->fresh, &r->report.errors);
 }
 
-int kvd_daemon_reload(struct kvd_daemon *d, struct kvd_reload *report)
+// Makes the namespaces that are new: the last thing that can fail before anything changes.
+static void make_namespaces(struct kvd_daemon *d, const struct kvd_config *fresh,
+                            struct kvd_lines *errors)
 {
-    struct kvd_config *fresh KVD_FREE = calloc(1, sizeof(*fresh));
-    struct timespec now;
-    if (!fresh)
-        kvd_lines_add(&report->errors, "out of memory");
-    d->reload_failed = !fresh || prepare(d, fresh, &report->errors) != KVD_OK;
-    if (d->reload_failed) {
-        for (uint32_t i = 0; i < report->errors.n; i++)
-            kvd_error("configuration error: %s", report->errors.line[i]);
-        kvd_error("reload failed, the old configuration stays errors=%u", report->errors.n);
-        return KVD_E_INVALID;
+    struct kvd_error err = {0};
+    for (uint32_t i = 0; i < fresh->n_namespaces; i++) {
+        uint32_t ns;
+        if (kvd_pool_namespace(d->pool, fresh->namespaces[i].name, &ns, &err))
+            kvd_lines_add(errors, "namespace %s: %s", fresh->namespaces[i].name, err.text);
     }
+}
+
+static void apply(struct kvd_daemon *d, const struct kvd_config *fresh, struct kvd_reload *report)
+{
+    struct timespec now;
     enum kvd_log_level level = d->config.log_level;
     apply_keys(d, fresh, report);
     apply_log_level(d, level, report);
     apply_namespaces(d, fresh, report);
     clock_gettime(CLOCK_REALTIME, &now);
     d->reloaded_at = (double)now.tv_sec + (double)now.tv_nsec / 1e9;
+}
+
+static void tell(const struct kvd_reload *report)
+{
+    for (uint32_t i = 0; i < report->errors.n; i++)
+        kvd_error("configuration error: %s", report->errors.line[i]);
     for (uint32_t i = 0; i < report->changed.n; i++)
         kvd_notice("configuration changed: %s", report->changed.line[i]);
     for (uint32_t i = 0; i < report->restart.n; i++)
         kvd_warning("configuration change wants a restart: %s", report->restart.line[i]);
     for (uint32_t i = 0; i < report->kept.n; i++)
         kvd_notice("configuration: %s", report->kept.line[i]);
-    kvd_notice("configuration reloaded changed=%u restart=%u kept=%u", report->changed.n,
-               report->restart.n, report->kept.n);
-    return KVD_OK;
+    if (report->errors.n)
+        kvd_error("reload failed, the old configuration stays errors=%u", report->errors.n);
+    else
+        kvd_notice("configuration reloaded changed=%u restart=%u kept=%u", report->changed.n,
+                   report->restart.n, report->kept.n);
 }
 
-void kvd_reload_free(struct kvd_reload *report)
+static void free_report(struct kvd_reload *report)
 {
     kvd_lines_free(&report->errors);
     kvd_lines_free(&report->changed);
     kvd_lines_free(&report->restart);
     kvd_lines_free(&report->kept);
+}
+
+static void on_worked(uv_work_t *work, int status)
+{
+    struct reload *r = work->data;
+    struct kvd_daemon *d = r->d;
+    bool again = d->reload_again;
+    if (status < 0)
+        kvd_lines_add(&r->report.errors, "kvd is stopping");
+    if (r->report.errors.n == 0)
+        make_namespaces(d, &r->fresh, &r->report.errors);
+    d->reload_failed = r->report.errors.n > 0;
+    if (!d->reload_failed)
+        apply(d, &r->fresh, &r->report);
+    tell(&r->report);
+    if (r->done)
+        r->done(d, &r->report, r->ctx);
+    free_report(&r->report);
+    free(r);
+    d->reloading = d->reload_again = false;
+    if (again && d->state != KVD_STOPPING)
+        kvd_daemon_reload(d, NULL, NULL, NULL);
+    kvd_daemon_work_end(d);
+}
+
+int kvd_daemon_reload(struct kvd_daemon *d, kvd_reload_fn *done, void *ctx, struct kvd_error *err)
+{
+    if (d->reloading) {
+        d->reload_again |= !done;
+        return kvd_fail(err, KVD_E_UNAVAILABLE, "another reload is under way; try again");
+    }
+    struct reload *r = calloc(1, sizeof(*r));
+    if (!r)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    r->d = d;
+    r->done = done;
+    r->ctx = ctx;
+    r->work.data = r;
+    d->reloading = true;
+    kvd_daemon_work_begin(d);
+    uv_queue_work(&d->loop, &r->work, on_work, on_worked);
+    return KVD_OK;
 }

@@ -273,6 +273,13 @@ def quota(kvd, name):
     return {n["name"]: int(n["quota_bytes"]) >> 20 for n in json.loads(kvd.kvctl("--json", "quota", "ls").stdout)["namespaces"]}[name]
 
 
+def hang_up(kvd):
+    before, end = kvd.text().count("configuration reloaded"), time.time() + 20
+    kvd.process.send_signal(signal.SIGHUP)
+    while kvd.text().count("configuration reloaded") == before and time.time() < end:
+        time.sleep(0.02)
+
+
 def test_reload_tells_what_it_did(start):
     kvd = start(config=BEFORE)
     file = kvd.folder / "kvd.conf"
@@ -315,8 +322,7 @@ def test_what_is_set_at_run_time_outlives_a_reload_until_the_file_says_otherwise
     out = kvd.kvctl("reload").stdout
     assert "kept: namespace a: a quota of 99.0 MiB was set at run time" in out and "kept: log-level: debug" in out
     assert quota(kvd, "a") == 99
-    kvd.process.send_signal(signal.SIGHUP)  # the same by the signal
-    time.sleep(0.3)
+    hang_up(kvd)  # the same by the signal
     assert quota(kvd, "a") == 99 and "was set at run time and stays" in kvd.text()
     file.write_text(BEFORE.replace("10MiB", "12MiB").replace("[kvd]", "[kvd]\nlog-level = notice"))
     kvd.kvctl("reload")
@@ -329,8 +335,7 @@ def test_the_command_line_outlives_a_reload(start, folder):
     (kvd.folder / "kvd.conf").write_text("[kvd]\nstore = /other\ndrain-timeout = 30m\nmax-queue = 6\n")
     for how in ("signal", "call"):
         if how == "signal":
-            kvd.process.send_signal(signal.SIGHUP)
-            time.sleep(0.3)
+            hang_up(kvd)
         else:
             kvd.kvctl("reload")
         assert json.loads(kvd.kvctl("--json", "status").stdout)["store"] == f"file://{folder}/mine"
@@ -338,6 +343,24 @@ def test_the_command_line_outlives_a_reload(start, folder):
     rpc.kv("OpenSession", geometry=geometry())
     begin = time.time()
     assert kvd.stop() == 0 and time.time() - begin < 15  # not half an hour
+
+
+def test_reloads_side_by_side(start):
+    """One at a time; of signals, the last finds the last file."""
+    kvd = start(config="[namespace a]\nquota = 1MiB\n")
+    for i in range(2, 12):
+        (kvd.folder / "new").write_text(f"[namespace a]\nquota = {i}MiB\n")
+        os.rename(kvd.folder / "new", kvd.folder / "kvd.conf")
+        kvd.process.send_signal(signal.SIGHUP)
+    calls = [subprocess.Popen([KVCTL, "--address", kvd.address, "reload"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+             for _ in range(6)]
+    for c in calls:
+        _, said = c.communicate(timeout=30)
+        assert c.returncode == 0 or "another reload is under way" in said
+    end = time.time() + 10
+    while quota(kvd, "a") != 11 and time.time() < end:
+        time.sleep(0.05)
+    assert quota(kvd, "a") == 11
 
 
 def test_only_operators_reload(start):
