@@ -10,6 +10,7 @@
 #include <sys/stat.h>
 
 #include "calib/sign.h"
+#include "daemon/host.h"
 #include "kernels/backend.h"
 
 static void check_backend(struct kvd_config_load *l)
@@ -29,6 +30,30 @@ static void check_backend(struct kvd_config_load *l)
 #endif
     if (c->isa[0] && kvd_cpu_isa_check(c->isa, &err))
         kvd_config_problem(l, kvd_config_place(l, "isa"), "isa: %s", err.text);
+}
+
+// Pages of the CPU backend are in the host's memory.
+static bool pages_in_memory(const struct kvd_config *c)
+{
+#ifdef KVD_CUDA
+    if (strcmp(c->backend, "auto") == 0)
+        return access("/dev/nvidiactl", F_OK) != 0 && access("/dev/dxg", F_OK) != 0;
+    return strcmp(c->backend, "cpu") == 0;
+#else
+    return true;
+#endif
+}
+
+static void check_memory(struct kvd_config_load *l)
+{
+    const char *of;
+    char wanted[32], have[32];
+    uint64_t memory = kvd_host_memory(&of);
+    if (pages_in_memory(l->c) && l->c->pool_size > memory)
+        kvd_config_problem(l, kvd_config_place(l, "pool-size"),
+                           "pool-size: %s are more than %s, %s",
+                           kvd_format_size(l->c->pool_size, wanted, sizeof(wanted)), of,
+                           kvd_format_size(memory, have, sizeof(have)));
 }
 
 static void check_sizes(struct kvd_config_load *l)
@@ -243,6 +268,7 @@ static void check_store(struct kvd_config_load *l)
 void kvd_config_check(struct kvd_config_load *l)
 {
     check_backend(l);
+    check_memory(l);
     check_sizes(l);
     check_listen(l);
     check_metrics(l);

@@ -1,5 +1,6 @@
 """Configuration files: what is wrong is said with its line, all of it at once, and the same by --check-config and by start."""
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ WRONG = [
     ("[kvd]\nthreads = 4x\n", [(2, "a number")]),
     ("[kvd]\npool-size = 1XB\n", [(2, "512MiB")]),
     ("[kvd]\npool-size = 0\n", [(2, "from 2097152")]),
+    ("[kvd]\nbackend = cpu\npool-size = 8191GiB\n", [(3, "memory")]),
     ("[kvd]\nextent-size = 3MiB\n", [(2, "multiple of 2 MiB")]),
     ("[kvd]\npool-size = 64MiB\nextent-size = 128MiB\n", [(3, "at most pool-size")]),
     ("[kvd]\nlisten = unix:relative\n", [(2, "unix:/absolute")]),
@@ -150,6 +152,29 @@ def test_what_is_wrong_on_the_command_line(arguments, words):
     checked, started = run("--check-config", *arguments), run(*arguments)
     assert checked.returncode == started.returncode == 78
     assert checked.stderr == started.stderr and words in checked.stderr
+
+
+def test_a_pool_beyond_the_cgroups_limit_is_refused(folder):
+    own = next((l.split(":")[2].strip() for l in open("/proc/self/cgroup") if ":memory:" in l), None)
+    v2 = next(l.split(":")[2].strip() for l in open("/proc/self/cgroup") if l.startswith("0::"))
+    group = pathlib.Path(f"/sys/fs/cgroup/memory{own}" if own else f"/sys/fs/cgroup{v2}") / f"kvd-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / ("memory.limit_in_bytes" if own else "memory.max")).write_text(str(300 << 20))
+        (group / "below").mkdir()
+    except OSError:
+        for g in (group / "below", group):
+            if g.exists():
+                g.rmdir()
+        pytest.skip("cgroups cannot be made here")
+    join = ["sh", "-c", 'echo $$ >"$0"/cgroup.procs && exec "$@"', str(group / "below")]
+    try:
+        for size, code in (("256MiB", 0), ("512MiB", 78)):
+            r = subprocess.run([*join, KVD, "--check-config", "--backend", "cpu", "--pool-size", size], capture_output=True, text=True)
+            assert r.returncode == code and (code == 0 or "cgroup (MemoryMax=), 300 MiB" in r.stderr), r.stderr
+    finally:
+        (group / "below").rmdir()
+        group.rmdir()
 
 
 def test_good_configurations(keys):
