@@ -286,7 +286,7 @@ static const struct argp *argp_of(const struct command *c)
     arguments_text(c, arguments, sizeof(arguments));
     snprintf(doc, sizeof(doc), "%s.%s%s%s%s", c->help, c->more ? " " : "", c->more ? c->more : "",
              c->operators ? " For operators." : "", "\vSee kvctl(1).");
-    argp = (struct argp){.options = options,
+    argp = (struct argp){.options = options[0].name ? options : NULL,
                          .parser = parse_command,
                          .args_doc = arguments,
                          .doc = doc,
