@@ -15,7 +15,7 @@ import urllib.request
 import grpc
 import pytest
 
-from conftest import BUILD, KVD, Rpc, geometry, kv
+from conftest import BUILD, KVD, Rpc, free_port, geometry, kv
 from h2 import Connection, frame
 from test_death import FdSocket, memfd, wait_for
 
@@ -415,3 +415,29 @@ def test_descriptors_that_are_sent_and_not_asked_for(start):
     for w in ws:
         w.s.close()
     assert wait_for(lambda: kvd.metric('kvd_share_used{share="descriptors"}') == 0)
+
+
+def test_a_tls_listener_outlives_a_shortage_of_descriptors(start, folder):
+    """gRPC accepts there, and would close the listener for good."""
+    run = lambda *a: subprocess.run(["openssl", *a], check=True, capture_output=True, cwd=folder)
+    run("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", "key", "-out", "cert", "-days", "2",
+        "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1")
+    port = free_port()
+    kvd = start("--listen", f"127.0.0.1:{port}", config=f"[tls]\ncert = {folder}/cert\nkey = {folder}/key\n")
+    pid = kvd.process.pid
+    old = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")) + 4, old[1]))
+    held = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(12)]
+    assert wait_for(lambda: "Too many open files" in kvd.text())
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, old)
+    for s in held:
+        s.close()
+    credentials = grpc.ssl_channel_credentials((folder / "cert").read_bytes())
+    assert wait_for(lambda: answers(f"127.0.0.1:{port}", credentials))
+
+
+def answers(address, credentials):
+    try:
+        return Rpc(address, credentials=credentials).admin("Ping") is not None
+    except grpc.RpcError:
+        return False
