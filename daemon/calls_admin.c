@@ -231,16 +231,16 @@ void kvd_on_list_namespaces(struct kvd_call *call, const void *request)
     for (uint32_t i = 0; infos && list && i < n; i++) {
         struct kvd_pool_namespace_info ns;
         kvd_pool_namespace_info(d->pool, i, &ns);
+        if (!ns.name[0])
+            continue;
         kvd__v1__namespace_info__init(&infos[i]);
         infos[i].name = (char *)ns.name;
         infos[i].quota_bytes = ns.quota;
         infos[i].used_bytes = ns.used;
         infos[i].pages = ns.pages;
         infos[i].sequences = ns.sequences;
-        for (struct kvd_session *s = d->sessions; s; s = s->hh.next)
-            infos[i].sessions += s->ns == i;
-        list[i] = &infos[i];
-        r.n_namespaces++;
+        infos[i].sessions = ns.holders;
+        list[r.n_namespaces++] = &infos[i];
     }
     r.namespaces = list;
     kvd_call_reply(call, &r);
@@ -260,22 +260,25 @@ void kvd_on_set_quota(struct kvd_call *call, const void *request)
     const Kvd__V1__SetQuotaRequest *req = request;
     struct kvd_error err = {0};
     struct kvd_pool_namespace_info info;
-    uint32_t ns = kvd_pool_namespace_find(call->d->pool, req->namespace_name);
-    if (ns == KVD_POOL_NONE && !req->create) {
+    struct kvd_pool *pool = call->d->pool;
+    uint32_t ns;
+    if (kvd_pool_namespace_find(pool, req->namespace_name) == KVD_POOL_NONE && !req->create) {
         kvd_call_fail(call, KVD_E_NOT_FOUND,
                       "there is no namespace '%.64s'; set create (kvctl: --create) to make it with "
                       "this quota",
                       req->namespace_name);
         return;
     }
-    if (ns == KVD_POOL_NONE && kvd_pool_namespace(call->d->pool, req->namespace_name, &ns, &err)) {
+    if (kvd_namespace_listed(call->d, req->namespace_name, &err) ||
+        kvd_pool_namespace(pool, req->namespace_name, &ns, &err)) {
         kvd_call_fail_error(call, &err);
         return;
     }
-    kvd_pool_set_quota(call->d->pool, ns, req->quota_bytes);
-    kvd_pool_namespace_info(call->d->pool, ns, &info);
+    kvd_pool_set_quota(pool, ns, req->quota_bytes);
+    kvd_pool_namespace_info(pool, ns, &info);
     kvd_notice("quota set namespace=%s bytes=%llu", info.name,
                (unsigned long long)req->quota_bytes);
+    kvd_pool_namespace_release(pool, ns);
     Kvd__V1__SetQuotaReply r = KVD__V1__SET_QUOTA_REPLY__INIT;
     r.used_bytes = info.used;
     kvd_call_reply(call, &r);

@@ -31,7 +31,8 @@ static int adopt(struct kvd_daemon *d, struct kvd_session *s, uint64_t *ids, siz
         if (rc == KVD_OK)
             continue;
         for (size_t j = 0; j < n; j++) {
-            kvd_session_drop_held(s, ids[j]);
+            if (j < i)
+                kvd_session_drop_held(s, ids[j]);
             kvd_pool_seq_release(d->pool, ids[j]);
         }
         return rc;

@@ -8,6 +8,7 @@
 #include "daemon/geometry.h"
 #include "daemon/rpc.h"
 #include "daemon/rotations.h"
+#include "daemon/users.h"
 #include "kvd.pb-c.h"
 
 struct opening {
@@ -82,6 +83,9 @@ static int check_request(struct kvd_call *call, const Kvd__V1__OpenSessionReques
                         "namespace %s is not open to you; see allow-uid, allow-gid and allow-cn in "
                         "kvd's configuration",
                         namespace_of(req));
+    rc = kvd_namespace_listed(call->d, namespace_of(req), err);
+    if (rc)
+        return rc;
     if (HASH_COUNT(call->d->sessions) >= call->d->config.max_sessions)
         return kvd_fail(err, KVD_E_LIMIT,
                         "all %u sessions are in use; close some or raise max-sessions",
@@ -121,26 +125,38 @@ static bool reopened(struct kvd_call *call, const Kvd__V1__OpenSessionRequest *r
     return true;
 }
 
-static int make_session(struct opening *o, uint32_t geom, struct kvd_session **out,
+// Who is charged for a session: whose connection it is tied to, or who calls.
+static int64_t uid_of(const struct kvd_call *call, const struct kvd_connection *conn)
+{
+    if (conn)
+        return kvd_connection_peer(conn).uid;
+    return call->user ? kvd_user_uid(call->user) : KVD_USER_UNKNOWN;
+}
+
+static int make_session(struct opening *o, struct kvd_rotset *set, struct kvd_session **out,
                         struct kvd_error *err)
 {
     struct kvd_daemon *d = o->call->d;
     struct kvd_connection *conn;
-    uint32_t ns;
+    struct kvd_session *s = NULL;
+    uint32_t ns, geom;
     int rc = find_connection(d, o->req, &conn, err); // again: it may have hung up meanwhile
     if (rc)
         return rc;
-    bool fresh = kvd_pool_namespace_find(d->pool, namespace_of(o->req)) == KVD_POOL_NONE;
-    rc = kvd_pool_namespace(d->pool, namespace_of(o->req), &ns, err);
+    int64_t uid = uid_of(o->call, conn);
+    rc = kvd_namespace_open(d, uid, namespace_of(o->req), &ns, err);
     if (rc)
         return rc;
-    const struct kvd_config_namespace *config =
-        kvd_config_namespace_find(&d->config, namespace_of(o->req));
-    if (fresh && config)
-        kvd_pool_set_quota(d->pool, ns, config->quota);
-    struct kvd_session *s = kvd_session_new(d, ns, geom, conn);
-    if (!s)
-        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    rc = kvd_rotations_bind(d, &o->g, set, uid, ns, &geom, err);
+    if (rc == KVD_OK) {
+        rc = kvd_session_new(d, ns, geom, conn, uid, &s, err);
+        if (rc)
+            kvd_pool_geometry_unref(d->pool, geom);
+    }
+    if (rc) {
+        kvd_namespace_close(d, ns);
+        return rc;
+    }
     s->open_request = o->req->request_id;
     snprintf(s->client_name, sizeof(s->client_name), "%s", o->req->client_name);
     if (!conn) {
@@ -157,7 +173,6 @@ static void on_rotation(void *ctx, struct kvd_rotset *set, const struct kvd_erro
     struct opening *o KVD_FREE = ctx;
     struct kvd_error err = {0};
     struct kvd_session *s = NULL;
-    uint32_t geom;
     if (failure) {
         kvd_call_fail_error(o->call, failure);
         return;
@@ -168,13 +183,7 @@ static void on_rotation(void *ctx, struct kvd_rotset *set, const struct kvd_erro
     }
     if (reopened(o->call, o->req))
         return;
-    int rc = kvd_rotations_bind(o->call->d, &o->g, set, &geom, &err);
-    if (rc == KVD_OK) {
-        rc = make_session(o, geom, &s, &err);
-        if (rc)
-            kvd_pool_geometry_unref(o->call->d->pool, geom);
-    }
-    if (rc) {
+    if (make_session(o, set, &s, &err)) {
         kvd_call_fail_error(o->call, &err);
         return;
     }

@@ -5,7 +5,7 @@
 #include <grp.h>
 #include <pwd.h>
 
-enum key_type { TEXT, SIZE, NUMBER, MILLIS, OCTAL, LEVEL, LISTEN, UIDS, GIDS, CNS };
+enum key_type { TEXT, SIZE, NUMBER, YESNO, MILLIS, OCTAL, LEVEL, LISTEN, UIDS, GIDS, CNS };
 
 struct key {
     struct kvd_config_key is; // section "namespace" is [namespace NAME]
@@ -28,6 +28,8 @@ static const struct key keys[] = {
     {{"kvd", "pool-size", AT_START}, SIZE, AT(pool_size), 2 << 20, 1ull << 43},
     {{"kvd", "extent-size", AT_START}, SIZE, AT(extent_size), 0, 1ull << 40},
     {{"kvd", "memory-floor", RELOADED}, SIZE, AT(memory_floor), 0, 1ull << 43},
+    {{"kvd", "idle-memory-timeout", RELOADED}, MILLIS, AT(idle_memory_ms), 0, 86400000},
+    {{"kvd", "overcommit-memory", AT_START}, YESNO, AT(overcommit_memory), 0, 0},
     {{"kvd", "listen", AT_START}, LISTEN, AT(listen), 0, 0},
     {{"kvd", "socket-group", AT_START}, TEXT, AT(socket_group), 0, 0},
     {{"kvd", "socket-mode", AT_START}, OCTAL, AT(socket_mode), 0, 0777},
@@ -40,6 +42,7 @@ static const struct key keys[] = {
     {{"kvd", "drain-timeout", RELOADED}, MILLIS, AT(drain_timeout_ms), 0, 3600000},
     {{"kvd", "max-sessions", RELOADED}, NUMBER, AT(max_sessions), 1, 100000},
     {{"kvd", "max-sequences", AT_START}, NUMBER, AT(max_sequences), 16, 4000000},
+    {{"kvd", "only-listed-namespaces", RELOADED}, YESNO, AT(only_listed_namespaces), 0, 0},
     {{"kvd", "max-queue", RELOADED}, NUMBER, AT(max_queue), 1, 1000000},
     {{"kvd", "max-connections", AT_START}, NUMBER, AT(max_connections), 8, 100000},
     {{"kvd", "max-calls", RELOADED}, NUMBER, AT(max_calls), 64, 1000000},
@@ -66,6 +69,7 @@ static void set_defaults(struct kvd_config *c)
         .backend = "auto",
         .pool_size = 1ull << 30,
         .memory_floor = 512ull << 20,
+        .idle_memory_ms = 30000,
         .socket_mode = 0660,
         .metrics = "127.0.0.1:9464",
         .store_timeout_ms = 60000,
@@ -190,6 +194,7 @@ static void bad_value(struct kvd_config_load *l, const struct key *k, const char
         [TEXT] = "a shorter text",
         [SIZE] = "a size such as 512MiB or 62GiB",
         [NUMBER] = "a number",
+        [YESNO] = "yes or no",
         [MILLIS] = "a time such as 500ms, 10s or 2m",
         [OCTAL] = "an octal mode such as 0660",
         [LEVEL] = "error, warning, notice, info or debug",
@@ -234,6 +239,9 @@ static int set_value(struct kvd_config_load *l, const struct key *k, void *at, c
         return kvd_parse_size(value, &n) ? KVD_E_INVALID : store_number(k, at, n);
     case NUMBER:
         return parse_number(value, &n) ? KVD_E_INVALID : store_number(k, at, n);
+    case YESNO:
+        *(bool *)at = strcmp(value, "yes") == 0;
+        return *(bool *)at || strcmp(value, "no") == 0 ? KVD_OK : KVD_E_INVALID;
     case MILLIS:
         return parse_millis(value, &n) ? KVD_E_INVALID : store_number(k, at, n);
     case OCTAL:
@@ -503,6 +511,9 @@ bool kvd_config_value(const struct kvd_config *c, const struct kvd_config_namesp
         break;
     case NUMBER:
         fprintf(f, "%llu", (unsigned long long)n);
+        break;
+    case YESNO:
+        fprintf(f, "%s", *(const bool *)at ? "yes" : "no");
         break;
     case MILLIS:
         fprintf(f, n % 1000 ? "%llums" : "%llus", (unsigned long long)(n % 1000 ? n : n / 1000));

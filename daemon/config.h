@@ -40,6 +40,9 @@ struct kvd_config {
     char isa[16];                    // "": the best
     uint64_t pool_size, extent_size; // extent_size 0: chosen from pool_size
     uint64_t memory_floor;           // GPU memory that is left to others
+    uint32_t idle_memory_ms;         // how long host memory of idle extents is kept; 0: for good
+    bool overcommit_memory;          // a pool may be larger than the host's memory
+    bool only_listed_namespaces;     // no others than those of the configuration
     char listen[KVD_MAX_LISTEN][KVD_CONFIG_TEXT];
     uint32_t n_listen;
     char socket_group[64];

@@ -73,6 +73,7 @@ struct kvd_session {
     char client_name[KVD_MAX_CLIENT_NAME + 1];
     struct kvd_connection *connection; // NULL: leased
     int64_t pid, uid;
+    struct kvd_user *user; // who is charged
     uint32_t lease_ms;
     uint64_t opened_ms, used_ms;
     uint64_t calls;
@@ -128,6 +129,8 @@ struct kvd_daemon {
     struct kvd_fdsock *fdsock;
     struct kvd_http *http;
     struct kvd_users *users;
+    struct kvd_user *namespace_users[KVD_MAX_NAMESPACES]; // who is charged; NULL: nobody
+    struct kvd_user *geometry_users[KVD_MAX_GEOMETRIES];
     struct kvd_links *links;
     struct kvd_listener *listeners;
     struct kvd_metrics metrics;
@@ -180,8 +183,10 @@ void kvd_daemon_work_end(struct kvd_daemon *d);
 // -- session.c ----------------------------------------------------------------------------------
 // The session of a secret, marked as used; NULL if there is none.
 struct kvd_session *kvd_session_find(struct kvd_daemon *d, const char *secret);
-struct kvd_session *kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t geom,
-                                    struct kvd_connection *conn);
+// A session of a user, who is charged. It takes over the holds on namespace and geometry.
+// KVD_E_LIMIT: the user or the namespace has enough of them.
+int kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t geom, struct kvd_connection *conn,
+                    int64_t uid, struct kvd_session **out, struct kvd_error *err);
 // Ends a session: releases its sequences and buffers, ends its event streams, forgets it.
 void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *why);
 // How many times the session holds a sequence. In the pool it is one holder, however many.
@@ -207,6 +212,22 @@ void kvd_session_expire(struct kvd_daemon *d);
 // Unmaps, or closes, what may be the last reference to much memory, on libuv's thread pool.
 void kvd_reclaim_mapping(struct kvd_daemon *d, void *data, uint64_t size);
 void kvd_reclaim_fd(struct kvd_daemon *d, int fd);
+
+// -- tenants.c ----------------------------------------------------------------------------------
+// Finds or makes a namespace for a user, who is charged as long as it lasts, and holds it; to be
+// given back with kvd_namespace_close. KVD_E_DENIED: not listed, where only those may be.
+// KVD_E_LIMIT.
+int kvd_namespace_open(struct kvd_daemon *d, int64_t uid, const char *name, uint32_t *ns,
+                       struct kvd_error *err);
+void kvd_namespace_close(struct kvd_daemon *d, uint32_t ns);
+// The same for a geometry, which kvd_pool_geometry_unref gives back.
+int kvd_geometry_open(struct kvd_daemon *d, int64_t uid, uint32_t ns, const struct kvd_geometry *g,
+                      const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *geom, bool *recycled,
+                      struct kvd_error *err);
+// Whether a namespace may be at all.
+int kvd_namespace_listed(const struct kvd_daemon *d, const char *name, struct kvd_error *err);
+// At the end: nobody is charged any more.
+void kvd_tenants_deinit(struct kvd_daemon *d);
 
 // -- memory.c -----------------------------------------------------------------------------------
 // The pool's memory: extents of the backend, made ahead of need, lent to workers for reading.

@@ -77,6 +77,8 @@ static int init_pool(struct kvd_daemon *d, struct kvd_error *err)
         if (rc)
             return rc;
         kvd_pool_set_quota(d->pool, ns, c->namespaces[i].quota);
+        kvd_pool_namespace_keep(d->pool, ns, true);
+        kvd_pool_namespace_release(d->pool, ns);
     }
     return KVD_OK;
 }
@@ -318,6 +320,7 @@ void kvd_daemon_deinit(struct kvd_daemon *d)
     kvd_memory_deinit(d);
     kvd_backend_free(&d->backend);
     free(d->use);
+    kvd_tenants_deinit(d);
     kvd_users_deinit(d);
     for (uint32_t i = 0; i < d->n_locks; i++)
         close(d->lock_fds[i]);

@@ -155,6 +155,8 @@ static void namespace_metrics(struct page *p)
             struct kvd_pool_namespace_info ns;
             char name[2 * KVD_MAX_NAMESPACE + 4];
             kvd_pool_namespace_info(p->d->pool, i, &ns);
+            if (!ns.name[0])
+                continue;
             const uint64_t values[] = {ns.used, ns.quota, ns.tokens, ns.sequences, evictable[i]};
             escape(ns.name, name, sizeof(name));
             fprintf(p->f, "%s{namespace=\"%s\"} %llu\n", gauges[g].name, name,

@@ -109,6 +109,9 @@ static void apply_namespaces(struct kvd_daemon *d, const struct kvd_config *fres
             "namespace %s: no longer configured: no quota, and open to whoever can connect",
             old->name);
         apply_quota(d, old->name, old->quota, 0, report);
+        uint32_t ns = kvd_pool_namespace_find(d->pool, old->name);
+        if (ns != KVD_POOL_NONE)
+            kvd_pool_namespace_keep(d->pool, ns, false);
     }
     for (uint32_t i = 0; i < fresh->n_namespaces; i++) {
         const struct kvd_config_namespace *new = &fresh->namespaces[i];
@@ -142,15 +145,23 @@ static void on_work(uv_work_t *work)
     kvd_config_load(r->d->source, &r->fresh, &r->report.errors);
 }
 
-// Makes the namespaces that are new: the last thing that can fail before anything changes.
+// Sees to it that there is every configured namespace, and keeps them; or none of them is new. The
+// last thing that can fail before anything changes.
 static void make_namespaces(struct kvd_daemon *d, const struct kvd_config *fresh,
                             struct kvd_lines *errors)
 {
     struct kvd_error err = {0};
-    for (uint32_t i = 0; i < fresh->n_namespaces; i++) {
-        uint32_t ns;
-        if (kvd_pool_namespace(d->pool, fresh->namespaces[i].name, &ns, &err))
-            kvd_lines_add(errors, "namespace %s: %s", fresh->namespaces[i].name, err.text);
+    uint32_t held[KVD_MAX_CONFIG_NAMESPACES], n = 0;
+    while (n < fresh->n_namespaces &&
+           kvd_pool_namespace(d->pool, fresh->namespaces[n].name, &held[n], &err) == KVD_OK)
+        n++;
+    bool all = n == fresh->n_namespaces;
+    if (!all)
+        kvd_lines_add(errors, "namespace %s: %s", fresh->namespaces[n].name, err.text);
+    for (uint32_t i = 0; i < n; i++) {
+        if (all)
+            kvd_pool_namespace_keep(d->pool, held[i], true);
+        kvd_pool_namespace_release(d->pool, held[i]);
     }
 }
 

@@ -167,7 +167,8 @@ static struct kvd_rotation *load(struct kvd_daemon *d, const struct kvd_geometry
 }
 
 int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_geometry *g,
-                       const struct kvd_rotset *set, uint32_t *geom, struct kvd_error *err)
+                       const struct kvd_rotset *set, int64_t uid, uint32_t ns, uint32_t *geom,
+                       struct kvd_error *err)
 {
     uint64_t bytes[KVD_POOL_KINDS] = {kvd_page_bytes(g, KVD_CODEC_BF16),
                                       kvd_page_bytes(g, g->codec)};
@@ -177,7 +178,7 @@ int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_geometry *g,
     // The rotations first: a geometry that they do not fit must leave nothing behind.
     if (kvd_pool_geometry_find(d->pool, g) == KVD_POOL_NONE && !(r = load(d, g, set, &fd, err)))
         return err->code;
-    int rc = kvd_pool_geometry(d->pool, g, bytes, geom, &recycled, err);
+    int rc = kvd_geometry_open(d, uid, ns, g, bytes, geom, &recycled, err);
     if (rc) {
         d->backend->ops->rotation_free(d->backend, &r);
         return rc;

@@ -17,7 +17,8 @@ void kvd_rotations_get(struct kvd_daemon *d, struct kvd_geometry *g,
 // that the session gives back (kvd_pool_geometry_unref). KVD_E_PRECONDITION when the set does not
 // fit the geometry.
 int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_geometry *g,
-                       const struct kvd_rotset *set, uint32_t *geom, struct kvd_error *err);
+                       const struct kvd_rotset *set, int64_t uid, uint32_t ns, uint32_t *geom,
+                       struct kvd_error *err);
 
 struct kvd_store_config kvd_rotations_store(const struct kvd_daemon *d);
 

@@ -39,12 +39,32 @@ struct kvd_session *kvd_session_find(struct kvd_daemon *d, const char *secret)
     return s;
 }
 
-struct kvd_session *kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t geom,
-                                    struct kvd_connection *conn)
+// Whether a user and a namespace may have one session more; the user is charged.
+static int admit(struct kvd_daemon *d, uint32_t ns, struct kvd_user *user, struct kvd_error *err)
+{
+    struct kvd_pool_namespace_info info;
+    uint32_t in_use = HASH_COUNT(d->sessions), most = d->config.max_sessions;
+    kvd_pool_namespace_info(d->pool, ns, &info); // this session is among its holders already
+    if (in_use >= most || info.holders > most - in_use)
+        return kvd_fail(err, KVD_E_LIMIT,
+                        "%u of %u sessions are open, %u of them in namespace %s, which may have as "
+                        "many as are left; close some or raise max-sessions",
+                        in_use, most, info.holders - 1, info.name);
+    return kvd_user_take(user, KVD_SHARE_SESSIONS, 1, err);
+}
+
+int kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t geom, struct kvd_connection *conn,
+                    int64_t uid, struct kvd_session **out, struct kvd_error *err)
 {
     struct kvd_session *s = calloc(1, sizeof(*s));
-    if (!s)
-        return NULL;
+    struct kvd_user *user = s ? kvd_user_ref(d, uid) : NULL;
+    int rc = user ? admit(d, ns, user, err) : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    if (rc) {
+        kvd_user_unref(&user);
+        free(s);
+        return rc;
+    }
+    s->user = user;
     kvd_secret_new(s->secret);
     s->id = ++d->next_session;
     s->appender = random64();
@@ -60,7 +80,8 @@ struct kvd_session *kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t 
     }
     HASH_ADD_STR(d->sessions, secret, s);
     d->metrics.sessions_opened++;
-    return s;
+    *out = s;
+    return KVD_OK;
 }
 
 void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *why)
@@ -81,6 +102,7 @@ void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *wh
         kvd_pool_seq_release(d->pool, h->seq);
         HASH_DEL(s->held, h);
         free(h);
+        kvd_user_give(s->user, KVD_SHARE_SEQUENCES, 1);
     }
     struct kvd_buffer *b, *b_next;
     HASH_ITER(hh, s->buffers, b, b_next)
@@ -89,6 +111,9 @@ void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *wh
         free(s->replays[i].data);
     free(s->extents);
     kvd_pool_geometry_unref(d->pool, s->geom);
+    kvd_namespace_close(d, s->ns);
+    kvd_user_give(s->user, KVD_SHARE_SESSIONS, 1);
+    kvd_user_unref(&s->user);
     struct kvd_connection *conn = s->connection;
     if (conn)
         kvd_connection_bind(conn, NULL);
@@ -136,9 +161,14 @@ int kvd_session_add_held(struct kvd_session *s, uint64_t seq, bool *first, struc
                         KVD_MAX_HELD);
     *first = !h;
     if (!h) {
+        int rc = kvd_user_take(s->user, KVD_SHARE_SEQUENCES, 1, err);
+        if (rc)
+            return rc;
         h = calloc(1, sizeof(*h));
-        if (!h)
+        if (!h) {
+            kvd_user_give(s->user, KVD_SHARE_SEQUENCES, 1);
             return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+        }
         h->seq = seq;
         HASH_ADD(hh, s->held, seq, sizeof(h->seq), h);
     }
@@ -153,6 +183,7 @@ bool kvd_session_drop_held(struct kvd_session *s, uint64_t seq)
         return false;
     HASH_DEL(s->held, h);
     free(h);
+    kvd_user_give(s->user, KVD_SHARE_SEQUENCES, 1);
     return true;
 }
 

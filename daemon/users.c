@@ -18,7 +18,7 @@ struct kvd_users {
 };
 
 static const struct {
-    const char *what, *key; // what is counted, and the configuration key that bounds it
+    const char *what, *key; // what is counted, and the configuration key that bounds it, if any
 } shares[KVD_SHARE_COUNT] = {
     [KVD_SHARE_CONNECTIONS] = {"connections", "max-connections"},
     [KVD_SHARE_CALLS] = {"calls in flight", "max-calls"},
@@ -26,6 +26,10 @@ static const struct {
     [KVD_SHARE_MAPPINGS] = {"registered buffers", "vm.max_map_count"},
     [KVD_SHARE_DESCRIPTORS] = {"descriptors sent and not asked for", "max-connections"},
     [KVD_SHARE_BUFFER_BYTES] = {"bytes of registered buffers", "max-buffer-bytes-total"},
+    [KVD_SHARE_SESSIONS] = {"sessions", "max-sessions"},
+    [KVD_SHARE_SEQUENCES] = {"sequences held by sessions", "max-sequences"},
+    [KVD_SHARE_NAMESPACES] = {"namespaces", NULL},
+    [KVD_SHARE_GEOMETRIES] = {"geometries", NULL},
 };
 
 static struct kvd_users *users(struct kvd_daemon *d)
@@ -48,6 +52,10 @@ static uint64_t total_of(const struct kvd_users *all, enum kvd_share share)
         [KVD_SHARE_DESCRIPTORS] = c->max_connections,
         [KVD_SHARE_BUFFER_BYTES] =
             c->max_buffer_bytes_total ? c->max_buffer_bytes_total : UINT64_MAX,
+        [KVD_SHARE_SESSIONS] = c->max_sessions,
+        [KVD_SHARE_SEQUENCES] = c->max_sequences,
+        [KVD_SHARE_NAMESPACES] = KVD_MAX_NAMESPACES,
+        [KVD_SHARE_GEOMETRIES] = KVD_MAX_GEOMETRIES,
     };
     return all->possible[share] ? KVD_MIN(all->possible[share], configured[share])
                                 : configured[share];
@@ -88,6 +96,11 @@ struct kvd_user *kvd_user_ref(struct kvd_daemon *d, int64_t uid)
     return u;
 }
 
+int64_t kvd_user_uid(const struct kvd_user *user)
+{
+    return user->uid;
+}
+
 void kvd_user_unref(struct kvd_user **user)
 {
     struct kvd_user *u = KVD_TAKE(*user);
@@ -108,8 +121,9 @@ static int over(const struct kvd_user *u, enum kvd_share share, uint64_t n, bool
     else if (alone)
         snprintf(who, sizeof(who), "user %lld", (long long)u->uid);
     return kvd_fail(err, KVD_E_LIMIT,
-                    "%s would have %llu %s, %llu are possible; give some back or raise %s", who,
-                    wanted, shares[share].what, most, shares[share].key);
+                    "%s would have %llu %s, %llu are possible; give some back%s%s", who, wanted,
+                    shares[share].what, most, shares[share].key ? " or raise " : "",
+                    shares[share].key ? shares[share].key : "");
 }
 
 int kvd_user_take(struct kvd_user *user, enum kvd_share share, uint64_t n, struct kvd_error *err)

@@ -14,6 +14,10 @@ enum kvd_share {
     KVD_SHARE_MAPPINGS,     // buffers of workers, each of which is one
     KVD_SHARE_BUFFER_BYTES, // in those that are host memory
     KVD_SHARE_DESCRIPTORS,  // that were sent and not yet asked for
+    KVD_SHARE_SESSIONS,
+    KVD_SHARE_SEQUENCES,  // that a session holds
+    KVD_SHARE_NAMESPACES, // that it made, as long as they last
+    KVD_SHARE_GEOMETRIES, // the same
     KVD_SHARE_COUNT,
 };
 
@@ -30,6 +34,7 @@ uint64_t kvd_share_used(const struct kvd_daemon *d, enum kvd_share share);
 
 // A reference to a user, NULL when memory is short; to be given back with kvd_user_unref.
 struct kvd_user *kvd_user_ref(struct kvd_daemon *d, int64_t uid);
+int64_t kvd_user_uid(const struct kvd_user *user);
 // Takes *user back and leaves NULL; what was taken of shares must have been given back. NULL is
 // allowed.
 void kvd_user_unref(struct kvd_user **user);

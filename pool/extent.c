@@ -7,33 +7,41 @@
 // from.
 #include "pool/internal.h"
 
-int slab_find(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind,
-              uint32_t *slab, struct kvd_error *err)
+static uint32_t *slab_place(const struct kvd_pool *pool, uint32_t ns, uint32_t geom, uint32_t kind)
+{
+    return &pool->slab_at[(ns * pool->head->max_geometries + geom) * KVD_POOL_KINDS + kind];
+}
+
+uint32_t slab_find(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind)
 {
     struct region_head *h = pool->head;
-    uint32_t forgotten = h->n_slabs;
-    for (uint32_t i = 0; i < h->n_slabs; i++) {
-        const struct region_slab *s = &pool->slab[i];
-        if (s->ns == ns && s->geom == geom && s->kind == (uint32_t)kind) {
-            *slab = i;
-            return KVD_OK;
-        }
-        if (s->geom == KVD_POOL_NONE)
-            forgotten = i;
-    }
-    if (forgotten == h->max_slabs)
-        return kvd_fail(err, KVD_E_LIMIT, "all %u combinations of namespace and geometry are taken",
-                        h->max_slabs);
-    h->n_slabs += forgotten == h->n_slabs;
+    uint32_t *place = slab_place(pool, ns, geom, kind), x = h->free_slab;
+    if (*place)
+        return *place - 1;
+    if (x != KVD_POOL_NONE)
+        h->free_slab = pool->slab[x].partial;
+    else
+        x = h->n_slabs++;
     uint64_t bytes = pool->geom[geom].page_bytes[kind];
-    pool->slab[forgotten] = (struct region_slab){.ns = ns,
-                                                 .geom = geom,
-                                                 .kind = kind,
-                                                 .partial = KVD_POOL_NONE,
-                                                 .page_bytes = bytes,
-                                                 .slots = (uint32_t)(h->extent_bytes / bytes)};
-    *slab = forgotten;
-    return KVD_OK;
+    pool->slab[x] = (struct region_slab){.ns = ns,
+                                         .geom = geom,
+                                         .kind = kind,
+                                         .partial = KVD_POOL_NONE,
+                                         .page_bytes = bytes,
+                                         .slots = (uint32_t)(h->extent_bytes / bytes)};
+    *place = x + 1;
+    return x;
+}
+
+void slab_drop_empty(struct kvd_pool *pool, uint32_t x)
+{
+    struct region_slab *s = &pool->slab[x];
+    if (s->extents)
+        return;
+    *slab_place(pool, s->ns, s->geom, s->kind) = 0;
+    s->geom = KVD_POOL_NONE;
+    s->partial = pool->head->free_slab;
+    pool->head->free_slab = x;
 }
 
 static void partial_remove(struct kvd_pool *pool, struct region_slab *s, uint32_t x)
@@ -157,12 +165,13 @@ static void extent_return(struct kvd_pool *pool, uint32_t x)
     partial_remove(pool, s, x);
     s->extents--;
     pool->head->extents_granted--;
+    slab_drop_empty(pool, e->slab);
     e->slab = KVD_POOL_NONE;
     e->next = pool->head->free_extent;
     pool->head->free_extent = x;
 }
 
-int page_take(struct kvd_pool *pool, uint32_t slab, uint32_t *page)
+static int page_take(struct kvd_pool *pool, uint32_t slab, uint32_t *page)
 {
     struct region_slab *s = &pool->slab[slab];
     if (s->partial == KVD_POOL_NONE) {
@@ -210,15 +219,23 @@ void kvd_pool_page_unref(struct kvd_pool *pool, uint32_t page)
         extent_return(pool, x);
 }
 
+// Eviction may take a slab's last extent, and the slab with it: so it is looked for each time.
+static int page_of_slab(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind,
+                        uint32_t *page)
+{
+    uint32_t slab = slab_find(pool, ns, geom, kind);
+    int rc = page_take(pool, slab, page);
+    if (rc)
+        slab_drop_empty(pool, slab);
+    return rc;
+}
+
 int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind,
                         uint32_t *page, struct kvd_error *err)
 {
-    uint32_t slab = 0;
-    int rc = slab_find(pool, ns, geom, kind, &slab, err);
-    if (rc)
-        return rc;
     const struct region_namespace *n = &pool->ns[ns];
-    uint64_t bytes = pool->slab[slab].page_bytes;
+    uint64_t bytes = pool->geom[geom].page_bytes[kind];
+    int rc;
     while (n->quota && n->used + bytes > n->quota) {
         if (!evict_one(pool, ns, NULL))
             return kvd_fail(err, KVD_E_QUOTA,
@@ -226,7 +243,7 @@ int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum 
                             "raise the quota",
                             n->name, (unsigned long long)n->used, (unsigned long long)n->quota);
     }
-    while ((rc = page_take(pool, slab, page)) == KVD_E_FULL) {
+    while ((rc = page_of_slab(pool, ns, geom, kind, page)) == KVD_E_FULL) {
         if (evict_one(pool, KVD_POOL_NONE, NULL))
             continue;
         if (pool->head->extents_granted < pool->head->n_extents)

@@ -4,7 +4,7 @@
 
 #include "pool/pool.h"
 
-#define KVD_POOL_MAGIC 0x324c4f4f5044564bull // "KVDPOOL2"
+#define KVD_POOL_MAGIC 0x334c4f4f5044564bull // "KVDPOOL3"
 
 enum {
     KVD_POOL_ALIGN = KVD_PAGE_UNIT, // page sizes are rounded up to this
@@ -13,21 +13,31 @@ enum {
     KVD_EXTENT_MIN = 2 << 20,
 };
 
+// Owner of an extent whose namespace is gone: to be zeroed for whoever gets it.
+#define KVD_OWNER_GONE (KVD_POOL_NONE - 1)
+
+// A namespace goes, and its slot can be another's, when nothing is left that would need it.
 struct region_namespace {
-    char name[KVD_MAX_NAMESPACE + 1];
-    uint64_t quota, used, pages, sequences, tokens;
+    char name[KVD_MAX_NAMESPACE + 1]; // "": free
+    bool kept;                        // stays though it is empty
+    uint32_t holders;
+    uint64_t quota, used, pages, sequences, tokens, blocks;
+    uint32_t lru_first, lru_last; // evictable sequences; first: least recently used
 };
 
 struct region_geometry {
     struct kvd_geometry g;
     uint32_t refs; // sequences, and whoever asked for it
+    uint32_t idle; // of those, evictable sequences
+    uint32_t ns;   // the namespace that made it
+    uint64_t used; // stamp of the latest of those
     uint64_t page_bytes[KVD_POOL_KINDS];
 };
 
-// Slabs are made on first use, one per (namespace, geometry, kind), and found by hashing.
+// A slab lives as long as it has extents, so there are never more than these. slab_at finds it.
 struct region_slab {
     uint32_t ns, geom, kind;
-    uint32_t partial; // first extent with a free slot
+    uint32_t partial; // first extent with a free slot; of a free slab, the next free one
     uint32_t extents;
     uint64_t page_bytes, used;
     uint32_t slots; // pages that fit an extent
@@ -57,6 +67,7 @@ struct region_block {
 struct region_table {
     uint32_t first, last; // blocks
     uint32_t count;       // entries, holes included
+    uint32_t ns;          // whose blocks they are
 };
 
 // The last append that was applied to a sequence: whoever made it may send it again.
@@ -77,6 +88,7 @@ struct region_seq {
     uint32_t pending_layers;
     struct region_append last;
     struct region_table table[KVD_POOL_KINDS];
+    uint64_t lru_stamp;          // when it became evictable, or was last looked up since
     uint32_t lru_prev, lru_next; // lru_next also links the free list
     uint32_t name_next;
     char name[KVD_MAX_NAME + 1];
@@ -89,11 +101,12 @@ struct region_head {
     uint32_t n_extents, slots;
     uint32_t max_namespaces, max_geometries, max_slabs, max_sequences, max_blocks;
     uint32_t n_namespaces, n_geometries, n_slabs, n_sequences_ever, n_blocks_ever;
-    uint32_t free_extent, free_seq, free_block;
+    uint32_t free_extent, free_seq, free_block, free_slab;
+    uint32_t blocks; // in use
     uint32_t extents_granted;
-    uint32_t extents_aside;       // being made ahead of need
-    uint32_t first_generation;    // of every sequence slot; even
-    uint32_t lru_first, lru_last; // first: least recently used
+    uint32_t extents_aside;    // being made ahead of need
+    uint32_t first_generation; // of every sequence slot; even
+    uint64_t lru_clock;
     uint64_t used, evictions, sequences, tokens;
     uint32_t name_bucket[KVD_NAME_BUCKETS];
 };
@@ -106,6 +119,7 @@ struct kvd_pool {
     struct region_namespace *ns;
     struct region_geometry *geom;
     struct region_slab *slab;
+    uint32_t *slab_at; // by namespace, geometry and kind: the slab's number + 1, or 0
     struct region_extent *extent;
     struct region_page *page;
     struct region_block *block;
@@ -113,8 +127,8 @@ struct kvd_pool {
 };
 
 // -- table.c: page tables -----------------------------------------------------------------------
-void table_init(struct region_table *t);
-// Makes room for one more block if `entry` would need it. KVD_E_LIMIT.
+void table_init(struct region_table *t, uint32_t ns);
+// Makes room for one more block if `entry` would need it, by eviction too. KVD_E_LIMIT.
 int table_set(struct kvd_pool *pool, struct region_table *t, uint32_t entry, uint32_t page,
               struct kvd_error *err);
 uint32_t table_get(const struct kvd_pool *pool, const struct region_table *t, uint32_t entry);
@@ -131,9 +145,9 @@ uint32_t table_pages(const struct kvd_pool *pool, const struct region_table *t);
 void table_weigh(struct kvd_pool *pool, const struct region_table *t, int by, uint64_t *bytes);
 
 // -- extent.c -----------------------------------------------------------------------------------
-int page_take(struct kvd_pool *pool, uint32_t slab, uint32_t *page);
-int slab_find(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind,
-              uint32_t *slab, struct kvd_error *err);
+// The slab, made if there is none; slab_drop_empty takes it away again if it got no extent.
+uint32_t slab_find(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind);
+void slab_drop_empty(struct kvd_pool *pool, uint32_t slab);
 static inline struct region_extent *page_extent(const struct kvd_pool *pool, uint32_t page)
 {
     return &pool->extent[page / pool->head->slots];
@@ -148,6 +162,17 @@ void seq_set_length(struct kvd_pool *pool, struct region_seq *s, uint64_t length
 void seq_destroy(struct kvd_pool *pool, struct region_seq *s);
 uint64_t seq_bytes(const struct kvd_pool *pool, const struct region_seq *s);
 
+// -- shares.c -----------------------------------------------------------------------------------
+enum share { SHARE_SEQUENCES, SHARE_BLOCKS };
+// Sees to it that `ns` may have one more: evicts what is evictable, of whoever has most.
+// KVD_E_LIMIT.
+int share_take(struct kvd_pool *pool, uint32_t ns, enum share share, struct kvd_error *err);
+// A slot for another namespace, or another geometry of `ns`; KVD_POOL_NONE when there is none.
+uint32_t namespace_slot(struct kvd_pool *pool);
+uint32_t geometry_slot(struct kvd_pool *pool, uint32_t ns, bool *recycled);
+// To be called when something of a namespace has gone: forgets it if that was the last.
+void namespace_settle(struct kvd_pool *pool, uint32_t ns);
+
 // -- publish.c ----------------------------------------------------------------------------------
 void lru_add(struct kvd_pool *pool, struct region_seq *s);
 void lru_remove(struct kvd_pool *pool, struct region_seq *s);
@@ -155,5 +180,8 @@ void name_remove(struct kvd_pool *pool, struct region_seq *s);
 // Evicts the least recently used candidate of `ns` (KVD_POOL_NONE: of any). False when there is
 // none.
 bool evict_one(struct kvd_pool *pool, uint32_t ns, uint64_t *freed);
+// The least recently used sequence of a namespace that can be evicted, or KVD_POOL_NONE.
+uint32_t evictable_of(const struct kvd_pool *pool, uint32_t ns);
+void evict(struct kvd_pool *pool, struct region_seq *s);
 
 #endif

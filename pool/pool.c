@@ -18,6 +18,7 @@ static uint64_t lay_out(struct kvd_pool *p, const struct region_head *h, uint8_t
     PLACE(ns, h->max_namespaces);
     PLACE(geom, h->max_geometries);
     PLACE(slab, h->max_slabs);
+    PLACE(slab_at, (uint64_t)h->max_namespaces * h->max_geometries * KVD_POOL_KINDS);
     PLACE(extent, h->n_extents);
     PLACE(seq, h->max_sequences);
     PLACE(block, h->max_blocks);
@@ -48,7 +49,7 @@ static int size_tables(const struct kvd_pool_config *c, struct region_head *h,
     h->slots = (uint32_t)slots;
     h->max_namespaces = c->max_namespaces;
     h->max_geometries = c->max_geometries;
-    h->max_slabs = KVD_POOL_KINDS * 4 * (c->max_namespaces + c->max_geometries);
+    h->max_slabs = h->n_extents + 1; // one may be about to get its first
     h->max_sequences = c->max_sequences;
     h->first_generation = c->id_seed & ~1u;
     // Two blocks per sequence, one for every page, and as many again for what forks share.
@@ -78,8 +79,7 @@ struct kvd_pool *kvd_pool_new(const struct kvd_pool_config *config,
     }
     lay_out(pool, h, base);
     h->free_extent = 0;
-    h->free_seq = h->free_block = KVD_POOL_NONE;
-    h->lru_first = h->lru_last = KVD_POOL_NONE;
+    h->free_seq = h->free_block = h->free_slab = KVD_POOL_NONE;
     memset(h->name_bucket, 0xff, sizeof(h->name_bucket));
     memcpy(pool->head, h, sizeof(*h));
     for (uint32_t i = 0; i < h->n_extents; i++) {
@@ -121,19 +121,37 @@ int kvd_pool_namespace(struct kvd_pool *pool, const char *name, uint32_t *ns, st
                         KVD_MAX_NAMESPACE);
     uint32_t i = kvd_pool_namespace_find(pool, name);
     if (i == KVD_POOL_NONE) {
-        if (pool->head->n_namespaces == pool->head->max_namespaces)
-            return kvd_fail(err, KVD_E_LIMIT, "all %u namespaces are taken; raise max-namespaces",
+        i = namespace_slot(pool);
+        if (i == KVD_POOL_NONE)
+            return kvd_fail(err, KVD_E_LIMIT,
+                            "all %u namespaces are in use: by sessions, sequences that are held, "
+                            "quotas or the configuration; end or free some",
                             pool->head->max_namespaces);
-        i = pool->head->n_namespaces++;
+        pool->ns[i] =
+            (struct region_namespace){.lru_first = KVD_POOL_NONE, .lru_last = KVD_POOL_NONE};
         snprintf(pool->ns[i].name, sizeof(pool->ns[i].name), "%s", name);
     }
+    pool->ns[i].holders++;
     *ns = i;
     return KVD_OK;
+}
+
+void kvd_pool_namespace_release(struct kvd_pool *pool, uint32_t ns)
+{
+    pool->ns[ns].holders--;
+    namespace_settle(pool, ns);
+}
+
+void kvd_pool_namespace_keep(struct kvd_pool *pool, uint32_t ns, bool keep)
+{
+    pool->ns[ns].kept = keep;
+    namespace_settle(pool, ns);
 }
 
 void kvd_pool_set_quota(struct kvd_pool *pool, uint32_t ns, uint64_t bytes)
 {
     pool->ns[ns].quota = bytes;
+    namespace_settle(pool, ns);
 }
 
 uint32_t kvd_pool_namespace_count(const struct kvd_pool *pool)
@@ -150,7 +168,9 @@ void kvd_pool_namespace_info(const struct kvd_pool *pool, uint32_t ns,
                                             .used = n->used,
                                             .pages = n->pages,
                                             .sequences = n->sequences,
-                                            .tokens = n->tokens};
+                                            .tokens = n->tokens,
+                                            .blocks = n->blocks,
+                                            .holders = n->holders};
 }
 
 uint32_t kvd_pool_geometry_find(const struct kvd_pool *pool, const struct kvd_geometry *g)
@@ -161,27 +181,7 @@ uint32_t kvd_pool_geometry_find(const struct kvd_pool *pool, const struct kvd_ge
     return KVD_POOL_NONE;
 }
 
-// A slot for a new geometry: a fresh one, or one that nobody refers to. Its slabs have no extents
-// then and are forgotten with it.
-static uint32_t geometry_slot(struct kvd_pool *pool, bool *recycled)
-{
-    struct region_head *h = pool->head;
-    *recycled = false;
-    if (h->n_geometries < h->max_geometries)
-        return h->n_geometries++;
-    uint32_t slot = 0;
-    while (slot < h->n_geometries && pool->geom[slot].refs)
-        slot++;
-    if (slot == h->n_geometries)
-        return KVD_POOL_NONE;
-    for (uint32_t i = 0; i < h->n_slabs; i++)
-        if (pool->slab[i].geom == slot)
-            pool->slab[i].geom = KVD_POOL_NONE;
-    *recycled = true;
-    return slot;
-}
-
-int kvd_pool_geometry(struct kvd_pool *pool, const struct kvd_geometry *g,
+int kvd_pool_geometry(struct kvd_pool *pool, uint32_t ns, const struct kvd_geometry *g,
                       const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *geom, bool *recycled,
                       struct kvd_error *err)
 {
@@ -196,12 +196,13 @@ int kvd_pool_geometry(struct kvd_pool *pool, const struct kvd_geometry *g,
                             (unsigned long long)pool->head->extent_bytes);
     }
     if (i == KVD_POOL_NONE) {
-        i = geometry_slot(pool, recycled);
+        i = geometry_slot(pool, ns, recycled);
         if (i == KVD_POOL_NONE)
             return kvd_fail(err, KVD_E_LIMIT,
-                            "all %u geometries are in use; close sessions or free sequences",
-                            pool->head->max_geometries);
-        pool->geom[i] = (struct region_geometry){.g = *g};
+                            "namespace %s uses its share of the %u geometries, as many as are left "
+                            "free; close sessions or free sequences of others",
+                            pool->ns[ns].name, pool->head->max_geometries);
+        pool->geom[i] = (struct region_geometry){.g = *g, .ns = ns};
         for (int k = 0; k < KVD_POOL_KINDS; k++)
             pool->geom[i].page_bytes[k] = kvd_round_up(page_bytes[k], KVD_POOL_ALIGN);
     }
@@ -213,6 +214,11 @@ int kvd_pool_geometry(struct kvd_pool *pool, const struct kvd_geometry *g,
 void kvd_pool_geometry_unref(struct kvd_pool *pool, uint32_t geom)
 {
     pool->geom[geom].refs--;
+}
+
+uint32_t kvd_pool_geometry_refs(const struct kvd_pool *pool, uint32_t geom)
+{
+    return pool->geom[geom].refs;
 }
 
 const struct kvd_geometry *kvd_pool_geometry_get(const struct kvd_pool *pool, uint32_t geom)

@@ -70,36 +70,53 @@ uint32_t kvd_pool_trim(struct kvd_pool *pool, uint32_t most);
 
 // -- namespaces ---------------------------------------------------------------------------------
 
-// Finds or makes the namespace. KVD_E_INVALID (name), KVD_E_LIMIT (table full).
+// Finds or makes the namespace, and holds it: it stays until it is released as often, has no
+// sequences and no quota, and is not kept. Where the table is full, one goes that has nothing but
+// evictable sequences. KVD_E_INVALID (name), KVD_E_LIMIT (table full).
 int kvd_pool_namespace(struct kvd_pool *pool, const char *name, uint32_t *ns,
                        struct kvd_error *err);
+// Whether it would go if its evictable sequences went. *used orders namespaces by their latest use.
+bool kvd_pool_namespace_idle(const struct kvd_pool *pool, uint32_t ns, uint64_t *used);
+// Evicts what is evictable of it.
+void kvd_pool_namespace_clear(struct kvd_pool *pool, uint32_t ns);
+void kvd_pool_namespace_release(struct kvd_pool *pool, uint32_t ns);
+// Whether it stays when it is empty.
+void kvd_pool_namespace_keep(struct kvd_pool *pool, uint32_t ns, bool keep);
 // Index of an existing namespace, or KVD_POOL_NONE.
 uint32_t kvd_pool_namespace_find(const struct kvd_pool *pool, const char *name);
 // Sets the quota in bytes of pages; 0 takes it away. Evicts nothing.
 void kvd_pool_set_quota(struct kvd_pool *pool, uint32_t ns, uint64_t bytes);
 
 struct kvd_pool_namespace_info {
-    const char *name; // valid as long as the pool
+    const char *name; // "": no namespace has this index now
     uint64_t quota;
     uint64_t used; // bytes of pages in use
     uint64_t pages;
     uint64_t sequences;
     uint64_t tokens;
+    uint64_t blocks; // of page tables
+    uint32_t holders;
 };
+// Indices go up to here; some may mean nothing.
 uint32_t kvd_pool_namespace_count(const struct kvd_pool *pool);
 void kvd_pool_namespace_info(const struct kvd_pool *pool, uint32_t ns,
                              struct kvd_pool_namespace_info *out);
 
 // -- geometries ---------------------------------------------------------------------------------
 
-// Finds or makes a geometry and takes a reference on it; sequences hold one each. Page sizes are
-// the backend's; both must fit an extent. A geometry without references stays until its slot is
-// wanted for another: *recycled then tells the caller that the index meant another geometry before.
-// KVD_E_INVALID, KVD_E_LIMIT.
-int kvd_pool_geometry(struct kvd_pool *pool, const struct kvd_geometry *g,
+// Finds or makes a geometry, for a namespace, and takes a reference on it; sequences hold one each.
+// Page sizes are the backend's; both must fit an extent. A geometry without references, or with
+// none but from evictable sequences, stays until its slot is wanted for another: *recycled then
+// tells the caller that the index meant another geometry before. KVD_E_INVALID, KVD_E_LIMIT.
+int kvd_pool_geometry(struct kvd_pool *pool, uint32_t ns, const struct kvd_geometry *g,
                       const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *geom, bool *recycled,
                       struct kvd_error *err);
 void kvd_pool_geometry_unref(struct kvd_pool *pool, uint32_t geom);
+// Who refers to it: sequences, and whoever asked for it.
+uint32_t kvd_pool_geometry_refs(const struct kvd_pool *pool, uint32_t geom);
+// As for namespaces.
+bool kvd_pool_geometry_idle(const struct kvd_pool *pool, uint32_t geom, uint64_t *used);
+void kvd_pool_geometry_clear(struct kvd_pool *pool, uint32_t geom);
 // Index of a geometry that is known, or KVD_POOL_NONE. Takes no reference.
 uint32_t kvd_pool_geometry_find(const struct kvd_pool *pool, const struct kvd_geometry *g);
 const struct kvd_geometry *kvd_pool_geometry_get(const struct kvd_pool *pool, uint32_t geom);
@@ -108,8 +125,8 @@ uint64_t kvd_pool_page_bytes(const struct kvd_pool *pool, uint32_t geom, enum kv
 
 // -- sequences ----------------------------------------------------------------------------------
 
-// A new, empty sequence with one holder. Ids are never used twice. KVD_E_LIMIT when the table is
-// full.
+// A new, empty sequence with one holder. Ids are never used twice. KVD_E_LIMIT when the namespace
+// has its share of the table: as many as are left free by all, after eviction.
 int kvd_pool_seq_new(struct kvd_pool *pool, uint32_t ns, uint32_t geom, uint64_t *seq,
                      struct kvd_error *err);
 // A copy-on-write child with one holder. KVD_E_NOT_FOUND; KVD_E_PRECONDITION while an append is

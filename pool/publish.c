@@ -33,30 +33,34 @@ void name_remove(struct kvd_pool *pool, struct region_seq *s)
 
 void lru_add(struct kvd_pool *pool, struct region_seq *s)
 {
-    struct region_head *h = pool->head;
+    struct region_namespace *n = &pool->ns[s->ns];
     uint32_t i = (uint32_t)(s - pool->seq);
     s->listed = true;
+    s->lru_stamp = ++pool->head->lru_clock;
     s->lru_next = KVD_POOL_NONE;
-    s->lru_prev = h->lru_last;
-    if (h->lru_last == KVD_POOL_NONE)
-        h->lru_first = i;
+    s->lru_prev = n->lru_last;
+    if (n->lru_last == KVD_POOL_NONE)
+        n->lru_first = i;
     else
-        pool->seq[h->lru_last].lru_next = i;
-    h->lru_last = i;
+        pool->seq[n->lru_last].lru_next = i;
+    n->lru_last = i;
+    pool->geom[s->geom].idle++;
+    pool->geom[s->geom].used = s->lru_stamp;
 }
 
 void lru_remove(struct kvd_pool *pool, struct region_seq *s)
 {
-    struct region_head *h = pool->head;
+    struct region_namespace *n = &pool->ns[s->ns];
     if (!s->listed)
         return;
     s->listed = false;
+    pool->geom[s->geom].idle--;
     if (s->lru_prev == KVD_POOL_NONE)
-        h->lru_first = s->lru_next;
+        n->lru_first = s->lru_next;
     else
         pool->seq[s->lru_prev].lru_next = s->lru_next;
     if (s->lru_next == KVD_POOL_NONE)
-        h->lru_last = s->lru_prev;
+        n->lru_last = s->lru_prev;
     else
         pool->seq[s->lru_next].lru_prev = s->lru_prev;
     s->lru_prev = s->lru_next = KVD_POOL_NONE;
@@ -111,21 +115,36 @@ uint64_t kvd_pool_lookup(struct kvd_pool *pool, uint32_t ns, const char *name)
     return seq_id(pool, s);
 }
 
-bool evict_one(struct kvd_pool *pool, uint32_t ns, uint64_t *freed)
+uint32_t evictable_of(const struct kvd_pool *pool, uint32_t ns)
 {
-    uint32_t i = pool->head->lru_first;
-    while (i != KVD_POOL_NONE &&
-           (pool->seq[i].pins || (ns != KVD_POOL_NONE && pool->seq[i].ns != ns)))
+    uint32_t i = pool->ns[ns].lru_first;
+    while (i != KVD_POOL_NONE && pool->seq[i].pins)
         i = pool->seq[i].lru_next;
-    if (i == KVD_POOL_NONE)
-        return false;
-    struct region_seq *s = &pool->seq[i];
+    return i;
+}
+
+void evict(struct kvd_pool *pool, struct region_seq *s)
+{
     if (pool->on_evict)
         pool->on_evict(pool->on_evict_ctx, s->ns, seq_id(pool, s), s->name);
-    uint64_t before = pool->head->used;
     name_remove(pool, s);
-    seq_destroy(pool, s);
     pool->head->evictions++;
+    seq_destroy(pool, s);
+}
+
+bool evict_one(struct kvd_pool *pool, uint32_t ns, uint64_t *freed)
+{
+    uint32_t oldest = KVD_POOL_NONE;
+    for (uint32_t i = 0; i < pool->head->n_namespaces; i++) {
+        uint32_t s = ns == KVD_POOL_NONE || ns == i ? evictable_of(pool, i) : KVD_POOL_NONE;
+        if (s != KVD_POOL_NONE &&
+            (oldest == KVD_POOL_NONE || pool->seq[s].lru_stamp < pool->seq[oldest].lru_stamp))
+            oldest = s;
+    }
+    if (oldest == KVD_POOL_NONE)
+        return false;
+    uint64_t before = pool->head->used;
+    evict(pool, &pool->seq[oldest]);
     if (freed)
         *freed += before - pool->head->used;
     return true;
@@ -140,23 +159,28 @@ uint32_t kvd_pool_evict(struct kvd_pool *pool, uint32_t ns, uint64_t bytes, uint
     return n;
 }
 
+// Takes or gives back an evictable sequence's references. Taking: the bytes of its pages that have
+// none left.
+static uint64_t weigh(struct kvd_pool *pool, const struct region_seq *s, int by)
+{
+    uint64_t bytes = 0;
+    for (int kind = 0; kind < KVD_POOL_KINDS && !s->pins; kind++)
+        table_weigh(pool, &s->table[kind], by, by < 0 ? &bytes : NULL);
+    return bytes;
+}
+
 uint64_t kvd_pool_evictable(struct kvd_pool *pool, uint64_t *by_namespace)
 {
     uint64_t sum = 0;
     // Pages may be shared among them and with sequences in use: their references are taken away for
     // the moment, and those pages count that then have none.
-    for (int by = -1; by <= 1; by += 2) {
-        for (uint32_t i = pool->head->lru_first; i != KVD_POOL_NONE; i = pool->seq[i].lru_next) {
-            const struct region_seq *s = &pool->seq[i];
-            uint64_t bytes = 0;
-            if (s->pins)
-                continue;
-            for (int kind = 0; kind < KVD_POOL_KINDS; kind++)
-                table_weigh(pool, &s->table[kind], by, by < 0 ? &bytes : NULL);
-            sum += bytes;
-            if (by_namespace)
-                by_namespace[s->ns] += bytes;
-        }
-    }
+    for (int by = -1; by <= 1; by += 2)
+        for (uint32_t n = 0; n < pool->head->n_namespaces; n++)
+            for (uint32_t i = pool->ns[n].lru_first; i != KVD_POOL_NONE; i = pool->seq[i].lru_next) {
+                uint64_t bytes = weigh(pool, &pool->seq[i], by);
+                sum += bytes;
+                if (by_namespace)
+                    by_namespace[n] += bytes;
+            }
     return sum;
 }

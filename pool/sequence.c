@@ -44,15 +44,14 @@ int kvd_pool_seq_new(struct kvd_pool *pool, uint32_t ns, uint32_t geom, uint64_t
                      struct kvd_error *err)
 {
     struct region_head *h = pool->head;
+    int rc = share_take(pool, ns, SHARE_SEQUENCES, err);
+    if (rc)
+        return rc;
     uint32_t i = h->free_seq;
     if (i != KVD_POOL_NONE)
         h->free_seq = pool->seq[i].lru_next;
-    else if (h->n_sequences_ever < h->max_sequences)
-        pool->seq[i = h->n_sequences_ever++].generation = h->first_generation;
     else
-        return kvd_fail(err, KVD_E_LIMIT,
-                        "all %u sequences are in use; free some or raise max-sequences",
-                        h->max_sequences);
+        pool->seq[i = h->n_sequences_ever++].generation = h->first_generation;
     struct region_seq *s = &pool->seq[i];
     uint32_t sink = pool->geom[geom].g.sink;
     *s = (struct region_seq){.generation = s->generation + 1,
@@ -65,7 +64,7 @@ int kvd_pool_seq_new(struct kvd_pool *pool, uint32_t ns, uint32_t geom, uint64_t
                              .lru_next = KVD_POOL_NONE,
                              .name_next = KVD_POOL_NONE};
     for (int k = 0; k < KVD_POOL_KINDS; k++)
-        table_init(&s->table[k]);
+        table_init(&s->table[k], ns);
     h->sequences++;
     pool->geom[geom].refs++;
     pool->ns[ns].sequences++;
@@ -89,6 +88,7 @@ void seq_destroy(struct kvd_pool *pool, struct region_seq *s)
     s->doomed = false;
     s->lru_next = pool->head->free_seq;
     pool->head->free_seq = (uint32_t)(s - pool->seq);
+    namespace_settle(pool, s->ns);
 }
 
 int kvd_pool_seq_fork(struct kvd_pool *pool, uint64_t parent, uint64_t *child,
@@ -105,14 +105,15 @@ int kvd_pool_seq_fork(struct kvd_pool *pool, uint64_t parent, uint64_t *child,
                         (unsigned long long)parent, p->pending_layers,
                         (unsigned long long)p->length);
     uint64_t id;
+    p->pins++; // room is made by eviction, and not of this one
     int rc = kvd_pool_seq_new(pool, p->ns, p->geom, &id, err);
-    if (rc)
-        return rc;
-    struct region_seq *c = seq_find(pool, id);
+    struct region_seq *c = rc ? NULL : seq_find(pool, id);
     for (int k = 0; k < KVD_POOL_KINDS && !rc; k++)
         rc = table_share(pool, &c->table[k], &p->table[k], err);
+    p->pins--;
     if (rc) {
-        seq_destroy(pool, c);
+        if (c)
+            seq_destroy(pool, c);
         return rc;
     }
     seq_set_length(pool, c, p->length);

@@ -1,22 +1,24 @@
 // Page tables: chains of blocks of page numbers. A hole is KVD_POOL_NONE.
 #include "pool/internal.h"
 
-void table_init(struct region_table *t)
+void table_init(struct region_table *t, uint32_t ns)
 {
-    *t = (struct region_table){.first = KVD_POOL_NONE, .last = KVD_POOL_NONE};
+    *t = (struct region_table){.first = KVD_POOL_NONE, .last = KVD_POOL_NONE, .ns = ns};
 }
 
 static int block_add(struct kvd_pool *pool, struct region_table *t, struct kvd_error *err)
 {
     struct region_head *h = pool->head;
+    int rc = share_take(pool, t->ns, SHARE_BLOCKS, err);
+    if (rc)
+        return rc;
     uint32_t b = h->free_block;
     if (b != KVD_POOL_NONE)
         h->free_block = pool->block[b].next;
-    else if (h->n_blocks_ever < h->max_blocks)
-        b = h->n_blocks_ever++;
     else
-        return kvd_fail(err, KVD_E_LIMIT, "all %u page-table blocks are in use; free sequences",
-                        h->max_blocks);
+        b = h->n_blocks_ever++;
+    h->blocks++;
+    pool->ns[t->ns].blocks++;
     pool->block[b] = (struct region_block){.next = KVD_POOL_NONE};
     if (t->last == KVD_POOL_NONE)
         t->first = b;
@@ -90,6 +92,8 @@ void table_truncate(struct kvd_pool *pool, struct region_table *t, uint32_t coun
         } else {
             block->next = pool->head->free_block;
             pool->head->free_block = b;
+            pool->head->blocks--;
+            pool->ns[t->ns].blocks--;
         }
         b = next;
     }

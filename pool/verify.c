@@ -4,7 +4,8 @@
 struct tally {
     uint32_t *refs; // by page number
     uint64_t used, sequences, tokens;
-    uint64_t *ns_used, *ns_sequences, *ns_tokens;
+    uint64_t *ns_used, *ns_sequences, *ns_tokens, *ns_blocks;
+    uint64_t blocks, *refs_of, *idle_of; // the last two by geometry
 };
 
 static int tally_sequence(const struct kvd_pool *pool, const struct region_seq *s, struct tally *t,
@@ -13,6 +14,8 @@ static int tally_sequence(const struct kvd_pool *pool, const struct region_seq *
     for (int k = 0; k < KVD_POOL_KINDS; k++) {
         uint32_t entries = 0;
         for (uint32_t b = s->table[k].first; b != KVD_POOL_NONE; b = pool->block[b].next) {
+            t->blocks++;
+            t->ns_blocks[s->ns]++;
             for (uint32_t i = 0; i < pool->block[b].used; i++, entries++) {
                 uint32_t page = pool->block[b].page[i];
                 if (page == KVD_POOL_NONE)
@@ -31,6 +34,8 @@ static int tally_sequence(const struct kvd_pool *pool, const struct region_seq *
             return kvd_fail(err, KVD_E_CORRUPT, "a table says %u entries and has %u",
                             s->table[k].count, entries);
     }
+    t->refs_of[s->geom]++;
+    t->idle_of[s->geom] += s->listed;
     t->sequences++;
     t->tokens += s->length;
     t->ns_sequences[s->ns]++;
@@ -81,9 +86,18 @@ static int compare(const struct kvd_pool *pool, const struct tally *t, struct kv
     for (uint32_t i = 0; i < h->n_namespaces; i++) {
         const struct region_namespace *n = &pool->ns[i];
         if (t->ns_used[i] != n->used || t->ns_sequences[i] != n->sequences ||
-            t->ns_tokens[i] != n->tokens)
+            t->ns_tokens[i] != n->tokens || t->ns_blocks[i] != n->blocks)
             return kvd_fail(err, KVD_E_CORRUPT, "the counters of namespace %s are wrong", n->name);
     }
+    for (uint32_t i = 0; i < h->n_geometries; i++)
+        if (t->idle_of[i] != pool->geom[i].idle || t->refs_of[i] > pool->geom[i].refs)
+            return kvd_fail(err, KVD_E_CORRUPT,
+                            "geometry %u: %llu sequences, %llu evictable, says %u and %u", i,
+                            (unsigned long long)t->refs_of[i], (unsigned long long)t->idle_of[i],
+                            pool->geom[i].refs, pool->geom[i].idle);
+    if (t->blocks != h->blocks)
+        return kvd_fail(err, KVD_E_CORRUPT, "%llu blocks in use, says %u",
+                        (unsigned long long)t->blocks, h->blocks);
     uint32_t free = 0;
     for (uint32_t x = h->free_extent; x != KVD_POOL_NONE && free <= h->n_extents;
          x = pool->extent[x].next)
@@ -98,13 +112,17 @@ int kvd_pool_verify(const struct kvd_pool *pool, struct kvd_error *err)
 {
     const struct region_head *h = pool->head;
     uint32_t *refs KVD_FREE = calloc((size_t)h->n_extents * h->slots, sizeof(*refs));
-    uint64_t *sums KVD_FREE = calloc((size_t)h->max_namespaces * 3, sizeof(*sums));
-    if (!refs || !sums)
+    uint64_t *sums KVD_FREE = calloc((size_t)h->max_namespaces * 4, sizeof(*sums));
+    uint64_t *geometries KVD_FREE = calloc((size_t)h->max_geometries * 2, sizeof(*geometries));
+    if (!refs || !sums || !geometries)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     struct tally t = {.refs = refs,
                       .ns_used = sums,
+                      .refs_of = geometries,
+                      .idle_of = geometries + h->max_geometries,
                       .ns_sequences = sums + h->max_namespaces,
-                      .ns_tokens = sums + 2 * (size_t)h->max_namespaces};
+                      .ns_tokens = sums + 2 * (size_t)h->max_namespaces,
+                      .ns_blocks = sums + 3 * (size_t)h->max_namespaces};
     int rc = KVD_OK;
     for (uint32_t i = 0; i < h->n_sequences_ever && !rc; i++)
         if (pool->seq[i].generation & 1)

@@ -40,7 +40,7 @@ int main(int argc, char **argv)
     uint32_t ns, geom, *pages = malloc(live * sizeof(*pages));
     memset(pages, 0, live * sizeof(*pages));
     kvd_pool_namespace(pool, "bench", &ns, NULL);
-    kvd_pool_geometry(pool, &g, bytes, &geom, &recycled, NULL);
+    kvd_pool_geometry(pool, ns, &g, bytes, &geom, &recycled, NULL);
     long base = resident();
     double t = now();
     for (uint32_t i = 0; i < live; i++)

@@ -323,12 +323,13 @@ def test_geometries_are_recycled(rpc, kvd):
         rpc.kv("CloseSession", session=s)
     back = rpc.kv("ReadTokens", session=keep, sequence=seq, begin=0, tokens=100)
     assert back.k == k.tobytes()
-    held = [open_session(rpc, geometry=geometry(windows=kv.Windows(sink=0, recent=16 + 16 * i))) for i in range(63)]
+    held = [open_session(rpc, geometry=geometry(windows=kv.Windows(sink=0, recent=16 + 16 * i))) for i in range(31)]
     with pytest.raises(grpc.RpcError) as e:
         open_session(rpc, geometry=geometry(windows=kv.Windows(sink=64, recent=0)))
     assert code_of(e) == "RESOURCE_EXHAUSTED" and "64 geometries" in e.value.details()
+    open_session(rpc, namespace_name="other", geometry=geometry(windows=kv.Windows(sink=64, recent=0)))
     rpc.kv("CloseSession", session=held[0])
-    open_session(rpc, geometry=geometry(windows=kv.Windows(sink=64, recent=0)))
+    open_session(rpc, geometry=geometry(windows=kv.Windows(sink=80, recent=0)))
 
 
 def test_mutated_requests_hurt_nobody(rpc, kvd):

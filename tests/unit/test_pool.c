@@ -24,7 +24,8 @@ static struct fixture setup(uint32_t extents, uint32_t layers, uint32_t sink, ui
     f.pool = test_pool(&fixture_mem, extents, 256);
     struct kvd_geometry g = test_geometry(layers, sink, recent);
     ck_assert_int_eq(kvd_pool_namespace(f.pool, "a", &f.ns, &f.err), 0);
-    ck_assert_int_eq(kvd_pool_geometry(f.pool, &g, page_bytes, &f.geom, &recycled, &f.err), 0);
+    ck_assert_int_eq(kvd_pool_geometry(f.pool, f.ns, &g, page_bytes, &f.geom, &recycled, &f.err),
+                     0);
     return f;
 }
 
@@ -383,7 +384,7 @@ START_TEST(memory_is_zeroed_between_namespaces_only)
     struct kvd_geometry g = test_geometry(1, 64, 256);
     kvd_pool_namespace(f.pool, "a", &f.ns, &f.err);
     kvd_pool_namespace(f.pool, "b", &other, &f.err);
-    kvd_pool_geometry(f.pool, &g, page_bytes, &f.geom, &recycled, &f.err);
+    kvd_pool_geometry(f.pool, f.ns, &g, page_bytes, &f.geom, &recycled, &f.err);
     uint32_t page;
     ck_assert_int_eq(kvd_pool_page_alloc(f.pool, f.ns, f.geom, KVD_POOL_BF16, &page, &f.err), 0);
     kvd_pool_page_unref(f.pool, page);

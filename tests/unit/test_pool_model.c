@@ -7,7 +7,7 @@
 
 #include "tests/unit/pool_fixture.h"
 
-enum { MAX_LIVE = 64, NAMES = 16, SPACES = 3, SENDERS = 3 };
+enum { MAX_LIVE = 64, NAMES = 16, SPACES = 3, SENDERS = 3, MAX_SEQUENCES = 72 };
 
 struct model_seq {
     uint64_t id, length;
@@ -24,7 +24,7 @@ struct model {
     uint32_t ns[SPACES], geom[2];
     struct model_seq seq[MAX_LIVE];
     uint64_t rng;
-    uint64_t done, refused, evicted, repeats;
+    uint64_t done, refused, evicted, repeats, shared;
 };
 
 static const char *name_of(int i)
@@ -69,15 +69,43 @@ static struct model_seq *free_slot(struct model *m)
     return NULL;
 }
 
+// A sequence was refused: the namespace has its share, and nobody who has as much can be evicted.
+static void check_share(struct model *m, struct model_seq *refused, int rc)
+{
+    uint64_t all = 0, of[SPACES] = {0}, mine = UINT64_MAX;
+    ck_assert_int_eq(rc, KVD_E_LIMIT);
+    refused->used = false;
+    for (int i = 0; i < MAX_LIVE; i++) {
+        const struct model_seq *s = &m->seq[i];
+        all += s->used;
+        for (int n = 0; n < SPACES && s->used; n++)
+            of[n] += s->ns == m->ns[n];
+    }
+    for (int n = 0; n < SPACES; n++)
+        mine = refused->ns == m->ns[n] ? of[n] : mine;
+    ck_assert_uint_ge(mine, MAX_SEQUENCES - all);
+    for (int i = 0; i < MAX_LIVE; i++) {
+        const struct model_seq *s = &m->seq[i];
+        if (!s->used || s->holders)
+            continue;
+        ck_assert_uint_ne(s->ns, refused->ns);
+        for (int n = 0; n < SPACES; n++)
+            ck_assert(s->ns != m->ns[n] || of[n] <= mine);
+    }
+    m->shared++;
+}
+
 static void op_new(struct model *m)
 {
     struct model_seq *s = free_slot(m);
     if (!s)
         return;
     uint32_t ns = m->ns[kvd_rand(&m->rng) % SPACES];
-    *s = (struct model_seq){.ns = ns, .holders = 1, .name = -1, .used = true};
-    ck_assert_int_eq(kvd_pool_seq_new(m->pool, ns, m->geom[kvd_rand(&m->rng) % 2], &s->id, NULL),
-                     0);
+    *s = (struct model_seq){.ns = ns, .holders = 1, .name = -1};
+    int rc = kvd_pool_seq_new(m->pool, ns, m->geom[kvd_rand(&m->rng) % 2], &s->id, NULL);
+    s->used = true;
+    if (rc)
+        check_share(m, s, rc);
 }
 
 static void op_append(struct model *m)
@@ -147,9 +175,12 @@ static void op_fork(struct model *m)
     if (!s || !c)
         return;
     uint64_t id;
-    ck_assert_int_eq(kvd_pool_seq_fork(m->pool, s->id, &id, NULL), 0);
-    *c = (struct model_seq){
-        .id = id, .length = s->length, .ns = s->ns, .holders = 1, .name = -1, .used = true};
+    *c = (struct model_seq){.length = s->length, .ns = s->ns, .holders = 1, .name = -1};
+    int rc = kvd_pool_seq_fork(m->pool, s->id, &id, NULL);
+    c->id = id;
+    c->used = true;
+    if (rc)
+        check_share(m, c, rc);
 }
 
 static void op_truncate(struct model *m)
@@ -246,17 +277,17 @@ START_TEST(random_operations)
     struct kvd_pool_mem_ops mem = {&m.mem, test_mem_alloc, test_mem_free, test_mem_zero};
     struct kvd_pool_config config = {.bytes = 12 << 21,
                                      .extent_bytes = 2 << 20,
-                                     .max_sequences = MAX_LIVE + 1,
+                                     .max_sequences = MAX_SEQUENCES,
                                      .id_seed = 0xfffffff0, // generations wrap around
                                      .max_namespaces = SPACES,
-                                     .max_geometries = 2,
+                                     .max_geometries = 4,
                                      .on_evict = on_evict,
                                      .on_evict_ctx = &m};
     m.pool = kvd_pool_new(&config, &mem, NULL);
     const uint64_t big[] = {128 << 10, 16 << 10}, small[] = {40 << 10, 5000};
     struct kvd_geometry g = test_geometry(1, 64, 256), h = test_geometry(1, 16, 32);
-    ck_assert_int_eq(kvd_pool_geometry(m.pool, &g, big, &m.geom[0], &recycled, NULL), 0);
-    ck_assert_int_eq(kvd_pool_geometry(m.pool, &h, small, &m.geom[1], &recycled, NULL), 0);
+    ck_assert_int_eq(kvd_pool_geometry(m.pool, m.ns[0], &g, big, &m.geom[0], &recycled, NULL), 0);
+    ck_assert_int_eq(kvd_pool_geometry(m.pool, m.ns[0], &h, small, &m.geom[1], &recycled, NULL), 0);
     for (int i = 0; i < SPACES; i++)
         ck_assert_int_eq(kvd_pool_namespace(m.pool, name_of(i), &m.ns[i], NULL), 0);
     const char *env = getenv("KVD_POOL_OPS");
@@ -272,12 +303,14 @@ START_TEST(random_operations)
             compare(&m);
     }
     compare(&m);
-    printf("%llu operations, %llu refused for room, %llu evictions, %llu repeats\n",
+    printf("%llu operations, %llu refused for room, %llu evictions, %llu repeats, %llu over their "
+           "share\n",
            (unsigned long long)m.done, (unsigned long long)m.refused, (unsigned long long)m.evicted,
-           (unsigned long long)m.repeats);
+           (unsigned long long)m.repeats, (unsigned long long)m.shared);
     ck_assert_uint_gt(m.refused, 0);
     ck_assert_uint_gt(m.evicted, 0);
     ck_assert_uint_gt(m.repeats, 0);
+    ck_assert_uint_gt(m.shared, 0);
     kvd_pool_free(&m.pool);
     ck_assert_uint_eq(m.mem.live, 0);
 }

@@ -1,0 +1,185 @@
+// Who may have how much of the pool's tables.
+//
+// A namespace may have as many sequences, page-table blocks and geometries as are left free by all:
+// alone it gets half of a table, and whoever comes next always finds room. Above that something has
+// to go first, if it is evictable, of the namespace that has most: so nobody with less loses
+// anything to one with more.
+#include "pool/internal.h"
+
+static uint64_t share_of(const struct kvd_pool *pool, uint32_t ns, enum share share)
+{
+    return share == SHARE_SEQUENCES ? pool->ns[ns].sequences : pool->ns[ns].blocks;
+}
+
+static uint64_t left_of(const struct kvd_pool *pool, enum share share)
+{
+    const struct region_head *h = pool->head;
+    return share == SHARE_SEQUENCES ? h->max_sequences - h->sequences : h->max_blocks - h->blocks;
+}
+
+// Evicts one sequence of the namespace with the most, if that is `ns` or has more than it.
+static bool evict_from_most(struct kvd_pool *pool, uint32_t ns, enum share share)
+{
+    uint32_t most = KVD_POOL_NONE;
+    uint64_t n = share_of(pool, ns, share);
+    for (uint32_t i = 0; i < pool->head->n_namespaces; i++) {
+        uint64_t has = share_of(pool, i, share);
+        if (has < n || (has == n && i != ns) || evictable_of(pool, i) == KVD_POOL_NONE)
+            continue;
+        most = i;
+        n = has;
+    }
+    if (most == KVD_POOL_NONE)
+        return false;
+    evict(pool, &pool->seq[evictable_of(pool, most)]);
+    return true;
+}
+
+int share_take(struct kvd_pool *pool, uint32_t ns, enum share share, struct kvd_error *err)
+{
+    const struct region_head *h = pool->head;
+    while (share_of(pool, ns, share) >= left_of(pool, share)) {
+        if (evict_from_most(pool, ns, share))
+            continue;
+        if (share == SHARE_BLOCKS)
+            return kvd_fail(err, KVD_E_LIMIT,
+                            "namespace %s has %llu blocks of page tables, and %llu of %u are left: "
+                            "one may have as many as are left; free sequences",
+                            pool->ns[ns].name, (unsigned long long)pool->ns[ns].blocks,
+                            (unsigned long long)left_of(pool, share), h->max_blocks);
+        return kvd_fail(err, KVD_E_LIMIT,
+                        "namespace %s has %llu sequences, and %llu of %u are left: one may have as "
+                        "many as are left; free some or raise max-sequences",
+                        pool->ns[ns].name, (unsigned long long)pool->ns[ns].sequences,
+                        (unsigned long long)left_of(pool, share), h->max_sequences);
+    }
+    return KVD_OK;
+}
+
+// -- namespaces ---------------------------------------------------------------------------------
+
+void namespace_settle(struct kvd_pool *pool, uint32_t ns)
+{
+    struct region_namespace *n = &pool->ns[ns];
+    if (n->holders || n->kept || n->quota || n->sequences || n->used)
+        return;
+    for (uint32_t x = 0; x < pool->head->n_extents; x++)
+        if (pool->extent[x].owner == ns)
+            pool->extent[x].owner = KVD_OWNER_GONE;
+    for (uint32_t i = 0; i < pool->head->n_geometries; i++)
+        if (pool->geom[i].ns == ns)
+            pool->geom[i].ns = KVD_POOL_NONE;
+    n->name[0] = '\0';
+}
+
+bool kvd_pool_namespace_idle(const struct kvd_pool *pool, uint32_t ns, uint64_t *used)
+{
+    const struct region_namespace *n = &pool->ns[ns];
+    uint64_t evictable = 0;
+    *used = 0;
+    if (!n->name[0] || n->holders || n->kept || n->quota)
+        return false;
+    for (uint32_t i = n->lru_first; i != KVD_POOL_NONE; i = pool->seq[i].lru_next) {
+        evictable += pool->seq[i].pins == 0;
+        *used = pool->seq[i].lru_stamp;
+    }
+    return evictable == n->sequences;
+}
+
+void kvd_pool_namespace_clear(struct kvd_pool *pool, uint32_t ns)
+{
+    for (uint32_t i = evictable_of(pool, ns); i != KVD_POOL_NONE; i = evictable_of(pool, ns))
+        evict(pool, &pool->seq[i]);
+}
+
+uint32_t namespace_slot(struct kvd_pool *pool)
+{
+    struct region_head *h = pool->head;
+    uint32_t idlest = KVD_POOL_NONE;
+    uint64_t oldest = UINT64_MAX, used = 0;
+    for (uint32_t i = 0; i < h->n_namespaces; i++)
+        if (!pool->ns[i].name[0])
+            return i;
+    if (h->n_namespaces < h->max_namespaces)
+        return h->n_namespaces++;
+    for (uint32_t i = 0; i < h->n_namespaces; i++) {
+        if (!kvd_pool_namespace_idle(pool, i, &used) || used >= oldest)
+            continue;
+        idlest = i;
+        oldest = used;
+    }
+    if (idlest == KVD_POOL_NONE)
+        return KVD_POOL_NONE;
+    kvd_pool_namespace_clear(pool, idlest);
+    return idlest;
+}
+
+// -- geometries ---------------------------------------------------------------------------------
+
+static uint32_t geometries_of(const struct kvd_pool *pool, uint32_t ns)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < pool->head->n_geometries; i++)
+        n += pool->geom[i].refs && pool->geom[i].ns == ns;
+    return n;
+}
+
+bool kvd_pool_geometry_idle(const struct kvd_pool *pool, uint32_t geom, uint64_t *used)
+{
+    const struct region_geometry *g = &pool->geom[geom];
+    *used = g->used;
+    return g->refs && g->refs == g->idle;
+}
+
+void kvd_pool_geometry_clear(struct kvd_pool *pool, uint32_t geom)
+{
+    for (uint32_t n = 0; n < pool->head->n_namespaces; n++) {
+        for (uint32_t i = pool->ns[n].lru_first, next; i != KVD_POOL_NONE; i = next) {
+            next = pool->seq[i].lru_next;
+            if (pool->seq[i].geom == geom && !pool->seq[i].pins)
+                evict(pool, &pool->seq[i]);
+        }
+    }
+}
+
+// A geometry to which only evictable sequences refer, of the namespace with most, if that is `ns`
+// or has more; the least recently used of them.
+static uint32_t idle_geometry(const struct kvd_pool *pool, uint32_t ns)
+{
+    uint32_t best = KVD_POOL_NONE, mine = geometries_of(pool, ns), n = mine;
+    for (uint32_t i = 0; i < pool->head->n_geometries; i++) {
+        const struct region_geometry *g = &pool->geom[i];
+        uint32_t has = g->ns == KVD_POOL_NONE ? UINT32_MAX : geometries_of(pool, g->ns);
+        if (!g->refs || g->refs != g->idle || has < n || (has == mine && g->ns != ns))
+            continue;
+        if (best != KVD_POOL_NONE && has == n && g->used > pool->geom[best].used)
+            continue;
+        best = i;
+        n = has;
+    }
+    return best;
+}
+
+uint32_t geometry_slot(struct kvd_pool *pool, uint32_t ns, bool *recycled)
+{
+    struct region_head *h = pool->head;
+    uint32_t in_use = 0, slot = 0, idle;
+    for (uint32_t i = 0; i < h->n_geometries; i++)
+        in_use += pool->geom[i].refs != 0;
+    *recycled = false;
+    while (geometries_of(pool, ns) >= h->max_geometries - in_use) {
+        idle = idle_geometry(pool, ns);
+        if (idle == KVD_POOL_NONE)
+            return KVD_POOL_NONE;
+        kvd_pool_geometry_clear(pool, idle);
+        if (pool->geom[idle].refs)
+            return KVD_POOL_NONE; // a call is using one of them
+        in_use--;
+    }
+    if (h->n_geometries < h->max_geometries)
+        return h->n_geometries++;
+    while (pool->geom[slot].refs)
+        slot++;
+    *recycled = true;
+    return slot;
+}
