@@ -49,9 +49,10 @@ static void check_memory(struct kvd_config_load *l)
     const char *of;
     char wanted[32], have[32];
     uint64_t memory = kvd_host_memory(&of);
-    if (pages_in_memory(l->c) && l->c->pool_size > memory)
+    if (pages_in_memory(l->c) && l->c->pool_size > memory && !l->c->overcommit_memory)
         kvd_config_problem(l, kvd_config_place(l, "pool-size"),
-                           "pool-size: %s are more than %s, %s",
+                           "pool-size: %s are more than %s, %s; with overcommit-memory = yes the "
+                           "pool may be larger, and must never be full",
                            kvd_format_size(l->c->pool_size, wanted, sizeof(wanted)), of,
                            kvd_format_size(memory, have, sizeof(have)));
 }

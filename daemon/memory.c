@@ -13,6 +13,8 @@
 enum {
     SPARE_EXTENTS = 2,
     FLOOR_CHECK_MS = 1000,
+    IDLE_CHECK_MS = 1000,
+    NEXT_IDLE_MS = 20, // between extents: giving one back takes a while
 };
 
 struct extent {
@@ -172,6 +174,15 @@ static void on_floor_timer(uv_timer_t *timer)
         kvd_notice("gave %u idle extents back: less than memory-floor was free on the GPU", n);
 }
 
+// Host memory goes back when it has not been used for a while, an extent at a time.
+static void on_idle_timer(uv_timer_t *timer)
+{
+    struct kvd_daemon *d = timer->data;
+    uint32_t idle = d->config.idle_memory_ms;
+    bool one = idle && kvd_pool_trim_idle(d->pool, kvd_now_ms(d), idle);
+    uv_timer_start(timer, on_idle_timer, one ? NEXT_IDLE_MS : IDLE_CHECK_MS, 0);
+}
+
 // -- lending ------------------------------------------------------------------------------------
 
 int kvd_memory_lend(struct kvd_daemon *d, struct kvd_session *s, uint64_t addr,
@@ -264,6 +275,8 @@ int kvd_memory_init(struct kvd_daemon *d, struct kvd_error *err)
     d->memory_timer.data = d;
     if (m->scarce && c->memory_floor)
         uv_timer_start(&d->memory_timer, on_floor_timer, FLOOR_CHECK_MS, FLOOR_CHECK_MS);
+    else if (!m->scarce)
+        uv_timer_start(&d->memory_timer, on_idle_timer, IDLE_CHECK_MS, 0);
     return KVD_OK;
 }
 

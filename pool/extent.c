@@ -137,9 +137,18 @@ void kvd_pool_spare_made(struct kvd_pool *pool, uint32_t index, uint64_t addr)
 {
     struct region_extent *e = &pool->extent[index];
     e->addr = addr;
+    e->idle_since = 0;
     e->next = pool->head->free_extent;
     pool->head->free_extent = index;
     pool->head->extents_aside--;
+}
+
+static void drop_memory(struct kvd_pool *pool, uint32_t x)
+{
+    struct region_extent *e = &pool->extent[x];
+    pool->ops.free(pool->ops.ctx, x, e->addr, pool->head->extent_bytes);
+    e->addr = e->idle_since = 0;
+    e->owner = KVD_POOL_NONE;
 }
 
 uint32_t kvd_pool_trim(struct kvd_pool *pool, uint32_t most)
@@ -147,15 +156,31 @@ uint32_t kvd_pool_trim(struct kvd_pool *pool, uint32_t most)
     uint32_t n = 0;
     for (uint32_t x = pool->head->free_extent; x != KVD_POOL_NONE && n < most;
          x = pool->extent[x].next) {
-        struct region_extent *e = &pool->extent[x];
-        if (!e->addr)
+        if (!pool->extent[x].addr)
             continue;
-        pool->ops.free(pool->ops.ctx, x, e->addr, pool->head->extent_bytes);
-        e->addr = 0;
-        e->owner = KVD_POOL_NONE;
+        drop_memory(pool, x);
         n++;
     }
     return n;
+}
+
+bool kvd_pool_trim_idle(struct kvd_pool *pool, uint64_t now, uint64_t idle)
+{
+    uint32_t oldest = KVD_POOL_NONE;
+    for (uint32_t x = pool->head->free_extent; x != KVD_POOL_NONE; x = pool->extent[x].next) {
+        struct region_extent *e = &pool->extent[x];
+        if (!e->addr)
+            continue;
+        if (!e->idle_since)
+            e->idle_since = now;
+        if (now - e->idle_since >= idle &&
+            (oldest == KVD_POOL_NONE || e->idle_since < pool->extent[oldest].idle_since))
+            oldest = x;
+    }
+    if (oldest == KVD_POOL_NONE)
+        return false;
+    drop_memory(pool, oldest);
+    return true;
 }
 
 static void extent_return(struct kvd_pool *pool, uint32_t x)
@@ -167,6 +192,7 @@ static void extent_return(struct kvd_pool *pool, uint32_t x)
     pool->head->extents_granted--;
     slab_drop_empty(pool, e->slab);
     e->slab = KVD_POOL_NONE;
+    e->idle_since = 0;
     e->next = pool->head->free_extent;
     pool->head->free_extent = x;
 }

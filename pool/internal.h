@@ -51,6 +51,7 @@ struct region_extent {
     uint32_t carved;     // slots handed out at least once
     uint32_t free_slot;  // head of the list of returned slots
     uint32_t prev, next; // in the slab's partial list; `next` also links the free list
+    uint64_t idle_since; // when it was first seen free; 0: not yet
 };
 
 struct region_page {

@@ -67,6 +67,9 @@ uint32_t kvd_pool_spare_wanted(struct kvd_pool *pool, uint32_t want);
 void kvd_pool_spare_made(struct kvd_pool *pool, uint32_t index, uint64_t addr);
 // Gives back the memory of up to `most` free extents. Returns of how many.
 uint32_t kvd_pool_trim(struct kvd_pool *pool, uint32_t most);
+// Gives back the memory of the extent that has been free for longest, if that is `idle` or more
+// since a call of this saw it, in the clock that `now` (not 0) tells. False: there is none.
+bool kvd_pool_trim_idle(struct kvd_pool *pool, uint64_t now, uint64_t idle);
 
 // -- namespaces ---------------------------------------------------------------------------------
 

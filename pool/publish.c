@@ -176,7 +176,8 @@ uint64_t kvd_pool_evictable(struct kvd_pool *pool, uint64_t *by_namespace)
     // the moment, and those pages count that then have none.
     for (int by = -1; by <= 1; by += 2)
         for (uint32_t n = 0; n < pool->head->n_namespaces; n++)
-            for (uint32_t i = pool->ns[n].lru_first; i != KVD_POOL_NONE; i = pool->seq[i].lru_next) {
+            for (uint32_t i = pool->ns[n].lru_first; i != KVD_POOL_NONE;
+                 i = pool->seq[i].lru_next) {
                 uint64_t bytes = weigh(pool, &pool->seq[i], by);
                 sum += bytes;
                 if (by_namespace)

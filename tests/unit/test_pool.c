@@ -509,10 +509,37 @@ START_TEST(extents_are_made_ahead_and_given_back)
 }
 END_TEST
 
-KVD_MAIN("pool", 60, demotion_follows_in_chunks, one_big_append_equals_many_small,
-         a_repeat_belongs_to_its_sender, a_repeat_of_a_layer, a_repeat_knows_what_the_first_saw,
-         layers_fill_in_order, abort_changes_nothing, forks_share_until_written,
-         quota_and_pool_limits, published_unused_are_evicted_in_order_and_live_never,
-         evictable_is_what_eviction_frees, memory_is_zeroed_between_namespaces_only,
-         truncate_everywhere, truncate_refuses_to_keep_an_overwritten_window, ids_are_never_reused,
+START_TEST(idle_extents_are_given_back)
+{
+    struct fixture f = setup(4, 1, 64, 256);
+    struct test_mem *mem = &fixture_mem;
+    uint64_t s = new_seq(&f), other = new_seq(&f);
+    ck_assert_int_eq(append(&f, s, 0, 400), 0);
+    ck_assert_uint_eq(mem->live, 2);
+    ck_assert(!kvd_pool_trim_idle(f.pool, 1000, 0)); // all in use
+    kvd_pool_seq_release(f.pool, s);
+    ck_assert(!kvd_pool_trim_idle(f.pool, 1000, 500)); // seen free for the first time
+    ck_assert(!kvd_pool_trim_idle(f.pool, 1499, 500));
+    ck_assert_int_eq(append(&f, other, 0, 64), 0); // one is used again, and free again
+    kvd_pool_seq_release(f.pool, other);
+    ck_assert(kvd_pool_trim_idle(f.pool, 1500, 500));
+    ck_assert(!kvd_pool_trim_idle(f.pool, 1500, 500));
+    ck_assert_uint_eq(mem->live, 1);
+    ck_assert(!kvd_pool_trim_idle(f.pool, 1999, 500));
+    ck_assert(kvd_pool_trim_idle(f.pool, 2000, 500));
+    ck_assert_uint_eq(mem->live, 0);
+    s = new_seq(&f);
+    ck_assert_int_eq(append(&f, s, 0, 400), 0);
+    kvd_pool_seq_release(f.pool, s);
+    finish(&f);
+}
+END_TEST
+
+KVD_MAIN("pool", 60, idle_extents_are_given_back, demotion_follows_in_chunks,
+         one_big_append_equals_many_small, a_repeat_belongs_to_its_sender, a_repeat_of_a_layer,
+         a_repeat_knows_what_the_first_saw, layers_fill_in_order, abort_changes_nothing,
+         forks_share_until_written, quota_and_pool_limits,
+         published_unused_are_evicted_in_order_and_live_never, evictable_is_what_eviction_frees,
+         memory_is_zeroed_between_namespaces_only, truncate_everywhere,
+         truncate_refuses_to_keep_an_overwritten_window, ids_are_never_reused,
          extents_are_made_ahead_and_given_back)

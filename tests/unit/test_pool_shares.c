@@ -50,8 +50,7 @@ static int make(uint32_t ns, uint64_t *seq)
 static int append(uint64_t seq, uint64_t at, uint32_t n)
 {
     struct kvd_pool_append a;
-    struct kvd_pool_append_request by = {
-        .seq = seq, .position = at, .tokens = n, .layer_count = 1};
+    struct kvd_pool_append_request by = {.seq = seq, .position = at, .tokens = n, .layer_count = 1};
     int rc = kvd_pool_append_begin(f.pool, &by, &a, &f.err);
     if (rc == 0)
         kvd_pool_append_commit(f.pool, &a);
@@ -169,7 +168,8 @@ START_TEST(sequences_are_shared)
     for (uint32_t i = 0; i < SEQUENCES / 4; i++)
         ck_assert_msg(make(b, &seq) == 0, "%s", f.err.text);
     ck_assert_int_eq(make(c, &seq), 0);
-    // What is published and unused goes for others, from whoever has most, and never from the small.
+    // What is published and unused goes for others, from whoever has most, and never from the
+    // small.
     publish(seq, 0);
     for (uint32_t i = 0; i < n; i++)
         publish(theirs[i], i);
