@@ -168,9 +168,11 @@ enum share { SHARE_SEQUENCES, SHARE_BLOCKS };
 // Sees to it that `ns` may have one more: evicts what is evictable, of whoever has most.
 // KVD_E_LIMIT.
 int share_take(struct kvd_pool *pool, uint32_t ns, enum share share, struct kvd_error *err);
-// A slot for another namespace, or another geometry of `ns`; KVD_POOL_NONE when there is none.
+// A slot for another namespace; KVD_POOL_NONE when there is none.
 uint32_t namespace_slot(struct kvd_pool *pool);
-uint32_t geometry_slot(struct kvd_pool *pool, uint32_t ns, bool *recycled);
+// Sees to it that `ns` may have one more geometry in use; then there is a slot for a new one.
+bool geometry_room(struct kvd_pool *pool, uint32_t ns);
+uint32_t geometry_slot(struct kvd_pool *pool, bool *recycled);
 // To be called when something of a namespace has gone: forgets it if that was the last.
 void namespace_settle(struct kvd_pool *pool, uint32_t ns);
 

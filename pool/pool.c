@@ -195,17 +195,20 @@ int kvd_pool_geometry(struct kvd_pool *pool, uint32_t ns, const struct kvd_geome
                             (unsigned long long)page_bytes[k],
                             (unsigned long long)pool->head->extent_bytes);
     }
+    bool in_use = i != KVD_POOL_NONE && pool->geom[i].refs;
+    if (!in_use && !geometry_room(pool, ns))
+        return kvd_fail(err, KVD_E_LIMIT,
+                        "namespace %s uses its share of the %u geometries, as many as are left "
+                        "free; close sessions or free sequences of others",
+                        pool->ns[ns].name, pool->head->max_geometries);
     if (i == KVD_POOL_NONE) {
-        i = geometry_slot(pool, ns, recycled);
-        if (i == KVD_POOL_NONE)
-            return kvd_fail(err, KVD_E_LIMIT,
-                            "namespace %s uses its share of the %u geometries, as many as are left "
-                            "free; close sessions or free sequences of others",
-                            pool->ns[ns].name, pool->head->max_geometries);
-        pool->geom[i] = (struct region_geometry){.g = *g, .ns = ns};
+        i = geometry_slot(pool, recycled);
+        pool->geom[i] = (struct region_geometry){.g = *g};
         for (int k = 0; k < KVD_POOL_KINDS; k++)
             pool->geom[i].page_bytes[k] = kvd_round_up(page_bytes[k], KVD_POOL_ALIGN);
     }
+    if (!in_use)
+        pool->geom[i].ns = ns;
     pool->geom[i].refs++;
     *geom = i;
     return KVD_OK;

@@ -160,26 +160,32 @@ static uint32_t idle_geometry(const struct kvd_pool *pool, uint32_t ns)
     return best;
 }
 
-uint32_t geometry_slot(struct kvd_pool *pool, uint32_t ns, bool *recycled)
+bool geometry_room(struct kvd_pool *pool, uint32_t ns)
 {
     struct region_head *h = pool->head;
-    uint32_t in_use = 0, slot = 0, idle;
+    uint32_t in_use = 0, idle;
     for (uint32_t i = 0; i < h->n_geometries; i++)
         in_use += pool->geom[i].refs != 0;
-    *recycled = false;
     while (geometries_of(pool, ns) >= h->max_geometries - in_use) {
         idle = idle_geometry(pool, ns);
         if (idle == KVD_POOL_NONE)
-            return KVD_POOL_NONE;
+            return false;
         kvd_pool_geometry_clear(pool, idle);
         if (pool->geom[idle].refs)
-            return KVD_POOL_NONE; // a call is using one of them
+            return false; // a call is using one of them
         in_use--;
     }
-    if (h->n_geometries < h->max_geometries)
+    return true;
+}
+
+uint32_t geometry_slot(struct kvd_pool *pool, bool *recycled)
+{
+    struct region_head *h = pool->head;
+    uint32_t slot = 0;
+    *recycled = h->n_geometries == h->max_geometries;
+    if (!*recycled)
         return h->n_geometries++;
     while (pool->geom[slot].refs)
         slot++;
-    *recycled = true;
     return slot;
 }

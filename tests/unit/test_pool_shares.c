@@ -232,6 +232,24 @@ START_TEST(geometries_are_shared)
     ck_assert_uint_eq(n, GEOMETRIES / 2);
     g.recent = 1024;
     ck_assert_int_eq(kvd_pool_geometry(f.pool, b, &g, page_bytes, &x, &recycled, &f.err), 0);
+    // Nor does it get more by coming back to those that it made before.
+    for (uint32_t i = 0; i < n; i++)
+        kvd_pool_geometry_unref(f.pool, geom[i]);
+    g.recent = 512;
+    for (uint32_t i = 0; i < 3; i++) {
+        g.sink -= 16;
+        ck_assert_int_eq(kvd_pool_geometry(f.pool, b, &g, page_bytes, &geom[i], &recycled, &f.err),
+                         0);
+    }
+    g.sink -= 16;
+    ck_assert_int_eq(kvd_pool_geometry(f.pool, b, &g, page_bytes, &geom[3], &recycled, &f.err),
+                     KVD_E_LIMIT);
+    for (uint32_t i = 0; i < 3; i++)
+        kvd_pool_geometry_unref(f.pool, geom[i]);
+    g.sink = 64;
+    for (n = 0; kvd_pool_geometry(f.pool, a, &g, page_bytes, &geom[n], &recycled, &f.err) == 0; n++)
+        g.sink += 16;
+    ck_assert_uint_eq(n, GEOMETRIES / 2);
     // With nothing but evictable sequences they go: the session's own first.
     for (uint32_t i = 0; i < n; i++) {
         ck_assert_int_eq(kvd_pool_seq_new(f.pool, a, geom[i], &seq, &f.err), 0);
