@@ -40,13 +40,13 @@ static void forget(struct kvd_session *s, struct kvd_replay *r)
 
 // Takes the oldest slot; drops more of the oldest while they are too large together.
 static void remember(struct kvd_session *s, const struct kvd_method *method, uint64_t request_id,
-                     const void *reply)
+                     const void *reply, size_t most)
 {
     size_t len = protobuf_c_message_get_packed_size(reply);
     struct kvd_replay *r = &s->replays[s->next_replay];
     s->next_replay = (s->next_replay + 1) % KVD_REPLAY_SLOTS;
     forget(s, r);
-    for (uint32_t i = 0; i < KVD_REPLAY_SLOTS && s->replay_bytes + len > KVD_REPLAY_BYTES; i++)
+    for (uint32_t i = 0; i < KVD_REPLAY_SLOTS && s->replay_bytes + len > most; i++)
         forget(s, &s->replays[(s->next_replay + i) % KVD_REPLAY_SLOTS]);
     uint8_t *data = malloc(len ? len : 1);
     if (!data)
@@ -60,6 +60,7 @@ void kvd_call_reply_remember(struct kvd_call *call, struct kvd_session *s, uint6
                              const void *reply)
 {
     if (request_id)
-        remember(s, call->method, request_id, reply);
+        remember(s, call->method, request_id, reply,
+                 KVD_MIN(KVD_REPLAY_BYTES, KVD_REPLAY_TOTAL / (1 + HASH_COUNT(call->d->sessions))));
     kvd_call_reply(call, reply);
 }

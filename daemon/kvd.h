@@ -21,7 +21,8 @@ enum {
     KVD_SECRET_TEXT = 33, // 16 random bytes in hex, and a NUL
     KVD_MAX_GEOMETRIES = 64,
     KVD_MAX_NAMESPACES = 1024,
-    KVD_REPLAY_BYTES = 1 << 20,   // of them
+    KVD_REPLAY_BYTES = 1 << 20, // of them, as long as all sessions' fit KVD_REPLAY_TOTAL
+    KVD_REPLAY_TOTAL = 256 << 20,
     KVD_REPLAY_SLOTS = 256,       // replies remembered per session
     KVD_EVENT_SLOTS = 256,        // events that wait for a slow reader
     KVD_MAX_HELD = 65536,         // sequences held by one session
