@@ -124,10 +124,19 @@ static void whole_worker(const char *address)
     kvd_close(&client);
 }
 
+enum { MAX_FD = 256 };
+static bool inherited[MAX_FD]; // from whoever started this program
+
+static void note_inherited(void)
+{
+    for (int fd = 0; fd < MAX_FD; fd++)
+        inherited[fd] = fcntl(fd, F_GETFD) >= 0;
+}
+
 static void descriptors(void)
 {
-    for (int fd = 3; fd < 256; fd++) {
-        int flags = fcntl(fd, F_GETFD);
+    for (int fd = 0; fd < MAX_FD; fd++) {
+        int flags = inherited[fd] ? -1 : fcntl(fd, F_GETFD);
         char name[64], to[256] = "";
         snprintf(name, sizeof(name), "/proc/self/fd/%d", fd);
         if (flags < 0 || flags & FD_CLOEXEC || readlink(name, to, sizeof(to) - 1) < 0)
@@ -161,6 +170,7 @@ int forks(const char *address, const char *how)
     kvd_direct_options d = KVD_NEW(kvd_direct_options, .slots = 1, .max_tokens = 1000);
     if (strcmp(how, "first") == 0 || strcmp(how, "after") == 0)
         return around_clients(address, how[0] == 'a');
+    note_inherited();
     open_client(address);
     NEED(kvd_sequences_create(client, 1, &bound, ERR) == 0);
     NEED(kvd_next_event(client, 5000, &event, ERR) == 0 && event.kind == KVD_EVENT_OPENED);
