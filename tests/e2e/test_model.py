@@ -117,7 +117,7 @@ def test_compressed_history_costs_little(kv, kvd, worker, model):
 
 def run_worker(kvd, *args, lines=()):
     p = worker_process(WEIGHTS, "--address", kvd.address, "--tokens", "12", *args, stdin=subprocess.PIPE)
-    out, err = p.communicate("".join(f"{x}\n" for x in lines), timeout=200)
+    out, err = p.communicate("".join(f"{x}\n" for x in lines), timeout=300)
     assert p.returncode == 0, err
     return out, err
 
@@ -203,7 +203,7 @@ def test_the_commands_options(kvd, worker, monkeypatch, capsys):
     from kvd_worker.__main__ import _arguments
 
     options = ["--address", kvd.address, "--tokens", "4", "--temperature", "1.5", "--top-p", "0.9", "--seed", "11"]
-    said = [worker_process(*o).communicate(timeout=100) for o in ([WEIGHTS, "Name a fruit.", *options], [*options, WEIGHTS, "Name a fruit."])]
+    said = [worker_process(*o).communicate(timeout=300) for o in ([WEIGHTS, "Name a fruit.", *options], [*options, WEIGHTS, "Name a fruit."])]
     assert said[0][0].strip() and said[0][0] == said[1][0], said
     for bad, code, text in ((["--help"], 0, "--top-p"), (["m", "x", "--temperature", "-1"], 2, "temperature is -1.0"), (["m", "--top-p", "0"], 2, "top_p"),
                             (["m", "--tokens", "0", "x"], 2, "0 is not positive"), (["--tokens", "x", "m"], 2, "invalid"), (["m", "--nonsense"], 2, "--nonsense"),
@@ -225,7 +225,7 @@ def test_a_chat_shows_a_prompt(kvd):
     p = worker_process(WEIGHTS, "--address", kvd.address, "--tokens", "3", stdin=theirs)
     os.close(theirs)
     os.write(ours, b"Hi!\n\nGo on.\n\x04")
-    out, err = p.communicate(timeout=100)
+    out, err = p.communicate(timeout=300)
     os.close(ours)
     assert p.returncode == 0, err
     assert out.count("you> ") == 4 and err.count("tokens/s") == 2 and "Ctrl-D" in err
