@@ -204,6 +204,19 @@ int kvd_rotset_write(struct kvd_rotset *s, const char *path, struct kvd_error *e
     return KVD_OK;
 }
 
+int kvd_rotset_copy(const char *from, const char *digest, const char *path, struct kvd_error *err)
+{
+    uint8_t *file KVD_FREE = NULL;
+    char found[KVD_DIGEST_TEXT];
+    size_t size = 0;
+    if (read_file(from, &file, &size, err))
+        return err->code;
+    kvd_digest(file, size, found);
+    if (strcmp(found, digest) != 0)
+        return kvd_fail(err, KVD_E_CORRUPT, "%s changed while it was read", from);
+    return kvd_write_file(path, file, size, err);
+}
+
 struct kvd_rotset *kvd_rotset_open(const char *path, struct kvd_error *err)
 {
     size_t n = strlen(path);

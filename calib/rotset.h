@@ -70,6 +70,8 @@ struct kvd_rotset *kvd_rotset_read(const char *path, struct kvd_error *err);
 // Writes a native file at `path` (through a temporary beside it, renamed when complete) and sets
 // set->digest.
 int kvd_rotset_write(struct kvd_rotset *set, const char *path, struct kvd_error *err);
+// Copies a native file as it is, in the same way. KVD_E_CORRUPT when it has not this digest.
+int kvd_rotset_copy(const char *from, const char *digest, const char *path, struct kvd_error *err);
 
 // -- RotationZoo --------------------------------------------------------------------------------
 

@@ -77,7 +77,7 @@ int kvd_store_join(char out[KVD_STORE_PATH], const char *base, const char *rest,
     return KVD_OK;
 }
 
-static int signature_name(char *out, size_t cap, const char *digest)
+int kvd_store_signature_name(char *out, size_t cap, const char *digest)
 {
     return snprintf(out, cap, "objects/sha256/%s.sig", digest + 7);
 }
@@ -217,7 +217,7 @@ static int check_signature(const struct kvd_store_config *c, const char *digest,
     uint8_t signature[KVD_SIGNATURE_BYTES];
     if (!c->public_key || !*c->public_key)
         return KVD_OK;
-    signature_name(name, sizeof(name), digest);
+    kvd_store_signature_name(name, sizeof(name), digest);
     if (kvd_store_join(path, c->cache, name, err))
         return KVD_E_INVALID;
     for (int fetched = 0; fetched < 2; fetched++) {
@@ -272,6 +272,8 @@ int kvd_store_fetch(const struct kvd_store_config *c, const char *ref, kvd_store
         kvd_rotset_free(&set);
         return err->code;
     }
+    if (strchr(ref, '@')) // what the store calls the model, whatever the file does
+        snprintf(set->model, sizeof(set->model), "%.*s", (int)strcspn(ref, "@"), ref);
     *out = set;
     if (source)
         *source = remote ? KVD_STORE_REMOTE : KVD_STORE_CACHE;
@@ -368,95 +370,4 @@ int kvd_store_write_json(json_t *j, const char *path, struct kvd_error *err)
         return kvd_fail(err, -e, "%s: %s", path, strerror(e));
     }
     return KVD_OK;
-}
-
-static int publish_index(const char *directory, const char *model, struct kvd_error *err)
-{
-    char path[KVD_STORE_PATH];
-    if (kvd_store_join(path, directory, "index.json", err))
-        return KVD_E_INVALID;
-    json_t *index = kvd_store_load_json(path, NULL), *at;
-    size_t i;
-    if (!index)
-        index = json_object();
-    if (!json_is_array(json_object_get(index, "models")))
-        json_object_set_new(index, "models", json_array());
-    json_t *models = json_object_get(index, "models");
-    bool known = false;
-    json_array_foreach(models, i, at) known |=
-        json_is_string(at) && strcmp(json_string_value(at), model) == 0;
-    if (!known)
-        json_array_append_new(models, json_string(model));
-    int rc = kvd_store_write_json(index, path, err);
-    json_decref(index);
-    return rc;
-}
-
-static int publish_manifest(const char *directory, const struct kvd_rotset *set,
-                            const struct kvd_publish_options *o, uint64_t bytes,
-                            struct kvd_error *err)
-{
-    char name[KVD_MAX_NAME + 16], path[KVD_STORE_PATH];
-    snprintf(name, sizeof(name), "models/%s.json", set->model);
-    if (kvd_store_join(path, directory, name, err) || kvd_store_make_parents(path, err))
-        return err ? err->code : KVD_E_INVALID;
-    json_t *manifest = kvd_store_load_json(path, NULL);
-    if (!manifest)
-        manifest = json_object();
-    json_object_set_new(manifest, "model", json_string(set->model));
-    if (!json_is_object(json_object_get(manifest, "tags")))
-        json_object_set_new(manifest, "tags", json_object());
-    json_t *entry =
-        json_pack("{s:s, s:I, s:i, s:i, s:i, s:i, s:s, s:s}", "digest", set->digest, "bytes",
-                  (json_int_t)bytes, "layers", (int)set->n_layers, "heads", (int)set->heads,
-                  "head_dim_k", (int)set->dim_k, "head_dim_v", (int)set->dim_v, "objective",
-                  set->objective, "provenance", set->provenance);
-    if (o->evaluation)
-        json_object_set(entry, "evaluation", o->evaluation);
-    json_object_set_new(json_object_get(manifest, "tags"), o->tag, entry);
-    int rc = kvd_store_write_json(manifest, path, err);
-    json_decref(manifest);
-    return rc;
-}
-
-static int publish_signature(const char *directory, const char *digest, const char *key,
-                             struct kvd_error *err)
-{
-    char name[128], path[KVD_STORE_PATH];
-    uint8_t signature[KVD_SIGNATURE_BYTES];
-    signature_name(name, sizeof(name), digest);
-    if (kvd_store_join(path, directory, name, err) || kvd_sign(key, digest, signature, err) ||
-        kvd_write_file(path, signature, sizeof(signature), err))
-        return err ? err->code : KVD_E_INVALID;
-    return KVD_OK;
-}
-
-int kvd_store_publish(const char *directory, struct kvd_rotset *set,
-                      const struct kvd_publish_options *o, struct kvd_error *err)
-{
-    char tmp[KVD_STORE_PATH], name[128], path[KVD_STORE_PATH];
-    struct stat st;
-    if (!word_valid(set->model, strlen(set->model), true) ||
-        !word_valid(o->tag, strlen(o->tag), false))
-        return kvd_fail(err, KVD_E_INVALID,
-                        "%.100s@%.100s: models and tags have letters, digits, '.', '_', '-'",
-                        set->model, o->tag);
-    int rc = kvd_rotset_check(set, NULL, err);
-    if (rc)
-        return rc;
-    if (kvd_store_join(tmp, directory, "objects/sha256/incoming", err) ||
-        kvd_store_make_parents(tmp, err))
-        return err ? err->code : KVD_E_INVALID;
-    rc = kvd_rotset_write(set, tmp, err);
-    if (rc)
-        return rc;
-    kvd_store_object_name(name, sizeof(name), set->digest);
-    if (kvd_store_join(path, directory, name, err) || stat(tmp, &st) || rename(tmp, path))
-        return kvd_fail(err, -errno, "%s: %s", path, strerror(errno));
-    if (o->key && publish_signature(directory, set->digest, o->key, err))
-        return err ? err->code : KVD_E_INVALID;
-    // The object first, the manifest after it, the index last: a reader never meets a name without
-    // its object.
-    rc = publish_manifest(directory, set, o, (uint64_t)st.st_size, err);
-    return rc ? rc : publish_index(directory, set->model, err);
 }

@@ -53,11 +53,12 @@ typedef void kvd_store_progress(void *ctx, uint64_t have, uint64_t total);
 // and '/' in models; no part begins with a dot.
 bool kvd_store_ref_valid(const char *ref);
 
-// Gets a set: from the cache when its digest is known and present, else from the store. When the
-// store cannot be reached, a tag is resolved from the cached manifest. KVD_E_NOT_FOUND (no such
-// model, tag or object), KVD_E_UNAVAILABLE (store unreachable and not cached), KVD_E_CORRUPT
-// (failed verification; nothing is kept), KVD_E_DENIED (not signed by the configured key),
-// KVD_E_LIMIT (too large), a negative errno (cache not writable, disk full). *source may be NULL.
+// Gets a set, by the model's name in the store if `ref` has one: from the cache when its digest is
+// known and present, else from the store. When the store cannot be reached, a tag is resolved from
+// the cached manifest. KVD_E_NOT_FOUND (no such model, tag or object), KVD_E_UNAVAILABLE (store
+// unreachable and not cached), KVD_E_CORRUPT (failed verification; nothing is kept), KVD_E_DENIED
+// (not signed by the configured key), KVD_E_LIMIT (too large), a negative errno (cache not
+// writable, disk full). *source may be NULL.
 int kvd_store_fetch(const struct kvd_store_config *config, const char *ref,
                     kvd_store_progress *progress, void *ctx, struct kvd_rotset **out,
                     enum kvd_store_source *source, struct kvd_error *err);
@@ -88,13 +89,22 @@ int kvd_store_collect(const struct kvd_store_config *config, bool dry, struct kv
                       struct kvd_error *err);
 
 struct kvd_publish_options {
-    const char *tag;
+    const char *model, *tag; // what the store calls it, whatever the set's own file says
+    const char *file;   // native, that the set was read from: published as it is; NULL: one is made
+    bool replace;       // the tag may name another set
     const char *key;    // file of a private key to sign with; NULL: no signature
     json_t *evaluation; // goes into the manifest beside the set's shape; NULL: none
 };
 
-// Writes a set into a directory store under model@tag, with its manifests. Sets set->digest.
+// Writes a set into a directory store under model@tag, with its manifests. Sets set->digest where
+// it is not known. KVD_E_EXISTS when the tag names another set and may not be moved, KVD_E_CORRUPT
+// when a manifest there cannot be read or the file changed; the store is then as it was.
 int kvd_store_publish(const char *directory, struct kvd_rotset *set,
                       const struct kvd_publish_options *o, struct kvd_error *err);
+
+// Takes a tag out of a directory store. The set's object stays, for those who name it by digest.
+// digest: what the tag named. KVD_E_NOT_FOUND: there is no such model or tag.
+int kvd_store_untag(const char *directory, const char *ref, char digest[KVD_DIGEST_TEXT],
+                    struct kvd_error *err);
 
 #endif

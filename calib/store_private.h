@@ -13,6 +13,8 @@ int kvd_store_join(char out[KVD_STORE_PATH], const char *base, const char *rest,
                    struct kvd_error *err);
 // Where an object is, from a store's root.
 int kvd_store_object_name(char *out, size_t cap, const char *digest);
+// Where its signature is.
+int kvd_store_signature_name(char *out, size_t cap, const char *digest);
 // mkdir -p of the folder that holds `path`.
 int kvd_store_make_parents(const char *path, struct kvd_error *err);
 // NULL with KVD_E_NOT_FOUND or KVD_E_CORRUPT.

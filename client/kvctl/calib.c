@@ -222,6 +222,22 @@ static const char *store_directory(const struct kvctl *k)
     return strncmp(k->store, "file://", 7) == 0 ? k->store + 7 : k->store;
 }
 
+// name: MODEL@TAG, checked. file, evaluation: may be NULL (store.h).
+static int publish(const struct kvctl *k, const char *directory, struct kvd_rotset *set,
+                   const char *name, const char *file, json_t *evaluation, struct kvd_error *err)
+{
+    char model[KVD_MAX_NAME + 1];
+    snprintf(model, sizeof(model), "%.*s", (int)strcspn(name, "@"), name);
+    return kvd_store_publish(directory, set,
+                             &(struct kvd_publish_options){.model = model,
+                                                           .tag = strchr(name, '@') + 1,
+                                                           .file = file,
+                                                           .replace = kvctl_option(k, "replace"),
+                                                           .key = k->sign,
+                                                           .evaluation = evaluation},
+                             err);
+}
+
 int cmd_calib_import(struct kvctl *k)
 {
     const char *name = k->arguments[2], *at = strchr(name, '@');
@@ -232,9 +248,7 @@ int cmd_calib_import(struct kvctl *k)
         return kvctl_usage("import writes into a directory store: --store DIR");
     snprintf(model, sizeof(model), "%.*s", (int)(at - name), name);
     struct kvd_rotset *set = kvd_rotset_import(k->arguments[0], k->arguments[1], model, &err);
-    int rc = set ? kvd_store_publish(directory, set,
-                                     &(struct kvd_publish_options){at + 1, k->sign, NULL}, &err)
-                 : err.code;
+    int rc = set ? publish(k, directory, set, name, NULL, NULL, &err) : err.code;
     if (rc == KVD_OK && k->json)
         kvctl_print(
             k, json_pack("{s:s, s:s, s:s}", "model", model, "tag", at + 1, "digest", set->digest));
@@ -258,17 +272,15 @@ int cmd_calib_hadamard(struct kvctl *k)
 {
     struct kvd_error err = {0};
     struct kvd_geometry g = {0};
-    const char *directory = store_directory(k), *name = k->arguments[0], *at = strchr(name, '@');
+    const char *directory = store_directory(k), *name = k->arguments[0];
     g.n_layers = kvd_layers_parse(k->arguments[1], g.layers);
     if (!directory)
         return kvctl_usage("hadamard writes into a directory store: --store DIR");
     g.head_dim_k = g.head_dim_v = (uint32_t)atoi(k->arguments[2]);
     struct kvd_rotset *set = kvd_rotset_new("hadamard", &g, &err);
     if (set)
-        snprintf(set->model, sizeof(set->model), "%.*s", (int)(at - name), name);
-    int rc = set ? kvd_store_publish(directory, set,
-                                     &(struct kvd_publish_options){at + 1, k->sign, NULL}, &err)
-                 : err.code;
+        snprintf(set->model, sizeof(set->model), "%.*s", (int)strcspn(name, "@"), name);
+    int rc = set ? publish(k, directory, set, name, NULL, NULL, &err) : err.code;
     if (rc == KVD_OK)
         print_published(k, name, set->digest);
     kvd_rotset_free(&set);
@@ -311,22 +323,38 @@ static json_t *evaluation_of(const char *path, const char *digest, struct kvd_er
 int cmd_calib_publish(struct kvctl *k)
 {
     struct kvd_error err = {0};
-    const char *directory = store_directory(k), *name = k->arguments[1], *at = strchr(name, '@');
+    const char *directory = store_directory(k), *name = k->arguments[1];
     const char *report = k->n_arguments > 2 ? k->arguments[2] : NULL;
     if (!directory)
         return kvctl_usage("publish writes into a directory store: --store DIR");
     struct kvd_rotset *set = kvd_rotset_open(k->arguments[0], &err);
-    struct kvd_publish_options o = {.tag = at + 1, .key = k->sign};
-    if (set && report)
-        o.evaluation = evaluation_of(report, set->digest, &err);
-    if (set)
-        snprintf(set->model, sizeof(set->model), "%.*s", (int)(at - name), name);
-    int rc = set && !err.code ? kvd_store_publish(directory, set, &o, &err) : err.code;
+    if (set && !*set->digest) // no native file: one is made, which says what model it is of
+        snprintf(set->model, sizeof(set->model), "%.*s", (int)strcspn(name, "@"), name);
+    json_t *evaluation = set && report ? evaluation_of(report, set->digest, &err) : NULL;
+    int rc = set && !err.code ? publish(k, directory, set, name, k->arguments[0], evaluation, &err)
+                              : err.code;
     if (rc == KVD_OK)
         print_published(k, name, set->digest);
-    json_decref(o.evaluation);
+    json_decref(evaluation);
     kvd_rotset_free(&set);
     return rc ? kvctl_fail(&err) : EXIT_OK;
+}
+
+int cmd_calib_untag(struct kvctl *k)
+{
+    struct kvd_error err = {0};
+    char digest[KVD_DIGEST_TEXT];
+    const char *directory = store_directory(k), *name = k->arguments[0];
+    if (!directory)
+        return kvctl_usage("untag writes into a directory store: --store DIR");
+    if (kvd_store_untag(directory, name, digest, &err))
+        return kvctl_fail(&err);
+    if (k->json)
+        return kvctl_print(k, json_pack("{s:s, s:s}", "set", name, "digest", digest));
+    printf("%s no longer names %s\nThe set stays in the store, by that digest and other tags: "
+           "'kvctl --cache %s calib gc' removes what no tag names.\n",
+           name, digest, directory);
+    return EXIT_OK;
 }
 
 static int calib_pin(struct kvctl *k, const char *ref, bool pinned)

@@ -176,6 +176,7 @@ COMMAND(calib_hadamard);
 COMMAND(calib_fit); // in kvctl, these two run kvctl-calib
 COMMAND(calib_eval);
 COMMAND(calib_publish);
+COMMAND(calib_untag);
 COMMAND(calib_pin);
 COMMAND(calib_unpin);
 COMMAND(calib_gc);

@@ -250,7 +250,7 @@ def test_bad_options(tmp_path, options, text):
 
 
 def test_a_fitted_set_goes_into_a_store_and_out(tmp_path):
-    fit(SMOLLM2, tmp_path / "set.safetensors")
+    printed = fit(SMOLLM2, tmp_path / "set.safetensors").stdout.split()[-1]
     store = tmp_path / "store"
     said = subprocess.run([KVCTL, "--store", store, "calib", "publish", tmp_path / "set.safetensors", "Smol/LM@fitted"],
                           check=True, capture_output=True, text=True).stdout
@@ -258,6 +258,11 @@ def test_a_fitted_set_goes_into_a_store_and_out(tmp_path):
                                        "calib", "show", "Smol/LM@fitted"], check=True, capture_output=True).stdout)
     assert shown["objective"] == "K qqt_r_h_pbr, V sst_r_h_pbr" and shown["digest"] in said
     assert shown["layers"] == "0,9,19,29" and shown["model"] == "Smol/LM"
+    # It is published as it is, whatever the file calls its model.
+    assert shown["digest"] == printed
+    published = store / f"objects/sha256/{printed[7:]}.safetensors"
+    assert published.read_bytes() == (tmp_path / "set.safetensors").read_bytes()
+    assert json.loads((store / "models/Smol/LM.json").read_text())["model"] == "Smol/LM"
 
 
 def test_hadamard_needs_no_data_of_its_side(tmp_path):

@@ -90,7 +90,7 @@ evict | evict everything | evict --all --namespace default --yes | evict --name 
 evict --namespace default --bytes lots | evict --namespace "" | evict --namespace default --name ""
 evict --namespace default --name precious --bytes 1 | evict --namespace default --bytes 0 | evict --yes
 log-level loud | log-level "" | log-level | log-level INFO | log-level info debug
-calib | calib lss | calib show nonsense | calib fetch nonsense | calib pin nonsense | calib unpin @ | calib gc now
+calib | calib lss | calib show nonsense | calib fetch nonsense | calib pin nonsense | calib unpin @ | calib untag a/b | calib gc now
 calib import a b c | calib hadamard a/b@c 3-1 64 | calib hadamard a/b@c 0-3 65 | calib hadamard ab 0-3 64
 calib publish f nonsense | calib fit d | calib fit d o --threads none | calib fit d o --layers 9-1 | calib fit d o --clip x
 calib fit d o --objective-k none | calib fit d o --compose none | calib eval | calib eval d --codecs int7 | calib eval d -c x

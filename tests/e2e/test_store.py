@@ -219,6 +219,51 @@ def test_kvctl_on_files(store, folder):
     assert run("calib", "verify", "neither").returncode == 2  # neither a file nor a set
 
 
+def tree(root):
+    return {p.relative_to(root): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def test_a_tag_moves_only_when_told_to(folder, store):
+    path, digest = store
+
+    def calib(*arguments, code=0):
+        r = subprocess.run([KVCTL, "--store", path, "--json", "calib", *map(str, arguments)], capture_output=True, text=True)
+        assert r.returncode == code, r.stdout + r.stderr
+        return json.loads(r.stdout) if code == 0 else r.stderr
+
+    other = folder / "other"
+    r = subprocess.run([KVCTL, "--store", other, "--json", "calib", "hadamard", "m/other@v1", "0-2", "64"],
+                       capture_output=True, check=True)
+    digest2 = json.loads(r.stdout)["digest"]
+    file = other / f"objects/sha256/{digest2[7:]}.safetensors"
+    before = tree(path)
+    for command in (("publish", file, REF), ("hadamard", REF, "0-2", "64")):
+        said = calib(*command, code=1)
+        assert f"{REF} names {digest} already" in said and "--replace" in said
+        assert tree(path) == before
+    assert calib("hadamard", REF, "0-3", "64")["digest"] == digest  # the same again
+    assert tree(path) == before
+    assert calib("publish", file, REF, "--replace") == {"set": REF, "digest": digest2}
+    assert calib("publish", file, "m/demo@v2")["digest"] == digest2
+    manifest = path / "models/m/demo.json"
+    assert {t: e["digest"] for t, e in json.loads(manifest.read_text())["tags"].items()} == {"v1": digest2, "v2": digest2}
+
+    assert calib("untag", REF) == {"set": REF, "digest": digest2}
+    assert set(json.loads(manifest.read_text())["tags"]) == {"v2"}
+    assert (path / f"objects/sha256/{digest2[7:]}.safetensors").exists()
+    assert "no tag v1" in calib("untag", REF, code=1) and "no model m/none" in calib("untag", "m/none@v1", code=1)
+    said = subprocess.run([KVCTL, "--store", path, "calib", "untag", "m/demo@v2"], capture_output=True, text=True).stdout
+    assert digest2 in said and f"kvctl --cache {path} calib gc" in said
+    subprocess.run([KVCTL, "--cache", path, "calib", "gc"], check=True, capture_output=True)
+    assert not list(path.rglob("*.safetensors"))
+
+    manifest.write_text("{")  # what cannot be read is not written over
+    before = tree(path)
+    assert "demo.json" in calib("hadamard", REF, "0-3", "64", code=1)
+    assert "demo.json" in calib("untag", REF, code=1)
+    assert tree(path) == before
+
+
 def test_pins_and_removal(folder):
     store, cache = folder / "gc-store", folder / "gc-cache"
     objects = cache / "objects/sha256"
@@ -230,7 +275,7 @@ def test_pins_and_removal(folder):
         return json.loads(r.stdout) if code == 0 else r.stderr
 
     def publish(tag, layers):
-        r = subprocess.run([KVCTL, "--json", "--store", store, "calib", "hadamard", f"a/b@{tag}", layers, "64"],
+        r = subprocess.run([KVCTL, "--json", "--store", store, "calib", "hadamard", f"a/b@{tag}", layers, "64", "--replace"],
                            check=True, capture_output=True)
         calib("fetch", f"a/b@{tag}")
         return json.loads(r.stdout)["digest"]
