@@ -4,11 +4,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
+#include <openssl/evp.h>
 #include <sys/stat.h>
 
 #include "kernels/format.h"
 
 static const char side_names[] = "qkv";
+enum { DIGITS = 16 }; // of a file's digest
 
 static int64_t change_time(const struct stat *st)
 {
@@ -268,18 +270,80 @@ struct kvd_dump *kvd_dump_open(const char *path, struct kvd_error *err)
 
 // -- reading -------------------------------------------------------------------------------------
 
+// Opens a file of the dump. -1: it is not what it was.
+static int reopen(const struct kvd_dump_file *f, struct kvd_error *err)
+{
+    struct stat st;
+    int fd = open(f->path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0 || fstat(fd, &st))
+        kvd_fail(err, KVD_E_CORRUPT, "%s: %s, though it was there when the dump was opened",
+                 f->path, strerror(errno));
+    else if ((uint64_t)st.st_size != f->size || st.st_ino != f->inode || st.st_dev != f->device ||
+             change_time(&st) != f->changed_ns)
+        kvd_fail(err, KVD_E_CORRUPT, "%s: changed since the dump was opened", f->path);
+    else
+        return fd;
+    if (fd >= 0)
+        close(fd);
+    return -1;
+}
+
 static int read_values(const struct kvd_dump_file *f, uint64_t at, uint64_t bytes, void *to,
                        struct kvd_error *err)
 {
-    int fd KVD_CLOSE = open(f->path, O_RDONLY | O_CLOEXEC);
-    struct stat st;
-    if (fd < 0 || fstat(fd, &st))
-        return kvd_fail(err, KVD_E_CORRUPT, "%s: %s, though it was there when the dump was opened",
-                        f->path, strerror(errno));
-    if ((uint64_t)st.st_size != f->size || st.st_ino != f->inode || st.st_dev != f->device ||
-        change_time(&st) != f->changed_ns)
-        return kvd_fail(err, KVD_E_CORRUPT, "%s: changed since the dump was opened", f->path);
-    return kvd_read_at(f->path, fd, to, bytes, at, err);
+    int fd KVD_CLOSE = reopen(f, err);
+    return fd < 0 ? err->code : kvd_read_at(f->path, fd, to, bytes, at, err);
+}
+
+static int digest_file(const struct kvd_dump_file *f, EVP_MD_CTX *md, void *buffer, size_t size,
+                       char out[DIGITS + 1], struct kvd_error *err)
+{
+    uint8_t sum[EVP_MAX_MD_SIZE];
+    int fd KVD_CLOSE = reopen(f, err);
+    if (fd < 0)
+        return err->code;
+    EVP_DigestInit_ex(md, EVP_sha256(), NULL);
+    for (uint64_t at = 0, n; at < f->size; at += n) {
+        n = KVD_MIN((uint64_t)size, f->size - at);
+        if (kvd_read_at(f->path, fd, buffer, n, at, err))
+            return err->code;
+        EVP_DigestUpdate(md, buffer, n);
+    }
+    EVP_DigestFinal_ex(md, sum, NULL);
+    for (int i = 0; i < DIGITS / 2; i++)
+        snprintf(out + 2 * (size_t)i, 3, "%02x", sum[i]);
+    return KVD_OK;
+}
+
+char *kvd_dump_digests(const struct kvd_dump *d, struct kvd_error *err)
+{
+    enum { AT_ONCE = 1 << 20 };
+    void *buffer KVD_FREE = malloc(AT_ONCE);
+    char *text KVD_FREE = calloc(d->n_files, DIGITS + 1);
+    EVP_MD_CTX *md = EVP_MD_CTX_new();
+    int rc = buffer && text && md ? KVD_OK : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    for (uint32_t i = 0; rc == KVD_OK && i < d->n_files; i++) {
+        char *at = text + (size_t)i * (DIGITS + 1);
+        if (i > 0)
+            at[-1] = ',';
+        rc = digest_file(&d->files[i], md, buffer, AT_ONCE, at, err);
+    }
+    EVP_MD_CTX_free(md);
+    return rc ? NULL : KVD_TAKE(text);
+}
+
+bool kvd_dump_digests_meet(const char *a, const char *b)
+{
+    char one[DIGITS + 1];
+    for (; a && b && *a; a += strcspn(a, ","), a += *a == ',') {
+        size_t n = strcspn(a, ",");
+        if (n != DIGITS)
+            continue;
+        snprintf(one, sizeof(one), "%.*s", DIGITS, a);
+        if (strstr(b, one))
+            return true;
+    }
+    return false;
 }
 
 // `raw` may be the end of `out`: what is overwritten has been read.

@@ -43,6 +43,13 @@ struct kvd_dump {
 struct kvd_dump *kvd_dump_open(const char *path, struct kvd_error *err);
 void kvd_dump_free(struct kvd_dump **d);
 
+// What the dump's files hold: the first 16 hex digits of each one's SHA-256, separated by commas.
+// Reads all of them. The caller's to free; NULL with KVD_E_CORRUPT when a file has changed, or a
+// negative errno.
+char *kvd_dump_digests(const struct kvd_dump *d, struct kvd_error *err);
+// Whether two such texts have a file in common. NULL has none.
+bool kvd_dump_digests_meet(const char *a, const char *b);
+
 // Reads tokens [first, first + n) of a piece as [n][heads][dim] fp32. KVD_E_CORRUPT when the file
 // was changed, cut or removed since it was opened, or holds NaN or Inf (says where). Any thread.
 int kvd_dump_read(const struct kvd_dump *d, const struct kvd_dump_piece *p, enum kvd_dump_side side,

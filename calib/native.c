@@ -77,6 +77,12 @@ static void copy_text(char *to, size_t cap, const char *from)
     snprintf(to, cap, "%s", from ? from : "");
 }
 
+static int duplicate(char **to, const char *from)
+{
+    *to = from ? strdup(from) : NULL;
+    return from && !*to ? KVD_E_INTERNAL : KVD_OK;
+}
+
 // A dimension of a tensor that may not be there; 0 then, and when it is impossible.
 static uint32_t dim_of(const struct kvd_safetensors *st, const char *tensor, uint32_t axis)
 {
@@ -120,6 +126,9 @@ static int parse(const char *path, const uint8_t *file, size_t size,
     copy_text(s->model, sizeof(s->model), kvd_safetensors_metadata(st, "model"));
     copy_text(s->objective, sizeof(s->objective), kvd_safetensors_metadata(st, "objective"));
     copy_text(s->provenance, sizeof(s->provenance), kvd_safetensors_metadata(st, "provenance"));
+    if (duplicate(&s->fitted_to, kvd_safetensors_metadata(st, "fitted_to")) ||
+        duplicate(&s->clips_fitted_to, kvd_safetensors_metadata(st, "clips_fitted_to")))
+        return kvd_fail(err, KVD_E_INTERNAL, "%s: out of memory", path);
     if (parse_layers(s, layers, path, err))
         return err->code;
     s->heads = dim_of(st, "k.rotation", 1);
@@ -194,6 +203,10 @@ int kvd_rotset_write(struct kvd_rotset *s, const char *path, struct kvd_error *e
     json_t *metadata =
         json_pack("{s:s, s:s, s:s, s:s, s:s}", "format", "kvd-rotation-set/1", "model", s->model,
                   "objective", s->objective, "provenance", s->provenance, "layers", layers);
+    if (s->fitted_to)
+        json_object_set_new(metadata, "fitted_to", json_string(s->fitted_to));
+    if (s->clips_fitted_to)
+        json_object_set_new(metadata, "clips_fitted_to", json_string(s->clips_fitted_to));
     // Sets are a few megabytes: the whole file is made in memory.
     uint8_t *file KVD_FREE = kvd_safetensors_render(tensors, n, metadata, "payload", &size);
     if (!file)

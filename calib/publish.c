@@ -72,8 +72,9 @@ static int set_tag(json_t *manifest, const struct kvd_rotset *set,
                   "head_dim_k", (int)set->dim_k, "head_dim_v", (int)set->dim_v, "objective",
                   set->objective, "provenance", set->provenance);
     // What was found of a set stays true of it.
-    json_t *evaluation =
-        o->evaluation ? o->evaluation : same ? json_object_get(old, "evaluation") : NULL;
+    json_t *evaluation = o->evaluation ? o->evaluation
+                         : same        ? json_object_get(old, "evaluation")
+                                       : NULL;
     if (evaluation)
         json_object_set(entry, "evaluation", evaluation);
     json_object_set_new(tags, o->tag, entry);

@@ -16,6 +16,8 @@ void kvd_rotset_free(struct kvd_rotset **sp)
     free(s->clip_v);
     free(s->gain_k);
     free(s->gain_v);
+    free(s->fitted_to);
+    free(s->clips_fitted_to);
     free(s);
 }
 
@@ -60,7 +62,10 @@ struct kvd_rotset *kvd_rotset_clone(const struct kvd_rotset *from)
         return NULL;
     *s = *from;
     s->k = s->v = s->clip_k = s->clip_v = s->gain_k = s->gain_v = NULL;
-    if (kvd_rotset_alloc(s, &ignored)) {
+    s->fitted_to = from->fitted_to ? strdup(from->fitted_to) : NULL;
+    s->clips_fitted_to = from->clips_fitted_to ? strdup(from->clips_fitted_to) : NULL;
+    if (!s->fitted_to != !from->fitted_to || !s->clips_fitted_to != !from->clips_fitted_to ||
+        kvd_rotset_alloc(s, &ignored)) {
         kvd_rotset_free(&s);
         return NULL;
     }

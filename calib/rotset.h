@@ -17,6 +17,9 @@ struct kvd_rotset {
     char model[KVD_MAX_NAME + 1];
     char objective[96]; // "hadamard", "K qqt_r_h_pbr, V sst_r_h_pbr", ...
     char provenance[256];
+    // Which recordings the rotations, and the clip ratios and gains, were fitted to, as
+    // kvd_dump_digests has them; NULL: not known, or to none. The set's own.
+    char *fitted_to, *clips_fitted_to;
     char digest[KVD_DIGEST_TEXT];    // of the native file; "" until written
     uint16_t layers[KVD_MAX_LAYERS]; // model layer ids, ascending
     uint32_t n_layers;

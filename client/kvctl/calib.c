@@ -306,6 +306,7 @@ static json_t *evaluation_of(const char *path, const char *digest, struct kvd_er
             continue;
         found = json_object();
         json_object_set(found, "bits", json_object_get(set, "bits"));
+        json_object_set(found, "activations", json_object_get(set, "activations"));
         for (size_t t = 0; t < KVD_LEN(terms); t++)
             json_object_set(found, terms[t], json_object_get(report, terms[t]));
         for (int mode = 0; mode < 2; mode++) {

@@ -57,6 +57,7 @@ static bool publish_terms(struct kvd_rotset *s)
         s->gain_k[i] = s->gain_v[i] = 1;
     }
     *s->digest = '\0'; // it is another set now
+    free(KVD_TAKE(s->clips_fitted_to));
     return differ;
 }
 
@@ -121,6 +122,15 @@ static void print_summary(const struct arguments *a, const struct evaluation *e,
     table_print(t, "");
 }
 
+static void print_activations(const struct evaluation *e)
+{
+    for (uint32_t s = 0; s < e->n; s++) {
+        const char *activations = evaluation_activations(e, e->cases[s].set);
+        if (strcmp(activations, "none") != 0 && (!s || e->cases[s].set != e->cases[s - 1].set))
+            printf("%s %s\n", e->names[s], evaluation_warning(activations));
+    }
+}
+
 static void print_layers(const struct evaluation *e)
 {
     char titles[EVALUATION_CASES * 64] = "LAYER";
@@ -152,6 +162,7 @@ static void print_json(struct kvctl *k, const struct arguments *a, const struct 
         json_t *set = json_pack("{s:o, s:s, s:f, s:s, s:o}", "name", kvctl_text_json(e->names[s]),
                                 "codec", kvd_codec_name(c->codec), "bits", e->bits[s], "digest",
                                 c->set->digest, "objective", kvctl_text_json(c->set->objective));
+        json_object_set_new(set, "activations", json_string(evaluation_activations(e, c->set)));
         for (int mode = 0; mode < 2; mode++) {
             uint32_t layer = 0;
             struct kvd_eval_figures f = evaluation_of_layers(e, mode, s, &layer);
@@ -188,6 +199,15 @@ static int run_modes(const struct arguments *a, const struct kvd_dump *d, struct
     return KVD_OK;
 }
 
+// Whether a set says what it was fitted to.
+static bool says_what(const struct evaluation *e)
+{
+    bool any = false;
+    for (uint32_t s = 0; s < e->n_sets; s++)
+        any |= e->sets[s]->fitted_to || e->sets[s]->clips_fitted_to;
+    return any;
+}
+
 int cmd_calib_eval(struct kvctl *k)
 {
     const char *codecs = kvctl_option(k, "codecs");
@@ -211,6 +231,8 @@ int cmd_calib_eval(struct kvctl *k)
         a.files[a.n_files++] = k->arguments[i];
     struct kvd_dump *d = kvd_dump_open(a.dump, &err);
     int rc = d ? open_sets(&a, d, &e, &err) : err.code;
+    if (rc == KVD_OK && says_what(&e) && !(e.dump = kvd_dump_digests(d, &err)))
+        rc = err.code;
     if (rc == KVD_OK)
         rc = run_modes(&a, d, &e, &err);
     progress_end();
@@ -225,10 +247,12 @@ int cmd_calib_eval(struct kvctl *k)
             print_layers(&e);
             print_summary(&a, &e, 0);
             print_summary(&a, &e, 1);
+            print_activations(&e);
         }
     }
     for (uint32_t s = 0; s < KVD_LEN(e.sets); s++)
         kvd_rotset_free(&e.sets[s]);
+    free(e.dump);
     free(e.figures);
     free(e.spectra.k);
     free(e.spectra.v);

@@ -17,6 +17,7 @@ struct evaluation {
     struct kvd_eval_case cases[EVALUATION_CASES];
     char names[EVALUATION_CASES][80];
     double bits[EVALUATION_CASES]; // a value of K or V
+    char *dump; // kvd_dump_digests of the activations; NULL where no set says what it was fitted to
     uint32_t n, n_layers;
     uint16_t layers[KVD_MAX_LAYERS];
     struct kvd_eval_figures *figures; // [with windows, without][n][n_layers]
@@ -28,6 +29,13 @@ const struct kvd_eval_figures *evaluation_figures(const struct evaluation *e, in
 // Over layers: the root mean square of output errors, the means of the others, the worst head.
 struct kvd_eval_figures evaluation_of_layers(const struct evaluation *e, int mode, uint32_t i,
                                              uint32_t *worst_layer);
+
+// What a set's figures are worth: "held-out", "fitted" (on activations that it was fitted to),
+// "clips-fitted" (that its clip ratios and gains were fitted to), "unknown" (the set does not say),
+// or "none" (it was fitted to nothing).
+const char *evaluation_activations(const struct evaluation *e, const struct kvd_rotset *set);
+// A sentence of such a word.
+const char *evaluation_warning(const char *activations);
 
 // A page that needs no other file.
 int evaluation_write_html(const struct evaluation *e, const struct kvd_dump *d,

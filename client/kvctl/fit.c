@@ -100,6 +100,8 @@ static int fit_clips(const struct arguments *a, struct kvd_rotset *set, struct k
     struct kvd_dump *d = kvd_dump_open(a->clips, err);
     o.threads = a->o.threads;
     int rc = d ? kvd_eval_fit_clips(d, set, &o, err) : err->code;
+    if (rc == KVD_OK && !(set->clips_fitted_to = kvd_dump_digests(d, err)))
+        rc = err->code;
     kvd_dump_free(&d);
     progress_end();
     if (rc)
@@ -121,6 +123,8 @@ static int run(struct kvctl *k, struct arguments *a)
         snprintf(d->model, sizeof(d->model), "%s", a->model);
     struct kvd_fit *fit = kvd_fit_run(d, &a->o, &err);
     int rc = fit ? KVD_OK : err.code;
+    if (rc == KVD_OK && !(fit->set->fitted_to = kvd_dump_digests(d, &err)))
+        rc = err.code;
     if (rc == KVD_OK && a->clips)
         rc = fit_clips(a, fit->set, &err);
     if (rc == KVD_OK)

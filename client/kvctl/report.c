@@ -258,7 +258,7 @@ static void page(FILE *f, const struct evaluation *e, const struct kvd_dump *d,
     fprintf(f,
             "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\">"
             "<meta name=\"viewport\" content=\"width=device-width\"><title>Rotation sets</title>\n"
-            "<style>%s</style>\n<h1>Rotation sets on held-out activations",
+            "<style>%s</style>\n<h1>Rotation sets on recorded activations",
             style);
     if (*d->model) {
         fprintf(f, " of ");
@@ -273,6 +273,14 @@ static void page(FILE *f, const struct evaluation *e, const struct kvd_dump *d,
         "error a root mean square, KL in nats.</p>\n",
         e->n_layers, d->heads[KVD_DUMP_Q], d->heads[KVD_DUMP_K], d->dim[KVD_DUMP_K], o->context,
         o->queries);
+    for (uint32_t s = 0; s < e->n; s++) {
+        const char *activations = evaluation_activations(e, e->cases[s].set);
+        if (strcmp(activations, "none") == 0 || (s && e->cases[s].set == e->cases[s - 1].set))
+            continue;
+        fprintf(f, "<p><b>");
+        put_text(f, e->names[s]);
+        fprintf(f, "</b> %s.</p>\n", evaluation_warning(activations));
+    }
     fprintf(f, "<h2>Sink %u and recent %u in bf16</h2>\n", o->sink, o->recent);
     summary(f, e, 0);
     fprintf(f, "<h2>No windows</h2>\n");
@@ -286,6 +294,27 @@ static void page(FILE *f, const struct evaluation *e, const struct kvd_dump *d,
              "Energy of V's channels, before and after rotation");
     by_layer(f, e);
     fprintf(f, "</html>\n");
+}
+
+const char *evaluation_activations(const struct evaluation *e, const struct kvd_rotset *set)
+{
+    return kvd_rotset_built_in(set->objective)                    ? "none"
+           : kvd_dump_digests_meet(set->fitted_to, e->dump)       ? "fitted"
+           : kvd_dump_digests_meet(set->clips_fitted_to, e->dump) ? "clips-fitted"
+           : set->fitted_to                                       ? "held-out"
+                                                                  : "unknown";
+}
+
+const char *evaluation_warning(const char *activations)
+{
+    return strcmp(activations, "fitted") == 0
+               ? "was fitted to these activations: its figures are better than on others"
+           : strcmp(activations, "clips-fitted") == 0
+               ? "has clip ratios fitted to these activations: its figures are better than on "
+                 "others"
+           : strcmp(activations, "unknown") == 0
+               ? "does not say what it was fitted to; it may have been these activations"
+               : "was not fitted to these activations";
 }
 
 int evaluation_write_html(const struct evaluation *e, const struct kvd_dump *d,

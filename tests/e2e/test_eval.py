@@ -95,6 +95,33 @@ def test_figures_agree_with_numpy(tmp_path, options):
     assert "http" not in page and "nan" not in page
 
 
+def test_it_says_what_sets_were_fitted_to(tmp_path):
+    data, dump = activations(3, 700, 2, 1, 64, 64, [0])[0], tmp_path / "dump"
+    dump.mkdir()
+    for name, factor in (("a", 1), ("b", 2), ("c", 3)):
+        write(tmp_path / f"{name}.safetensors", {f"layers.0.{s}": ("F32", x * np.float32(factor)) for s, x in zip("qkv", data)})
+    a, b, c = (tmp_path / f"{name}.safetensors" for name in "abc")
+    (dump / "other-name.safetensors").write_bytes(a.read_bytes())  # one of two shards, by another name
+    (dump / "more.safetensors").write_bytes(c.read_bytes())
+    fitted, old = tmp_path / "fitted", tmp_path / "old"
+    kvctl("fit", a, fitted, "--fit-clips", b, "--context", CONTEXT)
+    for on, want, words in ((a, "fitted", "was fitted to these"), (dump, "fitted", "was fitted to these"),
+                            (b, "clips-fitted", "has clip ratios fitted to these"), (c, "held-out", "was not fitted to these")):
+        page = tmp_path / "page.html"
+        report = json.loads(kvctl("eval", on, fitted, "--json", "-c", CONTEXT, "--codecs", "int2", "--html", page))
+        assert {s["name"]: s["activations"] for s in report["sets"][:3]} == {"naive": "none", "hadamard": "none", "fitted": want}
+        assert f"</b> {words}" in page.read_text() and "held-out" not in page.read_text()
+    assert "fitted was fitted to these" in kvctl("eval", a, fitted, "-c", CONTEXT, "--codecs", "int2")
+    # A set of before that was recorded.
+    raw = fitted.read_bytes()
+    n = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:8 + n])
+    del header["__metadata__"]["fitted_to"], header["__metadata__"]["clips_fitted_to"]
+    old.write_bytes(raw[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(n) + raw[8 + n:])
+    report = json.loads(kvctl("eval", a, old, "--json", "-c", CONTEXT, "--codecs", "int2"))
+    assert report["sets"][2]["activations"] == "unknown"
+
+
 def test_names_are_no_markup_in_the_report(tmp_path):
     evil = tmp_path / "<script>alert(1)<&\"set"
     kvctl("fit", SMOLLM2, evil)
@@ -114,6 +141,7 @@ def test_a_report_goes_into_the_manifest(tmp_path):
     figures = json.loads(report.read_text())["sets"][2]["windows"]
     del figures["layers"]
     assert entry["evaluation"]["windows"] == figures and entry["evaluation"]["context"] == CONTEXT
+    assert entry["evaluation"]["activations"] == "fitted"
     assert "1280 tokens" in entry["provenance"]
     listed = subprocess.run([KVCTL, "--json", "--store", store, "--cache", tmp_path / "cache", "calib", "ls"],
                             capture_output=True, text=True)
