@@ -32,6 +32,7 @@ void kvd_work_free(struct kvd_daemon *d, struct kvd_work *w)
     }
     for (uint32_t i = 0; i < w->n_buffers; i++)
         kvd_buffer_unref(w->buffers[i]);
+    kvd_pool_geometry_unref(d->pool, w->geom);
     free(w->buffers);
     free(w->items);
     free(w->append_items);
@@ -533,11 +534,11 @@ void kvd_compute_cancel(struct kvd_daemon *d, const struct kvd_session *s)
     struct kvd_error err = {.code = s ? KVD_E_UNAUTH : KVD_E_UNAVAILABLE};
     snprintf(err.text, sizeof(err.text), "%s",
              s ? "the session ended while the call was waiting" : "kvd is shutting down");
-    kvd_fences_cancel(d, s, &err);
+    kvd_fences_cancel(d, s ? s->id : 0, &err);
     struct kvd_work **link = &queue.first, *last = NULL, *gone = NULL;
     while (*link) {
         struct kvd_work *w = *link;
-        if (s && w->session != s) {
+        if (s && w->session != s->id) {
             last = w;
             link = &w->next;
             continue;

@@ -46,9 +46,10 @@ struct kvd_work {
     struct kvd_work *next; // in the queue
     enum kvd_kernel_op op;
     struct kvd_call *call;
-    const struct kvd_session *session; // only to be compared: it may have ended
-    uint64_t appender;                 // its identity in the pool
-    uint32_t geom, layer_begin, layer_count;
+    uint64_t session;  // its id: it may have ended
+    uint64_t appender; // its identity in the pool
+    uint32_t geom;     // referenced until done, and with it the rotation set
+    uint32_t layer_begin, layer_count;
     struct kvd_work_item *items;
     uint32_t n_items, pinned;
     bool locked;
@@ -92,9 +93,8 @@ int kvd_mapping_reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error
 bool kvd_fence_passed(const struct kvd_fence *f);
 void kvd_fence_signal(const struct kvd_fence *f);
 void kvd_fences_park(struct kvd_daemon *d, struct kvd_work *w);
-// Fails those of a session, or all.
-void kvd_fences_cancel(struct kvd_daemon *d, const struct kvd_session *s,
-                       const struct kvd_error *err);
+// Fails those of a session, or all (0).
+void kvd_fences_cancel(struct kvd_daemon *d, uint64_t session, const struct kvd_error *err);
 uint32_t kvd_fences_parked(void);
 
 struct kvd_shape {

@@ -136,12 +136,11 @@ void kvd_fences_park(struct kvd_daemon *d, struct kvd_work *w)
     uv_idle_start(&parked.eager, on_eager);
 }
 
-void kvd_fences_cancel(struct kvd_daemon *d, const struct kvd_session *s,
-                       const struct kvd_error *err)
+void kvd_fences_cancel(struct kvd_daemon *d, uint64_t session, const struct kvd_error *err)
 {
     struct kvd_work **link = &parked.first, *gone = NULL;
     while (*link) {
-        if (s && (*link)->session != s) {
+        if (session && (*link)->session != session) {
             link = &(*link)->next;
             continue;
         }

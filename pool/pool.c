@@ -214,6 +214,11 @@ int kvd_pool_geometry(struct kvd_pool *pool, uint32_t ns, const struct kvd_geome
     return KVD_OK;
 }
 
+void kvd_pool_geometry_ref(struct kvd_pool *pool, uint32_t geom)
+{
+    pool->geom[geom].refs++;
+}
+
 void kvd_pool_geometry_unref(struct kvd_pool *pool, uint32_t geom)
 {
     pool->geom[geom].refs--;

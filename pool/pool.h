@@ -114,6 +114,8 @@ void kvd_pool_namespace_info(const struct kvd_pool *pool, uint32_t ns,
 int kvd_pool_geometry(struct kvd_pool *pool, uint32_t ns, const struct kvd_geometry *g,
                       const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *geom, bool *recycled,
                       struct kvd_error *err);
+// One more reference, for whoever goes on using the index when the session that opened it may end.
+void kvd_pool_geometry_ref(struct kvd_pool *pool, uint32_t geom);
 void kvd_pool_geometry_unref(struct kvd_pool *pool, uint32_t geom);
 // Who refers to it: sequences, and whoever asked for it.
 uint32_t kvd_pool_geometry_refs(const struct kvd_pool *pool, uint32_t geom);
