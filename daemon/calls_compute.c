@@ -16,6 +16,7 @@ struct kvd_work *kvd_work_new(struct kvd_call *call, const struct kvd_session *s
     w->call = call;
     w->session = s->id;
     w->appender = s->appender;
+    w->ns = s->ns;
     w->geom = s->geom;
     kvd_pool_geometry_ref(call->d->pool, w->geom);
     w->n_items = (uint32_t)n;

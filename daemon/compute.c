@@ -1,14 +1,6 @@
 #include "daemon/compute.h"
 
-enum {
-    MAX_IN_FLIGHT = 8, // works handed to the executor at once
-};
-
-static struct {
-    struct kvd_work *first, *last;
-    uint32_t queued, in_flight;
-    uint64_t queued_bytes;
-} queue; // one daemon a process
+#include <utlist.h>
 
 static bool writes(const struct kvd_work *w)
 {
@@ -39,17 +31,18 @@ void kvd_work_free(struct kvd_daemon *d, struct kvd_work *w)
     free(w->append_index);
     free(w->copies);
     free(w->attend_items);
+    free(w->job.slice.state);
     free(w);
 }
 
-static bool can_start(const struct kvd_daemon *d, const struct kvd_work *w)
+bool kvd_work_ready(const struct kvd_daemon *d, const struct kvd_work *w)
 {
     for (uint32_t i = 0; i < w->n_items; i++) {
         const struct kvd_seq_use *use = &d->use[(uint32_t)w->items[i].seq];
         if (use->writer || (writes(w) && use->readers))
             return false;
     }
-    return queue.in_flight < MAX_IN_FLIGHT;
+    return true;
 }
 
 static void lock(struct kvd_daemon *d, struct kvd_work *w, bool on)
@@ -275,69 +268,6 @@ static int start(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err
     return rc;
 }
 
-// -- the executor's part ------------------------------------------------------------------------
-
-static int copy_pages(struct kvd_daemon *d, struct kvd_work *w)
-{
-    int rc = KVD_OK;
-    for (uint32_t i = 0; i < w->n_copies && rc == KVD_OK; i++)
-        rc = d->backend->ops->copy(d->backend, w->copies[i].to, w->copies[i].from,
-                                   w->copies[i].bytes, &w->err);
-    return rc;
-}
-
-static int explain_nonfinite(struct kvd_work *w)
-{
-    const struct kvd_nonfinite *n = &w->nonfinite;
-    return kvd_fail(&w->err, KVD_E_INVALID,
-                    "items[%u].%s holds NaN or Inf at layer %u, token %u, head %u, channel %u; "
-                    "nothing was stored",
-                    w->append_index[n->item], n->in_v ? "v" : "k", n->layer, n->token, n->head,
-                    n->channel);
-}
-
-static int run(struct kvd_daemon *d, struct kvd_job *job)
-{
-    struct kvd_work *w = (struct kvd_work *)job;
-    const struct kvd_backend_ops *ops = d->backend->ops;
-    const struct kvd_geometry *g = kvd_pool_geometry_get(d->pool, w->geom);
-    int rc = KVD_OK;
-    struct kvd_append_params append = {.geometry = g,
-                                       .rotation = d->rotations[w->geom],
-                                       .layer_begin = w->layer_begin,
-                                       .layer_count = w->layer_count,
-                                       .items = w->append_items,
-                                       .n_items = w->n_append};
-    struct kvd_attend_params attend = {.geometry = g,
-                                       .rotation = d->rotations[w->geom],
-                                       .layer_begin = w->layer_begin,
-                                       .layer_count = w->layer_count,
-                                       .scale = w->scale,
-                                       .softcap = w->softcap,
-                                       .window = w->window,
-                                       .items = w->attend_items,
-                                       .n_items = w->n_items};
-    if (w->n_append)
-        rc = ops->check(d->backend, &append, &w->nonfinite);
-    if (rc == KVD_E_INVALID)
-        return explain_nonfinite(w);
-    if (rc)
-        return kvd_fail(&w->err, rc, "the new tokens could not be checked; nothing was stored");
-    if (w->n_append)
-        rc = copy_pages(d, w);
-    if (rc == KVD_OK && w->attend_items)
-        rc = ops->attend(d->backend, &attend, &w->err);
-    if (rc == KVD_OK && w->n_append)
-        rc = ops->append(d->backend, &append, &w->err);
-    if (w->op == KVD_OP_ROTATE)
-        rc = ops->rotate(d->backend, &w->rotate, &w->err);
-    if (w->op == KVD_OP_READ)
-        rc = ops->read(d->backend, &w->read, &w->err);
-    if (rc == KVD_OK)
-        kvd_fence_signal(&w->signal); // the worker's stream goes on before the reply is there
-    return rc;
-}
-
 // -- finishing ----------------------------------------------------------------------------------
 
 static void settle(struct kvd_daemon *d, struct kvd_work *w, bool commit)
@@ -419,13 +349,31 @@ static void reply(struct kvd_daemon *d, struct kvd_work *w)
     }
 }
 
+// It is no longer among those that wait or run.
+static void leave(struct kvd_daemon *d, struct kvd_work *w)
+{
+    if (w->parked)
+        kvd_fences_forget(d, w);
+    kvd_queue_forget(d, w);
+    if (w->listed)
+        DL_DELETE2(d->works, w, previous_work, next_work);
+    w->listed = false;
+    w->call->on_cancelled = NULL;
+    if (w->locked)
+        lock(d, w, false);
+}
+
 static void done(struct kvd_daemon *d, struct kvd_job *job)
 {
     struct kvd_work *w = (struct kvd_work *)job;
-    queue.in_flight--;
-    kvd_histogram_add(&d->metrics.kernel[w->op], job->finished_ns - job->started_ns);
+    uint32_t ns = w->ns;
+    kvd_histogram_add(&d->metrics.kernel[w->op], job->ran_ns);
+    if (job->abandoned)
+        job->rc = kvd_fail(&w->err, KVD_E_UNAVAILABLE, "kvd is shutting down");
+    else if (job->rc == KVD_E_TIMEOUT)
+        w->err = w->why;
     settle(d, w, job->rc == KVD_OK);
-    lock(d, w, false);
+    leave(d, w);
     if (job->rc == KVD_OK) {
         reply(d, w);
     } else {
@@ -436,123 +384,123 @@ static void done(struct kvd_daemon *d, struct kvd_job *job)
             kvd_daemon_check_device(d);
     }
     kvd_work_free(d, w);
-    kvd_compute_kick(d);
+    kvd_queue_kick(d, ns);
 }
 
-void kvd_work_fail(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_error *err)
+// Ends a work that is not with the executor. The line may go on then.
+static void fail(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_error *err)
 {
     struct kvd_call *call = w->call;
     settle(d, w, false);
     kvd_fence_signal(&w->signal);
-    if (w->locked)
-        lock(d, w, false);
+    leave(d, w);
     kvd_work_free(d, w);
     kvd_call_fail_error(call, err);
     if (err->code == KVD_E_INTERNAL)
         kvd_daemon_check_device(d);
 }
 
-static void launch(struct kvd_daemon *d, struct kvd_work *w)
+void kvd_work_start(struct kvd_daemon *d, struct kvd_work *w)
 {
     struct kvd_error err = {0};
     if (kvd_call_expired(w->call)) {
         kvd_fail(&err, KVD_E_TIMEOUT,
-                 "the deadline passed while the call was waiting for %u others", queue.queued);
-        kvd_work_fail(d, w, &err);
+                 "the deadline passed while the call was waiting, as %u others do",
+                 kvd_queue_waiting(d));
+        fail(d, w, &err);
         return;
     }
     lock(d, w, true);
     if (start(d, w, &err) || (w->op == KVD_OP_MAP && kvd_mapping_reply(d, w, &err))) {
-        kvd_work_fail(d, w, &err);
+        fail(d, w, &err);
         return;
     }
     if (writes(w))
         kvd_memory_ahead(d);
     if (w->op == KVD_OP_MAP) {
-        lock(d, w, false);
+        leave(d, w);
         kvd_work_free(d, w);
         return;
     }
-    w->job.run = run;
+    w->job.run = kvd_work_run;
     w->job.done = done;
-    queue.in_flight++;
+    w->job.fair.tenant = w->ns;
     kvd_exec_submit(d, &w->job);
 }
 
-void kvd_compute_kick(struct kvd_daemon *d)
+static void cancel(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_error *why)
 {
-    while (queue.first && can_start(d, queue.first)) {
-        struct kvd_work *w = queue.first;
-        queue.first = w->next;
-        if (!queue.first)
-            queue.last = NULL;
-        queue.queued--;
-        queue.queued_bytes -= w->call->request_bytes;
-        launch(d, w);
-    }
-}
-
-void kvd_work_enqueue(struct kvd_daemon *d, struct kvd_work *w)
-{
-    if (queue.queued >= d->config.max_queue ||
-        queue.queued_bytes + w->call->request_bytes > KVD_MAX_WAITING_BYTES) {
-        struct kvd_error err = {0};
-        kvd_fail(&err, KVD_E_LIMIT,
-                 "%u calls are waiting already, or 1 GiB of requests; send fewer at a time or "
-                 "raise max-queue",
-                 queue.queued);
-        kvd_work_fail(d, w, &err);
+    if (!w->in_flight) {
+        uint32_t ns = w->ns;
+        fail(d, w, why);
+        kvd_queue_kick(d, ns); // it may have been the first in line
         return;
     }
-    w->next = NULL;
-    if (queue.last)
-        queue.last->next = w;
-    else
-        queue.first = w;
-    queue.last = w;
-    queue.queued++;
-    queue.queued_bytes += w->call->request_bytes;
-    kvd_compute_kick(d);
+    if (w->why.code)
+        return;
+    w->why = *why;
+    kvd_exec_cancel(&w->job);
+}
+
+static void on_cancelled(struct kvd_call *call)
+{
+    struct kvd_error why = {.code = KVD_E_TIMEOUT,
+                            .text = "the caller has gone, or its deadline has passed"};
+    cancel(call->d, call->work, &why);
 }
 
 void kvd_work_queue(struct kvd_daemon *d, struct kvd_work *w)
 {
+    struct kvd_error err = {0};
+    if (kvd_queue_admit(d, w, &err)) {
+        fail(d, w, &err);
+        return;
+    }
+    w->call->work = w;
+    w->call->on_cancelled = on_cancelled;
+    DL_APPEND2(d->works, w, previous_work, next_work);
+    w->listed = true;
     if (w->wait.word && !kvd_fence_passed(&w->wait))
         kvd_fences_park(d, w);
     else
-        kvd_work_enqueue(d, w);
+        kvd_queue_push(d, w);
 }
 
 uint32_t kvd_compute_queued(const struct kvd_daemon *d)
 {
-    (void)d;
-    return queue.queued + queue.in_flight + kvd_fences_parked();
+    uint32_t n;
+    const struct kvd_work *w;
+    DL_COUNT2(d->works, w, n, next_work);
+    return n;
 }
 
 void kvd_compute_cancel(struct kvd_daemon *d, const struct kvd_session *s)
 {
     struct kvd_error err = {.code = s ? KVD_E_UNAUTH : KVD_E_UNAVAILABLE};
     snprintf(err.text, sizeof(err.text), "%s",
-             s ? "the session ended while the call was waiting" : "kvd is shutting down");
-    kvd_fences_cancel(d, s ? s->id : 0, &err);
-    struct kvd_work **link = &queue.first, *last = NULL, *gone = NULL;
-    while (*link) {
-        struct kvd_work *w = *link;
-        if (s && w->session != s->id) {
-            last = w;
-            link = &w->next;
+             s ? "the session ended before the call was done" : "kvd is shutting down");
+    // Not while the list is walked: a work that goes makes way for others, which start, or fail.
+    struct kvd_work *w, *next, *gone = NULL;
+    DL_FOREACH_SAFE2(d->works, w, next, next_work)
+    {
+        if (s && w->session != s->id)
+            continue;
+        if (w->in_flight) {
+            cancel(d, w, &err);
             continue;
         }
-        *link = w->next;
-        w->next = gone;
-        gone = w;
-        queue.queued--;
-        queue.queued_bytes -= w->call->request_bytes;
+        if (w->parked)
+            kvd_fences_forget(d, w);
+        kvd_queue_forget(d, w);
+        DL_DELETE2(d->works, w, previous_work, next_work);
+        w->listed = false;
+        LL_PREPEND(gone, w);
     }
-    queue.last = last;
     while (gone) {
-        struct kvd_work *next = gone->next;
-        kvd_work_fail(d, gone, &err);
-        gone = next;
+        w = gone;
+        uint32_t ns = w->ns;
+        gone = w->next;
+        fail(d, w, &err);
+        kvd_queue_kick(d, ns);
     }
 }

@@ -2,19 +2,20 @@
 //
 //   1. calls_compute.c checks a request and makes a work of it: tensors resolved to memory,
 //   sequences pinned
-//   2. compute.c queues it; strictly in order, it starts when no call in flight writes what it uses
+//   2. it waits for its fence (fences.c) and in its namespace's line (queue.c); strictly in order,
+//   it starts when no call in flight writes what it uses
 //   3. starting takes the pages (all sequences or none) and notes addresses; the executor runs the
-//   kernels
+//   kernels, in slices (run.c)
 //   4. done: commit (or abort, and nothing has changed), unpin, reply
+// At any time until then it can be cancelled: by its caller, its deadline, or its session's end. It
+// owns what it uses: references to buffers and the geometry, and pins of sequences.
 #ifndef KVD_DAEMON_COMPUTE_H
 #define KVD_DAEMON_COMPUTE_H
 
+#include "daemon/exec.h"
+#include "daemon/queue.h"
 #include "daemon/rpc.h"
 #include "kvd.pb-c.h"
-
-// Of the requests that wait, in the queue or for fences each: inline data stays in memory
-// meanwhile.
-#define KVD_MAX_WAITING_BYTES (1ull << 30)
 
 struct kvd_work_item {
     uint64_t seq, position;
@@ -43,12 +44,15 @@ struct kvd_fence {
 
 struct kvd_work {
     struct kvd_job job;
-    struct kvd_work *next; // in the queue
+    struct kvd_work *previous, *next;           // in the line, or among those that are parked
+    struct kvd_work *previous_work, *next_work; // among all
     enum kvd_kernel_op op;
+    bool listed, waits, parked, in_line, in_flight;
     struct kvd_call *call;
     uint64_t session;  // its id: it may have ended
     uint64_t appender; // its identity in the pool
-    uint32_t geom;     // referenced until done, and with it the rotation set
+    uint32_t ns;
+    uint32_t geom; // referenced until done, and with it the rotation set
     uint32_t layer_begin, layer_count;
     struct kvd_work_item *items;
     uint32_t n_items, pinned;
@@ -69,7 +73,9 @@ struct kvd_work {
     struct kvd_rotate_params rotate;
     struct kvd_read_params read;
     struct kvd_nonfinite nonfinite;
+    uint32_t phase, copied;
     struct kvd_error err;
+    struct kvd_error why; // of its being cancelled
 };
 
 // A work of n items for a call; NULL with the call answered when memory is short.
@@ -77,10 +83,14 @@ struct kvd_work *kvd_work_new(struct kvd_call *call, const struct kvd_session *s
                               enum kvd_kernel_op op, size_t n);
 // Frees a work that was never queued, and its pins.
 void kvd_work_free(struct kvd_daemon *d, struct kvd_work *w);
-// Queues it, when its fence has been passed; from here on it answers its call itself.
+// Has it wait for its turn, or its fence first; from here on it answers its call itself.
 void kvd_work_queue(struct kvd_daemon *d, struct kvd_work *w);
-// Puts a work whose fence has been passed into the queue.
-void kvd_work_enqueue(struct kvd_daemon *d, struct kvd_work *w);
+// Whether no work in flight is in its way.
+bool kvd_work_ready(const struct kvd_daemon *d, const struct kvd_work *w);
+// Takes its pages and hands it to the executor. Only the line calls this.
+void kvd_work_start(struct kvd_daemon *d, struct kvd_work *w);
+// run.c: the executor's part, a kvd_job's run.
+bool kvd_work_run(struct kvd_daemon *d, struct kvd_job *job);
 // Answers its call with an error and frees it.
 void kvd_work_fail(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_error *err);
 // Pins an item's sequence.
@@ -92,10 +102,12 @@ int kvd_mapping_reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error
 // fences.c: works that wait for their workers' GPU streams.
 bool kvd_fence_passed(const struct kvd_fence *f);
 void kvd_fence_signal(const struct kvd_fence *f);
+int kvd_fences_init(struct kvd_daemon *d, struct kvd_error *err);
+// NULL is allowed. Nothing is parked any more.
+void kvd_fences_deinit(struct kvd_daemon *d);
 void kvd_fences_park(struct kvd_daemon *d, struct kvd_work *w);
-// Fails those of a session, or all (0).
-void kvd_fences_cancel(struct kvd_daemon *d, uint64_t session, const struct kvd_error *err);
-uint32_t kvd_fences_parked(void);
+// Takes out a work that is parked.
+void kvd_fences_forget(struct kvd_daemon *d, struct kvd_work *w);
 
 struct kvd_shape {
     uint32_t layers, tokens, heads, dim;

@@ -5,6 +5,7 @@
 // looks: all the time at first, once a millisecond when nothing has passed for a while. A waiting
 // call holds nobody up: it is not in the queue yet. GPU streams of kvd never wait for a worker.
 #include <stdatomic.h>
+#include <utlist.h>
 
 #include "daemon/compute.h"
 
@@ -13,20 +14,12 @@ enum {
     LAZY_MS = 1,  // between looks after that
 };
 
-static struct {
-    struct kvd_work *first; // linked by next
-    uint32_t count;
-    uint64_t bytes; // of their requests
-    bool made;
+struct kvd_fences {
+    struct kvd_work *first; // linked by previous and next
     uv_idle_t eager;
     uv_timer_t lazy;
-    uint64_t latest_ms;
-} parked; // one daemon a process
-
-uint32_t kvd_fences_parked(void)
-{
-    return parked.count;
-}
+    uint64_t latest_ms; // of an arrival or a passage
+};
 
 bool kvd_fence_passed(const struct kvd_fence *f)
 {
@@ -39,42 +32,28 @@ void kvd_fence_signal(const struct kvd_fence *f)
         atomic_store_explicit(f->word, f->value, memory_order_release);
 }
 
-static struct kvd_work *take(struct kvd_work **link)
+void kvd_fences_forget(struct kvd_daemon *d, struct kvd_work *w)
 {
-    struct kvd_work *w = *link;
-    *link = w->next;
-    w->next = NULL;
-    parked.count--;
-    parked.bytes -= w->call->request_bytes;
-    return w;
+    DL_DELETE2(d->fences->first, w, previous, next);
+    w->parked = false;
 }
 
-// Lets those go on whose fences have been passed.
+// Lets those go on whose fences have been passed. Deadlines need no look: gRPC cancels such calls.
 static void look(struct kvd_daemon *d)
 {
-    struct kvd_work **link = &parked.first, *ready = NULL;
-    while (*link) {
-        struct kvd_work *w = *link;
-        if (!kvd_fence_passed(&w->wait) && !kvd_call_expired(w->call)) {
-            link = &w->next;
+    struct kvd_work *w, *next, *ready = NULL;
+    DL_FOREACH_SAFE2(d->fences->first, w, next, next)
+    {
+        if (!kvd_fence_passed(&w->wait))
             continue;
-        }
-        take(link);
-        w->next = ready;
-        ready = w;
+        kvd_fences_forget(d, w);
+        DL_APPEND2(ready, w, previous, next);
+        d->fences->latest_ms = kvd_now_ms(d);
     }
     while (ready) {
-        struct kvd_work *w = ready;
-        struct kvd_error err = {0};
-        ready = w->next;
-        parked.latest_ms = kvd_now_ms(d);
-        if (kvd_fence_passed(&w->wait)) {
-            kvd_work_enqueue(d, w);
-            continue;
-        }
-        kvd_fail(&err, KVD_E_TIMEOUT, "the worker's fence has not reached %u in time, it is at %u",
-                 w->wait.value, atomic_load(w->wait.word));
-        kvd_work_fail(d, w, &err);
+        w = ready;
+        DL_DELETE2(ready, w, previous, next);
+        kvd_queue_push(d, w);
     }
 }
 
@@ -83,13 +62,14 @@ static void on_lazy(uv_timer_t *timer);
 // Looks as often as is due from now on.
 static void pace(struct kvd_daemon *d)
 {
-    bool eager = parked.first && kvd_now_ms(d) - parked.latest_ms < EAGER_MS;
+    struct kvd_fences *f = d->fences;
+    bool eager = f->first && kvd_now_ms(d) - f->latest_ms < EAGER_MS;
     if (!eager)
-        uv_idle_stop(&parked.eager);
-    if (!parked.first)
-        uv_timer_stop(&parked.lazy);
-    else if (!eager && !uv_is_active((uv_handle_t *)&parked.lazy))
-        uv_timer_start(&parked.lazy, on_lazy, LAZY_MS, LAZY_MS);
+        uv_idle_stop(&f->eager);
+    if (!f->first)
+        uv_timer_stop(&f->lazy);
+    else if (!eager && !uv_is_active((uv_handle_t *)&f->lazy))
+        uv_timer_start(&f->lazy, on_lazy, LAZY_MS, LAZY_MS);
 }
 
 static void on_eager(uv_idle_t *idle)
@@ -100,59 +80,48 @@ static void on_eager(uv_idle_t *idle)
 
 static void on_lazy(uv_timer_t *timer)
 {
-    uint64_t before = parked.latest_ms;
-    look(timer->data);
-    if (parked.first && parked.latest_ms != before) {
-        uv_timer_stop(&parked.lazy);
-        uv_idle_start(&parked.eager, on_eager);
+    struct kvd_daemon *d = timer->data;
+    uint64_t before = d->fences->latest_ms;
+    look(d);
+    if (d->fences->first && d->fences->latest_ms != before) {
+        uv_timer_stop(timer);
+        uv_idle_start(&d->fences->eager, on_eager);
     }
-    pace(timer->data);
+    pace(d);
 }
 
 void kvd_fences_park(struct kvd_daemon *d, struct kvd_work *w)
 {
-    if (parked.count >= d->config.max_queue ||
-        parked.bytes + w->call->request_bytes > KVD_MAX_WAITING_BYTES) {
-        struct kvd_error err = {0};
-        kvd_fail(&err, KVD_E_LIMIT,
-                 "%u calls wait for fences already, or 1 GiB of requests; send fewer at a time or "
-                 "raise max-queue",
-                 parked.count);
-        kvd_work_fail(d, w, &err);
-        return;
-    }
-    if (!parked.made) {
-        uv_idle_init(&d->loop, &parked.eager);
-        uv_timer_init(&d->loop, &parked.lazy);
-        parked.eager.data = parked.lazy.data = d;
-        parked.made = true;
-    }
-    w->next = parked.first;
-    parked.first = w;
-    parked.count++;
-    parked.bytes += w->call->request_bytes;
-    parked.latest_ms = kvd_now_ms(d);
-    uv_timer_stop(&parked.lazy);
-    uv_idle_start(&parked.eager, on_eager);
+    struct kvd_fences *f = d->fences;
+    DL_APPEND2(f->first, w, previous, next);
+    w->parked = true;
+    f->latest_ms = kvd_now_ms(d);
+    uv_timer_stop(&f->lazy);
+    uv_idle_start(&f->eager, on_eager);
 }
 
-void kvd_fences_cancel(struct kvd_daemon *d, uint64_t session, const struct kvd_error *err)
+int kvd_fences_init(struct kvd_daemon *d, struct kvd_error *err)
 {
-    struct kvd_work **link = &parked.first, *gone = NULL;
-    while (*link) {
-        if (session && (*link)->session != session) {
-            link = &(*link)->next;
-            continue;
-        }
-        struct kvd_work *w = take(link);
-        w->next = gone;
-        gone = w;
-    }
-    while (gone) {
-        struct kvd_work *next = gone->next;
-        kvd_work_fail(d, gone, err);
-        gone = next;
-    }
-    if (parked.made)
-        pace(d);
+    struct kvd_fences *f = calloc(1, sizeof(*f));
+    if (!f)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    uv_idle_init(&d->loop, &f->eager);
+    uv_timer_init(&d->loop, &f->lazy);
+    f->eager.data = f->lazy.data = d;
+    d->fences = f;
+    return KVD_OK;
+}
+
+static void on_lazy_closed(uv_handle_t *lazy)
+{
+    free((uint8_t *)lazy - offsetof(struct kvd_fences, lazy));
+}
+
+void kvd_fences_deinit(struct kvd_daemon *d)
+{
+    struct kvd_fences *f = KVD_TAKE(d->fences);
+    if (!f)
+        return;
+    uv_close((uv_handle_t *)&f->eager, NULL); // closed before the one after it
+    uv_close((uv_handle_t *)&f->lazy, on_lazy_closed);
 }

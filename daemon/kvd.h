@@ -33,7 +33,9 @@ enum {
 struct kvd_daemon;
 struct kvd_call;
 struct kvd_rpc;
-struct kvd_exec;
+struct kvd_exec;   // exec.h
+struct kvd_queue;  // queue.h
+struct kvd_fences; // fences.c
 struct kvd_fdsock;
 struct kvd_http;
 
@@ -127,6 +129,9 @@ struct kvd_daemon {
     struct kvd_seq_use *use; // by sequence index
     struct kvd_rpc *rpc;
     struct kvd_exec *exec;
+    struct kvd_queue *queue;
+    struct kvd_fences *fences;
+    struct kvd_work *works; // that are not done, linked by next_work
     struct kvd_fdsock *fdsock;
     struct kvd_http *http;
     struct kvd_users *users;
@@ -270,19 +275,6 @@ int kvd_connection_take_fd(struct kvd_connection *c, uint64_t key);
 // Hangs up: after its session was ended by the worker itself or by an operator.
 void kvd_connection_close(struct kvd_connection *c);
 uint32_t kvd_fdsock_count(const struct kvd_daemon *d);
-
-// -- exec.c -------------------------------------------------------------------------------------
-struct kvd_job {
-    int (*run)(struct kvd_daemon *d, struct kvd_job *job);   // executor thread
-    void (*done)(struct kvd_daemon *d, struct kvd_job *job); // loop thread; frees the job
-    int rc;                                                  // what run returned
-    uint64_t queued_ns, started_ns, finished_ns;
-    struct kvd_job *next;
-};
-int kvd_exec_init(struct kvd_daemon *d, struct kvd_error *err);
-void kvd_exec_submit(struct kvd_daemon *d, struct kvd_job *job);
-// Waits for what is queued, runs the done callbacks, and joins the thread. NULL is allowed.
-void kvd_exec_deinit(struct kvd_daemon *d);
 
 // -- http.c, notify.c ---------------------------------------------------------------------------
 int kvd_http_init(struct kvd_daemon *d, struct kvd_error *err);

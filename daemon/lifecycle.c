@@ -2,8 +2,8 @@
 //
 // Order of stopping (each step fires the next):
 //   drain: no new sessions, workers are told → the last session ends, or time is up
-//   → sessions end, waiting calls fail → executor joined (calls in flight are answered)
-//   → store fetches are given up and answered
+//   → sessions end, waiting calls fail, those that run are cancelled, store fetches are given up
+//   → the executor has ended its slice, fetches are answered
 //   → gRPC server shut down → its queue drained → handles closed → the loop returns
 #include <errno.h>
 #include <fcntl.h>
@@ -12,7 +12,7 @@
 #include <sysexits.h>
 #include <time.h>
 
-#include "daemon/rpc.h"
+#include "daemon/compute.h"
 #include "daemon/users.h"
 #include "kvd.pb-c.h"
 
@@ -186,6 +186,10 @@ int kvd_daemon_init(struct kvd_daemon *d, struct kvd_error *err)
     if (rc == KVD_OK)
         rc = init_pool(d, err);
     if (rc == KVD_OK)
+        rc = kvd_queue_init(d, err);
+    if (rc == KVD_OK)
+        rc = kvd_fences_init(d, err);
+    if (rc == KVD_OK)
         rc = kvd_exec_init(d, err);
     if (rc == KVD_OK)
         rc = init_sockets(d, err);
@@ -223,6 +227,15 @@ static void on_grpc_down(struct kvd_daemon *d)
             uv_close(rest[i], NULL);
 }
 
+// Once nothing runs elsewhere that answers calls.
+static void go_on_stopping(struct kvd_daemon *d)
+{
+    if (d->exec || d->pool_works)
+        return;
+    kvd_fences_deinit(d);
+    kvd_rpc_shutdown(d, on_grpc_down);
+}
+
 static void stop(struct kvd_daemon *d)
 {
     if (d->state == KVD_STOPPING)
@@ -233,11 +246,9 @@ static void stop(struct kvd_daemon *d)
     HASH_ITER(hh, d->sessions, s, next)
     kvd_session_end(d, s, "kvd stops");
     kvd_compute_cancel(d, NULL);
-    kvd_exec_deinit(d);
     kvd_fdsock_deinit(d);
     kvd_store_abort();
-    if (d->pool_works == 0)
-        kvd_rpc_shutdown(d, on_grpc_down);
+    kvd_exec_stop(d, go_on_stopping);
 }
 
 static void on_drained(uv_timer_t *timer)
@@ -291,7 +302,7 @@ void kvd_daemon_work_begin(struct kvd_daemon *d)
 void kvd_daemon_work_end(struct kvd_daemon *d)
 {
     if (--d->pool_works == 0 && d->state == KVD_STOPPING)
-        kvd_rpc_shutdown(d, on_grpc_down);
+        go_on_stopping(d);
 }
 
 static void close_rest(uv_handle_t *handle, void *arg)
@@ -306,6 +317,7 @@ void kvd_daemon_deinit(struct kvd_daemon *d)
     // After a run everything below is gone already; after a failed init this takes back what there
     // is.
     kvd_exec_deinit(d);
+    kvd_fences_deinit(d);
     kvd_fdsock_deinit(d);
     kvd_rpc_deinit(d);
     kvd_http_deinit(d);
@@ -316,6 +328,7 @@ void kvd_daemon_deinit(struct kvd_daemon *d)
     for (uint32_t i = 0; i < KVD_MAX_GEOMETRIES; i++)
         if (d->rotations[i])
             d->backend->ops->rotation_free(d->backend, &d->rotations[i]);
+    kvd_queue_deinit(d);
     kvd_pool_free(&d->pool);
     kvd_memory_deinit(d);
     kvd_backend_free(&d->backend);

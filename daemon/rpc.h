@@ -163,10 +163,9 @@ void kvd_event_send(struct kvd_daemon *d, uint32_t ns, int kind, uint64_t seq, c
 // Sends NOT_SERVING or SERVING to the health watchers.
 void kvd_health_changed(struct kvd_daemon *d);
 
-// Compute calls wait in one queue; this starts those that can run. compute.c
-void kvd_compute_kick(struct kvd_daemon *d);
+// Compute calls that wait or run. compute.c
 uint32_t kvd_compute_queued(const struct kvd_daemon *d);
-// Fails what still waits, at shutdown or when a session ends (NULL: all).
+// Fails what waits and cancels what runs, at shutdown or when a session ends (NULL: all).
 void kvd_compute_cancel(struct kvd_daemon *d, const struct kvd_session *s);
 
 #endif

@@ -1,10 +1,11 @@
 // The backend: memory for the pool and the five operations on pages, behind one ops table.
 //
 // Every operation is synchronous for its caller and batched over many sequences and a range of
-// layers. Pages are in the extents of an arena; tensors are in host memory, or on a GPU in its own
-// memory too. The caller has checked all bounds. Calls on one backend come from one thread at a
-// time (the executor); those on arenas and foreign memory from another (the loop), but for
-// extent_make, which may run beside them for an extent that nothing else touches.
+// layers; a long one can run in slices (kvd_slice). Pages are in the extents of an arena; tensors
+// are in host memory, or on a GPU in its own memory too. The caller has checked all bounds. Calls
+// on one backend come from one thread at a time (the executor); those on arenas and foreign memory
+// from another (the loop), but for extent_make, which may run beside them for an extent that
+// nothing else touches.
 #ifndef KVD_KERNELS_BACKEND_H
 #define KVD_KERNELS_BACKEND_H
 
@@ -41,6 +42,27 @@ struct kvd_pages {
     const uint64_t *codec; // history pages
 };
 
+// Lets an operation run in slices, so that others get their turn and it can be given up. An
+// operation whose params have one returns KVD_OK with `more` set when the slice is over before it
+// is done; called again with the same params it goes on there. It gets on a little in every slice,
+// and its result is the same, bit for bit, as without slices. Between them the params' arrays stay
+// as they are; other operations may run. Outputs of one that is given up are undefined.
+struct kvd_slice {
+    // Asked often, by all threads of an operation: whether it should return soon.
+    bool (*over)(const struct kvd_slice *s);
+    bool more; // out
+    // Out: an append has begun to overwrite what the pages held, so that only going on leaves them
+    // whole.
+    bool overwriting;
+    uint64_t at; // the operation's own; zero before its first slice
+    void *state; // the same; to be freed with free() when no slice follows
+};
+
+static inline bool kvd_slice_over(const struct kvd_slice *s)
+{
+    return s && s->over(s);
+}
+
 struct kvd_append_item {
     struct kvd_pages pages;
     uint64_t length, hist_end;         // before
@@ -55,6 +77,7 @@ struct kvd_append_params {
     uint32_t layer_begin, layer_count;
     const struct kvd_append_item *items;
     uint32_t n_items;
+    struct kvd_slice *slice; // NULL: runs to its end; so below
 };
 
 struct kvd_attend_item {
@@ -78,6 +101,7 @@ struct kvd_attend_params {
     uint32_t window; // 0: none
     const struct kvd_attend_item *items;
     uint32_t n_items;
+    struct kvd_slice *slice;
 };
 
 struct kvd_read_params {
@@ -89,6 +113,7 @@ struct kvd_read_params {
     uint64_t begin; // first token
     uint32_t tokens;
     struct kvd_tensor k, v; // outputs; data NULL: not wanted
+    struct kvd_slice *slice;
 };
 
 struct kvd_rotate_params {
@@ -100,6 +125,7 @@ struct kvd_rotate_params {
     uint32_t heads;    // heads of x
     uint32_t kv_heads; // head h of x uses the rotation of kv head h / (heads / kv_heads)
     struct kvd_tensor x, y;
+    struct kvd_slice *slice;
 };
 
 // Where a value that is not finite was found.

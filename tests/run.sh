@@ -121,7 +121,7 @@ for tool in format tidy; do
 done
 
 say "unit and property tests"
-units=(test_pool test_pool_model test_kernels test_codecs test_calib)
+units=(test_pool test_pool_model test_kernels test_codecs test_calib test_fair test_slices)
 if [ -e "$build/tests/test_plan" ]; then # host code of the CUDA backend
     suites "" "${units[@]/#/$build/tests/}" "$build/tests/test_plan"
 else

@@ -1,9 +1,20 @@
 // Append on the CPU: check, demote, store.
 #include "kernels/cpu/cpu.h"
 
+#include <stdatomic.h>
+
+enum { SMALL_CHECK = 1 << 20 }; // bytes that are looked at faster than threads wake
+
 struct append_job {
     struct kvd_cpu *cpu;
     const struct kvd_append_params *p;
+};
+
+// Counts in blocks of 64 new tokens of an item, that one thread looks at.
+struct check_job {
+    const struct kvd_append_params *p;
+    struct kvd_slice *slice;
+    _Atomic uint64_t found; // the first block that is not finite; UINT64_MAX: none
 };
 
 static bool row_finite(const uint8_t *row, uint32_t dim, uint32_t *channel)
@@ -19,31 +30,92 @@ static bool row_finite(const uint8_t *row, uint32_t dim, uint32_t *channel)
     return true;
 }
 
-int kvd_check_host(const struct kvd_append_params *p, struct kvd_nonfinite *where)
+static uint32_t token_blocks(const struct kvd_append_item *item)
+{
+    return (uint32_t)kvd_div_up(item->new_length - item->length, KVD_PAGE_TOKENS);
+}
+
+static bool block_finite(const struct kvd_append_params *p, uint64_t at,
+                         struct kvd_nonfinite *where)
 {
     const struct kvd_geometry *g = p->geometry;
+    uint32_t i = 0;
+    for (; at >= (uint64_t)token_blocks(&p->items[i]) * p->layer_count; i++)
+        at -= (uint64_t)token_blocks(&p->items[i]) * p->layer_count;
+    const struct kvd_append_item *item = &p->items[i];
+    uint32_t blocks = token_blocks(item), l = (uint32_t)(at / blocks);
+    uint32_t begin = (uint32_t)(at % blocks) * KVD_PAGE_TOKENS;
+    uint32_t end = KVD_MIN(begin + KVD_PAGE_TOKENS, (uint32_t)(item->new_length - item->length));
+    for (uint32_t t = begin; t < end; t++)
+        for (uint32_t h = 0; h < g->kv_heads; h++)
+            for (int v = 0; v < 2; v++) {
+                uint32_t channel;
+                if (row_finite(kvd_at(v ? &item->v : &item->k, l, t, h),
+                               v ? g->head_dim_v : g->head_dim_k, &channel))
+                    continue;
+                *where = (struct kvd_nonfinite){i, p->layer_begin + l, t, h, channel, v};
+                return false;
+            }
+    return true;
+}
+
+static void check_one(void *ctx, uint64_t i)
+{
+    struct check_job *job = ctx;
+    struct kvd_nonfinite where;
+    if (block_finite(job->p, i, &where))
+        return;
+    uint64_t first = atomic_load(&job->found);
+    while (i < first && !atomic_compare_exchange_weak(&job->found, &first, i))
+        ;
+}
+
+static uint64_t check_blocks(const struct kvd_append_params *p, uint64_t *bytes)
+{
+    uint64_t blocks = 0, tokens = 0;
     for (uint32_t i = 0; i < p->n_items; i++) {
-        const struct kvd_append_item *item = &p->items[i];
-        for (uint32_t l = 0; l < p->layer_count; l++)
-            for (uint32_t t = 0; t < item->new_length - item->length; t++)
-                for (uint32_t h = 0; h < g->kv_heads; h++)
-                    for (int v = 0; v < 2; v++) {
-                        uint32_t channel;
-                        if (row_finite(kvd_at(v ? &item->v : &item->k, l, t, h),
-                                       v ? g->head_dim_v : g->head_dim_k, &channel))
-                            continue;
-                        *where = (struct kvd_nonfinite){i, p->layer_begin + l, t, h, channel, v};
-                        return KVD_E_INVALID;
-                    }
+        blocks += (uint64_t)token_blocks(&p->items[i]) * p->layer_count;
+        tokens += p->items[i].new_length - p->items[i].length;
     }
-    return KVD_OK;
+    *bytes = tokens * p->layer_count * p->geometry->kv_heads * 2 *
+             (p->geometry->head_dim_k + p->geometry->head_dim_v);
+    return blocks;
+}
+
+static int found(const struct check_job *job, struct kvd_nonfinite *where)
+{
+    uint64_t at = atomic_load(&job->found);
+    if (at == UINT64_MAX)
+        return KVD_OK;
+    if (job->slice)
+        job->slice->more = false;
+    return block_finite(job->p, at, where) ? KVD_OK : KVD_E_INVALID; // its owner may mend it
+}
+
+int kvd_check_host(const struct kvd_append_params *p, struct kvd_nonfinite *where)
+{
+    struct check_job job = {.p = p, .slice = p->slice, .found = UINT64_MAX};
+    uint64_t bytes, n = check_blocks(p, &bytes), i = p->slice ? p->slice->at : 0;
+    for (bool over = false; i < n && !over && job.found == UINT64_MAX; i++) {
+        check_one(&job, i);
+        over = kvd_slice_over(p->slice);
+    }
+    if (p->slice) {
+        p->slice->at = i;
+        p->slice->more = i < n;
+    }
+    return found(&job, where);
 }
 
 int kvd_cpu_check(struct kvd_backend *b, const struct kvd_append_params *p,
                   struct kvd_nonfinite *where)
 {
-    (void)b;
-    return kvd_check_host(p, where);
+    struct check_job job = {.p = p, .slice = p->slice, .found = UINT64_MAX};
+    uint64_t bytes, n = check_blocks(p, &bytes);
+    if (bytes <= SMALL_CHECK)
+        return kvd_check_host(p, where);
+    kvd_threads_run_slice(((struct kvd_cpu *)b)->threads, p->slice, n, check_one, &job);
+    return found(&job, where);
 }
 
 // The bf16 row of a token that is in the sink or the ring.
@@ -74,8 +146,31 @@ static const uint8_t *source_row(const struct kvd_append_params *p,
     return window_row(p->geometry, &item->pages, token, p->layer_begin + l, head, v);
 }
 
+// Tokens that one thread demotes: those of one page, as neighbours share its bytes.
+struct span {
+    uint64_t begin, end;
+};
+
+static uint64_t demoted_pages(const struct kvd_append_params *p, const struct kvd_append_item *item)
+{
+    uint64_t sink = p->geometry->sink;
+    if (item->hist_end >= item->new_hist_end)
+        return 0;
+    return kvd_div_up(item->new_hist_end - sink, KVD_PAGE_TOKENS) -
+           (item->hist_end - sink) / KVD_PAGE_TOKENS;
+}
+
+static struct span page_span(const struct kvd_append_params *p, const struct kvd_append_item *item,
+                             uint64_t page)
+{
+    uint64_t sink = p->geometry->sink;
+    uint64_t begin = sink + ((item->hist_end - sink) / KVD_PAGE_TOKENS + page) * KVD_PAGE_TOKENS;
+    return (struct span){KVD_MAX(begin, item->hist_end),
+                         KVD_MIN(begin + KVD_PAGE_TOKENS, item->new_hist_end)};
+}
+
 static void demote(const struct append_job *job, const struct kvd_append_item *item, uint32_t l,
-                   uint32_t head)
+                   uint32_t head, struct span span)
 {
     const struct kvd_append_params *p = job->p;
     const struct kvd_geometry *g = p->geometry;
@@ -83,8 +178,8 @@ static void demote(const struct append_job *job, const struct kvd_append_item *i
     uint32_t layer = p->layer_begin + l, dk = g->head_dim_k, dv = g->head_dim_v;
     uint64_t at = kvd_rotation_index(r, layer, head);
     float x[KVD_CHUNK_TOKENS][KVD_MAX_HEAD_DIM], y[KVD_CHUNK_TOKENS * KVD_MAX_HEAD_DIM];
-    for (uint64_t t = item->hist_end; t < item->new_hist_end;) {
-        uint32_t n = (uint32_t)KVD_MIN((uint64_t)KVD_CHUNK_TOKENS, item->new_hist_end - t);
+    for (uint64_t t = span.begin; t < span.end;) {
+        uint32_t n = (uint32_t)KVD_MIN((uint64_t)KVD_CHUNK_TOKENS, span.end - t);
         for (int v = 0; v < 2; v++) {
             uint32_t dim = v ? dv : dk;
             float *rows = &x[0][0];
@@ -111,12 +206,12 @@ static void demote(const struct append_job *job, const struct kvd_append_item *i
 }
 
 static void demote_bf16(const struct append_job *job, const struct kvd_append_item *item,
-                        uint32_t l, uint32_t head)
+                        uint32_t l, uint32_t head, struct span span)
 {
     const struct kvd_append_params *p = job->p;
     const struct kvd_geometry *g = p->geometry;
     uint32_t layer = p->layer_begin + l;
-    for (uint64_t t = item->hist_end; t < item->new_hist_end; t++) {
+    for (uint64_t t = span.begin; t < span.end; t++) {
         uint64_t h = t - g->sink;
         uint32_t row = (uint32_t)(h % KVD_PAGE_TOKENS);
         uint8_t *tile = (uint8_t *)(uintptr_t)item->pages.codec[h / KVD_PAGE_TOKENS] +
@@ -129,8 +224,28 @@ static void demote_bf16(const struct append_job *job, const struct kvd_append_it
     }
 }
 
-// One (item, layer, kv head).
-static void append_one(void *ctx, uint64_t i)
+// One (item, layer, kv head, history page).
+static void demote_one(void *ctx, uint64_t i)
+{
+    const struct append_job *job = ctx;
+    const struct kvd_append_params *p = job->p;
+    const struct kvd_append_item *item = p->items;
+    uint32_t heads = p->geometry->kv_heads;
+    uint64_t pages = demoted_pages(p, item);
+    for (; i >= pages * heads * p->layer_count; pages = demoted_pages(p, item)) {
+        i -= pages * heads * p->layer_count;
+        item++;
+    }
+    struct span span = page_span(p, item, i % pages);
+    i /= pages;
+    if (p->geometry->codec == KVD_CODEC_BF16)
+        demote_bf16(job, item, (uint32_t)(i / heads), (uint32_t)(i % heads), span);
+    else
+        demote(job, item, (uint32_t)(i / heads), (uint32_t)(i % heads), span);
+}
+
+// One (item, layer, kv head): its new tokens that stay in bf16.
+static void store_one(void *ctx, uint64_t i)
 {
     const struct append_job *job = ctx;
     const struct kvd_append_params *p = job->p;
@@ -138,11 +253,6 @@ static void append_one(void *ctx, uint64_t i)
     uint32_t head = (uint32_t)(i % g->kv_heads);
     uint32_t l = (uint32_t)(i / g->kv_heads % p->layer_count);
     const struct kvd_append_item *item = &p->items[i / g->kv_heads / p->layer_count];
-    // Demotion first: new tokens may take the ring slots of demoted ones.
-    if (g->codec == KVD_CODEC_BF16)
-        demote_bf16(job, item, l, head);
-    else
-        demote(job, item, l, head);
     for (uint64_t t = item->length; t < item->new_length; t++) {
         if (t >= g->sink && t < item->new_hist_end)
             continue;
@@ -152,11 +262,32 @@ static void append_one(void *ctx, uint64_t i)
     }
 }
 
+// Demotion first, and all of it: new tokens take the ring slots of demoted ones, and until the
+// first is written the append can be given up.
 int kvd_cpu_append(struct kvd_backend *b, const struct kvd_append_params *p, struct kvd_error *err)
 {
     (void)err;
     struct append_job job = {(struct kvd_cpu *)b, p};
-    kvd_threads_run(job.cpu->threads, (uint64_t)p->n_items * p->layer_count * p->geometry->kv_heads,
-                    append_one, &job);
+    struct kvd_threads *threads = job.cpu->threads;
+    struct kvd_slice *slice = p->slice;
+    uint64_t each = (uint64_t)p->layer_count * p->geometry->kv_heads, demotions = 0;
+    for (uint32_t i = 0; i < p->n_items; i++)
+        demotions += demoted_pages(p, &p->items[i]) * each;
+    if (!slice) {
+        kvd_threads_run(threads, demotions, demote_one, &job);
+        kvd_threads_run(threads, p->n_items * each, store_one, &job);
+        return KVD_OK;
+    }
+    if (!slice->overwriting) {
+        bool idle = slice->at == demotions; // a slice must get on
+        kvd_threads_run_slice(threads, slice, demotions, demote_one, &job);
+        if (!slice->more && (idle || !kvd_slice_over(slice))) {
+            slice->overwriting = true;
+            slice->at = 0;
+        }
+        slice->more = true;
+    }
+    if (slice->overwriting)
+        kvd_threads_run_slice(threads, slice, p->n_items * each, store_one, &job);
     return KVD_OK;
 }

@@ -4,10 +4,14 @@
 // head). With few units the tokens are split among threads and the partial results merged. History
 // is scored in the rotated space with the rotated query; its output stays rotated until the end, so
 // that one product with R_V^T un-rotates all of it.
+//
+// A thread that walks over a unit's tokens stops after any 64 of them when its slice is over: the
+// walk is kept, and the next slice begins with those that are kept.
 #include "kernels/cpu/cpu.h"
 
 #include <float.h>
 #include <math.h>
+#include <stdatomic.h>
 
 struct unit {
     const struct kvd_attend_item *item;
@@ -31,13 +35,20 @@ struct attend_job {
     const struct kvd_attend_params *p;
     const uint64_t *first_unit; // per item, and the total
     uint32_t splits;
-    struct partial *partials; // [unit][split]; NULL with one split
+    struct partial *partials;   // [unit][split]; NULL with one split
+    uint64_t walks;             // units x splits
+    _Atomic uint64_t next;      // the walk to begin next
+    struct kvd_cpu_walk *turns; // one a thread
 };
 
 // What one unit needs while it walks over tokens.
-struct walk {
+struct kvd_cpu_walk {
+    bool active; // begun and not done
     const struct attend_job *job;
+    uint64_t index; // among the job's walks
     struct unit unit;
+    uint64_t at, end;    // tokens that are left
+    struct partial part; // where `out` is with one split
     float q[KVD_CPU_ROWS][KVD_MAX_HEAD_DIM];
     float
         q_codes[KVD_CPU_ROWS * 2 * KVD_MAX_HEAD_DIM]; // rotated and prepared, row stride 2 * dim_k
@@ -71,7 +82,7 @@ static uint64_t total_tokens(const struct kvd_attend_item *item)
     return item->length + item->new_tokens;
 }
 
-static void bf16_run(const struct walk *w, uint64_t page, uint32_t row, struct run *run)
+static void bf16_run(const struct kvd_cpu_walk *w, uint64_t page, uint32_t row, struct run *run)
 {
     const struct kvd_geometry *g = w->job->p->geometry;
     const uint8_t *tile =
@@ -85,7 +96,7 @@ static void bf16_run(const struct walk *w, uint64_t page, uint32_t row, struct r
 }
 
 // The run that starts at position t, cut at `end`.
-static struct run run_at(const struct walk *w, uint64_t t, uint64_t end)
+static struct run run_at(const struct kvd_cpu_walk *w, uint64_t t, uint64_t end)
 {
     const struct kvd_geometry *g = w->job->p->geometry;
     const struct kvd_attend_item *item = w->unit.item;
@@ -122,7 +133,7 @@ static struct run run_at(const struct walk *w, uint64_t t, uint64_t end)
 }
 
 // Scale and centre of the tokens of a tile, for the levels of kvd_cpu_levels.
-static void read_params(const struct walk *w, const struct run *run, bool v,
+static void read_params(const struct kvd_cpu_walk *w, const struct run *run, bool v,
                         struct kvd_affine param[KVD_PAGE_TOKENS])
 {
     const struct kvd_geometry *g = w->job->p->geometry;
@@ -134,7 +145,7 @@ static void read_params(const struct walk *w, const struct run *run, bool v,
         param[t].min += centre * param[t].scale;
 }
 
-static void score_tile(struct walk *w, const struct run *run)
+static void score_tile(struct kvd_cpu_walk *w, const struct run *run)
 {
     const struct kvd_geometry *g = w->job->p->geometry;
     struct kvd_affine param[KVD_PAGE_TOKENS];
@@ -149,7 +160,7 @@ static void score_tile(struct walk *w, const struct run *run)
 
 // Turns scores into logits of visible tokens, -inf elsewhere. Returns whether any token is visible
 // to any row.
-static bool mask_run(struct walk *w, const struct run *run)
+static bool mask_run(struct kvd_cpu_walk *w, const struct run *run)
 {
     const struct kvd_attend_params *p = w->job->p;
     const struct kvd_attend_item *item = w->unit.item;
@@ -188,7 +199,7 @@ static void scale_sums(double *x, uint32_t n, double f)
 }
 
 // Raises the running maximum to that of the new logits and turns these into probabilities.
-static void soften(struct walk *w, uint32_t r)
+static void soften(struct kvd_cpu_walk *w, uint32_t r)
 {
     const struct kvd_geometry *g = w->job->p->geometry;
     const struct kvd_cpu_isa *isa = w->job->cpu->isa;
@@ -215,7 +226,7 @@ static void soften(struct walk *w, uint32_t r)
     out->l[r] += isa->exp_sum(s, top);
 }
 
-static void add_tile(struct walk *w, const struct run *run)
+static void add_tile(struct kvd_cpu_walk *w, const struct run *run)
 {
     const struct kvd_geometry *g = w->job->p->geometry;
     struct kvd_affine param[KVD_PAGE_TOKENS];
@@ -236,7 +247,7 @@ static void add_tile(struct walk *w, const struct run *run)
 }
 
 // Adds the last runs' sums to the partial.
-static void flush_sums(struct walk *w)
+static void flush_sums(struct kvd_cpu_walk *w)
 {
     uint32_t dim = w->job->p->geometry->head_dim_v;
     for (uint32_t r = 0; r < w->unit.rows; r++) {
@@ -257,7 +268,7 @@ static void flush_sums(struct walk *w)
     w->runs = 0;
 }
 
-static void walk_run(struct walk *w, const struct run *run)
+static void walk_run(struct kvd_cpu_walk *w, const struct run *run)
 {
     const struct kvd_geometry *g = w->job->p->geometry;
     const struct kvd_cpu_isa *isa = w->job->cpu->isa;
@@ -278,7 +289,7 @@ static void walk_run(struct walk *w, const struct run *run)
         flush_sums(w);
 }
 
-static void load_queries(struct walk *w)
+static void load_queries(struct kvd_cpu_walk *w)
 {
     const struct kvd_attend_params *p = w->job->p;
     const struct kvd_geometry *g = p->geometry;
@@ -326,33 +337,50 @@ static void split_range(const struct attend_job *job, const struct unit *u, uint
     *end = split + 1 == job->splits ? hi : KVD_MIN(base + to, hi);
 }
 
-static void walk_split(const struct attend_job *job, const struct unit *u, uint32_t split,
-                       struct partial *out)
+// What a walk refers to outside of itself, which differs from slice to slice.
+static void attach(struct kvd_cpu_walk *w, const struct attend_job *job)
 {
-    struct walk w;
+    w->job = job;
+    w->out = job->partials ? &job->partials[w->index] : &w->part;
+}
+
+static struct unit unit_at(const struct attend_job *job, uint64_t i);
+
+static void begin_walk(struct kvd_cpu_walk *w, const struct attend_job *job, uint64_t index)
+{
     const struct kvd_geometry *g = job->p->geometry;
-    w.job = job;
-    w.unit = *u;
-    w.out = out;
-    w.compressed = false;
-    w.runs = 0;
-    memset(w.acc, 0, u->rows * 8 * g->head_dim_v * sizeof(float));
-    memset(w.o, 0, u->rows * g->head_dim_v * sizeof(float));
+    w->index = index;
+    w->unit = unit_at(job, index / job->splits);
+    w->compressed = false;
+    w->runs = 0;
+    attach(w, job);
+    memset(w->acc, 0, w->unit.rows * 8 * g->head_dim_v * sizeof(float));
+    memset(w->o, 0, w->unit.rows * g->head_dim_v * sizeof(float));
     for (uint32_t r = 0; r < KVD_CPU_ROWS; r++) {
-        out->m[r] = -INFINITY;
-        out->l[r] = w.centre_sum[r] = 0;
-        memset(out->o[r], 0, g->head_dim_v * sizeof(double));
-        memset(out->o_rotated[r], 0, g->head_dim_v * sizeof(double));
+        w->out->m[r] = -INFINITY;
+        w->out->l[r] = w->centre_sum[r] = 0;
+        memset(w->out->o[r], 0, g->head_dim_v * sizeof(double));
+        memset(w->out->o_rotated[r], 0, g->head_dim_v * sizeof(double));
     }
-    load_queries(&w);
-    uint64_t t, end;
-    split_range(job, u, split, &t, &end);
-    while (t < end) {
-        struct run run = run_at(&w, t, end);
-        walk_run(&w, &run);
-        t += run.n;
+    load_queries(w);
+    split_range(job, &w->unit, (uint32_t)(index % job->splits), &w->at, &w->end);
+    w->active = true;
+}
+
+// False: the slice was over first.
+static bool walk_on(struct kvd_cpu_walk *w)
+{
+    const struct kvd_slice *slice = w->job->p->slice;
+    while (w->at < w->end) {
+        struct run run = run_at(w, w->at, w->end);
+        walk_run(w, &run);
+        w->at += run.n;
+        if (w->at < w->end && kvd_slice_over(slice))
+            return false;
     }
-    flush_sums(&w);
+    flush_sums(w);
+    w->active = false;
+    return true;
 }
 
 static void merge(struct partial *to, const struct partial *from, uint32_t rows, uint32_t dim)
@@ -419,17 +447,25 @@ static struct unit unit_at(const struct attend_job *job, uint64_t i)
     return u;
 }
 
-static void attend_one(void *ctx, uint64_t i)
+// The part of one thread in a slice: its walk that was kept, and new ones.
+static void take_turn(void *ctx, uint64_t turn)
 {
-    const struct attend_job *job = ctx;
-    struct unit u = unit_at(job, i / job->splits);
-    if (job->splits > 1) {
-        walk_split(job, &u, (uint32_t)(i % job->splits), &job->partials[i]);
-        return;
+    struct attend_job *job = ctx;
+    struct kvd_cpu_walk *w = &job->turns[turn];
+    for (;;) {
+        if (!w->active) {
+            uint64_t index = atomic_fetch_add_explicit(&job->next, 1, memory_order_relaxed);
+            if (index >= job->walks)
+                return;
+            begin_walk(w, job, index);
+        }
+        if (!walk_on(w))
+            return;
+        if (job->splits == 1)
+            finish(job, &w->unit, w->out);
+        if (kvd_slice_over(job->p->slice))
+            return;
     }
-    struct partial part;
-    walk_split(job, &u, 0, &part);
-    finish(job, &u, &part);
 }
 
 static void finish_one(void *ctx, uint64_t i)
@@ -442,32 +478,121 @@ static void finish_one(void *ctx, uint64_t i)
     finish(job, &u, part);
 }
 
-int kvd_cpu_attend(struct kvd_backend *b, const struct kvd_attend_params *p, struct kvd_error *err)
+struct kvd_cpu_walk *kvd_cpu_walks_new(uint32_t n)
 {
-    struct kvd_cpu *cpu = (struct kvd_cpu *)b;
+    return calloc(n, sizeof(struct kvd_cpu_walk));
+}
+
+// What is kept between slices. In one piece of memory: partials, if there are any, and walks.
+struct kept {
+    uint64_t next;
+    bool walks_kept;
+    struct partial partials[];
+};
+
+static struct kvd_cpu_walk *kept_walks(const struct attend_job *job, struct kept *kept)
+{
+    return (void *)(kept->partials + (job->splits > 1 ? job->walks : 0));
+}
+
+static struct kept *kept_new(const struct attend_job *job)
+{
+    uint64_t walks = kvd_threads_count(job->cpu->threads) * sizeof(struct kvd_cpu_walk);
+    uint64_t partials = (job->splits > 1 ? job->walks : 0) * sizeof(struct partial);
+    struct kept *kept = malloc(sizeof(*kept) + partials + walks);
+    if (kept)
+        *kept = (struct kept){0};
+    return kept;
+}
+
+// Takes up the walks that the last slice left.
+static void resume(struct attend_job *job, struct kept *kept)
+{
+    bool walks = kept && kept->walks_kept;
+    job->turns = walks ? kept_walks(job, kept) : job->cpu->walks;
+    atomic_init(&job->next, kept ? kept->next : 0);
+    for (uint32_t i = 0; i < kvd_threads_count(job->cpu->threads); i++) {
+        job->turns[i].active &= walks;
+        if (job->turns[i].active)
+            attach(&job->turns[i], job);
+    }
+}
+
+static bool unfinished(const struct attend_job *job)
+{
+    bool any = atomic_load(&job->next) < job->walks;
+    for (uint32_t i = 0; i < kvd_threads_count(job->cpu->threads); i++)
+        any |= job->turns[i].active;
+    return any;
+}
+
+// Keeps what is not done for the next slice. False: all is done, or there is no memory to keep it.
+static bool keep(struct attend_job *job, struct kvd_slice *slice)
+{
+    uint32_t n = kvd_threads_count(job->cpu->threads);
+    if (!unfinished(job))
+        return false;
+    struct kept *kept = slice->state ? slice->state : kept_new(job);
+    if (!kept)
+        return false;
+    if (!kept->walks_kept)
+        memcpy(kept_walks(job, kept), job->turns, n * sizeof(struct kvd_cpu_walk));
+    kept->walks_kept = true;
+    kept->next = KVD_MIN(atomic_load(&job->next), job->walks);
+    slice->state = kept;
+    return true;
+}
+
+// Units of each item, added up, and how many splits they want.
+static uint64_t *plan(const struct kvd_attend_params *p, struct attend_job *job)
+{
     const struct kvd_geometry *g = p->geometry;
-    uint64_t *first KVD_FREE = calloc(p->n_items + 1, sizeof(*first));
+    uint64_t *first = calloc(p->n_items + 1, sizeof(*first)), longest = 0;
     if (!first)
-        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    uint64_t longest = 0;
+        return NULL;
     for (uint32_t i = 0; i < p->n_items; i++) {
         uint64_t rows = (uint64_t)p->items[i].q_len * (g->q_heads / g->kv_heads);
         first[i + 1] = first[i] + kvd_div_up(rows, KVD_CPU_ROWS) * g->kv_heads * p->layer_count;
         longest = KVD_MAX(longest, total_tokens(&p->items[i]));
     }
-    struct attend_job job = {.cpu = cpu, .p = p, .first_unit = first, .splits = 1};
-    uint64_t units = first[p->n_items], want = 4 * (uint64_t)kvd_threads_count(cpu->threads);
-    if (units < want && kvd_threads_count(cpu->threads) > 1)
-        job.splits = (uint32_t)KVD_MIN(kvd_div_up(want, units), longest / 512 + 1);
-    struct partial *partials KVD_FREE = NULL;
+    uint64_t units = first[p->n_items];
+    uint64_t want = 4 * (uint64_t)kvd_threads_count(job->cpu->threads);
+    if (units < want && kvd_threads_count(job->cpu->threads) > 1)
+        job->splits = (uint32_t)KVD_MIN(kvd_div_up(want, units), longest / 512 + 1);
+    job->walks = units * job->splits;
+    job->first_unit = first;
+    return first;
+}
+
+int kvd_cpu_attend(struct kvd_backend *b, const struct kvd_attend_params *p, struct kvd_error *err)
+{
+    struct attend_job job = {.cpu = (struct kvd_cpu *)b, .p = p, .splits = 1};
+    struct kvd_slice *slice = p->slice;
+    uint64_t *first KVD_FREE = plan(p, &job);
+    if (!first)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    struct kept *kept = slice ? slice->state : NULL;
     if (job.splits > 1) {
-        partials = malloc(units * job.splits * sizeof(*partials));
-        if (!partials)
+        if (!kept && !(kept = kept_new(&job)))
             return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-        job.partials = partials;
+        job.partials = kept->partials;
+        if (slice)
+            slice->state = kept;
     }
-    kvd_threads_run(cpu->threads, units * job.splits, attend_one, &job);
+    resume(&job, kept);
+    kvd_threads_run(job.cpu->threads, kvd_threads_count(job.cpu->threads), take_turn, &job);
+    if (slice && (slice->more = keep(&job, slice)))
+        return KVD_OK;
+    if (slice && unfinished(&job)) { // and there was no memory to keep it
+        struct kvd_attend_params whole = *p;
+        whole.slice = NULL;
+        job.p = &whole;
+        kvd_threads_run(job.cpu->threads, kvd_threads_count(job.cpu->threads), take_turn, &job);
+        job.p = p;
+    }
     if (job.splits > 1)
-        kvd_threads_run(cpu->threads, units, finish_one, &job);
+        kvd_threads_run(job.cpu->threads, first[p->n_items], finish_one, &job);
+    if (!slice)
+        free(kept);
     return KVD_OK;
 }

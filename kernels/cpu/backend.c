@@ -138,7 +138,8 @@ int kvd_cpu_rotate(struct kvd_backend *b, const struct kvd_rotate_params *p, str
 {
     (void)err;
     struct rotate_job job = {cpu_of(b), p};
-    kvd_threads_run(job.cpu->threads, (uint64_t)p->layer_count * p->rows, rotate_one, &job);
+    kvd_threads_run_slice(job.cpu->threads, p->slice, (uint64_t)p->layer_count * p->rows,
+                          rotate_one, &job);
     return KVD_OK;
 }
 
@@ -206,7 +207,8 @@ int kvd_cpu_read(struct kvd_backend *b, const struct kvd_read_params *p, struct 
 {
     (void)err;
     struct read_job job = {cpu_of(b), p};
-    kvd_threads_run(job.cpu->threads, (uint64_t)p->layer_count * p->tokens, read_one, &job);
+    kvd_threads_run_slice(job.cpu->threads, p->slice, (uint64_t)p->layer_count * p->tokens,
+                          read_one, &job);
     return KVD_OK;
 }
 
@@ -223,6 +225,7 @@ static void cpu_free(struct kvd_backend *b)
 {
     struct kvd_cpu *cpu = cpu_of(b);
     kvd_threads_free(&cpu->threads);
+    free(cpu->walks);
     free(cpu);
 }
 
@@ -304,7 +307,10 @@ struct kvd_backend *kvd_cpu_backend_new(uint32_t threads, const char *isa, struc
         threads = sched_getaffinity(0, sizeof(set), &set) == 0 ? (uint32_t)CPU_COUNT(&set) : 1;
     }
     struct kvd_cpu *cpu = calloc(1, sizeof(*cpu));
-    if (!cpu || !(cpu->threads = kvd_threads_new(threads))) {
+    if (!cpu || !(cpu->walks = kvd_cpu_walks_new(threads)) ||
+        !(cpu->threads = kvd_threads_new(threads))) {
+        if (cpu)
+            free(cpu->walks);
         free(cpu);
         kvd_fail(err, KVD_E_INTERNAL, "cannot start %u threads", threads);
         return NULL;

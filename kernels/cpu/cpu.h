@@ -64,6 +64,10 @@ uint32_t kvd_threads_count(const struct kvd_threads *t);
 // Runs fn(ctx, i) for i in 0..n-1 on all threads and returns when all are done.
 void kvd_threads_run(struct kvd_threads *t, uint64_t n, void (*fn)(void *ctx, uint64_t i),
                      void *ctx);
+// The same for 0..n-1 from slice->at on, until the slice is over; all before slice->at is done
+// then. Runs one at least. NULL: all.
+void kvd_threads_run_slice(struct kvd_threads *t, struct kvd_slice *slice, uint64_t n,
+                           void (*fn)(void *ctx, uint64_t i), void *ctx);
 
 struct kvd_rotation {
     uint32_t n_layers, heads, dim_k, dim_v;
@@ -76,8 +80,12 @@ struct kvd_cpu {
     struct kvd_backend base;
     const struct kvd_cpu_isa *isa;
     struct kvd_threads *threads;
+    struct kvd_cpu_walk *walks; // attend.c: of the attention that runs, one a thread
     char device[96];
 };
+
+// Memory for n walks, to be freed with free(). NULL when out of memory.
+struct kvd_cpu_walk *kvd_cpu_walks_new(uint32_t n);
 
 int kvd_cpu_check(struct kvd_backend *b, const struct kvd_append_params *p,
                   struct kvd_nonfinite *where);

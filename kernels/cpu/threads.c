@@ -16,6 +16,7 @@ struct kvd_threads {
     void (*fn)(void *ctx, uint64_t i);
     void *ctx;
     uint64_t n;
+    const struct kvd_slice *slice; // NULL: all of it
     _Atomic uint64_t next;
 };
 
@@ -26,6 +27,8 @@ static void take_turns(struct kvd_threads *t)
         if (i >= t->n)
             return;
         t->fn(t->ctx, i);
+        if (kvd_slice_over(t->slice))
+            return;
     }
 }
 
@@ -95,19 +98,21 @@ uint32_t kvd_threads_count(const struct kvd_threads *t)
     return t->n_workers + 1;
 }
 
-void kvd_threads_run(struct kvd_threads *t, uint64_t n, void (*fn)(void *ctx, uint64_t i),
-                     void *ctx)
+// Runs from index `from` on; returns where it stopped. All before that is done.
+static uint64_t run_from(struct kvd_threads *t, uint64_t from, uint64_t n,
+                         const struct kvd_slice *slice, void (*fn)(void *ctx, uint64_t i),
+                         void *ctx)
 {
-    if (n <= 1 || t->n_workers == 0) {
-        for (uint64_t i = 0; i < n; i++)
-            fn(ctx, i);
-        return;
-    }
-    pthread_mutex_lock(&t->lock);
     t->fn = fn;
     t->ctx = ctx;
     t->n = n;
-    atomic_store_explicit(&t->next, 0, memory_order_relaxed);
+    t->slice = slice;
+    atomic_store_explicit(&t->next, from, memory_order_relaxed);
+    if (n - from <= 1 || t->n_workers == 0) {
+        take_turns(t);
+        return KVD_MIN(atomic_load_explicit(&t->next, memory_order_relaxed), n);
+    }
+    pthread_mutex_lock(&t->lock);
     t->busy = t->n_workers;
     t->round++;
     pthread_cond_broadcast(&t->start);
@@ -117,4 +122,22 @@ void kvd_threads_run(struct kvd_threads *t, uint64_t n, void (*fn)(void *ctx, ui
     while (t->busy)
         pthread_cond_wait(&t->done, &t->lock);
     pthread_mutex_unlock(&t->lock);
+    return KVD_MIN(atomic_load_explicit(&t->next, memory_order_relaxed), n);
+}
+
+void kvd_threads_run(struct kvd_threads *t, uint64_t n, void (*fn)(void *ctx, uint64_t i),
+                     void *ctx)
+{
+    run_from(t, 0, n, NULL, fn, ctx);
+}
+
+void kvd_threads_run_slice(struct kvd_threads *t, struct kvd_slice *slice, uint64_t n,
+                           void (*fn)(void *ctx, uint64_t i), void *ctx)
+{
+    if (!slice) {
+        run_from(t, 0, n, NULL, fn, ctx);
+        return;
+    }
+    slice->at = slice->at < n ? run_from(t, slice->at, n, slice, fn, ctx) : n;
+    slice->more = slice->at < n;
 }
