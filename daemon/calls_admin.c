@@ -150,7 +150,7 @@ void kvd_on_list_sequences(struct kvd_call *call, const void *request)
 {
     const Kvd__V1__ListSequencesRequest *req = request;
     struct sequence_list l = {.d = call->d, .ns = req->namespace_name};
-    l.limit = req->limit ? KVD_MIN(req->limit, 100000u) : 1000;
+    l.limit = req->limit ? KVD_MIN(req->limit, 10000u) : 1000;
     Kvd__V1__AdminSequence *infos KVD_FREE = calloc(l.limit, sizeof(*infos));
     Kvd__V1__AdminSequence **list KVD_FREE = calloc(l.limit, sizeof(*list));
     Kvd__V1__ListSequencesReply r = KVD__V1__LIST_SEQUENCES_REPLY__INIT;

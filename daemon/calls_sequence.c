@@ -258,10 +258,14 @@ void kvd_on_describe_sequences(struct kvd_call *call, const void *request)
         kvd_call_fail_error(call, &err);
         return;
     }
-    size_t n = req->n_sequences ? req->n_sequences : HASH_COUNT(s->held), i = 0;
+    size_t all = HASH_COUNT(s->held), i = 0;
+    size_t left = all - KVD_MIN((size_t)req->skip, all);
+    size_t n = req->n_sequences ? req->n_sequences : KVD_MIN(left, (size_t)KVD_MAX_CALL_SEQUENCES);
     Kvd__V1__SequenceInfo *infos KVD_FREE = calloc(n + 1, sizeof(*infos));
     Kvd__V1__SequenceInfo **list KVD_FREE = calloc(n + 1, sizeof(*list));
     struct kvd_held *h = s->held;
+    for (size_t at = 0; at < req->skip && h && !req->n_sequences; at++)
+        h = h->hh.next;
     for (size_t at = 0; infos && list && at < n; at++) {
         struct kvd_pool_seq_info info;
         uint64_t seq = req->n_sequences ? req->sequences[at] : h->seq;
@@ -275,5 +279,6 @@ void kvd_on_describe_sequences(struct kvd_call *call, const void *request)
     Kvd__V1__DescribeSequencesReply r = KVD__V1__DESCRIBE_SEQUENCES_REPLY__INIT;
     r.n_sequences = i;
     r.sequences = list;
+    r.more = !req->n_sequences && left > n;
     kvd_call_reply(call, &r);
 }

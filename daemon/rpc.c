@@ -355,6 +355,8 @@ static void dispatch(struct kvd_call *c)
                       "%s is for operators: root, the daemon's user, admin-uid or admin-cn in "
                       "kvd's configuration",
                       m->path);
+    else if (kvd_request_check(c->request, &err))
+        kvd_call_fail_error(c, &err);
     else
         m->handle(c, c->request);
 }

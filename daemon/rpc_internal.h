@@ -37,6 +37,8 @@ void kvd_tag_arm(struct kvd_tag *tag, void (*fire)(struct kvd_tag *tag, bool ok)
 // frees it.
 ProtobufCMessage *kvd_message_unpack(const ProtobufCMessageDescriptor *type,
                                      grpc_byte_buffer *payload, struct kvd_error *err);
+// Looks whether repeated fields have too many items. KVD_E_INVALID says which. limits.c
+int kvd_request_check(const ProtobufCMessage *m, struct kvd_error *err);
 grpc_byte_buffer *kvd_message_pack(const ProtobufCMessage *m);
 // A buffer of one slice, whose reference is taken.
 grpc_byte_buffer *kvd_message_wrap(grpc_slice slice);

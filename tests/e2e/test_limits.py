@@ -441,3 +441,26 @@ def answers(address, credentials):
         return Rpc(address, credentials=credentials).admin("Ping") is not None
     except grpc.RpcError:
         return False
+
+
+def test_repeated_fields_are_bounded(kvd, rpc):
+    s = rpc.kv("OpenSession", geometry=geometry()).session
+    ids = rpc.kv("CreateSequences", session=s, request_id=1, count=4096).sequences
+    x = kv.TensorRef(inline_data=bytes(300))
+    for method, fields, most in (
+            ("DescribeSequences", dict(sequences=[ids[0]] * 4097), 4096), ("FreeSequences", dict(sequences=[ids[0]] * 4097), 4096),
+            ("Append", dict(items=[kv.AppendItem(sequence=ids[0], position=1 << 40, tokens=1 << 20, k=x)] * 1025), 1024), ("Attend", dict(items=[kv.AttendItem(sequence=ids[0], q=x)] * 1025), 1024),
+            ("Step", dict(items=[kv.StepItem(sequence=ids[0], position=1 << 40, tokens=1 << 20, k=x)] * 1025), 1024), ("MapSequences", dict(items=[kv.MapItem(sequence=ids[0])] * 1025), 1024)):
+        with pytest.raises(grpc.RpcError) as e:
+            rpc.kv(method, session=s, **fields)
+        assert e.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert f"has {most + 1} items; at most {most} are possible" in e.value.details()
+    with pytest.raises(grpc.RpcError) as e:
+        rpc.kv("OpenSession", geometry=geometry(layers=range(513)))
+    assert "layers has 513 items" in e.value.details()
+    rpc.kv("CreateSequences", session=s, request_id=2, count=10)
+    first = rpc.kv("DescribeSequences", session=s)
+    rest = rpc.kv("DescribeSequences", session=s, skip=4096)
+    assert first.more and not rest.more and len(first.sequences) == 4096 and len(rest.sequences) == 10
+    assert len({i.sequence for r in (first, rest) for i in r.sequences}) == 4106
+    assert not rpc.kv("DescribeSequences", session=s, skip=2**32 - 1).sequences
