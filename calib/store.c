@@ -147,6 +147,7 @@ static int mirror(const struct kvd_store_config *c, const char *name, enum kind 
                              .max_bytes = max,
                              .timeout_ms = c->timeout_ms ? c->timeout_ms : 60000,
                              .retries = c->retries,
+                             .given_up = c->given_up,
                              .progress = progress,
                              .progress_ctx = ctx};
     int rc = kvd_transfer_run(&t, err);

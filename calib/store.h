@@ -21,12 +21,15 @@
 struct kvd_store_config {
     const char
         *url; // "file:///path", "/path", "http://..." or "https://..."; NULL or "": only the cache
-    const char *cache; // directory, made if need be
-    uint32_t
-        timeout_ms; // for one transfer; 0: 60,000. A server silent for 10 s is given up earlier.
+    const char *cache;   // directory, made if need be
+    uint32_t timeout_ms; // for one transfer; 0: 60,000. A server that sends less than 1 KiB/s for
+                         // 10 s is given up earlier.
     const char
         *public_key; // PEM, Ed25519: only sets signed by its private key are taken; NULL or "": any
     uint32_t retries; // after the first try, with growing pauses; counts network failures and 5xx
+    // Set by any thread when nobody wants it any more: transfers fail with KVD_E_UNAVAILABLE within
+    // about a second. NULL: never.
+    const _Atomic bool *given_up;
 };
 
 struct kvd_store_entry {

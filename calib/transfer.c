@@ -6,13 +6,22 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-enum { MAX_REDIRECTS = 5, SILENCE_S = 10 };
+enum {
+    MAX_REDIRECTS = 5,
+    SLOW_S = 10,
+    SLOW_BYTES = 1024
+}; // given up after so long at less a second
 
 static atomic_bool aborted;
 
 void kvd_store_abort(void)
 {
     atomic_store(&aborted, true);
+}
+
+static bool unwanted(const struct kvd_transfer *t)
+{
+    return atomic_load(&aborted) || (t->given_up && atomic_load(t->given_up));
 }
 
 struct sink {
@@ -54,7 +63,7 @@ static int on_progress(void *ctx, curl_off_t total, curl_off_t have, curl_off_t 
     (void)up;
     if (s->t->progress)
         s->t->progress(s->t->progress_ctx, (uint64_t)have, (uint64_t)total);
-    return atomic_load(&aborted); // curl asks at least once a second
+    return unwanted(s->t); // curl asks at least once a second
 }
 
 static void set_options(CURL *curl, struct kvd_transfer *t, struct sink *s, const char *url)
@@ -69,8 +78,8 @@ static void set_options(CURL *curl, struct kvd_transfer *t, struct sink *s, cons
     curl_easy_setopt(curl, CURLOPT_NOSIGNAL, 1L);
     curl_easy_setopt(curl, CURLOPT_TIMEOUT_MS, (long)t->timeout_ms);
     curl_easy_setopt(curl, CURLOPT_CONNECTTIMEOUT_MS, (long)KVD_MIN(t->timeout_ms, 10000u));
-    curl_easy_setopt(curl, CURLOPT_LOW_SPEED_LIMIT, 1L);
-    curl_easy_setopt(curl, CURLOPT_LOW_SPEED_TIME, (long)SILENCE_S);
+    curl_easy_setopt(curl, CURLOPT_LOW_SPEED_LIMIT, (long)SLOW_BYTES);
+    curl_easy_setopt(curl, CURLOPT_LOW_SPEED_TIME, (long)SLOW_S);
     curl_easy_setopt(curl, CURLOPT_MAXFILESIZE_LARGE, (curl_off_t)t->max_bytes);
     curl_easy_setopt(curl, CURLOPT_USERAGENT, "kvd/" KVD_VERSION);
     curl_easy_setopt(curl, CURLOPT_WRITEFUNCTION, on_data);
@@ -87,7 +96,8 @@ static int explain(const struct kvd_transfer *t, const struct sink *s, CURLcode 
         return kvd_fail(err, -s->write_errno, "cannot write to the cache while fetching %s: %s",
                         t->url, strerror(s->write_errno));
     if (code == CURLE_ABORTED_BY_CALLBACK)
-        return kvd_fail(err, KVD_E_UNAVAILABLE, "%s: given up, as the process stops", t->url);
+        return kvd_fail(err, KVD_E_UNAVAILABLE,
+                        "%s: given up, as the process stops or nobody waits for it", t->url);
     if (s->too_large || code == CURLE_FILESIZE_EXCEEDED)
         return kvd_fail(err, KVD_E_LIMIT, "%s is larger than %llu bytes", t->url,
                         (unsigned long long)t->max_bytes);
@@ -159,7 +169,7 @@ int kvd_transfer_run(struct kvd_transfer *t, struct kvd_error *err)
     for (uint32_t i = 0; i <= t->retries; i++) {
         bool again;
         rc = attempt(t, curl, url, &again, err);
-        if (!again || atomic_load(&aborted))
+        if (!again || unwanted(t))
             break;
         if (i < t->retries)
             usleep(200000u << KVD_MIN(i, 4u));

@@ -10,6 +10,7 @@ struct kvd_transfer {
     int fd;          // an empty file, written from offset 0
     uint64_t max_bytes;
     uint32_t timeout_ms, retries;
+    const _Atomic bool *given_up; // NULL: never
     kvd_store_progress *progress;
     void *progress_ctx;
     char digest[KVD_DIGEST_TEXT]; // set on success

@@ -213,7 +213,7 @@ void kvd_on_open_session(struct kvd_call *call, const void *request)
         free(o);
         return;
     }
-    kvd_rotations_get(call->d, &o->g, on_rotation, o);
+    kvd_rotations_get(call, &o->g, on_rotation, o);
 }
 
 void kvd_on_close_session(struct kvd_call *call, const void *request)

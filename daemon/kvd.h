@@ -34,6 +34,7 @@ struct kvd_daemon;
 struct kvd_call;
 struct kvd_rpc;
 struct kvd_exec;   // exec.h
+struct kvd_fetch;  // rotations.c
 struct kvd_queue;  // queue.h
 struct kvd_fences; // fences.c
 struct kvd_fdsock;
@@ -131,7 +132,8 @@ struct kvd_daemon {
     struct kvd_exec *exec;
     struct kvd_queue *queue;
     struct kvd_fences *fences;
-    struct kvd_work *works; // that are not done, linked by next_work
+    struct kvd_fetch *downloads; // those that run, and after them those that wait
+    struct kvd_work *works;      // that are not done, linked by next_work
     struct kvd_fdsock *fdsock;
     struct kvd_http *http;
     struct kvd_users *users;

@@ -1,9 +1,19 @@
 #include "daemon/rotations.h"
 
 #include <fcntl.h>
+#include <stdatomic.h>
 #include <sys/mman.h>
+#include <utlist.h>
 
-struct fetch {
+#include "daemon/rpc.h"
+
+enum { MAX_DOWNLOADS = 3 }; // at once: libuv's other threads are for what is near
+
+struct kvd_fetch {
+    struct kvd_call *call;
+    struct kvd_fetch *prev, *next; // among the downloads
+    bool download, running;
+    _Atomic bool given_up;
     uv_work_t work;
     struct kvd_daemon *d;
     struct kvd_geometry *g;
@@ -29,15 +39,69 @@ struct kvd_store_config kvd_rotations_store(const struct kvd_daemon *d)
 
 static void fetch_work(uv_work_t *work)
 {
-    struct fetch *f = work->data;
+    struct kvd_fetch *f = work->data;
     if (kvd_store_fetch(&f->store, f->ref, NULL, NULL, &f->set, &f->source, &f->err))
         f->set = NULL;
 }
 
+static void fetch_done(uv_work_t *work, int status);
+
+// Starts those downloads for which there is room. One user leaves the last place to others.
+static void start_downloads(struct kvd_daemon *d)
+{
+    struct kvd_fetch *f;
+    const struct kvd_user *users[MAX_DOWNLOADS];
+    uint32_t running = 0;
+    DL_FOREACH(d->downloads, f)
+    if (f->running)
+        users[running++] = f->call->user;
+    DL_FOREACH(d->downloads, f)
+    {
+        uint32_t own = 0;
+        if (running == MAX_DOWNLOADS)
+            return;
+        for (uint32_t i = 0; i < running; i++)
+            own += users[i] == f->call->user;
+        if (f->running || own == MAX_DOWNLOADS - 1)
+            continue;
+        f->running = true;
+        users[running++] = f->call->user;
+        uv_queue_work(&d->loop, &f->work, fetch_work, fetch_done);
+    }
+}
+
+// What is not in the cache is fetched, once there is room.
+static void download(struct kvd_fetch *f)
+{
+    f->download = true;
+    f->store.url = f->url;
+    f->err = (struct kvd_error){0};
+    DL_APPEND(f->d->downloads, f);
+    start_downloads(f->d);
+}
+
+static void on_given_up(struct kvd_call *call)
+{
+    struct kvd_fetch *f = call->work;
+    atomic_store(&f->given_up, true);
+    if (!f->download || f->running)
+        return;
+    kvd_fail(&f->err, KVD_E_UNAVAILABLE, "the caller has gone");
+    fetch_done(&f->work, 0);
+}
+
 static void fetch_done(uv_work_t *work, int status)
 {
-    struct fetch *f = work->data;
-    struct kvd_metrics *m = &f->d->metrics;
+    struct kvd_fetch *f = work->data;
+    struct kvd_daemon *d = f->d;
+    struct kvd_metrics *m = &d->metrics;
+    if (!f->download && !f->set && !f->given_up && f->url[0] && f->err.code != KVD_E_CORRUPT) {
+        download(f);
+        return;
+    }
+    f->call->on_cancelled = NULL;
+    if (f->download)
+        DL_DELETE(d->downloads, f);
     unsigned long long ms = (uv_hrtime() - f->began_ns) / 1000000;
     if (status < 0 && !f->set)
         kvd_fail(&f->err, KVD_E_UNAVAILABLE, "kvd is shutting down");
@@ -56,8 +120,9 @@ static void fetch_done(uv_work_t *work, int status)
         f->done(f->ctx, NULL, &f->err);
     }
     kvd_rotset_free(&f->set);
-    kvd_daemon_work_end(f->d);
     free(f);
+    start_downloads(d);
+    kvd_daemon_work_end(d);
 }
 
 static void get_builtin(struct kvd_geometry *g,
@@ -72,11 +137,12 @@ static void get_builtin(struct kvd_geometry *g,
     kvd_rotset_free(&set);
 }
 
-void kvd_rotations_get(struct kvd_daemon *d, struct kvd_geometry *g,
+void kvd_rotations_get(struct kvd_call *call, struct kvd_geometry *g,
                        void (*done)(void *ctx, struct kvd_rotset *set,
                                     const struct kvd_error *failure),
                        void *ctx)
 {
+    struct kvd_daemon *d = call->d;
     struct kvd_error err = {0};
     if (g->codec == KVD_CODEC_BF16) {
         done(ctx, NULL, NULL);
@@ -86,13 +152,14 @@ void kvd_rotations_get(struct kvd_daemon *d, struct kvd_geometry *g,
         get_builtin(g, done, ctx);
         return;
     }
-    struct fetch *f = calloc(1, sizeof(*f));
+    struct kvd_fetch *f = calloc(1, sizeof(*f));
     if (!f) {
         kvd_fail(&err, KVD_E_INTERNAL, "out of memory");
         done(ctx, NULL, &err);
         return;
     }
     f->d = d;
+    f->call = call;
     f->g = g;
     f->done = done;
     f->ctx = ctx;
@@ -100,12 +167,18 @@ void kvd_rotations_get(struct kvd_daemon *d, struct kvd_geometry *g,
     f->store = kvd_rotations_store(d);
     snprintf(f->url, sizeof(f->url), "%s", d->config.store);
     snprintf(f->cache, sizeof(f->cache), "%s", d->config.cache);
-    f->store.url = f->url;
+    f->store.url = ""; // only the cache
     f->store.cache = f->cache;
+    f->store.given_up = &f->given_up;
     snprintf(f->ref, sizeof(f->ref), "%s", g->rotation);
     f->work.data = f;
     kvd_daemon_work_begin(d);
-    uv_queue_work(&d->loop, &f->work, fetch_work, fetch_done);
+    call->work = f;
+    call->on_cancelled = on_given_up;
+    if (kvd_digest_valid(f->ref))
+        uv_queue_work(&d->loop, &f->work, fetch_work, fetch_done);
+    else
+        download(f); // what a tag means is asked anew each time
 }
 
 static bool write_all(int fd, const void *data, uint64_t bytes)

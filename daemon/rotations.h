@@ -7,8 +7,9 @@
 
 // Gets the set that g->rotation names and replaces the name by the set's digest (built-in names
 // stay). Calls back on the loop, perhaps at once: `set` is freed after the callback, and is NULL
-// for codecs that rotate nothing.
-void kvd_rotations_get(struct kvd_daemon *d, struct kvd_geometry *g,
+// for codecs that rotate nothing. Downloads are bounded in number and by user; what is built in or
+// cached under its digest does not wait for them. When the call is cancelled its download ends.
+void kvd_rotations_get(struct kvd_call *call, struct kvd_geometry *g,
                        void (*done)(void *ctx, struct kvd_rotset *set,
                                     const struct kvd_error *failure),
                        void *ctx);

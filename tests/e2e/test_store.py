@@ -12,7 +12,7 @@ import time
 import grpc
 import pytest
 
-from conftest import KVCTL, Rpc, free_port, geometry
+from conftest import KVCTL, Rpc, free_port, geometry, kv
 
 REF = "m/demo@v1"
 
@@ -407,3 +407,57 @@ def test_ids_of_another_instance_mean_nothing(start):
         kvd.stop()
         kvd.start()
     assert not ids[0] & ids[1]
+
+
+class Dripping(http.server.BaseHTTPRequestHandler):
+    """A byte now and then, for ever."""
+
+    def do_GET(self):
+        self.server.hits += 1
+        self.send_response(200)
+        self.end_headers()
+        try:
+            while True:
+                self.wfile.write(b" ")
+                time.sleep(0.2)
+        except OSError:
+            self.server.gone += 1
+
+    def log_message(self, *args):
+        pass
+
+
+def test_downloads_hold_up_nothing_that_is_near(start, store):
+    kvd = start("--store", f"file://{store[0]}")
+    open_with(kvd, store[1])
+    assert kvd.stop() == 0
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Dripping)
+    server.daemon_threads, server.hits, server.gone = True, 0, 0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    kvd = start("--store", f"http://127.0.0.1:{server.server_port}")
+    rpc = Rpc(kvd.address)
+    opens = rpc.channel.unary_unary("/kvd.v1.KvCache/OpenSession", request_serializer=lambda m: m.SerializeToString())
+    waiting = [opens.future(kv.OpenSessionRequest(geometry=geometry(rotation_set=f"m/drip@v{i}")), timeout=60)
+               for i in range(8)]
+    while server.hits < 2:
+        time.sleep(0.02)
+    began = time.time()
+    open_with(kvd, store[1])  # cached
+    open_with(kvd, "hadamard")
+    assert time.time() - began < 2
+    assert server.hits == 2  # of one user at once
+    for call in waiting[:4]:
+        call.cancel()  # nobody waits for those that run: they make room
+    end = time.time() + 8
+    while (server.gone < 2 or server.hits < 4) and time.time() < end:
+        time.sleep(0.05)
+    assert server.gone >= 2 and server.hits == 4
+    began = time.time()
+    assert kvd.stop() == 0
+    assert time.time() - began < 4
+    for call in waiting:
+        with pytest.raises((grpc.RpcError, grpc.FutureCancelledError)):
+            call.result()
+    rpc.channel.close()
+    server.shutdown()
+    server.server_close()
