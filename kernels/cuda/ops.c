@@ -5,7 +5,10 @@
 // packed, uploaded, run, downloaded and unpacked.
 #include "kernels/cuda/cuda.h"
 
-enum { SLICE_BYTES = 64 << 20 }; // of tensors staged at once, unless one layer is more
+enum {
+    SLICE_BYTES = 64 << 20, // of tensors staged at once, unless one layer is more
+    SLICE_NS = 2000000,     // of work at once, unless one layer is more
+};
 
 static struct kvd_cuda *cuda_of(struct kvd_backend *b)
 {
@@ -17,6 +20,25 @@ static uint32_t slice_layers(uint64_t bytes, uint32_t layers)
 {
     uint64_t n = bytes ? SLICE_BYTES / bytes : layers;
     return (uint32_t)KVD_MIN(KVD_MAX(n, (uint64_t)1), (uint64_t)layers);
+}
+
+// Layers to take at once when others may want their turn, at about `ns` a layer on an H100.
+static uint32_t fair_layers(const struct kvd_slice *slice, uint64_t ns, uint32_t layers)
+{
+    if (!slice)
+        return layers;
+    return (uint32_t)KVD_MIN(KVD_MAX(SLICE_NS / KVD_MAX(ns, (uint64_t)1), (uint64_t)1),
+                             (uint64_t)layers);
+}
+
+// Whether to stop here, and go on at `at` in the next slice. Everything before it is done.
+static bool pause_at(struct kvd_slice *slice, uint64_t at)
+{
+    if (!slice || at == slice->at || !slice->over(slice))
+        return false;
+    slice->at = at;
+    slice->more = true;
+    return true;
 }
 
 static uint32_t codec_pages(const struct kvd_geometry *g, uint64_t hist_end)
@@ -135,6 +157,16 @@ static int append_slice(struct kvd_cuda *c, const struct kvd_append_params *p, u
     return rc;
 }
 
+// What a layer of an append takes: tensors come over the bus, others are read where they are.
+static uint64_t append_ns(const struct kvd_append_params *p, uint64_t staged)
+{
+    const struct kvd_geometry *g = p->geometry;
+    uint64_t rows = 0;
+    for (uint32_t i = 0; i < p->n_items; i++)
+        rows += (uint64_t)new_tokens(&p->items[i]) * g->kv_heads;
+    return staged / 10 + rows * 2 * (g->head_dim_k + g->head_dim_v) / 200;
+}
+
 // Calls `run` on all slices of an append. Room for all of them is made first: an append that
 // begins does not fail for want of memory.
 static int each_slice(struct kvd_cuda *c, const struct kvd_append_params *p,
@@ -143,13 +175,16 @@ static int each_slice(struct kvd_cuda *c, const struct kvd_append_params *p,
                       void *ctx, struct kvd_error *err)
 {
     uint64_t tables, bytes = append_bytes(p, &tables);
-    uint32_t step = slice_layers(bytes, p->layer_count);
+    uint32_t step = fair_layers(p->slice, append_ns(p, bytes), slice_layers(bytes, p->layer_count));
     struct kvd_staged *staged KVD_FREE = calloc(2 * (size_t)p->n_items, sizeof(*staged));
     if (!staged)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     int rc = kvd_stage_begin(c, tables + step * bytes + 256 * 2 * (uint64_t)p->n_items, err);
-    for (uint32_t l = 0; l < p->layer_count && rc == KVD_OK; l += step) {
+    uint32_t first = p->slice ? (uint32_t)p->slice->at : 0;
+    for (uint32_t l = first; l < p->layer_count && rc == KVD_OK; l += step) {
         struct kvd_cuda_append_params slice;
+        if (pause_at(p->slice, l))
+            return KVD_OK;
         rc = append_slice(c, p, l, KVD_MIN(step, p->layer_count - l), staged, &slice, err);
         if (rc == KVD_OK)
             rc = run(c, &slice, l, ctx, err);
@@ -171,6 +206,8 @@ static int run_append(struct kvd_cuda *c, const struct kvd_cuda_append_params *p
 int kvd_cuda_op_append(struct kvd_backend *b, const struct kvd_append_params *p,
                        struct kvd_error *err)
 {
+    if (p->slice)
+        p->slice->overwriting = true; // a layer's window, and then the next one's
     return each_slice(cuda_of(b), p, run_append, NULL, err);
 }
 
@@ -472,26 +509,46 @@ static int attend_slice(struct kvd_cuda *c, const struct group *g, uint32_t laye
     return rc;
 }
 
+// What a layer of a group takes: reading its pages, or the arithmetic of many queries.
+static uint64_t attend_ns(const struct group *g)
+{
+    const struct kvd_geometry *geo = g->p->geometry;
+    uint64_t tokens = 0;
+    for (uint32_t i = 0; i < g->n; i++)
+        tokens += g->items[i].length + g->items[i].new_tokens;
+    uint64_t ns = tokens * geo->kv_heads / 40 + tokens * geo->q_heads * g->items->q_len / 500;
+    return ns * (geo->head_dim_k + geo->head_dim_v) / 256;
+}
+
 int kvd_cuda_op_attend(struct kvd_backend *b, const struct kvd_attend_params *p,
                        struct kvd_error *err)
 {
     struct kvd_cuda *c = cuda_of(b);
-    for (uint32_t first = 0; first < p->n_items;) {
+    uint64_t done = p->slice ? p->slice->at : 0, at = 0; // layers of groups, one after the other
+    for (uint32_t first = 0; first < p->n_items; at += p->layer_count) {
         struct group g = group_at(p, first);
+        first += g.n;
+        if (done >= at + p->layer_count)
+            continue;
+        if (pause_at(p->slice, KVD_MAX(at, done)))
+            return KVD_OK;
         uint64_t bytes = 0, tables = 0;
         for (uint32_t t = 0; t < T_COUNT; t++)
             bytes += g.direct[t] ? 0 : g.n * g.row[t];
         tables = (uint64_t)g.n * (g.codec_stride + g.bf16_stride + 1) * 8 + (4 + T_COUNT) * 256;
-        uint32_t step = slice_layers(bytes, p->layer_count);
+        uint32_t step = fair_layers(p->slice, attend_ns(&g), slice_layers(bytes, p->layer_count));
         struct kvd_cuda_attend_params params;
         int rc = kvd_stage_begin(c, tables + step * bytes, err);
         if (rc == KVD_OK)
             rc = plan_group(c, &g, &params, err);
-        for (uint32_t l = 0; l < p->layer_count && rc == KVD_OK; l += step)
+        for (uint32_t l = done > at ? (uint32_t)(done - at) : 0; l < p->layer_count && rc == KVD_OK;
+             l += step) {
+            if (pause_at(p->slice, at + l))
+                return KVD_OK;
             rc = attend_slice(c, &g, l, KVD_MIN(step, p->layer_count - l), params, err);
+        }
         if (rc)
             return rc;
-        first += g.n;
     }
     return KVD_OK;
 }
@@ -505,10 +562,13 @@ int kvd_cuda_op_read(struct kvd_backend *b, const struct kvd_read_params *p, str
     uint32_t codec = codec_pages(g, p->hist_end), bf16 = bf16_pages(g);
     uint64_t k = p->k.data ? tensor_bytes(&p->k, p->tokens, g->kv_heads, g->head_dim_k) : 0;
     uint64_t v = p->v.data ? tensor_bytes(&p->v, p->tokens, g->kv_heads, g->head_dim_v) : 0;
-    uint32_t step = slice_layers(k + v, p->layer_count);
+    uint32_t step = fair_layers(p->slice, (k + v) / 10, slice_layers(k + v, p->layer_count));
     int rc = kvd_stage_begin(c, (codec + bf16) * 8ull + step * (k + v) + 3 * 256, err);
-    for (uint32_t l = 0; l < p->layer_count && rc == KVD_OK; l += step) {
+    uint32_t first = p->slice ? (uint32_t)p->slice->at : 0;
+    for (uint32_t l = first; l < p->layer_count && rc == KVD_OK; l += step) {
         uint32_t layers = KVD_MIN(step, p->layer_count - l);
+        if (pause_at(p->slice, l))
+            return KVD_OK;
         c->stage.used = 0;
         uint64_t table = kvd_stage_take(c, (codec + bf16) * 8ull), out = c->stage.used;
         if (codec)
@@ -562,10 +622,13 @@ int kvd_cuda_op_rotate(struct kvd_backend *b, const struct kvd_rotate_params *p,
     uint32_t dim = p->v ? r->dim_v : r->dim_k;
     uint64_t x = tensor_bytes(&p->x, p->rows, p->heads, dim);
     uint64_t y = tensor_bytes(&p->y, p->rows, p->heads, dim);
-    uint32_t step = slice_layers(x + y, p->layer_count);
+    uint32_t step = fair_layers(p->slice, (x + y) / 10, slice_layers(x + y, p->layer_count));
     int rc = kvd_stage_begin(c, step * (x + y) + 2 * 256, err);
-    for (uint32_t l = 0; l < p->layer_count && rc == KVD_OK; l += step) {
+    uint32_t first = p->slice ? (uint32_t)p->slice->at : 0;
+    for (uint32_t l = first; l < p->layer_count && rc == KVD_OK; l += step) {
         uint32_t layers = KVD_MIN(step, p->layer_count - l);
+        if (pause_at(p->slice, l))
+            return KVD_OK;
         c->stage.used = 0;
         struct kvd_staged in = take(c, &p->x, l, layers, p->rows, p->heads, dim, false);
         struct kvd_staged out = take(c, &p->y, l, layers, p->rows, p->heads, dim, false);
