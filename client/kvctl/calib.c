@@ -366,8 +366,9 @@ static int calib_pin(struct kvctl *k, const char *ref, bool pinned)
     if (kvd_store_pin(&c, ref, pinned, digest, &err))
         return kvctl_fail(&err);
     if (k->json)
-        return kvctl_print(k, json_pack("{s:s, s:b}", "digest", digest, "pinned", (int)pinned));
-    printf("%s: %s\n", digest, pinned ? "pinned" : "no longer pinned");
+        return kvctl_print(k, json_pack("{s:s, s:b, s:o}", "digest", digest, "pinned", (int)pinned,
+                                        "cache", kvctl_text_json(c.cache)));
+    printf("%s: %s in the cache %s\n", digest, pinned ? "pinned" : "no longer pinned", c.cache);
     return EXIT_OK;
 }
 

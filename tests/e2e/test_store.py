@@ -284,7 +284,7 @@ def test_pins_and_removal(folder):
         return {f"sha256:{p.name[:64]}" for p in objects.iterdir()}
 
     old, pinned = publish("x", "0"), publish("y", "0-1")
-    assert calib("pin", "a/b@y") == {"digest": pinned, "pinned": True}
+    assert calib("pin", "a/b@y") == {"digest": pinned, "pinned": True, "cache": str(cache)}
     new, third = publish("x", "0-2"), publish("y", "0-3")
     assert names() == {old, pinned, new, third}
     assert calib("gc", "--dry-run") | {"freed": 0} == {"removed": 1, "freed": 0, "kept": 3, "dry": True}
@@ -303,7 +303,7 @@ def test_pins_and_removal(folder):
     assert not stale.exists() and fresh.exists()
     fresh.unlink()
     assert names() == {pinned, new, third}
-    assert calib("unpin", pinned) == {"digest": pinned, "pinned": False}
+    assert calib("unpin", pinned) == {"digest": pinned, "pinned": False, "cache": str(cache)}
     assert calib("gc")["removed"] == 1 and names() == {new, third}
     assert "no tag z" in calib("pin", "a/b@z", code=1)
 
