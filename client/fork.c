@@ -8,7 +8,8 @@
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static kvd_client *clients; // open ones; in a child, also those of the parent, for good
-static bool orphaned;       // this process was forked while some were open
+static bool used;           // some were ever open here, or where this process was forked from
+static bool orphaned;       // this process was forked from one that used gRPC
 
 static void before(void)
 {
@@ -26,8 +27,10 @@ static void in_child(void)
         int sock = KVD_TAKE_FD(c->sock);
         if (sock >= 0)
             close(sock);
-        c->forked = orphaned = true;
+        c->forked = true;
     }
+    // Of clients that are closed too: what gRPC keeps beyond its shutdown is not always at rest.
+    orphaned = used;
     pthread_mutex_unlock(&lock);
 }
 
@@ -42,13 +45,14 @@ int kvd_fork_watch(kvd_client *c, struct kvd_error *err)
     pthread_mutex_lock(&lock);
     bool refused = orphaned;
     if (!refused) {
+        used = true;
         c->next = clients;
         clients = c;
     }
     pthread_mutex_unlock(&lock);
     if (refused)
         return kvd_fail(err, KVD_E_PRECONDITION,
-                        "this process was forked from one that had kvd clients open, which gRPC "
+                        "this process was forked from one that has had kvd clients, which gRPC "
                         "does not survive: open clients after forking only, or start processes "
                         "that exec (in Python, multiprocessing's spawn)");
     return KVD_OK;

@@ -154,7 +154,11 @@ static int around_clients(const char *address, bool after)
     pid_t pid = fork();
     if (pid == 0) {
         alarm(20);
-        whole_worker(address);
+        kvd_options o = options_of(address);
+        if (after)
+            REFUSED(kvd_open(&o, &client, ERR));
+        else
+            whole_worker(address);
         exit(0);
     }
     int status;

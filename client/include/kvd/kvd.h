@@ -18,8 +18,8 @@
  *
  * A forked child cannot use its parent's clients: functions fail with KVD_ERR_PRECONDITION, and
  * those that close and free release the child's memory without a word to the daemon. kvd_open fails
- * too in a child of a process that had a client open, as gRPC does not survive a fork: open clients
- * after forking, or exec. All descriptors are close-on-exec.
+ * too in a child of a process that has ever had a client, as gRPC does not survive a fork: open
+ * clients after forking, or exec. All descriptors are close-on-exec.
  *
  * Structures that may grow begin with `size`: sizeof of the structure, as the program was compiled
  * (KVD_NEW sets it). What a library knows and an older program does not is taken as 0, and is not
