@@ -41,6 +41,8 @@ struct attend_job {
     struct kvd_cpu_walk *turns; // one a thread
 };
 
+enum { WALK_ALIGN = 64 }; // a vector of the widest kind lies in one line of the cache
+
 // What one unit needs while it walks over tokens.
 struct kvd_cpu_walk {
     bool active; // begun and not done
@@ -49,17 +51,18 @@ struct kvd_cpu_walk {
     struct unit unit;
     uint64_t at, end;    // tokens that are left
     struct partial part; // where `out` is with one split
-    float q[KVD_CPU_ROWS][KVD_MAX_HEAD_DIM];
-    float
-        q_codes[KVD_CPU_ROWS * 2 * KVD_MAX_HEAD_DIM]; // rotated and prepared, row stride 2 * dim_k
-    float q_sum[KVD_CPU_ROWS];                        // of the rotated query
+    _Alignas(WALK_ALIGN) float q[KVD_CPU_ROWS][KVD_MAX_HEAD_DIM];
+    _Alignas(
+        WALK_ALIGN) float q_codes[KVD_CPU_ROWS * 2 *
+                                  KVD_MAX_HEAD_DIM]; // rotated and prepared, row stride 2 * dim_k
+    float q_sum[KVD_CPU_ROWS];                       // of the rotated query
     // Sums of the last runs, that are not in `out` yet:
-    float acc[KVD_CPU_ROWS * 8 * KVD_MAX_HEAD_DIM]; // row stride 8 * dim_v
-    float o[KVD_CPU_ROWS * KVD_MAX_HEAD_DIM];       // row stride dim_v
+    _Alignas(WALK_ALIGN) float acc[KVD_CPU_ROWS * 8 * KVD_MAX_HEAD_DIM]; // row stride 8 * dim_v
+    _Alignas(WALK_ALIGN) float o[KVD_CPU_ROWS * KVD_MAX_HEAD_DIM];       // row stride dim_v
     uint32_t runs;
-    bool compressed;                         // any of them of history
-    double centre_sum[KVD_CPU_ROWS];         // sum of p * centre: the same for every channel
-    float s[KVD_CPU_ROWS * KVD_PAGE_TOKENS]; // logits, then probabilities
+    bool compressed;                 // any of them of history
+    double centre_sum[KVD_CPU_ROWS]; // sum of p * centre: the same for every channel
+    _Alignas(WALK_ALIGN) float s[KVD_CPU_ROWS * KVD_PAGE_TOKENS]; // logits, then probabilities
     struct partial *out;
 };
 
@@ -480,28 +483,34 @@ static void finish_one(void *ctx, uint64_t i)
 
 struct kvd_cpu_walk *kvd_cpu_walks_new(uint32_t n)
 {
-    return calloc(n, sizeof(struct kvd_cpu_walk));
+    struct kvd_cpu_walk *walks = aligned_alloc(WALK_ALIGN, n * sizeof(*walks));
+    for (uint32_t i = 0; walks && i < n; i++)
+        walks[i].active = false;
+    return walks;
 }
 
-// What is kept between slices. In one piece of memory: partials, if there are any, and walks.
+// What is kept between slices. In one piece of memory: walks, then partials, if there are any.
 struct kept {
     uint64_t next;
     bool walks_kept;
-    struct partial partials[];
+    struct kvd_cpu_walk walks[];
 };
 
-static struct kvd_cpu_walk *kept_walks(const struct attend_job *job, struct kept *kept)
+static struct partial *kept_partials(const struct attend_job *job, struct kept *kept)
 {
-    return (void *)(kept->partials + (job->splits > 1 ? job->walks : 0));
+    return (void *)(kept->walks + kvd_threads_count(job->cpu->threads));
 }
 
 static struct kept *kept_new(const struct attend_job *job)
 {
     uint64_t walks = kvd_threads_count(job->cpu->threads) * sizeof(struct kvd_cpu_walk);
     uint64_t partials = (job->splits > 1 ? job->walks : 0) * sizeof(struct partial);
-    struct kept *kept = malloc(sizeof(*kept) + partials + walks);
-    if (kept)
-        *kept = (struct kept){0};
+    uint64_t bytes = kvd_round_up(sizeof(struct kept) + walks + partials, WALK_ALIGN);
+    struct kept *kept = aligned_alloc(WALK_ALIGN, bytes);
+    if (kept) {
+        kept->next = 0;
+        kept->walks_kept = false;
+    }
     return kept;
 }
 
@@ -509,7 +518,7 @@ static struct kept *kept_new(const struct attend_job *job)
 static void resume(struct attend_job *job, struct kept *kept)
 {
     bool walks = kept && kept->walks_kept;
-    job->turns = walks ? kept_walks(job, kept) : job->cpu->walks;
+    job->turns = walks ? kept->walks : job->cpu->walks;
     atomic_init(&job->next, kept ? kept->next : 0);
     for (uint32_t i = 0; i < kvd_threads_count(job->cpu->threads); i++) {
         job->turns[i].active &= walks;
@@ -536,7 +545,7 @@ static bool keep(struct attend_job *job, struct kvd_slice *slice)
     if (!kept)
         return false;
     if (!kept->walks_kept)
-        memcpy(kept_walks(job, kept), job->turns, n * sizeof(struct kvd_cpu_walk));
+        memcpy(kept->walks, job->turns, n * sizeof(struct kvd_cpu_walk));
     kept->walks_kept = true;
     kept->next = KVD_MIN(atomic_load(&job->next), job->walks);
     slice->state = kept;
@@ -575,7 +584,7 @@ int kvd_cpu_attend(struct kvd_backend *b, const struct kvd_attend_params *p, str
     if (job.splits > 1) {
         if (!kept && !(kept = kept_new(&job)))
             return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-        job.partials = kept->partials;
+        job.partials = kept_partials(&job, kept);
         if (slice)
             slice->state = kept;
     }
