@@ -55,7 +55,7 @@ tar -C "$work/root" -xf "$work/root.tar"
 check "a worker's container" mmdebstrap --variant=minbase --skip=cleanup/tmp \
     --customize-hook="mkdir \"\$1/pkg\" && cp $debs/libkvd0_*.deb $debs/python3-kvd_*.deb \"\$1/pkg/\"" \
     --customize-hook='chroot "$1" sh -c "apt-get install -y --no-install-recommends /pkg/*.deb"' bookworm "$work/worker"
-cat >"$work/worker/root/worker.py" <<'PY'
+cat >"$work/worker/srv/worker.py" <<'PY'
 import numpy as np
 
 import kvd
@@ -83,7 +83,7 @@ contain "$work/root" --read-only --bind="$work/cache:/var/cache/kvd" --setenv=CA
 daemon=$!
 for _ in $(seq 100); do [ -S "$work/run/kvd.sock" ] && break; sleep 0.1; done
 check "the daemon listens in the shared folder" test -S "$work/run/kvd.sock.fd"
-check "a worker in another container" contain "$work/worker" python3 /root/worker.py
+check "a worker in another container" contain "$work/worker" python3 /srv/worker.py
 check "another worker attaches what it left" contain "$work/worker" python3 -c 'import kvd
 with kvd.Client(address="unix:/run/kvd/kvd.sock", layers=[0, 1], q_heads=4, kv_heads=2, head_dim=64) as client:
     assert client.attach("from-another-container").length == 700'

@@ -74,10 +74,10 @@ if ! mmdebstrap --variant=minbase --include=systemd,systemd-sysv,dbus,procps,gcc
     echo "0 passed, 1 failed, 0 skipped"
     exit 1
 fi
-mkdir -p "$root/new" "$root/work"
+mkdir -p "$root/new" "$root/srv"
 cp "$work"/new/*.deb "$root/new/"
-cp tests/e2e/worker.c tests/e2e/random.h "$root/work/"
-cat >"$root/work/worker.py" <<'PY'
+cp tests/e2e/worker.c tests/e2e/random.h "$root/srv/"
+cat >"$root/srv/worker.py" <<'PY'
 """A worker in Python: what it attends to is what NumPy says."""
 import sys
 
@@ -123,12 +123,12 @@ check "kvctl asks which of several" '! kvctl status 2>/tmp/e; grep -q /run/kvd/0
 check "kvctl status of each" 'kvctl --instance 0 status; kvctl --instance 1 status; kvctl --all status'
 check "each instance serves its metrics" 'for p in 9464 9465; do exec 3<>/dev/tcp/127.0.0.1/$p; printf "GET /metrics HTTP/1.0\r\n\r\n" >&3; grep -q kvd_pool_bytes <&3; exec 3>&-; done'
 check "the man pages are there" 'for p in kvd.8 kvd.conf.5 kvctl.1; do ls /usr/share/man/man*/$p.gz; done'
-check "a worker in C from libkvd-dev" 'cd /work; gcc -O2 worker.c -o worker $(pkg-config --cflags --libs kvd) -lm; ./worker unix:/run/kvd/0/kvd.sock'
+check "a worker in C from libkvd-dev" 'cd /srv; gcc -O2 worker.c -o worker $(pkg-config --cflags --libs kvd) -lm; ./worker unix:/run/kvd/0/kvd.sock'
 check "pkg-config names no place of the build" '! pkg-config --cflags --libs --static kvd | grep -E "/tmp|build"'
-check "a worker in Python from python3-kvd" 'python3 /work/worker.py unix:/run/kvd/1/kvd.sock'
+check "a worker in Python from python3-kvd" 'python3 /srv/worker.py unix:/run/kvd/1/kvd.sock'
 check "a user of the group may, another may not" 'useradd -G kvd member; useradd stranger
-    setpriv --reuid member --regid member --init-groups python3 /work/worker.py unix:/run/kvd/0/kvd.sock
-    ! setpriv --reuid stranger --regid stranger --init-groups python3 /work/worker.py unix:/run/kvd/0/kvd.sock'
+    setpriv --reuid member --regid member --init-groups python3 /srv/worker.py unix:/run/kvd/0/kvd.sock
+    ! setpriv --reuid stranger --regid stranger --init-groups python3 /srv/worker.py unix:/run/kvd/0/kvd.sock'
 check "an instance has its own file over the common one" 'printf "[kvd]\nlog-level = debug\n" >/etc/kvd/kvd-1.conf
     systemctl reload kvd@1; kvctl --instance 1 ping 1; journalctl -q -u kvd@1 -p 7..7 | grep -q .'
 check "a broken file: reload fails and the instance goes on" 'printf "[kvd]\nlog-levle = debug\n" >/etc/kvd/kvd-1.conf
@@ -139,12 +139,12 @@ check "a permanent error does not restart in a loop" 'printf "[kvd]\npool-size =
 check "who is killed comes back" 'pid=$(systemctl show -P MainPID kvd@0); [ "$pid" -gt 1 ]; kill -9 "$pid"; sleep 3; systemctl is-active kvd@0; kvctl --instance 0 ping 1'
 check "hardening" 'systemd-analyze security kvd@0 --threshold=40'
 check "upgrade, with both instances running" 'before=$(systemctl show -P MainPID kvd@0); dpkg -i /new/*.deb
-    systemctl is-active kvd@0 kvd@1; [ "$before" != "$(systemctl show -P MainPID kvd@0)" ]; python3 /work/worker.py unix:/run/kvd/0/kvd.sock'
+    systemctl is-active kvd@0 kvd@1; [ "$before" != "$(systemctl show -P MainPID kvd@0)" ]; python3 /srv/worker.py unix:/run/kvd/0/kvd.sock'
 check "remove stops them and keeps the configuration" 'apt-get remove -y kvd kvd-calib libkvd0 libkvd-dev python3-kvd
     ! pgrep -x kvd; test -e /etc/kvd/kvd.conf; ! test -e /usr/sbin/kvd'
 check "purge leaves nothing" 'dpkg --purge kvd kvd-calib libkvd0 libkvd-dev python3-kvd
     systemctl daemon-reload
-    left=$(find / -xdev \( -path /proc -o -path /sys -o -path /pkg -o -path /new -o -path /work -o -path /var/log -o -path /var/cache/apt -o -path /var/lib/apt -o -path /tmp -o -path /var/tmp \) -prune -o -iname "*kvd*" -print)
+    left=$(find / -xdev \( -path /proc -o -path /sys -o -path /pkg -o -path /new -o -path /srv -o -path /var/log -o -path /var/cache/apt -o -path /var/lib/apt -o -path /tmp -o -path /var/tmp \) -prune -o -iname "*kvd*" -print)
     echo "$left"; [ -z "$left" ]; ! getent passwd kvd; ! getent group kvd; ! systemctl list-unit-files | grep -q kvd'
 
 echo
