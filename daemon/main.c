@@ -2,8 +2,8 @@
 #include <argp.h>
 #include <sysexits.h>
 
-#include "daemon/kvd.h"
-#include "daemon/process.h"
+#include "daemon/core/daemon.h"
+#include "daemon/core/process.h"
 
 enum { OPT_CHECK = 1000, OPT_PRINT, OPT_INSTANCE, OPT_FIRST };
 

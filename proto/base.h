@@ -13,7 +13,7 @@
 #include <unistd.h>
 
 // 0 is success; positive codes are the caller's to handle; a negative code is an errno that nobody
-// expected and is forwarded up. daemon/status.c is the one place that maps these to gRPC codes.
+// expected and is forwarded up. daemon/rpc/status.c is the one place that maps these to gRPC codes.
 enum kvd_status {
     KVD_OK = 0,
     KVD_E_INVALID,      // malformed or out of range

@@ -56,7 +56,7 @@ def test_every_key_is_documented(folder):
 
 def test_every_reloaded_key_says_so():
     """As the table in the code has it."""
-    rows = re.findall(r'\{\{"(\w+)", "([\w-]+)", (RELOADED|AT_START)\}', (SOURCE / "daemon/config.c").read_text())
+    rows = re.findall(r'\{\{"(\w+)", "([\w-]+)", (RELOADED|AT_START)\}', (SOURCE / "daemon/core/config.c").read_text())
     page = sections((MAN / "kvd.conf.5.scd").read_text(), r"^# \[(\w+).*\]$")
     assert len(rows) > 25
     for section, key, when in rows:

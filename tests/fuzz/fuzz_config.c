@@ -1,7 +1,7 @@
 // Configuration files: two of them, divided by a NUL, that are read one over the other.
 #include <netdb.h>
 
-#include "daemon/config.h"
+#include "daemon/core/config.h"
 #include "tests/fuzz/file.h"
 
 // Names are not looked up: nothing may leave this machine.

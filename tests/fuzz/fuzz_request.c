@@ -1,7 +1,7 @@
 // Requests from the wire, as the daemon unpacks them: the first byte chooses the message.
 #include <grpc/grpc.h>
 
-#include "daemon/rpc_internal.h"
+#include "daemon/rpc/rpc_internal.h"
 #include "kvd.pb-c.h"
 #include "admin.pb-c.h"
 #include "health.pb-c.h"

@@ -1,5 +1,5 @@
 // Turns among tenants, and what may wait.
-#include "daemon/fair.h"
+#include "daemon/sched/fair.h"
 #include "tests/unit/suite.h"
 
 enum { TENANTS = 6, JOBS = 400 };

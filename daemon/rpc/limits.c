@@ -1,0 +1,51 @@
+// How many items a request may have, field by field. What has no row may have none: a new repeated
+// field is refused until somebody has thought of its limit.
+#include "daemon/rpc/rpc_internal.h"
+#include "kvd.pb-c.h"
+
+static const struct {
+    const ProtobufCMessageDescriptor *message;
+    const char *field;
+    size_t most;
+} limits[] = {
+    {&kvd__v1__geometry__descriptor, "layers", KVD_MAX_LAYERS},
+    {&kvd__v1__free_sequences_request__descriptor, "sequences", KVD_MAX_CALL_SEQUENCES},
+    {&kvd__v1__describe_sequences_request__descriptor, "sequences", KVD_MAX_CALL_SEQUENCES},
+    {&kvd__v1__append_request__descriptor, "items", KVD_MAX_CALL_ITEMS},
+    {&kvd__v1__attend_request__descriptor, "items", KVD_MAX_CALL_ITEMS},
+    {&kvd__v1__step_request__descriptor, "items", KVD_MAX_CALL_ITEMS},
+    {&kvd__v1__map_sequences_request__descriptor, "items", KVD_MAX_CALL_ITEMS},
+};
+
+static size_t most_of(const ProtobufCMessageDescriptor *message, const char *field)
+{
+    for (size_t i = 0; i < KVD_LEN(limits); i++)
+        if (limits[i].message == message && strcmp(limits[i].field, field) == 0)
+            return limits[i].most;
+    return 0;
+}
+
+int kvd_request_check(const ProtobufCMessage *m, struct kvd_error *err)
+{
+    for (unsigned i = 0; i < m->descriptor->n_fields; i++) {
+        const ProtobufCFieldDescriptor *f = &m->descriptor->fields[i];
+        const void *at = (const uint8_t *)m + f->offset;
+        bool repeated = f->label == PROTOBUF_C_LABEL_REPEATED;
+        size_t n = 0;
+        if (repeated)
+            n = *(const size_t *)(const void *)((const uint8_t *)m + f->quantifier_offset);
+        if (n > most_of(m->descriptor, f->name))
+            return kvd_fail(err, KVD_E_INVALID, "%s has %zu items; at most %zu are possible",
+                            f->name, n, most_of(m->descriptor, f->name));
+        if (f->type != PROTOBUF_C_TYPE_MESSAGE)
+            continue;
+        const ProtobufCMessage *const *one = at;
+        const ProtobufCMessage *const *const *list = at;
+        for (size_t j = 0; j < (repeated ? n : *one != NULL); j++) {
+            int rc = kvd_request_check(repeated ? (*list)[j] : *one, err);
+            if (rc)
+                return rc;
+        }
+    }
+    return KVD_OK;
+}

@@ -1,0 +1,292 @@
+#include "daemon/rpc/listen.h"
+
+#include "daemon/core/config_load.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stdatomic.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+
+#include "daemon/rpc/meter.h"
+
+enum {
+    ACCEPT_AT_ONCE = 8, // then others have their turn
+    REST_MS = 50,       // of a listener for which there was no descriptor
+    SHORT_MS = 2000,    // how long descriptors count as short after that
+    BACKLOG = 512,
+};
+
+struct kvd_listener {
+    struct kvd_daemon *d;
+    enum kvd_listen_for what;
+    int fd;
+    char path[128]; // "" for TCP
+    kvd_accepted *accepted;
+    uv_poll_t poll;
+    uv_timer_t rest;
+    uint32_t handles;
+    struct kvd_listener *next;
+};
+
+// The descriptor in reserve and when it was used last. Any thread: gRPC accepts on TLS listeners.
+static _Atomic int reserve = -1;
+static _Atomic uint64_t short_ns;
+
+static bool is_shortage(int e)
+{
+    return e == EMFILE || e == ENFILE || e == ENOMEM || e == ENOBUFS;
+}
+
+static void note_shortage(int e)
+{
+    uint64_t now = uv_hrtime(), before = atomic_exchange(&short_ns, now);
+    if (!before || now - before > 1000000000)
+        kvd_warning("new connections are hung up on: %s%s", strerror(e),
+                    e == EMFILE ? "; raise the limit of open files (LimitNOFILE=, ulimit -n)" : "");
+}
+
+static int accept_now(int listener)
+{
+    int fd = (int)syscall(SYS_accept4, listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    kvd_meter_forget(fd);
+    return fd;
+}
+
+// Accepts with the reserve and hangs up. False: nobody waits, or not even that was possible.
+static bool turn_away(int listener)
+{
+    int spare = atomic_exchange(&reserve, -1);
+    if (spare >= 0)
+        close(spare);
+    int fd = accept_now(listener);
+    if (fd >= 0)
+        close(fd);
+    spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    int none = -1;
+    if (spare >= 0 && !atomic_compare_exchange_strong(&reserve, &none, spare))
+        close(spare);
+    return fd >= 0;
+}
+
+// gRPC's own listeners (those with TLS) call this instead of libc's, as the linker puts the
+// program's symbols first: gRPC closes a listener for good when accept fails for want of a
+// descriptor. It is told that nobody waits, which is true after those who did were turned away.
+__attribute__((visibility("default"))) int accept4(int listener, struct sockaddr *addr,
+                                                   socklen_t *len, int flags)
+{
+    int fd = (int)syscall(SYS_accept4, listener, addr, len, flags);
+    kvd_meter_forget(fd);
+    if (fd >= 0 || !is_shortage(errno))
+        return fd;
+    note_shortage(errno);
+    while (turn_away(listener))
+        continue;
+    errno = EAGAIN;
+    return -1;
+}
+
+static void on_acceptable(uv_poll_t *poll, int status, int events);
+
+static void on_rested(uv_timer_t *timer)
+{
+    struct kvd_listener *l = timer->data;
+    uv_poll_start(&l->poll, UV_READABLE, on_acceptable);
+}
+
+static void rest(struct kvd_listener *l)
+{
+    uv_poll_stop(&l->poll);
+    uv_timer_start(&l->rest, on_rested, REST_MS, 0);
+}
+
+static void on_acceptable(uv_poll_t *poll, int status, int events)
+{
+    struct kvd_listener *l = poll->data;
+    (void)status;
+    (void)events;
+    for (int i = 0; i < ACCEPT_AT_ONCE; i++) {
+        int fd = accept_now(l->fd);
+        if (fd >= 0) {
+            l->accepted(l->d, fd);
+            continue;
+        }
+        if (errno == EAGAIN)
+            return;
+        if (errno == EINTR || errno == ECONNABORTED)
+            continue;
+        note_shortage(errno);
+        if (is_shortage(errno))
+            while (i++ < ACCEPT_AT_ONCE && turn_away(l->fd))
+                continue;
+        rest(l);
+        return;
+    }
+}
+
+static void on_handle_closed(uv_handle_t *handle)
+{
+    struct kvd_listener *l = handle->data;
+    if (--l->handles == 0)
+        free(l);
+}
+
+// Takes a listening socket into the loop; fd is the listener's from here on, also on failure.
+static int add(struct kvd_daemon *d, enum kvd_listen_for what, int fd, const char *path,
+               kvd_accepted *accepted, struct kvd_error *err)
+{
+    if (atomic_load(&reserve) < 0)
+        atomic_store(&reserve, open("/dev/null", O_RDONLY | O_CLOEXEC));
+    struct kvd_listener *l = calloc(1, sizeof(*l));
+    if (!l || uv_poll_init(&d->loop, &l->poll, fd)) {
+        free(l);
+        close(fd);
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    }
+    l->d = d;
+    l->what = what;
+    l->fd = fd;
+    snprintf(l->path, sizeof(l->path), "%s", path);
+    l->accepted = accepted;
+    uv_timer_init(&d->loop, &l->rest);
+    l->poll.data = l->rest.data = l;
+    l->handles = 2;
+    uv_poll_start(&l->poll, UV_READABLE, on_acceptable);
+    l->next = d->listeners;
+    d->listeners = l;
+    return KVD_OK;
+}
+
+// Access to a unix socket: mode and group as configured.
+static int grant_access(const struct kvd_config *c, const char *path, struct kvd_error *err)
+{
+    if (chmod(path, (mode_t)c->socket_mode))
+        return kvd_fail(err, -errno, "cannot set the mode of %s: %s", path, strerror(errno));
+    if (!c->socket_group[0])
+        return KVD_OK;
+    const struct group *gr = getgrnam(c->socket_group);
+    if (!gr || chown(path, (uid_t)-1, gr->gr_gid))
+        return kvd_fail(err, KVD_E_INVALID, "cannot give %s to the group %s: %s", path,
+                        c->socket_group, gr ? strerror(errno) : "there is no such group");
+    return KVD_OK;
+}
+
+int kvd_listen_unix(struct kvd_daemon *d, enum kvd_listen_for what, const char *path, int type,
+                    kvd_accepted *accepted, struct kvd_error *err)
+{
+    struct sockaddr_un addr = {.sun_family = AF_UNIX};
+    if ((size_t)snprintf(addr.sun_path, sizeof(addr.sun_path), "%s", path) >= sizeof(addr.sun_path))
+        return kvd_fail(err, KVD_E_INVALID, "%s: a socket's path is too long", path);
+    int fd KVD_CLOSE = socket(AF_UNIX, type | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    unlink(path); // stale: the lock beside the gRPC socket is ours
+    // Nobody but us may connect before the mode is set.
+    mode_t mask = umask(0177);
+    bool ok = fd >= 0 && bind(fd, (struct sockaddr *)&addr, sizeof(addr)) == 0;
+    int e = errno;
+    umask(mask);
+    if (!ok)
+        return kvd_fail(err, KVD_E_UNAVAILABLE, "cannot listen on %s: %s", path, strerror(e));
+    int rc = grant_access(&d->config, path, err);
+    if (rc == KVD_OK && listen(fd, BACKLOG))
+        rc = kvd_fail(err, -errno, "cannot listen on %s: %s", path, strerror(errno));
+    if (rc == KVD_OK)
+        rc = add(d, what, KVD_TAKE_FD(fd), path, accepted, err);
+    if (rc)
+        unlink(path);
+    return rc;
+}
+
+static int resolve(const char *where, struct addrinfo **out, struct kvd_error *err)
+{
+    char host[KVD_CONFIG_TEXT], service[8];
+    uint32_t port;
+    if (kvd_config_host_port(where, host, sizeof(host), &port))
+        return kvd_fail(err, KVD_E_INVALID, "'%s' is not possible; it wants HOST:PORT", where);
+    snprintf(service, sizeof(service), "%u", port);
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE | AI_NUMERICSERV};
+    int rc = getaddrinfo(host[0] ? host : NULL, service, &hints, out);
+    return rc ? kvd_fail(err, KVD_E_INVALID, "'%s': %s", where, gai_strerror(rc)) : KVD_OK;
+}
+
+static int tcp_socket(const struct addrinfo *ai, uint16_t *port)
+{
+    int fd KVD_CLOSE = socket(ai->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    int on = 1;
+    struct sockaddr_storage addr;
+    socklen_t len = sizeof(addr);
+    if (fd < 0)
+        return -1;
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)); // accepted ones have it too
+    if (ai->ai_family == AF_INET6)
+        setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &on, sizeof(on));
+    if (bind(fd, ai->ai_addr, ai->ai_addrlen) || listen(fd, BACKLOG) ||
+        getsockname(fd, (struct sockaddr *)&addr, &len))
+        return -1;
+    *port = ntohs(addr.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)&addr)->sin6_port
+                                             : ((struct sockaddr_in *)&addr)->sin_port);
+    return KVD_TAKE_FD(fd);
+}
+
+int kvd_listen_tcp(struct kvd_daemon *d, enum kvd_listen_for what, const char *where,
+                   kvd_accepted *accepted, uint16_t *port, struct kvd_error *err)
+{
+    struct addrinfo *all = NULL;
+    uint16_t got = 0;
+    bool any = false;
+    int rc = resolve(where, &all, err);
+    if (rc)
+        return rc;
+    for (const struct addrinfo *ai = all; ai && rc == KVD_OK; ai = ai->ai_next) {
+        int fd = tcp_socket(ai, &got);
+        if (fd >= 0) {
+            rc = add(d, what, fd, "", accepted, err);
+            any = true;
+        } else if (errno != EAFNOSUPPORT &&
+                   errno != EADDRNOTAVAIL) { // IPv6 is off: the rest will do
+            rc =
+                kvd_fail(err, KVD_E_UNAVAILABLE, "cannot listen on %s: %s", where, strerror(errno));
+        }
+        if (strcmp(strrchr(where, ':'), ":0") == 0)
+            break; // one port, whichever
+    }
+    freeaddrinfo(all);
+    if (rc == KVD_OK && !any)
+        rc = kvd_fail(err, KVD_E_UNAVAILABLE, "cannot listen on %s: no address of it is here",
+                      where);
+    if (port)
+        *port = got;
+    return rc;
+}
+
+void kvd_listen_close(struct kvd_daemon *d, enum kvd_listen_for what)
+{
+    struct kvd_listener **link = &d->listeners;
+    while (*link) {
+        struct kvd_listener *l = *link;
+        if (l->what != what) {
+            link = &l->next;
+            continue;
+        }
+        *link = l->next;
+        uv_poll_stop(&l->poll);
+        close(l->fd);
+        if (l->path[0])
+            unlink(l->path);
+        uv_close((uv_handle_t *)&l->poll, on_handle_closed);
+        uv_close((uv_handle_t *)&l->rest, on_handle_closed);
+    }
+}
+
+bool kvd_listen_short(const struct kvd_daemon *d)
+{
+    uint64_t at = atomic_load(&short_ns);
+    (void)d;
+    return at && uv_hrtime() - at < (uint64_t)SHORT_MS * 1000000;
+}

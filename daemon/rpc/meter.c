@@ -1,0 +1,163 @@
+#include "daemon/rpc/meter.h"
+
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "proto/base.h"
+
+enum {
+    METERS = 262144, // descriptor numbers
+    CONTINUED_MAX = 8,
+    FEW_CALLS = 32, // a connection with no more is not ended for what others do
+};
+
+enum { DATA, HEADERS, PRIORITY, RESET, SETTINGS, PUSH, PING, GOAWAY, WINDOW, CONTINUATION };
+enum { ACK = 1, END_STREAM = 1, END_HEADERS = 4 };
+
+static _Atomic(struct kvd_meter *) meters[METERS];
+static _Atomic int64_t in_flight; // calls of all connections since the latest total, and that
+static _Atomic uint64_t most_in_flight;
+
+void kvd_meter_start(struct kvd_meter *m, int fd, uint64_t most)
+{
+    atomic_store(&most_in_flight, most);
+    if (fd < METERS)
+        atomic_store(&meters[fd], m);
+}
+
+void kvd_meter_forget(int fd)
+{
+    if (fd >= 0 && fd < METERS)
+        atomic_store(&meters[fd], NULL);
+}
+
+void kvd_meter_end_call(struct kvd_meter *m)
+{
+    atomic_fetch_sub(&m->in_flight, 1);
+}
+
+int64_t kvd_meter_calls(const struct kvd_meter *m)
+{
+    return KVD_MAX(atomic_load(&m->in_flight), (int64_t)0);
+}
+
+void kvd_meter_total(int64_t calls)
+{
+    atomic_store(&in_flight, calls);
+}
+
+static const char *count_call(struct kvd_meter *m)
+{
+    int64_t own = atomic_fetch_add(&m->in_flight, 1), all = atomic_fetch_add(&in_flight, 1);
+    // A call that is reset and ended is counted down twice; that must not be saved up.
+    if (own < 0)
+        atomic_store(&m->in_flight, 1);
+    if (own > 2 * KVD_LINK_CALLS)
+        return "it has more calls in flight than HTTP/2 allows it";
+    if (all > (int64_t)atomic_load(&most_in_flight) && own > FEW_CALLS)
+        return "there are more than max-calls in flight, and it has many of them";
+    return NULL;
+}
+
+static const char *count_idle(struct kvd_meter *m)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+    uint64_t ns = (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+    if (ns - m->window_ns > 1000000000) {
+        m->window_ns = ns;
+        m->idle = 0;
+    }
+    return ++m->idle > KVD_LINK_RESETS
+               ? "it resets calls, or sends frames that carry nothing, without end"
+               : NULL;
+}
+
+// A frame begins. Returns what is wrong with it, or NULL.
+static const char *frame(struct kvd_meter *m)
+{
+    uint32_t len = (uint32_t)m->head[0] << 16 | (uint32_t)m->head[1] << 8 | m->head[2];
+    uint8_t type = m->head[3], flags = m->head[4];
+    m->skip = len;
+    m->continued = type == CONTINUATION ? m->continued + 1 : 0;
+    if (m->continued > CONTINUED_MAX)
+        return "its headers have no end";
+    switch (type) {
+    case HEADERS:
+        return count_call(m);
+    case RESET:
+        atomic_fetch_sub(&m->in_flight, 1);
+        return count_idle(m);
+    case PING:
+    case SETTINGS:
+        return flags & ACK ? NULL : count_idle(m);
+    case DATA:
+        return len || flags & END_STREAM ? NULL : count_idle(m);
+    case CONTINUATION:
+    case WINDOW:
+    case GOAWAY:
+        return NULL;
+    default:
+        return count_idle(m);
+    }
+}
+
+// Returns how many of the bytes belong to the greeting.
+static size_t greet(struct kvd_meter *m, const uint8_t *p, size_t n)
+{
+    static const char greeting[] = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    size_t step = KVD_MIN(n, sizeof(greeting) - 1 - m->greeted);
+    m->foreign |= memcmp(p, greeting + m->greeted, step) != 0;
+    m->greeted = (uint8_t)(m->greeted + step);
+    return step;
+}
+
+static const char *feed(struct kvd_meter *m, const uint8_t *p, size_t n)
+{
+    const char *wrong = NULL;
+    size_t greeting = greet(m, p, n);
+    p += greeting;
+    n -= m->foreign ? n : greeting;
+    while (n && !wrong) {
+        size_t step = m->skip ? KVD_MIN(n, (size_t)m->skip) : KVD_MIN(n, sizeof(m->head) - m->have);
+        if (m->skip) {
+            m->skip -= (uint32_t)step;
+        } else {
+            memcpy(m->head + m->have, p, step);
+            m->have = (uint8_t)(m->have + step);
+            if (m->have == sizeof(m->head)) {
+                m->have = 0;
+                wrong = frame(m);
+            }
+        }
+        p += step;
+        n -= step;
+    }
+    return wrong;
+}
+
+// gRPC reads with this: the linker puts the program's symbols before libc's.
+__attribute__((visibility("default"))) ssize_t recvmsg(int fd, struct msghdr *msg, int flags)
+{
+    ssize_t n = syscall(SYS_recvmsg, fd, msg, flags);
+    struct kvd_meter *m = fd >= 0 && fd < METERS ? atomic_load(&meters[fd]) : NULL;
+    if (!m || n <= 0 || flags & MSG_PEEK)
+        return n;
+    if (atomic_load(&m->verdict))
+        return 0;
+    const char *wrong = NULL;
+    size_t left = (size_t)n;
+    for (size_t i = 0; i < msg->msg_iovlen && left && !wrong; i++) {
+        size_t part = KVD_MIN(left, msg->msg_iov[i].iov_len);
+        wrong = feed(m, msg->msg_iov[i].iov_base, part);
+        left -= part;
+    }
+    if (!wrong)
+        return n;
+    atomic_store(&m->verdict, wrong);
+    shutdown(fd, SHUT_RDWR); // the loop hears of it by that
+    return 0;
+}

@@ -1,0 +1,171 @@
+// gRPC: the server, its calls, and how handlers answer them. Loop thread, but for the
+// completion-queue thread inside.
+//
+// Life of a unary call:
+//   1. a request tag fires with the payload       (accepted; another request is armed in its place)
+//   2. the handler runs; it answers now, or keeps the call and answers later. A call that is kept
+//   is watched: on_cancelled tells that its client cancelled it, its deadline passed or its
+//   connection is gone
+//   3. kvd_call_reply or kvd_call_fail, once for each call, cancelled or not, starts the batch that
+//   answers: initial metadata, message, status, and receive-close if it was not watched before
+//   4. the tags fire: free
+// A streaming call starts with initial metadata and receive-close; kvd_call_send adds messages; it
+// ends when the client goes or kvd_call_finish is called.
+#ifndef KVD_DAEMON_RPC_H
+#define KVD_DAEMON_RPC_H
+
+#include <protobuf-c/protobuf-c.h>
+#include <stdatomic.h>
+
+#include "daemon/core/daemon.h"
+
+// What gRPC is given to name an operation, and gives back when it is done.
+struct kvd_tag {
+    void (*fire)(struct kvd_tag *tag, bool ok);
+    _Atomic bool armed; // orders the loop's writes before the queue thread's; gRPC does too, but
+                        // tools cannot see it
+    bool ok;
+    struct kvd_tag *next;
+};
+
+struct kvd_method {
+    const char *path; // "/kvd.v1.KvCache/Append"
+    const ProtobufCMessageDescriptor *request;
+    void (*handle)(struct kvd_call *call, const void *request);
+    bool streaming;
+    bool operator_only;
+    bool while_draining; // answered also when the daemon drains
+};
+
+struct kvd_out; // a message waiting on a stream
+
+struct kvd_call {
+    struct kvd_daemon *d;
+    const struct kvd_method *method;
+    uint32_t method_index;
+    grpc_call *call;
+    grpc_byte_buffer *payload;
+    grpc_metadata_array metadata;
+    gpr_timespec deadline;
+    uint64_t accepted_ns;
+    struct kvd_link *link; // NULL: it came over TLS
+    bool counted;          // by the link
+    struct kvd_user *user; // who is charged; NULL: not charged
+    uint64_t reply_bytes;  // taken of the reply share
+    uint64_t sending_ms;   // since when there is something to send; 0: nothing
+    struct kvd_call *previous_unread, *next_unread;
+    struct kvd_tag request_tag, done_tag, close_tag, send_tag;
+    ProtobufCMessage *request;
+    size_t request_bytes;
+    grpc_byte_buffer *reply;
+    grpc_slice message; // status text
+    grpc_status_code code;
+    int cancelled;
+    // Nobody waits for the answer any more: called at most once, on the loop thread, after the
+    // handler has returned and before the call is answered, which it may do. The answer is dropped.
+    void (*on_cancelled)(struct kvd_call *call);
+    bool handling, answered, watched, done;
+    // Streams
+    struct kvd_out *out_first, *out_last;
+    uint32_t out_count;
+    bool sending, closed, finishing, finished;
+    uint64_t lost;
+    struct kvd_session *session;
+    struct kvd_call *next_watch;
+    void (*on_closed)(struct kvd_call *call);
+    // A call that is being worked on elsewhere
+    void *work;
+};
+
+int kvd_rpc_init(struct kvd_daemon *d, struct kvd_error *err);
+// Starts to take calls. KVD_E_LOST: its thread could not be started, and gRPC may not have got its
+// own, in which case it hangs when it is shut down.
+int kvd_rpc_start(struct kvd_daemon *d, struct kvd_error *err);
+// Cancels what is left; on_shut fires when gRPC has let go of everything.
+void kvd_rpc_shutdown(struct kvd_daemon *d, void (*on_shut)(struct kvd_daemon *d));
+void kvd_rpc_deinit(struct kvd_daemon *d);
+
+// Answers a call. The call must not be touched afterwards.
+void kvd_call_reply(struct kvd_call *call, const void *reply);
+// The same with a message that is already packed.
+void kvd_call_reply_packed(struct kvd_call *call, const uint8_t *data, size_t len);
+__attribute__((format(printf, 3, 4))) void kvd_call_fail(struct kvd_call *call, int code,
+                                                         const char *fmt, ...);
+void kvd_call_fail_error(struct kvd_call *call, const struct kvd_error *err);
+// Takes room for a reply of n bytes more, before memory is taken for it. KVD_E_LIMIT: the client,
+// its user or all together have too many replies that are being made or wait to be read.
+int kvd_call_reserve(struct kvd_call *call, size_t n, struct kvd_error *err);
+bool kvd_call_expired(const struct kvd_call *call);
+
+// Streams: sends a message, or counts it as lost when KVD_EVENT_SLOTS wait already.
+void kvd_call_send(struct kvd_call *call, const void *message);
+void kvd_call_finish(struct kvd_call *call, int code, const char *text);
+
+// The value of a metadata key as text, "" if absent. Writes at most cap bytes.
+void kvd_call_metadata(const struct kvd_call *call, const char *key, char *out, size_t cap);
+// True if one of the peer's certificate names is in the list.
+bool kvd_call_peer_named(const struct kvd_call *call, const struct kvd_allow *allow);
+
+grpc_status_code kvd_status_to_grpc(int code);
+const char *kvd_grpc_code_name(int code);
+
+extern const struct kvd_method kvd_methods[];
+extern const uint32_t kvd_n_methods;
+
+// Handlers, by file.
+#define KVD_HANDLER(name) void kvd_on_##name(struct kvd_call *call, const void *request)
+KVD_HANDLER(open_session); // service/worker.c
+KVD_HANDLER(close_session);
+KVD_HANDLER(keep_alive);
+KVD_HANDLER(register_buffer);
+KVD_HANDLER(release_buffer);
+KVD_HANDLER(watch);            // events.c
+KVD_HANDLER(create_sequences); // service/sequence.c
+KVD_HANDLER(fork_sequence);
+KVD_HANDLER(truncate_sequence);
+KVD_HANDLER(publish_sequence);
+KVD_HANDLER(attach_sequence);
+KVD_HANDLER(free_sequences);
+KVD_HANDLER(describe_sequences);
+KVD_HANDLER(append); // service/compute.c
+KVD_HANDLER(attend);
+KVD_HANDLER(step);
+KVD_HANDLER(rotate);
+KVD_HANDLER(read_tokens);
+KVD_HANDLER(map_sequences);
+KVD_HANDLER(ping); // service/admin.c
+KVD_HANDLER(get_status);
+KVD_HANDLER(list_sessions);
+KVD_HANDLER(list_sequences);
+KVD_HANDLER(get_pool);
+KVD_HANDLER(list_namespaces);
+KVD_HANDLER(get_metrics);
+KVD_HANDLER(list_rotation_sets);
+KVD_HANDLER(set_quota);
+KVD_HANDLER(evict);
+KVD_HANDLER(drain);
+KVD_HANDLER(set_log_level);
+KVD_HANDLER(reload);
+KVD_HANDLER(fetch_rotation_set);
+KVD_HANDLER(health_check); // service/health.c
+KVD_HANDLER(health_watch);
+
+// Finds the session of a request; answers the call and returns NULL if there is none.
+struct kvd_session *kvd_call_session(struct kvd_call *call, const char *secret);
+// Answers a repeated request id from memory. False: go on.
+bool kvd_call_replayed(struct kvd_call *call, struct kvd_session *s, uint64_t request_id);
+// Replies and remembers the reply under the request id (0: does not remember).
+void kvd_call_reply_remember(struct kvd_call *call, struct kvd_session *s, uint64_t request_id,
+                             const void *reply);
+
+// Events, to every watcher of a namespace (KVD_POOL_NONE: of all).
+void kvd_event_send(struct kvd_daemon *d, uint32_t ns, int kind, uint64_t seq, const char *name);
+// Sends NOT_SERVING or SERVING to the health watchers.
+void kvd_health_changed(struct kvd_daemon *d);
+
+// Compute calls that wait or run. sched/work.c
+uint32_t kvd_compute_queued(const struct kvd_daemon *d);
+// Fails what waits and cancels what runs, at shutdown or when a session ends (NULL: all).
+void kvd_compute_cancel(struct kvd_daemon *d, const struct kvd_session *s);
+
+#endif

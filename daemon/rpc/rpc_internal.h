@@ -1,0 +1,67 @@
+// What rpc.c, streams.c, packing.c and server.c share.
+#ifndef KVD_DAEMON_RPC_INTERNAL_H
+#define KVD_DAEMON_RPC_INTERNAL_H
+
+#include "daemon/rpc/rpc.h"
+
+struct kvd_out {
+    struct kvd_out *next;
+    grpc_byte_buffer *bytes;
+};
+
+struct kvd_rpc {
+    grpc_server *server;
+    grpc_completion_queue *cq;
+    void *registered[KVD_MAX_METHODS];
+    uv_thread_t thread;
+    bool thread_running;
+    uv_mutex_t lock;
+    uv_async_t async;
+    struct kvd_tag *first, *last; // fired, to be handled by the loop
+    bool drained;                 // the queue has shut down
+    struct kvd_call *unread;      // whose answers or messages have not all been read, oldest first
+    bool stopping;
+    struct kvd_tag shutdown_tag;
+    void (*on_shut)(struct kvd_daemon *d);
+    struct kvd_call *unknown; // the armed request for methods that we do not have
+    grpc_call_details unknown_details;
+};
+
+// Names what a tag does when it fires. To be called before it goes to gRPC, after all else is
+// written.
+void kvd_tag_arm(struct kvd_tag *tag, void (*fire)(struct kvd_tag *tag, bool ok));
+
+// -- packing.c ----------------------------------------------------------------------------------
+// NULL: not such a message, one that unpacks to much more than its size, or one with a string that
+// is no text (control characters, NUL above all, and invalid UTF-8); *err says which. The caller
+// frees it.
+ProtobufCMessage *kvd_message_unpack(const ProtobufCMessageDescriptor *type,
+                                     grpc_byte_buffer *payload, struct kvd_error *err);
+// Looks whether repeated fields have too many items. KVD_E_INVALID says which. limits.c
+int kvd_request_check(const ProtobufCMessage *m, struct kvd_error *err);
+grpc_byte_buffer *kvd_message_pack(const ProtobufCMessage *m);
+// A buffer of one slice, whose reference is taken.
+grpc_byte_buffer *kvd_message_wrap(grpc_slice slice);
+
+// -- rpc.c --------------------------------------------------------------------------------------
+// Arms a request for a method, and for methods that we do not have.
+void kvd_call_arm(struct kvd_daemon *d, uint32_t index);
+void kvd_call_arm_unknown(struct kvd_daemon *d);
+void kvd_call_free(struct kvd_call *c);
+// To be called once a second: gives up answers that nobody reads.
+void kvd_rpc_tick(struct kvd_daemon *d);
+// Notes that gRPC has something of the call to send, or that it is sent.
+void kvd_call_sending(struct kvd_call *c);
+void kvd_call_sent(struct kvd_call *c);
+// Gives back a part of what kvd_call_reserve took.
+void kvd_call_unreserve(struct kvd_call *c, size_t n);
+// Counts the call in the metrics, with its code.
+void kvd_call_account(struct kvd_call *c);
+void kvd_call_set_message(struct kvd_call *c, int code, const char *text);
+// Puts the operation that sends the call's status into *op; returns the next.
+grpc_op *kvd_call_status_op(struct kvd_call *c, grpc_op *op);
+
+// -- streams.c ----------------------------------------------------------------------------------
+void kvd_stream_begin(struct kvd_call *c);
+
+#endif

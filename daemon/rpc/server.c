@@ -1,0 +1,259 @@
+// The gRPC server: its sockets, the completion-queue thread, start and stop.
+#include <errno.h>
+#include <grpc/byte_buffer.h>
+#include <grpc/grpc_security.h>
+#include <grpc/support/log.h>
+#include <sys/socket.h>
+
+#include "daemon/rpc/links.h"
+#include "daemon/rpc/listen.h"
+#include "daemon/rpc/rpc_internal.h"
+
+enum {
+    ARMED = 16,      // requests kept waiting per method; a burst beyond that waits inside gRPC
+    GRPC_LINES = 10, // that gRPC may log in a second
+    READ_BYTES = 16 << 10, // that gRPC reads from a connection before it looks at others
+};
+
+void kvd_tag_arm(struct kvd_tag *tag, void (*fire)(struct kvd_tag *tag, bool ok))
+{
+    tag->fire = fire;
+    atomic_store_explicit(&tag->armed, true, memory_order_release);
+}
+
+static void queue_thread(void *arg)
+{
+    struct kvd_daemon *d = arg;
+    struct kvd_rpc *r = d->rpc;
+    for (;;) {
+        grpc_event e = grpc_completion_queue_next(r->cq, gpr_inf_future(GPR_CLOCK_REALTIME), NULL);
+        uv_mutex_lock(&r->lock);
+        if (e.type == GRPC_OP_COMPLETE) {
+            struct kvd_tag *tag = e.tag;
+            atomic_load_explicit(&tag->armed, memory_order_acquire);
+            tag->ok = e.success;
+            tag->next = NULL;
+            if (r->last)
+                r->last->next = tag;
+            else
+                r->first = tag;
+            r->last = tag;
+        } else if (e.type == GRPC_QUEUE_SHUTDOWN) {
+            r->drained = true;
+        }
+        uv_async_send(&r->async);
+        uv_mutex_unlock(&r->lock);
+        if (e.type == GRPC_QUEUE_SHUTDOWN)
+            return;
+    }
+}
+
+// Wake-ups coalesce, so the whole list is taken.
+static void on_async(uv_async_t *async)
+{
+    struct kvd_daemon *d = async->data;
+    struct kvd_rpc *r = d->rpc;
+    uv_mutex_lock(&r->lock);
+    struct kvd_tag *tag = r->first;
+    r->first = r->last = NULL;
+    bool drained = r->drained;
+    uv_mutex_unlock(&r->lock);
+    while (tag) {
+        struct kvd_tag *next = tag->next;
+        tag->fire(tag, tag->ok);
+        tag = next;
+    }
+    if (drained && r->on_shut) {
+        void (*on_shut)(struct kvd_daemon *) = r->on_shut;
+        r->on_shut = NULL;
+        on_shut(d);
+    }
+}
+
+static int read_text(const char *path, char **out, struct kvd_error *err)
+{
+    FILE *f KVD_FCLOSE = fopen(path, "re");
+    char *text = calloc(1, 65536);
+    if (!f || !text || fread(text, 1, 65535, f) == 0) {
+        free(text);
+        return kvd_fail(err, KVD_E_INVALID, "cannot read %s: %s", path,
+                        f ? "empty" : strerror(errno));
+    }
+    *out = text;
+    return KVD_OK;
+}
+
+static grpc_server_credentials *tls_credentials(const struct kvd_config *c, struct kvd_error *err)
+{
+    char *cert KVD_FREE = NULL, *key KVD_FREE = NULL, *ca KVD_FREE = NULL;
+    if (read_text(c->tls_cert, &cert, err) || read_text(c->tls_key, &key, err) ||
+        (c->tls_client_ca[0] && read_text(c->tls_client_ca, &ca, err)))
+        return NULL;
+    grpc_ssl_pem_key_cert_pair pair = {key, cert};
+    grpc_ssl_client_certificate_request_type mode =
+        ca ? GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY
+           : GRPC_SSL_DONT_REQUEST_CLIENT_CERTIFICATE;
+    grpc_server_credentials *creds =
+        grpc_ssl_server_credentials_create_ex(ca, &pair, 1, mode, NULL);
+    if (!creds)
+        kvd_fail(err, KVD_E_INVALID, "the certificate %s, key %s or client-ca %s is not usable",
+                 c->tls_cert, c->tls_key, c->tls_client_ca);
+    return creds;
+}
+
+// TLS is gRPC's affair, and so are the listeners that have it; what is plain is accepted here.
+static int add_tls_port(struct kvd_daemon *d, const char *address, struct kvd_error *err)
+{
+    grpc_server_credentials *creds = tls_credentials(&d->config, err);
+    if (!creds)
+        return KVD_E_INVALID;
+    int port = grpc_server_add_http2_port(d->rpc->server, address, creds);
+    grpc_server_credentials_release(creds);
+    return port ? KVD_OK
+                : kvd_fail(err, KVD_E_UNAVAILABLE, "cannot listen on %s: in use, or not ours",
+                           address);
+}
+
+static int add_port(struct kvd_daemon *d, const char *address, struct kvd_error *err)
+{
+    if (strncmp(address, "unix:", 5) == 0)
+        return kvd_listen_unix(d, KVD_LISTEN_GRPC, address + 5, SOCK_STREAM, kvd_links_accept, err);
+    return d->config.tls_cert[0]
+               ? add_tls_port(d, address, err)
+               : kvd_listen_tcp(d, KVD_LISTEN_GRPC, address, kvd_links_accept, NULL, err);
+}
+
+// What gRPC says goes into our log; errors of its own are mostly the doing of clients, who must not
+// fill it.
+static void on_grpc_log(gpr_log_func_args *args)
+{
+    static _Atomic uint64_t window_ns;
+    static _Atomic int lines;
+    uint64_t now = uv_hrtime();
+    if (now - atomic_load(&window_ns) > 1000000000) {
+        atomic_store(&window_ns, now);
+        atomic_store(&lines, 0);
+    }
+    if (atomic_fetch_add(&lines, 1) < GRPC_LINES)
+        kvd_log(args->severity == GPR_LOG_SEVERITY_ERROR ? KVD_LOG_WARNING : KVD_LOG_DEBUG,
+                "grpc: %s", args->message);
+}
+
+int kvd_rpc_init(struct kvd_daemon *d, struct kvd_error *err)
+{
+    struct kvd_rpc *r = calloc(1, sizeof(*r));
+    if (!r)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    d->rpc = r;
+    gpr_set_log_function(on_grpc_log);
+    grpc_init();
+    uv_mutex_init(&r->lock);
+    uv_async_init(&d->loop, &r->async, on_async);
+    r->async.data = d;
+    // Messages that are being received, all together.
+    grpc_resource_quota *quota = grpc_resource_quota_create("kvd");
+    grpc_resource_quota_resize(quota, (size_t)1 << 30);
+    grpc_arg args[] = {
+        {.type = GRPC_ARG_INTEGER,
+         .key = GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH,
+         .value.integer = KVD_MAX_MESSAGE},
+        {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_MAX_SEND_MESSAGE_LENGTH, .value.integer = -1},
+        {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_ALLOW_REUSEPORT, .value.integer = 0},
+        {.type = GRPC_ARG_INTEGER,
+         .key = GRPC_ARG_MAX_CONCURRENT_STREAMS,
+         .value.integer = KVD_LINK_CALLS},
+        // Compressed messages could be bombs, and K/V does not compress: identity only.
+        {.type = GRPC_ARG_INTEGER,
+         .key = GRPC_COMPRESSION_CHANNEL_ENABLED_ALGORITHMS_BITSET,
+         .value.integer = 1},
+        {.type = GRPC_ARG_INTEGER,
+         .key = GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION,
+         .value.integer = 0},
+        {.type = GRPC_ARG_POINTER,
+         .key = GRPC_ARG_RESOURCE_QUOTA,
+         .value.pointer = {quota, grpc_resource_quota_arg_vtable()}},
+        {.type = GRPC_ARG_INTEGER, .key = GRPC_ARG_ENABLE_CHANNELZ, .value.integer = 0},
+        {.type = GRPC_ARG_INTEGER,
+         .key = GRPC_ARG_TCP_MAX_READ_CHUNK_SIZE,
+         .value.integer = READ_BYTES},
+        {.type = GRPC_ARG_INTEGER,
+         .key = GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS,
+         .value.integer = KVD_HELLO_TIMEOUT_MS},
+    };
+    grpc_channel_args channel_args = {KVD_LEN(args), args};
+    r->server = grpc_server_create(&channel_args, NULL);
+    grpc_resource_quota_unref(quota);
+    r->cq = grpc_completion_queue_create_for_next(NULL);
+    grpc_server_register_completion_queue(r->server, r->cq, NULL);
+    for (uint32_t i = 0; i < kvd_n_methods; i++)
+        r->registered[i] = grpc_server_register_method(
+            r->server, kvd_methods[i].path, NULL, GRPC_SRM_PAYLOAD_READ_INITIAL_BYTE_BUFFER, 0);
+    int rc = kvd_links_init(d, err);
+    for (uint32_t i = 0; i < d->config.n_listen && rc == KVD_OK; i++)
+        rc = add_port(d, d->config.listen[i], err);
+    return rc;
+}
+
+int kvd_rpc_start(struct kvd_daemon *d, struct kvd_error *err)
+{
+    int rc = uv_thread_create(&d->rpc->thread, queue_thread, d);
+    if (rc)
+        return kvd_fail(err, KVD_E_LOST, "cannot start a thread: %s", uv_strerror(rc));
+    d->rpc->thread_running = true;
+    grpc_server_start(d->rpc->server);
+    for (uint32_t i = 0; i < kvd_n_methods; i++)
+        for (int j = 0; j < ARMED; j++)
+            kvd_call_arm(d, i);
+    kvd_call_arm_unknown(d);
+    return KVD_OK;
+}
+
+static void on_server_down(struct kvd_tag *tag, bool ok)
+{
+    struct kvd_rpc *r = (struct kvd_rpc *)((uint8_t *)tag - offsetof(struct kvd_rpc, shutdown_tag));
+    (void)ok;
+    grpc_completion_queue_shutdown(r->cq);
+}
+
+void kvd_rpc_shutdown(struct kvd_daemon *d, void (*on_shut)(struct kvd_daemon *d))
+{
+    struct kvd_rpc *r = d->rpc;
+    kvd_listen_close(d, KVD_LISTEN_GRPC);
+    r->stopping = true;
+    r->on_shut = on_shut;
+    kvd_tag_arm(&r->shutdown_tag, on_server_down);
+    grpc_server_shutdown_and_notify(r->server, r->cq, &r->shutdown_tag);
+    grpc_server_cancel_all_calls(r->server);
+}
+
+static void free_rpc(uv_handle_t *handle)
+{
+    struct kvd_daemon *d = handle->data;
+    free(d->rpc);
+    d->rpc = NULL;
+}
+
+void kvd_rpc_deinit(struct kvd_daemon *d)
+{
+    struct kvd_rpc *r = d->rpc;
+    if (!r)
+        return;
+    kvd_listen_close(d, KVD_LISTEN_GRPC);
+    if (r->thread_running) {
+        uv_thread_join(&r->thread);
+    } else {
+        // Never started: shut down here, by hand.
+        grpc_server_shutdown_and_notify(r->server, r->cq, &r->shutdown_tag);
+        grpc_completion_queue_next(r->cq, gpr_inf_future(GPR_CLOCK_REALTIME), NULL);
+        grpc_completion_queue_shutdown(r->cq);
+        while (grpc_completion_queue_next(r->cq, gpr_inf_future(GPR_CLOCK_REALTIME), NULL).type !=
+               GRPC_QUEUE_SHUTDOWN)
+            continue;
+    }
+    grpc_server_destroy(r->server);
+    grpc_completion_queue_destroy(r->cq);
+    grpc_shutdown();
+    kvd_links_deinit(d);
+    uv_mutex_destroy(&r->lock);
+    uv_close((uv_handle_t *)&r->async, free_rpc);
+}

@@ -1,0 +1,127 @@
+// Calls that wait for their workers' GPU streams.
+//
+// A worker sends a call before its stream has got so far; the stream then writes a counter that
+// both share (Fence in kvd.proto). Nothing tells the loop of that write, so while calls wait it
+// looks: all the time at first, once a millisecond when nothing has passed for a while. A waiting
+// call holds nobody up: it is not in the queue yet. GPU streams of kvd never wait for a worker.
+#include <stdatomic.h>
+#include <utlist.h>
+
+#include "daemon/sched/work.h"
+
+enum {
+    EAGER_MS = 3, // of looking all the time, after the latest arrival or passage
+    LAZY_MS = 1,  // between looks after that
+};
+
+struct kvd_fences {
+    struct kvd_work *first; // linked by previous and next
+    uv_idle_t eager;
+    uv_timer_t lazy;
+    uint64_t latest_ms; // of an arrival or a passage
+};
+
+bool kvd_fence_passed(const struct kvd_fence *f)
+{
+    return (int32_t)(atomic_load_explicit(f->word, memory_order_acquire) - f->value) >= 0;
+}
+
+void kvd_fence_signal(const struct kvd_fence *f)
+{
+    if (f->word)
+        atomic_store_explicit(f->word, f->value, memory_order_release);
+}
+
+void kvd_fences_forget(struct kvd_daemon *d, struct kvd_work *w)
+{
+    DL_DELETE2(d->fences->first, w, previous, next);
+    w->parked = false;
+}
+
+// Lets those go on whose fences have been passed. Deadlines need no look: gRPC cancels such calls.
+static void look(struct kvd_daemon *d)
+{
+    struct kvd_work *w, *next, *ready = NULL;
+    DL_FOREACH_SAFE2(d->fences->first, w, next, next)
+    {
+        if (!kvd_fence_passed(&w->wait))
+            continue;
+        kvd_fences_forget(d, w);
+        DL_APPEND2(ready, w, previous, next);
+        d->fences->latest_ms = kvd_now_ms(d);
+    }
+    while (ready) {
+        w = ready;
+        DL_DELETE2(ready, w, previous, next);
+        kvd_queue_push(d, w);
+    }
+}
+
+static void on_lazy(uv_timer_t *timer);
+
+// Looks as often as is due from now on.
+static void pace(struct kvd_daemon *d)
+{
+    struct kvd_fences *f = d->fences;
+    bool eager = f->first && kvd_now_ms(d) - f->latest_ms < EAGER_MS;
+    if (!eager)
+        uv_idle_stop(&f->eager);
+    if (!f->first)
+        uv_timer_stop(&f->lazy);
+    else if (!eager && !uv_is_active((uv_handle_t *)&f->lazy))
+        uv_timer_start(&f->lazy, on_lazy, LAZY_MS, LAZY_MS);
+}
+
+static void on_eager(uv_idle_t *idle)
+{
+    look(idle->data);
+    pace(idle->data);
+}
+
+static void on_lazy(uv_timer_t *timer)
+{
+    struct kvd_daemon *d = timer->data;
+    uint64_t before = d->fences->latest_ms;
+    look(d);
+    if (d->fences->first && d->fences->latest_ms != before) {
+        uv_timer_stop(timer);
+        uv_idle_start(&d->fences->eager, on_eager);
+    }
+    pace(d);
+}
+
+void kvd_fences_park(struct kvd_daemon *d, struct kvd_work *w)
+{
+    struct kvd_fences *f = d->fences;
+    DL_APPEND2(f->first, w, previous, next);
+    w->parked = true;
+    f->latest_ms = kvd_now_ms(d);
+    uv_timer_stop(&f->lazy);
+    uv_idle_start(&f->eager, on_eager);
+}
+
+int kvd_fences_init(struct kvd_daemon *d, struct kvd_error *err)
+{
+    struct kvd_fences *f = calloc(1, sizeof(*f));
+    if (!f)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    uv_idle_init(&d->loop, &f->eager);
+    uv_timer_init(&d->loop, &f->lazy);
+    f->eager.data = f->lazy.data = d;
+    d->fences = f;
+    return KVD_OK;
+}
+
+static void on_lazy_closed(uv_handle_t *lazy)
+{
+    free((uint8_t *)lazy - offsetof(struct kvd_fences, lazy));
+}
+
+void kvd_fences_deinit(struct kvd_daemon *d)
+{
+    struct kvd_fences *f = KVD_TAKE(d->fences);
+    if (!f)
+        return;
+    uv_close((uv_handle_t *)&f->eager, NULL); // closed before the one after it
+    uv_close((uv_handle_t *)&f->lazy, on_lazy_closed);
+}

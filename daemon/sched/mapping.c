@@ -1,0 +1,114 @@
+// MapSequences: where the pages of sequences lie, for workers that attend to them themselves.
+//
+// It waits in the queue of compute calls, so that no append is half done when it looks. Descriptors
+// go out before the reply.
+#include "daemon/sched/work.h"
+
+enum { MAX_PAGES = 4 << 20 }; // in one reply
+
+// Lends the session all extents that hold the item's pages.
+static int lend_pages(struct kvd_daemon *d, struct kvd_session *s, const struct kvd_work_item *item,
+                      struct kvd_error *err)
+{
+    int rc = KVD_OK;
+    for (uint32_t i = 0; i < item->n_bf16 + item->n_codec && rc == KVD_OK; i++)
+        if (item->pages[i] && (i < item->n_bf16 || i - item->n_bf16 >= item->position))
+            rc = kvd_memory_lend(d, s, item->pages[i], err);
+    return rc;
+}
+
+static void fill(struct kvd_daemon *d, const struct kvd_work_item *item, uint32_t *numbers,
+                 Kvd__V1__SequencePages *out)
+{
+    uint32_t from = (uint32_t)KVD_MIN(item->position, (uint64_t)item->n_codec);
+    kvd__v1__sequence_pages__init(out);
+    for (uint32_t i = 0; i < item->n_bf16 + item->n_codec; i++)
+        numbers[i] = kvd_memory_page_number(d, item->pages[i]);
+    out->length = item->length;
+    out->hist_end = item->hist_end;
+    out->n_bf16_pages = item->n_bf16;
+    out->bf16_pages = numbers;
+    out->codec_from = from;
+    out->n_codec_pages = item->n_codec - from;
+    out->codec_pages = numbers + item->n_bf16 + from;
+}
+
+static int reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_session *s, bool again,
+                 struct kvd_error *err)
+{
+    Kvd__V1__MapSequencesReply r = KVD__V1__MAP_SEQUENCES_REPLY__INIT;
+    uint64_t pages = 0, at = 0;
+    for (uint32_t i = 0; i < w->n_items; i++)
+        pages += w->items[i].n_bf16 + w->items[i].n_codec;
+    if (pages > MAX_PAGES)
+        return kvd_fail(err, KVD_E_LIMIT,
+                        "%llu pages in one reply, %d are possible; ask for fewer "
+                        "sequences",
+                        (unsigned long long)pages, MAX_PAGES);
+    if (again)
+        kvd_memory_forget(d, s);
+    int rc = kvd_memory_lend_rotations(d, s, err);
+    for (uint32_t i = 0; i < w->n_items && rc == KVD_OK; i++)
+        rc = lend_pages(d, s, &w->items[i], err);
+    if (rc && rc != KVD_E_LIMIT)
+        return rc;
+    Kvd__V1__SequencePages *list KVD_FREE = calloc(w->n_items + 1, sizeof(*list));
+    Kvd__V1__SequencePages **refs KVD_FREE = calloc(w->n_items + 1, sizeof(*refs));
+    uint32_t *numbers KVD_FREE = calloc(pages + 1, sizeof(*numbers));
+    if (!list || !refs || !numbers)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    for (uint32_t i = 0; i < w->n_items; i++) {
+        fill(d, &w->items[i], numbers + at, &list[i]);
+        at += w->items[i].n_bf16 + w->items[i].n_codec;
+        refs[i] = &list[i];
+    }
+    r.more = rc == KVD_E_LIMIT;
+    r.n_sequences = r.more ? 0 : w->n_items;
+    r.sequences = refs;
+    r.extents = kvd_memory_extents(d);
+    r.extent_bytes = d->config.extent_size;
+    kvd_call_reply(w->call, &r);
+    return KVD_OK;
+}
+
+int kvd_mapping_reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
+{
+    // A work that waits is failed when its session ends, so this one's is there.
+    const Kvd__V1__MapSequencesRequest *req = (const void *)w->call->request;
+    struct kvd_session *s = kvd_session_find(d, req->session);
+    return s ? reply(d, w, s, req->again, err) : kvd_fail(err, KVD_E_UNAUTH, "the session ended");
+}
+
+void kvd_on_map_sequences(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__MapSequencesRequest *req = request;
+    struct kvd_session *s = kvd_call_session(call, req->session);
+    struct kvd_error err = {0};
+    int rc = KVD_OK;
+    if (!s)
+        return;
+    if (!s->connection)
+        rc = kvd_fail(&err, KVD_E_PRECONDITION,
+                      "a leased session cannot map pages; connect to the fd socket and open the "
+                      "session with its ticket");
+    else if (req->n_items > KVD_MAX_CALL_ITEMS)
+        rc = kvd_fail(&err, KVD_E_INVALID, "%zu items; at most %d are possible", req->n_items,
+                      KVD_MAX_CALL_ITEMS);
+    for (size_t i = 0; i < req->n_items && rc == KVD_OK; i++)
+        if (!kvd_session_holds(s, req->items[i]->sequence))
+            rc = kvd_fail(&err, KVD_E_NOT_FOUND, "items[%zu]: this session holds no sequence %llu",
+                          i, (unsigned long long)req->items[i]->sequence);
+    if (rc) {
+        kvd_call_fail_error(call, &err);
+        return;
+    }
+    struct kvd_work *w = kvd_work_new(call, s, KVD_OP_MAP, req->n_items);
+    if (!w)
+        return;
+    for (uint32_t i = 0; i < w->n_items; i++) {
+        w->items[i].seq = req->items[i]->sequence;
+        w->items[i].position = req->items[i]->codec_from;
+    }
+    kvd_work_pin(call->d, w);
+    kvd_work_queue(call->d, w);
+}

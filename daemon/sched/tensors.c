@@ -1,0 +1,151 @@
+// TensorRefs: from what a worker says to memory that is surely inside its buffer.
+#include "daemon/sched/work.h"
+
+enum { MAX_INLINE_REPLY = 60 << 20 };
+
+// Fills strides in and computes where the last element ends. KVD_E_INVALID on overflow or
+// misalignment.
+static int lay_out(const Kvd__V1__TensorRef *ref, struct kvd_shape n, const char *name,
+                   uint32_t item, struct kvd_tensor *t, uint64_t *end, struct kvd_error *err)
+{
+    uint64_t size = ref->dtype == KVD__V1__DTYPE__DTYPE_F32 ? 4 : 2;
+    uint64_t part, sum = ref->offset, row = n.dim * size;
+    t->dtype = size == 4 ? KVD_DTYPE_F32 : KVD_DTYPE_BF16;
+    t->head_stride = ref->head_stride ? ref->head_stride : row;
+    bool bad = __builtin_mul_overflow(t->head_stride, n.heads, &t->token_stride);
+    if (ref->token_stride)
+        t->token_stride = ref->token_stride;
+    bad |= __builtin_mul_overflow(t->token_stride, n.tokens, &t->layer_stride);
+    if (ref->layer_stride)
+        t->layer_stride = ref->layer_stride;
+    bad |= __builtin_mul_overflow(t->layer_stride, n.layers - 1, &part) ||
+           __builtin_add_overflow(sum, part, &sum);
+    bad |= __builtin_mul_overflow(t->token_stride, n.tokens - 1, &part) ||
+           __builtin_add_overflow(sum, part, &sum);
+    bad |= __builtin_mul_overflow(t->head_stride, n.heads - 1, &part) ||
+           __builtin_add_overflow(sum, part, &sum);
+    bad |= __builtin_add_overflow(sum, row, &sum);
+    if (bad)
+        return kvd_fail(err, KVD_E_INVALID, "items[%u].%s: offset and strides overflow 64 bits",
+                        item, name);
+    if ((ref->offset | t->head_stride | t->token_stride | t->layer_stride) % size)
+        return kvd_fail(
+            err, KVD_E_INVALID,
+            "items[%u].%s: offset and strides must be multiples of the %llu-byte elements", item,
+            name, (unsigned long long)size);
+    *end = sum;
+    return KVD_OK;
+}
+
+static int hold_buffer(struct kvd_work *w, struct kvd_buffer *b, struct kvd_error *err)
+{
+    for (uint32_t i = 0; i < w->n_buffers; i++)
+        if (w->buffers[i] == b)
+            return KVD_OK;
+    if (w->n_buffers == w->cap_buffers) {
+        uint32_t cap = w->cap_buffers ? 2 * w->cap_buffers : 8;
+        struct kvd_buffer **grown = realloc(w->buffers, cap * sizeof(*grown));
+        if (!grown)
+            return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+        w->buffers = grown;
+        w->cap_buffers = cap;
+    }
+    b->refs++;
+    w->buffers[w->n_buffers++] = b;
+    return KVD_OK;
+}
+
+static int in_buffer(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,
+                     uint64_t end, const char *name, uint32_t item, struct kvd_tensor *out,
+                     struct kvd_error *err)
+{
+    struct kvd_buffer *b = kvd_session_buffer(s, ref->buffer);
+    if (!b)
+        return kvd_fail(err, KVD_E_NOT_FOUND, "items[%u].%s: this session has no buffer %llu", item,
+                        name, (unsigned long long)ref->buffer);
+    if (end > b->size)
+        return kvd_fail(
+            err, KVD_E_INVALID, "items[%u].%s reaches to byte %llu, but buffer %llu has %llu", item,
+            name, (unsigned long long)end, (unsigned long long)b->id, (unsigned long long)b->size);
+    out->data = b->data + ref->offset;
+    out->on_device = b->kind != KVD_MEMORY_MEMFD;
+    return hold_buffer(w, b, err);
+}
+
+int kvd_work_fence(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__Fence *f,
+                   const char *name, struct kvd_fence *out, struct kvd_error *err)
+{
+    if (!f)
+        return KVD_OK;
+    struct kvd_buffer *b = kvd_session_buffer(s, f->buffer);
+    if (!b)
+        return kvd_fail(err, KVD_E_NOT_FOUND, "%s: this session has no buffer %llu", name,
+                        (unsigned long long)f->buffer);
+    if (b->kind != KVD_MEMORY_MEMFD)
+        return kvd_fail(err, KVD_E_INVALID, "%s: a fence lies in a memfd, not in GPU memory", name);
+    if (f->offset % sizeof(uint32_t) || b->size < sizeof(uint32_t) ||
+        f->offset > b->size - sizeof(uint32_t))
+        return kvd_fail(err, KVD_E_INVALID,
+                        "%s: offset %llu is not that of an aligned 32-bit word in a buffer of %llu "
+                        "bytes",
+                        name, (unsigned long long)f->offset, (unsigned long long)b->size);
+    out->word = (_Atomic uint32_t *)(void *)(b->data + f->offset);
+    out->value = f->value;
+    return hold_buffer(w, b, err);
+}
+
+int kvd_work_tensor_in(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,
+                       struct kvd_shape shape, const char *name, uint32_t item,
+                       struct kvd_tensor *out, struct kvd_error *err)
+{
+    uint64_t end = 0;
+    if (!ref)
+        return kvd_fail(err, KVD_E_INVALID, "items[%u].%s is missing", item, name);
+    int rc = lay_out(ref, shape, name, item, out, &end, err);
+    if (rc)
+        return rc;
+    if (ref->buffer)
+        return in_buffer(w, s, ref, end, name, item, out, err);
+    if (end > ref->inline_data.len)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "items[%u].%s wants %llu bytes [%u][%u][%u][%u], inline_data has %zu", item,
+                        name, (unsigned long long)end, shape.layers, shape.tokens, shape.heads,
+                        shape.dim, ref->inline_data.len);
+    out->data = ref->inline_data.data + ref->offset;
+    return KVD_OK;
+}
+
+int kvd_work_tensor_out(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,
+                        struct kvd_shape shape, const char *name, uint32_t item,
+                        struct kvd_tensor *out, uint8_t **inline_out, size_t *inline_len,
+                        struct kvd_error *err)
+{
+    Kvd__V1__TensorRef none = KVD__V1__TENSOR_REF__INIT;
+    uint64_t end = 0;
+    ref = ref ? ref : &none;
+    int rc = lay_out(ref, shape, name, item, out, &end, err);
+    if (rc)
+        return rc;
+    if (ref->buffer)
+        return in_buffer(w, s, ref, end, name, item, out, err);
+    if (ref->offset || ref->head_stride || ref->token_stride || ref->layer_stride)
+        return kvd_fail(
+            err, KVD_E_INVALID,
+            "items[%u].%s: an output without a buffer is dense; leave offset and strides 0", item,
+            name);
+    w->inline_bytes += end;
+    if (w->inline_bytes > MAX_INLINE_REPLY)
+        return kvd_fail(
+            err, KVD_E_LIMIT,
+            "the reply would have more than %d bytes; register a buffer for %s, or split the call",
+            MAX_INLINE_REPLY, name);
+    rc = kvd_call_reserve(w->call, end, err);
+    if (rc)
+        return rc;
+    *inline_out = malloc(end);
+    if (!*inline_out)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    *inline_len = end;
+    out->data = *inline_out;
+    return KVD_OK;
+}

@@ -1,0 +1,130 @@
+// Compute calls: Append, Attend, Step, Rotate and ReadTokens on their way through the daemon.
+//
+//   1. service/compute.c checks a request and makes a work of it: tensors resolved to memory,
+//   sequences pinned
+//   2. it waits for its fence (fences.c) and in its namespace's line (queue.c); strictly in order,
+//   it starts when no call in flight writes what it uses
+//   3. starting takes the pages (all sequences or none) and notes addresses; the executor runs the
+//   kernels, in slices (run.c)
+//   4. done: commit (or abort, and nothing has changed), unpin, reply
+// At any time until then it can be cancelled: by its caller, its deadline, or its session's end. It
+// owns what it uses: references to buffers and the geometry, and pins of sequences.
+#ifndef KVD_DAEMON_COMPUTE_H
+#define KVD_DAEMON_COMPUTE_H
+
+#include "daemon/sched/exec.h"
+#include "daemon/sched/queue.h"
+#include "daemon/rpc/rpc.h"
+#include "kvd.pb-c.h"
+
+struct kvd_work_item {
+    uint64_t seq, position;
+    uint64_t request; // names the append, for when it is sent again; 0: none
+    uint32_t tokens;  // to append, and queries
+    struct kvd_tensor q, k, v, o, lse;
+    uint8_t *o_inline, *lse_inline; // outputs that go into the reply
+    size_t o_len, lse_len;
+    bool begun; // `append` wants commit or abort
+    struct kvd_pool_append append;
+    uint64_t length, hist_end; // that the attention sees
+    uint64_t *pages;           // bf16 pages, then codec pages
+    uint32_t n_bf16, n_codec;
+};
+
+// A private copy that a shared page gets before it is written.
+struct kvd_page_copy {
+    uint64_t to, from, bytes;
+};
+
+// A word in a worker's memfd, and the value that it is to reach.
+struct kvd_fence {
+    _Atomic uint32_t *word; // NULL: none
+    uint32_t value;
+};
+
+struct kvd_work {
+    struct kvd_job job;
+    struct kvd_work *previous, *next;           // in the line, or among those that are parked
+    struct kvd_work *previous_work, *next_work; // among all
+    enum kvd_kernel_op op;
+    bool listed, waits, parked, in_line, in_flight;
+    struct kvd_call *call;
+    uint64_t session;  // its id: it may have ended
+    uint64_t appender; // its identity in the pool
+    uint32_t ns;
+    uint32_t geom; // referenced until done, and with it the rotation set
+    uint32_t layer_begin, layer_count;
+    struct kvd_work_item *items;
+    uint32_t n_items, pinned;
+    bool locked;
+    struct kvd_buffer **buffers; // referenced until done
+    uint32_t n_buffers, cap_buffers;
+    uint64_t inline_bytes;
+    struct kvd_fence wait, signal;
+    float scale, softcap;
+    uint32_t window;
+    // What the executor gets
+    struct kvd_append_item *append_items;
+    uint32_t *append_index; // item of each
+    uint32_t n_append;
+    struct kvd_page_copy *copies;
+    uint32_t n_copies;
+    struct kvd_attend_item *attend_items;
+    struct kvd_rotate_params rotate;
+    struct kvd_read_params read;
+    struct kvd_nonfinite nonfinite;
+    uint32_t phase, copied;
+    struct kvd_error err;
+    struct kvd_error why; // of its being cancelled
+};
+
+// A work of n items for a call; NULL with the call answered when memory is short.
+struct kvd_work *kvd_work_new(struct kvd_call *call, const struct kvd_session *s,
+                              enum kvd_kernel_op op, size_t n);
+// Frees a work that was never queued, and its pins.
+void kvd_work_free(struct kvd_daemon *d, struct kvd_work *w);
+// Has it wait for its turn, or its fence first; from here on it answers its call itself.
+void kvd_work_queue(struct kvd_daemon *d, struct kvd_work *w);
+// Whether no work in flight is in its way.
+bool kvd_work_ready(const struct kvd_daemon *d, const struct kvd_work *w);
+// Takes its pages and hands it to the executor. Only the line calls this.
+void kvd_work_start(struct kvd_daemon *d, struct kvd_work *w);
+// run.c: the executor's part, a kvd_job's run.
+bool kvd_work_run(struct kvd_daemon *d, struct kvd_job *job);
+// Answers its call with an error and frees it.
+void kvd_work_fail(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_error *err);
+// Pins an item's sequence.
+void kvd_work_pin(struct kvd_daemon *d, struct kvd_work *w);
+
+// mapping.c: answers MapSequences, whose work has its pages noted.
+int kvd_mapping_reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err);
+
+// fences.c: works that wait for their workers' GPU streams.
+bool kvd_fence_passed(const struct kvd_fence *f);
+void kvd_fence_signal(const struct kvd_fence *f);
+int kvd_fences_init(struct kvd_daemon *d, struct kvd_error *err);
+// NULL is allowed. Nothing is parked any more.
+void kvd_fences_deinit(struct kvd_daemon *d);
+void kvd_fences_park(struct kvd_daemon *d, struct kvd_work *w);
+// Takes out a work that is parked.
+void kvd_fences_forget(struct kvd_daemon *d, struct kvd_work *w);
+
+struct kvd_shape {
+    uint32_t layers, tokens, heads, dim;
+};
+
+// tensors.c: resolves a TensorRef to memory. For an output that goes into the reply, memory is made
+// and handed to *inline_out. KVD_E_INVALID says which tensor reaches where; `name` and `item` are
+// for that message.
+int kvd_work_tensor_in(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,
+                       struct kvd_shape shape, const char *name, uint32_t item,
+                       struct kvd_tensor *out, struct kvd_error *err);
+// Resolves a fence; `name` is for the message. NULL: none.
+int kvd_work_fence(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__Fence *f,
+                   const char *name, struct kvd_fence *out, struct kvd_error *err);
+int kvd_work_tensor_out(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,
+                        struct kvd_shape shape, const char *name, uint32_t item,
+                        struct kvd_tensor *out, uint8_t **inline_out, size_t *inline_len,
+                        struct kvd_error *err);
+
+#endif

@@ -1,0 +1,531 @@
+// kvd.v1.Admin.
+#include <uv.h>
+
+#include "admin.pb-c.h"
+#include "daemon/service/geometry.h"
+#include "daemon/service/rotations.h"
+#include "daemon/rpc/rpc.h"
+
+void kvd_on_ping(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__PingRequest *req = request;
+    Kvd__V1__PingReply r = KVD__V1__PING_REPLY__INIT;
+    if (req->payload.len > 65536) {
+        kvd_call_fail(call, KVD_E_INVALID, "payload has %zu bytes; at most 65536 are sent back",
+                      req->payload.len);
+        return;
+    }
+    r.payload = req->payload;
+    kvd_call_reply(call, &r);
+}
+
+void kvd_on_get_status(struct kvd_call *call, const void *request)
+{
+    (void)request;
+    struct kvd_daemon *d = call->d;
+    struct kvd_pool_info pool;
+    char *listen[KVD_MAX_LISTEN];
+    size_t rss = 0;
+    kvd_pool_info(d->pool, &pool);
+    uv_resident_set_memory(&rss);
+    for (uint32_t i = 0; i < d->config.n_listen; i++)
+        listen[i] = d->config.listen[i];
+    Kvd__V1__StatusReply r = KVD__V1__STATUS_REPLY__INIT;
+    r.version = (char *)kvd_build_version();
+    r.instance = d->instance;
+    r.backend = (char *)d->backend->ops->name;
+    r.device = (char *)d->backend->ops->device(d->backend);
+    r.state = d->state == KVD_READY ? "ready" : "draining";
+    r.uptime_ms = kvd_now_ms(d) - d->started_ms;
+    r.pid = (uint32_t)getpid();
+    r.pool_bytes = pool.bytes;
+    r.pool_used_bytes = pool.used;
+    r.sessions = HASH_COUNT(d->sessions);
+    r.sequences = pool.sequences;
+    r.tokens = pool.tokens;
+    r.queued_calls = kvd_compute_queued(d);
+    r.store = d->config.store;
+    r.n_listen = d->config.n_listen;
+    r.listen = listen;
+    r.metrics = d->config.metrics;
+    r.log_level = (char *)kvd_log_level_name(kvd_log_get_level());
+    r.rss_bytes = rss;
+    r.evictable_bytes = kvd_evictable(d, NULL);
+    r.calls = kvd_metrics_calls(&d->metrics);
+    r.appended_tokens = d->metrics.tokens_appended;
+    r.attended_queries = d->metrics.queries_attended;
+    r.evictions = pool.evictions;
+    for (int i = 0; i < KVD_REFUSED_COUNT; i++)
+        r.refused_calls += d->metrics.refused[i];
+    kvd_call_reply(call, &r);
+}
+
+static uint64_t session_bytes(struct kvd_daemon *d, const struct kvd_session *s)
+{
+    uint64_t sum = 0;
+    struct kvd_pool_seq_info info;
+    for (struct kvd_held *h = s->held; h; h = h->hh.next)
+        if (kvd_pool_seq_info(d->pool, h->seq, &info) == KVD_OK)
+            sum += info.bytes;
+    return sum;
+}
+
+static void fill_session(struct kvd_daemon *d, struct kvd_session *s, Kvd__V1__SessionInfo *out)
+{
+    const struct kvd_geometry *g = kvd_pool_geometry_get(d->pool, s->geom);
+    struct kvd_pool_namespace_info ns;
+    kvd_pool_namespace_info(d->pool, s->ns, &ns);
+    kvd__v1__session_info__init(out);
+    out->id = s->id;
+    out->namespace_name = (char *)ns.name;
+    out->client_name = s->client_name;
+    out->pid = s->pid;
+    out->uid = s->uid;
+    out->age_ms = kvd_now_ms(d) - s->opened_ms;
+    out->idle_ms = kvd_now_ms(d) - s->used_ms;
+    out->sequences = HASH_COUNT(s->held);
+    out->buffers = HASH_COUNT(s->buffers);
+    out->buffer_bytes = s->buffer_bytes;
+    out->calls = s->calls;
+    out->page_bytes = session_bytes(d, s);
+    out->codec = (char *)kvd_codec_name(g->codec);
+    out->rotation_set = (char *)g->rotation;
+    out->layers = g->n_layers;
+    out->kv_heads = g->kv_heads;
+    out->head_dim_k = g->head_dim_k;
+}
+
+void kvd_on_list_sessions(struct kvd_call *call, const void *request)
+{
+    (void)request;
+    struct kvd_daemon *d = call->d;
+    size_t n = HASH_COUNT(d->sessions), i = 0;
+    Kvd__V1__SessionInfo *infos KVD_FREE = calloc(n + 1, sizeof(*infos));
+    Kvd__V1__SessionInfo **list KVD_FREE = calloc(n + 1, sizeof(*list));
+    Kvd__V1__ListSessionsReply r = KVD__V1__LIST_SESSIONS_REPLY__INIT;
+    for (struct kvd_session *s = d->sessions; s && infos && list; s = s->hh.next, i++) {
+        fill_session(d, s, &infos[i]);
+        list[i] = &infos[i];
+    }
+    r.n_sessions = i;
+    r.sessions = list;
+    kvd_call_reply(call, &r);
+}
+
+struct sequence_list {
+    struct kvd_daemon *d;
+    const char *ns; // "" for all
+    Kvd__V1__AdminSequence *infos, **list;
+    size_t n, limit;
+    bool more;
+};
+
+static bool add_sequence(void *ctx, const struct kvd_pool_seq_info *info)
+{
+    struct sequence_list *l = ctx;
+    struct kvd_pool_namespace_info ns;
+    const struct kvd_geometry *g = kvd_pool_geometry_get(l->d->pool, info->geom);
+    kvd_pool_namespace_info(l->d->pool, info->ns, &ns);
+    if (*l->ns && strcmp(l->ns, ns.name) != 0)
+        return true;
+    if (l->n == l->limit) {
+        l->more = true;
+        return false;
+    }
+    Kvd__V1__AdminSequence *out = l->list[l->n] = &l->infos[l->n];
+    l->n++;
+    kvd__v1__admin_sequence__init(out);
+    out->sequence = info->id;
+    out->namespace_name = (char *)ns.name;
+    out->name = (char *)info->name;
+    out->length = info->length;
+    out->history_tokens = info->hist_end - g->sink;
+    out->bytes = info->bytes;
+    out->holders = info->holders;
+    out->codec = (char *)kvd_codec_name(g->codec);
+    return true;
+}
+
+void kvd_on_list_sequences(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__ListSequencesRequest *req = request;
+    struct sequence_list l = {.d = call->d, .ns = req->namespace_name};
+    l.limit = req->limit ? KVD_MIN(req->limit, 10000u) : 1000;
+    Kvd__V1__AdminSequence *infos KVD_FREE = calloc(l.limit, sizeof(*infos));
+    Kvd__V1__AdminSequence **list KVD_FREE = calloc(l.limit, sizeof(*list));
+    Kvd__V1__ListSequencesReply r = KVD__V1__LIST_SEQUENCES_REPLY__INIT;
+    if (infos && list) {
+        l.infos = infos;
+        l.list = list;
+        kvd_pool_seq_each(call->d->pool, add_sequence, &l);
+    }
+    r.n_sequences = l.n;
+    r.sequences = list;
+    r.more = l.more;
+    kvd_call_reply(call, &r);
+}
+
+struct group_list {
+    struct kvd_daemon *d;
+    Kvd__V1__ExtentGroup infos[1024], *list[1024];
+    size_t n;
+};
+
+static bool add_group(void *ctx, const struct kvd_pool_slab_info *info)
+{
+    struct group_list *l = ctx;
+    struct kvd_pool_namespace_info ns;
+    if (l->n == KVD_LEN(l->list))
+        return false;
+    if (info->extents == 0)
+        return true;
+    kvd_pool_namespace_info(l->d->pool, info->ns, &ns);
+    Kvd__V1__ExtentGroup *out = l->list[l->n] = &l->infos[l->n];
+    l->n++;
+    kvd__v1__extent_group__init(out);
+    out->namespace_name = (char *)ns.name;
+    out->kind = info->kind == KVD_POOL_BF16
+                    ? "window"
+                    : (char *)kvd_codec_name(kvd_pool_geometry_get(l->d->pool, info->geom)->codec);
+    out->extents = info->extents;
+    out->page_bytes = info->page_bytes;
+    out->pages_used = info->used;
+    out->pages_free = info->free;
+    return true;
+}
+
+void kvd_on_get_pool(struct kvd_call *call, const void *request)
+{
+    (void)request;
+    struct kvd_pool_info pool;
+    struct group_list *l KVD_FREE = calloc(1, sizeof(*l));
+    Kvd__V1__GetPoolReply r = KVD__V1__GET_POOL_REPLY__INIT;
+    kvd_pool_info(call->d->pool, &pool);
+    r.pool_bytes = pool.bytes;
+    r.extent_bytes = pool.extent_bytes;
+    r.extents_total = pool.extents;
+    r.extents_granted = pool.extents_granted;
+    r.extents_made = pool.extents_made;
+    r.used_bytes = pool.used;
+    r.slack_bytes = pool.slack;
+    r.free_bytes = pool.bytes - pool.used - pool.slack;
+    r.evictions = pool.evictions;
+    r.metadata_bytes = pool.metadata;
+    if (l) {
+        l->d = call->d;
+        kvd_pool_slab_each(call->d->pool, add_group, l);
+        r.n_groups = l->n;
+        r.groups = l->list;
+    }
+    kvd_call_reply(call, &r);
+}
+
+void kvd_on_list_namespaces(struct kvd_call *call, const void *request)
+{
+    (void)request;
+    struct kvd_daemon *d = call->d;
+    uint32_t n = kvd_pool_namespace_count(d->pool);
+    Kvd__V1__NamespaceInfo *infos KVD_FREE = calloc(n + 1, sizeof(*infos));
+    Kvd__V1__NamespaceInfo **list KVD_FREE = calloc(n + 1, sizeof(*list));
+    Kvd__V1__ListNamespacesReply r = KVD__V1__LIST_NAMESPACES_REPLY__INIT;
+    for (uint32_t i = 0; infos && list && i < n; i++) {
+        struct kvd_pool_namespace_info ns;
+        kvd_pool_namespace_info(d->pool, i, &ns);
+        if (!ns.name[0])
+            continue;
+        kvd__v1__namespace_info__init(&infos[i]);
+        infos[i].name = (char *)ns.name;
+        infos[i].quota_bytes = ns.quota;
+        infos[i].used_bytes = ns.used;
+        infos[i].pages = ns.pages;
+        infos[i].sequences = ns.sequences;
+        infos[i].sessions = ns.holders;
+        list[r.n_namespaces++] = &infos[i];
+    }
+    r.namespaces = list;
+    kvd_call_reply(call, &r);
+}
+
+void kvd_on_get_metrics(struct kvd_call *call, const void *request)
+{
+    (void)request;
+    char *text KVD_FREE = kvd_metrics_page(call->d);
+    Kvd__V1__GetMetricsReply r = KVD__V1__GET_METRICS_REPLY__INIT;
+    r.text = text ? text : "";
+    kvd_call_reply(call, &r);
+}
+
+void kvd_on_set_quota(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__SetQuotaRequest *req = request;
+    struct kvd_error err = {0};
+    struct kvd_pool_namespace_info info;
+    struct kvd_pool *pool = call->d->pool;
+    uint32_t ns;
+    if (kvd_pool_namespace_find(pool, req->namespace_name) == KVD_POOL_NONE && !req->create) {
+        kvd_call_fail(call, KVD_E_NOT_FOUND,
+                      "there is no namespace '%.64s'; set create (kvctl: --create) to make it with "
+                      "this quota",
+                      req->namespace_name);
+        return;
+    }
+    if (kvd_namespace_listed(call->d, req->namespace_name, &err) ||
+        kvd_pool_namespace(pool, req->namespace_name, &ns, &err)) {
+        kvd_call_fail_error(call, &err);
+        return;
+    }
+    kvd_pool_set_quota(pool, ns, req->quota_bytes);
+    kvd_pool_namespace_info(pool, ns, &info);
+    kvd_notice("quota set namespace=%s bytes=%llu", info.name,
+               (unsigned long long)req->quota_bytes);
+    kvd_pool_namespace_release(pool, ns);
+    Kvd__V1__SetQuotaReply r = KVD__V1__SET_QUOTA_REPLY__INIT;
+    r.used_bytes = info.used;
+    kvd_call_reply(call, &r);
+}
+
+// One published sequence by name. KVD_E_PRECONDITION when it is in use.
+static int evict_named(struct kvd_daemon *d, uint32_t ns, const char *name, uint64_t *freed,
+                       struct kvd_error *err)
+{
+    struct kvd_pool_seq_info info;
+    struct kvd_pool_info before, after;
+    uint64_t seq = kvd_pool_lookup(d->pool, ns, name);
+    if (!seq || kvd_pool_seq_info(d->pool, seq, &info))
+        return kvd_fail(err, KVD_E_NOT_FOUND, "nothing is published as '%.128s' there", name);
+    if (info.holders || info.pins)
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "'%s' is held by %u sessions; live sequences are never evicted", name,
+                        info.holders);
+    kvd_pool_info(d->pool, &before);
+    kvd_pool_unpublish(d->pool, seq);
+    kvd_pool_info(d->pool, &after);
+    *freed = before.used - after.used;
+    return KVD_OK;
+}
+
+void kvd_on_evict(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__EvictRequest *req = request;
+    struct kvd_daemon *d = call->d;
+    struct kvd_error err = {0};
+    uint32_t ns = KVD_POOL_NONE;
+    Kvd__V1__EvictReply r = KVD__V1__EVICT_REPLY__INIT;
+    if (req->namespace_name[0] &&
+        (ns = kvd_pool_namespace_find(d->pool, req->namespace_name)) == KVD_POOL_NONE) {
+        kvd_call_fail(call, KVD_E_NOT_FOUND, "there is no namespace %.64s", req->namespace_name);
+        return;
+    }
+    if (req->name[0] && ns == KVD_POOL_NONE) {
+        kvd_call_fail(call, KVD_E_INVALID, "a name wants its namespace");
+        return;
+    }
+    if (!req->name[0])
+        r.sequences = kvd_pool_evict(d->pool, ns, req->bytes, &r.bytes);
+    else if (evict_named(d, ns, req->name, &r.bytes, &err) == KVD_OK)
+        r.sequences = 1;
+    if (err.code) {
+        kvd_call_fail_error(call, &err);
+        return;
+    }
+    kvd_notice("evicted by operator sequences=%u bytes=%llu", r.sequences,
+               (unsigned long long)r.bytes);
+    kvd_call_reply(call, &r);
+}
+
+void kvd_on_drain(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__DrainRequest *req = request;
+    struct kvd_daemon *d = call->d;
+    Kvd__V1__DrainReply r = KVD__V1__DRAIN_REPLY__INIT;
+    r.sessions = HASH_COUNT(d->sessions);
+    kvd_call_reply(call, &r);
+    kvd_daemon_drain(d, req->timeout_ms ? req->timeout_ms : d->config.drain_timeout_ms);
+}
+
+void kvd_on_set_log_level(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__SetLogLevelRequest *req = request;
+    int level = kvd_log_level_parse(req->level);
+    if (level < 0) {
+        kvd_call_fail(call, KVD_E_INVALID,
+                      "level is '%.20s'; error, warning, notice, info and debug are possible",
+                      req->level);
+        return;
+    }
+    Kvd__V1__SetLogLevelReply r = KVD__V1__SET_LOG_LEVEL_REPLY__INIT;
+    r.previous = (char *)kvd_log_level_name(kvd_log_get_level());
+    kvd_notice("log level changed level=%s", req->level);
+    kvd_log_set_level((enum kvd_log_level)level);
+    kvd_call_reply(call, &r);
+}
+
+static void on_reloaded(struct kvd_daemon *d, const struct kvd_reload *report, void *ctx)
+{
+    Kvd__V1__ReloadReply r = KVD__V1__RELOAD_REPLY__INIT;
+    (void)d;
+    r.applied = report->errors.n == 0;
+    r.errors = report->errors.line;
+    r.n_errors = report->errors.n;
+    r.changed = report->changed.line;
+    r.n_changed = report->changed.n;
+    r.restart = report->restart.line;
+    r.n_restart = report->restart.n;
+    r.kept = report->kept.line;
+    r.n_kept = report->kept.n;
+    kvd_call_reply(ctx, &r);
+}
+
+void kvd_on_reload(struct kvd_call *call, const void *request)
+{
+    struct kvd_error err = {0};
+    (void)request;
+    if (kvd_daemon_reload(call->d, on_reloaded, call, &err))
+        kvd_call_fail_error(call, &err);
+}
+
+// -- rotation sets: the store may be slow, so these run on libuv's thread pool ------------------
+
+struct store_call {
+    uv_work_t work;
+    struct kvd_call *call;
+    struct kvd_config config; // a copy: a reload may change the daemon's
+    char ref[KVD_MAX_NAME * 2 + 2];
+    struct kvd_store_entry *entries;
+    uint32_t n;
+    struct kvd_rotset *set;
+    enum kvd_store_source source;
+    struct kvd_error err;
+};
+
+static struct kvd_store_config store_of(const struct store_call *s)
+{
+    return (struct kvd_store_config){.url = s->config.store,
+                                     .cache = s->config.cache,
+                                     .timeout_ms = s->config.store_timeout_ms,
+                                     .public_key = s->config.store_public_key,
+                                     .retries = 1};
+}
+
+static void list_work(uv_work_t *work)
+{
+    struct store_call *s = work->data;
+    struct kvd_store_config c = store_of(s);
+    kvd_store_list(&c, &s->entries, &s->n, &s->err);
+}
+
+// How many geometries have a digest in the backend's memory.
+static uint32_t loaded_users(struct kvd_daemon *d, const char *digest)
+{
+    uint32_t users = 0;
+    for (struct kvd_session *s = d->sessions; s; s = s->hh.next)
+        users += strcmp(kvd_pool_geometry_get(d->pool, s->geom)->rotation, digest) == 0;
+    return users;
+}
+
+static bool is_loaded(struct kvd_daemon *d, const char *digest)
+{
+    for (uint32_t i = 0; i < KVD_MAX_GEOMETRIES; i++)
+        if (d->rotations[i] && strcmp(kvd_pool_geometry_get(d->pool, i)->rotation, digest) == 0)
+            return true;
+    return false;
+}
+
+static void list_done(uv_work_t *work, int status)
+{
+    struct store_call *s = work->data;
+    struct kvd_daemon *d = s->call->d;
+    Kvd__V1__RotationSetInfo *infos KVD_FREE = calloc(s->n + 1, sizeof(*infos));
+    Kvd__V1__RotationSetInfo **list KVD_FREE = calloc(s->n + 1, sizeof(*list));
+    Kvd__V1__ListRotationSetsReply r = KVD__V1__LIST_ROTATION_SETS_REPLY__INIT;
+    for (uint32_t i = 0; infos && list && i < s->n; i++) {
+        const struct kvd_store_entry *e = &s->entries[i];
+        kvd__v1__rotation_set_info__init(&infos[i]);
+        infos[i].model = (char *)e->model;
+        infos[i].tag = (char *)e->tag;
+        infos[i].digest = (char *)e->digest;
+        infos[i].bytes = e->bytes;
+        infos[i].error = e->error;
+        infos[i].error_no_windows = e->error_no_windows;
+        infos[i].users = loaded_users(d, e->digest);
+        infos[i].state = is_loaded(d, e->digest) ? "loaded" : e->cached ? "cached" : "store";
+        list[r.n_sets++] = &infos[i];
+    }
+    r.sets = list;
+    if (s->err.code || status < 0)
+        kvd_call_fail_error(s->call, &s->err);
+    else
+        kvd_call_reply(s->call, &r);
+    kvd_daemon_work_end(d);
+    free(s->entries);
+    free(s);
+}
+
+static void fetch_work(uv_work_t *work)
+{
+    struct store_call *s = work->data;
+    struct kvd_store_config c = store_of(s);
+    kvd_store_fetch(&c, s->ref, NULL, NULL, &s->set, &s->source, &s->err);
+}
+
+static void fetch_done(uv_work_t *work, int status)
+{
+    struct store_call *s = work->data;
+    Kvd__V1__FetchRotationSetReply r = KVD__V1__FETCH_ROTATION_SET_REPLY__INIT;
+    Kvd__V1__RotationSetInfo info = KVD__V1__ROTATION_SET_INFO__INIT;
+    struct kvd_daemon *d = s->call->d;
+    struct kvd_metrics *m = &d->metrics;
+    m->rotations_failed += !s->set;
+    m->rotations_cached += s->set && s->source == KVD_STORE_CACHE;
+    m->rotations_fetched += s->set && s->source == KVD_STORE_REMOTE;
+    if (s->set && status == 0) {
+        info.model = s->set->model;
+        info.digest = s->set->digest;
+        info.state = is_loaded(s->call->d, s->set->digest) ? "loaded" : "cached";
+        info.layers = s->set->n_layers;
+        info.kv_heads = s->set->heads == 1 ? 0 : s->set->heads;
+        info.head_dim_k = s->set->dim_k;
+        info.head_dim_v = s->set->dim_v;
+        info.users = loaded_users(s->call->d, s->set->digest);
+        r.set = &info;
+        kvd_call_reply(s->call, &r);
+    } else {
+        kvd_call_fail_error(s->call, &s->err);
+    }
+    kvd_daemon_work_end(d);
+    kvd_rotset_free(&s->set);
+    free(s);
+}
+
+static void store_call(struct kvd_call *call, const char *ref, uv_work_cb work,
+                       uv_after_work_cb done)
+{
+    struct store_call *s = calloc(1, sizeof(*s));
+    if (!s) {
+        kvd_call_fail(call, KVD_E_INTERNAL, "out of memory");
+        return;
+    }
+    s->call = call;
+    s->config = call->d->config;
+    s->work.data = s;
+    kvd_fail(&s->err, KVD_OK, "kvd is shutting down");
+    snprintf(s->ref, sizeof(s->ref), "%s", ref);
+    kvd_daemon_work_begin(call->d);
+    uv_queue_work(&call->d->loop, &s->work, work, done);
+}
+
+void kvd_on_list_rotation_sets(struct kvd_call *call, const void *request)
+{
+    (void)request;
+    store_call(call, "", list_work, list_done);
+}
+
+void kvd_on_fetch_rotation_set(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__FetchRotationSetRequest *req = request;
+    if (!kvd_store_ref_valid(req->name))
+        kvd_call_fail(call, KVD_E_INVALID,
+                      "'%.100s' is no rotation set: say model@tag or sha256:<64 hex>", req->name);
+    else
+        store_call(call, req->name, fetch_work, fetch_done);
+}

@@ -1,0 +1,64 @@
+// The table of methods: path, request type, handler, and who may call.
+#include "daemon/rpc/rpc.h"
+
+#include "admin.pb-c.h"
+#include "health.pb-c.h"
+#include "kvd.pb-c.h"
+
+// The flags are: streaming, operator_only, while_draining.
+#define KV(name, type, fn)                                                                         \
+    {                                                                                              \
+        "/kvd.v1.KvCache/" name, &kvd__v1__##type##__descriptor, kvd_on_##fn, false, false, true   \
+    }
+#define ADMIN(name, type, fn)                                                                      \
+    {                                                                                              \
+        "/kvd.v1.Admin/" name, &kvd__v1__##type##__descriptor, kvd_on_##fn, false, false, true     \
+    }
+#define OPERATOR(name, type, fn)                                                                   \
+    {                                                                                              \
+        "/kvd.v1.Admin/" name, &kvd__v1__##type##__descriptor, kvd_on_##fn, false, true, true      \
+    }
+
+const struct kvd_method kvd_methods[] = {
+    {"/kvd.v1.KvCache/OpenSession", &kvd__v1__open_session_request__descriptor, kvd_on_open_session,
+     false, false, false},
+    KV("CloseSession", close_session_request, close_session),
+    KV("KeepAlive", keep_alive_request, keep_alive),
+    KV("RegisterBuffer", register_buffer_request, register_buffer),
+    KV("ReleaseBuffer", release_buffer_request, release_buffer),
+    KV("CreateSequences", create_sequences_request, create_sequences),
+    KV("ForkSequence", fork_sequence_request, fork_sequence),
+    KV("TruncateSequence", truncate_sequence_request, truncate_sequence),
+    KV("PublishSequence", publish_sequence_request, publish_sequence),
+    KV("AttachSequence", attach_sequence_request, attach_sequence),
+    KV("FreeSequences", free_sequences_request, free_sequences),
+    KV("DescribeSequences", describe_sequences_request, describe_sequences),
+    KV("Append", append_request, append),
+    KV("Attend", attend_request, attend),
+    KV("Step", step_request, step),
+    KV("Rotate", rotate_request, rotate),
+    KV("ReadTokens", read_tokens_request, read_tokens),
+    KV("MapSequences", map_sequences_request, map_sequences),
+    {"/kvd.v1.KvCache/Watch", &kvd__v1__watch_request__descriptor, kvd_on_watch, true, false, true},
+    ADMIN("Ping", ping_request, ping),
+    ADMIN("GetStatus", status_request, get_status),
+    ADMIN("ListSessions", list_sessions_request, list_sessions),
+    ADMIN("ListSequences", list_sequences_request, list_sequences),
+    ADMIN("GetPool", get_pool_request, get_pool),
+    ADMIN("ListNamespaces", list_namespaces_request, list_namespaces),
+    ADMIN("GetMetrics", get_metrics_request, get_metrics),
+    ADMIN("ListRotationSets", list_rotation_sets_request, list_rotation_sets),
+    OPERATOR("SetQuota", set_quota_request, set_quota),
+    OPERATOR("Evict", evict_request, evict),
+    OPERATOR("Drain", drain_request, drain),
+    OPERATOR("SetLogLevel", set_log_level_request, set_log_level),
+    OPERATOR("Reload", reload_request, reload),
+    OPERATOR("FetchRotationSet", fetch_rotation_set_request, fetch_rotation_set),
+    {"/grpc.health.v1.Health/Check", &grpc__health__v1__health_check_request__descriptor,
+     kvd_on_health_check, false, false, true},
+    {"/grpc.health.v1.Health/Watch", &grpc__health__v1__health_check_request__descriptor,
+     kvd_on_health_watch, true, false, true},
+};
+
+const uint32_t kvd_n_methods = KVD_LEN(kvd_methods);
+_Static_assert(KVD_LEN(kvd_methods) < KVD_MAX_METHODS, "the last slot counts unknown methods");

@@ -1,0 +1,271 @@
+#include "daemon/service/rotations.h"
+
+#include <fcntl.h>
+#include <stdatomic.h>
+#include <sys/mman.h>
+#include <utlist.h>
+
+#include "daemon/rpc/rpc.h"
+
+enum { MAX_DOWNLOADS = 3 }; // at once: libuv's other threads are for what is near
+
+struct kvd_fetch {
+    struct kvd_call *call;
+    struct kvd_fetch *prev, *next; // among the downloads
+    bool download, running;
+    _Atomic bool given_up;
+    uv_work_t work;
+    struct kvd_daemon *d;
+    struct kvd_geometry *g;
+    void (*done)(void *ctx, struct kvd_rotset *set, const struct kvd_error *failure);
+    void *ctx;
+    struct kvd_store_config store;
+    char url[KVD_CONFIG_TEXT], cache[KVD_CONFIG_TEXT]; // a reload may change the daemon's
+    char ref[80];
+    struct kvd_rotset *set;
+    enum kvd_store_source source;
+    struct kvd_error err;
+    uint64_t began_ns;
+};
+
+struct kvd_store_config kvd_rotations_store(const struct kvd_daemon *d)
+{
+    return (struct kvd_store_config){.url = d->config.store,
+                                     .cache = d->config.cache,
+                                     .timeout_ms = d->config.store_timeout_ms,
+                                     .public_key = d->config.store_public_key, // never reloaded
+                                     .retries = 2};
+}
+
+static void fetch_work(uv_work_t *work)
+{
+    struct kvd_fetch *f = work->data;
+    if (kvd_store_fetch(&f->store, f->ref, NULL, NULL, &f->set, &f->source, &f->err))
+        f->set = NULL;
+}
+
+static void fetch_done(uv_work_t *work, int status);
+
+// Starts those downloads for which there is room. One user leaves the last place to others.
+static void start_downloads(struct kvd_daemon *d)
+{
+    struct kvd_fetch *f;
+    const struct kvd_user *users[MAX_DOWNLOADS];
+    uint32_t running = 0;
+    DL_FOREACH(d->downloads, f)
+    if (f->running)
+        users[running++] = f->call->user;
+    DL_FOREACH(d->downloads, f)
+    {
+        uint32_t own = 0;
+        if (running == MAX_DOWNLOADS)
+            return;
+        for (uint32_t i = 0; i < running; i++)
+            own += users[i] == f->call->user;
+        if (f->running || own == MAX_DOWNLOADS - 1)
+            continue;
+        f->running = true;
+        users[running++] = f->call->user;
+        uv_queue_work(&d->loop, &f->work, fetch_work, fetch_done);
+    }
+}
+
+// What is not in the cache is fetched, once there is room.
+static void download(struct kvd_fetch *f)
+{
+    f->download = true;
+    f->store.url = f->url;
+    f->err = (struct kvd_error){0};
+    DL_APPEND(f->d->downloads, f);
+    start_downloads(f->d);
+}
+
+static void on_given_up(struct kvd_call *call)
+{
+    struct kvd_fetch *f = call->work;
+    atomic_store(&f->given_up, true);
+    if (!f->download || f->running)
+        return;
+    kvd_fail(&f->err, KVD_E_UNAVAILABLE, "the caller has gone");
+    fetch_done(&f->work, 0);
+}
+
+static void fetch_done(uv_work_t *work, int status)
+{
+    struct kvd_fetch *f = work->data;
+    struct kvd_daemon *d = f->d;
+    struct kvd_metrics *m = &d->metrics;
+    if (!f->download && !f->set && !f->given_up && f->url[0] && f->err.code != KVD_E_CORRUPT) {
+        download(f);
+        return;
+    }
+    f->call->on_cancelled = NULL;
+    if (f->download)
+        DL_DELETE(d->downloads, f);
+    unsigned long long ms = (uv_hrtime() - f->began_ns) / 1000000;
+    if (status < 0 && !f->set)
+        kvd_fail(&f->err, KVD_E_UNAVAILABLE, "kvd is shutting down");
+    if (f->set) {
+        bool remote = f->source == KVD_STORE_REMOTE;
+        m->rotations_fetched += remote;
+        m->rotations_cached += !remote;
+        kvd_info("rotation set ready name=%s digest=%s from=%s ms=%llu", f->ref, f->set->digest,
+                 remote ? "store" : "cache", ms);
+        snprintf(f->g->rotation, sizeof(f->g->rotation), "%s", f->set->digest);
+        f->done(f->ctx, f->set, NULL);
+    } else {
+        m->rotations_failed++;
+        kvd_warning("rotation set not available name=%s error=\"%s\" ms=%llu", f->ref, f->err.text,
+                    ms);
+        f->done(f->ctx, NULL, &f->err);
+    }
+    kvd_rotset_free(&f->set);
+    free(f);
+    start_downloads(d);
+    kvd_daemon_work_end(d);
+}
+
+static void get_builtin(struct kvd_geometry *g,
+                        void (*done)(void *, struct kvd_rotset *, const struct kvd_error *),
+                        void *ctx)
+{
+    struct kvd_error err = {0};
+    struct kvd_geometry one = *g; // one matrix serves all layers
+    one.n_layers = 1;
+    struct kvd_rotset *set = kvd_rotset_new(g->rotation, &one, &err);
+    done(ctx, set, set ? NULL : &err);
+    kvd_rotset_free(&set);
+}
+
+void kvd_rotations_get(struct kvd_call *call, struct kvd_geometry *g,
+                       void (*done)(void *ctx, struct kvd_rotset *set,
+                                    const struct kvd_error *failure),
+                       void *ctx)
+{
+    struct kvd_daemon *d = call->d;
+    struct kvd_error err = {0};
+    if (g->codec == KVD_CODEC_BF16) {
+        done(ctx, NULL, NULL);
+        return;
+    }
+    if (kvd_rotset_built_in(g->rotation)) {
+        get_builtin(g, done, ctx);
+        return;
+    }
+    struct kvd_fetch *f = calloc(1, sizeof(*f));
+    if (!f) {
+        kvd_fail(&err, KVD_E_INTERNAL, "out of memory");
+        done(ctx, NULL, &err);
+        return;
+    }
+    f->d = d;
+    f->call = call;
+    f->g = g;
+    f->done = done;
+    f->ctx = ctx;
+    f->began_ns = uv_hrtime();
+    f->store = kvd_rotations_store(d);
+    snprintf(f->url, sizeof(f->url), "%s", d->config.store);
+    snprintf(f->cache, sizeof(f->cache), "%s", d->config.cache);
+    f->store.url = ""; // only the cache
+    f->store.cache = f->cache;
+    f->store.given_up = &f->given_up;
+    snprintf(f->ref, sizeof(f->ref), "%s", g->rotation);
+    f->work.data = f;
+    kvd_daemon_work_begin(d);
+    call->work = f;
+    call->on_cancelled = on_given_up;
+    if (kvd_digest_valid(f->ref))
+        uv_queue_work(&d->loop, &f->work, fetch_work, fetch_done);
+    else
+        download(f); // what a tag means is asked anew each time
+}
+
+static bool write_all(int fd, const void *data, uint64_t bytes)
+{
+    const uint8_t *at = data;
+    while (bytes) {
+        ssize_t n = write(fd, at, bytes);
+        if (n <= 0)
+            return false;
+        at += n;
+        bytes -= (uint64_t)n;
+    }
+    return true;
+}
+
+// The set as a sealed memfd, for workers in direct mode; -1 when there is no memory for that.
+static int share(const struct kvd_rotation_data *data)
+{
+    struct kvd_fd_rotations head = {.magic = KVD_FD_MAGIC,
+                                    .version = KVD_FD_VERSION,
+                                    .n_layers = data->n_layers,
+                                    .heads = data->heads,
+                                    .dim_k = data->dim_k,
+                                    .dim_v = data->dim_v,
+                                    .has_k = data->k != NULL,
+                                    .has_v = data->v != NULL};
+    uint64_t n = (uint64_t)data->n_layers * data->heads * sizeof(float);
+    int fd KVD_CLOSE = memfd_create("kvd-rotations", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0 || !write_all(fd, &head, sizeof(head)) ||
+        (data->k && !write_all(fd, data->k, n * data->dim_k * data->dim_k)) ||
+        (data->v && !write_all(fd, data->v, n * data->dim_v * data->dim_v)) ||
+        fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL))
+        return -1;
+    return KVD_TAKE_FD(fd);
+}
+
+// Puts a set into the backend's memory, and into *fd for workers. Without a set (bf16) there is
+// nothing to rotate by.
+static struct kvd_rotation *load(struct kvd_daemon *d, const struct kvd_geometry *g,
+                                 const struct kvd_rotset *set, int *fd, struct kvd_error *err)
+{
+    struct kvd_rotation_data data = {
+        .n_layers = g->n_layers, .heads = 1, .dim_k = g->head_dim_k, .dim_v = g->head_dim_v};
+    struct kvd_geometry one = *g;
+    if (set && !kvd_digest_valid(g->rotation))
+        one.n_layers = 1; // built in
+    if (set && kvd_rotset_select(set, &one, &data, err))
+        return NULL;
+    if (set && strcmp(g->rotation, "identity") == 0) {
+        // The backend skips the product when there is no matrix.
+        free((void *)data.k);
+        free((void *)data.v);
+        data.k = data.v = NULL;
+    }
+    struct kvd_rotation *r = d->backend->ops->rotation_new(d->backend, &data, err);
+    *fd = r && set ? share(&data) : -1;
+    kvd_rotation_data_deinit(&data);
+    return r;
+}
+
+int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_geometry *g,
+                       const struct kvd_rotset *set, int64_t uid, uint32_t ns, uint32_t *geom,
+                       struct kvd_error *err)
+{
+    uint64_t bytes[KVD_POOL_KINDS] = {kvd_page_bytes(g, KVD_CODEC_BF16),
+                                      kvd_page_bytes(g, g->codec)};
+    struct kvd_rotation *r = NULL;
+    int fd KVD_CLOSE = -1;
+    bool recycled;
+    // The rotations first: a geometry that they do not fit must leave nothing behind.
+    if (kvd_pool_geometry_find(d->pool, g) == KVD_POOL_NONE && !(r = load(d, g, set, &fd, err)))
+        return err->code;
+    int rc = kvd_geometry_open(d, uid, ns, g, bytes, geom, &recycled, err);
+    if (rc) {
+        d->backend->ops->rotation_free(d->backend, &r);
+        return rc;
+    }
+    if (recycled) {
+        d->backend->ops->rotation_free(d->backend, &d->rotations[*geom]);
+        d->metrics.rotations_loaded--;
+    }
+    if (r) {
+        if (d->rotation_fds[*geom] >= 0)
+            close(d->rotation_fds[*geom]);
+        d->rotation_fds[*geom] = KVD_TAKE_FD(fd);
+        d->rotations[*geom] = r;
+        d->metrics.rotations_loaded++;
+    }
+    return KVD_OK;
+}

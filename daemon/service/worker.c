@@ -1,0 +1,315 @@
+// OpenSession, CloseSession, KeepAlive, RegisterBuffer, ReleaseBuffer.
+//
+// Opening goes: check the request → find or fetch the rotation set (on libuv's thread pool) → load
+// it into the backend, once per geometry → make the session. The worker may hang up meanwhile, so
+// the ticket is looked up again at the end.
+#include <ctype.h>
+
+#include "daemon/service/geometry.h"
+#include "daemon/rpc/rpc.h"
+#include "daemon/service/rotations.h"
+#include "daemon/rpc/users.h"
+#include "kvd.pb-c.h"
+
+struct opening {
+    struct kvd_call *call;
+    const Kvd__V1__OpenSessionRequest *req; // the call's
+    struct kvd_geometry g;
+};
+
+static bool namespace_allowed(struct kvd_call *call, const char *name,
+                              const struct kvd_connection *conn)
+{
+    const struct kvd_config_namespace *ns = kvd_config_namespace_find(&call->d->config, name);
+    if (!ns || ns->allow.n_uids + ns->allow.n_gids + ns->allow.n_cns == 0)
+        return true;
+    if (!conn)
+        return kvd_call_peer_named(call, &ns->allow);
+    struct kvd_peer peer = kvd_connection_peer(conn);
+    for (uint32_t i = 0; i < ns->allow.n_uids; i++)
+        if (peer.uid == (int64_t)ns->allow.uids[i])
+            return true;
+    for (uint32_t i = 0; i < ns->allow.n_gids; i++)
+        if (peer.gid == (int64_t)ns->allow.gids[i])
+            return true;
+    return false;
+}
+
+static const char *namespace_of(const Kvd__V1__OpenSessionRequest *req)
+{
+    return req->namespace_name[0] ? req->namespace_name : "default";
+}
+
+// The connection of the request's ticket. KVD_E_UNAUTH if there was one and it is void.
+static int find_connection(struct kvd_daemon *d, const Kvd__V1__OpenSessionRequest *req,
+                           struct kvd_connection **conn, struct kvd_error *err)
+{
+    *conn = NULL;
+    if (!req->ticket[0])
+        return KVD_OK;
+    *conn = kvd_fdsock_find(d, req->ticket);
+    if (!*conn)
+        return kvd_fail(
+            err, KVD_E_UNAUTH,
+            "the ticket is void: connect to the fd socket again and use its new ticket");
+    return KVD_OK;
+}
+
+static int check_request(struct kvd_call *call, const Kvd__V1__OpenSessionRequest *req,
+                         struct kvd_geometry *g, struct kvd_error *err)
+{
+    struct kvd_connection *conn;
+    if (!req->geometry)
+        return kvd_fail(err, KVD_E_INVALID, "geometry is missing");
+    if (strlen(req->client_name) > KVD_MAX_CLIENT_NAME)
+        return kvd_fail(err, KVD_E_INVALID, "client_name has more than %d characters",
+                        KVD_MAX_CLIENT_NAME);
+    for (const char *c = req->client_name; *c; c++)
+        if (!isprint((unsigned char)*c))
+            return kvd_fail(err, KVD_E_INVALID,
+                            "client_name has characters that cannot be printed");
+    if (req->lease_ms && (req->lease_ms < 1000 || req->lease_ms > 3600000))
+        return kvd_fail(err, KVD_E_INVALID, "lease_ms is %u; 1,000 to 3,600,000 are possible",
+                        req->lease_ms);
+    if (!kvd_name_valid(namespace_of(req), KVD_MAX_NAMESPACE))
+        return kvd_fail(err, KVD_E_INVALID,
+                        "a namespace's name has 1 to %d printable ASCII characters and no spaces",
+                        KVD_MAX_NAMESPACE);
+    int rc = find_connection(call->d, req, &conn, err);
+    if (rc)
+        return rc;
+    if (!namespace_allowed(call, namespace_of(req), conn))
+        return kvd_fail(err, KVD_E_DENIED,
+                        "namespace %s is not open to you; see allow-uid, allow-gid and allow-cn in "
+                        "kvd's configuration",
+                        namespace_of(req));
+    rc = kvd_namespace_listed(call->d, namespace_of(req), err);
+    if (rc)
+        return rc;
+    if (HASH_COUNT(call->d->sessions) >= call->d->config.max_sessions)
+        return kvd_fail(err, KVD_E_LIMIT,
+                        "all %u sessions are in use; close some or raise max-sessions",
+                        call->d->config.max_sessions);
+    return kvd_geometry_from_proto(req->geometry, g, err);
+}
+
+static void reply(struct kvd_call *call, const struct kvd_session *s)
+{
+    struct kvd_daemon *d = call->d;
+    const struct kvd_geometry *g = kvd_pool_geometry_get(d->pool, s->geom);
+    struct kvd_proto_geometry pg;
+    Kvd__V1__OpenSessionReply r = KVD__V1__OPEN_SESSION_REPLY__INIT;
+    r.session = (char *)s->secret;
+    r.geometry = kvd_geometry_to_proto(g, &pg);
+    r.bf16_page_bytes = kvd_pool_page_bytes(d->pool, s->geom, KVD_POOL_BF16);
+    r.codec_page_bytes = kvd_pool_page_bytes(d->pool, s->geom, KVD_POOL_CODEC);
+    r.instance = d->instance;
+    r.version = (char *)kvd_build_version();
+    r.backend = (char *)d->backend->ops->name;
+    r.lease_ms = s->lease_ms;
+    kvd_call_reply(call, &r);
+}
+
+// A repeated OpenSession on the same connection gets the session that the first made.
+static bool reopened(struct kvd_call *call, const Kvd__V1__OpenSessionRequest *req)
+{
+    struct kvd_connection *conn = req->ticket[0] ? kvd_fdsock_find(call->d, req->ticket) : NULL;
+    struct kvd_session *s = conn ? kvd_connection_session(conn) : NULL;
+    if (!s)
+        return false;
+    if (req->request_id && s->open_request == req->request_id)
+        reply(call, s);
+    else
+        kvd_call_fail(call, KVD_E_PRECONDITION,
+                      "this connection has a session already; connect once more for another");
+    return true;
+}
+
+// Who is charged for a session: whose connection it is tied to, or who calls.
+static int64_t uid_of(const struct kvd_call *call, const struct kvd_connection *conn)
+{
+    if (conn)
+        return kvd_connection_peer(conn).uid;
+    return call->user ? kvd_user_uid(call->user) : KVD_USER_UNKNOWN;
+}
+
+static int make_session(struct opening *o, struct kvd_rotset *set, struct kvd_session **out,
+                        struct kvd_error *err)
+{
+    struct kvd_daemon *d = o->call->d;
+    struct kvd_connection *conn;
+    struct kvd_session *s = NULL;
+    uint32_t ns, geom;
+    int rc = find_connection(d, o->req, &conn, err); // again: it may have hung up meanwhile
+    if (rc)
+        return rc;
+    int64_t uid = uid_of(o->call, conn);
+    rc = kvd_namespace_open(d, uid, namespace_of(o->req), &ns, err);
+    if (rc)
+        return rc;
+    rc = kvd_rotations_bind(d, &o->g, set, uid, ns, &geom, err);
+    if (rc == KVD_OK) {
+        rc = kvd_session_new(d, ns, geom, conn, uid, &s, err);
+        if (rc)
+            kvd_pool_geometry_unref(d->pool, geom);
+    }
+    if (rc) {
+        kvd_namespace_close(d, ns);
+        return rc;
+    }
+    s->open_request = o->req->request_id;
+    snprintf(s->client_name, sizeof(s->client_name), "%s", o->req->client_name);
+    if (!conn) {
+        s->lease_ms = o->req->lease_ms ? o->req->lease_ms : 60000;
+        if (!uv_is_active((uv_handle_t *)&d->lease_timer))
+            uv_timer_start(&d->lease_timer, (uv_timer_cb)d->lease_timer.data, 1000, 1000);
+    }
+    *out = s;
+    return KVD_OK;
+}
+
+static void on_rotation(void *ctx, struct kvd_rotset *set, const struct kvd_error *failure)
+{
+    struct opening *o KVD_FREE = ctx;
+    struct kvd_error err = {0};
+    struct kvd_session *s = NULL;
+    if (failure) {
+        kvd_call_fail_error(o->call, failure);
+        return;
+    }
+    if (o->call->d->state != KVD_READY) {
+        kvd_call_fail(o->call, KVD_E_UNAVAILABLE, "kvd is shutting down");
+        return;
+    }
+    if (reopened(o->call, o->req))
+        return;
+    if (make_session(o, set, &s, &err)) {
+        kvd_call_fail_error(o->call, &err);
+        return;
+    }
+    kvd_info("session opened id=%llu namespace=%s client=%s pid=%lld codec=%s rotation=%s",
+             (unsigned long long)s->id, namespace_of(o->req), s->client_name, (long long)s->pid,
+             kvd_codec_name(o->g.codec), o->g.rotation);
+    reply(o->call, s);
+}
+
+void kvd_on_open_session(struct kvd_call *call, const void *request)
+{
+    struct kvd_error err = {0};
+    struct opening *o = calloc(1, sizeof(*o));
+    if (!o) {
+        kvd_call_fail(call, KVD_E_INTERNAL, "out of memory");
+        return;
+    }
+    o->call = call;
+    o->req = request;
+    int rc = check_request(call, request, &o->g, &err);
+    if (rc) {
+        kvd_call_fail_error(call, &err);
+        free(o);
+        return;
+    }
+    if (reopened(call, request)) {
+        free(o);
+        return;
+    }
+    kvd_rotations_get(call, &o->g, on_rotation, o);
+}
+
+void kvd_on_close_session(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__CloseSessionRequest *req = request;
+    Kvd__V1__CloseSessionReply r = KVD__V1__CLOSE_SESSION_REPLY__INIT;
+    struct kvd_session *s = kvd_session_find(call->d, req->session);
+    struct kvd_daemon *d = call->d;
+    kvd_call_reply(call, &r); // closing twice is fine
+    if (s)
+        kvd_session_end(d, s, "closed by the worker");
+}
+
+void kvd_on_keep_alive(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__KeepAliveRequest *req = request;
+    struct kvd_session *s = kvd_call_session(call, req->session);
+    if (!s)
+        return;
+    Kvd__V1__KeepAliveReply r = KVD__V1__KEEP_ALIVE_REPLY__INIT;
+    r.lease_ms = s->lease_ms;
+    kvd_call_reply(call, &r);
+}
+
+// What a request says of its memory. The fd, if any, is the caller's to close.
+static int foreign_of(struct kvd_session *s, const Kvd__V1__RegisterBufferRequest *req,
+                      struct kvd_foreign *out, struct kvd_error *err)
+{
+    *out = (struct kvd_foreign){.kind = (enum kvd_memory)req->memory, .fd = -1, .size = req->size};
+    if (!s->connection)
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "a leased session has no buffers; connect to the fd socket and open the "
+                        "session with its ticket");
+    if (out->kind > KVD_MEMORY_CUDA_FD || (int)out->kind < 0)
+        return kvd_fail(err, KVD_E_INVALID, "memory is %d; MEMFD, CUDA_IPC and CUDA_FD are known",
+                        (int)req->memory);
+    if (out->kind == KVD_MEMORY_CUDA_IPC) {
+        if (req->cuda_ipc_handle.len != sizeof(out->ipc))
+            return kvd_fail(err, KVD_E_INVALID, "cuda_ipc_handle has %zu bytes, not %zu",
+                            req->cuda_ipc_handle.len, sizeof(out->ipc));
+        memcpy(out->ipc, req->cuda_ipc_handle.data, sizeof(out->ipc));
+        return KVD_OK;
+    }
+    out->fd = kvd_connection_take_fd(s->connection, req->key);
+    if (out->fd < 0)
+        return kvd_fail(err, KVD_E_NOT_FOUND,
+                        "no descriptor was sent over the fd socket under key %llu, or too many "
+                        "were waiting to be asked for",
+                        (unsigned long long)req->key);
+    return KVD_OK;
+}
+
+void kvd_on_register_buffer(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__RegisterBufferRequest *req = request;
+    Kvd__V1__RegisterBufferReply r = KVD__V1__REGISTER_BUFFER_REPLY__INIT;
+    struct kvd_session *s = kvd_call_session(call, req->session);
+    struct kvd_error err = {0};
+    struct kvd_foreign memory;
+    struct kvd_buffer *b, *next;
+    if (!s)
+        return;
+    HASH_ITER(hh, s->buffers, b, next)
+    {
+        if (b->key == req->key && b->size == req->size) {
+            r.buffer = b->id;
+            kvd_call_reply(call, &r);
+            return;
+        }
+    }
+    int rc = foreign_of(s, req, &memory, &err);
+    if (rc == KVD_OK)
+        rc = kvd_session_add_buffer(call->d, s, req->key, &memory, &b, &err);
+    if (memory.fd >= 0)
+        kvd_reclaim_fd(call->d, memory.fd);
+    if (rc) {
+        kvd_call_fail_error(call, &err);
+        return;
+    }
+    r.buffer = b->id;
+    kvd_call_reply(call, &r);
+}
+
+void kvd_on_release_buffer(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__ReleaseBufferRequest *req = request;
+    Kvd__V1__ReleaseBufferReply r = KVD__V1__RELEASE_BUFFER_REPLY__INIT;
+    struct kvd_session *s = kvd_call_session(call, req->session);
+    if (!s)
+        return;
+    struct kvd_buffer *b = kvd_session_buffer(s, req->buffer);
+    if (!b) {
+        kvd_call_fail(call, KVD_E_NOT_FOUND, "there is no buffer %llu",
+                      (unsigned long long)req->buffer);
+        return;
+    }
+    kvd_session_drop_buffer(s, b);
+    kvd_call_reply(call, &r);
+}

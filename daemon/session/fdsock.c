@@ -1,0 +1,355 @@
+// The fd socket: a unix SOCK_SEQPACKET socket beside the gRPC one. It passes file descriptors,
+// knows the peer's credentials, and its hang-up is the worker's death notice.
+//
+// On connect the daemon sends a hello with a ticket; OpenSession with that ticket ties the session
+// to the connection. Each message from the worker carries one memfd and the key under which
+// RegisterBuffer will ask for it. To workers in direct mode the daemon sends descriptors of extents
+// and rotation sets (memory.c).
+#include <errno.h>
+#include <sys/socket.h>
+
+#include "daemon/core/daemon.h"
+#include "daemon/rpc/listen.h"
+#include "daemon/rpc/users.h"
+
+enum {
+    PEERPIDFD = 77, // SO_PEERPIDFD, of Linux 6.5
+    MAX_PENDING_FDS = 64,
+    YIELDS_MS = 1000, // a connection without a session for so long makes room when there is none
+};
+
+struct kvd_connection {
+    char ticket[KVD_SECRET_TEXT];
+    struct kvd_daemon *d;
+    int fd;
+    int pidfd; // of the process that connected; -1: the kernel has none to give
+    uv_poll_t poll, death;
+    uint32_t handles;
+    uint64_t since_ms;
+    struct kvd_peer peer;
+    struct kvd_user *user; // whose share it is
+    struct kvd_session *session;
+    struct {
+        uint64_t key;
+        int fd;
+    } pending[MAX_PENDING_FDS];
+    uint32_t n_pending;
+    bool closing;
+    UT_hash_handle hh;
+};
+
+struct kvd_fdsock {
+    uv_timer_t timer; // drops connections that say nothing; runs only while there are such
+    struct kvd_connection *connections; // by ticket
+};
+
+static void on_handle_closed(uv_handle_t *handle)
+{
+    struct kvd_connection *c = handle->data;
+    if (--c->handles == 0)
+        free(c);
+}
+
+static void drop_pending(struct kvd_connection *c, uint32_t i)
+{
+    c->pending[i] = c->pending[--c->n_pending];
+    kvd_user_give(c->user, KVD_SHARE_DESCRIPTORS, 1);
+}
+
+void kvd_connection_close(struct kvd_connection *c)
+{
+    if (c->closing)
+        return;
+    c->closing = true;
+    HASH_DEL(c->d->fdsock->connections, c);
+    while (c->n_pending) {
+        kvd_reclaim_fd(c->d, c->pending[0].fd);
+        drop_pending(c, 0);
+    }
+    kvd_user_give(c->user, KVD_SHARE_CONNECTIONS, 1);
+    kvd_user_unref(&c->user);
+    uv_poll_stop(&c->poll);
+    close(c->fd);
+    uv_close((uv_handle_t *)&c->poll, on_handle_closed);
+    if (c->pidfd < 0)
+        return;
+    uv_poll_stop(&c->death);
+    close(c->pidfd);
+    uv_close((uv_handle_t *)&c->death, on_handle_closed);
+}
+
+static void hang_up(struct kvd_connection *c, const char *why)
+{
+    struct kvd_session *s = c->session;
+    if (s)
+        kvd_session_end(c->d, s, why); // closes the connection too
+    else
+        kvd_connection_close(c);
+}
+
+// Receives one message. 1: a message was handled; 0: none waits; negative: hang up.
+static int receive(struct kvd_connection *c)
+{
+    struct kvd_fd_message m;
+    union {
+        struct cmsghdr head;
+        uint8_t space[CMSG_SPACE(8 * sizeof(int))];
+    } control;
+    struct iovec iov = {&m, sizeof(m)};
+    struct msghdr msg = {.msg_iov = &iov,
+                         .msg_iovlen = 1,
+                         .msg_control = &control,
+                         .msg_controllen = sizeof(control)};
+    ssize_t n = recvmsg(c->fd, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    if (n < 0)
+        return errno == EAGAIN || errno == EINTR ? 0 : -1;
+    int fds[8], n_fds = 0;
+    for (struct cmsghdr *h = CMSG_FIRSTHDR(&msg); h; h = CMSG_NXTHDR(&msg, h)) {
+        if (h->cmsg_level != SOL_SOCKET || h->cmsg_type != SCM_RIGHTS)
+            continue;
+        n_fds = (int)((h->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+        memcpy(fds, CMSG_DATA(h), (size_t)n_fds * sizeof(int));
+    }
+    bool ok = n == sizeof(m) && m.magic == KVD_FD_MAGIC && m.version == KVD_FD_VERSION &&
+              n_fds == 1 && !(msg.msg_flags & (MSG_CTRUNC | MSG_TRUNC)) &&
+              c->n_pending < MAX_PENDING_FDS;
+    if (ok && kvd_user_take(c->user, KVD_SHARE_DESCRIPTORS, 1, NULL)) {
+        kvd_reclaim_fd(c->d, fds[0]); // RegisterBuffer will not find it, and says so
+        return 1;
+    }
+    if (ok) {
+        c->pending[c->n_pending].key = m.key;
+        c->pending[c->n_pending++].fd = fds[0];
+        return 1;
+    }
+    for (int i = 0; i < n_fds; i++)
+        kvd_reclaim_fd(c->d, fds[i]);
+    if (n != 0)
+        kvd_warning("malformed message on the fd socket, or too many descriptors pid=%lld uid=%lld",
+                    (long long)c->peer.pid, (long long)c->peer.uid);
+    return -1;
+}
+
+static void on_readable(uv_poll_t *poll, int status, int events)
+{
+    struct kvd_connection *c = poll->data;
+    (void)events;
+    if (status < 0) {
+        hang_up(c, "the fd socket failed");
+        return;
+    }
+    int rc;
+    while ((rc = receive(c)) > 0)
+        continue;
+    if (rc < 0)
+        hang_up(c, "the worker hung up");
+}
+
+// The process that connected is gone, whoever else may have got its socket from it.
+static void on_death(uv_poll_t *poll, int status, int events)
+{
+    (void)status;
+    (void)events;
+    hang_up(poll->data, "the worker died");
+}
+
+static void watch_process(struct kvd_connection *c)
+{
+    socklen_t len = sizeof(c->pidfd);
+    if (getsockopt(c->fd, SOL_SOCKET, PEERPIDFD, &c->pidfd, &len))
+        c->pidfd = -1;
+    if (c->pidfd >= 0 && uv_poll_init(&c->d->loop, &c->death, c->pidfd)) {
+        close(c->pidfd);
+        c->pidfd = -1;
+    }
+    if (c->pidfd < 0)
+        return;
+    c->handles++;
+    c->death.data = c;
+    uv_poll_start(&c->death, UV_READABLE, on_death);
+}
+
+static void on_timer(uv_timer_t *timer)
+{
+    struct kvd_daemon *d = timer->data;
+    struct kvd_connection *c, *next;
+    bool waiting = false;
+    HASH_ITER(hh, d->fdsock->connections, c, next)
+    {
+        if (c->session)
+            continue;
+        if (kvd_now_ms(d) - c->since_ms >= KVD_HELLO_TIMEOUT_MS)
+            kvd_connection_close(c);
+        else
+            waiting = true;
+    }
+    if (!waiting)
+        uv_timer_stop(timer);
+}
+
+static bool send_hello(struct kvd_connection *c)
+{
+    struct kvd_fd_hello hello = {.magic = KVD_FD_MAGIC, .version = KVD_FD_VERSION};
+    memcpy(hello.ticket, c->ticket, sizeof(hello.ticket));
+    return send(c->fd, &hello, sizeof(hello), MSG_NOSIGNAL | MSG_DONTWAIT) == sizeof(hello);
+}
+
+// Room is made among the user's connections that have no session.
+static bool make_room(struct kvd_daemon *d, const struct kvd_user *user)
+{
+    struct kvd_connection *c, *next; // by age: a hash keeps the order in which it was filled
+    HASH_ITER(hh, d->fdsock->connections, c, next)
+    {
+        if (kvd_now_ms(d) - c->since_ms >= YIELDS_MS && !c->session && c->user == user) {
+            kvd_connection_close(c);
+            return true;
+        }
+    }
+    return false;
+}
+
+// A connection that is charged to its user; NULL: it is not to be.
+static struct kvd_connection *connection_new(struct kvd_daemon *d, int64_t uid)
+{
+    struct kvd_error err = {0};
+    struct kvd_connection *c = calloc(1, sizeof(*c));
+    if (c)
+        c->user = kvd_user_ref(d, uid);
+    if (c && c->user &&
+        (kvd_user_take(c->user, KVD_SHARE_CONNECTIONS, 1, &err) == KVD_OK ||
+         (make_room(d, c->user) &&
+          kvd_user_take(c->user, KVD_SHARE_CONNECTIONS, 1, &err) == KVD_OK)))
+        return c;
+    kvd_debug("connection to the fd socket refused: %s", err.text);
+    if (c)
+        kvd_user_unref(&c->user);
+    free(c);
+    return NULL;
+}
+
+static void accept_one(struct kvd_daemon *d, int fd)
+{
+    struct ucred cred;
+    socklen_t len = sizeof(cred);
+    struct kvd_connection *c = NULL;
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len) == 0)
+        c = connection_new(d, cred.uid);
+    if (!c) {
+        close(fd);
+        return;
+    }
+    c->d = d;
+    c->fd = fd;
+    c->since_ms = kvd_now_ms(d);
+    c->peer = (struct kvd_peer){.pid = cred.pid, .uid = cred.uid, .gid = cred.gid};
+    kvd_secret_new(c->ticket);
+    uv_poll_init(&d->loop, &c->poll, fd);
+    c->poll.data = c;
+    HASH_ADD_STR(d->fdsock->connections, ticket, c);
+    c->handles = 1;
+    uv_poll_start(&c->poll, UV_READABLE | UV_DISCONNECT, on_readable);
+    watch_process(c);
+    if (!send_hello(c)) {
+        kvd_connection_close(c);
+        return;
+    }
+    if (!uv_is_active((uv_handle_t *)&d->fdsock->timer))
+        uv_timer_start(&d->fdsock->timer, on_timer, 1000, 1000);
+}
+
+int kvd_fdsock_init(struct kvd_daemon *d, const char *path, struct kvd_error *err)
+{
+    d->fdsock = calloc(1, sizeof(*d->fdsock));
+    if (!d->fdsock)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    uv_timer_init(&d->loop, &d->fdsock->timer);
+    d->fdsock->timer.data = d;
+    return kvd_listen_unix(d, KVD_LISTEN_FD, path, SOCK_SEQPACKET, accept_one, err);
+}
+
+static void free_fdsock(uv_handle_t *handle)
+{
+    struct kvd_daemon *d = handle->data;
+    free(d->fdsock);
+    d->fdsock = NULL;
+}
+
+void kvd_fdsock_deinit(struct kvd_daemon *d)
+{
+    struct kvd_fdsock *s = d->fdsock;
+    struct kvd_connection *c, *next;
+    if (!s)
+        return;
+    kvd_listen_close(d, KVD_LISTEN_FD);
+    HASH_ITER(hh, s->connections, c, next)
+    hang_up(c, "kvd stops");
+    uv_close((uv_handle_t *)&s->timer, free_fdsock);
+}
+
+struct kvd_connection *kvd_fdsock_find(struct kvd_daemon *d, const char *ticket)
+{
+    struct kvd_connection *c = NULL;
+    if (d->fdsock && strlen(ticket) == KVD_SECRET_TEXT - 1)
+        HASH_FIND_STR(d->fdsock->connections, ticket, c);
+    return c;
+}
+
+struct kvd_peer kvd_connection_peer(const struct kvd_connection *c)
+{
+    return c->peer;
+}
+
+struct kvd_session *kvd_connection_session(const struct kvd_connection *c)
+{
+    return c->session;
+}
+
+void kvd_connection_bind(struct kvd_connection *c, struct kvd_session *s)
+{
+    c->session = s;
+    c->since_ms = kvd_now_ms(c->d);
+}
+
+int kvd_connection_take_fd(struct kvd_connection *c, uint64_t key)
+{
+    // RegisterBuffer may arrive before the loop has polled the fd socket.
+    while (receive(c) > 0)
+        continue;
+    for (uint32_t i = 0; i < c->n_pending; i++) {
+        if (c->pending[i].key != key)
+            continue;
+        int fd = c->pending[i].fd;
+        drop_pending(c, i);
+        return fd;
+    }
+    return -1;
+}
+
+int kvd_connection_send(struct kvd_connection *c, const struct kvd_fd_grant *grant, int fd,
+                        struct kvd_error *err)
+{
+    union {
+        struct cmsghdr head;
+        uint8_t space[CMSG_SPACE(sizeof(int))];
+    } control = {0};
+    struct iovec iov = {(void *)grant, sizeof(*grant)};
+    struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
+    if (fd >= 0) {
+        msg.msg_control = &control;
+        msg.msg_controllen = sizeof(control);
+        control.head.cmsg_level = SOL_SOCKET;
+        control.head.cmsg_type = SCM_RIGHTS;
+        control.head.cmsg_len = CMSG_LEN(sizeof(int));
+        memcpy(CMSG_DATA(&control.head), &fd, sizeof(fd));
+    }
+    if (sendmsg(c->fd, &msg, MSG_NOSIGNAL | MSG_DONTWAIT) == sizeof(*grant))
+        return KVD_OK;
+    if (errno == EAGAIN || errno == ETOOMANYREFS || errno == ENOBUFS)
+        return kvd_fail(err, KVD_E_LIMIT, "the worker does not read its fd socket");
+    return kvd_fail(err, KVD_E_UNAVAILABLE, "the fd socket failed: %s", strerror(errno));
+}
+
+uint32_t kvd_fdsock_count(const struct kvd_daemon *d)
+{
+    return d->fdsock ? HASH_COUNT(d->fdsock->connections) : 0;
+}

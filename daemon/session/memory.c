@@ -1,0 +1,294 @@
+// The pool's memory: an arena of the backend.
+//
+// On a GPU, extents are made ahead of need, as that takes longer than a call should wait, and not
+// when it would leave less than memory-floor for the processes beside kvd. A worker in direct mode
+// is lent extents of its namespace over the fd socket, to read them. An extent that was lent is
+// never wiped for another namespace: it gets new memory, and whoever does not unmap the old keeps
+// only what was its own.
+#include <errno.h>
+#include <sys/stat.h>
+
+#include "daemon/rpc/rpc.h"
+
+enum {
+    SPARE_EXTENTS = 2,
+    FLOOR_CHECK_MS = 1000,
+    IDLE_CHECK_MS = 1000,
+    NEXT_IDLE_MS = 20, // between extents: giving one back takes a while
+};
+
+struct extent {
+    uint32_t version; // counts the memories that the extent had; from 1
+    bool lent;
+};
+
+struct kvd_memory_state {
+    struct kvd_arena *arena;
+    struct extent *extents;
+    bool scarce; // device memory, which others want too
+    // Making a spare extent:
+    uv_work_t work;
+    bool making;
+    uint32_t index;
+    int rc;
+    struct kvd_error err;
+};
+
+static bool above_floor(struct kvd_daemon *d, uint64_t bytes)
+{
+    uint64_t left = d->backend->ops->memory_free(d->backend), floor = d->config.memory_floor;
+    return left >= bytes && left - bytes >= floor;
+}
+
+// The memory of an extent is gone: those who map it are told.
+static void take_back(struct kvd_daemon *d, uint32_t index)
+{
+    struct kvd_memory_state *m = d->memory;
+    struct kvd_session *s, *next;
+    struct kvd_fd_grant message = {
+        .magic = KVD_FD_MAGIC, .version = KVD_FD_VERSION, .kind = KVD_FD_REVOKE, .extent = index};
+    bool lent = m->extents[index].lent;
+    m->extents[index].version++;
+    m->extents[index].lent = false;
+    if (!lent)
+        return;
+    HASH_ITER(hh, d->sessions, s, next)
+    {
+        if (!s->extents || !s->extents[index])
+            continue;
+        s->extents[index] = 0;
+        // A worker that does not read it keeps its own old data, and its memory busy, until it
+        // ends.
+        kvd_connection_send(s->connection, &message, -1, NULL);
+    }
+}
+
+// -- the pool's ops -----------------------------------------------------------------------------
+
+static int mem_alloc(void *ctx, uint32_t index, uint64_t bytes, uint64_t *addr)
+{
+    struct kvd_daemon *d = ctx;
+    struct kvd_memory_state *m = d->memory;
+    struct kvd_error err = {0};
+    if (m->scarce && !above_floor(d, bytes)) {
+        kvd_warning("no extent made: it would leave less than memory-floor on the GPU");
+        return KVD_E_FULL;
+    }
+    int rc = d->backend->ops->extent_make(d->backend, m->arena, index, &err);
+    if (rc)
+        kvd_warning("no extent made: %s", err.text);
+    else
+        *addr = m->arena->base + index * m->arena->bytes;
+    return rc;
+}
+
+static void mem_free(void *ctx, uint32_t index, uint64_t addr, uint64_t bytes)
+{
+    struct kvd_daemon *d = ctx;
+    (void)addr;
+    (void)bytes;
+    take_back(d, index);
+    d->backend->ops->extent_drop(d->backend, d->memory->arena, index);
+}
+
+static int mem_zero(void *ctx, uint32_t index, uint64_t addr, uint64_t bytes)
+{
+    struct kvd_daemon *d = ctx;
+    struct kvd_memory_state *m = d->memory;
+    struct kvd_error err = {0};
+    (void)addr;
+    (void)bytes;
+    if (!m->extents[index].lent) {
+        int rc = d->backend->ops->extent_zero(d->backend, m->arena, index, &err);
+        if (rc)
+            kvd_error("extent %u: %s", index, err.text);
+        return rc;
+    }
+    // New memory takes the place of the old. Without it the extent stays as it was, lent and its
+    // old namespace's.
+    int rc = d->backend->ops->extent_make(d->backend, m->arena, index, &err);
+    if (rc)
+        kvd_warning("extent %u that was lent got no new memory: %s", index, err.text);
+    else
+        take_back(d, index);
+    return rc;
+}
+
+struct kvd_pool_mem_ops kvd_memory_ops(struct kvd_daemon *d)
+{
+    return (struct kvd_pool_mem_ops){
+        .ctx = d, .alloc = mem_alloc, .free = mem_free, .zero = mem_zero};
+}
+
+// -- ahead of need ------------------------------------------------------------------------------
+
+static void spare_work(uv_work_t *work)
+{
+    struct kvd_daemon *d = work->data;
+    struct kvd_memory_state *m = d->memory;
+    m->rc = d->backend->ops->extent_make(d->backend, m->arena, m->index, &m->err);
+}
+
+static void spare_done(uv_work_t *work, int status)
+{
+    struct kvd_daemon *d = work->data;
+    struct kvd_memory_state *m = d->memory;
+    bool made = status == 0 && m->rc == KVD_OK;
+    m->making = false;
+    kvd_pool_spare_made(d->pool, m->index, made ? m->arena->base + m->index * m->arena->bytes : 0);
+    kvd_daemon_work_end(d);
+    if (made)
+        kvd_memory_ahead(d);
+}
+
+void kvd_memory_ahead(struct kvd_daemon *d)
+{
+    struct kvd_memory_state *m = d->memory;
+    if (!m->scarce || m->making || d->state == KVD_STOPPING)
+        return;
+    uint32_t index = kvd_pool_spare_wanted(d->pool, SPARE_EXTENTS);
+    if (index == KVD_POOL_NONE)
+        return;
+    if (!above_floor(d, m->arena->bytes)) {
+        kvd_pool_spare_made(d->pool, index, 0);
+        return;
+    }
+    m->index = index;
+    m->making = true;
+    m->work.data = d;
+    kvd_daemon_work_begin(d);
+    uv_queue_work(&d->loop, &m->work, spare_work, spare_done);
+}
+
+// Gives idle extents back when the processes beside kvd are short of memory.
+static void on_floor_timer(uv_timer_t *timer)
+{
+    struct kvd_daemon *d = timer->data;
+    uint64_t left = d->backend->ops->memory_free(d->backend);
+    if (left >= d->config.memory_floor)
+        return;
+    uint64_t bytes = d->memory->arena->bytes;
+    uint64_t want = kvd_div_up(d->config.memory_floor - left, bytes);
+    uint32_t n = kvd_pool_trim(d->pool, (uint32_t)KVD_MIN(want, (uint64_t)UINT32_MAX));
+    if (n)
+        kvd_notice("gave %u idle extents back: less than memory-floor was free on the GPU", n);
+}
+
+// Host memory goes back when it has not been used for a while, an extent at a time.
+static void on_idle_timer(uv_timer_t *timer)
+{
+    struct kvd_daemon *d = timer->data;
+    uint32_t idle = d->config.idle_memory_ms;
+    bool one = idle && kvd_pool_trim_idle(d->pool, kvd_now_ms(d), idle);
+    uv_timer_start(timer, on_idle_timer, one ? NEXT_IDLE_MS : IDLE_CHECK_MS, 0);
+}
+
+// -- lending ------------------------------------------------------------------------------------
+
+int kvd_memory_lend(struct kvd_daemon *d, struct kvd_session *s, uint64_t addr,
+                    struct kvd_error *err)
+{
+    struct kvd_memory_state *m = d->memory;
+    uint32_t index = (uint32_t)((addr - m->arena->base) / m->arena->bytes);
+    if (!s->extents)
+        s->extents = calloc(m->arena->count, sizeof(*s->extents));
+    if (!s->extents)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    struct extent *e = &m->extents[index];
+    if (s->extents[index] == e->version)
+        return KVD_OK;
+    int fd = -1;
+    int rc = d->backend->ops->extent_export(d->backend, m->arena, index, &fd, err);
+    if (rc)
+        return rc;
+    e->lent = true; // even if it does not arrive
+    struct kvd_fd_grant grant = {.magic = KVD_FD_MAGIC,
+                                 .version = KVD_FD_VERSION,
+                                 .kind = KVD_FD_EXTENT,
+                                 .extent = index,
+                                 .bytes = m->arena->bytes};
+    rc = kvd_connection_send(s->connection, &grant, fd, err);
+    close(fd);
+    if (rc == KVD_OK)
+        s->extents[index] = e->version;
+    return rc;
+}
+
+void kvd_memory_forget(struct kvd_daemon *d, struct kvd_session *s)
+{
+    if (s->extents)
+        memset(s->extents, 0, d->memory->arena->count * sizeof(*s->extents));
+    s->rotations_sent = false;
+}
+
+int kvd_memory_lend_rotations(struct kvd_daemon *d, struct kvd_session *s, struct kvd_error *err)
+{
+    int fd = d->rotation_fds[s->geom];
+    if (s->rotations_sent || kvd_pool_geometry_get(d->pool, s->geom)->codec == KVD_CODEC_BF16)
+        return KVD_OK;
+    if (fd < 0)
+        return kvd_fail(err, KVD_E_INTERNAL, "there was no memory to share the rotation set");
+    struct kvd_fd_grant grant = {
+        .magic = KVD_FD_MAGIC, .version = KVD_FD_VERSION, .kind = KVD_FD_ROTATIONS};
+    struct stat st;
+    if (fstat(fd, &st) == 0)
+        grant.bytes = (uint64_t)st.st_size;
+    int rc = kvd_connection_send(s->connection, &grant, fd, err);
+    s->rotations_sent = rc == KVD_OK;
+    return rc;
+}
+
+uint32_t kvd_memory_page_number(const struct kvd_daemon *d, uint64_t addr)
+{
+    return addr ? (uint32_t)((addr - d->memory->arena->base) / KVD_PAGE_UNIT) : UINT32_MAX;
+}
+
+uint32_t kvd_memory_extents(const struct kvd_daemon *d)
+{
+    return d->memory->arena->count;
+}
+
+// -- start and end ------------------------------------------------------------------------------
+
+int kvd_memory_init(struct kvd_daemon *d, struct kvd_error *err)
+{
+    const struct kvd_config *c = &d->config;
+    const struct kvd_backend_ops *ops = d->backend->ops;
+    uint32_t n = (uint32_t)(c->pool_size / c->extent_size);
+    struct kvd_memory_state *m = calloc(1, sizeof(*m));
+    struct extent *extents = calloc(n, sizeof(*extents));
+    if (!m || !extents) {
+        free(extents);
+        free(m);
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    }
+    d->memory = m;
+    m->extents = extents;
+    for (uint32_t i = 0; i < n; i++)
+        extents[i].version = 1;
+    for (uint32_t i = 0; i < KVD_MAX_GEOMETRIES; i++)
+        d->rotation_fds[i] = -1;
+    m->arena = ops->arena_new(d->backend, n, c->extent_size, err);
+    if (!m->arena)
+        return err->code;
+    m->scarce = ops->memory_free(d->backend) != UINT64_MAX;
+    d->memory_timer.data = d;
+    if (m->scarce && c->memory_floor)
+        uv_timer_start(&d->memory_timer, on_floor_timer, FLOOR_CHECK_MS, FLOOR_CHECK_MS);
+    else if (!m->scarce)
+        uv_timer_start(&d->memory_timer, on_idle_timer, IDLE_CHECK_MS, 0);
+    return KVD_OK;
+}
+
+void kvd_memory_deinit(struct kvd_daemon *d)
+{
+    struct kvd_memory_state *m = KVD_TAKE(d->memory);
+    if (!m)
+        return;
+    for (uint32_t i = 0; i < KVD_MAX_GEOMETRIES; i++)
+        if (d->rotation_fds[i] >= 0)
+            close(d->rotation_fds[i]);
+    d->backend->ops->arena_free(d->backend, &m->arena);
+    free(m->extents);
+    free(m);
+}

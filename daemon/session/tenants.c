@@ -1,0 +1,132 @@
+// Who is charged for namespaces and geometries. They outlast the session that made them, so charges
+// are settled when the next one is wanted, or a session ends.
+#include "daemon/core/daemon.h"
+#include "daemon/rpc/users.h"
+
+static void discharge(struct kvd_user **user, enum kvd_share share)
+{
+    if (*user)
+        kvd_user_give(*user, share, 1);
+    kvd_user_unref(user);
+}
+
+// Those that are gone are no longer charged.
+static void settle(struct kvd_daemon *d)
+{
+    struct kvd_pool_namespace_info info;
+    for (uint32_t i = 0; i < kvd_pool_namespace_count(d->pool); i++) {
+        kvd_pool_namespace_info(d->pool, i, &info);
+        if (!info.name[0])
+            discharge(&d->namespace_users[i], KVD_SHARE_NAMESPACES);
+    }
+    for (uint32_t i = 0; i < KVD_MAX_GEOMETRIES; i++)
+        if (d->geometry_users[i] && kvd_pool_geometry_refs(d->pool, i) == 0)
+            discharge(&d->geometry_users[i], KVD_SHARE_GEOMETRIES);
+}
+
+// Evicts what a user left behind in the namespace, or geometry, that is longest out of use.
+static bool make_room(struct kvd_daemon *d, const struct kvd_user *user, enum kvd_share share)
+{
+    bool spaces = share == KVD_SHARE_NAMESPACES;
+    uint32_t n = spaces ? kvd_pool_namespace_count(d->pool) : KVD_MAX_GEOMETRIES, idlest = n;
+    uint64_t used, oldest = UINT64_MAX;
+    for (uint32_t i = 0; i < n; i++) {
+        if ((spaces ? d->namespace_users[i] : d->geometry_users[i]) != user)
+            continue;
+        if ((spaces ? kvd_pool_namespace_idle(d->pool, i, &used)
+                    : kvd_pool_geometry_idle(d->pool, i, &used)) &&
+            used < oldest) {
+            idlest = i;
+            oldest = used;
+        }
+    }
+    if (idlest == n)
+        return false;
+    if (spaces)
+        kvd_pool_namespace_clear(d->pool, idlest);
+    else
+        kvd_pool_geometry_clear(d->pool, idlest);
+    settle(d);
+    return true;
+}
+
+// A reference to a user who has been charged for one more.
+static struct kvd_user *charge(struct kvd_daemon *d, int64_t uid, enum kvd_share share,
+                               struct kvd_error *err)
+{
+    struct kvd_user *u = kvd_user_ref(d, uid);
+    if (!u)
+        kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    else if (kvd_user_take(u, share, 1, err) &&
+             (!make_room(d, u, share) || kvd_user_take(u, share, 1, err)))
+        kvd_user_unref(&u);
+    return u;
+}
+
+int kvd_namespace_listed(const struct kvd_daemon *d, const char *name, struct kvd_error *err)
+{
+    if (!d->config.only_listed_namespaces || kvd_config_namespace_find(&d->config, name))
+        return KVD_OK;
+    return kvd_fail(err, KVD_E_DENIED,
+                    "there is no namespace %s: kvd's configuration has only-listed-namespaces and "
+                    "no [namespace %s]",
+                    name, name);
+}
+
+int kvd_namespace_open(struct kvd_daemon *d, int64_t uid, const char *name, uint32_t *ns,
+                       struct kvd_error *err)
+{
+    int rc = kvd_namespace_listed(d, name, err);
+    if (rc)
+        return rc;
+    settle(d);
+    if (kvd_pool_namespace_find(d->pool, name) != KVD_POOL_NONE)
+        return kvd_pool_namespace(d->pool, name, ns, err);
+    struct kvd_user *user = charge(d, uid, KVD_SHARE_NAMESPACES, err);
+    if (!user)
+        return err->code;
+    rc = kvd_pool_namespace(d->pool, name, ns, err);
+    if (rc) {
+        discharge(&user, KVD_SHARE_NAMESPACES);
+        return rc;
+    }
+    discharge(&d->namespace_users[*ns], KVD_SHARE_NAMESPACES); // of one that made room for it
+    d->namespace_users[*ns] = user;
+    return KVD_OK;
+}
+
+void kvd_namespace_close(struct kvd_daemon *d, uint32_t ns)
+{
+    kvd_pool_namespace_release(d->pool, ns);
+    settle(d);
+}
+
+int kvd_geometry_open(struct kvd_daemon *d, int64_t uid, uint32_t ns, const struct kvd_geometry *g,
+                      const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *geom, bool *recycled,
+                      struct kvd_error *err)
+{
+    settle(d);
+    uint32_t known = kvd_pool_geometry_find(d->pool, g);
+    bool live = known != KVD_POOL_NONE && kvd_pool_geometry_refs(d->pool, known);
+    struct kvd_user *user = live ? NULL : charge(d, uid, KVD_SHARE_GEOMETRIES, err);
+    if (!live && !user)
+        return err->code;
+    int rc = kvd_pool_geometry(d->pool, ns, g, page_bytes, geom, recycled, err);
+    if (rc) {
+        discharge(&user, KVD_SHARE_GEOMETRIES);
+        return rc;
+    }
+    if (user) {
+        discharge(&d->geometry_users[*geom], KVD_SHARE_GEOMETRIES);
+        d->geometry_users[*geom] = user;
+    }
+    return KVD_OK;
+}
+
+void kvd_tenants_deinit(struct kvd_daemon *d)
+{
+    for (uint32_t i = 0; i < KVD_MAX_NAMESPACES; i++)
+        discharge(&d->namespace_users[i], KVD_SHARE_NAMESPACES);
+    for (uint32_t i = 0; i < KVD_MAX_GEOMETRIES; i++)
+        discharge(&d->geometry_users[i], KVD_SHARE_GEOMETRIES);
+}
