@@ -17,7 +17,7 @@
 struct kvd_eval_options {
     uint32_t context;      // tokens; shorter ends of a file are left out
     uint32_t queries;      // positions at the end of each context
-    uint32_t sink, recent; // as in a namespace's geometry; 0 and 0: everything is quantized but the
+    uint32_t sink, recent; // as in a namespace's layout; 0 and 0: everything is quantized but the
                            // queries' own tokens
     uint32_t max_contexts; // of a layer; 0: all
     uint32_t threads;      // 0: as many as there are

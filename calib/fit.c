@@ -501,18 +501,18 @@ static int alloc_spectrum(struct kvd_spectrum *s, uint64_t matrices, uint64_t di
 static struct kvd_rotset *new_set(const struct kvd_dump *d, const struct kvd_fit_options *o,
                                   struct kvd_error *err)
 {
-    struct kvd_geometry g = {.head_dim_k = d->dim[KVD_DUMP_K], .head_dim_v = d->dim[KVD_DUMP_V]};
-    g.n_layers = o->layers ? o->n_layers : d->n_layers;
-    memcpy(g.layers, o->layers ? o->layers : d->layers, g.n_layers * sizeof(*g.layers));
-    struct kvd_rotset *base KVD_AUTO(kvd_rotset_free) = kvd_rotset_new("hadamard", &g, err);
+    uint32_t n_layers = o->layers ? o->n_layers : d->n_layers;
+    struct kvd_rotset *base KVD_AUTO(kvd_rotset_free) =
+        kvd_rotset_new("hadamard", o->layers ? o->layers : d->layers, n_layers, d->dim[KVD_DUMP_K],
+                       d->dim[KVD_DUMP_V], err);
     struct kvd_rotset *set KVD_AUTO(kvd_rotset_free) = calloc(1, sizeof(*set));
     if (!base || !set)
         return NULL;
-    set->n_layers = g.n_layers;
-    memcpy(set->layers, g.layers, sizeof(set->layers));
+    set->n_layers = n_layers;
+    memcpy(set->layers, base->layers, sizeof(set->layers));
     set->heads = o->per_kv_head ? d->heads[KVD_DUMP_K] : 1;
-    set->dim_k = g.head_dim_k;
-    set->dim_v = g.head_dim_v;
+    set->dim_k = base->dim_k;
+    set->dim_v = base->dim_v;
     if (kvd_rotset_alloc(set, err))
         return NULL;
     for (uint64_t i = 0; i < (uint64_t)set->n_layers * set->heads; i++) {

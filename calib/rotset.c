@@ -137,7 +137,7 @@ static void make_random(float *out, uint32_t dim)
         out[i] = (float)m[i];
 }
 
-// Making one takes tens of milliseconds, and every session of a geometry asks again: they are kept,
+// Making one takes tens of milliseconds, and every session of a layout asks again: they are kept,
 // by their dim. Without memory for that one is made anew.
 static void fill_random(float *out, uint32_t dim)
 {
@@ -171,8 +171,8 @@ bool kvd_rotset_built_in(const char *name)
     return fill_of(name) != NULL;
 }
 
-struct kvd_rotset *kvd_rotset_new(const char *name, const struct kvd_geometry *g,
-                                  struct kvd_error *err)
+struct kvd_rotset *kvd_rotset_new(const char *name, const uint16_t *layers, uint32_t n_layers,
+                                  uint32_t dim_k, uint32_t dim_v, struct kvd_error *err)
 {
     fill_fn *fill = fill_of(name);
     struct kvd_rotset *s KVD_AUTO(kvd_rotset_free) = calloc(1, sizeof(*s));
@@ -184,11 +184,11 @@ struct kvd_rotset *kvd_rotset_new(const char *name, const struct kvd_geometry *g
     snprintf(s->model, sizeof(s->model), "%s", name);
     snprintf(s->objective, sizeof(s->objective), "%s", name);
     snprintf(s->provenance, sizeof(s->provenance), "built in");
-    memcpy(s->layers, g->layers, sizeof(s->layers));
-    s->n_layers = g->n_layers;
+    memcpy(s->layers, layers, KVD_MIN(n_layers, (uint32_t)KVD_MAX_LAYERS) * sizeof(*layers));
+    s->n_layers = n_layers;
     s->heads = 1;
-    s->dim_k = g->head_dim_k;
-    s->dim_v = g->head_dim_v;
+    s->dim_k = dim_k;
+    s->dim_v = dim_v;
     if (kvd_rotset_alloc(s, err))
         return NULL;
     for (int v = 0; v < 2; v++) {
@@ -331,25 +331,32 @@ static uint64_t layer_index(const struct kvd_rotset *s, uint32_t layer)
     return at;
 }
 
-int kvd_rotset_select(const struct kvd_rotset *s, const struct kvd_geometry *g,
+int kvd_rotset_select(const struct kvd_rotset *s, const struct kvd_layout *layout, uint32_t plane,
                       struct kvd_rotation_data *out, struct kvd_error *err)
 {
+    const struct kvd_plane *g = &layout->planes[plane];
+    uint64_t at[KVD_MAX_LAYERS]; // in the set, of the plane's layers
+    uint32_t n = 0;
     if (s->dim_k != g->head_dim_k || s->dim_v != g->head_dim_v)
         return kvd_fail(err, KVD_E_PRECONDITION,
-                        "rotation set %s is for head_dim %u/%u, the geometry has %u/%u", s->model,
+                        "rotation set %s is for head_dim %u/%u, the layout has %u/%u", s->model,
                         s->dim_k, s->dim_v, g->head_dim_k, g->head_dim_v);
     if (s->heads != 1 && s->heads != g->kv_heads)
         return kvd_fail(err, KVD_E_PRECONDITION,
-                        "rotation set %s is for %u kv heads, the geometry has %u", s->model,
-                        s->heads, g->kv_heads);
-    for (uint32_t l = 0; l < g->n_layers; l++)
-        if (layer_index(s, g->layers[l]) == s->n_layers)
+                        "rotation set %s is for %u kv heads, the layout has %u", s->model, s->heads,
+                        g->kv_heads);
+    for (uint32_t l = 0; l < layout->n_layers; l++) {
+        if (layout->plane_of[l] != plane)
+            continue;
+        at[n] = layer_index(s, layout->layers[l]);
+        if (at[n++] == s->n_layers)
             return kvd_fail(err, KVD_E_PRECONDITION,
                             "rotation set %s has no layer %u; it has %u layers from %u to %u",
-                            s->model, g->layers[l], s->n_layers, s->layers[0],
+                            s->model, layout->layers[l], s->n_layers, s->layers[0],
                             s->layers[s->n_layers - 1]);
+    }
     struct kvd_rotation_data d = {
-        .n_layers = g->n_layers, .heads = s->heads, .dim_k = s->dim_k, .dim_v = s->dim_v};
+        .n_layers = n, .heads = s->heads, .dim_k = s->dim_k, .dim_v = s->dim_v};
     uint64_t square_k = (uint64_t)s->dim_k * s->dim_k, square_v = (uint64_t)s->dim_v * s->dim_v;
     const struct {
         const float *from, **to;
@@ -358,14 +365,14 @@ int kvd_rotset_select(const struct kvd_rotset *s, const struct kvd_geometry *g,
                {s->clip_k, &d.clip_k, s->heads},  {s->clip_v, &d.clip_v, s->heads},
                {s->gain_k, &d.gain_k, s->heads},  {s->gain_v, &d.gain_v, s->heads}};
     for (size_t i = 0; i < KVD_LEN(all); i++) {
-        float *to = malloc(g->n_layers * all[i].layer * sizeof(float));
+        float *to = malloc(n * all[i].layer * sizeof(float));
         *all[i].to = to;
         if (!to) {
             kvd_rotation_data_deinit(&d);
             return kvd_fail(err, KVD_E_INTERNAL, "out of memory for a rotation set");
         }
-        for (uint32_t l = 0; l < g->n_layers; l++)
-            memcpy(to + l * all[i].layer, all[i].from + layer_index(s, g->layers[l]) * all[i].layer,
+        for (uint32_t l = 0; l < n; l++)
+            memcpy(to + l * all[i].layer, all[i].from + at[l] * all[i].layer,
                    all[i].layer * sizeof(float));
     }
     *out = d;

@@ -46,8 +46,8 @@ struct kvd_rotset *kvd_rotset_clone(const struct kvd_rotset *set);
 //               of normal rows from a fixed seed; what TurboQuant rotates by
 //   "identity"  no rotation: what "naive int2" means
 bool kvd_rotset_built_in(const char *name);
-struct kvd_rotset *kvd_rotset_new(const char *name, const struct kvd_geometry *g,
-                                  struct kvd_error *err);
+struct kvd_rotset *kvd_rotset_new(const char *name, const uint16_t *layers, uint32_t n_layers,
+                                  uint32_t dim_k, uint32_t dim_v, struct kvd_error *err);
 
 // All values finite, clip ratios in (0, 1], gains in [0.5, 1.5], every matrix orthogonal within
 // 1e-3 (max |R R^T - I|; fp32 files measure below 1e-5). KVD_E_CORRUPT names the layer and the
@@ -59,10 +59,10 @@ int kvd_rotset_check(const struct kvd_rotset *set, double *worst, struct kvd_err
 // explains (max |R R^T - I| above 0.05).
 int kvd_rotation_straighten(float *r, uint32_t dim, struct kvd_error *err);
 
-// Whether the set serves a geometry; if so *out describes the geometry's layers. out->k etc. point
-// to new memory that the caller frees with kvd_rotation_data_deinit. KVD_E_PRECONDITION says what
-// does not match.
-int kvd_rotset_select(const struct kvd_rotset *set, const struct kvd_geometry *g,
+// Whether the set serves a plane of a layout; if so *out describes the plane's layers. out->k etc.
+// point to new memory that the caller frees with kvd_rotation_data_deinit. KVD_E_PRECONDITION says
+// what does not match.
+int kvd_rotset_select(const struct kvd_rotset *set, const struct kvd_layout *layout, uint32_t plane,
                       struct kvd_rotation_data *out, struct kvd_error *err);
 void kvd_rotation_data_deinit(struct kvd_rotation_data *data);
 

@@ -253,7 +253,7 @@ static int begin(struct kvd_direct *d, void *stream, struct kvd_error *err)
         struct direct_slot *s = &d->slots[i];
         s->length += s->sequence ? n : 0;
         d->length[i] = (uint32_t)s->now.stored;
-        d->hist_end[i] = (uint32_t)KVD_MAX(s->now.hist_end, (uint64_t)d->geometry.sink);
+        d->hist_end[i] = (uint32_t)KVD_MAX(s->now.hist_end, (uint64_t)d->plane.sink);
         d->tail_tokens[i] = s->sequence ? (uint32_t)(s->length - s->now.stored) : n;
     }
     if (rc == KVD_OK)
@@ -280,8 +280,8 @@ kvd_result kvd_direct_begin(kvd_direct *d, void *stream, kvd_failure *err)
 
 static int check_layer(const struct kvd_direct *d, uint32_t layer, struct kvd_error *err)
 {
-    if (layer >= d->geometry.n_layers)
-        return kvd_fail(err, KVD_E_INVALID, "layer %u of %u", layer, d->geometry.n_layers);
+    if (layer >= d->plane.n_layers)
+        return kvd_fail(err, KVD_E_INVALID, "layer %u of %u", layer, d->plane.n_layers);
     return kvd_fork_check(d->client, err);
 }
 
@@ -289,7 +289,7 @@ kvd_result kvd_store_enqueue(kvd_direct *d, void *stream, uint32_t layer, const 
                              uint64_t k_bytes, const void *v, uint64_t v_bytes, kvd_failure *err)
 {
     struct kvd_error e = {0};
-    const struct kvd_geometry *g = &d->geometry;
+    const struct kvd_plane *g = &d->plane;
     uint64_t rows = (uint64_t)d->options.slots * d->options.step_tokens;
     int rc = check_layer(d, layer, &e);
     if (rc == KVD_OK)
@@ -306,7 +306,7 @@ kvd_result kvd_attend_enqueue(kvd_direct *d, void *stream, uint32_t layer, const
                               uint64_t lse_bytes, kvd_failure *err)
 {
     struct kvd_error e = {0};
-    const struct kvd_geometry *g = &d->geometry;
+    const struct kvd_plane *g = &d->plane;
     uint64_t rows = (uint64_t)d->options.slots * d->options.step_tokens;
     uint32_t size = d->options.dtype == KVD_F32 ? 4 : 2;
     int rc = check_layer(d, layer, &e);
@@ -453,8 +453,8 @@ static int bind(struct kvd_direct *d, uint32_t slot, uint64_t sequence, struct k
     rc = flush(d, slot, deadline, err);
     if (rc == KVD_OK)
         *s = (struct direct_slot){.sequence = sequence,
-                                  .now.hist_end = d->geometry.sink,
-                                  .next.hist_end = d->geometry.sink,
+                                  .now.hist_end = d->plane.sink,
+                                  .next.hist_end = d->plane.sink,
                                   .dirty = true};
     pthread_mutex_unlock(&d->lock);
     if (rc || !sequence)
@@ -463,7 +463,7 @@ static int bind(struct kvd_direct *d, uint32_t slot, uint64_t sequence, struct k
     pthread_mutex_lock(&d->lock);
     s->length = s->older = s->appended = s->target = s->written = s->next.stored;
     if (rc)
-        *s = (struct direct_slot){.now.hist_end = d->geometry.sink, .dirty = true};
+        *s = (struct direct_slot){.now.hist_end = d->plane.sink, .dirty = true};
     else
         s->now.stored = s->next.stored; // the thread counts from there
     pthread_mutex_unlock(&d->lock);
@@ -479,24 +479,24 @@ kvd_result kvd_direct_bind(kvd_direct *d, uint32_t slot, uint64_t sequence, kvd_
 
 // -- opening and closing ------------------------------------------------------------------------
 
-static int take_geometry(struct kvd_direct *d, struct kvd_error *err)
+static int take_layout(struct kvd_direct *d, struct kvd_error *err)
 {
     const Kvd__V1__Geometry *g = d->client->opened->geometry;
     if (!g || !g->windows)
-        return kvd_fail(err, KVD_E_INTERNAL, "kvd told no geometry");
-    d->geometry = (struct kvd_geometry){.n_layers = (uint32_t)g->n_layers,
-                                        .q_heads = g->q_heads,
-                                        .kv_heads = g->kv_heads,
-                                        .head_dim_k = g->head_dim_k,
-                                        .head_dim_v = g->head_dim_v,
-                                        .codec = kvd_codec_find(g->codec),
-                                        .sink = g->windows->sink,
-                                        .recent = g->windows->recent};
-    if (d->geometry.codec == KVD_CODEC_COUNT)
+        return kvd_fail(err, KVD_E_INTERNAL, "kvd told no layout");
+    d->plane = (struct kvd_plane){.n_layers = (uint32_t)g->n_layers,
+                                  .q_heads = g->q_heads,
+                                  .kv_heads = g->kv_heads,
+                                  .head_dim_k = g->head_dim_k,
+                                  .head_dim_v = g->head_dim_v,
+                                  .codec = kvd_codec_find(g->codec),
+                                  .sink = g->windows->sink,
+                                  .recent = g->windows->recent};
+    if (d->plane.codec == KVD_CODEC_COUNT)
         return kvd_fail(err, KVD_E_UNSUPPORTED,
                         "kvd stores in codec %.40s, which this libkvd does not know", g->codec);
-    uint32_t sink_pages = (uint32_t)kvd_div_up(d->geometry.sink, KVD_PAGE_TOKENS);
-    d->bf16_stride = sink_pages + kvd_geometry_ring(&d->geometry) / KVD_PAGE_TOKENS;
+    uint32_t sink_pages = (uint32_t)kvd_div_up(d->plane.sink, KVD_PAGE_TOKENS);
+    d->bf16_stride = sink_pages + kvd_plane_ring(&d->plane) / KVD_PAGE_TOKENS;
     d->codec_stride = (uint32_t)kvd_div_up(d->options.max_tokens, KVD_PAGE_TOKENS) + 1;
     return KVD_OK;
 }
@@ -539,11 +539,11 @@ static int make_tables(struct kvd_direct *d, struct kvd_error *err)
     for (uint32_t i = 0; i < KVD_DIRECT_JOBS; i++)
         d->jobs[i].targets = targets + i * slots;
     for (uint32_t i = 0; i < slots; i++) {
-        d->slots[i].now.hist_end = d->hist_end[i] = d->geometry.sink;
+        d->slots[i].now.hist_end = d->hist_end[i] = d->plane.sink;
         d->slots[i].dirty = true;
         d->tail_tokens[i] = d->options.step_tokens;
     }
-    d->tail_v = direct_layer_at(d, d->geometry.n_layers, false);
+    d->tail_v = direct_layer_at(d, d->plane.n_layers, false);
     return KVD_OK;
 }
 
@@ -590,7 +590,7 @@ static int open_direct(struct kvd_direct *d, struct kvd_error *err)
     if (rc)
         return rc;
     d->epoch = d->client->epoch;
-    rc = take_geometry(d, err);
+    rc = take_layout(d, err);
     kvd_gate_leave(&d->client->gate);
     if (rc == KVD_OK)
         rc = make_tables(d, err);

@@ -65,7 +65,7 @@ struct kvd_direct {
     kvd_client *client;
     kvd_direct_options options;
     kvd_attention attention;
-    struct kvd_geometry geometry;
+    struct kvd_plane plane;
     struct kvd_backend *backend;
     struct kvd_rotation *rotation;
     const struct direct_ops *ops;
@@ -106,7 +106,7 @@ struct kvd_direct {
 
 static inline uint64_t direct_row_bytes(const struct kvd_direct *d, bool v)
 {
-    const struct kvd_geometry *g = &d->geometry;
+    const struct kvd_plane *g = &d->plane;
     return (uint64_t)g->kv_heads * (v ? g->head_dim_v : g->head_dim_k) * 2;
 }
 
@@ -120,7 +120,7 @@ static inline uint64_t direct_layer_at(const struct kvd_direct *d, uint32_t laye
 static inline float direct_scale(const struct kvd_direct *d)
 {
     float scale = d->attention.scale;
-    return scale != 0 ? scale : 1 / sqrtf((float)d->geometry.head_dim_k);
+    return scale != 0 ? scale : 1 / sqrtf((float)d->plane.head_dim_k);
 }
 
 extern const struct direct_ops kvd_direct_cpu;

@@ -15,7 +15,7 @@ static int cpu_init(struct kvd_direct *d, struct kvd_error *err)
         side->run = malloc(d->options.slots * row * KVD_DIRECT_RING);
     if (!side || !side->run)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    uint64_t bytes = direct_layer_at(d, d->geometry.n_layers, true);
+    uint64_t bytes = direct_layer_at(d, d->plane.n_layers, true);
     if (kvd_buffer_new(d->client, bytes, &d->tail, &failure))
         return kvd_client_failed(&failure, err);
     return KVD_OK;
@@ -78,13 +78,13 @@ static struct kvd_tensor tail_tensor(struct kvd_direct *d, uint32_t layer, uint3
     for (uint32_t i = 0; i < d->tail_tokens[slot]; i++)
         memcpy(to + i * row, tail_row(d, layer, slot, (uint64_t)d->length[slot] + i, v), row);
     return (struct kvd_tensor){
-        .data = to, .token_stride = row, .head_stride = row / d->geometry.kv_heads};
+        .data = to, .token_stride = row, .head_stride = row / d->plane.kv_heads};
 }
 
 static int cpu_attend(struct kvd_direct *d, void *stream, uint32_t layer, const void *q, void *o,
                       float *lse, struct kvd_error *err)
 {
-    const struct kvd_geometry *g = &d->geometry;
+    const struct kvd_plane *g = &d->plane;
     uint32_t n = d->options.step_tokens, count = 0;
     uint64_t size = d->options.dtype == KVD_F32 ? 4 : 2;
     enum kvd_dtype type = size == 4 ? KVD_DTYPE_F32 : KVD_DTYPE_BF16;
@@ -111,7 +111,7 @@ static int cpu_attend(struct kvd_direct *d, void *stream, uint32_t layer, const 
                     KVD_DTYPE_F32}};
     }
     const kvd_attention *a = &d->attention;
-    struct kvd_attend_params p = {.geometry = g,
+    struct kvd_attend_params p = {.plane = g,
                                   .rotation = d->rotation,
                                   .layer_begin = layer,
                                   .layer_count = 1,

@@ -47,7 +47,7 @@ static void plan(struct kvd_direct *d, uint64_t sum, uint32_t longest, uint32_t 
 static void set_params(struct kvd_direct *d)
 {
     struct cuda_side *side = d->side;
-    const struct kvd_geometry *g = &d->geometry;
+    const struct kvd_plane *g = &d->plane;
     enum kvd_dtype type = d->options.dtype == KVD_F32 ? KVD_DTYPE_F32 : KVD_DTYPE_BF16;
     uint32_t *lengths = (uint32_t *)(void *)side->device, n = d->options.slots;
     side->params = (struct kvd_cuda_attend_params){
@@ -59,7 +59,7 @@ static void set_params(struct kvd_direct *d)
         .codec = g->codec,
         .q_len = d->options.step_tokens,
         .sink = g->sink,
-        .ring = kvd_geometry_ring(g),
+        .ring = kvd_plane_ring(g),
         .scale = direct_scale(d),
         .softcap = d->attention.softcap,
         .window = d->attention.window,
@@ -80,7 +80,7 @@ static void set_params(struct kvd_direct *d)
 static int make_memory(struct kvd_direct *d)
 {
     struct cuda_side *side = d->side;
-    const struct kvd_geometry *g = &d->geometry;
+    const struct kvd_plane *g = &d->plane;
     uint64_t n = d->options.slots;
     uint64_t tail = direct_layer_at(d, g->n_layers, true);
     side->codec_at = kvd_round_up(3 * n * sizeof(uint32_t), 256);
@@ -123,7 +123,7 @@ static int cuda_init(struct kvd_direct *d, struct kvd_error *err)
     int rc = kvd_cuda_status(make_memory(d), "making room for direct mode", err);
     if (rc)
         return rc;
-    if (kvd_buffer_cuda(d->client, side_of(d)->tail, direct_layer_at(d, d->geometry.n_layers, true),
+    if (kvd_buffer_cuda(d->client, side_of(d)->tail, direct_layer_at(d, d->plane.n_layers, true),
                         &d->tail, &failure))
         return kvd_client_failed(&failure, err);
     return KVD_OK;
@@ -177,7 +177,7 @@ static int update_tables(struct kvd_direct *d, uint32_t slot, cudaStream_t strea
 static int cuda_update(struct kvd_direct *d, void *stream, struct kvd_error *err)
 {
     struct cuda_side *side = d->side;
-    const struct kvd_geometry *g = &d->geometry;
+    const struct kvd_plane *g = &d->plane;
     uint32_t n = d->options.slots, longest = 0, window = 0;
     uint64_t sum = 0;
     side->stage = (side->stage + 1) % STAGES;
@@ -215,7 +215,7 @@ static struct kvd_cuda_tail layer_tail(struct kvd_direct *d, uint32_t layer)
 static int cuda_store(struct kvd_direct *d, void *stream, uint32_t layer, const void *k,
                       const void *v, struct kvd_error *err)
 {
-    const struct kvd_geometry *g = &d->geometry;
+    const struct kvd_plane *g = &d->plane;
     struct kvd_cuda_store_params p = {.sequences = d->options.slots,
                                       .kv_heads = g->kv_heads,
                                       .dim_k = g->head_dim_k,

@@ -114,7 +114,7 @@ static int take_pages(struct kvd_direct *d, uint32_t slot, const Kvd__V1__Sequen
                         (unsigned long long)s->sequence, (unsigned long long)p->length,
                         d->options.max_tokens);
     if (p->codec_from > s->next.n_codec || p->n_bf16_pages > d->bf16_stride ||
-        p->hist_end > p->length + d->geometry.sink)
+        p->hist_end > p->length + d->plane.sink)
         return kvd_fail(err, KVD_E_INTERNAL, "kvd's page table of sequence %llu does not fit",
                         (unsigned long long)s->sequence);
     for (size_t i = 0; i < p->n_bf16_pages && rc == KVD_OK; i++)
@@ -201,12 +201,12 @@ int kvd_direct_map(struct kvd_direct *d, const uint32_t *list, uint32_t n, uint6
 
 int kvd_direct_load_rotations(struct kvd_direct *d, struct kvd_error *err)
 {
-    const struct kvd_geometry *g = &d->geometry;
+    const struct kvd_plane *g = &d->plane;
     struct kvd_rotation_data data = {
         .n_layers = 1, .heads = 1, .dim_k = g->head_dim_k, .dim_v = g->head_dim_v};
     const struct kvd_fd_rotations *head = MAP_FAILED;
     struct stat st = {0};
-    if (d->geometry.codec != KVD_CODEC_BF16) {
+    if (d->plane.codec != KVD_CODEC_BF16) {
         if (d->rotations_fd < 0 || fstat(d->rotations_fd, &st) ||
             (size_t)st.st_size < sizeof(*head))
             return kvd_fail(err, KVD_E_INTERNAL, "kvd sent no rotation set");
@@ -222,7 +222,7 @@ int kvd_direct_load_rotations(struct kvd_direct *d, struct kvd_error *err)
             head->dim_k != g->head_dim_k || head->dim_v != g->head_dim_v ||
             (uint64_t)st.st_size != sizeof(*head) + (k + v) * sizeof(float)) {
             munmap((void *)head, (size_t)st.st_size);
-            return kvd_fail(err, KVD_E_INTERNAL, "kvd's rotation set does not fit the geometry");
+            return kvd_fail(err, KVD_E_INTERNAL, "kvd's rotation set does not fit the layout");
         }
         data.n_layers = head->n_layers;
         data.heads = head->heads;

@@ -72,7 +72,7 @@ struct kvd_append_item {
 };
 
 struct kvd_append_params {
-    const struct kvd_geometry *geometry;
+    const struct kvd_plane *plane;
     const struct kvd_rotation *rotation;
     uint32_t layer_begin, layer_count;
     const struct kvd_append_item *items;
@@ -93,7 +93,7 @@ struct kvd_attend_item {
 };
 
 struct kvd_attend_params {
-    const struct kvd_geometry *geometry;
+    const struct kvd_plane *plane;
     const struct kvd_rotation *rotation;
     uint32_t layer_begin, layer_count;
     float scale;     // of the logits
@@ -105,7 +105,7 @@ struct kvd_attend_params {
 };
 
 struct kvd_read_params {
-    const struct kvd_geometry *geometry;
+    const struct kvd_plane *plane;
     const struct kvd_rotation *rotation;
     uint32_t layer_begin, layer_count;
     struct kvd_pages pages;
@@ -241,16 +241,16 @@ struct kvd_backend *kvd_cuda_backend_current(struct kvd_error *err);
 // The check operation for tokens in host memory.
 int kvd_check_host(const struct kvd_append_params *p, struct kvd_nonfinite *where);
 
-// Checks a geometry against the limits. KVD_E_INVALID says what to mend.
-int kvd_geometry_check(const struct kvd_geometry *g, struct kvd_error *err);
+// Checks a plane against the limits. KVD_E_INVALID says what to mend.
+int kvd_plane_check(const struct kvd_plane *g, struct kvd_error *err);
 
 // Slot of window token t (t >= sink) in the ring's pages: page entry counted from the first sink
 // page, and row.
-static inline void kvd_ring_place(const struct kvd_geometry *g, uint64_t t, uint32_t *entry,
+static inline void kvd_ring_place(const struct kvd_plane *g, uint64_t t, uint32_t *entry,
                                   uint32_t *row)
 {
     uint32_t sink_pages = (g->sink + KVD_PAGE_TOKENS - 1) / KVD_PAGE_TOKENS;
-    uint32_t slot = (uint32_t)((t - g->sink) % kvd_geometry_ring(g));
+    uint32_t slot = (uint32_t)((t - g->sink) % kvd_plane_ring(g));
     *entry = sink_pages + slot / KVD_PAGE_TOKENS;
     *row = slot % KVD_PAGE_TOKENS;
 }

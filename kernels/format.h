@@ -81,14 +81,14 @@ static inline uint64_t kvd_tile_bytes(uint32_t codec, uint32_t dim_k, uint32_t d
 }
 
 // Bytes of a page in `codec`, without padding.
-static inline uint64_t kvd_page_bytes(const struct kvd_geometry *g, uint32_t codec)
+static inline uint64_t kvd_page_bytes(const struct kvd_plane *g, uint32_t codec)
 {
     return (uint64_t)g->n_layers * g->kv_heads *
            kvd_tile_bytes(codec, g->head_dim_k, g->head_dim_v);
 }
 
 // Byte offset of a tile within its page.
-static inline uint64_t kvd_tile_offset(const struct kvd_geometry *g, uint32_t codec, uint32_t layer,
+static inline uint64_t kvd_tile_offset(const struct kvd_plane *g, uint32_t codec, uint32_t layer,
                                        uint32_t head)
 {
     return ((uint64_t)layer * g->kv_heads + head) *

@@ -20,7 +20,7 @@ struct span {
     uint64_t begin, end; // tokens
 };
 
-static uint64_t demoted_to(const struct kvd_geometry *g, uint64_t hist_end, uint64_t length)
+static uint64_t demoted_to(const struct kvd_plane *g, uint64_t hist_end, uint64_t length)
 {
     uint64_t keep = (uint64_t)g->sink + g->recent;
     if (length <= keep)
@@ -43,7 +43,7 @@ static int check_repeat(const struct kvd_pool *pool, const struct region_seq *s,
     uint32_t filled = by->layer_begin + by->layer_count;
     bool same = by->position == last->position && by->tokens == last->tokens &&
                 by->layer_begin == last->layer_begin && by->layer_count == last->layer_count;
-    bool whole = filled == pool->geom[s->geom].g.n_layers;
+    bool whole = filled == pool->layout[s->layout].l.n_layers;
     bool there = whole ? s->pending_layers == 0 && s->length == end
                        : s->pending_layers == filled && s->pending_length == end;
     if (same && there)
@@ -60,7 +60,7 @@ static int check_repeat(const struct kvd_pool *pool, const struct region_seq *s,
 static int check_order(const struct kvd_pool *pool, const struct region_seq *s,
                        const struct kvd_pool_append_request *by, struct kvd_error *err)
 {
-    uint32_t layers = pool->geom[s->geom].g.n_layers;
+    uint32_t layers = pool->layout[s->layout].l.n_layers;
     unsigned long long id = seq_id(pool, s), length = s->length;
     if (s->pending_layers == 0) {
         if (by->position != s->length)
@@ -103,7 +103,7 @@ static int want_page(struct kvd_pool *pool, struct region_seq *s, enum kvd_pool_
     if (old != KVD_POOL_NONE && pool->page[old].refs == 1)
         return KVD_OK;
     uint32_t page;
-    int rc = kvd_pool_page_alloc(pool, s->ns, s->geom, kind, &page, err);
+    int rc = kvd_pool_page_alloc(pool, s->ns, s->layout, kind, &page, err);
     if (rc)
         return rc;
     // Room for the change was made by append_begin.
@@ -134,7 +134,7 @@ static int want_pages(struct kvd_pool *pool, struct region_seq *s, enum kvd_pool
 static int want_ring(struct kvd_pool *pool, struct region_seq *s, struct span span,
                      uint32_t first_entry, struct kvd_pool_append *a, struct kvd_error *err)
 {
-    uint32_t ring = kvd_geometry_ring(&pool->geom[s->geom].g);
+    uint32_t ring = kvd_plane_ring(&pool->layout[s->layout].l.planes[0]);
     if (span.begin >= span.end)
         return KVD_OK;
     uint64_t begin = span.begin % ring, n = span.end - span.begin;
@@ -149,11 +149,11 @@ static int want_ring(struct kvd_pool *pool, struct region_seq *s, struct span sp
 static int reserve(struct kvd_pool *pool, struct region_seq *s, struct kvd_pool_append *a,
                    struct kvd_error *err)
 {
-    const struct kvd_geometry *g = &pool->geom[s->geom].g;
+    const struct kvd_plane *g = &pool->layout[s->layout].l.planes[0];
     uint32_t sink_pages = (g->sink + KVD_PAGE_TOKENS - 1) / KVD_PAGE_TOKENS;
     uint64_t hist = a->new_hist_end - a->hist_end;
     a->changes =
-        calloc(sink_pages + kvd_geometry_ring(g) / KVD_PAGE_TOKENS + hist / KVD_PAGE_TOKENS + 4,
+        calloc(sink_pages + kvd_plane_ring(g) / KVD_PAGE_TOKENS + hist / KVD_PAGE_TOKENS + 4,
                sizeof(*a->changes));
     if (!a->changes)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
@@ -178,7 +178,7 @@ int kvd_pool_append_begin(struct kvd_pool *pool, const struct kvd_pool_append_re
     if (!s)
         return kvd_fail(err, KVD_E_NOT_FOUND, "there is no sequence %llu",
                         (unsigned long long)by->seq);
-    const struct kvd_geometry *g = &pool->geom[s->geom].g;
+    const struct kvd_plane *g = &pool->layout[s->layout].l.planes[0];
     bool repeat = is_last(&s->last, by);
     int rc = repeat ? check_repeat(pool, s, by, err) : check_order(pool, s, by, err);
     if (rc)
@@ -188,7 +188,7 @@ int kvd_pool_append_begin(struct kvd_pool *pool, const struct kvd_pool_append_re
     out->hist_end = repeat ? s->last.hist_end : s->hist_end;
     out->new_length = by->position + by->tokens;
     out->new_hist_end = demoted_to(g, out->hist_end, out->new_length);
-    out->window_kept = repeat && out->new_length <= out->hist_end + kvd_geometry_ring(g);
+    out->window_kept = repeat && out->new_length <= out->hist_end + kvd_plane_ring(g);
     if (repeat || s->pending_layers)
         return KVD_OK;
     // Eviction must not take the very sequence that grows.
@@ -218,7 +218,7 @@ void kvd_pool_append_commit(struct kvd_pool *pool, struct kvd_pool_append *a)
                                      .tokens = a->by.tokens,
                                      .layer_begin = a->by.layer_begin,
                                      .layer_count = a->by.layer_count};
-    if (s->pending_layers == pool->geom[s->geom].g.n_layers) {
+    if (s->pending_layers == pool->layout[s->layout].l.n_layers) {
         seq_set_length(pool, s, a->new_length);
         s->hist_end = a->new_hist_end;
         s->pending_layers = 0;
@@ -244,9 +244,9 @@ void kvd_pool_append_abort(struct kvd_pool *pool, struct kvd_pool_append *a)
 }
 
 // Tokens of the window that an unfinished append has already overwritten in some layer.
-static bool window_damaged(const struct kvd_geometry *g, const struct region_seq *s, uint64_t keep)
+static bool window_damaged(const struct kvd_plane *g, const struct region_seq *s, uint64_t keep)
 {
-    uint32_t ring = kvd_geometry_ring(g);
+    uint32_t ring = kvd_plane_ring(g);
     return s->pending_layers && s->pending_length > ring + s->hist_end && keep > s->hist_end &&
            s->length > s->hist_end;
 }
@@ -256,7 +256,7 @@ int kvd_pool_truncate(struct kvd_pool *pool, uint64_t seq, uint64_t length, stru
     struct region_seq *s = seq_find(pool, seq);
     if (!s)
         return kvd_fail(err, KVD_E_NOT_FOUND, "there is no sequence %llu", (unsigned long long)seq);
-    const struct kvd_geometry *g = &pool->geom[s->geom].g;
+    const struct kvd_plane *g = &pool->layout[s->layout].l.planes[0];
     if (length > s->length)
         return kvd_fail(
             err, KVD_E_INVALID, "cannot truncate sequence %llu of length %llu to %llu tokens",

@@ -2,29 +2,30 @@
 //
 // A slab keeps the extents that have a free slot in a list; an extent hands out returned slots
 // first, then carves new ones. An extent that becomes empty goes back to the pool at once, so
-// memory moves between namespaces and geometries without a compactor. It is zeroed when it is next
+// memory moves between namespaces and layouts without a compactor. It is zeroed when it is next
 // granted to another namespace, not when it is returned: most extents go back to where they came
 // from.
 #include "pool/internal.h"
 
-static uint32_t *slab_place(const struct kvd_pool *pool, uint32_t ns, uint32_t geom, uint32_t kind)
+static uint32_t *slab_place(const struct kvd_pool *pool, uint32_t ns, uint32_t layout,
+                            uint32_t kind)
 {
-    return &pool->slab_at[(ns * pool->head->max_geometries + geom) * KVD_POOL_KINDS + kind];
+    return &pool->slab_at[(ns * pool->head->max_layouts + layout) * KVD_POOL_KINDS + kind];
 }
 
-uint32_t slab_find(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind)
+uint32_t slab_find(struct kvd_pool *pool, uint32_t ns, uint32_t layout, enum kvd_pool_kind kind)
 {
     struct region_head *h = pool->head;
-    uint32_t *place = slab_place(pool, ns, geom, kind), x = h->free_slab;
+    uint32_t *place = slab_place(pool, ns, layout, kind), x = h->free_slab;
     if (*place)
         return *place - 1;
     if (x != KVD_POOL_NONE)
         h->free_slab = pool->slab[x].partial;
     else
         x = h->n_slabs++;
-    uint64_t bytes = pool->geom[geom].page_bytes[kind];
+    uint64_t bytes = pool->layout[layout].page_bytes[kind];
     pool->slab[x] = (struct region_slab){.ns = ns,
-                                         .geom = geom,
+                                         .layout = layout,
                                          .kind = kind,
                                          .partial = KVD_POOL_NONE,
                                          .page_bytes = bytes,
@@ -38,8 +39,8 @@ void slab_drop_empty(struct kvd_pool *pool, uint32_t x)
     struct region_slab *s = &pool->slab[x];
     if (s->extents)
         return;
-    *slab_place(pool, s->ns, s->geom, s->kind) = 0;
-    s->geom = KVD_POOL_NONE;
+    *slab_place(pool, s->ns, s->layout, s->kind) = 0;
+    s->layout = KVD_POOL_NONE;
     s->partial = pool->head->free_slab;
     pool->head->free_slab = x;
 }
@@ -246,21 +247,21 @@ void kvd_pool_page_unref(struct kvd_pool *pool, uint32_t page)
 }
 
 // Eviction may take a slab's last extent, and the slab with it: so it is looked for each time.
-static int page_of_slab(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind,
-                        uint32_t *page)
+static int page_of_slab(struct kvd_pool *pool, uint32_t ns, uint32_t layout,
+                        enum kvd_pool_kind kind, uint32_t *page)
 {
-    uint32_t slab = slab_find(pool, ns, geom, kind);
+    uint32_t slab = slab_find(pool, ns, layout, kind);
     int rc = page_take(pool, slab, page);
     if (rc)
         slab_drop_empty(pool, slab);
     return rc;
 }
 
-int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind,
-                        uint32_t *page, struct kvd_error *err)
+int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t layout,
+                        enum kvd_pool_kind kind, uint32_t *page, struct kvd_error *err)
 {
     const struct region_namespace *n = &pool->ns[ns];
-    uint64_t bytes = pool->geom[geom].page_bytes[kind];
+    uint64_t bytes = pool->layout[layout].page_bytes[kind];
     int rc;
     while (n->quota && n->used + bytes > n->quota) {
         if (!evict_one(pool, ns, NULL))
@@ -269,7 +270,7 @@ int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum 
                             "raise the quota",
                             n->name, (unsigned long long)n->used, (unsigned long long)n->quota);
     }
-    while ((rc = page_of_slab(pool, ns, geom, kind, page)) == KVD_E_FULL) {
+    while ((rc = page_of_slab(pool, ns, layout, kind, page)) == KVD_E_FULL) {
         if (evict_one(pool, KVD_POOL_NONE, NULL))
             continue;
         if (pool->head->extents_granted < pool->head->n_extents)

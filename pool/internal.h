@@ -25,8 +25,8 @@ struct region_namespace {
     uint32_t lru_first, lru_last; // evictable sequences; first: least recently used
 };
 
-struct region_geometry {
-    struct kvd_geometry g;
+struct region_layout {
+    struct kvd_layout l;
     uint32_t refs; // sequences, and whoever asked for it
     uint32_t idle; // of those, evictable sequences
     uint32_t ns;   // the namespace that made it
@@ -36,7 +36,7 @@ struct region_geometry {
 
 // A slab lives as long as it has extents, so there are never more than these. slab_at finds it.
 struct region_slab {
-    uint32_t ns, geom, kind;
+    uint32_t ns, layout, kind;
     uint32_t partial; // first extent with a free slot; of a free slab, the next free one
     uint32_t extents;
     uint64_t page_bytes, used;
@@ -80,7 +80,7 @@ struct region_append {
 
 struct region_seq {
     uint32_t generation; // odd while in use
-    uint32_t ns, geom;
+    uint32_t ns, layout;
     uint32_t holders, pins;
     bool doomed; // freed by its last holder while pinned
     bool listed; // on the LRU list
@@ -100,8 +100,8 @@ struct region_head {
     uint64_t region_bytes;
     uint64_t extent_bytes;
     uint32_t n_extents, slots;
-    uint32_t max_namespaces, max_geometries, max_slabs, max_sequences, max_blocks;
-    uint32_t n_namespaces, n_geometries, n_slabs, n_sequences_ever, n_blocks_ever;
+    uint32_t max_namespaces, max_layouts, max_slabs, max_sequences, max_blocks;
+    uint32_t n_namespaces, n_layouts, n_slabs, n_sequences_ever, n_blocks_ever;
     uint32_t free_extent, free_seq, free_block, free_slab;
     uint32_t blocks; // in use
     uint32_t extents_granted;
@@ -118,9 +118,9 @@ struct kvd_pool {
     void *on_evict_ctx;
     struct region_head *head;
     struct region_namespace *ns;
-    struct region_geometry *geom;
+    struct region_layout *layout;
     struct region_slab *slab;
-    uint32_t *slab_at; // by namespace, geometry and kind: the slab's number + 1, or 0
+    uint32_t *slab_at; // by namespace, layout and kind: the slab's number + 1, or 0
     struct region_extent *extent;
     struct region_page *page;
     struct region_block *block;
@@ -147,7 +147,7 @@ void table_weigh(struct kvd_pool *pool, const struct region_table *t, int by, ui
 
 // -- extent.c -----------------------------------------------------------------------------------
 // The slab, made if there is none; slab_drop_empty takes it away again if it got no extent.
-uint32_t slab_find(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind);
+uint32_t slab_find(struct kvd_pool *pool, uint32_t ns, uint32_t layout, enum kvd_pool_kind kind);
 void slab_drop_empty(struct kvd_pool *pool, uint32_t slab);
 static inline struct region_extent *page_extent(const struct kvd_pool *pool, uint32_t page)
 {
@@ -170,9 +170,9 @@ enum share { SHARE_SEQUENCES, SHARE_BLOCKS };
 int share_take(struct kvd_pool *pool, uint32_t ns, enum share share, struct kvd_error *err);
 // A slot for another namespace; KVD_POOL_NONE when there is none.
 uint32_t namespace_slot(struct kvd_pool *pool);
-// Sees to it that `ns` may have one more geometry in use; then there is a slot for a new one.
-bool geometry_room(struct kvd_pool *pool, uint32_t ns);
-uint32_t geometry_slot(struct kvd_pool *pool, bool *recycled);
+// Sees to it that `ns` may have one more layout in use; then there is a slot for a new one.
+bool layout_room(struct kvd_pool *pool, uint32_t ns);
+uint32_t layout_slot(struct kvd_pool *pool, bool *recycled);
 // To be called when something of a namespace has gone: forgets it if that was the last.
 void namespace_settle(struct kvd_pool *pool, uint32_t ns);
 

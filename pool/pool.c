@@ -1,4 +1,4 @@
-// Region layout, namespaces, geometries and the summary counters.
+// Region layout, namespaces, layouts and the summary counters.
 #include "pool/internal.h"
 
 #include <errno.h>
@@ -16,9 +16,9 @@ static uint64_t lay_out(struct kvd_pool *p, const struct region_head *h, uint8_t
     } while (0)
     PLACE(head, 1);
     PLACE(ns, h->max_namespaces);
-    PLACE(geom, h->max_geometries);
+    PLACE(layout, h->max_layouts);
     PLACE(slab, h->max_slabs);
-    PLACE(slab_at, (uint64_t)h->max_namespaces * h->max_geometries * KVD_POOL_KINDS);
+    PLACE(slab_at, (uint64_t)h->max_namespaces * h->max_layouts * KVD_POOL_KINDS);
     PLACE(extent, h->n_extents);
     PLACE(seq, h->max_sequences);
     PLACE(block, h->max_blocks);
@@ -48,7 +48,7 @@ static int size_tables(const struct kvd_pool_config *c, struct region_head *h,
     h->n_extents = (uint32_t)extents;
     h->slots = (uint32_t)slots;
     h->max_namespaces = c->max_namespaces;
-    h->max_geometries = c->max_geometries;
+    h->max_layouts = c->max_layouts;
     h->max_slabs = h->n_extents + 1; // one may be about to get its first
     h->max_sequences = c->max_sequences;
     h->first_generation = c->id_seed & ~1u;
@@ -173,70 +173,70 @@ void kvd_pool_namespace_info(const struct kvd_pool *pool, uint32_t ns,
                                             .holders = n->holders};
 }
 
-uint32_t kvd_pool_geometry_find(const struct kvd_pool *pool, const struct kvd_geometry *g)
+uint32_t kvd_pool_layout_find(const struct kvd_pool *pool, const struct kvd_layout *l)
 {
-    for (uint32_t i = 0; i < pool->head->n_geometries; i++)
-        if (memcmp(&pool->geom[i].g, g, sizeof(*g)) == 0)
+    for (uint32_t i = 0; i < pool->head->n_layouts; i++)
+        if (memcmp(&pool->layout[i].l, l, sizeof(*l)) == 0)
             return i;
     return KVD_POOL_NONE;
 }
 
-int kvd_pool_geometry(struct kvd_pool *pool, uint32_t ns, const struct kvd_geometry *g,
-                      const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *geom, bool *recycled,
-                      struct kvd_error *err)
+int kvd_pool_layout(struct kvd_pool *pool, uint32_t ns, const struct kvd_layout *l,
+                    const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *layout, bool *recycled,
+                    struct kvd_error *err)
 {
-    uint32_t i = kvd_pool_geometry_find(pool, g);
+    uint32_t i = kvd_pool_layout_find(pool, l);
     *recycled = false;
     for (int k = 0; k < KVD_POOL_KINDS && i == KVD_POOL_NONE; k++) {
         if (page_bytes[k] == 0 || page_bytes[k] > pool->head->extent_bytes)
             return kvd_fail(err, KVD_E_INVALID,
-                            "a page of this geometry has %llu bytes and does not fit an extent of "
+                            "a page of this layout has %llu bytes and does not fit an extent of "
                             "%llu; raise extent-size",
                             (unsigned long long)page_bytes[k],
                             (unsigned long long)pool->head->extent_bytes);
     }
-    bool in_use = i != KVD_POOL_NONE && pool->geom[i].refs;
-    if (!in_use && !geometry_room(pool, ns))
+    bool in_use = i != KVD_POOL_NONE && pool->layout[i].refs;
+    if (!in_use && !layout_room(pool, ns))
         return kvd_fail(err, KVD_E_LIMIT,
-                        "namespace %s uses its share of the %u geometries, as many as are left "
+                        "namespace %s uses its share of the %u layouts, as many as are left "
                         "free; close sessions or free sequences of others",
-                        pool->ns[ns].name, pool->head->max_geometries);
+                        pool->ns[ns].name, pool->head->max_layouts);
     if (i == KVD_POOL_NONE) {
-        i = geometry_slot(pool, recycled);
-        pool->geom[i] = (struct region_geometry){.g = *g};
+        i = layout_slot(pool, recycled);
+        pool->layout[i] = (struct region_layout){.l = *l};
         for (int k = 0; k < KVD_POOL_KINDS; k++)
-            pool->geom[i].page_bytes[k] = kvd_round_up(page_bytes[k], KVD_POOL_ALIGN);
+            pool->layout[i].page_bytes[k] = kvd_round_up(page_bytes[k], KVD_POOL_ALIGN);
     }
     if (!in_use)
-        pool->geom[i].ns = ns;
-    pool->geom[i].refs++;
-    *geom = i;
+        pool->layout[i].ns = ns;
+    pool->layout[i].refs++;
+    *layout = i;
     return KVD_OK;
 }
 
-void kvd_pool_geometry_ref(struct kvd_pool *pool, uint32_t geom)
+void kvd_pool_layout_ref(struct kvd_pool *pool, uint32_t layout)
 {
-    pool->geom[geom].refs++;
+    pool->layout[layout].refs++;
 }
 
-void kvd_pool_geometry_unref(struct kvd_pool *pool, uint32_t geom)
+void kvd_pool_layout_unref(struct kvd_pool *pool, uint32_t layout)
 {
-    pool->geom[geom].refs--;
+    pool->layout[layout].refs--;
 }
 
-uint32_t kvd_pool_geometry_refs(const struct kvd_pool *pool, uint32_t geom)
+uint32_t kvd_pool_layout_refs(const struct kvd_pool *pool, uint32_t layout)
 {
-    return pool->geom[geom].refs;
+    return pool->layout[layout].refs;
 }
 
-const struct kvd_geometry *kvd_pool_geometry_get(const struct kvd_pool *pool, uint32_t geom)
+const struct kvd_layout *kvd_pool_layout_get(const struct kvd_pool *pool, uint32_t layout)
 {
-    return &pool->geom[geom].g;
+    return &pool->layout[layout].l;
 }
 
-uint64_t kvd_pool_page_bytes(const struct kvd_pool *pool, uint32_t geom, enum kvd_pool_kind kind)
+uint64_t kvd_pool_page_bytes(const struct kvd_pool *pool, uint32_t layout, enum kvd_pool_kind kind)
 {
-    return pool->geom[geom].page_bytes[kind];
+    return pool->layout[layout].page_bytes[kind];
 }
 
 void kvd_pool_info(const struct kvd_pool *pool, struct kvd_pool_info *out)
@@ -263,10 +263,10 @@ void kvd_pool_slab_each(const struct kvd_pool *pool,
 {
     for (uint32_t i = 0; i < pool->head->n_slabs; i++) {
         const struct region_slab *s = &pool->slab[i];
-        if (s->geom == KVD_POOL_NONE)
+        if (s->layout == KVD_POOL_NONE)
             continue;
         struct kvd_pool_slab_info info = {.ns = s->ns,
-                                          .geom = s->geom,
+                                          .layout = s->layout,
                                           .kind = s->kind,
                                           .extents = s->extents,
                                           .page_bytes = s->page_bytes,

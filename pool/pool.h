@@ -9,7 +9,7 @@
 // shared memory and be mapped anywhere. One thread at a time.
 //
 // Glossary: an *extent* is one allocation, granted to one slab at a time. A *slab* is the set of
-// extents of one (namespace, geometry, page kind). A *page* is named by a number that is unique in
+// extents of one (namespace, layout, page kind). A *page* is named by a number that is unique in
 // the pool.
 #ifndef KVD_POOL_H
 #define KVD_POOL_H
@@ -45,7 +45,7 @@ struct kvd_pool_config {
     uint64_t extent_bytes; // a multiple of 2 MiB
     uint32_t max_sequences;
     uint32_t max_namespaces;
-    uint32_t max_geometries;
+    uint32_t max_layouts;
     // Any random number: ids of sequences start from it, so that those of another instance mean
     // nothing.
     uint32_t id_seed;
@@ -105,34 +105,34 @@ uint32_t kvd_pool_namespace_count(const struct kvd_pool *pool);
 void kvd_pool_namespace_info(const struct kvd_pool *pool, uint32_t ns,
                              struct kvd_pool_namespace_info *out);
 
-// -- geometries ---------------------------------------------------------------------------------
+// -- layouts ---------------------------------------------------------------------------------
 
-// Finds or makes a geometry, for a namespace, and takes a reference on it; sequences hold one each.
-// Page sizes are the backend's; both must fit an extent. A geometry without references, or with
+// Finds or makes a layout, for a namespace, and takes a reference on it; sequences hold one each.
+// Page sizes are the backend's; both must fit an extent. A layout without references, or with
 // none but from evictable sequences, stays until its slot is wanted for another: *recycled then
-// tells the caller that the index meant another geometry before. KVD_E_INVALID, KVD_E_LIMIT.
-int kvd_pool_geometry(struct kvd_pool *pool, uint32_t ns, const struct kvd_geometry *g,
-                      const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *geom, bool *recycled,
-                      struct kvd_error *err);
+// tells the caller that the index meant another layout before. KVD_E_INVALID, KVD_E_LIMIT.
+int kvd_pool_layout(struct kvd_pool *pool, uint32_t ns, const struct kvd_layout *l,
+                    const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *layout, bool *recycled,
+                    struct kvd_error *err);
 // One more reference, for whoever goes on using the index when the session that opened it may end.
-void kvd_pool_geometry_ref(struct kvd_pool *pool, uint32_t geom);
-void kvd_pool_geometry_unref(struct kvd_pool *pool, uint32_t geom);
+void kvd_pool_layout_ref(struct kvd_pool *pool, uint32_t layout);
+void kvd_pool_layout_unref(struct kvd_pool *pool, uint32_t layout);
 // Who refers to it: sequences, and whoever asked for it.
-uint32_t kvd_pool_geometry_refs(const struct kvd_pool *pool, uint32_t geom);
+uint32_t kvd_pool_layout_refs(const struct kvd_pool *pool, uint32_t layout);
 // As for namespaces.
-bool kvd_pool_geometry_idle(const struct kvd_pool *pool, uint32_t geom, uint64_t *used);
-void kvd_pool_geometry_clear(struct kvd_pool *pool, uint32_t geom);
-// Index of a geometry that is known, or KVD_POOL_NONE. Takes no reference.
-uint32_t kvd_pool_geometry_find(const struct kvd_pool *pool, const struct kvd_geometry *g);
-const struct kvd_geometry *kvd_pool_geometry_get(const struct kvd_pool *pool, uint32_t geom);
-// Bytes of a page of that geometry and kind, padding to 4096 included.
-uint64_t kvd_pool_page_bytes(const struct kvd_pool *pool, uint32_t geom, enum kvd_pool_kind kind);
+bool kvd_pool_layout_idle(const struct kvd_pool *pool, uint32_t layout, uint64_t *used);
+void kvd_pool_layout_clear(struct kvd_pool *pool, uint32_t layout);
+// Index of a layout that is known, or KVD_POOL_NONE. Takes no reference.
+uint32_t kvd_pool_layout_find(const struct kvd_pool *pool, const struct kvd_layout *l);
+const struct kvd_layout *kvd_pool_layout_get(const struct kvd_pool *pool, uint32_t layout);
+// Bytes of a page of that layout and kind, padding to 4096 included.
+uint64_t kvd_pool_page_bytes(const struct kvd_pool *pool, uint32_t layout, enum kvd_pool_kind kind);
 
 // -- sequences ----------------------------------------------------------------------------------
 
 // A new, empty sequence with one holder. Ids are never used twice. KVD_E_LIMIT when the namespace
 // has its share of the table: as many as are left free by all, after eviction.
-int kvd_pool_seq_new(struct kvd_pool *pool, uint32_t ns, uint32_t geom, uint64_t *seq,
+int kvd_pool_seq_new(struct kvd_pool *pool, uint32_t ns, uint32_t layout, uint64_t *seq,
                      struct kvd_error *err);
 // A copy-on-write child with one holder. KVD_E_NOT_FOUND; KVD_E_PRECONDITION while an append is
 // unfinished.
@@ -165,7 +165,7 @@ uint64_t kvd_pool_evictable(struct kvd_pool *pool, uint64_t *by_namespace);
 struct kvd_pool_seq_info {
     uint64_t id;
     uint32_t ns;
-    uint32_t geom;
+    uint32_t layout;
     uint64_t length;         // tokens complete in every layer
     uint64_t hist_end;       // history is [sink, hist_end); equals sink when empty
     uint64_t pending_length; // of the append in progress, or length
@@ -237,8 +237,8 @@ int kvd_pool_truncate(struct kvd_pool *pool, uint64_t seq, uint64_t length, stru
 // -- pages, for tests and tools -----------------------------------------------------------------
 
 // One page of a slab. KVD_E_QUOTA, KVD_E_FULL, KVD_E_LIMIT.
-int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t geom, enum kvd_pool_kind kind,
-                        uint32_t *page, struct kvd_error *err);
+int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t layout,
+                        enum kvd_pool_kind kind, uint32_t *page, struct kvd_error *err);
 void kvd_pool_page_unref(struct kvd_pool *pool, uint32_t page);
 uint64_t kvd_pool_page_addr(const struct kvd_pool *pool, uint32_t page);
 
@@ -256,7 +256,7 @@ struct kvd_pool_info {
 void kvd_pool_info(const struct kvd_pool *pool, struct kvd_pool_info *out);
 
 struct kvd_pool_slab_info {
-    uint32_t ns, geom;
+    uint32_t ns, layout;
     enum kvd_pool_kind kind;
     uint32_t extents;
     uint64_t page_bytes, used, free;

@@ -44,8 +44,8 @@ void lru_add(struct kvd_pool *pool, struct region_seq *s)
     else
         pool->seq[n->lru_last].lru_next = i;
     n->lru_last = i;
-    pool->geom[s->geom].idle++;
-    pool->geom[s->geom].used = s->lru_stamp;
+    pool->layout[s->layout].idle++;
+    pool->layout[s->layout].used = s->lru_stamp;
 }
 
 void lru_remove(struct kvd_pool *pool, struct region_seq *s)
@@ -54,7 +54,7 @@ void lru_remove(struct kvd_pool *pool, struct region_seq *s)
     if (!s->listed)
         return;
     s->listed = false;
-    pool->geom[s->geom].idle--;
+    pool->layout[s->layout].idle--;
     if (s->lru_prev == KVD_POOL_NONE)
         n->lru_first = s->lru_next;
     else

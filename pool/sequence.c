@@ -36,11 +36,11 @@ uint64_t seq_bytes(const struct kvd_pool *pool, const struct region_seq *s)
 {
     uint64_t bytes = 0;
     for (int k = 0; k < KVD_POOL_KINDS; k++)
-        bytes += table_pages(pool, &s->table[k]) * pool->geom[s->geom].page_bytes[k];
+        bytes += table_pages(pool, &s->table[k]) * pool->layout[s->layout].page_bytes[k];
     return bytes;
 }
 
-int kvd_pool_seq_new(struct kvd_pool *pool, uint32_t ns, uint32_t geom, uint64_t *seq,
+int kvd_pool_seq_new(struct kvd_pool *pool, uint32_t ns, uint32_t layout, uint64_t *seq,
                      struct kvd_error *err)
 {
     struct region_head *h = pool->head;
@@ -53,10 +53,10 @@ int kvd_pool_seq_new(struct kvd_pool *pool, uint32_t ns, uint32_t geom, uint64_t
     else
         pool->seq[i = h->n_sequences_ever++].generation = h->first_generation;
     struct region_seq *s = &pool->seq[i];
-    uint32_t sink = pool->geom[geom].g.sink;
+    uint32_t sink = pool->layout[layout].l.planes[0].sink;
     *s = (struct region_seq){.generation = s->generation + 1,
                              .ns = ns,
-                             .geom = geom,
+                             .layout = layout,
                              .holders = 1,
                              .hist_end = sink,
                              .pending_hist_end = sink,
@@ -66,7 +66,7 @@ int kvd_pool_seq_new(struct kvd_pool *pool, uint32_t ns, uint32_t geom, uint64_t
     for (int k = 0; k < KVD_POOL_KINDS; k++)
         table_init(&s->table[k], ns);
     h->sequences++;
-    pool->geom[geom].refs++;
+    pool->layout[layout].refs++;
     pool->ns[ns].sequences++;
     *seq = seq_id(pool, s);
     return KVD_OK;
@@ -83,7 +83,7 @@ void seq_destroy(struct kvd_pool *pool, struct region_seq *s)
     seq_set_length(pool, s, 0);
     pool->ns[s->ns].sequences--;
     pool->head->sequences--;
-    pool->geom[s->geom].refs--;
+    pool->layout[s->layout].refs--;
     s->generation++;
     s->doomed = false;
     s->lru_next = pool->head->free_seq;
@@ -106,7 +106,7 @@ int kvd_pool_seq_fork(struct kvd_pool *pool, uint64_t parent, uint64_t *child,
                         (unsigned long long)p->length);
     uint64_t id;
     p->pins++; // room is made by eviction, and not of this one
-    int rc = kvd_pool_seq_new(pool, p->ns, p->geom, &id, err);
+    int rc = kvd_pool_seq_new(pool, p->ns, p->layout, &id, err);
     struct region_seq *c = rc ? NULL : seq_find(pool, id);
     for (int k = 0; k < KVD_POOL_KINDS && !rc; k++)
         rc = table_share(pool, &c->table[k], &p->table[k], err);
@@ -165,7 +165,7 @@ static void fill_info(const struct kvd_pool *pool, const struct region_seq *s,
     *out = (struct kvd_pool_seq_info){
         .id = seq_id(pool, s),
         .ns = s->ns,
-        .geom = s->geom,
+        .layout = s->layout,
         .length = s->length,
         .hist_end = s->hist_end,
         .pending_length = s->pending_layers ? s->pending_length : s->length,

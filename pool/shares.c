@@ -1,6 +1,6 @@
 // Who may have how much of the pool's tables.
 //
-// A namespace may have as many sequences, page-table blocks and geometries as are left free by all:
+// A namespace may have as many sequences, page-table blocks and layouts as are left free by all:
 // alone it gets half of a table, and whoever comes next always finds room. Above that something has
 // to go first, if it is evictable, of the namespace that has most: so nobody with less loses
 // anything to one with more.
@@ -66,9 +66,9 @@ void namespace_settle(struct kvd_pool *pool, uint32_t ns)
     for (uint32_t x = 0; x < pool->head->n_extents; x++)
         if (pool->extent[x].owner == ns)
             pool->extent[x].owner = KVD_OWNER_GONE;
-    for (uint32_t i = 0; i < pool->head->n_geometries; i++)
-        if (pool->geom[i].ns == ns)
-            pool->geom[i].ns = KVD_POOL_NONE;
+    for (uint32_t i = 0; i < pool->head->n_layouts; i++)
+        if (pool->layout[i].ns == ns)
+            pool->layout[i].ns = KVD_POOL_NONE;
     n->name[0] = '\0';
 }
 
@@ -114,45 +114,45 @@ uint32_t namespace_slot(struct kvd_pool *pool)
     return idlest;
 }
 
-// -- geometries ---------------------------------------------------------------------------------
+// -- layouts ---------------------------------------------------------------------------------
 
-static uint32_t geometries_of(const struct kvd_pool *pool, uint32_t ns)
+static uint32_t layouts_of(const struct kvd_pool *pool, uint32_t ns)
 {
     uint32_t n = 0;
-    for (uint32_t i = 0; i < pool->head->n_geometries; i++)
-        n += pool->geom[i].refs && pool->geom[i].ns == ns;
+    for (uint32_t i = 0; i < pool->head->n_layouts; i++)
+        n += pool->layout[i].refs && pool->layout[i].ns == ns;
     return n;
 }
 
-bool kvd_pool_geometry_idle(const struct kvd_pool *pool, uint32_t geom, uint64_t *used)
+bool kvd_pool_layout_idle(const struct kvd_pool *pool, uint32_t layout, uint64_t *used)
 {
-    const struct region_geometry *g = &pool->geom[geom];
+    const struct region_layout *g = &pool->layout[layout];
     *used = g->used;
     return g->refs && g->refs == g->idle;
 }
 
-void kvd_pool_geometry_clear(struct kvd_pool *pool, uint32_t geom)
+void kvd_pool_layout_clear(struct kvd_pool *pool, uint32_t layout)
 {
     for (uint32_t n = 0; n < pool->head->n_namespaces; n++) {
         for (uint32_t i = pool->ns[n].lru_first, next; i != KVD_POOL_NONE; i = next) {
             next = pool->seq[i].lru_next;
-            if (pool->seq[i].geom == geom && !pool->seq[i].pins)
+            if (pool->seq[i].layout == layout && !pool->seq[i].pins)
                 evict(pool, &pool->seq[i]);
         }
     }
 }
 
-// A geometry to which only evictable sequences refer, of the namespace with most, if that is `ns`
+// A layout to which only evictable sequences refer, of the namespace with most, if that is `ns`
 // or has more; the least recently used of them.
-static uint32_t idle_geometry(const struct kvd_pool *pool, uint32_t ns)
+static uint32_t idle_layout(const struct kvd_pool *pool, uint32_t ns)
 {
-    uint32_t best = KVD_POOL_NONE, mine = geometries_of(pool, ns), n = mine;
-    for (uint32_t i = 0; i < pool->head->n_geometries; i++) {
-        const struct region_geometry *g = &pool->geom[i];
-        uint32_t has = g->ns == KVD_POOL_NONE ? UINT32_MAX : geometries_of(pool, g->ns);
+    uint32_t best = KVD_POOL_NONE, mine = layouts_of(pool, ns), n = mine;
+    for (uint32_t i = 0; i < pool->head->n_layouts; i++) {
+        const struct region_layout *g = &pool->layout[i];
+        uint32_t has = g->ns == KVD_POOL_NONE ? UINT32_MAX : layouts_of(pool, g->ns);
         if (!g->refs || g->refs != g->idle || has < n || (has == mine && g->ns != ns))
             continue;
-        if (best != KVD_POOL_NONE && has == n && g->used > pool->geom[best].used)
+        if (best != KVD_POOL_NONE && has == n && g->used > pool->layout[best].used)
             continue;
         best = i;
         n = has;
@@ -160,32 +160,32 @@ static uint32_t idle_geometry(const struct kvd_pool *pool, uint32_t ns)
     return best;
 }
 
-bool geometry_room(struct kvd_pool *pool, uint32_t ns)
+bool layout_room(struct kvd_pool *pool, uint32_t ns)
 {
     struct region_head *h = pool->head;
     uint32_t in_use = 0, idle;
-    for (uint32_t i = 0; i < h->n_geometries; i++)
-        in_use += pool->geom[i].refs != 0;
-    while (geometries_of(pool, ns) >= h->max_geometries - in_use) {
-        idle = idle_geometry(pool, ns);
+    for (uint32_t i = 0; i < h->n_layouts; i++)
+        in_use += pool->layout[i].refs != 0;
+    while (layouts_of(pool, ns) >= h->max_layouts - in_use) {
+        idle = idle_layout(pool, ns);
         if (idle == KVD_POOL_NONE)
             return false;
-        kvd_pool_geometry_clear(pool, idle);
-        if (pool->geom[idle].refs)
+        kvd_pool_layout_clear(pool, idle);
+        if (pool->layout[idle].refs)
             return false; // a call is using one of them
         in_use--;
     }
     return true;
 }
 
-uint32_t geometry_slot(struct kvd_pool *pool, bool *recycled)
+uint32_t layout_slot(struct kvd_pool *pool, bool *recycled)
 {
     struct region_head *h = pool->head;
     uint32_t slot = 0;
-    *recycled = h->n_geometries == h->max_geometries;
+    *recycled = h->n_layouts == h->max_layouts;
     if (!*recycled)
-        return h->n_geometries++;
-    while (pool->geom[slot].refs)
+        return h->n_layouts++;
+    while (pool->layout[slot].refs)
         slot++;
     return slot;
 }

@@ -5,7 +5,7 @@ struct tally {
     uint32_t *refs; // by page number
     uint64_t used, sequences, tokens;
     uint64_t *ns_used, *ns_sequences, *ns_tokens, *ns_blocks;
-    uint64_t blocks, *refs_of, *idle_of; // the last two by geometry
+    uint64_t blocks, *refs_of, *idle_of; // the last two by layout
 };
 
 static int tally_sequence(const struct kvd_pool *pool, const struct region_seq *s, struct tally *t,
@@ -24,7 +24,7 @@ static int tally_sequence(const struct kvd_pool *pool, const struct region_seq *
                 if (e->slab == KVD_POOL_NONE)
                     return kvd_fail(err, KVD_E_CORRUPT, "page %u lies in a free extent", page);
                 const struct region_slab *slab = &pool->slab[e->slab];
-                if (slab->ns != s->ns || slab->geom != s->geom || slab->kind != (uint32_t)k)
+                if (slab->ns != s->ns || slab->layout != s->layout || slab->kind != (uint32_t)k)
                     return kvd_fail(err, KVD_E_CORRUPT,
                                     "page %u belongs to another slab than its sequence", page);
                 t->refs[page]++;
@@ -34,8 +34,8 @@ static int tally_sequence(const struct kvd_pool *pool, const struct region_seq *
             return kvd_fail(err, KVD_E_CORRUPT, "a table says %u entries and has %u",
                             s->table[k].count, entries);
     }
-    t->refs_of[s->geom]++;
-    t->idle_of[s->geom] += s->listed;
+    t->refs_of[s->layout]++;
+    t->idle_of[s->layout] += s->listed;
     t->sequences++;
     t->tokens += s->length;
     t->ns_sequences[s->ns]++;
@@ -89,12 +89,12 @@ static int compare(const struct kvd_pool *pool, const struct tally *t, struct kv
             t->ns_tokens[i] != n->tokens || t->ns_blocks[i] != n->blocks)
             return kvd_fail(err, KVD_E_CORRUPT, "the counters of namespace %s are wrong", n->name);
     }
-    for (uint32_t i = 0; i < h->n_geometries; i++)
-        if (t->idle_of[i] != pool->geom[i].idle || t->refs_of[i] > pool->geom[i].refs)
+    for (uint32_t i = 0; i < h->n_layouts; i++)
+        if (t->idle_of[i] != pool->layout[i].idle || t->refs_of[i] > pool->layout[i].refs)
             return kvd_fail(err, KVD_E_CORRUPT,
-                            "geometry %u: %llu sequences, %llu evictable, says %u and %u", i,
+                            "layout %u: %llu sequences, %llu evictable, says %u and %u", i,
                             (unsigned long long)t->refs_of[i], (unsigned long long)t->idle_of[i],
-                            pool->geom[i].refs, pool->geom[i].idle);
+                            pool->layout[i].refs, pool->layout[i].idle);
     if (t->blocks != h->blocks)
         return kvd_fail(err, KVD_E_CORRUPT, "%llu blocks in use, says %u",
                         (unsigned long long)t->blocks, h->blocks);
@@ -113,13 +113,13 @@ int kvd_pool_verify(const struct kvd_pool *pool, struct kvd_error *err)
     const struct region_head *h = pool->head;
     uint32_t *refs KVD_FREE = calloc((size_t)h->n_extents * h->slots, sizeof(*refs));
     uint64_t *sums KVD_FREE = calloc((size_t)h->max_namespaces * 4, sizeof(*sums));
-    uint64_t *geometries KVD_FREE = calloc((size_t)h->max_geometries * 2, sizeof(*geometries));
-    if (!refs || !sums || !geometries)
+    uint64_t *layouts KVD_FREE = calloc((size_t)h->max_layouts * 2, sizeof(*layouts));
+    if (!refs || !sums || !layouts)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     struct tally t = {.refs = refs,
                       .ns_used = sums,
-                      .refs_of = geometries,
-                      .idle_of = geometries + h->max_geometries,
+                      .refs_of = layouts,
+                      .idle_of = layouts + h->max_layouts,
                       .ns_sequences = sums + h->max_namespaces,
                       .ns_tokens = sums + 2 * (size_t)h->max_namespaces,
                       .ns_blocks = sums + 3 * (size_t)h->max_namespaces};

@@ -51,7 +51,7 @@ const char *kvd_status_name(int code);
 // What programs tell as their version: KVD_VERSION, and in a checkout the commit (version.sh).
 const char *kvd_build_version(void);
 
-// Names of codecs as geometries have them: "bf16", "int2", "int2c", "int2-lm", "turboquant-2" ...
+// Names of codecs as planes have them: "bf16", "int2", "int2c", "int2-lm", "turboquant-2" ...
 // "unknown" for a number that is none, and KVD_CODEC_COUNT for a name that is none.
 const char *kvd_codec_name(uint32_t codec);
 uint32_t kvd_codec_find(const char *name);

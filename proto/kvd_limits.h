@@ -14,6 +14,7 @@ enum {
     KVD_PAGE_UNIT = 4096,  // bytes that a page number counts; page sizes are multiples of it
 
     KVD_MAX_LAYERS = 512,
+    KVD_MAX_PLANES = 8,
     KVD_MAX_MODEL_LAYER = 65535, // largest model layer id
     KVD_MAX_KV_HEADS = 256,
     KVD_MAX_GROUP = 64, // q heads per kv head
@@ -52,11 +53,9 @@ enum kvd_dtype {
     KVD_DTYPE_F32 = 1,
 };
 
-// Shape of a model's KV cache as the pages hold it. Pages of different geometries never mix.
-struct kvd_geometry {
-    uint16_t
-        layers[KVD_MAX_LAYERS]; // model layer ids, strictly ascending; entries past n_layers are 0
-    uint32_t n_layers;
+// A set of layers whose KV has one shape. A block is 64 tokens of all layers of one plane.
+struct kvd_plane {
+    uint32_t n_layers; // of the layout's that are in this plane
     uint32_t q_heads;
     uint32_t kv_heads;
     uint32_t head_dim_k;
@@ -64,13 +63,23 @@ struct kvd_geometry {
     uint32_t codec; // enum kvd_codec
     uint32_t sink;
     uint32_t recent;
+    uint32_t window; // 0: a query sees all tokens; W: the last W, itself included
+};
+
+// What a model's KV looks like as the pages hold it. Pages of different layouts never mix. Layouts
+// are compared byte by byte: what is past n_layers and n_planes is 0.
+struct kvd_layout {
+    uint32_t n_layers, n_planes;
+    uint16_t layers[KVD_MAX_LAYERS];  // model layer ids, strictly ascending
+    uint8_t plane_of[KVD_MAX_LAYERS]; // by index into layers; a plane's layers are in that order
+    struct kvd_plane planes[KVD_MAX_PLANES];
     char rotation[80]; // "sha256:<hex>", a built-in set's name or "" (bf16); zero padded
 };
 
 // Slots of the bf16 ring that holds the recent window: a multiple of KVD_PAGE_TOKENS.
-static inline uint32_t kvd_geometry_ring(const struct kvd_geometry *g)
+static inline uint32_t kvd_plane_ring(const struct kvd_plane *p)
 {
-    return (g->recent + KVD_RING_SLACK + KVD_PAGE_TOKENS - 1) / KVD_PAGE_TOKENS * KVD_PAGE_TOKENS;
+    return (p->recent + KVD_RING_SLACK + KVD_PAGE_TOKENS - 1) / KVD_PAGE_TOKENS * KVD_PAGE_TOKENS;
 }
 
 #endif

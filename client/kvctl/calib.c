@@ -271,13 +271,13 @@ static void print_published(struct kvctl *k, const char *name, const char *diges
 int cmd_calib_hadamard(struct kvctl *k)
 {
     struct kvd_error err = {0};
-    struct kvd_geometry g = {0};
+    uint16_t layers[KVD_MAX_LAYERS];
     const char *directory = store_directory(k), *name = k->arguments[0];
-    g.n_layers = kvd_layers_parse(k->arguments[1], g.layers);
+    uint32_t n_layers = kvd_layers_parse(k->arguments[1], layers);
     if (!directory)
         return kvctl_usage("hadamard writes into a directory store: --store DIR");
-    g.head_dim_k = g.head_dim_v = (uint32_t)atoi(k->arguments[2]);
-    struct kvd_rotset *set = kvd_rotset_new("hadamard", &g, &err);
+    uint32_t dim = (uint32_t)atoi(k->arguments[2]);
+    struct kvd_rotset *set = kvd_rotset_new("hadamard", layers, n_layers, dim, dim, &err);
     if (set)
         snprintf(set->model, sizeof(set->model), "%.*s", (int)strcspn(name, "@"), name);
     int rc = set ? publish(k, directory, set, name, NULL, NULL, &err) : err.code;

@@ -77,22 +77,25 @@ static int open_file(const struct arguments *a, const char *file, struct evaluat
     return KVD_OK;
 }
 
+static struct kvd_rotset *new_set(const struct kvd_dump *d, const char *name, struct kvd_error *err)
+{
+    return kvd_rotset_new(name, d->layers, d->n_layers, d->dim[KVD_DUMP_K], d->dim[KVD_DUMP_V],
+                          err);
+}
+
 static int open_sets(const struct arguments *a, const struct kvd_dump *d, struct evaluation *e,
                      struct kvd_error *err)
 {
-    struct kvd_geometry g = {.head_dim_k = d->dim[KVD_DUMP_K], .head_dim_v = d->dim[KVD_DUMP_V]};
-    g.n_layers = d->n_layers;
-    memcpy(g.layers, d->layers, sizeof(*g.layers) * d->n_layers);
-    if (!add_set(e, kvd_rotset_new("identity", &g, err)))
+    if (!add_set(e, new_set(d, "identity", err)))
         return err->code;
     add_case(a, e, KVD_CODEC_INT2, "naive", "");
-    if (!add_set(e, kvd_rotset_new("hadamard", &g, err)))
+    if (!add_set(e, new_set(d, "hadamard", err)))
         return err->code;
     add_case(a, e, KVD_CODEC_INT2, "hadamard", "");
     for (uint32_t i = 0; i < a->n_files; i++)
         if (open_file(a, a->files[i], e, err))
             return err->code;
-    if (!add_set(e, kvd_rotset_new("random", &g, err)))
+    if (!add_set(e, new_set(d, "random", err)))
         return err->code;
     for (uint32_t codec = KVD_CODEC_TURBOQUANT_2; codec <= KVD_CODEC_TURBOQUANT_4; codec++)
         add_case(a, e, codec, kvd_codec_name(codec), "");

@@ -61,7 +61,7 @@ static void check_sizes(struct kvd_config_load *l)
 {
     struct kvd_config *c = l->c;
     if (c->extent_size == 0) {
-        // At least 32 extents, so that several namespaces and geometries fit; at most 256 MiB each.
+        // At least 32 extents, so that several namespaces and layouts fit; at most 256 MiB each.
         c->extent_size = 256ull << 20;
         while (c->extent_size > 2 << 20 && c->pool_size / c->extent_size < 32)
             c->extent_size /= 2;

@@ -19,7 +19,7 @@
 
 enum {
     KVD_SECRET_TEXT = 33, // 16 random bytes in hex, and a NUL
-    KVD_MAX_GEOMETRIES = 64,
+    KVD_MAX_LAYOUTS = 64,
     KVD_MAX_NAMESPACES = 1024,
     KVD_REPLAY_BYTES = 1 << 20, // of them, as long as all sessions' fit KVD_REPLAY_TOTAL
     KVD_REPLAY_TOTAL = 256 << 20,
@@ -73,7 +73,7 @@ struct kvd_session {
     char secret[KVD_SECRET_TEXT];
     uint64_t id;
     uint64_t appender; // random: names the session in the pool's records, which may outlive it
-    uint32_t ns, geom;
+    uint32_t ns, layout;
     char client_name[KVD_MAX_CLIENT_NAME + 1];
     struct kvd_connection *connection; // NULL: leased
     int64_t pid, uid;
@@ -122,9 +122,9 @@ struct kvd_daemon {
     struct kvd_backend *backend;
     struct kvd_memory_state *memory;
     struct kvd_pool *pool;
-    struct kvd_rotation *rotations[KVD_MAX_GEOMETRIES]; // by pool geometry
-    int rotation_fds[KVD_MAX_GEOMETRIES];               // the same for workers; -1: none
-    struct kvd_session *sessions;                       // by secret
+    struct kvd_rotation *rotations[KVD_MAX_LAYOUTS]; // by pool layout
+    int rotation_fds[KVD_MAX_LAYOUTS];               // the same for workers; -1: none
+    struct kvd_session *sessions;                    // by secret
     uint64_t next_session,
         next_buffer; // buffer ids are the daemon's, never a session's, so a stale one names nothing
     struct kvd_seq_use *use; // by sequence index
@@ -138,7 +138,7 @@ struct kvd_daemon {
     struct kvd_http *http;
     struct kvd_users *users;
     struct kvd_user *namespace_users[KVD_MAX_NAMESPACES]; // who is charged; NULL: nobody
-    struct kvd_user *geometry_users[KVD_MAX_GEOMETRIES];
+    struct kvd_user *layout_users[KVD_MAX_LAYOUTS];
     struct kvd_links *links;
     struct kvd_listener *listeners;
     struct kvd_metrics metrics;
@@ -191,9 +191,9 @@ void kvd_daemon_work_end(struct kvd_daemon *d);
 // -- session.c ----------------------------------------------------------------------------------
 // The session of a secret, marked as used; NULL if there is none.
 struct kvd_session *kvd_session_find(struct kvd_daemon *d, const char *secret);
-// A session of a user, who is charged. It takes over the holds on namespace and geometry.
+// A session of a user, who is charged. It takes over the holds on namespace and layout.
 // KVD_E_LIMIT: the user or the namespace has enough of them.
-int kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t geom, struct kvd_connection *conn,
+int kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t layout, struct kvd_connection *conn,
                     int64_t uid, struct kvd_session **out, struct kvd_error *err);
 // Ends a session: releases its sequences and buffers, ends its event streams, forgets it.
 void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *why);
@@ -228,10 +228,10 @@ void kvd_reclaim_fd(struct kvd_daemon *d, int fd);
 int kvd_namespace_open(struct kvd_daemon *d, int64_t uid, const char *name, uint32_t *ns,
                        struct kvd_error *err);
 void kvd_namespace_close(struct kvd_daemon *d, uint32_t ns);
-// The same for a geometry, which kvd_pool_geometry_unref gives back.
-int kvd_geometry_open(struct kvd_daemon *d, int64_t uid, uint32_t ns, const struct kvd_geometry *g,
-                      const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *geom, bool *recycled,
-                      struct kvd_error *err);
+// The same for a layout, which kvd_pool_layout_unref gives back.
+int kvd_layout_open(struct kvd_daemon *d, int64_t uid, uint32_t ns, const struct kvd_layout *g,
+                    const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *layout, bool *recycled,
+                    struct kvd_error *err);
 // Whether a namespace may be at all.
 int kvd_namespace_listed(const struct kvd_daemon *d, const char *name, struct kvd_error *err);
 // At the end: nobody is charged any more.

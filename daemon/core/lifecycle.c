@@ -64,7 +64,7 @@ static int init_pool(struct kvd_daemon *d, struct kvd_error *err)
                                    .extent_bytes = c->extent_size,
                                    .max_sequences = c->max_sequences,
                                    .max_namespaces = KVD_MAX_NAMESPACES,
-                                   .max_geometries = KVD_MAX_GEOMETRIES,
+                                   .max_layouts = KVD_MAX_LAYOUTS,
                                    .on_evict = on_evict,
                                    .on_evict_ctx = d};
     d->pool = kvd_pool_new(&pool, &mem, err);
@@ -325,7 +325,7 @@ void kvd_daemon_deinit(struct kvd_daemon *d)
     uv_run(&d->loop, UV_RUN_DEFAULT);
     if (uv_loop_close(&d->loop))
         kvd_error("the loop still has handles: a leak");
-    for (uint32_t i = 0; i < KVD_MAX_GEOMETRIES; i++)
+    for (uint32_t i = 0; i < KVD_MAX_LAYOUTS; i++)
         if (d->rotations[i])
             d->backend->ops->rotation_free(d->backend, &d->rotations[i]);
     kvd_queue_deinit(d);

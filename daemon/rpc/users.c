@@ -29,7 +29,7 @@ static const struct {
     [KVD_SHARE_SESSIONS] = {"sessions", "max-sessions"},
     [KVD_SHARE_SEQUENCES] = {"sequences held by sessions", "max-sequences"},
     [KVD_SHARE_NAMESPACES] = {"namespaces", NULL},
-    [KVD_SHARE_GEOMETRIES] = {"geometries", NULL},
+    [KVD_SHARE_LAYOUTS] = {"layouts", NULL},
 };
 
 static struct kvd_users *users(struct kvd_daemon *d)
@@ -55,7 +55,7 @@ static uint64_t total_of(const struct kvd_users *all, enum kvd_share share)
         [KVD_SHARE_SESSIONS] = c->max_sessions,
         [KVD_SHARE_SEQUENCES] = c->max_sequences,
         [KVD_SHARE_NAMESPACES] = KVD_MAX_NAMESPACES,
-        [KVD_SHARE_GEOMETRIES] = KVD_MAX_GEOMETRIES,
+        [KVD_SHARE_LAYOUTS] = KVD_MAX_LAYOUTS,
     };
     return all->possible[share] ? KVD_MIN(all->possible[share], configured[share])
                                 : configured[share];

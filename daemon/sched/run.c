@@ -6,8 +6,8 @@
 
 static struct kvd_append_params append_params(struct kvd_daemon *d, struct kvd_work *w)
 {
-    return (struct kvd_append_params){.geometry = kvd_pool_geometry_get(d->pool, w->geom),
-                                      .rotation = d->rotations[w->geom],
+    return (struct kvd_append_params){.plane = &kvd_pool_layout_get(d->pool, w->layout)->planes[0],
+                                      .rotation = d->rotations[w->layout],
                                       .layer_begin = w->layer_begin,
                                       .layer_count = w->layer_count,
                                       .items = w->append_items,
@@ -51,8 +51,8 @@ static int copy_pages(struct kvd_daemon *d, struct kvd_work *w)
 
 static int attend(struct kvd_daemon *d, struct kvd_work *w)
 {
-    struct kvd_attend_params p = {.geometry = kvd_pool_geometry_get(d->pool, w->geom),
-                                  .rotation = d->rotations[w->geom],
+    struct kvd_attend_params p = {.plane = &kvd_pool_layout_get(d->pool, w->layout)->planes[0],
+                                  .rotation = d->rotations[w->layout],
                                   .layer_begin = w->layer_begin,
                                   .layer_count = w->layer_count,
                                   .scale = w->scale,

@@ -24,7 +24,7 @@ void kvd_work_free(struct kvd_daemon *d, struct kvd_work *w)
     }
     for (uint32_t i = 0; i < w->n_buffers; i++)
         kvd_buffer_unref(w->buffers[i]);
-    kvd_pool_geometry_unref(d->pool, w->geom);
+    kvd_pool_layout_unref(d->pool, w->layout);
     free(w->buffers);
     free(w->items);
     free(w->append_items);
@@ -109,7 +109,7 @@ static int note_copies(struct kvd_daemon *d, struct kvd_work *w, const struct kv
         w->copies[w->n_copies++] = (struct kvd_page_copy){
             .to = kvd_pool_page_addr(d->pool, c->new_page),
             .from = kvd_pool_page_addr(d->pool, c->old_page),
-            .bytes = kvd_pool_page_bytes(d->pool, w->geom, (enum kvd_pool_kind)c->kind)};
+            .bytes = kvd_pool_page_bytes(d->pool, w->layout, (enum kvd_pool_kind)c->kind)};
     }
     return KVD_OK;
 }
@@ -154,7 +154,7 @@ static int note_repeated(struct kvd_daemon *d, const struct kvd_work *w, struct 
                          uint32_t *new_tokens, struct kvd_error *err)
 {
     const struct kvd_pool_append *a = &item->append;
-    bool exact = kvd_pool_geometry_get(d->pool, w->geom)->codec == KVD_CODEC_BF16;
+    bool exact = kvd_pool_layout_get(d->pool, w->layout)->planes[0].codec == KVD_CODEC_BF16;
     if (!a->window_kept && !exact)
         return kvd_fail(err, KVD_E_PRECONDITION,
                         "the %u tokens had been appended before, but their attention cannot be "
@@ -214,8 +214,8 @@ static int begin_read(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error
                         (unsigned long long)item->position,
                         (unsigned long long)item->position + item->tokens - 1,
                         (unsigned long long)item->seq, (unsigned long long)item->length);
-    w->read.geometry = kvd_pool_geometry_get(d->pool, w->geom);
-    w->read.rotation = d->rotations[w->geom];
+    w->read.plane = &kvd_pool_layout_get(d->pool, w->layout)->planes[0];
+    w->read.rotation = d->rotations[w->layout];
     w->read.layer_begin = w->layer_begin;
     w->read.layer_count = w->layer_count;
     w->read.pages = (struct kvd_pages){item->pages, item->pages + item->n_bf16};
@@ -264,7 +264,7 @@ static int start(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err
         rc = begin_map(d, w, i, err);
     if (w->op == KVD_OP_READ)
         rc = begin_read(d, w, err);
-    w->rotate.rotation = d->rotations[w->geom];
+    w->rotate.rotation = d->rotations[w->layout];
     return rc;
 }
 
@@ -272,7 +272,7 @@ static int start(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err
 
 static void settle(struct kvd_daemon *d, struct kvd_work *w, bool commit)
 {
-    const struct kvd_geometry *g = kvd_pool_geometry_get(d->pool, w->geom);
+    const struct kvd_plane *g = &kvd_pool_layout_get(d->pool, w->layout)->planes[0];
     for (uint32_t i = 0; i < w->n_items; i++) {
         struct kvd_work_item *item = &w->items[i];
         if (!item->begun)

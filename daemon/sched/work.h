@@ -8,7 +8,7 @@
 //   kernels, in slices (run.c)
 //   4. done: commit (or abort, and nothing has changed), unpin, reply
 // At any time until then it can be cancelled: by its caller, its deadline, or its session's end. It
-// owns what it uses: references to buffers and the geometry, and pins of sequences.
+// owns what it uses: references to buffers and the layout, and pins of sequences.
 #ifndef KVD_DAEMON_COMPUTE_H
 #define KVD_DAEMON_COMPUTE_H
 
@@ -52,7 +52,7 @@ struct kvd_work {
     uint64_t session;  // its id: it may have ended
     uint64_t appender; // its identity in the pool
     uint32_t ns;
-    uint32_t geom; // referenced until done, and with it the rotation set
+    uint32_t layout; // referenced until done, and with it the rotation set
     uint32_t layer_begin, layer_count;
     struct kvd_work_item *items;
     uint32_t n_items, pinned;

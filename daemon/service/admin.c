@@ -2,7 +2,7 @@
 #include <uv.h>
 
 #include "admin.pb-c.h"
-#include "daemon/service/geometry.h"
+#include "daemon/service/layout.h"
 #include "daemon/service/rotations.h"
 #include "daemon/rpc/rpc.h"
 
@@ -72,7 +72,7 @@ static uint64_t session_bytes(struct kvd_daemon *d, const struct kvd_session *s)
 
 static void fill_session(struct kvd_daemon *d, struct kvd_session *s, Kvd__V1__SessionInfo *out)
 {
-    const struct kvd_geometry *g = kvd_pool_geometry_get(d->pool, s->geom);
+    const struct kvd_layout *g = kvd_pool_layout_get(d->pool, s->layout);
     struct kvd_pool_namespace_info ns;
     kvd_pool_namespace_info(d->pool, s->ns, &ns);
     kvd__v1__session_info__init(out);
@@ -88,11 +88,11 @@ static void fill_session(struct kvd_daemon *d, struct kvd_session *s, Kvd__V1__S
     out->buffer_bytes = s->buffer_bytes;
     out->calls = s->calls;
     out->page_bytes = session_bytes(d, s);
-    out->codec = (char *)kvd_codec_name(g->codec);
+    out->codec = (char *)kvd_codec_name(g->planes[0].codec);
     out->rotation_set = (char *)g->rotation;
     out->layers = g->n_layers;
-    out->kv_heads = g->kv_heads;
-    out->head_dim_k = g->head_dim_k;
+    out->kv_heads = g->planes[0].kv_heads;
+    out->head_dim_k = g->planes[0].head_dim_k;
 }
 
 void kvd_on_list_sessions(struct kvd_call *call, const void *request)
@@ -124,7 +124,7 @@ static bool add_sequence(void *ctx, const struct kvd_pool_seq_info *info)
 {
     struct sequence_list *l = ctx;
     struct kvd_pool_namespace_info ns;
-    const struct kvd_geometry *g = kvd_pool_geometry_get(l->d->pool, info->geom);
+    const struct kvd_layout *g = kvd_pool_layout_get(l->d->pool, info->layout);
     kvd_pool_namespace_info(l->d->pool, info->ns, &ns);
     if (*l->ns && strcmp(l->ns, ns.name) != 0)
         return true;
@@ -139,10 +139,10 @@ static bool add_sequence(void *ctx, const struct kvd_pool_seq_info *info)
     out->namespace_name = (char *)ns.name;
     out->name = (char *)info->name;
     out->length = info->length;
-    out->history_tokens = info->hist_end - g->sink;
+    out->history_tokens = info->hist_end - g->planes[0].sink;
     out->bytes = info->bytes;
     out->holders = info->holders;
-    out->codec = (char *)kvd_codec_name(g->codec);
+    out->codec = (char *)kvd_codec_name(g->planes[0].codec);
     return true;
 }
 
@@ -186,7 +186,8 @@ static bool add_group(void *ctx, const struct kvd_pool_slab_info *info)
     out->namespace_name = (char *)ns.name;
     out->kind = info->kind == KVD_POOL_BF16
                     ? "window"
-                    : (char *)kvd_codec_name(kvd_pool_geometry_get(l->d->pool, info->geom)->codec);
+                    : (char *)kvd_codec_name(
+                          kvd_pool_layout_get(l->d->pool, info->layout)->planes[0].codec);
     out->extents = info->extents;
     out->page_bytes = info->page_bytes;
     out->pages_used = info->used;
@@ -414,19 +415,19 @@ static void list_work(uv_work_t *work)
     kvd_store_list(&c, &s->entries, &s->n, &s->err);
 }
 
-// How many geometries have a digest in the backend's memory.
+// How many layouts have a digest in the backend's memory.
 static uint32_t loaded_users(struct kvd_daemon *d, const char *digest)
 {
     uint32_t users = 0;
     for (struct kvd_session *s = d->sessions; s; s = s->hh.next)
-        users += strcmp(kvd_pool_geometry_get(d->pool, s->geom)->rotation, digest) == 0;
+        users += strcmp(kvd_pool_layout_get(d->pool, s->layout)->rotation, digest) == 0;
     return users;
 }
 
 static bool is_loaded(struct kvd_daemon *d, const char *digest)
 {
-    for (uint32_t i = 0; i < KVD_MAX_GEOMETRIES; i++)
-        if (d->rotations[i] && strcmp(kvd_pool_geometry_get(d->pool, i)->rotation, digest) == 0)
+    for (uint32_t i = 0; i < KVD_MAX_LAYOUTS; i++)
+        if (d->rotations[i] && strcmp(kvd_pool_layout_get(d->pool, i)->rotation, digest) == 0)
             return true;
     return false;
 }

@@ -17,24 +17,24 @@ struct kvd_work *kvd_work_new(struct kvd_call *call, const struct kvd_session *s
     w->session = s->id;
     w->appender = s->appender;
     w->ns = s->ns;
-    w->geom = s->geom;
-    kvd_pool_geometry_ref(call->d->pool, w->geom);
+    w->layout = s->layout;
+    kvd_pool_layout_ref(call->d->pool, w->layout);
     w->n_items = (uint32_t)n;
     return w;
 }
 
-static int set_layers(struct kvd_work *w, const struct kvd_geometry *g, uint32_t begin,
-                      uint32_t count, struct kvd_error *err)
+static int set_layers(struct kvd_work *w, const struct kvd_plane *g, uint32_t begin, uint32_t count,
+                      struct kvd_error *err)
 {
     if (begin >= g->n_layers || count > g->n_layers - begin)
-        return kvd_fail(err, KVD_E_INVALID, "layers %u to %llu are not all among the geometry's %u",
+        return kvd_fail(err, KVD_E_INVALID, "layers %u to %llu are not all among the layout's %u",
                         begin, (unsigned long long)begin + (count ? count - 1 : 0), g->n_layers);
     w->layer_begin = begin;
     w->layer_count = count ? count : g->n_layers - begin;
     return KVD_OK;
 }
 
-static int set_attention(struct kvd_work *w, const struct kvd_geometry *g,
+static int set_attention(struct kvd_work *w, const struct kvd_plane *g,
                          const Kvd__V1__AttentionParams *p, struct kvd_error *err)
 {
     w->scale = p && p->scale != 0 ? p->scale : 1 / sqrtf((float)g->head_dim_k);
@@ -91,9 +91,8 @@ static int check_distinct(const struct kvd_work *w, struct kvd_error *err)
     return KVD_OK;
 }
 
-static int set_kv(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g,
-                  uint32_t i, const Kvd__V1__TensorRef *k, const Kvd__V1__TensorRef *v,
-                  struct kvd_error *err)
+static int set_kv(struct kvd_work *w, struct kvd_session *s, const struct kvd_plane *g, uint32_t i,
+                  const Kvd__V1__TensorRef *k, const Kvd__V1__TensorRef *v, struct kvd_error *err)
 {
     struct kvd_work_item *item = &w->items[i];
     if ((k && k->dtype != KVD__V1__DTYPE__DTYPE_BF16) ||
@@ -105,8 +104,8 @@ static int set_kv(struct kvd_work *w, struct kvd_session *s, const struct kvd_ge
     return rc ? rc : kvd_work_tensor_in(w, s, v, shape, "v", i, &item->v, err);
 }
 
-static int set_qo(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g,
-                  uint32_t i, const Kvd__V1__TensorRef *q, const Kvd__V1__TensorRef *o,
+static int set_qo(struct kvd_work *w, struct kvd_session *s, const struct kvd_plane *g, uint32_t i,
+                  const Kvd__V1__TensorRef *q, const Kvd__V1__TensorRef *o,
                   const Kvd__V1__TensorRef *lse, bool want_lse, struct kvd_error *err)
 {
     struct kvd_work_item *item = &w->items[i];
@@ -142,7 +141,7 @@ static void submit(struct kvd_daemon *d, struct kvd_work *w, int rc, const struc
 
 // Fills in a part of item i from the request's: first the ids and counts, which are then checked,
 // then the tensors.
-typedef int fill_item(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g,
+typedef int fill_item(struct kvd_work *w, struct kvd_session *s, const struct kvd_plane *g,
                       const void *request, uint32_t i, struct kvd_error *err);
 
 // What Append, Attend and Step have in common.
@@ -170,7 +169,7 @@ static void run_batch(struct kvd_call *call, const void *request, enum kvd_kerne
     struct kvd_work *w = kvd_work_new(call, s, op, b->n_items);
     if (!w)
         return;
-    const struct kvd_geometry *g = kvd_pool_geometry_get(call->d->pool, s->geom);
+    const struct kvd_plane *g = &kvd_pool_layout_get(call->d->pool, s->layout)->planes[0];
     int rc = set_layers(w, g, b->layer_begin, b->layer_count, &err);
     if (rc == KVD_OK)
         rc = set_attention(w, g, b->params, &err);
@@ -190,7 +189,7 @@ static void run_batch(struct kvd_call *call, const void *request, enum kvd_kerne
     submit(call->d, w, rc, &err);
 }
 
-static int append_ids(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g,
+static int append_ids(struct kvd_work *w, struct kvd_session *s, const struct kvd_plane *g,
                       const void *request, uint32_t i, struct kvd_error *err)
 {
     const Kvd__V1__AppendItem *in = ((const Kvd__V1__AppendRequest *)request)->items[i];
@@ -201,7 +200,7 @@ static int append_ids(struct kvd_work *w, struct kvd_session *s, const struct kv
     return KVD_OK;
 }
 
-static int append_tensors(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g,
+static int append_tensors(struct kvd_work *w, struct kvd_session *s, const struct kvd_plane *g,
                           const void *request, uint32_t i, struct kvd_error *err)
 {
     const Kvd__V1__AppendItem *in = ((const Kvd__V1__AppendRequest *)request)->items[i];
@@ -222,7 +221,7 @@ void kvd_on_append(struct kvd_call *call, const void *request)
                               .tensors = append_tensors});
 }
 
-static int attend_ids(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g,
+static int attend_ids(struct kvd_work *w, struct kvd_session *s, const struct kvd_plane *g,
                       const void *request, uint32_t i, struct kvd_error *err)
 {
     const Kvd__V1__AttendItem *in = ((const Kvd__V1__AttendRequest *)request)->items[i];
@@ -231,7 +230,7 @@ static int attend_ids(struct kvd_work *w, struct kvd_session *s, const struct kv
     return KVD_OK;
 }
 
-static int attend_tensors(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g,
+static int attend_tensors(struct kvd_work *w, struct kvd_session *s, const struct kvd_plane *g,
                           const void *request, uint32_t i, struct kvd_error *err)
 {
     const Kvd__V1__AttendRequest *req = request;
@@ -255,7 +254,7 @@ void kvd_on_attend(struct kvd_call *call, const void *request)
                               .tensors = attend_tensors});
 }
 
-static int step_ids(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g,
+static int step_ids(struct kvd_work *w, struct kvd_session *s, const struct kvd_plane *g,
                     const void *request, uint32_t i, struct kvd_error *err)
 {
     const Kvd__V1__StepItem *in = ((const Kvd__V1__StepRequest *)request)->items[i];
@@ -266,7 +265,7 @@ static int step_ids(struct kvd_work *w, struct kvd_session *s, const struct kvd_
     return KVD_OK;
 }
 
-static int step_tensors(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g,
+static int step_tensors(struct kvd_work *w, struct kvd_session *s, const struct kvd_plane *g,
                         const void *request, uint32_t i, struct kvd_error *err)
 {
     const Kvd__V1__StepRequest *req = request;
@@ -291,7 +290,7 @@ void kvd_on_step(struct kvd_call *call, const void *request)
                               .tensors = step_tensors});
 }
 
-static int set_rotate(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g,
+static int set_rotate(struct kvd_work *w, struct kvd_session *s, const struct kvd_plane *g,
                       const Kvd__V1__RotateRequest *req, struct kvd_error *err)
 {
     bool v = req->which == KVD__V1__ROTATE_REQUEST__WHICH__V;
@@ -330,11 +329,11 @@ void kvd_on_rotate(struct kvd_call *call, const void *request)
     struct kvd_work *w = s ? kvd_work_new(call, s, KVD_OP_ROTATE, 0) : NULL;
     if (!w)
         return;
-    int rc = set_rotate(w, s, kvd_pool_geometry_get(call->d->pool, s->geom), req, &err);
+    int rc = set_rotate(w, s, &kvd_pool_layout_get(call->d->pool, s->layout)->planes[0], req, &err);
     submit(call->d, w, rc, &err);
 }
 
-static int set_read(struct kvd_work *w, struct kvd_session *s, const struct kvd_geometry *g,
+static int set_read(struct kvd_work *w, struct kvd_session *s, const struct kvd_plane *g,
                     const Kvd__V1__ReadTokensRequest *req, struct kvd_error *err)
 {
     uint64_t sum = 0;
@@ -364,6 +363,6 @@ void kvd_on_read_tokens(struct kvd_call *call, const void *request)
     struct kvd_work *w = s ? kvd_work_new(call, s, KVD_OP_READ, 1) : NULL;
     if (!w)
         return;
-    int rc = set_read(w, s, kvd_pool_geometry_get(call->d->pool, s->geom), req, &err);
+    int rc = set_read(w, s, &kvd_pool_layout_get(call->d->pool, s->layout)->planes[0], req, &err);
     submit(call->d, w, rc, &err);
 }

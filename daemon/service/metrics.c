@@ -5,7 +5,7 @@
 #include <dirent.h>
 #include <sys/resource.h>
 
-#include "daemon/service/geometry.h"
+#include "daemon/service/layout.h"
 #include "daemon/rpc/rpc.h"
 #include "daemon/rpc/users.h"
 
@@ -123,18 +123,19 @@ static bool slab_line(void *ctx, const struct kvd_pool_slab_info *info)
         return true;
     kvd_pool_namespace_info(p->d->pool, info->ns, &ns);
     escape(ns.name, name, sizeof(name));
-    const char *kind = info->kind == KVD_POOL_BF16
-                           ? "window"
-                           : kvd_codec_name(kvd_pool_geometry_get(p->d->pool, info->geom)->codec);
+    const char *kind =
+        info->kind == KVD_POOL_BF16
+            ? "window"
+            : kvd_codec_name(kvd_pool_layout_get(p->d->pool, info->layout)->planes[0].codec);
     fprintf(p->f, "kvd_pages{namespace=\"%s\",kind=\"%s\",geometry=\"%u\"} %llu\n", name, kind,
-            info->geom, (unsigned long long)info->used);
+            info->layout, (unsigned long long)info->used);
     return true;
 }
 
 static void namespace_metrics(struct page *p)
 {
     head(p->f, "kvd_pages", "gauge",
-         "Pages in use by namespace, kind (window or codec) and geometry.");
+         "Pages in use by namespace, kind (window or codec) and layout.");
     kvd_pool_slab_each(p->d->pool, slab_line, p);
     static const struct {
         const char *name, *help;
@@ -261,7 +262,7 @@ static void other_metrics(struct page *p)
     fprintf(f, "kvd_rotation_set_requests_total{source=\"failed\"} %llu\n",
             (unsigned long long)m->rotations_failed);
     single(f, "kvd_rotation_sets_loaded", "gauge",
-           "Rotation sets in the backend's memory, one per geometry.", (double)m->rotations_loaded);
+           "Rotation sets in the backend's memory, one per layout.", (double)m->rotations_loaded);
     single(f, "kvd_config_last_reload_successful", "gauge",
            "1 if the configuration that was read last is in force, 0 if it had errors.",
            !d->reload_failed);

@@ -16,7 +16,7 @@ struct kvd_fetch {
     _Atomic bool given_up;
     uv_work_t work;
     struct kvd_daemon *d;
-    struct kvd_geometry *g;
+    struct kvd_layout *g;
     void (*done)(void *ctx, struct kvd_rotset *set, const struct kvd_error *failure);
     void *ctx;
     struct kvd_store_config store;
@@ -125,26 +125,26 @@ static void fetch_done(uv_work_t *work, int status)
     kvd_daemon_work_end(d);
 }
 
-static void get_builtin(struct kvd_geometry *g,
+static void get_builtin(struct kvd_layout *g,
                         void (*done)(void *, struct kvd_rotset *, const struct kvd_error *),
                         void *ctx)
 {
     struct kvd_error err = {0};
-    struct kvd_geometry one = *g; // one matrix serves all layers
-    one.n_layers = 1;
-    struct kvd_rotset *set = kvd_rotset_new(g->rotation, &one, &err);
+    struct kvd_rotset *set = // one matrix serves all layers
+        kvd_rotset_new(g->rotation, g->layers, 1, g->planes[0].head_dim_k, g->planes[0].head_dim_v,
+                       &err);
     done(ctx, set, set ? NULL : &err);
     kvd_rotset_free(&set);
 }
 
-void kvd_rotations_get(struct kvd_call *call, struct kvd_geometry *g,
+void kvd_rotations_get(struct kvd_call *call, struct kvd_layout *g,
                        void (*done)(void *ctx, struct kvd_rotset *set,
                                     const struct kvd_error *failure),
                        void *ctx)
 {
     struct kvd_daemon *d = call->d;
     struct kvd_error err = {0};
-    if (g->codec == KVD_CODEC_BF16) {
+    if (g->planes[0].codec == KVD_CODEC_BF16) {
         done(ctx, NULL, NULL);
         return;
     }
@@ -217,15 +217,17 @@ static int share(const struct kvd_rotation_data *data)
 
 // Puts a set into the backend's memory, and into *fd for workers. Without a set (bf16) there is
 // nothing to rotate by.
-static struct kvd_rotation *load(struct kvd_daemon *d, const struct kvd_geometry *g,
+static struct kvd_rotation *load(struct kvd_daemon *d, const struct kvd_layout *g,
                                  const struct kvd_rotset *set, int *fd, struct kvd_error *err)
 {
-    struct kvd_rotation_data data = {
-        .n_layers = g->n_layers, .heads = 1, .dim_k = g->head_dim_k, .dim_v = g->head_dim_v};
-    struct kvd_geometry one = *g;
+    struct kvd_rotation_data data = {.n_layers = g->planes[0].n_layers,
+                                     .heads = 1,
+                                     .dim_k = g->planes[0].head_dim_k,
+                                     .dim_v = g->planes[0].head_dim_v};
+    struct kvd_layout one = *g;
     if (set && !kvd_digest_valid(g->rotation))
         one.n_layers = 1; // built in
-    if (set && kvd_rotset_select(set, &one, &data, err))
+    if (set && kvd_rotset_select(set, &one, 0, &data, err))
         return NULL;
     if (set && strcmp(g->rotation, "identity") == 0) {
         // The backend skips the product when there is no matrix.
@@ -239,32 +241,32 @@ static struct kvd_rotation *load(struct kvd_daemon *d, const struct kvd_geometry
     return r;
 }
 
-int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_geometry *g,
-                       const struct kvd_rotset *set, int64_t uid, uint32_t ns, uint32_t *geom,
+int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_layout *g,
+                       const struct kvd_rotset *set, int64_t uid, uint32_t ns, uint32_t *layout,
                        struct kvd_error *err)
 {
-    uint64_t bytes[KVD_POOL_KINDS] = {kvd_page_bytes(g, KVD_CODEC_BF16),
-                                      kvd_page_bytes(g, g->codec)};
+    uint64_t bytes[KVD_POOL_KINDS] = {kvd_page_bytes(&g->planes[0], KVD_CODEC_BF16),
+                                      kvd_page_bytes(&g->planes[0], g->planes[0].codec)};
     struct kvd_rotation *r = NULL;
     int fd KVD_CLOSE = -1;
     bool recycled;
-    // The rotations first: a geometry that they do not fit must leave nothing behind.
-    if (kvd_pool_geometry_find(d->pool, g) == KVD_POOL_NONE && !(r = load(d, g, set, &fd, err)))
+    // The rotations first: a layout that they do not fit must leave nothing behind.
+    if (kvd_pool_layout_find(d->pool, g) == KVD_POOL_NONE && !(r = load(d, g, set, &fd, err)))
         return err->code;
-    int rc = kvd_geometry_open(d, uid, ns, g, bytes, geom, &recycled, err);
+    int rc = kvd_layout_open(d, uid, ns, g, bytes, layout, &recycled, err);
     if (rc) {
         d->backend->ops->rotation_free(d->backend, &r);
         return rc;
     }
     if (recycled) {
-        d->backend->ops->rotation_free(d->backend, &d->rotations[*geom]);
+        d->backend->ops->rotation_free(d->backend, &d->rotations[*layout]);
         d->metrics.rotations_loaded--;
     }
     if (r) {
-        if (d->rotation_fds[*geom] >= 0)
-            close(d->rotation_fds[*geom]);
-        d->rotation_fds[*geom] = KVD_TAKE_FD(fd);
-        d->rotations[*geom] = r;
+        if (d->rotation_fds[*layout] >= 0)
+            close(d->rotation_fds[*layout]);
+        d->rotation_fds[*layout] = KVD_TAKE_FD(fd);
+        d->rotations[*layout] = r;
         d->metrics.rotations_loaded++;
     }
     return KVD_OK;

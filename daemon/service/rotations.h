@@ -1,4 +1,4 @@
-// Rotation sets for geometries: found in the backend, built in, cached, or fetched from the store
+// Rotation sets for layouts: found in the backend, built in, cached, or fetched from the store
 // in the background.
 #ifndef KVD_DAEMON_ROTATIONS_H
 #define KVD_DAEMON_ROTATIONS_H
@@ -9,16 +9,16 @@
 // stay). Calls back on the loop, perhaps at once: `set` is freed after the callback, and is NULL
 // for codecs that rotate nothing. Downloads are bounded in number and by user; what is built in or
 // cached under its digest does not wait for them. When the call is cancelled its download ends.
-void kvd_rotations_get(struct kvd_call *call, struct kvd_geometry *g,
+void kvd_rotations_get(struct kvd_call *call, struct kvd_layout *g,
                        void (*done)(void *ctx, struct kvd_rotset *set,
                                     const struct kvd_error *failure),
                        void *ctx);
 
-// The pool's geometry of a resolved g, with its rotations in the backend's memory and a reference
-// that the session gives back (kvd_pool_geometry_unref). KVD_E_PRECONDITION when the set does not
-// fit the geometry.
-int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_geometry *g,
-                       const struct kvd_rotset *set, int64_t uid, uint32_t ns, uint32_t *geom,
+// The pool's layout of a resolved g, with its rotations in the backend's memory and a reference
+// that the session gives back (kvd_pool_layout_unref). KVD_E_PRECONDITION when the set does not
+// fit the layout.
+int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_layout *g,
+                       const struct kvd_rotset *set, int64_t uid, uint32_t ns, uint32_t *layout,
                        struct kvd_error *err);
 
 struct kvd_store_config kvd_rotations_store(const struct kvd_daemon *d);

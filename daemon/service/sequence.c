@@ -56,7 +56,7 @@ static void make_many(struct kvd_call *call, struct kvd_session *s, uint64_t req
     uint32_t n = 0;
     for (; n < count && rc == KVD_OK; n++)
         rc = parent ? kvd_pool_seq_fork(d->pool, parent, &ids[n], &err)
-                    : kvd_pool_seq_new(d->pool, s->ns, s->geom, &ids[n], &err);
+                    : kvd_pool_seq_new(d->pool, s->ns, s->layout, &ids[n], &err);
     if (rc == KVD_OK) {
         rc = adopt(d, s, ids, n, &err);
     } else if (n) {
@@ -131,7 +131,7 @@ void kvd_on_publish_sequence(struct kvd_call *call, const void *request)
 static void fill_info(struct kvd_daemon *d, const struct kvd_session *s,
                       const struct kvd_pool_seq_info *in, Kvd__V1__SequenceInfo *out)
 {
-    uint32_t sink = kvd_pool_geometry_get(d->pool, in->geom)->sink;
+    uint32_t sink = kvd_pool_layout_get(d->pool, in->layout)->planes[0].sink;
     kvd__v1__sequence_info__init(out);
     out->sequence = in->id;
     out->length = in->length;
@@ -166,10 +166,10 @@ void kvd_on_attach_sequence(struct kvd_call *call, const void *request)
             req->name);
         return;
     }
-    if (info.geom != s->geom) {
+    if (info.layout != s->layout) {
         kvd_call_fail(
             call, KVD_E_PRECONDITION,
-            "'%s' has another geometry (codec, rotation set, windows or shape) than this session",
+            "'%s' has another layout (codec, rotation set, windows or shape) than this session",
             req->name);
         return;
     }

@@ -1,11 +1,11 @@
 // OpenSession, CloseSession, KeepAlive, RegisterBuffer, ReleaseBuffer.
 //
 // Opening goes: check the request → find or fetch the rotation set (on libuv's thread pool) → load
-// it into the backend, once per geometry → make the session. The worker may hang up meanwhile, so
+// it into the backend, once per layout → make the session. The worker may hang up meanwhile, so
 // the ticket is looked up again at the end.
 #include <ctype.h>
 
-#include "daemon/service/geometry.h"
+#include "daemon/service/layout.h"
 #include "daemon/rpc/rpc.h"
 #include "daemon/service/rotations.h"
 #include "daemon/rpc/users.h"
@@ -14,7 +14,7 @@
 struct opening {
     struct kvd_call *call;
     const Kvd__V1__OpenSessionRequest *req; // the call's
-    struct kvd_geometry g;
+    struct kvd_layout g;
 };
 
 static bool namespace_allowed(struct kvd_call *call, const char *name,
@@ -56,11 +56,11 @@ static int find_connection(struct kvd_daemon *d, const Kvd__V1__OpenSessionReque
 }
 
 static int check_request(struct kvd_call *call, const Kvd__V1__OpenSessionRequest *req,
-                         struct kvd_geometry *g, struct kvd_error *err)
+                         struct kvd_layout *g, struct kvd_error *err)
 {
     struct kvd_connection *conn;
     if (!req->geometry)
-        return kvd_fail(err, KVD_E_INVALID, "geometry is missing");
+        return kvd_fail(err, KVD_E_INVALID, "layout is missing");
     if (strlen(req->client_name) > KVD_MAX_CLIENT_NAME)
         return kvd_fail(err, KVD_E_INVALID, "client_name has more than %d characters",
                         KVD_MAX_CLIENT_NAME);
@@ -90,19 +90,19 @@ static int check_request(struct kvd_call *call, const Kvd__V1__OpenSessionReques
         return kvd_fail(err, KVD_E_LIMIT,
                         "all %u sessions are in use; close some or raise max-sessions",
                         call->d->config.max_sessions);
-    return kvd_geometry_from_proto(req->geometry, g, err);
+    return kvd_layout_from_proto(req->geometry, g, err);
 }
 
 static void reply(struct kvd_call *call, const struct kvd_session *s)
 {
     struct kvd_daemon *d = call->d;
-    const struct kvd_geometry *g = kvd_pool_geometry_get(d->pool, s->geom);
-    struct kvd_proto_geometry pg;
+    const struct kvd_layout *g = kvd_pool_layout_get(d->pool, s->layout);
+    struct kvd_proto_layout pg;
     Kvd__V1__OpenSessionReply r = KVD__V1__OPEN_SESSION_REPLY__INIT;
     r.session = (char *)s->secret;
-    r.geometry = kvd_geometry_to_proto(g, &pg);
-    r.bf16_page_bytes = kvd_pool_page_bytes(d->pool, s->geom, KVD_POOL_BF16);
-    r.codec_page_bytes = kvd_pool_page_bytes(d->pool, s->geom, KVD_POOL_CODEC);
+    r.geometry = kvd_layout_to_proto(g, &pg);
+    r.bf16_page_bytes = kvd_pool_page_bytes(d->pool, s->layout, KVD_POOL_BF16);
+    r.codec_page_bytes = kvd_pool_page_bytes(d->pool, s->layout, KVD_POOL_CODEC);
     r.instance = d->instance;
     r.version = (char *)kvd_build_version();
     r.backend = (char *)d->backend->ops->name;
@@ -139,7 +139,7 @@ static int make_session(struct opening *o, struct kvd_rotset *set, struct kvd_se
     struct kvd_daemon *d = o->call->d;
     struct kvd_connection *conn;
     struct kvd_session *s = NULL;
-    uint32_t ns, geom;
+    uint32_t ns, layout;
     int rc = find_connection(d, o->req, &conn, err); // again: it may have hung up meanwhile
     if (rc)
         return rc;
@@ -147,11 +147,11 @@ static int make_session(struct opening *o, struct kvd_rotset *set, struct kvd_se
     rc = kvd_namespace_open(d, uid, namespace_of(o->req), &ns, err);
     if (rc)
         return rc;
-    rc = kvd_rotations_bind(d, &o->g, set, uid, ns, &geom, err);
+    rc = kvd_rotations_bind(d, &o->g, set, uid, ns, &layout, err);
     if (rc == KVD_OK) {
-        rc = kvd_session_new(d, ns, geom, conn, uid, &s, err);
+        rc = kvd_session_new(d, ns, layout, conn, uid, &s, err);
         if (rc)
-            kvd_pool_geometry_unref(d->pool, geom);
+            kvd_pool_layout_unref(d->pool, layout);
     }
     if (rc) {
         kvd_namespace_close(d, ns);
@@ -189,7 +189,7 @@ static void on_rotation(void *ctx, struct kvd_rotset *set, const struct kvd_erro
     }
     kvd_info("session opened id=%llu namespace=%s client=%s pid=%lld codec=%s rotation=%s",
              (unsigned long long)s->id, namespace_of(o->req), s->client_name, (long long)s->pid,
-             kvd_codec_name(o->g.codec), o->g.rotation);
+             kvd_codec_name(o->g.planes[0].codec), o->g.rotation);
     reply(o->call, s);
 }
 

@@ -223,8 +223,9 @@ void kvd_memory_forget(struct kvd_daemon *d, struct kvd_session *s)
 
 int kvd_memory_lend_rotations(struct kvd_daemon *d, struct kvd_session *s, struct kvd_error *err)
 {
-    int fd = d->rotation_fds[s->geom];
-    if (s->rotations_sent || kvd_pool_geometry_get(d->pool, s->geom)->codec == KVD_CODEC_BF16)
+    int fd = d->rotation_fds[s->layout];
+    if (s->rotations_sent ||
+        kvd_pool_layout_get(d->pool, s->layout)->planes[0].codec == KVD_CODEC_BF16)
         return KVD_OK;
     if (fd < 0)
         return kvd_fail(err, KVD_E_INTERNAL, "there was no memory to share the rotation set");
@@ -266,7 +267,7 @@ int kvd_memory_init(struct kvd_daemon *d, struct kvd_error *err)
     m->extents = extents;
     for (uint32_t i = 0; i < n; i++)
         extents[i].version = 1;
-    for (uint32_t i = 0; i < KVD_MAX_GEOMETRIES; i++)
+    for (uint32_t i = 0; i < KVD_MAX_LAYOUTS; i++)
         d->rotation_fds[i] = -1;
     m->arena = ops->arena_new(d->backend, n, c->extent_size, err);
     if (!m->arena)
@@ -285,7 +286,7 @@ void kvd_memory_deinit(struct kvd_daemon *d)
     struct kvd_memory_state *m = KVD_TAKE(d->memory);
     if (!m)
         return;
-    for (uint32_t i = 0; i < KVD_MAX_GEOMETRIES; i++)
+    for (uint32_t i = 0; i < KVD_MAX_LAYOUTS; i++)
         if (d->rotation_fds[i] >= 0)
             close(d->rotation_fds[i]);
     d->backend->ops->arena_free(d->backend, &m->arena);

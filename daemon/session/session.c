@@ -53,7 +53,7 @@ static int admit(struct kvd_daemon *d, uint32_t ns, struct kvd_user *user, struc
     return kvd_user_take(user, KVD_SHARE_SESSIONS, 1, err);
 }
 
-int kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t geom, struct kvd_connection *conn,
+int kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t layout, struct kvd_connection *conn,
                     int64_t uid, struct kvd_session **out, struct kvd_error *err)
 {
     struct kvd_session *s = calloc(1, sizeof(*s));
@@ -69,7 +69,7 @@ int kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t geom, struct kvd
     s->id = ++d->next_session;
     s->appender = random64();
     s->ns = ns;
-    s->geom = geom;
+    s->layout = layout;
     s->connection = conn;
     s->pid = s->uid = -1;
     s->opened_ms = s->used_ms = kvd_now_ms(d);
@@ -110,7 +110,7 @@ void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *wh
     for (size_t i = 0; i < KVD_LEN(s->replays); i++)
         free(s->replays[i].data);
     free(s->extents);
-    kvd_pool_geometry_unref(d->pool, s->geom);
+    kvd_pool_layout_unref(d->pool, s->layout);
     kvd_namespace_close(d, s->ns);
     kvd_user_give(s->user, KVD_SHARE_SESSIONS, 1);
     kvd_user_unref(&s->user);

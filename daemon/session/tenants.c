@@ -1,4 +1,4 @@
-// Who is charged for namespaces and geometries. They outlast the session that made them, so charges
+// Who is charged for namespaces and layouts. They outlast the session that made them, so charges
 // are settled when the next one is wanted, or a session ends.
 #include "daemon/core/daemon.h"
 #include "daemon/rpc/users.h"
@@ -19,22 +19,22 @@ static void settle(struct kvd_daemon *d)
         if (!info.name[0])
             discharge(&d->namespace_users[i], KVD_SHARE_NAMESPACES);
     }
-    for (uint32_t i = 0; i < KVD_MAX_GEOMETRIES; i++)
-        if (d->geometry_users[i] && kvd_pool_geometry_refs(d->pool, i) == 0)
-            discharge(&d->geometry_users[i], KVD_SHARE_GEOMETRIES);
+    for (uint32_t i = 0; i < KVD_MAX_LAYOUTS; i++)
+        if (d->layout_users[i] && kvd_pool_layout_refs(d->pool, i) == 0)
+            discharge(&d->layout_users[i], KVD_SHARE_LAYOUTS);
 }
 
-// Evicts what a user left behind in the namespace, or geometry, that is longest out of use.
+// Evicts what a user left behind in the namespace, or layout, that is longest out of use.
 static bool make_room(struct kvd_daemon *d, const struct kvd_user *user, enum kvd_share share)
 {
     bool spaces = share == KVD_SHARE_NAMESPACES;
-    uint32_t n = spaces ? kvd_pool_namespace_count(d->pool) : KVD_MAX_GEOMETRIES, idlest = n;
+    uint32_t n = spaces ? kvd_pool_namespace_count(d->pool) : KVD_MAX_LAYOUTS, idlest = n;
     uint64_t used, oldest = UINT64_MAX;
     for (uint32_t i = 0; i < n; i++) {
-        if ((spaces ? d->namespace_users[i] : d->geometry_users[i]) != user)
+        if ((spaces ? d->namespace_users[i] : d->layout_users[i]) != user)
             continue;
         if ((spaces ? kvd_pool_namespace_idle(d->pool, i, &used)
-                    : kvd_pool_geometry_idle(d->pool, i, &used)) &&
+                    : kvd_pool_layout_idle(d->pool, i, &used)) &&
             used < oldest) {
             idlest = i;
             oldest = used;
@@ -45,7 +45,7 @@ static bool make_room(struct kvd_daemon *d, const struct kvd_user *user, enum kv
     if (spaces)
         kvd_pool_namespace_clear(d->pool, idlest);
     else
-        kvd_pool_geometry_clear(d->pool, idlest);
+        kvd_pool_layout_clear(d->pool, idlest);
     settle(d);
     return true;
 }
@@ -101,24 +101,24 @@ void kvd_namespace_close(struct kvd_daemon *d, uint32_t ns)
     settle(d);
 }
 
-int kvd_geometry_open(struct kvd_daemon *d, int64_t uid, uint32_t ns, const struct kvd_geometry *g,
-                      const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *geom, bool *recycled,
-                      struct kvd_error *err)
+int kvd_layout_open(struct kvd_daemon *d, int64_t uid, uint32_t ns, const struct kvd_layout *g,
+                    const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *layout, bool *recycled,
+                    struct kvd_error *err)
 {
     settle(d);
-    uint32_t known = kvd_pool_geometry_find(d->pool, g);
-    bool live = known != KVD_POOL_NONE && kvd_pool_geometry_refs(d->pool, known);
-    struct kvd_user *user = live ? NULL : charge(d, uid, KVD_SHARE_GEOMETRIES, err);
+    uint32_t known = kvd_pool_layout_find(d->pool, g);
+    bool live = known != KVD_POOL_NONE && kvd_pool_layout_refs(d->pool, known);
+    struct kvd_user *user = live ? NULL : charge(d, uid, KVD_SHARE_LAYOUTS, err);
     if (!live && !user)
         return err->code;
-    int rc = kvd_pool_geometry(d->pool, ns, g, page_bytes, geom, recycled, err);
+    int rc = kvd_pool_layout(d->pool, ns, g, page_bytes, layout, recycled, err);
     if (rc) {
-        discharge(&user, KVD_SHARE_GEOMETRIES);
+        discharge(&user, KVD_SHARE_LAYOUTS);
         return rc;
     }
     if (user) {
-        discharge(&d->geometry_users[*geom], KVD_SHARE_GEOMETRIES);
-        d->geometry_users[*geom] = user;
+        discharge(&d->layout_users[*layout], KVD_SHARE_LAYOUTS);
+        d->layout_users[*layout] = user;
     }
     return KVD_OK;
 }
@@ -127,6 +127,6 @@ void kvd_tenants_deinit(struct kvd_daemon *d)
 {
     for (uint32_t i = 0; i < KVD_MAX_NAMESPACES; i++)
         discharge(&d->namespace_users[i], KVD_SHARE_NAMESPACES);
-    for (uint32_t i = 0; i < KVD_MAX_GEOMETRIES; i++)
-        discharge(&d->geometry_users[i], KVD_SHARE_GEOMETRIES);
+    for (uint32_t i = 0; i < KVD_MAX_LAYOUTS; i++)
+        discharge(&d->layout_users[i], KVD_SHARE_LAYOUTS);
 }

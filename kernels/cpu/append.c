@@ -38,7 +38,7 @@ static uint32_t token_blocks(const struct kvd_append_item *item)
 static bool block_finite(const struct kvd_append_params *p, uint64_t at,
                          struct kvd_nonfinite *where)
 {
-    const struct kvd_geometry *g = p->geometry;
+    const struct kvd_plane *g = p->plane;
     uint32_t i = 0;
     for (; at >= (uint64_t)token_blocks(&p->items[i]) * p->layer_count; i++)
         at -= (uint64_t)token_blocks(&p->items[i]) * p->layer_count;
@@ -77,8 +77,8 @@ static uint64_t check_blocks(const struct kvd_append_params *p, uint64_t *bytes)
         blocks += (uint64_t)token_blocks(&p->items[i]) * p->layer_count;
         tokens += p->items[i].new_length - p->items[i].length;
     }
-    *bytes = tokens * p->layer_count * p->geometry->kv_heads * 2 *
-             (p->geometry->head_dim_k + p->geometry->head_dim_v);
+    *bytes = tokens * p->layer_count * p->plane->kv_heads * 2 *
+             (p->plane->head_dim_k + p->plane->head_dim_v);
     return blocks;
 }
 
@@ -119,8 +119,8 @@ int kvd_cpu_check(struct kvd_backend *b, const struct kvd_append_params *p,
 }
 
 // The bf16 row of a token that is in the sink or the ring.
-static uint8_t *window_row(const struct kvd_geometry *g, const struct kvd_pages *pages,
-                           uint64_t token, uint32_t layer, uint32_t head, bool v)
+static uint8_t *window_row(const struct kvd_plane *g, const struct kvd_pages *pages, uint64_t token,
+                           uint32_t layer, uint32_t head, bool v)
 {
     uint32_t entry, row;
     if (token < g->sink) {
@@ -143,7 +143,7 @@ static const uint8_t *source_row(const struct kvd_append_params *p,
 {
     if (token >= item->length)
         return kvd_at(v ? &item->v : &item->k, l, token - item->length, head);
-    return window_row(p->geometry, &item->pages, token, p->layer_begin + l, head, v);
+    return window_row(p->plane, &item->pages, token, p->layer_begin + l, head, v);
 }
 
 // Tokens that one thread demotes: those of one page, as neighbours share its bytes.
@@ -153,7 +153,7 @@ struct span {
 
 static uint64_t demoted_pages(const struct kvd_append_params *p, const struct kvd_append_item *item)
 {
-    uint64_t sink = p->geometry->sink;
+    uint64_t sink = p->plane->sink;
     if (item->hist_end >= item->new_hist_end)
         return 0;
     return kvd_div_up(item->new_hist_end - sink, KVD_PAGE_TOKENS) -
@@ -163,7 +163,7 @@ static uint64_t demoted_pages(const struct kvd_append_params *p, const struct kv
 static struct span page_span(const struct kvd_append_params *p, const struct kvd_append_item *item,
                              uint64_t page)
 {
-    uint64_t sink = p->geometry->sink;
+    uint64_t sink = p->plane->sink;
     uint64_t begin = sink + ((item->hist_end - sink) / KVD_PAGE_TOKENS + page) * KVD_PAGE_TOKENS;
     return (struct span){KVD_MAX(begin, item->hist_end),
                          KVD_MIN(begin + KVD_PAGE_TOKENS, item->new_hist_end)};
@@ -173,7 +173,7 @@ static void demote(const struct append_job *job, const struct kvd_append_item *i
                    uint32_t head, struct span span)
 {
     const struct kvd_append_params *p = job->p;
-    const struct kvd_geometry *g = p->geometry;
+    const struct kvd_plane *g = p->plane;
     const struct kvd_rotation *r = p->rotation;
     uint32_t layer = p->layer_begin + l, dk = g->head_dim_k, dv = g->head_dim_v;
     uint64_t at = kvd_rotation_index(r, layer, head);
@@ -209,7 +209,7 @@ static void demote_bf16(const struct append_job *job, const struct kvd_append_it
                         uint32_t l, uint32_t head, struct span span)
 {
     const struct kvd_append_params *p = job->p;
-    const struct kvd_geometry *g = p->geometry;
+    const struct kvd_plane *g = p->plane;
     uint32_t layer = p->layer_begin + l;
     for (uint64_t t = span.begin; t < span.end; t++) {
         uint64_t h = t - g->sink;
@@ -230,7 +230,7 @@ static void demote_one(void *ctx, uint64_t i)
     const struct append_job *job = ctx;
     const struct kvd_append_params *p = job->p;
     const struct kvd_append_item *item = p->items;
-    uint32_t heads = p->geometry->kv_heads;
+    uint32_t heads = p->plane->kv_heads;
     uint64_t pages = demoted_pages(p, item);
     for (; i >= pages * heads * p->layer_count; pages = demoted_pages(p, item)) {
         i -= pages * heads * p->layer_count;
@@ -238,7 +238,7 @@ static void demote_one(void *ctx, uint64_t i)
     }
     struct span span = page_span(p, item, i % pages);
     i /= pages;
-    if (p->geometry->codec == KVD_CODEC_BF16)
+    if (p->plane->codec == KVD_CODEC_BF16)
         demote_bf16(job, item, (uint32_t)(i / heads), (uint32_t)(i % heads), span);
     else
         demote(job, item, (uint32_t)(i / heads), (uint32_t)(i % heads), span);
@@ -249,7 +249,7 @@ static void store_one(void *ctx, uint64_t i)
 {
     const struct append_job *job = ctx;
     const struct kvd_append_params *p = job->p;
-    const struct kvd_geometry *g = p->geometry;
+    const struct kvd_plane *g = p->plane;
     uint32_t head = (uint32_t)(i % g->kv_heads);
     uint32_t l = (uint32_t)(i / g->kv_heads % p->layer_count);
     const struct kvd_append_item *item = &p->items[i / g->kv_heads / p->layer_count];
@@ -270,7 +270,7 @@ int kvd_cpu_append(struct kvd_backend *b, const struct kvd_append_params *p, str
     struct append_job job = {(struct kvd_cpu *)b, p};
     struct kvd_threads *threads = job.cpu->threads;
     struct kvd_slice *slice = p->slice;
-    uint64_t each = (uint64_t)p->layer_count * p->geometry->kv_heads, demotions = 0;
+    uint64_t each = (uint64_t)p->layer_count * p->plane->kv_heads, demotions = 0;
     for (uint32_t i = 0; i < p->n_items; i++)
         demotions += demoted_pages(p, &p->items[i]) * each;
     if (!slice) {

@@ -77,7 +77,7 @@ struct run {
 
 static uint32_t group_of(const struct attend_job *job)
 {
-    return job->p->geometry->q_heads / job->p->geometry->kv_heads;
+    return job->p->plane->q_heads / job->p->plane->kv_heads;
 }
 
 static uint64_t total_tokens(const struct kvd_attend_item *item)
@@ -87,7 +87,7 @@ static uint64_t total_tokens(const struct kvd_attend_item *item)
 
 static void bf16_run(const struct kvd_cpu_walk *w, uint64_t page, uint32_t row, struct run *run)
 {
-    const struct kvd_geometry *g = w->job->p->geometry;
+    const struct kvd_plane *g = w->job->p->plane;
     const uint8_t *tile =
         (const uint8_t *)(uintptr_t)page +
         kvd_tile_offset(g, KVD_CODEC_BF16, w->job->p->layer_begin + w->unit.layer, w->unit.head);
@@ -101,7 +101,7 @@ static void bf16_run(const struct kvd_cpu_walk *w, uint64_t page, uint32_t row, 
 // The run that starts at position t, cut at `end`.
 static struct run run_at(const struct kvd_cpu_walk *w, uint64_t t, uint64_t end)
 {
-    const struct kvd_geometry *g = w->job->p->geometry;
+    const struct kvd_plane *g = w->job->p->plane;
     const struct kvd_attend_item *item = w->unit.item;
     struct run run = {.begin = t};
     uint64_t limit = end;
@@ -139,7 +139,7 @@ static struct run run_at(const struct kvd_cpu_walk *w, uint64_t t, uint64_t end)
 static void read_params(const struct kvd_cpu_walk *w, const struct run *run, bool v,
                         struct kvd_affine param[KVD_PAGE_TOKENS])
 {
-    const struct kvd_geometry *g = w->job->p->geometry;
+    const struct kvd_plane *g = w->job->p->plane;
     float centre = kvd_cpu_centre(g->codec);
     kvd_params_read(g->codec,
                     run->tile + kvd_params_offset(g->codec, g->head_dim_k, g->head_dim_v, v),
@@ -150,7 +150,7 @@ static void read_params(const struct kvd_cpu_walk *w, const struct run *run, boo
 
 static void score_tile(struct kvd_cpu_walk *w, const struct run *run)
 {
-    const struct kvd_geometry *g = w->job->p->geometry;
+    const struct kvd_plane *g = w->job->p->plane;
     struct kvd_affine param[KVD_PAGE_TOKENS];
     read_params(w, run, false, param);
     w->job->cpu->isa->k_scores(g->codec, run->tile, g->head_dim_k, w->q_codes, w->unit.rows, w->s);
@@ -204,7 +204,7 @@ static void scale_sums(double *x, uint32_t n, double f)
 // Raises the running maximum to that of the new logits and turns these into probabilities.
 static void soften(struct kvd_cpu_walk *w, uint32_t r)
 {
-    const struct kvd_geometry *g = w->job->p->geometry;
+    const struct kvd_plane *g = w->job->p->plane;
     const struct kvd_cpu_isa *isa = w->job->cpu->isa;
     struct partial *out = w->out;
     float *s = w->s + r * KVD_PAGE_TOKENS;
@@ -231,7 +231,7 @@ static void soften(struct kvd_cpu_walk *w, uint32_t r)
 
 static void add_tile(struct kvd_cpu_walk *w, const struct run *run)
 {
-    const struct kvd_geometry *g = w->job->p->geometry;
+    const struct kvd_plane *g = w->job->p->plane;
     struct kvd_affine param[KVD_PAGE_TOKENS];
     float sum[KVD_CPU_ROWS] = {0};
     read_params(w, run, true, param);
@@ -252,7 +252,7 @@ static void add_tile(struct kvd_cpu_walk *w, const struct run *run)
 // Adds the last runs' sums to the partial.
 static void flush_sums(struct kvd_cpu_walk *w)
 {
-    uint32_t dim = w->job->p->geometry->head_dim_v;
+    uint32_t dim = w->job->p->plane->head_dim_v;
     for (uint32_t r = 0; r < w->unit.rows; r++) {
         for (uint32_t c = 0; c < dim; c++)
             w->out->o[r][c] += w->o[r * dim + c];
@@ -273,7 +273,7 @@ static void flush_sums(struct kvd_cpu_walk *w)
 
 static void walk_run(struct kvd_cpu_walk *w, const struct run *run)
 {
-    const struct kvd_geometry *g = w->job->p->geometry;
+    const struct kvd_plane *g = w->job->p->plane;
     const struct kvd_cpu_isa *isa = w->job->cpu->isa;
     if (run->tile)
         score_tile(w, run);
@@ -295,7 +295,7 @@ static void walk_run(struct kvd_cpu_walk *w, const struct run *run)
 static void load_queries(struct kvd_cpu_walk *w)
 {
     const struct kvd_attend_params *p = w->job->p;
-    const struct kvd_geometry *g = p->geometry;
+    const struct kvd_plane *g = p->plane;
     const struct kvd_rotation *rot = p->rotation;
     uint32_t group = group_of(w->job), dim = g->head_dim_k;
     float *plain = w->q[0]; // rows lie dim apart: the inner loops want them dense
@@ -323,7 +323,7 @@ static void split_range(const struct attend_job *job, const struct unit *u, uint
                         uint64_t *begin, uint64_t *end)
 {
     const struct kvd_attend_params *p = job->p;
-    uint32_t group = group_of(job), sink = p->geometry->sink;
+    uint32_t group = group_of(job), sink = p->plane->sink;
     uint64_t total = total_tokens(u->item);
     uint64_t first = total - u->item->q_len + u->row0 / group;
     uint64_t last = total - u->item->q_len + (u->row0 + u->rows - 1) / group;
@@ -351,7 +351,7 @@ static struct unit unit_at(const struct attend_job *job, uint64_t i);
 
 static void begin_walk(struct kvd_cpu_walk *w, const struct attend_job *job, uint64_t index)
 {
-    const struct kvd_geometry *g = job->p->geometry;
+    const struct kvd_plane *g = job->p->plane;
     w->index = index;
     w->unit = unit_at(job, index / job->splits);
     w->compressed = false;
@@ -404,7 +404,7 @@ static void merge(struct partial *to, const struct partial *from, uint32_t rows,
 static void finish(const struct attend_job *job, const struct unit *u, const struct partial *part)
 {
     const struct kvd_attend_params *p = job->p;
-    const struct kvd_geometry *g = p->geometry;
+    const struct kvd_plane *g = p->plane;
     uint32_t group = group_of(job), dim = g->head_dim_v;
     for (uint32_t r = 0; r < u->rows; r++) {
         float o[KVD_MAX_HEAD_DIM] = {0}, rotated[KVD_MAX_HEAD_DIM];
@@ -429,7 +429,7 @@ static void finish(const struct attend_job *job, const struct unit *u, const str
 
 static struct unit unit_at(const struct attend_job *job, uint64_t i)
 {
-    const struct kvd_geometry *g = job->p->geometry;
+    const struct kvd_plane *g = job->p->plane;
     uint32_t lo = 0, hi = job->p->n_items;
     while (hi - lo > 1) {
         uint32_t mid = (lo + hi) / 2;
@@ -477,7 +477,7 @@ static void finish_one(void *ctx, uint64_t i)
     struct unit u = unit_at(job, i);
     struct partial *part = &job->partials[i * job->splits];
     for (uint32_t s = 1; s < job->splits; s++)
-        merge(part, part + s, u.rows, job->p->geometry->head_dim_v);
+        merge(part, part + s, u.rows, job->p->plane->head_dim_v);
     finish(job, &u, part);
 }
 
@@ -555,7 +555,7 @@ static bool keep(struct attend_job *job, struct kvd_slice *slice)
 // Units of each item, added up, and how many splits they want.
 static uint64_t *plan(const struct kvd_attend_params *p, struct attend_job *job)
 {
-    const struct kvd_geometry *g = p->geometry;
+    const struct kvd_plane *g = p->plane;
     uint64_t *first = calloc(p->n_items + 1, sizeof(*first)), longest = 0;
     if (!first)
         return NULL;

@@ -153,7 +153,7 @@ static void read_row(const struct read_job *job, uint32_t layer, uint64_t token,
                      bool v, float *x)
 {
     const struct kvd_read_params *p = job->p;
-    const struct kvd_geometry *g = p->geometry;
+    const struct kvd_plane *g = p->plane;
     uint32_t dk = g->head_dim_k, dv = g->head_dim_v, dim = v ? dv : dk;
     uint32_t codec = KVD_CODEC_BF16, row;
     uint64_t page;
@@ -191,14 +191,13 @@ static void read_one(void *ctx, uint64_t i)
     uint32_t layer = (uint32_t)(i / p->tokens);
     uint64_t token = i % p->tokens;
     float x[KVD_MAX_HEAD_DIM];
-    for (uint32_t h = 0; h < p->geometry->kv_heads; h++) {
+    for (uint32_t h = 0; h < p->plane->kv_heads; h++) {
         for (int v = 0; v < 2; v++) {
             const struct kvd_tensor *t = v ? &p->v : &p->k;
             if (!t->data)
                 continue;
             read_row(job, p->layer_begin + layer, p->begin + token, h, v, x);
-            kvd_store_row(t, layer, token, h, v ? p->geometry->head_dim_v : p->geometry->head_dim_k,
-                          x);
+            kvd_store_row(t, layer, token, h, v ? p->plane->head_dim_v : p->plane->head_dim_k, x);
         }
     }
 }

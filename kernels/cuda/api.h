@@ -65,7 +65,7 @@ struct kvd_cuda_attend_params {
     uint32_t layer;                // KV layer index within the pages and the rotation set
     uint32_t q_len;                // queries a sequence: the last tokens of it
     uint32_t new_tokens;           // 0, or q_len: K/V of the queries are in k and v
-    uint32_t sink, ring;           // tokens; ring as kvd_geometry_ring
+    uint32_t sink, ring;           // tokens; ring as kvd_plane_ring
     float scale;                   // logits are scale * q.k,
     float softcap;                 // then softcap * tanh(logit / softcap); 0: none
     uint32_t window;               // each query sees its last `window` tokens; 0: all

@@ -41,14 +41,14 @@ static bool pause_at(struct kvd_slice *slice, uint64_t at)
     return true;
 }
 
-static uint32_t codec_pages(const struct kvd_geometry *g, uint64_t hist_end)
+static uint32_t codec_pages(const struct kvd_plane *g, uint64_t hist_end)
 {
     return hist_end > g->sink ? (uint32_t)kvd_div_up(hist_end - g->sink, KVD_PAGE_TOKENS) : 0;
 }
 
-static uint32_t bf16_pages(const struct kvd_geometry *g)
+static uint32_t bf16_pages(const struct kvd_plane *g)
 {
-    return (uint32_t)kvd_div_up(g->sink, KVD_PAGE_TOKENS) + kvd_geometry_ring(g) / KVD_PAGE_TOKENS;
+    return (uint32_t)kvd_div_up(g->sink, KVD_PAGE_TOKENS) + kvd_plane_ring(g) / KVD_PAGE_TOKENS;
 }
 
 // A block for a tensor of `layers` slices of [tokens][heads][dim]: staged, or where it is.
@@ -77,7 +77,7 @@ static uint32_t new_tokens(const struct kvd_append_item *item)
 // Bytes of the tensors of a layer, and of the tables that every slice carries.
 static uint64_t append_bytes(const struct kvd_append_params *p, uint64_t *tables)
 {
-    const struct kvd_geometry *g = p->geometry;
+    const struct kvd_plane *g = p->plane;
     uint64_t bytes = 0;
     *tables = kvd_stage_bytes(p->n_items * sizeof(struct kvd_cuda_append_item)) + 256;
     for (uint32_t i = 0; i < p->n_items; i++) {
@@ -96,13 +96,13 @@ static struct kvd_cuda_append_params append_tables(struct kvd_cuda *c,
                                                    uint32_t layer, uint32_t layers,
                                                    struct kvd_staged *staged)
 {
-    const struct kvd_geometry *g = p->geometry;
+    const struct kvd_plane *g = p->plane;
     struct kvd_cuda_append_params out = {.kv_heads = g->kv_heads,
                                          .dim_k = g->head_dim_k,
                                          .dim_v = g->head_dim_v,
                                          .codec = g->codec,
                                          .sink = g->sink,
-                                         .ring = kvd_geometry_ring(g),
+                                         .ring = kvd_plane_ring(g),
                                          .layer_begin = p->layer_begin + layer,
                                          .layer_count = layers,
                                          .n_items = p->n_items};
@@ -160,7 +160,7 @@ static int append_slice(struct kvd_cuda *c, const struct kvd_append_params *p, u
 // What a layer of an append takes: tensors come over the bus, others are read where they are.
 static uint64_t append_ns(const struct kvd_append_params *p, uint64_t staged)
 {
-    const struct kvd_geometry *g = p->geometry;
+    const struct kvd_plane *g = p->plane;
     uint64_t rows = 0;
     for (uint32_t i = 0; i < p->n_items; i++)
         rows += (uint64_t)new_tokens(&p->items[i]) * g->kv_heads;
@@ -235,7 +235,7 @@ static int run_check(struct kvd_cuda *c, const struct kvd_cuda_append_params *p,
                      void *ctx, struct kvd_error *err)
 {
     struct check *check = ctx;
-    const struct kvd_geometry *g = check->p->geometry;
+    const struct kvd_plane *g = check->p->plane;
     *c->found = ~0ull;
     int rc = kvd_cuda_check(p, c->found, c->stream);
     if (rc == 0)
@@ -322,7 +322,7 @@ static bool lies_right(const struct group *g, uint32_t t, uint32_t heads)
 
 static struct group group_at(const struct kvd_attend_params *p, uint32_t first)
 {
-    const struct kvd_geometry *g = p->geometry;
+    const struct kvd_plane *g = p->plane;
     struct group out = {.p = p, .items = &p->items[first], .bf16_stride = bf16_pages(g)};
     const struct kvd_attend_item *head = out.items;
     while (first + out.n < p->n_items && alike(head, &out.items[out.n])) {
@@ -349,7 +349,7 @@ static struct kvd_staged staged_of(const struct group *g, const uint64_t at[T_CO
                                    uint32_t i, uint32_t layer, uint32_t layers)
 {
     const struct kvd_attend_item *item = &g->items[i];
-    const struct kvd_geometry *geo = g->p->geometry;
+    const struct kvd_plane *geo = g->p->plane;
     const uint32_t heads[] = {geo->q_heads, geo->kv_heads, geo->kv_heads, geo->q_heads,
                               geo->q_heads};
     const uint32_t dims[] = {geo->head_dim_k, geo->head_dim_k, geo->head_dim_v, geo->head_dim_v, 1};
@@ -376,7 +376,7 @@ static struct kvd_cuda_pages stage_pages(struct kvd_cuda *c, const struct group 
     uint64_t length = kvd_stage_take(c, g->n * 4), end = kvd_stage_take(c, g->n * 4);
     for (uint32_t i = 0; i < g->n; i++) {
         const struct kvd_attend_item *item = &g->items[i];
-        uint32_t pages = codec_pages(g->p->geometry, item->hist_end);
+        uint32_t pages = codec_pages(g->p->plane, item->hist_end);
         if (pages)
             memcpy(c->stage.host + codec + (uint64_t)i * g->codec_stride * 8, item->pages.codec,
                    pages * 8);
@@ -416,7 +416,7 @@ int kvd_cuda_scratch(struct kvd_cuda *c, uint64_t bytes, struct kvd_error *err)
 static int plan_group(struct kvd_cuda *c, const struct group *g, struct kvd_cuda_attend_params *out,
                       struct kvd_error *err)
 {
-    const struct kvd_geometry *geo = g->p->geometry;
+    const struct kvd_plane *geo = g->p->plane;
     const struct kvd_attend_item *head = g->items;
     *out = (struct kvd_cuda_attend_params){.sequences = g->n,
                                            .q_heads = geo->q_heads,
@@ -427,7 +427,7 @@ static int plan_group(struct kvd_cuda *c, const struct group *g, struct kvd_cuda
                                            .q_len = head->q_len,
                                            .new_tokens = head->new_tokens,
                                            .sink = geo->sink,
-                                           .ring = kvd_geometry_ring(geo),
+                                           .ring = kvd_plane_ring(geo),
                                            .scale = g->p->scale,
                                            .softcap = g->p->softcap,
                                            .window = g->p->window,
@@ -512,7 +512,7 @@ static int attend_slice(struct kvd_cuda *c, const struct group *g, uint32_t laye
 // What a layer of a group takes: reading its pages, or the arithmetic of many queries.
 static uint64_t attend_ns(const struct group *g)
 {
-    const struct kvd_geometry *geo = g->p->geometry;
+    const struct kvd_plane *geo = g->p->plane;
     uint64_t tokens = 0;
     for (uint32_t i = 0; i < g->n; i++)
         tokens += g->items[i].length + g->items[i].new_tokens;
@@ -558,7 +558,7 @@ int kvd_cuda_op_attend(struct kvd_backend *b, const struct kvd_attend_params *p,
 int kvd_cuda_op_read(struct kvd_backend *b, const struct kvd_read_params *p, struct kvd_error *err)
 {
     struct kvd_cuda *c = cuda_of(b);
-    const struct kvd_geometry *g = p->geometry;
+    const struct kvd_plane *g = p->plane;
     uint32_t codec = codec_pages(g, p->hist_end), bf16 = bf16_pages(g);
     uint64_t k = p->k.data ? tensor_bytes(&p->k, p->tokens, g->kv_heads, g->head_dim_k) : 0;
     uint64_t v = p->v.data ? tensor_bytes(&p->v, p->tokens, g->kv_heads, g->head_dim_v) : 0;
@@ -584,7 +584,7 @@ int kvd_cuda_op_read(struct kvd_backend *b, const struct kvd_read_params *p, str
             .dim_v = g->head_dim_v,
             .codec = g->codec,
             .sink = g->sink,
-            .ring = kvd_geometry_ring(g),
+            .ring = kvd_plane_ring(g),
             .layer_begin = p->layer_begin + l,
             .layer_count = layers,
             .codec_pages = (void *)(c->stage.device + table),

@@ -74,17 +74,17 @@ static double time_blas(int tokens, int repeats, uint64_t *rng)
     return median(t, repeats);
 }
 
-static struct kvd_geometry geometry_of(uint32_t sink, uint32_t recent, uint32_t kv, uint32_t heads,
-                                       uint32_t dim)
+static struct kvd_plane plane_of(uint32_t sink, uint32_t recent, uint32_t kv, uint32_t heads,
+                                 uint32_t dim)
 {
-    return (struct kvd_geometry){.n_layers = 1,
-                                 .q_heads = heads,
-                                 .kv_heads = kv,
-                                 .head_dim_k = dim,
-                                 .head_dim_v = dim,
-                                 .codec = KVD_CODEC_INT2,
-                                 .sink = sink,
-                                 .recent = recent};
+    return (struct kvd_plane){.n_layers = 1,
+                              .q_heads = heads,
+                              .kv_heads = kv,
+                              .head_dim_k = dim,
+                              .head_dim_v = dim,
+                              .codec = KVD_CODEC_INT2,
+                              .sink = sink,
+                              .recent = recent};
 }
 
 static double time_int2(const char *isa, uint32_t threads, uint32_t tokens, int repeats,
@@ -95,7 +95,7 @@ static double time_int2(const char *isa, uint32_t threads, uint32_t tokens, int 
     if (!b)
         return 0;
     struct kseq s;
-    kseq_init(&s, geometry_of(64, 256, KV, HEADS, DIM), tokens, 1, 0.96f, 0.92f, seed);
+    kseq_init(&s, plane_of(64, 256, KV, HEADS, DIM), tokens, 1, 0.96f, 0.92f, seed);
     // Random pages: what they hold does not change the time, and quantizing would take long.
     for (uint32_t i = 0; i < s.n_codec; i++)
         for (uint64_t j = 0; j < kvd_page_bytes(&s.g, KVD_CODEC_INT2); j++)
@@ -114,7 +114,7 @@ static double time_int2(const char *isa, uint32_t threads, uint32_t tokens, int 
                                    .q_len = 1,
                                    .q = kseq_tensor(q, KVD_DTYPE_F32, 1, HEADS, DIM, 0),
                                    .o = kseq_tensor(o, KVD_DTYPE_F32, 1, HEADS, DIM, 0)};
-    struct kvd_attend_params p = {.geometry = &s.g,
+    struct kvd_attend_params p = {.plane = &s.g,
                                   .rotation = rot,
                                   .layer_count = 1,
                                   .scale = 0.0883883f,
@@ -267,8 +267,8 @@ static void bench_codes(const char *activations)
         return;
     }
     struct kvd_error err = {0};
-    struct kvd_geometry g = geometry_of(64, 256, 1, 1, 64);
-    struct kvd_rotset *h = kvd_rotset_new("hadamard", &g, &err);
+    uint16_t layer = 0;
+    struct kvd_rotset *h = kvd_rotset_new("hadamard", &layer, 1, 64, 64, &err);
     compare_codes(&r, h, "Hadamard");
     kvd_rotset_free(&h);
     const char *zoo = getenv("KVD_ROTATIONZOO");

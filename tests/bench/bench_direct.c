@@ -245,7 +245,7 @@ static uint64_t *copy_pages(const uint64_t *table, uint64_t entries, uint64_t pa
 
 static struct local_step make_local(const kvd_direct *d, struct tensors t, uint64_t *bytes)
 {
-    const struct kvd_geometry *g = &d->geometry;
+    const struct kvd_plane *g = &d->plane;
     uint32_t n = d->options.slots, *lengths = make(3 * n * sizeof(*lengths));
     struct cudaDeviceProp prop;
     uint64_t sum = 0;
@@ -265,7 +265,7 @@ static struct local_step make_local(const kvd_direct *d, struct tensors t, uint6
                    .codec = g->codec,
                    .q_len = 1,
                    .sink = g->sink,
-                   .ring = kvd_geometry_ring(g),
+                   .ring = kvd_plane_ring(g),
                    .scale = 1 / sqrtf(DIM),
                    .pages = {.codec =
                                  copy_pages(d->codec, (uint64_t)n * d->codec_stride,

@@ -33,18 +33,18 @@ int main(int argc, char **argv)
                                      .extent_bytes = 256 << 20,
                                      .max_sequences = 65536,
                                      .max_namespaces = 4,
-                                     .max_geometries = 4};
+                                     .max_layouts = 4};
     struct kvd_pool *pool = kvd_pool_new(&config, &ops, NULL);
-    struct kvd_geometry g = test_geometry(1, 64, 256);
+    struct kvd_layout g = test_layout(1, 64, 256);
     const uint64_t bytes[] = {4096, 4096};
-    uint32_t ns, geom, *pages = malloc(live * sizeof(*pages));
+    uint32_t ns, layout, *pages = malloc(live * sizeof(*pages));
     memset(pages, 0, live * sizeof(*pages));
     kvd_pool_namespace(pool, "bench", &ns, NULL);
-    kvd_pool_geometry(pool, ns, &g, bytes, &geom, &recycled, NULL);
+    kvd_pool_layout(pool, ns, &g, bytes, &layout, &recycled, NULL);
     long base = resident();
     double t = now();
     for (uint32_t i = 0; i < live; i++)
-        kvd_pool_page_alloc(pool, ns, geom, KVD_POOL_CODEC, &pages[i], NULL);
+        kvd_pool_page_alloc(pool, ns, layout, KVD_POOL_CODEC, &pages[i], NULL);
     double fill = now() - t;
     long full = resident();
     t = now();
@@ -54,14 +54,14 @@ int main(int argc, char **argv)
             rng ^= rng << 13, rng ^= rng >> 7, rng ^= rng << 17;
             uint32_t at = (uint32_t)(rng >> 33) % live;
             kvd_pool_page_unref(pool, pages[at]);
-            kvd_pool_page_alloc(pool, ns, geom, KVD_POOL_CODEC, &pages[at], NULL);
+            kvd_pool_page_alloc(pool, ns, layout, KVD_POOL_CODEC, &pages[at], NULL);
         }
     }
     double random = now() - t;
     t = now();
     for (uint64_t i = 0; i < 20ull * live; i++) {
         uint32_t page;
-        kvd_pool_page_alloc(pool, ns, geom, KVD_POOL_BF16, &page, NULL);
+        kvd_pool_page_alloc(pool, ns, layout, KVD_POOL_BF16, &page, NULL);
         kvd_pool_page_unref(pool, page);
     }
     double tight = now() - t;

@@ -266,7 +266,7 @@ def test_bad_input_changes_nothing(rpc, kvd):
         (lambda: item(k=tensor(k.astype(np.float32))), "INVALID_ARGUMENT", "bf16"),
         (lambda: rpc.kv("Append", session=s, items=[]), "INVALID_ARGUMENT", "0 items"),
         (lambda: rpc.kv("Append", session="f" * 32, items=[]), "UNAUTHENTICATED", "open a new one"),
-        (lambda: append(rpc, s, seq, 20, k, v, layer_begin=2), "INVALID_ARGUMENT", "geometry's 2"),
+        (lambda: append(rpc, s, seq, 20, k, v, layer_begin=2), "INVALID_ARGUMENT", "layout's 2"),
         (lambda: rpc.kv("Append", session=s, items=[kv.AppendItem(sequence=seq, position=20, tokens=20, k=tensor(k),
                                                                   v=tensor(v))] * 2), "INVALID_ARGUMENT", "two items"),
         (lambda: rpc.kv("Attend", session=s, items=[kv.AttendItem(sequence=seq, q_len=21, q=tensor(
@@ -326,7 +326,7 @@ def test_geometries_are_recycled(rpc, kvd):
     held = [open_session(rpc, geometry=geometry(windows=kv.Windows(sink=0, recent=16 + 16 * i))) for i in range(31)]
     with pytest.raises(grpc.RpcError) as e:
         open_session(rpc, geometry=geometry(windows=kv.Windows(sink=64, recent=0)))
-    assert code_of(e) == "RESOURCE_EXHAUSTED" and "64 geometries" in e.value.details()
+    assert code_of(e) == "RESOURCE_EXHAUSTED" and "64 layouts" in e.value.details()
     open_session(rpc, namespace_name="other", geometry=geometry(windows=kv.Windows(sink=64, recent=0)))
     rpc.kv("CloseSession", session=held[0])
     open_session(rpc, geometry=geometry(windows=kv.Windows(sink=80, recent=0)))

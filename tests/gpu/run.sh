@@ -12,7 +12,7 @@ nvflags="-gencode arch=compute_90a,code=sm_90a -O3 -std=c++17 -lineinfo -Xptxas 
 build() { # suffix, further flags of nvcc
     local suffix=$1 f pids=() p
     shift
-    for f in proto/base.c kernels/geometry.c kernels/quantize.c kernels/cpu/append.c kernels/cpu/attend.c \
+    for f in proto/base.c kernels/plane.c kernels/quantize.c kernels/cpu/append.c kernels/cpu/attend.c \
         kernels/cpu/backend.c kernels/cpu/memory.c kernels/cpu/scalar.c kernels/cpu/threads.c kernels/cuda/backend.c kernels/cuda/memory.c kernels/cuda/ops.c \
         kernels/cuda/pack.c tests/gpu/test_cuda.c; do
         gcc $cflags -c "$f" -o "$out/$(echo "$f" | tr / _).o" & pids+=($!)

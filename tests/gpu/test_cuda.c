@@ -97,8 +97,8 @@ static double worst_error, worst_row, worst_lse;
 static void check_shape(const struct shape *c, uint32_t codec, double limit, uint64_t seed)
 {
     struct kseq s;
-    struct kvd_geometry g =
-        geometry(c->layers, c->kv_heads, c->group, c->dk, c->dv, codec, c->sink, c->recent);
+    struct kvd_plane g =
+        test_plane(c->layers, c->kv_heads, c->group, c->dk, c->dv, codec, c->sink, c->recent);
     kseq_init(&s, g, c->length + 64, c->heads_rot, 0.96f, 0.92f, seed);
     kseq_fill(&s);
     to_device(&s);
@@ -230,7 +230,7 @@ static void nonfinite(uint64_t seed)
     for (size_t i = 0; i < KVD_LEN(nonfinite_cases); i++) {
         const struct nonfinite_case *c = &nonfinite_cases[i];
         struct kseq s;
-        kseq_init(&s, nonfinite_geometry(c), c->length + 64, 1, 0.96f, 0.92f, seed + i);
+        kseq_init(&s, nonfinite_plane(c), c->length + 64, 1, 0.96f, 0.92f, seed + i);
         kseq_fill(&s);
         to_device(&s);
         struct kvd_rotation *rot = grow(&s, cuda, c->length, seed);
@@ -251,7 +251,7 @@ static void ragged(uint64_t seed, uint32_t codec, uint32_t group, uint32_t dim)
     struct kseq s[N];
     struct kvd_rotation *rot = NULL;
     struct kvd_attend_item items[N];
-    struct kvd_geometry g = geometry(2, 2, group, dim, dim, codec, 64, 256);
+    struct kvd_plane g = test_plane(2, 2, group, dim, dim, codec, 64, 256);
     uint64_t row = (uint64_t)2 * g.q_heads * dim;
     float *q = malloc(N * row * 4), *o = malloc(2 * N * row * 4);
     for (uint32_t i = 0; i < N; i++) {
@@ -272,7 +272,7 @@ static void ragged(uint64_t seed, uint32_t codec, uint32_t group, uint32_t dim)
             .q = kseq_tensor(q + i * row, KVD_DTYPE_F32, 1, g.q_heads, dim, 0),
             .o = kseq_tensor(o + i * row, KVD_DTYPE_F32, 1, g.q_heads, dim, 0)};
     }
-    struct kvd_attend_params p = {.geometry = &g,
+    struct kvd_attend_params p = {.plane = &g,
                                   .rotation = rot,
                                   .layer_count = 2,
                                   .scale = 0.1f,
@@ -343,7 +343,7 @@ static void chain_tables(struct chain *c, uint32_t n)
 
 static void chain_init(struct chain *c, uint32_t n, uint32_t length, uint32_t codec, uint64_t seed)
 {
-    struct kvd_geometry g = geometry(1, 8, 4, 128, 128, codec, 64, 64);
+    struct kvd_plane g = test_plane(1, 8, 4, 128, 128, codec, 64, 64);
     struct kseq *s = &c->s;
     kseq_init(s, g, length + 64, 1, 0.96f, 0.92f, seed);
     kseq_fill(s);
@@ -358,7 +358,7 @@ static void chain_init(struct chain *c, uint32_t n, uint32_t length, uint32_t co
                                            .codec = codec,
                                            .q_len = 1,
                                            .sink = g.sink,
-                                           .ring = kvd_geometry_ring(&g),
+                                           .ring = kvd_plane_ring(&g),
                                            .scale = 0.5f,
                                            .q_type = KVD_DTYPE_F32,
                                            .o_type = KVD_DTYPE_F32,
@@ -466,7 +466,7 @@ static uint64_t bytes_compared, bytes_different;
 static void same_pages(uint32_t dk, uint32_t dv, uint32_t heads_rot, uint32_t codec, float clip,
                        bool ties, uint64_t seed)
 {
-    struct kvd_geometry g = geometry(2, 2, 1, dk, dv, codec, 64, 64);
+    struct kvd_plane g = test_plane(2, 2, 1, dk, dv, codec, 64, 64);
     struct kseq s[2];
     float gains[4] = {0.95f, 1, 1.1f, 0.9f}; // one a matrix; sets have as many
     for (int i = 0; i < 2; i++) {
@@ -529,7 +529,7 @@ static void same_pages(uint32_t dk, uint32_t dv, uint32_t heads_rot, uint32_t co
 static void reading(uint32_t dk, uint32_t dv, uint32_t heads_rot, uint32_t codec,
                     enum kvd_dtype dtype, uint64_t seed)
 {
-    struct kvd_geometry g = geometry(2, 2, 1, dk, dv, codec, 64, 64);
+    struct kvd_plane g = test_plane(2, 2, 1, dk, dv, codec, 64, 64);
     struct kseq s;
     kseq_init(&s, g, 800, heads_rot, 0.96f, 0.92f, seed);
     kseq_fill(&s);
@@ -544,7 +544,7 @@ static void reading(uint32_t dk, uint32_t dv, uint32_t heads_rot, uint32_t codec
         uint8_t *k = malloc(2ull * n * 2 * dk * 4), *v = malloc(2ull * n * 2 * dv * 4);
         memset(k, 0xff, 2ull * n * 2 * dk * 4);
         memset(v, 0xff, 2ull * n * 2 * dv * 4);
-        struct kvd_read_params p = {.geometry = &g,
+        struct kvd_read_params p = {.plane = &g,
                                     .rotation = rot,
                                     .layer_count = 2,
                                     .pages = {s.at_bf16, s.at_codec},
@@ -584,7 +584,7 @@ static void reading(uint32_t dk, uint32_t dv, uint32_t heads_rot, uint32_t codec
 
 static void rotating(uint32_t dim, uint32_t heads_rot, bool inverse, uint64_t seed)
 {
-    struct kvd_geometry g = geometry(3, 2, 2, dim, dim, KVD_CODEC_INT2, 64, 64);
+    struct kvd_plane g = test_plane(3, 2, 2, dim, dim, KVD_CODEC_INT2, 64, 64);
     struct kseq s;
     kseq_init(&s, g, 64, heads_rot, 1, 1, seed);
     struct kvd_rotation *a = cpu->ops->rotation_new(cpu, &s.rot, NULL);
@@ -626,7 +626,7 @@ static void rotating(uint32_t dim, uint32_t heads_rot, bool inverse, uint64_t se
 // NaN and Inf are found where they are, in host and in device memory.
 static void checking(bool on_device, bool in_v)
 {
-    struct kvd_geometry g = geometry(2, 2, 1, 64, 128, KVD_CODEC_INT2, 64, 64);
+    struct kvd_plane g = test_plane(2, 2, 1, 64, 128, KVD_CODEC_INT2, 64, 64);
     uint64_t nk = 2 * 50 * 2 * 64, nv = 2 * 50 * 2 * 128;
     uint16_t *k = calloc(nk, 2), *v = calloc(nv, 2), *dk, *dv;
     uint64_t at = ((1 * 50 + 17) * 2 + 1) * (in_v ? 128ull : 64) + 33;
@@ -647,7 +647,7 @@ static void checking(bool on_device, bool in_v)
     item.pages.bf16 = item.pages.codec = table;
     item.k.on_device = item.v.on_device = on_device;
     struct kvd_append_params p = {
-        .geometry = &g, .layer_begin = 0, .layer_count = 2, .items = &item, .n_items = 1};
+        .plane = &g, .layer_begin = 0, .layer_count = 2, .items = &item, .n_items = 1};
     struct kvd_nonfinite w = {0};
     int rc = cuda->ops->check(cuda, &p, &w);
     result(rc == KVD_E_INVALID && w.item == 0 && w.layer == 1 && w.token == 17 && w.head == 1 &&

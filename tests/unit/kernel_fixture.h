@@ -10,7 +10,7 @@
 #include "tests/unit/random.h"
 
 struct kseq {
-    struct kvd_geometry g;
+    struct kvd_plane g;
     struct kvd_rotation_data rot;
     float *r_k, *r_v, *clip;
     uint64_t length, hist_end;
@@ -72,7 +72,7 @@ static inline uint64_t *kseq_pages(uint32_t n, uint64_t bytes)
 }
 
 // heads_rot: 0 identity, 1 one rotation per layer, else one per kv head.
-static inline void kseq_init(struct kseq *s, struct kvd_geometry g, uint64_t capacity,
+static inline void kseq_init(struct kseq *s, struct kvd_plane g, uint64_t capacity,
                              uint32_t heads_rot, float clip_k, float clip_v, uint64_t seed)
 {
     *s = (struct kseq){.g = g, .capacity = capacity, .rng = seed, .hist_end = g.sink};
@@ -97,7 +97,7 @@ static inline void kseq_init(struct kseq *s, struct kvd_geometry g, uint64_t cap
     }
     s->rot.clip_k = s->clip;
     s->rot.clip_v = s->clip + matrices;
-    s->n_bf16 = (g.sink + 63) / 64 + kvd_geometry_ring(&g) / 64;
+    s->n_bf16 = (g.sink + 63) / 64 + kvd_plane_ring(&g) / 64;
     s->n_codec = (uint32_t)(capacity / 64 + 1);
     s->bf16 = kseq_pages(s->n_bf16, kvd_page_bytes(&g, KVD_CODEC_BF16));
     s->codec = kseq_pages(s->n_codec, kvd_page_bytes(&g, g.codec));
@@ -126,7 +126,7 @@ static inline void kseq_deinit(struct kseq *s)
 // Normal values, with a channel of large outliers as real keys have them.
 static inline void kseq_fill(struct kseq *s)
 {
-    const struct kvd_geometry *g = &s->g;
+    const struct kvd_plane *g = &s->g;
     uint64_t rows = g->n_layers * s->capacity * g->kv_heads;
     for (uint64_t i = 0; i < rows * g->head_dim_k; i++)
         s->k[i] = kvd_f32_to_bf16((float)(kseq_normal(&s->rng) * (i % g->head_dim_k == 5 ? 8 : 1)));
@@ -147,7 +147,7 @@ static inline struct kvd_tensor kseq_tensor(void *data, enum kvd_dtype dtype, ui
     return t;
 }
 
-static inline uint64_t kseq_hist_end(const struct kvd_geometry *g, uint64_t old, uint64_t length)
+static inline uint64_t kseq_hist_end(const struct kvd_plane *g, uint64_t old, uint64_t length)
 {
     uint64_t keep = (uint64_t)g->sink + g->recent;
     return length <= keep ? old : KVD_MAX(old, g->sink + (length - keep) / 16 * 16);
@@ -156,7 +156,7 @@ static inline uint64_t kseq_hist_end(const struct kvd_geometry *g, uint64_t old,
 static inline void kseq_append(struct kseq *s, struct kvd_backend *b,
                                const struct kvd_rotation *rot, uint32_t n)
 {
-    const struct kvd_geometry *g = &s->g;
+    const struct kvd_plane *g = &s->g;
     struct kvd_append_item item = {
         .pages = {s->at_bf16, s->at_codec},
         .length = s->length,
@@ -167,7 +167,7 @@ static inline void kseq_append(struct kseq *s, struct kvd_backend *b,
         .v = kseq_tensor(s->v, KVD_DTYPE_BF16, s->capacity, g->kv_heads, g->head_dim_v, s->length),
     };
     struct kvd_append_params p = {
-        .geometry = g, .rotation = rot, .layer_count = g->n_layers, .items = &item, .n_items = 1};
+        .plane = g, .rotation = rot, .layer_count = g->n_layers, .items = &item, .n_items = 1};
     struct kvd_error err = {0};
     if (b->ops->append(b, &p, &err)) {
         fprintf(stderr, "append: %s\n", err.text);
@@ -190,7 +190,7 @@ static inline const float *kseq_matrix(const struct kseq *s, bool v, uint32_t la
 static inline void kseq_truth(const struct kseq *s, uint64_t t, uint32_t layer, uint32_t head,
                               bool v, double *out)
 {
-    const struct kvd_geometry *g = &s->g;
+    const struct kvd_plane *g = &s->g;
     uint32_t dim = v ? g->head_dim_v : g->head_dim_k;
     bool history = t >= g->sink && t < s->hist_end;
     if (!history || g->codec == KVD_CODEC_BF16) {

@@ -8,7 +8,7 @@
 enum { LONG_ROWS = 64 }; // query rows, at most
 
 struct long_seq {
-    struct kvd_geometry g;
+    struct kvd_plane g;
     uint64_t tokens; // all of them in history
     uint64_t n_pages, bytes;
     uint8_t *pages;
@@ -35,7 +35,7 @@ static inline uint32_t long_param(uint32_t codec, uint64_t *rng)
 
 static inline void long_tile(struct long_seq *s, uint8_t *tile)
 {
-    const struct kvd_geometry *g = &s->g;
+    const struct kvd_plane *g = &s->g;
     uint64_t bytes = kvd_tile_bytes(g->codec, g->head_dim_k, g->head_dim_v);
     for (uint64_t i = 0; i < bytes; i += 8) {
         uint64_t x = kvd_rand(&s->rng);
@@ -63,7 +63,7 @@ static inline void long_init(struct long_seq *s, uint32_t codec, uint32_t group,
                              uint64_t tokens, uint64_t seed)
 {
     *s = (struct long_seq){
-        .g = geometry(1, 1, group, dim, dim, codec, 0, 0), .tokens = tokens, .rng = seed};
+        .g = test_plane(1, 1, group, dim, dim, codec, 0, 0), .tokens = tokens, .rng = seed};
     s->n_pages = kvd_div_up(tokens, KVD_PAGE_TOKENS);
     s->bytes = s->n_pages * kvd_page_bytes(&s->g, codec);
     s->pages = malloc(s->bytes);
@@ -83,7 +83,7 @@ static inline void long_deinit(struct long_seq *s)
 
 static inline void long_row(const struct long_seq *s, uint64_t t, bool v, float *x)
 {
-    const struct kvd_geometry *g = &s->g;
+    const struct kvd_plane *g = &s->g;
     uint32_t dim = v ? g->head_dim_v : g->head_dim_k, row = (uint32_t)(t % KVD_PAGE_TOKENS);
     const uint8_t *tile = s->pages + t / KVD_PAGE_TOKENS * kvd_page_bytes(g, g->codec);
     if (g->codec != KVD_CODEC_BF16) {
@@ -159,7 +159,7 @@ static inline struct attention_errors long_error(const struct long_seq *s,
                                                  const struct long_truth *x, struct kvd_backend *b,
                                                  const struct kvd_rotation *rot, uint32_t copies)
 {
-    const struct kvd_geometry *g = &s->g;
+    const struct kvd_plane *g = &s->g;
     uint32_t dim = g->head_dim_k;
     uint64_t no_window[4] = {0}, size = (uint64_t)x->rows * dim;
     float *o = malloc(copies * size * sizeof(*o)), *lse = malloc(copies * x->rows * sizeof(*lse));
@@ -177,7 +177,7 @@ static inline struct attention_errors long_error(const struct long_seq *s,
             .o = kseq_tensor(o + i * size, KVD_DTYPE_F32, x->a.q_len, g->q_heads, dim, 0),
             .lse = kseq_tensor(lse + (uint64_t)i * x->rows, KVD_DTYPE_F32, x->a.q_len, g->q_heads,
                                1, 0)};
-    struct kvd_attend_params p = {.geometry = g,
+    struct kvd_attend_params p = {.plane = g,
                                   .rotation = rot,
                                   .layer_count = 1,
                                   .scale = 1 / sqrtf((float)dim),

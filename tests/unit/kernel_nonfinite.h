@@ -26,10 +26,10 @@ static const struct nonfinite_case nonfinite_cases[] = {
 
 enum { NONFINITE_GROUP = 4, NONFINITE_KV = 2, NONFINITE_DIM = 64 };
 
-static inline struct kvd_geometry nonfinite_geometry(const struct nonfinite_case *c)
+static inline struct kvd_plane nonfinite_plane(const struct nonfinite_case *c)
 {
-    return geometry(1, NONFINITE_KV, NONFINITE_GROUP, NONFINITE_DIM, NONFINITE_DIM, c->codec, 16,
-                    32);
+    return test_plane(1, NONFINITE_KV, NONFINITE_GROUP, NONFINITE_DIM, NONFINITE_DIM, c->codec, 16,
+                      32);
 }
 
 static inline void nonfinite_attend(struct kseq *s, const struct nonfinite_case *c,
@@ -52,7 +52,7 @@ static inline void nonfinite_attend(struct kseq *s, const struct nonfinite_case 
                          c->q_len, heads, DIM, 0),
         .o = kseq_tensor(o, KVD_DTYPE_F32, c->q_len, heads, DIM, 0),
         .lse = kseq_tensor(lse, KVD_DTYPE_F32, c->q_len, heads, 1, 0)};
-    struct kvd_attend_params p = {.geometry = &s->g,
+    struct kvd_attend_params p = {.plane = &s->g,
                                   .rotation = rot,
                                   .layer_count = 1,
                                   .scale = 0.125f,

@@ -4,22 +4,20 @@
 
 #include "tests/unit/kernel_fixture.h"
 
-static inline struct kvd_geometry geometry(uint32_t layers, uint32_t kv_heads, uint32_t group,
-                                           uint32_t dk, uint32_t dv, uint32_t codec, uint32_t sink,
-                                           uint32_t recent)
+static inline struct kvd_plane test_plane(uint32_t layers, uint32_t kv_heads, uint32_t group,
+                                          uint32_t dk, uint32_t dv, uint32_t codec, uint32_t sink,
+                                          uint32_t recent)
 {
-    struct kvd_geometry g = {.n_layers = layers,
-                             .q_heads = kv_heads * group,
-                             .kv_heads = kv_heads,
-                             .head_dim_k = dk,
-                             .head_dim_v = dv,
-                             .codec = codec,
-                             .sink = sink,
-                             .recent = recent};
-    for (uint32_t i = 0; i < layers; i++)
-        g.layers[i] = (uint16_t)(2 * i + 1);
+    struct kvd_plane g = {.n_layers = layers,
+                          .q_heads = kv_heads * group,
+                          .kv_heads = kv_heads,
+                          .head_dim_k = dk,
+                          .head_dim_v = dv,
+                          .codec = codec,
+                          .sink = sink,
+                          .recent = recent};
     struct kvd_error err = {0};
-    if (kvd_geometry_check(&g, &err)) {
+    if (kvd_plane_check(&g, &err)) {
         fprintf(stderr, "%s\n", err.text);
         abort();
     }
@@ -36,7 +34,7 @@ struct attention {
 // All of a sequence's K and V in float64: [layer][kv head][token][dim].
 static inline double *all_rows(const struct kseq *s, uint64_t total, bool v)
 {
-    const struct kvd_geometry *g = &s->g;
+    const struct kvd_plane *g = &s->g;
     uint32_t dim = v ? g->head_dim_v : g->head_dim_k;
     double *rows = malloc(sizeof(double) * g->n_layers * g->kv_heads * (total + 1) * dim);
     for (uint64_t i = 0; i < g->n_layers * g->kv_heads * total; i++)
@@ -50,7 +48,7 @@ static inline void truth(const struct kseq *s, const struct attention *a, const 
                          const double *values, const float *q, uint32_t layer, uint32_t qi,
                          uint32_t q_head, double *o, double *lse)
 {
-    const struct kvd_geometry *g = &s->g;
+    const struct kvd_plane *g = &s->g;
     uint32_t head = q_head / (g->q_heads / g->kv_heads);
     uint64_t total = s->length + a->new_tokens, pos = total - a->q_len + qi;
     keys += ((uint64_t)layer * g->kv_heads + head) * total * g->head_dim_k;
@@ -95,7 +93,7 @@ static inline struct attention_errors attention_error(struct kseq *s, struct kvd
                                                       const struct kvd_rotation *rot,
                                                       const struct attention *a)
 {
-    const struct kvd_geometry *g = &s->g;
+    const struct kvd_plane *g = &s->g;
     uint64_t rows = (uint64_t)g->n_layers * a->q_len * g->q_heads;
     float *q = malloc(sizeof(float) * rows * g->head_dim_k);
     float *o = malloc(sizeof(float) * rows * g->head_dim_v), *lse = malloc(sizeof(float) * rows);
@@ -115,7 +113,7 @@ static inline struct attention_errors attention_error(struct kseq *s, struct kvd
         .k = kseq_tensor(s->k, KVD_DTYPE_BF16, s->capacity, g->kv_heads, g->head_dim_k, s->length),
         .v = kseq_tensor(s->v, KVD_DTYPE_BF16, s->capacity, g->kv_heads, g->head_dim_v, s->length),
     };
-    struct kvd_attend_params p = {.geometry = g,
+    struct kvd_attend_params p = {.plane = g,
                                   .rotation = rot,
                                   .layer_count = g->n_layers,
                                   .scale = 1 / sqrtf((float)g->head_dim_k),

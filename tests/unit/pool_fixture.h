@@ -4,7 +4,7 @@
 
 #include "pool/pool.h"
 
-static bool recycled; // what kvd_pool_geometry said last
+static bool recycled; // what kvd_pool_layout said last
 
 struct test_mem {
     uint32_t live, allocs, zeros;
@@ -51,23 +51,25 @@ static inline struct kvd_pool *test_pool(struct test_mem *mem, uint32_t extents,
                                      .extent_bytes = 2 << 20,
                                      .max_sequences = sequences,
                                      .max_namespaces = 8,
-                                     .max_geometries = 8};
+                                     .max_layouts = 8};
     return kvd_pool_new(&config, &ops, NULL);
 }
 
-static inline struct kvd_geometry test_geometry(uint32_t layers, uint32_t sink, uint32_t recent)
+static inline struct kvd_layout test_layout(uint32_t layers, uint32_t sink, uint32_t recent)
 {
-    struct kvd_geometry g = {.n_layers = layers,
-                             .q_heads = 4,
-                             .kv_heads = 2,
-                             .head_dim_k = 64,
-                             .head_dim_v = 64,
-                             .codec = KVD_CODEC_INT2,
-                             .sink = sink,
-                             .recent = recent};
+    struct kvd_layout l = {.n_layers = layers,
+                           .n_planes = 1,
+                           .planes = {{.n_layers = layers,
+                                       .q_heads = 4,
+                                       .kv_heads = 2,
+                                       .head_dim_k = 64,
+                                       .head_dim_v = 64,
+                                       .codec = KVD_CODEC_INT2,
+                                       .sink = sink,
+                                       .recent = recent}}};
     for (uint32_t i = 0; i < layers; i++)
-        g.layers[i] = (uint16_t)i;
-    return g;
+        l.layers[i] = (uint16_t)i;
+    return l;
 }
 
 #endif

@@ -190,24 +190,32 @@ START_TEST(pt_files)
 }
 END_TEST
 
-static struct kvd_geometry geometry(uint32_t layers, uint32_t dim)
+static struct kvd_layout test_layout(uint32_t layers, uint32_t dim)
 {
-    struct kvd_geometry g = {.n_layers = layers,
-                             .q_heads = 2,
-                             .kv_heads = 2,
-                             .head_dim_k = dim,
-                             .head_dim_v = dim,
-                             .codec = 1};
+    struct kvd_plane p = {.n_layers = layers,
+                          .q_heads = 2,
+                          .kv_heads = 2,
+                          .head_dim_k = dim,
+                          .head_dim_v = dim,
+                          .codec = KVD_CODEC_INT2};
+    struct kvd_layout l = {.n_layers = layers, .n_planes = 1, .planes = {p}};
     for (uint32_t i = 0; i < layers; i++)
-        g.layers[i] = (uint16_t)(3 + 4 * i);
-    return g;
+        l.layers[i] = (uint16_t)(3 + 4 * i);
+    return l;
+}
+
+// A set that is built in, for those layers.
+static struct kvd_rotset *new_set(const char *name, uint32_t layers, uint32_t dim,
+                                  struct kvd_error *err)
+{
+    struct kvd_layout l = test_layout(layers, dim);
+    return kvd_rotset_new(name, l.layers, layers, dim, dim, err);
 }
 
 START_TEST(native_files_round_trip)
 {
     struct kvd_error err = {0};
-    struct kvd_geometry g = geometry(3, 128);
-    struct kvd_rotset *a = kvd_rotset_new("hadamard", &g, &err);
+    struct kvd_rotset *a = new_set("hadamard", 3, 128, &err);
     a->clip_k[1] = 0.875f;
     ck_assert_msg(kvd_rotset_write(a, scratch("a.safetensors"), &err) == 0, "%s", err.text);
     struct kvd_rotset *b = kvd_rotset_read(scratch("a.safetensors"), &err);
@@ -217,14 +225,14 @@ START_TEST(native_files_round_trip)
     ck_assert_float_eq(b->clip_k[1], 0.875f);
     ck_assert_uint_eq(b->layers[2], 11);
     struct kvd_rotation_data d;
-    struct kvd_geometry part = geometry(2, 128);
+    struct kvd_layout part = test_layout(2, 128);
     part.layers[0] = 7;
     part.layers[1] = 11;
-    ck_assert_int_eq(kvd_rotset_select(b, &part, &d, &err), 0);
+    ck_assert_int_eq(kvd_rotset_select(b, &part, 0, &d, &err), 0);
     ck_assert_float_eq(d.clip_k[0], 0.875f);
     kvd_rotation_data_deinit(&d);
     part.layers[1] = 12;
-    ck_assert_int_eq(kvd_rotset_select(b, &part, &d, &err), KVD_E_PRECONDITION);
+    ck_assert_int_eq(kvd_rotset_select(b, &part, 0, &d, &err), KVD_E_PRECONDITION);
     kvd_rotset_free(&a);
     kvd_rotset_free(&b);
 }
@@ -299,9 +307,8 @@ START_TEST(native_files_that_are_refused)
     fclose(f);
     native_fails("truncated");
     // Every truncation and a lot of flipped bytes of a good file.
-    struct kvd_geometry g = geometry(1, 64);
     struct kvd_error err = {0};
-    struct kvd_rotset *a = kvd_rotset_new("identity", &g, &err);
+    struct kvd_rotset *a = new_set("identity", 1, 64, &err);
     kvd_rotset_write(a, scratch("bad.safetensors"), &err);
     kvd_rotset_free(&a);
     uint64_t rng = kvd_test_seed("native");
@@ -329,8 +336,7 @@ END_TEST
 START_TEST(sets_that_do_not_hold_up)
 {
     struct kvd_error err = {0};
-    struct kvd_geometry g = geometry(2, 64);
-    struct kvd_rotset *s = kvd_rotset_new("hadamard", &g, &err);
+    struct kvd_rotset *s = new_set("hadamard", 2, 64, &err);
     double worst;
     ck_assert_int_eq(kvd_rotset_check(s, &worst, &err), 0);
     ck_assert_double_lt(worst, 1e-6);
@@ -416,12 +422,10 @@ START_TEST(random_rotations)
     struct kvd_error err = {0};
     const uint32_t dims[] = {64, 128, 256};
     for (size_t d = 0; d < KVD_LEN(dims); d++) {
-        struct kvd_geometry g = {.n_layers = 2,
-                                 .layers = {0, 5},
-                                 .head_dim_k = dims[d],
-                                 .head_dim_v = dims[(d + 1) % 3]};
-        struct kvd_rotset *a = kvd_rotset_new("random", &g, &err);
-        struct kvd_rotset *b = kvd_rotset_new("random", &g, &err);
+        const uint16_t layers[] = {0, 5};
+        uint32_t dk = dims[d], dv = dims[(d + 1) % 3];
+        struct kvd_rotset *a = kvd_rotset_new("random", layers, 2, dk, dv, &err);
+        struct kvd_rotset *b = kvd_rotset_new("random", layers, 2, dk, dv, &err);
         double worst = 0, most = 0;
         ck_assert_msg(a && b && kvd_rotset_check(a, &worst, &err) == 0 && worst < 1e-6, "%s",
                       err.text);
@@ -436,8 +440,7 @@ START_TEST(random_rotations)
         kvd_rotset_free(&b);
     }
     ck_assert(!kvd_rotset_built_in("Random") && kvd_rotset_built_in("random"));
-    struct kvd_geometry g = {.n_layers = 1, .head_dim_k = 64, .head_dim_v = 64};
-    ck_assert(kvd_rotset_new("other", &g, &err) == NULL && err.code == KVD_E_INVALID);
+    ck_assert(new_set("other", 1, 64, &err) == NULL && err.code == KVD_E_INVALID);
 }
 END_TEST
 

@@ -39,8 +39,8 @@ static void check_shape(const char *isa, const struct shape *c, uint32_t codec, 
     if (!b)
         return;
     struct kseq s;
-    struct kvd_geometry g =
-        geometry(c->layers, c->kv_heads, c->group, c->dk, c->dv, codec, c->sink, c->recent);
+    struct kvd_plane g =
+        test_plane(c->layers, c->kv_heads, c->group, c->dk, c->dv, codec, c->sink, c->recent);
     kseq_init(&s, g, c->length + 64, c->heads_rot, 0.96f, 0.92f, seed);
     kseq_fill(&s);
     struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
@@ -162,7 +162,7 @@ START_TEST(codes_match_a_float64_derivation)
 {
     struct kvd_backend *b = backend("scalar", 1);
     struct kseq s;
-    kseq_init(&s, geometry(1, 2, 1, 128, 128, KVD_CODEC_INT2, 0, 0), 512, 1, 0.96f, 0.92f,
+    kseq_init(&s, test_plane(1, 2, 1, 128, 128, KVD_CODEC_INT2, 0, 0), 512, 1, 0.96f, 0.92f,
               kvd_test_seed("codes"));
     kseq_fill(&s);
     struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
@@ -208,8 +208,8 @@ START_TEST(instruction_sets_write_the_same_pages)
     struct kseq s[2];
     for (int i = 0; i < 2; i++) {
         struct kvd_backend *b = backend(i ? NULL : "scalar", 1); // NULL: the best there is
-        kseq_init(&s[i], geometry(2, 2, 1, 128, 128, KVD_CODEC_INT2, 64, 64), 1000, 1, 0.96f, 0.92f,
-                  seed);
+        kseq_init(&s[i], test_plane(2, 2, 1, 128, 128, KVD_CODEC_INT2, 64, 64), 1000, 1, 0.96f,
+                  0.92f, seed);
         kseq_fill(&s[i]);
         struct kvd_rotation *rot = b->ops->rotation_new(b, &s[i].rot, NULL);
         for (int j = 0; j < 10; j++)
@@ -238,12 +238,13 @@ START_TEST(read_returns_what_pages_hold)
         if (!b)
             continue;
         struct kseq s;
-        kseq_init(&s, geometry(2, 2, 2, 64, 128, KVD_CODEC_INT2, 64, 64), 500, 2, 0.96f, 0.92f, 77);
+        kseq_init(&s, test_plane(2, 2, 2, 64, 128, KVD_CODEC_INT2, 64, 64), 500, 2, 0.96f, 0.92f,
+                  77);
         kseq_fill(&s);
         struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
         kseq_append(&s, b, rot, 500);
         float *k = malloc(4 * 2 * 500 * 2 * 64), *v = malloc(4 * 2 * 500 * 2 * 128);
-        struct kvd_read_params p = {.geometry = &s.g,
+        struct kvd_read_params p = {.plane = &s.g,
                                     .rotation = rot,
                                     .layer_count = 2,
                                     .pages = {s.at_bf16, s.at_codec},
@@ -276,7 +277,7 @@ START_TEST(rotation_is_undone_by_its_inverse)
 {
     struct kvd_backend *b = backend("scalar", 2);
     struct kseq s;
-    kseq_init(&s, geometry(2, 2, 3, 64, 64, KVD_CODEC_INT2, 64, 64), 64, 2, 1, 1, 5);
+    kseq_init(&s, test_plane(2, 2, 3, 64, 64, KVD_CODEC_INT2, 64, 64), 64, 2, 1, 1, 5);
     struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
     float x[2 * 5 * 6 * 64], y[2 * 5 * 6 * 64], z[2 * 5 * 6 * 64];
     for (size_t i = 0; i < KVD_LEN(x); i++)
@@ -311,12 +312,12 @@ START_TEST(nonfinite_values_are_found)
 {
     struct kvd_backend *b = backend("scalar", 1);
     struct kseq s;
-    kseq_init(&s, geometry(2, 2, 1, 64, 64, KVD_CODEC_INT2, 64, 64), 10, 1, 1, 1, 5);
+    kseq_init(&s, test_plane(2, 2, 1, 64, 64, KVD_CODEC_INT2, 64, 64), 10, 1, 1, 1, 5);
     kseq_fill(&s);
     struct kvd_append_item item = {.new_length = 10,
                                    .k = kseq_tensor(s.k, KVD_DTYPE_BF16, 10, 2, 64, 0),
                                    .v = kseq_tensor(s.v, KVD_DTYPE_BF16, 10, 2, 64, 0)};
-    struct kvd_append_params p = {.geometry = &s.g, .layer_count = 2, .items = &item, .n_items = 1};
+    struct kvd_append_params p = {.plane = &s.g, .layer_count = 2, .items = &item, .n_items = 1};
     struct kvd_nonfinite at;
     ck_assert_int_eq(b->ops->check(b, &p, &at), 0);
     s.v[((1 * 10 + 4) * 2 + 1) * 64 + 33] = 0xff80; // -inf
@@ -337,7 +338,7 @@ START_TEST(queries_that_are_not_finite_give_nan_alone)
             if (!b)
                 continue;
             struct kseq s;
-            kseq_init(&s, nonfinite_geometry(c), c->length, 1, 0.96f, 0.92f, seed + j);
+            kseq_init(&s, nonfinite_plane(c), c->length, 1, 0.96f, 0.92f, seed + j);
             kseq_fill(&s);
             struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
             kseq_append(&s, b, rot, c->length);
@@ -360,7 +361,7 @@ START_TEST(logits_that_overflow_give_nan)
             if (!b)
                 continue;
             struct kseq s;
-            kseq_init(&s, nonfinite_geometry(&c), c.length, 0, 1, 1, 3);
+            kseq_init(&s, nonfinite_plane(&c), c.length, 0, 1, 1, 3);
             kseq_fill(&s);
             for (uint32_t t = 0; t < c.length; t++) // of kv head 0, channel 0
                 s.k[(uint64_t)t * NONFINITE_KV * NONFINITE_DIM] = negative ? 0xff00 : 0x7f00;

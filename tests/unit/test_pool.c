@@ -12,7 +12,7 @@ struct fixture {
     struct test_mem mem;
     struct kvd_pool *pool;
     struct kvd_error err;
-    uint32_t ns, geom;
+    uint32_t ns, layout;
 };
 
 static struct test_mem fixture_mem; // outlives the fixture's copies
@@ -22,9 +22,9 @@ static struct fixture setup(uint32_t extents, uint32_t layers, uint32_t sink, ui
     struct fixture f = {0};
     fixture_mem = (struct test_mem){0};
     f.pool = test_pool(&fixture_mem, extents, 256);
-    struct kvd_geometry g = test_geometry(layers, sink, recent);
+    struct kvd_layout g = test_layout(layers, sink, recent);
     ck_assert_int_eq(kvd_pool_namespace(f.pool, "a", &f.ns, &f.err), 0);
-    ck_assert_int_eq(kvd_pool_geometry(f.pool, f.ns, &g, page_bytes, &f.geom, &recycled, &f.err),
+    ck_assert_int_eq(kvd_pool_layout(f.pool, f.ns, &g, page_bytes, &f.layout, &recycled, &f.err),
                      0);
     return f;
 }
@@ -32,7 +32,8 @@ static struct fixture setup(uint32_t extents, uint32_t layers, uint32_t sink, ui
 static uint64_t new_seq(struct fixture *f)
 {
     uint64_t id = 0;
-    ck_assert_msg(kvd_pool_seq_new(f->pool, f->ns, f->geom, &id, &f->err) == 0, "%s", f->err.text);
+    ck_assert_msg(kvd_pool_seq_new(f->pool, f->ns, f->layout, &id, &f->err) == 0, "%s",
+                  f->err.text);
     return id;
 }
 
@@ -55,7 +56,7 @@ static int append(struct fixture *f, uint64_t seq, uint64_t at, uint32_t n)
     struct kvd_pool_seq_info info;
     if (kvd_pool_seq_info(f->pool, seq, &info))
         return KVD_E_NOT_FOUND;
-    uint32_t layers = kvd_pool_geometry_get(f->pool, info.geom)->n_layers;
+    uint32_t layers = kvd_pool_layout_get(f->pool, info.layout)->n_layers;
     int rc = begin(f, &a, seq, at, n, 0, layers, 0, 0);
     if (rc == 0 && !a.replayed)
         kvd_pool_append_commit(f->pool, &a);
@@ -381,21 +382,22 @@ START_TEST(memory_is_zeroed_between_namespaces_only)
     struct test_mem mem = {0};
     kvd_pool_free(&f.pool);
     f.pool = test_pool(&mem, 1, 16);
-    struct kvd_geometry g = test_geometry(1, 64, 256);
+    struct kvd_layout g = test_layout(1, 64, 256);
     kvd_pool_namespace(f.pool, "a", &f.ns, &f.err);
     kvd_pool_namespace(f.pool, "b", &other, &f.err);
-    kvd_pool_geometry(f.pool, f.ns, &g, page_bytes, &f.geom, &recycled, &f.err);
+    kvd_pool_layout(f.pool, f.ns, &g, page_bytes, &f.layout, &recycled, &f.err);
     uint32_t page;
-    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, f.ns, f.geom, KVD_POOL_BF16, &page, &f.err), 0);
+    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, f.ns, f.layout, KVD_POOL_BF16, &page, &f.err), 0);
     kvd_pool_page_unref(f.pool, page);
-    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, f.ns, f.geom, KVD_POOL_CODEC, &page, &f.err), 0);
+    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, f.ns, f.layout, KVD_POOL_CODEC, &page, &f.err), 0);
     kvd_pool_page_unref(f.pool, page);
     ck_assert_uint_eq(mem.zeros, 0);
     mem.fail_next = true; // a failing zero must not grant the extent
-    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, other, f.geom, KVD_POOL_CODEC, &page, &f.err),
+    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, other, f.layout, KVD_POOL_CODEC, &page, &f.err),
                      -EIO);
     mem.fail_next = false;
-    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, other, f.geom, KVD_POOL_CODEC, &page, &f.err), 0);
+    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, other, f.layout, KVD_POOL_CODEC, &page, &f.err),
+                     0);
     ck_assert_uint_eq(mem.zeros, 1);
     kvd_pool_page_unref(f.pool, page);
     kvd_pool_info(f.pool, &info);
@@ -496,7 +498,7 @@ START_TEST(extents_are_made_ahead_and_given_back)
     // Those of another namespace too, even if one without memory comes first.
     uint32_t ns;
     ck_assert_int_eq(kvd_pool_namespace(f.pool, "b", &ns, &f.err), 0);
-    ck_assert_int_eq(kvd_pool_seq_new(f.pool, ns, f.geom, &other, &f.err), 0);
+    ck_assert_int_eq(kvd_pool_seq_new(f.pool, ns, f.layout, &other, &f.err), 0);
     kvd_pool_spare_made(f.pool, kvd_pool_spare_wanted(f.pool, 3), 0);
     ck_assert_int_eq(append(&f, other, 0, 400), 0);
     ck_assert_uint_eq(mem->zeros, 2);

@@ -21,7 +21,7 @@ struct model_seq {
 struct model {
     struct kvd_pool *pool;
     struct test_mem mem;
-    uint32_t ns[SPACES], geom[2];
+    uint32_t ns[SPACES], layout[2];
     struct model_seq seq[MAX_LIVE];
     uint64_t rng;
     uint64_t done, refused, evicted, repeats, shared;
@@ -102,7 +102,7 @@ static void op_new(struct model *m)
         return;
     uint32_t ns = m->ns[kvd_rand(&m->rng) % SPACES];
     *s = (struct model_seq){.ns = ns, .holders = 1, .name = -1};
-    int rc = kvd_pool_seq_new(m->pool, ns, m->geom[kvd_rand(&m->rng) % 2], &s->id, NULL);
+    int rc = kvd_pool_seq_new(m->pool, ns, m->layout[kvd_rand(&m->rng) % 2], &s->id, NULL);
     s->used = true;
     if (rc)
         check_share(m, s, rc);
@@ -280,14 +280,14 @@ START_TEST(random_operations)
                                      .max_sequences = MAX_SEQUENCES,
                                      .id_seed = 0xfffffff0, // generations wrap around
                                      .max_namespaces = SPACES,
-                                     .max_geometries = 4,
+                                     .max_layouts = 4,
                                      .on_evict = on_evict,
                                      .on_evict_ctx = &m};
     m.pool = kvd_pool_new(&config, &mem, NULL);
     const uint64_t big[] = {128 << 10, 16 << 10}, small[] = {40 << 10, 5000};
-    struct kvd_geometry g = test_geometry(1, 64, 256), h = test_geometry(1, 16, 32);
-    ck_assert_int_eq(kvd_pool_geometry(m.pool, m.ns[0], &g, big, &m.geom[0], &recycled, NULL), 0);
-    ck_assert_int_eq(kvd_pool_geometry(m.pool, m.ns[0], &h, small, &m.geom[1], &recycled, NULL), 0);
+    struct kvd_layout g = test_layout(1, 64, 256), h = test_layout(1, 16, 32);
+    ck_assert_int_eq(kvd_pool_layout(m.pool, m.ns[0], &g, big, &m.layout[0], &recycled, NULL), 0);
+    ck_assert_int_eq(kvd_pool_layout(m.pool, m.ns[0], &h, small, &m.layout[1], &recycled, NULL), 0);
     for (int i = 0; i < SPACES; i++)
         ck_assert_int_eq(kvd_pool_namespace(m.pool, name_of(i), &m.ns[i], NULL), 0);
     const char *env = getenv("KVD_POOL_OPS");

@@ -5,7 +5,7 @@
 
 #include "tests/unit/pool_fixture.h"
 
-enum { NAMESPACES = 8, GEOMETRIES = 8, SEQUENCES = 64 };
+enum { NAMESPACES = 8, LAYOUTS = 8, SEQUENCES = 64 };
 
 static const uint64_t page_bytes[KVD_POOL_KINDS] = {128 << 10, 16 << 10};
 
@@ -13,7 +13,7 @@ struct fixture {
     struct test_mem mem;
     struct kvd_pool *pool;
     struct kvd_error err;
-    uint32_t geom;
+    uint32_t layout;
 };
 
 static struct fixture f;
@@ -27,11 +27,11 @@ static uint32_t space(const char *name)
 
 static void setup(uint32_t extents)
 {
-    struct kvd_geometry g = test_geometry(1, 64, 256);
+    struct kvd_layout g = test_layout(1, 64, 256);
     f = (struct fixture){0};
     f.pool = test_pool(&f.mem, extents, SEQUENCES);
     uint32_t ns = space("setup");
-    ck_assert_int_eq(kvd_pool_geometry(f.pool, ns, &g, page_bytes, &f.geom, &recycled, &f.err), 0);
+    ck_assert_int_eq(kvd_pool_layout(f.pool, ns, &g, page_bytes, &f.layout, &recycled, &f.err), 0);
     kvd_pool_namespace_release(f.pool, ns);
 }
 
@@ -44,7 +44,7 @@ static void finish(void)
 
 static int make(uint32_t ns, uint64_t *seq)
 {
-    return kvd_pool_seq_new(f.pool, ns, f.geom, seq, &f.err);
+    return kvd_pool_seq_new(f.pool, ns, f.layout, seq, &f.err);
 }
 
 static int append(uint64_t seq, uint64_t at, uint32_t n)
@@ -114,12 +114,12 @@ START_TEST(who_takes_the_slot_gets_no_old_data)
 {
     setup(1);
     uint32_t a = space("a"), page;
-    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, a, f.geom, KVD_POOL_CODEC, &page, &f.err), 0);
+    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, a, f.layout, KVD_POOL_CODEC, &page, &f.err), 0);
     kvd_pool_page_unref(f.pool, page);
     kvd_pool_namespace_release(f.pool, a);
     uint32_t b = space("b");
     ck_assert_uint_eq(a, b);
-    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, b, f.geom, KVD_POOL_CODEC, &page, &f.err), 0);
+    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, b, f.layout, KVD_POOL_CODEC, &page, &f.err), 0);
     ck_assert_uint_eq(f.mem.zeros, 1);
     kvd_pool_page_unref(f.pool, page);
     finish();
@@ -219,52 +219,52 @@ START_TEST(table_blocks_are_shared)
 }
 END_TEST
 
-START_TEST(geometries_are_shared)
+START_TEST(layouts_are_shared)
 {
     setup(2);
-    uint32_t a = space("a"), b = space("b"), geom[GEOMETRIES], n = 0, x;
+    uint32_t a = space("a"), b = space("b"), layout[LAYOUTS], n = 0, x;
     uint64_t seq;
-    struct kvd_geometry g = test_geometry(1, 64, 512);
-    kvd_pool_geometry_unref(f.pool, f.geom);
-    for (;; n++, g.sink += 16)
-        if (kvd_pool_geometry(f.pool, a, &g, page_bytes, &geom[n], &recycled, &f.err))
+    struct kvd_layout g = test_layout(1, 64, 512);
+    kvd_pool_layout_unref(f.pool, f.layout);
+    for (;; n++, g.planes[0].sink += 16)
+        if (kvd_pool_layout(f.pool, a, &g, page_bytes, &layout[n], &recycled, &f.err))
             break;
-    ck_assert_uint_eq(n, GEOMETRIES / 2);
-    g.recent = 1024;
-    ck_assert_int_eq(kvd_pool_geometry(f.pool, b, &g, page_bytes, &x, &recycled, &f.err), 0);
+    ck_assert_uint_eq(n, LAYOUTS / 2);
+    g.planes[0].recent = 1024;
+    ck_assert_int_eq(kvd_pool_layout(f.pool, b, &g, page_bytes, &x, &recycled, &f.err), 0);
     // Nor does it get more by coming back to those that it made before.
     for (uint32_t i = 0; i < n; i++)
-        kvd_pool_geometry_unref(f.pool, geom[i]);
-    g.recent = 512;
+        kvd_pool_layout_unref(f.pool, layout[i]);
+    g.planes[0].recent = 512;
     for (uint32_t i = 0; i < 3; i++) {
-        g.sink -= 16;
-        ck_assert_int_eq(kvd_pool_geometry(f.pool, b, &g, page_bytes, &geom[i], &recycled, &f.err),
+        g.planes[0].sink -= 16;
+        ck_assert_int_eq(kvd_pool_layout(f.pool, b, &g, page_bytes, &layout[i], &recycled, &f.err),
                          0);
     }
-    g.sink -= 16;
-    ck_assert_int_eq(kvd_pool_geometry(f.pool, b, &g, page_bytes, &geom[3], &recycled, &f.err),
+    g.planes[0].sink -= 16;
+    ck_assert_int_eq(kvd_pool_layout(f.pool, b, &g, page_bytes, &layout[3], &recycled, &f.err),
                      KVD_E_LIMIT);
     for (uint32_t i = 0; i < 3; i++)
-        kvd_pool_geometry_unref(f.pool, geom[i]);
-    g.sink = 64;
-    for (n = 0; kvd_pool_geometry(f.pool, a, &g, page_bytes, &geom[n], &recycled, &f.err) == 0; n++)
-        g.sink += 16;
-    ck_assert_uint_eq(n, GEOMETRIES / 2);
+        kvd_pool_layout_unref(f.pool, layout[i]);
+    g.planes[0].sink = 64;
+    for (n = 0; kvd_pool_layout(f.pool, a, &g, page_bytes, &layout[n], &recycled, &f.err) == 0; n++)
+        g.planes[0].sink += 16;
+    ck_assert_uint_eq(n, LAYOUTS / 2);
     // With nothing but evictable sequences they go: the session's own first.
     for (uint32_t i = 0; i < n; i++) {
-        ck_assert_int_eq(kvd_pool_seq_new(f.pool, a, geom[i], &seq, &f.err), 0);
+        ck_assert_int_eq(kvd_pool_seq_new(f.pool, a, layout[i], &seq, &f.err), 0);
         publish(seq, i);
-        kvd_pool_geometry_unref(f.pool, geom[i]);
+        kvd_pool_layout_unref(f.pool, layout[i]);
     }
     for (uint32_t i = 0; i < 20; i++) {
-        g.sink += 16;
-        ck_assert_int_eq(kvd_pool_geometry(f.pool, a, &g, page_bytes, &geom[0], &recycled, &f.err),
+        g.planes[0].sink += 16;
+        ck_assert_int_eq(kvd_pool_layout(f.pool, a, &g, page_bytes, &layout[0], &recycled, &f.err),
                          0);
-        ck_assert_int_eq(kvd_pool_seq_new(f.pool, a, geom[0], &seq, &f.err), 0);
+        ck_assert_int_eq(kvd_pool_seq_new(f.pool, a, layout[0], &seq, &f.err), 0);
         publish(seq, 100 + i);
-        kvd_pool_geometry_unref(f.pool, geom[0]);
+        kvd_pool_layout_unref(f.pool, layout[0]);
     }
-    ck_assert_uint_eq(kvd_pool_geometry_refs(f.pool, x), 1);
+    ck_assert_uint_eq(kvd_pool_layout_refs(f.pool, x), 1);
     ck_assert_uint_eq(kvd_pool_lookup(f.pool, a, "n0"), 0);
     finish();
 }
@@ -273,15 +273,15 @@ END_TEST
 START_TEST(slabs_are_as_many_as_extents)
 {
     setup(2);
-    struct kvd_geometry g = test_geometry(1, 64, 512);
-    uint32_t a = space("a"), page, geom;
-    for (uint32_t i = 0; i < 1000; i++, g.sink = (g.sink + 16) % 4096) {
-        ck_assert_int_eq(kvd_pool_geometry(f.pool, a, &g, page_bytes, &geom, &recycled, &f.err), 0);
+    struct kvd_layout g = test_layout(1, 64, 512);
+    uint32_t a = space("a"), page, layout;
+    for (uint32_t i = 0; i < 1000; i++, g.planes[0].sink = (g.planes[0].sink + 16) % 4096) {
+        ck_assert_int_eq(kvd_pool_layout(f.pool, a, &g, page_bytes, &layout, &recycled, &f.err), 0);
         for (int k = 0; k < KVD_POOL_KINDS; k++) {
-            ck_assert_int_eq(kvd_pool_page_alloc(f.pool, a, geom, k, &page, &f.err), 0);
+            ck_assert_int_eq(kvd_pool_page_alloc(f.pool, a, layout, k, &page, &f.err), 0);
             kvd_pool_page_unref(f.pool, page);
         }
-        kvd_pool_geometry_unref(f.pool, geom);
+        kvd_pool_layout_unref(f.pool, layout);
     }
     finish();
 }
@@ -289,4 +289,4 @@ END_TEST
 
 KVD_MAIN("pool_shares", 60, namespaces_go_when_they_are_empty, who_takes_the_slot_gets_no_old_data,
          idle_namespaces_make_room_for_others, sequences_are_shared, table_blocks_are_shared,
-         geometries_are_shared, slabs_are_as_many_as_extents)
+         layouts_are_shared, slabs_are_as_many_as_extents)

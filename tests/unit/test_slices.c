@@ -66,7 +66,7 @@ static void append_sliced(struct kseq *a, struct kseq *b, struct kvd_backend *ba
 {
     struct cut c, looks;
     struct kvd_append_item item = next_append(b, n);
-    struct kvd_append_params p = {.geometry = &b->g,
+    struct kvd_append_params p = {.plane = &b->g,
                                   .rotation = rot,
                                   .layer_count = b->g.n_layers,
                                   .items = &item,
@@ -96,7 +96,7 @@ static void append_sliced(struct kseq *a, struct kseq *b, struct kvd_backend *ba
 static void attend_sliced(struct kseq *s, struct kvd_backend *b, const struct kvd_rotation *rot,
                           uint32_t q_len, bool fresh)
 {
-    const struct kvd_geometry *g = &s->g;
+    const struct kvd_plane *g = &s->g;
     uint64_t rows = (uint64_t)g->n_layers * q_len * g->q_heads, bytes = rows * g->head_dim_v * 4;
     float *q = malloc(rows * g->head_dim_k * 4);
     for (uint64_t i = 0; i < rows * g->head_dim_k; i++)
@@ -119,7 +119,7 @@ static void attend_sliced(struct kseq *s, struct kvd_backend *b, const struct kv
             .v = kseq_tensor(s->v, KVD_DTYPE_BF16, s->capacity, g->kv_heads, g->head_dim_v, 0),
             .o = kseq_tensor(o[i], KVD_DTYPE_F32, q_len, g->q_heads, g->head_dim_v, 0),
             .lse = kseq_tensor(lse[i], KVD_DTYPE_F32, q_len, g->q_heads, 1, 0)};
-        p[i] = (struct kvd_attend_params){.geometry = g,
+        p[i] = (struct kvd_attend_params){.plane = g,
                                           .rotation = rot,
                                           .layer_count = g->n_layers,
                                           .scale = 0.1f,
@@ -151,9 +151,9 @@ START_TEST(appends_and_attention_in_slices_are_the_same)
     for (uint32_t i = 0; i < 12; i++) {
         uint64_t r = seed + 2 * i;
         uint32_t codec = (uint32_t)(kvd_rand(&r) % KVD_CODEC_COUNT), threads = 1 + i % 4;
-        struct kvd_geometry g =
-            geometry(1 + (uint32_t)(kvd_rand(&r) % 3), 1 + i % 2, 1 + (uint32_t)(kvd_rand(&r) % 5),
-                     64, 64, codec, 16 * (uint32_t)(kvd_rand(&r) % 5), 64);
+        struct kvd_plane g = test_plane(1 + (uint32_t)(kvd_rand(&r) % 3), 1 + i % 2,
+                                        1 + (uint32_t)(kvd_rand(&r) % 5), 64, 64, codec,
+                                        16 * (uint32_t)(kvd_rand(&r) % 5), 64);
         struct kvd_backend *b = kvd_cpu_backend_new(threads, NULL, NULL);
         struct kseq s[2];
         for (int j = 0; j < 2; j++) {
@@ -177,7 +177,7 @@ START_TEST(reads_and_rotations_in_slices_are_the_same)
 {
     struct kvd_backend *b = kvd_cpu_backend_new(3, NULL, NULL);
     struct kseq s;
-    kseq_init(&s, geometry(2, 2, 2, 64, 64, KVD_CODEC_INT2, 64, 64), 900, 2, 0.96f, 0.92f, 77);
+    kseq_init(&s, test_plane(2, 2, 2, 64, 64, KVD_CODEC_INT2, 64, 64), 900, 2, 0.96f, 0.92f, 77);
     kseq_fill(&s);
     struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
     kseq_append(&s, b, rot, 900);
@@ -187,7 +187,7 @@ START_TEST(reads_and_rotations_in_slices_are_the_same)
     for (int i = 0; i < 4; i++)
         x[i] = malloc(N * sizeof(float));
     for (int i = 0; i < 2; i++) {
-        struct kvd_read_params p = {.geometry = &s.g,
+        struct kvd_read_params p = {.plane = &s.g,
                                     .rotation = rot,
                                     .layer_count = 2,
                                     .pages = {s.at_bf16, s.at_codec},
@@ -229,7 +229,7 @@ START_TEST(a_check_in_slices_finds_the_same)
     for (uint32_t threads = 1; threads <= 4; threads++) {
         struct kvd_backend *b = kvd_cpu_backend_new(threads, NULL, NULL);
         struct kseq s;
-        kseq_init(&s, geometry(3, 2, 1, 64, 64, KVD_CODEC_INT2, 64, 64), 3000, 1, 1, 1, seed);
+        kseq_init(&s, test_plane(3, 2, 1, 64, 64, KVD_CODEC_INT2, 64, 64), 3000, 1, 1, 1, seed);
         kseq_fill(&s);
         struct kvd_append_item item = next_append(&s, 3000);
         for (uint32_t i = 0; i < 20; i++) {
@@ -241,7 +241,7 @@ START_TEST(a_check_in_slices_finds_the_same)
             struct kvd_nonfinite at[2] = {0};
             struct cut c;
             struct kvd_append_params p = {
-                .geometry = &s.g, .layer_count = 3, .items = &item, .n_items = 1};
+                .plane = &s.g, .layer_count = 3, .items = &item, .n_items = 1};
             ck_assert_int_eq(kvd_check_host(&p, &at[0]), KVD_E_INVALID);
             p.slice = cut_init(&c, r);
             int rc = KVD_OK;

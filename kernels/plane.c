@@ -1,0 +1,36 @@
+#include "kernels/backend.h"
+
+static bool dim_ok(uint32_t dim)
+{
+    return dim == 64 || dim == 128 || dim == 256;
+}
+
+int kvd_plane_check(const struct kvd_plane *p, struct kvd_error *err)
+{
+    if (p->n_layers < 1 || p->n_layers > KVD_MAX_LAYERS)
+        return kvd_fail(err, KVD_E_INVALID, "%u layers; 1 to %d are possible", p->n_layers,
+                        KVD_MAX_LAYERS);
+    if (p->kv_heads < 1 || p->kv_heads > KVD_MAX_KV_HEADS)
+        return kvd_fail(err, KVD_E_INVALID, "kv_heads is %u; 1 to %d are possible", p->kv_heads,
+                        KVD_MAX_KV_HEADS);
+    if (p->q_heads == 0 || p->q_heads % p->kv_heads || p->q_heads / p->kv_heads > KVD_MAX_GROUP)
+        return kvd_fail(
+            err, KVD_E_INVALID,
+            "q_heads is %u; it must be a multiple of kv_heads (%u), at most %d times it",
+            p->q_heads, p->kv_heads, KVD_MAX_GROUP);
+    if (!dim_ok(p->head_dim_k) || !dim_ok(p->head_dim_v))
+        return kvd_fail(err, KVD_E_INVALID,
+                        "head_dim is %u for K and %u for V; 64, 128 and 256 are possible",
+                        p->head_dim_k, p->head_dim_v);
+    if (p->codec >= KVD_CODEC_COUNT)
+        return kvd_fail(err, KVD_E_INVALID, "unknown codec %u", p->codec);
+    if (p->sink % KVD_CHUNK_TOKENS || p->sink > KVD_MAX_SINK)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "sink is %u tokens; it must be a multiple of %d, at most %d", p->sink,
+                        KVD_CHUNK_TOKENS, KVD_MAX_SINK);
+    if (p->recent % KVD_CHUNK_TOKENS || p->recent > KVD_MAX_RECENT)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "recent is %u tokens; it must be a multiple of %d, at most %d", p->recent,
+                        KVD_CHUNK_TOKENS, KVD_MAX_RECENT);
+    return KVD_OK;
+}
