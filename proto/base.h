@@ -3,6 +3,7 @@
 #ifndef KVD_PROTO_BASE_H
 #define KVD_PROTO_BASE_H
 
+#include <inttypes.h>
 #include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>

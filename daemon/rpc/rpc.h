@@ -127,7 +127,7 @@ KVD_HANDLER(publish_sequence);
 KVD_HANDLER(attach_sequence);
 KVD_HANDLER(free_sequences);
 KVD_HANDLER(describe_sequences);
-KVD_HANDLER(append); // service/compute.c
+KVD_HANDLER(append); // sched/op_*.c
 KVD_HANDLER(attend);
 KVD_HANDLER(step);
 KVD_HANDLER(rotate);

@@ -1,5 +1,5 @@
 // TensorRefs: from what a worker says to memory that is surely inside its buffer.
-#include "daemon/sched/work.h"
+#include "daemon/sched/op.h"
 
 enum { MAX_INLINE_REPLY = 60 << 20 };
 

@@ -1,7 +1,7 @@
-// Compute calls: Append, Attend, Step, Rotate and ReadTokens on their way through the daemon.
+// Compute calls: Append, Attend, Step, Rotate, ReadTokens and MapSequences on their way through the
+// daemon. What differs between them is a struct kvd_op (op.h).
 //
-//   1. service/compute.c checks a request and makes a work of it: tensors resolved to memory,
-//   sequences pinned
+//   1. a request is checked and made a work: tensors resolved to memory, sequences pinned
 //   2. it waits for its fence (fences.c) and in its namespace's line (queue.c); strictly in order,
 //   it starts when no call in flight writes what it uses
 //   3. starting takes the pages (all sequences or none) and notes addresses; the executor runs the
@@ -46,13 +46,15 @@ struct kvd_work {
     struct kvd_job job;
     struct kvd_work *previous, *next;           // in the line, or among those that are parked
     struct kvd_work *previous_work, *next_work; // among all
-    enum kvd_kernel_op op;
+    const struct kvd_op *op;
     bool listed, waits, parked, in_line, in_flight;
     struct kvd_call *call;
     uint64_t session;  // its id: it may have ended
     uint64_t appender; // its identity in the pool
     uint32_t ns;
     uint32_t layout; // referenced until done, and with it the rotation set
+    const struct kvd_plane *plane;
+    const struct kvd_rotation *rotation;
     uint32_t layer_begin, layer_count;
     struct kvd_work_item *items;
     uint32_t n_items, pinned;
@@ -78,12 +80,13 @@ struct kvd_work {
     struct kvd_error why; // of its being cancelled
 };
 
-// A work of n items for a call; NULL with the call answered when memory is short.
+// A work of n items for a call; NULL when memory is short.
 struct kvd_work *kvd_work_new(struct kvd_call *call, const struct kvd_session *s,
-                              enum kvd_kernel_op op, size_t n);
-// Frees a work that was never queued, and its pins.
+                              const struct kvd_op *op, size_t n, struct kvd_error *err);
+// Frees a work that was never queued.
 void kvd_work_free(struct kvd_daemon *d, struct kvd_work *w);
-// Has it wait for its turn, or its fence first; from here on it answers its call itself.
+// Pins its sequences and has it wait for its turn, or its fence first; from here on it answers its
+// call itself.
 void kvd_work_queue(struct kvd_daemon *d, struct kvd_work *w);
 // Whether no work in flight is in its way.
 bool kvd_work_ready(const struct kvd_daemon *d, const struct kvd_work *w);
@@ -91,13 +94,6 @@ bool kvd_work_ready(const struct kvd_daemon *d, const struct kvd_work *w);
 void kvd_work_start(struct kvd_daemon *d, struct kvd_work *w);
 // run.c: the executor's part, a kvd_job's run.
 bool kvd_work_run(struct kvd_daemon *d, struct kvd_job *job);
-// Answers its call with an error and frees it.
-void kvd_work_fail(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_error *err);
-// Pins an item's sequence.
-void kvd_work_pin(struct kvd_daemon *d, struct kvd_work *w);
-
-// mapping.c: answers MapSequences, whose work has its pages noted.
-int kvd_mapping_reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err);
 
 // fences.c: works that wait for their workers' GPU streams.
 bool kvd_fence_passed(const struct kvd_fence *f);
@@ -108,23 +104,5 @@ void kvd_fences_deinit(struct kvd_daemon *d);
 void kvd_fences_park(struct kvd_daemon *d, struct kvd_work *w);
 // Takes out a work that is parked.
 void kvd_fences_forget(struct kvd_daemon *d, struct kvd_work *w);
-
-struct kvd_shape {
-    uint32_t layers, tokens, heads, dim;
-};
-
-// tensors.c: resolves a TensorRef to memory. For an output that goes into the reply, memory is made
-// and handed to *inline_out. KVD_E_INVALID says which tensor reaches where; `name` and `item` are
-// for that message.
-int kvd_work_tensor_in(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,
-                       struct kvd_shape shape, const char *name, uint32_t item,
-                       struct kvd_tensor *out, struct kvd_error *err);
-// Resolves a fence; `name` is for the message. NULL: none.
-int kvd_work_fence(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__Fence *f,
-                   const char *name, struct kvd_fence *out, struct kvd_error *err);
-int kvd_work_tensor_out(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,
-                        struct kvd_shape shape, const char *name, uint32_t item,
-                        struct kvd_tensor *out, uint8_t **inline_out, size_t *inline_len,
-                        struct kvd_error *err);
 
 #endif

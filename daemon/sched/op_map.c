@@ -2,7 +2,7 @@
 //
 // It waits in the queue of compute calls, so that no append is half done when it looks. Descriptors
 // go out before the reply.
-#include "daemon/sched/work.h"
+#include "daemon/sched/op.h"
 
 enum { MAX_PAGES = 4 << 20 }; // in one reply
 
@@ -33,8 +33,8 @@ static void fill(struct kvd_daemon *d, const struct kvd_work_item *item, uint32_
     out->codec_pages = numbers + item->n_bf16 + from;
 }
 
-static int reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_session *s, bool again,
-                 struct kvd_error *err)
+static int lend_and_tell(struct kvd_daemon *d, struct kvd_work *w, struct kvd_session *s,
+                         bool again, struct kvd_error *err)
 {
     Kvd__V1__MapSequencesReply r = KVD__V1__MAP_SEQUENCES_REPLY__INIT;
     uint64_t pages = 0, at = 0;
@@ -71,44 +71,65 @@ static int reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_session *s
     return KVD_OK;
 }
 
-int kvd_mapping_reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
+static int check(struct kvd_work *w, struct kvd_session *s, const void *request,
+                 struct kvd_error *err)
+{
+    const Kvd__V1__MapSequencesRequest *req = request;
+    if (!s->connection)
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "a leased session cannot map pages; connect to the fd socket and open the "
+                        "session with its ticket");
+    for (uint32_t i = 0; i < w->n_items; i++) {
+        w->items[i].seq = req->items[i]->sequence;
+        w->items[i].position = req->items[i]->codec_from;
+        if (!kvd_session_holds(s, w->items[i].seq))
+            return kvd_fail(err, KVD_E_NOT_FOUND,
+                            "items[%u]: this session holds no sequence %" PRIu64, i,
+                            w->items[i].seq);
+    }
+    return KVD_OK;
+}
+
+static int note_item(struct kvd_daemon *d, struct kvd_work_item *item, struct kvd_error *err)
+{
+    struct kvd_pool_seq_info info;
+    if (kvd_pool_seq_info(d->pool, item->seq, &info))
+        return kvd_fail(err, KVD_E_NOT_FOUND, "sequence %" PRIu64 " was freed", item->seq);
+    if (info.pending_layers)
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "an append has filled %u layers of sequence %" PRIu64
+                        "; finish it or truncate to %" PRIu64 " first",
+                        info.pending_layers, item->seq, info.length);
+    item->length = info.length;
+    item->hist_end = info.hist_end;
+    return kvd_op_note_pages(d, item, err);
+}
+
+static int prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
+{
+    for (uint32_t i = 0; i < w->n_items; i++)
+        if (note_item(d, &w->items[i], err))
+            return kvd_fail_in(err, "items[%u]", i);
+    return KVD_OK;
+}
+
+static int reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
 {
     // A work that waits is failed when its session ends, so this one's is there.
     const Kvd__V1__MapSequencesRequest *req = (const void *)w->call->request;
     struct kvd_session *s = kvd_session_find(d, req->session);
-    return s ? reply(d, w, s, req->again, err) : kvd_fail(err, KVD_E_UNAUTH, "the session ended");
+    return s ? lend_and_tell(d, w, s, req->again, err)
+             : kvd_fail(err, KVD_E_UNAUTH, "the session ended");
 }
+
+const struct kvd_op kvd_op_map = {.id = KVD_OP_MAP,
+                                  .most_items = KVD_MAX_CALL_ITEMS,
+                                  .check = check,
+                                  .prepare = prepare,
+                                  .reply = reply};
 
 void kvd_on_map_sequences(struct kvd_call *call, const void *request)
 {
     const Kvd__V1__MapSequencesRequest *req = request;
-    struct kvd_session *s = kvd_call_session(call, req->session);
-    struct kvd_error err = {0};
-    int rc = KVD_OK;
-    if (!s)
-        return;
-    if (!s->connection)
-        rc = kvd_fail(&err, KVD_E_PRECONDITION,
-                      "a leased session cannot map pages; connect to the fd socket and open the "
-                      "session with its ticket");
-    else if (req->n_items > KVD_MAX_CALL_ITEMS)
-        rc = kvd_fail(&err, KVD_E_INVALID, "%zu items; at most %d are possible", req->n_items,
-                      KVD_MAX_CALL_ITEMS);
-    for (size_t i = 0; i < req->n_items && rc == KVD_OK; i++)
-        if (!kvd_session_holds(s, req->items[i]->sequence))
-            rc = kvd_fail(&err, KVD_E_NOT_FOUND, "items[%zu]: this session holds no sequence %llu",
-                          i, (unsigned long long)req->items[i]->sequence);
-    if (rc) {
-        kvd_call_fail_error(call, &err);
-        return;
-    }
-    struct kvd_work *w = kvd_work_new(call, s, KVD_OP_MAP, req->n_items);
-    if (!w)
-        return;
-    for (uint32_t i = 0; i < w->n_items; i++) {
-        w->items[i].seq = req->items[i]->sequence;
-        w->items[i].position = req->items[i]->codec_from;
-    }
-    kvd_work_pin(call->d, w);
-    kvd_work_queue(call->d, w);
+    kvd_op_handle(call, &kvd_op_map, req->session, req->n_items, request);
 }

@@ -1,0 +1,106 @@
+// An operation: what one kind of compute call does at each station of its way (work.h), and what
+// several of them share. One file for each: op_append.c, op_attend.c, op_step.c, op_read.c,
+// op_rotate.c, op_map.c.
+#ifndef KVD_DAEMON_OP_H
+#define KVD_DAEMON_OP_H
+
+#include "daemon/sched/work.h"
+
+// A part of the executor's run, in slices. It gets what the work noted, and nothing of the loop's.
+typedef int kvd_op_phase(struct kvd_daemon *d, struct kvd_work *w);
+
+struct kvd_op {
+    enum kvd_kernel_op id; // in the metrics
+    bool writes;           // its sequences change: nobody else may use them meanwhile
+    uint32_t least_items, most_items;
+    // Loop thread. Checks the request and notes sequences, tensors and parameters in the work. No
+    // sequence is pinned yet, and nothing else has changed: an error is the answer.
+    int (*check)(struct kvd_work *w, struct kvd_session *s, const void *request,
+                 struct kvd_error *err);
+    // Loop thread, at its turn: takes pages and notes addresses and lengths. What was taken before
+    // an error is given back by `settle`. NULL: nothing is wanted.
+    int (*prepare)(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err);
+    // Executor thread, in this order; ends with NULL. `run` itself is NULL where no kernel runs:
+    // such a work is answered right after `prepare`.
+    kvd_op_phase *const *run;
+    // Loop thread: takes over what `prepare` took, or gives it back. NULL: nothing was taken.
+    void (*settle)(struct kvd_daemon *d, struct kvd_work *w, bool commit);
+    // Loop thread: answers the call. After an error it has not, and the caller does.
+    int (*reply)(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err);
+};
+
+extern const struct kvd_op kvd_op_append, kvd_op_attend, kvd_op_step, kvd_op_rotate, kvd_op_read,
+    kvd_op_map;
+
+// Handles a request of n items: checks it, and has it wait for its turn, or answers with what is
+// wrong. `session` is its secret.
+void kvd_op_handle(struct kvd_call *call, const struct kvd_op *op, const char *session, size_t n,
+                   const void *request);
+
+// -- request.c: what requests have in common ----------------------------------------------------
+struct kvd_shape {
+    uint32_t layers, tokens, heads, dim;
+};
+
+// Sequence and token count of an item; `sum` adds up over the call.
+int kvd_op_check_item(const struct kvd_session *s, uint64_t seq, uint64_t tokens, uint32_t item,
+                      uint64_t *sum, struct kvd_error *err);
+// count 0: all from `begin` on.
+int kvd_op_set_layers(struct kvd_work *w, uint32_t begin, uint32_t count, struct kvd_error *err);
+// K and V of item i, and q, o and lse of it.
+int kvd_op_set_kv(struct kvd_work *w, struct kvd_session *s, uint32_t i,
+                  const Kvd__V1__TensorRef *k, const Kvd__V1__TensorRef *v, struct kvd_error *err);
+int kvd_op_set_qo(struct kvd_work *w, struct kvd_session *s, uint32_t i,
+                  const Kvd__V1__TensorRef *q, const Kvd__V1__TensorRef *o,
+                  const Kvd__V1__TensorRef *lse, const Kvd__V1__AttentionParams *params,
+                  struct kvd_error *err);
+
+// What Append, Attend and Step have in common. `ids` fills in sequence and counts of item i, which
+// are then checked, `tensors` the rest.
+struct kvd_op_batch {
+    uint32_t layer_begin, layer_count;
+    const Kvd__V1__AttentionParams *params; // of Attend and Step
+    const Kvd__V1__Fence *wait, *signal;
+    void (*ids)(struct kvd_work_item *item, const void *request, uint32_t i);
+    int (*tensors)(struct kvd_work *w, struct kvd_session *s, const void *request, uint32_t i,
+                   struct kvd_error *err);
+};
+int kvd_op_check_batch(struct kvd_work *w, struct kvd_session *s, const void *request,
+                       const struct kvd_op_batch *b, struct kvd_error *err);
+
+// -- tensors.c ----------------------------------------------------------------------------------
+// Resolves a TensorRef to memory. For an output that goes into the reply, memory is made and handed
+// to *inline_out. KVD_E_INVALID says which tensor reaches where; `name` and `item` are for that
+// message.
+int kvd_work_tensor_in(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,
+                       struct kvd_shape shape, const char *name, uint32_t item,
+                       struct kvd_tensor *out, struct kvd_error *err);
+int kvd_work_tensor_out(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,
+                        struct kvd_shape shape, const char *name, uint32_t item,
+                        struct kvd_tensor *out, uint8_t **inline_out, size_t *inline_len,
+                        struct kvd_error *err);
+// Resolves a fence; `name` is for the message. NULL: none.
+int kvd_work_fence(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__Fence *f,
+                   const char *name, struct kvd_fence *out, struct kvd_error *err);
+
+// -- pages.c: the executor cannot ask the pool, which the loop goes on changing -----------------
+// Notes the pages of an item's sequence.
+int kvd_op_note_pages(struct kvd_daemon *d, struct kvd_work_item *item, struct kvd_error *err);
+// Notes length and end of history that the call's layers see.
+int kvd_op_note_lengths(struct kvd_daemon *d, const struct kvd_work *w, struct kvd_work_item *item,
+                        struct kvd_error *err);
+
+// -- op_append.c, for Step too ------------------------------------------------------------------
+int kvd_op_append_prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err);
+kvd_op_phase kvd_op_look_for_nonfinite, kvd_op_copy_pages, kvd_op_append_run;
+void kvd_op_append_settle(struct kvd_daemon *d, struct kvd_work *w, bool commit);
+
+// -- op_attend.c, for Step too ------------------------------------------------------------------
+int kvd_op_attend_alloc(struct kvd_work *w, struct kvd_error *err);
+// Has item i attended to, whose pages and lengths are noted. `new_tokens`: of its own that are not
+// stored.
+int kvd_op_attend_item(struct kvd_work *w, uint32_t i, uint32_t new_tokens, struct kvd_error *err);
+kvd_op_phase kvd_op_attend_run;
+int kvd_op_attend_reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err);
+
+#endif

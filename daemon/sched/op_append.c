@@ -1,0 +1,214 @@
+// Append: new tokens at the end of sequences.
+#include "daemon/sched/op.h"
+
+static void ids(struct kvd_work_item *item, const void *request, uint32_t i)
+{
+    const Kvd__V1__AppendItem *in = ((const Kvd__V1__AppendRequest *)request)->items[i];
+    item->seq = in->sequence;
+    item->position = in->position;
+    item->tokens = in->tokens;
+    item->request = in->request_id;
+}
+
+static int tensors(struct kvd_work *w, struct kvd_session *s, const void *request, uint32_t i,
+                   struct kvd_error *err)
+{
+    const Kvd__V1__AppendItem *in = ((const Kvd__V1__AppendRequest *)request)->items[i];
+    return kvd_op_set_kv(w, s, i, in->k, in->v, err);
+}
+
+static int check(struct kvd_work *w, struct kvd_session *s, const void *request,
+                 struct kvd_error *err)
+{
+    const Kvd__V1__AppendRequest *req = request;
+    const struct kvd_op_batch batch = {.layer_begin = req->layer_begin,
+                                       .layer_count = req->layer_count,
+                                       .wait = req->wait,
+                                       .signal = req->signal,
+                                       .ids = ids,
+                                       .tensors = tensors};
+    return kvd_op_check_batch(w, s, request, &batch, err);
+}
+
+// -- pages --------------------------------------------------------------------------------------
+
+static int note_copies(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_pool_append *a,
+                       struct kvd_error *err)
+{
+    if (a->n_changes == 0)
+        return KVD_OK;
+    struct kvd_page_copy *grown = realloc(w->copies, (w->n_copies + a->n_changes) * sizeof(*grown));
+    if (!grown)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    w->copies = grown;
+    for (uint32_t i = 0; i < a->n_changes; i++) {
+        const struct kvd_pool_change *c = &a->changes[i];
+        if (c->old_page == KVD_POOL_NONE)
+            continue;
+        w->copies[w->n_copies++] = (struct kvd_page_copy){
+            .to = kvd_pool_page_addr(d->pool, c->new_page),
+            .from = kvd_pool_page_addr(d->pool, c->old_page),
+            .bytes = kvd_pool_page_bytes(d->pool, w->layout, (enum kvd_pool_kind)c->kind)};
+    }
+    return KVD_OK;
+}
+
+static int begin(struct kvd_daemon *d, struct kvd_work *w, uint32_t i, struct kvd_error *err)
+{
+    struct kvd_work_item *item = &w->items[i];
+    struct kvd_pool_append_request by = {.seq = item->seq,
+                                         .position = item->position,
+                                         .tokens = item->tokens,
+                                         .layer_begin = w->layer_begin,
+                                         .layer_count = w->layer_count,
+                                         .appender = w->appender,
+                                         .request = item->request};
+    int rc = kvd_pool_append_begin(d->pool, &by, &item->append, err);
+    if (rc)
+        return kvd_fail_in(err, "items[%u]", i);
+    item->begun = !item->append.replayed;
+    rc = kvd_op_note_pages(d, item, err);
+    if (rc == KVD_OK && item->begun)
+        rc = note_copies(d, w, &item->append, err);
+    if (rc || !item->begun)
+        return rc;
+    w->append_index[w->n_append] = i;
+    w->append_items[w->n_append++] = (struct kvd_append_item){
+        .pages = {item->pages, item->pages + item->n_bf16},
+        .length = item->append.length,
+        .hist_end = item->append.hist_end,
+        .new_length = item->append.new_length,
+        .new_hist_end = item->append.new_hist_end,
+        .k = item->k,
+        .v = item->v,
+    };
+    return KVD_OK;
+}
+
+int kvd_op_append_prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
+{
+    int rc = KVD_OK;
+    w->append_items = calloc(w->n_items, sizeof(*w->append_items));
+    w->append_index = calloc(w->n_items, sizeof(*w->append_index));
+    if (!w->append_items || !w->append_index)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    for (uint32_t i = 0; i < w->n_items && rc == KVD_OK; i++)
+        rc = begin(d, w, i, err);
+    return rc;
+}
+
+void kvd_op_append_settle(struct kvd_daemon *d, struct kvd_work *w, bool commit)
+{
+    const struct kvd_plane *g = w->plane;
+    for (uint32_t i = 0; i < w->n_items; i++) {
+        struct kvd_work_item *item = &w->items[i];
+        if (!item->begun)
+            continue;
+        item->begun = false;
+        if (!commit) {
+            kvd_pool_append_abort(d->pool, &item->append);
+            continue;
+        }
+        uint64_t vectors =
+            (item->append.new_hist_end - item->append.hist_end) * w->layer_count * g->kv_heads;
+        d->metrics.bytes_in += vectors * 2 * (g->head_dim_k + g->head_dim_v);
+        d->metrics.bytes_stored +=
+            vectors * kvd_tile_bytes(g->codec, g->head_dim_k, g->head_dim_v) / KVD_PAGE_TOKENS;
+        if (w->layer_begin + w->layer_count == g->n_layers)
+            d->metrics.tokens_appended += item->tokens;
+        kvd_pool_append_commit(d->pool, &item->append);
+    }
+}
+
+// -- the executor's part ------------------------------------------------------------------------
+
+static struct kvd_append_params append_params(struct kvd_daemon *d, struct kvd_work *w)
+{
+    return (struct kvd_append_params){.plane = w->plane,
+                                      .rotation = w->rotation,
+                                      .layer_begin = w->layer_begin,
+                                      .layer_count = w->layer_count,
+                                      .items = w->append_items,
+                                      .n_items = w->n_append,
+                                      .slice = &w->job.slice};
+}
+
+static int explain_nonfinite(struct kvd_work *w)
+{
+    const struct kvd_nonfinite *n = &w->nonfinite;
+    return kvd_fail(&w->err, KVD_E_INVALID,
+                    "items[%u].%s holds NaN or Inf at layer %u, token %u, head %u, channel %u; "
+                    "nothing was stored",
+                    w->append_index[n->item], n->in_v ? "v" : "k", n->layer, n->token, n->head,
+                    n->channel);
+}
+
+int kvd_op_look_for_nonfinite(struct kvd_daemon *d, struct kvd_work *w)
+{
+    struct kvd_append_params p = append_params(d, w);
+    int rc = w->n_append ? d->backend->ops->check(d->backend, &p, &w->nonfinite) : KVD_OK;
+    if (rc == KVD_E_INVALID)
+        return explain_nonfinite(w);
+    if (rc)
+        return kvd_fail(&w->err, rc, "the new tokens could not be checked; nothing was stored");
+    return KVD_OK;
+}
+
+int kvd_op_copy_pages(struct kvd_daemon *d, struct kvd_work *w)
+{
+    int rc = KVD_OK;
+    while (w->copied < w->n_copies && rc == KVD_OK) {
+        const struct kvd_page_copy *c = &w->copies[w->copied++];
+        rc = d->backend->ops->copy(d->backend, c->to, c->from, c->bytes, &w->err);
+        w->job.slice.more = w->copied < w->n_copies;
+        if (kvd_slice_over(&w->job.slice))
+            break;
+    }
+    return rc;
+}
+
+int kvd_op_append_run(struct kvd_daemon *d, struct kvd_work *w)
+{
+    struct kvd_append_params p = append_params(d, w);
+    return w->n_append ? d->backend->ops->append(d->backend, &p, &w->err) : KVD_OK;
+}
+
+// -- the reply ----------------------------------------------------------------------------------
+
+static int reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
+{
+    uint64_t *lengths KVD_FREE = calloc(w->n_items, sizeof(*lengths));
+    protobuf_c_boolean *replayed KVD_FREE = calloc(w->n_items, sizeof(*replayed));
+    Kvd__V1__AppendReply r = KVD__V1__APPEND_REPLY__INIT;
+    struct kvd_pool_seq_info info;
+    if (!lengths || !replayed)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory; the tokens are appended");
+    for (uint32_t i = 0; i < w->n_items; i++) {
+        lengths[i] = kvd_pool_seq_info(d->pool, w->items[i].seq, &info) ? 0 : info.length;
+        replayed[i] = w->items[i].append.replayed;
+    }
+    r.n_lengths = r.n_replayed = w->n_items;
+    r.lengths = lengths;
+    r.replayed = replayed;
+    kvd_call_reply(w->call, &r);
+    return KVD_OK;
+}
+
+static kvd_op_phase *const run[] = {kvd_op_look_for_nonfinite, kvd_op_copy_pages, kvd_op_append_run,
+                                    NULL};
+
+const struct kvd_op kvd_op_append = {.id = KVD_OP_APPEND,
+                                     .writes = true,
+                                     .least_items = 1,
+                                     .most_items = KVD_MAX_CALL_ITEMS,
+                                     .check = check,
+                                     .prepare = kvd_op_append_prepare,
+                                     .run = run,
+                                     .settle = kvd_op_append_settle,
+                                     .reply = reply};
+
+void kvd_on_append(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__AppendRequest *req = request;
+    kvd_op_handle(call, &kvd_op_append, req->session, req->n_items, request);
+}

@@ -1,0 +1,129 @@
+// Attend: attention of queries to what is stored.
+#include "daemon/sched/op.h"
+
+static void ids(struct kvd_work_item *item, const void *request, uint32_t i)
+{
+    const Kvd__V1__AttendItem *in = ((const Kvd__V1__AttendRequest *)request)->items[i];
+    item->seq = in->sequence;
+    item->tokens = in->q_len;
+}
+
+static int tensors(struct kvd_work *w, struct kvd_session *s, const void *request, uint32_t i,
+                   struct kvd_error *err)
+{
+    const Kvd__V1__AttendRequest *req = request;
+    const Kvd__V1__AttendItem *in = req->items[i];
+    return kvd_op_set_qo(w, s, i, in->q, in->o, in->lse, req->params, err);
+}
+
+static int check(struct kvd_work *w, struct kvd_session *s, const void *request,
+                 struct kvd_error *err)
+{
+    const Kvd__V1__AttendRequest *req = request;
+    const struct kvd_op_batch batch = {.layer_begin = req->layer_begin,
+                                       .layer_count = req->layer_count,
+                                       .params = req->params,
+                                       .wait = req->wait,
+                                       .signal = req->signal,
+                                       .ids = ids,
+                                       .tensors = tensors};
+    return kvd_op_check_batch(w, s, request, &batch, err);
+}
+
+int kvd_op_attend_alloc(struct kvd_work *w, struct kvd_error *err)
+{
+    w->attend_items = calloc(w->n_items, sizeof(*w->attend_items));
+    return w->attend_items ? KVD_OK : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+}
+
+int kvd_op_attend_item(struct kvd_work *w, uint32_t i, uint32_t new_tokens, struct kvd_error *err)
+{
+    const struct kvd_work_item *item = &w->items[i];
+    if (new_tokens == 0 && item->tokens > item->length)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "items[%u]: q_len is %u, but the sequence has %" PRIu64 " tokens", i,
+                        item->tokens, item->length);
+    w->attend_items[i] = (struct kvd_attend_item){
+        .pages = {item->pages, item->pages + item->n_bf16},
+        .length = item->length,
+        .hist_end = item->hist_end,
+        .q_len = item->tokens,
+        .new_tokens = new_tokens,
+        .q = item->q,
+        .k = item->k,
+        .v = item->v,
+        .o = item->o,
+        .lse = item->lse,
+    };
+    return KVD_OK;
+}
+
+static int prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
+{
+    int rc = kvd_op_attend_alloc(w, err);
+    for (uint32_t i = 0; i < w->n_items && rc == KVD_OK; i++) {
+        rc = kvd_op_note_pages(d, &w->items[i], err);
+        if (rc == KVD_OK)
+            rc = kvd_op_note_lengths(d, w, &w->items[i], err);
+        if (rc)
+            return kvd_fail_in(err, "items[%u]", i);
+        rc = kvd_op_attend_item(w, i, 0, err);
+    }
+    return rc;
+}
+
+int kvd_op_attend_run(struct kvd_daemon *d, struct kvd_work *w)
+{
+    struct kvd_attend_params p = {.plane = w->plane,
+                                  .rotation = w->rotation,
+                                  .layer_begin = w->layer_begin,
+                                  .layer_count = w->layer_count,
+                                  .scale = w->scale,
+                                  .softcap = w->softcap,
+                                  .window = w->window,
+                                  .items = w->attend_items,
+                                  .n_items = w->n_items,
+                                  .slice = &w->job.slice};
+    return d->backend->ops->attend(d->backend, &p, &w->err);
+}
+
+int kvd_op_attend_reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
+{
+    Kvd__V1__AttendResult *results KVD_FREE = calloc(w->n_items, sizeof(*results));
+    Kvd__V1__AttendResult **list KVD_FREE = calloc(w->n_items, sizeof(*list));
+    Kvd__V1__AttendReply r = KVD__V1__ATTEND_REPLY__INIT;
+    for (uint32_t i = 0; i < w->n_items; i++)
+        d->metrics.queries_attended += w->items[i].tokens;
+    if (!results || !list)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory%s",
+                        w->append_items ? "; the tokens are appended" : "");
+    for (uint32_t i = 0; i < w->n_items; i++) {
+        struct kvd_work_item *item = &w->items[i];
+        kvd__v1__attend_result__init(&results[i]);
+        results[i].length = w->attend_items[i].length + w->attend_items[i].new_tokens;
+        results[i].o = (ProtobufCBinaryData){item->o_len, item->o_inline};
+        results[i].lse = (ProtobufCBinaryData){item->lse_len, item->lse_inline};
+        results[i].replayed = item->append.replayed;
+        list[i] = &results[i];
+    }
+    r.n_results = w->n_items;
+    r.results = list;
+    kvd_call_reply(w->call, &r);
+    return KVD_OK;
+}
+
+static kvd_op_phase *const run[] = {kvd_op_attend_run, NULL};
+
+const struct kvd_op kvd_op_attend = {.id = KVD_OP_ATTEND,
+                                     .least_items = 1,
+                                     .most_items = KVD_MAX_CALL_ITEMS,
+                                     .check = check,
+                                     .prepare = prepare,
+                                     .run = run,
+                                     .reply = kvd_op_attend_reply};
+
+void kvd_on_attend(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__AttendRequest *req = request;
+    kvd_op_handle(call, &kvd_op_attend, req->session, req->n_items, request);
+}

@@ -1,0 +1,93 @@
+// Step: attention of new tokens to what is stored and to themselves, and their append.
+#include "daemon/sched/op.h"
+
+static void ids(struct kvd_work_item *item, const void *request, uint32_t i)
+{
+    const Kvd__V1__StepItem *in = ((const Kvd__V1__StepRequest *)request)->items[i];
+    item->seq = in->sequence;
+    item->position = in->position;
+    item->tokens = in->tokens;
+    item->request = in->request_id;
+}
+
+static int tensors(struct kvd_work *w, struct kvd_session *s, const void *request, uint32_t i,
+                   struct kvd_error *err)
+{
+    const Kvd__V1__StepRequest *req = request;
+    const Kvd__V1__StepItem *in = req->items[i];
+    int rc = kvd_op_set_kv(w, s, i, in->k, in->v, err);
+    return rc ? rc : kvd_op_set_qo(w, s, i, in->q, in->o, in->lse, req->params, err);
+}
+
+static int check(struct kvd_work *w, struct kvd_session *s, const void *request,
+                 struct kvd_error *err)
+{
+    const Kvd__V1__StepRequest *req = request;
+    const struct kvd_op_batch batch = {.layer_begin = req->layer_begin,
+                                       .layer_count = req->layer_count,
+                                       .params = req->params,
+                                       .wait = req->wait,
+                                       .signal = req->signal,
+                                       .ids = ids,
+                                       .tensors = tensors};
+    return kvd_op_check_batch(w, s, request, &batch, err);
+}
+
+// A Step that had been applied before attends to what it did then: the history as it was, the
+// window, which still has the tokens that became history since, and the new tokens from the
+// worker's memory, as some may have become history without ever having been in the window. Where a
+// long step has overwritten part of the window, only bf16 history still has its values.
+static int note_repeated(struct kvd_daemon *d, const struct kvd_work *w, struct kvd_work_item *item,
+                         uint32_t *new_tokens, struct kvd_error *err)
+{
+    const struct kvd_pool_append *a = &item->append;
+    bool exact = w->plane->codec == KVD_CODEC_BF16;
+    if (!a->window_kept && !exact)
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "the %u tokens had been appended before, but their attention cannot be "
+                        "computed again: the step has compressed part of the window that it saw; "
+                        "Attend sees what is stored now",
+                        item->tokens);
+    *new_tokens = a->window_kept ? item->tokens : 0;
+    item->length = a->window_kept ? a->length : a->new_length;
+    item->hist_end = a->window_kept ? a->hist_end : a->new_hist_end;
+    return KVD_OK;
+}
+
+static int prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
+{
+    int rc = kvd_op_attend_alloc(w, err);
+    if (rc == KVD_OK)
+        rc = kvd_op_append_prepare(d, w, err);
+    for (uint32_t i = 0; i < w->n_items && rc == KVD_OK; i++) {
+        struct kvd_work_item *item = &w->items[i];
+        uint32_t new_tokens = item->tokens;
+        // The stored tokens as they were, and the new ones from the worker's memory.
+        item->length = item->append.length;
+        item->hist_end = item->append.hist_end;
+        if (!item->begun && note_repeated(d, w, item, &new_tokens, err))
+            return kvd_fail_in(err, "items[%u]", i);
+        rc = kvd_op_attend_item(w, i, new_tokens, err);
+    }
+    return rc;
+}
+
+// The attention is first: an append overwrites the oldest tokens of the window.
+static kvd_op_phase *const run[] = {kvd_op_look_for_nonfinite, kvd_op_copy_pages, kvd_op_attend_run,
+                                    kvd_op_append_run, NULL};
+
+const struct kvd_op kvd_op_step = {.id = KVD_OP_STEP,
+                                   .writes = true,
+                                   .least_items = 1,
+                                   .most_items = KVD_MAX_CALL_ITEMS,
+                                   .check = check,
+                                   .prepare = prepare,
+                                   .run = run,
+                                   .settle = kvd_op_append_settle,
+                                   .reply = kvd_op_attend_reply};
+
+void kvd_on_step(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__StepRequest *req = request;
+    kvd_op_handle(call, &kvd_op_step, req->session, req->n_items, request);
+}

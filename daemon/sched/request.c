@@ -1,0 +1,142 @@
+// What requests of compute calls have in common: counts, layers, items, attention, tensors.
+#include <math.h>
+
+#include "daemon/sched/op.h"
+
+int kvd_op_set_layers(struct kvd_work *w, uint32_t begin, uint32_t count, struct kvd_error *err)
+{
+    uint32_t n = w->plane->n_layers;
+    if (begin >= n || count > n - begin)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "layers %u to %" PRIu64 " are not all among the layout's %u", begin,
+                        (uint64_t)begin + (count ? count - 1 : 0), n);
+    w->layer_begin = begin;
+    w->layer_count = count ? count : n - begin;
+    return KVD_OK;
+}
+
+static int set_attention(struct kvd_work *w, const Kvd__V1__AttentionParams *p,
+                         struct kvd_error *err)
+{
+    w->scale = p && p->scale != 0 ? p->scale : 1 / sqrtf((float)w->plane->head_dim_k);
+    w->softcap = p ? p->softcap : 0;
+    w->window = p ? p->window : 0;
+    if (!isfinite(w->scale) || !isfinite(w->softcap) || w->softcap < 0)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "params: scale and softcap must be finite, softcap not negative");
+    return KVD_OK;
+}
+
+int kvd_op_check_item(const struct kvd_session *s, uint64_t seq, uint64_t tokens, uint32_t item,
+                      uint64_t *sum, struct kvd_error *err)
+{
+    if (tokens < 1 || tokens > KVD_MAX_CALL_TOKENS)
+        return kvd_fail(err, KVD_E_INVALID, "items[%u]: %" PRIu64 " tokens; 1 to %d are possible",
+                        item, tokens, KVD_MAX_CALL_TOKENS);
+    *sum += tokens;
+    if (*sum > KVD_MAX_CALL_TOKENS)
+        return kvd_fail(err, KVD_E_LIMIT, "more than %d tokens in one call; split it",
+                        KVD_MAX_CALL_TOKENS);
+    if (!kvd_session_holds(s, seq))
+        return kvd_fail(err, KVD_E_NOT_FOUND, "items[%u]: this session holds no sequence %" PRIu64,
+                        item, seq);
+    return KVD_OK;
+}
+
+// Sorted copies show a sequence that is named twice.
+static int compare_ids(const void *a, const void *b)
+{
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+static int check_distinct(const struct kvd_work *w, struct kvd_error *err)
+{
+    uint64_t ids[KVD_MAX_CALL_ITEMS];
+    for (uint32_t i = 0; i < w->n_items; i++)
+        ids[i] = w->items[i].seq;
+    qsort(ids, w->n_items, sizeof(*ids), compare_ids);
+    for (uint32_t i = 1; i < w->n_items; i++)
+        if (ids[i] == ids[i - 1])
+            return kvd_fail(err, KVD_E_INVALID, "sequence %" PRIu64 " is named by two items",
+                            ids[i]);
+    return KVD_OK;
+}
+
+int kvd_op_set_kv(struct kvd_work *w, struct kvd_session *s, uint32_t i,
+                  const Kvd__V1__TensorRef *k, const Kvd__V1__TensorRef *v, struct kvd_error *err)
+{
+    const struct kvd_plane *g = w->plane;
+    struct kvd_work_item *item = &w->items[i];
+    if ((k && k->dtype != KVD__V1__DTYPE__DTYPE_BF16) ||
+        (v && v->dtype != KVD__V1__DTYPE__DTYPE_BF16))
+        return kvd_fail(err, KVD_E_INVALID, "items[%u]: K and V are bf16", i);
+    struct kvd_shape shape = {w->layer_count, item->tokens, g->kv_heads, g->head_dim_k};
+    int rc = kvd_work_tensor_in(w, s, k, shape, "k", i, &item->k, err);
+    shape.dim = g->head_dim_v;
+    return rc ? rc : kvd_work_tensor_in(w, s, v, shape, "v", i, &item->v, err);
+}
+
+int kvd_op_set_qo(struct kvd_work *w, struct kvd_session *s, uint32_t i,
+                  const Kvd__V1__TensorRef *q, const Kvd__V1__TensorRef *o,
+                  const Kvd__V1__TensorRef *lse, const Kvd__V1__AttentionParams *params,
+                  struct kvd_error *err)
+{
+    const struct kvd_plane *g = w->plane;
+    struct kvd_work_item *item = &w->items[i];
+    struct kvd_shape shape = {w->layer_count, item->tokens, g->q_heads, g->head_dim_k};
+    int rc = kvd_work_tensor_in(w, s, q, shape, "q", i, &item->q, err);
+    shape.dim = g->head_dim_v;
+    if (rc == KVD_OK)
+        rc = kvd_work_tensor_out(w, s, o, shape, "o", i, &item->o, &item->o_inline, &item->o_len,
+                                 err);
+    if (rc || !params || !params->return_lse)
+        return rc;
+    Kvd__V1__TensorRef ref = KVD__V1__TENSOR_REF__INIT;
+    if (lse)
+        ref = *lse;
+    ref.dtype = KVD__V1__DTYPE__DTYPE_F32;
+    shape.dim = 1;
+    return kvd_work_tensor_out(w, s, &ref, shape, "lse", i, &item->lse, &item->lse_inline,
+                               &item->lse_len, err);
+}
+
+int kvd_op_check_batch(struct kvd_work *w, struct kvd_session *s, const void *request,
+                       const struct kvd_op_batch *b, struct kvd_error *err)
+{
+    uint64_t sum = 0;
+    int rc = kvd_op_set_layers(w, b->layer_begin, b->layer_count, err);
+    if (rc == KVD_OK)
+        rc = set_attention(w, b->params, err);
+    if (rc == KVD_OK)
+        rc = kvd_work_fence(w, s, b->wait, "wait", &w->wait, err);
+    if (rc == KVD_OK)
+        rc = kvd_work_fence(w, s, b->signal, "signal", &w->signal, err);
+    for (uint32_t i = 0; rc == KVD_OK && i < w->n_items; i++) {
+        b->ids(&w->items[i], request, i);
+        rc = kvd_op_check_item(s, w->items[i].seq, w->items[i].tokens, i, &sum, err);
+        if (rc == KVD_OK)
+            rc = b->tensors(w, s, request, i, err);
+    }
+    return rc || !w->op->writes ? rc : check_distinct(w, err);
+}
+
+void kvd_op_handle(struct kvd_call *call, const struct kvd_op *op, const char *session, size_t n,
+                   const void *request)
+{
+    struct kvd_session *s = kvd_call_session(call, session);
+    struct kvd_error err = {0};
+    if (!s)
+        return;
+    if (n < op->least_items || n > op->most_items) // before memory is taken for them
+        kvd_fail(&err, KVD_E_INVALID, "%zu items; %u to %u are possible", n, op->least_items,
+                 op->most_items);
+    struct kvd_work *w = err.code ? NULL : kvd_work_new(call, s, op, n, &err);
+    if (w && op->check(w, s, request, &err) == KVD_OK) {
+        kvd_work_queue(call->d, w);
+        return;
+    }
+    if (w)
+        kvd_work_free(call->d, w);
+    kvd_call_fail_error(call, &err);
+}
