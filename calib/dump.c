@@ -102,11 +102,11 @@ static int check_heads(struct kvd_dump *d, uint32_t file, unsigned long layer, i
     const char *path = d->files[file].path;
     if (heads == 0 ||
         heads > (side == KVD_DUMP_Q ? KVD_MAX_KV_HEADS * KVD_MAX_GROUP : KVD_MAX_KV_HEADS) ||
-        (dim != 64 && dim != 128 && dim != 256))
-        return kvd_fail(err, KVD_E_INVALID,
-                        "%s: layer %lu: %c has %llu heads of %llu; head_dim is 64, 128 or 256",
-                        path, layer, side_names[side], (unsigned long long)heads,
-                        (unsigned long long)dim);
+        dim > KVD_MAX_HEAD_DIM || !kvd_head_dim_ok((uint32_t)dim))
+        return kvd_fail(
+            err, KVD_E_INVALID,
+            "%s: layer %lu: %c has %llu heads of %llu; head_dims are " KVD_HEAD_DIM_NAMES, path,
+            layer, side_names[side], (unsigned long long)heads, (unsigned long long)dim);
     if (d->dim[side] == 0) {
         d->heads[side] = (uint32_t)heads;
         d->dim[side] = (uint32_t)dim;

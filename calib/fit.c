@@ -462,6 +462,16 @@ static int check_options(const struct kvd_dump *d, const struct kvd_fit_options 
         (o->v != KVD_FIT_SST && o->v != KVD_FIT_VTV && o->v != KVD_FIT_HADAMARD))
         return kvd_fail(err, KVD_E_INVALID,
                         "objectives are qqt, ktk or hadamard for K, sst, vtv or hadamard for V");
+    for (int side = 0; side < 2; side++) {
+        uint32_t dim = d->dim[side ? KVD_DUMP_V : KVD_DUMP_K];
+        bool fitted = (side ? o->v : o->k) != KVD_FIT_HADAMARD;
+        if (fitted && o->composition == KVD_COMPOSE_R_H_PBR && (dim & (dim - 1)))
+            return kvd_fail(err, KVD_E_INVALID,
+                            "composition r_h_pbr is defined for head_dims that are powers of two, "
+                            "and %c has %u: "
+                            "take r_h, r or top_h",
+                            side ? 'V' : 'K', dim);
+    }
     if (!(o->clip_k > 0 && o->clip_k <= 1 && o->clip_v > 0 && o->clip_v <= 1))
         return kvd_fail(err, KVD_E_INVALID, "clip ratios are above 0 and at most 1");
     for (uint32_t i = 0, at = 0; o->layers && i < o->n_layers; i++) {

@@ -8,8 +8,9 @@
 //   vtv   C = sum v v^T / n
 // A layer's covariance is the mean over its kv heads, or, per kv head, each its own.
 //
-// With C = U diag(lambda) U^T, eigenvalues ascending, H the Sylvester Hadamard matrix / sqrt(D) and
-// P = I[:, perm], perm[bitrev(i)] = index of the i-th largest eigenvalue:
+// With C = U diag(lambda) U^T, eigenvalues ascending, H the Hadamard matrix (kvd_hadamard_entry) /
+// sqrt(D) and P = I[:, perm], perm[bitrev(i)] = index of the i-th largest eigenvalue: where D is a
+// power of two (r_h_pbr is refused for others):
 //   r_h_pbr   R = U H P      r_h   R = U H      r   R = U      hadamard   R = H (no data)
 //   top_h     R = U' H, the columns of U' those of U with the largest eigenvalue first
 // H's first row is all ones: in top_h the direction that holds most of a row's energy becomes an

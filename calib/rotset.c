@@ -21,11 +21,6 @@ void kvd_rotset_free(struct kvd_rotset **sp)
     free(s);
 }
 
-static bool dim_ok(uint32_t dim)
-{
-    return dim == 64 || dim == 128 || dim == 256;
-}
-
 int kvd_rotset_alloc(struct kvd_rotset *s, struct kvd_error *err)
 {
     if (s->n_layers < 1 || s->n_layers > KVD_MAX_LAYERS || s->heads < 1 ||
@@ -33,9 +28,9 @@ int kvd_rotset_alloc(struct kvd_rotset *s, struct kvd_error *err)
         return kvd_fail(err, KVD_E_INVALID,
                         "a rotation set of %u layers and %u rotations a layer is out of range",
                         s->n_layers, s->heads);
-    if (!dim_ok(s->dim_k) || !dim_ok(s->dim_v))
+    if (!kvd_head_dims_ok(s->dim_k, s->dim_v))
         return kvd_fail(err, KVD_E_INVALID,
-                        "head_dim is %u for K and %u for V; 64, 128 and 256 are possible", s->dim_k,
+                        "head_dim is %u for K and %u for V; " KVD_HEAD_DIMS_NAMES, s->dim_k,
                         s->dim_v);
     uint64_t n = (uint64_t)s->n_layers * s->heads;
     s->k = calloc(n * s->dim_k * s->dim_k, sizeof(float));
@@ -85,8 +80,7 @@ static void fill_hadamard(float *m, uint32_t dim)
 {
     for (uint32_t i = 0; i < dim; i++)
         for (uint32_t j = 0; j < dim; j++)
-            m[(uint64_t)i * dim + j] =
-                (__builtin_popcount(i & j) & 1 ? -1.0f : 1.0f) / sqrtf((float)dim);
+            m[(uint64_t)i * dim + j] = (float)kvd_hadamard_entry(dim, i, j) / sqrtf((float)dim);
 }
 
 static void fill_identity(float *m, uint32_t dim)

@@ -41,13 +41,18 @@ int kvd_rotset_alloc(struct kvd_rotset *set, struct kvd_error *err);
 struct kvd_rotset *kvd_rotset_clone(const struct kvd_rotset *set);
 
 // The data-free sets, the same matrix for every layer, clips 0.96 and 0.92, by name:
-//   "hadamard"  the Sylvester Hadamard matrix / sqrt(dim)
+//   "hadamard"  the Hadamard matrix (kvd_hadamard_entry) / sqrt(dim)
 //   "random"    uniformly distributed orthogonal matrices, the same on every machine: Gram-Schmidt
 //               of normal rows from a fixed seed; what TurboQuant rotates by
 //   "identity"  no rotation: what "naive int2" means
 bool kvd_rotset_built_in(const char *name);
 struct kvd_rotset *kvd_rotset_new(const char *name, const uint16_t *layers, uint32_t n_layers,
                                   uint32_t dim_k, uint32_t dim_v, struct kvd_error *err);
+
+// An entry, 1 or -1, of the Hadamard matrix of a head_dim: Sylvester's for powers of two; for the
+// others the Kronecker product of Sylvester's and Paley's of order 12, 20 or 28 (hadamard.c). 0
+// where there is none for this dim.
+int kvd_hadamard_entry(uint32_t dim, uint32_t i, uint32_t j);
 
 // All values finite, clip ratios in (0, 1], gains in [0.5, 1.5], every matrix orthogonal within
 // 1e-3 (max |R R^T - I|; fp32 files measure below 1e-5). KVD_E_CORRUPT names the layer and the

@@ -78,9 +78,24 @@ int kvd_eigenbasis(const double *c, uint32_t dim, double *values, double *u, str
     return rank;
 }
 
-// Row times the Sylvester Hadamard matrix / sqrt(n).
+// Row times the Hadamard matrix / sqrt(n), of an n that is no power of two.
+static void paley_row(double *x, uint32_t n)
+{
+    double y[MAX_DIM] = {0};
+    for (uint32_t i = 0; i < n; i++)
+        for (uint32_t j = 0; j < n; j++)
+            y[j] += x[i] * kvd_hadamard_entry(n, i, j);
+    for (uint32_t j = 0; j < n; j++)
+        x[j] = y[j] / sqrt(n);
+}
+
+// The same of any head_dim.
 static void hadamard_row(double *x, uint32_t n)
 {
+    if (n & (n - 1)) {
+        paley_row(x, n);
+        return;
+    }
     for (uint32_t half = 1; half < n; half *= 2)
         for (uint32_t i = 0; i < n; i += 2 * half)
             for (uint32_t j = i; j < i + half; j++) {

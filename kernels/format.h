@@ -6,29 +6,23 @@
 //   bf16:   K [64][DK] bf16, then V [64][DV] bf16, not rotated.
 //   others: K codes, V codes, K parameters, V parameters; rotated.
 // value = scale * level[code] + min, one (scale, min) per token and head for K and one for V.
+// proto/codecs.def has the codecs.
 //
-//   codec          bits  levels                          parameters of a token and side
-//   int2           2     0, 1, 2, 3                      scale, min: fp16
-//   int2c          2     0, 1, 2, 3                      2 bytes, see kvd_param_decode
-//   int2-lm        2     +-magnitude (codebook.h)        scale, mean: fp16
-//   turboquant-b   b     +-magnitude                     scale: fp16; min is 0
-//
-// Codes of b bits lie in planes: one of two bits (8 * 2 * dim bytes), then, for 4 bits, a second
-// one with bits 2 and 3, or, for 3 bits, one of a bit. A code of a codec with magnitudes has its
-// sign in the top bit.
+// Codes lie in planes: one of their two low bits (16 * dim bytes), then, for codes of 4 bits, a
+// second one of bits 2 and 3, or, for 3 bits, one of a bit (8 * dim bytes).
 //
 // Codes lie in the order in which mma.sync.m16n8k16 takes its A operand: a matrix of 16 rows x 16
 // columns is spread over 32 lanes as four registers of two elements. For K, rows are tokens and
-// columns channels; for V, rows are channels and columns tokens. A *unit* is 512 bytes: 32 lanes x
-// 16 bytes, each lane's four words being its four A registers. A word holds eight *slots* of two
-// codes: slot s has its first code at bit 2s and its second at 16 + 2s, so
-// `(w >> 2s) & 0x00030003` is the register of the matrix in slot s. Slots are channel tiles of 16
-// channels:
-//   dim 128: unit = chunk of 16 tokens, slot = channel tile 0..7
-//   dim 256: two units a chunk, channel tiles 0..7 and 8..15
-//   dim  64: one unit for two chunks, slots 0..3 the first chunk's channel tiles, 4..7 the second's
-// The plane of a bit has sixteen slots to a word, slot s at bits s and 16 + s: two chunks to a unit
-// for dim 128, one for 256, and all four for 64, where chunks share bytes.
+// columns channels; for V, rows are channels and columns tokens. A plane is chunks of 16 tokens,
+// one after the other; a chunk its channel tiles of 16 channels, in *pieces* of as many as make 16
+// bytes a lane, then 8, 4, 2 and 1, as far as tiles are left: with two bits a code, 8 channel
+// tiles, then 4, 2, 1; with one, 16, then 8, 4, 2, 1. A piece is 32 lanes, each with its L bytes,
+// of which register r has L bits for first elements and as many for second ones, a code for each of
+// the piece's channel tiles: see kvd_place_of.
+//
+// Where dim is 64, and in planes of a bit also where it is 128, a chunk has but one piece, of less
+// than 16 bytes a lane: 16 / L chunks lie side by side in one *unit* of 16 bytes a lane. That keeps
+// the bytes of pages that were written before there were other dims.
 #ifndef KVD_KERNELS_FORMAT_H
 #define KVD_KERNELS_FORMAT_H
 
@@ -36,23 +30,46 @@
 
 #include <string.h>
 
-enum { KVD_UNIT_BYTES = 512 };
+enum { KVD_LANES = 32, KVD_UNIT_BYTES = KVD_LANES * 16 };
+
+enum kvd_levels { KVD_LEVELS_EVEN, KVD_LEVELS_SIGNED };
 
 static inline uint32_t kvd_codec_bits(uint32_t codec)
 {
-    return codec == KVD_CODEC_TURBOQUANT_4 ? 4 : codec == KVD_CODEC_TURBOQUANT_3 ? 3 : 2;
+    switch (codec) {
+#define KVD_CODEC(id, number, name, bits, ...)                                                     \
+    case KVD_CODEC_##id:                                                                           \
+        return bits;
+#include "proto/codecs.def"
+    default:
+        return 0;
+    }
 }
 
 // Bytes of a token's parameters on one side.
 static inline uint32_t kvd_codec_param_bytes(uint32_t codec)
 {
-    return codec == KVD_CODEC_INT2 || codec == KVD_CODEC_INT2_LM ? 4 : 2;
+    switch (codec) {
+#define KVD_CODEC(id, number, name, bits, param_bytes, ...)                                        \
+    case KVD_CODEC_##id:                                                                           \
+        return param_bytes;
+#include "proto/codecs.def"
+    default:
+        return 0;
+    }
 }
 
 // Whether codes are a sign and an index of a magnitude.
 static inline bool kvd_codec_signed(uint32_t codec)
 {
-    return codec >= KVD_CODEC_INT2_LM;
+    switch (codec) {
+#define KVD_CODEC(id, number, name, bits, param_bytes, levels, ...)                                \
+    case KVD_CODEC_##id:                                                                           \
+        return KVD_LEVELS_##levels == KVD_LEVELS_SIGNED;
+#include "proto/codecs.def"
+    default:
+        return false;
+    }
 }
 
 // One side's codes in a tile.
@@ -95,50 +112,62 @@ static inline uint64_t kvd_tile_offset(const struct kvd_plane *g, uint32_t codec
            kvd_tile_bytes(codec, g->head_dim_k, g->head_dim_v);
 }
 
+// Channel tiles of a chunk that lie together in a plane.
+struct kvd_piece {
+    uint32_t first;      // channel tile
+    uint32_t lane_bytes; // of each of the 32 lanes: 16, 8, 4, 2 or 1
+    uint32_t at;         // bytes of the chunk before it
+};
+
+// That of a channel tile, in a plane of `width` bits (1 or 2) a code.
+static inline struct kvd_piece kvd_piece_of(uint32_t dim, uint32_t width, uint32_t channel_tile)
+{
+    struct kvd_piece p = {0, 16, 0};
+    for (;;) {
+        uint32_t tiles = p.lane_bytes / width;
+        if (p.first + tiles > dim / 16) {
+            p.lane_bytes /= 2;
+        } else if (channel_tile < p.first + tiles) {
+            return p;
+        } else {
+            p.first += tiles;
+            p.at += KVD_LANES * p.lane_bytes;
+        }
+    }
+}
+
+// Whether chunks lie side by side in units, in a plane of `width` bits.
+static inline bool kvd_side_by_side(uint32_t dim, uint32_t width)
+{
+    return dim == 64 || (dim == 128 && width == 1);
+}
+
 struct kvd_code_place {
     uint32_t byte; // from the start of a plane
     uint32_t bit;  // within that byte
 };
 
-// Where bits of a code lie in a plane of `width` bits (1 or 2) a code. `row` and `col` are token
-// and channel for K, channel and token for V.
-static inline struct kvd_code_place kvd_place(uint32_t unit, uint32_t slot, uint32_t width,
-                                              uint32_t row, uint32_t col)
-{
-    uint32_t lane = row % 8 * 4 + col % 8 / 2;
-    uint32_t reg = row / 8 + col / 8 * 2;
-    uint32_t bit = width * slot + 16 * (col % 2);
-    return (struct kvd_code_place){unit * KVD_UNIT_BYTES + lane * 16 + reg * 4 + bit / 8, bit % 8};
-}
-
-static inline uint32_t kvd_unit_of(uint32_t dim, uint32_t chunk, uint32_t channel_tile)
-{
-    return dim == 64 ? chunk / 2 : chunk * (dim / 128) + channel_tile / 8;
-}
-
-static inline uint32_t kvd_slot_of(uint32_t dim, uint32_t chunk, uint32_t channel_tile)
-{
-    return dim == 64 ? chunk % 2 * 4 + channel_tile : channel_tile % 8;
-}
-
-// The same in a plane of single bits.
-static inline uint32_t kvd_bit_unit_of(uint32_t dim, uint32_t chunk)
-{
-    return chunk * dim / 256;
-}
-
-static inline uint32_t kvd_bit_slot_of(uint32_t dim, uint32_t chunk, uint32_t channel_tile)
-{
-    return chunk * (dim / 16) % 16 + channel_tile;
-}
-
+// Where bits of a code lie in a plane of `width` bits (1 or 2) a code.
 static inline struct kvd_code_place kvd_place_of(bool v, uint32_t dim, uint32_t width,
                                                  uint32_t token, uint32_t channel)
 {
     uint32_t chunk = token / 16, tile = channel / 16, t = token % 16, c = channel % 16;
-    uint32_t unit = width == 1 ? kvd_bit_unit_of(dim, chunk) : kvd_unit_of(dim, chunk, tile);
-    uint32_t slot = width == 1 ? kvd_bit_slot_of(dim, chunk, tile) : kvd_slot_of(dim, chunk, tile);
-    return v ? kvd_place(unit, slot, width, c, t) : kvd_place(unit, slot, width, t, c);
+    uint32_t row = v ? c : t, col = v ? t : c;
+    uint32_t lane = row % 8 * 4 + col % 8 / 2, reg = row / 8 + col / 8 * 2;
+    struct kvd_piece p = kvd_piece_of(dim, width, tile);
+    uint32_t code = (tile - p.first) * width; // its bits among a register's
+    if (kvd_side_by_side(dim, width)) {       // in word `reg` of a unit's lane
+        uint32_t chunks = 16 / p.lane_bytes;
+        uint32_t bit = chunk % chunks * p.lane_bytes + code + 16 * (col % 2);
+        return (struct kvd_code_place){
+            chunk / chunks * KVD_UNIT_BYTES + lane * 16 + reg * 4 + bit / 8, bit % 8};
+    }
+    // A lane's words, of 32 bits or of all that it has, are first elements in their low halves and
+    // second ones in their high halves.
+    uint32_t half = p.lane_bytes < 4 ? 4 * p.lane_bytes : 16, at = reg * p.lane_bytes + code;
+    uint32_t bit = at % half + half * (col % 2);
+    return (struct kvd_code_place){
+        chunk * 2 * width * dim + p.at + lane * p.lane_bytes + at / half * 4 + bit / 8, bit % 8};
 }
 
 // Index of a token's parameters among a side's: tokens g and g + 8 of a chunk are neighbours, as

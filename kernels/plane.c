@@ -1,10 +1,5 @@
 #include "kernels/backend.h"
 
-static bool dim_ok(uint32_t dim)
-{
-    return dim == 64 || dim == 128 || dim == 256;
-}
-
 int kvd_plane_check(const struct kvd_plane *p, struct kvd_error *err)
 {
     if (p->n_layers < 1 || p->n_layers > KVD_MAX_LAYERS)
@@ -18,10 +13,10 @@ int kvd_plane_check(const struct kvd_plane *p, struct kvd_error *err)
             err, KVD_E_INVALID,
             "q_heads is %u; it must be a multiple of kv_heads (%u), at most %d times it",
             p->q_heads, p->kv_heads, KVD_MAX_GROUP);
-    if (!dim_ok(p->head_dim_k) || !dim_ok(p->head_dim_v))
+    if (!kvd_head_dims_ok(p->head_dim_k, p->head_dim_v))
         return kvd_fail(err, KVD_E_INVALID,
-                        "head_dim is %u for K and %u for V; 64, 128 and 256 are possible",
-                        p->head_dim_k, p->head_dim_v);
+                        "head_dim is %u for K and %u for V; " KVD_HEAD_DIMS_NAMES, p->head_dim_k,
+                        p->head_dim_v);
     if (p->codec >= KVD_CODEC_COUNT)
         return kvd_fail(err, KVD_E_INVALID, "unknown codec %u", p->codec);
     if (p->sink % KVD_CHUNK_TOKENS || p->sink > KVD_MAX_SINK)

@@ -59,27 +59,39 @@ const char *kvd_status_name(int code)
     return (size_t)code < KVD_LEN(names) ? names[code] : "unknown status";
 }
 
-static const char *const codec_names[KVD_CODEC_COUNT] = {
-    [KVD_CODEC_BF16] = "bf16",
-    [KVD_CODEC_INT2] = "int2",
-    [KVD_CODEC_INT2C] = "int2c",
-    [KVD_CODEC_INT2_LM] = "int2-lm",
-    [KVD_CODEC_TURBOQUANT_2] = "turboquant-2",
-    [KVD_CODEC_TURBOQUANT_3] = "turboquant-3",
-    [KVD_CODEC_TURBOQUANT_4] = "turboquant-4",
+static const struct {
+    const char *name, *transform;
+} codecs[KVD_CODEC_COUNT] = {
+#define KVD_CODEC(id, number, name, bits, param_bytes, levels, kernel, transform)                  \
+    [KVD_CODEC_##id] = {name, transform},
+#include "proto/codecs.def"
 };
 
 const char *kvd_codec_name(uint32_t codec)
 {
-    return codec < KVD_CODEC_COUNT ? codec_names[codec] : "unknown";
+    return codec < KVD_CODEC_COUNT ? codecs[codec].name : "unknown";
+}
+
+const char *kvd_codec_transform(uint32_t codec)
+{
+    return codec < KVD_CODEC_COUNT ? codecs[codec].transform : "";
 }
 
 uint32_t kvd_codec_find(const char *name)
 {
     uint32_t i = 0;
-    while (i < KVD_CODEC_COUNT && strcmp(name, codec_names[i]) != 0)
+    while (i < KVD_CODEC_COUNT && strcmp(name, codecs[i].name) != 0)
         i++;
     return i;
+}
+
+const char *kvd_codec_names(void)
+{
+    static const char names[] =
+#define KVD_CODEC(id, number, name, ...) ", " name
+#include "proto/codecs.def"
+        ;
+    return names + 2;
 }
 
 void kvd_hex(const void *in, size_t len, char *out)

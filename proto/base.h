@@ -57,7 +57,9 @@ const char *kvd_build_version(void);
 const char *kvd_codec_name(uint32_t codec);
 uint32_t kvd_codec_find(const char *name);
 // All of them for error messages: "bf16, int2, ...".
-#define KVD_CODEC_NAMES "bf16, int2, int2c, int2-lm, turboquant-2, turboquant-3, turboquant-4"
+const char *kvd_codec_names(void);
+// The built-in rotation set of sessions that name none; "" for a codec without rotations.
+const char *kvd_codec_transform(uint32_t codec);
 
 // `len` bytes of `in` as 2*len lower-case hex digits and a NUL.
 void kvd_hex(const void *in, size_t len, char *out);

@@ -38,14 +38,9 @@ enum {
 };
 
 enum kvd_codec {
-    KVD_CODEC_BF16 = 0,
-    KVD_CODEC_INT2 = 1,         // four even levels from a row's min up
-    KVD_CODEC_INT2C = 2,        // the same with scale and min in a byte each
-    KVD_CODEC_INT2_LM = 3,      // Lloyd-Max levels about a row's mean
-    KVD_CODEC_TURBOQUANT_2 = 4, // Lloyd-Max levels of 2, 3 and 4 bits about 0
-    KVD_CODEC_TURBOQUANT_3 = 5,
-    KVD_CODEC_TURBOQUANT_4 = 6,
-    KVD_CODEC_COUNT,
+#define KVD_CODEC(id, number, ...) KVD_CODEC_##id = (number),
+#include "proto/codecs.def"
+    KVD_CODEC_COUNT, // numbers are dense
 };
 
 enum kvd_dtype {
@@ -75,6 +70,33 @@ struct kvd_layout {
     struct kvd_plane planes[KVD_MAX_PLANES];
     char rotation[80]; // "sha256:<hex>", a built-in set's name or "" (bf16); zero padded
 };
+
+// Whether K or V may have this head_dim, and whether a layer's K and V may have these.
+static inline bool kvd_head_dim_ok(uint32_t dim)
+{
+    switch (dim) {
+#define KVD_HEAD_DIM(d) case (d):
+#include "proto/head_dims.def"
+        return true;
+    default:
+        return false;
+    }
+}
+static inline bool kvd_head_dims_ok(uint32_t k, uint32_t v)
+{
+    switch (k << 16 | v) {
+#define KVD_HEAD_DIMS(dk, dv) case (dk) << 16 | (dv):
+#include "proto/head_dims.def"
+        return true;
+    default:
+        return false;
+    }
+}
+// For messages.
+#define KVD_HEAD_DIM_NAMES "64, 80, 96, 112, 128, 192 and 256"
+#define KVD_HEAD_DIMS_NAMES                                                                        \
+    KVD_HEAD_DIM_NAMES                                                                             \
+    " are possible; where K and V differ, 64, 128 and 256, and 192 for K with 128 for V"
 
 // Slots of the bf16 ring that holds the recent window: a multiple of KVD_PAGE_TOKENS.
 static inline uint32_t kvd_plane_ring(const struct kvd_plane *p)

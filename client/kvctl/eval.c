@@ -18,11 +18,13 @@ static int choose_codecs(struct arguments *a, const char *list)
     for (; sscanf(list, "%31[^,]%n", name, &n) == 1; list += n + (list[n] == ',')) {
         uint32_t codec = kvd_codec_find(name);
         if (codec == KVD_CODEC_COUNT)
-            return kvctl_usage("--codecs: there is no codec %s; known are " KVD_CODEC_NAMES, name);
+            return kvctl_usage("--codecs: there is no codec %s; known are %s", name,
+                               kvd_codec_names());
         a->codecs[codec] = true;
     }
-    return *list ? tool_usage("codecs", all, "names, separated by commas: " KVD_CODEC_NAMES)
-                 : EXIT_OK;
+    char want[256];
+    snprintf(want, sizeof(want), "names, separated by commas: %s", kvd_codec_names());
+    return *list ? tool_usage("codecs", all, want) : EXIT_OK;
 }
 
 // Adds a case of the last set, if its codec is wanted.
@@ -97,8 +99,9 @@ static int open_sets(const struct arguments *a, const struct kvd_dump *d, struct
             return err->code;
     if (!add_set(e, new_set(d, "random", err)))
         return err->code;
-    for (uint32_t codec = KVD_CODEC_TURBOQUANT_2; codec <= KVD_CODEC_TURBOQUANT_4; codec++)
-        add_case(a, e, codec, kvd_codec_name(codec), "");
+    for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++)
+        if (strcmp(kvd_codec_transform(codec), "random") == 0)
+            add_case(a, e, codec, kvd_codec_name(codec), "");
     add_case(a, e, KVD_CODEC_BF16, "bf16", "");
     return e->n ? KVD_OK : kvd_fail(err, KVD_E_INVALID, "no set has a codec of --codecs");
 }

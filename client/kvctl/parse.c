@@ -188,9 +188,10 @@ static const char *wants(enum value kind, const char *text)
         return kvd_layers_parse(text, layers) ? NULL
                                               : "ascending layer ids, such as 0-31 or 3,7,11";
     case VALUE_HEAD_DIM:
-        return strcmp(text, "64") == 0 || strcmp(text, "128") == 0 || strcmp(text, "256") == 0
+        return kvd_head_dim_ok((uint32_t)strtoul(text, NULL, 10)) &&
+                       strspn(text, "0123456789") == strlen(text)
                    ? NULL
-                   : "64, 128 or 256";
+                   : "one of " KVD_HEAD_DIM_NAMES;
     }
     return NULL;
 }

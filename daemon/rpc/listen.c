@@ -1,5 +1,7 @@
 #include "daemon/rpc/listen.h"
 
+#include "daemon/core/config_load.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
@@ -12,7 +14,6 @@
 #include <sys/syscall.h>
 #include <sys/un.h>
 
-#include "daemon/core/config_load.h"
 #include "daemon/rpc/meter.h"
 
 enum {

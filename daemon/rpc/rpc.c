@@ -1,3 +1,5 @@
+#include "daemon/rpc/rpc_internal.h"
+
 #include <grpc/byte_buffer.h>
 #include <grpc/grpc_security.h>
 #include <grpc/slice.h>
@@ -5,8 +7,6 @@
 #include <utlist.h>
 
 #include "daemon/rpc/links.h"
-#include "daemon/rpc/rpc_internal.h"
-#include "daemon/session/fdsock.h"
 
 enum { SMALL_REPLY = 64 << 10 };
 
@@ -15,7 +15,6 @@ enum { SMALL_REPLY = 64 << 10 };
 static int charge(struct kvd_call *c, struct kvd_error *err)
 {
     c->link = kvd_link_of(c->d, c->call);
-    c->unsettled = c->link != NULL;
     if (kvd_link_begin_call(c->link, err))
         return err->code;
     c->counted = true;
@@ -29,17 +28,8 @@ static int charge(struct kvd_call *c, struct kvd_error *err)
     return rc;
 }
 
-// The loop is done with a call for now.
-static void settle(struct kvd_call *c)
-{
-    if (c->unsettled)
-        kvd_link_settle_call(c->link);
-    c->unsettled = false;
-}
-
 static void release(struct kvd_call *c)
 {
-    settle(c);
     if (c->user) {
         kvd_user_give(c->user, KVD_SHARE_REPLY_BYTES, c->reply_bytes);
         kvd_user_give(c->user, KVD_SHARE_CALLS, 1);
@@ -376,28 +366,14 @@ static void handle(struct kvd_call *c)
     if (c->method->streaming) {
         kvd_stream_begin(c);
         dispatch(c);
-        settle(c);
         return;
     }
     c->handling = true;
     dispatch(c);
     c->handling = false;
-    if (!c->answered) {
-        settle(c);
+    if (!c->answered)
         watch(c);
-    }
     maybe_free(c);
-}
-
-// A call without a message, which its client has mostly given up before it was read: nothing is
-// prepared for an answer.
-static void drop(struct kvd_call *c)
-{
-    struct kvd_error err = {0};
-    c->code = charge(c, &err) ? GRPC_STATUS_RESOURCE_EXHAUSTED : GRPC_STATUS_CANCELLED;
-    grpc_call_cancel_with_status(c->call, c->code, err.code ? err.text : "no message came", NULL);
-    kvd_call_account(c);
-    kvd_call_free(c);
 }
 
 static void on_request(struct kvd_tag *tag, bool ok)
@@ -411,10 +387,7 @@ static void on_request(struct kvd_tag *tag, bool ok)
     if (!c->d->rpc->stopping)
         kvd_call_arm(c->d, c->method_index);
     c->accepted_ns = uv_hrtime();
-    if (c->payload)
-        handle(c);
-    else
-        drop(c);
+    handle(c);
 }
 
 static struct kvd_call *call_new(struct kvd_daemon *d, uint32_t index,

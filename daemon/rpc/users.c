@@ -1,7 +1,5 @@
 #include "daemon/rpc/users.h"
 
-#include <uthash.h>
-
 #include "daemon/core/daemon.h"
 
 struct kvd_user {

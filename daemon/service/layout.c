@@ -8,12 +8,12 @@ static int set_codec(const Kvd__V1__Geometry *from, struct kvd_layout *to, struc
     const char *rotation = from->rotation_set;
     uint32_t codec = to->planes[0].codec = kvd_codec_find(from->codec);
     if (codec == KVD_CODEC_COUNT)
-        return kvd_fail(err, KVD_E_INVALID, "layout.codec is '%.40s'; known are " KVD_CODEC_NAMES,
-                        from->codec);
+        return kvd_fail(err, KVD_E_INVALID, "layout.codec is '%.40s'; known are %s", from->codec,
+                        kvd_codec_names());
     if (codec == KVD_CODEC_BF16)
         return KVD_OK;
     if (!*rotation)
-        rotation = codec >= KVD_CODEC_TURBOQUANT_2 ? "random" : "hadamard";
+        rotation = kvd_codec_transform(codec);
     if (!kvd_rotset_built_in(rotation) && !kvd_store_ref_valid(rotation))
         return kvd_fail(err, KVD_E_INVALID,
                         "layout.rotation_set is '%.80s'; it wants model@tag, sha256:<64 hex>, "

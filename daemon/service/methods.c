@@ -1,8 +1,7 @@
 // The table of methods: path, request type, handler, and who may call.
-#include "admin.pb-c.h"
 #include "daemon/rpc/rpc.h"
-#include "daemon/sched/op.h"
-#include "daemon/service/handlers.h"
+
+#include "admin.pb-c.h"
 #include "health.pb-c.h"
 #include "kvd.pb-c.h"
 

@@ -38,6 +38,36 @@ static inline vi v_words(const uint8_t *p)
 {
     return _mm256_loadu_si256((const __m256i *)(const void *)p);
 }
+static inline vi v_spread8(const uint8_t *p)
+{
+    __m256i w = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)p));
+    w = _mm256_permutevar8x32_epi32(w, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+    return _mm256_srlv_epi32(w, _mm256_setr_epi32(0, 8, 0, 8, 0, 8, 0, 8));
+}
+// From the words a and b, one for each four.
+static inline vi v_spread_two(uint32_t a, uint32_t b, int step)
+{
+    int x = (int)a, y = (int)b;
+    return _mm256_srlv_epi32(
+        _mm256_setr_epi32(x, x, x, x, y, y, y, y),
+        _mm256_setr_epi32(0, step, 2 * step, 3 * step, 0, step, 2 * step, 3 * step));
+}
+static inline vi v_spread4(const uint8_t *p)
+{
+    uint32_t w[2];
+    memcpy(w, p, sizeof(w));
+    return v_spread_two(w[0], w[1], 4);
+}
+static inline vi v_spread2(const uint8_t *p)
+{
+    uint16_t w[2];
+    memcpy(w, p, sizeof(w));
+    return v_spread_two(w[0], w[1], 2);
+}
+static inline vi v_spread1(const uint8_t *p)
+{
+    return v_spread_two(p[0], p[1], 1);
+}
 static inline vf v_table(const float *four)
 {
     return _mm256_broadcast_ps((const __m128 *)(const void *)four);

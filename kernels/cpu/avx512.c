@@ -38,6 +38,34 @@ static inline vi v_words(const uint8_t *p)
 {
     return _mm512_loadu_si512(p);
 }
+static inline vi v_spread8(const uint8_t *p)
+{
+    __m512i w = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(const void *)p));
+    const __m512i from = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    return _mm512_srlv_epi32(_mm512_permutexvar_epi32(from, w), _mm512_set1_epi64(8ll << 32));
+}
+// From four words, one for each four.
+static inline vi v_spread_four(__m128i four, int step)
+{
+    const __m512i from = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    __m128i steps = _mm_setr_epi32(0, step, 2 * step, 3 * step);
+    return _mm512_srlv_epi32(_mm512_permutexvar_epi32(from, _mm512_castsi128_si512(four)),
+                             _mm512_broadcast_i32x4(steps));
+}
+static inline vi v_spread4(const uint8_t *p)
+{
+    return v_spread_four(_mm_loadu_si128((const __m128i *)(const void *)p), 4);
+}
+static inline vi v_spread2(const uint8_t *p)
+{
+    return v_spread_four(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)), 2);
+}
+static inline vi v_spread1(const uint8_t *p)
+{
+    uint32_t four;
+    memcpy(&four, p, sizeof(four));
+    return v_spread_four(_mm_cvtepu8_epi32(_mm_cvtsi32_si128((int)four)), 1);
+}
 // vpermilps picks among four floats by the low two bits of each word: no mask, no conversion.
 static inline vf v_table(const float *four)
 {

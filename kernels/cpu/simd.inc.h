@@ -3,6 +3,10 @@
 //   vf, vi                     vectors of V floats, V 32-bit integers
 //   v_zero, v_set1, v_load, v_store, v_fma(a, b, c) = a*b+c, v_mul, v_add, v_max
 //   v_words(p)                 V words from memory
+//   v_spread8(p), 4, 2, 1      V words from V / 4 * (8, 4, 2, 1) bytes: words 4i to 4i + 3 are the
+//   i-th 8, 4, 2 or
+//                              1 bytes, so shifted that the bits of register 0, 1, 2, 3 come to the
+//                              low end of a half
 //   v_table(four)              four floats, for:
 //   v_pick(table, w, shift)    which of them the two bits at `shift` of each word say
 //   v_select(a, b, w, bit)     b where the bit is set, a elsewhere
@@ -57,45 +61,133 @@ static inline struct levels levels_of(uint32_t codec)
     return (struct levels){v_table(l), v_table(kvd_codec_bits(codec) == 4 ? l + 4 : l)};
 }
 
-// Where the words of some channel tiles of a chunk lie, for G vectors from word group g on, and the
-// first tile's bits in them.
-struct code_words {
-    const uint8_t *at, *more; // of the second plane
-    uint32_t shift, more_shift;
+// A plane's words of up to four channel tiles of a chunk, from word group g on: pieces of `lane`
+// bytes a lane.
+struct plane_words {
+    const uint8_t *at;
+    uint32_t shift; // of the first tile's bits
+    uint32_t lane;
 };
 
-static inline __attribute__((always_inline)) struct code_words
-words_of(const uint32_t bits, const uint8_t *codes, uint32_t dim, uint32_t chunk, uint32_t tile,
-         uint32_t g)
+// What some channel tiles of a chunk have in both planes, the second one where there is one.
+struct code_words {
+    struct plane_words low, more;
+};
+
+// `lane` is known when this is compiled, as `bits` is.
+static inline __attribute__((always_inline)) struct plane_words
+plane_of(const uint32_t width, const uint32_t lane, const uint8_t *plane, uint32_t dim,
+         uint32_t chunk, uint32_t tile, uint32_t g)
 {
-    uint32_t at = kvd_unit_of(dim, chunk, tile) * KVD_UNIT_BYTES + g * 64;
-    struct code_words w = {codes + at, codes + at, 2 * kvd_slot_of(dim, chunk, tile), 0};
-    if (bits == 4) {
-        w.more += kvd_codes_bytes(KVD_CODEC_INT2, dim);
-        w.more_shift = w.shift;
-    } else if (bits == 3) {
-        w.more = codes + kvd_codes_bytes(KVD_CODEC_INT2, dim) +
-                 kvd_bit_unit_of(dim, chunk) * KVD_UNIT_BYTES + g * 64;
-        w.more_shift = kvd_bit_slot_of(dim, chunk, tile);
+    struct kvd_piece p = {tile / 8 * 8, lane, 0}; // dims whose pieces are all alike
+    uint32_t chunks = 1, bytes = 2 * width * dim;
+    if (kvd_side_by_side(dim, width)) {
+        p.first = 0;
+        chunks = 16 / (width * dim / 16);
+        bytes = KVD_UNIT_BYTES;
+    } else if (width == 1 || lane < 16) {
+        p = kvd_piece_of(dim, width, tile);
+    } else {
+        p.at = p.first / 8 * KVD_UNIT_BYTES;
     }
+    uint32_t shift = (tile - p.first) * width + chunk % chunks * (16 / chunks);
+    return (struct plane_words){plane + chunk / chunks * bytes + p.at + g * 4 * lane, shift, lane};
+}
+
+static inline __attribute__((always_inline)) struct code_words
+words_of(const uint32_t bits, const uint32_t lane, const uint32_t more_lane, const uint8_t *codes,
+         uint32_t dim, uint32_t chunk, uint32_t tile, uint32_t g)
+{
+    const uint8_t *more = codes + kvd_codes_bytes(KVD_CODEC_INT2, dim);
+    struct code_words w = {plane_of(2, lane, codes, dim, chunk, tile, g), {0}};
+    if (bits == 4)
+        w.more = plane_of(2, lane, more, dim, chunk, tile, g);
+    else if (bits == 3)
+        w.more = plane_of(1, more_lane, more, dim, chunk, tile, g);
     return w;
 }
 
-// The levels of the codes in slot `slot` after the first, low or high half of the words.
+// The i-th vector of a group.
+static inline __attribute__((always_inline)) vi load_words(const struct plane_words *w, int i)
+{
+    const uint8_t *p = w->at + (uint32_t)i * (V / 4) * w->lane;
+    return w->lane == 16  ? v_words(p)
+           : w->lane == 8 ? v_spread8(p)
+           : w->lane == 4 ? v_spread4(p)
+           : w->lane == 2 ? v_spread2(p)
+                          : v_spread1(p);
+}
+
+// Where second elements lie, from first ones on.
+static inline __attribute__((always_inline)) uint32_t half_of(const struct plane_words *w)
+{
+    return w->lane < 4 ? 4 * w->lane : 16;
+}
+
+// The levels of the codes of channel tile `slot` after the first, low or high half of the words.
 static inline __attribute__((always_inline)) vf level_of(const uint32_t bits,
                                                          const struct levels *l,
                                                          const struct code_words *w, vi words,
-                                                         vi more, uint32_t slot, uint32_t half)
+                                                         vi more, uint32_t slot, uint32_t high)
 {
-    uint32_t shift = w->shift + 2 * slot + half;
+    uint32_t shift = w->low.shift + 2 * slot + high * half_of(&w->low);
     vf x = v_pick(l->low, words, shift);
     if (bits == 4) {
-        uint32_t bit = w->more_shift + 2 * slot + half;
+        uint32_t bit = w->more.shift + 2 * slot + high * half_of(&w->more);
         x = v_flip(v_select(x, v_pick(l->high, words, shift), more, bit), more, bit + 1);
     } else if (bits == 3) {
-        x = v_flip(x, more, w->more_shift + slot + half);
+        x = v_flip(x, more, w->more.shift + slot + high * half_of(&w->more));
     }
     return x;
+}
+
+// Calls f(lane, more_lane, tiles, tile, ...) for all channel tiles, four at a time as far as they
+// go. In words of 16 bytes a lane lie all tiles of some dims; the others' last ones in smaller
+// pieces.
+#define EACH_TILES(f, dim, ...)                                                                    \
+    do {                                                                                           \
+        uint32_t tile_ = 0, tiles_ = (dim) / 16;                                                   \
+        if (tiles_ % 8 == 0 || tiles_ == 4) {                                                      \
+            for (; tile_ < tiles_; tile_ += 4)                                                     \
+                f(16, 16, 4, tile_, __VA_ARGS__);                                                  \
+            break;                                                                                 \
+        }                                                                                          \
+        for (; tile_ + 8 <= tiles_; tile_ += 8) {                                                  \
+            f(16, 8, 4, tile_, __VA_ARGS__);                                                       \
+            f(16, 8, 4, tile_ + 4, __VA_ARGS__);                                                   \
+        }                                                                                          \
+        if (tile_ + 4 <= tiles_) {                                                                 \
+            f(8, 4, 4, tile_, __VA_ARGS__);                                                        \
+            tile_ += 4;                                                                            \
+        }                                                                                          \
+        if (tile_ + 2 <= tiles_) {                                                                 \
+            f(4, 2, 2, tile_, __VA_ARGS__);                                                        \
+            tile_ += 2;                                                                            \
+        }                                                                                          \
+        if (tile_ < tiles_)                                                                        \
+            f(2, 1, 1, tile_, __VA_ARGS__);                                                        \
+    } while (0)
+
+// Adds the products of some channel tiles to the scores of a group's tokens.
+static inline __attribute__((always_inline)) void
+k_scores_tiles(const uint32_t lane, const uint32_t more_lane, const uint32_t tiles, uint32_t tile,
+               const uint32_t bits, const struct levels *l, const uint8_t *codes, uint32_t dim,
+               uint32_t chunk, uint32_t g, const float *q, const uint32_t rows,
+               vf acc[KVD_CPU_ROWS][G])
+{
+    struct code_words at = words_of(bits, lane, more_lane, codes, dim, chunk, tile, g);
+    for (int i = 0; i < G; i++) {
+        vi w = load_words(&at.low, i), more = bits > 2 ? load_words(&at.more, i) : w;
+        for (uint32_t slot = 0; slot < tiles; slot++) {
+            vf lo = level_of(bits, l, &at, w, more, slot, 0);
+            vf hi = level_of(bits, l, &at, w, more, slot, 1);
+            for (uint32_t r = 0; r < rows; r++) {
+                const float *qr = q + r * 2 * dim + (tile + slot) * 32 + (uint32_t)(i * V);
+                acc[r][i] = v_fma(lo, v_load(qr), acc[r][i]);
+                acc[r][i] = v_fma(hi, v_load(qr + 16), acc[r][i]);
+            }
+        }
+    }
 }
 
 static inline __attribute__((always_inline)) void
@@ -108,22 +200,7 @@ k_scores_rows(const uint32_t bits, struct levels l, const uint8_t *codes, uint32
             for (uint32_t r = 0; r < rows; r++)
                 for (int i = 0; i < G; i++)
                     acc[r][i] = v_zero();
-            for (uint32_t block = 0; block < dim / 64; block++) {
-                struct code_words at = words_of(bits, codes, dim, chunk, block * 4, g);
-                const float *qb = q + block * 128;
-                for (int i = 0; i < G; i++) {
-                    vi w = v_words(at.at + i * V * 4), more = v_words(at.more + i * V * 4);
-                    for (uint32_t slot = 0; slot < 4; slot++) {
-                        vf lo = level_of(bits, &l, &at, w, more, slot, 0);
-                        vf hi = level_of(bits, &l, &at, w, more, slot, 16);
-                        for (uint32_t r = 0; r < rows; r++) {
-                            const float *qr = qb + r * 2 * dim + slot * 32 + i * V;
-                            acc[r][i] = v_fma(lo, v_load(qr), acc[r][i]);
-                            acc[r][i] = v_fma(hi, v_load(qr + 16), acc[r][i]);
-                        }
-                    }
-                }
-            }
+            EACH_TILES(k_scores_tiles, dim, bits, &l, codes, dim, chunk, g, q, rows, acc);
             for (uint32_t r = 0; r < rows; r++) {
                 float *s = scores + r * KVD_PAGE_TOKENS + chunk * 16 + g;
                 fold_pairs(acc[r], s, s + 8);
@@ -160,39 +237,58 @@ static void simd_k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, co
         k_scores_bits(4, levels_of(codec), codes, dim, q, rows, scores);
 }
 
-// acc of one row: [g 8][channel tile][16 lanes].
+enum { SLOTS = V == 16 ? 4 : 2 }; // channel tiles whose accumulators fit the registers
+
+// Up to SLOTS channel tiles of a group. acc of one row: [g 8][channel tile][16 lanes].
+static inline __attribute__((always_inline)) void
+v_accumulate_slots(const uint32_t lane, const uint32_t more_lane, const uint32_t tiles,
+                   uint32_t tile, const uint32_t bits, const struct levels *l, const uint8_t *codes,
+                   uint32_t dim, uint32_t g, const float *spread, const uint32_t rows, float *acc)
+{
+    for (int i = 0; i < G; i++) {
+        float *at = acc + (g * (dim / 16) + tile) * 16 + (uint32_t)(i * V);
+        vf a[KVD_CPU_ROWS][SLOTS];
+        for (uint32_t r = 0; r < rows; r++)
+            for (uint32_t s = 0; s < tiles; s++)
+                a[r][s] = v_load(at + r * 8 * dim + s * 16);
+        for (uint32_t chunk = 0; chunk < 4; chunk++) {
+            struct code_words where = words_of(bits, lane, more_lane, codes, dim, chunk, tile, g);
+            vi w = load_words(&where.low, i), more = bits > 2 ? load_words(&where.more, i) : w;
+            for (uint32_t s = 0; s < tiles; s++) {
+                vf lo = level_of(bits, l, &where, w, more, s, 0);
+                vf hi = level_of(bits, l, &where, w, more, s, 1);
+                for (uint32_t r = 0; r < rows; r++) {
+                    const float *p = spread + (r * 4 + chunk) * 32 + i * V;
+                    a[r][s] = v_fma(lo, v_load(p), a[r][s]);
+                    a[r][s] = v_fma(hi, v_load(p + 16), a[r][s]);
+                }
+            }
+        }
+        for (uint32_t r = 0; r < rows; r++)
+            for (uint32_t s = 0; s < tiles; s++)
+                v_store(at + r * 8 * dim + s * 16, a[r][s]);
+    }
+}
+
+static inline __attribute__((always_inline)) void
+v_accumulate_tiles(const uint32_t lane, const uint32_t more_lane, const uint32_t tiles,
+                   uint32_t tile, const uint32_t bits, const struct levels *l, const uint8_t *codes,
+                   uint32_t dim, uint32_t g, const float *spread, const uint32_t rows, float *acc)
+{
+    if (tiles <= SLOTS) {
+        v_accumulate_slots(lane, more_lane, tiles, tile, bits, l, codes, dim, g, spread, rows, acc);
+        return;
+    }
+    for (uint32_t t = tile; t < tile + tiles; t += SLOTS)
+        v_accumulate_slots(lane, more_lane, SLOTS, t, bits, l, codes, dim, g, spread, rows, acc);
+}
+
 static inline __attribute__((always_inline)) void
 v_accumulate_rows(const uint32_t bits, struct levels l, const uint8_t *codes, uint32_t dim,
                   const float *spread, const uint32_t rows, float *acc)
 {
-    enum { SLOTS = V == 16 ? 4 : 2 }; // accumulators that fit the registers
-    for (uint32_t g = 0; g < 8; g++) {
-        for (uint32_t tile = 0; tile < dim / 16; tile += SLOTS) {
-            for (int i = 0; i < G; i++) {
-                float *at = acc + (g * (dim / 16) + tile) * 16 + i * V;
-                vf a[KVD_CPU_ROWS][SLOTS];
-                for (uint32_t r = 0; r < rows; r++)
-                    for (int s = 0; s < SLOTS; s++)
-                        a[r][s] = v_load(at + r * 8 * dim + s * 16);
-                for (uint32_t chunk = 0; chunk < 4; chunk++) {
-                    struct code_words where = words_of(bits, codes, dim, chunk, tile, g);
-                    vi w = v_words(where.at + i * V * 4), more = v_words(where.more + i * V * 4);
-                    for (int s = 0; s < SLOTS; s++) {
-                        vf lo = level_of(bits, &l, &where, w, more, (uint32_t)s, 0);
-                        vf hi = level_of(bits, &l, &where, w, more, (uint32_t)s, 16);
-                        for (uint32_t r = 0; r < rows; r++) {
-                            const float *p = spread + (r * 4 + chunk) * 32 + i * V;
-                            a[r][s] = v_fma(lo, v_load(p), a[r][s]);
-                            a[r][s] = v_fma(hi, v_load(p + 16), a[r][s]);
-                        }
-                    }
-                }
-                for (uint32_t r = 0; r < rows; r++)
-                    for (int s = 0; s < SLOTS; s++)
-                        v_store(at + r * 8 * dim + s * 16, a[r][s]);
-            }
-        }
-    }
+    for (uint32_t g = 0; g < 8; g++)
+        EACH_TILES(v_accumulate_tiles, dim, bits, &l, codes, dim, g, spread, rows, acc);
 }
 
 static inline __attribute__((always_inline)) void
@@ -315,27 +411,37 @@ static void simd_scale(float *x, uint32_t n, float f)
         v_store(x + i, v_mul(v_load(x + i), v_set1(f)));
 }
 
-// Four rows by four vectors of outputs at a time: 16 accumulators (8 for V = 8).
+// Some rows by some vectors of outputs at a time, from output c on.
+static inline __attribute__((always_inline)) void
+rotate_columns(const float *x, const uint32_t rows, const uint32_t vectors, uint32_t dim,
+               const float *m, uint32_t c, float *y)
+{
+    vf acc[KVD_CPU_ROWS][4];
+    for (uint32_t r = 0; r < rows; r++)
+        for (uint32_t j = 0; j < vectors; j++)
+            acc[r][j] = v_zero();
+    for (uint32_t i = 0; i < dim; i++) {
+        for (uint32_t j = 0; j < vectors; j++) {
+            vf w = v_load(m + (uint64_t)i * dim + c + j * V);
+            for (uint32_t r = 0; r < rows; r++)
+                acc[r][j] = v_fma(v_set1(x[r * dim + i]), w, acc[r][j]);
+        }
+    }
+    for (uint32_t r = 0; r < rows; r++)
+        for (uint32_t j = 0; j < vectors; j++)
+            v_store(y + r * dim + c + j * V, acc[r][j]);
+}
+
+// Four rows by four vectors are 16 accumulators (8 for V = 8). dim is a multiple of 16.
 static inline __attribute__((always_inline)) void
 rotate_rows(const float *x, const uint32_t rows, uint32_t dim, const float *m, float *y)
 {
     enum { COLS = V == 16 ? 4 : 2 };
-    for (uint32_t c = 0; c < dim; c += COLS * V) {
-        vf acc[KVD_CPU_ROWS][COLS];
-        for (uint32_t r = 0; r < rows; r++)
-            for (int j = 0; j < COLS; j++)
-                acc[r][j] = v_zero();
-        for (uint32_t i = 0; i < dim; i++) {
-            for (int j = 0; j < COLS; j++) {
-                vf w = v_load(m + (uint64_t)i * dim + c + (uint32_t)j * V);
-                for (uint32_t r = 0; r < rows; r++)
-                    acc[r][j] = v_fma(v_set1(x[r * dim + i]), w, acc[r][j]);
-            }
-        }
-        for (uint32_t r = 0; r < rows; r++)
-            for (int j = 0; j < COLS; j++)
-                v_store(y + r * dim + c + (uint32_t)j * V, acc[r][j]);
-    }
+    uint32_t c = 0;
+    for (; c + COLS * V <= dim; c += COLS * V)
+        rotate_columns(x, rows, COLS, dim, m, c, y);
+    for (; c < dim; c += V)
+        rotate_columns(x, rows, 1, dim, m, c, y);
 }
 
 static void simd_rotate(const float *x, uint32_t rows, uint32_t dim, const float *m, float *y)

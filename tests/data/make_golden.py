@@ -66,24 +66,40 @@ def quantize(x, ratio, gain, codec):
     return signed_codes(x / scale, BITS[codec]), half(scale)
 
 
+def piece(dim, width, tile):
+    """First channel tile, bytes a lane and place in its chunk of the piece that a channel tile is in."""
+    first = at = 0
+    for size in (16, 8, 4, 2, 1):
+        while first + size // width <= dim // 16 and size >= width:
+            if tile < first + size // width:
+                return first, size, at
+            first += size // width
+            at += 32 * size
+    raise ValueError(tile)
+
+
 def plane(codes, is_v, width, shift):
     """Bits [shift, shift + width) of codes [64][dim]."""
     dim = codes.shape[1]
-    words = np.zeros(64 * dim * width // 32, np.uint32)
+    out = bytearray(8 * dim * width)
     for token in range(64):
         for channel in range(dim):
             chunk, tile = token // 16, channel // 16
-            if width == 1:
-                unit, slot = chunk * (dim // 16) // 16, chunk * (dim // 16) % 16 + tile
-            elif dim == 64:
-                unit, slot = chunk // 2, chunk % 2 * 4 + tile
-            else:
-                unit, slot = chunk * (dim // 128) + tile // 8, tile % 8
             row, col = (channel % 16, token % 16) if is_v else (token % 16, channel % 16)
             lane, register = row % 8 * 4 + col % 8 // 2, row // 8 + col // 8 * 2
             bits = int(codes[token, channel]) >> shift & (1 << width) - 1
-            words[unit * 128 + lane * 4 + register] |= np.uint32(bits << (width * slot + 16 * (col % 2)))
-    return words.astype("<u4").tobytes()
+            first, size, at = piece(dim, width, tile)
+            if dim == 64 or (dim == 128 and width == 1):
+                side_by_side = 16 // size
+                byte = chunk // side_by_side * 512 + lane * 16 + register * 4
+                bit = chunk % side_by_side * size + width * tile + 16 * (col % 2)
+            else:
+                word = min(32, 8 * size)
+                at_bit = register * size + width * (tile - first)
+                byte = chunk * 2 * width * dim + at + lane * size + at_bit // (word // 2) * word // 8
+                bit = at_bit % (word // 2) + word // 2 * (col % 2)
+            out[byte + bit // 8] |= bits << bit % 8
+    return bytes(out)
 
 
 def side(x, is_v, codec):
@@ -101,7 +117,8 @@ def side(x, is_v, codec):
 def main():
     rng = np.random.default_rng(20260517)
     out = b""
-    for dk, dv in ((64, 64), (128, 128), (256, 256), (128, 64), (64, 256)):
+    for dk, dv in ((64, 64), (128, 128), (256, 256), (128, 64), (64, 256),
+                   (80, 80), (96, 96), (112, 112), (192, 192), (192, 128)):
         x = [(rng.normal(size=(64, d)) * (1 + 4 * (np.arange(d) == 7)) + rng.normal(size=(64, 1)) * (np.arange(64) % 4 == 0)[:, None])
              .astype("<f4") for d in (dk, dv)]
         out += struct.pack("<II", dk, dv) + x[0].tobytes() + x[1].tobytes()

@@ -158,6 +158,11 @@ struct shape {
     struct attention a;
 };
 
+static const uint32_t head_dims[][2] = {
+#define KVD_HEAD_DIMS(k, v) {k, v},
+#include "proto/head_dims.def"
+};
+
 // Every head_dim, small and large groups, cut chunks and tiles, windows that are off or not full.
 static const struct shape attention_shapes[] = {
     {1, 2, 1, 64, 64, 64, 256, 1, 700, {.q_len = 1}},
@@ -183,6 +188,19 @@ static const struct shape attention_shapes[] = {
     {1, 1, 2, 64, 64, 64, 256, 1, 0, {.q_len = 50, .new_tokens = 50}},
     {1, 2, 4, 128, 128, 64, 256, 1, 20000, {.q_len = 1}},
     {1, 2, 40, 128, 128, 64, 64, 1, 500, {.q_len = 1}},
+    {1, 2, 1, 80, 80, 64, 64, 1, 501, {.q_len = 1}},
+    {2, 2, 4, 96, 96, 64, 64, 2, 499, {.q_len = 1}},
+    {1, 2, 7, 112, 112, 16, 32, 1, 555, {.q_len = 1}},
+    {1, 2, 3, 192, 192, 64, 64, 1, 300, {.q_len = 1}},
+    {1, 1, 16, 192, 128, 48, 16, 1, 333, {.q_len = 1}},
+    {1, 2, 12, 80, 80, 0, 0, 0, 402, {.q_len = 3}},
+    {1, 1, 5, 96, 96, 64, 64, 1, 640, {.q_len = 37, .new_tokens = 37}},
+    {1, 3, 2, 112, 112, 64, 64, 3, 1200, {.q_len = 4, .window = 100}},
+    {1, 1, 4, 80, 80, 64, 64, 1, 1203, {.q_len = 5, .window = 700, .softcap = 20}},
+    {1, 1, 4, 192, 128, 64, 64, 1, 1203, {.q_len = 5, .window = 700, .softcap = 20}},
+    {1, 1, 2, 192, 128, 64, 256, 1, 40, {.q_len = 40}},
+    {1, 2, 4, 80, 80, 64, 256, 1, 20000, {.q_len = 1}},
+    {1, 2, 9, 112, 112, 64, 256, 1, 5000, {.q_len = 2}},
 };
 
 #endif

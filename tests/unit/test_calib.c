@@ -416,14 +416,41 @@ START_TEST(real_rotation_files)
 }
 END_TEST
 
+// "hadamard" has one size of entries everywhere, all ones in its first row, and is orthogonal.
+START_TEST(hadamard_rotations)
+{
+    struct kvd_error err = {0};
+    const uint32_t dims[] = {64, 80, 96, 112, 128, 192, 256};
+    for (size_t d = 0; d < KVD_LEN(dims); d++) {
+        uint32_t dim = dims[d];
+        struct kvd_rotset *s = kvd_rotset_new("hadamard", &(uint16_t){0}, 1, dim, dim, &err);
+        double worst = 0;
+        ck_assert_msg(s && kvd_rotset_check(s, &worst, &err) == 0 && worst < 1e-6, "%s", err.text);
+        for (uint32_t i = 0; i < dim * dim; i++)
+            ck_assert_double_eq_tol(fabs((double)s->k[i]), 1 / sqrt(dim), 1e-7);
+        for (uint32_t i = 0; i < dim; i++)
+            ck_assert_int_eq(kvd_hadamard_entry(dim, 0, i), 1);
+        for (uint32_t i = 0; i < dim; i++)
+            for (uint32_t k = 0; k <= i; k++) { // exactly
+                int dot = 0;
+                for (uint32_t j = 0; j < dim; j++)
+                    dot += kvd_hadamard_entry(dim, i, j) * kvd_hadamard_entry(dim, k, j);
+                ck_assert_int_eq(dot, i == k ? (int)dim : 0);
+            }
+        kvd_rotset_free(&s);
+    }
+    ck_assert_int_eq(kvd_hadamard_entry(72, 1, 1), 0);
+}
+END_TEST
+
 // "random" is orthogonal, no permutation of axes, and the same every time.
 START_TEST(random_rotations)
 {
     struct kvd_error err = {0};
-    const uint32_t dims[] = {64, 128, 256};
+    const uint32_t dims[] = {64, 128, 256, 80, 96, 112, 192};
     for (size_t d = 0; d < KVD_LEN(dims); d++) {
         const uint16_t layers[] = {0, 5};
-        uint32_t dk = dims[d], dv = dims[(d + 1) % 3];
+        uint32_t dk = dims[d], dv = d < 3 ? dims[(d + 1) % 3] : dk;
         struct kvd_rotset *a = kvd_rotset_new("random", layers, 2, dk, dv, &err);
         struct kvd_rotset *b = kvd_rotset_new("random", layers, 2, dk, dv, &err);
         double worst = 0, most = 0;
@@ -446,4 +473,4 @@ END_TEST
 
 KVD_MAIN("calib", 120, pickles_that_are_refused, mutated_pickles_never_crash, pt_files,
          native_files_round_trip, native_files_that_are_refused, sets_that_do_not_hold_up,
-         names_of_sets, random_rotations, real_rotation_files)
+         names_of_sets, hadamard_rotations, random_rotations, real_rotation_files)

@@ -77,14 +77,18 @@ END_TEST
 START_TEST(any_step_has_a_plan)
 {
     uint64_t seed = kvd_test_seed("plan");
-    static const uint32_t dims[] = {64, 128, 256};
+    static const uint32_t dims[][2] = {
+#define KVD_HEAD_DIMS(k, v) {k, v},
+#include "proto/head_dims.def"
+    };
     for (int i = 0; i < 20000; i++) {
         uint32_t kv = 1 + (uint32_t)(kvd_rand(&seed) % 16),
                  group = 1 + (uint32_t)(kvd_rand(&seed) % 16);
         struct kvd_cuda_attend_params p = step(1 + (uint32_t)(kvd_rand(&seed) % 400), kv * group,
                                                kv, 1 + (uint32_t)(kvd_rand(&seed) % 40));
-        p.dim_k = dims[kvd_rand(&seed) % 3];
-        p.dim_v = dims[kvd_rand(&seed) % 3];
+        const uint32_t *d = dims[kvd_rand(&seed) % KVD_LEN(dims)];
+        p.dim_k = d[0];
+        p.dim_v = d[1];
         p.codec = (uint32_t)(kvd_rand(&seed) % KVD_CODEC_COUNT);
         uint32_t longest = (uint32_t)(kvd_rand(&seed) % (1 << kvd_rand(&seed) % 21));
         uint64_t sum = longest + kvd_rand(&seed) % ((uint64_t)longest * (p.sequences - 1) + 1);

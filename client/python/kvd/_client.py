@@ -183,7 +183,8 @@ class Sequence(lib.OfProcess):
 class Client(lib.OfProcess):
     """A session with a daemon, for one model geometry. A context manager.
 
-    layers: ids of the model's layers that hold KV, ascending. head_dim: 64, 128 or 256, or a pair for K and V.
+    layers: ids of the model's layers that hold KV, ascending. head_dim: 64, 80, 96, 112, 128, 192 or 256, or a
+            pair for K and V: two of 64, 128 and 256, or (192, 128).
     rotation_set: "model@tag", "sha256:...", "hadamard", "random" or "identity"; None: what suits the codec. sink, recent:
     tokens kept in bf16; None: 64 and 256. address: "unix:/path" or "host:port"; None: $KVD_ADDRESS or
     unix:/run/kvd/kvd.sock. timeout: seconds for each call.
