@@ -3,6 +3,7 @@
 Environment: KVD_BUILD (the build folder), KVD_SOURCE (the checkout). Every process started here is stopped by its pid.
 """
 import importlib
+import inspect
 import os
 import pathlib
 import shutil
@@ -40,6 +41,11 @@ def _stubs():
 
 sys.path.insert(0, str(SOURCE / "client/python"))  # the package kvd: stubs are modules kvd.v1.* of it
 kv, admin, health = _stubs()
+
+
+def cached(model, cache):
+    """The argument that a cache is; its name depends on the release of transformers."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
 class Daemon:

@@ -5,6 +5,12 @@ from google.protobuf.descriptor import FieldDescriptor as F
 
 from conftest import admin, health, kv
 
+
+def repeated(field):
+    """Releases of protobuf from 4.x on have `is_repeated`, later ones no `label` any more."""
+    return field.is_repeated if hasattr(field, "is_repeated") else field.label == F.LABEL_REPEATED
+
+
 LAYERS, Q_HEADS, KV_HEADS, DIM = 2, 4, 2, 64
 NUMBERS = [0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 255, 256, 1000, 4095, 4096, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1]
 WIDE = NUMBERS + [2**32, 2**40, 2**63 - 1, 2**63, 2**64 - 1]
@@ -93,7 +99,7 @@ class Maker:
         for field in message.DESCRIPTOR.fields:
             if field.name in ("wait", "signal") and self.r.random() < 0.9 or self.r.random() < 0.15:
                 continue
-            if field.label == F.LABEL_REPEATED:
+            if repeated(field):
                 for _ in range(self.r.choice([0, 1, 1, 2, 3, 40])):
                     if field.type == F.TYPE_MESSAGE:
                         self.fill(getattr(message, field.name).add(), depth + 1)

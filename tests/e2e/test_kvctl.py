@@ -1,5 +1,6 @@
 """kvctl's command line: every command of its table understands help, refuses what it does not know before anything is
 sent, prints JSON as protobuf maps it, and finds the daemon."""
+import inspect
 import json
 import os
 import pty
@@ -170,6 +171,13 @@ def same(a, b, at=""):
         assert a == b, (at, a, b)
 
 
+def as_protobuf(message):
+    """A message in protobuf's JSON, with fields that have their default; releases from 5.26 on call the option otherwise."""
+    new = "always_print_fields_with_no_presence" in inspect.signature(json_format.MessageToDict).parameters
+    default = "always_print_fields_with_no_presence" if new else "including_default_value_fields"
+    return json_format.MessageToDict(message, preserving_proto_field_name=True, **{default: True})
+
+
 def test_json_is_what_protobuf_makes_of_the_reply(start, folder):
     store = folder / "store"
     assert run("--store", store, "calib", "hadamard", "m/m@t", "0-3", "64").returncode == 0
@@ -180,15 +188,13 @@ def test_json_is_what_protobuf_makes_of_the_reply(start, folder):
     rpc.kv("PublishSequence", session=s, sequence=seq[0], name="a-name")
 
     def reply(method, **fields):
-        return json_format.MessageToDict(rpc.admin(method, **fields), including_default_value_fields=True,
-                                         preserving_proto_field_name=True)
+        return as_protobuf(rpc.admin(method, **fields))
 
     def operator(method, **fields):
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as fd:
             fd.connect(f"{kvd.socket}.fd")
             ticket = fd.recv(4096)[8:40].decode()
-            return json_format.MessageToDict(rpc.admin(method, metadata=(("kvd-ticket", ticket),), **fields),
-                                             including_default_value_fields=True, preserving_proto_field_name=True)
+            return as_protobuf(rpc.admin(method, metadata=(("kvd-ticket", ticket),), **fields))
 
     for command, want in {
         "status": lambda: reply("GetStatus"), "workers": lambda: reply("ListSessions"),

@@ -90,7 +90,9 @@ def test_stubs(folder):
     for name in ("proto", "client"):
         (folder / name).symlink_to(SOURCE / name)
     (folder / "bin").mkdir()
-    (folder / "bin/python3").symlink_to(sys.executable)
+    # A script, as a link to a virtual environment's Python leaves the environment.
+    (folder / "bin/python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (folder / "bin/python3").chmod(0o755)
     for c in commands("protoc ", "PYTHONPATH="):
         shell(c, folder, PATH=f"{folder}/bin:{os.environ['PATH']}")
 

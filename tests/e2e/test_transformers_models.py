@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from conftest import BUILD, Daemon
+from conftest import BUILD, Daemon, cached
 
 os.environ["KVD_LIBRARY"] = str(BUILD / "client/libkvd.so.0")
 MISSING = [n for n in ("torch", "transformers") if not importlib.util.find_spec(n)]
@@ -94,7 +94,8 @@ def run(model, cache, ids, mask, steps):
         for begin, end in [(0, prompt)] + [(prompt + i, prompt + i + 1) for i in range(steps)]:
             positions = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, begin:]
             args = {"position_ids": positions} if "position_ids" in model.forward.__code__.co_varnames else {}
-            out.append(model(input_ids=ids[:, begin:end], attention_mask=mask[:, :end], cache=cache, use_cache=True, **args).logits)
+            out.append(model(input_ids=ids[:, begin:end], attention_mask=mask[:, :end], use_cache=True,
+                             **cached(model, cache), **args).logits)
     return torch.cat(out, 1)
 
 
@@ -164,7 +165,7 @@ def tokens(rows, n, seed=7):
 
 def logits(model, cache, ids, mask=None, **more):
     with torch.no_grad():
-        return model(input_ids=ids, attention_mask=mask, cache=cache, **more).logits
+        return model(input_ids=ids, attention_mask=mask, **cached(model, cache), **more).logits
 
 
 def close(a, b, valid=None):
@@ -202,10 +203,10 @@ def test_crop(kind, request):
 def test_assisted_decoding(llama, how, direct):
     """Candidates that are not accepted are cropped: the text is that of plain decoding."""
     ids = tokens(1, 12).repeat(1, 3)
-    plain = llama.stock.generate(ids, max_new_tokens=24, do_sample=False, cache=llama.stock_cache())
+    plain = llama.stock.generate(ids, max_new_tokens=24, do_sample=False, **cached(llama.stock, llama.stock_cache()))
     assistant = {"prompt_lookup_num_tokens": 4} if how == "prompt lookup" else {"assistant_model": make("llama", num_hidden_layers=1)}
     cache = KvdCache(llama.client, **({"direct": True, "max_tokens": 100} if direct else {}))
-    got = llama.model.generate(ids, max_new_tokens=24, do_sample=False, cache=cache, **assistant)
+    got = llama.model.generate(ids, max_new_tokens=24, do_sample=False, **cached(llama.model, cache), **assistant)
     assert got.tolist() == plain.tolist()
     cache.free()
 
