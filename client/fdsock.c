@@ -20,7 +20,10 @@ int kvd_fdsock_connect(const char *address, uint32_t timeout_ms, char *ticket,
                        struct kvd_error *err)
 {
     struct sockaddr_un addr = {.sun_family = AF_UNIX};
-    struct kvd_fd_hello hello;
+    union {
+        struct kvd_fd_hello hello;
+        struct kvd_fd_refusal refusal;
+    } m;
     uint64_t deadline = kvd_now_ms() + timeout_ms;
     if (strncmp(address, "unix:", 5) != 0 ||
         (size_t)snprintf(addr.sun_path, sizeof(addr.sun_path), "%s.fd", address + 5) >=
@@ -47,16 +50,20 @@ int kvd_fdsock_connect(const char *address, uint32_t timeout_ms, char *ticket,
     if (ready == 0)
         return -kvd_fail(err, KVD_E_TIMEOUT, "%s says nothing: kvd hangs there, or it is another",
                          addr.sun_path);
-    ssize_t n = recv(sock, &hello, sizeof(hello), MSG_DONTWAIT);
+    ssize_t n = recv(sock, &m, sizeof(m), MSG_DONTWAIT);
     if (n == 0 || (n < 0 && errno == ECONNRESET))
         return -kvd_fail(err, KVD_E_UNAVAILABLE, "%s hung up; is kvd stopping, or full?",
                          addr.sun_path);
-    if (n != sizeof(hello) || hello.magic != KVD_FD_MAGIC)
+    if (n == sizeof(m.refusal) && m.refusal.magic == KVD_FD_MAGIC)
+        return -kvd_fail(err, m.refusal.code == KVD_E_LIMIT ? KVD_E_LIMIT : KVD_E_UNAVAILABLE,
+                         "%s: %.*s", addr.sun_path, (int)sizeof(m.refusal.text) - 1,
+                         m.refusal.text);
+    if (n != sizeof(m.hello) || m.hello.magic != KVD_FD_MAGIC)
         return -kvd_fail(err, KVD_E_UNAVAILABLE, "%s does not speak as kvd does", addr.sun_path);
-    if (hello.version != KVD_FD_VERSION)
+    if (m.hello.version != KVD_FD_VERSION)
         return -kvd_fail(err, KVD_E_UNSUPPORTED, "kvd speaks version %u on %s, this library %u",
-                         hello.version, addr.sun_path, KVD_FD_VERSION);
-    memcpy(ticket, hello.ticket, 32);
+                         m.hello.version, addr.sun_path, KVD_FD_VERSION);
+    memcpy(ticket, m.hello.ticket, 32);
     ticket[32] = '\0';
     return KVD_TAKE_FD(sock);
 }

@@ -203,8 +203,9 @@ static int page_take(struct kvd_pool *pool, uint32_t slab, uint32_t *page)
     struct region_slab *s = &pool->slab[slab];
     if (s->partial == KVD_POOL_NONE) {
         int rc = extent_grant(pool, slab, false);
-        if (rc == KVD_E_FULL) // the device has no more, but the pool may hold some idle
-            rc = extent_grant(pool, slab, true);
+        // The device has no more, or no descriptor is left for it, but the pool may hold some idle.
+        if ((rc == KVD_E_FULL || rc == KVD_E_LIMIT) && extent_grant(pool, slab, true) == KVD_OK)
+            rc = KVD_OK;
         if (rc)
             return rc;
     }
@@ -270,9 +271,15 @@ int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t layout,
                             "raise the quota",
                             n->name, (unsigned long long)n->used, (unsigned long long)n->quota);
     }
-    while ((rc = page_of_slab(pool, ns, layout, kind, page)) == KVD_E_FULL) {
+    while ((rc = page_of_slab(pool, ns, layout, kind, page)) == KVD_E_FULL || rc == KVD_E_LIMIT) {
         if (evict_one(pool, KVD_POOL_NONE, NULL))
             continue;
+        if (rc == KVD_E_LIMIT)
+            return kvd_fail(err, rc,
+                            "kvd is short of descriptors, of which an extent of %llu bytes takes "
+                            "one: free sequences, raise extent-size or the limit of open files "
+                            "(LimitNOFILE=, ulimit -n)",
+                            (unsigned long long)pool->head->extent_bytes);
         if (pool->head->extents_granted < pool->head->n_extents)
             return kvd_fail(err, KVD_E_FULL,
                             "the device is short of memory: %u of the pool's %u extents of %llu "

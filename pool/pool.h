@@ -31,7 +31,8 @@ enum kvd_pool_kind {
 struct kvd_pool_mem_ops {
     void *ctx;
     // Makes extent `index` of `bytes`, reading as zero. 0, KVD_E_FULL when the device is short of
-    // memory, or a negative errno. Sets *addr on success.
+    // memory, KVD_E_LIMIT when the process is short of descriptors, or a negative errno. Sets *addr
+    // on success.
     int (*alloc)(void *ctx, uint32_t index, uint64_t bytes, uint64_t *addr);
     // Gives the memory back. Called once for each successful alloc.
     void (*free)(void *ctx, uint32_t index, uint64_t addr, uint64_t bytes);

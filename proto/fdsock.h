@@ -1,5 +1,5 @@
 // Messages on the fd socket, a unix SOCK_SEQPACKET socket at the gRPC socket's path with ".fd"
-// appended. All carry one file descriptor, but for the hello and KVD_FD_REVOKE.
+// appended. All carry one file descriptor, but for the hello, the refusal and KVD_FD_REVOKE.
 #ifndef KVD_PROTO_FDSOCK_H
 #define KVD_PROTO_FDSOCK_H
 
@@ -13,6 +13,14 @@ struct kvd_fd_hello {
     uint32_t magic, version;
     char ticket[33]; // for OpenSession.ticket or the metadata key kvd-ticket
     char pad[7];
+};
+
+// Daemon to worker in place of the hello, which is shorter: the connection cannot stay. It is
+// closed then.
+struct kvd_fd_refusal {
+    uint32_t magic, version;
+    int32_t code;   // what a call would have got
+    char text[512]; // ends with a NUL
 };
 
 // Worker to daemon: a memfd sealed with F_SEAL_SHRINK, or GPU memory.

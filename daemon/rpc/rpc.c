@@ -8,7 +8,10 @@
 
 #include "daemon/rpc/links.h"
 
-enum { SMALL_REPLY = 64 << 10 };
+enum {
+    SMALL_REPLY = 64 << 10,
+    UNKNOWN = KVD_MAX_METHODS - 1, // stands for methods that we do not have
+};
 
 // -- what a call may take -----------------------------------------------------------------------
 
@@ -78,7 +81,7 @@ void kvd_call_sent(struct kvd_call *c)
     DL_DELETE2(c->d->rpc->unread, c, previous_unread, next_unread);
 }
 
-void kvd_rpc_tick(struct kvd_daemon *d)
+static void give_up_unread(struct kvd_daemon *d)
 {
     struct kvd_call *c, *next;
     DL_FOREACH_SAFE2(d->rpc->unread, c, next, next_unread)
@@ -95,6 +98,26 @@ void kvd_rpc_tick(struct kvd_daemon *d)
         else
             grpc_call_cancel(c->call, NULL);
     }
+}
+
+// Arms what could not be when memory was short.
+static void arm_again(struct kvd_daemon *d)
+{
+    uint32_t unarmed[KVD_MAX_METHODS];
+    memcpy(unarmed, d->rpc->unarmed, sizeof(unarmed));
+    memset(d->rpc->unarmed, 0, sizeof(unarmed));
+    for (uint32_t i = 0; i < UNKNOWN; i++)
+        for (uint32_t n = 0; n < unarmed[i]; n++)
+            kvd_call_arm(d, i);
+    if (unarmed[UNKNOWN])
+        kvd_call_arm_unknown(d);
+}
+
+void kvd_rpc_tick(struct kvd_daemon *d)
+{
+    if (!d->rpc->stopping)
+        arm_again(d);
+    give_up_unread(d);
 }
 
 // -- the life of a call -------------------------------------------------------------------------
@@ -390,12 +413,16 @@ static void on_request(struct kvd_tag *tag, bool ok)
     handle(c);
 }
 
+// NULL when memory is short: what was not armed is tried again once a second, and until then calls
+// wait inside gRPC.
 static struct kvd_call *call_new(struct kvd_daemon *d, uint32_t index,
                                  void (*fire)(struct kvd_tag *, bool))
 {
     struct kvd_call *c = calloc(1, sizeof(*c));
-    if (!c)
-        abort(); // nothing can be answered without it
+    if (!c) {
+        d->rpc->unarmed[index]++;
+        return NULL;
+    }
     c->d = d;
     c->message = grpc_empty_slice();
     c->method_index = index;
@@ -407,6 +434,8 @@ static struct kvd_call *call_new(struct kvd_daemon *d, uint32_t index,
 void kvd_call_arm(struct kvd_daemon *d, uint32_t index)
 {
     struct kvd_call *c = call_new(d, index, on_request);
+    if (!c)
+        return;
     c->method = &kvd_methods[index];
     if (grpc_server_request_registered_call(d->rpc->server, d->rpc->registered[index], &c->call,
                                             &c->deadline, &c->metadata, &c->payload, d->rpc->cq,
@@ -439,7 +468,9 @@ static void on_unknown(struct kvd_tag *tag, bool ok)
 void kvd_call_arm_unknown(struct kvd_daemon *d)
 {
     struct kvd_rpc *r = d->rpc;
-    struct kvd_call *c = call_new(d, KVD_MAX_METHODS - 1, on_unknown);
+    struct kvd_call *c = call_new(d, UNKNOWN, on_unknown);
+    if (!c)
+        return;
     grpc_call_details_init(&r->unknown_details);
     if (grpc_server_request_call(r->server, &c->call, &r->unknown_details, &c->metadata, r->cq,
                                  r->cq, &c->request_tag) != GRPC_CALL_OK)

@@ -13,6 +13,7 @@ struct kvd_rpc {
     grpc_server *server;
     grpc_completion_queue *cq;
     void *registered[KVD_MAX_METHODS];
+    uint32_t unarmed[KVD_MAX_METHODS]; // requests for which there was no memory
     uv_thread_t thread;
     bool thread_running;
     uv_mutex_t lock;
@@ -48,7 +49,7 @@ grpc_byte_buffer *kvd_message_wrap(grpc_slice slice);
 void kvd_call_arm(struct kvd_daemon *d, uint32_t index);
 void kvd_call_arm_unknown(struct kvd_daemon *d);
 void kvd_call_free(struct kvd_call *c);
-// To be called once a second: gives up answers that nobody reads.
+// To be called once a second: gives up answers that nobody reads; arms what could not be before.
 void kvd_rpc_tick(struct kvd_daemon *d);
 // Notes that gRPC has something of the call to send, or that it is sent.
 void kvd_call_sending(struct kvd_call *c);

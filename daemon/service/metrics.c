@@ -208,8 +208,10 @@ static void rpc_metrics(struct page *p)
 
 static void share_metrics(struct page *p)
 {
-    static const char *const names[KVD_SHARE_COUNT] = {
-        "connections", "calls", "reply_bytes", "mappings", "buffer_bytes", "descriptors"};
+    static const char *const names[] = {"connections",  "calls",       "reply_bytes", "mappings",
+                                        "buffer_bytes", "descriptors", "sessions",    "sequences",
+                                        "namespaces",   "layouts"};
+    _Static_assert(KVD_LEN(names) == KVD_SHARE_COUNT, "each share has a name");
     head(p->f, "kvd_share_limit", "gauge",
          "What clients may have of it in all; one user may have three quarters.");
     for (int i = 0; i < KVD_SHARE_COUNT; i++)

@@ -208,34 +208,48 @@ static bool make_room(struct kvd_daemon *d, const struct kvd_user *user)
     return false;
 }
 
-// A connection that is charged to its user; NULL: it is not to be.
-static struct kvd_connection *connection_new(struct kvd_daemon *d, int64_t uid)
+// A connection that is charged to its user; NULL: it is not to be, and *err says why.
+static struct kvd_connection *connection_new(struct kvd_daemon *d, int64_t uid,
+                                             struct kvd_error *err)
 {
-    struct kvd_error err = {0};
+    kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     struct kvd_connection *c = calloc(1, sizeof(*c));
     if (c)
         c->user = kvd_user_ref(d, uid);
     if (c && c->user &&
-        (kvd_user_take(c->user, KVD_SHARE_CONNECTIONS, 1, &err) == KVD_OK ||
+        (kvd_user_take(c->user, KVD_SHARE_CONNECTIONS, 1, err) == KVD_OK ||
          (make_room(d, c->user) &&
-          kvd_user_take(c->user, KVD_SHARE_CONNECTIONS, 1, &err) == KVD_OK)))
+          kvd_user_take(c->user, KVD_SHARE_CONNECTIONS, 1, err) == KVD_OK)))
         return c;
-    kvd_debug("connection to the fd socket refused: %s", err.text);
+    kvd_debug("connection to the fd socket refused: %s", err->text);
     if (c)
         kvd_user_unref(&c->user);
     free(c);
     return NULL;
 }
 
+// Tells who is hung up on why.
+static void refuse(int fd, const struct kvd_error *why)
+{
+    struct kvd_fd_refusal m = {
+        .magic = KVD_FD_MAGIC, .version = KVD_FD_VERSION, .code = (int32_t)why->code};
+    snprintf(m.text, sizeof(m.text), "%s", why->text);
+    send(fd, &m, sizeof(m), MSG_NOSIGNAL | MSG_DONTWAIT);
+    close(fd);
+}
+
 static void accept_one(struct kvd_daemon *d, int fd)
 {
+    struct kvd_error err = {0};
     struct ucred cred;
     socklen_t len = sizeof(cred);
     struct kvd_connection *c = NULL;
-    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len) == 0)
-        c = connection_new(d, cred.uid);
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len))
+        kvd_fail(&err, KVD_E_INTERNAL, "who connects is not known: %s", strerror(errno));
+    else
+        c = connection_new(d, cred.uid, &err);
     if (!c) {
-        close(fd);
+        refuse(fd, &err);
         return;
     }
     c->d = d;

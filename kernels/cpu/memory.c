@@ -72,8 +72,9 @@ int kvd_cpu_extent_make(struct kvd_backend *b, struct kvd_arena *a, uint32_t i,
     if (fd < 0 || ftruncate(fd, (off_t)a->bytes) ||
         mmap(place(a, i), a->bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) ==
             MAP_FAILED)
-        return kvd_fail(err, KVD_E_FULL, "cannot make an extent of %llu bytes: %s%s",
-                        (unsigned long long)a->bytes, strerror(errno),
+        return kvd_fail(err, errno == EMFILE || errno == ENFILE ? KVD_E_LIMIT : KVD_E_FULL,
+                        "cannot make an extent of %llu bytes: %s%s", (unsigned long long)a->bytes,
+                        strerror(errno),
                         errno == EMFILE ? "; raise extent-size or the limit of open files" : "");
     madvise(place(a, i), a->bytes, MADV_HUGEPAGE); // a hint; without it everything works
     if (arena_of(a)->fds[i] >= 0)

@@ -15,10 +15,12 @@ import urllib.request
 import grpc
 import pytest
 
-from conftest import BUILD, KVD, Rpc, free_port, geometry, kv
+import kvd as package
+from conftest import BUILD, KVD, Rpc, admin, free_port, geometry, kv
 from h2 import Connection, frame
 from test_death import FdSocket, memfd, wait_for
 
+os.environ.setdefault("KVD_LIBRARY", str(BUILD / "client/libkvd.so.0"))
 
 def status(kvd, name):
     """A line of /proc/PID/status, in KiB."""
@@ -158,6 +160,56 @@ def test_few_descriptors_mean_few_connections(start):
         s.close()
     assert wait_for(lambda: kvd.kvctl("ping", 1, check=False).returncode == 0)
     assert page(kvd, "/readyz")[0] == 200
+
+
+def test_who_is_refused_on_the_fd_socket_is_told_why(start):
+    kvd = start(config="[kvd]\nmax-connections = 8\n")
+    held = [FdSocket(kvd) for _ in range(6)]  # a user's three quarters
+    s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    s.settimeout(5)
+    s.connect(f"{kvd.socket}.fd")
+    assert b"max-connections" in s.recv(4096) and not s.recv(4096)
+    with pytest.raises(package.ExhaustedError) as e:
+        package.Client(layers=[0], q_heads=1, kv_heads=1, head_dim=64, address=kvd.address, timeout=2)
+    assert "6 are possible" in str(e.value) and "max-connections" in str(e.value), e.value
+    for h in held:
+        h.s.close()
+    assert wait_for(lambda: kvd.metric('kvd_share_used{share="connections"}') <= 1)
+    FdSocket(kvd).s.close()
+
+
+def test_short_descriptors_are_told_from_short_memory(start):
+    """An extent of host memory takes one."""
+    kvd = start("--extent-size", "2MiB")
+    rpc, pid = Rpc(kvd.address), kvd.process.pid
+    s = rpc.kv("OpenSession", geometry=geometry(layers=[0], codec="bf16")).session
+    seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
+    old = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")), old[1]))
+    data = kv.TensorRef(inline_data=bytes(8192 * 2 * 64 * 2))
+    with pytest.raises(grpc.RpcError) as e:
+        for i in range(10):
+            rpc.kv("Append", session=s, items=[kv.AppendItem(sequence=seq, position=i * 8192, tokens=8192, k=data, v=data)])
+    assert "short of descriptors" in e.value.details() and "limit of open files" in e.value.details(), e.value.details()
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, old)
+    rpc.kv("Append", session=s, items=[kv.AppendItem(sequence=seq, position=i * 8192, tokens=8192, k=data, v=data)])
+
+
+def test_calls_without_memory_wait_for_it(start, folder):
+    """Nothing was answered before: kvd gave up."""
+    if SANITIZER > 1:
+        pytest.skip("sanitizers have an allocator of their own")
+    flag = folder / "short"
+    kvd = start(env={"LD_PRELOAD": str(BUILD / "tests/short_memory.so"), "SHORT_MEMORY": str(flag)})
+    rpc = Rpc(kvd.address)
+    rpc.admin("Ping")
+    flag.touch()
+    with pytest.raises(grpc.RpcError) as e:
+        for _ in range(40):
+            rpc.call("kvd.v1.Admin", "Ping", admin.PingRequest(), admin.PingReply, timeout=0.3)
+    assert e.value.code().name == "DEADLINE_EXCEEDED"
+    flag.unlink()
+    assert wait_for(lambda: kvd.kvctl("ping", 1, check=False).returncode == 0)
 
 
 FLOODS = {  # what they may cost in memory, in MiB (gRPC reads at most 1 GiB of messages together)

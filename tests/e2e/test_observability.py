@@ -129,6 +129,13 @@ def test_process_and_identity(start):
     assert f'device="{device}"' in page and values["kvd_draining"] == "0"
 
 
+def test_each_series_is_there_once_and_has_a_name(start):
+    page = get(f"http://127.0.0.1:{start().metrics_port()}/metrics")
+    series = [line.rsplit(" ", 1)[0] for line in page.splitlines() if not line.startswith("#")]
+    assert "(null)" not in page and len(series) == len(set(series))
+    assert 'kvd_share_used{share="sequences"}' in series
+
+
 def names(expression):
     bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]|\b(by|on|without) \([^)]*\)", "", expression)
     return set(re.findall(r"\b((?:kvd|process)_[a-z_]+)", bare))
