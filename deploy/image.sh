@@ -25,7 +25,7 @@ if [ -z "$debs" ]; then
     deploy/deb.sh ${cuda[@]+"${cuda[@]}"} "$debs"
 fi
 mkdir "$work/pkg"
-cp "$debs"/kvd_*.deb "$work/pkg/"
+cp "$debs"/kvd_*.deb "$debs"/libkvd0_*.deb "$work/pkg/"
 version=$(dpkg-deb -f "$(echo "$work"/pkg/kvd_*.deb)" Version)
 
 echo "== root"

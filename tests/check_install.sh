@@ -40,5 +40,17 @@ fi
 gcc -std=c99 -Wall -Werror "$root/t.c" -o "$root/t" $(pkg-config --cflags --libs kvd)
 LD_LIBRARY_PATH=$lib "$root/t"
 # Only the public API is visible.
-nm -D --defined-only "$lib/libkvd.so" | awk '{print $3}' | grep -vE '^kvd_' && { echo "private symbols are visible"; exit 1; }
+public=$(grep -oE '\bkvd_[a-z0-9_]+\(' client/include/kvd/kvd.h | tr -d '(' | sort -u)
+extra=$(nm -D --defined-only "$lib/libkvd.so" | awk '{print $3}' | sort -u | comm -13 <(echo "$public") -)
+[ -z "$extra" ] || { echo "private symbols are visible: $extra"; exit 1; }
+# There is one copy of the kernels, in a private library that programs and libkvd find; libkvd.a has its own.
+kernels=$(find "$root" -name 'libkvd_kernels*.so*')
+[ "$kernels" = "$(echo "$lib"/kvd/libkvd_kernels-*.so)" ] || { echo "not one private library of kernels: $kernels"; exit 1; }
+for f in "$lib/libkvd.so" "$root"/usr/sbin/kvd "$root"/usr/bin/kvctl "$root"/usr/bin/kvctl-calib; do
+    [ "$(basename "$f")" = kvctl ] || readelf -d "$f" | grep -q "NEEDED.*\[$(basename "$kernels")\]" || { echo "$f does not want $kernels"; exit 1; }
+    ! nm "$f" | grep -E ' [TtDdRr] (kvd_cpu_attend|kvd_row_quantize)$' || { echo "$f has kernels of its own"; exit 1; }
+done
+readelf -d "$root/usr/sbin/kvd" | grep -q "RUNPATH.*\[${lib#"$root"}/kvd\]" || { echo "kvd does not look for its kernels where they are"; exit 1; }
+gcc -std=c99 "$root/t.c" -I"$root/usr/include" -o "$root/static" "$lib/libkvd.a" $(pkg-config --libs-only-l --libs-only-other --static kvd | sed 's/-lkvd//')
+! ldd "$root/static" | grep kvd && "$root/static"
 exit 0

@@ -155,6 +155,7 @@ export KVD_MODEL_PACKAGES=$packages
 say "end to end: real processes, real sockets"
 pytests "end to end" "$build" .
 check "install" tests/check_install.sh "$build"
+check "bundle" tests/check_bundle.sh "$build"
 check "quickstart" env BUILD="$build" deploy/quickstart.sh
 check "benchmarks run" tests/bench/run.sh --smoke "$build"
 

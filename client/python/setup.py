@@ -1,10 +1,11 @@
 """What pyproject.toml cannot say: the version is what proto/version.sh tells, as all parts of kvd have it, and the wheel carries libkvd.
 
-The library is $KVD_LIBRARY, or that of a build in `build` at the top of the checkout. Without one the wheel is Python alone and
-finds libkvd as the loader does, such as the one of the Debian package libkvd0.
+The library is $KVD_LIBRARY, or that of a build in `build` at the top of the checkout; the kernels that it wants come with it. Without
+one the wheel is Python alone and finds libkvd as the loader does, such as the one of the Debian package libkvd0.
 """
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 
@@ -23,6 +24,15 @@ if "KVD_LIBRARY" in os.environ and not LIBRARY.exists():
     raise SystemExit(f"KVD_LIBRARY={LIBRARY}: there is no such file")
 
 
+def kernels() -> pathlib.Path:
+    """The private library of kernels that LIBRARY would load."""
+    wanted = subprocess.run(["ldd", LIBRARY], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"(libkvd_kernels-\S+) => (/\S+)", wanted)
+    if not found:
+        raise SystemExit(f"{LIBRARY}: its kernels (libkvd_kernels-....so) are not found from there")
+    return pathlib.Path(found[2])
+
+
 class Build(build_py):
     def run(self):
         super().run()
@@ -30,6 +40,7 @@ class Build(build_py):
         (package / "_version.py").write_text(f'VERSION = "{VERSION}"\n')
         if LIBRARY.exists():
             shutil.copy(LIBRARY.resolve(), package / "libkvd.so.0")
+            shutil.copy(kernels(), package)
 
 
 class Wheel(bdist_wheel):

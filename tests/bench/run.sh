@@ -67,8 +67,8 @@ sleep "$idle"
 b=$(switches)
 echo "idle resident memory                 $((rss / 1024)) MiB"
 echo "idle context switches, all threads   $((b - a)) in $idle s"
-for f in daemon/kvd client/kvctl client/libkvd.so.0; do
-    echo "size of $(basename $f), stripped     $(strip -o "$work/x" "$build/$f" && stat -c %s "$work/x") bytes"
+for f in "$build"/daemon/kvd "$build"/client/kvctl "$build"/client/libkvd.so.0 "$build"/kernels/libkvd_kernels-*.so; do
+    echo "size of $(basename "$f"), stripped     $(strip -o "$work/x" "$f" && stat -c %s "$work/x") bytes"
 done
 
 echo

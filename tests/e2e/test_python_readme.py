@@ -69,9 +69,10 @@ def test_installing(folder):
     if not all(importlib.util.find_spec(m) for m in ("setuptools", "wheel", "pip")):
         pytest.skip("there is no pip, setuptools or wheel")
     shutil.copytree(SOURCE / "client/python", folder / "client/python", ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
-    for file in ("proto/kvd_limits.h", "proto/version.sh", "build/client/libkvd.so.0"):
+    kernels, = (BUILD / "kernels").glob("libkvd_kernels-*.so")
+    for file in ("proto/kvd_limits.h", "proto/version.sh", "build/client/libkvd.so.0", f"build/kernels/{kernels.name}"):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(BUILD / "client/libkvd.so.0" if file.startswith("build") else SOURCE / file, folder / file)
+        shutil.copy(BUILD / file[len("build/"):] if file.startswith("build") else SOURCE / file, folder / file)
     local = [c for c in commands("pip install") if "./client/python" in c]
     assert len(local) == 2
     env = {k: "1" for k in ("PIP_NO_DEPS", "PIP_NO_INDEX", "PIP_QUIET", "PIP_UPGRADE")}

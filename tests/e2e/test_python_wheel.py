@@ -19,6 +19,7 @@ import sys, kvd, kvd._library
 assert kvd.__file__.startswith(sys.argv[2]), kvd.__file__
 with kvd.Client(layers=[0], q_heads=1, kv_heads=1, head_dim=64, address=sys.argv[1]) as client:
     print(kvd.__version__, kvd.version(), client.info["version"], kvd._library.library()._name)
+    print({line.split()[-1] for line in open("/proc/self/maps") if "libkvd_kernels" in line}.pop())
 """
 
 
@@ -47,7 +48,7 @@ def test_wheel(kvd, folder, library):
     with zipfile.ZipFile(wheel) as z:
         names = z.namelist()
         assert {"kvd/py.typed", "kvd/_version.py", "kvd/transformers.py", "kvd_worker/__main__.py"} <= set(names)
-        assert ("kvd/libkvd.so.0" in names) == library
+        assert ("kvd/libkvd.so.0" in names) == library == any(n.startswith("kvd/libkvd_kernels-") for n in names)
         licence, = (n for n in names if n.endswith("/LICENSE"))
         assert z.read(licence) == (SOURCE / "LICENSE").read_bytes()
         assert f"\nVersion: {VERSION}\n" in z.read(f"kvd-{VERSION}.dist-info/METADATA").decode()
@@ -58,8 +59,9 @@ def test_wheel(kvd, folder, library):
     r = subprocess.run([sys.executable, "-c", USE, kvd.address, site], capture_output=True, text=True, timeout=30, cwd=folder,
                        env={**env, "PYTHONPATH": site, **({} if library else {"LD_LIBRARY_PATH": str(BUILD / "client")})})
     own = f"{site}/kvd/libkvd.so.0" if library else "libkvd.so.0"
-    of_wheel, of_library, of_daemon, loaded = r.stdout.split()
+    of_wheel, of_library, of_daemon, loaded, kernels = r.stdout.split()
     assert of_wheel == VERSION and of_library == of_daemon and loaded == own, r.stdout + r.stderr  # the build tells its commit too
+    assert kernels.startswith(site + "/kvd/") == library, kernels
 
 
 def test_a_wheel_of_a_missing_library(folder):

@@ -1,5 +1,6 @@
 """libkvd as ctypes sees it. Names and order are those of kvd/kvd.h."""
 import ctypes as c
+import glob
 import os
 from typing import Any
 
@@ -186,6 +187,9 @@ def library() -> Any:
         own = os.path.join(os.path.dirname(__file__), "libkvd.so.0")
         path = os.environ.get("KVD_LIBRARY") or (own if os.path.exists(own) else "libkvd.so.0")
         try:
+            if path == own:  # the loader takes the kernels that are there already
+                for kernels in glob.glob(glob.escape(os.path.dirname(own)) + "/libkvd_kernels-*.so"):
+                    c.CDLL(kernels)
             lib = c.CDLL(path)
         except OSError as e:
             raise ImportError(f"libkvd cannot be loaded: {e}. Install kvd, or say where it is: KVD_LIBRARY=.../libkvd.so.0") from e
