@@ -121,7 +121,7 @@ struct kvd_cuda_tensor {
 struct kvd_cuda_append_item {
     const uint64_t *codec, *bf16; // page tables
     uint32_t length, hist_end, new_length, new_hist_end;
-    uint32_t first_chunk;        // sum over the items before of (new_hist_end - hist_end) / 16
+    uint32_t first_chunk;        // sum over the items before of kvd_cuda_chunks
     uint32_t first_token;        // and of new_length - length
     uint32_t first_kept;         // and of kvd_cuda_kept_tokens
     struct kvd_cuda_tensor k, v; // bf16, 16-byte aligned rows
@@ -135,6 +135,15 @@ struct kvd_cuda_append_params {
     uint32_t n_items;
     uint32_t chunks, tokens, kept; // sums over the items
 };
+
+// Chunks of 16 tokens that an item's demotion writes. The first one keeps the tokens that it has
+// where a truncation has left the history's end inside it.
+static inline uint32_t kvd_cuda_chunks(const struct kvd_cuda_append_item *item, uint32_t sink)
+{
+    return item->new_hist_end > item->hist_end
+               ? (item->new_hist_end - sink + 15) / 16 - (item->hist_end - sink) / 16
+               : 0;
+}
 
 // New tokens of an item that stay in bf16: those in the sink, and those beyond the new history.
 static inline uint32_t kvd_cuda_kept_tokens(const struct kvd_cuda_append_item *item, uint32_t sink)

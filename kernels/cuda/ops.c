@@ -135,7 +135,7 @@ static struct kvd_cuda_append_params append_tables(struct kvd_cuda *c,
             .first_kept = out.kept,
             .k = kvd_device_tensor(c, &staged[2 * i]),
             .v = kvd_device_tensor(c, &staged[2 * i + 1])};
-        out.chunks += (uint32_t)(item->new_hist_end - item->hist_end) / KVD_CHUNK_TOKENS;
+        out.chunks += kvd_cuda_chunks(&items[i], g->sink);
         out.tokens += new_tokens(item);
         out.kept += kvd_cuda_kept_tokens(&items[i], g->sink);
     }

@@ -335,6 +335,13 @@ struct append_unit {
     }
 };
 
+// The first token of chunk i of all. Before hist_end if a truncation has left the history's end in
+// the middle of a chunk.
+__device__ inline uint32_t chunk_token(const append_params &p, const append_item &item, uint32_t i)
+{
+    return item.hist_end - (item.hist_end - p.sink) % 16 + (i - item.first_chunk) * 16;
+}
+
 // A warp's way through the chunks of a unit, in steps of any size.
 template <int D> struct chunk_walk {
     uint32_t chunk, of = 0; // and its item
@@ -358,16 +365,17 @@ template <int D> struct chunk_walk {
         if (p.items[of].first_chunk > i || (of + 1 < p.n_items && p.items[of + 1].first_chunk <= i))
             of = find_item(p.n_items, i, [&](uint32_t k) { return p.items[k].first_chunk; });
         const append_item &item = p.items[of];
-        uint32_t token = item.hist_end + (i - item.first_chunk) * 16;
+        uint32_t token = chunk_token(p, item, i), first = max(token, item.hist_end);
         const uint8_t *rows[2], *window = nullptr; // a chunk lies in one page of the ring
-        if (token < item.length)
-            window = window_row(p, item, token, unit.layer, unit.head, unit.v);
+        if (first < item.length)
+            window = window_row(p, item, first, unit.layer, unit.head, unit.v);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            uint32_t n = half * 8 + threadIdx.x % 32 / 4, at = token + n - item.length; // among the new tokens
-            rows[half] = token + n < item.length
-                             ? window + n * D * 2
-                             : tensor_row(unit.v ? item.v : item.k, unit.layer, at, unit.head);
+            // Of rows that are to be kept nothing else is known; another's stands in for them.
+            uint32_t at = max(token + half * 8 + threadIdx.x % 32 / 4, first);
+            rows[half] = at < item.length
+                             ? window + (at - first) * D * 2
+                             : tensor_row(unit.v ? item.v : item.k, unit.layer, at - item.length, unit.head);
         }
         until = token < item.length ? 0 : (of + 1 < p.n_items ? p.items[of + 1].first_chunk : p.chunks) - 1;
         row = rows[0];
@@ -394,30 +402,66 @@ __device__ inline void store_half(uint8_t *to, const uint4 &x)
     }
 }
 
+__device__ inline uint4 load_half(const uint8_t *from)
+{
+    uint32_t w[4];
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+        w[r] = from[4 * r] | from[4 * r + 2] << 16;
+    return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+// Puts what a lane's words have of the chunk's first `keep` tokens back.
+__device__ inline void put_back(uint4 &x, const uint4 &old, uint32_t keep, bool v)
+{
+    uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, w[4];
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+        uint32_t pair = t * 2 + r / 2 * 8, bits = g + r % 2 * 8 < keep ? ~0u : 0;
+        if (v)
+            bits = (pair < keep ? 0xffffu : 0) | (pair + 1 < keep ? 0xffff0000u : 0);
+        w[r] = (word_of(old, r) & bits) | (word_of(x, r) & ~bits);
+    }
+    x = make_uint4(w[0], w[1], w[2], w[3]);
+}
+
 // A chunk's words of two bits a code, or its unit u of them.
-template <int D> __device__ inline void store_pairs(uint8_t *plane, uint32_t chunk, int u, const uint4 &x)
+template <int D>
+__device__ inline void store_pairs(uint8_t *plane, uint32_t chunk, int u, uint4 x, uint32_t keep, bool v)
 {
     int lane = threadIdx.x % 32;
+    uint8_t *to = plane + (D == 64 ? chunk / 2 * 512 + chunk % 2 : (chunk * (D / 128) + u) * 512) + lane * 16;
+    if (keep)
+        put_back(x, D == 64 ? load_half(to) : *(const uint4 *)to, keep, v);
     if (D == 64) // two chunks share a unit
-        store_half(plane + chunk / 2 * 512 + lane * 16 + chunk % 2, x);
+        store_half(to, x);
     else
-        *(uint4 *)(plane + (chunk * (D / 128) + u) * 512 + lane * 16) = x;
+        *(uint4 *)to = x;
 }
 
 // And of a bit a code. With head_dim 64 chunks share bytes, and other warps write the others.
-template <int D> __device__ inline void store_bits(uint8_t *plane, uint32_t chunk, const uint4 &x)
+template <int D> __device__ inline void store_bits(uint8_t *plane, uint32_t chunk, uint4 x, uint32_t keep, bool v)
 {
     int lane = threadIdx.x % 32;
     uint8_t *to = plane + chunk * D / 256 * 512 + lane * 16;
     if (D == 256) {
+        if (keep)
+            put_back(x, *(const uint4 *)to, keep, v);
         *(uint4 *)to = x;
     } else if (D == 128) {
+        if (keep)
+            put_back(x, load_half(to + chunk % 2), keep, v);
         store_half(to + chunk % 2, x);
     } else {
+        if (keep) {
+            uint4 old = *(const uint4 *)to;
+            put_back(x, make_uint4(old.x >> 4 * chunk, old.y >> 4 * chunk, old.z >> 4 * chunk, old.w >> 4 * chunk),
+                     keep, v);
+        }
 #pragma unroll
         for (int r = 0; r < 4; r++) {
             atomicAnd((uint32_t *)to + r, ~(0x000f000fu << (4 * chunk)));
-            atomicOr((uint32_t *)to + r, word_of(x, r) << (4 * chunk));
+            atomicOr((uint32_t *)to + r, (word_of(x, r) & 0x000f000fu) << (4 * chunk));
         }
     }
 }
@@ -468,23 +512,27 @@ template <int CODEC, int D> struct coded_rows {
         }
     }
 
-    // As chunk `chunk` of a tile's side.
-    __device__ inline void store(uint32_t codec, bool v, uint8_t *codes, uint8_t *params, uint32_t chunk) const
+    // As chunk `chunk` of a tile's side, but for its first `keep` tokens, which stay as they are.
+    __device__ inline void store(uint32_t codec, bool v, uint8_t *codes, uint8_t *params, uint32_t chunk,
+                                 uint32_t keep) const
     {
-        int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-        if (t == 0 && params_bytes<CODEC>(codec) == 256)
-            *(uint2 *)(params + chunk * 64 + g * 8) = make_uint2(param[0], param[1]);
-        else if (t == 0)
-            *(uint32_t *)(params + chunk * 32 + g * 4) = param[0] | param[1] << 16;
+        uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+        if (t == 0 && params_bytes<CODEC>(codec) == 256) {
+            uint2 *to = (uint2 *)(params + chunk * 64 + g * 8), old = keep ? *to : make_uint2(0, 0);
+            *to = make_uint2(g < keep ? old.x : param[0], g + 8 < keep ? old.y : param[1]);
+        } else if (t == 0) {
+            uint32_t *to = (uint32_t *)(params + chunk * 32 + g * 4), old = keep ? *to : 0;
+            *to = (g < keep ? old & 0xffff : param[0]) | (g + 8 < keep ? old & 0xffff0000 : param[1] << 16);
+        }
 #pragma unroll
         for (int u = 0; u < UNITS; u++)
-            store_pairs<D>(codes, chunk, u, as_side(pairs[u], v));
+            store_pairs<D>(codes, chunk, u, as_side(pairs[u], v), keep, v);
         if constexpr (BITS == 4)
 #pragma unroll
             for (int u = 0; u < UNITS; u++)
-                store_pairs<D>(codes + 16 * D, chunk, u, as_side(more[u], v));
+                store_pairs<D>(codes + 16 * D, chunk, u, as_side(more[u], v), keep, v);
         if constexpr (BITS == 3)
-            store_bits<D>(codes + 16 * D, chunk, as_side(more[0], v));
+            store_bits<D>(codes + 16 * D, chunk, as_side(more[0], v), keep, v);
     }
 };
 
@@ -545,7 +593,8 @@ __global__ void __launch_bounds__(quantize_warps(D) * 32, 1)
         shared_matrix<D> r = {work.matrix, shared};
         const append_item &item = p.items[walk.of];
         bool mine = round * WARPS + warp < p.chunks;
-        uint32_t h = item.hist_end + (walk.chunk - item.first_chunk) * 16 - p.sink;
+        uint32_t token = chunk_token(p, item, walk.chunk), h = token - p.sink;
+        uint32_t keep = max(token, item.hist_end) - token;
         uint8_t *page = (uint8_t *)item.codec[h / PAGE];
         uint32_t a[D / 16][4];
         float c[D / 8][4];
@@ -569,7 +618,7 @@ __global__ void __launch_bounds__(quantize_warps(D) * 32, 1)
                 c[j][0] = c[j][2], c[j][1] = c[j][3];
         }
         if (mine)
-            coded.store(p.codec, work.v, page + work.codes, page + work.params, h % PAGE / 16);
+            coded.store(p.codec, work.v, page + work.codes, page + work.params, h % PAGE / 16, keep);
     }
 }
 
@@ -584,7 +633,9 @@ __global__ void demote_bf16_kernel(const __grid_constant__ append_params p)
     uint32_t chunk = (uint32_t)(token / 16);
     const append_item &item =
         p.items[find_item(p.n_items, chunk, [&](uint32_t k) { return p.items[k].first_chunk; })];
-    uint32_t t = item.hist_end + (uint32_t)token - item.first_chunk * 16, h = t - p.sink;
+    uint32_t t = chunk_token(p, item, chunk) + (uint32_t)token % 16, h = t - p.sink;
+    if (t < item.hist_end)
+        return;
     uint8_t *to = bf16_tile_row(item.codec[h / PAGE], p.layer_begin + layer, p.kv_heads, head,
                                 p.dim_k, p.dim_v, h % PAGE, v);
     copy_row(to, source_row(p, item, t, layer, head, v), 2 * (v ? p.dim_v : p.dim_k));

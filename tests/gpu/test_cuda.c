@@ -73,7 +73,8 @@ static void deinit(struct kseq *s)
     kseq_deinit(s);
 }
 
-// Appends `length` tokens in pieces of random size; the same pieces for the same seed.
+// Appends `length` tokens in pieces of random size, and truncates now and then, also into history
+// and to the middle of its chunks; the same for the same seed.
 static struct kvd_rotation *grow(struct kseq *s, struct kvd_backend *b, uint32_t length,
                                  uint64_t seed)
 {
@@ -86,6 +87,8 @@ static struct kvd_rotation *grow(struct kseq *s, struct kvd_backend *b, uint32_t
     while (s->length < length) {
         uint32_t n = (uint32_t)(kvd_rand(&seed) % 3 ? 1 + kvd_rand(&seed) % 200 : 1);
         kseq_append(s, b, rot, (uint32_t)KVD_MIN((uint64_t)n, length - s->length));
+        if (kvd_rand(&seed) % 6 == 0)
+            kseq_truncate(s, s->length - kvd_rand(&seed) % KVD_MIN(s->length, (uint64_t)250));
     }
     return rot;
 }

@@ -177,6 +177,13 @@ static inline void kseq_append(struct kseq *s, struct kvd_backend *b,
     s->hist_end = item.new_hist_end;
 }
 
+static inline void kseq_truncate(struct kseq *s, uint64_t length)
+{
+    s->length = length;
+    if (length < s->hist_end)
+        s->hist_end = KVD_MAX(length, (uint64_t)s->g.sink);
+}
+
 static inline const float *kseq_matrix(const struct kseq *s, bool v, uint32_t layer, uint32_t head)
 {
     const float *m = v ? s->r_v : s->r_k;
