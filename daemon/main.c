@@ -3,6 +3,7 @@
 #include <sysexits.h>
 
 #include "daemon/core/daemon.h"
+#include "daemon/core/lifecycle.h"
 #include "daemon/core/process.h"
 
 enum { OPT_CHECK = 1000, OPT_PRINT, OPT_INSTANCE, OPT_FIRST };

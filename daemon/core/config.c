@@ -1,9 +1,9 @@
 // Keys and their values. config_read.c reads files, config_check.c checks the whole.
-#include "daemon/core/config_load.h"
-
 #include <errno.h>
 #include <grp.h>
 #include <pwd.h>
+
+#include "daemon/core/config_load.h"
 
 enum key_type { TEXT, SIZE, NUMBER, YESNO, MILLIS, OCTAL, LEVEL, LISTEN, UIDS, GIDS, CNS };
 

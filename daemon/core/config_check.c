@@ -1,6 +1,4 @@
 // Checking the whole: what depends on several keys, and on what the host has.
-#include "daemon/core/config_load.h"
-
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
@@ -10,6 +8,7 @@
 #include <sys/stat.h>
 
 #include "calib/sign.h"
+#include "daemon/core/config_load.h"
 #include "daemon/core/host.h"
 #include "kernels/backend.h"
 

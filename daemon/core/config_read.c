@@ -1,10 +1,10 @@
 // Reading one file. inih parses; what it passes over in silence (lines that are no key, a second
 // bad line, sections without keys, long lines, indented lines) is found here, as lines go by.
-#include "daemon/core/config_load.h"
-
 #include <errno.h>
 #include <ini.h>
 #include <sys/stat.h>
+
+#include "daemon/core/config_load.h"
 
 enum { NO_SECTION, SKIPPED, PLAIN, NAMESPACE }; // of the lines that follow
 

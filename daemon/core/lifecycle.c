@@ -5,6 +5,8 @@
 //   → sessions end, waiting calls fail, those that run are cancelled, store fetches are given up
 //   → the executor has ended its slice, fetches are answered
 //   → gRPC server shut down → its queue drained → handles closed → the loop returns
+#include "daemon/core/lifecycle.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/file.h>
@@ -12,8 +14,17 @@
 #include <sysexits.h>
 #include <time.h>
 
-#include "daemon/sched/work.h"
+#include "calib/store.h"
+#include "daemon/core/notify.h"
+#include "daemon/core/reload.h"
 #include "daemon/rpc/users.h"
+#include "daemon/sched/work.h"
+#include "daemon/service/events.h"
+#include "daemon/service/http.h"
+#include "daemon/session/buffer.h"
+#include "daemon/session/fdsock.h"
+#include "daemon/session/memory.h"
+#include "daemon/session/tenants.h"
 #include "kvd.pb-c.h"
 
 static void on_evict(void *ctx, uint32_t ns, uint64_t seq, const char *name)
@@ -132,17 +143,6 @@ static int init_sockets(struct kvd_daemon *d, struct kvd_error *err)
     return kvd_fdsock_init(d, path, err);
 }
 
-static void on_lease_timer(uv_timer_t *timer)
-{
-    struct kvd_daemon *d = timer->loop->data;
-    bool leased = false;
-    kvd_session_expire(d);
-    for (struct kvd_session *s = d->sessions; s; s = s->hh.next)
-        leased |= !s->connection;
-    if (!leased)
-        uv_timer_stop(timer);
-}
-
 static void on_stop_signal(uv_signal_t *signal, int number)
 {
     struct kvd_daemon *d = signal->data;
@@ -171,7 +171,6 @@ int kvd_daemon_init(struct kvd_daemon *d, struct kvd_error *err)
     uv_timer_init(&d->loop, &d->lease_timer);
     uv_timer_init(&d->loop, &d->drain_timer);
     uv_timer_init(&d->loop, &d->memory_timer);
-    d->lease_timer.data = (void *)on_lease_timer;
     d->drain_timer.data = d;
     start_signal(d, &d->sig_term, on_stop_signal, SIGTERM);
     start_signal(d, &d->sig_int, on_stop_signal, SIGINT);
@@ -182,7 +181,7 @@ int kvd_daemon_init(struct kvd_daemon *d, struct kvd_error *err)
     int rc = init_backend(d, err);
     if (rc == KVD_OK)
         rc = kvd_memory_init(d, err);
-    kvd_session_measure_host(d);
+    kvd_buffers_measure_host(d);
     if (rc == KVD_OK)
         rc = init_pool(d, err);
     if (rc == KVD_OK)
@@ -264,13 +263,13 @@ void kvd_daemon_drain(struct kvd_daemon *d, uint64_t timeout_ms)
     d->state = KVD_DRAINING;
     if (!again) {
         kvd_notify_stopping();
-        kvd_notice("draining sessions=%u timeout_ms=%llu", HASH_COUNT(d->sessions),
+        kvd_notice("draining sessions=%u timeout_ms=%llu", d->n_sessions,
                    (unsigned long long)timeout_ms);
         kvd_event_send(d, KVD_POOL_NONE, KVD__V1__EVENT__KIND__DRAINING, 0, "");
         kvd_health_changed(d);
     }
     // A second request can only shorten the wait. With nobody there, a moment lets replies get out.
-    uint64_t wait = HASH_COUNT(d->sessions) ? timeout_ms : 20;
+    uint64_t wait = d->n_sessions ? timeout_ms : 20;
     uint64_t deadline = kvd_now_ms(d) + wait;
     if (!again || deadline < d->drain_deadline_ms) {
         d->drain_deadline_ms = deadline;
@@ -290,7 +289,7 @@ void kvd_daemon_check_device(struct kvd_daemon *d)
 
 void kvd_daemon_session_ended(struct kvd_daemon *d)
 {
-    if (d->state == KVD_DRAINING && HASH_COUNT(d->sessions) == 0)
+    if (d->state == KVD_DRAINING && d->n_sessions == 0)
         uv_timer_start(&d->drain_timer, on_drained, 20, 0);
 }
 

@@ -1,5 +1,6 @@
 // systemd: READY, STOPPING and the watchdog. Without systemd, nothing happens here.
 #include "daemon/core/daemon.h"
+#include "daemon/core/notify.h"
 
 #ifdef KVD_SYSTEMD
 #include <systemd/sd-daemon.h>
@@ -30,8 +31,3 @@ void kvd_notify_ready(struct kvd_daemon *d)
 
 void kvd_notify_stopping(void) {}
 #endif
-
-void kvd_notify_deinit(struct kvd_daemon *d)
-{
-    uv_timer_stop(&d->watchdog);
-}

@@ -3,9 +3,12 @@
 // What is set at run time (quotas, the log level) stays until the configuration says something else
 // than it did when it was read last: a reload for another reason undoes nothing, and an edit of
 // that very value wins.
+#include "daemon/core/reload.h"
+
 #include <time.h>
 
 #include "daemon/core/daemon.h"
+#include "daemon/core/lifecycle.h"
 
 enum { VALUE_TEXT = 2400 }; // the longest: eight addresses
 

@@ -1,7 +1,5 @@
 #include "daemon/rpc/listen.h"
 
-#include "daemon/core/config_load.h"
-
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
@@ -14,6 +12,7 @@
 #include <sys/syscall.h>
 #include <sys/un.h>
 
+#include "daemon/core/config_load.h"
 #include "daemon/rpc/meter.h"
 
 enum {

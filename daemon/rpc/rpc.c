@@ -1,5 +1,3 @@
-#include "daemon/rpc/rpc_internal.h"
-
 #include <grpc/byte_buffer.h>
 #include <grpc/grpc_security.h>
 #include <grpc/slice.h>
@@ -7,6 +5,8 @@
 #include <utlist.h>
 
 #include "daemon/rpc/links.h"
+#include "daemon/rpc/rpc_internal.h"
+#include "daemon/session/fdsock.h"
 
 enum {
     SMALL_REPLY = 64 << 10,

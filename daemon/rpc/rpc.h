@@ -14,6 +14,7 @@
 #ifndef KVD_DAEMON_RPC_H
 #define KVD_DAEMON_RPC_H
 
+#include <grpc/grpc.h>
 #include <protobuf-c/protobuf-c.h>
 #include <stdatomic.h>
 
@@ -37,7 +38,13 @@ struct kvd_method {
     bool while_draining; // answered also when the daemon drains
 };
 
-struct kvd_out; // a message waiting on a stream
+enum {
+    KVD_EVENT_SLOTS = 256,        // messages that wait for a slow reader of a stream
+    KVD_HELLO_TIMEOUT_MS = 10000, // a connection must have said something by then
+};
+
+struct kvd_link; // links.h
+struct kvd_out;  // a message waiting on a stream
 
 struct kvd_call {
     struct kvd_daemon *d;
@@ -106,66 +113,12 @@ void kvd_call_metadata(const struct kvd_call *call, const char *key, char *out, 
 // True if one of the peer's certificate names is in the list.
 bool kvd_call_peer_named(const struct kvd_call *call, const struct kvd_allow *allow);
 
+#define KVD_HANDLER(name) void kvd_on_##name(struct kvd_call *call, const void *request)
+
 grpc_status_code kvd_status_to_grpc(int code);
 const char *kvd_grpc_code_name(int code);
 
 extern const struct kvd_method kvd_methods[];
 extern const uint32_t kvd_n_methods;
-
-// Handlers, by file.
-#define KVD_HANDLER(name) void kvd_on_##name(struct kvd_call *call, const void *request)
-KVD_HANDLER(open_session); // service/worker.c
-KVD_HANDLER(close_session);
-KVD_HANDLER(keep_alive);
-KVD_HANDLER(register_buffer);
-KVD_HANDLER(release_buffer);
-KVD_HANDLER(watch);            // events.c
-KVD_HANDLER(create_sequences); // service/sequence.c
-KVD_HANDLER(fork_sequence);
-KVD_HANDLER(truncate_sequence);
-KVD_HANDLER(publish_sequence);
-KVD_HANDLER(attach_sequence);
-KVD_HANDLER(free_sequences);
-KVD_HANDLER(describe_sequences);
-KVD_HANDLER(append); // sched/op_*.c
-KVD_HANDLER(attend);
-KVD_HANDLER(step);
-KVD_HANDLER(rotate);
-KVD_HANDLER(read_tokens);
-KVD_HANDLER(map_sequences);
-KVD_HANDLER(ping); // service/admin.c
-KVD_HANDLER(get_status);
-KVD_HANDLER(list_sessions);
-KVD_HANDLER(list_sequences);
-KVD_HANDLER(get_pool);
-KVD_HANDLER(list_namespaces);
-KVD_HANDLER(get_metrics);
-KVD_HANDLER(list_rotation_sets);
-KVD_HANDLER(set_quota);
-KVD_HANDLER(evict);
-KVD_HANDLER(drain);
-KVD_HANDLER(set_log_level);
-KVD_HANDLER(reload);
-KVD_HANDLER(fetch_rotation_set);
-KVD_HANDLER(health_check); // service/health.c
-KVD_HANDLER(health_watch);
-
-// Finds the session of a request; answers the call and returns NULL if there is none.
-struct kvd_session *kvd_call_session(struct kvd_call *call, const char *secret);
-// Answers a repeated request id from memory. False: go on.
-bool kvd_call_replayed(struct kvd_call *call, struct kvd_session *s, uint64_t request_id);
-// Replies and remembers the reply under the request id (0: does not remember).
-void kvd_call_reply_remember(struct kvd_call *call, struct kvd_session *s, uint64_t request_id,
-                             const void *reply);
-
-// Events, to every watcher of a namespace (KVD_POOL_NONE: of all).
-void kvd_event_send(struct kvd_daemon *d, uint32_t ns, int kind, uint64_t seq, const char *name);
-// Sends NOT_SERVING or SERVING to the health watchers.
-void kvd_health_changed(struct kvd_daemon *d);
-
-// Compute calls that wait or run. sched/work.c
-uint32_t kvd_compute_queued(const struct kvd_daemon *d);
-// Fails what waits and cancels what runs, at shutdown or when a session ends (NULL: all).
-void kvd_compute_cancel(struct kvd_daemon *d, const struct kvd_session *s);
 
 #endif

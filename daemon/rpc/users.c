@@ -1,5 +1,7 @@
 #include "daemon/rpc/users.h"
 
+#include <uthash.h>
+
 #include "daemon/core/daemon.h"
 
 struct kvd_user {

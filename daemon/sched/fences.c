@@ -4,9 +4,12 @@
 // both share (Fence in kvd.proto). Nothing tells the loop of that write, so while calls wait it
 // looks: all the time at first, once a millisecond when nothing has passed for a while. A waiting
 // call holds nobody up: it is not in the queue yet. GPU streams of kvd never wait for a worker.
+#include "daemon/sched/fences.h"
+
 #include <stdatomic.h>
 #include <utlist.h>
 
+#include "daemon/sched/queue.h"
 #include "daemon/sched/work.h"
 
 enum {

@@ -32,6 +32,14 @@ struct kvd_op {
 extern const struct kvd_op kvd_op_append, kvd_op_attend, kvd_op_step, kvd_op_rotate, kvd_op_read,
     kvd_op_map;
 
+// Their handlers.
+KVD_HANDLER(append);
+KVD_HANDLER(attend);
+KVD_HANDLER(step);
+KVD_HANDLER(rotate);
+KVD_HANDLER(read_tokens);
+KVD_HANDLER(map_sequences);
+
 // Handles a request of n items: checks it, and has it wait for its turn, or answers with what is
 // wrong. `session` is its secret.
 void kvd_op_handle(struct kvd_call *call, const struct kvd_op *op, const char *session, size_t n,

@@ -3,6 +3,8 @@
 // It waits in the queue of compute calls, so that no append is half done when it looks. Descriptors
 // go out before the reply.
 #include "daemon/sched/op.h"
+#include "daemon/session/fdsock.h"
+#include "daemon/session/memory.h"
 
 enum { MAX_PAGES = 4 << 20 }; // in one reply
 

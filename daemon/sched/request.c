@@ -2,6 +2,7 @@
 #include <math.h>
 
 #include "daemon/sched/op.h"
+#include "daemon/session/replay.h"
 
 int kvd_op_set_layers(struct kvd_work *w, uint32_t begin, uint32_t count, struct kvd_error *err)
 {

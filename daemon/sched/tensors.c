@@ -1,5 +1,6 @@
 // TensorRefs: from what a worker says to memory that is surely inside its buffer.
 #include "daemon/sched/op.h"
+#include "daemon/session/buffer.h"
 
 enum { MAX_INLINE_REPLY = 60 << 20 };
 

@@ -1,6 +1,9 @@
-#include "daemon/sched/op.h"
-
 #include <utlist.h>
+
+#include "daemon/core/lifecycle.h"
+#include "daemon/sched/op.h"
+#include "daemon/session/buffer.h"
+#include "daemon/session/memory.h"
 
 struct kvd_work *kvd_work_new(struct kvd_call *call, const struct kvd_session *s,
                               const struct kvd_op *op, size_t n, struct kvd_error *err)

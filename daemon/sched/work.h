@@ -9,12 +9,14 @@
 //   4. done: commit (or abort, and nothing has changed), unpin, reply
 // At any time until then it can be cancelled: by its caller, its deadline, or its session's end. It
 // owns what it uses: references to buffers and the layout, and pins of sequences.
-#ifndef KVD_DAEMON_COMPUTE_H
-#define KVD_DAEMON_COMPUTE_H
+#ifndef KVD_DAEMON_WORK_H
+#define KVD_DAEMON_WORK_H
 
-#include "daemon/sched/exec.h"
-#include "daemon/sched/queue.h"
 #include "daemon/rpc/rpc.h"
+#include "daemon/sched/exec.h"
+#include "daemon/sched/fences.h"
+#include "daemon/sched/queue.h"
+#include "daemon/session/session.h"
 #include "kvd.pb-c.h"
 
 struct kvd_work_item {
@@ -34,12 +36,6 @@ struct kvd_work_item {
 // A private copy that a shared page gets before it is written.
 struct kvd_page_copy {
     uint64_t to, from, bytes;
-};
-
-// A word in a worker's memfd, and the value that it is to reach.
-struct kvd_fence {
-    _Atomic uint32_t *word; // NULL: none
-    uint32_t value;
 };
 
 struct kvd_work {
@@ -95,14 +91,9 @@ void kvd_work_start(struct kvd_daemon *d, struct kvd_work *w);
 // run.c: the executor's part, a kvd_job's run.
 bool kvd_work_run(struct kvd_daemon *d, struct kvd_job *job);
 
-// fences.c: works that wait for their workers' GPU streams.
-bool kvd_fence_passed(const struct kvd_fence *f);
-void kvd_fence_signal(const struct kvd_fence *f);
-int kvd_fences_init(struct kvd_daemon *d, struct kvd_error *err);
-// NULL is allowed. Nothing is parked any more.
-void kvd_fences_deinit(struct kvd_daemon *d);
-void kvd_fences_park(struct kvd_daemon *d, struct kvd_work *w);
-// Takes out a work that is parked.
-void kvd_fences_forget(struct kvd_daemon *d, struct kvd_work *w);
+// Calls that wait or run.
+uint32_t kvd_compute_queued(const struct kvd_daemon *d);
+// Fails what waits and cancels what runs, at shutdown or when a session ends (NULL: all).
+void kvd_compute_cancel(struct kvd_daemon *d, const struct kvd_session *s);
 
 #endif

@@ -2,9 +2,17 @@
 #include <uv.h>
 
 #include "admin.pb-c.h"
-#include "daemon/service/layout.h"
-#include "daemon/service/rotations.h"
+#include "daemon/core/lifecycle.h"
+#include "daemon/core/reload.h"
 #include "daemon/rpc/rpc.h"
+#include "daemon/sched/work.h"
+#include "daemon/service/handlers.h"
+#include "daemon/service/layout.h"
+#include "daemon/service/metrics.h"
+#include "daemon/service/rotations.h"
+#include "daemon/session/buffer.h"
+#include "daemon/session/session.h"
+#include "daemon/session/tenants.h"
 
 void kvd_on_ping(struct kvd_call *call, const void *request)
 {
@@ -40,7 +48,7 @@ void kvd_on_get_status(struct kvd_call *call, const void *request)
     r.pid = (uint32_t)getpid();
     r.pool_bytes = pool.bytes;
     r.pool_used_bytes = pool.used;
-    r.sessions = HASH_COUNT(d->sessions);
+    r.sessions = d->n_sessions;
     r.sequences = pool.sequences;
     r.tokens = pool.tokens;
     r.queued_calls = kvd_compute_queued(d);
@@ -99,7 +107,7 @@ void kvd_on_list_sessions(struct kvd_call *call, const void *request)
 {
     (void)request;
     struct kvd_daemon *d = call->d;
-    size_t n = HASH_COUNT(d->sessions), i = 0;
+    size_t n = d->n_sessions, i = 0;
     Kvd__V1__SessionInfo *infos KVD_FREE = calloc(n + 1, sizeof(*infos));
     Kvd__V1__SessionInfo **list KVD_FREE = calloc(n + 1, sizeof(*list));
     Kvd__V1__ListSessionsReply r = KVD__V1__LIST_SESSIONS_REPLY__INIT;
@@ -339,7 +347,7 @@ void kvd_on_drain(struct kvd_call *call, const void *request)
     const Kvd__V1__DrainRequest *req = request;
     struct kvd_daemon *d = call->d;
     Kvd__V1__DrainReply r = KVD__V1__DRAIN_REPLY__INIT;
-    r.sessions = HASH_COUNT(d->sessions);
+    r.sessions = d->n_sessions;
     kvd_call_reply(call, &r);
     kvd_daemon_drain(d, req->timeout_ms ? req->timeout_ms : d->config.drain_timeout_ms);
 }

@@ -1,5 +1,9 @@
 // KvCache.Watch: a stream of events to each watcher of a session.
+#include "daemon/service/events.h"
+
 #include "daemon/rpc/rpc.h"
+#include "daemon/service/handlers.h"
+#include "daemon/session/replay.h"
 #include "kvd.pb-c.h"
 
 static void send_event(struct kvd_call *c, int kind, uint64_t seq, const char *name)

@@ -1,5 +1,7 @@
 // grpc.health.v1.Health.
 #include "daemon/rpc/rpc.h"
+#include "daemon/service/events.h"
+#include "daemon/service/handlers.h"
 #include "health.pb-c.h"
 
 static bool known(const char *service)

@@ -4,6 +4,8 @@
 // Connections are accepted here: one that comes is always taken, and the one that has waited
 // longest for its client goes when there are too many. So neither idle nor dripping clients keep a
 // health check out.
+#include "daemon/service/http.h"
+
 #include <errno.h>
 #include <microhttpd.h>
 #include <sys/socket.h>
@@ -12,6 +14,7 @@
 #include "daemon/core/daemon.h"
 #include "daemon/rpc/links.h"
 #include "daemon/rpc/listen.h"
+#include "daemon/service/metrics.h"
 
 enum {
     MAX_PEERS = 64,

@@ -1,7 +1,8 @@
 // The table of methods: path, request type, handler, and who may call.
-#include "daemon/rpc/rpc.h"
-
 #include "admin.pb-c.h"
+#include "daemon/rpc/rpc.h"
+#include "daemon/sched/op.h"
+#include "daemon/service/handlers.h"
 #include "health.pb-c.h"
 #include "kvd.pb-c.h"
 

@@ -1,13 +1,16 @@
 // The Prometheus text format. Names follow its conventions: base units, _total for counters, kvd_
 // in front.
-#include "daemon/core/metrics.h"
+#include "daemon/service/metrics.h"
 
 #include <dirent.h>
 #include <sys/resource.h>
 
-#include "daemon/service/layout.h"
 #include "daemon/rpc/rpc.h"
 #include "daemon/rpc/users.h"
+#include "daemon/sched/work.h"
+#include "daemon/service/layout.h"
+#include "daemon/session/fdsock.h"
+#include "daemon/session/session.h"
 
 // Upper bounds in nanoseconds: 25 us to about 10 s.
 static const uint64_t bounds[KVD_BUCKETS] = {
@@ -228,7 +231,7 @@ static void other_metrics(struct page *p)
     struct kvd_daemon *d = p->d;
     const struct kvd_metrics *m = &d->metrics;
     FILE *f = p->f;
-    single(f, "kvd_sessions", "gauge", "Open sessions.", HASH_COUNT(d->sessions));
+    single(f, "kvd_sessions", "gauge", "Open sessions.", d->n_sessions);
     single(f, "kvd_connections", "gauge", "Open connections on the fd socket.",
            kvd_fdsock_count(d));
     single(f, "kvd_sessions_opened_total", "counter", "Sessions opened.",

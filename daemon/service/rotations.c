@@ -5,7 +5,10 @@
 #include <sys/mman.h>
 #include <utlist.h>
 
+#include "daemon/core/lifecycle.h"
 #include "daemon/rpc/rpc.h"
+#include "daemon/session/tenants.h"
+#include "proto/fdsock.h"
 
 enum { MAX_DOWNLOADS = 3 }; // at once: libuv's other threads are for what is near
 

@@ -3,6 +3,7 @@
 #ifndef KVD_DAEMON_ROTATIONS_H
 #define KVD_DAEMON_ROTATIONS_H
 
+#include "calib/store.h"
 #include "daemon/core/daemon.h"
 
 // Gets the set that g->rotation names and replaces the name by the set's digest (built-in names

@@ -1,5 +1,8 @@
 // Create, fork, truncate, publish, attach, free, describe.
 #include "daemon/rpc/rpc.h"
+#include "daemon/service/events.h"
+#include "daemon/service/handlers.h"
+#include "daemon/session/replay.h"
 #include "kvd.pb-c.h"
 
 // What the session holds, or an error that does not tell unknown, foreign and freed apart.

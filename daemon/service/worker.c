@@ -5,10 +5,16 @@
 // the ticket is looked up again at the end.
 #include <ctype.h>
 
-#include "daemon/service/layout.h"
 #include "daemon/rpc/rpc.h"
-#include "daemon/service/rotations.h"
 #include "daemon/rpc/users.h"
+#include "daemon/service/handlers.h"
+#include "daemon/service/layout.h"
+#include "daemon/service/rotations.h"
+#include "daemon/session/buffer.h"
+#include "daemon/session/fdsock.h"
+#include "daemon/session/reclaim.h"
+#include "daemon/session/replay.h"
+#include "daemon/session/tenants.h"
 #include "kvd.pb-c.h"
 
 struct opening {
@@ -86,7 +92,7 @@ static int check_request(struct kvd_call *call, const Kvd__V1__OpenSessionReques
     rc = kvd_namespace_listed(call->d, namespace_of(req), err);
     if (rc)
         return rc;
-    if (HASH_COUNT(call->d->sessions) >= call->d->config.max_sessions)
+    if (call->d->n_sessions >= call->d->config.max_sessions)
         return kvd_fail(err, KVD_E_LIMIT,
                         "all %u sessions are in use; close some or raise max-sessions",
                         call->d->config.max_sessions);
@@ -160,9 +166,7 @@ static int make_session(struct opening *o, struct kvd_rotset *set, struct kvd_se
     s->open_request = o->req->request_id;
     snprintf(s->client_name, sizeof(s->client_name), "%s", o->req->client_name);
     if (!conn) {
-        s->lease_ms = o->req->lease_ms ? o->req->lease_ms : 60000;
-        if (!uv_is_active((uv_handle_t *)&d->lease_timer))
-            uv_timer_start(&d->lease_timer, (uv_timer_cb)d->lease_timer.data, 1000, 1000);
+        kvd_session_lease(d, s, o->req->lease_ms ? o->req->lease_ms : 60000);
     }
     *out = s;
     return KVD_OK;

@@ -5,12 +5,16 @@
 // to the connection. Each message from the worker carries one memfd and the key under which
 // RegisterBuffer will ask for it. To workers in direct mode the daemon sends descriptors of extents
 // and rotation sets (memory.c).
+#include "daemon/session/fdsock.h"
+
 #include <errno.h>
 #include <sys/socket.h>
+#include <uthash.h>
 
-#include "daemon/core/daemon.h"
 #include "daemon/rpc/listen.h"
+#include "daemon/rpc/rpc.h"
 #include "daemon/rpc/users.h"
+#include "daemon/session/reclaim.h"
 
 enum {
     PEERPIDFD = 77, // SO_PEERPIDFD, of Linux 6.5
@@ -29,6 +33,7 @@ struct kvd_connection {
     struct kvd_peer peer;
     struct kvd_user *user; // whose share it is
     struct kvd_session *session;
+    void (*ended)(struct kvd_daemon *d, struct kvd_session *s, const char *why); // of the session
     struct {
         uint64_t key;
         int fd;
@@ -82,7 +87,7 @@ static void hang_up(struct kvd_connection *c, const char *why)
 {
     struct kvd_session *s = c->session;
     if (s)
-        kvd_session_end(c->d, s, why); // closes the connection too
+        c->ended(c->d, s, why); // closes the connection too
     else
         kvd_connection_close(c);
 }
@@ -318,8 +323,11 @@ struct kvd_session *kvd_connection_session(const struct kvd_connection *c)
     return c->session;
 }
 
-void kvd_connection_bind(struct kvd_connection *c, struct kvd_session *s)
+void kvd_connection_bind(struct kvd_connection *c, struct kvd_session *s,
+                         void (*ended)(struct kvd_daemon *d, struct kvd_session *s,
+                                       const char *why))
 {
+    c->ended = ended;
     c->session = s;
     c->since_ms = kvd_now_ms(c->d);
 }

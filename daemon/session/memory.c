@@ -5,10 +5,14 @@
 // is lent extents of its namespace over the fd socket, to read them. An extent that was lent is
 // never wiped for another namespace: it gets new memory, and whoever does not unmap the old keeps
 // only what was its own.
+#include "daemon/session/memory.h"
+
 #include <errno.h>
 #include <sys/stat.h>
 
+#include "daemon/core/lifecycle.h"
 #include "daemon/rpc/rpc.h"
+#include "daemon/session/fdsock.h"
 
 enum {
     SPARE_EXTENTS = 2,

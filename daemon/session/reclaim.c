@@ -1,9 +1,12 @@
 // Letting go of workers' memory. Whoever drops the last reference frees the pages, which takes a
 // second for some gigabytes; that is not for the loop to do.
+#include "daemon/session/reclaim.h"
+
 #include <sys/mman.h>
 #include <sys/stat.h>
 
 #include "daemon/core/daemon.h"
+#include "daemon/core/lifecycle.h"
 
 enum { LITTLE = 1 << 20 }; // bytes that are freed at once
 

@@ -1,5 +1,7 @@
 // What several handlers need: the session of a request, and replies that are remembered for
 // retries.
+#include "daemon/session/replay.h"
+
 #include "daemon/rpc/rpc.h"
 
 struct kvd_session *kvd_call_session(struct kvd_call *call, const char *secret)
@@ -61,6 +63,6 @@ void kvd_call_reply_remember(struct kvd_call *call, struct kvd_session *s, uint6
 {
     if (request_id)
         remember(s, call->method, request_id, reply,
-                 KVD_MIN(KVD_REPLAY_BYTES, KVD_REPLAY_TOTAL / (1 + HASH_COUNT(call->d->sessions))));
+                 KVD_MIN(KVD_REPLAY_BYTES, KVD_REPLAY_TOTAL / (1 + call->d->n_sessions)));
     kvd_call_reply(call, reply);
 }

@@ -1,30 +1,13 @@
 // Sessions: what a worker holds, and the end of it.
-#include <errno.h>
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/random.h>
-#include <sys/stat.h>
+#include "daemon/session/session.h"
 
+#include "daemon/core/lifecycle.h"
 #include "daemon/rpc/rpc.h"
 #include "daemon/rpc/users.h"
-
-void kvd_secret_new(char out[KVD_SECRET_TEXT])
-{
-    uint8_t bytes[16];
-    for (size_t have = 0; have < sizeof(bytes);) {
-        ssize_t n = getrandom(bytes + have, sizeof(bytes) - have, 0);
-        have += n > 0 ? (size_t)n : 0;
-    }
-    kvd_hex(bytes, sizeof(bytes), out);
-}
-
-static uint64_t random64(void)
-{
-    uint64_t value = 0;
-    while (getrandom(&value, sizeof(value), 0) != (ssize_t)sizeof(value))
-        ;
-    return value;
-}
+#include "daemon/sched/work.h"
+#include "daemon/session/buffer.h"
+#include "daemon/session/fdsock.h"
+#include "daemon/session/tenants.h"
 
 struct kvd_session *kvd_session_find(struct kvd_daemon *d, const char *secret)
 {
@@ -43,7 +26,7 @@ struct kvd_session *kvd_session_find(struct kvd_daemon *d, const char *secret)
 static int admit(struct kvd_daemon *d, uint32_t ns, struct kvd_user *user, struct kvd_error *err)
 {
     struct kvd_pool_namespace_info info;
-    uint32_t in_use = HASH_COUNT(d->sessions), most = d->config.max_sessions;
+    uint32_t in_use = d->n_sessions, most = d->config.max_sessions;
     kvd_pool_namespace_info(d->pool, ns, &info); // this session is among its holders already
     if (in_use >= most || info.holders > most - in_use)
         return kvd_fail(err, KVD_E_LIMIT,
@@ -67,7 +50,7 @@ int kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t layout, struct k
     s->user = user;
     kvd_secret_new(s->secret);
     s->id = ++d->next_session;
-    s->appender = random64();
+    s->appender = kvd_random64();
     s->ns = ns;
     s->layout = layout;
     s->connection = conn;
@@ -76,9 +59,10 @@ int kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t layout, struct k
     if (conn) {
         s->pid = kvd_connection_peer(conn).pid;
         s->uid = kvd_connection_peer(conn).uid;
-        kvd_connection_bind(conn, s);
+        kvd_connection_bind(conn, s, kvd_session_end);
     }
     HASH_ADD_STR(d->sessions, secret, s);
+    d->n_sessions++;
     d->metrics.sessions_opened++;
     *out = s;
     return KVD_OK;
@@ -116,8 +100,9 @@ void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *wh
     kvd_user_unref(&s->user);
     struct kvd_connection *conn = s->connection;
     if (conn)
-        kvd_connection_bind(conn, NULL);
+        kvd_connection_bind(conn, NULL, NULL);
     HASH_DEL(d->sessions, s);
+    d->n_sessions--;
     free(s);
     d->metrics.sessions_ended++;
     if (conn)
@@ -125,16 +110,33 @@ void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *wh
     kvd_daemon_session_ended(d);
 }
 
-void kvd_session_expire(struct kvd_daemon *d)
+static void on_lease_timer(uv_timer_t *timer)
 {
+    struct kvd_daemon *d = timer->data;
     struct kvd_session *s, *next;
+    bool leased = false;
     HASH_ITER(hh, d->sessions, s, next)
     {
-        if (s->connection || kvd_now_ms(d) - s->used_ms < s->lease_ms)
+        if (s->connection)
             continue;
+        if (kvd_now_ms(d) - s->used_ms < s->lease_ms) {
+            leased = true;
+            continue;
+        }
         d->metrics.leases_expired++;
         kvd_session_end(d, s, "its lease ran out");
     }
+    if (!leased)
+        uv_timer_stop(timer);
+}
+
+void kvd_session_lease(struct kvd_daemon *d, struct kvd_session *s, uint32_t lease_ms)
+{
+    enum { LOOK_MS = 1000 };
+    s->lease_ms = lease_ms;
+    d->lease_timer.data = d;
+    if (!uv_is_active((uv_handle_t *)&d->lease_timer))
+        uv_timer_start(&d->lease_timer, on_lease_timer, LOOK_MS, LOOK_MS);
 }
 
 static struct kvd_held *find_held(const struct kvd_session *s, uint64_t seq)
@@ -185,143 +187,4 @@ bool kvd_session_drop_held(struct kvd_session *s, uint64_t seq)
     free(h);
     kvd_user_give(s->user, KVD_SHARE_SEQUENCES, 1);
     return true;
-}
-
-struct kvd_buffer *kvd_session_buffer(struct kvd_session *s, uint64_t id)
-{
-    struct kvd_buffer *b;
-    HASH_FIND(hh, s->buffers, &id, sizeof(id), b);
-    return b;
-}
-
-// Maps a memfd.
-static int map_memfd(const struct kvd_foreign *m, uint8_t **data, struct kvd_error *err)
-{
-    struct stat st;
-    int seals = fcntl(m->fd, F_GET_SEALS);
-    // Without the seal the worker could shrink the file and make our next access a SIGBUS.
-    if (seals < 0 || !(seals & F_SEAL_SHRINK))
-        return kvd_fail(err, KVD_E_INVALID,
-                        "buffers are memfds sealed with F_SEAL_SHRINK (memfd_create with "
-                        "MFD_ALLOW_SEALING, then fcntl F_ADD_SEALS)");
-    if (fstat(m->fd, &st) || (uint64_t)st.st_size < m->size)
-        return kvd_fail(err, KVD_E_INVALID, "size is %llu, the memfd has %lld bytes",
-                        (unsigned long long)m->size, (long long)st.st_size);
-    // The kernel charges memory to whose process touches it first: that is to be the worker.
-    if ((uint64_t)st.st_blocks * 512 < (uint64_t)st.st_size)
-        return kvd_fail(
-            err, KVD_E_INVALID,
-            "the memfd has holes: %llu of its %lld bytes have memory; give it memory with "
-            "posix_fallocate before it is registered",
-            (unsigned long long)st.st_blocks * 512, (long long)st.st_size);
-    void *p = mmap(NULL, m->size, PROT_READ | PROT_WRITE, MAP_SHARED, m->fd, 0);
-    if (p == MAP_FAILED)
-        return kvd_fail(err, KVD_E_INVALID, "cannot map the memfd for reading and writing: %s",
-                        strerror(errno));
-    *data = p;
-    return KVD_OK;
-}
-
-void kvd_session_measure_host(struct kvd_daemon *d)
-{
-    unsigned long long maps = 65530;
-    FILE *f KVD_FCLOSE = fopen("/proc/sys/vm/max_map_count", "re");
-    if (f && fscanf(f, "%llu", &maps) != 1)
-        maps = 65530;
-    // malloc cannot do without mappings, and what calls it does not get over that.
-    uint64_t extents = d->config.pool_size / d->config.extent_size;
-    uint64_t half = maps / 2 > extents ? maps / 2 - extents : 0;
-    kvd_share_possible(d, KVD_SHARE_MAPPINGS, KVD_MAX(half, (uint64_t)64));
-    uint64_t memory = uv_get_total_memory(), allowed = uv_get_constrained_memory();
-    kvd_share_possible(d, KVD_SHARE_BUFFER_BYTES, allowed && allowed < memory ? allowed : memory);
-}
-
-static uint64_t host_bytes(const struct kvd_buffer *b)
-{
-    return b->kind == KVD_MEMORY_MEMFD ? b->size : 0;
-}
-
-static void discharge(struct kvd_buffer *b)
-{
-    kvd_user_give(b->user, KVD_SHARE_MAPPINGS, 1);
-    kvd_user_give(b->user, KVD_SHARE_BUFFER_BYTES, host_bytes(b));
-    kvd_user_unref(&b->user);
-}
-
-// Takes a buffer's part of its user's shares.
-static int charge(struct kvd_daemon *d, const struct kvd_session *s, struct kvd_buffer *b,
-                  struct kvd_error *err)
-{
-    b->user = kvd_user_ref(d, s->uid);
-    if (!b->user)
-        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    int rc = kvd_user_take(b->user, KVD_SHARE_MAPPINGS, 1, err);
-    if (rc == KVD_OK) {
-        rc = kvd_user_take(b->user, KVD_SHARE_BUFFER_BYTES, host_bytes(b), err);
-        if (rc)
-            kvd_user_give(b->user, KVD_SHARE_MAPPINGS, 1);
-    }
-    if (rc)
-        kvd_user_unref(&b->user);
-    return rc;
-}
-
-int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t key,
-                           const struct kvd_foreign *m, struct kvd_buffer **out,
-                           struct kvd_error *err)
-{
-    if (m->size == 0)
-        return kvd_fail(err, KVD_E_INVALID, "size is 0");
-    if (HASH_COUNT(s->buffers) >= KVD_MAX_BUFFERS)
-        return kvd_fail(err, KVD_E_LIMIT, "a session registers at most %d buffers; release some",
-                        KVD_MAX_BUFFERS);
-    if (s->buffer_bytes > d->config.max_buffer_bytes ||
-        m->size > d->config.max_buffer_bytes - s->buffer_bytes)
-        return kvd_fail(err, KVD_E_QUOTA,
-                        "the session's buffers would pass max-buffer-bytes (%llu)",
-                        (unsigned long long)d->config.max_buffer_bytes);
-    struct kvd_buffer *b = calloc(1, sizeof(*b));
-    if (!b)
-        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    b->kind = m->kind;
-    b->size = m->size;
-    int rc = charge(d, s, b, err);
-    if (rc == KVD_OK) {
-        rc = m->kind == KVD_MEMORY_MEMFD
-                 ? map_memfd(m, &b->data, err)
-                 : d->backend->ops->foreign_map(d->backend, m, &b->data, err);
-        if (rc)
-            discharge(b);
-    }
-    if (rc) {
-        free(b);
-        return rc;
-    }
-    b->d = d;
-    b->id = ++d->next_buffer;
-    b->key = key;
-    b->refs = 1;
-    HASH_ADD(hh, s->buffers, id, sizeof(b->id), b);
-    s->buffer_bytes += m->size;
-    *out = b;
-    return KVD_OK;
-}
-
-void kvd_buffer_unref(struct kvd_buffer *b)
-{
-    if (--b->refs)
-        return;
-    if (b->kind == KVD_MEMORY_MEMFD)
-        kvd_reclaim_mapping(b->d, b->data, b->size);
-    else
-        b->d->backend->ops->foreign_unmap(b->d->backend, b->kind, b->data, b->size);
-    discharge(b);
-    free(b);
-}
-
-void kvd_session_drop_buffer(struct kvd_session *s, struct kvd_buffer *b)
-{
-    HASH_DEL(s->buffers, b);
-    s->buffer_bytes -= b->size;
-    kvd_buffer_unref(b);
 }

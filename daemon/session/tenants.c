@@ -1,5 +1,7 @@
 // Who is charged for namespaces and layouts. They outlast the session that made them, so charges
 // are settled when the next one is wanted, or a session ends.
+#include "daemon/session/tenants.h"
+
 #include "daemon/core/daemon.h"
 #include "daemon/rpc/users.h"
 

@@ -1,0 +1,148 @@
+#include "daemon/session/buffer.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include "daemon/rpc/users.h"
+#include "daemon/session/reclaim.h"
+
+struct kvd_buffer *kvd_session_buffer(struct kvd_session *s, uint64_t id)
+{
+    struct kvd_buffer *b;
+    HASH_FIND(hh, s->buffers, &id, sizeof(id), b);
+    return b;
+}
+
+// Maps a memfd.
+static int map_memfd(const struct kvd_foreign *m, uint8_t **data, struct kvd_error *err)
+{
+    struct stat st;
+    int seals = fcntl(m->fd, F_GET_SEALS);
+    // Without the seal the worker could shrink the file and make our next access a SIGBUS.
+    if (seals < 0 || !(seals & F_SEAL_SHRINK))
+        return kvd_fail(err, KVD_E_INVALID,
+                        "buffers are memfds sealed with F_SEAL_SHRINK (memfd_create with "
+                        "MFD_ALLOW_SEALING, then fcntl F_ADD_SEALS)");
+    if (fstat(m->fd, &st) || (uint64_t)st.st_size < m->size)
+        return kvd_fail(err, KVD_E_INVALID, "size is %llu, the memfd has %lld bytes",
+                        (unsigned long long)m->size, (long long)st.st_size);
+    // The kernel charges memory to whose process touches it first: that is to be the worker.
+    if ((uint64_t)st.st_blocks * 512 < (uint64_t)st.st_size)
+        return kvd_fail(
+            err, KVD_E_INVALID,
+            "the memfd has holes: %llu of its %lld bytes have memory; give it memory with "
+            "posix_fallocate before it is registered",
+            (unsigned long long)st.st_blocks * 512, (long long)st.st_size);
+    void *p = mmap(NULL, m->size, PROT_READ | PROT_WRITE, MAP_SHARED, m->fd, 0);
+    if (p == MAP_FAILED)
+        return kvd_fail(err, KVD_E_INVALID, "cannot map the memfd for reading and writing: %s",
+                        strerror(errno));
+    *data = p;
+    return KVD_OK;
+}
+
+void kvd_buffers_measure_host(struct kvd_daemon *d)
+{
+    unsigned long long maps = 65530;
+    FILE *f KVD_FCLOSE = fopen("/proc/sys/vm/max_map_count", "re");
+    if (f && fscanf(f, "%llu", &maps) != 1)
+        maps = 65530;
+    // malloc cannot do without mappings, and what calls it does not get over that.
+    uint64_t extents = d->config.pool_size / d->config.extent_size;
+    uint64_t half = maps / 2 > extents ? maps / 2 - extents : 0;
+    kvd_share_possible(d, KVD_SHARE_MAPPINGS, KVD_MAX(half, (uint64_t)64));
+    uint64_t memory = uv_get_total_memory(), allowed = uv_get_constrained_memory();
+    kvd_share_possible(d, KVD_SHARE_BUFFER_BYTES, allowed && allowed < memory ? allowed : memory);
+}
+
+static uint64_t host_bytes(const struct kvd_buffer *b)
+{
+    return b->kind == KVD_MEMORY_MEMFD ? b->size : 0;
+}
+
+static void discharge(struct kvd_buffer *b)
+{
+    kvd_user_give(b->user, KVD_SHARE_MAPPINGS, 1);
+    kvd_user_give(b->user, KVD_SHARE_BUFFER_BYTES, host_bytes(b));
+    kvd_user_unref(&b->user);
+}
+
+// Takes a buffer's part of its user's shares.
+static int charge(struct kvd_daemon *d, const struct kvd_session *s, struct kvd_buffer *b,
+                  struct kvd_error *err)
+{
+    b->user = kvd_user_ref(d, s->uid);
+    if (!b->user)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    int rc = kvd_user_take(b->user, KVD_SHARE_MAPPINGS, 1, err);
+    if (rc == KVD_OK) {
+        rc = kvd_user_take(b->user, KVD_SHARE_BUFFER_BYTES, host_bytes(b), err);
+        if (rc)
+            kvd_user_give(b->user, KVD_SHARE_MAPPINGS, 1);
+    }
+    if (rc)
+        kvd_user_unref(&b->user);
+    return rc;
+}
+
+int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t key,
+                           const struct kvd_foreign *m, struct kvd_buffer **out,
+                           struct kvd_error *err)
+{
+    if (m->size == 0)
+        return kvd_fail(err, KVD_E_INVALID, "size is 0");
+    if (HASH_COUNT(s->buffers) >= KVD_MAX_BUFFERS)
+        return kvd_fail(err, KVD_E_LIMIT, "a session registers at most %d buffers; release some",
+                        KVD_MAX_BUFFERS);
+    if (s->buffer_bytes > d->config.max_buffer_bytes ||
+        m->size > d->config.max_buffer_bytes - s->buffer_bytes)
+        return kvd_fail(err, KVD_E_QUOTA,
+                        "the session's buffers would pass max-buffer-bytes (%llu)",
+                        (unsigned long long)d->config.max_buffer_bytes);
+    struct kvd_buffer *b = calloc(1, sizeof(*b));
+    if (!b)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    b->kind = m->kind;
+    b->size = m->size;
+    int rc = charge(d, s, b, err);
+    if (rc == KVD_OK) {
+        rc = m->kind == KVD_MEMORY_MEMFD
+                 ? map_memfd(m, &b->data, err)
+                 : d->backend->ops->foreign_map(d->backend, m, &b->data, err);
+        if (rc)
+            discharge(b);
+    }
+    if (rc) {
+        free(b);
+        return rc;
+    }
+    b->d = d;
+    b->id = ++d->next_buffer;
+    b->key = key;
+    b->refs = 1;
+    HASH_ADD(hh, s->buffers, id, sizeof(b->id), b);
+    s->buffer_bytes += m->size;
+    *out = b;
+    return KVD_OK;
+}
+
+void kvd_buffer_unref(struct kvd_buffer *b)
+{
+    if (--b->refs)
+        return;
+    if (b->kind == KVD_MEMORY_MEMFD)
+        kvd_reclaim_mapping(b->d, b->data, b->size);
+    else
+        b->d->backend->ops->foreign_unmap(b->d->backend, b->kind, b->data, b->size);
+    discharge(b);
+    free(b);
+}
+
+void kvd_session_drop_buffer(struct kvd_session *s, struct kvd_buffer *b)
+{
+    HASH_DEL(s->buffers, b);
+    s->buffer_bytes -= b->size;
+    kvd_buffer_unref(b);
+}

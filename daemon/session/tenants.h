@@ -1,0 +1,22 @@
+// Who is charged for namespaces and layouts. Loop thread.
+#ifndef KVD_DAEMON_TENANTS_H
+#define KVD_DAEMON_TENANTS_H
+
+#include "daemon/core/daemon.h"
+
+// Finds or makes a namespace for a user, who is charged as long as it lasts, and holds it; to be
+// given back with kvd_namespace_close. KVD_E_DENIED: not listed, where only those may be.
+// KVD_E_LIMIT.
+int kvd_namespace_open(struct kvd_daemon *d, int64_t uid, const char *name, uint32_t *ns,
+                       struct kvd_error *err);
+void kvd_namespace_close(struct kvd_daemon *d, uint32_t ns);
+// The same for a layout, which kvd_pool_layout_unref gives back.
+int kvd_layout_open(struct kvd_daemon *d, int64_t uid, uint32_t ns, const struct kvd_layout *g,
+                    const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *layout, bool *recycled,
+                    struct kvd_error *err);
+// Whether a namespace may be at all.
+int kvd_namespace_listed(const struct kvd_daemon *d, const char *name, struct kvd_error *err);
+// At the end: nobody is charged any more.
+void kvd_tenants_deinit(struct kvd_daemon *d);
+
+#endif
