@@ -7,14 +7,14 @@ kvd_deps() {
         protobuf-compiler libcurl4-openssl-dev libsystemd-dev libssl-dev libinih-dev libjansson-dev libzip-dev
         libmicrohttpd-dev uthash-dev libopenblas-dev liblapacke-dev scdoc"
     if [ "$1" = test ]; then
-        packages="$packages check prometheus nginx-light python3 python3-pip python3-grpcio python3-protobuf python3-numpy
+        packages="$packages check doxygen prometheus nginx-light python3 python3-pip python3-grpcio python3-protobuf python3-numpy
             python3-pytest python3-pytest-xdist clang-format openssl"
     fi
     if [ "$1" = bench ]; then
         packages="$packages check python3 python3-numpy"
     fi
     if [ "$1" = package ]; then
-        packages="$packages debhelper dh-python dpkg-dev fakeroot python3 systemd"
+        packages="$packages debhelper dh-python doxygen dpkg-dev fakeroot python3 systemd"
     fi
     if [ "$1" = image ]; then
         packages="mmdebstrap umoci"

@@ -12,6 +12,9 @@ for f in usr/sbin/kvd usr/bin/kvctl usr/bin/kvctl-calib usr/include/kvd/kvd.h us
     usr/share/man/man5/kvd.conf.5 usr/share/bash-completion/completions/kvctl etc/kvd/kvd.conf; do
     [ -s "$root/$f" ] || { echo "missing: $f"; exit 1; }
 done
+if command -v doxygen >/dev/null; then
+    [ -s "$root/usr/share/man/man3/kvd_open.3" ] && [ -s "$root/usr/share/doc/libkvd-dev/html/kvd_8h.html" ] || { echo "missing: pages of kvd.h"; exit 1; }
+fi
 unit=$(find "$root" -name 'kvd@.service')
 [ -n "$unit" ] || { echo "missing: kvd@.service"; exit 1; }
 # Paths in the unit are those of the prefix, and systemd finds no fault with it.
