@@ -18,6 +18,7 @@ enum {
     SILENT_MS = 30000,         // a link on which no call has come by then is closed
     YIELDS_MS = 1000,          // one that is silent for so long makes room when there is none
     WASTE_MAX = 100,           // connections without a call by one process in a second
+    CUT_EACH_MS = 10,          // of the links of such a process
     BANNED_MS = 10000,         // for a process that was cut off
     CULPRITS = 64,             // processes of which something is noted
     GUESTS = 16,               // connections beyond a limit, whose calls are told of it
@@ -34,10 +35,10 @@ struct kvd_link {
     int64_t pid, uid;
     uint64_t since_ms;
     uint64_t calls, reply_bytes;
-    uint32_t in_flight;     // calls that the daemon has
-    struct kvd_meter meter; // read by gRPC's threads
-    uint32_t refs;          // one is the table's, one the poll handle's
-    bool closed;
+    uint32_t in_flight;        // calls that the daemon has
+    struct kvd_meter meter;    // read by gRPC's threads
+    uint32_t refs;             // one is the table's, one the poll handle's
+    bool closed, doomed;       // doomed: it is cut soon
     struct kvd_error *refusal; // of a guest: what its calls are told
     uv_poll_t poll;
     struct kvd_link *previous, *next;
@@ -57,7 +58,9 @@ struct kvd_links {
     uint32_t cap, count, guests;
     struct kvd_link *oldest; // open ones, by age
     struct culprit culprits[CULPRITS];
-    uv_timer_t timer;
+    uv_timer_t timer, turn_timer, cut_timer;
+    uv_async_t parked;
+    uint32_t handles;
 };
 
 void kvd_link_unref(struct kvd_link **link)
@@ -65,6 +68,7 @@ void kvd_link_unref(struct kvd_link **link)
     struct kvd_link *l = KVD_TAKE(*link);
     if (!l || --l->refs)
         return;
+    kvd_turn_release(&l->meter.turn);
     kvd_user_unref(&l->user);
     free(l->refusal);
     free(l);
@@ -101,6 +105,7 @@ void kvd_link_cut(struct kvd_link *l, const char *why)
     if (why)
         kvd_warning("connection cut off: %s pid=%lld uid=%lld calls=%llu", why, (long long)l->pid,
                     (long long)l->uid, (unsigned long long)l->calls);
+    kvd_turn_release(&l->meter.turn);
     shutdown(l->control, SHUT_RDWR);
     while (recv(l->control, waste, sizeof(waste), MSG_DONTWAIT | MSG_TRUNC) > 0)
         continue;
@@ -132,21 +137,37 @@ static bool is_banned(struct kvd_daemon *d, int64_t pid)
     return c && c->until_ms > kvd_now_ms(d);
 }
 
+// Hundreds of calls may end with a link, which is work for gRPC while others wait: so one at a
+// time.
+static void on_cut(uv_timer_t *timer)
+{
+    struct kvd_daemon *d = timer->data;
+    struct kvd_link *l;
+    DL_SEARCH_SCALAR2(d->links->oldest, l, doomed, true, next);
+    if (l)
+        kvd_link_cut(l, NULL);
+    else
+        uv_timer_stop(timer);
+}
+
 // The whole process goes: its other connections do the same in a moment, if they do not already.
 static void ban(struct kvd_link *culprit, const char *why)
 {
     struct kvd_daemon *d = culprit->d;
-    struct kvd_link *l, *next;
+    struct kvd_link *l;
     kvd_warning("connection cut off: %s pid=%lld uid=%lld", why, (long long)culprit->pid,
                 (long long)culprit->uid);
     if (culprit->pid <= 0)
         return;
     culprit_of(d, culprit->pid, true)->until_ms = kvd_now_ms(d) + BANNED_MS;
-    DL_FOREACH_SAFE2(d->links->oldest, l, next, next)
+    DL_FOREACH2(d->links->oldest, l, next)
     {
-        if (l->pid == culprit->pid)
-            kvd_link_cut(l, NULL);
+        if (l->pid != culprit->pid)
+            continue;
+        l->doomed = true;
+        kvd_turn_hold(&l->meter.turn);
     }
+    uv_timer_start(&d->links->cut_timer, on_cut, CUT_EACH_MS, CUT_EACH_MS);
 }
 
 // Notes a connection that was given up before its first call.
@@ -368,12 +389,45 @@ int kvd_link_begin_call(struct kvd_link *l, struct kvd_error *err)
     return KVD_OK;
 }
 
+void kvd_link_settle_call(struct kvd_link *l)
+{
+    kvd_turn_settle_call(&l->meter.turn);
+}
+
 void kvd_link_end_call(struct kvd_link *l, bool counted)
 {
     if (!l)
         return;
     l->in_flight -= counted;
     kvd_meter_end_call(&l->meter);
+}
+
+// -- turns --------------------------------------------------------------------------------------
+
+static void on_late(uv_timer_t *timer);
+
+void kvd_links_turn(struct kvd_daemon *d)
+{
+    uint32_t ms = kvd_turns_next(uv_hrtime());
+    if (ms)
+        uv_timer_start(&d->links->turn_timer, on_late, ms, 0);
+    else
+        uv_timer_stop(&d->links->turn_timer);
+}
+
+static void on_late(uv_timer_t *timer)
+{
+    kvd_links_turn(timer->data);
+}
+
+static void on_parked(uv_async_t *async)
+{
+    kvd_links_turn(async->data);
+}
+
+static void wake(void *async)
+{
+    uv_async_send(async);
 }
 
 // -- start and end ------------------------------------------------------------------------------
@@ -405,7 +459,13 @@ int kvd_links_init(struct kvd_daemon *d, struct kvd_error *err)
     kvd_share_possible(d, KVD_SHARE_CONNECTIONS, connections_possible(d));
     kvd_share_possible(d, KVD_SHARE_DESCRIPTORS, kvd_share_total(d, KVD_SHARE_CONNECTIONS));
     uv_timer_init(&d->loop, &d->links->timer);
-    d->links->timer.data = d;
+    uv_timer_init(&d->loop, &d->links->turn_timer);
+    uv_timer_init(&d->loop, &d->links->cut_timer);
+    d->links->cut_timer.data = d;
+    uv_async_init(&d->loop, &d->links->parked, on_parked);
+    d->links->timer.data = d->links->turn_timer.data = d->links->parked.data = d;
+    d->links->handles = 4;
+    kvd_turns_init(wake, &d->links->parked);
     uv_timer_start(&d->links->timer, on_tick, TICK_MS, TICK_MS);
     return KVD_OK;
 }
@@ -413,6 +473,8 @@ int kvd_links_init(struct kvd_daemon *d, struct kvd_error *err)
 static void free_links(uv_handle_t *handle)
 {
     struct kvd_daemon *d = handle->data;
+    if (--d->links->handles)
+        return;
     free(d->links->by_number);
     free(d->links);
     d->links = NULL;
@@ -423,6 +485,7 @@ void kvd_links_deinit(struct kvd_daemon *d)
     struct kvd_links *all = d->links;
     if (!all)
         return;
+    kvd_turns_init(NULL, NULL);
     while (all->oldest)
         kvd_link_cut(all->oldest, NULL);
     for (uint32_t i = 0; i < all->cap; i++)
@@ -431,6 +494,9 @@ void kvd_links_deinit(struct kvd_daemon *d)
         kvd_link_unref(&all->by_number[i]);
     grpc_server_credentials_release(all->plain);
     uv_close((uv_handle_t *)&all->timer, free_links);
+    uv_close((uv_handle_t *)&all->turn_timer, free_links);
+    uv_close((uv_handle_t *)&all->cut_timer, free_links);
+    uv_close((uv_handle_t *)&all->parked, free_links);
 }
 
 uint32_t kvd_links_count(const struct kvd_daemon *d)

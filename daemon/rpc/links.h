@@ -26,6 +26,8 @@ struct kvd_link *kvd_link_of(struct kvd_daemon *d, grpc_call *call);
 // Counts a call that begins. KVD_E_LIMIT: it is to be refused, as the link has too many, or cannot
 // stay; then it does not count. NULL is allowed, in both.
 int kvd_link_begin_call(struct kvd_link *l, struct kvd_error *err);
+// To be called when the loop is done with a call for now: answered, or put somewhere to wait.
+void kvd_link_settle_call(struct kvd_link *l);
 void kvd_link_end_call(struct kvd_link *l, bool counted);
 // Who is at the other end, or KVD_USER_UNKNOWN.
 int64_t kvd_link_uid(const struct kvd_link *l);
@@ -36,5 +38,7 @@ void kvd_link_give(struct kvd_link *l, uint64_t n);
 // Hangs up now; what lies in the socket is thrown away.
 void kvd_link_cut(struct kvd_link *l, const char *why);
 void kvd_link_unref(struct kvd_link **l);
+// To be called when calls have come: others may be let in now.
+void kvd_links_turn(struct kvd_daemon *d);
 
 #endif

@@ -1,5 +1,6 @@
 #include "daemon/rpc/meter.h"
 
+#include <errno.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -11,6 +12,8 @@
 enum {
     METERS = 262144, // descriptor numbers
     CONTINUED_MAX = 8,
+    PARTS = 16,     // of gRPC's memory that one read fills
+    LARGE = 256,    // bytes from which on data cost more to send than to take in
     FEW_CALLS = 32, // a connection with no more is not ended for what others do
 };
 
@@ -18,12 +21,13 @@ enum { DATA, HEADERS, PRIORITY, RESET, SETTINGS, PUSH, PING, GOAWAY, WINDOW, CON
 enum { ACK = 1, END_STREAM = 1, END_HEADERS = 4 };
 
 static _Atomic(struct kvd_meter *) meters[METERS];
-static _Atomic int64_t in_flight; // calls of all connections since the latest total, and that
+static _Atomic int64_t in_flight; // calls of all connections: the latest total and what came since
 static _Atomic uint64_t most_in_flight;
 
 void kvd_meter_start(struct kvd_meter *m, int fd, uint64_t most)
 {
     atomic_store(&most_in_flight, most);
+    kvd_turn_start(&m->turn, fd);
     if (fd < METERS)
         atomic_store(&meters[fd], m);
 }
@@ -37,6 +41,7 @@ void kvd_meter_forget(int fd)
 void kvd_meter_end_call(struct kvd_meter *m)
 {
     atomic_fetch_sub(&m->in_flight, 1);
+    atomic_fetch_sub(&in_flight, 1);
 }
 
 int64_t kvd_meter_calls(const struct kvd_meter *m)
@@ -85,11 +90,15 @@ static const char *frame(struct kvd_meter *m)
     m->continued = type == CONTINUATION ? m->continued + 1 : 0;
     if (m->continued > CONTINUED_MAX)
         return "its headers have no end";
+    if (type != HEADERS && type != RESET && (type != DATA || len < LARGE))
+        kvd_turn_spend(&m->turn, KVD_TURN_FRAME);
     switch (type) {
     case HEADERS:
+        kvd_turn_begin_call(&m->turn);
         return count_call(m);
     case RESET:
-        atomic_fetch_sub(&m->in_flight, 1);
+        kvd_turn_spend(&m->turn, KVD_TURN_CALL);
+        kvd_meter_end_call(m);
         return count_idle(m);
     case PING:
     case SETTINGS:
@@ -139,15 +148,41 @@ static const char *feed(struct kvd_meter *m, const uint8_t *p, size_t n)
     return wrong;
 }
 
+// Reads what the connection's turn allows: the rest of a frame that has begun, and some bytes more.
+static ssize_t receive(struct kvd_meter *m, int fd, struct msghdr *msg, int flags)
+{
+    struct iovec parts[PARTS];
+    struct msghdr some = *msg;
+    size_t most = m->skip + kvd_turn_bytes(&m->turn);
+    some.msg_iov = parts;
+    some.msg_iovlen = 0;
+    for (size_t i = 0; i < KVD_MIN(msg->msg_iovlen, (size_t)PARTS) && most; i++) {
+        parts[i] = msg->msg_iov[i];
+        parts[i].iov_len = KVD_MIN(parts[i].iov_len, most);
+        most -= parts[i].iov_len;
+        some.msg_iovlen++;
+    }
+    ssize_t n = syscall(SYS_recvmsg, fd, &some, flags);
+    msg->msg_controllen = some.msg_controllen;
+    msg->msg_flags = some.msg_flags;
+    return n;
+}
+
 // gRPC reads with this: the linker puts the program's symbols before libc's.
 __attribute__((visibility("default"))) ssize_t recvmsg(int fd, struct msghdr *msg, int flags)
 {
-    ssize_t n = syscall(SYS_recvmsg, fd, msg, flags);
     struct kvd_meter *m = fd >= 0 && fd < METERS ? atomic_load(&meters[fd]) : NULL;
-    if (!m || n <= 0 || flags & MSG_PEEK)
-        return n;
+    if (!m || flags & MSG_PEEK)
+        return syscall(SYS_recvmsg, fd, msg, flags);
     if (atomic_load(&m->verdict))
         return 0;
+    if (!kvd_turn_may_read(&m->turn)) {
+        errno = EAGAIN;
+        return -1;
+    }
+    ssize_t n = receive(m, fd, msg, flags);
+    if (n <= 0)
+        return n;
     const char *wrong = NULL;
     size_t left = (size_t)n;
     for (size_t i = 0; i < msg->msg_iovlen && left && !wrong; i++) {

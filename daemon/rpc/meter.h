@@ -3,8 +3,8 @@
 // gRPC reads from a connection for as long as there is something, makes a call of every HEADERS
 // frame, and bounds neither calls that are reset nor those of a client that ignores its settings.
 // So each of its reads passes by here (meter.c stands in for libc's recvmsg), and a connection that
-// does what no gRPC client does is at its end there and then. Any thread: one at a time reads from
-// a connection.
+// does what no gRPC client does is at its end there and then. What others may do takes turns
+// (turns.h). Any thread: one at a time reads from a connection.
 #ifndef KVD_DAEMON_METER_H
 #define KVD_DAEMON_METER_H
 
@@ -12,6 +12,8 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
+#include "daemon/rpc/turns.h"
 
 enum {
     KVD_LINK_CALLS = 128,  // calls and streams in flight on one connection; HTTP/2 tells clients
@@ -21,13 +23,14 @@ enum {
 struct kvd_meter {
     uint8_t head[9]; // of the frame that is being read
     uint8_t have;
-    uint8_t greeted;               // bytes of HTTP/2's greeting that have come
-    bool foreign;                  // it was another: gRPC closes the connection
-    uint32_t skip;                 // bytes to the next head
-    uint32_t continued;            // frames of one block of headers
-    uint64_t window_ns;            // in which these are counted:
-    uint32_t idle;                 // frames that carry nothing
-    _Atomic int64_t in_flight;     // calls that were neither reset nor ended
+    uint8_t greeted;           // bytes of HTTP/2's greeting that have come
+    bool foreign;              // it was another: gRPC closes the connection
+    uint32_t skip;             // bytes to the next head
+    uint32_t continued;        // frames of one block of headers
+    uint64_t window_ns;        // in which these are counted:
+    uint32_t idle;             // frames that carry nothing
+    _Atomic int64_t in_flight; // calls that were neither reset nor ended
+    struct kvd_turn turn;
     _Atomic(const char *) verdict; // why the connection was ended; NULL: it was not
 };
 
@@ -39,8 +42,8 @@ void kvd_meter_forget(int fd);
 // To be called when the daemon is done with a call.
 void kvd_meter_end_call(struct kvd_meter *m);
 int64_t kvd_meter_calls(const struct kvd_meter *m);
-// Tells how many calls all connections together have in flight: to be called now and then. In
-// between only those that begin are added.
+// Tells how many calls all connections together have in flight: to be called now and then, as a
+// call that is reset and ended is counted down twice in between.
 void kvd_meter_total(int64_t calls);
 
 #endif

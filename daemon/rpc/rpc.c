@@ -18,6 +18,7 @@ enum {
 static int charge(struct kvd_call *c, struct kvd_error *err)
 {
     c->link = kvd_link_of(c->d, c->call);
+    c->unsettled = c->link != NULL;
     if (kvd_link_begin_call(c->link, err))
         return err->code;
     c->counted = true;
@@ -31,8 +32,17 @@ static int charge(struct kvd_call *c, struct kvd_error *err)
     return rc;
 }
 
+// The loop is done with a call for now.
+static void settle(struct kvd_call *c)
+{
+    if (c->unsettled)
+        kvd_link_settle_call(c->link);
+    c->unsettled = false;
+}
+
 static void release(struct kvd_call *c)
 {
+    settle(c);
     if (c->user) {
         kvd_user_give(c->user, KVD_SHARE_REPLY_BYTES, c->reply_bytes);
         kvd_user_give(c->user, KVD_SHARE_CALLS, 1);
@@ -389,14 +399,28 @@ static void handle(struct kvd_call *c)
     if (c->method->streaming) {
         kvd_stream_begin(c);
         dispatch(c);
+        settle(c);
         return;
     }
     c->handling = true;
     dispatch(c);
     c->handling = false;
-    if (!c->answered)
+    if (!c->answered) {
+        settle(c);
         watch(c);
+    }
     maybe_free(c);
+}
+
+// A call without a message, which its client has mostly given up before it was read: nothing is
+// prepared for an answer.
+static void drop(struct kvd_call *c)
+{
+    struct kvd_error err = {0};
+    c->code = charge(c, &err) ? GRPC_STATUS_RESOURCE_EXHAUSTED : GRPC_STATUS_CANCELLED;
+    grpc_call_cancel_with_status(c->call, c->code, err.code ? err.text : "no message came", NULL);
+    kvd_call_account(c);
+    kvd_call_free(c);
 }
 
 static void on_request(struct kvd_tag *tag, bool ok)
@@ -410,7 +434,10 @@ static void on_request(struct kvd_tag *tag, bool ok)
     if (!c->d->rpc->stopping)
         kvd_call_arm(c->d, c->method_index);
     c->accepted_ns = uv_hrtime();
-    handle(c);
+    if (c->payload)
+        handle(c);
+    else
+        drop(c);
 }
 
 // NULL when memory is short: what was not armed is tried again once a second, and until then calls

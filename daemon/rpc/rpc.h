@@ -57,6 +57,7 @@ struct kvd_call {
     uint64_t accepted_ns;
     struct kvd_link *link; // NULL: it came over TLS
     bool counted;          // by the link
+    bool unsettled;        // the next turn waits for it
     struct kvd_user *user; // who is charged; NULL: not charged
     uint64_t reply_bytes;  // taken of the reply share
     uint64_t sending_ms;   // since when there is something to send; 0: nothing

@@ -63,6 +63,8 @@ static void on_async(uv_async_t *async)
         tag->fire(tag, tag->ok);
         tag = next;
     }
+    if (d->links)
+        kvd_links_turn(d);
     if (drained && r->on_shut) {
         void (*on_shut)(struct kvd_daemon *) = r->on_shut;
         r->on_shut = NULL;

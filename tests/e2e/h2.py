@@ -1,4 +1,5 @@
 """HTTP/2 by hand, for what no client library would send."""
+import select
 import socket
 import struct
 
@@ -23,7 +24,7 @@ class Connection:
         self.s = socket.socket(socket.AF_UNIX)
         self.s.settimeout(timeout)
         self.s.connect(str(path))
-        self.method, self.stream, self.known = method.encode(), 1, False
+        self.method, self.stream, self.known, self.unread = method.encode(), 1, False, b""
         self.s.sendall(PREFACE)
 
     def headers(self, end=False):
@@ -45,6 +46,25 @@ class Connection:
 
     def reset(self):
         return frame(RST, 0, self.last, struct.pack(">I", 8))
+
+    def unlimited(self):
+        """Lets everything come."""
+        self.s.sendall(frame(8, 0, 0, struct.pack(">I", 0x7FFF0000 - 65535)))
+
+    def answered(self, wait=True):
+        """How many calls have been answered, by what can be read now; waits for something if nothing can."""
+        if wait or select.select([self.s], [], [], 0)[0]:
+            self.unread += self.s.recv(1 << 20)
+        n = 0
+        while len(self.unread) >= 9 and len(self.unread) >= 9 + (size := int.from_bytes(self.unread[:3], "big")):
+            n += self.unread[3] == 1 and self.unread[4] & END_STREAM
+            self.unread = self.unread[9 + size:]
+        return n
+
+    def wait_answered(self, n):
+        while n > 0:
+            n -= self.answered()
+        assert n == 0
 
     def close(self):
         self.s.close()

@@ -236,6 +236,46 @@ def test_neighbours_of_a_flood_are_served(kvd, neighbour, name):
     assert cpu_seconds(kvd) < 60
 
 
+def pings(c, n):
+    return b"".join(c.headers() + c.message(b"") for _ in range(n))
+
+
+def test_a_single_call_does_not_wait_for_all_that_others_have_sent(kvd):
+    """Connections take turns, so what lies in their sockets is not all answered before what came last."""
+    *crowd, last = [Connection(kvd.socket, "/kvd.v1.Admin/Ping") for _ in range(21)]
+    for c in [*crowd, last]:
+        c.unlimited()
+        c.s.sendall(pings(c, 1))
+        c.wait_answered(1)
+    for _ in range(5):  # sometimes the last is the first
+        kvd.process.send_signal(signal.SIGSTOP)
+        for c in crowd:
+            c.s.sendall(pings(c, 120))
+        last.s.sendall(pings(last, 1))
+        kvd.process.send_signal(signal.SIGCONT)
+        last.wait_answered(1)
+        kvd.process.send_signal(signal.SIGSTOP)
+        before = [c.answered(wait=False) for c in crowd]
+        kvd.process.send_signal(signal.SIGCONT)
+        for c, n in zip(crowd, before):
+            c.wait_answered(120 - n)
+        assert sum(before) < 1600  # of 2,400
+
+
+def test_a_busy_client_is_not_taken_for_a_flood(start):
+    """64 calls in flight at a time are what an engine may have, however many it makes in a second."""
+    kvd = start(config="[kvd]\nmax-calls = 256\n")
+    c = Connection(kvd.socket, "/kvd.v1.Admin/Ping")
+    c.unlimited()
+    c.s.sendall(pings(c, 64))
+    answered = 0
+    while answered < 3000:
+        n = c.answered()
+        answered += n
+        c.s.sendall(pings(c, n))
+    assert "cut off" not in kvd.text()
+
+
 def test_who_floods_is_refused_for_a_while(kvd):
     c = Connection(kvd.socket, "/kvd.v1.Admin/Ping")
     with pytest.raises(OSError):
@@ -393,7 +433,8 @@ def read_everything(path, session, sequence, tokens, n):
     out = b""
     for _ in range(n):
         out += c.headers() + c.message(request)
-    c.s.sendall(frame(8, 0, 0, struct.pack(">I", 0x7FFF0000 - 65535)) + out)  # and lets it all come
+    c.unlimited()
+    c.s.sendall(out)
     return c
 
 
