@@ -22,6 +22,7 @@ double kvd_eval_bits(uint32_t codec, uint32_t dim_k, uint32_t dim_v)
 struct sums {
     double difference, norm; // squared
     double logit, logits;    // squared, and how many
+    double bias;             // at each query's strongest key
     double kl, queries;
     double worst;
 };
@@ -213,12 +214,17 @@ static void add_weight_error(const struct job *j, struct workspace *w, struct su
 {
     uint32_t begin, end;
     history(j, &begin, &end);
-    for (uint32_t i = 0; i < w->rows_q; i++)
+    for (uint32_t i = 0; i < w->rows_q; i++) {
+        const float *logits = w->logits + (uint64_t)i * w->tokens;
+        const float *quantized = w->p2 + (uint64_t)i * w->tokens;
+        uint32_t strongest = begin;
         for (uint32_t t = begin; t < end; t++) {
-            uint64_t at = (uint64_t)i * w->tokens + t;
-            double e = (double)w->p2[at] - (double)w->logits[at];
+            double e = (double)quantized[t] - (double)logits[t];
             s->logit += e * e;
+            strongest = logits[t] > logits[strongest] ? t : strongest;
         }
+        s->bias += (double)quantized[strongest] - (double)logits[strongest];
+    }
     s->logits += (double)w->rows_q * (end - begin);
     softmax(w, w->p2);
     for (uint64_t at = 0; at < (uint64_t)w->rows_q * w->tokens; at++)
@@ -273,8 +279,9 @@ static void compare_cases(struct job *j, struct workspace *w, uint32_t layer, ui
     for (uint32_t i = 0; i < j->n_cases; i++) {
         const struct kvd_rotset *s = j->cases[i].set;
         uint64_t at = matrix(s, layer, head);
-        struct kvd_quantizer qk = {j->cases[i].codec, s->clip_k[at], s->gain_k[at]};
-        struct kvd_quantizer qv = {j->cases[i].codec, s->clip_v[at], s->gain_v[at]};
+        const struct kvd_eval_case *c = &j->cases[i];
+        struct kvd_quantizer qk = {c->codec, s->clip_k[at], s->gain_k[at], c->scale_k};
+        struct kvd_quantizer qv = {c->codec, s->clip_v[at], s->gain_v[at], c->scale_v};
         through_pages(j, w, w->k, dim_k, s->k + at * dim_k * dim_k, &qk,
                       k ? k + (1 + i) * dim_k : NULL, w->k2);
         through_pages(j, w, w->v, dim_v, s->v + at * dim_v * dim_v, &qv,
@@ -300,8 +307,8 @@ static void compare_terms(struct job *j, struct workspace *w, uint32_t layer, ui
     uint64_t at = matrix(s, layer, head);
     uint32_t n = n_terms(j);
     for (uint32_t i = 0; i < n; i++) {
-        struct kvd_quantizer qk = {KVD_CODEC_INT2, s->clip_k[at], 1};
-        struct kvd_quantizer qv = {KVD_CODEC_INT2, s->clip_v[at], 1};
+        struct kvd_quantizer qk = {KVD_CODEC_INT2, s->clip_k[at], 1, KVD_SCALE_PUBLISHED};
+        struct kvd_quantizer qv = {KVD_CODEC_INT2, s->clip_v[at], 1, KVD_SCALE_PUBLISHED};
         if (j->fit_gains)
             qk.gain = qv.gain = gains[i];
         else
@@ -364,12 +371,14 @@ static void take_figures(struct job *j, uint32_t i, const struct sums *s, uint32
             all.difference += x->difference, all.norm += x->norm;
             all.logit += x->logit, all.logits += x->logits;
             all.kl += x->kl, all.queries += x->queries;
+            all.bias += x->bias;
             all.worst = fmax(all.worst, x->norm > 0 ? sqrt(x->difference / x->norm) : 0);
         }
         j->figures[(uint64_t)k * j->n_layers + i] = (struct kvd_eval_figures){
             .output_error = all.norm > 0 ? sqrt(all.difference / all.norm) : 0,
             .worst_head = all.worst,
             .logit_error = all.logits > 0 ? sqrt(all.logit / all.logits) : 0,
+            .bias = all.queries > 0 ? all.bias / all.queries : 0,
             .kl = all.queries > 0 ? fmax(0, all.kl / all.queries) : 0}; // but for rounding
     }
 }

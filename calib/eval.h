@@ -7,6 +7,9 @@
 //   output error   sqrt(sum |o' - o|^2 / sum |o|^2), o the outputs of all queries and q heads
 //   worst head     the largest such error of a kv head's queries
 //   logit error    root mean square of scale * q (k' - k) over the quantized tokens
+//   bias           mean over queries of scale * q (k' - k) at the quantized token whose recorded
+//                  logit is largest: below 0, what a query looks for is seen less than what it does
+//                  not, though every other error be small
 //   KL             mean over queries of sum p log(p / p'), in nats
 #ifndef KVD_CALIB_EVAL_H
 #define KVD_CALIB_EVAL_H
@@ -32,12 +35,13 @@ struct kvd_eval_spectra {
 };
 
 struct kvd_eval_case {
-    const struct kvd_rotset *set; // with the clip ratios and gains to use
-    uint32_t codec;               // bf16: nothing is quantized
+    const struct kvd_rotset *set;    // with the clip ratios and gains to use
+    uint32_t codec;                  // bf16: nothing is quantized
+    enum kvd_scale scale_k, scale_v; // instead of the set's
 };
 
 struct kvd_eval_figures {
-    double output_error, worst_head, logit_error, kl;
+    double output_error, worst_head, logit_error, bias, kl;
 };
 
 // Evaluates n cases on the layers that the dump and all sets have: layers[0 .. *n_layers), of the
@@ -50,7 +54,8 @@ int kvd_eval_run(const struct kvd_dump *d, const struct kvd_eval_case *cases, ui
                  struct kvd_error *err);
 
 // Sets the clip ratios of each layer of `set`, then the gains, to those of a fixed list that give
-// the least output error in codec int2, for K with V as recorded and for V with K as recorded.
+// the least output error in codec int2 with published scales (others know neither), for K with V as
+// recorded and for V with K as recorded.
 int kvd_eval_fit_clips(const struct kvd_dump *d, struct kvd_rotset *set,
                        const struct kvd_eval_options *o, struct kvd_error *err);
 

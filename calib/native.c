@@ -1,6 +1,8 @@
 // The native file: safetensors with tensors k.rotation and v.rotation [layers, heads, dim, dim],
 // k.clip and v.clip [layers, heads] and, where a gain is not 1, k.gain and v.gain [layers, heads],
-// all F32, and metadata.
+// all F32, and metadata. Format kvd-rotation-set/2 says in k.scale and v.scale which scales the
+// sides have (kernels/quantize.h); sets with published ones on both are of format /1, which knows
+// no other.
 #include "calib/rotset.h"
 #include "calib/safetensors.h"
 
@@ -29,6 +31,8 @@ static uint64_t tensor_shape(const struct kvd_rotset *s, int i, uint64_t shape[4
     *rank = i < 2 ? 4 : 2;
     return shape[0] * shape[1] * (i < 2 ? (uint64_t)dim * dim : 1);
 }
+
+static const char *const formats[2] = {"kvd-rotation-set/1", "kvd-rotation-set/2"};
 
 static int corrupt(struct kvd_error *err, const char *path, const char *why)
 {
@@ -72,6 +76,26 @@ static int parse_layers(struct kvd_rotset *s, const char *text, const char *path
     return s->n_layers ? KVD_OK : corrupt(err, path, "metadata: there are no layers");
 }
 
+// The format, and what it says of scales.
+static int parse_format(struct kvd_rotset *s, const struct kvd_safetensors *st, const char *path,
+                        struct kvd_error *err)
+{
+    const char *format = kvd_safetensors_metadata(st, "format");
+    const char *k = kvd_safetensors_metadata(st, "k.scale");
+    const char *v = kvd_safetensors_metadata(st, "v.scale");
+    if (format && strcmp(format, formats[0]) == 0)
+        return k || v ? corrupt(err, path, "metadata: scales belong to kvd-rotation-set/2")
+                      : KVD_OK;
+    if (!format || strcmp(format, formats[1]) != 0)
+        return corrupt(err, path, "metadata: format is not kvd-rotation-set/1 or /2");
+    int scale_k = k ? kvd_scale_parse(k) : -1, scale_v = v ? kvd_scale_parse(v) : -1;
+    if (scale_k < 0 || scale_v < 0)
+        return corrupt(err, path, "metadata: k.scale or v.scale is not " KVD_SCALE_NAMES);
+    s->scale_k = (enum kvd_scale)scale_k;
+    s->scale_v = (enum kvd_scale)scale_v;
+    return KVD_OK;
+}
+
 static void copy_text(char *to, size_t cap, const char *from)
 {
     snprintf(to, cap, "%s", from ? from : "");
@@ -113,14 +137,14 @@ static int copy_tensor(const struct kvd_safetensors *st, struct kvd_rotset *s, i
 static int parse(const char *path, const uint8_t *file, size_t size,
                  const struct kvd_safetensors *st, struct kvd_rotset *s, struct kvd_error *err)
 {
-    const char *format = kvd_safetensors_metadata(st, "format");
     const char *layers = kvd_safetensors_metadata(st, "layers");
     const char *payload = kvd_safetensors_metadata(st, "payload");
     char digest[KVD_DIGEST_TEXT];
     kvd_digest(file + st->data_at, size - st->data_at, digest);
-    if (!format || strcmp(format, "kvd-rotation-set/1") != 0 || !layers)
-        return corrupt(err, path,
-                       "metadata: format is not kvd-rotation-set/1, or layers is missing");
+    if (parse_format(s, st, path, err))
+        return err->code;
+    if (!layers)
+        return corrupt(err, path, "metadata: layers is missing");
     if (!payload || strcmp(payload, digest) != 0)
         return corrupt(err, path, "the tensors do not have the digest that the metadata says");
     copy_text(s->model, sizeof(s->model), kvd_safetensors_metadata(st, "model"));
@@ -200,9 +224,14 @@ int kvd_rotset_write(struct kvd_rotset *s, const char *path, struct kvd_error *e
         tensor_shape(s, (int)i, tensors[i].shape, &rank);
         tensors[i].rank = (uint32_t)rank;
     }
+    bool scales = s->scale_k != KVD_SCALE_PUBLISHED || s->scale_v != KVD_SCALE_PUBLISHED;
     json_t *metadata =
-        json_pack("{s:s, s:s, s:s, s:s, s:s}", "format", "kvd-rotation-set/1", "model", s->model,
+        json_pack("{s:s, s:s, s:s, s:s, s:s}", "format", formats[scales], "model", s->model,
                   "objective", s->objective, "provenance", s->provenance, "layers", layers);
+    if (scales) {
+        json_object_set_new(metadata, "k.scale", json_string(kvd_scale_name(s->scale_k)));
+        json_object_set_new(metadata, "v.scale", json_string(kvd_scale_name(s->scale_v)));
+    }
     if (s->fitted_to)
         json_object_set_new(metadata, "fitted_to", json_string(s->fitted_to));
     if (s->clips_fitted_to)

@@ -195,6 +195,36 @@ struct kvd_rotset *kvd_rotset_new(const char *name, const uint16_t *layers, uint
     return KVD_TAKE(s);
 }
 
+static const char *const scales[KVD_SCALE_COUNT] = {"published", "least-squares", "unbiased"};
+
+const char *kvd_scale_name(enum kvd_scale scale)
+{
+    return scales[scale];
+}
+
+int kvd_scale_parse(const char *text)
+{
+    for (int i = 0; i < KVD_SCALE_COUNT; i++)
+        if (strcmp(text, scales[i]) == 0)
+            return i;
+    return -1;
+}
+
+bool kvd_scales_parse(const char *text, enum kvd_scale *k, enum kvd_scale *v)
+{
+    char side[32];
+    size_t n = strcspn(text, ",");
+    if (!text[n] || n >= sizeof(side))
+        return false;
+    snprintf(side, sizeof(side), "%.*s", (int)n, text);
+    int of_k = kvd_scale_parse(side), of_v = kvd_scale_parse(text + n + 1);
+    if (of_k < 0 || of_v < 0)
+        return false;
+    *k = (enum kvd_scale)of_k;
+    *v = (enum kvd_scale)of_v;
+    return true;
+}
+
 // -- checks --------------------------------------------------------------------------------------
 
 // Largest |(R R^T)_ij - delta_ij|; NaN if any value is not finite.
@@ -349,8 +379,12 @@ int kvd_rotset_select(const struct kvd_rotset *s, const struct kvd_layout *layou
                             s->model, layout->layers[l], s->n_layers, s->layers[0],
                             s->layers[s->n_layers - 1]);
     }
-    struct kvd_rotation_data d = {
-        .n_layers = n, .heads = s->heads, .dim_k = s->dim_k, .dim_v = s->dim_v};
+    struct kvd_rotation_data d = {.n_layers = n,
+                                  .heads = s->heads,
+                                  .dim_k = s->dim_k,
+                                  .dim_v = s->dim_v,
+                                  .scale_k = s->scale_k,
+                                  .scale_v = s->scale_v};
     uint64_t square_k = (uint64_t)s->dim_k * s->dim_k, square_v = (uint64_t)s->dim_v * s->dim_v;
     const struct {
         const float *from, **to;

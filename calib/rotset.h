@@ -29,6 +29,7 @@ struct kvd_rotset {
     float *clip_k, *clip_v; // [n_layers][heads]
     float *gain_k,
         *gain_v; // [n_layers][heads], of the levels (kernels/quantize.h); 1 unless fitted
+    enum kvd_scale scale_k, scale_v; // as published unless fitted or asked for
 };
 
 void kvd_rotset_free(struct kvd_rotset **set);
@@ -70,6 +71,13 @@ int kvd_rotation_straighten(float *r, uint32_t dim, struct kvd_error *err);
 int kvd_rotset_select(const struct kvd_rotset *set, const struct kvd_layout *layout, uint32_t plane,
                       struct kvd_rotation_data *out, struct kvd_error *err);
 void kvd_rotation_data_deinit(struct kvd_rotation_data *data);
+
+// "published", "least-squares" or "unbiased" (kernels/quantize.h), and back; -1 for other text.
+#define KVD_SCALE_NAMES "published, least-squares or unbiased"
+const char *kvd_scale_name(enum kvd_scale scale);
+int kvd_scale_parse(const char *text);
+// "K,V", such as "unbiased,least-squares". False, and nothing set, for other text.
+bool kvd_scales_parse(const char *text, enum kvd_scale *k, enum kvd_scale *v);
 
 // -- native files -------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@
 #ifndef KVD_KERNELS_BACKEND_H
 #define KVD_KERNELS_BACKEND_H
 
-#include "kernels/format.h"
+#include "kernels/quantize.h"
 #include "proto/base.h"
 
 struct kvd_backend;
@@ -26,6 +26,7 @@ struct kvd_rotation_data {
     const float *clip_v; // [n_layers][heads]
     const float *gain_k; // [n_layers][heads] of the levels (quantize.h); NULL: 1
     const float *gain_v; // [n_layers][heads]
+    enum kvd_scale scale_k, scale_v;
 };
 
 // A tensor [layers][tokens][heads][dim], dim contiguous; strides in bytes.

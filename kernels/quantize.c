@@ -1,7 +1,5 @@
 #include "kernels/quantize.h"
 
-#include "kernels/codebook.h"
-
 #include <math.h>
 
 uint16_t kvd_f32_to_fp16(float f)
@@ -96,6 +94,15 @@ static uint32_t pack_fp16(float scale, float min)
     return kvd_f32_to_fp16(scale) | (uint32_t)kvd_f32_to_fp16(min) << 16;
 }
 
+// The high byte: a centre in eighths of the stored scale; 0 where that is 0.
+static uint32_t pack_centre(float centre, float stored)
+{
+    if (!(stored > 0))
+        return 0;
+    int eighths = (int)fminf(fmaxf(rintf(centre * 8 / stored), -CENTRE_MOST), CENTRE_MOST);
+    return ((uint32_t)eighths & 255) << 8;
+}
+
 static uint32_t pack_bytes(float scale, float centre)
 {
     // A centre beyond what its byte reaches makes the scale coarser.
@@ -103,9 +110,7 @@ static uint32_t pack_bytes(float scale, float centre)
     if (!(scale > 0))
         return 0;
     int n = SCALE_ONE + (int)fminf(fmaxf(rintf(8 * log2f(scale)), 1 - SCALE_ONE), SCALE_ONE - 1);
-    float stored = scale_of((uint32_t)n);
-    int eighths = (int)fminf(fmaxf(rintf(centre * 8 / stored), -CENTRE_MOST), CENTRE_MOST);
-    return (uint32_t)n | ((uint32_t)eighths & 255) << 8;
+    return (uint32_t)n | pack_centre(centre, scale_of((uint32_t)n));
 }
 
 // One loop a size: attention comes here for every tile.
@@ -125,39 +130,129 @@ void kvd_params_read(uint32_t codec, const uint8_t *params, uint32_t n, struct k
 
 // -- rows to codes -------------------------------------------------------------------------------
 
-static void code_evenly(const float *x, uint32_t dim, float limit, float low, float scale,
-                        uint8_t *codes)
+// The scale and min with which the row that is read back is as long, along x and about x's mean, as
+// x itself: quantize.h. With `about_zero` the mean and min are 0.
+static struct kvd_affine unbiased(const float *levels, const float *x, uint32_t dim,
+                                  const uint8_t *codes, bool about_zero)
+{
+    float n = (float)dim, sum = 0, level_sum = 0, squares = 0, products = 0;
+    for (uint32_t i = 0; i < dim && !about_zero; i++) {
+        sum += x[i];
+        level_sum += levels[codes[i]];
+    }
+    float mean = sum / n, centre = level_sum / n;
+    for (uint32_t i = 0; i < dim; i++) {
+        float d = x[i] - mean;
+        squares += d * d;
+        products += (levels[codes[i]] - centre) * d;
+    }
+    float scale = products > 0 ? squares / products : 0;
+    return (struct kvd_affine){scale, mean - scale * centre};
+}
+
+// What an even quantizer's codes come from: values within `limit` of 0, and the first level's
+// place.
+struct range {
+    float limit, low, scale;
+};
+
+static void code_range(const float *x, uint32_t dim, const struct range *r, uint8_t *codes)
 {
     for (uint32_t i = 0; i < dim; i++) {
-        float c = fminf(fmaxf(x[i], -limit), limit);
-        float q = scale > 0 ? floorf((c - low) / scale + 0.5f) : 0;
+        float c = fminf(fmaxf(x[i], -r->limit), r->limit);
+        float q = r->scale > 0 ? floorf((c - r->low) / r->scale + 0.5f) : 0;
         codes[i] = q >= 3 ? 3 : q >= 1 ? (uint8_t)q : 0;
     }
+}
+
+// The range of a row within its clip.
+static struct range clipped_range(const float *x, uint32_t dim, float ratio)
+{
+    struct range r = {.limit = INFINITY};
+    uint32_t index = (uint32_t)((double)ratio * dim);
+    if (ratio < 1.0f && index < dim)
+        r.limit = nth_largest_abs(x, dim, dim - index);
+    float lo = INFINITY, hi = -INFINITY;
+    for (uint32_t i = 0; i < dim; i++) {
+        float c = fminf(fmaxf(x[i], -r.limit), r.limit);
+        lo = fminf(lo, c);
+        hi = fmaxf(hi, c);
+    }
+    r.low = lo;
+    r.scale = (hi - lo) / 3.0f;
+    return r;
+}
+
+// The range of least squared error that two refits find, and its codes.
+static struct range fitted_range(const float *x, uint32_t dim, uint8_t *codes)
+{
+    enum { REFITS = 2 };
+    float n = (float)dim, sum = 0, squares = 0;
+    for (uint32_t i = 0; i < dim; i++)
+        sum += x[i];
+    float average = sum / n;
+    for (uint32_t i = 0; i < dim; i++)
+        squares += (x[i] - average) * (x[i] - average);
+    struct range r = {.limit = INFINITY, .scale = KVD_EVEN_STEP * sqrtf(squares / n)};
+    r.low = average - 1.5f * r.scale;
+    code_range(x, dim, &r, codes);
+    for (int k = 0; k < REFITS && r.scale > 0; k++) {
+        float levels = 0, level_squares = 0, products = 0;
+        for (uint32_t i = 0; i < dim; i++) {
+            float l = codes[i];
+            levels += l;
+            level_squares += l * l;
+            products += l * (x[i] - average);
+        }
+        float spread = level_squares - levels * levels / n;
+        if (!(spread > 0))
+            break;
+        r.scale = products / spread;
+        r.low = average - r.scale * levels / n;
+        code_range(x, dim, &r, codes);
+    }
+    return r;
+}
+
+// int2c: scale and centre rounded to their bytes, and codes by what was stored, drawn apart by
+// `gain` again. With a row's own gain, that of its unbiased scale, these are codes of which the
+// stored scale is about unbiased; the centre then is what the row's mean asks for.
+static uint32_t quantize_bytes(const float *x, uint32_t dim, struct range *r, float gain,
+                               float centre, bool keep_mean, uint8_t *codes)
+{
+    uint32_t param = pack_bytes(r->scale * gain, centre);
+    struct kvd_affine stored = decode(KVD_CODEC_INT2C, param);
+    r->scale = stored.scale / gain;
+    r->low = stored.min + 1.5f * (stored.scale - r->scale);
+    code_range(x, dim, r, codes);
+    if (!keep_mean)
+        return param;
+    float sum = 0;
+    for (uint32_t i = 0; i < dim; i++)
+        sum += x[i] - stored.scale * ((float)codes[i] - 1.5f);
+    return (param & 255) | pack_centre(sum / (float)dim, stored.scale);
 }
 
 static void quantize_evenly(const struct kvd_quantizer *q, const float *x, uint32_t dim,
                             struct kvd_row *out)
 {
-    float limit = INFINITY;
-    uint32_t index = (uint32_t)((double)q->ratio * dim);
-    if (q->ratio < 1.0f && index < dim)
-        limit = nth_largest_abs(x, dim, dim - index);
-    float lo = INFINITY, hi = -INFINITY;
-    for (uint32_t i = 0; i < dim; i++) {
-        float c = fminf(fmaxf(x[i], -limit), limit);
-        lo = fminf(lo, c);
-        hi = fmaxf(hi, c);
+    bool published = q->scale == KVD_SCALE_PUBLISHED;
+    struct range r = published ? clipped_range(x, dim, q->ratio) : fitted_range(x, dim, out->codes);
+    float gain = published ? q->gain : 1, drawn = r.scale * gain;
+    struct kvd_affine a = {drawn, r.low + 1.5f * (r.scale - drawn)};
+    float centre = r.low + 1.5f * r.scale;
+    if (q->scale == KVD_SCALE_UNBIASED) {
+        a = unbiased(levels_even, x, dim, out->codes, false);
+        gain = a.scale > 0 ? a.scale / r.scale : 1;
+        centre = a.min + 1.5f * a.scale;
     }
-    float scale = (hi - lo) / 3.0f, drawn = scale * q->gain;
-    if (q->codec == KVD_CODEC_INT2) {
-        code_evenly(x, dim, limit, lo, scale, out->codes);
-        out->param = pack_fp16(drawn, lo + 1.5f * (scale - drawn));
+    if (q->codec == KVD_CODEC_INT2C) {
+        out->param = quantize_bytes(x, dim, &r, gain, centre, !published, out->codes);
         return;
     }
-    out->param = pack_bytes(drawn, lo + 1.5f * scale);
-    struct kvd_affine stored = kvd_param_decode(q->codec, out->param);
-    scale = stored.scale / q->gain;
-    code_evenly(x, dim, limit, stored.min + 1.5f * (stored.scale - scale), scale, out->codes);
+    out->param = pack_fp16(a.scale, a.min);
+    if (published)
+        code_range(x, dim, &r, out->codes);
 }
 
 // Codes of the levels nearest to (x - mean) / deviation.
@@ -175,7 +270,8 @@ static void code_nearest(uint32_t bits, const float *x, uint32_t dim, float mean
     }
 }
 
-static void quantize_about_mean(const float *x, uint32_t dim, struct kvd_row *out)
+static void quantize_about_mean(const float *x, uint32_t dim, enum kvd_scale scale,
+                                struct kvd_row *out)
 {
     enum { REFITS = 2 };
     float n = (float)dim, sum = 0, squares = 0;
@@ -201,33 +297,49 @@ static void quantize_about_mean(const float *x, uint32_t dim, struct kvd_row *ou
         mean = average - deviation * levels / n;
         code_nearest(2, x, dim, mean, deviation, out->codes);
     }
-    out->param = pack_fp16(deviation, mean);
+    struct kvd_affine a = {deviation, mean};
+    if (scale == KVD_SCALE_UNBIASED)
+        a = unbiased(levels_2, x, dim, out->codes, false);
+    out->param = pack_fp16(a.scale, a.min);
 }
 
-static void quantize_about_zero(uint32_t bits, const float *x, uint32_t dim, struct kvd_row *out)
+static void quantize_about_zero(const struct kvd_quantizer *q, const float *x, uint32_t dim,
+                                struct kvd_row *out)
 {
+    const float *levels = kvd_codec_levels(q->codec);
     float squares = 0;
     for (uint32_t i = 0; i < dim; i++)
         squares += x[i] * x[i];
-    float deviation = sqrtf(squares / (float)dim);
-    code_nearest(bits, x, dim, 0, deviation, out->codes);
-    out->param = kvd_f32_to_fp16(deviation);
+    float scale = sqrtf(squares / (float)dim);
+    code_nearest(kvd_codec_bits(q->codec), x, dim, 0, scale, out->codes);
+    if (q->scale == KVD_SCALE_UNBIASED) {
+        scale = unbiased(levels, x, dim, out->codes, true).scale;
+    } else if (q->scale == KVD_SCALE_LEAST_SQUARES) {
+        float level_squares = 0, products = 0;
+        for (uint32_t i = 0; i < dim; i++) {
+            float l = levels[out->codes[i]];
+            level_squares += l * l;
+            products += l * x[i];
+        }
+        scale = products > 0 ? products / level_squares : 0;
+    }
+    out->param = kvd_f32_to_fp16(scale);
 }
 
 void kvd_row_quantize(const struct kvd_quantizer *q, const float *x, uint32_t dim,
                       struct kvd_row *out)
 {
     float bounded[KVD_MAX_HEAD_DIM]; // squares stay finite; fp16 parameters end far below
-    if (!kvd_codec_signed(q->codec)) {
-        quantize_evenly(q, x, dim, out);
-        return;
-    }
     for (uint32_t i = 0; i < dim; i++)
         bounded[i] = fminf(fmaxf(x[i], -0x1p40f), 0x1p40f);
+    if (!kvd_codec_signed(q->codec)) {
+        quantize_evenly(q, q->scale == KVD_SCALE_PUBLISHED ? x : bounded, dim, out);
+        return;
+    }
     if (q->codec == KVD_CODEC_INT2_LM)
-        quantize_about_mean(bounded, dim, out);
+        quantize_about_mean(bounded, dim, q->scale, out);
     else
-        quantize_about_zero(kvd_codec_bits(q->codec), bounded, dim, out);
+        quantize_about_zero(q, bounded, dim, out);
 }
 
 // -- rows in tiles -------------------------------------------------------------------------------

@@ -11,15 +11,32 @@
 //            squares for these codes, twice; then the codes. fp16 scale and mean.
 //   turboquant-b  scale = |x| / sqrt(D), codes of the nearest levels; fp16 scale
 //            (arXiv 2504.19874, the quantizer of least mean squared error).
+//
+// That is as published. Other scales for the same pages:
+//
+//   least squares  int2, int2c: from evenly spaced levels about the mean, as int2-lm; no ratio and
+//                  no gain. turboquant: scale = sum l x / sum l^2, l the levels of the codes.
+//                  int2-lm: as it is.
+//   unbiased       the codes of least squares (turboquant: as published), and the scale with which
+//                  the row that is read back is as long along x as x itself, <y - m, x - m> =
+//                  |x - m|^2, about the row's mean m, which it keeps (turboquant: m = 0):
+//                  scale = sum (x - m)^2 / sum (l - l') (x - m), min = m - scale l', l' the mean of
+//                  the levels; 0 where the second sum is not above 0. int2c rounds it to its byte,
+//                  and draws the codes' range with it.
+//
+// Scales that make the error least make rows shorter, by about that error: a query's logit at a key
+// that it looks for comes out low.
 #ifndef KVD_KERNELS_QUANTIZE_H
 #define KVD_KERNELS_QUANTIZE_H
 
+#include "kernels/codebook.h"
 #include "kernels/format.h"
 
 struct kvd_quantizer {
     uint32_t codec; // not bf16
     float ratio;    // of clipping, int2 and int2c; 1 or more: none
     float gain;     // of the levels, int2 and int2c; 1: none
+    enum kvd_scale scale;
 };
 
 struct kvd_row {

@@ -191,7 +191,8 @@ static void demote(const struct append_job *job, const struct kvd_append_item *i
             kvd_apply(job->cpu->isa, rows, n, dim,
                       kvd_rotation_of(r, v ? r->v : r->k, dim, layer, head), y);
             const float *clip = v ? r->clip_v : r->clip_k, *gain = v ? r->gain_v : r->gain_k;
-            struct kvd_quantizer quantizer = {g->codec, clip ? clip[at] : 1, gain ? gain[at] : 1};
+            struct kvd_quantizer quantizer = {g->codec, clip ? clip[at] : 1, gain ? gain[at] : 1,
+                                              v ? r->scale_v : r->scale_k};
             for (uint32_t i = 0; i < n; i++) {
                 struct kvd_row row;
                 uint64_t h = t + i - g->sink;

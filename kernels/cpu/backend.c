@@ -92,8 +92,12 @@ static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd
     }
     uint64_t n = (uint64_t)d->n_layers * d->heads;
     bool failed = false;
-    *r = (struct kvd_rotation){
-        .n_layers = d->n_layers, .heads = d->heads, .dim_k = d->dim_k, .dim_v = d->dim_v};
+    *r = (struct kvd_rotation){.n_layers = d->n_layers,
+                               .heads = d->heads,
+                               .dim_k = d->dim_k,
+                               .dim_v = d->dim_v,
+                               .scale_k = d->scale_k,
+                               .scale_v = d->scale_v};
     r->k = copy_floats(d->k, n * d->dim_k * d->dim_k, &failed);
     r->v = copy_floats(d->v, n * d->dim_v * d->dim_v, &failed);
     r->k_t = transposed(d->k, n, d->dim_k, &failed);

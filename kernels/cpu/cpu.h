@@ -74,6 +74,7 @@ struct kvd_rotation {
     float *k, *k_t, *v, *v_t; // [layer][head][dim][dim] and transposes; NULL: identity
     float *clip_k, *clip_v;   // [layer][head]
     float *gain_k, *gain_v;
+    enum kvd_scale scale_k, scale_v;
 };
 
 struct kvd_cpu {

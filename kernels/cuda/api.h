@@ -33,6 +33,7 @@ struct kvd_cuda_matrices {
     const float *inverse_columns; // [matrices][D] sums of the columns of R^T
     const float *clip;            // [matrices] ratios; NULL: none
     const float *gain;            // [matrices] of the levels; NULL: 1
+    uint32_t scale_kind;          // of what is stored: enum kvd_scale
 };
 
 struct kvd_cuda_rotation {

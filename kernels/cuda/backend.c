@@ -131,6 +131,8 @@ static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd
     r->device.heads = d->heads;
     r->device.k = side_new(d->k, d->clip_k, d->gain_k, n, d->dim_k, false, host, r->memory);
     r->device.v = side_new(d->v, d->clip_v, d->gain_v, n, d->dim_v, true, host + k, r->memory + k);
+    r->device.k.scale_kind = d->scale_k;
+    r->device.v.scale_kind = d->scale_v;
     int rc = cudaMemcpy(r->memory, host, k + v, cudaMemcpyHostToDevice);
     if (kvd_cuda_status(rc, "loading a rotation set", err))
         rotation_free(b, &r);

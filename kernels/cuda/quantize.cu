@@ -4,11 +4,9 @@
 // mma.m16n8k16. The product's accumulator has a token's channels in four lanes, and these lanes are
 // the ones whose words of a unit hold the codes, so that packing needs no exchange for K and one
 // transpose of each word for V.
-#include "kernels/cuda/clip.cuh"
+#include "kernels/cuda/row_codes.cuh"
 #include "kernels/cuda/rows.cuh"
 #include "kernels/cuda/warpgroup.cuh"
-
-#include <climits>
 
 namespace kvd
 {
@@ -48,180 +46,6 @@ __device__ inline const uint8_t *source_row(const append_params &p, const append
     if (token >= item.length)
         return tensor_row(v ? item.v : item.k, layer, token - item.length, head);
     return window_row(p, item, token, layer, head, v);
-}
-
-// -- one row's quantizer -------------------------------------------------------------------------
-
-// Codes and parameters of a row: `param` as stored, 2 or 4 bytes. int2 and int2c: `inverse` is
-// 1 / (4 scale), `offset` -min / (4 scale) + EIGHTH. Others: `offset` is the levels' centre, `inverse`
-// 1 / scale.
-struct quantizer {
-    float offset, inverse;
-    uint32_t param;
-};
-
-// A little more than 1/8 and less than 4, so that ties go up and 1 does not.
-constexpr float EIGHTH = 0.125f + 0x1p-23f, FOUR = 4 - 0x1p-21f;
-
-__device__ inline float bounded(float x, float top)
-{
-    return fminf(fmaxf(x, -top), top);
-}
-
-__device__ inline uint32_t pack_param(float scale, float min)
-{
-    return pack_fp16(fminf(scale, 65504.0f), bounded(min, 65504.0f));
-}
-
-// int2c's bytes (kernels/quantize.c), and its codes by what they say. Values are `unit` times x.
-__device__ inline quantizer quantize_bytes(float drawn, float centre, float gain, float unit)
-{
-    quantizer q = {0, 0, 0};
-    drawn = fmaxf(drawn, fabsf(centre) * 8 / 127);
-    if (!(drawn > 0))
-        return q;
-    int n = 128 + (int)fminf(fmaxf(rintf(8 * log2f(drawn)), -127.0f), 127.0f);
-    float stored = exp2f((float)(n - 128) * 0.125f);
-    int eighths = (int)bounded(rintf(centre * 8 / stored), 127.0f);
-    float scale = stored / gain, min = stored * ((float)eighths * 0.125f) - 1.5f * scale;
-    q.inverse = 0.25f / scale;
-    q.offset = fmaf(-min, q.inverse, EIGHTH);
-    q.inverse *= unit;
-    q.param = (uint32_t)n | ((uint32_t)eighths & 255) << 8;
-    return q;
-}
-
-// Least and greatest of a row, by the bits of floats. As signed integers the greatest is the greatest float, unless
-// all are negative; as unsigned ones it is the least float, if any is negative.
-template <int N, typename X> __device__ inline float2 range_of(X x)
-{
-    int high[2] = {INT_MIN, INT_MIN};
-    uint32_t low[2] = {0, 0};
-#pragma unroll
-    for (int i = 0; i < N; i += 2) {
-        uint32_t a = __float_as_uint(x(i)), b = __float_as_uint(x(i + 1));
-        high[i / 2 % 2] = __vimax3_s32((int)a, (int)b, high[i / 2 % 2]);
-        low[i / 2 % 2] = __vimax3_u32(a, b, low[i / 2 % 2]);
-    }
-    int top = quad_max(max(high[0], high[1]));
-    uint32_t bottom = quad_max(max(low[0], low[1]));
-    bool one_sign = top < 0 || (int)bottom >= 0;
-    if (__any_sync(~0u, one_sign)) {
-        uint32_t least = clip_search<4 * N>::nearest(x, 0, true);
-        if (top < 0)
-            top = (int)(least | 0x80000000);
-        else if (one_sign)
-            bottom = least;
-    }
-    return make_float2(__uint_as_float(bottom), __int_as_float(top));
-}
-
-// x / 3, correctly rounded, without a division's branch.
-__device__ inline float third(float x)
-{
-    constexpr float y = 1 / 3.0f;
-    return fmaf(fmaf(-3, x * y, x), y, x * y);
-}
-
-template <int CODEC, int N, typename X>
-__device__ inline quantizer quantize_evenly(X x, const clip_search<4 * N> &clip, float gain, float unit)
-{
-    auto [low, high] = range_of<N>(x);
-    if (__any_sync(~0u, clip.n > 0)) { // uniform, and known to be
-        float limit = clip(x);
-        low = bounded(low, limit);
-        high = bounded(high, limit);
-    }
-    float scale = third(high - low), drawn = scale * gain;
-    if (CODEC == INT2C)
-        return quantize_bytes(unit * drawn, unit * (low + 1.5f * scale), gain, unit);
-    float inverse = scale > 0 ? __fdividef(0.25f, scale) : 0;
-    return {fmaf(-low, inverse, EIGHTH), inverse,
-            pack_param(unit * drawn, unit * (low + 1.5f * (scale - drawn)))};
-}
-
-// The code of the level nearest to x: a sign and how many thresholds lie below |x|.
-template <int BITS> __device__ inline uint32_t nearest_level(const quantizer &q, float x)
-{
-    float d = x - q.offset, a = fabsf(d) * q.inverse;
-    uint32_t code = d < 0 ? 1u << (BITS - 1) : 0;
-    constexpr float t2[] = {KVD_THRESHOLDS_2}, t3[] = {KVD_THRESHOLDS_3}, t4[] = {KVD_THRESHOLDS_4};
-#pragma unroll
-    for (int i = 0; i < (1 << (BITS - 1)) - 1; i++)
-        code += a > (BITS == 2 ? t2[i] : BITS == 3 ? t3[i] : t4[i]);
-    return code;
-}
-
-// About 0 (turboquant).
-template <int BITS, int N, typename X> __device__ inline quantizer quantize_about_zero(X x)
-{
-    float squares = 0;
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        squares = fmaf(x(i), x(i), squares);
-    float deviation = sqrtf(quad_sum(squares) / (4 * N));
-    return {0, deviation > 0 ? 1 / deviation : 0, pack_param(deviation, 0) & 0xffff};
-}
-
-// About the mean, refitted twice (int2-lm).
-template <int N, typename X> __device__ inline quantizer quantize_about_mean(X x)
-{
-    constexpr float m[] = {KVD_MAGNITUDES_2}, n = 4 * N;
-    float sum = 0, squares = 0;
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        sum += x(i);
-    float average = quad_sum(sum) / n, mean = average;
-#pragma unroll
-    for (int i = 0; i < N; i++)
-        squares = fmaf(x(i) - average, x(i) - average, squares);
-    float deviation = sqrtf(quad_sum(squares) / n);
-    quantizer q = {mean, deviation > 0 ? 1 / deviation : 0, 0};
-#pragma unroll 1
-    for (int k = 0; k < 2; k++) {
-        float levels = 0, level_squares = 0, products = 0;
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            uint32_t code = nearest_level<2>(q, x(i));
-            float l = code & 1 ? m[1] : m[0];
-            l = code & 2 ? -l : l;
-            levels += l;
-            level_squares = fmaf(l, l, level_squares);
-            products = fmaf(l, x(i) - average, products);
-        }
-        levels = quad_sum(levels), level_squares = quad_sum(level_squares), products = quad_sum(products);
-        float spread = level_squares - levels * levels / n;
-        if (spread > 0 && deviation > 0) {
-            deviation = products / spread;
-            mean = average - deviation * levels / n;
-            q.offset = mean;
-            q.inverse = 1 / deviation;
-        }
-    }
-    q.param = pack_param(deviation, mean);
-    return q;
-}
-
-// Of codecs with levels. Squares stay finite; fp16 parameters end far below.
-template <int CODEC, int N, typename X> __device__ inline quantizer fit_levels(X x)
-{
-    auto y = [&](int i) { return bounded(x(i), 0x1p40f); };
-    if constexpr (CODEC == KVD_CODEC_INT2_LM)
-        return quantize_about_mean<N>(y);
-    else
-        return quantize_about_zero<code_bits(CODEC), N>(y);
-}
-
-// Codes of two values, each in the low bits of a half of a word. int2's, floor((x - min) / scale + 0.5)
-// from 0 to 3: a fourth of it, saturated, comes times four as the low bits of a sum that is rounded down.
-template <int CODEC> __device__ inline uint32_t codes_of(const quantizer &q, float x, float y)
-{
-    auto code = [&](float z) {
-        if constexpr (has_levels(CODEC))
-            return nearest_level<code_bits(CODEC)>(q, bounded(z, 0x1p40f));
-        return __float_as_uint(__fmaf_rd(__saturatef(fmaf(z, q.inverse, q.offset)), FOUR, 0x1p23f));
-    };
-    return __byte_perm(code(x), code(y), 0x5410);
 }
 
 // -- demotion ------------------------------------------------------------------------------------
@@ -474,20 +298,21 @@ template <int CODEC, int D> struct coded_rows {
 
     // Of the 8 rows in the first half of each c[j], times `unit`. To be called twice, for rows g and g + 8.
     __device__ inline void quantize(float (&c)[D / 8][4], float unit, const clip_search<D> &clip, float gain,
-                                    uint32_t codec)
+                                    uint32_t kind, uint32_t codec)
     {
-        if (has_levels(CODEC))
+        bool published = kind == KVD_SCALE_PUBLISHED;
+        if (has_levels(CODEC) || !published)
 #pragma unroll
             for (int j = 0; j < D / 8; j++)
                 c[j][0] *= unit, c[j][1] *= unit;
         auto x = [&](int i) { return c[i / 2][i % 2]; };
         quantizer q;
         if constexpr (!has_levels(CODEC))
-            q = quantize_evenly<CODEC, D / 4>(x, clip, gain, unit);
+            q = published ? quantize_evenly<CODEC, D / 4>(x, clip, gain, unit) : fit_levels<CODEC, D / 4>(x, kind);
         else if (CODEC == LEVELS2 && codec == KVD_CODEC_TURBOQUANT_2)
-            q = fit_levels<KVD_CODEC_TURBOQUANT_2, D / 4>(x);
+            q = fit_levels<KVD_CODEC_TURBOQUANT_2, D / 4>(x, kind);
         else
-            q = fit_levels<CODEC, D / 4>(x);
+            q = fit_levels<CODEC, D / 4>(x, kind);
         param[0] = param[1];
         param[1] = q.param;
         auto next_row = [](uint32_t(&words)[4]) {
@@ -541,6 +366,7 @@ template <int CODEC, int D> struct quantize_unit {
     const uint32_t *matrix;
     clip_search<D> clip;
     float unit, gain;
+    uint32_t kind; // of scale
     uint64_t codes, params;
     bool v;
 
@@ -556,6 +382,7 @@ template <int CODEC, int D> struct quantize_unit {
         matrix = matrix_at<D>(side.forward, index, 2);
         unit = 1 / side.scale[index];
         gain = side.gain ? side.gain[index] : 1;
+        kind = side.scale_kind;
         uint32_t kept = side.clip ? (uint32_t)((double)side.clip[index] * D) : D;
         clip = clip_search<D>(kept < D ? (int)(D - kept) : 0);
         uint32_t param_bytes = params_bytes<CODEC>(p.codec), both = p.dim_k + p.dim_v;
@@ -610,7 +437,7 @@ __global__ void __launch_bounds__(quantize_warps(D) * 32, 1)
         // Row g, then row g + 8 in its place: the code is long, and the cache of instructions small.
 #pragma unroll 1
         for (int half = 0;; half++) {
-            coded.quantize(c, work.unit, work.clip, work.gain, p.codec);
+            coded.quantize(c, work.unit, work.clip, work.gain, work.kind, p.codec);
             if (half == 1)
                 break;
 #pragma unroll

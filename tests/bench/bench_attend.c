@@ -225,7 +225,8 @@ static void compare_codes(const struct recorded *r, const struct kvd_rotset *set
                 double z[KVD_MAX_HEAD_DIM], scale, min;
                 int want[KVD_MAX_HEAD_DIM];
                 struct kvd_row got;
-                struct kvd_quantizer q = {KVD_CODEC_INT2, side ? 0.92f : 0.96f, 1};
+                struct kvd_quantizer q = {KVD_CODEC_INT2, side ? 0.92f : 0.96f, 1,
+                                          KVD_SCALE_PUBLISHED};
                 for (uint32_t c = 0; c < dim; c++)
                     x[c] = kvd_bf16_to_f32(row[c % (KVD_MIN(per, r->heads) * 64)]);
                 for (uint32_t j = 0; j < dim; j++) {

@@ -3,7 +3,8 @@
 alone.
 
 For each case: uint32 dim_k, uint32 dim_v, float32 x_k [64][dim_k], float32 x_v [64][dim_v] (rotated rows), then a tile of each
-codec: int2, int2c, int2-lm, turboquant-2, -3, -4. Clip ratios are 0.96 for K and 0.92 for V, gains 1 and 0.95.
+codec, int2, int2c, int2-lm, turboquant-2, -3, -4: three tiles, with published, least-squares and unbiased scales. Clip ratios are 0.96 for K and
+0.92 for V, gains 1 and 0.95.
 """
 import struct
 import sys
@@ -28,42 +29,73 @@ def half(x):
     return np.float16(x).tobytes()
 
 
-def evenly(x, ratio, gain, codec):
+def unbiased(x, levels, about_zero=False):
+    """Scale and min for which <y - m, x - m> = |x - m|^2, y what is read back, about the mean m of both."""
+    m, c = (0, 0) if about_zero else (x.mean(), levels.mean())
+    scale = np.sum((x - m) ** 2) / np.sum((levels - c) * (x - m))
+    return scale, m - scale * c
+
+
+def least_squares(x, levels):
+    """Scale and min of least squared error for these levels."""
+    scale = np.sum((levels - levels.mean()) * (x - x.mean())) / np.sum((levels - levels.mean()) ** 2)
+    return scale, x.mean() - scale * levels.mean()
+
+
+def evenly(x, ratio, gain, codec, kind):
     limit = np.sort(np.abs(x))[int(np.floor(ratio * len(x)))]
     c = np.clip(x, -limit, limit)
     scale, low = (c.max() - c.min()) / 3, c.min()
+    if kind != "published":
+        c, gain, scale = x, 1, 0.9957 * x.std()
+        low = x.mean() - 1.5 * scale
+        for refit in range(2):
+            scale, low = least_squares(x, np.clip(np.floor((x - low) / scale + 0.5), 0, 3))
+    codes, drawn, centre = np.clip(np.floor((c - low) / scale + 0.5), 0, 3).astype(int), scale * gain, low + 1.5 * scale
+    if kind == "unbiased":
+        drawn, least = unbiased(x, codes)
+        gain, centre = drawn / scale, least + 1.5 * drawn
     if codec == "int2":
-        drawn = scale * gain
-        return np.floor((c - low) / scale + 0.5).astype(int), half(drawn) + half(low + 1.5 * (scale - drawn))
-    centre, drawn = low + 1.5 * scale, max(scale * gain, abs(low + 1.5 * scale) * 8 / 127)
+        return codes, half(drawn) + half(centre - 1.5 * drawn)
+    drawn = max(drawn, abs(centre) * 8 / 127)
     n = int(np.clip(np.rint(8 * np.log2(drawn)) + 128, 1, 255))
     drawn = 2.0 ** ((n - 128) / 8)
     eighths = int(np.clip(np.rint(centre * 8 / drawn), -127, 127))
     scale = drawn / gain
     low = drawn * eighths / 8 - 1.5 * scale
-    return np.clip(np.floor((c - low) / scale + 0.5), 0, 3).astype(int), bytes([n, eighths & 255])
+    codes = np.clip(np.floor((c - low) / scale + 0.5), 0, 3).astype(int)
+    if kind != "published":
+        eighths = int(np.clip(np.rint((x.mean() - drawn * (codes.mean() - 1.5)) * 8 / drawn), -127, 127))
+    return codes, bytes([n, eighths & 255])
 
 
-def about_mean(x):
+def about_mean(x, kind):
     levels = np.float16(MAGNITUDES[2] + [-m for m in MAGNITUDES[2]]).astype(float)
     mean, scale = x.mean(), x.std()
     for refit in range(3):
         codes = signed_codes((x - mean) / scale, 2)
         if refit < 2:
-            l = levels[codes]
-            scale = np.sum((l - l.mean()) * (x - x.mean())) / np.sum((l - l.mean()) ** 2)
-            mean = x.mean() - scale * l.mean()
+            scale, mean = least_squares(x, levels[codes])
+    if kind == "unbiased":
+        scale, mean = unbiased(x, levels[codes])
     return codes, half(scale) + half(mean)
 
 
-def quantize(x, ratio, gain, codec):
+def quantize(x, ratio, gain, codec, kind):
     x = x.astype(np.float64)
     if codec in ("int2", "int2c"):
-        return evenly(x, ratio, gain, codec)
+        return evenly(x, ratio, gain, codec, kind)
     if codec == "int2-lm":
-        return about_mean(x)
+        return about_mean(x, kind)
     scale = np.linalg.norm(x) / np.sqrt(len(x))
-    return signed_codes(x / scale, BITS[codec]), half(scale)
+    codes = signed_codes(x / scale, BITS[codec])
+    m = np.float16(MAGNITUDES[BITS[codec]]).astype(float)
+    levels = np.concatenate([m, -m])[codes]
+    if kind == "unbiased":
+        scale = unbiased(x, levels, True)[0]
+    elif kind == "least-squares":
+        scale = np.sum(levels * x) / np.sum(levels ** 2)
+    return codes, half(scale)
 
 
 def piece(dim, width, tile):
@@ -102,11 +134,11 @@ def plane(codes, is_v, width, shift):
     return bytes(out)
 
 
-def side(x, is_v, codec):
+def side(x, is_v, codec, kind):
     """Codes and parameters of one side of a tile."""
     codes, params = np.zeros(x.shape, int), [b""] * 64
     for token in range(64):
-        codes[token], param = quantize(x[token], 0.92 if is_v else 0.96, 0.95 if is_v else 1.0, codec)
+        codes[token], param = quantize(x[token], 0.92 if is_v else 0.96, 0.95 if is_v else 1.0, codec, kind)
         params[token // 16 * 16 + token % 8 * 2 + token % 16 // 8] = param
     planes = plane(codes, is_v, 2, 0)
     if BITS[codec] > 2:
@@ -123,8 +155,9 @@ def main():
              .astype("<f4") for d in (dk, dv)]
         out += struct.pack("<II", dk, dv) + x[0].tobytes() + x[1].tobytes()
         for codec in CODECS:
-            (kc, kp), (vc, vp) = side(x[0], False, codec), side(x[1], True, codec)
-            out += kc + vc + kp + vp
+            for kind in ("published", "least-squares", "unbiased"):
+                (kc, kp), (vc, vp) = side(x[0], False, codec, kind), side(x[1], True, codec, kind)
+                out += kc + vc + kp + vp
     with open(sys.argv[1] if len(sys.argv) > 1 else "tests/data/golden_codecs.bin", "wb") as f:
         f.write(out)
 

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include "kernels/cuda/cuda.h"
+#include "tests/gpu/gpu_fixture.h"
 #include "tests/unit/kernel_long.h"
 #include "tests/unit/kernel_nonfinite.h"
 
@@ -16,81 +17,6 @@ static void result(bool ok, const char *name)
     ok ? passed++ : failed++;
     if (!ok)
         printf("FAILED %s\n", name);
-}
-
-static void need(int rc, const char *what)
-{
-    if (rc) {
-        fprintf(stderr, "%s: %s\n", what, cudaGetErrorString((cudaError_t)rc));
-        exit(1);
-    }
-}
-
-// -- a sequence whose pages are on the GPU -------------------------------------------------------
-
-static uint64_t *device_pages(uint32_t n, uint64_t bytes)
-{
-    uint64_t *at = calloc(n ? n : 1, sizeof(*at));
-    for (uint32_t i = 0; i < n; i++) {
-        void *p;
-        need(cudaMalloc(&p, bytes), "page");
-        need(cudaMemset(p, 0xff, bytes), "poison");
-        at[i] = (uint64_t)(uintptr_t)p;
-    }
-    return at;
-}
-
-static void to_device(struct kseq *s)
-{
-    s->at_bf16 = device_pages(s->n_bf16, kvd_page_bytes(&s->g, KVD_CODEC_BF16));
-    s->at_codec = device_pages(s->n_codec, kvd_page_bytes(&s->g, s->g.codec));
-}
-
-static void fetch_pages(struct kseq *s)
-{
-    uint64_t bf16 = kvd_page_bytes(&s->g, KVD_CODEC_BF16),
-             codec = kvd_page_bytes(&s->g, s->g.codec);
-    for (uint32_t i = 0; i < s->n_bf16; i++)
-        need(cudaMemcpy((void *)(uintptr_t)s->bf16[i], (void *)(uintptr_t)s->at_bf16[i], bf16,
-                        cudaMemcpyDeviceToHost),
-             "fetch");
-    for (uint32_t i = 0; i < s->n_codec; i++)
-        need(cudaMemcpy((void *)(uintptr_t)s->codec[i], (void *)(uintptr_t)s->at_codec[i], codec,
-                        cudaMemcpyDeviceToHost),
-             "fetch");
-}
-
-static void deinit(struct kseq *s)
-{
-    for (uint32_t i = 0; s->at_bf16 != s->bf16 && i < s->n_bf16; i++)
-        cudaFree((void *)(uintptr_t)s->at_bf16[i]);
-    for (uint32_t i = 0; s->at_codec != s->codec && i < s->n_codec; i++)
-        cudaFree((void *)(uintptr_t)s->at_codec[i]);
-    if (s->at_bf16 != s->bf16) {
-        free(s->at_bf16);
-        free(s->at_codec);
-    }
-    kseq_deinit(s);
-}
-
-// Appends `length` tokens in pieces of random size, and truncates now and then, also into history
-// and to the middle of its chunks; the same for the same seed.
-static struct kvd_rotation *grow(struct kseq *s, struct kvd_backend *b, uint32_t length,
-                                 uint64_t seed)
-{
-    struct kvd_error err = {0};
-    struct kvd_rotation *rot = b->ops->rotation_new(b, &s->rot, &err);
-    if (!rot) {
-        fprintf(stderr, "%s\n", err.text);
-        exit(1);
-    }
-    while (s->length < length) {
-        uint32_t n = (uint32_t)(kvd_rand(&seed) % 3 ? 1 + kvd_rand(&seed) % 200 : 1);
-        kseq_append(s, b, rot, (uint32_t)KVD_MIN((uint64_t)n, length - s->length));
-        if (kvd_rand(&seed) % 6 == 0)
-            kseq_truncate(s, s->length - kvd_rand(&seed) % KVD_MIN(s->length, (uint64_t)250));
-    }
-    return rot;
 }
 
 // -- attention -----------------------------------------------------------------------------------
@@ -464,10 +390,10 @@ static void chain(uint32_t n, uint32_t length, uint32_t codec, uint64_t seed)
 
 static uint64_t bytes_compared, bytes_different;
 
-// The same tokens through both backends: the pages must be the same bytes, but for codes within
-// rounding of a boundary.
-static void same_pages(uint32_t dk, uint32_t dv, uint32_t heads_rot, uint32_t codec, float clip,
-                       bool ties, uint64_t seed)
+// The same tokens through both backends, with K's scales of a kind and V's of the next: the pages
+// must be the same bytes, but for codes within rounding of a boundary.
+static void same_pages(enum kvd_scale kind, uint32_t dk, uint32_t dv, uint32_t heads_rot,
+                       uint32_t codec, float clip, bool ties, uint64_t seed)
 {
     struct kvd_plane g = test_plane(2, 2, 1, dk, dv, codec, 64, 64);
     struct kseq s[2];
@@ -476,6 +402,8 @@ static void same_pages(uint32_t dk, uint32_t dv, uint32_t heads_rot, uint32_t co
         kseq_init(&s[i], g, 1000, heads_rot, clip, clip < 1 ? clip - 0.04f : 1, seed);
         if (clip < 1)
             s[i].rot.gain_k = s[i].rot.gain_v = gains;
+        s[i].rot.scale_k = kind;
+        s[i].rot.scale_v = (enum kvd_scale)((kind + 1) % KVD_SCALE_COUNT);
         kseq_fill(&s[i]);
         for (uint64_t j = 0; ties && j < 2 * 1000 * 2 * dk; j++) // few values, constant rows
             s[i].k[j] = kvd_f32_to_bf16((float)(j / dk % 5 == 0 ? 3 : (int)(j * 7 % 5) - 2));
@@ -503,11 +431,12 @@ static void same_pages(uint32_t dk, uint32_t dv, uint32_t heads_rot, uint32_t co
     bytes_compared += all;
     bytes_different += differ;
     char name[160];
-    snprintf(
-        name, sizeof(name),
-        "pages dims %u %u rotations %u codec %u clip %g%s: %llu of %llu bytes differ, windows %s",
-        dk, dv, heads_rot, codec, (double)clip, ties ? " ties" : "", (unsigned long long)differ,
-        (unsigned long long)all, windows ? "equal" : "DIFFER");
+    snprintf(name, sizeof(name),
+             "pages dims %u %u rotations %u codec %u scales %d clip %g%s: %llu of %llu bytes "
+             "differ, windows "
+             "%s",
+             dk, dv, heads_rot, codec, (int)kind, (double)clip, ties ? " ties" : "",
+             (unsigned long long)differ, (unsigned long long)all, windows ? "equal" : "DIFFER");
     // Codes within fp32 rounding of a boundary may differ, and with the rotation's sums scales may
     // round to another fp16.
     result(windows && differ <= (heads_rot ? all / 1000 : all / 5000), name);
@@ -749,20 +678,23 @@ int main(int argc, char **argv)
     const uint32_t dims[] = {64, 128, 256};
     for (int i = 0; i < 9; i++) {
         uint32_t dk = dims[i / 3], dv = dims[i % 3];
-        same_pages(dk, dv, i % 3, KVD_CODEC_INT2, 0.96f, false, seed + i);
+        for (int kind = 0; kind < KVD_SCALE_COUNT; kind++)
+            same_pages(kind, dk, dv, i % 3, KVD_CODEC_INT2, 0.96f, false, seed + i);
         reading(dk, dv, i % 3, KVD_CODEC_INT2, KVD_DTYPE_F32, seed + i);
         reading(dk, dv, i % 3, KVD_CODEC_INT2, KVD_DTYPE_BF16, seed + i);
     }
     for (int i = 0; i < 3 * (KVD_CODEC_COUNT - KVD_CODEC_INT2C); i++) {
         uint32_t codec = KVD_CODEC_INT2C + (uint32_t)i / 3, dk = dims[i % 3];
-        same_pages(dk, dims[(i + 1) % 3], (uint32_t)i % 3, codec, 0.96f, false, seed + (uint64_t)i);
+        for (int kind = 0; kind < KVD_SCALE_COUNT; kind++)
+            same_pages(kind, dk, dims[(i + 1) % 3], i % 3, codec, 0.96f, false, seed + i);
         reading(dk, dims[(i + 1) % 3], (uint32_t)i % 3, codec, KVD_DTYPE_F32, seed + (uint64_t)i);
         reading(dk, dk, 2, codec, KVD_DTYPE_BF16, seed + (uint64_t)i);
     }
-    same_pages(128, 128, 1, KVD_CODEC_INT2, 1, false, seed);
-    same_pages(128, 128, 1, KVD_CODEC_INT2, 0.6f, false, seed);
-    same_pages(128, 64, 0, KVD_CODEC_INT2, 0.96f, true, seed);
-    same_pages(128, 64, 1, KVD_CODEC_BF16, 1, false, seed);
+    same_pages(0, 128, 128, 1, KVD_CODEC_INT2, 1, false, seed);
+    same_pages(0, 128, 128, 1, KVD_CODEC_INT2, 0.6f, false, seed);
+    for (int kind = 0; kind < KVD_SCALE_COUNT; kind++)
+        same_pages(kind, 128, 64, 0, KVD_CODEC_INT2, 0.96f, true, seed);
+    same_pages(0, 128, 64, 1, KVD_CODEC_BF16, 1, false, seed);
     reading(128, 64, 0, KVD_CODEC_BF16, KVD_DTYPE_BF16, seed);
     printf("pages of both backends: %llu of %llu bytes differ\n",
            (unsigned long long)bytes_different, (unsigned long long)bytes_compared);

@@ -217,6 +217,8 @@ START_TEST(native_files_round_trip)
     struct kvd_error err = {0};
     struct kvd_rotset *a = new_set("hadamard", 3, 128, &err);
     a->clip_k[1] = 0.875f;
+    a->scale_k = KVD_SCALE_UNBIASED;
+    a->scale_v = KVD_SCALE_LEAST_SQUARES;
     ck_assert_msg(kvd_rotset_write(a, scratch("a.safetensors"), &err) == 0, "%s", err.text);
     struct kvd_rotset *b = kvd_rotset_read(scratch("a.safetensors"), &err);
     ck_assert_msg(b != NULL, "%s", err.text);
@@ -230,6 +232,9 @@ START_TEST(native_files_round_trip)
     part.layers[1] = 11;
     ck_assert_int_eq(kvd_rotset_select(b, &part, 0, &d, &err), 0);
     ck_assert_float_eq(d.clip_k[0], 0.875f);
+    ck_assert_int_eq(b->scale_k, KVD_SCALE_UNBIASED);
+    ck_assert_int_eq(d.scale_k, KVD_SCALE_UNBIASED);
+    ck_assert_int_eq(d.scale_v, KVD_SCALE_LEAST_SQUARES);
     kvd_rotation_data_deinit(&d);
     part.layers[1] = 12;
     ck_assert_int_eq(kvd_rotset_select(b, &part, 0, &d, &err), KVD_E_PRECONDITION);
@@ -262,6 +267,21 @@ START_TEST(native_files_that_are_refused)
     kvd_digest("", 0, digest);
     write_native("{}", 0);
     native_fails("format is not");
+    static const struct {
+        const char *metadata, *why;
+    } scales[] = {
+        {"\"format\": \"kvd-rotation-set/3\"", "format is not"},
+        {"\"format\": \"kvd-rotation-set/2\"", "k.scale or v.scale is not"},
+        {"\"format\": \"kvd-rotation-set/2\", \"k.scale\": \"unbiased\", \"v.scale\": \"\"",
+         "k.scale or v.scale is not"},
+        {"\"format\": \"kvd-rotation-set/1\", \"v.scale\": \"unbiased\"", "belong to"}};
+    for (size_t i = 0; i < KVD_LEN(scales); i++) {
+        snprintf(text, sizeof(text),
+                 "{\"__metadata__\": {%s, \"layers\": \"0\", \"payload\": \"%s\"}}",
+                 scales[i].metadata, digest);
+        write_native(text, 0);
+        native_fails(scales[i].why);
+    }
     write_native("{\"a\": 1, \"a\": 2}", 0);
     native_fails("not JSON");
     memset(text, '[', 8000);

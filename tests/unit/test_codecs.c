@@ -104,15 +104,19 @@ START_TEST(mean_squared_errors_are_those_of_the_literature)
     const struct {
         struct kvd_quantizer q;
         double mean, low, high;
-    } cases[] = {{{KVD_CODEC_INT2, 1, 1}, 0, 0.22, 0.27},
-                 {{KVD_CODEC_INT2, 0.92f, 1}, 0, 0.118, 0.132},
-                 {{KVD_CODEC_INT2C, 0.92f, 1}, 0, 0.118, 0.132},
-                 {{KVD_CODEC_INT2C, 1, 1}, 3, 0.22, 0.28},
-                 {{KVD_CODEC_INT2_LM, 1, 1}, 0, 0.108, 0.1185},
-                 {{KVD_CODEC_INT2_LM, 1, 1}, 5, 0.108, 0.1185},
-                 {{KVD_CODEC_TURBOQUANT_2, 1, 1}, 0, 0.114, 0.121},
-                 {{KVD_CODEC_TURBOQUANT_3, 1, 1}, 0, 0.0333, 0.0358},
-                 {{KVD_CODEC_TURBOQUANT_4, 1, 1}, 0, 0.0091, 0.0099}};
+    } cases[] = {{{KVD_CODEC_INT2, 1, 1, KVD_SCALE_PUBLISHED}, 0, 0.22, 0.27},
+                 {{KVD_CODEC_INT2, 0.92f, 1, KVD_SCALE_PUBLISHED}, 0, 0.118, 0.132},
+                 {{KVD_CODEC_INT2C, 0.92f, 1, KVD_SCALE_PUBLISHED}, 0, 0.118, 0.132},
+                 {{KVD_CODEC_INT2C, 1, 1, KVD_SCALE_PUBLISHED}, 3, 0.22, 0.28},
+                 {{KVD_CODEC_INT2, 1, 0.9f, KVD_SCALE_LEAST_SQUARES}, 3, 0.108, 0.1198},
+                 {{KVD_CODEC_INT2C, 1, 0.9f, KVD_SCALE_LEAST_SQUARES}, 3, 0.108, 0.1205},
+                 {{KVD_CODEC_TURBOQUANT_2, 1, 1, KVD_SCALE_LEAST_SQUARES}, 0, 0.112, 0.120},
+                 {{KVD_CODEC_INT2_LM, 1, 1, KVD_SCALE_UNBIASED}, 5, 0.120, 0.134},
+                 {{KVD_CODEC_INT2_LM, 1, 1, KVD_SCALE_PUBLISHED}, 0, 0.108, 0.1185},
+                 {{KVD_CODEC_INT2_LM, 1, 1, KVD_SCALE_PUBLISHED}, 5, 0.108, 0.1185},
+                 {{KVD_CODEC_TURBOQUANT_2, 1, 1, KVD_SCALE_PUBLISHED}, 0, 0.114, 0.121},
+                 {{KVD_CODEC_TURBOQUANT_3, 1, 1, KVD_SCALE_PUBLISHED}, 0, 0.0333, 0.0358},
+                 {{KVD_CODEC_TURBOQUANT_4, 1, 1, KVD_SCALE_PUBLISHED}, 0, 0.0091, 0.0099}};
     uint64_t rng = kvd_test_seed("errors");
     for (size_t i = 0; i < KVD_LEN(cases); i++) {
         double sum = 0;
@@ -136,7 +140,7 @@ START_TEST(codes_are_those_of_the_nearest_levels)
             uint32_t dim = dims[k % KVD_LEN(dims)];
             float x[256];
             struct kvd_row row;
-            struct kvd_quantizer q = {codec, 1, 1};
+            struct kvd_quantizer q = {codec, 1, 1, KVD_SCALE_PUBLISHED};
             normal_row(&rng, dim, kseq_normal(&rng), exp(kseq_normal(&rng)), x);
             kvd_row_quantize(&q, x, dim, &row);
             struct kvd_affine a = kvd_param_decode(codec, row.param);
@@ -159,17 +163,71 @@ START_TEST(gain_draws_levels_together_about_the_centre)
         float x[64];
         struct kvd_row plain, drawn;
         normal_row(&rng, 64, 2, 1, x);
-        kvd_row_quantize(&(struct kvd_quantizer){KVD_CODEC_INT2, 0.9f, 1}, x, 64, &plain);
-        kvd_row_quantize(&(struct kvd_quantizer){KVD_CODEC_INT2, 0.9f, 0.9f}, x, 64, &drawn);
+        kvd_row_quantize(&(struct kvd_quantizer){KVD_CODEC_INT2, 0.9f, 1, KVD_SCALE_PUBLISHED}, x,
+                         64, &plain);
+        kvd_row_quantize(&(struct kvd_quantizer){KVD_CODEC_INT2, 0.9f, 0.9f, KVD_SCALE_PUBLISHED},
+                         x, 64, &drawn);
         struct kvd_affine a = kvd_param_decode(KVD_CODEC_INT2, plain.param),
                           b = kvd_param_decode(KVD_CODEC_INT2, drawn.param);
         ck_assert_int_eq(memcmp(plain.codes, drawn.codes, 64), 0);
         ck_assert_double_eq_tol(b.scale, 0.9 * a.scale, 2e-3 * a.scale);
         ck_assert_double_eq_tol(b.min + 1.5 * b.scale, a.min + 1.5 * a.scale, 8e-3 * a.scale);
-        kvd_row_quantize(&(struct kvd_quantizer){KVD_CODEC_INT2C, 0.9f, 0.9f}, x, 64, &drawn);
+        kvd_row_quantize(&(struct kvd_quantizer){KVD_CODEC_INT2C, 0.9f, 0.9f, KVD_SCALE_PUBLISHED},
+                         x, 64, &drawn);
         struct kvd_affine c = kvd_param_decode(KVD_CODEC_INT2C, drawn.param);
         ck_assert_double_eq_tol(c.scale, b.scale, 0.0450 * b.scale); // 2^(1/16) - 1, and fp16
         ck_assert_double_eq_tol(c.min + 1.5 * c.scale, b.min + 1.5 * b.scale, 0.07 * b.scale);
+    }
+}
+END_TEST
+
+// How long a row is that comes back, along the row that went in and about its mean: 1 is unbiased.
+// *off: how far its mean is away, in deviations of the row.
+static double along(const float *x, const float *y, uint32_t dim, bool about_zero, double *off)
+{
+    double mx = 0, my = 0, xx = 0, xy = 0;
+    for (uint32_t c = 0; c < dim && !about_zero; c++)
+        mx += (double)x[c] / dim, my += (double)y[c] / dim;
+    for (uint32_t c = 0; c < dim; c++)
+        xx += (x[c] - mx) * (x[c] - mx), xy += (x[c] - mx) * (y[c] - my);
+    *off = fabs(my - mx) / sqrt(xx / dim);
+    return xy / xx;
+}
+
+// Rows come back shorter than they went in, by about the mean squared error, or, with unbiased
+// scales, neither longer nor shorter: each of them, but for int2c's coarse scales, which are right
+// on average.
+START_TEST(unbiased_rows_keep_their_length_and_mean)
+{
+    uint64_t rng = kvd_test_seed("unbiased");
+    const double slack[] = {[KVD_CODEC_INT2C] = 0.2};
+    for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++) {
+        double mean[2] = {0};
+        for (int k = 0; k < 2 * 1000 && codec != KVD_CODEC_BF16; k++) {
+            uint32_t dim = dims[k / 2 % KVD_LEN(dims)];
+            float x[256], y[256], z[256];
+            bool about_zero = codec >= KVD_CODEC_TURBOQUANT_2;
+            double off, d = exp(kseq_normal(&rng)),
+                        may = 1e-3 + (codec < KVD_LEN(slack) ? slack[codec] : 0);
+            struct kvd_quantizer q = {codec, 0.92f, 0.9f,
+                                      k % 2 ? KVD_SCALE_UNBIASED : KVD_SCALE_PUBLISHED};
+            normal_row(&rng, dim, about_zero ? 0 : 2 * d * kseq_normal(&rng), d, x);
+            row_error(&q, x, dim, &rng, y);
+            double got = along(x, y, dim, about_zero, &off);
+            mean[k % 2] += got / 1000;
+            if (k % 2 == 0)
+                continue;
+            ck_assert_double_lt(off, codec == KVD_CODEC_INT2C ? 0.1 : 5e-3); // eighths of a scale
+            ck_assert_msg(fabs(got - 1) < may, "%s, head_dim %u: %.4f", kvd_codec_name(codec), dim,
+                          got);
+            q.gain = 1.1f; // has no say
+            row_error(&q, x, dim, &rng, z);
+            ck_assert_int_eq(memcmp(y, z, dim * sizeof(*y)), 0);
+        }
+        if (codec == KVD_CODEC_BF16)
+            continue;
+        ck_assert_msg(fabs(mean[1] - 1) < 2e-3, "%s: %.4f", kvd_codec_name(codec), mean[1]);
+        ck_assert_msg(mean[0] < 0.995, "%s, biased: %.4f", kvd_codec_name(codec), mean[0]);
     }
 }
 END_TEST
@@ -179,7 +237,7 @@ END_TEST
 START_TEST(int2c_reaches_far)
 {
     uint64_t rng = kvd_test_seed("int2c");
-    const struct kvd_quantizer c = {KVD_CODEC_INT2C, 0.92f, 1};
+    const struct kvd_quantizer c = {KVD_CODEC_INT2C, 0.92f, 1, KVD_SCALE_PUBLISHED};
     for (int e = -12; e <= 12; e++) {
         float x[128], y[128];
         double unit = ldexp(1, e);
@@ -192,6 +250,8 @@ START_TEST(int2c_reaches_far)
     for (int i = 0; i < 64; i++)
         constant[i] = -7;
     ck_assert_double_lt(row_error(&c, constant, 64, &rng, y), 0.05 * 0.05 * 49);
+    const struct kvd_quantizer unbiased = {KVD_CODEC_INT2C, 0.92f, 1, KVD_SCALE_UNBIASED};
+    ck_assert_double_lt(row_error(&unbiased, constant, 64, &rng, y), 0.05 * 0.05 * 49);
 }
 END_TEST
 
@@ -209,10 +269,10 @@ START_TEST(extreme_rows_stay_finite)
     uint64_t rng = 1;
     for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++)
         for (size_t i = 0; i < KVD_LEN(rows) && codec != KVD_CODEC_BF16; i++)
-            for (float gain = 0.5f; gain < 2; gain += 0.5f) {
-                float x[64], y[64];
+            for (int k = 0; k < 9; k++) {
+                float x[64], y[64], gain = 0.5f + 0.5f * (float)(k % 3);
                 struct kvd_row row;
-                struct kvd_quantizer q = {codec, 0.96f, gain};
+                struct kvd_quantizer q = {codec, 0.96f, gain, (enum kvd_scale)(k / 3)};
                 for (int c = 0; c < 64; c++)
                     x[c] = rows[i][c % 4];
                 kvd_row_quantize(&q, x, 64, &row);
@@ -229,7 +289,7 @@ START_TEST(extreme_rows_stay_finite)
 END_TEST
 
 // Tiles that tests/data/make_golden.py wrote from the specification, in another language: per case
-// head_dims and rows, then a tile of each codec but bf16.
+// head_dims and rows, then tiles of each codec but bf16, one for each kind of scale.
 START_TEST(golden_tiles)
 {
     const char *data = getenv("KVD_TEST_DATA");
@@ -241,7 +301,8 @@ START_TEST(golden_tiles)
     while (fread(d, sizeof(d), 1, f) == 1) {
         float *x = malloc(sizeof(float) * 64 * (d[0] + d[1]));
         ck_assert_uint_eq(fread(x, sizeof(float) * 64, d[0] + d[1], f), d[0] + d[1]);
-        for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++) {
+        for (uint32_t i = 0; i < KVD_SCALE_COUNT * KVD_CODEC_COUNT; i++) {
+            uint32_t codec = i / KVD_SCALE_COUNT;
             if (codec == KVD_CODEC_BF16)
                 continue;
             uint64_t bytes = kvd_tile_bytes(codec, d[0], d[1]), differ = 0;
@@ -251,15 +312,16 @@ START_TEST(golden_tiles)
             for (uint32_t t = 0; t < 128; t++) {
                 struct kvd_row row;
                 bool v = t >= 64;
-                struct kvd_quantizer q = {codec, v ? 0.92f : 0.96f, v ? 0.95f : 1.0f};
+                struct kvd_quantizer q = {codec, v ? 0.92f : 0.96f, v ? 0.95f : 1.0f,
+                                          (enum kvd_scale)(i % KVD_SCALE_COUNT)};
                 kvd_row_quantize(&q, x + (v ? 64 * d[0] + (t - 64) * d[1] : t * d[0]), d[v], &row);
                 kvd_row_pack(codec, got, d[0], d[1], v, t % 64, &row);
             }
-            for (uint64_t i = 0; i < bytes; i++)
-                differ += got[i] != want[i];
+            for (uint64_t b = 0; b < bytes; b++)
+                differ += got[b] != want[b];
             // fp32 and fp64 may round a parameter, or a value at a boundary, apart once in a while.
-            ck_assert_msg(differ <= 2, "%s: %llu of %llu bytes differ at head_dim %u/%u",
-                          kvd_codec_name(codec), (unsigned long long)differ,
+            ck_assert_msg(differ <= 2, "%s, scales %u: %llu of %llu bytes differ at head_dim %u/%u",
+                          kvd_codec_name(codec), i % KVD_SCALE_COUNT, (unsigned long long)differ,
                           (unsigned long long)bytes, d[0], d[1]);
             free(want);
             free(got);
@@ -275,5 +337,5 @@ END_TEST
 KVD_MAIN("codecs", 120, every_bit_of_a_code_has_its_own_place,
          tiles_have_no_gaps_and_state_their_bits, levels_are_those_of_lloyd_and_max,
          mean_squared_errors_are_those_of_the_literature, codes_are_those_of_the_nearest_levels,
-         gain_draws_levels_together_about_the_centre, int2c_reaches_far, extreme_rows_stay_finite,
-         golden_tiles)
+         gain_draws_levels_together_about_the_centre, unbiased_rows_keep_their_length_and_mean,
+         int2c_reaches_far, extreme_rows_stay_finite, golden_tiles)

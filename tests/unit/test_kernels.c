@@ -201,6 +201,46 @@ START_TEST(codes_match_a_float64_derivation)
 }
 END_TEST
 
+// K's and V's scales are what the set says of each, and nothing else of a page's rows depends on
+// it.
+START_TEST(scales_are_chosen_by_side)
+{
+    uint64_t seed = kvd_test_seed("scales");
+    for (uint32_t codec = KVD_CODEC_INT2; codec < KVD_CODEC_COUNT; codec++)
+        for (uint32_t kinds = 0; kinds < 9; kinds++) {
+            struct kvd_backend *b = backend(NULL, 1);
+            struct kseq s;
+            float gain = 0.9f;
+            enum kvd_scale kind[2] = {(enum kvd_scale)(kinds / 3), (enum kvd_scale)(kinds % 3)};
+            kseq_init(&s, test_plane(1, 1, 1, 64, 64, codec, 0, 0), 64, 0, 0.96f, 0.92f, seed);
+            s.rot.scale_k = kind[0];
+            s.rot.scale_v = kind[1];
+            s.rot.gain_k = s.rot.gain_v = &gain;
+            kseq_fill(&s);
+            struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
+            kseq_append(&s, b, rot, 64);
+            for (int v = 0; v < 2; v++)
+                for (uint32_t t = 0; t < 64; t++) {
+                    struct kvd_quantizer q = {codec, v ? 0.92f : 0.96f, gain, kind[v]};
+                    static uint8_t tile[64 * 512];
+                    struct kvd_row row;
+                    float x[64], want[64], got[64];
+                    for (uint32_t c = 0; c < 64; c++)
+                        x[c] = kvd_bf16_to_f32((v ? s.v : s.k)[t * 64 + c]);
+                    kvd_row_quantize(&q, x, 64, &row);
+                    kvd_row_pack(codec, tile, 64, 64, v, t, &row);
+                    kvd_row_unpack(codec, tile, 64, 64, v, t, want);
+                    kvd_row_unpack(codec, (const uint8_t *)(uintptr_t)s.codec[0], 64, 64, v, t,
+                                   got);
+                    ck_assert_mem_eq(got, want, sizeof(got));
+                }
+            b->ops->rotation_free(b, &rot);
+            kseq_deinit(&s);
+            kvd_backend_free(&b);
+        }
+}
+END_TEST
+
 START_TEST(instruction_sets_write_the_same_pages)
 {
     uint64_t seed = kvd_test_seed("pages"), differ = 0, all = 0;
@@ -410,7 +450,7 @@ START_TEST(half_precision)
 END_TEST
 
 KVD_MAIN("kernels", 300, avx2_is_among_those_tested, avx512_is_among_those_tested,
-         codes_match_a_float64_derivation, attention_matches_float64,
+         codes_match_a_float64_derivation, scales_are_chosen_by_side, attention_matches_float64,
          precision_does_not_fall_with_length, every_group_and_dim,
          instruction_sets_write_the_same_pages, read_returns_what_pages_hold,
          rotation_is_undone_by_its_inverse, nonfinite_values_are_found,
