@@ -128,14 +128,17 @@ static int print_set(struct kvctl *k, const struct kvd_rotset *s, double worst)
     layers_text(s, layers, sizeof(layers));
     if (k->json)
         return kvctl_print(
-            k, json_pack("{s:o, s:o, s:o, s:o, s:i, s:s, s:i, s:i, s:i, s:f, s:f, s:f, s:f, s:f}",
-                         "model", kvctl_text_json(s->model), "digest", kvctl_text_json(s->digest),
-                         "objective", kvctl_text_json(s->objective), "provenance",
-                         kvctl_text_json(s->provenance), "n_layers", (int)s->n_layers, "layers",
-                         layers, "rotations_per_layer", (int)s->heads, "head_dim_k", (int)s->dim_k,
-                         "head_dim_v", (int)s->dim_v, "clip_k", (double)s->clip_k[0], "clip_v",
-                         (double)s->clip_v[0], "gain_k", (double)s->gain_k[0], "gain_v",
-                         (double)s->gain_v[0], "orthogonality", worst));
+            k,
+            json_pack(
+                "{s:o, s:o, s:o, s:o, s:i, s:s, s:i, s:i, s:i, s:f, s:f, s:f, s:f, s:f, s:s, s:s}",
+                "model", kvctl_text_json(s->model), "digest", kvctl_text_json(s->digest),
+                "objective", kvctl_text_json(s->objective), "provenance",
+                kvctl_text_json(s->provenance), "n_layers", (int)s->n_layers, "layers", layers,
+                "rotations_per_layer", (int)s->heads, "head_dim_k", (int)s->dim_k, "head_dim_v",
+                (int)s->dim_v, "clip_k", (double)s->clip_k[0], "clip_v", (double)s->clip_v[0],
+                "gain_k", (double)s->gain_k[0], "gain_v", (double)s->gain_v[0], "orthogonality",
+                worst, "scale_k", kvd_scale_name(s->scale_k), "scale_v",
+                kvd_scale_name(s->scale_v)));
     printf("model          %s\n", *s->model ? s->model : "-");
     printf("digest         %s\n", *s->digest ? s->digest : "- (not a native file)");
     printf("objective      %s\n", s->objective);
@@ -150,8 +153,17 @@ static int print_set(struct kvctl *k, const struct kvd_rotset *s, double worst)
            (double)s->clip_v[0]);
     printf("gain           K %.3f, V %.3f (first layer)\n", (double)s->gain_k[0],
            (double)s->gain_v[0]);
+    printf("scales         K %s, V %s\n", kvd_scale_name(s->scale_k), kvd_scale_name(s->scale_v));
     printf("orthogonality  max |R R^T - I| = %.2e\n", worst);
     return EXIT_OK;
+}
+
+// Gives a set the scales of --scales, if there are any.
+static void choose_scales(const struct kvctl *k, struct kvd_rotset *set)
+{
+    const char *scales = kvctl_option(k, "scales");
+    if (set && scales)
+        kvd_scales_parse(scales, &set->scale_k, &set->scale_v);
 }
 
 // A set from a file, or, by name, from the store that --store and --cache say, or else from the
@@ -248,6 +260,7 @@ int cmd_calib_import(struct kvctl *k)
         return kvctl_usage("import writes into a directory store: --store DIR");
     snprintf(model, sizeof(model), "%.*s", (int)(at - name), name);
     struct kvd_rotset *set = kvd_rotset_import(k->arguments[0], k->arguments[1], model, &err);
+    choose_scales(k, set);
     int rc = set ? publish(k, directory, set, name, NULL, NULL, &err) : err.code;
     if (rc == KVD_OK && k->json)
         kvctl_print(
@@ -273,11 +286,14 @@ int cmd_calib_hadamard(struct kvctl *k)
     struct kvd_error err = {0};
     uint16_t layers[KVD_MAX_LAYERS];
     const char *directory = store_directory(k), *name = k->arguments[0];
+    const char *matrix = kvctl_option(k, "matrix");
     uint32_t n_layers = kvd_layers_parse(k->arguments[1], layers);
     if (!directory)
         return kvctl_usage("hadamard writes into a directory store: --store DIR");
     uint32_t dim = (uint32_t)atoi(k->arguments[2]);
-    struct kvd_rotset *set = kvd_rotset_new("hadamard", layers, n_layers, dim, dim, &err);
+    struct kvd_rotset *set =
+        kvd_rotset_new(matrix ? matrix : "hadamard", layers, n_layers, dim, dim, &err);
+    choose_scales(k, set);
     if (set)
         snprintf(set->model, sizeof(set->model), "%.*s", (int)strcspn(name, "@"), name);
     int rc = set ? publish(k, directory, set, name, NULL, NULL, &err) : err.code;

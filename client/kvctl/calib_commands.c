@@ -15,6 +15,7 @@ const struct command kvctl_fit = {
          {"objective-v", 'v', "NAME", VALUE_TEXT, "sst (default), vtv or hadamard"},
          {"compose", 0, "NAME", VALUE_TEXT, "r_h_pbr (default), r_h, r or top_h"},
          {"per-kv-head", 0, NULL, VALUE_NONE, "A rotation for each kv head, not one a layer"},
+         {"scales", 0, "K,V", VALUE_SCALES, "published (default), least-squares or unbiased"},
          {"clip", 0, "K,V", VALUE_TEXT, "Clip ratios (default: 0.96,0.92)"},
          {"fit-clips", 0, "DUMP", VALUE_TEXT,
           "Choose clip ratios and level gains by the output error on these activations"},
@@ -36,7 +37,8 @@ const struct command kvctl_eval = {
         "On activations that the sets (files) were not fitted to: each set with int2, int2c and "
         "int2-lm, and with int2 at the published clip ratios; beside them naive int2 (no "
         "rotation), the Hadamard matrix, and TurboQuant. Errors are of attention's outputs against "
-        "those over the recorded keys and values; logit error is a root mean square, KL in nats.",
+        "those over the recorded keys and values; logit error is a root mean square, bias the mean "
+        "error of a query's logit at the compressed key that it looks for most, KL in nats.",
     .arguments = {{"DUMP", VALUE_TEXT}, {"SET", VALUE_TEXT}},
     .required = 1,
     .repeats = true,
@@ -48,6 +50,8 @@ const struct command kvctl_eval = {
          {"recent", 0, "TOKENS", VALUE_NUMBER, "Kept in bf16 at the end (default: 256)"},
          {"codecs", 0, "LIST", VALUE_TEXT,
           "Only these, separated by commas (default: all there are)"},
+         {"scales", 0, NULL, VALUE_NONE,
+          "Each with published, least-squares and unbiased scales, not the set's own alone"},
          {"threads", 0, "N", VALUE_COUNT, "Default: as many as there are cores"},
          {"html", 0, "FILE", VALUE_TEXT, "Also write a report, one file that needs no other"}},
     .run = cmd_calib_eval,

@@ -6,6 +6,7 @@ struct arguments {
     struct kvd_eval_options o;
     const char *dump, *files[EVALUATION_FILES], *html;
     uint32_t n_files;
+    bool scales; // each case with other scales too
     bool codecs[KVD_CODEC_COUNT];
 };
 
@@ -27,16 +28,29 @@ static int choose_codecs(struct arguments *a, const char *list)
     return *list ? tool_usage("codecs", all, want) : EXIT_OK;
 }
 
-// Adds a case of the last set, if its codec is wanted.
+// Scales of K and V that are compared.
+static const enum kvd_scale compared[EVALUATION_SCALES][2] = {
+    {KVD_SCALE_PUBLISHED, KVD_SCALE_PUBLISHED},
+    {KVD_SCALE_LEAST_SQUARES, KVD_SCALE_LEAST_SQUARES},
+    {KVD_SCALE_UNBIASED, KVD_SCALE_LEAST_SQUARES},
+    {KVD_SCALE_UNBIASED, KVD_SCALE_UNBIASED}};
+
+// Adds a case of the last set, if its codec is wanted; with --scales, one for each pair of them.
 static void add_case(const struct arguments *a, struct evaluation *e, uint32_t codec,
                      const char *name, const char *suffix)
 {
     const struct kvd_rotset *set = e->sets[e->n_sets - 1];
-    if (!a->codecs[codec] || e->n == EVALUATION_CASES)
-        return;
-    e->cases[e->n] = (struct kvd_eval_case){set, codec};
-    snprintf(e->names[e->n], sizeof(e->names[0]), "%.60s%s", name, suffix);
-    e->bits[e->n++] = kvd_eval_bits(codec, set->dim_k, set->dim_v);
+    uint32_t pairs = a->scales && codec != KVD_CODEC_BF16 ? EVALUATION_SCALES : 1;
+    for (uint32_t i = 0; a->codecs[codec] && i < pairs && e->n < EVALUATION_CASES; i++) {
+        enum kvd_scale k = pairs > 1 ? compared[i][0] : set->scale_k;
+        enum kvd_scale v = pairs > 1 ? compared[i][1] : set->scale_v;
+        int n = snprintf(e->names[e->n], sizeof(e->names[0]), "%.40s%s", name, suffix);
+        if (pairs > 1)
+            snprintf(e->names[e->n] + n, sizeof(e->names[0]) - (size_t)n, ", %s/%s",
+                     kvd_scale_name(k), kvd_scale_name(v));
+        e->cases[e->n] = (struct kvd_eval_case){set, codec, k, v};
+        e->bits[e->n++] = kvd_eval_bits(codec, set->dim_k, set->dim_v);
+    }
 }
 
 static bool add_set(struct evaluation *e, struct kvd_rotset *set)
@@ -46,11 +60,12 @@ static bool add_set(struct evaluation *e, struct kvd_rotset *set)
     return set != NULL;
 }
 
-// Takes a copy's clip ratios and gains back to the published ones. Returns whether they were
-// others.
+// Takes a copy's scales, clip ratios and gains back to the published ones. Returns whether they
+// were others.
 static bool publish_terms(struct kvd_rotset *s)
 {
-    bool differ = false;
+    bool differ = s->scale_k != KVD_SCALE_PUBLISHED || s->scale_v != KVD_SCALE_PUBLISHED;
+    s->scale_k = s->scale_v = KVD_SCALE_PUBLISHED;
     for (uint64_t i = 0; i < (uint64_t)s->n_layers * s->heads; i++) {
         differ |= s->clip_k[i] != 0.96f || s->clip_v[i] != 0.92f || s->gain_k[i] != 1 ||
                   s->gain_v[i] != 1;
@@ -109,7 +124,7 @@ static int open_sets(const struct arguments *a, const struct kvd_dump *d, struct
 static void print_summary(const struct arguments *a, const struct evaluation *e, int mode)
 {
     struct table *t =
-        table_new("SET, CODEC|>BITS|>OUTPUT ERROR|>WORST LAYER|>WORST HEAD|>LOGIT ERROR|>KL");
+        table_new("SET, CODEC|>BITS|>OUTPUT ERROR|>WORST LAYER|>WORST HEAD|>LOGIT ERROR|>BIAS|>KL");
     if (mode == 0)
         printf("\nsink %u, recent %u in bf16:\n", a->o.sink, a->o.recent);
     else
@@ -123,6 +138,7 @@ static void print_summary(const struct arguments *a, const struct evaluation *e,
         table_cell(t, "%u", layer);
         table_cell(t, "%.4f", f.worst_head);
         table_cell(t, "%.4f", f.logit_error);
+        table_cell(t, "%+.3f", f.bias);
         table_cell(t, "%.5f", f.kl);
     }
     table_print(t, "");
@@ -154,8 +170,8 @@ static void print_layers(const struct evaluation *e)
 
 static json_t *json_figures(const struct kvd_eval_figures *f)
 {
-    return json_pack("{s:f, s:f, s:f, s:f}", "output_error", f->output_error, "worst_head",
-                     f->worst_head, "logit_error", f->logit_error, "kl", f->kl);
+    return json_pack("{s:f, s:f, s:f, s:f, s:f}", "output_error", f->output_error, "worst_head",
+                     f->worst_head, "logit_error", f->logit_error, "bias", f->bias, "kl", f->kl);
 }
 
 static void print_json(struct kvctl *k, const struct arguments *a, const struct evaluation *e)
@@ -168,6 +184,8 @@ static void print_json(struct kvctl *k, const struct arguments *a, const struct 
         json_t *set = json_pack("{s:o, s:s, s:f, s:s, s:o}", "name", kvctl_text_json(e->names[s]),
                                 "codec", kvd_codec_name(c->codec), "bits", e->bits[s], "digest",
                                 c->set->digest, "objective", kvctl_text_json(c->set->objective));
+        json_object_set_new(set, "scale_k", json_string(kvd_scale_name(c->scale_k)));
+        json_object_set_new(set, "scale_v", json_string(kvd_scale_name(c->scale_v)));
         json_object_set_new(set, "activations", json_string(evaluation_activations(e, c->set)));
         for (int mode = 0; mode < 2; mode++) {
             uint32_t layer = 0;
@@ -226,6 +244,7 @@ int cmd_calib_eval(struct kvctl *k)
                                 .progress = tool_progress_count,
                                 .ctx = "eval"},
                           .dump = k->arguments[0],
+                          .scales = kvctl_option(k, "scales"),
                           .html = kvctl_option(k, "html")};
     struct evaluation e = {0};
     struct kvd_error err = {0};

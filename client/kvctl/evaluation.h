@@ -7,7 +7,8 @@
 enum {
     EVALUATION_FILES = 16,
     EVALUATION_SETS = 3 + 2 * EVALUATION_FILES, // and copies at the published clip ratios
-    EVALUATION_CASES = 6 + 4 * EVALUATION_FILES,
+    EVALUATION_SCALES = 4,                      // that --scales compares
+    EVALUATION_CASES = (6 + 4 * EVALUATION_FILES) * EVALUATION_SCALES,
 };
 
 // What is under evaluation: sets with codecs.
@@ -15,7 +16,7 @@ struct evaluation {
     struct kvd_rotset *sets[EVALUATION_SETS];
     uint32_t n_sets;
     struct kvd_eval_case cases[EVALUATION_CASES];
-    char names[EVALUATION_CASES][80];
+    char names[EVALUATION_CASES][96];
     double bits[EVALUATION_CASES]; // a value of K or V
     char *dump; // kvd_dump_digests of the activations; NULL where no set says what it was fitted to
     uint32_t n, n_layers;

@@ -9,6 +9,7 @@ struct arguments {
     struct kvd_fit_options o;
     struct kvd_eval_options eval;
     const char *dump, *out, *spectrum, *model, *clips;
+    enum kvd_scale scale_k, scale_v;
     uint16_t layers[KVD_MAX_LAYERS];
 };
 
@@ -41,6 +42,8 @@ static int parse(const struct kvctl *k, struct arguments *a)
         a->o.n_layers = kvd_layers_parse(layers, a->layers);
         a->o.layers = a->layers;
     }
+    if (kvctl_option(k, "scales"))
+        kvd_scales_parse(kvctl_option(k, "scales"), &a->scale_k, &a->scale_v);
     a->o.per_kv_head = kvctl_option(k, "per-kv-head");
     a->o.threads = tool_number(k, "threads", 0);
     a->eval.context = tool_number(k, "context", a->eval.context);
@@ -125,6 +128,10 @@ static int run(struct kvctl *k, struct arguments *a)
     int rc = fit ? KVD_OK : err.code;
     if (rc == KVD_OK && !(fit->set->fitted_to = kvd_dump_digests(d, &err)))
         rc = err.code;
+    if (rc == KVD_OK) {
+        fit->set->scale_k = a->scale_k;
+        fit->set->scale_v = a->scale_v;
+    }
     if (rc == KVD_OK && a->clips)
         rc = fit_clips(a, fit->set, &err);
     if (rc == KVD_OK)

@@ -35,6 +35,8 @@ enum value {
     VALUE_MODEL_TAG,
     VALUE_LAYERS, // "0-31" or "3,7,11"
     VALUE_HEAD_DIM,
+    VALUE_SCALES, // of K and V, "unbiased,least-squares"
+    VALUE_MATRIX, // a set that is built in
 };
 
 enum { MAX_ARGUMENTS = 17, MAX_OPTIONS = 16, MAX_SPECS = 4 };

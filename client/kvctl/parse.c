@@ -141,6 +141,7 @@ static const char *wants(enum value kind, const char *text)
     uint64_t size;
     uint16_t layers[KVD_MAX_LAYERS];
     double n;
+    enum kvd_scale scale;
     bool at = strchr(text, '@') != NULL;
     switch (kind) {
     case VALUE_NONE:
@@ -192,6 +193,12 @@ static const char *wants(enum value kind, const char *text)
                        strspn(text, "0123456789") == strlen(text)
                    ? NULL
                    : "one of " KVD_HEAD_DIM_NAMES;
+    case VALUE_SCALES:
+        return kvd_scales_parse(text, &scale, &scale)
+                   ? NULL
+                   : "scales of K and V, separated by a comma, each " KVD_SCALE_NAMES;
+    case VALUE_MATRIX:
+        return kvd_rotset_built_in(text) ? NULL : "hadamard, random or identity";
     }
     return NULL;
 }

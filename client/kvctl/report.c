@@ -25,6 +25,7 @@ struct kvd_eval_figures evaluation_of_layers(const struct evaluation *e, int mod
         all.output_error += f[l].output_error * f[l].output_error / e->n_layers;
         all.logit_error += f[l].logit_error / e->n_layers;
         all.kl += f[l].kl / e->n_layers;
+        all.bias += f[l].bias / e->n_layers;
         all.worst_head = fmax(all.worst_head, f[l].worst_head);
         if (f[l].output_error > worst) {
             worst = f[l].output_error;
@@ -214,14 +215,14 @@ static void spectrum(FILE *f, const struct evaluation *e, const double *shares, 
 static void summary(FILE *f, const struct evaluation *e, int mode)
 {
     fprintf(f, "<table><tr><th>set, codec<th>bits<th>output error<th>worst layer<th>worst head"
-               "<th>logit error<th>KL\n");
+               "<th>logit error<th>bias<th>KL\n");
     for (uint32_t s = 0; s < e->n; s++) {
         uint32_t layer = 0;
         struct kvd_eval_figures x = evaluation_of_layers(e, mode, s, &layer);
         fprintf(f, "<tr><td title=\"%s\">", e->cases[s].set->digest);
         put_text(f, e->names[s]);
-        fprintf(f, "<td>%.3f<td>%.4f<td>%u<td>%.4f<td>%.4f<td>%.5f\n", e->bits[s], x.output_error,
-                layer, x.worst_head, x.logit_error, x.kl);
+        fprintf(f, "<td>%.3f<td>%.4f<td>%u<td>%.4f<td>%.4f<td>%+.3f<td>%.5f\n", e->bits[s],
+                x.output_error, layer, x.worst_head, x.logit_error, x.bias, x.kl);
     }
     fprintf(f, "</table>\n");
 }
@@ -270,7 +271,8 @@ static void page(FILE *f, const struct evaluation *e, const struct kvd_dump *d,
         "layers, %u query and %u kv heads, head_dim %u; contexts of %u tokens, whose last %u "
         "positions ask. The codec is int2 where none is named; bits are those of a value, with its "
         "share of the parameters. Output error is relative (L2), worst head a kv head's, logit "
-        "error a root mean square, KL in nats.</p>\n",
+        "error a root mean square, bias the mean error of a query's logit at its strongest "
+        "quantized key, KL in nats.</p>\n",
         e->n_layers, d->heads[KVD_DUMP_Q], d->heads[KVD_DUMP_K], d->dim[KVD_DUMP_K], o->context,
         o->queries);
     for (uint32_t s = 0; s < e->n; s++) {
