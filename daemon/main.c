@@ -5,6 +5,8 @@
 #include "daemon/core/daemon.h"
 #include "daemon/core/lifecycle.h"
 #include "daemon/core/process.h"
+#include "daemon/parts.h"
+#include "daemon/service/methods.h"
 
 enum { OPT_CHECK = 1000, OPT_PRINT, OPT_INSTANCE, OPT_FIRST };
 
@@ -144,6 +146,9 @@ int main(int argc, char **argv)
                a.source.n_files ? a.source.files[a.source.n_files - 1] : "built-in settings");
         return EX_OK;
     }
+    daemon.parts = kvd_parts;
+    daemon.methods = kvd_methods;
+    daemon.n_methods = kvd_n_methods;
     daemon.source = &a.source;
     daemon.config = daemon.configured;
     kvd_log_set_level(daemon.config.log_level);

@@ -29,6 +29,8 @@ struct kvd_http;
 struct kvd_links;
 struct kvd_listener;
 struct kvd_memory_state;
+struct kvd_method;
+struct kvd_part;
 struct kvd_queue;
 struct kvd_rpc;
 struct kvd_session;
@@ -45,6 +47,9 @@ struct kvd_seq_use {
 enum kvd_state { KVD_STARTING, KVD_READY, KVD_DRAINING, KVD_STOPPING };
 
 struct kvd_daemon {
+    const struct kvd_part *const *parts; // NULL after the last
+    const struct kvd_method *methods;
+    uint32_t n_methods;
     struct kvd_config config;
     uv_loop_t loop;
     enum kvd_state state;
@@ -87,6 +92,7 @@ struct kvd_daemon {
     uint32_t pool_works; // on libuv's thread pool; gRPC must outlive them, as they answer calls
     int lock_fds[KVD_MAX_LISTEN];
     uint32_t n_locks;
+    bool shut; // all calls are answered: what is left lets go of those who called
     int exit_code;
 };
 

@@ -1,9 +1,11 @@
-// Counters and histograms of the daemon, and their Prometheus text. Loop thread.
+// Counters and histograms of the daemon, and the Prometheus text that each part renders its own in.
+// Names follow its conventions: base units, _total for counters, kvd_ in front. Loop thread.
 #ifndef KVD_DAEMON_METRICS_H
 #define KVD_DAEMON_METRICS_H
 
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 
 enum { KVD_BUCKETS = 16, KVD_MAX_METHODS = 48, KVD_GRPC_CODES = 17 };
 
@@ -45,5 +47,15 @@ struct kvd_metrics {
 void kvd_histogram_add(struct kvd_histogram *h, uint64_t ns);
 // Calls answered, of all methods and with whatever code.
 uint64_t kvd_metrics_calls(const struct kvd_metrics *m);
+
+// The lines before a metric's samples. type: "gauge", "counter" or "histogram".
+void kvd_metric_head(FILE *f, const char *name, const char *type, const char *help);
+// A metric of one sample, without labels.
+void kvd_metric(FILE *f, const char *name, const char *type, const char *help, double value);
+// The samples of a histogram. labels: "" or `a="b"`.
+void kvd_metric_histogram(FILE *f, const char *name, const char *labels,
+                          const struct kvd_histogram *h);
+// A label's value: backslash, quote and newline escaped.
+void kvd_metric_escape(const char *in, char *out, size_t cap);
 
 #endif

@@ -168,15 +168,20 @@ static void make_namespaces(struct kvd_daemon *d, const struct kvd_config *fresh
     }
 }
 
-static void apply(struct kvd_daemon *d, const struct kvd_config *fresh, struct kvd_reload *report)
+static double unix_time(void)
 {
     struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec / 1e9;
+}
+
+static void apply(struct kvd_daemon *d, const struct kvd_config *fresh, struct kvd_reload *report)
+{
     enum kvd_log_level level = d->config.log_level;
     apply_keys(d, fresh, report);
     apply_log_level(d, level, report);
     apply_namespaces(d, fresh, report);
-    clock_gettime(CLOCK_REALTIME, &now);
-    d->reloaded_at = (double)now.tv_sec + (double)now.tv_nsec / 1e9;
+    d->reloaded_at = unix_time();
 }
 
 static void tell(const struct kvd_reload *report)
@@ -245,3 +250,22 @@ int kvd_daemon_reload(struct kvd_daemon *d, kvd_reload_fn *done, void *ctx, stru
     uv_queue_work(&d->loop, &r->work, on_work, on_worked);
     return KVD_OK;
 }
+
+static int init(struct kvd_daemon *d, struct kvd_error *err)
+{
+    (void)err;
+    d->reloaded_at = unix_time();
+    return KVD_OK;
+}
+
+static void metrics(struct kvd_daemon *d, FILE *f)
+{
+    kvd_metric(f, "kvd_config_last_reload_successful", "gauge",
+               "1 if the configuration that was read last is in force, 0 if it had errors.",
+               !d->reload_failed);
+    kvd_metric(f, "kvd_config_last_reload_success_timestamp_seconds", "gauge",
+               "When a configuration was last put in force, at start or by a reload: Unix time.",
+               d->reloaded_at);
+}
+
+const struct kvd_part kvd_part_reload = {.init = init, .metrics = metrics};

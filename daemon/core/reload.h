@@ -2,7 +2,7 @@
 #ifndef KVD_DAEMON_RELOAD_H
 #define KVD_DAEMON_RELOAD_H
 
-#include "daemon/core/daemon.h"
+#include "daemon/core/part.h"
 
 // What a reload did, line by line.
 struct kvd_reload {
@@ -16,5 +16,7 @@ typedef void kvd_reload_fn(struct kvd_daemon *d, const struct kvd_reload *report
 // of it and calls `done` (NULL: nobody wants to know) with the same lines. KVD_E_UNAVAILABLE while
 // another is under way; without `done`, one more follows it.
 int kvd_daemon_reload(struct kvd_daemon *d, kvd_reload_fn *done, void *ctx, struct kvd_error *err);
+
+extern const struct kvd_part kvd_part_reload;
 
 #endif

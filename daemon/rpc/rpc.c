@@ -6,7 +6,6 @@
 
 #include "daemon/rpc/links.h"
 #include "daemon/rpc/rpc_internal.h"
-#include "daemon/session/fdsock.h"
 
 enum {
     SMALL_REPLY = 64 << 10,
@@ -350,21 +349,6 @@ bool kvd_call_peer_named(const struct kvd_call *call, const struct kvd_allow *al
 
 // -- accepting ----------------------------------------------------------------------------------
 
-static bool is_operator(struct kvd_call *c)
-{
-    char ticket[KVD_SECRET_TEXT];
-    const struct kvd_allow *admin = &c->d->config.admin;
-    kvd_call_metadata(c, "kvd-ticket", ticket, sizeof(ticket));
-    struct kvd_connection *conn = ticket[0] ? kvd_fdsock_find(c->d, ticket) : NULL;
-    if (!conn)
-        return kvd_call_peer_named(c, admin);
-    int64_t uid = kvd_connection_peer(conn).uid;
-    bool ok = uid == 0 || uid == (int64_t)getuid();
-    for (uint32_t i = 0; i < admin->n_uids; i++)
-        ok |= uid == (int64_t)admin->uids[i];
-    return ok;
-}
-
 static void dispatch(struct kvd_call *c)
 {
     const struct kvd_method *m = c->method;
@@ -383,7 +367,7 @@ static void dispatch(struct kvd_call *c)
         kvd_call_fail(c, KVD_E_UNAVAILABLE, "kvd is shutting down; try again when it is back");
     else if (!c->request)
         kvd_call_fail_error(c, &malformed);
-    else if (m->operator_only && !is_operator(c))
+    else if (m->only && !m->only(c))
         kvd_call_fail(c, KVD_E_DENIED,
                       "%s is for operators: root, the daemon's user, admin-uid or admin-cn in "
                       "kvd's configuration",
@@ -463,7 +447,7 @@ void kvd_call_arm(struct kvd_daemon *d, uint32_t index)
     struct kvd_call *c = call_new(d, index, on_request);
     if (!c)
         return;
-    c->method = &kvd_methods[index];
+    c->method = &d->methods[index];
     if (grpc_server_request_registered_call(d->rpc->server, d->rpc->registered[index], &c->call,
                                             &c->deadline, &c->metadata, &c->payload, d->rpc->cq,
                                             d->rpc->cq, &c->request_tag) != GRPC_CALL_OK)

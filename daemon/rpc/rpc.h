@@ -18,7 +18,7 @@
 #include <protobuf-c/protobuf-c.h>
 #include <stdatomic.h>
 
-#include "daemon/core/daemon.h"
+#include "daemon/core/part.h"
 
 // What gRPC is given to name an operation, and gives back when it is done.
 struct kvd_tag {
@@ -34,8 +34,8 @@ struct kvd_method {
     const ProtobufCMessageDescriptor *request;
     void (*handle)(struct kvd_call *call, const void *request);
     bool streaming;
-    bool operator_only;
-    bool while_draining; // answered also when the daemon drains
+    bool (*only)(const struct kvd_call *call); // who may call; NULL: whoever can connect
+    bool while_draining;                       // answered also when the daemon drains
 };
 
 enum {
@@ -85,13 +85,9 @@ struct kvd_call {
     void *work;
 };
 
-int kvd_rpc_init(struct kvd_daemon *d, struct kvd_error *err);
-// Starts to take calls. KVD_E_LOST: its thread could not be started, and gRPC may not have got its
-// own, in which case it hangs when it is shut down.
-int kvd_rpc_start(struct kvd_daemon *d, struct kvd_error *err);
-// Cancels what is left; on_shut fires when gRPC has let go of everything.
-void kvd_rpc_shutdown(struct kvd_daemon *d, void (*on_shut)(struct kvd_daemon *d));
-void kvd_rpc_deinit(struct kvd_daemon *d);
+// The server. Starting it fails with KVD_E_LOST when its thread could not be started: gRPC may not
+// have got its own then, in which case it hangs when it is shut down.
+extern const struct kvd_part kvd_part_rpc;
 
 // Answers a call. The call must not be touched afterwards.
 void kvd_call_reply(struct kvd_call *call, const void *reply);
@@ -118,8 +114,5 @@ bool kvd_call_peer_named(const struct kvd_call *call, const struct kvd_allow *al
 
 grpc_status_code kvd_status_to_grpc(int code);
 const char *kvd_grpc_code_name(int code);
-
-extern const struct kvd_method kvd_methods[];
-extern const uint32_t kvd_n_methods;
 
 #endif

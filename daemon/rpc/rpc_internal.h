@@ -23,7 +23,7 @@ struct kvd_rpc {
     struct kvd_call *unread;      // whose answers or messages have not all been read, oldest first
     bool stopping;
     struct kvd_tag shutdown_tag;
-    void (*on_shut)(struct kvd_daemon *d);
+    bool shut;                // the loop knows that
     struct kvd_call *unknown; // the armed request for methods that we do not have
     grpc_call_details unknown_details;
 };

@@ -5,6 +5,7 @@
 #include <grpc/support/log.h>
 #include <sys/socket.h>
 
+#include "daemon/core/lifecycle.h"
 #include "daemon/rpc/links.h"
 #include "daemon/rpc/listen.h"
 #include "daemon/rpc/rpc_internal.h"
@@ -65,11 +66,10 @@ static void on_async(uv_async_t *async)
     }
     if (d->links)
         kvd_links_turn(d);
-    if (drained && r->on_shut) {
-        void (*on_shut)(struct kvd_daemon *) = r->on_shut;
-        r->on_shut = NULL;
-        on_shut(d);
-    }
+    if (!drained || r->shut)
+        return;
+    r->shut = true;
+    kvd_daemon_go_on(d);
 }
 
 static int read_text(const char *path, char **out, struct kvd_error *err)
@@ -141,7 +141,7 @@ static void on_grpc_log(gpr_log_func_args *args)
                 "grpc: %s", args->message);
 }
 
-int kvd_rpc_init(struct kvd_daemon *d, struct kvd_error *err)
+static int init(struct kvd_daemon *d, struct kvd_error *err)
 {
     struct kvd_rpc *r = calloc(1, sizeof(*r));
     if (!r)
@@ -187,23 +187,23 @@ int kvd_rpc_init(struct kvd_daemon *d, struct kvd_error *err)
     grpc_resource_quota_unref(quota);
     r->cq = grpc_completion_queue_create_for_next(NULL);
     grpc_server_register_completion_queue(r->server, r->cq, NULL);
-    for (uint32_t i = 0; i < kvd_n_methods; i++)
+    for (uint32_t i = 0; i < d->n_methods; i++)
         r->registered[i] = grpc_server_register_method(
-            r->server, kvd_methods[i].path, NULL, GRPC_SRM_PAYLOAD_READ_INITIAL_BYTE_BUFFER, 0);
+            r->server, d->methods[i].path, NULL, GRPC_SRM_PAYLOAD_READ_INITIAL_BYTE_BUFFER, 0);
     int rc = kvd_links_init(d, err);
     for (uint32_t i = 0; i < d->config.n_listen && rc == KVD_OK; i++)
         rc = add_port(d, d->config.listen[i], err);
     return rc;
 }
 
-int kvd_rpc_start(struct kvd_daemon *d, struct kvd_error *err)
+static int start(struct kvd_daemon *d, struct kvd_error *err)
 {
     int rc = uv_thread_create(&d->rpc->thread, queue_thread, d);
     if (rc)
         return kvd_fail(err, KVD_E_LOST, "cannot start a thread: %s", uv_strerror(rc));
     d->rpc->thread_running = true;
     grpc_server_start(d->rpc->server);
-    for (uint32_t i = 0; i < kvd_n_methods; i++)
+    for (uint32_t i = 0; i < d->n_methods; i++)
         for (int j = 0; j < ARMED; j++)
             kvd_call_arm(d, i);
     kvd_call_arm_unknown(d);
@@ -217,12 +217,12 @@ static void on_server_down(struct kvd_tag *tag, bool ok)
     grpc_completion_queue_shutdown(r->cq);
 }
 
-void kvd_rpc_shutdown(struct kvd_daemon *d, void (*on_shut)(struct kvd_daemon *d))
+// Cancels what is left, until gRPC has let go of everything.
+static void shut(struct kvd_daemon *d)
 {
     struct kvd_rpc *r = d->rpc;
     kvd_listen_close(d, KVD_LISTEN_GRPC);
     r->stopping = true;
-    r->on_shut = on_shut;
     kvd_tag_arm(&r->shutdown_tag, on_server_down);
     grpc_server_shutdown_and_notify(r->server, r->cq, &r->shutdown_tag);
     grpc_server_cancel_all_calls(r->server);
@@ -235,10 +235,10 @@ static void free_rpc(uv_handle_t *handle)
     d->rpc = NULL;
 }
 
-void kvd_rpc_deinit(struct kvd_daemon *d)
+static void end(struct kvd_daemon *d)
 {
     struct kvd_rpc *r = d->rpc;
-    if (!r)
+    if (!r || uv_is_closing((uv_handle_t *)&r->async))
         return;
     kvd_listen_close(d, KVD_LISTEN_GRPC);
     if (r->thread_running) {
@@ -259,3 +259,46 @@ void kvd_rpc_deinit(struct kvd_daemon *d)
     uv_mutex_destroy(&r->lock);
     uv_close((uv_handle_t *)&r->async, free_rpc);
 }
+
+static bool busy(const struct kvd_daemon *d)
+{
+    return d->rpc->stopping && !d->rpc->shut;
+}
+
+static const char *method_name(const struct kvd_daemon *d, uint32_t i)
+{
+    return i < d->n_methods ? d->methods[i].path + 1 : "unknown";
+}
+
+static void metrics(struct kvd_daemon *d, FILE *f)
+{
+    static const char *const reasons[KVD_REFUSED_COUNT] = {"pool", "quota", "limit"};
+    const struct kvd_metrics *m = &d->metrics;
+    kvd_metric_head(f, "kvd_rpc_requests_total", "counter",
+                    "Calls answered, by method and gRPC code.");
+    for (uint32_t i = 0; i < KVD_MAX_METHODS; i++)
+        for (int c = 0; c < KVD_GRPC_CODES; c++)
+            if (m->calls[i][c])
+                fprintf(f, "kvd_rpc_requests_total{method=\"%s\",code=\"%s\"} %" PRIu64 "\n",
+                        method_name(d, i), kvd_grpc_code_name(c), m->calls[i][c]);
+    kvd_metric_head(f, "kvd_rpc_duration_seconds", "histogram",
+                    "From a call's arrival to its answer.");
+    for (uint32_t i = 0; i < d->n_methods; i++) {
+        char labels[128];
+        if (!m->rpc[i].count)
+            continue;
+        snprintf(labels, sizeof(labels), "method=\"%s\"", method_name(d, i));
+        kvd_metric_histogram(f, "kvd_rpc_duration_seconds", labels, &m->rpc[i]);
+    }
+    kvd_metric_head(f, "kvd_refused_calls_total", "counter",
+                    "Calls refused for want of room: in the pool, in the namespace's quota, within "
+                    "a limit.");
+    for (int i = 0; i < KVD_REFUSED_COUNT; i++)
+        fprintf(f, "kvd_refused_calls_total{reason=\"%s\"} %" PRIu64 "\n", reasons[i],
+                m->refused[i]);
+    kvd_metric(f, "kvd_events_lost_total", "counter", "Events dropped as their reader was slow.",
+               (double)m->events_lost);
+}
+
+const struct kvd_part kvd_part_rpc = {
+    .init = init, .start = start, .shut = shut, .busy = busy, .end = end, .metrics = metrics};

@@ -20,18 +20,23 @@ struct kvd_users {
 };
 
 static const struct {
-    const char *what, *key; // what is counted, and the configuration key that bounds it, if any
+    const char *label; // in the metrics
+    const char *what;  // is counted
+    const char *key;   // of the configuration that bounds it, if any
 } shares[KVD_SHARE_COUNT] = {
-    [KVD_SHARE_CONNECTIONS] = {"connections", "max-connections"},
-    [KVD_SHARE_CALLS] = {"calls in flight", "max-calls"},
-    [KVD_SHARE_REPLY_BYTES] = {"bytes of replies that are made or unread", "max-reply-bytes"},
-    [KVD_SHARE_MAPPINGS] = {"registered buffers", "vm.max_map_count"},
-    [KVD_SHARE_DESCRIPTORS] = {"descriptors sent and not asked for", "max-connections"},
-    [KVD_SHARE_BUFFER_BYTES] = {"bytes of registered buffers", "max-buffer-bytes-total"},
-    [KVD_SHARE_SESSIONS] = {"sessions", "max-sessions"},
-    [KVD_SHARE_SEQUENCES] = {"sequences held by sessions", "max-sequences"},
-    [KVD_SHARE_NAMESPACES] = {"namespaces", NULL},
-    [KVD_SHARE_LAYOUTS] = {"layouts", NULL},
+    [KVD_SHARE_CONNECTIONS] = {"connections", "connections", "max-connections"},
+    [KVD_SHARE_CALLS] = {"calls", "calls in flight", "max-calls"},
+    [KVD_SHARE_REPLY_BYTES] = {"reply_bytes", "bytes of replies that are made or unread",
+                               "max-reply-bytes"},
+    [KVD_SHARE_MAPPINGS] = {"mappings", "registered buffers", "vm.max_map_count"},
+    [KVD_SHARE_DESCRIPTORS] = {"descriptors", "descriptors sent and not asked for",
+                               "max-connections"},
+    [KVD_SHARE_BUFFER_BYTES] = {"buffer_bytes", "bytes of registered buffers",
+                                "max-buffer-bytes-total"},
+    [KVD_SHARE_SESSIONS] = {"sessions", "sessions", "max-sessions"},
+    [KVD_SHARE_SEQUENCES] = {"sequences", "sequences held by sessions", "max-sequences"},
+    [KVD_SHARE_NAMESPACES] = {"namespaces", "namespaces", NULL},
+    [KVD_SHARE_LAYOUTS] = {"layouts", "layouts", NULL},
 };
 
 static struct kvd_users *users(struct kvd_daemon *d)
@@ -147,7 +152,7 @@ void kvd_user_give(struct kvd_user *user, enum kvd_share share, uint64_t n)
     user->all->used[share] -= n;
 }
 
-void kvd_users_deinit(struct kvd_daemon *d)
+static void deinit(struct kvd_daemon *d)
 {
     struct kvd_users *all = KVD_TAKE(d->users);
     struct kvd_user *u, *next;
@@ -162,3 +167,18 @@ void kvd_users_deinit(struct kvd_daemon *d)
     }
     free(all);
 }
+
+static void metrics(struct kvd_daemon *d, FILE *f)
+{
+    kvd_metric_head(f, "kvd_share_limit", "gauge",
+                    "What clients may have of it in all; one user may have three quarters.");
+    for (int i = 0; i < KVD_SHARE_COUNT; i++)
+        fprintf(f, "kvd_share_limit{share=\"%s\"} %" PRIu64 "\n", shares[i].label,
+                kvd_share_total(d, (enum kvd_share)i));
+    kvd_metric_head(f, "kvd_share_used", "gauge", "What they have.");
+    for (int i = 0; i < KVD_SHARE_COUNT; i++)
+        fprintf(f, "kvd_share_used{share=\"%s\"} %" PRIu64 "\n", shares[i].label,
+                kvd_share_used(d, (enum kvd_share)i));
+}
+
+const struct kvd_part kvd_part_users = {.deinit = deinit, .metrics = metrics};

@@ -5,6 +5,7 @@
 
 #include <stdint.h>
 
+#include "daemon/core/part.h"
 #include "proto/base.h"
 
 enum kvd_share {
@@ -41,6 +42,7 @@ void kvd_user_unref(struct kvd_user **user);
 // Takes n of a share for the user. KVD_E_LIMIT: the user, or all together, would have too much.
 int kvd_user_take(struct kvd_user *user, enum kvd_share share, uint64_t n, struct kvd_error *err);
 void kvd_user_give(struct kvd_user *user, enum kvd_share share, uint64_t n);
-void kvd_users_deinit(struct kvd_daemon *d);
+
+extern const struct kvd_part kvd_part_users;
 
 #endif

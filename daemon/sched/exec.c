@@ -2,7 +2,7 @@
 
 #include <utlist.h>
 
-#include "daemon/core/daemon.h"
+#include "daemon/core/lifecycle.h"
 
 struct kvd_exec {
     uv_thread_t thread;
@@ -16,7 +16,6 @@ struct kvd_exec {
     _Atomic bool contended;  // another namespace waits for the one that runs
     _Atomic bool stop;       // set under the lock
     bool ended;
-    void (*on_stopped)(struct kvd_daemon *d);
 };
 
 static bool slice_over(const struct kvd_slice *slice)
@@ -121,12 +120,11 @@ static void on_async(uv_async_t *async)
     }
     if (!ended)
         return;
-    void (*on_stopped)(struct kvd_daemon *) = x->on_stopped;
     release(d);
-    on_stopped(d);
+    kvd_daemon_go_on(d);
 }
 
-int kvd_exec_init(struct kvd_daemon *d, struct kvd_error *err)
+static int init(struct kvd_daemon *d, struct kvd_error *err)
 {
     struct kvd_exec *x = calloc(1, sizeof(*x));
     if (!x || !kvd_fair_init(&x->fair, KVD_MAX_NAMESPACES)) {
@@ -168,24 +166,37 @@ void kvd_exec_cancel(struct kvd_job *job)
     atomic_store(&job->cancelled, true);
 }
 
-void kvd_exec_stop(struct kvd_daemon *d, void (*on_stopped)(struct kvd_daemon *d))
+// Ends after the slice that runs; what is not done is abandoned and reported. Then the executor is
+// gone.
+static void stop(struct kvd_daemon *d)
 {
     struct kvd_exec *x = d->exec;
-    x->on_stopped = on_stopped;
     uv_mutex_lock(&x->lock);
     atomic_store(&x->stop, true);
     uv_cond_signal(&x->wake);
     uv_mutex_unlock(&x->lock);
 }
 
-void kvd_exec_deinit(struct kvd_daemon *d)
+static bool busy(const struct kvd_daemon *d)
 {
-    struct kvd_exec *x = d->exec;
-    if (!x)
+    return d->exec;
+}
+
+// For when there was no stop: the executor has no jobs.
+static void end(struct kvd_daemon *d)
+{
+    if (!d->exec)
         return;
-    uv_mutex_lock(&x->lock);
-    atomic_store(&x->stop, true);
-    uv_cond_signal(&x->wake);
-    uv_mutex_unlock(&x->lock);
+    stop(d);
     release(d);
 }
+
+static void metrics(struct kvd_daemon *d, FILE *f)
+{
+    kvd_metric_head(f, "kvd_queue_wait_seconds", "histogram",
+                    "Time a compute call waited for the executor.");
+    kvd_metric_histogram(f, "kvd_queue_wait_seconds", "", &d->metrics.queue_wait);
+}
+
+const struct kvd_part kvd_part_exec = {
+    .init = init, .stop = stop, .busy = busy, .end = end, .metrics = metrics};

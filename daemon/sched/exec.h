@@ -8,6 +8,7 @@
 
 #include <stdatomic.h>
 
+#include "daemon/core/part.h"
 #include "daemon/sched/fair.h"
 #include "kernels/backend.h"
 
@@ -35,14 +36,10 @@ struct kvd_job {
 };
 
 // All on the loop thread.
-int kvd_exec_init(struct kvd_daemon *d, struct kvd_error *err);
 void kvd_exec_submit(struct kvd_daemon *d, struct kvd_job *job);
 // Asks a job that was submitted to end soon. It is reported as done all the same.
 void kvd_exec_cancel(struct kvd_job *job);
-// Ends after the slice that runs; what is not done is abandoned and reported. Then on_stopped runs,
-// and the executor is gone.
-void kvd_exec_stop(struct kvd_daemon *d, void (*on_stopped)(struct kvd_daemon *d));
-// For when there was no stop: the executor must have no jobs. NULL is allowed.
-void kvd_exec_deinit(struct kvd_daemon *d);
+
+extern const struct kvd_part kvd_part_exec;
 
 #endif

@@ -103,7 +103,7 @@ void kvd_fences_park(struct kvd_daemon *d, struct kvd_work *w)
     uv_idle_start(&f->eager, on_eager);
 }
 
-int kvd_fences_init(struct kvd_daemon *d, struct kvd_error *err)
+static int init(struct kvd_daemon *d, struct kvd_error *err)
 {
     struct kvd_fences *f = calloc(1, sizeof(*f));
     if (!f)
@@ -120,7 +120,8 @@ static void on_lazy_closed(uv_handle_t *lazy)
     free((uint8_t *)lazy - offsetof(struct kvd_fences, lazy));
 }
 
-void kvd_fences_deinit(struct kvd_daemon *d)
+// Nothing is parked any more.
+static void end(struct kvd_daemon *d)
 {
     struct kvd_fences *f = KVD_TAKE(d->fences);
     if (!f)
@@ -128,3 +129,5 @@ void kvd_fences_deinit(struct kvd_daemon *d)
     uv_close((uv_handle_t *)&f->eager, NULL); // closed before the one after it
     uv_close((uv_handle_t *)&f->lazy, on_lazy_closed);
 }
+
+const struct kvd_part kvd_part_fences = {.init = init, .end = end};

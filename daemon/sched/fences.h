@@ -4,7 +4,7 @@
 
 #include <stdatomic.h>
 
-#include "daemon/core/daemon.h"
+#include "daemon/core/part.h"
 
 struct kvd_work;
 
@@ -17,11 +17,10 @@ struct kvd_fence {
 bool kvd_fence_passed(const struct kvd_fence *f);
 // Any thread. A fence that is none is none's to signal.
 void kvd_fence_signal(const struct kvd_fence *f);
-int kvd_fences_init(struct kvd_daemon *d, struct kvd_error *err);
-// NULL is allowed. Nothing is parked any more.
-void kvd_fences_deinit(struct kvd_daemon *d);
 void kvd_fences_park(struct kvd_daemon *d, struct kvd_work *w);
 // Takes out a work that is parked.
 void kvd_fences_forget(struct kvd_daemon *d, struct kvd_work *w);
+
+extern const struct kvd_part kvd_part_fences;
 
 #endif

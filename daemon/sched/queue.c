@@ -25,17 +25,6 @@ struct kvd_queue {
     struct kvd_waiting waiting;
 };
 
-int kvd_queue_init(struct kvd_daemon *d, struct kvd_error *err)
-{
-    d->queue = calloc(1, sizeof(*d->queue));
-    return d->queue ? KVD_OK : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-}
-
-void kvd_queue_deinit(struct kvd_daemon *d)
-{
-    free(KVD_TAKE(d->queue));
-}
-
 uint32_t kvd_queue_waiting(const struct kvd_daemon *d)
 {
     return d->queue->waiting.calls;
@@ -130,3 +119,16 @@ void kvd_queue_push(struct kvd_daemon *d, struct kvd_work *w)
     w->in_line = true;
     kvd_queue_kick(d, w->ns);
 }
+
+static int init(struct kvd_daemon *d, struct kvd_error *err)
+{
+    d->queue = calloc(1, sizeof(*d->queue));
+    return d->queue ? KVD_OK : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+}
+
+static void deinit(struct kvd_daemon *d)
+{
+    free(KVD_TAKE(d->queue));
+}
+
+const struct kvd_part kvd_part_queue = {.init = init, .deinit = deinit};

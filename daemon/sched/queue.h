@@ -10,6 +10,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "daemon/core/part.h"
 #include "daemon/sched/fair.h"
 #include "proto/base.h"
 
@@ -28,8 +29,7 @@ void kvd_queue_forget(struct kvd_daemon *d, struct kvd_work *w);
 // A work of the namespace has ended: starts those that waited for it.
 void kvd_queue_kick(struct kvd_daemon *d, uint32_t ns);
 uint32_t kvd_queue_waiting(const struct kvd_daemon *d);
-int kvd_queue_init(struct kvd_daemon *d, struct kvd_error *err);
-// NULL is allowed. Nothing waits any more.
-void kvd_queue_deinit(struct kvd_daemon *d);
+
+extern const struct kvd_part kvd_part_queue;
 
 #endif

@@ -213,7 +213,8 @@ uint32_t kvd_compute_queued(const struct kvd_daemon *d)
     return n;
 }
 
-void kvd_compute_cancel(struct kvd_daemon *d, const struct kvd_session *s)
+// Fails what waits and cancels what runs; of a session, or (NULL) of all.
+static void cancel_all(struct kvd_daemon *d, const struct kvd_session *s)
 {
     struct kvd_error err = {.code = s ? KVD_E_UNAUTH : KVD_E_UNAVAILABLE};
     snprintf(err.text, sizeof(err.text), "%s",
@@ -243,3 +244,44 @@ void kvd_compute_cancel(struct kvd_daemon *d, const struct kvd_session *s)
         kvd_queue_kick(d, ns);
     }
 }
+
+static void session_ends(struct kvd_daemon *d, struct kvd_session *s)
+{
+    cancel_all(d, s);
+}
+
+static void stop(struct kvd_daemon *d)
+{
+    cancel_all(d, NULL);
+}
+
+static void metrics(struct kvd_daemon *d, FILE *f)
+{
+    static const char *const ops[KVD_OP_COUNT] = {"append", "attend", "step", "rotate", "read"};
+    const struct kvd_metrics *m = &d->metrics;
+    kvd_metric_head(f, "kvd_kernel_duration_seconds", "histogram",
+                    "Time in the backend, by operation.");
+    for (int i = 0; i < KVD_OP_COUNT; i++) {
+        char labels[32];
+        snprintf(labels, sizeof(labels), "op=\"%s\"", ops[i]);
+        kvd_metric_histogram(f, "kvd_kernel_duration_seconds", labels, &m->kernel[i]);
+    }
+    kvd_metric(f, "kvd_queued_calls", "gauge", "Compute calls waiting or running.",
+               kvd_compute_queued(d));
+    kvd_metric(f, "kvd_appended_tokens_total", "counter",
+               "Tokens appended (complete in every layer).", (double)m->tokens_appended);
+    kvd_metric(f, "kvd_attended_queries_total", "counter",
+               "Query tokens answered by Attend and Step.", (double)m->queries_attended);
+    kvd_metric(f, "kvd_compressed_input_bytes_total", "counter",
+               "Bytes of bf16 K and V that left the recent window.", (double)m->bytes_in);
+    kvd_metric(f, "kvd_compressed_output_bytes_total", "counter", "Bytes that they became.",
+               (double)m->bytes_stored);
+    kvd_metric(f, "kvd_compression_ratio", "gauge",
+               "Input over output of all compression so far; 0 before the first.",
+               m->bytes_stored ? (double)m->bytes_in / (double)m->bytes_stored : 0);
+    kvd_metric(f, "kvd_nonfinite_rejected_total", "counter", "Appends refused for NaN or Inf.",
+               (double)m->nonfinite);
+}
+
+const struct kvd_part kvd_part_works = {
+    .session_ends = session_ends, .stop = stop, .metrics = metrics};

@@ -12,6 +12,7 @@
 #ifndef KVD_DAEMON_WORK_H
 #define KVD_DAEMON_WORK_H
 
+#include "daemon/core/part.h"
 #include "daemon/rpc/rpc.h"
 #include "daemon/sched/exec.h"
 #include "daemon/sched/fences.h"
@@ -93,7 +94,7 @@ bool kvd_work_run(struct kvd_daemon *d, struct kvd_job *job);
 
 // Calls that wait or run.
 uint32_t kvd_compute_queued(const struct kvd_daemon *d);
-// Fails what waits and cancels what runs, at shutdown or when a session ends (NULL: all).
-void kvd_compute_cancel(struct kvd_daemon *d, const struct kvd_session *s);
+
+extern const struct kvd_part kvd_part_works;
 
 #endif

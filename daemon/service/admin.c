@@ -11,6 +11,7 @@
 #include "daemon/service/metrics.h"
 #include "daemon/service/rotations.h"
 #include "daemon/session/buffer.h"
+#include "daemon/session/pool.h"
 #include "daemon/session/session.h"
 #include "daemon/session/tenants.h"
 

@@ -60,3 +60,27 @@ void kvd_event_send(struct kvd_daemon *d, uint32_t ns, int kind, uint64_t seq, c
             send_event(c, kind, seq, name);
     }
 }
+
+static void draining(struct kvd_daemon *d)
+{
+    kvd_event_send(d, KVD_POOL_NONE, KVD__V1__EVENT__KIND__DRAINING, 0, "");
+}
+
+static void evicted(struct kvd_daemon *d, uint32_t ns, uint64_t seq, const char *name)
+{
+    kvd_event_send(d, ns, KVD__V1__EVENT__KIND__EVICTED, seq, name);
+}
+
+static void session_ends(struct kvd_daemon *d, struct kvd_session *s)
+{
+    (void)d;
+    while (s->watchers) {
+        struct kvd_call *c = s->watchers;
+        s->watchers = c->next_watch;
+        c->session = NULL;
+        kvd_call_finish(c, KVD_OK, "the session ended");
+    }
+}
+
+const struct kvd_part kvd_part_events = {
+    .draining = draining, .evicted = evicted, .session_ends = session_ends};

@@ -1,6 +1,7 @@
 // grpc.health.v1.Health.
+#include "daemon/service/health.h"
+
 #include "daemon/rpc/rpc.h"
-#include "daemon/service/events.h"
 #include "daemon/service/handlers.h"
 #include "health.pb-c.h"
 
@@ -52,10 +53,12 @@ void kvd_on_health_watch(struct kvd_call *call, const void *request)
     call->d->health_watchers = call;
 }
 
-void kvd_health_changed(struct kvd_daemon *d)
+static void draining(struct kvd_daemon *d)
 {
     Grpc__Health__V1__HealthCheckResponse r = GRPC__HEALTH__V1__HEALTH_CHECK_RESPONSE__INIT;
     r.status = status_of(d);
     for (struct kvd_call *c = d->health_watchers; c; c = c->next_watch)
         kvd_call_send(c, &r);
 }
+
+const struct kvd_part kvd_part_health = {.draining = draining};

@@ -185,7 +185,7 @@ static void accepted(struct kvd_daemon *d, int fd)
     work(d);
 }
 
-int kvd_http_init(struct kvd_daemon *d, struct kvd_error *err)
+static int init(struct kvd_daemon *d, struct kvd_error *err)
 {
     uint16_t port;
     if (!d->config.metrics[0])
@@ -223,7 +223,7 @@ static void free_http(uv_handle_t *handle)
     d->http = NULL;
 }
 
-void kvd_http_deinit(struct kvd_daemon *d)
+static void end(struct kvd_daemon *d)
 {
     struct kvd_http *h = d->http;
     if (!h)
@@ -234,3 +234,5 @@ void kvd_http_deinit(struct kvd_daemon *d)
     uv_close((uv_handle_t *)&h->timer, NULL);
     uv_close((uv_handle_t *)&h->poll, free_http);
 }
+
+const struct kvd_part kvd_part_http = {.init = init, .end = end};

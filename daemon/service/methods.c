@@ -1,28 +1,46 @@
 // The table of methods: path, request type, handler, and who may call.
+#include "daemon/service/methods.h"
+
 #include "admin.pb-c.h"
-#include "daemon/rpc/rpc.h"
 #include "daemon/sched/op.h"
 #include "daemon/service/handlers.h"
+#include "daemon/session/fdsock.h"
 #include "health.pb-c.h"
 #include "kvd.pb-c.h"
 
-// The flags are: streaming, operator_only, while_draining.
+static bool is_operator(const struct kvd_call *c)
+{
+    char ticket[KVD_SECRET_TEXT];
+    const struct kvd_allow *admin = &c->d->config.admin;
+    kvd_call_metadata(c, "kvd-ticket", ticket, sizeof(ticket));
+    struct kvd_connection *conn = ticket[0] ? kvd_fdsock_find(c->d, ticket) : NULL;
+    if (!conn)
+        return kvd_call_peer_named(c, admin);
+    int64_t uid = kvd_connection_peer(conn).uid;
+    bool ok = uid == 0 || uid == (int64_t)getuid();
+    for (uint32_t i = 0; i < admin->n_uids; i++)
+        ok |= uid == (int64_t)admin->uids[i];
+    return ok;
+}
+
+// After the handler: whether it streams, who may call, whether it is answered while draining.
 #define KV(name, type, fn)                                                                         \
     {                                                                                              \
-        "/kvd.v1.KvCache/" name, &kvd__v1__##type##__descriptor, kvd_on_##fn, false, false, true   \
+        "/kvd.v1.KvCache/" name, &kvd__v1__##type##__descriptor, kvd_on_##fn, false, NULL, true    \
     }
 #define ADMIN(name, type, fn)                                                                      \
     {                                                                                              \
-        "/kvd.v1.Admin/" name, &kvd__v1__##type##__descriptor, kvd_on_##fn, false, false, true     \
+        "/kvd.v1.Admin/" name, &kvd__v1__##type##__descriptor, kvd_on_##fn, false, NULL, true      \
     }
 #define OPERATOR(name, type, fn)                                                                   \
     {                                                                                              \
-        "/kvd.v1.Admin/" name, &kvd__v1__##type##__descriptor, kvd_on_##fn, false, true, true      \
+        "/kvd.v1.Admin/" name, &kvd__v1__##type##__descriptor, kvd_on_##fn, false, is_operator,    \
+            true                                                                                   \
     }
 
 const struct kvd_method kvd_methods[] = {
     {"/kvd.v1.KvCache/OpenSession", &kvd__v1__open_session_request__descriptor, kvd_on_open_session,
-     false, false, false},
+     false, NULL, false},
     KV("CloseSession", close_session_request, close_session),
     KV("KeepAlive", keep_alive_request, keep_alive),
     KV("RegisterBuffer", register_buffer_request, register_buffer),
@@ -40,7 +58,7 @@ const struct kvd_method kvd_methods[] = {
     KV("Rotate", rotate_request, rotate),
     KV("ReadTokens", read_tokens_request, read_tokens),
     KV("MapSequences", map_sequences_request, map_sequences),
-    {"/kvd.v1.KvCache/Watch", &kvd__v1__watch_request__descriptor, kvd_on_watch, true, false, true},
+    {"/kvd.v1.KvCache/Watch", &kvd__v1__watch_request__descriptor, kvd_on_watch, true, NULL, true},
     ADMIN("Ping", ping_request, ping),
     ADMIN("GetStatus", status_request, get_status),
     ADMIN("ListSessions", list_sessions_request, list_sessions),
@@ -56,9 +74,9 @@ const struct kvd_method kvd_methods[] = {
     OPERATOR("Reload", reload_request, reload),
     OPERATOR("FetchRotationSet", fetch_rotation_set_request, fetch_rotation_set),
     {"/grpc.health.v1.Health/Check", &grpc__health__v1__health_check_request__descriptor,
-     kvd_on_health_check, false, false, true},
+     kvd_on_health_check, false, NULL, true},
     {"/grpc.health.v1.Health/Watch", &grpc__health__v1__health_check_request__descriptor,
-     kvd_on_health_watch, true, false, true},
+     kvd_on_health_watch, true, NULL, true},
 };
 
 const uint32_t kvd_n_methods = KVD_LEN(kvd_methods);

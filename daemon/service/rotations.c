@@ -274,3 +274,49 @@ int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_layout *g,
     }
     return KVD_OK;
 }
+
+// -- start and end ------------------------------------------------------------------------------
+
+static int init(struct kvd_daemon *d, struct kvd_error *err)
+{
+    (void)err;
+    for (uint32_t i = 0; i < KVD_MAX_LAYOUTS; i++)
+        d->rotation_fds[i] = -1;
+    return KVD_OK;
+}
+
+static void stop(struct kvd_daemon *d)
+{
+    (void)d;
+    kvd_store_abort();
+}
+
+static void deinit(struct kvd_daemon *d)
+{
+    for (uint32_t i = 0; i < KVD_MAX_LAYOUTS; i++) {
+        if (!d->rotations[i])
+            continue;
+        if (d->rotation_fds[i] >= 0)
+            close(d->rotation_fds[i]);
+        d->backend->ops->rotation_free(d->backend, &d->rotations[i]);
+    }
+}
+
+static void metrics(struct kvd_daemon *d, FILE *f)
+{
+    const struct kvd_metrics *m = &d->metrics;
+    kvd_metric_head(f, "kvd_rotation_set_requests_total", "counter",
+                    "Rotation sets asked for, by where they came from.");
+    fprintf(f, "kvd_rotation_set_requests_total{source=\"cache\"} %" PRIu64 "\n",
+            m->rotations_cached);
+    fprintf(f, "kvd_rotation_set_requests_total{source=\"store\"} %" PRIu64 "\n",
+            m->rotations_fetched);
+    fprintf(f, "kvd_rotation_set_requests_total{source=\"failed\"} %" PRIu64 "\n",
+            m->rotations_failed);
+    kvd_metric(f, "kvd_rotation_sets_loaded", "gauge",
+               "Rotation sets in the backend's memory, one per layout.",
+               (double)m->rotations_loaded);
+}
+
+const struct kvd_part kvd_part_rotations = {
+    .init = init, .stop = stop, .deinit = deinit, .metrics = metrics};

@@ -4,7 +4,7 @@
 #define KVD_DAEMON_ROTATIONS_H
 
 #include "calib/store.h"
-#include "daemon/core/daemon.h"
+#include "daemon/core/part.h"
 
 // Gets the set that g->rotation names and replaces the name by the set's digest (built-in names
 // stay). Calls back on the loop, perhaps at once: `set` is freed after the callback, and is NULL
@@ -23,5 +23,7 @@ int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_layout *g,
                        struct kvd_error *err);
 
 struct kvd_store_config kvd_rotations_store(const struct kvd_daemon *d);
+
+extern const struct kvd_part kvd_part_rotations;
 
 #endif

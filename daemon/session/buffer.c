@@ -43,20 +43,6 @@ static int map_memfd(const struct kvd_foreign *m, uint8_t **data, struct kvd_err
     return KVD_OK;
 }
 
-void kvd_buffers_measure_host(struct kvd_daemon *d)
-{
-    unsigned long long maps = 65530;
-    FILE *f KVD_FCLOSE = fopen("/proc/sys/vm/max_map_count", "re");
-    if (f && fscanf(f, "%llu", &maps) != 1)
-        maps = 65530;
-    // malloc cannot do without mappings, and what calls it does not get over that.
-    uint64_t extents = d->config.pool_size / d->config.extent_size;
-    uint64_t half = maps / 2 > extents ? maps / 2 - extents : 0;
-    kvd_share_possible(d, KVD_SHARE_MAPPINGS, KVD_MAX(half, (uint64_t)64));
-    uint64_t memory = uv_get_total_memory(), allowed = uv_get_constrained_memory();
-    kvd_share_possible(d, KVD_SHARE_BUFFER_BYTES, allowed && allowed < memory ? allowed : memory);
-}
-
 static uint64_t host_bytes(const struct kvd_buffer *b)
 {
     return b->kind == KVD_MEMORY_MEMFD ? b->size : 0;
@@ -146,3 +132,22 @@ void kvd_session_drop_buffer(struct kvd_session *s, struct kvd_buffer *b)
     s->buffer_bytes -= b->size;
     kvd_buffer_unref(b);
 }
+
+// What the host makes possible of them.
+static int init(struct kvd_daemon *d, struct kvd_error *err)
+{
+    (void)err;
+    unsigned long long maps = 65530;
+    FILE *f KVD_FCLOSE = fopen("/proc/sys/vm/max_map_count", "re");
+    if (f && fscanf(f, "%llu", &maps) != 1)
+        maps = 65530;
+    // malloc cannot do without mappings, and what calls it does not get over that.
+    uint64_t extents = d->config.pool_size / d->config.extent_size;
+    uint64_t half = maps / 2 > extents ? maps / 2 - extents : 0;
+    kvd_share_possible(d, KVD_SHARE_MAPPINGS, KVD_MAX(half, (uint64_t)64));
+    uint64_t memory = uv_get_total_memory(), allowed = uv_get_constrained_memory();
+    kvd_share_possible(d, KVD_SHARE_BUFFER_BYTES, allowed && allowed < memory ? allowed : memory);
+    return KVD_OK;
+}
+
+const struct kvd_part kvd_part_buffers = {.init = init};

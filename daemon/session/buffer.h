@@ -2,6 +2,7 @@
 #ifndef KVD_DAEMON_BUFFER_H
 #define KVD_DAEMON_BUFFER_H
 
+#include "daemon/core/part.h"
 #include "daemon/session/session.h"
 
 enum { KVD_MAX_BUFFERS = 1024 }; // per session
@@ -26,7 +27,7 @@ int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t
                            struct kvd_error *err);
 void kvd_session_drop_buffer(struct kvd_session *s, struct kvd_buffer *b);
 void kvd_buffer_unref(struct kvd_buffer *b);
-// What the host makes possible of workers' buffers: to be called once, at start.
-void kvd_buffers_measure_host(struct kvd_daemon *d);
+
+extern const struct kvd_part kvd_part_buffers;
 
 #endif

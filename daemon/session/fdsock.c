@@ -276,35 +276,6 @@ static void accept_one(struct kvd_daemon *d, int fd)
         uv_timer_start(&d->fdsock->timer, on_timer, 1000, 1000);
 }
 
-int kvd_fdsock_init(struct kvd_daemon *d, const char *path, struct kvd_error *err)
-{
-    d->fdsock = calloc(1, sizeof(*d->fdsock));
-    if (!d->fdsock)
-        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    uv_timer_init(&d->loop, &d->fdsock->timer);
-    d->fdsock->timer.data = d;
-    return kvd_listen_unix(d, KVD_LISTEN_FD, path, SOCK_SEQPACKET, accept_one, err);
-}
-
-static void free_fdsock(uv_handle_t *handle)
-{
-    struct kvd_daemon *d = handle->data;
-    free(d->fdsock);
-    d->fdsock = NULL;
-}
-
-void kvd_fdsock_deinit(struct kvd_daemon *d)
-{
-    struct kvd_fdsock *s = d->fdsock;
-    struct kvd_connection *c, *next;
-    if (!s)
-        return;
-    kvd_listen_close(d, KVD_LISTEN_FD);
-    HASH_ITER(hh, s->connections, c, next)
-    hang_up(c, "kvd stops");
-    uv_close((uv_handle_t *)&s->timer, free_fdsock);
-}
-
 struct kvd_connection *kvd_fdsock_find(struct kvd_daemon *d, const char *ticket)
 {
     struct kvd_connection *c = NULL;
@@ -371,7 +342,51 @@ int kvd_connection_send(struct kvd_connection *c, const struct kvd_fd_grant *gra
     return kvd_fail(err, KVD_E_UNAVAILABLE, "the fd socket failed: %s", strerror(errno));
 }
 
-uint32_t kvd_fdsock_count(const struct kvd_daemon *d)
+// -- start and end ------------------------------------------------------------------------------
+
+// Beside the first unix socket; without one there is none.
+static int init(struct kvd_daemon *d, struct kvd_error *err)
 {
-    return d->fdsock ? HASH_COUNT(d->fdsock->connections) : 0;
+    char path[KVD_CONFIG_TEXT + 8];
+    uint32_t i = 0;
+    while (i < d->config.n_listen && strncmp(d->config.listen[i], "unix:", 5) != 0)
+        i++;
+    if (i == d->config.n_listen)
+        return KVD_OK;
+    d->fdsock = calloc(1, sizeof(*d->fdsock));
+    if (!d->fdsock)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    uv_timer_init(&d->loop, &d->fdsock->timer);
+    d->fdsock->timer.data = d;
+    snprintf(path, sizeof(path), "%s.fd", d->config.listen[i] + 5);
+    return kvd_listen_unix(d, KVD_LISTEN_FD, path, SOCK_SEQPACKET, accept_one, err);
 }
+
+static void free_fdsock(uv_handle_t *handle)
+{
+    struct kvd_daemon *d = handle->data;
+    free(d->fdsock);
+    d->fdsock = NULL;
+}
+
+// Closes all; their sessions end.
+static void stop(struct kvd_daemon *d)
+{
+    struct kvd_fdsock *s = d->fdsock;
+    struct kvd_connection *c, *next;
+    if (!s || uv_is_closing((uv_handle_t *)&s->timer))
+        return;
+    kvd_listen_close(d, KVD_LISTEN_FD);
+    HASH_ITER(hh, s->connections, c, next)
+    hang_up(c, "kvd stops");
+    uv_close((uv_handle_t *)&s->timer, free_fdsock);
+}
+
+static void metrics(struct kvd_daemon *d, FILE *f)
+{
+    kvd_metric(f, "kvd_connections", "gauge", "Open connections on the fd socket.",
+               d->fdsock ? HASH_COUNT(d->fdsock->connections) : 0);
+}
+
+const struct kvd_part kvd_part_fdsock = {
+    .init = init, .stop = stop, .end = stop, .metrics = metrics};

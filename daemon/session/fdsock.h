@@ -2,15 +2,12 @@
 #ifndef KVD_DAEMON_FDSOCK_H
 #define KVD_DAEMON_FDSOCK_H
 
-#include "daemon/core/daemon.h"
+#include "daemon/core/part.h"
 #include "proto/fdsock.h"
 
 struct kvd_connection;
 struct kvd_session;
 
-int kvd_fdsock_init(struct kvd_daemon *d, const char *path, struct kvd_error *err);
-// Closes all; their sessions end. NULL is allowed.
-void kvd_fdsock_deinit(struct kvd_daemon *d);
 // The connection that a ticket was given to, or NULL.
 struct kvd_connection *kvd_fdsock_find(struct kvd_daemon *d, const char *ticket);
 struct kvd_peer {
@@ -31,6 +28,7 @@ int kvd_connection_send(struct kvd_connection *c, const struct kvd_fd_grant *gra
 int kvd_connection_take_fd(struct kvd_connection *c, uint64_t key);
 // Hangs up: after its session was ended by the worker itself or by an operator.
 void kvd_connection_close(struct kvd_connection *c);
-uint32_t kvd_fdsock_count(const struct kvd_daemon *d);
+
+extern const struct kvd_part kvd_part_fdsock;
 
 #endif

@@ -255,7 +255,7 @@ uint32_t kvd_memory_extents(const struct kvd_daemon *d)
 
 // -- start and end ------------------------------------------------------------------------------
 
-int kvd_memory_init(struct kvd_daemon *d, struct kvd_error *err)
+static int init(struct kvd_daemon *d, struct kvd_error *err)
 {
     const struct kvd_config *c = &d->config;
     const struct kvd_backend_ops *ops = d->backend->ops;
@@ -271,8 +271,6 @@ int kvd_memory_init(struct kvd_daemon *d, struct kvd_error *err)
     m->extents = extents;
     for (uint32_t i = 0; i < n; i++)
         extents[i].version = 1;
-    for (uint32_t i = 0; i < KVD_MAX_LAYOUTS; i++)
-        d->rotation_fds[i] = -1;
     m->arena = ops->arena_new(d->backend, n, c->extent_size, err);
     if (!m->arena)
         return err->code;
@@ -285,15 +283,21 @@ int kvd_memory_init(struct kvd_daemon *d, struct kvd_error *err)
     return KVD_OK;
 }
 
-void kvd_memory_deinit(struct kvd_daemon *d)
+static void deinit(struct kvd_daemon *d)
 {
     struct kvd_memory_state *m = KVD_TAKE(d->memory);
     if (!m)
         return;
-    for (uint32_t i = 0; i < KVD_MAX_LAYOUTS; i++)
-        if (d->rotation_fds[i] >= 0)
-            close(d->rotation_fds[i]);
     d->backend->ops->arena_free(d->backend, &m->arena);
     free(m->extents);
     free(m);
 }
+
+static int start(struct kvd_daemon *d, struct kvd_error *err)
+{
+    (void)err;
+    kvd_memory_ahead(d);
+    return KVD_OK;
+}
+
+const struct kvd_part kvd_part_memory = {.init = init, .start = start, .deinit = deinit};

@@ -3,10 +3,9 @@
 #ifndef KVD_DAEMON_MEMORY_H
 #define KVD_DAEMON_MEMORY_H
 
+#include "daemon/core/part.h"
 #include "daemon/session/session.h"
 
-int kvd_memory_init(struct kvd_daemon *d, struct kvd_error *err);
-void kvd_memory_deinit(struct kvd_daemon *d);
 struct kvd_pool_mem_ops kvd_memory_ops(struct kvd_daemon *d);
 // Sees to it that spare extents are made, on libuv's thread pool.
 void kvd_memory_ahead(struct kvd_daemon *d);
@@ -20,5 +19,7 @@ int kvd_memory_lend_rotations(struct kvd_daemon *d, struct kvd_session *s, struc
 // Page number on the wire of an address; 0 has UINT32_MAX.
 uint32_t kvd_memory_page_number(const struct kvd_daemon *d, uint64_t addr);
 uint32_t kvd_memory_extents(const struct kvd_daemon *d);
+
+extern const struct kvd_part kvd_part_memory;
 
 #endif

@@ -4,7 +4,6 @@
 #include "daemon/core/lifecycle.h"
 #include "daemon/rpc/rpc.h"
 #include "daemon/rpc/users.h"
-#include "daemon/sched/work.h"
 #include "daemon/session/buffer.h"
 #include "daemon/session/fdsock.h"
 #include "daemon/session/tenants.h"
@@ -73,13 +72,7 @@ void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *wh
     kvd_info("session ended id=%llu client=%s pid=%lld why=\"%s\" sequences=%u calls=%llu",
              (unsigned long long)s->id, s->client_name, (long long)s->pid, why, HASH_COUNT(s->held),
              (unsigned long long)s->calls);
-    kvd_compute_cancel(d, s);
-    while (s->watchers) {
-        struct kvd_call *c = s->watchers;
-        s->watchers = c->next_watch;
-        c->session = NULL;
-        kvd_call_finish(c, KVD_OK, "the session ended");
-    }
+    kvd_parts_session_ends(d, s);
     struct kvd_held *h, *h_next;
     HASH_ITER(hh, s->held, h, h_next)
     {
@@ -188,3 +181,24 @@ bool kvd_session_drop_held(struct kvd_session *s, uint64_t seq)
     kvd_user_give(s->user, KVD_SHARE_SEQUENCES, 1);
     return true;
 }
+
+static void stop(struct kvd_daemon *d)
+{
+    struct kvd_session *s, *next;
+    HASH_ITER(hh, d->sessions, s, next)
+    kvd_session_end(d, s, "kvd stops");
+}
+
+static void metrics(struct kvd_daemon *d, FILE *f)
+{
+    const struct kvd_metrics *m = &d->metrics;
+    kvd_metric(f, "kvd_sessions", "gauge", "Open sessions.", d->n_sessions);
+    kvd_metric(f, "kvd_sessions_opened_total", "counter", "Sessions opened.",
+               (double)m->sessions_opened);
+    kvd_metric(f, "kvd_sessions_ended_total", "counter", "Sessions ended, for whatever reason.",
+               (double)m->sessions_ended);
+    kvd_metric(f, "kvd_leases_expired_total", "counter", "Leased sessions that ran out.",
+               (double)m->leases_expired);
+}
+
+const struct kvd_part kvd_part_sessions = {.stop = stop, .metrics = metrics};

@@ -4,7 +4,7 @@
 
 #include <uthash.h>
 
-#include "daemon/core/daemon.h"
+#include "daemon/core/part.h"
 
 enum {
     KVD_REPLAY_SLOTS = 256,       // replies remembered per session
@@ -73,5 +73,7 @@ uint32_t kvd_session_holds(const struct kvd_session *s, uint64_t seq);
 int kvd_session_add_held(struct kvd_session *s, uint64_t seq, bool *first, struct kvd_error *err);
 // Takes one away; true if it was the last.
 bool kvd_session_drop_held(struct kvd_session *s, uint64_t seq);
+
+extern const struct kvd_part kvd_part_sessions;
 
 #endif

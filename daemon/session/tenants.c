@@ -125,10 +125,12 @@ int kvd_layout_open(struct kvd_daemon *d, int64_t uid, uint32_t ns, const struct
     return KVD_OK;
 }
 
-void kvd_tenants_deinit(struct kvd_daemon *d)
+static void deinit(struct kvd_daemon *d)
 {
     for (uint32_t i = 0; i < KVD_MAX_NAMESPACES; i++)
         discharge(&d->namespace_users[i], KVD_SHARE_NAMESPACES);
     for (uint32_t i = 0; i < KVD_MAX_LAYOUTS; i++)
         discharge(&d->layout_users[i], KVD_SHARE_LAYOUTS);
 }
+
+const struct kvd_part kvd_part_tenants = {.deinit = deinit};

@@ -2,7 +2,7 @@
 #ifndef KVD_DAEMON_TENANTS_H
 #define KVD_DAEMON_TENANTS_H
 
-#include "daemon/core/daemon.h"
+#include "daemon/core/part.h"
 
 // Finds or makes a namespace for a user, who is charged as long as it lasts, and holds it; to be
 // given back with kvd_namespace_close. KVD_E_DENIED: not listed, where only those may be.
@@ -16,7 +16,7 @@ int kvd_layout_open(struct kvd_daemon *d, int64_t uid, uint32_t ns, const struct
                     struct kvd_error *err);
 // Whether a namespace may be at all.
 int kvd_namespace_listed(const struct kvd_daemon *d, const char *name, struct kvd_error *err);
-// At the end: nobody is charged any more.
-void kvd_tenants_deinit(struct kvd_daemon *d);
+
+extern const struct kvd_part kvd_part_tenants;
 
 #endif

@@ -1,0 +1,53 @@
+#include "daemon/core/device.h"
+
+#include <unistd.h>
+
+// The backend that is asked for; "auto": the GPU where it is usable, else the CPU.
+static int init(struct kvd_daemon *d, struct kvd_error *err)
+{
+    const struct kvd_config *c = &d->config;
+    if (strcmp(c->backend, "cpu") != 0) {
+#ifdef KVD_CUDA
+        // The runtime's own words for a host without a GPU are about versions.
+        if (access("/dev/nvidiactl", F_OK) && access("/dev/dxg", F_OK))
+            kvd_fail(
+                err, KVD_E_UNAVAILABLE,
+                "no NVIDIA GPU was found: there is no /dev/nvidiactl (is the driver loaded, has "
+                "the container been given the device?)");
+        else
+            d->backend = kvd_cuda_backend_new(c->device, err);
+        if (d->backend)
+            return KVD_OK;
+#else
+        kvd_fail(err, KVD_E_UNSUPPORTED, "this kvd was built without CUDA");
+#endif
+        if (strcmp(c->backend, "cuda") == 0)
+            return kvd_fail_in(err, "backend cuda (backend cpu needs no GPU)");
+        kvd_info("no GPU: %s; running on the CPU", err->text);
+        *err = (struct kvd_error){0};
+    }
+    d->backend = kvd_cpu_backend_new(c->threads, c->isa[0] ? c->isa : NULL, err);
+    return d->backend ? KVD_OK : err->code;
+}
+
+static void deinit(struct kvd_daemon *d)
+{
+    kvd_backend_free(&d->backend);
+}
+
+static void metrics(struct kvd_daemon *d, FILE *f)
+{
+    char device[2 * KVD_CONFIG_TEXT];
+    kvd_metric_escape(d->backend->ops->device(d->backend), device, sizeof(device));
+    kvd_metric_head(f, "kvd_build_info", "gauge",
+                    "Always 1; the labels tell version and backend.");
+    fprintf(f, "kvd_build_info{version=\"%s\",backend=\"%s\"} 1\n", kvd_build_version(),
+            d->backend->ops->name);
+    kvd_metric_head(f, "kvd_device_info", "gauge",
+                    "Always 1; the labels tell what the backend runs on, and the instance of this "
+                    "start.");
+    fprintf(f, "kvd_device_info{backend=\"%s\",index=\"%u\",device=\"%s\",start=\"%s\"} 1\n",
+            d->backend->ops->name, d->config.device, device, d->instance);
+}
+
+const struct kvd_part kvd_part_device = {.init = init, .deinit = deinit, .metrics = metrics};

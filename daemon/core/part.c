@@ -1,0 +1,15 @@
+#include "daemon/core/part.h"
+
+void kvd_parts_session_ends(struct kvd_daemon *d, struct kvd_session *s)
+{
+    for (const struct kvd_part *const *p = d->parts; *p; p++)
+        if ((*p)->session_ends)
+            (*p)->session_ends(d, s);
+}
+
+void kvd_parts_evicted(struct kvd_daemon *d, uint32_t ns, uint64_t seq, const char *name)
+{
+    for (const struct kvd_part *const *p = d->parts; *p; p++)
+        if ((*p)->evicted)
+            (*p)->evicted(d, ns, seq, name);
+}

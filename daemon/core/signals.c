@@ -1,0 +1,37 @@
+#include "daemon/core/signals.h"
+
+#include <signal.h>
+
+#include "daemon/core/lifecycle.h"
+#include "daemon/core/reload.h"
+
+static void on_stop_signal(uv_signal_t *signal, int number)
+{
+    struct kvd_daemon *d = signal->data;
+    kvd_notice("stopping signal=%s", number == SIGTERM ? "SIGTERM" : "SIGINT");
+    kvd_daemon_drain(d, d->config.drain_timeout_ms);
+}
+
+static void on_hup(uv_signal_t *signal, int number)
+{
+    (void)number;
+    kvd_daemon_reload(signal->data, NULL, NULL, NULL);
+}
+
+static void start_signal(struct kvd_daemon *d, uv_signal_t *s, uv_signal_cb cb, int number)
+{
+    uv_signal_init(&d->loop, s);
+    s->data = d;
+    uv_signal_start(s, cb, number);
+}
+
+static int init(struct kvd_daemon *d, struct kvd_error *err)
+{
+    (void)err;
+    start_signal(d, &d->sig_term, on_stop_signal, SIGTERM);
+    start_signal(d, &d->sig_int, on_stop_signal, SIGINT);
+    start_signal(d, &d->sig_hup, on_hup, SIGHUP);
+    return KVD_OK;
+}
+
+const struct kvd_part kvd_part_signals = {.init = init};
