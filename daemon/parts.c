@@ -12,7 +12,6 @@
 #include "daemon/rpc/users.h"
 #include "daemon/sched/exec.h"
 #include "daemon/sched/fences.h"
-#include "daemon/sched/queue.h"
 #include "daemon/sched/work.h"
 #include "daemon/service/events.h"
 #include "daemon/service/health.h"
@@ -26,27 +25,26 @@
 #include "daemon/session/tenants.h"
 
 const struct kvd_part *const kvd_parts[] = {
-    &kvd_part_signals,
-    &kvd_part_users,
-    &kvd_part_device,
-    &kvd_part_memory,
-    &kvd_part_buffers,
-    &kvd_part_pool,
-    &kvd_part_tenants,
-    &kvd_part_sessions,
-    &kvd_part_queue,
-    &kvd_part_fences,
-    &kvd_part_works,
-    &kvd_part_exec,
-    &kvd_part_locks, // before anything listens
-    &kvd_part_rpc,
-    &kvd_part_fdsock,
-    &kvd_part_rotations,
-    &kvd_part_events,
-    &kvd_part_health,
-    &kvd_part_http,
-    &kvd_part_reload,
-    &kvd_part_lifecycle,
-    &kvd_part_process,
+    &kvd_part_signals,   // SIGTERM, SIGINT, SIGHUP
+    &kvd_part_users,     // shares
+    &kvd_part_device,    // the backend
+    &kvd_part_memory,    // extents
+    &kvd_part_buffers,   // what the host has room for
+    &kvd_part_pool,      // and the namespaces of the configuration
+    &kvd_part_tenants,   // who is charged
+    &kvd_part_sessions,  // leases
+    &kvd_part_fences,    // GPU streams of workers
+    &kvd_part_works,     // calls, and their line
+    &kvd_part_exec,      // the executor
+    &kvd_part_locks,     // before anything listens
+    &kvd_part_rpc,       // gRPC
+    &kvd_part_fdsock,    // the fd socket
+    &kvd_part_rotations, // rotation sets, and their downloads
+    &kvd_part_events,    // Watch
+    &kvd_part_health,    // grpc.health.v1
+    &kvd_part_http,      // /metrics, /healthz, /readyz
+    &kvd_part_reload,    // of the configuration
+    &kvd_part_lifecycle, // draining and uptime
+    &kvd_part_process,   // memory, CPU time, descriptors
     NULL,
 };

@@ -39,8 +39,7 @@ static void metrics(struct kvd_daemon *d, FILE *f)
 {
     char device[2 * KVD_CONFIG_TEXT];
     kvd_metric_escape(d->backend->ops->device(d->backend), device, sizeof(device));
-    kvd_metric_head(f, "kvd_build_info", "gauge",
-                    "Always 1; the labels tell version and backend.");
+    kvd_metric_head(f, "kvd_build_info", "gauge", "Always 1; the labels tell version and backend.");
     fprintf(f, "kvd_build_info{version=\"%s\",backend=\"%s\"} 1\n", kvd_build_version(),
             d->backend->ops->name);
     kvd_metric_head(f, "kvd_device_info", "gauge",

@@ -36,7 +36,8 @@ void kvd_metric(FILE *f, const char *name, const char *type, const char *help, d
     fprintf(f, "%s %.17g\n", name, value);
 }
 
-void kvd_metric_histogram(FILE *f, const char *name, const char *labels, const struct kvd_histogram *h)
+void kvd_metric_histogram(FILE *f, const char *name, const char *labels,
+                          const struct kvd_histogram *h)
 {
     uint64_t sum = 0;
     const char *comma = *labels ? "," : "";

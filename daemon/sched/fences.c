@@ -9,16 +9,13 @@
 #include <stdatomic.h>
 #include <utlist.h>
 
-#include "daemon/sched/queue.h"
-#include "daemon/sched/work.h"
-
 enum {
     EAGER_MS = 3, // of looking all the time, after the latest arrival or passage
     LAZY_MS = 1,  // between looks after that
 };
 
 struct kvd_fences {
-    struct kvd_work *first; // linked by previous and next
+    struct kvd_parked *first;
     uv_idle_t eager;
     uv_timer_t lazy;
     uint64_t latest_ms; // of an arrival or a passage
@@ -35,28 +32,29 @@ void kvd_fence_signal(const struct kvd_fence *f)
         atomic_store_explicit(f->word, f->value, memory_order_release);
 }
 
-void kvd_fences_forget(struct kvd_daemon *d, struct kvd_work *w)
+void kvd_fences_forget(struct kvd_daemon *d, struct kvd_parked *p)
 {
-    DL_DELETE2(d->fences->first, w, previous, next);
-    w->parked = false;
+    if (p->parked)
+        DL_DELETE(d->fences->first, p);
+    p->parked = false;
 }
 
 // Lets those go on whose fences have been passed. Deadlines need no look: gRPC cancels such calls.
 static void look(struct kvd_daemon *d)
 {
-    struct kvd_work *w, *next, *ready = NULL;
-    DL_FOREACH_SAFE2(d->fences->first, w, next, next)
+    struct kvd_parked *p, *next, *ready = NULL;
+    DL_FOREACH_SAFE(d->fences->first, p, next)
     {
-        if (!kvd_fence_passed(&w->wait))
+        if (!kvd_fence_passed(&p->fence))
             continue;
-        kvd_fences_forget(d, w);
-        DL_APPEND2(ready, w, previous, next);
+        kvd_fences_forget(d, p);
+        DL_APPEND(ready, p);
         d->fences->latest_ms = kvd_now_ms(d);
     }
     while (ready) {
-        w = ready;
-        DL_DELETE2(ready, w, previous, next);
-        kvd_queue_push(d, w);
+        p = ready;
+        DL_DELETE(ready, p);
+        p->passed(d, p);
     }
 }
 
@@ -93,11 +91,11 @@ static void on_lazy(uv_timer_t *timer)
     pace(d);
 }
 
-void kvd_fences_park(struct kvd_daemon *d, struct kvd_work *w)
+void kvd_fences_park(struct kvd_daemon *d, struct kvd_parked *p)
 {
     struct kvd_fences *f = d->fences;
-    DL_APPEND2(f->first, w, previous, next);
-    w->parked = true;
+    DL_APPEND(f->first, p);
+    p->parked = true;
     f->latest_ms = kvd_now_ms(d);
     uv_timer_stop(&f->lazy);
     uv_idle_start(&f->eager, on_eager);

@@ -1,19 +1,18 @@
 #include "daemon/sched/queue.h"
 
+#include <uthash.h>
 #include <utlist.h>
 
-#include "daemon/sched/work.h"
-
-enum { MAX_IN_FLIGHT = 8 }; // works of a namespace handed to the executor at once
+enum { MAX_IN_FLIGHT = 8 }; // of a namespace, handed to the executor at once
 
 struct line {
-    struct kvd_work *first; // linked by previous and next
+    struct kvd_waiter *first;
     uint32_t in_flight;
     struct kvd_waiting waiting;
 };
 
 // What a session has waiting, while it has anything.
-struct waiter {
+struct charged {
     uint64_t session;
     struct kvd_waiting waiting;
     UT_hash_handle hh;
@@ -21,8 +20,10 @@ struct waiter {
 
 struct kvd_queue {
     struct line lines[KVD_MAX_NAMESPACES];
-    struct waiter *sessions;
+    struct charged *sessions;
     struct kvd_waiting waiting;
+    bool (*ready)(struct kvd_daemon *d, struct kvd_waiter *w);
+    void (*start)(struct kvd_daemon *d, struct kvd_waiter *w);
 };
 
 uint32_t kvd_queue_waiting(const struct kvd_daemon *d)
@@ -47,20 +48,20 @@ static int refuse(const char *who, uint64_t id, struct kvd_waiting own, struct k
                     all.calls, (unsigned long long)all.bytes, why);
 }
 
-int kvd_queue_admit(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
+int kvd_queue_admit(struct kvd_daemon *d, struct kvd_waiter *w, struct kvd_error *err)
 {
     struct kvd_queue *q = d->queue;
     struct line *line = &q->lines[w->ns];
     struct kvd_waiting most = {d->config.max_queue, KVD_MAX_WAITING_BYTES}, none = {0};
     // A namespace ends up with at most three quarters of all, and shares those among its sessions.
     struct kvd_waiting part = {KVD_MAX(most.calls / 4 * 3, 1u), most.bytes / 4 * 3};
-    struct waiter *s;
+    struct charged *s;
     const char *why;
     HASH_FIND(hh, q->sessions, &w->session, sizeof(w->session), s);
     struct kvd_waiting own = s ? s->waiting : none;
-    if (!kvd_waiting_fits(line->waiting, q->waiting, most, w->call->request_bytes, &why))
+    if (!kvd_waiting_fits(line->waiting, q->waiting, most, w->bytes, &why))
         return refuse("namespace", w->ns, line->waiting, q->waiting, why, err);
-    if (!kvd_waiting_fits(own, line->waiting, part, w->call->request_bytes, &why))
+    if (!kvd_waiting_fits(own, line->waiting, part, w->bytes, &why))
         return refuse("session", w->session, own, line->waiting, why, err);
     if (!s) {
         s = calloc(1, sizeof(*s));
@@ -70,17 +71,17 @@ int kvd_queue_admit(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *
         HASH_ADD(hh, q->sessions, session, sizeof(s->session), s);
     }
     w->waits = true;
-    count(&q->waiting, true, w->call->request_bytes);
-    count(&line->waiting, true, w->call->request_bytes);
-    count(&s->waiting, true, w->call->request_bytes);
+    count(&q->waiting, true, w->bytes);
+    count(&line->waiting, true, w->bytes);
+    count(&s->waiting, true, w->bytes);
     return KVD_OK;
 }
 
-void kvd_queue_forget(struct kvd_daemon *d, struct kvd_work *w)
+void kvd_queue_forget(struct kvd_daemon *d, struct kvd_waiter *w)
 {
     struct kvd_queue *q = d->queue;
     struct line *line = &q->lines[w->ns];
-    struct waiter *s;
+    struct charged *s;
     if (w->in_flight)
         line->in_flight--;
     w->in_flight = false;
@@ -88,12 +89,12 @@ void kvd_queue_forget(struct kvd_daemon *d, struct kvd_work *w)
         return;
     w->waits = false;
     if (w->in_line)
-        DL_DELETE2(line->first, w, previous, next);
+        DL_DELETE(line->first, w);
     w->in_line = false;
     HASH_FIND(hh, q->sessions, &w->session, sizeof(w->session), s);
-    count(&q->waiting, false, w->call->request_bytes);
-    count(&line->waiting, false, w->call->request_bytes);
-    count(&s->waiting, false, w->call->request_bytes);
+    count(&q->waiting, false, w->bytes);
+    count(&line->waiting, false, w->bytes);
+    count(&s->waiting, false, w->bytes);
     if (s->waiting.calls)
         return;
     HASH_DEL(q->sessions, s);
@@ -103,32 +104,35 @@ void kvd_queue_forget(struct kvd_daemon *d, struct kvd_work *w)
 void kvd_queue_kick(struct kvd_daemon *d, uint32_t ns)
 {
     struct line *line = &d->queue->lines[ns];
-    while (line->first && line->in_flight < MAX_IN_FLIGHT && kvd_work_ready(d, line->first)) {
-        struct kvd_work *w = line->first;
+    while (line->first && line->in_flight < MAX_IN_FLIGHT && d->queue->ready(d, line->first)) {
+        struct kvd_waiter *w = line->first;
         kvd_queue_forget(d, w);
         w->in_flight = true;
         line->in_flight++;
-        kvd_work_start(d, w);
+        d->queue->start(d, w);
     }
 }
 
-void kvd_queue_push(struct kvd_daemon *d, struct kvd_work *w)
+void kvd_queue_push(struct kvd_daemon *d, struct kvd_waiter *w)
 {
     struct line *line = &d->queue->lines[w->ns];
-    DL_APPEND2(line->first, w, previous, next);
+    DL_APPEND(line->first, w);
     w->in_line = true;
     kvd_queue_kick(d, w->ns);
 }
 
-static int init(struct kvd_daemon *d, struct kvd_error *err)
+int kvd_queue_init(struct kvd_daemon *d, bool (*ready)(struct kvd_daemon *d, struct kvd_waiter *w),
+                   void (*start)(struct kvd_daemon *d, struct kvd_waiter *w), struct kvd_error *err)
 {
     d->queue = calloc(1, sizeof(*d->queue));
-    return d->queue ? KVD_OK : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    if (!d->queue)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    d->queue->ready = ready;
+    d->queue->start = start;
+    return KVD_OK;
 }
 
-static void deinit(struct kvd_daemon *d)
+void kvd_queue_deinit(struct kvd_daemon *d)
 {
     free(KVD_TAKE(d->queue));
 }
-
-const struct kvd_part kvd_part_queue = {.init = init, .deinit = deinit};

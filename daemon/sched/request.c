@@ -110,7 +110,7 @@ int kvd_op_check_batch(struct kvd_work *w, struct kvd_session *s, const void *re
     if (rc == KVD_OK)
         rc = set_attention(w, b->params, err);
     if (rc == KVD_OK)
-        rc = kvd_work_fence(w, s, b->wait, "wait", &w->wait, err);
+        rc = kvd_work_fence(w, s, b->wait, "wait", &w->parked.fence, err);
     if (rc == KVD_OK)
         rc = kvd_work_fence(w, s, b->signal, "signal", &w->signal, err);
     for (uint32_t i = 0; rc == KVD_OK && i < w->n_items; i++) {

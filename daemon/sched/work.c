@@ -17,9 +17,10 @@ struct kvd_work *kvd_work_new(struct kvd_call *call, const struct kvd_session *s
     }
     w->op = op;
     w->call = call;
-    w->session = s->id;
     w->appender = s->appender;
-    w->ns = s->ns;
+    w->waiter.ns = s->ns;
+    w->waiter.session = s->id;
+    w->waiter.bytes = call->request_bytes;
     w->layout = s->layout;
     kvd_pool_layout_ref(d->pool, w->layout);
     w->plane = &kvd_pool_layout_get(d->pool, w->layout)->planes[0];
@@ -56,8 +57,15 @@ void kvd_work_free(struct kvd_daemon *d, struct kvd_work *w)
     free(w);
 }
 
-bool kvd_work_ready(const struct kvd_daemon *d, const struct kvd_work *w)
+static struct kvd_work *of_waiter(struct kvd_waiter *waiter)
 {
+    return (struct kvd_work *)((uint8_t *)waiter - offsetof(struct kvd_work, waiter));
+}
+
+// Whether no work in flight uses what it writes, or writes what it uses.
+static bool ready(struct kvd_daemon *d, struct kvd_waiter *waiter)
+{
+    const struct kvd_work *w = of_waiter(waiter);
     for (uint32_t i = 0; i < w->n_items; i++) {
         const struct kvd_seq_use *use = &d->use[(uint32_t)w->items[i].seq];
         if (use->writer || (w->op->writes && use->readers))
@@ -87,11 +95,10 @@ static void settle(struct kvd_daemon *d, struct kvd_work *w, bool commit)
 // It is no longer among those that wait or run.
 static void leave(struct kvd_daemon *d, struct kvd_work *w)
 {
-    if (w->parked)
-        kvd_fences_forget(d, w);
-    kvd_queue_forget(d, w);
+    kvd_fences_forget(d, &w->parked);
+    kvd_queue_forget(d, &w->waiter);
     if (w->listed)
-        DL_DELETE2(d->works, w, previous_work, next_work);
+        DL_DELETE2(d->works, w, previous, next);
     w->listed = false;
     w->call->on_cancelled = NULL;
     if (w->locked)
@@ -108,7 +115,7 @@ static void answer_failure(struct kvd_daemon *d, struct kvd_call *call, const st
 static void done(struct kvd_daemon *d, struct kvd_job *job)
 {
     struct kvd_work *w = (struct kvd_work *)job;
-    uint32_t ns = w->ns;
+    uint32_t ns = w->waiter.ns;
     kvd_histogram_add(&d->metrics.kernel[w->op->id], job->ran_ns);
     if (job->abandoned)
         job->rc = kvd_fail(&w->err, KVD_E_UNAVAILABLE, "kvd is shutting down");
@@ -137,8 +144,10 @@ static void fail(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_erro
     answer_failure(d, call, err);
 }
 
-void kvd_work_start(struct kvd_daemon *d, struct kvd_work *w)
+// Takes its pages and hands it to the executor. Only the line calls this.
+static void start(struct kvd_daemon *d, struct kvd_waiter *waiter)
 {
+    struct kvd_work *w = of_waiter(waiter);
     struct kvd_error err = {0};
     if (kvd_call_expired(w->call)) {
         kvd_fail(&err, KVD_E_TIMEOUT,
@@ -162,14 +171,14 @@ void kvd_work_start(struct kvd_daemon *d, struct kvd_work *w)
         kvd_memory_ahead(d);
     w->job.run = kvd_work_run;
     w->job.done = done;
-    w->job.fair.tenant = w->ns;
+    w->job.fair.tenant = w->waiter.ns;
     kvd_exec_submit(d, &w->job);
 }
 
 static void cancel(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_error *why)
 {
-    if (!w->in_flight) {
-        uint32_t ns = w->ns;
+    if (!w->waiter.in_flight) {
+        uint32_t ns = w->waiter.ns;
         fail(d, w, why);
         kvd_queue_kick(d, ns); // it may have been the first in line
         return;
@@ -187,29 +196,36 @@ static void on_cancelled(struct kvd_call *call)
     cancel(call->d, call->work, &why);
 }
 
+static void on_passed(struct kvd_daemon *d, struct kvd_parked *parked)
+{
+    struct kvd_work *w = (struct kvd_work *)((uint8_t *)parked - offsetof(struct kvd_work, parked));
+    kvd_queue_push(d, &w->waiter);
+}
+
 void kvd_work_queue(struct kvd_daemon *d, struct kvd_work *w)
 {
     struct kvd_error err = {0};
     pin(d, w);
-    if (kvd_queue_admit(d, w, &err)) {
+    if (kvd_queue_admit(d, &w->waiter, &err)) {
         fail(d, w, &err);
         return;
     }
     w->call->work = w;
     w->call->on_cancelled = on_cancelled;
-    DL_APPEND2(d->works, w, previous_work, next_work);
+    DL_APPEND2(d->works, w, previous, next);
     w->listed = true;
-    if (w->wait.word && !kvd_fence_passed(&w->wait))
-        kvd_fences_park(d, w);
+    w->parked.passed = on_passed;
+    if (w->parked.fence.word && !kvd_fence_passed(&w->parked.fence))
+        kvd_fences_park(d, &w->parked);
     else
-        kvd_queue_push(d, w);
+        kvd_queue_push(d, &w->waiter);
 }
 
 uint32_t kvd_compute_queued(const struct kvd_daemon *d)
 {
     uint32_t n;
     const struct kvd_work *w;
-    DL_COUNT2(d->works, w, n, next_work);
+    DL_COUNT2(d->works, w, n, next);
     return n;
 }
 
@@ -221,28 +237,32 @@ static void cancel_all(struct kvd_daemon *d, const struct kvd_session *s)
              s ? "the session ended before the call was done" : "kvd is shutting down");
     // Not while the list is walked: a work that goes makes way for others, which start, or fail.
     struct kvd_work *w, *next, *gone = NULL;
-    DL_FOREACH_SAFE2(d->works, w, next, next_work)
+    DL_FOREACH_SAFE2(d->works, w, next, next)
     {
-        if (s && w->session != s->id)
+        if (s && w->waiter.session != s->id)
             continue;
-        if (w->in_flight) {
+        if (w->waiter.in_flight) {
             cancel(d, w, &err);
             continue;
         }
-        if (w->parked)
-            kvd_fences_forget(d, w);
-        kvd_queue_forget(d, w);
-        DL_DELETE2(d->works, w, previous_work, next_work);
+        kvd_fences_forget(d, &w->parked);
+        kvd_queue_forget(d, &w->waiter);
+        DL_DELETE2(d->works, w, previous, next);
         w->listed = false;
         LL_PREPEND(gone, w);
     }
     while (gone) {
         w = gone;
-        uint32_t ns = w->ns;
+        uint32_t ns = w->waiter.ns;
         gone = w->next;
         fail(d, w, &err);
         kvd_queue_kick(d, ns);
     }
+}
+
+static int init(struct kvd_daemon *d, struct kvd_error *err)
+{
+    return kvd_queue_init(d, ready, start, err);
 }
 
 static void session_ends(struct kvd_daemon *d, struct kvd_session *s)
@@ -284,4 +304,9 @@ static void metrics(struct kvd_daemon *d, FILE *f)
 }
 
 const struct kvd_part kvd_part_works = {
-    .session_ends = session_ends, .stop = stop, .metrics = metrics};
+    .init = init,
+    .stop = stop,
+    .deinit = kvd_queue_deinit,
+    .session_ends = session_ends,
+    .metrics = metrics,
+};

@@ -41,15 +41,14 @@ struct kvd_page_copy {
 
 struct kvd_work {
     struct kvd_job job;
-    struct kvd_work *previous, *next;           // in the line, or among those that are parked
-    struct kvd_work *previous_work, *next_work; // among all
+    struct kvd_waiter waiter;         // in the line of its namespace
+    struct kvd_parked parked;         // at its fence, before that
+    struct kvd_work *previous, *next; // among all
     const struct kvd_op *op;
-    bool listed, waits, parked, in_line, in_flight;
+    bool listed;
     struct kvd_call *call;
-    uint64_t session;  // its id: it may have ended
-    uint64_t appender; // its identity in the pool
-    uint32_t ns;
-    uint32_t layout; // referenced until done, and with it the rotation set
+    uint64_t appender; // its session's identity in the pool
+    uint32_t layout;   // referenced until done, and with it the rotation set
     const struct kvd_plane *plane;
     const struct kvd_rotation *rotation;
     uint32_t layer_begin, layer_count;
@@ -59,7 +58,7 @@ struct kvd_work {
     struct kvd_buffer **buffers; // referenced until done
     uint32_t n_buffers, cap_buffers;
     uint64_t inline_bytes;
-    struct kvd_fence wait, signal;
+    struct kvd_fence signal;
     float scale, softcap;
     uint32_t window;
     // What the executor gets
@@ -85,10 +84,6 @@ void kvd_work_free(struct kvd_daemon *d, struct kvd_work *w);
 // Pins its sequences and has it wait for its turn, or its fence first; from here on it answers its
 // call itself.
 void kvd_work_queue(struct kvd_daemon *d, struct kvd_work *w);
-// Whether no work in flight is in its way.
-bool kvd_work_ready(const struct kvd_daemon *d, const struct kvd_work *w);
-// Takes its pages and hands it to the executor. Only the line calls this.
-void kvd_work_start(struct kvd_daemon *d, struct kvd_work *w);
 // run.c: the executor's part, a kvd_job's run.
 bool kvd_work_run(struct kvd_daemon *d, struct kvd_job *job);
 

@@ -28,20 +28,20 @@ static void pool_metrics(struct kvd_daemon *d, FILE *f)
     struct kvd_pool_info info;
     kvd_pool_info(d->pool, &info);
     kvd_metric_head(f, "kvd_pool_bytes", "gauge",
-         "KV memory by state: used by pages, slack in granted extents, free.");
+                    "KV memory by state: used by pages, slack in granted extents, free.");
     fprintf(f, "kvd_pool_bytes{state=\"used\"} %llu\n", (unsigned long long)info.used);
     fprintf(f, "kvd_pool_bytes{state=\"slack\"} %llu\n", (unsigned long long)info.slack);
     fprintf(f, "kvd_pool_bytes{state=\"free\"} %llu\n",
             (unsigned long long)(info.bytes - info.used - info.slack));
     kvd_metric(f, "kvd_pool_evictable_bytes", "gauge",
-           "Of the used ones, those that evicting published, unused sequences would free.",
-           (double)kvd_evictable(d, NULL));
+               "Of the used ones, those that evicting published, unused sequences would free.",
+               (double)kvd_evictable(d, NULL));
     kvd_metric(f, "kvd_pool_memory_bytes", "gauge",
-           "Device memory that the pool's extents have, idle ones included.",
-           (double)info.extents_made * (double)info.extent_bytes);
+               "Device memory that the pool's extents have, idle ones included.",
+               (double)info.extents_made * (double)info.extent_bytes);
     kvd_metric(f, "kvd_pool_size_bytes", "gauge", "KV memory in all.", (double)info.bytes);
     kvd_metric(f, "kvd_pool_evictions_total", "counter",
-           "Published sequences evicted for room or by an operator.", (double)info.evictions);
+               "Published sequences evicted for room or by an operator.", (double)info.evictions);
     kvd_metric(f, "kvd_sequences", "gauge", "Sequences that exist.", (double)info.sequences);
 }
 
@@ -67,7 +67,7 @@ static void namespace_metrics(struct kvd_daemon *d, FILE *f)
 {
     struct page p = {f, d};
     kvd_metric_head(f, "kvd_pages", "gauge",
-         "Pages in use by namespace, kind (window or codec) and layout.");
+                    "Pages in use by namespace, kind (window or codec) and layout.");
     kvd_pool_slab_each(d->pool, slab_line, &p);
     static const struct {
         const char *name, *help;
