@@ -26,6 +26,23 @@ rule kernels proto
 rule calib kernels proto
 rule daemon calib kernels pool proto
 rule client/kvctl client calib proto
+# The rooms of the daemon: each may include itself and those before it. main.c and parts.c know all.
+rooms=(core rpc session sched service)
+below=
+for room in "${rooms[@]}"; do
+    below+=" $room"
+    while IFS=: read -r file _ header; do
+        case " $below " in
+        *" $(cut -d/ -f2 <<<"$header") "*) ;;
+        *)
+            echo "$file includes $header: daemon/$room may include only:$below"
+            bad=1
+            ;;
+        esac
+    done < <(grep -rnoE '"daemon/[^"]+"' "daemon/$room" --include='*.[ch]' | tr -d '"')
+done
+stray=$(find daemon -name '*.[ch]' | grep -vE "^daemon/($(IFS='|'; echo "${rooms[*]}"))/|^daemon/(main|parts)\.[ch]$")
+[ -z "$stray" ] || { echo "in no room of the daemon: $stray"; bad=1; }
 # The library itself: no daemon, no pool, no calib.
 while IFS= read -r f; do
     grep -nE '#include "(daemon|pool|calib)/' "$f" && { echo "$f includes what libkvd may not"; bad=1; }

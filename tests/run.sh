@@ -110,6 +110,7 @@ count build 1 0 0
 say "source rules"
 check "include directions" tests/check_includes.sh
 check "sizes and words" tests/check_source.sh
+check "circles of files" tests/check_circles.sh "$build"
 # Other versions format otherwise and warn of other things; the rules here are those of 14.
 for tool in format tidy; do
     if clang-$tool --version 2>/dev/null | grep -q 'version 14\.'; then

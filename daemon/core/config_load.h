@@ -1,5 +1,5 @@
-// Inside of the configuration's three parts: config.c (keys and values), config_read.c (files),
-// config_check.c (the whole).
+// Inside of the configuration's parts: config.c (keys and values), config_read.c (files),
+// config_check.c (the whole), config_load.c (all of it in its order).
 #ifndef KVD_DAEMON_CONFIG_LOAD_H
 #define KVD_DAEMON_CONFIG_LOAD_H
 
@@ -46,6 +46,9 @@ void kvd_config_read(struct kvd_config_load *l, const char *path, bool optional)
 
 // Fills in what depends on other keys, and checks the whole.
 void kvd_config_check(struct kvd_config_load *l);
+
+// A number with decimal digits only. KVD_E_INVALID.
+int kvd_config_parse_number(const char *value, uint64_t *out);
 
 // Splits HOST:PORT or [HOST]:PORT; an empty host is every address. KVD_E_INVALID.
 int kvd_config_host_port(const char *text, char *host, size_t cap, uint32_t *port);

@@ -242,7 +242,6 @@ static void on_tick(uv_timer_t *timer)
             kvd_link_cut(l, NULL);
     }
     kvd_meter_total(total);
-    kvd_rpc_tick(d);
 }
 
 // Makes the record; the descriptors stay the caller's on failure.

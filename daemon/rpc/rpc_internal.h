@@ -1,4 +1,4 @@
-// What rpc.c, streams.c, packing.c and server.c share.
+// What the files of the gRPC server share.
 #ifndef KVD_DAEMON_RPC_INTERNAL_H
 #define KVD_DAEMON_RPC_INTERNAL_H
 
@@ -18,6 +18,8 @@ struct kvd_rpc {
     bool thread_running;
     uv_mutex_t lock;
     uv_async_t async;
+    uv_timer_t timer; // looks for answers that nobody reads
+    uint32_t handles;
     struct kvd_tag *first, *last; // fired, to be handled by the loop
     bool drained;                 // the queue has shut down
     struct kvd_call *unread;      // whose answers or messages have not all been read, oldest first
@@ -30,7 +32,11 @@ struct kvd_rpc {
 
 // Names what a tag does when it fires. To be called before it goes to gRPC, after all else is
 // written.
-void kvd_tag_arm(struct kvd_tag *tag, void (*fire)(struct kvd_tag *tag, bool ok));
+static inline void kvd_tag_arm(struct kvd_tag *tag, void (*fire)(struct kvd_tag *tag, bool ok))
+{
+    tag->fire = fire;
+    atomic_store_explicit(&tag->armed, true, memory_order_release);
+}
 
 // -- packing.c ----------------------------------------------------------------------------------
 // NULL: not such a message, one that unpacks to much more than its size, or one with a string that
@@ -44,13 +50,14 @@ grpc_byte_buffer *kvd_message_pack(const ProtobufCMessage *m);
 // A buffer of one slice, whose reference is taken.
 grpc_byte_buffer *kvd_message_wrap(grpc_slice slice);
 
-// -- rpc.c --------------------------------------------------------------------------------------
-// Arms a request for a method, and for methods that we do not have.
-void kvd_call_arm(struct kvd_daemon *d, uint32_t index);
-void kvd_call_arm_unknown(struct kvd_daemon *d);
+// -- call.c -------------------------------------------------------------------------------------
 void kvd_call_free(struct kvd_call *c);
-// To be called once a second: gives up answers that nobody reads; arms what could not be before.
-void kvd_rpc_tick(struct kvd_daemon *d);
+// Has its link and its user charged for it. KVD_E_LIMIT: one of them has too many.
+int kvd_call_charge(struct kvd_call *c, struct kvd_error *err);
+// The loop is done with a call for now.
+void kvd_call_settle(struct kvd_call *c);
+// Gives up answers that nobody has read for too long.
+void kvd_calls_give_up_unread(struct kvd_daemon *d);
 // Notes that gRPC has something of the call to send, or that it is sent.
 void kvd_call_sending(struct kvd_call *c);
 void kvd_call_sent(struct kvd_call *c);
@@ -61,6 +68,19 @@ void kvd_call_account(struct kvd_call *c);
 void kvd_call_set_message(struct kvd_call *c, int code, const char *text);
 // Puts the operation that sends the call's status into *op; returns the next.
 grpc_op *kvd_call_status_op(struct kvd_call *c, grpc_op *op);
+
+// -- answer.c -----------------------------------------------------------------------------------
+// A call that is not answered at once is told when its client goes away.
+void kvd_call_watch(struct kvd_call *c);
+// A call lives as long as gRPC has a tag of it, or its handler has not returned.
+void kvd_call_maybe_free(struct kvd_call *c);
+
+// -- accept.c -----------------------------------------------------------------------------------
+// Arms a request for a method, and for methods that we do not have.
+void kvd_call_arm(struct kvd_daemon *d, uint32_t index);
+void kvd_call_arm_unknown(struct kvd_daemon *d);
+// Arms what could not be when memory was short.
+void kvd_calls_arm_again(struct kvd_daemon *d);
 
 // -- streams.c ----------------------------------------------------------------------------------
 void kvd_stream_begin(struct kvd_call *c);

@@ -11,16 +11,11 @@
 #include "daemon/rpc/rpc_internal.h"
 
 enum {
-    ARMED = 16,      // requests kept waiting per method; a burst beyond that waits inside gRPC
-    GRPC_LINES = 10, // that gRPC may log in a second
+    ARMED = 16, // requests kept waiting per method; a burst beyond that waits inside gRPC
+    TICK_MS = 1000,
+    GRPC_LINES = 10,       // that gRPC may log in a second
     READ_BYTES = 16 << 10, // that gRPC reads from a connection before it looks at others
 };
-
-void kvd_tag_arm(struct kvd_tag *tag, void (*fire)(struct kvd_tag *tag, bool ok))
-{
-    tag->fire = fire;
-    atomic_store_explicit(&tag->armed, true, memory_order_release);
-}
 
 static void queue_thread(void *arg)
 {
@@ -70,6 +65,14 @@ static void on_async(uv_async_t *async)
         return;
     r->shut = true;
     kvd_daemon_go_on(d);
+}
+
+static void on_tick(uv_timer_t *timer)
+{
+    struct kvd_daemon *d = timer->data;
+    if (!d->rpc->stopping)
+        kvd_calls_arm_again(d);
+    kvd_calls_give_up_unread(d);
 }
 
 static int read_text(const char *path, char **out, struct kvd_error *err)
@@ -151,7 +154,10 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
     grpc_init();
     uv_mutex_init(&r->lock);
     uv_async_init(&d->loop, &r->async, on_async);
-    r->async.data = d;
+    uv_timer_init(&d->loop, &r->timer);
+    r->async.data = r->timer.data = d;
+    r->handles = 2;
+    uv_timer_start(&r->timer, on_tick, TICK_MS, TICK_MS);
     // Messages that are being received, all together.
     grpc_resource_quota *quota = grpc_resource_quota_create("kvd");
     grpc_resource_quota_resize(quota, (size_t)1 << 30);
@@ -228,9 +234,11 @@ static void shut(struct kvd_daemon *d)
     grpc_server_cancel_all_calls(r->server);
 }
 
-static void free_rpc(uv_handle_t *handle)
+static void on_handle_closed(uv_handle_t *handle)
 {
     struct kvd_daemon *d = handle->data;
+    if (--d->rpc->handles)
+        return;
     free(d->rpc);
     d->rpc = NULL;
 }
@@ -257,7 +265,8 @@ static void end(struct kvd_daemon *d)
     grpc_shutdown();
     kvd_links_deinit(d);
     uv_mutex_destroy(&r->lock);
-    uv_close((uv_handle_t *)&r->async, free_rpc);
+    uv_close((uv_handle_t *)&r->async, on_handle_closed);
+    uv_close((uv_handle_t *)&r->timer, on_handle_closed);
 }
 
 static bool busy(const struct kvd_daemon *d)

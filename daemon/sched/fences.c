@@ -18,6 +18,7 @@ struct kvd_fences {
     struct kvd_parked *first;
     uv_idle_t eager;
     uv_timer_t lazy;
+    uint32_t handles;
     uint64_t latest_ms; // of an arrival or a passage
 };
 
@@ -109,23 +110,26 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
     uv_idle_init(&d->loop, &f->eager);
     uv_timer_init(&d->loop, &f->lazy);
     f->eager.data = f->lazy.data = d;
+    f->handles = 2;
     d->fences = f;
     return KVD_OK;
 }
 
-static void on_lazy_closed(uv_handle_t *lazy)
+static void on_handle_closed(uv_handle_t *handle)
 {
-    free((uint8_t *)lazy - offsetof(struct kvd_fences, lazy));
+    struct kvd_daemon *d = handle->data;
+    if (--d->fences->handles == 0)
+        free(KVD_TAKE(d->fences));
 }
 
 // Nothing is parked any more.
 static void end(struct kvd_daemon *d)
 {
-    struct kvd_fences *f = KVD_TAKE(d->fences);
+    struct kvd_fences *f = d->fences;
     if (!f)
         return;
-    uv_close((uv_handle_t *)&f->eager, NULL); // closed before the one after it
-    uv_close((uv_handle_t *)&f->lazy, on_lazy_closed);
+    uv_close((uv_handle_t *)&f->eager, on_handle_closed);
+    uv_close((uv_handle_t *)&f->lazy, on_handle_closed);
 }
 
 const struct kvd_part kvd_part_fences = {.init = init, .end = end};

@@ -33,6 +33,7 @@ struct kvd_http {
     uv_timer_t timer;
     struct peer *peers; // the one with the oldest request first
     uint32_t n_peers;
+    uint32_t handles;
 };
 
 static enum MHD_Result send_text(struct MHD_Connection *c, unsigned status, char *text,
@@ -209,6 +210,7 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
     uv_poll_start(&h->poll, UV_READABLE, on_poll);
     uv_timer_init(&d->loop, &h->timer);
     h->timer.data = d;
+    h->handles = 2;
     if (kvd_listen_tcp(d, KVD_LISTEN_HTTP, d->config.metrics, accepted, &port, err))
         return kvd_fail_in(err, "metrics (choose another address with --metrics HOST:PORT)");
     if (strcmp(strrchr(d->config.metrics, ':'), ":0") == 0)
@@ -216,11 +218,11 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
     return KVD_OK;
 }
 
-static void free_http(uv_handle_t *handle)
+static void on_handle_closed(uv_handle_t *handle)
 {
     struct kvd_daemon *d = handle->data;
-    free(d->http);
-    d->http = NULL;
+    if (--d->http->handles == 0)
+        free(KVD_TAKE(d->http));
 }
 
 static void end(struct kvd_daemon *d)
@@ -231,8 +233,8 @@ static void end(struct kvd_daemon *d)
     kvd_listen_close(d, KVD_LISTEN_HTTP);
     uv_poll_stop(&h->poll);
     MHD_stop_daemon(h->mhd);
-    uv_close((uv_handle_t *)&h->timer, NULL);
-    uv_close((uv_handle_t *)&h->poll, free_http);
+    uv_close((uv_handle_t *)&h->timer, on_handle_closed);
+    uv_close((uv_handle_t *)&h->poll, on_handle_closed);
 }
 
 const struct kvd_part kvd_part_http = {.init = init, .end = end};
