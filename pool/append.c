@@ -1,14 +1,22 @@
 // How a sequence grows and shrinks.
 //
-// A sequence of length T is sink [0, min(T, S)), history [S, H) and recent window [H, T), with S
-// the sink size and R the recent size. T grows by appends; H follows in whole chunks: H = S + 16 *
-// floor((T - S - R) / 16) once T > S + R, so the window has R to R + 15 tokens. Token t >= S of the
-// window lies in ring slot (t - S) mod ring.
+// A sequence has one length T for all planes. In a plane it is sink [0, min(T, S)), history [S, H)
+// and recent window [H, T), with S the sink size and R the recent size. T grows by appends; H
+// follows in whole chunks: H = S + 16 * floor((T - S - R) / 16) once T > S + R, so the window has R
+// to R + 15 tokens. Token t >= S of the window lies in ring slot (t - S) mod ring.
 //
-// An append fills layers in ascending order, perhaps over several calls. The first call takes all
-// pages, for all layers, and makes private copies of shared pages that it will write. Layers that
-// are filled are at (T', H'), the others at (T, H); when the last is filled, T and H become T' and
-// H'.
+// A windowed plane has no sink. Of its history only [first, H) is there: when an append commits,
+// blocks go that lie wholly before the last W + 64 tokens. What would be demoted and go at
+// once is never taken nor written. So after an append the last 65 positions, at least, see all that
+// their windows reach; beyond that, truncating and attending are refused.
+//
+// An append fills layers in ascending order, across planes, perhaps over several calls. The first
+// call takes all pages, for all planes, and makes private copies of shared pages that it will
+// write. Layers that are filled are at (T', H'), the others at (T, H); when the last is filled, T
+// and H become T' and H', and blocks behind the windows go.
+//
+// What an append needs is computed first, which changes nothing; then room is made for all of it
+// (room.c); then it is taken, which cannot fail.
 //
 // The last append of a sequence is remembered by who made it and its request, and nothing else is
 // taken for a repeat: that the position fits says nothing about whose tokens are there, nor which.
@@ -16,8 +24,12 @@
 // instead of being applied once more.
 #include "pool/internal.h"
 
-struct span {
-    uint64_t begin, end; // tokens
+enum { WINDOW_SLACK = 64 }; // tokens behind a window that stay
+
+// Entries of a table: base + (first + i) % modulo for i < count.
+struct run {
+    enum kvd_pool_kind kind;
+    uint32_t base, first, count, modulo;
 };
 
 static uint64_t demoted_to(const struct kvd_plane *g, uint64_t hist_end, uint64_t length)
@@ -26,6 +38,24 @@ static uint64_t demoted_to(const struct kvd_plane *g, uint64_t hist_end, uint64_
     if (length <= keep)
         return hist_end;
     return KVD_MAX(hist_end, g->sink + (length - keep) / KVD_CHUNK_TOKENS * KVD_CHUNK_TOKENS);
+}
+
+// What is in the ring stays: nothing is freed beyond the history's end.
+static uint64_t freed_to(const struct kvd_plane *g, uint64_t first, uint64_t length,
+                         uint64_t hist_end)
+{
+    uint64_t keep = (uint64_t)g->window + WINDOW_SLACK;
+    if (!g->window || length <= keep)
+        return first;
+    uint64_t to = (length - keep) / KVD_PAGE_TOKENS * KVD_PAGE_TOKENS;
+    return KVD_MAX(first, KVD_MIN(to, hist_end));
+}
+
+// Entries of a plane's table of history that hold nothing: where there is no history, all.
+static uint32_t freed_entries(const struct kvd_pool_reach *r)
+{
+    return (uint32_t)(r->first < r->hist_end ? r->first / KVD_PAGE_TOKENS
+                                             : kvd_div_up(r->first, KVD_PAGE_TOKENS));
 }
 
 // Whether an append names itself as the last one that was applied.
@@ -43,7 +73,7 @@ static int check_repeat(const struct kvd_pool *pool, const struct region_seq *s,
     uint32_t filled = by->layer_begin + by->layer_count;
     bool same = by->position == last->position && by->tokens == last->tokens &&
                 by->layer_begin == last->layer_begin && by->layer_count == last->layer_count;
-    bool whole = filled == pool->layout[s->layout].l.n_layers;
+    bool whole = filled == layout_of(pool, s)->n_layers;
     bool there = whole ? s->pending_layers == 0 && s->length == end
                        : s->pending_layers == filled && s->pending_length == end;
     if (same && there)
@@ -60,7 +90,7 @@ static int check_repeat(const struct kvd_pool *pool, const struct region_seq *s,
 static int check_order(const struct kvd_pool *pool, const struct region_seq *s,
                        const struct kvd_pool_append_request *by, struct kvd_error *err)
 {
-    uint32_t layers = pool->layout[s->layout].l.n_layers;
+    uint32_t layers = layout_of(pool, s)->n_layers;
     unsigned long long id = seq_id(pool, s), length = s->length;
     if (s->pending_layers == 0) {
         if (by->position != s->length)
@@ -94,134 +124,204 @@ static int check_order(const struct kvd_pool *pool, const struct region_seq *s,
     return KVD_OK;
 }
 
-// Makes `entry` of a table a page that nobody else refers to, and notes the change.
-static int want_page(struct kvd_pool *pool, struct region_seq *s, enum kvd_pool_kind kind,
-                     uint32_t entry, struct kvd_pool_append *a, struct kvd_error *err)
+// The entries of tokens [begin, end) that lie from entry `base` on, `modulo` pages going round.
+static struct run run_of(enum kvd_pool_kind kind, uint32_t base, uint64_t begin, uint64_t end,
+                         uint32_t modulo)
 {
-    struct region_table *t = &s->table[kind];
+    struct run r = {.kind = kind, .base = base, .modulo = modulo};
+    if (begin >= end)
+        return r;
+    uint64_t first = begin / KVD_PAGE_TOKENS, last = (end - 1) / KVD_PAGE_TOKENS;
+    r.first = (uint32_t)(first % modulo);
+    r.count = (uint32_t)KVD_MIN(last - first + 1, (uint64_t)modulo);
+    return r;
+}
+
+// The entries of a plane's tables that an append writes: of the sink, the history, the ring.
+static void runs_of(const struct kvd_plane *g, const struct kvd_pool_append *a, uint32_t plane,
+                    struct run out[3])
+{
+    const struct kvd_pool_append_plane *p = &a->planes[plane];
+    uint32_t sink_pages = (uint32_t)kvd_div_up(g->sink, KVD_PAGE_TOKENS);
+    uint64_t ring = KVD_MAX(KVD_MAX(p->after.hist_end, a->length), (uint64_t)g->sink);
+    out[0] = run_of(KVD_POOL_BF16, 0, a->length, KVD_MIN(a->new_length, (uint64_t)g->sink),
+                    KVD_POOL_NONE);
+    out[1] =
+        run_of(KVD_POOL_CODEC, 0, p->demote - g->sink, p->after.hist_end - g->sink, KVD_POOL_NONE);
+    out[2] = run_of(KVD_POOL_BF16, sink_pages, ring - g->sink,
+                    KVD_MAX(a->new_length, (uint64_t)g->sink) - g->sink,
+                    kvd_plane_ring(g) / KVD_PAGE_TOKENS);
+}
+
+static uint32_t entry_of(const struct run *r, uint32_t i)
+{
+    return r->base + (r->first + i) % r->modulo;
+}
+
+// Whether an append has to put another page there: there is none, or it is shared.
+static bool wants_page(const struct kvd_pool *pool, const struct region_table *t, uint32_t entry)
+{
     uint32_t old = table_get(pool, t, entry);
-    if (old != KVD_POOL_NONE && pool->page[old].refs == 1)
-        return KVD_OK;
-    uint32_t page;
-    int rc = kvd_pool_page_alloc(pool, s->ns, s->layout, kind, &page, err);
-    if (rc)
-        return rc;
-    // Room for the change was made by append_begin.
-    rc = table_set(pool, t, entry, page, err);
-    if (rc) {
-        kvd_pool_page_unref(pool, page);
-        return rc;
+    return old == KVD_POOL_NONE || pool->page[old].refs != 1;
+}
+
+static void need_of(const struct kvd_pool *pool, const struct region_seq *s,
+                    const struct kvd_pool_append *a, struct kvd_pool_need *need)
+{
+    const struct kvd_layout *l = layout_of(pool, s);
+    *need = (struct kvd_pool_need){0};
+    for (uint32_t p = 0; p < l->n_planes; p++) {
+        struct run runs[3];
+        uint32_t first[KVD_POOL_KINDS] = {UINT32_MAX, UINT32_MAX}, end[KVD_POOL_KINDS] = {0};
+        runs_of(&l->planes[p], a, p, runs);
+        for (uint32_t r = 0; r < KVD_LEN(runs); r++) {
+            enum kvd_pool_kind k = runs[r].kind;
+            for (uint32_t i = 0; i < runs[r].count; i++) {
+                uint32_t entry = entry_of(&runs[r], i);
+                if (!wants_page(pool, &s->table[p][k], entry))
+                    continue;
+                need->pages[p][k]++;
+                need->bytes += pool->layout[s->layout].page_bytes[p][k];
+                first[k] = KVD_MIN(first[k], entry);
+                end[k] = KVD_MAX(end[k], entry + 1);
+            }
+        }
+        for (int k = 0; k < KVD_POOL_KINDS; k++)
+            need->blocks +=
+                table_lacks(&s->table[p][k], k == KVD_POOL_CODEC ? first[k] : 0, end[k]);
     }
-    a->changes[a->n_changes++] =
-        (struct kvd_pool_change){.kind = kind, .entry = entry, .old_page = old, .new_page = page};
-    return KVD_OK;
 }
 
-static int want_pages(struct kvd_pool *pool, struct region_seq *s, enum kvd_pool_kind kind,
-                      struct span span, uint32_t first_entry, struct kvd_pool_append *a,
-                      struct kvd_error *err)
+// Puts pages that nobody else refers to where the append writes, and notes the changes.
+static void take(struct kvd_pool *pool, struct region_seq *s, struct kvd_pool_append *a)
 {
-    if (span.begin >= span.end)
-        return KVD_OK;
-    for (uint64_t p = span.begin / KVD_PAGE_TOKENS; p <= (span.end - 1) / KVD_PAGE_TOKENS; p++) {
-        int rc = want_page(pool, s, kind, first_entry + (uint32_t)p, a, err);
-        if (rc)
-            return rc;
+    const struct kvd_layout *l = layout_of(pool, s);
+    for (uint32_t p = 0; p < l->n_planes; p++) {
+        struct run runs[3];
+        runs_of(&l->planes[p], a, p, runs);
+        for (uint32_t r = 0; r < KVD_LEN(runs); r++) {
+            enum kvd_pool_kind k = runs[r].kind;
+            struct region_table *t = &s->table[p][k];
+            for (uint32_t i = 0; i < runs[r].count; i++) {
+                uint32_t entry = entry_of(&runs[r], i), old = table_get(pool, t, entry);
+                if (!wants_page(pool, t, entry))
+                    continue;
+                if (k == KVD_POOL_CODEC)
+                    table_start(t, entry);
+                uint32_t page = page_take(pool, slab_find(pool, s->ns, s->layout, p, k));
+                table_set(pool, t, entry, page);
+                a->changes[a->n_changes++] = (struct kvd_pool_change){
+                    .plane = p, .kind = k, .entry = entry, .old_page = old, .new_page = page};
+            }
+        }
     }
-    return KVD_OK;
 }
 
-static int want_ring(struct kvd_pool *pool, struct region_seq *s, struct span span,
-                     uint32_t first_entry, struct kvd_pool_append *a, struct kvd_error *err)
-{
-    uint32_t ring = kvd_plane_ring(&pool->layout[s->layout].l.planes[0]);
-    if (span.begin >= span.end)
-        return KVD_OK;
-    uint64_t begin = span.begin % ring, n = span.end - span.begin;
-    uint64_t head = KVD_MIN(n, ring - begin);
-    int rc =
-        want_pages(pool, s, KVD_POOL_BF16, (struct span){begin, begin + head}, first_entry, a, err);
-    if (rc == KVD_OK)
-        rc = want_pages(pool, s, KVD_POOL_BF16, (struct span){0, n - head}, first_entry, a, err);
-    return rc;
-}
-
-static int reserve(struct kvd_pool *pool, struct region_seq *s, struct kvd_pool_append *a,
-                   struct kvd_error *err)
-{
-    const struct kvd_plane *g = &pool->layout[s->layout].l.planes[0];
-    uint32_t sink_pages = (g->sink + KVD_PAGE_TOKENS - 1) / KVD_PAGE_TOKENS;
-    uint64_t hist = a->new_hist_end - a->hist_end;
-    a->changes =
-        calloc(sink_pages + kvd_plane_ring(g) / KVD_PAGE_TOKENS + hist / KVD_PAGE_TOKENS + 4,
-               sizeof(*a->changes));
-    if (!a->changes)
-        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    struct span sink = {a->length, KVD_MIN(a->new_length, g->sink)};
-    struct span codes = {a->hist_end - g->sink, a->new_hist_end - g->sink};
-    uint64_t ring_begin = KVD_MAX(KVD_MAX(a->new_hist_end, a->length), g->sink);
-    struct span ring = {ring_begin - g->sink,
-                        a->new_length > g->sink ? a->new_length - g->sink : 0};
-    int rc = want_pages(pool, s, KVD_POOL_BF16, sink, 0, a, err);
-    if (rc == KVD_OK)
-        rc = want_pages(pool, s, KVD_POOL_CODEC, codes, 0, a, err);
-    if (rc == KVD_OK)
-        rc = want_ring(pool, s, ring, sink_pages, a, err);
-    return rc;
-}
-
-int kvd_pool_append_begin(struct kvd_pool *pool, const struct kvd_pool_append_request *by,
-                          struct kvd_pool_append *out, struct kvd_error *err)
+// Checks an append, and tells what it does to each plane.
+static int plan(const struct kvd_pool *pool, const struct kvd_pool_append_request *by,
+                struct region_seq **seq, struct kvd_pool_append *out, struct kvd_error *err)
 {
     struct region_seq *s = seq_find(pool, by->seq);
     *out = (struct kvd_pool_append){.by = *by};
     if (!s)
         return kvd_fail(err, KVD_E_NOT_FOUND, "there is no sequence %llu",
                         (unsigned long long)by->seq);
-    const struct kvd_plane *g = &pool->layout[s->layout].l.planes[0];
+    const struct kvd_layout *l = layout_of(pool, s);
     bool repeat = is_last(&s->last, by);
     int rc = repeat ? check_repeat(pool, s, by, err) : check_order(pool, s, by, err);
     if (rc)
         return rc;
     out->replayed = repeat;
     out->length = by->position;
-    out->hist_end = repeat ? s->last.hist_end : s->hist_end;
     out->new_length = by->position + by->tokens;
-    out->new_hist_end = demoted_to(g, out->hist_end, out->new_length);
-    out->window_kept = repeat && out->new_length <= out->hist_end + kvd_plane_ring(g);
-    if (repeat || s->pending_layers)
-        return KVD_OK;
-    // Eviction must not take the very sequence that grows.
-    s->pins++;
-    rc = reserve(pool, s, out, err);
-    s->pins--;
+    for (uint32_t i = 0; i < l->n_planes; i++) {
+        const struct kvd_plane *g = &l->planes[i];
+        struct kvd_pool_append_plane *p = &out->planes[i];
+        p->before = s->reach[i];
+        if (repeat) // what is freed stays freed
+            p->before.hist_end = s->last.hist_end[i];
+        p->after.hist_end = demoted_to(g, p->before.hist_end, out->new_length);
+        p->after.first = freed_to(g, p->before.first, out->new_length, p->after.hist_end);
+        p->demote = KVD_MAX(p->before.hist_end, p->after.first);
+        p->window_kept = repeat && out->new_length <= p->before.hist_end + kvd_plane_ring(g);
+    }
+    *seq = s;
+    return KVD_OK;
+}
+
+int kvd_pool_append_need(const struct kvd_pool *pool, const struct kvd_pool_append_request *by,
+                         struct kvd_pool_need *need, struct kvd_error *err)
+{
+    struct region_seq *s;
+    struct kvd_pool_append a;
+    int rc = plan(pool, by, &s, &a, err);
     if (rc)
-        kvd_pool_append_abort(pool, out);
-    return rc;
+        return rc;
+    if (a.replayed || s->pending_layers)
+        *need = (struct kvd_pool_need){0};
+    else
+        need_of(pool, s, &a, need);
+    return KVD_OK;
+}
+
+int kvd_pool_append_begin(struct kvd_pool *pool, const struct kvd_pool_append_request *by,
+                          struct kvd_pool_append *out, struct kvd_error *err)
+{
+    struct region_seq *s;
+    struct kvd_pool_need need;
+    uint32_t pages = 0;
+    int rc = plan(pool, by, &s, out, err);
+    if (rc || out->replayed || s->pending_layers)
+        return rc;
+    need_of(pool, s, out, &need);
+    for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
+        pages += need.pages[p][KVD_POOL_BF16] + need.pages[p][KVD_POOL_CODEC];
+    if (pages == 0)
+        return KVD_OK;
+    out->changes = calloc(pages, sizeof(*out->changes));
+    if (!out->changes)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    s->pins++; // eviction must not take the very sequence that grows
+    rc = room_make(pool, s->ns, s->layout, &need, err);
+    s->pins--;
+    if (rc) {
+        free(KVD_TAKE(out->changes));
+        return rc;
+    }
+    take(pool, s, out); // perhaps less than was needed: evicted sequences shared some
+    room_settle(pool, s->ns, s->layout, &need);
+    return KVD_OK;
 }
 
 void kvd_pool_append_commit(struct kvd_pool *pool, struct kvd_pool_append *a)
 {
     struct region_seq *s = &pool->seq[(uint32_t)a->by.seq];
+    const struct kvd_layout *l = layout_of(pool, s);
     for (uint32_t i = 0; i < a->n_changes; i++)
         if (a->changes[i].old_page != KVD_POOL_NONE)
             kvd_pool_page_unref(pool, a->changes[i].old_page);
     free(KVD_TAKE(a->changes));
     a->n_changes = 0;
     s->pending_length = a->new_length;
-    s->pending_hist_end = a->new_hist_end;
     s->pending_layers = a->by.layer_begin + a->by.layer_count;
     s->last = (struct region_append){.appender = a->by.appender,
                                      .request = a->by.request,
                                      .position = a->by.position,
-                                     .hist_end = a->hist_end,
                                      .tokens = a->by.tokens,
                                      .layer_begin = a->by.layer_begin,
                                      .layer_count = a->by.layer_count};
-    if (s->pending_layers == pool->layout[s->layout].l.n_layers) {
-        seq_set_length(pool, s, a->new_length);
-        s->hist_end = a->new_hist_end;
-        s->pending_layers = 0;
+    for (uint32_t p = 0; p < l->n_planes; p++) {
+        s->pending[p] = a->planes[p].after;
+        s->last.hist_end[p] = a->planes[p].before.hist_end;
+    }
+    if (s->pending_layers < l->n_layers)
+        return;
+    seq_set_length(pool, s, a->new_length);
+    s->pending_layers = 0;
+    for (uint32_t p = 0; p < l->n_planes; p++) {
+        s->reach[p] = s->pending[p];
+        if (l->planes[p].window)
+            table_drop_front(pool, &s->table[p][KVD_POOL_CODEC], freed_entries(&s->reach[p]));
     }
 }
 
@@ -230,25 +330,67 @@ void kvd_pool_append_abort(struct kvd_pool *pool, struct kvd_pool_append *a)
     struct region_seq *s = &pool->seq[(uint32_t)a->by.seq];
     while (a->n_changes > 0) {
         const struct kvd_pool_change *c = &a->changes[--a->n_changes];
-        table_set(pool, &s->table[c->kind], c->entry, c->old_page, NULL);
+        table_set(pool, &s->table[c->plane][c->kind], c->entry, c->old_page);
         kvd_pool_page_unref(pool, c->new_page);
     }
     free(KVD_TAKE(a->changes));
     // Entries that were added at the end are holes now.
-    for (int k = 0; k < KVD_POOL_KINDS; k++) {
-        uint32_t n = s->table[k].count;
-        while (n && table_get(pool, &s->table[k], n - 1) == KVD_POOL_NONE)
-            n--;
-        table_truncate(pool, &s->table[k], n);
-    }
+    for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++)
+        for (int k = 0; k < KVD_POOL_KINDS; k++) {
+            struct region_table *t = &s->table[p][k];
+            uint32_t n = t->count;
+            while (n > t->begin && table_get(pool, t, n - 1) == KVD_POOL_NONE)
+                n--;
+            table_truncate(pool, t, n);
+        }
 }
 
-// Tokens of the window that an unfinished append has already overwritten in some layer.
-static bool window_damaged(const struct kvd_plane *g, const struct region_seq *s, uint64_t keep)
+// Whether an unfinished append has already overwritten tokens of a plane's window, in some layer,
+// that would be kept.
+static bool window_damaged(const struct kvd_plane *g, const struct region_seq *s, uint32_t plane,
+                           uint64_t keep)
 {
-    uint32_t ring = kvd_plane_ring(g);
-    return s->pending_layers && s->pending_length > ring + s->hist_end && keep > s->hist_end &&
-           s->length > s->hist_end;
+    uint64_t hist_end = s->reach[plane].hist_end;
+    return s->pending_layers && s->pending_length > kvd_plane_ring(g) + hist_end &&
+           keep > hist_end && s->length > hist_end;
+}
+
+static int check_truncate(const struct kvd_pool *pool, const struct region_seq *s, uint64_t length,
+                          struct kvd_error *err)
+{
+    const struct kvd_layout *l = layout_of(pool, s);
+    uint64_t least = 0, undamaged = UINT64_MAX; // lengths that are possible, besides 0
+    if (length > s->length)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "cannot truncate sequence %llu of length %llu to %llu tokens",
+                        (unsigned long long)seq_id(pool, s), (unsigned long long)s->length,
+                        (unsigned long long)length);
+    for (uint32_t p = 0; p < l->n_planes && length; p++) {
+        uint64_t begin = s->reach[p].first;
+        if (l->planes[p].window && begin)
+            least = KVD_MAX(least, begin + l->planes[p].window - 1);
+        if (window_damaged(&l->planes[p], s, p, length))
+            undamaged = KVD_MIN(undamaged, s->reach[p].hist_end);
+    }
+    if (undamaged < length && undamaged >= least)
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "an unfinished append to sequence %llu has overwritten part of its recent "
+                        "window; finish the append or truncate to at most %llu",
+                        (unsigned long long)seq_id(pool, s), (unsigned long long)undamaged);
+    if (undamaged < length)
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "an unfinished append to sequence %llu has overwritten part of its recent "
+                        "window, and what lies before that is freed in a plane with a window; "
+                        "finish the append or truncate to 0",
+                        (unsigned long long)seq_id(pool, s));
+    if (length < least)
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "cannot truncate sequence %llu to %llu tokens: a plane with a window has "
+                        "freed tokens that the next one would see; to %llu or more is possible, "
+                        "and to 0",
+                        (unsigned long long)seq_id(pool, s), (unsigned long long)length,
+                        (unsigned long long)least);
+    return KVD_OK;
 }
 
 int kvd_pool_truncate(struct kvd_pool *pool, uint64_t seq, uint64_t length, struct kvd_error *err)
@@ -256,26 +398,23 @@ int kvd_pool_truncate(struct kvd_pool *pool, uint64_t seq, uint64_t length, stru
     struct region_seq *s = seq_find(pool, seq);
     if (!s)
         return kvd_fail(err, KVD_E_NOT_FOUND, "there is no sequence %llu", (unsigned long long)seq);
-    const struct kvd_plane *g = &pool->layout[s->layout].l.planes[0];
-    if (length > s->length)
-        return kvd_fail(
-            err, KVD_E_INVALID, "cannot truncate sequence %llu of length %llu to %llu tokens",
-            (unsigned long long)seq, (unsigned long long)s->length, (unsigned long long)length);
-    if (window_damaged(g, s, length))
-        return kvd_fail(err, KVD_E_PRECONDITION,
-                        "an unfinished append to sequence %llu has overwritten part of its recent "
-                        "window; finish the "
-                        "append or truncate to at most %llu",
-                        (unsigned long long)seq, (unsigned long long)s->hist_end);
+    int rc = check_truncate(pool, s, length, err);
+    if (rc)
+        return rc;
     s->pending_layers = 0;
-    if (length < s->hist_end)
-        s->hist_end = KVD_MAX(length, g->sink);
     seq_set_length(pool, s, length);
-    uint32_t sink_pages = (g->sink + KVD_PAGE_TOKENS - 1) / KVD_PAGE_TOKENS;
-    table_truncate(pool, &s->table[KVD_POOL_CODEC],
-                   (uint32_t)kvd_div_up(s->hist_end - g->sink, KVD_PAGE_TOKENS));
-    if (length <= g->sink)
-        table_truncate(pool, &s->table[KVD_POOL_BF16],
-                       KVD_MIN(sink_pages, (uint32_t)kvd_div_up(length, KVD_PAGE_TOKENS)));
+    for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++) {
+        const struct kvd_plane *g = &layout_of(pool, s)->planes[p];
+        struct kvd_pool_reach *r = &s->reach[p];
+        if (length < r->hist_end)
+            r->hist_end = KVD_MAX(length, (uint64_t)g->sink);
+        if (length == 0)
+            r->first = 0;
+        table_truncate(pool, &s->table[p][KVD_POOL_CODEC],
+                       (uint32_t)kvd_div_up(r->hist_end - g->sink, KVD_PAGE_TOKENS));
+        if (length <= g->sink)
+            table_truncate(pool, &s->table[p][KVD_POOL_BF16],
+                           (uint32_t)kvd_div_up(length, KVD_PAGE_TOKENS));
+    }
     return KVD_OK;
 }

@@ -1,4 +1,4 @@
-// Extents and the pages carved out of them.
+// Slabs, extents, and the pages carved out of them.
 //
 // A slab keeps the extents that have a free slot in a list; an extent hands out returned slots
 // first, then carves new ones. An extent that becomes empty goes back to the pool at once, so
@@ -8,24 +8,33 @@
 #include "pool/internal.h"
 
 static uint32_t *slab_place(const struct kvd_pool *pool, uint32_t ns, uint32_t layout,
-                            uint32_t kind)
+                            uint32_t plane, uint32_t kind)
 {
-    return &pool->slab_at[(ns * pool->head->max_layouts + layout) * KVD_POOL_KINDS + kind];
+    uint64_t at = (uint64_t)ns * pool->head->max_layouts + layout;
+    return &pool->slab_at[(at * KVD_MAX_PLANES + plane) * KVD_POOL_KINDS + kind];
 }
 
-uint32_t slab_find(struct kvd_pool *pool, uint32_t ns, uint32_t layout, enum kvd_pool_kind kind)
+uint32_t slab_find(const struct kvd_pool *pool, uint32_t ns, uint32_t layout, uint32_t plane,
+                   uint32_t kind)
+{
+    return *slab_place(pool, ns, layout, plane, kind) - 1;
+}
+
+static uint32_t slab_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout, uint32_t plane,
+                          uint32_t kind)
 {
     struct region_head *h = pool->head;
-    uint32_t *place = slab_place(pool, ns, layout, kind), x = h->free_slab;
+    uint32_t *place = slab_place(pool, ns, layout, plane, kind), x = h->free_slab;
     if (*place)
         return *place - 1;
     if (x != KVD_POOL_NONE)
         h->free_slab = pool->slab[x].partial;
     else
         x = h->n_slabs++;
-    uint64_t bytes = pool->layout[layout].page_bytes[kind];
+    uint64_t bytes = pool->layout[layout].page_bytes[plane][kind];
     pool->slab[x] = (struct region_slab){.ns = ns,
                                          .layout = layout,
+                                         .plane = plane,
                                          .kind = kind,
                                          .partial = KVD_POOL_NONE,
                                          .page_bytes = bytes,
@@ -34,12 +43,12 @@ uint32_t slab_find(struct kvd_pool *pool, uint32_t ns, uint32_t layout, enum kvd
     return x;
 }
 
-void slab_drop_empty(struct kvd_pool *pool, uint32_t x)
+static void slab_drop_empty(struct kvd_pool *pool, uint32_t x)
 {
     struct region_slab *s = &pool->slab[x];
     if (s->extents)
         return;
-    *slab_place(pool, s->ns, s->layout, s->kind) = 0;
+    *slab_place(pool, s->ns, s->layout, s->plane, s->kind) = 0;
     s->layout = KVD_POOL_NONE;
     s->partial = pool->head->free_slab;
     pool->head->free_slab = x;
@@ -57,7 +66,7 @@ static void partial_remove(struct kvd_pool *pool, struct region_slab *s, uint32_
     e->prev = e->next = KVD_POOL_NONE;
 }
 
-static void partial_add(struct kvd_pool *pool, struct region_slab *s, uint32_t x)
+void partial_add(struct kvd_pool *pool, struct region_slab *s, uint32_t x)
 {
     struct region_extent *e = &pool->extent[x];
     e->prev = KVD_POOL_NONE;
@@ -130,6 +139,7 @@ uint32_t kvd_pool_spare_wanted(struct kvd_pool *pool, uint32_t want)
         return KVD_POOL_NONE;
     uint32_t x = *fresh;
     *fresh = pool->extent[x].next;
+    pool->extent[x].aside = true;
     pool->head->extents_aside++;
     return x;
 }
@@ -138,6 +148,7 @@ void kvd_pool_spare_made(struct kvd_pool *pool, uint32_t index, uint64_t addr)
 {
     struct region_extent *e = &pool->extent[index];
     e->addr = addr;
+    e->aside = false;
     e->idle_since = 0;
     e->next = pool->head->free_extent;
     pool->head->free_extent = index;
@@ -198,17 +209,36 @@ static void extent_return(struct kvd_pool *pool, uint32_t x)
     pool->head->free_extent = x;
 }
 
-static int page_take(struct kvd_pool *pool, uint32_t slab, uint32_t *page)
+int slab_provide(struct kvd_pool *pool, uint32_t ns, uint32_t layout, uint32_t plane, uint32_t kind,
+                 uint32_t n)
+{
+    uint32_t x = slab_make(pool, ns, layout, plane, kind);
+    const struct region_slab *s = &pool->slab[x];
+    while ((uint64_t)s->extents * s->slots - s->used < n) {
+        int rc = extent_grant(pool, x, false);
+        // The device has no more, or no descriptor is left for it, but the pool may hold some idle.
+        if ((rc == KVD_E_FULL || rc == KVD_E_LIMIT) && extent_grant(pool, x, true) == KVD_OK)
+            rc = KVD_OK;
+        if (rc) {
+            slab_drop_empty(pool, x);
+            return rc;
+        }
+    }
+    return KVD_OK;
+}
+
+void slab_settle(struct kvd_pool *pool, uint32_t slab)
+{
+    for (uint32_t x = pool->slab[slab].partial, next; x != KVD_POOL_NONE; x = next) {
+        next = pool->extent[x].next;
+        if (pool->extent[x].used == 0)
+            extent_return(pool, x);
+    }
+}
+
+uint32_t page_take(struct kvd_pool *pool, uint32_t slab)
 {
     struct region_slab *s = &pool->slab[slab];
-    if (s->partial == KVD_POOL_NONE) {
-        int rc = extent_grant(pool, slab, false);
-        // The device has no more, or no descriptor is left for it, but the pool may hold some idle.
-        if ((rc == KVD_E_FULL || rc == KVD_E_LIMIT) && extent_grant(pool, slab, true) == KVD_OK)
-            rc = KVD_OK;
-        if (rc)
-            return rc;
-    }
     uint32_t x = s->partial;
     struct region_extent *e = &pool->extent[x];
     uint32_t slot = e->free_slot;
@@ -224,8 +254,7 @@ static int page_take(struct kvd_pool *pool, uint32_t slab, uint32_t *page)
     pool->head->used += s->page_bytes;
     pool->ns[s->ns].used += s->page_bytes;
     pool->ns[s->ns].pages++;
-    *page = first + slot;
-    return KVD_OK;
+    return first + slot;
 }
 
 void kvd_pool_page_unref(struct kvd_pool *pool, uint32_t page)
@@ -245,58 +274,6 @@ void kvd_pool_page_unref(struct kvd_pool *pool, uint32_t page)
     pool->ns[s->ns].pages--;
     if (e->used == 0)
         extent_return(pool, x);
-}
-
-// Eviction may take a slab's last extent, and the slab with it: so it is looked for each time.
-static int page_of_slab(struct kvd_pool *pool, uint32_t ns, uint32_t layout,
-                        enum kvd_pool_kind kind, uint32_t *page)
-{
-    uint32_t slab = slab_find(pool, ns, layout, kind);
-    int rc = page_take(pool, slab, page);
-    if (rc)
-        slab_drop_empty(pool, slab);
-    return rc;
-}
-
-int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t layout,
-                        enum kvd_pool_kind kind, uint32_t *page, struct kvd_error *err)
-{
-    const struct region_namespace *n = &pool->ns[ns];
-    uint64_t bytes = pool->layout[layout].page_bytes[kind];
-    int rc;
-    while (n->quota && n->used + bytes > n->quota) {
-        if (!evict_one(pool, ns, NULL))
-            return kvd_fail(err, KVD_E_QUOTA,
-                            "namespace %s uses %llu of its quota of %llu bytes; free sequences or "
-                            "raise the quota",
-                            n->name, (unsigned long long)n->used, (unsigned long long)n->quota);
-    }
-    while ((rc = page_of_slab(pool, ns, layout, kind, page)) == KVD_E_FULL || rc == KVD_E_LIMIT) {
-        if (evict_one(pool, KVD_POOL_NONE, NULL))
-            continue;
-        if (rc == KVD_E_LIMIT)
-            return kvd_fail(err, rc,
-                            "kvd is short of descriptors, of which an extent of %llu bytes takes "
-                            "one: free sequences, raise extent-size or the limit of open files "
-                            "(LimitNOFILE=, ulimit -n)",
-                            (unsigned long long)pool->head->extent_bytes);
-        if (pool->head->extents_granted < pool->head->n_extents)
-            return kvd_fail(err, KVD_E_FULL,
-                            "the device is short of memory: %u of the pool's %u extents of %llu "
-                            "bytes are in use, another cannot be made, and nothing can be evicted; "
-                            "free sequences or memory of other processes",
-                            pool->head->extents_granted, pool->head->n_extents,
-                            (unsigned long long)pool->head->extent_bytes);
-        return kvd_fail(err, KVD_E_FULL,
-                        "the pool's %u extents of %llu bytes are all in use and nothing can be "
-                        "evicted; free "
-                        "sequences or start kvd with a larger pool-size",
-                        pool->head->n_extents, (unsigned long long)pool->head->extent_bytes);
-    }
-    if (rc)
-        return kvd_fail(err, rc, "cannot make an extent of %llu bytes: %s",
-                        (unsigned long long)pool->head->extent_bytes, kvd_status_name(rc));
-    return KVD_OK;
 }
 
 uint64_t kvd_pool_page_addr(const struct kvd_pool *pool, uint32_t page)

@@ -18,7 +18,7 @@ static uint64_t lay_out(struct kvd_pool *p, const struct region_head *h, uint8_t
     PLACE(ns, h->max_namespaces);
     PLACE(layout, h->max_layouts);
     PLACE(slab, h->max_slabs);
-    PLACE(slab_at, (uint64_t)h->max_namespaces * h->max_layouts * KVD_POOL_KINDS);
+    PLACE(slab_at, (uint64_t)h->max_namespaces * h->max_layouts * KVD_MAX_PLANES * KVD_POOL_KINDS);
     PLACE(extent, h->n_extents);
     PLACE(seq, h->max_sequences);
     PLACE(block, h->max_blocks);
@@ -181,21 +181,30 @@ uint32_t kvd_pool_layout_find(const struct kvd_pool *pool, const struct kvd_layo
     return KVD_POOL_NONE;
 }
 
+static int check_pages(const struct kvd_pool *pool, const struct kvd_layout *l,
+                       const uint64_t (*page_bytes)[KVD_POOL_KINDS], struct kvd_error *err)
+{
+    for (uint32_t p = 0; p < l->n_planes; p++)
+        for (int k = 0; k < KVD_POOL_KINDS; k++)
+            if (page_bytes[p][k] == 0 || page_bytes[p][k] > pool->head->extent_bytes)
+                return kvd_fail(err, KVD_E_INVALID,
+                                "a page of this layout%s has %llu bytes and does not fit an extent "
+                                "of %llu; raise extent-size",
+                                l->n_planes > 1 ? "'s planes" : "",
+                                (unsigned long long)page_bytes[p][k],
+                                (unsigned long long)pool->head->extent_bytes);
+    return KVD_OK;
+}
+
 int kvd_pool_layout(struct kvd_pool *pool, uint32_t ns, const struct kvd_layout *l,
-                    const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *layout, bool *recycled,
+                    const uint64_t (*page_bytes)[KVD_POOL_KINDS], uint32_t *layout, bool *recycled,
                     struct kvd_error *err)
 {
     uint32_t i = kvd_pool_layout_find(pool, l);
     *recycled = false;
-    for (int k = 0; k < KVD_POOL_KINDS && i == KVD_POOL_NONE; k++) {
-        if (page_bytes[k] == 0 || page_bytes[k] > pool->head->extent_bytes)
-            return kvd_fail(err, KVD_E_INVALID,
-                            "a page of this layout has %llu bytes and does not fit an extent of "
-                            "%llu; raise extent-size",
-                            (unsigned long long)page_bytes[k],
-                            (unsigned long long)pool->head->extent_bytes);
-    }
-    bool in_use = i != KVD_POOL_NONE && pool->layout[i].refs;
+    if (i == KVD_POOL_NONE && check_pages(pool, l, page_bytes, err))
+        return KVD_E_INVALID;
+    bool in_use = i != KVD_POOL_NONE && kvd_pool_layout_refs(pool, i);
     if (!in_use && !layout_room(pool, ns))
         return kvd_fail(err, KVD_E_LIMIT,
                         "namespace %s uses its share of the %u layouts, as many as are left "
@@ -204,29 +213,30 @@ int kvd_pool_layout(struct kvd_pool *pool, uint32_t ns, const struct kvd_layout 
     if (i == KVD_POOL_NONE) {
         i = layout_slot(pool, recycled);
         pool->layout[i] = (struct region_layout){.l = *l};
-        for (int k = 0; k < KVD_POOL_KINDS; k++)
-            pool->layout[i].page_bytes[k] = kvd_round_up(page_bytes[k], KVD_POOL_ALIGN);
+        for (uint32_t p = 0; p < l->n_planes; p++)
+            for (int k = 0; k < KVD_POOL_KINDS; k++)
+                pool->layout[i].page_bytes[p][k] = kvd_round_up(page_bytes[p][k], KVD_POOL_ALIGN);
     }
     if (!in_use)
         pool->layout[i].ns = ns;
-    pool->layout[i].refs++;
+    pool->layout[i].holders++;
     *layout = i;
     return KVD_OK;
 }
 
 void kvd_pool_layout_ref(struct kvd_pool *pool, uint32_t layout)
 {
-    pool->layout[layout].refs++;
+    pool->layout[layout].holders++;
 }
 
 void kvd_pool_layout_unref(struct kvd_pool *pool, uint32_t layout)
 {
-    pool->layout[layout].refs--;
+    pool->layout[layout].holders--;
 }
 
 uint32_t kvd_pool_layout_refs(const struct kvd_pool *pool, uint32_t layout)
 {
-    return pool->layout[layout].refs;
+    return pool->layout[layout].holders + pool->layout[layout].sequences;
 }
 
 const struct kvd_layout *kvd_pool_layout_get(const struct kvd_pool *pool, uint32_t layout)
@@ -234,9 +244,10 @@ const struct kvd_layout *kvd_pool_layout_get(const struct kvd_pool *pool, uint32
     return &pool->layout[layout].l;
 }
 
-uint64_t kvd_pool_page_bytes(const struct kvd_pool *pool, uint32_t layout, enum kvd_pool_kind kind)
+uint64_t kvd_pool_page_bytes(const struct kvd_pool *pool, uint32_t layout, uint32_t plane,
+                             enum kvd_pool_kind kind)
 {
-    return pool->layout[layout].page_bytes[kind];
+    return pool->layout[layout].page_bytes[plane][kind];
 }
 
 void kvd_pool_info(const struct kvd_pool *pool, struct kvd_pool_info *out)
@@ -267,6 +278,7 @@ void kvd_pool_slab_each(const struct kvd_pool *pool,
             continue;
         struct kvd_pool_slab_info info = {.ns = s->ns,
                                           .layout = s->layout,
+                                          .plane = s->plane,
                                           .kind = s->kind,
                                           .extents = s->extents,
                                           .page_bytes = s->page_bytes,

@@ -9,8 +9,8 @@
 // shared memory and be mapped anywhere. One thread at a time.
 //
 // Glossary: an *extent* is one allocation, granted to one slab at a time. A *slab* is the set of
-// extents of one (namespace, layout, page kind). A *page* is named by a number that is unique in
-// the pool.
+// extents of one (namespace, layout, plane, page kind). A *page* is the memory of a block, 64
+// tokens of one plane, and is named by a number that is unique in the pool.
 #ifndef KVD_POOL_H
 #define KVD_POOL_H
 
@@ -109,11 +109,11 @@ void kvd_pool_namespace_info(const struct kvd_pool *pool, uint32_t ns,
 // -- layouts ---------------------------------------------------------------------------------
 
 // Finds or makes a layout, for a namespace, and takes a reference on it; sequences hold one each.
-// Page sizes are the backend's; both must fit an extent. A layout without references, or with
-// none but from evictable sequences, stays until its slot is wanted for another: *recycled then
-// tells the caller that the index meant another layout before. KVD_E_INVALID, KVD_E_LIMIT.
+// Page sizes are the backend's, by plane; all must fit an extent. A layout without references, or
+// with none but from evictable sequences, stays until its slot is wanted for another: *recycled
+// then tells the caller that the index meant another layout before. KVD_E_INVALID, KVD_E_LIMIT.
 int kvd_pool_layout(struct kvd_pool *pool, uint32_t ns, const struct kvd_layout *l,
-                    const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *layout, bool *recycled,
+                    const uint64_t (*page_bytes)[KVD_POOL_KINDS], uint32_t *layout, bool *recycled,
                     struct kvd_error *err);
 // One more reference, for whoever goes on using the index when the session that opened it may end.
 void kvd_pool_layout_ref(struct kvd_pool *pool, uint32_t layout);
@@ -126,8 +126,9 @@ void kvd_pool_layout_clear(struct kvd_pool *pool, uint32_t layout);
 // Index of a layout that is known, or KVD_POOL_NONE. Takes no reference.
 uint32_t kvd_pool_layout_find(const struct kvd_pool *pool, const struct kvd_layout *l);
 const struct kvd_layout *kvd_pool_layout_get(const struct kvd_pool *pool, uint32_t layout);
-// Bytes of a page of that layout and kind, padding to 4096 included.
-uint64_t kvd_pool_page_bytes(const struct kvd_pool *pool, uint32_t layout, enum kvd_pool_kind kind);
+// Bytes of a page of that plane and kind, padding to 4096 included.
+uint64_t kvd_pool_page_bytes(const struct kvd_pool *pool, uint32_t layout, uint32_t plane,
+                             enum kvd_pool_kind kind);
 
 // -- sequences ----------------------------------------------------------------------------------
 
@@ -163,38 +164,52 @@ uint32_t kvd_pool_evict(struct kvd_pool *pool, uint32_t ns, uint64_t bytes, uint
 // wanted). Takes time in proportion to the pages of what is evictable.
 uint64_t kvd_pool_evictable(struct kvd_pool *pool, uint64_t *by_namespace);
 
+// One plane of a sequence.
+struct kvd_pool_reach {
+    uint64_t hist_end; // history ends here; equals the sink when it is empty
+    uint64_t first;    // of a windowed plane: tokens before it are gone; never beyond hist_end
+};
+
 struct kvd_pool_seq_info {
     uint64_t id;
     uint32_t ns;
     uint32_t layout;
     uint64_t length;         // tokens complete in every layer
-    uint64_t hist_end;       // history is [sink, hist_end); equals sink when empty
     uint64_t pending_length; // of the append in progress, or length
-    uint64_t pending_hist_end;
     uint32_t pending_layers; // layers that it has filled
-    uint32_t pages[KVD_POOL_KINDS];
+    uint32_t n_planes;
+    struct kvd_pool_reach reach[KVD_MAX_PLANES]; // of layers that it has not filled
+    struct kvd_pool_reach pending[KVD_MAX_PLANES];
+    uint32_t pages[KVD_MAX_PLANES][KVD_POOL_KINDS];
     uint64_t bytes;
     uint32_t holders;
     uint32_t pins;
     const char *name; // "" if not published
 };
+
+// The first token that a query at `position` sees through a window; 0: it sees all.
+static inline uint64_t kvd_pool_visible(uint32_t window, uint64_t position)
+{
+    return window && position >= window ? position - window + 1 : 0;
+}
+
 // KVD_E_NOT_FOUND if the id is unknown or freed.
 int kvd_pool_seq_info(const struct kvd_pool *pool, uint64_t seq, struct kvd_pool_seq_info *out);
 // Calls fn for every sequence until it returns false.
 void kvd_pool_seq_each(const struct kvd_pool *pool,
                        bool (*fn)(void *ctx, const struct kvd_pool_seq_info *info), void *ctx);
 
-// Copies the addresses of a sequence's pages into `out`: for KVD_POOL_BF16 the sink's pages, then
-// the ring's (0 where none is needed yet); for KVD_POOL_CODEC the history's in order. Returns how
-// many there are; writes at most `cap`.
-uint32_t kvd_pool_seq_pages(const struct kvd_pool *pool, uint64_t seq, enum kvd_pool_kind kind,
-                            uint64_t *out, uint32_t cap);
+// Copies the addresses of a plane's pages of a sequence into `out`: for KVD_POOL_BF16 the sink's
+// pages, then the ring's (0 where none is needed yet); for KVD_POOL_CODEC the history's in order, 0
+// where they are freed. Returns how many there are; writes at most `cap`.
+uint32_t kvd_pool_seq_pages(const struct kvd_pool *pool, uint64_t seq, uint32_t plane,
+                            enum kvd_pool_kind kind, uint64_t *out, uint32_t cap);
 
 // -- append and truncate ------------------------------------------------------------------------
 
-// A page that got a private copy, or a new page (from == 0).
+// A page that got a private copy, or a new page (old_page KVD_POOL_NONE).
 struct kvd_pool_change {
-    uint32_t kind;
+    uint32_t plane, kind;
     uint32_t entry; // in the sequence's table of that kind
     uint32_t old_page;
     uint32_t new_page;
@@ -208,20 +223,40 @@ struct kvd_pool_append_request {
     uint64_t appender, request;
 };
 
+// Pages and blocks of page tables that something takes.
+struct kvd_pool_need {
+    uint32_t pages[KVD_MAX_PLANES][KVD_POOL_KINDS];
+    uint32_t blocks;
+    uint64_t bytes; // of the pages
+};
+
+// What an append does to one plane.
+struct kvd_pool_append_plane {
+    struct kvd_pool_reach before, after; // for the layers concerned
+    // Tokens [demote, after.hist_end) go into history. Those between before.hist_end and it would
+    // be freed at once, and are dropped.
+    uint64_t demote;
+    bool window_kept; // replayed: tokens [before.hist_end, length) are all still in the ring
+};
+
 // An append that has its pages but is not yet true. Between begin and commit or abort the sequence
 // must stay pinned.
 struct kvd_pool_append {
     struct kvd_pool_append_request by;
-    uint64_t length, hist_end;         // before, for the layers concerned
-    uint64_t new_length, new_hist_end; // after
-    bool replayed;    // had been applied before: nothing to do, no commit or abort wanted
-    bool window_kept; // replayed: tokens [hist_end, length) are all still in the recent window
+    uint64_t length, new_length; // before and after, for the layers concerned
+    struct kvd_pool_append_plane planes[KVD_MAX_PLANES];
+    bool replayed; // had been applied before: nothing to do, no commit or abort wanted
     struct kvd_pool_change *changes;
     uint32_t n_changes;
 };
 
-// Checks position and layers, and takes the pages that the append needs. On failure nothing has
-// changed. The sequence's last append, from the same appender with the same request, is recognized
+// What kvd_pool_append_begin would take, without taking or evicting anything. The same errors but
+// for those of room.
+int kvd_pool_append_need(const struct kvd_pool *pool, const struct kvd_pool_append_request *by,
+                         struct kvd_pool_need *need, struct kvd_error *err);
+// Checks position and layers, makes room for all that the append needs, and takes it. On failure
+// nothing has changed but for what was evicted. The sequence's last append, from the same appender
+// with the same request, is recognized
 // (`replayed`) as long as nothing has changed the sequence since. KVD_E_NOT_FOUND,
 // KVD_E_PRECONDITION (position, layer order, or a repeat that came too late), KVD_E_QUOTA,
 // KVD_E_FULL, KVD_E_LIMIT (length).
@@ -232,13 +267,14 @@ void kvd_pool_append_abort(struct kvd_pool *pool, struct kvd_pool_append *append
 
 // Keeps the first `length` tokens and drops an unfinished append. KVD_E_INVALID if longer than the
 // sequence; KVD_E_PRECONDITION if an unfinished append has overwritten part of the recent window
-// that would be kept.
+// that would be kept, or if the next token would see what a windowed plane has freed. To 0 always
+// works.
 int kvd_pool_truncate(struct kvd_pool *pool, uint64_t seq, uint64_t length, struct kvd_error *err);
 
 // -- pages, for tests and tools -----------------------------------------------------------------
 
 // One page of a slab. KVD_E_QUOTA, KVD_E_FULL, KVD_E_LIMIT.
-int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t layout,
+int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t layout, uint32_t plane,
                         enum kvd_pool_kind kind, uint32_t *page, struct kvd_error *err);
 void kvd_pool_page_unref(struct kvd_pool *pool, uint32_t page);
 uint64_t kvd_pool_page_addr(const struct kvd_pool *pool, uint32_t page);
@@ -257,7 +293,7 @@ struct kvd_pool_info {
 void kvd_pool_info(const struct kvd_pool *pool, struct kvd_pool_info *out);
 
 struct kvd_pool_slab_info {
-    uint32_t ns, layout;
+    uint32_t ns, layout, plane;
     enum kvd_pool_kind kind;
     uint32_t extents;
     uint64_t page_bytes, used, free;
@@ -268,5 +304,10 @@ void kvd_pool_slab_each(const struct kvd_pool *pool,
 // Walks everything and compares it with the counters: no page owned twice, none lost, sums exact.
 // For tests. KVD_E_CORRUPT with a description, or KVD_OK.
 int kvd_pool_verify(const struct kvd_pool *pool, struct kvd_error *err);
+
+// Makes everything anew that follows from the rest: references, free lists, who was used when,
+// counters (internal.h tells which). KVD_E_CORRUPT says what contradicts itself; the pool is then
+// not to be used. KVD_E_INTERNAL: out of memory.
+int kvd_pool_rebuild(struct kvd_pool *pool, struct kvd_error *err);
 
 #endif

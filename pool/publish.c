@@ -1,7 +1,7 @@
 // Names of published sequences, and the order in which unused ones are evicted.
 #include "pool/internal.h"
 
-static uint32_t bucket_of(uint32_t ns, const char *name)
+uint32_t name_bucket(uint32_t ns, const char *name)
 {
     uint64_t h = 0xcbf29ce484222325ull ^ ns; // FNV-1a
     for (const char *c = name; *c; c++)
@@ -11,7 +11,7 @@ static uint32_t bucket_of(uint32_t ns, const char *name)
 
 static struct region_seq *name_find(const struct kvd_pool *pool, uint32_t ns, const char *name)
 {
-    uint32_t i = pool->head->name_bucket[bucket_of(ns, name)];
+    uint32_t i = pool->head->name_bucket[name_bucket(ns, name)];
     for (; i != KVD_POOL_NONE; i = pool->seq[i].name_next)
         if (pool->seq[i].ns == ns && strcmp(pool->seq[i].name, name) == 0)
             return &pool->seq[i];
@@ -22,7 +22,7 @@ void name_remove(struct kvd_pool *pool, struct region_seq *s)
 {
     if (!s->name[0])
         return;
-    uint32_t *link = &pool->head->name_bucket[bucket_of(s->ns, s->name)];
+    uint32_t *link = &pool->head->name_bucket[name_bucket(s->ns, s->name)];
     while (&pool->seq[*link] != s)
         link = &pool->seq[*link].name_next;
     *link = s->name_next;
@@ -86,7 +86,7 @@ int kvd_pool_publish(struct kvd_pool *pool, uint64_t seq, const char *name, bool
     if (old)
         kvd_pool_unpublish(pool, seq_id(pool, old));
     name_remove(pool, s);
-    uint32_t *bucket = &pool->head->name_bucket[bucket_of(s->ns, name)];
+    uint32_t *bucket = &pool->head->name_bucket[name_bucket(s->ns, name)];
     snprintf(s->name, sizeof(s->name), "%s", name);
     s->name_next = *bucket;
     *bucket = (uint32_t)(s - pool->seq);
@@ -164,8 +164,9 @@ uint32_t kvd_pool_evict(struct kvd_pool *pool, uint32_t ns, uint64_t bytes, uint
 static uint64_t weigh(struct kvd_pool *pool, const struct region_seq *s, int by)
 {
     uint64_t bytes = 0;
-    for (int kind = 0; kind < KVD_POOL_KINDS && !s->pins; kind++)
-        table_weigh(pool, &s->table[kind], by, by < 0 ? &bytes : NULL);
+    for (uint32_t p = 0; p < layout_of(pool, s)->n_planes && !s->pins; p++)
+        for (int kind = 0; kind < KVD_POOL_KINDS; kind++)
+            table_weigh(pool, &s->table[p][kind], by, by < 0 ? &bytes : NULL);
     return bytes;
 }
 

@@ -35,10 +35,11 @@ static bool evict_from_most(struct kvd_pool *pool, uint32_t ns, enum share share
     return true;
 }
 
-int share_take(struct kvd_pool *pool, uint32_t ns, enum share share, struct kvd_error *err)
+int share_take(struct kvd_pool *pool, uint32_t ns, enum share share, uint32_t n,
+               struct kvd_error *err)
 {
     const struct region_head *h = pool->head;
-    while (share_of(pool, ns, share) >= left_of(pool, share)) {
+    while (share_of(pool, ns, share) + 2 * (uint64_t)(n - 1) >= left_of(pool, share)) {
         if (evict_from_most(pool, ns, share))
             continue;
         if (share == SHARE_BLOCKS)
@@ -57,20 +58,6 @@ int share_take(struct kvd_pool *pool, uint32_t ns, enum share share, struct kvd_
 }
 
 // -- namespaces ---------------------------------------------------------------------------------
-
-void namespace_settle(struct kvd_pool *pool, uint32_t ns)
-{
-    struct region_namespace *n = &pool->ns[ns];
-    if (n->holders || n->kept || n->quota || n->sequences || n->used)
-        return;
-    for (uint32_t x = 0; x < pool->head->n_extents; x++)
-        if (pool->extent[x].owner == ns)
-            pool->extent[x].owner = KVD_OWNER_GONE;
-    for (uint32_t i = 0; i < pool->head->n_layouts; i++)
-        if (pool->layout[i].ns == ns)
-            pool->layout[i].ns = KVD_POOL_NONE;
-    n->name[0] = '\0';
-}
 
 bool kvd_pool_namespace_idle(const struct kvd_pool *pool, uint32_t ns, uint64_t *used)
 {
@@ -120,15 +107,21 @@ static uint32_t layouts_of(const struct kvd_pool *pool, uint32_t ns)
 {
     uint32_t n = 0;
     for (uint32_t i = 0; i < pool->head->n_layouts; i++)
-        n += pool->layout[i].refs && pool->layout[i].ns == ns;
+        n += kvd_pool_layout_refs(pool, i) && pool->layout[i].ns == ns;
     return n;
+}
+
+// Only evictable sequences refer to it.
+static bool is_idle(const struct kvd_pool *pool, uint32_t layout)
+{
+    const struct region_layout *l = &pool->layout[layout];
+    return !l->holders && l->sequences && l->sequences == l->idle;
 }
 
 bool kvd_pool_layout_idle(const struct kvd_pool *pool, uint32_t layout, uint64_t *used)
 {
-    const struct region_layout *g = &pool->layout[layout];
-    *used = g->used;
-    return g->refs && g->refs == g->idle;
+    *used = pool->layout[layout].used;
+    return is_idle(pool, layout);
 }
 
 void kvd_pool_layout_clear(struct kvd_pool *pool, uint32_t layout)
@@ -150,7 +143,7 @@ static uint32_t idle_layout(const struct kvd_pool *pool, uint32_t ns)
     for (uint32_t i = 0; i < pool->head->n_layouts; i++) {
         const struct region_layout *g = &pool->layout[i];
         uint32_t has = g->ns == KVD_POOL_NONE ? UINT32_MAX : layouts_of(pool, g->ns);
-        if (!g->refs || g->refs != g->idle || has < n || (has == mine && g->ns != ns))
+        if (!is_idle(pool, i) || has < n || (has == mine && g->ns != ns))
             continue;
         if (best != KVD_POOL_NONE && has == n && g->used > pool->layout[best].used)
             continue;
@@ -165,13 +158,13 @@ bool layout_room(struct kvd_pool *pool, uint32_t ns)
     struct region_head *h = pool->head;
     uint32_t in_use = 0, idle;
     for (uint32_t i = 0; i < h->n_layouts; i++)
-        in_use += pool->layout[i].refs != 0;
+        in_use += kvd_pool_layout_refs(pool, i) != 0;
     while (layouts_of(pool, ns) >= h->max_layouts - in_use) {
         idle = idle_layout(pool, ns);
         if (idle == KVD_POOL_NONE)
             return false;
         kvd_pool_layout_clear(pool, idle);
-        if (pool->layout[idle].refs)
+        if (kvd_pool_layout_refs(pool, idle))
             return false; // a call is using one of them
         in_use--;
     }
@@ -185,7 +178,7 @@ uint32_t layout_slot(struct kvd_pool *pool, bool *recycled)
     *recycled = h->n_layouts == h->max_layouts;
     if (!*recycled)
         return h->n_layouts++;
-    while (pool->layout[slot].refs)
+    while (kvd_pool_layout_refs(pool, slot))
         slot++;
     return slot;
 }

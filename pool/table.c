@@ -6,12 +6,33 @@ void table_init(struct region_table *t, uint32_t ns)
     *t = (struct region_table){.first = KVD_POOL_NONE, .last = KVD_POOL_NONE, .ns = ns};
 }
 
-static int block_add(struct kvd_pool *pool, struct region_table *t, struct kvd_error *err)
+uint32_t table_blocks(const struct region_table *t)
+{
+    return (uint32_t)kvd_div_up(t->count - t->begin, KVD_TABLE_ENTRIES);
+}
+
+static uint32_t begin_for(const struct region_table *t, uint32_t entry)
+{
+    return t->count ? t->begin : entry / KVD_TABLE_ENTRIES * KVD_TABLE_ENTRIES;
+}
+
+void table_start(struct region_table *t, uint32_t entry)
+{
+    t->begin = begin_for(t, entry);
+    t->count = KVD_MAX(t->count, t->begin);
+}
+
+uint32_t table_lacks(const struct region_table *t, uint32_t entry, uint32_t count)
+{
+    uint32_t begin = begin_for(t, entry);
+    if (count <= t->count)
+        return 0;
+    return (uint32_t)kvd_div_up(count - begin, KVD_TABLE_ENTRIES) - table_blocks(t);
+}
+
+static void block_add(struct kvd_pool *pool, struct region_table *t)
 {
     struct region_head *h = pool->head;
-    int rc = share_take(pool, t->ns, SHARE_BLOCKS, err);
-    if (rc)
-        return rc;
     uint32_t b = h->free_block;
     if (b != KVD_POOL_NONE)
         h->free_block = pool->block[b].next;
@@ -25,57 +46,54 @@ static int block_add(struct kvd_pool *pool, struct region_table *t, struct kvd_e
     else
         pool->block[t->last].next = b;
     t->last = b;
-    return KVD_OK;
 }
 
-static int entry_push(struct kvd_pool *pool, struct region_table *t, uint32_t page,
-                      struct kvd_error *err)
+static void block_free(struct kvd_pool *pool, const struct region_table *t, uint32_t b)
 {
-    if (t->count % KVD_TABLE_ENTRIES == 0) {
-        int rc = block_add(pool, t, err);
-        if (rc)
-            return rc;
-    }
+    pool->block[b].next = pool->head->free_block;
+    pool->head->free_block = b;
+    pool->head->blocks--;
+    pool->ns[t->ns].blocks--;
+}
+
+static void entry_push(struct kvd_pool *pool, struct region_table *t, uint32_t page)
+{
+    if ((t->count - t->begin) % KVD_TABLE_ENTRIES == 0)
+        block_add(pool, t);
     struct region_block *b = &pool->block[t->last];
     b->page[b->used++] = page;
     t->count++;
-    return KVD_OK;
 }
 
 static uint32_t *entry_at(const struct kvd_pool *pool, const struct region_table *t, uint32_t entry)
 {
-    uint32_t b = t->first;
-    if (entry / KVD_TABLE_ENTRIES == (t->count - 1) / KVD_TABLE_ENTRIES) {
+    uint32_t b = t->first, at = entry - t->begin;
+    if (at / KVD_TABLE_ENTRIES == (t->count - t->begin - 1) / KVD_TABLE_ENTRIES) {
         b = t->last;
     } else {
-        for (uint32_t i = entry / KVD_TABLE_ENTRIES; i > 0; i--)
+        for (uint32_t i = at / KVD_TABLE_ENTRIES; i > 0; i--)
             b = pool->block[b].next;
     }
-    return &pool->block[b].page[entry % KVD_TABLE_ENTRIES];
+    return &pool->block[b].page[at % KVD_TABLE_ENTRIES];
 }
 
-int table_set(struct kvd_pool *pool, struct region_table *t, uint32_t entry, uint32_t page,
-              struct kvd_error *err)
+void table_set(struct kvd_pool *pool, struct region_table *t, uint32_t entry, uint32_t page)
 {
-    while (t->count <= entry) {
-        int rc = entry_push(pool, t, KVD_POOL_NONE, err);
-        if (rc)
-            return rc;
-    }
+    while (t->count <= entry)
+        entry_push(pool, t, KVD_POOL_NONE);
     *entry_at(pool, t, entry) = page;
-    return KVD_OK;
 }
 
 uint32_t table_get(const struct kvd_pool *pool, const struct region_table *t, uint32_t entry)
 {
-    return entry < t->count ? *entry_at(pool, t, entry) : KVD_POOL_NONE;
+    return entry >= t->begin && entry < t->count ? *entry_at(pool, t, entry) : KVD_POOL_NONE;
 }
 
 void table_truncate(struct kvd_pool *pool, struct region_table *t, uint32_t count)
 {
     if (count >= t->count)
         return;
-    uint32_t at = 0, keep = KVD_POOL_NONE;
+    uint32_t at = t->begin, keep = KVD_POOL_NONE;
     for (uint32_t b = t->first; b != KVD_POOL_NONE;) {
         struct region_block *block = &pool->block[b];
         uint32_t next = block->next;
@@ -90,36 +108,50 @@ void table_truncate(struct kvd_pool *pool, struct region_table *t, uint32_t coun
             if (at >= count)
                 block->next = KVD_POOL_NONE;
         } else {
-            block->next = pool->head->free_block;
-            pool->head->free_block = b;
-            pool->head->blocks--;
-            pool->ns[t->ns].blocks--;
+            block_free(pool, t, b);
         }
         b = next;
     }
     t->count = count;
     t->last = keep;
-    if (keep == KVD_POOL_NONE)
+    if (keep == KVD_POOL_NONE) {
         t->first = KVD_POOL_NONE;
+        t->count = t->begin = 0;
+    }
 }
 
-int table_share(struct kvd_pool *pool, struct region_table *to, const struct region_table *from,
-                struct kvd_error *err)
+void table_drop_front(struct kvd_pool *pool, struct region_table *t, uint32_t entry)
 {
-    uint32_t before = to->count;
+    if (entry >= t->count)
+        table_truncate(pool, t, 0);
+    while (t->first != KVD_POOL_NONE && entry > t->begin) {
+        uint32_t b = t->first;
+        struct region_block *block = &pool->block[b];
+        uint32_t n = KVD_MIN(entry - t->begin, block->used);
+        for (uint32_t i = 0; i < n; i++) {
+            if (block->page[i] != KVD_POOL_NONE)
+                kvd_pool_page_unref(pool, block->page[i]);
+            block->page[i] = KVD_POOL_NONE;
+        }
+        if (n < KVD_TABLE_ENTRIES)
+            return;
+        t->first = block->next;
+        t->begin += KVD_TABLE_ENTRIES;
+        block_free(pool, t, b);
+    }
+}
+
+void table_share(struct kvd_pool *pool, struct region_table *to, const struct region_table *from)
+{
+    to->begin = to->count = from->begin;
     for (uint32_t b = from->first; b != KVD_POOL_NONE; b = pool->block[b].next) {
         for (uint32_t i = 0; i < pool->block[b].used; i++) {
             uint32_t page = pool->block[b].page[i];
-            int rc = entry_push(pool, to, page, err);
-            if (rc) {
-                table_truncate(pool, to, before);
-                return rc;
-            }
+            entry_push(pool, to, page);
             if (page != KVD_POOL_NONE)
                 pool->page[page].refs++;
         }
     }
-    return KVD_OK;
 }
 
 uint32_t table_pages(const struct kvd_pool *pool, const struct region_table *t)

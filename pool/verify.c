@@ -8,31 +8,63 @@ struct tally {
     uint64_t blocks, *refs_of, *idle_of; // the last two by layout
 };
 
+static int tally_table(const struct kvd_pool *pool, const struct region_seq *s, uint32_t plane,
+                       uint32_t kind, struct tally *t, struct kvd_error *err)
+{
+    const struct region_table *table = &s->table[plane][kind];
+    uint32_t at = table->begin, last = KVD_POOL_NONE;
+    uint64_t first = kind == KVD_POOL_CODEC ? s->reach[plane].first / KVD_PAGE_TOKENS : 0;
+    for (uint32_t b = table->first; b != KVD_POOL_NONE; b = pool->block[b].next) {
+        t->blocks++;
+        t->ns_blocks[s->ns]++;
+        last = b;
+        for (uint32_t i = 0; i < pool->block[b].used; i++, at++) {
+            uint32_t page = pool->block[b].page[i];
+            if (page == KVD_POOL_NONE)
+                continue;
+            const struct region_extent *e = page_extent(pool, page);
+            if (e->slab == KVD_POOL_NONE)
+                return kvd_fail(err, KVD_E_CORRUPT, "page %u lies in a free extent", page);
+            const struct region_slab *slab = &pool->slab[e->slab];
+            if (slab->ns != s->ns || slab->layout != s->layout || slab->plane != plane ||
+                slab->kind != kind)
+                return kvd_fail(err, KVD_E_CORRUPT,
+                                "page %u belongs to another slab than its sequence", page);
+            if (at < first)
+                return kvd_fail(err, KVD_E_CORRUPT, "page %u lies behind its plane's window", page);
+            t->refs[page]++;
+        }
+    }
+    if (at != table->count || last != table->last)
+        return kvd_fail(err, KVD_E_CORRUPT, "a table says %u entries and has %u, or another end",
+                        table->count, at);
+    return KVD_OK;
+}
+
+static int check_reach(const struct kvd_pool *pool, const struct region_seq *s, uint32_t plane,
+                       struct kvd_error *err)
+{
+    const struct kvd_plane *g = &layout_of(pool, s)->planes[plane];
+    const struct kvd_pool_reach *r = &s->reach[plane];
+    uint64_t most = KVD_MAX(s->length, (uint64_t)g->sink);
+    if (r->hist_end < g->sink || r->hist_end > most || r->first > r->hist_end ||
+        (r->first && !g->window))
+        return kvd_fail(err, KVD_E_CORRUPT,
+                        "plane %u of a sequence of %llu tokens: history to %llu, freed to %llu",
+                        plane, (unsigned long long)s->length, (unsigned long long)r->hist_end,
+                        (unsigned long long)r->first);
+    return KVD_OK;
+}
+
 static int tally_sequence(const struct kvd_pool *pool, const struct region_seq *s, struct tally *t,
                           struct kvd_error *err)
 {
-    for (int k = 0; k < KVD_POOL_KINDS; k++) {
-        uint32_t entries = 0;
-        for (uint32_t b = s->table[k].first; b != KVD_POOL_NONE; b = pool->block[b].next) {
-            t->blocks++;
-            t->ns_blocks[s->ns]++;
-            for (uint32_t i = 0; i < pool->block[b].used; i++, entries++) {
-                uint32_t page = pool->block[b].page[i];
-                if (page == KVD_POOL_NONE)
-                    continue;
-                const struct region_extent *e = page_extent(pool, page);
-                if (e->slab == KVD_POOL_NONE)
-                    return kvd_fail(err, KVD_E_CORRUPT, "page %u lies in a free extent", page);
-                const struct region_slab *slab = &pool->slab[e->slab];
-                if (slab->ns != s->ns || slab->layout != s->layout || slab->kind != (uint32_t)k)
-                    return kvd_fail(err, KVD_E_CORRUPT,
-                                    "page %u belongs to another slab than its sequence", page);
-                t->refs[page]++;
-            }
-        }
-        if (entries != s->table[k].count)
-            return kvd_fail(err, KVD_E_CORRUPT, "a table says %u entries and has %u",
-                            s->table[k].count, entries);
+    for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++) {
+        int rc = check_reach(pool, s, p, err);
+        for (uint32_t k = 0; k < KVD_POOL_KINDS && rc == KVD_OK; k++)
+            rc = tally_table(pool, s, p, k, t, err);
+        if (rc)
+            return rc;
     }
     t->refs_of[s->layout]++;
     t->idle_of[s->layout] += s->listed;
@@ -90,11 +122,11 @@ static int compare(const struct kvd_pool *pool, const struct tally *t, struct kv
             return kvd_fail(err, KVD_E_CORRUPT, "the counters of namespace %s are wrong", n->name);
     }
     for (uint32_t i = 0; i < h->n_layouts; i++)
-        if (t->idle_of[i] != pool->layout[i].idle || t->refs_of[i] > pool->layout[i].refs)
+        if (t->idle_of[i] != pool->layout[i].idle || t->refs_of[i] != pool->layout[i].sequences)
             return kvd_fail(err, KVD_E_CORRUPT,
                             "layout %u: %llu sequences, %llu evictable, says %u and %u", i,
                             (unsigned long long)t->refs_of[i], (unsigned long long)t->idle_of[i],
-                            pool->layout[i].refs, pool->layout[i].idle);
+                            pool->layout[i].sequences, pool->layout[i].idle);
     if (t->blocks != h->blocks)
         return kvd_fail(err, KVD_E_CORRUPT, "%llu blocks in use, says %u",
                         (unsigned long long)t->blocks, h->blocks);

@@ -45,10 +45,11 @@ static int note_copies(struct kvd_daemon *d, struct kvd_work *w, const struct kv
         const struct kvd_pool_change *c = &a->changes[i];
         if (c->old_page == KVD_POOL_NONE)
             continue;
-        w->copies[w->n_copies++] = (struct kvd_page_copy){
-            .to = kvd_pool_page_addr(d->pool, c->new_page),
-            .from = kvd_pool_page_addr(d->pool, c->old_page),
-            .bytes = kvd_pool_page_bytes(d->pool, w->layout, (enum kvd_pool_kind)c->kind)};
+        w->copies[w->n_copies++] =
+            (struct kvd_page_copy){.to = kvd_pool_page_addr(d->pool, c->new_page),
+                                   .from = kvd_pool_page_addr(d->pool, c->old_page),
+                                   .bytes = kvd_pool_page_bytes(d->pool, w->layout, c->plane,
+                                                                (enum kvd_pool_kind)c->kind)};
     }
     return KVD_OK;
 }
@@ -76,9 +77,9 @@ static int begin(struct kvd_daemon *d, struct kvd_work *w, uint32_t i, struct kv
     w->append_items[w->n_append++] = (struct kvd_append_item){
         .pages = {item->pages, item->pages + item->n_bf16},
         .length = item->append.length,
-        .hist_end = item->append.hist_end,
+        .hist_end = item->append.planes[0].demote,
         .new_length = item->append.new_length,
-        .new_hist_end = item->append.new_hist_end,
+        .new_hist_end = item->append.planes[0].after.hist_end,
         .k = item->k,
         .v = item->v,
     };
@@ -109,8 +110,8 @@ void kvd_op_append_settle(struct kvd_daemon *d, struct kvd_work *w, bool commit)
             kvd_pool_append_abort(d->pool, &item->append);
             continue;
         }
-        uint64_t vectors =
-            (item->append.new_hist_end - item->append.hist_end) * w->layer_count * g->kv_heads;
+        uint64_t vectors = (item->append.planes[0].after.hist_end - item->append.planes[0].demote) *
+                           w->layer_count * g->kv_heads;
         d->metrics.bytes_in += vectors * 2 * (g->head_dim_k + g->head_dim_v);
         d->metrics.bytes_stored +=
             vectors * kvd_tile_bytes(g->codec, g->head_dim_k, g->head_dim_v) / KVD_PAGE_TOKENS;

@@ -103,7 +103,7 @@ static int note_item(struct kvd_daemon *d, struct kvd_work_item *item, struct kv
                         "; finish it or truncate to %" PRIu64 " first",
                         info.pending_layers, item->seq, info.length);
     item->length = info.length;
-    item->hist_end = info.hist_end;
+    item->hist_end = info.reach[0].hist_end;
     return kvd_op_note_pages(d, item, err);
 }
 

@@ -42,15 +42,16 @@ static int note_repeated(struct kvd_daemon *d, const struct kvd_work *w, struct 
 {
     const struct kvd_pool_append *a = &item->append;
     bool exact = w->plane->codec == KVD_CODEC_BF16;
-    if (!a->window_kept && !exact)
+    if (!a->planes[0].window_kept && !exact)
         return kvd_fail(err, KVD_E_PRECONDITION,
                         "the %u tokens had been appended before, but their attention cannot be "
                         "computed again: the step has compressed part of the window that it saw; "
                         "Attend sees what is stored now",
                         item->tokens);
-    *new_tokens = a->window_kept ? item->tokens : 0;
-    item->length = a->window_kept ? a->length : a->new_length;
-    item->hist_end = a->window_kept ? a->hist_end : a->new_hist_end;
+    *new_tokens = a->planes[0].window_kept ? item->tokens : 0;
+    item->length = a->planes[0].window_kept ? a->length : a->new_length;
+    item->hist_end =
+        a->planes[0].window_kept ? a->planes[0].before.hist_end : a->planes[0].after.hist_end;
     return KVD_OK;
 }
 
@@ -64,7 +65,7 @@ static int prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *e
         uint32_t new_tokens = item->tokens;
         // The stored tokens as they were, and the new ones from the worker's memory.
         item->length = item->append.length;
-        item->hist_end = item->append.hist_end;
+        item->hist_end = item->append.planes[0].before.hist_end;
         if (!item->begun && note_repeated(d, w, item, &new_tokens, err))
             return kvd_fail_in(err, "items[%u]", i);
         rc = kvd_op_attend_item(w, i, new_tokens, err);

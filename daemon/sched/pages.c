@@ -3,13 +3,13 @@
 
 int kvd_op_note_pages(struct kvd_daemon *d, struct kvd_work_item *item, struct kvd_error *err)
 {
-    uint32_t n = kvd_pool_seq_pages(d->pool, item->seq, KVD_POOL_BF16, NULL, 0);
-    uint32_t m = kvd_pool_seq_pages(d->pool, item->seq, KVD_POOL_CODEC, NULL, 0);
+    uint32_t n = kvd_pool_seq_pages(d->pool, item->seq, 0, KVD_POOL_BF16, NULL, 0);
+    uint32_t m = kvd_pool_seq_pages(d->pool, item->seq, 0, KVD_POOL_CODEC, NULL, 0);
     item->pages = calloc((size_t)n + m + 1, sizeof(*item->pages));
     if (!item->pages)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    kvd_pool_seq_pages(d->pool, item->seq, KVD_POOL_BF16, item->pages, n);
-    kvd_pool_seq_pages(d->pool, item->seq, KVD_POOL_CODEC, item->pages + n, m);
+    kvd_pool_seq_pages(d->pool, item->seq, 0, KVD_POOL_BF16, item->pages, n);
+    kvd_pool_seq_pages(d->pool, item->seq, 0, KVD_POOL_CODEC, item->pages + n, m);
     item->n_bf16 = n;
     item->n_codec = m;
     return KVD_OK;
@@ -28,6 +28,6 @@ int kvd_op_note_lengths(struct kvd_daemon *d, const struct kvd_work *w, struct k
                         "ask for layers on one side of that",
                         item->seq, info.pending_layers - 1);
     item->length = ahead ? info.pending_length : info.length;
-    item->hist_end = ahead ? info.pending_hist_end : info.hist_end;
+    item->hist_end = ahead ? info.pending[0].hist_end : info.reach[0].hist_end;
     return KVD_OK;
 }

@@ -148,7 +148,7 @@ static bool add_sequence(void *ctx, const struct kvd_pool_seq_info *info)
     out->namespace_name = (char *)ns.name;
     out->name = (char *)info->name;
     out->length = info->length;
-    out->history_tokens = info->hist_end - g->planes[0].sink;
+    out->history_tokens = info->reach[0].hist_end - g->planes[0].sink;
     out->bytes = info->bytes;
     out->holders = info->holders;
     out->codec = (char *)kvd_codec_name(g->planes[0].codec);

@@ -248,8 +248,8 @@ int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_layout *g,
                        const struct kvd_rotset *set, int64_t uid, uint32_t ns, uint32_t *layout,
                        struct kvd_error *err)
 {
-    uint64_t bytes[KVD_POOL_KINDS] = {kvd_page_bytes(&g->planes[0], KVD_CODEC_BF16),
-                                      kvd_page_bytes(&g->planes[0], g->planes[0].codec)};
+    const uint64_t bytes[][KVD_POOL_KINDS] = {{kvd_page_bytes(&g->planes[0], KVD_CODEC_BF16),
+                                               kvd_page_bytes(&g->planes[0], g->planes[0].codec)}};
     struct kvd_rotation *r = NULL;
     int fd KVD_CLOSE = -1;
     bool recycled;

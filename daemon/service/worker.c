@@ -107,8 +107,8 @@ static void reply(struct kvd_call *call, const struct kvd_session *s)
     Kvd__V1__OpenSessionReply r = KVD__V1__OPEN_SESSION_REPLY__INIT;
     r.session = (char *)s->secret;
     r.geometry = kvd_layout_to_proto(g, &pg);
-    r.bf16_page_bytes = kvd_pool_page_bytes(d->pool, s->layout, KVD_POOL_BF16);
-    r.codec_page_bytes = kvd_pool_page_bytes(d->pool, s->layout, KVD_POOL_CODEC);
+    r.bf16_page_bytes = kvd_pool_page_bytes(d->pool, s->layout, 0, KVD_POOL_BF16);
+    r.codec_page_bytes = kvd_pool_page_bytes(d->pool, s->layout, 0, KVD_POOL_CODEC);
     r.instance = d->instance;
     r.version = (char *)kvd_build_version();
     r.backend = (char *)d->backend->ops->name;

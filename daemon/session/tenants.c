@@ -104,7 +104,7 @@ void kvd_namespace_close(struct kvd_daemon *d, uint32_t ns)
 }
 
 int kvd_layout_open(struct kvd_daemon *d, int64_t uid, uint32_t ns, const struct kvd_layout *g,
-                    const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *layout, bool *recycled,
+                    const uint64_t (*page_bytes)[KVD_POOL_KINDS], uint32_t *layout, bool *recycled,
                     struct kvd_error *err)
 {
     settle(d);

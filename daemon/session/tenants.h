@@ -12,7 +12,7 @@ int kvd_namespace_open(struct kvd_daemon *d, int64_t uid, const char *name, uint
 void kvd_namespace_close(struct kvd_daemon *d, uint32_t ns);
 // The same for a layout, which kvd_pool_layout_unref gives back.
 int kvd_layout_open(struct kvd_daemon *d, int64_t uid, uint32_t ns, const struct kvd_layout *g,
-                    const uint64_t page_bytes[KVD_POOL_KINDS], uint32_t *layout, bool *recycled,
+                    const uint64_t (*page_bytes)[KVD_POOL_KINDS], uint32_t *layout, bool *recycled,
                     struct kvd_error *err);
 // Whether a namespace may be at all.
 int kvd_namespace_listed(const struct kvd_daemon *d, const char *name, struct kvd_error *err);

@@ -36,7 +36,7 @@ int main(int argc, char **argv)
                                      .max_layouts = 4};
     struct kvd_pool *pool = kvd_pool_new(&config, &ops, NULL);
     struct kvd_layout g = test_layout(1, 64, 256);
-    const uint64_t bytes[] = {4096, 4096};
+    const uint64_t bytes[][KVD_POOL_KINDS] = {{4096, 4096}};
     uint32_t ns, layout, *pages = malloc(live * sizeof(*pages));
     memset(pages, 0, live * sizeof(*pages));
     kvd_pool_namespace(pool, "bench", &ns, NULL);
@@ -44,7 +44,7 @@ int main(int argc, char **argv)
     long base = resident();
     double t = now();
     for (uint32_t i = 0; i < live; i++)
-        kvd_pool_page_alloc(pool, ns, layout, KVD_POOL_CODEC, &pages[i], NULL);
+        kvd_pool_page_alloc(pool, ns, layout, 0, KVD_POOL_CODEC, &pages[i], NULL);
     double fill = now() - t;
     long full = resident();
     t = now();
@@ -54,14 +54,14 @@ int main(int argc, char **argv)
             rng ^= rng << 13, rng ^= rng >> 7, rng ^= rng << 17;
             uint32_t at = (uint32_t)(rng >> 33) % live;
             kvd_pool_page_unref(pool, pages[at]);
-            kvd_pool_page_alloc(pool, ns, layout, KVD_POOL_CODEC, &pages[at], NULL);
+            kvd_pool_page_alloc(pool, ns, layout, 0, KVD_POOL_CODEC, &pages[at], NULL);
         }
     }
     double random = now() - t;
     t = now();
     for (uint64_t i = 0; i < 20ull * live; i++) {
         uint32_t page;
-        kvd_pool_page_alloc(pool, ns, layout, KVD_POOL_BF16, &page, NULL);
+        kvd_pool_page_alloc(pool, ns, layout, 0, KVD_POOL_BF16, &page, NULL);
         kvd_pool_page_unref(pool, page);
     }
     double tight = now() - t;

@@ -5,8 +5,8 @@
 
 #include "tests/unit/pool_fixture.h"
 
-static const uint64_t page_bytes[KVD_POOL_KINDS] = {128 << 10,
-                                                    16 << 10}; // 16 and 128 pages an extent
+// 16 and 128 pages an extent
+static const uint64_t page_bytes[1][KVD_POOL_KINDS] = {{128 << 10, 16 << 10}};
 
 struct fixture {
     struct test_mem mem;
@@ -90,14 +90,14 @@ START_TEST(demotion_follows_in_chunks)
         ck_assert_int_eq(append(&f, s, length++, 1), 0);
         struct kvd_pool_seq_info in = info_of(&f, s);
         uint64_t hist = length > 320 ? 64 + (length - 320) / 16 * 16 : 64;
-        ck_assert_uint_eq(in.hist_end, hist);
+        ck_assert_uint_eq(in.reach[0].hist_end, hist);
         if (length > 320) {
-            ck_assert_uint_ge(length - in.hist_end, 256);
-            ck_assert_uint_lt(length - in.hist_end, 272);
+            ck_assert_uint_ge(length - in.reach[0].hist_end, 256);
+            ck_assert_uint_lt(length - in.reach[0].hist_end, 272);
         }
-        ck_assert_uint_eq(in.pages[KVD_POOL_CODEC], (hist - 64 + 63) / 64);
+        ck_assert_uint_eq(in.pages[0][KVD_POOL_CODEC], (hist - 64 + 63) / 64);
     }
-    ck_assert_uint_eq(info_of(&f, s).pages[KVD_POOL_BF16], 1 + 5);
+    ck_assert_uint_eq(info_of(&f, s).pages[0][KVD_POOL_BF16], 1 + 5);
     finish(&f);
 }
 END_TEST
@@ -110,9 +110,9 @@ START_TEST(one_big_append_equals_many_small)
     for (uint64_t t = 0; t < 1777; t++)
         ck_assert_int_eq(append(&f, b, t, 1), 0);
     struct kvd_pool_seq_info x = info_of(&f, a), y = info_of(&f, b);
-    ck_assert_uint_eq(x.hist_end, y.hist_end);
-    ck_assert_uint_eq(x.pages[0], y.pages[0]);
-    ck_assert_uint_eq(x.pages[1], y.pages[1]);
+    ck_assert_uint_eq(x.reach[0].hist_end, y.reach[0].hist_end);
+    ck_assert_uint_eq(x.pages[0][0], y.pages[0][0]);
+    ck_assert_uint_eq(x.pages[0][1], y.pages[0][1]);
     finish(&f);
 }
 END_TEST
@@ -209,9 +209,9 @@ START_TEST(a_repeat_knows_what_the_first_saw)
         apply(&f, &first);
         ck_assert_int_eq(begin(&f, &again, s, 335, n, 0, 1, 1, n), 0);
         ck_assert(again.replayed);
-        ck_assert_uint_eq(again.hist_end, first.hist_end);
-        ck_assert_uint_eq(again.new_hist_end, first.new_hist_end);
-        ck_assert(again.window_kept == (n <= 49));
+        ck_assert_uint_eq(again.planes[0].before.hist_end, first.planes[0].before.hist_end);
+        ck_assert_uint_eq(again.planes[0].after.hist_end, first.planes[0].after.hist_end);
+        ck_assert(again.planes[0].window_kept == (n <= 49));
         kvd_pool_seq_release(f.pool, s);
     }
     finish(&f);
@@ -248,7 +248,7 @@ START_TEST(abort_changes_nothing)
     ck_assert_int_eq(kvd_pool_seq_fork(f.pool, s, &child, &f.err), 0);
     struct kvd_pool_seq_info before = info_of(&f, child);
     uint64_t pages[64], after[64];
-    uint32_t n = kvd_pool_seq_pages(f.pool, child, KVD_POOL_BF16, pages, 64);
+    uint32_t n = kvd_pool_seq_pages(f.pool, child, 0, KVD_POOL_BF16, pages, 64);
     struct kvd_pool_info pool_before, pool_after;
     kvd_pool_info(f.pool, &pool_before);
     struct kvd_pool_append a;
@@ -257,9 +257,9 @@ START_TEST(abort_changes_nothing)
     kvd_pool_append_abort(f.pool, &a);
     kvd_pool_info(f.pool, &pool_after);
     ck_assert_uint_eq(pool_before.used, pool_after.used);
-    ck_assert_uint_eq(kvd_pool_seq_pages(f.pool, child, KVD_POOL_BF16, after, 64), n);
+    ck_assert_uint_eq(kvd_pool_seq_pages(f.pool, child, 0, KVD_POOL_BF16, after, 64), n);
     ck_assert_mem_eq(pages, after, n * sizeof(*pages));
-    ck_assert_uint_eq(info_of(&f, child).pages[1], before.pages[1]);
+    ck_assert_uint_eq(info_of(&f, child).pages[0][1], before.pages[0][1]);
     finish(&f);
 }
 END_TEST
@@ -277,7 +277,7 @@ START_TEST(forks_share_until_written)
     // One token more: a private copy of one ring page, and nothing else.
     ck_assert_int_eq(append(&f, child, 1000, 1), 0);
     kvd_pool_info(f.pool, &three);
-    ck_assert_uint_eq(three.used - two.used, page_bytes[KVD_POOL_BF16]);
+    ck_assert_uint_eq(three.used - two.used, page_bytes[0][KVD_POOL_BF16]);
     kvd_pool_seq_release(f.pool, s);
     verify(&f);
     ck_assert_uint_eq(info_of(&f, child).length, 1001);
@@ -293,7 +293,7 @@ START_TEST(quota_and_pool_limits)
 {
     struct fixture f = setup(4, 1, 64, 256); // 2 extents of bf16 pages = 32, the rest for codes
     uint64_t s = new_seq(&f);
-    kvd_pool_set_quota(f.pool, f.ns, page_bytes[0] * 2);
+    kvd_pool_set_quota(f.pool, f.ns, page_bytes[0][0] * 2);
     ck_assert_int_eq(append(&f, s, 0, 128), 0);
     ck_assert_int_eq(append(&f, s, 128, 64), KVD_E_QUOTA);
     ck_assert_uint_eq(info_of(&f, s).length, 128);
@@ -387,16 +387,18 @@ START_TEST(memory_is_zeroed_between_namespaces_only)
     kvd_pool_namespace(f.pool, "b", &other, &f.err);
     kvd_pool_layout(f.pool, f.ns, &g, page_bytes, &f.layout, &recycled, &f.err);
     uint32_t page;
-    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, f.ns, f.layout, KVD_POOL_BF16, &page, &f.err), 0);
+    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, f.ns, f.layout, 0, KVD_POOL_BF16, &page, &f.err),
+                     0);
     kvd_pool_page_unref(f.pool, page);
-    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, f.ns, f.layout, KVD_POOL_CODEC, &page, &f.err), 0);
+    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, f.ns, f.layout, 0, KVD_POOL_CODEC, &page, &f.err),
+                     0);
     kvd_pool_page_unref(f.pool, page);
     ck_assert_uint_eq(mem.zeros, 0);
     mem.fail_next = true; // a failing zero must not grant the extent
-    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, other, f.layout, KVD_POOL_CODEC, &page, &f.err),
+    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, other, f.layout, 0, KVD_POOL_CODEC, &page, &f.err),
                      -EIO);
     mem.fail_next = false;
-    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, other, f.layout, KVD_POOL_CODEC, &page, &f.err),
+    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, other, f.layout, 0, KVD_POOL_CODEC, &page, &f.err),
                      0);
     ck_assert_uint_eq(mem.zeros, 1);
     kvd_pool_page_unref(f.pool, page);
@@ -417,10 +419,10 @@ START_TEST(truncate_everywhere)
         ck_assert_int_eq(kvd_pool_truncate(f.pool, s, keep, &f.err), 0);
         struct kvd_pool_seq_info in = info_of(&f, s);
         ck_assert_uint_eq(in.length, keep);
-        ck_assert_uint_le(in.hist_end, KVD_MAX(keep, 64));
+        ck_assert_uint_le(in.reach[0].hist_end, KVD_MAX(keep, 64));
         verify(&f);
         ck_assert_int_eq(append(&f, s, keep, 600), 0);
-        ck_assert_uint_eq((info_of(&f, s).hist_end - 64) % 16, 0);
+        ck_assert_uint_eq((info_of(&f, s).reach[0].hist_end - 64) % 16, 0);
         kvd_pool_seq_release(f.pool, s);
     }
     finish(&f);

@@ -284,7 +284,8 @@ START_TEST(random_operations)
                                      .on_evict = on_evict,
                                      .on_evict_ctx = &m};
     m.pool = kvd_pool_new(&config, &mem, NULL);
-    const uint64_t big[] = {128 << 10, 16 << 10}, small[] = {40 << 10, 5000};
+    const uint64_t big[][KVD_POOL_KINDS] = {{128 << 10, 16 << 10}};
+    const uint64_t small[][KVD_POOL_KINDS] = {{40 << 10, 5000}};
     struct kvd_layout g = test_layout(1, 64, 256), h = test_layout(1, 16, 32);
     ck_assert_int_eq(kvd_pool_layout(m.pool, m.ns[0], &g, big, &m.layout[0], &recycled, NULL), 0);
     ck_assert_int_eq(kvd_pool_layout(m.pool, m.ns[0], &h, small, &m.layout[1], &recycled, NULL), 0);

@@ -7,7 +7,7 @@
 
 enum { NAMESPACES = 8, LAYOUTS = 8, SEQUENCES = 64 };
 
-static const uint64_t page_bytes[KVD_POOL_KINDS] = {128 << 10, 16 << 10};
+static const uint64_t page_bytes[1][KVD_POOL_KINDS] = {{128 << 10, 16 << 10}};
 
 struct fixture {
     struct test_mem mem;
@@ -114,12 +114,12 @@ START_TEST(who_takes_the_slot_gets_no_old_data)
 {
     setup(1);
     uint32_t a = space("a"), page;
-    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, a, f.layout, KVD_POOL_CODEC, &page, &f.err), 0);
+    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, a, f.layout, 0, KVD_POOL_CODEC, &page, &f.err), 0);
     kvd_pool_page_unref(f.pool, page);
     kvd_pool_namespace_release(f.pool, a);
     uint32_t b = space("b");
     ck_assert_uint_eq(a, b);
-    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, b, f.layout, KVD_POOL_CODEC, &page, &f.err), 0);
+    ck_assert_int_eq(kvd_pool_page_alloc(f.pool, b, f.layout, 0, KVD_POOL_CODEC, &page, &f.err), 0);
     ck_assert_uint_eq(f.mem.zeros, 1);
     kvd_pool_page_unref(f.pool, page);
     finish();
@@ -278,7 +278,7 @@ START_TEST(slabs_are_as_many_as_extents)
     for (uint32_t i = 0; i < 1000; i++, g.planes[0].sink = (g.planes[0].sink + 16) % 4096) {
         ck_assert_int_eq(kvd_pool_layout(f.pool, a, &g, page_bytes, &layout, &recycled, &f.err), 0);
         for (int k = 0; k < KVD_POOL_KINDS; k++) {
-            ck_assert_int_eq(kvd_pool_page_alloc(f.pool, a, layout, k, &page, &f.err), 0);
+            ck_assert_int_eq(kvd_pool_page_alloc(f.pool, a, layout, 0, k, &page, &f.err), 0);
             kvd_pool_page_unref(f.pool, page);
         }
         kvd_pool_layout_unref(f.pool, layout);

@@ -1,0 +1,71 @@
+// The records of sequences and namespaces: finding, counting and forgetting them.
+#include "pool/internal.h"
+
+struct region_seq *seq_find(const struct kvd_pool *pool, uint64_t id)
+{
+    struct region_seq *s = seq_find_any(pool, id);
+    return s && (s->generation & 1) && !s->doomed ? s : NULL;
+}
+
+struct region_seq *seq_find_any(const struct kvd_pool *pool, uint64_t id)
+{
+    struct region_seq *s = &pool->seq[(uint32_t)id];
+    return (uint32_t)id < pool->head->n_sequences_ever && s->generation == (uint32_t)(id >> 32)
+               ? s
+               : NULL;
+}
+
+uint64_t seq_id(const struct kvd_pool *pool, const struct region_seq *s)
+{
+    return (uint64_t)s->generation << 32 | (uint32_t)(s - pool->seq);
+}
+
+void seq_set_length(struct kvd_pool *pool, struct region_seq *s, uint64_t length)
+{
+    pool->ns[s->ns].tokens += length - s->length;
+    pool->head->tokens += length - s->length;
+    s->length = length;
+}
+
+uint64_t seq_bytes(const struct kvd_pool *pool, const struct region_seq *s)
+{
+    uint64_t bytes = 0;
+    for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++)
+        for (int k = 0; k < KVD_POOL_KINDS; k++)
+            bytes += table_pages(pool, &s->table[p][k]) * pool->layout[s->layout].page_bytes[p][k];
+    return bytes;
+}
+
+void seq_destroy(struct kvd_pool *pool, struct region_seq *s)
+{
+    if (s->pins) {
+        s->doomed = true;
+        return;
+    }
+    for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++)
+        for (int k = 0; k < KVD_POOL_KINDS; k++)
+            table_truncate(pool, &s->table[p][k], 0);
+    seq_set_length(pool, s, 0);
+    pool->ns[s->ns].sequences--;
+    pool->head->sequences--;
+    pool->layout[s->layout].sequences--;
+    s->generation++;
+    s->doomed = false;
+    s->lru_next = pool->head->free_seq;
+    pool->head->free_seq = (uint32_t)(s - pool->seq);
+    namespace_settle(pool, s->ns);
+}
+
+void namespace_settle(struct kvd_pool *pool, uint32_t ns)
+{
+    struct region_namespace *n = &pool->ns[ns];
+    if (n->holders || n->kept || n->quota || n->sequences || n->used)
+        return;
+    for (uint32_t x = 0; x < pool->head->n_extents; x++)
+        if (pool->extent[x].owner == ns)
+            pool->extent[x].owner = KVD_OWNER_GONE;
+    for (uint32_t i = 0; i < pool->head->n_layouts; i++)
+        if (pool->layout[i].ns == ns)
+            pool->layout[i].ns = KVD_POOL_NONE;
+    n->name[0] = '\0';
+}

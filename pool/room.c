@@ -1,0 +1,86 @@
+// Making room: what something needs is provided first, all of it, and then taken, which cannot
+// fail. Only here are extents granted and sequences evicted for it.
+#include "pool/internal.h"
+
+static int provide(struct kvd_pool *pool, uint32_t ns, uint32_t layout,
+                   const struct kvd_pool_need *need)
+{
+    int rc = KVD_OK;
+    for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
+        for (uint32_t k = 0; k < KVD_POOL_KINDS && rc == KVD_OK; k++)
+            if (need->pages[p][k])
+                rc = slab_provide(pool, ns, layout, p, k, need->pages[p][k]);
+    return rc;
+}
+
+static int refuse(const struct kvd_pool *pool, int rc, struct kvd_error *err)
+{
+    const struct region_head *h = pool->head;
+    if (rc == KVD_E_LIMIT)
+        return kvd_fail(err, rc,
+                        "kvd is short of descriptors, of which an extent of %llu bytes takes one: "
+                        "free sequences, raise extent-size or the limit of open files "
+                        "(LimitNOFILE=, ulimit -n)",
+                        (unsigned long long)h->extent_bytes);
+    if (rc != KVD_E_FULL)
+        return kvd_fail(err, rc, "cannot make an extent of %llu bytes: %s",
+                        (unsigned long long)h->extent_bytes, kvd_status_name(rc));
+    if (h->extents_granted < h->n_extents)
+        return kvd_fail(err, KVD_E_FULL,
+                        "the device is short of memory: %u of the pool's %u extents of %llu bytes "
+                        "are in use, another cannot be made, and nothing can be evicted; free "
+                        "sequences or memory of other processes",
+                        h->extents_granted, h->n_extents, (unsigned long long)h->extent_bytes);
+    return kvd_fail(
+        err, KVD_E_FULL,
+        "the pool's %u extents of %llu bytes are all in use and nothing can be evicted; "
+        "free sequences or start kvd with a larger pool-size",
+        h->n_extents, (unsigned long long)h->extent_bytes);
+}
+
+int room_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout, const struct kvd_pool_need *need,
+              struct kvd_error *err)
+{
+    const struct region_namespace *n = &pool->ns[ns];
+    int rc = need->blocks ? share_take(pool, ns, SHARE_BLOCKS, need->blocks, err) : KVD_OK;
+    if (rc)
+        return rc;
+    while (n->quota && n->used + need->bytes > n->quota) {
+        if (!evict_one(pool, ns, NULL))
+            return kvd_fail(err, KVD_E_QUOTA,
+                            "namespace %s uses %llu of its quota of %llu bytes; free sequences or "
+                            "raise the quota",
+                            n->name, (unsigned long long)n->used, (unsigned long long)n->quota);
+    }
+    // Eviction may take extents away from the very slabs that were provided for: from the start.
+    while (((rc = provide(pool, ns, layout, need)) == KVD_E_FULL || rc == KVD_E_LIMIT) &&
+           evict_one(pool, KVD_POOL_NONE, NULL))
+        ;
+    if (rc == KVD_OK)
+        return rc;
+    rc = refuse(pool, rc, err);
+    room_settle(pool, ns, layout, need);
+    return rc;
+}
+
+void room_settle(struct kvd_pool *pool, uint32_t ns, uint32_t layout,
+                 const struct kvd_pool_need *need)
+{
+    for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
+        for (uint32_t k = 0; k < KVD_POOL_KINDS; k++) {
+            uint32_t slab = need->pages[p][k] ? slab_find(pool, ns, layout, p, k) : KVD_POOL_NONE;
+            if (slab != KVD_POOL_NONE)
+                slab_settle(pool, slab);
+        }
+}
+
+int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t layout, uint32_t plane,
+                        enum kvd_pool_kind kind, uint32_t *page, struct kvd_error *err)
+{
+    struct kvd_pool_need need = {.bytes = pool->layout[layout].page_bytes[plane][kind]};
+    need.pages[plane][kind] = 1;
+    int rc = room_make(pool, ns, layout, &need, err);
+    if (rc == KVD_OK)
+        *page = page_take(pool, slab_find(pool, ns, layout, plane, kind));
+    return rc;
+}
