@@ -65,7 +65,7 @@ struct kvd_cuda_attend_params {
     uint32_t codec;                // of the history
     uint32_t layer;                // KV layer index within the pages and the rotation set
     uint32_t q_len;                // queries a sequence: the last tokens of it
-    uint32_t new_tokens;           // 0, or q_len: K/V of the queries are in k and v
+    uint32_t new_tokens;           // 0, or at least q_len: K/V of the last tokens are in k and v
     uint32_t sink, ring;           // tokens; ring as kvd_plane_ring
     float scale;                   // logits are scale * q.k,
     float softcap;                 // then softcap * tanh(logit / softcap); 0: none
@@ -74,7 +74,7 @@ struct kvd_cuda_attend_params {
     const void *q;                 // [S][q_len][H_q][DK], not rotated; 16-byte aligned
     void *o;                       // [S][q_len][H_q][DV], not rotated; 8-byte aligned
     float *lse;                    // [S][q_len][H_q], natural log; NULL: not wanted
-    const uint16_t *k, *v;         // bf16 [S][q_len][H_kv][D], with new_tokens; 16-byte aligned
+    const uint16_t *k, *v;         // bf16 [S][new_tokens][H_kv][D]; 16-byte aligned
     struct kvd_cuda_pages pages;
     struct kvd_cuda_tail tail; // instead of new_tokens
     // What `pages` has, tail.tokens, and the tokens of codec pages were written by copies, or by

@@ -169,7 +169,7 @@ extern "C" int kvd_cuda_attend(const struct kvd_cuda_attend_params *p, struct CU
         p->q_heads / p->kv_heads > 64 || p->q_len == 0 || p->sequences == 0 ||
         p->sequences > 65535 || p->splits + p->window_splits == 0 || p->splits > MAX_SPLITS ||
         p->window_splits > MAX_WINDOW_SPLITS || p->part_tiles == 0 ||
-        (p->new_tokens && (p->new_tokens != p->q_len || p->tail.tokens)) ||
+        (p->new_tokens && (p->new_tokens < p->q_len || p->tail.tokens)) ||
         (p->tail.tokens && p->tail.ring == 0) ||
         (p->warps != 4 && !(small_blocks(*p) && (p->warps == 8 || p->warps == 16))) ||
         (uint64_t)p->kv_heads * n_row_blocks(*p, n_tiles(*p)) > 65535)

@@ -477,7 +477,7 @@ __device__ inline const uint16_t *bf16_row(const attend_call &p, const row_block
         bool tail = p.tail.tokens;
         const uint16_t *x = tail ? v ? p.tail.v : p.tail.k : v ? p.v : p.k;
         uint64_t row = tail ? (uint64_t)b.s * p.tail.ring + token % p.tail.ring
-                            : (uint64_t)b.s * p.q_len + (token - b.length);
+                            : (uint64_t)b.s * p.new_tokens + (token - b.length);
         return x + (row * p.kv_heads + b.kv) * dim;
     }
     uint32_t entry = token / PAGE, row = token % PAGE;

@@ -7,7 +7,7 @@
 
 enum {
     SLICE_BYTES = 64 << 20, // of tensors staged at once, unless one layer is more
-    SLICE_NS = 2000000,     // of work at once, unless one layer is more
+    SLICE_NS = 2000000,     // of work at once, unless one layer of an append is more
 };
 
 static struct kvd_cuda *cuda_of(struct kvd_backend *b)
@@ -305,11 +305,17 @@ static const struct kvd_tensor *tensor_of(const struct kvd_attend_item *item, ui
     return all[t];
 }
 
+// Tokens of tensor t.
+static uint32_t tokens_of(const struct kvd_attend_item *item, uint32_t t)
+{
+    return t == T_K || t == T_V ? item->new_tokens : item->q_len;
+}
+
 // Whether a tensor of all items is [layer][item][token][head][dim] already.
 static bool lies_right(const struct group *g, uint32_t t, uint32_t heads)
 {
     const struct kvd_tensor *head = tensor_of(g->items, t);
-    uint32_t tokens = g->items->q_len;
+    uint32_t tokens = tokens_of(g->items, t);
     bool right = g->row[t] && head->data && kvd_in_place(head);
     for (uint32_t i = 0; i < g->n && right; i++) {
         const struct kvd_tensor *x = tensor_of(&g->items[i], t);
@@ -320,12 +326,41 @@ static bool lies_right(const struct group *g, uint32_t t, uint32_t heads)
     return right;
 }
 
+// What a layer of some alike items takes: reading their pages, or the arithmetic of many queries.
+static uint64_t attend_ns(const struct kvd_plane *plane, const struct kvd_attend_item *items,
+                          uint32_t n)
+{
+    uint64_t tokens = 0;
+    for (uint32_t i = 0; i < n; i++)
+        tokens += items[i].length + items[i].new_tokens;
+    uint64_t ns = tokens * plane->kv_heads / 40 + tokens * plane->q_heads * items->q_len / 500;
+    return ns * (plane->head_dim_k + plane->head_dim_v) / 256;
+}
+
+// Queries of an item to take at once: all, unless that were more than a launch takes, or than two
+// slices. The clock has no say in it, so that slices change no result.
+static uint32_t queries_at_once(const struct kvd_plane *plane, const struct kvd_attend_item *item)
+{
+    uint64_t most = 65535 / plane->kv_heads * 8ull * plane->kv_heads / plane->q_heads;
+    uint64_t ns = attend_ns(plane, item, 1);
+    if (ns > 2 * SLICE_NS)
+        most = KVD_MIN(most, KVD_MAX(item->q_len * (uint64_t)SLICE_NS / ns, (uint64_t)16));
+    if (item->q_len <= most)
+        return item->q_len;
+    uint64_t parts = kvd_div_up(item->q_len, most);
+    return (uint32_t)kvd_div_up(item->q_len, parts);
+}
+
 static struct group group_at(const struct kvd_attend_params *p, uint32_t first)
 {
     const struct kvd_plane *g = p->plane;
     struct group out = {.p = p, .items = &p->items[first], .bf16_stride = bf16_pages(g)};
     const struct kvd_attend_item *head = out.items;
+    uint64_t ns = 0;
     while (first + out.n < p->n_items && alike(head, &out.items[out.n])) {
+        ns += attend_ns(g, &out.items[out.n], 1);
+        if (out.n && ns > 2 * SLICE_NS)
+            break;
         out.lse |= out.items[out.n].lse.data != NULL;
         uint32_t pages = codec_pages(g, out.items[out.n].hist_end);
         out.codec_stride = KVD_MAX(out.codec_stride, pages);
@@ -334,10 +369,8 @@ static struct group group_at(const struct kvd_attend_params *p, uint32_t first)
     out.row[T_Q] = tensor_bytes(&head->q, head->q_len, g->q_heads, g->head_dim_k);
     out.row[T_O] = tensor_bytes(&head->o, head->q_len, g->q_heads, g->head_dim_v);
     out.row[T_LSE] = out.lse ? (uint64_t)head->q_len * g->q_heads * 4 : 0;
-    if (head->new_tokens) {
-        out.row[T_K] = (uint64_t)head->q_len * g->kv_heads * g->head_dim_k * 2;
-        out.row[T_V] = (uint64_t)head->q_len * g->kv_heads * g->head_dim_v * 2;
-    }
+    out.row[T_K] = (uint64_t)head->new_tokens * g->kv_heads * g->head_dim_k * 2;
+    out.row[T_V] = (uint64_t)head->new_tokens * g->kv_heads * g->head_dim_v * 2;
     for (uint32_t t = 0; t < T_COUNT; t++)
         if (lies_right(&out, t, t == T_K || t == T_V ? g->kv_heads : g->q_heads))
             out.direct[t] = tensor_of(head, t);
@@ -356,7 +389,7 @@ static struct kvd_staged staged_of(const struct group *g, const uint64_t at[T_CO
     return (struct kvd_staged){.tensor = tensor_of(item, t),
                                .layer0 = layer,
                                .layers = layers,
-                               .tokens = item->q_len,
+                               .tokens = tokens_of(item, t),
                                .heads = heads[t],
                                .dim = dims[t],
                                .at = at[t] + i * g->row[t],
@@ -509,48 +542,90 @@ static int attend_slice(struct kvd_cuda *c, const struct group *g, uint32_t laye
     return rc;
 }
 
-// What a layer of a group takes: reading its pages, or the arithmetic of many queries.
-static uint64_t attend_ns(const struct group *g)
+// Queries [begin, end) of an item as an item of their own. The tokens behind them are left out.
+static struct kvd_attend_item queries_of(const struct kvd_plane *plane,
+                                         const struct kvd_attend_item *item, uint32_t begin,
+                                         uint32_t end)
 {
-    const struct kvd_plane *geo = g->p->plane;
-    uint64_t tokens = 0;
-    for (uint32_t i = 0; i < g->n; i++)
-        tokens += g->items[i].length + g->items[i].new_tokens;
-    uint64_t ns = tokens * geo->kv_heads / 40 + tokens * geo->q_heads * g->items->q_len / 500;
-    return ns * (geo->head_dim_k + geo->head_dim_v) / 256;
+    struct kvd_attend_item out = *item;
+    uint32_t behind = item->q_len - end;
+    out.q_len = end - begin;
+    out.q.data += begin * out.q.token_stride;
+    out.o.data += begin * out.o.token_stride;
+    if (out.lse.data)
+        out.lse.data += begin * out.lse.token_stride;
+    if (item->new_tokens) {
+        out.new_tokens -= behind;
+    } else {
+        out.length -= behind;
+        out.hist_end = KVD_MIN(out.hist_end, KVD_MAX(out.length, (uint64_t)plane->sink));
+    }
+    return out;
+}
+
+// Layers of a group, of which the first is `at` in the operation's count. *paused: the slice is
+// over, and there is more.
+static int attend_group(struct kvd_cuda *c, const struct group *g, uint64_t at, bool *paused,
+                        struct kvd_error *err)
+{
+    const struct kvd_attend_params *p = g->p;
+    uint64_t done = p->slice ? p->slice->at : 0;
+    if (done >= at + p->layer_count)
+        return KVD_OK;
+    *paused = pause_at(p->slice, KVD_MAX(at, done));
+    if (*paused)
+        return KVD_OK;
+    uint64_t bytes = 0;
+    for (uint32_t t = 0; t < T_COUNT; t++)
+        bytes += g->direct[t] ? 0 : g->n * g->row[t];
+    uint64_t tables =
+        (uint64_t)g->n * (g->codec_stride + g->bf16_stride + 1) * 8 + (4 + T_COUNT) * 256;
+    uint32_t step = fair_layers(p->slice, attend_ns(p->plane, g->items, g->n),
+                                slice_layers(bytes, p->layer_count));
+    struct kvd_cuda_attend_params params;
+    int rc = kvd_stage_begin(c, tables + step * bytes, err);
+    if (rc == KVD_OK)
+        rc = plan_group(c, g, &params, err);
+    for (uint32_t l = done > at ? (uint32_t)(done - at) : 0; l < p->layer_count && rc == KVD_OK;
+         l += step) {
+        *paused = pause_at(p->slice, at + l);
+        if (*paused)
+            return KVD_OK;
+        rc = attend_slice(c, g, l, KVD_MIN(step, p->layer_count - l), params, err);
+    }
+    return rc;
 }
 
 int kvd_cuda_op_attend(struct kvd_backend *b, const struct kvd_attend_params *p,
                        struct kvd_error *err)
 {
     struct kvd_cuda *c = cuda_of(b);
-    uint64_t done = p->slice ? p->slice->at : 0, at = 0; // layers of groups, one after the other
-    for (uint32_t first = 0; first < p->n_items; at += p->layer_count) {
-        struct group g = group_at(p, first);
-        first += g.n;
-        if (done >= at + p->layer_count)
+    uint64_t at = 0; // layers of groups, and of parts of their queries, one after the other
+    bool paused = false;
+    int rc = KVD_OK;
+    for (uint32_t first = 0; first < p->n_items && rc == KVD_OK && !paused;) {
+        const struct kvd_attend_item *item = &p->items[first];
+        uint32_t queries = queries_at_once(p->plane, item);
+        if (queries == item->q_len) {
+            struct group g = group_at(p, first);
+            rc = attend_group(c, &g, at, &paused, err);
+            at += p->layer_count;
+            first += g.n;
             continue;
-        if (pause_at(p->slice, KVD_MAX(at, done)))
-            return KVD_OK;
-        uint64_t bytes = 0, tables = 0;
-        for (uint32_t t = 0; t < T_COUNT; t++)
-            bytes += g.direct[t] ? 0 : g.n * g.row[t];
-        tables = (uint64_t)g.n * (g.codec_stride + g.bf16_stride + 1) * 8 + (4 + T_COUNT) * 256;
-        uint32_t step = fair_layers(p->slice, attend_ns(&g), slice_layers(bytes, p->layer_count));
-        struct kvd_cuda_attend_params params;
-        int rc = kvd_stage_begin(c, tables + step * bytes, err);
-        if (rc == KVD_OK)
-            rc = plan_group(c, &g, &params, err);
-        for (uint32_t l = done > at ? (uint32_t)(done - at) : 0; l < p->layer_count && rc == KVD_OK;
-             l += step) {
-            if (pause_at(p->slice, at + l))
-                return KVD_OK;
-            rc = attend_slice(c, &g, l, KVD_MIN(step, p->layer_count - l), params, err);
         }
-        if (rc)
-            return rc;
+        for (uint32_t q = 0; q < item->q_len && rc == KVD_OK && !paused; q += queries) {
+            struct kvd_attend_item part =
+                queries_of(p->plane, item, q, KVD_MIN(q + queries, item->q_len));
+            struct kvd_attend_params one = *p;
+            one.items = &part;
+            one.n_items = 1;
+            struct group g = group_at(&one, 0);
+            rc = attend_group(c, &g, at, &paused, err);
+            at += p->layer_count;
+        }
+        first++;
     }
-    return KVD_OK;
+    return rc;
 }
 
 // -- read and rotate -----------------------------------------------------------------------------

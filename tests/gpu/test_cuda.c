@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/cuda.h"
 #include "tests/gpu/gpu_fixture.h"
+#include "tests/gpu/many_queries.h"
 #include "tests/unit/kernel_long.h"
 #include "tests/unit/kernel_nonfinite.h"
 
@@ -720,6 +721,15 @@ int main(int argc, char **argv)
         ragged(seed, KVD_CODEC_INT2, 3, 256);
         for (uint32_t codec = KVD_CODEC_INT2_LM; codec < KVD_CODEC_COUNT; codec++)
             ragged(seed, codec, 5, 128);
+        for (int i = 0; i < 4; i++) {
+            uint32_t codec = i & 1 ? KVD_CODEC_INT2 : KVD_CODEC_BF16;
+            double e = many_queries(cuda, cpu, codec, i & 2, seed);
+            char name[100];
+            snprintf(name, sizeof(name), "%d queries%s, codec %u: error of a row %.2e",
+                     MANY_QUERIES, i & 2 ? " of a step" : "", codec, e);
+            printf("%s\n", name);
+            result(e < 2e-3, name);
+        }
         groups_and_dims(seed);
         accuracy(seed);
         long_sequences(seed);
