@@ -22,9 +22,11 @@ kvd_deps() {
     if [ "$1" = container ]; then # roots of other systems, booted or unpacked
         packages="mmdebstrap systemd-container procps util-linux dpkg"
     fi
-    local missing="" p
+    local missing="" p have
+    # shellcheck disable=SC2086
+    have=$(dpkg-query -W -f='${Package} ${db:Status-Status}\n' $packages 2>/dev/null | sed -n 's/ installed$//p')
     for p in $packages; do
-        dpkg-query -W -f='${db:Status-Status}\n' "$p" 2>/dev/null | grep -qx installed || missing="$missing $p"
+        grep -qxF "$p" <<<"$have" || missing="$missing $p"
     done
     if [ -z "$missing" ]; then
         echo "== dependencies: all there"

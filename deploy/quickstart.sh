@@ -22,6 +22,11 @@ took() { # took WHAT: seconds since the last one
 kvd_deps build
 took dependencies
 
+quietly() { # what a command prints is of interest when it fails
+    local said
+    said=$("$@" 2>&1) || { printf '%s\n' "$said" | tail -n 20 >&2; echo "quickstart: $1 failed" >&2; exit 1; }
+}
+
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | grep -xE '[0-9]+\.[0-9]+' || true)
 cuda=(-Dcuda=disabled) what="without CUDA kernels: there is no GPU"
 if [ "${1:-}" = --with-cuda ]; then
@@ -32,9 +37,9 @@ fi
 if [ -e "$build/build.ninja" ] && [ -n "${BUILD:-}" ]; then
     what="as $build was set up"
 elif [ -e "$build/build.ninja" ]; then
-    [ "$(cat "$build/quickstart.options" 2>/dev/null)" = "${cuda[*]}" ] || meson configure "$build" "${cuda[@]}" >/dev/null
+    [ "$(cat "$build/quickstart.options" 2>/dev/null)" = "${cuda[*]}" ] || quietly meson configure "$build" "${cuda[@]}"
 else
-    meson setup "$build" -Dtests=false "${cuda[@]}" >/dev/null
+    quietly meson setup "$build" -Dtests=false "${cuda[@]}"
 fi
 echo "${cuda[*]}" >"$build/quickstart.options"
 echo "== build: $build, $what"

@@ -119,12 +119,27 @@ static void exact(const struct activations *a, uint32_t l, uint32_t pos, uint32_
     free(p);
 }
 
-void compare(const struct activations *a, uint32_t l, const float *o, struct score *s)
+// The exact outputs of the last QUERIES positions of a layer, [QUERIES][q_heads][DIM].
+static const double *wanted(struct activations *a, uint32_t l)
 {
+    if (a->want[l])
+        return a->want[l];
+    a->want[l] = malloc(sizeof(double) * QUERIES * a->q_heads * DIM);
+    if (!a->want[l])
+        die("out of memory", NULL);
+    for (uint32_t i = 0; i < QUERIES; i++)
+        for (uint32_t h = 0; h < a->q_heads; h++)
+            exact(a, l, a->tokens - QUERIES + i, h,
+                  a->want[l] + (size_t)(i * a->q_heads + h) * DIM);
+    return a->want[l];
+}
+
+void compare(struct activations *a, uint32_t l, const float *o, struct score *s)
+{
+    const double *all = wanted(a, l);
     for (uint32_t i = 0; i < QUERIES; i++)
         for (uint32_t h = 0; h < a->q_heads; h++) {
-            double want[DIM];
-            exact(a, l, a->tokens - QUERIES + i, h, want);
+            const double *want = all + (size_t)(i * a->q_heads + h) * DIM;
             for (int c = 0; c < DIM; c++) {
                 double got = o[(i * a->q_heads + h) * DIM + (uint32_t)c];
                 s->diff += (got - want[c]) * (got - want[c]);

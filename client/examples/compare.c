@@ -46,7 +46,7 @@ static uint64_t append_all(kvd_client *c, const struct activations *a, struct ou
     return id;
 }
 
-static struct outcome try(const char *address, const struct activations *a, const char *codec,
+static struct outcome try(const char *address, struct activations *a, const char *codec,
                           const char *set, bool windows)
 {
     kvd_failure err;

@@ -64,7 +64,7 @@ static int write_all(const char *address, const struct activations *a, const cha
     return 0;
 }
 
-static int read_all(const char *address, const struct activations *a, const char *set)
+static int read_all(const char *address, struct activations *a, const char *set)
 {
     kvd_failure err;
     kvd_buffer *b;
