@@ -49,7 +49,7 @@ if [ -e "$build/kernels/attend.cuda.o" ]; then # cudart is in the kernels
     cp -L "$terms" "$root/licenses/cudart"
 fi
 
-for page in "$build"/deploy/*.[1-8]; do
+for page in "$build"/deploy/{kvd.8,kvd.conf.5,kvctl.1}; do
     [ -e "$page" ] || { echo "bundle: no man pages: scdoc was not there when $build was set up" >&2; exit 1; }
     install -D -m 644 "$page" "$root/share/man/man${page##*.}/$(basename "$page")"
 done

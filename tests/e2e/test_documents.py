@@ -3,6 +3,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 
 from conftest import KVCTL, KVD, SOURCE
 
@@ -81,6 +82,17 @@ def test_kvds_options_are_documented():
         assert f"*{code}*\n" in page
     for signal in ("SIGTERM", "SIGINT", "SIGHUP"):
         assert signal in page
+
+
+def test_the_chat_workers_options_are_documented():
+    shown = subprocess.run([sys.executable, "-m", "kvd_worker", "--help"], capture_output=True, text=True, timeout=30,
+                           env={**os.environ, "PYTHONPATH": str(SOURCE / "client/python"), "COLUMNS": "200"})
+    assert shown.returncode == 0, shown.stderr
+    page = (MAN / "kvd-worker.1.scd").read_text()
+    options = set(re.findall(r"^  (?:-h, )?--([a-z-]+)", shown.stdout, re.M))
+    assert len(options) > 8 and set(re.findall(r"^(?:\*-h\*, )?\*--([a-z-]+)\*", page, re.M)) == options
+    for name, default in re.findall(r"^  --([a-z-]+) .*\(default: (\d+)\b", shown.stdout, re.M):
+        assert f"Default: {default}" in sections(page, r"^\*--([a-z-]+)\*")[name], name
 
 
 def test_every_command_is_documented():

@@ -115,6 +115,9 @@ def main() -> int:
 def run() -> None:
     try:
         sys.exit(main())
+    except ModuleNotFoundError as e:
+        sys.exit(f"kvd-worker: {e}: it wants gguf and tokenizers, and safetensors for a folder: pip install gguf tokenizers safetensors "
+                 "(where pip refuses, in a venv that is made with --system-site-packages)")
     except (kvd.Error, ValueError, OSError, ImportError) as e:
         sys.exit(f"kvd-worker: {e}")
     except KeyboardInterrupt:
