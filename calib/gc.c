@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <sys/stat.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "calib/store_private.h"
 
@@ -31,6 +32,12 @@ int kvd_store_pin(const struct kvd_store_config *c, const char *ref, bool pinned
 {
     char path[KVD_STORE_PATH];
     struct kvd_rotset *set = NULL;
+    if (kvd_store_join(path, c->cache, "pins.json", err) || kvd_store_make_parents(path, err))
+        return err->code;
+    // What is fetched stays until it is pinned, and two at once lose no pin.
+    int lock KVD_CLOSE = kvd_store_lock(c->cache, err);
+    if (lock < 0)
+        return lock;
     if (kvd_digest_valid(ref) && !pinned) {
         snprintf(digest, KVD_DIGEST_TEXT, "%s", ref);
     } else {
@@ -87,6 +94,15 @@ static int add_named(const char *folder, int depth, json_t *named, struct kvd_er
     return rc;
 }
 
+static int add_named_of(void *named, const char *folder, const char *url, struct kvd_error *err)
+{
+    char models[KVD_STORE_PATH];
+    (void)url;
+    if (kvd_store_join(models, folder, "models", err))
+        return err->code;
+    return add_named(models, 0, named, err);
+}
+
 // A file of objects/sha256: whether it is to go.
 static bool unwanted(const char *name, const struct stat *st, const json_t *named,
                      struct kvd_store_gc *out)
@@ -109,15 +125,19 @@ static bool unwanted(const char *name, const struct stat *st, const json_t *name
 int kvd_store_collect(const struct kvd_store_config *c, bool dry, struct kvd_store_gc *out,
                       struct kvd_error *err)
 {
-    char models[KVD_STORE_PATH], objects[KVD_STORE_PATH], path[KVD_STORE_PATH];
+    char objects[KVD_STORE_PATH], path[KVD_STORE_PATH];
     *out = (struct kvd_store_gc){0};
-    if (kvd_store_join(models, c->cache, "models", err) ||
-        kvd_store_join(objects, c->cache, "objects/sha256", err))
+    if (kvd_store_join(objects, c->cache, "objects/sha256", err))
         return err->code;
+    if (access(c->cache, F_OK) && errno == ENOENT)
+        return KVD_OK;
+    int lock KVD_CLOSE = kvd_store_lock(c->cache, err);
+    if (lock < 0)
+        return lock;
     json_t *named = load_pins(c, path, err);
     if (!named)
         return err->code;
-    int rc = add_named(models, 0, named, err);
+    int rc = kvd_store_each(c->cache, add_named_of, named, err);
     DIR *d = rc ? NULL : opendir(objects);
     if (!rc && !d && errno != ENOENT)
         rc = kvd_fail(err, -errno, "%s: %s", objects, strerror(errno));

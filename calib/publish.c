@@ -133,6 +133,9 @@ int kvd_store_publish(const char *directory, struct kvd_rotset *set,
     if (kvd_store_join(incoming, directory, "objects/sha256/incoming", err) ||
         kvd_store_make_parents(incoming, err))
         return err->code;
+    int lock KVD_CLOSE = kvd_store_lock(directory, err);
+    if (lock < 0)
+        return lock;
     rc = o->file && *set->digest ? kvd_rotset_copy(o->file, set->digest, incoming, err)
                                  : kvd_rotset_write(set, incoming, err);
     if (rc)
@@ -154,9 +157,10 @@ int kvd_store_untag(const char *directory, const char *ref, char digest[KVD_DIGE
     if (manifest_path(path, directory, model, err))
         return err->code;
     struct kvd_error local = {0};
-    json_t *manifest = kvd_store_load_json(path, &local);
+    int lock KVD_CLOSE = kvd_store_lock(directory, &local);
+    json_t *manifest = lock >= 0 ? kvd_store_load_json(path, &local) : NULL;
     if (!manifest)
-        return local.code == KVD_E_NOT_FOUND
+        return local.code == KVD_E_NOT_FOUND || local.code == -ENOENT
                    ? kvd_fail(err, KVD_E_NOT_FOUND, "%s has no model %s", directory, model)
                    : kvd_fail(err, local.code, "%s", local.text);
     json_t *tags = json_object_get(manifest, "tags"), *entry = json_object_get(tags, at + 1);

@@ -126,7 +126,19 @@ static int inspect(const char *path, enum kind kind, const char *url, struct kvd
     return ok ? KVD_OK : kvd_fail(err, KVD_E_CORRUPT, "%s was not kept: %s", url, local.text);
 }
 
-// Fetches <store>/<name> to <cache>/<name>. The old file stays if anything fails.
+// Where a file of a store is in the cache: manifests by store, what a digest names for all.
+static int cached_path(const struct kvd_store_config *c, enum kind kind, const char *name,
+                       char out[KVD_STORE_PATH], struct kvd_error *err)
+{
+    char folder[KVD_STORE_PATH];
+    if (kind != MANIFEST)
+        return kvd_store_join(out, c->cache, name, err);
+    if (kvd_store_folder(c, folder, err))
+        return err ? err->code : KVD_E_INVALID;
+    return kvd_store_join(out, folder, name, err);
+}
+
+// Fetches <store>/<name> to its place in the cache. The old file stays if anything fails.
 static int mirror(const struct kvd_store_config *c, const char *name, enum kind kind, uint64_t max,
                   const char *digest, kvd_store_progress *progress, void *ctx,
                   struct kvd_error *err)
@@ -135,9 +147,13 @@ static int mirror(const struct kvd_store_config *c, const char *name, enum kind 
     if (!c->url || !*c->url)
         return kvd_fail(err, KVD_E_UNAVAILABLE,
                         "%s is not in the cache and no store is configured (--store URL)", name);
-    if (kvd_store_join(url, c->url, name, err) || kvd_store_join(path, c->cache, name, err) ||
-        kvd_store_make_parents(path, err))
-        return err ? err->code : KVD_E_INVALID;
+    struct kvd_error local = {0};
+    err = err ? err : &local;
+    if (kvd_store_away(c->url))
+        return kvd_fail(err, KVD_E_UNAVAILABLE, "the store %s is not there", c->url);
+    if (kvd_store_join(url, c->url, name, err) || cached_path(c, kind, name, path, err) ||
+        kvd_store_make_parents(path, err) || (kind == MANIFEST && kvd_store_make_folder(c, err)))
+        return err->code;
     snprintf(tmp, sizeof(tmp), "%s.XXXXXX", path);
     int fd KVD_CLOSE = mkostemp(tmp, O_CLOEXEC);
     if (fd < 0)
@@ -165,8 +181,8 @@ static int mirror(const struct kvd_store_config *c, const char *name, enum kind 
     return rc;
 }
 
-static int tag_digest(const json_t *manifest, const char *model, const char *tag,
-                      char digest[KVD_DIGEST_TEXT], struct kvd_error *err)
+int kvd_store_tag_digest(const json_t *manifest, const char *model, const char *tag,
+                         char digest[KVD_DIGEST_TEXT], struct kvd_error *err)
 {
     const json_t *entry = json_object_get(json_object_get(manifest, "tags"), tag);
     const char *text = json_string_value(json_object_get(entry, "digest"));
@@ -179,8 +195,8 @@ static int tag_digest(const json_t *manifest, const char *model, const char *tag
     return KVD_OK;
 }
 
-// Resolves model@tag. The store's manifest is asked first; the cached one answers when the store
-// cannot.
+// Resolves model@tag. The store's manifest is asked first; the one cached of it answers when the
+// store cannot. Without a store, all whose manifests are cached are asked.
 static int resolve(const struct kvd_store_config *c, const char *ref, char digest[KVD_DIGEST_TEXT],
                    struct kvd_error *err)
 {
@@ -195,17 +211,19 @@ static int resolve(const struct kvd_store_config *c, const char *ref, char diges
             err, KVD_E_INVALID,
             "%.200s is no rotation set: say model@tag, sha256:<hex>, hadamard, random or identity",
             ref);
+    if (!c->url || !*c->url)
+        return kvd_store_resolve_cached(c, model, tag, digest, err);
     snprintf(name, sizeof(name), "models/%s.json", model);
     struct kvd_error remote = {0};
     int rc = mirror(c, name, MANIFEST, MAX_MANIFEST, NULL, NULL, NULL, &remote);
     if (rc == KVD_E_NOT_FOUND)
         return kvd_fail(err, rc, "the store has no model %s", model);
-    if (kvd_store_join(path, c->cache, name, err))
-        return KVD_E_INVALID;
+    if (cached_path(c, MANIFEST, name, path, err))
+        return err->code;
     json_t *manifest = kvd_store_load_json(path, err);
     if (!manifest)
         return rc ? kvd_fail(err, rc, "%s", remote.text) : err->code;
-    rc = tag_digest(manifest, model, tag, digest, err);
+    rc = kvd_store_tag_digest(manifest, model, tag, digest, err);
     json_decref(manifest);
     return rc;
 }
@@ -283,6 +301,7 @@ int kvd_store_fetch(const struct kvd_store_config *c, const char *ref, kvd_store
 
 struct listing {
     const struct kvd_store_config *c;
+    bool refresh; // manifests are fetched again
     struct kvd_store_entry *entries;
     uint32_t n, cap;
 };
@@ -314,6 +333,10 @@ static int add_entry(struct listing *l, const char *model, const char *tag, cons
     e->bytes = (uint64_t)json_integer_value(json_object_get(info, "bytes"));
     e->error = evaluated(info, "windows");
     e->error_no_windows = evaluated(info, "no_windows");
+    for (uint32_t i = 0; i < l->n; i++) // of another store, and the same there
+        if (strcmp(e->digest, l->entries[i].digest) == 0 && strcmp(tag, l->entries[i].tag) == 0 &&
+            strcmp(model, l->entries[i].model) == 0)
+            return KVD_OK;
     char name[128], path[KVD_STORE_PATH];
     kvd_store_object_name(name, sizeof(name), digest);
     e->cached = kvd_store_join(path, l->c->cache, name, NULL) == 0 && access(path, R_OK) == 0;
@@ -321,7 +344,8 @@ static int add_entry(struct listing *l, const char *model, const char *tag, cons
     return KVD_OK;
 }
 
-static void add_model(struct listing *l, const char *model, bool refresh)
+// Adds the tags of a model's manifest in `folder`, once it is fetched again if `refresh`.
+static void add_model(struct listing *l, const char *folder, const char *model, bool refresh)
 {
     char name[KVD_MAX_NAME + 16], path[KVD_STORE_PATH];
     if (!word_valid(model, strlen(model), true))
@@ -330,7 +354,7 @@ static void add_model(struct listing *l, const char *model, bool refresh)
     if (refresh)
         mirror(l->c, name, MANIFEST, MAX_MANIFEST, NULL, NULL, NULL, NULL);
     json_t *manifest =
-        kvd_store_join(path, l->c->cache, name, NULL) ? NULL : kvd_store_load_json(path, NULL);
+        kvd_store_join(path, folder, name, NULL) ? NULL : kvd_store_load_json(path, NULL);
     const char *tag;
     json_t *info;
     json_object_foreach(json_object_get(manifest, "tags"), tag, info)
@@ -338,23 +362,42 @@ static void add_model(struct listing *l, const char *model, bool refresh)
     json_decref(manifest);
 }
 
+static int add_folder(void *ctx, const char *folder, const char *url, struct kvd_error *err)
+{
+    struct listing *l = ctx;
+    char path[KVD_STORE_PATH];
+    (void)url;
+    if (kvd_store_join(path, folder, "index.json", err))
+        return err->code;
+    json_t *index = kvd_store_load_json(path, NULL), *model;
+    size_t i;
+    json_array_foreach(json_object_get(index, "models"), i, model) if (json_is_string(model))
+        add_model(l, folder, json_string_value(model), l->refresh);
+    json_decref(index);
+    return KVD_OK;
+}
+
 int kvd_store_list(const struct kvd_store_config *c, struct kvd_store_entry **entries, uint32_t *n,
                    struct kvd_error *err)
 {
     struct listing l = {.c = c};
-    char path[KVD_STORE_PATH];
+    char folder[KVD_STORE_PATH];
     struct kvd_error remote = {0};
-    int rc = mirror(c, "index.json", MANIFEST, MAX_MANIFEST, NULL, NULL, NULL, &remote);
-    if (kvd_store_join(path, c->cache, "index.json", err))
-        return KVD_E_INVALID;
-    json_t *index = kvd_store_load_json(path, NULL), *model;
-    size_t i;
-    json_array_foreach(json_object_get(index, "models"), i, model) if (json_is_string(model))
-        add_model(&l, json_string_value(model), rc == KVD_OK);
-    json_decref(index);
-    if (rc && l.n == 0 && c->url && *c->url) {
+    bool store = c->url && *c->url;
+    int rc = KVD_OK, missing = KVD_OK;
+    if (store) {
+        missing = mirror(c, "index.json", MANIFEST, MAX_MANIFEST, NULL, NULL, NULL, &remote);
+        l.refresh = missing == KVD_OK;
+        rc = kvd_store_folder(c, folder, err);
+    }
+    if (rc == KVD_OK)
+        rc = store ? add_folder(&l, folder, c->url, err)
+                   : kvd_store_each(c->cache, add_folder, &l, err);
+    if (rc == KVD_OK && missing && l.n == 0)
+        rc = kvd_fail(err, missing, "%s", remote.text);
+    if (rc) {
         free(l.entries);
-        return kvd_fail(err, rc, "%s", remote.text);
+        return rc;
     }
     *entries = l.entries;
     *n = l.n;

@@ -7,8 +7,10 @@
 //   "bytes": n, shape, objective, provenance, evaluation}}}
 //   objects/sha256/<hex>.safetensors  native rotation sets, named by the digest of the file
 //   objects/sha256/<hex>.sig          a signature (calib/sign.h), if there is one
-// The cache has the same layout, so that a cache can be served as a store. A file enters the cache
-// only when it is complete, has the digest that was asked for and passes kvd_rotset_check.
+// A cache has objects/ likewise, and below stores/<hash of the URL>/ the index and manifests of
+// each store, with a link to objects/, so that such a folder can be served as that store. A file
+// enters the cache only when it is complete, has the digest that was asked for and passes
+// kvd_rotset_check.
 //
 // All calls block and may be made from any thread, several at a time.
 #ifndef KVD_CALIB_STORE_H
@@ -58,16 +60,17 @@ bool kvd_store_ref_valid(const char *ref);
 
 // Gets a set, by the model's name in the store if `ref` has one: from the cache when its digest is
 // known and present, else from the store. When the store cannot be reached, a tag is resolved from
-// the cached manifest. KVD_E_NOT_FOUND (no such model, tag or object), KVD_E_UNAVAILABLE (store
-// unreachable and not cached), KVD_E_CORRUPT (failed verification; nothing is kept), KVD_E_DENIED
-// (not signed by the configured key), KVD_E_LIMIT (too large), a negative errno (cache not
-// writable, disk full). *source may be NULL.
+// its cached manifest; without a URL, from those of all stores in the cache, if they agree
+// (KVD_E_PRECONDITION names those that do not). KVD_E_NOT_FOUND (no such model, tag or object),
+// KVD_E_UNAVAILABLE (store unreachable and not cached), KVD_E_CORRUPT (failed verification; nothing
+// is kept), KVD_E_DENIED (not signed by the configured key), KVD_E_LIMIT (too large), a negative
+// errno (cache not writable, disk full). *source may be NULL.
 int kvd_store_fetch(const struct kvd_store_config *config, const char *ref,
                     kvd_store_progress *progress, void *ctx, struct kvd_rotset **out,
                     enum kvd_store_source *source, struct kvd_error *err);
 
-// Lists what the store's index and the cache know. *entries is the caller's to free. An unreachable
-// store is no error if the cache has something.
+// Lists what the store's index says, or without a URL those of all stores in the cache. *entries is
+// the caller's to free. An unreachable store is no error if the cache has something of it.
 int kvd_store_list(const struct kvd_store_config *config, struct kvd_store_entry **entries,
                    uint32_t *n, struct kvd_error *err);
 

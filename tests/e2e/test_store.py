@@ -198,12 +198,80 @@ def test_a_full_disk_under_the_cache(start, store, folder):
 
 
 def test_a_cache_serves_as_a_store(start, store, folder):
+    """What is below stores/ in a cache is, with its link to the objects, that store as far as it was fetched."""
     kvd = start("--store", f"file://{store[0]}")
     kvd.kvctl("calib", "fetch", REF)
     kvd.kvctl("calib", "ls")
-    r = subprocess.run([KVCTL, "--store", folder / "cache", "--cache", folder / "c2", "calib", "verify", REF],
+    (mirror,) = (folder / "cache/stores").iterdir()
+    assert (mirror / "url").read_text() == str(store[0])
+    r = subprocess.run([KVCTL, "--store", mirror, "--cache", folder / "c2", "calib", "verify", REF],
                        capture_output=True, text=True)
     assert r.returncode == 0 and store[1] in r.stdout, r.stderr
+
+
+def test_stores_in_one_cache_do_not_mix(folder):
+    """Tags are a store's own: another one that is down, or asked for something else, does not answer for it."""
+    a, b, cache = folder / "store-a", folder / "store-b", folder / "shared-cache"
+
+    def calib(store, *arguments, code=0):
+        where = ["--store", store] if store else []
+        r = subprocess.run([KVCTL, "--json", *where, "--cache", cache, "calib", *arguments], capture_output=True, text=True)
+        assert r.returncode == code, r.stdout + r.stderr
+        return json.loads(r.stdout) if code == 0 else r.stderr
+
+    def publish(store, ref, layers):
+        return calib(store, "hadamard", ref, layers, "64")["digest"]
+
+    both = publish(a, "m/same@v1", "0")
+    assert publish(b, "m/same@v1", "0") == both
+    in_a, in_b, only_b = publish(a, REF, "0-1"), publish(b, REF, "0-2"), publish(b, "m/b@v1", "0-3")
+    for store, want in ((a, in_a), (f"file://{b}/", in_b), (b, in_b), (a, in_a)):
+        assert calib(store, "show", REF)["digest"] == want
+    for ref in ("m/same@v1", "m/b@v1"):
+        calib(b, "fetch", ref)
+    calib(a, "fetch", "m/same@v1")
+    assert len(list((cache / "stores").iterdir())) == 2
+    # Objects are there once, whoever they came from.
+    assert {p.name[:64] for p in (cache / "objects/sha256").iterdir()} == {d[7:] for d in (both, in_a, in_b, only_b)}
+    # Of a store that is down, its own manifests answer.
+    for store in (a, b):
+        store.rename(f"{store}-away")
+    assert calib(a, "show", REF)["digest"] == in_a and calib(b, "show", REF)["digest"] == in_b
+    assert f"the store {a} is not there" in calib(a, "show", "m/b@v1", code=3)
+    # Without a store all of them are asked, and must agree.
+    assert calib(None, "show", "m/same@v1")["digest"] == both
+    assert calib(None, "show", "m/b@v1")["digest"] == only_b
+    said = calib(None, "show", REF, code=1)
+    assert all(text in said for text in (str(a), str(b), in_a, in_b, "--store URL"))
+    assert "no store is configured" in calib(None, "show", "m/none@v1", code=3)
+    # What any store's tag names stays.
+    assert calib(None, "gc") == {"removed": 0, "freed": "0", "kept": 4, "dry": False}
+    next((cache / "stores").rglob("b.json")).unlink()
+    assert calib(None, "gc")["removed"] == 1 and "m/b" in calib(None, "show", "m/b@v1", code=3)
+    next((cache / "stores").rglob("demo.json")).write_text("{")
+    assert "demo.json" in calib(None, "show", REF, code=1) and "demo.json" in calib(None, "gc", code=1)
+
+
+def test_many_at_once_lose_nothing(folder):
+    """Publishing, pinning and removal read, change and write the same files: in turns."""
+    store, cache, n = folder / "busy-store", folder / "busy-cache", 24
+
+    def at_once(*commands):
+        running = [subprocess.Popen([KVCTL, "--store", store, "--cache", cache, "calib", *c], stderr=subprocess.PIPE) for c in commands]
+        for r in running:
+            _, said = r.communicate(timeout=60)
+            assert r.returncode == 0, said
+
+    at_once(*(("hadamard", f"m{i % 3}@t{i}", f"0-{i}", "64") for i in range(n)))
+    tags = {p.stem: json.loads(p.read_text())["tags"] for p in (store / "models").iterdir()}
+    assert {(m, t) for m, of in tags.items() for t in of} == {(f"m{i % 3}", f"t{i}") for i in range(n)}
+    assert sorted(json.loads((store / "index.json").read_text())["models"]) == ["m0", "m1", "m2"]
+    assert len(list((store / "objects/sha256").iterdir())) == n  # and nothing half-written
+    at_once(*(("pin", f"m{i % 3}@t{i}") for i in range(n)), ("gc",), ("gc",))
+    assert len(json.loads((cache / "pins.json").read_text())) == n
+    at_once(*(("untag", f"m{i % 3}@t{i}") for i in range(0, n, 2)))
+    left = {t for p in (store / "models").iterdir() for t in json.loads(p.read_text())["tags"]}
+    assert left == {f"t{i}" for i in range(1, n, 2)}
 
 
 def test_kvctl_on_files(store, folder):
@@ -290,6 +358,7 @@ def test_pins_and_removal(folder):
     assert calib("gc", "--dry-run") | {"freed": 0} == {"removed": 1, "freed": 0, "kept": 3, "dry": True}
     assert names() == {old, pinned, new, third}
     # A manifest that cannot be read, or names nothing: nothing is removed.
+    (cache / "models").mkdir()  # of a cache that is a store itself
     (cache / "models/c.json").write_text("{")
     assert "c.json" in calib("gc", code=1)
     (cache / "models/c.json").write_text("[]")
@@ -349,7 +418,7 @@ def test_signed_sets(start, folder, store):
     assert fetch(other, right_public, "c3").returncode == 1
     signature.write_bytes(good)
     # Without the store, what the cache has suffices.
-    r = kvctl("--store", "http://127.0.0.1:1", "--cache", folder / "c1", "--public-key", right_public, "calib", "fetch", REF)
+    r = kvctl("--cache", folder / "c1", "--public-key", right_public, "calib", "fetch", REF)
     assert r.returncode == 0, r.stderr
 
     # By the daemon.
