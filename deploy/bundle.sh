@@ -12,7 +12,7 @@ trap 'rm -rf "$work"' EXIT
 root=$work/kvd
 mkdir -p "$root"/{bin,lib,libexec,licenses,share/kvd,share/bash-completion/completions,share/man}
 programs="$build/daemon/kvd $build/client/kvctl $build/client/kvd-demo"
-for test in e2e_worker e2e_direct gpu_processes bench_direct bench_rpc; do # with which a node can be tried
+for test in e2e_worker e2e_client e2e_direct gpu_processes bench_direct bench_rpc; do # with which a node can be tried
     [ -x "$build/tests/$test" ] && programs="$programs $build/tests/$test"
 done
 cp $programs "$root/libexec/"

@@ -14,7 +14,7 @@ import time
 import pytest
 from google.protobuf import json_format
 
-from conftest import KVCTL, Daemon, Rpc, admin, geometry
+from conftest import BUILD, KVCTL, Daemon, Rpc, admin, geometry
 
 SAMPLES = {"NAMESPACE": "default", "SIZE|none": "1GiB", "SECONDS": "1", "COUNT": "1", "LEVEL": "info", "COMMAND": "quota",
            "VERB": "set", "SET": "a/b@c", "SET|FILE": "a/b@c", "K.pt": "k.pt", "V.pt": "v.pt", "MODEL@TAG": "a/b@c",
@@ -82,6 +82,7 @@ def test_every_command_has_help_and_refuses_what_it_does_not_know(shared):
     unharmed(shared)
 
 
+CALIBRATION = BUILD / "client/kvctl-calib"
 WRONG_VALUES = """
 drain abc | drain 5x | drain -1 | drain nan | drain inf | drain 1e3 | drain 4000 | drain "" | drain 1 2
 top 0 | top 0.01 | top soon | top 1 0 | top 1 x | ping 0 | ping many | ping 1.5 | ping 0x10 | ping 9999999
@@ -105,6 +106,8 @@ def test_values_are_checked_before_anything_is_sent(shared):
     for line in re.split(r"[|\n]", WRONG_VALUES.strip()):
         if line.strip() == "calib":
             continue  # calib ls
+        if not CALIBRATION.exists() and re.match(r" *calib (fit|eval) ", line):
+            continue  # a bundle has no tool for it
         r = run("--address", shared.address, *shlex.split(line))
         assert r.returncode == 2 and r.stderr and not r.stdout, (line, r.returncode, r.stdout, r.stderr)
     unharmed(shared)

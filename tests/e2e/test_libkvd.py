@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 
@@ -191,7 +192,7 @@ if __name__ == "__main__":
 def test_forks_of_python(kvd, folder):
     (folder / "forks.py").write_text(FORKS)
     env = {**os.environ, "PYTHONPATH": str(SOURCE / "client/python"), "KVD_LIBRARY": str(BUILD / "client/libkvd.so.0")}
-    r = subprocess.run(["/usr/bin/python3", folder / "forks.py", kvd.address], env=env, capture_output=True, text=True, timeout=60)
+    r = subprocess.run([sys.executable, folder / "forks.py", kvd.address], env=env, capture_output=True, text=True, timeout=60)
     assert r.returncode == 0, r.stderr
 
 

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import KVCTL
+from conftest import BUILD, KVCTL
 from kvd import record
 
 MISSING = [n for n in ("torch", "transformers", "tokenizers") if not importlib.util.find_spec(n)]
@@ -89,6 +89,7 @@ def test_what_attention_gets(folder, text, kind, monkeypatch, capsys):
     assert f"next-token loss {sum(losses) / 3:.3f}" in said.out
 
 
+@pytest.mark.skipif(not (BUILD / "client/kvctl-calib").exists(), reason="there is no kvctl-calib")
 def test_fit_takes_it(folder, text):
     model = save(folder / "model", "llama")
     r = subprocess.run([sys.executable, "-m", "kvd.record", model, "--out", folder / "out", "--context", "512", "--text", text],

@@ -24,8 +24,11 @@ program() { # name in the bundle, place in the build folder
 program kvd daemon
 program kvctl client
 program e2e_worker tests
+program e2e_client tests
 program e2e_direct tests
-ln -s "$work/lib/libkvd.so.0" "$work/build/client/libkvd.so.0"
+for name in libkvd.so.0 libkvd.so; do
+    ln -s "$work/lib/libkvd.so.0" "$work/build/client/$name"
+done
 echo "== many processes"
 "$work/kvd/bin/kvd" --backend cuda --pool-size 4GiB --listen "unix:$work/s" --metrics '' >"$work/log" 2>&1 &
 pid=$!
@@ -41,8 +44,9 @@ kill "$pid" && wait "$pid" || rc=1
 pid=
 if [ "${1:-}" != none ]; then
     echo "== end to end"
-    # Calibration runs on no GPU, and is not in the bundle.
+    # Calibration runs on no GPU, and is not in the bundle; documents and packages want what developers have.
     KVD_BUILD="$work/build" KVD_SOURCE="$PWD" LD_LIBRARY_PATH="$library_path" \
-        python3 -m pytest -q -p no:cacheprovider --ignore-glob='*/test_fit.py' --ignore-glob='*/test_eval.py' "$@" || rc=1
+        python3 -m pytest -q -p no:cacheprovider --ignore-glob='*/test_fit.py' --ignore-glob='*/test_eval.py' --ignore-glob='*/test_docs.py' \
+        --ignore-glob='*/test_import.py' --ignore-glob='*/test_python_wheel.py' "$@" || rc=1
 fi
 exit $rc
