@@ -67,7 +67,7 @@ int kvd_config_parse_number(const char *value, uint64_t *out)
 {
     char *end;
     errno = 0;
-    unsigned long long n = strtoull(value, &end, 10);
+    uint64_t n = strtoull(value, &end, 10);
     if (errno || end == value || *end || value[0] == '-')
         return KVD_E_INVALID;
     *out = n;
@@ -78,7 +78,7 @@ int kvd_config_parse_number(const char *value, uint64_t *out)
 static int parse_millis(const char *value, uint64_t *out)
 {
     char *end;
-    unsigned long long n = strtoull(value, &end, 10);
+    uint64_t n = strtoull(value, &end, 10);
     if (end == value || value[0] == '-' || n > 1000000000)
         return KVD_E_INVALID;
     uint64_t factor = strcmp(end, "ms") == 0 || !*end ? 1
@@ -184,8 +184,7 @@ static void bad_value(struct kvd_config_load *l, const struct key *k, const char
     };
     char range[80] = "";
     if (k->max)
-        snprintf(range, sizeof(range), " from %llu to %llu", (unsigned long long)k->min,
-                 (unsigned long long)k->max);
+        snprintf(range, sizeof(range), " from %" PRIu64 " to %" PRIu64, k->min, k->max);
     kvd_config_problem(l, l->at, "%s: '%.100s' is not possible; it wants %s%s", k->is.name, value,
                        wanted[k->type], k->type == OCTAL ? "" : range);
 }
@@ -408,23 +407,23 @@ bool kvd_config_value(const struct kvd_config *c, const struct kvd_config_namesp
         break;
     case SIZE:
         if (n && n % (1 << 30) == 0)
-            fprintf(f, "%lluGiB", (unsigned long long)n >> 30);
+            fprintf(f, "%" PRIu64 "GiB", n >> 30);
         else if (n && n % (1 << 20) == 0)
-            fprintf(f, "%lluMiB", (unsigned long long)n >> 20);
+            fprintf(f, "%" PRIu64 "MiB", n >> 20);
         else
-            fprintf(f, "%llu", (unsigned long long)n);
+            fprintf(f, "%" PRIu64, n);
         break;
     case NUMBER:
-        fprintf(f, "%llu", (unsigned long long)n);
+        fprintf(f, "%" PRIu64, n);
         break;
     case YESNO:
         fprintf(f, "%s", *(const bool *)at ? "yes" : "no");
         break;
     case MILLIS:
-        fprintf(f, n % 1000 ? "%llums" : "%llus", (unsigned long long)(n % 1000 ? n : n / 1000));
+        fprintf(f, n % 1000 ? "%" PRIu64 "ms" : "%" PRIu64 "s", n % 1000 ? n : n / 1000);
         break;
     case OCTAL:
-        fprintf(f, "%04llo", (unsigned long long)n);
+        fprintf(f, "%04" PRIo64, n);
         break;
     case LEVEL:
         fprintf(f, "%s", kvd_log_level_name(*(const enum kvd_log_level *)at));

@@ -66,17 +66,18 @@ static void check_sizes(struct kvd_config_load *l)
             c->extent_size /= 2;
     }
     if (c->extent_size % (2 << 20) || c->extent_size > c->pool_size)
-        kvd_config_problem(l, kvd_config_place(l, "extent-size"),
-                           "extent-size: %llu bytes is not possible; it must be a multiple of 2 "
-                           "MiB and at most pool-size",
-                           (unsigned long long)c->extent_size);
+        kvd_config_problem(
+            l, kvd_config_place(l, "extent-size"),
+            "extent-size: %" PRIu64
+            " bytes is not possible; it must be a multiple of 2 MiB and at most pool-size",
+            c->extent_size);
     for (uint32_t i = 0; i < c->n_namespaces; i++)
         if (c->namespaces[i].quota > c->pool_size)
             kvd_config_problem(l, kvd_config_namespace_place(l, i, "quota"),
-                               "quota: %llu bytes for the namespace %s are more than pool-size, "
-                               "%llu bytes",
-                               (unsigned long long)c->namespaces[i].quota, c->namespaces[i].name,
-                               (unsigned long long)c->pool_size);
+                               "quota: %" PRIu64
+                               " bytes for the namespace %s are more than pool-size, %" PRIu64
+                               " bytes",
+                               c->namespaces[i].quota, c->namespaces[i].name, c->pool_size);
 }
 
 // -- addresses ----------------------------------------------------------------------------------

@@ -6,10 +6,10 @@
 static uint64_t limit_of(const char *folder, const char *file)
 {
     char path[4400];
-    unsigned long long n;
+    uint64_t n;
     snprintf(path, sizeof(path), "%s/%s", folder, file);
     FILE *f KVD_FCLOSE = fopen(path, "re");
-    return f && fscanf(f, "%llu", &n) == 1 ? n : UINT64_MAX;
+    return f && fscanf(f, "%" SCNu64, &n) == 1 ? n : UINT64_MAX;
 }
 
 // The least limit of a cgroup and of those above it. `folder` is used up.

@@ -48,9 +48,9 @@ static void put(const char *line, size_t len)
         return;
     }
     uint64_t before = atomic_exchange(&lost, 0);
-    int n = before ? snprintf(note, sizeof(note), "(%llu lines of the log were lost)\n",
-                              (unsigned long long)before)
-                   : 0;
+    int n = before
+                ? snprintf(note, sizeof(note), "(%" PRIu64 " lines of the log were lost)\n", before)
+                : 0;
     bool ok = n == 0 || write(STDERR_FILENO, note, (size_t)n) == n;
     if (!ok || write(STDERR_FILENO, line, len) < 0)
         atomic_fetch_add(&lost, before + 1);

@@ -1,5 +1,7 @@
 #include "daemon/core/metrics.h"
 
+#include "proto/base.h"
+
 // Upper bounds in nanoseconds: 25 us to about 10 s.
 static const uint64_t bounds[KVD_BUCKETS] = {
     25000,   50000,    100000,   200000,    400000,    800000,     1600000,    3200000,
@@ -43,14 +45,13 @@ void kvd_metric_histogram(FILE *f, const char *name, const char *labels,
     const char *comma = *labels ? "," : "";
     for (int i = 0; i < KVD_BUCKETS; i++) {
         sum += h->bucket[i];
-        fprintf(f, "%s_bucket{%s%sle=\"%g\"} %llu\n", name, labels, comma, (double)bounds[i] / 1e9,
-                (unsigned long long)sum);
+        fprintf(f, "%s_bucket{%s%sle=\"%g\"} %" PRIu64 "\n", name, labels, comma,
+                (double)bounds[i] / 1e9, sum);
     }
-    fprintf(f, "%s_bucket{%s%sle=\"+Inf\"} %llu\n", name, labels, comma,
-            (unsigned long long)h->count);
+    fprintf(f, "%s_bucket{%s%sle=\"+Inf\"} %" PRIu64 "\n", name, labels, comma, h->count);
     const char *open = *labels ? "{" : "", *close = *labels ? "}" : "";
     fprintf(f, "%s_sum%s%s%s %.9f\n", name, open, labels, close, (double)h->sum_ns / 1e9);
-    fprintf(f, "%s_count%s%s%s %llu\n", name, open, labels, close, (unsigned long long)h->count);
+    fprintf(f, "%s_count%s%s%s %" PRIu64 "\n", name, open, labels, close, h->count);
 }
 
 void kvd_metric_escape(const char *in, char *out, size_t cap)

@@ -80,14 +80,14 @@ int kvd_process_prepare(struct kvd_error *err)
     raise_limit(RLIMIT_STACK, STACK_BYTES);
     if (getrlimit(RLIMIT_NOFILE, &r) == 0 && r.rlim_cur < FEWEST_FILES)
         return kvd_fail(err, KVD_E_LIMIT,
-                        "the limit of open files is %llu; kvd wants at least %d (LimitNOFILE=, "
-                        "ulimit -n)",
-                        (unsigned long long)r.rlim_cur, FEWEST_FILES);
+                        "the limit of open files is %" PRIu64
+                        "; kvd wants at least %d (LimitNOFILE=, ulimit -n)",
+                        r.rlim_cur, FEWEST_FILES);
     if (getrlimit(RLIMIT_STACK, &r) == 0 && r.rlim_cur < STACK_BYTES)
         return kvd_fail(err, KVD_E_LIMIT,
-                        "the limit of the stack is %llu bytes; kvd wants at least %d (LimitSTACK=, "
-                        "ulimit -s)",
-                        (unsigned long long)r.rlim_cur, STACK_BYTES);
+                        "the limit of the stack is %" PRIu64
+                        " bytes; kvd wants at least %d (LimitSTACK=, ulimit -s)",
+                        r.rlim_cur, STACK_BYTES);
     return try_threads(err);
 }
 

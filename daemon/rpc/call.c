@@ -128,9 +128,8 @@ void kvd_call_account(struct kvd_call *c)
     struct kvd_metrics *m = &c->d->metrics;
     m->calls[c->method_index][c->code]++;
     kvd_histogram_add(&m->rpc[c->method_index], uv_hrtime() - c->accepted_ns);
-    kvd_debug("call method=%s code=%s us=%llu", c->method ? c->method->path : "unknown",
-              kvd_grpc_code_name(c->code),
-              (unsigned long long)(uv_hrtime() - c->accepted_ns) / 1000);
+    kvd_debug("call method=%s code=%s us=%" PRIu64, c->method ? c->method->path : "unknown",
+              kvd_grpc_code_name(c->code), (uv_hrtime() - c->accepted_ns) / 1000);
 }
 
 grpc_op *kvd_call_status_op(struct kvd_call *c, grpc_op *op)

@@ -103,8 +103,8 @@ void kvd_link_cut(struct kvd_link *l, const char *why)
     if (l->closed)
         return;
     if (why)
-        kvd_warning("connection cut off: %s pid=%lld uid=%lld calls=%llu", why, (long long)l->pid,
-                    (long long)l->uid, (unsigned long long)l->calls);
+        kvd_warning("connection cut off: %s pid=%" PRId64 " uid=%" PRId64 " calls=%" PRIu64, why,
+                    l->pid, l->uid, l->calls);
     kvd_turn_release(&l->meter.turn);
     shutdown(l->control, SHUT_RDWR);
     while (recv(l->control, waste, sizeof(waste), MSG_DONTWAIT | MSG_TRUNC) > 0)
@@ -155,8 +155,8 @@ static void ban(struct kvd_link *culprit, const char *why)
 {
     struct kvd_daemon *d = culprit->d;
     struct kvd_link *l;
-    kvd_warning("connection cut off: %s pid=%lld uid=%lld", why, (long long)culprit->pid,
-                (long long)culprit->uid);
+    kvd_warning("connection cut off: %s pid=%" PRId64 " uid=%" PRId64, why, culprit->pid,
+                culprit->uid);
     if (culprit->pid <= 0)
         return;
     culprit_of(d, culprit->pid, true)->until_ms = kvd_now_ms(d) + BANNED_MS;
@@ -352,15 +352,15 @@ int64_t kvd_link_uid(const struct kvd_link *l)
 int kvd_link_take(struct kvd_link *l, uint64_t n, struct kvd_error *err)
 {
     uint64_t most = l ? kvd_share_total(l->d, KVD_SHARE_REPLY_BYTES) / 4 : 0;
-    unsigned long long wanted = l ? l->reply_bytes + n : 0;
+    uint64_t wanted = l ? l->reply_bytes + n : 0;
     if (!l)
         return KVD_OK;
     if (n > most || l->reply_bytes > most - n)
-        return kvd_fail(
-            err, KVD_E_LIMIT,
-            "this connection has %llu bytes of replies that are made or unread, %llu are "
-            "possible; read them, or raise max-reply-bytes",
-            wanted, (unsigned long long)most);
+        return kvd_fail(err, KVD_E_LIMIT,
+                        "this connection has %" PRIu64
+                        " bytes of replies that are made or unread, %" PRIu64 " are "
+                        "possible; read them, or raise max-reply-bytes",
+                        wanted, most);
     l->reply_bytes += n;
     return KVD_OK;
 }
@@ -441,11 +441,10 @@ static uint64_t connections_possible(const struct kvd_daemon *d)
     uint64_t possible = r.rlim_cur > own ? (r.rlim_cur - own) / CONNECTION_DESCRIPTORS : 0;
     possible = KVD_MAX(possible, (uint64_t)8); // the reserve sees to it that this is no disaster
     if (possible < d->config.max_connections)
-        kvd_warning("at most %llu connections, as the limit of open files is %llu; max-connections "
-                    "is %u, which wants %llu",
-                    (unsigned long long)possible, (unsigned long long)r.rlim_cur,
-                    d->config.max_connections,
-                    (unsigned long long)d->config.max_connections * CONNECTION_DESCRIPTORS + own);
+        kvd_warning("at most %" PRIu64 " connections, as the limit of open files is %" PRIu64
+                    "; max-connections is %u, which wants %" PRIu64,
+                    possible, r.rlim_cur, d->config.max_connections,
+                    (uint64_t)d->config.max_connections * CONNECTION_DESCRIPTORS + own);
     return KVD_MIN(possible, (uint64_t)d->config.max_connections);
 }
 

@@ -121,15 +121,15 @@ static int over(const struct kvd_user *u, enum kvd_share share, uint64_t n, bool
                 struct kvd_error *err)
 {
     uint64_t total = total_of(u->all, share), used = alone ? u->used[share] : u->all->used[share];
-    unsigned long long wanted = used + n, most = alone ? total / 4 * 3 : total;
+    uint64_t wanted = used + n, most = alone ? total / 4 * 3 : total;
     char who[48] = "all users together";
     if (alone && u->uid == KVD_USER_UNKNOWN)
         snprintf(who, sizeof(who), "those who come over TCP");
     else if (alone)
-        snprintf(who, sizeof(who), "user %lld", (long long)u->uid);
+        snprintf(who, sizeof(who), "user %" PRId64, u->uid);
     return kvd_fail(err, KVD_E_LIMIT,
-                    "%s would have %llu %s, %llu are possible; give some back%s%s", who, wanted,
-                    shares[share].what, most, shares[share].key ? " or raise " : "",
+                    "%s would have %" PRIu64 " %s, %" PRIu64 " are possible; give some back%s%s",
+                    who, wanted, shares[share].what, most, shares[share].key ? " or raise " : "",
                     shares[share].key ? shares[share].key : "");
 }
 
@@ -160,7 +160,7 @@ static void deinit(struct kvd_daemon *d)
         return;
     HASH_ITER(hh, all->by_uid, u, next)
     {
-        kvd_error("a user still has shares at the end: a leak uid=%lld refs=%u", (long long)u->uid,
+        kvd_error("a user still has shares at the end: a leak uid=%" PRId64 " refs=%u", u->uid,
                   u->refs);
         HASH_DEL(all->by_uid, u);
         free(u);

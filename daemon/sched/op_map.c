@@ -44,9 +44,9 @@ static int lend_and_tell(struct kvd_daemon *d, struct kvd_work *w, struct kvd_se
         pages += w->items[i].n_bf16 + w->items[i].n_codec;
     if (pages > MAX_PAGES)
         return kvd_fail(err, KVD_E_LIMIT,
-                        "%llu pages in one reply, %d are possible; ask for fewer "
+                        "%" PRIu64 " pages in one reply, %d are possible; ask for fewer "
                         "sequences",
-                        (unsigned long long)pages, MAX_PAGES);
+                        pages, MAX_PAGES);
     if (again)
         kvd_memory_forget(d, s);
     int rc = kvd_memory_lend_rotations(d, s, err);

@@ -41,11 +41,11 @@ static int refuse(const char *who, uint64_t id, struct kvd_waiting own, struct k
                   const char *why, struct kvd_error *err)
 {
     return kvd_fail(err, KVD_E_LIMIT,
-                    "%s %llu has %u calls of %llu bytes waiting, of %u calls and %llu bytes there, "
+                    "%s %" PRIu64 " has %u calls of %" PRIu64
+                    " bytes waiting, of %u calls and %" PRIu64 " bytes there, "
                     "and would have too many %s for others to have room; send fewer at a time or "
                     "raise max-queue",
-                    who, (unsigned long long)id, own.calls, (unsigned long long)own.bytes,
-                    all.calls, (unsigned long long)all.bytes, why);
+                    who, id, own.calls, own.bytes, all.calls, all.bytes, why);
 }
 
 int kvd_queue_admit(struct kvd_daemon *d, struct kvd_waiter *w, struct kvd_error *err)

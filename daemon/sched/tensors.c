@@ -30,10 +30,10 @@ static int lay_out(const Kvd__V1__TensorRef *ref, struct kvd_shape n, const char
         return kvd_fail(err, KVD_E_INVALID, "items[%u].%s: offset and strides overflow 64 bits",
                         item, name);
     if ((ref->offset | t->head_stride | t->token_stride | t->layer_stride) % size)
-        return kvd_fail(
-            err, KVD_E_INVALID,
-            "items[%u].%s: offset and strides must be multiples of the %llu-byte elements", item,
-            name, (unsigned long long)size);
+        return kvd_fail(err, KVD_E_INVALID,
+                        "items[%u].%s: offset and strides must be multiples of the %" PRIu64
+                        "-byte elements",
+                        item, name, size);
     *end = sum;
     return KVD_OK;
 }
@@ -62,12 +62,13 @@ static int in_buffer(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__T
 {
     struct kvd_buffer *b = kvd_session_buffer(s, ref->buffer);
     if (!b)
-        return kvd_fail(err, KVD_E_NOT_FOUND, "items[%u].%s: this session has no buffer %llu", item,
-                        name, (unsigned long long)ref->buffer);
+        return kvd_fail(err, KVD_E_NOT_FOUND, "items[%u].%s: this session has no buffer %" PRIu64,
+                        item, name, ref->buffer);
     if (end > b->size)
-        return kvd_fail(
-            err, KVD_E_INVALID, "items[%u].%s reaches to byte %llu, but buffer %llu has %llu", item,
-            name, (unsigned long long)end, (unsigned long long)b->id, (unsigned long long)b->size);
+        return kvd_fail(err, KVD_E_INVALID,
+                        "items[%u].%s reaches to byte %" PRIu64 ", but buffer %" PRIu64
+                        " has %" PRIu64,
+                        item, name, end, b->id, b->size);
     out->data = b->data + ref->offset;
     out->on_device = b->kind != KVD_MEMORY_MEMFD;
     return hold_buffer(w, b, err);
@@ -80,16 +81,17 @@ int kvd_work_fence(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__Fen
         return KVD_OK;
     struct kvd_buffer *b = kvd_session_buffer(s, f->buffer);
     if (!b)
-        return kvd_fail(err, KVD_E_NOT_FOUND, "%s: this session has no buffer %llu", name,
-                        (unsigned long long)f->buffer);
+        return kvd_fail(err, KVD_E_NOT_FOUND, "%s: this session has no buffer %" PRIu64, name,
+                        f->buffer);
     if (b->kind != KVD_MEMORY_MEMFD)
         return kvd_fail(err, KVD_E_INVALID, "%s: a fence lies in a memfd, not in GPU memory", name);
     if (f->offset % sizeof(uint32_t) || b->size < sizeof(uint32_t) ||
         f->offset > b->size - sizeof(uint32_t))
         return kvd_fail(err, KVD_E_INVALID,
-                        "%s: offset %llu is not that of an aligned 32-bit word in a buffer of %llu "
+                        "%s: offset %" PRIu64
+                        " is not that of an aligned 32-bit word in a buffer of %" PRIu64 " "
                         "bytes",
-                        name, (unsigned long long)f->offset, (unsigned long long)b->size);
+                        name, f->offset, b->size);
     out->word = (_Atomic uint32_t *)(void *)(b->data + f->offset);
     out->value = f->value;
     return hold_buffer(w, b, err);
@@ -108,10 +110,10 @@ int kvd_work_tensor_in(struct kvd_work *w, struct kvd_session *s, const Kvd__V1_
     if (ref->buffer)
         return in_buffer(w, s, ref, end, name, item, out, err);
     if (end > ref->inline_data.len)
-        return kvd_fail(err, KVD_E_INVALID,
-                        "items[%u].%s wants %llu bytes [%u][%u][%u][%u], inline_data has %zu", item,
-                        name, (unsigned long long)end, shape.layers, shape.tokens, shape.heads,
-                        shape.dim, ref->inline_data.len);
+        return kvd_fail(
+            err, KVD_E_INVALID,
+            "items[%u].%s wants %" PRIu64 " bytes [%u][%u][%u][%u], inline_data has %zu", item,
+            name, end, shape.layers, shape.tokens, shape.heads, shape.dim, ref->inline_data.len);
     out->data = ref->inline_data.data + ref->offset;
     return KVD_OK;
 }

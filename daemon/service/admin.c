@@ -286,8 +286,7 @@ void kvd_on_set_quota(struct kvd_call *call, const void *request)
     }
     kvd_pool_set_quota(pool, ns, req->quota_bytes);
     kvd_pool_namespace_info(pool, ns, &info);
-    kvd_notice("quota set namespace=%s bytes=%llu", info.name,
-               (unsigned long long)req->quota_bytes);
+    kvd_notice("quota set namespace=%s bytes=%" PRIu64, info.name, req->quota_bytes);
     kvd_pool_namespace_release(pool, ns);
     Kvd__V1__SetQuotaReply r = KVD__V1__SET_QUOTA_REPLY__INIT;
     r.used_bytes = info.used;
@@ -338,8 +337,7 @@ void kvd_on_evict(struct kvd_call *call, const void *request)
         kvd_call_fail_error(call, &err);
         return;
     }
-    kvd_notice("evicted by operator sequences=%u bytes=%llu", r.sequences,
-               (unsigned long long)r.bytes);
+    kvd_notice("evicted by operator sequences=%u bytes=%" PRIu64, r.sequences, r.bytes);
     kvd_call_reply(call, &r);
 }
 

@@ -105,21 +105,21 @@ static void fetch_done(uv_work_t *work, int status)
     f->call->on_cancelled = NULL;
     if (f->download)
         DL_DELETE(d->downloads, f);
-    unsigned long long ms = (uv_hrtime() - f->began_ns) / 1000000;
+    uint64_t ms = (uv_hrtime() - f->began_ns) / 1000000;
     if (status < 0 && !f->set)
         kvd_fail(&f->err, KVD_E_UNAVAILABLE, "kvd is shutting down");
     if (f->set) {
         bool remote = f->source == KVD_STORE_REMOTE;
         m->rotations_fetched += remote;
         m->rotations_cached += !remote;
-        kvd_info("rotation set ready name=%s digest=%s from=%s ms=%llu", f->ref, f->set->digest,
+        kvd_info("rotation set ready name=%s digest=%s from=%s ms=%" PRIu64, f->ref, f->set->digest,
                  remote ? "store" : "cache", ms);
         snprintf(f->g->rotation, sizeof(f->g->rotation), "%s", f->set->digest);
         f->done(f->ctx, f->set, NULL);
     } else {
         m->rotations_failed++;
-        kvd_warning("rotation set not available name=%s error=\"%s\" ms=%llu", f->ref, f->err.text,
-                    ms);
+        kvd_warning("rotation set not available name=%s error=\"%s\" ms=%" PRIu64, f->ref,
+                    f->err.text, ms);
         f->done(f->ctx, NULL, &f->err);
     }
     kvd_rotset_free(&f->set);

@@ -10,8 +10,7 @@ static int held(const struct kvd_session *s, uint64_t seq, struct kvd_error *err
 {
     if (kvd_session_holds(s, seq))
         return KVD_OK;
-    return kvd_fail(err, KVD_E_NOT_FOUND, "this session holds no sequence %llu",
-                    (unsigned long long)seq);
+    return kvd_fail(err, KVD_E_NOT_FOUND, "this session holds no sequence %" PRIu64, seq);
 }
 
 // A sequence that a compute call is using cannot change under it.
@@ -21,8 +20,8 @@ static int idle(const struct kvd_daemon *d, uint64_t seq, bool for_write, struct
     if (!use->writer && (!for_write || !use->readers))
         return KVD_OK;
     return kvd_fail(err, KVD_E_PRECONDITION,
-                    "sequence %llu is being used by a call in flight; wait for its reply",
-                    (unsigned long long)seq);
+                    "sequence %" PRIu64 " is being used by a call in flight; wait for its reply",
+                    seq);
 }
 
 static int adopt(struct kvd_daemon *d, struct kvd_session *s, uint64_t *ids, size_t n,
@@ -218,8 +217,8 @@ static int check_holds(const struct kvd_session *s, const uint64_t *ids, size_t 
         times = i && sorted[i] == sorted[i - 1] ? times + 1 : 1;
         if (times > 1 && times > kvd_session_holds(s, sorted[i]))
             return kvd_fail(err, KVD_E_NOT_FOUND,
-                            "sequence %llu is named %u times or more, and held %u times",
-                            (unsigned long long)sorted[i], times, kvd_session_holds(s, sorted[i]));
+                            "sequence %" PRIu64 " is named %u times or more, and held %u times",
+                            sorted[i], times, kvd_session_holds(s, sorted[i]));
     }
     return check_ids(s, ids, n, err);
 }

@@ -191,8 +191,9 @@ static void on_rotation(void *ctx, struct kvd_rotset *set, const struct kvd_erro
         kvd_call_fail_error(o->call, &err);
         return;
     }
-    kvd_info("session opened id=%llu namespace=%s client=%s pid=%lld codec=%s rotation=%s",
-             (unsigned long long)s->id, namespace_of(o->req), s->client_name, (long long)s->pid,
+    kvd_info("session opened id=%" PRIu64 " namespace=%s client=%s pid=%" PRId64
+             " codec=%s rotation=%s",
+             s->id, namespace_of(o->req), s->client_name, s->pid,
              kvd_codec_name(o->g.planes[0].codec), o->g.rotation);
     reply(o->call, s);
 }
@@ -264,9 +265,9 @@ static int foreign_of(struct kvd_session *s, const Kvd__V1__RegisterBufferReques
     out->fd = kvd_connection_take_fd(s->connection, req->key);
     if (out->fd < 0)
         return kvd_fail(err, KVD_E_NOT_FOUND,
-                        "no descriptor was sent over the fd socket under key %llu, or too many "
-                        "were waiting to be asked for",
-                        (unsigned long long)req->key);
+                        "no descriptor was sent over the fd socket under key %" PRIu64
+                        ", or too many were waiting to be asked for",
+                        req->key);
     return KVD_OK;
 }
 
@@ -310,8 +311,7 @@ void kvd_on_release_buffer(struct kvd_call *call, const void *request)
         return;
     struct kvd_buffer *b = kvd_session_buffer(s, req->buffer);
     if (!b) {
-        kvd_call_fail(call, KVD_E_NOT_FOUND, "there is no buffer %llu",
-                      (unsigned long long)req->buffer);
+        kvd_call_fail(call, KVD_E_NOT_FOUND, "there is no buffer %" PRIu64, req->buffer);
         return;
     }
     kvd_session_drop_buffer(s, b);

@@ -26,15 +26,15 @@ static int map_memfd(const struct kvd_foreign *m, uint8_t **data, struct kvd_err
                         "buffers are memfds sealed with F_SEAL_SHRINK (memfd_create with "
                         "MFD_ALLOW_SEALING, then fcntl F_ADD_SEALS)");
     if (fstat(m->fd, &st) || (uint64_t)st.st_size < m->size)
-        return kvd_fail(err, KVD_E_INVALID, "size is %llu, the memfd has %lld bytes",
-                        (unsigned long long)m->size, (long long)st.st_size);
+        return kvd_fail(err, KVD_E_INVALID, "size is %" PRIu64 ", the memfd has %" PRId64 " bytes",
+                        m->size, (int64_t)st.st_size);
     // The kernel charges memory to whose process touches it first: that is to be the worker.
     if ((uint64_t)st.st_blocks * 512 < (uint64_t)st.st_size)
-        return kvd_fail(
-            err, KVD_E_INVALID,
-            "the memfd has holes: %llu of its %lld bytes have memory; give it memory with "
-            "posix_fallocate before it is registered",
-            (unsigned long long)st.st_blocks * 512, (long long)st.st_size);
+        return kvd_fail(err, KVD_E_INVALID,
+                        "the memfd has holes: %" PRIu64 " of its %" PRId64
+                        " bytes have memory; give it memory with "
+                        "posix_fallocate before it is registered",
+                        (uint64_t)st.st_blocks * 512, (int64_t)st.st_size);
     void *p = mmap(NULL, m->size, PROT_READ | PROT_WRITE, MAP_SHARED, m->fd, 0);
     if (p == MAP_FAILED)
         return kvd_fail(err, KVD_E_INVALID, "cannot map the memfd for reading and writing: %s",
@@ -85,8 +85,8 @@ int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t
     if (s->buffer_bytes > d->config.max_buffer_bytes ||
         m->size > d->config.max_buffer_bytes - s->buffer_bytes)
         return kvd_fail(err, KVD_E_QUOTA,
-                        "the session's buffers would pass max-buffer-bytes (%llu)",
-                        (unsigned long long)d->config.max_buffer_bytes);
+                        "the session's buffers would pass max-buffer-bytes (%" PRIu64 ")",
+                        d->config.max_buffer_bytes);
     struct kvd_buffer *b = calloc(1, sizeof(*b));
     if (!b)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
@@ -137,9 +137,9 @@ void kvd_session_drop_buffer(struct kvd_session *s, struct kvd_buffer *b)
 static int init(struct kvd_daemon *d, struct kvd_error *err)
 {
     (void)err;
-    unsigned long long maps = 65530;
+    uint64_t maps = 65530;
     FILE *f KVD_FCLOSE = fopen("/proc/sys/vm/max_map_count", "re");
-    if (f && fscanf(f, "%llu", &maps) != 1)
+    if (f && fscanf(f, "%" SCNu64, &maps) != 1)
         maps = 65530;
     // malloc cannot do without mappings, and what calls it does not get over that.
     uint64_t extents = d->config.pool_size / d->config.extent_size;

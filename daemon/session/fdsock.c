@@ -130,8 +130,9 @@ static int receive(struct kvd_connection *c)
     for (int i = 0; i < n_fds; i++)
         kvd_reclaim_fd(c->d, fds[i]);
     if (n != 0)
-        kvd_warning("malformed message on the fd socket, or too many descriptors pid=%lld uid=%lld",
-                    (long long)c->peer.pid, (long long)c->peer.uid);
+        kvd_warning("malformed message on the fd socket, or too many descriptors pid=%" PRId64
+                    " uid=%" PRId64,
+                    c->peer.pid, c->peer.uid);
     return -1;
 }
 

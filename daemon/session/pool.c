@@ -29,10 +29,9 @@ static void pool_metrics(struct kvd_daemon *d, FILE *f)
     kvd_pool_info(d->pool, &info);
     kvd_metric_head(f, "kvd_pool_bytes", "gauge",
                     "KV memory by state: used by pages, slack in granted extents, free.");
-    fprintf(f, "kvd_pool_bytes{state=\"used\"} %llu\n", (unsigned long long)info.used);
-    fprintf(f, "kvd_pool_bytes{state=\"slack\"} %llu\n", (unsigned long long)info.slack);
-    fprintf(f, "kvd_pool_bytes{state=\"free\"} %llu\n",
-            (unsigned long long)(info.bytes - info.used - info.slack));
+    fprintf(f, "kvd_pool_bytes{state=\"used\"} %" PRIu64 "\n", info.used);
+    fprintf(f, "kvd_pool_bytes{state=\"slack\"} %" PRIu64 "\n", info.slack);
+    fprintf(f, "kvd_pool_bytes{state=\"free\"} %" PRIu64 "\n", info.bytes - info.used - info.slack);
     kvd_metric(f, "kvd_pool_evictable_bytes", "gauge",
                "Of the used ones, those that evicting published, unused sequences would free.",
                (double)kvd_evictable(d, NULL));
@@ -58,8 +57,8 @@ static bool slab_line(void *ctx, const struct kvd_pool_slab_info *info)
         info->kind == KVD_POOL_BF16
             ? "window"
             : kvd_codec_name(kvd_pool_layout_get(p->d->pool, info->layout)->planes[0].codec);
-    fprintf(p->f, "kvd_pages{namespace=\"%s\",kind=\"%s\",geometry=\"%u\"} %llu\n", name, kind,
-            info->layout, (unsigned long long)info->used);
+    fprintf(p->f, "kvd_pages{namespace=\"%s\",kind=\"%s\",geometry=\"%u\"} %" PRIu64 "\n", name,
+            kind, info->layout, info->used);
     return true;
 }
 
@@ -92,8 +91,7 @@ static void namespace_metrics(struct kvd_daemon *d, FILE *f)
                 continue;
             const uint64_t values[] = {ns.used, ns.quota, ns.tokens, ns.sequences, evictable[i]};
             kvd_metric_escape(ns.name, name, sizeof(name));
-            fprintf(f, "%s{namespace=\"%s\"} %llu\n", gauges[g].name, name,
-                    (unsigned long long)values[g]);
+            fprintf(f, "%s{namespace=\"%s\"} %" PRIu64 "\n", gauges[g].name, name, values[g]);
         }
     }
 }

@@ -26,8 +26,8 @@ bool kvd_call_replayed(struct kvd_call *call, struct kvd_session *s, uint64_t re
             kvd_call_reply_packed(call, r->data, r->len);
         else
             kvd_call_fail(call, KVD_E_INVALID,
-                          "request_id %llu was used for another method; count up",
-                          (unsigned long long)request_id);
+                          "request_id %" PRIu64 " was used for another method; count up",
+                          request_id);
         return true;
     }
     return false;

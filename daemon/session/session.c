@@ -69,9 +69,9 @@ int kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t layout, struct k
 
 void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *why)
 {
-    kvd_info("session ended id=%llu client=%s pid=%lld why=\"%s\" sequences=%u calls=%llu",
-             (unsigned long long)s->id, s->client_name, (long long)s->pid, why, HASH_COUNT(s->held),
-             (unsigned long long)s->calls);
+    kvd_info("session ended id=%" PRIu64 " client=%s pid=%" PRId64
+             " why=\"%s\" sequences=%u calls=%" PRIu64,
+             s->id, s->client_name, s->pid, why, HASH_COUNT(s->held), s->calls);
     kvd_parts_session_ends(d, s);
     struct kvd_held *h, *h_next;
     HASH_ITER(hh, s->held, h, h_next)
@@ -149,8 +149,9 @@ int kvd_session_add_held(struct kvd_session *s, uint64_t seq, bool *first, struc
 {
     struct kvd_held *h = find_held(s, seq);
     if (h && h->holds == UINT32_MAX)
-        return kvd_fail(err, KVD_E_LIMIT, "the session holds sequence %llu %u times; free some",
-                        (unsigned long long)seq, h->holds);
+        return kvd_fail(err, KVD_E_LIMIT,
+                        "the session holds sequence %" PRIu64 " %u times; free some", seq,
+                        h->holds);
     if (!h && HASH_COUNT(s->held) >= KVD_MAX_HELD)
         return kvd_fail(err, KVD_E_LIMIT, "a session holds at most %d sequences; free some",
                         KVD_MAX_HELD);
