@@ -103,11 +103,11 @@ void kvd_calls_give_up_unread(struct kvd_daemon *d)
 
 void kvd_call_free(struct kvd_call *c)
 {
-    while (c->out_first) {
-        struct kvd_out *next = c->out_first->next;
-        grpc_byte_buffer_destroy(c->out_first->bytes);
-        free(c->out_first);
-        c->out_first = next;
+    struct kvd_out *out, *next;
+    DL_FOREACH_SAFE2(c->out, out, next, next)
+    {
+        grpc_byte_buffer_destroy(out->bytes);
+        free(out);
     }
     protobuf_c_message_free_unpacked(c->request, NULL);
     if (c->payload)

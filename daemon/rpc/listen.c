@@ -11,6 +11,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
+#include <utlist.h>
 
 #include "daemon/core/config_load.h"
 #include "daemon/rpc/meter.h"
@@ -34,7 +35,8 @@ struct kvd_listener {
     struct kvd_listener *next;
 };
 
-// The descriptor in reserve and when it was used last. Any thread: gRPC accepts on TLS listeners.
+// The descriptor in reserve and when it was used last. They are the process's, as descriptors and
+// accept4 are. Any thread: gRPC accepts on TLS listeners.
 static _Atomic int reserve = -1;
 static _Atomic uint64_t short_ns;
 
@@ -157,8 +159,7 @@ static int add(struct kvd_daemon *d, enum kvd_listen_for what, int fd, const cha
     l->poll.data = l->rest.data = l;
     l->handles = 2;
     uv_poll_start(&l->poll, UV_READABLE, on_acceptable);
-    l->next = d->listeners;
-    d->listeners = l;
+    LL_PREPEND(d->listeners, l);
     return KVD_OK;
 }
 
@@ -266,14 +267,12 @@ int kvd_listen_tcp(struct kvd_daemon *d, enum kvd_listen_for what, const char *w
 
 void kvd_listen_close(struct kvd_daemon *d, enum kvd_listen_for what)
 {
-    struct kvd_listener **link = &d->listeners;
-    while (*link) {
-        struct kvd_listener *l = *link;
-        if (l->what != what) {
-            link = &l->next;
+    struct kvd_listener *l, *next;
+    LL_FOREACH_SAFE(d->listeners, l, next)
+    {
+        if (l->what != what)
             continue;
-        }
-        *link = l->next;
+        LL_DELETE(d->listeners, l);
         uv_poll_stop(&l->poll);
         close(l->fd);
         if (l->path[0])

@@ -20,6 +20,7 @@ enum {
 enum { DATA, HEADERS, PRIORITY, RESET, SETTINGS, PUSH, PING, GOAWAY, WINDOW, CONTINUATION };
 enum { ACK = 1, END_STREAM = 1, END_HEADERS = 4 };
 
+// The process's, as recvmsg is: all that it is told is a descriptor.
 static _Atomic(struct kvd_meter *) meters[METERS];
 static _Atomic int64_t in_flight; // calls of all connections: the latest total and what came since
 static _Atomic uint64_t most_in_flight;

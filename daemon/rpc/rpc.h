@@ -26,7 +26,7 @@ struct kvd_tag {
     _Atomic bool armed; // orders the loop's writes before the queue thread's; gRPC does too, but
                         // tools cannot see it
     bool ok;
-    struct kvd_tag *next;
+    struct kvd_tag *previous, *next; // among those that have fired
 };
 
 struct kvd_method {
@@ -74,7 +74,7 @@ struct kvd_call {
     void (*on_cancelled)(struct kvd_call *call);
     bool handling, answered, watched, done;
     // Streams
-    struct kvd_out *out_first, *out_last;
+    struct kvd_out *out; // that are to be sent
     uint32_t out_count;
     bool sending, closed, finishing, finished;
     uint64_t lost;

@@ -5,7 +5,7 @@
 #include "daemon/rpc/rpc.h"
 
 struct kvd_out {
-    struct kvd_out *next;
+    struct kvd_out *previous, *next;
     grpc_byte_buffer *bytes;
 };
 
@@ -20,9 +20,9 @@ struct kvd_rpc {
     uv_async_t async;
     uv_timer_t timer; // looks for answers that nobody reads
     uint32_t handles;
-    struct kvd_tag *first, *last; // fired, to be handled by the loop
-    bool drained;                 // the queue has shut down
-    struct kvd_call *unread;      // whose answers or messages have not all been read, oldest first
+    struct kvd_tag *fired;   // to be handled by the loop
+    bool drained;            // the queue has shut down
+    struct kvd_call *unread; // whose answers or messages have not all been read, oldest first
     bool stopping;
     struct kvd_tag shutdown_tag;
     bool shut;                // the loop knows that

@@ -4,6 +4,7 @@
 #include <grpc/grpc_security.h>
 #include <grpc/support/log.h>
 #include <sys/socket.h>
+#include <utlist.h>
 
 #include "daemon/core/lifecycle.h"
 #include "daemon/rpc/links.h"
@@ -28,12 +29,7 @@ static void queue_thread(void *arg)
             struct kvd_tag *tag = e.tag;
             atomic_load_explicit(&tag->armed, memory_order_acquire);
             tag->ok = e.success;
-            tag->next = NULL;
-            if (r->last)
-                r->last->next = tag;
-            else
-                r->first = tag;
-            r->last = tag;
+            DL_APPEND2(r->fired, tag, previous, next);
         } else if (e.type == GRPC_QUEUE_SHUTDOWN) {
             r->drained = true;
         }
@@ -50,15 +46,11 @@ static void on_async(uv_async_t *async)
     struct kvd_daemon *d = async->data;
     struct kvd_rpc *r = d->rpc;
     uv_mutex_lock(&r->lock);
-    struct kvd_tag *tag = r->first;
-    r->first = r->last = NULL;
+    struct kvd_tag *fired = KVD_TAKE(r->fired), *tag, *next;
     bool drained = r->drained;
     uv_mutex_unlock(&r->lock);
-    while (tag) {
-        struct kvd_tag *next = tag->next;
-        tag->fire(tag, tag->ok);
-        tag = next;
-    }
+    DL_FOREACH_SAFE2(fired, tag, next, next)
+    tag->fire(tag, tag->ok); // which may free or arm it
     if (d->links)
         kvd_links_turn(d);
     if (!drained || r->shut)

@@ -1,5 +1,6 @@
 // Streaming calls: messages wait in a list of their own and go out one at a time.
 #include <grpc/byte_buffer.h>
+#include <utlist.h>
 
 #include "daemon/rpc/rpc_internal.h"
 
@@ -40,11 +41,9 @@ static void stream_pump(struct kvd_call *c)
     grpc_op op = {0};
     if (c->sending || c->closed || c->finished)
         return;
-    if (c->out_first) {
-        struct kvd_out *out = c->out_first;
-        c->out_first = out->next;
-        if (!c->out_first)
-            c->out_last = NULL;
+    if (c->out) {
+        struct kvd_out *out = c->out;
+        DL_DELETE2(c->out, out, previous, next);
         c->out_count--;
         kvd_call_unreserve(c, grpc_byte_buffer_length(out->bytes));
         if (c->reply)
@@ -77,11 +76,7 @@ void kvd_call_send(struct kvd_call *call, const void *message)
         return;
     }
     out->bytes = kvd_message_pack(message);
-    if (call->out_last)
-        call->out_last->next = out;
-    else
-        call->out_first = out;
-    call->out_last = out;
+    DL_APPEND2(call->out, out, previous, next);
     call->out_count++;
     stream_pump(call);
 }

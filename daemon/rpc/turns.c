@@ -20,6 +20,7 @@ enum {
     BYTES = 3,           // that count one, about
 };
 
+// All of this is the process's, as epoll_ctl is, and gRPC's threads.
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct { // where gRPC waits for a descriptor; under the lock
     int epoll;

@@ -1,6 +1,8 @@
 // KvCache.Watch: a stream of events to each watcher of a session.
 #include "daemon/service/events.h"
 
+#include <utlist.h>
+
 #include "daemon/rpc/rpc.h"
 #include "daemon/service/handlers.h"
 #include "daemon/session/replay.h"
@@ -26,11 +28,7 @@ static void unlink_watcher(struct kvd_call *c)
 {
     if (!c->session)
         return;
-    struct kvd_call **link = &c->session->watchers;
-    while (*link && *link != c)
-        link = &(*link)->next_watch;
-    if (*link)
-        *link = c->next_watch;
+    LL_DELETE2(c->session->watchers, c, next_watch);
     c->session = NULL;
 }
 
@@ -41,8 +39,7 @@ void kvd_on_watch(struct kvd_call *call, const void *request)
     if (!s)
         return;
     call->session = s;
-    call->next_watch = s->watchers;
-    s->watchers = call;
+    LL_PREPEND2(s->watchers, call, next_watch);
     call->on_closed = unlink_watcher;
     send_event(call, KVD__V1__EVENT__KIND__OPENED, 0, "");
     if (call->d->state == KVD_DRAINING)
@@ -76,7 +73,7 @@ static void session_ends(struct kvd_daemon *d, struct kvd_session *s)
     (void)d;
     while (s->watchers) {
         struct kvd_call *c = s->watchers;
-        s->watchers = c->next_watch;
+        LL_DELETE2(s->watchers, c, next_watch);
         c->session = NULL;
         kvd_call_finish(c, KVD_OK, "the session ended");
     }

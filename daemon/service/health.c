@@ -1,6 +1,8 @@
 // grpc.health.v1.Health.
 #include "daemon/service/health.h"
 
+#include <utlist.h>
+
 #include "daemon/rpc/rpc.h"
 #include "daemon/service/handlers.h"
 #include "health.pb-c.h"
@@ -31,11 +33,7 @@ void kvd_on_health_check(struct kvd_call *call, const void *request)
 
 static void unlink_watcher(struct kvd_call *c)
 {
-    struct kvd_call **link = &c->d->health_watchers;
-    while (*link && *link != c)
-        link = &(*link)->next_watch;
-    if (*link)
-        *link = c->next_watch;
+    LL_DELETE2(c->d->health_watchers, c, next_watch);
 }
 
 void kvd_on_health_watch(struct kvd_call *call, const void *request)
@@ -49,8 +47,7 @@ void kvd_on_health_watch(struct kvd_call *call, const void *request)
     if (!known(req->service))
         return; // the stream stays open, as the protocol says
     call->on_closed = unlink_watcher;
-    call->next_watch = call->d->health_watchers;
-    call->d->health_watchers = call;
+    LL_PREPEND2(call->d->health_watchers, call, next_watch);
 }
 
 static void draining(struct kvd_daemon *d)
