@@ -283,6 +283,15 @@ static void note_failure(struct kvd_channel *c, struct connection *k, grpc_statu
     pthread_mutex_unlock(&c->lock);
 }
 
+bool kvd_channel_connected(struct kvd_channel *c)
+{
+    pthread_mutex_lock(&c->lock);
+    bool there = c->now && !c->now->stale &&
+                 grpc_channel_check_connectivity_state(c->now->channel, 0) == GRPC_CHANNEL_READY;
+    pthread_mutex_unlock(&c->lock);
+    return there;
+}
+
 static size_t ticket_metadata(const struct kvd_channel *c, grpc_metadata *m)
 {
     *m = (grpc_metadata){.key = grpc_slice_from_static_string("kvd-ticket"),

@@ -26,6 +26,8 @@ void kvd_channel_set_ticket(struct kvd_channel *channel, const char *ticket);
 int kvd_channel_call(struct kvd_channel *channel, const char *method, const void *request,
                      const ProtobufCMessageDescriptor *reply_type, uint32_t timeout_ms, void *reply,
                      struct kvd_error *err);
+// Whether the other side is there: a call that failed all the same was answered by it.
+bool kvd_channel_connected(struct kvd_channel *channel);
 
 // A server stream. Opening waits for nothing: what is wrong shows with the first message.
 struct kvd_stream;

@@ -96,4 +96,4 @@ echo "== what it is worth"
 "$build/client/kvd-compare" "unix:$work/kvd.sock" tests/data/smollm2.safetensors "$set_name"
 took run
 echo
-echo "== done. To keep a daemon: $build/daemon/kvd --listen unix:\$HOME/kvd.sock --store URL; then $build/client/kvctl --help"
+echo "== done. To keep a daemon: $build/daemon/kvd --listen unix:\$HOME/kvd.sock; then $build/client/kvctl --help"

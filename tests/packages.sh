@@ -60,7 +60,7 @@ old=$(dpkg-deb -f "$(ls "$work"/pkg/kvd_*.deb)" Version) new=$(dpkg-deb -f "$(ls
 for deb in "$work"/pkg/*.deb; do
     rm -rf "$work/unpacked"
     dpkg-deb -R "$deb" "$work/unpacked"
-    sed -i "s/^Version: .*/Version: $new/; s/(= $old)/(= $new)/; s/(>= $old)/(>= $new)/" "$work/unpacked/DEBIAN/control"
+    sed -i "s/^Version: .*/Version: $new/; s/(= $old)/(= $new)/g; s/(>= $old)/(>= $new)/g" "$work/unpacked/DEBIAN/control"
     dpkg-deb --root-owner-group -b "$work/unpacked" "$work/new/$(basename "${deb/_${old}_/_${new}_}")" >/dev/null
 done
 
@@ -123,7 +123,7 @@ check "kvctl asks which of several" '! kvctl status 2>/tmp/e; grep -q /run/kvd/0
 check "kvctl status of each" 'kvctl --instance 0 status; kvctl --instance 1 status; kvctl --all status'
 check "each instance serves its metrics" 'for p in 9464 9465; do exec 3<>/dev/tcp/127.0.0.1/$p; printf "GET /metrics HTTP/1.0\r\n\r\n" >&3; grep -q kvd_pool_bytes <&3; exec 3>&-; done'
 check "the man pages are there" 'for p in kvd.8 kvd.conf.5 kvctl.1 kvd.h.3; do ls /usr/share/man/man*/$p.gz; done
-    man -w kvd-worker; man kvd_step | grep -q "Attends over what is stored"; test -s /usr/share/doc/libkvd-dev/html/kvd_8h.html'
+    man -w kvd-worker kvd_step; zgrep -q "Attends over what is stored" /usr/share/man/man3/kvd.h.3.gz; test -s /usr/share/doc/libkvd-dev/html/kvd_8h.html'
 check "a worker in C from libkvd-dev" 'cd /srv; gcc -O2 worker.c -o worker $(pkg-config --cflags --libs kvd) -lm; ./worker unix:/run/kvd/0/kvd.sock'
 check "pkg-config names no place of the build" '! pkg-config --cflags --libs --static kvd | grep -E "/tmp|build"'
 check "a worker in Python from python3-kvd" 'python3 /srv/worker.py unix:/run/kvd/1/kvd.sock'

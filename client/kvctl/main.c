@@ -70,6 +70,11 @@ int kvctl_call(struct kvctl *k, const char *method, const void *request,
         return code;
     struct kvd_channel *c = kvctl_channel(k, &err);
     if (!c || kvd_channel_call(c, path, request, reply_type, k->timeout_ms, reply, &err)) {
+        // A kvd that is there may be without its store, or draining.
+        if (err.code == KVD_E_UNAVAILABLE && c && kvd_channel_connected(c)) {
+            kvctl_fail(&err);
+            return EXIT_FAILED;
+        }
         if (err.code == KVD_E_UNAVAILABLE)
             kvd_fail_in(&err,
                         "no answer from %s (is kvd running there? --address says where to look)",

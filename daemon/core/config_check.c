@@ -243,13 +243,14 @@ static void check_store(struct kvd_config_load *l)
     bool http = strncmp(c->store, "http://", 7) == 0 || strncmp(c->store, "https://", 8) == 0;
     bool file = strncmp(c->store, "file://", 7) == 0;
     const char *scheme = strstr(c->store, "://");
-    if (scheme && (!(http || file) || !scheme[3]))
+    const char *folder = file ? c->store + 7 : c->store;
+    if ((scheme && (!(http || file) || !scheme[3])) || (c->store[0] && !http && folder[0] != '/'))
         kvd_config_problem(l, kvd_config_place(l, "store"),
-                           "store: '%s' is not possible; it wants a folder, file:///folder, "
+                           "store: '%s' is not possible; it wants /folder, file:///folder, "
                            "http://... or https://...",
                            c->store);
     else if (c->store[0] && !http)
-        check_folder(l, "store", file ? c->store + 7 : c->store);
+        check_folder(l, "store", folder);
     if (c->store_public_key[0] && kvd_sign_check_key(c->store_public_key, &err))
         kvd_config_problem(l, kvd_config_place(l, "store-public-key"), "store-public-key: %s",
                            err.text);

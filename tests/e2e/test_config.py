@@ -40,6 +40,8 @@ WRONG = [
     ("[kvd]\nlisten = 127.0.0.1:9999\nmetrics = 127.0.0.1:9999\n", [(3, "listen already")]),
     ("[kvd]\nstore = ftp://example.org/store\n", [(2, "http://")]),
     ("[kvd]\nstore = http://\n", [(2, "http://")]),
+    ("[kvd]\nstore = URL\n", [(2, "/folder")]),
+    ("[kvd]\nstore = file://folder\n", [(2, "/folder")]),
     ("[kvd]\nstore = FOLDER/c\n", [(2, "not a folder")]),
     ("[kvd]\ncache = FOLDER/c\n", [(2, "not a folder")]),
     ("[kvd]\nstore-public-key = FOLDER/none\n", [(2, "No such file")]),

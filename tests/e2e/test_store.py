@@ -433,6 +433,15 @@ def test_signed_sets(start, folder, store):
     assert bad.process.wait(10) != 0 and "store-public-key" in bad.text()
 
 
+def test_kvctl_tells_a_store_that_is_gone_from_a_kvd_that_is(start, folder):
+    kvd = start("--store", f"http://127.0.0.1:{free_port()}")
+    r = kvd.kvctl("calib", "fetch", REF, check=False)
+    assert r.returncode == 1 and "is kvd running" not in r.stderr and "/models/" in r.stderr, r.stderr
+    kvd.stop()
+    r = kvd.kvctl("calib", "fetch", REF, check=False)
+    assert r.returncode == 3 and "is kvd running there" in r.stderr, r.stderr
+
+
 def test_stopping_while_a_fetch_hangs(start):
     """The daemon must not wait for a dead store, nor answer a call that gRPC has let go of."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bad)
