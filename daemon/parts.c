@@ -14,6 +14,7 @@
 #include "daemon/sched/fences.h"
 #include "daemon/sched/work.h"
 #include "daemon/service/events.h"
+#include "daemon/service/evict.h"
 #include "daemon/service/health.h"
 #include "daemon/service/http.h"
 #include "daemon/service/rotations.h"
@@ -42,6 +43,7 @@ const struct kvd_part *const kvd_parts[] = {
     &kvd_part_rotations, // rotation sets, and their downloads
     &kvd_part_events,    // Watch
     &kvd_part_health,    // grpc.health.v1
+    &kvd_part_evict,     // evictions by operators
     &kvd_part_http,      // /metrics, /healthz, /readyz
     &kvd_part_reload,    // of the configuration
     &kvd_part_lifecycle, // draining and uptime

@@ -192,9 +192,10 @@ void table_share(struct kvd_pool *pool, struct region_table *to, const struct re
 uint32_t table_blocks(const struct region_table *t);
 // Number of entries that hold a page.
 uint32_t table_pages(const struct kvd_pool *pool, const struct region_table *t);
-// Takes (-1) or gives back (1) a reference of each page, without freeing any. Adds the bytes of
-// those that have none left to *bytes (NULL: not wanted).
-void table_weigh(struct kvd_pool *pool, const struct region_table *t, int by, uint64_t *bytes);
+// Counts a reference of each page in met[page]. Adds the bytes of those of which that is the last
+// to *bytes. Returns how many pages there are.
+uint32_t table_meet(const struct kvd_pool *pool, const struct region_table *t, uint32_t *met,
+                    uint64_t *bytes);
 
 // -- record.c: the records of sequences and namespaces ------------------------------------------
 // The record of an id in use, or NULL.

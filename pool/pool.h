@@ -158,11 +158,25 @@ void kvd_pool_unpublish(struct kvd_pool *pool, uint64_t seq);
 // The sequence of that name, or 0. Counts as a use for eviction's order.
 uint64_t kvd_pool_lookup(struct kvd_pool *pool, uint32_t ns, const char *name);
 // Evicts unused published sequences, oldest use first, in `ns` (KVD_POOL_NONE: in all), until
-// `bytes` of pages are free (0: all of them). Returns how many; *freed gets the bytes.
-uint32_t kvd_pool_evict(struct kvd_pool *pool, uint32_t ns, uint64_t bytes, uint64_t *freed);
-// Bytes that evicting everything would free. Adds each namespace's to by_namespace[ns] (NULL: not
-// wanted). Takes time in proportion to the pages of what is evictable.
-uint64_t kvd_pool_evictable(struct kvd_pool *pool, uint64_t *by_namespace);
+// `bytes` of pages are free (0: all of them), and no more than `most`. Returns how many; *freed
+// gets the bytes.
+uint32_t kvd_pool_evict(struct kvd_pool *pool, uint32_t ns, uint64_t bytes, uint32_t most,
+                        uint64_t *freed);
+
+// A look at what evicting everything would free, which takes time in proportion to the pages of
+// what is evictable, and so may be taken in steps. What changes in between is counted as it was or
+// as it is. To begin: all zero but by_namespace.
+struct kvd_pool_look {
+    uint64_t bytes;         // of pages that nothing else has, so far
+    uint64_t *by_namespace; // each namespace's are added to by_namespace[ns]; NULL: not wanted
+    uint32_t *met;          // by page: how many of its references are evictable; NULL: not begun
+    uint32_t next;          // sequence
+};
+
+// Goes on by about `pages`. Returns false when there is more to look at. What was begun is to be
+// taken to its end, or kvd_pool_look_drop.
+bool kvd_pool_look_step(struct kvd_pool *pool, struct kvd_pool_look *look, uint32_t pages);
+void kvd_pool_look_drop(struct kvd_pool_look *look);
 
 // One plane of a sequence.
 struct kvd_pool_reach {

@@ -150,39 +150,44 @@ bool evict_one(struct kvd_pool *pool, uint32_t ns, uint64_t *freed)
     return true;
 }
 
-uint32_t kvd_pool_evict(struct kvd_pool *pool, uint32_t ns, uint64_t bytes, uint64_t *freed)
+uint32_t kvd_pool_evict(struct kvd_pool *pool, uint32_t ns, uint64_t bytes, uint32_t most,
+                        uint64_t *freed)
 {
     uint32_t n = 0;
     *freed = 0;
-    while ((bytes == 0 || *freed < bytes) && evict_one(pool, ns, freed))
+    while (n < most && (bytes == 0 || *freed < bytes) && evict_one(pool, ns, freed))
         n++;
     return n;
 }
 
-// Takes or gives back an evictable sequence's references. Taking: the bytes of its pages that have
-// none left.
-static uint64_t weigh(struct kvd_pool *pool, const struct region_seq *s, int by)
+bool kvd_pool_look_step(struct kvd_pool *pool, struct kvd_pool_look *look, uint32_t pages)
 {
-    uint64_t bytes = 0;
-    for (uint32_t p = 0; p < layout_of(pool, s)->n_planes && !s->pins; p++)
-        for (int kind = 0; kind < KVD_POOL_KINDS; kind++)
-            table_weigh(pool, &s->table[p][kind], by, by < 0 ? &bytes : NULL);
-    return bytes;
+    const struct region_head *h = pool->head;
+    if (!look->met)
+        look->met = calloc((size_t)h->n_extents * h->slots, sizeof(*look->met));
+    if (!look->met)
+        return true; // memory is short, and nothing is known then
+    for (uint32_t seen = 0; look->next < h->n_sequences_ever && seen < pages; look->next++) {
+        const struct region_seq *s = &pool->seq[look->next];
+        seen++;
+        if (!(s->generation & 1) || !s->listed || s->pins)
+            continue;
+        uint64_t bytes = 0;
+        for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++)
+            for (int kind = 0; kind < KVD_POOL_KINDS; kind++)
+                seen += table_meet(pool, &s->table[p][kind], look->met, &bytes);
+        look->bytes += bytes;
+        if (look->by_namespace)
+            look->by_namespace[s->ns] += bytes;
+    }
+    if (look->next < h->n_sequences_ever)
+        return false;
+    kvd_pool_look_drop(look);
+    return true;
 }
 
-uint64_t kvd_pool_evictable(struct kvd_pool *pool, uint64_t *by_namespace)
+void kvd_pool_look_drop(struct kvd_pool_look *look)
 {
-    uint64_t sum = 0;
-    // Pages may be shared among them and with sequences in use: their references are taken away for
-    // the moment, and those pages count that then have none.
-    for (int by = -1; by <= 1; by += 2)
-        for (uint32_t n = 0; n < pool->head->n_namespaces; n++)
-            for (uint32_t i = pool->ns[n].lru_first; i != KVD_POOL_NONE;
-                 i = pool->seq[i].lru_next) {
-                uint64_t bytes = weigh(pool, &pool->seq[i], by);
-                sum += bytes;
-                if (by_namespace)
-                    by_namespace[n] += bytes;
-            }
-    return sum;
+    free(look->met);
+    look->met = NULL;
 }

@@ -163,16 +163,19 @@ uint32_t table_pages(const struct kvd_pool *pool, const struct region_table *t)
     return n;
 }
 
-void table_weigh(struct kvd_pool *pool, const struct region_table *t, int by, uint64_t *bytes)
+uint32_t table_meet(const struct kvd_pool *pool, const struct region_table *t, uint32_t *met,
+                    uint64_t *bytes)
 {
+    uint32_t n = 0;
     for (uint32_t b = t->first; b != KVD_POOL_NONE; b = pool->block[b].next) {
         for (uint32_t i = 0; i < pool->block[b].used; i++) {
             uint32_t page = pool->block[b].page[i];
             if (page == KVD_POOL_NONE)
                 continue;
-            pool->page[page].refs += (uint32_t)by;
-            if (bytes && pool->page[page].refs == 0)
+            n++;
+            if (++met[page] == pool->page[page].refs)
                 *bytes += pool->slab[page_extent(pool, page)->slab].page_bytes;
         }
     }
+    return n;
 }

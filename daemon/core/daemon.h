@@ -57,13 +57,13 @@ struct kvd_daemon {
     uint64_t started_ms;
     const struct kvd_config_source *source; // what a reload reads
     struct kvd_config configured;           // as the source says; `config` is what is in force
-    uint64_t evictable, evictable_at_ms, evictable_by_ns[KVD_MAX_NAMESPACES]; // metrics.c
     double reloaded_at;           // the last reload that was applied, or the start: Unix time
     bool reload_failed;           // the last one
     bool reloading, reload_again; // one is under way; another is to follow
     struct kvd_backend *backend;
     struct kvd_memory_state *memory;
     struct kvd_pool *pool;
+    struct kvd_evictable *evictable;
     struct kvd_rotation *rotations[KVD_MAX_LAYOUTS]; // by pool layout
     int rotation_fds[KVD_MAX_LAYOUTS];               // the same for workers; -1: none
     struct kvd_session *sessions;                    // by secret
@@ -79,6 +79,7 @@ struct kvd_daemon {
     struct kvd_work *works;      // that are not done, linked by next_work
     struct kvd_fdsock *fdsock;
     struct kvd_http *http;
+    struct kvd_evict *evict;
     struct kvd_users *users;
     struct kvd_user *namespace_users[KVD_MAX_NAMESPACES]; // who is charged; NULL: nobody
     struct kvd_user *layout_users[KVD_MAX_LAYOUTS];

@@ -293,54 +293,6 @@ void kvd_on_set_quota(struct kvd_call *call, const void *request)
     kvd_call_reply(call, &r);
 }
 
-// One published sequence by name. KVD_E_PRECONDITION when it is in use.
-static int evict_named(struct kvd_daemon *d, uint32_t ns, const char *name, uint64_t *freed,
-                       struct kvd_error *err)
-{
-    struct kvd_pool_seq_info info;
-    struct kvd_pool_info before, after;
-    uint64_t seq = kvd_pool_lookup(d->pool, ns, name);
-    if (!seq || kvd_pool_seq_info(d->pool, seq, &info))
-        return kvd_fail(err, KVD_E_NOT_FOUND, "nothing is published as '%.128s' there", name);
-    if (info.holders || info.pins)
-        return kvd_fail(err, KVD_E_PRECONDITION,
-                        "'%s' is held by %u sessions; live sequences are never evicted", name,
-                        info.holders);
-    kvd_pool_info(d->pool, &before);
-    kvd_pool_unpublish(d->pool, seq);
-    kvd_pool_info(d->pool, &after);
-    *freed = before.used - after.used;
-    return KVD_OK;
-}
-
-void kvd_on_evict(struct kvd_call *call, const void *request)
-{
-    const Kvd__V1__EvictRequest *req = request;
-    struct kvd_daemon *d = call->d;
-    struct kvd_error err = {0};
-    uint32_t ns = KVD_POOL_NONE;
-    Kvd__V1__EvictReply r = KVD__V1__EVICT_REPLY__INIT;
-    if (req->namespace_name[0] &&
-        (ns = kvd_pool_namespace_find(d->pool, req->namespace_name)) == KVD_POOL_NONE) {
-        kvd_call_fail(call, KVD_E_NOT_FOUND, "there is no namespace %.64s", req->namespace_name);
-        return;
-    }
-    if (req->name[0] && ns == KVD_POOL_NONE) {
-        kvd_call_fail(call, KVD_E_INVALID, "a name wants its namespace");
-        return;
-    }
-    if (!req->name[0])
-        r.sequences = kvd_pool_evict(d->pool, ns, req->bytes, &r.bytes);
-    else if (evict_named(d, ns, req->name, &r.bytes, &err) == KVD_OK)
-        r.sequences = 1;
-    if (err.code) {
-        kvd_call_fail_error(call, &err);
-        return;
-    }
-    kvd_notice("evicted by operator sequences=%u bytes=%" PRIu64, r.sequences, r.bytes);
-    kvd_call_reply(call, &r);
-}
-
 void kvd_on_drain(struct kvd_call *call, const void *request)
 {
     const Kvd__V1__DrainRequest *req = request;

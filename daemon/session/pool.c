@@ -2,18 +2,54 @@
 
 #include "daemon/session/memory.h"
 
+enum {
+    PIECE_NS = 1000000, // of a look; then others have their turn
+    PAGES = 16384,      // between looks at the clock
+    FRESH_MS = 1000,    // how long what was seen counts
+};
+
+// A look at what could be evicted, and what the latest has seen.
+struct kvd_evictable {
+    uv_idle_t idle; // runs while there is more to look at
+    struct kvd_pool_look look;
+    bool looking;
+    uint64_t looked_ms; // when the latest was begun; 0: never
+    uint64_t bytes, by_namespace[KVD_MAX_NAMESPACES], next_by_namespace[KVD_MAX_NAMESPACES];
+};
+
+static void look_on(struct kvd_daemon *d)
+{
+    struct kvd_evictable *e = d->evictable;
+    uint64_t begin = uv_hrtime();
+    while (!kvd_pool_look_step(d->pool, &e->look, PAGES))
+        if (uv_hrtime() - begin >= PIECE_NS)
+            return;
+    e->looking = false;
+    e->bytes = e->look.bytes;
+    memcpy(e->by_namespace, e->next_by_namespace, sizeof(e->by_namespace));
+    uv_idle_stop(&e->idle);
+}
+
+static void on_idle(uv_idle_t *idle)
+{
+    look_on(idle->data);
+}
+
 uint64_t kvd_evictable(struct kvd_daemon *d, const uint64_t **by_namespace)
 {
-    enum { FRESH_MS = 1000 };
-    uint64_t now = kvd_now_ms(d) + 1; // 0: never
-    if (!d->evictable_at_ms || now - d->evictable_at_ms >= FRESH_MS) {
-        memset(d->evictable_by_ns, 0, sizeof(d->evictable_by_ns));
-        d->evictable = kvd_pool_evictable(d->pool, d->evictable_by_ns);
-        d->evictable_at_ms = now;
+    struct kvd_evictable *e = d->evictable;
+    uint64_t now = kvd_now_ms(d) + 1;
+    if (!e->looking && (!e->looked_ms || now - e->looked_ms >= FRESH_MS)) {
+        memset(e->next_by_namespace, 0, sizeof(e->next_by_namespace));
+        e->look = (struct kvd_pool_look){.by_namespace = e->next_by_namespace};
+        e->looking = true;
+        e->looked_ms = now;
+        uv_idle_start(&e->idle, on_idle);
+        look_on(d);
     }
     if (by_namespace)
-        *by_namespace = d->evictable_by_ns;
-    return d->evictable;
+        *by_namespace = e->by_namespace;
+    return e->bytes;
 }
 
 // -- metrics ------------------------------------------------------------------------------------
@@ -114,6 +150,11 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
 {
     const struct kvd_config *c = &d->config;
     struct kvd_pool_mem_ops mem = kvd_memory_ops(d);
+    d->evictable = calloc(1, sizeof(*d->evictable));
+    if (!d->evictable)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    uv_idle_init(&d->loop, &d->evictable->idle);
+    d->evictable->idle.data = d;
     // The instance is random already; its first eight digits seed the ids.
     char seed[9];
     snprintf(seed, sizeof(seed), "%.8s", d->instance);
@@ -142,10 +183,20 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
     return KVD_OK;
 }
 
+static void end(struct kvd_daemon *d)
+{
+    if (d->evictable)
+        uv_close((uv_handle_t *)&d->evictable->idle, NULL);
+}
+
 static void deinit(struct kvd_daemon *d)
 {
+    if (d->evictable)
+        kvd_pool_look_drop(&d->evictable->look);
+    free(KVD_TAKE(d->evictable));
     kvd_pool_free(&d->pool);
     free(d->use);
 }
 
-const struct kvd_part kvd_part_pool = {.init = init, .deinit = deinit, .metrics = metrics};
+const struct kvd_part kvd_part_pool = {
+    .init = init, .end = end, .deinit = deinit, .metrics = metrics};

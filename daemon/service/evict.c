@@ -1,0 +1,161 @@
+#include "daemon/service/evict.h"
+
+#include <utlist.h>
+#include <uv.h>
+
+#include "admin.pb-c.h"
+#include "daemon/rpc/rpc.h"
+#include "daemon/service/handlers.h"
+
+enum {
+    PIECE_NS = 1000000, // then others have their turn
+    SEQUENCES = 32,     // between looks at the clock
+};
+
+// An operator's call that is not answered yet.
+struct eviction {
+    struct kvd_call *call;
+    uint32_t sequences;
+    uint64_t bytes;
+    struct eviction *prev, *next;
+};
+
+struct kvd_evict {
+    uv_idle_t idle; // runs while there are some
+    struct eviction *evictions;
+};
+
+// One published sequence by name. KVD_E_PRECONDITION when it is in use.
+static int evict_named(struct kvd_daemon *d, uint32_t ns, const char *name, uint64_t *freed,
+                       struct kvd_error *err)
+{
+    struct kvd_pool_seq_info info;
+    struct kvd_pool_info before, after;
+    uint64_t seq = kvd_pool_lookup(d->pool, ns, name);
+    if (!seq || kvd_pool_seq_info(d->pool, seq, &info))
+        return kvd_fail(err, KVD_E_NOT_FOUND, "nothing is published as '%.128s' there", name);
+    if (info.holders || info.pins)
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "'%s' is held by %u sessions; live sequences are never evicted", name,
+                        info.holders);
+    kvd_pool_info(d->pool, &before);
+    kvd_pool_unpublish(d->pool, seq);
+    kvd_pool_info(d->pool, &after);
+    *freed = before.used - after.used;
+    return KVD_OK;
+}
+
+static void finish(struct eviction *v)
+{
+    Kvd__V1__EvictReply r = KVD__V1__EVICT_REPLY__INIT;
+    r.sequences = v->sequences;
+    r.bytes = v->bytes;
+    kvd_notice("evicted by operator sequences=%u bytes=%" PRIu64, r.sequences, r.bytes);
+    v->call->on_cancelled = NULL;
+    DL_DELETE(v->call->d->evict->evictions, v);
+    kvd_call_reply(v->call, &r);
+    free(v);
+}
+
+// What was evicted by then stays so.
+static void on_cancelled(struct kvd_call *call)
+{
+    finish(call->work);
+}
+
+// True: there is nothing more to evict.
+static bool evict_on(struct kvd_daemon *d, struct eviction *v)
+{
+    const Kvd__V1__EvictRequest *req = (const Kvd__V1__EvictRequest *)v->call->request;
+    uint64_t begin = uv_hrtime(), freed;
+    uint32_t ns = KVD_POOL_NONE, n;
+    if (req->namespace_name[0] &&
+        (ns = kvd_pool_namespace_find(d->pool, req->namespace_name)) == KVD_POOL_NONE)
+        return true; // it was empty, and has gone meanwhile
+    do {
+        n = kvd_pool_evict(d->pool, ns, req->bytes ? req->bytes - v->bytes : 0, SEQUENCES, &freed);
+        v->sequences += n;
+        v->bytes += freed;
+        if (n < SEQUENCES || (req->bytes && v->bytes >= req->bytes))
+            return true;
+    } while (uv_hrtime() - begin < PIECE_NS);
+    return false;
+}
+
+static void on_idle(uv_idle_t *idle)
+{
+    struct kvd_daemon *d = idle->data;
+    struct eviction *v = d->evict->evictions; // one after the other
+    if (v && evict_on(d, v))
+        finish(v);
+    if (!d->evict->evictions)
+        uv_idle_stop(idle);
+}
+
+static void evict_all(struct kvd_call *call)
+{
+    struct kvd_evict *e = call->d->evict;
+    struct eviction *v = calloc(1, sizeof(*v));
+    if (!v) {
+        kvd_call_fail(call, KVD_E_INTERNAL, "out of memory");
+        return;
+    }
+    v->call = call;
+    call->work = v;
+    call->on_cancelled = on_cancelled;
+    DL_APPEND(e->evictions, v);
+    if (v == e->evictions && evict_on(call->d, v))
+        finish(v);
+    else
+        uv_idle_start(&e->idle, on_idle);
+}
+
+void kvd_on_evict(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__EvictRequest *req = request;
+    struct kvd_daemon *d = call->d;
+    struct kvd_error err = {0};
+    uint32_t ns = KVD_POOL_NONE;
+    Kvd__V1__EvictReply r = KVD__V1__EVICT_REPLY__INIT;
+    if (req->namespace_name[0] &&
+        (ns = kvd_pool_namespace_find(d->pool, req->namespace_name)) == KVD_POOL_NONE) {
+        kvd_call_fail(call, KVD_E_NOT_FOUND, "there is no namespace %.64s", req->namespace_name);
+    } else if (req->name[0] && ns == KVD_POOL_NONE) {
+        kvd_call_fail(call, KVD_E_INVALID, "a name wants its namespace");
+    } else if (!req->name[0]) {
+        evict_all(call);
+    } else if (evict_named(d, ns, req->name, &r.bytes, &err)) {
+        kvd_call_fail_error(call, &err);
+    } else {
+        r.sequences = 1;
+        kvd_notice("evicted by operator sequences=1 bytes=%" PRIu64, r.bytes);
+        kvd_call_reply(call, &r);
+    }
+}
+
+// -- start and end ------------------------------------------------------------------------------
+
+static int init(struct kvd_daemon *d, struct kvd_error *err)
+{
+    d->evict = calloc(1, sizeof(*d->evict));
+    if (!d->evict)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    uv_idle_init(&d->loop, &d->evict->idle);
+    d->evict->idle.data = d;
+    return KVD_OK;
+}
+
+static void on_closed(uv_handle_t *handle)
+{
+    struct kvd_daemon *d = handle->data;
+    free(KVD_TAKE(d->evict));
+}
+
+// No call is left by then.
+static void end(struct kvd_daemon *d)
+{
+    if (d->evict)
+        uv_close((uv_handle_t *)&d->evict->idle, on_closed);
+}
+
+const struct kvd_part kvd_part_evict = {.init = init, .end = end};
