@@ -234,11 +234,6 @@ void kvd_pool_layout_unref(struct kvd_pool *pool, uint32_t layout)
     pool->layout[layout].holders--;
 }
 
-uint32_t kvd_pool_layout_refs(const struct kvd_pool *pool, uint32_t layout)
-{
-    return pool->layout[layout].holders + pool->layout[layout].sequences;
-}
-
 const struct kvd_layout *kvd_pool_layout_get(const struct kvd_pool *pool, uint32_t layout)
 {
     return &pool->layout[layout].l;

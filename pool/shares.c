@@ -103,6 +103,11 @@ uint32_t namespace_slot(struct kvd_pool *pool)
 
 // -- layouts ---------------------------------------------------------------------------------
 
+uint32_t kvd_pool_layout_refs(const struct kvd_pool *pool, uint32_t layout)
+{
+    return pool->layout[layout].holders + pool->layout[layout].sequences;
+}
+
 static uint32_t layouts_of(const struct kvd_pool *pool, uint32_t ns)
 {
     uint32_t n = 0;

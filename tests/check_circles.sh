@@ -19,4 +19,5 @@ circles() { # circles NAME OBJECT...
     [ -z "$loop" ] || { echo "$name has a circle of files:"; sed 's/^tsort: //' <<<"$loop"; bad=1; }
 }
 circles daemon "$build"/daemon/kvd.p/*.o
+circles pool "$build"/pool/libkvd_pool.a.p/*.o
 exit $bad
