@@ -11,7 +11,6 @@
 #include <sys/stat.h>
 
 #include "daemon/core/lifecycle.h"
-#include "daemon/rpc/rpc.h"
 #include "daemon/session/fdsock.h"
 
 enum {
