@@ -100,6 +100,11 @@ struct kvd_attend_params {
     float scale;     // of the logits
     float softcap;   // 0: none
     uint32_t window; // 0: none
+    // Attention sinks, [layer_count][q_heads] in host memory: to a head's logits comes one of a
+    // token whose value is zero; scale, softcap and window do not touch it. lse has its term, so
+    // that exp(lse) o is the sum that it was before. -inf: none for this head; NULL: none at all.
+    // Not finite otherwise: o and lse of the head are NaN.
+    const float *sinks;
     const struct kvd_attend_item *items;
     uint32_t n_items;
     struct kvd_slice *slice;

@@ -401,6 +401,17 @@ static void merge(struct partial *to, const struct partial *from, uint32_t rows,
     }
 }
 
+// Adds a sink to a row's maximum and sum. Returns what the sums of values are worth then.
+static double add_sink(float sink, double *m, double *l)
+{
+    if (sink == -INFINITY)
+        return 1;
+    double top = fmax(*m, (double)sink), kept = exp(*m - top);
+    *l = *l * kept + exp(sink - top);
+    *m = top;
+    return kept;
+}
+
 static void finish(const struct attend_job *job, const struct unit *u, const struct partial *part)
 {
     const struct kvd_attend_params *p = job->p;
@@ -409,19 +420,22 @@ static void finish(const struct attend_job *job, const struct unit *u, const str
     for (uint32_t r = 0; r < u->rows; r++) {
         float o[KVD_MAX_HEAD_DIM] = {0}, rotated[KVD_MAX_HEAD_DIM];
         uint32_t row = u->row0 + r, head = u->head * group + row % group;
-        double inverse = part->l[r] == 0 ? 0 : 1 / part->l[r]; // NaN stays NaN
+        double m = part->m[r], l = part->l[r], kept = 1; // of the sums
+        if (p->sinks)
+            kept = add_sink(p->sinks[(uint64_t)u->layer * g->q_heads + head], &m, &l);
+        double inverse = l == 0 ? 0 : kept / l; // NaN stays NaN
         if (g->codec != KVD_CODEC_BF16) {
-            const float *m = kvd_rotation_of(p->rotation, p->rotation->v_t, dim,
-                                             p->layer_begin + u->layer, u->head);
+            const float *back = kvd_rotation_of(p->rotation, p->rotation->v_t, dim,
+                                                p->layer_begin + u->layer, u->head);
             for (uint32_t c = 0; c < dim; c++)
                 rotated[c] = (float)(part->o_rotated[r][c] * inverse);
-            kvd_apply(job->cpu->isa, rotated, 1, dim, m, o);
+            kvd_apply(job->cpu->isa, rotated, 1, dim, back, o);
         }
         for (uint32_t c = 0; c < dim; c++)
             o[c] += (float)(part->o[r][c] * inverse);
         kvd_store_row(&u->item->o, u->layer, row / group, head, dim, o);
         if (u->item->lse.data) {
-            float lse = (float)(part->m[r] + log(part->l[r]));
+            float lse = (float)(m + log(l));
             memcpy(kvd_at(&u->item->lse, u->layer, row / group, head), &lse, sizeof(lse));
         }
     }

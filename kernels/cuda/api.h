@@ -8,7 +8,7 @@
 //
 // Built for sm_90 (bulk copies into shared memory) and, portably, for sm_80 and later. Pages are
 // those of kernels/format.h. S sequences, H_q q heads, H_kv kv heads, group = H_q / H_kv <= 64, DK
-// and DV head_dim of K and V: 64, 128 or 256.
+// and DV head_dim of K and V, as proto/head_dims.def has them.
 #ifndef KVD_KERNELS_CUDA_API_H
 #define KVD_KERNELS_CUDA_API_H
 
@@ -62,14 +62,15 @@ struct kvd_cuda_tail {
 
 struct kvd_cuda_attend_params {
     uint32_t sequences, q_heads, kv_heads, dim_k, dim_v;
-    uint32_t codec;                // of the history
-    uint32_t layer;                // KV layer index within the pages and the rotation set
-    uint32_t q_len;                // queries a sequence: the last tokens of it
-    uint32_t new_tokens;           // 0, or at least q_len: K/V of the last tokens are in k and v
-    uint32_t sink, ring;           // tokens; ring as kvd_plane_ring
-    float scale;                   // logits are scale * q.k,
-    float softcap;                 // then softcap * tanh(logit / softcap); 0: none
-    uint32_t window;               // each query sees its last `window` tokens; 0: all
+    uint32_t codec;      // of the history
+    uint32_t layer;      // KV layer index within the pages and the rotation set
+    uint32_t q_len;      // queries a sequence: the last tokens of it
+    uint32_t new_tokens; // 0, or at least q_len: K/V of the last tokens are in k and v
+    uint32_t sink, ring; // tokens; ring as kvd_plane_ring
+    float scale;         // logits are scale * q.k,
+    const float *sinks;  // [H_q] logits of tokens without a value; NULL: none (kernels/backend.h)
+    float softcap;       // then softcap * tanh(logit / softcap); 0: none
+    uint32_t window;     // each query sees its last `window` tokens; 0: all
     enum kvd_dtype q_type, o_type; // bf16, or f32 (q is then taken as two bf16)
     const void *q;                 // [S][q_len][H_q][DK], not rotated; 16-byte aligned
     void *o;                       // [S][q_len][H_q][DV], not rotated; 8-byte aligned
@@ -199,10 +200,16 @@ int kvd_cuda_checksum(const void *at, uint64_t bytes, unsigned long long *sum,
 
 // -- rotation sets -------------------------------------------------------------------------------
 
+// Rows and columns of operands: whole groups of 32 channels.
+static inline uint32_t kvd_cuda_operand_dim(uint32_t dim)
+{
+    return (dim + 31) / 32 * 32;
+}
+
 // Bytes of a side's operands, of one part.
 static inline uint64_t kvd_cuda_operand_bytes(uint64_t matrices, uint32_t dim)
 {
-    return matrices * dim * dim * 2;
+    return matrices * kvd_cuda_operand_dim(dim) * kvd_cuda_operand_dim(dim) * 2;
 }
 
 // Host code. r: [matrices][dim][dim]. Writes operands (`queries` where it is not NULL), scale and

@@ -9,11 +9,6 @@
 namespace kvd
 {
 
-static bool dim_ok(uint32_t dim)
-{
-    return dim == 64 || dim == 128 || dim == 256;
-}
-
 static uint32_t blocks_a_multiprocessor(const attend_params &p)
 {
     return (uint32_t)blocks_per_multiprocessor(general(p), (int)n_tiles(p), (int)p.dim_k, (int)p.dim_v, 4);
@@ -165,7 +160,7 @@ extern "C" uint64_t kvd_cuda_attend_scratch(const struct kvd_cuda_attend_params 
 
 extern "C" int kvd_cuda_attend(const struct kvd_cuda_attend_params *p, struct CUstream_st *stream)
 {
-    if (!dim_ok(p->dim_k) || !dim_ok(p->dim_v) || p->kv_heads == 0 || p->q_heads % p->kv_heads ||
+    if (!kvd_head_dims_ok(p->dim_k, p->dim_v) || p->kv_heads == 0 || p->q_heads % p->kv_heads ||
         p->q_heads / p->kv_heads > 64 || p->q_len == 0 || p->sequences == 0 ||
         p->sequences > 65535 || p->splits + p->window_splits == 0 || p->splits > MAX_SPLITS ||
         p->window_splits > MAX_WINDOW_SPLITS || p->part_tiles == 0 ||
@@ -174,18 +169,16 @@ extern "C" int kvd_cuda_attend(const struct kvd_cuda_attend_params *p, struct CU
         (p->warps != 4 && !(small_blocks(*p) && (p->warps == 8 || p->warps == 16))) ||
         (uint64_t)p->kv_heads * n_row_blocks(*p, n_tiles(*p)) > 65535)
         return -1;
-    switch (p->codec) {
-    case KVD_CODEC_BF16:
-    case KVD_CODEC_INT2:
-        return launch_int2(*p, stream);
-    case KVD_CODEC_INT2C:
-        return launch_int2c(*p, stream);
-    case KVD_CODEC_INT2_LM:
-    case KVD_CODEC_TURBOQUANT_2:
+    switch (family_of(p->codec)) {
+    case INT2:
+        return power_of_two(p->dim_k) ? launch_int2(*p, stream) : launch_int2_other(*p, stream);
+    case INT2C:
+        return power_of_two(p->dim_k) ? launch_int2c(*p, stream) : launch_int2c_other(*p, stream);
+    case LEVELS2:
         return launch_levels2(*p, stream);
-    case KVD_CODEC_TURBOQUANT_3:
+    case LEVELS3:
         return launch_levels3(*p, stream);
-    case KVD_CODEC_TURBOQUANT_4:
+    case LEVELS4:
         return launch_levels4(*p, stream);
     default:
         return -1;

@@ -148,7 +148,8 @@ template <int NT, int DV> struct state {
 // The queries of a block as they are: what a lane loads of them, with which it has the channels of
 // B operands as forward_channel deals them.
 template <int NT, int DK> struct plain_queries {
-    uint4 x[NT][DK / 16]; // half of them for bf16
+    static constexpr int P = padded(DK), GROUPS = P / 32;
+    uint4 x[NT][P / 16]; // half of them for bf16
 
     __device__ inline void load(const attend_call &p, const row_block &b)
     {
@@ -160,26 +161,26 @@ template <int NT, int DK> struct plain_queries {
             uint64_t row = row_index(p, b, min(b.row0 + n * 8 + g, p.rows - 1));
             const uint4 *from = (const uint4 *)((const uint8_t *)p.q + (row * DK + 8 * t << (f32 ? 2 : 1)));
 #pragma unroll
-            for (int i = 0; i < DK / 32; i++)
-                x[n][i] = from[f32 ? i * 8 : i * 4];
+            for (int i = 0; i < GROUPS; i++)
+                x[n][i] = in_row<DK>(i) ? from[f32 ? i * 8 : i * 4] : uint4{};
             if (f32)
 #pragma unroll
-                for (int i = 0; i < DK / 32; i++)
-                    x[n][DK / 32 + i] = from[i * 8 + 1];
+                for (int i = 0; i < GROUPS; i++)
+                    x[n][GROUPS + i] = in_row<DK>(i) ? from[i * 8 + 1] : uint4{};
         }
     }
 
     // As bf16; `low` holds what that leaves of an f32.
     template <bool F32>
-    __device__ inline void operands(int n, uint32_t (&q)[DK / 8], uint32_t (&low)[DK / 8]) const
+    __device__ inline void operands(int n, uint32_t (&q)[P / 8], uint32_t (&low)[P / 8]) const
     {
 #pragma unroll
-        for (int i = 0; i < DK / 8; i++) {
+        for (int i = 0; i < P / 8; i++) {
             if (!F32) {
                 q[i] = word_of(x[n][i / 4], i % 4);
                 continue;
             }
-            const uint4 &four = x[n][i / 4 + (i % 4 / 2 ? DK / 32 : 0)];
+            const uint4 &four = x[n][i / 4 + (i % 4 / 2 ? GROUPS : 0)];
             float a = __uint_as_float(word_of(four, i % 2 * 2)), b = __uint_as_float(word_of(four, i % 2 * 2 + 1));
             q[i] = pack_bf16(a, b);
             low[i] = pack_bf16(a - low_bf16(q[i]), b - high_bf16(q[i]));
@@ -190,7 +191,8 @@ template <int NT, int DK> struct plain_queries {
 // Rotated queries of a block in shared memory, as B operands of the scores. They are the true ones by
 // a divisor, a power of two. Channels are the 16 rows of products here, query rows the columns.
 template <int NT, int DK, int WARPS> struct queries {
-    static constexpr int STEPS = DK / 16, RUN = STEPS < 8 ? STEPS : 8; // of 16 inputs
+    static constexpr int STEPS = padded(DK) / 16;                            // of 16 inputs
+    static constexpr int RUN = STEPS < 8 ? STEPS : STEPS % 8 == 0 ? 8 : 6; // steps at a time
     uint2 op[NT][DK / 16][32];
 
     // Operands of R for 16 outputs and some steps: high and low part.
@@ -222,14 +224,14 @@ template <int NT, int DK, int WARPS> struct queries {
     {
         constexpr int TILES = (DK / 16 + WARPS - 1) / WARPS;
         int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        uint32_t q[NT][DK / 8], low[NT][DK / 8];
+        uint32_t q[NT][2 * STEPS], low[NT][2 * STEPS];
         float scale = __ldg(&p.rotation.k.scale[matrix_index(p.rotation, p.layer, kv)]);
         __nv_bfloat162 top = __float2bfloat162_rn(0);
 #pragma unroll
         for (int n = 0; n < NT; n++) {
             plain.template operands<F32>(n, q[n], low[n]);
 #pragma unroll
-            for (int i = 0; i < DK / 8; i++)
+            for (int i = 0; i < 2 * STEPS; i++)
                 top = __hmax2(top, __habs2(*(__nv_bfloat162 *)&q[n][i]));
         }
         float mine = fmaxf(__low2float(top), __high2float(top));
@@ -507,10 +509,11 @@ __device__ inline int window_channel(int i)
 template <bool F32, int NT, int DK, int DV>
 __device__ inline void attend_bf16_chunk(const attend_call &p, const row_block &b,
                                          const bf16_tokens &w, uint32_t i,
-                                         const uint32_t (&q)[NT][DK / 8],
-                                         const uint32_t (&q_low)[NT][DK / 8],
-                                         const logit_terms<NT> &x, state<NT, DV> &st)
+                                         const uint32_t (&q)[NT][padded(DK) / 8],
+                                         const uint32_t (&q_low)[NT][padded(DK) / 8],
+                                         const logit_terms<NT> &x, state<NT, padded(DV)> &st)
 {
+    constexpr int K_GROUPS = padded(DK) / 32, V_GROUPS = padded(DV) / 32;
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     uint32_t i0 = i + g, i1 = i + g + 8;
     uint32_t pos0 = bf16_position(w, min(i0, w.count - 1));
@@ -519,25 +522,25 @@ __device__ inline void attend_bf16_chunk(const attend_call &p, const row_block &
     const uint4 *k1 = (const uint4 *)bf16_row<DK, DV>(p, b, pos1, false) + t;
     const uint4 *v0 = (const uint4 *)bf16_row<DK, DV>(p, b, pos0, true) + t;
     const uint4 *v1 = (const uint4 *)bf16_row<DK, DV>(p, b, pos1, true) + t;
-    constexpr int AHEAD = NT == 1 && DV <= 128 ? DV / 32 : 0; // of V's loads before the scores
+    constexpr int AHEAD = NT == 1 && DV <= 128 ? V_GROUPS : 0; // of V's loads before the scores
     uint4 rows_v[2][AHEAD + 1];
     float s[NT][4];
 #pragma unroll
     for (int n = 0; n < NT; n++)
         s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
-    uint4 rows_k[2][DK / 32];
+    uint4 rows_k[2][K_GROUPS];
 #pragma unroll
-    for (int j = 0; j < DK / 32; j++) {
-        rows_k[0][j] = k0[j * 4];
-        rows_k[1][j] = k1[j * 4];
+    for (int j = 0; j < K_GROUPS; j++) {
+        rows_k[0][j] = in_row<DK>(j) ? k0[j * 4] : uint4{};
+        rows_k[1][j] = in_row<DK>(j) ? k1[j * 4] : uint4{};
     }
 #pragma unroll
     for (int j = 0; j < AHEAD; j++) {
-        rows_v[0][j] = v0[j * 4];
-        rows_v[1][j] = v1[j * 4];
+        rows_v[0][j] = in_row<DV>(j) ? v0[j * 4] : uint4{};
+        rows_v[1][j] = in_row<DV>(j) ? v1[j * 4] : uint4{};
     }
 #pragma unroll
-    for (int j = 0; j < DK / 32; j++) {
+    for (int j = 0; j < K_GROUPS; j++) {
         uint4 r0 = rows_k[0][j], r1 = rows_k[1][j];
         uint32_t a0[4] = {r0.x, r1.x, r0.y, r1.y}, a1[4] = {r0.z, r1.z, r0.w, r1.w};
 #pragma unroll
@@ -579,9 +582,9 @@ __device__ inline void attend_bf16_chunk(const attend_call &p, const row_block &
             high[n][half] = transpose(h);
         }
 #pragma unroll
-    for (int j = 0; j < DV / 32; j++) {
-        uint4 r0 = j < AHEAD ? rows_v[0][j] : v0[j * 4];
-        uint4 r1 = j < AHEAD ? rows_v[1][j] : v1[j * 4];
+    for (int j = 0; j < V_GROUPS; j++) {
+        uint4 r0 = j < AHEAD ? rows_v[0][j] : in_row<DV>(j) ? v0[j * 4] : uint4{};
+        uint4 r1 = j < AHEAD ? rows_v[1][j] : in_row<DV>(j) ? v1[j * 4] : uint4{};
         uint32_t a0[4] = {transpose(r0.x), transpose(r0.y), transpose(r1.x), transpose(r1.y)};
         uint32_t a1[4] = {transpose(r0.z), transpose(r0.w), transpose(r1.z), transpose(r1.w)};
 #pragma unroll

@@ -3,5 +3,5 @@
 
 cudaError_t kvd::launch_int2(const attend_params &p, cudaStream_t stream)
 {
-    return launch_codec<INT2>(p, stream);
+    return launch_codec<INT2, 2>(p, stream);
 }

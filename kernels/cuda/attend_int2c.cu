@@ -3,5 +3,5 @@
 
 cudaError_t kvd::launch_int2c(const attend_params &p, cudaStream_t stream)
 {
-    return launch_codec<INT2C>(p, stream);
+    return launch_codec<INT2C, 2>(p, stream);
 }

@@ -3,5 +3,5 @@
 
 cudaError_t kvd::launch_levels2(const attend_params &p, cudaStream_t stream)
 {
-    return launch_codec<LEVELS2>(p, stream);
+    return launch_codec<LEVELS2, 0>(p, stream);
 }

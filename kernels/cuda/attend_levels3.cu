@@ -3,5 +3,5 @@
 
 cudaError_t kvd::launch_levels3(const attend_params &p, cudaStream_t stream)
 {
-    return launch_codec<LEVELS3>(p, stream);
+    return launch_codec<LEVELS3, 0>(p, stream);
 }

@@ -3,5 +3,5 @@
 
 cudaError_t kvd::launch_levels4(const attend_params &p, cudaStream_t stream)
 {
-    return launch_codec<LEVELS4>(p, stream);
+    return launch_codec<LEVELS4, 0>(p, stream);
 }

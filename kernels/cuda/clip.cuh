@@ -30,6 +30,15 @@ template <int D> class clip_search
 
     float first, slope; // the first guess, of a row's sum; a guess's relative step for a value more
 
+    // Of D / 8 words that are summed by halves.
+    __host__ __device__ static constexpr int words_left(int level)
+    {
+        int n = D / 8;
+        for (int i = 0; i < level; i++)
+            n = (n + 1) / 2;
+        return n;
+    }
+
     __device__ static inline float bounded_guess(float x)
     {
         return fminf(fmaxf(x, LEAST), MOST);
@@ -42,10 +51,10 @@ template <int D> class clip_search
 #pragma unroll
         for (int i = 0; i < D / 8; i++)
             asm("sub.sat.f16x2 %0, %1, %2;" : "=r"(more[i]) : "r"(y[i]), "r"(guess));
-        static_for<5>([&](auto level) { // more levels than the least head_dim has halves
-            constexpr int half = D / 16 >> level;
+        static_for<5>([&](auto level) { // more levels than the largest head_dim has halves
+            constexpr int n = words_left(level), half = (n + 1) / 2; // of an odd number the middle one waits
 #pragma unroll
-            for (int i = 0; i < half; i++)
+            for (int i = 0; i < n / 2; i++)
                 asm("add.f16x2 %0, %0, %1;" : "+r"(more[i]) : "r"(more[i + half]));
         });
         float2 sum = unpack_fp16(more[0]);
@@ -92,7 +101,8 @@ public:
         for (int i = 0; i < D / 4; i++)
             sums[i % 4] += fabsf(x(i));
         float sum = quad_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-        constexpr uint32_t exponent = 127 + 127 + 11 + (D == 256 ? 8 : D == 128 ? 7 : 6); // of 2048 D, and a bias
+        // Of 2048 times D, or the power of two below it, and a bias.
+        constexpr uint32_t exponent = 127 + 127 + 11 + (D >= 256 ? 8 : D >= 128 ? 7 : 6);
         uint32_t up = min(exponent - (__float_as_uint(sum) >> 23), 253u);
         float unit = __uint_as_float(up << 23), one = __uint_as_float(254 - up << 23);
         uint32_t y[D / 8];

@@ -226,10 +226,10 @@ __device__ inline void window_part(const attend_call &p, const row_block &b, uin
                                    const M &memory, const plain_queries<NT, DK> &plain)
 {
     logit_terms<NT> x;
-    state<NT, DV> st;
+    state<NT, padded(DV)> st;
     see(p, b, x);
     x.sign = sign_of(p.scale);
-    uint32_t q[NT][DK / 8], q_low[NT][DK / 8];
+    uint32_t q[NT][padded(DK) / 8], q_low[NT][padded(DK) / 8];
     x.unit = p.scale == 0 ? 1 : fabsf(p.scale) * LOG2E;
     x.softcap = p.softcap * LOG2E;
     x.none = NONE;

@@ -31,19 +31,44 @@ constexpr float TWO24 = 16777216.0f;
 constexpr float NONE = -1e30f; // the maximum of no logits
 
 // What kernels are compiled for: a codec, but for turboquant-2, which differs from int2-lm in its
-// parameters alone and is told apart at run time.
+// parameters alone and is told apart at run time. The table of codecs says which family reads a codec.
 constexpr int INT2 = KVD_CODEC_INT2, INT2C = KVD_CODEC_INT2C, LEVELS2 = KVD_CODEC_INT2_LM,
               LEVELS3 = KVD_CODEC_TURBOQUANT_3, LEVELS4 = KVD_CODEC_TURBOQUANT_4;
 
+// -1 where there is no such codec.
+__host__ __device__ constexpr int family_of(uint32_t codec)
+{
+    switch (codec) {
+#define KVD_CODEC(id, number, name, bits, param_bytes, levels, kernel, transform) \
+    case number:                                                                  \
+        return kernel;
+#include "proto/codecs.def"
+    }
+    return -1;
+}
+
 __host__ __device__ constexpr int code_bits(int codec)
 {
-    return codec == LEVELS4 ? 4 : codec == LEVELS3 ? 3 : 2;
+    switch (codec) {
+#define KVD_CODEC(id, number, name, bits, ...) \
+    case number:                               \
+        return bits;
+#include "proto/codecs.def"
+    }
+    return 0;
 }
 
 // Whether codes mean levels of a codebook; else they are their own values.
 __host__ __device__ constexpr bool has_levels(int codec)
 {
-    return codec >= LEVELS2;
+    constexpr bool EVEN = false, SIGNED = true;
+    switch (codec) {
+#define KVD_CODEC(id, number, name, bits, param_bytes, levels, ...) \
+    case number:                                                    \
+        return levels;
+#include "proto/codecs.def"
+    }
+    return EVEN && SIGNED;
 }
 
 // Bytes of one side's parameters; CODEC as compiled, `codec` as it is.
@@ -191,17 +216,6 @@ template <int N, int I = 0, typename F> __device__ __forceinline__ void static_f
     }
 }
 
-// The matrix in a slot of a lane's four words, as A operand; of 3 - code if FLIPPED.
-template <int SLOT, bool FLIPPED = false> __device__ inline void operand(const uint4 &w, uint32_t a[4])
-{
-    constexpr uint32_t mask = 0x00030003u << (2 * (SLOT % 4)), flip = FLIPPED ? ~0u : 0;
-    constexpr int shift = SLOT < 4 ? 0 : 8;
-    a[0] = (w.x >> shift ^ flip) & mask;
-    a[1] = (w.y >> shift ^ flip) & mask;
-    a[2] = (w.z >> shift ^ flip) & mask;
-    a[3] = (w.w >> shift ^ flip) & mask;
-}
-
 // Two levels as fp16, from codes at bit SHIFT and 16 + SHIFT of a word of the plane of two bits, and at
 // MORE and 16 + MORE of the second plane's.
 template <int BITS, int SHIFT, int MORE> __device__ inline uint32_t levels_of(uint32_t w, uint32_t more)
@@ -230,46 +244,134 @@ template <int BITS, int SHIFT, int MORE> __device__ inline uint32_t levels_of(ui
     }
 }
 
+// Where channel tiles lie in a chunk of a plane of WIDTH bits a code: kernels/format.h's kvd_piece_of and kvd_side_by_side.
+struct piece {
+    int first, lane, at; // channel tile, bytes a lane, place in the chunk
+    int word;            // of those that a lane loads of the chunk
+};
+
+__host__ __device__ constexpr piece piece_of(int dim, int width, int channel_tile)
+{
+    piece p = {0, 16, 0, 0};
+    for (;;) {
+        int tiles = p.lane / width;
+        if (p.first + tiles > dim / 16) {
+            p.lane /= 2;
+        } else if (channel_tile < p.first + tiles) {
+            return p;
+        } else {
+            p.first += tiles;
+            p.at += 32 * p.lane;
+            p.word += (p.lane + 3) / 4;
+        }
+    }
+}
+
+__host__ __device__ constexpr bool side_by_side(int dim, int width)
+{
+    return dim == 64 || (dim == 128 && width == 1);
+}
+
+// Words that a lane loads of a chunk. Those of less than 32 bits are spread: first elements from bit 0, second ones from bit 16 on.
+__host__ __device__ constexpr int words_of_chunk(int dim, int width)
+{
+    return side_by_side(dim, width) ? 4 : piece_of(dim, width, dim / 16 - 1).word + (piece_of(dim, width, dim / 16 - 1).lane + 3) / 4;
+}
+
+// Where register r of a channel tile of a chunk lies in them.
+struct word_place {
+    int word, bit;
+};
+
+__host__ __device__ constexpr word_place place_in_words(int dim, int width, int chunk, int channel_tile, int r)
+{
+    piece p = piece_of(dim, width, channel_tile);
+    if (side_by_side(dim, width))
+        return {r, chunk % (16 / p.lane) * p.lane + width * channel_tile};
+    int at = r * p.lane + width * (channel_tile - p.first);
+    return {p.word + at / 16, at % 16};
+}
+
+// A lane's words of a chunk of a plane.
+template <int D, int WIDTH> struct plane_words {
+    uint32_t word[words_of_chunk(D, WIDTH)];
+
+    __device__ inline void load_words(int to, const uint8_t *from, constant<16>)
+    {
+        uint4 x = *(const uint4 *)from;
+        word[to] = x.x, word[to + 1] = x.y, word[to + 2] = x.z, word[to + 3] = x.w;
+    }
+
+    __device__ inline void load_words(int to, const uint8_t *from, constant<8>)
+    {
+        uint2 x = *(const uint2 *)from;
+        word[to] = x.x, word[to + 1] = x.y;
+    }
+
+    __device__ inline void load_words(int to, const uint8_t *from, constant<4>)
+    {
+        word[to] = *(const uint32_t *)from;
+    }
+
+    __device__ inline void load_words(int to, const uint8_t *from, constant<2>)
+    {
+        word[to] = __byte_perm(*(const uint16_t *)from, 0, 0x4140);
+    }
+
+    __device__ inline void load_words(int to, const uint8_t *from, constant<1>)
+    {
+        uint32_t x = *from;
+        word[to] = (x & 15) | (x & 0xf0) << 12;
+    }
+
+    __device__ inline void load(const uint8_t *plane, int chunk)
+    {
+        int lane = threadIdx.x % 32;
+        if constexpr (side_by_side(D, WIDTH)) {
+            constexpr int CHUNKS = 256 / (WIDTH * D); // of a unit
+            load_words(0, plane + chunk / CHUNKS * 512 + lane * 16, constant<16>());
+        } else {
+            static_for<D / 16>([&](auto ct) {
+                constexpr piece p = piece_of(D, WIDTH, ct);
+                if constexpr (p.first == ct)
+                    load_words(p.word, plane + chunk * (2 * WIDTH * D) + p.at + lane * p.lane, constant<p.lane>());
+            });
+        }
+    }
+};
+
 // K's or V's codes of chunk C, and the A operand of channel tile CT in them.
 template <int D, int CODEC> struct code_words {
-    static constexpr int BITS = code_bits(CODEC), UNITS = D == 256 ? 2 : 1;
+    static constexpr int BITS = code_bits(CODEC), MORE_WIDTH = BITS == 3 ? 1 : 2;
     // Chunks whose bits lie at different places of their words: chunk c's are those of c % PLACES.
-    static constexpr int PLACES = BITS == 3 ? 256 / D : D == 64 ? 2 : 1;
-    uint4 unit[UNITS];
-    uint4 more[BITS == 2 ? 1 : BITS == 3 ? 1 : UNITS];
-
-    static __device__ inline uint4 words(const uint8_t *plane, int unit)
-    {
-        return *(const uint4 *)(plane + unit * 512 + threadIdx.x % 32 * 16);
-    }
+    static constexpr int PLACES = BITS == 3 && side_by_side(D, 1) ? 256 / D : side_by_side(D, 2) ? 2 : 1;
+    plane_words<D, 2> low;
+    plane_words<D, MORE_WIDTH> more;
 
     // Of chunk c; operand's C may be any chunk whose bits lie as c's do.
     __device__ inline void load(const uint8_t *codes, int c)
     {
-        int first = D == 64 ? c / 2 : c * UNITS;
-#pragma unroll
-        for (int u = 0; u < UNITS; u++)
-            unit[u] = words(codes, first + u);
-        if constexpr (BITS == 4)
-#pragma unroll
-            for (int u = 0; u < UNITS; u++)
-                more[u] = words(codes + 16 * D, first + u);
-        if constexpr (BITS == 3)
-            more[0] = words(codes + 16 * D, c * D / 256);
+        low.load(codes, c);
+        if constexpr (BITS > 2)
+            more.load(codes + 16 * D, c);
     }
 
+    // int2's and int2c's codes are masked in place, those of channel tile CT at bit 2 (CT % 4) of a half; of 3 - code if FLIPPED.
     template <int C, int CT, bool FLIPPED = false> __device__ inline void operand(uint32_t a[4]) const
     {
-        constexpr int SLOT = D == 64 ? C % 2 * 4 + CT : CT % 8;
-        if constexpr (!has_levels(CODEC)) {
-            kvd::operand<SLOT, FLIPPED>(unit[CT / 8], a);
-        } else {
-            constexpr int MORE = BITS == 4 ? 2 * SLOT : C * (D / 16) % 16 + CT;
-#pragma unroll
-            for (int r = 0; r < 4; r++)
-                a[r] = levels_of<BITS, 2 * SLOT, MORE>(word_of(unit[CT / 8], r),
-                                                       word_of(more[BITS == 4 ? CT / 8 : 0], r));
-        }
+        static_for<4>([&](auto r) {
+            constexpr word_place at = place_in_words(D, 2, C, CT, r);
+            uint32_t w = low.word[at.word];
+            if constexpr (!has_levels(CODEC)) {
+                constexpr int to = 2 * (CT % 4);
+                constexpr uint32_t mask = 0x00030003u << to, flip = FLIPPED ? ~0u : 0;
+                w = at.bit >= to ? w >> (at.bit >= to ? at.bit - to : 0) : w << (at.bit >= to ? 0 : to - at.bit);
+                a[r] = (w ^ flip) & mask;
+            } else {
+                constexpr word_place above = place_in_words(D, MORE_WIDTH, C, CT, r);
+                a[r] = levels_of<BITS, at.bit, above.bit>(w, BITS > 2 ? more.word[above.word] : w);
+            }
+        });
     }
 };
 
@@ -387,6 +489,11 @@ __device__ inline void fetch(void *to, const void *from, uint32_t bytes, uint64_
                  : "memory");
 }
 
+__device__ inline void arrive(uint64_t *bar)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
+}
+
 __device__ inline void barrier_wait(uint64_t *bar, uint32_t phase)
 {
     asm volatile("{\n.reg .pred done;\nagain:\n"
@@ -457,11 +564,24 @@ __host__ __device__ constexpr int inverse_channel(int j)
     return j / 4 * 32 + j % 4 * 2;
 }
 
+// Channels come in groups of 32: of the last one of head_dims that are no multiples there are but the first 16, those of
+// lanes t < 2. Packed matrices are filled up with zeros.
+__host__ __device__ constexpr int padded(int d)
+{
+    return (d + 31) / 32 * 32;
+}
+
+// Whether a lane's channels 8 t + forward_channel(4 i) and on of group i are there.
+template <int D> __device__ inline bool in_row(int group)
+{
+    return D % 32 == 0 || group < D / 32 || threadIdx.x % 4 * 8 < D % 32;
+}
+
 template <int D> struct packed {
-    static constexpr int WORDS = D * D / 2; // of one part
+    static constexpr int P = padded(D), WORDS = P * P / 2; // of one part
     static __device__ inline const uint4 *at(const uint32_t *part, int out8, int in32)
     {
-        return (const uint4 *)part + (out8 * (D / 32) + in32) * 32 + threadIdx.x % 32;
+        return (const uint4 *)part + (out8 * (P / 32) + in32) * 32 + threadIdx.x % 32;
     }
 };
 

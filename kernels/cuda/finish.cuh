@@ -11,10 +11,11 @@
 namespace kvd
 {
 
-// A partial's sums of values in memory: [quad of rows][channel][4], a history's in the unit of products.
+// A partial's sums of values in memory: [quad of rows][channel][4], a history's in the unit of products. Channels are
+// padded(DV), of which a history leaves the last ones as they are, windows zero.
 template <int NT, int DV> struct value_sums {
     static constexpr int ROWS = 8 * NT, QUADS = ROWS / 4;
-    static constexpr int QUAD_PITCH = DV * 4 + 16; // floats; halves of a warp write to two quads
+    static constexpr int QUAD_PITCH = padded(DV) * 4 + 16; // floats; halves of a warp write to two quads
     float *at;
 
     __device__ inline float4 *vector(int quad, int channel) const
@@ -56,9 +57,14 @@ template <int NT, int DV> struct part_layout {
 // Memory of a unit with so many parts.
 template <int NT> inline uint64_t unit_bytes(uint32_t dim_v, uint32_t most)
 {
-    return dim_v == 64    ? part_layout<NT, 64>::bytes(most)
-           : dim_v == 128 ? part_layout<NT, 128>::bytes(most)
-                          : part_layout<NT, 256>::bytes(most);
+    switch (dim_v) {
+#define KVD_HEAD_DIM(dim) \
+    case dim:             \
+        return part_layout<NT, dim>::bytes(most);
+#include "proto/head_dims.def"
+    default:
+        return 0;
+    }
 }
 
 // Shared memory. A warp's own bytes are its ring of tiles; after its last tile its sums of values, a
@@ -67,12 +73,14 @@ template <int NT> inline uint64_t unit_bytes(uint32_t dim_v, uint32_t most)
 template <int NT, int DK, int DV, int WARPS, int CODEC> struct block_memory {
     using sums = value_sums<NT, DV>;
     static constexpr int COUNT = WARPS, COMPILED_CODEC = CODEC;
-    static constexpr int ROWS = 8 * NT, PITCH = DV + 8; // operands are read without bank conflicts
+    static constexpr int ROWS = 8 * NT, PITCH = padded(DV) + 8; // operands are read without bank conflicts
     static constexpr int TILE = tile<DK, DV, CODEC>::MOST_BYTES;
     // Tiles of a warp's ring. Short blocks gain by a third; long ones lose by what it takes.
-    static constexpr int SLOTS = WARPS == 4 && NT == 1 && DK + DV <= 256 && !has_levels(CODEC) ? 3 : 2;
+    static constexpr int SLOTS = WARPS == 4 && NT == 1 && (DK + DV <= 256 || DK == 192) && !has_levels(CODEC) ? 3 : 2;
     static constexpr bool STAGED = KVD_BULK && DV <= 128; // is R^T
-    static constexpr int SHARE = DV <= 128 ? packed<DV>::WORDS * 4 / WARPS : 0;
+    // Units of R^T, of 8 outputs x 32 inputs, and a warp's share of them. The last warps may have less, or none.
+    static constexpr int UNITS = DV <= 128 ? packed<DV>::WORDS / 128 : 0, WARP_UNITS = (UNITS + WARPS - 1) / WARPS;
+    static constexpr int SHARE = WARP_UNITS * 512;
     static constexpr int WEIGHTS = ROWS * PITCH * 4, STAGE = WEIGHTS + 512;
     static constexpr int RING = SLOTS * TILE, AFTER = STAGE + SHARE;
     static constexpr int OWN = ((RING > AFTER ? RING : AFTER) + 127) / 128 * 128;
@@ -168,10 +176,14 @@ template <typename M, int DV> struct unrotation {
     {
 #if KVD_BULK
         if constexpr (M::STAGED) {
-            int warp = threadIdx.x / 32;
-            if (threadIdx.x % 32 == 0)
-                fetch(m.own(warp) + M::STAGE, r + warp * (M::SHARE / 4), M::SHARE,
-                      m.barriers(M::COUNT), cache_policy(false));
+            int warp = threadIdx.x / 32, bytes = M::SHARE;
+            if (M::UNITS % M::COUNT)
+                bytes = max(0, min(M::WARP_UNITS, M::UNITS - warp * M::WARP_UNITS)) * 512;
+            if (threadIdx.x % 32 == 0 && bytes > 0)
+                fetch(m.own(warp) + M::STAGE, r + warp * (M::SHARE / 4), bytes, m.barriers(M::COUNT),
+                      cache_policy(false));
+            else if (threadIdx.x % 32 == 0)
+                arrive(m.barriers(M::COUNT));
         }
 #endif
     }
@@ -187,9 +199,8 @@ template <typename M, int DV> struct unrotation {
     __device__ inline uint4 load(int out8, int in32) const
     {
         if constexpr (M::STAGED) {
-            constexpr int UNITS = M::SHARE / 512; // of 8 outputs x 32 inputs
-            int unit = out8 * (DV / 32) + in32;
-            return *((const uint4 *)(m.own(unit / UNITS) + M::STAGE) + unit % UNITS * 32 +
+            int unit = out8 * (padded(DV) / 32) + in32;
+            return *((const uint4 *)(m.own(unit / M::WARP_UNITS) + M::STAGE) + unit % M::WARP_UNITS * 32 +
                      threadIdx.x % 32);
         }
         return __ldg(packed<DV>::at(r, out8, in32));
@@ -201,12 +212,12 @@ template <typename M, int DV> struct unrotation {
 // Which sums of values a thread takes: four rows of a channel. The first warps take them all, where there are more
 // threads than that: what others would do costs more instructions than it saves time.
 template <int NT, int DV, int WARPS> struct share {
-    static constexpr int THREADS = WARPS * 32, QUADS = 2 * NT;
-    static constexpr int MOST = (QUADS * DV + THREADS - 1) / THREADS; // vectors a thread, at most
+    static constexpr int THREADS = WARPS * 32, QUADS = 2 * NT, P = padded(DV);
+    static constexpr int MOST = (QUADS * P + THREADS - 1) / THREADS; // vectors a thread, at most
     uint32_t vectors, first; // the warp's first
 
     __device__ inline explicit share(uint32_t rows)
-        : vectors((rows + 3) / 4 * DV), first(uniform(threadIdx.x / 32) * 32)
+        : vectors((rows + 3) / 4 * P), first(uniform(threadIdx.x / 32) * 32)
     {
     }
 
@@ -222,7 +233,7 @@ template <int NT, int DV, int WARPS> struct share {
         for (int i = 0; i < MOST; i++) {
             uint32_t vector = first + i * THREADS;
             if (vector < vectors)
-                f(i, (int)(vector / DV), (int)(vector % DV + threadIdx.x % 32));
+                f(i, (int)(vector / P), (int)(vector % P + threadIdx.x % 32));
         }
     }
 };
@@ -365,8 +376,8 @@ __device__ inline row_terms combine(const M &mem, const P &from, uint32_t rows, 
 // -- the warps of a block ------------------------------------------------------------------------
 
 // Leaves a warp's partial in shared memory.
-template <int NT, int DV, typename M>
-__device__ inline void share_results(const M &mem, const logit_terms<NT> &x, const state<NT, DV> &st,
+template <int NT, int CHANNELS, typename M>
+__device__ inline void share_results(const M &mem, const logit_terms<NT> &x, const state<NT, CHANNELS> &st,
                                      uint32_t rows)
 {
     int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -388,7 +399,7 @@ __device__ inline void share_results(const M &mem, const logit_terms<NT> &x, con
             continue;
         float2 *vector = (float2 *)to.vector(row / 4, g) + row % 4 / 2;
 #pragma unroll
-        for (int i = 0; i < DV / 8; i++)
+        for (int i = 0; i < CHANNELS / 8; i++)
             vector[i * 16] = make_float2(st.o[n][i / 2][i % 2 * 2], st.o[n][i / 2][i % 2 * 2 + 1]);
         if (g > 0)
             continue;
@@ -446,10 +457,12 @@ __device__ inline void unrotate(const M &mem, const unrotation<M, DV> &back, int
     const float *row = mem.history() + threadIdx.x % 32 / 4 * M::PITCH + threadIdx.x % 4 * 2;
     float sums[2][4] = {};
 #pragma unroll
-    for (int i = 0; i < DV / 32; i++) {
+    for (int i = 0; i < padded(DV) / 32; i++) {
         uint4 r = back.load(out8, i);
 #pragma unroll
         for (int k = 0; k < 4; k++) {
+            if (i * 32 + k * 8 >= DV) // what lies there is no one's
+                break;
             float2 b = unpack_fp16(word_of(r, k)), a = *(const float2 *)(row + i * 32 + k * 8), a8 = {};
             if (NT == 2)
                 a8 = *(const float2 *)(row + 8 * M::PITCH + i * 32 + k * 8);
@@ -461,18 +474,33 @@ __device__ inline void unrotate(const M &mem, const unrotation<M, DV> &back, int
         c[e] = sums[0][e] + sums[1][e];
 }
 
+// Adds its head's sink to a row's maximum and sum. Returns what the sums of values are worth then.
+__device__ inline float add_sink(const attend_call &p, const row_block &b, uint32_t row, float &m, float &l)
+{
+    float sink = p.sinks[b.kv * p.group + row - query_of(p, row) * p.group] * LOG2E;
+    float top = fmaxf(m, sink), kept = fast_exp2(m - top);
+    if (sink == -INFINITY) // none
+        return 1;
+    l = l * kept + fast_exp2(sink - top);
+    m = top;
+    return kept;
+}
+
 // Writes o and lse of a block's rows: un-rotates the history's share where there is one.
 template <int NT, int DV, typename M, typename S>
 __device__ inline void finish_rows(const attend_call &p, const row_block &b, const unrotation<M, DV> &back,
                                    uint32_t rows, const S &mine, const row_terms &t, bool rotated, bool plain,
                                    const float4 (&history)[S::MOST], const float4 (&windows)[S::MOST])
 {
-    constexpr int WARPS = M::COUNT;
+    constexpr int WARPS = M::COUNT, TILES = padded(DV) / 8;
     const M &mem = back.m;
     int warp = threadIdx.x / 32;
-    float inverse = t.l == 0 ? 0 : __fdividef(1, t.l), scaled = __fdividef(inverse, back.scale);
+    float m = t.m, l = t.l, kept = 1; // of the sums
+    if (p.sinks)
+        kept = add_sink(p, b, b.row0 + min(threadIdx.x % 32 % (8 * NT), rows - 1), m, l);
+    float inverse = l == 0 ? 0 : __fdividef(kept, l), scaled = __fdividef(inverse, back.scale);
     if (p.lse && threadIdx.x < rows)
-        p.lse[row_index(p, b, b.row0 + threadIdx.x)] = (t.m + log2f(t.l)) / LOG2E;
+        p.lse[row_index(p, b, b.row0 + threadIdx.x)] = (m + log2f(l)) / LOG2E;
     __syncthreads(); // sums of values have been read
     mine.each([&](int i, int quad, int channel) {
         float unit = has_levels(M::COMPILED_CODEC) ? 1 : TWO24 * slot_factor<M::COMPILED_CODEC>(channel / 16);
@@ -492,9 +520,9 @@ __device__ inline void finish_rows(const attend_call &p, const row_block &b, con
     if (rotated)
         back.wait();
 #pragma unroll
-    for (int i = 0; i < (DV / 8 + WARPS - 1) / WARPS; i++) {
+    for (int i = 0; i < (TILES + WARPS - 1) / WARPS; i++) {
         int j = warp + i * WARPS;
-        if (j >= DV / 8)
+        if (j >= TILES)
             break;
         float c[4] = {};
         if (rotated)
@@ -502,7 +530,7 @@ __device__ inline void finish_rows(const attend_call &p, const row_block &b, con
 #pragma unroll
         for (int half = 0; half < NT; half++) {
             uint32_t row = half * 8 + threadIdx.x % 32 / 4, channel = threadIdx.x % 4 * 8 + inverse_channel(j);
-            if (row >= rows)
+            if (row >= rows || (DV % 32 && channel >= DV))
                 continue;
             float2 x = make_float2(c[2 * half], c[2 * half + 1]);
             if (plain) {

@@ -7,9 +7,11 @@
 namespace kvd
 {
 
-// One a file: attend_<codec>.cu.
+// What is compiled in one file, attend_<codec>.cu: head_dims that are powers of two, and the others.
 cudaError_t launch_int2(const attend_params &p, cudaStream_t stream);
+cudaError_t launch_int2_other(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_int2c(const attend_params &p, cudaStream_t stream);
+cudaError_t launch_int2c_other(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_levels2(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_levels3(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_levels4(const attend_params &p, cudaStream_t stream);
@@ -24,10 +26,21 @@ inline bool same_dims(const attend_params &p)
     return p.dim_k == p.dim_v;
 }
 
+// Whether head_dims have variants that leave out what only some calls want (`general`).
+inline bool common_dims(const attend_params &p)
+{
+    return same_dims(p) || p.dim_k == 192;
+}
+
+inline bool power_of_two(uint32_t x)
+{
+    return (x & (x - 1)) == 0;
+}
+
 // Codes that are their own values have all variants; those with levels one a pair of head_dims.
 inline bool tuned(const attend_params &p)
 {
-    return p.codec <= KVD_CODEC_INT2C;
+    return !has_levels(family_of(p.codec));
 }
 
 inline uint32_t n_tiles(const attend_params &p)
@@ -37,7 +50,7 @@ inline uint32_t n_tiles(const attend_params &p)
 
 inline bool general(const attend_params &p)
 {
-    return p.q_len > 1 || p.window || p.softcap > 0 || !same_dims(p) || !tuned(p);
+    return p.q_len > 1 || p.window || p.softcap > 0 || !common_dims(p) || !tuned(p);
 }
 
 // Sixteen warps a multiprocessor, in blocks of 4, 8 or 16.
@@ -46,46 +59,39 @@ inline bool small_blocks(const attend_params &p)
     return n_tiles(p) == 1 && p.dim_k <= 128 && !general(p);
 }
 
-template <int CODEC, int DK> cudaError_t launch_mixed(const attend_params &p, cudaStream_t stream)
+template <int CODEC, int NT, int DK, int DV>
+cudaError_t launch_both(const attend_params &p, cudaStream_t stream)
 {
-    if (p.dim_v == 64)
-        return launch_attend<true, 1, DK, 64, 4, CODEC>(p, stream);
-    if (p.dim_v == 128)
-        return launch_attend<true, 1, DK, 128, 4, CODEC>(p, stream);
-    return launch_attend<true, 1, DK, 256, 4, CODEC>(p, stream);
+    return general(p) ? launch_attend<true, NT, DK, DV, 4, CODEC>(p, stream)
+                      : launch_attend<false, NT, DK, DV, 4, CODEC>(p, stream);
 }
 
-template <int CODEC, int NT, int D>
-cudaError_t launch_same(const attend_params &p, cudaStream_t stream)
+template <int CODEC, int DK, int DV> cudaError_t launch_dims(const attend_params &p, cudaStream_t stream)
 {
-    return general(p) ? launch_attend<true, NT, D, D, 4, CODEC>(p, stream)
-                      : launch_attend<false, NT, D, D, 4, CODEC>(p, stream);
-}
-
-template <int CODEC, int D> cudaError_t launch_dim(const attend_params &p, cudaStream_t stream)
-{
-    if constexpr (has_levels(CODEC)) {
-        return launch_mixed<CODEC, D>(p, stream);
+    if constexpr (has_levels(CODEC) || (DK != DV && DK != 192)) {
+        return launch_attend<true, 1, DK, DV, 4, CODEC>(p, stream);
     } else {
-        if (!same_dims(p))
-            return launch_mixed<CODEC, D>(p, stream);
-        if constexpr (D <= 128) {
+        if constexpr (DK == DV && DK <= 128) {
             if (p.warps == 16)
-                return launch_attend<false, 1, D, D, 16, CODEC>(p, stream);
+                return launch_attend<false, 1, DK, DV, 16, CODEC>(p, stream);
             if (p.warps == 8)
-                return launch_attend<false, 1, D, D, 8, CODEC>(p, stream);
+                return launch_attend<false, 1, DK, DV, 8, CODEC>(p, stream);
             if (n_tiles(p) == 2)
-                return launch_same<CODEC, 2, D>(p, stream);
+                return launch_both<CODEC, 2, DK, DV>(p, stream);
         }
-        return launch_same<CODEC, 1, D>(p, stream);
+        return launch_both<CODEC, 1, DK, DV>(p, stream);
     }
 }
 
-template <int CODEC> cudaError_t launch_codec(const attend_params &p, cudaStream_t stream)
+// Pairs of head_dims whose K's is a power of two (2), is none (1), or either (0).
+template <int CODEC, int WHICH> cudaError_t launch_codec(const attend_params &p, cudaStream_t stream)
 {
-    if (p.dim_k == 64)
-        return launch_dim<CODEC, 64>(p, stream);
-    return p.dim_k == 128 ? launch_dim<CODEC, 128>(p, stream) : launch_dim<CODEC, 256>(p, stream);
+#define KVD_HEAD_DIMS(dk, dv)                                             \
+    if constexpr (WHICH == 0 || (WHICH == 2) == (((dk) & ((dk) - 1)) == 0)) \
+        if (p.dim_k == (dk) && p.dim_v == (dv))                           \
+            return launch_dims<CODEC, dk, dv>(p, stream);
+#include "proto/head_dims.def"
+    return cudaErrorInvalidValue;
 }
 
 } // namespace kvd

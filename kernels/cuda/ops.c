@@ -426,6 +426,15 @@ static struct kvd_cuda_pages stage_pages(struct kvd_cuda *c, const struct group 
                                    .hist_end = (void *)(c->stage.device + end)};
 }
 
+// Of the layers [layer, layer + layers) of the call.
+static const float *stage_sinks(struct kvd_cuda *c, const struct kvd_attend_params *p,
+                                uint32_t layer, uint32_t layers)
+{
+    uint64_t row = p->plane->q_heads * sizeof(float), at = kvd_stage_take(c, layers * row);
+    memcpy(c->stage.host + at, (const uint8_t *)p->sinks + layer * row, layers * row);
+    return (const void *)(c->stage.device + at);
+}
+
 int kvd_cuda_scratch(struct kvd_cuda *c, uint64_t bytes, struct kvd_error *err)
 {
     if (bytes <= c->scratch_size)
@@ -496,6 +505,8 @@ static int attend_slice(struct kvd_cuda *c, const struct group *g, uint32_t laye
     uint64_t at[T_COUNT], tables_end;
     c->stage.used = 0;
     p.pages = stage_pages(c, g);
+    if (g->p->sinks)
+        p.sinks = stage_sinks(c, g->p, layer, layers);
     tables_end = c->stage.used;
     for (uint32_t t = 0; t < T_COUNT; t++)
         at[t] = g->direct[t] ? c->stage.used : kvd_stage_take(c, layers * g->n * g->row[t]);
@@ -524,6 +535,7 @@ static int attend_slice(struct kvd_cuda *c, const struct group *g, uint32_t laye
         p.o = place[T_O];
         p.lse = g->lse ? (void *)place[T_LSE] : NULL;
         rc = kvd_cuda_status(kvd_cuda_attend(&p, c->stream), "attention", err);
+        p.sinks += p.sinks ? g->p->plane->q_heads : 0;
     }
     for (uint32_t t = T_O; t < T_COUNT && rc == KVD_OK; t++)
         for (uint32_t i = 0; i < g->n && rc == KVD_OK; i++)
@@ -579,7 +591,9 @@ static int attend_group(struct kvd_cuda *c, const struct group *g, uint64_t at, 
     for (uint32_t t = 0; t < T_COUNT; t++)
         bytes += g->direct[t] ? 0 : g->n * g->row[t];
     uint64_t tables =
-        (uint64_t)g->n * (g->codec_stride + g->bf16_stride + 1) * 8 + (4 + T_COUNT) * 256;
+        (uint64_t)g->n * (g->codec_stride + g->bf16_stride + 1) * 8 + (5 + T_COUNT) * 256;
+    if (p->sinks)
+        tables += (uint64_t)p->layer_count * p->plane->q_heads * sizeof(float);
     uint32_t step = fair_layers(p->slice, attend_ns(p->plane, g->items, g->n),
                                 slice_layers(bytes, p->layer_count));
     struct kvd_cuda_attend_params params;

@@ -62,18 +62,24 @@ static uint32_t word(const float *x, enum part part)
     return w;
 }
 
-// Packs R [dim][dim] times `scale`; `to` has the operands of all matrices, this one's index is
-// given.
+// Packs R [dim][dim] times `scale`, filled up with zeros to kvd_cuda_operand_dim; `to` has the
+// operands of all matrices, this one's index is given.
 static void pack(const float *m, uint32_t dim, float scale, const struct order *o, uint16_t *to,
                  uint64_t index)
 {
     uint64_t parts = o->last - o->first + 1, step = o->transposed ? 1 : dim;
-    uint32_t *at = (uint32_t *)(void *)to + index * parts * dim * dim / 2, in, out;
+    uint32_t padded = kvd_cuda_operand_dim(dim), in, out;
+    uint32_t *at = (uint32_t *)(void *)to + index * parts * padded * padded / 2;
     for (int part = (int)o->first; part <= (int)o->last; part++)
-        for (uint32_t j = 0; j < dim / o->outputs; j++)
-            for (uint32_t i = 0; i < dim / o->inputs; i++)
+        for (uint32_t j = 0; j < padded / o->outputs; j++)
+            for (uint32_t i = 0; i < padded / o->inputs; i++)
                 for (uint32_t word_index = 0; word_index < 32 * 4; word_index++) {
                     o->place(j, i, word_index / 4, word_index % 4, &in, &out);
+                    if (in >= dim ||
+                        out >= dim) { // `in` and the next one are both there or both not
+                        *at++ = 0;
+                        continue;
+                    }
                     const float *x =
                         m + (o->transposed ? (uint64_t)out * dim + in : (uint64_t)in * dim + out);
                     *at++ = word((float[]){scale * x[0], scale * x[step]}, (enum part)part);

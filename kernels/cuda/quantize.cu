@@ -14,20 +14,20 @@ namespace kvd
 using append_params = kvd_cuda_append_params;
 using append_item = kvd_cuda_append_item;
 
-// Warps of a block, and bytes of shared memory for R (with head_dim 256 it does not fit) and for all.
+// Warps of a block, and bytes of shared memory for R (with head_dim 192 and 256 it does not fit) and for all.
 __host__ __device__ constexpr int quantize_warps(int dim)
 {
-    return dim == 256 ? 8 : 16;
+    return dim > 128 ? 8 : 16;
 }
 
 __host__ __device__ constexpr int matrix_bytes(int dim)
 {
-    return dim == 256 ? 0 : dim * dim * 4;
+    return dim > 128 ? 0 : padded(dim) * padded(dim) * 4;
 }
 
 __host__ __device__ constexpr int quantize_bytes(int dim)
 {
-    return matrix_bytes(dim) + quantize_warps(dim) * 16 * dim * 2;
+    return matrix_bytes(dim) + quantize_warps(dim) * 16 * padded(dim) * 2;
 }
 
 __device__ inline uint8_t *window_row(const append_params &p, const append_item &item,
@@ -52,6 +52,7 @@ __device__ inline const uint8_t *source_row(const append_params &p, const append
 
 // 16 rows of a chunk on their way through shared memory: a lane fetches what it reads itself, 16 bytes at a time.
 template <int D> struct staged_rows {
+    static constexpr int GROUPS = padded(D) / 32;
     uint8_t *at; // the lane's first 16 bytes
 
     // Asks for rows g and g + 8.
@@ -60,19 +61,20 @@ template <int D> struct staged_rows {
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll
-            for (int i = 0; i < D / 32; i++)
-                copy_async(at + (half * D / 32 + i) * 512, rows[half] + i * 64 + threadIdx.x % 4 * 16);
+            for (int i = 0; i < GROUPS; i++)
+                if (in_row<D>(i))
+                    copy_async(at + (half * GROUPS + i) * 512, rows[half] + i * 64 + threadIdx.x % 4 * 16);
     }
 
     // As A operands.
-    __device__ inline void load(uint32_t (&a)[D / 16][4]) const
+    __device__ inline void load(uint32_t (&a)[2 * GROUPS][4]) const
     {
         copies_arrived();
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll
-            for (int i = 0; i < D / 32; i++) {
-                uint4 x = *(const uint4 *)(at + (half * D / 32 + i) * 512);
+            for (int i = 0; i < GROUPS; i++) {
+                uint4 x = in_row<D>(i) ? *(const uint4 *)(at + (half * GROUPS + i) * 512) : uint4{};
 #pragma unroll
                 for (int k = 0; k < 4; k++)
                     a[2 * i + k / 2][k % 2 * 2 + half] = word_of(x, k);
@@ -83,6 +85,7 @@ template <int D> struct staged_rows {
 // R in shared memory, where it serves all warps of a block.
 template <int D> struct shared_matrix {
     static constexpr bool USED = KVD_WARPGROUP && D <= 128;
+    static constexpr int P = padded(D);
     const uint32_t *r; // in global memory
     uint8_t *at;
 
@@ -90,7 +93,7 @@ template <int D> struct shared_matrix {
     {
         if constexpr (!USED)
             return;
-        constexpr int PER_PART = D / 8 * (D / 32) * 32; // groups of four words
+        constexpr int PER_PART = P / 8 * (P / 32) * 32; // groups of four words
         for (int i = threadIdx.x; i < 2 * PER_PART; i += quantize_warps(D) * 32) {
             uint4 x = __ldg((const uint4 *)r + i);
             uint32_t *to = (uint32_t *)at + i / 32 * 128 + i % 32;
@@ -103,17 +106,17 @@ template <int D> struct shared_matrix {
     }
 
     // c = a R, high and low part, the small part first. c is not there before `finish`.
-    __device__ inline void multiply(const uint32_t (&a)[D / 16][4], float (&c)[D / 8][4]) const
+    __device__ inline void multiply(const uint32_t (&a)[P / 16][4], float (&c)[P / 8][4]) const
     {
         if constexpr (USED) {
 #if KVD_WARPGROUP
-            uint64_t operand = operand_descriptor<D>(at);
+            uint64_t operand = operand_descriptor<P>(at);
             warpgroup_begin();
 #pragma unroll
             for (int part = 1; part >= 0; part--)
 #pragma unroll
-                for (int i = 0; i < D / 16; i++)
-                    warpgroup_mma<D>(c, a[i], operand + (part * D * D * 2 + i * 256) / 16, part == 0 || i > 0);
+                for (int i = 0; i < P / 16; i++)
+                    warpgroup_mma<P>(c, a[i], operand + (part * P * P * 2 + i * 256) / 16, part == 0 || i > 0);
             warpgroup_commit();
 #endif
         } else {
@@ -123,7 +126,7 @@ template <int D> struct shared_matrix {
 #pragma unroll
                 for (int part = 1; part >= 0; part--)
 #pragma unroll
-                    for (int i = 0; i < D / 32; i++) {
+                    for (int i = 0; i < P / 32; i++) {
                         uint4 b = __ldg(packed<D>::at(r + part * packed<D>::WORDS, j, i));
                         mma_bf16(c[j], a[2 * i], b.x, b.y);
                         mma_bf16(c[j], a[2 * i + 1], b.z, b.w);
@@ -249,55 +252,103 @@ __device__ inline void put_back(uint4 &x, const uint4 &old, uint32_t keep, bool 
     x = make_uint4(w[0], w[1], w[2], w[3]);
 }
 
-// A chunk's words of two bits a code, or its unit u of them.
-template <int D>
-__device__ inline void store_pairs(uint8_t *plane, uint32_t chunk, int u, uint4 x, uint32_t keep, bool v)
+// Chunks of head_dim 64 in a plane of single bits: they share bytes, and other warps write the others.
+__device__ inline uint4 load_quarter(const uint8_t *from, uint32_t chunk)
 {
-    int lane = threadIdx.x % 32;
-    uint8_t *to = plane + (D == 64 ? chunk / 2 * 512 + chunk % 2 : (chunk * (D / 128) + u) * 512) + lane * 16;
-    if (keep)
-        put_back(x, D == 64 ? load_half(to) : *(const uint4 *)to, keep, v);
-    if (D == 64) // two chunks share a unit
-        store_half(to, x);
-    else
-        *(uint4 *)to = x;
+    uint4 x = *(const uint4 *)from;
+    return make_uint4(x.x >> 4 * chunk, x.y >> 4 * chunk, x.z >> 4 * chunk, x.w >> 4 * chunk);
 }
 
-// And of a bit a code. With head_dim 64 chunks share bytes, and other warps write the others.
-template <int D> __device__ inline void store_bits(uint8_t *plane, uint32_t chunk, uint4 x, uint32_t keep, bool v)
+__device__ inline void store_quarter(uint8_t *to, uint32_t chunk, const uint4 &x)
+{
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+        atomicAnd((uint32_t *)to + r, ~(0x000f000fu << (4 * chunk)));
+        atomicOr((uint32_t *)to + r, (word_of(x, r) & 0x000f000fu) << (4 * chunk));
+    }
+}
+
+// A lane's L bytes of a piece (kernels/format.h): L bits of each half of the words, from bit `shift` on.
+template <int L> __device__ inline uint4 load_piece(const uint8_t *from, int shift)
+{
+    if constexpr (L == 16)
+        return *(const uint4 *)from;
+    constexpr uint32_t mask = ((1u << L) - 1) * 0x00010001u;
+    uint2 x;
+    if constexpr (L == 8)
+        x = *(const uint2 *)from;
+    else if constexpr (L == 4)
+        x.x = x.y = *(const uint32_t *)from;
+    else if constexpr (L == 2)
+        x.x = x.y = __byte_perm(*(const uint16_t *)from, 0, 0x4140);
+    else
+        x.x = x.y = (*from & 15) | (*from & 0xf0) << 12;
+    auto bits = [&](uint32_t w, int r) { return (w >> (L * r % 16) & mask) << shift; };
+    return make_uint4(bits(x.x, 0), bits(x.x, 1), bits(x.y, 2), bits(x.y, 3));
+}
+
+template <int L> __device__ inline void store_piece(uint8_t *to, const uint4 &x, int shift)
+{
+    if constexpr (L == 16) {
+        *(uint4 *)to = x;
+        return;
+    }
+    constexpr uint32_t mask = ((1u << L) - 1) * 0x00010001u;
+    auto bits = [&](int r) { return (word_of(x, r) >> shift & mask) << (L * r % 16); };
+    uint32_t low = bits(0) | bits(1), high = bits(2) | bits(3), all = low | high;
+    if constexpr (L == 8)
+        *(uint2 *)to = make_uint2(low, high);
+    else if constexpr (L == 4)
+        *(uint32_t *)to = all;
+    else if constexpr (L == 2)
+        *(uint16_t *)to = (uint16_t)__byte_perm(all, 0, 0x4420);
+    else
+        *to = (uint8_t)(all | all >> 12);
+}
+
+// A chunk's codes of WIDTH bits, but for those of its first `keep` tokens, which stay. A word of `words` holds those of
+// 16 / WIDTH channel tiles, from the lowest bits of its halves on.
+template <int D, int WIDTH, int N>
+__device__ inline void store_plane(uint8_t *plane, uint32_t chunk, const uint32_t (&words)[N][4], uint32_t keep, bool v)
 {
     int lane = threadIdx.x % 32;
-    uint8_t *to = plane + chunk * D / 256 * 512 + lane * 16;
-    if (D == 256) {
-        if (keep)
-            put_back(x, *(const uint4 *)to, keep, v);
-        *(uint4 *)to = x;
-    } else if (D == 128) {
-        if (keep)
-            put_back(x, load_half(to + chunk % 2), keep, v);
-        store_half(to + chunk % 2, x);
-    } else {
-        if (keep) {
-            uint4 old = *(const uint4 *)to;
-            put_back(x, make_uint4(old.x >> 4 * chunk, old.y >> 4 * chunk, old.z >> 4 * chunk, old.w >> 4 * chunk),
-                     keep, v);
-        }
+    uint4 x[N];
 #pragma unroll
-        for (int r = 0; r < 4; r++) {
-            atomicAnd((uint32_t *)to + r, ~(0x000f000fu << (4 * chunk)));
-            atomicOr((uint32_t *)to + r, (word_of(x, r) & 0x000f000fu) << (4 * chunk));
-        }
+    for (int u = 0; u < N; u++)
+        x[u] = as_side(words[u], v);
+    if constexpr (side_by_side(D, WIDTH)) {
+        constexpr uint32_t CHUNKS = 256 / (WIDTH * D);
+        uint8_t *to = plane + chunk / CHUNKS * 512 + lane * 16, *half = to + chunk % 2;
+        if (keep)
+            put_back(x[0], CHUNKS == 2 ? load_half(half) : load_quarter(to, chunk), keep, v);
+        if (CHUNKS == 2)
+            store_half(half, x[0]);
+        else
+            store_quarter(to, chunk, x[0]);
+    } else {
+        uint8_t *at = plane + chunk * (2 * WIDTH * D);
+        static_for<D / 16>([&](auto ct) {
+            constexpr piece p = piece_of(D, WIDTH, ct);
+            if constexpr (p.first == ct) {
+                constexpr int shift = p.first * WIDTH % 16;
+                uint8_t *to = at + p.at + lane * p.lane;
+                uint4 y = x[p.first * WIDTH / 16];
+                if (keep)
+                    put_back(y, load_piece<p.lane>(to, shift), keep, v);
+                store_piece<p.lane>(to, y, shift);
+            }
+        });
     }
 }
 
 // The codes of 16 rows, as words of a unit: of two bits, and, for codes of more, of the bits above.
 template <int CODEC, int D> struct coded_rows {
-    static constexpr int BITS = code_bits(CODEC), UNITS = D == 256 ? 2 : 1;
+    static constexpr int BITS = code_bits(CODEC), UNITS = (D + 127) / 128;
     static constexpr int MORE_BITS = BITS - 2, MORE_UNITS = BITS == 4 ? UNITS : 1;
     uint32_t pairs[UNITS][4], more[MORE_UNITS][4], param[2];
 
     // Of the 8 rows in the first half of each c[j], times `unit`. To be called twice, for rows g and g + 8.
-    __device__ inline void quantize(float (&c)[D / 8][4], float unit, const clip_search<D> &clip, float gain,
+    __device__ inline void quantize(float (&c)[padded(D) / 8][4], float unit, const clip_search<D> &clip, float gain,
                                     uint32_t kind, uint32_t codec)
     {
         bool published = kind == KVD_SCALE_PUBLISHED;
@@ -349,15 +400,9 @@ template <int CODEC, int D> struct coded_rows {
             uint32_t *to = (uint32_t *)(params + chunk * 32 + g * 4), old = keep ? *to : 0;
             *to = (g < keep ? old & 0xffff : param[0]) | (g + 8 < keep ? old & 0xffff0000 : param[1] << 16);
         }
-#pragma unroll
-        for (int u = 0; u < UNITS; u++)
-            store_pairs<D>(codes, chunk, u, as_side(pairs[u], v), keep, v);
-        if constexpr (BITS == 4)
-#pragma unroll
-            for (int u = 0; u < UNITS; u++)
-                store_pairs<D>(codes + 16 * D, chunk, u, as_side(more[u], v), keep, v);
-        if constexpr (BITS == 3)
-            store_bits<D>(codes + 16 * D, chunk, as_side(more[0], v), keep, v);
+        store_plane<D, 2>(codes, chunk, pairs, keep, v);
+        if constexpr (BITS > 2)
+            store_plane<D, MORE_BITS>(codes + 16 * D, chunk, more, keep, v);
     }
 };
 
@@ -404,7 +449,7 @@ __global__ void __launch_bounds__(quantize_warps(D) * 32, 1)
     uint32_t warp = threadIdx.x / 32, rounds = (p.chunks + WARPS - 1) / WARPS;
     uint32_t at = blockIdx.x * share, end = min(all - at, share) + at;
     uint32_t u = at / rounds, round = at % rounds;
-    staged_rows<D> staged = {shared + matrix_bytes(D) + warp * (32 * D) + threadIdx.x % 32 * 16};
+    staged_rows<D> staged = {shared + matrix_bytes(D) + warp * (32 * padded(D)) + threadIdx.x % 32 * 16};
     chunk_walk<D> walk;
     auto fetch = [&] { // warps without a chunk in the last round take the last one
         walk.fetch(p, first_v, u, min(round * WARPS + warp, p.chunks - 1), round > 0, staged);
@@ -423,8 +468,8 @@ __global__ void __launch_bounds__(quantize_warps(D) * 32, 1)
         uint32_t token = chunk_token(p, item, walk.chunk), h = token - p.sink;
         uint32_t keep = max(token, item.hist_end) - token;
         uint8_t *page = (uint8_t *)item.codec[h / PAGE];
-        uint32_t a[D / 16][4];
-        float c[D / 8][4];
+        uint32_t a[padded(D) / 16][4];
+        float c[padded(D) / 8][4];
         staged.load(a);
         r.multiply(a, c);
         load = ++round == rounds;
@@ -529,30 +574,35 @@ template <int CODEC> static cudaError_t quantize_sides(const append_params &p, c
     uint32_t sides = p.dim_k == p.dim_v ? 2 : 1;
     for (uint32_t v = 0; v < 2 && rc == cudaSuccess; v += sides) {
         uint32_t dim = v ? p.dim_v : p.dim_k;
-        rc = dim == 64    ? quantize_side<CODEC, 64>(p, v, sides, stream)
-             : dim == 128 ? quantize_side<CODEC, 128>(p, v, sides, stream)
-             : dim == 256 ? quantize_side<CODEC, 256>(p, v, sides, stream)
-                          : cudaErrorInvalidValue;
+        switch (dim) {
+#define KVD_HEAD_DIM(d)                                       \
+    case d:                                                   \
+        rc = quantize_side<CODEC, d>(p, v, sides, stream);    \
+        break;
+#include "proto/head_dims.def"
+        default:
+            rc = cudaErrorInvalidValue;
+        }
     }
     return rc;
 }
 
 static cudaError_t demote(const append_params &p, cudaStream_t stream)
 {
-    switch (p.codec) {
-    case KVD_CODEC_BF16:
+    if (p.codec == KVD_CODEC_BF16) {
         demote_bf16_kernel<<<row_blocks(p.chunks * 16ull, p.layer_count, p.kv_heads), ROW_THREADS, 0, stream>>>(p);
         return cudaGetLastError();
-    case KVD_CODEC_INT2:
+    }
+    switch (family_of(p.codec)) {
+    case INT2:
         return quantize_sides<INT2>(p, stream);
-    case KVD_CODEC_INT2C:
+    case INT2C:
         return quantize_sides<INT2C>(p, stream);
-    case KVD_CODEC_INT2_LM:
-    case KVD_CODEC_TURBOQUANT_2:
+    case LEVELS2:
         return quantize_sides<LEVELS2>(p, stream);
-    case KVD_CODEC_TURBOQUANT_3:
+    case LEVELS3:
         return quantize_sides<LEVELS3>(p, stream);
-    case KVD_CODEC_TURBOQUANT_4:
+    case LEVELS4:
         return quantize_sides<LEVELS4>(p, stream);
     default:
         return cudaErrorInvalidValue;

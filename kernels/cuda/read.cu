@@ -38,10 +38,10 @@ __device__ inline void chunk_operands(const uint8_t *codes, uint32_t chunk, bool
 
 // Block (share of the chunks, layer and kv head). One side of a sequence's history.
 template <int CODEC, int D>
-__global__ void __launch_bounds__(READ_WARPS * 32, D == 256 ? 1 : 2)
+__global__ void __launch_bounds__(READ_WARPS * 32, D > 128 ? 1 : 2)
     read_history_kernel(const __grid_constant__ read_params p, uint32_t begin, uint32_t end, bool v)
 {
-    constexpr int MT = D == 256 ? 1 : 2, WORDS = packed<D>::WORDS;
+    constexpr int MT = D > 128 ? 1 : 2, P = packed<D>::P, WORDS = packed<D>::WORDS;
     constexpr bool STAGED = D <= 128;
     extern __shared__ __align__(128) uint8_t shared[];
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(READ_WARPS * 32, D == 256 ? 1 : 2)
     if (STAGED) { // 4^-j of the input's slot goes into the matrix
         for (int i = threadIdx.x; i < WORDS / 4; i += READ_WARPS * 32) {
             uint4 w = __ldg((const uint4 *)r + i);
-            int in32 = i / 32 % (D / 32);
+            int in32 = i / 32 % (P / 32);
             __half2 f0 = __float2half2_rn(slot_factor<CODEC>(2 * in32));
             __half2 f1 = __float2half2_rn(slot_factor<CODEC>(2 * in32 + 1));
             __half2 *h = (__half2 *)&w;
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(READ_WARPS * 32, D == 256 ? 1 : 2)
             }
         }
 #pragma unroll 1
-        for (int j4 = 0; j4 < D / 32; j4++) {
+        for (int j4 = 0; j4 < P / 32; j4++) {
             float c[MT][4][4];
 #pragma unroll
             for (int j = 0; j < 4; j++) {
@@ -100,10 +100,10 @@ __global__ void __launch_bounds__(READ_WARPS * 32, D == 256 ? 1 : 2)
                 for (int m = 0; m < MT; m++)
                     c[m][j][0] = c[m][j][1] = c[m][j][2] = c[m][j][3] = 0;
 #pragma unroll
-                for (int i = 0; i < D / 32; i++) {
+                for (int i = 0; i < P / 32; i++) {
                     uint4 b;
                     if (STAGED) {
-                        b = ((const uint4 *)shared)[((j4 * 4 + j) * (D / 32) + i) * 32 + lane];
+                        b = ((const uint4 *)shared)[((j4 * 4 + j) * (P / 32) + i) * 32 + lane];
                     } else {
                         b = __ldg(packed<D>::at(r, j4 * 4 + j, i));
                         __half2 *h = (__half2 *)&b;
@@ -115,10 +115,13 @@ __global__ void __launch_bounds__(READ_WARPS * 32, D == 256 ? 1 : 2)
 #pragma unroll
                     for (int m = 0; m < MT; m++) {
                         mma(c[m][j], a[m][2 * i], b.x, b.y);
-                        mma(c[m][j], a[m][2 * i + 1], b.z, b.w);
+                        if (2 * i + 1 < D / 16)
+                            mma(c[m][j], a[m][2 * i + 1], b.z, b.w);
                     }
                 }
             }
+            if (!in_row<D>(j4))
+                continue;
             int channel = j4 * 32 + 8 * t; // of eight that the lane has: four tiles, two each
             float4 s0 = __ldg((const float4 *)&columns[channel]);
             float4 s1 = __ldg((const float4 *)&columns[channel] + 1);
@@ -192,7 +195,7 @@ template <int CODEC, int D>
 static cudaError_t read_side(const read_params &p, uint32_t begin, uint32_t end, bool v,
                              cudaStream_t stream)
 {
-    constexpr int MT = D == 256 ? 1 : 2, BYTES = D <= 128 ? packed<D>::WORDS * 4 : 0;
+    constexpr int MT = D > 128 ? 1 : 2, BYTES = D <= 128 ? packed<D>::WORDS * 4 : 0;
     uint32_t units = p.layer_count * p.kv_heads, chunks = (end - p.sink + 15) / 16 - (begin - p.sink) / 16;
     uint32_t blocks = chunk_blocks(chunks, READ_WARPS * MT, units);
     cudaError_t rc = cudaFuncSetAttribute(read_history_kernel<CODEC, D>,
@@ -211,27 +214,31 @@ static cudaError_t read_sides(const read_params &p, uint32_t begin, uint32_t end
         uint32_t dim = v ? p.dim_v : p.dim_k;
         if (!(v ? p.v.data : p.k.data))
             continue;
-        rc = dim == 64    ? read_side<CODEC, 64>(p, begin, end, v, stream)
-             : dim == 128 ? read_side<CODEC, 128>(p, begin, end, v, stream)
-             : dim == 256 ? read_side<CODEC, 256>(p, begin, end, v, stream)
-                          : cudaErrorInvalidValue;
+        switch (dim) {
+#define KVD_HEAD_DIM(d)                                       \
+    case d:                                                   \
+        rc = read_side<CODEC, d>(p, begin, end, v, stream);   \
+        break;
+#include "proto/head_dims.def"
+        default:
+            rc = cudaErrorInvalidValue;
+        }
     }
     return rc;
 }
 
 static cudaError_t read_history(const read_params &p, uint32_t begin, uint32_t end, cudaStream_t stream)
 {
-    switch (p.codec) {
-    case KVD_CODEC_INT2:
+    switch (family_of(p.codec)) {
+    case INT2:
         return read_sides<INT2>(p, begin, end, stream);
-    case KVD_CODEC_INT2C:
+    case INT2C:
         return read_sides<INT2C>(p, begin, end, stream);
-    case KVD_CODEC_INT2_LM:
-    case KVD_CODEC_TURBOQUANT_2:
+    case LEVELS2:
         return read_sides<LEVELS2>(p, begin, end, stream);
-    case KVD_CODEC_TURBOQUANT_3:
+    case LEVELS3:
         return read_sides<LEVELS3>(p, begin, end, stream);
-    case KVD_CODEC_TURBOQUANT_4:
+    case LEVELS4:
         return read_sides<LEVELS4>(p, begin, end, stream);
     default:
         return cudaErrorInvalidValue;

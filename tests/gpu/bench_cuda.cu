@@ -145,7 +145,7 @@ static void report(const char *name, double mb, double ms, double limit_ms, cons
     fflush(stdout);
 }
 
-// A rotation set of a Hadamard matrix, packed.
+// A rotation set of a Hadamard matrix (where dim is no power of two, of something like one), packed.
 static kvd_cuda_rotation rotation(uint32_t dim)
 {
     std::vector<float> r(dim * dim), t(dim * dim), scale(1), columns(dim);
@@ -153,7 +153,8 @@ static kvd_cuda_rotation rotation(uint32_t dim)
         for (uint32_t j = 0; j < dim; j++)
             r[i * dim + j] = t[j * dim + i] =
                 (__builtin_popcount(i & j) & 1 ? -1.0f : 1.0f) / sqrtf((float)dim);
-    std::vector<uint16_t> queries(2 * dim * dim), forward(2 * dim * dim), inverse(dim * dim);
+    uint64_t part = kvd_cuda_operand_bytes(1, dim) / 2;
+    std::vector<uint16_t> queries(2 * part), forward(2 * part), inverse(part);
     kvd_cuda_rotation_pack(r.data(), 1, dim, queries.data(), forward.data(), inverse.data(),
                            scale.data(), columns.data());
     kvd_cuda_matrices m = {};
@@ -176,12 +177,14 @@ struct row {
     double want_ms, want_fraction;
     uint32_t codec = KVD_CODEC_INT2;
     bool settled = true; // as in a step; else pages may come from the kernel in front
+    uint32_t dim_v = 0;  // where it differs
 };
 
 static void bench_attend(const row &w)
 {
     if (!wanted(w.name))
         return;
+    const uint32_t dim_v = w.dim_v ? w.dim_v : w.dim;
     std::vector<uint32_t> history(w.sequences, w.history), length, end;
     uint64_t pages = 0, sum = 0;
     uint32_t longest = 0;
@@ -195,11 +198,11 @@ static void bench_attend(const row &w)
         end.push_back(w.sink + history[i]);
     }
     // One layer a page: a layer's tiles lie together no better than they would in any page.
-    uint64_t tile = kvd_tile_bytes(w.codec, w.dim, w.dim), page = w.kv_heads * tile, bytes = pages * page;
-    uint64_t windows = (uint64_t)w.sequences * (w.sink + w.recent) * w.kv_heads * w.dim * 4;
+    uint64_t tile = kvd_tile_bytes(w.codec, w.dim, dim_v), page = w.kv_heads * tile, bytes = pages * page;
+    uint64_t windows = (uint64_t)w.sequences * (w.sink + w.recent) * w.kv_heads * (w.dim + dim_v) * 2;
     int copies = (int)std::min<uint64_t>(8, std::min(pool_bytes / bytes, 400000000 / bytes + 1));
     uint32_t ring = (w.recent + 64 + 63) / 64 * 64, bf16_stride = (w.sink + 63) / 64 + ring / 64;
-    uint64_t bf16_page = (uint64_t)w.kv_heads * 64 * w.dim * 4;
+    uint64_t bf16_page = (uint64_t)w.kv_heads * 64 * (w.dim + dim_v) * 2;
     uint8_t *bf16 = device<uint8_t>(w.sequences * bf16_stride * bf16_page);
     CUDA(cudaMemset(bf16, 0x3c, w.sequences * bf16_stride * bf16_page));
     std::vector<uint64_t> bf16_table(w.sequences * bf16_stride);
@@ -212,7 +215,8 @@ static void bench_attend(const row &w)
     p.sequences = w.sequences;
     p.q_heads = w.q_heads;
     p.kv_heads = w.kv_heads;
-    p.dim_k = p.dim_v = w.dim;
+    p.dim_k = w.dim;
+    p.dim_v = dim_v;
     p.codec = w.codec;
     p.q_len = w.q_len;
     p.sink = w.sink;
@@ -226,6 +230,7 @@ static void bench_attend(const row &w)
     p.pages.length = to_device(length);
     p.pages.hist_end = to_device(end);
     p.rotation = rotation(w.dim);
+    p.rotation.v = rotation(dim_v).v;
     p.settled = w.settled;
     kvd_cuda_attend_plan(&p, sum, longest, w.sink + w.recent, sms);
     p.scratch = device<uint8_t>(kvd_cuda_attend_scratch(&p));
@@ -292,14 +297,16 @@ static void bench_prefill()
 }
 
 // Quantize and dequantize 8 sequences x 36 layers x 8 heads, all in one launch a side.
-static void bench_quantize(bool ring, uint32_t codec = KVD_CODEC_INT2)
+static void bench_quantize(bool ring, uint32_t codec = KVD_CODEC_INT2, uint32_t dim = 128)
 {
     char name[80];
     snprintf(name, sizeof(name), "%s%s%s", ring ? "quantize from the ring" : "quantize K and V from new tokens",
              codec == KVD_CODEC_INT2 ? "" : ", ", codec == KVD_CODEC_INT2 ? "" : kvd_codec_name(codec));
+    if (dim != 128)
+        snprintf(name + strlen(name), sizeof(name) - strlen(name), ", head_dim %u", dim);
     if (!wanted(name))
         return;
-    const uint32_t n = 8, layers = 36, heads = 8, dim = 128, tokens = ring ? 64 : 1024;
+    const uint32_t n = 8, layers = 36, heads = 8, tokens = ring ? 64 : 1024;
     uint64_t tile = kvd_tile_bytes(codec, dim, dim), page = layers * heads * tile, pages = tokens / 64 + 1;
     uint64_t bf16_page = (uint64_t)layers * heads * 64 * dim * 4;
     std::vector<kvd_cuda_append_item> items(n);
@@ -342,9 +349,9 @@ static void bench_quantize(bool ring, uint32_t codec = KVD_CODEC_INT2)
     p.items = to_device(items);
     double ms = graph_median([&](cudaStream_t s, int) { CUDA(kvd_cuda_append(&p, s)); }, 1);
     double vectors = (double)n * tokens * layers * heads;
-    double mb = vectors * (512 + tile / 64.0) / 1e6;
+    double mb = vectors * (4 * dim + tile / 64.0) / 1e6;
     printf("%-44s %7.1f MB %9.4f ms  limit %8.4f  %6.2f G token-heads/s   want %s\n", name, mb, ms,
-           mb / copy_tbs / 1e6 * 1e3, vectors / ms / 1e6, ring || codec != KVD_CODEC_INT2 ? "" : ">= 2.5");
+           mb / copy_tbs / 1e6 * 1e3, vectors / ms / 1e6, ring || codec != KVD_CODEC_INT2 || dim != 128 ? "" : ">= 2.5");
     free_all();
 }
 
@@ -447,6 +454,20 @@ int main(int argc, char **argv)
         {"32 x 8,192, 32/8, sink 64 recent 256", 32, 8192, 32, 8, 128, 64, 256, 1, 0, 0},
         {"8 x 8,192, 32/8, sink 64 recent 256", 8, 8192, 32, 8, 128, 64, 256, 1, 0, 0},
         {"int2-lm: 8 x 8,192, 32/8, sink 64 recent 256", 8, 8192, 32, 8, 128, 64, 256, 1, 0, 0, KVD_CODEC_INT2_LM},
+        {"head_dim 80: 48 x 32,768, 32/8", 48, 32768, 32, 8, 80, 0, 0, 1, 0, 0.85, KVD_CODEC_INT2, true, 0},
+        {"head_dim 80: 1 x 32,768, 32/8, sink 64 recent 256", 1, 32768, 32, 8, 80, 64, 256, 1, 0, 0, KVD_CODEC_INT2, true, 0},
+        {"head_dim 96: 40 x 32,768, 32/8", 40, 32768, 32, 8, 96, 0, 0, 1, 0, 0.85, KVD_CODEC_INT2, true, 0},
+        {"head_dim 96: 1 x 32,768, 32/8, sink 64 recent 256", 1, 32768, 32, 8, 96, 64, 256, 1, 0, 0, KVD_CODEC_INT2, true, 0},
+        {"head_dim 112: 36 x 32,768, 32/8", 36, 32768, 32, 8, 112, 0, 0, 1, 0, 0.85, KVD_CODEC_INT2, true, 0},
+        {"head_dim 112: 1 x 32,768, 32/8, sink 64 recent 256", 1, 32768, 32, 8, 112, 64, 256, 1, 0, 0, KVD_CODEC_INT2, true, 0},
+        {"head_dim 192: 24 x 32,768, 32/8", 24, 32768, 32, 8, 192, 0, 0, 1, 0, 0.85, KVD_CODEC_INT2, true, 0},
+        {"head_dim 192: 1 x 32,768, 32/8, sink 64 recent 256", 1, 32768, 32, 8, 192, 64, 256, 1, 0, 0, KVD_CODEC_INT2, true, 0},
+        {"head_dim 192/128: 28 x 32,768, 32/8", 28, 32768, 32, 8, 192, 0, 0, 1, 0, 0.85, KVD_CODEC_INT2, true, 128},
+        {"head_dim 192/128: 1 x 32,768, 32/8, sink 64 recent 256", 1, 32768, 32, 8, 192, 64, 256, 1, 0, 0, KVD_CODEC_INT2, true, 128},
+        {"head_dim 80: int2c: 32 x 32,768, 32/8", 32, 32768, 32, 8, 80, 0, 0, 1, 0, 0, KVD_CODEC_INT2C},
+        {"head_dim 112: int2c: 32 x 32,768, 32/8", 32, 32768, 32, 8, 112, 0, 0, 1, 0, 0, KVD_CODEC_INT2C},
+        {"head_dim 192: int2c: 32 x 32,768, 32/8", 32, 32768, 32, 8, 192, 0, 0, 1, 0, 0, KVD_CODEC_INT2C},
+        {"head_dim 80: 32 x 32,768, 96/8", 32, 32768, 96, 8, 80, 0, 0, 1, 0, 0},
         {"int2c: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_INT2C},
         {"int2-lm: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_INT2_LM},
         {"turboquant-2: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_TURBOQUANT_2},
@@ -458,8 +479,11 @@ int main(int argc, char **argv)
     bench_prefill();
     bench_quantize(false);
     bench_quantize(true);
-    for (uint32_t codec = KVD_CODEC_INT2C; codec < KVD_CODEC_COUNT; codec++)
-        bench_quantize(false, codec);
+    for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++)
+        if (codec != KVD_CODEC_BF16 && codec != KVD_CODEC_INT2)
+            bench_quantize(false, codec);
+    for (uint32_t dim : {80, 96, 112, 192})
+        bench_quantize(false, KVD_CODEC_INT2, dim);
     bench_read();
     return 0;
 }

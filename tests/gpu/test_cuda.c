@@ -55,24 +55,22 @@ static void shapes(uint64_t seed, bool quick)
 {
     for (size_t j = 0; j < KVD_LEN(attention_shapes); j++) {
         bool all = !quick || attention_shapes[j].length < 600;
-        uint32_t codecs = all ? KVD_CODEC_COUNT : KVD_CODEC_INT2C;
-        check_shape(&attention_shapes[j], KVD_CODEC_BF16, 5e-4, seed + j);
-        for (uint32_t codec = KVD_CODEC_INT2; codec < codecs; codec++)
-            check_shape(&attention_shapes[j], codec, 2e-3, seed + j);
+        for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++) {
+            bool bf16 = codec == KVD_CODEC_BF16;
+            if (all || bf16 || codec == KVD_CODEC_INT2)
+                check_shape(&attention_shapes[j], codec, bf16 ? 5e-4 : 2e-3, seed + j);
+        }
     }
 }
 
 static void groups_and_dims(uint64_t seed)
 {
-    const uint32_t dims[] = {64, 128, 256};
     for (uint32_t group = 1; group <= 16; group++)
-        for (size_t i = 0; i < 9; i++) {
-            struct shape c = {1,  2,  group, dims[i / 3], dims[i % 3],
-                              16, 16, 1,     170 + group, {.q_len = 1}};
-            check_shape(&c, KVD_CODEC_INT2, 2e-3, seed + group * 9 + i);
-            check_shape(
-                &c, KVD_CODEC_INT2C + (group + (uint32_t)i) % (KVD_CODEC_COUNT - KVD_CODEC_INT2C),
-                2e-3, seed + group * 9 + i);
+        for (size_t i = 0; i < KVD_LEN(head_dims); i++) {
+            struct shape c = {1,  2,  group, head_dims[i][0], head_dims[i][1],
+                              16, 16, 1,     170 + group,     {.q_len = 1}};
+            check_shape(&c, KVD_CODEC_INT2, 2e-3, seed + group * 16 + i);
+            check_shape(&c, (group + (uint32_t)i) % KVD_CODEC_COUNT, 2e-3, seed + group * 16 + i);
         }
 }
 
@@ -141,7 +139,7 @@ static void long_sequences(uint64_t seed)
 {
     const struct attention one = {.q_len = 1};
     for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++) {
-        bool levels = codec == KVD_CODEC_BF16 || codec > KVD_CODEC_INT2C;
+        bool levels = codec == KVD_CODEC_BF16 || kvd_codec_signed(codec);
         double small = check_long(codec, 64, 32768, one, true, seed);
         double large = check_long(codec, 64, levels ? 300000 : 2000000, one, true, seed);
         result(large < fmax(1.25 * small, 6e-4), "errors do not grow with the length");
@@ -150,6 +148,9 @@ static void long_sequences(uint64_t seed)
     check_long(KVD_CODEC_INT2, 64, 1200000, (struct attention){.q_len = 3}, false, seed);
     check_long(KVD_CODEC_INT2C, 128, 1200000, one, false, seed);
     check_long(KVD_CODEC_INT2, 256, 1200000, one, false, seed);
+    check_long(KVD_CODEC_INT2, 80, 1200000, one, true, seed);
+    check_long(KVD_CODEC_INT2C, 112, 600000, one, false, seed);
+    check_long(KVD_CODEC_INT2, 192, 600000, one, false, seed);
     check_long(KVD_CODEC_INT2, 64, 1200000,
                (struct attention){.q_len = 2, .window = 1000001, .softcap = 30}, false, seed);
 }
@@ -676,31 +677,30 @@ int main(int argc, char **argv)
     memory();
     for (int i = 0; i < 4; i++)
         checking(i & 1, i & 2);
-    const uint32_t dims[] = {64, 128, 256};
-    for (int i = 0; i < 9; i++) {
-        uint32_t dk = dims[i / 3], dv = dims[i % 3];
+    for (uint32_t codec = 0, i = 0; codec < KVD_CODEC_COUNT; codec++)
+        for (size_t d = 0; d < KVD_LEN(head_dims) && codec != KVD_CODEC_BF16; d++, i++) {
+            uint32_t dk = head_dims[d][0], dv = head_dims[d][1];
+            for (int kind = 0; kind < KVD_SCALE_COUNT; kind++)
+                if (kind == (int)(i % KVD_SCALE_COUNT) || (dk == dv && !quick))
+                    same_pages(kind, dk, dv, i % 3, codec, 0.96f, false, seed + i);
+            reading(dk, dv, i % 3, codec, KVD_DTYPE_F32, seed + i);
+            reading(dk, dv, 2 - i % 3, codec, KVD_DTYPE_BF16, seed + i);
+        }
+    for (int i = 0; i < 2; i++) {
+        uint32_t dim = i ? 128 : 80;
+        same_pages(0, dim, dim, 1, KVD_CODEC_INT2, 1, false, seed);
+        same_pages(0, dim, dim, 1, KVD_CODEC_INT2, 0.6f, false, seed);
         for (int kind = 0; kind < KVD_SCALE_COUNT; kind++)
-            same_pages(kind, dk, dv, i % 3, KVD_CODEC_INT2, 0.96f, false, seed + i);
-        reading(dk, dv, i % 3, KVD_CODEC_INT2, KVD_DTYPE_F32, seed + i);
-        reading(dk, dv, i % 3, KVD_CODEC_INT2, KVD_DTYPE_BF16, seed + i);
+            same_pages(kind, dim, i ? 64 : 80, 0, KVD_CODEC_INT2, 0.96f, true, seed);
     }
-    for (int i = 0; i < 3 * (KVD_CODEC_COUNT - KVD_CODEC_INT2C); i++) {
-        uint32_t codec = KVD_CODEC_INT2C + (uint32_t)i / 3, dk = dims[i % 3];
-        for (int kind = 0; kind < KVD_SCALE_COUNT; kind++)
-            same_pages(kind, dk, dims[(i + 1) % 3], i % 3, codec, 0.96f, false, seed + i);
-        reading(dk, dims[(i + 1) % 3], (uint32_t)i % 3, codec, KVD_DTYPE_F32, seed + (uint64_t)i);
-        reading(dk, dk, 2, codec, KVD_DTYPE_BF16, seed + (uint64_t)i);
-    }
-    same_pages(0, 128, 128, 1, KVD_CODEC_INT2, 1, false, seed);
-    same_pages(0, 128, 128, 1, KVD_CODEC_INT2, 0.6f, false, seed);
-    for (int kind = 0; kind < KVD_SCALE_COUNT; kind++)
-        same_pages(kind, 128, 64, 0, KVD_CODEC_INT2, 0.96f, true, seed);
+    same_pages(0, 112, 112, 1, KVD_CODEC_BF16, 1, false, seed);
     same_pages(0, 128, 64, 1, KVD_CODEC_BF16, 1, false, seed);
+    reading(80, 80, 0, KVD_CODEC_BF16, KVD_DTYPE_BF16, seed);
     reading(128, 64, 0, KVD_CODEC_BF16, KVD_DTYPE_BF16, seed);
     printf("pages of both backends: %llu of %llu bytes differ\n",
            (unsigned long long)bytes_different, (unsigned long long)bytes_compared);
-    for (int i = 0; i < 6; i++)
-        rotating(dims[i % 3], (uint32_t)i % 3, i > 2, seed + i);
+    for (uint32_t i = 0; i < 2 * KVD_LEN(head_dims); i++)
+        rotating(head_dims[i / 2][0], i % 3, i % 2, seed + i);
     shapes(seed, quick);
     nonfinite(seed);
     ragged(seed, KVD_CODEC_INT2, 4, 128);
@@ -719,8 +719,13 @@ int main(int argc, char **argv)
         ragged(seed, KVD_CODEC_INT2, 12, 128);
         ragged(seed, KVD_CODEC_INT2, 7, 64);
         ragged(seed, KVD_CODEC_INT2, 3, 256);
-        for (uint32_t codec = KVD_CODEC_INT2_LM; codec < KVD_CODEC_COUNT; codec++)
-            ragged(seed, codec, 5, 128);
+        ragged(seed, KVD_CODEC_INT2, 4, 80);
+        ragged(seed, KVD_CODEC_INT2C, 12, 96);
+        ragged(seed, KVD_CODEC_INT2, 3, 112);
+        ragged(seed, KVD_CODEC_INT2, 4, 192);
+        for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++)
+            if (kvd_codec_signed(codec))
+                ragged(seed, codec, 5, 128);
         for (int i = 0; i < 4; i++) {
             uint32_t codec = i & 1 ? KVD_CODEC_INT2 : KVD_CODEC_BF16;
             double e = many_queries(cuda, cpu, codec, i & 2, seed);

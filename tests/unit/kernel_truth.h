@@ -29,6 +29,7 @@ struct attention {
     float softcap;
     uint32_t new_tokens; // 0 or q_len
     enum kvd_dtype dtype;
+    bool sinks;
 };
 
 // All of a sequence's K and V in float64: [layer][kv head][token][dim].
@@ -45,15 +46,15 @@ static inline double *all_rows(const struct kseq *s, uint64_t total, bool v)
 
 // Attention in float64 for one (layer, query, q head).
 static inline void truth(const struct kseq *s, const struct attention *a, const double *keys,
-                         const double *values, const float *q, uint32_t layer, uint32_t qi,
-                         uint32_t q_head, double *o, double *lse)
+                         const double *values, const float *q, float sink, uint32_t layer,
+                         uint32_t qi, uint32_t q_head, double *o, double *lse)
 {
     const struct kvd_plane *g = &s->g;
     uint32_t head = q_head / (g->q_heads / g->kv_heads);
     uint64_t total = s->length + a->new_tokens, pos = total - a->q_len + qi;
     keys += ((uint64_t)layer * g->kv_heads + head) * total * g->head_dim_k;
     values += ((uint64_t)layer * g->kv_heads + head) * total * g->head_dim_v;
-    double m = -INFINITY, l = 0, *logits = malloc(sizeof(double) * total);
+    double m = sink, l, *logits = malloc(sizeof(double) * total);
     for (uint64_t t = 0; t < total; t++) {
         double dot = 0;
         const double *k = keys + t * g->head_dim_k;
@@ -67,6 +68,7 @@ static inline void truth(const struct kseq *s, const struct attention *a, const 
         m = fmax(m, logits[t]);
     }
     memset(o, 0, sizeof(double) * g->head_dim_v);
+    l = exp(sink - m);
     for (uint64_t t = 0; t < total; t++) {
         const double *v = values + t * g->head_dim_v;
         double p = exp(logits[t] - m);
@@ -97,6 +99,9 @@ static inline struct attention_errors attention_error(struct kseq *s, struct kvd
     uint64_t rows = (uint64_t)g->n_layers * a->q_len * g->q_heads;
     float *q = malloc(sizeof(float) * rows * g->head_dim_k);
     float *o = malloc(sizeof(float) * rows * g->head_dim_v), *lse = malloc(sizeof(float) * rows);
+    float *sinks = malloc(sizeof(float) * g->n_layers * g->q_heads);
+    for (uint32_t i = 0; i < g->n_layers * g->q_heads; i++) // from next to nothing to all there is
+        sinks[i] = !a->sinks || i % 5 == 1 ? -INFINITY : (float)(6 * kseq_normal(&s->rng));
     for (uint64_t i = 0; i < rows * g->head_dim_k; i++)
         q[i] = (float)kseq_normal(&s->rng);
     memset(o, 0xff, sizeof(float) * rows * g->head_dim_v); // NaN: every element must be written
@@ -119,6 +124,7 @@ static inline struct attention_errors attention_error(struct kseq *s, struct kvd
                                   .scale = 1 / sqrtf((float)g->head_dim_k),
                                   .softcap = a->softcap,
                                   .window = a->window,
+                                  .sinks = a->sinks ? sinks : NULL,
                                   .items = &item,
                                   .n_items = 1};
     struct kvd_error err = {0};
@@ -134,8 +140,9 @@ static inline struct attention_errors attention_error(struct kseq *s, struct kvd
         double want[KVD_MAX_HEAD_DIM], want_lse;
         uint32_t layer = (uint32_t)(i / (a->q_len * g->q_heads)),
                  qi = (uint32_t)(i / g->q_heads % a->q_len);
-        truth(s, a, keys, values, q + i * g->head_dim_k, layer, qi, (uint32_t)(i % g->q_heads),
-              want, &want_lse);
+        uint32_t head = (uint32_t)(i % g->q_heads);
+        truth(s, a, keys, values, q + i * g->head_dim_k, sinks[layer * g->q_heads + head], layer,
+              qi, head, want, &want_lse);
         for (uint32_t c = 0; c < g->head_dim_v; c++) {
             double d = want[c] - o[i * g->head_dim_v + c];
             diff += d * d;
@@ -150,6 +157,7 @@ static inline struct attention_errors attention_error(struct kseq *s, struct kvd
     free(q);
     free(o);
     free(lse);
+    free(sinks);
     return err_of;
 }
 
@@ -200,6 +208,11 @@ static const struct shape attention_shapes[] = {
     {1, 1, 4, 192, 128, 64, 64, 1, 1203, {.q_len = 5, .window = 700, .softcap = 20}},
     {1, 1, 2, 192, 128, 64, 256, 1, 40, {.q_len = 40}},
     {1, 2, 4, 80, 80, 64, 256, 1, 20000, {.q_len = 1}},
+    {2, 2, 4, 64, 64, 64, 64, 1, 540, {.q_len = 1, .sinks = true}},
+    {1, 2, 8, 64, 64, 0, 128, 1, 1700, {.q_len = 3, .window = 128, .sinks = true}},
+    {2, 2, 3, 128, 128, 64, 256, 1, 5000, {.q_len = 1, .sinks = true}},
+    {1, 1, 12, 128, 128, 64, 64, 1, 130, {.q_len = 40, .new_tokens = 40, .sinks = true}},
+    {1, 2, 5, 256, 256, 64, 64, 1, 1, {.q_len = 1, .softcap = 30, .sinks = true}},
     {1, 2, 9, 112, 112, 64, 256, 1, 5000, {.q_len = 2}},
 };
 
