@@ -3,6 +3,7 @@
 #include <poll.h>
 
 #include "client/client.h"
+#include "client/instances.h"
 
 enum { CLOSE_MS = 2000 }; // that closing waits for the daemon at most
 
@@ -214,12 +215,6 @@ static char *copy_or(const char *text, const char *otherwise)
     return strdup(text ? text : otherwise);
 }
 
-static const char *address_of(const kvd_options *o)
-{
-    const char *given = o->address ? o->address : getenv("KVD_ADDRESS");
-    return given ? given : "unix:/run/kvd/kvd.sock";
-}
-
 // What could not even be copied; the rest is the daemon's to judge.
 static int check_options(const kvd_options *o, struct kvd_error *err)
 {
@@ -233,8 +228,8 @@ static int check_options(const kvd_options *o, struct kvd_error *err)
         return kvd_fail(err, KVD_E_INVALID,
                         "TLS wants tls_ca: who may have signed the daemon's "
                         "certificate");
-    if (strncmp(address_of(o), "unix:", 5) == 0 && o->tls_ca)
-        return kvd_fail(err, KVD_E_INVALID, "TLS is for host:port, not for %s", address_of(o));
+    if (strncmp(o->address, "unix:", 5) == 0 && o->tls_ca)
+        return kvd_fail(err, KVD_E_INVALID, "TLS is for host:port, not for %s", o->address);
     return KVD_OK;
 }
 
@@ -247,7 +242,7 @@ static kvd_client *client_new(const kvd_options *o)
     kvd_gate_init(&c->gate);
     pthread_mutex_init(&c->buffers_lock, NULL);
     pthread_mutex_init(&c->enqueuer_lock, NULL);
-    c->address = strdup(address_of(o));
+    c->address = strdup(o->address);
     c->namespace_name = copy_or(o->namespace_name, "default");
     c->client_name = copy_or(o->client_name, program_invocation_short_name);
     c->codec = copy_or(o->codec, "int2");
@@ -255,7 +250,7 @@ static kvd_client *client_new(const kvd_options *o)
     c->layers = calloc(o->n_layers + 1, sizeof(*c->layers));
     c->timeout_ms = o->timeout_ms ? o->timeout_ms : 30000;
     c->lease_ms = o->lease_ms;
-    c->remote = strncmp(address_of(o), "unix:", 5) != 0;
+    c->remote = strncmp(o->address, "unix:", 5) != 0;
     if (!c->address || !c->namespace_name || !c->client_name || !c->codec || !c->rotation_set ||
         !c->layers) {
         client_free(c);
@@ -284,7 +279,14 @@ kvd_result kvd_open(const kvd_options *options, kvd_client **out, kvd_failure *e
 {
     struct kvd_error e = {0};
     kvd_options o;
-    if (kvd_sized_take(&kvd_sized_options, options, &o, &e) || check_options(&o, &e))
+    char *found KVD_FREE = NULL;
+    if (kvd_sized_take(&kvd_sized_options, options, &o, &e))
+        return kvd_client_fail(err, &e);
+    if (!o.address) {
+        found = kvd_instances_default(&e);
+        o.address = found;
+    }
+    if (!o.address || check_options(&o, &e))
         return kvd_client_fail(err, &e);
     kvd_client *c = client_new(&o);
     if (!c) {

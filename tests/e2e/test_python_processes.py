@@ -15,7 +15,7 @@ import typing
 import pytest
 
 import kvd as package
-from conftest import SOURCE
+from conftest import SOURCE, Daemon
 from test_python import DIM, KV_HEADS, LAYERS, Q_HEADS, connect, fill, values
 
 
@@ -199,3 +199,35 @@ def test_what_objects_say(kvd):
     t.free()
     client.close()
     assert repr(t) == "<kvd.Tensor bf16 [1, 2, 2, 64], freed>" and repr(client).endswith(", closed>")
+
+
+def test_the_daemon_is_found(start, folder):
+    """Without an address: the one that listens under /run/kvd, where systemd's units do."""
+    runtime = folder / "run"
+
+    def listens(name, daemon):
+        (runtime / name).mkdir(parents=True)
+        for end in ("", ".fd"):
+            (runtime / name / f"kvd.sock{end}").symlink_to(daemon.address[len("unix:"):] + end)
+        return daemon
+
+    def worker(**env):
+        program = "import kvd\nwith kvd.Client(layers=[0], q_heads=1, kv_heads=1, head_dim=64) as c: print(c.info['instance'])"
+        return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
+                              env={**os.environ, "KVD_RUNTIME_DIR": str(runtime), "KVD_ADDRESS": "", "PYTHONPATH": str(SOURCE / "client/python"),
+                                   **env})
+
+    r = worker()
+    assert "UnavailableError: no kvd listens under" in r.stderr and str(runtime) in r.stderr
+    one = listens("0", start())
+    r = worker()
+    said = r.stdout
+    assert said and said == worker(KVD_ADDRESS=one.address).stdout, r.stderr
+    (folder / "b").mkdir()
+    two = listens("1", Daemon(folder / "b"))
+    try:
+        r = worker()
+        assert "InvalidError: there are 2 daemons" in r.stderr and f"unix:{runtime}/1/kvd.sock" in r.stderr
+        assert worker(KVD_ADDRESS=one.address).stdout == said != worker(KVD_ADDRESS=two.address).stdout
+    finally:
+        assert two.stop() == 0

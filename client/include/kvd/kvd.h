@@ -83,7 +83,8 @@ typedef struct kvd_client kvd_client;
 /** What a session is to be. Texts and lists are copied. */
 typedef struct kvd_options {
     uint32_t size; /**< sizeof(kvd_options) */
-    /** "unix:/path" or "host:port"; NULL: $KVD_ADDRESS or unix:/run/kvd/kvd.sock */
+    /** "unix:/path" or "host:port"; NULL: $KVD_ADDRESS, or the one kvd that listens under /run/kvd
+     * (kvd@0 does on /run/kvd/0/kvd.sock) */
     const char *address;
     const char *namespace_name; /**< NULL: "default" */
     const char *client_name;    /**< shown to operators; NULL: the program's name */
@@ -117,7 +118,8 @@ typedef struct kvd_options {
  * @param options what it is to be
  * @param[out] out the client, to be closed by kvd_close
  * @param[out] err says why it failed; may be NULL
- * @retval KVD_ERR_INVALID an option is out of range, or a PEM file cannot be read
+ * @retval KVD_ERR_INVALID an option is out of range, a PEM file cannot be read, or several kvd
+ * listen and address is NULL
  * @retval KVD_ERR_NOT_FOUND the store has no such rotation set
  * @retval KVD_ERR_CORRUPT the rotation set failed verification
  * @retval KVD_ERR_PRECONDITION the rotation set is of another shape; or the process was forked

@@ -186,8 +186,8 @@ class Client(lib.OfProcess):
     layers: ids of the model's layers that hold KV, ascending. head_dim: 64, 80, 96, 112, 128, 192 or 256, or a
             pair for K and V: two of 64, 128 and 256, or (192, 128).
     rotation_set: "model@tag", "sha256:...", "hadamard", "random" or "identity"; None: what suits the codec. sink, recent:
-    tokens kept in bf16; None: 64 and 256. address: "unix:/path" or "host:port"; None: $KVD_ADDRESS or
-    unix:/run/kvd/kvd.sock. timeout: seconds for each call.
+    tokens kept in bf16; None: 64 and 256. address: "unix:/path" or "host:port"; None: $KVD_ADDRESS, or the
+    one that listens under /run/kvd. timeout: seconds for each call.
     """
 
     def __init__(self, *, layers: Iterable[int], q_heads: int, kv_heads: int, head_dim: Union[int, tuple[int, int]],
@@ -208,7 +208,7 @@ class Client(lib.OfProcess):
         self._rows = {"k": (kv, (self.kv_heads, dims[0])), "v": (kv, (self.kv_heads, dims[1])), "q": (q, (self.q_heads, dims[0])),
                       "o": (q, (self.q_heads, dims[1])), "lse": (q[:1], (self.q_heads,))}
         self.codec = codec
-        self.address = address or os.environ.get("KVD_ADDRESS") or "unix:/run/kvd/kvd.sock"
+        self.address = address or os.environ.get("KVD_ADDRESS") or "the kvd of this host"
         ids = (c.c_uint32 * len(self.layers))(*self.layers)
         options = lib.Options(
             address=names["address"] or None, namespace_name=names["namespace"] or None, client_name=names["name"] or None,

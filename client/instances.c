@@ -1,0 +1,101 @@
+#include "client/instances.h"
+
+#include <errno.h>
+#include <glob.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+
+enum { PATH_BYTES = 4096 };
+
+const char *kvd_runtime_folder(void)
+{
+    const char *folder = getenv("KVD_RUNTIME_DIR");
+    return folder && *folder ? folder : "/run/kvd";
+}
+
+// Whether somebody listens there; who may connect is another matter.
+static bool listens(const char *path)
+{
+    struct sockaddr_un addr = {.sun_family = AF_UNIX};
+    int sock KVD_CLOSE = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (sock < 0 || strlen(path) >= sizeof(addr.sun_path))
+        return false;
+    memcpy(addr.sun_path, path, strlen(path) + 1);
+    return connect(sock, (struct sockaddr *)&addr, sizeof(addr)) == 0 ||
+           (errno != ECONNREFUSED && errno != ENOENT && errno != ENOTSOCK);
+}
+
+static void add(struct kvd_instances *all, const char *path, const char *name, size_t len)
+{
+    if (all->n == KVD_MAX_INSTANCES || !listens(path))
+        return;
+    char *copy = strndup(name, len), *address;
+    if (copy && asprintf(&address, "unix:%s", path) >= 0) {
+        all->name[all->n] = copy;
+        all->address[all->n++] = address;
+    } else {
+        free(copy);
+    }
+}
+
+void kvd_instances_find(struct kvd_instances *all)
+{
+    char pattern[PATH_BYTES];
+    glob_t found = {0};
+    *all = (struct kvd_instances){0};
+    snprintf(pattern, sizeof(pattern), "%s/kvd.sock", kvd_runtime_folder());
+    add(all, pattern, "", 0);
+    snprintf(pattern, sizeof(pattern), "%s/*/kvd.sock", kvd_runtime_folder());
+    if (glob(pattern, 0, NULL, &found) == 0)
+        for (size_t i = 0; i < found.gl_pathc; i++) {
+            const char *name = found.gl_pathv[i] + strlen(kvd_runtime_folder()) + 1;
+            add(all, found.gl_pathv[i], name, strcspn(name, "/"));
+        }
+    globfree(&found);
+}
+
+void kvd_instances_free(struct kvd_instances *all)
+{
+    for (unsigned i = 0; i < all->n; i++) {
+        free(all->name[i]);
+        free(all->address[i]);
+    }
+    all->n = 0;
+}
+
+static char *several(const struct kvd_instances *all, struct kvd_error *err)
+{
+    char list[300];
+    size_t at = 0;
+    list[0] = '\0';
+    for (unsigned i = 0; i < all->n && at < sizeof(list); i++)
+        at +=
+            (size_t)snprintf(list + at, sizeof(list) - at, "%s%s", i ? ", " : "", all->address[i]);
+    kvd_fail(err, KVD_E_INVALID, "there are %u daemons; say which by address or $KVD_ADDRESS: %s",
+             all->n, list);
+    return NULL;
+}
+
+char *kvd_instances_default(struct kvd_error *err)
+{
+    const char *env = getenv("KVD_ADDRESS");
+    char *address = NULL;
+    struct kvd_instances all = {0};
+    if (!env || !*env)
+        kvd_instances_find(&all);
+    if (all.n > 1)
+        address = several(&all, err);
+    else if (all.n == 1)
+        address = strdup(all.address[0]);
+    else if (env && *env)
+        address = strdup(env);
+    else
+        kvd_fail(err, KVD_E_UNAVAILABLE,
+                 "no kvd listens under %s; is it running? address or $KVD_ADDRESS says where to "
+                 "look",
+                 kvd_runtime_folder());
+    if (!address && !err->code)
+        kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    kvd_instances_free(&all);
+    return address;
+}
