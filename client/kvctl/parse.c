@@ -189,8 +189,8 @@ static const char *wants(enum value kind, const char *text)
         return kvd_layers_parse(text, layers) ? NULL
                                               : "ascending layer ids, such as 0-31 or 3,7,11";
     case VALUE_HEAD_DIM:
-        return kvd_head_dim_ok((uint32_t)strtoul(text, NULL, 10)) &&
-                       strspn(text, "0123456789") == strlen(text)
+        return strspn(text, "0123456789") == strlen(text) && strlen(text) < 10 &&
+                       kvd_head_dim_ok((uint32_t)strtoul(text, NULL, 10))
                    ? NULL
                    : "one of " KVD_HEAD_DIM_NAMES;
     case VALUE_SCALES:

@@ -50,8 +50,10 @@ class Geometry:
 def random_geometry(rng):
     while True:
         dims = [int(rng.choice([64, 64, 128, 128, 256])) for _ in range(2)]
+        if rng.random() < 0.3:
+            dims = [(80,), (96,), (112,), (192,), (192, 128)][int(rng.integers(5))]
         g = Geometry(layers=int(rng.integers(1, 4)), kv_heads=int(rng.integers(1, 5)), group=int(rng.integers(1, 13)),
-                     dims=dims if rng.random() < 0.3 else [dims[0]] * 2, codec=str(rng.choice(CODECS)),
+                     dims=list(dims) if len(dims) == 2 and rng.random() < 0.3 else [dims[0]] * 2, codec=str(rng.choice(CODECS)),
                      sink=int(rng.choice([0, 16, 32, 64, 80, 144])), recent=int(rng.choice([0, 0, 16, 48, 64, 112, 256])),
                      rotation_set=str(rng.choice(["", "hadamard", "random", "identity"])))
         if g.layers * g.kv_heads * sum(g.dims) <= 1536 and g.q_heads * max(g.dims) <= 4096:

@@ -26,11 +26,26 @@ def covariances(q, k, v, objective_k, objective_v):
     return np.array(out_k), np.array(out_v)
 
 
+def paley(m):
+    if m == 1:
+        return np.array([[1.0]])
+    q = 13 if m == 28 else m - 1
+    chi = [0] + [1 if pow(a, (q - 1) // 2, q) == 1 else -1 for a in range(1, q)]
+    residues = np.array([[chi[(i - j) % q] for j in range(q)] for i in range(q)], float)
+    ones = np.ones((1, q))
+    if m != 28:
+        return np.eye(m) + np.block([[np.zeros((1, 1)), ones], [-ones.T, residues]])
+    conference = np.block([[np.zeros((1, 1)), ones], [ones.T, residues]])
+    h = np.kron(conference, [[1, 1], [1, -1]]) + np.kron(np.eye(14), [[1, -1], [-1, -1]])
+    return h * h[0]  # the first row is all ones
+
+
 def hadamard(n):
+    m = next(m for m in (1, 12, 20, 28) if n % m == 0 and n // m & (n // m - 1) == 0)
     h = np.array([[1.0]])
-    while len(h) < n:
+    while len(h) * m < n:
         h = np.block([[h, h], [h, -h]])
-    return h / np.sqrt(n)
+    return np.kron(h, paley(m)) / np.sqrt(n)
 
 
 def permutation(n):
@@ -132,6 +147,16 @@ def test_parity_over_shards_layers_and_types(tmp_path, dtype, q_heads, kv_heads,
     _, meta = read(tmp_path / "set.safetensors")
     assert meta["model"] == "m" and "1300 tokens in 5 files" in meta["provenance"]
     check_parity(tmp_path, {7: rounded[7]}, dump, "ktk", "vtv", "r_h_pbr", True, "--layers", "7")
+
+
+@pytest.mark.parametrize("dim,composition", [(80, "r_h"), (96, "top_h"), (112, "r_h"), (192, "r")])
+def test_head_dims_that_are_no_powers_of_two(tmp_path, dim, composition):
+    data = activations(9, 400, 2, 1, dim, dim, [0])
+    dump = tmp_path / "d.safetensors"
+    write(dump, {f"layers.0.{s}": ("F32", y) for s, y in zip("qkv", data[0])})
+    check_parity(tmp_path, data, dump, "qqt", "sst", composition, False)
+    refused = fit(dump, tmp_path / "set", "--compose", "r_h_pbr", code=1)
+    assert f"r_h_pbr is defined for head_dims that are powers of two, and K has {dim}: take r_h" in refused
 
 
 def test_threads_and_resuming_change_nothing(tmp_path):

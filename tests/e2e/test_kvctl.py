@@ -181,6 +181,13 @@ def as_protobuf(message):
     return json_format.MessageToDict(message, preserving_proto_field_name=True, **{default: True})
 
 
+def test_head_dims_of_data_free_sets(tmp_path):
+    for dim in ("72", "4294967376", "+80", ""):
+        r = run("--store", tmp_path, "calib", "hadamard", "m@t", "0-3", dim)
+        assert r.returncode and "one of 64, 80, 96, 112, 128, 192 and 256" in r.stderr
+    assert run("--store", tmp_path, "calib", "hadamard", "m@t", "0-3", "80").returncode == 0
+
+
 def test_json_is_what_protobuf_makes_of_the_reply(start, folder):
     store = folder / "store"
     assert run("--store", store, "calib", "hadamard", "m/m@t", "0-3", "64").returncode == 0
