@@ -8,7 +8,7 @@
 #include "daemon/sched/work.h"
 #include "daemon/service/handlers.h"
 #include "daemon/service/layout.h"
-#include "daemon/service/metrics.h"
+#include "daemon/service/page.h"
 #include "daemon/service/rotations.h"
 #include "daemon/session/buffer.h"
 #include "daemon/session/pool.h"

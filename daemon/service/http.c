@@ -14,7 +14,7 @@
 #include "daemon/core/daemon.h"
 #include "daemon/rpc/links.h"
 #include "daemon/rpc/listen.h"
-#include "daemon/service/metrics.h"
+#include "daemon/service/page.h"
 
 enum {
     MAX_PEERS = 64,

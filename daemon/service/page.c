@@ -1,4 +1,4 @@
-#include "daemon/service/metrics.h"
+#include "daemon/service/page.h"
 
 #include "daemon/core/part.h"
 
