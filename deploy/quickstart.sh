@@ -13,6 +13,13 @@ case "${1:-}" in
 *) echo "usage: deploy/quickstart.sh [--with-cuda]" >&2; exit 2 ;;
 esac
 
+# Toolkits are often installed beside the PATH.
+if ! command -v nvcc >/dev/null && [ -x /usr/local/cuda/bin/nvcc ]; then PATH=$PATH:/usr/local/cuda/bin; fi
+if [ "${1:-}" = --with-cuda ] && ! command -v nvcc >/dev/null; then
+    echo "quickstart: --with-cuda wants nvcc, of the CUDA toolkit, on PATH or in /usr/local/cuda/bin" >&2
+    exit 1
+fi
+
 began=$SECONDS
 took() { # took WHAT: seconds since the last one
     echo "   ($1: $((SECONDS - began)) s)"
