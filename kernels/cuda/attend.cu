@@ -132,10 +132,10 @@ extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t 
 {
     uint32_t nt = n_tiles(*p), blocks = n_row_blocks(*p, nt);
     uint32_t units = p->sequences * p->kv_heads * blocks;
-    bool plain = p->codec == KVD_CODEC_BF16;
-    uint32_t tiles_max = plain ? 0 : (history_max + PAGE - 1) / PAGE;
-    uint64_t tiles = plain ? 0 : history_sum / PAGE * p->kv_heads * blocks;
-    uint32_t chunks = ((plain ? history_max : 0) + window_max + 15) / 16;
+    bool bf16 = p->codec == KVD_CODEC_BF16;
+    uint32_t tiles_max = bf16 ? 0 : (history_max + PAGE - 1) / PAGE;
+    uint64_t tiles = bf16 ? 0 : history_sum / PAGE * p->kv_heads * blocks;
+    uint32_t chunks = ((bf16 ? history_max : 0) + window_max + 15) / 16;
     bool ragged = (uint64_t)history_max * p->sequences > history_sum + history_sum / 4;
     bool few = small_blocks(*p) && !ragged && tiles_max && tiles_max <= 8 * MOST_TILES &&
                (units * 2 <= multiprocessors || (chunks && units <= multiprocessors));

@@ -89,10 +89,10 @@ __device__ inline uint32_t first_seen(const attend_call &p, uint32_t position)
     return p.window && position + 1 > p.window ? position + 1 - p.window : 0;
 }
 
-// A lane's two columns of each N tile are rows n * 8 + 2 t + e. Maxima are in units of 1 / `unit`
+// A lane's two columns of each N tile are rows n * 8 + 2 t + e. Maxima are in units of 1 / `score_unit`
 // log2 units, as scores come: that saves a product for each score.
 template <int NT, int DV> struct state {
-    float m[NT][2], l[NT][2], min_sum[NT][2];
+    float m[NT][2], l[NT][2], zero_sum[NT][2];
     float o[NT][DV / 16][4];
 
     __device__ inline void clear(float none)
@@ -100,7 +100,7 @@ template <int NT, int DV> struct state {
 #pragma unroll
         for (int n = 0; n < NT; n++) {
             m[n][0] = m[n][1] = none;
-            l[n][0] = l[n][1] = min_sum[n][0] = min_sum[n][1] = 0;
+            l[n][0] = l[n][1] = zero_sum[n][0] = zero_sum[n][1] = 0;
 #pragma unroll
             for (int i = 0; i < DV / 4; i++)
                 o[n][i / 4][i % 4] = 0;
@@ -109,7 +109,7 @@ template <int NT, int DV> struct state {
 
     // Raises the maxima of all columns to those of `top` over the lanes of a column. Seldom needed
     // after the first tiles; and shuffles take their time.
-    __device__ inline void raise(const float (&top)[NT][2], float unit)
+    __device__ inline void raise(const float (&top)[NT][2], float score_unit)
     {
         bool higher = false;
 #pragma unroll
@@ -119,10 +119,10 @@ template <int NT, int DV> struct state {
             return;
 #pragma unroll
         for (int n = 0; n < NT; n++)
-            raise_tile(n, top[n][0], top[n][1], unit);
+            raise_tile(n, top[n][0], top[n][1], score_unit);
     }
 
-    __device__ inline void raise_tile(int n, float top0, float top1, float unit)
+    __device__ inline void raise_tile(int n, float top0, float top1, float score_unit)
     {
 #pragma unroll
         for (int x = 4; x < 32; x *= 2) {
@@ -131,10 +131,10 @@ template <int NT, int DV> struct state {
         }
         top0 = fmaxf(top0, m[n][0]);
         top1 = fmaxf(top1, m[n][1]);
-        float f0 = fast_exp2((m[n][0] - top0) * unit), f1 = fast_exp2((m[n][1] - top1) * unit);
+        float f0 = fast_exp2((m[n][0] - top0) * score_unit), f1 = fast_exp2((m[n][1] - top1) * score_unit);
         m[n][0] = top0, m[n][1] = top1;
         l[n][0] *= f0, l[n][1] *= f1;
-        min_sum[n][0] *= f0, min_sum[n][1] *= f1;
+        zero_sum[n][0] *= f0, zero_sum[n][1] *= f1;
 #pragma unroll
         for (int ct = 0; ct < DV / 16; ct++) {
             o[n][ct][0] *= f0, o[n][ct][1] *= f1;
@@ -147,7 +147,7 @@ template <int NT, int DV> struct state {
 
 // The queries of a block as they are: what a lane loads of them, with which it has the channels of
 // B operands as forward_channel deals them.
-template <int NT, int DK> struct plain_queries {
+template <int NT, int DK> struct raw_queries {
     static constexpr int P = padded(DK), GROUPS = P / 32;
     uint4 x[NT][P / 16]; // half of them for bf16
 
@@ -220,7 +220,7 @@ template <int NT, int DK, int WARPS> struct queries {
     // anyone reads. Returns the divisor.
     template <bool F32, int CODEC>
     __device__ inline float rotate(const attend_call &p, uint32_t kv, float sign,
-                                   const plain_queries<NT, DK> &plain, run &r)
+                                   const raw_queries<NT, DK> &raw, run &r)
     {
         constexpr int TILES = (DK / 16 + WARPS - 1) / WARPS;
         int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -229,7 +229,7 @@ template <int NT, int DK, int WARPS> struct queries {
         __nv_bfloat162 top = __float2bfloat162_rn(0);
 #pragma unroll
         for (int n = 0; n < NT; n++) {
-            plain.template operands<F32>(n, q[n], low[n]);
+            raw.template operands<F32>(n, q[n], low[n]);
 #pragma unroll
             for (int i = 0; i < 2 * STEPS; i++)
                 top = __hmax2(top, __habs2(*(__nv_bfloat162 *)&q[n][i]));
@@ -298,9 +298,9 @@ struct tile_place {
     uint32_t position; // of the tile's first token
 };
 
-// What logits want beside the scores. Scores are in units of 1 / `unit` log2 units.
+// What logits want beside the scores. Scores are in units of 1 / `score_unit` log2 units.
 template <int NT> struct logit_terms {
-    float unit;
+    float score_unit;
     float sign;           // of the scale, or 0: scores are taken times it
     float none;           // less than any score, and not so much less that products overflow
     float softcap;        // in log2 units; 0: none
@@ -317,7 +317,7 @@ __device__ inline void mask_scores(const logit_terms<NT> &x, const tile_place &a
     if (GENERAL && x.softcap > 0)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            s[i] = x.softcap / x.unit * tanhf(s[i] * x.unit / x.softcap);
+            s[i] = x.softcap / x.score_unit * tanhf(s[i] * x.score_unit / x.softcap);
     if (MASKED)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -339,7 +339,7 @@ __host__ __device__ constexpr bool upside_down(int codec, int chunk)
 
 // Probabilities of a chunk, and their product with its values.
 template <bool MASKED, int NT, int DK, int DV, int CODEC, int C>
-__device__ inline void add_values(const uint8_t *tile_at, uint32_t codec, const tile_place &at, float unit,
+__device__ inline void add_values(const uint8_t *tile_at, uint32_t codec, const tile_place &at, float score_unit,
                                   const float (&s)[NT][4], state<NT, DV> &st)
 {
     code_words<DV, CODEC> w;
@@ -361,17 +361,17 @@ __device__ inline void add_values(const uint8_t *tile_at, uint32_t codec, const 
     uint32_t b[NT][2];
 #pragma unroll
     for (int n = 0; n < NT; n++) {
-        float m0 = -st.m[n][0] * unit, m1 = -st.m[n][1] * unit;
+        float m0 = -st.m[n][0] * score_unit, m1 = -st.m[n][1] * score_unit;
         auto power = [&](int i) {
             // Where all scores so far are masked, a fused product would not cancel.
-            return MASKED ? fast_exp2((s[n][i] - st.m[n][i % 2]) * unit)
-                          : fast_exp2(fmaf(s[n][i], unit, i % 2 ? m1 : m0));
+            return MASKED ? fast_exp2((s[n][i] - st.m[n][i % 2]) * score_unit)
+                          : fast_exp2(fmaf(s[n][i], score_unit, i % 2 ? m1 : m0));
         };
         float e0 = power(0), e1 = power(1), e2 = power(2), e3 = power(3);
         st.l[n][0] += e0 + e2;
         st.l[n][1] += e1 + e3;
-        st.min_sum[n][0] += e0 * p0.y + e2 * p1.y;
-        st.min_sum[n][1] += e1 * p0.y + e3 * p1.y;
+        st.zero_sum[n][0] += e0 * p0.y + e2 * p1.y;
+        st.zero_sum[n][1] += e1 * p0.y + e3 * p1.y;
         b[n][0] = transpose(pack_fp16(e0 * p0.x, e1 * p0.x));
         b[n][1] = transpose(pack_fp16(e2 * p1.x, e3 * p1.x));
     }
@@ -441,9 +441,9 @@ __device__ inline void attend_tile(const uint8_t *tile_at, uint32_t codec, const
                 for (int i = 1; i < CHUNKS; i++)
                     top[n][e] = fmaxf(top[n][e], fmaxf(s[i][n][e], s[i][n][2 + e]));
             }
-        st.raise(top, x.unit);
+        st.raise(top, x.score_unit);
         static_for<CHUNKS>([&](auto i) {
-            add_values<MASKED, NT, DK, DV, CODEC, half * CHUNKS + i>(tile_at, codec, at, x.unit, s[i], st);
+            add_values<MASKED, NT, DK, DV, CODEC, half * CHUNKS + i>(tile_at, codec, at, x.score_unit, s[i], st);
         });
     });
 }
@@ -562,19 +562,19 @@ __device__ inline void attend_bf16_chunk(const attend_call &p, const row_block &
             uint32_t pos = e < 2 ? pos0 : pos1, index = e < 2 ? i0 : i1;
             s[n][e] = fmaf(s[n][e], 0, s[n][e] * x.sign); // an infinite one is not a number
             if (x.softcap > 0)
-                s[n][e] = x.softcap / x.unit * tanhf(s[n][e] * x.unit / x.softcap);
+                s[n][e] = x.softcap / x.score_unit * tanhf(s[n][e] * x.score_unit / x.softcap);
             if (index >= w.count || pos < x.seen[n][e % 2] || pos > x.last[n][e % 2])
                 s[n][e] = x.none;
         }
         top[n][0] = fmaxf(s[n][0], s[n][2]), top[n][1] = fmaxf(s[n][1], s[n][3]);
     }
-    st.raise(top, x.unit);
+    st.raise(top, x.score_unit);
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float e0 = fast_exp2((s[n][2 * half] - st.m[n][0]) * x.unit);
-            float e1 = fast_exp2((s[n][2 * half + 1] - st.m[n][1]) * x.unit);
+            float e0 = fast_exp2((s[n][2 * half] - st.m[n][0]) * x.score_unit);
+            float e1 = fast_exp2((s[n][2 * half + 1] - st.m[n][1]) * x.score_unit);
             st.l[n][0] += e0;
             st.l[n][1] += e1;
             uint32_t h = pack_bf16(e0, e1); // two bf16 hold 16 bits of a probability

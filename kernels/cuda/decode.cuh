@@ -41,10 +41,10 @@ inline early early_tiles(const attend_params &p, uint32_t warps)
     return p.part_tiles > 2 * warps ? EARLY_SECOND : EARLY_FIRST;
 }
 
-// The tiles [low, end) of a history that some row of a block sees, and into how many parts they are
+// The tiles [first, end) of a history that some row of a block sees, and into how many parts they are
 // cut.
 struct history_range {
-    uint32_t low, end, parts;
+    uint32_t first, end, parts;
 };
 
 template <bool GENERAL>
@@ -54,10 +54,10 @@ __device__ inline history_range history_of(const attend_call &p, const row_block
     if (GENERAL) {
         uint32_t first = first_seen(p, row_position(p, b, b.row0));
         uint32_t last = row_position(p, b, min(b.row0 + block_rows, p.rows) - 1);
-        r.low = min(r.end, first > p.sink ? (first - p.sink) / PAGE : 0);
-        r.end = last < p.sink ? r.low : max(r.low, min(r.end, (last - p.sink) / PAGE + 1));
+        r.first = min(r.end, first > p.sink ? (first - p.sink) / PAGE : 0);
+        r.end = last < p.sink ? r.first : max(r.first, min(r.end, (last - p.sink) / PAGE + 1));
     }
-    uint32_t tiles = r.end - r.low, parts = (uint32_t)((float)tiles * p.parts_a_tile + 0.5f);
+    uint32_t tiles = r.end - r.first, parts = (uint32_t)((float)tiles * p.parts_a_tile + 0.5f);
     r.parts = min(p.splits, max(1, parts));
     if (p.splits == 0 || (tiles == 0 && p.window_splits))
         r.parts = 0;
@@ -74,9 +74,9 @@ __device__ inline uint32_t part_of(const attend_call &p)
 // Where a part begins; all blocks of a unit compute the same.
 __device__ inline uint32_t part_begin(const history_range &r, uint32_t part)
 {
-    uint32_t tiles = r.end - r.low;
+    uint32_t tiles = r.end - r.first;
     float size = __fdividef((float)tiles, (float)r.parts);
-    return r.low + (part == r.parts ? tiles : min(tiles, (uint32_t)(size * (float)part + 0.5f)));
+    return r.first + (part == r.parts ? tiles : min(tiles, (uint32_t)(size * (float)part + 0.5f)));
 }
 
 // Which positions a block's rows see.
@@ -101,7 +101,7 @@ __device__ inline float sign_of(float x)
 // Waits for the kernel in front and asks for the queries. When all blocks have come so far, or ended, the next kernel may
 // take their places as these become free.
 template <int NT, int DK>
-__device__ inline void after_previous(const attend_call &p, const row_block &b, plain_queries<NT, DK> &q)
+__device__ inline void after_previous(const attend_call &p, const row_block &b, raw_queries<NT, DK> &q)
 {
     wait_for_previous();
     let_next_start();
@@ -113,7 +113,7 @@ template <bool GENERAL, int NT, int DK, int DV, int WARPS, int CODEC>
 __device__ inline void history_part(const attend_call &p, const row_block &b,
                                     const history_range &range, uint32_t part,
                                     const block_memory<NT, DK, DV, WARPS, CODEC> &memory,
-                                    plain_queries<NT, DK> &plain,
+                                    raw_queries<NT, DK> &raw,
                                     typename queries<NT, DK, WARPS>::run &r)
 {
     using mem = block_memory<NT, DK, DV, WARPS, CODEC>;
@@ -152,11 +152,11 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
     }
 #endif
     if (p.early)
-        after_previous(p, b, plain);
+        after_previous(p, b, raw);
     auto &rotated = memory.rotated();
     float sign = sign_of(p.scale);
-    float divisor = p.q_type == KVD_DTYPE_F32 ? rotated.template rotate<true, CODEC>(p, b.kv, sign, plain, r)
-                                              : rotated.template rotate<false, CODEC>(p, b.kv, sign, plain, r);
+    float divisor = p.q_type == KVD_DTYPE_F32 ? rotated.template rotate<true, CODEC>(p, b.kv, sign, raw, r)
+                                              : rotated.template rotate<false, CODEC>(p, b.kv, sign, raw, r);
     __syncthreads();
     uint2 q[NT][DK / 16];
     logit_terms<NT> x;
@@ -179,7 +179,7 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
         ask(lane, mine);
     }
 #endif
-    x.unit = p.scale == 0 ? 1 : fabsf(p.scale) * LOG2E * divisor * TWO24;
+    x.score_unit = p.scale == 0 ? 1 : fabsf(p.scale) * LOG2E * divisor * TWO24;
     x.softcap = p.softcap * LOG2E;
     x.none = -1e10f; // scores are below 10
     st.clear(x.none);
@@ -223,19 +223,19 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
 
 template <bool F32, int NT, int DK, int DV, int WARPS, typename M>
 __device__ inline void window_part(const attend_call &p, const row_block &b, uint32_t part,
-                                   const M &memory, const plain_queries<NT, DK> &plain)
+                                   const M &memory, const raw_queries<NT, DK> &raw)
 {
     logit_terms<NT> x;
     state<NT, padded(DV)> st;
     see(p, b, x);
     x.sign = sign_of(p.scale);
     uint32_t q[NT][padded(DK) / 8], q_low[NT][padded(DK) / 8];
-    x.unit = p.scale == 0 ? 1 : fabsf(p.scale) * LOG2E;
+    x.score_unit = p.scale == 0 ? 1 : fabsf(p.scale) * LOG2E;
     x.softcap = p.softcap * LOG2E;
     x.none = NONE;
 #pragma unroll
     for (int n = 0; n < NT; n++)
-        plain.template operands<F32>(n, q[n], q_low[n]);
+        raw.template operands<F32>(n, q[n], q_low[n]);
     st.clear(x.none);
     bf16_tokens w = bf16_tokens_of(p, b);
     uint32_t chunks = (w.count + 15) / 16;
@@ -264,36 +264,36 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
     mem memory = {shared};
     row_block b = place_of<NT>(p);
     uint32_t part = part_of(p);
-    bool plain = part >= p.splits;
+    bool bf16 = part >= p.splits;
     // Rotations do not change while kernels run: they may be read before the last one has finished.
     typename queries<NT, DK, WARPS>::run r;
-    if (!plain) {
+    if (!bf16) {
         queries<NT, DK, WARPS>::load(p, b.kv, 0, r);
         prefetch_place(p, b);
     }
     memory.init();
-    plain_queries<NT, DK> q;
-    if (plain || !p.early) // before the first tiles are asked for, behind which q would wait long
+    raw_queries<NT, DK> q;
+    if (bf16 || !p.early) // before the first tiles are asked for, behind which q would wait long
         after_previous(p, b, q);
     load_lengths(p, b);
     history_range range = history_of<GENERAL>(p, b, 8 * NT);
-    if (!plain && part >= range.parts)
+    if (!bf16 && part >= range.parts)
         return;
     if (threadIdx.x == 0)
         memory.parts() = range.parts;
-    if (plain && p.q_type == KVD_DTYPE_F32)
+    if (bf16 && p.q_type == KVD_DTYPE_F32)
         window_part<true, NT, DK, DV, WARPS>(p, b, part - p.splits, memory, q);
-    else if (plain)
+    else if (bf16)
         window_part<false, NT, DK, DV, WARPS>(p, b, part - p.splits, memory, q);
     else
         history_part<GENERAL, NT, DK, DV, WARPS, CODEC>(p, b, range, part, memory, q, r);
     b = place_of<NT>(p); // again, so that nothing of it was kept in registers
-    part = part_of(p), plain = part >= p.splits;
+    part = part_of(p), bf16 = part >= p.splits;
     uint32_t rows = min((uint32_t)mem::ROWS, p.rows - b.row0);
     __syncthreads();
     uint32_t of_history = uniform(memory.parts()), n = of_history + p.window_splits;
     unrotation<mem, DV> back(p, b, memory);
-    if (n == 1 && !plain)
+    if (n == 1 && !bf16)
         back.start();
     using work = share<NT, DV, WARPS>;
     work mine(rows);
@@ -301,27 +301,27 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
     row_terms t = {};
     if (mine.any())
         t = combine<NT>(memory, warp_partials<mem>{memory}, rows, mine, history, windows);
-    bool rotated = !plain;
+    bool rotated = !bf16;
     if (n > 1) {
         using layout = part_layout<NT, DV>;
         uint64_t unit = ((uint64_t)b.s * p.kv_heads + b.kv) * p.row_blocks + b.row0 / (8 * NT);
         uint32_t most = p.splits + p.window_splits;
         layout parts = {most, (uint8_t *)p.scratch + p.scratch_zeroed + unit * layout::bytes(most)};
-        write_part(parts, plain ? of_history + part - p.splits : part, n, rows, mine, t, history);
+        write_part(parts, bf16 ? of_history + part - p.splits : part, n, rows, mine, t, history);
         if (!arrive_last((uint32_t *)p.scratch + unit, n))
             return;
         rotated = of_history > 0;
-        plain = p.window_splits > 0;
+        bf16 = p.window_splits > 0;
         if (rotated)
             back.start();
         if (mine.any())
             t = combine<NT>(memory, part_partials<layout>{parts, n, of_history}, rows, mine, history, windows);
-    } else if (plain) {
+    } else if (bf16) {
 #pragma unroll
         for (int i = 0; i < work::MOST; i++)
             windows[i] = history[i];
     }
-    finish_rows<NT, DV>(p, b, back, rows, mine, t, rotated, plain, history, windows);
+    finish_rows<NT, DV>(p, b, back, rows, mine, t, rotated, bf16, history, windows);
 }
 
 template <bool GENERAL, int NT, int DK, int DV, int WARPS, int CODEC>

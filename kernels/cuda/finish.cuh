@@ -1,5 +1,5 @@
 // The end of a block's attention. A *partial* result of some rows is, for each row, a maximum m of
-// logits, and relative to it a sum l of probabilities, sums of values and their minima's, `low`. A block
+// logits, and relative to it a sum l of probabilities, sums of values, and `zero_sum`, that of their minima (zero points). A block
 // combines its warps' partials from shared memory; the block that finishes a (sequence, kv head, row
 // block) last combines those of all parts from memory, in the same way, un-rotates the history's share
 // and writes o.
@@ -24,7 +24,7 @@ template <int NT, int DV> struct value_sums {
     }
 };
 
-enum term { TERM_M, TERM_L, TERM_LOW, N_TERMS };
+enum term { TERM_M, TERM_L, TERM_ZERO_SUM, N_TERMS };
 
 // The partials of a unit's parts in memory: each one's sums of values, then [term][row][part], m in log2 units.
 template <int NT, int DV> struct part_layout {
@@ -275,7 +275,7 @@ template <typename L> struct part_partials {
 
 // Terms of a row, of all partials. A lane has those of row lane % ROWS.
 struct row_terms {
-    float m, l, low;
+    float m, l, zero_sum;
 };
 
 __device__ inline void add(float4 &to, const float4 &x, float a, float b, float c, float d)
@@ -315,7 +315,7 @@ __device__ inline row_terms combine(const M &mem, const P &from, uint32_t rows, 
     };
     load(0);
     float4 m = from.terms(TERM_M, row, 4 * four, NONE), l = from.terms(TERM_L, row, 4 * four, 0);
-    float4 low = from.terms(TERM_LOW, row, 4 * four, 0);
+    float4 zero_sum = from.terms(TERM_ZERO_SUM, row, 4 * four, 0);
     row_terms t = {largest(m), 0, 0};
 #pragma unroll
     for (int i = 0; i < S::MOST; i++)
@@ -330,14 +330,14 @@ __device__ inline row_terms combine(const M &mem, const P &from, uint32_t rows, 
     for (uint32_t base = 0; base < from.n; base += BATCH) {
         if (base > 0) {
             m = from.terms(TERM_M, row, base + 4 * four, NONE), l = from.terms(TERM_L, row, base + 4 * four, 0);
-            low = from.terms(TERM_LOW, row, base + 4 * four, 0);
+            zero_sum = from.terms(TERM_ZERO_SUM, row, base + 4 * four, 0);
             __syncwarp();
         }
         float4 f = make_float4(fast_exp2(m.x - t.m), fast_exp2(m.y - t.m), fast_exp2(m.z - t.m),
                                fast_exp2(m.w - t.m));
         *(float4 *)&table[(four * ROWS + lane % ROWS) * 4] = f;
         t.l += dot(f, l);
-        t.low += dot(f, low);
+        t.zero_sum += dot(f, zero_sum);
         __syncwarp();
 #pragma unroll 1
         for (int q = 0; q < FOURS && base + 4 * q < from.n; q += AHEAD) {
@@ -368,7 +368,7 @@ __device__ inline row_terms combine(const M &mem, const P &from, uint32_t rows, 
 #pragma unroll
     for (int k = ROWS; k < 32; k *= 2) {
         t.l += __shfl_xor_sync(~0u, t.l, k);
-        t.low += __shfl_xor_sync(~0u, t.low, k);
+        t.zero_sum += __shfl_xor_sync(~0u, t.zero_sum, k);
     }
     return t;
 }
@@ -384,14 +384,14 @@ __device__ inline void share_results(const M &mem, const logit_terms<NT> &x, con
     auto to = mem.values(warp);
 #pragma unroll
     for (int n = 0; n < NT; n++) {
-        float l[2], low[2];
+        float l[2], zero_sum[2];
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            l[e] = st.l[n][e], low[e] = st.min_sum[n][e];
+            l[e] = st.l[n][e], zero_sum[e] = st.zero_sum[n][e];
 #pragma unroll
             for (int k = 4; k < 32; k *= 2) {
                 l[e] += __shfl_xor_sync(~0u, l[e], k);
-                low[e] += __shfl_xor_sync(~0u, low[e], k);
+                zero_sum[e] += __shfl_xor_sync(~0u, zero_sum[e], k);
             }
         }
         uint32_t row = n * 8 + 2 * t;
@@ -405,9 +405,9 @@ __device__ inline void share_results(const M &mem, const logit_terms<NT> &x, con
             continue;
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            mem.terms(TERM_M, row + e)[warp] = st.m[n][e] > x.none * 0.99f ? st.m[n][e] * x.unit : NONE;
+            mem.terms(TERM_M, row + e)[warp] = st.m[n][e] > x.none * 0.99f ? st.m[n][e] * x.score_unit : NONE;
             mem.terms(TERM_L, row + e)[warp] = l[e];
-            mem.terms(TERM_LOW, row + e)[warp] = low[e];
+            mem.terms(TERM_ZERO_SUM, row + e)[warp] = zero_sum[e];
         }
     }
 }
@@ -427,7 +427,7 @@ __device__ inline void write_part(const L &parts, uint32_t part, uint32_t n, uin
     for (uint32_t k = part; k < end; k++) {
         __stcg(parts.terms(TERM_M, threadIdx.x) + k, k == part ? t.m : NONE);
         __stcg(parts.terms(TERM_L, threadIdx.x) + k, k == part ? t.l : 0);
-        __stcg(parts.terms(TERM_LOW, threadIdx.x) + k, k == part ? t.low : 0);
+        __stcg(parts.terms(TERM_ZERO_SUM, threadIdx.x) + k, k == part ? t.zero_sum : 0);
     }
 }
 
@@ -489,7 +489,7 @@ __device__ inline float add_sink(const attend_call &p, const row_block &b, uint3
 // Writes o and lse of a block's rows: un-rotates the history's share where there is one.
 template <int NT, int DV, typename M, typename S>
 __device__ inline void finish_rows(const attend_call &p, const row_block &b, const unrotation<M, DV> &back,
-                                   uint32_t rows, const S &mine, const row_terms &t, bool rotated, bool plain,
+                                   uint32_t rows, const S &mine, const row_terms &t, bool rotated, bool bf16,
                                    const float4 (&history)[S::MOST], const float4 (&windows)[S::MOST])
 {
     constexpr int WARPS = M::COUNT, TILES = padded(DV) / 8;
@@ -506,11 +506,11 @@ __device__ inline void finish_rows(const attend_call &p, const row_block &b, con
         float unit = has_levels(M::COMPILED_CODEC) ? 1 : TWO24 * slot_factor<M::COMPILED_CODEC>(channel / 16);
         auto put = [&](int k, float x, float y) {
             int row = quad * 4 + k;
-            float low = __shfl_sync(~0u, t.low, row), f = __shfl_sync(~0u, scaled, row);
+            float zero_sum = __shfl_sync(~0u, t.zero_sum, row), f = __shfl_sync(~0u, scaled, row);
             float g = __shfl_sync(~0u, inverse, row);
             if (rotated)
-                mem.history()[row * M::PITCH + channel] = round_tf32(fmaf(x, unit, low) * f);
-            if (plain)
+                mem.history()[row * M::PITCH + channel] = round_tf32(fmaf(x, unit, zero_sum) * f);
+            if (bf16)
                 mem.windows()[row * M::PITCH + window_channel(channel)] = y * g;
         };
         put(0, history[i].x, windows[i].x), put(1, history[i].y, windows[i].y);
@@ -533,7 +533,7 @@ __device__ inline void finish_rows(const attend_call &p, const row_block &b, con
             if (row >= rows || (DV % 32 && channel >= DV))
                 continue;
             float2 x = make_float2(c[2 * half], c[2 * half + 1]);
-            if (plain) {
+            if (bf16) {
                 float2 w = *(const float2 *)&mem.windows()[row * M::PITCH + channel];
                 x.x += w.x, x.y += w.y;
             }
