@@ -2,9 +2,11 @@
 #include <grpc/byte_buffer.h>
 #include <grpc/grpc_security.h>
 #include <grpc/slice.h>
+#include <grpc/support/alloc.h>
 #include <utlist.h>
 
 #include "daemon/rpc/links.h"
+#include "daemon/rpc/peers.h"
 #include "daemon/rpc/rpc_internal.h"
 
 int kvd_call_charge(struct kvd_call *c, struct kvd_error *err)
@@ -14,10 +16,15 @@ int kvd_call_charge(struct kvd_call *c, struct kvd_error *err)
     if (kvd_link_begin_call(c->link, err))
         return err->code;
     c->counted = true;
+    char *peer = c->link ? NULL : grpc_call_get_peer(c->call);
+    int rc = kvd_peers_begin_call(peer, &c->peer, err);
+    gpr_free(peer);
+    if (rc)
+        return rc;
     struct kvd_user *user =
         kvd_user_ref(c->d, c->link ? kvd_link_uid(c->link) : (int64_t)KVD_USER_UNKNOWN);
-    int rc = user ? kvd_user_take(user, KVD_SHARE_CALLS, 1, err)
-                  : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    rc = user ? kvd_user_take(user, KVD_SHARE_CALLS, 1, err)
+              : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     if (rc)
         kvd_user_unref(&user);
     c->user = user;
@@ -38,6 +45,7 @@ static void release(struct kvd_call *c)
         kvd_user_give(c->user, KVD_SHARE_REPLY_BYTES, c->reply_bytes);
         kvd_user_give(c->user, KVD_SHARE_CALLS, 1);
     }
+    kvd_peers_end_call(&c->peer);
     kvd_link_end_call(c->link, c->counted);
     kvd_link_give(c->link, c->reply_bytes);
     kvd_user_unref(&c->user);

@@ -11,6 +11,7 @@
 
 #include "daemon/rpc/listen.h"
 #include "daemon/rpc/meter.h"
+#include "daemon/rpc/peers.h"
 #include "daemon/rpc/rpc_internal.h"
 
 enum {
@@ -229,6 +230,13 @@ static bool grow(struct kvd_links *all, int number)
     return true;
 }
 
+// Those over TLS may have what one user may.
+static void limit_peers(const struct kvd_daemon *d)
+{
+    kvd_peers_limit(kvd_share_total(d, KVD_SHARE_CONNECTIONS) / 4 * 3,
+                    kvd_share_total(d, KVD_SHARE_CALLS) / 4 * 3);
+}
+
 static void on_tick(uv_timer_t *timer)
 {
     struct kvd_daemon *d = timer->data;
@@ -242,6 +250,7 @@ static void on_tick(uv_timer_t *timer)
             kvd_link_cut(l, NULL);
     }
     kvd_meter_total(total);
+    limit_peers(d); // a reload may have changed it
 }
 
 // Makes the record; the descriptors stay the caller's on failure.
@@ -456,6 +465,7 @@ int kvd_links_init(struct kvd_daemon *d, struct kvd_error *err)
     d->links->plain = grpc_insecure_server_credentials_create();
     kvd_share_possible(d, KVD_SHARE_CONNECTIONS, connections_possible(d));
     kvd_share_possible(d, KVD_SHARE_DESCRIPTORS, kvd_share_total(d, KVD_SHARE_CONNECTIONS));
+    limit_peers(d);
     uv_timer_init(&d->loop, &d->links->timer);
     uv_timer_init(&d->loop, &d->links->turn_timer);
     uv_timer_init(&d->loop, &d->links->cut_timer);

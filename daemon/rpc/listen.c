@@ -15,6 +15,7 @@
 
 #include "daemon/core/config_load.h"
 #include "daemon/rpc/meter.h"
+#include "daemon/rpc/peers.h"
 
 enum {
     ACCEPT_AT_ONCE = 8, // then others have their turn
@@ -78,14 +79,25 @@ static bool turn_away(int listener)
 
 // gRPC's own listeners (those with TLS) call this instead of libc's, as the linker puts the
 // program's symbols first: gRPC closes a listener for good when accept fails for want of a
-// descriptor. It is told that nobody waits, which is true after those who did were turned away.
+// descriptor, and bounds no number of connections. It is told that nobody waits, which is true
+// after those who did were turned away.
 __attribute__((visibility("default"))) int accept4(int listener, struct sockaddr *addr,
                                                    socklen_t *len, int flags)
 {
-    int fd = (int)syscall(SYS_accept4, listener, addr, len, flags);
-    kvd_meter_forget(fd);
-    if (fd >= 0 || !is_shortage(errno))
-        return fd;
+    socklen_t room = len ? *len : 0;
+    for (;;) {
+        int fd = (int)syscall(SYS_accept4, listener, addr, len, flags);
+        kvd_meter_forget(fd);
+        if (fd >= 0 && kvd_peers_add(fd))
+            return fd;
+        if (fd < 0)
+            break;
+        close(fd);
+        if (len)
+            *len = room;
+    }
+    if (!is_shortage(errno))
+        return -1;
     note_shortage(errno);
     while (turn_away(listener))
         continue;

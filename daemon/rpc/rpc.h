@@ -55,12 +55,13 @@ struct kvd_call {
     grpc_metadata_array metadata;
     gpr_timespec deadline;
     uint64_t accepted_ns;
-    struct kvd_link *link; // NULL: it came over TLS
-    bool counted;          // by the link
-    bool unsettled;        // the next turn waits for it
-    struct kvd_user *user; // who is charged; NULL: not charged
-    uint64_t reply_bytes;  // taken of the reply share
-    uint64_t sending_ms;   // since when there is something to send; 0: nothing
+    struct kvd_link *link;         // NULL: it came over TLS
+    struct kvd_peer_address *peer; // NULL: by a link
+    bool counted;                  // by the link
+    bool unsettled;                // the next turn waits for it
+    struct kvd_user *user;         // who is charged; NULL: not charged
+    uint64_t reply_bytes;          // taken of the reply share
+    uint64_t sending_ms;           // since when there is something to send; 0: nothing
     struct kvd_call *previous_unread, *next_unread;
     struct kvd_tag request_tag, done_tag, close_tag, send_tag;
     ProtobufCMessage *request;

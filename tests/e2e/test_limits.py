@@ -2,6 +2,7 @@
 import fcntl
 import os
 import resource
+import select
 import signal
 import socket
 import struct
@@ -16,7 +17,7 @@ import grpc
 import pytest
 
 import kvd as package
-from conftest import BUILD, KVD, Rpc, admin, free_port, geometry, kv
+from conftest import BUILD, KVD, Rpc, admin, certificates, free_port, geometry, kv
 from h2 import Connection, frame
 from test_death import FdSocket, memfd, wait_for
 
@@ -527,6 +528,39 @@ def test_a_tls_listener_outlives_a_shortage_of_descriptors(start, folder):
     for s in held:
         s.close()
     credentials = grpc.ssl_channel_credentials((folder / "cert").read_bytes())
+    assert wait_for(lambda: answers(f"127.0.0.1:{port}", credentials))
+
+
+def test_connections_over_tls_are_bounded_by_address_and_in_all(start, folder):
+    certificates(folder, server="IP:127.0.0.1")
+    port = free_port()
+    kvd = start("--listen", f"127.0.0.1:{port}", config=f"""
+[kvd]
+max-connections = 16
+[tls]
+cert = {folder}/server.pem
+key = {folder}/server.key
+""")
+
+    def connect(source, n):
+        """How many of n connections stay."""
+        held = [socket.create_connection(("127.0.0.1", port), 5, (source, 0)) for _ in range(n)]
+        time.sleep(0.3)
+        stay = [s for s in held if not select.select([s], [], [], 0)[0]]  # the others were hung up on
+        for s in held:
+            if s not in stay:
+                s.close()
+        return stay
+
+    held = connect("127.0.0.1", 9)
+    assert len(held) == 6  # half of three quarters of 16
+    held += connect("127.0.0.2", 5) + connect("127.0.0.3", 5)
+    assert len(held) == 12
+    assert "127.0.0.1 has 6" in kvd.text()
+    kvd.kvctl("ping", 1)  # the unix socket's are others
+    for s in held:
+        s.close()
+    credentials = grpc.ssl_channel_credentials((folder / "ca.pem").read_bytes())
     assert wait_for(lambda: answers(f"127.0.0.1:{port}", credentials))
 
 

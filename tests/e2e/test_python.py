@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kvd as package
-from conftest import BUILD, SOURCE
+from conftest import BUILD, SOURCE, certificates, free_port
 
 os.environ.setdefault("KVD_LIBRARY", str(BUILD / "client/libkvd.so.0"))
 LAYERS, Q_HEADS, KV_HEADS, DIM = 3, 6, 2, 64
@@ -366,3 +366,33 @@ def test_direct_mode(kvd, codec):
             twin.read(0, twin.length, k=want[0], v=want[1])
             for a, b in zip(got, want):
                 assert np.array_equal(a.array, b.array)
+
+
+def test_a_client_over_mutual_tls(start, folder):
+    """What C's options have, Python's have too."""
+    certificates(folder, server="IP:127.0.0.1,DNS:kvd.test", worker="DNS:worker")
+    port = free_port()
+    kvd = start("--listen", f"127.0.0.1:{port}", config=f"""
+[tls]
+cert = {folder}/server.pem
+key = {folder}/server.key
+client-ca = {folder}/ca.pem
+""")
+    tls = {"tls_ca": f"{folder}/ca.pem", "tls_cert": f"{folder}/worker.pem", "tls_key": f"{folder}/worker.key"}
+    address = f"127.0.0.1:{port}"
+    x = values(1, LAYERS, 5, KV_HEADS, DIM)
+    with connect(kvd, address=address, lease=5, **tls) as client:
+        s = client.create()
+        s.append(fill(client, x), fill(client, x))
+        s.publish("tls")
+        again = client.attach("tls")
+        assert s.describe().holds == again.describe().holds == 2 and s.describe().length == 5
+        again.free()
+        assert s.describe().holds == 1
+    with connect(kvd, address=address, tls_server_name="kvd.test", **tls):
+        pass
+    for wrong in ({"tls_server_name": "other.test"}, {"tls_cert": None, "tls_key": None}):
+        with pytest.raises(package.Error):
+            connect(kvd, address=address, timeout=2, **{**tls, **wrong})
+    with pytest.raises(TypeError, match="lease"):
+        connect(kvd, address=address, lease="long", **tls)

@@ -30,11 +30,12 @@ class SequenceInfo:
     bytes: int
     holders: int
     name: str
+    holds: int  # of this client; each goes by a free()
 
 
 def _info(s: lib.SequenceStruct) -> SequenceInfo:
     return SequenceInfo(s.sequence, s.length, s.sink_tokens, s.history_tokens, s.recent_tokens, s.pending_length,
-                        s.pending_layers, s.bytes, s.holders, s.name.decode())
+                        s.pending_layers, s.bytes, s.holders, s.name.decode(), s.holds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,13 +188,16 @@ class Client(lib.OfProcess):
             pair for K and V: two of 64, 128 and 256, or (192, 128).
     rotation_set: "model@tag", "sha256:...", "hadamard", "random" or "identity"; None: what suits the codec. sink, recent:
     tokens kept in bf16; None: 64 and 256. address: "unix:/path" or "host:port"; None: $KVD_ADDRESS, or the
-    one that listens under /run/kvd. timeout: seconds for each call.
+    one that listens under /run/kvd. timeout: seconds for each call. lease: seconds after which a session over TCP ends when
+    its client is not heard of; None: 60. tls_ca, tls_cert, tls_key: PEM files for TCP; None: no TLS, no certificate of
+    one's own. tls_server_name: if it differs from the address.
     """
 
     def __init__(self, *, layers: Iterable[int], q_heads: int, kv_heads: int, head_dim: Union[int, tuple[int, int]],
                  codec: Codec = "int2", rotation_set: Optional[str] = None, sink: Optional[int] = None,
                  recent: Optional[int] = None, address: Optional[str] = None, namespace: Optional[str] = None,
-                 name: Optional[str] = None, timeout: float = 30.0):
+                 name: Optional[str] = None, timeout: float = 30.0, lease: Optional[float] = None, tls_ca: Optional[str] = None,
+                 tls_cert: Optional[str] = None, tls_key: Optional[str] = None, tls_server_name: Optional[str] = None):
         super().__init__()
         self.layers = [_check.integer(f"layers[{i}]", x) for i, x in enumerate(layers)]
         pair = head_dim if isinstance(head_dim, (tuple, list)) else (head_dim, head_dim)
@@ -203,7 +207,8 @@ class Client(lib.OfProcess):
         self.q_heads, self.kv_heads, self.head_dim = _check.integer("q_heads", q_heads), _check.integer("kv_heads", kv_heads), dims
         windows = (64 if sink is None else _check.integer("sink", sink), 256 if recent is None else _check.integer("recent", recent))
         names = {n: _check.text(n, x) if x is not None else None for n, x in (
-            ("address", address), ("namespace", namespace), ("name", name), ("codec", codec), ("rotation_set", rotation_set))}
+            ("address", address), ("namespace", namespace), ("name", name), ("codec", codec), ("rotation_set", rotation_set),
+            ("tls_ca", tls_ca), ("tls_cert", tls_cert), ("tls_key", tls_key), ("tls_server_name", tls_server_name))}
         kv, q = ("kv_heads", "head_dim"), ("q_heads", "head_dim")  # names and sizes of a tensor's last dimensions
         self._rows = {"k": (kv, (self.kv_heads, dims[0])), "v": (kv, (self.kv_heads, dims[1])), "q": (q, (self.q_heads, dims[0])),
                       "o": (q, (self.q_heads, dims[1])), "lse": (q[:1], (self.q_heads,))}
@@ -214,7 +219,9 @@ class Client(lib.OfProcess):
             address=names["address"] or None, namespace_name=names["namespace"] or None, client_name=names["name"] or None,
             timeout_ms=max(1, _check.milliseconds("timeout", timeout)), layers=ids, n_layers=len(self.layers),
             q_heads=self.q_heads, kv_heads=self.kv_heads, head_dim_k=dims[0], head_dim_v=dims[1], codec=names["codec"],
-            rotation_set=names["rotation_set"] or None, sink=windows[0], recent=windows[1], no_windows=windows == (0, 0))
+            rotation_set=names["rotation_set"] or None, sink=windows[0], recent=windows[1], no_windows=windows == (0, 0),
+            lease_ms=0 if lease is None else max(1, _check.milliseconds("lease", lease)), tls_ca=names["tls_ca"] or None,
+            tls_cert=names["tls_cert"] or None, tls_key=names["tls_key"] or None, tls_server_name=names["tls_server_name"] or None)
         self._handle = c.c_void_p()
         self._directs: set[Any] = set()
         self._buffers: set[Any] = set()
