@@ -127,7 +127,8 @@ check "a worker in C from libkvd-dev" 'cp /usr/share/doc/libkvd-dev/examples/wor
 check "pkg-config names no place of the build" '! pkg-config --cflags --libs --static kvd | grep -E "/tmp|build"'
 check "a worker in Python from python3-kvd" 'python3 /srv/worker.py unix:/run/kvd/1/kvd.sock'
 check "kvd-worker tells what it wants" 'kvd-worker --help | grep -q -- --temperature
-    cd /srv; touch model.gguf; ! kvd-worker model.gguf Hello 2>/tmp/e; grep -q "pip install gguf" /tmp/e'
+    cd /srv; ! kvd-worker model.gguf Hello 2>/tmp/e; grep -q "no such file" /tmp/e; touch model.gguf
+    ! kvd-worker model.gguf Hello 2>/tmp/e; grep -q "pip install gguf" /tmp/e'
 check "a user of the group may, another may not" 'useradd -G kvd member; useradd stranger
     setpriv --reuid member --regid member --init-groups python3 /srv/worker.py unix:/run/kvd/0/kvd.sock
     ! setpriv --reuid stranger --regid stranger --init-groups python3 /srv/worker.py unix:/run/kvd/0/kvd.sock'

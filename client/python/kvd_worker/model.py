@@ -83,6 +83,8 @@ class Model:
         self.top: dict[str, np.ndarray] = {}
         self.blocks: list[dict[str, np.ndarray]] = []
         self._unknown: list[str] = []
+        if not p.exists():
+            raise FileNotFoundError(f"{p}: there is no such file or folder")
         if p.is_dir():
             self._load_folder(p)
         elif p.suffix == ".gguf":
