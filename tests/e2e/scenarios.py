@@ -67,7 +67,7 @@ class Scenario:
 
     OPERATIONS = (("append", 22), ("step", 20), ("attend", 18), ("read", 8), ("fork", 7), ("truncate", 7), ("publish", 5),
                   ("attach", 11), ("free", 4), ("wrong", 9), ("replay", 12), ("together", 5), ("replace", 3), ("create", 2),
-                  ("direct", 2))
+                  ("direct", 2), ("unfinished", 5))
 
     def __init__(self, kv, address, places, seed, without=(), direct=None, errors=None):
         self.kv, self.address, self.places, self.seed, self.without = kv, address, places, seed, without
@@ -239,17 +239,17 @@ class Scenario:
         self.rng.shuffle(others)
         return [first] + others[:int(self.rng.integers(0, 3))] if self.chance(0.3) else [first]
 
-    def prepare_append(self, session, sequences, step):
-        """Append or Step to sequences that are as far with their layers."""
+    def prepare_append(self, session, sequences, step, count=None, tokens=None):
+        """Append or Step to sequences that are as far with their layers; of so many layers and tokens, or as it comes."""
         begin = sequences[0].pending_layers
         left = self.g.layers - begin
-        count = left if self.chance(0.75) else int(self.rng.integers(1, left + 1))
+        count = count or (left if self.chance(0.75) else int(self.rng.integers(1, left + 1)))
         a, params = self.params()
         for s in sequences if step else []:
             self.learn(session, s, begin, count)
         tensors, items, checks = Tensors(session, self.rng), [], []
         for s in sequences:
-            n = s.pending_length - s.length if begin else self.tokens(MOST_TOKENS - s.length)
+            n = s.pending_length - s.length if begin else tokens or self.tokens(MOST_TOKENS - s.length)
             k, v = self.rows(count, n)
             request_id = session.request_id() if self.chance(0.8) else 0
             fields = dict(sequence=s.id, position=s.length, tokens=n, k=tensors.give(k), v=tensors.give(v), request_id=request_id)
@@ -369,6 +369,18 @@ class Scenario:
         keep = s.length if self.chance(0.15) else int(self.rng.integers(0, s.length + 1))
         if self.chance(0.4):
             keep = max(0, s.length - int(self.rng.integers(0, 40)))
+        self.truncate(session, s, keep)
+
+    def do_unfinished(self):
+        """An append of some layers that takes the window's first slots, or just does not, and then a truncation into the window."""
+        session, s = self.holder(lambda s: s.length > s.hist_end and not s.pending_layers)
+        tokens = s.hist_end + self.g.ring + int(self.rng.integers(-3, 10)) - s.length
+        if s.pending_layers or self.g.layers == 1 or s.length <= s.hist_end or not 0 < tokens <= MOST_TOKENS - s.length:
+            return
+        self.prepare_append(session, [s], False, int(self.rng.integers(1, self.g.layers)), tokens).run()
+        self.truncate(session, s, int(self.rng.integers(s.hist_end, s.length + 1)))
+
+    def truncate(self, session, s, keep):
         self.say("truncate", f"TruncateSequence by {session.label} of {s.id} from {s.length} (history to {s.hist_end}, "
                  f"{s.pending_layers} layers pending) to {keep}")
         code, reply = session.call("TruncateSequence", sequence=s.id, length=keep)
