@@ -1,5 +1,7 @@
 #include "daemon/session/pool.h"
 
+#include <sysexits.h>
+
 #include "daemon/session/memory.h"
 
 enum {
@@ -183,6 +185,23 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
     return KVD_OK;
 }
 
+// With KVD_VERIFY_POOL in the environment, for tests: kvd walks its pool when it drains, with what
+// workers hold, and at its end, and fails if something is lost or owned twice.
+static void verify(struct kvd_daemon *d, const char *when)
+{
+    struct kvd_error err = {0};
+    if (!d->pool || !getenv("KVD_VERIFY_POOL") || kvd_pool_verify(d->pool, &err) == KVD_OK)
+        return;
+    kvd_error("the pool is not as it should be %s: %s", when, err.text);
+    d->exit_code = EX_SOFTWARE;
+}
+
+static void draining(struct kvd_daemon *d)
+{
+    if (!d->works) // they have pages that belong to no sequence yet
+        verify(d, "when kvd drains");
+}
+
 static void end(struct kvd_daemon *d)
 {
     if (d->evictable)
@@ -191,6 +210,7 @@ static void end(struct kvd_daemon *d)
 
 static void deinit(struct kvd_daemon *d)
 {
+    verify(d, "at the end");
     if (d->evictable)
         kvd_pool_look_drop(&d->evictable->look);
     free(KVD_TAKE(d->evictable));
@@ -199,4 +219,4 @@ static void deinit(struct kvd_daemon *d)
 }
 
 const struct kvd_part kvd_part_pool = {
-    .init = init, .end = end, .deinit = deinit, .metrics = metrics};
+    .init = init, .end = end, .deinit = deinit, .draining = draining, .metrics = metrics};

@@ -63,7 +63,7 @@ class Daemon:
             (self.folder / "kvd.conf").write_text(config)
             command += ["--config", str(self.folder / "kvd.conf")]
         self.command = command + list(args)
-        self.env = {**os.environ, **(env or {})}
+        self.env = {**os.environ, "KVD_VERIFY_POOL": "1", **(env or {})}
         self.process = None
         self.start(wait)
 
