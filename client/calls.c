@@ -177,7 +177,7 @@ struct batch {
 static struct kvd_dims dims_of(const kvd_client *c, kvd_layers l, uint32_t tokens, bool q, bool v,
                                kvd_dtype_t dtype)
 {
-    const Kvd__V1__Geometry *g = &c->geometry;
+    const Kvd__V1__Layout *g = &c->layout;
     return (struct kvd_dims){.layers = l.count ? l.count : (uint32_t)g->n_layers - l.begin,
                              .tokens = tokens,
                              .heads = q ? g->q_heads : g->kv_heads,

@@ -32,7 +32,7 @@ struct kvd_client {
     bool remote;      // over TCP: nothing is shared
     char *address, *namespace_name, *client_name, *codec, *rotation_set;
     uint32_t *layers;
-    Kvd__V1__Geometry geometry; // refers to the copies above
+    Kvd__V1__Layout layout; // refers to the copies above
     Kvd__V1__Windows windows;
     uint32_t timeout_ms, lease_ms;
     struct kvd_channel *channel;

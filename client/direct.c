@@ -481,9 +481,13 @@ kvd_result kvd_direct_bind(kvd_direct *d, uint32_t slot, uint64_t sequence, kvd_
 
 static int take_layout(struct kvd_direct *d, struct kvd_error *err)
 {
-    const Kvd__V1__Geometry *g = d->client->opened->geometry;
-    if (!g || !g->windows)
+    const Kvd__V1__Layout *g = d->client->opened->layout;
+    if (!g || g->n_planes == 0)
         return kvd_fail(err, KVD_E_INTERNAL, "kvd told no layout");
+    if (g->n_planes > 1)
+        return kvd_fail(err, KVD_E_UNSUPPORTED,
+                        "the session's layout has %zu planes; direct mode is for layouts of one",
+                        g->n_planes);
     d->plane = (struct kvd_plane){.n_layers = (uint32_t)g->n_layers,
                                   .q_heads = g->q_heads,
                                   .kv_heads = g->kv_heads,
@@ -491,7 +495,11 @@ static int take_layout(struct kvd_direct *d, struct kvd_error *err)
                                   .head_dim_v = g->head_dim_v,
                                   .codec = kvd_codec_find(g->codec),
                                   .sink = g->windows->sink,
-                                  .recent = g->windows->recent};
+                                  .recent = g->windows->recent,
+                                  .window = g->window};
+    // The plane's window and the caller's: the smaller counts.
+    if (g->window && (!d->attention.window || d->attention.window > g->window))
+        d->attention.window = g->window;
     if (d->plane.codec == KVD_CODEC_COUNT)
         return kvd_fail(err, KVD_E_UNSUPPORTED,
                         "kvd stores in codec %.40s, which this libkvd does not know", g->codec);

@@ -86,7 +86,7 @@ static int make_session(kvd_client *c, uint64_t deadline, struct kvd_error *err)
     req.namespace_name = c->namespace_name;
     req.ticket = ticket;
     req.client_name = c->client_name;
-    req.geometry = &c->geometry;
+    req.layout = &c->layout;
     req.lease_ms = c->lease_ms;
     int rc = kvd_channel_call(c->channel, "/kvd.v1.KvCache/OpenSession", &req,
                               &kvd__v1__open_session_reply__descriptor, kvd_left_ms(deadline),
@@ -262,16 +262,16 @@ static kvd_client *client_new(const kvd_options *o)
     kvd__v1__windows__init(&c->windows);
     c->windows.sink = o->sink;
     c->windows.recent = o->recent;
-    kvd__v1__geometry__init(&c->geometry);
-    c->geometry.n_layers = o->n_layers;
-    c->geometry.layers = c->layers;
-    c->geometry.q_heads = o->q_heads;
-    c->geometry.kv_heads = o->kv_heads;
-    c->geometry.head_dim_k = o->head_dim_k;
-    c->geometry.head_dim_v = o->head_dim_v;
-    c->geometry.codec = c->codec;
-    c->geometry.rotation_set = c->rotation_set;
-    c->geometry.windows = o->sink || o->recent || o->no_windows ? &c->windows : NULL;
+    kvd__v1__layout__init(&c->layout);
+    c->layout.n_layers = o->n_layers;
+    c->layout.layers = c->layers;
+    c->layout.q_heads = o->q_heads;
+    c->layout.kv_heads = o->kv_heads;
+    c->layout.head_dim_k = o->head_dim_k;
+    c->layout.head_dim_v = o->head_dim_v;
+    c->layout.codec = c->codec;
+    c->layout.rotation_set = c->rotation_set;
+    c->layout.windows = o->sink || o->recent || o->no_windows ? &c->windows : NULL;
     return c;
 }
 
@@ -348,12 +348,12 @@ kvd_result kvd_get_info(kvd_client *c, kvd_info *out, kvd_failure *err)
     kvd_info info = {.version = r->version,
                      .backend = r->backend,
                      .instance = r->instance,
-                     .rotation_set = r->geometry ? r->geometry->rotation_set : "",
+                     .rotation_set = r->layout ? r->layout->rotation_set : "",
                      .bf16_page_bytes = r->bf16_page_bytes,
                      .codec_page_bytes = r->codec_page_bytes};
-    if (r->geometry && r->geometry->windows) {
-        info.sink = r->geometry->windows->sink;
-        info.recent = r->geometry->windows->recent;
+    if (r->layout && r->layout->windows) {
+        info.sink = r->layout->windows->sink;
+        info.recent = r->layout->windows->recent;
     }
     kvd_sized_give(&kvd_sized_info, &info, out);
     kvd_gate_leave(&c->gate);

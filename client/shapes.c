@@ -95,7 +95,7 @@ static int check_tensor(const kvd_client *c, const kvd_tensor_ref *t, const stru
 
 static int check_layers(const kvd_client *c, kvd_layers l, uint32_t *count, struct kvd_error *err)
 {
-    uint32_t n = (uint32_t)c->geometry.n_layers;
+    uint32_t n = (uint32_t)c->layout.n_layers;
     if (l.begin >= n || l.count > n - l.begin)
         return kvd_fail(err, KVD_E_INVALID, "layers %u to %llu are not all among the client's %u",
                         l.begin, (unsigned long long)l.begin + (l.count ? l.count - 1 : 0), n);
@@ -134,12 +134,12 @@ static int check_kv(const kvd_client *c, uint32_t layers, const kvd_item *item,
     struct expected x = {.name = "k",
                          .layers = layers,
                          .tokens = item->tokens,
-                         .heads = c->geometry.kv_heads,
-                         .dim = c->geometry.head_dim_k,
+                         .heads = c->layout.kv_heads,
+                         .dim = c->layout.head_dim_k,
                          .bf16 = true};
     int rc = check_tensor(c, &item->k, &x, err);
     x.name = "v";
-    x.dim = c->geometry.head_dim_v;
+    x.dim = c->layout.head_dim_v;
     return rc ? rc : check_tensor(c, &item->v, &x, err);
 }
 
@@ -149,11 +149,11 @@ static int check_qo(const kvd_client *c, uint32_t layers, const kvd_item *item,
     struct expected x = {.name = "q",
                          .layers = layers,
                          .tokens = item->tokens,
-                         .heads = c->geometry.q_heads,
-                         .dim = c->geometry.head_dim_k};
+                         .heads = c->layout.q_heads,
+                         .dim = c->layout.head_dim_k};
     int rc = check_tensor(c, &item->q, &x, err);
     x.name = "o";
-    x.dim = c->geometry.head_dim_v;
+    x.dim = c->layout.head_dim_v;
     x.role = OUTPUT;
     if (rc == KVD_OK)
         rc = check_tensor(c, &item->o, &x, err);
@@ -197,15 +197,15 @@ int kvd_check_rotate(const kvd_client *c, bool v, kvd_layers layers, uint32_t ro
     struct expected shape = {.name = "x",
                              .tokens = rows,
                              .heads = heads,
-                             .dim = v ? c->geometry.head_dim_v : c->geometry.head_dim_k};
+                             .dim = v ? c->layout.head_dim_v : c->layout.head_dim_k};
     if (!x || !y)
         return kvd_fail(err, KVD_E_INVALID, "%s is missing", x ? "y" : "x");
     int rc = check_layers(c, layers, &shape.layers, err);
     if (rc == KVD_OK)
         rc = check_range("rows", 0, rows, err);
-    if (rc == KVD_OK && heads != c->geometry.kv_heads && heads != c->geometry.q_heads)
+    if (rc == KVD_OK && heads != c->layout.kv_heads && heads != c->layout.q_heads)
         rc = kvd_fail(err, KVD_E_INVALID, "heads is %u; it must be kv_heads (%u) or q_heads (%u)",
-                      heads, c->geometry.kv_heads, c->geometry.q_heads);
+                      heads, c->layout.kv_heads, c->layout.q_heads);
     if (rc == KVD_OK)
         rc = check_tensor(c, x, &shape, err);
     shape.name = "y";
@@ -218,8 +218,8 @@ int kvd_check_read(const kvd_client *c, kvd_layers layers, uint64_t begin, uint3
 {
     struct expected x = {.name = "k",
                          .tokens = count,
-                         .heads = c->geometry.kv_heads,
-                         .dim = c->geometry.head_dim_k,
+                         .heads = c->layout.kv_heads,
+                         .dim = c->layout.head_dim_k,
                          .role = OUTPUT};
     if (!k && !v)
         return kvd_fail(err, KVD_E_INVALID, "neither k nor v is wanted");
@@ -229,7 +229,7 @@ int kvd_check_read(const kvd_client *c, kvd_layers layers, uint64_t begin, uint3
     if (rc == KVD_OK && k)
         rc = check_tensor(c, k, &x, err);
     x.name = "v";
-    x.dim = c->geometry.head_dim_v;
+    x.dim = c->layout.head_dim_v;
     return rc || !v ? rc : check_tensor(c, v, &x, err);
 }
 

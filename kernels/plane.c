@@ -23,6 +23,11 @@ int kvd_plane_check(const struct kvd_plane *p, struct kvd_error *err)
         return kvd_fail(err, KVD_E_INVALID,
                         "sink is %u tokens; it must be a multiple of %d, at most %d", p->sink,
                         KVD_CHUNK_TOKENS, KVD_MAX_SINK);
+    if (p->window > KVD_MAX_LENGTH || (p->window && p->sink))
+        return kvd_fail(
+            err, KVD_E_INVALID,
+            "window is %u and sink %u tokens; a window has at most %d, and wants sink 0", p->window,
+            p->sink, KVD_MAX_LENGTH);
     if (p->recent % KVD_CHUNK_TOKENS || p->recent > KVD_MAX_RECENT)
         return kvd_fail(err, KVD_E_INVALID,
                         "recent is %u tokens; it must be a multiple of %d, at most %d", p->recent,

@@ -64,9 +64,9 @@ struct kvd_daemon {
     struct kvd_memory_state *memory;
     struct kvd_pool *pool;
     struct kvd_evictable *evictable;
-    struct kvd_rotation *rotations[KVD_MAX_LAYOUTS]; // by pool layout
-    int rotation_fds[KVD_MAX_LAYOUTS];               // the same for workers; -1: none
-    struct kvd_session *sessions;                    // by secret
+    struct kvd_rotation *rotations[KVD_MAX_LAYOUTS][KVD_MAX_PLANES]; // by the pool's layouts
+    int rotation_fds[KVD_MAX_LAYOUTS][KVD_MAX_PLANES]; // the same for workers; -1: none
+    struct kvd_session *sessions;                      // by secret
     uint32_t n_sessions;
     uint64_t next_session,
         next_buffer; // buffer ids are the daemon's, never a session's, so a stale one names nothing

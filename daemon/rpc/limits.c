@@ -8,7 +8,9 @@ static const struct {
     const char *field;
     size_t most;
 } limits[] = {
-    {&kvd__v1__geometry__descriptor, "layers", KVD_MAX_LAYERS},
+    {&kvd__v1__layout__descriptor, "layers", KVD_MAX_LAYERS},
+    {&kvd__v1__layout__descriptor, "planes", KVD_MAX_PLANES},
+    {&kvd__v1__plane__descriptor, "layers", KVD_MAX_LAYERS},
     {&kvd__v1__free_sequences_request__descriptor, "sequences", KVD_MAX_CALL_SEQUENCES},
     {&kvd__v1__describe_sequences_request__descriptor, "sequences", KVD_MAX_CALL_SEQUENCES},
     {&kvd__v1__append_request__descriptor, "items", KVD_MAX_CALL_ITEMS},

@@ -53,7 +53,7 @@ struct kvd_shape {
 // Sequence and token count of an item; `sum` adds up over the call.
 int kvd_op_check_item(const struct kvd_session *s, uint64_t seq, uint64_t tokens, uint32_t item,
                       uint64_t *sum, struct kvd_error *err);
-// count 0: all from `begin` on.
+// count 0: all from `begin` on. Divides them into runs.
 int kvd_op_set_layers(struct kvd_work *w, uint32_t begin, uint32_t count, struct kvd_error *err);
 // K and V of item i, and q, o and lse of it.
 int kvd_op_set_kv(struct kvd_work *w, struct kvd_session *s, uint32_t i,
@@ -92,11 +92,40 @@ int kvd_work_fence(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__Fen
                    const char *name, struct kvd_fence *out, struct kvd_error *err);
 
 // -- pages.c: the executor cannot ask the pool, which the loop goes on changing -----------------
-// Notes the pages of an item's sequence.
-int kvd_op_note_pages(struct kvd_daemon *d, struct kvd_work_item *item, struct kvd_error *err);
-// Notes length and end of history that the call's layers see.
+// Notes the pages of an item's sequence, of the planes that the call has layers of.
+int kvd_op_note_pages(struct kvd_daemon *d, const struct kvd_work *w, struct kvd_work_item *item,
+                      struct kvd_error *err);
+// Notes lengths and ends of history that the call's layers see.
 int kvd_op_note_lengths(struct kvd_daemon *d, const struct kvd_work *w, struct kvd_work_item *item,
                         struct kvd_error *err);
+
+// Whether all tokens are there, of all planes that the call has layers of: from `from` on, or those
+// that a query at `from` sees. KVD_E_PRECONDITION.
+int kvd_op_check_reach(const struct kvd_work *w, const struct kvd_work_item *item, uint64_t from,
+                       bool seen, struct kvd_error *err);
+
+// The window of a plane's layers in this call: the smaller of the plane's and the call's.
+static inline uint32_t kvd_op_window(const struct kvd_work *w, uint32_t plane)
+{
+    uint32_t own = w->shape->planes[plane].window;
+    return own && w->window ? KVD_MIN(own, w->window) : own + w->window;
+}
+
+// The run that the executor is at, and what of a tensor of the call belongs to it.
+static inline const struct kvd_run *kvd_op_run(const struct kvd_work *w)
+{
+    return &w->runs[w->run];
+}
+static inline struct kvd_tensor kvd_op_part(const struct kvd_work *w, struct kvd_tensor t)
+{
+    if (t.data)
+        t.data += kvd_op_run(w)->at * t.layer_stride;
+    return t;
+}
+static inline struct kvd_pages kvd_op_pages(const struct kvd_view *v)
+{
+    return (struct kvd_pages){v->pages, v->pages + v->n_bf16};
+}
 
 // -- op_append.c, for Step too ------------------------------------------------------------------
 int kvd_op_append_prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err);
@@ -105,9 +134,8 @@ void kvd_op_append_settle(struct kvd_daemon *d, struct kvd_work *w, bool commit)
 
 // -- op_attend.c, for Step too ------------------------------------------------------------------
 int kvd_op_attend_alloc(struct kvd_work *w, struct kvd_error *err);
-// Has item i attended to, whose pages and lengths are noted. `new_tokens`: of its own that are not
-// stored.
-int kvd_op_attend_item(struct kvd_work *w, uint32_t i, uint32_t new_tokens, struct kvd_error *err);
+// Whether item i, whose pages and lengths are noted, can be attended to.
+int kvd_op_attend_check(const struct kvd_work *w, uint32_t i, struct kvd_error *err);
 kvd_op_phase kvd_op_attend_run;
 int kvd_op_attend_reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err);
 

@@ -68,22 +68,16 @@ static int begin(struct kvd_daemon *d, struct kvd_work *w, uint32_t i, struct kv
     if (rc)
         return kvd_fail_in(err, "items[%u]", i);
     item->begun = !item->append.replayed;
-    rc = kvd_op_note_pages(d, item, err);
+    for (uint32_t p = 0; p < w->shape->n_planes; p++) {
+        item->views[p].length = item->append.length;
+        item->views[p].reach = item->append.planes[p].before;
+    }
+    rc = kvd_op_note_pages(d, w, item, err);
     if (rc == KVD_OK && item->begun)
         rc = note_copies(d, w, &item->append, err);
-    if (rc || !item->begun)
-        return rc;
-    w->append_index[w->n_append] = i;
-    w->append_items[w->n_append++] = (struct kvd_append_item){
-        .pages = {item->pages, item->pages + item->n_bf16},
-        .length = item->append.length,
-        .hist_end = item->append.planes[0].demote,
-        .new_length = item->append.new_length,
-        .new_hist_end = item->append.planes[0].after.hist_end,
-        .k = item->k,
-        .v = item->v,
-    };
-    return KVD_OK;
+    if (rc == KVD_OK && item->begun)
+        w->append_index[w->n_append++] = i;
+    return rc;
 }
 
 int kvd_op_append_prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
@@ -98,9 +92,21 @@ int kvd_op_append_prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_e
     return rc;
 }
 
+static void count_stored(struct kvd_daemon *d, const struct kvd_work *w,
+                         const struct kvd_pool_append *a)
+{
+    for (uint32_t r = 0; r < w->n_runs; r++) {
+        const struct kvd_plane *g = &w->shape->planes[w->runs[r].plane];
+        const struct kvd_pool_append_plane *p = &a->planes[w->runs[r].plane];
+        uint64_t vectors = (p->after.hist_end - p->demote) * w->runs[r].layer_count * g->kv_heads;
+        d->metrics.bytes_in += vectors * 2 * (g->head_dim_k + g->head_dim_v);
+        d->metrics.bytes_stored +=
+            vectors * kvd_tile_bytes(g->codec, g->head_dim_k, g->head_dim_v) / KVD_PAGE_TOKENS;
+    }
+}
+
 void kvd_op_append_settle(struct kvd_daemon *d, struct kvd_work *w, bool commit)
 {
-    const struct kvd_plane *g = w->plane;
     for (uint32_t i = 0; i < w->n_items; i++) {
         struct kvd_work_item *item = &w->items[i];
         if (!item->begun)
@@ -110,12 +116,8 @@ void kvd_op_append_settle(struct kvd_daemon *d, struct kvd_work *w, bool commit)
             kvd_pool_append_abort(d->pool, &item->append);
             continue;
         }
-        uint64_t vectors = (item->append.planes[0].after.hist_end - item->append.planes[0].demote) *
-                           w->layer_count * g->kv_heads;
-        d->metrics.bytes_in += vectors * 2 * (g->head_dim_k + g->head_dim_v);
-        d->metrics.bytes_stored +=
-            vectors * kvd_tile_bytes(g->codec, g->head_dim_k, g->head_dim_v) / KVD_PAGE_TOKENS;
-        if (w->layer_begin + w->layer_count == g->n_layers)
+        count_stored(d, w, &item->append);
+        if (w->layer_begin + w->layer_count == w->shape->n_layers)
             d->metrics.tokens_appended += item->tokens;
         kvd_pool_append_commit(d->pool, &item->append);
     }
@@ -123,12 +125,28 @@ void kvd_op_append_settle(struct kvd_daemon *d, struct kvd_work *w, bool commit)
 
 // -- the executor's part ------------------------------------------------------------------------
 
-static struct kvd_append_params append_params(struct kvd_daemon *d, struct kvd_work *w)
+// Of the run that it is at. What a plane with a window would free at once is not stored.
+static struct kvd_append_params append_params(struct kvd_work *w)
 {
-    return (struct kvd_append_params){.plane = w->plane,
-                                      .rotation = w->rotation,
-                                      .layer_begin = w->layer_begin,
-                                      .layer_count = w->layer_count,
+    const struct kvd_run *run = kvd_op_run(w);
+    for (uint32_t i = 0; i < w->n_append && !w->filled; i++) {
+        const struct kvd_work_item *item = &w->items[w->append_index[i]];
+        const struct kvd_pool_append_plane *p = &item->append.planes[run->plane];
+        w->append_items[i] = (struct kvd_append_item){
+            .pages = kvd_op_pages(&item->views[run->plane]),
+            .length = item->append.length,
+            .hist_end = p->demote,
+            .new_length = item->append.new_length,
+            .new_hist_end = p->after.hist_end,
+            .k = kvd_op_part(w, item->k),
+            .v = kvd_op_part(w, item->v),
+        };
+    }
+    w->filled = true;
+    return (struct kvd_append_params){.plane = &w->shape->planes[run->plane],
+                                      .rotation = w->rotations[run->plane],
+                                      .layer_begin = run->layer_begin,
+                                      .layer_count = run->layer_count,
                                       .items = w->append_items,
                                       .n_items = w->n_append,
                                       .slice = &w->job.slice};
@@ -137,16 +155,18 @@ static struct kvd_append_params append_params(struct kvd_daemon *d, struct kvd_w
 static int explain_nonfinite(struct kvd_work *w)
 {
     const struct kvd_nonfinite *n = &w->nonfinite;
+    const struct kvd_run *run = kvd_op_run(w);
+    uint32_t layer = w->layer_begin + run->at + n->layer - run->layer_begin;
     return kvd_fail(&w->err, KVD_E_INVALID,
                     "items[%u].%s holds NaN or Inf at layer %u, token %u, head %u, channel %u; "
                     "nothing was stored",
-                    w->append_index[n->item], n->in_v ? "v" : "k", n->layer, n->token, n->head,
+                    w->append_index[n->item], n->in_v ? "v" : "k", layer, n->token, n->head,
                     n->channel);
 }
 
 int kvd_op_look_for_nonfinite(struct kvd_daemon *d, struct kvd_work *w)
 {
-    struct kvd_append_params p = append_params(d, w);
+    struct kvd_append_params p = append_params(w);
     int rc = w->n_append ? d->backend->ops->check(d->backend, &p, &w->nonfinite) : KVD_OK;
     if (rc == KVD_E_INVALID)
         return explain_nonfinite(w);
@@ -170,7 +190,7 @@ int kvd_op_copy_pages(struct kvd_daemon *d, struct kvd_work *w)
 
 int kvd_op_append_run(struct kvd_daemon *d, struct kvd_work *w)
 {
-    struct kvd_append_params p = append_params(d, w);
+    struct kvd_append_params p = append_params(w);
     return w->n_append ? d->backend->ops->append(d->backend, &p, &w->err) : KVD_OK;
 }
 

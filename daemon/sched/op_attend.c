@@ -36,25 +36,17 @@ int kvd_op_attend_alloc(struct kvd_work *w, struct kvd_error *err)
     return w->attend_items ? KVD_OK : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
 }
 
-int kvd_op_attend_item(struct kvd_work *w, uint32_t i, uint32_t new_tokens, struct kvd_error *err)
+int kvd_op_attend_check(const struct kvd_work *w, uint32_t i, struct kvd_error *err)
 {
     const struct kvd_work_item *item = &w->items[i];
-    if (new_tokens == 0 && item->tokens > item->length)
+    const struct kvd_view *v = &item->views[w->runs[0].plane];
+    uint64_t end = v->length + v->new_tokens;
+    if (item->tokens > end)
         return kvd_fail(err, KVD_E_INVALID,
                         "items[%u]: q_len is %u, but the sequence has %" PRIu64 " tokens", i,
-                        item->tokens, item->length);
-    w->attend_items[i] = (struct kvd_attend_item){
-        .pages = {item->pages, item->pages + item->n_bf16},
-        .length = item->length,
-        .hist_end = item->hist_end,
-        .q_len = item->tokens,
-        .new_tokens = new_tokens,
-        .q = item->q,
-        .k = item->k,
-        .v = item->v,
-        .o = item->o,
-        .lse = item->lse,
-    };
+                        item->tokens, end);
+    if (kvd_op_check_reach(w, item, end - item->tokens, true, err))
+        return kvd_fail_in(err, "items[%u]", i);
     return KVD_OK;
 }
 
@@ -62,25 +54,43 @@ static int prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *e
 {
     int rc = kvd_op_attend_alloc(w, err);
     for (uint32_t i = 0; i < w->n_items && rc == KVD_OK; i++) {
-        rc = kvd_op_note_pages(d, &w->items[i], err);
+        rc = kvd_op_note_pages(d, w, &w->items[i], err);
         if (rc == KVD_OK)
             rc = kvd_op_note_lengths(d, w, &w->items[i], err);
         if (rc)
             return kvd_fail_in(err, "items[%u]", i);
-        rc = kvd_op_attend_item(w, i, 0, err);
+        rc = kvd_op_attend_check(w, i, err);
     }
     return rc;
 }
 
 int kvd_op_attend_run(struct kvd_daemon *d, struct kvd_work *w)
 {
-    struct kvd_attend_params p = {.plane = w->plane,
-                                  .rotation = w->rotation,
-                                  .layer_begin = w->layer_begin,
-                                  .layer_count = w->layer_count,
+    const struct kvd_run *run = kvd_op_run(w);
+    for (uint32_t i = 0; i < w->n_items && !w->filled; i++) {
+        const struct kvd_work_item *item = &w->items[i];
+        const struct kvd_view *v = &item->views[run->plane];
+        w->attend_items[i] = (struct kvd_attend_item){
+            .pages = kvd_op_pages(v),
+            .length = v->length,
+            .hist_end = v->reach.hist_end,
+            .q_len = item->tokens,
+            .new_tokens = v->new_tokens,
+            .q = kvd_op_part(w, item->q),
+            .k = kvd_op_part(w, item->k),
+            .v = kvd_op_part(w, item->v),
+            .o = kvd_op_part(w, item->o),
+            .lse = kvd_op_part(w, item->lse),
+        };
+    }
+    w->filled = true;
+    struct kvd_attend_params p = {.plane = &w->shape->planes[run->plane],
+                                  .rotation = w->rotations[run->plane],
+                                  .layer_begin = run->layer_begin,
+                                  .layer_count = run->layer_count,
                                   .scale = w->scale,
                                   .softcap = w->softcap,
-                                  .window = w->window,
+                                  .window = kvd_op_window(w, run->plane),
                                   .items = w->attend_items,
                                   .n_items = w->n_items,
                                   .slice = &w->job.slice};
@@ -100,7 +110,8 @@ int kvd_op_attend_reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_err
     for (uint32_t i = 0; i < w->n_items; i++) {
         struct kvd_work_item *item = &w->items[i];
         kvd__v1__attend_result__init(&results[i]);
-        results[i].length = w->attend_items[i].length + w->attend_items[i].new_tokens;
+        const struct kvd_view *v = &item->views[w->runs[0].plane];
+        results[i].length = v->length + v->new_tokens;
         results[i].o = (ProtobufCBinaryData){item->o_len, item->o_inline};
         results[i].lse = (ProtobufCBinaryData){item->lse_len, item->lse_inline};
         results[i].replayed = item->append.replayed;

@@ -12,27 +12,29 @@ enum { MAX_PAGES = 4 << 20 }; // in one reply
 static int lend_pages(struct kvd_daemon *d, struct kvd_session *s, const struct kvd_work_item *item,
                       struct kvd_error *err)
 {
+    const struct kvd_view *v = item->views;
     int rc = KVD_OK;
-    for (uint32_t i = 0; i < item->n_bf16 + item->n_codec && rc == KVD_OK; i++)
-        if (item->pages[i] && (i < item->n_bf16 || i - item->n_bf16 >= item->position))
-            rc = kvd_memory_lend(d, s, item->pages[i], err);
+    for (uint32_t i = 0; i < v->n_bf16 + v->n_codec && rc == KVD_OK; i++)
+        if (v->pages[i] && (i < v->n_bf16 || i - v->n_bf16 >= item->position))
+            rc = kvd_memory_lend(d, s, v->pages[i], err);
     return rc;
 }
 
 static void fill(struct kvd_daemon *d, const struct kvd_work_item *item, uint32_t *numbers,
                  Kvd__V1__SequencePages *out)
 {
-    uint32_t from = (uint32_t)KVD_MIN(item->position, (uint64_t)item->n_codec);
+    const struct kvd_view *v = item->views;
+    uint32_t from = (uint32_t)KVD_MIN(item->position, (uint64_t)v->n_codec);
     kvd__v1__sequence_pages__init(out);
-    for (uint32_t i = 0; i < item->n_bf16 + item->n_codec; i++)
-        numbers[i] = kvd_memory_page_number(d, item->pages[i]);
-    out->length = item->length;
-    out->hist_end = item->hist_end;
-    out->n_bf16_pages = item->n_bf16;
+    for (uint32_t i = 0; i < v->n_bf16 + v->n_codec; i++)
+        numbers[i] = kvd_memory_page_number(d, v->pages[i]);
+    out->length = v->length;
+    out->hist_end = v->reach.hist_end;
+    out->n_bf16_pages = v->n_bf16;
     out->bf16_pages = numbers;
     out->codec_from = from;
-    out->n_codec_pages = item->n_codec - from;
-    out->codec_pages = numbers + item->n_bf16 + from;
+    out->n_codec_pages = v->n_codec - from;
+    out->codec_pages = numbers + v->n_bf16 + from;
 }
 
 static int lend_and_tell(struct kvd_daemon *d, struct kvd_work *w, struct kvd_session *s,
@@ -41,7 +43,7 @@ static int lend_and_tell(struct kvd_daemon *d, struct kvd_work *w, struct kvd_se
     Kvd__V1__MapSequencesReply r = KVD__V1__MAP_SEQUENCES_REPLY__INIT;
     uint64_t pages = 0, at = 0;
     for (uint32_t i = 0; i < w->n_items; i++)
-        pages += w->items[i].n_bf16 + w->items[i].n_codec;
+        pages += w->items[i].views->n_bf16 + w->items[i].views->n_codec;
     if (pages > MAX_PAGES)
         return kvd_fail(err, KVD_E_LIMIT,
                         "%" PRIu64 " pages in one reply, %d are possible; ask for fewer "
@@ -61,7 +63,7 @@ static int lend_and_tell(struct kvd_daemon *d, struct kvd_work *w, struct kvd_se
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     for (uint32_t i = 0; i < w->n_items; i++) {
         fill(d, &w->items[i], numbers + at, &list[i]);
-        at += w->items[i].n_bf16 + w->items[i].n_codec;
+        at += w->items[i].views->n_bf16 + w->items[i].views->n_codec;
         refs[i] = &list[i];
     }
     r.more = rc == KVD_E_LIMIT;
@@ -77,6 +79,11 @@ static int check(struct kvd_work *w, struct kvd_session *s, const void *request,
                  struct kvd_error *err)
 {
     const Kvd__V1__MapSequencesRequest *req = request;
+    if (w->shape->n_planes > 1)
+        return kvd_fail(err, KVD_E_UNSUPPORTED,
+                        "this session's layout has %u planes; pages are mapped of layouts of one",
+                        w->shape->n_planes);
+    w->planes = 1;
     if (!s->connection)
         return kvd_fail(err, KVD_E_PRECONDITION,
                         "a leased session cannot map pages; connect to the fd socket and open the "
@@ -92,7 +99,8 @@ static int check(struct kvd_work *w, struct kvd_session *s, const void *request,
     return KVD_OK;
 }
 
-static int note_item(struct kvd_daemon *d, struct kvd_work_item *item, struct kvd_error *err)
+static int note_item(struct kvd_daemon *d, const struct kvd_work *w, struct kvd_work_item *item,
+                     struct kvd_error *err)
 {
     struct kvd_pool_seq_info info;
     if (kvd_pool_seq_info(d->pool, item->seq, &info))
@@ -102,15 +110,15 @@ static int note_item(struct kvd_daemon *d, struct kvd_work_item *item, struct kv
                         "an append has filled %u layers of sequence %" PRIu64
                         "; finish it or truncate to %" PRIu64 " first",
                         info.pending_layers, item->seq, info.length);
-    item->length = info.length;
-    item->hist_end = info.reach[0].hist_end;
-    return kvd_op_note_pages(d, item, err);
+    item->views->length = info.length;
+    item->views->reach = info.reach[0];
+    return kvd_op_note_pages(d, w, item, err);
 }
 
 static int prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
 {
     for (uint32_t i = 0; i < w->n_items; i++)
-        if (note_item(d, &w->items[i], err))
+        if (note_item(d, w, &w->items[i], err))
             return kvd_fail_in(err, "items[%u]", i);
     return KVD_OK;
 }

@@ -5,7 +5,6 @@ static int check(struct kvd_work *w, struct kvd_session *s, const void *request,
                  struct kvd_error *err)
 {
     const Kvd__V1__ReadTokensRequest *req = request;
-    const struct kvd_plane *g = w->plane;
     uint64_t sum = 0;
     struct kvd_work_item *item = &w->items[0];
     item->seq = req->sequence;
@@ -14,6 +13,7 @@ static int check(struct kvd_work *w, struct kvd_session *s, const void *request,
     int rc = kvd_op_check_item(s, req->sequence, req->tokens, 0, &sum, err);
     if (rc == KVD_OK)
         rc = kvd_op_set_layers(w, req->layer_begin, req->layer_count, err);
+    const struct kvd_plane *g = w->plane;
     struct kvd_shape shape = {w->layer_count, req->tokens, g->kv_heads, g->head_dim_k};
     if (rc == KVD_OK)
         rc = kvd_work_tensor_out(w, s, req->k, shape, "k", 0, &w->read.k, &item->o_inline,
@@ -28,31 +28,37 @@ static int check(struct kvd_work *w, struct kvd_session *s, const void *request,
 static int prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
 {
     struct kvd_work_item *item = &w->items[0];
-    int rc = kvd_op_note_pages(d, item, err);
+    int rc = kvd_op_note_pages(d, w, item, err);
     if (rc == KVD_OK)
         rc = kvd_op_note_lengths(d, w, item, err);
     if (rc)
         return rc;
-    if (item->position > item->length || item->tokens > item->length - item->position)
+    uint64_t length = item->views[w->runs[0].plane].length;
+    if (item->position > length || item->tokens > length - item->position)
         return kvd_fail(err, KVD_E_INVALID,
                         "tokens %" PRIu64 " to %" PRIu64 ", but sequence %" PRIu64 " has %" PRIu64,
-                        item->position, item->position + item->tokens - 1, item->seq, item->length);
-    w->read.plane = w->plane;
-    w->read.rotation = w->rotation;
-    w->read.layer_begin = w->layer_begin;
-    w->read.layer_count = w->layer_count;
-    w->read.pages = (struct kvd_pages){item->pages, item->pages + item->n_bf16};
-    w->read.length = item->length;
-    w->read.hist_end = item->hist_end;
-    w->read.begin = item->position;
-    w->read.tokens = item->tokens;
-    return KVD_OK;
+                        item->position, item->position + item->tokens - 1, item->seq, length);
+    return kvd_op_check_reach(w, item, item->position, false, err);
 }
 
 static int read_tokens(struct kvd_daemon *d, struct kvd_work *w)
 {
-    w->read.slice = &w->job.slice;
-    return d->backend->ops->read(d->backend, &w->read, &w->err);
+    const struct kvd_run *run = kvd_op_run(w);
+    const struct kvd_work_item *item = &w->items[0];
+    const struct kvd_view *v = &item->views[run->plane];
+    struct kvd_read_params p = {.plane = &w->shape->planes[run->plane],
+                                .rotation = w->rotations[run->plane],
+                                .layer_begin = run->layer_begin,
+                                .layer_count = run->layer_count,
+                                .pages = kvd_op_pages(v),
+                                .length = v->length,
+                                .hist_end = v->reach.hist_end,
+                                .begin = item->position,
+                                .tokens = item->tokens,
+                                .k = kvd_op_part(w, w->read.k),
+                                .v = kvd_op_part(w, w->read.v),
+                                .slice = &w->job.slice};
+    return d->backend->ops->read(d->backend, &p, &w->err);
 }
 
 static int reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)

@@ -37,21 +37,25 @@ static int check(struct kvd_work *w, struct kvd_session *s, const void *request,
 // window, which still has the tokens that became history since, and the new tokens from the
 // worker's memory, as some may have become history without ever having been in the window. Where a
 // long step has overwritten part of the window, only bf16 history still has its values.
-static int note_repeated(struct kvd_daemon *d, const struct kvd_work *w, struct kvd_work_item *item,
-                         uint32_t *new_tokens, struct kvd_error *err)
+static int note_repeated(const struct kvd_work *w, struct kvd_work_item *item,
+                         struct kvd_error *err)
 {
     const struct kvd_pool_append *a = &item->append;
-    bool exact = w->plane->codec == KVD_CODEC_BF16;
-    if (!a->planes[0].window_kept && !exact)
-        return kvd_fail(err, KVD_E_PRECONDITION,
-                        "the %u tokens had been appended before, but their attention cannot be "
-                        "computed again: the step has compressed part of the window that it saw; "
-                        "Attend sees what is stored now",
-                        item->tokens);
-    *new_tokens = a->planes[0].window_kept ? item->tokens : 0;
-    item->length = a->planes[0].window_kept ? a->length : a->new_length;
-    item->hist_end =
-        a->planes[0].window_kept ? a->planes[0].before.hist_end : a->planes[0].after.hist_end;
+    for (uint32_t p = 0; p < w->shape->n_planes; p++) {
+        const struct kvd_pool_append_plane *plane = &a->planes[p];
+        struct kvd_view *v = &item->views[p];
+        if (!(w->planes >> p & 1))
+            continue;
+        if (!plane->window_kept && w->shape->planes[p].codec != KVD_CODEC_BF16)
+            return kvd_fail(err, KVD_E_PRECONDITION,
+                            "the %u tokens had been appended before, but their attention cannot be "
+                            "computed again: the step has compressed part of the window that it "
+                            "saw; Attend sees what is stored now",
+                            item->tokens);
+        v->new_tokens = plane->window_kept ? item->tokens : 0;
+        v->length = plane->window_kept ? a->length : a->new_length;
+        v->reach.hist_end = plane->window_kept ? plane->before.hist_end : plane->after.hist_end;
+    }
     return KVD_OK;
 }
 
@@ -62,13 +66,12 @@ static int prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *e
         rc = kvd_op_append_prepare(d, w, err);
     for (uint32_t i = 0; i < w->n_items && rc == KVD_OK; i++) {
         struct kvd_work_item *item = &w->items[i];
-        uint32_t new_tokens = item->tokens;
         // The stored tokens as they were, and the new ones from the worker's memory.
-        item->length = item->append.length;
-        item->hist_end = item->append.planes[0].before.hist_end;
-        if (!item->begun && note_repeated(d, w, item, &new_tokens, err))
+        for (uint32_t p = 0; p < w->shape->n_planes; p++)
+            item->views[p].new_tokens = item->tokens;
+        if (!item->begun && note_repeated(w, item, err))
             return kvd_fail_in(err, "items[%u]", i);
-        rc = kvd_op_attend_item(w, i, new_tokens, err);
+        rc = kvd_op_attend_check(w, i, err);
     }
     return rc;
 }

@@ -4,16 +4,51 @@
 #include "daemon/sched/op.h"
 #include "daemon/session/replay.h"
 
+// Tensors of a call have one shape for all its layers.
+static bool alike(const struct kvd_plane *a, const struct kvd_plane *b)
+{
+    return a->q_heads == b->q_heads && a->kv_heads == b->kv_heads &&
+           a->head_dim_k == b->head_dim_k && a->head_dim_v == b->head_dim_v;
+}
+
+static int set_runs(struct kvd_work *w, struct kvd_error *err)
+{
+    const struct kvd_layout *l = w->shape;
+    uint32_t seen[KVD_MAX_PLANES] = {0}; // layers of each plane so far
+    struct kvd_run *run = NULL;
+    w->runs = calloc(w->layer_count, sizeof(*w->runs));
+    if (!w->runs)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    w->plane = &l->planes[l->plane_of[w->layer_begin]];
+    for (uint32_t i = 0; i < w->layer_begin + w->layer_count; i++) {
+        uint32_t p = l->plane_of[i], own = seen[p]++;
+        if (i < w->layer_begin)
+            continue;
+        if (!alike(w->plane, &l->planes[p]))
+            return kvd_fail(err, KVD_E_INVALID,
+                            "layers %u and %u of the layout differ in heads or head_dim; they want "
+                            "calls of their own",
+                            w->layer_begin, i);
+        if (!run || run->plane != p) {
+            run = &w->runs[w->n_runs++];
+            *run = (struct kvd_run){.plane = p, .layer_begin = own, .at = i - w->layer_begin};
+        }
+        run->layer_count++;
+        w->planes |= 1u << p;
+    }
+    return KVD_OK;
+}
+
 int kvd_op_set_layers(struct kvd_work *w, uint32_t begin, uint32_t count, struct kvd_error *err)
 {
-    uint32_t n = w->plane->n_layers;
+    uint32_t n = w->shape->n_layers;
     if (begin >= n || count > n - begin)
         return kvd_fail(err, KVD_E_INVALID,
                         "layers %u to %" PRIu64 " are not all among the layout's %u", begin,
                         (uint64_t)begin + (count ? count - 1 : 0), n);
     w->layer_begin = begin;
     w->layer_count = count ? count : n - begin;
-    return KVD_OK;
+    return set_runs(w, err);
 }
 
 static int set_attention(struct kvd_work *w, const Kvd__V1__AttentionParams *p,

@@ -1,12 +1,28 @@
-// The executor's part of compute calls: the phases of an operation, a slice at a time.
+// The executor's part of compute calls: the phases of an operation, each for one run of layers
+// after the other, a slice at a time.
 //
 // Until an append overwrites the first token of a window nothing that counts has changed, and the
 // work can be given up: new pages go back as they came. From then on it is done to the end.
 #include "daemon/sched/op.h"
 
-static bool given_up(const struct kvd_job *job)
+static bool given_up(const struct kvd_work *w)
 {
-    return atomic_load(&job->cancelled) && !job->slice.overwriting;
+    return atomic_load(&w->job.cancelled) && !w->job.slice.overwriting && !w->overwritten;
+}
+
+// To the next run of layers, or phase.
+static void next(struct kvd_work *w)
+{
+    struct kvd_slice *slice = &w->job.slice;
+    free(KVD_TAKE(slice->state));
+    w->overwritten |= slice->overwriting;
+    slice->at = 0;
+    slice->overwriting = false;
+    w->filled = false;
+    if (++w->run < w->n_runs)
+        return;
+    w->run = 0;
+    w->phase++;
 }
 
 bool kvd_work_run(struct kvd_daemon *d, struct kvd_job *job)
@@ -14,19 +30,16 @@ bool kvd_work_run(struct kvd_daemon *d, struct kvd_job *job)
     struct kvd_work *w = (struct kvd_work *)job;
     kvd_op_phase *const *phases = w->op->run;
     struct kvd_slice *slice = &job->slice;
-    while (phases[w->phase] && !given_up(job)) {
+    while (phases[w->phase] && !given_up(w)) {
         slice->more = false;
         job->rc = phases[w->phase](d, w);
         if (job->rc)
             return false;
-        if (slice->more && !given_up(job))
+        if (slice->more && !given_up(w))
             return true;
         if (slice->more)
             break;
-        free(KVD_TAKE(slice->state));
-        slice->at = 0;
-        slice->overwriting = false;
-        w->phase++;
+        next(w);
     }
     if (!phases[w->phase])
         kvd_fence_signal(&w->signal); // the worker's stream goes on before the reply is there

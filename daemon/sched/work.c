@@ -10,7 +10,11 @@ struct kvd_work *kvd_work_new(struct kvd_call *call, const struct kvd_session *s
 {
     struct kvd_daemon *d = call->d;
     struct kvd_work *w = calloc(1, sizeof(*w));
-    if (!w || !(w->items = calloc(n + 1, sizeof(*w->items)))) {
+    const struct kvd_layout *shape = kvd_pool_layout_get(d->pool, s->layout);
+    if (!w || !(w->items = calloc(n + 1, sizeof(*w->items))) ||
+        !(w->views = calloc(n * shape->n_planes + 1, sizeof(*w->views)))) {
+        if (w)
+            free(w->items);
         free(w);
         kvd_fail(err, KVD_E_INTERNAL, "out of memory");
         return NULL;
@@ -23,9 +27,12 @@ struct kvd_work *kvd_work_new(struct kvd_call *call, const struct kvd_session *s
     w->waiter.bytes = call->request_bytes;
     w->layout = s->layout;
     kvd_pool_layout_ref(d->pool, w->layout);
-    w->plane = &kvd_pool_layout_get(d->pool, w->layout)->planes[0];
-    w->rotation = d->rotations[w->layout];
+    w->shape = shape;
+    w->plane = &w->shape->planes[0];
+    w->rotations = d->rotations[w->layout];
     w->n_items = (uint32_t)n;
+    for (uint32_t i = 0; i < w->n_items; i++)
+        w->items[i].views = w->views + (size_t)i * shape->n_planes;
     return w;
 }
 
@@ -42,12 +49,15 @@ void kvd_work_free(struct kvd_daemon *d, struct kvd_work *w)
     for (uint32_t i = 0; i < KVD_MAX(w->n_items, 1u); i++) { // Rotate keeps its output in item 0
         free(w->items[i].o_inline);
         free(w->items[i].lse_inline);
-        free(w->items[i].pages);
     }
     for (uint32_t i = 0; i < w->n_buffers; i++)
         kvd_buffer_unref(w->buffers[i]);
+    for (uint32_t i = 0; i < w->n_items * w->shape->n_planes; i++)
+        free(w->views[i].pages);
     kvd_pool_layout_unref(d->pool, w->layout);
+    free(w->views);
     free(w->buffers);
+    free(w->runs);
     free(w->items);
     free(w->append_items);
     free(w->append_index);

@@ -29,9 +29,23 @@ struct kvd_work_item {
     size_t o_len, lse_len;
     bool begun; // `append` wants commit or abort
     struct kvd_pool_append append;
-    uint64_t length, hist_end; // that the attention sees
-    uint64_t *pages;           // bf16 pages, then codec pages
+    struct kvd_view *views; // by plane
+};
+
+// What a call's layers of one plane see of a sequence.
+struct kvd_view {
+    uint64_t length;
+    struct kvd_pool_reach reach;
+    uint32_t new_tokens; // that are not stored: they come from the worker's memory
+    uint64_t *pages;     // bf16 pages, then codec pages; NULL: the call has no layer of the plane
     uint32_t n_bf16, n_codec;
+};
+
+// Consecutive layers of a call that are of one plane.
+struct kvd_run {
+    uint32_t plane;
+    uint32_t layer_begin, layer_count; // among the plane's
+    uint32_t at;                       // the first of them among the call's
 };
 
 // A private copy that a shared page gets before it is written.
@@ -49,9 +63,13 @@ struct kvd_work {
     struct kvd_call *call;
     uint64_t appender; // its session's identity in the pool
     uint32_t layout;   // referenced until done, and with it the rotation set
-    const struct kvd_plane *plane;
-    const struct kvd_rotation *rotation;
+    const struct kvd_layout *shape;
+    const struct kvd_plane *plane; // whose heads and head_dim the call's tensors have
+    struct kvd_rotation *const *rotations;
     uint32_t layer_begin, layer_count;
+    struct kvd_run *runs;
+    uint32_t n_runs, planes; // planes: those that have a run, one bit each
+    struct kvd_view *views;  // [items][the layout's planes]
     struct kvd_work_item *items;
     uint32_t n_items, pinned;
     bool locked;
@@ -61,15 +79,18 @@ struct kvd_work {
     struct kvd_fence signal;
     float scale, softcap;
     uint32_t window;
-    // What the executor gets
+    // What the executor gets. Items are filled in run by run.
+    uint32_t run;
+    bool filled;      // items are those of `run`
+    bool overwritten; // a run has begun to overwrite, so that only going on leaves the pages whole
     struct kvd_append_item *append_items;
     uint32_t *append_index; // item of each
     uint32_t n_append;
     struct kvd_page_copy *copies;
     uint32_t n_copies;
     struct kvd_attend_item *attend_items;
-    struct kvd_rotate_params rotate;
-    struct kvd_read_params read;
+    struct kvd_rotate_params rotate; // of all runs
+    struct kvd_read_params read;     // of all runs
     struct kvd_nonfinite nonfinite;
     uint32_t phase, copied;
     struct kvd_error err;

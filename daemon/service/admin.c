@@ -148,7 +148,8 @@ static bool add_sequence(void *ctx, const struct kvd_pool_seq_info *info)
     out->namespace_name = (char *)ns.name;
     out->name = (char *)info->name;
     out->length = info->length;
-    out->history_tokens = info->reach[0].hist_end - g->planes[0].sink;
+    out->history_tokens =
+        info->reach[0].hist_end - KVD_MAX((uint64_t)g->planes[0].sink, info->reach[0].first);
     out->bytes = info->bytes;
     out->holders = info->holders;
     out->codec = (char *)kvd_codec_name(g->planes[0].codec);
@@ -196,7 +197,7 @@ static bool add_group(void *ctx, const struct kvd_pool_slab_info *info)
     out->kind = info->kind == KVD_POOL_BF16
                     ? "window"
                     : (char *)kvd_codec_name(
-                          kvd_pool_layout_get(l->d->pool, info->layout)->planes[0].codec);
+                          kvd_pool_layout_get(l->d->pool, info->layout)->planes[info->plane].codec);
     out->extents = info->extents;
     out->page_bytes = info->page_bytes;
     out->pages_used = info->used;
@@ -386,7 +387,7 @@ static uint32_t loaded_users(struct kvd_daemon *d, const char *digest)
 static bool is_loaded(struct kvd_daemon *d, const char *digest)
 {
     for (uint32_t i = 0; i < KVD_MAX_LAYOUTS; i++)
-        if (d->rotations[i] && strcmp(kvd_pool_layout_get(d->pool, i)->rotation, digest) == 0)
+        if (d->rotations[i][0] && strcmp(kvd_pool_layout_get(d->pool, i)->rotation, digest) == 0)
             return true;
     return false;
 }

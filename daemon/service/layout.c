@@ -3,17 +3,37 @@
 #include "calib/rotset.h"
 #include "calib/store.h"
 
-static int set_codec(const Kvd__V1__Geometry *from, struct kvd_layout *to, struct kvd_error *err)
+enum { NO_PLANE = 0xff };
+
+static int set_codec(const char *name, struct kvd_plane *p, struct kvd_error *err)
 {
-    const char *rotation = from->rotation_set;
-    uint32_t codec = to->planes[0].codec = kvd_codec_find(from->codec);
-    if (codec == KVD_CODEC_COUNT)
-        return kvd_fail(err, KVD_E_INVALID, "layout.codec is '%.40s'; known are %s", from->codec,
+    p->codec = kvd_codec_find(name);
+    if (p->codec == KVD_CODEC_COUNT)
+        return kvd_fail(err, KVD_E_INVALID, "codec is '%.40s'; known are %s", name,
                         kvd_codec_names());
-    if (codec == KVD_CODEC_BF16)
+    return KVD_OK;
+}
+
+// The set's name: one for all planes that are rotated.
+static int set_rotation(const char *rotation, struct kvd_layout *to, struct kvd_error *err)
+{
+    const struct kvd_plane *one = NULL; // that is rotated
+    for (uint32_t p = 0; p < to->n_planes; p++) {
+        const struct kvd_plane *g = &to->planes[p];
+        if (g->codec == KVD_CODEC_BF16)
+            continue;
+        if (one && !*rotation &&
+            strcmp(kvd_codec_transform(one->codec), kvd_codec_transform(g->codec)) != 0)
+            return kvd_fail(err, KVD_E_INVALID,
+                            "layout.rotation_set is empty, and codecs %s and %s of its planes have "
+                            "different ones then; name one",
+                            kvd_codec_name(one->codec), kvd_codec_name(g->codec));
+        one = g;
+    }
+    if (!one)
         return KVD_OK;
     if (!*rotation)
-        rotation = kvd_codec_transform(codec);
+        rotation = kvd_codec_transform(one->codec);
     if (!kvd_rotset_built_in(rotation) && !kvd_store_ref_valid(rotation))
         return kvd_fail(err, KVD_E_INVALID,
                         "layout.rotation_set is '%.80s'; it wants model@tag, sha256:<64 hex>, "
@@ -27,56 +47,197 @@ static int set_codec(const Kvd__V1__Geometry *from, struct kvd_layout *to, struc
     return KVD_OK;
 }
 
-int kvd_layout_from_proto(const Kvd__V1__Geometry *from, struct kvd_layout *to,
-                          struct kvd_error *err)
+static int check_layers(const uint32_t *layers, size_t n, struct kvd_error *err)
 {
-    memset(to, 0, sizeof(*to)); // layouts are compared byte by byte
-    if (from->n_layers > KVD_MAX_LAYERS)
-        return kvd_fail(err, KVD_E_INVALID, "layout has %zu layers; 1 to %d are possible",
-                        from->n_layers, KVD_MAX_LAYERS);
-    for (size_t i = 0; i < from->n_layers; i++) {
-        if (from->layers[i] > KVD_MAX_MODEL_LAYER)
-            return kvd_fail(err, KVD_E_INVALID, "layout.layers holds %u; ids go up to %d",
-                            from->layers[i], KVD_MAX_MODEL_LAYER);
-        to->layers[i] = (uint16_t)from->layers[i];
+    if (n < 1 || n > KVD_MAX_LAYERS)
+        return kvd_fail(err, KVD_E_INVALID, "%zu layers; 1 to %d are possible", n, KVD_MAX_LAYERS);
+    for (size_t i = 0; i < n; i++) {
+        if (layers[i] > KVD_MAX_MODEL_LAYER)
+            return kvd_fail(err, KVD_E_INVALID, "layers holds %u; ids go up to %d", layers[i],
+                            KVD_MAX_MODEL_LAYER);
+        if (i && layers[i] <= layers[i - 1])
+            return kvd_fail(err, KVD_E_INVALID, "layers is not ascending: %u after %u", layers[i],
+                            layers[i - 1]);
     }
-    to->n_layers = (uint32_t)from->n_layers;
-    to->n_planes = 1;
-    struct kvd_plane *p = &to->planes[0];
-    p->n_layers = to->n_layers;
-    p->q_heads = from->q_heads;
-    p->kv_heads = from->kv_heads;
-    p->head_dim_k = from->head_dim_k;
-    p->head_dim_v = from->head_dim_v;
-    p->sink = from->windows ? from->windows->sink : KVD_DEFAULT_SINK;
-    p->recent = from->windows ? from->windows->recent : KVD_DEFAULT_RECENT;
-    int rc = set_codec(from, to, err);
-    if (rc == KVD_OK && kvd_plane_check(p, err))
-        rc = kvd_fail_in(err, "layout");
-    for (uint32_t i = 1; i < to->n_layers && rc == KVD_OK; i++)
-        if (to->layers[i] <= to->layers[i - 1])
-            rc = kvd_fail(err, KVD_E_INVALID, "layout.layers is not ascending: %u after %u",
-                          to->layers[i], to->layers[i - 1]);
-    return rc;
+    return KVD_OK;
 }
 
-Kvd__V1__Geometry *kvd_layout_to_proto(const struct kvd_layout *from, struct kvd_proto_layout *to)
+// One plane, what it leaves open being as in the layout.
+static int set_plane(const Kvd__V1__Layout *all, const Kvd__V1__Plane *own, struct kvd_plane *to,
+                     struct kvd_error *err)
 {
-    const struct kvd_plane *p = &from->planes[0];
-    kvd__v1__geometry__init(&to->g);
-    kvd__v1__windows__init(&to->windows);
+    const Kvd__V1__Windows *w = own->windows ? own->windows : all->windows;
+    to->n_layers = (uint32_t)own->n_layers;
+    to->q_heads = own->q_heads ? own->q_heads : all->q_heads;
+    to->kv_heads = own->kv_heads ? own->kv_heads : all->kv_heads;
+    to->head_dim_k = own->head_dim_k ? own->head_dim_k : all->head_dim_k;
+    to->head_dim_v = own->head_dim_v ? own->head_dim_v : all->head_dim_v;
+    to->window = own->window;
+    to->sink = w ? w->sink : KVD_DEFAULT_SINK;
+    to->recent = w ? w->recent : KVD_DEFAULT_RECENT;
+    if (to->window && !own->windows) // the layout's sink is for planes that can have one
+        to->sink = 0;
+    int rc = check_layers(own->layers, own->n_layers, err);
+    if (rc == KVD_OK)
+        rc = set_codec(own->codec[0] ? own->codec : all->codec, to, err);
+    return rc ? rc : kvd_plane_check(to, err);
+}
+
+// The layers of all planes in order, and whose they are.
+static int merge_layers(const Kvd__V1__Layout *from, Kvd__V1__Plane *const *planes,
+                        struct kvd_layout *to, struct kvd_error *err)
+{
+    uint8_t *plane KVD_FREE = malloc(KVD_MAX_MODEL_LAYER + 1); // by model layer id
+    if (!plane)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    memset(plane, NO_PLANE, KVD_MAX_MODEL_LAYER + 1);
+    for (uint32_t p = 0; p < to->n_planes; p++)
+        for (size_t i = 0; i < planes[p]->n_layers; i++) {
+            uint32_t id = planes[p]->layers[i];
+            if (plane[id] != NO_PLANE)
+                return kvd_fail(err, KVD_E_INVALID, "layout: layer %u is in planes %u and %u", id,
+                                plane[id], p);
+            plane[id] = (uint8_t)p;
+        }
+    for (uint32_t id = 0; id <= KVD_MAX_MODEL_LAYER; id++) {
+        if (plane[id] == NO_PLANE)
+            continue;
+        if (to->n_layers == KVD_MAX_LAYERS)
+            return kvd_fail(err, KVD_E_INVALID,
+                            "layout: more than %d layers in its planes together", KVD_MAX_LAYERS);
+        to->layers[to->n_layers] = (uint16_t)id;
+        to->plane_of[to->n_layers++] = plane[id];
+    }
+    bool same = from->n_layers == to->n_layers;
+    for (uint32_t i = 0; i < to->n_layers && same; i++)
+        same = from->layers[i] == to->layers[i];
+    if (from->n_layers && !same)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "layout.layers are not those of its planes together; leave them out");
+    return KVD_OK;
+}
+
+int kvd_layout_from_proto(const Kvd__V1__Layout *from, struct kvd_layout *to, struct kvd_error *err)
+{
+    Kvd__V1__Plane plain = KVD__V1__PLANE__INIT, *one = &plain;
+    Kvd__V1__Plane *const *planes = from->n_planes ? from->planes : &one;
+    int rc = KVD_OK;
+    memset(to, 0, sizeof(*to)); // layouts are compared byte by byte
+    plain.n_layers = from->n_layers;
+    plain.layers = from->layers;
+    plain.window = from->window;
+    plain.windows = from->windows;
+    if (from->n_planes > KVD_MAX_PLANES)
+        return kvd_fail(err, KVD_E_INVALID, "layout has %zu planes; at most %d are possible",
+                        from->n_planes, KVD_MAX_PLANES);
+    if (from->n_planes && from->window)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "layout.window is for layouts without planes; each plane has its own");
+    to->n_planes = from->n_planes ? (uint32_t)from->n_planes : 1;
+    for (uint32_t p = 0; p < to->n_planes && rc == KVD_OK; p++) {
+        rc = set_plane(from, planes[p], &to->planes[p], err);
+        if (rc && from->n_planes)
+            return kvd_fail_in(err, "layout.planes[%u]", p);
+        if (rc)
+            return kvd_fail_in(err, "layout");
+    }
+    rc = merge_layers(from, planes, to, err);
+    return rc ? rc : set_rotation(from->rotation_set, to, err);
+}
+
+// One plane's fields, and its layers at *at.
+static void tell_plane(const struct kvd_layout *from, uint32_t plane, uint32_t **at,
+                       Kvd__V1__Windows *windows, Kvd__V1__Plane *to)
+{
+    const struct kvd_plane *p = &from->planes[plane];
+    kvd__v1__plane__init(to);
+    kvd__v1__windows__init(windows);
+    to->layers = *at;
+    for (uint32_t i = 0; i < from->n_layers; i++)
+        if (from->plane_of[i] == plane)
+            to->layers[to->n_layers++] = from->layers[i];
+    *at += to->n_layers;
+    to->q_heads = p->q_heads;
+    to->kv_heads = p->kv_heads;
+    to->head_dim_k = p->head_dim_k;
+    to->head_dim_v = p->head_dim_v;
+    to->codec = (char *)kvd_codec_name(p->codec);
+    to->window = p->window;
+    to->windows = windows;
+    windows->sink = p->sink;
+    windows->recent = p->recent;
+}
+
+Kvd__V1__Layout *kvd_layout_to_proto(const struct kvd_layout *from, struct kvd_proto_layout *to)
+{
+    uint32_t *at = to->plane_layers;
+    kvd__v1__layout__init(&to->g);
     for (uint32_t i = 0; i < from->n_layers; i++)
         to->layers[i] = from->layers[i];
+    for (uint32_t p = 0; p < from->n_planes; p++) {
+        tell_plane(from, p, &at, &to->windows[p], &to->planes[p]);
+        to->refs[p] = &to->planes[p];
+    }
     to->g.n_layers = from->n_layers;
     to->g.layers = to->layers;
-    to->g.q_heads = p->q_heads;
-    to->g.kv_heads = p->kv_heads;
-    to->g.head_dim_k = p->head_dim_k;
-    to->g.head_dim_v = p->head_dim_v;
-    to->g.codec = (char *)kvd_codec_name(p->codec);
     to->g.rotation_set = (char *)from->rotation;
-    to->g.windows = &to->windows;
-    to->windows.sink = p->sink;
-    to->windows.recent = p->recent;
+    to->g.n_planes = from->n_planes;
+    to->g.planes = to->refs;
+    const Kvd__V1__Plane *only = &to->planes[0];
+    if (from->n_planes > 1)
+        return &to->g;
+    to->g.q_heads = only->q_heads;
+    to->g.kv_heads = only->kv_heads;
+    to->g.head_dim_k = only->head_dim_k;
+    to->g.head_dim_v = only->head_dim_v;
+    to->g.codec = only->codec;
+    to->g.window = only->window;
+    to->g.windows = only->windows;
     return &to->g;
+}
+
+// -- the digest ---------------------------------------------------------------------------------
+
+struct encoding {
+    uint8_t bytes[8 * KVD_MAX_LAYERS + 64 * KVD_MAX_PLANES + 256];
+    size_t n;
+};
+
+static void put(struct encoding *e, uint32_t value)
+{
+    for (int i = 0; i < 4; i++)
+        e->bytes[e->n++] = (uint8_t)(value >> 8 * i);
+}
+
+static void put_text(struct encoding *e, const char *text)
+{
+    size_t n = strlen(text);
+    put(e, (uint32_t)n);
+    memcpy(e->bytes + e->n, text, n);
+    e->n += n;
+}
+
+void kvd_layout_digest(const struct kvd_layout *l, char out[KVD_DIGEST_TEXT])
+{
+    struct encoding e = {.n = 0};
+    put_text(&e, "kvd layout 1");
+    put(&e, l->n_layers);
+    put(&e, l->n_planes);
+    for (uint32_t i = 0; i < l->n_layers; i++) {
+        put(&e, l->layers[i]);
+        put(&e, l->plane_of[i]);
+    }
+    for (uint32_t p = 0; p < l->n_planes; p++) {
+        const struct kvd_plane *g = &l->planes[p];
+        put(&e, g->q_heads);
+        put(&e, g->kv_heads);
+        put(&e, g->head_dim_k);
+        put(&e, g->head_dim_v);
+        put_text(&e, kvd_codec_name(g->codec));
+        put(&e, g->sink);
+        put(&e, g->recent);
+        put(&e, g->window);
+    }
+    put_text(&e, l->rotation);
+    kvd_digest(e.bytes, e.n, out);
 }

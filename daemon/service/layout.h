@@ -2,19 +2,26 @@
 #ifndef KVD_DAEMON_LAYOUT_H
 #define KVD_DAEMON_LAYOUT_H
 
-#include "kernels/backend.h"
+#include "calib/rotset.h"
 #include "kvd.pb-c.h"
 
 // Checks and converts; fills in defaults. KVD_E_INVALID says what to mend.
-int kvd_layout_from_proto(const Kvd__V1__Geometry *from, struct kvd_layout *to,
+int kvd_layout_from_proto(const Kvd__V1__Layout *from, struct kvd_layout *to,
                           struct kvd_error *err);
 
 // Room for a message that refers to a layout.
 struct kvd_proto_layout {
-    Kvd__V1__Geometry g;
-    Kvd__V1__Windows windows;
-    uint32_t layers[KVD_MAX_LAYERS];
+    Kvd__V1__Layout g;
+    Kvd__V1__Plane planes[KVD_MAX_PLANES], *refs[KVD_MAX_PLANES];
+    Kvd__V1__Windows windows[KVD_MAX_PLANES];
+    uint32_t layers[KVD_MAX_LAYERS], plane_layers[KVD_MAX_LAYERS];
 };
-Kvd__V1__Geometry *kvd_layout_to_proto(const struct kvd_layout *from, struct kvd_proto_layout *to);
+Kvd__V1__Layout *kvd_layout_to_proto(const struct kvd_layout *from, struct kvd_proto_layout *to);
+
+// "sha256:<hex>" that names a layout, of these bytes: numbers of 32 bits, little-endian; texts with
+// their length before them. "kvd layout 1"; layers and planes; for each layer its model id and its
+// plane; for each plane q_heads, kv_heads, head_dim of K and V, the codec's name, sink, recent,
+// window; the rotation set.
+void kvd_layout_digest(const struct kvd_layout *l, char out[KVD_DIGEST_TEXT]);
 
 #endif

@@ -128,16 +128,9 @@ static void fetch_done(uv_work_t *work, int status)
     kvd_daemon_work_end(d);
 }
 
-static void get_builtin(struct kvd_layout *g,
-                        void (*done)(void *, struct kvd_rotset *, const struct kvd_error *),
-                        void *ctx)
+static bool is_rotated(const struct kvd_layout *l)
 {
-    struct kvd_error err = {0};
-    struct kvd_rotset *set = // one matrix serves all layers
-        kvd_rotset_new(g->rotation, g->layers, 1, g->planes[0].head_dim_k, g->planes[0].head_dim_v,
-                       &err);
-    done(ctx, set, set ? NULL : &err);
-    kvd_rotset_free(&set);
+    return l->rotation[0] != '\0';
 }
 
 void kvd_rotations_get(struct kvd_call *call, struct kvd_layout *g,
@@ -147,12 +140,8 @@ void kvd_rotations_get(struct kvd_call *call, struct kvd_layout *g,
 {
     struct kvd_daemon *d = call->d;
     struct kvd_error err = {0};
-    if (g->planes[0].codec == KVD_CODEC_BF16) {
+    if (!is_rotated(g) || kvd_rotset_built_in(g->rotation)) { // made for each plane
         done(ctx, NULL, NULL);
-        return;
-    }
-    if (kvd_rotset_built_in(g->rotation)) {
-        get_builtin(g, done, ctx);
         return;
     }
     struct kvd_fetch *f = calloc(1, sizeof(*f));
@@ -218,58 +207,111 @@ static int share(const struct kvd_rotation_data *data)
     return KVD_TAKE_FD(fd);
 }
 
-// Puts a set into the backend's memory, and into *fd for workers. Without a set (bf16) there is
-// nothing to rotate by.
-static struct kvd_rotation *load(struct kvd_daemon *d, const struct kvd_layout *g,
-                                 const struct kvd_rotset *set, int *fd, struct kvd_error *err)
+struct loaded {
+    struct kvd_rotation *rotations[KVD_MAX_PLANES];
+    int fds[KVD_MAX_PLANES];
+};
+
+// What a plane is rotated by: of the set, or built in; nothing for bf16.
+static int select_data(const struct kvd_layout *l, uint32_t plane, const struct kvd_rotset *set,
+                       struct kvd_rotation_data *data, struct kvd_error *err)
 {
-    struct kvd_rotation_data data = {.n_layers = g->planes[0].n_layers,
-                                     .heads = 1,
-                                     .dim_k = g->planes[0].head_dim_k,
-                                     .dim_v = g->planes[0].head_dim_v};
-    struct kvd_layout one = *g;
-    if (set && !kvd_digest_valid(g->rotation))
-        one.n_layers = 1; // built in
-    if (set && kvd_rotset_select(set, &one, 0, &data, err))
-        return NULL;
-    if (set && strcmp(g->rotation, "identity") == 0) {
+    const struct kvd_plane *g = &l->planes[plane];
+    *data = (struct kvd_rotation_data){
+        .n_layers = g->n_layers, .heads = 1, .dim_k = g->head_dim_k, .dim_v = g->head_dim_v};
+    if (g->codec == KVD_CODEC_BF16)
+        return KVD_OK;
+    if (set)
+        return kvd_rotset_select(set, l, plane, data, err);
+    // One matrix serves all layers.
+    struct kvd_layout one = {
+        .n_layers = 1, .n_planes = 1, .layers = {l->layers[0]}, .planes = {*g}};
+    struct kvd_rotset *made KVD_AUTO(kvd_rotset_free) =
+        kvd_rotset_new(l->rotation, one.layers, 1, g->head_dim_k, g->head_dim_v, err);
+    if (!made)
+        return err->code;
+    one.planes[0].n_layers = 1;
+    int rc = kvd_rotset_select(made, &one, 0, data, err);
+    if (rc == KVD_OK && strcmp(l->rotation, "identity") == 0) {
         // The backend skips the product when there is no matrix.
-        free((void *)data.k);
-        free((void *)data.v);
-        data.k = data.v = NULL;
+        free((void *)data->k);
+        free((void *)data->v);
+        data->k = data->v = NULL;
     }
-    struct kvd_rotation *r = d->backend->ops->rotation_new(d->backend, &data, err);
-    *fd = r && set ? share(&data) : -1;
-    kvd_rotation_data_deinit(&data);
-    return r;
+    return rc;
 }
 
-int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_layout *g,
+static void unload(struct kvd_daemon *d, struct loaded *l)
+{
+    for (uint32_t p = 0; p < KVD_MAX_PLANES; p++) {
+        if (l->rotations[p])
+            d->backend->ops->rotation_free(d->backend, &l->rotations[p]);
+        if (l->fds[p] >= 0)
+            close(l->fds[p]);
+        l->fds[p] = -1;
+    }
+}
+
+// Puts what each plane is rotated by into the backend's memory, and into a descriptor for workers.
+static int load(struct kvd_daemon *d, const struct kvd_layout *l, const struct kvd_rotset *set,
+                struct loaded *out, struct kvd_error *err)
+{
+    for (uint32_t p = 0; p < l->n_planes; p++) {
+        struct kvd_rotation_data data;
+        int rc = select_data(l, p, set, &data, err);
+        if (rc && l->n_planes > 1)
+            kvd_fail_in(err, "plane %u", p);
+        if (rc)
+            return rc;
+        out->rotations[p] = d->backend->ops->rotation_new(d->backend, &data, err);
+        if (out->rotations[p] && l->planes[p].codec != KVD_CODEC_BF16)
+            out->fds[p] = share(&data);
+        kvd_rotation_data_deinit(&data);
+        if (!out->rotations[p])
+            return err->code;
+    }
+    return KVD_OK;
+}
+
+static void drop(struct kvd_daemon *d, uint32_t layout)
+{
+    struct loaded old;
+    if (!d->rotations[layout][0])
+        return;
+    memcpy(old.rotations, d->rotations[layout], sizeof(old.rotations));
+    memcpy(old.fds, d->rotation_fds[layout], sizeof(old.fds));
+    unload(d, &old);
+    memset(d->rotations[layout], 0, sizeof(d->rotations[layout]));
+    memset(d->rotation_fds[layout], 0xff, sizeof(d->rotation_fds[layout]));
+    d->metrics.rotations_loaded--;
+}
+
+int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_layout *l,
                        const struct kvd_rotset *set, int64_t uid, uint32_t ns, uint32_t *layout,
                        struct kvd_error *err)
 {
-    const uint64_t bytes[][KVD_POOL_KINDS] = {{kvd_page_bytes(&g->planes[0], KVD_CODEC_BF16),
-                                               kvd_page_bytes(&g->planes[0], g->planes[0].codec)}};
-    struct kvd_rotation *r = NULL;
-    int fd KVD_CLOSE = -1;
+    uint64_t bytes[KVD_MAX_PLANES][KVD_POOL_KINDS] = {{0}};
+    struct loaded new = {0};
     bool recycled;
+    memset(new.fds, 0xff, sizeof(new.fds)); // -1 each
+    for (uint32_t p = 0; p < l->n_planes; p++) {
+        bytes[p][KVD_POOL_BF16] = kvd_page_bytes(&l->planes[p], KVD_CODEC_BF16);
+        bytes[p][KVD_POOL_CODEC] = kvd_page_bytes(&l->planes[p], l->planes[p].codec);
+    }
     // The rotations first: a layout that they do not fit must leave nothing behind.
-    if (kvd_pool_layout_find(d->pool, g) == KVD_POOL_NONE && !(r = load(d, g, set, &fd, err)))
-        return err->code;
-    int rc = kvd_layout_open(d, uid, ns, g, bytes, layout, &recycled, err);
+    bool known = kvd_pool_layout_find(d->pool, l) != KVD_POOL_NONE;
+    int rc = known ? KVD_OK : load(d, l, set, &new, err);
+    if (rc == KVD_OK)
+        rc = kvd_layout_open(d, uid, ns, l, bytes, layout, &recycled, err);
     if (rc) {
-        d->backend->ops->rotation_free(d->backend, &r);
+        unload(d, &new);
         return rc;
     }
-    if (recycled) {
-        d->backend->ops->rotation_free(d->backend, &d->rotations[*layout]);
-        d->metrics.rotations_loaded--;
-    }
-    if (r) {
-        if (d->rotation_fds[*layout] >= 0)
-            close(d->rotation_fds[*layout]);
-        d->rotation_fds[*layout] = KVD_TAKE_FD(fd);
-        d->rotations[*layout] = r;
+    if (recycled)
+        drop(d, *layout);
+    if (!known) {
+        memcpy(d->rotations[*layout], new.rotations, sizeof(new.rotations));
+        memcpy(d->rotation_fds[*layout], new.fds, sizeof(new.fds));
         d->metrics.rotations_loaded++;
     }
     return KVD_OK;
@@ -280,8 +322,7 @@ int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_layout *g,
 static int init(struct kvd_daemon *d, struct kvd_error *err)
 {
     (void)err;
-    for (uint32_t i = 0; i < KVD_MAX_LAYOUTS; i++)
-        d->rotation_fds[i] = -1;
+    memset(d->rotation_fds, 0xff, sizeof(d->rotation_fds)); // -1 each
     return KVD_OK;
 }
 
@@ -293,13 +334,8 @@ static void stop(struct kvd_daemon *d)
 
 static void deinit(struct kvd_daemon *d)
 {
-    for (uint32_t i = 0; i < KVD_MAX_LAYOUTS; i++) {
-        if (!d->rotations[i])
-            continue;
-        if (d->rotation_fds[i] >= 0)
-            close(d->rotation_fds[i]);
-        d->backend->ops->rotation_free(d->backend, &d->rotations[i]);
-    }
+    for (uint32_t i = 0; i < KVD_MAX_LAYOUTS; i++)
+        drop(d, i);
 }
 
 static void metrics(struct kvd_daemon *d, FILE *f)

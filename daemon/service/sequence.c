@@ -138,13 +138,15 @@ static void fill_info(struct kvd_daemon *d, const struct kvd_session *s,
     out->sequence = in->id;
     out->length = in->length;
     out->sink_tokens = KVD_MIN(in->length, (uint64_t)sink);
-    out->history_tokens = in->reach[0].hist_end - sink;
+    out->history_tokens = in->reach[0].hist_end - KVD_MAX((uint64_t)sink, in->reach[0].first);
     out->recent_tokens =
         in->length > in->reach[0].hist_end ? in->length - in->reach[0].hist_end : 0;
     out->pending_length = in->pending_length;
     out->pending_layers = in->pending_layers;
-    out->bf16_pages = in->pages[0][KVD_POOL_BF16];
-    out->codec_pages = in->pages[0][KVD_POOL_CODEC];
+    for (uint32_t p = 0; p < in->n_planes; p++) {
+        out->bf16_pages += in->pages[p][KVD_POOL_BF16];
+        out->codec_pages += in->pages[p][KVD_POOL_CODEC];
+    }
     out->bytes = in->bytes;
     out->holders = in->holders;
     out->holds = kvd_session_holds(s, in->id);

@@ -65,7 +65,7 @@ static int check_request(struct kvd_call *call, const Kvd__V1__OpenSessionReques
                          struct kvd_layout *g, struct kvd_error *err)
 {
     struct kvd_connection *conn;
-    if (!req->geometry)
+    if (!req->layout)
         return kvd_fail(err, KVD_E_INVALID, "layout is missing");
     if (strlen(req->client_name) > KVD_MAX_CLIENT_NAME)
         return kvd_fail(err, KVD_E_INVALID, "client_name has more than %d characters",
@@ -96,7 +96,7 @@ static int check_request(struct kvd_call *call, const Kvd__V1__OpenSessionReques
         return kvd_fail(err, KVD_E_LIMIT,
                         "all %u sessions are in use; close some or raise max-sessions",
                         call->d->config.max_sessions);
-    return kvd_layout_from_proto(req->geometry, g, err);
+    return kvd_layout_from_proto(req->layout, g, err);
 }
 
 static void reply(struct kvd_call *call, const struct kvd_session *s)
@@ -106,9 +106,16 @@ static void reply(struct kvd_call *call, const struct kvd_session *s)
     struct kvd_proto_layout pg;
     Kvd__V1__OpenSessionReply r = KVD__V1__OPEN_SESSION_REPLY__INIT;
     r.session = (char *)s->secret;
-    r.geometry = kvd_layout_to_proto(g, &pg);
+    r.layout = kvd_layout_to_proto(g, &pg);
     r.bf16_page_bytes = kvd_pool_page_bytes(d->pool, s->layout, 0, KVD_POOL_BF16);
     r.codec_page_bytes = kvd_pool_page_bytes(d->pool, s->layout, 0, KVD_POOL_CODEC);
+    char digest[KVD_DIGEST_TEXT];
+    kvd_layout_digest(g, digest);
+    r.layout_digest = digest;
+    for (uint32_t p = 0; p < g->n_planes; p++) {
+        pg.planes[p].bf16_page_bytes = kvd_pool_page_bytes(d->pool, s->layout, p, KVD_POOL_BF16);
+        pg.planes[p].codec_page_bytes = kvd_pool_page_bytes(d->pool, s->layout, p, KVD_POOL_CODEC);
+    }
     r.instance = d->instance;
     r.version = (char *)kvd_build_version();
     r.backend = (char *)d->backend->ops->name;

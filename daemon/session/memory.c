@@ -226,7 +226,7 @@ void kvd_memory_forget(struct kvd_daemon *d, struct kvd_session *s)
 
 int kvd_memory_lend_rotations(struct kvd_daemon *d, struct kvd_session *s, struct kvd_error *err)
 {
-    int fd = d->rotation_fds[s->layout];
+    int fd = d->rotation_fds[s->layout][0];
     if (s->rotations_sent ||
         kvd_pool_layout_get(d->pool, s->layout)->planes[0].codec == KVD_CODEC_BF16)
         return KVD_OK;

@@ -94,9 +94,11 @@ static bool slab_line(void *ctx, const struct kvd_pool_slab_info *info)
     const char *kind =
         info->kind == KVD_POOL_BF16
             ? "window"
-            : kvd_codec_name(kvd_pool_layout_get(p->d->pool, info->layout)->planes[0].codec);
-    fprintf(p->f, "kvd_pages{namespace=\"%s\",kind=\"%s\",geometry=\"%u\"} %" PRIu64 "\n", name,
-            kind, info->layout, info->used);
+            : kvd_codec_name(
+                  kvd_pool_layout_get(p->d->pool, info->layout)->planes[info->plane].codec);
+    fprintf(p->f,
+            "kvd_pages{namespace=\"%s\",kind=\"%s\",layout=\"%u\",plane=\"%u\"} %" PRIu64 "\n",
+            name, kind, info->layout, info->plane, info->used);
     return true;
 }
 
@@ -104,7 +106,7 @@ static void namespace_metrics(struct kvd_daemon *d, FILE *f)
 {
     struct page p = {f, d};
     kvd_metric_head(f, "kvd_pages", "gauge",
-                    "Pages in use by namespace, kind (window or codec) and layout.");
+                    "Pages in use by namespace, kind (window or codec), layout and plane.");
     kvd_pool_slab_each(d->pool, slab_line, &p);
     static const struct {
         const char *name, *help;

@@ -1,5 +1,5 @@
 // One GPU, several processes: what direct mode and calls cost beside the bare kernels. Qwen3-8B's
-// geometry: 36 layers, 32 q heads, 8 kv heads, head_dim 128, sink 64, recent 256.
+// layout: 36 layers, 32 q heads, 8 kv heads, head_dim 128, sink 64, recent 256.
 // usage: bench_direct ADDRESS [quick|capacity]   (kvd runs there, with backend cuda)
 #include <math.h>
 #include <signal.h>

@@ -1,4 +1,4 @@
-// What the parts of the test program `client` share: a small geometry, one client, one sequence.
+// What the parts of the test program `client` share: a small layout, one client, one sequence.
 #ifndef KVD_TESTS_CLIENT_H
 #define KVD_TESTS_CLIENT_H
 

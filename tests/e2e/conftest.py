@@ -185,10 +185,10 @@ def rpc(kvd):
     r.channel.close()
 
 
-def geometry(**kw):
+def layout(**kw):
     g = dict(layers=[0, 1], q_heads=4, kv_heads=2, head_dim_k=64, head_dim_v=64, codec="int2")
     g.update(kw)
-    return kv.Geometry(**g)
+    return kv.Layout(**g)
 
 
 def free_port():

@@ -112,8 +112,8 @@ class Maker:
                 setattr(message, field.name, self.value(field, depth))
         return message
 
-    def geometry(self):
-        return kv.Geometry(layers=[0, 1], q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim_k=DIM, head_dim_v=DIM,
+    def layout(self):
+        return kv.Layout(layers=[0, 1], q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim_k=DIM, head_dim_v=DIM,
                            codec=self.r.choice(["bf16", "int2", "int2c", "turboquant-3"]), windows=kv.Windows(sink=16, recent=16))
 
     def tensor(self, session, heads, n, size=2):
@@ -128,7 +128,7 @@ class Maker:
             self.r, kind in (kv.AttendRequest, kv.ReadTokensRequest, kv.ForkSequenceRequest, kv.TruncateSequenceRequest))
         if kind is kv.OpenSessionRequest:
             ticket = self.known.unused.pop() if self.known.unused else ""
-            return kind(ticket=ticket, geometry=self.geometry(), lease_ms=3000,
+            return kind(ticket=ticket, layout=self.layout(), lease_ms=3000,
                         namespace_name=self.r.choice(["", "", "fuzz"]))
         if kind is kv.CreateSequencesRequest:
             return kind(session=s, count=self.r.choice([1, 2, 5]), request_id=self.r.choice([0, 1, 2, self.r.getrandbits(40)]))

@@ -96,11 +96,11 @@ class Elsewhere:
 class Session:
     """One session and its memory. `where`: Here or Elsewhere; `memory`: a descriptor that it has too, or None to be leased."""
 
-    def __init__(self, kv, where, geometry, memory, label):
+    def __init__(self, kv, where, layout, memory, label):
         self.kv, self.where, self.label, self.requests, self.descriptor = kv, where, label, 0, memory
         self.ticket = where.connect(memory) if memory is not None else ""
         self.memory = mmap.mmap(memory, MEMORY) if memory is not None else None
-        code, reply = self.call("OpenSession", geometry=geometry, ticket=self.ticket, client_name="scenario")
+        code, reply = self.call("OpenSession", layout=layout, ticket=self.ticket, client_name="scenario")
         assert code == "OK", reply
         self.id = reply.session
         self.buffer = 0

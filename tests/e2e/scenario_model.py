@@ -31,7 +31,7 @@ def agree(what, got, want):
         raise Mismatch(f"{what}: kvd has {got!r}, the model {want!r}")
 
 
-class Geometry:
+class Layout:
     def __init__(self, layers, kv_heads, group, dims, codec, sink, recent, rotation_set):
         self.layers, self.kv_heads, self.group, self.dims = layers, kv_heads, group, dims
         self.codec, self.sink, self.recent, self.rotation_set = codec, sink, recent, rotation_set
@@ -47,12 +47,12 @@ class Geometry:
         return hist_end if length <= keep else max(hist_end, self.sink + (length - keep) // CHUNK * CHUNK)
 
 
-def random_geometry(rng):
+def random_layout(rng):
     while True:
         dims = [int(rng.choice([64, 64, 128, 128, 256])) for _ in range(2)]
         if rng.random() < 0.3:
             dims = [(80,), (96,), (112,), (192,), (192, 128)][int(rng.integers(5))]
-        g = Geometry(layers=int(rng.integers(1, 4)), kv_heads=int(rng.integers(1, 5)), group=int(rng.integers(1, 13)),
+        g = Layout(layers=int(rng.integers(1, 4)), kv_heads=int(rng.integers(1, 5)), group=int(rng.integers(1, 13)),
                      dims=list(dims) if len(dims) == 2 and rng.random() < 0.3 else [dims[0]] * 2, codec=str(rng.choice(CODECS)),
                      sink=int(rng.choice([0, 16, 32, 64, 80, 144])), recent=int(rng.choice([0, 0, 16, 48, 64, 112, 256])),
                      rotation_set=str(rng.choice(["", "hadamard", "random", "identity"])))

@@ -12,7 +12,7 @@ import numpy as np
 
 import scenario_direct
 from scenario_holder import Here, Session
-from scenario_model import Attention, Last, Mismatch, Sequence, agree, bf16, random_geometry, widen
+from scenario_model import Attention, Last, Mismatch, Sequence, agree, bf16, random_layout, widen
 from scenario_tensors import Tensors
 
 MOST_TOKENS = 1100
@@ -73,7 +73,7 @@ class Scenario:
         self.kv, self.address, self.places, self.seed, self.without = kv, address, places, seed, without
         self.direct_mode, self.errors = direct, errors or CPU_ERRORS
         self.rng = np.random.default_rng([seed])
-        self.g = random_geometry(self.rng)
+        self.g = random_layout(self.rng)
         self.operations = int(self.rng.integers(10, 30))
         self.n_sessions = int(self.rng.choice([1, 2, 2, 3, 3]))
         self.sessions, self.sequences, self.log = [], [], []
@@ -82,10 +82,10 @@ class Scenario:
 
     # -- helpers --------------------------------------------------------------------------------
 
-    def geometry(self):
+    def layout(self):
         g = self.g
         windows = None if (g.sink, g.recent) == (64, 256) else self.kv.Windows(sink=g.sink, recent=g.recent)
-        return self.kv.Geometry(layers=[2 * i + 1 for i in range(g.layers)], q_heads=g.q_heads, kv_heads=g.kv_heads,
+        return self.kv.Layout(layers=[2 * i + 1 for i in range(g.layers)], q_heads=g.q_heads, kv_heads=g.kv_heads,
                                 head_dim_k=g.dims[0], head_dim_v=g.dims[1], codec=g.codec, rotation_set=g.rotation_set,
                                 windows=windows)
 
@@ -101,7 +101,7 @@ class Scenario:
         free = [m for m in where.memory if m not in [s.descriptor for s in self.sessions]]
         memory = None if self.chance(0.3) else free[0]
         label = f"s{number}({type(where).__name__}{'' if memory is not None else ', leased'})"
-        self.sessions.append(Session(self.kv, where, self.geometry(), memory, label))
+        self.sessions.append(Session(self.kv, where, self.layout(), memory, label))
         self.log.append(f"open {label}")
         return self.sessions[-1]
 

@@ -13,7 +13,7 @@ import time
 import grpc
 import pytest
 
-from conftest import WORKER, Rpc, geometry, kv
+from conftest import WORKER, Rpc, layout, kv
 
 MAGIC, VERSION = 0x0144766B, 1
 
@@ -50,8 +50,8 @@ def wait_for(what, timeout=10):
 
 def test_buffers_and_their_lies(kvd, rpc):
     w = FdSocket(kvd)
-    s = rpc.kv("OpenSession", ticket=w.ticket, request_id=5, geometry=geometry()).session
-    assert rpc.kv("OpenSession", ticket=w.ticket, request_id=5, geometry=geometry()).session == s
+    s = rpc.kv("OpenSession", ticket=w.ticket, request_id=5, layout=layout()).session
+    assert rpc.kv("OpenSession", ticket=w.ticket, request_id=5, layout=layout()).session == s
     fd = memfd(1 << 20)
     w.send(1, fd)
     b = rpc.kv("RegisterBuffer", session=s, key=1, size=1 << 20).buffer
@@ -83,7 +83,7 @@ def test_buffers_and_their_lies(kvd, rpc):
 
 def test_hang_up_frees_everything_but_what_is_published(kvd, rpc):
     w = FdSocket(kvd)
-    s = rpc.kv("OpenSession", ticket=w.ticket, geometry=geometry()).session
+    s = rpc.kv("OpenSession", ticket=w.ticket, layout=layout()).session
     a, b = rpc.kv("CreateSequences", session=s, request_id=1, count=2).sequences
     rpc.kv("PublishSequence", session=s, sequence=a, name="kept")
     w.s.close()
@@ -153,7 +153,7 @@ def test_who_says_nothing_is_dropped(kvd):
 
 
 def test_an_abandoned_call_and_a_stream_nobody_reads(kvd, rpc):
-    s = rpc.kv("OpenSession", geometry=geometry()).session
+    s = rpc.kv("OpenSession", layout=layout()).session
     seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
     script = f"""
 import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
@@ -178,12 +178,12 @@ def test_namespaces_keep_strangers_out(start):
     for ns, ok in (("mine", False), ("root", os.getuid() == 0), ("default", True)):
         ticket = FdSocket(kvd)
         try:
-            rpc.kv("OpenSession", ticket=ticket.ticket, namespace_name=ns, geometry=geometry())
+            rpc.kv("OpenSession", ticket=ticket.ticket, namespace_name=ns, layout=layout())
             assert ok, ns
         except grpc.RpcError as e:
             assert not ok and e.code().name == "PERMISSION_DENIED", e
     with pytest.raises(grpc.RpcError) as e:  # without a ticket nobody knows who that is
-        rpc.kv("OpenSession", namespace_name="root", geometry=geometry())
+        rpc.kv("OpenSession", namespace_name="root", layout=layout())
     assert e.value.code().name == "PERMISSION_DENIED"
 
 
@@ -194,7 +194,7 @@ def test_freed_memory_is_not_readable_by_another_namespace(start):
     secret = bytes([0x21, 0x43]) * (2 * 64 * 2 * 64)
 
     def fill(ns, data):
-        s = rpc.kv("OpenSession", namespace_name=ns, geometry=geometry(codec="bf16")).session
+        s = rpc.kv("OpenSession", namespace_name=ns, layout=layout(codec="bf16")).session
         seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
         ref = kv.TensorRef(inline_data=data)
         rpc.kv("Append", session=s, items=[kv.AppendItem(sequence=seq, position=0, tokens=64, k=ref, v=ref)])

@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 import pytest
 
-from conftest import BUILD, Rpc, geometry, kv
+from conftest import BUILD, Rpc, layout, kv
 from test_grpc import KV, LAYERS, append, code_of, random_kv, tensor
 
 DIRECT = BUILD / "tests/e2e_direct"
@@ -120,7 +120,7 @@ class Raw:
         self.ticket = self.sock.recv(64)[8:40].decode()
         self.rpc = Rpc(kvd.address)
         self.session = self.rpc.kv("OpenSession", ticket=self.ticket, namespace_name=namespace,
-                                   geometry=geometry(**kw)).session
+                                   layout=layout(**kw)).session
 
     def sequence(self, tokens=0):
         seq = self.rpc.kv("CreateSequences", session=self.session, count=1).sequences[0]
@@ -219,7 +219,7 @@ def test_only_its_own(kvd):
         assert code_of(e) == "NOT_FOUND"
     assert b.read() == []
     leased = Rpc(kvd.address)
-    session = leased.kv("OpenSession", geometry=geometry()).session
+    session = leased.kv("OpenSession", layout=layout()).session
     with pytest.raises(grpc.RpcError) as e:
         leased.kv("MapSequences", session=session)
     assert code_of(e) == "FAILED_PRECONDITION"

@@ -17,7 +17,7 @@ import grpc
 import numpy as np
 import pytest
 
-from conftest import Rpc, geometry, kv
+from conftest import Rpc, layout, kv
 
 SECONDS = float(os.environ.get("KVD_FAIRNESS_SECONDS", 2))
 SLICE_MS = 2
@@ -37,7 +37,7 @@ class Worker:
         os.posix_fallocate(fd, 0, 1 << 22)
         fcntl.fcntl(fd, 1033, 2)  # F_ADD_SEALS, F_SEAL_SHRINK
         self.memory = mmap.mmap(fd, 1 << 22)
-        self.session = self.rpc.kv("OpenSession", namespace_name=namespace, geometry=shape,
+        self.session = self.rpc.kv("OpenSession", namespace_name=namespace, layout=shape,
                                    ticket=ticket).session
         self.sock.sendmsg([struct.pack("<IIQ", 0x0144766B, 1, 1)],
                           [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
@@ -91,7 +91,7 @@ class Neighbour(Worker):
     """Small calls, one after the other."""
 
     def __init__(self, kvd):
-        super().__init__(kvd, "neighbour", geometry(**SMALL))
+        super().__init__(kvd, "neighbour", layout(**SMALL))
         self.seq = self.sequence(100)
 
     def latencies(self, seconds):
@@ -116,7 +116,7 @@ SLACK = float(os.environ.get("KVD_FAIRNESS_SLACK", 8))
 
 
 def test_a_huge_attention_does_not_hold_up_others(kvd):
-    w, n = Worker(kvd, "huge", geometry(**HUGE)), Neighbour(kvd)
+    w, n = Worker(kvd, "huge", layout(**HUGE)), Neighbour(kvd)
     seq = w.sequence(LONG)
     alone = n.latencies(SECONDS)
     began = time.perf_counter()
@@ -137,7 +137,7 @@ def wait_idle(kvd, seconds=3):
 
 
 def test_long_steps_do_not_hold_up_others(kvd):
-    w, n = Worker(kvd, "steps", geometry(**dict(HUGE, layers=[0, 1, 2, 3]))), Neighbour(kvd)
+    w, n = Worker(kvd, "steps", layout(**dict(HUGE, layers=[0, 1, 2, 3]))), Neighbour(kvd)
     seqs = [w.sequence(8192) for _ in range(4)]
     alone = n.latencies(SECONDS)
     calls = [w.step(s, 8192, 2048) for s in seqs]
@@ -159,7 +159,7 @@ import sys; sys.path[:0] = sys.argv[2:4]
 import types, time
 import test_fairness as t
 kvd = types.SimpleNamespace(address="unix:" + sys.argv[1], socket=sys.argv[1])
-w = t.Worker(kvd, "flood", t.geometry(**t.SMALL))
+w = t.Worker(kvd, "flood", t.layout(**t.SMALL))
 seqs = [w.sequence(100) for _ in range(64)]
 print("ready", flush=True)
 calls = [w.attend(s, 1) for s in seqs]
@@ -185,7 +185,7 @@ def test_a_flood_of_small_calls_does_not_hold_up_others(kvd):
 
 @pytest.mark.parametrize("how", ["cancel", "close", "hang-up"])
 def test_a_running_step_is_given_up(kvd, how):
-    w, n = Worker(kvd, "huge", geometry(**HUGE)), Neighbour(kvd)
+    w, n = Worker(kvd, "huge", layout(**HUGE)), Neighbour(kvd)
     seq = w.sequence(16384)
     w.rpc.kv("PublishSequence", session=w.session, sequence=seq, name="s")
     used = kvd.metric('kvd_pool_bytes{state="used"}')
@@ -203,7 +203,7 @@ def test_a_running_step_is_given_up(kvd, how):
         w.close()
     wait_idle(kvd)
     assert kvd.metric('kvd_pool_bytes{state="used"}') == used  # its pages went back
-    other = Worker(kvd, "huge", geometry(**HUGE))
+    other = Worker(kvd, "huge", layout(**HUGE))
     info = other.rpc.kv("AttachSequence", session=other.session, name="s").sequence
     assert info.length == 16384 and info.pending_layers == 0  # and nothing is half done
     other.step(seq, 16384, 1).result()
@@ -211,7 +211,7 @@ def test_a_running_step_is_given_up(kvd, how):
 
 
 def test_stopping_does_not_wait_for_a_huge_call(kvd):
-    w = Worker(kvd, "huge", geometry(**HUGE))
+    w = Worker(kvd, "huge", layout(**HUGE))
     seq = w.sequence(LONG)
     call = w.attend(seq, LONG, timeout=60)
     time.sleep(0.3)
@@ -226,7 +226,7 @@ def test_stopping_does_not_wait_for_a_huge_call(kvd):
 
 def test_one_session_cannot_fill_the_queue(start):
     kvd = start(config="[kvd]\nmax-queue = 40\n")
-    w, n = Worker(kvd, "hog", geometry(**HUGE)), Neighbour(kvd)
+    w, n = Worker(kvd, "hog", layout(**HUGE)), Neighbour(kvd)
     seq = w.sequence(LONG)
     calls = [w.attend(seq, LONG, timeout=60) for _ in range(60)]
     codes = []

@@ -6,7 +6,7 @@ import grpc
 import numpy as np
 import pytest
 
-from conftest import Rpc, geometry, health, kv
+from conftest import Rpc, layout, health, kv
 
 LAYERS, HEADS, KV, DIM = 2, 4, 2, 64
 rng = np.random.default_rng(7)
@@ -30,7 +30,7 @@ def random_kv(n):
 
 
 def open_session(rpc, **kw):
-    return rpc.kv("OpenSession", geometry=kw.pop("geometry", geometry()), **kw).session
+    return rpc.kv("OpenSession", layout=kw.pop("layout", layout()), **kw).session
 
 
 def append(rpc, session, seq, position, k, v, **kw):
@@ -64,7 +64,7 @@ def code_of(e):
 
 @pytest.mark.parametrize("codec", ["int2", "bf16"])
 def test_attention_over_the_wire(kvd, rpc, codec):
-    s = open_session(rpc, geometry=geometry(codec=codec))
+    s = open_session(rpc, layout=layout(codec=codec))
     seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
     k, v = random_kv(700)
     assert append(rpc, s, seq, 0, k, v).lengths == [700]
@@ -208,22 +208,22 @@ def test_a_lease_runs_out(rpc, kvd):
 
 
 GEOMETRIES = {
-    "layers": geometry(layers=[]),
-    "ascending": geometry(layers=[3, 3]),
-    "kv_heads": geometry(kv_heads=0),
-    "q_heads": geometry(q_heads=5),
-    "head_dim": geometry(head_dim_k=96),
-    "codec": geometry(codec="int3"),
-    "rotation_set": geometry(rotation_set="../../etc/passwd"),
-    "sink": geometry(windows=kv.Windows(sink=17, recent=64)),
-    "extent": geometry(layers=list(range(500)), q_heads=256, kv_heads=256, head_dim_k=256, head_dim_v=256),
+    "layers": layout(layers=[]),
+    "ascending": layout(layers=[3, 3]),
+    "kv_heads": layout(kv_heads=0),
+    "q_heads": layout(q_heads=5),
+    "head_dim": layout(head_dim_k=96),
+    "codec": layout(codec="int3"),
+    "rotation_set": layout(rotation_set="../../etc/passwd"),
+    "sink": layout(windows=kv.Windows(sink=17, recent=64)),
+    "extent": layout(layers=list(range(500)), q_heads=256, kv_heads=256, head_dim_k=256, head_dim_v=256),
 }
 
 
 @pytest.mark.parametrize("word", GEOMETRIES)
-def test_bad_geometries(rpc, word):
+def test_bad_layouts(rpc, word):
     with pytest.raises(grpc.RpcError) as e:
-        rpc.kv("OpenSession", geometry=GEOMETRIES[word])
+        rpc.kv("OpenSession", layout=GEOMETRIES[word])
     assert code_of(e) == "INVALID_ARGUMENT" and word in e.value.details()
 
 
@@ -276,8 +276,8 @@ def test_bad_input_changes_nothing(rpc, kvd):
         (lambda: rpc.kv("PublishSequence", session=s, sequence=seq, name="a b"), "INVALID_ARGUMENT", "name"),
         (lambda: rpc.kv("ReadTokens", session=s, sequence=seq, begin=2**63, tokens=1), "INVALID_ARGUMENT", "has 20"),
         (lambda: rpc.kv("RegisterBuffer", session=s, key=1, size=1), "FAILED_PRECONDITION", "leased"),
-        (lambda: rpc.kv("OpenSession", geometry=geometry(), namespace_name="a b"), "INVALID_ARGUMENT", "namespace"),
-        (lambda: rpc.kv("OpenSession", geometry=geometry(), ticket="0" * 32), "UNAUTHENTICATED", "ticket"),
+        (lambda: rpc.kv("OpenSession", layout=layout(), namespace_name="a b"), "INVALID_ARGUMENT", "namespace"),
+        (lambda: rpc.kv("OpenSession", layout=layout(), ticket="0" * 32), "UNAUTHENTICATED", "ticket"),
     ]
     for run, code, text in cases:
         with pytest.raises(grpc.RpcError) as e:
@@ -311,25 +311,25 @@ def test_quota_and_a_full_pool(start):
     append(rpc, big, rpc.kv("CreateSequences", session=big, request_id=2, count=1).sequences[0], 0, k, v)
 
 
-def test_geometries_are_recycled(rpc, kvd):
+def test_layouts_are_recycled(rpc, kvd):
     """There are 64 slots: more shapes than that come and go, and what is in use stays."""
     keep = open_session(rpc)
     seq = rpc.kv("CreateSequences", session=keep, request_id=1, count=1).sequences[0]
     k, v = random_kv(100)
     append(rpc, keep, seq, 0, k, v)
     for i in range(150):
-        s = open_session(rpc, geometry=geometry(windows=kv.Windows(sink=16 * (i % 100), recent=16 + 16 * i)))
+        s = open_session(rpc, layout=layout(windows=kv.Windows(sink=16 * (i % 100), recent=16 + 16 * i)))
         append(rpc, s, rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0], 0, k[:, :9], v[:, :9])
         rpc.kv("CloseSession", session=s)
     back = rpc.kv("ReadTokens", session=keep, sequence=seq, begin=0, tokens=100)
     assert back.k == k.tobytes()
-    held = [open_session(rpc, geometry=geometry(windows=kv.Windows(sink=0, recent=16 + 16 * i))) for i in range(31)]
+    held = [open_session(rpc, layout=layout(windows=kv.Windows(sink=0, recent=16 + 16 * i))) for i in range(31)]
     with pytest.raises(grpc.RpcError) as e:
-        open_session(rpc, geometry=geometry(windows=kv.Windows(sink=64, recent=0)))
+        open_session(rpc, layout=layout(windows=kv.Windows(sink=64, recent=0)))
     assert code_of(e) == "RESOURCE_EXHAUSTED" and "64 layouts" in e.value.details()
-    open_session(rpc, namespace_name="other", geometry=geometry(windows=kv.Windows(sink=64, recent=0)))
+    open_session(rpc, namespace_name="other", layout=layout(windows=kv.Windows(sink=64, recent=0)))
     rpc.kv("CloseSession", session=held[0])
-    open_session(rpc, geometry=geometry(windows=kv.Windows(sink=80, recent=0)))
+    open_session(rpc, layout=layout(windows=kv.Windows(sink=80, recent=0)))
 
 
 def test_mutated_requests_hurt_nobody(rpc, kvd):
@@ -349,7 +349,7 @@ def test_mutated_requests_hurt_nobody(rpc, kvd):
         "TruncateSequence": kv.TruncateSequenceRequest(session=s, sequence=seq, length=1),
         "PublishSequence": kv.PublishSequenceRequest(session=s, sequence=seq, name="n"),
         "DescribeSequences": kv.DescribeSequencesRequest(session=s, sequences=[seq]),
-        "OpenSession": kv.OpenSessionRequest(geometry=geometry(), lease_ms=2000),
+        "OpenSession": kv.OpenSessionRequest(layout=layout(), lease_ms=2000),
     }
     r = np.random.default_rng(int.from_bytes(__import__("os").urandom(4), "little"))
     for i in range(2500):

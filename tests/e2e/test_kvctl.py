@@ -14,7 +14,7 @@ import time
 import pytest
 from google.protobuf import json_format
 
-from conftest import BUILD, KVCTL, Daemon, Rpc, admin, geometry
+from conftest import BUILD, KVCTL, Daemon, Rpc, admin, layout
 
 SAMPLES = {"NAMESPACE": "default", "SIZE|none": "1GiB", "SECONDS": "1", "COUNT": "1", "LEVEL": "info", "COMMAND": "quota",
            "VERB": "set", "SET": "a/b@c", "SET|FILE": "a/b@c", "K.pt": "k.pt", "V.pt": "v.pt", "MODEL@TAG": "a/b@c",
@@ -41,7 +41,7 @@ def shared(tmp_path_factory):
     """A daemon with something to lose, for commands that must not reach it."""
     d = Daemon(tmp_path_factory.mktemp("kvctl"))
     rpc = Rpc(d.address)
-    s = rpc.kv("OpenSession", geometry=geometry(), client_name="somebody").session
+    s = rpc.kv("OpenSession", layout=layout(), client_name="somebody").session
     seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
     rpc.kv("PublishSequence", session=s, sequence=seq, name="precious")
     rpc.kv("FreeSequences", session=s, sequences=[seq])
@@ -193,7 +193,7 @@ def test_json_is_what_protobuf_makes_of_the_reply(start, folder):
     assert run("--store", store, "calib", "hadamard", "m/m@t", "0-3", "64").returncode == 0
     kvd = start("--store", f"file://{store}")
     rpc = Rpc(kvd.address)
-    s = rpc.kv("OpenSession", geometry=geometry(), client_name="somebody").session
+    s = rpc.kv("OpenSession", layout=layout(), client_name="somebody").session
     seq = rpc.kv("CreateSequences", session=s, request_id=1, count=2).sequences
     rpc.kv("PublishSequence", session=s, sequence=seq[0], name="a-name")
 
@@ -356,7 +356,7 @@ def test_the_command_line_outlives_a_reload(start, folder):
             kvd.kvctl("reload")
         assert json.loads(kvd.kvctl("--json", "status").stdout)["store"] == f"file://{folder}/mine"
     rpc = Rpc(kvd.address)
-    rpc.kv("OpenSession", geometry=geometry())
+    rpc.kv("OpenSession", layout=layout())
     begin = time.time()
     assert kvd.stop() == 0 and time.time() - begin < 15  # not half an hour
 

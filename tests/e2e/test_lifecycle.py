@@ -7,7 +7,7 @@ import time
 import grpc
 import pytest
 
-from conftest import KVCTL, KVD, WORKER, Daemon, Rpc, geometry
+from conftest import KVCTL, KVD, WORKER, Daemon, Rpc, layout
 
 
 @pytest.mark.parametrize("codec", ["int2", "bf16", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4"])
@@ -67,13 +67,13 @@ def test_reload(start):
 def test_drain_waits_for_workers(start):
     kvd = start("--drain-timeout", "5s")
     rpc = Rpc(kvd.address)
-    s = rpc.kv("OpenSession", geometry=geometry()).session
+    s = rpc.kv("OpenSession", layout=layout()).session
     events = rpc.stream("Watch", session=s)
     next(events)
     kvd.process.send_signal(signal.SIGTERM)
     assert next(events).kind == 2  # DRAINING
     with pytest.raises(grpc.RpcError) as e:
-        rpc.kv("OpenSession", geometry=geometry())
+        rpc.kv("OpenSession", layout=layout())
     assert e.value.code().name == "UNAVAILABLE"
     rpc.kv("CreateSequences", session=s, request_id=1, count=1)  # an open session goes on
     assert kvd.process.poll() is None

@@ -17,7 +17,7 @@ import grpc
 import pytest
 
 import kvd as package
-from conftest import BUILD, KVD, Rpc, admin, certificates, free_port, geometry, kv
+from conftest import BUILD, KVD, Rpc, admin, certificates, free_port, layout, kv
 from h2 import Connection, frame
 from test_death import FdSocket, memfd, wait_for
 
@@ -183,7 +183,7 @@ def test_short_descriptors_are_told_from_short_memory(start):
     """An extent of host memory takes one."""
     kvd = start("--extent-size", "2MiB")
     rpc, pid = Rpc(kvd.address), kvd.process.pid
-    s = rpc.kv("OpenSession", geometry=geometry(layers=[0], codec="bf16")).session
+    s = rpc.kv("OpenSession", layout=layout(layers=[0], codec="bf16")).session
     seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
     old = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")), old[1]))
@@ -294,7 +294,7 @@ def test_who_floods_is_refused_for_a_while(kvd):
 def test_a_client_that_gives_up_calls_now_and_then_stays(kvd):
     """Deadlines that pass, and calls that are cancelled, are what clients do."""
     rpc = Rpc(kvd.address)
-    s = rpc.kv("OpenSession", geometry=geometry()).session
+    s = rpc.kv("OpenSession", layout=layout()).session
     for _ in range(150):
         events = rpc.stream("Watch", session=s)
         next(events)
@@ -328,7 +328,7 @@ def test_a_limit_of_file_sizes_stops_the_log_and_nothing_else(start):
     for _ in range(100):  # each is a line of the log
         rpc.admin("Ping")
     assert os.path.getsize(kvd.log) <= 3000
-    s = rpc.kv("OpenSession", geometry=geometry(codec="bf16")).session
+    s = rpc.kv("OpenSession", layout=layout(codec="bf16")).session
     seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
     data = kv.TensorRef(inline_data=bytes(2 * 64 * 2 * 64 * 2))
     with pytest.raises(grpc.RpcError) as e:  # extents are files too
@@ -388,7 +388,7 @@ def test_grpc_logs_where_kvd_does(start):
 def worker(kvd):
     """A session with an fd socket: (its FdSocket, Rpc, session)."""
     w, rpc = FdSocket(kvd), Rpc(kvd.address)
-    return w, rpc, rpc.kv("OpenSession", ticket=w.ticket, geometry=geometry()).session
+    return w, rpc, rpc.kv("OpenSession", ticket=w.ticket, layout=layout()).session
 
 
 def register(w, rpc, session, key, fd, size=4096):
@@ -445,7 +445,7 @@ def test_replies_that_nobody_reads(start):
     kvd = start("--pool-size", "256MiB", config="[kvd]\nmax-reply-bytes = 256MiB\nreply-timeout = 1500ms\n")
     rpc = Rpc(kvd.address)
     tokens = 40000
-    s = rpc.kv("OpenSession", geometry=geometry(layers=[0], codec="bf16", kv_heads=4)).session
+    s = rpc.kv("OpenSession", layout=layout(layers=[0], codec="bf16", kv_heads=4)).session
     seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
     data = kv.TensorRef(inline_data=bytes(tokens // 2 * 4 * 64 * 2))
     for i in range(2):
@@ -475,7 +475,7 @@ def test_a_session_ends_with_its_process_though_a_child_has_its_socket(kvd):
             pytest.skip("the kernel does not know a peer's process")
     script = f"""
 import os, sys, time; sys.path.insert(0, {os.path.dirname(__file__)!r})
-from conftest import Rpc, geometry
+from conftest import Rpc, layout
 from test_death import FdSocket
 class Kvd: socket = {str(kvd.socket)!r}
 w = FdSocket(Kvd)
@@ -483,7 +483,7 @@ pid = os.fork()
 if pid == 0:
     time.sleep(20)
     os._exit(0)
-Rpc({kvd.address!r}).kv("OpenSession", ticket=w.ticket, geometry=geometry())
+Rpc({kvd.address!r}).kv("OpenSession", ticket=w.ticket, layout=layout())
 print(pid, flush=True)
 os.kill(os.getpid(), 9)
 """
@@ -572,7 +572,7 @@ def answers(address, credentials):
 
 
 def test_repeated_fields_are_bounded(kvd, rpc):
-    s = rpc.kv("OpenSession", geometry=geometry()).session
+    s = rpc.kv("OpenSession", layout=layout()).session
     ids = rpc.kv("CreateSequences", session=s, request_id=1, count=4096).sequences
     x = kv.TensorRef(inline_data=bytes(300))
     for method, fields, most in (
@@ -584,7 +584,7 @@ def test_repeated_fields_are_bounded(kvd, rpc):
         assert e.value.code() == grpc.StatusCode.INVALID_ARGUMENT
         assert f"has {most + 1} items; at most {most} are possible" in e.value.details()
     with pytest.raises(grpc.RpcError) as e:
-        rpc.kv("OpenSession", geometry=geometry(layers=range(513)))
+        rpc.kv("OpenSession", layout=layout(layers=range(513)))
     assert "layers has 513 items" in e.value.details()
     rpc.kv("CreateSequences", session=s, request_id=2, count=10)
     first = rpc.kv("DescribeSequences", session=s)

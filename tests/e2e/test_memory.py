@@ -3,7 +3,7 @@ import os
 import subprocess
 import time
 
-from conftest import KVD, Rpc, geometry
+from conftest import KVD, Rpc, layout
 from test_grpc import append, open_session, random_kv
 
 
@@ -33,7 +33,7 @@ def test_idle_memory_goes_back(start):
     if kvd.on_gpu():
         return  # memory-floor decides there
     rpc = Rpc(kvd.address)
-    s = open_session(rpc, geometry=geometry(codec="bf16"))
+    s = open_session(rpc, layout=layout(codec="bf16"))
     before = shared_mib(kvd)
     seqs = fill(rpc, s, 1)
     used = kvd.metric('kvd_pool_bytes{state="used"}') / 2**20

@@ -12,7 +12,7 @@ import urllib.request
 import grpc
 import pytest
 
-from conftest import SOURCE, Daemon, Rpc, free_port, geometry, kv
+from conftest import SOURCE, Daemon, Rpc, free_port, layout, kv
 
 RULES = SOURCE / "deploy/prometheus/kvd.rules.yml"
 DASHBOARD = json.loads((SOURCE / "deploy/grafana/kvd.json").read_text())
@@ -26,7 +26,7 @@ def get(url):
 
 
 def append(rpc, session, seq, tokens, at=0):
-    """head_dim 64, two layers and two kv heads, as geometry() has them."""
+    """head_dim 64, two layers and two kv heads, as layout() has them."""
     data = b"\x80\x3f" * (2 * tokens * 2 * 64)
     item = kv.AppendItem(sequence=seq, position=at, tokens=tokens, k=kv.TensorRef(inline_data=data), v=kv.TensorRef(inline_data=data))
     rpc.kv("Append", session=session, items=[item])
@@ -35,7 +35,7 @@ def append(rpc, session, seq, tokens, at=0):
 def warm(kvd, name="warm"):
     """Fills the pool with published sequences that nobody holds, until the first are evicted."""
     rpc = Rpc(kvd.address)
-    s = rpc.kv("OpenSession", geometry=geometry(codec="bf16"), client_name=name).session
+    s = rpc.kv("OpenSession", layout=layout(codec="bf16"), client_name=name).session
     for i in range(40):
         seq = rpc.kv("CreateSequences", session=s, request_id=10 + i, count=1).sequences[0]
         append(rpc, s, seq, 1000)
@@ -47,7 +47,7 @@ def warm(kvd, name="warm"):
 def fill(kvd):
     """Fills the pool with sequences in use, until it refuses. Returns a function that is refused once more."""
     rpc = Rpc(kvd.address)
-    s = rpc.kv("OpenSession", geometry=geometry(codec="bf16")).session
+    s = rpc.kv("OpenSession", layout=layout(codec="bf16")).session
     seqs = rpc.kv("CreateSequences", session=s, request_id=1, count=50).sequences
     with pytest.raises(grpc.RpcError) as e:
         for seq in seqs:
@@ -94,7 +94,7 @@ def test_top_tells_rates(start):
 
     def work():
         rpc = Rpc(kvd.address)
-        s = rpc.kv("OpenSession", geometry=geometry(codec="bf16")).session
+        s = rpc.kv("OpenSession", layout=layout(codec="bf16")).session
         for i in range(10**6):
             if stop.is_set():
                 return
@@ -181,7 +181,7 @@ def test_a_pool_that_refuses_fires_and_a_warm_cache_does_not(start, folder):
 
         def go_on():
             rpc = warm(cache, "more")
-            s = rpc.kv("OpenSession", geometry=geometry(codec="bf16")).session
+            s = rpc.kv("OpenSession", layout=layout(codec="bf16")).session
             while not stop.wait(0.2):
                 again()
                 seq = rpc.kv("AttachSequence", session=s, name="p39").sequence.sequence

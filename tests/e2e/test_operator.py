@@ -10,7 +10,7 @@ import urllib.request
 import grpc
 import pytest
 
-from conftest import KVCTL, KVD, WORKER, Rpc, admin, certificates, free_port, geometry
+from conftest import KVCTL, KVD, WORKER, Rpc, admin, certificates, free_port, layout
 
 
 def get(port, path):
@@ -22,7 +22,7 @@ def get(port, path):
 
 
 def test_every_command_answers_people_and_scripts(kvd, rpc):
-    s = rpc.kv("OpenSession", geometry=geometry(), client_name="somebody").session
+    s = rpc.kv("OpenSession", layout=layout(), client_name="somebody").session
     seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
     rpc.kv("PublishSequence", session=s, sequence=seq, name="a-name")
     for command, words in {
@@ -43,7 +43,7 @@ def test_versions_are_one(kvd, rpc):
     assert re.fullmatch(r"\d+\.\d+\.\d+(\+(\d+\.)?g[0-9a-f]{7,}(\.dirty)?)?", version), version
     assert json.loads(kvd.kvctl("--json", "version").stdout) == {"kvctl": version, "kvd": version}
     assert kvd.kvctl("--version").stdout == f"kvctl {version}\n"
-    assert rpc.kv("OpenSession", geometry=geometry()).version == version
+    assert rpc.kv("OpenSession", layout=layout()).version == version
     assert f'kvd_build_info{{version="{version}",' in kvd.kvctl("metrics").stdout and f"version={version} " in kvd.text()
 
 
@@ -60,7 +60,7 @@ def test_exit_codes(kvd, folder):
 
 
 def test_evict_by_name_spares_the_living(kvd, rpc):
-    s = rpc.kv("OpenSession", geometry=geometry()).session
+    s = rpc.kv("OpenSession", layout=layout()).session
     a, b = rpc.kv("CreateSequences", session=s, request_id=1, count=2).sequences
     rpc.kv("PublishSequence", session=s, sequence=a, name="a")
     rpc.kv("PublishSequence", session=s, sequence=b, name="b")
@@ -134,8 +134,8 @@ allow-cn = ops
         return Rpc(f"127.0.0.1:{port}", credentials=grpc.ssl_channel_credentials(
             read("ca.pem"), read(f"{name}.key"), read(f"{name}.pem")))
 
-    rpc("ops").kv("OpenSession", namespace_name="closed", geometry=geometry())
+    rpc("ops").kv("OpenSession", namespace_name="closed", layout=layout())
     with pytest.raises(grpc.RpcError) as e:
-        rpc("guest").kv("OpenSession", namespace_name="closed", geometry=geometry())
+        rpc("guest").kv("OpenSession", namespace_name="closed", layout=layout())
     assert e.value.code().name == "PERMISSION_DENIED"
     assert isinstance(admin.PingReply(), object)

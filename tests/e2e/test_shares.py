@@ -4,7 +4,7 @@ import itertools
 import grpc
 import pytest
 
-from conftest import Rpc, free_port, geometry, kv
+from conftest import Rpc, free_port, layout, kv
 from test_grpc import append, code_of, open_session, random_kv
 
 
@@ -118,11 +118,11 @@ def test_one_user_with_many_namespaces(start):
 
     grabs = [grab(i) for i in range(6)]
     assert 256 < kvd.metric("kvd_sequences") <= 768 and "768 are possible" in grabs[-1][1][1]
-    shapes, told = until_refused(lambda i: open_session(attacker, namespace_name=f"g{i}", geometry=geometry(
+    shapes, told = until_refused(lambda i: open_session(attacker, namespace_name=f"g{i}", layout=layout(
         windows=kv.Windows(sink=0, recent=16 + 16 * i))))
     assert len(shapes) <= 48 and told
     works(victim)
-    works(victim, geometry=geometry(codec="int2c"))
+    works(victim, layout=layout(codec="int2c"))
     for s in shapes + [g[0] for g in grabs]:
         attacker.kv("CloseSession", session=s)
     assert kvd.metric("kvd_sequences") == 0 and names(victim) == set()

@@ -3,7 +3,7 @@ import grpc
 import numpy as np
 import pytest
 
-from conftest import geometry, kv
+from conftest import layout, kv
 from test_grpc import DIM, HEADS, KV, LAYERS, append, bf16, code_of, open_session, random_kv, rng, tensor
 
 
@@ -69,7 +69,7 @@ def test_a_layer_sent_again_with_other_data_is_refused(rpc):
 
 @pytest.mark.parametrize("codec", ["int2", "bf16", "turboquant-4"])
 def test_a_repeated_step_gives_the_same_outputs(rpc, codec):
-    s = open_session(rpc, geometry=geometry(codec=codec))
+    s = open_session(rpc, layout=layout(codec=codec))
     seqs = rpc.kv("CreateSequences", session=s, request_id=1, count=2).sequences
     at = 335  # a window of 271: any step compresses part of it
     k, v = random_kv(at)
@@ -96,7 +96,7 @@ def test_a_repeated_step_gives_the_same_outputs(rpc, codec):
 @pytest.mark.parametrize("codec", ["int2", "bf16"])
 def test_a_step_whose_tokens_are_compressed_at_once_can_be_repeated(rpc, codec):
     """Without a recent window every 16th token of a step never was in it."""
-    s = open_session(rpc, geometry=geometry(codec=codec, windows=kv.Windows(sink=16)))
+    s = open_session(rpc, layout=layout(codec=codec, windows=kv.Windows(sink=16)))
     seq, at = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0], 0
     for request, n in enumerate((5, 20, 1, 1, 1, 1, 1, 1, 1, 1, 40), 1):
         item = step_item(seq, at, n, request)

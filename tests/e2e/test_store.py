@@ -12,7 +12,7 @@ import time
 import grpc
 import pytest
 
-from conftest import KVCTL, Rpc, free_port, geometry, kv
+from conftest import KVCTL, Rpc, free_port, layout, kv
 
 REF = "m/demo@v1"
 
@@ -66,7 +66,7 @@ def nginx(folder, store):
 def open_with(kvd, ref=REF):
     rpc = Rpc(kvd.address)
     try:
-        return rpc.kv("OpenSession", geometry=geometry(rotation_set=ref), timeout=30)
+        return rpc.kv("OpenSession", layout=layout(rotation_set=ref), timeout=30)
     finally:
         rpc.channel.close()
 
@@ -79,11 +79,11 @@ def refused(kvd, code, words, ref=REF):
 
 def test_over_http_then_offline(start, nginx, store):
     kvd = start("--store", nginx.url)
-    assert open_with(kvd).geometry.rotation_set == store[1]
+    assert open_with(kvd).layout.rotation_set == store[1]
     assert "cached" in kvd.kvctl("calib", "ls").stdout or "loaded" in kvd.kvctl("calib", "ls").stdout
     nginx.stop()
-    assert open_with(kvd).geometry.rotation_set == store[1]  # by tag, from the cached manifest
-    assert open_with(kvd, store[1]).geometry.rotation_set == store[1]
+    assert open_with(kvd).layout.rotation_set == store[1]  # by tag, from the cached manifest
+    assert open_with(kvd, store[1]).layout.rotation_set == store[1]
     refused(kvd, "UNAVAILABLE", "127.0.0.1", "m/other@v1")
     assert kvd.metric('kvd_rotation_set_requests_total{source="store"}') == 1
     assert kvd.metric('kvd_rotation_set_requests_total{source="cache"}') == 2
@@ -99,13 +99,13 @@ def test_names_that_are_not_there(start, nginx):
     refused(kvd, "INVALID_ARGUMENT", "model@tag", "/etc/passwd")
 
 
-def test_a_set_that_does_not_fit_the_geometry(start, store):
+def test_a_set_that_does_not_fit_the_layout(start, store):
     kvd = start("--store", f"file://{store[0]}")
     rpc = Rpc(kvd.address)
-    for g, words in ((geometry(rotation_set=REF, layers=[2, 3, 4]), "has no layer 4"),
-                     (geometry(rotation_set=REF, head_dim_k=128), "head_dim 64/64")):
+    for g, words in ((layout(rotation_set=REF, layers=[2, 3, 4]), "has no layer 4"),
+                     (layout(rotation_set=REF, head_dim_k=128), "head_dim 64/64")):
         with pytest.raises(grpc.RpcError) as e:
-            rpc.kv("OpenSession", geometry=g)
+            rpc.kv("OpenSession", layout=g)
         assert e.value.code().name == "FAILED_PRECONDITION" and words in e.value.details()
 
 
@@ -123,7 +123,7 @@ def test_the_wrong_bytes_are_refused_and_not_kept(start, store, folder):
     # A cached copy that rots is fetched again.
     cached = next((folder / "cache/objects").rglob("*.safetensors"))
     cached.write_bytes(good[:1000])
-    assert open_with(kvd).geometry.rotation_set == digest
+    assert open_with(kvd).layout.rotation_set == digest
 
 
 def test_redirects_without_end(start, nginx):
@@ -479,7 +479,7 @@ def test_ids_of_another_instance_mean_nothing(start):
     ids = []
     for _ in range(2):
         rpc = Rpc(kvd.address)
-        s = rpc.kv("OpenSession", geometry=geometry()).session
+        s = rpc.kv("OpenSession", layout=layout()).session
         ids.append(set(rpc.kv("CreateSequences", session=s, request_id=1, count=50).sequences))
         rpc.channel.close()
         kvd.stop()
@@ -516,7 +516,7 @@ def test_downloads_hold_up_nothing_that_is_near(start, store):
     kvd = start("--store", f"http://127.0.0.1:{server.server_port}")
     rpc = Rpc(kvd.address)
     opens = rpc.channel.unary_unary("/kvd.v1.KvCache/OpenSession", request_serializer=lambda m: m.SerializeToString())
-    waiting = [opens.future(kv.OpenSessionRequest(geometry=geometry(rotation_set=f"m/drip{i}@v1")), timeout=60)
+    waiting = [opens.future(kv.OpenSessionRequest(layout=layout(rotation_set=f"m/drip{i}@v1")), timeout=60)
                for i in range(8)]
     while server.hits < 2:
         time.sleep(0.02)

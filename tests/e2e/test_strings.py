@@ -4,7 +4,7 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 
 from conftest import admin, health, kv
-from test_grpc import code_of, geometry, open_session
+from test_grpc import code_of, layout, open_session
 
 BAD = [b"tenant1\0x", b"\0", b"a\nb", b"a\x1b[2J", b"\x7f", b"\xff\xfe", b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xe2\x82",
        "\u0085".encode()]
@@ -57,7 +57,7 @@ def test_every_string_of_every_call(rpc, kvd):
 
 
 def test_a_name_does_not_end_at_nul(rpc, kvd):
-    good = kv.OpenSessionRequest(geometry=geometry(), namespace_name="tenant1").SerializeToString()
+    good = kv.OpenSessionRequest(layout=layout(), namespace_name="tenant1").SerializeToString()
     assert rpc.channel.unary_unary("/kvd.v1.KvCache/OpenSession")(good, timeout=20)
     names = [n.name for n in rpc.admin("ListNamespaces").namespaces]
     bad = good.replace(b"\x07tenant1", b"\x09tenant1\0x")

@@ -113,12 +113,12 @@ write("config", "wrong", b"pool-size = 1\n[kvd]\nthreads = -1\nthreads = 5\n[nam
 ref = kv.TensorRef(buffer=1, offset=64, layer_stride=4096, token_stride=256, head_stride=128, dtype=1, inline_data=b"1234")
 fence = kv.Fence(buffer=1, offset=4, value=9)
 session = "0123456789abcdef" * 2
-geometry = kv.Geometry(layers=range(5), q_heads=8, kv_heads=2, head_dim_k=64, head_dim_v=64, codec="int2",
+layout = kv.Layout(layers=range(5), q_heads=8, kv_heads=2, head_dim_k=64, head_dim_v=64, codec="int2",
                        rotation_set="hadamard", windows=kv.Windows(sink=64, recent=256))
 params = kv.AttentionParams(scale=.5, softcap=30, window=100, return_lse=True)
 both = dict(session=session, layer_begin=1, layer_count=2, wait=fence, signal=fence)
 requests = [
-    kv.OpenSessionRequest(request_id=1, namespace_name="n", ticket=session, client_name="c", geometry=geometry, lease_ms=1000),
+    kv.OpenSessionRequest(request_id=1, namespace_name="n", ticket=session, client_name="c", layout=layout, lease_ms=1000),
     kv.CloseSessionRequest(session=session), kv.KeepAliveRequest(session=session),
     kv.RegisterBufferRequest(session=session, key=1, size=4096, memory=1, cuda_ipc_handle=bytes(64)),
     kv.ReleaseBufferRequest(session=session, buffer=1), kv.CreateSequencesRequest(session=session, request_id=2, count=3),

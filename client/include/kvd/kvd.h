@@ -2,7 +2,7 @@
  * libkvd: a worker's side of kvd, the shared KV-cache memory daemon. Plain C, no other headers
  * wanted.
  *
- * A kvd_client is one session with a daemon, for one model geometry. Its functions may be called
+ * A kvd_client is one session with a daemon, for one model layout. Its functions may be called
  * from several threads at once, but for kvd_close; calls on the same sequence are the caller's to
  * order.
  *
@@ -34,7 +34,7 @@
  * have the same size. A size of 0 is refused.
  *
  * Tensors: [layers][tokens][heads][head_dim], head_dim contiguous, little-endian bf16 unless dtype
- * says f32. Every tensor is checked against the client's geometry and its buffer's size before
+ * says f32. Every tensor is checked against the client's layout and its buffer's size before
  * anything is sent: KVD_ERR_INVALID names the item, the tensor, what is expected and what was
  * given. */
 #ifndef KVD_KVD_H
@@ -61,7 +61,7 @@ typedef enum kvd_result {
     KVD_ERR_INVALID,      /**< malformed or out of range */
     KVD_ERR_NOT_FOUND,    /**< unknown, freed or foreign id or name */
     KVD_ERR_EXISTS,       /**< name taken */
-    KVD_ERR_PRECONDITION, /**< not in this state: wrong position, wrong geometry */
+    KVD_ERR_PRECONDITION, /**< not in this state: wrong position, wrong layout */
     KVD_ERR_EXHAUSTED,    /**< quota, pool or a limit */
     KVD_ERR_DENIED,       /**< not allowed in this namespace */
     KVD_ERR_UNAVAILABLE,  /**< daemon not reachable, draining, or store down: try again */
@@ -303,7 +303,7 @@ typedef struct kvd_sequence_info {
  * @param[out] err says why it failed; may be NULL
  * @retval KVD_ERR_INVALID out->size is none
  * @retval KVD_ERR_NOT_FOUND nothing is published so; it may have been evicted
- * @retval KVD_ERR_PRECONDITION it has another geometry, codec, rotation set or windows
+ * @retval KVD_ERR_PRECONDITION it has another layout, codec, rotation set or windows
  * @retval KVD_ERR_EXHAUSTED the session holds too many */
 KVD_API kvd_result kvd_sequence_attach(kvd_client *client, const char *name, kvd_sequence_info *out,
                                        kvd_failure *err);

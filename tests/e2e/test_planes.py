@@ -1,0 +1,186 @@
+"""Layouts of several planes over the wire, against attention in float64: bf16 pages, so that all that is seen is exact."""
+import grpc
+import numpy as np
+import pytest
+
+from conftest import kv, layout
+from test_grpc import bf16, code_of, error, tensor, widen
+
+# Layers 0 and 2 see 100 tokens, 1 and 3 see all, 4 has other heads and another head_dim and sees 200.
+PLANES = [dict(layers=[0, 2], window=100, windows=kv.Windows(recent=32)), dict(layers=[1, 3]),
+          dict(layers=[4], q_heads=3, kv_heads=1, head_dim_k=128, head_dim_v=64, window=200)]
+WINDOW = {0: 100, 1: 0, 2: 100, 3: 0, 4: 200}
+SHAPES = {(0, 4): (4, 2, 64, 64), (4, 1): (3, 1, 128, 64)}  # by layers of a call: q heads, kv heads, head_dims
+
+
+def open_planes(rpc, codec="bf16", planes=PLANES):
+    return rpc.kv("OpenSession", layout=layout(layers=[], codec=codec, planes=[kv.Plane(**p) for p in planes]))
+
+
+def attention(q, k, v, window):
+    """q [n, H, D] at the last n positions of k and v [T, KV, D], float64."""
+    n, total, group = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
+    at, token = np.arange(total - n, total)[:, None], np.arange(total)[None]
+    unseen = (token > at) | (token <= at - window if window else False)
+    out = np.empty(q.shape[:2] + v.shape[2:])
+    for h in range(q.shape[1]):
+        s = q[:, h] @ k[:, h // group].T / np.sqrt(q.shape[2])
+        s[unseen] = -np.inf
+        p = np.exp(s - s.max(axis=1, keepdims=True))
+        out[:, h] = p @ v[:, h // group] / p.sum(axis=1, keepdims=True)
+    return out
+
+
+class Model:
+    """A sequence, and what each layer of it holds."""
+
+    def __init__(self, rpc, session, sequence, seed, tolerance):
+        self.rpc, self.session, self.sequence, self.tolerance = rpc, session, sequence, tolerance
+        self.rng, self.length, self.request = np.random.default_rng(seed), 0, 0
+        self.k, self.v = {}, {}
+
+    def fork(self, sequence):
+        child = Model(self.rpc, self.session, sequence, 99, self.tolerance)
+        child.length, child.k, child.v = self.length, dict(self.k), dict(self.v)
+        return child
+
+    def truncate(self, length):
+        self.rpc.kv("TruncateSequence", session=self.session, sequence=self.sequence, length=length)
+        self.length = length
+        self.k = {a: x[:length] for a, x in self.k.items()}
+        self.v = {a: x[:length] for a, x in self.v.items()}
+
+    def agree(self, o, q, first):
+        for i in range(q.shape[0]):
+            want = attention(q[i].astype(np.float64), self.k[first + i], self.v[first + i], WINDOW[first + i])
+            assert error(o[i], want) < self.tolerance, f"layer {first + i} at {self.length}"
+
+    def call(self, kind, n, layers, **item):
+        begin, count = layers
+        heads, _, dk, dv = SHAPES[layers]
+        q = self.rng.normal(size=(count, n, heads, dk)).astype(np.float32)
+        extra = dict(q=tensor(q), o=kv.TensorRef(dtype=1), **item)
+        r = self.rpc.kv(kind, session=self.session, layer_begin=begin, layer_count=count,
+                        items=[getattr(kv, kind + "Item")(sequence=self.sequence, **extra)]).results[0]
+        return q, np.frombuffer(r.o, np.float32).reshape(count, n, heads, dv)
+
+    def store(self, n, layers):
+        begin, count = layers
+        _, heads, dk, dv = SHAPES[layers]
+        k, v = (bf16(self.rng.normal(size=(count, n, heads, d))) for d in (dk, dv))
+        for i in range(count):
+            old_k, old_v = self.k.get(begin + i), self.v.get(begin + i)
+            self.k[begin + i] = widen(k[i]) if old_k is None else np.concatenate([old_k, widen(k[i])])
+            self.v[begin + i] = widen(v[i]) if old_v is None else np.concatenate([old_v, widen(v[i])])
+        return k, v
+
+    def step(self, n):
+        for layers in SHAPES:
+            k, v = self.store(n, layers)
+            self.request += 1
+            q, o = self.call("Step", n, layers, position=self.length, tokens=n, k=tensor(k), v=tensor(v),
+                             request_id=self.request)
+            self.agree(o, q, layers[0])
+        self.length += n
+
+    def append(self, n):
+        for layers in SHAPES:
+            k, v = self.store(n, layers)
+            item = kv.AppendItem(sequence=self.sequence, position=self.length, tokens=n, k=tensor(k), v=tensor(v))
+            self.rpc.kv("Append", session=self.session, layer_begin=layers[0], layer_count=layers[1], items=[item])
+        self.length += n
+
+    def attend(self, n):
+        for layers in SHAPES:
+            q, o = self.call("Attend", n, layers, q_len=n)
+            self.agree(o, q, layers[0])
+
+
+def test_planes_agree_with_float64(kvd, rpc):
+    opened = open_planes(rpc)
+    assert len(opened.layout_digest) == 71 and opened.layout_digest == open_planes(rpc).layout_digest
+    assert [(list(p.layers), p.window, p.windows.sink) for p in opened.layout.planes] == [
+        ([0, 2], 100, 0), ([1, 3], 0, 64), ([4], 200, 0)]
+    first, second = rpc.kv("CreateSequences", session=opened.session, request_id=1, count=2).sequences
+    tolerance = 2e-3 if kvd.on_gpu() else 1e-5
+    m = Model(rpc, opened.session, first, 5, tolerance)
+    for n in (300, 1, 1, 63, 700, 1, 40, 16):  # prompts, decoding, speculation
+        m.step(n)
+        m.attend(min(n, 65))
+    m.append(37)
+    m.attend(20)
+    child = m.fork(rpc.kv("ForkSequence", session=opened.session, request_id=2, sequence=first).sequences[0])
+    child.step(90)
+    m.step(5)
+    m.truncate(m.length - 64)
+    m.step(3)
+    child.attend(9)
+    with pytest.raises(grpc.RpcError) as e:
+        m.truncate(500)
+    assert code_of(e) == "FAILED_PRECONDITION" and "window has freed" in e.value.details()
+    m.truncate(0)
+    m.step(130)
+
+
+def test_what_windows_free_is_gone(rpc):
+    opened = open_planes(rpc)
+    s, sequence = opened.session, rpc.kv("CreateSequences", session=opened.session, request_id=1, count=1).sequences[0]
+    m = Model(rpc, s, sequence, 6, 1e-2)
+    m.step(1000)
+    info = rpc.kv("DescribeSequences", session=s).sequences[0]
+    full = rpc.kv("OpenSession", layout=layout(layers=[1, 3], codec="bf16")).session
+    other = rpc.kv("CreateSequences", session=full, request_id=1, count=1).sequences[0]
+    k, v = (bf16(np.zeros((2, 1000, 2, 64))) for _ in range(2))
+    rpc.kv("Append", session=full, items=[kv.AppendItem(sequence=other, position=0, tokens=1000, k=tensor(k), v=tensor(v))])
+    alone = rpc.kv("DescribeSequences", session=full).sequences[0]
+    assert info.codec_pages - alone.codec_pages <= 2 * 3  # of 16 each that they would have
+    back = dict(session=s, sequence=sequence, tokens=4, k=kv.TensorRef(dtype=1), v=kv.TensorRef(dtype=1), layer_count=1)
+    assert rpc.kv("ReadTokens", begin=0, layer_begin=1, **back).k
+    for fields, call in ((dict(begin=0, layer_begin=0), "ReadTokens"), (dict(begin=700, layer_begin=2), "ReadTokens")):
+        with pytest.raises(grpc.RpcError) as e:
+            rpc.kv(call, **fields, **back)
+        assert code_of(e) == "FAILED_PRECONDITION" and "have freed" in e.value.details()
+    with pytest.raises(grpc.RpcError) as e:
+        m.call("Attend", 500, (0, 4), q_len=500)
+    assert code_of(e) == "FAILED_PRECONDITION" and "use Step" in e.value.details()
+
+
+def test_compressed_planes(kvd, rpc):
+    """Each plane with its codec: what int2 loses is lost in its layers only."""
+    planes = [dict(layers=[0, 2], window=300), dict(layers=[1, 3], codec="bf16")]
+    opened = open_planes(rpc, "int2", planes)
+    sequence = rpc.kv("CreateSequences", session=opened.session, request_id=1, count=1).sequences[0]
+    rng = np.random.default_rng(3)
+    k, v = (bf16(rng.normal(size=(4, 900, 2, 64))) for _ in range(2))
+    item = kv.AppendItem(sequence=sequence, position=0, tokens=900, k=tensor(k), v=tensor(v))
+    rpc.kv("Append", session=opened.session, items=[item])
+    back = rpc.kv("ReadTokens", session=opened.session, sequence=sequence, begin=600, tokens=300,
+                  k=kv.TensorRef(dtype=1), v=kv.TensorRef(dtype=1))
+    got = np.frombuffer(back.k, np.float32).reshape(4, 300, 2, 64)
+    for layer in range(4):
+        lost = error(got[layer, :40], widen(k[layer, 600:640]))
+        assert 0.1 < lost < 0.5 if layer % 2 == 0 else lost == 0
+        assert np.array_equal(got[layer, 45:], widen(k[layer, 645:]).astype(np.float32))
+
+
+@pytest.mark.parametrize("planes, words", [
+    ([dict(layers=[0, 1]), dict(layers=[1, 2])], "layer 1 is in planes 0 and 1"),
+    ([dict(layers=[0]), dict(layers=[])], "layout.planes[1]: 0 layers"),
+    ([dict(layers=[0], window=64, windows=kv.Windows(sink=64, recent=64))], "wants sink 0"),
+    ([dict(layers=[i]) for i in range(9)], "at most 8"),
+    ([dict(layers=[0], codec="int2"), dict(layers=[1], codec="turboquant-2")], "rotation_set is empty"),
+    ([dict(layers=[0], codec="int5")], "int5"),
+])
+def test_bad_planes(rpc, planes, words):
+    with pytest.raises(grpc.RpcError) as e:
+        open_planes(rpc, planes=planes)
+    assert code_of(e) == "INVALID_ARGUMENT" and words in e.value.details()
+
+
+def test_layers_that_differ_want_calls_of_their_own(rpc):
+    opened = open_planes(rpc)
+    sequence = rpc.kv("CreateSequences", session=opened.session, request_id=1, count=1).sequences[0]
+    k = tensor(bf16(np.zeros((5, 1, 2, 64))))
+    with pytest.raises(grpc.RpcError) as e:
+        rpc.kv("Append", session=opened.session, items=[kv.AppendItem(sequence=sequence, tokens=1, k=k, v=k)])
+    assert code_of(e) == "INVALID_ARGUMENT" and "calls of their own" in e.value.details()
