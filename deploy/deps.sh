@@ -23,8 +23,9 @@ kvd_deps() {
         packages="mmdebstrap systemd-container procps util-linux dpkg"
     fi
     local missing="" p have
+    # It fails where one of them is not known.
     # shellcheck disable=SC2086
-    have=$(dpkg-query -W -f='${Package} ${db:Status-Status}\n' $packages 2>/dev/null | sed -n 's/ installed$//p')
+    have=$({ dpkg-query -W -f='${Package} ${db:Status-Status}\n' $packages 2>/dev/null || true; } | sed -n 's/ installed$//p')
     for p in $packages; do
         grep -qxF "$p" <<<"$have" || missing="$missing $p"
     done

@@ -2,8 +2,11 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+
+import pytest
 
 from conftest import KVCTL, KVD, SOURCE
 
@@ -136,3 +139,15 @@ def test_completion_knows_all_commands_and_options():
         assert complete(*c["command"].split(), "--") == shared | {f"--{o['name']}" for o in c["options"]}, c["command"]
     assert complete("log-level", "") == {"error", "warning", "notice", "info", "debug"}
     assert complete("quota", "s") == {"set"} and complete("calib", "--json", "g") == {"gc"}
+
+
+def test_a_bare_machine_gets_its_dependencies(folder):
+    """dpkg-query fails where it does not know a package; quickstart.sh ends at what fails."""
+    if not shutil.which("dpkg-query"):
+        pytest.skip("no Debian")
+    (folder / "deps.sh").write_text((SOURCE / "deploy/deps.sh").read_text().replace("libuv1-dev", "no-such-package libuv1-dev"))
+    script = 'apt-get() { echo "apt-get $*" >&2; }; sudo() { "$@"; }; tee() { cat >/dev/null; }; chmod() { :; }; rm() { :; }\n' \
+             f"source {folder}/deps.sh; kvd_deps build; echo done"
+    r = subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, timeout=60)
+    assert r.returncode == 0 and r.stdout.endswith("done\n"), (r.stdout, r.stderr)
+    assert "no-such-package" in r.stdout and re.search(r"apt-get install .*no-such-package", r.stderr)
