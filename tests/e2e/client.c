@@ -215,6 +215,8 @@ static int sized(const char *address)
     kvd_options o = options_of(address);
     o.size = 0;
     NEED(kvd_open(&o, &client, ERR) == KVD_ERR_INVALID && strstr(failure.text, "kvd_options.size"));
+    o = options_of("");
+    NEED(kvd_open(&o, &client, ERR) == KVD_ERR_INVALID && strstr(failure.text, "address is empty"));
     open_client(address);
     old_and_new_items();
     struct {
