@@ -313,6 +313,39 @@ START_TEST(quota_and_pool_limits)
 }
 END_TEST
 
+// Fills the namespace with sequences that are held, until it or the pool is full: the code of that.
+static int fill(struct fixture *f)
+{
+    int rc = 0;
+    for (int i = 0; i < 200 && rc == 0; i++)
+        rc = append(f, new_seq(f), 0, 64);
+    return rc;
+}
+
+START_TEST(memory_is_shared_by_quotas_alone)
+{
+    struct fixture f = setup(4, 1, 64, 256);
+    uint32_t first = f.ns, second;
+    ck_assert_int_eq(kvd_pool_namespace(f.pool, "b", &second, &f.err), 0);
+    // Without one, a namespace may fill the pool, and what it holds keeps others out.
+    ck_assert_int_eq(fill(&f), KVD_E_FULL);
+    f.ns = second;
+    ck_assert_int_eq(append(&f, new_seq(&f), 0, 64), KVD_E_FULL);
+    finish(&f);
+    // Quotas that are together no more than the pool are there for each, whatever others do.
+    f = setup(4, 1, 64, 256);
+    ck_assert_int_eq(kvd_pool_namespace(f.pool, "b", &second, &f.err), 0);
+    struct kvd_pool_info info;
+    kvd_pool_info(f.pool, &info);
+    kvd_pool_set_quota(f.pool, first, info.bytes / 2);
+    kvd_pool_set_quota(f.pool, second, info.bytes / 2);
+    ck_assert_int_eq(fill(&f), KVD_E_QUOTA);
+    f.ns = second;
+    ck_assert_int_eq(fill(&f), KVD_E_QUOTA);
+    finish(&f);
+}
+END_TEST
+
 START_TEST(published_unused_are_evicted_in_order_and_live_never)
 {
     struct fixture f = setup(2, 1, 64, 256); // 32 bf16 pages
@@ -558,7 +591,7 @@ END_TEST
 KVD_MAIN("pool", 60, idle_extents_are_given_back, demotion_follows_in_chunks,
          one_big_append_equals_many_small, a_repeat_belongs_to_its_sender, a_repeat_of_a_layer,
          a_repeat_knows_what_the_first_saw, layers_fill_in_order, abort_changes_nothing,
-         forks_share_until_written, quota_and_pool_limits,
+         forks_share_until_written, quota_and_pool_limits, memory_is_shared_by_quotas_alone,
          published_unused_are_evicted_in_order_and_live_never, evictable_is_what_eviction_frees,
          memory_is_zeroed_between_namespaces_only, truncate_everywhere,
          truncate_refuses_to_keep_an_overwritten_window, ids_are_never_reused,
