@@ -153,7 +153,8 @@ void kvd_daemon_deinit(struct kvd_daemon *d)
     if ((*p)->end)
         (*p)->end(d);
     uv_walk(&d->loop, close_rest, NULL);
-    uv_run(&d->loop, UV_RUN_DEFAULT);
+    while (uv_run(&d->loop, UV_RUN_DEFAULT)) // what ended it may have done so once more
+        continue;
     if (uv_loop_close(&d->loop))
         kvd_error("the loop still has handles: a leak");
     EACH_BACK(d, p)
