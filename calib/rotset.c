@@ -178,6 +178,10 @@ struct kvd_rotset *kvd_rotset_new(const char *name, const uint16_t *layers, uint
     snprintf(s->model, sizeof(s->model), "%s", name);
     snprintf(s->objective, sizeof(s->objective), "%s", name);
     snprintf(s->provenance, sizeof(s->provenance), "built in");
+    if (strcmp(name, "hadamard") == 0) {
+        s->scale_k = KVD_SCALE_UNBIASED;
+        s->scale_v = KVD_SCALE_LEAST_SQUARES;
+    }
     memcpy(s->layers, layers, KVD_MIN(n_layers, (uint32_t)KVD_MAX_LAYERS) * sizeof(*layers));
     s->n_layers = n_layers;
     s->heads = 1;

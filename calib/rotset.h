@@ -46,6 +46,8 @@ struct kvd_rotset *kvd_rotset_clone(const struct kvd_rotset *set);
 //   "random"    uniformly distributed orthogonal matrices, the same on every machine: Gram-Schmidt
 //               of normal rows from a fixed seed; what TurboQuant rotates by
 //   "identity"  no rotation: what "naive int2" means
+// Hadamard's scales are unbiased for K and least squares for V; the others', what they stand for
+// being published so, published.
 bool kvd_rotset_built_in(const char *name);
 struct kvd_rotset *kvd_rotset_new(const char *name, const uint16_t *layers, uint32_t n_layers,
                                   uint32_t dim_k, uint32_t dim_v, struct kvd_error *err);

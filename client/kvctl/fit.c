@@ -23,11 +23,23 @@ static int parse_objective(const struct kvctl *k, const char *option, enum kvd_o
     return EXIT_OK;
 }
 
+// OSCAR's published recipe.
+static void publish(struct arguments *a)
+{
+    a->o.k = KVD_FIT_QQT;
+    a->o.v = KVD_FIT_SST;
+    a->o.composition = KVD_COMPOSE_R_H_PBR;
+    a->o.per_kv_head = false;
+    a->scale_k = a->scale_v = KVD_SCALE_PUBLISHED;
+}
+
 // What the table of commands does not know of values. An exit code.
 static int parse(const struct kvctl *k, struct arguments *a)
 {
     const char *compose = kvctl_option(k, "compose"), *clip = kvctl_option(k, "clip");
     const char *layers = kvctl_option(k, "layers");
+    if (kvctl_option(k, "published"))
+        publish(a);
     int n = 0, code = parse_objective(k, "objective-k", &a->o.k);
     code = code ? code : parse_objective(k, "objective-v", &a->o.v);
     if (code)
@@ -44,7 +56,13 @@ static int parse(const struct kvctl *k, struct arguments *a)
     }
     if (kvctl_option(k, "scales"))
         kvd_scales_parse(kvctl_option(k, "scales"), &a->scale_k, &a->scale_v);
-    a->o.per_kv_head = kvctl_option(k, "per-kv-head");
+    if (a->scale_k != KVD_SCALE_PUBLISHED && a->scale_v != KVD_SCALE_PUBLISHED &&
+        (clip || kvctl_option(k, "fit-clips")))
+        return kvctl_usage("--%s: clip ratios belong to published scales, and neither side has "
+                           "them: say which with --scales, or --published",
+                           clip ? "clip" : "fit-clips");
+    if (kvctl_option(k, "per-layer"))
+        a->o.per_kv_head = false;
     a->o.threads = tool_number(k, "threads", 0);
     a->eval.context = tool_number(k, "context", a->eval.context);
     a->o.state = kvctl_option(k, "state");
@@ -159,13 +177,17 @@ static int run(struct kvctl *k, struct arguments *a)
 int cmd_calib_fit(struct kvctl *k)
 {
     struct arguments a = {
-        .o = {.k = KVD_FIT_QQT,
-              .v = KVD_FIT_SST,
+        .o = {.k = KVD_FIT_KTK,
+              .v = KVD_FIT_VTV,
+              .composition = KVD_COMPOSE_TOP_H,
+              .per_kv_head = true,
               .clip_k = 0.96f,
               .clip_v = 0.92f,
               .progress = tool_progress,
               .warn = on_warning,
               .ctx = "fit"},
+        .scale_k = KVD_SCALE_UNBIASED,
+        .scale_v = KVD_SCALE_LEAST_SQUARES,
         .eval = {.context = 2048, .queries = 64, .progress = tool_progress_count, .ctx = "clips"}};
     int code = parse(k, &a);
     return code ? code : run(k, &a);

@@ -91,13 +91,16 @@ def kvctl(*arguments, code=0):
     return r.stderr if code else r.stdout
 
 
-@pytest.mark.parametrize("options", [(), ("--per-kv-head", "--clip", "0.93,0.88")])
+PER_HEAD = ("-k", "ktk", "-v", "vtv", "--compose", "top_h", "--scales", "published,published")
+
+
+@pytest.mark.parametrize("options", [("--published",), (*PER_HEAD, "--clip", "0.93,0.88")])
 def test_figures_agree_with_numpy(tmp_path, options):
     kvctl("fit", SMOLLM2, tmp_path / "set", *options)
     report = json.loads(kvctl("eval", SMOLLM2, tmp_path / "set", "--json", "-c", CONTEXT, "-q", QUERIES,
                               "--sink", 16, "--recent", 100, "--html", tmp_path / "page.html"))
     assert [s["name"] for s in report["sets"]] == [
-        "naive", "hadamard", "set", "set int2c", "set int2-lm", *(["set 0.96/0.92"] if options else []), "turboquant-2",
+        "naive", "hadamard", "set", "set int2c", "set int2-lm", *(["set 0.96/0.92"] if "--clip" in options else []), "turboquant-2",
         "turboquant-3", "turboquant-4", "bf16"]
     bits = {s["codec"]: s["bits"] for s in report["sets"]}  # head_dim 64: 32 or 16 bits of parameters for 64 codes
     assert bits == {"int2": 2.5, "int2c": 2.25, "int2-lm": 2.5, "turboquant-2": 2.25, "turboquant-3": 3.25,
@@ -123,12 +126,13 @@ def test_figures_agree_with_numpy(tmp_path, options):
 
 def test_scales(tmp_path):
     """A set's scales are used, and --scales compares kinds: against NumPy; unbiased keys are seen as strong as they are."""
-    for name, options in (("plain", ()), ("set", ("--scales", "unbiased,least-squares"))):
+    for name, options in (("plain", ("--published",)), ("set", ("--published", "--scales", "unbiased,least-squares"))):
         kvctl("fit", SMOLLM2, tmp_path / name, *options)
     common = ("--json", "-c", CONTEXT, "-q", QUERIES, "--sink", 16, "--recent", 100, "--codecs", "int2,int2-lm,turboquant-2")
     report = {s["name"]: s for s in json.loads(kvctl("eval", SMOLLM2, tmp_path / "set", *common))["sets"]}
     assert (report["set"]["scale_k"], report["set"]["scale_v"]) == ("unbiased", "least-squares")
-    assert report["set 0.96/0.92"]["scale_k"] == report["turboquant-2"]["scale_k"] == "published"
+    for name, want in (("set 0.96/0.92", "published"), ("naive", "published"), ("turboquant-2", "published"), ("hadamard", "unbiased")):
+        assert report[name]["scale_k"] == want and report[name]["scale_v"] == want.replace("unbiased", "least-squares"), name
     both = {s["name"]: s for s in json.loads(kvctl("eval", SMOLLM2, tmp_path / "plain", *common, "--scales"))["sets"]}
     kinds = ("published/published", "least-squares/least-squares", "unbiased/least-squares", "unbiased/unbiased")
     assert set(both) == {f"{n}, {k}" for n in ("naive", "hadamard", "plain", "plain int2-lm", "turboquant-2") for k in kinds}
@@ -159,7 +163,7 @@ def test_it_says_what_sets_were_fitted_to(tmp_path):
     (dump / "other-name.safetensors").write_bytes(a.read_bytes())  # one of two shards, by another name
     (dump / "more.safetensors").write_bytes(c.read_bytes())
     fitted, old = tmp_path / "fitted", tmp_path / "old"
-    kvctl("fit", a, fitted, "--fit-clips", b, "--context", CONTEXT)
+    kvctl("fit", a, fitted, "--published", "--fit-clips", b, "--context", CONTEXT)
     for on, want, words in ((a, "fitted", "was fitted to these"), (dump, "fitted", "was fitted to these"),
                             (b, "clips-fitted", "has clip ratios fitted to these"), (c, "held-out", "was not fitted to these")):
         page = tmp_path / "page.html"
@@ -187,7 +191,7 @@ def test_names_are_no_markup_in_the_report(tmp_path):
 
 def test_a_report_goes_into_the_manifest(tmp_path):
     for name, clip in (("set", "0.96,0.92"), ("other", "0.9,0.9")):
-        kvctl("fit", SMOLLM2, tmp_path / name, "--model", "m", "--clip", clip)
+        kvctl("fit", SMOLLM2, tmp_path / name, "--published", "--model", "m", "--clip", clip)
     report, store = tmp_path / "report.json", tmp_path / "store"
     report.write_text(kvctl("eval", SMOLLM2, tmp_path / "set", "--json", "-c", CONTEXT))
     r = subprocess.run([KVCTL, "--store", store, "calib", "publish", tmp_path / "set", "m@v1", report])
@@ -210,7 +214,7 @@ def test_a_report_goes_into_the_manifest(tmp_path):
 
 
 def test_fitted_clips_are_the_best_of_their_list(tmp_path):
-    kvctl("fit", SMOLLM2, tmp_path / "a", "--fit-clips", SMOLLM2, "--context", CONTEXT)
+    kvctl("fit", SMOLLM2, tmp_path / "a", "--published", "--fit-clips", SMOLLM2, "--context", CONTEXT)
     sets, meta = read(tmp_path / "a")
     assert meta["objective"].endswith("clips fitted")
     x, _ = read(SMOLLM2)
@@ -238,8 +242,8 @@ def test_fitted_clips_are_the_best_of_their_list(tmp_path):
 
 def test_fitted_gains(tmp_path):
     """--fit-clips chooses gains too: of no more error on what they were fitted to, in files of their own kind."""
-    kvctl("fit", SMOLLM2, tmp_path / "plain")
-    kvctl("fit", SMOLLM2, tmp_path / "fitted", "--fit-clips", SMOLLM2, "--context", CONTEXT, "--per-kv-head")
+    kvctl("fit", SMOLLM2, tmp_path / "plain", "--published")
+    kvctl("fit", SMOLLM2, tmp_path / "fitted", *PER_HEAD, "--fit-clips", SMOLLM2, "--context", CONTEXT)
     plain, _ = read(tmp_path / "plain")
     fitted, _ = read(tmp_path / "fitted")
     assert "k.gain" not in plain  # files without gains stay what they were

@@ -78,8 +78,8 @@ def fit(dump, out, *options, code=0):
 
 def check_parity(tmp_path, data, dump, objective_k, objective_v, composition, per_head, *options):
     spectrum = tmp_path / "spectrum.safetensors"
-    if per_head:
-        options = (*options, "--per-kv-head")
+    if not per_head:
+        options = (*options, "--per-layer")
     fit(dump, tmp_path / "set.safetensors", "-k", objective_k, "-v", objective_v, "--compose", composition,
         "--spectrum", spectrum, *options)
     got, meta = read(spectrum)
@@ -193,7 +193,7 @@ def test_directions_without_data_get_a_fixed_basis(tmp_path):
     v[:, :, 50:] = v[:, :, :14]  # rank 50, not along the axes
     dump = tmp_path / "d.safetensors"
     write(dump, {"layers.0.q": ("F32", q), "layers.0.k": ("F32", k), "layers.0.v": ("F32", v)})
-    r = fit(dump, tmp_path / "set", "--compose", "r", "--spectrum", tmp_path / "s")
+    r = fit(dump, tmp_path / "set", "--published", "--compose", "r", "--spectrum", tmp_path / "s")
     assert "K: the activations span 40 of 64" in r.stderr and "V: the activations span 50 of 64" in r.stderr
     s, _ = read(tmp_path / "s")
     u = s["k.rotation"][0, 0]
@@ -260,14 +260,16 @@ def test_bad_dumps_make_no_set(tmp_path, change, text):
         a.write_bytes(a.read_bytes().replace(b'"F32"', b'"I32"'))
     elif change == "overflow":
         a.write_bytes(a.read_bytes().replace(b'[1100, 4, 64]', b'[-100, 4, 64]'))
-    assert text in fit(dump, tmp_path / "set", code=1)
+    assert text in fit(dump, tmp_path / "set", "--published", code=1)
     assert not (tmp_path / "set").exists()
 
 
 @pytest.mark.parametrize("options,text", [
     (["-k", "sst"], "qqt, ktk or hadamard for K"), (["-k", "nonsense"], "qqt, ktk"),
     (["--layers", "5"], "layer 5 is not in the dump"), (["--layers", "3-1"], "ascending"),
-    (["--clip", "1.5,0.9"], "at most 1"), (["--clip", "0.9"], "two ratios"), (["--threads", "0"], "from 1")])
+    (["--published", "--clip", "1.5,0.9"], "at most 1"), (["--published", "--clip", "0.9"], "two ratios"),
+    (["--threads", "0"], "from 1"), (["--clip", "0.9,0.9"], "belong to published scales"),
+    (["--fit-clips", SMOLLM2], "belong to published scales"), (["--scales", "published"], "it wants scales of K and V")])
 def test_bad_options(tmp_path, options, text):
     r = subprocess.run([KVCTL, "calib", "fit", SMOLLM2, tmp_path / "set", *options], capture_output=True, text=True)
     assert r.returncode != 0 and text in r.stderr
@@ -281,7 +283,7 @@ def test_a_fitted_set_goes_into_a_store_and_out(tmp_path):
                           check=True, capture_output=True, text=True).stdout
     shown = json.loads(subprocess.run([KVCTL, "--json", "--store", f"file://{store}", "--cache", tmp_path / "cache",
                                        "calib", "show", "Smol/LM@fitted"], check=True, capture_output=True).stdout)
-    assert shown["objective"] == "K qqt_r_h_pbr, V sst_r_h_pbr" and shown["digest"] in said
+    assert shown["objective"] == "K ktk_top_h, V vtv_top_h, per kv head" and shown["digest"] in said
     assert shown["layers"] == "0,9,19,29" and shown["model"] == "Smol/LM"
     # It is published as it is, whatever the file calls its model.
     assert shown["digest"] == printed
@@ -290,8 +292,27 @@ def test_a_fitted_set_goes_into_a_store_and_out(tmp_path):
     assert json.loads((store / "models/Smol/LM.json").read_text())["model"] == "Smol/LM"
 
 
+def test_the_recommended_settings_are_those_without_options(tmp_path):
+    """And each can be turned off."""
+    def said(*options):
+        fit(SMOLLM2, tmp_path / "set", *options)
+        tensors, meta = read(tmp_path / "set")
+        heads = tensors["k.rotation"].shape[1]
+        assert ("per kv head" in meta["objective"]) == (heads == 3) and heads in (1, 3)
+        return meta["objective"].removesuffix(", per kv head"), heads, meta.get("k.scale"), meta.get("v.scale")
+
+    best, published = ("K ktk_top_h, V vtv_top_h", 3, "unbiased", "least-squares"), ("K qqt_r_h_pbr, V sst_r_h_pbr", 1, None, None)
+    assert said() == best
+    assert said("-k", "ktk", "-v", "vtv", "--compose", "top_h", "--scales", "unbiased,least-squares") == best
+    assert said("--published") == published
+    assert said("-k", "qqt", "-v", "sst", "--compose", "r_h_pbr", "--per-layer", "--scales", "published,published") == published
+    assert said("--per-layer", "--compose", "r_h") == ("K ktk_r_h, V vtv_r_h", 1, "unbiased", "least-squares")
+    assert said("--published", "-k", "ktk", "--scales", "least-squares,published") == (
+        "K ktk_r_h_pbr, V sst_r_h_pbr", 1, "least-squares", "published")
+
+
 def test_hadamard_needs_no_data_of_its_side(tmp_path):
-    fit(SMOLLM2, tmp_path / "set", "-k", "hadamard", "-v", "hadamard")
+    fit(SMOLLM2, tmp_path / "set", "--per-layer", "-k", "hadamard", "-v", "hadamard")
     s, meta = read(tmp_path / "set")
     assert meta["objective"] == "K hadamard, V hadamard"
     assert np.abs(s["k.rotation"][2, 0] - hadamard(64)).max() < 1e-7
