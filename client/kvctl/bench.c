@@ -321,7 +321,8 @@ static void print_table(const struct bench *b, const kvd_info *daemon)
 
 static int failed(const struct bench *b)
 {
-    fprintf(stderr, "kvctl: %s\n", b->failure.text);
+    char text[KVCTL_TEXT];
+    fprintf(stderr, "kvctl: %s\n", kvctl_text(b->failure.text, text));
     return b->failure.code == KVD_ERR_UNAVAILABLE ? EXIT_UNREACHABLE
            : b->failure.code == KVD_ERR_DENIED    ? EXIT_DENIED
                                                   : EXIT_FAILED;

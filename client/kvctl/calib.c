@@ -139,10 +139,11 @@ static int print_set(struct kvctl *k, const struct kvd_rotset *s, double worst)
                 "gain_k", (double)s->gain_k[0], "gain_v", (double)s->gain_v[0], "orthogonality",
                 worst, "scale_k", kvd_scale_name(s->scale_k), "scale_v",
                 kvd_scale_name(s->scale_v)));
-    printf("model          %s\n", *s->model ? s->model : "-");
+    char text[KVCTL_TEXT];
+    printf("model          %s\n", *s->model ? kvctl_text(s->model, text) : "-");
     printf("digest         %s\n", *s->digest ? s->digest : "- (not a native file)");
-    printf("objective      %s\n", s->objective);
-    printf("provenance     %s\n", s->provenance);
+    printf("objective      %s\n", kvctl_text(s->objective, text));
+    printf("provenance     %s\n", kvctl_text(s->provenance, text));
     printf("layers         %u: %s\n", s->n_layers, layers);
     if (s->heads == 1)
         printf("rotations      one a layer\n");

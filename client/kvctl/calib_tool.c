@@ -2,8 +2,9 @@
 
 int tool_fail(const struct kvd_error *err)
 {
+    char text[KVCTL_TEXT];
     progress_end();
-    fprintf(stderr, "kvctl: %s\n", err->text);
+    fprintf(stderr, "kvctl: %s\n", kvctl_text(err->text, text));
     return EXIT_FAILED;
 }
 

@@ -44,7 +44,11 @@ static void add_case(const struct arguments *a, struct evaluation *e, uint32_t c
     for (uint32_t i = 0; a->codecs[codec] && i < pairs && e->n < EVALUATION_CASES; i++) {
         enum kvd_scale k = pairs > 1 ? compared[i][0] : set->scale_k;
         enum kvd_scale v = pairs > 1 ? compared[i][1] : set->scale_v;
-        int n = snprintf(e->names[e->n], sizeof(e->names[0]), "%.40s%s", name, suffix);
+        char text[KVCTL_TEXT];
+        int n = snprintf(e->names[e->n], sizeof(e->names[0]), "%.40s%s", kvctl_text(name, text),
+                         suffix);
+        for (char *bar = e->names[e->n]; (bar = strchr(bar, '|'));) // parts titles of tables
+            *bar = '_';
         if (pairs > 1)
             snprintf(e->names[e->n] + n, sizeof(e->names[0]) - (size_t)n, ", %s/%s",
                      kvd_scale_name(k), kvd_scale_name(v));
@@ -269,7 +273,8 @@ int cmd_calib_eval(struct kvctl *k)
         if (k->json) {
             print_json(k, &a, &e);
         } else {
-            print_layers(&e);
+            if (!a.scales) // as wide as there are cases
+                print_layers(&e);
             print_summary(&a, &e, 0);
             print_summary(&a, &e, 1);
             print_activations(&e);

@@ -77,8 +77,9 @@ static int parse(const struct kvctl *k, struct arguments *a)
 static void on_warning(void *ctx, const char *text)
 {
     (void)ctx;
+    char shown[KVCTL_TEXT];
     progress_end();
-    fprintf(stderr, "kvctl: warning: %s\n", text);
+    fprintf(stderr, "kvctl: warning: %s\n", kvctl_text(text, shown));
 }
 
 // Eigenvalues of a matrix as the part of the whole that its largest eighth has.

@@ -139,6 +139,10 @@ int kvctl_print(struct kvctl *k, json_t *j);
 int kvctl_print_json(struct kvctl *k, ProtobufCMessage *m);
 // Text that may be anything: what is no UTF-8 is replaced.
 json_t *kvctl_text_json(const char *text);
+// Text of files and of others for a terminal: control characters, and bytes that are no UTF-8, as
+// \xNN; cut to what `out` holds, which is returned.
+enum { KVCTL_TEXT = 1024 };
+const char *kvctl_text(const char *text, char out[KVCTL_TEXT]);
 // A 64-bit number as JSON has it here: a string.
 json_t *kvctl_number_json(uint64_t n);
 

@@ -5,7 +5,8 @@
 
 int kvctl_fail(const struct kvd_error *err)
 {
-    fprintf(stderr, "kvctl: %s\n", err->text);
+    char text[KVCTL_TEXT];
+    fprintf(stderr, "kvctl: %s\n", kvctl_text(err->text, text));
     return err->code == KVD_E_UNAVAILABLE ? EXIT_UNREACHABLE
            : err->code == KVD_E_DENIED    ? EXIT_DENIED
                                           : EXIT_FAILED;
@@ -55,7 +56,7 @@ static int find(struct kvctl *k)
     struct kvd_error err = {0};
     int code = kvctl_find(k, &err);
     if (code)
-        fprintf(stderr, "kvctl: %s\n", err.text);
+        kvctl_fail(&err);
     return code;
 }
 

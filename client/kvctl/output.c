@@ -17,6 +17,24 @@ json_t *kvctl_text_json(const char *text)
     return j;
 }
 
+const char *kvctl_text(const char *text, char out[KVCTL_TEXT])
+{
+    json_t *valid = json_string(text); // NULL of what is no UTF-8
+    size_t n = 0;
+    for (const unsigned char *c = (const unsigned char *)text; *c && n + 9 < KVCTL_TEXT; c++) {
+        bool c1 = *c == 0xc2 && c[1] >= 0x80 && c[1] < 0xa0; // U+0080 to U+009F
+        if (c1 || *c < ' ' || *c == 0x7f || (!valid && *c > 0x7f))
+            n += (size_t)sprintf(out + n, "\\x%02x", *c);
+        else
+            out[n++] = (char)*c;
+        if (c1)
+            n += (size_t)sprintf(out + n, "\\x%02x", *++c);
+    }
+    out[n] = '\0';
+    json_decref(valid);
+    return out;
+}
+
 json_t *kvctl_number_json(uint64_t n)
 {
     return json_sprintf("%llu", (unsigned long long)n);
@@ -150,7 +168,7 @@ int kvctl_print_json(struct kvctl *k, ProtobufCMessage *m)
     return EXIT_OK;
 }
 
-enum { MAX_COLUMNS = 16, CELL = 132 };
+enum { MAX_COLUMNS = 320, CELL = 132 }; // calib eval has one for each of its cases
 
 struct table {
     char titles[MAX_COLUMNS][32];
@@ -163,7 +181,7 @@ struct table {
 struct table *table_new(const char *titles)
 {
     struct table *t = calloc(1, sizeof(*t));
-    for (const char *c = titles; t && c;) {
+    for (const char *c = titles; t && c && t->columns < MAX_COLUMNS;) {
         const char *end = strchr(c, '|');
         int len = end ? (int)(end - c) : (int)strlen(c);
         t->right[t->columns] = *c == '>';
@@ -186,9 +204,11 @@ void table_cell(struct table *t, const char *fmt, ...)
         t->cap = cap;
     }
     va_list ap;
+    char text[CELL], shown[KVCTL_TEXT];
     va_start(ap, fmt);
-    vsnprintf(t->cells[t->n++], CELL, fmt, ap);
+    vsnprintf(text, sizeof(text), fmt, ap);
     va_end(ap);
+    snprintf(t->cells[t->n++], CELL, "%s", kvctl_text(text, shown));
 }
 
 void table_size(struct table *t, uint64_t bytes)

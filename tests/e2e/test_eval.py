@@ -136,6 +136,9 @@ def test_scales(tmp_path):
     both = {s["name"]: s for s in json.loads(kvctl("eval", SMOLLM2, tmp_path / "plain", *common, "--scales"))["sets"]}
     kinds = ("published/published", "least-squares/least-squares", "unbiased/least-squares", "unbiased/unbiased")
     assert set(both) == {f"{n}, {k}" for n in ("naive", "hadamard", "plain", "plain int2-lm", "turboquant-2") for k in kinds}
+    many = [tmp_path / "plain"] * 6  # more cases than a table had columns
+    printed = kvctl("eval", SMOLLM2, *many, "-c", CONTEXT, "-q", 8, "--contexts", 1, "--codecs", "int2,int2-lm,turboquant-2")
+    assert printed.count("plain int2-lm") == 3 * 6
     assert both["plain, unbiased/least-squares"]["windows"] == report["set"]["windows"]
     x, _ = read(SMOLLM2)
     sets, _ = read(tmp_path / "plain")
@@ -187,6 +190,27 @@ def test_names_are_no_markup_in_the_report(tmp_path):
     kvctl("eval", SMOLLM2, evil, "-c", CONTEXT, "--html", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "<script" not in page and "&#60;script&#62;alert(1)&#60;&#38;&#34;set" in page
+
+
+def test_texts_of_files_do_nothing_to_a_terminal(tmp_path):
+    """What a file calls itself is shown, whatever bytes it has: in tables, lines and errors."""
+    evil = "a\x1b]0;x\x07\x9bb\x7f|c\u00fc"
+    kvctl("fit", SMOLLM2, tmp_path / "set", "--model", evil, "--layers", "0")
+    shown = kvctl("show", tmp_path / "set")
+    assert "model          a\\x1b]0;x\\x07\\xc2\\x9bb\\x7f|c\u00fc\n" in shown
+    assert json.loads(kvctl("show", tmp_path / "set", "--json"))["model"] == evil
+    q, k, v = activations(1, 700, 2, 1, 64, 64, [0])[0]
+    dump = tmp_path / "dump"
+    dump.mkdir()
+    for name, model in (("a", "m"), ("b", evil)):
+        write(dump / f"{name}.safetensors", {f"layers.0.{s}": ("F32", x) for s, x in zip("qkv", (q, k, v))}, {"model": model})
+    said = kvctl("fit", dump, tmp_path / "other", code=1)
+    assert "of model a\\x1b]0;x" in said
+    (tmp_path / "set").rename(tmp_path / "b|\x1b[2J")
+    printed = kvctl("eval", SMOLLM2, tmp_path / "b|\x1b[2J", "-c", CONTEXT, "--codecs", "int2")
+    assert "b_\\x1b[2J" in printed
+    for text in (shown, said, printed):
+        assert not [c for c in text if c != "\n" and (c < " " or "\x7f" <= c < "\xa0")]
 
 
 def test_a_report_goes_into_the_manifest(tmp_path):
