@@ -207,6 +207,7 @@ static void client_free(kvd_client *c)
     free(c->codec);
     free(c->rotation_set);
     free(c->layers);
+    free(c->plane_layers);
     free(c);
 }
 
@@ -236,6 +237,37 @@ static int check_options(const kvd_options *o, struct kvd_error *err)
     return KVD_OK;
 }
 
+// A plane for each sliding window that layers have; none where all see all tokens.
+static int set_planes(kvd_client *c, const kvd_options *o, struct kvd_error *err)
+{
+    uint32_t *at = c->plane_layers, n = 0;
+    bool any = false;
+    for (uint32_t i = 0; i < o->n_layers && o->windows; i++) {
+        uint32_t p = 0;
+        any |= o->windows[i] != 0;
+        while (p < n && c->planes[p].window != o->windows[i])
+            p++;
+        if (p == KVD_MAX_PLANES)
+            return kvd_fail(err, KVD_E_INVALID, "the layers have more than %d different windows",
+                            KVD_MAX_PLANES);
+        if (p == n) {
+            kvd__v1__plane__init(&c->planes[n]);
+            c->planes[n++].window = o->windows[i];
+        }
+    }
+    for (uint32_t p = 0; p < n && any; p++) {
+        c->planes[p].layers = at;
+        for (uint32_t i = 0; i < o->n_layers; i++)
+            if (o->windows[i] == c->planes[p].window)
+                *at++ = o->layers[i];
+        c->planes[p].n_layers = (size_t)(at - c->planes[p].layers);
+        c->plane_refs[p] = &c->planes[p];
+    }
+    c->layout.n_planes = any ? n : 0;
+    c->layout.planes = c->plane_refs;
+    return KVD_OK;
+}
+
 static kvd_client *client_new(const kvd_options *o)
 {
     kvd_client *c = calloc(1, sizeof(*c));
@@ -251,11 +283,12 @@ static kvd_client *client_new(const kvd_options *o)
     c->codec = copy_or(o->codec, "int2");
     c->rotation_set = copy_or(o->rotation_set, "");
     c->layers = calloc(o->n_layers + 1, sizeof(*c->layers));
+    c->plane_layers = calloc(o->n_layers + 1, sizeof(*c->plane_layers));
     c->timeout_ms = o->timeout_ms ? o->timeout_ms : 30000;
     c->lease_ms = o->lease_ms;
     c->remote = strncmp(o->address, "unix:", 5) != 0;
     if (!c->address || !c->namespace_name || !c->client_name || !c->codec || !c->rotation_set ||
-        !c->layers) {
+        !c->layers || !c->plane_layers) {
         client_free(c);
         return NULL;
     }
@@ -296,7 +329,9 @@ kvd_result kvd_open(const kvd_options *options, kvd_client **out, kvd_failure *e
         kvd_fail(&e, KVD_E_INTERNAL, "out of memory");
         return kvd_client_fail(err, &e);
     }
-    int rc = kvd_fork_watch(c, &e);
+    int rc = set_planes(c, &o, &e);
+    if (rc == KVD_OK)
+        rc = kvd_fork_watch(c, &e);
     if (rc == KVD_OK) {
         c->channel =
             kvd_channel_new(&(struct kvd_channel_options){.address = c->address,
@@ -354,9 +389,10 @@ kvd_result kvd_get_info(kvd_client *c, kvd_info *out, kvd_failure *err)
                      .rotation_set = r->layout ? r->layout->rotation_set : "",
                      .bf16_page_bytes = r->bf16_page_bytes,
                      .codec_page_bytes = r->codec_page_bytes};
-    if (r->layout && r->layout->windows) {
-        info.sink = r->layout->windows->sink;
-        info.recent = r->layout->windows->recent;
+    for (size_t p = 0; r->layout && p < r->layout->n_planes; p++) { // the largest
+        const Kvd__V1__Windows *w = r->layout->planes[p]->windows;
+        info.sink = w ? KVD_MAX(info.sink, w->sink) : info.sink;
+        info.recent = w ? KVD_MAX(info.recent, w->recent) : info.recent;
     }
     kvd_sized_give(&kvd_sized_info, &info, out);
     kvd_gate_leave(&c->gate);

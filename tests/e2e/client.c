@@ -92,6 +92,7 @@ static void print_options(void)
     FIELD(kvd_options, tls_cert);
     FIELD(kvd_options, tls_key);
     FIELD(kvd_options, tls_server_name);
+    FIELD(kvd_options, windows);
     STRUCT(kvd_direct_options);
     FIELD(kvd_direct_options, size);
     FIELD(kvd_direct_options, slots);

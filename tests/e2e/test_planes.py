@@ -1,10 +1,15 @@
 """Layouts of several planes over the wire, against attention in float64: bf16 pages, so that all that is seen is exact."""
+import os
+
 import grpc
 import numpy as np
 import pytest
 
-from conftest import kv, layout
+from conftest import BUILD, kv, layout
 from test_grpc import bf16, code_of, error, tensor, widen
+
+os.environ.setdefault("KVD_LIBRARY", str(BUILD / "client/libkvd.so.0"))
+import kvd as package  # noqa: E402
 
 # Layers 0 and 2 see 100 tokens, 1 and 3 see all, 4 has other heads and another head_dim and sees 200.
 PLANES = [dict(layers=[0, 2], window=100, windows=kv.Windows(recent=32)), dict(layers=[1, 3]),
@@ -184,3 +189,29 @@ def test_layers_that_differ_want_calls_of_their_own(rpc):
     with pytest.raises(grpc.RpcError) as e:
         rpc.kv("Append", session=opened.session, items=[kv.AppendItem(sequence=sequence, tokens=1, k=k, v=k)])
     assert code_of(e) == "INVALID_ARGUMENT" and "calls of their own" in e.value.details()
+
+
+def test_windows_in_python(kvd):
+    """Windows by layer through libkvd: two planes, and calls over all layers."""
+    windows, rng = [40, 0, 40, 40], np.random.default_rng(8)
+    with package.Client(layers=range(4), q_heads=4, kv_heads=2, head_dim=64, codec="bf16", recent=32, sink=32, windows=windows,
+                        address=kvd.address) as client:
+        s, held_k, held_v = client.create(), np.zeros((4, 0, 2, 64)), np.zeros((4, 0, 2, 64))
+        for n in (150, 1, 30, 1, 200, 1):
+            q, o = (client.tensor(4, n, 4, 64, dtype="f32") for _ in range(2))
+            k, v = (client.tensor(4, n, 2, 64) for _ in range(2))
+            q.array[:] = rng.normal(size=q.shape)
+            for x in (k, v):
+                x.array[:] = bf16(rng.normal(size=x.shape))
+            s.step(q, k, v, o)
+            held_k, held_v = (np.concatenate([a, x.array.floats().astype(np.float64)], 1) for a, x in ((held_k, k), (held_v, v)))
+            for layer, window in enumerate(windows):
+                want = attention(q.array[layer].astype(np.float64), held_k[layer], held_v[layer], window)
+                assert error(o.array[layer], want) < (2e-3 if kvd.on_gpu() else 1e-5), (layer, s.length)
+        with pytest.raises(package.Error, match="freed tokens"):
+            s.truncate(100)
+        s.truncate(s.length - 60)
+    with pytest.raises(package.Error, match="8 different"):
+        package.Client(layers=range(9), q_heads=4, kv_heads=2, head_dim=64, windows=range(1, 10), address=kvd.address)
+    with pytest.raises(package.Error, match="one for each"):
+        package.Client(layers=range(4), q_heads=4, kv_heads=2, head_dim=64, windows=[1], address=kvd.address)

@@ -112,6 +112,10 @@ typedef struct kvd_options {
     const char *tls_cert; /**< PEM file: the worker's own, which a kvd beyond loopback wants */
     const char *tls_key;  /**< PEM file: its key */
     const char *tls_server_name; /**< what kvd's must name; NULL: the address's host */
+    /** sliding windows of the layers, n_layers of them: 0: a query sees all tokens; w: the last w,
+     * itself included, whatever a call says. What lies behind the last w + 64 tokens is then freed,
+     * and the layer has no sink. At most 8 different ones. NULL: all see all. */
+    const uint32_t *windows;
 } kvd_options;
 
 /** Connects and opens a session. Waits for the rotation set to be fetched, at most timeout_ms.

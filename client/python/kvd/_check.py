@@ -1,4 +1,4 @@
-"""What is checked before libkvd sees it: numbers, names, and tensors against the geometry. Errors name the argument."""
+"""What is checked before libkvd sees it: numbers, names, and tensors against the layout. Errors name the argument."""
 from __future__ import annotations
 
 import math

@@ -182,12 +182,13 @@ class Sequence(lib.OfProcess):
 
 
 class Client(lib.OfProcess):
-    """A session with a daemon, for one model geometry. A context manager.
+    """A session with a daemon, for one layout of a model's KV. A context manager.
 
     layers: ids of the model's layers that hold KV, ascending. head_dim: 64, 80, 96, 112, 128, 192 or 256, or a
             pair for K and V: two of 64, 128 and 256, or (192, 128).
     rotation_set: "model@tag", "sha256:...", "hadamard", "random" or "identity"; None: what suits the codec. sink, recent:
-    tokens kept in bf16; None: 64 and 256. address: "unix:/path" or "host:port"; None: $KVD_ADDRESS, or the
+    tokens kept in bf16; None: 64 and 256. windows: a sliding window for each layer, 0 where it sees all tokens; what lies
+    behind the last w + 64 tokens is freed, and such a layer has no sink. address: "unix:/path" or "host:port"; None: $KVD_ADDRESS, or the
     one that listens under /run/kvd. timeout: seconds for each call. lease: seconds after which a session over TCP ends when
     its client is not heard of; None: 60. tls_ca, tls_cert, tls_key: PEM files for TCP; None: no TLS, no certificate of
     one's own. tls_server_name: if it differs from the address.
@@ -197,7 +198,8 @@ class Client(lib.OfProcess):
                  codec: Codec = "int2", rotation_set: Optional[str] = None, sink: Optional[int] = None,
                  recent: Optional[int] = None, address: Optional[str] = None, namespace: Optional[str] = None,
                  name: Optional[str] = None, timeout: float = 30.0, lease: Optional[float] = None, tls_ca: Optional[str] = None,
-                 tls_cert: Optional[str] = None, tls_key: Optional[str] = None, tls_server_name: Optional[str] = None):
+                 tls_cert: Optional[str] = None, tls_key: Optional[str] = None, tls_server_name: Optional[str] = None,
+                 windows: Optional[Iterable[int]] = None):
         super().__init__()
         self.layers = [_check.integer(f"layers[{i}]", x) for i, x in enumerate(layers)]
         pair = head_dim if isinstance(head_dim, (tuple, list)) else (head_dim, head_dim)
@@ -205,7 +207,7 @@ class Client(lib.OfProcess):
             raise lib.InvalidError(f"head_dim is {head_dim!r}, and one number or a pair for K and V is wanted")
         dims = (_check.integer("head_dim", pair[0]), _check.integer("head_dim", pair[1]))
         self.q_heads, self.kv_heads, self.head_dim = _check.integer("q_heads", q_heads), _check.integer("kv_heads", kv_heads), dims
-        windows = (64 if sink is None else _check.integer("sink", sink), 256 if recent is None else _check.integer("recent", recent))
+        kept = (64 if sink is None else _check.integer("sink", sink), 256 if recent is None else _check.integer("recent", recent))
         names = {n: _check.text(n, x) if x is not None else None for n, x in (
             ("address", address), ("namespace", namespace), ("name", name), ("codec", codec), ("rotation_set", rotation_set),
             ("tls_ca", tls_ca), ("tls_cert", tls_cert), ("tls_key", tls_key), ("tls_server_name", tls_server_name))}
@@ -215,13 +217,18 @@ class Client(lib.OfProcess):
         self.codec = codec
         self.address = address or os.environ.get("KVD_ADDRESS") or "the kvd of this host"
         ids = (c.c_uint32 * len(self.layers))(*self.layers)
+        sliding = [0] * len(self.layers) if windows is None else [_check.integer(f"windows[{i}]", x) for i, x in enumerate(windows)]
+        if len(sliding) != len(self.layers):
+            raise lib.InvalidError(f"windows has {len(sliding)} numbers, and one for each of the {len(self.layers)} layers is wanted")
+        self.windows = tuple(sliding)
         options = lib.Options(
             address=names["address"] or None, namespace_name=names["namespace"] or None, client_name=names["name"] or None,
             timeout_ms=max(1, _check.milliseconds("timeout", timeout)), layers=ids, n_layers=len(self.layers),
             q_heads=self.q_heads, kv_heads=self.kv_heads, head_dim_k=dims[0], head_dim_v=dims[1], codec=names["codec"],
-            rotation_set=names["rotation_set"] or None, sink=windows[0], recent=windows[1], no_windows=windows == (0, 0),
+            rotation_set=names["rotation_set"] or None, sink=kept[0], recent=kept[1], no_windows=kept == (0, 0),
             lease_ms=0 if lease is None else max(1, _check.milliseconds("lease", lease)), tls_ca=names["tls_ca"] or None,
-            tls_cert=names["tls_cert"] or None, tls_key=names["tls_key"] or None, tls_server_name=names["tls_server_name"] or None)
+            tls_cert=names["tls_cert"] or None, tls_key=names["tls_key"] or None, tls_server_name=names["tls_server_name"] or None,
+            windows=(c.c_uint32 * len(sliding))(*sliding) if any(sliding) else None)
         self._handle = c.c_void_p()
         self._directs: set[Any] = set()
         self._buffers: set[Any] = set()

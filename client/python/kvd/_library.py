@@ -27,7 +27,7 @@ class ExistsError(Error):
 
 
 class PreconditionError(Error):
-    """Not in this state: wrong position, wrong geometry."""
+    """Not in this state: wrong position, wrong layout."""
 
 
 class ExhaustedError(Error, MemoryError):
@@ -103,7 +103,7 @@ class Options(Sized):
         ("head_dim_k", c.c_uint32), ("head_dim_v", c.c_uint32), ("codec", c.c_char_p), ("rotation_set", c.c_char_p),
         ("sink", c.c_uint32), ("recent", c.c_uint32), ("no_windows", c.c_bool),
         ("lease_ms", c.c_uint32), ("tls_ca", c.c_char_p), ("tls_cert", c.c_char_p), ("tls_key", c.c_char_p),
-        ("tls_server_name", c.c_char_p),
+        ("tls_server_name", c.c_char_p), ("windows", c.POINTER(c.c_uint32)),
     ]
 
 

@@ -45,7 +45,7 @@ class _Shared(NamedTuple):
 
 
 def connect(config: Any, **options: Any) -> Client:
-    """A client with the geometry of a model's config. options: those of kvd.Client that do not follow from it. Refuses, with
+    """A client with the layout of a model's config. options: those of kvd.Client that do not follow from it. Refuses, with
     ValueError, a config whose attention is not what kvd computes."""
     g = checks.check_config(config)
     return Client(layers=range(g.layers), q_heads=g.q_heads, kv_heads=g.kv_heads, head_dim=g.head_dim, **options)
@@ -228,6 +228,10 @@ class KvdCache(Cache):
         if sliding_window is not None and sliding_window != window:
             raise ValueError(f"the layer has a sliding window of {sliding_window}, and its mask "
                              f"{f'one of {window}' if window else 'none'}")
+        kept = self.client.windows[layer.index]
+        if kept and (not window or window > kept):
+            raise ValueError(f"the layer wants {f'a window of {window}' if window else 'all'} tokens, and the client was opened for a "
+                             f"window of {kept}")
         attention["window"] = window
         if not self.sequences:
             self.sequences = list(self.client.create_many(batch))
