@@ -54,6 +54,10 @@ for f in "$lib/libkvd.so" "$root"/usr/sbin/kvd "$root"/usr/bin/kvctl "$root"/usr
     ! nm "$f" | grep -E ' [TtDdRr] (kvd_cpu_attend|kvd_row_quantize)$' || { echo "$f has kernels of its own"; exit 1; }
 done
 readelf -d "$root/usr/sbin/kvd" | grep -q "RUNPATH.*\[${lib#"$root"}/kvd\]" || { echo "kvd does not look for its kernels where they are"; exit 1; }
-gcc -std=c99 "$root/t.c" -I"$root/usr/include" -o "$root/static" "$lib/libkvd.a" $(pkg-config --libs-only-l --libs-only-other --static kvd | sed 's/-lkvd//')
+toolkit=
+if grep -q cudart "$pc/kvd.pc"; then
+    toolkit=-L$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")/lib64
+fi
+gcc -std=c99 "$root/t.c" -I"$root/usr/include" -o "$root/static" "$lib/libkvd.a" $toolkit $(pkg-config --libs-only-l --libs-only-other --static kvd | sed 's/-lkvd//')
 ! ldd "$root/static" | grep kvd && "$root/static"
 exit 0

@@ -163,6 +163,7 @@ def test_few_descriptors_mean_few_connections(start):
     assert page(kvd, "/readyz")[0] == 200
 
 
+@pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
 def test_who_is_refused_on_the_fd_socket_is_told_why(start):
     kvd = start(config="[kvd]\nmax-connections = 8\n")
     held = [FdSocket(kvd) for _ in range(6)]  # a user's three quarters

@@ -253,8 +253,8 @@ def test_models_of_another_kind_are_refused():
 def test_bad_models_are_refused(worker, folder):
     (folder / "x.gguf").write_bytes(b"nothing")
     (folder / "model.bin").write_bytes(b"")
-    for path, word in ((folder / "model.bin", "wanted"), (folder / "none", "wanted")):
-        with pytest.raises(ValueError, match=word):
+    for path, error, word in ((folder / "model.bin", ValueError, "wanted"), (folder / "none", FileNotFoundError, "no such")):
+        with pytest.raises(error, match=word):
             worker.Model(str(path))
     with pytest.raises(Exception):
         worker.Model(str(folder / "x.gguf"))

@@ -191,6 +191,7 @@ def test_layers_that_differ_want_calls_of_their_own(rpc):
     assert code_of(e) == "INVALID_ARGUMENT" and "calls of their own" in e.value.details()
 
 
+@pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
 def test_windows_in_python(kvd):
     """Windows by layer through libkvd: two planes, and calls over all layers."""
     windows, rng = [40, 0, 40, 40], np.random.default_rng(8)
