@@ -42,7 +42,7 @@ cp -L "$build/client/libkvd.so.0" "$root/lib/"
 cp LICENSE "$root/licenses/kvd"
 licence /usr/include/uthash.h # compiled in
 if [ -e "$build/kernels/attend.cuda.o" ]; then # cudart is in the kernels
-    toolkit=$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")
+    toolkit=$(kernels/cuda/home.sh)
     terms=$(ls "$toolkit"/EULA.txt "$toolkit"/dist-info/nvidia_cuda_runtime-*/*/License.txt "$toolkit"/dist-info/nvidia_cuda_runtime-*/License.txt \
         /usr/share/doc/nvidia-cuda-toolkit/copyright 2>/dev/null | head -n 1) || true
     [ -n "$terms" ] || { echo "bundle: the terms of cudart are not where they are looked for (EULA.txt of $toolkit)" >&2; exit 1; }

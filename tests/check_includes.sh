@@ -46,7 +46,7 @@ stray=$(find daemon -name '*.[ch]' | grep -vE "^daemon/($(IFS='|'; echo "${rooms
 # The library itself: no daemon, no pool, no calib.
 while IFS= read -r f; do
     grep -nE '#include "(daemon|pool|calib)/' "$f" && { echo "$f includes what libkvd may not"; bad=1; }
-done < <(find client -maxdepth 1 -name '*.[ch]')
+done < <(find client/lib -name '*.[ch]')
 # The public header stands alone.
 if grep -n '#include "' client/include/kvd/kvd.h; then
     echo "the public header includes a private one"

@@ -56,7 +56,7 @@ done
 readelf -d "$root/usr/sbin/kvd" | grep -q "RUNPATH.*\[${lib#"$root"}/kvd\]" || { echo "kvd does not look for its kernels where they are"; exit 1; }
 toolkit=
 if grep -q cudart "$pc/kvd.pc"; then
-    toolkit=-L$(dirname "$(dirname "$(readlink -f "$(command -v nvcc)")")")/lib64
+    toolkit=-L$(kernels/cuda/home.sh)/lib64
 fi
 gcc -std=c99 "$root/t.c" -I"$root/usr/include" -o "$root/static" "$lib/libkvd.a" $toolkit $(pkg-config --libs-only-l --libs-only-other --static kvd | sed 's/-lkvd//')
 ! ldd "$root/static" | grep kvd && "$root/static"

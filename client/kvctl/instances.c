@@ -1,5 +1,5 @@
 // Which daemon a command is for: one that is named, or the only one.
-#include "client/instances.h"
+#include "client/lib/instances.h"
 #include "client/kvctl/kvctl.h"
 
 enum { PATH_BYTES = 4096 };

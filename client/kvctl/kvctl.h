@@ -7,7 +7,7 @@
 #include <jansson.h>
 
 #include "admin.pb-c.h"
-#include "client/channel.h"
+#include "client/lib/channel.h"
 
 enum exit_code {
     EXIT_OK = 0,

@@ -7,7 +7,7 @@
 #include <time.h>
 
 #include "admin.pb-c.h"
-#include "client/direct.h"
+#include "client/lib/direct.h"
 #include "kernels/cuda/cuda.h"
 
 enum { LAYERS = 36, HEADS = 32, KV = 8, DIM = 128, PIECE = 2048 };

@@ -8,7 +8,7 @@
 #include <time.h>
 
 #include "admin.pb-c.h"
-#include "client/channel.h"
+#include "client/lib/channel.h"
 
 enum { BUCKETS = 100000 }; // of a microsecond
 

@@ -8,7 +8,7 @@
 #include <time.h>
 
 #include "admin.pb-c.h"
-#include "client/direct.h"
+#include "client/lib/direct.h"
 #include "kernels/cuda/cuda.h"
 
 enum { LAYERS = 4, HEADS = 8, KV = 2, DIM = 128, TOKENS = 1024 };

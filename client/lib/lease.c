@@ -1,6 +1,6 @@
 // A session without an fd socket ends when nothing is heard of its worker for a while: a thread
 // says that the worker is alive, three times in that while.
-#include "client/client.h"
+#include "client/lib/client.h"
 
 enum { CALL_MS = 2000 };
 

@@ -1,5 +1,5 @@
 // The calls of the public API, each a request filled in and a reply taken apart.
-#include "client/client.h"
+#include "client/lib/client.h"
 
 #define METHOD(name) "/kvd.v1.KvCache/" name
 

@@ -6,7 +6,7 @@
 // Each stream has a lane of counters; a call that fails moves its lane on all the same.
 #include <stdatomic.h>
 
-#include "client/client.h"
+#include "client/lib/client.h"
 
 enum {
     LANES = 16,

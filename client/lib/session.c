@@ -2,8 +2,8 @@
 #include <errno.h>
 #include <poll.h>
 
-#include "client/client.h"
-#include "client/instances.h"
+#include "client/lib/client.h"
+#include "client/lib/instances.h"
 
 enum { CLOSE_MS = 2000 }; // that closing waits for the daemon at most
 

@@ -1,4 +1,4 @@
-#include "client/channel.h"
+#include "client/lib/channel.h"
 
 #include <grpc/byte_buffer.h>
 #include <grpc/byte_buffer_reader.h>

@@ -1,5 +1,5 @@
 // Events of a session: a stream that is opened with the first call, and anew with a new session.
-#include "client/client.h"
+#include "client/lib/client.h"
 
 enum { RECONNECT_MS = 100 }; // what a call whose time is over may take for a new session
 

@@ -3,7 +3,7 @@
 // Kernels find lengths and page tables at fixed addresses, so that a captured graph stays good; a
 // step brings the new ones from pinned memory, in the stream's order. A few copies of that memory
 // take turns, so that the host does not wait for the GPU.
-#include "client/direct.h"
+#include "client/lib/direct.h"
 #include "kernels/cuda/cuda.h"
 
 enum {

@@ -3,7 +3,7 @@
 // it exits. So clients are marked in the child, every function refuses a marked one, and what
 // closes it releases memory alone. The child gives up the sockets whose hang-up tells the daemon
 // that the worker is dead: otherwise a session would live as long as some child.
-#include "client/client.h"
+#include "client/lib/client.h"
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;

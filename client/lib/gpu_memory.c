@@ -2,7 +2,7 @@
 #include <errno.h>
 #include <fcntl.h>
 
-#include "client/client.h"
+#include "client/lib/client.h"
 
 static kvd_result add(kvd_client *c, const kvd_buffer *b, kvd_buffer **out, kvd_failure *err)
 {

@@ -5,7 +5,7 @@
 
 #include <math.h>
 
-#include "client/client.h"
+#include "client/lib/client.h"
 #include "kernels/backend.h"
 
 enum {

@@ -1,5 +1,5 @@
 // Direct mode on the CPU: everything is done when a call returns.
-#include "client/direct.h"
+#include "client/lib/direct.h"
 
 struct cpu_side {
     uint8_t *run; // K, then V, of a tail in order: [slots][ring][row]

@@ -5,8 +5,8 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-#include "client/channel.h"
-#include "client/gate.h"
+#include "client/lib/channel.h"
+#include "client/lib/gate.h"
 #include "kvd.pb-c.h"
 #include "kvd/kvd.h"
 #include "proto/kvd_limits.h"

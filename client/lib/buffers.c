@@ -3,7 +3,7 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 
-#include "client/client.h"
+#include "client/lib/client.h"
 
 #define MEMORY_KIND(name) KVD__V1__REGISTER_BUFFER_REQUEST__MEMORY__##name
 

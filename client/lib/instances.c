@@ -1,4 +1,4 @@
-#include "client/instances.h"
+#include "client/lib/instances.h"
 
 #include <errno.h>
 #include <glob.h>

@@ -9,7 +9,7 @@
 // MAX_AHEAD tokens beyond the oldest view that a kernel may still use.
 #include <errno.h>
 
-#include "client/direct.h"
+#include "client/lib/direct.h"
 
 enum {
     // ring - recent - the up to 15 tokens more that a window has

@@ -1,4 +1,4 @@
-#include "client/gate.h"
+#include "client/lib/gate.h"
 
 #include <errno.h>
 #include <time.h>

@@ -2,7 +2,7 @@
 // is sent: an error here names the item, the tensor, what is expected and what was given.
 #include <math.h>
 
-#include "client/client.h"
+#include "client/lib/client.h"
 
 enum role { INPUT, OUTPUT };
 

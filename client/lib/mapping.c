@@ -4,7 +4,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 
-#include "client/direct.h"
+#include "client/lib/direct.h"
 #include "proto/fdsock.h"
 
 // Receives one message. 1: there was one; 0: none waits; negative: the socket is closed.

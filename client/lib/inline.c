@@ -1,6 +1,6 @@
 // Tensors that travel with their call, where memory cannot be shared: inputs are sent as dense
 // copies, outputs come with the reply.
-#include "client/client.h"
+#include "client/lib/client.h"
 
 // Strides as they are meant: 0 is dense.
 static kvd_tensor_ref strides_of(const kvd_tensor_ref *t, struct kvd_dims d)

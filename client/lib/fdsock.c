@@ -4,8 +4,8 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
-#include "client/channel.h"
-#include "client/gate.h"
+#include "client/lib/channel.h"
+#include "client/lib/gate.h"
 #include "proto/fdsock.h"
 
 // Also how long connecting waits where the daemon accepts nobody.

@@ -1,7 +1,7 @@
 // Public structures that may grow: what a program of another age means by one, and what it gets.
 #include <stddef.h>
 
-#include "client/client.h"
+#include "client/lib/client.h"
 
 // More than any of them will ever have: what is not a size at all is not followed.
 enum { MAX_SIZE = 4096 };
