@@ -10,6 +10,7 @@
 #include <errno.h>
 
 #include "client/lib/direct.h"
+#include "proto/overlap.h"
 
 enum {
     // ring - recent - the up to 15 tokens more that a window has
@@ -301,6 +302,25 @@ kvd_result kvd_store_enqueue(kvd_direct *d, void *stream, uint32_t layer, const 
     return result_of(rc, &e, err);
 }
 
+// What is written is to lie apart: kernels go on reading q while they write.
+static int check_apart(const void *q, uint64_t q_bytes, const void *o, uint64_t o_bytes,
+                       const void *lse, uint64_t lse_bytes, struct kvd_error *err)
+{
+    const struct kvd_overlap all[] = {
+        {.begin = (uintptr_t)q, .row = q_bytes, .name = "q", .item = KVD_OVERLAP_NO_ITEM},
+        {.begin = (uintptr_t)o,
+         .row = o_bytes,
+         .written = true,
+         .name = "o",
+         .item = KVD_OVERLAP_NO_ITEM},
+        {.begin = (uintptr_t)lse,
+         .row = lse_bytes,
+         .written = true,
+         .name = "lse",
+         .item = KVD_OVERLAP_NO_ITEM}};
+    return kvd_overlap_check(all, lse ? 3 : 2, err);
+}
+
 kvd_result kvd_attend_enqueue(kvd_direct *d, void *stream, uint32_t layer, const void *q,
                               uint64_t q_bytes, void *o, uint64_t o_bytes, float *lse,
                               uint64_t lse_bytes, kvd_failure *err)
@@ -316,6 +336,8 @@ kvd_result kvd_attend_enqueue(kvd_direct *d, void *stream, uint32_t layer, const
         rc = kvd_check_dense("o", o, o_bytes, rows, g->q_heads, g->head_dim_v, size, &e);
     if (rc == KVD_OK && (lse || lse_bytes))
         rc = kvd_check_dense("lse", lse, lse_bytes, rows, g->q_heads, 1, 4, &e);
+    if (rc == KVD_OK)
+        rc = check_apart(q, q_bytes, o, o_bytes, lse, lse_bytes, &e);
     if (rc == KVD_OK)
         rc = d->ops->attend(d, stream, layer, q, o, lse, &e);
     return result_of(rc, &e, err);

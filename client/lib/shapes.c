@@ -3,8 +3,15 @@
 #include <math.h>
 
 #include "client/lib/client.h"
+#include "proto/overlap.h"
 
 enum role { INPUT, OUTPUT };
+
+// What a call's tensors take of memory. kvd compares buffers that it has; over TCP it sees none.
+struct spans {
+    struct kvd_overlap *all; // NULL: they are not wanted
+    uint32_t n, item;
+};
 
 // What a tensor is to be.
 struct expected {
@@ -13,6 +20,7 @@ struct expected {
         dim; // dim 1: an lse, whose elements are f32 whatever dtype says
     enum role role;
     bool bf16; // nothing else
+    struct spans *spans;
 };
 
 struct extent {
@@ -83,6 +91,15 @@ static int check_tensor(const kvd_client *c, const kvd_tensor_ref *t, const stru
                         x->name, size == 4 ? "f32" : "bf16", x->layers, x->tokens, x->heads, x->dim,
                         (unsigned long long)end, (unsigned long long)t->offset,
                         (unsigned long long)t->buffer->size);
+    if (x->spans->all)
+        x->spans->all[x->spans->n++] =
+            (struct kvd_overlap){.memory = (uint64_t)(uintptr_t)t->buffer,
+                                 .begin = t->offset,
+                                 .row = row,
+                                 .dims = {{x->layers, layer}, {x->tokens, token}, {x->heads, head}},
+                                 .written = x->role == OUTPUT,
+                                 .name = x->name,
+                                 .item = x->spans->item};
     if (x->role == OUTPUT && overlaps(dims, row))
         return kvd_fail(err, KVD_E_INVALID,
                         "%s: strides of %llu (layers), %llu (tokens) and %llu (heads) bytes let "
@@ -128,7 +145,7 @@ static int check_range(const char *what, uint64_t begin, uint32_t tokens, struct
     return KVD_OK;
 }
 
-static int check_kv(const kvd_client *c, uint32_t layers, const kvd_item *item,
+static int check_kv(const kvd_client *c, uint32_t layers, const kvd_item *item, struct spans *spans,
                     struct kvd_error *err)
 {
     struct expected x = {.name = "k",
@@ -136,21 +153,23 @@ static int check_kv(const kvd_client *c, uint32_t layers, const kvd_item *item,
                          .tokens = item->tokens,
                          .heads = c->layout.kv_heads,
                          .dim = c->layout.head_dim_k,
-                         .bf16 = true};
+                         .bf16 = true,
+                         .spans = spans};
     int rc = check_tensor(c, &item->k, &x, err);
     x.name = "v";
     x.dim = c->layout.head_dim_v;
     return rc ? rc : check_tensor(c, &item->v, &x, err);
 }
 
-static int check_qo(const kvd_client *c, uint32_t layers, const kvd_item *item,
+static int check_qo(const kvd_client *c, uint32_t layers, const kvd_item *item, struct spans *spans,
                     struct kvd_error *err)
 {
     struct expected x = {.name = "q",
                          .layers = layers,
                          .tokens = item->tokens,
                          .heads = c->layout.q_heads,
-                         .dim = c->layout.head_dim_k};
+                         .dim = c->layout.head_dim_k,
+                         .spans = spans};
     int rc = check_tensor(c, &item->q, &x, err);
     x.name = "o";
     x.dim = c->layout.head_dim_v;
@@ -168,6 +187,10 @@ int kvd_check_compute(const kvd_client *c, kvd_call_kind kind, kvd_layers layers
 {
     uint32_t n = 0;
     uint64_t sum = 0;
+    struct kvd_overlap *all KVD_FREE = c->remote ? calloc(count, 5 * sizeof(*all)) : NULL;
+    struct spans spans = {.all = all};
+    if (c->remote && count && !all)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     if (kind != KVD_CALL_APPEND && kind != KVD_CALL_ATTEND && kind != KVD_CALL_STEP)
         return kvd_fail(err, KVD_E_INVALID, "call %d is not known", (int)kind);
     int rc = check_layers(c, layers, &n, err);
@@ -175,11 +198,12 @@ int kvd_check_compute(const kvd_client *c, kvd_call_kind kind, kvd_layers layers
         rc = kvd_check_attention(a, err);
     for (uint32_t i = 0; i < count && rc == KVD_OK; i++) {
         const kvd_item *item = &items[i];
+        spans.item = i;
         rc = check_range("tokens", kind == KVD_CALL_ATTEND ? 0 : item->position, item->tokens, err);
         if (rc == KVD_OK && kind != KVD_CALL_ATTEND)
-            rc = check_kv(c, n, item, err);
+            rc = check_kv(c, n, item, &spans, err);
         if (rc == KVD_OK && kind != KVD_CALL_APPEND)
-            rc = check_qo(c, n, item, err);
+            rc = check_qo(c, n, item, &spans, err);
         if (rc)
             return kvd_fail_in(err, "items[%u]", i);
         sum += item->tokens;
@@ -188,13 +212,15 @@ int kvd_check_compute(const kvd_client *c, kvd_call_kind kind, kvd_layers layers
         return kvd_fail(err, KVD_E_LIMIT,
                         "%llu tokens in one call; at most %d are possible: split it",
                         (unsigned long long)sum, KVD_MAX_CALL_TOKENS);
-    return rc;
+    return rc ? rc : kvd_overlap_check(all, spans.n, err);
 }
 
 int kvd_check_rotate(const kvd_client *c, bool v, kvd_layers layers, uint32_t rows, uint32_t heads,
                      const kvd_tensor_ref *x, const kvd_tensor_ref *y, struct kvd_error *err)
 {
+    struct spans none = {0}; // y is written when all of x has been sent
     struct expected shape = {.name = "x",
+                             .spans = &none,
                              .tokens = rows,
                              .heads = heads,
                              .dim = v ? c->layout.head_dim_v : c->layout.head_dim_k};
@@ -216,11 +242,14 @@ int kvd_check_rotate(const kvd_client *c, bool v, kvd_layers layers, uint32_t ro
 int kvd_check_read(const kvd_client *c, kvd_layers layers, uint64_t begin, uint32_t count,
                    const kvd_tensor_ref *k, const kvd_tensor_ref *v, struct kvd_error *err)
 {
+    struct kvd_overlap all[2];
+    struct spans spans = {.all = c->remote ? all : NULL, .item = KVD_OVERLAP_NO_ITEM};
     struct expected x = {.name = "k",
                          .tokens = count,
                          .heads = c->layout.kv_heads,
                          .dim = c->layout.head_dim_k,
-                         .role = OUTPUT};
+                         .role = OUTPUT,
+                         .spans = &spans};
     if (!k && !v)
         return kvd_fail(err, KVD_E_INVALID, "neither k nor v is wanted");
     int rc = check_layers(c, layers, &x.layers, err);
@@ -230,7 +259,9 @@ int kvd_check_read(const kvd_client *c, kvd_layers layers, uint64_t begin, uint3
         rc = check_tensor(c, k, &x, err);
     x.name = "v";
     x.dim = c->layout.head_dim_v;
-    return rc || !v ? rc : check_tensor(c, v, &x, err);
+    if (rc == KVD_OK && v)
+        rc = check_tensor(c, v, &x, err);
+    return rc ? rc : kvd_overlap_check(all, spans.n, err);
 }
 
 int kvd_check_dense(const char *name, const void *data, uint64_t bytes, uint64_t rows,

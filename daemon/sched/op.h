@@ -87,9 +87,9 @@ int kvd_work_tensor_out(struct kvd_work *w, struct kvd_session *s, const Kvd__V1
                         struct kvd_shape shape, const char *name, uint32_t item,
                         struct kvd_tensor *out, uint8_t **inline_out, size_t *inline_len,
                         struct kvd_error *err);
-// Resolves a fence; `name` is for the message. NULL: none.
-int kvd_work_fence(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__Fence *f,
-                   const char *name, struct kvd_fence *out, struct kvd_error *err);
+// Resolves a fence, which is the call's `wait` or, `written`, its `signal`. NULL: none.
+int kvd_work_fence(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__Fence *f, bool written,
+                   struct kvd_fence *out, struct kvd_error *err);
 
 // -- pages.c: the executor cannot ask the pool, which the loop goes on changing -----------------
 // Notes the pages of an item's sequence, of the planes that the call has layers of.

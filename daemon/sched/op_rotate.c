@@ -1,6 +1,15 @@
 // Rotate: vectors of the worker times a rotation, for tests and for kernels of the worker's own.
 #include "daemon/sched/op.h"
 
+// A tensor may be rotated where it lies, element for element.
+static void allow_in_place(struct kvd_work *w)
+{
+    struct kvd_overlap *x = &w->spans[0], *y = &w->spans[1];
+    if (w->n_spans == 2 && x->memory == y->memory && x->begin == y->begin && x->row == y->row &&
+        memcmp(x->dims, y->dims, sizeof(x->dims)) == 0)
+        w->spans[0] = w->spans[--w->n_spans]; // its rows are still to be apart
+}
+
 static int check(struct kvd_work *w, struct kvd_session *s, const void *request,
                  struct kvd_error *err)
 {
@@ -28,9 +37,12 @@ static int check(struct kvd_work *w, struct kvd_session *s, const void *request,
                                            .heads = req->heads,
                                            .kv_heads = g->kv_heads};
     rc = kvd_work_tensor_in(w, s, req->x, shape, "x", 0, &w->rotate.x, err);
-    return rc ? rc
-              : kvd_work_tensor_out(w, s, req->y, shape, "y", 0, &w->rotate.y, &item->o_inline,
-                                    &item->o_len, err);
+    if (rc == KVD_OK)
+        rc = kvd_work_tensor_out(w, s, req->y, shape, "y", 0, &w->rotate.y, &item->o_inline,
+                                 &item->o_len, err);
+    if (rc == KVD_OK)
+        allow_in_place(w);
+    return rc;
 }
 
 static int rotate(struct kvd_daemon *d, struct kvd_work *w)

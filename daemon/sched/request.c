@@ -145,9 +145,9 @@ int kvd_op_check_batch(struct kvd_work *w, struct kvd_session *s, const void *re
     if (rc == KVD_OK)
         rc = set_attention(w, b->params, err);
     if (rc == KVD_OK)
-        rc = kvd_work_fence(w, s, b->wait, "wait", &w->parked.fence, err);
+        rc = kvd_work_fence(w, s, b->wait, false, &w->parked.fence, err);
     if (rc == KVD_OK)
-        rc = kvd_work_fence(w, s, b->signal, "signal", &w->signal, err);
+        rc = kvd_work_fence(w, s, b->signal, true, &w->signal, err);
     for (uint32_t i = 0; rc == KVD_OK && i < w->n_items; i++) {
         b->ids(&w->items[i], request, i);
         rc = kvd_op_check_item(s, w->items[i].seq, w->items[i].tokens, i, &sum, err);
@@ -168,7 +168,9 @@ void kvd_op_handle(struct kvd_call *call, const struct kvd_op *op, const char *s
         kvd_fail(&err, KVD_E_INVALID, "%zu items; %u to %u are possible", n, op->least_items,
                  op->most_items);
     struct kvd_work *w = err.code ? NULL : kvd_work_new(call, s, op, n, &err);
-    if (w && op->check(w, s, request, &err) == KVD_OK) {
+    if (w && op->check(w, s, request, &err) == KVD_OK &&
+        kvd_overlap_check(w->spans, w->n_spans, &err) == KVD_OK) {
+        free(KVD_TAKE(w->spans));
         kvd_work_queue(call->d, w);
         return;
     }

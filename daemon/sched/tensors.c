@@ -56,10 +56,31 @@ static int hold_buffer(struct kvd_work *w, struct kvd_buffer *b, struct kvd_erro
     return KVD_OK;
 }
 
+// Notes what a call reads or writes of a buffer, for when all of it is known.
+static int note_span(struct kvd_work *w, const struct kvd_buffer *b, uint64_t offset,
+                     const struct kvd_overlap *span, struct kvd_error *err)
+{
+    if (w->n_spans == w->cap_spans) {
+        uint32_t cap = w->cap_spans ? 2 * w->cap_spans : 16;
+        struct kvd_overlap *grown = realloc(w->spans, cap * sizeof(*grown));
+        if (!grown)
+            return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+        w->spans = grown;
+        w->cap_spans = cap;
+    }
+    bool memfd = b->kind == KVD_MEMORY_MEMFD;
+    w->spans[w->n_spans] = *span;
+    w->spans[w->n_spans].memory = memfd ? 1 + b->inode : 0; // 0: the GPU's, which has one of each
+    w->spans[w->n_spans++].begin = memfd ? offset : (uint64_t)(uintptr_t)b->data + offset;
+    return KVD_OK;
+}
+
 static int in_buffer(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,
-                     uint64_t end, const char *name, uint32_t item, struct kvd_tensor *out,
+                     uint64_t end, const struct kvd_overlap *span, struct kvd_tensor *out,
                      struct kvd_error *err)
 {
+    const char *name = span->name;
+    uint32_t item = span->item;
     struct kvd_buffer *b = kvd_session_buffer(s, ref->buffer);
     if (!b)
         return kvd_fail(err, KVD_E_NOT_FOUND, "items[%u].%s: this session has no buffer %" PRIu64,
@@ -71,12 +92,26 @@ static int in_buffer(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__T
                         item, name, end, b->id, b->size);
     out->data = b->data + ref->offset;
     out->on_device = b->kind != KVD_MEMORY_MEMFD;
-    return hold_buffer(w, b, err);
+    int rc = hold_buffer(w, b, err);
+    return rc ? rc : note_span(w, b, ref->offset, span, err);
 }
 
-int kvd_work_fence(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__Fence *f,
-                   const char *name, struct kvd_fence *out, struct kvd_error *err)
+static struct kvd_overlap span_of(const struct kvd_tensor *t, struct kvd_shape n, bool written,
+                                  const char *name, uint32_t item)
 {
+    return (struct kvd_overlap){.row = (uint64_t)n.dim * (t->dtype == KVD_DTYPE_F32 ? 4 : 2),
+                                .dims = {{n.layers, t->layer_stride},
+                                         {n.tokens, t->token_stride},
+                                         {n.heads, t->head_stride}},
+                                .written = written,
+                                .name = name,
+                                .item = item};
+}
+
+int kvd_work_fence(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__Fence *f, bool written,
+                   struct kvd_fence *out, struct kvd_error *err)
+{
+    const char *name = written ? "signal" : "wait";
     if (!f)
         return KVD_OK;
     struct kvd_buffer *b = kvd_session_buffer(s, f->buffer);
@@ -94,7 +129,11 @@ int kvd_work_fence(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__Fen
                         name, f->offset, b->size);
     out->word = (_Atomic uint32_t *)(void *)(b->data + f->offset);
     out->value = f->value;
-    return hold_buffer(w, b, err);
+    struct kvd_overlap span = {
+        .row = sizeof(uint32_t), .written = written, .name = name, .item = KVD_OVERLAP_NO_ITEM};
+    int rc = hold_buffer(w, b, err);
+    // One word may be waited for and then be set on: it is read no more by then.
+    return rc || !written ? rc : note_span(w, b, f->offset, &span, err);
 }
 
 int kvd_work_tensor_in(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,
@@ -107,8 +146,9 @@ int kvd_work_tensor_in(struct kvd_work *w, struct kvd_session *s, const Kvd__V1_
     int rc = lay_out(ref, shape, name, item, out, &end, err);
     if (rc)
         return rc;
+    struct kvd_overlap span = span_of(out, shape, false, name, item);
     if (ref->buffer)
-        return in_buffer(w, s, ref, end, name, item, out, err);
+        return in_buffer(w, s, ref, end, &span, out, err);
     if (end > ref->inline_data.len)
         return kvd_fail(
             err, KVD_E_INVALID,
@@ -129,8 +169,9 @@ int kvd_work_tensor_out(struct kvd_work *w, struct kvd_session *s, const Kvd__V1
     int rc = lay_out(ref, shape, name, item, out, &end, err);
     if (rc)
         return rc;
+    struct kvd_overlap span = span_of(out, shape, true, name, item);
     if (ref->buffer)
-        return in_buffer(w, s, ref, end, name, item, out, err);
+        return in_buffer(w, s, ref, end, &span, out, err);
     if (ref->offset || ref->head_stride || ref->token_stride || ref->layer_stride)
         return kvd_fail(
             err, KVD_E_INVALID,

@@ -57,6 +57,7 @@ void kvd_work_free(struct kvd_daemon *d, struct kvd_work *w)
     kvd_pool_layout_unref(d->pool, w->layout);
     free(w->views);
     free(w->buffers);
+    free(w->spans);
     free(w->runs);
     free(w->items);
     free(w->append_items);

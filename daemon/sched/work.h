@@ -19,6 +19,7 @@
 #include "daemon/sched/queue.h"
 #include "daemon/session/session.h"
 #include "kvd.pb-c.h"
+#include "proto/overlap.h"
 
 struct kvd_work_item {
     uint64_t seq, position;
@@ -75,6 +76,8 @@ struct kvd_work {
     bool locked;
     struct kvd_buffer **buffers; // referenced until done
     uint32_t n_buffers, cap_buffers;
+    struct kvd_overlap *spans; // of its tensors in buffers, until it is checked
+    uint32_t n_spans, cap_spans;
     uint64_t inline_bytes;
     struct kvd_fence signal;
     float scale, softcap;

@@ -16,7 +16,7 @@ struct kvd_buffer *kvd_session_buffer(struct kvd_session *s, uint64_t id)
 }
 
 // Maps a memfd.
-static int map_memfd(const struct kvd_foreign *m, uint8_t **data, struct kvd_error *err)
+static int map_memfd(const struct kvd_foreign *m, struct kvd_buffer *b, struct kvd_error *err)
 {
     struct stat st;
     int seals = fcntl(m->fd, F_GET_SEALS);
@@ -39,7 +39,8 @@ static int map_memfd(const struct kvd_foreign *m, uint8_t **data, struct kvd_err
     if (p == MAP_FAILED)
         return kvd_fail(err, KVD_E_INVALID, "cannot map the memfd for reading and writing: %s",
                         strerror(errno));
-    *data = p;
+    b->data = p;
+    b->inode = st.st_ino;
     return KVD_OK;
 }
 
@@ -95,7 +96,7 @@ int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t
     int rc = charge(d, s, b, err);
     if (rc == KVD_OK) {
         rc = m->kind == KVD_MEMORY_MEMFD
-                 ? map_memfd(m, &b->data, err)
+                 ? map_memfd(m, b, err)
                  : d->backend->ops->foreign_map(d->backend, m, &b->data, err);
         if (rc)
             discharge(b);

@@ -14,6 +14,7 @@ struct kvd_buffer {
     enum kvd_memory kind;
     uint8_t *data;
     uint64_t size;
+    uint64_t inode; // of a memfd, which may be registered more than once
     uint32_t refs;
     struct kvd_user *user; // whose share it is
     UT_hash_handle hh;

@@ -75,6 +75,16 @@ int remotes(const char *address, const char *here)
     NEED(kvd_buffer_new(client, BYTES, &buffer, ERR) == 0);
     NEED(kvd_sequences_create(client, 1, &id, ERR) == 0);
     work(&far, true);
+    // kvd does not see where its outputs end up, so the library looks.
+    kvd_item item = item_of(1);
+    item.lse = item.o;
+    NEED(kvd_attend(client, ALL, NULL, &item, 1, ERR) == KVD_ERR_INVALID &&
+         strstr(failure.text, "items[0].o, which is written, shares memory with items[0].lse"));
+    item.lse.buffer = NULL;
+    item.o = item.q;
+    NEED(kvd_attend(client, ALL, NULL, &item, 1, ERR) == KVD_ERR_INVALID);
+    kvd_tensor_ref both = {.buffer = buffer, .offset = READ_AT};
+    NEED(kvd_read_tokens(client, ALL, id, 0, TOKENS, &both, &both, ERR) == KVD_ERR_INVALID);
     NEED(kvd_direct_open(client, &d, &direct, ERR) == KVD_ERR_INVALID);
     nanosleep(&(struct timespec){.tv_sec = 1, .tv_nsec = 700000000}, NULL);
     NEED(kvd_sequence_describe(client, id, &info, ERR) == 0 && info.length == 2 * TOKENS);

@@ -133,6 +133,8 @@ static void wrong_reads_and_rotations(void)
     REFUSED(kvd_read_tokens(client, ALL, id, 0, 0, &x, NULL, ERR), "count is 0");
     REFUSED(kvd_read_tokens(client, ALL, id, UINT64_MAX, 7, &x, NULL, ERR), "from position");
     NEED(kvd_read_tokens(client, ALL, id, 0, 7, &x, &z, ERR) == 0);
+    z.offset = 2;
+    REFUSED(kvd_read_tokens(client, ALL, id, 0, 7, &x, &z, ERR), "shares memory with");
     REFUSED(kvd_rotate(client, false, false, ALL, 7, 3, &x, &x, ERR), "heads is 3");
     REFUSED(kvd_rotate(client, false, false, ALL, 7, KV, &x, &y, ERR), "y: bf16");
     REFUSED(kvd_rotate(client, false, false, ALL, 0, KV, &x, &x, ERR), "rows is 0");
@@ -169,6 +171,10 @@ static void wrong_direct(void)
     REFUSED(kvd_attend_enqueue(d, NULL, 0, m, QB, to, OB * 2, NULL, 0, ERR), "o has");
     REFUSED(kvd_attend_enqueue(d, NULL, 0, m, QB, to, OB, to, LB + 4, ERR), "lse has");
     REFUSED(kvd_attend_enqueue(d, NULL, 0, m, QB, to, OB, NULL, LB, ERR), "lse lies at");
+    REFUSED(kvd_attend_enqueue(d, NULL, 0, m, QB, to, OB, to + OB / 4 - 1, LB, ERR),
+            "o, which is written, shares memory with lse");
+    REFUSED(kvd_attend_enqueue(d, NULL, 0, m, QB, m, OB, NULL, 0, ERR),
+            "o, which is written, shares memory with q");
     NEED(kvd_store_enqueue(d, NULL, 0, m, KB, m, VB, ERR) == 0);
     NEED(kvd_attend_enqueue(d, NULL, 0, m, QB, to, OB, to + OB / 4, LB, ERR) == 0);
     NEED(kvd_direct_end(d, NULL, NULL, ERR) == 0);

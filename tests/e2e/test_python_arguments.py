@@ -205,6 +205,7 @@ def test_direct_arrays(shared):
                 (lambda: d.attend(0, q, frozen), "o is read-only"),
                 (lambda: d.attend(0, q, q.reshape(2, 1, DIM, Q_HEADS)), "o is"),
                 (lambda: d.attend(0, q, q, lse.reshape(1, Q_HEADS, 2)), "lse is"),
+                (lambda: d.attend(0, q, q), "o, which is written, shares memory with q"),
                 (lambda: d.bind(1, shared.other.create()), "another client")]:
             with pytest.raises(package.InvalidError, match=text):
                 call()
@@ -212,7 +213,7 @@ def test_direct_arrays(shared):
             d.bind(1, 5)
         for layer in range(LAYERS):
             d.store(layer, k, k)
-            d.attend(layer, q, q, lse)
+            d.attend(layer, q, np.empty_like(q), lse)
         d.end([1, 0])
 
 

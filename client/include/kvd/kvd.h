@@ -228,7 +228,9 @@ typedef enum kvd_dtype_t {
     KVD_F32 = 1   /**< float32 */
 } kvd_dtype_t;
 
-/** Where a tensor lies. Its shape is that of the call. */
+/** Where a tensor lies. Its shape is that of the call. What a call writes shares no memory with
+ * anything else that it writes or reads (KVD_ERR_INVALID names both), but for kvd_rotate where it
+ * lies; rows of several tensors may be interleaved, as views of one array are. */
 typedef struct kvd_tensor_ref {
     kvd_buffer *buffer;    /**< of the same client */
     uint64_t offset;       /**< bytes into it */
