@@ -22,6 +22,10 @@
 // taken for a repeat: that the position fits says nothing about whose tokens are there, nor which.
 // Forks do not inherit it. A truncation keeps it, so that a repeat that comes after it is refused
 // instead of being applied once more.
+//
+// Where the region outlives the process, an append can be undone until it is true in every layer:
+// it gets private copies also of pages in which it would overwrite what the sequence still has, and
+// what it replaces stays in the tables `undo` until then. Otherwise until the first commit.
 #include "pool/internal.h"
 
 enum { WINDOW_SLACK = 64 }; // tokens behind a window that stay
@@ -153,16 +157,83 @@ static void runs_of(const struct kvd_plane *g, const struct kvd_pool_append *a, 
                     kvd_plane_ring(g) / KVD_PAGE_TOKENS);
 }
 
+// Entries of a table.
+struct span {
+    uint32_t first, end;
+};
+
+static void span_add(struct span *s, uint32_t entry)
+{
+    s->first = KVD_MIN(s->first, entry);
+    s->end = KVD_MAX(s->end, entry + 1);
+}
+
 static uint32_t entry_of(const struct run *r, uint32_t i)
 {
     return r->base + (r->first + i) % r->modulo;
 }
 
-// Whether an append has to put another page there: there is none, or it is shared.
-static bool wants_page(const struct kvd_pool *pool, const struct region_table *t, uint32_t entry)
+// Whether an append overwrites tokens of a plane's recent window that the sequence still has.
+static bool overwrites_window(const struct kvd_plane *g, const struct kvd_pool_append *a,
+                              uint32_t plane)
+{
+    uint64_t hist_end = a->planes[plane].before.hist_end;
+    return a->length > hist_end && a->new_length > hist_end + kvd_plane_ring(g);
+}
+
+// Whether it writes into a chunk of history that the sequence has in part.
+static bool rewrites_chunk(const struct kvd_plane *g, const struct kvd_pool_append *a,
+                           uint32_t plane)
+{
+    const struct kvd_pool_append_plane *p = &a->planes[plane];
+    return p->demote < p->after.hist_end && (p->demote - g->sink) % KVD_CHUNK_TOKENS;
+}
+
+// Whether it replaces pages that are wanted until it is true in every layer.
+static bool keeps_pages(const struct kvd_pool *pool, const struct kvd_layout *l,
+                        const struct kvd_pool_append *a)
+{
+    for (uint32_t p = 0; p < l->n_planes && pool->fd >= 0; p++)
+        if (overwrites_window(&l->planes[p], a, p) || rewrites_chunk(&l->planes[p], a, p))
+            return true;
+    return false;
+}
+
+// Of a run that an append writes, how many entries from the first hold what it must not overwrite.
+static uint32_t kept_entries(const struct kvd_pool *pool, const struct kvd_plane *g,
+                             const struct kvd_pool_append *a, uint32_t plane, uint32_t run)
+{
+    if (pool->fd < 0)
+        return 0;
+    if (run == 1)
+        return rewrites_chunk(g, a, plane);
+    return run == 2 && overwrites_window(g, a, plane) ? UINT32_MAX : 0;
+}
+
+// Whether an append has to put another page there: there is none, or it is shared, or to be kept.
+static bool wants_page(const struct kvd_pool *pool, const struct region_table *t, uint32_t entry,
+                       bool keep)
 {
     uint32_t old = table_get(pool, t, entry);
-    return old == KVD_POOL_NONE || pool->page[old].refs != 1;
+    return old == KVD_POOL_NONE || pool->page[old].refs != 1 || keep;
+}
+
+// What an append needs in a run of entries.
+static void need_of_run(const struct kvd_pool *pool, const struct region_seq *s,
+                        const struct kvd_pool_append *a, uint32_t p, const struct run *r,
+                        uint32_t kept, struct kvd_pool_need *need, struct span *pages,
+                        struct span *undo)
+{
+    for (uint32_t i = 0; i < r->count; i++) {
+        uint32_t entry = entry_of(r, i);
+        if (!wants_page(pool, &s->table[p][r->kind], entry, i < kept))
+            continue;
+        need->pages[p][r->kind]++;
+        need->bytes += pool->layout[s->layout].page_bytes[p][r->kind];
+        span_add(pages, entry);
+        if (table_get(pool, &s->table[p][r->kind], entry) != KVD_POOL_NONE)
+            span_add(undo, entry);
+    }
 }
 
 static void need_of(const struct kvd_pool *pool, const struct region_seq *s,
@@ -171,50 +242,169 @@ static void need_of(const struct kvd_pool *pool, const struct region_seq *s,
     const struct kvd_layout *l = layout_of(pool, s);
     *need = (struct kvd_pool_need){0};
     for (uint32_t p = 0; p < l->n_planes; p++) {
+        const struct kvd_plane *g = &l->planes[p];
         struct run runs[3];
-        uint32_t first[KVD_POOL_KINDS] = {UINT32_MAX, UINT32_MAX}, end[KVD_POOL_KINDS] = {0};
-        runs_of(&l->planes[p], a, p, runs);
-        for (uint32_t r = 0; r < KVD_LEN(runs); r++) {
-            enum kvd_pool_kind k = runs[r].kind;
-            for (uint32_t i = 0; i < runs[r].count; i++) {
-                uint32_t entry = entry_of(&runs[r], i);
-                if (!wants_page(pool, &s->table[p][k], entry))
-                    continue;
-                need->pages[p][k]++;
-                need->bytes += pool->layout[s->layout].page_bytes[p][k];
-                first[k] = KVD_MIN(first[k], entry);
-                end[k] = KVD_MAX(end[k], entry + 1);
-            }
+        struct span pages[KVD_POOL_KINDS] = {{UINT32_MAX, 0}, {UINT32_MAX, 0}};
+        struct span undo[KVD_POOL_KINDS] = {{UINT32_MAX, 0}, {UINT32_MAX, 0}};
+        runs_of(g, a, p, runs);
+        for (uint32_t r = 0; r < KVD_LEN(runs); r++)
+            need_of_run(pool, s, a, p, &runs[r], kept_entries(pool, g, a, p, r), need,
+                        &pages[runs[r].kind], &undo[runs[r].kind]);
+        for (int k = 0; k < KVD_POOL_KINDS; k++) {
+            need->blocks += table_lacks(&s->table[p][k], k == KVD_POOL_CODEC ? pages[k].first : 0,
+                                        pages[k].end);
+            need->blocks += table_lacks(&s->undo[p][k], undo[k].first, undo[k].end);
         }
-        for (int k = 0; k < KVD_POOL_KINDS; k++)
-            need->blocks +=
-                table_lacks(&s->table[p][k], k == KVD_POOL_CODEC ? first[k] : 0, end[k]);
     }
 }
 
-// Puts pages that nobody else refers to where the append writes, and notes the changes.
+// Where the undo table of a plane and kind begins must be known before its first entry is set.
+static uint32_t first_replaced(const struct kvd_pool *pool, const struct region_table *t,
+                               const struct run *runs, const uint32_t *kept, uint32_t kind)
+{
+    uint32_t first = UINT32_MAX;
+    for (uint32_t r = 0; r < 3; r++)
+        for (uint32_t i = 0; i < runs[r].count && runs[r].kind == kind; i++) {
+            uint32_t entry = entry_of(&runs[r], i);
+            if (entry < first && table_get(pool, t, entry) != KVD_POOL_NONE &&
+                wants_page(pool, t, entry, i < kept[r]))
+                first = entry;
+        }
+    return first;
+}
+
+// Puts a page that nobody else refers to into an entry, and notes the change.
+static void take_page(struct kvd_pool *pool, struct region_seq *s, struct kvd_pool_append *a,
+                      uint32_t p, uint32_t k, uint32_t entry)
+{
+    struct region_table *t = &s->table[p][k];
+    uint32_t old = table_get(pool, t, entry);
+    if (old != KVD_POOL_NONE)
+        table_set(pool, &s->undo[p][k], entry, old);
+    if (k == KVD_POOL_CODEC)
+        table_start(t, entry);
+    uint32_t page = page_take(pool, slab_find(pool, s->ns, s->layout, p, k));
+    table_set(pool, t, entry, page);
+    a->changes[a->n_changes++] = (struct kvd_pool_change){
+        .plane = p, .kind = k, .entry = entry, .old_page = old, .new_page = page};
+}
+
+// Puts pages where the append writes.
 static void take(struct kvd_pool *pool, struct region_seq *s, struct kvd_pool_append *a)
 {
     const struct kvd_layout *l = layout_of(pool, s);
     for (uint32_t p = 0; p < l->n_planes; p++) {
         struct run runs[3];
+        uint32_t kept[3];
         runs_of(&l->planes[p], a, p, runs);
-        for (uint32_t r = 0; r < KVD_LEN(runs); r++) {
-            enum kvd_pool_kind k = runs[r].kind;
-            struct region_table *t = &s->table[p][k];
-            for (uint32_t i = 0; i < runs[r].count; i++) {
-                uint32_t entry = entry_of(&runs[r], i), old = table_get(pool, t, entry);
-                if (!wants_page(pool, t, entry))
-                    continue;
-                if (k == KVD_POOL_CODEC)
-                    table_start(t, entry);
-                uint32_t page = page_take(pool, slab_find(pool, s->ns, s->layout, p, k));
-                table_set(pool, t, entry, page);
-                a->changes[a->n_changes++] = (struct kvd_pool_change){
-                    .plane = p, .kind = k, .entry = entry, .old_page = old, .new_page = page};
-            }
+        for (uint32_t r = 0; r < 3; r++)
+            kept[r] = kept_entries(pool, &l->planes[p], a, p, r);
+        for (uint32_t k = 0; k < KVD_POOL_KINDS; k++) {
+            uint32_t first = first_replaced(pool, &s->table[p][k], runs, kept, k);
+            if (first != UINT32_MAX)
+                table_start(&s->undo[p][k], first);
         }
+        for (uint32_t r = 0; r < 3; r++)
+            for (uint32_t i = 0; i < runs[r].count; i++) {
+                uint32_t k = runs[r].kind, entry = entry_of(&runs[r], i);
+                if (wants_page(pool, &s->table[p][k], entry, i < kept[r]))
+                    take_page(pool, s, a, p, k, entry);
+            }
     }
+}
+
+static void set_phase(struct region_seq *s, uint32_t phase)
+{
+    s->phase = phase;
+    stored();
+}
+
+static bool has_undo(const struct kvd_pool *pool, const struct region_seq *s)
+{
+    for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++)
+        for (int k = 0; k < KVD_POOL_KINDS; k++)
+            if (!table_empty(&s->undo[p][k]))
+                return true;
+    return false;
+}
+
+static void drop_undo(struct kvd_pool *pool, struct region_seq *s)
+{
+    for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++)
+        for (int k = 0; k < KVD_POOL_KINDS; k++)
+            table_truncate(pool, &s->undo[p][k], 0);
+}
+
+static void put_back(struct kvd_pool *pool, struct region_table *t, uint32_t entry, uint32_t page)
+{
+    uint32_t now = table_get(pool, t, entry);
+    if (now == page)
+        return;
+    pool->page[page].refs++;
+    table_set(pool, t, entry, page);
+    if (now != KVD_POOL_NONE)
+        kvd_pool_page_unref(pool, now);
+}
+
+// Puts back all pages that an append has replaced.
+static void restore(struct kvd_pool *pool, struct region_seq *s)
+{
+    for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++)
+        for (int k = 0; k < KVD_POOL_KINDS; k++)
+            for (struct table_walk w = table_walk(&s->undo[p][k]); w.block != KVD_POOL_NONE;
+                 table_walk_on(pool, &w))
+                for (uint32_t i = 0; i < w.n; i++) {
+                    uint32_t page = pool->block[w.block].page[i];
+                    if (page != KVD_POOL_NONE)
+                        put_back(pool, &s->table[p][k], w.at + i, page);
+                }
+}
+
+// Undoes all calls of an append that can be undone. Starts anew wherever it was left.
+static void undo(struct kvd_pool *pool, struct region_seq *s)
+{
+    set_phase(s, PHASE_UNDOING);
+    restore(pool, s);
+    s->pending_layers = 0;
+    stored();
+    set_phase(s, PHASE_IDLE);
+    drop_undo(pool, s);
+}
+
+// Drops pages beyond the history's end, and of the sink.
+static void trim(struct kvd_pool *pool, struct region_seq *s)
+{
+    for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++) {
+        uint32_t sink = layout_of(pool, s)->planes[p].sink;
+        table_truncate(pool, &s->table[p][KVD_POOL_CODEC],
+                       (uint32_t)kvd_div_up(s->reach[p].hist_end - sink, KVD_PAGE_TOKENS));
+        if (s->length <= sink)
+            table_truncate(pool, &s->table[p][KVD_POOL_BF16],
+                           (uint32_t)kvd_div_up(s->length, KVD_PAGE_TOKENS));
+    }
+}
+
+static void drop_behind_windows(struct kvd_pool *pool, struct region_seq *s)
+{
+    const struct kvd_layout *l = layout_of(pool, s);
+    for (uint32_t p = 0; p < l->n_planes; p++)
+        if (l->planes[p].window)
+            table_drop_front(pool, &s->table[p][KVD_POOL_CODEC], freed_entries(&s->reach[p]));
+}
+
+void append_recover(struct kvd_pool *pool, struct region_seq *s)
+{
+    // What a call has begun to write is beyond what the sequence has, unless there are pages for
+    // undoing it.
+    bool running = s->phase == PHASE_RUNNING && (s->pending_layers == 0 || has_undo(pool, s));
+    if (running || s->phase == PHASE_UNDOING)
+        undo(pool, s);
+    set_phase(s, PHASE_IDLE);
+    if (s->pending_layers)
+        return;
+    drop_undo(pool, s);
+    drop_behind_windows(pool, s);
+    trim(pool, s);
 }
 
 // Checks an append, and tells what it does to each plane.
@@ -271,13 +461,19 @@ int kvd_pool_append_begin(struct kvd_pool *pool, const struct kvd_pool_append_re
     struct kvd_pool_need need;
     uint32_t pages = 0;
     int rc = plan(pool, by, &s, out, err);
-    if (rc || out->replayed || s->pending_layers)
+    if (rc || out->replayed)
         return rc;
+    if (s->pending_layers) {
+        set_phase(s, PHASE_RUNNING);
+        return KVD_OK;
+    }
     need_of(pool, s, out, &need);
     for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
         pages += need.pages[p][KVD_POOL_BF16] + need.pages[p][KVD_POOL_CODEC];
-    if (pages == 0)
+    if (pages == 0) {
+        set_phase(s, PHASE_RUNNING);
         return KVD_OK;
+    }
     out->changes = calloc(pages, sizeof(*out->changes));
     if (!out->changes)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
@@ -288,6 +484,7 @@ int kvd_pool_append_begin(struct kvd_pool *pool, const struct kvd_pool_append_re
         free(KVD_TAKE(out->changes));
         return rc;
     }
+    set_phase(s, PHASE_RUNNING);
     take(pool, s, out); // perhaps less than was needed: evicted sequences shared some
     room_settle(pool, s->ns, s->layout, &need);
     return KVD_OK;
@@ -297,13 +494,11 @@ void kvd_pool_append_commit(struct kvd_pool *pool, struct kvd_pool_append *a)
 {
     struct region_seq *s = &pool->seq[(uint32_t)a->by.seq];
     const struct kvd_layout *l = layout_of(pool, s);
-    for (uint32_t i = 0; i < a->n_changes; i++)
-        if (a->changes[i].old_page != KVD_POOL_NONE)
-            kvd_pool_page_unref(pool, a->changes[i].old_page);
-    free(KVD_TAKE(a->changes));
-    a->n_changes = 0;
+    bool whole = a->by.layer_begin + a->by.layer_count == l->n_layers;
+    journal_note(pool, &s->length, STATE_BYTES);
+    s->phase = PHASE_IDLE;
     s->pending_length = a->new_length;
-    s->pending_layers = a->by.layer_begin + a->by.layer_count;
+    s->pending_layers = whole ? 0 : a->by.layer_begin + a->by.layer_count;
     s->last = (struct region_append){.appender = a->by.appender,
                                      .request = a->by.request,
                                      .position = a->by.position,
@@ -313,27 +508,38 @@ void kvd_pool_append_commit(struct kvd_pool *pool, struct kvd_pool_append *a)
     for (uint32_t p = 0; p < l->n_planes; p++) {
         s->pending[p] = a->planes[p].after;
         s->last.hist_end[p] = a->planes[p].before.hist_end;
+        if (whole)
+            s->reach[p] = a->planes[p].after;
     }
-    if (s->pending_layers < l->n_layers)
-        return;
-    seq_set_length(pool, s, a->new_length);
-    s->pending_layers = 0;
-    for (uint32_t p = 0; p < l->n_planes; p++) {
-        s->reach[p] = s->pending[p];
-        if (l->planes[p].window)
-            table_drop_front(pool, &s->table[p][KVD_POOL_CODEC], freed_entries(&s->reach[p]));
-    }
+    if (whole)
+        seq_set_length(pool, s, a->new_length);
+    journal_end(pool); // with this it is true
+    free(KVD_TAKE(a->changes));
+    a->n_changes = 0;
+    if (whole || !keeps_pages(pool, l, a))
+        drop_undo(pool, s);
+    if (whole)
+        drop_behind_windows(pool, s);
 }
 
 void kvd_pool_append_abort(struct kvd_pool *pool, struct kvd_pool_append *a)
 {
     struct region_seq *s = &pool->seq[(uint32_t)a->by.seq];
+    bool first = a->n_changes > 0;
     while (a->n_changes > 0) {
         const struct kvd_pool_change *c = &a->changes[--a->n_changes];
-        table_set(pool, &s->table[c->plane][c->kind], c->entry, c->old_page);
+        struct region_table *t = &s->table[c->plane][c->kind];
+        if (c->old_page != KVD_POOL_NONE) {
+            put_back(pool, t, c->entry, c->old_page);
+            continue;
+        }
+        table_set(pool, t, c->entry, KVD_POOL_NONE);
         kvd_pool_page_unref(pool, c->new_page);
     }
     free(KVD_TAKE(a->changes));
+    set_phase(s, PHASE_IDLE);
+    if (first)
+        drop_undo(pool, s);
     // Entries that were added at the end are holes now.
     for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++)
         for (int k = 0; k < KVD_POOL_KINDS; k++) {
@@ -360,6 +566,7 @@ static int check_truncate(const struct kvd_pool *pool, const struct region_seq *
 {
     const struct kvd_layout *l = layout_of(pool, s);
     uint64_t least = 0, undamaged = UINT64_MAX; // lengths that are possible, besides 0
+    bool undoable = s->pending_layers && has_undo(pool, s);
     if (length > s->length)
         return kvd_fail(err, KVD_E_INVALID,
                         "cannot truncate sequence %llu of length %llu to %llu tokens",
@@ -369,7 +576,7 @@ static int check_truncate(const struct kvd_pool *pool, const struct region_seq *
         uint64_t begin = s->reach[p].first;
         if (l->planes[p].window && begin)
             least = KVD_MAX(least, begin + l->planes[p].window - 1);
-        if (window_damaged(&l->planes[p], s, p, length))
+        if (!undoable && window_damaged(&l->planes[p], s, p, length))
             undamaged = KVD_MIN(undamaged, s->reach[p].hist_end);
     }
     if (undamaged < length && undamaged >= least)
@@ -401,20 +608,19 @@ int kvd_pool_truncate(struct kvd_pool *pool, uint64_t seq, uint64_t length, stru
     int rc = check_truncate(pool, s, length, err);
     if (rc)
         return rc;
+    if (s->pending_layers && has_undo(pool, s))
+        undo(pool, s);
+    journal_note(pool, &s->length, STATE_BYTES);
     s->pending_layers = 0;
     seq_set_length(pool, s, length);
     for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++) {
-        const struct kvd_plane *g = &layout_of(pool, s)->planes[p];
         struct kvd_pool_reach *r = &s->reach[p];
         if (length < r->hist_end)
-            r->hist_end = KVD_MAX(length, (uint64_t)g->sink);
+            r->hist_end = KVD_MAX(length, (uint64_t)layout_of(pool, s)->planes[p].sink);
         if (length == 0)
             r->first = 0;
-        table_truncate(pool, &s->table[p][KVD_POOL_CODEC],
-                       (uint32_t)kvd_div_up(r->hist_end - g->sink, KVD_PAGE_TOKENS));
-        if (length <= g->sink)
-            table_truncate(pool, &s->table[p][KVD_POOL_BF16],
-                           (uint32_t)kvd_div_up(length, KVD_PAGE_TOKENS));
     }
+    journal_end(pool);
+    trim(pool, s);
     return KVD_OK;
 }

@@ -27,18 +27,24 @@ static uint32_t slab_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout, u
     uint32_t *place = slab_place(pool, ns, layout, plane, kind), x = h->free_slab;
     if (*place)
         return *place - 1;
-    if (x != KVD_POOL_NONE)
+    bool another = x != KVD_POOL_NONE;
+    if (another)
         h->free_slab = pool->slab[x].partial;
     else
-        x = h->n_slabs++;
+        x = h->n_slabs;
     uint64_t bytes = pool->layout[layout].page_bytes[plane][kind];
     pool->slab[x] = (struct region_slab){.ns = ns,
-                                         .layout = layout,
+                                         .layout = KVD_POOL_NONE,
                                          .plane = plane,
                                          .kind = kind,
                                          .partial = KVD_POOL_NONE,
                                          .page_bytes = bytes,
                                          .slots = (uint32_t)(h->extent_bytes / bytes)};
+    stored();
+    pool->slab[x].layout = layout; // with this it is there
+    stored();
+    h->n_slabs += !another;
+    stored();
     *place = x + 1;
     return x;
 }
@@ -50,6 +56,7 @@ static void slab_drop_empty(struct kvd_pool *pool, uint32_t x)
         return;
     *slab_place(pool, s->ns, s->layout, s->plane, s->kind) = 0;
     s->layout = KVD_POOL_NONE;
+    stored();
     s->partial = pool->head->free_slab;
     pool->head->free_slab = x;
 }
@@ -115,8 +122,11 @@ static int extent_grant(struct kvd_pool *pool, uint32_t slab, bool made)
         pool->head->free_extent = x;
         return rc;
     }
-    e->slab = slab;
+    stored();
     e->owner = s->ns;
+    stored();
+    e->slab = slab;
+    stored();
     e->used = e->carved = 0;
     e->free_slot = KVD_POOL_NONE;
     partial_add(pool, s, x);
@@ -148,6 +158,7 @@ void kvd_pool_spare_made(struct kvd_pool *pool, uint32_t index, uint64_t addr)
 {
     struct region_extent *e = &pool->extent[index];
     e->addr = addr;
+    stored();
     e->aside = false;
     e->idle_since = 0;
     e->next = pool->head->free_extent;
@@ -158,9 +169,12 @@ void kvd_pool_spare_made(struct kvd_pool *pool, uint32_t index, uint64_t addr)
 static void drop_memory(struct kvd_pool *pool, uint32_t x)
 {
     struct region_extent *e = &pool->extent[x];
-    pool->ops.free(pool->ops.ctx, x, e->addr, pool->head->extent_bytes);
+    uint64_t addr = e->addr;
     e->addr = e->idle_since = 0;
+    stored();
     e->owner = KVD_POOL_NONE;
+    stored();
+    pool->ops.free(pool->ops.ctx, x, addr, pool->head->extent_bytes);
 }
 
 uint32_t kvd_pool_trim(struct kvd_pool *pool, uint32_t most)
@@ -200,10 +214,12 @@ static void extent_return(struct kvd_pool *pool, uint32_t x)
     struct region_extent *e = &pool->extent[x];
     struct region_slab *s = &pool->slab[e->slab];
     partial_remove(pool, s, x);
+    uint32_t slab = e->slab;
     s->extents--;
     pool->head->extents_granted--;
-    slab_drop_empty(pool, e->slab);
     e->slab = KVD_POOL_NONE;
+    stored();
+    slab_drop_empty(pool, slab);
     e->idle_since = 0;
     e->next = pool->head->free_extent;
     pool->head->free_extent = x;

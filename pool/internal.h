@@ -1,16 +1,22 @@
 // The pool's region: one mapping, tables at fixed offsets, references by index. Private to pool/.
+//
+// It can be opened as it is at any instant (README.md, "Crash consistency"): stored() stands behind
+// each store to the truth that must be there before what follows, and what cannot be one store is
+// noted in the journal first.
 #ifndef KVD_POOL_INTERNAL_H
 #define KVD_POOL_INTERNAL_H
 
 #include "pool/pool.h"
 
-#define KVD_POOL_MAGIC 0x344c4f4f5044564bull // "KVDPOOL4"
+#define KVD_POOL_MAGIC   0x4c4f4f5044564bull // "KVDPOOL"
+#define KVD_POOL_VERSION 5                   // of what this file describes
 
 enum {
     KVD_POOL_ALIGN = KVD_PAGE_UNIT, // page sizes are rounded up to this
     KVD_TABLE_ENTRIES = 30,         // page numbers in a table block
     KVD_NAME_BUCKETS = 1 << 14,
     KVD_EXTENT_MIN = 2 << 20,
+    KVD_JOURNAL_BYTES = 4096 - sizeof(uint64_t),
 };
 
 // Owner of an extent whose namespace is gone: to be zeroed for whoever gets it.
@@ -53,7 +59,7 @@ struct region_slab {
 };
 
 struct region_extent {
-    uint64_t addr;  // 0: not allocated yet
+    uint64_t addr;  // 0: not allocated yet; else known anew in each process
     uint32_t slab;  // KVD_POOL_NONE: free
     uint32_t owner; // namespace whose data it may hold; KVD_POOL_NONE: reads as zero
     bool aside;     // free, and being made ahead of need
@@ -70,13 +76,14 @@ struct region_page { // derived
     uint32_t next;   // next returned slot of the extent
 };
 
-// Of a page table: truth while a table has it.
+// Of a page table: truth as far as a table's count reaches.
 struct region_block {
     uint32_t next; // of a free block, the next free one
-    uint32_t used;
     uint32_t page[KVD_TABLE_ENTRIES];
 };
 
+// Entries become true, and end, by the one store to `count`. None are there if it is not beyond
+// `begin`: then `first` means nothing.
 struct region_table {
     uint32_t first; // block
     uint32_t begin; // entries before the first block's, which are holes
@@ -94,16 +101,26 @@ struct region_append {
     uint32_t tokens, layer_begin, layer_count;
 };
 
+enum {
+    PHASE_IDLE = 0,
+    PHASE_RUNNING, // a call of an append has begun, and is neither committed nor aborted
+    PHASE_UNDOING, // the append is being undone, all calls of it
+};
+
 struct region_seq {
     uint32_t generation; // odd while in use
     uint32_t ns, layout;
     uint32_t holders, pins;
     bool doomed; // freed by its last holder while pinned
+    // Where it is, up to `last`: changes as one.
     uint64_t length, pending_length;
     uint32_t pending_layers;
+    uint32_t phase;
     struct kvd_pool_reach reach[KVD_MAX_PLANES], pending[KVD_MAX_PLANES];
-    struct region_table table[KVD_MAX_PLANES][KVD_POOL_KINDS];
     struct region_append last;
+    struct region_table table[KVD_MAX_PLANES][KVD_POOL_KINDS];
+    // At the same entries, the pages that an append has replaced, until that cannot be undone.
+    struct region_table undo[KVD_MAX_PLANES][KVD_POOL_KINDS];
     char name[KVD_MAX_NAME + 1];
     // -- derived
     bool listed;                 // on the LRU list
@@ -112,8 +129,25 @@ struct region_seq {
     uint32_t name_next;
 };
 
+enum {
+    STATE_BYTES = offsetof(struct region_seq, table) - offsetof(struct region_seq, length),
+};
+
+// What the truth was before something that is being changed: to be put back, latest first, when
+// the region is opened. `bytes` is set to 0 in one store when the change is done.
+struct region_journal {
+    uint64_t bytes;
+    uint8_t data[KVD_JOURNAL_BYTES]; // notes, each followed by a struct region_note
+};
+
+struct region_note {
+    uint64_t at, length; // bytes of the region; the note has them, rounded up to 8, before this
+};
+
 struct region_head {
     uint64_t magic;
+    uint32_t version;
+    uint32_t shape; // of the structs above, in case that the version was forgotten
     uint64_t region_bytes;
     uint64_t extent_bytes;
     uint32_t n_extents, slots;
@@ -133,10 +167,12 @@ struct region_head {
 };
 
 struct kvd_pool {
+    int fd; // of the region; -1: it is private, and ends with the process
     struct kvd_pool_mem_ops ops;
     void (*on_evict)(void *ctx, uint32_t ns, uint64_t seq, const char *name);
     void *on_evict_ctx;
     struct region_head *head;
+    struct region_journal *journal;
     struct region_namespace *ns;
     struct region_layout *layout;
     struct region_slab *slab;
@@ -152,6 +188,37 @@ static inline const struct kvd_layout *layout_of(const struct kvd_pool *pool,
 {
     return &pool->layout[s->layout].l;
 }
+
+// -- durable stores -----------------------------------------------------------------------------
+// What stands before it is in the region before what stands behind it. Memory is coherent and
+// outlives the process, so only the compiler has to be kept from moving stores.
+#ifdef KVD_POOL_KILL_POINTS
+extern void (*kvd_pool_kill_point)(void); // a test looks at the region as it is there
+#endif
+static inline void stored(void)
+{
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+#ifdef KVD_POOL_KILL_POINTS
+    if (kvd_pool_kill_point)
+        kvd_pool_kill_point();
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+#endif
+}
+
+// -- pool.c -------------------------------------------------------------------------------------
+// Gives each table its place in the region. With base NULL only the size is computed.
+uint64_t region_lay_out(struct kvd_pool *pool, const struct region_head *h, uint8_t *base);
+uint32_t region_shape(void);
+// The sizes of tables that a configuration asks for. KVD_E_INVALID.
+int region_sizes(const struct kvd_pool_config *c, struct region_head *h, struct kvd_error *err);
+
+// -- journal.c ----------------------------------------------------------------------------------
+// Notes what is there, of the region, before it is changed. What one change notes fits the journal.
+void journal_note(struct kvd_pool *pool, const void *at, size_t length);
+// The change is done.
+void journal_end(struct kvd_pool *pool);
+// Puts back what an unfinished change had noted. KVD_E_CORRUPT.
+int journal_undo(struct kvd_pool *pool, struct kvd_error *err);
 
 // -- extent.c: slabs, extents, pages ------------------------------------------------------------
 // The slab of a place, or KVD_POOL_NONE.
@@ -190,6 +257,33 @@ void table_drop_front(struct kvd_pool *pool, struct region_table *t, uint32_t en
 // many blocks as `from` has must have been made.
 void table_share(struct kvd_pool *pool, struct region_table *to, const struct region_table *from);
 uint32_t table_blocks(const struct region_table *t);
+static inline bool table_empty(const struct region_table *t)
+{
+    return t->count <= t->begin;
+}
+
+// Goes through a table's blocks.
+struct table_walk {
+    uint32_t block; // KVD_POOL_NONE: no more
+    uint32_t at;    // entry of its first page
+    uint32_t n;     // entries in it
+    uint32_t left;  // with those of later ones
+};
+static inline struct table_walk table_walk(const struct region_table *t)
+{
+    uint32_t left = table_empty(t) ? 0 : t->count - t->begin;
+    return (struct table_walk){.block = left ? t->first : KVD_POOL_NONE,
+                               .at = t->begin,
+                               .n = KVD_MIN(left, (uint32_t)KVD_TABLE_ENTRIES),
+                               .left = left};
+}
+static inline void table_walk_on(const struct kvd_pool *pool, struct table_walk *w)
+{
+    w->left -= w->n;
+    w->at += w->n;
+    w->n = KVD_MIN(w->left, (uint32_t)KVD_TABLE_ENTRIES);
+    w->block = w->left ? pool->block[w->block].next : KVD_POOL_NONE;
+}
 // Number of entries that hold a page.
 uint32_t table_pages(const struct kvd_pool *pool, const struct region_table *t);
 // Counts a reference of each page in met[page]. Adds the bytes of those of which that is the last
@@ -205,10 +299,18 @@ struct region_seq *seq_find_any(const struct kvd_pool *pool, uint64_t id);
 uint64_t seq_id(const struct kvd_pool *pool, const struct region_seq *s);
 // Adjusts the token counters when a sequence's length changes.
 void seq_set_length(struct kvd_pool *pool, struct region_seq *s, uint64_t length);
+// A record for a sequence that is not there yet, and that seq_appear makes be there. KVD_E_LIMIT.
+int seq_prepare(struct kvd_pool *pool, uint32_t ns, uint32_t layout, struct region_seq **seq,
+                struct kvd_error *err);
+void seq_appear(struct kvd_pool *pool, struct region_seq *s);
 void seq_destroy(struct kvd_pool *pool, struct region_seq *s);
 uint64_t seq_bytes(const struct kvd_pool *pool, const struct region_seq *s);
 // To be called when something of a namespace has gone: forgets it if that was the last.
 void namespace_settle(struct kvd_pool *pool, uint32_t ns);
+
+// -- append.c -----------------------------------------------------------------------------------
+// Ends what a process left of an append, and drops pages beyond what the sequence says it has.
+void append_recover(struct kvd_pool *pool, struct region_seq *s);
 
 // -- publish.c ----------------------------------------------------------------------------------
 uint32_t name_bucket(uint32_t ns, const char *name);
@@ -232,6 +334,11 @@ uint32_t namespace_slot(struct kvd_pool *pool);
 // Sees to it that `ns` may have one more layout in use; then there is a slot for a new one.
 bool layout_room(struct kvd_pool *pool, uint32_t ns);
 uint32_t layout_slot(struct kvd_pool *pool, bool *recycled);
+
+// -- verify.c -----------------------------------------------------------------------------------
+// Whether where a sequence says it is can be.
+int pool_check_state(const struct kvd_pool *pool, const struct region_seq *s,
+                     struct kvd_error *err);
 
 // -- room.c -------------------------------------------------------------------------------------
 // Makes room for what is needed, by eviction too: until room_settle, taking it cannot fail, as long

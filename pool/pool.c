@@ -4,8 +4,21 @@
 #include <errno.h>
 #include <sys/mman.h>
 
-// Gives each table its place in the region. With base NULL only the size is computed.
-static uint64_t lay_out(struct kvd_pool *p, const struct region_head *h, uint8_t *base)
+uint32_t region_shape(void)
+{
+    const size_t sizes[] = {sizeof(struct region_head),       sizeof(struct region_journal),
+                            sizeof(struct region_namespace),  sizeof(struct region_layout),
+                            sizeof(struct region_slab),       sizeof(struct region_extent),
+                            sizeof(struct region_seq),        sizeof(struct region_block),
+                            sizeof(struct region_page),       offsetof(struct region_seq, table),
+                            offsetof(struct region_seq, name)};
+    uint32_t shape = 0;
+    for (size_t i = 0; i < KVD_LEN(sizes); i++)
+        shape = shape * 31 + (uint32_t)sizes[i];
+    return shape;
+}
+
+uint64_t region_lay_out(struct kvd_pool *p, const struct region_head *h, uint8_t *base)
 {
     uint64_t at = 0;
 #define PLACE(field, count)                                                                        \
@@ -15,6 +28,7 @@ static uint64_t lay_out(struct kvd_pool *p, const struct region_head *h, uint8_t
         at += (uint64_t)(count) * sizeof(*p->field);                                               \
     } while (0)
     PLACE(head, 1);
+    PLACE(journal, 1);
     PLACE(ns, h->max_namespaces);
     PLACE(layout, h->max_layouts);
     PLACE(slab, h->max_slabs);
@@ -27,8 +41,7 @@ static uint64_t lay_out(struct kvd_pool *p, const struct region_head *h, uint8_t
     return kvd_round_up(at, 4096);
 }
 
-static int size_tables(const struct kvd_pool_config *c, struct region_head *h,
-                       struct kvd_error *err)
+int region_sizes(const struct kvd_pool_config *c, struct region_head *h, struct kvd_error *err)
 {
     if (c->extent_bytes < KVD_EXTENT_MIN || c->extent_bytes % KVD_EXTENT_MIN)
         return kvd_fail(err, KVD_E_INVALID, "extent size %llu is not a multiple of 2 MiB",
@@ -44,6 +57,8 @@ static int size_tables(const struct kvd_pool_config *c, struct region_head *h,
             err, KVD_E_INVALID, "pool size %llu is beyond the %llu bytes that page numbers reach",
             (unsigned long long)c->bytes, (unsigned long long)KVD_POOL_NONE * KVD_POOL_ALIGN);
     h->magic = KVD_POOL_MAGIC;
+    h->version = KVD_POOL_VERSION;
+    h->shape = region_shape();
     h->extent_bytes = c->extent_bytes;
     h->n_extents = (uint32_t)extents;
     h->slots = (uint32_t)slots;
@@ -57,6 +72,23 @@ static int size_tables(const struct kvd_pool_config *c, struct region_head *h,
     return KVD_OK;
 }
 
+// Untouched tables cost address space only.
+static void *map(uint64_t bytes, bool durable, int *fd, struct kvd_error *err)
+{
+    int flags = durable ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
+    int file KVD_CLOSE = durable ? memfd_create("kvd-pool", MFD_CLOEXEC) : -1;
+    void *base = MAP_FAILED;
+    if (!durable || (file >= 0 && ftruncate(file, (off_t)bytes) == 0))
+        base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, flags | MAP_NORESERVE, file, 0);
+    if (base == MAP_FAILED) {
+        kvd_fail(err, -errno, "cannot map %llu bytes of pool metadata: %s",
+                 (unsigned long long)bytes, strerror(errno));
+        return NULL;
+    }
+    *fd = KVD_TAKE_FD(file);
+    return base;
+}
+
 struct kvd_pool *kvd_pool_new(const struct kvd_pool_config *config,
                               const struct kvd_pool_mem_ops *ops, struct kvd_error *err)
 {
@@ -66,18 +98,13 @@ struct kvd_pool *kvd_pool_new(const struct kvd_pool_config *config,
         kvd_fail(err, -ENOMEM, "no memory for the pool");
         return NULL;
     }
-    if (size_tables(config, h, err))
+    if (region_sizes(config, h, err))
         return NULL;
-    h->region_bytes = lay_out(pool, h, NULL);
-    // Untouched tables cost address space only.
-    void *base = mmap(NULL, h->region_bytes, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (base == MAP_FAILED) {
-        kvd_fail(err, -errno, "cannot map %llu bytes of pool metadata: %s",
-                 (unsigned long long)h->region_bytes, strerror(errno));
+    h->region_bytes = region_lay_out(pool, h, NULL);
+    void *base = map(h->region_bytes, config->durable, &pool->fd, err);
+    if (!base)
         return NULL;
-    }
-    lay_out(pool, h, base);
+    region_lay_out(pool, h, base);
     h->free_extent = 0;
     h->free_seq = h->free_block = h->free_slab = KVD_POOL_NONE;
     memset(h->name_bucket, 0xff, sizeof(h->name_bucket));
@@ -93,6 +120,17 @@ struct kvd_pool *kvd_pool_new(const struct kvd_pool_config *config,
     return KVD_TAKE(pool);
 }
 
+void kvd_pool_leave(struct kvd_pool **poolp)
+{
+    struct kvd_pool *pool = KVD_TAKE(*poolp);
+    if (!pool)
+        return;
+    munmap(pool->head, pool->head->region_bytes);
+    if (pool->fd >= 0)
+        close(pool->fd);
+    free(pool);
+}
+
 void kvd_pool_free(struct kvd_pool **poolp)
 {
     struct kvd_pool *pool = KVD_TAKE(*poolp);
@@ -101,8 +139,12 @@ void kvd_pool_free(struct kvd_pool **poolp)
     for (uint32_t i = 0; i < pool->head->n_extents; i++)
         if (pool->extent[i].addr)
             pool->ops.free(pool->ops.ctx, i, pool->extent[i].addr, pool->head->extent_bytes);
-    munmap(pool->head, pool->head->region_bytes);
-    free(pool);
+    kvd_pool_leave(&pool);
+}
+
+int kvd_pool_fd(const struct kvd_pool *pool)
+{
+    return pool->fd;
 }
 
 uint32_t kvd_pool_namespace_find(const struct kvd_pool *pool, const char *name)
@@ -127,9 +169,11 @@ int kvd_pool_namespace(struct kvd_pool *pool, const char *name, uint32_t *ns, st
                             "all %u namespaces are in use: by sessions, sequences that are held, "
                             "quotas or the configuration; end or free some",
                             pool->head->max_namespaces);
+        journal_note(pool, &pool->ns[i], sizeof(pool->ns[i]));
         pool->ns[i] =
             (struct region_namespace){.lru_first = KVD_POOL_NONE, .lru_last = KVD_POOL_NONE};
         snprintf(pool->ns[i].name, sizeof(pool->ns[i].name), "%s", name);
+        journal_end(pool);
     }
     pool->ns[i].holders++;
     *ns = i;

@@ -39,6 +39,9 @@ struct kvd_pool_mem_ops {
     // Makes the extent read as zero, for another namespace. 0, or as alloc (the extent is then not
     // granted).
     int (*zero)(void *ctx, uint32_t index, uint64_t addr, uint64_t bytes);
+    // For kvd_pool_open: finds extent `index` again, with what it holds. 0 with *addr set,
+    // KVD_E_NOT_FOUND when it is gone, or a negative errno. May be NULL for who never opens one.
+    int (*attach)(void *ctx, uint32_t index, uint64_t bytes, uint64_t *addr);
 };
 
 struct kvd_pool_config {
@@ -50,6 +53,9 @@ struct kvd_pool_config {
     // Any random number: ids of sequences start from it, so that those of another instance mean
     // nothing.
     uint32_t id_seed;
+    // The pool is to outlive the process: its region is a memfd (kvd_pool_fd), and an append can be
+    // undone until it is true in every layer, for which it may take more pages.
+    bool durable;
     // Told before a published sequence is evicted. May be NULL.
     void (*on_evict)(void *ctx, uint32_t ns, uint64_t seq, const char *name);
     void *on_evict_ctx;
@@ -60,6 +66,23 @@ struct kvd_pool *kvd_pool_new(const struct kvd_pool_config *config,
                               const struct kvd_pool_mem_ops *ops, struct kvd_error *err);
 // Frees all extents and the pool. *pool may be NULL; it becomes NULL.
 void kvd_pool_free(struct kvd_pool **pool);
+
+// The descriptor of a durable pool's region, which is the pool's; -1: it is not durable.
+int kvd_pool_fd(const struct kvd_pool *pool);
+// Opens a region as another process left it, at whatever instant that ended: undoes what it had not
+// finished, makes everything anew that follows from the rest, finds the extents (ops->attach) and
+// verifies all. What only that process can have known is gone: pins, holders of namespaces and of
+// layouts, whether a namespace is kept. Holders of sequences stay. Every token of every append that
+// was committed in all layers is there; an append that was committed in some layers stays
+// unfinished, or is undone if the process ended in a later call of it that overwrote something.
+// The descriptor is duplicated. NULL with *err: KVD_E_INVALID (no region), KVD_E_UNSUPPORTED
+// (another version), KVD_E_PRECONDITION (other sizes than the configuration's), KVD_E_CORRUPT,
+// KVD_E_NOT_FOUND (an extent in use is gone) or KVD_E_INTERNAL; the region may have changed then.
+struct kvd_pool *kvd_pool_open(int fd, const struct kvd_pool_config *config,
+                               const struct kvd_pool_mem_ops *ops, struct kvd_error *err);
+// Leaves a durable pool to whoever opens its region next: unmaps it, frees no extent. *pool may be
+// NULL; it becomes NULL.
+void kvd_pool_leave(struct kvd_pool **pool);
 
 // Memory made ahead of need: the index of an extent that wants some, if fewer than `want` free
 // extents have it, else KVD_POOL_NONE. The extent is set aside until kvd_pool_spare_made says what

@@ -28,6 +28,7 @@ void name_remove(struct kvd_pool *pool, struct region_seq *s)
     *link = s->name_next;
     s->name_next = KVD_POOL_NONE;
     s->name[0] = '\0';
+    stored();
     lru_remove(pool, s);
 }
 
@@ -83,13 +84,19 @@ int kvd_pool_publish(struct kvd_pool *pool, uint64_t seq, const char *name, bool
         return kvd_fail(err, KVD_E_EXISTS,
                         "the name %s belongs to sequence %llu; set replace to take it over", name,
                         (unsigned long long)seq_id(pool, old));
-    if (old)
-        kvd_pool_unpublish(pool, seq_id(pool, old));
+    journal_note(pool, s->name, sizeof(s->name));
+    if (old) {
+        journal_note(pool, old->name, sizeof(old->name));
+        name_remove(pool, old);
+    }
     name_remove(pool, s);
     uint32_t *bucket = &pool->head->name_bucket[name_bucket(s->ns, name)];
     snprintf(s->name, sizeof(s->name), "%s", name);
     s->name_next = *bucket;
     *bucket = (uint32_t)(s - pool->seq);
+    journal_end(pool);
+    if (old && old->holders == 0)
+        seq_destroy(pool, old);
     return KVD_OK;
 }
 

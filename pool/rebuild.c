@@ -61,7 +61,7 @@ static int slabs(struct kvd_pool *pool, struct kvd_error *err)
     for (uint32_t i = 0; i < h->n_slabs; i++) {
         struct region_slab *s = &pool->slab[i];
         s->partial = KVD_POOL_NONE;
-        s->extents = 0;
+        s->extents = s->slots = 0;
         s->used = 0;
         if (s->layout == KVD_POOL_NONE)
             continue;
@@ -113,26 +113,26 @@ static int walk_table(struct rebuilding *r, const struct region_seq *s, uint32_t
 {
     struct kvd_pool *pool = r->pool;
     struct region_head *h = pool->head;
-    uint32_t at = t->begin;
     t->last = KVD_POOL_NONE;
-    for (uint32_t b = t->first; b != KVD_POOL_NONE; b = pool->block[b].next) {
-        if (b >= h->max_blocks || r->block_taken[b] || pool->block[b].used > KVD_TABLE_ENTRIES ||
-            (at - t->begin) % KVD_TABLE_ENTRIES)
+    if (table_empty(t))
+        table_init(t, s->ns);
+    if (t->ns != s->ns)
+        return kvd_fail(err, KVD_E_CORRUPT, "a page table is of another namespace");
+    for (struct table_walk w = table_walk(t); w.left; table_walk_on(pool, &w)) {
+        uint32_t b = w.block;
+        if (b >= h->max_blocks || r->block_taken[b])
             return kvd_fail(err, KVD_E_CORRUPT, "a page table's block %u cannot be its", b);
         r->block_taken[b] = true;
         h->n_blocks_ever = KVD_MAX(h->n_blocks_ever, b + 1);
         h->blocks++;
         pool->ns[s->ns].blocks++;
         t->last = b;
-        for (uint32_t i = 0; i < pool->block[b].used; i++, at++) {
+        for (uint32_t i = 0; i < w.n; i++) {
             uint32_t page = pool->block[b].page[i];
             if (page != KVD_POOL_NONE && refer(r, s, plane, kind, page, err))
                 return KVD_E_CORRUPT;
         }
     }
-    if (at != t->count || t->ns != s->ns)
-        return kvd_fail(err, KVD_E_CORRUPT, "a page table says %u entries and has %u", t->count,
-                        at);
     return KVD_OK;
 }
 
@@ -152,7 +152,8 @@ static int sequence(struct rebuilding *r, uint32_t i, struct kvd_error *err)
         return kvd_fail(err, KVD_E_CORRUPT, "sequence %u is of no namespace and layout", i);
     for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++)
         for (uint32_t k = 0; k < KVD_POOL_KINDS; k++)
-            if (walk_table(r, s, p, k, &s->table[p][k], err))
+            if (walk_table(r, s, p, k, &s->table[p][k], err) ||
+                walk_table(r, s, p, k, &s->undo[p][k], err))
                 return KVD_E_CORRUPT;
     pool->layout[s->layout].sequences++;
     pool->ns[s->ns].sequences++;

@@ -40,16 +40,20 @@ void seq_destroy(struct kvd_pool *pool, struct region_seq *s)
 {
     if (s->pins) {
         s->doomed = true;
+        stored();
         return;
     }
+    s->generation++; // with this it is gone
+    stored();
     for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++)
-        for (int k = 0; k < KVD_POOL_KINDS; k++)
+        for (int k = 0; k < KVD_POOL_KINDS; k++) {
             table_truncate(pool, &s->table[p][k], 0);
+            table_truncate(pool, &s->undo[p][k], 0);
+        }
     seq_set_length(pool, s, 0);
     pool->ns[s->ns].sequences--;
     pool->head->sequences--;
     pool->layout[s->layout].sequences--;
-    s->generation++;
     s->doomed = false;
     s->lru_next = pool->head->free_seq;
     pool->head->free_seq = (uint32_t)(s - pool->seq);
@@ -67,5 +71,7 @@ void namespace_settle(struct kvd_pool *pool, uint32_t ns)
     for (uint32_t i = 0; i < pool->head->n_layouts; i++)
         if (pool->layout[i].ns == ns)
             pool->layout[i].ns = KVD_POOL_NONE;
+    stored(); // before its slot is another's, nothing says that it holds that one's data
     n->name[0] = '\0';
+    stored();
 }

@@ -1,20 +1,25 @@
 // Sequences: making, forking, holding and freeing them.
 #include "pool/internal.h"
 
-int kvd_pool_seq_new(struct kvd_pool *pool, uint32_t ns, uint32_t layout, uint64_t *seq,
-                     struct kvd_error *err)
+int seq_prepare(struct kvd_pool *pool, uint32_t ns, uint32_t layout, struct region_seq **seq,
+                struct kvd_error *err)
 {
     struct region_head *h = pool->head;
     int rc = share_take(pool, ns, SHARE_SEQUENCES, 1, err);
     if (rc)
         return rc;
     uint32_t i = h->free_seq;
-    if (i != KVD_POOL_NONE)
+    if (i != KVD_POOL_NONE) {
         h->free_seq = pool->seq[i].lru_next;
-    else
-        pool->seq[i = h->n_sequences_ever++].generation = h->first_generation;
+    } else {
+        i = h->n_sequences_ever;
+        pool->seq[i].generation = h->first_generation;
+        stored();
+        h->n_sequences_ever++;
+        stored();
+    }
     struct region_seq *s = &pool->seq[i];
-    *s = (struct region_seq){.generation = s->generation + 1,
+    *s = (struct region_seq){.generation = s->generation,
                              .ns = ns,
                              .layout = layout,
                              .holders = 1,
@@ -23,12 +28,33 @@ int kvd_pool_seq_new(struct kvd_pool *pool, uint32_t ns, uint32_t layout, uint64
                              .name_next = KVD_POOL_NONE};
     for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++) {
         s->reach[p].hist_end = layout_of(pool, s)->planes[p].sink;
-        for (int k = 0; k < KVD_POOL_KINDS; k++)
+        for (int k = 0; k < KVD_POOL_KINDS; k++) {
             table_init(&s->table[p][k], ns);
+            table_init(&s->undo[p][k], ns);
+        }
     }
-    h->sequences++;
-    pool->layout[layout].sequences++;
-    pool->ns[ns].sequences++;
+    *seq = s;
+    return KVD_OK;
+}
+
+void seq_appear(struct kvd_pool *pool, struct region_seq *s)
+{
+    stored();
+    s->generation++;
+    stored();
+    pool->head->sequences++;
+    pool->layout[s->layout].sequences++;
+    pool->ns[s->ns].sequences++;
+}
+
+int kvd_pool_seq_new(struct kvd_pool *pool, uint32_t ns, uint32_t layout, uint64_t *seq,
+                     struct kvd_error *err)
+{
+    struct region_seq *s;
+    int rc = seq_prepare(pool, ns, layout, &s, err);
+    if (rc)
+        return rc;
+    seq_appear(pool, s);
     *seq = seq_id(pool, s);
     return KVD_OK;
 }
@@ -46,7 +72,7 @@ int kvd_pool_seq_fork(struct kvd_pool *pool, uint64_t parent, uint64_t *child,
                         "to %llu before a fork",
                         (unsigned long long)parent, p->pending_layers,
                         (unsigned long long)p->length);
-    uint64_t id;
+    struct region_seq *c;
     uint32_t blocks = 0, planes = layout_of(pool, p)->n_planes;
     for (uint32_t i = 0; i < planes; i++)
         for (int k = 0; k < KVD_POOL_KINDS; k++)
@@ -54,17 +80,17 @@ int kvd_pool_seq_fork(struct kvd_pool *pool, uint64_t parent, uint64_t *child,
     p->pins++; // room is made by eviction, and not of this one
     int rc = blocks ? share_take(pool, p->ns, SHARE_BLOCKS, blocks, err) : KVD_OK;
     if (rc == KVD_OK)
-        rc = kvd_pool_seq_new(pool, p->ns, p->layout, &id, err);
+        rc = seq_prepare(pool, p->ns, p->layout, &c, err);
     p->pins--;
     if (rc)
         return rc;
-    struct region_seq *c = seq_find(pool, id);
     for (uint32_t i = 0; i < planes; i++)
         for (int k = 0; k < KVD_POOL_KINDS; k++)
             table_share(pool, &c->table[i][k], &p->table[i][k]);
     seq_set_length(pool, c, p->length);
     memcpy(c->reach, p->reach, sizeof(c->reach));
-    *child = id;
+    seq_appear(pool, c);
+    *child = seq_id(pool, c);
     return KVD_OK;
 }
 
@@ -74,6 +100,7 @@ int kvd_pool_seq_hold(struct kvd_pool *pool, uint64_t seq)
     if (!s)
         return KVD_E_NOT_FOUND;
     s->holders++;
+    stored();
     lru_remove(pool, s);
     return KVD_OK;
 }
@@ -81,7 +108,11 @@ int kvd_pool_seq_hold(struct kvd_pool *pool, uint64_t seq)
 void kvd_pool_seq_release(struct kvd_pool *pool, uint64_t seq)
 {
     struct region_seq *s = seq_find(pool, seq);
-    if (!s || s->holders == 0 || --s->holders)
+    if (!s || s->holders == 0)
+        return;
+    s->holders--;
+    stored();
+    if (s->holders)
         return;
     if (s->name[0])
         lru_add(pool, s);
@@ -162,9 +193,9 @@ uint32_t kvd_pool_seq_pages(const struct kvd_pool *pool, uint64_t seq, uint32_t 
     for (; n < t->begin; n++)
         if (n < cap)
             out[n] = 0;
-    for (uint32_t b = t->first; b != KVD_POOL_NONE; b = pool->block[b].next) {
-        for (uint32_t i = 0; i < pool->block[b].used; i++, n++) {
-            uint32_t page = pool->block[b].page[i];
+    for (struct table_walk w = table_walk(t); w.block != KVD_POOL_NONE; table_walk_on(pool, &w)) {
+        for (uint32_t i = 0; i < w.n; i++, n++) {
+            uint32_t page = pool->block[w.block].page[i];
             if (n < cap)
                 out[n] = page == KVD_POOL_NONE ? 0 : kvd_pool_page_addr(pool, page);
         }

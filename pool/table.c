@@ -8,7 +8,7 @@ void table_init(struct region_table *t, uint32_t ns)
 
 uint32_t table_blocks(const struct region_table *t)
 {
-    return (uint32_t)kvd_div_up(t->count - t->begin, KVD_TABLE_ENTRIES);
+    return table_empty(t) ? 0 : (uint32_t)kvd_div_up(t->count - t->begin, KVD_TABLE_ENTRIES);
 }
 
 static uint32_t begin_for(const struct region_table *t, uint32_t entry)
@@ -19,6 +19,7 @@ static uint32_t begin_for(const struct region_table *t, uint32_t entry)
 void table_start(struct region_table *t, uint32_t entry)
 {
     t->begin = begin_for(t, entry);
+    stored();
     t->count = KVD_MAX(t->count, t->begin);
 }
 
@@ -40,7 +41,6 @@ static void block_add(struct kvd_pool *pool, struct region_table *t)
         b = h->n_blocks_ever++;
     h->blocks++;
     pool->ns[t->ns].blocks++;
-    pool->block[b] = (struct region_block){.next = KVD_POOL_NONE};
     if (t->last == KVD_POOL_NONE)
         t->first = b;
     else
@@ -58,11 +58,13 @@ static void block_free(struct kvd_pool *pool, const struct region_table *t, uint
 
 static void entry_push(struct kvd_pool *pool, struct region_table *t, uint32_t page)
 {
-    if ((t->count - t->begin) % KVD_TABLE_ENTRIES == 0)
+    uint32_t at = (t->count - t->begin) % KVD_TABLE_ENTRIES;
+    if (at == 0)
         block_add(pool, t);
-    struct region_block *b = &pool->block[t->last];
-    b->page[b->used++] = page;
+    pool->block[t->last].page[at] = page;
+    stored();
     t->count++;
+    stored();
 }
 
 static uint32_t *entry_at(const struct kvd_pool *pool, const struct region_table *t, uint32_t entry)
@@ -82,6 +84,7 @@ void table_set(struct kvd_pool *pool, struct region_table *t, uint32_t entry, ui
     while (t->count <= entry)
         entry_push(pool, t, KVD_POOL_NONE);
     *entry_at(pool, t, entry) = page;
+    stored();
 }
 
 uint32_t table_get(const struct kvd_pool *pool, const struct region_table *t, uint32_t entry)
@@ -91,32 +94,28 @@ uint32_t table_get(const struct kvd_pool *pool, const struct region_table *t, ui
 
 void table_truncate(struct kvd_pool *pool, struct region_table *t, uint32_t count)
 {
+    struct region_table old = *t;
+    uint32_t keep = KVD_POOL_NONE;
     if (count >= t->count)
         return;
-    uint32_t at = t->begin, keep = KVD_POOL_NONE;
-    for (uint32_t b = t->first; b != KVD_POOL_NONE;) {
-        struct region_block *block = &pool->block[b];
-        uint32_t next = block->next;
-        uint32_t stay = count > at ? KVD_MIN(count - at, block->used) : 0;
-        at += block->used;
-        for (uint32_t i = stay; i < block->used; i++)
-            if (block->page[i] != KVD_POOL_NONE)
-                kvd_pool_page_unref(pool, block->page[i]);
-        block->used = stay;
-        if (stay) {
+    t->count = count > t->begin ? count : 0;
+    stored();
+    for (struct table_walk w = table_walk(&old); w.block != KVD_POOL_NONE;) {
+        uint32_t b = w.block, at = w.at, n = w.n;
+        uint32_t stay = count > at ? KVD_MIN(count - at, n) : 0;
+        table_walk_on(pool, &w);
+        for (uint32_t i = stay; i < n; i++)
+            if (pool->block[b].page[i] != KVD_POOL_NONE)
+                kvd_pool_page_unref(pool, pool->block[b].page[i]);
+        if (stay)
             keep = b;
-            if (at >= count)
-                block->next = KVD_POOL_NONE;
-        } else {
+        else
             block_free(pool, t, b);
-        }
-        b = next;
     }
-    t->count = count;
     t->last = keep;
-    if (keep == KVD_POOL_NONE) {
+    if (t->count == 0) {
+        t->begin = 0;
         t->first = KVD_POOL_NONE;
-        t->count = t->begin = 0;
     }
 }
 
@@ -124,19 +123,23 @@ void table_drop_front(struct kvd_pool *pool, struct region_table *t, uint32_t en
 {
     if (entry >= t->count)
         table_truncate(pool, t, 0);
-    while (t->first != KVD_POOL_NONE && entry > t->begin) {
+    while (!table_empty(t) && entry > t->begin) {
         uint32_t b = t->first;
         struct region_block *block = &pool->block[b];
-        uint32_t n = KVD_MIN(entry - t->begin, block->used);
+        uint32_t n = KVD_MIN(entry - t->begin, (uint32_t)KVD_TABLE_ENTRIES);
         for (uint32_t i = 0; i < n; i++) {
-            if (block->page[i] != KVD_POOL_NONE)
-                kvd_pool_page_unref(pool, block->page[i]);
+            uint32_t page = block->page[i];
             block->page[i] = KVD_POOL_NONE;
+            stored();
+            if (page != KVD_POOL_NONE)
+                kvd_pool_page_unref(pool, page);
         }
         if (n < KVD_TABLE_ENTRIES)
             return;
+        journal_note(pool, t, offsetof(struct region_table, count));
         t->first = block->next;
         t->begin += KVD_TABLE_ENTRIES;
+        journal_end(pool);
         block_free(pool, t, b);
     }
 }
@@ -144,9 +147,10 @@ void table_drop_front(struct kvd_pool *pool, struct region_table *t, uint32_t en
 void table_share(struct kvd_pool *pool, struct region_table *to, const struct region_table *from)
 {
     to->begin = to->count = from->begin;
-    for (uint32_t b = from->first; b != KVD_POOL_NONE; b = pool->block[b].next) {
-        for (uint32_t i = 0; i < pool->block[b].used; i++) {
-            uint32_t page = pool->block[b].page[i];
+    for (struct table_walk w = table_walk(from); w.block != KVD_POOL_NONE;
+         table_walk_on(pool, &w)) {
+        for (uint32_t i = 0; i < w.n; i++) {
+            uint32_t page = pool->block[w.block].page[i];
             entry_push(pool, to, page);
             if (page != KVD_POOL_NONE)
                 pool->page[page].refs++;
@@ -157,9 +161,9 @@ void table_share(struct kvd_pool *pool, struct region_table *to, const struct re
 uint32_t table_pages(const struct kvd_pool *pool, const struct region_table *t)
 {
     uint32_t n = 0;
-    for (uint32_t b = t->first; b != KVD_POOL_NONE; b = pool->block[b].next)
-        for (uint32_t i = 0; i < pool->block[b].used; i++)
-            n += pool->block[b].page[i] != KVD_POOL_NONE;
+    for (struct table_walk w = table_walk(t); w.block != KVD_POOL_NONE; table_walk_on(pool, &w))
+        for (uint32_t i = 0; i < w.n; i++)
+            n += pool->block[w.block].page[i] != KVD_POOL_NONE;
     return n;
 }
 
@@ -167,9 +171,9 @@ uint32_t table_meet(const struct kvd_pool *pool, const struct region_table *t, u
                     uint64_t *bytes)
 {
     uint32_t n = 0;
-    for (uint32_t b = t->first; b != KVD_POOL_NONE; b = pool->block[b].next) {
-        for (uint32_t i = 0; i < pool->block[b].used; i++) {
-            uint32_t page = pool->block[b].page[i];
+    for (struct table_walk w = table_walk(t); w.block != KVD_POOL_NONE; table_walk_on(pool, &w)) {
+        for (uint32_t i = 0; i < w.n; i++) {
+            uint32_t page = pool->block[w.block].page[i];
             if (page == KVD_POOL_NONE)
                 continue;
             n++;

@@ -8,18 +8,19 @@ struct tally {
     uint64_t blocks, *refs_of, *idle_of; // the last two by layout
 };
 
-static int tally_table(const struct kvd_pool *pool, const struct region_seq *s, uint32_t plane,
-                       uint32_t kind, struct tally *t, struct kvd_error *err)
+static int tally_table(const struct kvd_pool *pool, const struct region_seq *s,
+                       const struct region_table *table, uint32_t plane, uint32_t kind,
+                       struct tally *t, struct kvd_error *err)
 {
-    const struct region_table *table = &s->table[plane][kind];
-    uint32_t at = table->begin, last = KVD_POOL_NONE;
+    uint32_t last = KVD_POOL_NONE;
     uint64_t first = kind == KVD_POOL_CODEC ? s->reach[plane].first / KVD_PAGE_TOKENS : 0;
-    for (uint32_t b = table->first; b != KVD_POOL_NONE; b = pool->block[b].next) {
+    for (struct table_walk w = table_walk(table); w.block != KVD_POOL_NONE;
+         table_walk_on(pool, &w)) {
         t->blocks++;
         t->ns_blocks[s->ns]++;
-        last = b;
-        for (uint32_t i = 0; i < pool->block[b].used; i++, at++) {
-            uint32_t page = pool->block[b].page[i];
+        last = w.block;
+        for (uint32_t i = 0; i < w.n; i++) {
+            uint32_t page = pool->block[w.block].page[i];
             if (page == KVD_POOL_NONE)
                 continue;
             const struct region_extent *e = page_extent(pool, page);
@@ -30,39 +31,97 @@ static int tally_table(const struct kvd_pool *pool, const struct region_seq *s, 
                 slab->kind != kind)
                 return kvd_fail(err, KVD_E_CORRUPT,
                                 "page %u belongs to another slab than its sequence", page);
-            if (at < first)
+            if (w.at + i < first)
                 return kvd_fail(err, KVD_E_CORRUPT, "page %u lies behind its plane's window", page);
             t->refs[page]++;
         }
     }
-    if (at != table->count || last != table->last)
-        return kvd_fail(err, KVD_E_CORRUPT, "a table says %u entries and has %u, or another end",
-                        table->count, at);
+    if (last != table->last)
+        return kvd_fail(err, KVD_E_CORRUPT, "a table of %u entries has another end", table->count);
     return KVD_OK;
 }
 
-static int check_reach(const struct kvd_pool *pool, const struct region_seq *s, uint32_t plane,
-                       struct kvd_error *err)
+static int check_reach(const struct kvd_plane *g, uint32_t plane, uint64_t length,
+                       const struct kvd_pool_reach *r, struct kvd_error *err)
 {
-    const struct kvd_plane *g = &layout_of(pool, s)->planes[plane];
-    const struct kvd_pool_reach *r = &s->reach[plane];
-    uint64_t most = KVD_MAX(s->length, (uint64_t)g->sink);
-    if (r->hist_end < g->sink || r->hist_end > most || r->first > r->hist_end ||
-        (r->first && !g->window))
+    uint64_t most = KVD_MAX(length, (uint64_t)g->sink);
+    if (length > KVD_MAX_LENGTH || r->hist_end < g->sink || r->hist_end > most ||
+        r->first > r->hist_end || (r->first && !g->window) ||
+        most - r->hist_end > kvd_plane_ring(g))
         return kvd_fail(err, KVD_E_CORRUPT,
                         "plane %u of a sequence of %llu tokens: history to %llu, freed to %llu",
-                        plane, (unsigned long long)s->length, (unsigned long long)r->hist_end,
+                        plane, (unsigned long long)length, (unsigned long long)r->hist_end,
                         (unsigned long long)r->first);
     return KVD_OK;
+}
+
+int pool_check_state(const struct kvd_pool *pool, const struct region_seq *s, struct kvd_error *err)
+{
+    const struct kvd_layout *l = layout_of(pool, s);
+    if (s->pending_layers >= l->n_layers || (s->pending_layers && s->pending_length <= s->length))
+        return kvd_fail(err, KVD_E_CORRUPT, "an append of %llu tokens has reached %u of %u layers",
+                        (unsigned long long)(s->pending_length - s->length), s->pending_layers,
+                        l->n_layers);
+    for (uint32_t p = 0; p < l->n_planes; p++) {
+        int rc = check_reach(&l->planes[p], p, s->length, &s->reach[p], err);
+        if (rc == KVD_OK && s->pending_layers)
+            rc = check_reach(&l->planes[p], p, s->pending_length, &s->pending[p], err);
+        if (rc)
+            return rc;
+    }
+    return KVD_OK;
+}
+
+// Whether a table has a page in each of the entries [from, to).
+static bool table_full(const struct kvd_pool *pool, const struct region_table *t, uint64_t from,
+                       uint64_t to)
+{
+    uint64_t n = 0;
+    if (from >= to)
+        return true;
+    for (struct table_walk w = table_walk(t); w.block != KVD_POOL_NONE; table_walk_on(pool, &w))
+        for (uint32_t i = 0; i < w.n; i++)
+            n += w.at + i >= from && w.at + i < to && pool->block[w.block].page[i] != KVD_POOL_NONE;
+    return n == to - from;
+}
+
+// Whether there is a page for each token that a plane of a sequence says it has.
+static int check_pages(const struct kvd_pool *pool, const struct region_seq *s, uint32_t plane,
+                       uint64_t length, const struct kvd_pool_reach *r, struct kvd_error *err)
+{
+    const struct kvd_plane *g = &layout_of(pool, s)->planes[plane];
+    const struct region_table *bf16 = &s->table[plane][KVD_POOL_BF16];
+    uint64_t sink_pages = kvd_div_up(g->sink, KVD_PAGE_TOKENS);
+    uint64_t ring = kvd_plane_ring(g) / KVD_PAGE_TOKENS;
+    uint64_t first = r->first < r->hist_end ? r->first / KVD_PAGE_TOKENS : UINT64_MAX;
+    bool ok = table_full(pool, &s->table[plane][KVD_POOL_CODEC], first,
+                         kvd_div_up(r->hist_end - g->sink, KVD_PAGE_TOKENS)) &&
+              table_full(pool, bf16, 0, kvd_div_up(KVD_MIN(length, g->sink), KVD_PAGE_TOKENS));
+    if (length > r->hist_end) {
+        uint64_t from = (r->hist_end - g->sink) / KVD_PAGE_TOKENS;
+        uint64_t n = (length - 1 - g->sink) / KVD_PAGE_TOKENS - from + 1;
+        for (uint64_t i = 0; i < KVD_MIN(n, ring); i++) {
+            uint64_t entry = sink_pages + (from + i) % ring;
+            ok &= table_full(pool, bf16, entry, entry + 1);
+        }
+    }
+    if (ok)
+        return KVD_OK;
+    return kvd_fail(err, KVD_E_CORRUPT, "plane %u of a sequence lacks pages of its %llu tokens",
+                    plane, (unsigned long long)length);
 }
 
 static int tally_sequence(const struct kvd_pool *pool, const struct region_seq *s, struct tally *t,
                           struct kvd_error *err)
 {
-    for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++) {
-        int rc = check_reach(pool, s, p, err);
+    int rc = pool_check_state(pool, s, err);
+    for (uint32_t p = 0; p < layout_of(pool, s)->n_planes && rc == KVD_OK; p++) {
+        rc = check_pages(pool, s, p, s->length, &s->reach[p], err);
+        if (rc == KVD_OK && s->pending_layers)
+            rc = check_pages(pool, s, p, s->pending_length, &s->pending[p], err);
         for (uint32_t k = 0; k < KVD_POOL_KINDS && rc == KVD_OK; k++)
-            rc = tally_table(pool, s, p, k, t, err);
+            if ((rc = tally_table(pool, s, &s->table[p][k], p, k, t, err)) == KVD_OK)
+                rc = tally_table(pool, s, &s->undo[p][k], p, k, t, err);
         if (rc)
             return rc;
     }

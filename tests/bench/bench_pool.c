@@ -27,7 +27,8 @@ int main(int argc, char **argv)
 {
     struct test_mem mem = {0};
     uint32_t live = argc > 1 ? (uint32_t)(atof(argv[1]) * 1e6) : 1000000;
-    struct kvd_pool_mem_ops ops = {&mem, test_mem_alloc, test_mem_free, test_mem_zero};
+    struct kvd_pool_mem_ops ops = {
+        .ctx = &mem, .alloc = test_mem_alloc, .free = test_mem_free, .zero = test_mem_zero};
     // Pages of 4 KiB in extents of 256 MiB.
     struct kvd_pool_config config = {.bytes = (uint64_t)(live / 65536 + 2) << 28,
                                      .extent_bytes = 256 << 20,

@@ -46,7 +46,8 @@ static int test_mem_zero(void *ctx, uint32_t index, uint64_t addr, uint64_t byte
 
 static inline struct kvd_pool *test_pool(struct test_mem *mem, uint32_t extents, uint32_t sequences)
 {
-    struct kvd_pool_mem_ops ops = {mem, test_mem_alloc, test_mem_free, test_mem_zero};
+    struct kvd_pool_mem_ops ops = {
+        .ctx = mem, .alloc = test_mem_alloc, .free = test_mem_free, .zero = test_mem_zero};
     struct kvd_pool_config config = {.bytes = (uint64_t)extents << 21,
                                      .extent_bytes = 2 << 20,
                                      .max_sequences = sequences,

@@ -274,7 +274,8 @@ START_TEST(random_operations)
         op_publish, op_hold,   op_release, op_release, op_append, op_repeat, op_quota};
     static struct model m;
     m.rng = kvd_test_seed("random_operations");
-    struct kvd_pool_mem_ops mem = {&m.mem, test_mem_alloc, test_mem_free, test_mem_zero};
+    struct kvd_pool_mem_ops mem = {
+        .ctx = &m.mem, .alloc = test_mem_alloc, .free = test_mem_free, .zero = test_mem_zero};
     struct kvd_pool_config config = {.bytes = 12 << 21,
                                      .extent_bytes = 2 << 20,
                                      .max_sequences = MAX_SEQUENCES,

@@ -1,0 +1,252 @@
+// Opens a region that another process has left, at whatever instant it ended. Nothing of it is
+// believed before it is checked: what cannot be is refused.
+#include "pool/internal.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+// -- the head -----------------------------------------------------------------------------------
+
+static int check_sizes(const struct region_head *h, const struct region_head *want,
+                       struct kvd_error *err)
+{
+    if (h->extent_bytes != want->extent_bytes || h->n_extents != want->n_extents)
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "the region is of a pool of %u extents of %llu bytes, and the "
+                        "configuration wants %u of %llu",
+                        h->n_extents, (unsigned long long)h->extent_bytes, want->n_extents,
+                        (unsigned long long)want->extent_bytes);
+    if (h->max_sequences != want->max_sequences || h->max_namespaces != want->max_namespaces ||
+        h->max_layouts != want->max_layouts)
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "the region has room for %u sequences, %u namespaces and %u layouts, and "
+                        "the configuration wants %u, %u and %u",
+                        h->max_sequences, h->max_namespaces, h->max_layouts, want->max_sequences,
+                        want->max_namespaces, want->max_layouts);
+    if (h->slots != want->slots || h->max_slabs != want->max_slabs ||
+        h->max_blocks != want->max_blocks || h->first_generation & 1)
+        return kvd_fail(err, KVD_E_CORRUPT, "the region's head contradicts itself");
+    return KVD_OK;
+}
+
+static int check_head(int fd, const struct kvd_pool_config *config, struct region_head *want,
+                      struct kvd_error *err)
+{
+    struct region_head *h KVD_FREE = malloc(sizeof(*h));
+    struct kvd_pool unused;
+    struct stat st;
+    int rc = region_sizes(config, want, err);
+    if (rc)
+        return rc;
+    if (!h)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    if (fstat(fd, &st) || pread(fd, h, sizeof(*h), 0) != (ssize_t)sizeof(*h) ||
+        h->magic != KVD_POOL_MAGIC)
+        return kvd_fail(err, KVD_E_INVALID, "this is no region of a pool");
+    if (h->version != KVD_POOL_VERSION || h->shape != region_shape())
+        return kvd_fail(err, KVD_E_UNSUPPORTED,
+                        "the region has version %u (%08x), and this kvd reads version %u (%08x)",
+                        h->version, h->shape, KVD_POOL_VERSION, region_shape());
+    rc = check_sizes(h, want, err);
+    if (rc)
+        return rc;
+    want->region_bytes = region_lay_out(&unused, want, NULL);
+    if (h->region_bytes != want->region_bytes || (uint64_t)st.st_size != want->region_bytes)
+        return kvd_fail(err, KVD_E_CORRUPT, "the region has %lld bytes and says %llu, not %llu",
+                        (long long)st.st_size, (unsigned long long)h->region_bytes,
+                        (unsigned long long)want->region_bytes);
+    if (h->n_sequences_ever > h->max_sequences || h->n_slabs > h->max_slabs ||
+        h->n_layouts > h->max_layouts || h->n_namespaces > h->max_namespaces)
+        return kvd_fail(err, KVD_E_CORRUPT, "the region's head contradicts itself");
+    return KVD_OK;
+}
+
+// -- records ------------------------------------------------------------------------------------
+
+static bool ends(const char *text, size_t size)
+{
+    return memchr(text, 0, size) != NULL;
+}
+
+static bool plane_ok(const struct kvd_plane *g)
+{
+    return g->n_layers && g->n_layers <= KVD_MAX_LAYERS && g->kv_heads &&
+           g->kv_heads <= KVD_MAX_KV_HEADS && g->q_heads && g->q_heads % g->kv_heads == 0 &&
+           g->q_heads / g->kv_heads <= KVD_MAX_GROUP &&
+           kvd_head_dims_ok(g->head_dim_k, g->head_dim_v) && g->codec < KVD_CODEC_COUNT &&
+           g->sink <= KVD_MAX_SINK && g->recent <= KVD_MAX_RECENT && !(g->window && g->sink);
+}
+
+static bool layout_ok(const struct kvd_pool *pool, const struct region_layout *r)
+{
+    const struct kvd_layout *l = &r->l;
+    uint32_t layers[KVD_MAX_PLANES] = {0};
+    if (!l->n_planes || l->n_planes > KVD_MAX_PLANES || !l->n_layers ||
+        l->n_layers > KVD_MAX_LAYERS || !ends(l->rotation, sizeof(l->rotation)))
+        return false;
+    for (uint32_t i = 0; i < l->n_layers; i++) {
+        if (l->plane_of[i] >= l->n_planes || (i && l->layers[i] <= l->layers[i - 1]))
+            return false;
+        layers[l->plane_of[i]]++;
+    }
+    for (uint32_t p = 0; p < l->n_planes; p++) {
+        if (!plane_ok(&l->planes[p]) || layers[p] != l->planes[p].n_layers)
+            return false;
+        for (int k = 0; k < KVD_POOL_KINDS; k++)
+            if (!r->page_bytes[p][k] || r->page_bytes[p][k] % KVD_POOL_ALIGN ||
+                r->page_bytes[p][k] > pool->head->extent_bytes)
+                return false;
+    }
+    return true;
+}
+
+static int check_sequence(const struct kvd_pool *pool, uint32_t i, struct kvd_error *err)
+{
+    const struct region_seq *s = &pool->seq[i];
+    const struct region_head *h = pool->head;
+    if (s->ns >= h->n_namespaces || !pool->ns[s->ns].name[0] || s->layout >= h->n_layouts ||
+        !layout_ok(pool, &pool->layout[s->layout]))
+        return kvd_fail(err, KVD_E_CORRUPT, "sequence %u is of no namespace and layout", i);
+    if (!ends(s->name, sizeof(s->name)) || (s->name[0] && !kvd_name_valid(s->name, KVD_MAX_NAME)) ||
+        s->phase > PHASE_UNDOING)
+        return kvd_fail(err, KVD_E_CORRUPT, "sequence %u has no valid name or phase", i);
+    return pool_check_state(pool, s, err);
+}
+
+// The records as far as rebuilding goes by them; and those of processes are forgotten.
+static int check_records(struct kvd_pool *pool, struct kvd_error *err)
+{
+    const struct region_head *h = pool->head;
+    for (uint32_t i = 0; i < h->n_namespaces; i++) {
+        struct region_namespace *n = &pool->ns[i];
+        if (!ends(n->name, sizeof(n->name)) ||
+            (n->name[0] && (!kvd_name_valid(n->name, KVD_MAX_NAMESPACE) ||
+                            kvd_pool_namespace_find(pool, n->name) != i)))
+            return kvd_fail(err, KVD_E_CORRUPT, "namespace %u has no valid name of its own", i);
+        n->holders = 0;
+        n->kept = false;
+    }
+    for (uint32_t i = 0; i < h->n_layouts; i++)
+        pool->layout[i].holders = 0;
+    for (uint32_t i = 0; i < h->n_sequences_ever; i++) {
+        struct region_seq *s = &pool->seq[i];
+        int rc = s->generation & 1 ? check_sequence(pool, i, err) : KVD_OK;
+        if (rc)
+            return rc;
+        s->pins = 0;
+    }
+    for (uint32_t x = 0; x < h->n_extents; x++)
+        pool->extent[x].aside = false;
+    return KVD_OK;
+}
+
+static int check_names(const struct kvd_pool *pool, struct kvd_error *err)
+{
+    for (uint32_t b = 0; b < KVD_NAME_BUCKETS; b++)
+        for (uint32_t i = pool->head->name_bucket[b]; i != KVD_POOL_NONE;
+             i = pool->seq[i].name_next)
+            for (uint32_t j = pool->seq[i].name_next; j != KVD_POOL_NONE;
+                 j = pool->seq[j].name_next)
+                if (pool->seq[i].ns == pool->seq[j].ns &&
+                    strcmp(pool->seq[i].name, pool->seq[j].name) == 0)
+                    return kvd_fail(err, KVD_E_CORRUPT, "sequences %u and %u have one name", i, j);
+    return KVD_OK;
+}
+
+// -- what was not finished ----------------------------------------------------------------------
+
+static void finish(struct kvd_pool *pool)
+{
+    for (uint32_t i = 0; i < pool->head->n_sequences_ever; i++) {
+        struct region_seq *s = &pool->seq[i];
+        if (!(s->generation & 1))
+            continue;
+        append_recover(pool, s);
+        if (s->doomed || (s->holders == 0 && !s->name[0])) {
+            lru_remove(pool, s);
+            name_remove(pool, s);
+            seq_destroy(pool, s);
+        }
+    }
+    for (uint32_t i = 0; i < pool->head->n_layouts; i++)
+        if (pool->layout[i].sequences == 0)
+            memset(&pool->layout[i].l, 0, sizeof(pool->layout[i].l));
+    for (uint32_t i = 0; i < pool->head->n_namespaces; i++)
+        if (pool->ns[i].name[0])
+            namespace_settle(pool, i);
+}
+
+// Extents are granted and free as rebuilding has found them.
+static int attach(struct kvd_pool *pool, struct kvd_error *err)
+{
+    for (uint32_t x = 0; x < pool->head->n_extents; x++) {
+        struct region_extent *e = &pool->extent[x];
+        int rc = KVD_E_NOT_FOUND;
+        if (e->addr)
+            rc = pool->ops.attach(pool->ops.ctx, x, pool->head->extent_bytes, &e->addr);
+        if (rc == KVD_E_NOT_FOUND && e->slab == KVD_POOL_NONE) {
+            e->addr = 0;
+            stored();
+            e->owner = KVD_POOL_NONE;
+        } else if (rc) {
+            return kvd_fail(err, rc, "extent %u, which has pages in use, is not there", x);
+        }
+    }
+    return KVD_OK;
+}
+
+static int recover(struct kvd_pool *pool, struct kvd_error *err)
+{
+    int rc = journal_undo(pool, err);
+    if (rc == KVD_OK)
+        rc = check_records(pool, err);
+    if (rc == KVD_OK)
+        rc = kvd_pool_rebuild(pool, err);
+    if (rc == KVD_OK)
+        rc = check_names(pool, err);
+    if (rc)
+        return rc;
+    finish(pool);
+    rc = attach(pool, err);
+    return rc ? rc : kvd_pool_verify(pool, err);
+}
+
+static void *map(int fd, const struct kvd_pool_config *config, struct region_head *want,
+                 struct kvd_error *err)
+{
+    if (check_head(fd, config, want, err))
+        return NULL;
+    void *base =
+        mmap(NULL, want->region_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+    if (base != MAP_FAILED)
+        return base;
+    kvd_fail(err, KVD_E_INTERNAL, "cannot map the pool's region: %s", strerror(errno));
+    return NULL;
+}
+
+struct kvd_pool *kvd_pool_open(int fd, const struct kvd_pool_config *config,
+                               const struct kvd_pool_mem_ops *ops, struct kvd_error *err)
+{
+    struct region_head *want KVD_FREE = calloc(1, sizeof(*want));
+    struct kvd_pool *pool = calloc(1, sizeof(*pool));
+    int copy KVD_CLOSE = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    void *base = NULL;
+    if (!want || !pool || copy < 0)
+        kvd_fail(err, KVD_E_INTERNAL, "cannot open the pool's region: %s", strerror(errno));
+    else
+        base = map(copy, config, want, err);
+    if (!base) {
+        free(pool);
+        return NULL;
+    }
+    region_lay_out(pool, want, base);
+    pool->fd = KVD_TAKE_FD(copy);
+    pool->ops = *ops;
+    pool->on_evict = config->on_evict;
+    pool->on_evict_ctx = config->on_evict_ctx;
+    if (recover(pool, err))
+        kvd_pool_leave(&pool);
+    return pool;
+}
