@@ -4,7 +4,7 @@
 #include "proto/overlap.h"
 #include "tests/unit/suite.h"
 
-enum { BYTES = 4096, MOST = 6, ITEMS = 4096 };
+enum { BYTES = 8192, MOST = 6, ITEMS = 4096 };
 
 static uint64_t below(uint64_t *state, uint64_t n)
 {
