@@ -92,10 +92,11 @@ static void drop(kvd_buffer *b, bool unmap)
 kvd_result kvd_buffer_new(kvd_client *c, uint64_t bytes, kvd_buffer **out, kvd_failure *err)
 {
     struct kvd_error e = {0};
-    kvd_buffer *b = calloc(1, sizeof(*b));
-    if (!b || bytes == 0) {
-        free(b);
-        kvd_fail(&e, KVD_E_INVALID, bytes ? "out of memory" : "a buffer of 0 bytes");
+    KVD_WANT(err, "client", c, "out", out);
+    kvd_buffer *b = bytes ? calloc(1, sizeof(*b)) : NULL;
+    if (!b) {
+        kvd_fail(&e, bytes ? KVD_E_INTERNAL : KVD_E_INVALID,
+                 bytes ? "out of memory" : "a buffer of 0 bytes");
         return kvd_client_fail(err, &e);
     }
     *b = (kvd_buffer){.size = bytes, .fd = -1, .data = MAP_FAILED, .local = c->remote};
@@ -147,12 +148,12 @@ void *kvd_buffer_take(kvd_buffer **bp, uint64_t deadline, bool unmap)
 
 void *kvd_buffer_detach(kvd_buffer **bp)
 {
-    return *bp ? kvd_buffer_take(bp, kvd_client_deadline((*bp)->client), false) : NULL;
+    return bp && *bp ? kvd_buffer_take(bp, kvd_client_deadline((*bp)->client), false) : NULL;
 }
 
 void kvd_buffer_free(kvd_buffer **bp)
 {
-    if (*bp)
+    if (bp && *bp)
         kvd_buffer_take(bp, kvd_client_deadline((*bp)->client), true);
 }
 
@@ -167,10 +168,10 @@ void kvd_buffers_drop(kvd_client *c)
 
 void *kvd_buffer_data(kvd_buffer *b)
 {
-    return b->data;
+    return b ? b->data : NULL;
 }
 
 uint64_t kvd_buffer_size(const kvd_buffer *b)
 {
-    return b->size;
+    return b ? b->size : 0;
 }

@@ -35,6 +35,7 @@ static kvd_result take_ids(kvd_result rc, Kvd__V1__SequencesReply *reply, uint32
 
 kvd_result kvd_sequences_create(kvd_client *c, uint32_t count, uint64_t *ids, kvd_failure *err)
 {
+    KVD_WANT(err, "client", c, "ids", ids);
     Kvd__V1__CreateSequencesRequest req = KVD__V1__CREATE_SEQUENCES_REQUEST__INIT;
     Kvd__V1__SequencesReply *reply = NULL;
     req.request_id = ++c->next_request;
@@ -47,6 +48,7 @@ kvd_result kvd_sequences_create(kvd_client *c, uint32_t count, uint64_t *ids, kv
 kvd_result kvd_sequence_fork(kvd_client *c, uint64_t sequence, uint32_t count, uint64_t *ids,
                              kvd_failure *err)
 {
+    KVD_WANT(err, "client", c, "ids", ids);
     Kvd__V1__ForkSequenceRequest req = KVD__V1__FORK_SEQUENCE_REQUEST__INIT;
     Kvd__V1__SequencesReply *reply = NULL;
     req.request_id = ++c->next_request;
@@ -60,6 +62,7 @@ kvd_result kvd_sequence_fork(kvd_client *c, uint64_t sequence, uint32_t count, u
 kvd_result kvd_sequence_truncate(kvd_client *c, uint64_t sequence, uint64_t length,
                                  kvd_failure *err)
 {
+    KVD_WANT(err, "client", c);
     Kvd__V1__TruncateSequenceRequest req = KVD__V1__TRUNCATE_SEQUENCE_REQUEST__INIT;
     Kvd__V1__TruncateSequenceReply *reply;
     req.sequence = sequence;
@@ -74,6 +77,7 @@ kvd_result kvd_sequence_truncate(kvd_client *c, uint64_t sequence, uint64_t leng
 kvd_result kvd_sequence_publish(kvd_client *c, uint64_t sequence, const char *name, bool replace,
                                 kvd_failure *err)
 {
+    KVD_WANT(err, "client", c, "name", name);
     Kvd__V1__PublishSequenceRequest req = KVD__V1__PUBLISH_SEQUENCE_REQUEST__INIT;
     Kvd__V1__PublishSequenceReply *reply;
     req.sequence = sequence;
@@ -105,12 +109,12 @@ static void copy_info(const Kvd__V1__SequenceInfo *in, kvd_sequence_info *out)
 kvd_result kvd_sequence_attach(kvd_client *c, const char *name, kvd_sequence_info *out,
                                kvd_failure *err)
 {
+    KVD_WANT(err, "client", c, "name", name);
     Kvd__V1__AttachSequenceRequest req = KVD__V1__ATTACH_SEQUENCE_REQUEST__INIT;
     Kvd__V1__AttachSequenceReply *reply;
     struct kvd_error e = {0};
     if (kvd_sized_check(&kvd_sized_sequence_info, out, &e))
         return kvd_client_fail(err, &e);
-    req.request_id = ++c->next_request;
     req.request_id = ++c->next_request;
     req.name = (char *)name;
     kvd_result rc = kvd_client_call(c, METHOD("AttachSequence"), &req, &req.session,
@@ -126,6 +130,7 @@ kvd_result kvd_sequence_attach(kvd_client *c, const char *name, kvd_sequence_inf
 kvd_result kvd_sequences_free(kvd_client *c, const uint64_t *ids, uint32_t count, bool unpublish,
                               kvd_failure *err)
 {
+    KVD_WANT(err, "client", c, "ids", ids);
     Kvd__V1__FreeSequencesRequest req = KVD__V1__FREE_SEQUENCES_REQUEST__INIT;
     Kvd__V1__FreeSequencesReply *reply;
     req.request_id = ++c->next_request;
@@ -142,6 +147,7 @@ kvd_result kvd_sequences_free(kvd_client *c, const uint64_t *ids, uint32_t count
 kvd_result kvd_sequence_describe(kvd_client *c, uint64_t sequence, kvd_sequence_info *out,
                                  kvd_failure *err)
 {
+    KVD_WANT(err, "client", c);
     Kvd__V1__DescribeSequencesRequest req = KVD__V1__DESCRIBE_SEQUENCES_REQUEST__INIT;
     Kvd__V1__DescribeSequencesReply *reply;
     struct kvd_error e = {0};
@@ -414,24 +420,27 @@ static kvd_result compute_now(kvd_client *c, kvd_call_kind kind, kvd_layers laye
 
 uint64_t kvd_request_new(kvd_client *c)
 {
-    return ++c->next_request;
+    return c ? ++c->next_request : 0;
 }
 
 kvd_result kvd_append(kvd_client *c, kvd_layers layers, const kvd_item *items, uint32_t count,
                       kvd_failure *err)
 {
+    KVD_WANT(err, "client", c);
     return compute_now(c, KVD_CALL_APPEND, layers, NULL, items, count, err);
 }
 
 kvd_result kvd_attend(kvd_client *c, kvd_layers layers, const kvd_attention *attention,
                       const kvd_item *items, uint32_t count, kvd_failure *err)
 {
+    KVD_WANT(err, "client", c);
     return compute_now(c, KVD_CALL_ATTEND, layers, attention, items, count, err);
 }
 
 kvd_result kvd_step(kvd_client *c, kvd_layers layers, const kvd_attention *attention,
                     const kvd_item *items, uint32_t count, kvd_failure *err)
 {
+    KVD_WANT(err, "client", c);
     return compute_now(c, KVD_CALL_STEP, layers, attention, items, count, err);
 }
 
@@ -439,6 +448,7 @@ kvd_result kvd_rotate(kvd_client *c, bool v, bool inverse, kvd_layers layers, ui
                       uint32_t heads, const kvd_tensor_ref *x, const kvd_tensor_ref *y,
                       kvd_failure *err)
 {
+    KVD_WANT(err, "client", c);
     Kvd__V1__RotateRequest req = KVD__V1__ROTATE_REQUEST__INIT;
     Kvd__V1__RotateReply *reply;
     struct kvd_error e = {0};
@@ -473,6 +483,7 @@ kvd_result kvd_read_tokens(kvd_client *c, kvd_layers layers, uint64_t sequence, 
                            uint32_t count, const kvd_tensor_ref *k, const kvd_tensor_ref *v,
                            kvd_failure *err)
 {
+    KVD_WANT(err, "client", c);
     Kvd__V1__ReadTokensRequest req = KVD__V1__READ_TOKENS_REQUEST__INIT;
     Kvd__V1__ReadTokensReply *reply;
     struct kvd_error e = {0};

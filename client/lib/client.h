@@ -72,6 +72,17 @@ void kvd_sized_give(const struct kvd_sized *type, const void *from, void *to);
 // The same for a call's items: *own is to be freed.
 int kvd_items_take(const kvd_item *items, uint32_t count, kvd_item **own, struct kvd_error *err);
 
+// Has a public function refuse pointers that kvd.h does not allow to be NULL. Pairs of its name
+// there and what was given.
+#define KVD_WANT(err, ...)                                                                         \
+    do {                                                                                           \
+        const void *const kvd_wanted_[] = {__VA_ARGS__};                                           \
+        kvd_result kvd_missing_ = kvd_client_want(kvd_wanted_, KVD_LEN(kvd_wanted_), err);         \
+        if (kvd_missing_)                                                                          \
+            return kvd_missing_;                                                                   \
+    } while (0)
+kvd_result kvd_client_want(const void *const *wanted, size_t n, kvd_failure *err);
+
 // shapes.c: calls are checked before anything is sent. KVD_E_INVALID says what is wrong.
 int kvd_check_attention(const kvd_attention *a, struct kvd_error *err);
 int kvd_check_compute(const kvd_client *c, kvd_call_kind kind, kvd_layers layers,

@@ -270,6 +270,7 @@ static kvd_result result_of(int rc, const struct kvd_error *e, kvd_failure *err)
 
 kvd_result kvd_direct_begin(kvd_direct *d, void *stream, kvd_failure *err)
 {
+    KVD_WANT(err, "direct", d);
     struct kvd_error e = {0};
     if (kvd_fork_check(d->client, &e))
         return kvd_client_fail(err, &e);
@@ -289,6 +290,7 @@ static int check_layer(const struct kvd_direct *d, uint32_t layer, struct kvd_er
 kvd_result kvd_store_enqueue(kvd_direct *d, void *stream, uint32_t layer, const void *k,
                              uint64_t k_bytes, const void *v, uint64_t v_bytes, kvd_failure *err)
 {
+    KVD_WANT(err, "direct", d);
     struct kvd_error e = {0};
     const struct kvd_plane *g = &d->plane;
     uint64_t rows = (uint64_t)d->options.slots * d->options.step_tokens;
@@ -325,6 +327,7 @@ kvd_result kvd_attend_enqueue(kvd_direct *d, void *stream, uint32_t layer, const
                               uint64_t q_bytes, void *o, uint64_t o_bytes, float *lse,
                               uint64_t lse_bytes, kvd_failure *err)
 {
+    KVD_WANT(err, "direct", d);
     struct kvd_error e = {0};
     const struct kvd_plane *g = &d->plane;
     uint64_t rows = (uint64_t)d->options.slots * d->options.step_tokens;
@@ -368,6 +371,7 @@ static int end(struct kvd_direct *d, void *stream, const uint32_t *tokens, struc
 
 kvd_result kvd_direct_end(kvd_direct *d, void *stream, const uint32_t *tokens, kvd_failure *err)
 {
+    KVD_WANT(err, "direct", d);
     struct kvd_error e = {0};
     if (kvd_fork_check(d->client, &e))
         return kvd_client_fail(err, &e);
@@ -434,6 +438,7 @@ static int flush(struct kvd_direct *d, uint32_t only, uint64_t deadline, struct 
 
 kvd_result kvd_direct_flush(kvd_direct *d, kvd_failure *err)
 {
+    KVD_WANT(err, "direct", d);
     struct kvd_error e = {0};
     if (kvd_fork_check(d->client, &e))
         return kvd_client_fail(err, &e);
@@ -446,6 +451,7 @@ kvd_result kvd_direct_flush(kvd_direct *d, kvd_failure *err)
 kvd_result kvd_direct_length(kvd_direct *d, uint32_t slot, uint64_t *length, uint64_t *stored,
                              kvd_failure *err)
 {
+    KVD_WANT(err, "direct", d, "length", length);
     struct kvd_error e = {0};
     if (slot >= d->options.slots)
         kvd_fail(&e, KVD_E_INVALID, "slot %u of %u", slot, d->options.slots);
@@ -494,6 +500,7 @@ static int bind(struct kvd_direct *d, uint32_t slot, uint64_t sequence, struct k
 
 kvd_result kvd_direct_bind(kvd_direct *d, uint32_t slot, uint64_t sequence, kvd_failure *err)
 {
+    KVD_WANT(err, "direct", d);
     struct kvd_error e = {0};
     int rc = bind(d, slot, sequence, &e);
     return result_of(rc, &e, err);
@@ -641,6 +648,7 @@ static int open_direct(struct kvd_direct *d, struct kvd_error *err)
 kvd_result kvd_direct_open(kvd_client *c, const kvd_direct_options *options, kvd_direct **out,
                            kvd_failure *err)
 {
+    KVD_WANT(err, "client", c, "out", out);
     struct kvd_error e = {0};
     struct kvd_direct *d = calloc(1, sizeof(*d));
     if (!d) {
@@ -685,7 +693,7 @@ static void stop_thread(struct kvd_direct *d)
 
 void kvd_direct_close(kvd_direct **dp)
 {
-    struct kvd_direct *d = KVD_TAKE(*dp);
+    struct kvd_direct *d = dp ? KVD_TAKE(*dp) : NULL;
     if (!d)
         return;
     if (d->client->forked) { // there is no thread to stop, and others may have held the locks

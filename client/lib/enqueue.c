@@ -200,6 +200,7 @@ kvd_result kvd_enqueue(kvd_client *c, void *stream, kvd_call_kind kind, kvd_laye
                        const kvd_attention *attention, const kvd_item *items, uint32_t count,
                        kvd_failure *err)
 {
+    KVD_WANT(err, "client", c);
     struct kvd_error e = {0};
     kvd_item *own KVD_FREE = NULL;
     kvd_attention a = {0};
@@ -239,6 +240,7 @@ kvd_result kvd_enqueue(kvd_client *c, void *stream, kvd_call_kind kind, kvd_laye
 
 kvd_result kvd_enqueued(kvd_client *c, kvd_failure *err)
 {
+    KVD_WANT(err, "client", c);
     struct kvd_error e = {0};
     uint64_t deadline = kvd_client_deadline(c);
     if (kvd_fork_check(c, &e))

@@ -41,6 +41,7 @@ kvd_result kvd_next_event(kvd_client *c, uint32_t timeout_ms, kvd_event *out, kv
     Kvd__V1__Event *event = NULL;
     kvd_event found = {.kind = KVD_EVENT_NONE};
     uint64_t deadline = kvd_now_ms() + timeout_ms;
+    KVD_WANT(err, "client", c);
     if (kvd_sized_check(&kvd_sized_event, out, &e) || kvd_fork_check(c, &e))
         return kvd_client_fail(err, &e);
     int rc = open_stream(c, deadline, &e);

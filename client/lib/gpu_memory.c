@@ -7,10 +7,10 @@
 static kvd_result add(kvd_client *c, const kvd_buffer *b, kvd_buffer **out, kvd_failure *err)
 {
     struct kvd_error e = {0};
-    kvd_buffer *copy = malloc(sizeof(*copy));
-    if (!copy || b->size == 0) {
-        free(copy);
-        kvd_fail(&e, KVD_E_INVALID, b->size ? "out of memory" : "a buffer of 0 bytes");
+    kvd_buffer *copy = b->size ? malloc(sizeof(*copy)) : NULL;
+    if (!copy) {
+        kvd_fail(&e, b->size ? KVD_E_INTERNAL : KVD_E_INVALID,
+                 b->size ? "out of memory" : "a buffer of 0 bytes");
         return kvd_client_fail(err, &e);
     }
     *copy = *b;
@@ -26,6 +26,7 @@ kvd_result kvd_buffer_cuda_ipc(kvd_client *c, const void *handle, uint64_t offse
                                kvd_buffer **out, kvd_failure *err)
 {
     struct kvd_error e = {0};
+    KVD_WANT(err, "client", c, "handle", handle, "out", out);
     if (offset > UINT64_MAX - bytes) {
         kvd_fail(&e, KVD_E_INVALID, "offset and size overflow 64 bits");
         return kvd_client_fail(err, &e);
@@ -41,6 +42,7 @@ kvd_result kvd_buffer_cuda_ipc(kvd_client *c, const void *handle, uint64_t offse
 kvd_result kvd_buffer_cuda_fd(kvd_client *c, int fd, uint64_t bytes, kvd_buffer **out,
                               kvd_failure *err)
 {
+    KVD_WANT(err, "client", c, "out", out);
     kvd_buffer b = {.kind = KVD__V1__REGISTER_BUFFER_REQUEST__MEMORY__CUDA_FD,
                     .fd = fcntl(fd, F_DUPFD_CLOEXEC, 0), // kept, to register again after a restart
                     .size = bytes};
@@ -90,6 +92,7 @@ kvd_result kvd_buffer_cuda(kvd_client *c, void *data, uint64_t bytes, kvd_buffer
                            kvd_failure *err)
 {
     struct kvd_error e = {0};
+    KVD_WANT(err, "client", c, "data", data, "out", out);
     cudaIpcMemHandle_t handle;
     uint64_t offset = 0;
     if (kvd_fork_check(c, &e) || export_ipc(data, &handle, &offset, &e))

@@ -63,6 +63,15 @@ kvd_result kvd_client_fail(kvd_failure *err, const struct kvd_error *e)
     return code;
 }
 
+kvd_result kvd_client_want(const void *const *wanted, size_t n, kvd_failure *err)
+{
+    struct kvd_error e = {0};
+    for (size_t i = 0; i < n && !e.code; i += 2)
+        if (!wanted[i + 1])
+            kvd_fail(&e, KVD_E_INVALID, "%s is NULL", (const char *)wanted[i]);
+    return e.code ? kvd_client_fail(err, &e) : KVD_SUCCESS;
+}
+
 const char *kvd_version(void)
 {
     return kvd_build_version();
@@ -316,6 +325,7 @@ kvd_result kvd_open(const kvd_options *options, kvd_client **out, kvd_failure *e
     struct kvd_error e = {0};
     kvd_options o;
     char *found KVD_FREE = NULL;
+    KVD_WANT(err, "out", out);
     if (kvd_sized_take(&kvd_sized_options, options, &o, &e))
         return kvd_client_fail(err, &e);
     if (!o.address) {
@@ -354,7 +364,7 @@ kvd_result kvd_open(const kvd_options *options, kvd_client **out, kvd_failure *e
 
 void kvd_close(kvd_client **cp)
 {
-    kvd_client *c = KVD_TAKE(*cp);
+    kvd_client *c = cp ? KVD_TAKE(*cp) : NULL;
     if (!c)
         return;
     if (c->forked) { // the rest is gRPC's, and stays
@@ -379,6 +389,7 @@ void kvd_close(kvd_client **cp)
 kvd_result kvd_get_info(kvd_client *c, kvd_info *out, kvd_failure *err)
 {
     struct kvd_error e = {0};
+    KVD_WANT(err, "client", c);
     if (kvd_sized_check(&kvd_sized_info, out, &e) ||
         kvd_client_enter(c, kvd_client_deadline(c), &e))
         return kvd_client_fail(err, &e);

@@ -211,6 +211,30 @@ static void old_and_new_items(void)
     NEED(kvd_append(client, ALL, uneven, 2, ERR) == KVD_ERR_INVALID);
 }
 
+// Pointers of each function that a client's own mistake may leave out.
+static void nothing_to_write_to(void)
+{
+    kvd_options o = options_of("unix:/nowhere");
+    kvd_direct_options d = KVD_NEW(kvd_direct_options, .slots = 1, .max_tokens = 100);
+    NEED(kvd_open(&o, NULL, ERR) == KVD_ERR_INVALID && strstr(failure.text, "out is NULL"));
+    NEED(kvd_open(NULL, &client, ERR) == KVD_ERR_INVALID);
+    NEED(kvd_buffer_new(client, 64, NULL, ERR) == KVD_ERR_INVALID);
+    NEED(kvd_buffer_new(client, 1ull << 60, &buffer, ERR) == KVD_ERR_INTERNAL);
+    NEED(kvd_buffer_cuda_fd(client, 0, 64, NULL, ERR) == KVD_ERR_INVALID);
+    NEED(kvd_buffer_cuda_ipc(client, NULL, 0, 64, &buffer, ERR) == KVD_ERR_INVALID &&
+         strstr(failure.text, "handle is NULL"));
+    NEED(kvd_sequences_create(client, 1, NULL, ERR) == KVD_ERR_INVALID);
+    NEED(kvd_sequence_fork(client, id, 1, NULL, ERR) == KVD_ERR_INVALID);
+    NEED(kvd_sequence_publish(client, id, NULL, false, ERR) == KVD_ERR_INVALID);
+    NEED(kvd_sequence_attach(client, "p", NULL, ERR) == KVD_ERR_INVALID);
+    NEED(kvd_sequence_describe(client, id, NULL, ERR) == KVD_ERR_INVALID);
+    NEED(kvd_sequences_free(client, NULL, 1, false, ERR) == KVD_ERR_INVALID);
+    NEED(kvd_get_info(client, NULL, ERR) == KVD_ERR_INVALID);
+    NEED(kvd_append(client, ALL, NULL, 1, ERR) == KVD_ERR_INVALID);
+    NEED(kvd_direct_open(client, &d, NULL, ERR) == KVD_ERR_INVALID);
+    NEED(kvd_next_event(client, 0, NULL, ERR) == KVD_ERR_INVALID);
+}
+
 static int sized(const char *address)
 {
     kvd_options o = options_of(address);
@@ -231,6 +255,7 @@ static int sized(const char *address)
     kvd_sequence_info info = {0};
     NEED(kvd_sequence_describe(client, id, &info, ERR) == KVD_ERR_INVALID);
     NEED(strstr(failure.text, "kvd_sequence_info.size is 0"));
+    nothing_to_write_to();
     kvd_event event = {0};
     NEED(kvd_next_event(client, 0, &event, ERR) == KVD_ERR_INVALID);
     kvd_direct *direct;
@@ -294,7 +319,9 @@ static int holds(const char *address)
     NEED(kvd_sequence_publish(client, id, "p", false, ERR) == 0);
     maker = client;
     NEED(kvd_open(&o, &client, ERR) == 0 && kvd_buffer_new(client, BYTES, &buffer, ERR) == 0);
+    uint64_t request = kvd_request_new(client);
     NEED(kvd_sequence_attach(client, "p", &one, ERR) == 0 && one.holds == 1 && one.holders == 2);
+    NEED(kvd_request_new(client) == request + 2); // of which one is the attach's
     NEED(kvd_sequence_attach(client, "p", &two, ERR) == 0 && two.holds == 2 && two.holders == 2);
     NEED(one.sequence == two.sequence && one.length == 5);
     NEED(kvd_sequences_free(client, &one.sequence, 1, false, ERR) == 0);

@@ -1,6 +1,7 @@
 """kvd.h documents all that libkvd exports: parameters, ownership, units, failures. The pages that are installed come from it."""
 import re
 import subprocess
+import sys
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -38,6 +39,35 @@ def functions():
 def test_everything_exported_is_documented():
     exported = subprocess.run(["nm", "-D", "--defined-only", BUILD / "client/libkvd.so.0"], capture_output=True, text=True, check=True).stdout
     assert {line.split()[2] for line in exported.splitlines()} == set(functions())
+
+
+NOTHING = """
+import ctypes as c, sys
+library = c.CDLL(sys.argv[1])
+class Failure(c.Structure):
+    _fields_ = [("code", c.c_int), ("text", c.c_char * 512)]
+for function in sys.argv[2:]:
+    name, result, *kinds = function.split(":")
+    f, failure = getattr(library, name), Failure()
+    f.restype = c.c_int if result == "result" else c.c_uint64
+    got = f(*[c.byref(failure) if k == "err" else c.c_uint64(0) for k in kinds])
+    assert got == (1 if result == "result" else 0), (name, got)
+    assert result != "result" or b"NULL" in failure.text or b"no kvd_" in failure.text or b"without CUDA" in failure.text, (name, failure.text)
+"""
+
+
+def test_null_is_refused():
+    """Every function, called with nothing but zeros: a program's mistake is no crash."""
+    args = []
+    for name, (result, types, *_) in functions().items():
+        if name != "kvd_version":
+            args.append(":".join([name, "result" if "kvd_result" in result else "", *["err" if "kvd_failure" in t else "0" for t in types.values()]]))
+    assert len(args) > 30
+    library = BUILD / "client/libkvd.so.0"
+    if b"__asan_init" in (b := library.read_bytes()) or b"__tsan_init" in b:
+        pytest.skip("a sanitizer's libkvd is not for Python")
+    r = subprocess.run([sys.executable, "-c", NOTHING, library, *args], capture_output=True, text=True, timeout=60)
+    assert r.returncode == 0, r.stderr
 
 
 def test_parameters_ownership_units_and_failures():

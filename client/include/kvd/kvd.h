@@ -9,7 +9,8 @@
  * Functions return KVD_SUCCESS or a kvd_result; with a failure *err (may be NULL) says what was
  * wrong and how to mend it, and nothing has changed. Outputs are written on success only. What a
  * call is given stays the caller's, and is not looked at after the call has returned where nothing
- * else is said.
+ * else is said. A NULL where none is allowed is KVD_ERR_INVALID; functions that return no
+ * kvd_result do nothing then.
  *
  * Each function tells the failures that are its own. Whatever asks the daemon may also fail with
  * KVD_ERR_UNAVAILABLE, KVD_ERR_TIMEOUT, KVD_ERR_LOST, KVD_ERR_PRECONDITION in a forked child, and
