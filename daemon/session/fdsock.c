@@ -345,22 +345,23 @@ int kvd_connection_send(struct kvd_connection *c, const struct kvd_fd_grant *gra
 
 // -- start and end ------------------------------------------------------------------------------
 
-// Beside the first unix socket; without one there is none.
+// Beside each unix socket; without one there is none.
 static int init(struct kvd_daemon *d, struct kvd_error *err)
 {
-    char path[KVD_CONFIG_TEXT + 8];
-    uint32_t i = 0;
-    while (i < d->config.n_listen && strncmp(d->config.listen[i], "unix:", 5) != 0)
-        i++;
-    if (i == d->config.n_listen)
-        return KVD_OK;
+    int rc = KVD_OK;
     d->fdsock = calloc(1, sizeof(*d->fdsock));
     if (!d->fdsock)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     uv_timer_init(&d->loop, &d->fdsock->timer);
     d->fdsock->timer.data = d;
-    snprintf(path, sizeof(path), "%s.fd", d->config.listen[i] + 5);
-    return kvd_listen_unix(d, KVD_LISTEN_FD, path, SOCK_SEQPACKET, accept_one, err);
+    for (uint32_t i = 0; i < d->config.n_listen && rc == KVD_OK; i++) {
+        char path[KVD_CONFIG_TEXT + 8];
+        if (strncmp(d->config.listen[i], "unix:", 5) != 0)
+            continue;
+        snprintf(path, sizeof(path), "%s.fd", d->config.listen[i] + 5);
+        rc = kvd_listen_unix(d, KVD_LISTEN_FD, path, SOCK_SEQPACKET, accept_one, err);
+    }
+    return rc;
 }
 
 static void free_fdsock(uv_handle_t *handle)

@@ -19,9 +19,9 @@ MAGIC, VERSION = 0x0144766B, 1
 
 
 class FdSocket:
-    def __init__(self, kvd):
+    def __init__(self, kvd, path=None):
         self.s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.s.connect(str(kvd.socket) + ".fd")
+        self.s.connect(str(path or kvd.socket) + ".fd")
         hello = self.s.recv(64)
         assert struct.unpack("<II", hello[:8]) == (MAGIC, VERSION)
         self.ticket = hello[8:40].decode()
@@ -48,6 +48,43 @@ def wait_for(what, timeout=10):
     return False
 
 
+def refused(f, word):
+    with pytest.raises(grpc.RpcError) as e:
+        f()
+    assert word in e.value.details(), e.value.details()
+
+
+def test_every_unix_address_has_an_fd_socket(start, folder):
+    second = folder / "second"
+    kvd = start("--listen", f"unix:{second}")
+    for path in (kvd.socket, second):
+        w = FdSocket(kvd, path)
+        rpc = Rpc(f"unix:{path}")
+        s = rpc.kv("OpenSession", ticket=w.ticket, layout=layout()).session
+        w.send(1, memfd(4096))
+        assert rpc.kv("RegisterBuffer", session=s, key=1, size=4096).buffer
+        w.s.close()
+        rpc.channel.close()
+    assert kvd.stop() == 0
+    assert not [p for p in folder.iterdir() if p.name.endswith(".fd")]
+
+
+def test_a_large_session_is_given_up_in_pieces(kvd, rpc):
+    """Thousands of sequences, freed in one call or with their session; one call of it that is repeated finds it done."""
+    s = rpc.kv("OpenSession", layout=layout()).session
+    n = 4096
+    ids = [rpc.kv("CreateSequences", session=s, request_id=i, count=n).sequences for i in (1, 2, 3)]
+    rpc.kv("PublishSequence", session=s, sequence=ids[0][7], name="p")
+    rpc.kv("FreeSequences", session=s, request_id=9, sequences=ids[0], unpublish=True)
+    rpc.kv("FreeSequences", session=s, request_id=9, sequences=ids[0], unpublish=True)
+    assert len(rpc.kv("DescribeSequences", session=s, sequences=ids[1]).sequences) == n
+    refused(lambda: rpc.kv("AttachSequence", session=s, name="p"), "nothing is published")
+    refused(lambda: rpc.kv("FreeSequences", session=s, request_id=10, sequences=[*ids[1][1:], ids[0][0]]), "holds no sequence")
+    assert kvd.metric("kvd_sequences") == 2 * n
+    rpc.kv("CloseSession", session=s)
+    assert kvd.metric("kvd_sequences") == 0  # the reply comes when all is given up
+
+
 def test_buffers_and_their_lies(kvd, rpc):
     w = FdSocket(kvd)
     s = rpc.kv("OpenSession", ticket=w.ticket, request_id=5, layout=layout()).session
@@ -62,11 +99,6 @@ def test_buffers_and_their_lies(kvd, rpc):
     def append(**kw):
         ref = kv.TensorRef(buffer=b, **kw)
         return rpc.kv("Append", session=s, items=[kv.AppendItem(sequence=seq, position=0, tokens=10, k=ref, v=ref)])
-
-    def refused(f, word):
-        with pytest.raises(grpc.RpcError) as e:
-            f()
-        assert word in e.value.details(), e.value.details()
 
     refused(lambda: append(offset=(1 << 20) - 10 * row + 256), "reaches to byte")
     refused(lambda: append(layer_stride=(1 << 20)), "reaches to byte")
