@@ -22,6 +22,7 @@
 #include "daemon/session/fdsock.h"
 #include "daemon/session/memory.h"
 #include "daemon/session/pool.h"
+#include "daemon/session/release.h"
 #include "daemon/session/session.h"
 #include "daemon/session/tenants.h"
 
@@ -33,6 +34,7 @@ const struct kvd_part *const kvd_parts[] = {
     &kvd_part_buffers,   // what the host has room for
     &kvd_part_pool,      // and the namespaces of the configuration
     &kvd_part_tenants,   // who is charged
+    &kvd_part_release,   // sequences that are given up
     &kvd_part_sessions,  // leases
     &kvd_part_fences,    // GPU streams of workers
     &kvd_part_works,     // calls, and their line

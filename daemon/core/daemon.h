@@ -23,6 +23,7 @@ enum {
 struct kvd_call;
 struct kvd_exec;
 struct kvd_fdsock;
+struct kvd_releases;
 struct kvd_fences;
 struct kvd_fetch;
 struct kvd_http;
@@ -80,6 +81,7 @@ struct kvd_daemon {
     struct kvd_fdsock *fdsock;
     struct kvd_http *http;
     struct kvd_evict *evict;
+    struct kvd_releases *releases;
     struct kvd_users *users;
     struct kvd_user *namespace_users[KVD_MAX_NAMESPACES]; // who is charged; NULL: nobody
     struct kvd_user *layout_users[KVD_MAX_LAYOUTS];

@@ -2,6 +2,7 @@
 #include "daemon/rpc/rpc.h"
 #include "daemon/service/events.h"
 #include "daemon/service/handlers.h"
+#include "daemon/session/release.h"
 #include "daemon/session/replay.h"
 #include "kvd.pb-c.h"
 
@@ -225,6 +226,52 @@ static int check_holds(const struct kvd_session *s, const uint64_t *ids, size_t 
     return check_ids(s, ids, n, err);
 }
 
+// A FreeSequences on its way. Until it is done the session holds those that are not given up yet,
+// as if the worker had freed a few at a time.
+struct freeing {
+    struct kvd_release release;
+    struct kvd_call *call;
+    size_t at;
+};
+
+static bool free_next(struct kvd_daemon *d, struct kvd_release *r)
+{
+    struct freeing *f = (struct freeing *)r;
+    const Kvd__V1__FreeSequencesRequest *req = (const void *)f->call->request;
+    struct kvd_session *s = kvd_session_find(d, req->session);
+    if (!s || f->at == req->n_sequences)
+        return false;
+    uint64_t seq = req->sequences[f->at++];
+    if (!kvd_session_holds(s, seq))
+        return true; // another call of the session's has freed it meanwhile
+    if (req->unpublish)
+        kvd_pool_unpublish(d->pool, seq);
+    if (kvd_session_drop_held(s, seq))
+        kvd_pool_seq_release(d->pool, seq);
+    return true;
+}
+
+static void freed(struct kvd_daemon *d, struct kvd_release *r)
+{
+    struct freeing *f = (struct freeing *)r;
+    struct kvd_call *call = f->call;
+    const Kvd__V1__FreeSequencesRequest *req = (const void *)call->request;
+    struct kvd_session *s = kvd_session_find(d, req->session);
+    Kvd__V1__FreeSequencesReply reply = KVD__V1__FREE_SEQUENCES_REPLY__INIT;
+    call->on_cancelled = NULL;
+    free(f);
+    if (s)
+        kvd_call_reply_remember(call, s, req->request_id, &reply);
+    else
+        kvd_call_fail(call, KVD_E_UNAUTH, "the session ended before the call was done");
+}
+
+// Whoever asks again under the same id is to find it done.
+static void on_cancelled(struct kvd_call *call)
+{
+    kvd_release_finish(call->d, call->work);
+}
+
 void kvd_on_free_sequences(struct kvd_call *call, const void *request)
 {
     const Kvd__V1__FreeSequencesRequest *req = request;
@@ -237,18 +284,18 @@ void kvd_on_free_sequences(struct kvd_call *call, const void *request)
                       KVD_MAX_CALL_SEQUENCES);
         return;
     }
-    if (check_holds(s, req->sequences, req->n_sequences, &err)) {
+    struct freeing *f = NULL;
+    if (check_holds(s, req->sequences, req->n_sequences, &err) == KVD_OK &&
+        !(f = malloc(sizeof(*f))))
+        kvd_fail(&err, KVD_E_INTERNAL, "out of memory");
+    if (!f) {
         kvd_call_fail_error(call, &err);
         return;
     }
-    for (size_t i = 0; i < req->n_sequences; i++) {
-        if (req->unpublish)
-            kvd_pool_unpublish(call->d->pool, req->sequences[i]);
-        if (kvd_session_drop_held(s, req->sequences[i]))
-            kvd_pool_seq_release(call->d->pool, req->sequences[i]);
-    }
-    Kvd__V1__FreeSequencesReply r = KVD__V1__FREE_SEQUENCES_REPLY__INIT;
-    kvd_call_reply_remember(call, s, req->request_id, &r);
+    *f = (struct freeing){.release = {.next = free_next, .done = freed}, .call = call};
+    call->work = f;
+    call->on_cancelled = on_cancelled;
+    kvd_release_begin(call->d, &f->release);
 }
 
 void kvd_on_describe_sequences(struct kvd_call *call, const void *request)

@@ -13,6 +13,7 @@
 #include "daemon/session/buffer.h"
 #include "daemon/session/fdsock.h"
 #include "daemon/session/reclaim.h"
+#include "daemon/session/release.h"
 #include "daemon/session/replay.h"
 #include "daemon/session/tenants.h"
 #include "kvd.pb-c.h"
@@ -228,15 +229,52 @@ void kvd_on_open_session(struct kvd_call *call, const void *request)
     kvd_rotations_get(call, &o->g, on_rotation, o);
 }
 
+// A CloseSession is answered when all that the session held is given up.
+struct closing {
+    struct kvd_release release;
+    struct kvd_call *call;
+};
+
+static bool nothing_more(struct kvd_daemon *d, struct kvd_release *r)
+{
+    (void)d;
+    (void)r;
+    return false;
+}
+
+static void closed(struct kvd_daemon *d, struct kvd_release *r)
+{
+    struct closing *c = (struct closing *)r;
+    struct kvd_call *call = c->call;
+    Kvd__V1__CloseSessionReply reply = KVD__V1__CLOSE_SESSION_REPLY__INIT;
+    (void)d;
+    free(c);
+    call->on_cancelled = NULL;
+    kvd_call_reply(call, &reply);
+}
+
+static void on_cancelled(struct kvd_call *call)
+{
+    struct closing *c = call->work;
+    kvd_release_drop(call->d, &c->release);
+    closed(call->d, &c->release);
+}
+
 void kvd_on_close_session(struct kvd_call *call, const void *request)
 {
     const Kvd__V1__CloseSessionRequest *req = request;
-    Kvd__V1__CloseSessionReply r = KVD__V1__CLOSE_SESSION_REPLY__INIT;
     struct kvd_session *s = kvd_session_find(call->d, req->session);
-    struct kvd_daemon *d = call->d;
-    kvd_call_reply(call, &r); // closing twice is fine
     if (s)
-        kvd_session_end(d, s, "closed by the worker");
+        kvd_session_end(call->d, s, "closed by the worker");
+    struct closing *c = malloc(sizeof(*c));
+    if (!c) {
+        kvd_call_fail(call, KVD_E_INTERNAL, "out of memory; the session is closed");
+        return;
+    }
+    *c = (struct closing){.release = {.next = nothing_more, .done = closed}, .call = call};
+    call->work = c;
+    call->on_cancelled = on_cancelled;
+    kvd_release_begin(call->d, &c->release); // closing twice is fine
 }
 
 void kvd_on_keep_alive(struct kvd_call *call, const void *request)

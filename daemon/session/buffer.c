@@ -37,8 +37,8 @@ static int map_memfd(const struct kvd_foreign *m, struct kvd_buffer *b, struct k
                         (uint64_t)st.st_blocks * 512, (int64_t)st.st_size);
     void *p = mmap(NULL, m->size, PROT_READ | PROT_WRITE, MAP_SHARED, m->fd, 0);
     if (p == MAP_FAILED)
-        return kvd_fail(err, KVD_E_INVALID, "cannot map the memfd for reading and writing: %s",
-                        strerror(errno));
+        return kvd_fail(err, errno == ENOMEM ? KVD_E_LIMIT : KVD_E_INVALID,
+                        "cannot map the memfd for reading and writing: %s", strerror(errno));
     b->data = p;
     b->inode = st.st_ino;
     return KVD_OK;

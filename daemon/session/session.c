@@ -6,6 +6,7 @@
 #include "daemon/rpc/users.h"
 #include "daemon/session/buffer.h"
 #include "daemon/session/fdsock.h"
+#include "daemon/session/release.h"
 #include "daemon/session/tenants.h"
 
 struct kvd_session *kvd_session_find(struct kvd_daemon *d, const char *secret)
@@ -73,14 +74,8 @@ void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *wh
              " why=\"%s\" sequences=%u calls=%" PRIu64,
              s->id, s->client_name, s->pid, why, HASH_COUNT(s->held), s->calls);
     kvd_parts_session_ends(d, s);
-    struct kvd_held *h, *h_next;
-    HASH_ITER(hh, s->held, h, h_next)
-    {
-        kvd_pool_seq_release(d->pool, h->seq);
-        HASH_DEL(s->held, h);
-        free(h);
-        kvd_user_give(s->user, KVD_SHARE_SEQUENCES, 1);
-    }
+    kvd_user_give(s->user, KVD_SHARE_SEQUENCES, HASH_COUNT(s->held));
+    kvd_release_held(d, KVD_TAKE(s->held));
     struct kvd_buffer *b, *b_next;
     HASH_ITER(hh, s->buffers, b, b_next)
     kvd_session_drop_buffer(s, b);
