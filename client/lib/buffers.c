@@ -58,6 +58,11 @@ kvd_result kvd_client_add_buffer(kvd_client *c, kvd_buffer *b, kvd_failure *err)
 // All of it gets its memory here: kvd takes none that it would have to pay for.
 static int make_memory(kvd_buffer *b, struct kvd_error *err)
 {
+    // A memfd knows no bounds but the end of the machine's memory, and of its processes.
+    uint64_t host = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+    if (b->size > host)
+        return kvd_fail(err, KVD_E_INTERNAL, "%llu bytes of memory: the host has %llu",
+                        (unsigned long long)b->size, (unsigned long long)host);
     if (b->local) {
         b->data = mmap(NULL, b->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         return b->data != MAP_FAILED ? KVD_OK
