@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 smoke=
 [ "${1:-}" = --smoke ] && { smoke=1; shift; }
 build=${1:-build}
-programs=(tests/bench_pool tests/bench_attend tests/bench_fit tests/bench_rpc daemon/kvd client/kvctl client/kvd-demo)
+programs=(tests/bench_pool tests/bench_prefix tests/bench_attend tests/bench_fit tests/bench_rpc daemon/kvd client/kvctl client/kvd-demo)
 for f in "${programs[@]}"; do
     [ ! -e "$build/$f" ] || continue
     source deploy/deps.sh
@@ -37,6 +37,7 @@ trap cleanup EXIT
 
 echo "# machine: $(nproc) cores, $(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -n 1)"
 "$build/tests/bench_pool" "$millions"
+"$build/tests/bench_prefix" "$millions"
 "$build/tests/bench_attend" "$tokens" tests/data/smollm2.safetensors
 
 echo

@@ -1,0 +1,386 @@
+// Which leaf to evict: the one whose memory earns the fewest hits, by what has been seen so far.
+//
+// Every use begins a life, which the next use of that block ends. For each class (how often a block
+// has been used) and age (time since its last use) it is counted how many lives reached the age and
+// how many ended at it. That gives the chance of a hit at each age still to come, and from those
+// the most hits that a block can earn per time that it is kept, over the best time to keep it (the
+// Gittins index). Blocks lie on shelves by class and tick of their last use, shelves are ranked
+// once a tick, and the lowest shelf that is not empty gives a leaf.
+//
+// So there is nothing to set: one-time prompts sink because their class is seen to be used seldom,
+// and where recency tells all, as with agents, the order is that of recency. Before anything has
+// been seen it is that too.
+//
+// Blocks that are gone leave a ghost of 4 bytes (a tag, number of uses, tick), without which it
+// would not be seen that they were wanted again: what happens at ages beyond those that eviction
+// lets blocks reach could not be learned, and a block could not become a much-used one.
+#include "pool/prefix_internal.h"
+
+#include <math.h>
+
+enum {
+    TICKS_PER_FILL = 4, // a tick is as many uses as a part of the entries that there are
+    MIN_TICK = 128,
+    GHOST_TICKS = 1024, // ticks of ghosts wrap
+    GHOST_OLD = 512,    // ghosts older than this go, before they wrap
+    LOOKS = 16,         // at leased leaves, for one that is wanted
+    GHOST_SWEEPS = 256, // in this many ticks all ghosts are looked at
+};
+static const double FADE = 0.999; // of what was seen, per tick
+static const double DOUBT = 0.5;  // lives that never ended, added to what was seen at each age
+
+static uint32_t class_of(uint32_t uses)
+{
+    return uses <= 1 ? 0 : uses <= 2 ? 1 : uses <= 4 ? 2 : uses <= 8 ? 3 : uses <= 16 ? 4 : 5;
+}
+
+static uint32_t age_of(const struct prefix_reuse *r, uint32_t tick)
+{
+    return KVD_MIN(r->tick - tick, (uint32_t)REUSE_AGES - 1);
+}
+
+// -- lists --------------------------------------------------------------------------------------
+// A list's ends are told by numbers beyond those of entries, so that an entry can be taken off
+// without knowing its list.
+
+static uint32_t *next_of(struct kvd_prefix *ix, uint32_t at)
+{
+    uint32_t n = ix->head->config.entries;
+    return at < n ? &ix->entry[at].next : &ix->head->list[at - n].first;
+}
+
+static uint32_t *prev_of(struct kvd_prefix *ix, uint32_t at)
+{
+    uint32_t n = ix->head->config.entries;
+    return at < n ? &ix->entry[at].prev : &ix->head->list[at - n].last;
+}
+
+static void list_clear(struct kvd_prefix *ix, uint32_t list)
+{
+    uint32_t end = ix->head->config.entries + list;
+    ix->head->list[list] = (struct prefix_list){end, end};
+}
+
+static bool list_empty(const struct kvd_prefix *ix, uint32_t list)
+{
+    return ix->head->list[list].first == ix->head->config.entries + list;
+}
+
+static void list_add(struct kvd_prefix *ix, uint32_t list, uint32_t entry)
+{
+    uint32_t end = ix->head->config.entries + list, last = *prev_of(ix, end);
+    ix->entry[entry].prev = last;
+    ix->entry[entry].next = end;
+    *next_of(ix, last) = entry;
+    *prev_of(ix, end) = entry;
+}
+
+// Puts all of `from` before what is in `to`.
+static void list_join(struct kvd_prefix *ix, uint32_t to, uint32_t from)
+{
+    if (list_empty(ix, from))
+        return;
+    struct prefix_list moved = ix->head->list[from];
+    uint32_t end = ix->head->config.entries + to, first = *next_of(ix, end);
+    *prev_of(ix, moved.first) = end;
+    *next_of(ix, moved.last) = first;
+    *prev_of(ix, first) = moved.last;
+    *next_of(ix, end) = moved.first;
+    list_clear(ix, from);
+}
+
+// -- shelves ------------------------------------------------------------------------------------
+
+static uint32_t shelf_of(const struct prefix_reuse *r, uint32_t uses, uint32_t tick)
+{
+    uint32_t oldest = r->tick - (REUSE_AGES - 1);
+    if ((int32_t)(tick - oldest) < 0)
+        tick = oldest;
+    return class_of(uses) * REUSE_AGES + tick % REUSE_AGES;
+}
+
+void leaf_file(struct kvd_prefix *ix, uint32_t entry)
+{
+    struct prefix_reuse *r = &ix->head->reuse;
+    uint32_t shelf = shelf_of(r, ix->entry[entry].uses, ix->entry[entry].tick);
+    uint32_t rank = r->rank_of[shelf];
+    r->filled[rank / 64] |= 1ull << rank % 64;
+    list_add(ix, shelf, entry);
+}
+
+void leaf_unfile(struct kvd_prefix *ix, uint32_t entry)
+{
+    struct prefix_entry *e = &ix->entry[entry];
+    *next_of(ix, e->prev) = e->next;
+    *prev_of(ix, e->next) = e->prev;
+    e->prev = e->next = KVD_PREFIX_NONE;
+}
+
+static void put_aside(struct kvd_prefix *ix, uint32_t entry)
+{
+    ix->head->reuse.lease_ends = KVD_MIN(ix->head->reuse.lease_ends, ix->entry[entry].lease);
+    list_add(ix, LIST_LEASED, entry);
+}
+
+// Puts leaves that were put aside and whose lease is over back on their shelves; looks at `most` of
+// them, in turn, if any lease can be over at all. Returns whether there were any.
+static bool look_at_leased(struct kvd_prefix *ix, uint32_t now, uint32_t most)
+{
+    struct prefix_head *h = ix->head;
+    uint32_t last = h->list[LIST_LEASED].last, entry = KVD_PREFIX_NONE, ends = UINT32_MAX;
+    bool any = false;
+    if (now < h->reuse.lease_ends || list_empty(ix, LIST_LEASED))
+        return false;
+    for (uint32_t i = 0; i < most && entry != last; i++) {
+        entry = h->list[LIST_LEASED].first;
+        leaf_unfile(ix, entry);
+        if (ix->entry[entry].lease > now) {
+            list_add(ix, LIST_LEASED, entry);
+            ends = KVD_MIN(ends, ix->entry[entry].lease);
+        } else {
+            leaf_file(ix, entry);
+            any = true;
+        }
+    }
+    if (entry == last)
+        h->reuse.lease_ends = ends;
+    return any;
+}
+
+static uint32_t lowest(struct kvd_prefix *ix, uint32_t now)
+{
+    struct prefix_reuse *r = &ix->head->reuse;
+    for (size_t word = 0; word < KVD_LEN(r->filled); word++)
+        while (r->filled[word]) {
+            uint32_t rank = (uint32_t)word * 64 + (uint32_t)__builtin_ctzll(r->filled[word]);
+            uint32_t shelf = r->shelf_at[rank];
+            while (!list_empty(ix, shelf)) {
+                uint32_t entry = ix->head->list[shelf].first;
+                if (ix->entry[entry].lease <= now)
+                    return entry;
+                leaf_unfile(ix, entry);
+                put_aside(ix, entry);
+            }
+            r->filled[word] &= ~(1ull << rank % 64);
+        }
+    return KVD_PREFIX_NONE;
+}
+
+uint32_t leaf_choose(struct kvd_prefix *ix, uint32_t now)
+{
+    look_at_leased(ix, now, LOOKS);
+    uint32_t entry = lowest(ix, now);
+    // Only where leases keep all that is left are all of them looked at, and not again before one
+    // of them has ended.
+    if (entry == KVD_PREFIX_NONE && look_at_leased(ix, now, UINT32_MAX))
+        entry = lowest(ix, now);
+    return entry;
+}
+
+// -- ranks --------------------------------------------------------------------------------------
+
+// The chances that a life of the class that reached an age ends at it. Few are seen at each of the
+// later ages, so a part of those beside it count too.
+static void chances(const struct prefix_reuse *r, uint32_t class, double out[REUSE_AGES])
+{
+    for (int age = 0; age < REUSE_AGES; age++) {
+        int around = age / 4;
+        double ended = 0, seen = DOUBT;
+        for (int a = age - around; a <= age + around && a < REUSE_AGES; a++) {
+            ended += r->ended[class][a];
+            seen += r->seen[class][a];
+        }
+        out[age] = fmin(ended / seen, 1);
+    }
+}
+
+// Hits per time kept, over the time to keep it that gives the most.
+static double worth(const double chance[REUSE_AGES], int age)
+{
+    double left = 1, hits = 0, kept = 0, best = 0;
+    for (int a = age; a < REUSE_AGES; a++) {
+        hits += left * chance[a];
+        kept += left * (1 - chance[a] / 2);
+        left *= 1 - chance[a];
+        best = fmax(best, hits / kept);
+    }
+    return best;
+}
+
+struct ranked {
+    double worth;
+    uint32_t age, shelf;
+};
+
+static int by_worth(const void *a, const void *b)
+{
+    const struct ranked *x = a, *y = b;
+    if (x->worth != y->worth)
+        return x->worth < y->worth ? -1 : 1;
+    if (x->age != y->age)
+        return x->age > y->age ? -1 : 1;
+    return x->shelf < y->shelf ? -1 : x->shelf > y->shelf;
+}
+
+static void rank_shelves(struct kvd_prefix *ix)
+{
+    struct prefix_reuse *r = &ix->head->reuse;
+    struct ranked ranked[REUSE_SHELVES];
+    for (uint32_t class = 0; class < REUSE_CLASSES; class ++) {
+        double chance[REUSE_AGES];
+        chances(r, class, chance);
+        for (uint32_t age = 0; age < REUSE_AGES; age++)
+            ranked[class * REUSE_AGES + age] = (struct ranked){
+                worth(chance, (int)age), age, class * REUSE_AGES + (r->tick - age) % REUSE_AGES};
+    }
+    qsort(ranked, REUSE_SHELVES, sizeof(ranked[0]), by_worth);
+    memset(r->filled, 0, sizeof(r->filled));
+    for (uint32_t rank = 0; rank < REUSE_SHELVES; rank++) {
+        uint32_t shelf = ranked[rank].shelf;
+        r->shelf_at[rank] = (uint16_t)shelf;
+        r->rank_of[shelf] = (uint16_t)rank;
+        if (!list_empty(ix, shelf))
+            r->filled[rank / 64] |= 1ull << rank % 64;
+    }
+}
+
+// -- ghosts -------------------------------------------------------------------------------------
+// tag (16 bits), uses (5), tick (10), 1.
+
+static uint32_t *ghost_set(struct kvd_prefix *ix, uint64_t hash)
+{
+    return ix->ghost + (size_t)prefix_place(hash, ix->head->ghost_sets) * GHOST_WAYS;
+}
+
+static uint32_t ghost_tag(uint64_t hash)
+{
+    return (uint32_t)(hash & 0xffff) << 16;
+}
+
+static uint32_t ghost_age(const struct prefix_reuse *r, uint32_t ghost)
+{
+    return (r->tick - (ghost >> 1)) % GHOST_TICKS;
+}
+
+static void ghost_put(struct kvd_prefix *ix, uint64_t hash, uint32_t uses, uint32_t tick)
+{
+    const struct prefix_reuse *r = &ix->head->reuse;
+    uint32_t *set = ghost_set(ix, hash);
+    if (r->tick - tick > GHOST_OLD)
+        return;
+    memmove(set + 1, set, (GHOST_WAYS - 1) * sizeof(*set));
+    set[0] = ghost_tag(hash) | uses << 11 | tick % GHOST_TICKS << 1 | 1;
+}
+
+// How often the block had been used before it went; 0: not known. Its life is over.
+static uint32_t ghost_take(struct kvd_prefix *ix, uint64_t hash)
+{
+    struct prefix_reuse *r = &ix->head->reuse;
+    uint32_t *set = ghost_set(ix, hash), tag = ghost_tag(hash);
+    for (uint32_t way = 0; way < GHOST_WAYS; way++)
+        if ((set[way] & 1) && (set[way] & 0xffff0000) == tag) {
+            uint32_t uses = set[way] >> 11 & REUSE_MAX_USES;
+            uint32_t age = KVD_MIN(ghost_age(r, set[way]), (uint32_t)REUSE_AGES - 1);
+            r->lives[class_of(uses)][age]--;
+            r->ended[class_of(uses)][age]++;
+            memmove(set + way, set + way + 1, (GHOST_WAYS - 1 - way) * sizeof(*set));
+            set[GHOST_WAYS - 1] = 0;
+            return uses;
+        }
+    return 0;
+}
+
+static void sweep_ghosts(struct kvd_prefix *ix)
+{
+    const struct prefix_head *h = ix->head;
+    uint64_t ghosts = (uint64_t)h->ghost_sets * GHOST_WAYS, part = h->reuse.tick % GHOST_SWEEPS;
+    for (uint64_t i = ghosts * part / GHOST_SWEEPS; i < ghosts * (part + 1) / GHOST_SWEEPS; i++)
+        if ((ix->ghost[i] & 1) && ghost_age(&h->reuse, ix->ghost[i]) > GHOST_OLD)
+            ix->ghost[i] = 0;
+}
+
+// -- time ---------------------------------------------------------------------------------------
+
+static void tick(struct kvd_prefix *ix)
+{
+    struct prefix_reuse *r = &ix->head->reuse;
+    r->tick++;
+    for (uint32_t class = 0; class < REUSE_CLASSES; class ++) {
+        double *lives = r->lives[class];
+        for (uint32_t age = 0; age < REUSE_AGES; age++) {
+            r->seen[class][age] = r->seen[class][age] * FADE + lives[age];
+            r->ended[class][age] *= FADE;
+        }
+        // Lives whose ghosts were lost would go on for ever.
+        lives[REUSE_AGES - 1] = fmax(lives[REUSE_AGES - 1] + lives[REUSE_AGES - 2], 0) * FADE;
+        memmove(lives + 1, lives, (REUSE_AGES - 2) * sizeof(*lives));
+        lives[0] = 0;
+        // The shelf that this tick gets was the oldest's.
+        list_join(ix, class * REUSE_AGES + (r->tick + 1) % REUSE_AGES,
+                  class * REUSE_AGES + r->tick % REUSE_AGES);
+    }
+    sweep_ghosts(ix);
+    rank_shelves(ix);
+}
+
+void reuse_advance(struct kvd_prefix *ix, uint32_t uses)
+{
+    struct prefix_reuse *r = &ix->head->reuse;
+    while (r->uses_left < uses) {
+        uses -= r->uses_left;
+        tick(ix);
+        r->uses_left = KVD_MAX(ix->head->entries / TICKS_PER_FILL, (uint32_t)MIN_TICK);
+    }
+    r->uses_left -= uses;
+}
+
+void reuse_clear(struct kvd_prefix *ix)
+{
+    struct prefix_head *h = ix->head;
+    memset(&h->reuse, 0, sizeof(h->reuse));
+    h->reuse.tick = REUSE_AGES;
+    h->reuse.uses_left = MIN_TICK;
+    h->reuse.lease_ends = UINT32_MAX;
+    memset(ix->ghost, 0, (size_t)h->ghost_sets * GHOST_WAYS * sizeof(*ix->ghost));
+    for (uint32_t list = 0; list < LISTS; list++)
+        list_clear(ix, list);
+    rank_shelves(ix);
+}
+
+static void begin(struct kvd_prefix *ix, struct prefix_entry *e, uint32_t uses)
+{
+    e->uses = (uint8_t)KVD_MIN(uses, (uint32_t)REUSE_MAX_USES);
+    e->tick = ix->head->reuse.tick;
+    ix->head->reuse.lives[class_of(e->uses)][0]++;
+}
+
+void reuse_new(struct kvd_prefix *ix, struct prefix_entry *e, uint64_t hash)
+{
+    begin(ix, e, ghost_take(ix, hash) + 1);
+}
+
+void reuse_again(struct kvd_prefix *ix, struct prefix_entry *e)
+{
+    struct prefix_reuse *r = &ix->head->reuse;
+    uint32_t age = age_of(r, e->tick);
+    r->lives[class_of(e->uses)][age]--;
+    r->ended[class_of(e->uses)][age]++;
+    begin(ix, e, e->uses + 1u);
+}
+
+void reuse_gone(struct kvd_prefix *ix, const struct prefix_entry *e, uint64_t hash, bool wanted)
+{
+    struct prefix_reuse *r = &ix->head->reuse;
+    if (wanted)
+        ghost_put(ix, hash, e->uses, e->tick);
+    else
+        r->lives[class_of(e->uses)][age_of(r, e->tick)]--;
+}
+
+void reuse_passed(struct kvd_prefix *ix, uint64_t hash)
+{
+    struct prefix_reuse *r = &ix->head->reuse;
+    uint32_t uses = KVD_MIN(ghost_take(ix, hash) + 1, (uint32_t)REUSE_MAX_USES);
+    r->lives[class_of(uses)][0]++;
+    ghost_put(ix, hash, uses, r->tick);
+}
