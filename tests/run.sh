@@ -134,7 +134,7 @@ else
     count plan 0 0 1
 fi
 
-fuzzers=(pickle zoo native safetensors config request)
+fuzzers=(pickle zoo native safetensors config request fdsock)
 corpora() { # corpora SUFFIX BUILD: what fuzzing found worth keeping, run once
     local name
     for name in "${fuzzers[@]}"; do

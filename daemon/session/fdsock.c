@@ -307,8 +307,11 @@ void kvd_connection_bind(struct kvd_connection *c, struct kvd_session *s,
 int kvd_connection_take_fd(struct kvd_connection *c, uint64_t key)
 {
     // RegisterBuffer may arrive before the loop has polled the fd socket.
-    while (receive(c) > 0)
+    int rc;
+    while ((rc = receive(c)) > 0)
         continue;
+    if (rc < 0) // hung up on when the loop polls it: the caller still has the session
+        shutdown(c->fd, SHUT_RDWR);
     for (uint32_t i = 0; i < c->n_pending; i++) {
         if (c->pending[i].key != key)
             continue;

@@ -141,3 +141,20 @@ requests = [
 ]
 for i, message in enumerate(requests):
     write("request", message.DESCRIPTOR.name, bytes([i]) + message.SerializeToString())
+
+# -- the fd socket: steps of four bytes (fuzz_fdsock.c) --------------------------------------------
+
+CONNECT, SEND, RAW, HANG_UP, REGISTER, BIND, GRANT, GO_ROUND = range(8)
+
+
+def steps(*of):
+    """(operation, worker, bytes...) each; what a RAW sends comes behind it."""
+    return b"".join(bytes([op | worker << 3, *more[:3]]).ljust(4, b"\0") + b"".join(more[3:]) for op, worker, *more in of)
+
+
+good = struct.pack("<IIQ", 0x0144766B, 1, 2)
+write("fdsock", "life", steps((CONNECT, 0), (SEND, 0, 1, 0), (BIND, 0), (REGISTER, 0, 1, 0, 16), (GO_ROUND, 0), (HANG_UP, 0), (GO_ROUND, 0)))
+write("fdsock", "memory", steps((CONNECT, 0), *[(SEND, 0, k, k) for k in range(6)], *[(REGISTER, 0, k, 9, 1) for k in range(6)]))
+write("fdsock", "raw", steps((CONNECT, 1), (RAW, 1, 16, 1, 0, good), (REGISTER, 1, 2, 0, 4), (RAW, 1, 16, 2, 0, good), (GO_ROUND, 1)))
+write("fdsock", "malformed", steps((CONNECT, 2), (BIND, 2), (RAW, 2, 7, 3, 0, b"nothing"), (REGISTER, 2, 1), (SEND, 2, 1), (GO_ROUND, 2)))
+write("fdsock", "many", steps((CONNECT, 3), (GRANT, 3, 3), (RAW, 3, 16, 15, 0, good), (CONNECT, 0), *[(SEND, 0, 1, 0)] * 30))
