@@ -41,7 +41,8 @@ struct kvd_work;
 
 // A sequence's use by calls in flight: readers share, a writer is alone.
 struct kvd_seq_use {
-    uint16_t readers;
+    uint64_t wanted; // the last look at what can start in which one was met that uses it
+    uint32_t readers;
     bool writer;
 };
 

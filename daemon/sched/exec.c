@@ -13,7 +13,7 @@ struct kvd_exec {
     struct kvd_job *running; // in `fair` too
     uint64_t charged_ns;     // until when it has been charged
     struct kvd_job *done;    // to report
-    _Atomic bool contended;  // another namespace waits for the one that runs
+    _Atomic bool contended;  // another session waits for the one that runs
     _Atomic bool stop;       // set under the lock
     bool ended;
 };

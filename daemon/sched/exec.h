@@ -1,7 +1,8 @@
 // The executor: one thread that runs jobs in slices, as the backend has one stream of work.
 //
-// Each slice goes to the namespace that has had the least time (fair.h). A job that is alone runs
-// on without a break; when another namespace waits it stops after KVD_SLICE_NS. The loop thread
+// Each slice goes to the namespace that has had the least time, and in it to that session (fair.h).
+// A job that is alone runs on without a break; when another session waits it stops after
+// KVD_SLICE_NS. The loop thread
 // never waits for the executor.
 #ifndef KVD_DAEMON_EXEC_H
 #define KVD_DAEMON_EXEC_H
@@ -19,7 +20,7 @@ struct kvd_exec;
 enum { KVD_SLICE_NS = 2000000 };
 
 struct kvd_job {
-    struct kvd_fair_job fair; // its tenant is the namespace
+    struct kvd_fair_job fair; // its tenant is the namespace, its flow the session's
     // Runs a slice, on the executor thread. True: there is more. False: done, with rc set.
     bool (*run)(struct kvd_daemon *d, struct kvd_job *job);
     void (*done)(struct kvd_daemon *d, struct kvd_job *job); // loop thread; frees the job

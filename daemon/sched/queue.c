@@ -3,27 +3,35 @@
 #include <uthash.h>
 #include <utlist.h>
 
-enum { MAX_IN_FLIGHT = 8 }; // of a namespace, handed to the executor at once
+// Handed to the executor at once; and lines that are looked at for the next, so that a look takes
+// no longer however many there are.
+enum { SESSION_IN_FLIGHT = 8, NAMESPACE_IN_FLIGHT = 64, LOOKS = 64 };
 
-struct line {
+// A session's. It is there from its first call until its end.
+struct kvd_line {
+    uint64_t session;
     struct kvd_waiter *first;
+    struct kvd_waiting waiting;
+    uint32_t in_flight, users; // users: waiters that are not forgotten
+    bool ended;                // its session
+    struct kvd_fair_flow flow;
+    struct kvd_line *prev, *next; // among those of its namespace in which somebody waits
+    UT_hash_handle hh;
+};
+
+struct space {
+    struct kvd_line *lines; // by the age of their first
     uint32_t in_flight;
     struct kvd_waiting waiting;
 };
 
-// What a session has waiting, while it has anything.
-struct charged {
-    uint64_t session;
-    struct kvd_waiting waiting;
-    UT_hash_handle hh;
-};
-
 struct kvd_queue {
-    struct line lines[KVD_MAX_NAMESPACES];
-    struct charged *sessions;
+    struct space spaces[KVD_MAX_NAMESPACES];
+    struct kvd_line *lines; // by session
     struct kvd_waiting waiting;
-    bool (*ready)(struct kvd_daemon *d, struct kvd_waiter *w);
-    void (*start)(struct kvd_daemon *d, struct kvd_waiter *w);
+    uint64_t order, look;
+    kvd_queue_ready *ready;
+    kvd_queue_start *start;
 };
 
 uint32_t kvd_queue_waiting(const struct kvd_daemon *d)
@@ -48,81 +56,166 @@ static int refuse(const char *who, uint64_t id, struct kvd_waiting own, struct k
                     who, id, own.calls, own.bytes, all.calls, all.bytes, why);
 }
 
+static struct kvd_line *find_line(struct kvd_queue *q, uint64_t session)
+{
+    struct kvd_line *line;
+    HASH_FIND(hh, q->lines, &session, sizeof(session), line);
+    return line;
+}
+
+static void drop_line(struct kvd_queue *q, struct kvd_line *line)
+{
+    if (!line->ended || line->users)
+        return;
+    HASH_DEL(q->lines, line);
+    free(line);
+}
+
 int kvd_queue_admit(struct kvd_daemon *d, struct kvd_waiter *w, struct kvd_error *err)
 {
     struct kvd_queue *q = d->queue;
-    struct line *line = &q->lines[w->ns];
+    struct space *space = &q->spaces[w->ns];
     struct kvd_waiting most = {d->config.max_queue, KVD_MAX_WAITING_BYTES}, none = {0};
     // A namespace ends up with at most three quarters of all, and shares those among its sessions.
     struct kvd_waiting part = {KVD_MAX(most.calls / 4 * 3, 1u), most.bytes / 4 * 3};
-    struct charged *s;
+    struct kvd_line *line = find_line(q, w->session);
     const char *why;
-    HASH_FIND(hh, q->sessions, &w->session, sizeof(w->session), s);
-    struct kvd_waiting own = s ? s->waiting : none;
-    if (!kvd_waiting_fits(line->waiting, q->waiting, most, w->bytes, &why))
-        return refuse("namespace", w->ns, line->waiting, q->waiting, why, err);
-    if (!kvd_waiting_fits(own, line->waiting, part, w->bytes, &why))
-        return refuse("session", w->session, own, line->waiting, why, err);
-    if (!s) {
-        s = calloc(1, sizeof(*s));
-        if (!s)
+    struct kvd_waiting own = line ? line->waiting : none;
+    if (!kvd_waiting_fits(space->waiting, q->waiting, most, w->bytes, &why))
+        return refuse("namespace", w->ns, space->waiting, q->waiting, why, err);
+    if (!kvd_waiting_fits(own, space->waiting, part, w->bytes, &why))
+        return refuse("session", w->session, own, space->waiting, why, err);
+    if (!line) {
+        line = calloc(1, sizeof(*line));
+        if (!line)
             return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-        s->session = w->session;
-        HASH_ADD(hh, q->sessions, session, sizeof(s->session), s);
+        line->session = w->session;
+        HASH_ADD(hh, q->lines, session, sizeof(line->session), line);
     }
+    w->line = line;
     w->waits = true;
+    line->users++;
     count(&q->waiting, true, w->bytes);
+    count(&space->waiting, true, w->bytes);
     count(&line->waiting, true, w->bytes);
-    count(&s->waiting, true, w->bytes);
     return KVD_OK;
+}
+
+// Puts a line where it belongs among its namespace's: by the age of its first.
+static void place(struct space *space, struct kvd_line *line)
+{
+    struct kvd_line *at = space->lines;
+    if (!line->first)
+        return;
+    while (at && at->first->order < line->first->order)
+        at = at->next;
+    if (at)
+        DL_PREPEND_ELEM(space->lines, at, line);
+    else
+        DL_APPEND(space->lines, line);
+}
+
+static void leave_line(struct space *space, struct kvd_waiter *w)
+{
+    struct kvd_line *line = w->line;
+    bool was_first = line->first == w;
+    if (was_first)
+        DL_DELETE(space->lines, line);
+    DL_DELETE(line->first, w);
+    w->in_line = false;
+    if (was_first)
+        place(space, line);
+}
+
+// It waits no longer.
+static void wait_no_more(struct kvd_queue *q, struct kvd_waiter *w)
+{
+    struct space *space = &q->spaces[w->ns];
+    if (!w->waits)
+        return;
+    w->waits = false;
+    if (w->in_line)
+        leave_line(space, w);
+    count(&q->waiting, false, w->bytes);
+    count(&space->waiting, false, w->bytes);
+    count(&w->line->waiting, false, w->bytes);
 }
 
 void kvd_queue_forget(struct kvd_daemon *d, struct kvd_waiter *w)
 {
     struct kvd_queue *q = d->queue;
-    struct line *line = &q->lines[w->ns];
-    struct charged *s;
-    if (w->in_flight)
-        line->in_flight--;
+    if (!w->line)
+        return;
+    wait_no_more(q, w);
+    if (w->in_flight) {
+        q->spaces[w->ns].in_flight--;
+        w->line->in_flight--;
+    }
     w->in_flight = false;
-    if (!w->waits)
-        return;
-    w->waits = false;
-    if (w->in_line)
-        DL_DELETE(line->first, w);
-    w->in_line = false;
-    HASH_FIND(hh, q->sessions, &w->session, sizeof(w->session), s);
-    count(&q->waiting, false, w->bytes);
-    count(&line->waiting, false, w->bytes);
-    count(&s->waiting, false, w->bytes);
-    if (s->waiting.calls)
-        return;
-    HASH_DEL(q->sessions, s);
-    free(s);
+    w->line->users--;
+    drop_line(q, KVD_TAKE(w->line));
+}
+
+// The line whose first starts next; NULL: none can.
+static struct kvd_line *choose(struct kvd_daemon *d, const struct space *space)
+{
+    struct kvd_queue *q = d->queue;
+    struct kvd_line *best = NULL, *line;
+    uint32_t looks = 0;
+    q->look++;
+    DL_FOREACH(space->lines, line)
+    {
+        if (looks++ == LOOKS || (best && !best->in_flight))
+            break;
+        if (line->in_flight < SESSION_IN_FLIGHT && q->ready(d, line->first, q->look) &&
+            (!best || line->in_flight < best->in_flight))
+            best = line;
+    }
+    return best;
 }
 
 void kvd_queue_kick(struct kvd_daemon *d, uint32_t ns)
 {
-    struct line *line = &d->queue->lines[ns];
-    while (line->first && line->in_flight < MAX_IN_FLIGHT && d->queue->ready(d, line->first)) {
+    struct space *space = &d->queue->spaces[ns];
+    struct kvd_line *line;
+    while (space->in_flight < NAMESPACE_IN_FLIGHT && (line = choose(d, space))) {
         struct kvd_waiter *w = line->first;
-        kvd_queue_forget(d, w);
+        wait_no_more(d->queue, w);
         w->in_flight = true;
         line->in_flight++;
+        space->in_flight++;
         d->queue->start(d, w);
     }
 }
 
 void kvd_queue_push(struct kvd_daemon *d, struct kvd_waiter *w)
 {
-    struct line *line = &d->queue->lines[w->ns];
-    DL_APPEND(line->first, w);
+    struct space *space = &d->queue->spaces[w->ns];
+    bool empty = !w->line->first;
+    w->order = ++d->queue->order;
+    DL_APPEND(w->line->first, w);
     w->in_line = true;
+    if (empty)
+        DL_APPEND(space->lines, w->line);
     kvd_queue_kick(d, w->ns);
 }
 
-int kvd_queue_init(struct kvd_daemon *d, bool (*ready)(struct kvd_daemon *d, struct kvd_waiter *w),
-                   void (*start)(struct kvd_daemon *d, struct kvd_waiter *w), struct kvd_error *err)
+struct kvd_fair_flow *kvd_queue_flow(const struct kvd_waiter *w)
+{
+    return &w->line->flow;
+}
+
+void kvd_queue_session_ends(struct kvd_daemon *d, uint64_t session)
+{
+    struct kvd_line *line = find_line(d->queue, session);
+    if (!line)
+        return;
+    line->ended = true;
+    drop_line(d->queue, line);
+}
+
+int kvd_queue_init(struct kvd_daemon *d, kvd_queue_ready *ready, kvd_queue_start *start,
+                   struct kvd_error *err)
 {
     d->queue = calloc(1, sizeof(*d->queue));
     if (!d->queue)
@@ -134,5 +227,13 @@ int kvd_queue_init(struct kvd_daemon *d, bool (*ready)(struct kvd_daemon *d, str
 
 void kvd_queue_deinit(struct kvd_daemon *d)
 {
+    struct kvd_line *line, *next;
+    if (!d->queue)
+        return;
+    HASH_ITER(hh, d->queue->lines, line, next)
+    {
+        HASH_DEL(d->queue->lines, line);
+        free(line);
+    }
     free(KVD_TAKE(d->queue));
 }

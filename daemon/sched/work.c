@@ -73,16 +73,20 @@ static struct kvd_work *of_waiter(struct kvd_waiter *waiter)
     return (struct kvd_work *)((uint8_t *)waiter - offsetof(struct kvd_work, waiter));
 }
 
-// Whether no work in flight uses what it writes, or writes what it uses.
-static bool ready(struct kvd_daemon *d, struct kvd_waiter *waiter)
+// Whether no work in flight uses what it writes, or writes what it uses, and no older one that
+// waits uses any of it: each that was looked at before has noted its sequences under the number of
+// the look.
+static bool ready(struct kvd_daemon *d, struct kvd_waiter *waiter, uint64_t look)
 {
     const struct kvd_work *w = of_waiter(waiter);
-    for (uint32_t i = 0; i < w->n_items; i++) {
+    bool free = true;
+    for (uint32_t i = 0; i < w->n_items && free; i++) {
         const struct kvd_seq_use *use = &d->use[(uint32_t)w->items[i].seq];
-        if (use->writer || (w->op->writes && use->readers))
-            return false;
+        free = use->wanted != look && !use->writer && !(w->op->writes && use->readers);
     }
-    return true;
+    for (uint32_t i = 0; i < w->n_items; i++)
+        d->use[(uint32_t)w->items[i].seq].wanted = look;
+    return free;
 }
 
 static void lock(struct kvd_daemon *d, struct kvd_work *w, bool on)
@@ -92,7 +96,7 @@ static void lock(struct kvd_daemon *d, struct kvd_work *w, bool on)
         if (w->op->writes)
             use->writer = on;
         else
-            use->readers = (uint16_t)(use->readers + (on ? 1 : -1));
+            use->readers += on ? 1 : -1u;
     }
     w->locked = on;
 }
@@ -183,6 +187,7 @@ static void start(struct kvd_daemon *d, struct kvd_waiter *waiter)
     w->job.run = kvd_work_run;
     w->job.done = done;
     w->job.fair.tenant = w->waiter.ns;
+    w->job.fair.flow = kvd_queue_flow(&w->waiter);
     kvd_exec_submit(d, &w->job);
 }
 
@@ -279,6 +284,7 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
 static void session_ends(struct kvd_daemon *d, struct kvd_session *s)
 {
     cancel_all(d, s);
+    kvd_queue_session_ends(d, s->id);
 }
 
 static void stop(struct kvd_daemon *d)

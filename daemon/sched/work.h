@@ -2,7 +2,7 @@
 // daemon. What differs between them is a struct kvd_op (op.h).
 //
 //   1. a request is checked and made a work: tensors resolved to memory, sequences pinned
-//   2. it waits for its fence (fences.c) and in its namespace's line (queue.c); strictly in order,
+//   2. it waits for its fence (fences.c) and in its session's line (queue.c); strictly in order,
 //   it starts when no call in flight writes what it uses
 //   3. starting takes the pages (all sequences or none) and notes addresses; the executor runs the
 //   kernels, in slices (run.c)
@@ -56,7 +56,7 @@ struct kvd_page_copy {
 
 struct kvd_work {
     struct kvd_job job;
-    struct kvd_waiter waiter;         // in the line of its namespace
+    struct kvd_waiter waiter;         // in the line of its session
     struct kvd_parked parked;         // at its fence, before that
     struct kvd_work *previous, *next; // among all
     const struct kvd_op *op;

@@ -95,8 +95,8 @@ HUGE = dict(layers=list(range(LAYERS)), q_heads=HEADS, kv_heads=1, codec="bf16")
 class Neighbour(Worker):
     """Small calls, one after the other."""
 
-    def __init__(self, kvd):
-        super().__init__(kvd, "neighbour", layout(**SMALL))
+    def __init__(self, kvd, namespace="neighbour"):
+        super().__init__(kvd, namespace, layout(**SMALL))
         self.seq = self.sequence(100)
 
     def latencies(self, seconds):
@@ -120,8 +120,9 @@ def compare(name, neighbour, alone, slack=1.0):
 SLACK = float(os.environ.get("KVD_FAIRNESS_SLACK", 8))
 
 
-def test_a_huge_attention_does_not_hold_up_others(kvd):
-    w, n = Worker(kvd, "huge", layout(**HUGE)), Neighbour(kvd)
+@pytest.mark.parametrize("namespace", ["neighbour", "huge"])  # another one, and the same
+def test_a_huge_attention_does_not_hold_up_others(kvd, namespace):
+    w, n = Worker(kvd, "huge", layout(**HUGE)), Neighbour(kvd, namespace)
     seq = w.sequence(LONG)
     alone = n.latencies(SECONDS)
     began = time.perf_counter()

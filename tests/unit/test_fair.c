@@ -1,8 +1,9 @@
 // Turns among tenants, and what may wait.
 #include "daemon/sched/fair.h"
+#include "proto/base.h"
 #include "tests/unit/suite.h"
 
-enum { TENANTS = 6, JOBS = 400 };
+enum { TENANTS = 6, JOBS = 400, FLOWS = 5 };
 
 static uint64_t below(uint64_t *state, uint64_t n)
 {
@@ -19,6 +20,7 @@ struct world {
     struct kvd_fair f;
     uint64_t r;
     struct job jobs[JOBS];
+    struct kvd_fair_flow flows[TENANTS][FLOWS];
     uint32_t n;
     uint64_t served[TENANTS]; // cost
     uint32_t waiting[TENANTS], next[TENANTS];
@@ -28,7 +30,9 @@ struct world {
 static struct job *add(struct world *w, uint32_t tenant, uint64_t cost)
 {
     struct job *j = &w->jobs[w->n++];
-    *j = (struct job){.base.tenant = tenant, .left = cost, .number = w->pushed[tenant]++};
+    *j = (struct job){.base = {.tenant = tenant, .flow = &w->flows[tenant][0]},
+                      .left = cost,
+                      .number = w->pushed[tenant]++};
     w->waiting[tenant]++;
     kvd_fair_push(&w->f, &j->base);
     return j;
@@ -57,6 +61,78 @@ static uint32_t turn(struct world *w, uint64_t slice)
     }
     return tenant;
 }
+
+// In a tenant its flows get the same too, and many of them no more than one of another tenant.
+START_TEST(flows_share_what_their_tenant_gets)
+{
+    uint64_t seed = kvd_test_seed("flows");
+    for (uint32_t round = 0; round < 200; round++) {
+        struct kvd_fair f;
+        struct kvd_fair_flow flows[FLOWS + 1] = {0}; // the last one is all of tenant 1
+        struct job jobs[FLOWS + 1][20];
+        uint64_t r = seed + 2 * round, served[FLOWS + 1] = {0}, slice = 1 + below(&r, 50);
+        uint32_t next[FLOWS + 1] = {0};
+        ck_assert(kvd_fair_init(&f, 2));
+        for (uint32_t i = 0; i < 20; i++)
+            for (uint32_t n = 0; n <= FLOWS; n++) {
+                struct job *j = &jobs[n][i];
+                *j = (struct job){.base = {.tenant = n == FLOWS, .flow = &flows[n]},
+                                  .left =
+                                      n == 0 ? 1 << 20 : 1 + below(&r, 100), // one has large ones
+                                  .number = i};
+                kvd_fair_push(&f, &j->base);
+            }
+        for (;;) {
+            struct job *j = (struct job *)kvd_fair_next(&f);
+            uint32_t n = (uint32_t)(j->base.flow - flows);
+            ck_assert_uint_eq(j->number, next[n]); // in order
+            ck_assert(kvd_fair_contended(&f, &j->base));
+            uint64_t cost = KVD_MIN(j->left, slice);
+            j->left -= cost;
+            served[n] += cost;
+            kvd_fair_charge(&f, &j->base, cost);
+            if (j->left == 0) {
+                kvd_fair_remove(&f, &j->base);
+                if (++next[n] == 20)
+                    break; // one has nothing left: from here on others get more
+            }
+            uint64_t most = 0, least = UINT64_MAX, all = 0;
+            for (uint32_t i = 0; i < FLOWS; i++) {
+                most = KVD_MAX(most, served[i]);
+                least = KVD_MIN(least, served[i]);
+                all += served[i];
+            }
+            ck_assert_uint_le(most - least, slice);
+            ck_assert_uint_le(KVD_MAX(all, served[FLOWS]) - KVD_MIN(all, served[FLOWS]), slice);
+        }
+        kvd_fair_deinit(&f);
+    }
+}
+END_TEST
+
+// A flow that is alone in its tenant is waited for by nobody.
+START_TEST(one_flow_alone_is_not_contended)
+{
+    struct kvd_fair f;
+    struct kvd_fair_flow flows[2] = {0};
+    struct kvd_fair_job a = {.flow = &flows[0]}, b = a, c = {.flow = &flows[1]};
+    ck_assert(kvd_fair_init(&f, 1));
+    kvd_fair_push(&f, &a);
+    kvd_fair_push(&f, &b); // behind it, in its own flow
+    ck_assert(!kvd_fair_contended(&f, &a));
+    kvd_fair_push(&f, &c);
+    ck_assert(kvd_fair_contended(&f, &a));
+    kvd_fair_charge(&f, &a, 10);
+    ck_assert_ptr_eq(kvd_fair_next(&f), &c);
+    kvd_fair_remove(&f, &c);
+    ck_assert_ptr_eq(kvd_fair_next(&f), &a);
+    ck_assert(!kvd_fair_contended(&f, &a));
+    kvd_fair_remove(&f, &a);
+    kvd_fair_remove(&f, &b);
+    ck_assert_ptr_null(kvd_fair_next(&f));
+    kvd_fair_deinit(&f);
+}
+END_TEST
 
 // Whatever the jobs' sizes, tenants that have work all along get the same, but for a slice each.
 START_TEST(those_who_have_work_get_the_same)
@@ -182,4 +258,5 @@ START_TEST(what_waits_leaves_room)
 END_TEST
 
 KVD_MAIN("fair", 60, those_who_have_work_get_the_same, who_comes_back_is_next_and_has_no_credit,
-         going_away_is_no_way_out, time_alone_is_free, what_waits_leaves_room)
+         going_away_is_no_way_out, time_alone_is_free, flows_share_what_their_tenant_gets,
+         one_flow_alone_is_not_contended, what_waits_leaves_room)

@@ -21,11 +21,15 @@ static struct call calls[MANY];
 static char order[MANY + 1]; // of starts
 static uint32_t n_order;
 static bool busy[256];
+static uint64_t wanted[256];
 
-static bool ready(struct kvd_daemon *daemon, struct kvd_waiter *w)
+static bool ready(struct kvd_daemon *daemon, struct kvd_waiter *w, uint64_t look)
 {
+    uint8_t name = (uint8_t)((struct call *)w)->name;
     ck_assert_ptr_eq(daemon, &d);
-    return !busy[(uint8_t)((struct call *)w)->name];
+    bool free = !busy[name] && wanted[name] != look;
+    wanted[name] = look;
+    return free;
 }
 
 static void start(struct kvd_daemon *daemon, struct kvd_waiter *w)
@@ -44,6 +48,7 @@ static void begin(uint32_t max_queue)
     struct kvd_error err;
     memset(calls, 0, sizeof(calls));
     memset(busy, 0, sizeof(busy));
+    memset(wanted, 0, sizeof(wanted));
     n_order = 0;
     d.config.max_queue = max_queue;
     ck_assert_int_eq(kvd_queue_init(&d, ready, start, &err), KVD_OK);
@@ -54,6 +59,17 @@ static struct call *push(uint32_t i, uint32_t ns, char name)
     struct kvd_error err;
     struct call *c = &calls[i];
     *c = (struct call){.waiter = {.ns = ns, .session = ns + 1, .bytes = 100}, .name = name};
+    ck_assert_int_eq(kvd_queue_admit(&d, &c->waiter, &err), KVD_OK);
+    kvd_queue_push(&d, &c->waiter);
+    return c;
+}
+
+// Of a session of namespace 0.
+static struct call *push_of(uint32_t i, uint64_t session, char name)
+{
+    struct kvd_error err;
+    struct call *c = &calls[i];
+    *c = (struct call){.waiter = {.session = session, .bytes = 100}, .name = name};
     ck_assert_int_eq(kvd_queue_admit(&d, &c->waiter, &err), KVD_OK);
     kvd_queue_push(&d, &c->waiter);
     return c;
@@ -80,6 +96,103 @@ START_TEST(a_line_starts_in_order_and_lines_do_not_wait_for_each_other)
     ck_assert_uint_eq(kvd_queue_waiting(&d), 0);
     for (uint32_t i = 1; i < 4; i++)
         finish(&calls[i]);
+    kvd_queue_deinit(&d);
+}
+END_TEST
+
+START_TEST(a_session_does_not_wait_for_another)
+{
+    begin(100);
+    for (uint32_t i = 0; i < 20; i++)
+        push_of(i, 1, (char)('a' + i)); // one asks for much
+    push_of(20, 2, 'A');
+    push_of(21, 2, 'A'); // waits for the one before it
+    push_of(22, 3, 'B');
+    ck_assert_str_eq(order, "abcdefghAB");
+    finish(&calls[0]);
+    ck_assert_str_eq(order, "abcdefghABi");
+    finish(&calls[20]);
+    ck_assert_str_eq(order, "abcdefghABiA");
+    for (uint32_t i = 0; i < 23; i++)
+        if (i != 0 && i != 20)
+            finish(&calls[i]);
+    ck_assert_uint_eq(n_order, 23);
+    kvd_queue_deinit(&d);
+}
+END_TEST
+
+// Of sessions that want the same, the one that came first gets it first.
+START_TEST(none_is_overtaken_by_who_wants_the_same)
+{
+    begin(100);
+    push_of(0, 1, 'a');
+    push_of(1, 2, 'a'); // waits
+    push_of(2, 3, 'b');
+    push_of(3, 4, 'a');
+    push_of(4, 3, 'a');
+    ck_assert_str_eq(order, "ab");
+    busy['a'] = false; // even if nobody knows yet that it is free
+    push_of(5, 5, 'a');
+    ck_assert_str_eq(order, "aba");
+    ck_assert(calls[1].started && !calls[5].started);
+    finish(&calls[1]);
+    ck_assert(calls[3].started && !calls[4].started);
+    finish(&calls[3]);
+    ck_assert(calls[4].started && !calls[5].started);
+    finish(&calls[4]);
+    finish(&calls[5]);
+    finish(&calls[2]);
+    finish(&calls[0]);
+    kvd_queue_deinit(&d);
+}
+END_TEST
+
+// However many sessions have something in flight, those with least are served.
+START_TEST(who_has_least_in_flight_is_next)
+{
+    begin(1000);
+    uint32_t n = 0;
+    for (uint64_t s = 1; s <= 8; s++)
+        for (uint32_t i = 0; i < 7; i++, n++)
+            push_of(n, s, (char)(1 + n)); // 56 in flight
+    struct call more[40];
+    for (uint32_t i = 0; i < 40; i++) { // of old sessions first
+        struct kvd_error err;
+        more[i] =
+            (struct call){.waiter = {.session = 1 + i % 20, .bytes = 1}, .name = (char)(100 + i)};
+        ck_assert_int_eq(kvd_queue_admit(&d, &more[i].waiter, &err), KVD_OK);
+        kvd_queue_push(&d, &more[i].waiter);
+    }
+    ck_assert_uint_eq(n_order, 64); // as many as a namespace may have
+    n_order = 0;                    // room for the text
+    finish(&calls[0]);
+    ck_assert_int_eq(order[0], 108); // the ninth session's, which has none, before an eighth
+    for (uint32_t i = 1; i < n; i++) {
+        n_order = 0;
+        finish(&calls[i]);
+    }
+    for (uint32_t i = 0; i < 40; i++) {
+        n_order = 0;
+        finish(&more[i]);
+    }
+    ck_assert_uint_eq(kvd_queue_waiting(&d), 0);
+    kvd_queue_deinit(&d);
+}
+END_TEST
+
+START_TEST(a_line_goes_with_its_session)
+{
+    begin(100);
+    struct call *a = push_of(0, 1, 'a');
+    push_of(1, 1, 'a');
+    kvd_queue_session_ends(&d, 7); // that never called
+    kvd_queue_session_ends(&d, 1);
+    kvd_queue_forget(&d, &calls[1].waiter);
+    ck_assert_ptr_nonnull(kvd_queue_flow(&a->waiter)); // until the last one is gone
+    finish(a);
+    ck_assert_str_eq(order, "a");
+    push_of(2, 2, 'b');
+    finish(&calls[2]);
     kvd_queue_deinit(&d);
 }
 END_TEST
@@ -234,7 +347,9 @@ START_TEST(parked_ones_go_on_in_order_and_the_forgotten_do_not)
 END_TEST
 
 KVD_MAIN("queue", 60, a_line_starts_in_order_and_lines_do_not_wait_for_each_other,
-         one_that_gives_up_makes_way, some_of_a_line_are_in_flight_at_once,
+         a_session_does_not_wait_for_another, none_is_overtaken_by_who_wants_the_same,
+         who_has_least_in_flight_is_next, a_line_goes_with_its_session, one_that_gives_up_makes_way,
+         some_of_a_line_are_in_flight_at_once,
          who_asks_for_too_much_is_refused_by_name_and_others_have_room,
          a_fence_is_passed_when_its_word_gets_there,
          parked_ones_go_on_in_order_and_the_forgotten_do_not)
