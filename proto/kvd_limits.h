@@ -26,6 +26,7 @@ enum {
     KVD_MAX_CALL_TOKENS = 65536, // items x tokens in one Append, Attend or Step
     KVD_MAX_CALL_ITEMS = 1024,
     KVD_MAX_CALL_SEQUENCES = 4096,
+    KVD_MAX_SINKS = 65536,  // layers x q_heads of a session's attention sinks
     KVD_MAX_NAME = 128,     // bytes of a sequence's or rotation set's name
     KVD_MAX_NAMESPACE = 64, // bytes of a namespace's name
     KVD_MAX_CLIENT_NAME = 64,

@@ -36,6 +36,8 @@ struct kvd_client {
     Kvd__V1__Windows windows;
     Kvd__V1__Plane planes[KVD_MAX_PLANES], *plane_refs[KVD_MAX_PLANES]; // by sliding window
     uint32_t *plane_layers;
+    float *sinks;
+    uint32_t n_sinks;
     uint32_t timeout_ms, lease_ms;
     struct kvd_channel *channel;
     struct kvd_lease *lease; // over TCP

@@ -517,6 +517,10 @@ static int take_layout(struct kvd_direct *d, struct kvd_error *err)
         return kvd_fail(err, KVD_E_UNSUPPORTED,
                         "the session's layout has %zu planes; direct mode is for layouts of one",
                         g->n_planes);
+    if (d->client->n_sinks)
+        return kvd_fail(err, KVD_E_UNSUPPORTED,
+                        "the session has attention sinks, which direct mode does not compute: use "
+                        "kvd_attend and kvd_step");
     d->plane = (struct kvd_plane){.n_layers = (uint32_t)g->n_layers,
                                   .q_heads = g->q_heads,
                                   .kv_heads = g->kv_heads,

@@ -97,6 +97,8 @@ static int make_session(kvd_client *c, uint64_t deadline, struct kvd_error *err)
     req.client_name = c->client_name;
     req.layout = &c->layout;
     req.lease_ms = c->lease_ms;
+    req.n_sinks = c->n_sinks;
+    req.sinks = c->sinks;
     int rc = kvd_channel_call(c->channel, "/kvd.v1.KvCache/OpenSession", &req,
                               &kvd__v1__open_session_reply__descriptor, kvd_left_ms(deadline),
                               &reply, err);
@@ -217,6 +219,7 @@ static void client_free(kvd_client *c)
     free(c->rotation_set);
     free(c->layers);
     free(c->plane_layers);
+    free(c->sinks);
     free(c);
 }
 
@@ -231,6 +234,11 @@ static int check_options(const kvd_options *o, struct kvd_error *err)
     if (!o->layers || o->n_layers < 1 || o->n_layers > KVD_MAX_LAYERS)
         return kvd_fail(err, KVD_E_INVALID, "%u layers%s; 1 to %d are possible", o->n_layers,
                         o->layers ? "" : " (NULL)", KVD_MAX_LAYERS);
+    if (!o->sinks != !o->n_sinks || o->n_sinks > KVD_MAX_SINKS)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "sinks is %s and n_sinks %u; one for each q head of each layer is wanted, "
+                        "at most %d, or NULL and 0",
+                        o->sinks ? "given" : "NULL", o->n_sinks, KVD_MAX_SINKS);
     if (!o->tls_cert != !o->tls_key)
         return kvd_fail(err, KVD_E_INVALID,
                         "tls_cert and tls_key are given together or not at all");
@@ -293,17 +301,21 @@ static kvd_client *client_new(const kvd_options *o)
     c->rotation_set = copy_or(o->rotation_set, "");
     c->layers = calloc(o->n_layers + 1, sizeof(*c->layers));
     c->plane_layers = calloc(o->n_layers + 1, sizeof(*c->plane_layers));
+    c->sinks = calloc(o->n_sinks + 1, sizeof(*c->sinks));
+    c->n_sinks = o->n_sinks;
     c->timeout_ms = o->timeout_ms ? o->timeout_ms : 30000;
     c->lease_ms = o->lease_ms;
     c->remote = strncmp(o->address, "unix:", 5) != 0;
     if (!c->address || !c->namespace_name || !c->client_name || !c->codec || !c->rotation_set ||
-        !c->layers || !c->plane_layers) {
+        !c->layers || !c->plane_layers || !c->sinks) {
         client_free(c);
         return NULL;
     }
     if (strlen(c->client_name) > KVD_MAX_CLIENT_NAME)
         c->client_name[KVD_MAX_CLIENT_NAME] = '\0';
     memcpy(c->layers, o->layers, o->n_layers * sizeof(*c->layers));
+    if (o->n_sinks)
+        memcpy(c->sinks, o->sinks, o->n_sinks * sizeof(*c->sinks));
     kvd__v1__windows__init(&c->windows);
     c->windows.sink = o->sink;
     c->windows.recent = o->recent;

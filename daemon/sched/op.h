@@ -122,6 +122,10 @@ static inline struct kvd_tensor kvd_op_part(const struct kvd_work *w, struct kvd
         t.data += kvd_op_run(w)->at * t.layer_stride;
     return t;
 }
+static inline const float *kvd_op_sinks(const struct kvd_work *w)
+{
+    return w->sinks ? w->sinks + (size_t)kvd_op_run(w)->at * w->plane->q_heads : NULL;
+}
 static inline struct kvd_pages kvd_op_pages(const struct kvd_view *v)
 {
     return (struct kvd_pages){v->pages, v->pages + v->n_bf16};

@@ -91,6 +91,7 @@ int kvd_op_attend_run(struct kvd_daemon *d, struct kvd_work *w)
                                   .scale = w->scale,
                                   .softcap = w->softcap,
                                   .window = kvd_op_window(w, run->plane),
+                                  .sinks = kvd_op_sinks(w),
                                   .items = w->attend_items,
                                   .n_items = w->n_items,
                                   .slice = &w->job.slice};

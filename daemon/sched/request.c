@@ -63,6 +63,21 @@ static int set_attention(struct kvd_work *w, const Kvd__V1__AttentionParams *p,
     return KVD_OK;
 }
 
+// Layers of one call have the same number of q heads, those before them may have others.
+static int copy_sinks(struct kvd_work *w, const struct kvd_session *s, struct kvd_error *err)
+{
+    size_t before = 0, n = (size_t)w->layer_count * w->plane->q_heads;
+    if (!s->sinks)
+        return KVD_OK;
+    for (uint32_t i = 0; i < w->layer_begin; i++)
+        before += w->shape->planes[w->shape->plane_of[i]].q_heads;
+    w->sinks = malloc(n * sizeof(*w->sinks));
+    if (!w->sinks)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    memcpy(w->sinks, s->sinks + before, n * sizeof(*w->sinks));
+    return KVD_OK;
+}
+
 int kvd_op_check_item(const struct kvd_session *s, uint64_t seq, uint64_t tokens, uint32_t item,
                       uint64_t *sum, struct kvd_error *err)
 {
@@ -144,6 +159,8 @@ int kvd_op_check_batch(struct kvd_work *w, struct kvd_session *s, const void *re
     int rc = kvd_op_set_layers(w, b->layer_begin, b->layer_count, err);
     if (rc == KVD_OK)
         rc = set_attention(w, b->params, err);
+    if (rc == KVD_OK && w->op->id != KVD_OP_APPEND)
+        rc = copy_sinks(w, s, err);
     if (rc == KVD_OK)
         rc = kvd_work_fence(w, s, b->wait, false, &w->parked.fence, err);
     if (rc == KVD_OK)

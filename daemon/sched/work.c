@@ -64,6 +64,7 @@ void kvd_work_free(struct kvd_daemon *d, struct kvd_work *w)
     free(w->append_index);
     free(w->copies);
     free(w->attend_items);
+    free(w->sinks);
     free(w->job.slice.state);
     free(w);
 }

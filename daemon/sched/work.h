@@ -82,6 +82,7 @@ struct kvd_work {
     struct kvd_fence signal;
     float scale, softcap;
     uint32_t window;
+    float *sinks; // the session's of the call's layers, a copy that outlives it; NULL: none
     // What the executor gets. Items are filled in run by run.
     uint32_t run;
     bool filled;      // items are those of `run`

@@ -4,6 +4,7 @@
 // it into the backend, once per layout → make the session. The worker may hang up meanwhile, so
 // the ticket is looked up again at the end.
 #include <ctype.h>
+#include <math.h>
 
 #include "daemon/rpc/rpc.h"
 #include "daemon/rpc/users.h"
@@ -62,6 +63,34 @@ static int find_connection(struct kvd_daemon *d, const Kvd__V1__OpenSessionReque
     return KVD_OK;
 }
 
+// One for each layer and q head, in the layout's order.
+static int check_sinks(const Kvd__V1__OpenSessionRequest *req, const struct kvd_layout *g,
+                       struct kvd_error *err)
+{
+    size_t wanted = 0, at = 0;
+    if (!req->n_sinks)
+        return KVD_OK;
+    for (uint32_t i = 0; i < g->n_layers; i++)
+        wanted += g->planes[g->plane_of[i]].q_heads;
+    if (wanted > KVD_MAX_SINKS)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "sinks: the layout has %zu layers x q_heads; with sinks at most %d are "
+                        "possible",
+                        wanted, KVD_MAX_SINKS);
+    if (req->n_sinks != wanted)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "sinks has %zu numbers; %zu are wanted: one for each q head of each layer",
+                        req->n_sinks, wanted);
+    for (uint32_t i = 0; i < g->n_layers; i++)
+        for (uint32_t head = 0; head < g->planes[g->plane_of[i]].q_heads; head++, at++)
+            if (!isfinite(req->sinks[at]) && req->sinks[at] != -INFINITY)
+                return kvd_fail(err, KVD_E_INVALID,
+                                "sinks: that of layer %u, q head %u is %g; a number is wanted, or "
+                                "-inf for none",
+                                i, head, (double)req->sinks[at]);
+    return KVD_OK;
+}
+
 static int check_request(struct kvd_call *call, const Kvd__V1__OpenSessionRequest *req,
                          struct kvd_layout *g, struct kvd_error *err)
 {
@@ -97,7 +126,8 @@ static int check_request(struct kvd_call *call, const Kvd__V1__OpenSessionReques
         return kvd_fail(err, KVD_E_LIMIT,
                         "all %u sessions are in use; close some or raise max-sessions",
                         call->d->config.max_sessions);
-    return kvd_layout_from_proto(req->layout, g, err);
+    rc = kvd_layout_from_proto(req->layout, g, err);
+    return rc ? rc : check_sinks(req, g, err);
 }
 
 static void reply(struct kvd_call *call, const struct kvd_session *s)
@@ -158,6 +188,10 @@ static int make_session(struct opening *o, struct kvd_rotset *set, struct kvd_se
     if (rc)
         return rc;
     int64_t uid = uid_of(o->call, conn);
+    size_t sink_bytes = o->req->n_sinks * sizeof(*o->req->sinks);
+    float *sinks KVD_FREE = sink_bytes ? malloc(sink_bytes) : NULL;
+    if (sink_bytes && !sinks)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     rc = kvd_namespace_open(d, uid, namespace_of(o->req), &ns, err);
     if (rc)
         return rc;
@@ -172,6 +206,9 @@ static int make_session(struct opening *o, struct kvd_rotset *set, struct kvd_se
         return rc;
     }
     s->open_request = o->req->request_id;
+    if (sinks)
+        memcpy(sinks, o->req->sinks, sink_bytes);
+    s->sinks = KVD_TAKE(sinks);
     snprintf(s->client_name, sizeof(s->client_name), "%s", o->req->client_name);
     if (!conn) {
         kvd_session_lease(d, s, o->req->lease_ms ? o->req->lease_ms : 60000);

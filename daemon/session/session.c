@@ -82,6 +82,7 @@ void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *wh
     for (size_t i = 0; i < KVD_LEN(s->replays); i++)
         free(s->replays[i].data);
     free(s->extents);
+    free(s->sinks);
     kvd_pool_layout_unref(d->pool, s->layout);
     kvd_namespace_close(d, s->ns);
     kvd_user_give(s->user, KVD_SHARE_SESSIONS, 1);

@@ -93,6 +93,8 @@ static void print_options(void)
     FIELD(kvd_options, tls_key);
     FIELD(kvd_options, tls_server_name);
     FIELD(kvd_options, windows);
+    FIELD(kvd_options, sinks);
+    FIELD(kvd_options, n_sinks);
     STRUCT(kvd_direct_options);
     FIELD(kvd_direct_options, size);
     FIELD(kvd_direct_options, slots);

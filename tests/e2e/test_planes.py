@@ -18,12 +18,16 @@ WINDOW = {0: 100, 1: 0, 2: 100, 3: 0, 4: 200}
 SHAPES = {(0, 4): (4, 2, 64, 64), (4, 1): (3, 1, 128, 64)}  # by layers of a call: q heads, kv heads, head_dims
 
 
-def open_planes(rpc, codec="bf16", planes=PLANES):
-    return rpc.kv("OpenSession", layout=layout(layers=[], codec=codec, planes=[kv.Plane(**p) for p in planes]))
+SINKS = np.random.default_rng(11).normal(size=19) * 4  # of four layers of 4 q heads, and one of 3
+SINKS[5] = -np.inf
 
 
-def attention(q, k, v, window):
-    """q [n, H, D] at the last n positions of k and v [T, KV, D], float64."""
+def open_planes(rpc, codec="bf16", planes=PLANES, sinks=()):
+    return rpc.kv("OpenSession", layout=layout(layers=[], codec=codec, planes=[kv.Plane(**p) for p in planes]), sinks=sinks)
+
+
+def attention(q, k, v, window, sinks=None):
+    """q [n, H, D] at the last n positions of k and v [T, KV, D], float64; sinks [H] are logits of a token of value 0."""
     n, total, group = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
     at, token = np.arange(total - n, total)[:, None], np.arange(total)[None]
     unseen = (token > at) | (token <= at - window if window else False)
@@ -31,18 +35,21 @@ def attention(q, k, v, window):
     for h in range(q.shape[1]):
         s = q[:, h] @ k[:, h // group].T / np.sqrt(q.shape[2])
         s[unseen] = -np.inf
-        p = np.exp(s - s.max(axis=1, keepdims=True))
-        out[:, h] = p @ v[:, h // group] / p.sum(axis=1, keepdims=True)
+        sink = -np.inf if sinks is None else sinks[h]
+        most = np.maximum(s.max(axis=1, keepdims=True), sink)
+        p = np.exp(s - most)
+        out[:, h] = p @ v[:, h // group] / (p.sum(axis=1, keepdims=True) + np.exp(sink - most))
     return out
 
 
 class Model:
     """A sequence, and what each layer of it holds."""
 
-    def __init__(self, rpc, session, sequence, seed, tolerance):
+    def __init__(self, rpc, session, sequence, seed, tolerance, sinks=None):
         self.rpc, self.session, self.sequence, self.tolerance = rpc, session, sequence, tolerance
         self.rng, self.length, self.request = np.random.default_rng(seed), 0, 0
         self.k, self.v = {}, {}
+        self.sinks = None if sinks is None else np.split(sinks, [4, 8, 12, 16])  # by layer
 
     def fork(self, sequence):
         child = Model(self.rpc, self.session, sequence, 99, self.tolerance)
@@ -57,7 +64,8 @@ class Model:
 
     def agree(self, o, q, first):
         for i in range(q.shape[0]):
-            want = attention(q[i].astype(np.float64), self.k[first + i], self.v[first + i], WINDOW[first + i])
+            want = attention(q[i].astype(np.float64), self.k[first + i], self.v[first + i], WINDOW[first + i],
+                             self.sinks and self.sinks[first + i])
             assert error(o[i], want) < self.tolerance, f"layer {first + i} at {self.length}"
 
     def call(self, kind, n, layers, **item):
@@ -127,6 +135,37 @@ def test_planes_agree_with_float64(kvd, rpc):
     m.step(130)
 
 
+def test_sinks_agree_with_float64(kvd, rpc):
+    """Of layers in several planes: each run of layers gets its own."""
+    opened = open_planes(rpc, sinks=SINKS)
+    sequence = rpc.kv("CreateSequences", session=opened.session, request_id=1, count=1).sequences[0]
+    m = Model(rpc, opened.session, sequence, 7, 2e-3 if kvd.on_gpu() else 1e-5, SINKS)
+    for n in (1, 300, 1, 40):
+        m.step(n)
+        m.attend(min(n, 65))
+    # One layer alone, and the sum that lse has: log(e^sink + e^0) of keys that are zero.
+    q, params = np.zeros((1, 1, 4, 64), np.float32), kv.AttentionParams(return_lse=True)
+    item = kv.AttendItem(sequence=sequence, q_len=1, q=tensor(q), o=kv.TensorRef(dtype=1))
+    r = rpc.kv("Attend", session=opened.session, layer_begin=3, layer_count=1, items=[item], params=params).results[0]
+    assert np.allclose(np.frombuffer(r.lse, np.float32), np.logaddexp(SINKS[12:16], np.log(342)), atol=1e-4)
+    # A session without sinks attends to the same sequence as ever.
+    rpc.kv("PublishSequence", session=opened.session, sequence=sequence, name="with-sinks")
+    other = open_planes(rpc).session
+    plain = Model(rpc, other, rpc.kv("AttachSequence", session=other, name="with-sinks").sequence.sequence, 8, m.tolerance)
+    plain.k, plain.v, plain.length = m.k, m.v, m.length
+    plain.attend(5)
+
+
+@pytest.mark.parametrize("sinks, words", [
+    (SINKS[:18], "sinks has 18 numbers; 19 are wanted"), ([0.0] * 20, "sinks has 20 numbers"),
+    ([0.0] * 6 + [np.nan] + [0.0] * 12, "that of layer 1, q head 2 is nan"), ([0.0] * 18 + [np.inf], "that of layer 4, q head 2 is inf"),
+])
+def test_bad_sinks(rpc, sinks, words):
+    with pytest.raises(grpc.RpcError) as e:
+        open_planes(rpc, sinks=sinks)
+    assert code_of(e) == "INVALID_ARGUMENT" and words in e.value.details()
+
+
 def test_what_windows_free_is_gone(rpc):
     opened = open_planes(rpc)
     s, sequence = opened.session, rpc.kv("CreateSequences", session=opened.session, request_id=1, count=1).sequences[0]
@@ -194,9 +233,9 @@ def test_layers_that_differ_want_calls_of_their_own(rpc):
 @pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
 def test_windows_in_python(kvd):
     """Windows by layer through libkvd: two planes, and calls over all layers."""
-    windows, rng = [40, 0, 40, 40], np.random.default_rng(8)
+    windows, rng, sinks = [40, 0, 40, 40], np.random.default_rng(8), SINKS[:16].reshape(4, 4)
     with package.Client(layers=range(4), q_heads=4, kv_heads=2, head_dim=64, codec="bf16", recent=32, sink=32, windows=windows,
-                        address=kvd.address) as client:
+                        sinks=sinks, address=kvd.address) as client:
         s, held_k, held_v = client.create(), np.zeros((4, 0, 2, 64)), np.zeros((4, 0, 2, 64))
         for n in (150, 1, 30, 1, 200, 1):
             q, o = (client.tensor(4, n, 4, 64, dtype="f32") for _ in range(2))
@@ -207,7 +246,7 @@ def test_windows_in_python(kvd):
             s.step(q, k, v, o)
             held_k, held_v = (np.concatenate([a, x.array.floats().astype(np.float64)], 1) for a, x in ((held_k, k), (held_v, v)))
             for layer, window in enumerate(windows):
-                want = attention(q.array[layer].astype(np.float64), held_k[layer], held_v[layer], window)
+                want = attention(q.array[layer].astype(np.float64), held_k[layer], held_v[layer], window, sinks[layer])
                 assert error(o.array[layer], want) < (2e-3 if kvd.on_gpu() else 1e-5), (layer, s.length)
         with pytest.raises(package.Error, match="freed tokens"):
             s.truncate(100)
@@ -216,3 +255,10 @@ def test_windows_in_python(kvd):
         package.Client(layers=range(9), q_heads=4, kv_heads=2, head_dim=64, windows=range(1, 10), address=kvd.address)
     with pytest.raises(package.Error, match="one for each"):
         package.Client(layers=range(4), q_heads=4, kv_heads=2, head_dim=64, windows=[1], address=kvd.address)
+    with package.Client(layers=[0], q_heads=4, kv_heads=2, head_dim=64, sinks=[[0] * 4], address=kvd.address) as client:
+        with pytest.raises(package.Error, match="attention sinks, which direct mode"):
+            package.Direct(client, slots=1, max_tokens=100)
+    for sinks, words in (([[0] * 4], "one for each of the 2 layers"), (np.zeros((2, 3)), r"sinks\[0\] is \[3\]"),
+                         ([[0] * 4, [0, 0, np.nan, 0]], r"sinks\[1, 2\] is nan")):
+        with pytest.raises(package.Error, match=words):
+            package.Client(layers=range(2), q_heads=4, kv_heads=2, head_dim=64, sinks=sinks, address=kvd.address)

@@ -117,6 +117,12 @@ typedef struct kvd_options {
      * itself included, whatever a call says. What lies behind the last w + 64 tokens is then freed,
      * and the layer has no sink. At most 8 different ones. NULL: all see all. */
     const uint32_t *windows;
+    /** attention sinks, as gpt-oss has them: for each layer in order, one for each of its q heads:
+     * the logit of one more token whose value is zero, which scale, softcap and windows do not
+     * touch; lse has it. -INFINITY: none for that head. A model's weights: calls need not give
+     * them. No direct mode. NULL: none. */
+    const float *sinks;
+    uint32_t n_sinks; /**< how many they are: layers x q_heads, at most 65,536 */
 } kvd_options;
 
 /** Connects and opens a session. Waits for the rotation set to be fetched, at most timeout_ms.

@@ -68,6 +68,26 @@ def text(what: str, x: Any) -> bytes:
     return encoded
 
 
+def sinks(x: Any, heads: list[int]) -> list[float]:
+    """Attention sinks, those of all layers one after the other: x has a row for each layer, of so many heads."""
+    rows = list(x)
+    if len(rows) != len(heads):
+        raise lib.InvalidError(f"sinks has {len(rows)} rows, and one for each of the {len(heads)} layers is wanted")
+    out: list[float] = []
+    for i, (row, n) in enumerate(zip(rows, heads)):
+        try:
+            a = np.asarray(row, dtype=np.float32)
+        except (TypeError, ValueError) as e:
+            raise TypeError(f"sinks[{i}] is {row!r}, and {n} numbers are wanted") from e
+        if a.shape != (n,):
+            raise lib.InvalidError(f"sinks[{i}] is {dims(a.shape)}, and {dims((n,))} is wanted: [q_heads]")
+        if np.isnan(a).any() or np.isposinf(a).any():
+            head = int(np.flatnonzero(np.isnan(a) | np.isposinf(a))[0])
+            raise lib.InvalidError(f"sinks[{i}, {head}] is {a[head]}, and a number is wanted, or -inf for none")
+        out += a.tolist()
+    return out
+
+
 def attention(scale: Any, softcap: Any, window: Any) -> lib.Attention:
     return lib.Attention(number("scale", scale), number("softcap", softcap, 0), integer("window", window))
 

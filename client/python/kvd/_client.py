@@ -188,7 +188,8 @@ class Client(lib.OfProcess):
             pair for K and V: two of 64, 128 and 256, or (192, 128).
     rotation_set: "model@tag", "sha256:...", "hadamard", "random" or "identity"; None: what suits the codec. sink, recent:
     tokens kept in bf16; None: 64 and 256. windows: a sliding window for each layer, 0 where it sees all tokens; what lies
-    behind the last w + 64 tokens is freed, and such a layer has no sink. address: "unix:/path" or "host:port"; None: $KVD_ADDRESS, or the
+    behind the last w + 64 tokens is freed, and such a layer has no sink. sinks: attention sinks (gpt-oss's s_aux), [layers,
+    q_heads] of float32: logits of one more token, whose value is zero; -inf: none for that head. address: "unix:/path" or "host:port"; None: $KVD_ADDRESS, or the
     one that listens under /run/kvd. timeout: seconds for each call. lease: seconds after which a session over TCP ends when
     its client is not heard of; None: 60. tls_ca, tls_cert, tls_key: PEM files for TCP; None: no TLS, no certificate of
     one's own. tls_server_name: if it differs from the address.
@@ -199,7 +200,7 @@ class Client(lib.OfProcess):
                  recent: Optional[int] = None, address: Optional[str] = None, namespace: Optional[str] = None,
                  name: Optional[str] = None, timeout: float = 30.0, lease: Optional[float] = None, tls_ca: Optional[str] = None,
                  tls_cert: Optional[str] = None, tls_key: Optional[str] = None, tls_server_name: Optional[str] = None,
-                 windows: Optional[Iterable[int]] = None):
+                 windows: Optional[Iterable[int]] = None, sinks: Any = None):
         super().__init__()
         self.layers = [_check.integer(f"layers[{i}]", x) for i, x in enumerate(layers)]
         pair = head_dim if isinstance(head_dim, (tuple, list)) else (head_dim, head_dim)
@@ -221,6 +222,8 @@ class Client(lib.OfProcess):
         if len(sliding) != len(self.layers):
             raise lib.InvalidError(f"windows has {len(sliding)} numbers, and one for each of the {len(self.layers)} layers is wanted")
         self.windows = tuple(sliding)
+        logits = _check.sinks(sinks, [self.q_heads] * len(self.layers)) if sinks is not None else []
+        self.has_sinks = bool(logits)
         options = lib.Options(
             address=names["address"] or None, namespace_name=names["namespace"] or None, client_name=names["name"] or None,
             timeout_ms=max(1, _check.milliseconds("timeout", timeout)), layers=ids, n_layers=len(self.layers),
@@ -228,7 +231,8 @@ class Client(lib.OfProcess):
             rotation_set=names["rotation_set"] or None, sink=kept[0], recent=kept[1], no_windows=kept == (0, 0),
             lease_ms=0 if lease is None else max(1, _check.milliseconds("lease", lease)), tls_ca=names["tls_ca"] or None,
             tls_cert=names["tls_cert"] or None, tls_key=names["tls_key"] or None, tls_server_name=names["tls_server_name"] or None,
-            windows=(c.c_uint32 * len(sliding))(*sliding) if any(sliding) else None)
+            windows=(c.c_uint32 * len(sliding))(*sliding) if any(sliding) else None,
+            sinks=(c.c_float * len(logits))(*logits) if logits else None, n_sinks=len(logits))
         self._handle = c.c_void_p()
         self._directs: set[Any] = set()
         self._buffers: set[Any] = set()

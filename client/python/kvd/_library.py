@@ -104,6 +104,7 @@ class Options(Sized):
         ("sink", c.c_uint32), ("recent", c.c_uint32), ("no_windows", c.c_bool),
         ("lease_ms", c.c_uint32), ("tls_ca", c.c_char_p), ("tls_cert", c.c_char_p), ("tls_key", c.c_char_p),
         ("tls_server_name", c.c_char_p), ("windows", c.POINTER(c.c_uint32)),
+        ("sinks", c.POINTER(c.c_float)), ("n_sinks", c.c_uint32),
     ]
 
 
