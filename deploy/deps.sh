@@ -7,7 +7,7 @@ kvd_deps() {
         protobuf-compiler libcurl4-openssl-dev libsystemd-dev libssl-dev libinih-dev libjansson-dev libzip-dev
         libmicrohttpd-dev uthash-dev libopenblas-dev liblapacke-dev scdoc"
     if [ "$1" = test ]; then
-        packages="$packages check doxygen prometheus nginx-light python3 python3-pip python3-grpcio python3-protobuf python3-numpy
+        packages="$packages check g++ doxygen prometheus nginx-light python3 python3-pip python3-grpcio python3-protobuf python3-numpy
             python3-pytest python3-pytest-xdist clang-format openssl"
     fi
     if [ "$1" = bench ]; then

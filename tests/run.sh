@@ -134,6 +134,22 @@ else
     count plan 0 0 1
 fi
 
+emulated=$build/tests/emulator/test_cuda_emulated # the CUDA kernels' sources on a CPU
+if [ -x "$emulated" ]; then
+    "$emulated" brief >"$logs/emulated" 2>&1
+    rc=$? line=$(tail -n 1 "$logs/emulated")
+    if [[ $line =~ ^([0-9]+)\ passed,\ ([0-9]+)\ failed$ ]]; then
+        [ "$rc" = 0 ] || tail -n 40 "$logs/emulated"
+        count "CUDA kernels, emulated" "${BASH_REMATCH[1]}" "${BASH_REMATCH[2]}" 0
+    else
+        tail -n 40 "$logs/emulated"
+        count "CUDA kernels, emulated" 0 1 0
+    fi
+else
+    echo "SKIP emulated GPU: it wants g++ and an x86-64 processor"
+    count "CUDA kernels, emulated" 0 0 1
+fi
+
 fuzzers=(pickle zoo native safetensors config request fdsock)
 corpora() { # corpora SUFFIX BUILD: what fuzzing found worth keeping, run once
     local name

@@ -38,9 +38,7 @@ struct row_block {
 // Of this block. Not kept in registers from one use to the next: these are scarce between.
 template <int NT> __device__ inline row_block place_of(const attend_call &p)
 {
-    uint32_t s, x;
-    asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(s));
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+    uint32_t s = block_index_y(), x = block_index_x();
     uint32_t kv = p.row_blocks == 1 ? x : x / p.row_blocks;
     return {s, kv, (x - kv * p.row_blocks) * 8 * NT};
 }

@@ -13,14 +13,6 @@
 namespace kvd
 {
 
-// Two values as fp16, rounded towards zero.
-__device__ inline uint32_t truncate_fp16(float a, float b)
-{
-    uint32_t y;
-    asm("cvt.rz.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(b), "f"(a));
-    return y;
-}
-
 template <int D> class clip_search
 {
     // Guesses are fp16 values between these: above LEAST two values differ by 1 or more. A row's mean
@@ -50,12 +42,12 @@ template <int D> class clip_search
         uint32_t more[D / 8];
 #pragma unroll
         for (int i = 0; i < D / 8; i++)
-            asm("sub.sat.f16x2 %0, %1, %2;" : "=r"(more[i]) : "r"(y[i]), "r"(guess));
+            more[i] = saturated_difference(y[i], guess);
         static_for<5>([&](auto level) { // more levels than the largest head_dim has halves
             constexpr int n = words_left(level), half = (n + 1) / 2; // of an odd number the middle one waits
 #pragma unroll
             for (int i = 0; i < n / 2; i++)
-                asm("add.f16x2 %0, %0, %1;" : "+r"(more[i]) : "r"(more[i + half]));
+                more[i] = sum_fp16(more[i], more[i + half]);
         });
         float2 sum = unpack_fp16(more[0]);
         return quad_sum(sum.x + sum.y);
@@ -123,7 +115,7 @@ public:
             low = excess > 0 ? guess : low;
             high = excess > 0 ? high : guess;
             float middle = 0.5f * (low + high), next = bounded_guess(guess * fmaxf(fmaf(slope, excess, 1), 0.25f));
-            asm("" : "+f"(next)); // computed beside `middle`, not behind it
+            computed_here(next); // beside `middle`, not behind it
             next = fabsf(middle) < INFINITY ? middle : next;
             guess = found ? guess : next;
         }

@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
     attend_kernel(const __grid_constant__ attend_call p)
 {
     using mem = block_memory<NT, DK, DV, WARPS, CODEC>;
-    extern __shared__ __align__(128) uint8_t shared[];
+    KVD_DYNAMIC_SHARED(shared);
     mem memory = {shared};
     row_block b = place_of<NT>(p);
     uint32_t part = part_of(p);

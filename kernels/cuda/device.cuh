@@ -1,10 +1,4 @@
-// What the kernels share: operands of mma.m16n8k16, tiles of codes, bulk copies, rotations on
-// tensor cores.
-//
-// Fragments of mma.sync.m16n8k16, lane = 4 g + t:
-//   A (16 x 16): register 0 (row g, cols 2t, 2t+1), 1 (row g+8), 2 (row g, cols 2t+8, +9), 3 (g+8)
-//   B (16 x 8):  register 0 (rows 2t, 2t+1, col g), 1 (rows 2t+8, 2t+9, col g)
-//   C (16 x 8):  element 0, 1 (row g, cols 2t, 2t+1), 2, 3 (row g+8)
+// What the kernels share: tiles of codes, launches, rotations on tensor cores.
 #ifndef KVD_KERNELS_CUDA_DEVICE_CUH
 #define KVD_KERNELS_CUDA_DEVICE_CUH
 
@@ -15,12 +9,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-// Code for Hopper's bulk copies; without, tiles are read where they lie.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && !defined(KVD_CUDA_PORTABLE)
-#define KVD_BULK 1
-#else
-#define KVD_BULK 0
-#endif
+#include "kernels/cuda/instructions.cuh"
 
 namespace kvd
 {
@@ -137,56 +126,6 @@ __device__ inline void store_value(uint8_t *at, bool f32, float x)
         *(float *)at = x;
     else
         *(__nv_bfloat16 *)at = __float2bfloat16_rn(x);
-}
-
-__device__ inline void mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
-{
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-                 "{%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ inline void mma_bf16(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1)
-{
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
-                 "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// c += a b, over 8 inputs in tf32: a and a8 are rows g and g + 8, b column g; inputs t and t + 4 of a
-// lane's share come as x and y.
-__device__ inline void mma_tf32(float c[4], float2 a, float2 a8, float2 b)
-{
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(__float_as_uint(a.x)), "r"(__float_as_uint(a8.x)), "r"(__float_as_uint(a.y)),
-          "r"(__float_as_uint(a8.y)), "r"(__float_as_uint(b.x)), "r"(__float_as_uint(b.y)));
-}
-
-__device__ inline float round_tf32(float x)
-{
-    uint32_t y;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-    return __uint_as_float(y);
-}
-
-// 2^x, relative error 2^-22; results below 2^-126 are 0.
-__device__ inline float fast_exp2(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// The transpose of an 8 x 8 matrix of 16-bit elements: lane 4 g + t holds (g, 2t) and (g, 2t + 1).
-__device__ inline uint32_t transpose(uint32_t x)
-{
-    uint32_t y;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
 }
 
 // -- codes ---------------------------------------------------------------------------------------
@@ -405,18 +344,7 @@ __device__ inline void load_params(const uint8_t *params, uint32_t codec, int c,
     }
 }
 
-// Brings a line into the L2 cache.
-__device__ inline void prefetch(const void *at)
-{
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-}
-
-// -- asynchronous copies -------------------------------------------------------------------------
-
-__device__ inline uint32_t shared_address(const void *p)
-{
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
+// -- lanes ---------------------------------------------------------------------------------------
 
 // x, which is the same in all lanes of a warp. The compiler, too, knows it then: with a branch on x it need not
 // expect that the warp has parted.
@@ -444,80 +372,18 @@ __device__ inline uint32_t quad_min(uint32_t x)
     return min(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// Copies 16 bytes from global to shared memory; this thread may read them after copies_arrived().
-__device__ inline void copy_async(void *to, const void *from)
-{
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
+// -- launches ------------------------------------------------------------------------------------
 
-__device__ inline void copies_arrived()
+// Launches a kernel behind those on the stream.
+template <typename... P, typename... A>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, uint32_t threads, uint32_t shared, cudaStream_t stream, A &&...arguments)
 {
-    asm volatile("cp.async.wait_all;" ::: "memory");
-}
-
-#if KVD_BULK
-__device__ inline void barrier_init(uint64_t *bar, uint32_t arrivals)
-{
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals));
-}
-
-__device__ inline void barriers_ready()
-{
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// A policy of the L2 cache: what is read once should not push out what many blocks read.
-__device__ inline uint64_t cache_policy(bool once)
-{
-    uint64_t policy;
-    if (once)
-        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    else
-        asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
-__device__ inline void fetch(void *to, const void *from, uint32_t bytes, uint64_t *bar,
-                             uint64_t policy)
-{
-    uint32_t b = shared_address(bar);
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(bytes)
-                 : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                 "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(b), "l"(policy)
-                 : "memory");
-}
-
-__device__ inline void arrive(uint64_t *bar)
-{
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
-}
-
-__device__ inline void barrier_wait(uint64_t *bar, uint32_t phase)
-{
-    asm volatile("{\n.reg .pred done;\nagain:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again;\n}" ::"r"(shared_address(bar)),
-                 "r"(phase)
-                 : "memory");
-}
-#endif
-
-// Programmatic dependent launch: a kernel may be put in place while the one in front still runs, and waits for that one to
-// have finished before it reads what that may have written. launch_behind launches kernels that call this.
-__device__ inline void wait_for_previous()
-{
-#if KVD_BULK
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ inline void let_next_start()
-{
-#if KVD_BULK
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 // Launches a kernel, before the one in front on the stream has finished where the code for this device can wait for that.

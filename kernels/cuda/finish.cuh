@@ -437,9 +437,7 @@ __device__ inline bool arrive_last(uint32_t *counter, uint32_t n)
     __shared__ bool last;
     __syncthreads();
     if (threadIdx.x == 0) {
-        uint32_t before;
-        asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-        last = before == n - 1;
+        last = count_acq_rel(counter) == n - 1;
         if (last)
             *counter = 0;
     }

@@ -444,7 +444,7 @@ template <int CODEC, int D>
 __global__ void __launch_bounds__(quantize_warps(D) * 32, 1)
     quantize_kernel(const __grid_constant__ append_params p, bool first_v, uint32_t all, uint32_t share)
 {
-    extern __shared__ __align__(128) uint8_t shared[];
+    KVD_DYNAMIC_SHARED(shared);
     constexpr uint32_t WARPS = quantize_warps(D);
     uint32_t warp = threadIdx.x / 32, rounds = (p.chunks + WARPS - 1) / WARPS;
     uint32_t at = blockIdx.x * share, end = min(all - at, share) + at;
@@ -563,9 +563,8 @@ static cudaError_t quantize_side(const append_params &p, bool first_v, uint32_t 
     uint64_t all = (uint64_t)units * rounds, share = (all + processors - 1) / processors;
     if (all > UINT32_MAX)
         return cudaErrorInvalidValue;
-    quantize_kernel<CODEC, D><<<(uint32_t)((all + share - 1) / share), WARPS * 32, BYTES, stream>>>(
+    return launch(quantize_kernel<CODEC, D>, (uint32_t)((all + share - 1) / share), WARPS * 32, BYTES, stream,
         p, first_v, (uint32_t)all, (uint32_t)share);
-    return cudaGetLastError();
 }
 
 template <int CODEC> static cudaError_t quantize_sides(const append_params &p, cudaStream_t stream)
@@ -590,8 +589,7 @@ template <int CODEC> static cudaError_t quantize_sides(const append_params &p, c
 static cudaError_t demote(const append_params &p, cudaStream_t stream)
 {
     if (p.codec == KVD_CODEC_BF16) {
-        demote_bf16_kernel<<<row_blocks(p.chunks * 16ull, p.layer_count, p.kv_heads), ROW_THREADS, 0, stream>>>(p);
-        return cudaGetLastError();
+        return launch(demote_bf16_kernel, row_blocks(p.chunks * 16ull, p.layer_count, p.kv_heads), ROW_THREADS, 0, stream, p);
     }
     switch (family_of(p.codec)) {
     case INT2:
@@ -618,10 +616,8 @@ extern "C" int kvd_cuda_append(const struct kvd_cuda_append_params *p, struct CU
     cudaError_t rc = cudaSuccess;
     if (p->chunks)
         rc = demote(*p, stream);
-    if (rc == cudaSuccess && p->kept) {
-        store_window_kernel<<<row_blocks(p->kept, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream>>>(*p);
-        rc = cudaGetLastError();
-    }
+    if (rc == cudaSuccess && p->kept)
+        rc = launch(store_window_kernel, row_blocks(p->kept, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream, *p);
     return rc;
 }
 
@@ -630,6 +626,5 @@ extern "C" int kvd_cuda_check(const struct kvd_cuda_append_params *p, unsigned l
 {
     if (p->tokens == 0)
         return cudaSuccess;
-    check_kernel<<<row_blocks(p->tokens, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream>>>(*p, found);
-    return cudaGetLastError();
+    return launch(check_kernel, row_blocks(p->tokens, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream, *p, found);
 }

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(READ_WARPS * 32, D > 128 ? 1 : 2)
 {
     constexpr int MT = D > 128 ? 1 : 2, P = packed<D>::P, WORDS = packed<D>::WORDS;
     constexpr bool STAGED = D <= 128;
-    extern __shared__ __align__(128) uint8_t shared[];
+    KVD_DYNAMIC_SHARED(shared);
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     uint32_t layer = blockIdx.y / p.kv_heads, head = blockIdx.y % p.kv_heads;
     const kvd_cuda_matrices &side = v ? p.rotation.v : p.rotation.k;
@@ -202,8 +202,7 @@ static cudaError_t read_side(const read_params &p, uint32_t begin, uint32_t end,
                                           cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
     if (rc != cudaSuccess)
         return rc;
-    read_history_kernel<CODEC, D><<<dim3(blocks, units), READ_WARPS * 32, BYTES, stream>>>(p, begin, end, v);
-    return cudaGetLastError();
+    return launch(read_history_kernel<CODEC, D>, dim3(blocks, units), READ_WARPS * 32, BYTES, stream, p, begin, end, v);
 }
 
 template <int CODEC>
@@ -315,17 +314,14 @@ extern "C" int kvd_cuda_read(const struct kvd_cuda_read_params *p, struct CUstre
     uint32_t end = p->begin + p->tokens < p->hist_end ? p->begin + p->tokens : p->hist_end;
     bool history = p->codec != KVD_CODEC_BF16 && begin < end;
     cudaError_t rc = history ? read_history(*p, begin, end, stream) : cudaSuccess;
-    if (rc == cudaSuccess && !(history && begin == p->begin && end == p->begin + p->tokens)) {
-        read_bf16_kernel<<<row_blocks(p->tokens, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream>>>(*p);
-        rc = cudaGetLastError();
-    }
+    if (rc == cudaSuccess && !(history && begin == p->begin && end == p->begin + p->tokens))
+        rc = launch(read_bf16_kernel, row_blocks(p->tokens, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream, *p);
     return rc;
 }
 
 extern "C" int kvd_cuda_rotate(const struct kvd_cuda_rotate_params *p, struct CUstream_st *stream)
 {
-    rotate_kernel<<<dim3(p->rows, p->layer_count), p->dim, 0, stream>>>(*p);
-    return cudaGetLastError();
+    return launch(rotate_kernel, dim3(p->rows, p->layer_count), p->dim, 0, stream, *p);
 }
 
 extern "C" int kvd_cuda_copy(const struct kvd_cuda_tensor *x, const struct kvd_cuda_tensor *y,
@@ -333,9 +329,9 @@ extern "C" int kvd_cuda_copy(const struct kvd_cuda_tensor *x, const struct kvd_c
                              struct CUstream_st *stream)
 {
     uint64_t rows = (uint64_t)layers * tokens * heads;
-    if (rows)
-        copy_kernel<<<(uint32_t)((rows + 7) / 8), 256, 0, stream>>>(*x, *y, tokens, heads, dim, rows);
-    return cudaGetLastError();
+    if (rows == 0)
+        return cudaSuccess;
+    return launch(copy_kernel, (uint32_t)((rows + 7) / 8), 256, 0, stream, *x, *y, tokens, heads, dim, rows);
 }
 
 extern "C" int kvd_cuda_zero(void *at, uint64_t bytes, struct CUstream_st *stream)
@@ -347,9 +343,7 @@ extern "C" int kvd_cuda_checksum(const void *at, uint64_t bytes, unsigned long l
                                  struct CUstream_st *stream)
 {
     cudaError_t rc = cudaMemsetAsync(sum, 0, sizeof(*sum), stream);
-    if (rc == cudaSuccess && bytes >= 16) {
-        checksum_kernel<<<1056, 256, 0, stream>>>((const uint4 *)at, bytes / 16, sum);
-        rc = cudaGetLastError();
-    }
+    if (rc == cudaSuccess && bytes >= 16)
+        rc = launch(checksum_kernel, 1056, 256, 0, stream, (const uint4 *)at, bytes / 16, sum);
     return rc;
 }

@@ -661,22 +661,9 @@ static void memory(void)
     cudaFree(sum);
 }
 
-int main(int argc, char **argv)
+// Pages, reading and rotations at all codecs and head_dims.
+static void pages(uint64_t seed, bool quick)
 {
-    setvbuf(stdout, NULL, _IOLBF, 0); // what was reached shows even if a kernel hangs
-    bool quick = argc > 1 && strcmp(argv[1], "quick") == 0; // under a sanitizer
-    struct kvd_error err = {0};
-    cuda = kvd_cuda_backend_new(0, &err);
-    if (!cuda) {
-        printf("skipped: %s\n", err.text);
-        return 77;
-    }
-    cpu = kvd_cpu_backend_new(0, NULL, &err);
-    printf("%s; %s\n", cuda->ops->device(cuda), cpu->ops->device(cpu));
-    uint64_t seed = kvd_test_seed("cuda");
-    memory();
-    for (int i = 0; i < 4; i++)
-        checking(i & 1, i & 2);
     for (uint32_t codec = 0, i = 0; codec < KVD_CODEC_COUNT; codec++)
         for (size_t d = 0; d < KVD_LEN(head_dims) && codec != KVD_CODEC_BF16; d++, i++) {
             uint32_t dk = head_dims[d][0], dv = head_dims[d][1];
@@ -697,48 +684,102 @@ int main(int argc, char **argv)
     same_pages(0, 128, 64, 1, KVD_CODEC_BF16, 1, false, seed);
     reading(80, 80, 0, KVD_CODEC_BF16, KVD_DTYPE_BF16, seed);
     reading(128, 64, 0, KVD_CODEC_BF16, KVD_DTYPE_BF16, seed);
-    printf("pages of both backends: %llu of %llu bytes differ\n",
-           (unsigned long long)bytes_different, (unsigned long long)bytes_compared);
     for (uint32_t i = 0; i < 2 * KVD_LEN(head_dims); i++)
         rotating(head_dims[i / 2][0], i % 3, i % 2, seed + i);
-    shapes(seed, quick);
-    nonfinite(seed);
-    ragged(seed, KVD_CODEC_INT2, 4, 128);
-    ragged(seed, KVD_CODEC_INT2C, 12, 128);
-    chain(1, 3000, KVD_CODEC_INT2, seed);
-    chain(5, 2000, KVD_CODEC_INT2_LM, seed);
-    if (!quick) {
-        // Blocks of 16, 8 and 4 warps; no tiles, first ones, or second ones, too, are asked for
-        // early.
-        chain(1, 20000, KVD_CODEC_INT2, seed);
-        chain(1, 60000, KVD_CODEC_INT2C, seed);
-        chain(3, 30000, KVD_CODEC_INT2, seed);
-        chain(32, 4000, KVD_CODEC_INT2, seed);
-        chain(32, 20000, KVD_CODEC_INT2, seed);
-        chain(150, 2500, KVD_CODEC_INT2, seed);
-        ragged(seed, KVD_CODEC_INT2, 12, 128);
-        ragged(seed, KVD_CODEC_INT2, 7, 64);
-        ragged(seed, KVD_CODEC_INT2, 3, 256);
-        ragged(seed, KVD_CODEC_INT2, 4, 80);
-        ragged(seed, KVD_CODEC_INT2C, 12, 96);
-        ragged(seed, KVD_CODEC_INT2, 3, 112);
-        ragged(seed, KVD_CODEC_INT2, 4, 192);
-        for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++)
-            if (kvd_codec_signed(codec))
-                ragged(seed, codec, 5, 128);
-        for (int i = 0; i < 4; i++) {
-            uint32_t codec = i & 1 ? KVD_CODEC_INT2 : KVD_CODEC_BF16;
-            double e = many_queries(cuda, cpu, codec, i & 2, seed);
-            char name[100];
-            snprintf(name, sizeof(name), "%d queries%s, codec %u: error of a row %.2e",
-                     MANY_QUERIES, i & 2 ? " of a step" : "", codec, e);
-            printf("%s\n", name);
-            result(e < 2e-3, name);
-        }
-        groups_and_dims(seed);
-        accuracy(seed);
-        long_sequences(seed);
+}
+
+// Of everything a little: where a GPU is emulated.
+static void brief(uint64_t seed)
+{
+    uint32_t codecs[] = {KVD_CODEC_INT2, KVD_CODEC_INT2C, KVD_CODEC_INT2_LM,
+                         KVD_CODEC_TURBOQUANT_3};
+    for (uint32_t i = 0; i < 8; i++) {
+        const uint32_t *dims = head_dims[(seed + i) % KVD_LEN(head_dims)];
+        same_pages(i % KVD_SCALE_COUNT, dims[0], dims[1], i % 2, codecs[i % KVD_LEN(codecs)], 0.96f,
+                   false, seed + i);
+        if (i % 2 == 0)
+            reading(dims[0], dims[1], i % 3, codecs[i / 2], i & 1 ? KVD_DTYPE_F32 : KVD_DTYPE_BF16,
+                    seed + i);
     }
+    for (uint32_t j = 0; j < KVD_LEN(attention_shapes); j++)
+        if (attention_shapes[j].length < 600 &&
+            kvd_head_dims_ok(attention_shapes[j].dk, attention_shapes[j].dv))
+            check_shape(&attention_shapes[j],
+                        j % 5 ? codecs[(seed + j) % KVD_LEN(codecs)] : KVD_CODEC_BF16, 2e-3,
+                        seed + j);
+    rotating(80, 1, false, seed);
+    rotating(64, 2, true, seed);
+    if (kvd_head_dims_ok(128, 128)) {
+        nonfinite(seed);
+        chain(1, 3000, KVD_CODEC_INT2, seed);
+    }
+}
+
+static void long_and_many(uint64_t seed)
+{
+    // Blocks of 16, 8 and 4 warps; no tiles, first ones, or second ones, too, are asked for
+    // early.
+    chain(1, 20000, KVD_CODEC_INT2, seed);
+    chain(1, 60000, KVD_CODEC_INT2C, seed);
+    chain(3, 30000, KVD_CODEC_INT2, seed);
+    chain(32, 4000, KVD_CODEC_INT2, seed);
+    chain(32, 20000, KVD_CODEC_INT2, seed);
+    chain(150, 2500, KVD_CODEC_INT2, seed);
+    ragged(seed, KVD_CODEC_INT2, 12, 128);
+    ragged(seed, KVD_CODEC_INT2, 7, 64);
+    ragged(seed, KVD_CODEC_INT2, 3, 256);
+    ragged(seed, KVD_CODEC_INT2, 4, 80);
+    ragged(seed, KVD_CODEC_INT2C, 12, 96);
+    ragged(seed, KVD_CODEC_INT2, 3, 112);
+    ragged(seed, KVD_CODEC_INT2, 4, 192);
+    for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++)
+        if (kvd_codec_signed(codec))
+            ragged(seed, codec, 5, 128);
+    for (int i = 0; i < 4; i++) {
+        uint32_t codec = i & 1 ? KVD_CODEC_INT2 : KVD_CODEC_BF16;
+        double e = many_queries(cuda, cpu, codec, i & 2, seed);
+        char name[100];
+        snprintf(name, sizeof(name), "%d queries%s, codec %u: error of a row %.2e", MANY_QUERIES,
+                 i & 2 ? " of a step" : "", codec, e);
+        printf("%s\n", name);
+        result(e < 2e-3, name);
+    }
+    groups_and_dims(seed);
+    accuracy(seed);
+    long_sequences(seed);
+}
+
+int main(int argc, char **argv)
+{
+    setvbuf(stdout, NULL, _IOLBF, 0); // what was reached shows even if a kernel hangs
+    bool quick = argc > 1 && strcmp(argv[1], "quick") == 0; // under a sanitizer
+    struct kvd_error err = {0};
+    cuda = kvd_cuda_backend_new(0, &err);
+    if (!cuda) {
+        printf("skipped: %s\n", err.text);
+        return 77;
+    }
+    cpu = kvd_cpu_backend_new(0, NULL, &err);
+    printf("%s; %s\n", cuda->ops->device(cuda), cpu->ops->device(cpu));
+    uint64_t seed = kvd_test_seed("cuda");
+    memory();
+    for (int i = 0; i < 4; i++)
+        checking(i & 1, i & 2);
+    if (argc > 1 && strcmp(argv[1], "brief") == 0) {
+        brief(seed);
+    } else {
+        pages(seed, quick);
+        shapes(seed, quick);
+        nonfinite(seed);
+        ragged(seed, KVD_CODEC_INT2, 4, 128);
+        ragged(seed, KVD_CODEC_INT2C, 12, 128);
+        chain(1, 3000, KVD_CODEC_INT2, seed);
+        chain(5, 2000, KVD_CODEC_INT2_LM, seed);
+        if (!quick)
+            long_and_many(seed);
+    }
+    printf("pages of both backends: %llu of %llu bytes differ\n",
+           (unsigned long long)bytes_different, (unsigned long long)bytes_compared);
     kvd_backend_free(&cuda);
     kvd_backend_free(&cpu);
     printf("%d passed, %d failed\n", passed, failed);
