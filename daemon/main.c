@@ -3,6 +3,7 @@
 #include <sysexits.h>
 
 #include "daemon/core/daemon.h"
+#include "daemon/core/keep.h"
 #include "daemon/core/lifecycle.h"
 #include "daemon/core/process.h"
 #include "daemon/parts.h"
@@ -12,8 +13,8 @@ enum { OPT_CHECK = 1000, OPT_PRINT, OPT_INSTANCE, OPT_FIRST };
 
 // Options that are configuration keys; the rest of the configuration is for the file.
 static const char *const overrides[] = {
-    "backend", "device",    "pool-size", "extent-size", "listen",       "metrics",      "store",
-    "cache",   "log-level", "threads",   "isa",         "socket-group", "drain-timeout"};
+    "backend", "device",    "pool-size", "extent-size", "listen",       "metrics",       "store",
+    "cache",   "log-level", "threads",   "isa",         "socket-group", "drain-timeout", "keep"};
 
 static const struct argp_option options[] = {
     {"config", 'c', "FILE", 0,
@@ -46,6 +47,10 @@ static const struct argp_option options[] = {
     {"socket-group", OPT_FIRST + 11, "GROUP", 0, "Group that may use the socket (mode 0660)", 1},
     {"drain-timeout", OPT_FIRST + 12, "TIME", 0,
      "How long SIGTERM waits for workers (default: 10s)", 1},
+    {"keep", OPT_FIRST + 13, "yes|fresh|no", OPTION_ARG_OPTIONAL,
+     "What is published outlives kvd: systemd holds it, or kvd-keeper. fresh drops what is held "
+     "(default: no; without a value: yes)",
+     1},
     {0},
 };
 
@@ -72,7 +77,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         if (s->n_options == KVD_LEN(s->options))
             argp_error(state, "too many options");
         s->options[s->n_options].key = overrides[key - OPT_FIRST];
-        s->options[s->n_options++].value = arg;
+        s->options[s->n_options++].value = arg ? arg : "yes";
     } else if (key == ARGP_KEY_ARG) {
         argp_error(state, "'%s' is not an option; see --help", arg);
     } else {
@@ -152,6 +157,10 @@ int main(int argc, char **argv)
     daemon.source = &a.source;
     daemon.config = daemon.configured;
     kvd_log_set_level(daemon.config.log_level);
+    if (strcmp(daemon.config.keep, "no") != 0 && !kvd_keep_possible()) {
+        kvd_keep_exec(argv);
+        return EX_OSERR;
+    }
     if (kvd_process_prepare(&err)) {
         kvd_error("cannot start: %s", err.text);
         return EX_OSERR;

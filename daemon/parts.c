@@ -3,6 +3,7 @@
 #include "daemon/parts.h"
 
 #include "daemon/core/device.h"
+#include "daemon/core/keep.h"
 #include "daemon/core/lifecycle.h"
 #include "daemon/core/process.h"
 #include "daemon/core/reload.h"
@@ -29,6 +30,7 @@
 const struct kvd_part *const kvd_parts[] = {
     &kvd_part_signals,   // SIGTERM, SIGINT, SIGHUP
     &kvd_part_users,     // shares
+    &kvd_part_keep,      // what an earlier kvd has left
     &kvd_part_device,    // the backend
     &kvd_part_memory,    // extents
     &kvd_part_buffers,   // what the host has room for

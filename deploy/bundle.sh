@@ -11,7 +11,7 @@ work=$(mktemp -d /tmp/kvd-bundle.XXXXXX)
 trap 'rm -rf "$work"' EXIT
 root=$work/kvd
 mkdir -p "$root"/{bin,lib,libexec,licenses,share/kvd,share/bash-completion/completions,share/man}
-programs="$build/daemon/kvd $build/client/kvctl $build/client/kvd-demo"
+programs="$build/daemon/kvd $build/daemon/kvd-keeper $build/client/kvctl $build/client/kvd-demo"
 for test in e2e_worker e2e_client e2e_direct gpu_processes bench_direct bench_rpc; do # with which a node can be tried
     [ -x "$build/tests/$test" ] && programs="$programs $build/tests/$test"
 done

@@ -80,6 +80,8 @@ int kvd_pool_fd(const struct kvd_pool *pool);
 // KVD_E_NOT_FOUND (an extent in use is gone) or KVD_E_INTERNAL; the region may have changed then.
 struct kvd_pool *kvd_pool_open(int fd, const struct kvd_pool_config *config,
                                const struct kvd_pool_mem_ops *ops, struct kvd_error *err);
+// Takes all holders from all sequences: those without a name are freed.
+void kvd_pool_disown(struct kvd_pool *pool);
 // Leaves a durable pool to whoever opens its region next: unmaps it, frees no extent. *pool may be
 // NULL; it becomes NULL.
 void kvd_pool_leave(struct kvd_pool **pool);

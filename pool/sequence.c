@@ -120,6 +120,17 @@ void kvd_pool_seq_release(struct kvd_pool *pool, uint64_t seq)
         seq_destroy(pool, s);
 }
 
+void kvd_pool_disown(struct kvd_pool *pool)
+{
+    for (uint32_t i = 0; i < pool->head->n_sequences_ever; i++) {
+        struct region_seq *s = &pool->seq[i];
+        if (!(s->generation & 1) || s->doomed || s->holders == 0)
+            continue;
+        s->holders = 1;
+        kvd_pool_seq_release(pool, seq_id(pool, s));
+    }
+}
+
 void kvd_pool_seq_pin(struct kvd_pool *pool, uint64_t seq)
 {
     struct region_seq *s = seq_find(pool, seq);

@@ -30,6 +30,7 @@ static const struct key keys[] = {
     {{"kvd", "memory-floor", RELOADED}, SIZE, AT(memory_floor), 0, 1ull << 43},
     {{"kvd", "idle-memory-timeout", RELOADED}, MILLIS, AT(idle_memory_ms), 0, 86400000},
     {{"kvd", "overcommit-memory", AT_START}, YESNO, AT(overcommit_memory), 0, 0},
+    {{"kvd", "keep", AT_START}, TEXT, AT(keep), 0, 0},
     {{"kvd", "listen", AT_START}, LISTEN, AT(listen), 0, 0},
     {{"kvd", "socket-group", AT_START}, TEXT, AT(socket_group), 0, 0},
     {{"kvd", "socket-mode", AT_START}, OCTAL, AT(socket_mode), 0, 0777},

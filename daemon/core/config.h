@@ -43,6 +43,7 @@ struct kvd_config {
     uint32_t idle_memory_ms;         // how long host memory of idle extents is kept; 0: for good
     bool overcommit_memory;          // a pool may be larger than the host's memory
     bool only_listed_namespaces;     // no others than those of the configuration
+    char keep[8];                    // what outlives a kvd: "no", "yes", "fresh"
     char listen[KVD_MAX_LISTEN][KVD_CONFIG_TEXT];
     uint32_t n_listen;
     char socket_group[64];

@@ -27,6 +27,9 @@ static void check_backend(struct kvd_config_load *l)
                            "backend: cuda is not possible: this kvd was built without CUDA "
                            "(backend cpu needs no GPU)");
 #endif
+    if (strcmp(c->keep, "no") != 0 && strcmp(c->keep, "yes") != 0 && strcmp(c->keep, "fresh") != 0)
+        kvd_config_problem(l, kvd_config_place(l, "keep"),
+                           "keep: '%s' is not possible; it wants no, yes or fresh", c->keep);
     if (c->isa[0] && kvd_cpu_isa_check(c->isa, &err))
         kvd_config_problem(l, kvd_config_place(l, "isa"), "isa: %s", err.text);
 }

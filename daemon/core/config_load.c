@@ -8,6 +8,7 @@ static void set_defaults(struct kvd_config *c)
         .pool_size = 1ull << 30,
         .memory_floor = 512ull << 20,
         .idle_memory_ms = 30000,
+        .keep = "no",
         .socket_mode = 0660,
         .metrics = "127.0.0.1:9464",
         .store_timeout_ms = 60000,

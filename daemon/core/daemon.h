@@ -27,6 +27,7 @@ struct kvd_releases;
 struct kvd_fences;
 struct kvd_fetch;
 struct kvd_http;
+struct kvd_keep;
 struct kvd_links;
 struct kvd_listener;
 struct kvd_memory_state;
@@ -63,6 +64,7 @@ struct kvd_daemon {
     bool reload_failed;           // the last one
     bool reloading, reload_again; // one is under way; another is to follow
     struct kvd_backend *backend;
+    struct kvd_keep *keep; // NULL: nothing outlives this process
     struct kvd_memory_state *memory;
     struct kvd_pool *pool;
     struct kvd_evictable *evictable;

@@ -9,6 +9,7 @@
 
 #include <sysexits.h>
 
+#include "daemon/core/keep.h"
 #include "daemon/core/notify.h"
 
 enum { FAREWELL_MS = 20 }; // lets the last replies get out
@@ -57,6 +58,7 @@ void kvd_daemon_run(struct kvd_daemon *d)
                size, d->config.listen[0], d->config.metrics[0] ? d->config.metrics : "off",
                uv_hrtime() / 1000000 - d->started_ms);
     kvd_notify_ready(d);
+    kvd_keep_ready(d);
     uv_run(&d->loop, UV_RUN_DEFAULT);
 }
 

@@ -93,8 +93,9 @@ static void free_exec(uv_handle_t *handle)
 
 static void release(struct kvd_daemon *d)
 {
-    struct kvd_exec *x = KVD_TAKE(d->exec);
-    uv_thread_join(&x->thread); // it has ended, or is just about to
+    struct kvd_exec *x = d->exec;
+    uv_thread_join(&x->thread); // it has ended, is about to, or has not even begun to look at d
+    d->exec = NULL;
     uv_mutex_destroy(&x->lock);
     uv_cond_destroy(&x->wake);
     kvd_fair_deinit(&x->fair);

@@ -299,7 +299,8 @@ int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_layout *l,
         bytes[p][KVD_POOL_CODEC] = kvd_page_bytes(&l->planes[p], l->planes[p].codec);
     }
     // The rotations first: a layout that they do not fit must leave nothing behind.
-    bool known = kvd_pool_layout_find(d->pool, l) != KVD_POOL_NONE;
+    uint32_t there = kvd_pool_layout_find(d->pool, l); // without, if an earlier kvd has left it
+    bool known = there != KVD_POOL_NONE && d->rotations[there][0];
     int rc = known ? KVD_OK : load(d, l, set, &new, err);
     if (rc == KVD_OK)
         rc = kvd_layout_open(d, uid, ns, l, bytes, layout, &recycled, err);

@@ -4,12 +4,13 @@
 // when it would leave less than memory-floor for the processes beside kvd. A worker in direct mode
 // is lent extents of its namespace over the fd socket, to read them. An extent that was lent is
 // never wiped for another namespace: it gets new memory, and whoever does not unmap the old keeps
-// only what was its own.
+// only what was its own. So does one that was lent by an earlier kvd, when it is taken over.
 #include "daemon/session/memory.h"
 
 #include <errno.h>
 #include <sys/stat.h>
 
+#include "daemon/core/keep.h"
 #include "daemon/core/lifecycle.h"
 #include "daemon/session/fdsock.h"
 
@@ -68,6 +69,21 @@ static void take_back(struct kvd_daemon *d, uint32_t index)
 
 // -- the pool's ops -----------------------------------------------------------------------------
 
+static const char *extent_name(uint32_t index, char out[32])
+{
+    snprintf(out, 32, "kvd-extent-%u", index);
+    return out;
+}
+
+// The extent's memory is to outlive this process.
+static void keep(struct kvd_daemon *d, uint32_t index)
+{
+    char name[32];
+    if (kvd_keep_on(d))
+        kvd_keep_put(d, extent_name(index, name),
+                     d->backend->ops->extent_descriptor(d->backend, d->memory->arena, index));
+}
+
 static int mem_alloc(void *ctx, uint32_t index, uint64_t bytes, uint64_t *addr)
 {
     struct kvd_daemon *d = ctx;
@@ -78,11 +94,33 @@ static int mem_alloc(void *ctx, uint32_t index, uint64_t bytes, uint64_t *addr)
         return KVD_E_FULL;
     }
     int rc = d->backend->ops->extent_make(d->backend, m->arena, index, &err);
-    if (rc)
+    if (rc) {
         kvd_warning("no extent made: %s", err.text);
-    else
-        *addr = m->arena->base + index * m->arena->bytes;
+        return rc;
+    }
+    keep(d, index);
+    *addr = m->arena->base + index * m->arena->bytes;
     return rc;
+}
+
+static int mem_attach(void *ctx, uint32_t index, uint64_t bytes, uint64_t *addr)
+{
+    struct kvd_daemon *d = ctx;
+    struct kvd_memory_state *m = d->memory;
+    struct kvd_error err = {0};
+    char name[32];
+    (void)bytes;
+    int fd KVD_CLOSE = kvd_keep_take(d, extent_name(index, name));
+    if (fd < 0)
+        return KVD_E_NOT_FOUND;
+    int rc = d->backend->ops->extent_adopt(d->backend, m->arena, index, fd, &err);
+    if (rc) {
+        kvd_error("extent %u cannot be taken over: %s", index, err.text);
+        return rc;
+    }
+    keep(d, index); // it may have been copied
+    *addr = m->arena->base + index * m->arena->bytes;
+    return KVD_OK;
 }
 
 static void mem_free(void *ctx, uint32_t index, uint64_t addr, uint64_t bytes)
@@ -90,7 +128,9 @@ static void mem_free(void *ctx, uint32_t index, uint64_t addr, uint64_t bytes)
     struct kvd_daemon *d = ctx;
     (void)addr;
     (void)bytes;
+    char name[32];
     take_back(d, index);
+    kvd_keep_drop(d, extent_name(index, name));
     d->backend->ops->extent_drop(d->backend, d->memory->arena, index);
 }
 
@@ -110,17 +150,19 @@ static int mem_zero(void *ctx, uint32_t index, uint64_t addr, uint64_t bytes)
     // New memory takes the place of the old. Without it the extent stays as it was, lent and its
     // old namespace's.
     int rc = d->backend->ops->extent_make(d->backend, m->arena, index, &err);
-    if (rc)
+    if (rc) {
         kvd_warning("extent %u that was lent got no new memory: %s", index, err.text);
-    else
-        take_back(d, index);
-    return rc;
+        return rc;
+    }
+    keep(d, index);
+    take_back(d, index);
+    return KVD_OK;
 }
 
 struct kvd_pool_mem_ops kvd_memory_ops(struct kvd_daemon *d)
 {
     return (struct kvd_pool_mem_ops){
-        .ctx = d, .alloc = mem_alloc, .free = mem_free, .zero = mem_zero};
+        .ctx = d, .alloc = mem_alloc, .free = mem_free, .zero = mem_zero, .attach = mem_attach};
 }
 
 // -- ahead of need ------------------------------------------------------------------------------

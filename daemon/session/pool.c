@@ -2,7 +2,10 @@
 
 #include <sysexits.h>
 
+#include "daemon/core/keep.h"
 #include "daemon/session/memory.h"
+
+#define REGION "kvd-pool" // its name among what is kept
 
 enum {
     PIECE_NS = 1000000, // of a look; then others have their turn
@@ -150,10 +153,44 @@ static void on_evict(void *ctx, uint32_t ns, uint64_t seq, const char *name)
     kvd_parts_evicted(ctx, ns, seq, name);
 }
 
+// The pool that an earlier kvd has left. The sessions ended with it, so only what is published
+// stays.
+static struct kvd_pool *take_over(struct kvd_daemon *d, int region,
+                                  const struct kvd_pool_config *config, struct kvd_error *err)
+{
+    struct kvd_pool_mem_ops mem = kvd_memory_ops(d);
+    uint64_t begin = uv_hrtime();
+    struct kvd_pool *pool = kvd_pool_open(region, config, &mem, err);
+    if (!pool) {
+        kvd_fail_in(err, "what an earlier kvd left cannot be taken over (keep = fresh drops it)");
+        return NULL;
+    }
+    kvd_pool_disown(pool);
+    struct kvd_pool_info info;
+    kvd_pool_info(pool, &info);
+    kvd_notice("took over sequences=%" PRIu64 " tokens=%" PRIu64 " extents=%u ms=%.1f",
+               info.sequences, info.tokens, info.extents_made, (double)(uv_hrtime() - begin) / 1e6);
+    return pool;
+}
+
+static struct kvd_pool *new_pool(struct kvd_daemon *d, const struct kvd_pool_config *config,
+                                 struct kvd_error *err)
+{
+    int region KVD_CLOSE = kvd_keep_take(d, REGION);
+    struct kvd_pool_mem_ops mem = kvd_memory_ops(d);
+    struct kvd_pool *pool =
+        region >= 0 ? take_over(d, region, config, err) : kvd_pool_new(config, &mem, err);
+    if (!pool)
+        return NULL;
+    kvd_keep_drop_rest(d); // extents of which the region does not know
+    if (region < 0 && kvd_keep_on(d))
+        kvd_keep_put(d, REGION, kvd_pool_fd(pool));
+    return pool;
+}
+
 static int init(struct kvd_daemon *d, struct kvd_error *err)
 {
     const struct kvd_config *c = &d->config;
-    struct kvd_pool_mem_ops mem = kvd_memory_ops(d);
     d->evictable = calloc(1, sizeof(*d->evictable));
     if (!d->evictable)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
@@ -169,9 +206,10 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
                                    .max_sequences = c->max_sequences,
                                    .max_namespaces = KVD_MAX_NAMESPACES,
                                    .max_layouts = KVD_MAX_LAYOUTS,
+                                   .durable = kvd_keep_on(d),
                                    .on_evict = on_evict,
                                    .on_evict_ctx = d};
-    d->pool = kvd_pool_new(&pool, &mem, err);
+    d->pool = new_pool(d, &pool, err);
     d->use = d->pool ? calloc(c->max_sequences, sizeof(*d->use)) : NULL;
     if (!d->use)
         return d->pool ? kvd_fail(err, KVD_E_INTERNAL, "out of memory") : err->code;
@@ -216,7 +254,10 @@ static void deinit(struct kvd_daemon *d)
     if (d->evictable)
         kvd_pool_look_drop(&d->evictable->look);
     free(KVD_TAKE(d->evictable));
-    kvd_pool_free(&d->pool);
+    if (kvd_keep_on(d))
+        kvd_pool_leave(&d->pool); // to the next kvd
+    else
+        kvd_pool_free(&d->pool);
     free(d->use);
 }
 

@@ -135,6 +135,54 @@ int kvd_cpu_extent_import(struct kvd_backend *b, struct kvd_arena *a, uint32_t i
     return KVD_OK;
 }
 
+int kvd_cpu_extent_descriptor(struct kvd_backend *b, struct kvd_arena *a, uint32_t i)
+{
+    (void)b;
+    return arena_of(a)->fds[i];
+}
+
+// Copies what a file holds, holes aside, to memory that reads as zero.
+static int copy_file(int fd, uint8_t *to, uint64_t bytes)
+{
+    off_t at = 0;
+    while ((at = lseek(fd, at, SEEK_DATA)) >= 0 && (uint64_t)at < bytes) {
+        off_t end = lseek(fd, at, SEEK_HOLE);
+        end = end < 0 ? (off_t)bytes : KVD_MIN(end, (off_t)bytes);
+        while (at < end) {
+            ssize_t n = pread(fd, to + at, (size_t)(end - at), at);
+            if (n <= 0)
+                return KVD_E_INTERNAL;
+            at += n;
+        }
+    }
+    return at >= 0 || errno == ENXIO ? KVD_OK : KVD_E_INTERNAL; // ENXIO: no more data
+}
+
+int kvd_cpu_extent_adopt(struct kvd_backend *b, struct kvd_arena *a, uint32_t i, int fd,
+                         struct kvd_error *err)
+{
+    struct stat st;
+    if (fstat(fd, &st) || (uint64_t)st.st_size != a->bytes)
+        return kvd_fail(err, KVD_E_INVALID, "extent %u has %lld bytes instead of %llu", i,
+                        (long long)st.st_size, (unsigned long long)a->bytes);
+    if (fcntl(fd, F_GET_SEALS) & F_SEAL_FUTURE_WRITE) {
+        int rc = kvd_cpu_extent_make(b, a, i, err);
+        if (rc == KVD_OK && copy_file(fd, place(a, i), a->bytes))
+            rc = kvd_fail(err, KVD_E_INTERNAL, "cannot copy extent %u: %s", i, strerror(errno));
+        return rc;
+    }
+    int copy KVD_CLOSE = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    if (copy < 0 || mmap(place(a, i), a->bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+                         copy, 0) == MAP_FAILED)
+        return kvd_fail(err, copy < 0 ? KVD_E_LIMIT : KVD_E_FULL, "cannot map extent %u: %s", i,
+                        strerror(errno));
+    madvise(place(a, i), a->bytes, MADV_HUGEPAGE);
+    if (arena_of(a)->fds[i] >= 0)
+        close(arena_of(a)->fds[i]);
+    arena_of(a)->fds[i] = KVD_TAKE_FD(copy);
+    return KVD_OK;
+}
+
 int kvd_cpu_foreign_map(struct kvd_backend *b, const struct kvd_foreign *f, uint8_t **data,
                         struct kvd_error *err)
 {

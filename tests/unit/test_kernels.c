@@ -1,6 +1,8 @@
 // The CPU backend against float64, on every instruction set that this CPU has.
 #include "tests/unit/suite.h"
 
+#include <sys/mman.h>
+
 #include "tests/unit/kernel_long.h"
 #include "tests/unit/kernel_nonfinite.h"
 
@@ -464,9 +466,44 @@ START_TEST(half_precision)
 }
 END_TEST
 
+// What was lent is sealed, so who takes it over gets a copy; else the memory itself.
+START_TEST(extents_are_taken_over)
+{
+    enum { BYTES = 2 << 20, AT = 1234567 };
+    struct kvd_error err = {0};
+    struct kvd_backend *b = kvd_cpu_backend_new(1, NULL, &err);
+    struct kvd_arena *old = b->ops->arena_new(b, 2, BYTES, &err);
+    struct kvd_arena *new = b->ops->arena_new(b, 2, BYTES, &err);
+    uint8_t *from = (uint8_t *)(uintptr_t)old->base, *to = (uint8_t *)(uintptr_t) new->base;
+    for (uint32_t i = 0, lent; i < 2; i++) {
+        ck_assert_int_eq(b->ops->extent_make(b, old, i, &err), 0);
+        memset(from + i * BYTES + AT, 7, 5000);
+        if (i == 1) {
+            int fd = -1;
+            ck_assert_int_eq(b->ops->extent_export(b, old, i, &fd, &err), 0);
+            close(fd);
+        }
+        int held = b->ops->extent_descriptor(b, old, i);
+        ck_assert_int_eq(b->ops->extent_adopt(b, new, i, held, &err), 0);
+        ck_assert_mem_eq(to + i * BYTES, from + i * BYTES, BYTES);
+        to[i * BYTES] = 9;
+        lent = from[i * BYTES] != 9;
+        ck_assert_uint_eq(lent, i);
+    }
+    int small = memfd_create("small", MFD_CLOEXEC);
+    ck_assert_int_eq(b->ops->extent_adopt(b, new, 0, small, &err), KVD_E_INVALID);
+    ck_assert_int_eq(to[0], 9);
+    close(small);
+    b->ops->arena_free(b, &old);
+    b->ops->arena_free(b, &new);
+    kvd_backend_free(&b);
+}
+END_TEST
+
 KVD_MAIN("kernels", 300, avx2_is_among_those_tested, avx512_is_among_those_tested,
          codes_match_a_float64_derivation, scales_are_chosen_by_side, attention_matches_float64,
          precision_does_not_fall_with_length, every_group_and_dim,
          instruction_sets_write_the_same_pages, read_returns_what_pages_hold,
          rotation_is_undone_by_its_inverse, nonfinite_values_are_found,
-         queries_that_are_not_finite_give_nan_alone, logits_that_overflow_give_nan, half_precision)
+         queries_that_are_not_finite_give_nan_alone, logits_that_overflow_give_nan, half_precision,
+         extents_are_taken_over)

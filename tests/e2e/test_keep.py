@@ -1,0 +1,183 @@
+"""kvd that ends, by whatever signal, and what outlives it: kvd --keep. KVD_KILLS sets how often it is killed."""
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+
+import grpc
+import numpy as np
+
+from conftest import BUILD, Rpc, kv
+from test_death import wait_for
+from test_grpc import DIM, HEADS, LAYERS, append, open_session, random_kv, tensor
+
+QUERY = np.random.default_rng(3).normal(size=(LAYERS, 1, HEADS, DIM)).astype(np.float32)
+
+
+def pid_of(keeper):
+    children = open(f"/proc/{keeper.process.pid}/task/{keeper.process.pid}/children").read().split()
+    return int(children[0]) if children else 0
+
+
+def kill(keeper, sig=signal.SIGKILL):
+    """Ends kvd, not its keeper, and waits until the next one serves."""
+    keeper.lives = keeper.text().count("ready version") + 1
+    os.kill(pid_of(keeper), sig)
+    keeper.wait_ready()
+
+
+def attend(rpc, session, seq):
+    item = kv.AttendItem(sequence=seq, q_len=1, q=tensor(QUERY), o=kv.TensorRef(dtype=1))
+    return rpc.kv("Attend", session=session, items=[item]).results[0].o
+
+
+class Load:
+    """Mixed operations on published sequences, and what must be there of each: what was acknowledged, or that and what was asked
+    for last."""
+
+    def __init__(self, seed):
+        self.rng = random.Random(seed)
+        self.known = {}  # name: (length, output of attention at that length or None)
+        self.asked = {}  # name: the length that it may have instead
+        self.done = 0
+
+    def names(self, held):
+        return [n for n in self.known if n in held]
+
+    def step(self, rpc, session, held):
+        rng, names = self.rng, self.names(held)
+        what = rng.choice(["new", "append", "append", "append", "append", "fork", "truncate"])
+        if not names or (what == "new" and len(names) < 12):
+            self.publish(rpc, session, held, rpc.kv("CreateSequences", session=session, count=1).sequences[0], 0)
+            return
+        name = rng.choice(names)
+        seq, (length, _) = held[name], self.known[name]
+        if what == "fork" and len(names) < 16:
+            child = rpc.kv("ForkSequence", session=session, sequence=seq, count=1).sequences[0]
+            self.publish(rpc, session, held, child, length)
+            return
+        if what == "truncate":
+            self.asked[name] = rng.randrange(length + 1)
+            rpc.kv("TruncateSequence", session=session, sequence=seq, length=self.asked[name])
+        else:
+            n = rng.choice([1, 1, 7, 40, 300])
+            self.asked[name] = length + n
+            append(rpc, session, seq, length, *random_kv(n))
+        self.settle(rpc, session, held, name)
+
+    def publish(self, rpc, session, held, seq, length):
+        name = f"s{len(self.known)}"
+        rpc.kv("PublishSequence", session=session, sequence=seq, name=name)
+        held[name], self.known[name] = seq, (length, None)
+        self.asked[name] = length
+        self.settle(rpc, session, held, name)
+
+    def settle(self, rpc, session, held, name):
+        length = self.asked.pop(name)
+        self.known[name] = (length, None)
+        self.known[name] = (length, attend(rpc, session, held[name]) if length else None)
+        self.done += 1
+
+    def run(self, rpc, session, held):
+        try:
+            while True:
+                self.step(rpc, session, held)
+        except grpc.RpcError as e:
+            assert e.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED), e
+
+    def check(self, rpc, session):
+        """All that was acknowledged is there, and attention over it is the same bit for bit."""
+        held = {}
+        for name, (length, output) in list(self.known.items()):
+            info = rpc.kv("AttachSequence", session=session, name=name).sequence
+            assert info.length in (length, self.asked.get(name, length)), (name, info, length, self.asked.get(name))
+            held[name] = info.sequence
+            if info.length == length and output is not None:
+                assert attend(rpc, session, info.sequence) == output, name
+            self.asked[name] = info.length
+            self.settle(rpc, session, held, name)
+        return held
+
+
+def test_killed_at_random_under_load(start):
+    keeper = start("--keep", "--backend", "cpu")
+    load, times = Load(int(os.environ.get("KVD_TEST_SEED", time.time_ns()))), []
+    for _ in range(int(os.environ.get("KVD_KILLS", 6))):
+        rpc = Rpc(keeper.address)
+        session = open_session(rpc)
+        held = load.check(rpc, session)
+        thread = threading.Thread(target=load.run, args=(rpc, session, held))
+        thread.start()
+        time.sleep(load.rng.uniform(0.02, 0.25))
+        begin = time.time()
+        kill(keeper)
+        times.append(time.time() - begin)
+        thread.join(20)
+        assert not thread.is_alive()
+        rpc.channel.close()
+    rpc = Rpc(keeper.address)
+    load.check(rpc, open_session(rpc))
+    rpc.channel.close()
+    assert "took over sequences" in keeper.text()
+    print(f"{len(times)} kills, {load.done} operations, {len(load.known)} sequences; until it serves again: "
+          f"p50 {np.median(times):.3f} s, most {max(times):.3f} s")
+
+
+def test_what_is_not_published_ends_with_kvd(start):
+    keeper = start("--keep", "--backend", "cpu")
+    rpc = Rpc(keeper.address)
+    session = open_session(rpc)
+    seq = rpc.kv("CreateSequences", session=session, count=2).sequences
+    for s in seq:
+        append(rpc, session, s, 0, *random_kv(100))
+    rpc.kv("PublishSequence", session=session, sequence=seq[0], name="p")
+    rpc.channel.close()
+    kill(keeper)
+    assert keeper.metric("kvd_sequences") == 1
+    kill(keeper, signal.SIGTERM)  # as for an upgrade: it drains, and the next one takes over
+    assert keeper.metric("kvd_sequences") == 1
+    keeper.process.send_signal(signal.SIGHUP)
+    assert wait_for(lambda: "reload" in keeper.text())
+    assert keeper.stop() == 0
+    assert keeper.text().count("ready version") == 3
+
+
+def test_another_configuration_is_refused_until_it_is_back(start):
+    keeper = start("--keep", "--backend", "cpu", config="[kvd]\nmax-sequences = 100\n")
+    rpc = Rpc(keeper.address)
+    session = open_session(rpc)
+    seq = rpc.kv("CreateSequences", session=session, count=1).sequences[0]
+    append(rpc, session, seq, 0, *random_kv(100))
+    rpc.kv("PublishSequence", session=session, sequence=seq, name="p")
+    before = attend(rpc, session, seq)
+    rpc.channel.close()
+    config = keeper.folder / "kvd.conf"
+    config.write_text("[kvd]\nmax-sequences = 101\n")
+    keeper.lives = keeper.text().count("ready version") + 1
+    os.kill(pid_of(keeper), signal.SIGKILL)
+    assert wait_for(lambda: "room for 100 sequences" in keeper.text())
+    assert "keep = fresh drops it" in keeper.text()
+    config.write_text("[kvd]\nmax-sequences = 100\n")
+    keeper.wait_ready()
+    rpc = Rpc(keeper.address)
+    session = open_session(rpc)
+    assert attend(rpc, session, rpc.kv("AttachSequence", session=session, name="p").sequence.sequence) == before
+    rpc.channel.close()
+
+
+def test_a_first_kvd_that_cannot_start_ends_its_keeper(start, folder):
+    keeper = start("--keep", "--backend", "cpu")
+    r = subprocess.run([*keeper.command, "--metrics", ""], capture_output=True, text=True, timeout=20, env=keeper.env)
+    assert r.returncode == 69 and "another kvd serves" in r.stdout + r.stderr, (r.returncode, r.stderr)
+    r = subprocess.run([BUILD / "daemon/kvd-keeper"], capture_output=True, text=True, timeout=20)
+    assert r.returncode == 64 and "usage" in r.stderr
+
+
+def test_kvd_ends_with_its_keeper(start):
+    keeper = start("--keep", "--backend", "cpu")
+    pid = pid_of(keeper)
+    keeper.process.kill()
+    assert wait_for(lambda: not os.path.exists(f"/proc/{pid}"))
+    keeper.process.wait(10)
