@@ -1,13 +1,17 @@
 """kvd that ends, by whatever signal, and what outlives it: kvd --keep. KVD_KILLS sets how often it is killed."""
+import functools
 import os
 import random
+import select
 import signal
+import socket
 import subprocess
 import threading
 import time
 
 import grpc
 import numpy as np
+import pytest
 
 from conftest import BUILD, Rpc, kv
 from test_death import wait_for
@@ -165,6 +169,69 @@ def test_another_configuration_is_refused_until_it_is_back(start):
     session = open_session(rpc)
     assert attend(rpc, session, rpc.kv("AttachSequence", session=session, name="p").sequence.sequence) == before
     rpc.channel.close()
+
+
+class Systemd:
+    """What systemd's descriptor store does: holds what kvd sends under names, and gives it to the next one."""
+
+    def __init__(self, folder):
+        self.path = folder / "notify"
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(self.path))
+        self.held = {}
+
+    def read(self):
+        while select.select([self.socket], [], [], 0)[0]:
+            text, fds, _, _ = socket.recv_fds(self.socket, 4096, 4)
+            fields = dict(line.split("=", 1) for line in text.decode().splitlines() if "=" in line)
+            if "FDSTORE" in fields:
+                self.held[fields["FDNAME"]] = fds[0]
+            elif "FDSTOREREMOVE" in fields and fields["FDNAME"] in self.held:
+                os.close(self.held.pop(fields["FDNAME"]))
+
+    def arguments(self):
+        """Of a Daemon that gets what is held as descriptors 3 and on."""
+        names, fds = list(self.held), list(self.held.values())
+        moves = " ".join(f"{100 + i}<&{fd}" for i, fd in enumerate(fds)) + " " + " ".join(
+            f"{3 + i}<&{100 + i}" for i in range(len(fds)))
+        script = f'exec {moves}; export LISTEN_PID=$$; exec "$@"' if fds else 'exec "$@"'
+        for fd in fds:
+            os.set_inheritable(fd, True)
+        return {"prefix": ("bash", "-c", script, "bash"), "env": {"NOTIFY_SOCKET": str(self.path), **({
+            "LISTEN_FDS": str(len(fds)), "LISTEN_FDNAMES": ":".join(names)} if fds else {})}}
+
+
+def test_systemds_descriptor_store(start, folder, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", functools.partial(subprocess.Popen, close_fds=False))
+    systemd = Systemd(folder)
+    kvd = start("--keep", "--backend", "cpu", **systemd.arguments())
+    if "SYSTEMD" not in (BUILD / "compile_commands.json").read_text():
+        pytest.skip("built without systemd")
+    rpc = Rpc(kvd.address)
+    session = open_session(rpc)
+    seq = rpc.kv("CreateSequences", session=session, count=1).sequences[0]
+    append(rpc, session, seq, 0, *random_kv(700))
+    rpc.kv("PublishSequence", session=session, sequence=seq, name="p")
+    before = attend(rpc, session, seq)
+    rpc.channel.close()
+    kvd.stop(signal.SIGKILL)
+    systemd.read()
+    assert "kvd-pool" in systemd.held and any(n.startswith("kvd-extent-") for n in systemd.held)
+    kvd = start("--keep", "--backend", "cpu", **systemd.arguments())
+    assert "took over sequences=1 tokens=700" in kvd.text()
+    rpc = Rpc(kvd.address)
+    session = open_session(rpc)
+    assert attend(rpc, session, rpc.kv("AttachSequence", session=session, name="p").sequence.sequence) == before
+    rpc.channel.close()
+    kvd.stop(signal.SIGKILL)
+    systemd.read()
+    kvd = start("--keep=fresh", "--backend", "cpu", **systemd.arguments())
+    assert kvd.metric("kvd_sequences") == 0
+    assert kvd.stop() == 0
+    systemd.read()
+    assert list(systemd.held) == ["kvd-pool"]  # of the new one
+    os.close(systemd.held.popitem()[1])
+    systemd.socket.close()
 
 
 def test_a_first_kvd_that_cannot_start_ends_its_keeper(start, folder):
