@@ -183,11 +183,11 @@ struct batch {
 static struct kvd_dims dims_of(const kvd_client *c, kvd_layers l, uint32_t tokens, bool q, bool v,
                                kvd_dtype_t dtype)
 {
-    const Kvd__V1__Layout *g = &c->layout;
-    return (struct kvd_dims){.layers = l.count ? l.count : (uint32_t)g->n_layers - l.begin,
+    const struct kvd_layer_shape *g = &c->shapes[l.begin];
+    return (struct kvd_dims){.layers = l.count ? l.count : (uint32_t)c->layout.n_layers - l.begin,
                              .tokens = tokens,
                              .heads = q ? g->q_heads : g->kv_heads,
-                             .dim = v ? g->head_dim_v : g->head_dim_k,
+                             .dim = v ? g->dim_v : g->dim_k,
                              .size = dtype == KVD_F32 ? 4 : 2};
 }
 

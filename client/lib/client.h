@@ -26,6 +26,11 @@ struct kvd_buffer {
     uint64_t size;   // from there
 };
 
+// Of the tensors of one layer.
+struct kvd_layer_shape {
+    uint32_t q_heads, kv_heads, dim_k, dim_v;
+};
+
 struct kvd_client {
     kvd_client *next; // fork.c
     bool forked;      // in a child of the process that opened it
@@ -34,8 +39,11 @@ struct kvd_client {
     uint32_t *layers;
     Kvd__V1__Layout layout; // refers to the copies above
     Kvd__V1__Windows windows;
-    Kvd__V1__Plane planes[KVD_MAX_PLANES], *plane_refs[KVD_MAX_PLANES]; // by sliding window
+    Kvd__V1__Plane planes[KVD_MAX_PLANES], *plane_refs[KVD_MAX_PLANES];
+    Kvd__V1__Windows plane_windows[KVD_MAX_PLANES];
+    char *plane_codecs[KVD_MAX_PLANES];
     uint32_t *plane_layers;
+    struct kvd_layer_shape *shapes; // by position in layers
     float *sinks;
     uint32_t n_sinks;
     uint32_t timeout_ms, lease_ms;
@@ -65,7 +73,8 @@ struct kvd_sized {
     uint32_t size, least;
 };
 extern const struct kvd_sized kvd_sized_options, kvd_sized_info, kvd_sized_sequence_info,
-    kvd_sized_item, kvd_sized_attention, kvd_sized_direct_options, kvd_sized_event;
+    kvd_sized_item, kvd_sized_attention, kvd_sized_direct_options, kvd_sized_event,
+    kvd_sized_plane_options;
 // What a program of another age gave, as this library has it.
 int kvd_sized_take(const struct kvd_sized *type, const void *from, void *to, struct kvd_error *err);
 // Whether there is room to write one to; and writes as much of it as the program knows.
@@ -84,6 +93,10 @@ int kvd_items_take(const kvd_item *items, uint32_t count, kvd_item **own, struct
             return kvd_missing_;                                                                   \
     } while (0)
 kvd_result kvd_client_want(const void *const *wanted, size_t n, kvd_failure *err);
+
+// planes.c: the layout that the options ask for, in the client's own memory. What could not even be
+// copied is refused; the rest is the daemon's to judge.
+int kvd_client_set_layout(kvd_client *c, const kvd_options *o, struct kvd_error *err);
 
 // shapes.c: calls are checked before anything is sent. KVD_E_INVALID says what is wrong.
 int kvd_check_attention(const kvd_attention *a, struct kvd_error *err);

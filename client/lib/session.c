@@ -219,6 +219,9 @@ static void client_free(kvd_client *c)
     free(c->rotation_set);
     free(c->layers);
     free(c->plane_layers);
+    free(c->shapes);
+    for (size_t i = 0; i < KVD_LEN(c->plane_codecs); i++)
+        free(c->plane_codecs[i]);
     free(c->sinks);
     free(c);
 }
@@ -231,9 +234,6 @@ static char *copy_or(const char *text, const char *otherwise)
 // What could not even be copied; the rest is the daemon's to judge.
 static int check_options(const kvd_options *o, struct kvd_error *err)
 {
-    if (!o->layers || o->n_layers < 1 || o->n_layers > KVD_MAX_LAYERS)
-        return kvd_fail(err, KVD_E_INVALID, "%u layers%s; 1 to %d are possible", o->n_layers,
-                        o->layers ? "" : " (NULL)", KVD_MAX_LAYERS);
     if (!o->sinks != !o->n_sinks || o->n_sinks > KVD_MAX_SINKS)
         return kvd_fail(err, KVD_E_INVALID,
                         "sinks is %s and n_sinks %u; one for each q head of each layer is wanted, "
@@ -254,37 +254,6 @@ static int check_options(const kvd_options *o, struct kvd_error *err)
     return KVD_OK;
 }
 
-// A plane for each sliding window that layers have; none where all see all tokens.
-static int set_planes(kvd_client *c, const kvd_options *o, struct kvd_error *err)
-{
-    uint32_t *at = c->plane_layers, n = 0;
-    bool any = false;
-    for (uint32_t i = 0; i < o->n_layers && o->windows; i++) {
-        uint32_t p = 0;
-        any |= o->windows[i] != 0;
-        while (p < n && c->planes[p].window != o->windows[i])
-            p++;
-        if (p == KVD_MAX_PLANES)
-            return kvd_fail(err, KVD_E_INVALID, "the layers have more than %d different windows",
-                            KVD_MAX_PLANES);
-        if (p == n) {
-            kvd__v1__plane__init(&c->planes[n]);
-            c->planes[n++].window = o->windows[i];
-        }
-    }
-    for (uint32_t p = 0; p < n && any; p++) {
-        c->planes[p].layers = at;
-        for (uint32_t i = 0; i < o->n_layers; i++)
-            if (o->windows[i] == c->planes[p].window)
-                *at++ = o->layers[i];
-        c->planes[p].n_layers = (size_t)(at - c->planes[p].layers);
-        c->plane_refs[p] = &c->planes[p];
-    }
-    c->layout.n_planes = any ? n : 0;
-    c->layout.planes = c->plane_refs;
-    return KVD_OK;
-}
-
 static kvd_client *client_new(const kvd_options *o)
 {
     kvd_client *c = calloc(1, sizeof(*c));
@@ -299,36 +268,23 @@ static kvd_client *client_new(const kvd_options *o)
     c->client_name = copy_or(o->client_name, program_invocation_short_name);
     c->codec = copy_or(o->codec, "int2");
     c->rotation_set = copy_or(o->rotation_set, "");
-    c->layers = calloc(o->n_layers + 1, sizeof(*c->layers));
-    c->plane_layers = calloc(o->n_layers + 1, sizeof(*c->plane_layers));
+    c->layers = calloc(KVD_MAX_LAYERS, sizeof(*c->layers));
+    c->plane_layers = calloc(KVD_MAX_LAYERS, sizeof(*c->plane_layers));
+    c->shapes = calloc(KVD_MAX_LAYERS, sizeof(*c->shapes));
     c->sinks = calloc(o->n_sinks + 1, sizeof(*c->sinks));
     c->n_sinks = o->n_sinks;
     c->timeout_ms = o->timeout_ms ? o->timeout_ms : 30000;
     c->lease_ms = o->lease_ms;
     c->remote = strncmp(o->address, "unix:", 5) != 0;
     if (!c->address || !c->namespace_name || !c->client_name || !c->codec || !c->rotation_set ||
-        !c->layers || !c->plane_layers || !c->sinks) {
+        !c->layers || !c->plane_layers || !c->shapes || !c->sinks) {
         client_free(c);
         return NULL;
     }
     if (strlen(c->client_name) > KVD_MAX_CLIENT_NAME)
         c->client_name[KVD_MAX_CLIENT_NAME] = '\0';
-    memcpy(c->layers, o->layers, o->n_layers * sizeof(*c->layers));
     if (o->n_sinks)
         memcpy(c->sinks, o->sinks, o->n_sinks * sizeof(*c->sinks));
-    kvd__v1__windows__init(&c->windows);
-    c->windows.sink = o->sink;
-    c->windows.recent = o->recent;
-    kvd__v1__layout__init(&c->layout);
-    c->layout.n_layers = o->n_layers;
-    c->layout.layers = c->layers;
-    c->layout.q_heads = o->q_heads;
-    c->layout.kv_heads = o->kv_heads;
-    c->layout.head_dim_k = o->head_dim_k;
-    c->layout.head_dim_v = o->head_dim_v;
-    c->layout.codec = c->codec;
-    c->layout.rotation_set = c->rotation_set;
-    c->layout.windows = o->sink || o->recent || o->no_windows ? &c->windows : NULL;
     return c;
 }
 
@@ -351,7 +307,7 @@ kvd_result kvd_open(const kvd_options *options, kvd_client **out, kvd_failure *e
         kvd_fail(&e, KVD_E_INTERNAL, "out of memory");
         return kvd_client_fail(err, &e);
     }
-    int rc = set_planes(c, &o, &e);
+    int rc = kvd_client_set_layout(c, &o, &e);
     if (rc == KVD_OK)
         rc = kvd_fork_watch(c, &e);
     if (rc == KVD_OK) {

@@ -110,13 +110,22 @@ static int check_tensor(const kvd_client *c, const kvd_tensor_ref *t, const stru
     return KVD_OK;
 }
 
-static int check_layers(const kvd_client *c, kvd_layers l, uint32_t *count, struct kvd_error *err)
+// Counts a call's layers, which have tensors of one shape.
+static int check_layers(const kvd_client *c, kvd_layers l, uint32_t *count,
+                        const struct kvd_layer_shape **shape, struct kvd_error *err)
 {
     uint32_t n = (uint32_t)c->layout.n_layers;
     if (l.begin >= n || l.count > n - l.begin)
         return kvd_fail(err, KVD_E_INVALID, "layers %u to %llu are not all among the client's %u",
                         l.begin, (unsigned long long)l.begin + (l.count ? l.count - 1 : 0), n);
     *count = l.count ? l.count : n - l.begin;
+    *shape = &c->shapes[l.begin];
+    for (uint32_t i = 1; i < *count; i++)
+        if (memcmp(*shape, *shape + i, sizeof(**shape)) != 0)
+            return kvd_fail(err, KVD_E_INVALID,
+                            "layers %u and %u of the client differ in heads or head_dim; they want "
+                            "calls of their own",
+                            l.begin, l.begin + i);
     return KVD_OK;
 }
 
@@ -145,34 +154,34 @@ static int check_range(const char *what, uint64_t begin, uint32_t tokens, struct
     return KVD_OK;
 }
 
-static int check_kv(const kvd_client *c, uint32_t layers, const kvd_item *item, struct spans *spans,
-                    struct kvd_error *err)
+static int check_kv(const kvd_client *c, uint32_t layers, const struct kvd_layer_shape *g,
+                    const kvd_item *item, struct spans *spans, struct kvd_error *err)
 {
     struct expected x = {.name = "k",
                          .layers = layers,
                          .tokens = item->tokens,
-                         .heads = c->layout.kv_heads,
-                         .dim = c->layout.head_dim_k,
+                         .heads = g->kv_heads,
+                         .dim = g->dim_k,
                          .bf16 = true,
                          .spans = spans};
     int rc = check_tensor(c, &item->k, &x, err);
     x.name = "v";
-    x.dim = c->layout.head_dim_v;
+    x.dim = g->dim_v;
     return rc ? rc : check_tensor(c, &item->v, &x, err);
 }
 
-static int check_qo(const kvd_client *c, uint32_t layers, const kvd_item *item, struct spans *spans,
-                    struct kvd_error *err)
+static int check_qo(const kvd_client *c, uint32_t layers, const struct kvd_layer_shape *g,
+                    const kvd_item *item, struct spans *spans, struct kvd_error *err)
 {
     struct expected x = {.name = "q",
                          .layers = layers,
                          .tokens = item->tokens,
-                         .heads = c->layout.q_heads,
-                         .dim = c->layout.head_dim_k,
+                         .heads = g->q_heads,
+                         .dim = g->dim_k,
                          .spans = spans};
     int rc = check_tensor(c, &item->q, &x, err);
     x.name = "o";
-    x.dim = c->layout.head_dim_v;
+    x.dim = g->dim_v;
     x.role = OUTPUT;
     if (rc == KVD_OK)
         rc = check_tensor(c, &item->o, &x, err);
@@ -193,7 +202,8 @@ int kvd_check_compute(const kvd_client *c, kvd_call_kind kind, kvd_layers layers
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     if (kind != KVD_CALL_APPEND && kind != KVD_CALL_ATTEND && kind != KVD_CALL_STEP)
         return kvd_fail(err, KVD_E_INVALID, "call %d is not known", (int)kind);
-    int rc = check_layers(c, layers, &n, err);
+    const struct kvd_layer_shape *shape = NULL;
+    int rc = check_layers(c, layers, &n, &shape, err);
     if (rc == KVD_OK)
         rc = kvd_check_attention(a, err);
     for (uint32_t i = 0; i < count && rc == KVD_OK; i++) {
@@ -201,9 +211,9 @@ int kvd_check_compute(const kvd_client *c, kvd_call_kind kind, kvd_layers layers
         spans.item = i;
         rc = check_range("tokens", kind == KVD_CALL_ATTEND ? 0 : item->position, item->tokens, err);
         if (rc == KVD_OK && kind != KVD_CALL_ATTEND)
-            rc = check_kv(c, n, item, &spans, err);
+            rc = check_kv(c, n, shape, item, &spans, err);
         if (rc == KVD_OK && kind != KVD_CALL_APPEND)
-            rc = check_qo(c, n, item, &spans, err);
+            rc = check_qo(c, n, shape, item, &spans, err);
         if (rc)
             return kvd_fail_in(err, "items[%u]", i);
         sum += item->tokens;
@@ -219,19 +229,23 @@ int kvd_check_rotate(const kvd_client *c, bool v, kvd_layers layers, uint32_t ro
                      const kvd_tensor_ref *x, const kvd_tensor_ref *y, struct kvd_error *err)
 {
     struct spans none = {0}; // y is written when all of x has been sent
-    struct expected shape = {.name = "x",
-                             .spans = &none,
-                             .tokens = rows,
-                             .heads = heads,
-                             .dim = v ? c->layout.head_dim_v : c->layout.head_dim_k};
+    const struct kvd_layer_shape *g = NULL;
+    uint32_t n;
     if (!x || !y)
         return kvd_fail(err, KVD_E_INVALID, "%s is missing", x ? "y" : "x");
-    int rc = check_layers(c, layers, &shape.layers, err);
-    if (rc == KVD_OK)
-        rc = check_range("rows", 0, rows, err);
-    if (rc == KVD_OK && heads != c->layout.kv_heads && heads != c->layout.q_heads)
+    int rc = check_layers(c, layers, &n, &g, err);
+    if (rc)
+        return rc;
+    struct expected shape = {.name = "x",
+                             .spans = &none,
+                             .layers = n,
+                             .tokens = rows,
+                             .heads = heads,
+                             .dim = v ? g->dim_v : g->dim_k};
+    rc = check_range("rows", 0, rows, err);
+    if (rc == KVD_OK && heads != g->kv_heads && heads != g->q_heads)
         rc = kvd_fail(err, KVD_E_INVALID, "heads is %u; it must be kv_heads (%u) or q_heads (%u)",
-                      heads, c->layout.kv_heads, c->layout.q_heads);
+                      heads, g->kv_heads, g->q_heads);
     if (rc == KVD_OK)
         rc = check_tensor(c, x, &shape, err);
     shape.name = "y";
@@ -244,21 +258,25 @@ int kvd_check_read(const kvd_client *c, kvd_layers layers, uint64_t begin, uint3
 {
     struct kvd_overlap all[2];
     struct spans spans = {.all = c->remote ? all : NULL, .item = KVD_OVERLAP_NO_ITEM};
-    struct expected x = {.name = "k",
-                         .tokens = count,
-                         .heads = c->layout.kv_heads,
-                         .dim = c->layout.head_dim_k,
-                         .role = OUTPUT,
-                         .spans = &spans};
+    const struct kvd_layer_shape *g = NULL;
+    uint32_t n;
     if (!k && !v)
         return kvd_fail(err, KVD_E_INVALID, "neither k nor v is wanted");
-    int rc = check_layers(c, layers, &x.layers, err);
-    if (rc == KVD_OK)
-        rc = check_range("count", begin, count, err);
+    int rc = check_layers(c, layers, &n, &g, err);
+    if (rc)
+        return rc;
+    struct expected x = {.name = "k",
+                         .layers = n,
+                         .tokens = count,
+                         .heads = g->kv_heads,
+                         .dim = g->dim_k,
+                         .role = OUTPUT,
+                         .spans = &spans};
+    rc = check_range("count", begin, count, err);
     if (rc == KVD_OK && k)
         rc = check_tensor(c, k, &x, err);
     x.name = "v";
-    x.dim = c->layout.head_dim_v;
+    x.dim = g->dim_v;
     if (rc == KVD_OK && v)
         rc = check_tensor(c, v, &x, err);
     return rc ? rc : kvd_overlap_check(all, spans.n, err);

@@ -87,6 +87,7 @@ int kvd_items_take(const kvd_item *items, uint32_t count, kvd_item **own, struct
     }
 
 const struct kvd_sized kvd_sized_options = SIZED(kvd_options, no_windows);
+const struct kvd_sized kvd_sized_plane_options = SIZED(kvd_plane_options, no_windows);
 const struct kvd_sized kvd_sized_info = SIZED(kvd_info, recent);
 const struct kvd_sized kvd_sized_sequence_info = SIZED(kvd_sequence_info, name);
 const struct kvd_sized kvd_sized_item = SIZED(kvd_item, lse);

@@ -32,7 +32,8 @@ def test_pythons_structures_are_the_compilers():
     spec = importlib.util.spec_from_file_location("kvd_library", SOURCE / "client/python/kvd/_library.py")
     library = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(library)
-    structs = {"kvd_failure": "Failure", "kvd_options": "Options", "kvd_info": "Info", "kvd_tensor_ref": "TensorRef",
+    structs = {"kvd_failure": "Failure", "kvd_options": "Options", "kvd_plane_options": "PlaneOptions",
+               "kvd_info": "Info", "kvd_tensor_ref": "TensorRef",
                "kvd_sequence_info": "SequenceStruct", "kvd_layers": "Layers", "kvd_item": "ItemStruct",
                "kvd_attention": "Attention", "kvd_direct_options": "DirectOptions", "kvd_event": "EventStruct"}
     theirs = {}

@@ -5,7 +5,7 @@ import grpc
 import numpy as np
 import pytest
 
-from conftest import BUILD, kv, layout
+from conftest import BUILD, free_port, kv, layout
 from test_grpc import bf16, code_of, error, tensor, widen
 
 os.environ.setdefault("KVD_LIBRARY", str(BUILD / "client/libkvd.so.0"))
@@ -262,3 +262,68 @@ def test_windows_in_python(kvd):
                          ([[0] * 4, [0, 0, np.nan, 0]], r"sinks\[1, 2\] is nan")):
         with pytest.raises(package.Error, match=words):
             package.Client(layers=range(2), q_heads=4, kv_heads=2, head_dim=64, sinks=sinks, address=kvd.address)
+
+
+@pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
+@pytest.mark.parametrize("where", ["unix", "tcp"])
+def test_planes_in_python(start, where):
+    """A model like Gemma 4: layers of a sliding window, head_dim 256, and one of all tokens with other heads and another head_dim,
+    here with sinks too. Over TCP tensors travel with their calls."""
+    rng, port = np.random.default_rng(9), free_port()
+    kvd = start("--listen", f"127.0.0.1:{port}")
+    planes = [package.Plane([7, 9], head_dim=256, window=48, sink=0, recent=32),
+              package.Plane([8], q_heads=6, kv_heads=3, head_dim=(192, 128))]
+    sinks = [rng.normal(size=n) * 3 for n in (4, 6, 4)]
+    address = kvd.address if where == "unix" else f"127.0.0.1:{port}"
+    with package.Client(planes=planes, q_heads=4, kv_heads=2, codec="bf16", sinks=sinks, address=address) as client:
+        assert client.layers == [7, 8, 9] and client.windows == (48, 0, 48) and [x.q_heads for x in client.shapes] == [4, 6, 4]
+        assert "2 layers, 4 q heads" in repr(client) and "head_dim (192, 128)" in repr(client)
+        s, held = client.create(), [[np.zeros((0, x.kv_heads, d)) for d in x.head_dim] for x in client.shapes]
+        for n in (90, 1, 40):
+            for layer, shape in enumerate(client.shapes):
+                dk, dv = shape.head_dim
+                q, o = client.tensor(1, n, shape.q_heads, dk, dtype="f32"), client.tensor(1, n, shape.q_heads, dv, dtype="f32")
+                k, v = client.tensor(1, n, shape.kv_heads, dk), client.tensor(1, n, shape.kv_heads, dv)
+                for x in (q, k, v):
+                    x.array[:] = rng.normal(size=x.shape)
+                s.step(q, k, v, o, layer=layer)
+                held[layer] = [np.concatenate([a, x.array.floats()[0].astype(np.float64)]) for a, x in zip(held[layer], (k, v))]
+                want = attention(q.array[0].astype(np.float64), *held[layer], client.windows[layer], sinks[layer])
+                assert error(o.array[0], want) < (2e-3 if kvd.on_gpu() else 1e-5), (layer, s.length)
+        k, v = client.tensor(1, 20, 3, 192), client.tensor(1, 20, 3, 128)
+        s.read(60, 20, k=k, v=v, layer=1)
+        assert np.array_equal(k.array.floats()[0], held[1][0][60:80]) and np.array_equal(v.array.floats()[0], held[1][1][60:80])
+        k, v = client.tensor(2, 1, 2, 256), client.tensor(2, 1, 2, 256)
+        with pytest.raises(package.InvalidError, match="layers 0 and 1 of the client differ"):
+            s.append(k, v)
+        with pytest.raises(package.InvalidError, match=r"k is \[1, 1, 2, 256\], and \[layers, tokens, 3, 192\] is wanted"):
+            s.append(k[:1], v[:1], layer=1)
+        with pytest.raises(package.Error, match="direct mode"):
+            package.Direct(client, slots=1, max_tokens=100)
+
+
+@pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
+def test_codecs_by_plane_in_python(kvd):
+    planes = [package.Plane([0, 2], codec="bf16"), package.Plane([1], codec="int2", sink=0, recent=0)]
+    with package.Client(planes=planes, q_heads=4, kv_heads=2, head_dim=64, address=kvd.address) as client:
+        s, k, v = client.create(), client.tensor(3, 700, 2, 64), client.tensor(3, 700, 2, 64)
+        k.array[:] = np.random.default_rng(4).normal(size=k.shape)
+        s.append(k, v)
+        back = client.tensor(3, 300, 2, 64, dtype="f32")
+        s.read(100, 300, k=back)
+        lost = [error(back.array[i], k.array.floats()[i, 100:400].astype(np.float64)) for i in range(3)]
+        assert lost[0] == lost[2] == 0 and 0.1 < lost[1] < 0.5
+
+
+@pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
+@pytest.mark.parametrize("planes, words", [
+    ([package.Plane([0], head_dim=256), package.Plane([1], head_dim=512)], r"planes\[1\].*512 for K.*are possible"),
+    ([package.Plane([0]), package.Plane([1, 0])], "layer 0, which is in another plane"),
+    ([package.Plane([1, 0])], "ascending"), ([package.Plane([0]), package.Plane([])], r"planes\[1\]: 0 layers"),
+    ([package.Plane([i]) for i in range(9)], "n_planes 9"), ([], "n_planes 0; 1 to 8"),
+    ([package.Plane([0], codec="int5")], "int5"), ([package.Plane([0], window=64, sink=64)], "wants sink 0"),
+    ([package.Plane([0], kv_heads=3)], "multiple of kv_heads"),
+])
+def test_bad_planes_in_python(kvd, planes, words):
+    with pytest.raises(package.Error, match=words):
+        package.Client(planes=planes, q_heads=4, kv_heads=2, head_dim=64, address=kvd.address)

@@ -81,6 +81,23 @@ typedef struct kvd_failure {
 /** A session with a daemon. */
 typedef struct kvd_client kvd_client;
 
+/** Layers of a model that are alike, where not all of them are. A field that is 0 or NULL is as in
+ * kvd_options, but for layers and window. Copied. */
+typedef struct kvd_plane_options {
+    uint32_t size;          /**< sizeof(kvd_plane_options) */
+    const uint32_t *layers; /**< model layer ids, ascending, in no other plane */
+    uint32_t n_layers;      /**< how many layers they are */
+    uint32_t q_heads;       /**< heads of a query */
+    uint32_t kv_heads;      /**< heads of K and V */
+    uint32_t head_dim_k;    /**< elements of a head of q and K */
+    uint32_t head_dim_v;    /**< elements of a head of V and o */
+    const char *codec;      /**< as kvd_options.codec */
+    uint32_t window;        /**< tokens of the sliding window, as kvd_options.windows; 0: all */
+    uint32_t sink;          /**< first tokens, kept in bf16; 0 with a window */
+    uint32_t recent;        /**< last tokens, kept in bf16 */
+    bool no_windows;        /**< really no sink and no recent window */
+} kvd_plane_options;
+
 /** What a session is to be. Texts and lists are copied. */
 typedef struct kvd_options {
     uint32_t size; /**< sizeof(kvd_options) */
@@ -123,6 +140,11 @@ typedef struct kvd_options {
      * them. No direct mode. NULL: none. */
     const float *sinks;
     uint32_t n_sinks; /**< how many they are: layers x q_heads, at most 65,536 */
+    /** where layers differ in heads, head_dim, codec or window: their planes, with `layers` and
+     * `windows` NULL. A call's layers count over those of all planes in ascending order, and have
+     * one shape. NULL: all layers are as this structure says. */
+    const kvd_plane_options *planes;
+    uint32_t n_planes; /**< how many planes they are, at most 8 planes of 512 layers together */
 } kvd_options;
 
 /** Connects and opens a session. Waits for the rotation set to be fetched, at most timeout_ms.
@@ -144,13 +166,14 @@ KVD_API void kvd_close(kvd_client **client);
 
 /** What a session is. Texts are the client's, valid until it reconnects or is closed. */
 typedef struct kvd_info {
-    uint32_t size;             /**< sizeof(kvd_info) */
-    const char *version;       /**< kvd's */
-    const char *backend;       /**< "cpu" or "cuda" */
-    const char *instance;      /**< another after each start of kvd */
-    const char *rotation_set;  /**< as resolved: a digest or a built-in's name */
-    uint64_t bf16_page_bytes;  /**< of a page of sink or recent window: 64 tokens of all layers */
-    uint64_t codec_page_bytes; /**< of a page of history: 64 tokens of all layers */
+    uint32_t size;            /**< sizeof(kvd_info) */
+    const char *version;      /**< kvd's */
+    const char *backend;      /**< "cpu" or "cuda" */
+    const char *instance;     /**< another after each start of kvd */
+    const char *rotation_set; /**< as resolved: a digest or a built-in's name */
+    uint64_t
+        bf16_page_bytes; /**< of a page of sink or recent window: 64 tokens of the first plane */
+    uint64_t codec_page_bytes; /**< of a page of history: 64 tokens of the first plane */
     uint32_t sink;             /**< first tokens, in bf16 */
     uint32_t recent;           /**< last tokens, in bf16 */
 } kvd_info;

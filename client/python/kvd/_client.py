@@ -5,7 +5,7 @@ import ctypes as c
 import dataclasses
 import os
 import threading
-from typing import Any, Iterable, Iterator, Literal, Optional, Union
+from typing import Any, Iterable, Iterator, Literal, NamedTuple, Optional, Union
 
 from . import _check
 from . import _library as lib
@@ -13,6 +13,7 @@ from ._cuda import DeviceTensor, share
 from ._tensor import Tensor, new_tensor
 
 Codec = Literal["bf16", "int2", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4"]
+HeadDim = Union[int, tuple[int, int]]
 _EVENTS = ("opened", "evicted", "draining", "lost", "published")
 
 
@@ -51,6 +52,7 @@ class Event:
 AnyTensor = Union[Tensor, DeviceTensor]
 _BF16, _F32, _BOTH = ("bf16",), ("f32",), ("bf16", "f32")
 _KINDS = {"k": _BF16, "v": _BF16, "q": _BOTH, "o": _BOTH, "lse": _F32}
+_Rows = dict[str, tuple[tuple[str, ...], tuple[int, ...]]]  # names and sizes of a tensor's last dimensions
 _NEEDS = {"append": "kv", "attend": "qo", "step": "kvqo"}
 
 
@@ -74,7 +76,7 @@ class Item:
     lse: Optional[AnyTensor] = None
     request: int = 0
 
-    def _struct(self, client: "Client", call: str, at: str, layers: Union[int, str]) -> tuple[lib.ItemStruct, int]:
+    def _struct(self, client: "Client", call: str, at: str, rows: _Rows, layers: Union[int, str]) -> tuple[lib.ItemStruct, int]:
         """Checked: of so many layers, or as many as the first tensor has. Returns that number too."""
         sequence = _check.sequence(at + "sequence", self.sequence, client, Sequence)
         s = lib.ItemStruct(sequence=sequence.id, position=sequence.length)
@@ -87,7 +89,7 @@ class Item:
                 continue
             if name not in needs and (name != "lse" or "o" not in needs):
                 raise lib.InvalidError(f"{call} takes no {at}{name}")
-            names, sizes = client._rows[name]
+            names, sizes = rows[name]
             wanted = (layers, "tokens" if tokens is None else tokens, *sizes)
             f = _check.facts(at + name, t, client)
             _check.same_shape(at + name, f.shape, wanted, ("layers", "tokens", *names))
@@ -142,9 +144,10 @@ class Sequence(lib.OfProcess):
         """Writes tokens [begin, begin + count) into k and v, dequantized and un-rotated."""
         count, refs = _check.integer("count", count, 1), {}
         layers: Union[int, str] = "layers"
+        rows = self.client._rows(layer)
         for name, t in (("k", k), ("v", v)):
             if t is not None:
-                names, sizes = self.client._rows[name]
+                names, sizes = rows[name]
                 refs[name] = _check.tensor(name, t, self.client, (layers, count, *sizes), ("layers", "tokens", *names), _BOTH)
                 layers = t.shape[0]
         if not refs:
@@ -181,6 +184,60 @@ class Sequence(lib.OfProcess):
         lib.call("kvd_sequences_free", self.client._open(), ids, 1, _check.flag("unpublish", unpublish))
 
 
+@dataclasses.dataclass(frozen=True)
+class Plane:
+    """Layers of a model that are alike, where not all of them are: their ids, ascending. None: as the client says. window: tokens of
+    a sliding window, 0: all; what lies behind the last window + 64 tokens is freed, and such a plane has no sink."""
+
+    layers: Iterable[int]
+    q_heads: Optional[int] = None
+    kv_heads: Optional[int] = None
+    head_dim: Optional[HeadDim] = None
+    codec: Optional[Codec] = None
+    window: int = 0
+    sink: Optional[int] = None
+    recent: Optional[int] = None
+
+
+class Shape(NamedTuple):
+    """Of a layer's tensors."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: tuple[int, int]  # of q and K, of V and o
+
+    def rows(self) -> _Rows:
+        kv, q = ("kv_heads", "head_dim"), ("q_heads", "head_dim")
+        return {"k": (kv, (self.kv_heads, self.head_dim[0])), "v": (kv, (self.kv_heads, self.head_dim[1])),
+                "q": (q, (self.q_heads, self.head_dim[0])), "o": (q, (self.q_heads, self.head_dim[1])),
+                "lse": (q[:1], (self.q_heads,))}
+
+
+def _shape(at: str, q_heads: Any, kv_heads: Any, head_dim: Any) -> Shape:
+    for name, x in (("q_heads", q_heads), ("kv_heads", kv_heads), ("head_dim", head_dim)):
+        if x is None:
+            raise lib.InvalidError(f"{at}{name} is wanted")
+    pair = head_dim if isinstance(head_dim, (tuple, list)) else (head_dim, head_dim)
+    if len(pair) != 2:
+        raise lib.InvalidError(f"{at}head_dim is {head_dim!r}, and one number or a pair for K and V is wanted")
+    dims = (_check.integer(f"{at}head_dim", pair[0]), _check.integer(f"{at}head_dim", pair[1]))
+    return Shape(_check.integer(f"{at}q_heads", q_heads), _check.integer(f"{at}kv_heads", kv_heads), dims)
+
+
+def _ids(what: str, x: Iterable[int]) -> list[int]:
+    return [_check.integer(f"{what}[{i}]", n) for i, n in enumerate(x)]
+
+
+def _plane_struct(at: str, p: Plane, shape: Shape, ids: Any) -> lib.PlaneOptions:
+    own = p.sink is not None or p.recent is not None  # else the client's
+    sink = _check.integer(f"{at}sink", p.sink) if p.sink is not None else 0 if p.window else 64
+    recent = _check.integer(f"{at}recent", p.recent) if p.recent is not None else 256
+    return lib.PlaneOptions(
+        layers=ids, n_layers=len(ids), q_heads=shape.q_heads, kv_heads=shape.kv_heads, head_dim_k=shape.head_dim[0],
+        head_dim_v=shape.head_dim[1], codec=_check.text(f"{at}codec", p.codec) if p.codec is not None else None, window=p.window,
+        sink=sink if own else 0, recent=recent if own else 0, no_windows=own and (sink, recent) == (0, 0))
+
+
 class Client(lib.OfProcess):
     """A session with a daemon, for one layout of a model's KV. A context manager.
 
@@ -189,56 +246,82 @@ class Client(lib.OfProcess):
     rotation_set: "model@tag", "sha256:...", "hadamard", "random" or "identity"; None: what suits the codec. sink, recent:
     tokens kept in bf16; None: 64 and 256. windows: a sliding window for each layer, 0 where it sees all tokens; what lies
     behind the last w + 64 tokens is freed, and such a layer has no sink. sinks: attention sinks (gpt-oss's s_aux), [layers,
-    q_heads] of float32: logits of one more token, whose value is zero; -inf: none for that head. address: "unix:/path" or "host:port"; None: $KVD_ADDRESS, or the
+    q_heads] of float32: logits of one more token, whose value is zero; -inf: none for that head. planes: where layers differ in
+    heads, head_dim, codec or window, instead of layers and windows; `layer` in calls counts over those of all planes in ascending
+    order, and a call's layers have one of `shapes`. address: "unix:/path" or "host:port"; None: $KVD_ADDRESS, or the
     one that listens under /run/kvd. timeout: seconds for each call. lease: seconds after which a session over TCP ends when
     its client is not heard of; None: 60. tls_ca, tls_cert, tls_key: PEM files for TCP; None: no TLS, no certificate of
     one's own. tls_server_name: if it differs from the address.
     """
 
-    def __init__(self, *, layers: Iterable[int], q_heads: int, kv_heads: int, head_dim: Union[int, tuple[int, int]],
-                 codec: Codec = "int2", rotation_set: Optional[str] = None, sink: Optional[int] = None,
-                 recent: Optional[int] = None, address: Optional[str] = None, namespace: Optional[str] = None,
-                 name: Optional[str] = None, timeout: float = 30.0, lease: Optional[float] = None, tls_ca: Optional[str] = None,
-                 tls_cert: Optional[str] = None, tls_key: Optional[str] = None, tls_server_name: Optional[str] = None,
-                 windows: Optional[Iterable[int]] = None, sinks: Any = None):
+    def __init__(self, *, layers: Optional[Iterable[int]] = None, q_heads: Optional[int] = None, kv_heads: Optional[int] = None,
+                 head_dim: Optional[HeadDim] = None, codec: Codec = "int2", rotation_set: Optional[str] = None,
+                 sink: Optional[int] = None, recent: Optional[int] = None, address: Optional[str] = None,
+                 namespace: Optional[str] = None, name: Optional[str] = None, timeout: float = 30.0, lease: Optional[float] = None,
+                 tls_ca: Optional[str] = None, tls_cert: Optional[str] = None, tls_key: Optional[str] = None,
+                 tls_server_name: Optional[str] = None, windows: Optional[Iterable[int]] = None, sinks: Any = None,
+                 planes: Optional[Iterable[Plane]] = None):
         super().__init__()
-        self.layers = [_check.integer(f"layers[{i}]", x) for i, x in enumerate(layers)]
-        pair = head_dim if isinstance(head_dim, (tuple, list)) else (head_dim, head_dim)
-        if len(pair) != 2:
-            raise lib.InvalidError(f"head_dim is {head_dim!r}, and one number or a pair for K and V is wanted")
-        dims = (_check.integer("head_dim", pair[0]), _check.integer("head_dim", pair[1]))
-        self.q_heads, self.kv_heads, self.head_dim = _check.integer("q_heads", q_heads), _check.integer("kv_heads", kv_heads), dims
+        if (layers is None) == (planes is None) or (planes is not None and windows is not None):
+            raise lib.InvalidError("layers, with windows or without, or planes are wanted")
+        parts = [Plane(layers)] if planes is None else list(planes)  # type: ignore[arg-type]
+        by_id: dict[int, tuple[Shape, int]] = {}
+        structs = (lib.PlaneOptions * len(parts))()
+        keep = []  # what the structures point to
+        for i, p in enumerate(parts):
+            if not isinstance(p, Plane):
+                raise TypeError(f"planes[{i}] is a {_check.describe(p)}, and a kvd.Plane is wanted")
+            at = "" if planes is None else f"planes[{i}]."
+            ids = _ids(f"{at}layers", p.layers)
+            given = (p.q_heads or q_heads, p.kv_heads or kv_heads, head_dim if p.head_dim is None else p.head_dim)
+            shape, window = _shape(at, *given), _check.integer(f"{at}window", p.window)
+            for n in ids:
+                if planes is not None and n in by_id:
+                    raise lib.InvalidError(f"{at}layers has layer {n}, which is in another plane too, or twice")
+                by_id[n] = shape, window
+            keep.append((c.c_uint32 * len(ids))(*ids))
+            structs[i] = _plane_struct(at, p, shape, keep[-1])
         kept = (64 if sink is None else _check.integer("sink", sink), 256 if recent is None else _check.integer("recent", recent))
+        ids = _ids("layers", keep[0]) if planes is None else sorted(by_id)
+        self.layers = ids
+        self.shapes = [by_id[n][0] for n in ids]
+        one = self.shapes[0] if self.shapes and len(set(self.shapes)) == 1 else Shape(0, 0, (0, 0))
+        self.q_heads, self.kv_heads, self.head_dim = one  # 0 where layers differ: see shapes
         names = {n: _check.text(n, x) if x is not None else None for n, x in (
             ("address", address), ("namespace", namespace), ("name", name), ("codec", codec), ("rotation_set", rotation_set),
             ("tls_ca", tls_ca), ("tls_cert", tls_cert), ("tls_key", tls_key), ("tls_server_name", tls_server_name))}
-        kv, q = ("kv_heads", "head_dim"), ("q_heads", "head_dim")  # names and sizes of a tensor's last dimensions
-        self._rows = {"k": (kv, (self.kv_heads, dims[0])), "v": (kv, (self.kv_heads, dims[1])), "q": (q, (self.q_heads, dims[0])),
-                      "o": (q, (self.q_heads, dims[1])), "lse": (q[:1], (self.q_heads,))}
         self.codec = codec
         self.address = address or os.environ.get("KVD_ADDRESS") or "the kvd of this host"
-        ids = (c.c_uint32 * len(self.layers))(*self.layers)
-        sliding = [0] * len(self.layers) if windows is None else [_check.integer(f"windows[{i}]", x) for i, x in enumerate(windows)]
-        if len(sliding) != len(self.layers):
-            raise lib.InvalidError(f"windows has {len(sliding)} numbers, and one for each of the {len(self.layers)} layers is wanted")
+        sliding = _ids("windows", windows) if windows is not None else [by_id[n][1] for n in ids]
+        if len(sliding) != len(ids):
+            raise lib.InvalidError(f"windows has {len(sliding)} numbers, and one for each of the {len(ids)} layers is wanted")
         self.windows = tuple(sliding)
-        logits = _check.sinks(sinks, [self.q_heads] * len(self.layers)) if sinks is not None else []
+        logits = _check.sinks(sinks, [x.q_heads for x in self.shapes]) if sinks is not None else []
         self.has_sinks = bool(logits)
         options = lib.Options(
             address=names["address"] or None, namespace_name=names["namespace"] or None, client_name=names["name"] or None,
-            timeout_ms=max(1, _check.milliseconds("timeout", timeout)), layers=ids, n_layers=len(self.layers),
-            q_heads=self.q_heads, kv_heads=self.kv_heads, head_dim_k=dims[0], head_dim_v=dims[1], codec=names["codec"],
+            timeout_ms=max(1, _check.milliseconds("timeout", timeout)), codec=names["codec"],
             rotation_set=names["rotation_set"] or None, sink=kept[0], recent=kept[1], no_windows=kept == (0, 0),
             lease_ms=0 if lease is None else max(1, _check.milliseconds("lease", lease)), tls_ca=names["tls_ca"] or None,
             tls_cert=names["tls_cert"] or None, tls_key=names["tls_key"] or None, tls_server_name=names["tls_server_name"] or None,
-            windows=(c.c_uint32 * len(sliding))(*sliding) if any(sliding) else None,
             sinks=(c.c_float * len(logits))(*logits) if logits else None, n_sinks=len(logits))
+        if planes is None:
+            options.layers, options.n_layers = keep[0], len(ids)
+            options.q_heads, options.kv_heads = structs[0].q_heads, structs[0].kv_heads
+            options.head_dim_k, options.head_dim_v = structs[0].head_dim_k, structs[0].head_dim_v
+            options.windows = (c.c_uint32 * len(ids))(*sliding) if any(sliding) else None
+        else:
+            options.planes, options.n_planes = structs, len(parts)
         self._handle = c.c_void_p()
         self._directs: set[Any] = set()
         self._buffers: set[Any] = set()
         self._replays: list[Any] = []  # flags of enqueued calls
         self._lock = threading.RLock()  # of buffers that come and go, and of closing
         lib.call("kvd_open", c.byref(options), c.byref(self._handle))
+
+    def _rows(self, layer: Any) -> _Rows:
+        """Of a call's tensors, whose first layer this is."""
+        return self.shapes[_check.integer("layer", layer, 0, len(self.layers) - 1)].rows()
 
     def _open(self) -> c.c_void_p:
         self._check_process()
@@ -261,9 +344,11 @@ class Client(lib.OfProcess):
                 lib.library().kvd_close(c.byref(handle))
 
     def __repr__(self) -> str:
-        dims = self.head_dim[0] if self.head_dim[0] == self.head_dim[1] else self.head_dim
-        return (f"<kvd.Client {self.address} {self.codec}: {len(self.layers)} layers, {self.q_heads} q heads, {self.kv_heads} kv heads, "
-                f"head_dim {dims}{'' if self._handle else ', closed'}>")
+        kinds = []
+        for s in dict.fromkeys(self.shapes):
+            dim = s.head_dim[0] if s.head_dim[0] == s.head_dim[1] else s.head_dim
+            kinds.append(f"{self.shapes.count(s)} layers, {s.q_heads} q heads, {s.kv_heads} kv heads, head_dim {dim}")
+        return f"<kvd.Client {self.address} {self.codec}: {'; '.join(kinds)}{'' if self._handle else ', closed'}>"
 
     def __enter__(self) -> "Client":
         return self
@@ -321,8 +406,9 @@ class Client(lib.OfProcess):
         self._open()
         structs = (lib.ItemStruct * len(items))()
         layers: Union[int, str] = "layers"
+        rows = self._rows(layer)
         for i, item in enumerate(items):
-            structs[i], layers = item._struct(self, call, f"items[{i}]." if len(items) > 1 else "", layers)
+            structs[i], layers = item._struct(self, call, f"items[{i}]." if len(items) > 1 else "", rows, layers)
         return self._layers(layer, layers), structs, len(items)
 
     def _appended(self, items: list[Item], layers: lib.Layers) -> None:
@@ -385,9 +471,10 @@ class Client(lib.OfProcess):
         _check.choice("side", side, "k", "v")
         inverse = _check.flag("inverse", inverse)
         f = _check.facts("x", x, self)
-        heads = self.q_heads if len(f.shape) == 4 and f.shape[2] == self.q_heads else self.kv_heads
+        shape = self.shapes[_check.integer("layer", layer, 0, len(self.layers) - 1)]
+        heads = shape.q_heads if len(f.shape) == 4 and f.shape[2] == shape.q_heads else shape.kv_heads
         names = ("layers", "rows", "kv_heads or q_heads", "head_dim")
-        _check.same_shape("x", f.shape, ("layers", "rows", heads, self.head_dim[side == "v"]), names)
+        _check.same_shape("x", f.shape, ("layers", "rows", heads, shape.head_dim[side == "v"]), names)
         refs = _check.reference("x", f, _BOTH), _check.tensor("y", y, self, f.shape, names, _BOTH)
         lib.call("kvd_rotate", self._open(), side == "v", inverse, self._layers(layer, f.shape[0]), f.shape[1], f.shape[2],
                  c.byref(refs[0]), c.byref(refs[1]))

@@ -80,7 +80,7 @@ class Direct(lib.OfProcess):
         return self._handle
 
     def _array(self, name: str, x: Any) -> tuple[int, int]:
-        names, sizes = self._client._rows[name]
+        names, sizes = self._client._rows(0)[name]
         kind = "bf16" if name in "kv" else "f32" if name == "lse" else self._dtype
         return _pointer(name, x, (self.slots, self.step_tokens, *sizes), ("slots", "step_tokens", *names), kind, on_gpu=self._on_gpu,
                         written=name in ("o", "lse"))

@@ -96,6 +96,14 @@ class Sized(c.Structure):
         super().__init__(c.sizeof(type(self)), *values, **named)
 
 
+class PlaneOptions(Sized):
+    _fields_ = [
+        ("layers", c.POINTER(c.c_uint32)), ("n_layers", c.c_uint32), ("q_heads", c.c_uint32), ("kv_heads", c.c_uint32),
+        ("head_dim_k", c.c_uint32), ("head_dim_v", c.c_uint32), ("codec", c.c_char_p), ("window", c.c_uint32),
+        ("sink", c.c_uint32), ("recent", c.c_uint32), ("no_windows", c.c_bool),
+    ]
+
+
 class Options(Sized):
     _fields_ = [
         ("address", c.c_char_p), ("namespace_name", c.c_char_p), ("client_name", c.c_char_p), ("timeout_ms", c.c_uint32),
@@ -105,6 +113,7 @@ class Options(Sized):
         ("lease_ms", c.c_uint32), ("tls_ca", c.c_char_p), ("tls_cert", c.c_char_p), ("tls_key", c.c_char_p),
         ("tls_server_name", c.c_char_p), ("windows", c.POINTER(c.c_uint32)),
         ("sinks", c.POINTER(c.c_float)), ("n_sinks", c.c_uint32),
+        ("planes", c.POINTER(PlaneOptions)), ("n_planes", c.c_uint32),
     ]
 
 

@@ -115,6 +115,8 @@ class KvdCache(Cache):
     def __init__(self, client: Client, sequences: Optional[list[Sequence]] = None, *, direct: bool = False,
                  max_tokens: int = 32768):
         super().__init__(layers=[_Layer(self, i) for i in range(len(client.layers))])
+        if not client.q_heads:
+            raise ValueError("the client's layers differ in heads or head_dim, and those of a KvdCache are alike")
         self.client = client
         self.sequences = list(sequences or [])
         self._tensors: dict[tuple, tuple[_Shared, ...]] = {}
