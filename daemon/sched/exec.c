@@ -11,6 +11,7 @@ struct kvd_exec {
     uv_async_t async;
     struct kvd_fair fair;    // jobs that are to run
     struct kvd_job *running; // in `fair` too
+    uint64_t begun_ns;       // when its slice began
     uint64_t charged_ns;     // until when it has been charged
     struct kvd_job *done;    // to report
     _Atomic bool contended;  // another session waits for the one that runs
@@ -27,7 +28,7 @@ static bool slice_over(const struct kvd_slice *slice)
         (!slice->overwriting && atomic_load_explicit(&job->cancelled, memory_order_relaxed)))
         return true;
     return atomic_load_explicit(&x->contended, memory_order_relaxed) &&
-           uv_hrtime() >= job->until_ns;
+           uv_hrtime() >= atomic_load_explicit(&job->until_ns, memory_order_relaxed);
 }
 
 static void note_contention(struct kvd_exec *x)
@@ -48,11 +49,11 @@ static void run_slice(struct kvd_daemon *d, struct kvd_exec *x, struct kvd_job *
 {
     x->running = job;
     note_contention(x);
-    uint64_t begin = x->charged_ns = uv_hrtime();
+    uint64_t begin = x->begun_ns = x->charged_ns = uv_hrtime();
     uv_mutex_unlock(&x->lock);
     if (!job->started_ns)
         job->started_ns = begin;
-    job->until_ns = begin + KVD_SLICE_NS;
+    atomic_store(&job->until_ns, begin + KVD_SLICE_NS);
     bool more = job->run(d, job);
     uint64_t end = uv_hrtime();
     job->ran_ns += end - begin;
@@ -157,6 +158,9 @@ void kvd_exec_submit(struct kvd_daemon *d, struct kvd_job *job)
         x->charged_ns = job->queued_ns;
     }
     kvd_fair_push(&x->fair, &job->fair);
+    if (x->running && kvd_fair_precedes(&x->fair, &job->fair, &x->running->fair))
+        atomic_store(&x->running->until_ns,
+                     KVD_MIN(atomic_load(&x->running->until_ns), x->begun_ns + KVD_SLICE_LEAST_NS));
     note_contention(x);
     uv_cond_signal(&x->wake);
     uv_mutex_unlock(&x->lock);

@@ -2,7 +2,7 @@
 //
 // Each slice goes to the namespace that has had the least time, and in it to that session (fair.h).
 // A job that is alone runs on without a break; when another session waits it stops after
-// KVD_SLICE_NS. The loop thread
+// KVD_SLICE_NS, or soon after one has come that has had less. The loop thread
 // never waits for the executor.
 #ifndef KVD_DAEMON_EXEC_H
 #define KVD_DAEMON_EXEC_H
@@ -17,7 +17,10 @@ struct kvd_daemon;
 struct kvd_error;
 struct kvd_exec;
 
-enum { KVD_SLICE_NS = 2000000 };
+enum {
+    KVD_SLICE_NS = 2000000,
+    KVD_SLICE_LEAST_NS = 500000, // when one comes that has had less
+};
 
 struct kvd_job {
     struct kvd_fair_job fair; // its tenant is the namespace, its flow the session's
@@ -32,7 +35,7 @@ struct kvd_job {
     _Atomic bool cancelled;
     // The executor's own
     struct kvd_exec *exec;
-    uint64_t until_ns;
+    _Atomic uint64_t until_ns;
     struct kvd_job *next;
 };
 

@@ -81,6 +81,14 @@ void kvd_fair_advance(struct kvd_fair *f, const struct kvd_fair_job *job, uint64
     advance(&t->flows, &job->flow->share, cost);
 }
 
+bool kvd_fair_precedes(const struct kvd_fair *f, const struct kvd_fair_job *a,
+                       const struct kvd_fair_job *b)
+{
+    return a->tenant != b->tenant
+               ? f->tenants[a->tenant].share.used < f->tenants[b->tenant].share.used
+               : a->flow->share.used < b->flow->share.used;
+}
+
 void kvd_fair_remove(struct kvd_fair *f, struct kvd_fair_job *job)
 {
     struct kvd_fair_tenant *t = &f->tenants[job->tenant];

@@ -58,6 +58,9 @@ void kvd_fair_charge(struct kvd_fair *f, const struct kvd_fair_job *job, uint64_
 // The same in the middle of its turn: while it is alone, who comes starts from there, so that a
 // long turn that kept nobody waiting is no debt.
 void kvd_fair_advance(struct kvd_fair *f, const struct kvd_fair_job *job, uint64_t cost);
+// Whether job a, of two that are queued, is of one that has used less than b's.
+bool kvd_fair_precedes(const struct kvd_fair *f, const struct kvd_fair_job *a,
+                       const struct kvd_fair_job *b);
 // Takes out a job that is queued.
 void kvd_fair_remove(struct kvd_fair *f, struct kvd_fair_job *job);
 // Whether a flow other than the job's has jobs.

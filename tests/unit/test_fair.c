@@ -122,7 +122,10 @@ START_TEST(one_flow_alone_is_not_contended)
     ck_assert(!kvd_fair_contended(&f, &a));
     kvd_fair_push(&f, &c);
     ck_assert(kvd_fair_contended(&f, &a));
+    ck_assert(!kvd_fair_precedes(&f, &c, &a)); // they have had the same
     kvd_fair_charge(&f, &a, 10);
+    ck_assert(kvd_fair_precedes(&f, &c, &a) && !kvd_fair_precedes(&f, &a, &c));
+    ck_assert(!kvd_fair_precedes(&f, &b, &a)); // in the same flow
     ck_assert_ptr_eq(kvd_fair_next(&f), &c);
     kvd_fair_remove(&f, &c);
     ck_assert_ptr_eq(kvd_fair_next(&f), &a);
