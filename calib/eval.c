@@ -5,6 +5,7 @@
 #include <pthread.h>
 
 #include "calib/parallel.h"
+#include "calib/transforms.h"
 #include "kernels/quantize.h"
 
 static const float clip_ratios[] = {1.0f,  0.99f, 0.98f, 0.97f, 0.96f, 0.95f, 0.94f,
@@ -164,6 +165,29 @@ static void through_pages(struct job *j, struct workspace *w, const float *x, ui
                 out + (uint64_t)begin * dim, d);
 }
 
+// The same with a transform: mean off, transformed, coded, and back.
+static void through_transform(struct job *j, struct workspace *w, const float *x,
+                              const struct kvd_transform *t, double *spectrum, float *out)
+{
+    uint32_t begin, end, dim = t->dim;
+    history(j, &begin, &end);
+    int n = (int)(end - begin), d = (int)dim;
+    float *to = out + (uint64_t)begin * dim;
+    memcpy(out, x, (uint64_t)w->tokens * dim * sizeof(*out));
+    for (int i = 0; i < n; i++)
+        cblas_saxpy(d, -1, t->mean, 1, to + (uint64_t)i * dim, 1);
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, n, d, d, 1, to, d, t->a, d, 0, w->turned,
+                d);
+    if (spectrum)
+        add_spectrum(j, w->turned, (uint32_t)n, dim, spectrum);
+    for (int i = 0; i < n; i++)
+        kvd_tc_row(t, w->turned + (uint64_t)i * dim);
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, n, d, d, 1, w->turned, d, t->inverse, d,
+                0, to, d);
+    for (int i = 0; i < n; i++)
+        cblas_saxpy(d, 1, t->mean, 1, to + (uint64_t)i * dim, 1);
+}
+
 // -- attention -----------------------------------------------------------------------------------
 
 static void logits_of(const struct job *j, struct workspace *w, const float *k, float *out)
@@ -266,6 +290,24 @@ static uint64_t matrix(const struct kvd_rotset *s, uint32_t layer, uint32_t head
     return (uint64_t)i * s->heads + (s->heads == 1 ? 0 : head);
 }
 
+// K and V of a kv head as case c reads them back, into k2 and v2; spectra may be NULL.
+static void read_back(struct job *j, struct workspace *w, const struct kvd_eval_case *c,
+                      uint64_t at, double *spectrum_k, double *spectrum_v)
+{
+    const struct kvd_rotset *s = c->set;
+    uint32_t dim_k = s->dim_k, dim_v = s->dim_v;
+    if (s->transforms) {
+        struct kvd_transform k = kvd_transform_at(s, at, false), v = kvd_transform_at(s, at, true);
+        through_transform(j, w, w->k, &k, spectrum_k, w->k2);
+        through_transform(j, w, w->v, &v, spectrum_v, w->v2);
+        return;
+    }
+    struct kvd_quantizer qk = {c->codec, s->clip_k[at], s->gain_k[at], c->scale_k};
+    struct kvd_quantizer qv = {c->codec, s->clip_v[at], s->gain_v[at], c->scale_v};
+    through_pages(j, w, w->k, dim_k, s->k + at * dim_k * dim_k, &qk, spectrum_k, w->k2);
+    through_pages(j, w, w->v, dim_v, s->v + at * dim_v * dim_v, &qv, spectrum_v, w->v2);
+}
+
 static void compare_cases(struct job *j, struct workspace *w, uint32_t layer, uint32_t head,
                           struct sums *out)
 {
@@ -277,15 +319,9 @@ static void compare_cases(struct job *j, struct workspace *w, uint32_t layer, ui
         add_spectrum(j, w->v + (uint64_t)begin * dim_v, end - begin, dim_v, v);
     }
     for (uint32_t i = 0; i < j->n_cases; i++) {
-        const struct kvd_rotset *s = j->cases[i].set;
-        uint64_t at = matrix(s, layer, head);
         const struct kvd_eval_case *c = &j->cases[i];
-        struct kvd_quantizer qk = {c->codec, s->clip_k[at], s->gain_k[at], c->scale_k};
-        struct kvd_quantizer qv = {c->codec, s->clip_v[at], s->gain_v[at], c->scale_v};
-        through_pages(j, w, w->k, dim_k, s->k + at * dim_k * dim_k, &qk,
-                      k ? k + (1 + i) * dim_k : NULL, w->k2);
-        through_pages(j, w, w->v, dim_v, s->v + at * dim_v * dim_v, &qv,
-                      v ? v + (1 + i) * dim_v : NULL, w->v2);
+        read_back(j, w, c, matrix(c->set, layer, head), k ? k + (1 + i) * dim_k : NULL,
+                  v ? v + (1 + i) * dim_v : NULL);
         logits_of(j, w, w->k2, w->p2);
         add_weight_error(j, w, &out[i]);
         outputs_of(j, w, w->p2, w->v2, w->out2);
@@ -494,6 +530,8 @@ static int run(struct job *j, struct kvd_error *err)
     for (uint32_t i = 0; i < j->n_cases; i++)
         if (check_set(j, j->cases[i].set, err))
             return err->code;
+    if (j->clips && j->clips->transforms)
+        return kvd_fail(err, KVD_E_INVALID, "a set of transforms has no clip ratios");
     if (j->clips && check_set(j, j->clips, err))
         return err->code;
     struct kvd_parallel p = {.threads = o->threads,

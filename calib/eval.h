@@ -3,7 +3,8 @@
 //
 // A dump's tokens are cut into contexts. The queries of a context's last positions attend,
 // causally, to all of it, once as recorded and once with the history [sink, end - recent) as pages
-// of the codec hold it: rotated, quantized (kernels/quantize.h), un-rotated. Per layer and case:
+// of the codec hold it: rotated, quantized (kernels/quantize.h), un-rotated. A set of transforms is
+// its own codec's (calib/transforms.h), and no pages are made. Per layer and case:
 //   output error   sqrt(sum |o' - o|^2 / sum |o|^2), o the outputs of all queries and q heads
 //   worst head     the largest such error of a kv head's queries
 //   logit error    root mean square of scale * q (k' - k) over the quantized tokens
@@ -35,8 +36,8 @@ struct kvd_eval_spectra {
 };
 
 struct kvd_eval_case {
-    const struct kvd_rotset *set;    // with the clip ratios and gains to use
-    uint32_t codec;                  // bf16: nothing is quantized
+    const struct kvd_rotset *set; // with the clip ratios and gains to use
+    uint32_t codec; // bf16: nothing is quantized. Of no account for a set of transforms
     enum kvd_scale scale_k, scale_v; // instead of the set's
 };
 

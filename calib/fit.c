@@ -2,7 +2,7 @@
 //
 // A thread takes a layer: it streams q, then k and v, in blocks of tokens, always in the same
 // order.
-#include "calib/fit.h"
+#include "calib/fit_private.h"
 
 #include <cblas.h>
 #include <errno.h>
@@ -12,8 +12,6 @@
 #include <sys/stat.h>
 
 #include "calib/parallel.h"
-
-enum { BLOCK = 256 }; // tokens at once
 
 struct job {
     const struct kvd_dump *dump;
@@ -27,8 +25,8 @@ struct job {
 
 // A thread's memory.
 struct workspace {
-    float *rows[KVD_DUMP_SIDES]; // [BLOCK][heads][dim]
-    double *a, *b, *c;           // [BLOCK * group][dim]
+    float *rows[KVD_DUMP_SIDES]; // [KVD_FIT_BLOCK][heads][dim]
+    double *a, *b, *c;           // [KVD_FIT_BLOCK * group][dim]
     double *qqt;                 // [kv heads][dim_k][dim_k]
     double *sum;                 // [kv heads][dim][dim] of K's or V's products
     double *weight;              // [kv heads] sums of sst's weights
@@ -85,20 +83,19 @@ static bool workspace_init(void *arg, void *workspace)
     uint64_t dim = KVD_MAX(d->dim[KVD_DUMP_K], d->dim[KVD_DUMP_V]);
     bool ok = true;
     for (int s = 0; s < KVD_DUMP_SIDES; s++)
-        ok &= (w->rows[s] = malloc((uint64_t)BLOCK * d->heads[s] * d->dim[s] * sizeof(float))) !=
-              NULL;
-    ok &= (w->a = malloc(BLOCK * group * dim * sizeof(double))) != NULL;
-    ok &= (w->b = malloc(BLOCK * group * dim * sizeof(double))) != NULL;
-    ok &= (w->c = malloc(BLOCK * group * dim * sizeof(double))) != NULL;
+        ok &= (w->rows[s] = malloc((uint64_t)KVD_FIT_BLOCK * d->heads[s] * d->dim[s] *
+                                   sizeof(float))) != NULL;
+    ok &= (w->a = malloc(KVD_FIT_BLOCK * group * dim * sizeof(double))) != NULL;
+    ok &= (w->b = malloc(KVD_FIT_BLOCK * group * dim * sizeof(double))) != NULL;
+    ok &= (w->c = malloc(KVD_FIT_BLOCK * group * dim * sizeof(double))) != NULL;
     ok &= (w->qqt = malloc(kv * dim * dim * sizeof(double))) != NULL;
     ok &= (w->sum = malloc(kv * dim * dim * sizeof(double))) != NULL;
     ok &= (w->weight = malloc(kv * sizeof(double))) != NULL;
     return ok;
 }
 
-// Heads [head, head + count) of n tokens as [n * count][dim] doubles.
-static void gather(const float *rows, uint64_t n, uint32_t heads, uint32_t head, uint32_t count,
-                   uint32_t dim, double *out)
+void kvd_fit_gather(const float *rows, uint64_t n, uint32_t heads, uint32_t head, uint32_t count,
+                    uint32_t dim, double *out)
 {
     for (uint64_t t = 0; t < n; t++) {
         const float *from = rows + (t * heads + head) * dim;
@@ -107,15 +104,13 @@ static void gather(const float *rows, uint64_t n, uint32_t heads, uint32_t head,
     }
 }
 
-// c += a^T a, upper triangle.
-static void add_products(const double *a, uint64_t rows, uint32_t dim, double *c)
+void kvd_fit_add_products(const double *a, uint64_t rows, uint32_t dim, double *c)
 {
     cblas_dsyrk(CblasRowMajor, CblasUpper, CblasTrans, (int)dim, (int)rows, 1, a, (int)dim, 1, c,
                 (int)dim);
 }
 
-// c times f, and its lower triangle from the upper one.
-static void finish(double *c, uint32_t dim, double f)
+void kvd_fit_finish(double *c, uint32_t dim, double f)
 {
     for (uint32_t i = 0; i < dim; i++)
         for (uint32_t j = i; j < dim; j++)
@@ -171,8 +166,8 @@ static int for_blocks(struct job *j, struct workspace *w, uint32_t layer, uint32
     const struct kvd_dump *d = j->dump;
     for (uint32_t i = 0; i < d->n_pieces; i++) {
         const struct kvd_dump_piece *p = &d->pieces[i];
-        for (uint64_t t = 0; p->layer == layer && t < p->tokens; t += BLOCK) {
-            uint64_t n = KVD_MIN((uint64_t)BLOCK, p->tokens - t), bytes = 0;
+        for (uint64_t t = 0; p->layer == layer && t < p->tokens; t += KVD_FIT_BLOCK) {
+            uint64_t n = KVD_MIN((uint64_t)KVD_FIT_BLOCK, p->tokens - t), bytes = 0;
             for (int s = 0; s < KVD_DUMP_SIDES; s++) {
                 if (!(mask & 1u << s))
                     continue;
@@ -194,8 +189,8 @@ static void block_of_q(struct job *j, struct workspace *w, uint64_t n)
     const struct kvd_dump *d = j->dump;
     uint32_t dim = d->dim[KVD_DUMP_Q], group = d->heads[KVD_DUMP_Q] / d->heads[KVD_DUMP_K];
     for (uint32_t h = 0; h < d->heads[KVD_DUMP_K]; h++) {
-        gather(w->rows[KVD_DUMP_Q], n, d->heads[KVD_DUMP_Q], h * group, group, dim, w->a);
-        add_products(w->a, n * group, dim, &w->qqt[(uint64_t)h * dim * dim]);
+        kvd_fit_gather(w->rows[KVD_DUMP_Q], n, d->heads[KVD_DUMP_Q], h * group, group, dim, w->a);
+        kvd_fit_add_products(w->a, n * group, dim, &w->qqt[(uint64_t)h * dim * dim]);
     }
 }
 
@@ -204,8 +199,8 @@ static void block_of_k(struct job *j, struct workspace *w, uint64_t n)
     const struct kvd_dump *d = j->dump;
     uint32_t dim = d->dim[KVD_DUMP_K], heads = d->heads[KVD_DUMP_K];
     for (uint32_t h = 0; h < heads; h++) {
-        gather(w->rows[KVD_DUMP_K], n, heads, h, 1, dim, w->a);
-        add_products(w->a, n, dim, &w->sum[(uint64_t)h * dim * dim]);
+        kvd_fit_gather(w->rows[KVD_DUMP_K], n, heads, h, 1, dim, w->a);
+        kvd_fit_add_products(w->a, n, dim, &w->sum[(uint64_t)h * dim * dim]);
     }
 }
 
@@ -214,13 +209,13 @@ static void block_of_v(struct job *j, struct workspace *w, uint64_t n)
     const struct kvd_dump *d = j->dump;
     uint32_t dim_k = d->dim[KVD_DUMP_K], dim_v = d->dim[KVD_DUMP_V], heads = d->heads[KVD_DUMP_K];
     for (uint32_t h = 0; h < heads; h++) {
-        gather(w->rows[KVD_DUMP_V], n, heads, h, 1, dim_v, w->a);
+        kvd_fit_gather(w->rows[KVD_DUMP_V], n, heads, h, 1, dim_v, w->a);
         if (j->o->v == KVD_FIT_SST) {
-            gather(w->rows[KVD_DUMP_K], n, heads, h, 1, dim_k, w->b);
+            kvd_fit_gather(w->rows[KVD_DUMP_K], n, heads, h, 1, dim_k, w->b);
             w->weight[h] +=
                 weigh(w->b, &w->qqt[(uint64_t)h * dim_k * dim_k], n, dim_k, w->c, w->a, dim_v);
         }
-        add_products(w->a, n, dim_v, &w->sum[(uint64_t)h * dim_v * dim_v]);
+        kvd_fit_add_products(w->a, n, dim_v, &w->sum[(uint64_t)h * dim_v * dim_v]);
     }
 }
 
@@ -253,7 +248,7 @@ static int layer_covariances(struct job *j, struct workspace *w, uint32_t i, uin
         if (for_blocks(j, w, layer, 1u << KVD_DUMP_Q, block_of_q, err))
             return err->code;
         for (uint32_t h = 0; h < heads; h++)
-            finish(&w->qqt[h * dim_k * dim_k], (uint32_t)dim_k, 1 / (n * group));
+            kvd_fit_finish(&w->qqt[h * dim_k * dim_k], (uint32_t)dim_k, 1 / (n * group));
     }
     if (o->k == KVD_FIT_QQT)
         store(j, w->qqt, (uint32_t)dim_k, i, &j->fit->k);
@@ -262,7 +257,7 @@ static int layer_covariances(struct job *j, struct workspace *w, uint32_t i, uin
         if (for_blocks(j, w, layer, 1u << KVD_DUMP_K, block_of_k, err))
             return err->code;
         for (uint32_t h = 0; h < heads; h++)
-            finish(&w->sum[h * dim_k * dim_k], (uint32_t)dim_k, 1 / n);
+            kvd_fit_finish(&w->sum[h * dim_k * dim_k], (uint32_t)dim_k, 1 / n);
         store(j, w->sum, (uint32_t)dim_k, i, &j->fit->k);
     }
     if (o->v == KVD_FIT_HADAMARD)
@@ -278,7 +273,7 @@ static int layer_covariances(struct job *j, struct workspace *w, uint32_t i, uin
             return kvd_fail(err, KVD_E_INVALID,
                             "layer %u, kv head %u: q or k is all zeros: nothing weighs v",
                             d->layers[layer], h);
-        finish(&w->sum[h * dim_v * dim_v], (uint32_t)dim_v, 1 / by);
+        kvd_fit_finish(&w->sum[h * dim_v * dim_v], (uint32_t)dim_v, 1 / by);
     }
     store(j, w->sum, (uint32_t)dim_v, i, &j->fit->v);
     return KVD_OK;
@@ -435,12 +430,17 @@ static uint64_t layer_bytes(const struct job *j, uint32_t layer)
     return bytes;
 }
 
-static uint32_t dump_layer(const struct job *j, uint32_t i)
+uint32_t kvd_fit_dump_layer(const struct kvd_dump *d, uint32_t model_layer)
 {
     uint32_t at = 0;
-    while (j->dump->layers[at] != j->fit->set->layers[i])
+    while (d->layers[at] != model_layer)
         at++;
     return at;
+}
+
+static uint32_t dump_layer(const struct job *j, uint32_t i)
+{
+    return kvd_fit_dump_layer(j->dump, j->fit->set->layers[i]);
 }
 
 static int fit_layer(void *arg, void *workspace, uint32_t i, struct kvd_error *err)
@@ -455,25 +455,9 @@ static int fit_layer(void *arg, void *workspace, uint32_t i, struct kvd_error *e
     return rotate_side(j, i, false, err) || rotate_side(j, i, true, err) ? err->code : KVD_OK;
 }
 
-static int check_options(const struct kvd_dump *d, const struct kvd_fit_options *o,
-                         struct kvd_error *err)
+int kvd_fit_check_dump(const struct kvd_dump *d, const struct kvd_fit_options *o,
+                       struct kvd_error *err)
 {
-    if ((o->k != KVD_FIT_QQT && o->k != KVD_FIT_KTK && o->k != KVD_FIT_HADAMARD) ||
-        (o->v != KVD_FIT_SST && o->v != KVD_FIT_VTV && o->v != KVD_FIT_HADAMARD))
-        return kvd_fail(err, KVD_E_INVALID,
-                        "objectives are qqt, ktk or hadamard for K, sst, vtv or hadamard for V");
-    for (int side = 0; side < 2; side++) {
-        uint32_t dim = d->dim[side ? KVD_DUMP_V : KVD_DUMP_K];
-        bool fitted = (side ? o->v : o->k) != KVD_FIT_HADAMARD;
-        if (fitted && o->composition == KVD_COMPOSE_R_H_PBR && (dim & (dim - 1)))
-            return kvd_fail(err, KVD_E_INVALID,
-                            "composition r_h_pbr is defined for head_dims that are powers of two, "
-                            "and %c has %u: "
-                            "take r_h, r or top_h",
-                            side ? 'V' : 'K', dim);
-    }
-    if (!(o->clip_k > 0 && o->clip_k <= 1 && o->clip_v > 0 && o->clip_v <= 1))
-        return kvd_fail(err, KVD_E_INVALID, "clip ratios are above 0 and at most 1");
     for (uint32_t i = 0, at = 0; o->layers && i < o->n_layers; i++) {
         while (at < d->n_layers && d->layers[at] < o->layers[i])
             at++;
@@ -496,6 +480,28 @@ static int check_options(const struct kvd_dump *d, const struct kvd_fit_options 
     return KVD_OK;
 }
 
+static int check_options(const struct kvd_dump *d, const struct kvd_fit_options *o,
+                         struct kvd_error *err)
+{
+    if ((o->k != KVD_FIT_QQT && o->k != KVD_FIT_KTK && o->k != KVD_FIT_HADAMARD) ||
+        (o->v != KVD_FIT_SST && o->v != KVD_FIT_VTV && o->v != KVD_FIT_HADAMARD))
+        return kvd_fail(err, KVD_E_INVALID,
+                        "objectives are qqt, ktk or hadamard for K, sst, vtv or hadamard for V");
+    for (int side = 0; side < 2; side++) {
+        uint32_t dim = d->dim[side ? KVD_DUMP_V : KVD_DUMP_K];
+        bool fitted = (side ? o->v : o->k) != KVD_FIT_HADAMARD;
+        if (fitted && o->composition == KVD_COMPOSE_R_H_PBR && (dim & (dim - 1)))
+            return kvd_fail(err, KVD_E_INVALID,
+                            "composition r_h_pbr is defined for head_dims that are powers of two, "
+                            "and %c has %u: "
+                            "take r_h, r or top_h",
+                            side ? 'V' : 'K', dim);
+    }
+    if (!(o->clip_k > 0 && o->clip_k <= 1 && o->clip_v > 0 && o->clip_v <= 1))
+        return kvd_fail(err, KVD_E_INVALID, "clip ratios are above 0 and at most 1");
+    return kvd_fit_check_dump(d, o, err);
+}
+
 static int alloc_spectrum(struct kvd_spectrum *s, uint64_t matrices, uint64_t dim,
                           struct kvd_error *err)
 {
@@ -505,6 +511,15 @@ static int alloc_spectrum(struct kvd_spectrum *s, uint64_t matrices, uint64_t di
     return s->covariance && s->rotation && s->eigenvalues
                ? KVD_OK
                : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+}
+
+void kvd_fit_provenance(const struct kvd_dump *d, char *out, size_t cap)
+{
+    uint64_t least = UINT64_MAX;
+    for (uint32_t i = 0; i < d->n_layers; i++)
+        least = KVD_MIN(least, d->tokens[i]);
+    snprintf(out, cap, "kvd " KVD_VERSION " fit of %llu tokens in %u files",
+             (unsigned long long)least, d->n_files);
 }
 
 // The set with Hadamard matrices everywhere, which fitted sides then replace.
@@ -540,12 +555,7 @@ static struct kvd_rotset *new_set(const struct kvd_dump *d, const struct kvd_fit
              o->v == KVD_FIT_HADAMARD ? "" : "_",
              o->v == KVD_FIT_HADAMARD ? "" : compositions[o->composition],
              o->per_kv_head ? ", per kv head" : "");
-    uint64_t least = UINT64_MAX;
-    for (uint32_t i = 0; i < d->n_layers; i++)
-        least = KVD_MIN(least, d->tokens[i]);
-    snprintf(set->provenance, sizeof(set->provenance),
-             "kvd " KVD_VERSION " fit of %llu tokens in %u files", (unsigned long long)least,
-             d->n_files);
+    kvd_fit_provenance(d, set->provenance, sizeof(set->provenance));
     return KVD_TAKE(set);
 }
 

@@ -25,7 +25,7 @@
 #define KVD_CALIB_FIT_H
 
 #include "calib/dump.h"
-#include "calib/rotset.h"
+#include "calib/transforms.h"
 
 enum kvd_objective { KVD_FIT_QQT, KVD_FIT_KTK, KVD_FIT_SST, KVD_FIT_VTV, KVD_FIT_HADAMARD };
 enum kvd_composition { KVD_COMPOSE_R_H_PBR, KVD_COMPOSE_R_H, KVD_COMPOSE_R, KVD_COMPOSE_TOP_H };
@@ -71,6 +71,24 @@ void kvd_fit_free(struct kvd_fit **fit);
 // Writes covariances, eigenvalues and rotations as F64 tensors k.covariance, k.eigenvalues,
 // k.rotation and the same of v, with metadata layers.
 int kvd_fit_write_spectrum(const struct kvd_fit *fit, const char *path, struct kvd_error *err);
+
+// -- transforms ----------------------------------------------------------------------------------
+
+// Fits transforms (calib/transforms.h), each kv head its own. With m the mean of k, S the
+// covariance of k - m, Q = qqt, both as above, and W = Q D / trace(Q), its eigenvalues raised to
+// 1e-6 of the largest: W^1/2 S W^1/2 = U diag(lambda) U^T, eigenvalues descending, raised to 1e-8
+// of the largest; A = W^1/2 U, sigma = sqrt(lambda). The joint coding of what queries weigh and
+// what keys do: an error that is even after A costs as little as an error of its size can. V's mean
+// is taken off, and A is vtv's top_h.
+//
+// Bits of K's tiles: quarters of the channels at 4, 2, 1, 1 (tc2) or 4, 3, 2, 1 (tc2.5). Where
+// tiles do not part into quarters, or if `greedy`: each next bit to the tile where sum lambda *
+// D(b) falls most, D = 1, .363, .1175, .0345, .0095 for b = 0 to 4.
+//
+// Of the options layers, n_layers, threads, progress, warn and ctx are looked at. Errors are those
+// of kvd_fit_run.
+struct kvd_rotset *kvd_fit_transforms(const struct kvd_dump *d, enum kvd_tc codec, bool greedy,
+                                      const struct kvd_fit_options *o, struct kvd_error *err);
 
 // -- linear algebra ------------------------------------------------------------------------------
 

@@ -1,38 +1,63 @@
-// The native file: safetensors with tensors k.rotation and v.rotation [layers, heads, dim, dim],
-// k.clip and v.clip [layers, heads] and, where a gain is not 1, k.gain and v.gain [layers, heads],
-// all F32, and metadata. Format kvd-rotation-set/2 says in k.scale and v.scale which scales the
-// sides have (kernels/quantize.h); sets with published ones on both are of format /1, which knows
-// no other.
+// The native file: safetensors, all F32, and metadata. Of rotations k.rotation and v.rotation
+// [layers, heads, dim, dim], k.clip and v.clip [layers, heads] and, where a gain is not 1, k.gain
+// and v.gain [layers, heads]. Format kvd-rotation-set/2 says in k.scale and v.scale which scales
+// the sides have (kernels/quantize.h); sets with published ones on both are of format /1, which
+// knows no other. Format /3 has transforms (calib/transforms.h) instead: k.transform, k.inverse,
+// v.transform, v.inverse [layers, heads, dim, dim], k.mean, v.mean, k.sigma [layers, heads, dim]
+// and k.bits [layers, heads, dim / 16], and says in codec which one they are for.
 #include "calib/rotset.h"
 #include "calib/safetensors.h"
+#include "calib/transforms.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/stat.h>
 
-enum { TENSORS = 6, GAINS = 4, MAX_HEADER = 1 << 20 }; // gains: from this tensor on
+enum { TENSORS = 8, GAINS = 4, MAX_HEADER = 1 << 20 }; // gains: of rotations, from this tensor on
 
-static const char *const tensor_names[TENSORS] = {"k.rotation", "v.rotation", "k.clip",
-                                                  "v.clip",     "k.gain",     "v.gain"};
+// A tensor of a set: [layers, heads], then `rank` times `dim`.
+struct tensor {
+    const char *name;
+    float *data;
+    uint32_t dim, rank;
+};
 
-static float *tensor_data(const struct kvd_rotset *s, int i)
+// The tensors that a set has, gains among them whatever they are. Returns how many.
+static uint32_t tensors_of(const struct kvd_rotset *s, struct tensor out[TENSORS])
 {
-    float *const data[TENSORS] = {s->k, s->v, s->clip_k, s->clip_v, s->gain_k, s->gain_v};
-    return data[i];
+    const struct kvd_transforms *t = s->transforms;
+    if (!t) {
+        const struct tensor rotations[] = {
+            {"k.rotation", s->k, s->dim_k, 2}, {"v.rotation", s->v, s->dim_v, 2},
+            {"k.clip", s->clip_k, 0, 0},       {"v.clip", s->clip_v, 0, 0},
+            {"k.gain", s->gain_k, 0, 0},       {"v.gain", s->gain_v, 0, 0}};
+        memcpy(out, rotations, sizeof(rotations));
+        return KVD_LEN(rotations);
+    }
+    const struct tensor transforms[TENSORS] = {{"k.transform", t->k, s->dim_k, 2},
+                                               {"k.inverse", t->k_inverse, s->dim_k, 2},
+                                               {"k.mean", t->k_mean, s->dim_k, 1},
+                                               {"k.sigma", t->k_sigma, s->dim_k, 1},
+                                               {"k.bits", t->k_bits, s->dim_k / KVD_TC_TILE, 1},
+                                               {"v.transform", t->v, s->dim_v, 2},
+                                               {"v.inverse", t->v_inverse, s->dim_v, 2},
+                                               {"v.mean", t->v_mean, s->dim_v, 1}};
+    memcpy(out, transforms, sizeof(transforms));
+    return TENSORS;
 }
 
-// Shape of tensor i; returns the number of values.
-static uint64_t tensor_shape(const struct kvd_rotset *s, int i, uint64_t shape[4], size_t *rank)
+// Returns the rank.
+static uint32_t shape_of(const struct kvd_rotset *s, const struct tensor *t, uint64_t shape[4])
 {
-    uint32_t dim = i % 2 ? s->dim_v : s->dim_k;
     shape[0] = s->n_layers;
     shape[1] = s->heads;
-    shape[2] = shape[3] = dim;
-    *rank = i < 2 ? 4 : 2;
-    return shape[0] * shape[1] * (i < 2 ? (uint64_t)dim * dim : 1);
+    shape[2] = shape[3] = t->dim;
+    return 2 + t->rank;
 }
 
-static const char *const formats[2] = {"kvd-rotation-set/1", "kvd-rotation-set/2"};
+enum { ROTATIONS, SCALED_ROTATIONS, TRANSFORMS, FORMATS };
+static const char *const formats[FORMATS] = {"kvd-rotation-set/1", "kvd-rotation-set/2",
+                                             "kvd-rotation-set/3"};
 
 static int corrupt(struct kvd_error *err, const char *path, const char *why)
 {
@@ -76,18 +101,25 @@ static int parse_layers(struct kvd_rotset *s, const char *text, const char *path
     return s->n_layers ? KVD_OK : corrupt(err, path, "metadata: there are no layers");
 }
 
-// The format, and what it says of scales.
+// The format, what it says of scales, and, of transforms, which codec they are for.
 static int parse_format(struct kvd_rotset *s, const struct kvd_safetensors *st, const char *path,
-                        struct kvd_error *err)
+                        int *format, enum kvd_tc *tc, struct kvd_error *err)
 {
-    const char *format = kvd_safetensors_metadata(st, "format");
+    const char *name = kvd_safetensors_metadata(st, "format");
     const char *k = kvd_safetensors_metadata(st, "k.scale");
     const char *v = kvd_safetensors_metadata(st, "v.scale");
-    if (format && strcmp(format, formats[0]) == 0)
-        return k || v ? corrupt(err, path, "metadata: scales belong to kvd-rotation-set/2")
-                      : KVD_OK;
-    if (!format || strcmp(format, formats[1]) != 0)
-        return corrupt(err, path, "metadata: format is not kvd-rotation-set/1 or /2");
+    const char *codec = kvd_safetensors_metadata(st, "codec");
+    for (*format = 0; *format < FORMATS && name && strcmp(name, formats[*format]) != 0;)
+        ++*format;
+    if (!name || *format == FORMATS)
+        return corrupt(err, path, "metadata: format is not kvd-rotation-set/1, /2 or /3");
+    if (*format != SCALED_ROTATIONS && (k || v))
+        return corrupt(err, path, "metadata: scales belong to kvd-rotation-set/2");
+    *tc = codec ? kvd_tc_find(codec) : KVD_TC_COUNT;
+    if (*format == TRANSFORMS && *tc == KVD_TC_COUNT)
+        return corrupt(err, path, "metadata: codec is not tc2 or tc2.5");
+    if (*format != SCALED_ROTATIONS)
+        return KVD_OK;
     int scale_k = k ? kvd_scale_parse(k) : -1, scale_v = v ? kvd_scale_parse(v) : -1;
     if (scale_k < 0 || scale_v < 0)
         return corrupt(err, path, "metadata: k.scale or v.scale is not " KVD_SCALE_NAMES);
@@ -115,22 +147,50 @@ static uint32_t dim_of(const struct kvd_safetensors *st, const char *tensor, uin
     return n <= 65536 ? (uint32_t)n : 0;
 }
 
-static int copy_tensor(const struct kvd_safetensors *st, struct kvd_rotset *s, int i,
-                       const uint8_t *file, const char *path, struct kvd_error *err)
+static int copy_tensor(const struct kvd_safetensors *st, const struct kvd_rotset *s,
+                       const struct tensor *to, const uint8_t *file, const char *path,
+                       struct kvd_error *err)
 {
-    const struct kvd_safetensor *t = kvd_safetensors_find(st, tensor_names[i]);
+    const struct kvd_safetensor *t = kvd_safetensors_find(st, to->name);
     uint64_t shape[4];
-    size_t rank;
-    tensor_shape(s, i, shape, &rank);
+    uint32_t rank = shape_of(s, to, shape);
     if (!t || t->type != KVD_TENSOR_F32 || t->rank != rank)
-        return kvd_fail(err, KVD_E_CORRUPT, "%s: tensor %s is missing or not F32 of rank %zu", path,
-                        tensor_names[i], rank);
+        return kvd_fail(err, KVD_E_CORRUPT, "%s: tensor %s is missing or not F32 of rank %u", path,
+                        to->name, rank);
     if (memcmp(t->shape, shape, rank * sizeof(*shape)) != 0)
         return kvd_fail(
             err, KVD_E_CORRUPT,
             "%s: tensor %s has another shape than the other tensors and the metadata say", path,
-            tensor_names[i]);
-    memcpy(tensor_data(s, i), file + t->at, t->bytes);
+            to->name);
+    memcpy(to->data, file + t->at, t->bytes);
+    return KVD_OK;
+}
+
+static int parse_tensors(const char *path, const uint8_t *file, size_t size,
+                         const struct kvd_safetensors *st, int format, enum kvd_tc tc,
+                         struct kvd_rotset *s, struct kvd_error *err)
+{
+    const char *k = format == TRANSFORMS ? "k.transform" : "k.rotation";
+    const char *v = format == TRANSFORMS ? "v.transform" : "v.rotation";
+    uint64_t copies = format == TRANSFORMS ? 2 : 1; // the inverses
+    s->heads = dim_of(st, k, 1);
+    s->dim_k = dim_of(st, k, 3);
+    s->dim_v = dim_of(st, v, 3);
+    // Memory is taken only for what the file can hold.
+    if (copies * s->n_layers * s->heads *
+            ((uint64_t)s->dim_k * s->dim_k + (uint64_t)s->dim_v * s->dim_v) * 4 >
+        size)
+        return corrupt(err, path, "the file is too short for its shapes");
+    if (format == TRANSFORMS ? kvd_transforms_alloc(s, tc, err) : kvd_rotset_alloc(s, err))
+        return kvd_fail_in(err, "%s", path);
+    struct tensor all[TENSORS];
+    uint32_t n = tensors_of(s, all);
+    if (format != TRANSFORMS && !kvd_safetensors_find(st, all[GAINS].name) &&
+        !kvd_safetensors_find(st, all[GAINS + 1].name))
+        n = GAINS;
+    for (uint32_t i = 0; i < n; i++)
+        if (copy_tensor(st, s, &all[i], file, path, err))
+            return err->code;
     return KVD_OK;
 }
 
@@ -140,8 +200,10 @@ static int parse(const char *path, const uint8_t *file, size_t size,
     const char *layers = kvd_safetensors_metadata(st, "layers");
     const char *payload = kvd_safetensors_metadata(st, "payload");
     char digest[KVD_DIGEST_TEXT];
+    int format = ROTATIONS;
+    enum kvd_tc tc = KVD_TC_COUNT;
     kvd_digest(file + st->data_at, size - st->data_at, digest);
-    if (parse_format(s, st, path, err))
+    if (parse_format(s, st, path, &format, &tc, err))
         return err->code;
     if (!layers)
         return corrupt(err, path, "metadata: layers is missing");
@@ -155,25 +217,10 @@ static int parse(const char *path, const uint8_t *file, size_t size,
         return kvd_fail(err, KVD_E_INTERNAL, "%s: out of memory", path);
     if (parse_layers(s, layers, path, err))
         return err->code;
-    s->heads = dim_of(st, "k.rotation", 1);
-    s->dim_k = dim_of(st, "k.rotation", 3);
-    s->dim_v = dim_of(st, "v.rotation", 3);
-    // Memory is taken only for what the file can hold.
-    if ((uint64_t)s->n_layers * s->heads * ((uint64_t)s->dim_k * s->dim_k + s->dim_v * s->dim_v) *
-            4 >
-        size)
-        return corrupt(err, path, "the file is too short for its shapes");
-    if (kvd_rotset_alloc(s, err))
-        return kvd_fail_in(err, "%s", path);
-    bool gains = kvd_safetensors_find(st, tensor_names[GAINS]) ||
-                 kvd_safetensors_find(st, tensor_names[GAINS + 1]);
-    for (int i = 0; i < (gains ? TENSORS : GAINS); i++)
-        if (copy_tensor(st, s, i, file, path, err))
-            return err->code;
-    return KVD_OK;
+    return parse_tensors(path, file, size, st, format, tc, s, err);
 }
 
-struct kvd_rotset *kvd_rotset_read(const char *path, struct kvd_error *err)
+struct kvd_rotset *kvd_rotset_read_any(const char *path, struct kvd_error *err)
 {
     uint8_t *file KVD_FREE = NULL;
     struct kvd_rotset *s KVD_AUTO(kvd_rotset_free) = calloc(1, sizeof(*s));
@@ -200,6 +247,19 @@ struct kvd_rotset *kvd_rotset_read(const char *path, struct kvd_error *err)
     return KVD_TAKE(s);
 }
 
+struct kvd_rotset *kvd_rotset_read(const char *path, struct kvd_error *err)
+{
+    struct kvd_rotset *s KVD_AUTO(kvd_rotset_free) = kvd_rotset_read_any(path, err);
+    if (s && s->transforms) {
+        kvd_fail(err, KVD_E_PRECONDITION,
+                 "%s: a set of transforms for codec %s, which no backend has pages of: it can be "
+                 "evaluated, not stored or served",
+                 path, kvd_tc_name(s->transforms->codec));
+        return NULL;
+    }
+    return KVD_TAKE(s);
+}
+
 static bool has_gains(const struct kvd_rotset *s)
 {
     for (uint64_t i = 0; i < (uint64_t)s->n_layers * s->heads; i++)
@@ -208,34 +268,45 @@ static bool has_gains(const struct kvd_rotset *s)
     return false;
 }
 
+static json_t *metadata_of(const struct kvd_rotset *s, const char *layers)
+{
+    bool scales = s->scale_k != KVD_SCALE_PUBLISHED || s->scale_v != KVD_SCALE_PUBLISHED;
+    int format = s->transforms ? TRANSFORMS : scales ? SCALED_ROTATIONS : ROTATIONS;
+    json_t *metadata =
+        json_pack("{s:s, s:s, s:s, s:s, s:s}", "format", formats[format], "model", s->model,
+                  "objective", s->objective, "provenance", s->provenance, "layers", layers);
+    if (format == SCALED_ROTATIONS) {
+        json_object_set_new(metadata, "k.scale", json_string(kvd_scale_name(s->scale_k)));
+        json_object_set_new(metadata, "v.scale", json_string(kvd_scale_name(s->scale_v)));
+    }
+    if (format == TRANSFORMS)
+        json_object_set_new(metadata, "codec", json_string(kvd_tc_name(s->transforms->codec)));
+    if (s->fitted_to)
+        json_object_set_new(metadata, "fitted_to", json_string(s->fitted_to));
+    if (s->clips_fitted_to)
+        json_object_set_new(metadata, "clips_fitted_to", json_string(s->clips_fitted_to));
+    return metadata;
+}
+
 int kvd_rotset_write(struct kvd_rotset *s, const char *path, struct kvd_error *err)
 {
+    struct tensor all[TENSORS];
     struct kvd_tensor_source tensors[TENSORS];
-    uint32_t n = has_gains(s) ? TENSORS : GAINS;
+    uint32_t n = tensors_of(s, all);
+    if (!s->transforms && !has_gains(s))
+        n = GAINS;
     char *layers KVD_FREE = calloc(KVD_MAX_LAYERS, 7);
-    size_t size = 0, rank;
+    size_t size = 0;
     if (!layers)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     for (uint32_t i = 0, at = 0; i < s->n_layers; i++)
         at += (uint32_t)sprintf(layers + at, "%s%u", i ? "," : "", s->layers[i]);
     for (uint32_t i = 0; i < n; i++) {
         tensors[i] = (struct kvd_tensor_source){
-            .name = tensor_names[i], .type = KVD_TENSOR_F32, .data = tensor_data(s, (int)i)};
-        tensor_shape(s, (int)i, tensors[i].shape, &rank);
-        tensors[i].rank = (uint32_t)rank;
+            .name = all[i].name, .type = KVD_TENSOR_F32, .data = all[i].data};
+        tensors[i].rank = shape_of(s, &all[i], tensors[i].shape);
     }
-    bool scales = s->scale_k != KVD_SCALE_PUBLISHED || s->scale_v != KVD_SCALE_PUBLISHED;
-    json_t *metadata =
-        json_pack("{s:s, s:s, s:s, s:s, s:s}", "format", formats[scales], "model", s->model,
-                  "objective", s->objective, "provenance", s->provenance, "layers", layers);
-    if (scales) {
-        json_object_set_new(metadata, "k.scale", json_string(kvd_scale_name(s->scale_k)));
-        json_object_set_new(metadata, "v.scale", json_string(kvd_scale_name(s->scale_v)));
-    }
-    if (s->fitted_to)
-        json_object_set_new(metadata, "fitted_to", json_string(s->fitted_to));
-    if (s->clips_fitted_to)
-        json_object_set_new(metadata, "clips_fitted_to", json_string(s->clips_fitted_to));
+    json_t *metadata = metadata_of(s, layers);
     // Sets are a few megabytes: the whole file is made in memory.
     uint8_t *file KVD_FREE = kvd_safetensors_render(tensors, n, metadata, "payload", &size);
     if (!file)
@@ -259,10 +330,18 @@ int kvd_rotset_copy(const char *from, const char *digest, const char *path, stru
     return kvd_write_file(path, file, size, err);
 }
 
-struct kvd_rotset *kvd_rotset_open(const char *path, struct kvd_error *err)
+static bool is_pt(const char *path)
 {
     size_t n = strlen(path);
-    if (n > 3 && strcmp(path + n - 3, ".pt") == 0)
-        return kvd_rotset_import(path, path, "file", err);
-    return kvd_rotset_read(path, err);
+    return n > 3 && strcmp(path + n - 3, ".pt") == 0;
+}
+
+struct kvd_rotset *kvd_rotset_open(const char *path, struct kvd_error *err)
+{
+    return is_pt(path) ? kvd_rotset_import(path, path, "file", err) : kvd_rotset_read(path, err);
+}
+
+struct kvd_rotset *kvd_rotset_open_any(const char *path, struct kvd_error *err)
+{
+    return is_pt(path) ? kvd_rotset_open(path, err) : kvd_rotset_read_any(path, err);
 }

@@ -5,6 +5,8 @@
 #include <openssl/evp.h>
 #include <pthread.h>
 
+#include "calib/transforms.h"
+
 void kvd_rotset_free(struct kvd_rotset **sp)
 {
     struct kvd_rotset *s = KVD_TAKE(*sp);
@@ -18,10 +20,11 @@ void kvd_rotset_free(struct kvd_rotset **sp)
     free(s->gain_v);
     free(s->fitted_to);
     free(s->clips_fitted_to);
+    kvd_transforms_free(&s->transforms);
     free(s);
 }
 
-int kvd_rotset_alloc(struct kvd_rotset *s, struct kvd_error *err)
+int kvd_rotset_check_shape(const struct kvd_rotset *s, struct kvd_error *err)
 {
     if (s->n_layers < 1 || s->n_layers > KVD_MAX_LAYERS || s->heads < 1 ||
         s->heads > KVD_MAX_KV_HEADS)
@@ -32,6 +35,13 @@ int kvd_rotset_alloc(struct kvd_rotset *s, struct kvd_error *err)
         return kvd_fail(err, KVD_E_INVALID,
                         "head_dim is %u for K and %u for V; " KVD_HEAD_DIMS_NAMES, s->dim_k,
                         s->dim_v);
+    return KVD_OK;
+}
+
+int kvd_rotset_alloc(struct kvd_rotset *s, struct kvd_error *err)
+{
+    if (kvd_rotset_check_shape(s, err))
+        return err->code;
     uint64_t n = (uint64_t)s->n_layers * s->heads;
     s->k = calloc(n * s->dim_k * s->dim_k, sizeof(float));
     s->v = calloc(n * s->dim_v * s->dim_v, sizeof(float));
@@ -51,7 +61,7 @@ int kvd_rotset_alloc(struct kvd_rotset *s, struct kvd_error *err)
 
 struct kvd_rotset *kvd_rotset_clone(const struct kvd_rotset *from)
 {
-    struct kvd_rotset *s = malloc(sizeof(*s));
+    struct kvd_rotset *s = from->transforms ? NULL : malloc(sizeof(*s));
     struct kvd_error ignored;
     if (!s)
         return NULL;
@@ -331,6 +341,8 @@ static int check_side(const struct kvd_rotset *s, const char *side, const float 
 int kvd_rotset_check(const struct kvd_rotset *s, double *worst, struct kvd_error *err)
 {
     double w = 0;
+    if (s->transforms)
+        return kvd_transforms_check(s, worst, err);
     int rc = check_side(s, "K", s->k, s->clip_k, s->gain_k, s->dim_k, &w, err);
     if (rc == KVD_OK)
         rc = check_side(s, "V", s->v, s->clip_v, s->gain_v, s->dim_v, &w, err);
@@ -365,6 +377,12 @@ int kvd_rotset_select(const struct kvd_rotset *s, const struct kvd_layout *layou
     const struct kvd_plane *g = &layout->planes[plane];
     uint64_t at[KVD_MAX_LAYERS]; // in the set, of the plane's layers
     uint32_t n = 0;
+    if (s->transforms)
+        return kvd_fail(
+            err, KVD_E_PRECONDITION,
+            "set %s has transforms for codec %s, not rotations; no backend has pages of "
+            "that codec",
+            s->model, kvd_tc_name(s->transforms->codec));
     if (s->dim_k != g->head_dim_k || s->dim_v != g->head_dim_v)
         return kvd_fail(err, KVD_E_PRECONDITION,
                         "rotation set %s is for head_dim %u/%u, the layout has %u/%u", s->model,

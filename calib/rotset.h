@@ -2,7 +2,8 @@
 //
 // A set is immutable and named by the SHA-256 of its native file. Two file kinds are read: the
 // native one (safetensors with metadata, see calib/README.md) and RotationZoo's .pt files, one for
-// K and one for V. Reading executes nothing and trusts no length in the file.
+// K and one for V. Reading executes nothing and trusts no length in the file. A native file may
+// hold transforms instead of rotations (calib/transforms.h).
 #ifndef KVD_CALIB_ROTSET_H
 #define KVD_CALIB_ROTSET_H
 
@@ -30,15 +31,19 @@ struct kvd_rotset {
     float *gain_k,
         *gain_v; // [n_layers][heads], of the levels (kernels/quantize.h); 1 unless fitted
     enum kvd_scale scale_k, scale_v; // as published unless fitted or asked for
+    // In place of k, v, clips and gains, which are NULL then. NULL: a set of rotations.
+    struct kvd_transforms *transforms;
 };
 
 void kvd_rotset_free(struct kvd_rotset **set);
 
-// Sizes the arrays of a set whose layers, heads and dims are filled in. KVD_E_INVALID when the
-// shape is impossible.
+// Whether layers, heads and dims may be a set's: KVD_OK or KVD_E_INVALID.
+int kvd_rotset_check_shape(const struct kvd_rotset *set, struct kvd_error *err);
+// Sizes the arrays of a set of rotations whose layers, heads and dims are filled in. KVD_E_INVALID
+// when the shape is impossible.
 int kvd_rotset_alloc(struct kvd_rotset *set, struct kvd_error *err);
 
-// A copy, with the same digest. NULL when out of memory.
+// A copy, with the same digest. NULL when out of memory, and of a set of transforms.
 struct kvd_rotset *kvd_rotset_clone(const struct kvd_rotset *set);
 
 // The data-free sets, the same matrix for every layer, clips 0.96 and 0.92, by name:
@@ -59,7 +64,7 @@ int kvd_hadamard_entry(uint32_t dim, uint32_t i, uint32_t j);
 
 // All values finite, clip ratios in (0, 1], gains in [0.5, 1.5], every matrix orthogonal within
 // 1e-3 (max |R R^T - I|; fp32 files measure below 1e-5). KVD_E_CORRUPT names the layer and the
-// deviation. *worst (may be NULL) gets the largest deviation.
+// deviation. *worst (may be NULL) gets the largest deviation. Of transforms: kvd_transforms_check.
 int kvd_rotset_check(const struct kvd_rotset *set, double *worst, struct kvd_error *err);
 
 // Takes a matrix [dim][dim] that was orthogonal before its values were rounded to 16 bits to the
@@ -69,7 +74,7 @@ int kvd_rotation_straighten(float *r, uint32_t dim, struct kvd_error *err);
 
 // Whether the set serves a plane of a layout; if so *out describes the plane's layers. out->k etc.
 // point to new memory that the caller frees with kvd_rotation_data_deinit. KVD_E_PRECONDITION says
-// what does not match.
+// what does not match; a set of transforms never does.
 int kvd_rotset_select(const struct kvd_rotset *set, const struct kvd_layout *layout, uint32_t plane,
                       struct kvd_rotation_data *out, struct kvd_error *err);
 void kvd_rotation_data_deinit(struct kvd_rotation_data *data);
@@ -83,8 +88,11 @@ bool kvd_scales_parse(const char *text, enum kvd_scale *k, enum kvd_scale *v);
 
 // -- native files -------------------------------------------------------------------------------
 
-// Reads a native file. KVD_E_CORRUPT (malformed), KVD_E_LIMIT (too large), or a negative errno.
+// Reads a native file of rotations. KVD_E_CORRUPT (malformed), KVD_E_LIMIT (too large),
+// KVD_E_PRECONDITION (a set of transforms, which cannot be served), or a negative errno.
 struct kvd_rotset *kvd_rotset_read(const char *path, struct kvd_error *err);
+// Reads a native file of rotations or transforms, to look at and to evaluate.
+struct kvd_rotset *kvd_rotset_read_any(const char *path, struct kvd_error *err);
 // Writes a native file at `path` (through a temporary beside it, renamed when complete) and sets
 // set->digest.
 int kvd_rotset_write(struct kvd_rotset *set, const char *path, struct kvd_error *err);
@@ -101,6 +109,8 @@ struct kvd_rotset *kvd_rotset_import(const char *path_k, const char *path_v, con
 // Reads any file that holds rotations: native, or a single .pt (then only K or V, both pointing to
 // the same values).
 struct kvd_rotset *kvd_rotset_open(const char *path, struct kvd_error *err);
+// The same, or transforms.
+struct kvd_rotset *kvd_rotset_open_any(const char *path, struct kvd_error *err);
 
 // Model layer ids from text such as "0-35" or "3,7,11": ascending, at most KVD_MAX_LAYERS. Returns
 // how many; 0 when malformed.

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 
+#include "calib/transforms.h"
 #include "client/kvctl/kvctl.h"
 
 static bool is_file(const char *arg)
@@ -122,23 +123,49 @@ static void layers_text(const struct kvd_rotset *s, char *out, size_t cap)
     }
 }
 
+// What sets of rotations have, and sets of transforms in place of that.
+static json_t *json_terms(const struct kvd_rotset *s, double worst)
+{
+    if (s->transforms)
+        return json_pack("{s:s, s:f, s:f}", "codec", kvd_tc_name(s->transforms->codec), "bits",
+                         kvd_tc_bits(s->transforms->codec, s->dim_k, s->dim_v), "inverses", worst);
+    return json_pack("{s:f, s:f, s:f, s:f, s:f, s:s, s:s}", "clip_k", (double)s->clip_k[0],
+                     "clip_v", (double)s->clip_v[0], "gain_k", (double)s->gain_k[0], "gain_v",
+                     (double)s->gain_v[0], "orthogonality", worst, "scale_k",
+                     kvd_scale_name(s->scale_k), "scale_v", kvd_scale_name(s->scale_v));
+}
+
+static void print_terms(const struct kvd_rotset *s, double worst)
+{
+    if (s->transforms) {
+        enum kvd_tc codec = s->transforms->codec;
+        printf("transforms     for codec %s, %.4f bits a value; no backend has its pages\n",
+               kvd_tc_name(codec), kvd_tc_bits(codec, s->dim_k, s->dim_v));
+        printf("inverses       max |A A^-1 - I| = %.2e\n", worst);
+        return;
+    }
+    printf("clip           K %.3f, V %.3f (first layer)\n", (double)s->clip_k[0],
+           (double)s->clip_v[0]);
+    printf("gain           K %.3f, V %.3f (first layer)\n", (double)s->gain_k[0],
+           (double)s->gain_v[0]);
+    printf("scales         K %s, V %s\n", kvd_scale_name(s->scale_k), kvd_scale_name(s->scale_v));
+    printf("orthogonality  max |R R^T - I| = %.2e\n", worst);
+}
+
 static int print_set(struct kvctl *k, const struct kvd_rotset *s, double worst)
 {
     char layers[256];
     layers_text(s, layers, sizeof(layers));
-    if (k->json)
-        return kvctl_print(
-            k,
-            json_pack(
-                "{s:o, s:o, s:o, s:o, s:i, s:s, s:i, s:i, s:i, s:f, s:f, s:f, s:f, s:f, s:s, s:s}",
-                "model", kvctl_text_json(s->model), "digest", kvctl_text_json(s->digest),
-                "objective", kvctl_text_json(s->objective), "provenance",
-                kvctl_text_json(s->provenance), "n_layers", (int)s->n_layers, "layers", layers,
-                "rotations_per_layer", (int)s->heads, "head_dim_k", (int)s->dim_k, "head_dim_v",
-                (int)s->dim_v, "clip_k", (double)s->clip_k[0], "clip_v", (double)s->clip_v[0],
-                "gain_k", (double)s->gain_k[0], "gain_v", (double)s->gain_v[0], "orthogonality",
-                worst, "scale_k", kvd_scale_name(s->scale_k), "scale_v",
-                kvd_scale_name(s->scale_v)));
+    if (k->json) {
+        json_t *set =
+            json_pack("{s:o, s:o, s:o, s:o, s:i, s:s, s:i, s:i, s:i}", "model",
+                      kvctl_text_json(s->model), "digest", kvctl_text_json(s->digest), "objective",
+                      kvctl_text_json(s->objective), "provenance", kvctl_text_json(s->provenance),
+                      "n_layers", (int)s->n_layers, "layers", layers, "rotations_per_layer",
+                      (int)s->heads, "head_dim_k", (int)s->dim_k, "head_dim_v", (int)s->dim_v);
+        json_object_update_new(set, json_terms(s, worst));
+        return kvctl_print(k, set);
+    }
     char text[KVCTL_TEXT];
     printf("model          %s\n", *s->model ? kvctl_text(s->model, text) : "-");
     printf("digest         %s\n", *s->digest ? s->digest : "- (not a native file)");
@@ -146,16 +173,11 @@ static int print_set(struct kvctl *k, const struct kvd_rotset *s, double worst)
     printf("provenance     %s\n", kvctl_text(s->provenance, text));
     printf("layers         %u: %s\n", s->n_layers, layers);
     if (s->heads == 1)
-        printf("rotations      one a layer\n");
+        printf("matrices       one a layer and side\n");
     else
-        printf("rotations      %u a layer, one per kv head\n", s->heads);
+        printf("matrices       %u a layer and side, one per kv head\n", s->heads);
     printf("head_dim       K %u, V %u\n", s->dim_k, s->dim_v);
-    printf("clip           K %.3f, V %.3f (first layer)\n", (double)s->clip_k[0],
-           (double)s->clip_v[0]);
-    printf("gain           K %.3f, V %.3f (first layer)\n", (double)s->gain_k[0],
-           (double)s->gain_v[0]);
-    printf("scales         K %s, V %s\n", kvd_scale_name(s->scale_k), kvd_scale_name(s->scale_v));
-    printf("orthogonality  max |R R^T - I| = %.2e\n", worst);
+    print_terms(s, worst);
     return EXIT_OK;
 }
 
@@ -174,7 +196,7 @@ static struct kvd_rotset *open_set(struct kvctl *k, const char *arg, int *code)
     struct kvd_error err = {0};
     struct kvd_rotset *set = NULL;
     if (is_file(arg)) {
-        set = kvd_rotset_open(arg, &err);
+        set = kvd_rotset_open_any(arg, &err);
     } else if (!kvd_store_ref_valid(arg)) {
         kvd_fail(&err, KVD_E_INVALID,
                  "'%s' is neither a file nor a set: say model@tag or sha256:<64 hex>", arg);
@@ -220,8 +242,8 @@ static int calib_show(struct kvctl *k, const char *arg, bool verify)
     if (rc)
         code = kvctl_fail(&err);
     else if (verify && !k->json)
-        printf("good: %u layers, digest %s, max |R R^T - I| = %.2e\n", set->n_layers,
-               *set->digest ? set->digest : "-", worst);
+        printf("good: %u layers, digest %s, max |%s - I| = %.2e\n", set->n_layers,
+               *set->digest ? set->digest : "-", set->transforms ? "A A^-1" : "R R^T", worst);
     else
         code = print_set(k, set, worst);
     kvd_rotset_free(&set);

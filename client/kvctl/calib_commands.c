@@ -23,6 +23,10 @@ const struct command kvctl_fit = {
          {"clip", 0, "K,V", VALUE_TEXT, "Clip ratios of published scales (default: 0.96,0.92)"},
          {"fit-clips", 0, "DUMP", VALUE_TEXT,
           "Choose these, and level gains, by the output error on these activations"},
+         {"codec", 0, "NAME", VALUE_TEXT,
+          "tc2 or tc2.5: fit transforms for it, not rotations; they can be evaluated, not served"},
+         {"bits", 0, "HOW", VALUE_TEXT,
+          "Of K's tiles in these: quarters (default: 4-2-1-1 or 4-3-2-1) or greedy, by kv head"},
          {"context", 0, "TOKENS", VALUE_NUMBER, "Of these, attended at a time (default: 2048)"},
          {"layers", 0, "LIST", VALUE_LAYERS,
           "Model layer ids, such as 0-35 or 3,7,11 (default: all)"},
@@ -40,7 +44,8 @@ const struct command kvctl_eval = {
     .more =
         "On activations that the sets (files) were not fitted to: each set with int2, int2c and "
         "int2-lm, and with int2 at the published clip ratios; beside them naive int2 (no "
-        "rotation), the Hadamard matrix, and TurboQuant. Errors are of attention's outputs against "
+        "rotation), the Hadamard matrix, and TurboQuant; a set of transforms with its own codec. "
+        "Errors are of attention's outputs against "
         "those over the recorded keys and values; logit error is a root mean square, bias the mean "
         "error of a query's logit at the compressed key that it looks for most, KL in nats.",
     .arguments = {{"DUMP", VALUE_TEXT}, {"SET", VALUE_TEXT}},

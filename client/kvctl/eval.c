@@ -1,4 +1,5 @@
 // kvctl calib eval.
+#include "calib/transforms.h"
 #include "client/kvctl/calib_tool.h"
 #include "client/kvctl/evaluation.h"
 
@@ -8,6 +9,7 @@ struct arguments {
     uint32_t n_files;
     bool scales; // each case with other scales too
     bool codecs[KVD_CODEC_COUNT];
+    bool transforms[KVD_TC_COUNT]; // the codecs of sets of transforms
 };
 
 static int choose_codecs(struct arguments *a, const char *list)
@@ -16,15 +18,21 @@ static int choose_codecs(struct arguments *a, const char *list)
     int n;
     const char *all = list;
     memset(a->codecs, 0, sizeof(a->codecs));
+    memset(a->transforms, 0, sizeof(a->transforms));
     for (; sscanf(list, "%31[^,]%n", name, &n) == 1; list += n + (list[n] == ',')) {
         uint32_t codec = kvd_codec_find(name);
-        if (codec == KVD_CODEC_COUNT)
-            return kvctl_usage("--codecs: there is no codec %s; known are %s", name,
-                               kvd_codec_names());
-        a->codecs[codec] = true;
+        enum kvd_tc tc = kvd_tc_find(name);
+        if (codec == KVD_CODEC_COUNT && tc == KVD_TC_COUNT)
+            return kvctl_usage("--codecs: there is no codec %s; known are %s, and of transforms "
+                               "tc2, tc2.5",
+                               name, kvd_codec_names());
+        if (tc < KVD_TC_COUNT)
+            a->transforms[tc] = true;
+        else
+            a->codecs[codec] = true;
     }
     char want[256];
-    snprintf(want, sizeof(want), "names, separated by commas: %s", kvd_codec_names());
+    snprintf(want, sizeof(want), "names, separated by commas: %s, tc2, tc2.5", kvd_codec_names());
     return *list ? tool_usage("codecs", all, want) : EXIT_OK;
 }
 
@@ -35,6 +43,17 @@ static const enum kvd_scale compared[EVALUATION_SCALES][2] = {
     {KVD_SCALE_UNBIASED, KVD_SCALE_LEAST_SQUARES},
     {KVD_SCALE_UNBIASED, KVD_SCALE_UNBIASED}};
 
+// The name of the next case, as tables can have it. Returns its length.
+static int name_case(struct evaluation *e, const char *name, const char *suffix)
+{
+    char text[KVCTL_TEXT];
+    int n =
+        snprintf(e->names[e->n], sizeof(e->names[0]), "%.40s%s", kvctl_text(name, text), suffix);
+    for (char *bar = e->names[e->n]; (bar = strchr(bar, '|'));) // parts titles of tables
+        *bar = '_';
+    return n;
+}
+
 // Adds a case of the last set, if its codec is wanted; with --scales, one for each pair of them.
 static void add_case(const struct arguments *a, struct evaluation *e, uint32_t codec,
                      const char *name, const char *suffix)
@@ -44,17 +63,28 @@ static void add_case(const struct arguments *a, struct evaluation *e, uint32_t c
     for (uint32_t i = 0; a->codecs[codec] && i < pairs && e->n < EVALUATION_CASES; i++) {
         enum kvd_scale k = pairs > 1 ? compared[i][0] : set->scale_k;
         enum kvd_scale v = pairs > 1 ? compared[i][1] : set->scale_v;
-        char text[KVCTL_TEXT];
-        int n = snprintf(e->names[e->n], sizeof(e->names[0]), "%.40s%s", kvctl_text(name, text),
-                         suffix);
-        for (char *bar = e->names[e->n]; (bar = strchr(bar, '|'));) // parts titles of tables
-            *bar = '_';
+        int n = name_case(e, name, suffix);
         if (pairs > 1)
             snprintf(e->names[e->n] + n, sizeof(e->names[0]) - (size_t)n, ", %s/%s",
                      kvd_scale_name(k), kvd_scale_name(v));
         e->cases[e->n] = (struct kvd_eval_case){set, codec, k, v};
         e->bits[e->n++] = kvd_eval_bits(codec, set->dim_k, set->dim_v);
     }
+}
+
+// The one case that a set of transforms, the last set, has.
+static void add_transforms(const struct arguments *a, struct evaluation *e, const char *name)
+{
+    const struct kvd_rotset *set = e->sets[e->n_sets - 1];
+    enum kvd_tc codec = set->transforms->codec;
+    char suffix[16];
+    if (!a->transforms[codec] || e->n == EVALUATION_CASES)
+        return;
+    snprintf(suffix, sizeof(suffix), " %s", kvd_tc_name(codec));
+    name_case(e, name, suffix);
+    e->cases[e->n] = (struct kvd_eval_case){
+        .set = set, .scale_k = KVD_SCALE_UNBIASED, .scale_v = KVD_SCALE_UNBIASED};
+    e->bits[e->n++] = kvd_tc_bits(codec, set->dim_k, set->dim_v);
 }
 
 static bool add_set(struct evaluation *e, struct kvd_rotset *set)
@@ -86,8 +116,12 @@ static int open_file(const struct arguments *a, const char *file, struct evaluat
                      struct kvd_error *err)
 {
     const char *slash = strrchr(file, '/'), *name = slash ? slash + 1 : file;
-    if (!add_set(e, kvd_rotset_open(file, err)))
+    if (!add_set(e, kvd_rotset_open_any(file, err)))
         return err->code;
+    if (e->sets[e->n_sets - 1]->transforms) {
+        add_transforms(a, e, name);
+        return KVD_OK;
+    }
     add_case(a, e, KVD_CODEC_INT2, name, "");
     add_case(a, e, KVD_CODEC_INT2C, name, " int2c");
     add_case(a, e, KVD_CODEC_INT2_LM, name, " int2-lm");
@@ -186,7 +220,7 @@ static void print_json(struct kvctl *k, const struct arguments *a, const struct 
     for (uint32_t s = 0; s < e->n; s++) {
         const struct kvd_eval_case *c = &e->cases[s];
         json_t *set = json_pack("{s:o, s:s, s:f, s:s, s:o}", "name", kvctl_text_json(e->names[s]),
-                                "codec", kvd_codec_name(c->codec), "bits", e->bits[s], "digest",
+                                "codec", evaluation_codec(c), "bits", e->bits[s], "digest",
                                 c->set->digest, "objective", kvctl_text_json(c->set->objective));
         json_object_set_new(set, "scale_k", json_string(kvd_scale_name(c->scale_k)));
         json_object_set_new(set, "scale_v", json_string(kvd_scale_name(c->scale_v)));
@@ -253,6 +287,7 @@ int cmd_calib_eval(struct kvctl *k)
     struct evaluation e = {0};
     struct kvd_error err = {0};
     memset(a.codecs, true, sizeof(a.codecs));
+    memset(a.transforms, true, sizeof(a.transforms));
     int code = codecs ? choose_codecs(&a, codecs) : EXIT_OK;
     if (code)
         return code;

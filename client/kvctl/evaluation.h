@@ -25,6 +25,9 @@ struct evaluation {
     struct kvd_eval_spectra spectra;
 };
 
+// The name of a case's codec.
+const char *evaluation_codec(const struct kvd_eval_case *c);
+
 // [n_layers]; mode 0: with windows, 1: without.
 const struct kvd_eval_figures *evaluation_figures(const struct evaluation *e, int mode, uint32_t i);
 // Over layers: the root mean square of output errors, the means of the others, the worst head.

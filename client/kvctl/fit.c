@@ -10,6 +10,8 @@ struct arguments {
     struct kvd_eval_options eval;
     const char *dump, *out, *spectrum, *model, *clips;
     enum kvd_scale scale_k, scale_v;
+    enum kvd_tc codec; // fit transforms for it; KVD_TC_COUNT: rotations
+    bool greedy;
     uint16_t layers[KVD_MAX_LAYERS];
 };
 
@@ -33,6 +35,27 @@ static void publish(struct arguments *a)
     a->scale_k = a->scale_v = KVD_SCALE_PUBLISHED;
 }
 
+// --codec and --bits; an exit code.
+static int parse_codec(const struct kvctl *k, struct arguments *a)
+{
+    static const char *const rotations[] = {"objective-k", "objective-v", "compose", "per-layer",
+                                            "scales",      "published",   "clip",    "fit-clips",
+                                            "state",       "spectrum"};
+    const char *codec = kvctl_option(k, "codec"), *bits = kvctl_option(k, "bits");
+    if (!codec)
+        return bits ? kvctl_usage("--bits goes with --codec") : EXIT_OK;
+    for (size_t i = 0; i < KVD_LEN(rotations); i++)
+        if (kvctl_option(k, rotations[i]))
+            return kvctl_usage("--%s is of rotations, and does not go with --codec", rotations[i]);
+    a->codec = kvd_tc_find(codec);
+    a->greedy = bits && strcmp(bits, "greedy") == 0;
+    if (a->codec == KVD_TC_COUNT)
+        return tool_usage("codec", codec, "tc2 or tc2.5");
+    return !bits || a->greedy || strcmp(bits, "quarters") == 0
+               ? EXIT_OK
+               : tool_usage("bits", bits, "quarters or greedy");
+}
+
 // What the table of commands does not know of values. An exit code.
 static int parse(const struct kvctl *k, struct arguments *a)
 {
@@ -40,7 +63,8 @@ static int parse(const struct kvctl *k, struct arguments *a)
     const char *layers = kvctl_option(k, "layers");
     if (kvctl_option(k, "published"))
         publish(a);
-    int n = 0, code = parse_objective(k, "objective-k", &a->o.k);
+    int n = 0, code = parse_codec(k, a);
+    code = code ? code : parse_objective(k, "objective-k", &a->o.k);
     code = code ? code : parse_objective(k, "objective-v", &a->o.v);
     if (code)
         return code;
@@ -133,43 +157,62 @@ static int fit_clips(const struct arguments *a, struct kvd_rotset *set, struct k
     return KVD_OK;
 }
 
+// What a side's scales are to be, and clip ratios if they are to be fitted; then the file.
+static int finish(const struct arguments *a, const struct kvd_dump *d, struct kvd_rotset *set,
+                  struct kvd_error *err)
+{
+    if (!(set->fitted_to = kvd_dump_digests(d, err)))
+        return err->code;
+    if (!set->transforms) {
+        set->scale_k = a->scale_k;
+        set->scale_v = a->scale_v;
+    }
+    if (a->clips && fit_clips(a, set, err))
+        return err->code;
+    return kvd_rotset_write(set, a->out, err);
+}
+
+static void print_set(struct kvctl *k, const struct arguments *a, const struct kvd_rotset *set,
+                      double seconds)
+{
+    if (k->json)
+        kvctl_print(k, json_pack("{s:o, s:s, s:o, s:s, s:i, s:f}", "file", kvctl_text_json(a->out),
+                                 "digest", set->digest, "model", kvctl_text_json(set->model),
+                                 "objective", set->objective, "layers", (int)set->n_layers,
+                                 "seconds", seconds));
+    else
+        printf("%s: %s, %u layers, %s, in %.1f s\n%s\n", a->out, set->objective, set->n_layers,
+               set->provenance, seconds, set->digest);
+}
+
 static int run(struct kvctl *k, struct arguments *a)
 {
     struct kvd_error err = {0};
     struct timespec from, to;
+    struct kvd_fit *fit = NULL;
     clock_gettime(CLOCK_MONOTONIC, &from);
     struct kvd_dump *d = kvd_dump_open(a->dump, &err);
     if (!d)
         return tool_fail(&err);
     if (a->model)
         snprintf(d->model, sizeof(d->model), "%s", a->model);
-    struct kvd_fit *fit = kvd_fit_run(d, &a->o, &err);
-    int rc = fit ? KVD_OK : err.code;
-    if (rc == KVD_OK && !(fit->set->fitted_to = kvd_dump_digests(d, &err)))
-        rc = err.code;
-    if (rc == KVD_OK) {
-        fit->set->scale_k = a->scale_k;
-        fit->set->scale_v = a->scale_v;
-    }
-    if (rc == KVD_OK && a->clips)
-        rc = fit_clips(a, fit->set, &err);
-    if (rc == KVD_OK)
-        rc = kvd_rotset_write(fit->set, a->out, &err);
+    struct kvd_rotset *transforms = NULL;
+    if (a->codec < KVD_TC_COUNT)
+        transforms = kvd_fit_transforms(d, a->codec, a->greedy, &a->o, &err);
+    else
+        fit = kvd_fit_run(d, &a->o, &err);
+    struct kvd_rotset *set = fit ? fit->set : transforms;
+    int rc = set ? finish(a, d, set, &err) : err.code;
     if (rc == KVD_OK && a->spectrum)
         rc = kvd_fit_write_spectrum(fit, a->spectrum, &err);
     clock_gettime(CLOCK_MONOTONIC, &to);
     double seconds = (double)(to.tv_sec - from.tv_sec) + (double)(to.tv_nsec - from.tv_nsec) / 1e9;
     progress_end();
-    if (rc == KVD_OK && k->json) {
-        kvctl_print(k, json_pack("{s:o, s:s, s:o, s:s, s:i, s:f}", "file", kvctl_text_json(a->out),
-                                 "digest", fit->set->digest, "model",
-                                 kvctl_text_json(fit->set->model), "objective", fit->set->objective,
-                                 "layers", (int)fit->set->n_layers, "seconds", seconds));
-    } else if (rc == KVD_OK) {
+    if (rc == KVD_OK && fit && !k->json)
         print_layers(fit);
-        printf("%s: %s, %u layers, %s, in %.1f s\n%s\n", a->out, fit->set->objective,
-               fit->set->n_layers, fit->set->provenance, seconds, fit->set->digest);
-    }
+    if (rc == KVD_OK)
+        print_set(k, a, set, seconds);
+    kvd_rotset_free(&transforms);
     kvd_fit_free(&fit);
     kvd_dump_free(&d);
     return rc ? tool_fail(&err) : EXIT_OK;
@@ -187,6 +230,7 @@ int cmd_calib_fit(struct kvctl *k)
               .progress = tool_progress,
               .warn = on_warning,
               .ctx = "fit"},
+        .codec = KVD_TC_COUNT,
         .scale_k = KVD_SCALE_UNBIASED,
         .scale_v = KVD_SCALE_LEAST_SQUARES,
         .eval = {.context = 2048, .queries = 64, .progress = tool_progress_count, .ctx = "clips"}};

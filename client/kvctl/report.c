@@ -2,6 +2,7 @@
 #include <math.h>
 
 #include "calib/safetensors.h"
+#include "calib/transforms.h"
 #include "client/kvctl/evaluation.h"
 
 enum { WIDTH = 720, HEIGHT = 280, LEFT = 60, RIGHT = 20, TOP = 16, BOTTOM = 40 };
@@ -104,7 +105,7 @@ static void chart_line(const struct chart *c, const char *stroke, const double *
 // Whether a case is in the charts of errors: bf16 has none.
 static bool errs(const struct evaluation *e, uint32_t i)
 {
-    return e->cases[i].codec != KVD_CODEC_BF16;
+    return e->cases[i].set->transforms || e->cases[i].codec != KVD_CODEC_BF16;
 }
 
 // Whether a case is in those of spectra: it turns, and not as the case before.
@@ -113,6 +114,8 @@ static bool turns(const struct evaluation *e, uint32_t i)
     const struct kvd_rotset *a = e->cases[i].set, *b = i ? e->cases[i - 1].set : NULL;
     if (!errs(e, i) || strcmp(a->objective, "identity") == 0)
         return false;
+    if (a->transforms || (b && b->transforms))
+        return true;
     return !b || a->n_layers != b->n_layers || a->heads != b->heads ||
            memcmp(a->k, b->k,
                   sizeof(*a->k) * a->n_layers * a->heads * (uint64_t)a->dim_k * a->dim_k) != 0;
@@ -296,6 +299,11 @@ static void page(FILE *f, const struct evaluation *e, const struct kvd_dump *d,
              "Energy of V's channels, before and after rotation");
     by_layer(f, e);
     fprintf(f, "</html>\n");
+}
+
+const char *evaluation_codec(const struct kvd_eval_case *c)
+{
+    return c->set->transforms ? kvd_tc_name(c->set->transforms->codec) : kvd_codec_name(c->codec);
 }
 
 const char *evaluation_activations(const struct evaluation *e, const struct kvd_rotset *set)

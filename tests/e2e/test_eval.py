@@ -52,9 +52,32 @@ def attention(q, k, v):
     return logits, p, np.einsum("pgt,td->pgd", p, v)
 
 
+STEPS = np.array([0, 1.5958, 0.9957, 0.5860, 0.3352], np.float32).astype(np.float64)
+
+
+def transformed(x, sets, i, h, side):
+    """Codecs tc2 and tc2.5 as calib/transforms.h has them."""
+    t = {name: value[i, h].astype(np.float64) for name, value in sets.items() if name.startswith(side)}
+    y = (x - t[f"{side}.mean"]) @ t[f"{side}.transform"]
+    dim = y.shape[1]
+    sigma = t["k.sigma"] if side == "k" else np.ones(dim)
+    bits = np.repeat(t["k.bits"], 16).astype(int) if side == "k" else np.full(dim, 2)
+    step, top, coded = STEPS[bits], 2.0 ** bits - 1, bits > 0
+    scale = np.sqrt(np.mean((y / sigma)[:, coded] ** 2, axis=1, keepdims=True))
+    for refit in range(2 if side == "k" else 3):
+        if refit:
+            scale = np.sum(c * y, axis=1, keepdims=True) / np.sum(c * c, axis=1, keepdims=True)
+        codes = np.clip(np.ceil(y / (sigma * scale) / np.where(coded, step, 1) + top / 2 - 0.5), 0, top)
+        c = np.where(coded, sigma * step * (codes - top / 2), 0)
+    scale = np.sum(y[:, coded] ** 2, axis=1, keepdims=True) / np.sum(c * y, axis=1, keepdims=True)
+    return c * scale.astype(np.float16) @ t[f"{side}.inverse"] + t[f"{side}.mean"]
+
+
 def figures(x, sets, i, sink, recent, scales=("published", "published")):
     """Of layer i of the model's tensors, over all whole contexts."""
     def through(rows, side, m, kind):
+        if "k.transform" in sets:
+            return transformed(rows, sets, i, m, side)
         r = sets[f"{side}.rotation"][i, m]
         return quantized(rows, r, sets[f"{side}.clip"][i, m]) if kind == "published" else fitted(rows, r, kind)
 
@@ -68,7 +91,7 @@ def figures(x, sets, i, sink, recent, scales=("published", "published")):
             keys, values = k[at:at + CONTEXT, h], v[at:at + CONTEXT, h]
             asks = q[at + CONTEXT - QUERIES:at + CONTEXT, h * group:(h + 1) * group]
             keys2, values2 = keys.copy(), values.copy()
-            m = h if sets["k.rotation"].shape[1] > 1 else 0
+            m = h if next(iter(sets.values())).shape[1] > 1 else 0
             keys2[begin:end] = through(keys[begin:end], "k", m, scales[0])
             values2[begin:end] = through(values[begin:end], "v", m, scales[1])
             logits, p, o = attention(asks, keys, values)
@@ -92,6 +115,22 @@ def kvctl(*arguments, code=0):
 
 
 PER_HEAD = ("-k", "ktk", "-v", "vtv", "--compose", "top_h", "--scales", "published,published")
+
+
+@pytest.mark.parametrize("codec,bits,average", [("tc2", "greedy", 2.25), ("tc2.5", "quarters", 2.5)])
+def test_figures_of_transforms_agree_with_numpy(tmp_path, codec, bits, average):
+    kvctl("fit", SMOLLM2, tmp_path / "set", "--codec", codec, "--bits", bits)
+    report = json.loads(kvctl("eval", SMOLLM2, tmp_path / "set", "--json", "-c", CONTEXT, "-q", QUERIES, "--sink", 16,
+                              "--recent", 100, "--codecs", f"{codec},bf16", "--html", tmp_path / "page.html"))
+    got, bf16 = report["sets"]
+    assert (got["name"], got["codec"], got["bits"], got["activations"]) == (f"set {codec}", codec, average, "fitted")
+    assert bf16["codec"] == "bf16" and f"set {codec}" in (tmp_path / "page.html").read_text()
+    x, _ = read(SMOLLM2)
+    sets, _ = read(tmp_path / "set")
+    for mode, sink, recent in (("windows", 16, 100), ("no_windows", 0, 0)):
+        for i, layer in enumerate(("0", "9", "19", "29")):
+            for name, want in figures(x, sets, i, sink, recent).items():
+                assert got[mode]["layers"][layer][name] == pytest.approx(want, rel=5e-3, abs=5e-4), (mode, layer, name)
 
 
 @pytest.mark.parametrize("options", [("--published",), (*PER_HEAD, "--clip", "0.93,0.88")])

@@ -316,3 +316,123 @@ def test_hadamard_needs_no_data_of_its_side(tmp_path):
     s, meta = read(tmp_path / "set")
     assert meta["objective"] == "K hadamard, V hadamard"
     assert np.abs(s["k.rotation"][2, 0] - hadamard(64)).max() < 1e-7
+
+
+# -- transforms -------------------------------------------------------------------------------------------------------
+
+QUARTERS = {"tc2": (4, 2, 1, 1), "tc2.5": (4, 3, 2, 1)}
+DISTORTION = np.array([1, .363, .1175, .0345, .0095])
+
+
+def floored(values, part):
+    return np.maximum(values, part * values.max())
+
+
+def bits_of_tiles(codec, values, greedy):
+    tiles = len(values) // 16
+    if not greedy and tiles % 4 == 0:
+        return np.repeat(QUARTERS[codec], tiles // 4)
+    bits, energy = np.zeros(tiles, int), values.reshape(tiles, 16).sum(axis=1)
+    for _ in range({"tc2": 4, "tc2.5": 5}[codec] * tiles // 2):
+        drop = np.where(bits < 4, energy * (DISTORTION[bits] - DISTORTION[np.minimum(bits + 1, 4)]), -1)
+        bits[drop.argmax()] += 1
+    return bits
+
+
+def check_transforms(data, sets, meta, codec, greedy):
+    """The set in fp32 against the fit of each head in double precision."""
+    assert meta["format"] == "kvd-rotation-set/3" and meta["codec"] == codec
+    for i, layer in enumerate(sorted(data)):
+        q, k, v = (x.astype(np.float64) for x in data[layer])
+        group = q.shape[1] // k.shape[1]
+        for h in range(k.shape[1]):
+            x = {name: t[i, h].astype(np.float64) for name, t in sets.items()}
+            rows, keys, values = q[:, h * group:(h + 1) * group].reshape(-1, q.shape[2]), k[:, h], v[:, h]
+            dim = keys.shape[1]
+            weight = rows.T @ rows
+            of_weight, u = np.linalg.eigh(weight * dim / np.trace(weight))
+            of_weight = floored(of_weight, 1e-6)
+            root, back = ((u * of_weight ** p) @ u.T for p in (.5, -.5))
+            centred = keys - keys.mean(axis=0)
+            variances, u = np.linalg.eigh(root @ (centred.T @ centred / len(keys)) @ root)
+            variances, u = variances[::-1], u[:, ::-1]
+            gap = -np.diff(variances, prepend=np.inf, append=-np.inf)
+            variances = floored(variances, 1e-8)
+            u = u * np.sign(u[np.abs(u).argmax(axis=0), np.arange(dim)])
+            assert np.abs(x["k.mean"] - keys.mean(axis=0)).max() <= 1e-6 * np.abs(keys).max()
+            assert x["k.sigma"] == pytest.approx(np.sqrt(variances), rel=1e-5)
+            assert (x["k.bits"] == bits_of_tiles(codec, variances, greedy)).all()
+            # Rounding turns an eigenvector by as much as its eigenvalue is near to another: some say nothing.
+            slack = 1e-6 + 1e-13 * variances[0] / np.minimum(gap[:-1], gap[1:])
+            sure = slack < 1e-3
+            assert sure.sum() >= dim / 2
+            assert (np.abs(x["k.transform"] - root @ u).max(axis=0) <= slack * np.abs(root).max())[sure].all()
+            assert (np.abs(x["k.inverse"] - u.T @ back).max(axis=1) <= slack * np.abs(back).max())[sure].all()
+            assert np.abs(x["k.transform"] @ x["k.transform"].T - root @ root).max() <= 1e-5 * (root @ root).max()
+            assert np.abs(x["k.transform"] @ x["k.inverse"] - np.eye(dim)).max() < 1e-4
+            assert np.abs(x["v.mean"] - values.mean(axis=0)).max() <= 1e-6 * np.abs(values).max()
+            moments, u = np.linalg.eigh(values.T @ values / len(values))
+            u = u * np.sign(u[np.abs(u).argmax(axis=0), np.arange(len(u))])
+            gap = np.diff(moments, prepend=-np.inf, append=np.inf)
+            slack = 1e-6 + 1e-13 * moments[-1] / np.minimum(gap[:-1], gap[1:])
+            assert (np.abs(eigenvectors_of(x["v.transform"], "top_h") - u).max(axis=0) <= slack).all()
+            assert (x["v.inverse"] == x["v.transform"].T).all()
+
+
+@pytest.mark.parametrize("codec,bits", [("tc2", "quarters"), ("tc2.5", "greedy")])
+def test_transforms_of_a_real_model(tmp_path, codec, bits):
+    x, meta = read(SMOLLM2)
+    data = {int(layer): (x["q"][i], x["k"][i], x["v"][i]) for i, layer in enumerate(meta["layers"].split(","))}
+    fit(SMOLLM2, tmp_path / "set", "--codec", codec, "--bits", bits)
+    check_transforms(data, *read(tmp_path / "set"), codec, bits == "greedy")
+
+
+@pytest.mark.parametrize("codec,q_heads,kv_heads,dim_k,dim_v", [
+    ("tc2", 3, 1, 80, 80), ("tc2.5", 2, 1, 128, 64), ("tc2.5", 1, 1, 112, 112)])
+def test_transforms_over_shards_and_head_dims(tmp_path, codec, q_heads, kv_heads, dim_k, dim_v):
+    data = activations(11, 300, q_heads, kv_heads, dim_k, dim_v, [2, 5])
+    for layer in data:
+        data[layer][1][:] += 20 * np.cos(np.arange(dim_k, dtype=np.float32))  # K's mean is most of it
+    dump = tmp_path / "dump"
+    dump.mkdir()
+    for i, (a, b) in enumerate([(0, 100), (100, 300)]):
+        write(dump / f"{i}.safetensors", {f"layers.{layer}.{s}": ("F32", y[a:b]) for layer, x in data.items()
+                                          for s, y in zip("qkv", x)})
+    fit(dump, tmp_path / "set", "--codec", codec, "--threads", "1")
+    fit(dump, tmp_path / "again", "--codec", codec, "--threads", "2")
+    assert (tmp_path / "set").read_bytes() == (tmp_path / "again").read_bytes()
+    check_transforms(data, *read(tmp_path / "set"), codec, False)
+    fit(dump, tmp_path / "part", "--codec", codec, "--layers", "5")
+    check_transforms({5: data[5]}, *read(tmp_path / "part"), codec, False)
+
+
+def test_queries_of_little_rank_make_no_transform_that_cannot_be_undone(tmp_path):
+    data = activations(12, 300, 2, 1, 64, 64, [0])
+    data[0][0][:, :, 33:] = 0
+    data[0][0][:, :, 0] *= 1000
+    dump = tmp_path / "d.safetensors"
+    write(dump, {f"layers.0.{s}": ("F32", y) for s, y in zip("qkv", data[0])})
+    said = fit(dump, tmp_path / "set", "--codec", "tc2").stderr
+    assert "layer 0, kv head 0, q: the activations span" in said
+    shown = json.loads(subprocess.run([KVCTL, "calib", "show", "--json", tmp_path / "set"], check=True, capture_output=True).stdout)
+    assert shown["codec"] == "tc2" and shown["bits"] == 2.25 and shown["inverses"] < 1e-3
+    data[0][0][:] = 0
+    write(dump, {f"layers.0.{s}": ("F32", y) for s, y in zip("qkv", data[0])})
+    assert "q is all zeros" in fit(dump, tmp_path / "none", "--codec", "tc2", code=1)
+    assert not (tmp_path / "none").exists()
+
+
+def test_transforms_are_not_published(tmp_path):
+    fit(SMOLLM2, tmp_path / "set", "--codec", "tc2")
+    (tmp_path / "store").mkdir()
+    r = subprocess.run([KVCTL, "--store", tmp_path / "store", "calib", "publish", tmp_path / "set", "a@b"], capture_output=True, text=True)
+    assert r.returncode != 0 and "transforms for codec tc2, which no backend has pages of" in r.stderr
+    assert not list((tmp_path / "store").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("options,text", [
+    (["--codec", "int2"], "tc2 or tc2.5"), (["--codec", "tc2", "--bits", "some"], "quarters or greedy"),
+    (["--bits", "greedy"], "goes with --codec"), (["--codec", "tc2", "--compose", "r"], "--compose is of rotations"),
+    (["--codec", "tc2", "--layers", "5"], "layer 5 is not in the dump")])
+def test_bad_options_of_transforms(tmp_path, options, text):
+    test_bad_options(tmp_path, options, text)

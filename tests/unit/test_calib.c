@@ -270,7 +270,12 @@ START_TEST(native_files_that_are_refused)
     static const struct {
         const char *metadata, *why;
     } scales[] = {
-        {"\"format\": \"kvd-rotation-set/3\"", "format is not"},
+        {"\"format\": \"kvd-rotation-set/4\"", "format is not"},
+        {"\"format\": \"kvd-rotation-set/3\"", "codec is not tc2"},
+        {"\"format\": \"kvd-rotation-set/3\", \"codec\": \"int2\"", "codec is not tc2"},
+        {"\"format\": \"kvd-rotation-set/3\", \"codec\": \"tc2\", \"k.scale\": \"unbiased\"",
+         "belong to"},
+        {"\"format\": \"kvd-rotation-set/3\", \"codec\": \"tc2\"", "out of range"},
         {"\"format\": \"kvd-rotation-set/2\"", "k.scale or v.scale is not"},
         {"\"format\": \"kvd-rotation-set/2\", \"k.scale\": \"unbiased\", \"v.scale\": \"\"",
          "k.scale or v.scale is not"},

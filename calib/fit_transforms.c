@@ -1,0 +1,347 @@
+// Transforms fitted to recorded activations: a thread takes a layer, and streams its q, k and v.
+#include "calib/fit_private.h"
+
+#include <cblas.h>
+#include <math.h>
+#include <pthread.h>
+
+#include "calib/parallel.h"
+
+struct job {
+    const struct kvd_dump *dump;
+    const struct kvd_fit_options *o;
+    struct kvd_rotset *set;
+    bool greedy;
+    struct kvd_parallel parallel;
+    pthread_mutex_t lock; // of what follows, progress and warnings
+    uint64_t done, total; // bytes
+};
+
+// A thread's memory. Sums over tokens, and what becomes of them, are per kv head.
+struct workspace {
+    float *rows;                    // [BLOCK][heads][dim]
+    double *block;                  // [BLOCK * group][dim]
+    double *sums[KVD_DUMP_SIDES];   // [kv heads][dim][dim] of products
+    double *means[KVD_DUMP_SIDES];  // [kv heads][dim]
+    double *u, *root, *back, *work; // [dim][dim]
+};
+
+static void workspace_deinit(void *workspace)
+{
+    struct workspace *w = workspace;
+    for (int s = 0; s < KVD_DUMP_SIDES; s++) {
+        free(w->sums[s]);
+        free(w->means[s]);
+    }
+    free(w->rows);
+    free(w->block);
+    free(w->u);
+    free(w->root);
+    free(w->back);
+    free(w->work);
+}
+
+static bool workspace_init(void *arg, void *workspace)
+{
+    const struct kvd_dump *d = ((const struct job *)arg)->dump;
+    struct workspace *w = workspace;
+    uint64_t dim = KVD_MAX(d->dim[KVD_DUMP_K], d->dim[KVD_DUMP_V]), kv = d->heads[KVD_DUMP_K];
+    uint64_t most = KVD_FIT_BLOCK * KVD_MAX(d->heads[KVD_DUMP_Q], d->heads[KVD_DUMP_K]) * dim;
+    bool ok = (w->rows = malloc(most * sizeof(float))) != NULL;
+    ok &= (w->block = malloc(most * sizeof(double))) != NULL;
+    for (int s = 0; s < KVD_DUMP_SIDES; s++) {
+        ok &= (w->sums[s] = malloc(kv * dim * dim * sizeof(double))) != NULL;
+        ok &= (w->means[s] = malloc(kv * dim * sizeof(double))) != NULL;
+    }
+    double **squares[] = {&w->u, &w->root, &w->back, &w->work};
+    for (size_t i = 0; i < KVD_LEN(squares); i++)
+        ok &= (*squares[i] = malloc(dim * dim * sizeof(double))) != NULL;
+    return ok;
+}
+
+static void report(struct job *j, uint64_t bytes)
+{
+    pthread_mutex_lock(&j->lock);
+    j->done += bytes;
+    if (j->o->progress)
+        j->o->progress(j->o->ctx, j->done, j->total);
+    pthread_mutex_unlock(&j->lock);
+}
+
+// -- sums ----------------------------------------------------------------------------------------
+
+static void add_block(const struct kvd_dump *d, struct workspace *w, int side, uint64_t n)
+{
+    uint32_t kv = d->heads[KVD_DUMP_K], group = d->heads[side] / kv;
+    uint64_t dim = d->dim[side];
+    for (uint32_t h = 0; h < kv; h++) {
+        double *mean = w->means[side] + h * dim;
+        kvd_fit_gather(w->rows, n, d->heads[side], h * group, group, (uint32_t)dim, w->block);
+        kvd_fit_add_products(w->block, n * group, (uint32_t)dim, w->sums[side] + h * dim * dim);
+        for (uint64_t t = 0; t < n * group; t++)
+            cblas_daxpy((int)dim, 1, w->block + t * dim, 1, mean, 1);
+    }
+}
+
+// Second moments and means of a layer's q, k and v; K's about its mean.
+static int moments(struct job *j, struct workspace *w, uint32_t layer, struct kvd_error *err)
+{
+    const struct kvd_dump *d = j->dump;
+    uint32_t kv = d->heads[KVD_DUMP_K];
+    for (int s = 0; s < KVD_DUMP_SIDES; s++) {
+        uint64_t dim = d->dim[s], n = d->tokens[layer] * (d->heads[s] / kv);
+        memset(w->sums[s], 0, kv * dim * dim * sizeof(double));
+        memset(w->means[s], 0, kv * dim * sizeof(double));
+        for (uint32_t i = 0; i < d->n_pieces; i++) {
+            const struct kvd_dump_piece *p = &d->pieces[i];
+            for (uint64_t t = 0; p->layer == layer && t < p->tokens; t += KVD_FIT_BLOCK) {
+                uint64_t tokens = KVD_MIN((uint64_t)KVD_FIT_BLOCK, p->tokens - t);
+                if (kvd_dump_read(d, p, (enum kvd_dump_side)s, t, tokens, w->rows, err))
+                    return err->code;
+                if (j->parallel.failed)
+                    return kvd_fail(err, KVD_E_INTERNAL, "given up: another layer failed");
+                add_block(d, w, s, tokens);
+                report(j, tokens * d->heads[s] * dim * kvd_tensor_type_size(p->type[s]));
+            }
+        }
+        cblas_dscal((int)(kv * dim), 1 / (double)n, w->means[s], 1);
+        for (uint32_t h = 0; h < kv; h++) {
+            double *c = w->sums[s] + h * dim * dim, *mean = w->means[s] + h * dim;
+            if (s == KVD_DUMP_K)
+                cblas_dsyr(CblasRowMajor, CblasUpper, (int)dim, -(double)n, mean, 1, c, (int)dim);
+            kvd_fit_finish(c, (uint32_t)dim, 1 / (double)n);
+        }
+    }
+    return KVD_OK;
+}
+
+// -- matrices ------------------------------------------------------------------------------------
+
+// out = u diag(values^power) u^T.
+static void power_of(const double *u, const double *values, double power, uint32_t dim,
+                     double *scratch, double *out)
+{
+    for (uint32_t i = 0; i < dim; i++)
+        for (uint32_t c = 0; c < dim; c++)
+            scratch[i * dim + c] = u[i * dim + c] * pow(values[c], power);
+    cblas_dgemm(CblasRowMajor, CblasNoTrans, CblasTrans, (int)dim, (int)dim, (int)dim, 1, scratch,
+                (int)dim, u, (int)dim, 0, out, (int)dim);
+}
+
+static void product(const double *a, enum CBLAS_TRANSPOSE of_a, const double *b, uint32_t dim,
+                    double *out)
+{
+    cblas_dgemm(CblasRowMajor, of_a, CblasNoTrans, (int)dim, (int)dim, (int)dim, 1, a, (int)dim, b,
+                (int)dim, 0, out, (int)dim);
+}
+
+static void raise(double *values, uint32_t dim, double part)
+{
+    double largest = 0;
+    for (uint32_t i = 0; i < dim; i++)
+        largest = fmax(largest, values[i]);
+    for (uint32_t i = 0; i < dim; i++)
+        values[i] = fmax(values[i], part * largest);
+}
+
+// Eigenvectors of c, with an error where the activations say too little.
+static int basis(struct job *j, const double *c, uint32_t dim, const char *where, double *values,
+                 double *u, struct kvd_error *err)
+{
+    char text[160];
+    int rank = kvd_eigenbasis(c, dim, values, u, err);
+    if (rank < 0)
+        return err->code;
+    snprintf(text, sizeof(text), "%s: the activations span %d of %u dimensions", where, rank, dim);
+    if ((uint32_t)rank < dim / 2)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "%s: record more, and more varied, tokens (are they constant?)", text);
+    if ((uint32_t)rank < dim && j->o->warn) {
+        pthread_mutex_lock(&j->lock);
+        j->o->warn(j->o->ctx, text);
+        pthread_mutex_unlock(&j->lock);
+    }
+    return KVD_OK;
+}
+
+static void round_to(const double *from, uint64_t n, float *to)
+{
+    for (uint64_t i = 0; i < n; i++)
+        to[i] = (float)from[i];
+}
+
+static void quarters(enum kvd_tc codec, uint32_t tiles, float *bits)
+{
+    static const float of[KVD_TC_COUNT][4] = {{4, 2, 1, 1}, {4, 3, 2, 1}};
+    for (uint32_t i = 0; i < tiles; i++)
+        bits[i] = of[codec][i * 4 / tiles];
+}
+
+static void greedy_bits(enum kvd_tc codec, uint32_t dim, const double *lambda, float *bits)
+{
+    static const double distortion[KVD_TC_MAX_BITS + 1] = {1, .363, .1175, .0345, .0095};
+    uint32_t tiles = dim / KVD_TC_TILE, given[KVD_MAX_HEAD_DIM / KVD_TC_TILE] = {0};
+    for (uint32_t n = kvd_tc_tile_bits(codec, dim); n; n--) {
+        uint32_t best = tiles;
+        double most = -1;
+        for (uint32_t i = 0; i < tiles; i++) {
+            double variance = 0;
+            for (uint32_t c = 0; c < KVD_TC_TILE; c++)
+                variance += lambda[i * KVD_TC_TILE + c];
+            double drop = given[i] == KVD_TC_MAX_BITS
+                              ? -1
+                              : variance * (distortion[given[i]] - distortion[given[i] + 1]);
+            if (drop > most) {
+                most = drop;
+                best = i;
+            }
+        }
+        given[best]++;
+    }
+    for (uint32_t i = 0; i < tiles; i++)
+        bits[i] = (float)given[i];
+}
+
+static int transform_keys(struct job *j, struct workspace *w, uint32_t head, uint64_t at,
+                          const char *where, struct kvd_error *err)
+{
+    struct kvd_transforms *t = j->set->transforms;
+    uint32_t dim = j->set->dim_k;
+    uint64_t n = (uint64_t)dim * dim;
+    double *weight = w->sums[KVD_DUMP_Q] + head * n, *keys = w->sums[KVD_DUMP_K] + head * n;
+    double values[KVD_MAX_HEAD_DIM], lambda[KVD_MAX_HEAD_DIM], trace = 0;
+    char text[96];
+    for (uint32_t i = 0; i < dim; i++)
+        trace += weight[i * dim + i];
+    if (!(trace > 0))
+        return kvd_fail(err, KVD_E_INVALID, "%s: q is all zeros: nothing weighs k", where);
+    cblas_dscal((int)n, dim / trace, weight, 1);
+    snprintf(text, sizeof(text), "%s, q", where);
+    if (basis(j, weight, dim, text, values, w->u, err))
+        return err->code;
+    raise(values, dim, 1e-6);
+    power_of(w->u, values, 0.5, dim, w->work, w->root);
+    power_of(w->u, values, -0.5, dim, w->work, w->back);
+    product(w->root, CblasNoTrans, keys, dim, w->work);
+    product(w->work, CblasNoTrans, w->root, dim, keys);
+    kvd_fit_finish(keys, dim, 1); // symmetric, but for rounding
+    snprintf(text, sizeof(text), "%s, K", where);
+    if (basis(j, keys, dim, text, values, w->u, err))
+        return err->code;
+    raise(values, dim, 1e-8);
+    for (uint32_t c = 0; c < dim; c++) { // descending
+        lambda[c] = values[dim - 1 - c];
+        t->k_sigma[at * dim + c] = (float)sqrt(lambda[c]);
+        for (uint32_t i = 0; i < dim; i++)
+            w->work[i * dim + c] = w->u[i * dim + dim - 1 - c];
+    }
+    product(w->root, CblasNoTrans, w->work, dim, w->u);
+    round_to(w->u, n, t->k + at * n);
+    product(w->work, CblasTrans, w->back, dim, w->u);
+    round_to(w->u, n, t->k_inverse + at * n);
+    round_to(w->means[KVD_DUMP_K] + head * dim, dim, t->k_mean + at * dim);
+    uint32_t tiles = dim / KVD_TC_TILE;
+    if (j->greedy || tiles % 4)
+        greedy_bits(t->codec, dim, lambda, t->k_bits + at * tiles);
+    else
+        quarters(t->codec, tiles, t->k_bits + at * tiles);
+    return KVD_OK;
+}
+
+static int transform_values(struct job *j, struct workspace *w, uint32_t head, uint64_t at,
+                            const char *where, struct kvd_error *err)
+{
+    struct kvd_transforms *t = j->set->transforms;
+    uint32_t dim = j->set->dim_v;
+    uint64_t n = (uint64_t)dim * dim;
+    double values[KVD_MAX_HEAD_DIM];
+    char text[96];
+    snprintf(text, sizeof(text), "%s, V", where);
+    if (basis(j, w->sums[KVD_DUMP_V] + head * n, dim, text, values, w->u, err))
+        return err->code;
+    kvd_compose(w->u, dim, KVD_COMPOSE_TOP_H, w->work);
+    round_to(w->work, n, t->v + at * n);
+    for (uint32_t i = 0; i < dim; i++)
+        for (uint32_t c = 0; c < dim; c++)
+            t->v_inverse[at * n + i * dim + c] = (float)w->work[c * dim + i];
+    round_to(w->means[KVD_DUMP_V] + head * dim, dim, t->v_mean + at * dim);
+    return KVD_OK;
+}
+
+static int fit_layer(void *arg, void *workspace, uint32_t i, struct kvd_error *err)
+{
+    struct job *j = arg;
+    struct workspace *w = workspace;
+    uint32_t layer = j->set->layers[i];
+    if (moments(j, w, kvd_fit_dump_layer(j->dump, layer), err))
+        return err->code;
+    for (uint32_t h = 0; h < j->set->heads; h++) {
+        uint64_t at = (uint64_t)i * j->set->heads + h;
+        char where[64];
+        snprintf(where, sizeof(where), "layer %u, kv head %u", layer, h);
+        if (transform_keys(j, w, h, at, where, err) || transform_values(j, w, h, at, where, err))
+            return err->code;
+    }
+    return KVD_OK;
+}
+
+// -- the set -------------------------------------------------------------------------------------
+
+static struct kvd_rotset *new_set(const struct kvd_dump *d, enum kvd_tc codec, bool greedy,
+                                  const struct kvd_fit_options *o, struct kvd_error *err)
+{
+    static const char *const by_quarters[KVD_TC_COUNT] = {"4-2-1-1", "4-3-2-1"};
+    struct kvd_rotset *set KVD_AUTO(kvd_rotset_free) = calloc(1, sizeof(*set));
+    if (!set) {
+        kvd_fail(err, KVD_E_INTERNAL, "out of memory for a set of transforms");
+        return NULL;
+    }
+    set->n_layers = o->layers ? o->n_layers : d->n_layers;
+    memcpy(set->layers, o->layers ? o->layers : d->layers, set->n_layers * sizeof(*set->layers));
+    set->heads = d->heads[KVD_DUMP_K];
+    set->dim_k = d->dim[KVD_DUMP_K];
+    set->dim_v = d->dim[KVD_DUMP_V];
+    if (kvd_transforms_alloc(set, codec, err))
+        return NULL;
+    bool quartered = !greedy && set->dim_k / KVD_TC_TILE % 4 == 0;
+    snprintf(set->model, sizeof(set->model), "%s", d->model);
+    snprintf(set->objective, sizeof(set->objective), "%s: K qqt and ktk, bits %s, V vtv_top_h",
+             kvd_tc_name(codec), quartered ? by_quarters[codec] : "greedy");
+    kvd_fit_provenance(d, set->provenance, sizeof(set->provenance));
+    return KVD_TAKE(set);
+}
+
+static uint64_t layer_bytes(const struct kvd_dump *d, uint32_t layer)
+{
+    uint64_t bytes = 0;
+    for (uint32_t i = 0; i < d->n_pieces; i++) {
+        const struct kvd_dump_piece *p = &d->pieces[i];
+        for (int s = 0; p->layer == layer && s < KVD_DUMP_SIDES; s++)
+            bytes += p->tokens * d->heads[s] * d->dim[s] * kvd_tensor_type_size(p->type[s]);
+    }
+    return bytes;
+}
+
+struct kvd_rotset *kvd_fit_transforms(const struct kvd_dump *d, enum kvd_tc codec, bool greedy,
+                                      const struct kvd_fit_options *o, struct kvd_error *err)
+{
+    if (kvd_fit_check_dump(d, o, err))
+        return NULL;
+    struct kvd_rotset *set KVD_AUTO(kvd_rotset_free) = new_set(d, codec, greedy, o, err);
+    if (!set)
+        return NULL;
+    struct job j = {
+        .dump = d, .o = o, .set = set, .greedy = greedy, .lock = PTHREAD_MUTEX_INITIALIZER};
+    for (uint32_t i = 0; i < set->n_layers; i++)
+        j.total += layer_bytes(d, kvd_fit_dump_layer(d, set->layers[i]));
+    j.parallel = (struct kvd_parallel){.threads = o->threads,
+                                       .jobs = set->n_layers,
+                                       .workspace_size = sizeof(struct workspace),
+                                       .begin = workspace_init,
+                                       .run = fit_layer,
+                                       .end = workspace_deinit,
+                                       .arg = &j};
+    if (kvd_parallel_run(&j.parallel, err) || kvd_rotset_check(set, NULL, err))
+        return NULL;
+    return KVD_TAKE(set);
+}

@@ -1,0 +1,239 @@
+#include "calib/transforms.h"
+
+#include <math.h>
+
+#include "kernels/format.h"
+
+static const char *const names[KVD_TC_COUNT] = {"tc2", "tc2.5"};
+
+// By bits: the distance of evenly spaced levels that loses least of a normal variable.
+static const float steps[KVD_TC_MAX_BITS + 1] = {0, 1.5958f, 0.9957f, 0.5860f, 0.3352f};
+
+const char *kvd_tc_name(enum kvd_tc codec)
+{
+    return names[codec];
+}
+
+enum kvd_tc kvd_tc_find(const char *name)
+{
+    int i = 0;
+    while (i < KVD_TC_COUNT && strcmp(name, names[i]) != 0)
+        i++;
+    return (enum kvd_tc)i;
+}
+
+uint32_t kvd_tc_tile_bits(enum kvd_tc codec, uint32_t dim_k)
+{
+    return (codec == KVD_TC2 ? 4 : 5) * (dim_k / KVD_TC_TILE) / 2;
+}
+
+double kvd_tc_bits(enum kvd_tc codec, uint32_t dim_k, uint32_t dim_v)
+{
+    uint32_t k = kvd_tc_tile_bits(codec, dim_k) * KVD_TC_TILE, v = KVD_TC_V_BITS * dim_v;
+    return (double)(k + v + 2 * 16) / (dim_k + dim_v);
+}
+
+void kvd_transforms_free(struct kvd_transforms **tp)
+{
+    struct kvd_transforms *t = KVD_TAKE(*tp);
+    if (!t)
+        return;
+    float *all[] = {t->k,      t->k_inverse, t->v,       t->v_inverse,
+                    t->k_mean, t->v_mean,    t->k_sigma, t->k_bits};
+    for (size_t i = 0; i < KVD_LEN(all); i++)
+        free(all[i]);
+    free(t);
+}
+
+int kvd_transforms_alloc(struct kvd_rotset *s, enum kvd_tc codec, struct kvd_error *err)
+{
+    if (kvd_rotset_check_shape(s, err))
+        return err->code;
+    struct kvd_transforms *t KVD_AUTO(kvd_transforms_free) = calloc(1, sizeof(*t));
+    if (!t)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory for a set of transforms");
+    uint64_t n = (uint64_t)s->n_layers * s->heads, dk = s->dim_k, dv = s->dim_v;
+    const struct {
+        float **to;
+        uint64_t each;
+    } all[] = {{&t->k, dk * dk},  {&t->k_inverse, dk * dk},
+               {&t->v, dv * dv},  {&t->v_inverse, dv * dv},
+               {&t->k_mean, dk},  {&t->v_mean, dv},
+               {&t->k_sigma, dk}, {&t->k_bits, dk / KVD_TC_TILE}};
+    for (size_t i = 0; i < KVD_LEN(all); i++)
+        if (!(*all[i].to = calloc(n * all[i].each, sizeof(float))))
+            return kvd_fail(err, KVD_E_INTERNAL, "out of memory for a set of transforms");
+    t->codec = codec;
+    s->scale_k = s->scale_v = KVD_SCALE_UNBIASED;
+    s->transforms = KVD_TAKE(t);
+    return KVD_OK;
+}
+
+struct kvd_transform kvd_transform_at(const struct kvd_rotset *s, uint64_t at, bool v)
+{
+    const struct kvd_transforms *t = s->transforms;
+    uint64_t dk = s->dim_k, dv = s->dim_v;
+    if (v)
+        return (struct kvd_transform){.a = t->v + at * dv * dv,
+                                      .inverse = t->v_inverse + at * dv * dv,
+                                      .mean = t->v_mean + at * dv,
+                                      .dim = s->dim_v,
+                                      .refits = KVD_TC_V_REFITS};
+    return (struct kvd_transform){.a = t->k + at * dk * dk,
+                                  .inverse = t->k_inverse + at * dk * dk,
+                                  .mean = t->k_mean + at * dk,
+                                  .sigma = t->k_sigma + at * dk,
+                                  .bits = t->k_bits + at * (dk / KVD_TC_TILE),
+                                  .dim = s->dim_k,
+                                  .refits = KVD_TC_K_REFITS};
+}
+
+// -- checks --------------------------------------------------------------------------------------
+
+double kvd_transform_loss(const float *a, const float *inverse, uint32_t dim)
+{
+    double there = 0, back = 0;
+    for (uint64_t i = 0; i < (uint64_t)dim * dim; i++) {
+        there += (double)a[i] * (double)a[i];
+        back += (double)inverse[i] * (double)inverse[i];
+    }
+    double loss = sqrt(there) * sqrt(back) / dim;
+    return isfinite(loss) ? loss : NAN;
+}
+
+// The largest |(A A^-1)_ij - delta_ij| of finite matrices.
+static double deviation(const float *a, const float *inverse, uint32_t dim)
+{
+    double worst = 0;
+    for (uint32_t i = 0; i < dim; i++) {
+        double row[KVD_MAX_HEAD_DIM] = {0};
+        row[i] = -1;
+        for (uint32_t c = 0; c < dim; c++)
+            for (uint32_t j = 0; j < dim; j++)
+                row[j] += (double)a[(uint64_t)i * dim + c] * (double)inverse[(uint64_t)c * dim + j];
+        for (uint32_t j = 0; j < dim; j++)
+            worst = fmax(worst, fabs(row[j]));
+    }
+    return worst;
+}
+
+static int check_codes(const struct kvd_transform *t, enum kvd_tc codec, const char *where,
+                       struct kvd_error *err)
+{
+    uint32_t sum = 0, want = kvd_tc_tile_bits(codec, t->dim);
+    for (uint32_t i = 0; i < t->dim; i++)
+        if (!(isfinite(t->sigma[i]) && t->sigma[i] > 0))
+            return kvd_fail(err, KVD_E_CORRUPT, "%s: the deviation of channel %u is %g", where, i,
+                            (double)t->sigma[i]);
+    for (uint32_t i = 0; i < t->dim / KVD_TC_TILE; i++) {
+        float b = t->bits[i];
+        if (!(b >= 0 && b <= KVD_TC_MAX_BITS && b == floorf(b)))
+            return kvd_fail(err, KVD_E_CORRUPT,
+                            "%s: tile %u has codes of %g bits; they have 0 to %d", where, i,
+                            (double)b, KVD_TC_MAX_BITS);
+        sum += (uint32_t)b;
+    }
+    if (sum != want)
+        return kvd_fail(err, KVD_E_CORRUPT,
+                        "%s: the bits of the tiles sum to %u; codec %s has %u at head_dim %u",
+                        where, sum, names[codec], want, t->dim);
+    return KVD_OK;
+}
+
+static int check_transform(const struct kvd_transform *t, enum kvd_tc codec, const char *where,
+                           double *worst, struct kvd_error *err)
+{
+    double loss = kvd_transform_loss(t->a, t->inverse, t->dim);
+    bool finite = !isnan(loss);
+    for (uint32_t i = 0; i < t->dim; i++)
+        finite &= isfinite(t->mean[i]) != 0;
+    if (!finite)
+        return kvd_fail(err, KVD_E_CORRUPT, "%s holds values that are not finite", where);
+    double d = deviation(t->a, t->inverse, t->dim);
+    if (d > 1e-3)
+        return kvd_fail(err, KVD_E_CORRUPT,
+                        "%s: the inverse is none: A A^-1 is %.3g away from the identity", where, d);
+    if (loss > KVD_TC_MAX_LOSS)
+        return kvd_fail(err, KVD_E_CORRUPT,
+                        "%s is ill-conditioned: |A| |A^-1| / dim is %.3g, and at most %d is taken",
+                        where, loss, KVD_TC_MAX_LOSS);
+    *worst = fmax(*worst, d);
+    return t->sigma ? check_codes(t, codec, where, err) : KVD_OK;
+}
+
+int kvd_transforms_check(const struct kvd_rotset *s, double *worst, struct kvd_error *err)
+{
+    double w = 0;
+    for (uint64_t at = 0; at < (uint64_t)s->n_layers * s->heads; at++)
+        for (int v = 0; v < 2; v++) {
+            struct kvd_transform t = kvd_transform_at(s, at, v);
+            char where[96];
+            snprintf(where, sizeof(where), "the transform of %s, layer %u, head %u", v ? "V" : "K",
+                     s->layers[at / s->heads], (unsigned)(at % s->heads));
+            if (check_transform(&t, s->transforms->codec, where, &w, err))
+                return err->code;
+        }
+    if (worst)
+        *worst = w;
+    return KVD_OK;
+}
+
+// -- rows ----------------------------------------------------------------------------------------
+
+static uint32_t bits_of(const struct kvd_transform *t, uint32_t channel)
+{
+    return t->bits ? (uint32_t)t->bits[channel / KVD_TC_TILE] : KVD_TC_V_BITS;
+}
+
+static double sigma_of(const struct kvd_transform *t, uint32_t channel)
+{
+    return t->sigma ? (double)t->sigma[channel] : 1;
+}
+
+// The level nearest to x deviations, of codes of b bits.
+static double nearest(double x, uint32_t b)
+{
+    double step = (double)steps[b], top = (double)((1u << b) - 1);
+    double code = ceil(x / step + top / 2 - 0.5); // of two that are as near the lower one
+    return step * (fmin(fmax(code, 0), top) - top / 2);
+}
+
+// Codes for a scale: c = sigma * level. Returns sum c y, and sum c^2.
+static double code(const struct kvd_transform *t, const float *y, double scale, double *c,
+                   double *squares)
+{
+    double products = 0;
+    *squares = 0;
+    for (uint32_t i = 0; i < t->dim; i++) {
+        uint32_t b = bits_of(t, i);
+        double sigma = sigma_of(t, i);
+        c[i] = b ? sigma * nearest(scale > 0 ? (double)y[i] / (sigma * scale) : 0, b) : 0;
+        products += c[i] * (double)y[i];
+        *squares += c[i] * c[i];
+    }
+    return products;
+}
+
+float kvd_tc_row(const struct kvd_transform *t, float *y)
+{
+    double c[KVD_MAX_HEAD_DIM], energy = 0, whitened = 0, coded = 0, squares;
+    for (uint32_t i = 0; i < t->dim; i++) {
+        double x = (double)y[i] / sigma_of(t, i);
+        if (!bits_of(t, i))
+            continue;
+        energy += (double)y[i] * (double)y[i];
+        whitened += x * x;
+        coded++;
+    }
+    double scale = coded > 0 ? sqrt(whitened / coded) : 0;
+    double products = code(t, y, scale, c, &squares);
+    for (uint32_t i = 0; i < t->refits && products > 0; i++) {
+        scale = products / squares;
+        products = code(t, y, scale, c, &squares);
+    }
+    scale = products > 0 ? fmin(energy / products, 65504) : 0;
+    float stored = kvd_fp16_to_f32(kvd_f32_to_fp16((float)scale));
+    for (uint32_t i = 0; i < t->dim; i++)
+        y[i] = (float)((double)stored * c[i]);
+    return stored;
+}

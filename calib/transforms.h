@@ -1,0 +1,76 @@
+// Sets of transforms: what codecs tc2 and tc2.5 take in place of rotations, and what they do to a
+// row.
+//
+// A key is coded as y = (k - mean) A, with A invertible but not orthogonal, so that an error has
+// the shape that queries weigh least (calib/fit.h); a value as (v - mean) A, A orthogonal. What is
+// read back is y' A^-1 + mean. Tiles of 16 channels of K have codes of 0 to 4 bits each, V's codes
+// have two. A code of b bits is of the level step_b (code - (2^b - 1) / 2), in units of the
+// channel's deviation and the token's scale.
+//
+// No backend holds pages of these codecs: such a set can be fitted, shown by its file and
+// evaluated, and is refused by name wherever it would be served (kvd_rotset_read,
+// kvd_rotset_select).
+#ifndef KVD_CALIB_TRANSFORMS_H
+#define KVD_CALIB_TRANSFORMS_H
+
+#include "calib/rotset.h"
+
+enum {
+    KVD_TC_TILE = 16,     // channels
+    KVD_TC_MAX_BITS = 4,  // of a code
+    KVD_TC_V_BITS = 2,    // of V's
+    KVD_TC_V_REFITS = 2,  // least-squares rounds of a value's scale,
+    KVD_TC_K_REFITS = 1,  // and of a key's
+    KVD_TC_MAX_LOSS = 512 // of kvd_transform_loss
+};
+
+enum kvd_tc { KVD_TC2, KVD_TC2_5, KVD_TC_COUNT };
+
+struct kvd_transforms {
+    enum kvd_tc codec;
+    float *k, *k_inverse, *v, *v_inverse; // [layers][heads][dim][dim], of the set
+    float *k_mean, *v_mean;               // [layers][heads][dim]
+    float *k_sigma;                       // [layers][heads][dim_k], deviations of y's channels
+    float *k_bits;                        // [layers][heads][dim_k / 16], whole numbers
+};
+
+// "tc2", "tc2.5"; KVD_TC_COUNT for another name.
+const char *kvd_tc_name(enum kvd_tc codec);
+enum kvd_tc kvd_tc_find(const char *name);
+
+// The sum of bits over the tiles of a key: 2 or 2.5 a tile, rounded down.
+uint32_t kvd_tc_tile_bits(enum kvd_tc codec, uint32_t dim_k);
+// Bits that a value of K and V takes on average, a scale of 16 bits for each row included.
+double kvd_tc_bits(enum kvd_tc codec, uint32_t dim_k, uint32_t dim_v);
+
+// Gives a set whose layers, heads and dims are filled in transforms of this codec, all zeros.
+// KVD_E_INVALID: an impossible shape.
+int kvd_transforms_alloc(struct kvd_rotset *set, enum kvd_tc codec, struct kvd_error *err);
+void kvd_transforms_free(struct kvd_transforms **t);
+
+// What a transform does to errors that lie evenly in all directions, on the way there and back:
+// |A| |A^-1| / dim in Frobenius norms. 1 where A is orthogonal; NaN where a value is not finite.
+double kvd_transform_loss(const float *a, const float *inverse, uint32_t dim);
+
+// All values finite, each inverse one (max |A A^-1 - I| within 1e-3), no loss above
+// KVD_TC_MAX_LOSS, deviations above 0, bits whole, 0 to 4, and of the codec's sum. KVD_E_CORRUPT
+// says which does not hold, and where. *worst (may be NULL) gets the largest |A A^-1 - I|.
+int kvd_transforms_check(const struct kvd_rotset *set, double *worst, struct kvd_error *err);
+
+// Matrix `at` (layer * heads + head) of one side.
+struct kvd_transform {
+    const float *a, *inverse, *mean;
+    const float *sigma, *bits; // NULL for V: 1, and KVD_TC_V_BITS
+    uint32_t dim, refits;
+};
+struct kvd_transform kvd_transform_at(const struct kvd_rotset *set, uint64_t at, bool v);
+
+// Codes a row y, transformed, and writes over it what is read back, still transformed: scale *
+// sigma * level. The scale is rms(y / sigma) over the channels that have codes; after `refits`
+// least-squares rounds, each with new codes, it is the one with which the row that is read back is
+// as long along y as y itself, over those channels: sum y^2 / sum c y, c = sigma * level; 0 where
+// the divisor is not above 0. It is rounded to fp16, saturated. Of two codes that are as near the
+// lower one is taken. Returns the scale.
+float kvd_tc_row(const struct kvd_transform *t, float *y);
+
+#endif
