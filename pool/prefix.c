@@ -4,7 +4,10 @@
 #include <errno.h>
 #include <sys/mman.h>
 
-enum { AHEAD = 8 }; // keys whose memory is asked for before it is wanted
+enum {
+    AHEAD = 8,               // keys whose memory is asked for before it is wanted
+    TICKS_OF_INSERTIONS = 8, // before time goes on, where nobody looks anything up
+};
 
 uint64_t prefix_lay_out(struct kvd_prefix *ix, const struct kvd_prefix_config *c, uint8_t *base)
 {
@@ -219,7 +222,7 @@ static void entry_remove(struct kvd_prefix *ix, uint32_t entry, enum kvd_prefix_
     h->entries--;
     h->removed[reason]++;
     const struct kvd_prefix_removed removed = {e->key, e->domain, e->value, reason};
-    e->used = false;
+    __atomic_store_n(&e->used, false, __ATOMIC_SEQ_CST); // before the value is its owner's again
     e->chain = h->free;
     h->free = entry;
     if (fn)
@@ -279,12 +282,12 @@ void kvd_prefix_peek(const struct kvd_prefix *ix, struct kvd_prefix_query *queri
 void kvd_prefix_match(struct kvd_prefix *ix, struct kvd_prefix_query *queries, uint32_t count,
                       uint32_t lease_until)
 {
+    reuse_advance(ix, 0);
     for (uint32_t i = 0; i < count; i++) {
         struct kvd_prefix_query *q = &queries[i];
         look_up(ix, q);
         if (!q->found)
             continue;
-        reuse_advance(ix, q->found);
         for (uint32_t at = q->entry; at != KVD_PREFIX_NONE; at = ix->entry[at].parent) {
             take_down(ix, at);
             reuse_again(ix, &ix->entry[at]);
@@ -303,7 +306,7 @@ int kvd_prefix_insert(struct kvd_prefix *ix, uint32_t domain, uint32_t parent,
     const struct prefix_head *h = ix->head;
     struct walk w = {.ix = ix, .keys = keys, .domain = domain, .n = n};
     uint32_t i, begin = parent;
-    reuse_advance(ix, n);
+    reuse_advance(ix, TICKS_OF_INSERTIONS);
     for (i = 0; i < n; i++) {
         uint64_t hash = walk_on(&w, i);
         uint32_t entry = find(ix, domain, &keys[i], hash);

@@ -62,7 +62,7 @@ struct prefix_list {
 // use's class, and ends with the next use.
 struct prefix_reuse {
     uint32_t tick;
-    uint32_t uses_left;                      // until the next tick
+    uint64_t uses;                           // since the last tick
     double lives[REUSE_CLASSES][REUSE_AGES]; // that go on, by their age now
     double seen[REUSE_CLASSES][REUSE_AGES];  // lives that reached the age, faded
     double ended[REUSE_CLASSES][REUSE_AGES]; // of those, ended at it, faded
@@ -117,8 +117,9 @@ static inline bool prefix_key_equal(const struct kvd_prefix_key *a, const struct
 // -- prefix_reuse.c: what is worth keeping ------------------------------------------------------
 // Makes everything of it anew, as if nothing had been used yet. No leaves are on shelves.
 void reuse_clear(struct kvd_prefix *ix);
-// To be called before `uses` more uses.
-void reuse_advance(struct kvd_prefix *ix, uint32_t uses);
+// Lets time go on by the uses that there were, if that is more than `most` ticks. What one request
+// uses, first blocks and last, is to have one time.
+void reuse_advance(struct kvd_prefix *ix, uint32_t most);
 // The entry is new.
 void reuse_new(struct kvd_prefix *ix, struct prefix_entry *e, uint64_t hash);
 // The entry is used again.

@@ -19,7 +19,7 @@
 #include <math.h>
 
 enum {
-    TICKS_PER_FILL = 4, // a tick is as many uses as a part of the entries that there are
+    TICKS_PER_FILL = 8, // a tick is as many uses as a part of the entries that there are
     MIN_TICK = 128,
     GHOST_TICKS = 1024, // ticks of ghosts wrap
     GHOST_OLD = 512,    // ghosts older than this go, before they wrap
@@ -320,18 +320,17 @@ static void tick(struct kvd_prefix *ix)
                   class * REUSE_AGES + r->tick % REUSE_AGES);
     }
     sweep_ghosts(ix);
-    rank_shelves(ix);
 }
 
-void reuse_advance(struct kvd_prefix *ix, uint32_t uses)
+void reuse_advance(struct kvd_prefix *ix, uint32_t most)
 {
     struct prefix_reuse *r = &ix->head->reuse;
-    while (r->uses_left < uses) {
-        uses -= r->uses_left;
+    uint64_t span = KVD_MAX(ix->head->entries / TICKS_PER_FILL, (uint32_t)MIN_TICK);
+    if (r->uses / span <= most)
+        return;
+    for (; r->uses >= span; r->uses -= span)
         tick(ix);
-        r->uses_left = KVD_MAX(ix->head->entries / TICKS_PER_FILL, (uint32_t)MIN_TICK);
-    }
-    r->uses_left -= uses;
+    rank_shelves(ix);
 }
 
 void reuse_clear(struct kvd_prefix *ix)
@@ -339,7 +338,6 @@ void reuse_clear(struct kvd_prefix *ix)
     struct prefix_head *h = ix->head;
     memset(&h->reuse, 0, sizeof(h->reuse));
     h->reuse.tick = REUSE_AGES;
-    h->reuse.uses_left = MIN_TICK;
     h->reuse.lease_ends = UINT32_MAX;
     memset(ix->ghost, 0, (size_t)h->ghost_sets * GHOST_WAYS * sizeof(*ix->ghost));
     for (uint32_t list = 0; list < LISTS; list++)
@@ -352,6 +350,7 @@ static void begin(struct kvd_prefix *ix, struct prefix_entry *e, uint32_t uses)
     e->uses = (uint8_t)KVD_MIN(uses, (uint32_t)REUSE_MAX_USES);
     e->tick = ix->head->reuse.tick;
     ix->head->reuse.lives[class_of(e->uses)][0]++;
+    ix->head->reuse.uses++;
 }
 
 void reuse_new(struct kvd_prefix *ix, struct prefix_entry *e, uint64_t hash)
@@ -382,5 +381,6 @@ void reuse_passed(struct kvd_prefix *ix, uint64_t hash)
     struct prefix_reuse *r = &ix->head->reuse;
     uint32_t uses = KVD_MIN(ghost_take(ix, hash) + 1, (uint32_t)REUSE_MAX_USES);
     r->lives[class_of(uses)][0]++;
+    r->uses++;
     ghost_put(ix, hash, uses, r->tick);
 }

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 smoke=
 [ "${1:-}" = --smoke ] && { smoke=1; shift; }
 build=${1:-build}
-programs=(tests/bench_pool tests/bench_prefix tests/bench_attend tests/bench_fit tests/bench_rpc daemon/kvd client/kvctl client/kvd-demo)
+programs=(tests/bench_pool tests/bench_prefix tests/bench_evict tests/bench_attend tests/bench_fit tests/bench_rpc daemon/kvd client/kvctl client/kvd-demo)
 for f in "${programs[@]}"; do
     [ ! -e "$build/$f" ] || continue
     source deploy/deps.sh
@@ -27,6 +27,10 @@ if [ -z "${KVD_ROTATIONZOO:-}" ] && [ -d ../shared/data/rotationzoo ]; then
     export KVD_ROTATIONZOO=$(realpath ../shared/data/rotationzoo)
 fi
 
+if [ -z "${KVD_TRACES:-}" ] && [ -d ../shared/data/traces ]; then
+    KVD_TRACES=$(realpath ../shared/data/traces)
+fi
+
 work=$(mktemp -d /tmp/kvd-bench.XXXXXX)
 pid=
 cleanup() {
@@ -38,6 +42,11 @@ trap cleanup EXIT
 echo "# machine: $(nproc) cores, $(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -n 1)"
 "$build/tests/bench_pool" "$millions"
 "$build/tests/bench_prefix" "$millions"
+if [ -n "$smoke" ]; then
+    "$build/tests/bench_evict" -q
+else
+    "$build/tests/bench_evict" -s 1 ${KVD_TRACES:+"$KVD_TRACES"}
+fi
 "$build/tests/bench_attend" "$tokens" tests/data/smollm2.safetensors
 
 echo
