@@ -8,7 +8,7 @@
 
 enum {
     REUSE_CLASSES = 6, // by number of uses: 1, 2, 3-4, 5-8, 9-16, more
-    REUSE_AGES = 64,   // in ticks since the last use; the last stands for all beyond
+    REUSE_AGES = 64,   // since the last use: 32 of a tick, 16 of 8 ticks, 16 of 64 and beyond
     REUSE_SHELVES = REUSE_CLASSES * REUSE_AGES,
     REUSE_MAX_USES = 31,
 
@@ -63,7 +63,7 @@ struct prefix_list {
 struct prefix_reuse {
     uint32_t tick;
     uint64_t uses;                           // since the last tick
-    double lives[REUSE_CLASSES][REUSE_AGES]; // that go on, by their age now
+    double lives[REUSE_CLASSES][REUSE_AGES]; // that go on, by their bucket
     double seen[REUSE_CLASSES][REUSE_AGES];  // lives that reached the age, faded
     double ended[REUSE_CLASSES][REUSE_AGES]; // of those, ended at it, faded
     uint32_t lease_ends;                     // no lease of a leaf that was put aside ends before

@@ -19,24 +19,82 @@
 #include <math.h>
 
 enum {
-    TICKS_PER_FILL = 8, // a tick is as many uses as a part of the entries that there are
-    MIN_TICK = 128,
+    // Ages by how long ago, fine where they are young.
+    FINE = 32,   // of a tick each
+    MIDDLE = 16, // of MIDDLE_TICKS
+    MIDDLE_TICKS = 8,
+    COARSE = 16, // of COARSE_TICKS; the last stands for all beyond
+    COARSE_TICKS = 64,
+    FIRST_TICK = 4096,   // before it lies more than all ages
+    TICKS_PER_FILL = 32, // a tick is as many uses as a part of the entries that there are
+    MIN_TICK = 64,
     GHOST_TICKS = 1024, // ticks of ghosts wrap
-    GHOST_OLD = 512,    // ghosts older than this go, before they wrap
+    GHOST_OLD = 896,    // ghosts older than this go, before they wrap
     LOOKS = 16,         // at leased leaves, for one that is wanted
-    GHOST_SWEEPS = 256, // in this many ticks all ghosts are looked at
+    GHOST_SWEEPS = 64,  // in this many ticks all ghosts are looked at
 };
-static const double FADE = 0.999; // of what was seen, per tick
-static const double DOUBT = 0.5;  // lives that never ended, added to what was seen at each age
+static const double FADE = 0.9995; // of what was seen, per tick
+static const double DOUBT = 0.5;   // lives that never ended, added to what was seen at each age
 
 static uint32_t class_of(uint32_t uses)
 {
     return uses <= 1 ? 0 : uses <= 2 ? 1 : uses <= 4 ? 2 : uses <= 8 ? 3 : uses <= 16 ? 4 : 5;
 }
 
-static uint32_t age_of(const struct prefix_reuse *r, uint32_t tick)
+// Ticks that are near each other share a bucket, which it keeps while it is as old as its kind: the
+// youngest FINE ticks have one each; those before, groups of MIDDLE_TICKS; those before, groups of
+// COARSE_TICKS. Lives are counted by bucket, and leaves lie on shelves by bucket. What time does is
+// to put a bucket into the next kind's.
+
+static uint32_t youngest_middle(const struct prefix_reuse *r)
 {
-    return KVD_MIN(r->tick - tick, (uint32_t)REUSE_AGES - 1);
+    return (r->tick - FINE) / MIDDLE_TICKS;
+}
+static uint32_t youngest_coarse(const struct prefix_reuse *r)
+{
+    return (youngest_middle(r) - MIDDLE) / (COARSE_TICKS / MIDDLE_TICKS);
+}
+
+static uint32_t bucket_of(const struct prefix_reuse *r, uint32_t tick)
+{
+    if (r->tick - tick < FINE)
+        return tick % FINE;
+    uint32_t group = tick / MIDDLE_TICKS;
+    if (youngest_middle(r) - group < MIDDLE)
+        return FINE + group % MIDDLE;
+    uint32_t youngest = youngest_coarse(r);
+    group = KVD_MAX(tick / COARSE_TICKS, youngest - (COARSE - 1));
+    return FINE + MIDDLE + group % COARSE;
+}
+
+// The age of a bucket, 0 to REUSE_AGES - 1.
+static uint32_t age_of(const struct prefix_reuse *r, uint32_t bucket)
+{
+    if (bucket < FINE)
+        return (r->tick - bucket) % FINE;
+    if (bucket < FINE + MIDDLE)
+        return FINE + (youngest_middle(r) - (bucket - FINE)) % MIDDLE;
+    return FINE + MIDDLE + (youngest_coarse(r) - (bucket - FINE - MIDDLE)) % COARSE;
+}
+
+static uint32_t ticks_of(uint32_t age)
+{
+    return age < FINE ? 1 : age < FINE + MIDDLE ? MIDDLE_TICKS : COARSE_TICKS;
+}
+
+// A life that began at `tick` is over.
+static void end_life(struct prefix_reuse *r, uint32_t uses, uint32_t tick, bool used)
+{
+    uint32_t bucket = bucket_of(r, tick);
+    r->lives[class_of(uses)][bucket]--;
+    if (used)
+        r->ended[class_of(uses)][age_of(r, bucket)]++;
+}
+
+static void begin_life(struct prefix_reuse *r, uint32_t uses)
+{
+    r->lives[class_of(uses)][bucket_of(r, r->tick)]++;
+    r->uses++;
 }
 
 // -- lists --------------------------------------------------------------------------------------
@@ -75,17 +133,17 @@ static void list_add(struct kvd_prefix *ix, uint32_t list, uint32_t entry)
     *prev_of(ix, end) = entry;
 }
 
-// Puts all of `from` before what is in `to`.
+// Puts all of `from` behind what is in `to`.
 static void list_join(struct kvd_prefix *ix, uint32_t to, uint32_t from)
 {
     if (list_empty(ix, from))
         return;
     struct prefix_list moved = ix->head->list[from];
-    uint32_t end = ix->head->config.entries + to, first = *next_of(ix, end);
-    *prev_of(ix, moved.first) = end;
-    *next_of(ix, moved.last) = first;
-    *prev_of(ix, first) = moved.last;
-    *next_of(ix, end) = moved.first;
+    uint32_t end = ix->head->config.entries + to, last = *prev_of(ix, end);
+    *prev_of(ix, moved.first) = last;
+    *next_of(ix, last) = moved.first;
+    *next_of(ix, moved.last) = end;
+    *prev_of(ix, end) = moved.last;
     list_clear(ix, from);
 }
 
@@ -93,10 +151,7 @@ static void list_join(struct kvd_prefix *ix, uint32_t to, uint32_t from)
 
 static uint32_t shelf_of(const struct prefix_reuse *r, uint32_t uses, uint32_t tick)
 {
-    uint32_t oldest = r->tick - (REUSE_AGES - 1);
-    if ((int32_t)(tick - oldest) < 0)
-        tick = oldest;
-    return class_of(uses) * REUSE_AGES + tick % REUSE_AGES;
+    return class_of(uses) * REUSE_AGES + bucket_of(r, tick);
 }
 
 void leaf_file(struct kvd_prefix *ix, uint32_t entry)
@@ -179,12 +234,12 @@ uint32_t leaf_choose(struct kvd_prefix *ix, uint32_t now)
 
 // -- ranks --------------------------------------------------------------------------------------
 
-// The chances that a life of the class that reached an age ends at it. Few are seen at each of the
-// later ages, so a part of those beside it count too.
+// The chances that a life of the class that reached an age ends in a tick of it. Few are seen at
+// each of the later ages, so a part of those beside it count too.
 static void chances(const struct prefix_reuse *r, uint32_t class, double out[REUSE_AGES])
 {
     for (int age = 0; age < REUSE_AGES; age++) {
-        int around = age / 4;
+        int around = age < FINE ? age / 4 : 1;
         double ended = 0, seen = DOUBT;
         for (int a = age - around; a <= age + around && a < REUSE_AGES; a++) {
             ended += r->ended[class][a];
@@ -194,17 +249,24 @@ static void chances(const struct prefix_reuse *r, uint32_t class, double out[REU
     }
 }
 
-// Hits per time kept, over the time to keep it that gives the most.
-static double worth(const double chance[REUSE_AGES], int age)
+// By age, hits per time kept, over the time to keep it that gives the most.
+static void worths(const double chance[REUSE_AGES], double out[REUSE_AGES])
 {
-    double left = 1, hits = 0, kept = 0, best = 0;
-    for (int a = age; a < REUSE_AGES; a++) {
-        hits += left * chance[a];
-        kept += left * (1 - chance[a] / 2);
-        left *= 1 - chance[a];
-        best = fmax(best, hits / kept);
+    double hit[REUSE_AGES], keep[REUSE_AGES]; // in all ticks of an age, of what reached it
+    for (uint32_t a = 0; a < REUSE_AGES; a++) {
+        hit[a] = 1 - pow(1 - chance[a], ticks_of(a));
+        keep[a] = chance[a] > 1e-9 ? hit[a] / chance[a] : ticks_of(a);
     }
-    return best;
+    for (int age = 0; age < REUSE_AGES; age++) {
+        double left = 1, hits = 0, kept = 0;
+        out[age] = 0;
+        for (int a = age; a < REUSE_AGES; a++) {
+            hits += left * hit[a];
+            kept += left * keep[a];
+            left *= 1 - hit[a];
+            out[age] = fmax(out[age], hits / kept);
+        }
+    }
 }
 
 struct ranked {
@@ -227,11 +289,13 @@ static void rank_shelves(struct kvd_prefix *ix)
     struct prefix_reuse *r = &ix->head->reuse;
     struct ranked ranked[REUSE_SHELVES];
     for (uint32_t class = 0; class < REUSE_CLASSES; class ++) {
-        double chance[REUSE_AGES];
+        double chance[REUSE_AGES], worth[REUSE_AGES];
         chances(r, class, chance);
-        for (uint32_t age = 0; age < REUSE_AGES; age++)
-            ranked[class * REUSE_AGES + age] = (struct ranked){
-                worth(chance, (int)age), age, class * REUSE_AGES + (r->tick - age) % REUSE_AGES};
+        worths(chance, worth);
+        for (uint32_t bucket = 0; bucket < REUSE_AGES; bucket++) {
+            uint32_t age = age_of(r, bucket), shelf = class * REUSE_AGES + bucket;
+            ranked[shelf] = (struct ranked){worth[age], age, shelf};
+        }
     }
     qsort(ranked, REUSE_SHELVES, sizeof(ranked[0]), by_worth);
     memset(r->filled, 0, sizeof(r->filled));
@@ -280,9 +344,7 @@ static uint32_t ghost_take(struct kvd_prefix *ix, uint64_t hash)
     for (uint32_t way = 0; way < GHOST_WAYS; way++)
         if ((set[way] & 1) && (set[way] & 0xffff0000) == tag) {
             uint32_t uses = set[way] >> 11 & REUSE_MAX_USES;
-            uint32_t age = KVD_MIN(ghost_age(r, set[way]), (uint32_t)REUSE_AGES - 1);
-            r->lives[class_of(uses)][age]--;
-            r->ended[class_of(uses)][age]++;
+            end_life(r, uses, r->tick - ghost_age(r, set[way]), true);
             memmove(set + way, set + way + 1, (GHOST_WAYS - 1 - way) * sizeof(*set));
             set[GHOST_WAYS - 1] = 0;
             return uses;
@@ -301,24 +363,40 @@ static void sweep_ghosts(struct kvd_prefix *ix)
 
 // -- time ---------------------------------------------------------------------------------------
 
+// Puts a bucket of every class into another.
+static void put_into(struct kvd_prefix *ix, uint32_t to, uint32_t from)
+{
+    for (uint32_t class = 0; class < REUSE_CLASSES; class ++) {
+        double *lives = ix->head->reuse.lives[class];
+        lives[to] += lives[from];
+        lives[from] = 0;
+        list_join(ix, class * REUSE_AGES + to, class * REUSE_AGES + from);
+    }
+}
+
 static void tick(struct kvd_prefix *ix)
 {
     struct prefix_reuse *r = &ix->head->reuse;
+    uint32_t left = r->tick - (FINE - 1), group = left / MIDDLE_TICKS;
+    // The new tick's bucket was that of the tick that is no longer fine; a group that begins has
+    // the bucket of one that ends, and so on.
+    if (left % MIDDLE_TICKS == 0) {
+        uint32_t before = group - MIDDLE, coarse = before / (COARSE_TICKS / MIDDLE_TICKS);
+        if (before % (COARSE_TICKS / MIDDLE_TICKS) == 0)
+            put_into(ix, FINE + MIDDLE + (coarse + 1) % COARSE, FINE + MIDDLE + coarse % COARSE);
+        put_into(ix, FINE + MIDDLE + coarse % COARSE, FINE + before % MIDDLE);
+    }
+    put_into(ix, FINE + group % MIDDLE, left % FINE);
     r->tick++;
-    for (uint32_t class = 0; class < REUSE_CLASSES; class ++) {
-        double *lives = r->lives[class];
-        for (uint32_t age = 0; age < REUSE_AGES; age++) {
-            r->seen[class][age] = r->seen[class][age] * FADE + lives[age];
+    for (uint32_t class = 0; class < REUSE_CLASSES; class ++)
+        for (uint32_t bucket = 0; bucket < REUSE_AGES; bucket++) {
+            uint32_t age = age_of(r, bucket);
+            double *lives = &r->lives[class][bucket];
+            if (age == REUSE_AGES - 1) // lives whose ghosts were lost would go on for ever
+                *lives *= FADE;
+            r->seen[class][age] = r->seen[class][age] * FADE + fmax(*lives, 0);
             r->ended[class][age] *= FADE;
         }
-        // Lives whose ghosts were lost would go on for ever.
-        lives[REUSE_AGES - 1] = fmax(lives[REUSE_AGES - 1] + lives[REUSE_AGES - 2], 0) * FADE;
-        memmove(lives + 1, lives, (REUSE_AGES - 2) * sizeof(*lives));
-        lives[0] = 0;
-        // The shelf that this tick gets was the oldest's.
-        list_join(ix, class * REUSE_AGES + (r->tick + 1) % REUSE_AGES,
-                  class * REUSE_AGES + r->tick % REUSE_AGES);
-    }
     sweep_ghosts(ix);
 }
 
@@ -337,7 +415,7 @@ void reuse_clear(struct kvd_prefix *ix)
 {
     struct prefix_head *h = ix->head;
     memset(&h->reuse, 0, sizeof(h->reuse));
-    h->reuse.tick = REUSE_AGES;
+    h->reuse.tick = FIRST_TICK;
     h->reuse.lease_ends = UINT32_MAX;
     memset(ix->ghost, 0, (size_t)h->ghost_sets * GHOST_WAYS * sizeof(*ix->ghost));
     for (uint32_t list = 0; list < LISTS; list++)
@@ -349,8 +427,7 @@ static void begin(struct kvd_prefix *ix, struct prefix_entry *e, uint32_t uses)
 {
     e->uses = (uint8_t)KVD_MIN(uses, (uint32_t)REUSE_MAX_USES);
     e->tick = ix->head->reuse.tick;
-    ix->head->reuse.lives[class_of(e->uses)][0]++;
-    ix->head->reuse.uses++;
+    begin_life(&ix->head->reuse, e->uses);
 }
 
 void reuse_new(struct kvd_prefix *ix, struct prefix_entry *e, uint64_t hash)
@@ -360,27 +437,22 @@ void reuse_new(struct kvd_prefix *ix, struct prefix_entry *e, uint64_t hash)
 
 void reuse_again(struct kvd_prefix *ix, struct prefix_entry *e)
 {
-    struct prefix_reuse *r = &ix->head->reuse;
-    uint32_t age = age_of(r, e->tick);
-    r->lives[class_of(e->uses)][age]--;
-    r->ended[class_of(e->uses)][age]++;
+    end_life(&ix->head->reuse, e->uses, e->tick, true);
     begin(ix, e, e->uses + 1u);
 }
 
 void reuse_gone(struct kvd_prefix *ix, const struct prefix_entry *e, uint64_t hash, bool wanted)
 {
-    struct prefix_reuse *r = &ix->head->reuse;
     if (wanted)
         ghost_put(ix, hash, e->uses, e->tick);
     else
-        r->lives[class_of(e->uses)][age_of(r, e->tick)]--;
+        end_life(&ix->head->reuse, e->uses, e->tick, false);
 }
 
 void reuse_passed(struct kvd_prefix *ix, uint64_t hash)
 {
     struct prefix_reuse *r = &ix->head->reuse;
     uint32_t uses = KVD_MIN(ghost_take(ix, hash) + 1, (uint32_t)REUSE_MAX_USES);
-    r->lives[class_of(uses)][0]++;
-    r->uses++;
+    begin_life(r, uses);
     ghost_put(ix, hash, uses, r->tick);
 }

@@ -123,9 +123,11 @@ static void read_request(struct trace *t, struct names *m, char *line)
     begin_request(t);
     char *ids = line;
     uint64_t n = 0;
-    for (int pass = 0; pass < 2; pass++) { // the first one counts: a last block that is not full goes
+    for (int pass = 0; pass < 2;
+         pass++) { // the first one counts: a last block that is not full goes
         uint32_t parent = KVD_PREFIX_NONE;
-        uint64_t block_tokens = n && tokens / n > 128 ? 512 : 64, whole = tokens / block_tokens, i = 0;
+        uint64_t block_tokens = n && tokens / n > 128 ? 512 : 64, whole = tokens / block_tokens,
+                 i = 0;
         for (line = ids; *line && *line != '\n';) {
             uint64_t a = strtoull(line, &line, 10), b = a;
             if (*line == '-')
@@ -179,10 +181,12 @@ static struct trace make_trace(uint32_t requests, uint64_t seed)
             system_prompt[i][k] = add_block(&t, k ? system_prompt[i][k - 1] : KVD_PREFIX_NONE);
     uint64_t rng = seed * 0x9e3779b97f4a7c15ull | 1;
     for (uint32_t r = 0; r < requests; r++) {
-        uint32_t who = (uint32_t)(kvd_rand(&rng) >> 40) % LIVE, grow = 1 + (kvd_rand(&rng) >> 40) % 12;
+        uint32_t who = (uint32_t)(kvd_rand(&rng) >> 40) % LIVE,
+                 grow = 1 + (kvd_rand(&rng) >> 40) % 12;
         who = (uint32_t)((uint64_t)who * who / LIVE); // some talk more than others
         if (!length[who] || length[who] + grow > MOST || kvd_rand(&rng) >> 40 < (1 << 24) / 8) {
-            memcpy(path[who], system_prompt[(kvd_rand(&rng) >> 40) % SYSTEMS], sizeof(system_prompt[0]));
+            memcpy(path[who], system_prompt[(kvd_rand(&rng) >> 40) % SYSTEMS],
+                   sizeof(system_prompt[0]));
             length[who] = 16;
         }
         for (; grow--; length[who]++)
@@ -510,7 +514,8 @@ static double run_index(const struct trace *t, uint32_t room)
             keys[b].w[w] = kvd_rand(&rng);
     for (uint32_t r = 0; r < t->n_requests; r++) {
         const uint32_t *use = t->use + t->begin[r];
-        struct kvd_prefix_query q = {.domain = domain, .n = t->begin[r + 1] - t->begin[r], .keys = path};
+        struct kvd_prefix_query q = {
+            .domain = domain, .n = t->begin[r + 1] - t->begin[r], .keys = path};
         for (uint32_t i = 0; i < q.n; i++)
             path[i] = keys[use[i]];
         kvd_prefix_match(ix, &q, 1, 0);
@@ -595,8 +600,10 @@ int main(int argc, char **argv)
             return 2;
     if (quick)
         seeds = 1, requests = 3000;
-    printf("\n# blocks found, %% of those asked for; one-time prompts: mean of seeds 1 to %u\n", seeds);
-    printf("| trace + one-time prompts | room, of its blocks | LRU | S3-FIFO | LRU-2 | kvd | optimum | "
+    printf("\n# blocks found, %% of those asked for; one-time prompts: mean of seeds 1 to %u\n",
+           seeds);
+    printf("| trace + one-time prompts | room, of its blocks | LRU | S3-FIFO | LRU-2 | kvd | "
+           "optimum | "
            "kvd to best of three | kvd to optimum |\n|---|---|---|---|---|---|---|---|---|\n");
     struct dirent **found;
     int n = quick || optind == argc ? 0 : scandir(argv[optind], &found, traces, alphasort);
