@@ -189,9 +189,10 @@ static void send_message(struct worker *w, const void *data, size_t size, uint32
     }
     if (w->fd < 0 || sendmsg(w->fd, &msg, MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
         return;
-    const struct kvd_fd_message *m = data;
+    struct kvd_fd_message m = {0}; // data may lie anywhere
+    memcpy(&m, data, KVD_MIN(size, sizeof(m)));
     w->malformed |=
-        size != sizeof(*m) || n != 1 || m->magic != KVD_FD_MAGIC || m->version != KVD_FD_VERSION;
+        size != sizeof(m) || n != 1 || m.magic != KVD_FD_MAGIC || m.version != KVD_FD_VERSION;
 }
 
 // RegisterBuffer: a descriptor by its key, mapped as a buffer if it is memory that can be.
