@@ -453,11 +453,14 @@ struct bf16_tokens {
     uint32_t sink, base, count;
 };
 
-__device__ inline bf16_tokens bf16_tokens_of(const attend_call &p, const row_block &b)
+template <bool GENERAL> __device__ inline bf16_tokens bf16_tokens_of(const attend_call &p, const row_block &b)
 {
     uint32_t sink = min(p.sink, b.length), base = p.codec != KVD_CODEC_BF16 ? b.hist_end : p.sink;
     // Tokens before the sink is full are stored in the sink; the new ones follow what is stored.
     base = max(sink, min(base, b.length));
+    // What no row sees may have no page any more: a plane's window frees blocks behind it.
+    if (GENERAL)
+        base = max(base, first_seen(p, row_position(p, b, b.row0)));
     return {sink, base, sink + (b.total - base)};
 }
 

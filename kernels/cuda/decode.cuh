@@ -221,7 +221,7 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
     share_results(memory, x, st, p.rows - place_of<NT>(p).row0);
 }
 
-template <bool F32, int NT, int DK, int DV, int WARPS, typename M>
+template <bool GENERAL, bool F32, int NT, int DK, int DV, int WARPS, typename M>
 __device__ inline void window_part(const attend_call &p, const row_block &b, uint32_t part,
                                    const M &memory, const raw_queries<NT, DK> &raw)
 {
@@ -237,7 +237,7 @@ __device__ inline void window_part(const attend_call &p, const row_block &b, uin
     for (int n = 0; n < NT; n++)
         raw.template operands<F32>(n, q[n], q_low[n]);
     st.clear(x.none);
-    bf16_tokens w = bf16_tokens_of(p, b);
+    bf16_tokens w = bf16_tokens_of<GENERAL>(p, b);
     uint32_t chunks = (w.count + 15) / 16;
     uint32_t first = uniform((uint32_t)((uint64_t)chunks * part / p.window_splits) + threadIdx.x / 32);
     uint32_t end = uniform((uint32_t)((uint64_t)chunks * (part + 1) / p.window_splits));
@@ -282,9 +282,9 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
     if (threadIdx.x == 0)
         memory.parts() = range.parts;
     if (bf16 && p.q_type == KVD_DTYPE_F32)
-        window_part<true, NT, DK, DV, WARPS>(p, b, part - p.splits, memory, q);
+        window_part<GENERAL, true, NT, DK, DV, WARPS>(p, b, part - p.splits, memory, q);
     else if (bf16)
-        window_part<false, NT, DK, DV, WARPS>(p, b, part - p.splits, memory, q);
+        window_part<GENERAL, false, NT, DK, DV, WARPS>(p, b, part - p.splits, memory, q);
     else
         history_part<GENERAL, NT, DK, DV, WARPS, CODEC>(p, b, range, part, memory, q, r);
     b = place_of<NT>(p); // again, so that nothing of it was kept in registers
