@@ -32,19 +32,19 @@ struct kvd_fd_message {
 enum kvd_fd_kind {
     KVD_FD_EXTENT = 1,    // memory of an extent: a memfd, or the GPU's
     KVD_FD_REVOKE = 2,    // the extent is to be unmapped: it passed to another namespace
-    KVD_FD_ROTATIONS = 3, // a sealed memfd: struct kvd_fd_rotations, then its matrices
+    KVD_FD_ROTATIONS = 3, // of a plane, a sealed memfd: struct kvd_fd_rotations, then matrices
 };
 
 // Daemon to worker, after MapSequences.
 struct kvd_fd_grant {
     uint32_t magic, version;
-    uint32_t kind; // enum kvd_fd_kind
-    uint32_t extent;
-    uint64_t bytes; // of the memory
+    uint32_t kind;   // enum kvd_fd_kind
+    uint32_t extent; // KVD_FD_ROTATIONS: the plane
+    uint64_t bytes;  // of the memory
 };
 
-// The head of a rotation set's memfd. fp32 matrices follow, rows multiplied from the left: K's
-// [n_layers][heads][dim_k][dim_k] if has_k, then V's.
+// The head of the memfd of a plane's rotations. fp32 matrices follow, rows multiplied from the
+// left: K's [n_layers][heads][dim_k][dim_k] if has_k, then V's.
 struct kvd_fd_rotations {
     uint32_t magic, version;
     uint32_t n_layers, heads; // 1: the same for all

@@ -216,13 +216,8 @@ static int adopt(struct kvd_direct *d, struct kvd_error *err)
             s->older = s->now.stored;
         if (!s->fresh)
             continue;
-        memcpy(d->codec + (uint64_t)i * d->codec_stride,
-               d->next_codec + (uint64_t)i * d->codec_stride, s->next.n_codec * sizeof(*d->codec));
-        memcpy(d->bf16 + (uint64_t)i * d->bf16_stride, d->next_bf16 + (uint64_t)i * d->bf16_stride,
-               d->bf16_stride * sizeof(*d->bf16));
-        s->now = s->next;
-        s->fresh = false;
-        s->dirty = any = true;
+        kvd_direct_adopt_slot(d, i);
+        any = true;
     }
     return any ? d->ops->mark(d, d->stream, KVD_DIRECT_ADOPTED, err) : KVD_OK;
 }
@@ -254,7 +249,9 @@ static int begin(struct kvd_direct *d, void *stream, struct kvd_error *err)
         struct direct_slot *s = &d->slots[i];
         s->length += s->sequence ? n : 0;
         d->length[i] = (uint32_t)s->now.stored;
-        d->hist_end[i] = (uint32_t)KVD_MAX(s->now.hist_end, (uint64_t)d->plane.sink);
+        for (uint32_t p = 0; p < d->n_planes; p++)
+            d->planes[p].hist_end[i] =
+                (uint32_t)KVD_MAX(s->now.planes[p].hist_end, (uint64_t)d->planes[p].shape.sink);
         d->tail_tokens[i] = s->sequence ? (uint32_t)(s->length - s->now.stored) : n;
     }
     if (rc == KVD_OK)
@@ -282,8 +279,8 @@ kvd_result kvd_direct_begin(kvd_direct *d, void *stream, kvd_failure *err)
 
 static int check_layer(const struct kvd_direct *d, uint32_t layer, struct kvd_error *err)
 {
-    if (layer >= d->plane.n_layers)
-        return kvd_fail(err, KVD_E_INVALID, "layer %u of %u", layer, d->plane.n_layers);
+    if (layer >= d->n_layers)
+        return kvd_fail(err, KVD_E_INVALID, "layer %u of %u", layer, d->n_layers);
     return kvd_fork_check(d->client, err);
 }
 
@@ -292,7 +289,7 @@ kvd_result kvd_store_enqueue(kvd_direct *d, void *stream, uint32_t layer, const 
 {
     KVD_WANT(err, "direct", d);
     struct kvd_error e = {0};
-    const struct kvd_plane *g = &d->plane;
+    const struct kvd_plane *g = direct_shape(d);
     uint64_t rows = (uint64_t)d->options.slots * d->options.step_tokens;
     int rc = check_layer(d, layer, &e);
     if (rc == KVD_OK)
@@ -329,7 +326,7 @@ kvd_result kvd_attend_enqueue(kvd_direct *d, void *stream, uint32_t layer, const
 {
     KVD_WANT(err, "direct", d);
     struct kvd_error e = {0};
-    const struct kvd_plane *g = &d->plane;
+    const struct kvd_plane *g = direct_shape(d);
     uint64_t rows = (uint64_t)d->options.slots * d->options.step_tokens;
     uint32_t size = d->options.dtype == KVD_F32 ? 4 : 2;
     int rc = check_layer(d, layer, &e);
@@ -479,11 +476,10 @@ static int bind(struct kvd_direct *d, uint32_t slot, uint64_t sequence, struct k
         return rc;
     pthread_mutex_lock(&d->lock);
     rc = flush(d, slot, deadline, err);
-    if (rc == KVD_OK)
-        *s = (struct direct_slot){.sequence = sequence,
-                                  .now.hist_end = d->plane.sink,
-                                  .next.hist_end = d->plane.sink,
-                                  .dirty = true};
+    if (rc == KVD_OK) {
+        *s = kvd_direct_empty(d);
+        s->sequence = sequence;
+    }
     pthread_mutex_unlock(&d->lock);
     if (rc || !sequence)
         return rc;
@@ -491,7 +487,7 @@ static int bind(struct kvd_direct *d, uint32_t slot, uint64_t sequence, struct k
     pthread_mutex_lock(&d->lock);
     s->length = s->older = s->appended = s->target = s->written = s->next.stored;
     if (rc)
-        *s = (struct direct_slot){.now.hist_end = d->plane.sink, .dirty = true};
+        *s = kvd_direct_empty(d);
     else
         s->now.stored = s->next.stored; // the thread counts from there
     pthread_mutex_unlock(&d->lock);
@@ -508,45 +504,16 @@ kvd_result kvd_direct_bind(kvd_direct *d, uint32_t slot, uint64_t sequence, kvd_
 
 // -- opening and closing ------------------------------------------------------------------------
 
-static int take_layout(struct kvd_direct *d, struct kvd_error *err)
-{
-    const Kvd__V1__Layout *g = d->client->opened->layout;
-    if (!g || g->n_planes == 0)
-        return kvd_fail(err, KVD_E_INTERNAL, "kvd told no layout");
-    if (g->n_planes > 1)
-        return kvd_fail(err, KVD_E_UNSUPPORTED,
-                        "the session's layout has %zu planes; direct mode is for layouts of one",
-                        g->n_planes);
-    if (d->client->n_sinks)
-        return kvd_fail(err, KVD_E_UNSUPPORTED,
-                        "the session has attention sinks, which direct mode does not compute: use "
-                        "kvd_attend and kvd_step");
-    d->plane = (struct kvd_plane){.n_layers = (uint32_t)g->n_layers,
-                                  .q_heads = g->q_heads,
-                                  .kv_heads = g->kv_heads,
-                                  .head_dim_k = g->head_dim_k,
-                                  .head_dim_v = g->head_dim_v,
-                                  .codec = kvd_codec_find(g->codec),
-                                  .sink = g->windows->sink,
-                                  .recent = g->windows->recent,
-                                  .window = g->window};
-    // The plane's window and the caller's: the smaller counts.
-    if (g->window && (!d->attention.window || d->attention.window > g->window))
-        d->attention.window = g->window;
-    if (d->plane.codec == KVD_CODEC_COUNT)
-        return kvd_fail(err, KVD_E_UNSUPPORTED,
-                        "kvd stores in codec %.40s, which this libkvd does not know", g->codec);
-    uint32_t sink_pages = (uint32_t)kvd_div_up(d->plane.sink, KVD_PAGE_TOKENS);
-    d->bf16_stride = sink_pages + kvd_plane_ring(&d->plane) / KVD_PAGE_TOKENS;
-    d->codec_stride = (uint32_t)kvd_div_up(d->options.max_tokens, KVD_PAGE_TOKENS) + 1;
-    return KVD_OK;
-}
-
 static int open_backend(struct kvd_direct *d, struct kvd_error *err)
 {
     if (d->client->on_cpu) {
         d->ops = &kvd_direct_cpu;
         d->backend = kvd_cpu_backend_new(0, NULL, err);
+    } else if (d->n_planes > 1) {
+        kvd_fail(err, KVD_E_UNSUPPORTED,
+                 "the session's layout has %u planes; on a GPU direct mode is for layouts of one: "
+                 "use kvd_attend and kvd_step",
+                 d->n_planes);
     } else {
 #ifdef KVD_CUDA
         d->ops = &kvd_direct_cuda;
@@ -557,35 +524,6 @@ static int open_backend(struct kvd_direct *d, struct kvd_error *err)
 #endif
     }
     return d->backend ? KVD_OK : err->code;
-}
-
-static int make_tables(struct kvd_direct *d, struct kvd_error *err)
-{
-    uint64_t slots = d->options.slots, codec = slots * d->codec_stride;
-    uint64_t bf16 = slots * d->bf16_stride;
-    d->slots = calloc(slots, sizeof(*d->slots));
-    d->length = calloc(3 * slots, sizeof(*d->length));
-    d->codec = calloc(2 * (codec + bf16), sizeof(*d->codec));
-    uint64_t *targets = calloc(KVD_DIRECT_JOBS * slots, sizeof(*targets));
-    d->jobs[0].targets = targets;
-    d->list = calloc(slots, sizeof(*d->list));
-    d->items = calloc(slots, sizeof(*d->items));
-    if (!d->list || !d->items || !d->slots || !d->length || !d->codec || !targets)
-        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    d->hist_end = d->length + slots;
-    d->tail_tokens = d->length + 2 * slots;
-    d->bf16 = d->codec + codec;
-    d->next_codec = d->bf16 + bf16;
-    d->next_bf16 = d->next_codec + codec;
-    for (uint32_t i = 0; i < KVD_DIRECT_JOBS; i++)
-        d->jobs[i].targets = targets + i * slots;
-    for (uint32_t i = 0; i < slots; i++) {
-        d->slots[i].now.hist_end = d->hist_end[i] = d->plane.sink;
-        d->slots[i].dirty = true;
-        d->tail_tokens[i] = d->options.step_tokens;
-    }
-    d->tail_v = direct_layer_at(d, d->plane.n_layers, false);
-    return KVD_OK;
 }
 
 static int check_options(const kvd_client *c, kvd_direct_options *o, struct kvd_error *err)
@@ -631,10 +569,10 @@ static int open_direct(struct kvd_direct *d, struct kvd_error *err)
     if (rc)
         return rc;
     d->epoch = d->client->epoch;
-    rc = take_layout(d, err);
+    rc = kvd_direct_take_layout(d, err);
     kvd_gate_leave(&d->client->gate);
     if (rc == KVD_OK)
-        rc = make_tables(d, err);
+        rc = kvd_direct_make_tables(d, err);
     if (rc == KVD_OK)
         rc = open_backend(d, err);
     if (rc == KVD_OK)
@@ -664,7 +602,8 @@ kvd_result kvd_direct_open(kvd_client *c, const kvd_direct_options *options, kvd
         return kvd_client_fail(err, &e);
     }
     d->client = c;
-    d->rotations_fd = -1;
+    for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
+        d->planes[p].rotation_fd = -1;
     pthread_mutex_init(&d->lock, NULL);
     pthread_mutex_init(&d->socket_lock, NULL);
     kvd_cond_init(&d->work);
@@ -714,12 +653,14 @@ void kvd_direct_close(kvd_direct **dp)
         d->ops->deinit(d);
     kvd_buffer_take(&d->tail, d->close_by, true);
     if (d->backend) {
-        d->backend->ops->rotation_free(d->backend, &d->rotation);
+        for (uint32_t p = 0; p < d->n_planes; p++)
+            d->backend->ops->rotation_free(d->backend, &d->planes[p].rotation);
         d->backend->ops->arena_free(d->backend, &d->arena);
     }
     kvd_backend_free(&d->backend);
-    if (d->rotations_fd >= 0)
-        close(d->rotations_fd);
+    for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
+        if (d->planes[p].rotation_fd >= 0)
+            close(d->planes[p].rotation_fd);
     d->client->direct = NULL;
     pthread_mutex_destroy(&d->lock);
     pthread_mutex_destroy(&d->socket_lock);
@@ -728,7 +669,7 @@ void kvd_direct_close(kvd_direct **dp)
     free(d->jobs[0].targets);
     free(d->list);
     free(d->items);
-    free(d->codec);
+    free(d->tables);
     free(d->length);
     free(d->slots);
     free(d->mapped);

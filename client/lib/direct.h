@@ -20,8 +20,29 @@ enum {
 
 // What kvd had stored when it was asked.
 struct direct_view {
-    uint64_t stored, hist_end;
-    uint32_t n_codec; // history pages
+    uint64_t stored;
+    struct {
+        uint64_t hist_end;
+        uint32_t n_codec; // history pages; those that a window has freed have address 0
+    } planes[KVD_MAX_PLANES];
+};
+
+// A plane of the session's layout, and the tables of its pages.
+struct direct_plane {
+    struct kvd_plane shape;
+    uint32_t window; // the plane's or the caller's, the smaller one; 0: none
+    int rotation_fd; // -1: not lent
+    struct kvd_rotation *rotation;
+    uint32_t codec_stride, bf16_stride;
+    // What kernels read; only the caller's thread writes it. [slots], [slots][stride]
+    uint32_t *hist_end;
+    uint64_t *codec, *bf16;
+    uint64_t *next_codec, *next_bf16; // of the slots' next views; the lock guards them
+};
+
+// Where a layer is: among the plane's.
+struct direct_layer {
+    uint32_t plane, at;
 };
 
 struct direct_slot {
@@ -65,9 +86,10 @@ struct kvd_direct {
     kvd_client *client;
     kvd_direct_options options;
     kvd_attention attention;
-    struct kvd_plane plane;
+    struct direct_plane planes[KVD_MAX_PLANES]; // all of the same heads and head_dims
+    uint32_t n_planes, n_layers;
+    struct direct_layer layers[KVD_MAX_LAYERS];
     struct kvd_backend *backend;
-    struct kvd_rotation *rotation;
     const struct direct_ops *ops;
     void *side; // the ops' own
 
@@ -75,15 +97,13 @@ struct kvd_direct {
     pthread_mutex_t socket_lock;
     struct kvd_arena *arena;
     bool *mapped; // per extent
-    int rotations_fd;
 
     kvd_buffer *tail; // K [layers][slots][ring][kv_heads][dim_k], then V alike
     uint64_t tail_v;  // where V begins
-    uint32_t codec_stride, bf16_stride;
 
-    // What kernels read; only the caller's thread writes it. [slots], [slots][stride]
-    uint32_t *length, *hist_end, *tail_tokens;
-    uint64_t *codec, *bf16;
+    // What kernels read, as in the planes. [slots]
+    uint32_t *length, *tail_tokens;
+    uint64_t *tables; // the planes', in one piece
 
     pthread_mutex_t lock; // of what follows
     pthread_cond_t work, progress;
@@ -94,7 +114,6 @@ struct kvd_direct {
     kvd_item *items;
     bool quiet; // flushing: no kernel is under way, none will be queued
     struct direct_slot *slots;
-    uint64_t *next_codec, *next_bf16;
     struct direct_job jobs[KVD_DIRECT_JOBS]; // a ring
     uint32_t first_job, n_jobs;
     void *stream; // of the latest step
@@ -104,9 +123,15 @@ struct kvd_direct {
     uint64_t close_by;        // when closing has to be over; until then far away
 };
 
+// Heads and head_dims are those of any plane.
+static inline const struct kvd_plane *direct_shape(const struct kvd_direct *d)
+{
+    return &d->planes[0].shape;
+}
+
 static inline uint64_t direct_row_bytes(const struct kvd_direct *d, bool v)
 {
-    const struct kvd_plane *g = &d->plane;
+    const struct kvd_plane *g = direct_shape(d);
     return (uint64_t)g->kv_heads * (v ? g->head_dim_v : g->head_dim_k) * 2;
 }
 
@@ -120,7 +145,7 @@ static inline uint64_t direct_layer_at(const struct kvd_direct *d, uint32_t laye
 static inline float direct_scale(const struct kvd_direct *d)
 {
     float scale = d->attention.scale;
-    return scale != 0 ? scale : 1 / sqrtf((float)d->plane.head_dim_k);
+    return scale != 0 ? scale : 1 / sqrtf((float)direct_shape(d)->head_dim_k);
 }
 
 extern const struct direct_ops kvd_direct_cpu;
@@ -128,13 +153,21 @@ extern const struct direct_ops kvd_direct_cpu;
 extern const struct direct_ops kvd_direct_cuda;
 #endif
 
+// direct_planes.c: takes the session's layout; then makes the tables and the slots, which are
+// empty.
+int kvd_direct_take_layout(struct kvd_direct *d, struct kvd_error *err);
+int kvd_direct_make_tables(struct kvd_direct *d, struct kvd_error *err);
+struct direct_slot kvd_direct_empty(const struct kvd_direct *d);
+// The slot's kernels are to see its next view.
+void kvd_direct_adopt_slot(struct kvd_direct *d, uint32_t slot);
+
 // mapping.c: one MapSequences call, with the descriptors that come with it. For slot i of `list`,
 // fills its `next` view and tables. n 0: only the pool's layout and the rotation set.
 int kvd_direct_map(struct kvd_direct *d, const uint32_t *list, uint32_t n, uint64_t deadline,
                    struct kvd_error *err);
 // Takes what the fd socket has: extents to map or to unmap.
 int kvd_direct_read_socket(struct kvd_direct *d, struct kvd_error *err);
-// The session's rotation set in the backend's memory, as far as it has one.
+// What each plane is rotated by, in the backend's memory; nothing for bf16.
 int kvd_direct_load_rotations(struct kvd_direct *d, struct kvd_error *err);
 
 #endif

@@ -15,7 +15,7 @@ static int cpu_init(struct kvd_direct *d, struct kvd_error *err)
         side->run = malloc(d->options.slots * row * KVD_DIRECT_RING);
     if (!side || !side->run)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    uint64_t bytes = direct_layer_at(d, d->plane.n_layers, true);
+    uint64_t bytes = direct_layer_at(d, d->n_layers, true);
     if (kvd_buffer_new(d->client, bytes, &d->tail, &failure))
         return kvd_client_failed(&failure, err);
     return KVD_OK;
@@ -78,13 +78,14 @@ static struct kvd_tensor tail_tensor(struct kvd_direct *d, uint32_t layer, uint3
     for (uint32_t i = 0; i < d->tail_tokens[slot]; i++)
         memcpy(to + i * row, tail_row(d, layer, slot, (uint64_t)d->length[slot] + i, v), row);
     return (struct kvd_tensor){
-        .data = to, .token_stride = row, .head_stride = row / d->plane.kv_heads};
+        .data = to, .token_stride = row, .head_stride = row / direct_shape(d)->kv_heads};
 }
 
 static int cpu_attend(struct kvd_direct *d, void *stream, uint32_t layer, const void *q, void *o,
                       float *lse, struct kvd_error *err)
 {
-    const struct kvd_plane *g = &d->plane;
+    const struct direct_plane *plane = &d->planes[d->layers[layer].plane];
+    const struct kvd_plane *g = &plane->shape;
     uint32_t n = d->options.step_tokens, count = 0;
     uint64_t size = d->options.dtype == KVD_F32 ? 4 : 2;
     enum kvd_dtype type = size == 4 ? KVD_DTYPE_F32 : KVD_DTYPE_BF16;
@@ -97,10 +98,10 @@ static int cpu_attend(struct kvd_direct *d, void *stream, uint32_t layer, const 
         if (!d->slots[s].sequence)
             continue;
         items[count++] = (struct kvd_attend_item){
-            .pages = {d->bf16 + (uint64_t)s * d->bf16_stride,
-                      d->codec + (uint64_t)s * d->codec_stride},
+            .pages = {plane->bf16 + (uint64_t)s * plane->bf16_stride,
+                      plane->codec + (uint64_t)s * plane->codec_stride},
             .length = d->length[s],
-            .hist_end = d->hist_end[s],
+            .hist_end = plane->hist_end[s],
             .q_len = n,
             .new_tokens = d->tail_tokens[s],
             .q = {(uint8_t *)q + s * n * q_row, 0, q_row, q_row / g->q_heads, type},
@@ -110,14 +111,13 @@ static int cpu_attend(struct kvd_direct *d, void *stream, uint32_t layer, const 
             .lse = {lse ? (uint8_t *)(lse + s * n * g->q_heads) : NULL, 0, g->q_heads * 4, 4,
                     KVD_DTYPE_F32}};
     }
-    const kvd_attention *a = &d->attention;
     struct kvd_attend_params p = {.plane = g,
-                                  .rotation = d->rotation,
-                                  .layer_begin = layer,
+                                  .rotation = plane->rotation,
+                                  .layer_begin = d->layers[layer].at,
                                   .layer_count = 1,
                                   .scale = direct_scale(d),
-                                  .softcap = a->softcap,
-                                  .window = a->window,
+                                  .softcap = d->attention.softcap,
+                                  .window = plane->window,
                                   .items = items,
                                   .n_items = count};
     return count ? d->backend->ops->attend(d->backend, &p, err) : KVD_OK;

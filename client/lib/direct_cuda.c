@@ -2,7 +2,7 @@
 //
 // Kernels find lengths and page tables at fixed addresses, so that a captured graph stays good; a
 // step brings the new ones from pinned memory, in the stream's order. A few copies of that memory
-// take turns, so that the host does not wait for the GPU.
+// take turns, so that the host does not wait for the GPU. There is one plane.
 #include "client/lib/direct.h"
 #include "kernels/cuda/cuda.h"
 
@@ -20,6 +20,11 @@ struct cuda_side {
     cudaEvent_t staged[STAGES], marks[KVD_DIRECT_MARKS];
     struct kvd_cuda_attend_params params;
 };
+
+static struct direct_plane *only_plane(struct kvd_direct *d)
+{
+    return &d->planes[0];
+}
 
 static struct cuda_side *side_of(struct kvd_direct *d)
 {
@@ -47,7 +52,8 @@ static void plan(struct kvd_direct *d, uint64_t sum, uint32_t longest, uint32_t 
 static void set_params(struct kvd_direct *d)
 {
     struct cuda_side *side = d->side;
-    const struct kvd_plane *g = &d->plane;
+    const struct direct_plane *plane = only_plane(d);
+    const struct kvd_plane *g = &plane->shape;
     enum kvd_dtype type = d->options.dtype == KVD_F32 ? KVD_DTYPE_F32 : KVD_DTYPE_BF16;
     uint32_t *lengths = (uint32_t *)(void *)side->device, n = d->options.slots;
     side->params = (struct kvd_cuda_attend_params){
@@ -62,30 +68,30 @@ static void set_params(struct kvd_direct *d)
         .ring = kvd_plane_ring(g),
         .scale = direct_scale(d),
         .softcap = d->attention.softcap,
-        .window = d->attention.window,
+        .window = plane->window,
         .q_type = type,
         .o_type = type,
         .pages = {.codec = (uint64_t *)(void *)(side->device + side->codec_at),
                   .bf16 = (uint64_t *)(void *)(side->device + side->bf16_at),
-                  .codec_stride = d->codec_stride,
-                  .bf16_stride = d->bf16_stride,
+                  .codec_stride = plane->codec_stride,
+                  .bf16_stride = plane->bf16_stride,
                   .length = lengths,
                   .hist_end = lengths + n},
         .tail = {.tokens = lengths + 2 * n, .ring = KVD_DIRECT_RING},
         .settled = true, // a step's copies are in front of its first kernel
-        .rotation = d->rotation->device,
+        .rotation = plane->rotation->device,
     };
 }
 
 static int make_memory(struct kvd_direct *d)
 {
     struct cuda_side *side = d->side;
-    const struct kvd_plane *g = &d->plane;
+    const struct direct_plane *plane = only_plane(d);
     uint64_t n = d->options.slots;
-    uint64_t tail = direct_layer_at(d, g->n_layers, true);
+    uint64_t tail = direct_layer_at(d, d->n_layers, true);
     side->codec_at = kvd_round_up(3 * n * sizeof(uint32_t), 256);
-    side->bf16_at = side->codec_at + n * d->codec_stride * sizeof(uint64_t);
-    side->bytes = side->bf16_at + n * d->bf16_stride * sizeof(uint64_t);
+    side->bf16_at = side->codec_at + n * plane->codec_stride * sizeof(uint64_t);
+    side->bytes = side->bf16_at + n * plane->bf16_stride * sizeof(uint64_t);
     int rc = cudaMalloc((void **)&side->device, side->bytes);
     for (int i = 0; i < STAGES && rc == 0; i++) {
         rc = cudaMallocHost((void **)&side->pinned[i], side->bytes);
@@ -104,7 +110,7 @@ static int make_memory(struct kvd_direct *d)
     if (rc)
         return rc;
     set_params(d);
-    uint32_t window = d->bf16_stride * KVD_PAGE_TOKENS + KVD_DIRECT_RING;
+    uint32_t window = plane->bf16_stride * KVD_PAGE_TOKENS + KVD_DIRECT_RING;
     plan(d, n * d->options.max_tokens, d->options.max_tokens, window);
     side->scratch_bytes = KVD_MAX(kvd_cuda_attend_scratch(&side->params), (uint64_t)SCRATCH_LEAST);
     rc = cudaMalloc((void **)&side->scratch, side->scratch_bytes);
@@ -123,7 +129,7 @@ static int cuda_init(struct kvd_direct *d, struct kvd_error *err)
     int rc = kvd_cuda_status(make_memory(d), "making room for direct mode", err);
     if (rc)
         return rc;
-    if (kvd_buffer_cuda(d->client, side_of(d)->tail, direct_layer_at(d, d->plane.n_layers, true),
+    if (kvd_buffer_cuda(d->client, side_of(d)->tail, direct_layer_at(d, d->n_layers, true),
                         &d->tail, &failure))
         return kvd_client_failed(&failure, err);
     return KVD_OK;
@@ -158,13 +164,14 @@ static void cuda_forget(struct kvd_direct *d)
 static int update_tables(struct kvd_direct *d, uint32_t slot, cudaStream_t stream)
 {
     struct cuda_side *side = d->side;
-    uint64_t codec = side->codec_at + (uint64_t)slot * d->codec_stride * sizeof(uint64_t);
-    uint64_t bf16 = side->bf16_at + (uint64_t)slot * d->bf16_stride * sizeof(uint64_t);
-    uint64_t codec_bytes = d->slots[slot].now.n_codec * sizeof(uint64_t);
-    uint64_t bf16_bytes = d->bf16_stride * sizeof(uint64_t);
+    const struct direct_plane *plane = only_plane(d);
+    uint64_t codec = side->codec_at + (uint64_t)slot * plane->codec_stride * sizeof(uint64_t);
+    uint64_t bf16 = side->bf16_at + (uint64_t)slot * plane->bf16_stride * sizeof(uint64_t);
+    uint64_t codec_bytes = d->slots[slot].now.planes[0].n_codec * sizeof(uint64_t);
+    uint64_t bf16_bytes = plane->bf16_stride * sizeof(uint64_t);
     uint8_t *from = side->pinned[side->stage];
-    memcpy(from + codec, d->codec + (uint64_t)slot * d->codec_stride, codec_bytes);
-    memcpy(from + bf16, d->bf16 + (uint64_t)slot * d->bf16_stride, bf16_bytes);
+    memcpy(from + codec, plane->codec + (uint64_t)slot * plane->codec_stride, codec_bytes);
+    memcpy(from + bf16, plane->bf16 + (uint64_t)slot * plane->bf16_stride, bf16_bytes);
     int rc = 0;
     if (codec_bytes)
         rc = cudaMemcpyAsync(side->device + codec, from + codec, codec_bytes,
@@ -177,7 +184,7 @@ static int update_tables(struct kvd_direct *d, uint32_t slot, cudaStream_t strea
 static int cuda_update(struct kvd_direct *d, void *stream, struct kvd_error *err)
 {
     struct cuda_side *side = d->side;
-    const struct kvd_plane *g = &d->plane;
+    const struct direct_plane *plane = only_plane(d);
     uint32_t n = d->options.slots, longest = 0, window = 0;
     uint64_t sum = 0;
     side->stage = (side->stage + 1) % STAGES;
@@ -187,7 +194,7 @@ static int cuda_update(struct kvd_direct *d, void *stream, struct kvd_error *err
         rc = cudaMemcpyAsync(side->device, side->pinned[side->stage], 3 * n * sizeof(*d->length),
                              cudaMemcpyHostToDevice, stream);
     for (uint32_t i = 0; i < n && rc == 0; i++) {
-        uint32_t history = d->hist_end[i] - g->sink;
+        uint32_t history = plane->hist_end[i] - plane->shape.sink;
         sum += history;
         longest = KVD_MAX(longest, history);
         window = KVD_MAX(window, d->length[i] + d->tail_tokens[i] - KVD_MIN(history, d->length[i]));
@@ -215,7 +222,7 @@ static struct kvd_cuda_tail layer_tail(struct kvd_direct *d, uint32_t layer)
 static int cuda_store(struct kvd_direct *d, void *stream, uint32_t layer, const void *k,
                       const void *v, struct kvd_error *err)
 {
-    const struct kvd_plane *g = &d->plane;
+    const struct kvd_plane *g = direct_shape(d);
     struct kvd_cuda_store_params p = {.sequences = d->options.slots,
                                       .kv_heads = g->kv_heads,
                                       .dim_k = g->head_dim_k,

@@ -36,9 +36,13 @@ static int take(struct kvd_direct *d, const struct kvd_fd_grant *grant, int fd_t
     int fd KVD_CLOSE = fd_taken;
     const struct kvd_backend_ops *ops = d->backend ? d->backend->ops : NULL;
     if (grant->kind == KVD_FD_ROTATIONS) {
-        if (d->rotations_fd >= 0)
-            close(d->rotations_fd);
-        d->rotations_fd = KVD_TAKE_FD(fd);
+        if (grant->extent >= d->n_planes)
+            return kvd_fail(err, KVD_E_INTERNAL, "kvd speaks of rotations of plane %u of %u",
+                            grant->extent, d->n_planes);
+        struct direct_plane *plane = &d->planes[grant->extent];
+        if (plane->rotation_fd >= 0)
+            close(plane->rotation_fd);
+        plane->rotation_fd = KVD_TAKE_FD(fd);
         return KVD_OK;
     }
     if (!d->arena || grant->extent >= d->arena->count)
@@ -101,29 +105,65 @@ static int address_of(const struct kvd_direct *d, uint32_t number, uint64_t *out
     return KVD_OK;
 }
 
-static int take_pages(struct kvd_direct *d, uint32_t slot, const Kvd__V1__SequencePages *p,
-                      struct kvd_error *err)
+// Whether a plane's part of the answer is possible. `before`: what the slot's table holds of it.
+static bool plane_fits(const struct direct_plane *plane, uint32_t before, uint64_t length,
+                       const Kvd__V1__SequencePages *p)
+{
+    // The next step's first query, at `length`, must find all tokens that its window has.
+    uint64_t seen =
+        plane->shape.window && length >= plane->shape.window ? length + 1 - plane->shape.window : 0;
+    return p->codec_from <= before && p->n_bf16_pages <= plane->bf16_stride &&
+           p->hist_end <= length + plane->shape.sink && p->first <= seen;
+}
+
+static int take_plane(struct kvd_direct *d, uint32_t slot, uint32_t index,
+                      const Kvd__V1__SequencePages *p, struct kvd_error *err)
 {
     struct direct_slot *s = &d->slots[slot];
-    uint64_t *codec = d->next_codec + (uint64_t)slot * d->codec_stride;
-    uint64_t *bf16 = d->next_bf16 + (uint64_t)slot * d->bf16_stride;
+    const struct direct_plane *plane = &d->planes[index];
+    uint64_t *codec = plane->next_codec + (uint64_t)slot * plane->codec_stride;
+    uint64_t *bf16 = plane->next_bf16 + (uint64_t)slot * plane->bf16_stride;
     uint64_t n_codec = p->codec_from + p->n_codec_pages;
     int rc = KVD_OK;
-    if (p->length > d->options.max_tokens || n_codec > d->codec_stride)
-        return kvd_fail(err, KVD_E_LIMIT, "sequence %llu has %llu tokens, max_tokens is %u",
-                        (unsigned long long)s->sequence, (unsigned long long)p->length,
-                        d->options.max_tokens);
-    if (p->codec_from > s->next.n_codec || p->n_bf16_pages > d->bf16_stride ||
-        p->hist_end > p->length + d->plane.sink)
-        return kvd_fail(err, KVD_E_INTERNAL, "kvd's page table of sequence %llu does not fit",
-                        (unsigned long long)s->sequence);
     for (size_t i = 0; i < p->n_bf16_pages && rc == KVD_OK; i++)
         rc = address_of(d, p->bf16_pages[i], &bf16[i], err);
     for (size_t i = 0; i < p->n_codec_pages && rc == KVD_OK; i++)
         rc = address_of(d, p->codec_pages[i], &codec[p->codec_from + i], err);
     if (rc)
         return rc;
-    s->next = (struct direct_view){p->length, p->hist_end, (uint32_t)n_codec};
+    // What a window has freed since is another's by now. Its planes have no sink.
+    uint64_t freed = KVD_MIN(p->first / KVD_PAGE_TOKENS, n_codec);
+    memset(codec, 0, freed * sizeof(*codec));
+    s->next.planes[index].hist_end = p->hist_end;
+    s->next.planes[index].n_codec = (uint32_t)n_codec;
+    return KVD_OK;
+}
+
+static int take_pages(struct kvd_direct *d, uint32_t slot, const Kvd__V1__SequencePages *first,
+                      struct kvd_error *err)
+{
+    struct direct_slot *s = &d->slots[slot];
+    if (first->n_others != d->n_planes - 1)
+        return kvd_fail(err, KVD_E_INTERNAL, "kvd told page tables of %zu planes, there are %u",
+                        first->n_others + 1, d->n_planes);
+    for (uint32_t i = 0; i < d->n_planes; i++) {
+        const Kvd__V1__SequencePages *p = i ? first->others[i - 1] : first;
+        if (first->length > d->options.max_tokens ||
+            p->codec_from + p->n_codec_pages > d->planes[i].codec_stride)
+            return kvd_fail(err, KVD_E_LIMIT, "sequence %llu has %llu tokens, max_tokens is %u",
+                            (unsigned long long)s->sequence, (unsigned long long)first->length,
+                            d->options.max_tokens);
+        if (!plane_fits(&d->planes[i], s->next.planes[i].n_codec, first->length, p))
+            return kvd_fail(err, KVD_E_INTERNAL,
+                            "kvd's page table of sequence %llu does not fit, plane %u",
+                            (unsigned long long)s->sequence, i);
+    }
+    int rc = KVD_OK;
+    for (uint32_t i = 0; i < d->n_planes && rc == KVD_OK; i++)
+        rc = take_plane(d, slot, i, i ? first->others[i - 1] : first, err);
+    if (rc)
+        return rc;
+    s->next.stored = first->length;
     s->fresh = true;
     return KVD_OK;
 }
@@ -177,14 +217,21 @@ int kvd_direct_map(struct kvd_direct *d, const uint32_t *list, uint32_t n, uint6
     Kvd__V1__MapSequencesRequest req = KVD__V1__MAP_SEQUENCES_REQUEST__INIT;
     Kvd__V1__MapItem *items KVD_FREE = calloc(n + 1, sizeof(*items));
     Kvd__V1__MapItem **refs KVD_FREE = calloc(n + 1, sizeof(*refs));
-    if (!items || !refs)
+    uint32_t *known KVD_FREE = calloc((size_t)n * KVD_MAX_PLANES + 1, sizeof(*known));
+    if (!items || !refs || !known)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     for (uint32_t i = 0; i < n; i++) {
         const struct direct_slot *s = &d->slots[list[i]];
+        uint32_t *others = known + (size_t)i * KVD_MAX_PLANES;
         kvd__v1__map_item__init(&items[i]);
         items[i].sequence = s->sequence;
         // The last page may have been copied before it was written.
-        items[i].codec_from = s->next.n_codec ? s->next.n_codec - 1 : 0;
+        for (uint32_t p = 0; p < d->n_planes; p++) {
+            uint32_t pages = s->next.planes[p].n_codec;
+            *(p ? &others[p - 1] : &items[i].codec_from) = pages ? pages - 1 : 0;
+        }
+        items[i].n_other_codec_from = d->n_planes - 1;
+        items[i].other_codec_from = others;
         refs[i] = &items[i];
     }
     req.n_items = n;
@@ -199,18 +246,18 @@ int kvd_direct_map(struct kvd_direct *d, const uint32_t *list, uint32_t n, uint6
     return rc;
 }
 
-int kvd_direct_load_rotations(struct kvd_direct *d, struct kvd_error *err)
+static int load_rotation(struct kvd_direct *d, struct direct_plane *plane, struct kvd_error *err)
 {
-    const struct kvd_plane *g = &d->plane;
+    const struct kvd_plane *g = &plane->shape;
     struct kvd_rotation_data data = {
         .n_layers = 1, .heads = 1, .dim_k = g->head_dim_k, .dim_v = g->head_dim_v};
     const struct kvd_fd_rotations *head = MAP_FAILED;
     struct stat st = {0};
-    if (d->plane.codec != KVD_CODEC_BF16) {
-        if (d->rotations_fd < 0 || fstat(d->rotations_fd, &st) ||
+    if (g->codec != KVD_CODEC_BF16) {
+        if (plane->rotation_fd < 0 || fstat(plane->rotation_fd, &st) ||
             (size_t)st.st_size < sizeof(*head))
             return kvd_fail(err, KVD_E_INTERNAL, "kvd sent no rotation set");
-        head = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, d->rotations_fd, 0);
+        head = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, plane->rotation_fd, 0);
         if (head == MAP_FAILED)
             return kvd_fail(err, KVD_E_INTERNAL, "cannot map the rotation set: %s",
                             strerror(errno));
@@ -229,8 +276,16 @@ int kvd_direct_load_rotations(struct kvd_direct *d, struct kvd_error *err)
         data.k = k ? (const float *)(head + 1) : NULL;
         data.v = v ? (const float *)(head + 1) + k : NULL;
     }
-    d->rotation = d->backend->ops->rotation_new(d->backend, &data, err);
+    plane->rotation = d->backend->ops->rotation_new(d->backend, &data, err);
     if (head != MAP_FAILED)
         munmap((void *)head, (size_t)st.st_size);
-    return d->rotation ? KVD_OK : err->code;
+    return plane->rotation ? KVD_OK : err->code;
+}
+
+int kvd_direct_load_rotations(struct kvd_direct *d, struct kvd_error *err)
+{
+    int rc = KVD_OK;
+    for (uint32_t p = 0; p < d->n_planes && rc == KVD_OK; p++)
+        rc = load_rotation(d, &d->planes[p], err);
+    return rc;
 }

@@ -18,6 +18,7 @@ static const struct {
     {&kvd__v1__attend_request__descriptor, "items", KVD_MAX_CALL_ITEMS},
     {&kvd__v1__step_request__descriptor, "items", KVD_MAX_CALL_ITEMS},
     {&kvd__v1__map_sequences_request__descriptor, "items", KVD_MAX_CALL_ITEMS},
+    {&kvd__v1__map_item__descriptor, "other_codec_from", KVD_MAX_PLANES - 1},
 };
 
 static size_t most_of(const ProtobufCMessageDescriptor *message, const char *field)

@@ -8,28 +8,26 @@
 
 enum { MAX_PAGES = 4 << 20 }; // in one reply
 
-// Lends the session all extents that hold the item's pages.
-static int lend_pages(struct kvd_daemon *d, struct kvd_session *s, const struct kvd_work_item *item,
+// Lends the session all extents that hold a plane's pages.
+static int lend_plane(struct kvd_daemon *d, struct kvd_session *s, const struct kvd_view *v,
                       struct kvd_error *err)
 {
-    const struct kvd_view *v = item->views;
     int rc = KVD_OK;
     for (uint32_t i = 0; i < v->n_bf16 + v->n_codec && rc == KVD_OK; i++)
-        if (v->pages[i] && (i < v->n_bf16 || i - v->n_bf16 >= item->position))
+        if (v->pages[i] && (i < v->n_bf16 || i - v->n_bf16 >= v->codec_from))
             rc = kvd_memory_lend(d, s, v->pages[i], err);
     return rc;
 }
 
-static void fill(struct kvd_daemon *d, const struct kvd_work_item *item, uint32_t *numbers,
-                 Kvd__V1__SequencePages *out)
+static void tell_plane(struct kvd_daemon *d, const struct kvd_view *v, uint32_t *numbers,
+                       Kvd__V1__SequencePages *out)
 {
-    const struct kvd_view *v = item->views;
-    uint32_t from = (uint32_t)KVD_MIN(item->position, (uint64_t)v->n_codec);
+    uint32_t from = KVD_MIN(v->codec_from, v->n_codec);
     kvd__v1__sequence_pages__init(out);
     for (uint32_t i = 0; i < v->n_bf16 + v->n_codec; i++)
         numbers[i] = kvd_memory_page_number(d, v->pages[i]);
-    out->length = v->length;
     out->hist_end = v->reach.hist_end;
+    out->first = v->reach.first;
     out->n_bf16_pages = v->n_bf16;
     out->bf16_pages = numbers;
     out->codec_from = from;
@@ -37,13 +35,36 @@ static void fill(struct kvd_daemon *d, const struct kvd_work_item *item, uint32_
     out->codec_pages = numbers + v->n_bf16 + from;
 }
 
+// Its sequences in the reply: a message for each plane, of which the first holds the others.
+static void tell_items(struct kvd_daemon *d, const struct kvd_work *w, uint32_t *numbers,
+                       Kvd__V1__SequencePages *list, Kvd__V1__SequencePages **refs)
+{
+    uint32_t planes = w->shape->n_planes;
+    for (uint32_t i = 0; i < w->n_items * planes; i++) {
+        tell_plane(d, &w->views[i], numbers, &list[i]);
+        numbers += w->views[i].n_bf16 + w->views[i].n_codec;
+    }
+    // Where the first planes' are, and behind them the others.
+    for (uint32_t i = 0; i < w->n_items; i++) {
+        Kvd__V1__SequencePages *first = &list[(size_t)i * planes];
+        Kvd__V1__SequencePages **others = refs + w->n_items + (size_t)i * (planes - 1);
+        refs[i] = first;
+        first->length = w->items[i].views->length;
+        first->n_others = planes - 1;
+        first->others = others;
+        for (uint32_t p = 1; p < planes; p++)
+            others[p - 1] = &first[p];
+    }
+}
+
 static int lend_and_tell(struct kvd_daemon *d, struct kvd_work *w, struct kvd_session *s,
                          bool again, struct kvd_error *err)
 {
     Kvd__V1__MapSequencesReply r = KVD__V1__MAP_SEQUENCES_REPLY__INIT;
-    uint64_t pages = 0, at = 0;
-    for (uint32_t i = 0; i < w->n_items; i++)
-        pages += w->items[i].views->n_bf16 + w->items[i].views->n_codec;
+    uint64_t pages = 0;
+    uint32_t n_views = w->n_items * w->shape->n_planes;
+    for (uint32_t i = 0; i < n_views; i++)
+        pages += w->views[i].n_bf16 + w->views[i].n_codec;
     if (pages > MAX_PAGES)
         return kvd_fail(err, KVD_E_LIMIT,
                         "%" PRIu64 " pages in one reply, %d are possible; ask for fewer "
@@ -52,20 +73,16 @@ static int lend_and_tell(struct kvd_daemon *d, struct kvd_work *w, struct kvd_se
     if (again)
         kvd_memory_forget(d, s);
     int rc = kvd_memory_lend_rotations(d, s, err);
-    for (uint32_t i = 0; i < w->n_items && rc == KVD_OK; i++)
-        rc = lend_pages(d, s, &w->items[i], err);
+    for (uint32_t i = 0; i < n_views && rc == KVD_OK; i++)
+        rc = lend_plane(d, s, &w->views[i], err);
     if (rc && rc != KVD_E_LIMIT)
         return rc;
-    Kvd__V1__SequencePages *list KVD_FREE = calloc(w->n_items + 1, sizeof(*list));
-    Kvd__V1__SequencePages **refs KVD_FREE = calloc(w->n_items + 1, sizeof(*refs));
+    Kvd__V1__SequencePages *list KVD_FREE = calloc(n_views + 1, sizeof(*list));
+    Kvd__V1__SequencePages **refs KVD_FREE = calloc(n_views + 1, sizeof(*refs));
     uint32_t *numbers KVD_FREE = calloc(pages + 1, sizeof(*numbers));
     if (!list || !refs || !numbers)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    for (uint32_t i = 0; i < w->n_items; i++) {
-        fill(d, &w->items[i], numbers + at, &list[i]);
-        at += w->items[i].views->n_bf16 + w->items[i].views->n_codec;
-        refs[i] = &list[i];
-    }
+    tell_items(d, w, numbers, list, refs);
     r.more = rc == KVD_E_LIMIT;
     r.n_sequences = r.more ? 0 : w->n_items;
     r.sequences = refs;
@@ -75,26 +92,39 @@ static int lend_and_tell(struct kvd_daemon *d, struct kvd_work *w, struct kvd_se
     return KVD_OK;
 }
 
+// What the worker knows already, by plane.
+static int take_known(const struct kvd_work *w, const Kvd__V1__MapItem *from, struct kvd_view *to,
+                      struct kvd_error *err)
+{
+    uint32_t others = w->shape->n_planes - 1;
+    if (from->n_other_codec_from > others)
+        return kvd_fail(
+            err, KVD_E_INVALID,
+            "other_codec_from has %zu numbers, the layout has %u planes after the first",
+            from->n_other_codec_from, others);
+    to[0].codec_from = from->codec_from;
+    for (size_t p = 0; p < from->n_other_codec_from; p++)
+        to[p + 1].codec_from = from->other_codec_from[p];
+    return KVD_OK;
+}
+
 static int check(struct kvd_work *w, struct kvd_session *s, const void *request,
                  struct kvd_error *err)
 {
     const Kvd__V1__MapSequencesRequest *req = request;
-    if (w->shape->n_planes > 1)
-        return kvd_fail(err, KVD_E_UNSUPPORTED,
-                        "this session's layout has %u planes; pages are mapped of layouts of one",
-                        w->shape->n_planes);
-    w->planes = 1;
+    w->planes = (1u << w->shape->n_planes) - 1;
     if (!s->connection)
         return kvd_fail(err, KVD_E_PRECONDITION,
                         "a leased session cannot map pages; connect to the fd socket and open the "
                         "session with its ticket");
     for (uint32_t i = 0; i < w->n_items; i++) {
         w->items[i].seq = req->items[i]->sequence;
-        w->items[i].position = req->items[i]->codec_from;
         if (!kvd_session_holds(s, w->items[i].seq))
             return kvd_fail(err, KVD_E_NOT_FOUND,
                             "items[%u]: this session holds no sequence %" PRIu64, i,
                             w->items[i].seq);
+        if (take_known(w, req->items[i], w->items[i].views, err))
+            return kvd_fail_in(err, "items[%u]", i);
     }
     return KVD_OK;
 }
@@ -110,8 +140,10 @@ static int note_item(struct kvd_daemon *d, const struct kvd_work *w, struct kvd_
                         "an append has filled %u layers of sequence %" PRIu64
                         "; finish it or truncate to %" PRIu64 " first",
                         info.pending_layers, item->seq, info.length);
-    item->views->length = info.length;
-    item->views->reach = info.reach[0];
+    for (uint32_t p = 0; p < w->shape->n_planes; p++) {
+        item->views[p].length = info.length;
+        item->views[p].reach = info.reach[p];
+    }
     return kvd_op_note_pages(d, w, item, err);
 }
 

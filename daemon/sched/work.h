@@ -40,6 +40,7 @@ struct kvd_view {
     uint32_t new_tokens; // that are not stored: they come from the worker's memory
     uint64_t *pages;     // bf16 pages, then codec pages; NULL: the call has no layer of the plane
     uint32_t n_bf16, n_codec;
+    uint32_t codec_from; // MapSequences: the worker knows the codec pages before this one
 };
 
 // Consecutive layers of a call that are of one plane.

@@ -263,25 +263,37 @@ void kvd_memory_forget(struct kvd_daemon *d, struct kvd_session *s)
 {
     if (s->extents)
         memset(s->extents, 0, d->memory->arena->count * sizeof(*s->extents));
-    s->rotations_sent = false;
+    s->rotations_sent = 0;
+}
+
+static int lend_rotations(struct kvd_daemon *d, struct kvd_session *s, uint32_t plane,
+                          struct kvd_error *err)
+{
+    int fd = d->rotation_fds[s->layout][plane];
+    if (fd < 0)
+        return kvd_fail(err, KVD_E_INTERNAL, "there was no memory to share the rotation set");
+    struct kvd_fd_grant grant = {.magic = KVD_FD_MAGIC,
+                                 .version = KVD_FD_VERSION,
+                                 .kind = KVD_FD_ROTATIONS,
+                                 .extent = plane};
+    struct stat st;
+    if (fstat(fd, &st) == 0)
+        grant.bytes = (uint64_t)st.st_size;
+    return kvd_connection_send(s->connection, &grant, fd, err);
 }
 
 int kvd_memory_lend_rotations(struct kvd_daemon *d, struct kvd_session *s, struct kvd_error *err)
 {
-    int fd = d->rotation_fds[s->layout][0];
-    if (s->rotations_sent ||
-        kvd_pool_layout_get(d->pool, s->layout)->planes[0].codec == KVD_CODEC_BF16)
-        return KVD_OK;
-    if (fd < 0)
-        return kvd_fail(err, KVD_E_INTERNAL, "there was no memory to share the rotation set");
-    struct kvd_fd_grant grant = {
-        .magic = KVD_FD_MAGIC, .version = KVD_FD_VERSION, .kind = KVD_FD_ROTATIONS};
-    struct stat st;
-    if (fstat(fd, &st) == 0)
-        grant.bytes = (uint64_t)st.st_size;
-    int rc = kvd_connection_send(s->connection, &grant, fd, err);
-    s->rotations_sent = rc == KVD_OK;
-    return rc;
+    const struct kvd_layout *l = kvd_pool_layout_get(d->pool, s->layout);
+    for (uint32_t p = 0; p < l->n_planes; p++) {
+        if (s->rotations_sent >> p & 1 || l->planes[p].codec == KVD_CODEC_BF16)
+            continue;
+        int rc = lend_rotations(d, s, p, err);
+        if (rc)
+            return rc;
+        s->rotations_sent |= 1u << p;
+    }
+    return KVD_OK;
 }
 
 uint32_t kvd_memory_page_number(const struct kvd_daemon *d, uint64_t addr)

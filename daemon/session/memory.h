@@ -14,7 +14,7 @@ int kvd_memory_lend(struct kvd_daemon *d, struct kvd_session *s, uint64_t addr,
                     struct kvd_error *err);
 // Forgets what the session was lent.
 void kvd_memory_forget(struct kvd_daemon *d, struct kvd_session *s);
-// Lends it its rotation set.
+// Lends it what each plane is rotated by, unless it has it. KVD_E_LIMIT: the fd socket is full.
 int kvd_memory_lend_rotations(struct kvd_daemon *d, struct kvd_session *s, struct kvd_error *err);
 // Page number on the wire of an address; 0 has UINT32_MAX.
 uint32_t kvd_memory_page_number(const struct kvd_daemon *d, uint64_t addr);

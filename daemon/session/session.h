@@ -50,7 +50,7 @@ struct kvd_session {
     uint64_t buffer_bytes;
     float *sinks;      // for each layer of the layout, one for each of its q heads; NULL: none
     uint32_t *extents; // per extent: the version that was sent over the fd socket; NULL: none yet
-    bool rotations_sent;
+    uint32_t rotations_sent; // planes, one bit each
     struct kvd_replay replays[KVD_REPLAY_SLOTS];
     uint32_t next_replay;
     size_t replay_bytes;

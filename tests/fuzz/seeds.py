@@ -133,7 +133,7 @@ requests = [
     kv.StepRequest(items=[kv.StepItem(sequence=5, position=6, tokens=7, k=ref, v=ref, q=ref, o=ref, lse=ref)] * 2, params=params, **both),
     kv.RotateRequest(session=session, which=1, inverse=True, layer_begin=1, layer_count=1, rows=2, heads=3, x=ref, y=ref),
     kv.ReadTokensRequest(session=session, sequence=5, begin=1, tokens=2, layer_begin=1, layer_count=1, k=ref, v=ref),
-    kv.MapSequencesRequest(session=session, items=[kv.MapItem(sequence=1, codec_from=2)], again=True),
+    kv.MapSequencesRequest(session=session, items=[kv.MapItem(sequence=1, codec_from=2, other_codec_from=[1])], again=True),
     kv.WatchRequest(session=session), admin.PingRequest(payload=b"x" * 20),
     admin.ListSequencesRequest(namespace_name="n", limit=4), admin.SetQuotaRequest(namespace_name="n", quota_bytes=1),
     admin.EvictRequest(namespace_name="n", name="x", bytes=1), admin.DrainRequest(timeout_ms=1),

@@ -546,8 +546,8 @@ typedef struct kvd_direct_options {
  * @param options what it is to be
  * @param[out] out to be closed by kvd_direct_close, before the client
  * @param[out] err says why it failed; may be NULL
- * @retval KVD_ERR_INVALID an option is out of range, kvd is not at a unix: address, or it runs on a
- * GPU and libkvd has no CUDA
+ * @retval KVD_ERR_INVALID an option is out of range, kvd is not at a unix: address, it runs on a
+ * GPU and libkvd has no CUDA, or on a GPU the layers have different windows
  * @retval KVD_ERR_PRECONDITION the client has one already
  * @retval KVD_ERR_EXHAUSTED the GPU has no memory for it */
 KVD_API kvd_result kvd_direct_open(kvd_client *client, const kvd_direct_options *options,
