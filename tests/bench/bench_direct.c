@@ -245,14 +245,15 @@ static uint64_t *copy_pages(const uint64_t *table, uint64_t entries, uint64_t pa
 
 static struct local_step make_local(const kvd_direct *d, struct tensors t, uint64_t *bytes)
 {
-    const struct kvd_plane *g = &d->plane;
+    const struct direct_plane *plane = &d->planes[0];
+    const struct kvd_plane *g = &plane->shape;
     uint32_t n = d->options.slots, *lengths = make(3 * n * sizeof(*lengths));
     struct cudaDeviceProp prop;
     uint64_t sum = 0;
     TRY(cudaMemcpy(lengths, d->length, 3 * n * sizeof(*lengths), cudaMemcpyDefault));
     TRY(cudaGetDeviceProperties(&prop, 0));
     for (uint32_t i = 0; i < n; i++)
-        sum += d->hist_end[i] - g->sink;
+        sum += plane->hist_end[i] - g->sink;
     struct kvd_cuda_tail tail = {.tokens = lengths + 2 * n, .ring = KVD_DIRECT_RING};
     struct local_step s = {
         .t = t,
@@ -268,17 +269,17 @@ static struct local_step make_local(const kvd_direct *d, struct tensors t, uint6
                    .ring = kvd_plane_ring(g),
                    .scale = 1 / sqrtf(DIM),
                    .pages = {.codec =
-                                 copy_pages(d->codec, (uint64_t)n * d->codec_stride,
+                                 copy_pages(plane->codec, (uint64_t)n * plane->codec_stride,
                                             kvd_round_up(kvd_page_bytes(g, g->codec), 4096), bytes),
-                             .bf16 = copy_pages(d->bf16, (uint64_t)n * d->bf16_stride,
+                             .bf16 = copy_pages(plane->bf16, (uint64_t)n * plane->bf16_stride,
                                                 kvd_page_bytes(g, KVD_CODEC_BF16), bytes),
-                             .codec_stride = d->codec_stride,
-                             .bf16_stride = d->bf16_stride,
+                             .codec_stride = plane->codec_stride,
+                             .bf16_stride = plane->bf16_stride,
                              .length = lengths,
                              .hist_end = lengths + n},
                    .tail = tail,
                    .settled = true,
-                   .rotation = d->rotation->device},
+                   .rotation = plane->rotation->device},
         .store = {.sequences = n,
                   .kv_heads = KV,
                   .dim_k = DIM,
@@ -287,8 +288,8 @@ static struct local_step make_local(const kvd_direct *d, struct tensors t, uint6
                   .length = lengths,
                   .tail = tail}};
     s.tail = make(2 * LAYERS * s.tail_layer);
-    kvd_cuda_attend_plan(&s.attend, sum, d->hist_end[0] - g->sink,
-                         d->length[0] + d->tail_tokens[0] - (d->hist_end[0] - g->sink),
+    kvd_cuda_attend_plan(&s.attend, sum, plane->hist_end[0] - g->sink,
+                         d->length[0] + d->tail_tokens[0] - (plane->hist_end[0] - g->sink),
                          (uint32_t)prop.multiProcessorCount);
     s.attend.scratch = make(kvd_cuda_attend_scratch(&s.attend));
     return s;

@@ -183,7 +183,7 @@ static void child_replaying(void)
 static void child_writing(void)
 {
     kvd_direct *d = bound_direct();
-    uint64_t page = d->next_bf16[0];
+    uint64_t page = d->planes[0].next_bf16[0];
     int rc = cudaMemset((void *)(uintptr_t)page, 0xff, 4096);
     if (rc == 0)
         rc = cudaDeviceSynchronize();
