@@ -3,8 +3,8 @@
 // usage: kvd-keeper KVD [ARGUMENT...], which is what `kvd --keep` becomes without systemd. It knows
 // nothing of what it holds: descriptors by name (core/keeper.h). SIGTERM and SIGINT are passed on
 // and end it too; SIGHUP is passed on. When kvd ends by itself, by a signal or with any code, it is
-// started again, at once if it had served, else with growing delays; only a first kvd that never
-// served is not. kvd does not outlive it.
+// started again: at once if it had served, with growing delays if it did not, or ended soon again
+// and again; only a first kvd that never served is not. kvd does not outlive it.
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -18,11 +18,13 @@
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <sysexits.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "daemon/core/keeper.h"
 
-enum { FIRST_DELAY_MS = 50, LAST_DELAY_MS = 5000 };
+// kvd that ends within SOON_MS is started at once no more than SOON_ENDS times in a row.
+enum { FIRST_DELAY_MS = 50, LAST_DELAY_MS = 5000, SOON_MS = 1000, SOON_ENDS = 30 };
 
 struct held {
     char name[sizeof(((struct kvd_keeper_message *)0)->name)];
@@ -234,6 +236,13 @@ static void pause_for(struct keeper *k, int ms)
         on_signal(k);
 }
 
+static uint64_t now_ms(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
 static int code_of(int status)
 {
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
@@ -242,7 +251,7 @@ static int code_of(int status)
 int main(int argc, char **argv)
 {
     struct keeper k = {.command = argv + 1};
-    int delay = FIRST_DELAY_MS;
+    int delay = FIRST_DELAY_MS, soon = 0;
     bool ever = false;
     if (argc < 2) {
         fprintf(stderr, "usage: kvd-keeper KVD [ARGUMENT...]\n");
@@ -257,18 +266,21 @@ int main(int argc, char **argv)
     if (k.signal_fd < 0)
         die("signalfd");
     for (;;) {
+        uint64_t began = now_ms();
         start(&k);
         attend(&k);
         ever |= k.ready;
         if (k.stopping || !ever)
             return code_of(k.status);
-        delay = k.ready ? FIRST_DELAY_MS : delay * 2 > LAST_DELAY_MS ? LAST_DELAY_MS : delay * 2;
+        soon = now_ms() - began < SOON_MS ? soon + 1 : 0;
+        bool at_once = k.ready && soon <= SOON_ENDS;
         fprintf(stderr,
                 "kvd-keeper: kvd ended (%s %d); it is started again, and gets %zu descriptors\n",
                 WIFEXITED(k.status) ? "code" : "signal",
                 WIFEXITED(k.status) ? WEXITSTATUS(k.status) : WTERMSIG(k.status), k.n);
-        if (!k.ready)
+        if (!at_once)
             pause_for(&k, delay);
+        delay = at_once ? FIRST_DELAY_MS : delay * 2 > LAST_DELAY_MS ? LAST_DELAY_MS : delay * 2;
         if (k.stopping)
             return code_of(k.status);
     }

@@ -6,6 +6,7 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 
@@ -248,3 +249,25 @@ def test_kvd_ends_with_its_keeper(start):
     keeper.process.kill()
     assert wait_for(lambda: not os.path.exists(f"/proc/{pid}"))
     keeper.process.wait(10)
+
+
+def test_a_kvd_that_ends_soon_again_and_again_is_not_started_all_the_time(folder):
+    """It serves and ends, each time: some 30 times at once, then with pauses."""
+    starts = folder / "starts"
+    fake = folder / "fake.py"
+    fake.write_text(f"""#!{sys.executable} -S
+import os, socket, struct
+with open({str(starts)!r}, "a") as f:
+    f.write("x")
+keeper = socket.socket(fileno=int(os.environ["KVD_KEEPER"]))
+keeper.send(struct.pack("II32s", 0x50454b4b, 4, b""))
+""")
+    fake.chmod(0o755)
+    keeper = subprocess.Popen([BUILD / "daemon/kvd-keeper", fake], stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: starts.exists() and len(starts.read_text()) > 30, 30)
+        time.sleep(1.5)
+        assert len(starts.read_text()) < 31 + 8  # after 0.05, 0.1, 0.2, 0.4 and 0.8 s
+    finally:
+        keeper.terminate()
+        keeper.wait(10)
