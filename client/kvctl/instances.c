@@ -66,7 +66,7 @@ int kvctl_everywhere(struct kvctl *k)
         fprintf(stderr, "kvctl: no kvd listens under %s\n", kvd_runtime_folder());
         return EXIT_UNREACHABLE;
     }
-    json_t *collected = k->json ? json_object() : NULL;
+    json_t *collected = k->json ? json_array() : NULL;
     for (unsigned i = 0; i < all.n; i++) {
         const char *name = *all.name[i] ? all.name[i] : "default";
         k->address = all.address[i];
@@ -78,7 +78,8 @@ int kvctl_everywhere(struct kvctl *k)
         worst = KVD_MAX(worst, code);
         if (k->json) {
             json_t *reply = json_object_get(k->collected, "reply");
-            json_object_set_new(collected, name, reply ? json_incref(reply) : json_null());
+            json_array_append_new(collected, json_pack("{s:s, s:s, s:O?}", "instance", all.name[i],
+                                                       "address", k->address, "reply", reply));
             json_decref(k->collected);
             k->collected = NULL;
         }

@@ -263,7 +263,15 @@ def test_the_daemon_is_found(start, folder):
         assert run("status", "--instance", "2", env=env).returncode == 3
         assert run("status", "--instance", "1", "--address", one.address, env=env).returncode == 2
         both = json.loads(run("status", "--all", "--json", env=env).stdout)
-        assert {n: s["pid"] for n, s in both.items()} == {"0": one.process.pid, "1": two.process.pid}
+        assert {x["instance"]: x["reply"]["pid"] for x in both} == {"0": one.process.pid, "1": two.process.pid}
+        assert {x["address"] for x in both} == {f"unix:{runtime}/{n}/kvd.sock" for n in "01"}
+        # One that does not answer is told, and the others are shown all the same.
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.bind(f"{runtime}/kvd.sock")
+            silent.listen()
+            r = run("status", "--all", "--json", "--timeout", "1", env=env)
+        assert r.returncode == 1 and {x["instance"]: x["reply"] is None for x in json.loads(r.stdout)} == {"": True, "0": False, "1": False}
+        os.unlink(runtime / "kvd.sock")
         text = run("--all", "pool", env=env).stdout
         assert "== 0: unix:" in text and "== 1: unix:" in text and text.count("extents granted") == 2
         # An address that is named is taken without looking.
