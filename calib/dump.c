@@ -45,6 +45,10 @@ static int add_file(struct kvd_dump *d, const char *path, struct kvd_error *err)
     return KVD_OK;
 }
 
+#define HOW_TO_RECORD                                                                              \
+    "a recording is a safetensors file, or a folder of them: python3 -m kvd.record MODEL makes "   \
+    "one"
+
 static int is_shard(const struct dirent *e)
 {
     size_t n = strlen(e->d_name);
@@ -72,7 +76,8 @@ static int list_files(struct kvd_dump *d, const char *path, struct kvd_error *er
     }
     free(entries);
     if (rc == KVD_OK && n == 0)
-        rc = kvd_fail(err, KVD_E_NOT_FOUND, "%s: there are no *.safetensors files in it", path);
+        rc = kvd_fail(err, KVD_E_NOT_FOUND,
+                      "%s: there are no *.safetensors files in it; " HOW_TO_RECORD, path);
     return rc;
 }
 
@@ -210,6 +215,15 @@ static int add_named(struct kvd_dump *d, uint32_t file, const struct kvd_safeten
                           d->files[file].path);
 }
 
+// A zip file or a pickle, as torch.save writes them. The length of a safetensors file's header may
+// look like a pickle's first bytes; behind it comes a brace.
+static bool is_of_torch(int fd)
+{
+    uint8_t head[9] = {0};
+    return pread(fd, head, sizeof(head), 0) == sizeof(head) && head[8] != '{' &&
+           (memcmp(head, "PK\3\4", 4) == 0 || (head[0] == 0x80 && head[1] >= 2 && head[1] <= 5));
+}
+
 static int scan(struct kvd_dump *d, uint32_t file, struct kvd_error *err)
 {
     struct kvd_dump_file *f = &d->files[file];
@@ -224,6 +238,12 @@ static int scan(struct kvd_dump *d, uint32_t file, struct kvd_error *err)
     f->inode = st.st_ino;
     f->device = st.st_dev;
     f->changed_ns = change_time(&st);
+    if (is_of_torch(fd))
+        return kvd_fail(
+            err, KVD_E_INVALID,
+            "%s: tensors saved by PyTorch do not say which layer and which of q, k and v "
+            "they are; " HOW_TO_RECORD,
+            f->path);
     if (kvd_safetensors_read(f->path, fd, f->size, &t, err))
         return err->code;
     int rc =

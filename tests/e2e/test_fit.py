@@ -1,5 +1,6 @@
 """kvctl calib fit against an independent transcription of the published method in NumPy, in double precision."""
 import json
+import pickle
 import subprocess
 
 import numpy as np
@@ -223,7 +224,9 @@ def test_directions_without_data_get_a_fixed_basis(tmp_path):
     ("truncated", "lies outside the file"),
     ("no_k", "k is missing"),
     ("model", "of model b, but the files before of a"),
-    ("empty", "no *.safetensors files"),
+    ("empty", "no *.safetensors files in it; a recording is a safetensors file"),
+    ("zip", "tensors saved by PyTorch do not say which layer"),
+    ("pickle", "python3 -m kvd.record MODEL makes one"),
     ("heads", "k and v want the same heads"),
     ("integers", "not F16, BF16 or F32"),
     ("overflow", "impossible shape"),
@@ -256,6 +259,10 @@ def test_bad_dumps_make_no_set(tmp_path, change, text):
         write(second, tensors, {"model": "b"})
     elif change == "truncated":
         a.write_bytes(a.read_bytes()[:-100])
+    elif change == "zip":
+        a.write_bytes(b"PK\3\4" + bytes(100))
+    elif change == "pickle":
+        a.write_bytes(pickle.dumps({"k": list(range(100))}, 4))
     elif change == "integers":
         a.write_bytes(a.read_bytes().replace(b'"F32"', b'"I32"'))
     elif change == "overflow":
