@@ -2,8 +2,8 @@
 //
 // Once behind each durable store of random operations, and amid what stands in for the kernels,
 // with a copy of the region that is opened there; and once with a process that is killed at random,
-// whose region the next one goes on with. Then with regions that are damaged. KVD_POOL_OPS sets the
-// number of operations.
+// whose region the next one goes on with. Then with regions that are damaged. KVD_CRASH_OPS sets
+// the number of operations.
 #include "tests/unit/pool_planes.h"
 
 #include <fcntl.h>
@@ -14,7 +14,7 @@
 
 static uint64_t number(uint64_t otherwise)
 {
-    const char *env = getenv("KVD_POOL_OPS");
+    const char *env = getenv("KVD_CRASH_OPS");
     return env ? strtoull(env, NULL, 0) : otherwise;
 }
 
@@ -197,6 +197,7 @@ START_TEST(kill_points)
     printf("%llu kill points, %llu opened\n", (unsigned long long)points,
            (unsigned long long)looks);
     ck_assert(looks > 100 && m->appended && m->evicted);
+    kvd_pool_free(&m->pool);
 }
 END_TEST
 
@@ -298,6 +299,7 @@ START_TEST(killed_processes)
     printf("%llu processes killed, %llu amid an operation\n", (unsigned long long)i,
            (unsigned long long)amid);
     ck_assert(amid > 0 && m->appended > 0);
+    kvd_pool_free(&m->pool);
 }
 END_TEST
 
@@ -382,6 +384,7 @@ START_TEST(damaged_regions)
     printf("%llu damaged regions opened, %llu refused\n", (unsigned long long)opens,
            (unsigned long long)refused);
     ck_assert(opens && refused);
+    kvd_pool_free(&m->pool);
 }
 END_TEST
 
@@ -415,6 +418,7 @@ START_TEST(refusals)
     ck_assert(!kvd_pool_open(copy, &config, &mem, &err));
     ck_assert_int_eq(err.code, KVD_E_PRECONDITION);
     ck_assert(strstr(err.text, "40 sequences"));
+    kvd_pool_free(&m->pool);
 }
 END_TEST
 
