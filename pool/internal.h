@@ -29,7 +29,7 @@ enum {
 // A namespace goes, and its slot can be another's, when nothing is left that would need it.
 struct region_namespace {
     char name[KVD_MAX_NAMESPACE + 1]; // "": free
-    bool kept;                        // stays though it is empty
+    uint8_t kept;                     // stays though it is empty
     uint32_t holders;                 // whoever asked for it
     uint64_t quota;
     // -- derived
@@ -62,7 +62,7 @@ struct region_extent {
     uint64_t addr;  // 0: not allocated yet; else known anew in each process
     uint32_t slab;  // KVD_POOL_NONE: free
     uint32_t owner; // namespace whose data it may hold; KVD_POOL_NONE: reads as zero
-    bool aside;     // free, and being made ahead of need
+    uint8_t aside;  // free, and being made ahead of need
     // -- derived
     uint32_t used;
     uint32_t carved;     // slots handed out at least once
@@ -111,7 +111,8 @@ struct region_seq {
     uint32_t generation; // odd while in use
     uint32_t ns, layout;
     uint32_t holders, pins;
-    bool doomed; // freed by its last holder while pinned
+    uint8_t doomed; // freed by its last holder while pinned; not bool, as a damaged region may have
+                    // any byte
     // Where it is, up to `last`: changes as one.
     uint64_t length, pending_length;
     uint32_t pending_layers;
@@ -123,7 +124,7 @@ struct region_seq {
     struct region_table undo[KVD_MAX_PLANES][KVD_POOL_KINDS];
     char name[KVD_MAX_NAME + 1];
     // -- derived
-    bool listed;                 // on the LRU list
+    uint8_t listed;              // on the LRU list
     uint64_t lru_stamp;          // when it became evictable, or was last looked up since
     uint32_t lru_prev, lru_next; // lru_next also links the free list
     uint32_t name_next;

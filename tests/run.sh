@@ -183,7 +183,7 @@ if [ -z "${QUICK:-}" ]; then
     say "AddressSanitizer and UndefinedBehaviorSanitizer"
     export ASAN_OPTIONS=detect_leaks=1:abort_on_error=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
     export LSAN_OPTIONS=suppressions=$PWD/tests/lsan.supp:print_suppressions=0
-    targets="daemon/kvd client/kvctl client/kvctl-calib client/kvd-demo tests/e2e_worker tests/e2e_direct tests/e2e_client"
+    targets="daemon/kvd daemon/kvd-keeper client/kvctl client/kvctl-calib client/kvd-demo tests/e2e_worker tests/e2e_direct tests/e2e_client"
     if make_build "$build-asan" "$targets ${units[*]/#/tests/} ${fuzzers[*]/#/tests/fuzz/corpus_}" -Dcuda=disabled -Db_sanitize=address,undefined -Db_lundef=false -Dbuildtype=debugoptimized >"$logs/build" 2>&1; then
         KVD_POOL_OPS=30000 KVD_TEST_SHARE=6 suites ", asan" "${units[@]/#/$build-asan/tests/}"
         corpora ", asan" "$build-asan"

@@ -186,7 +186,9 @@ START_TEST(kill_points)
     struct model *m = durable_model("kill_points");
     m->storing = storing;
     kvd_pool_kill_point = look;
-    for (uint64_t i = 0, n = number(400); i < n; i++) {
+    uint64_t n = number(400);
+    for (uint64_t i = 0; i < n || ((looks <= 100 || !m->appended || !m->evicted) && i < 20 * n);
+         i++) {
         looked_at = m;
         model_step(m);
         m->doing.slot = -1;
