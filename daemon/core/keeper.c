@@ -248,6 +248,12 @@ static int code_of(int status)
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
+static int end(struct keeper *k)
+{
+    free(k->held); // the descriptors go with the process
+    return code_of(k->status);
+}
+
 int main(int argc, char **argv)
 {
     struct keeper k = {.command = argv + 1};
@@ -271,7 +277,7 @@ int main(int argc, char **argv)
         attend(&k);
         ever |= k.ready;
         if (k.stopping || !ever)
-            return code_of(k.status);
+            return end(&k);
         soon = now_ms() - began < SOON_MS ? soon + 1 : 0;
         bool at_once = k.ready && soon <= SOON_ENDS;
         fprintf(stderr,
@@ -282,6 +288,6 @@ int main(int argc, char **argv)
             pause_for(&k, delay);
         delay = at_once ? FIRST_DELAY_MS : delay * 2 > LAST_DELAY_MS ? LAST_DELAY_MS : delay * 2;
         if (k.stopping)
-            return code_of(k.status);
+            return end(&k);
     }
 }
