@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import kvd as package
-from conftest import kv
+from conftest import BUILD, kv
 from scenario_direct import aligned
 from test_direct import EXTENT, NO_PAGE, ROTATIONS, Raw, wants_memfds
 from test_grpc import append, code_of, random_kv
@@ -89,6 +89,7 @@ def decode(rng, direct, slots, n, count, exact):
             s.add([x[:, :keep[at]] for x in mine])
 
 
+@pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
 @pytest.mark.parametrize("codec,window,seed", [("bf16", 30, 1), ("bf16", 300, 2), ("int2", 100, 3), ("turboquant-3", 150, 4)])
 def test_steps_agree_with_the_daemon_and_float64(kvd, codec, window, seed):
     rng = np.random.default_rng(seed)
