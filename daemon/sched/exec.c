@@ -50,10 +50,11 @@ static void run_slice(struct kvd_daemon *d, struct kvd_exec *x, struct kvd_job *
     x->running = job;
     note_contention(x);
     uint64_t begin = x->begun_ns = x->charged_ns = uv_hrtime();
+    atomic_store(&job->until_ns,
+                 begin + KVD_SLICE_NS); // under the lock: whoever comes may shorten it
     uv_mutex_unlock(&x->lock);
     if (!job->started_ns)
         job->started_ns = begin;
-    atomic_store(&job->until_ns, begin + KVD_SLICE_NS);
     bool more = job->run(d, job);
     uint64_t end = uv_hrtime();
     job->ran_ns += end - begin;
