@@ -139,6 +139,8 @@ int kvd_client_set_layout(kvd_client *c, const kvd_options *o, struct kvd_error 
     to->windows = o->sink || o->recent || o->no_windows ? &c->windows : NULL;
     if (o->planes) {
         rc = take_planes(c, o, &n_layers, err);
+        if (rc)
+            return rc;
         merge_planes(c, n_layers);
     } else {
         memcpy(c->layers, o->layers, n_layers * sizeof(*c->layers));
