@@ -1,5 +1,6 @@
 // The CUDA backend on a GPU, against float64 over the pages it wrote and against the CPU backend.
-// usage: test_cuda [quick]. Needs no library but CUDA; built by tests/gpu/run.sh.
+// usage: test_cuda [quick|brief]. Needs no library but CUDA; built by tests/gpu/run.sh, and for an
+// emulated GPU by tests/emulator.
 #include <cuda_runtime_api.h>
 #include <errno.h>
 #include <unistd.h>
