@@ -2,7 +2,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <sys/socket.h>
 
 #include "daemon/core/keeper.h"
 #include "daemon/core/log.h"
@@ -73,25 +72,7 @@ bool kvd_keep_on(const struct kvd_daemon *d)
 
 static void tell_keeper(struct kvd_keep *k, enum kvd_keeper_op op, const char *name, int fd)
 {
-    struct kvd_keeper_message m = {.magic = KVD_KEEPER_MAGIC, .op = op};
-    struct iovec part = {&m, sizeof(m)};
-    union {
-        struct cmsghdr head;
-        char bytes[CMSG_SPACE(sizeof(int))];
-    } control = {.head = {.cmsg_len = CMSG_LEN(sizeof(int)),
-                          .cmsg_level = SOL_SOCKET,
-                          .cmsg_type = SCM_RIGHTS}};
-    struct msghdr h = {.msg_iov = &part, .msg_iovlen = 1};
-    ssize_t n;
-    snprintf(m.name, sizeof(m.name), "%s", name);
-    if (fd >= 0) {
-        memcpy(CMSG_DATA(&control.head), &fd, sizeof(fd));
-        h.msg_control = &control;
-        h.msg_controllen = sizeof(control.bytes);
-    }
-    while ((n = sendmsg(k->keeper, &h, MSG_NOSIGNAL)) < 0 && errno == EINTR)
-        ;
-    if (n < 0)
+    if (!kvd_keeper_send(k->keeper, op, name, fd))
         kvd_error("kvd-keeper cannot be told of %s: %s; it will not outlive this process", name,
                   strerror(errno));
 }
@@ -182,40 +163,18 @@ void kvd_keep_drop_rest(struct kvd_daemon *d)
     }
 }
 
-// One message; *fd is what came with it, or -1.
-static ssize_t receive(int from, struct kvd_keeper_message *m, int *fd)
-{
-    struct iovec part = {m, sizeof(*m)};
-    union {
-        struct cmsghdr head;
-        char bytes[CMSG_SPACE(sizeof(int))];
-    } control;
-    struct msghdr h = {.msg_iov = &part,
-                       .msg_iovlen = 1,
-                       .msg_control = &control,
-                       .msg_controllen = sizeof(control)};
-    ssize_t n;
-    *fd = -1;
-    while ((n = recvmsg(from, &h, MSG_CMSG_CLOEXEC)) < 0 && errno == EINTR)
-        ;
-    struct cmsghdr *c = n > 0 ? CMSG_FIRSTHDR(&h) : NULL;
-    if (c && c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS)
-        memcpy(fd, CMSG_DATA(c), sizeof(*fd));
-    return n;
-}
-
 static int ask_keeper(struct kvd_keep *k, struct kvd_error *err)
 {
     for (;;) {
         struct kvd_keeper_message m;
         int fd;
-        if (receive(k->keeper, &m, &fd) != sizeof(m) || m.magic != KVD_KEEPER_MAGIC ||
+        if (kvd_keeper_receive(k->keeper, 0, &m, &fd) != sizeof(m) ||
+            (m.op != KVD_KEEPER_HELD && m.op != KVD_KEEPER_END) ||
             (m.op == KVD_KEEPER_HELD && fd < 0))
             return kvd_fail(err, KVD_E_INTERNAL, "kvd-keeper does not tell what it holds: %s",
                             strerror(errno));
-        if (m.op != KVD_KEEPER_HELD)
+        if (m.op == KVD_KEEPER_END)
             return KVD_OK;
-        m.name[sizeof(m.name) - 1] = '\0';
         if (add(k, m.name, fd, err))
             return KVD_E_INTERNAL;
     }

@@ -92,51 +92,15 @@ static void drop(struct keeper *k, const char *name)
 
 // -- messages -----------------------------------------------------------------------------------
 
-union control {
-    struct cmsghdr head;
-    char bytes[CMSG_SPACE(sizeof(int))];
-};
-
-// False: kvd is gone.
-static bool send_held(const struct keeper *k, enum kvd_keeper_op op, const char *name, int fd)
-{
-    struct kvd_keeper_message m = {.magic = KVD_KEEPER_MAGIC, .op = op};
-    struct iovec part = {&m, sizeof(m)};
-    union control control = {.head = {.cmsg_len = CMSG_LEN(sizeof(int)),
-                                      .cmsg_level = SOL_SOCKET,
-                                      .cmsg_type = SCM_RIGHTS}};
-    struct msghdr h = {.msg_iov = &part, .msg_iovlen = 1};
-    ssize_t n;
-    snprintf(m.name, sizeof(m.name), "%s", name);
-    if (fd >= 0) {
-        memcpy(CMSG_DATA(&control.head), &fd, sizeof(fd));
-        h.msg_control = &control;
-        h.msg_controllen = sizeof(control.bytes);
-    }
-    while ((n = sendmsg(k->socket, &h, MSG_NOSIGNAL)) < 0 && errno == EINTR)
-        ;
-    return n == (ssize_t)sizeof(m);
-}
-
 // False: there is no more for now, or ever.
 static bool receive(struct keeper *k)
 {
     struct kvd_keeper_message m;
-    struct iovec part = {&m, sizeof(m)};
-    union control control;
-    struct msghdr h = {.msg_iov = &part,
-                       .msg_iovlen = 1,
-                       .msg_control = &control,
-                       .msg_controllen = sizeof(control)};
-    int fd = -1;
-    ssize_t n = recvmsg(k->socket, &h, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+    int fd;
+    ssize_t n = kvd_keeper_receive(k->socket, MSG_DONTWAIT, &m, &fd);
     if (n <= 0)
-        return n < 0 && errno == EINTR;
-    struct cmsghdr *c = CMSG_FIRSTHDR(&h);
-    if (c && c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS)
-        memcpy(&fd, CMSG_DATA(c), sizeof(fd));
-    m.name[sizeof(m.name) - 1] = '\0';
-    bool whole = n == (ssize_t)sizeof(m) && m.magic == KVD_KEEPER_MAGIC;
+        return false;
+    bool whole = n == (ssize_t)sizeof(m);
     if (whole && m.op == KVD_KEEPER_PUT && fd >= 0) {
         put(k, m.name, fd);
         return true;
@@ -181,9 +145,9 @@ static void start(struct keeper *k)
     k->socket = pair[0];
     bool there = true;
     for (size_t i = 0; i < k->n && there; i++)
-        there = send_held(k, KVD_KEEPER_HELD, k->held[i].name, k->held[i].fd);
+        there = kvd_keeper_send(k->socket, KVD_KEEPER_HELD, k->held[i].name, k->held[i].fd);
     if (there)
-        send_held(k, KVD_KEEPER_END, "", -1);
+        kvd_keeper_send(k->socket, KVD_KEEPER_END, "", -1);
 }
 
 static void on_signal(struct keeper *k)
