@@ -23,29 +23,6 @@ struct expected {
     struct spans *spans;
 };
 
-struct extent {
-    uint64_t stride, n;
-};
-
-static int by_stride(const void *a, const void *b)
-{
-    const struct extent *x = a, *y = b;
-    return x->stride < y->stride ? -1 : x->stride > y->stride;
-}
-
-// Whether elements that are written share memory, unless strides nest one inside the other.
-static bool overlaps(struct extent dims[3], uint64_t row)
-{
-    uint64_t span = row;
-    qsort(dims, 3, sizeof(*dims), by_stride);
-    for (int i = 0; i < 3; i++) {
-        if (dims[i].n > 1 && dims[i].stride < span)
-            return true;
-        span += dims[i].stride * (dims[i].n - 1);
-    }
-    return false;
-}
-
 static int check_dtype(const kvd_tensor_ref *t, const struct expected *x, struct kvd_error *err)
 {
     if (t->dtype != KVD_BF16 && t->dtype != KVD_F32)
@@ -73,10 +50,16 @@ static int check_tensor(const kvd_client *c, const kvd_tensor_ref *t, const stru
     token = t->token_stride ? t->token_stride : token;
     over |= __builtin_mul_overflow(token, x->tokens, &layer);
     layer = t->layer_stride ? t->layer_stride : layer;
-    struct extent dims[3] = {{layer, x->layers}, {token, x->tokens}, {head, x->heads}};
+    struct kvd_overlap span = {.memory = (uint64_t)(uintptr_t)t->buffer,
+                               .begin = t->offset,
+                               .row = row,
+                               .dims = {{x->layers, layer}, {x->tokens, token}, {x->heads, head}},
+                               .written = x->role == OUTPUT,
+                               .name = x->name,
+                               .item = x->spans->item};
     uint64_t end = row, part;
     for (int i = 0; i < 3; i++)
-        over |= __builtin_mul_overflow(dims[i].stride, dims[i].n - 1, &part) ||
+        over |= __builtin_mul_overflow(span.dims[i].stride, span.dims[i].count - 1, &part) ||
                 __builtin_add_overflow(end, part, &end);
     if (over || end > UINT64_MAX - t->offset)
         return kvd_fail(err, KVD_E_INVALID, "%s: offset and strides overflow 64 bits", x->name);
@@ -92,22 +75,16 @@ static int check_tensor(const kvd_client *c, const kvd_tensor_ref *t, const stru
                         (unsigned long long)end, (unsigned long long)t->offset,
                         (unsigned long long)t->buffer->size);
     if (x->spans->all)
-        x->spans->all[x->spans->n++] =
-            (struct kvd_overlap){.memory = (uint64_t)(uintptr_t)t->buffer,
-                                 .begin = t->offset,
-                                 .row = row,
-                                 .dims = {{x->layers, layer}, {x->tokens, token}, {x->heads, head}},
-                                 .written = x->role == OUTPUT,
-                                 .name = x->name,
-                                 .item = x->spans->item};
-    if (x->role == OUTPUT && overlaps(dims, row))
+        x->spans->all[x->spans->n++] = span;
+    rc = kvd_overlap_check(&span, 1, err);
+    if (rc == KVD_E_INVALID) // with itself
         return kvd_fail(err, KVD_E_INVALID,
                         "%s: strides of %llu (layers), %llu (tokens) and %llu (heads) bytes let "
                         "[%u][%u][%u] rows of %llu bytes overlap",
                         x->name, (unsigned long long)layer, (unsigned long long)token,
                         (unsigned long long)head, x->layers, x->tokens, x->heads,
                         (unsigned long long)row);
-    return KVD_OK;
+    return rc;
 }
 
 // Counts a call's layers, which have tensors of one shape.
