@@ -80,8 +80,10 @@ int kvd_pool_fd(const struct kvd_pool *pool);
 // KVD_E_NOT_FOUND (an extent in use is gone) or KVD_E_INTERNAL; the region may have changed then.
 struct kvd_pool *kvd_pool_open(int fd, const struct kvd_pool_config *config,
                                const struct kvd_pool_mem_ops *ops, struct kvd_error *err);
-// Takes all holders from all sequences: those without a name are freed.
-void kvd_pool_disown(struct kvd_pool *pool);
+// Says anew who holds what: each sequence gets as many holders as `ids` has its id, [n]; ids of
+// none are passed over. Those that then have neither holder nor name are freed. KVD_E_INTERNAL.
+int kvd_pool_set_holders(struct kvd_pool *pool, const uint64_t *ids, size_t n,
+                         struct kvd_error *err);
 // Leaves a durable pool to whoever opens its region next: unmaps it, frees no extent. *pool may be
 // NULL; it becomes NULL.
 void kvd_pool_leave(struct kvd_pool **pool);

@@ -120,15 +120,34 @@ void kvd_pool_seq_release(struct kvd_pool *pool, uint64_t seq)
         seq_destroy(pool, s);
 }
 
-void kvd_pool_disown(struct kvd_pool *pool)
+// Whoever has none, and no name, goes; who has some, or has none any more, leaves or joins those
+// that can be evicted.
+static void set_holders(struct kvd_pool *pool, struct region_seq *s, uint32_t holders)
 {
-    for (uint32_t i = 0; i < pool->head->n_sequences_ever; i++) {
-        struct region_seq *s = &pool->seq[i];
-        if (!(s->generation & 1) || s->doomed || s->holders == 0)
-            continue;
-        s->holders = 1;
-        kvd_pool_seq_release(pool, seq_id(pool, s));
-    }
+    s->holders = holders;
+    stored();
+    if (holders)
+        lru_remove(pool, s);
+    else if (!s->name[0])
+        seq_destroy(pool, s);
+    else if (!s->listed)
+        lru_add(pool, s);
+}
+
+int kvd_pool_set_holders(struct kvd_pool *pool, const uint64_t *ids, size_t n,
+                         struct kvd_error *err)
+{
+    uint32_t n_sequences = pool->head->n_sequences_ever;
+    uint32_t *holders KVD_FREE = calloc((size_t)n_sequences + 1, sizeof(*holders));
+    if (!holders)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    for (size_t i = 0; i < n; i++)
+        if (seq_find(pool, ids[i]))
+            holders[(uint32_t)ids[i]]++;
+    for (uint32_t i = 0; i < n_sequences; i++)
+        if ((pool->seq[i].generation & 1) && !pool->seq[i].doomed)
+            set_holders(pool, &pool->seq[i], holders[i]);
+    return KVD_OK;
 }
 
 void kvd_pool_seq_pin(struct kvd_pool *pool, uint64_t seq)

@@ -9,6 +9,7 @@ static void set_defaults(struct kvd_config *c)
         .memory_floor = 512ull << 20,
         .idle_memory_ms = 30000,
         .keep = "no",
+        .resume_ms = 30000,
         .socket_mode = 0660,
         .metrics = "127.0.0.1:9464",
         .store_timeout_ms = 60000,

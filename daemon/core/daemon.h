@@ -28,6 +28,7 @@ struct kvd_fences;
 struct kvd_fetch;
 struct kvd_http;
 struct kvd_keep;
+struct kvd_ledger;
 struct kvd_links;
 struct kvd_listener;
 struct kvd_memory_state;
@@ -70,10 +71,10 @@ struct kvd_daemon {
     struct kvd_evictable *evictable;
     struct kvd_rotation *rotations[KVD_MAX_LAYOUTS][KVD_MAX_PLANES]; // by the pool's layouts
     int rotation_fds[KVD_MAX_LAYOUTS][KVD_MAX_PLANES]; // the same for workers; -1: none
-    struct kvd_session *sessions;                      // by secret
+    struct kvd_ledger *ledger;                         // of what sessions hold
+    struct kvd_session *sessions;                      // by id
     uint32_t n_sessions;
-    uint64_t next_session,
-        next_buffer; // buffer ids are the daemon's, never a session's, so a stale one names nothing
+    uint64_t next_buffer; // buffer ids are the daemon's, so that a stale one names nothing
     struct kvd_seq_use *use; // by sequence index
     struct kvd_rpc *rpc;
     struct kvd_exec *exec;

@@ -36,7 +36,9 @@ struct kvd_metrics {
     struct kvd_histogram rpc[KVD_MAX_METHODS];
     uint64_t calls[KVD_MAX_METHODS][KVD_GRPC_CODES];
     struct kvd_histogram queue_wait, kernel[KVD_OP_COUNT];
-    uint64_t sessions_opened, sessions_ended, leases_expired;
+    uint64_t sessions_opened, sessions_ended, leases_expired, sessions_resumed;
+    uint64_t sessions_kept, sequences_kept; // of the kvd before
+    uint64_t sessions_lost, sequences_lost;
     uint64_t tokens_appended, queries_attended;
     uint64_t bytes_in, bytes_stored; // bf16 bytes that were demoted, and what they became
     uint64_t rotations_loaded, rotations_cached, rotations_fetched, rotations_failed;

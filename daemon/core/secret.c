@@ -26,3 +26,13 @@ uint64_t kvd_random64(void)
     fill(&value, sizeof(value));
     return value;
 }
+
+bool kvd_secret_same(const char secret[KVD_SECRET_TEXT], const char *text)
+{
+    uint8_t differs = 0;
+    if (strlen(text) != KVD_SECRET_TEXT - 1)
+        return false;
+    for (size_t i = 0; i < KVD_SECRET_TEXT - 1; i++)
+        differs |= (uint8_t)(secret[i] ^ text[i]);
+    return differs == 0;
+}

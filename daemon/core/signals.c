@@ -2,6 +2,7 @@
 
 #include <signal.h>
 
+#include "daemon/core/keep.h"
 #include "daemon/core/lifecycle.h"
 #include "daemon/core/reload.h"
 
@@ -9,7 +10,9 @@ static void on_stop_signal(uv_signal_t *signal, int number)
 {
     struct kvd_daemon *d = signal->data;
     kvd_notice("stopping signal=%s", number == SIGTERM ? "SIGTERM" : "SIGINT");
-    kvd_daemon_drain(d, d->config.drain_timeout_ms);
+    // Sessions that the next kvd goes on with need not end first.
+    bool go_on = kvd_keep_on(d) && d->config.resume_ms;
+    kvd_daemon_drain(d, go_on ? 0 : d->config.drain_timeout_ms);
 }
 
 static void on_hup(uv_signal_t *signal, int number)

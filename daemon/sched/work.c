@@ -282,6 +282,14 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
     return kvd_queue_init(d, ready, start, err);
 }
 
+bool kvd_work_left(const struct kvd_daemon *d, uint64_t session)
+{
+    const struct kvd_work *w = d->works;
+    while (w && w->waiter.session != session)
+        w = w->next;
+    return w != NULL;
+}
+
 static void session_ends(struct kvd_daemon *d, struct kvd_session *s)
 {
     cancel_all(d, s);

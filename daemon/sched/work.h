@@ -106,6 +106,8 @@ struct kvd_work {
 struct kvd_work *kvd_work_new(struct kvd_call *call, const struct kvd_session *s,
                               const struct kvd_op *op, size_t n, struct kvd_error *err);
 // Frees a work that was never queued.
+// Whether a session has calls that are not done.
+bool kvd_work_left(const struct kvd_daemon *d, uint64_t session);
 void kvd_work_free(struct kvd_daemon *d, struct kvd_work *w);
 // Pins its sequences and has it wait for its turn, or its fence first; from here on it answers its
 // call itself.

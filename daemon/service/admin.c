@@ -12,6 +12,7 @@
 #include "daemon/service/rotations.h"
 #include "daemon/session/buffer.h"
 #include "daemon/session/pool.h"
+#include "daemon/session/ledger.h"
 #include "daemon/session/session.h"
 #include "daemon/session/tenants.h"
 
@@ -66,6 +67,12 @@ void kvd_on_get_status(struct kvd_call *call, const void *request)
     r.evictions = pool.evictions;
     for (int i = 0; i < KVD_REFUSED_COUNT; i++)
         r.refused_calls += d->metrics.refused[i];
+    r.restarts_survived = kvd_ledger_restarts(d->ledger);
+    r.sessions_taken_over = d->metrics.sessions_kept;
+    r.sequences_taken_over = d->metrics.sequences_kept;
+    r.sessions_lost = d->metrics.sessions_lost;
+    r.sequences_lost = d->metrics.sequences_lost;
+    r.sessions_waiting = kvd_sessions_waiting(d);
     kvd_call_reply(call, &r);
 }
 
@@ -81,7 +88,9 @@ static uint64_t session_bytes(struct kvd_daemon *d, const struct kvd_session *s)
 
 static void fill_session(struct kvd_daemon *d, struct kvd_session *s, Kvd__V1__SessionInfo *out)
 {
-    const struct kvd_layout *g = kvd_pool_layout_get(d->pool, s->layout);
+    static const struct kvd_layout none;
+    const struct kvd_layout *g =
+        s->layout == KVD_POOL_NONE ? &none : kvd_pool_layout_get(d->pool, s->layout);
     struct kvd_pool_namespace_info ns;
     kvd_pool_namespace_info(d->pool, s->ns, &ns);
     kvd__v1__session_info__init(out);
@@ -97,7 +106,9 @@ static void fill_session(struct kvd_daemon *d, struct kvd_session *s, Kvd__V1__S
     out->buffer_bytes = s->buffer_bytes;
     out->calls = s->calls;
     out->page_bytes = session_bytes(d, s);
-    out->codec = (char *)kvd_codec_name(g->planes[0].codec);
+    out->generation = s->generation;
+    out->waiting = s->parked;
+    out->codec = g->n_planes ? (char *)kvd_codec_name(g->planes[0].codec) : "";
     out->rotation_set = (char *)g->rotation;
     out->layers = g->n_layers;
     out->kv_heads = g->planes[0].kv_heads;
@@ -380,7 +391,8 @@ static uint32_t loaded_users(struct kvd_daemon *d, const char *digest)
 {
     uint32_t users = 0;
     for (struct kvd_session *s = d->sessions; s; s = s->hh.next)
-        users += strcmp(kvd_pool_layout_get(d->pool, s->layout)->rotation, digest) == 0;
+        users += s->layout != KVD_POOL_NONE &&
+                 strcmp(kvd_pool_layout_get(d->pool, s->layout)->rotation, digest) == 0;
     return users;
 }
 

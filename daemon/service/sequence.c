@@ -2,6 +2,7 @@
 #include "daemon/rpc/rpc.h"
 #include "daemon/service/events.h"
 #include "daemon/service/handlers.h"
+#include "daemon/session/ledger.h"
 #include "daemon/session/release.h"
 #include "daemon/session/replay.h"
 #include "kvd.pb-c.h"
@@ -208,13 +209,10 @@ static int compare_ids(const void *a, const void *b)
     return x < y ? -1 : x > y;
 }
 
-// Each mention of a sequence gives up one hold, so there must be as many.
-static int check_holds(const struct kvd_session *s, const uint64_t *ids, size_t n,
+// Each mention of a sequence, which are sorted, gives up one hold, so there must be as many.
+static int check_holds(const struct kvd_session *s, const uint64_t *sorted, size_t n,
                        struct kvd_error *err)
 {
-    uint64_t sorted[KVD_MAX_CALL_SEQUENCES];
-    memcpy(sorted, ids, n * sizeof(*ids));
-    qsort(sorted, n, sizeof(*sorted), compare_ids);
     uint32_t times = 0;
     for (size_t i = 0; i < n; i++) {
         times = i && sorted[i] == sorted[i - 1] ? times + 1 : 1;
@@ -223,7 +221,7 @@ static int check_holds(const struct kvd_session *s, const uint64_t *ids, size_t 
                             "sequence %" PRIu64 " is named %u times or more, and held %u times",
                             sorted[i], times, kvd_session_holds(s, sorted[i]));
     }
-    return check_ids(s, ids, n, err);
+    return check_ids(s, sorted, n, err);
 }
 
 // A FreeSequences on its way. Until it is done the session holds those that are not given up yet,
@@ -232,6 +230,7 @@ struct freeing {
     struct kvd_release release;
     struct kvd_call *call;
     size_t at;
+    uint64_t ids[KVD_MAX_CALL_SEQUENCES]; // sorted
 };
 
 static bool free_next(struct kvd_daemon *d, struct kvd_release *r)
@@ -241,12 +240,15 @@ static bool free_next(struct kvd_daemon *d, struct kvd_release *r)
     struct kvd_session *s = kvd_session_find(d, req->session);
     if (!s || f->at == req->n_sequences)
         return false;
-    uint64_t seq = req->sequences[f->at++];
+    uint64_t seq = f->ids[f->at];
+    uint32_t times = 0; // all at once, so that a kvd after this one knows which are done
+    for (; f->at < req->n_sequences && f->ids[f->at] == seq; f->at++)
+        times++;
     if (!kvd_session_holds(s, seq))
         return true; // another call of the session's has freed it meanwhile
     if (req->unpublish)
         kvd_pool_unpublish(d->pool, seq);
-    if (kvd_session_drop_held(s, seq))
+    if (kvd_session_drop_holds(s, seq, times, req->request_id))
         kvd_pool_seq_release(d->pool, seq);
     return true;
 }
@@ -272,6 +274,32 @@ static void on_cancelled(struct kvd_call *call)
     kvd_release_finish(call->d, call->work);
 }
 
+static struct freeing *freeing_new(struct kvd_call *call, struct kvd_session *s,
+                                   struct kvd_error *err)
+{
+    const Kvd__V1__FreeSequencesRequest *req = (const void *)call->request;
+    struct freeing *f = malloc(sizeof(*f));
+    if (!f) {
+        kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+        return NULL;
+    }
+    f->release = (struct kvd_release){.next = free_next, .done = freed};
+    f->call = call;
+    f->at = 0;
+    memcpy(f->ids, req->sequences, req->n_sequences * sizeof(*f->ids));
+    qsort(f->ids, req->n_sequences, sizeof(*f->ids), compare_ids);
+    // One that a kvd before this one has left half done finds some of them gone.
+    int rc = KVD_OK;
+    if (!kvd_ledger_freeing(s->ledger, s->record, req->request_id))
+        rc = check_holds(s, f->ids, req->n_sequences, err);
+    if (rc == KVD_OK && !kvd_ledger_freeing_begin(s->ledger, s->record, req->request_id))
+        rc = kvd_fail(err, KVD_E_LIMIT, "%d calls of this session are freeing sequences; wait",
+                      KVD_LEDGER_FREEING);
+    if (rc)
+        free(KVD_TAKE(f));
+    return f;
+}
+
 void kvd_on_free_sequences(struct kvd_call *call, const void *request)
 {
     const Kvd__V1__FreeSequencesRequest *req = request;
@@ -284,15 +312,11 @@ void kvd_on_free_sequences(struct kvd_call *call, const void *request)
                       KVD_MAX_CALL_SEQUENCES);
         return;
     }
-    struct freeing *f = NULL;
-    if (check_holds(s, req->sequences, req->n_sequences, &err) == KVD_OK &&
-        !(f = malloc(sizeof(*f))))
-        kvd_fail(&err, KVD_E_INTERNAL, "out of memory");
+    struct freeing *f = freeing_new(call, s, &err);
     if (!f) {
         kvd_call_fail_error(call, &err);
         return;
     }
-    *f = (struct freeing){.release = {.next = free_next, .done = freed}, .call = call};
     call->work = f;
     call->on_cancelled = on_cancelled;
     kvd_release_begin(call->d, &f->release);

@@ -6,8 +6,10 @@
 #include <ctype.h>
 #include <math.h>
 
+#include "daemon/core/keep.h"
 #include "daemon/rpc/rpc.h"
 #include "daemon/rpc/users.h"
+#include "daemon/sched/work.h"
 #include "daemon/service/handlers.h"
 #include "daemon/service/layout.h"
 #include "daemon/service/rotations.h"
@@ -122,7 +124,7 @@ static int check_request(struct kvd_call *call, const Kvd__V1__OpenSessionReques
     rc = kvd_namespace_listed(call->d, namespace_of(req), err);
     if (rc)
         return rc;
-    if (call->d->n_sessions >= call->d->config.max_sessions)
+    if (!req->resume[0] && call->d->n_sessions >= call->d->config.max_sessions)
         return kvd_fail(err, KVD_E_LIMIT,
                         "all %u sessions are in use; close some or raise max-sessions",
                         call->d->config.max_sessions);
@@ -136,7 +138,11 @@ static void reply(struct kvd_call *call, const struct kvd_session *s)
     const struct kvd_layout *g = kvd_pool_layout_get(d->pool, s->layout);
     struct kvd_proto_layout pg;
     Kvd__V1__OpenSessionReply r = KVD__V1__OPEN_SESSION_REPLY__INIT;
-    r.session = (char *)s->secret;
+    char name[KVD_SESSION_TEXT];
+    kvd_session_name(s, name);
+    r.session = name;
+    r.resumed = s->generation > 1;
+    r.resume_ms = kvd_keep_on(d) ? d->config.resume_ms : 0;
     r.layout = kvd_layout_to_proto(g, &pg);
     r.bf16_page_bytes = kvd_pool_page_bytes(d->pool, s->layout, 0, KVD_POOL_BF16);
     r.codec_page_bytes = kvd_pool_page_bytes(d->pool, s->layout, 0, KVD_POOL_CODEC);
@@ -177,42 +183,64 @@ static int64_t uid_of(const struct kvd_call *call, const struct kvd_connection *
     return call->user ? kvd_user_uid(call->user) : KVD_USER_UNKNOWN;
 }
 
+// Goes on with an earlier session. Its last calls are given up first: what they do must not come
+// after what the worker does next.
+static int resume(struct kvd_daemon *d, const char *name, const struct kvd_session_options *o,
+                  struct kvd_session **out, struct kvd_error *err)
+{
+    struct kvd_session *s;
+    bool again;
+    int rc = kvd_session_resumable(d, name, o, &s, &again, err);
+    if (rc)
+        return rc;
+    if (!s->parked)
+        kvd_parts_session_ends(d, s);
+    if (kvd_work_left(d, s->id))
+        return kvd_fail(err, KVD_E_UNAVAILABLE,
+                        "the last calls of session %" PRIu64 " are ending; try again", s->id);
+    rc = kvd_session_resume(d, s, o, again, err);
+    *out = s;
+    return rc;
+}
+
 static int make_session(struct opening *o, struct kvd_rotset *set, struct kvd_session **out,
                         struct kvd_error *err)
 {
     struct kvd_daemon *d = o->call->d;
     struct kvd_connection *conn;
     struct kvd_session *s = NULL;
-    uint32_t ns, layout;
     int rc = find_connection(d, o->req, &conn, err); // again: it may have hung up meanwhile
     if (rc)
         return rc;
-    int64_t uid = uid_of(o->call, conn);
+    struct kvd_session_options options = {.connection = conn,
+                                          .uid = uid_of(o->call, conn),
+                                          .ns_name = namespace_of(o->req),
+                                          .client_name = o->req->client_name,
+                                          .request = o->req->request_id};
     size_t sink_bytes = o->req->n_sinks * sizeof(*o->req->sinks);
     float *sinks KVD_FREE = sink_bytes ? malloc(sink_bytes) : NULL;
     if (sink_bytes && !sinks)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    rc = kvd_namespace_open(d, uid, namespace_of(o->req), &ns, err);
+    rc = kvd_namespace_open(d, options.uid, options.ns_name, &options.ns, err);
     if (rc)
         return rc;
-    rc = kvd_rotations_bind(d, &o->g, set, uid, ns, &layout, err);
+    rc = kvd_rotations_bind(d, &o->g, set, options.uid, options.ns, &options.layout, err);
     if (rc == KVD_OK) {
-        rc = kvd_session_new(d, ns, layout, conn, uid, &s, err);
+        rc = o->req->resume[0] ? resume(d, o->req->resume, &options, &s, err)
+                               : kvd_session_new(d, &options, &s, err);
         if (rc)
-            kvd_pool_layout_unref(d->pool, layout);
+            kvd_pool_layout_unref(d->pool, options.layout);
     }
     if (rc) {
-        kvd_namespace_close(d, ns);
+        kvd_namespace_close(d, options.ns);
         return rc;
     }
-    s->open_request = o->req->request_id;
     if (sinks)
         memcpy(sinks, o->req->sinks, sink_bytes);
     s->sinks = KVD_TAKE(sinks);
-    snprintf(s->client_name, sizeof(s->client_name), "%s", o->req->client_name);
-    if (!conn) {
+    s->lease_ms = 0;
+    if (!conn)
         kvd_session_lease(d, s, o->req->lease_ms ? o->req->lease_ms : 60000);
-    }
     *out = s;
     return KVD_OK;
 }
@@ -236,9 +264,10 @@ static void on_rotation(void *ctx, struct kvd_rotset *set, const struct kvd_erro
         kvd_call_fail_error(o->call, &err);
         return;
     }
-    kvd_info("session opened id=%" PRIu64 " namespace=%s client=%s pid=%" PRId64
+    kvd_info("session %s id=%" PRIu64 " generation=%" PRIu64 " namespace=%s client=%s pid=%" PRId64
              " codec=%s rotation=%s",
-             s->id, namespace_of(o->req), s->client_name, s->pid,
+             s->generation > 1 ? "resumed" : "opened", s->id, s->generation, namespace_of(o->req),
+             s->client_name, s->pid,
              kvd_codec_name(o->g.planes[0].codec), o->g.rotation);
     reply(o->call, s);
 }
@@ -373,7 +402,7 @@ void kvd_on_register_buffer(struct kvd_call *call, const void *request)
     }
     int rc = foreign_of(s, req, &memory, &err);
     if (rc == KVD_OK)
-        rc = kvd_session_add_buffer(call->d, s, req->key, &memory, &b, &err);
+        rc = kvd_session_add_buffer(call->d, s, req->key, req->buffer, &memory, &b, &err);
     if (memory.fd >= 0)
         kvd_reclaim_fd(call->d, memory.fd);
     if (rc) {

@@ -74,7 +74,21 @@ static int charge(struct kvd_daemon *d, const struct kvd_session *s, struct kvd_
     return rc;
 }
 
-int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t key,
+// An id that the session does not use: the one that it had before the session was resumed, if it is
+// wanted.
+static uint64_t id_for(struct kvd_daemon *d, const struct kvd_session *s, uint64_t wanted)
+{
+    struct kvd_buffer *taken = NULL;
+    uint64_t id = wanted ? wanted : ++d->next_buffer;
+    HASH_FIND(hh, s->buffers, &id, sizeof(id), taken);
+    while (taken) {
+        id = ++d->next_buffer;
+        HASH_FIND(hh, s->buffers, &id, sizeof(id), taken);
+    }
+    return id;
+}
+
+int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t key, uint64_t id,
                            const struct kvd_foreign *m, struct kvd_buffer **out,
                            struct kvd_error *err)
 {
@@ -106,7 +120,7 @@ int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t
         return rc;
     }
     b->d = d;
-    b->id = ++d->next_buffer;
+    b->id = id_for(d, s, id);
     b->key = key;
     b->refs = 1;
     HASH_ADD(hh, s->buffers, id, sizeof(b->id), b);

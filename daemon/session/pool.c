@@ -3,9 +3,13 @@
 #include <sysexits.h>
 
 #include "daemon/core/keep.h"
+#include "daemon/session/ledger.h"
 #include "daemon/session/memory.h"
+#include "daemon/session/session.h"
 
-#define REGION "kvd-pool" // its name among what is kept
+// Their names among what is kept.
+#define REGION "kvd-pool"
+#define LEDGER "kvd-sessions"
 
 enum {
     PIECE_NS = 1000000, // of a look; then others have their turn
@@ -153,19 +157,50 @@ static void on_evict(void *ctx, uint32_t ns, uint64_t seq, const char *name)
     kvd_parts_evicted(ctx, ns, seq, name);
 }
 
-// The pool that an earlier kvd has left. The sessions ended with it, so only what is published
-// stays.
+// Who holds what of the pool, as the ledger says.
+static int set_holders(struct kvd_daemon *d, struct kvd_pool *pool, struct kvd_error *err)
+{
+    uint32_t n = kvd_ledger_holds(d->ledger), session;
+    uint64_t *ids KVD_FREE = calloc((size_t)n + 1, sizeof(*ids));
+    size_t found = 0;
+    if (!ids)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    for (uint32_t i = 0; i < n; i++)
+        if (kvd_ledger_held(d->ledger, i, &session, &ids[found]))
+            found++;
+    return kvd_pool_set_holders(pool, ids, found, err);
+}
+
+// The ledger of the pool's sessions: with a pool that is taken over its own, unless sessions are to
+// end with their kvd.
+static int open_ledger(struct kvd_daemon *d, bool taken_over, struct kvd_error *err)
+{
+    uint32_t holds = d->config.max_sequences;
+    int fd KVD_CLOSE = kvd_keep_take(d, LEDGER);
+    if (fd >= 0 && taken_over && d->config.resume_ms) {
+        d->ledger = kvd_ledger_open(fd, KVD_SESSION_RECORDS, holds, err);
+        return d->ledger ? KVD_OK
+                         : err->code;
+    }
+    d->ledger = kvd_ledger_new(KVD_SESSION_RECORDS, holds, err);
+    if (d->ledger && kvd_keep_on(d))
+        kvd_keep_put(d, LEDGER, kvd_ledger_fd(d->ledger));
+    return d->ledger ? KVD_OK : err->code;
+}
+
+// The pool that an earlier kvd has left. What is not published and no session holds goes.
 static struct kvd_pool *take_over(struct kvd_daemon *d, int region,
                                   const struct kvd_pool_config *config, struct kvd_error *err)
 {
     struct kvd_pool_mem_ops mem = kvd_memory_ops(d);
     uint64_t begin = uv_hrtime();
     struct kvd_pool *pool = kvd_pool_open(region, config, &mem, err);
+    if (pool && (open_ledger(d, true, err) || set_holders(d, pool, err)))
+        kvd_pool_leave(&pool);
     if (!pool) {
         kvd_fail_in(err, "what an earlier kvd left cannot be taken over (keep = fresh drops it)");
         return NULL;
     }
-    kvd_pool_disown(pool);
     struct kvd_pool_info info;
     kvd_pool_info(pool, &info);
     kvd_notice("took over sequences=%" PRIu64 " tokens=%" PRIu64 " extents=%u ms=%.1f",
@@ -178,8 +213,11 @@ static struct kvd_pool *new_pool(struct kvd_daemon *d, const struct kvd_pool_con
 {
     int region KVD_CLOSE = kvd_keep_take(d, REGION);
     struct kvd_pool_mem_ops mem = kvd_memory_ops(d);
-    struct kvd_pool *pool =
-        region >= 0 ? take_over(d, region, config, err) : kvd_pool_new(config, &mem, err);
+    struct kvd_pool *pool = NULL;
+    if (region >= 0)
+        pool = take_over(d, region, config, err);
+    else if (open_ledger(d, false, err) == KVD_OK)
+        pool = kvd_pool_new(config, &mem, err);
     if (!pool)
         return NULL;
     kvd_keep_drop_rest(d); // extents of which the region does not know
@@ -258,6 +296,7 @@ static void deinit(struct kvd_daemon *d)
         kvd_pool_leave(&d->pool); // to the next kvd
     else
         kvd_pool_free(&d->pool);
+    kvd_ledger_close(&d->ledger);
     free(d->use);
 }
 

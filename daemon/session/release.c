@@ -4,6 +4,7 @@
 #include <uv.h>
 
 #include "daemon/core/lifecycle.h"
+#include "daemon/session/ledger.h"
 #include "daemon/session/session.h"
 
 enum {
@@ -80,6 +81,7 @@ static bool next_held(struct kvd_daemon *d, struct kvd_release *r)
     struct kvd_held *one = h->held;
     if (!one)
         return false;
+    kvd_ledger_forget(d->ledger, one->record);
     kvd_pool_seq_release(d->pool, one->seq);
     HASH_DEL(h->held, one);
     free(one);

@@ -3,66 +3,53 @@
 #include "daemon/session/replay.h"
 
 #include "daemon/rpc/rpc.h"
+#include "daemon/session/ledger.h"
 
-struct kvd_session *kvd_call_session(struct kvd_call *call, const char *secret)
+struct kvd_session *kvd_call_session(struct kvd_call *call, const char *name)
 {
-    struct kvd_session *s = kvd_session_find(call->d, secret);
+    struct kvd_error err = {0};
+    struct kvd_session *s = kvd_session_named(call->d, name, &err);
     if (!s)
-        kvd_call_fail(call, KVD_E_UNAUTH,
-                      "unknown session: it was closed, its lease ran out, or kvd was restarted; "
-                      "open a new one");
+        kvd_call_fail_error(call, &err);
     return s;
+}
+
+// A method as a number that is the same in every kvd: FNV-1a of its path.
+static uint64_t number_of(const struct kvd_method *m)
+{
+    uint64_t hash = 0xcbf29ce484222325ull;
+    for (const char *c = m->path; *c; c++)
+        hash = (hash ^ (uint8_t)*c) * 0x100000001b3ull;
+    return hash;
 }
 
 bool kvd_call_replayed(struct kvd_call *call, struct kvd_session *s, uint64_t request_id)
 {
-    if (request_id == 0)
-        return false;
-    for (size_t i = 0; i < KVD_LEN(s->replays); i++) {
-        const struct kvd_replay *r = &s->replays[i];
-        if (r->request_id != request_id)
-            continue;
-        if (r->method == call->method)
-            kvd_call_reply_packed(call, r->data, r->len);
-        else
-            kvd_call_fail(call, KVD_E_INVALID,
-                          "request_id %" PRIu64 " was used for another method; count up",
-                          request_id);
-        return true;
-    }
-    return false;
-}
-
-static void forget(struct kvd_session *s, struct kvd_replay *r)
-{
-    s->replay_bytes -= r->len;
-    free(r->data);
-    *r = (struct kvd_replay){0};
-}
-
-// Takes the oldest slot; drops more of the oldest while they are too large together.
-static void remember(struct kvd_session *s, const struct kvd_method *method, uint64_t request_id,
-                     const void *reply, size_t most)
-{
-    size_t len = protobuf_c_message_get_packed_size(reply);
-    struct kvd_replay *r = &s->replays[s->next_replay];
-    s->next_replay = (s->next_replay + 1) % KVD_REPLAY_SLOTS;
-    forget(s, r);
-    for (uint32_t i = 0; i < KVD_REPLAY_SLOTS && s->replay_bytes + len > most; i++)
-        forget(s, &s->replays[(s->next_replay + i) % KVD_REPLAY_SLOTS]);
-    uint8_t *data = malloc(len ? len : 1);
+    uint64_t method;
+    size_t length;
+    uint8_t *data KVD_FREE =
+        request_id ? kvd_ledger_recall(s->ledger, s->record, request_id, &method, &length) : NULL;
     if (!data)
-        return;
-    protobuf_c_message_pack(reply, data);
-    *r = (struct kvd_replay){.request_id = request_id, .method = method, .data = data, .len = len};
-    s->replay_bytes += len;
+        return false;
+    if (method == number_of(call->method))
+        kvd_call_reply_packed(call, data, length);
+    else
+        kvd_call_fail(call, KVD_E_INVALID,
+                      "request_id %" PRIu64 " was used for another method; count up", request_id);
+    return true;
 }
 
 void kvd_call_reply_remember(struct kvd_call *call, struct kvd_session *s, uint64_t request_id,
                              const void *reply)
 {
-    if (request_id)
-        remember(s, call->method, request_id, reply,
-                 KVD_MIN(KVD_REPLAY_BYTES, KVD_REPLAY_TOTAL / (1 + call->d->n_sessions)));
+    size_t length = protobuf_c_message_get_packed_size(reply);
+    uint8_t *data KVD_FREE = request_id ? malloc(length + 1) : NULL;
+    if (data) {
+        protobuf_c_message_pack(reply, data);
+        kvd_ledger_remember(s->ledger, s->record, request_id, number_of(call->method), data,
+                            length);
+    } else {
+        kvd_ledger_commit(s->ledger, s->record);
+    }
     kvd_call_reply(call, reply);
 }

@@ -7,10 +7,9 @@
 #include "daemon/core/part.h"
 
 enum {
-    KVD_REPLAY_SLOTS = 256,       // replies remembered per session
-    KVD_REPLAY_BYTES = 1 << 20,   // of them, as long as all sessions' fit KVD_REPLAY_TOTAL
-    KVD_REPLAY_TOTAL = 256 << 20, // of all sessions
-    KVD_MAX_HELD = 65536,         // sequences held by one session
+    KVD_MAX_HELD = 65536,      // sequences held by one session
+    KVD_SESSION_TEXT = 96,     // a session's name in calls: id, generation, secret
+    KVD_SESSION_RECORDS = 100000, // as many as max-sessions may be
 };
 
 struct kvd_buffer;     // buffer.h
@@ -20,23 +19,22 @@ struct kvd_user;       // users.h
 
 struct kvd_held {
     uint64_t seq;
-    uint32_t holds; // times that it was made or attached, less times that it was freed
+    uint32_t holds;  // times that it was made or attached, less times that it was freed
+    uint32_t record; // in the ledger
     UT_hash_handle hh;
 };
 
-// The reply to a call with a request id, for when it is repeated.
-struct kvd_replay {
-    uint64_t request_id;
-    const void *method;
-    uint8_t *data;
-    size_t len;
-};
-
 struct kvd_session {
-    char secret[KVD_SECRET_TEXT];
     uint64_t id;
+    uint64_t generation; // how often it was opened: calls carry it, and those of an earlier one are
+                         // refused
+    char secret[KVD_SECRET_TEXT];
     uint64_t appender; // random: names the session in the pool's records, which may outlive it
-    uint32_t ns, layout;
+    uint32_t ns;
+    uint32_t layout; // KVD_POOL_NONE: it waits to be resumed, and holds nothing
+    struct kvd_ledger *ledger;
+    uint32_t record; // in the ledger
+    bool parked;     // it waits to be resumed: its kvd has ended
     char client_name[KVD_MAX_CLIENT_NAME + 1];
     struct kvd_connection *connection; // NULL: leased
     int64_t pid, uid;
@@ -44,26 +42,50 @@ struct kvd_session {
     uint32_t lease_ms;
     uint64_t opened_ms, used_ms;
     uint64_t calls;
-    uint64_t open_request; // request_id of its OpenSession
+    uint64_t open_request; // request_id of the OpenSession that made this generation
     struct kvd_held *held;
     struct kvd_buffer *buffers;
     uint64_t buffer_bytes;
     float *sinks;      // for each layer of the layout, one for each of its q heads; NULL: none
     uint32_t *extents; // per extent: the version that was sent over the fd socket; NULL: none yet
     uint32_t rotations_sent; // planes, one bit each
-    struct kvd_replay replays[KVD_REPLAY_SLOTS];
-    uint32_t next_replay;
-    size_t replay_bytes;
     struct kvd_call *watchers; // linked by call->next_watch
     UT_hash_handle hh;
 };
 
-// The session of a secret, marked as used; NULL if there is none.
-struct kvd_session *kvd_session_find(struct kvd_daemon *d, const char *secret);
+// What a session is to be.
+struct kvd_session_options {
+    uint32_t ns, layout;
+    struct kvd_connection *connection; // NULL: leased
+    int64_t uid;
+    const char *ns_name, *client_name;
+    uint64_t request; // that opens it
+};
+
+// The session that a call names, marked as used. KVD_E_UNAUTH says why there is none.
+struct kvd_session *kvd_session_named(struct kvd_daemon *d, const char *name,
+                                      struct kvd_error *err);
+// The same for who need not know why.
+struct kvd_session *kvd_session_find(struct kvd_daemon *d, const char *name);
+// Its name in calls.
+void kvd_session_name(const struct kvd_session *s, char out[KVD_SESSION_TEXT]);
 // A session of a user, who is charged. It takes over the holds on namespace and layout.
 // KVD_E_LIMIT: the user or the namespace has enough of them.
-int kvd_session_new(struct kvd_daemon *d, uint32_t ns, uint32_t layout, struct kvd_connection *conn,
-                    int64_t uid, struct kvd_session **out, struct kvd_error *err);
+int kvd_session_new(struct kvd_daemon *d, const struct kvd_session_options *o,
+                    struct kvd_session **out, struct kvd_error *err);
+// The session of a name that a worker wants to go on with, whatever has become of its connection.
+// *again: it has been resumed by this very request. KVD_E_UNAUTH says why there is none, or why it
+// is not the caller's any more; KVD_E_PRECONDITION: it is of another namespace.
+int kvd_session_resumable(struct kvd_daemon *d, const char *name,
+                          const struct kvd_session_options *o, struct kvd_session **out,
+                          bool *again, struct kvd_error *err);
+// Goes on with it on another connection: what the one before had registered is gone, and its calls
+// are refused from now on, unless it is resumed `again` by the same request. Takes over the holds on namespace and layout. KVD_E_PRECONDITION:
+// another layout.
+int kvd_session_resume(struct kvd_daemon *d, struct kvd_session *s,
+                       const struct kvd_session_options *o, bool again, struct kvd_error *err);
+// How many wait to be resumed.
+uint32_t kvd_sessions_waiting(const struct kvd_daemon *d);
 // Has it end when it was not used for so long.
 void kvd_session_lease(struct kvd_daemon *d, struct kvd_session *s, uint32_t lease_ms);
 // Ends a session: releases its sequences and buffers, ends its event streams, forgets it.
@@ -74,6 +96,9 @@ uint32_t kvd_session_holds(const struct kvd_session *s, uint64_t seq);
 int kvd_session_add_held(struct kvd_session *s, uint64_t seq, bool *first, struct kvd_error *err);
 // Takes one away; true if it was the last.
 bool kvd_session_drop_held(struct kvd_session *s, uint64_t seq);
+// The same for n of them, by a call of that request id. One that has done so before, and whose kvd
+// has ended, changes nothing.
+bool kvd_session_drop_holds(struct kvd_session *s, uint64_t seq, uint32_t n, uint64_t request);
 
 extern const struct kvd_part kvd_part_sessions;
 

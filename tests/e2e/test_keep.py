@@ -130,8 +130,8 @@ def test_killed_at_random_under_load(start):
           f"p50 {np.median(times):.3f} s, most {max(times):.3f} s")
 
 
-def test_what_is_not_published_ends_with_kvd(start):
-    keeper = start("--keep", "--backend", "cpu")
+def test_what_is_not_published_ends_with_kvd_and_its_session(start):
+    keeper = start("--keep", "--backend", "cpu", config="[kvd]\nresume-time = 0\n")
     rpc = Rpc(keeper.address)
     session = open_session(rpc)
     seq = rpc.kv("CreateSequences", session=session, count=2).sequences
@@ -230,8 +230,9 @@ def test_systemds_descriptor_store(start, folder, monkeypatch):
     assert kvd.metric("kvd_sequences") == 0
     assert kvd.stop() == 0
     systemd.read()
-    assert list(systemd.held) == ["kvd-pool"]  # of the new one
-    os.close(systemd.held.popitem()[1])
+    assert sorted(systemd.held) == ["kvd-pool", "kvd-sessions"]  # of the new one
+    for fd in systemd.held.values():
+        os.close(fd)
     systemd.socket.close()
 
 

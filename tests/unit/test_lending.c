@@ -137,11 +137,11 @@ static void begin(void)
     uv_timer_init(&d.loop, &d.memory_timer);
     ck_assert_int_eq(kvd_part_memory.init(&d, &err), KVD_OK);
     mem = kvd_memory_ops(&d);
-    s = (struct kvd_session){.secret = "s"};
-    other = (struct kvd_session){.secret = "other"};
+    s = (struct kvd_session){.id = 1};
+    other = (struct kvd_session){.id = 2};
     struct kvd_session *one = &s, *two = &other;
-    HASH_ADD_STR(d.sessions, secret, one);
-    HASH_ADD_STR(d.sessions, secret, two);
+    HASH_ADD(hh, d.sessions, id, sizeof(one->id), one);
+    HASH_ADD(hh, d.sessions, id, sizeof(two->id), two);
     uint64_t addr;
     for (uint32_t i = 0; i < EXTENTS; i++) {
         ck_assert_int_eq(mem.alloc(mem.ctx, i, BYTES, &addr), KVD_OK);

@@ -1,6 +1,7 @@
 // Giving up sequences in pieces.
 #include "daemon/core/daemon.h"
 #include "daemon/core/lifecycle.h"
+#include "daemon/session/ledger.h"
 #include "daemon/session/release.h"
 #include "daemon/session/session.h"
 #include "tests/unit/suite.h"
@@ -20,6 +21,12 @@ static uint32_t n_order;
 void kvd_daemon_go_on(struct kvd_daemon *daemon)
 {
     ck_assert_ptr_eq(daemon, &d);
+}
+
+void kvd_ledger_forget(struct kvd_ledger *l, uint32_t hold)
+{
+    ck_assert_ptr_null(l);
+    ck_assert_uint_eq(hold, 100 + n_order);
 }
 
 void kvd_pool_seq_release(struct kvd_pool *pool, uint64_t seq)
@@ -128,6 +135,7 @@ START_TEST(what_a_session_held_is_all_given_up)
     for (uint64_t i = 0; i < MANY; i++) {
         struct kvd_held *h = calloc(1, sizeof(*h));
         h->seq = 100 + i;
+        h->record = (uint32_t)h->seq;
         HASH_ADD(hh, held, seq, sizeof(h->seq), h);
     }
     kvd_release_held(&d, held);

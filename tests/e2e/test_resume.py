@@ -1,0 +1,139 @@
+"""Sessions that go on after a restart of kvd, or elsewhere."""
+import os
+import signal
+
+import grpc
+import pytest
+
+from conftest import Rpc, kv, layout
+from test_death import FdSocket, memfd, refused, wait_for
+from test_grpc import append, random_kv, tensor
+from test_keep import attend, kill, pid_of
+
+
+def killed(keeper, rpc, sig=signal.SIGKILL):
+    """A connection to the next kvd."""
+    rpc.channel.close()
+    kill(keeper, sig)
+    return Rpc(keeper.address)
+
+
+def open_(rpc, **fields):
+    return rpc.kv("OpenSession", **{"layout": layout(), **fields})
+
+
+def append_as(rpc, session, seq, position, k, v, request):
+    item = kv.AppendItem(sequence=seq, position=position, tokens=k.shape[1], k=tensor(k), v=tensor(v), request_id=request)
+    return rpc.kv("Append", session=session, items=[item]).replayed[0]
+
+
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM])
+def test_a_sessions_sequences_come_back(start, sig):
+    """Their ids, tokens and holds; and every call that is repeated is known."""
+    keeper = start("--keep", "--backend", "cpu")
+    rpc = Rpc(keeper.address)
+    s = open_(rpc, client_name="worker").session
+    made = list(rpc.kv("CreateSequences", session=s, request_id=1, count=3).sequences)
+    k, v = random_kv(100)
+    assert not append_as(rpc, s, made[0], 0, k, v, 7)
+    fork = rpc.kv("ForkSequence", session=s, request_id=2, sequence=made[0]).sequences[0]
+    append(rpc, s, fork, 100, *random_kv(300))
+    rpc.kv("PublishSequence", session=s, sequence=made[1], name="p")
+    assert rpc.kv("AttachSequence", session=s, request_id=3, name="p").sequence.holds == 2
+    rpc.kv("FreeSequences", session=s, request_id=4, sequences=[made[2]])
+    outputs = [attend(rpc, s, q) for q in (made[0], fork)]
+    rpc = killed(keeper, rpc, sig)
+    refused(lambda: rpc.kv("DescribeSequences", session=s), "resume goes on with it")
+    r = open_(rpc, resume=s, request_id=5)
+    assert r.resumed and r.resume_ms == 30000 and r.session != s
+    s = r.session
+    infos = {i.sequence: i for i in rpc.kv("DescribeSequences", session=s).sequences}
+    assert {q: (i.length, i.holds, i.holders, i.name) for q, i in infos.items()} == {
+        made[0]: (100, 1, 1, ""), fork: (400, 1, 1, ""), made[1]: (0, 2, 1, "p")}
+    assert [attend(rpc, s, q) for q in (made[0], fork)] == outputs
+    assert list(rpc.kv("CreateSequences", session=s, request_id=1, count=3).sequences) == made
+    assert list(rpc.kv("ForkSequence", session=s, request_id=2, sequence=made[0]).sequences) == [fork]
+    assert rpc.kv("AttachSequence", session=s, request_id=3, name="p").sequence.holds == 2
+    rpc.kv("FreeSequences", session=s, request_id=4, sequences=[made[2]])
+    refused(lambda: rpc.kv("FreeSequences", session=s, request_id=6, sequences=[made[2]]), "holds no sequence")
+    assert append_as(rpc, s, made[0], 0, k, v, 7)
+    assert len(rpc.kv("DescribeSequences", session=s).sequences) == 3
+    assert keeper.metric("kvd_sequences") == 3
+    assert keeper.metric("kvd_restarts_survived_total") == 1 and keeper.metric("kvd_sessions_resumed_total") == 1
+    status = rpc.admin("GetStatus")
+    assert (status.sessions_taken_over, status.sequences_taken_over, status.sessions_lost, status.sequences_lost) == (1, 3, 0, 0)
+    rpc.kv("CloseSession", session=s)
+    assert keeper.metric("kvd_sequences") == 1  # what is published
+    rpc.channel.close()
+
+
+def test_who_lost_a_session_cannot_write(kvd, rpc):
+    """It is resumed elsewhere while its worker lives, is stopped, or thinks so."""
+    a = FdSocket(kvd)
+    old = open_(rpc, ticket=a.ticket).session
+    seq = rpc.kv("CreateSequences", session=old, count=1).sequences[0]
+    append(rpc, old, seq, 0, *random_kv(10))
+    refused(lambda: open_(rpc, resume=old, namespace_name="other"), "no such session" if os.getuid() else "namespace default")
+    b = FdSocket(kvd)
+    r = open_(rpc, ticket=b.ticket, resume=old, request_id=9)
+    assert r.resumed
+    assert a.s.recv(10) == b""  # hung up on
+    for call in (lambda: append(rpc, old, seq, 10, *random_kv(1)), lambda: rpc.kv("TruncateSequence", session=old, sequence=seq, length=0),
+                 lambda: rpc.kv("MapSequences", session=old), lambda: open_(rpc, resume=old)):
+        with pytest.raises(grpc.RpcError) as e:
+            call()
+        assert e.value.code().name == "UNAUTHENTICATED" and "was resumed elsewhere: that is its generation 2, this is 1" in e.value.details()
+    append(rpc, r.session, seq, 10, *random_kv(1))
+    c = FdSocket(kvd)  # the reply was lost, and the connection with it
+    again = open_(rpc, ticket=c.ticket, resume=old, request_id=9)
+    assert again.session == r.session
+    for wrong in (old[:-1] + ("0" if old[-1] != "0" else "1"), old[:-1], "1.2", "1", "1.1.", "x", old + "0"):
+        refused(lambda name=wrong: open_(rpc, resume=name), "no such session to resume")
+        refused(lambda name=wrong: rpc.kv("DescribeSequences", session=name), "unknown session")
+    refused(lambda: open_(rpc, resume=again.session, layout=layout(codec="int2c")), "another layout")
+    assert rpc.kv("DescribeSequences", session=again.session).sequences[0].length == 11
+    c.s.close()
+    assert wait_for(lambda: kvd.metric("kvd_sessions") == 0)
+    assert kvd.metric("kvd_sequences") == 0
+
+
+def test_buffers_get_their_ids_again(start):
+    keeper = start("--keep", "--backend", "cpu")
+    rpc = Rpc(keeper.address)
+    w = FdSocket(keeper)
+    s = open_(rpc, ticket=w.ticket).session
+    fd = memfd(1 << 16)
+    w.send(1, fd)
+    id = rpc.kv("RegisterBuffer", session=s, key=1, size=1 << 16).buffer
+    rpc = killed(keeper, rpc)
+    w = FdSocket(keeper)
+    s = open_(rpc, ticket=w.ticket, resume=s).session
+    w.send(2, fd)
+    other = rpc.kv("RegisterBuffer", session=s, key=2, size=1 << 16).buffer
+    w.send(1, fd)
+    assert rpc.kv("RegisterBuffer", session=s, key=1, size=1 << 16, buffer=id).buffer == id
+    w.send(3, fd)
+    assert rpc.kv("RegisterBuffer", session=s, key=3, size=1 << 16, buffer=id).buffer not in (0, id, other)
+    rpc.channel.close()
+
+
+def test_what_nobody_resumes_is_freed(start):
+    keeper = start("--keep", "--backend", "cpu", config="[kvd]\nresume-time = 1s\n")
+    rpc = Rpc(keeper.address)
+    a, b = open_(rpc).session, open_(rpc).session
+    for s in (a, b):
+        append(rpc, s, rpc.kv("CreateSequences", session=s, count=2).sequences[0], 0, *random_kv(100))
+    rpc = killed(keeper, rpc)
+    a = open_(rpc, resume=a).session
+    assert keeper.metric("kvd_sessions_waiting") == 1 and keeper.metric("kvd_sequences") == 4
+    assert wait_for(lambda: keeper.metric("kvd_sequences") == 2)
+    refused(lambda: open_(rpc, resume=b), "within resume-time")
+    assert 'kvd_lost_total{what="sequences"} 2' in keeper.kvctl("metrics").stdout
+    assert "not resumed within resume-time" in keeper.text()
+    assert len(rpc.kv("DescribeSequences", session=a).sequences) == 2
+    (keeper.folder / "kvd.conf").write_text("[kvd]\nresume-time = 0\n")  # sessions end with kvd
+    rpc = killed(keeper, rpc)
+    refused(lambda: open_(rpc, resume=a), "no such session to resume")
+    assert keeper.metric("kvd_sequences") == 0
+    assert pid_of(keeper)
+    rpc.channel.close()
