@@ -27,6 +27,13 @@ static void print_status(const Kvd__V1__StatusReply *r)
     printf("holds      %llu tokens in %llu sequences\n", (unsigned long long)r->tokens,
            (unsigned long long)r->sequences);
     printf("sessions   %u, %u calls queued\n", r->sessions, r->queued_calls);
+    if (r->restarts_survived)
+        printf(
+            "survived   %llu restarts; the last: %llu sessions and %llu sequences of theirs taken "
+            "over, %llu and %llu lost, %u wait to be resumed\n",
+            (unsigned long long)r->restarts_survived, (unsigned long long)r->sessions_taken_over,
+            (unsigned long long)r->sequences_taken_over, (unsigned long long)r->sessions_lost,
+            (unsigned long long)r->sequences_lost, r->sessions_waiting);
     for (size_t i = 0; i < r->n_listen; i++)
         printf("listen     %s\n", r->listen[i]);
     printf("metrics    %s\n", *r->metrics ? r->metrics : "off");
@@ -64,7 +71,7 @@ static int show_workers(struct kvctl *k)
         table_cell(t, "%llu", (unsigned long long)s->id);
         table_cell(t, "%s", s->namespace_name);
         table_cell(t, "%s", *s->client_name ? s->client_name : "-");
-        table_cell(t, s->pid < 0 ? "lease" : "%lld", (long long)s->pid);
+        table_cell(t, s->waiting ? "waits" : s->pid < 0 ? "lease" : "%lld", (long long)s->pid);
         table_cell(t, s->uid < 0 ? "-" : "%lld", (long long)s->uid);
         table_time(t, s->age_ms);
         table_time(t, s->idle_ms);

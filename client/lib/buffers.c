@@ -21,6 +21,7 @@ int kvd_buffer_register(kvd_client *c, kvd_buffer *b, uint64_t deadline, struct 
     req.session = c->session;
     req.key = b->key;
     req.size = b->at + b->size;
+    req.buffer = b->id; // a call that is sent again names it so
     req.memory = b->kind;
     if (b->kind == MEMORY_KIND(CUDA_IPC))
         req.cuda_ipc_handle = (ProtobufCBinaryData){sizeof(b->ipc), b->ipc};
@@ -40,19 +41,25 @@ kvd_result kvd_client_add_buffer(kvd_client *c, kvd_buffer *b, kvd_failure *err)
     uint64_t deadline = kvd_client_deadline(c);
     b->client = c;
     b->key = ++c->next_key;
-    if (c->remote && !b->local)
+    if (c->remote && !b->local) {
         kvd_fail(&e, KVD_E_INVALID, "GPU memory is shared over kvd's unix: address only");
-    if (e.code || kvd_fork_check(c, &e) || kvd_client_enter(c, deadline, &e))
         return kvd_client_fail(err, &e);
-    int rc = c->lost ? kvd_fail(&e, KVD_E_UNAUTH, "no session") // to be opened again
-                     : kvd_buffer_register(c, b, deadline, &e);
-    if (rc == KVD_OK) {
-        pthread_mutex_lock(&c->buffers_lock);
-        b->next = c->buffers;
-        c->buffers = b;
-        pthread_mutex_unlock(&c->buffers_lock);
     }
-    return kvd_client_leave(c, rc, &e, deadline, err);
+    kvd_result result = KVD_SUCCESS;
+    for (bool again = true; again;) {
+        if (kvd_fork_check(c, &e) || kvd_client_enter(c, deadline, &e))
+            return kvd_client_fail(err, &e);
+        int rc = c->lost ? kvd_fail(&e, KVD_E_UNAUTH, "no session") // to be opened again
+                         : kvd_buffer_register(c, b, deadline, &e);
+        if (rc == KVD_OK) {
+            pthread_mutex_lock(&c->buffers_lock);
+            b->next = c->buffers;
+            c->buffers = b;
+            pthread_mutex_unlock(&c->buffers_lock);
+        }
+        result = kvd_client_leave(c, rc, &e, deadline, &again, err);
+    }
+    return result;
 }
 
 // All of it gets its memory here: kvd takes none that it would have to pay for.

@@ -402,6 +402,13 @@ kvd_result kvd_client_compute(kvd_client *c, kvd_call_kind kind, kvd_layers laye
                : step(c, layers, attention, items, count, wait, signal, deadline, err);
 }
 
+void kvd_items_name(kvd_client *c, kvd_call_kind kind, kvd_item *items, uint32_t count)
+{
+    for (uint32_t i = 0; i < count && kind != KVD_CALL_ATTEND; i++)
+        if (!items[i].request)
+            items[i].request = kvd_request_new(c);
+}
+
 // A call that is made now, of items and parameters as the program has them.
 static kvd_result compute_now(kvd_client *c, kvd_call_kind kind, kvd_layers layers,
                               const kvd_attention *attention, const kvd_item *items, uint32_t count,
@@ -414,6 +421,7 @@ static kvd_result compute_now(kvd_client *c, kvd_call_kind kind, kvd_layers laye
         (attention && kvd_sized_take(&kvd_sized_attention, attention, &a, &e)) ||
         kvd_check_compute(c, kind, layers, &a, own, count, &e))
         return kvd_client_fail(err, &e);
+    kvd_items_name(c, kind, own, count);
     return kvd_client_compute(c, kind, layers, &a, own, count, NULL, NULL, kvd_client_deadline(c),
                               err);
 }

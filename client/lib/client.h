@@ -51,11 +51,14 @@ struct kvd_client {
     struct kvd_lease *lease; // over TCP
     // Guards what a reconnect replaces. Calls hold it for reading.
     struct kvd_gate gate;
-    uint64_t epoch; // counts sessions
-    bool lost;      // the session is gone and no new one is open yet
+    uint64_t epoch;    // counts connections: sessions opened, and resumed
+    uint64_t sessions; // counts sessions: what an earlier one held is lost
+    bool lost;         // the connection is gone and there is no new one yet
+    char why[200];     // why the latest session was not the earlier one
+    uint64_t resuming; // the request that is to resume the session; 0: none yet
     _Atomic bool on_cpu;
     int sock; // fd socket; -1 over TCP
-    char session[33], instance[33];
+    char session[96];
     Kvd__V1__OpenSessionReply *opened;
     pthread_mutex_t buffers_lock;
     kvd_buffer *buffers;
@@ -82,6 +85,9 @@ int kvd_sized_check(const struct kvd_sized *type, const void *out, struct kvd_er
 void kvd_sized_give(const struct kvd_sized *type, const void *from, void *to);
 // The same for a call's items: *own is to be freed.
 int kvd_items_take(const kvd_item *items, uint32_t count, kvd_item **own, struct kvd_error *err);
+
+// Gives those a request id that have none, so that a call that is sent again is known.
+void kvd_items_name(kvd_client *c, kvd_call_kind kind, kvd_item *items, uint32_t count);
 
 // Has a public function refuse pointers that kvd.h does not allow to be NULL. Pairs of its name
 // there and what was given.
@@ -117,11 +123,17 @@ static inline uint64_t kvd_client_deadline(const kvd_client *c)
 {
     return kvd_now_ms() + c->timeout_ms;
 }
-// Around whatever uses the session. Leaving with the failure of a session that is gone opens a new
-// one, and returns KVD_ERR_LOST.
+// Around whatever uses the session. Leaving with the failure of a connection that is gone makes a
+// new one, and waits for a kvd that is started again as long as the session waits for that. It
+// resumes the session: *again, do the same once more. Or there is a new one: KVD_ERR_LOST.
 int kvd_client_enter(kvd_client *c, uint64_t deadline, struct kvd_error *err);
 kvd_result kvd_client_leave(kvd_client *c, int rc, const struct kvd_error *e, uint64_t deadline,
-                            kvd_failure *err);
+                            bool *again, kvd_failure *err);
+// Whether a session that lost its connection may still be resumed.
+static inline bool kvd_client_resumes(const kvd_client *c)
+{
+    return c->opened && c->opened->resume_ms;
+}
 // A call within the session: `set_session` points to the request's session field.
 kvd_result kvd_client_call(kvd_client *c, const char *method, void *request, char **set_session,
                            const ProtobufCMessageDescriptor *reply_type, void *reply,

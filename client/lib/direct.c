@@ -568,7 +568,7 @@ static int open_direct(struct kvd_direct *d, struct kvd_error *err)
     int rc = kvd_client_enter(d->client, deadline, err);
     if (rc)
         return rc;
-    d->epoch = d->client->epoch;
+    d->sessions = d->client->sessions;
     rc = kvd_direct_take_layout(d, err);
     kvd_gate_leave(&d->client->gate);
     if (rc == KVD_OK)

@@ -119,7 +119,7 @@ struct kvd_direct {
     void *stream; // of the latest step
     bool in_step;
     struct kvd_error failure; // of the latest append
-    uint64_t epoch;           // the client's session
+    uint64_t sessions;        // the client's count of them, at its opening
     uint64_t close_by;        // when closing has to be over; until then far away
 };
 

@@ -210,6 +210,7 @@ kvd_result kvd_enqueue(kvd_client *c, void *stream, kvd_call_kind kind, kvd_laye
         return kvd_client_fail(err, &e);
     if (kvd_fork_check(c, &e))
         return kvd_client_fail(err, &e);
+    kvd_items_name(c, kind, own, count);
     if (c->remote && !c->on_cpu) {
         kvd_fail(&e, KVD_E_UNSUPPORTED, "calls in a stream's order want kvd's unix: address");
         return kvd_client_fail(err, &e);

@@ -3,10 +3,10 @@
 
 enum { RECONNECT_MS = 100 }; // what a call whose time is over may take for a new session
 
-// A stream that ended: when its session has too, there is a new one afterwards, if the daemon is
-// there to give it.
+// A stream that ended: when its session has too, there is a new one afterwards, or it goes on
+// (*again), if the daemon is there for it.
 static kvd_result stream_ended(kvd_client *c, int rc, struct kvd_error *e, uint64_t deadline,
-                               kvd_failure *err)
+                               bool *again, kvd_failure *err)
 {
     uint64_t moment = kvd_now_ms() + RECONNECT_MS;
     deadline = KVD_MAX(deadline, moment);
@@ -15,7 +15,7 @@ static kvd_result stream_ended(kvd_client *c, int rc, struct kvd_error *e, uint6
     kvd_stream_free(&c->events);
     if (kvd_gate_read(&c->gate, deadline, NULL))
         return kvd_client_fail(err, e);
-    return kvd_client_leave(c, unknown ? KVD_E_UNAUTH : rc, e, deadline, err);
+    return kvd_client_leave(c, unknown ? KVD_E_UNAUTH : rc, e, deadline, again, err);
 }
 
 static int open_stream(kvd_client *c, uint64_t deadline, struct kvd_error *err)
@@ -44,12 +44,19 @@ kvd_result kvd_next_event(kvd_client *c, uint32_t timeout_ms, kvd_event *out, kv
     KVD_WANT(err, "client", c);
     if (kvd_sized_check(&kvd_sized_event, out, &e) || kvd_fork_check(c, &e))
         return kvd_client_fail(err, &e);
-    int rc = open_stream(c, deadline, &e);
-    if (rc == KVD_OK)
-        rc = kvd_stream_next(c->events, &kvd__v1__event__descriptor, kvd_left_ms(deadline), &event,
-                             &e);
-    if (rc && rc != KVD_E_TIMEOUT)
-        return stream_ended(c, rc, &e, deadline, err);
+    int rc = KVD_OK;
+    for (bool again = true; again;) {
+        rc = open_stream(c, deadline, &e);
+        if (rc == KVD_OK)
+            rc = kvd_stream_next(c->events, &kvd__v1__event__descriptor, kvd_left_ms(deadline),
+                                 &event, &e);
+        again = false;
+        kvd_result ended = rc && rc != KVD_E_TIMEOUT
+                               ? stream_ended(c, rc, &e, deadline, &again, err)
+                               : KVD_SUCCESS;
+        if (ended)
+            return ended;
+    }
     if (rc == KVD_OK) {
         found.kind = (kvd_event_kind)event->kind;
         found.sequence = event->sequence;

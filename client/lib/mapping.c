@@ -69,13 +69,16 @@ static int read_socket(struct kvd_direct *d, struct kvd_error *err)
     int rc = kvd_client_enter(d->client, kvd_client_deadline(d->client), err);
     if (rc)
         return rc;
-    bool same = d->client->epoch == d->epoch && !d->client->lost;
-    while (same && (rc = receive(d->client->sock, &grant, &fd)) > 0) {
+    bool same = d->client->sessions == d->sessions;
+    // A session that may be resumed gets a new connection with the next call.
+    bool resumes = same && kvd_client_resumes(d->client);
+    bool there = same && !d->client->lost;
+    while (there && (rc = receive(d->client->sock, &grant, &fd)) > 0) {
         int took = take(d, &grant, fd, err);
         result = result ? result : took;
     }
     kvd_gate_leave(&d->client->gate);
-    if (!same || rc < 0)
+    if (!resumes && (!there || rc < 0))
         return kvd_fail(err, KVD_E_LOST,
                         "the session that direct mode was opened with is gone; close the "
                         "kvd_direct, and open one on the new session");

@@ -1,6 +1,7 @@
 // Opening, reconnecting and closing a client; calls in its session.
 #include <errno.h>
 #include <poll.h>
+#include <sys/random.h>
 
 #include "client/lib/client.h"
 #include "client/lib/instances.h"
@@ -77,7 +78,8 @@ const char *kvd_version(void)
     return kvd_build_version();
 }
 
-static int make_session(kvd_client *c, uint64_t deadline, struct kvd_error *err)
+// One attempt to open a session, or to go on with one.
+static int make_session(kvd_client *c, bool resume, uint64_t deadline, struct kvd_error *err)
 {
     char ticket[33] = "";
     int old = KVD_TAKE_FD(c->sock); // a fork in between must not find a number that is taken anew
@@ -91,7 +93,9 @@ static int make_session(kvd_client *c, uint64_t deadline, struct kvd_error *err)
     }
     Kvd__V1__OpenSessionRequest req = KVD__V1__OPEN_SESSION_REQUEST__INIT;
     Kvd__V1__OpenSessionReply *reply;
-    req.request_id = ++c->next_request;
+    if (resume && !c->resuming)
+        c->resuming = ++c->next_request;
+    req.request_id = resume ? c->resuming : ++c->next_request;
     req.namespace_name = c->namespace_name;
     req.ticket = ticket;
     req.client_name = c->client_name;
@@ -99,6 +103,8 @@ static int make_session(kvd_client *c, uint64_t deadline, struct kvd_error *err)
     req.lease_ms = c->lease_ms;
     req.n_sinks = c->n_sinks;
     req.sinks = c->sinks;
+    if (resume)
+        req.resume = c->session;
     int rc = kvd_channel_call(c->channel, "/kvd.v1.KvCache/OpenSession", &req,
                               &kvd__v1__open_session_reply__descriptor, kvd_left_ms(deadline),
                               &reply, err);
@@ -109,7 +115,30 @@ static int make_session(kvd_client *c, uint64_t deadline, struct kvd_error *err)
     c->opened = reply;
     c->on_cpu = strcmp(reply->backend, "cpu") == 0;
     snprintf(c->session, sizeof(c->session), "%s", reply->session);
+    c->resuming = 0;
     return KVD_OK;
+}
+
+// Whether the daemon has hung up the fd socket: then the session has no connection, whatever a call
+// says. A daemon that dies may have closed its other sockets a moment before this one.
+static bool hung_up(const kvd_client *c)
+{
+    struct pollfd p = {.fd = c->sock, .events = 0};
+    return c->sock >= 0 && poll(&p, 1, 100) == 1 && p.revents & (POLLHUP | POLLERR);
+}
+
+// Goes on with the session, or opens one if there is none to go on with.
+static int resume_or_open(kvd_client *c, uint64_t deadline, struct kvd_error *err)
+{
+    int rc = c->session[0] ? make_session(c, true, deadline, err) : KVD_E_UNAUTH;
+    if ((rc != KVD_E_UNAUTH && rc != KVD_E_PRECONDITION) || (rc && hung_up(c)))
+        return rc;
+    if (c->session[0])
+        snprintf(c->why, sizeof(c->why), "%.199s", err->text);
+    c->resuming = 0;
+    rc = make_session(c, false, deadline, err);
+    c->sessions += rc == KVD_OK;
+    return rc;
 }
 
 // Connects the fd socket, opens a session and registers the buffers: all of it, or there is none
@@ -117,11 +146,14 @@ static int make_session(kvd_client *c, uint64_t deadline, struct kvd_error *err)
 static int open_session(kvd_client *c, uint64_t deadline, struct kvd_error *err)
 {
     c->lost = true;
-    int rc = make_session(c, deadline, err);
+    int rc = resume_or_open(c, deadline, err);
     pthread_mutex_lock(&c->buffers_lock);
     for (kvd_buffer *b = c->buffers; b && rc == KVD_OK; b = b->next)
         rc = kvd_buffer_register(c, b, deadline, err);
     pthread_mutex_unlock(&c->buffers_lock);
+    // Between two calls of this there may have come another kvd, which knows nothing of the first.
+    if (rc && rc != KVD_E_UNAVAILABLE && hung_up(c))
+        rc = err->code = KVD_E_UNAVAILABLE;
     if (rc)
         return rc;
     c->lost = false;
@@ -129,34 +161,65 @@ static int open_session(kvd_client *c, uint64_t deadline, struct kvd_error *err)
     return KVD_OK;
 }
 
-// The session of `epoch` is gone: opens a new one, unless another thread has done so.
-static kvd_result reconnect(kvd_client *c, uint64_t epoch, const struct kvd_error *why,
-                            uint64_t deadline, kvd_failure *err)
+static void pause_ms(uint32_t ms)
+{
+    nanosleep(&(struct timespec){.tv_sec = ms / 1000, .tv_nsec = (long)(ms % 1000) * 1000000},
+              NULL);
+}
+
+// The connection of `epoch` is gone: makes a new one, unless another thread has done so. A kvd that
+// is started again is waited for, as long as it goes on with the session.
+static int connect_again(kvd_client *c, uint64_t epoch, uint64_t deadline, struct kvd_error *err)
+{
+    enum { FIRST_MS = 5, MOST_MS = 50 };
+    bool waits = kvd_client_resumes(c);
+    uint64_t until = kvd_now_ms() + (waits ? c->opened->resume_ms : 0);
+    for (uint32_t pause = FIRST_MS;; pause = KVD_MIN(2 * pause, (uint32_t)MOST_MS)) {
+        int rc = kvd_gate_write(&c->gate, deadline, err);
+        if (rc == KVD_OK) {
+            rc = c->epoch == epoch ? open_session(c, deadline, err) : KVD_OK;
+            kvd_gate_leave(&c->gate);
+        }
+        uint32_t left = kvd_left_ms(KVD_MIN(deadline, until));
+        if (rc != KVD_E_UNAVAILABLE || !waits || left == 0)
+            return rc;
+        pause_ms(KVD_MIN(pause, left));
+    }
+}
+
+static kvd_result reconnect(kvd_client *c, uint64_t epoch, uint64_t sessions,
+                            const struct kvd_error *why, uint64_t deadline, bool *again,
+                            kvd_failure *err)
 {
     struct kvd_error e = {0};
-    int rc = kvd_gate_write(&c->gate, deadline, &e);
-    if (rc == KVD_OK) {
-        rc = c->epoch == epoch ? open_session(c, deadline, &e) : KVD_OK;
-        kvd_gate_leave(&c->gate);
-    }
+    int rc = connect_again(c, epoch, deadline, &e);
     if (rc) {
         kvd_fail_in(&e, "the session was lost (%.120s) and no new one could be opened", why->text);
         return kvd_client_fail(err, &e);
     }
-    kvd_fail(&e, KVD_E_LOST,
-             "the session was lost (%.200s); a new one is open and buffers are registered again, "
-             "but sequences made "
-             "before are gone unless they were published and the daemon is the same",
-             why->text);
-    return kvd_client_fail(err, &e);
+    if (kvd_gate_read(&c->gate, deadline, &e))
+        return kvd_client_fail(err, &e);
+    *again = c->sessions == sessions;
+    if (!*again)
+        kvd_fail(&e, KVD_E_LOST,
+                 "the session was lost (%.180s); a new one is open and buffers are registered "
+                 "again, but sequences made before are gone unless they were published and the "
+                 "pool is the same",
+                 c->why[0] ? c->why : why->text);
+    kvd_gate_leave(&c->gate);
+    return *again ? KVD_SUCCESS : kvd_client_fail(err, &e);
 }
 
-// Whether the daemon has hung up the fd socket: then the session is gone, whatever a call says. A
-// daemon that dies may have closed its other sockets a moment before this one.
-static bool hung_up(const kvd_client *c)
+// Whether a call's failure means that there is no connection, or no session.
+static bool is_lost(kvd_client *c, int rc)
 {
-    struct pollfd p = {.fd = c->sock, .events = 0};
-    return c->sock >= 0 && poll(&p, 1, 100) == 1 && p.revents & (POLLHUP | POLLERR);
+    if (rc == KVD_E_UNAUTH)
+        return true;
+    if (rc != KVD_E_UNAVAILABLE && rc != KVD_E_LOST && rc != KVD_E_INTERNAL)
+        return false;
+    if (c->remote)
+        return kvd_client_resumes(c) && !kvd_channel_connected(c->channel);
+    return hung_up(c);
 }
 
 int kvd_client_enter(kvd_client *c, uint64_t deadline, struct kvd_error *err)
@@ -166,13 +229,14 @@ int kvd_client_enter(kvd_client *c, uint64_t deadline, struct kvd_error *err)
 }
 
 kvd_result kvd_client_leave(kvd_client *c, int rc, const struct kvd_error *e, uint64_t deadline,
-                            kvd_failure *err)
+                            bool *again, kvd_failure *err)
 {
-    uint64_t epoch = c->epoch;
-    bool lost = rc == KVD_E_UNAUTH || ((rc == KVD_E_UNAVAILABLE || rc == KVD_E_LOST) && hung_up(c));
+    uint64_t epoch = c->epoch, sessions = c->sessions;
+    bool lost = is_lost(c, rc);
     kvd_gate_leave(&c->gate);
+    *again = false;
     if (lost)
-        return reconnect(c, epoch, e, deadline, err);
+        return reconnect(c, epoch, sessions, e, deadline, again, err);
     return rc ? kvd_client_fail(err, e) : KVD_SUCCESS;
 }
 
@@ -180,15 +244,22 @@ kvd_result kvd_client_call_until(kvd_client *c, const char *method, void *reques
                                  char **set_session, const ProtobufCMessageDescriptor *reply_type,
                                  void *reply, uint64_t deadline, kvd_failure *err)
 {
-    struct kvd_error e = {0};
-    int rc = kvd_client_enter(c, deadline, &e);
-    if (rc)
-        return kvd_client_fail(err, &e);
-    *set_session = c->session;
-    rc = c->lost ? kvd_fail(&e, KVD_E_UNAUTH, "the daemon was gone")
-                 : kvd_channel_call(c->channel, method, request, reply_type, kvd_left_ms(deadline),
-                                    reply, &e);
-    return kvd_client_leave(c, rc, &e, deadline, err);
+    bool again = true;
+    kvd_result result = KVD_SUCCESS;
+    // What was not answered is sent again as it is, in the session that goes on: its request id
+    // tells whether it was done.
+    while (again) {
+        struct kvd_error e = {0};
+        int rc = kvd_client_enter(c, deadline, &e);
+        if (rc)
+            return kvd_client_fail(err, &e);
+        *set_session = c->session;
+        rc = c->lost ? kvd_fail(&e, KVD_E_UNAUTH, "the daemon was gone")
+                     : kvd_channel_call(c->channel, method, request, reply_type,
+                                        kvd_left_ms(deadline), reply, &e);
+        result = kvd_client_leave(c, rc, &e, deadline, &again, err);
+    }
+    return result;
 }
 
 kvd_result kvd_client_call(kvd_client *c, const char *method, void *request, char **set_session,
@@ -260,6 +331,11 @@ static kvd_client *client_new(const kvd_options *o)
     if (!c)
         return NULL;
     c->sock = -1;
+    // Request ids go on where no other worker's of the same session are.
+    uint64_t first = 0;
+    if (getrandom(&first, sizeof(first), 0) != sizeof(first))
+        first = kvd_now_ms() << 20;
+    c->next_request = first >> 1;
     kvd_gate_init(&c->gate);
     pthread_mutex_init(&c->buffers_lock, NULL);
     pthread_mutex_init(&c->enqueuer_lock, NULL);

@@ -74,7 +74,7 @@ struct kvd_daemon {
     struct kvd_ledger *ledger;                         // of what sessions hold
     struct kvd_session *sessions;                      // by id
     uint32_t n_sessions;
-    uint64_t next_buffer; // buffer ids are the daemon's, so that a stale one names nothing
+    uint64_t next_buffer;    // buffer ids are the daemon's, so that a stale one names nothing
     struct kvd_seq_use *use; // by sequence index
     struct kvd_rpc *rpc;
     struct kvd_exec *exec;

@@ -267,8 +267,7 @@ static void on_rotation(void *ctx, struct kvd_rotset *set, const struct kvd_erro
     kvd_info("session %s id=%" PRIu64 " generation=%" PRIu64 " namespace=%s client=%s pid=%" PRId64
              " codec=%s rotation=%s",
              s->generation > 1 ? "resumed" : "opened", s->id, s->generation, namespace_of(o->req),
-             s->client_name, s->pid,
-             kvd_codec_name(o->g.planes[0].codec), o->g.rotation);
+             s->client_name, s->pid, kvd_codec_name(o->g.planes[0].codec), o->g.rotation);
     reply(o->call, s);
 }
 

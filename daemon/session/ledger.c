@@ -107,8 +107,7 @@ static struct kvd_ledger *map(int fd, uint32_t max_sessions, uint32_t max_holds,
         free(free_session);
         free(l);
         if (!err->code)
-            kvd_fail(err, KVD_E_INTERNAL, "cannot map the ledger of sessions: %s",
-                     strerror(errno));
+            kvd_fail(err, KVD_E_INTERNAL, "cannot map the ledger of sessions: %s", strerror(errno));
         return NULL;
     }
     *l = (struct kvd_ledger){.fd = fd,
@@ -130,10 +129,8 @@ struct kvd_ledger *kvd_ledger_new(uint32_t max_sessions, uint32_t max_holds, str
     if (!l)
         return NULL;
     (void)KVD_TAKE_FD(fd);
-    *l->head = (struct head){.version = VERSION,
-                             .shape = shape(),
-                             .max_sessions = max_sessions,
-                             .max_holds = max_holds};
+    *l->head = (struct head){
+        .version = VERSION, .shape = shape(), .max_sessions = max_sessions, .max_holds = max_holds};
     stored();
     l->head->magic = MAGIC;
     stored();
@@ -507,7 +504,8 @@ static int recover(struct kvd_ledger *l, struct kvd_error *err)
 {
     struct head *h = l->head;
     if (h->n_sessions > h->max_sessions || h->n_holds > h->max_holds)
-        return kvd_fail(err, KVD_E_CORRUPT, "the head of the ledger of sessions contradicts itself");
+        return kvd_fail(err, KVD_E_CORRUPT,
+                        "the head of the ledger of sessions contradicts itself");
     for (uint32_t i = 0; i < h->n_sessions; i++)
         if (check_session(l, i, err))
             return err->code;

@@ -32,7 +32,6 @@ struct kvd_ledger_session {
     char client_name[KVD_MAX_CLIENT_NAME + 1];
 };
 
-
 // A new ledger. NULL with *err: KVD_E_INTERNAL.
 struct kvd_ledger *kvd_ledger_new(uint32_t max_sessions, uint32_t max_holds, struct kvd_error *err);
 // Opens what another process has left, and undoes what calls had not finished. The descriptor is

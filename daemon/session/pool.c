@@ -179,8 +179,7 @@ static int open_ledger(struct kvd_daemon *d, bool taken_over, struct kvd_error *
     int fd KVD_CLOSE = kvd_keep_take(d, LEDGER);
     if (fd >= 0 && taken_over && d->config.resume_ms) {
         d->ledger = kvd_ledger_open(fd, KVD_SESSION_RECORDS, holds, err);
-        return d->ledger ? KVD_OK
-                         : err->code;
+        return d->ledger ? KVD_OK : err->code;
     }
     d->ledger = kvd_ledger_new(KVD_SESSION_RECORDS, holds, err);
     if (d->ledger && kvd_keep_on(d))

@@ -443,7 +443,10 @@ static void restore_hold(struct kvd_daemon *d, struct kvd_session *s, uint32_t r
     }
     d->metrics.sequences_lost++;
     kvd_warning("sequence lost sequence=%" PRIu64 " session=%" PRIu64 " why=\"%s\"", seq,
-                s ? s->id : 0, !there ? "the pool has it no more" : s ? err.text : "its session");
+                s ? s->id : 0,
+                !there ? "the pool has it no more"
+                : s    ? err.text
+                       : "its session");
     kvd_ledger_forget(d->ledger, record);
     if (there)
         kvd_pool_seq_release(d->pool, seq);
@@ -502,7 +505,8 @@ static void metrics(struct kvd_daemon *d, FILE *f)
     kvd_metric(f, "kvd_sessions_ended_total", "counter", "Sessions ended, for whatever reason.",
                (double)m->sessions_ended);
     kvd_metric(f, "kvd_sessions_waiting", "gauge",
-               "Sessions of a kvd before this one that wait to be resumed.", kvd_sessions_waiting(d));
+               "Sessions of a kvd before this one that wait to be resumed.",
+               kvd_sessions_waiting(d));
     kvd_metric(f, "kvd_sessions_resumed_total", "counter",
                "Sessions that went on: on another connection, or after a restart.",
                (double)m->sessions_resumed);

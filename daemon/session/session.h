@@ -7,8 +7,8 @@
 #include "daemon/core/part.h"
 
 enum {
-    KVD_MAX_HELD = 65536,      // sequences held by one session
-    KVD_SESSION_TEXT = 96,     // a session's name in calls: id, generation, secret
+    KVD_MAX_HELD = 65536,         // sequences held by one session
+    KVD_SESSION_TEXT = 96,        // a session's name in calls: id, generation, secret
     KVD_SESSION_RECORDS = 100000, // as many as max-sessions may be
 };
 
@@ -48,7 +48,7 @@ struct kvd_session {
     uint64_t buffer_bytes;
     float *sinks;      // for each layer of the layout, one for each of its q heads; NULL: none
     uint32_t *extents; // per extent: the version that was sent over the fd socket; NULL: none yet
-    uint32_t rotations_sent; // planes, one bit each
+    uint32_t rotations_sent;   // planes, one bit each
     struct kvd_call *watchers; // linked by call->next_watch
     UT_hash_handle hh;
 };
@@ -80,8 +80,8 @@ int kvd_session_resumable(struct kvd_daemon *d, const char *name,
                           const struct kvd_session_options *o, struct kvd_session **out,
                           bool *again, struct kvd_error *err);
 // Goes on with it on another connection: what the one before had registered is gone, and its calls
-// are refused from now on, unless it is resumed `again` by the same request. Takes over the holds on namespace and layout. KVD_E_PRECONDITION:
-// another layout.
+// are refused from now on, unless it is resumed `again` by the same request. Takes over the holds
+// on namespace and layout. KVD_E_PRECONDITION: another layout.
 int kvd_session_resume(struct kvd_daemon *d, struct kvd_session *s,
                        const struct kvd_session_options *o, bool again, struct kvd_error *err);
 // How many wait to be resumed.

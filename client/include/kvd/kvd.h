@@ -16,13 +16,20 @@
  * KVD_ERR_UNAVAILABLE, KVD_ERR_TIMEOUT, KVD_ERR_LOST, KVD_ERR_PRECONDITION in a forked child, and
  * KVD_ERR_INTERNAL (memory, threads, or a fault of kvd's own).
  *
- * If the daemon is restarted, the next call opens a new session, registers the buffers again, and
- * returns KVD_ERR_LOST once: sequences of the old session are gone, buffers keep their addresses
- * and go on working.
+ * If the daemon is restarted and keeps its pool (`keep`, on the CPU), calls wait until it is back,
+ * within the client's timeout and the daemon's resume-time, and go on in the same session:
+ * sequences keep their ids and all that was acknowledged, and a call whose answer was lost is
+ * applied once. Of an append by layers the calls before may be lost, where the daemon ended amid a
+ * later one that overwrites: that is KVD_ERR_PRECONDITION, and to be begun again at its first
+ * layer.
+ *
+ * Otherwise the next call opens a new session, registers the buffers again, and returns
+ * KVD_ERR_LOST once, with the reason: sequences of the old session are gone, buffers keep their
+ * addresses and go on working.
  *
  * Every function returns within the client's timeout, whatever has become of the daemon; kvd_close
- * takes 2 s at most. Nothing waits for a daemon that is not there: KVD_ERR_UNAVAILABLE comes at
- * once, and the first call after it is back finds it.
+ * takes 2 s at most. Nothing waits for a daemon that is not there and keeps no sessions:
+ * KVD_ERR_UNAVAILABLE comes at once, and the first call after it is back finds it.
  *
  * A forked child cannot use its parent's clients: functions fail with KVD_ERR_PRECONDITION, and
  * those that close and free release the child's memory without a word to the daemon. kvd_open fails
@@ -68,8 +75,8 @@ typedef enum kvd_result {
     KVD_ERR_UNAVAILABLE,  /**< daemon not reachable, draining, or store down: try again */
     KVD_ERR_TIMEOUT,      /**< no answer in time; it is open whether the call was applied */
     KVD_ERR_CORRUPT,      /**< a rotation set failed verification */
-    KVD_ERR_LOST,     /**< the daemon restarted: old sequences are gone, the client works again */
-    KVD_ERR_INTERNAL, /**< memory or threads ran out, or kvd has a fault */
+    KVD_ERR_LOST,         /**< the session is gone, its sequences too; the client works again */
+    KVD_ERR_INTERNAL,     /**< memory or threads ran out, or kvd has a fault */
 } kvd_result;
 
 /** What a function says of its failure. */

@@ -51,7 +51,8 @@ class CorruptError(Error):
 
 
 class LostError(Error):
-    """The daemon was restarted: old sequences are gone, the client works again."""
+    """The session is gone, and its sequences with it: kvd was restarted without `keep`, or the session was not resumed in time, or was
+    resumed elsewhere. The client works again, with a new one."""
 
 
 class InternalError(Error):

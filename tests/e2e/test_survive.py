@@ -1,0 +1,221 @@
+"""Workers that go on while kvd is killed, again and again: they see no error, and nothing is lost. KVD_KILLS sets how often."""
+import os
+import random
+import signal
+import threading
+import time
+
+import numpy as np
+
+import kvd as package
+from conftest import Rpc
+from test_death import wait_for
+from test_keep import kill
+from test_python import DIM, KV_HEADS, LAYERS, Q_HEADS, aligned, connect, fill, values
+
+KILLS = int(os.environ.get("KVD_KILLS", 6))
+PUBLISHED = 10
+
+
+class Worker(threading.Thread):
+    """Does something until it is told to stop; what it raises is the test's."""
+
+    def __init__(self, keeper, seed):
+        super().__init__(daemon=True)
+        self.keeper, self.rng, self.stop, self.failure, self.done = keeper, random.Random(seed), False, None, 0
+        self.client = connect(keeper, timeout=60)
+
+    def run(self):
+        try:
+            while not self.stop:
+                self.step()
+                self.done += 1
+            self.end()
+        except BaseException as e:  # noqa: B036
+            self.failure = e
+        finally:
+            self.client.close()
+
+    def end(self):
+        pass
+
+
+class Mixed(Worker):
+    """Sequences, published and not, that grow, shrink, fork, are attached and go; and what each of them must give."""
+
+    def __init__(self, keeper, seed):
+        super().__init__(keeper, seed)
+        self.name = f"w{seed}"
+        self.query = fill(self.client, values(seed, LAYERS, 1, Q_HEADS, DIM))
+        self.out = self.client.tensor(LAYERS, 1, Q_HEADS, DIM, dtype="f32")
+        self.k, self.v = (self.client.tensor(LAYERS, 300, KV_HEADS, DIM) for _ in "kv")
+        self.known = []  # [sequence, length, output]
+        self.published = 0
+
+    def output(self, sequence):
+        self.client.attend([package.Item(sequence, q=self.query, o=self.out)])
+        return self.out.array.tobytes()
+
+    def note(self, entry):
+        info = entry[0].describe()
+        assert info.length == entry[0].length == entry[1], (info, entry[:2])
+        entry[2] = self.output(entry[0]) if entry[1] else None
+
+    def tokens(self):
+        n = self.rng.choice([1, 1, 7, 40, 300])
+        for t in (self.k, self.v):
+            t.array[:, :n] = package.to_bf16(np.random.default_rng(self.rng.getrandbits(32)).normal(size=(LAYERS, n, KV_HEADS, DIM)))
+        return self.k[:, :n], self.v[:, :n]
+
+    def step(self):
+        what = self.rng.choice(["create", "append", "append", "step", "fork", "truncate", "publish", "free", "check", "check", "evict"])
+        if what == "create" or not self.known:
+            entry = [self.client.create(), 0, None]
+            self.known.append(entry)
+        elif what == "evict":
+            self.evict()
+            return
+        else:
+            entry = self.rng.choice(self.known)
+        sequence, length, output = entry
+        if what == "append":
+            k, v = self.tokens()
+            sequence.append(k, v)
+            entry[1] += k.array.shape[1]
+        elif what == "step":
+            k, v = self.tokens()
+            sequence.step(self.query, k[:, :1], v[:, :1], self.out)
+            entry[1] += 1
+        elif what == "fork":
+            entry = [sequence.fork()[0], length, output]
+            self.known.append(entry)
+        elif what == "truncate":
+            entry[1] = self.rng.randrange(length + 1)
+            sequence.truncate(entry[1])
+        elif what == "publish":
+            name = f"{self.name}.{self.rng.randrange(PUBLISHED)}"
+            sequence.publish(name, replace=True)
+            other = self.client.attach(name)
+            assert other.id == sequence.id and other.length == length
+            other.free()
+        elif what == "check" and output:
+            assert self.output(sequence) == output
+            return
+        if what == "free" or len(self.known) > 12:
+            self.known.remove(entry)
+            sequence.free() if what == "free" else entry[0].free()
+            return
+        self.note(entry)
+
+    def evict(self):
+        """What nobody holds; kvd may be away, and then it is somebody else's to evict."""
+        rpc = Rpc(self.keeper.address)
+        try:
+            rpc.admin("Evict", bytes=1)
+        except Exception as e:
+            assert "StatusCode" in str(e), e
+        rpc.channel.close()
+
+    def end(self):
+        for entry in self.known:
+            assert entry[0].describe().length == entry[1]
+            assert not entry[1] or self.output(entry[0]) == entry[2]
+        held = sum(1 for _ in self.known)
+        assert len({e[0].id for e in self.known}) == held
+
+
+class Decoding(Worker):
+    """Direct mode: every step goes on, whatever kvd does."""
+
+    TOKENS = 4000
+
+    def __init__(self, keeper, seed):
+        super().__init__(keeper, seed)
+        self.sequence = self.client.create()
+        self.direct = package.Direct(self.client, slots=1, max_tokens=self.TOKENS + 64)
+        self.direct.bind(0, self.sequence)
+        r = np.random.default_rng(seed)
+        self.kv = [package.to_bf16(r.normal(size=(LAYERS, 64, KV_HEADS, DIM))) for _ in "kv"]
+        self.q = aligned(values(seed, LAYERS, 1, Q_HEADS, DIM))
+        self.o = aligned(np.zeros((LAYERS, 1, Q_HEADS, DIM), np.float32))
+        self.longest = 0
+
+    def step(self):
+        if self.done >= self.TOKENS:
+            time.sleep(0.01)
+            return
+        time.sleep(0.002)
+        begin = time.time()
+        self.direct.begin()
+        for layer in range(LAYERS):
+            self.direct.store(layer, *(aligned(x[layer, self.done % 64][None]) for x in self.kv))
+            self.direct.attend(layer, self.q[layer], self.o[layer])
+        self.direct.end()
+        self.longest = max(self.longest, time.time() - begin)
+
+    def end(self):
+        """The same tokens, appended at once, give the same attention bit for bit."""
+        self.direct.flush()
+        n = min(self.done, self.TOKENS)
+        assert self.sequence.describe().length == n
+        self.direct.close()
+        at = np.arange(n) % 64
+        twin = self.client.create()
+        for a in range(0, n, 512):
+            k, v = (self.client.tensor(LAYERS, len(at[a:a + 512]), KV_HEADS, DIM) for _ in "kv")
+            k.array[:], v.array[:] = (x[:, at[a:a + 512]] for x in self.kv)
+            twin.append(k, v)
+        q, outputs = fill(self.client, self.q), []
+        for s in (self.sequence, twin):
+            o = self.client.tensor(LAYERS, 1, Q_HEADS, DIM, dtype="f32")
+            self.client.attend([package.Item(s, q=q, o=o)])
+            outputs.append(o.array.tobytes())
+        assert outputs[0] == outputs[1]
+
+
+class Probe(Worker):
+    """Asks all the time: how long kvd is away for a worker."""
+
+    def __init__(self, keeper, seed):
+        super().__init__(keeper, seed)
+        self.sequence, self.gaps, self.last = self.client.create(), [], time.time()
+
+    def step(self):
+        begin = time.time()
+        self.sequence.describe()
+        self.gaps.append(time.time() - begin)
+        time.sleep(0.001)
+
+
+def test_workers_that_go_on_while_kvd_is_killed(start):
+    keeper = start("--keep", "--backend", "cpu", "--pool-size", "512MiB")
+    seed = int(os.environ.get("KVD_TEST_SEED", time.time_ns() & 0xffffffff))
+    print(f"KVD_TEST_SEED={seed}")
+    rng = random.Random(seed)
+    workers = [Mixed(keeper, rng.getrandbits(30)), Mixed(keeper, rng.getrandbits(30)), Decoding(keeper, rng.getrandbits(30)),
+               Probe(keeper, rng.getrandbits(30))]
+    probe, away = workers[3], []
+    for w in workers:
+        w.start()
+    for i in range(KILLS):
+        # The keeper thinks its own of a kvd that ends within a second again and again.
+        time.sleep(1.1 if i % 25 == 24 else rng.uniform(0.02, 0.4))
+        probe.gaps.clear()
+        kill(keeper, signal.SIGTERM if i % 10 == 9 else signal.SIGKILL)
+        wait_for(lambda: probe.failure or (probe.gaps and max(probe.gaps) > 0.01), 20)
+        away.append(max(probe.gaps, default=0))
+        failed = [w.failure for w in workers if w.failure]
+        assert not failed, (i, failed, keeper.text()[-2000:])
+    for w in workers:
+        w.stop = True
+    for w in workers:
+        w.join(60)
+        assert not w.is_alive()
+    failed = [w.failure for w in workers if w.failure]
+    if failed:
+        raise failed[0]
+    assert keeper.metric("kvd_restarts_survived_total") == KILLS
+    assert 'kvd_lost_total{what="sequences"} 0' in keeper.kvctl("metrics").stdout, keeper.text()[-3000:]
+    assert keeper.metric("kvd_sessions") == 0
+    print(f"{KILLS} kills, {[w.done for w in workers]} operations; a worker waits p50 {np.median(away):.3f} s, "
+          f"p99 {np.percentile(away, 99):.3f} s; longest direct step {workers[2].longest:.3f} s")
