@@ -7,9 +7,10 @@
 #define KVD_POOL_INTERNAL_H
 
 #include "pool/pool.h"
+#include "pool/prefix.h"
 
 #define KVD_POOL_MAGIC   0x4c4f4f5044564bull // "KVDPOOL"
-#define KVD_POOL_VERSION 5                   // of what this file describes
+#define KVD_POOL_VERSION 6                   // of what this file describes
 
 enum {
     KVD_POOL_ALIGN = KVD_PAGE_UNIT, // page sizes are rounded up to this
@@ -17,6 +18,7 @@ enum {
     KVD_NAME_BUCKETS = 1 << 14,
     KVD_EXTENT_MIN = 2 << 20,
     KVD_JOURNAL_BYTES = 4096 - sizeof(uint64_t),
+    KVD_KEPT_DOMAINS = 4096, // of a namespace's prefix index
 };
 
 // Owner of an extent whose namespace is gone: to be zeroed for whoever gets it.
@@ -46,6 +48,7 @@ struct region_layout {
     uint32_t sequences;
     uint32_t idle; // of those, evictable ones
     uint64_t used; // stamp of the latest of those
+    uint64_t kept; // references of prefix indices to its pages
 };
 
 // A slab lives as long as it has extents, so there are never more than these. slab_at finds it.
@@ -128,6 +131,9 @@ struct region_seq {
     uint64_t lru_stamp;          // when it became evictable, or was last looked up since
     uint32_t lru_prev, lru_next; // lru_next also links the free list
     uint32_t name_next;
+    // Entries of the namespace's prefix index, + 1; 0: none.
+    uint32_t held_entry; // that the sequence keeps there, as it has those pages too
+    uint32_t end_entry;  // of an end: a sequence that is there for the block's recent window only
 };
 
 enum {
@@ -167,11 +173,38 @@ struct region_head {
     uint32_t name_bucket[KVD_NAME_BUCKETS];
 };
 
+// The pages of a block by plane, where a layout has several; of a free one, page[0] is the number
+// of the next, + 1.
+struct block_pages {
+    uint32_t page[KVD_MAX_PLANES];
+};
+
+// What a namespace's prefix index keeps of the pool's pages. It belongs to the process and ends
+// with it: pages to which nothing else refers are free when the region is opened.
+struct kept {
+    struct kvd_prefix *ix;
+    void *memory; // of what follows
+    uint64_t bytes;
+    // By entry: the number, + 1, of an end that has the block in its window. Only a hint: end_of()
+    // tells whether that is so.
+    uint32_t *end;
+    struct block_pages *pages; // by value
+    uint32_t pages_ever, pages_free;
+    uint32_t *layout_of;  // by domain
+    uint64_t page_bytes;  // of the pages it refers to
+    uint32_t busy;        // blocks of it are being removed
+    uint64_t ends;        // made
+    uint64_t ends_passed; // that gave way to a later one of the same sequence of blocks
+};
+
 struct kvd_pool {
     int fd; // of the region; -1: it is private, and ends with the process
     struct kvd_pool_mem_ops ops;
     void (*on_evict)(void *ctx, uint32_t ns, uint64_t seq, const char *name);
     void *on_evict_ctx;
+    kvd_pool_block_gone_fn *on_block_gone;
+    struct kept **kept;              // by namespace; NULL: it has no index
+    struct blocks_room *blocks_room; // what blocks.c works in; NULL: not wanted yet
     struct region_head *head;
     struct region_journal *journal;
     struct region_namespace *ns;
@@ -285,12 +318,28 @@ static inline void table_walk_on(const struct kvd_pool *pool, struct table_walk 
     w->n = KVD_MIN(w->left, (uint32_t)KVD_TABLE_ENTRIES);
     w->block = w->left ? pool->block[w->block].next : KVD_POOL_NONE;
 }
+// Reads n entries, KVD_POOL_NONE for holes and those that are not there, into every stride-th of
+// out.
+void table_read(const struct kvd_pool *pool, const struct region_table *t, uint32_t first,
+                uint32_t n, uint32_t *out, uint32_t stride);
 // Number of entries that hold a page.
 uint32_t table_pages(const struct kvd_pool *pool, const struct region_table *t);
-// Counts a reference of each page in met[page]. Adds the bytes of those of which that is the last
-// to *bytes. Returns how many pages there are.
-uint32_t table_meet(const struct kvd_pool *pool, const struct region_table *t, uint32_t *met,
-                    uint64_t *bytes);
+
+// -- kept.c: what prefix indices keep -----------------------------------------------------------
+// Finds or makes a namespace's index. -ENOMEM, KVD_E_INTERNAL.
+int kept_open(struct kvd_pool *pool, uint32_t ns, struct kept **out, struct kvd_error *err);
+// Forgets a namespace's index, which refers to no pages.
+void kept_close(struct kvd_pool *pool, uint32_t ns);
+// The page of a block in a plane, KVD_POOL_NONE if it has none there.
+uint32_t kept_page(const struct kvd_pool *pool, const struct kept *k, uint32_t layout,
+                   uint32_t value, uint32_t plane);
+// Refers to pages of a block, in those planes in which it has none. KVD_POOL_NONE: none there.
+void kept_add(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t entry,
+              const uint32_t page[KVD_MAX_PLANES]);
+// Gives back a block's pages.
+void kept_drop(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t value);
+// The end that has the block of an entry in its window, and `depth` blocks up to it. NULL: none.
+struct region_seq *end_of(const struct kvd_pool *pool, uint32_t ns, uint32_t entry, uint32_t depth);
 
 // -- record.c: the records of sequences and namespaces ------------------------------------------
 // The record of an id in use, or NULL.
@@ -316,14 +365,32 @@ void append_recover(struct kvd_pool *pool, struct region_seq *s);
 // -- publish.c ----------------------------------------------------------------------------------
 uint32_t name_bucket(uint32_t ns, const char *name);
 void lru_add(struct kvd_pool *pool, struct region_seq *s);
+// The same, as the first that is to go.
+void lru_add_first(struct kvd_pool *pool, struct region_seq *s);
 void lru_remove(struct kvd_pool *pool, struct region_seq *s);
 void name_remove(struct kvd_pool *pool, struct region_seq *s);
 // Evicts the least recently used candidate of `ns` (KVD_POOL_NONE: of any). False when there is
 // none.
-bool evict_one(struct kvd_pool *pool, uint32_t ns, uint64_t *freed);
+bool evict_one(struct kvd_pool *pool, uint32_t ns);
 // The least recently used sequence of a namespace that can be evicted, or KVD_POOL_NONE.
 uint32_t evictable_of(const struct kvd_pool *pool, uint32_t ns);
 void evict(struct kvd_pool *pool, struct region_seq *s);
+
+// -- forget.c: what goes of prefix indices ------------------------------------------------------
+// Removes one block that nothing keeps, of namespace `ns`; KVD_POOL_NONE: of that whose index has
+// the most bytes of pages and such a block. False: there is none.
+bool blocks_evict(struct kvd_pool *pool, uint32_t ns, enum kvd_prefix_reason reason);
+// Removes up to n. Returns how many went.
+uint32_t blocks_evict_many(struct kvd_pool *pool, uint32_t ns, uint32_t n,
+                           enum kvd_prefix_reason reason);
+// Removes all blocks of a namespace that nobody holds; of those only the ones of a layout, if that
+// is not KVD_POOL_NONE.
+void blocks_clear(struct kvd_pool *pool, uint32_t ns, uint32_t layout);
+// Evicts what is least worth keeping, of blocks and published sequences, of `ns` or, if that is
+// KVD_POOL_NONE, of all: ends that a later one has passed, blocks, published sequences. False:
+// there is nothing.
+bool evict_something(struct kvd_pool *pool, uint32_t ns, enum kvd_prefix_reason reason,
+                     struct kvd_pool_evicted *sum);
 
 // -- shares.c -----------------------------------------------------------------------------------
 enum share { SHARE_SEQUENCES, SHARE_BLOCKS };

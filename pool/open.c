@@ -246,6 +246,7 @@ struct kvd_pool *kvd_pool_open(int fd, const struct kvd_pool_config *config,
     pool->ops = *ops;
     pool->on_evict = config->on_evict;
     pool->on_evict_ctx = config->on_evict_ctx;
+    pool->on_block_gone = config->on_block_gone;
     if (recover(pool, err))
         kvd_pool_leave(&pool);
     return pool;

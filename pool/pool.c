@@ -117,6 +117,7 @@ struct kvd_pool *kvd_pool_new(const struct kvd_pool_config *config,
     pool->ops = *ops;
     pool->on_evict = config->on_evict;
     pool->on_evict_ctx = config->on_evict_ctx;
+    pool->on_block_gone = config->on_block_gone;
     return KVD_TAKE(pool);
 }
 
@@ -125,6 +126,10 @@ void kvd_pool_leave(struct kvd_pool **poolp)
     struct kvd_pool *pool = KVD_TAKE(*poolp);
     if (!pool)
         return;
+    for (uint32_t i = 0; pool->kept && i < pool->head->max_namespaces; i++)
+        kept_close(pool, i);
+    free(pool->kept);
+    free(pool->blocks_room);
     munmap(pool->head, pool->head->region_bytes);
     if (pool->fd >= 0)
         close(pool->fd);

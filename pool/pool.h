@@ -1,9 +1,9 @@
 // The pool: who owns which piece of KV memory.
 //
 // It hands out pages from extents, keeps the page tables of sequences, shares pages copy-on-write
-// between forks, enforces namespace quotas and evicts published sequences that nobody holds. It
-// never touches the memory it manages: that comes from an ops table, and addresses are opaque
-// numbers to it.
+// between forks, enforces namespace quotas and evicts published sequences that nobody holds, and
+// blocks (blocks.h). It never touches the memory it manages: that comes from an ops table, and
+// addresses are opaque numbers to it.
 //
 // All state lives in one contiguous region and refers to itself by index, so the region can be
 // shared memory and be mapped anywhere. One thread at a time.
@@ -44,6 +44,12 @@ struct kvd_pool_mem_ops {
     int (*attach)(void *ctx, uint32_t index, uint64_t bytes, uint64_t *addr);
 };
 
+// Told of each block that a namespace's prefix index no longer has (prefix.h). Must not call the
+// pool.
+struct kvd_prefix_removed;
+typedef void kvd_pool_block_gone_fn(void *ctx, uint32_t ns,
+                                    const struct kvd_prefix_removed *removed);
+
 struct kvd_pool_config {
     uint64_t bytes;        // all extents together; rounded down to whole extents
     uint64_t extent_bytes; // a multiple of 2 MiB
@@ -58,7 +64,8 @@ struct kvd_pool_config {
     bool durable;
     // Told before a published sequence is evicted. May be NULL.
     void (*on_evict)(void *ctx, uint32_t ns, uint64_t seq, const char *name);
-    void *on_evict_ctx;
+    kvd_pool_block_gone_fn *on_block_gone; // may be NULL
+    void *on_evict_ctx;                    // of both
 };
 
 // Returns a new pool, or NULL with *err set. `ops` is copied; ops->ctx must outlive the pool.
@@ -184,11 +191,17 @@ int kvd_pool_publish(struct kvd_pool *pool, uint64_t seq, const char *name, bool
 void kvd_pool_unpublish(struct kvd_pool *pool, uint64_t seq);
 // The sequence of that name, or 0. Counts as a use for eviction's order.
 uint64_t kvd_pool_lookup(struct kvd_pool *pool, uint32_t ns, const char *name);
-// Evicts unused published sequences, oldest use first, in `ns` (KVD_POOL_NONE: in all), until
-// `bytes` of pages are free (0: all of them), and no more than `most`. Returns how many; *freed
-// gets the bytes.
+struct kvd_pool_evicted {
+    uint64_t sequences; // published ones
+    uint64_t blocks;    // of prefix indices
+    uint64_t bytes;     // of pages
+};
+
+// Evicts what nobody uses, of `ns` (KVD_POOL_NONE: of all): blocks of the prefix index, and then
+// published sequences, oldest use first; until `bytes` of pages are free (0: all of them), and no
+// more than `most` of both. Returns how many; *sum gets what went.
 uint32_t kvd_pool_evict(struct kvd_pool *pool, uint32_t ns, uint64_t bytes, uint32_t most,
-                        uint64_t *freed);
+                        struct kvd_pool_evicted *sum);
 
 // A look at what evicting everything would free, which takes time in proportion to the pages of
 // what is evictable, and so may be taken in steps. What changes in between is counted as it was or
@@ -197,7 +210,10 @@ struct kvd_pool_look {
     uint64_t bytes;         // of pages that nothing else has, so far
     uint64_t *by_namespace; // each namespace's are added to by_namespace[ns]; NULL: not wanted
     uint32_t *met;          // by page: how many of its references are evictable; NULL: not begun
-    uint32_t next;          // sequence
+    uint32_t next;          // sequence; then, for each namespace's prefix index,
+    uint32_t ns, entry, entries;
+    bool counting; // what is held is known
+    uint8_t *held; // by entry
 };
 
 // Goes on by about `pages`. Returns false when there is more to look at. What was begun is to be
@@ -226,6 +242,7 @@ struct kvd_pool_seq_info {
     uint32_t holders;
     uint32_t pins;
     const char *name; // "" if not published
+    bool end;         // of a prefix: it keeps a recent window for whoever adopts it (blocks.h)
 };
 
 // The first token that a query at `position` sees through a window; 0: it sees all.
@@ -348,7 +365,8 @@ int kvd_pool_verify(const struct kvd_pool *pool, struct kvd_error *err);
 
 // Makes everything anew that follows from the rest: references, free lists, who was used when,
 // counters (internal.h tells which). KVD_E_CORRUPT says what contradicts itself; the pool is then
-// not to be used. KVD_E_INTERNAL: out of memory.
+// not to be used. KVD_E_INTERNAL: out of memory. KVD_E_PRECONDITION: there are prefix indices,
+// which nothing else tells of.
 int kvd_pool_rebuild(struct kvd_pool *pool, struct kvd_error *err);
 
 #endif

@@ -63,7 +63,7 @@ struct kvd_prefix *kvd_prefix_new(const struct kvd_prefix_config *config, void *
     struct prefix_head *h = ix->head;
     h->config = *config;
     h->region_bytes = bytes;
-    prefix_start(ix);
+    prefix_start(ix, true);
     h->magic = KVD_PREFIX_MAGIC; // last: an index that was never finished is none
     return KVD_TAKE(ix);
 }
@@ -78,17 +78,20 @@ void kvd_prefix_free(struct kvd_prefix **ix)
     *ix = NULL;
 }
 
-void prefix_start(struct kvd_prefix *ix)
+void prefix_start(struct kvd_prefix *ix, bool zeroed)
 {
     struct prefix_head *h = ix->head;
     h->entries = h->ever = 0;
-    h->free = KVD_PREFIX_NONE;
+    h->free = 0;
     h->buckets = h->config.entries;
     h->ghost_sets =
         (uint32_t)kvd_div_up((uint64_t)h->config.entries * GHOSTS_PER_ENTRY, GHOST_WAYS);
     h->gone_sets = (uint32_t)kvd_div_up(h->config.entries, ENTRIES_PER_REMOVED * REMOVED_WAYS);
-    memset(ix->bucket, 0xff, (size_t)h->buckets * sizeof(*ix->bucket));
-    memset(ix->gone, 0, (size_t)h->gone_sets * REMOVED_WAYS * sizeof(*ix->gone));
+    if (!zeroed) {
+        memset(ix->bucket, 0, (size_t)h->buckets * sizeof(*ix->bucket));
+        memset(ix->ghost, 0, (size_t)h->ghost_sets * GHOST_WAYS * sizeof(*ix->ghost));
+        memset(ix->gone, 0, (size_t)h->gone_sets * REMOVED_WAYS * sizeof(*ix->gone));
+    }
     reuse_clear(ix);
 }
 
@@ -99,19 +102,34 @@ static bool domain_used(const struct prefix_domain *d)
     return d->entries || d->holders;
 }
 
+uint32_t kvd_prefix_domain_find(const struct kvd_prefix *ix,
+                                const uint8_t digest[KVD_PREFIX_DOMAIN_BYTES])
+{
+    for (uint32_t i = 0; i < ix->head->config.domains; i++)
+        if (!memcmp(ix->domain[i].digest, digest, sizeof(ix->domain[i].digest)))
+            return i;
+    return KVD_PREFIX_NONE;
+}
+
+const uint8_t *kvd_prefix_domain_at(const struct kvd_prefix *ix, uint32_t domain)
+{
+    return domain_used(&ix->domain[domain]) ? ix->domain[domain].digest : NULL;
+}
+
 int kvd_prefix_domain(struct kvd_prefix *ix, const uint8_t digest[KVD_PREFIX_DOMAIN_BYTES],
                       uint32_t *domain, struct kvd_error *err)
 {
-    uint32_t n = ix->head->config.domains, at = KVD_PREFIX_NONE;
-    for (uint32_t i = 0; i < n; i++) {
-        const struct prefix_domain *d = &ix->domain[i];
-        if (domain_used(d) && !memcmp(d->digest, digest, sizeof(d->digest))) {
+    static const uint8_t never[KVD_PREFIX_DOMAIN_BYTES];
+    uint32_t n = ix->head->config.domains, at = kvd_prefix_domain_find(ix, digest), left = at;
+    for (uint32_t i = 0; i < n && at == KVD_PREFIX_NONE; i++) {
+        if (domain_used(&ix->domain[i]))
+            continue;
+        if (!memcmp(ix->domain[i].digest, never, sizeof(never)))
             at = i;
-            break;
-        }
-        if (!domain_used(d) && at == KVD_PREFIX_NONE)
-            at = i;
+        else if (left == KVD_PREFIX_NONE)
+            left = i;
     }
+    at = at == KVD_PREFIX_NONE ? left : at; // one that has nothing any more, but may be asked for
     if (at == KVD_PREFIX_NONE)
         return kvd_fail(err, KVD_E_LIMIT,
                         "all %u domains of the prefix index have blocks or holders", n);
@@ -131,12 +149,12 @@ void kvd_prefix_domain_release(struct kvd_prefix *ix, uint32_t domain)
 static uint32_t find(const struct kvd_prefix *ix, uint32_t domain, const struct kvd_prefix_key *key,
                      uint64_t hash)
 {
-    uint32_t at = ix->bucket[prefix_place(hash, ix->head->buckets)];
-    while (at != KVD_PREFIX_NONE) {
-        const struct prefix_entry *e = &ix->entry[at];
+    uint32_t next = ix->bucket[prefix_place(hash, ix->head->buckets)];
+    while (next) {
+        const struct prefix_entry *e = &ix->entry[next - 1];
         if (prefix_key_equal(&e->key, key) && e->domain == domain)
-            return at;
-        at = e->chain;
+            return next - 1;
+        next = e->chain;
     }
     return KVD_PREFIX_NONE;
 }
@@ -163,11 +181,11 @@ static uint32_t entry_new(struct kvd_prefix *ix, uint32_t domain, uint32_t paren
                           const struct kvd_prefix_key *key, uint32_t value, uint64_t hash)
 {
     struct prefix_head *h = ix->head;
-    uint32_t at = h->free;
-    if (at != KVD_PREFIX_NONE)
+    uint32_t at = h->free ? h->free - 1 : h->ever;
+    if (h->free)
         h->free = ix->entry[at].chain;
     else
-        at = h->ever++;
+        h->ever++;
     uint32_t *bucket = &ix->bucket[prefix_place(hash, h->buckets)];
     struct prefix_entry *e = &ix->entry[at];
     *e = (struct prefix_entry){.key = *key,
@@ -179,7 +197,7 @@ static uint32_t entry_new(struct kvd_prefix *ix, uint32_t domain, uint32_t paren
                                .next = KVD_PREFIX_NONE};
     __atomic_store_n(&e->used, true,
                      __ATOMIC_RELEASE); // last: a killed process leaves no half entry
-    *bucket = at;
+    *bucket = at + 1;
     h->entries++;
     h->inserted++;
     ix->domain[domain].entries++;
@@ -208,8 +226,8 @@ static void entry_remove(struct kvd_prefix *ix, uint32_t entry, enum kvd_prefix_
     struct prefix_entry *e = &ix->entry[entry];
     uint64_t hash = prefix_hash(ix, e->domain, &e->key);
     uint32_t *link = &ix->bucket[prefix_place(hash, h->buckets)];
-    while (*link != entry)
-        link = &ix->entry[*link].chain;
+    while (*link != entry + 1)
+        link = &ix->entry[*link - 1].chain;
     *link = e->chain;
     take_down(ix, entry);
     remember(ix, e, hash, reason, now);
@@ -221,10 +239,10 @@ static void entry_remove(struct kvd_prefix *ix, uint32_t entry, enum kvd_prefix_
     ix->domain[e->domain].entries--;
     h->entries--;
     h->removed[reason]++;
-    const struct kvd_prefix_removed removed = {e->key, e->domain, e->value, reason};
+    const struct kvd_prefix_removed removed = {e->key, e->domain, entry, e->value, reason};
     __atomic_store_n(&e->used, false, __ATOMIC_SEQ_CST); // before the value is its owner's again
     e->chain = h->free;
-    h->free = entry;
+    h->free = entry + 1;
     if (fn)
         fn(ctx, &removed);
 }
@@ -251,9 +269,9 @@ static uint64_t walk_on(struct walk *w, uint32_t i)
     }
     if (i + AHEAD < w->n) {
         uint64_t hash = w->hash[(i + AHEAD) % KVD_LEN(w->hash)];
-        uint32_t at = ix->bucket[prefix_place(hash, ix->head->buckets)];
-        if (at != KVD_PREFIX_NONE)
-            __builtin_prefetch(&ix->entry[at]);
+        uint32_t first = ix->bucket[prefix_place(hash, ix->head->buckets)];
+        if (first)
+            __builtin_prefetch(&ix->entry[first - 1]);
     }
     return w->hash[i % KVD_LEN(w->hash)];
 }
@@ -337,6 +355,11 @@ int kvd_prefix_insert(struct kvd_prefix *ix, uint32_t domain, uint32_t parent,
     return kvd_fail(err, KVD_E_FULL, "the prefix index has its %u entries", h->config.entries);
 }
 
+void kvd_prefix_set(struct kvd_prefix *ix, uint32_t entry, uint32_t value)
+{
+    ix->entry[entry].value = value;
+}
+
 // -- what keeps entries and what ends them ------------------------------------------------------
 
 int kvd_prefix_hold(struct kvd_prefix *ix, uint32_t entry, struct kvd_error *err)
@@ -390,6 +413,21 @@ uint32_t kvd_prefix_drop(struct kvd_prefix *ix, uint32_t domain, const struct kv
     return gone;
 }
 
+uint32_t kvd_prefix_clear(struct kvd_prefix *ix, uint32_t domain, enum kvd_prefix_reason reason,
+                          uint32_t now, kvd_prefix_removed_fn *fn, void *ctx)
+{
+    uint32_t gone = 0;
+    for (uint32_t i = 0; i < ix->head->ever; i++)
+        for (uint32_t at = i, parent; at != KVD_PREFIX_NONE; at = parent, gone++) {
+            const struct prefix_entry *e = &ix->entry[at];
+            if (!e->used || !is_loose_leaf(e) || (domain != KVD_PREFIX_NONE && e->domain != domain))
+                break;
+            parent = e->parent;
+            entry_remove(ix, at, reason, now, fn, ctx);
+        }
+    return gone;
+}
+
 // -- what is known ------------------------------------------------------------------------------
 
 const char *kvd_prefix_reason_name(enum kvd_prefix_reason reason)
@@ -431,6 +469,7 @@ void kvd_prefix_info(const struct kvd_prefix *ix, struct kvd_prefix_info *out)
 {
     const struct prefix_head *h = ix->head;
     *out = (struct kvd_prefix_info){.capacity = h->config.entries,
+                                    .ever = h->ever,
                                     .entries = h->entries,
                                     .inserted = h->inserted,
                                     .region_bytes = h->region_bytes};

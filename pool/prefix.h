@@ -79,6 +79,12 @@ void kvd_prefix_free(struct kvd_prefix **ix);
 int kvd_prefix_domain(struct kvd_prefix *ix, const uint8_t digest[KVD_PREFIX_DOMAIN_BYTES],
                       uint32_t *domain, struct kvd_error *err);
 void kvd_prefix_domain_release(struct kvd_prefix *ix, uint32_t domain);
+// The domain of a digest, or KVD_PREFIX_NONE; it may have no blocks any more. Looks at all domains.
+uint32_t kvd_prefix_domain_find(const struct kvd_prefix *ix,
+                                const uint8_t digest[KVD_PREFIX_DOMAIN_BYTES]);
+// The digest of a domain below the configuration's number, NULL if it has neither blocks nor
+// holders.
+const uint8_t *kvd_prefix_domain_at(const struct kvd_prefix *ix, uint32_t domain);
 
 struct kvd_prefix_query {
     uint32_t domain;
@@ -107,6 +113,9 @@ int kvd_prefix_insert(struct kvd_prefix *ix, uint32_t domain, uint32_t parent,
                       const struct kvd_prefix_key *keys, const uint32_t *values, uint32_t n,
                       uint32_t *at, uint32_t *done, struct kvd_error *err);
 
+// Gives a block another value.
+void kvd_prefix_set(struct kvd_prefix *ix, uint32_t entry, uint32_t value);
+
 // An entry that is held, and all before it, is not evicted until it is released as often.
 // KVD_E_LIMIT: held too often.
 int kvd_prefix_hold(struct kvd_prefix *ix, uint32_t entry, struct kvd_error *err);
@@ -128,7 +137,7 @@ const char *kvd_prefix_reason_name(enum kvd_prefix_reason reason);
 
 struct kvd_prefix_removed {
     struct kvd_prefix_key key;
-    uint32_t domain, value;
+    uint32_t domain, entry, value; // nothing is known by that entry any more
     enum kvd_prefix_reason reason;
 };
 // Told of each block that goes; the value is its owner's again. Must not call the index.
@@ -145,6 +154,11 @@ uint32_t kvd_prefix_drop(struct kvd_prefix *ix, uint32_t domain, const struct kv
                          uint32_t n, uint32_t keep, enum kvd_prefix_reason reason, uint32_t now,
                          kvd_prefix_removed_fn *fn, void *ctx);
 
+// Removes all blocks of a domain (KVD_PREFIX_NONE: of all) that nobody holds; leases do not count.
+// Looks at every entry. Returns how many went.
+uint32_t kvd_prefix_clear(struct kvd_prefix *ix, uint32_t domain, enum kvd_prefix_reason reason,
+                          uint32_t now, kvd_prefix_removed_fn *fn, void *ctx);
+
 // Why a block is not there, as far as that is remembered; *when gets the time at which it went.
 enum kvd_prefix_reason kvd_prefix_why(const struct kvd_prefix *ix, uint32_t domain,
                                       const struct kvd_prefix_key *key, uint32_t *when);
@@ -158,6 +172,7 @@ bool kvd_prefix_get(const struct kvd_prefix *ix, uint32_t entry, struct kvd_pref
 
 struct kvd_prefix_info {
     uint32_t capacity, entries, domains;
+    uint32_t ever; // numbers of entries are below it
     uint64_t inserted, removed[KVD_PREFIX_REASONS];
     uint64_t region_bytes;
 };

@@ -76,15 +76,16 @@ static int check_buckets(const struct kvd_prefix *ix, const struct sums *s, stru
     const struct prefix_head *h = ix->head;
     uint32_t met = 0;
     for (uint32_t b = 0; b < h->buckets; b++)
-        for (uint32_t i = ix->bucket[b]; i != KVD_PREFIX_NONE; i = ix->entry[i].chain) {
+        for (uint32_t next = ix->bucket[b], i; next; next = ix->entry[i].chain) {
+            i = next - 1;
             const struct prefix_entry *e = &ix->entry[i];
             if (i >= h->ever || !e->used || ++met > h->entries)
                 return corrupt(err, "a bucket has what is no entry", i);
             if (prefix_place(prefix_hash(ix, e->domain, &e->key), h->buckets) != b)
                 return corrupt(err, "an entry is in another's bucket", i);
-            for (uint32_t o = e->chain; o != KVD_PREFIX_NONE && o < h->ever; o = ix->entry[o].chain)
-                if (ix->entry[o].domain == e->domain &&
-                    prefix_key_equal(&e->key, &ix->entry[o].key))
+            for (uint32_t o = e->chain; o && o <= h->ever; o = ix->entry[o - 1].chain)
+                if (ix->entry[o - 1].domain == e->domain &&
+                    prefix_key_equal(&e->key, &ix->entry[o - 1].key))
                     return corrupt(err, "a key is there twice", i);
             s->domain_entries[e->domain]++;
         }
@@ -145,9 +146,9 @@ static int check_all(const struct kvd_prefix *ix, const struct sums *s, struct k
         else if (e->used && (e->uses < 1 || e->uses > REUSE_MAX_USES))
             rc = corrupt(err, "an entry was used as often as cannot be", i);
     }
-    for (uint32_t i = h->free; i != KVD_PREFIX_NONE && rc == KVD_OK; i = ix->entry[i].chain)
-        if (i >= h->ever || ix->entry[i].used || !unused--)
-            rc = corrupt(err, "the list of free entries has another", i);
+    for (uint32_t i = h->free; i && rc == KVD_OK; i = ix->entry[i - 1].chain)
+        if (i > h->ever || ix->entry[i - 1].used || !unused--)
+            rc = corrupt(err, "the list of free entries has another", i - 1);
     if (rc == KVD_OK && unused)
         rc = corrupt(err, "free entries are lost", unused);
     return rc;
@@ -175,16 +176,17 @@ static int put_back(struct kvd_prefix *ix, uint32_t entry, uint32_t children, st
     e->children = children;
     if (!e->used) {
         e->chain = h->free;
-        h->free = entry;
+        h->free = entry + 1;
         return KVD_OK;
     }
     uint64_t hash = prefix_hash(ix, e->domain, &e->key);
     uint32_t *bucket = &ix->bucket[prefix_place(hash, h->buckets)];
-    for (uint32_t o = *bucket; o != KVD_PREFIX_NONE; o = ix->entry[o].chain)
-        if (ix->entry[o].domain == e->domain && prefix_key_equal(&e->key, &ix->entry[o].key))
+    for (uint32_t o = *bucket; o; o = ix->entry[o - 1].chain)
+        if (ix->entry[o - 1].domain == e->domain &&
+            prefix_key_equal(&e->key, &ix->entry[o - 1].key))
             return corrupt(err, "a key is there twice", entry);
     e->chain = *bucket;
-    *bucket = entry;
+    *bucket = entry + 1;
     h->entries++;
     ix->domain[e->domain].entries++;
     reuse_new(ix, e, hash);
@@ -207,7 +209,7 @@ static int rebuild(struct kvd_prefix *ix, struct kvd_error *err)
         rc = check_trees(ix, ever, children, err);
     if (rc != KVD_OK)
         return rc;
-    prefix_start(ix);
+    prefix_start(ix, false);
     h->ever = ever;
     for (uint32_t d = 0; d < h->config.domains; d++)
         ix->domain[d].entries = ix->domain[d].holders = 0;

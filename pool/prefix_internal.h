@@ -4,7 +4,7 @@
 
 #include "pool/prefix.h"
 
-#define KVD_PREFIX_MAGIC 0x3158495046564b44ull
+#define KVD_PREFIX_MAGIC 0x3258495046564b44ull
 
 enum {
     REUSE_CLASSES = 6, // by number of uses: 1, 2, 3-4, 5-8, 9-16, more
@@ -31,7 +31,7 @@ struct prefix_entry {
     bool used;
     // -- derived
     uint8_t uses;   // up to REUSE_MAX_USES
-    uint32_t chain; // the next entry of its bucket; of a free entry, the next free one
+    uint32_t chain; // the next entry of its bucket, or the next free one; as those in `bucket`
     uint32_t children;
     uint32_t prev, next; // in a list of leaves; KVD_PREFIX_NONE: in none
     uint32_t tick;       // of its last use
@@ -79,8 +79,8 @@ struct prefix_head {
     uint64_t inserted, removed[KVD_PREFIX_REASONS];
     // -- derived
     uint32_t entries;
-    uint32_t ever; // entries from here on were never used
-    uint32_t free;
+    uint32_t ever;                           // entries from here on were never used
+    uint32_t free;                           // as those in `bucket`
     uint32_t buckets, ghost_sets, gone_sets; // of config
     struct prefix_list list[LISTS];
     struct prefix_reuse reuse;
@@ -90,7 +90,7 @@ struct kvd_prefix {
     void *own; // the region, if it is the index's to free
     struct prefix_head *head;
     struct prefix_domain *domain;
-    uint32_t *bucket;
+    uint32_t *bucket; // entry + 1; 0: none, so that what was never used costs no memory
     struct prefix_entry *entry;
     uint32_t *ghost;
     struct prefix_gone *gone;
@@ -138,7 +138,7 @@ uint32_t leaf_choose(struct kvd_prefix *ix, uint32_t now);
 // Gives each table its place in the region. With base NULL only the size is computed.
 uint64_t prefix_lay_out(struct kvd_prefix *ix, const struct kvd_prefix_config *config,
                         uint8_t *base);
-// Makes anew what is derived, for an index without entries.
-void prefix_start(struct kvd_prefix *ix);
+// Makes anew what is derived, for an index without entries. `zeroed`: the region is.
+void prefix_start(struct kvd_prefix *ix, bool zeroed);
 
 #endif

@@ -417,7 +417,6 @@ void reuse_clear(struct kvd_prefix *ix)
     memset(&h->reuse, 0, sizeof(h->reuse));
     h->reuse.tick = FIRST_TICK;
     h->reuse.lease_ends = UINT32_MAX;
-    memset(ix->ghost, 0, (size_t)h->ghost_sets * GHOST_WAYS * sizeof(*ix->ghost));
     for (uint32_t list = 0; list < LISTS; list++)
         list_clear(ix, list);
     rank_shelves(ix);

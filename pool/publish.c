@@ -49,6 +49,22 @@ void lru_add(struct kvd_pool *pool, struct region_seq *s)
     pool->layout[s->layout].used = s->lru_stamp;
 }
 
+void lru_add_first(struct kvd_pool *pool, struct region_seq *s)
+{
+    struct region_namespace *n = &pool->ns[s->ns];
+    uint32_t i = (uint32_t)(s - pool->seq);
+    lru_add(pool, s);
+    s->lru_stamp = 0;
+    if (n->lru_first == i)
+        return;
+    n->lru_last = s->lru_prev;
+    pool->seq[s->lru_prev].lru_next = KVD_POOL_NONE;
+    s->lru_prev = KVD_POOL_NONE;
+    s->lru_next = n->lru_first;
+    pool->seq[n->lru_first].lru_prev = i;
+    n->lru_first = i;
+}
+
 void lru_remove(struct kvd_pool *pool, struct region_seq *s)
 {
     struct region_namespace *n = &pool->ns[s->ns];
@@ -132,14 +148,17 @@ uint32_t evictable_of(const struct kvd_pool *pool, uint32_t ns)
 
 void evict(struct kvd_pool *pool, struct region_seq *s)
 {
-    if (pool->on_evict)
-        pool->on_evict(pool->on_evict_ctx, s->ns, seq_id(pool, s), s->name);
-    name_remove(pool, s);
-    pool->head->evictions++;
+    if (s->name[0]) {
+        if (pool->on_evict)
+            pool->on_evict(pool->on_evict_ctx, s->ns, seq_id(pool, s), s->name);
+        name_remove(pool, s);
+        pool->head->evictions++;
+    }
+    lru_remove(pool, s);
     seq_destroy(pool, s);
 }
 
-bool evict_one(struct kvd_pool *pool, uint32_t ns, uint64_t *freed)
+bool evict_one(struct kvd_pool *pool, uint32_t ns)
 {
     uint32_t oldest = KVD_POOL_NONE;
     for (uint32_t i = 0; i < pool->head->n_namespaces; i++) {
@@ -150,51 +169,6 @@ bool evict_one(struct kvd_pool *pool, uint32_t ns, uint64_t *freed)
     }
     if (oldest == KVD_POOL_NONE)
         return false;
-    uint64_t before = pool->head->used;
     evict(pool, &pool->seq[oldest]);
-    if (freed)
-        *freed += before - pool->head->used;
     return true;
-}
-
-uint32_t kvd_pool_evict(struct kvd_pool *pool, uint32_t ns, uint64_t bytes, uint32_t most,
-                        uint64_t *freed)
-{
-    uint32_t n = 0;
-    *freed = 0;
-    while (n < most && (bytes == 0 || *freed < bytes) && evict_one(pool, ns, freed))
-        n++;
-    return n;
-}
-
-bool kvd_pool_look_step(struct kvd_pool *pool, struct kvd_pool_look *look, uint32_t pages)
-{
-    const struct region_head *h = pool->head;
-    if (!look->met)
-        look->met = calloc((size_t)h->n_extents * h->slots, sizeof(*look->met));
-    if (!look->met)
-        return true; // memory is short, and nothing is known then
-    for (uint32_t seen = 0; look->next < h->n_sequences_ever && seen < pages; look->next++) {
-        const struct region_seq *s = &pool->seq[look->next];
-        seen++;
-        if (!(s->generation & 1) || !s->listed || s->pins)
-            continue;
-        uint64_t bytes = 0;
-        for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++)
-            for (int kind = 0; kind < KVD_POOL_KINDS; kind++)
-                seen += table_meet(pool, &s->table[p][kind], look->met, &bytes);
-        look->bytes += bytes;
-        if (look->by_namespace)
-            look->by_namespace[s->ns] += bytes;
-    }
-    if (look->next < h->n_sequences_ever)
-        return false;
-    kvd_pool_look_drop(look);
-    return true;
-}
-
-void kvd_pool_look_drop(struct kvd_pool_look *look)
-{
-    free(look->met);
-    look->met = NULL;
 }

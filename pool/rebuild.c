@@ -29,7 +29,7 @@ static void clear_owners(struct kvd_pool *pool)
     for (uint32_t i = 0; i < pool->head->n_layouts; i++) {
         struct region_layout *l = &pool->layout[i];
         l->sequences = l->idle = 0;
-        l->used = 0;
+        l->used = l->kept = 0;
     }
 }
 
@@ -142,6 +142,7 @@ static int sequence(struct rebuilding *r, uint32_t i, struct kvd_error *err)
     struct region_seq *s = &pool->seq[i];
     s->listed = false;
     s->lru_prev = s->lru_next = s->name_next = KVD_POOL_NONE;
+    s->held_entry = s->end_entry = 0;
     if (!(s->generation & 1)) {
         s->lru_next = pool->head->free_seq;
         pool->head->free_seq = i;
@@ -266,6 +267,9 @@ int kvd_pool_rebuild(struct kvd_pool *pool, struct kvd_error *err)
     const struct region_head *h = pool->head;
     bool *taken KVD_FREE = calloc(h->max_blocks, sizeof(*taken));
     uint32_t *listed KVD_FREE = calloc(h->max_sequences, sizeof(*listed));
+    for (uint32_t i = 0; pool->kept && i < h->max_namespaces; i++)
+        if (pool->kept[i])
+            return kvd_fail(err, KVD_E_PRECONDITION, "namespace %u has a prefix index", i);
     struct rebuilding r = {.pool = pool, .block_taken = taken, .listed = listed};
     if (!taken || !listed)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");

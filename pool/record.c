@@ -45,6 +45,9 @@ void seq_destroy(struct kvd_pool *pool, struct region_seq *s)
     }
     s->generation++; // with this it is gone
     stored();
+    if (s->held_entry)
+        kvd_prefix_release(pool->kept[s->ns]->ix, s->held_entry - 1);
+    s->held_entry = s->end_entry = 0;
     for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++)
         for (int k = 0; k < KVD_POOL_KINDS; k++) {
             table_truncate(pool, &s->table[p][k], 0);
@@ -63,8 +66,10 @@ void seq_destroy(struct kvd_pool *pool, struct region_seq *s)
 void namespace_settle(struct kvd_pool *pool, uint32_t ns)
 {
     struct region_namespace *n = &pool->ns[ns];
-    if (n->holders || n->kept || n->quota || n->sequences || n->used)
+    const struct kept *index = pool->kept ? pool->kept[ns] : NULL;
+    if (n->holders || n->kept || n->quota || n->sequences || n->used || (index && index->busy))
         return;
+    kept_close(pool, ns); // it may have blocks left, of which nobody has the pages
     for (uint32_t x = 0; x < pool->head->n_extents; x++)
         if (pool->extent[x].owner == ns)
             pool->extent[x].owner = KVD_OWNER_GONE;

@@ -1,5 +1,5 @@
 // Making room: what something needs is provided first, all of it, and then taken, which cannot
-// fail. Only here are extents granted and sequences evicted for it.
+// fail. Only here are extents granted, and blocks and sequences evicted for it.
 #include "pool/internal.h"
 
 static int provide(struct kvd_pool *pool, uint32_t ns, uint32_t layout,
@@ -46,7 +46,7 @@ int room_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout, const struct 
     if (rc)
         return rc;
     while (n->quota && n->used + need->bytes > n->quota) {
-        if (!evict_one(pool, ns, NULL))
+        if (!evict_something(pool, ns, KVD_PREFIX_EVICTED_QUOTA, NULL))
             return kvd_fail(err, KVD_E_QUOTA,
                             "namespace %s uses %llu of its quota of %llu bytes; free sequences or "
                             "raise the quota",
@@ -54,7 +54,7 @@ int room_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout, const struct 
     }
     // Eviction may take extents away from the very slabs that were provided for: from the start.
     while (((rc = provide(pool, ns, layout, need)) == KVD_E_FULL || rc == KVD_E_LIMIT) &&
-           evict_one(pool, KVD_POOL_NONE, NULL))
+           evict_something(pool, KVD_POOL_NONE, KVD_PREFIX_EVICTED_ROOM, NULL))
         ;
     if (rc == KVD_OK)
         return rc;

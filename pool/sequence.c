@@ -89,6 +89,8 @@ int kvd_pool_seq_fork(struct kvd_pool *pool, uint64_t parent, uint64_t *child,
             table_share(pool, &c->table[i][k], &p->table[i][k]);
     seq_set_length(pool, c, p->length);
     memcpy(c->reach, p->reach, sizeof(c->reach));
+    if (p->held_entry && kvd_prefix_hold(pool->kept[p->ns]->ix, p->held_entry - 1, err) == KVD_OK)
+        c->held_entry = p->held_entry;
     seq_appear(pool, c);
     *child = seq_id(pool, c);
     return KVD_OK;
@@ -179,6 +181,7 @@ static void fill_info(const struct kvd_pool *pool, const struct region_seq *s,
         .holders = s->holders,
         .pins = s->pins,
         .name = s->name,
+        .end = s->end_entry != 0,
     };
     for (uint32_t p = 0; p < out->n_planes; p++) {
         const struct kvd_pool_reach *pending = s->pending_layers ? s->pending : s->reach;

@@ -77,6 +77,7 @@ void kvd_pool_namespace_clear(struct kvd_pool *pool, uint32_t ns)
 {
     for (uint32_t i = evictable_of(pool, ns); i != KVD_POOL_NONE; i = evictable_of(pool, ns))
         evict(pool, &pool->seq[i]);
+    blocks_clear(pool, ns, KVD_POOL_NONE);
 }
 
 uint32_t namespace_slot(struct kvd_pool *pool)
@@ -105,7 +106,8 @@ uint32_t namespace_slot(struct kvd_pool *pool)
 
 uint32_t kvd_pool_layout_refs(const struct kvd_pool *pool, uint32_t layout)
 {
-    return pool->layout[layout].holders + pool->layout[layout].sequences;
+    const struct region_layout *l = &pool->layout[layout];
+    return l->holders + l->sequences + (l->kept != 0);
 }
 
 static uint32_t layouts_of(const struct kvd_pool *pool, uint32_t ns)
@@ -116,11 +118,11 @@ static uint32_t layouts_of(const struct kvd_pool *pool, uint32_t ns)
     return n;
 }
 
-// Only evictable sequences refer to it.
+// Only evictable sequences and blocks refer to it.
 static bool is_idle(const struct kvd_pool *pool, uint32_t layout)
 {
     const struct region_layout *l = &pool->layout[layout];
-    return !l->holders && l->sequences && l->sequences == l->idle;
+    return !l->holders && (l->sequences || l->kept) && l->sequences == l->idle;
 }
 
 bool kvd_pool_layout_idle(const struct kvd_pool *pool, uint32_t layout, uint64_t *used)
@@ -137,6 +139,7 @@ void kvd_pool_layout_clear(struct kvd_pool *pool, uint32_t layout)
             if (pool->seq[i].layout == layout && !pool->seq[i].pins)
                 evict(pool, &pool->seq[i]);
         }
+        blocks_clear(pool, n, layout);
     }
 }
 

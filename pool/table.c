@@ -158,28 +158,23 @@ void table_share(struct kvd_pool *pool, struct region_table *to, const struct re
     }
 }
 
+void table_read(const struct kvd_pool *pool, const struct region_table *t, uint32_t first,
+                uint32_t n, uint32_t *out, uint32_t stride)
+{
+    for (uint32_t i = 0; i < n; i++)
+        out[(size_t)i * stride] = KVD_POOL_NONE;
+    for (struct table_walk w = table_walk(t); w.block != KVD_POOL_NONE && w.at < first + n;
+         table_walk_on(pool, &w))
+        for (uint32_t i = 0; i < w.n; i++)
+            if (w.at + i >= first && w.at + i < first + n)
+                out[(size_t)(w.at + i - first) * stride] = pool->block[w.block].page[i];
+}
+
 uint32_t table_pages(const struct kvd_pool *pool, const struct region_table *t)
 {
     uint32_t n = 0;
     for (struct table_walk w = table_walk(t); w.block != KVD_POOL_NONE; table_walk_on(pool, &w))
         for (uint32_t i = 0; i < w.n; i++)
             n += pool->block[w.block].page[i] != KVD_POOL_NONE;
-    return n;
-}
-
-uint32_t table_meet(const struct kvd_pool *pool, const struct region_table *t, uint32_t *met,
-                    uint64_t *bytes)
-{
-    uint32_t n = 0;
-    for (struct table_walk w = table_walk(t); w.block != KVD_POOL_NONE; table_walk_on(pool, &w)) {
-        for (uint32_t i = 0; i < w.n; i++) {
-            uint32_t page = pool->block[w.block].page[i];
-            if (page == KVD_POOL_NONE)
-                continue;
-            n++;
-            if (++met[page] == pool->page[page].refs)
-                *bytes += pool->slab[page_extent(pool, page)->slab].page_bytes;
-        }
-    }
     return n;
 }

@@ -5,7 +5,7 @@ struct tally {
     uint32_t *refs; // by page number
     uint64_t used, sequences, tokens;
     uint64_t *ns_used, *ns_sequences, *ns_tokens, *ns_blocks;
-    uint64_t blocks, *refs_of, *idle_of; // the last two by layout
+    uint64_t blocks, *refs_of, *idle_of, *kept_of; // the last three by layout
 };
 
 static int tally_table(const struct kvd_pool *pool, const struct region_seq *s,
@@ -134,6 +134,77 @@ static int tally_sequence(const struct kvd_pool *pool, const struct region_seq *
     return KVD_OK;
 }
 
+// -- prefix indices -----------------------------------------------------------------------------
+
+static int tally_entry(const struct kvd_pool *pool, uint32_t ns,
+                       const struct kvd_prefix_entry_info *e, struct tally *t, uint64_t *bytes,
+                       struct kvd_error *err)
+{
+    const struct kept *k = pool->kept[ns];
+    uint32_t layout = k->layout_of[e->domain];
+    for (uint32_t p = 0; p < pool->layout[layout].l.n_planes; p++) {
+        uint32_t page = kept_page(pool, k, layout, e->value, p);
+        if (page == KVD_POOL_NONE)
+            continue;
+        const struct region_extent *x = page_extent(pool, page);
+        const struct region_slab *slab = x->slab == KVD_POOL_NONE ? NULL : &pool->slab[x->slab];
+        if (!slab || slab->ns != ns || slab->layout != layout || slab->plane != p)
+            return kvd_fail(err, KVD_E_CORRUPT, "page %u belongs to another slab than its block",
+                            page);
+        t->refs[page]++;
+        t->kept_of[layout]++;
+        *bytes += slab->page_bytes;
+    }
+    return KVD_OK;
+}
+
+// What sequences keep of it, and ends.
+static int check_entries(const struct kvd_pool *pool, uint32_t ns, uint32_t *holds,
+                         struct kvd_error *err)
+{
+    const struct kept *k = pool->kept[ns];
+    struct kvd_prefix_entry_info e;
+    for (uint32_t i = 0; i < pool->head->n_sequences_ever; i++) {
+        const struct region_seq *s = &pool->seq[i];
+        if (!(s->generation & 1) || s->ns != ns)
+            continue;
+        if (s->held_entry &&
+            (!kvd_prefix_get(k->ix, s->held_entry - 1, &e) || ++holds[s->held_entry - 1] > e.holds))
+            return kvd_fail(err, KVD_E_CORRUPT, "sequence %u keeps a block that is not held", i);
+        if (s->end_entry &&
+            (s->holders || s->name[0] || !s->listed ||
+             end_of(pool, ns, s->end_entry - 1, (uint32_t)(s->length / KVD_PAGE_TOKENS)) != s))
+            return kvd_fail(err, KVD_E_CORRUPT, "sequence %u is an end of nothing", i);
+    }
+    return KVD_OK;
+}
+
+static int tally_index(const struct kvd_pool *pool, uint32_t ns, struct tally *t,
+                       struct kvd_error *err)
+{
+    const struct kept *k = pool->kept ? pool->kept[ns] : NULL;
+    struct kvd_prefix_info info;
+    struct kvd_prefix_entry_info e;
+    uint64_t bytes = 0;
+    if (!k)
+        return KVD_OK;
+    int rc = kvd_prefix_verify(k->ix, err);
+    kvd_prefix_info(k->ix, &info);
+    uint32_t *holds KVD_FREE = calloc(info.ever + 1, sizeof(*holds));
+    if (!holds)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    for (uint32_t i = 0; i < info.ever && rc == KVD_OK; i++)
+        if (kvd_prefix_get(k->ix, i, &e))
+            rc = tally_entry(pool, ns, &e, t, &bytes, err);
+    if (rc == KVD_OK && bytes != k->page_bytes)
+        rc = kvd_fail(err, KVD_E_CORRUPT, "the index of namespace %s has %llu bytes, says %llu",
+                      pool->ns[ns].name, (unsigned long long)bytes,
+                      (unsigned long long)k->page_bytes);
+    return rc ? rc : check_entries(pool, ns, holds, err);
+}
+
+// -- extents and counters -----------------------------------------------------------------------
+
 static int check_extent(const struct kvd_pool *pool, uint32_t x, struct tally *t,
                         struct kvd_error *err)
 {
@@ -181,11 +252,14 @@ static int compare(const struct kvd_pool *pool, const struct tally *t, struct kv
             return kvd_fail(err, KVD_E_CORRUPT, "the counters of namespace %s are wrong", n->name);
     }
     for (uint32_t i = 0; i < h->n_layouts; i++)
-        if (t->idle_of[i] != pool->layout[i].idle || t->refs_of[i] != pool->layout[i].sequences)
+        if (t->idle_of[i] != pool->layout[i].idle || t->refs_of[i] != pool->layout[i].sequences ||
+            t->kept_of[i] != pool->layout[i].kept)
             return kvd_fail(err, KVD_E_CORRUPT,
-                            "layout %u: %llu sequences, %llu evictable, says %u and %u", i,
-                            (unsigned long long)t->refs_of[i], (unsigned long long)t->idle_of[i],
-                            pool->layout[i].sequences, pool->layout[i].idle);
+                            "layout %u: %llu sequences, %llu evictable, %llu pages of blocks, says "
+                            "%u, %u and %llu",
+                            i, (unsigned long long)t->refs_of[i], (unsigned long long)t->idle_of[i],
+                            (unsigned long long)t->kept_of[i], pool->layout[i].sequences,
+                            pool->layout[i].idle, (unsigned long long)pool->layout[i].kept);
     if (t->blocks != h->blocks)
         return kvd_fail(err, KVD_E_CORRUPT, "%llu blocks in use, says %u",
                         (unsigned long long)t->blocks, h->blocks);
@@ -204,13 +278,14 @@ int kvd_pool_verify(const struct kvd_pool *pool, struct kvd_error *err)
     const struct region_head *h = pool->head;
     uint32_t *refs KVD_FREE = calloc((size_t)h->n_extents * h->slots, sizeof(*refs));
     uint64_t *sums KVD_FREE = calloc((size_t)h->max_namespaces * 4, sizeof(*sums));
-    uint64_t *layouts KVD_FREE = calloc((size_t)h->max_layouts * 2, sizeof(*layouts));
+    uint64_t *layouts KVD_FREE = calloc((size_t)h->max_layouts * 3, sizeof(*layouts));
     if (!refs || !sums || !layouts)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     struct tally t = {.refs = refs,
                       .ns_used = sums,
                       .refs_of = layouts,
                       .idle_of = layouts + h->max_layouts,
+                      .kept_of = layouts + 2 * (size_t)h->max_layouts,
                       .ns_sequences = sums + h->max_namespaces,
                       .ns_tokens = sums + 2 * (size_t)h->max_namespaces,
                       .ns_blocks = sums + 3 * (size_t)h->max_namespaces};
@@ -218,6 +293,8 @@ int kvd_pool_verify(const struct kvd_pool *pool, struct kvd_error *err)
     for (uint32_t i = 0; i < h->n_sequences_ever && !rc; i++)
         if (pool->seq[i].generation & 1)
             rc = tally_sequence(pool, &pool->seq[i], &t, err);
+    for (uint32_t i = 0; i < h->n_namespaces && !rc; i++)
+        rc = tally_index(pool, i, &t, err);
     for (uint32_t x = 0; x < h->n_extents && !rc; x++)
         rc = check_extent(pool, x, &t, err);
     return rc ? rc : compare(pool, &t, err);

@@ -80,8 +80,8 @@ int cmd_evict(struct kvctl *k)
         return code;
     if (k->json)
         return kvctl_print_json(k, &r->base);
-    printf("evicted %u sequences, %s\n", r->sequences,
-           kvd_format_size(r->bytes, size, sizeof(size)));
+    printf("evicted %u sequences, %llu blocks of prefixes, %s\n", r->sequences,
+           (unsigned long long)r->blocks, kvd_format_size(r->bytes, size, sizeof(size)));
     kvd__v1__evict_reply__free_unpacked(r, NULL);
     return EXIT_OK;
 }

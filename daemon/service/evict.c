@@ -15,8 +15,7 @@ enum {
 // An operator's call that is not answered yet.
 struct eviction {
     struct kvd_call *call;
-    uint32_t sequences;
-    uint64_t bytes;
+    struct kvd_pool_evicted sum;
     struct eviction *prev, *next;
 };
 
@@ -48,9 +47,11 @@ static int evict_named(struct kvd_daemon *d, uint32_t ns, const char *name, uint
 static void finish(struct eviction *v)
 {
     Kvd__V1__EvictReply r = KVD__V1__EVICT_REPLY__INIT;
-    r.sequences = v->sequences;
-    r.bytes = v->bytes;
-    kvd_notice("evicted by operator sequences=%u bytes=%" PRIu64, r.sequences, r.bytes);
+    r.sequences = (uint32_t)v->sum.sequences;
+    r.blocks = v->sum.blocks;
+    r.bytes = v->sum.bytes;
+    kvd_notice("evicted by operator sequences=%u blocks=%" PRIu64 " bytes=%" PRIu64, r.sequences,
+               r.blocks, r.bytes);
     v->call->on_cancelled = NULL;
     DL_DELETE(v->call->d->evict->evictions, v);
     kvd_call_reply(v->call, &r);
@@ -67,16 +68,19 @@ static void on_cancelled(struct kvd_call *call)
 static bool evict_on(struct kvd_daemon *d, struct eviction *v)
 {
     const Kvd__V1__EvictRequest *req = (const Kvd__V1__EvictRequest *)v->call->request;
-    uint64_t begin = uv_hrtime(), freed;
+    struct kvd_pool_evicted some;
+    uint64_t begin = uv_hrtime();
     uint32_t ns = KVD_POOL_NONE, n;
     if (req->namespace_name[0] &&
         (ns = kvd_pool_namespace_find(d->pool, req->namespace_name)) == KVD_POOL_NONE)
         return true; // it was empty, and has gone meanwhile
     do {
-        n = kvd_pool_evict(d->pool, ns, req->bytes ? req->bytes - v->bytes : 0, SEQUENCES, &freed);
-        v->sequences += n;
-        v->bytes += freed;
-        if (n < SEQUENCES || (req->bytes && v->bytes >= req->bytes))
+        n = kvd_pool_evict(d->pool, ns, req->bytes ? req->bytes - v->sum.bytes : 0, SEQUENCES,
+                           &some);
+        v->sum.sequences += some.sequences;
+        v->sum.blocks += some.blocks;
+        v->sum.bytes += some.bytes;
+        if (n < SEQUENCES || (req->bytes && v->sum.bytes >= req->bytes))
             return true;
     } while (uv_hrtime() - begin < PIECE_NS);
     return false;

@@ -349,7 +349,8 @@ END_TEST
 START_TEST(published_unused_are_evicted_in_order_and_live_never)
 {
     struct fixture f = setup(2, 1, 64, 256); // 32 bf16 pages
-    uint64_t live = new_seq(&f), old = new_seq(&f), young = new_seq(&f), freed;
+    uint64_t live = new_seq(&f), old = new_seq(&f), young = new_seq(&f);
+    struct kvd_pool_evicted freed;
     ck_assert_int_eq(append(&f, live, 0, 64), 0);
     ck_assert_int_eq(append(&f, old, 0, 256), 0);
     ck_assert_int_eq(append(&f, young, 0, 256), 0);
@@ -390,7 +391,7 @@ static uint64_t evictable(struct fixture *f, uint64_t *by_namespace)
 START_TEST(evictable_is_what_eviction_frees)
 {
     struct fixture f = setup(16, 1, 64, 64);
-    uint64_t alone = new_seq(&f), parent = new_seq(&f), child, freed, by[8] = {0};
+    uint64_t alone = new_seq(&f), parent = new_seq(&f), child, by[8] = {0};
     ck_assert_int_eq(append(&f, alone, 0, 1000), 0);
     ck_assert_int_eq(append(&f, parent, 0, 2000), 0);
     ck_assert_uint_eq(evictable(&f, NULL), 0);
@@ -413,11 +414,11 @@ START_TEST(evictable_is_what_eviction_frees)
     kvd_pool_info(f.pool, &info);
     ck_assert_uint_eq(all, info.used);
     verify(&f);
-    uint64_t first;
+    struct kvd_pool_evicted first, freed;
     ck_assert_uint_eq(kvd_pool_evict(f.pool, f.ns, 0, 1, &first), 1);
-    ck_assert_uint_lt(first, all);
+    ck_assert_uint_lt(first.bytes, all);
     ck_assert_uint_eq(kvd_pool_evict(f.pool, f.ns, 0, UINT32_MAX, &freed), 2);
-    ck_assert_uint_eq(first + freed, all);
+    ck_assert_uint_eq(first.bytes + freed.bytes, all);
     finish(&f);
 }
 END_TEST

@@ -25,7 +25,7 @@ static void wreck(struct model *m)
             NOISE(table->last, table->last);
             NOISE(undo->last, undo->last);
         }
-        NOISE(s->lru_stamp, s->name_next);
+        NOISE(s->lru_stamp, s->end_entry);
         s->listed = below(m, 2);
     }
     for (uint32_t i = 0; i < h->n_blocks_ever; i++)

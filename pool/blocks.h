@@ -1,0 +1,107 @@
+// Blocks that others can use: pages of sequences under the keys of a prefix index (prefix.h).
+//
+// Block number i of a sequence is its tokens from 64 i on, in all planes. It is *sealed* when no
+// append writes there any more: a whole page of the sink, or of history. A block that is published
+// keeps its pages when its sequence goes; whoever adopts it refers to them, and gets private copies
+// of what it writes.
+//
+// The last tokens of a sequence are in its recent window and are no block yet. An *end* keeps them:
+// a sequence of its own, without a holder, that shares all pages with the one that was published,
+// up to its last whole block. Whoever adopts at an end, or before it but within its window, goes on
+// with the same bits in every page as if that sequence had been cut there. A cut elsewhere has a
+// history up to the cut and an empty window: its last tokens are compressed ones.
+//
+// Layouts whose sink is no whole number of blocks are not shared this way. One thread at a time;
+// the time of each call is bounded by the blocks that it names.
+#ifndef KVD_POOL_BLOCKS_H
+#define KVD_POOL_BLOCKS_H
+
+#include "pool/pool.h"
+#include "pool/prefix.h"
+
+enum { KVD_BLOCKS_MAX = 4096 }; // that a call names
+
+// Where keys mean something: `domain` is a digest over namespace, layout and whatever else
+// (kvd_prefix_domain_digest).
+struct kvd_blocks_space {
+    uint32_t ns, layout;
+    uint8_t domain[KVD_PREFIX_DOMAIN_BYTES];
+};
+
+// Where a sequence can be cut off from what is there. Valid until something changes the pool, or as
+// long as it is held.
+struct kvd_blocks_at {
+    uint32_t ns, layout;
+    uint32_t blocks;       // before the cut; 0: there are none
+    uint32_t entry, depth; // of the last block that is wanted for it, and blocks up to that one
+    uint64_t end;          // the end that has its window; 0: none
+};
+
+struct kvd_blocks_match {
+    const struct kvd_prefix_key *keys; // of a request's blocks, from its first on
+    uint32_t n;                        // up to KVD_BLOCKS_MAX
+    // The answer.
+    uint32_t known;  // leading blocks whose keys are known
+    uint32_t window; // tokens before the cut that are in a recent window, in the first plane
+    bool end;        // the cut is where an end ends
+    struct kvd_blocks_at at;
+    enum kvd_prefix_reason why; // of the first block that is not known; PRESENT: all are
+    uint32_t when;              // it went
+};
+// Looks up one request. With `use` what is found counts as used.
+void kvd_blocks_match(struct kvd_pool *pool, const struct kvd_blocks_space *space, bool use,
+                      struct kvd_blocks_match *match);
+
+// What is held is not evicted until it is released as often. KVD_E_NOT_FOUND (no blocks),
+// KVD_E_LIMIT.
+int kvd_blocks_hold(struct kvd_pool *pool, const struct kvd_blocks_at *at, struct kvd_error *err);
+void kvd_blocks_release(struct kvd_pool *pool, const struct kvd_blocks_at *at);
+
+// A new sequence of the first `blocks` blocks of a place, with one holder. Nothing is copied.
+// KVD_E_PRECONDITION: more than there are, or planes with windows lack what they would see there;
+// KVD_E_LIMIT: as kvd_pool_seq_new.
+int kvd_blocks_adopt(struct kvd_pool *pool, const struct kvd_blocks_at *at, uint32_t blocks,
+                     uint64_t *seq, struct kvd_error *err);
+
+struct kvd_blocks_published {
+    uint32_t blocks; // of the keys, that are in the index now
+    uint32_t sealed; // of those, that are sealed in the sequence
+    uint32_t known;  // of those, that were there before
+    bool end;        // there is an end
+};
+// Gives keys to the first blocks of a sequence, as far as they are sealed; with `end` up to its
+// last whole block, or as far as there are keys, with an end there, if a plane with a window has
+// not freed what that would see. Blocks that are there already stay as they are, and get pages that
+// they lack. Older ends on the way are the first to be evicted from then on. Where the index is
+// full of what is in use, *out says how far it went. KVD_E_NOT_FOUND; KVD_E_PRECONDITION (another
+// namespace or layout; with `end`: an append is unfinished); KVD_E_UNSUPPORTED (the sink);
+// KVD_E_INVALID (keys that are not chained); KVD_E_LIMIT (domains; with `end`: sequences), in which
+// case there is no end but the blocks are there; -ENOMEM.
+int kvd_blocks_publish(struct kvd_pool *pool, const struct kvd_blocks_space *space, uint64_t seq,
+                       const struct kvd_prefix_key *keys, uint32_t n, bool end,
+                       struct kvd_blocks_published *out, struct kvd_error *err);
+
+// Removes blocks from the last of the keys on, down to the first `keep`, and stops at one that is
+// held or has others behind it. Returns how many went.
+uint32_t kvd_blocks_drop(struct kvd_pool *pool, const struct kvd_blocks_space *space,
+                         const struct kvd_prefix_key *keys, uint32_t n, uint32_t keep,
+                         enum kvd_prefix_reason reason);
+
+struct kvd_blocks_info {
+    uint64_t blocks, capacity, domains;
+    uint64_t bytes;    // of pages, those that sequences have too included
+    uint64_t metadata; // bytes of the index, most of which is touched only when it is used
+    uint64_t inserted, removed[KVD_PREFIX_REASONS];
+    uint64_t ends; // made
+};
+// All zero where the namespace has no index.
+void kvd_blocks_info(const struct kvd_pool *pool, uint32_t ns, struct kvd_blocks_info *out);
+// Looks at the entries of a namespace's index from number `from` on, at most `most` of them, and
+// calls fn for those in use until it returns false. Returns the number to go on from,
+// KVD_POOL_NONE: there are no others.
+typedef bool kvd_blocks_fn(void *ctx, const struct kvd_prefix_entry_info *e, uint32_t layout,
+                           uint32_t entry, bool end);
+uint32_t kvd_blocks_each(const struct kvd_pool *pool, uint32_t ns, uint32_t from, uint32_t most,
+                         kvd_blocks_fn *fn, void *ctx);
+
+#endif

@@ -1,0 +1,156 @@
+// What goes of prefix indices, and in which order room is made.
+#include "pool/blocks.h"
+#include "pool/internal.h"
+
+#include <time.h>
+
+struct removal {
+    struct kvd_pool *pool;
+    uint32_t ns;
+};
+
+// An end goes with its last block.
+static void removed(void *ctx, const struct kvd_prefix_removed *r)
+{
+    struct removal *m = ctx;
+    struct kvd_pool *pool = m->pool;
+    struct kept *k = pool->kept[m->ns];
+    uint32_t end = k->end[r->entry];
+    k->end[r->entry] = 0;
+    kept_drop(pool, k, k->layout_of[r->domain], r->value);
+    if (end && pool->seq[end - 1].generation & 1 && pool->seq[end - 1].ns == m->ns &&
+        pool->seq[end - 1].end_entry == r->entry + 1) {
+        lru_remove(pool, &pool->seq[end - 1]);
+        seq_destroy(pool, &pool->seq[end - 1]);
+    }
+    if (pool->on_block_gone)
+        pool->on_block_gone(pool->on_evict_ctx, m->ns, r);
+}
+
+static struct kept *begin(struct kvd_pool *pool, uint32_t ns)
+{
+    struct kept *k = pool->kept ? pool->kept[ns] : NULL;
+    if (k)
+        k->busy++;
+    return k;
+}
+
+static void done(struct kvd_pool *pool, uint32_t ns)
+{
+    pool->kept[ns]->busy--;
+    namespace_settle(pool, ns);
+}
+
+uint32_t blocks_evict_many(struct kvd_pool *pool, uint32_t ns, uint32_t n,
+                           enum kvd_prefix_reason reason)
+{
+    struct kept *k = begin(pool, ns);
+    struct removal m = {pool, ns};
+    if (!k)
+        return 0;
+    n = kvd_prefix_evict(k->ix, n, reason, (uint32_t)time(NULL), removed, &m);
+    done(pool, ns);
+    return n;
+}
+
+// The namespace whose index has most bytes of pages, but less than *below, or as many and a higher
+// number.
+static uint32_t next_most(const struct kvd_pool *pool, uint64_t below, uint32_t after)
+{
+    uint32_t most = KVD_POOL_NONE;
+    for (uint32_t i = 0; pool->kept && i < pool->head->n_namespaces; i++) {
+        const struct kept *k = pool->kept[i];
+        if (!k || k->page_bytes > below || (k->page_bytes == below && i <= after))
+            continue;
+        if (most == KVD_POOL_NONE || k->page_bytes > pool->kept[most]->page_bytes)
+            most = i;
+    }
+    return most;
+}
+
+bool blocks_evict(struct kvd_pool *pool, uint32_t ns, enum kvd_prefix_reason reason)
+{
+    if (ns != KVD_POOL_NONE)
+        return blocks_evict_many(pool, ns, 1, reason);
+    uint64_t below = UINT64_MAX;
+    for (uint32_t i = next_most(pool, below, 0); i != KVD_POOL_NONE;
+         i = next_most(pool, below, i)) {
+        below = pool->kept[i]->page_bytes;
+        if (blocks_evict_many(pool, i, 1, reason))
+            return true;
+    }
+    return false;
+}
+
+void blocks_clear(struct kvd_pool *pool, uint32_t ns, uint32_t layout)
+{
+    struct kept *k = begin(pool, ns);
+    struct removal m = {pool, ns};
+    uint32_t now = (uint32_t)time(NULL);
+    if (!k)
+        return;
+    if (layout == KVD_POOL_NONE)
+        kvd_prefix_clear(k->ix, KVD_PREFIX_NONE, KVD_PREFIX_DROPPED, now, removed, &m);
+    for (uint32_t i = 0; layout != KVD_POOL_NONE && i < KVD_KEPT_DOMAINS; i++)
+        if (kvd_prefix_domain_at(k->ix, i) && k->layout_of[i] == layout)
+            kvd_prefix_clear(k->ix, i, KVD_PREFIX_DROPPED, now, removed, &m);
+    done(pool, ns);
+}
+
+uint32_t kvd_blocks_drop(struct kvd_pool *pool, const struct kvd_blocks_space *space,
+                         const struct kvd_prefix_key *keys, uint32_t n, uint32_t keep,
+                         enum kvd_prefix_reason reason)
+{
+    struct kept *k = begin(pool, space->ns);
+    struct removal m = {pool, space->ns};
+    uint32_t gone = 0;
+    if (!k)
+        return 0;
+    uint32_t domain = kvd_prefix_domain_find(k->ix, space->domain);
+    if (domain != KVD_PREFIX_NONE)
+        gone = kvd_prefix_drop(k->ix, domain, keys, n, keep, reason, (uint32_t)time(NULL), removed,
+                               &m);
+    done(pool, space->ns);
+    return gone;
+}
+
+// An end that a later one has passed, as the first of those that can be evicted.
+static bool evict_passed(struct kvd_pool *pool, uint32_t ns)
+{
+    for (uint32_t n = 0; pool->kept && n < pool->head->n_namespaces; n++) {
+        if (!pool->kept[n] || (ns != KVD_POOL_NONE && ns != n))
+            continue;
+        uint32_t i = evictable_of(pool, n);
+        if (i == KVD_POOL_NONE || !pool->seq[i].end_entry || pool->seq[i].lru_stamp)
+            continue;
+        evict(pool, &pool->seq[i]);
+        return true;
+    }
+    return false;
+}
+
+bool evict_something(struct kvd_pool *pool, uint32_t ns, enum kvd_prefix_reason reason,
+                     struct kvd_pool_evicted *sum)
+{
+    uint64_t before = pool->head->used, sequences = pool->head->evictions;
+    bool block = false;
+    bool any =
+        evict_passed(pool, ns) || (block = blocks_evict(pool, ns, reason)) || evict_one(pool, ns);
+    if (sum) {
+        sum->bytes += before - pool->head->used;
+        sum->sequences += pool->head->evictions - sequences;
+        sum->blocks += block;
+    }
+    return any;
+}
+
+uint32_t kvd_pool_evict(struct kvd_pool *pool, uint32_t ns, uint64_t bytes, uint32_t most,
+                        struct kvd_pool_evicted *sum)
+{
+    uint32_t n = 0;
+    *sum = (struct kvd_pool_evicted){0};
+    while (n < most && (bytes == 0 || sum->bytes < bytes) &&
+           evict_something(pool, ns, KVD_PREFIX_DROPPED, sum))
+        n++;
+    return n;
+}

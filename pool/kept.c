@@ -1,0 +1,158 @@
+// What the prefix indices of namespaces keep: one reference to each page of their blocks.
+//
+// A namespace has an index of its own: what it publishes pushes out nothing that others have, but
+// for room that is wanted, and how it uses its blocks again is learned from itself alone.
+#include "pool/internal.h"
+
+#include <errno.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+
+enum {
+    ENTRIES_MIN = 1 << 10,
+    ENTRIES_MAX = 1 << 20,
+    BYTES_PER_ENTRY = 16 << 10, // of the pool
+};
+
+// What is not touched costs address space only.
+static int make_tables(struct kept *k, uint32_t entries, struct kvd_error *err)
+{
+    uint64_t ends = kvd_round_up((uint64_t)entries * sizeof(*k->end), 4096);
+    uint64_t layouts = kvd_round_up(KVD_KEPT_DOMAINS * sizeof(*k->layout_of), 4096);
+    k->bytes = ends + layouts + (uint64_t)entries * sizeof(*k->pages);
+    k->memory = mmap(NULL, k->bytes, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (k->memory == MAP_FAILED)
+        return kvd_fail(err, -ENOMEM, "no memory for a prefix index of %u entries", entries);
+    k->end = k->memory;
+    k->layout_of = (void *)((uint8_t *)k->memory + ends);
+    k->pages = (void *)((uint8_t *)k->layout_of + layouts);
+    return KVD_OK;
+}
+
+static struct kept *kept_new(uint32_t entries, struct kvd_error *err)
+{
+    struct kvd_prefix_config config = {.entries = entries, .domains = KVD_KEPT_DOMAINS};
+    struct kept *k = calloc(1, sizeof(*k));
+    if (!k) {
+        kvd_fail(err, -ENOMEM, "no memory for a prefix index");
+        return NULL;
+    }
+    if (getrandom(config.seed, sizeof(config.seed), 0) != (ssize_t)sizeof(config.seed))
+        kvd_fail(err, -errno, "no random numbers for a prefix index: %s", strerror(errno));
+    else if (make_tables(k, entries, err) == KVD_OK) {
+        k->ix = kvd_prefix_new(&config, NULL, err);
+        if (k->ix)
+            return k;
+        munmap(k->memory, k->bytes);
+    }
+    free(k);
+    return NULL;
+}
+
+int kept_open(struct kvd_pool *pool, uint32_t ns, struct kept **out, struct kvd_error *err)
+{
+    const struct region_head *h = pool->head;
+    uint64_t entries = h->n_extents * h->extent_bytes / BYTES_PER_ENTRY;
+    if (!pool->kept)
+        pool->kept = calloc(h->max_namespaces, sizeof(*pool->kept));
+    if (!pool->kept)
+        return kvd_fail(err, -ENOMEM, "no memory for prefix indices");
+    if (!pool->kept[ns])
+        pool->kept[ns] = kept_new(
+            (uint32_t)KVD_MIN(KVD_MAX(entries, (uint64_t)ENTRIES_MIN), (uint64_t)ENTRIES_MAX), err);
+    if (!pool->kept[ns])
+        return err ? err->code : -ENOMEM;
+    *out = pool->kept[ns];
+    return KVD_OK;
+}
+
+void kept_close(struct kvd_pool *pool, uint32_t ns)
+{
+    struct kept *k = pool->kept ? KVD_TAKE(pool->kept[ns]) : NULL;
+    if (!k)
+        return;
+    kvd_prefix_free(&k->ix);
+    munmap(k->memory, k->bytes);
+    free(k);
+}
+
+static bool has_planes(const struct kvd_pool *pool, uint32_t layout)
+{
+    return pool->layout[layout].l.n_planes > 1;
+}
+
+uint32_t kept_page(const struct kvd_pool *pool, const struct kept *k, uint32_t layout,
+                   uint32_t value, uint32_t plane)
+{
+    if (value == KVD_POOL_NONE || !has_planes(pool, layout))
+        return value;
+    return k->pages[value].page[plane];
+}
+
+static uint32_t pages_new(struct kept *k)
+{
+    uint32_t at = k->pages_free ? k->pages_free - 1 : k->pages_ever++;
+    if (k->pages_free)
+        k->pages_free = k->pages[at].page[0];
+    memset(&k->pages[at], 0xff, sizeof(k->pages[at]));
+    return at;
+}
+
+static void count(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t page, int by)
+{
+    uint64_t bytes = pool->slab[page_extent(pool, page)->slab].page_bytes;
+    k->page_bytes += by > 0 ? bytes : -bytes;
+    pool->layout[layout].kept += (uint64_t)by;
+}
+
+void kept_add(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t entry,
+              const uint32_t page[KVD_MAX_PLANES])
+{
+    struct kvd_prefix_entry_info e;
+    uint32_t value, *mine = &value;
+    kvd_prefix_get(k->ix, entry, &e);
+    value = e.value;
+    for (uint32_t p = 0; p < pool->layout[layout].l.n_planes; p++) {
+        if (page[p] == KVD_POOL_NONE || kept_page(pool, k, layout, value, p) != KVD_POOL_NONE)
+            continue;
+        if (has_planes(pool, layout)) {
+            value = value == KVD_POOL_NONE ? pages_new(k) : value;
+            mine = &k->pages[value].page[p];
+        }
+        *mine = page[p];
+        pool->page[page[p]].refs++;
+        count(pool, k, layout, page[p], 1);
+    }
+    if (value != e.value)
+        kvd_prefix_set(k->ix, entry, value);
+}
+
+void kept_drop(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t value)
+{
+    for (uint32_t p = 0; p < pool->layout[layout].l.n_planes; p++) {
+        uint32_t page = kept_page(pool, k, layout, value, p);
+        if (page == KVD_POOL_NONE)
+            continue;
+        count(pool, k, layout, page, -1);
+        kvd_pool_page_unref(pool, page);
+    }
+    if (value == KVD_POOL_NONE || !has_planes(pool, layout))
+        return;
+    k->pages[value].page[0] = k->pages_free;
+    k->pages_free = value + 1;
+}
+
+struct region_seq *end_of(const struct kvd_pool *pool, uint32_t ns, uint32_t entry, uint32_t depth)
+{
+    const struct kept *k = pool->kept[ns];
+    struct region_seq *s = k->end[entry] ? &pool->seq[k->end[entry] - 1] : NULL;
+    if (!s || !(s->generation & 1) || !s->end_entry || s->ns != ns)
+        return NULL;
+    uint32_t at = s->end_entry - 1;
+    uint64_t blocks = s->length / KVD_PAGE_TOKENS;
+    struct kvd_prefix_entry_info e;
+    for (; blocks > depth && at != KVD_PREFIX_NONE; blocks--)
+        at = kvd_prefix_get(k->ix, at, &e) ? e.parent : KVD_PREFIX_NONE;
+    return at == entry && blocks == depth ? s : NULL;
+}
