@@ -243,6 +243,10 @@ struct kvd_backend *kvd_cpu_backend_new(uint32_t threads, const char *isa, struc
 // CPU).
 int kvd_cpu_isa_check(const char *isa, struct kvd_error *err);
 
+// Whether this host has an NVIDIA GPU at all; KVD_E_UNAVAILABLE says what was looked for. Only in
+// builds with CUDA.
+int kvd_cuda_present(struct kvd_error *err);
+
 // The CUDA backend on device `index`. NULL with *err set: KVD_E_UNAVAILABLE without a usable
 // driver, KVD_E_NOT_FOUND, KVD_E_UNSUPPORTED for a device that is too old. Only in builds with
 // CUDA.

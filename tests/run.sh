@@ -174,6 +174,13 @@ export KVD_MODEL_PACKAGES=$packages
 
 say "end to end: real processes, real sockets"
 pytests "end to end" "$build" .
+if [ -x "$build/tests/emulator/kvd_emulated" ]; then
+    KVD_PROGRAM=$PWD/$build/tests/emulator/kvd_emulated KVD_BACKEND=cuda pytests "end to end, emulated GPU" "$build" test_planes.py test_grpc.py test_python.py test_sharing.py \
+        -k "attention_over_the_wire or step_equals or append_attend_read or windows_in_python or mutated or in_flight_and_mixed"
+else
+    echo "SKIP end to end on an emulated GPU: it wants g++ and an x86-64 processor"
+    count "end to end, emulated GPU" 0 0 1
+fi
 check "install" tests/check_install.sh "$build"
 check "bundle" tests/check_bundle.sh "$build"
 check "quickstart" env BUILD="$build" deploy/quickstart.sh

@@ -39,7 +39,7 @@ static bool pages_in_memory(const struct kvd_config *c)
 {
 #ifdef KVD_CUDA
     if (strcmp(c->backend, "auto") == 0)
-        return access("/dev/nvidiactl", F_OK) != 0 && access("/dev/dxg", F_OK) != 0;
+        return kvd_cuda_present(NULL) != KVD_OK;
     return strcmp(c->backend, "cpu") == 0;
 #else
     return true;

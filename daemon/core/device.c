@@ -2,8 +2,6 @@
 
 #include "daemon/core/keep.h"
 
-#include <unistd.h>
-
 // Extents that outlive the process are there on the CPU only.
 static int keep_check(const struct kvd_daemon *d, struct kvd_error *err)
 {
@@ -20,13 +18,7 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
     const struct kvd_config *c = &d->config;
     if (strcmp(c->backend, "cpu") != 0) {
 #ifdef KVD_CUDA
-        // The runtime's own words for a host without a GPU are about versions.
-        if (access("/dev/nvidiactl", F_OK) && access("/dev/dxg", F_OK))
-            kvd_fail(
-                err, KVD_E_UNAVAILABLE,
-                "no NVIDIA GPU was found: there is no /dev/nvidiactl (is the driver loaded, has "
-                "the container been given the device?)");
-        else
+        if (kvd_cuda_present(err) == KVD_OK)
             d->backend = kvd_cuda_backend_new(c->device, err);
         if (d->backend)
             return keep_check(d, err);

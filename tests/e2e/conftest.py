@@ -1,6 +1,6 @@
 """Fixtures: a real kvd process per test (or shared per module), spoken to over real sockets.
 
-Environment: KVD_BUILD (the build folder), KVD_SOURCE (the checkout). Every process started here is stopped by its pid.
+Environment: KVD_BUILD (the build folder), KVD_SOURCE (the checkout), KVD_PROGRAM (another kvd than the build's). Every process started here is stopped by its pid.
 """
 import importlib
 import inspect
@@ -18,7 +18,8 @@ import pytest
 
 SOURCE = pathlib.Path(os.environ.get("KVD_SOURCE", pathlib.Path(__file__).parents[2])).resolve()
 BUILD = pathlib.Path(os.environ.get("KVD_BUILD", SOURCE / "build")).resolve()
-KVD, KVCTL, WORKER = BUILD / "daemon/kvd", BUILD / "client/kvctl", BUILD / "tests/e2e_worker"
+KVD = pathlib.Path(os.environ.get("KVD_PROGRAM", BUILD / "daemon/kvd")).absolute()
+KVCTL, WORKER = BUILD / "client/kvctl", BUILD / "tests/e2e_worker"
 
 
 MODULES = ("kvd.v1.kvd_pb2", "kvd.v1.admin_pb2", "kvd_health_pb2")

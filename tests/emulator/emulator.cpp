@@ -15,6 +15,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 
 #include "tests/emulator/cudaTypedefs.h"
@@ -247,7 +248,10 @@ void run_grid(dim3 grid, dim3 threads_of_block, uint32_t bytes, const std::funct
 }
 
 std::map<const void *, uint32_t> shared_limits;
-cudaError_t last;
+thread_local cudaError_t last;
+
+// Threads of the host use the device by turns, whatever their streams.
+std::recursive_mutex device;
 
 cudaError_t result(cudaError_t e)
 {
@@ -275,6 +279,7 @@ namespace
 
 cudaError_t on_stream(cudaStream_t stream, std::function<void()> action)
 {
+    std::lock_guard<std::recursive_mutex> turn(device);
     if (stream && stream->captured)
         stream->captured->push_back(std::move(action));
     else
@@ -357,12 +362,14 @@ cudaError_t emulator_shared_limit(const void *kernel, int bytes)
 {
     if (bytes < 0 || (uint32_t)bytes > MOST_SHARED)
         return result(cudaErrorInvalidValue);
+    std::lock_guard<std::recursive_mutex> turn(device);
     shared_limits[kernel] = (uint32_t)bytes;
     return cudaSuccess;
 }
 
 cudaError_t emulator_launch(const void *kernel, const cudaLaunchConfig_t &config, std::function<void()> thread)
 {
+    std::lock_guard<std::recursive_mutex> turn(device);
     dim3 grid = config.gridDim, threads_of_block = config.blockDim;
     auto limit = shared_limits.find(kernel);
     uint32_t most = limit == shared_limits.end() || limit->second < FREE_SHARED ? FREE_SHARED : limit->second;
