@@ -36,6 +36,7 @@ struct kvd_method;
 struct kvd_part;
 struct kvd_queue;
 struct kvd_rpc;
+struct kvd_tls;
 struct kvd_session;
 struct kvd_user;
 struct kvd_users;
@@ -90,6 +91,7 @@ struct kvd_daemon {
     struct kvd_user *namespace_users[KVD_MAX_NAMESPACES]; // who is charged; NULL: nobody
     struct kvd_user *layout_users[KVD_MAX_LAYOUTS];
     struct kvd_links *links;
+    struct kvd_tls *tls; // NULL without [tls]
     struct kvd_listener *listeners;
     struct kvd_metrics metrics;
     struct kvd_call *health_watchers; // linked by call->next_watch

@@ -11,21 +11,22 @@
 
 #include "daemon/rpc/listen.h"
 #include "daemon/rpc/meter.h"
-#include "daemon/rpc/peers.h"
 #include "daemon/rpc/rpc_internal.h"
 
 enum {
     TICK_MS = 1000,
-    SILENT_MS = 30000,         // a link on which no call has come by then is closed
-    YIELDS_MS = 1000,          // one that is silent for so long makes room when there is none
-    WASTE_MAX = 100,           // connections without a call by one process in a second
-    CUT_EACH_MS = 10,          // of the links of such a process
-    BANNED_MS = 10000,         // for a process that was cut off
-    CULPRITS = 64,             // processes of which something is noted
-    GUESTS = 16,               // connections beyond a limit, whose calls are told of it
-    GUEST_MS = 1000,           // how long they may stay
-    OWN_DESCRIPTORS = 96,      // of kvd itself, besides extents: files, listeners, HTTP, stores
-    CONNECTION_DESCRIPTORS = 3 // gRPC's and ours of a link; a worker's fd socket and one on its way
+    SILENT_MS = 30000,          // a link on which no call has come by then is closed
+    YIELDS_MS = 1000,           // one that is silent for so long makes room when there is none
+    WASTE_MAX = 100,            // connections without a call by one process in a second
+    CUT_EACH_MS = 10,           // of the links of such a process
+    BANNED_MS = 10000,          // for a process that was cut off
+    CULPRITS = 64,              // processes of which something is noted
+    GUESTS = 16,                // connections beyond a limit, whose calls are told of it
+    GUEST_MS = 1000,            // how long they may stay
+    OWN_DESCRIPTORS = 96,       // of kvd itself, besides extents: files, listeners, HTTP, stores
+    CONNECTION_DESCRIPTORS = 3, // gRPC's and ours of a link; a worker's fd socket or one on its way
+    TLS_DESCRIPTORS = 4,        // gRPC's and ours, the client's socket and the pair's other end
+    NAME_MAX_BYTES = 128,       // of a certificate, as in a relay
 };
 
 struct kvd_link {
@@ -34,6 +35,8 @@ struct kvd_link {
     int number;  // of gRPC's descriptor, which names the link in calls
     int control; // ours, for the same socket
     int64_t pid, uid;
+    struct kvd_peer_address *address; // NULL: it did not come over TLS
+    char name[NAME_MAX_BYTES];        // of its certificate
     uint64_t since_ms;
     uint64_t calls, reply_bytes;
     uint32_t in_flight;        // calls that the daemon has
@@ -71,6 +74,7 @@ void kvd_link_unref(struct kvd_link **link)
         return;
     kvd_turn_release(&l->meter.turn);
     kvd_user_unref(&l->user);
+    kvd_peer_unref(&l->address);
     free(l->refusal);
     free(l);
 }
@@ -98,14 +102,20 @@ static void forget(struct kvd_link *l)
     uv_close((uv_handle_t *)&l->poll, on_poll_closed);
 }
 
+static void warn(const struct kvd_link *l, const char *why)
+{
+    kvd_warning("connection cut off: %s pid=%" PRId64 " uid=%" PRId64 " calls=%" PRIu64
+                " address=%s",
+                why, l->pid, l->uid, l->calls, l->address ? kvd_peer_text(l->address) : "-");
+}
+
 void kvd_link_cut(struct kvd_link *l, const char *why)
 {
     char waste[4096];
     if (l->closed)
         return;
     if (why)
-        kvd_warning("connection cut off: %s pid=%" PRId64 " uid=%" PRId64 " calls=%" PRIu64, why,
-                    l->pid, l->uid, l->calls);
+        warn(l, why);
     kvd_turn_release(&l->meter.turn);
     shutdown(l->control, SHUT_RDWR);
     while (recv(l->control, waste, sizeof(waste), MSG_DONTWAIT | MSG_TRUNC) > 0)
@@ -156,8 +166,7 @@ static void ban(struct kvd_link *culprit, const char *why)
 {
     struct kvd_daemon *d = culprit->d;
     struct kvd_link *l;
-    kvd_warning("connection cut off: %s pid=%" PRId64 " uid=%" PRId64, why, culprit->pid,
-                culprit->uid);
+    warn(culprit, why);
     if (culprit->pid <= 0)
         return;
     culprit_of(d, culprit->pid, true)->until_ms = kvd_now_ms(d) + BANNED_MS;
@@ -230,13 +239,6 @@ static bool grow(struct kvd_links *all, int number)
     return true;
 }
 
-// Those over TLS may have what one user may.
-static void limit_peers(const struct kvd_daemon *d)
-{
-    kvd_peers_limit(kvd_share_total(d, KVD_SHARE_CONNECTIONS) / 4 * 3,
-                    kvd_share_total(d, KVD_SHARE_CALLS) / 4 * 3);
-}
-
 static void on_tick(uv_timer_t *timer)
 {
     struct kvd_daemon *d = timer->data;
@@ -250,7 +252,6 @@ static void on_tick(uv_timer_t *timer)
             kvd_link_cut(l, NULL);
     }
     kvd_meter_total(total);
-    limit_peers(d); // a reload may have changed it
 }
 
 // Makes the record; the descriptors stay the caller's on failure.
@@ -335,6 +336,20 @@ void kvd_links_accept(struct kvd_daemon *d, int fd)
         close(fd);
 }
 
+void kvd_links_accept_tls(struct kvd_daemon *d, int fd, struct kvd_peer_address *address,
+                          const char *name)
+{
+    struct ucred peer = {.pid = 0, .uid = (uid_t)KVD_USER_UNKNOWN};
+    struct kvd_link *l = receive(d, fd, &peer);
+    if (!l) {
+        close(fd);
+        return;
+    }
+    l->address = kvd_peer_ref(address);
+    snprintf(l->name, sizeof(l->name), "%s", name);
+    grpc_server_add_channel_from_fd(d->rpc->server, fd, d->links->plain);
+}
+
 // -- calls --------------------------------------------------------------------------------------
 
 struct kvd_link *kvd_link_of(struct kvd_daemon *d, grpc_call *call)
@@ -358,12 +373,14 @@ int64_t kvd_link_uid(const struct kvd_link *l)
     return l->uid;
 }
 
+const char *kvd_link_name(const struct kvd_link *l)
+{
+    return l->name;
+}
+
 int kvd_link_take(struct kvd_link *l, uint64_t n, struct kvd_error *err)
 {
-    uint64_t most = l ? kvd_share_total(l->d, KVD_SHARE_REPLY_BYTES) / 4 : 0;
-    uint64_t wanted = l ? l->reply_bytes + n : 0;
-    if (!l)
-        return KVD_OK;
+    uint64_t most = kvd_share_total(l->d, KVD_SHARE_REPLY_BYTES) / 4, wanted = l->reply_bytes + n;
     if (n > most || l->reply_bytes > most - n)
         return kvd_fail(err, KVD_E_LIMIT,
                         "this connection has %" PRIu64
@@ -382,8 +399,6 @@ void kvd_link_give(struct kvd_link *l, uint64_t n)
 
 int kvd_link_begin_call(struct kvd_link *l, struct kvd_error *err)
 {
-    if (!l)
-        return KVD_OK;
     if (l->refusal) {
         *err = *l->refusal;
         return err->code;
@@ -393,8 +408,9 @@ int kvd_link_begin_call(struct kvd_link *l, struct kvd_error *err)
     if (l->in_flight >= KVD_LINK_CALLS)
         return kvd_fail(err, KVD_E_LIMIT, "this connection has %u calls in flight, %d are possible",
                         l->in_flight, KVD_LINK_CALLS);
-    l->in_flight++;
-    return KVD_OK;
+    int rc = kvd_peer_begin_call(l->address, err);
+    l->in_flight += rc == KVD_OK;
+    return rc;
 }
 
 void kvd_link_settle_call(struct kvd_link *l)
@@ -407,6 +423,8 @@ void kvd_link_end_call(struct kvd_link *l, bool counted)
     if (!l)
         return;
     l->in_flight -= counted;
+    if (counted)
+        kvd_peer_end_call(l->address);
     kvd_meter_end_call(&l->meter);
 }
 
@@ -445,15 +463,16 @@ static uint64_t connections_possible(const struct kvd_daemon *d)
 {
     struct rlimit r = {0};
     uint64_t own = OWN_DESCRIPTORS + d->config.pool_size / d->config.extent_size;
+    uint64_t each = d->config.tls_cert[0] ? TLS_DESCRIPTORS : CONNECTION_DESCRIPTORS;
     if (getrlimit(RLIMIT_NOFILE, &r) || r.rlim_cur == RLIM_INFINITY)
         return d->config.max_connections;
-    uint64_t possible = r.rlim_cur > own ? (r.rlim_cur - own) / CONNECTION_DESCRIPTORS : 0;
+    uint64_t possible = r.rlim_cur > own ? (r.rlim_cur - own) / each : 0;
     possible = KVD_MAX(possible, (uint64_t)8); // the reserve sees to it that this is no disaster
     if (possible < d->config.max_connections)
         kvd_warning("at most %" PRIu64 " connections, as the limit of open files is %" PRIu64
                     "; max-connections is %u, which wants %" PRIu64,
                     possible, r.rlim_cur, d->config.max_connections,
-                    (uint64_t)d->config.max_connections * CONNECTION_DESCRIPTORS + own);
+                    (uint64_t)d->config.max_connections * each + own);
     return KVD_MIN(possible, (uint64_t)d->config.max_connections);
 }
 
@@ -465,7 +484,6 @@ int kvd_links_init(struct kvd_daemon *d, struct kvd_error *err)
     d->links->plain = grpc_insecure_server_credentials_create();
     kvd_share_possible(d, KVD_SHARE_CONNECTIONS, connections_possible(d));
     kvd_share_possible(d, KVD_SHARE_DESCRIPTORS, kvd_share_total(d, KVD_SHARE_CONNECTIONS));
-    limit_peers(d);
     uv_timer_init(&d->loop, &d->links->timer);
     uv_timer_init(&d->loop, &d->links->turn_timer);
     uv_timer_init(&d->loop, &d->links->cut_timer);

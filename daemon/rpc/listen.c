@@ -6,16 +6,13 @@
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <stdatomic.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <sys/un.h>
 #include <utlist.h>
 
 #include "daemon/core/config_load.h"
 #include "daemon/rpc/meter.h"
-#include "daemon/rpc/peers.h"
 
 enum {
     ACCEPT_AT_ONCE = 8, // then others have their turn
@@ -36,10 +33,9 @@ struct kvd_listener {
     struct kvd_listener *next;
 };
 
-// The descriptor in reserve and when it was used last. They are the process's, as descriptors and
-// accept4 are. Any thread: gRPC accepts on TLS listeners.
-static _Atomic int reserve = -1;
-static _Atomic uint64_t short_ns;
+// The descriptor in reserve and when it was used last. They are the process's, as descriptors are.
+static int reserve = -1;
+static uint64_t short_ns;
 
 static bool is_shortage(int e)
 {
@@ -48,7 +44,8 @@ static bool is_shortage(int e)
 
 static void note_shortage(int e)
 {
-    uint64_t now = uv_hrtime(), before = atomic_exchange(&short_ns, now);
+    uint64_t now = uv_hrtime(), before = short_ns;
+    short_ns = now;
     if (!before || now - before > 1000000000)
         kvd_warning("new connections are hung up on: %s%s", strerror(e),
                     e == EMFILE ? "; raise the limit of open files (LimitNOFILE=, ulimit -n)" : "");
@@ -56,7 +53,7 @@ static void note_shortage(int e)
 
 static int accept_now(int listener)
 {
-    int fd = (int)syscall(SYS_accept4, listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
     kvd_meter_forget(fd);
     return fd;
 }
@@ -64,45 +61,13 @@ static int accept_now(int listener)
 // Accepts with the reserve and hangs up. False: nobody waits, or not even that was possible.
 static bool turn_away(int listener)
 {
-    int spare = atomic_exchange(&reserve, -1);
-    if (spare >= 0)
-        close(spare);
+    if (reserve >= 0)
+        close(reserve);
     int fd = accept_now(listener);
     if (fd >= 0)
         close(fd);
-    spare = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    int none = -1;
-    if (spare >= 0 && !atomic_compare_exchange_strong(&reserve, &none, spare))
-        close(spare);
+    reserve = open("/dev/null", O_RDONLY | O_CLOEXEC);
     return fd >= 0;
-}
-
-// gRPC's own listeners (those with TLS) call this instead of libc's, as the linker puts the
-// program's symbols first: gRPC closes a listener for good when accept fails for want of a
-// descriptor, and bounds no number of connections. It is told that nobody waits, which is true
-// after those who did were turned away.
-__attribute__((visibility("default"))) int accept4(int listener, struct sockaddr *addr,
-                                                   socklen_t *len, int flags)
-{
-    socklen_t room = len ? *len : 0;
-    for (;;) {
-        int fd = (int)syscall(SYS_accept4, listener, addr, len, flags);
-        kvd_meter_forget(fd);
-        if (fd >= 0 && kvd_peers_add(fd))
-            return fd;
-        if (fd < 0)
-            break;
-        close(fd);
-        if (len)
-            *len = room;
-    }
-    if (!is_shortage(errno))
-        return -1;
-    note_shortage(errno);
-    while (turn_away(listener))
-        continue;
-    errno = EAGAIN;
-    return -1;
 }
 
 static void on_acceptable(uv_poll_t *poll, int status, int events);
@@ -154,8 +119,8 @@ static void on_handle_closed(uv_handle_t *handle)
 static int add(struct kvd_daemon *d, enum kvd_listen_for what, int fd, const char *path,
                kvd_accepted *accepted, struct kvd_error *err)
 {
-    if (atomic_load(&reserve) < 0)
-        atomic_store(&reserve, open("/dev/null", O_RDONLY | O_CLOEXEC));
+    if (reserve < 0)
+        reserve = open("/dev/null", O_RDONLY | O_CLOEXEC);
     struct kvd_listener *l = calloc(1, sizeof(*l));
     if (!l || uv_poll_init(&d->loop, &l->poll, fd)) {
         free(l);
@@ -296,7 +261,6 @@ void kvd_listen_close(struct kvd_daemon *d, enum kvd_listen_for what)
 
 bool kvd_listen_short(const struct kvd_daemon *d)
 {
-    uint64_t at = atomic_load(&short_ns);
     (void)d;
-    return at && uv_hrtime() - at < (uint64_t)SHORT_MS * 1000000;
+    return short_ns && uv_hrtime() - short_ns < (uint64_t)SHORT_MS * 1000000;
 }

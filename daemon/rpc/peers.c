@@ -1,36 +1,40 @@
 #include "daemon/rpc/peers.h"
 
 #include <arpa/inet.h>
-#include <pthread.h>
-#include <stdatomic.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
-#include <time.h>
 #include <uthash.h>
 
-#include "daemon/core/log.h"
+#include "daemon/rpc/users.h"
 
-enum { NUMBERS = 262144 }; // of descriptors
+struct kvd_peers {
+    struct kvd_daemon *d;
+    struct kvd_peer_address *by_key;
+    uint64_t connections;
+    uint32_t refs; // one is the owner's, one each address's
+};
 
 struct kvd_peer_address {
+    struct kvd_peers *all;
     struct in6_addr key; // IPv4 as in IPv6
+    char text[INET6_ADDRSTRLEN];
+    uint32_t refs;
     uint64_t connections, calls;
     UT_hash_handle hh;
 };
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static struct kvd_peer_address *addresses;             // under the lock
-static uint64_t connections;                           // of all; under the lock
-static uint64_t most_connections, most_calls;          // under the lock
-static time_t warned;                                  // under the lock
-static _Atomic(struct kvd_peer_address *) of[NUMBERS]; // by descriptor
-
-void kvd_peers_limit(uint64_t max_connections, uint64_t max_calls)
+struct kvd_peers *kvd_peers_new(struct kvd_daemon *d)
 {
-    pthread_mutex_lock(&lock);
-    most_connections = max_connections;
-    most_calls = max_calls;
-    pthread_mutex_unlock(&lock);
+    struct kvd_peers *all = calloc(1, sizeof(*all));
+    if (all)
+        *all = (struct kvd_peers){.d = d, .refs = 1};
+    return all;
+}
+
+void kvd_peers_drop(struct kvd_peers **peers)
+{
+    struct kvd_peers *all = KVD_TAKE(*peers);
+    if (all && --all->refs == 0)
+        free(all);
 }
 
 // IPv4 addresses take the place that IPv6 has for them; of IPv6, a network of 64 bits is one.
@@ -49,140 +53,101 @@ static struct in6_addr key_of(int family, const void *address)
     return key;
 }
 
-// To be called under the lock. NULL when memory is short.
-static struct kvd_peer_address *find(struct in6_addr key)
+static struct kvd_peer_address *address_new(struct kvd_peers *all, struct in6_addr key)
 {
-    struct kvd_peer_address *a;
-    HASH_FIND(hh, addresses, &key, sizeof(key), a);
-    if (a)
-        return a;
-    a = calloc(1, sizeof(*a));
+    struct kvd_peer_address *a = calloc(1, sizeof(*a));
     if (!a)
         return NULL;
+    a->all = all;
+    all->refs++;
     a->key = key;
-    HASH_ADD(hh, addresses, key, sizeof(a->key), a);
+    if (IN6_IS_ADDR_V4MAPPED(&key))
+        inet_ntop(AF_INET, key.s6_addr + 12, a->text, sizeof(a->text));
+    else
+        inet_ntop(AF_INET6, &key, a->text, sizeof(a->text));
+    HASH_ADD(hh, all->by_key, key, sizeof(a->key), a);
     return a;
 }
 
-static void drop_unused(struct kvd_peer_address *a)
-{
-    if (!a || a->connections || a->calls)
-        return;
-    HASH_DEL(addresses, a);
-    free(a);
-}
-
-// Once a second, as many may come.
-static void warn(const struct kvd_peer_address *a)
-{
-    char text[INET6_ADDRSTRLEN] = "?";
-    if (time(NULL) == warned)
-        return;
-    warned = time(NULL);
-    inet_ntop(AF_INET6, &a->key, text, sizeof(text));
-    kvd_warning(
-        "connections over TLS are hung up on: %s has %llu, all have %llu; one may have half "
-        "of %llu, three quarters of max-connections",
-        text, (unsigned long long)a->connections, (unsigned long long)connections,
-        (unsigned long long)most_connections);
-}
-
-bool kvd_peers_add(int fd)
+struct kvd_peer_address *kvd_peer_ref_of(struct kvd_peers *all, int fd)
 {
     struct sockaddr_storage s = {0};
     socklen_t len = sizeof(s);
-    if (fd >= NUMBERS || getpeername(fd, (struct sockaddr *)&s, &len))
-        return false;
-    if (s.ss_family != AF_INET && s.ss_family != AF_INET6)
-        return true;
+    struct kvd_peer_address *a = NULL;
+    if (getpeername(fd, (struct sockaddr *)&s, &len) ||
+        (s.ss_family != AF_INET && s.ss_family != AF_INET6))
+        return NULL;
     struct in6_addr key = s.ss_family == AF_INET
                               ? key_of(AF_INET, &((struct sockaddr_in *)&s)->sin_addr)
                               : key_of(AF_INET6, &((struct sockaddr_in6 *)&s)->sin6_addr);
-    pthread_mutex_lock(&lock);
-    struct kvd_peer_address *a = find(key);
-    bool fits = a && connections < most_connections && a->connections < most_connections / 2;
-    if (fits) {
-        a->connections++;
-        connections++;
-        atomic_store(&of[fd], a);
-    } else if (a) {
-        warn(a);
-        drop_unused(a);
-    }
-    pthread_mutex_unlock(&lock);
-    return fits;
-}
-
-// gRPC ends a connection with this: the linker puts the program's symbols before libc's.
-__attribute__((visibility("default"))) int close(int fd)
-{
-    struct kvd_peer_address *a =
-        fd >= 0 && fd < NUMBERS && atomic_load(&of[fd]) ? atomic_exchange(&of[fd], NULL) : NULL;
-    if (a) {
-        pthread_mutex_lock(&lock);
-        a->connections--;
-        connections--;
-        drop_unused(a);
-        pthread_mutex_unlock(&lock);
-    }
-    return (int)syscall(SYS_close, fd);
-}
-
-// "ipv4:10.0.0.1:1234", "ipv6:%5B::1%5D:1234" (newer ones have the brackets as they are).
-static bool parse(const char *peer, struct in6_addr *key)
-{
-    char text[INET6_ADDRSTRLEN];
-    struct in6_addr address;
-    bool six = strncmp(peer, "ipv6:", 5) == 0;
-    if (!six && strncmp(peer, "ipv4:", 5) != 0)
-        return false;
-    const char *begin = peer + 5;
-    if (six)
-        begin += strncmp(begin, "%5B", 3) == 0 ? 3 : *begin == '[';
-    size_t n = six ? strcspn(begin, "%]") : strcspn(begin, ":");
-    if (n >= sizeof(text))
-        return false;
-    memcpy(text, begin, n);
-    text[n] = '\0';
-    if (inet_pton(six ? AF_INET6 : AF_INET, text, &address) != 1)
-        return false;
-    *key = key_of(six ? AF_INET6 : AF_INET, &address);
-    return true;
-}
-
-int kvd_peers_begin_call(const char *peer, struct kvd_peer_address **out, struct kvd_error *err)
-{
-    struct in6_addr key;
-    *out = NULL;
-    if (!peer || !parse(peer, &key))
-        return KVD_OK;
-    int rc = KVD_OK;
-    pthread_mutex_lock(&lock);
-    struct kvd_peer_address *a = find(key);
+    HASH_FIND(hh, all->by_key, &key, sizeof(key), a);
     if (!a)
-        rc = kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    else if (a->calls >= most_calls / 2)
-        rc = kvd_fail(err, KVD_E_LIMIT,
-                      "your address has %llu calls in flight, and one may have half of what those "
-                      "who come over TCP may have; wait for some or raise max-calls",
-                      (unsigned long long)a->calls);
-    if (rc == KVD_OK) {
-        a->calls++;
-        *out = a;
-    } else {
-        drop_unused(a);
-    }
-    pthread_mutex_unlock(&lock);
-    return rc;
+        a = address_new(all, key);
+    return a ? kvd_peer_ref(a) : NULL;
 }
 
-void kvd_peers_end_call(struct kvd_peer_address **address)
+struct kvd_peer_address *kvd_peer_ref(struct kvd_peer_address *a)
+{
+    a->refs++;
+    return a;
+}
+
+void kvd_peer_unref(struct kvd_peer_address **address)
 {
     struct kvd_peer_address *a = KVD_TAKE(*address);
-    if (!a)
+    if (!a || --a->refs)
         return;
-    pthread_mutex_lock(&lock);
-    a->calls--;
-    drop_unused(a);
-    pthread_mutex_unlock(&lock);
+    struct kvd_peers *all = a->all;
+    HASH_DEL(all->by_key, a);
+    free(a);
+    kvd_peers_drop(&all);
+}
+
+const char *kvd_peer_text(const struct kvd_peer_address *a)
+{
+    return a->text;
+}
+
+static uint64_t most(const struct kvd_peer_address *a, enum kvd_share share)
+{
+    return kvd_share_total(a->all->d, share) / 4 * 3;
+}
+
+int kvd_peer_take(struct kvd_peer_address *a, struct kvd_error *err)
+{
+    uint64_t all = most(a, KVD_SHARE_CONNECTIONS);
+    if (a->all->connections >= all || a->connections >= all / 2)
+        return kvd_fail(err, KVD_E_LIMIT,
+                        "%s has %" PRIu64 " connections over TLS, all have %" PRIu64
+                        "; one may have half of %" PRIu64 ", three quarters of max-connections",
+                        a->text, a->connections, a->all->connections, all);
+    a->connections++;
+    a->all->connections++;
+    return KVD_OK;
+}
+
+void kvd_peer_give(struct kvd_peer_address *a)
+{
+    a->connections--;
+    a->all->connections--;
+}
+
+int kvd_peer_begin_call(struct kvd_peer_address *a, struct kvd_error *err)
+{
+    if (!a)
+        return KVD_OK;
+    if (a->calls >= most(a, KVD_SHARE_CALLS) / 2)
+        return kvd_fail(err, KVD_E_LIMIT,
+                        "your address has %" PRIu64
+                        " calls in flight, and one may have half of what those who come over TCP "
+                        "may have; wait for some or raise max-calls",
+                        a->calls);
+    a->calls++;
+    return KVD_OK;
+}
+
+void kvd_peer_end_call(struct kvd_peer_address *a)
+{
+    if (a)
+        a->calls--;
 }

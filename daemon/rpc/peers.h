@@ -1,24 +1,29 @@
-// Who comes over TLS. gRPC accepts those connections and reads them, so neither links nor the meter
-// know of them: they are counted here by address (by network, with IPv6), of which one may have
-// half of what all of them may. Any thread.
+// Who comes over TLS, by address (by network, with IPv6), of which one may have half of what all of
+// them may: three quarters, as one user. Loop thread.
 #ifndef KVD_DAEMON_PEERS_H
 #define KVD_DAEMON_PEERS_H
 
-#include <stdbool.h>
-
-#include "proto/base.h"
+#include "daemon/core/daemon.h"
 
 struct kvd_peer_address;
 
-// How many connections, and calls in flight, all of them may have.
-void kvd_peers_limit(uint64_t connections, uint64_t calls);
-// Counts a connection that was accepted, until its descriptor is closed. False: there are too many,
-// and it is to be closed.
-bool kvd_peers_add(int fd);
-// Counts a call of a peer, named as gRPC does ("ipv4:10.0.0.1:1234"). KVD_E_LIMIT. *out is for
-// kvd_peers_end_call, or NULL where gRPC has no address for it.
-int kvd_peers_begin_call(const char *peer, struct kvd_peer_address **out, struct kvd_error *err);
-// Sets *address to NULL; NULL is allowed.
-void kvd_peers_end_call(struct kvd_peer_address **address);
+struct kvd_peers;
+
+// NULL when memory is short.
+struct kvd_peers *kvd_peers_new(struct kvd_daemon *d);
+// Leaves NULL. Addresses that are still referred to stay good.
+void kvd_peers_drop(struct kvd_peers **all);
+// Who is at the other end of a TCP socket, with a reference. NULL: memory is short, or nobody is.
+struct kvd_peer_address *kvd_peer_ref_of(struct kvd_peers *all, int fd);
+struct kvd_peer_address *kvd_peer_ref(struct kvd_peer_address *a);
+// Sets *a to NULL; NULL is allowed.
+void kvd_peer_unref(struct kvd_peer_address **a);
+const char *kvd_peer_text(const struct kvd_peer_address *a);
+// Counts a connection, until it is given back. KVD_E_LIMIT.
+int kvd_peer_take(struct kvd_peer_address *a, struct kvd_error *err);
+void kvd_peer_give(struct kvd_peer_address *a);
+// Counts a call. KVD_E_LIMIT. NULL is allowed, in both.
+int kvd_peer_begin_call(struct kvd_peer_address *a, struct kvd_error *err);
+void kvd_peer_end_call(struct kvd_peer_address *a);
 
 #endif

@@ -55,13 +55,12 @@ struct kvd_call {
     grpc_metadata_array metadata;
     gpr_timespec deadline;
     uint64_t accepted_ns;
-    struct kvd_link *link;         // NULL: it came over TLS
-    struct kvd_peer_address *peer; // NULL: by a link
-    bool counted;                  // by the link
-    bool unsettled;                // the next turn waits for it
-    struct kvd_user *user;         // who is charged; NULL: not charged
-    uint64_t reply_bytes;          // taken of the reply share
-    uint64_t sending_ms;           // since when there is something to send; 0: nothing
+    struct kvd_link *link; // by which it came; NULL: it has not been charged yet
+    bool counted;          // by the link
+    bool unsettled;        // the next turn waits for it
+    struct kvd_user *user; // who is charged; NULL: not charged
+    uint64_t reply_bytes;  // taken of the reply share
+    uint64_t sending_ms;   // since when there is something to send; 0: nothing
     struct kvd_call *previous_unread, *next_unread;
     struct kvd_tag request_tag, done_tag, close_tag, send_tag;
     ProtobufCMessage *request;
@@ -108,7 +107,7 @@ void kvd_call_finish(struct kvd_call *call, int code, const char *text);
 
 // The value of a metadata key as text, "" if absent. Writes at most cap bytes.
 void kvd_call_metadata(const struct kvd_call *call, const char *key, char *out, size_t cap);
-// True if one of the peer's certificate names is in the list.
+// True if the name of the peer's certificate is in the list.
 bool kvd_call_peer_named(const struct kvd_call *call, const struct kvd_allow *allow);
 
 #define KVD_HANDLER(name) void kvd_on_##name(struct kvd_call *call, const void *request)

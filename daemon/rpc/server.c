@@ -1,5 +1,4 @@
 // The gRPC server: its sockets, the completion-queue thread, start and stop.
-#include <errno.h>
 #include <grpc/byte_buffer.h>
 #include <grpc/grpc_security.h>
 #include <grpc/support/log.h>
@@ -10,6 +9,7 @@
 #include "daemon/rpc/links.h"
 #include "daemon/rpc/listen.h"
 #include "daemon/rpc/rpc_internal.h"
+#include "daemon/rpc/tls.h"
 
 enum {
     ARMED = 16, // requests kept waiting per method; a burst beyond that waits inside gRPC
@@ -65,59 +65,15 @@ static void on_tick(uv_timer_t *timer)
     if (!d->rpc->stopping)
         kvd_calls_arm_again(d);
     kvd_calls_give_up_unread(d);
-}
-
-static int read_text(const char *path, char **out, struct kvd_error *err)
-{
-    FILE *f KVD_FCLOSE = fopen(path, "re");
-    char *text = calloc(1, 65536);
-    if (!f || !text || fread(text, 1, 65535, f) == 0) {
-        free(text);
-        return kvd_fail(err, KVD_E_INVALID, "cannot read %s: %s", path,
-                        f ? "empty" : strerror(errno));
-    }
-    *out = text;
-    return KVD_OK;
-}
-
-static grpc_server_credentials *tls_credentials(const struct kvd_config *c, struct kvd_error *err)
-{
-    char *cert KVD_FREE = NULL, *key KVD_FREE = NULL, *ca KVD_FREE = NULL;
-    if (read_text(c->tls_cert, &cert, err) || read_text(c->tls_key, &key, err) ||
-        (c->tls_client_ca[0] && read_text(c->tls_client_ca, &ca, err)))
-        return NULL;
-    grpc_ssl_pem_key_cert_pair pair = {key, cert};
-    grpc_ssl_client_certificate_request_type mode =
-        ca ? GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY
-           : GRPC_SSL_DONT_REQUEST_CLIENT_CERTIFICATE;
-    grpc_server_credentials *creds =
-        grpc_ssl_server_credentials_create_ex(ca, &pair, 1, mode, NULL);
-    if (!creds)
-        kvd_fail(err, KVD_E_INVALID, "the certificate %s, key %s or client-ca %s is not usable",
-                 c->tls_cert, c->tls_key, c->tls_client_ca);
-    return creds;
-}
-
-// TLS is gRPC's affair, and so are the listeners that have it; what is plain is accepted here.
-static int add_tls_port(struct kvd_daemon *d, const char *address, struct kvd_error *err)
-{
-    grpc_server_credentials *creds = tls_credentials(&d->config, err);
-    if (!creds)
-        return KVD_E_INVALID;
-    int port = grpc_server_add_http2_port(d->rpc->server, address, creds);
-    grpc_server_credentials_release(creds);
-    return port ? KVD_OK
-                : kvd_fail(err, KVD_E_UNAVAILABLE, "cannot listen on %s: in use, or not ours",
-                           address);
+    kvd_tls_tick(d);
 }
 
 static int add_port(struct kvd_daemon *d, const char *address, struct kvd_error *err)
 {
     if (strncmp(address, "unix:", 5) == 0)
         return kvd_listen_unix(d, KVD_LISTEN_GRPC, address + 5, SOCK_STREAM, kvd_links_accept, err);
-    return d->config.tls_cert[0]
-               ? add_tls_port(d, address, err)
-               : kvd_listen_tcp(d, KVD_LISTEN_GRPC, address, kvd_links_accept, NULL, err);
+    return kvd_listen_tcp(d, KVD_LISTEN_GRPC, address, d->tls ? kvd_tls_accept : kvd_links_accept,
+                          NULL, err);
 }
 
 // What gRPC says goes into our log; errors of its own are mostly the doing of clients, who must not
@@ -176,9 +132,6 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
         {.type = GRPC_ARG_INTEGER,
          .key = GRPC_ARG_TCP_MAX_READ_CHUNK_SIZE,
          .value.integer = READ_BYTES},
-        {.type = GRPC_ARG_INTEGER,
-         .key = GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS,
-         .value.integer = KVD_HELLO_TIMEOUT_MS},
     };
     grpc_channel_args channel_args = {KVD_LEN(args), args};
     r->server = grpc_server_create(&channel_args, NULL);
@@ -189,6 +142,8 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
         r->registered[i] = grpc_server_register_method(
             r->server, d->methods[i].path, NULL, GRPC_SRM_PAYLOAD_READ_INITIAL_BYTE_BUFFER, 0);
     int rc = kvd_links_init(d, err);
+    if (rc == KVD_OK && d->config.tls_cert[0])
+        rc = kvd_tls_init(d, kvd_links_accept_tls, err);
     for (uint32_t i = 0; i < d->config.n_listen && rc == KVD_OK; i++)
         rc = add_port(d, d->config.listen[i], err);
     return rc;
@@ -220,6 +175,7 @@ static void shut(struct kvd_daemon *d)
 {
     struct kvd_rpc *r = d->rpc;
     kvd_listen_close(d, KVD_LISTEN_GRPC);
+    kvd_tls_shut(d);
     r->stopping = true;
     kvd_tag_arm(&r->shutdown_tag, on_server_down);
     grpc_server_shutdown_and_notify(r->server, r->cq, &r->shutdown_tag);
@@ -256,6 +212,7 @@ static void end(struct kvd_daemon *d)
     grpc_completion_queue_destroy(r->cq);
     grpc_shutdown();
     kvd_links_deinit(d);
+    kvd_tls_deinit(d);
     uv_mutex_destroy(&r->lock);
     uv_close((uv_handle_t *)&r->async, on_handle_closed);
     uv_close((uv_handle_t *)&r->timer, on_handle_closed);

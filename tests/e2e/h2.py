@@ -20,10 +20,11 @@ RST, END_HEADERS, END_STREAM = 3, 4, 1
 class Connection:
     """One connection that calls one method. The headers are sent in full once and by their numbers afterwards."""
 
-    def __init__(self, path, method, timeout=10):
-        self.s = socket.socket(socket.AF_UNIX)
+    def __init__(self, path, method, timeout=10, sock=None):
+        self.s = sock or socket.socket(socket.AF_UNIX)
         self.s.settimeout(timeout)
-        self.s.connect(str(path))
+        if not sock:
+            self.s.connect(str(path))
         self.method, self.stream, self.known, self.unread = method.encode(), 1, False, b""
         self.s.sendall(PREFACE)
 

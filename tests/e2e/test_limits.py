@@ -513,65 +513,6 @@ def test_descriptors_that_are_sent_and_not_asked_for(start):
     assert wait_for(lambda: kvd.metric('kvd_share_used{share="descriptors"}') == 0)
 
 
-def test_a_tls_listener_outlives_a_shortage_of_descriptors(start, folder):
-    """gRPC accepts there, and would close the listener for good."""
-    run = lambda *a: subprocess.run(["openssl", *a], check=True, capture_output=True, cwd=folder)
-    run("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", "key", "-out", "cert", "-days", "2",
-        "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1")
-    port = free_port()
-    kvd = start("--listen", f"127.0.0.1:{port}", config=f"[tls]\ncert = {folder}/cert\nkey = {folder}/key\n")
-    pid = kvd.process.pid
-    old = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")) + 4, old[1]))
-    held = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(12)]
-    assert wait_for(lambda: "Too many open files" in kvd.text())
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, old)
-    for s in held:
-        s.close()
-    credentials = grpc.ssl_channel_credentials((folder / "cert").read_bytes())
-    assert wait_for(lambda: answers(f"127.0.0.1:{port}", credentials))
-
-
-def test_connections_over_tls_are_bounded_by_address_and_in_all(start, folder):
-    certificates(folder, server="IP:127.0.0.1")
-    port = free_port()
-    kvd = start("--listen", f"127.0.0.1:{port}", config=f"""
-[kvd]
-max-connections = 16
-[tls]
-cert = {folder}/server.pem
-key = {folder}/server.key
-""")
-
-    def connect(source, n):
-        """How many of n connections stay."""
-        held = [socket.create_connection(("127.0.0.1", port), 5, (source, 0)) for _ in range(n)]
-        time.sleep(0.3)
-        stay = [s for s in held if not select.select([s], [], [], 0)[0]]  # the others were hung up on
-        for s in held:
-            if s not in stay:
-                s.close()
-        return stay
-
-    held = connect("127.0.0.1", 9)
-    assert len(held) == 6  # half of three quarters of 16
-    held += connect("127.0.0.2", 5) + connect("127.0.0.3", 5)
-    assert len(held) == 12
-    assert "127.0.0.1 has 6" in kvd.text()
-    kvd.kvctl("ping", 1)  # the unix socket's are others
-    for s in held:
-        s.close()
-    credentials = grpc.ssl_channel_credentials((folder / "ca.pem").read_bytes())
-    assert wait_for(lambda: answers(f"127.0.0.1:{port}", credentials))
-
-
-def answers(address, credentials):
-    try:
-        return Rpc(address, credentials=credentials).admin("Ping") is not None
-    except grpc.RpcError:
-        return False
-
-
 def test_repeated_fields_are_bounded(kvd, rpc):
     s = rpc.kv("OpenSession", layout=layout()).session
     ids = rpc.kv("CreateSequences", session=s, request_id=1, count=4096).sequences
