@@ -96,7 +96,10 @@ static struct kvd_ledger *map(int fd, uint32_t max_sessions, uint32_t max_holds,
     void *base = MAP_FAILED;
     if (!free_session)
         free(KVD_TAKE(l));
-    if (l && fstat(fd, &st) == 0 && st.st_size == 0 && ftruncate(fd, (off_t)bytes))
+    if (l && fd < 0)
+        base = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    else if (l && fstat(fd, &st) == 0 && st.st_size == 0 && ftruncate(fd, (off_t)bytes))
         kvd_fail(err, KVD_E_INTERNAL, "cannot make the ledger of sessions: %s", strerror(errno));
     else if (l && fstat(fd, &st) == 0 && (uint64_t)st.st_size != bytes)
         kvd_fail(err, KVD_E_CORRUPT, "the ledger of sessions has %lld bytes, not %zu",
@@ -120,15 +123,12 @@ static struct kvd_ledger *map(int fd, uint32_t max_sessions, uint32_t max_holds,
     return l;
 }
 
-struct kvd_ledger *kvd_ledger_new(uint32_t max_sessions, uint32_t max_holds, struct kvd_error *err)
+static struct kvd_ledger *begin(int fd, uint32_t max_sessions, uint32_t max_holds,
+                                struct kvd_error *err)
 {
-    int fd KVD_CLOSE = memfd_create("kvd-sessions", MFD_CLOEXEC);
-    struct kvd_ledger *l = fd >= 0 ? map(fd, max_sessions, max_holds, err) : NULL;
-    if (fd < 0)
-        kvd_fail(err, KVD_E_INTERNAL, "cannot make the ledger of sessions: %s", strerror(errno));
+    struct kvd_ledger *l = map(fd, max_sessions, max_holds, err);
     if (!l)
         return NULL;
-    (void)KVD_TAKE_FD(fd);
     *l->head = (struct head){
         .version = VERSION, .shape = shape(), .max_sessions = max_sessions, .max_holds = max_holds};
     stored();
@@ -137,13 +137,33 @@ struct kvd_ledger *kvd_ledger_new(uint32_t max_sessions, uint32_t max_holds, str
     return l;
 }
 
+struct kvd_ledger *kvd_ledger_new(uint32_t max_sessions, uint32_t max_holds, struct kvd_error *err)
+{
+    int fd KVD_CLOSE = memfd_create("kvd-sessions", MFD_CLOEXEC);
+    if (fd < 0) {
+        kvd_fail(err, KVD_E_INTERNAL, "cannot make the ledger of sessions: %s", strerror(errno));
+        return NULL;
+    }
+    struct kvd_ledger *l = begin(fd, max_sessions, max_holds, err);
+    if (l)
+        (void)KVD_TAKE_FD(fd);
+    return l;
+}
+
+struct kvd_ledger *kvd_ledger_private(uint32_t max_sessions, uint32_t max_holds,
+                                      struct kvd_error *err)
+{
+    return begin(-1, max_sessions, max_holds, err);
+}
+
 void kvd_ledger_close(struct kvd_ledger **lp)
 {
     struct kvd_ledger *l = KVD_TAKE(*lp);
     if (!l)
         return;
     munmap(l->head, l->bytes);
-    close(l->fd);
+    if (l->fd >= 0)
+        close(l->fd);
     free(l->free_session);
     free(l);
 }

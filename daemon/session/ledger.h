@@ -34,6 +34,9 @@ struct kvd_ledger_session {
 
 // A new ledger. NULL with *err: KVD_E_INTERNAL.
 struct kvd_ledger *kvd_ledger_new(uint32_t max_sessions, uint32_t max_holds, struct kvd_error *err);
+// The same in memory that ends with the process, and takes no file: kvd_ledger_fd is -1.
+struct kvd_ledger *kvd_ledger_private(uint32_t max_sessions, uint32_t max_holds,
+                                      struct kvd_error *err);
 // Opens what another process has left, and undoes what calls had not finished. The descriptor is
 // duplicated. NULL with *err: KVD_E_INVALID (no ledger), KVD_E_UNSUPPORTED (another version),
 // KVD_E_PRECONDITION (other sizes), KVD_E_CORRUPT or KVD_E_INTERNAL.

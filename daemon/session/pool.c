@@ -181,7 +181,8 @@ static int open_ledger(struct kvd_daemon *d, bool taken_over, struct kvd_error *
         d->ledger = kvd_ledger_open(fd, KVD_SESSION_RECORDS, holds, err);
         return d->ledger ? KVD_OK : err->code;
     }
-    d->ledger = kvd_ledger_new(KVD_SESSION_RECORDS, holds, err);
+    d->ledger = kvd_keep_on(d) ? kvd_ledger_new(KVD_SESSION_RECORDS, holds, err)
+                               : kvd_ledger_private(KVD_SESSION_RECORDS, holds, err);
     if (d->ledger && kvd_keep_on(d))
         kvd_keep_put(d, LEDGER, kvd_ledger_fd(d->ledger));
     return d->ledger ? KVD_OK : err->code;
