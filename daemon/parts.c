@@ -26,6 +26,7 @@
 #include "daemon/session/release.h"
 #include "daemon/session/session.h"
 #include "daemon/session/tenants.h"
+#include "daemon/tier/tiers.h"
 
 const struct kvd_part *const kvd_parts[] = {
     &kvd_part_signals,   // SIGTERM, SIGINT, SIGHUP
@@ -34,6 +35,7 @@ const struct kvd_part *const kvd_parts[] = {
     &kvd_part_device,    // the backend
     &kvd_part_memory,    // extents
     &kvd_part_buffers,   // what the host has room for
+    &kvd_part_tiers,     // what is behind the pool
     &kvd_part_pool,      // and the namespaces of the configuration
     &kvd_part_tenants,   // who is charged
     &kvd_part_release,   // sequences that are given up

@@ -5,10 +5,10 @@
 kvd_deps() {
     local packages="gcc meson ninja-build pkg-config libuv1-dev libgrpc-dev libprotobuf-c-dev protobuf-c-compiler
         protobuf-compiler libcurl4-openssl-dev libsystemd-dev libssl-dev libinih-dev libjansson-dev libzip-dev
-        libmicrohttpd-dev uthash-dev libopenblas-dev liblapacke-dev scdoc"
+        libmicrohttpd-dev libxxhash-dev libhiredis-dev uthash-dev libopenblas-dev liblapacke-dev scdoc"
     if [ "$1" = test ]; then
         packages="$packages check g++ doxygen prometheus nginx-light python3 python3-pip python3-grpcio python3-protobuf python3-numpy
-            python3-pytest python3-pytest-xdist clang-format openssl"
+            python3-pytest python3-pytest-xdist clang-format openssl redis-server"
     fi
     if [ "$1" = bench ]; then
         packages="$packages check python3 python3-numpy"

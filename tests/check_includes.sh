@@ -27,7 +27,7 @@ rule calib kernels proto
 rule daemon calib kernels pool proto
 rule client/kvctl client calib proto
 # The rooms of the daemon: each may include itself and those before it. main.c and parts.c know all.
-rooms=(core rpc session sched service)
+rooms=(core tier rpc session sched service)
 below=
 for room in "${rooms[@]}"; do
     below+=" $room"

@@ -40,6 +40,14 @@ static const struct key keys[] = {
     {{"kvd", "cache", AT_START}, TEXT, AT(cache), 0, 0},
     {{"kvd", "store-public-key", RELOADED}, TEXT, AT(store_public_key), 0, 0},
     {{"kvd", "store-timeout", RELOADED}, MILLIS, AT(store_timeout_ms), 100, 3600000},
+    {{"kvd", "tier-host", AT_START}, SIZE, AT(tier_host), 0, 1ull << 43},
+    {{"kvd", "tier-directory", AT_START}, TEXT, AT(tier_directory), 0, 0},
+    {{"kvd", "tier-redis", AT_START}, TEXT, AT(tier_redis), 0, 0},
+    {{"kvd", "tier-redis-auth", AT_START}, TEXT, AT(tier_redis_auth), 0, 0},
+    {{"kvd", "tier-secret", AT_START}, TEXT, AT(tier_secret), 0, 0},
+    {{"kvd", "tier-ttl", AT_START}, MILLIS, AT(tier_ttl_ms), 0, 2592000000},
+    {{"kvd", "tier-timeout", AT_START}, MILLIS, AT(tier_timeout_ms), 10, 60000},
+    {{"kvd", "tier-rate", AT_START}, SIZE, AT(tier_rate), 0, 1ull << 43},
     {{"kvd", "log-level", RELOADED}, LEVEL, AT(log_level), 0, 0},
     {{"kvd", "drain-timeout", RELOADED}, MILLIS, AT(drain_timeout_ms), 0, 3600000},
     {{"kvd", "max-sessions", RELOADED}, NUMBER, AT(max_sessions), 1, 100000},
@@ -268,7 +276,7 @@ void kvd_config_set(struct kvd_config_load *l, const char *section, uint32_t ns,
                     const char *value)
 {
     size_t i = find_key(section, name);
-    char known[512] = "";
+    char known[900] = "";
     if (i == KVD_LEN(keys)) {
         for (i = 0; i < KVD_LEN(keys); i++) {
             size_t n = strlen(known);

@@ -53,6 +53,13 @@ struct kvd_config {
     char store[KVD_CONFIG_TEXT], cache[KVD_CONFIG_TEXT];
     char store_public_key[KVD_CONFIG_TEXT]; // PEM; "": sets need no signature
     uint32_t store_timeout_ms;
+    // Tiers behind the pool; 0 and "" are off.
+    uint64_t tier_host;                   // bytes
+    char tier_directory[KVD_CONFIG_TEXT]; // PATH SIZE: see config_tiers.h
+    char tier_redis[KVD_CONFIG_TEXT];     // an address
+    char tier_redis_auth[KVD_CONFIG_TEXT], tier_secret[KVD_CONFIG_TEXT]; // files
+    uint32_t tier_ttl_ms, tier_timeout_ms;
+    uint64_t tier_rate; // bytes a second that each tier is sent; 0: no limit
     enum kvd_log_level log_level;
     uint32_t drain_timeout_ms;
     uint32_t max_sessions, max_sequences, max_queue, max_connections, max_calls;

@@ -279,4 +279,5 @@ void kvd_config_check(struct kvd_config_load *l)
     check_metrics(l);
     check_tls(l);
     check_store(l);
+    kvd_config_check_tiers(l);
 }

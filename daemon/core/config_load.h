@@ -46,6 +46,7 @@ void kvd_config_read(struct kvd_config_load *l, const char *path, bool optional)
 
 // Fills in what depends on other keys, and checks the whole.
 void kvd_config_check(struct kvd_config_load *l);
+void kvd_config_check_tiers(struct kvd_config_load *l); // config_tiers.c
 
 // A number with decimal digits only. KVD_E_INVALID.
 int kvd_config_parse_number(const char *value, uint64_t *out);

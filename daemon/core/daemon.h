@@ -38,6 +38,7 @@ struct kvd_queue;
 struct kvd_rpc;
 struct kvd_tls;
 struct kvd_session;
+struct kvd_tiers;
 struct kvd_user;
 struct kvd_users;
 struct kvd_work;
@@ -87,6 +88,7 @@ struct kvd_daemon {
     struct kvd_http *http;
     struct kvd_evict *evict;
     struct kvd_releases *releases;
+    struct kvd_tiers *tiers; // NULL: there are none
     struct kvd_users *users;
     struct kvd_user *namespace_users[KVD_MAX_NAMESPACES]; // who is charged; NULL: nobody
     struct kvd_user *layout_users[KVD_MAX_LAYOUTS];

@@ -1,0 +1,491 @@
+// One thread; state belongs to it, but for the line by which operations come.
+#include "daemon/tier/redis.h"
+
+#include <errno.h>
+#include <hiredis/adapters/libuv.h>
+#include <hiredis/async.h>
+#include <time.h>
+#include <utlist.h>
+
+#include "daemon/core/config_tiers.h"
+
+enum {
+    MOST_RUNNING = 16,
+    TICK_MS = 50,
+    FLUSH_BATCH = 500,
+    KEY_TEXT = sizeof(KVD_TIER_REDIS_PREFIX) + KVD_TIER_KEY_TEXT,
+};
+
+struct redis {
+    struct kvd_redis_url url;
+    char user[128], password[512];
+    pthread_t thread;
+    pthread_mutex_t lock; // of the two that follow
+    struct kvd_tier_op *line;
+    bool ending;
+    uv_async_t wake;
+    // The thread's
+    uv_loop_t loop;
+    uv_timer_t timer;
+    redisAsyncContext *server; // NULL: not connected
+    bool ready;                // connected, and logged in
+    struct kvd_tier_op *waiting, *sent;
+    uint64_t began_ms; // the connection
+    char why[128];     // it was lost
+};
+
+// -- operations that are sent -------------------------------------------------------------------
+
+static void finish(struct redis *r, struct kvd_tier_op *op, enum kvd_tier_result result)
+{
+    DL_DELETE(r->sent, op);
+    kvd_tier_finish(op, result);
+}
+
+static void fail(struct redis *r, struct kvd_tier_op *op, enum kvd_tier_result result,
+                 const char *why)
+{
+    DL_DELETE(r->sent, op);
+    kvd_tier_fail(op, result, "%s:%u: %.90s", r->url.host, r->url.port, why);
+}
+
+// Whether the reply can be gone on with; otherwise the operation is failed.
+static bool good(struct redis *r, struct kvd_tier_op *op, const redisReply *reply)
+{
+    if (!reply) {
+        fail(r, op, KVD_TIER_FAILED, *r->why ? r->why : "the connection was lost");
+        return false;
+    }
+    if (reply->type != REDIS_REPLY_ERROR)
+        return true;
+    if (strncmp(reply->str, "OOM", 3) == 0)
+        fail(r, op, KVD_TIER_FULL, reply->str);
+    else if (strncmp(reply->str, "MOVED", 5) == 0 || strncmp(reply->str, "CLUSTERDOWN", 11) == 0)
+        fail(r, op, KVD_TIER_FAILED, "it is a cluster; only single servers are possible");
+    else
+        fail(r, op, KVD_TIER_FAILED, reply->str);
+    return false;
+}
+
+static void key_text(const struct kvd_tier_key *key, char out[KEY_TEXT])
+{
+    char hex[KVD_TIER_KEY_TEXT];
+    kvd_hex(key->bytes, sizeof(key->bytes), hex);
+    snprintf(out, KEY_TEXT, "%s%s", KVD_TIER_REDIS_PREFIX, hex);
+}
+
+static void on_done(redisAsyncContext *c, void *reply, void *ctx)
+{
+    struct kvd_tier_op *op = ctx;
+    struct redis *r = c->data;
+    if (good(r, op, reply))
+        finish(r, op, KVD_TIER_OK);
+}
+
+static void on_nothing(redisAsyncContext *c, void *reply, void *ctx)
+{
+    (void)c;
+    (void)reply;
+    (void)ctx;
+}
+
+static void drop_damaged(struct redis *r, struct kvd_tier_op *op)
+{
+    char key[KEY_TEXT];
+    key_text(&op->keys[0], key);
+    redisAsyncCommand(r->server, on_nothing, NULL, "UNLINK %s", key);
+}
+
+static void on_got(redisAsyncContext *c, void *answer, void *ctx)
+{
+    struct kvd_tier_op *op = ctx;
+    struct redis *r = c->data;
+    const redisReply *reply = answer;
+    struct kvd_error err = {0};
+    // Somebody has put a list or the like there: not the server's fault.
+    bool wrong =
+        reply && reply->type == REDIS_REPLY_ERROR && strncmp(reply->str, "WRONGTYPE", 9) == 0;
+    if (wrong) {
+        drop_damaged(r, op);
+        fail(r, op, KVD_TIER_DAMAGED, reply->str);
+        return;
+    }
+    if (!good(r, op, reply))
+        return;
+    if (reply->type == REDIS_REPLY_STRING && reply->len == 0) {
+        finish(r, op, KVD_TIER_MISS);
+        return;
+    }
+    size_t n;
+    op->block = kvd_block_new(op->bytes);
+    if (!op->block) {
+        fail(r, op, KVD_TIER_FAILED, "out of memory");
+        return;
+    }
+    uint8_t *value = kvd_block_value(op->block, &n);
+    int rc;
+    if (reply->type != REDIS_REPLY_STRING || reply->len != n) {
+        rc = kvd_fail(&err, KVD_E_CORRUPT, "the value is of another length");
+    } else {
+        memcpy(value, reply->str, n);
+        rc = kvd_block_verify(op->block, op->settings.secret, &op->keys[0], op->layout,
+                              (uint64_t)time(NULL), op->settings.ttl_s, &err);
+    }
+    if (rc) {
+        kvd_block_unref(&op->block);
+        drop_damaged(r, op);
+        fail(r, op, rc == KVD_E_CORRUPT ? KVD_TIER_DAMAGED : KVD_TIER_MISS, err.text);
+        return;
+    }
+    finish(r, op, KVD_TIER_OK);
+}
+
+// One of a HAS's replies, which come in order: left counts down.
+static void on_has(redisAsyncContext *c, void *answer, void *ctx)
+{
+    struct kvd_tier_op *op = ctx;
+    struct redis *r = c->data;
+    const redisReply *reply = answer;
+    bool bad = !reply || reply->type != REDIS_REPLY_INTEGER;
+    op->has[op->n - op->left] = !bad && reply->integer == 1;
+    if (bad && !op->why[0])
+        snprintf(op->why, sizeof(op->why), "%.100s", reply && reply->str ? reply->str : r->why);
+    if (--op->left)
+        return;
+    if (op->why[0])
+        finish(r, op, KVD_TIER_FAILED);
+    else
+        finish(r, op, KVD_TIER_OK);
+}
+
+static void on_scanned(redisAsyncContext *c, void *reply, void *ctx);
+
+static int scan(struct redis *r, struct kvd_tier_op *op)
+{
+    return redisAsyncCommand(r->server, on_scanned, op, "SCAN %s MATCH %s* COUNT %d",
+                             op->cursor[0] ? op->cursor : "0", KVD_TIER_REDIS_PREFIX, FLUSH_BATCH);
+}
+
+static void on_scanned(redisAsyncContext *c, void *answer, void *ctx)
+{
+    struct kvd_tier_op *op = ctx;
+    struct redis *r = c->data;
+    const redisReply *reply = answer;
+    if (!good(r, op, reply))
+        return;
+    if (reply->type != REDIS_REPLY_ARRAY || reply->elements != 2 ||
+        reply->element[0]->type != REDIS_REPLY_STRING ||
+        reply->element[1]->type != REDIS_REPLY_ARRAY) {
+        fail(r, op, KVD_TIER_FAILED, "SCAN has another reply than it should");
+        return;
+    }
+    const redisReply *keys = reply->element[1];
+    for (size_t i = 0; i < keys->elements; i++)
+        if (keys->element[i]->type == REDIS_REPLY_STRING)
+            redisAsyncCommand(r->server, on_nothing, NULL, "UNLINK %b", keys->element[i]->str,
+                              keys->element[i]->len);
+    snprintf(op->cursor, sizeof(op->cursor), "%s", reply->element[0]->str);
+    op->began_ms = uv_now(&r->loop);
+    if (strcmp(op->cursor, "0") == 0)
+        finish(r, op, KVD_TIER_OK);
+    else if (scan(r, op))
+        fail(r, op, KVD_TIER_FAILED, "the connection was lost");
+}
+
+static int send_put(struct redis *r, struct kvd_tier_op *op, const char *key)
+{
+    size_t n;
+    const uint8_t *value = kvd_block_value(op->block, &n);
+    char ttl[24];
+    snprintf(ttl, sizeof(ttl), "%" PRIu64, op->settings.ttl_s);
+    const char *argv[] = {"SET", key, (const char *)value, "EX", ttl};
+    const size_t length[] = {3, strlen(key), n, 2, strlen(ttl)};
+    return redisAsyncCommandArgv(r->server, on_done, op, op->settings.ttl_s ? 5 : 3, argv, length);
+}
+
+static int send_has(struct redis *r, struct kvd_tier_op *op)
+{
+    char key[KEY_TEXT];
+    op->left = op->n;
+    op->why[0] = '\0';
+    for (uint32_t i = 0; i < op->n; i++) {
+        key_text(&op->keys[i], key);
+        if (redisAsyncCommand(r->server, on_has, op, "EXISTS %s", key))
+            return i == 0 ? -1 : 0; // those that were sent come back without a reply
+    }
+    return 0;
+}
+
+// Sealing is for the thread, as it takes long.
+static void send_op(struct redis *r, struct kvd_tier_op *op)
+{
+    struct kvd_error err = {0};
+    char key[KEY_TEXT];
+    int rc;
+    DL_APPEND(r->sent, op);
+    op->began_ms = uv_now(&r->loop);
+    if (op->n)
+        key_text(&op->keys[0], key);
+    if (op->verb == KVD_TIER_PUT && kvd_block_seal(op->block, op->settings.secret, &op->keys[0],
+                                                   op->layout, (uint64_t)time(NULL), &err)) {
+        fail(r, op, KVD_TIER_FAILED, err.text);
+        return;
+    }
+    switch (op->verb) {
+    case KVD_TIER_PUT:
+        rc = send_put(r, op, key);
+        break;
+    case KVD_TIER_GET:
+        // No more than a block has, whatever somebody has put there.
+        rc = redisAsyncCommand(r->server, on_got, op, "GETRANGE %s 0 %d", key,
+                               (int)(KVD_BLOCK_HEADER + op->bytes));
+        break;
+    case KVD_TIER_HAS:
+        rc = send_has(r, op);
+        break;
+    case KVD_TIER_DROP:
+        rc = redisAsyncCommand(r->server, on_done, op, "UNLINK %s", key);
+        break;
+    default:
+        rc = scan(r, op);
+    }
+    if (rc)
+        fail(r, op, KVD_TIER_FAILED, "the connection was lost");
+}
+
+// -- the connection -----------------------------------------------------------------------------
+
+static void fail_waiting(struct redis *r)
+{
+    struct kvd_tier_op *op, *tmp;
+    DL_FOREACH_SAFE(r->waiting, op, tmp)
+    {
+        DL_DELETE(r->waiting, op);
+        DL_APPEND(r->sent, op);
+        fail(r, op, KVD_TIER_FAILED, r->why);
+    }
+}
+
+static void hang_up(struct redis *r, const char *why)
+{
+    redisAsyncContext *c = KVD_TAKE(r->server);
+    snprintf(r->why, sizeof(r->why), "%s", why);
+    r->ready = false;
+    if (c)
+        redisAsyncFree(c); // all that was sent comes back without a reply
+    fail_waiting(r);
+}
+
+static void on_disconnect(const redisAsyncContext *c, int status)
+{
+    struct redis *r = c->data;
+    if (r->server != c)
+        return;
+    (void)status;
+    r->server = NULL; // hiredis frees it
+    r->ready = false;
+    fail_waiting(r);
+}
+
+static void on_connect(const redisAsyncContext *c, int status)
+{
+    struct redis *r = c->data;
+    if (r->server != c || status == REDIS_OK)
+        return;
+    snprintf(r->why, sizeof(r->why), "%.100s", c->errstr ? c->errstr : "no connection");
+    r->server = NULL; // hiredis frees it
+    r->ready = false;
+    fail_waiting(r);
+}
+
+// To PING, the last of what is said at the beginning: the server is there, and lets us in.
+static void on_ready(redisAsyncContext *c, void *answer, void *ctx)
+{
+    struct redis *r = c->data;
+    const redisReply *reply = answer;
+    (void)ctx;
+    if (!reply || r->server != c)
+        return;
+    if (reply->type == REDIS_REPLY_ERROR) {
+        snprintf(r->why, sizeof(r->why), "%.120s", reply->str);
+        fail_waiting(r);
+        r->server = NULL;
+        redisAsyncFree(c);
+        return;
+    }
+    r->ready = true;
+    while (r->waiting) {
+        struct kvd_tier_op *op = r->waiting;
+        DL_DELETE(r->waiting, op);
+        send_op(r, op);
+    }
+}
+
+// To AUTH and SELECT: an error is the reason, and what follows will not be asked.
+static void on_greeting(redisAsyncContext *c, void *answer, void *ctx)
+{
+    const redisReply *reply = answer;
+    if (reply && reply->type == REDIS_REPLY_ERROR)
+        on_ready(c, answer, ctx);
+}
+
+static void connect_server(struct redis *r)
+{
+    redisAsyncContext *c = r->url.port ? redisAsyncConnect(r->url.host, (int)r->url.port)
+                                       : redisAsyncConnectUnix(r->url.host);
+    r->why[0] = '\0';
+    r->began_ms = uv_now(&r->loop);
+    if (c && c->err) {
+        snprintf(r->why, sizeof(r->why), "%.100s", c->errstr);
+        redisAsyncFree(c);
+        c = NULL;
+    } else if (!c || redisLibuvAttach(c, &r->loop) != REDIS_OK) {
+        snprintf(r->why, sizeof(r->why), "out of memory");
+        if (c)
+            redisAsyncFree(c);
+        c = NULL;
+    }
+    if (!c) {
+        fail_waiting(r);
+        return;
+    }
+    c->data = r;
+    r->server = c;
+    redisAsyncSetConnectCallback(c, on_connect);
+    redisAsyncSetDisconnectCallback(c, on_disconnect);
+    if (r->user[0])
+        redisAsyncCommand(c, on_greeting, NULL, "AUTH %s %s", r->user, r->password);
+    else if (r->password[0])
+        redisAsyncCommand(c, on_greeting, NULL, "AUTH %s", r->password);
+    if (r->url.database)
+        redisAsyncCommand(c, on_greeting, NULL, "SELECT %u", r->url.database);
+    redisAsyncCommand(c, on_ready, NULL, "PING");
+}
+
+// -- the thread ---------------------------------------------------------------------------------
+
+// A server that says nothing for twice the time that operations have is hung up on, as their blocks
+// are held until it answers.
+static void tick(uv_timer_t *timer)
+{
+    struct redis *r = timer->data;
+    const struct kvd_tier_op *oldest = r->ready ? r->sent : r->waiting;
+    uint64_t since = r->ready && oldest ? oldest->began_ms : r->began_ms;
+    if (!r->sent && !r->waiting)
+        uv_timer_stop(timer);
+    if (r->server && oldest && uv_now(&r->loop) - since > 2 * oldest->settings.timeout_ms)
+        hang_up(r, "it does not answer");
+}
+
+static void on_wake(uv_async_t *wake)
+{
+    struct redis *r = wake->data;
+    struct kvd_tier_op *op, *tmp;
+    pthread_mutex_lock(&r->lock);
+    struct kvd_tier_op *line = KVD_TAKE(r->line);
+    bool ending = r->ending;
+    pthread_mutex_unlock(&r->lock);
+    DL_FOREACH_SAFE(line, op, tmp)
+    if (r->ready && !ending)
+        send_op(r, op);
+    else
+        DL_APPEND(r->waiting, op);
+    if (line && !uv_is_active((uv_handle_t *)&r->timer))
+        uv_timer_start(&r->timer, tick, TICK_MS, TICK_MS);
+    if (ending) {
+        hang_up(r, "kvd stops");
+        uv_close((uv_handle_t *)&r->wake, NULL);
+        uv_close((uv_handle_t *)&r->timer, NULL);
+    } else if (r->waiting && !r->server) {
+        connect_server(r);
+    }
+}
+
+static void *thread_main(void *arg)
+{
+    struct redis *r = arg;
+    uv_run(&r->loop, UV_RUN_DEFAULT); // until on_wake has closed all
+    uv_loop_close(&r->loop);
+    return NULL;
+}
+
+static void redis_free(struct redis *r)
+{
+    pthread_mutex_destroy(&r->lock);
+    explicit_bzero(r->password, sizeof(r->password));
+    free(r);
+}
+
+void *kvd_tier_redis_new(const char *url, const char *auth, struct kvd_error *err)
+{
+    struct redis *r = calloc(1, sizeof(*r));
+    const char *colon = strchr(auth, ':');
+    if (!r) {
+        kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+        return NULL;
+    }
+    pthread_mutex_init(&r->lock, NULL);
+    snprintf(r->user, sizeof(r->user), "%.*s", colon ? (int)(colon - auth) : 0, auth);
+    snprintf(r->password, sizeof(r->password), "%s", colon ? colon + 1 : auth);
+    if (kvd_redis_url_parse(url, &r->url, err)) {
+        redis_free(r);
+        return NULL;
+    }
+    uv_loop_init(&r->loop);
+    uv_async_init(&r->loop, &r->wake, on_wake);
+    uv_timer_init(&r->loop, &r->timer);
+    r->wake.data = r->timer.data = r;
+    int rc = pthread_create(&r->thread, NULL, thread_main, r);
+    if (rc) {
+        kvd_fail(err, KVD_E_INTERNAL, "a thread for a tier: %s", strerror(rc));
+        uv_close((uv_handle_t *)&r->wake, NULL);
+        uv_close((uv_handle_t *)&r->timer, NULL);
+        uv_run(&r->loop, UV_RUN_DEFAULT);
+        uv_loop_close(&r->loop);
+        redis_free(r);
+        return NULL;
+    }
+    return r;
+}
+
+static void submit(void *state, struct kvd_tier_op *op)
+{
+    struct redis *r = state;
+    pthread_mutex_lock(&r->lock);
+    DL_APPEND(r->line, op);
+    pthread_mutex_unlock(&r->lock);
+    uv_async_send(&r->wake);
+}
+
+static bool redis_close(void *state, const struct timespec *deadline)
+{
+    struct redis *r = state;
+    pthread_mutex_lock(&r->lock);
+    r->ending = true;
+    pthread_mutex_unlock(&r->lock);
+    uv_async_send(&r->wake);
+    if (pthread_timedjoin_np(r->thread, NULL, deadline)) {
+        pthread_detach(r->thread); // it resolves a name; its state stays
+        return false;
+    }
+    redis_free(r);
+    return true;
+}
+
+static void status(void *state, struct kvd_tier_status *out)
+{
+    const struct redis *r = state;
+    if (r->url.port)
+        snprintf(out->where, sizeof(out->where), "%.200s:%u/%u", r->url.host, r->url.port,
+                 r->url.database);
+    else
+        snprintf(out->where, sizeof(out->where), "unix:%.200s", r->url.host);
+}
+
+const struct kvd_tier_ops kvd_tier_redis_ops = {
+    .name = "redis",
+    .most_running = MOST_RUNNING,
+    .submit = submit,
+    .close = redis_close,
+    .status = status,
+};

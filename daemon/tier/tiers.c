@@ -1,0 +1,306 @@
+#include "daemon/tier/tiers.h"
+
+#include "daemon/core/config_tiers.h"
+#include "daemon/core/log.h"
+#include "daemon/tier/directory.h"
+#include "daemon/tier/host.h"
+#ifdef KVD_REDIS
+#include "daemon/core/secret.h"
+#include "daemon/tier/redis.h"
+#endif
+
+struct kvd_tiers {
+    struct kvd_tier *tier[KVD_TIERS_MOST];
+    uint32_t n;
+    struct kvd_tier_secret *secret; // NULL: none
+    bool left_behind;               // a thread that hangs may use the secret still
+};
+
+uint32_t kvd_tiers_count(const struct kvd_daemon *d)
+{
+    return d->tiers ? d->tiers->n : 0;
+}
+
+struct kvd_tier *kvd_tiers_get_tier(const struct kvd_daemon *d, uint32_t i)
+{
+    return d->tiers->tier[i];
+}
+
+struct kvd_tier *kvd_tiers_find(const struct kvd_daemon *d, const char *name)
+{
+    for (uint32_t i = 0; i < kvd_tiers_count(d); i++)
+        if (strcmp(kvd_tier_name(d->tiers->tier[i]), name) == 0)
+            return d->tiers->tier[i];
+    return NULL;
+}
+
+int kvd_tiers_key(const struct kvd_daemon *d, const struct kvd_block_name *name,
+                  struct kvd_tier_key *out, struct kvd_error *err)
+{
+    return kvd_tier_key_of(d->tiers ? d->tiers->secret : NULL, name, out, err);
+}
+
+void kvd_tiers_put(struct kvd_daemon *d, const struct kvd_tier_key *key, const uint8_t layout[32],
+                   struct kvd_block *block)
+{
+    for (uint32_t i = 0; i < kvd_tiers_count(d); i++)
+        kvd_tier_put(d->tiers->tier[i], key, layout, block, NULL, NULL);
+}
+
+// -- getting ------------------------------------------------------------------------------------
+
+struct getting {
+    struct kvd_daemon *d;
+    struct kvd_tier_key key;
+    uint8_t layout[32];
+    uint64_t bytes;
+    uint32_t tier; // that is being asked
+    kvd_tiers_got *done;
+    void *ctx;
+};
+
+static void on_got(void *ctx, const struct kvd_tier_reply *reply);
+
+static void ask_next(struct getting *g)
+{
+    kvd_tier_get(g->d->tiers->tier[g->tier], &g->key, g->layout, g->bytes, on_got, g);
+}
+
+static void on_got(void *ctx, const struct kvd_tier_reply *reply)
+{
+    struct getting *g = ctx;
+    const struct kvd_tiers *tiers = g->d->tiers;
+    if (!reply->block && reply->result != KVD_TIER_CLOSED && g->tier + 1 < tiers->n) {
+        g->tier++;
+        ask_next(g);
+        return;
+    }
+    for (uint32_t i = 0; reply->block && i < KVD_MIN(g->tier, tiers->n); i++)
+        kvd_tier_put(tiers->tier[i], &g->key, g->layout, reply->block, NULL, NULL);
+    g->done(g->ctx, reply->block, g->tier);
+    free(g);
+}
+
+int kvd_tiers_get(struct kvd_daemon *d, const struct kvd_tier_key *key, const uint8_t layout[32],
+                  uint64_t bytes, kvd_tiers_got *done, void *ctx, struct kvd_error *err)
+{
+    struct getting *g = kvd_tiers_count(d) ? malloc(sizeof(*g)) : NULL;
+    if (!g)
+        return kvd_fail(err, KVD_E_UNAVAILABLE, "there are no tiers, or no memory");
+    *g = (struct getting){.d = d, .key = *key, .bytes = bytes, .done = done, .ctx = ctx};
+    memcpy(g->layout, layout, sizeof(g->layout));
+    ask_next(g);
+    return KVD_OK;
+}
+
+// -- looking ------------------------------------------------------------------------------------
+
+struct looking;
+
+struct looking_tier {
+    struct looking *all;
+    uint8_t number; // 1 + index
+};
+
+struct looking {
+    uint32_t n, left;
+    kvd_tiers_found *done;
+    void *ctx;
+    struct looking_tier of[KVD_TIERS_MOST];
+    uint8_t where[]; // n
+};
+
+static void on_has(void *ctx, const struct kvd_tier_reply *reply)
+{
+    const struct looking_tier *t = ctx;
+    struct looking *all = t->all;
+    for (uint32_t i = 0; reply->has && i < all->n; i++)
+        if (reply->has[i] && (all->where[i] == 0 || t->number < all->where[i]))
+            all->where[i] = t->number;
+    if (--all->left)
+        return;
+    all->done(all->ctx, all->where);
+    free(all);
+}
+
+int kvd_tiers_has(struct kvd_daemon *d, const struct kvd_tier_key *keys, uint32_t n,
+                  kvd_tiers_found *done, void *ctx, struct kvd_error *err)
+{
+    uint32_t tiers = kvd_tiers_count(d);
+    struct looking *all = tiers && n <= KVD_TIER_MOST_KEYS ? calloc(1, sizeof(*all) + n) : NULL;
+    if (!all)
+        return kvd_fail(err, KVD_E_UNAVAILABLE, "there are no tiers, too many keys, or no memory");
+    all->n = n;
+    all->left = tiers;
+    all->done = done;
+    all->ctx = ctx;
+    for (uint32_t i = 0; i < tiers; i++) {
+        all->of[i] = (struct looking_tier){all, (uint8_t)(i + 1)};
+        kvd_tier_has(d->tiers->tier[i], keys, n, on_has, &all->of[i]);
+    }
+    return KVD_OK;
+}
+
+// -- the part -----------------------------------------------------------------------------------
+
+static int add(struct kvd_daemon *d, const struct kvd_tier_ops *ops, void *state,
+               struct kvd_error *err)
+{
+    const struct kvd_config *c = &d->config;
+    struct kvd_tiers *t = d->tiers;
+    const struct kvd_tier_settings settings = {.timeout_ms = c->tier_timeout_ms,
+                                               .ttl_s = kvd_div_up(c->tier_ttl_ms, 1000),
+                                               .rate = c->tier_rate,
+                                               .secret = t->secret};
+    if (!state)
+        return kvd_fail_in(err, "tier %s", ops->name);
+    t->tier[t->n] = kvd_tier_new(&d->loop, ops, state, &settings, err);
+    if (!t->tier[t->n])
+        return err->code;
+    t->n++;
+    return KVD_OK;
+}
+
+static int add_directory(struct kvd_daemon *d, struct kvd_error *err)
+{
+    char path[KVD_CONFIG_TEXT];
+    uint64_t bytes;
+    int rc = kvd_tier_directory_parse(d->config.tier_directory, path, &bytes, err);
+    if (rc)
+        return rc;
+    return add(d, &kvd_tier_directory_ops,
+               kvd_tier_directory_new(path, bytes, kvd_div_up(d->config.tier_ttl_ms, 1000), err),
+               err);
+}
+
+#ifdef KVD_REDIS
+static int add_redis(struct kvd_daemon *d, struct kvd_error *err)
+{
+    const struct kvd_config *c = &d->config;
+    uint8_t auth[KVD_SECRET_FILE_MAX + 1] = {0};
+    size_t n = 0;
+    if (c->tier_redis_auth[0]) {
+        int rc = kvd_secret_file_read(c->tier_redis_auth, 1, auth, &n, err);
+        if (rc)
+            return rc;
+    }
+    while (n && strchr("\r\n", auth[n - 1])) // as editors leave it
+        n--;
+    auth[n] = 0;
+    int rc = add(d, &kvd_tier_redis_ops, kvd_tier_redis_new(c->tier_redis, (char *)auth, err), err);
+    explicit_bzero(auth, sizeof(auth));
+    return rc;
+}
+#endif
+
+static int init(struct kvd_daemon *d, struct kvd_error *err)
+{
+    const struct kvd_config *c = &d->config;
+    int rc = KVD_OK;
+    if (!c->tier_host && !c->tier_directory[0] && !c->tier_redis[0])
+        return KVD_OK;
+    d->tiers = calloc(1, sizeof(*d->tiers));
+    if (!d->tiers)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    if (c->tier_secret[0]) {
+        d->tiers->secret = kvd_tier_secret_load(c->tier_secret, err);
+        if (!d->tiers->secret)
+            return err->code;
+    }
+    if (c->tier_host) {
+        kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+        rc = add(d, &kvd_tier_host_ops, kvd_tier_host_new(c->tier_host), err);
+    }
+    if (rc == KVD_OK && c->tier_directory[0])
+        rc = add_directory(d, err);
+#ifdef KVD_REDIS
+    if (rc == KVD_OK && c->tier_redis[0])
+        rc = add_redis(d, err);
+#endif
+    return rc;
+}
+
+static void close_tiers(struct kvd_daemon *d)
+{
+    if (d->tiers)
+        d->tiers->n = 0; // nothing is asked any more by those that are answered now
+    for (uint32_t i = 0; d->tiers && i < KVD_TIERS_MOST; i++)
+        if (!kvd_tier_close(&d->tiers->tier[i])) {
+            kvd_warning("a tier's thread hangs and is left behind");
+            d->tiers->left_behind = true;
+        }
+}
+
+static void deinit(struct kvd_daemon *d)
+{
+    if (d->tiers && !d->tiers->left_behind)
+        kvd_tier_secret_free(&d->tiers->secret);
+    free(KVD_TAKE(d->tiers));
+}
+
+static void metric_results(FILE *f, const struct kvd_tier_status *s)
+{
+    for (int v = 0; v < KVD_TIER_VERBS; v++)
+        for (int r = 0; r < KVD_TIER_RESULTS; r++)
+            if (s->count[v][r])
+                fprintf(f,
+                        "kvd_tier_operations_total{tier=\"%s\",operation=\"%s\",result=\"%s\"} "
+                        "%" PRIu64 "\n",
+                        s->name, kvd_tier_verb_name(v), kvd_tier_result_name(r), s->count[v][r]);
+}
+
+// One metric of all tiers: a number of their status.
+static void metric(FILE *f, const struct kvd_tier_status *s, uint32_t n, const char *name,
+                   const char *type, const char *help, size_t offset)
+{
+    kvd_metric_head(f, name, type, help);
+    for (uint32_t i = 0; i < n; i++)
+        fprintf(f, "%s{tier=\"%s\"} %" PRIu64 "\n", name, s[i].name,
+                *(const uint64_t *)((const uint8_t *)&s[i] + offset));
+}
+
+static void metrics(struct kvd_daemon *d, FILE *f)
+{
+    static const enum kvd_tier_verb timed[] = {KVD_TIER_PUT, KVD_TIER_GET, KVD_TIER_HAS};
+    uint32_t n = kvd_tiers_count(d);
+    struct kvd_tier_status *s KVD_FREE = n ? calloc(n, sizeof(*s)) : NULL;
+    if (!s)
+        return;
+    for (uint32_t i = 0; i < n; i++)
+        kvd_tier_status(d->tiers->tier[i], &s[i]);
+    metric(f, s, n, "kvd_tier_bytes", "gauge", "Bytes that a tier has; 0 where kvd cannot know.",
+           offsetof(struct kvd_tier_status, bytes));
+    metric(f, s, n, "kvd_tier_limit_bytes", "gauge", "Bytes that a tier may have; 0: not kvd's.",
+           offsetof(struct kvd_tier_status, limit));
+    metric(f, s, n, "kvd_tier_blocks", "gauge", "Blocks that a tier has.",
+           offsetof(struct kvd_tier_status, blocks));
+    metric(f, s, n, "kvd_tier_put_bytes_total", "counter", "Bytes of blocks that a tier took.",
+           offsetof(struct kvd_tier_status, bytes_in));
+    metric(f, s, n, "kvd_tier_got_bytes_total", "counter", "Bytes of blocks that a tier gave.",
+           offsetof(struct kvd_tier_status, bytes_out));
+    kvd_metric_head(f, "kvd_tier_up", "gauge",
+                    "1 while a tier works, 0 while it is left alone after failures.");
+    for (uint32_t i = 0; i < n; i++)
+        fprintf(f, "kvd_tier_up{tier=\"%s\"} %d\n", s[i].name, strcmp(s[i].state, "failing") != 0);
+    kvd_metric_head(f, "kvd_tier_operations_total", "counter",
+                    "Operations on a tier, by what came of them.");
+    for (uint32_t i = 0; i < n; i++)
+        metric_results(f, &s[i]);
+    kvd_metric_head(f, "kvd_tier_operation_seconds", "histogram",
+                    "Time from asking a tier to its answer, waiting included.");
+    for (uint32_t i = 0; i < n; i++)
+        for (size_t v = 0; v < KVD_LEN(timed); v++) {
+            char labels[64];
+            snprintf(labels, sizeof(labels), "tier=\"%s\",operation=\"%s\"", s[i].name,
+                     kvd_tier_verb_name(timed[v]));
+            kvd_metric_histogram(f, "kvd_tier_operation_seconds", labels, &s[i].latency[timed[v]]);
+        }
+}
+
+// They are closed while the loop runs on, so that whoever waits for a block is told.
+const struct kvd_part kvd_part_tiers = {
+    .init = init,
+    .end = close_tiers,
+    .deinit = deinit,
+    .metrics = metrics,
+};

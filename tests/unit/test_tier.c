@@ -1,0 +1,672 @@
+// Tiers: blocks as they are stored, the front and its limits, host memory, a directory.
+#include <errno.h>
+#include <fcntl.h>
+#include <ftw.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+
+#include "daemon/tier/backend.h"
+#include "daemon/tier/directory.h"
+#include "daemon/tier/host.h"
+#include "tests/unit/tier_fixture.h"
+
+enum { BYTES = 20000 };
+
+static const struct kvd_tier_settings plain = {.timeout_ms = 5000};
+
+// -- blocks -------------------------------------------------------------------------------------
+
+static struct kvd_tier_secret *secret_of(const char *text)
+{
+    char path[] = "/tmp/kvd-test-secret.XXXXXX";
+    struct kvd_error err = {0};
+    int fd = mkstemp(path); // mode 0600
+    ck_assert_int_eq(write(fd, text, strlen(text)), (ssize_t)strlen(text));
+    struct kvd_tier_secret *s = kvd_tier_secret_load(path, &err);
+    ck_assert_msg(s != NULL, "%s", err.text);
+    ck_assert_int_eq(fchmod(fd, 0644), 0);
+    ck_assert_ptr_null(kvd_tier_secret_load(path, &err)); // others can read it
+    ck_assert_int_eq(err.code, KVD_E_DENIED);
+    ck_assert_int_eq(fchmod(fd, 0600), 0);
+    ck_assert_int_eq(ftruncate(fd, 31), 0);
+    ck_assert_ptr_null(kvd_tier_secret_load(path, &err)); // too short
+    ck_assert_int_eq(err.code, KVD_E_INVALID);
+    close(fd);
+    unlink(path);
+    return s;
+}
+
+static int verify(struct kvd_block *b, const struct kvd_tier_secret *secret,
+                  const struct kvd_tier_key *key)
+{
+    return kvd_block_verify(b, secret, key, tier_layout, 1000, 0, NULL);
+}
+
+START_TEST(whatever_bit_is_flipped_is_noticed)
+{
+    struct kvd_tier_secret *secrets[] = {NULL, secret_of("0123456789abcdef0123456789abcdef!")};
+    for (size_t s = 0; s < 2; s++) {
+        struct kvd_tier_key key = tier_key(1, secrets[s]);
+        struct kvd_block *b = tier_block(1, BYTES);
+        size_t n;
+        ck_assert_int_eq(kvd_block_seal(b, secrets[s], &key, tier_layout, 1000, NULL), KVD_OK);
+        uint8_t *value = kvd_block_value(b, &n);
+        ck_assert_uint_eq(n, BYTES + KVD_BLOCK_HEADER);
+        ck_assert_int_eq(verify(b, secrets[s], &key), KVD_OK);
+        for (size_t bit = 0; bit < n * 8; bit += bit < KVD_BLOCK_HEADER * 8 ? 1 : 991) {
+            // The time is guarded by the checksum, and what is behind it by the MAC if there is
+            // one.
+            bool mac = bit / 8 >= KVD_BLOCK_HEADER - 32 && bit / 8 < KVD_BLOCK_HEADER;
+            value[bit / 8] ^= (uint8_t)(1 << bit % 8);
+            if (!mac || secrets[s])
+                ck_assert_int_eq(verify(b, secrets[s], &key), KVD_E_CORRUPT);
+            value[bit / 8] ^= (uint8_t)(1 << bit % 8);
+        }
+        ck_assert_int_eq(verify(b, secrets[s], &key), KVD_OK);
+        kvd_block_unref(&b);
+    }
+    kvd_tier_secret_free(&secrets[1]);
+}
+END_TEST
+
+START_TEST(a_block_is_what_was_asked_for_or_is_refused)
+{
+    struct kvd_tier_secret *ours = secret_of("0123456789abcdef0123456789abcdef");
+    struct kvd_tier_secret *theirs = secret_of("0123456789abcdef0123456789abcdeX");
+    struct kvd_tier_key key = tier_key(1, ours), other = tier_key(2, ours);
+    static const uint8_t other_layout[32] = "another";
+    struct kvd_block *b = tier_block(1, BYTES), *longer = tier_block(1, BYTES + 1);
+    struct kvd_error err = {0};
+    size_t n;
+    ck_assert_int_eq(kvd_block_seal(b, ours, &key, tier_layout, 1000, NULL), KVD_OK);
+    ck_assert_int_eq(kvd_block_seal(b, ours, &key, tier_layout, 2000, NULL), KVD_OK); // as it is
+    ck_assert_int_eq(kvd_block_seal(b, ours, &other, tier_layout, 1000, NULL), KVD_E_INVALID);
+    ck_assert_int_eq(verify(b, ours, &key), KVD_OK);
+    ck_assert_int_eq(verify(b, ours, &other), KVD_E_CORRUPT);
+    ck_assert_int_eq(verify(b, theirs, &key), KVD_E_CORRUPT);
+    ck_assert_int_eq(verify(b, NULL, &key), KVD_E_CORRUPT);
+    ck_assert_int_eq(kvd_block_verify(b, ours, &key, other_layout, 1000, 0, &err), KVD_E_CORRUPT);
+    ck_assert_int_eq(kvd_block_verify(b, ours, &key, tier_layout, 1010, 10, &err), KVD_OK);
+    ck_assert_int_eq(kvd_block_verify(b, ours, &key, tier_layout, 1011, 10, &err), KVD_E_NOT_FOUND);
+    ck_assert_int_eq(kvd_block_verify(b, ours, &key, tier_layout, 900, 10, &err), KVD_OK);
+    uint8_t *from = kvd_block_value(b, &n);
+    memcpy(kvd_block_value(longer, &(size_t){0}), from, n);
+    ck_assert_int_eq(verify(longer, ours, &key), KVD_E_CORRUPT);
+    // Whoever has no key can make a checksum, and no MAC.
+    struct kvd_block *forged = tier_block(7, BYTES);
+    ck_assert_int_eq(kvd_block_seal(forged, NULL, &key, tier_layout, 1000, NULL), KVD_OK);
+    ck_assert_int_eq(verify(forged, NULL, &key), KVD_OK);
+    ck_assert_int_eq(verify(forged, ours, &key), KVD_E_CORRUPT);
+    kvd_block_unref(&forged);
+    kvd_block_unref(&longer);
+    kvd_block_unref(&b);
+    kvd_tier_secret_free(&ours);
+    kvd_tier_secret_free(&theirs);
+    ck_assert_ptr_null(kvd_block_new(0));
+    ck_assert_ptr_null(kvd_block_new((uint64_t)KVD_BLOCK_MAX + 1));
+}
+END_TEST
+
+START_TEST(keys_differ_by_all_that_a_block_is)
+{
+    struct kvd_tier_secret *secret = secret_of("0123456789abcdef0123456789abcdef");
+    struct kvd_block_name name = {.plane = 1}, others[4];
+    struct kvd_tier_key key, other;
+    for (size_t i = 0; i < 4; i++)
+        others[i] = name;
+    others[0].domain[31]++;
+    others[1].layout[0]++;
+    others[2].key[23]++;
+    others[3].plane++;
+    ck_assert_int_eq(kvd_tier_key_of(NULL, &name, &key, NULL), KVD_OK);
+    for (size_t i = 0; i < 4; i++) {
+        ck_assert_int_eq(kvd_tier_key_of(NULL, &others[i], &other, NULL), KVD_OK);
+        ck_assert_mem_ne(&key, &other, sizeof(key));
+    }
+    ck_assert_int_eq(kvd_tier_key_of(secret, &name, &other, NULL), KVD_OK);
+    ck_assert_mem_ne(&key, &other, sizeof(key));
+    kvd_tier_secret_free(&secret);
+}
+END_TEST
+
+// -- the front, before a back end that does as it is told ---------------------------------------
+
+struct fake {
+    struct kvd_tier_op *ops[64]; // that it holds
+    uint32_t n, submitted;
+    bool hold;
+    enum kvd_tier_result result;
+};
+
+static void fake_submit(void *state, struct kvd_tier_op *op)
+{
+    struct fake *f = state;
+    f->submitted++;
+    if (f->hold)
+        f->ops[f->n++] = op;
+    else if (f->result == KVD_TIER_OK && op->verb == KVD_TIER_GET)
+        kvd_tier_finish(op, KVD_TIER_MISS);
+    else
+        kvd_tier_fail(op, f->result, "as told");
+}
+
+static void fake_release(struct fake *f)
+{
+    while (f->n)
+        kvd_tier_finish(f->ops[--f->n], f->result);
+}
+
+static bool fake_close(void *state, const struct timespec *deadline)
+{
+    struct fake *f = state;
+    (void)deadline;
+    return f->n == 0; // as one whose thread hangs
+}
+
+static void fake_status(void *state, struct kvd_tier_status *out)
+{
+    (void)state;
+    (void)out;
+}
+
+static const struct kvd_tier_ops fake_ops = {.name = "fake",
+                                             .most_running = 4,
+                                             .submit = fake_submit,
+                                             .close = fake_close,
+                                             .status = fake_status};
+
+START_TEST(a_tier_that_hangs_holds_little_and_is_left_alone)
+{
+    uv_loop_t loop;
+    struct fake f = {.hold = true};
+    struct answer a = {0};
+    struct kvd_tier_status s;
+    struct kvd_tier_key key = tier_key(1, NULL);
+    uv_loop_init(&loop);
+    struct kvd_tier *t =
+        tier_open(&loop, &fake_ops, &f, &(struct kvd_tier_settings){.timeout_ms = 60});
+    for (uint32_t i = 0; i < 20; i++)
+        kvd_tier_get(t, &key, tier_layout, BYTES, tier_answered, &a);
+    ck_assert_uint_eq(f.submitted, 4);
+    tier_until(&loop, &a.n, 20);
+    kvd_tier_status(t, &s);
+    ck_assert_uint_eq(s.count[KVD_TIER_GET][KVD_TIER_TIMEOUT], 20);
+    ck_assert_uint_eq(s.running, 4); // given up, and held still
+    // It goes on hanging: failure after failure, without anything else being sent.
+    for (uint32_t i = 0; i < 3; i++) {
+        a.n = 0;
+        kvd_tier_get(t, &key, tier_layout, BYTES, tier_answered, &a);
+        tier_until(&loop, &a.n, 1);
+    }
+    ck_assert_uint_eq(f.submitted, 4);
+    // What comes late harms nobody, and then it is asked again.
+    f.result = KVD_TIER_MISS;
+    fake_release(&f);
+    f.hold = false;
+    tier_sleep(&loop, 30);
+    ck_assert_int_eq(tier_get(&loop, t, 1, BYTES, NULL), KVD_TIER_MISS);
+    kvd_tier_status(t, &s);
+    ck_assert_str_eq(s.state, "ok");
+    tier_end(&loop, &t);
+    ck_assert_int_eq(uv_loop_close(&loop), 0);
+}
+END_TEST
+
+START_TEST(a_tier_that_fails_is_left_alone_and_tried_again)
+{
+    uv_loop_t loop;
+    struct fake f = {.result = KVD_TIER_FAILED};
+    struct kvd_tier_status s;
+    uv_loop_init(&loop);
+    struct kvd_tier *t = tier_open(&loop, &fake_ops, &f, &plain);
+    for (uint32_t i = 0; i < 3; i++)
+        ck_assert_int_eq(tier_get(&loop, t, 1, BYTES, NULL), KVD_TIER_FAILED);
+    for (uint32_t i = 0; i < 10; i++) {
+        ck_assert_int_eq(tier_get(&loop, t, 1, BYTES, NULL), KVD_TIER_REFUSED);
+        ck_assert_int_eq(tier_put(&loop, t, 1, BYTES, NULL), KVD_TIER_REFUSED);
+    }
+    ck_assert_uint_eq(f.submitted, 3);
+    kvd_tier_status(t, &s);
+    ck_assert_str_eq(s.state, "failing");
+    ck_assert_str_eq(s.why, "as told");
+    tier_sleep(&loop, 600);
+    ck_assert_int_eq(tier_get(&loop, t, 1, BYTES, NULL), KVD_TIER_FAILED); // one goes through
+    ck_assert_int_eq(tier_get(&loop, t, 1, BYTES, NULL), KVD_TIER_REFUSED);
+    f.result = KVD_TIER_OK;
+    tier_sleep(&loop, 1100); // twice as long
+    ck_assert_int_eq(tier_get(&loop, t, 1, BYTES, NULL), KVD_TIER_MISS);
+    ck_assert_int_eq(tier_put(&loop, t, 1, BYTES, NULL), KVD_TIER_OK);
+    kvd_tier_status(t, &s);
+    ck_assert_str_eq(s.state, "ok");
+    tier_end(&loop, &t);
+    ck_assert_int_eq(uv_loop_close(&loop), 0);
+}
+END_TEST
+
+START_TEST(a_full_tier_takes_no_puts_for_a_while_and_is_read)
+{
+    uv_loop_t loop;
+    struct fake f = {.result = KVD_TIER_FULL};
+    struct kvd_tier_status s;
+    uv_loop_init(&loop);
+    struct kvd_tier *t = tier_open(&loop, &fake_ops, &f, &plain);
+    ck_assert_int_eq(tier_put(&loop, t, 1, BYTES, NULL), KVD_TIER_FULL);
+    f.result = KVD_TIER_OK;
+    ck_assert_int_eq(tier_put(&loop, t, 1, BYTES, NULL), KVD_TIER_FULL);
+    ck_assert_uint_eq(f.submitted, 1);
+    ck_assert_int_eq(tier_get(&loop, t, 1, BYTES, NULL), KVD_TIER_MISS);
+    kvd_tier_status(t, &s);
+    ck_assert_str_eq(s.state, "full");
+    tier_end(&loop, &t);
+    ck_assert_int_eq(uv_loop_close(&loop), 0);
+}
+END_TEST
+
+START_TEST(what_waits_is_bounded_and_reads_go_first)
+{
+    uv_loop_t loop;
+    struct fake f = {.hold = true, .result = KVD_TIER_MISS};
+    struct answer a = {0}, b = {0};
+    struct kvd_tier_status s;
+    struct kvd_tier_key key = tier_key(1, NULL);
+    struct kvd_block *block = kvd_block_new(16 << 20);
+    uv_loop_init(&loop);
+    struct kvd_tier *t = tier_open(&loop, &fake_ops, &f, &plain);
+    for (uint32_t i = 0; i < 30; i++)
+        kvd_tier_put(t, &key, tier_layout, block, tier_answered, &a);
+    // 3 run, as one place is for reads, and 16 wait: 256 MiB.
+    tier_until(&loop, &a.n, 11);
+    ck_assert_int_eq(a.result, KVD_TIER_REFUSED);
+    ck_assert_uint_eq(f.submitted, 3);
+    kvd_tier_get(t, &key, tier_layout, BYTES, tier_answered, &b);
+    ck_assert_uint_eq(f.submitted, 4);
+    kvd_tier_status(t, &s);
+    ck_assert_uint_eq(s.running, 4);
+    ck_assert_uint_eq(s.waiting, 16);
+    // It ends with all of that waiting and running: all are told, and what runs holds on to what it
+    // has.
+    ck_assert(!kvd_tier_close(&t));
+    ck_assert_uint_eq(a.n, 30);
+    ck_assert_uint_eq(b.n, 1);
+    ck_assert_int_eq(a.result, KVD_TIER_CLOSED);
+    uv_run(&loop, UV_RUN_DEFAULT);
+    ck_assert_int_eq(uv_loop_close(&loop), 0);
+    fake_release(&f); // the thread comes back when all else is gone
+    ck_assert_uint_eq(atomic_load(&block->refs), 1);
+    kvd_block_unref(&block);
+}
+END_TEST
+
+START_TEST(what_is_written_has_a_rate)
+{
+    uv_loop_t loop;
+    struct fake f = {.result = KVD_TIER_OK};
+    struct answer a = {0};
+    struct kvd_tier_key key = tier_key(1, NULL);
+    struct kvd_block *block = kvd_block_new(1 << 20);
+    uv_loop_init(&loop);
+    struct kvd_tier *t = tier_open(
+        &loop, &fake_ops, &f, &(struct kvd_tier_settings){.timeout_ms = 5000, .rate = 20 << 20});
+    uint64_t began = uv_hrtime();
+    for (uint32_t i = 0; i < 10; i++)
+        kvd_tier_put(t, &key, tier_layout, block, tier_answered, &a);
+    tier_until(&loop, &a.n, 10);
+    ck_assert_uint_ge((uv_hrtime() - began) / 1000000,
+                      300); // 10 MiB at 20 MiB/s, less what was saved up
+    kvd_block_unref(&block);
+    tier_end(&loop, &t);
+    ck_assert_int_eq(uv_loop_close(&loop), 0);
+}
+END_TEST
+
+// -- host memory --------------------------------------------------------------------------------
+
+START_TEST(host_memory_is_bounded_and_keeps_what_is_used)
+{
+    uv_loop_t loop;
+    struct kvd_tier_status s;
+    uv_loop_init(&loop);
+    struct kvd_tier *t =
+        tier_open(&loop, &kvd_tier_host_ops, kvd_tier_host_new(10 * BYTES), &plain);
+    for (uint64_t i = 0; i < 10; i++)
+        ck_assert_int_eq(tier_put(&loop, t, i, BYTES, NULL), KVD_TIER_OK);
+    ck_assert_int_eq(tier_get(&loop, t, 0, BYTES, NULL), KVD_TIER_OK);
+    for (uint64_t i = 10; i < 15; i++)
+        ck_assert_int_eq(tier_put(&loop, t, i, BYTES, NULL), KVD_TIER_OK);
+    ck_assert_int_eq(tier_get(&loop, t, 0, BYTES, NULL), KVD_TIER_OK);
+    ck_assert_int_eq(tier_get(&loop, t, 1, BYTES, NULL), KVD_TIER_MISS);
+    ck_assert(tier_has(&loop, t, 14) && !tier_has(&loop, t, 2));
+    ck_assert_int_eq(tier_put(&loop, t, 99, 10 * BYTES + 1, NULL), KVD_TIER_FULL);
+    ck_assert_int_eq(tier_get(&loop, t, 14, BYTES - 1, NULL), KVD_TIER_DAMAGED);
+    kvd_tier_status(t, &s);
+    ck_assert_uint_eq(s.blocks, 9);
+    ck_assert_uint_eq(s.bytes, 9 * BYTES);
+    struct answer a = {0};
+    kvd_tier_flush(t, tier_answered, &a);
+    tier_until(&loop, &a.n, 1);
+    kvd_tier_status(t, &s);
+    ck_assert_uint_eq(s.blocks, 0);
+    ck_assert_uint_eq(s.bytes, 0);
+    tier_put(&loop, t, 1, BYTES, NULL);
+    tier_end(&loop, &t);
+    ck_assert_int_eq(uv_loop_close(&loop), 0);
+}
+END_TEST
+
+// -- a directory --------------------------------------------------------------------------------
+
+static int remove_one(const char *path, const struct stat *st, int type, struct FTW *ftw)
+{
+    (void)st;
+    (void)type;
+    (void)ftw;
+    return remove(path);
+}
+
+struct place {
+    uv_loop_t loop;
+    char folder[64], path[80];
+    struct kvd_tier *t;
+    struct kvd_tier_settings settings;
+    uint64_t limit;
+};
+
+static void place_open(struct place *p)
+{
+    struct kvd_error err = {0};
+    void *state = kvd_tier_directory_new(p->path, p->limit, p->settings.ttl_s, &err);
+    ck_assert_msg(state != NULL, "%s", err.text);
+    p->t = tier_open(&p->loop, &kvd_tier_directory_ops, state, &p->settings);
+}
+
+static void place_begin(struct place *p)
+{
+    *p = (struct place){
+        .folder = "/tmp/kvd-test-tier.XXXXXX", .settings = {.timeout_ms = 5000}, .limit = 1 << 20};
+    ck_assert_ptr_nonnull(mkdtemp(p->folder));
+    snprintf(p->path, sizeof(p->path), "%s/blocks", p->folder);
+    uv_loop_init(&p->loop);
+    place_open(p);
+}
+
+static void place_end(struct place *p)
+{
+    tier_end(&p->loop, &p->t);
+    ck_assert_int_eq(uv_loop_close(&p->loop), 0);
+    ck_assert_int_eq(nftw(p->folder, remove_one, 8, FTW_DEPTH | FTW_PHYS), 0);
+}
+
+static void file_of(const struct place *p, uint64_t number, char out[256])
+{
+    struct kvd_tier_key key = tier_key(number, p->settings.secret);
+    char hex[KVD_TIER_KEY_TEXT];
+    kvd_hex(key.bytes, sizeof(key.bytes), hex);
+    snprintf(out, 256, "%s/%.2s/%s", p->path, hex, hex + 2);
+}
+
+static uint64_t file_count(const struct place *p)
+{
+    char command[256];
+    unsigned n = 0;
+    snprintf(command, sizeof(command), "find %s -type f | wc -l", p->path);
+    FILE *f = popen(command, "r");
+    ck_assert_int_eq(fscanf(f, "%u", &n), 1);
+    pclose(f);
+    return n;
+}
+
+static uint64_t known(const struct place *p)
+{
+    struct kvd_tier_status s;
+    kvd_tier_status(p->t, &s);
+    return s.blocks;
+}
+
+static void wait_known(struct place *p, uint64_t n)
+{
+    for (uint32_t i = 0; i < 1000 && known(p) != n; i++)
+        tier_sleep(&p->loop, 5);
+    ck_assert_uint_eq(known(p), n);
+}
+
+START_TEST(a_directory_outlives_the_one_that_filled_it)
+{
+    struct place p;
+    struct stat st;
+    char file[256];
+    place_begin(&p);
+    ck_assert_int_eq(tier_get(&p.loop, p.t, 1, BYTES, NULL), KVD_TIER_MISS);
+    for (uint64_t i = 0; i < 20; i++)
+        ck_assert_int_eq(tier_put(&p.loop, p.t, i, BYTES, NULL), KVD_TIER_OK);
+    ck_assert_int_eq(tier_put(&p.loop, p.t, 1, BYTES, NULL), KVD_TIER_OK); // again
+    ck_assert_uint_eq(file_count(&p), 20);
+    ck_assert_uint_eq(known(&p), 20);
+    file_of(&p, 3, file);
+    ck_assert_int_eq(stat(file, &st), 0);
+    ck_assert_int_eq(st.st_mode & 07777, 0600);
+    tier_end(&p.loop, &p.t);
+    place_open(&p);
+    wait_known(&p, 20);
+    for (uint64_t i = 0; i < 20; i++)
+        ck_assert_int_eq(tier_get(&p.loop, p.t, i, BYTES, NULL), KVD_TIER_OK);
+    ck_assert(tier_has(&p.loop, p.t, 7) && !tier_has(&p.loop, p.t, 77));
+    struct answer a = {0};
+    struct kvd_tier_key key = tier_key(7, NULL);
+    kvd_tier_drop(p.t, &key, tier_answered, &a);
+    tier_until(&p.loop, &a.n, 1);
+    ck_assert(!tier_has(&p.loop, p.t, 7));
+    kvd_tier_flush(p.t, tier_answered, &a);
+    tier_until(&p.loop, &a.n, 2);
+    ck_assert_uint_eq(file_count(&p), 0);
+    ck_assert_uint_eq(known(&p), 0);
+    place_end(&p);
+}
+END_TEST
+
+START_TEST(files_that_are_not_what_was_written_are_dropped)
+{
+    struct place p;
+    char file[256], other[256];
+    struct kvd_tier_status s;
+    place_begin(&p);
+    for (uint64_t i = 0; i < 6; i++)
+        ck_assert_int_eq(tier_put(&p.loop, p.t, i, BYTES, NULL), KVD_TIER_OK);
+    file_of(&p, 0, file); // torn
+    ck_assert_int_eq(truncate(file, 8192), 0);
+    file_of(&p, 1, file); // as a crash leaves it: the length, and nothing in it
+    struct stat st;
+    stat(file, &st);
+    ck_assert_int_eq(truncate(file, 0) + truncate(file, st.st_size), 0);
+    file_of(&p, 2, file); // a bit
+    int fd = open(file, O_RDWR);
+    uint8_t byte;
+    ck_assert_int_eq(pread(fd, &byte, 1, 9000), 1);
+    byte ^= 0x10;
+    ck_assert_int_eq(pwrite(fd, &byte, 1, 9000), 1);
+    close(fd);
+    file_of(&p, 3, file); // another's
+    file_of(&p, 4, other);
+    ck_assert_int_eq(rename(other, file), 0);
+    for (uint64_t i = 0; i < 4; i++) {
+        ck_assert_int_eq(tier_get(&p.loop, p.t, i, BYTES, NULL), KVD_TIER_DAMAGED);
+        ck_assert_int_eq(tier_get(&p.loop, p.t, i, BYTES, NULL), KVD_TIER_MISS);
+    }
+    ck_assert_int_eq(tier_get(&p.loop, p.t, 5, BYTES, NULL), KVD_TIER_OK);
+    kvd_tier_status(p.t, &s);
+    ck_assert_uint_eq(s.count[KVD_TIER_GET][KVD_TIER_DAMAGED], 4);
+    ck_assert_str_eq(s.state, "ok"); // no reason to leave it alone
+    place_end(&p);
+}
+END_TEST
+
+START_TEST(a_file_forged_without_the_secret_is_dropped)
+{
+    struct place p;
+    struct kvd_tier_secret *secret = secret_of("0123456789abcdef0123456789abcdef");
+    char file[256];
+    size_t n;
+    place_begin(&p);
+    tier_end(&p.loop, &p.t);
+    p.settings.secret = secret;
+    place_open(&p);
+    ck_assert_int_eq(tier_put(&p.loop, p.t, 1, BYTES, secret), KVD_TIER_OK);
+    ck_assert_int_eq(tier_get(&p.loop, p.t, 1, BYTES, secret), KVD_TIER_OK);
+    struct kvd_tier_key key = tier_key(1, secret);
+    struct kvd_block *forged = tier_block(2, BYTES);
+    ck_assert_int_eq(kvd_block_seal(forged, NULL, &key, tier_layout, (uint64_t)time(NULL), NULL),
+                     KVD_OK);
+    uint8_t *data = kvd_block_padded(forged, &n);
+    file_of(&p, 1, file);
+    int fd = open(file, O_WRONLY | O_TRUNC);
+    ck_assert_int_eq(write(fd, data, n), (ssize_t)n);
+    close(fd);
+    ck_assert_int_eq(tier_get(&p.loop, p.t, 1, BYTES, secret), KVD_TIER_DAMAGED);
+    ck_assert_int_eq(tier_get(&p.loop, p.t, 1, BYTES, secret), KVD_TIER_MISS);
+    kvd_block_unref(&forged);
+    place_end(&p);
+    kvd_tier_secret_free(&secret);
+}
+END_TEST
+
+START_TEST(a_directory_keeps_its_limit_and_what_is_used)
+{
+    struct place p;
+    struct kvd_tier_status s;
+    char file[256];
+    place_begin(&p); // 1 MiB: 42 files of 24 KiB
+    for (uint64_t i = 0; i < 60; i++) {
+        ck_assert_int_eq(tier_put(&p.loop, p.t, i, BYTES, NULL), KVD_TIER_OK);
+        ck_assert_int_eq(tier_get(&p.loop, p.t, 0, BYTES, NULL), KVD_TIER_OK);
+    }
+    kvd_tier_status(p.t, &s);
+    ck_assert_uint_le(s.bytes, p.limit);
+    ck_assert_uint_eq(s.blocks, file_count(&p));
+    ck_assert_uint_eq(s.blocks, 42);
+    ck_assert_int_eq(tier_put(&p.loop, p.t, 99, 1 << 20, NULL), KVD_TIER_FULL);
+    tier_end(&p.loop, &p.t);
+    // A smaller limit holds for what is there; files that never got their name go when they are
+    // old.
+    file_of(&p, 0, file);
+    strcat(file, ".1-1.new");
+    close(open(file, O_CREAT | O_WRONLY, 0600));
+    struct timespec old[2] = {{.tv_sec = 1000}, {.tv_sec = 1000}};
+    ck_assert_int_eq(utimensat(AT_FDCWD, file, old, 0), 0);
+    p.limit = 10 * 28672;
+    place_open(&p);
+    wait_known(&p, 11);
+    ck_assert_uint_eq(file_count(&p), 11);
+    place_end(&p);
+}
+END_TEST
+
+START_TEST(two_share_a_directory)
+{
+    struct place p;
+    place_begin(&p);
+    struct kvd_tier *first = p.t;
+    place_open(&p);
+    ck_assert_int_eq(tier_put(&p.loop, first, 1, BYTES, NULL), KVD_TIER_OK);
+    ck_assert_int_eq(tier_get(&p.loop, p.t, 1, BYTES, NULL), KVD_TIER_OK);
+    ck_assert_int_eq(tier_put(&p.loop, p.t, 2, BYTES, NULL), KVD_TIER_OK);
+    ck_assert_int_eq(tier_get(&p.loop, first, 2, BYTES, NULL), KVD_TIER_OK);
+    ck_assert(kvd_tier_close(&first));
+    place_end(&p);
+}
+END_TEST
+
+START_TEST(blocks_expire)
+{
+    struct place p;
+    char file[256];
+    place_begin(&p);
+    tier_end(&p.loop, &p.t);
+    p.settings.ttl_s = 1;
+    place_open(&p);
+    ck_assert_int_eq(tier_put(&p.loop, p.t, 1, BYTES, NULL), KVD_TIER_OK);
+    ck_assert_int_eq(tier_put(&p.loop, p.t, 2, BYTES, NULL), KVD_TIER_OK);
+    ck_assert_int_eq(tier_get(&p.loop, p.t, 1, BYTES, NULL), KVD_TIER_OK);
+    tier_sleep(&p.loop, 2100);
+    ck_assert_int_eq(tier_get(&p.loop, p.t, 1, BYTES, NULL), KVD_TIER_MISS);
+    file_of(&p, 1, file);
+    ck_assert_int_ne(access(file, F_OK), 0);
+    ck_assert(!tier_has(&p.loop, p.t, 2));
+    tier_end(&p.loop, &p.t);
+    place_open(&p); // and go when nobody asks for them
+    file_of(&p, 2, file);
+    for (uint32_t i = 0; i < 1000 && access(file, F_OK) == 0; i++)
+        tier_sleep(&p.loop, 5);
+    ck_assert_int_ne(access(file, F_OK), 0);
+    place_end(&p);
+}
+END_TEST
+
+// A disk that others have filled: puts are refused, what is there is served, nothing is left over.
+START_TEST(a_full_disk_is_noticed)
+{
+    struct place p;
+    place_begin(&p);
+    tier_end(&p.loop, &p.t);
+    mkdir(p.path, 0700);
+    if (mount("kvd-test", p.path, "tmpfs", 0, "size=256k,mode=0700")) {
+        printf("SKIP a full disk: mount: %s\n", strerror(errno));
+        place_open(&p);
+        place_end(&p);
+        return;
+    }
+    place_open(&p);
+    enum kvd_tier_result rc = KVD_TIER_OK;
+    uint64_t stored = 0;
+    while (rc == KVD_TIER_OK && stored < 60)
+        rc = tier_put(&p.loop, p.t, stored++, BYTES, NULL);
+    stored--;
+    uint64_t files = file_count(&p);
+    struct kvd_tier_status s;
+    kvd_tier_status(p.t, &s);
+    for (uint64_t i = 0; i < stored && rc == KVD_TIER_FULL; i++)
+        if (tier_get(&p.loop, p.t, i, BYTES, NULL) != KVD_TIER_OK)
+            rc = KVD_TIER_FAILED;
+    tier_end(&p.loop, &p.t);
+    umount2(p.path, MNT_DETACH);
+    ck_assert_int_eq(rc, KVD_TIER_FULL);
+    ck_assert_uint_ge(stored, 5);
+    ck_assert_uint_eq(files, stored);
+    ck_assert_str_eq(s.state, "full");
+    ck_assert_ptr_nonnull(strstr(s.why, "No space"));
+    place_open(&p);
+    place_end(&p);
+}
+END_TEST
+
+START_TEST(a_directory_that_cannot_be_used_fails_softly)
+{
+    struct place p;
+    place_begin(&p);
+    tier_end(&p.loop, &p.t);
+    char good[80];
+    strcpy(good, p.path);
+    snprintf(p.path, sizeof(p.path), "%s/not/there", p.folder);
+    place_open(&p);
+    for (uint32_t i = 0; i < 3; i++)
+        ck_assert_int_eq(tier_put(&p.loop, p.t, 1, BYTES, NULL), KVD_TIER_FAILED);
+    ck_assert_int_eq(tier_get(&p.loop, p.t, 1, BYTES, NULL), KVD_TIER_REFUSED);
+    char parent[80];
+    snprintf(parent, sizeof(parent), "%s/not", p.folder);
+    ck_assert_int_eq(mkdir(parent, 0700), 0); // the disk comes
+    tier_sleep(&p.loop, 600);
+    ck_assert_int_eq(tier_put(&p.loop, p.t, 1, BYTES, NULL), KVD_TIER_OK);
+    ck_assert_int_eq(tier_get(&p.loop, p.t, 1, BYTES, NULL), KVD_TIER_OK);
+    place_end(&p);
+}
+END_TEST
+
+KVD_MAIN("tier", 60, whatever_bit_is_flipped_is_noticed,
+         a_block_is_what_was_asked_for_or_is_refused, keys_differ_by_all_that_a_block_is,
+         a_tier_that_hangs_holds_little_and_is_left_alone,
+         a_tier_that_fails_is_left_alone_and_tried_again,
+         a_full_tier_takes_no_puts_for_a_while_and_is_read,
+         what_waits_is_bounded_and_reads_go_first, what_is_written_has_a_rate,
+         host_memory_is_bounded_and_keeps_what_is_used, a_directory_outlives_the_one_that_filled_it,
+         files_that_are_not_what_was_written_are_dropped,
+         a_file_forged_without_the_secret_is_dropped, a_directory_keeps_its_limit_and_what_is_used,
+         two_share_a_directory, blocks_expire, a_full_disk_is_noticed,
+         a_directory_that_cannot_be_used_fails_softly)
