@@ -16,7 +16,8 @@ enum { RATIOS = KVD_LEN(clip_ratios), GAINS = KVD_LEN(gains) };
 
 double kvd_eval_bits(uint32_t codec, uint32_t dim_k, uint32_t dim_v)
 {
-    return 8.0 * (double)kvd_tile_bytes(codec, dim_k, dim_v) / KVD_PAGE_TOKENS / (dim_k + dim_v);
+    return 8.0 * (double)kvd_tile_bytes(kvd_codecs_both(codec), dim_k, dim_v) / KVD_PAGE_TOKENS /
+           (dim_k + dim_v);
 }
 
 // Sums of one layer and case, ratio or gain; per kv head while it is worked on.

@@ -167,6 +167,11 @@ struct kvd_backend_ops {
     void (*free)(struct kvd_backend *b);
     const char *(*device)(const struct kvd_backend *b); // for people
 
+    // Whether it has kernels for the codecs of a plane that kvd_plane_check lets pass.
+    // KVD_E_UNSUPPORTED names what it lacks. NULL: for all.
+    int (*plane_check)(const struct kvd_backend *b, const struct kvd_plane *p,
+                       struct kvd_error *err);
+
     // `bytes` is a multiple of 2 MiB. NULL with *err set on failure. Freeing drops all extents.
     struct kvd_arena *(*arena_new)(struct kvd_backend *b, uint32_t count, uint64_t bytes,
                                    struct kvd_error *err);

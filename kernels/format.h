@@ -3,8 +3,8 @@
 //
 // page  = [layer][kv head] tiles, dense.
 // tile  = 64 tokens of one layer and kv head.
-//   bf16:   K [64][DK] bf16, then V [64][DV] bf16, not rotated.
-//   others: K codes, V codes, K parameters, V parameters; rotated.
+//   K codes, V codes, K parameters, V parameters, each side in its own codec; rotated.
+//   A side in codec bf16 has [64][dim] bf16 in the place of codes, not rotated, and no parameters.
 // value = scale * level[code] + min, one (scale, min) per token and head for K and one for V.
 // proto/codecs.def has the codecs.
 //
@@ -72,41 +72,46 @@ static inline bool kvd_codec_signed(uint32_t codec)
     }
 }
 
-// One side's codes in a tile.
+// One side's codes in a tile, or its bf16 values.
 static inline uint32_t kvd_codes_bytes(uint32_t codec, uint32_t dim)
 {
-    return KVD_PAGE_TOKENS * dim / 8 * kvd_codec_bits(codec);
+    return KVD_PAGE_TOKENS * dim / 8 * (codec == KVD_CODEC_BF16 ? 16 : kvd_codec_bits(codec));
 }
 
-// Where K's (V's) codes and parameters begin in a tile of a codec other than bf16.
-static inline uint32_t kvd_codes_offset(uint32_t codec, uint32_t dim_k, bool v)
+// Where K's (V's) codes and parameters begin in a tile.
+static inline uint32_t kvd_codes_offset(struct kvd_codecs codec, uint32_t dim_k, bool v)
 {
-    return v ? kvd_codes_bytes(codec, dim_k) : 0;
+    return v ? kvd_codes_bytes(codec.k, dim_k) : 0;
 }
-static inline uint32_t kvd_params_offset(uint32_t codec, uint32_t dim_k, uint32_t dim_v, bool v)
+static inline uint32_t kvd_params_offset(struct kvd_codecs codec, uint32_t dim_k, uint32_t dim_v,
+                                         bool v)
 {
-    return kvd_codes_bytes(codec, dim_k + dim_v) +
-           (v ? KVD_PAGE_TOKENS * kvd_codec_param_bytes(codec) : 0);
+    return kvd_codes_bytes(codec.k, dim_k) + kvd_codes_bytes(codec.v, dim_v) +
+           (v ? KVD_PAGE_TOKENS * kvd_codec_param_bytes(codec.k) : 0);
 }
 
-static inline uint64_t kvd_tile_bytes(uint32_t codec, uint32_t dim_k, uint32_t dim_v)
+static inline uint64_t kvd_tile_bytes(struct kvd_codecs codec, uint32_t dim_k, uint32_t dim_v)
 {
-    if (codec == KVD_CODEC_BF16)
-        return (uint64_t)KVD_PAGE_TOKENS * 2 * (dim_k + dim_v);
     return kvd_params_offset(codec, dim_k, dim_v, true) +
-           (uint64_t)KVD_PAGE_TOKENS * kvd_codec_param_bytes(codec);
+           (uint64_t)KVD_PAGE_TOKENS * kvd_codec_param_bytes(codec.v);
+}
+
+// Of the tiles of sink and recent window.
+static inline struct kvd_codecs kvd_window_codec(void)
+{
+    return kvd_codecs_both(KVD_CODEC_BF16);
 }
 
 // Bytes of a page in `codec`, without padding.
-static inline uint64_t kvd_page_bytes(const struct kvd_plane *g, uint32_t codec)
+static inline uint64_t kvd_page_bytes(const struct kvd_plane *g, struct kvd_codecs codec)
 {
     return (uint64_t)g->n_layers * g->kv_heads *
            kvd_tile_bytes(codec, g->head_dim_k, g->head_dim_v);
 }
 
 // Byte offset of a tile within its page.
-static inline uint64_t kvd_tile_offset(const struct kvd_plane *g, uint32_t codec, uint32_t layer,
-                                       uint32_t head)
+static inline uint64_t kvd_tile_offset(const struct kvd_plane *g, struct kvd_codecs codec,
+                                       uint32_t layer, uint32_t head)
 {
     return ((uint64_t)layer * g->kv_heads + head) *
            kvd_tile_bytes(codec, g->head_dim_k, g->head_dim_v);

@@ -17,8 +17,9 @@ int kvd_plane_check(const struct kvd_plane *p, struct kvd_error *err)
         return kvd_fail(err, KVD_E_INVALID,
                         "head_dim is %u for K and %u for V; " KVD_HEAD_DIMS_NAMES, p->head_dim_k,
                         p->head_dim_v);
-    if (p->codec >= KVD_CODEC_COUNT)
-        return kvd_fail(err, KVD_E_INVALID, "unknown codec %u", p->codec);
+    if (p->codec.k >= KVD_CODEC_COUNT || p->codec.v >= KVD_CODEC_COUNT)
+        return kvd_fail(err, KVD_E_INVALID, "unknown codec %u of K or %u of V", p->codec.k,
+                        p->codec.v);
     if (p->sink % KVD_CHUNK_TOKENS || p->sink > KVD_MAX_SINK)
         return kvd_fail(err, KVD_E_INVALID,
                         "sink is %u tokens; it must be a multiple of %d, at most %d", p->sink,

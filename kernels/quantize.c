@@ -369,29 +369,30 @@ static void move_codes(uint32_t codec, uint8_t *at, uint32_t dim, bool v, uint32
                    write);
 }
 
-void kvd_row_pack(uint32_t codec, uint8_t *tile, uint32_t dim_k, uint32_t dim_v, bool v,
+void kvd_row_pack(struct kvd_codecs codec, uint8_t *tile, uint32_t dim_k, uint32_t dim_v, bool v,
                   uint32_t token, const struct kvd_row *row)
 {
     struct kvd_row r = *row;
-    uint32_t bytes = kvd_codec_param_bytes(codec);
-    move_codes(codec, tile + kvd_codes_offset(codec, dim_k, v), v ? dim_v : dim_k, v, token,
-               r.codes, true);
+    uint32_t own = kvd_codecs_side(codec, v), bytes = kvd_codec_param_bytes(own);
+    move_codes(own, tile + kvd_codes_offset(codec, dim_k, v), v ? dim_v : dim_k, v, token, r.codes,
+               true);
     memcpy(tile + kvd_params_offset(codec, dim_k, dim_v, v) + kvd_param_index(token) * bytes,
            &r.param, bytes); // little-endian, as everything here
 }
 
-void kvd_row_unpack(uint32_t codec, const uint8_t *tile, uint32_t dim_k, uint32_t dim_v, bool v,
-                    uint32_t token, float *x)
+void kvd_row_unpack(struct kvd_codecs codec, const uint8_t *tile, uint32_t dim_k, uint32_t dim_v,
+                    bool v, uint32_t token, float *x)
 {
     uint8_t codes[KVD_MAX_HEAD_DIM] = {0};
-    uint32_t dim = v ? dim_v : dim_k, bytes = kvd_codec_param_bytes(codec), param = 0;
-    move_codes(codec, (uint8_t *)tile + kvd_codes_offset(codec, dim_k, v), dim, v, token, codes,
+    uint32_t dim = v ? dim_v : dim_k, own = kvd_codecs_side(codec, v), param = 0;
+    uint32_t bytes = kvd_codec_param_bytes(own);
+    move_codes(own, (uint8_t *)tile + kvd_codes_offset(codec, dim_k, v), dim, v, token, codes,
                false);
     memcpy(&param,
            tile + kvd_params_offset(codec, dim_k, dim_v, v) + kvd_param_index(token) * bytes,
            bytes);
-    struct kvd_affine a = kvd_param_decode(codec, param);
-    const float *levels = kvd_codec_levels(codec);
+    struct kvd_affine a = kvd_param_decode(own, param);
+    const float *levels = kvd_codec_levels(own);
     for (uint32_t c = 0; c < dim; c++)
         x[c] = a.scale * levels[codes[c]] + a.min;
 }

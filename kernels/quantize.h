@@ -53,11 +53,12 @@ struct kvd_affine {
 void kvd_row_quantize(const struct kvd_quantizer *q, const float *x, uint32_t dim,
                       struct kvd_row *out);
 
-// Writes a row's codes and parameters into a tile, or reads it back, still rotated.
-void kvd_row_pack(uint32_t codec, uint8_t *tile, uint32_t dim_k, uint32_t dim_v, bool v,
+// Writes a row's codes and parameters into its side of a tile, or reads it back, still rotated.
+// That side's codec is not bf16.
+void kvd_row_pack(struct kvd_codecs codec, uint8_t *tile, uint32_t dim_k, uint32_t dim_v, bool v,
                   uint32_t token, const struct kvd_row *row);
-void kvd_row_unpack(uint32_t codec, const uint8_t *tile, uint32_t dim_k, uint32_t dim_v, bool v,
-                    uint32_t token, float *x);
+void kvd_row_unpack(struct kvd_codecs codec, const uint8_t *tile, uint32_t dim_k, uint32_t dim_v,
+                    bool v, uint32_t token, float *x);
 
 // The levels of a codec by code: 2^bits of them.
 const float *kvd_codec_levels(uint32_t codec);

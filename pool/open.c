@@ -75,8 +75,9 @@ static bool plane_ok(const struct kvd_plane *g)
     return g->n_layers && g->n_layers <= KVD_MAX_LAYERS && g->kv_heads &&
            g->kv_heads <= KVD_MAX_KV_HEADS && g->q_heads && g->q_heads % g->kv_heads == 0 &&
            g->q_heads / g->kv_heads <= KVD_MAX_GROUP &&
-           kvd_head_dims_ok(g->head_dim_k, g->head_dim_v) && g->codec < KVD_CODEC_COUNT &&
-           g->sink <= KVD_MAX_SINK && g->recent <= KVD_MAX_RECENT && !(g->window && g->sink);
+           kvd_head_dims_ok(g->head_dim_k, g->head_dim_v) && g->codec.k < KVD_CODEC_COUNT &&
+           g->codec.v < KVD_CODEC_COUNT && g->sink <= KVD_MAX_SINK && g->recent <= KVD_MAX_RECENT &&
+           !(g->window && g->sink);
 }
 
 static bool layout_ok(const struct kvd_pool *pool, const struct region_layout *r)

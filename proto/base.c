@@ -94,6 +94,38 @@ const char *kvd_codec_names(void)
     return names + 2;
 }
 
+const char *kvd_codecs_name(struct kvd_codecs c, char text[KVD_CODECS_TEXT])
+{
+    if (c.k == c.v)
+        snprintf(text, KVD_CODECS_TEXT, "%s", kvd_codec_name(c.k));
+    else
+        snprintf(text, KVD_CODECS_TEXT, "k=%s,v=%s", kvd_codec_name(c.k), kvd_codec_name(c.v));
+    return text;
+}
+
+bool kvd_codecs_find(const char *text, struct kvd_codecs *out)
+{
+    struct kvd_codecs c = kvd_codecs_both(kvd_codec_find(text));
+    if (c.k == KVD_CODEC_COUNT) {
+        char name[2][KVD_CODECS_TEXT];
+        const char *comma = strchr(text, ',');
+        if (!comma || (size_t)(comma - text) >= sizeof(name[0]) ||
+            strlen(comma + 1) >= sizeof(name[1]))
+            return false;
+        snprintf(name[0], sizeof(name[0]), "%.*s", (int)(comma - text), text);
+        snprintf(name[1], sizeof(name[1]), "%s", comma + 1);
+        bool swapped = name[0][0] == 'v';
+        const char *k = name[swapped], *v = name[!swapped];
+        if (strncmp(k, "k=", 2) != 0 || strncmp(v, "v=", 2) != 0)
+            return false;
+        c = (struct kvd_codecs){kvd_codec_find(k + 2), kvd_codec_find(v + 2)};
+    }
+    if (c.k == KVD_CODEC_COUNT || c.v == KVD_CODEC_COUNT)
+        return false;
+    *out = c;
+    return true;
+}
+
 void kvd_hex(const void *in, size_t len, char *out)
 {
     static const char digits[] = "0123456789abcdef";

@@ -3,6 +3,8 @@
 #ifndef KVD_PROTO_BASE_H
 #define KVD_PROTO_BASE_H
 
+#include "proto/kvd_limits.h"
+
 #include <inttypes.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -58,6 +60,12 @@ const char *kvd_codec_name(uint32_t codec);
 uint32_t kvd_codec_find(const char *name);
 // All of them for error messages: "bf16, int2, ...".
 const char *kvd_codec_names(void);
+// The codecs of K and V as texts: a codec's name for both, "k=NAME,v=NAME" where they differ.
+enum { KVD_CODECS_TEXT = 48 };
+// Writes the text and returns it.
+const char *kvd_codecs_name(struct kvd_codecs c, char text[KVD_CODECS_TEXT]);
+// Reads one, K and V in any order. False: it is none.
+bool kvd_codecs_find(const char *text, struct kvd_codecs *out);
 // The built-in rotation set of sessions that name none; "" for a codec without rotations.
 const char *kvd_codec_transform(uint32_t codec);
 

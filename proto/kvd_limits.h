@@ -49,6 +49,26 @@ enum kvd_dtype {
     KVD_DTYPE_F32 = 1,
 };
 
+// The codecs of K and of V in a plane's history.
+struct kvd_codecs {
+    uint32_t k, v; // enum kvd_codec
+};
+
+static inline struct kvd_codecs kvd_codecs_both(uint32_t codec)
+{
+    struct kvd_codecs c = {codec, codec};
+    return c;
+}
+static inline uint32_t kvd_codecs_side(struct kvd_codecs c, bool v)
+{
+    return v ? c.v : c.k;
+}
+// Whether K or V is rotated, and so needs a rotation set: what is not bf16.
+static inline bool kvd_codecs_rotated(struct kvd_codecs c)
+{
+    return c.k != KVD_CODEC_BF16 || c.v != KVD_CODEC_BF16;
+}
+
 // A set of layers whose KV has one shape. A block is 64 tokens of all layers of one plane.
 struct kvd_plane {
     uint32_t n_layers; // of the layout's that are in this plane
@@ -56,7 +76,7 @@ struct kvd_plane {
     uint32_t kv_heads;
     uint32_t head_dim_k;
     uint32_t head_dim_v;
-    uint32_t codec; // enum kvd_codec
+    struct kvd_codecs codec;
     uint32_t sink;
     uint32_t recent;
     uint32_t window; // 0: a query sees all tokens; W: the last W, itself included

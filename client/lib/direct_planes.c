@@ -10,12 +10,11 @@ static int take_plane(struct kvd_direct *d, const Kvd__V1__Plane *from, struct d
                                    .kv_heads = from->kv_heads,
                                    .head_dim_k = from->head_dim_k,
                                    .head_dim_v = from->head_dim_v,
-                                   .codec = kvd_codec_find(from->codec),
                                    .sink = from->windows->sink,
                                    .recent = from->windows->recent,
                                    .window = from->window};
     const struct kvd_plane *g = &to->shape, *first = direct_shape(d);
-    if (g->codec == KVD_CODEC_COUNT)
+    if (!kvd_codecs_find(from->codec, &to->shape.codec))
         return kvd_fail(err, KVD_E_UNSUPPORTED,
                         "kvd stores in codec %.40s, which this libkvd does not know", from->codec);
     if (g->q_heads != first->q_heads || g->kv_heads != first->kv_heads ||

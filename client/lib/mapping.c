@@ -256,7 +256,7 @@ static int load_rotation(struct kvd_direct *d, struct direct_plane *plane, struc
         .n_layers = 1, .heads = 1, .dim_k = g->head_dim_k, .dim_v = g->head_dim_v};
     const struct kvd_fd_rotations *head = MAP_FAILED;
     struct stat st = {0};
-    if (g->codec != KVD_CODEC_BF16) {
+    if (kvd_codecs_rotated(g->codec)) {
         if (plane->rotation_fd < 0 || fstat(plane->rotation_fd, &st) ||
             (size_t)st.st_size < sizeof(*head))
             return kvd_fail(err, KVD_E_INTERNAL, "kvd sent no rotation set");

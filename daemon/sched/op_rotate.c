@@ -23,8 +23,11 @@ static int check(struct kvd_work *w, struct kvd_session *s, const void *request,
         return rc;
     const struct kvd_plane *g = w->plane;
     for (uint32_t r = 0; r < w->n_runs; r++)
-        if (w->shape->planes[w->runs[r].plane].codec == KVD_CODEC_BF16)
-            return kvd_fail(err, KVD_E_PRECONDITION, "codec bf16 has no rotations");
+        if (kvd_codecs_side(w->shape->planes[w->runs[r].plane].codec, v) == KVD_CODEC_BF16)
+            return kvd_fail(err, KVD_E_PRECONDITION, "codec bf16%s has no rotations",
+                            kvd_codecs_rotated(w->shape->planes[w->runs[r].plane].codec)
+                                ? v ? " of V" : " of K"
+                                : "");
     if (req->heads != g->kv_heads && req->heads != g->q_heads)
         return kvd_fail(err, KVD_E_INVALID, "heads is %u; it must be kv_heads (%u) or q_heads (%u)",
                         req->heads, g->kv_heads, g->q_heads);

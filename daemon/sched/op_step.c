@@ -46,7 +46,7 @@ static int note_repeated(const struct kvd_work *w, struct kvd_work_item *item,
         struct kvd_view *v = &item->views[p];
         if (!(w->planes >> p & 1))
             continue;
-        if (!plane->window_kept && w->shape->planes[p].codec != KVD_CODEC_BF16)
+        if (!plane->window_kept && kvd_codecs_rotated(w->shape->planes[p].codec))
             return kvd_fail(err, KVD_E_PRECONDITION,
                             "the %u tokens had been appended before, but their attention cannot be "
                             "computed again: the step has compressed part of the window that it "

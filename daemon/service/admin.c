@@ -86,7 +86,11 @@ static uint64_t session_bytes(struct kvd_daemon *d, const struct kvd_session *s)
     return sum;
 }
 
-static void fill_session(struct kvd_daemon *d, struct kvd_session *s, Kvd__V1__SessionInfo *out)
+typedef char codec_text[KVD_CODECS_TEXT];
+
+// *codec has room for a text that out refers to.
+static void fill_session(struct kvd_daemon *d, struct kvd_session *s, codec_text *codec,
+                         Kvd__V1__SessionInfo *out)
 {
     static const struct kvd_layout none;
     const struct kvd_layout *g =
@@ -108,7 +112,7 @@ static void fill_session(struct kvd_daemon *d, struct kvd_session *s, Kvd__V1__S
     out->page_bytes = session_bytes(d, s);
     out->generation = s->generation;
     out->waiting = s->parked;
-    out->codec = g->n_planes ? (char *)kvd_codec_name(g->planes[0].codec) : "";
+    out->codec = g->n_planes ? (char *)kvd_codecs_name(g->planes[0].codec, *codec) : "";
     out->rotation_set = (char *)g->rotation;
     out->layers = g->n_layers;
     out->kv_heads = g->planes[0].kv_heads;
@@ -122,9 +126,10 @@ void kvd_on_list_sessions(struct kvd_call *call, const void *request)
     size_t n = d->n_sessions, i = 0;
     Kvd__V1__SessionInfo *infos KVD_FREE = calloc(n + 1, sizeof(*infos));
     Kvd__V1__SessionInfo **list KVD_FREE = calloc(n + 1, sizeof(*list));
+    codec_text *codecs KVD_FREE = calloc(n + 1, sizeof(*codecs));
     Kvd__V1__ListSessionsReply r = KVD__V1__LIST_SESSIONS_REPLY__INIT;
-    for (struct kvd_session *s = d->sessions; s && infos && list; s = s->hh.next, i++) {
-        fill_session(d, s, &infos[i]);
+    for (struct kvd_session *s = d->sessions; s && infos && list && codecs; s = s->hh.next, i++) {
+        fill_session(d, s, &codecs[i], &infos[i]);
         list[i] = &infos[i];
     }
     r.n_sessions = i;
@@ -136,6 +141,7 @@ struct sequence_list {
     struct kvd_daemon *d;
     const char *ns; // "" for all
     Kvd__V1__AdminSequence *infos, **list;
+    codec_text *codecs;
     size_t n, limit;
     bool more;
 };
@@ -153,7 +159,7 @@ static bool add_sequence(void *ctx, const struct kvd_pool_seq_info *info)
         return false;
     }
     Kvd__V1__AdminSequence *out = l->list[l->n] = &l->infos[l->n];
-    l->n++;
+    codec_text *codec = &l->codecs[l->n++];
     kvd__v1__admin_sequence__init(out);
     out->sequence = info->id;
     out->namespace_name = (char *)ns.name;
@@ -163,7 +169,7 @@ static bool add_sequence(void *ctx, const struct kvd_pool_seq_info *info)
         info->reach[0].hist_end - KVD_MAX((uint64_t)g->planes[0].sink, info->reach[0].first);
     out->bytes = info->bytes;
     out->holders = info->holders;
-    out->codec = (char *)kvd_codec_name(g->planes[0].codec);
+    out->codec = (char *)kvd_codecs_name(g->planes[0].codec, *codec);
     return true;
 }
 
@@ -174,10 +180,12 @@ void kvd_on_list_sequences(struct kvd_call *call, const void *request)
     l.limit = req->limit ? KVD_MIN(req->limit, 10000u) : 1000;
     Kvd__V1__AdminSequence *infos KVD_FREE = calloc(l.limit, sizeof(*infos));
     Kvd__V1__AdminSequence **list KVD_FREE = calloc(l.limit, sizeof(*list));
+    codec_text *codecs KVD_FREE = calloc(l.limit, sizeof(*codecs));
     Kvd__V1__ListSequencesReply r = KVD__V1__LIST_SEQUENCES_REPLY__INIT;
-    if (infos && list) {
+    if (infos && list && codecs) {
         l.infos = infos;
         l.list = list;
+        l.codecs = codecs;
         kvd_pool_seq_each(call->d->pool, add_sequence, &l);
     }
     r.n_sequences = l.n;
@@ -189,6 +197,7 @@ void kvd_on_list_sequences(struct kvd_call *call, const void *request)
 struct group_list {
     struct kvd_daemon *d;
     Kvd__V1__ExtentGroup infos[1024], *list[1024];
+    codec_text codecs[1024];
     size_t n;
 };
 
@@ -202,13 +211,13 @@ static bool add_group(void *ctx, const struct kvd_pool_slab_info *info)
         return true;
     kvd_pool_namespace_info(l->d->pool, info->ns, &ns);
     Kvd__V1__ExtentGroup *out = l->list[l->n] = &l->infos[l->n];
-    l->n++;
+    const struct kvd_layout *of = kvd_pool_layout_get(l->d->pool, info->layout);
+    codec_text *codec = &l->codecs[l->n++];
     kvd__v1__extent_group__init(out);
     out->namespace_name = (char *)ns.name;
     out->kind = info->kind == KVD_POOL_BF16
                     ? "window"
-                    : (char *)kvd_codec_name(
-                          kvd_pool_layout_get(l->d->pool, info->layout)->planes[info->plane].codec);
+                    : (char *)kvd_codecs_name(of->planes[info->plane].codec, *codec);
     out->extents = info->extents;
     out->page_bytes = info->page_bytes;
     out->pages_used = info->used;

@@ -7,33 +7,33 @@ enum { NO_PLANE = 0xff };
 
 static int set_codec(const char *name, struct kvd_plane *p, struct kvd_error *err)
 {
-    p->codec = kvd_codec_find(name);
-    if (p->codec == KVD_CODEC_COUNT)
-        return kvd_fail(err, KVD_E_INVALID, "codec is '%.40s'; known are %s", name,
-                        kvd_codec_names());
+    if (!kvd_codecs_find(name, &p->codec))
+        return kvd_fail(err, KVD_E_INVALID,
+                        "codec is '%.60s'; known are %s, and \"k=NAME,v=NAME\" of two of them",
+                        name, kvd_codec_names());
     return KVD_OK;
 }
 
 // The set's name: one for all planes that are rotated.
 static int set_rotation(const char *rotation, struct kvd_layout *to, struct kvd_error *err)
 {
-    const struct kvd_plane *one = NULL; // that is rotated
-    for (uint32_t p = 0; p < to->n_planes; p++) {
-        const struct kvd_plane *g = &to->planes[p];
-        if (g->codec == KVD_CODEC_BF16)
+    uint32_t one = KVD_CODEC_BF16; // that is rotated
+    for (uint32_t side = 0; side < 2 * to->n_planes; side++) {
+        uint32_t codec = kvd_codecs_side(to->planes[side / 2].codec, side % 2);
+        if (codec == KVD_CODEC_BF16)
             continue;
-        if (one && !*rotation &&
-            strcmp(kvd_codec_transform(one->codec), kvd_codec_transform(g->codec)) != 0)
+        if (one != KVD_CODEC_BF16 && !*rotation &&
+            strcmp(kvd_codec_transform(one), kvd_codec_transform(codec)) != 0)
             return kvd_fail(err, KVD_E_INVALID,
-                            "layout.rotation_set is empty, and codecs %s and %s of its planes have "
-                            "different ones then; name one",
-                            kvd_codec_name(one->codec), kvd_codec_name(g->codec));
-        one = g;
+                            "layout.rotation_set is empty, and codecs %s and %s, of its planes or "
+                            "of K and V, have different ones then; name one",
+                            kvd_codec_name(one), kvd_codec_name(codec));
+        one = codec;
     }
-    if (!one)
+    if (one == KVD_CODEC_BF16)
         return KVD_OK;
     if (!*rotation)
-        rotation = kvd_codec_transform(one->codec);
+        rotation = kvd_codec_transform(one);
     if (!kvd_rotset_built_in(rotation) && !kvd_store_ref_valid(rotation))
         return kvd_fail(err, KVD_E_INVALID,
                         "layout.rotation_set is '%.80s'; it wants model@tag, sha256:<64 hex>, "
@@ -147,8 +147,10 @@ int kvd_layout_from_proto(const Kvd__V1__Layout *from, struct kvd_layout *to, st
 
 // One plane's fields, and its layers at *at.
 static void tell_plane(const struct kvd_layout *from, uint32_t plane, uint32_t **at,
-                       Kvd__V1__Windows *windows, Kvd__V1__Plane *to)
+                       struct kvd_proto_layout *room)
 {
+    Kvd__V1__Windows *windows = &room->windows[plane];
+    Kvd__V1__Plane *to = &room->planes[plane];
     const struct kvd_plane *p = &from->planes[plane];
     kvd__v1__plane__init(to);
     kvd__v1__windows__init(windows);
@@ -161,7 +163,7 @@ static void tell_plane(const struct kvd_layout *from, uint32_t plane, uint32_t *
     to->kv_heads = p->kv_heads;
     to->head_dim_k = p->head_dim_k;
     to->head_dim_v = p->head_dim_v;
-    to->codec = (char *)kvd_codec_name(p->codec);
+    to->codec = (char *)kvd_codecs_name(p->codec, room->codecs[plane]);
     to->window = p->window;
     to->windows = windows;
     windows->sink = p->sink;
@@ -175,7 +177,7 @@ Kvd__V1__Layout *kvd_layout_to_proto(const struct kvd_layout *from, struct kvd_p
     for (uint32_t i = 0; i < from->n_layers; i++)
         to->layers[i] = from->layers[i];
     for (uint32_t p = 0; p < from->n_planes; p++) {
-        tell_plane(from, p, &at, &to->windows[p], &to->planes[p]);
+        tell_plane(from, p, &at, to);
         to->refs[p] = &to->planes[p];
     }
     to->g.n_layers = from->n_layers;
@@ -199,7 +201,7 @@ Kvd__V1__Layout *kvd_layout_to_proto(const struct kvd_layout *from, struct kvd_p
 // -- the digest ---------------------------------------------------------------------------------
 
 struct encoding {
-    uint8_t bytes[8 * KVD_MAX_LAYERS + 64 * KVD_MAX_PLANES + 256];
+    uint8_t bytes[8 * KVD_MAX_LAYERS + (48 + KVD_CODECS_TEXT) * KVD_MAX_PLANES + 256];
     size_t n;
 };
 
@@ -220,6 +222,7 @@ static void put_text(struct encoding *e, const char *text)
 void kvd_layout_digest(const struct kvd_layout *l, char out[KVD_DIGEST_TEXT])
 {
     struct encoding e = {.n = 0};
+    char codec[KVD_CODECS_TEXT];
     put_text(&e, "kvd layout 1");
     put(&e, l->n_layers);
     put(&e, l->n_planes);
@@ -233,7 +236,7 @@ void kvd_layout_digest(const struct kvd_layout *l, char out[KVD_DIGEST_TEXT])
         put(&e, g->kv_heads);
         put(&e, g->head_dim_k);
         put(&e, g->head_dim_v);
-        put_text(&e, kvd_codec_name(g->codec));
+        put_text(&e, kvd_codecs_name(g->codec, codec));
         put(&e, g->sink);
         put(&e, g->recent);
         put(&e, g->window);

@@ -15,13 +15,14 @@ struct kvd_proto_layout {
     Kvd__V1__Plane planes[KVD_MAX_PLANES], *refs[KVD_MAX_PLANES];
     Kvd__V1__Windows windows[KVD_MAX_PLANES];
     uint32_t layers[KVD_MAX_LAYERS], plane_layers[KVD_MAX_LAYERS];
+    char codecs[KVD_MAX_PLANES][KVD_CODECS_TEXT];
 };
 Kvd__V1__Layout *kvd_layout_to_proto(const struct kvd_layout *from, struct kvd_proto_layout *to);
 
 // "sha256:<hex>" that names a layout, of these bytes: numbers of 32 bits, little-endian; texts with
 // their length before them. "kvd layout 1"; layers and planes; for each layer its model id and its
-// plane; for each plane q_heads, kv_heads, head_dim of K and V, the codec's name, sink, recent,
-// window; the rotation set.
+// plane; for each plane q_heads, kv_heads, head_dim of K and V, the name of the codec (of K
+// and V: kvd_codecs_name), sink, recent, window; the rotation set.
 void kvd_layout_digest(const struct kvd_layout *l, char out[KVD_DIGEST_TEXT]);
 
 #endif

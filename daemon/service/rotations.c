@@ -219,7 +219,7 @@ static int select_data(const struct kvd_layout *l, uint32_t plane, const struct 
     const struct kvd_plane *g = &l->planes[plane];
     *data = (struct kvd_rotation_data){
         .n_layers = g->n_layers, .heads = 1, .dim_k = g->head_dim_k, .dim_v = g->head_dim_v};
-    if (g->codec == KVD_CODEC_BF16)
+    if (!kvd_codecs_rotated(g->codec))
         return KVD_OK;
     if (set)
         return kvd_rotset_select(set, l, plane, data, err);
@@ -264,7 +264,7 @@ static int load(struct kvd_daemon *d, const struct kvd_layout *l, const struct k
         if (rc)
             return rc;
         out->rotations[p] = d->backend->ops->rotation_new(d->backend, &data, err);
-        if (out->rotations[p] && l->planes[p].codec != KVD_CODEC_BF16)
+        if (out->rotations[p] && kvd_codecs_rotated(l->planes[p].codec))
             out->fds[p] = share(&data);
         kvd_rotation_data_deinit(&data);
         if (!out->rotations[p])
@@ -295,7 +295,7 @@ int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_layout *l,
     bool recycled;
     memset(new.fds, 0xff, sizeof(new.fds)); // -1 each
     for (uint32_t p = 0; p < l->n_planes; p++) {
-        bytes[p][KVD_POOL_BF16] = kvd_page_bytes(&l->planes[p], KVD_CODEC_BF16);
+        bytes[p][KVD_POOL_BF16] = kvd_page_bytes(&l->planes[p], kvd_window_codec());
         bytes[p][KVD_POOL_CODEC] = kvd_page_bytes(&l->planes[p], l->planes[p].codec);
     }
     // The rotations first: a layout that they do not fit must leave nothing behind.

@@ -96,6 +96,7 @@ static int check_sinks(const Kvd__V1__OpenSessionRequest *req, const struct kvd_
 static int check_request(struct kvd_call *call, const Kvd__V1__OpenSessionRequest *req,
                          struct kvd_layout *g, struct kvd_error *err)
 {
+    const struct kvd_backend_ops *ops = call->d->backend->ops;
     struct kvd_connection *conn;
     if (!req->layout)
         return kvd_fail(err, KVD_E_INVALID, "layout is missing");
@@ -129,6 +130,8 @@ static int check_request(struct kvd_call *call, const Kvd__V1__OpenSessionReques
                         "all %u sessions are in use; close some or raise max-sessions",
                         call->d->config.max_sessions);
     rc = kvd_layout_from_proto(req->layout, g, err);
+    for (uint32_t p = 0; p < g->n_planes && rc == KVD_OK && ops->plane_check; p++)
+        rc = ops->plane_check(call->d->backend, &g->planes[p], err);
     return rc ? rc : check_sinks(req, g, err);
 }
 
@@ -264,10 +267,11 @@ static void on_rotation(void *ctx, struct kvd_rotset *set, const struct kvd_erro
         kvd_call_fail_error(o->call, &err);
         return;
     }
+    char codec[KVD_CODECS_TEXT];
     kvd_info("session %s id=%" PRIu64 " generation=%" PRIu64 " namespace=%s client=%s pid=%" PRId64
              " codec=%s rotation=%s",
              s->generation > 1 ? "resumed" : "opened", s->id, s->generation, namespace_of(o->req),
-             s->client_name, s->pid, kvd_codec_name(o->g.planes[0].codec), o->g.rotation);
+             s->client_name, s->pid, kvd_codecs_name(o->g.planes[0].codec, codec), o->g.rotation);
     reply(o->call, s);
 }
 

@@ -286,7 +286,7 @@ int kvd_memory_lend_rotations(struct kvd_daemon *d, struct kvd_session *s, struc
 {
     const struct kvd_layout *l = kvd_pool_layout_get(d->pool, s->layout);
     for (uint32_t p = 0; p < l->n_planes; p++) {
-        if (s->rotations_sent >> p & 1 || l->planes[p].codec == KVD_CODEC_BF16)
+        if (s->rotations_sent >> p & 1 || !kvd_codecs_rotated(l->planes[p].codec))
             continue;
         int rc = lend_rotations(d, s, p, err);
         if (rc)

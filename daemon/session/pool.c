@@ -98,11 +98,11 @@ static bool slab_line(void *ctx, const struct kvd_pool_slab_info *info)
         return true;
     kvd_pool_namespace_info(p->d->pool, info->ns, &ns);
     kvd_metric_escape(ns.name, name, sizeof(name));
-    const char *kind =
-        info->kind == KVD_POOL_BF16
-            ? "window"
-            : kvd_codec_name(
-                  kvd_pool_layout_get(p->d->pool, info->layout)->planes[info->plane].codec);
+    const struct kvd_layout *l = kvd_pool_layout_get(p->d->pool, info->layout);
+    char codec[KVD_CODECS_TEXT];
+    const char *kind = info->kind == KVD_POOL_BF16
+                           ? "window"
+                           : kvd_codecs_name(l->planes[info->plane].codec, codec);
     fprintf(p->f,
             "kvd_pages{namespace=\"%s\",kind=\"%s\",layout=\"%u\",plane=\"%u\"} %" PRIu64 "\n",
             name, kind, info->layout, info->plane, info->used);

@@ -129,8 +129,8 @@ static uint8_t *window_row(const struct kvd_plane *g, const struct kvd_pages *pa
     } else {
         kvd_ring_place(g, token, &entry, &row);
     }
-    uint8_t *tile =
-        (uint8_t *)(uintptr_t)pages->bf16[entry] + kvd_tile_offset(g, KVD_CODEC_BF16, layer, head);
+    uint8_t *tile = (uint8_t *)(uintptr_t)pages->bf16[entry] +
+                    kvd_tile_offset(g, kvd_window_codec(), layer, head);
     return v ? tile + (uint64_t)KVD_PAGE_TOKENS * 2 * g->head_dim_k +
                    (uint64_t)row * 2 * g->head_dim_v
              : tile + (uint64_t)row * 2 * g->head_dim_k;
@@ -169,60 +169,58 @@ static struct span page_span(const struct kvd_append_params *p, const struct kvd
                          KVD_MIN(begin + KVD_PAGE_TOKENS, item->new_hist_end)};
 }
 
-static void demote(const struct append_job *job, const struct kvd_append_item *item, uint32_t l,
-                   uint32_t head, struct span span)
+// The history tile of token t.
+static uint8_t *history_tile(const struct kvd_plane *g, const struct kvd_append_item *item,
+                             uint64_t t, uint32_t layer, uint32_t head)
+{
+    return (uint8_t *)(uintptr_t)item->pages.codec[(t - g->sink) / KVD_PAGE_TOKENS] +
+           kvd_tile_offset(g, g->codec, layer, head);
+}
+
+// One side, which is not bf16.
+static void demote_coded(const struct append_job *job, const struct kvd_append_item *item,
+                         uint32_t l, uint32_t head, struct span span, bool v)
 {
     const struct kvd_append_params *p = job->p;
     const struct kvd_plane *g = p->plane;
     const struct kvd_rotation *r = p->rotation;
-    uint32_t layer = p->layer_begin + l, dk = g->head_dim_k, dv = g->head_dim_v;
+    uint32_t layer = p->layer_begin + l, dk = g->head_dim_k, dv = g->head_dim_v, dim = v ? dv : dk;
     uint64_t at = kvd_rotation_index(r, layer, head);
+    const float *clip = v ? r->clip_v : r->clip_k, *gain = v ? r->gain_v : r->gain_k;
+    struct kvd_quantizer quantizer = {kvd_codecs_side(g->codec, v), clip ? clip[at] : 1,
+                                      gain ? gain[at] : 1, v ? r->scale_v : r->scale_k};
     float x[KVD_CHUNK_TOKENS][KVD_MAX_HEAD_DIM], y[KVD_CHUNK_TOKENS * KVD_MAX_HEAD_DIM];
     for (uint64_t t = span.begin; t < span.end;) {
         uint32_t n = (uint32_t)KVD_MIN((uint64_t)KVD_CHUNK_TOKENS, span.end - t);
-        for (int v = 0; v < 2; v++) {
-            uint32_t dim = v ? dv : dk;
-            float *rows = &x[0][0];
-            for (uint32_t i = 0; i < n; i++) {
-                struct kvd_tensor src = {
-                    .data = (uint8_t *)(uintptr_t)source_row(p, item, t + i, l, head, v)};
-                kvd_load_row(&src, 0, 0, 0, dim, rows + i * dim);
-            }
-            kvd_apply(job->cpu->isa, rows, n, dim,
-                      kvd_rotation_of(r, v ? r->v : r->k, dim, layer, head), y);
-            const float *clip = v ? r->clip_v : r->clip_k, *gain = v ? r->gain_v : r->gain_k;
-            struct kvd_quantizer quantizer = {g->codec, clip ? clip[at] : 1, gain ? gain[at] : 1,
-                                              v ? r->scale_v : r->scale_k};
-            for (uint32_t i = 0; i < n; i++) {
-                struct kvd_row row;
-                uint64_t h = t + i - g->sink;
-                uint8_t *tile = (uint8_t *)(uintptr_t)item->pages.codec[h / KVD_PAGE_TOKENS] +
-                                kvd_tile_offset(g, g->codec, layer, head);
-                kvd_row_quantize(&quantizer, y + i * dim, dim, &row);
-                kvd_row_pack(g->codec, tile, dk, dv, v, (uint32_t)(h % KVD_PAGE_TOKENS), &row);
-            }
+        float *rows = &x[0][0];
+        for (uint32_t i = 0; i < n; i++) {
+            struct kvd_tensor src = {
+                .data = (uint8_t *)(uintptr_t)source_row(p, item, t + i, l, head, v)};
+            kvd_load_row(&src, 0, 0, 0, dim, rows + i * dim);
+        }
+        kvd_apply(job->cpu->isa, rows, n, dim,
+                  kvd_rotation_of(r, v ? r->v : r->k, dim, layer, head), y);
+        for (uint32_t i = 0; i < n; i++) {
+            struct kvd_row row;
+            kvd_row_quantize(&quantizer, y + i * dim, dim, &row);
+            kvd_row_pack(g->codec, history_tile(g, item, t + i, layer, head), dk, dv, v,
+                         (uint32_t)((t + i - g->sink) % KVD_PAGE_TOKENS), &row);
         }
         t += n;
     }
 }
 
 static void demote_bf16(const struct append_job *job, const struct kvd_append_item *item,
-                        uint32_t l, uint32_t head, struct span span)
+                        uint32_t l, uint32_t head, struct span span, bool v)
 {
     const struct kvd_append_params *p = job->p;
     const struct kvd_plane *g = p->plane;
-    uint32_t layer = p->layer_begin + l;
-    for (uint64_t t = span.begin; t < span.end; t++) {
-        uint64_t h = t - g->sink;
-        uint32_t row = (uint32_t)(h % KVD_PAGE_TOKENS);
-        uint8_t *tile = (uint8_t *)(uintptr_t)item->pages.codec[h / KVD_PAGE_TOKENS] +
-                        kvd_tile_offset(g, KVD_CODEC_BF16, layer, head);
-        memcpy(tile + (uint64_t)row * 2 * g->head_dim_k, source_row(p, item, t, l, head, false),
-               2 * g->head_dim_k);
-        memcpy(tile + (uint64_t)KVD_PAGE_TOKENS * 2 * g->head_dim_k +
-                   (uint64_t)row * 2 * g->head_dim_v,
-               source_row(p, item, t, l, head, true), 2 * g->head_dim_v);
-    }
+    uint32_t layer = p->layer_begin + l, bytes = 2 * (v ? g->head_dim_v : g->head_dim_k);
+    for (uint64_t t = span.begin; t < span.end; t++)
+        memcpy(history_tile(g, item, t, layer, head) +
+                   kvd_codes_offset(g->codec, g->head_dim_k, v) +
+                   (t - g->sink) % KVD_PAGE_TOKENS * bytes,
+               source_row(p, item, t, l, head, v), bytes);
 }
 
 // One (item, layer, kv head, history page).
@@ -239,10 +237,12 @@ static void demote_one(void *ctx, uint64_t i)
     }
     struct span span = page_span(p, item, i % pages);
     i /= pages;
-    if (p->plane->codec == KVD_CODEC_BF16)
-        demote_bf16(job, item, (uint32_t)(i / heads), (uint32_t)(i % heads), span);
-    else
-        demote(job, item, (uint32_t)(i / heads), (uint32_t)(i % heads), span);
+    uint32_t l = (uint32_t)(i / heads), head = (uint32_t)(i % heads);
+    for (int v = 0; v < 2; v++)
+        if (kvd_codecs_side(p->plane->codec, v) == KVD_CODEC_BF16)
+            demote_bf16(job, item, l, head, span, v);
+        else
+            demote_coded(job, item, l, head, span, v);
 }
 
 // One (item, layer, kv head): its new tokens that stay in bf16.

@@ -70,8 +70,8 @@ struct kvd_cpu_walk {
 struct run {
     uint64_t begin; // position of the first
     uint32_t n;
-    const uint8_t *tile; // of a codec; NULL for bf16
-    const uint8_t *k, *v;
+    const uint8_t *tile;  // NULL for new tokens
+    const uint8_t *k, *v; // rows of bf16; NULL: the tile has codes
     uint64_t k_stride, v_stride;
 };
 
@@ -85,16 +85,20 @@ static uint64_t total_tokens(const struct kvd_attend_item *item)
     return item->length + item->new_tokens;
 }
 
-static void bf16_run(const struct kvd_cpu_walk *w, uint64_t page, uint32_t row, struct run *run)
+// The tokens of a page from `row` on, which is 0 where the tile has codes: splits start at tile
+// boundaries.
+static void page_run(const struct kvd_cpu_walk *w, uint64_t page, struct kvd_codecs codec,
+                     uint32_t row, struct run *run)
 {
     const struct kvd_plane *g = w->job->p->plane;
-    const uint8_t *tile =
-        (const uint8_t *)(uintptr_t)page +
-        kvd_tile_offset(g, KVD_CODEC_BF16, w->job->p->layer_begin + w->unit.layer, w->unit.head);
+    run->tile = (const uint8_t *)(uintptr_t)page +
+                kvd_tile_offset(g, codec, w->job->p->layer_begin + w->unit.layer, w->unit.head);
     run->k_stride = 2 * g->head_dim_k;
     run->v_stride = 2 * g->head_dim_v;
-    run->k = tile + row * run->k_stride;
-    run->v = tile + KVD_PAGE_TOKENS * run->k_stride + row * run->v_stride;
+    if (codec.k == KVD_CODEC_BF16)
+        run->k = run->tile + row * run->k_stride;
+    if (codec.v == KVD_CODEC_BF16)
+        run->v = run->tile + kvd_codes_offset(codec, g->head_dim_k, true) + row * run->v_stride;
     run->n = KVD_PAGE_TOKENS - row;
 }
 
@@ -115,21 +119,13 @@ static struct run run_at(const struct kvd_cpu_walk *w, uint64_t t, uint64_t end)
         uint64_t page = item->pages.codec[(t - g->sink) / KVD_PAGE_TOKENS];
         uint32_t row = (uint32_t)((t - g->sink) % KVD_PAGE_TOKENS);
         limit = KVD_MIN(end, item->hist_end);
-        if (g->codec == KVD_CODEC_BF16) {
-            bf16_run(w, page, row, &run);
-        } else {
-            // Splits start at tile boundaries, so row is 0.
-            run.tile =
-                (const uint8_t *)(uintptr_t)page +
-                kvd_tile_offset(g, g->codec, w->job->p->layer_begin + w->unit.layer, w->unit.head);
-            run.n = KVD_PAGE_TOKENS;
-        }
+        page_run(w, page, g->codec, row, &run);
     } else {
         uint32_t entry = (uint32_t)(t / KVD_PAGE_TOKENS), row = (uint32_t)(t % KVD_PAGE_TOKENS);
         limit = KVD_MIN(end, t < g->sink ? KVD_MIN(item->length, g->sink) : item->length);
         if (t >= g->sink)
             kvd_ring_place(g, t, &entry, &row);
-        bf16_run(w, item->pages.bf16[entry], row, &run);
+        page_run(w, item->pages.bf16[entry], kvd_window_codec(), row, &run);
     }
     run.n = (uint32_t)KVD_MIN((uint64_t)run.n, limit - t);
     return run;
@@ -140,9 +136,9 @@ static void read_params(const struct kvd_cpu_walk *w, const struct run *run, boo
                         struct kvd_affine param[KVD_PAGE_TOKENS])
 {
     const struct kvd_plane *g = w->job->p->plane;
-    float centre = kvd_cpu_centre(g->codec);
-    kvd_params_read(g->codec,
-                    run->tile + kvd_params_offset(g->codec, g->head_dim_k, g->head_dim_v, v),
+    uint32_t codec = kvd_codecs_side(g->codec, v);
+    float centre = kvd_cpu_centre(codec);
+    kvd_params_read(codec, run->tile + kvd_params_offset(g->codec, g->head_dim_k, g->head_dim_v, v),
                     run->n, param);
     for (uint32_t t = 0; t < run->n; t++)
         param[t].min += centre * param[t].scale;
@@ -153,7 +149,8 @@ static void score_tile(struct kvd_cpu_walk *w, const struct run *run)
     const struct kvd_plane *g = w->job->p->plane;
     struct kvd_affine param[KVD_PAGE_TOKENS];
     read_params(w, run, false, param);
-    w->job->cpu->isa->k_scores(g->codec, run->tile, g->head_dim_k, w->q_codes, w->unit.rows, w->s);
+    w->job->cpu->isa->k_scores(g->codec.k, run->tile, g->head_dim_k, w->q_codes, w->unit.rows,
+                               w->s);
     for (uint32_t t = 0; t < run->n; t++)
         for (uint32_t r = 0; r < w->unit.rows; r++) {
             float *s = &w->s[r * KVD_PAGE_TOKENS + t];
@@ -243,7 +240,7 @@ static void add_tile(struct kvd_cpu_walk *w, const struct run *run)
         }
     for (uint32_t r = 0; r < w->unit.rows; r++)
         w->centre_sum[r] += sum[r];
-    w->job->cpu->isa->v_accumulate(g->codec,
+    w->job->cpu->isa->v_accumulate(g->codec.v,
                                    run->tile + kvd_codes_offset(g->codec, g->head_dim_k, true),
                                    g->head_dim_v, w->s, w->unit.rows, w->acc);
     w->compressed = true;
@@ -275,7 +272,7 @@ static void walk_run(struct kvd_cpu_walk *w, const struct run *run)
 {
     const struct kvd_plane *g = w->job->p->plane;
     const struct kvd_cpu_isa *isa = w->job->cpu->isa;
-    if (run->tile)
+    if (!run->k)
         score_tile(w, run);
     else
         isa->bf16_scores(run->k, run->k_stride, run->n, g->head_dim_k, w->q[0], w->unit.rows, w->s);
@@ -283,7 +280,7 @@ static void walk_run(struct kvd_cpu_walk *w, const struct run *run)
         return;
     for (uint32_t r = 0; r < w->unit.rows; r++)
         soften(w, r);
-    if (run->tile)
+    if (!run->v)
         add_tile(w, run);
     else
         isa->bf16_accumulate(run->v, run->v_stride, run->n, g->head_dim_v, w->s, w->unit.rows,
@@ -304,7 +301,7 @@ static void load_queries(struct kvd_cpu_walk *w)
         kvd_load_row(&w->unit.item->q, w->unit.layer, row / group,
                      w->unit.head * group + row % group, dim, plain + r * dim);
     }
-    if (g->codec == KVD_CODEC_BF16)
+    if (g->codec.k == KVD_CODEC_BF16)
         return;
     float rotated[KVD_CPU_ROWS * KVD_MAX_HEAD_DIM];
     const float *m =
@@ -424,7 +421,7 @@ static void finish(const struct attend_job *job, const struct unit *u, const str
         if (p->sinks)
             kept = add_sink(p->sinks[(uint64_t)u->layer * g->q_heads + head], &m, &l);
         double inverse = l == 0 ? 0 : kept / l; // NaN stays NaN
-        if (g->codec != KVD_CODEC_BF16) {
+        if (g->codec.v != KVD_CODEC_BF16) {
             const float *back = kvd_rotation_of(p->rotation, p->rotation->v_t, dim,
                                                 p->layer_begin + u->layer, u->head);
             for (uint32_t c = 0; c < dim; c++)

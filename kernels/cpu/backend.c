@@ -159,7 +159,8 @@ static void read_row(const struct read_job *job, uint32_t layer, uint64_t token,
     const struct kvd_read_params *p = job->p;
     const struct kvd_plane *g = p->plane;
     uint32_t dk = g->head_dim_k, dv = g->head_dim_v, dim = v ? dv : dk;
-    uint32_t codec = KVD_CODEC_BF16, row;
+    struct kvd_codecs codec = kvd_window_codec();
+    uint32_t row;
     uint64_t page;
     if (token >= g->sink && token < p->hist_end) {
         codec = g->codec;
@@ -174,9 +175,9 @@ static void read_row(const struct read_job *job, uint32_t layer, uint64_t token,
         page = p->pages.bf16[entry];
     }
     uint8_t *tile = (uint8_t *)(uintptr_t)page + kvd_tile_offset(g, codec, layer, head);
-    if (codec == KVD_CODEC_BF16) {
-        uint8_t *data = tile + (v ? (uint64_t)KVD_PAGE_TOKENS * 2 * dk : 0);
-        struct kvd_tensor t = {.data = data, .token_stride = 2 * dim};
+    if (kvd_codecs_side(codec, v) == KVD_CODEC_BF16) {
+        struct kvd_tensor t = {.data = tile + kvd_codes_offset(codec, dk, v),
+                               .token_stride = 2 * dim};
         kvd_load_row(&t, 0, row, 0, dim, x);
         return;
     }

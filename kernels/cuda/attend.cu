@@ -141,7 +141,7 @@ extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t 
                (units * 2 <= multiprocessors || (chunks && units <= multiprocessors));
     cut c;
     if (few) {
-        float size = (float)kvd_tile_bytes(p->codec, p->dim_k, p->dim_v) / 4608;
+        float size = (float)kvd_tile_bytes(kvd_codecs_both(p->codec), p->dim_k, p->dim_v) / 4608;
         c = few_units{units, tiles_max, chunks, multiprocessors, size}.best();
         p->part_tiles = (tiles_max + c.parts - 1) / c.parts;
     } else {

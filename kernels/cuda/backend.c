@@ -280,10 +280,24 @@ static bool lost(struct kvd_backend *b)
     return rc != cudaSuccess && rc != cudaErrorNotReady;
 }
 
+// The attention kernels are made for one codec of both sides.
+static int plane_check(const struct kvd_backend *b, const struct kvd_plane *p,
+                       struct kvd_error *err)
+{
+    (void)b;
+    char text[KVD_CODECS_TEXT];
+    if (p->codec.k != p->codec.v)
+        return kvd_fail(err, KVD_E_UNSUPPORTED,
+                        "codec %s: the CUDA backend has kernels only for K and V in one codec",
+                        kvd_codecs_name(p->codec, text));
+    return KVD_OK;
+}
+
 static const struct kvd_backend_ops cuda_ops = {
     .name = "cuda",
     .free = cuda_free,
     .device = device,
+    .plane_check = plane_check,
     .arena_new = kvd_cuda_arena_new,
     .arena_free = kvd_cuda_arena_free,
     .extent_make = kvd_cuda_extent_make,

@@ -82,7 +82,7 @@ static struct kvd_plane plane_of(uint32_t sink, uint32_t recent, uint32_t kv, ui
                               .kv_heads = kv,
                               .head_dim_k = dim,
                               .head_dim_v = dim,
-                              .codec = KVD_CODEC_INT2,
+                              .codec = {KVD_CODEC_INT2, KVD_CODEC_INT2},
                               .sink = sink,
                               .recent = recent};
 }
@@ -98,10 +98,10 @@ static double time_int2(const char *isa, uint32_t threads, uint32_t tokens, int 
     kseq_init(&s, plane_of(64, 256, KV, HEADS, DIM), tokens, 1, 0.96f, 0.92f, seed);
     // Random pages: what they hold does not change the time, and quantizing would take long.
     for (uint32_t i = 0; i < s.n_codec; i++)
-        for (uint64_t j = 0; j < kvd_page_bytes(&s.g, KVD_CODEC_INT2); j++)
+        for (uint64_t j = 0; j < kvd_page_bytes(&s.g, s.g.codec); j++)
             ((uint8_t *)(uintptr_t)s.codec[i])[j] = (uint8_t)(kvd_rand(&s.rng) >> 56 & 0x3b);
     for (uint32_t i = 0; i < s.n_bf16; i++)
-        memset((void *)(uintptr_t)s.bf16[i], 0x3c, kvd_page_bytes(&s.g, KVD_CODEC_BF16));
+        memset((void *)(uintptr_t)s.bf16[i], 0x3c, kvd_page_bytes(&s.g, kvd_window_codec()));
     s.length = tokens;
     s.hist_end = kseq_hist_end(&s.g, 64, tokens);
     struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);

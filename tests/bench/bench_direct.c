@@ -272,7 +272,7 @@ static struct local_step make_local(const kvd_direct *d, struct tensors t, uint6
                                  copy_pages(plane->codec, (uint64_t)n * plane->codec_stride,
                                             kvd_round_up(kvd_page_bytes(g, g->codec), 4096), bytes),
                              .bf16 = copy_pages(plane->bf16, (uint64_t)n * plane->bf16_stride,
-                                                kvd_page_bytes(g, KVD_CODEC_BF16), bytes),
+                                                kvd_page_bytes(g, kvd_window_codec()), bytes),
                              .codec_stride = plane->codec_stride,
                              .bf16_stride = plane->bf16_stride,
                              .length = lengths,

@@ -87,6 +87,36 @@ def test_attention_over_the_wire(kvd, rpc, codec):
     assert lost == 0 if codec == "bf16" else 0.1 < lost < 0.5
 
 
+def test_a_codec_for_each_side(kvd, rpc):
+    """K and V of "k=A,v=B" are what sessions with codec A and with codec B have."""
+    if kvd.on_gpu():
+        with pytest.raises(grpc.RpcError) as e:
+            open_session(rpc, layout=layout(codec="k=int2-lm,v=int2"))
+        assert code_of(e) == "UNIMPLEMENTED" and "CUDA" in e.value.details() and "k=int2-lm,v=int2" in e.value.details()
+        return
+    k, v = random_kv(400)
+    back, digests = {}, set()
+    for codec in ("int2", "int2-lm", "k=int2-lm,v=int2", "v=int2-lm,k=int2", "k=bf16,v=int2"):
+        opened = rpc.kv("OpenSession", layout=layout(codec=codec))
+        assert opened.layout.codec == codec.replace("v=int2-lm,k=int2", "k=int2,v=int2-lm")
+        digests.add(opened.layout_digest)
+        seq = rpc.kv("CreateSequences", session=opened.session, request_id=1, count=1).sequences[0]
+        append(rpc, opened.session, seq, 0, k, v)
+        r = rpc.kv("ReadTokens", session=opened.session, sequence=seq, begin=0, tokens=400, k=kv.TensorRef(), v=kv.TensorRef())
+        back[codec] = (r.k, r.v)
+    assert len(digests) == len(back) and back["int2"][0] != back["int2-lm"][0] and back["int2"][1] != back["int2-lm"][1]
+    assert back["k=int2-lm,v=int2"] == (back["int2-lm"][0], back["int2"][1])
+    assert back["v=int2-lm,k=int2"] == (back["int2"][0], back["int2-lm"][1])
+    assert back["k=bf16,v=int2"] == (k.tobytes(), back["int2"][1])
+    assert rpc.kv("OpenSession", layout=layout(codec="k=int2,v=int2")).layout.codec == "int2"
+    for codec, words in (("k=int2", "k=NAME,v=NAME"), ("k=int2,v=int3", "k=NAME,v=NAME"), ("int2,int2", "k=NAME"),
+                         ("k=int2,k=int2", "k=NAME"), ("k=int2,v=int2,v=int2", "k=NAME"),
+                         ("k=turboquant-2,v=int2", "of K and V, have different ones")):
+        with pytest.raises(grpc.RpcError) as e:
+            open_session(rpc, layout=layout(codec=codec))
+        assert code_of(e) == "INVALID_ARGUMENT" and words in e.value.details()
+
+
 def test_step_equals_attend_over_everything(rpc):
     s = open_session(rpc)
     seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]

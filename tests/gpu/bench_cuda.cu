@@ -198,7 +198,7 @@ static void bench_attend(const row &w)
         end.push_back(w.sink + history[i]);
     }
     // One layer a page: a layer's tiles lie together no better than they would in any page.
-    uint64_t tile = kvd_tile_bytes(w.codec, w.dim, dim_v), page = w.kv_heads * tile, bytes = pages * page;
+    uint64_t tile = kvd_tile_bytes(kvd_codecs_both(w.codec), w.dim, dim_v), page = w.kv_heads * tile, bytes = pages * page;
     uint64_t windows = (uint64_t)w.sequences * (w.sink + w.recent) * w.kv_heads * (w.dim + dim_v) * 2;
     int copies = (int)std::min<uint64_t>(8, std::min(pool_bytes / bytes, 400000000 / bytes + 1));
     uint32_t ring = (w.recent + 64 + 63) / 64 * 64, bf16_stride = (w.sink + 63) / 64 + ring / 64;
@@ -307,7 +307,7 @@ static void bench_quantize(bool ring, uint32_t codec = KVD_CODEC_INT2, uint32_t 
     if (!wanted(name))
         return;
     const uint32_t n = 8, layers = 36, heads = 8, tokens = ring ? 64 : 1024;
-    uint64_t tile = kvd_tile_bytes(codec, dim, dim), page = layers * heads * tile, pages = tokens / 64 + 1;
+    uint64_t tile = kvd_tile_bytes(kvd_codecs_both(codec), dim, dim), page = layers * heads * tile, pages = tokens / 64 + 1;
     uint64_t bf16_page = (uint64_t)layers * heads * 64 * dim * 4;
     std::vector<kvd_cuda_append_item> items(n);
     kvd_cuda_append_params p = {};

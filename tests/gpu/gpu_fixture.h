@@ -28,13 +28,13 @@ static inline uint64_t *device_pages(uint32_t n, uint64_t bytes)
 
 static inline void to_device(struct kseq *s)
 {
-    s->at_bf16 = device_pages(s->n_bf16, kvd_page_bytes(&s->g, KVD_CODEC_BF16));
+    s->at_bf16 = device_pages(s->n_bf16, kvd_page_bytes(&s->g, kvd_window_codec()));
     s->at_codec = device_pages(s->n_codec, kvd_page_bytes(&s->g, s->g.codec));
 }
 
 static inline void fetch_pages(struct kseq *s)
 {
-    uint64_t bf16 = kvd_page_bytes(&s->g, KVD_CODEC_BF16),
+    uint64_t bf16 = kvd_page_bytes(&s->g, kvd_window_codec()),
              codec = kvd_page_bytes(&s->g, s->g.codec);
     for (uint32_t i = 0; i < s->n_bf16; i++)
         need(cudaMemcpy((void *)(uintptr_t)s->bf16[i], (void *)(uintptr_t)s->at_bf16[i], bf16,

@@ -123,7 +123,7 @@ static double check_long(uint32_t codec, uint32_t dim, uint64_t tokens, struct a
     struct long_truth *x = long_truth(&s, a);
     uint8_t *pages = copy_of(s.pages, s.bytes);
     for (uint64_t i = 0; i < s.n_pages; i++)
-        s.table[i] = (uint64_t)(uintptr_t)pages + i * kvd_page_bytes(&s.g, codec);
+        s.table[i] = (uint64_t)(uintptr_t)pages + i * kvd_page_bytes(&s.g, s.g.codec);
     struct kvd_rotation_data none = {.n_layers = 1, .heads = 1, .dim_k = dim, .dim_v = dim};
     struct kvd_rotation *rot = cuda->ops->rotation_new(cuda, &none, NULL);
     double worst = 0;
@@ -425,26 +425,26 @@ static void same_pages(enum kvd_scale kind, uint32_t dk, uint32_t dv, uint32_t h
         for (uint64_t j = 0; ties && j < 2 * 1000 * 2 * dk; j++) // few values, constant rows
             s[i].k[j] = kvd_f32_to_bf16((float)(j / dk % 5 == 0 ? 3 : (int)(j * 7 % 5) - 2));
         for (uint32_t j = 0; j < s[i].n_codec; j++)
-            memset((void *)(uintptr_t)s[i].codec[j], 0, kvd_page_bytes(&g, codec));
+            memset((void *)(uintptr_t)s[i].codec[j], 0, kvd_page_bytes(&g, g.codec));
         for (uint32_t j = 0; j < s[i].n_bf16; j++)
-            memset((void *)(uintptr_t)s[i].bf16[j], 0, kvd_page_bytes(&g, KVD_CODEC_BF16));
+            memset((void *)(uintptr_t)s[i].bf16[j], 0, kvd_page_bytes(&g, kvd_window_codec()));
     }
     to_device(&s[1]);
     for (uint32_t j = 0; j < s[1].n_codec; j++)
-        cudaMemset((void *)(uintptr_t)s[1].at_codec[j], 0, kvd_page_bytes(&g, codec));
+        cudaMemset((void *)(uintptr_t)s[1].at_codec[j], 0, kvd_page_bytes(&g, g.codec));
     for (uint32_t j = 0; j < s[1].n_bf16; j++)
-        cudaMemset((void *)(uintptr_t)s[1].at_bf16[j], 0, kvd_page_bytes(&g, KVD_CODEC_BF16));
+        cudaMemset((void *)(uintptr_t)s[1].at_bf16[j], 0, kvd_page_bytes(&g, kvd_window_codec()));
     struct kvd_rotation *a = grow(&s[0], cpu, 1000, seed), *b = grow(&s[1], cuda, 1000, seed);
     fetch_pages(&s[1]);
     uint64_t differ = 0, all = 0;
     for (uint32_t j = 0; j < s[0].n_codec; j++)
-        for (uint64_t k = 0; k < kvd_page_bytes(&g, codec); k++, all++)
+        for (uint64_t k = 0; k < kvd_page_bytes(&g, g.codec); k++, all++)
             differ += ((uint8_t *)(uintptr_t)s[0].codec[j])[k] !=
                       ((uint8_t *)(uintptr_t)s[1].codec[j])[k];
     bool windows = true;
     for (uint32_t j = 0; j < s[0].n_bf16; j++)
         windows &= memcmp((void *)(uintptr_t)s[0].bf16[j], (void *)(uintptr_t)s[1].bf16[j],
-                          kvd_page_bytes(&g, KVD_CODEC_BF16)) == 0;
+                          kvd_page_bytes(&g, kvd_window_codec())) == 0;
     bytes_compared += all;
     bytes_different += differ;
     char name[160];

@@ -99,7 +99,7 @@ static inline void kseq_init(struct kseq *s, struct kvd_plane g, uint64_t capaci
     s->rot.clip_v = s->clip + matrices;
     s->n_bf16 = (g.sink + 63) / 64 + kvd_plane_ring(&g) / 64;
     s->n_codec = (uint32_t)(capacity / 64 + 1);
-    s->bf16 = kseq_pages(s->n_bf16, kvd_page_bytes(&g, KVD_CODEC_BF16));
+    s->bf16 = kseq_pages(s->n_bf16, kvd_page_bytes(&g, kvd_window_codec()));
     s->codec = kseq_pages(s->n_codec, kvd_page_bytes(&g, g.codec));
     s->at_bf16 = s->bf16;
     s->at_codec = s->codec;
@@ -200,7 +200,7 @@ static inline void kseq_truth(const struct kseq *s, uint64_t t, uint32_t layer, 
     const struct kvd_plane *g = &s->g;
     uint32_t dim = v ? g->head_dim_v : g->head_dim_k;
     bool history = t >= g->sink && t < s->hist_end;
-    if (!history || g->codec == KVD_CODEC_BF16) {
+    if (!history || kvd_codecs_side(g->codec, v) == KVD_CODEC_BF16) {
         const uint16_t *row =
             (v ? s->v : s->k) + (((uint64_t)layer * s->capacity + t) * g->kv_heads + head) * dim;
         for (uint32_t c = 0; c < dim; c++)

@@ -41,15 +41,15 @@ static inline void long_tile(struct long_seq *s, uint8_t *tile)
         uint64_t x = kvd_rand(&s->rng);
         memcpy(tile + i, &x, 8);
     }
-    uint32_t size = kvd_codec_param_bytes(g->codec);
-    for (uint32_t i = 0; i < 2 * KVD_PAGE_TOKENS && g->codec != KVD_CODEC_BF16; i++) {
+    uint32_t size = kvd_codec_param_bytes(g->codec.k);
+    for (uint32_t i = 0; i < 2 * KVD_PAGE_TOKENS && g->codec.k != KVD_CODEC_BF16; i++) {
         bool v = i >= KVD_PAGE_TOKENS;
-        uint32_t param = long_param(g->codec, &s->rng);
+        uint32_t param = long_param(g->codec.k, &s->rng);
         memcpy(tile + kvd_params_offset(g->codec, g->head_dim_k, g->head_dim_v, v) +
                    (uint64_t)kvd_param_index(i % KVD_PAGE_TOKENS) * size,
                &param, size);
     }
-    for (uint64_t i = 0; i < bytes && g->codec == KVD_CODEC_BF16; i += 2) {
+    for (uint64_t i = 0; i < bytes && g->codec.k == KVD_CODEC_BF16; i += 2) {
         uint64_t x = kvd_rand(&s->rng);
         double sum = 0;
         for (int k = 0; k < 4; k++)
@@ -65,11 +65,11 @@ static inline void long_init(struct long_seq *s, uint32_t codec, uint32_t group,
     *s = (struct long_seq){
         .g = test_plane(1, 1, group, dim, dim, codec, 0, 0), .tokens = tokens, .rng = seed};
     s->n_pages = kvd_div_up(tokens, KVD_PAGE_TOKENS);
-    s->bytes = s->n_pages * kvd_page_bytes(&s->g, codec);
+    s->bytes = s->n_pages * kvd_page_bytes(&s->g, s->g.codec);
     s->pages = malloc(s->bytes);
     s->table = malloc(s->n_pages * sizeof(*s->table));
     for (uint64_t i = 0; i < s->n_pages; i++) {
-        uint8_t *tile = s->pages + i * kvd_page_bytes(&s->g, codec);
+        uint8_t *tile = s->pages + i * kvd_page_bytes(&s->g, s->g.codec);
         s->table[i] = (uint64_t)(uintptr_t)tile;
         long_tile(s, tile);
     }
@@ -86,7 +86,7 @@ static inline void long_row(const struct long_seq *s, uint64_t t, bool v, float 
     const struct kvd_plane *g = &s->g;
     uint32_t dim = v ? g->head_dim_v : g->head_dim_k, row = (uint32_t)(t % KVD_PAGE_TOKENS);
     const uint8_t *tile = s->pages + t / KVD_PAGE_TOKENS * kvd_page_bytes(g, g->codec);
-    if (g->codec != KVD_CODEC_BF16) {
+    if (g->codec.k != KVD_CODEC_BF16) {
         kvd_row_unpack(g->codec, tile, g->head_dim_k, g->head_dim_v, v, row, x);
         return;
     }

@@ -13,7 +13,7 @@ static inline struct kvd_plane test_plane(uint32_t layers, uint32_t kv_heads, ui
                           .kv_heads = kv_heads,
                           .head_dim_k = dk,
                           .head_dim_v = dv,
-                          .codec = codec,
+                          .codec = kvd_codecs_both(codec),
                           .sink = sink,
                           .recent = recent};
     struct kvd_error err = {0};

@@ -65,7 +65,7 @@ static inline struct kvd_layout test_layout(uint32_t layers, uint32_t sink, uint
                                        .kv_heads = 2,
                                        .head_dim_k = 64,
                                        .head_dim_v = 64,
-                                       .codec = KVD_CODEC_INT2,
+                                       .codec = {KVD_CODEC_INT2, KVD_CODEC_INT2},
                                        .sink = sink,
                                        .recent = recent}}};
     for (uint32_t i = 0; i < layers; i++)

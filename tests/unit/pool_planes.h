@@ -469,7 +469,7 @@ static struct kvd_layout random_layout(struct model *m)
         struct kvd_plane *g = &l.planes[p];
         g->q_heads = g->kv_heads = 1;
         g->head_dim_k = g->head_dim_v = 64;
-        g->codec = KVD_CODEC_INT2;
+        g->codec = kvd_codecs_both(KVD_CODEC_INT2);
         g->window = below(m, 2) ? 1 + below(m, below(m, 2) ? 100 : 600) : 0;
         g->sink = g->window ? 0 : 16 * below(m, 6);
         g->recent = 16 * below(m, below(m, 2) ? 6 : 20);

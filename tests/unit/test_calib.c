@@ -197,7 +197,7 @@ static struct kvd_layout test_layout(uint32_t layers, uint32_t dim)
                           .kv_heads = 2,
                           .head_dim_k = dim,
                           .head_dim_v = dim,
-                          .codec = KVD_CODEC_INT2};
+                          .codec = {KVD_CODEC_INT2, KVD_CODEC_INT2}};
     struct kvd_layout l = {.n_layers = layers, .n_planes = 1, .planes = {p}};
     for (uint32_t i = 0; i < layers; i++)
         l.layers[i] = (uint16_t)(3 + 4 * i);

@@ -39,9 +39,9 @@ START_TEST(tiles_have_no_gaps_and_state_their_bits)
     for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++) {
         ck_assert_uint_eq(kvd_codec_find(kvd_codec_name(codec)), codec);
         ck_assert(strstr(kvd_codec_names(), kvd_codec_name(codec)) != NULL);
-        double got = 8.0 * (double)kvd_tile_bytes(codec, 128, 128) / 64 / 256;
+        double got = 8.0 * (double)kvd_tile_bytes(kvd_codecs_both(codec), 128, 128) / 64 / 256;
         ck_assert_double_eq(got, bits[codec]);
-#define KVD_HEAD_DIMS(k, v) ck_assert_uint_eq(kvd_tile_bytes(codec, k, v) % 16, 0);
+#define KVD_HEAD_DIMS(k, v) ck_assert_uint_eq(kvd_tile_bytes(kvd_codecs_both(codec), k, v) % 16, 0);
 #include "proto/head_dims.def"
     }
     ck_assert_uint_eq(kvd_codec_find("int3"), KVD_CODEC_COUNT);
@@ -90,8 +90,8 @@ static double row_error(const struct kvd_quantizer *q, const float *x, uint32_t 
     uint32_t token = (uint32_t)(kvd_rand(rng) % 64);
     bool v = kvd_rand(rng) % 2;
     kvd_row_quantize(q, x, dim, &row);
-    kvd_row_pack(q->codec, tile, dim, dim, v, token, &row);
-    kvd_row_unpack(q->codec, tile, dim, dim, v, token, y);
+    kvd_row_pack(kvd_codecs_both(q->codec), tile, dim, dim, v, token, &row);
+    kvd_row_unpack(kvd_codecs_both(q->codec), tile, dim, dim, v, token, y);
     double e = 0;
     for (uint32_t c = 0; c < dim; c++)
         e += ((double)y[c] - x[c]) * ((double)y[c] - x[c]);
@@ -307,7 +307,7 @@ START_TEST(golden_tiles)
             uint32_t codec = i / KVD_SCALE_COUNT;
             if (codec == KVD_CODEC_BF16)
                 continue;
-            uint64_t bytes = kvd_tile_bytes(codec, d[0], d[1]), differ = 0;
+            uint64_t bytes = kvd_tile_bytes(kvd_codecs_both(codec), d[0], d[1]), differ = 0;
             uint8_t *want = malloc(bytes), *got = malloc(bytes);
             ck_assert_uint_eq(fread(want, 1, bytes, f), bytes);
             memset(got, 0xff, bytes);
@@ -317,7 +317,7 @@ START_TEST(golden_tiles)
                 struct kvd_quantizer q = {codec, v ? 0.92f : 0.96f, v ? 0.95f : 1.0f,
                                           (enum kvd_scale)(i % KVD_SCALE_COUNT)};
                 kvd_row_quantize(&q, x + (v ? 64 * d[0] + (t - 64) * d[1] : t * d[0]), d[v], &row);
-                kvd_row_pack(codec, got, d[0], d[1], v, t % 64, &row);
+                kvd_row_pack(kvd_codecs_both(codec), got, d[0], d[1], v, t % 64, &row);
             }
             for (uint64_t b = 0; b < bytes; b++)
                 differ += got[b] != want[b];

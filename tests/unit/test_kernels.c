@@ -48,7 +48,8 @@ static bool left_out(void)
     return kvd_rand(&rng) % n != 0;
 }
 
-static void check_shape(const char *isa, const struct shape *c, uint32_t codec, uint64_t seed)
+static void check_shape(const char *isa, const struct shape *c, struct kvd_codecs codec,
+                        uint64_t seed)
 {
     if (left_out())
         return;
@@ -56,8 +57,10 @@ static void check_shape(const char *isa, const struct shape *c, uint32_t codec, 
     if (!b)
         return;
     struct kseq s;
+    char name[KVD_CODECS_TEXT];
     struct kvd_plane g =
-        test_plane(c->layers, c->kv_heads, c->group, c->dk, c->dv, codec, c->sink, c->recent);
+        test_plane(c->layers, c->kv_heads, c->group, c->dk, c->dv, codec.k, c->sink, c->recent);
+    g.codec = codec;
     kseq_init(&s, g, c->length + 64, c->heads_rot, 0.96f, 0.92f, seed);
     kseq_fill(&s);
     struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
@@ -70,9 +73,9 @@ static void check_shape(const char *isa, const struct shape *c, uint32_t codec, 
     double limit = 2e-4 * sqrt(KVD_MAX(1.0, c->length / 4096.0));
     ck_assert_msg(
         e.worst < limit && e.overall < limit && e.lse < 2e-4,
-        "%s codec %u kv %u group %u dk %u dv %u length %u q %u window %u: error %.2e, lse %.2e",
-        isa, codec, c->kv_heads, c->group, c->dk, c->dv, c->length, c->a.q_len, c->a.window,
-        e.worst, e.lse);
+        "%s codec %s kv %u group %u dk %u dv %u length %u q %u window %u: error %.2e, lse %.2e",
+        isa, kvd_codecs_name(codec, name), c->kv_heads, c->group, c->dk, c->dv, c->length,
+        c->a.q_len, c->a.window, e.worst, e.lse);
     b->ops->rotation_free(b, &rot);
     kseq_deinit(&s);
     kvd_backend_free(&b);
@@ -87,8 +90,23 @@ START_TEST(attention_matches_float64)
             bool all = attention_shapes[j].length < (i == 0 ? 350 : 600);
             uint32_t codecs = all ? KVD_CODEC_COUNT : KVD_CODEC_INT2 + 1;
             for (uint32_t codec = 0; codec < codecs; codec++)
-                check_shape(isas[i], &attention_shapes[j], codec, seed + j);
+                check_shape(isas[i], &attention_shapes[j], kvd_codecs_both(codec), seed + j);
         }
+}
+END_TEST
+
+// Every pair of codecs, each at some shape on some instruction set.
+START_TEST(attention_with_a_codec_for_each_side)
+{
+    uint64_t seed = kvd_test_seed("sides");
+    for (uint32_t i = 0; i < KVD_CODEC_COUNT * KVD_CODEC_COUNT; i++) {
+        struct kvd_codecs codec = {i / KVD_CODEC_COUNT, i % KVD_CODEC_COUNT};
+        size_t j = (i + seed) % KVD_LEN(attention_shapes), isa = (i / 2 + seed) % KVD_LEN(isas);
+        while (attention_shapes[j].length < 150 || attention_shapes[j].length > 600)
+            j = (j + 1) % KVD_LEN(attention_shapes);
+        if (codec.k != codec.v)
+            check_shape(isas[isa], &attention_shapes[j], codec, seed + i);
+    }
 }
 END_TEST
 
@@ -141,8 +159,9 @@ START_TEST(every_group_and_dim)
                               16, 16, 1,     170 + group,     {.q_len = 1}};
             uint32_t codec = (group + (uint32_t)i) % KVD_CODEC_COUNT;
             bool odd = (group + i) % 2;
-            check_shape(odd ? "avx512" : "avx2", &c, KVD_CODEC_INT2, seed + group * 16 + i);
-            check_shape(odd ? "avx2" : "avx512", &c, codec, seed + group * 16 + i);
+            check_shape(odd ? "avx512" : "avx2", &c, kvd_codecs_both(KVD_CODEC_INT2),
+                        seed + group * 16 + i);
+            check_shape(odd ? "avx2" : "avx512", &c, kvd_codecs_both(codec), seed + group * 16 + i);
         }
 }
 END_TEST
@@ -197,10 +216,10 @@ START_TEST(codes_match_a_float64_derivation)
                         y[j] += (double)kvd_bf16_to_f32(row[i]) * m[i * 128 + j];
                 }
                 derive(y, 128, v ? 0.92 : 0.96, codes, &scale, &min);
-                const uint8_t *tile =
-                    (const uint8_t *)(uintptr_t)s.codec[t / 64] + kvd_tile_offset(&s.g, 1, 0, h);
+                const uint8_t *tile = (const uint8_t *)(uintptr_t)s.codec[t / 64] +
+                                      kvd_tile_offset(&s.g, s.g.codec, 0, h);
                 struct kvd_affine p[64];
-                kvd_params_read(1, tile + kvd_params_offset(1, 128, 128, v), 64, p);
+                kvd_params_read(1, tile + kvd_params_offset(s.g.codec, 128, 128, v), 64, p);
                 ck_assert_double_eq_tol(p[t % 64].scale, scale, scale * 1e-3);
                 ck_assert_double_eq_tol(p[t % 64].min, min, fabs(min) * 1e-3);
                 for (uint32_t c = 0; c < 128; c++, all++) {
@@ -245,9 +264,9 @@ START_TEST(scales_are_chosen_by_side)
                     for (uint32_t c = 0; c < 64; c++)
                         x[c] = kvd_bf16_to_f32((v ? s.v : s.k)[t * 64 + c]);
                     kvd_row_quantize(&q, x, 64, &row);
-                    kvd_row_pack(codec, tile, 64, 64, v, t, &row);
-                    kvd_row_unpack(codec, tile, 64, 64, v, t, want);
-                    kvd_row_unpack(codec, (const uint8_t *)(uintptr_t)s.codec[0], 64, 64, v, t,
+                    kvd_row_pack(s.g.codec, tile, 64, 64, v, t, &row);
+                    kvd_row_unpack(s.g.codec, tile, 64, 64, v, t, want);
+                    kvd_row_unpack(s.g.codec, (const uint8_t *)(uintptr_t)s.codec[0], 64, 64, v, t,
                                    got);
                     ck_assert_mem_eq(got, want, sizeof(got));
                 }
@@ -287,14 +306,16 @@ START_TEST(instruction_sets_write_the_same_pages)
 }
 END_TEST
 
-static void check_read(const char *isa, uint32_t dk, uint32_t dv, uint32_t codec)
+static void check_read(const char *isa, uint32_t dk, uint32_t dv, struct kvd_codecs codec)
 {
     enum { TOKENS = 300 };
     struct kvd_backend *b = backend(isa, 2);
     if (!b)
         return;
     struct kseq s;
-    kseq_init(&s, test_plane(2, 2, 2, dk, dv, codec, 64, 64), TOKENS, 2, 0.96f, 0.92f, 77);
+    struct kvd_plane g = test_plane(2, 2, 2, dk, dv, codec.k, 64, 64);
+    g.codec = codec;
+    kseq_init(&s, g, TOKENS, 2, 0.96f, 0.92f, 77);
     kseq_fill(&s);
     struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
     kseq_append(&s, b, rot, TOKENS);
@@ -332,7 +353,8 @@ START_TEST(read_returns_what_pages_hold)
         for (size_t d = 0; d < KVD_LEN(head_dims); d++)
             if (i > 0 || d % 3 == 0) // plain loops take their time
                 check_read(isas[i], head_dims[d][0], head_dims[d][1],
-                           (uint32_t)(i + d) % KVD_CODEC_COUNT);
+                           (struct kvd_codecs){(uint32_t)(i + d) % KVD_CODEC_COUNT,
+                                               (uint32_t)(i + 2 * d) % KVD_CODEC_COUNT});
 }
 END_TEST
 
@@ -502,8 +524,8 @@ END_TEST
 
 KVD_MAIN("kernels", 300, avx2_is_among_those_tested, avx512_is_among_those_tested,
          codes_match_a_float64_derivation, scales_are_chosen_by_side, attention_matches_float64,
-         precision_does_not_fall_with_length, every_group_and_dim,
-         instruction_sets_write_the_same_pages, read_returns_what_pages_hold,
+         attention_with_a_codec_for_each_side, precision_does_not_fall_with_length,
+         every_group_and_dim, instruction_sets_write_the_same_pages, read_returns_what_pages_hold,
          rotation_is_undone_by_its_inverse, nonfinite_values_are_found,
          queries_that_are_not_finite_give_nan_alone, logits_that_overflow_give_nan, half_precision,
          extents_are_taken_over)

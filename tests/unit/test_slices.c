@@ -53,7 +53,7 @@ static void check_same_pages(const struct kseq *a, const struct kseq *b)
 {
     for (uint32_t i = 0; i < a->n_bf16; i++)
         ck_assert_mem_eq((void *)(uintptr_t)a->bf16[i], (void *)(uintptr_t)b->bf16[i],
-                         kvd_page_bytes(&a->g, KVD_CODEC_BF16));
+                         kvd_page_bytes(&a->g, kvd_window_codec()));
     for (uint32_t i = 0; i < a->n_codec; i++)
         ck_assert_mem_eq((void *)(uintptr_t)a->codec[i], (void *)(uintptr_t)b->codec[i],
                          kvd_page_bytes(&a->g, a->g.codec));
@@ -75,7 +75,7 @@ static void append_sliced(struct kseq *a, struct kseq *b, struct kvd_backend *ba
     struct kvd_nonfinite at;
     while (again(&looks))
         ck_assert_int_eq(backend->ops->check(backend, &p, &at), 0);
-    uint64_t bytes = kvd_page_bytes(&b->g, KVD_CODEC_BF16);
+    uint64_t bytes = kvd_page_bytes(&b->g, kvd_window_codec());
     uint8_t *window = malloc(b->n_bf16 * bytes);
     for (uint32_t i = 0; i < b->n_bf16; i++)
         memcpy(window + i * bytes, (void *)(uintptr_t)b->bf16[i], bytes);

@@ -162,7 +162,7 @@ START_TEST(refused_where_they_would_be_served)
                                        .kv_heads = 2,
                                        .head_dim_k = 64,
                                        .head_dim_v = 64,
-                                       .codec = KVD_CODEC_INT2}},
+                                       .codec = {KVD_CODEC_INT2, KVD_CODEC_INT2}}},
                            .layers = {3}};
     struct kvd_rotation_data data = {0};
     err = (struct kvd_error){0};
