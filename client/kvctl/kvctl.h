@@ -30,6 +30,7 @@ enum value {
     VALUE_COUNT,    // 1 to 1000000
     VALUE_NUMBER,   // 0 to 1048576
     VALUE_LEVEL,    // of the log
+    VALUE_TIER,     // host, directory or redis
     VALUE_SET,      // model@tag or a digest
     VALUE_SET_OR_FILE,
     VALUE_MODEL_TAG,
@@ -170,6 +171,8 @@ COMMAND(ping);
 COMMAND(quota_ls);
 COMMAND(quota_set);
 COMMAND(evict);
+COMMAND(tier_status);
+COMMAND(tier_flush);
 COMMAND(drain);
 COMMAND(reload);
 COMMAND(log_level);

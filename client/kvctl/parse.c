@@ -177,6 +177,11 @@ static const char *wants(enum value kind, const char *text)
                        strcmp(text, "debug") == 0
                    ? NULL
                    : "error, warning, notice, info or debug";
+    case VALUE_TIER:
+        return strcmp(text, "host") == 0 || strcmp(text, "directory") == 0 ||
+                       strcmp(text, "redis") == 0
+                   ? NULL
+                   : "host, directory or redis";
     case VALUE_SET:
         return kvd_store_ref_valid(text) ? NULL : "model@tag or sha256:<64 hex>";
     case VALUE_SET_OR_FILE:

@@ -122,6 +122,39 @@ int cmd_sequences(struct kvctl *k)
     return EXIT_OK;
 }
 
+int cmd_tier_status(struct kvctl *k)
+{
+    Kvd__V1__ListTiersRequest req = KVD__V1__LIST_TIERS_REQUEST__INIT;
+    Kvd__V1__ListTiersReply *r = NULL;
+    char text[KVCTL_TEXT];
+    int code = kvctl_call(k, "ListTiers", &req, &kvd__v1__list_tiers_reply__descriptor, &r);
+    if (code)
+        return code;
+    if (k->json)
+        return kvctl_print_json(k, &r->base);
+    struct table *t = table_new("TIER|STATE|>BLOCKS|>SIZE|>LIMIT|>PUT|>HITS|>MISSES|>DAMAGED|"
+                                ">FAILED|>REFUSED|WHERE");
+    for (size_t i = 0; i < r->n_tiers; i++) {
+        const Kvd__V1__TierInfo *s = r->tiers[i];
+        const uint64_t numbers[] = {s->put, s->hits, s->misses, s->damaged, s->failed, s->refused};
+        table_cell(t, "%s", s->name);
+        table_cell(t, "%s", s->state);
+        table_cell(t, "%llu", (unsigned long long)s->blocks);
+        table_size(t, s->bytes);
+        table_size(t, s->limit_bytes);
+        for (size_t j = 0; j < KVD_LEN(numbers); j++)
+            table_cell(t, "%llu", (unsigned long long)numbers[j]);
+        table_cell(t, "%s", kvctl_text(s->where, text));
+    }
+    table_print(t, "no tiers: tier-host, tier-directory and tier-redis are not set");
+    for (size_t i = 0; i < r->n_tiers; i++)
+        if (r->tiers[i]->reason[0])
+            printf("%s: last failure: %s\n", r->tiers[i]->name,
+                   kvctl_text(r->tiers[i]->reason, text));
+    kvd__v1__list_tiers_reply__free_unpacked(r, NULL);
+    return EXIT_OK;
+}
+
 static int show_pool(struct kvctl *k)
 {
     Kvd__V1__GetPoolRequest req = KVD__V1__GET_POOL_REQUEST__INIT;

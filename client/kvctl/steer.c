@@ -1,4 +1,4 @@
-// Commands that change something: quota, evict, drain, reload, log-level.
+// Commands that change something: quota, evict, tier flush, drain, reload, log-level.
 
 #include "client/kvctl/kvctl.h"
 
@@ -83,6 +83,22 @@ int cmd_evict(struct kvctl *k)
     printf("evicted %u sequences, %llu blocks of prefixes, %s\n", r->sequences,
            (unsigned long long)r->blocks, kvd_format_size(r->bytes, size, sizeof(size)));
     kvd__v1__evict_reply__free_unpacked(r, NULL);
+    return EXIT_OK;
+}
+
+int cmd_tier_flush(struct kvctl *k)
+{
+    Kvd__V1__FlushTierRequest req = KVD__V1__FLUSH_TIER_REQUEST__INIT;
+    Kvd__V1__FlushTierReply *r = NULL;
+    req.name = (char *)k->arguments[0];
+    int code =
+        kvctl_operator_call(k, "FlushTier", &req, &kvd__v1__flush_tier_reply__descriptor, &r);
+    if (code)
+        return code;
+    if (k->json)
+        return kvctl_print_json(k, &r->base);
+    printf("flushed\n");
+    kvd__v1__flush_tier_reply__free_unpacked(r, NULL);
     return EXIT_OK;
 }
 

@@ -35,6 +35,9 @@ KVD_HANDLER(drain);
 KVD_HANDLER(set_log_level);
 KVD_HANDLER(reload);
 KVD_HANDLER(fetch_rotation_set);
+// tier.c
+KVD_HANDLER(list_tiers);
+KVD_HANDLER(flush_tier);
 // health.c
 KVD_HANDLER(health_check);
 KVD_HANDLER(health_watch);

@@ -67,6 +67,8 @@ const struct kvd_method kvd_methods[] = {
     ADMIN("ListNamespaces", list_namespaces_request, list_namespaces),
     ADMIN("GetMetrics", get_metrics_request, get_metrics),
     ADMIN("ListRotationSets", list_rotation_sets_request, list_rotation_sets),
+    ADMIN("ListTiers", list_tiers_request, list_tiers),
+    OPERATOR("FlushTier", flush_tier_request, flush_tier),
     OPERATOR("SetQuota", set_quota_request, set_quota),
     OPERATOR("Evict", evict_request, evict),
     OPERATOR("Drain", drain_request, drain),

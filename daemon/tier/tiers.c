@@ -297,9 +297,10 @@ static void metrics(struct kvd_daemon *d, FILE *f)
         }
 }
 
-// They are closed while the loop runs on, so that whoever waits for a block is told.
+// They are closed when kvd stops, while calls can be answered still: whoever waits is told.
 const struct kvd_part kvd_part_tiers = {
     .init = init,
+    .stop = close_tiers,
     .end = close_tiers,
     .deinit = deinit,
     .metrics = metrics,

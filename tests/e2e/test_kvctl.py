@@ -16,7 +16,7 @@ from google.protobuf import json_format
 
 from conftest import BUILD, KVCTL, Daemon, Rpc, admin, layout
 
-SAMPLES = {"NAMESPACE": "default", "SIZE|none": "1GiB", "SECONDS": "1", "COUNT": "1", "LEVEL": "info", "COMMAND": "quota",
+SAMPLES = {"NAMESPACE": "default", "SIZE|none": "1GiB", "SECONDS": "1", "COUNT": "1", "LEVEL": "info", "TIER": "host", "COMMAND": "quota",
            "VERB": "set", "SET": "a/b@c", "SET|FILE": "a/b@c", "K.pt": "k.pt", "V.pt": "v.pt", "MODEL@TAG": "a/b@c",
            "LAYERS": "0-3", "DIM": "64", "FILE": "f", "REPORT.json": "r.json", "DUMP": "d", "OUT": "o"}
 
@@ -91,6 +91,7 @@ quota set "" 1GiB | quota set default | quota lst | quota set default 1GiB 2GiB 
 evict | evict everything | evict --all --namespace default --yes | evict --name precious --yes | evict --all
 evict --namespace default --bytes lots | evict --namespace "" | evict --namespace default --name ""
 evict --namespace default --name precious --bytes 1 | evict --namespace default --bytes 0 | evict --yes
+tier | tier flush | tier flush disk | tier flush "" | tier flush host redis | tier status host
 log-level loud | log-level "" | log-level | log-level INFO | log-level info debug
 calib | calib lss | calib show nonsense | calib fetch nonsense | calib pin nonsense | calib unpin @ | calib untag a/b | calib gc now
 calib import a b c | calib hadamard a/b@c 3-1 64 | calib hadamard a/b@c 0-3 65 | calib hadamard ab 0-3 64
@@ -210,7 +211,7 @@ def test_json_is_what_protobuf_makes_of_the_reply(start, folder):
         "status": lambda: reply("GetStatus"), "workers": lambda: reply("ListSessions"),
         "sequences": lambda: reply("ListSequences"), "sequences none": lambda: reply("ListSequences", namespace_name="none"),
         "pool": lambda: reply("GetPool"), "quota ls": lambda: reply("ListNamespaces"),
-        "metrics": lambda: reply("GetMetrics"), "calib ls": lambda: reply("ListRotationSets"),
+        "tier status": lambda: reply("ListTiers"), "metrics": lambda: reply("GetMetrics"), "calib ls": lambda: reply("ListRotationSets"),
         "calib fetch m/m@t": lambda: operator("FetchRotationSet", name="m/m@t"),
         "quota set default 64MiB": lambda: operator("SetQuota", namespace_name="default", quota_bytes=64 << 20),
         "evict --namespace default": lambda: operator("Evict", namespace_name="default"),

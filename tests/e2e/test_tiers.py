@@ -1,0 +1,80 @@
+"""Tiers as an operator sees them: configured, looked at, flushed, and gone without harm."""
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import KVCTL
+
+SERVERS = [p for p in ("/usr/bin/valkey-server", "/usr/bin/redis-server") if os.path.exists(p)]
+
+
+@pytest.fixture
+def server(folder):
+    if not SERVERS:
+        pytest.skip("neither valkey-server nor redis-server is installed")
+    path = folder / "redis.sock"
+    process = subprocess.Popen([SERVERS[0], "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(folder)],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.time() + 10
+    while not path.exists() and time.time() < end:
+        time.sleep(0.01)
+    yield process, path
+    process.kill()
+    process.wait()
+
+
+def tiers(kvd):
+    return {t["name"]: t for t in json.loads(kvd.kvctl("--json", "tier", "status").stdout)["tiers"]}
+
+
+def test_none_unless_configured(kvd):
+    assert tiers(kvd) == {}
+    assert "tier-host" in kvd.kvctl("tier", "status").stdout
+    r = kvd.kvctl("tier", "flush", "redis", check=False)
+    assert r.returncode and "no tier 'redis'" in r.stderr
+    assert "kvd_tier" not in kvd.kvctl("metrics").stdout
+
+
+def test_three_tiers(start, folder, server):
+    process, path = server
+    blocks = folder / "blocks"
+    secret = folder / "secret"
+    secret.write_bytes(os.urandom(32))
+    secret.chmod(0o600)
+    kvd = start(config=f"[kvd]\ntier-host = 64MiB\ntier-directory = {blocks} 1GiB\ntier-redis = unix:{path}\n"
+                       f"tier-secret = {secret}\ntier-timeout = 300ms\n")
+    have = tiers(kvd)
+    assert list(have) == ["host", "directory", "redis"]
+    assert have["directory"]["limit_bytes"] == str(1 << 30) and have["directory"]["where"] == str(blocks)
+    assert all(t["state"] == "ok" for t in have.values())
+    for name in have:
+        assert "flushed" in kvd.kvctl("tier", "flush", name).stdout
+    page = kvd.kvctl("metrics").stdout
+    for name in have:
+        assert f'kvd_tier_up{{tier="{name}"}} 1' in page
+        assert f'kvd_tier_operations_total{{tier="{name}",operation="flush",result="ok"}} 1' in page
+    # A server that is stopped holds up nobody, not even the end of kvd.
+    process.send_signal(signal.SIGSTOP)
+    flush = subprocess.Popen([str(KVCTL), "--address", kvd.address, "tier", "flush", "redis"],
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    began = time.time()
+    assert tiers(kvd)["redis"]["state"] in ("ok", "failing")
+    out, err = flush.communicate(timeout=30)
+    assert flush.returncode and "not flushed" in err
+    assert kvd.stop() == 0
+    assert time.time() - began < 10
+    process.send_signal(signal.SIGCONT)
+
+
+def test_a_server_that_is_not_there(start, folder):
+    kvd = start(config=f"[kvd]\ntier-redis = unix:{folder}/nothing\n")
+    for _ in range(4):
+        r = kvd.kvctl("tier", "flush", "redis", check=False)
+        assert r.returncode and "not flushed" in r.stderr
+    have = tiers(kvd)["redis"]
+    assert have["state"] == "failing" and "No such file" in have["reason"], have
+    assert "last failure" in kvd.kvctl("tier", "status").stdout
+    assert 'kvd_tier_up{tier="redis"} 0' in kvd.kvctl("metrics").stdout
