@@ -26,8 +26,10 @@
 #define KVD_THRESHOLDS_4 0.25822166f, 0.52240371f, 0.79954979f, 1.09928583f, 1.43713879f, 1.84353181f, 2.40080340f
 // clang-format on
 
-// From one to the next of four evenly spaced levels of least squared error for such a variable.
-#define KVD_EVEN_STEP 0.9957f
+// From one to the next of four, and of sixteen, evenly spaced levels of least squared error for
+// such a variable.
+#define KVD_EVEN_STEP   0.9957f
+#define KVD_EVEN_STEP_4 0.3352f
 
 // How a row's scale is chosen: quantize.h.
 enum kvd_scale {

@@ -35,7 +35,7 @@ static float nth_largest_abs(const float *x, uint32_t dim, uint32_t n)
     return top[n - 1];
 }
 
-static const float levels_even[] = {0, 1, 2, 3};
+static const float levels_even[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 static const float levels_2[] = {KVD_MAGNITUDES_2, KVD_NEGATIVES_2};
 static const float levels_3[] = {KVD_MAGNITUDES_3, KVD_NEGATIVES_3};
 static const float levels_4[] = {KVD_MAGNITUDES_4, KVD_NEGATIVES_4};
@@ -150,10 +150,10 @@ static struct kvd_affine unbiased(const float *levels, const float *x, uint32_t 
     return (struct kvd_affine){scale, mean - scale * centre};
 }
 
-// What an even quantizer's codes come from: values within `limit` of 0, and the first level's
-// place.
+// What an even quantizer's codes, 0 to `top`, come from: values within `limit` of 0, and the first
+// level's place.
 struct range {
-    float limit, low, scale;
+    float top, limit, low, scale;
 };
 
 static void code_range(const float *x, uint32_t dim, const struct range *r, uint8_t *codes)
@@ -161,14 +161,14 @@ static void code_range(const float *x, uint32_t dim, const struct range *r, uint
     for (uint32_t i = 0; i < dim; i++) {
         float c = fminf(fmaxf(x[i], -r->limit), r->limit);
         float q = r->scale > 0 ? floorf((c - r->low) / r->scale + 0.5f) : 0;
-        codes[i] = q >= 3 ? 3 : q >= 1 ? (uint8_t)q : 0;
+        codes[i] = (uint8_t)(q >= r->top ? r->top : q >= 1 ? q : 0);
     }
 }
 
 // The range of a row within its clip.
-static struct range clipped_range(const float *x, uint32_t dim, float ratio)
+static struct range clipped_range(const float *x, uint32_t dim, float top, float ratio)
 {
-    struct range r = {.limit = INFINITY};
+    struct range r = {.top = top, .limit = INFINITY};
     uint32_t index = (uint32_t)((double)ratio * dim);
     if (ratio < 1.0f && index < dim)
         r.limit = nth_largest_abs(x, dim, dim - index);
@@ -179,12 +179,12 @@ static struct range clipped_range(const float *x, uint32_t dim, float ratio)
         hi = fmaxf(hi, c);
     }
     r.low = lo;
-    r.scale = (hi - lo) / 3.0f;
+    r.scale = (hi - lo) / top;
     return r;
 }
 
 // The range of least squared error that two refits find, and its codes.
-static struct range fitted_range(const float *x, uint32_t dim, uint8_t *codes)
+static struct range fitted_range(const float *x, uint32_t dim, float top, uint8_t *codes)
 {
     enum { REFITS = 2 };
     float n = (float)dim, sum = 0, squares = 0;
@@ -193,8 +193,9 @@ static struct range fitted_range(const float *x, uint32_t dim, uint8_t *codes)
     float average = sum / n;
     for (uint32_t i = 0; i < dim; i++)
         squares += (x[i] - average) * (x[i] - average);
-    struct range r = {.limit = INFINITY, .scale = KVD_EVEN_STEP * sqrtf(squares / n)};
-    r.low = average - 1.5f * r.scale;
+    float step = top > 3 ? KVD_EVEN_STEP_4 : KVD_EVEN_STEP;
+    struct range r = {.top = top, .limit = INFINITY, .scale = step * sqrtf(squares / n)};
+    r.low = average - top / 2 * r.scale;
     code_range(x, dim, &r, codes);
     for (int k = 0; k < REFITS && r.scale > 0; k++) {
         float levels = 0, level_squares = 0, products = 0;
@@ -237,14 +238,16 @@ static void quantize_evenly(const struct kvd_quantizer *q, const float *x, uint3
                             struct kvd_row *out)
 {
     bool published = q->scale == KVD_SCALE_PUBLISHED;
-    struct range r = published ? clipped_range(x, dim, q->ratio) : fitted_range(x, dim, out->codes);
+    float top = (float)((1u << kvd_codec_bits(q->codec)) - 1), middle = top / 2;
+    struct range r =
+        published ? clipped_range(x, dim, top, q->ratio) : fitted_range(x, dim, top, out->codes);
     float gain = published ? q->gain : 1, drawn = r.scale * gain;
-    struct kvd_affine a = {drawn, r.low + 1.5f * (r.scale - drawn)};
-    float centre = r.low + 1.5f * r.scale;
+    struct kvd_affine a = {drawn, r.low + middle * (r.scale - drawn)};
+    float centre = r.low + middle * r.scale;
     if (q->scale == KVD_SCALE_UNBIASED) {
         a = unbiased(levels_even, x, dim, out->codes, false);
         gain = a.scale > 0 ? a.scale / r.scale : 1;
-        centre = a.min + 1.5f * a.scale;
+        centre = a.min + middle * a.scale;
     }
     if (q->codec == KVD_CODEC_INT2C) {
         out->param = quantize_bytes(x, dim, &r, gain, centre, !published, out->codes);

@@ -5,6 +5,7 @@
 //            min) / 3, code = floor((x - min) / scale + 0.5). Levels are then drawn together about
 //            the row's centre by `gain`: scale' = gain * scale, min' = min + 1.5 (scale - scale').
 //            Codes come from the unrounded fp32 scale and min; scale' and min' are stored as fp16.
+//   int4     the same with 15 in the place of 3, and 7.5 in that of 1.5.
 //   int2c    the same scale' and centre = min + 1.5 scale; scale' rounded to 2^(n/8), the centre to
 //            eighths of that; codes by what was stored.
 //   int2-lm  mean and deviation of the row, codes of the nearest levels, scale and mean by least
@@ -14,7 +15,8 @@
 //
 // That is as published. Other scales for the same pages:
 //
-//   least squares  int2, int2c: from evenly spaced levels about the mean, as int2-lm; no ratio and
+//   least squares  int2, int2c, int4: from evenly spaced levels about the mean, as int2-lm; no
+//   ratio and
 //                  no gain. turboquant: scale = sum l x / sum l^2, l the levels of the codes.
 //                  int2-lm: as it is.
 //   unbiased       the codes of least squares (turboquant: as published), and the scale with which
@@ -34,8 +36,8 @@
 
 struct kvd_quantizer {
     uint32_t codec; // not bf16
-    float ratio;    // of clipping, int2 and int2c; 1 or more: none
-    float gain;     // of the levels, int2 and int2c; 1: none
+    float ratio;    // of clipping, where levels are even; 1 or more: none
+    float gain;     // of the levels, where they are even; 1: none
     enum kvd_scale scale;
 };
 

@@ -38,18 +38,22 @@ struct kvd_cpu_isa {
     void (*rotate)(const float *x, uint32_t rows, uint32_t dim, const float *r, float *y);
 };
 
-// The levels that attention sums: those of the codec less the centre of all four where they are not
+// The levels that attention sums: those of the codec less the centre of them all where they are not
 // symmetric. Sums of values that average to nothing then stay small; about any other centre they
 // would grow with the tokens, and what is left when scale * level and min cancel would be rounding.
 static inline float kvd_cpu_centre(uint32_t codec)
 {
-    return kvd_codec_signed(codec) ? 0 : 1.5f;
+    return kvd_codec_signed(codec) ? 0 : (float)((1u << kvd_codec_bits(codec)) - 1) / 2;
 }
 
 static inline const float *kvd_cpu_levels(uint32_t codec)
 {
     static const float centred[] = {-1.5f, -0.5f, 0.5f, 1.5f};
-    return kvd_codec_signed(codec) ? kvd_codec_levels(codec) : centred;
+    static const float centred_4[] = {-7.5f, -6.5f, -5.5f, -4.5f, -3.5f, -2.5f, -1.5f, -0.5f,
+                                      0.5f,  1.5f,  2.5f,  3.5f,  4.5f,  5.5f,  6.5f,  7.5f};
+    if (kvd_codec_signed(codec))
+        return kvd_codec_levels(codec);
+    return kvd_codec_bits(codec) == 4 ? centred_4 : centred;
 }
 
 extern const struct kvd_cpu_isa kvd_cpu_scalar;

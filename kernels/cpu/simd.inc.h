@@ -49,15 +49,22 @@ static inline __attribute__((always_inline)) void fold_pairs(const vf acc[G], fl
     *odd = s[1] + s[3];
 }
 
-// What codes of `bits` bits mean: `low` for two bits, or for the first four magnitudes, `high` for
-// the others.
+// What loops are compiled for: codes of two, three and four bits, and of four whose levels are
+// even.
+enum { EVEN_4 = 5 };
+
+// What codes mean: `low` for two bits, or for the first four magnitudes, `high` for the others.
+// With EVEN_4 a level is the sum of what `low` has for the two low bits and `high` for the others.
 struct levels {
     vf low, high;
 };
 
 static inline struct levels levels_of(uint32_t codec)
 {
+    static const float ones[] = {0, 1, 2, 3}, fours[] = {-7.5f, -3.5f, 0.5f, 4.5f};
     const float *l = kvd_cpu_levels(codec);
+    if (kvd_codec_bits(codec) == 4 && !kvd_codec_signed(codec))
+        return (struct levels){v_table(ones), v_table(fours)};
     return (struct levels){v_table(l), v_table(kvd_codec_bits(codec) == 4 ? l + 4 : l)};
 }
 
@@ -74,7 +81,7 @@ struct code_words {
     struct plane_words low, more;
 };
 
-// `lane` is known when this is compiled, as `bits` is.
+// `lane` is known when this is compiled, as `kind` is.
 static inline __attribute__((always_inline)) struct plane_words
 plane_of(const uint32_t width, const uint32_t lane, const uint8_t *plane, uint32_t dim,
          uint32_t chunk, uint32_t tile, uint32_t g)
@@ -95,14 +102,14 @@ plane_of(const uint32_t width, const uint32_t lane, const uint8_t *plane, uint32
 }
 
 static inline __attribute__((always_inline)) struct code_words
-words_of(const uint32_t bits, const uint32_t lane, const uint32_t more_lane, const uint8_t *codes,
+words_of(const uint32_t kind, const uint32_t lane, const uint32_t more_lane, const uint8_t *codes,
          uint32_t dim, uint32_t chunk, uint32_t tile, uint32_t g)
 {
     const uint8_t *more = codes + kvd_codes_bytes(KVD_CODEC_INT2, dim);
     struct code_words w = {plane_of(2, lane, codes, dim, chunk, tile, g), {0}};
-    if (bits == 4)
+    if (kind >= 4)
         w.more = plane_of(2, lane, more, dim, chunk, tile, g);
-    else if (bits == 3)
+    else if (kind == 3)
         w.more = plane_of(1, more_lane, more, dim, chunk, tile, g);
     return w;
 }
@@ -125,17 +132,19 @@ static inline __attribute__((always_inline)) uint32_t half_of(const struct plane
 }
 
 // The levels of the codes of channel tile `slot` after the first, low or high half of the words.
-static inline __attribute__((always_inline)) vf level_of(const uint32_t bits,
+static inline __attribute__((always_inline)) vf level_of(const uint32_t kind,
                                                          const struct levels *l,
                                                          const struct code_words *w, vi words,
                                                          vi more, uint32_t slot, uint32_t high)
 {
     uint32_t shift = w->low.shift + 2 * slot + high * half_of(&w->low);
     vf x = v_pick(l->low, words, shift);
-    if (bits == 4) {
+    if (kind == EVEN_4) {
+        x = v_add(x, v_pick(l->high, more, w->more.shift + 2 * slot + high * half_of(&w->more)));
+    } else if (kind == 4) {
         uint32_t bit = w->more.shift + 2 * slot + high * half_of(&w->more);
         x = v_flip(v_select(x, v_pick(l->high, words, shift), more, bit), more, bit + 1);
-    } else if (bits == 3) {
+    } else if (kind == 3) {
         x = v_flip(x, more, w->more.shift + slot + high * half_of(&w->more));
     }
     return x;
@@ -171,16 +180,16 @@ static inline __attribute__((always_inline)) vf level_of(const uint32_t bits,
 // Adds the products of some channel tiles to the scores of a group's tokens.
 static inline __attribute__((always_inline)) void
 k_scores_tiles(const uint32_t lane, const uint32_t more_lane, const uint32_t tiles, uint32_t tile,
-               const uint32_t bits, const struct levels *l, const uint8_t *codes, uint32_t dim,
+               const uint32_t kind, const struct levels *l, const uint8_t *codes, uint32_t dim,
                uint32_t chunk, uint32_t g, const float *q, const uint32_t rows,
                vf acc[KVD_CPU_ROWS][G])
 {
-    struct code_words at = words_of(bits, lane, more_lane, codes, dim, chunk, tile, g);
+    struct code_words at = words_of(kind, lane, more_lane, codes, dim, chunk, tile, g);
     for (int i = 0; i < G; i++) {
-        vi w = load_words(&at.low, i), more = bits > 2 ? load_words(&at.more, i) : w;
+        vi w = load_words(&at.low, i), more = kind > 2 ? load_words(&at.more, i) : w;
         for (uint32_t slot = 0; slot < tiles; slot++) {
-            vf lo = level_of(bits, l, &at, w, more, slot, 0);
-            vf hi = level_of(bits, l, &at, w, more, slot, 1);
+            vf lo = level_of(kind, l, &at, w, more, slot, 0);
+            vf hi = level_of(kind, l, &at, w, more, slot, 1);
             for (uint32_t r = 0; r < rows; r++) {
                 const float *qr = q + r * 2 * dim + (tile + slot) * 32 + (uint32_t)(i * V);
                 acc[r][i] = v_fma(lo, v_load(qr), acc[r][i]);
@@ -191,7 +200,7 @@ k_scores_tiles(const uint32_t lane, const uint32_t more_lane, const uint32_t til
 }
 
 static inline __attribute__((always_inline)) void
-k_scores_rows(const uint32_t bits, struct levels l, const uint8_t *codes, uint32_t dim,
+k_scores_rows(const uint32_t kind, struct levels l, const uint8_t *codes, uint32_t dim,
               const float *q, const uint32_t rows, float *scores)
 {
     for (uint32_t chunk = 0; chunk < 4; chunk++) {
@@ -200,7 +209,7 @@ k_scores_rows(const uint32_t bits, struct levels l, const uint8_t *codes, uint32
             for (uint32_t r = 0; r < rows; r++)
                 for (int i = 0; i < G; i++)
                     acc[r][i] = v_zero();
-            EACH_TILES(k_scores_tiles, dim, bits, &l, codes, dim, chunk, g, q, rows, acc);
+            EACH_TILES(k_scores_tiles, dim, kind, &l, codes, dim, chunk, g, q, rows, acc);
             for (uint32_t r = 0; r < rows; r++) {
                 float *s = scores + r * KVD_PAGE_TOKENS + chunk * 16 + g;
                 fold_pairs(acc[r], s, s + 8);
@@ -210,31 +219,33 @@ k_scores_rows(const uint32_t bits, struct levels l, const uint8_t *codes, uint32
 }
 
 static inline __attribute__((always_inline)) void
-k_scores_bits(const uint32_t bits, struct levels l, const uint8_t *codes, uint32_t dim,
+k_scores_kind(const uint32_t kind, struct levels l, const uint8_t *codes, uint32_t dim,
               const float *q, uint32_t rows, float *scores)
 {
     if (rows == 4 && dim == 128)
-        k_scores_rows(bits, l, codes, 128, q, 4, scores);
+        k_scores_rows(kind, l, codes, 128, q, 4, scores);
     else if (rows == 4)
-        k_scores_rows(bits, l, codes, dim, q, 4, scores);
+        k_scores_rows(kind, l, codes, dim, q, 4, scores);
     else if (rows == 3)
-        k_scores_rows(bits, l, codes, dim, q, 3, scores);
+        k_scores_rows(kind, l, codes, dim, q, 3, scores);
     else if (rows == 2)
-        k_scores_rows(bits, l, codes, dim, q, 2, scores);
+        k_scores_rows(kind, l, codes, dim, q, 2, scores);
     else
-        k_scores_rows(bits, l, codes, dim, q, 1, scores);
+        k_scores_rows(kind, l, codes, dim, q, 1, scores);
 }
 
 static void simd_k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *q,
                           uint32_t rows, float *scores)
 {
     uint32_t bits = kvd_codec_bits(codec);
-    if (bits == 2)
-        k_scores_bits(2, levels_of(codec), codes, dim, q, rows, scores);
+    if (bits == 4 && !kvd_codec_signed(codec))
+        k_scores_kind(EVEN_4, levels_of(codec), codes, dim, q, rows, scores);
+    else if (bits == 2)
+        k_scores_kind(2, levels_of(codec), codes, dim, q, rows, scores);
     else if (bits == 3)
-        k_scores_bits(3, levels_of(codec), codes, dim, q, rows, scores);
+        k_scores_kind(3, levels_of(codec), codes, dim, q, rows, scores);
     else
-        k_scores_bits(4, levels_of(codec), codes, dim, q, rows, scores);
+        k_scores_kind(4, levels_of(codec), codes, dim, q, rows, scores);
 }
 
 enum { SLOTS = V == 16 ? 4 : 2 }; // channel tiles whose accumulators fit the registers
@@ -242,7 +253,7 @@ enum { SLOTS = V == 16 ? 4 : 2 }; // channel tiles whose accumulators fit the re
 // Up to SLOTS channel tiles of a group. acc of one row: [g 8][channel tile][16 lanes].
 static inline __attribute__((always_inline)) void
 v_accumulate_slots(const uint32_t lane, const uint32_t more_lane, const uint32_t tiles,
-                   uint32_t tile, const uint32_t bits, const struct levels *l, const uint8_t *codes,
+                   uint32_t tile, const uint32_t kind, const struct levels *l, const uint8_t *codes,
                    uint32_t dim, uint32_t g, const float *spread, const uint32_t rows, float *acc)
 {
     for (int i = 0; i < G; i++) {
@@ -252,11 +263,11 @@ v_accumulate_slots(const uint32_t lane, const uint32_t more_lane, const uint32_t
             for (uint32_t s = 0; s < tiles; s++)
                 a[r][s] = v_load(at + r * 8 * dim + s * 16);
         for (uint32_t chunk = 0; chunk < 4; chunk++) {
-            struct code_words where = words_of(bits, lane, more_lane, codes, dim, chunk, tile, g);
-            vi w = load_words(&where.low, i), more = bits > 2 ? load_words(&where.more, i) : w;
+            struct code_words where = words_of(kind, lane, more_lane, codes, dim, chunk, tile, g);
+            vi w = load_words(&where.low, i), more = kind > 2 ? load_words(&where.more, i) : w;
             for (uint32_t s = 0; s < tiles; s++) {
-                vf lo = level_of(bits, l, &where, w, more, s, 0);
-                vf hi = level_of(bits, l, &where, w, more, s, 1);
+                vf lo = level_of(kind, l, &where, w, more, s, 0);
+                vf hi = level_of(kind, l, &where, w, more, s, 1);
                 for (uint32_t r = 0; r < rows; r++) {
                     const float *p = spread + (r * 4 + chunk) * 32 + i * V;
                     a[r][s] = v_fma(lo, v_load(p), a[r][s]);
@@ -272,39 +283,39 @@ v_accumulate_slots(const uint32_t lane, const uint32_t more_lane, const uint32_t
 
 static inline __attribute__((always_inline)) void
 v_accumulate_tiles(const uint32_t lane, const uint32_t more_lane, const uint32_t tiles,
-                   uint32_t tile, const uint32_t bits, const struct levels *l, const uint8_t *codes,
+                   uint32_t tile, const uint32_t kind, const struct levels *l, const uint8_t *codes,
                    uint32_t dim, uint32_t g, const float *spread, const uint32_t rows, float *acc)
 {
     if (tiles <= SLOTS) {
-        v_accumulate_slots(lane, more_lane, tiles, tile, bits, l, codes, dim, g, spread, rows, acc);
+        v_accumulate_slots(lane, more_lane, tiles, tile, kind, l, codes, dim, g, spread, rows, acc);
         return;
     }
     for (uint32_t t = tile; t < tile + tiles; t += SLOTS)
-        v_accumulate_slots(lane, more_lane, SLOTS, t, bits, l, codes, dim, g, spread, rows, acc);
+        v_accumulate_slots(lane, more_lane, SLOTS, t, kind, l, codes, dim, g, spread, rows, acc);
 }
 
 static inline __attribute__((always_inline)) void
-v_accumulate_rows(const uint32_t bits, struct levels l, const uint8_t *codes, uint32_t dim,
+v_accumulate_rows(const uint32_t kind, struct levels l, const uint8_t *codes, uint32_t dim,
                   const float *spread, const uint32_t rows, float *acc)
 {
     for (uint32_t g = 0; g < 8; g++)
-        EACH_TILES(v_accumulate_tiles, dim, bits, &l, codes, dim, g, spread, rows, acc);
+        EACH_TILES(v_accumulate_tiles, dim, kind, &l, codes, dim, g, spread, rows, acc);
 }
 
 static inline __attribute__((always_inline)) void
-v_accumulate_bits(const uint32_t bits, struct levels l, const uint8_t *codes, uint32_t dim,
+v_accumulate_kind(const uint32_t kind, struct levels l, const uint8_t *codes, uint32_t dim,
                   const float *spread, uint32_t rows, float *acc)
 {
     if (rows == 4 && dim == 128)
-        v_accumulate_rows(bits, l, codes, 128, spread, 4, acc);
+        v_accumulate_rows(kind, l, codes, 128, spread, 4, acc);
     else if (rows == 4)
-        v_accumulate_rows(bits, l, codes, dim, spread, 4, acc);
+        v_accumulate_rows(kind, l, codes, dim, spread, 4, acc);
     else if (rows == 3)
-        v_accumulate_rows(bits, l, codes, dim, spread, 3, acc);
+        v_accumulate_rows(kind, l, codes, dim, spread, 3, acc);
     else if (rows == 2)
-        v_accumulate_rows(bits, l, codes, dim, spread, 2, acc);
+        v_accumulate_rows(kind, l, codes, dim, spread, 2, acc);
     else
-        v_accumulate_rows(bits, l, codes, dim, spread, 1, acc);
+        v_accumulate_rows(kind, l, codes, dim, spread, 1, acc);
 }
 
 static void simd_v_accumulate(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *p,
@@ -315,12 +326,14 @@ static void simd_v_accumulate(uint32_t codec, const uint8_t *codes, uint32_t dim
     for (uint32_t r = 0; r < rows; r++)
         for (uint32_t chunk = 0; chunk < 4; chunk++)
             spread16(p + r * KVD_PAGE_TOKENS + chunk * 16, spread + (r * 4 + chunk) * 32);
-    if (bits == 2)
-        v_accumulate_bits(2, levels_of(codec), codes, dim, spread, rows, acc);
+    if (bits == 4 && !kvd_codec_signed(codec))
+        v_accumulate_kind(EVEN_4, levels_of(codec), codes, dim, spread, rows, acc);
+    else if (bits == 2)
+        v_accumulate_kind(2, levels_of(codec), codes, dim, spread, rows, acc);
     else if (bits == 3)
-        v_accumulate_bits(3, levels_of(codec), codes, dim, spread, rows, acc);
+        v_accumulate_kind(3, levels_of(codec), codes, dim, spread, rows, acc);
     else
-        v_accumulate_bits(4, levels_of(codec), codes, dim, spread, rows, acc);
+        v_accumulate_kind(4, levels_of(codec), codes, dim, spread, rows, acc);
 }
 
 static void simd_v_reduce(const float *acc, uint32_t dim, float *o)

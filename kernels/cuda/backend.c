@@ -280,6 +280,18 @@ static bool lost(struct kvd_backend *b)
     return rc != cudaSuccess && rc != cudaErrorNotReady;
 }
 
+// Whether there are kernels for a codec, which is one of the table's.
+static bool served(uint32_t codec)
+{
+    enum { NO_FAMILY, INT2, INT2C, LEVELS2, LEVELS3, LEVELS4 };
+    static const int families[] = {
+#define KVD_CODEC(id, number, name, bits, param_bytes, levels, kernel, transform)                  \
+    [KVD_CODEC_##id] = (kernel),
+#include "proto/codecs.def"
+    };
+    return families[codec] != NO_FAMILY;
+}
+
 // The attention kernels are made for one codec of both sides.
 static int plane_check(const struct kvd_backend *b, const struct kvd_plane *p,
                        struct kvd_error *err)
@@ -289,6 +301,9 @@ static int plane_check(const struct kvd_backend *b, const struct kvd_plane *p,
     if (p->codec.k != p->codec.v)
         return kvd_fail(err, KVD_E_UNSUPPORTED,
                         "codec %s: the CUDA backend has kernels only for K and V in one codec",
+                        kvd_codecs_name(p->codec, text));
+    if (!served(p->codec.k))
+        return kvd_fail(err, KVD_E_UNSUPPORTED, "codec %s: the CUDA backend has no kernels for it",
                         kvd_codecs_name(p->codec, text));
     return KVD_OK;
 }

@@ -22,9 +22,9 @@ constexpr float NONE = -1e30f; // the maximum of no logits
 // What kernels are compiled for: a codec, but for turboquant-2, which differs from int2-lm in its
 // parameters alone and is told apart at run time. The table of codecs says which family reads a codec.
 constexpr int INT2 = KVD_CODEC_INT2, INT2C = KVD_CODEC_INT2C, LEVELS2 = KVD_CODEC_INT2_LM,
-              LEVELS3 = KVD_CODEC_TURBOQUANT_3, LEVELS4 = KVD_CODEC_TURBOQUANT_4;
+              LEVELS3 = KVD_CODEC_TURBOQUANT_3, LEVELS4 = KVD_CODEC_TURBOQUANT_4, NO_FAMILY = -1;
 
-// -1 where there is no such codec.
+// NO_FAMILY where there is no such codec, too.
 __host__ __device__ constexpr int family_of(uint32_t codec)
 {
     switch (codec) {
@@ -33,7 +33,7 @@ __host__ __device__ constexpr int family_of(uint32_t codec)
         return kernel;
 #include "proto/codecs.def"
     }
-    return -1;
+    return NO_FAMILY;
 }
 
 __host__ __device__ constexpr int code_bits(int codec)

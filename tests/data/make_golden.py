@@ -3,7 +3,7 @@
 alone.
 
 For each case: uint32 dim_k, uint32 dim_v, float32 x_k [64][dim_k], float32 x_v [64][dim_v] (rotated rows), then a tile of each
-codec, int2, int2c, int2-lm, turboquant-2, -3, -4: three tiles, with published, least-squares and unbiased scales. Clip ratios are 0.96 for K and
+codec, int2, int2c, int2-lm, turboquant-2, -3, -4, int4: three tiles, with published, least-squares and unbiased scales. Clip ratios are 0.96 for K and
 0.92 for V, gains 1 and 0.95.
 """
 import struct
@@ -11,8 +11,8 @@ import sys
 
 import numpy as np
 
-CODECS = ("int2", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4")
-BITS = dict(zip(CODECS, (2, 2, 2, 2, 3, 4)))
+CODECS = ("int2", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4", "int4")
+BITS = dict(zip(CODECS, (2, 2, 2, 2, 3, 4, 4)))
 # Centroids of a normal variable's Lloyd-Max quantizers.
 MAGNITUDES = {2: [0.452780035, 1.510417608],
               3: [0.245094179, 0.756005281, 1.343909279, 2.151945705],
@@ -45,18 +45,19 @@ def least_squares(x, levels):
 def evenly(x, ratio, gain, codec, kind):
     limit = np.sort(np.abs(x))[int(np.floor(ratio * len(x)))]
     c = np.clip(x, -limit, limit)
-    scale, low = (c.max() - c.min()) / 3, c.min()
+    top = 2 ** BITS[codec] - 1
+    scale, low = (c.max() - c.min()) / top, c.min()
     if kind != "published":
-        c, gain, scale = x, 1, 0.9957 * x.std()
-        low = x.mean() - 1.5 * scale
+        c, gain, scale = x, 1, (0.3352 if codec == "int4" else 0.9957) * x.std()
+        low = x.mean() - top / 2 * scale
         for refit in range(2):
-            scale, low = least_squares(x, np.clip(np.floor((x - low) / scale + 0.5), 0, 3))
-    codes, drawn, centre = np.clip(np.floor((c - low) / scale + 0.5), 0, 3).astype(int), scale * gain, low + 1.5 * scale
+            scale, low = least_squares(x, np.clip(np.floor((x - low) / scale + 0.5), 0, top))
+    codes, drawn, centre = np.clip(np.floor((c - low) / scale + 0.5), 0, top).astype(int), scale * gain, low + top / 2 * scale
     if kind == "unbiased":
         drawn, least = unbiased(x, codes)
-        gain, centre = drawn / scale, least + 1.5 * drawn
-    if codec == "int2":
-        return codes, half(drawn) + half(centre - 1.5 * drawn)
+        gain, centre = drawn / scale, least + top / 2 * drawn
+    if codec in ("int2", "int4"):
+        return codes, half(drawn) + half(centre - top / 2 * drawn)
     drawn = max(drawn, abs(centre) * 8 / 127)
     n = int(np.clip(np.rint(8 * np.log2(drawn)) + 128, 1, 255))
     drawn = 2.0 ** ((n - 128) / 8)
@@ -83,7 +84,7 @@ def about_mean(x, kind):
 
 def quantize(x, ratio, gain, codec, kind):
     x = x.astype(np.float64)
-    if codec in ("int2", "int2c"):
+    if codec in ("int2", "int2c", "int4"):
         return evenly(x, ratio, gain, codec, kind)
     if codec == "int2-lm":
         return about_mean(x, kind)

@@ -90,13 +90,14 @@ def test_attention_over_the_wire(kvd, rpc, codec):
 def test_a_codec_for_each_side(kvd, rpc):
     """K and V of "k=A,v=B" are what sessions with codec A and with codec B have."""
     if kvd.on_gpu():
-        with pytest.raises(grpc.RpcError) as e:
-            open_session(rpc, layout=layout(codec="k=int2-lm,v=int2"))
-        assert code_of(e) == "UNIMPLEMENTED" and "CUDA" in e.value.details() and "k=int2-lm,v=int2" in e.value.details()
+        for codec in ("k=int2-lm,v=int2", "int4"):
+            with pytest.raises(grpc.RpcError) as e:
+                open_session(rpc, layout=layout(codec=codec))
+            assert code_of(e) == "UNIMPLEMENTED" and "CUDA" in e.value.details() and codec in e.value.details()
         return
     k, v = random_kv(400)
     back, digests = {}, set()
-    for codec in ("int2", "int2-lm", "k=int2-lm,v=int2", "v=int2-lm,k=int2", "k=bf16,v=int2"):
+    for codec in ("int2", "int2-lm", "k=int2-lm,v=int2", "v=int2-lm,k=int2", "k=bf16,v=int2", "int4"):
         opened = rpc.kv("OpenSession", layout=layout(codec=codec))
         assert opened.layout.codec == codec.replace("v=int2-lm,k=int2", "k=int2,v=int2-lm")
         digests.add(opened.layout_digest)
@@ -107,6 +108,8 @@ def test_a_codec_for_each_side(kvd, rpc):
     assert len(digests) == len(back) and back["int2"][0] != back["int2-lm"][0] and back["int2"][1] != back["int2-lm"][1]
     assert back["k=int2-lm,v=int2"] == (back["int2-lm"][0], back["int2"][1])
     assert back["v=int2-lm,k=int2"] == (back["int2"][0], back["int2-lm"][1])
+    lost = [error(widen(np.frombuffer(back[codec][0], "<u2")), widen(k).ravel()) for codec in ("int4", "int2")]
+    assert 0 < lost[0] < lost[1] / 2
     assert back["k=bf16,v=int2"] == (k.tobytes(), back["int2"][1])
     assert rpc.kv("OpenSession", layout=layout(codec="k=int2,v=int2")).layout.codec == "int2"
     for codec, words in (("k=int2", "k=NAME,v=NAME"), ("k=int2,v=int3", "k=NAME,v=NAME"), ("int2,int2", "k=NAME"),

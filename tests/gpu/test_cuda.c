@@ -38,8 +38,27 @@ static void free_behind(struct kseq *s, const struct attention *a)
     }
 }
 
+// Whether the backend has kernels for a codec of both sides; else it says that it has none.
+static bool served(struct kvd_codecs codec)
+{
+    struct kvd_plane g = test_plane(1, 1, 1, 64, 64, codec.k, 0, 0);
+    struct kvd_error err = {0};
+    g.codec = codec;
+    return cuda->ops->plane_check(cuda, &g, &err) == KVD_OK;
+}
+
+static void refused_codecs(void)
+{
+    struct kvd_codecs apart = {KVD_CODEC_INT2_LM, KVD_CODEC_INT2};
+    result(!served(apart) && !served(kvd_codecs_both(KVD_CODEC_INT4)) &&
+               served(kvd_codecs_both(KVD_CODEC_INT2)),
+           "codecs without kernels are refused");
+}
+
 static void check_shape(const struct shape *c, uint32_t codec, double limit, uint64_t seed)
 {
+    if (!served(kvd_codecs_both(codec)))
+        return;
     struct kseq s;
     struct kvd_plane g =
         test_plane(c->layers, c->kv_heads, c->group, c->dk, c->dv, codec, c->sink, c->recent);
@@ -154,6 +173,8 @@ static void long_sequences(uint64_t seed)
 {
     const struct attention one = {.q_len = 1};
     for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++) {
+        if (!served(kvd_codecs_both(codec)))
+            continue;
         bool levels = codec == KVD_CODEC_BF16 || kvd_codec_signed(codec);
         double small = check_long(codec, 64, 32768, one, true, seed);
         double large = check_long(codec, 64, levels ? 300000 : 2000000, one, true, seed);
@@ -618,6 +639,8 @@ static void pages(uint64_t seed, bool quick)
 {
     for (uint32_t codec = 0, i = 0; codec < KVD_CODEC_COUNT; codec++)
         for (size_t d = 0; d < KVD_LEN(head_dims) && codec != KVD_CODEC_BF16; d++, i++) {
+            if (!served(kvd_codecs_both(codec)))
+                continue;
             uint32_t dk = head_dims[d][0], dv = head_dims[d][1];
             for (int kind = 0; kind < KVD_SCALE_COUNT; kind++)
                 if (kind == (int)(i % KVD_SCALE_COUNT) || (dk == dv && !quick))
@@ -702,6 +725,7 @@ static void long_and_many(uint64_t seed)
     }
     groups_and_dims(seed);
     accuracy(seed);
+    refused_codecs();
     long_sequences(seed);
 }
 

@@ -29,7 +29,8 @@ static inline uint32_t long_param(uint32_t codec, uint64_t *rng)
     uint32_t scale = long_fp16(rng, 0.9, 0.4);
     if (kvd_codec_param_bytes(codec) == 2)
         return scale;
-    double centre = codec == KVD_CODEC_INT2 ? -1.5 * kvd_fp16_to_f32((uint16_t)scale) : 0;
+    double middle = kvd_codec_signed(codec) ? 0 : ((1 << kvd_codec_bits(codec)) - 1) / 2.0;
+    double centre = -middle * kvd_fp16_to_f32((uint16_t)scale);
     return scale | (uint32_t)long_fp16(rng, centre, 0.2) << 16;
 }
 

@@ -12,7 +12,7 @@ from . import _library as lib
 from ._cuda import DeviceTensor, share
 from ._tensor import Tensor, new_tensor
 
-Codec = Union[Literal["bf16", "int2", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4"], str]  # or "k=int2-lm,v=int2"
+Codec = Union[Literal["bf16", "int2", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4", "int4"], str]  # or "k=int2-lm,v=int2"
 HeadDim = Union[int, tuple[int, int]]
 _EVENTS = ("opened", "evicted", "draining", "lost", "published")
 
@@ -243,7 +243,7 @@ class Client(lib.OfProcess):
 
     layers: ids of the model's layers that hold KV, ascending. head_dim: 64, 80, 96, 112, 128, 192 or 256, or a
             pair for K and V: two of 64, 128 and 256, or (192, 128).
-    codec: one for K and V, or "k=int2-lm,v=int2" for each its own (not on the CUDA backend).
+    codec: one for K and V, or "k=int4,v=int2" for each its own. The CUDA backend has neither int4 nor pairs.
     rotation_set: "model@tag", "sha256:...", "hadamard", "random" or "identity"; None: what suits the codec. sink, recent:
     tokens kept in bf16; None: 64 and 256. windows: a sliding window for each layer, 0 where it sees all tokens; what lies
     behind the last w + 64 tokens is freed, and such a layer has no sink. sinks: attention sinks (gpt-oss's s_aux), [layers,
