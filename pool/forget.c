@@ -82,19 +82,28 @@ bool blocks_evict(struct kvd_pool *pool, uint32_t ns, enum kvd_prefix_reason rea
     return false;
 }
 
-void blocks_clear(struct kvd_pool *pool, uint32_t ns, uint32_t layout)
+bool blocks_clear(struct kvd_pool *pool, struct kvd_pool_clearing *c, uint32_t *n)
 {
-    struct kept *k = begin(pool, ns);
-    struct removal m = {pool, ns};
+    struct kept *k = begin(pool, c->ns);
+    struct removal m = {pool, c->ns};
     uint32_t now = (uint32_t)time(NULL);
+    bool all = true;
     if (!k)
-        return;
-    if (layout == KVD_POOL_NONE)
-        kvd_prefix_clear(k->ix, KVD_PREFIX_NONE, KVD_PREFIX_DROPPED, now, removed, &m);
-    for (uint32_t i = 0; layout != KVD_POOL_NONE && i < KVD_KEPT_DOMAINS; i++)
-        if (kvd_prefix_domain_at(k->ix, i) && k->layout_of[i] == layout)
-            kvd_prefix_clear(k->ix, i, KVD_PREFIX_DROPPED, now, removed, &m);
-    done(pool, ns);
+        return true;
+    if (!c->layout)
+        all = kvd_prefix_clear(k->ix, KVD_PREFIX_NONE, &c->blocks, n, KVD_PREFIX_DROPPED, now,
+                               removed, &m);
+    while (c->layout && all && c->domain < KVD_KEPT_DOMAINS) {
+        if (kvd_prefix_domain_at(k->ix, c->domain) && k->layout_of[c->domain] == c->index)
+            all = kvd_prefix_clear(k->ix, c->domain, &c->blocks, n, KVD_PREFIX_DROPPED, now,
+                                   removed, &m);
+        if (all) {
+            c->domain++;
+            c->blocks = (struct kvd_prefix_cursor){0};
+        }
+    }
+    done(pool, c->ns);
+    return all;
 }
 
 uint32_t kvd_blocks_drop(struct kvd_pool *pool, const struct kvd_blocks_space *space,

@@ -383,9 +383,9 @@ bool blocks_evict(struct kvd_pool *pool, uint32_t ns, enum kvd_prefix_reason rea
 // Removes up to n. Returns how many went.
 uint32_t blocks_evict_many(struct kvd_pool *pool, uint32_t ns, uint32_t n,
                            enum kvd_prefix_reason reason);
-// Removes all blocks of a namespace that nobody holds; of those only the ones of a layout, if that
-// is not KVD_POOL_NONE.
-void blocks_clear(struct kvd_pool *pool, uint32_t ns, uint32_t layout);
+// Goes on removing the blocks of namespace c->ns that nobody holds, those of a layout or all; looks
+// at most at *n entries, which it counts down. True: it has looked at all.
+bool blocks_clear(struct kvd_pool *pool, struct kvd_pool_clearing *c, uint32_t *n);
 // Evicts what is least worth keeping, of blocks and published sequences, of `ns` or, if that is
 // KVD_POOL_NONE, of all: ends that a later one has passed, blocks, published sequences. False:
 // there is nothing.

@@ -14,6 +14,7 @@
 #ifndef KVD_POOL_H
 #define KVD_POOL_H
 
+#include "pool/prefix.h"
 #include "proto/base.h"
 #include "proto/kvd_limits.h"
 
@@ -115,8 +116,6 @@ int kvd_pool_namespace(struct kvd_pool *pool, const char *name, uint32_t *ns,
                        struct kvd_error *err);
 // Whether it would go if its evictable sequences went. *used orders namespaces by their latest use.
 bool kvd_pool_namespace_idle(const struct kvd_pool *pool, uint32_t ns, uint64_t *used);
-// Evicts what is evictable of it.
-void kvd_pool_namespace_clear(struct kvd_pool *pool, uint32_t ns);
 void kvd_pool_namespace_release(struct kvd_pool *pool, uint32_t ns);
 // Whether it stays when it is empty.
 void kvd_pool_namespace_keep(struct kvd_pool *pool, uint32_t ns, bool keep);
@@ -156,7 +155,23 @@ void kvd_pool_layout_unref(struct kvd_pool *pool, uint32_t layout);
 uint32_t kvd_pool_layout_refs(const struct kvd_pool *pool, uint32_t layout);
 // As for namespaces.
 bool kvd_pool_layout_idle(const struct kvd_pool *pool, uint32_t layout, uint64_t *used);
-void kvd_pool_layout_clear(struct kvd_pool *pool, uint32_t layout);
+
+// What is idle, and cleared to have room for others: its sequences and blocks, one by one. Zeros
+// and the first two begin.
+struct kvd_pool_clearing {
+    bool layout;    // of a layout; otherwise of a namespace
+    uint32_t index; // of that
+    uint32_t at;    // the entry of the table of sequences that is looked at next
+    uint32_t ns;    // whose blocks are looked at after those,
+    uint32_t domain;
+    struct kvd_prefix_cursor blocks;
+};
+// What kvd_pool_namespace, or kvd_pool_layout, would clear first to make one more, which nobody
+// refers to yet. False: nothing. `ns` may be KVD_POOL_NONE: one that is to be made.
+bool kvd_pool_namespace_clears(const struct kvd_pool *pool, struct kvd_pool_clearing *c);
+bool kvd_pool_layout_clears(const struct kvd_pool *pool, uint32_t ns, struct kvd_pool_clearing *c);
+// Goes on with at most n entries of the tables. True: it is done, or idle no more.
+bool kvd_pool_clear(struct kvd_pool *pool, struct kvd_pool_clearing *c, uint32_t n);
 // Index of a layout that is known, or KVD_POOL_NONE. Takes no reference.
 uint32_t kvd_pool_layout_find(const struct kvd_pool *pool, const struct kvd_layout *l);
 const struct kvd_layout *kvd_pool_layout_get(const struct kvd_pool *pool, uint32_t layout);

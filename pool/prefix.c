@@ -413,19 +413,24 @@ uint32_t kvd_prefix_drop(struct kvd_prefix *ix, uint32_t domain, const struct kv
     return gone;
 }
 
-uint32_t kvd_prefix_clear(struct kvd_prefix *ix, uint32_t domain, enum kvd_prefix_reason reason,
-                          uint32_t now, kvd_prefix_removed_fn *fn, void *ctx)
+bool kvd_prefix_clear(struct kvd_prefix *ix, uint32_t domain, struct kvd_prefix_cursor *at,
+                      uint32_t *most, enum kvd_prefix_reason reason, uint32_t now,
+                      kvd_prefix_removed_fn *fn, void *ctx)
 {
-    uint32_t gone = 0;
-    for (uint32_t i = 0; i < ix->head->ever; i++)
-        for (uint32_t at = i, parent; at != KVD_PREFIX_NONE; at = parent, gone++) {
-            const struct prefix_entry *e = &ix->entry[at];
-            if (!e->used || !is_loose_leaf(e) || (domain != KVD_PREFIX_NONE && e->domain != domain))
-                break;
-            parent = e->parent;
-            entry_remove(ix, at, reason, now, fn, ctx);
-        }
-    return gone;
+    while (at->path || at->next < ix->head->ever) {
+        if (*most == 0)
+            return false;
+        --*most;
+        uint32_t i = at->path ? at->path - 1 : at->next++;
+        const struct prefix_entry *e = &ix->entry[i];
+        at->path = 0;
+        if (!e->used || !is_loose_leaf(e) || (domain != KVD_PREFIX_NONE && e->domain != domain))
+            continue;
+        if (e->parent != KVD_PREFIX_NONE)
+            at->path = e->parent + 1;
+        entry_remove(ix, i, reason, now, fn, ctx);
+    }
+    return true;
 }
 
 // -- what is known ------------------------------------------------------------------------------

@@ -154,10 +154,16 @@ uint32_t kvd_prefix_drop(struct kvd_prefix *ix, uint32_t domain, const struct kv
                          uint32_t n, uint32_t keep, enum kvd_prefix_reason reason, uint32_t now,
                          kvd_prefix_removed_fn *fn, void *ctx);
 
-// Removes all blocks of a domain (KVD_PREFIX_NONE: of all) that nobody holds; leases do not count.
-// Looks at every entry. Returns how many went.
-uint32_t kvd_prefix_clear(struct kvd_prefix *ix, uint32_t domain, enum kvd_prefix_reason reason,
-                          uint32_t now, kvd_prefix_removed_fn *fn, void *ctx);
+// Where a clearing is; zeros begin one.
+struct kvd_prefix_cursor {
+    uint32_t next; // the entry that is looked at next,
+    uint32_t path; // after this one and those before it on its path: + 1, 0: none
+};
+// Goes on removing all blocks of a domain (KVD_PREFIX_NONE: of all) that nobody holds; leases do
+// not count. Looks at most at *most entries, which it counts down. True: it has looked at all.
+bool kvd_prefix_clear(struct kvd_prefix *ix, uint32_t domain, struct kvd_prefix_cursor *at,
+                      uint32_t *most, enum kvd_prefix_reason reason, uint32_t now,
+                      kvd_prefix_removed_fn *fn, void *ctx);
 
 // Why a block is not there, as far as that is remembered; *when gets the time at which it went.
 enum kvd_prefix_reason kvd_prefix_why(const struct kvd_prefix *ix, uint32_t domain,

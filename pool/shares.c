@@ -73,33 +73,50 @@ bool kvd_pool_namespace_idle(const struct kvd_pool *pool, uint32_t ns, uint64_t 
     return evictable == n->sequences;
 }
 
-void kvd_pool_namespace_clear(struct kvd_pool *pool, uint32_t ns)
+// The one that is longest out of use; KVD_POOL_NONE: none is idle.
+static uint32_t idlest_namespace(const struct kvd_pool *pool)
 {
-    for (uint32_t i = evictable_of(pool, ns); i != KVD_POOL_NONE; i = evictable_of(pool, ns))
-        evict(pool, &pool->seq[i]);
-    blocks_clear(pool, ns, KVD_POOL_NONE);
-}
-
-uint32_t namespace_slot(struct kvd_pool *pool)
-{
-    struct region_head *h = pool->head;
     uint32_t idlest = KVD_POOL_NONE;
     uint64_t oldest = UINT64_MAX, used = 0;
-    for (uint32_t i = 0; i < h->n_namespaces; i++)
-        if (!pool->ns[i].name[0])
-            return i;
-    if (h->n_namespaces < h->max_namespaces)
-        return h->n_namespaces++;
-    for (uint32_t i = 0; i < h->n_namespaces; i++) {
+    for (uint32_t i = 0; i < pool->head->n_namespaces; i++) {
         if (!kvd_pool_namespace_idle(pool, i, &used) || used >= oldest)
             continue;
         idlest = i;
         oldest = used;
     }
-    if (idlest == KVD_POOL_NONE)
-        return KVD_POOL_NONE;
-    kvd_pool_namespace_clear(pool, idlest);
     return idlest;
+}
+
+// An entry of the table that is nobody's, used before or not. KVD_POOL_NONE: there is none.
+static uint32_t free_namespace(const struct kvd_pool *pool)
+{
+    const struct region_head *h = pool->head;
+    for (uint32_t i = 0; i < h->n_namespaces; i++)
+        if (!pool->ns[i].name[0])
+            return i;
+    return h->n_namespaces < h->max_namespaces ? h->n_namespaces : KVD_POOL_NONE;
+}
+
+uint32_t namespace_slot(struct kvd_pool *pool)
+{
+    struct region_head *h = pool->head;
+    struct kvd_pool_clearing c = {.index = free_namespace(pool)};
+    if (c.index == KVD_POOL_NONE) {
+        c.index = idlest_namespace(pool);
+        if (c.index != KVD_POOL_NONE)
+            kvd_pool_clear(pool, &c, UINT32_MAX);
+    } else if (c.index == h->n_namespaces) {
+        h->n_namespaces++;
+    }
+    return c.index;
+}
+
+bool kvd_pool_namespace_clears(const struct kvd_pool *pool, struct kvd_pool_clearing *c)
+{
+    if (free_namespace(pool) != KVD_POOL_NONE)
+        return false;
+    *c = (struct kvd_pool_clearing){.index = idlest_namespace(pool)};
+    return c->index != KVD_POOL_NONE;
 }
 
 // -- layouts ---------------------------------------------------------------------------------
@@ -131,23 +148,11 @@ bool kvd_pool_layout_idle(const struct kvd_pool *pool, uint32_t layout, uint64_t
     return is_idle(pool, layout);
 }
 
-void kvd_pool_layout_clear(struct kvd_pool *pool, uint32_t layout)
-{
-    for (uint32_t n = 0; n < pool->head->n_namespaces; n++) {
-        for (uint32_t i = pool->ns[n].lru_first, next; i != KVD_POOL_NONE; i = next) {
-            next = pool->seq[i].lru_next;
-            if (pool->seq[i].layout == layout && !pool->seq[i].pins)
-                evict(pool, &pool->seq[i]);
-        }
-        blocks_clear(pool, n, layout);
-    }
-}
-
 // A layout to which only evictable sequences refer, of the namespace with most, if that is `ns`
 // or has more; the least recently used of them.
 static uint32_t idle_layout(const struct kvd_pool *pool, uint32_t ns)
 {
-    uint32_t best = KVD_POOL_NONE, mine = layouts_of(pool, ns), n = mine;
+    uint32_t best = KVD_POOL_NONE, mine = ns == KVD_POOL_NONE ? 0 : layouts_of(pool, ns), n = mine;
     for (uint32_t i = 0; i < pool->head->n_layouts; i++) {
         const struct region_layout *g = &pool->layout[i];
         uint32_t has = g->ns == KVD_POOL_NONE ? UINT32_MAX : layouts_of(pool, g->ns);
@@ -161,22 +166,35 @@ static uint32_t idle_layout(const struct kvd_pool *pool, uint32_t ns)
     return best;
 }
 
-bool layout_room(struct kvd_pool *pool, uint32_t ns)
+// Whether the namespace may have one more, as there are.
+static bool layout_fits(const struct kvd_pool *pool, uint32_t ns)
 {
-    struct region_head *h = pool->head;
-    uint32_t in_use = 0, idle;
+    const struct region_head *h = pool->head;
+    uint32_t in_use = 0;
     for (uint32_t i = 0; i < h->n_layouts; i++)
         in_use += kvd_pool_layout_refs(pool, i) != 0;
-    while (layouts_of(pool, ns) >= h->max_layouts - in_use) {
-        idle = idle_layout(pool, ns);
-        if (idle == KVD_POOL_NONE)
+    return (ns == KVD_POOL_NONE ? 0 : layouts_of(pool, ns)) < h->max_layouts - in_use;
+}
+
+bool layout_room(struct kvd_pool *pool, uint32_t ns)
+{
+    while (!layout_fits(pool, ns)) {
+        struct kvd_pool_clearing c = {.layout = true, .index = idle_layout(pool, ns)};
+        if (c.index == KVD_POOL_NONE)
             return false;
-        kvd_pool_layout_clear(pool, idle);
-        if (kvd_pool_layout_refs(pool, idle))
+        kvd_pool_clear(pool, &c, UINT32_MAX);
+        if (kvd_pool_layout_refs(pool, c.index))
             return false; // a call is using one of them
-        in_use--;
     }
     return true;
+}
+
+bool kvd_pool_layout_clears(const struct kvd_pool *pool, uint32_t ns, struct kvd_pool_clearing *c)
+{
+    if (layout_fits(pool, ns))
+        return false;
+    *c = (struct kvd_pool_clearing){.layout = true, .index = idle_layout(pool, ns)};
+    return c->index != KVD_POOL_NONE;
 }
 
 uint32_t layout_slot(struct kvd_pool *pool, bool *recycled)
@@ -189,4 +207,36 @@ uint32_t layout_slot(struct kvd_pool *pool, bool *recycled)
     while (kvd_pool_layout_refs(pool, slot))
         slot++;
     return slot;
+}
+
+// -- clearing -----------------------------------------------------------------------------------
+
+// Whether it is still nobody's: a session may have opened it since.
+static bool clears(const struct kvd_pool *pool, const struct kvd_pool_clearing *c)
+{
+    const struct region_namespace *n = &pool->ns[c->index];
+    return c->layout ? is_idle(pool, c->index) : n->name[0] && !n->holders && !n->kept && !n->quota;
+}
+
+// Its sequences first, and then its blocks, which other namespaces' indices may have too.
+bool kvd_pool_clear(struct kvd_pool *pool, struct kvd_pool_clearing *c, uint32_t n)
+{
+    const struct region_head *h = pool->head;
+    for (; clears(pool, c) && c->at < h->n_sequences_ever; c->at++) {
+        struct region_seq *s = &pool->seq[c->at];
+        if (n-- == 0)
+            return false;
+        if (s->generation & 1 && s->listed && !s->pins &&
+            (c->layout ? s->layout : s->ns) == c->index)
+            evict(pool, s);
+    }
+    for (; clears(pool, c) && c->ns < h->n_namespaces; c->ns++) {
+        if (!c->layout && c->ns != c->index)
+            continue;
+        if (!blocks_clear(pool, c, &n))
+            return false;
+        c->domain = 0;
+        c->blocks = (struct kvd_prefix_cursor){0};
+    }
+    return true;
 }

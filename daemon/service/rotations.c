@@ -115,7 +115,7 @@ static void fetch_done(uv_work_t *work, int status)
         kvd_info("rotation set ready name=%s digest=%s from=%s ms=%" PRIu64, f->ref, f->set->digest,
                  remote ? "store" : "cache", ms);
         snprintf(f->g->rotation, sizeof(f->g->rotation), "%s", f->set->digest);
-        f->done(f->ctx, f->set, NULL);
+        f->done(f->ctx, KVD_TAKE(f->set), NULL);
     } else {
         m->rotations_failed++;
         kvd_warning("rotation set not available name=%s error=\"%s\" ms=%" PRIu64, f->ref,

@@ -7,9 +7,10 @@
 #include "daemon/core/part.h"
 
 // Gets the set that g->rotation names and replaces the name by the set's digest (built-in names
-// stay). Calls back on the loop, perhaps at once: `set` is freed after the callback, and is NULL
-// for codecs that rotate nothing. Downloads are bounded in number and by user; what is built in or
-// cached under its digest does not wait for them. When the call is cancelled its download ends.
+// stay). Calls back on the loop, perhaps at once: `set` is the callee's, and is NULL for
+// codecs that rotate nothing, and for sets that are built in. Downloads are bounded in number and
+// by user; what is built in or cached under its digest does not wait for them. When the call is
+// cancelled its download ends.
 void kvd_rotations_get(struct kvd_call *call, struct kvd_layout *g,
                        void (*done)(void *ctx, struct kvd_rotset *set,
                                     const struct kvd_error *failure),

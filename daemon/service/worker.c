@@ -1,8 +1,8 @@
 // OpenSession, CloseSession, KeepAlive, RegisterBuffer, ReleaseBuffer.
 //
 // Opening goes: check the request → find or fetch the rotation set (on libuv's thread pool) → load
-// it into the backend, once per layout → make the session. The worker may hang up meanwhile, so
-// the ticket is looked up again at the end.
+// it into the backend, once per layout → clear what has to make room → make the session. The worker
+// may hang up meanwhile, so the ticket is looked up again at the end.
 #include <ctype.h>
 #include <math.h>
 
@@ -21,10 +21,16 @@
 #include "daemon/session/tenants.h"
 #include "kvd.pb-c.h"
 
+enum { CLEARINGS = 16 }; // for one session
+
 struct opening {
+    struct kvd_release release; // of what is cleared to have room
+    struct kvd_pool_clearing clearing;
+    uint32_t clearings;
     struct kvd_call *call;
     const Kvd__V1__OpenSessionRequest *req; // the call's
     struct kvd_layout g;
+    struct kvd_rotset *set;
 };
 
 static bool namespace_allowed(struct kvd_call *call, const char *name,
@@ -248,22 +254,12 @@ static int make_session(struct opening *o, struct kvd_rotset *set, struct kvd_se
     return KVD_OK;
 }
 
-static void on_rotation(void *ctx, struct kvd_rotset *set, const struct kvd_error *failure)
+// Opens the session, and answers.
+static void open_now(struct opening *o)
 {
-    struct opening *o KVD_FREE = ctx;
     struct kvd_error err = {0};
     struct kvd_session *s = NULL;
-    if (failure) {
-        kvd_call_fail_error(o->call, failure);
-        return;
-    }
-    if (o->call->d->state != KVD_READY) {
-        kvd_call_fail(o->call, KVD_E_UNAVAILABLE, "kvd is shutting down");
-        return;
-    }
-    if (reopened(o->call, o->req))
-        return;
-    if (make_session(o, set, &s, &err)) {
+    if (make_session(o, o->set, &s, &err)) {
         kvd_call_fail_error(o->call, &err);
         return;
     }
@@ -273,6 +269,53 @@ static void on_rotation(void *ctx, struct kvd_rotset *set, const struct kvd_erro
              s->generation > 1 ? "resumed" : "opened", s->id, s->generation, namespace_of(o->req),
              s->client_name, s->pid, kvd_codecs_name(o->g.planes[0].codec, codec), o->g.rotation);
     reply(o->call, s);
+}
+
+static bool next_cleared(struct kvd_daemon *d, struct kvd_release *r)
+{
+    return !kvd_pool_clear(d->pool, &((struct opening *)r)->clearing, 1);
+}
+
+static void cleared(struct kvd_daemon *d, struct kvd_release *r);
+
+// What has to be cleared to have room goes piece by piece. Others may have taken the room by then:
+// after some times it is cleared in one go.
+static void open_session(struct opening *o)
+{
+    struct kvd_daemon *d = o->call->d;
+    struct kvd_connection *conn = o->req->ticket[0] ? kvd_fdsock_find(d, o->req->ticket) : NULL;
+    if (d->state != KVD_READY) {
+        kvd_call_fail(o->call, KVD_E_UNAVAILABLE, "kvd is shutting down");
+    } else if (!reopened(o->call, o->req)) {
+        if (o->clearings++ < CLEARINGS &&
+            kvd_tenants_clear(d, uid_of(o->call, conn), namespace_of(o->req), &o->g,
+                              &o->clearing)) {
+            o->release = (struct kvd_release){.next = next_cleared, .done = cleared};
+            kvd_release_begin(d, &o->release);
+            return;
+        }
+        open_now(o);
+    }
+    kvd_rotset_free(&o->set);
+    free(o);
+}
+
+static void cleared(struct kvd_daemon *d, struct kvd_release *r)
+{
+    (void)d;
+    open_session((struct opening *)r);
+}
+
+static void on_rotation(void *ctx, struct kvd_rotset *set, const struct kvd_error *failure)
+{
+    struct opening *o = ctx;
+    if (failure) {
+        kvd_call_fail_error(o->call, failure);
+        free(o);
+        return;
+    }
+    o->set = set;
+    open_session(o);
 }
 
 void kvd_on_open_session(struct kvd_call *call, const void *request)

@@ -26,11 +26,12 @@ static void settle(struct kvd_daemon *d)
             discharge(&d->layout_users[i], KVD_SHARE_LAYOUTS);
 }
 
-// Evicts what a user left behind in the namespace, or layout, that is longest out of use.
-static bool make_room(struct kvd_daemon *d, const struct kvd_user *user, enum kvd_share share)
+// What a user left behind: the namespace, or layout, that is longest out of use. False: nothing.
+static bool left_behind(const struct kvd_daemon *d, const struct kvd_user *user,
+                        enum kvd_share share, struct kvd_pool_clearing *c)
 {
     bool spaces = share == KVD_SHARE_NAMESPACES;
-    uint32_t n = spaces ? kvd_pool_namespace_count(d->pool) : KVD_MAX_LAYOUTS, idlest = n;
+    uint32_t n = spaces ? kvd_pool_namespace_count(d->pool) : KVD_MAX_LAYOUTS;
     uint64_t used, oldest = UINT64_MAX;
     for (uint32_t i = 0; i < n; i++) {
         if ((spaces ? d->namespace_users[i] : d->layout_users[i]) != user)
@@ -38,18 +39,33 @@ static bool make_room(struct kvd_daemon *d, const struct kvd_user *user, enum kv
         if ((spaces ? kvd_pool_namespace_idle(d->pool, i, &used)
                     : kvd_pool_layout_idle(d->pool, i, &used)) &&
             used < oldest) {
-            idlest = i;
+            *c = (struct kvd_pool_clearing){.layout = !spaces, .index = i};
             oldest = used;
         }
     }
-    if (idlest == n)
+    return oldest != UINT64_MAX;
+}
+
+static bool make_room(struct kvd_daemon *d, const struct kvd_user *user, enum kvd_share share)
+{
+    struct kvd_pool_clearing c;
+    if (!left_behind(d, user, share, &c))
         return false;
-    if (spaces)
-        kvd_pool_namespace_clear(d->pool, idlest);
-    else
-        kvd_pool_layout_clear(d->pool, idlest);
+    kvd_pool_clear(d->pool, &c, UINT32_MAX);
     settle(d);
     return true;
+}
+
+// Whether a user could be charged for one more only after some clearing.
+static bool would_clear(const struct kvd_daemon *d, struct kvd_user *user, enum kvd_share share,
+                        struct kvd_pool_clearing *c)
+{
+    struct kvd_error full = {0};
+    if (kvd_user_take(user, share, 1, &full) == KVD_OK) {
+        kvd_user_give(user, share, 1);
+        return false;
+    }
+    return left_behind(d, user, share, c);
 }
 
 // A reference to a user who has been charged for one more.
@@ -63,6 +79,22 @@ static struct kvd_user *charge(struct kvd_daemon *d, int64_t uid, enum kvd_share
              (!make_room(d, u, share) || kvd_user_take(u, share, 1, err)))
         kvd_user_unref(&u);
     return u;
+}
+
+bool kvd_tenants_clear(struct kvd_daemon *d, int64_t uid, const char *name,
+                       const struct kvd_layout *g, struct kvd_pool_clearing *c)
+{
+    uint32_t ns = kvd_pool_namespace_find(d->pool, name), known = kvd_pool_layout_find(d->pool, g);
+    struct kvd_user *user = kvd_user_ref(d, uid);
+    bool any = false;
+    settle(d);
+    if (user && ns == KVD_POOL_NONE)
+        any =
+            would_clear(d, user, KVD_SHARE_NAMESPACES, c) || kvd_pool_namespace_clears(d->pool, c);
+    if (user && !any && (known == KVD_POOL_NONE || !kvd_pool_layout_refs(d->pool, known)))
+        any = would_clear(d, user, KVD_SHARE_LAYOUTS, c) || kvd_pool_layout_clears(d->pool, ns, c);
+    kvd_user_unref(&user);
+    return any;
 }
 
 int kvd_namespace_listed(const struct kvd_daemon *d, const char *name, struct kvd_error *err)

@@ -251,7 +251,21 @@ START_TEST(a_namespace_and_a_layout_go_with_their_blocks)
     kvd_pool_namespace_release(f.pool, f.ns);
     ck_assert(kvd_pool_namespace_idle(f.pool, f.ns, &used));
     verify(f.pool);
-    kvd_pool_layout_clear(f.pool, f.layout);
+    // Piece by piece: the end, then blocks, of which each piece takes so many at most.
+    struct kvd_pool_clearing of_layout = {.layout = true, .index = f.layout};
+    struct kvd_pool_clearing of_space = {.index = f.ns};
+    ck_assert(!kvd_pool_clear(f.pool, &of_layout, 4));
+    ck_assert(!kvd_pool_clear(f.pool, &of_space, 4));
+    verify(f.pool);
+    ck_assert_uint_eq(kvd_pool_layout_refs(f.pool, f.layout), 1);
+    uint32_t pieces = 0;
+    // Both at once: each goes up its own paths.
+    for (uint32_t over = 0; over != 3; pieces++) {
+        if (kvd_pool_clear(f.pool, pieces % 2 ? &of_layout : &of_space, 2))
+            over |= 1U << pieces % 2;
+        verify(f.pool);
+    }
+    ck_assert_uint_ge(pieces, 3);
     ck_assert_uint_eq(kvd_pool_layout_refs(f.pool, f.layout), 0);
     ck_assert_uint_eq(kvd_pool_namespace_find(f.pool, "n0"), KVD_POOL_NONE);
     verify(f.pool);

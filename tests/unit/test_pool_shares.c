@@ -270,6 +270,67 @@ START_TEST(layouts_are_shared)
 }
 END_TEST
 
+// What has to make room can be cleared in pieces, each of which looks at so many entries.
+START_TEST(idle_ones_are_cleared_in_pieces)
+{
+    setup(2);
+    struct kvd_pool_clearing c;
+    struct kvd_layout g = test_layout(1, 64, 512);
+    uint32_t old = space("old"), ns, pieces = 0;
+    uint64_t seq;
+    for (uint32_t i = 0; i < 20; i++) {
+        ck_assert_int_eq(make(old, &seq), 0);
+        publish(seq, i);
+    }
+    ck_assert(!kvd_pool_namespace_clears(f.pool, &c)); // there is room
+    kvd_pool_namespace_release(f.pool, old);
+    char name[16];
+    for (uint32_t i = 0; i < NAMESPACES - 1; i++) {
+        snprintf(name, sizeof(name), "s%u", i);
+        space(name);
+    }
+    ck_assert(kvd_pool_namespace_clears(f.pool, &c));
+    ck_assert_uint_eq(c.index, old);
+    ck_assert(!kvd_pool_clear(f.pool, &c, 8));
+    ck_assert_uint_eq(info_of(old).sequences, 12);
+    // Somebody opens it: it is left alone.
+    ck_assert_uint_eq(space("old"), old);
+    ck_assert(kvd_pool_clear(f.pool, &c, 8));
+    ck_assert_uint_eq(info_of(old).sequences, 12);
+    kvd_pool_namespace_release(f.pool, old);
+    for (; !kvd_pool_clear(f.pool, &c, 4); pieces++)
+        ck_assert_uint_eq(info_of(old).sequences, 8 - 4 * pieces);
+    ck_assert_uint_eq(pieces, 2);
+    ck_assert_uint_eq(kvd_pool_namespace_find(f.pool, "old"), KVD_POOL_NONE);
+    ck_assert(!kvd_pool_namespace_clears(f.pool, &c)); // now there is room
+    // Layouts of a namespace that has its share of them, each with an evictable sequence or two.
+    ns = space("x");
+    for (uint32_t i = 0; !kvd_pool_layout_clears(f.pool, ns, &c); i++) {
+        uint32_t layout;
+        ck_assert_uint_lt(i, LAYOUTS);
+        ck_assert_int_eq(kvd_pool_layout(f.pool, ns, &g, page_bytes, &layout, &recycled, &f.err),
+                         0);
+        for (uint32_t j = 0; j < 2; j++) {
+            ck_assert_int_eq(kvd_pool_seq_new(f.pool, ns, layout, &seq, &f.err), 0);
+            publish(seq, 100 + 2 * i + j);
+        }
+        kvd_pool_layout_unref(f.pool, layout);
+        g.planes[0].sink += 16;
+    }
+    ck_assert(c.layout);
+    ck_assert_uint_eq(kvd_pool_layout_refs(f.pool, c.index), 2);
+    uint64_t before = info_of(ns).sequences;
+    for (uint64_t had = before, has; !kvd_pool_clear(f.pool, &c, 1); had = has) {
+        has = info_of(ns).sequences;
+        ck_assert_uint_le(had - has, 1);
+    }
+    ck_assert_uint_eq(info_of(ns).sequences, before - 2);
+    ck_assert_uint_eq(kvd_pool_layout_refs(f.pool, c.index), 0);
+    ck_assert(!kvd_pool_layout_clears(f.pool, ns, &c));
+    finish();
+}
+END_TEST
+
 START_TEST(slabs_are_as_many_as_extents)
 {
     setup(2);
@@ -289,4 +350,4 @@ END_TEST
 
 KVD_MAIN("pool_shares", 60, namespaces_go_when_they_are_empty, who_takes_the_slot_gets_no_old_data,
          idle_namespaces_make_room_for_others, sequences_are_shared, table_blocks_are_shared,
-         layouts_are_shared, slabs_are_as_many_as_extents)
+         layouts_are_shared, idle_ones_are_cleared_in_pieces, slabs_are_as_many_as_extents)
