@@ -170,7 +170,7 @@ static void through_pages(struct job *j, struct workspace *w, const float *x, ui
 static void through_transform(struct job *j, struct workspace *w, const float *x,
                               const struct kvd_transform *t, double *spectrum, float *out)
 {
-    uint32_t begin, end, dim = t->dim;
+    uint32_t begin, end, dim = t->coder.dim;
     history(j, &begin, &end);
     int n = (int)(end - begin), d = (int)dim;
     float *to = out + (uint64_t)begin * dim;

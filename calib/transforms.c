@@ -6,9 +6,6 @@
 
 static const char *const names[KVD_TC_COUNT] = {"tc2", "tc2.5"};
 
-// By bits: the distance of evenly spaced levels that loses least of a normal variable.
-static const float steps[KVD_TC_MAX_BITS + 1] = {0, 1.5958f, 0.9957f, 0.5860f, 0.3352f};
-
 const char *kvd_tc_name(enum kvd_tc codec)
 {
     return names[codec];
@@ -74,18 +71,18 @@ struct kvd_transform kvd_transform_at(const struct kvd_rotset *s, uint64_t at, b
     const struct kvd_transforms *t = s->transforms;
     uint64_t dk = s->dim_k, dv = s->dim_v;
     if (v)
-        return (struct kvd_transform){.a = t->v + at * dv * dv,
-                                      .inverse = t->v_inverse + at * dv * dv,
-                                      .mean = t->v_mean + at * dv,
-                                      .dim = s->dim_v,
-                                      .refits = KVD_TC_V_REFITS};
+        return (struct kvd_transform){
+            .a = t->v + at * dv * dv,
+            .inverse = t->v_inverse + at * dv * dv,
+            .mean = t->v_mean + at * dv,
+            .coder = {.dim = s->dim_v, .refits = KVD_TC_V_REFITS, .v = true}};
     return (struct kvd_transform){.a = t->k + at * dk * dk,
                                   .inverse = t->k_inverse + at * dk * dk,
                                   .mean = t->k_mean + at * dk,
-                                  .sigma = t->k_sigma + at * dk,
-                                  .bits = t->k_bits + at * (dk / KVD_TC_TILE),
-                                  .dim = s->dim_k,
-                                  .refits = KVD_TC_K_REFITS};
+                                  .coder = {.sigma = t->k_sigma + at * dk,
+                                            .bits = t->k_bits + at * (dk / KVD_TC_TILE),
+                                            .dim = s->dim_k,
+                                            .refits = KVD_TC_K_REFITS}};
 }
 
 // -- checks --------------------------------------------------------------------------------------
@@ -120,13 +117,13 @@ static double deviation(const float *a, const float *inverse, uint32_t dim)
 static int check_codes(const struct kvd_transform *t, enum kvd_tc codec, const char *where,
                        struct kvd_error *err)
 {
-    uint32_t sum = 0, want = kvd_tc_tile_bits(codec, t->dim);
-    for (uint32_t i = 0; i < t->dim; i++)
-        if (!(isfinite(t->sigma[i]) && t->sigma[i] > 0))
+    uint32_t sum = 0, want = kvd_tc_tile_bits(codec, t->coder.dim);
+    for (uint32_t i = 0; i < t->coder.dim; i++)
+        if (!(isfinite(t->coder.sigma[i]) && t->coder.sigma[i] > 0))
             return kvd_fail(err, KVD_E_CORRUPT, "%s: the deviation of channel %u is %g", where, i,
-                            (double)t->sigma[i]);
-    for (uint32_t i = 0; i < t->dim / KVD_TC_TILE; i++) {
-        float b = t->bits[i];
+                            (double)t->coder.sigma[i]);
+    for (uint32_t i = 0; i < t->coder.dim / KVD_TC_TILE; i++) {
+        float b = t->coder.bits[i];
         if (!(b >= 0 && b <= KVD_TC_MAX_BITS && b == floorf(b)))
             return kvd_fail(err, KVD_E_CORRUPT,
                             "%s: tile %u has codes of %g bits; they have 0 to %d", where, i,
@@ -136,20 +133,20 @@ static int check_codes(const struct kvd_transform *t, enum kvd_tc codec, const c
     if (sum != want)
         return kvd_fail(err, KVD_E_CORRUPT,
                         "%s: the bits of the tiles sum to %u; codec %s has %u at head_dim %u",
-                        where, sum, names[codec], want, t->dim);
+                        where, sum, names[codec], want, t->coder.dim);
     return KVD_OK;
 }
 
 static int check_transform(const struct kvd_transform *t, enum kvd_tc codec, const char *where,
                            double *worst, struct kvd_error *err)
 {
-    double loss = kvd_transform_loss(t->a, t->inverse, t->dim);
+    double loss = kvd_transform_loss(t->a, t->inverse, t->coder.dim);
     bool finite = !isnan(loss);
-    for (uint32_t i = 0; i < t->dim; i++)
+    for (uint32_t i = 0; i < t->coder.dim; i++)
         finite &= isfinite(t->mean[i]) != 0;
     if (!finite)
         return kvd_fail(err, KVD_E_CORRUPT, "%s holds values that are not finite", where);
-    double d = deviation(t->a, t->inverse, t->dim);
+    double d = deviation(t->a, t->inverse, t->coder.dim);
     if (d > 1e-3)
         return kvd_fail(err, KVD_E_CORRUPT,
                         "%s: the inverse is none: A A^-1 is %.3g away from the identity", where, d);
@@ -158,7 +155,7 @@ static int check_transform(const struct kvd_transform *t, enum kvd_tc codec, con
                         "%s is ill-conditioned: |A| |A^-1| / dim is %.3g, and at most %d is taken",
                         where, loss, KVD_TC_MAX_LOSS);
     *worst = fmax(*worst, d);
-    return t->sigma ? check_codes(t, codec, where, err) : KVD_OK;
+    return t->coder.sigma ? check_codes(t, codec, where, err) : KVD_OK;
 }
 
 int kvd_transforms_check(const struct kvd_rotset *s, double *worst, struct kvd_error *err)
@@ -180,60 +177,13 @@ int kvd_transforms_check(const struct kvd_rotset *s, double *worst, struct kvd_e
 
 // -- rows ----------------------------------------------------------------------------------------
 
-static uint32_t bits_of(const struct kvd_transform *t, uint32_t channel)
-{
-    return t->bits ? (uint32_t)t->bits[channel / KVD_TC_TILE] : KVD_TC_V_BITS;
-}
-
-static double sigma_of(const struct kvd_transform *t, uint32_t channel)
-{
-    return t->sigma ? (double)t->sigma[channel] : 1;
-}
-
-// The level nearest to x deviations, of codes of b bits.
-static double nearest(double x, uint32_t b)
-{
-    double step = (double)steps[b], top = (double)((1u << b) - 1);
-    double code = ceil(x / step + top / 2 - 0.5); // of two that are as near the lower one
-    return step * (fmin(fmax(code, 0), top) - top / 2);
-}
-
-// Codes for a scale: c = sigma * level. Returns sum c y, and sum c^2.
-static double code(const struct kvd_transform *t, const float *y, double scale, double *c,
-                   double *squares)
-{
-    double products = 0;
-    *squares = 0;
-    for (uint32_t i = 0; i < t->dim; i++) {
-        uint32_t b = bits_of(t, i);
-        double sigma = sigma_of(t, i);
-        c[i] = b ? sigma * nearest(scale > 0 ? (double)y[i] / (sigma * scale) : 0, b) : 0;
-        products += c[i] * (double)y[i];
-        *squares += c[i] * c[i];
-    }
-    return products;
-}
-
 float kvd_tc_row(const struct kvd_transform *t, float *y)
 {
-    double c[KVD_MAX_HEAD_DIM], energy = 0, whitened = 0, coded = 0, squares;
-    for (uint32_t i = 0; i < t->dim; i++) {
-        double x = (double)y[i] / sigma_of(t, i);
-        if (!bits_of(t, i))
-            continue;
-        energy += (double)y[i] * (double)y[i];
-        whitened += x * x;
-        coded++;
-    }
-    double scale = coded > 0 ? sqrt(whitened / coded) : 0;
-    double products = code(t, y, scale, c, &squares);
-    for (uint32_t i = 0; i < t->refits && products > 0; i++) {
-        scale = products / squares;
-        products = code(t, y, scale, c, &squares);
-    }
-    scale = products > 0 ? fmin(energy / products, 65504) : 0;
-    float stored = kvd_fp16_to_f32(kvd_f32_to_fp16((float)scale));
-    for (uint32_t i = 0; i < t->dim; i++)
-        y[i] = (float)((double)stored * c[i]);
-    return stored;
+    uint8_t side[KVD_TC_MOST_BYTES] = {0}, codes[KVD_MAX_HEAD_DIM];
+    float scale = kvd_fp16_to_f32(kvd_tc_quantize(&t->coder, y, codes));
+    kvd_tc_pack(&t->coder, side, 0, codes);
+    kvd_tc_unpack(&t->coder, side, 0, codes);
+    for (uint32_t i = 0; i < t->coder.dim; i++)
+        y[i] = (float)((double)scale * kvd_tc_value(&t->coder, i, codes[i]));
+    return scale;
 }

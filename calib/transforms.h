@@ -14,15 +14,9 @@
 #define KVD_CALIB_TRANSFORMS_H
 
 #include "calib/rotset.h"
+#include "kernels/tc.h"
 
-enum {
-    KVD_TC_TILE = 16,     // channels
-    KVD_TC_MAX_BITS = 4,  // of a code
-    KVD_TC_V_BITS = 2,    // of V's
-    KVD_TC_V_REFITS = 2,  // least-squares rounds of a value's scale,
-    KVD_TC_K_REFITS = 1,  // and of a key's
-    KVD_TC_MAX_LOSS = 512 // of kvd_transform_loss
-};
+enum { KVD_TC_MAX_LOSS = 512 }; // of kvd_transform_loss
 
 enum kvd_tc { KVD_TC2, KVD_TC2_5, KVD_TC_COUNT };
 
@@ -60,17 +54,12 @@ int kvd_transforms_check(const struct kvd_rotset *set, double *worst, struct kvd
 // Matrix `at` (layer * heads + head) of one side.
 struct kvd_transform {
     const float *a, *inverse, *mean;
-    const float *sigma, *bits; // NULL for V: 1, and KVD_TC_V_BITS
-    uint32_t dim, refits;
+    struct kvd_tc_coder coder;
 };
 struct kvd_transform kvd_transform_at(const struct kvd_rotset *set, uint64_t at, bool v);
 
-// Codes a row y, transformed, and writes over it what is read back, still transformed: scale *
-// sigma * level. The scale is rms(y / sigma) over the channels that have codes; after `refits`
-// least-squares rounds, each with new codes, it is the one with which the row that is read back is
-// as long along y as y itself, over those channels: sum y^2 / sum c y, c = sigma * level; 0 where
-// the divisor is not above 0. It is rounded to fp16, saturated. Of two codes that are as near the
-// lower one is taken. Returns the scale.
+// Takes a row y, transformed, through the bytes of a tile (kernels/tc.h), and writes over it what
+// is read back, still transformed: scale * sigma * level. Returns the scale.
 float kvd_tc_row(const struct kvd_transform *t, float *y);
 
 #endif

@@ -323,16 +323,16 @@ static void check_row(const struct kvd_transform *t, const float *y, uint32_t *d
     float got[KVD_MAX_HEAD_DIM];
     double want[KVD_MAX_HEAD_DIM], sigma[KVD_MAX_HEAD_DIM], size = 0;
     int bits[KVD_MAX_HEAD_DIM];
-    for (uint32_t i = 0; i < t->dim; i++) {
-        sigma[i] = t->sigma ? (double)t->sigma[i] : 1;
-        bits[i] = t->bits ? (int)t->bits[i / KVD_TC_TILE] : KVD_TC_V_BITS;
+    for (uint32_t i = 0; i < t->coder.dim; i++) {
+        sigma[i] = t->coder.sigma ? (double)t->coder.sigma[i] : 1;
+        bits[i] = t->coder.bits ? (int)t->coder.bits[i / KVD_TC_TILE] : KVD_TC_V_BITS;
         got[i] = y[i];
     }
     kvd_tc_row(t, got);
-    reference(y, t->dim, sigma, bits, (int)t->refits, want);
-    for (uint32_t i = 0; i < t->dim; i++)
+    reference(y, t->coder.dim, sigma, bits, (int)t->coder.refits, want);
+    for (uint32_t i = 0; i < t->coder.dim; i++)
         size = fmax(size, fabs(want[i]));
-    for (uint32_t i = 0; i < t->dim; i++)
+    for (uint32_t i = 0; i < t->coder.dim; i++)
         *differ += !(fabs((double)got[i] - want[i]) <= 1e-6 * size);
 }
 
@@ -347,10 +347,11 @@ START_TEST(rows_against_all_levels_tried)
             struct kvd_transform t = kvd_transform_at(s, (uint64_t)i % 4, i / 4 % 2);
             float y[KVD_MAX_HEAD_DIM];
             double size = exp(3 * normal(&rng));
-            for (uint32_t c = 0; c < t.dim; c++)
-                y[c] = (float)(size * normal(&rng) * (t.sigma ? (double)t.sigma[c] : 1));
+            for (uint32_t c = 0; c < t.coder.dim; c++)
+                y[c] =
+                    (float)(size * normal(&rng) * (t.coder.sigma ? (double)t.coder.sigma[c] : 1));
             if (i % 5 == 0) // an outlier
-                y[kvd_rand(&rng) % t.dim] *= 100;
+                y[kvd_rand(&rng) % t.coder.dim] *= 100;
             check_row(&t, y, &differ);
         }
         kvd_rotset_free(&s);
@@ -369,10 +370,10 @@ START_TEST(rows_that_are_read_back_are_as_long)
         float y[128], z[128];
         double yy = 0, zy = 0;
         for (uint32_t c = 0; c < 128; c++)
-            z[c] = y[c] = (float)(normal(&rng) * (t.sigma ? (double)t.sigma[c] : 1));
+            z[c] = y[c] = (float)(normal(&rng) * (t.coder.sigma ? (double)t.coder.sigma[c] : 1));
         kvd_tc_row(&t, z);
         for (uint32_t c = 0; c < 128; c++)
-            if (!t.bits || t.bits[c / KVD_TC_TILE] > 0) {
+            if (!t.coder.bits || t.coder.bits[c / KVD_TC_TILE] > 0) {
                 yy += (double)y[c] * (double)y[c];
                 zy += (double)z[c] * (double)y[c];
             }
@@ -407,6 +408,92 @@ START_TEST(rows_at_the_edges)
 }
 END_TEST
 
-KVD_MAIN("transforms", 120, bits_of_codecs, files_round_trip, refused_where_they_would_be_served,
-         sets_that_do_not_hold_up, damaged_files, rows_against_all_levels_tried,
-         rows_that_are_read_back_are_as_long, rows_at_the_edges)
+// Bits of tiles in any order that sums to a codec's; not all are multiples of a piece's.
+static void draw_bits(uint64_t *rng, enum kvd_tc codec, uint32_t dim, float *bits)
+{
+    memset(bits, 0, dim / KVD_TC_TILE * sizeof(*bits));
+    for (uint32_t n = kvd_tc_tile_bits(codec, dim); n;) {
+        uint32_t i = (uint32_t)(kvd_rand(rng) % (dim / KVD_TC_TILE));
+        if (bits[i] < KVD_TC_MAX_BITS) {
+            bits[i]++;
+            n--;
+        }
+    }
+}
+
+// What is written comes back, all of a side's bits are used, and a chunk of 16 tokens shares no
+// byte with another.
+START_TEST(codes_have_places_of_their_own)
+{
+    static const uint32_t dims[] = {64, 80, 96, 112, 128, 192, 256};
+    uint64_t rng = kvd_test_seed("places");
+    for (uint32_t i = 0; i < KVD_LEN(dims) * 3 * 2; i++) {
+        static uint8_t side[KVD_TC_MOST_BYTES], owner[KVD_TC_MOST_BYTES],
+            written[KVD_PAGE_TOKENS][KVD_MAX_HEAD_DIM];
+        uint8_t codes[KVD_MAX_HEAD_DIM];
+        uint32_t dim = dims[i / 6], kind = i / 2 % 3; // tc2, tc2.5, V
+        float bits[KVD_MAX_HEAD_DIM / KVD_TC_TILE];
+        draw_bits(&rng, kind == 1 ? KVD_TC2_5 : KVD_TC2, dim, bits);
+        struct kvd_tc_coder t = {.bits = kind < 2 ? bits : NULL, .dim = dim, .v = kind == 2};
+        uint32_t bytes = kvd_tc_codes_bytes(&t);
+        ck_assert_uint_eq(bytes, kind < 2 ? 128 * kvd_tc_tile_bits((enum kvd_tc)kind, dim)
+                                          : kvd_codes_bytes(KVD_CODEC_INT2, dim));
+        memset(owner, 0, sizeof(owner));
+        memset(side, 0x5a, sizeof(side));
+        for (uint32_t token = 0; token < KVD_PAGE_TOKENS; token++) {
+            for (uint32_t c = 0; c < dim; c++) {
+                uint32_t b = t.bits ? (uint32_t)bits[c / KVD_TC_TILE] : KVD_TC_V_BITS;
+                written[token][c] = (uint8_t)(kvd_rand(&rng) & ((1u << b) - 1));
+            }
+            static uint8_t zeros[KVD_TC_MOST_BYTES], ones[KVD_TC_MOST_BYTES];
+            memset(zeros, 0, sizeof(zeros));
+            memset(ones, 0xff, sizeof(ones));
+            memset(codes, 0xff, sizeof(codes));
+            kvd_tc_pack(&t, zeros, token, codes); // sets the bits that are this token's,
+            memset(codes, 0, sizeof(codes));
+            kvd_tc_pack(&t, ones, token, codes); // and clears them
+            bool good = true;
+            for (uint32_t j = 0; j < sizeof(zeros); j++) {
+                good &= zeros[j] == (0xff & ~ones[j]);
+                good &= zeros[j] == 0 || j < bytes;
+                good &= zeros[j] == 0 || owner[j] == 0 || owner[j] == 1 + token / 16;
+                owner[j] = zeros[j] ? (uint8_t)(1 + token / 16) : owner[j];
+            }
+            ck_assert_msg(good, "head_dim %u, kind %u, token %u", dim, kind, token);
+            kvd_tc_pack(&t, side, token, written[token]);
+        }
+        for (uint32_t token = 0; token < KVD_PAGE_TOKENS; token++) {
+            kvd_tc_unpack(&t, side, token, codes);
+            ck_assert_mem_eq(codes, written[token], dim);
+        }
+        bool full = true;
+        for (uint32_t j = 0; j < KVD_TC_MOST_BYTES; j++)
+            full &= (owner[j] != 0) == (j < bytes);
+        ck_assert_msg(full, "head_dim %u, kind %u has gaps", dim, kind);
+    }
+}
+END_TEST
+
+// Two bits everywhere are int2's bytes, but where those of chunks lie side by side.
+START_TEST(two_bits_lie_as_int2)
+{
+    static const uint32_t dims[] = {80, 96, 112, 128, 192, 256};
+    for (size_t d = 0; d < KVD_LEN(dims); d++)
+        for (uint32_t token = 0; token < KVD_PAGE_TOKENS; token++)
+            for (uint32_t c = 0; c < dims[d]; c++) {
+                static uint8_t side[KVD_TC_MOST_BYTES];
+                uint8_t codes[KVD_MAX_HEAD_DIM] = {0};
+                struct kvd_tc_coder t = {.dim = dims[d]};
+                struct kvd_code_place p = kvd_place_of(false, dims[d], 2, token, c);
+                memset(side, 0, kvd_tc_codes_bytes(&t));
+                codes[c] = 3;
+                kvd_tc_pack(&t, side, token, codes);
+                ck_assert_uint_eq(side[p.byte], 3u << p.bit);
+            }
+}
+END_TEST
+
+KVD_MAIN("transforms", 120, codes_have_places_of_their_own, two_bits_lie_as_int2, bits_of_codecs,
+         files_round_trip, refused_where_they_would_be_served, sets_that_do_not_hold_up,
+         damaged_files, rows_against_all_levels_tried, rows_that_are_read_back_are_as_long,
+         rows_at_the_edges)
