@@ -371,12 +371,43 @@ static uint64_t layer_index(const struct kvd_rotset *s, uint32_t layer)
     return at;
 }
 
+// Which of a layer's matrices are those of the plane's heads. Ranks hold as many heads each, or,
+// where there are more ranks than heads, several neighbours the same one: how engines split K and V
+// (vLLM's QKVParallelLinear).
+static int select_heads(const struct kvd_rotset *s, const struct kvd_layout *l, uint32_t kv_heads,
+                        uint32_t *first, uint32_t *count, struct kvd_error *err)
+{
+    uint32_t size = KVD_MAX(l->tp_size, 1u);
+    *first = 0;
+    *count = 1;
+    if (s->heads == 1) // for all heads
+        return KVD_OK;
+    if (s->heads % size && size % s->heads)
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "rotation set %s is for %u kv heads, and neither this nor tp_size, %u, "
+                        "divides the other",
+                        s->model, s->heads, size);
+    *count = KVD_MAX(s->heads / size, 1u);
+    *first = (uint32_t)((uint64_t)l->tp_rank * s->heads / size);
+    if (*count == kv_heads)
+        return KVD_OK;
+    if (size == 1)
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "rotation set %s is for %u kv heads, the layout has %u; a part of a model "
+                        "names its tp_rank and tp_size",
+                        s->model, s->heads, kv_heads);
+    return kvd_fail(err, KVD_E_PRECONDITION,
+                    "rotation set %s is for %u kv heads, of which rank %u of %u holds %u, and the "
+                    "layout has %u",
+                    s->model, s->heads, l->tp_rank, size, *count, kv_heads);
+}
+
 int kvd_rotset_select(const struct kvd_rotset *s, const struct kvd_layout *layout, uint32_t plane,
                       struct kvd_rotation_data *out, struct kvd_error *err)
 {
     const struct kvd_plane *g = &layout->planes[plane];
     uint64_t at[KVD_MAX_LAYERS]; // in the set, of the plane's layers
-    uint32_t n = 0;
+    uint32_t n = 0, first, heads;
     if (s->transforms)
         return kvd_fail(
             err, KVD_E_PRECONDITION,
@@ -387,10 +418,8 @@ int kvd_rotset_select(const struct kvd_rotset *s, const struct kvd_layout *layou
         return kvd_fail(err, KVD_E_PRECONDITION,
                         "rotation set %s is for head_dim %u/%u, the layout has %u/%u", s->model,
                         s->dim_k, s->dim_v, g->head_dim_k, g->head_dim_v);
-    if (s->heads != 1 && s->heads != g->kv_heads)
-        return kvd_fail(err, KVD_E_PRECONDITION,
-                        "rotation set %s is for %u kv heads, the layout has %u", s->model, s->heads,
-                        g->kv_heads);
+    if (select_heads(s, layout, g->kv_heads, &first, &heads, err))
+        return err->code;
     for (uint32_t l = 0; l < layout->n_layers; l++) {
         if (layout->plane_of[l] != plane)
             continue;
@@ -402,7 +431,7 @@ int kvd_rotset_select(const struct kvd_rotset *s, const struct kvd_layout *layou
                             s->layers[s->n_layers - 1]);
     }
     struct kvd_rotation_data d = {.n_layers = n,
-                                  .heads = s->heads,
+                                  .heads = heads,
                                   .dim_k = s->dim_k,
                                   .dim_v = s->dim_v,
                                   .scale_k = s->scale_k,
@@ -410,20 +439,20 @@ int kvd_rotset_select(const struct kvd_rotset *s, const struct kvd_layout *layou
     uint64_t square_k = (uint64_t)s->dim_k * s->dim_k, square_v = (uint64_t)s->dim_v * s->dim_v;
     const struct {
         const float *from, **to;
-        uint64_t layer; // values
-    } all[] = {{s->k, &d.k, s->heads * square_k}, {s->v, &d.v, s->heads * square_v},
-               {s->clip_k, &d.clip_k, s->heads},  {s->clip_v, &d.clip_v, s->heads},
-               {s->gain_k, &d.gain_k, s->heads},  {s->gain_v, &d.gain_v, s->heads}};
+        uint64_t head; // values
+    } all[] = {{s->k, &d.k, square_k},    {s->v, &d.v, square_v},    {s->clip_k, &d.clip_k, 1},
+               {s->clip_v, &d.clip_v, 1}, {s->gain_k, &d.gain_k, 1}, {s->gain_v, &d.gain_v, 1}};
     for (size_t i = 0; i < KVD_LEN(all); i++) {
-        float *to = malloc(n * all[i].layer * sizeof(float));
+        uint64_t values = heads * all[i].head; // of a layer
+        float *to = malloc(n * values * sizeof(float));
         *all[i].to = to;
         if (!to) {
             kvd_rotation_data_deinit(&d);
             return kvd_fail(err, KVD_E_INTERNAL, "out of memory for a rotation set");
         }
         for (uint32_t l = 0; l < n; l++)
-            memcpy(to + l * all[i].layer, all[i].from + at[l] * all[i].layer,
-                   all[i].layer * sizeof(float));
+            memcpy(to + l * values, all[i].from + (at[l] * s->heads + first) * all[i].head,
+                   values * sizeof(float));
     }
     *out = d;
     return KVD_OK;

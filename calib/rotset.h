@@ -72,9 +72,10 @@ int kvd_rotset_check(const struct kvd_rotset *set, double *worst, struct kvd_err
 // explains (max |R R^T - I| above 0.05).
 int kvd_rotation_straighten(float *r, uint32_t dim, struct kvd_error *err);
 
-// Whether the set serves a plane of a layout; if so *out describes the plane's layers. out->k etc.
-// point to new memory that the caller frees with kvd_rotation_data_deinit. KVD_E_PRECONDITION says
-// what does not match; a set of transforms never does.
+// Whether the set serves a plane of a layout, the heads of its tensor-parallel rank if it names one
+// (of all matrices of a layer, as kvd.proto's Layout says); if so *out describes the plane's
+// layers. out->k etc. point to new memory that the caller frees with kvd_rotation_data_deinit.
+// KVD_E_PRECONDITION says what does not match; a set of transforms never does.
 int kvd_rotset_select(const struct kvd_rotset *set, const struct kvd_layout *layout, uint32_t plane,
                       struct kvd_rotation_data *out, struct kvd_error *err);
 void kvd_rotation_data_deinit(struct kvd_rotation_data *data);

@@ -85,7 +85,8 @@ static bool layout_ok(const struct kvd_pool *pool, const struct region_layout *r
     const struct kvd_layout *l = &r->l;
     uint32_t layers[KVD_MAX_PLANES] = {0};
     if (!l->n_planes || l->n_planes > KVD_MAX_PLANES || !l->n_layers ||
-        l->n_layers > KVD_MAX_LAYERS || !ends(l->rotation, sizeof(l->rotation)))
+        l->n_layers > KVD_MAX_LAYERS || !ends(l->rotation, sizeof(l->rotation)) ||
+        l->tp_size > KVD_MAX_TP_SIZE || l->tp_rank >= (l->tp_size ? l->tp_size : 1))
         return false;
     for (uint32_t i = 0; i < l->n_layers; i++) {
         if (l->plane_of[i] >= l->n_planes || (i && l->layers[i] <= l->layers[i - 1]))

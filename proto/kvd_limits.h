@@ -17,7 +17,8 @@ enum {
     KVD_MAX_PLANES = 8,
     KVD_MAX_MODEL_LAYER = 65535, // largest model layer id
     KVD_MAX_KV_HEADS = 256,
-    KVD_MAX_GROUP = 64, // q heads per kv head
+    KVD_MAX_GROUP = 64,     // q heads per kv head
+    KVD_MAX_TP_SIZE = 1024, // ranks of a model
     KVD_MAX_HEAD_DIM = 256,
     KVD_MAX_SINK = 4096,
     KVD_MAX_RECENT = 65536,
@@ -90,6 +91,9 @@ struct kvd_layout {
     uint8_t plane_of[KVD_MAX_LAYERS]; // by index into layers; a plane's layers are in that order
     struct kvd_plane planes[KVD_MAX_PLANES];
     char rotation[80]; // "sha256:<hex>", a built-in set's name or "" (bf16); zero padded
+    // Which part of a model that tensor parallelism splits by heads; 0 and 0: it is not split. The
+    // heads of the planes are those of the rank.
+    uint32_t tp_rank, tp_size;
 };
 
 // Whether K or V may have this head_dim, and whether a layer's K and V may have these.

@@ -133,6 +133,8 @@ int kvd_client_set_layout(kvd_client *c, const kvd_options *o, struct kvd_error 
     to->head_dim_v = o->head_dim_v;
     to->codec = c->codec;
     to->rotation_set = c->rotation_set;
+    to->tp_rank = o->tp_rank;
+    to->tp_size = o->tp_size;
     kvd__v1__windows__init(&c->windows);
     c->windows.sink = o->sink;
     c->windows.recent = o->recent;

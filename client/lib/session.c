@@ -443,7 +443,8 @@ kvd_result kvd_get_info(kvd_client *c, kvd_info *out, kvd_failure *err)
                      .instance = r->instance,
                      .rotation_set = r->layout ? r->layout->rotation_set : "",
                      .bf16_page_bytes = r->bf16_page_bytes,
-                     .codec_page_bytes = r->codec_page_bytes};
+                     .codec_page_bytes = r->codec_page_bytes,
+                     .layout_digest = r->layout_digest};
     for (size_t p = 0; r->layout && p < r->layout->n_planes; p++) { // the largest
         const Kvd__V1__Windows *w = r->layout->planes[p]->windows;
         info.sink = w ? KVD_MAX(info.sink, w->sink) : info.sink;

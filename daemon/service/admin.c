@@ -117,6 +117,8 @@ static void fill_session(struct kvd_daemon *d, struct kvd_session *s, codec_text
     out->layers = g->n_layers;
     out->kv_heads = g->planes[0].kv_heads;
     out->head_dim_k = g->planes[0].head_dim_k;
+    out->tp_rank = g->tp_rank;
+    out->tp_size = g->tp_size;
 }
 
 void kvd_on_list_sessions(struct kvd_call *call, const void *request)

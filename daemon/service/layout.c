@@ -117,6 +117,21 @@ static int merge_layers(const Kvd__V1__Layout *from, Kvd__V1__Plane *const *plan
     return KVD_OK;
 }
 
+// A size of 1 is as none, so that a model that is not split has one layout.
+static int set_rank(const Kvd__V1__Layout *from, struct kvd_layout *to, struct kvd_error *err)
+{
+    if (from->tp_size > KVD_MAX_TP_SIZE)
+        return kvd_fail(err, KVD_E_INVALID, "layout.tp_size is %u; at most %d are possible",
+                        from->tp_size, KVD_MAX_TP_SIZE);
+    if (from->tp_rank >= KVD_MAX(from->tp_size, 1u))
+        return kvd_fail(err, KVD_E_INVALID,
+                        "layout.tp_rank is %u and tp_size %u; ranks go from 0 to tp_size - 1",
+                        from->tp_rank, from->tp_size);
+    to->tp_rank = from->tp_rank;
+    to->tp_size = from->tp_size > 1 ? from->tp_size : 0;
+    return KVD_OK;
+}
+
 int kvd_layout_from_proto(const Kvd__V1__Layout *from, struct kvd_layout *to, struct kvd_error *err)
 {
     Kvd__V1__Plane plain = KVD__V1__PLANE__INIT, *one = &plain;
@@ -142,6 +157,8 @@ int kvd_layout_from_proto(const Kvd__V1__Layout *from, struct kvd_layout *to, st
             return kvd_fail_in(err, "layout");
     }
     rc = merge_layers(from, planes, to, err);
+    if (rc == KVD_OK)
+        rc = set_rank(from, to, err);
     return rc ? rc : set_rotation(from->rotation_set, to, err);
 }
 
@@ -183,6 +200,8 @@ Kvd__V1__Layout *kvd_layout_to_proto(const struct kvd_layout *from, struct kvd_p
     to->g.n_layers = from->n_layers;
     to->g.layers = to->layers;
     to->g.rotation_set = (char *)from->rotation;
+    to->g.tp_rank = from->tp_rank;
+    to->g.tp_size = from->tp_size;
     to->g.n_planes = from->n_planes;
     to->g.planes = to->refs;
     const Kvd__V1__Plane *only = &to->planes[0];
@@ -223,7 +242,7 @@ void kvd_layout_digest(const struct kvd_layout *l, char out[KVD_DIGEST_TEXT])
 {
     struct encoding e = {.n = 0};
     char codec[KVD_CODECS_TEXT];
-    put_text(&e, "kvd layout 1");
+    put_text(&e, "kvd layout 2");
     put(&e, l->n_layers);
     put(&e, l->n_planes);
     for (uint32_t i = 0; i < l->n_layers; i++) {
@@ -242,5 +261,7 @@ void kvd_layout_digest(const struct kvd_layout *l, char out[KVD_DIGEST_TEXT])
         put(&e, g->window);
     }
     put_text(&e, l->rotation);
+    put(&e, l->tp_rank);
+    put(&e, l->tp_size);
     kvd_digest(e.bytes, e.n, out);
 }

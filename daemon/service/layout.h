@@ -20,9 +20,9 @@ struct kvd_proto_layout {
 Kvd__V1__Layout *kvd_layout_to_proto(const struct kvd_layout *from, struct kvd_proto_layout *to);
 
 // "sha256:<hex>" that names a layout, of these bytes: numbers of 32 bits, little-endian; texts with
-// their length before them. "kvd layout 1"; layers and planes; for each layer its model id and its
+// their length before them. "kvd layout 2"; layers and planes; for each layer its model id and its
 // plane; for each plane q_heads, kv_heads, head_dim of K and V, the name of the codec (of K
-// and V: kvd_codecs_name), sink, recent, window; the rotation set.
+// and V: kvd_codecs_name), sink, recent, window; the rotation set; tp_rank and tp_size.
 void kvd_layout_digest(const struct kvd_layout *l, char out[KVD_DIGEST_TEXT]);
 
 #endif

@@ -176,7 +176,8 @@ void kvd_on_attach_sequence(struct kvd_call *call, const void *request)
     if (info.layout != s->layout) {
         kvd_call_fail(
             call, KVD_E_PRECONDITION,
-            "'%s' has another layout (codec, rotation set, windows or shape) than this session",
+            "'%s' has another layout (codec, rotation set, windows, shape or tensor-parallel rank) "
+            "than this session",
             req->name);
         return;
     }

@@ -97,6 +97,8 @@ static void print_options(void)
     FIELD(kvd_options, n_sinks);
     FIELD(kvd_options, planes);
     FIELD(kvd_options, n_planes);
+    FIELD(kvd_options, tp_rank);
+    FIELD(kvd_options, tp_size);
     STRUCT(kvd_plane_options);
     FIELD(kvd_plane_options, size);
     FIELD(kvd_plane_options, layers);
@@ -134,6 +136,7 @@ static void print_outputs(void)
     FIELD(kvd_info, codec_page_bytes);
     FIELD(kvd_info, sink);
     FIELD(kvd_info, recent);
+    FIELD(kvd_info, layout_digest);
     STRUCT(kvd_sequence_info);
     FIELD(kvd_sequence_info, size);
     FIELD(kvd_sequence_info, sequence);

@@ -243,6 +243,73 @@ START_TEST(native_files_round_trip)
 }
 END_TEST
 
+// Of a set with a matrix for each of 4 kv heads; the clip ratios tell which head they are of.
+static int select_rank(uint32_t set_heads, uint32_t rank, uint32_t size, uint32_t kv_heads,
+                       uint32_t *first, uint32_t *count, struct kvd_error *err)
+{
+    struct kvd_rotset s = {
+        .layers = {3, 7}, .n_layers = 2, .heads = set_heads, .dim_k = 64, .dim_v = 128};
+    struct kvd_layout l = test_layout(1, 64);
+    struct kvd_rotation_data d;
+    ck_assert_int_eq(kvd_rotset_alloc(&s, err), 0);
+    for (uint32_t i = 0; i < 2 * set_heads; i++) {
+        s.clip_k[i] = s.clip_v[i] = s.k[i * 64 * 64] = s.v[i * 128 * 128] = (float)(i + 1) / 64;
+        s.gain_k[i] = s.gain_v[i] = 1 + s.clip_k[i];
+    }
+    l.layers[0] = 7;
+    l.planes[0].head_dim_v = 128;
+    l.planes[0].kv_heads = kv_heads;
+    l.tp_rank = rank;
+    l.tp_size = size;
+    int rc = kvd_rotset_select(&s, &l, 0, &d, err);
+    if (rc == KVD_OK) {
+        *first = (uint32_t)(d.clip_k[0] * 64) - 1 - set_heads;
+        *count = d.heads;
+        for (uint32_t h = 0; h < d.heads; h++) {
+            float want = (float)(set_heads + *first + h + 1) / 64;
+            ck_assert_float_eq(d.clip_k[h], want);
+            ck_assert_float_eq(d.clip_v[h], want);
+            ck_assert_float_eq(d.gain_k[h], 1 + want);
+            ck_assert_float_eq(d.gain_v[h], 1 + want);
+            ck_assert_float_eq(d.k[h * 64 * 64], want);
+            ck_assert_float_eq(d.v[h * 128 * 128], want);
+        }
+        kvd_rotation_data_deinit(&d);
+    }
+    free(s.k);
+    free(s.v);
+    free(s.clip_k);
+    free(s.clip_v);
+    free(s.gain_k);
+    free(s.gain_v);
+    return rc;
+}
+
+START_TEST(ranks_get_their_heads)
+{
+    static const struct {
+        uint32_t heads, rank, size, kv_heads; // of the set, and of the layout
+        uint32_t first, count;                // 0: refused
+    } cases[] = {
+        {4, 0, 0, 4, 0, 4}, {4, 0, 0, 2, 0, 0},       {4, 0, 2, 2, 0, 2},       {4, 1, 2, 2, 2, 2},
+        {4, 1, 2, 4, 0, 0}, {4, 1, 2, 1, 0, 0},       {4, 3, 4, 1, 3, 1},       {4, 4, 8, 1, 2, 1},
+        {4, 5, 8, 1, 2, 1}, {4, 7, 8, 1, 3, 1},       {4, 7, 8, 2, 0, 0},       {4, 1, 3, 1, 0, 0},
+        {4, 1, 6, 1, 0, 0}, {6, 3, 4, 1, 0, 0},       {6, 2, 3, 2, 4, 2},       {1, 5, 7, 3, 0, 1},
+        {1, 0, 0, 8, 0, 1}, {3, 1023, 1024, 1, 0, 0}, {8, 1023, 1024, 1, 7, 1},
+    };
+    for (size_t i = 0; i < KVD_LEN(cases); i++) {
+        struct kvd_error err = {0};
+        uint32_t first = 0, count = 0;
+        int rc = select_rank(cases[i].heads, cases[i].rank, cases[i].size, cases[i].kv_heads,
+                             &first, &count, &err);
+        ck_assert_msg(rc == (cases[i].count ? KVD_OK : KVD_E_PRECONDITION), "case %zu: %d %s", i,
+                      rc, err.text);
+        ck_assert_msg(first == cases[i].first && count == cases[i].count, "case %zu: %u, %u", i,
+                      first, count);
+    }
+}
+END_TEST
+
 static void write_native(const char *header, size_t pad)
 {
     FILE *f = fopen(scratch("bad.safetensors"), "w");
@@ -497,5 +564,6 @@ START_TEST(random_rotations)
 END_TEST
 
 KVD_MAIN("calib", 120, pickles_that_are_refused, mutated_pickles_never_crash, pt_files,
-         native_files_round_trip, native_files_that_are_refused, sets_that_do_not_hold_up,
-         names_of_sets, hadamard_rotations, random_rotations, real_rotation_files)
+         native_files_round_trip, ranks_get_their_heads, native_files_that_are_refused,
+         sets_that_do_not_hold_up, names_of_sets, hadamard_rotations, random_rotations,
+         real_rotation_files)

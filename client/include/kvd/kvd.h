@@ -154,6 +154,12 @@ typedef struct kvd_options {
      * one shape. NULL: all layers are as this structure says. */
     const kvd_plane_options *planes;
     uint32_t n_planes; /**< how many planes they are, at most 8 planes of 512 layers together */
+    /** tensor parallelism: this worker is rank tp_rank of tp_size, and q_heads and kv_heads are its
+     * own. Of a rotation set with a matrix for each kv head of the model it gets those of its
+     * heads: tp_size divides their number, or is a multiple of it, several ranks in a row having
+     * the same head then. Ranks have different layouts: none attaches another's sequences. */
+    uint32_t tp_rank;
+    uint32_t tp_size; /**< how many ranks there are, at most 1,024; 0 or 1: it is not split */
 } kvd_options;
 
 /** Connects and opens a session. Waits for the rotation set to be fetched, at most timeout_ms.
@@ -185,6 +191,7 @@ typedef struct kvd_info {
     uint64_t codec_page_bytes; /**< of a page of history: 64 tokens of the first plane */
     uint32_t sink;             /**< first tokens, in bf16 */
     uint32_t recent;           /**< last tokens, in bf16 */
+    const char *layout_digest; /**< "sha256:...": names the layout, tp_rank and tp_size included */
 } kvd_info;
 /** What the session is.
  * @param client whose

@@ -249,7 +249,8 @@ class Client(lib.OfProcess):
     behind the last w + 64 tokens is freed, and such a layer has no sink. sinks: attention sinks (gpt-oss's s_aux), [layers,
     q_heads] of float32: logits of one more token, whose value is zero; -inf: none for that head. planes: where layers differ in
     heads, head_dim, codec or window, instead of layers and windows; `layer` in calls counts over those of all planes in ascending
-    order, and a call's layers have one of `shapes`. address: "unix:/path" or "host:port"; None: $KVD_ADDRESS, or the
+    order, and a call's layers have one of `shapes`. tp_rank, tp_size: which part of a model that tensor parallelism splits;
+    q_heads and kv_heads are the rank's own, and of a rotation set it gets the matrices of its heads. address: "unix:/path" or "host:port"; None: $KVD_ADDRESS, or the
     one that listens under /run/kvd. timeout: seconds for each call. lease: seconds after which a session over TCP ends when
     its client is not heard of; None: 60. tls_ca, tls_cert, tls_key: PEM files for TCP; None: no TLS, no certificate of
     one's own. tls_server_name: if it differs from the address.
@@ -261,7 +262,7 @@ class Client(lib.OfProcess):
                  namespace: Optional[str] = None, name: Optional[str] = None, timeout: float = 30.0, lease: Optional[float] = None,
                  tls_ca: Optional[str] = None, tls_cert: Optional[str] = None, tls_key: Optional[str] = None,
                  tls_server_name: Optional[str] = None, windows: Optional[Iterable[int]] = None, sinks: Any = None,
-                 planes: Optional[Iterable[Plane]] = None):
+                 planes: Optional[Iterable[Plane]] = None, tp_rank: int = 0, tp_size: int = 0):
         super().__init__()
         if (layers is None) == (planes is None) or (planes is not None and windows is not None):
             raise lib.InvalidError("layers, with windows or without, or planes are wanted")
@@ -292,6 +293,7 @@ class Client(lib.OfProcess):
             ("address", address), ("namespace", namespace), ("name", name), ("codec", codec), ("rotation_set", rotation_set),
             ("tls_ca", tls_ca), ("tls_cert", tls_cert), ("tls_key", tls_key), ("tls_server_name", tls_server_name))}
         self.codec = codec
+        self.tp_rank, self.tp_size = _check.integer("tp_rank", tp_rank), _check.integer("tp_size", tp_size)
         self.address = address or os.environ.get("KVD_ADDRESS") or "the kvd of this host"
         sliding = _ids("windows", windows) if windows is not None else [by_id[n][1] for n in ids]
         if len(sliding) != len(ids):
@@ -305,6 +307,7 @@ class Client(lib.OfProcess):
             rotation_set=names["rotation_set"] or None, sink=kept[0], recent=kept[1], no_windows=kept == (0, 0),
             lease_ms=0 if lease is None else max(1, _check.milliseconds("lease", lease)), tls_ca=names["tls_ca"] or None,
             tls_cert=names["tls_cert"] or None, tls_key=names["tls_key"] or None, tls_server_name=names["tls_server_name"] or None,
+            tp_rank=self.tp_rank, tp_size=self.tp_size,
             sinks=(c.c_float * len(logits))(*logits) if logits else None, n_sinks=len(logits))
         if planes is None:
             options.layers, options.n_layers = keep[0], len(ids)
@@ -363,7 +366,7 @@ class Client(lib.OfProcess):
 
     @property
     def info(self) -> dict[str, Any]:
-        """version, backend, instance, rotation_set (as resolved), page sizes in bytes, sink and recent."""
+        """version, backend, instance, rotation_set (as resolved), page sizes in bytes, sink, recent and layout_digest."""
         i = lib.Info()
         lib.call("kvd_get_info", self._open(), c.byref(i))
         values = {name: getattr(i, name) for name, _ in lib.Info._fields_}

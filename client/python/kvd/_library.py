@@ -114,14 +114,14 @@ class Options(Sized):
         ("lease_ms", c.c_uint32), ("tls_ca", c.c_char_p), ("tls_cert", c.c_char_p), ("tls_key", c.c_char_p),
         ("tls_server_name", c.c_char_p), ("windows", c.POINTER(c.c_uint32)),
         ("sinks", c.POINTER(c.c_float)), ("n_sinks", c.c_uint32),
-        ("planes", c.POINTER(PlaneOptions)), ("n_planes", c.c_uint32),
+        ("planes", c.POINTER(PlaneOptions)), ("n_planes", c.c_uint32), ("tp_rank", c.c_uint32), ("tp_size", c.c_uint32),
     ]
 
 
 class Info(Sized):
     _fields_ = [("version", c.c_char_p), ("backend", c.c_char_p), ("instance", c.c_char_p), ("rotation_set", c.c_char_p),
                 ("bf16_page_bytes", c.c_uint64), ("codec_page_bytes", c.c_uint64), ("sink", c.c_uint32),
-                ("recent", c.c_uint32)]
+                ("recent", c.c_uint32), ("layout_digest", c.c_char_p)]
 
 
 class TensorRef(c.Structure):
