@@ -46,9 +46,10 @@ AGREE = {  # model_type: what else its config needs
     "gpt2": {**GPT, **ALL}, "gpt_neox": {"hidden_size": 256, **ALL}, "biogpt": {"hidden_size": 256, **ALL},
     "opt": {"hidden_size": 256, "ffn_dim": 96, "word_embed_proj_dim": 256, **ALL},
     "lfm2": {"full_attn_idxs": [0, 1, 2], "layer_types": ["full_attention"] * 3}, "bitnet": {"hidden_size": 256}, "vaultgemma": {**WINDOW, "layer_types": MIXED},
+    "gpt_oss": {**MOE, **WINDOW, "layer_types": MIXED},
 }
 REFUSED = {  # model_type: what else its config needs, and what the refusal says
-    "gpt_oss": ({**MOE, **WINDOW}, "s_aux|sinks"), "llama4_text": ({**MOE, "attention_chunk_size": 8}, "chunked"),
+    "llama4_text": ({**MOE, "attention_chunk_size": 8}, "chunked"),
     "bloom": ({"n_layer": 3, "n_head": 4, "hidden_size": 256}, "interface"), "mpt": ({"d_model": 256, "n_heads": 4, "n_layers": 3}, "interface|ALiBi"),
     "falcon": ({"hidden_size": 256, "alibi": True, "head_dim": None}, "ALiBi"), "t5": ({}, "encoder-decoder"), "bart": ({"d_model": 256}, "encoder-decoder"),
     "mamba": ({}, "linear_attention"), "jamba": ({**MOE, "attn_layer_period": 2, "attn_layer_offset": 1}, "linear_attention|interface"),
@@ -108,16 +109,51 @@ def test_agrees_with_eager(daemon, name):
     ids = ids * mask
     want = run(model, Rounded(config=model.config), ids, mask, 8)
     use_kvd(model)
-    with connect(model.config, address=daemon.address, codec="bf16") as client:
+    with connect(model, address=daemon.address, codec="bf16") as client:
         for options in ({}, {"direct": True, "max_tokens": 64}):
             try:
                 got = run(model, KvdCache(client, **options), ids, mask, 8)
             except ValueError as e:
-                assert options and "direct mode wants the same" in str(e)
+                assert options and ("direct mode wants the same" in str(e) or "direct mode does not compute attention sinks" in str(e))
                 continue
             error = float(((got - want).norm(dim=2) / want.norm(dim=2))[mask.bool()].max())
             assert error < 5e-3, (name, options, error)
     assert float(want.std()) > 0.1  # the model says something
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "mistral", "gpt_oss"])
+def test_windows_free_what_lies_behind_them(daemon, name):
+    """Layers with a window hold no more of a long sequence than it reaches, and go on saying what the eager attention says."""
+    model = make(name, **{**AGREE[name], "max_position_embeddings": 1024})
+    windows = [9 if t == "sliding_attention" else 0 for t in getattr(model.config, "layer_types", None) or ["sliding_attention"] * 3]
+    ids = tokens(1, 600)
+    mask = torch.ones_like(ids)
+    want = run(model, Rounded(config=model.config), ids, mask, 4)
+    use_kvd(model)
+    held = {}
+    for kind, options in (("auto", {}), ("all", {"windows": None})):
+        with connect(model, address=daemon.address, codec="bf16", **options) as client:
+            assert list(client.windows) == (windows if kind == "auto" else [0] * 3)
+            cache = KvdCache(client)
+            assert close(run(model, cache, ids, mask, 4), want)
+            held[kind] = cache.sequences[0].describe().bytes
+    assert held["auto"] < (0.8 if 0 in windows else 0.6) * held["all"], held
+
+
+def test_sinks_are_the_clients(daemon):
+    """Sinks are weights, so a config alone does not have them; a call with others than the client's is refused."""
+    model = make("gpt_oss", **AGREE["gpt_oss"])
+    use_kvd(model)
+    ids = tokens(1, 6)
+    with connect(model.config, address=daemon.address, codec="bf16") as client:
+        with pytest.raises(ValueError, match="'s_aux', that are not those of the client"):
+            logits(model, KvdCache(client), ids)
+    with connect(model, address=daemon.address, codec="bf16") as client:
+        cache = KvdCache(client)
+        logits(model, cache, ids)
+        model.model.layers[1].self_attn.sinks.data[2] += 1
+        with pytest.raises(ValueError, match="layer 1 has attention sinks"):
+            logits(model, KvdCache(client), ids)
 
 
 @pytest.mark.parametrize("name", REFUSED)

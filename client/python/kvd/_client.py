@@ -7,6 +7,8 @@ import os
 import threading
 from typing import Any, Iterable, Iterator, Literal, NamedTuple, Optional, Union
 
+import numpy as np
+
 from . import _check
 from . import _library as lib
 from ._cuda import DeviceTensor, share
@@ -273,16 +275,16 @@ class Client(lib.OfProcess):
         for i, p in enumerate(parts):
             if not isinstance(p, Plane):
                 raise TypeError(f"planes[{i}] is a {_check.describe(p)}, and a kvd.Plane is wanted")
-            at = "" if planes is None else f"planes[{i}]."
-            ids = _ids(f"{at}layers", p.layers)
+            where = "" if planes is None else f"planes[{i}]."
+            ids = _ids(f"{where}layers", p.layers)
             given = (p.q_heads or q_heads, p.kv_heads or kv_heads, head_dim if p.head_dim is None else p.head_dim)
-            shape, window = _shape(at, *given), _check.integer(f"{at}window", p.window)
+            shape, window = _shape(where, *given), _check.integer(f"{where}window", p.window)
             for n in ids:
                 if planes is not None and n in by_id:
-                    raise lib.InvalidError(f"{at}layers has layer {n}, which is in another plane too, or twice")
+                    raise lib.InvalidError(f"{where}layers has layer {n}, which is in another plane too, or twice")
                 by_id[n] = shape, window
             keep.append((c.c_uint32 * len(ids))(*ids))
-            structs[i] = _plane_struct(at, p, shape, keep[-1])
+            structs[i] = _plane_struct(where, p, shape, keep[-1])
         kept = (64 if sink is None else _check.integer("sink", sink), 256 if recent is None else _check.integer("recent", recent))
         ids = _ids("layers", keep[0]) if planes is None else sorted(by_id)
         self.layers = ids
@@ -300,7 +302,8 @@ class Client(lib.OfProcess):
             raise lib.InvalidError(f"windows has {len(sliding)} numbers, and one for each of the {len(ids)} layers is wanted")
         self.windows = tuple(sliding)
         logits = _check.sinks(sinks, [x.q_heads for x in self.shapes]) if sinks is not None else []
-        self.has_sinks = bool(logits)
+        at = np.cumsum([0] + [x.q_heads for x in self.shapes])
+        self.sinks = [np.array(logits[a:b], np.float32) for a, b in zip(at, at[1:])] if logits else None  # by layer
         options = lib.Options(
             address=names["address"] or None, namespace_name=names["namespace"] or None, client_name=names["name"] or None,
             timeout_ms=max(1, _check.milliseconds("timeout", timeout)), codec=names["codec"],

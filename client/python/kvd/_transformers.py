@@ -23,6 +23,7 @@ class Geometry(NamedTuple):
     q_heads: int
     kv_heads: int
     head_dim: tuple[int, int]
+    windows: tuple[int, ...] = ()  # of each layer, 0: all tokens
 
 
 def _refuse(what: str) -> None:
@@ -38,6 +39,22 @@ _CONFIG = {  # what a config says if its attention is of another kind
     "attention_chunk_size": "it is chunked", "kv_lora_rank": "its K and V are latent (MLA)", "alibi": "it has ALiBi biases",
     "use_alibi": "it has ALiBi biases", "scale_attn_by_inverse_layer_idx": "its scale depends on the layer",
 }
+
+
+_SINKS = {"gpt_oss"}  # whose sinks are logits of one more token
+_SLIDING = {"mistral", "mixtral", "phi3", "phimoe", "starcoder2"}  # whose layers all have the config's window
+
+
+def _windows(c: Any) -> tuple[int, ...]:
+    """The sliding window of each layer, as far as the config tells it: a layer of which it does not keeps all tokens. Calls are
+    checked against their masks all the same."""
+    window, n = getattr(c, "sliding_window", None), c.num_hidden_layers
+    if type(window) is not int or window < 1 or getattr(c, "use_sliding_window", True) is False:
+        return (0,) * n
+    types = getattr(c, "layer_types", None)
+    if types is None:
+        return (window if getattr(c, "model_type", None) in _SLIDING else 0,) * n
+    return tuple(window if t == "sliding_attention" else 0 for t in types) if len(types) == n else (0,) * n
 
 
 def check_config(config: Any) -> Geometry:
@@ -64,7 +81,7 @@ def check_config(config: Any) -> Geometry:
         other = getattr(c, name, None)
         if other is not None and other != (dim if name == "global_head_dim" else kv_heads):
             _refuse(f"layers of different shapes ({name} = {other})")
-    return Geometry(c.num_hidden_layers, q_heads, kv_heads, (dim, getattr(c, "v_head_dim", None) or dim))
+    return Geometry(c.num_hidden_layers, q_heads, kv_heads, (dim, getattr(c, "v_head_dim", None) or dim), _windows(c))
 
 
 # -- modules -----------------------------------------------------------------------------------------------------------
@@ -86,11 +103,15 @@ def _call_of(kind: type) -> Optional[ast.Call]:
     return calls[0] if calls else None
 
 
-def check_model(model: Any) -> Geometry:
+def check_model(model: Any, with_sinks: bool = True) -> Geometry:
     """Each layer must attend once, through the interface, and its own eager attention must be what kvd computes. Returns the
     shape of the KV cache."""
     shape = check_config(model.config)
     found: dict[int, str] = {}
+    sinks = sinks_of(model)
+    kind = getattr(model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config, "model_type", None)
+    if sinks and (not with_sinks or kind not in _SINKS):
+        _refuse(f"it has attention sinks (s_aux), and those of {', '.join(sorted(_SINKS))} alone are known")
     for name, module in model.named_modules():
         call = _call_of(type(module))
         if call is None:
@@ -106,12 +127,14 @@ def check_model(model: Any) -> Geometry:
         for k in call.keywords:
             given = k.arg and (getattr(module, k.value.attr, True) if isinstance(k.value, ast.Attribute) and
                                getattr(k.value.value, "id", None) == "self" else True)
+            if k.arg == "s_aux" and given is sinks.get(layer, True):
+                continue
             if given is not None and k.arg is not None and k.arg not in _KNOWN | _IDLE:
                 _refuse(f"{name} ({type(module).__name__}) passes '{k.arg}'")
         masks = [k.value for k in call.keywords if k.arg == "attention_mask"] or call.args[4:5]
         if getattr(masks[0] if masks else None, "id", None) != "attention_mask":
             _refuse(f"{name} ({type(module).__name__}) makes a mask of its own")
-        _probe(name, module, shape)
+        _probe(name, module, shape, sinks.get(layer))
     missing = sorted(set(range(shape.layers)) - set(found))
     if missing or len(found) != shape.layers:
         _refuse(f"layers {', '.join(map(str, missing)) or max(found)} of {type(model).__name__} do not attend through transformers' "
@@ -119,9 +142,24 @@ def check_model(model: Any) -> Geometry:
     return shape
 
 
+def sinks_of(model: Any) -> dict[int, torch.Tensor]:
+    """The attention sinks of the layers that have some: what they pass as `s_aux`, of their own, one for each q head."""
+    found: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        layer, call = getattr(module, "layer_idx", None), _call_of(type(module))
+        for k in call.keywords if call is not None and isinstance(layer, int) else ():
+            own = k.arg == "s_aux" and isinstance(k.value, ast.Attribute) and getattr(k.value.value, "id", None) == "self"
+            value = getattr(module, k.value.attr, None) if own else None  # type: ignore[attr-defined]
+            if isinstance(value, torch.Tensor):
+                found[layer] = value
+    return found
+
+
 @torch.no_grad()
-def _probe(name: str, module: Any, shape: Geometry) -> None:
-    """Computes a little attention with the model's own eager function, and here: sinks, biases and other additions show."""
+def _probe(name: str, module: Any, shape: Geometry, sinks: Optional[torch.Tensor]) -> None:
+    """Computes a little attention with the model's own eager function, and here: biases and other additions show."""
+    if sinks is not None and (tuple(sinks.shape) != (shape.q_heads,) or not bool(sinks.isfinite().all())):
+        _refuse(f"{name} ({type(module).__name__}) has sinks {dims(tuple(sinks.shape))}, and {dims((shape.q_heads,))} finite ones are wanted")
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
         _refuse(f"{name} ({type(module).__name__}) has no eager_attention_forward to compare with")
@@ -135,15 +173,18 @@ def _probe(name: str, module: Any, shape: Geometry) -> None:
     was_training = module.training
     try:
         module.training = False
-        got = eager(module, q, k, v, mask, scaling=scale, dropout=0.0)[0].float()
+        more = {} if sinks is None else {"s_aux": sinks}
+        got = eager(module, q, k, v, mask, scaling=scale, dropout=0.0, **more)[0].float()
     except Exception as e:  # whatever it wants that kvd would not give
         _refuse(f"{name} ({type(module).__name__}) does not run alone: {e}")
     finally:
         module.training = was_training
     logits = q @ k.repeat_interleave(group, 1).transpose(2, 3) * scale + mask
-    want = (logits.softmax(-1) @ v.repeat_interleave(group, 1)).transpose(1, 2)
+    if sinks is not None:  # one more token, whose value is zero
+        logits = torch.cat([logits, sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)], 3)
+    want = (logits.softmax(-1)[..., :4] @ v.repeat_interleave(group, 1)).transpose(1, 2)
     if got.shape != want.shape or not torch.allclose(got, want, atol=1e-3):
-        _refuse(f"{name} ({type(module).__name__}) computes something else, such as attention sinks or a bias")
+        _refuse(f"{name} ({type(module).__name__}) computes something else, such as a bias")
 
 
 # -- masks -------------------------------------------------------------------------------------------------------------

@@ -3,13 +3,13 @@
     from kvd.transformers import KvdCache, connect, use_kvd
 
     use_kvd(model)                                    # attention is kvd's from now on
-    with connect(model.config, rotation_set="SmolLM2@v1") as client:
+    with connect(model, rotation_set="SmolLM2@v1") as client:
         cache = KvdCache(client)
         model.generate(**tokenizer(prompts, padding=True, return_tensors="pt"), cache=cache)
 
-For decoders whose attention is causal softmax over all tokens or a sliding window, with a soft cap or without (Llama, Qwen,
-Mistral, Gemma, Phi, ...). What wants anything else, such as attention sinks, chunked or linear attention, biases, or layers that
-share K and V, is refused by name: by `connect` and `use_kvd` where config and modules show it, else by the call, which then
+For decoders whose attention is causal softmax over all tokens or a sliding window, with a soft cap and attention sinks or without
+(Llama, Qwen, Mistral, Gemma, Phi, gpt-oss, ...). Layers with a sliding window keep what it reaches, and 64 tokens more. What wants
+anything else, such as chunked or linear attention, biases, or layers that share K and V, is refused by name: by `connect` and `use_kvd` where config and modules show it, else by the call, which then
 changes nothing. Prompts of different lengths are padded on the left, and padding is not stored. Beams are copy-on-write forks. A
 cache may be passed to generate again for another turn. Releases of transformers before 5.2x call the argument `past_key_values`. K and V are stored in bf16, or
 compressed, whatever the model's dtype.
@@ -44,10 +44,16 @@ class _Shared(NamedTuple):
     torch: torch.Tensor
 
 
-def connect(config: Any, **options: Any) -> Client:
-    """A client with the layout of a model's config. options: those of kvd.Client that do not follow from it. Refuses, with
-    ValueError, a config whose attention is not what kvd computes."""
-    g = checks.check_config(config)
+def connect(model: Any, **options: Any) -> Client:
+    """A client with the layout of a model, or of its config; attention sinks are the model's only, as they are weights. options:
+    those of kvd.Client that do not follow from it, and windows and sinks where others are wanted: windows=None keeps all tokens of
+    all layers. Refuses, with ValueError, what has attention that is not what kvd computes."""
+    g = checks.check_config(getattr(model, "config", model))
+    own = checks.sinks_of(model) if hasattr(model, "modules") else {}
+    if own and "sinks" not in options:
+        none = np.full(g.q_heads, -np.inf, np.float32)
+        options["sinks"] = [own[i].detach().float().cpu().numpy() if i in own else none for i in range(g.layers)]
+    options.setdefault("windows", g.windows)
     return Client(layers=range(g.layers), q_heads=g.q_heads, kv_heads=g.kv_heads, head_dim=g.head_dim, **options)
 
 
@@ -63,7 +69,7 @@ def use_kvd(model: Any) -> None:
 def _attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                attention_mask: Optional[torch.Tensor], scaling: Optional[float] = None, dropout: float = 0.0,
                sliding_window: Optional[int] = None, softcap: Optional[float] = None, is_causal: Optional[bool] = None,
-               **kwargs: Any) -> tuple[torch.Tensor, None]:
+               s_aux: Optional[torch.Tensor] = None, **kwargs: Any) -> tuple[torch.Tensor, None]:
     layer = getattr(key, "kvd_layer", None)
     if layer is None or getattr(value, "kvd_layer", None) is not layer:
         raise ValueError("attention in kvd wants a KvdCache: pass it to generate() or forward()")
@@ -72,6 +78,7 @@ def _attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch
             raise ValueError(f"layer {getattr(module, 'layer_idx', '?')} attends to K and V of layer {layer.index}: layers that share "
                              "them are not supported")
         checks.check_call(module, query, key, value, dropout, is_causal, kwargs, layer.cache._geometry)
+        layer.check_sinks(s_aux)
         o = layer.cache._attend(layer, query, key, value, attention_mask, sliding_window, scale=scaling or 0, softcap=softcap or 0)
     return o, None
 
@@ -83,6 +90,22 @@ class _Layer(CacheLayerMixin):
     def __init__(self, cache: "KvdCache", index: int):
         super().__init__()
         self.cache, self.index, self.waits = cache, index, False
+        self._sinks: Optional[tuple[torch.Tensor, int]] = None  # that were compared, and their version
+
+    def check_sinks(self, given: Optional[torch.Tensor]) -> None:
+        """A call's sinks must be those that the client was opened with."""
+        held = self.cache.client.sinks
+        own = np.full(self.cache.client.q_heads, -np.inf, np.float32) if held is None else held[self.index]
+        if given is None:
+            if not np.isneginf(own).all():
+                raise ValueError(f"layer {self.index} attends without sinks, and the client was opened with some")
+            return
+        if self._sinks is not None and self._sinks[0] is given and self._sinks[1] == given._version:
+            return
+        if not np.array_equal(given.detach().float().cpu().numpy(), own):
+            raise ValueError(f"layer {self.index} has attention sinks, 's_aux', that are not those of the client: open it with "
+                             "connect(model)")
+        self._sinks = given, given._version
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
@@ -117,6 +140,10 @@ class KvdCache(Cache):
         super().__init__(layers=[_Layer(self, i) for i in range(len(client.layers))])
         if not client.q_heads:
             raise ValueError("the client's layers differ in heads or head_dim, and those of a KvdCache are alike")
+        if direct and len(set(client.windows)) > 1:
+            raise ValueError("direct mode wants the same scale, softcap, window and dtype in all layers: pass direct=False")
+        if direct and client.sinks is not None:
+            raise ValueError("direct mode does not compute attention sinks: pass direct=False")
         self.client = client
         self.sequences = list(sequences or [])
         self._tensors: dict[tuple, tuple[_Shared, ...]] = {}
