@@ -277,6 +277,7 @@ def test_planes_in_python(start, where):
     address = kvd.address if where == "unix" else f"127.0.0.1:{port}"
     with package.Client(planes=planes, q_heads=4, kv_heads=2, codec="bf16", sinks=sinks, address=address) as client:
         assert client.layers == [7, 8, 9] and client.windows == (48, 0, 48) and [x.q_heads for x in client.shapes] == [4, 6, 4]
+        assert [x.tolist() for x in client.sinks] == [x.astype(np.float32).tolist() for x in sinks]
         assert "2 layers, 4 q heads" in repr(client) and "head_dim (192, 128)" in repr(client)
         s, held = client.create(), [[np.zeros((0, x.kv_heads, d)) for d in x.head_dim] for x in client.shapes]
         for n in (90, 1, 40):

@@ -41,7 +41,7 @@ _CONFIG = {  # what a config says if its attention is of another kind
 }
 
 
-_SINKS = {"gpt_oss"}  # whose sinks are logits of one more token
+_SINKS = {"gpt_oss", "flint", "granite_swa", "granitemoe_swa"}  # whose sinks are logits of one more token
 _SLIDING = {"mistral", "mixtral", "phi3", "phimoe", "starcoder2"}  # whose layers all have the config's window
 
 
@@ -57,12 +57,33 @@ def _windows(c: Any) -> tuple[int, ...]:
     return tuple(window if t == "sliding_attention" else 0 for t in types) if len(types) == n else (0,) * n
 
 
+def _decoder(config: Any) -> Any:
+    """What a config says of the model's text decoder."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def wants_sinks(config: Any) -> bool:
+    return getattr(_decoder(config), "model_type", None) in _SINKS
+
+
+def _refuse_mixed(c: Any) -> None:
+    """Some configs (Gemma 4) have values by layer: reading one that differs from the config as a whole would raise."""
+    own = getattr(c, "per_layer_config", None)
+    if own is None:
+        return
+    for name in ("head_dim", "num_key_value_heads", "num_attention_heads", "v_head_dim"):
+        values = {getattr(own[i], name, None) for i in range(c.num_hidden_layers)}
+        if len(values) > 1:
+            _refuse(f"layers of different shapes ({name} = {' and '.join(sorted(map(str, values)))})")
+
+
 def check_config(config: Any) -> Geometry:
     """A config that says what kvd does not do is refused; returns the shape of the KV cache."""
-    c = config.get_text_config() if hasattr(config, "get_text_config") else config
+    c = _decoder(config)
     for name, why in _CONFIG.items():
         if getattr(config, name, None) or getattr(c, name, None):
             _refuse(f"{why} ({name} = {getattr(config, name, None) or getattr(c, name)!r})")
+    _refuse_mixed(c)
     if getattr(c, "is_causal", True) is False:
         _refuse("it is bidirectional (is_causal = False)")
     if getattr(c, "position_embedding_type", None) == "alibi":
@@ -93,14 +114,13 @@ _IDLE = {"position_ids", "cache_position", "use_cache", "output_hidden_states", 
 
 
 @functools.lru_cache(None)
-def _call_of(kind: type) -> Optional[ast.Call]:
-    """How a module's class calls transformers' attention interface; None if it does not."""
+def _calls_of(kind: type) -> list[ast.Call]:
+    """How a module's class calls transformers' attention interface."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))  # type: ignore[attr-defined]
     except (OSError, TypeError, SyntaxError, AttributeError):
-        return None
-    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", None) == "attention_interface"]
-    return calls[0] if calls else None
+        return []
+    return [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", None) == "attention_interface"]
 
 
 def check_model(model: Any, with_sinks: bool = True) -> Geometry:
@@ -109,14 +129,17 @@ def check_model(model: Any, with_sinks: bool = True) -> Geometry:
     shape = check_config(model.config)
     found: dict[int, str] = {}
     sinks = sinks_of(model)
-    kind = getattr(model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config, "model_type", None)
-    if sinks and (not with_sinks or kind not in _SINKS):
+    if sinks and not with_sinks:
+        _refuse("it has attention sinks (s_aux)")
+    if sinks and not wants_sinks(model.config):
         _refuse(f"it has attention sinks (s_aux), and those of {', '.join(sorted(_SINKS))} alone are known")
     for name, module in model.named_modules():
-        call = _call_of(type(module))
-        if call is None:
+        calls = _calls_of(type(module))
+        if not calls:
             continue
-        layer = getattr(module, "layer_idx", None)
+        layer, call = getattr(module, "layer_idx", None), calls[0]
+        if len(calls) > 1:
+            _refuse(f"{name} ({type(module).__name__}) attends {len(calls)} times")
         if not isinstance(layer, int):
             _refuse(f"{name} ({type(module).__name__}) is no layer of a decoder (it has no layer_idx)")
         if layer in found:
@@ -146,8 +169,8 @@ def sinks_of(model: Any) -> dict[int, torch.Tensor]:
     """The attention sinks of the layers that have some: what they pass as `s_aux`, of their own, one for each q head."""
     found: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        layer, call = getattr(module, "layer_idx", None), _call_of(type(module))
-        for k in call.keywords if call is not None and isinstance(layer, int) else ():
+        layer, calls = getattr(module, "layer_idx", None), _calls_of(type(module))
+        for k in calls[0].keywords if calls and isinstance(layer, int) else ():
             own = k.arg == "s_aux" and isinstance(k.value, ast.Attribute) and getattr(k.value.value, "id", None) == "self"
             value = getattr(module, k.value.attr, None) if own else None  # type: ignore[attr-defined]
             if isinstance(value, torch.Tensor):
@@ -159,7 +182,8 @@ def sinks_of(model: Any) -> dict[int, torch.Tensor]:
 def _probe(name: str, module: Any, shape: Geometry, sinks: Optional[torch.Tensor]) -> None:
     """Computes a little attention with the model's own eager function, and here: biases and other additions show."""
     if sinks is not None and (tuple(sinks.shape) != (shape.q_heads,) or not bool(sinks.isfinite().all())):
-        _refuse(f"{name} ({type(module).__name__}) has sinks {dims(tuple(sinks.shape))}, and {dims((shape.q_heads,))} finite ones are wanted")
+        _refuse(f"{name} ({type(module).__name__}) has sinks {dims(tuple(sinks.shape))}, and {dims((shape.q_heads,))} finite ones are "
+                "wanted")
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
         _refuse(f"{name} ({type(module).__name__}) has no eager_attention_forward to compare with")

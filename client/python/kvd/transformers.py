@@ -9,10 +9,11 @@
 
 For decoders whose attention is causal softmax over all tokens or a sliding window, with a soft cap and attention sinks or without
 (Llama, Qwen, Mistral, Gemma, Phi, gpt-oss, ...). Layers with a sliding window keep what it reaches, and 64 tokens more. What wants
-anything else, such as chunked or linear attention, biases, or layers that share K and V, is refused by name: by `connect` and `use_kvd` where config and modules show it, else by the call, which then
-changes nothing. Prompts of different lengths are padded on the left, and padding is not stored. Beams are copy-on-write forks. A
-cache may be passed to generate again for another turn. Releases of transformers before 5.2x call the argument `past_key_values`. K and V are stored in bf16, or
-compressed, whatever the model's dtype.
+anything else, such as chunked or linear attention, biases, or layers that share K and V, is refused by name: by `connect` and
+`use_kvd` where config and modules show it, else by the call, which then changes nothing. Prompts of different lengths are padded on
+the left, and padding is not stored. Beams are copy-on-write forks. A cache may be passed to generate again for another turn. Releases
+of transformers before 5.2x call the argument `past_key_values`. K and V are stored in bf16, or compressed, whatever the model's
+dtype.
 
 A model on the GPU that kvd runs on hands its tensors over where they are, in the order of PyTorch's current stream; with another
 GPU, or kvd on the CPU, they are copied through shared memory. With `KvdCache(client, direct=True)` the steps of one token run in
@@ -48,8 +49,11 @@ def connect(model: Any, **options: Any) -> Client:
     """A client with the layout of a model, or of its config; attention sinks are the model's only, as they are weights. options:
     those of kvd.Client that do not follow from it, and windows and sinks where others are wanted: windows=None keeps all tokens of
     all layers. Refuses, with ValueError, what has attention that is not what kvd computes."""
-    g = checks.check_config(getattr(model, "config", model))
+    config = getattr(model, "config", model)
+    g = checks.check_config(config)
     own = checks.sinks_of(model) if hasattr(model, "modules") else {}
+    if not own and "sinks" not in options and checks.wants_sinks(config):
+        raise ValueError("the model has attention sinks, which are weights: pass the model and not its config, or sinks")
     if own and "sinks" not in options:
         none = np.full(g.q_heads, -np.inf, np.float32)
         options["sinks"] = [own[i].detach().float().cpu().numpy() if i in own else none for i in range(g.layers)]
@@ -100,12 +104,13 @@ class _Layer(CacheLayerMixin):
             if not np.isneginf(own).all():
                 raise ValueError(f"layer {self.index} attends without sinks, and the client was opened with some")
             return
-        if self._sinks is not None and self._sinks[0] is given and self._sinks[1] == given._version:
+        version = -1 if given.is_inference() else given._version  # such tensors count no versions: compared each time
+        if self._sinks is not None and self._sinks[0] is given and self._sinks[1] == version >= 0:
             return
         if not np.array_equal(given.detach().float().cpu().numpy(), own):
             raise ValueError(f"layer {self.index} has attention sinks, 's_aux', that are not those of the client: open it with "
                              "connect(model)")
-        self._sinks = given, given._version
+        self._sinks = given, version
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
