@@ -18,9 +18,11 @@
 #include "daemon/service/evict.h"
 #include "daemon/service/health.h"
 #include "daemon/service/http.h"
+#include "daemon/service/prompts.h"
 #include "daemon/service/rotations.h"
 #include "daemon/session/buffer.h"
 #include "daemon/session/fdsock.h"
+#include "daemon/session/leases.h"
 #include "daemon/session/memory.h"
 #include "daemon/session/pool.h"
 #include "daemon/session/release.h"
@@ -39,7 +41,8 @@ const struct kvd_part *const kvd_parts[] = {
     &kvd_part_pool,      // and the namespaces of the configuration
     &kvd_part_tenants,   // who is charged
     &kvd_part_release,   // sequences that are given up
-    &kvd_part_sessions,  // leases
+    &kvd_part_leases,    // of prefixes
+    &kvd_part_sessions,  // and their own leases
     &kvd_part_fences,    // GPU streams of workers
     &kvd_part_works,     // calls, and their line
     &kvd_part_exec,      // the executor
@@ -48,6 +51,7 @@ const struct kvd_part *const kvd_parts[] = {
     &kvd_part_fdsock,    // the fd socket
     &kvd_part_rotations, // rotation sets, and their downloads
     &kvd_part_events,    // Watch
+    &kvd_part_prompts,   // prefixes
     &kvd_part_health,    // grpc.health.v1
     &kvd_part_evict,     // evictions by operators
     &kvd_part_http,      // /metrics, /healthz, /readyz

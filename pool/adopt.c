@@ -83,6 +83,44 @@ void kvd_blocks_match(struct kvd_pool *pool, const struct kvd_blocks_space *spac
                          : KVD_PREFIX_PRESENT;
 }
 
+bool kvd_blocks_space_at(const struct kvd_pool *pool, uint32_t ns, uint32_t number,
+                         struct kvd_blocks_space *out)
+{
+    const struct kept *k = pool->kept ? pool->kept[ns] : NULL;
+    const uint8_t *digest = k ? kvd_prefix_domain_at(k->ix, number) : NULL;
+    if (!digest)
+        return false;
+    *out = (struct kvd_blocks_space){.ns = ns, .layout = k->layout_of[number]};
+    memcpy(out->domain, digest, sizeof(out->domain));
+    return true;
+}
+
+int kvd_blocks_find(struct kvd_pool *pool, uint32_t ns, const struct kvd_prefix_key *key,
+                    struct kvd_blocks_space *space, struct kvd_blocks_match *m)
+{
+    const struct kept *k = pool->kept ? pool->kept[ns] : NULL;
+    struct blocks_room *room = k ? blocks_room(pool, NULL) : NULL;
+    *m = (struct kvd_blocks_match){0};
+    for (uint32_t i = 0; room && i < KVD_POOL_DOMAINS; i++) {
+        uint32_t when, entry = kvd_prefix_entry(k->ix, i, key);
+        enum kvd_prefix_reason why = kvd_prefix_why(k->ix, i, key, &when);
+        if (why != KVD_PREFIX_UNKNOWN) {
+            m->why = why;
+            m->when = when;
+        }
+        if (entry == KVD_PREFIX_NONE || !kvd_blocks_space_at(pool, ns, i, space))
+            continue;
+        struct kvd_prefix_entry_info e = {.parent = entry};
+        while (e.parent != KVD_PREFIX_NONE && m->known < KVD_BLOCKS_MAX &&
+               kvd_prefix_get(k->ix, e.parent, &e))
+            m->known++;
+        blocks_path(k, entry, m->known, room->path);
+        choose(pool, space, room->path, m);
+        return KVD_OK;
+    }
+    return KVD_E_NOT_FOUND;
+}
+
 // -- holding ------------------------------------------------------------------------------------
 
 int kvd_blocks_hold(struct kvd_pool *pool, const struct kvd_blocks_at *at, struct kvd_error *err)

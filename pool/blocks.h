@@ -19,7 +19,7 @@
 #include "pool/pool.h"
 #include "pool/prefix.h"
 
-enum { KVD_BLOCKS_MAX = 4096 }; // that a call names
+enum { KVD_BLOCKS_MAX = KVD_MAX_PROMPT_BLOCKS }; // that a call names
 
 // Where keys mean something: `domain` is a digest over namespace, layout and whatever else
 // (kvd_prefix_domain_digest).
@@ -81,11 +81,25 @@ int kvd_blocks_publish(struct kvd_pool *pool, const struct kvd_blocks_space *spa
                        const struct kvd_prefix_key *keys, uint32_t n, bool end,
                        struct kvd_blocks_published *out, struct kvd_error *err);
 
+// The space of a domain of a namespace's index, by number below KVD_POOL_DOMAINS. False: that one
+// has no blocks.
+bool kvd_blocks_space_at(const struct kvd_pool *pool, uint32_t ns, uint32_t number,
+                         struct kvd_blocks_space *out);
+// Finds a block by its key alone, in whatever domain: the place behind it, *space and how deep it
+// is. KVD_E_NOT_FOUND: it is not there; *why and *when tell what became of it.
+int kvd_blocks_find(struct kvd_pool *pool, uint32_t ns, const struct kvd_prefix_key *key,
+                    struct kvd_blocks_space *space, struct kvd_blocks_match *out);
+
 // Removes blocks from the last of the keys on, down to the first `keep`, and stops at one that is
 // held or has others behind it. Returns how many went.
 uint32_t kvd_blocks_drop(struct kvd_pool *pool, const struct kvd_blocks_space *space,
                          const struct kvd_prefix_key *keys, uint32_t n, uint32_t keep,
                          enum kvd_prefix_reason reason);
+
+// Removes a block, wherever it is, and those before it that have no others behind them; NULL: all
+// of a namespace, which takes time in proportion to its index. What is held stays. Returns how many
+// went.
+uint64_t kvd_blocks_forget(struct kvd_pool *pool, uint32_t ns, const struct kvd_prefix_key *key);
 
 struct kvd_blocks_info {
     uint64_t blocks, capacity, domains;

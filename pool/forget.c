@@ -7,6 +7,7 @@
 struct removal {
     struct kvd_pool *pool;
     uint32_t ns;
+    uint64_t gone;
 };
 
 // An end goes with its last block.
@@ -14,6 +15,7 @@ static void removed(void *ctx, const struct kvd_prefix_removed *r)
 {
     struct removal *m = ctx;
     struct kvd_pool *pool = m->pool;
+    m->gone++;
     struct kept *k = pool->kept[m->ns];
     uint32_t end = k->end[r->entry];
     k->end[r->entry] = 0;
@@ -45,7 +47,7 @@ uint32_t blocks_evict_many(struct kvd_pool *pool, uint32_t ns, uint32_t n,
                            enum kvd_prefix_reason reason)
 {
     struct kept *k = begin(pool, ns);
-    struct removal m = {pool, ns};
+    struct removal m = {pool, ns, 0};
     if (!k)
         return 0;
     n = kvd_prefix_evict(k->ix, n, reason, (uint32_t)time(NULL), removed, &m);
@@ -82,10 +84,29 @@ bool blocks_evict(struct kvd_pool *pool, uint32_t ns, enum kvd_prefix_reason rea
     return false;
 }
 
+uint64_t kvd_blocks_forget(struct kvd_pool *pool, uint32_t ns, const struct kvd_prefix_key *key)
+{
+    struct kept *k = begin(pool, ns);
+    struct removal m = {pool, ns, 0};
+    struct kvd_prefix_cursor at = {0};
+    uint32_t now = (uint32_t)time(NULL), most = UINT32_MAX;
+    if (!k)
+        return 0;
+    if (!key)
+        kvd_prefix_clear(k->ix, KVD_PREFIX_NONE, &at, &most, KVD_PREFIX_DROPPED, now, removed, &m);
+    for (uint32_t i = 0; key && i < KVD_POOL_DOMAINS; i++) {
+        uint32_t entry = kvd_prefix_entry(k->ix, i, key);
+        if (entry != KVD_PREFIX_NONE)
+            kvd_prefix_remove(k->ix, entry, KVD_PREFIX_DROPPED, now, removed, &m);
+    }
+    done(pool, ns);
+    return m.gone;
+}
+
 bool blocks_clear(struct kvd_pool *pool, struct kvd_pool_clearing *c, uint32_t *n)
 {
     struct kept *k = begin(pool, c->ns);
-    struct removal m = {pool, c->ns};
+    struct removal m = {pool, c->ns, 0};
     uint32_t now = (uint32_t)time(NULL);
     bool all = true;
     if (!k)
@@ -93,7 +114,7 @@ bool blocks_clear(struct kvd_pool *pool, struct kvd_pool_clearing *c, uint32_t *
     if (!c->layout)
         all = kvd_prefix_clear(k->ix, KVD_PREFIX_NONE, &c->blocks, n, KVD_PREFIX_DROPPED, now,
                                removed, &m);
-    while (c->layout && all && c->domain < KVD_KEPT_DOMAINS) {
+    while (c->layout && all && c->domain < KVD_POOL_DOMAINS) {
         if (kvd_prefix_domain_at(k->ix, c->domain) && k->layout_of[c->domain] == c->index)
             all = kvd_prefix_clear(k->ix, c->domain, &c->blocks, n, KVD_PREFIX_DROPPED, now,
                                    removed, &m);
@@ -111,7 +132,7 @@ uint32_t kvd_blocks_drop(struct kvd_pool *pool, const struct kvd_blocks_space *s
                          enum kvd_prefix_reason reason)
 {
     struct kept *k = begin(pool, space->ns);
-    struct removal m = {pool, space->ns};
+    struct removal m = {pool, space->ns, 0};
     uint32_t gone = 0;
     if (!k)
         return 0;

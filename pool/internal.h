@@ -18,7 +18,6 @@ enum {
     KVD_NAME_BUCKETS = 1 << 14,
     KVD_EXTENT_MIN = 2 << 20,
     KVD_JOURNAL_BYTES = 4096 - sizeof(uint64_t),
-    KVD_KEPT_DOMAINS = 4096, // of a namespace's prefix index
 };
 
 // Owner of an extent whose namespace is gone: to be zeroed for whoever gets it.

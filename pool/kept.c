@@ -18,7 +18,7 @@ enum {
 static int make_tables(struct kept *k, uint32_t entries, struct kvd_error *err)
 {
     uint64_t ends = kvd_round_up((uint64_t)entries * sizeof(*k->end), 4096);
-    uint64_t layouts = kvd_round_up(KVD_KEPT_DOMAINS * sizeof(*k->layout_of), 4096);
+    uint64_t layouts = kvd_round_up(KVD_POOL_DOMAINS * sizeof(*k->layout_of), 4096);
     k->bytes = ends + layouts + (uint64_t)entries * sizeof(*k->pages);
     k->memory = mmap(NULL, k->bytes, PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -32,7 +32,7 @@ static int make_tables(struct kept *k, uint32_t entries, struct kvd_error *err)
 
 static struct kept *kept_new(uint32_t entries, struct kvd_error *err)
 {
-    struct kvd_prefix_config config = {.entries = entries, .domains = KVD_KEPT_DOMAINS};
+    struct kvd_prefix_config config = {.entries = entries, .domains = KVD_POOL_DOMAINS};
     struct kept *k = calloc(1, sizeof(*k));
     if (!k) {
         kvd_fail(err, -ENOMEM, "no memory for a prefix index");

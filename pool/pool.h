@@ -22,6 +22,8 @@ struct kvd_pool;
 
 #define KVD_POOL_NONE UINT32_MAX
 
+enum { KVD_POOL_DOMAINS = 4096 }; // of a namespace's prefix index (blocks.h)
+
 enum kvd_pool_kind {
     KVD_POOL_BF16 = 0,  // sink and recent window
     KVD_POOL_CODEC = 1, // history

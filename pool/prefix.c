@@ -413,6 +413,18 @@ uint32_t kvd_prefix_drop(struct kvd_prefix *ix, uint32_t domain, const struct kv
     return gone;
 }
 
+uint32_t kvd_prefix_remove(struct kvd_prefix *ix, uint32_t entry, enum kvd_prefix_reason reason,
+                           uint32_t now, kvd_prefix_removed_fn *fn, void *ctx)
+{
+    uint32_t gone = 0;
+    for (uint32_t parent; entry != KVD_PREFIX_NONE && is_loose_leaf(&ix->entry[entry]); gone++) {
+        parent = ix->entry[entry].parent;
+        entry_remove(ix, entry, reason, now, fn, ctx);
+        entry = parent;
+    }
+    return gone;
+}
+
 bool kvd_prefix_clear(struct kvd_prefix *ix, uint32_t domain, struct kvd_prefix_cursor *at,
                       uint32_t *most, enum kvd_prefix_reason reason, uint32_t now,
                       kvd_prefix_removed_fn *fn, void *ctx)
@@ -441,6 +453,12 @@ const char *kvd_prefix_reason_name(enum kvd_prefix_reason reason)
         "unknown", "present", "evicted for room", "evicted for the quota", "evicted for the index",
         "dropped", "damaged"};
     return reason < KVD_PREFIX_REASONS ? names[reason] : names[KVD_PREFIX_UNKNOWN];
+}
+
+uint32_t kvd_prefix_entry(const struct kvd_prefix *ix, uint32_t domain,
+                          const struct kvd_prefix_key *key)
+{
+    return find(ix, domain, key, prefix_hash(ix, domain, key));
 }
 
 enum kvd_prefix_reason kvd_prefix_why(const struct kvd_prefix *ix, uint32_t domain,

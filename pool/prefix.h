@@ -13,13 +13,12 @@
 #define KVD_POOL_PREFIX_H
 
 #include "proto/base.h"
+#include "proto/kvd_limits.h"
 
 #define KVD_PREFIX_NONE UINT32_MAX
 
 enum {
     KVD_PREFIX_DOMAIN_BYTES = 32,
-    KVD_PREFIX_MIN_BLOCK_KEY = 16, // bytes of a caller's own block key
-    KVD_PREFIX_MAX_BLOCK_KEY = 40,
     KVD_PREFIX_MAX_ENTRIES = 1 << 30,
     KVD_PREFIX_MAX_DOMAINS = 65535,
 };
@@ -30,7 +29,7 @@ enum {
 // full. The hash is a cryptographic one because tenants choose what is hashed: finding two inputs
 // with one key takes some 2^96 hashes, and hitting another's key 2^192.
 struct kvd_prefix_key {
-    uint64_t w[3];
+    uint64_t w[KVD_BLOCK_KEY / 8];
 };
 
 // What separates domains: no two of (namespace, layout, extra) give the same input to the hash.
@@ -154,6 +153,10 @@ uint32_t kvd_prefix_drop(struct kvd_prefix *ix, uint32_t domain, const struct kv
                          uint32_t n, uint32_t keep, enum kvd_prefix_reason reason, uint32_t now,
                          kvd_prefix_removed_fn *fn, void *ctx);
 
+// Removes an entry and those before it, up to the first that is held or has others behind it.
+// Returns how many went.
+uint32_t kvd_prefix_remove(struct kvd_prefix *ix, uint32_t entry, enum kvd_prefix_reason reason,
+                           uint32_t now, kvd_prefix_removed_fn *fn, void *ctx);
 // Where a clearing is; zeros begin one.
 struct kvd_prefix_cursor {
     uint32_t next; // the entry that is looked at next,
@@ -165,6 +168,9 @@ bool kvd_prefix_clear(struct kvd_prefix *ix, uint32_t domain, struct kvd_prefix_
                       uint32_t *most, enum kvd_prefix_reason reason, uint32_t now,
                       kvd_prefix_removed_fn *fn, void *ctx);
 
+// The entry of a block wherever it is in a prompt, or KVD_PREFIX_NONE.
+uint32_t kvd_prefix_entry(const struct kvd_prefix *ix, uint32_t domain,
+                          const struct kvd_prefix_key *key);
 // Why a block is not there, as far as that is remembered; *when gets the time at which it went.
 enum kvd_prefix_reason kvd_prefix_why(const struct kvd_prefix *ix, uint32_t domain,
                                       const struct kvd_prefix_key *key, uint32_t *when);

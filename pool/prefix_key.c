@@ -1,7 +1,6 @@
 // Keys of blocks. Every input to the hash begins with what kind it is and has parts of fixed or
 // stated length, so no two different ones are the same bytes.
 #include "pool/prefix.h"
-#include "proto/kvd_limits.h"
 
 #include <openssl/evp.h>
 
@@ -81,9 +80,9 @@ int kvd_prefix_keys_of_blocks(const uint8_t domain[KVD_PREFIX_DOMAIN_BYTES],
                               uint32_t key_bytes, uint32_t n, struct kvd_prefix_key *out,
                               struct kvd_error *err)
 {
-    if (key_bytes < KVD_PREFIX_MIN_BLOCK_KEY || key_bytes > KVD_PREFIX_MAX_BLOCK_KEY)
+    if (key_bytes < KVD_MIN_BLOCK_KEY || key_bytes > KVD_MAX_BLOCK_KEY)
         return kvd_fail(err, KVD_E_INVALID, "block keys of %u bytes: %d to %d are possible",
-                        key_bytes, KVD_PREFIX_MIN_BLOCK_KEY, KVD_PREFIX_MAX_BLOCK_KEY);
+                        key_bytes, KVD_MIN_BLOCK_KEY, KVD_MAX_BLOCK_KEY);
     static const char kind[16] = "kvd block key 1";
     return chain(kind, domain, before, block_keys, key_bytes, n, out, err);
 }

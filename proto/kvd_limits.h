@@ -27,6 +27,16 @@ enum {
     KVD_MAX_CALL_TOKENS = 65536, // items x tokens in one Append, Attend or Step
     KVD_MAX_CALL_ITEMS = 1024,
     KVD_MAX_CALL_SEQUENCES = 4096,
+    KVD_MAX_CALL_PROMPTS = 256,   // in one MatchPrefix or PublishBlocks
+    KVD_MAX_CALL_BLOCKS = 65536,  // of them together
+    KVD_MAX_PROMPT_BLOCKS = 4096, // of one of them
+    KVD_MAX_PROMPT_EXTRAS = 16,   // keys that separate prompts
+    KVD_MAX_PROMPT_EXTRA_BYTES = 1024,
+    KVD_MIN_BLOCK_KEY = 16, // bytes of a caller's own key of a block
+    KVD_MAX_BLOCK_KEY = 40,
+    KVD_BLOCK_KEY = 24, // bytes of kvd's
+    KVD_MAX_CALL_ADOPTIONS = 16,
+    KVD_MAX_LEASE_MS = 600000,
     KVD_MAX_SINKS = 65536,  // layers x q_heads of a session's attention sinks
     KVD_MAX_NAME = 128,     // bytes of a sequence's or rotation set's name
     KVD_MAX_NAMESPACE = 64, // bytes of a namespace's name

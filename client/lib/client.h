@@ -64,6 +64,7 @@ struct kvd_client {
     kvd_buffer *buffers;
     _Atomic uint64_t next_request, next_key;
     struct kvd_stream *events;
+    Kvd__V1__Event *last_event; // whose keys the program may be reading
     uint64_t events_epoch;
     kvd_direct *direct;
     pthread_mutex_t enqueuer_lock; // of its making
@@ -77,7 +78,7 @@ struct kvd_sized {
 };
 extern const struct kvd_sized kvd_sized_options, kvd_sized_info, kvd_sized_sequence_info,
     kvd_sized_item, kvd_sized_attention, kvd_sized_direct_options, kvd_sized_event,
-    kvd_sized_plane_options;
+    kvd_sized_plane_options, kvd_sized_prompt, kvd_sized_match, kvd_sized_published;
 // What a program of another age gave, as this library has it.
 int kvd_sized_take(const struct kvd_sized *type, const void *from, void *to, struct kvd_error *err);
 // Whether there is room to write one to; and writes as much of it as the program knows.

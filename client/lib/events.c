@@ -62,7 +62,13 @@ kvd_result kvd_next_event(kvd_client *c, uint32_t timeout_ms, kvd_event *out, kv
         found.sequence = event->sequence;
         found.count = event->count;
         snprintf(found.name, sizeof(found.name), "%s", event->name);
-        kvd__v1__event__free_unpacked(event, NULL);
+        found.keys = event->keys.data;
+        found.n_keys = (uint32_t)(event->keys.len / KVD_BLOCK_KEY);
+        found.parent = event->parent.len == KVD_BLOCK_KEY ? event->parent.data : NULL;
+        found.tokens = event->tokens;
+        found.miss = (kvd_miss)event->miss;
+        kvd__v1__event__free_unpacked(c->last_event, NULL);
+        c->last_event = event;
     }
     kvd_sized_give(&kvd_sized_event, &found, out);
     return KVD_SUCCESS;

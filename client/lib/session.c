@@ -275,6 +275,7 @@ static void client_free(kvd_client *c)
     kvd_fork_forget(c);
     kvd_buffers_drop(c);
     kvd_stream_free(&c->events);
+    kvd__v1__event__free_unpacked(c->last_event, NULL);
     if (c->opened)
         kvd__v1__open_session_reply__free_unpacked(c->opened, NULL);
     kvd_channel_free(&c->channel);

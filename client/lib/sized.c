@@ -94,3 +94,6 @@ const struct kvd_sized kvd_sized_item = SIZED(kvd_item, lse);
 const struct kvd_sized kvd_sized_attention = SIZED(kvd_attention, window);
 const struct kvd_sized kvd_sized_direct_options = SIZED(kvd_direct_options, attention);
 const struct kvd_sized kvd_sized_event = SIZED(kvd_event, name);
+const struct kvd_sized kvd_sized_prompt = SIZED(kvd_prompt, n_extras);
+const struct kvd_sized kvd_sized_match = SIZED(kvd_match, missed);
+const struct kvd_sized kvd_sized_published = SIZED(kvd_published, end);

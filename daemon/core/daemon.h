@@ -29,11 +29,13 @@ struct kvd_fetch;
 struct kvd_http;
 struct kvd_keep;
 struct kvd_ledger;
+struct kvd_leases;
 struct kvd_links;
 struct kvd_listener;
 struct kvd_memory_state;
 struct kvd_method;
 struct kvd_part;
+struct kvd_prompts;
 struct kvd_queue;
 struct kvd_rpc;
 struct kvd_tls;
@@ -89,6 +91,8 @@ struct kvd_daemon {
     struct kvd_evict *evict;
     struct kvd_releases *releases;
     struct kvd_tiers *tiers; // NULL: there are none
+    struct kvd_leases *leases;
+    struct kvd_prompts *prompts;
     struct kvd_users *users;
     struct kvd_user *namespace_users[KVD_MAX_NAMESPACES]; // who is charged; NULL: nobody
     struct kvd_user *layout_users[KVD_MAX_LAYOUTS];

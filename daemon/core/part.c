@@ -13,3 +13,11 @@ void kvd_parts_evicted(struct kvd_daemon *d, uint32_t ns, uint64_t seq, const ch
         if ((*p)->evicted)
             (*p)->evicted(d, ns, seq, name);
 }
+
+void kvd_parts_block_gone(struct kvd_daemon *d, uint32_t ns,
+                          const struct kvd_prefix_removed *removed)
+{
+    for (const struct kvd_part *const *p = d->parts; *p; p++)
+        if ((*p)->block_gone)
+            (*p)->block_gone(d, ns, removed);
+}

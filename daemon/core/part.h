@@ -31,6 +31,8 @@ struct kvd_part {
     void (*session_ends)(struct kvd_daemon *d, struct kvd_session *s);
     // A published sequence was evicted.
     void (*evicted)(struct kvd_daemon *d, uint32_t ns, uint64_t seq, const char *name);
+    // A block of a namespace's prefix index is gone.
+    void (*block_gone)(struct kvd_daemon *d, uint32_t ns, const struct kvd_prefix_removed *removed);
     // Renders its metrics (metrics.h).
     void (*metrics)(struct kvd_daemon *d, FILE *f);
 };
@@ -38,5 +40,7 @@ struct kvd_part {
 // Tell all parts.
 void kvd_parts_session_ends(struct kvd_daemon *d, struct kvd_session *s);
 void kvd_parts_evicted(struct kvd_daemon *d, uint32_t ns, uint64_t seq, const char *name);
+void kvd_parts_block_gone(struct kvd_daemon *d, uint32_t ns,
+                          const struct kvd_prefix_removed *removed);
 
 #endif

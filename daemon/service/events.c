@@ -8,20 +8,25 @@
 #include "daemon/session/replay.h"
 #include "kvd.pb-c.h"
 
+static void send_message(struct kvd_call *c, const Kvd__V1__Event *event)
+{
+    Kvd__V1__Event lost = KVD__V1__EVENT__INIT;
+    if (c->lost && c->out_count < KVD_EVENT_SLOTS / 2) {
+        lost.kind = KVD__V1__EVENT__KIND__LOST;
+        lost.count = c->lost;
+        c->lost = 0;
+        kvd_call_send(c, &lost);
+    }
+    kvd_call_send(c, event);
+}
+
 static void send_event(struct kvd_call *c, int kind, uint64_t seq, const char *name)
 {
     Kvd__V1__Event e = KVD__V1__EVENT__INIT;
-    if (c->lost && c->out_count < KVD_EVENT_SLOTS / 2) {
-        e.kind = KVD__V1__EVENT__KIND__LOST;
-        e.count = c->lost;
-        c->lost = 0;
-        kvd_call_send(c, &e);
-        kvd__v1__event__init(&e);
-    }
     e.kind = (Kvd__V1__Event__Kind)kind;
     e.sequence = seq;
     e.name = (char *)name;
-    kvd_call_send(c, &e);
+    send_message(c, &e);
 }
 
 static void unlink_watcher(struct kvd_call *c)
@@ -46,7 +51,7 @@ void kvd_on_watch(struct kvd_call *call, const void *request)
         send_event(call, KVD__V1__EVENT__KIND__DRAINING, 0, "");
 }
 
-void kvd_event_send(struct kvd_daemon *d, uint32_t ns, int kind, uint64_t seq, const char *name)
+static void send_to_all(struct kvd_daemon *d, uint32_t ns, const Kvd__V1__Event *e)
 {
     struct kvd_session *s, *next;
     HASH_ITER(hh, d->sessions, s, next)
@@ -54,8 +59,31 @@ void kvd_event_send(struct kvd_daemon *d, uint32_t ns, int kind, uint64_t seq, c
         if (ns != KVD_POOL_NONE && s->ns != ns)
             continue;
         for (struct kvd_call *c = s->watchers; c; c = c->next_watch)
-            send_event(c, kind, seq, name);
+            send_message(c, e);
     }
+}
+
+void kvd_event_send(struct kvd_daemon *d, uint32_t ns, int kind, uint64_t seq, const char *name)
+{
+    Kvd__V1__Event e = KVD__V1__EVENT__INIT;
+    e.kind = (Kvd__V1__Event__Kind)kind;
+    e.sequence = seq;
+    e.name = (char *)name;
+    send_to_all(d, ns, &e);
+}
+
+void kvd_event_blocks(struct kvd_daemon *d, uint32_t ns, int kind,
+                      const struct kvd_prefix_key *keys, uint32_t n,
+                      const struct kvd_prefix_key *parent, int miss)
+{
+    Kvd__V1__Event e = KVD__V1__EVENT__INIT;
+    e.kind = (Kvd__V1__Event__Kind)kind;
+    e.keys = (ProtobufCBinaryData){n * sizeof(*keys), (uint8_t *)keys};
+    if (parent)
+        e.parent = (ProtobufCBinaryData){sizeof(*parent), (uint8_t *)parent};
+    e.tokens = KVD_PAGE_TOKENS;
+    e.miss = (Kvd__V1__MissReason)miss;
+    send_to_all(d, ns, &e);
 }
 
 static void draining(struct kvd_daemon *d)

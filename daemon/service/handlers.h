@@ -20,6 +20,16 @@ KVD_HANDLER(publish_sequence);
 KVD_HANDLER(attach_sequence);
 KVD_HANDLER(free_sequences);
 KVD_HANDLER(describe_sequences);
+// prompts.c
+KVD_HANDLER(match_prefix);
+KVD_HANDLER(adopt_prefix);
+KVD_HANDLER(publish_blocks);
+KVD_HANDLER(release_prefix);
+// prompts_admin.c
+KVD_HANDLER(list_prefixes);
+KVD_HANDLER(pin_prefix);
+KVD_HANDLER(drop_prefix);
+KVD_HANDLER(explain_prefix);
 // admin.c
 KVD_HANDLER(ping);
 KVD_HANDLER(get_status);

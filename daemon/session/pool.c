@@ -78,7 +78,7 @@ static void pool_metrics(struct kvd_daemon *d, FILE *f)
     fprintf(f, "kvd_pool_bytes{state=\"slack\"} %" PRIu64 "\n", info.slack);
     fprintf(f, "kvd_pool_bytes{state=\"free\"} %" PRIu64 "\n", info.bytes - info.used - info.slack);
     kvd_metric(f, "kvd_pool_evictable_bytes", "gauge",
-               "Of the used ones, those that evicting published, unused sequences would free.",
+               "Of the used ones, those that evicting what nobody uses would free.",
                (double)kvd_evictable(d, NULL));
     kvd_metric(f, "kvd_pool_memory_bytes", "gauge",
                "Device memory that the pool's extents have, idle ones included.",
@@ -124,7 +124,7 @@ static void namespace_metrics(struct kvd_daemon *d, FILE *f)
          "Tokens stored by namespace, shared ones counted for each sequence."},
         {"kvd_namespace_sequences", "Sequences by namespace."},
         {"kvd_namespace_evictable_bytes",
-         "Bytes that evicting published, unused sequences would free, by namespace."},
+         "Bytes that evicting what nobody uses would free, by namespace."},
     };
     const uint64_t *evictable;
     kvd_evictable(d, &evictable);
@@ -188,6 +188,11 @@ static int open_ledger(struct kvd_daemon *d, bool taken_over, struct kvd_error *
     return d->ledger ? KVD_OK : err->code;
 }
 
+static void on_block_gone(void *ctx, uint32_t ns, const struct kvd_prefix_removed *removed)
+{
+    kvd_parts_block_gone(ctx, ns, removed);
+}
+
 // The pool that an earlier kvd has left. What is not published and no session holds goes.
 static struct kvd_pool *take_over(struct kvd_daemon *d, int region,
                                   const struct kvd_pool_config *config, struct kvd_error *err)
@@ -246,6 +251,7 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
                                    .max_layouts = KVD_MAX_LAYOUTS,
                                    .durable = kvd_keep_on(d),
                                    .on_evict = on_evict,
+                                   .on_block_gone = on_block_gone,
                                    .on_evict_ctx = d};
     d->pool = new_pool(d, &pool, err);
     d->use = d->pool ? calloc(c->max_sequences, sizeof(*d->use)) : NULL;

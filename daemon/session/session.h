@@ -44,6 +44,7 @@ struct kvd_session {
     uint64_t calls;
     uint64_t open_request; // request_id of the OpenSession that made this generation
     struct kvd_held *held;
+    uint32_t leases; // of prefixes
     struct kvd_buffer *buffers;
     uint64_t buffer_bytes;
     float *sinks;      // for each layer of the layout, one for each of its q heads; NULL: none

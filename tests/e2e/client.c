@@ -156,6 +156,41 @@ static void print_outputs(void)
     FIELD(kvd_event, sequence);
     FIELD(kvd_event, count);
     FIELD(kvd_event, name);
+    FIELD(kvd_event, keys);
+    FIELD(kvd_event, n_keys);
+    FIELD(kvd_event, parent);
+    FIELD(kvd_event, tokens);
+    FIELD(kvd_event, miss);
+}
+
+static void print_prompts(void)
+{
+    STRUCT(kvd_bytes);
+    FIELD(kvd_bytes, data);
+    FIELD(kvd_bytes, bytes);
+    STRUCT(kvd_prompt);
+    FIELD(kvd_prompt, size);
+    FIELD(kvd_prompt, block_keys);
+    FIELD(kvd_prompt, key_bytes);
+    FIELD(kvd_prompt, blocks);
+    FIELD(kvd_prompt, tokens);
+    FIELD(kvd_prompt, n_tokens);
+    FIELD(kvd_prompt, extras);
+    FIELD(kvd_prompt, n_extras);
+    STRUCT(kvd_match);
+    FIELD(kvd_match, size);
+    FIELD(kvd_match, blocks);
+    FIELD(kvd_match, known);
+    FIELD(kvd_match, window_tokens);
+    FIELD(kvd_match, end);
+    FIELD(kvd_match, lease);
+    FIELD(kvd_match, miss);
+    FIELD(kvd_match, missed);
+    STRUCT(kvd_published);
+    FIELD(kvd_published, size);
+    FIELD(kvd_published, blocks);
+    FIELD(kvd_published, known);
+    FIELD(kvd_published, end);
 }
 
 static void print_items(void)
@@ -366,6 +401,7 @@ int main(int argc, char **argv)
         print_options();
         print_outputs();
         print_items();
+        print_prompts();
         return 0;
     }
     if (argc < 3)

@@ -378,8 +378,8 @@ START_TEST(keys_depend_on_all_that_they_name)
     ck_assert(memcmp(a, b, 32) != 0);
     kvd_prefix_domain_digest("ab", other_layout, "c", 1, b, NULL);
     ck_assert(memcmp(a, b, 32) != 0);
-    uint8_t blocks[4 * KVD_PREFIX_MAX_BLOCK_KEY] = {0};
-    for (uint32_t bytes = KVD_PREFIX_MIN_BLOCK_KEY; bytes <= KVD_PREFIX_MAX_BLOCK_KEY; bytes++) {
+    uint8_t blocks[4 * KVD_MAX_BLOCK_KEY] = {0};
+    for (uint32_t bytes = KVD_MIN_BLOCK_KEY; bytes <= KVD_MAX_BLOCK_KEY; bytes++) {
         ck_assert(!kvd_prefix_keys_of_blocks(a, NULL, blocks, bytes, 4, k, &err));
         ck_assert(!kvd_prefix_keys_of_blocks(b, NULL, blocks, bytes, 4, l, &err));
         for (int i = 0; i < 4; i++)

@@ -11,12 +11,13 @@ import numpy as np
 
 from . import _check
 from . import _library as lib
+from . import _prompts
 from ._cuda import DeviceTensor, share
 from ._tensor import Tensor, new_tensor
 
 Codec = Union[Literal["bf16", "int2", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4", "int4"], str]  # or "k=int2-lm,v=int2"
 HeadDim = Union[int, tuple[int, int]]
-_EVENTS = ("opened", "evicted", "draining", "lost", "published")
+_EVENTS = ("opened", "evicted", "draining", "lost", "published", "stored", "removed", "cleared")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +44,17 @@ def _info(s: lib.SequenceStruct) -> SequenceInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """opened, evicted (a published sequence), draining, lost (so many events were dropped) or published."""
+    """opened, evicted (a published sequence), draining, lost (so many events were dropped), published; of blocks of prompts: stored
+    (each behind the one before it), removed, cleared (all that nobody uses)."""
 
     kind: str
     sequence: int
     count: int
     name: str
+    keys: tuple[bytes, ...] = ()  # kvd's own, of the blocks
+    parent: Optional[bytes] = None  # key of the block before the first
+    tokens: int = 0  # in each block
+    miss: str = "none"  # why they are gone
 
 
 AnyTensor = Union[Tensor, DeviceTensor]
@@ -174,6 +180,11 @@ class Sequence(lib.OfProcess):
     def publish(self, name: str, *, replace: bool = False) -> None:
         """Names it in the namespace: it outlives this client until it is unpublished or evicted."""
         lib.call("kvd_sequence_publish", self.client._open(), self.id, _check.text("name", name), _check.flag("replace", replace))
+
+    def publish_blocks(self, prompt: _prompts.Prompt, *, end: bool = False) -> _prompts.Published:
+        """Gives its blocks to others, as far as they are whole and behind the recent window. May be called again while it grows.
+        `end`: up to the last whole block, with the recent window there as it is; whoever adopts there goes on with the same bits."""
+        return _prompts.publish(self.client, self.id, prompt, end)
 
     def describe(self) -> SequenceInfo:
         s = lib.SequenceStruct()
@@ -399,6 +410,14 @@ class Client(lib.OfProcess):
         lib.call("kvd_sequence_attach", self._open(), _check.text("name", name), c.byref(s))
         return Sequence(self, s.sequence, s.length)
 
+    def match(self, prompts: list[_prompts.Prompt], *, lease: float = 10.0) -> list[_prompts.Match]:
+        """What is there of prompts, at most 256 in a call. It stays for `lease` seconds, at most 600; 0: it may go at once."""
+        return _prompts.match(self, prompts, lease)
+
+    def adopt(self, match: _prompts.Match, blocks: Optional[int] = None) -> Sequence:
+        """A sequence of a match's leading blocks; None: of all. It shares their pages until it writes there; its lease ends."""
+        return Sequence(self, *_prompts.adopt(self, match, blocks))
+
     def _layers(self, begin: Any, count: Any) -> lib.Layers:
         begin = _check.integer("layer", begin, 0, len(self.layers) - 1)
         if begin + count > len(self.layers):
@@ -490,4 +509,8 @@ class Client(lib.OfProcess):
         """The next event of the namespace, or None when the time is over. One thread at a time."""
         e = lib.EventStruct()
         lib.call("kvd_next_event", self._open(), _check.milliseconds("timeout", timeout), c.byref(e))
-        return None if e.kind < 0 else Event(_EVENTS[e.kind], e.sequence, e.count, e.name.decode())
+        if e.kind < 0:
+            return None
+        keys = c.string_at(e.keys, e.n_keys * 24) if e.n_keys else b""
+        return Event(_EVENTS[e.kind], e.sequence, e.count, e.name.decode(), tuple(keys[i:i + 24] for i in range(0, len(keys), 24)),
+                     c.string_at(e.parent, 24) if e.parent else None, e.tokens, _prompts.miss(e.miss))

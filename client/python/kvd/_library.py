@@ -156,7 +156,26 @@ class DirectOptions(Sized):
 
 
 class EventStruct(Sized):
-    _fields_ = [("kind", c.c_int), ("sequence", c.c_uint64), ("count", c.c_uint64), ("name", c.c_char * 129)]
+    _fields_ = [("kind", c.c_int), ("sequence", c.c_uint64), ("count", c.c_uint64), ("name", c.c_char * 129),
+                ("keys", c.c_void_p), ("n_keys", c.c_uint32), ("parent", c.c_void_p), ("tokens", c.c_uint32), ("miss", c.c_int)]
+
+
+class Bytes(c.Structure):
+    _fields_ = [("data", c.c_char_p), ("bytes", c.c_uint64)]
+
+
+class PromptStruct(Sized):
+    _fields_ = [("block_keys", c.c_char_p), ("key_bytes", c.c_uint32), ("blocks", c.c_uint32), ("tokens", c.POINTER(c.c_uint32)),
+                ("n_tokens", c.c_uint32), ("extras", c.POINTER(Bytes)), ("n_extras", c.c_uint32)]
+
+
+class MatchStruct(Sized):
+    _fields_ = [("blocks", c.c_uint32), ("known", c.c_uint32), ("window_tokens", c.c_uint32), ("end", c.c_bool),
+                ("lease", c.c_uint64), ("miss", c.c_int), ("missed", c.c_uint32)]
+
+
+class PublishedStruct(Sized):
+    _fields_ = [("blocks", c.c_uint32), ("known", c.c_uint32), ("end", c.c_bool)]
 
 
 _P, _ERR = c.c_void_p, c.POINTER(Failure)
@@ -186,6 +205,10 @@ _FUNCTIONS = {  # name: argument types; all of these return a kvd_result and end
     "kvd_attend_enqueue": [_P, _P, c.c_uint32, _P, c.c_uint64, _P, c.c_uint64, _P, c.c_uint64],
     "kvd_direct_end": [_P, _P, c.POINTER(c.c_uint32)],
     "kvd_direct_flush": [_P],
+    "kvd_prompts_match": [_P, c.POINTER(PromptStruct), c.c_uint32, c.c_uint32, c.POINTER(MatchStruct)],
+    "kvd_prompt_adopt": [_P, c.c_uint64, c.c_uint32, c.POINTER(c.c_uint64), c.POINTER(c.c_uint64)],
+    "kvd_leases_release": [_P, c.POINTER(c.c_uint64), c.c_uint32],
+    "kvd_prompt_publish": [_P, c.c_uint64, c.POINTER(PromptStruct), c.c_bool, c.POINTER(PublishedStruct)],
     "kvd_next_event": [_P, c.c_uint32, c.POINTER(EventStruct)],
 }
 _library: Any = None

@@ -1,0 +1,579 @@
+// MatchPrefix, AdoptPrefix, PublishBlocks, ReleasePrefix.
+//
+// Looking up and publishing go prompt by prompt: hash its keys, 512 at a time, then look them up or
+// publish them, 256 at a time. Each such step takes some hundred microseconds; the calls that are
+// at it take turns, step by step, for a millisecond of each round of the loop.
+#include "daemon/service/prompts.h"
+
+#include <utlist.h>
+
+#include "daemon/rpc/rpc.h"
+#include "daemon/service/events.h"
+#include "daemon/service/handlers.h"
+#include "daemon/session/leases.h"
+#include "daemon/session/replay.h"
+
+enum {
+    PIECE_NS = 1000000, // then others have their turn
+    HASHED = 512,       // blocks in a step
+    PUBLISHED = 256,
+    GONE = 512, // blocks in an event
+};
+
+// A call on its way.
+struct job {
+    struct kvd_call *call;
+    bool publishes;
+    uint32_t n, at;                // prompts
+    uint32_t blocks, hashed, done; // of the one that it is at; `open`: it is at one
+    bool open;
+    struct kvd_blocks_space space;
+    struct kvd_prefix_key *keys; // room for the longest
+    Kvd__V1__PrefixMatch *matches, **match_refs;
+    Kvd__V1__PublishedBlocks *published, **published_refs;
+    struct job *prev, *next;
+};
+
+// Of a namespace, by its slot, which may be another's by now.
+struct counts {
+    char name[KVD_MAX_NAMESPACE + 1];
+    uint64_t looked_up, found, adopted; // tokens
+    uint64_t published;                 // blocks that were new
+};
+
+struct kvd_prompts {
+    uv_idle_t idle; // runs while there is something to do
+    struct job *jobs;
+    struct counts counts[KVD_MAX_NAMESPACES];
+    // Blocks that are gone and have not been told of.
+    struct kvd_prefix_key gone[GONE];
+    uint32_t n_gone, gone_ns;
+    enum kvd_prefix_reason gone_reason;
+};
+
+static void on_idle(uv_idle_t *idle);
+
+static struct counts *counts_of(struct kvd_daemon *d, uint32_t ns)
+{
+    struct counts *c = &d->prompts->counts[ns];
+    struct kvd_pool_namespace_info info;
+    kvd_pool_namespace_info(d->pool, ns, &info);
+    if (strcmp(c->name, info.name)) {
+        *c = (struct counts){0};
+        snprintf(c->name, sizeof(c->name), "%s", info.name);
+    }
+    return c;
+}
+
+// -- jobs ---------------------------------------------------------------------------------------
+
+static const char *session_of(const struct job *j)
+{
+    return j->publishes ? ((const Kvd__V1__PublishBlocksRequest *)(void *)j->call->request)->session
+                        : ((const Kvd__V1__MatchPrefixRequest *)(void *)j->call->request)->session;
+}
+
+static const Kvd__V1__PrefixKeys *keys_of(const struct job *j, uint32_t i)
+{
+    if (j->publishes)
+        return ((const Kvd__V1__PublishBlocksRequest *)(void *)j->call->request)->items[i]->keys;
+    return ((const Kvd__V1__MatchPrefixRequest *)(void *)j->call->request)->requests[i];
+}
+
+static void job_free(struct job *j)
+{
+    free(j->keys);
+    free(j->matches);
+    free(j->match_refs);
+    free(j->published);
+    free(j->published_refs);
+    free(j);
+}
+
+// Nobody will know of the leases that were taken for it.
+static void drop_leases(struct kvd_daemon *d, struct job *j)
+{
+    const struct kvd_session *s = kvd_session_find(d, session_of(j));
+    for (uint32_t i = 0; i < j->at && j->matches && s; i++) {
+        struct kvd_lease *l = kvd_lease_find(d, s, j->matches[i].lease);
+        if (l)
+            kvd_lease_end(d, l);
+    }
+}
+
+static void job_fail(struct kvd_daemon *d, struct job *j, const struct kvd_error *err)
+{
+    drop_leases(d, j);
+    j->call->on_cancelled = NULL;
+    kvd_call_fail_error(j->call, err);
+}
+
+static void job_reply(struct job *j)
+{
+    j->call->on_cancelled = NULL;
+    if (j->publishes) {
+        Kvd__V1__PublishBlocksReply r = KVD__V1__PUBLISH_BLOCKS_REPLY__INIT;
+        r.n_items = j->n;
+        r.items = j->published_refs;
+        kvd_call_reply(j->call, &r);
+    } else {
+        Kvd__V1__MatchPrefixReply r = KVD__V1__MATCH_PREFIX_REPLY__INIT;
+        r.n_matches = j->n;
+        r.matches = j->match_refs;
+        r.lease_ms = ((const Kvd__V1__MatchPrefixRequest *)(void *)j->call->request)->lease_ms;
+        kvd_call_reply(j->call, &r);
+    }
+}
+
+// -- a step of one ------------------------------------------------------------------------------
+
+static int begin_prompt(struct kvd_daemon *d, struct job *j, const struct kvd_session *s,
+                        struct kvd_error *err)
+{
+    int rc = kvd_prompt_check(keys_of(j, j->at), &j->blocks, err);
+    if (rc == KVD_OK)
+        rc = kvd_prompt_space(d, s->ns, s->layout, keys_of(j, j->at), &j->space, err);
+    j->hashed = j->done = 0;
+    j->open = rc == KVD_OK;
+    return rc;
+}
+
+static int match(struct kvd_daemon *d, struct job *j, struct kvd_session *s, struct kvd_error *err)
+{
+    const Kvd__V1__MatchPrefixRequest *req = (const void *)j->call->request;
+    struct kvd_blocks_match m = {.keys = j->keys, .n = j->blocks};
+    struct counts *c = counts_of(d, s->ns);
+    Kvd__V1__PrefixMatch *out = &j->matches[j->at];
+    struct kvd_lease *l;
+    kvd_blocks_match(d->pool, &j->space, !req->quiet, &m);
+    out->blocks = m.at.blocks;
+    out->known = m.known;
+    out->window_tokens = m.window;
+    out->end = m.end;
+    out->miss = j->blocks ? kvd_prompt_miss(d, &j->space, keys_of(j, j->at), &m)
+                          : KVD__V1__MISS_REASON__MISS_NONE;
+    out->miss_time = m.when;
+    if (!req->quiet) {
+        c->looked_up += (uint64_t)j->blocks * KVD_PAGE_TOKENS;
+        c->found += (uint64_t)m.at.blocks * KVD_PAGE_TOKENS;
+    }
+    if (!req->lease_ms || !m.at.blocks)
+        return KVD_OK;
+    int rc = kvd_lease_new(d, s, &m.at, req->lease_ms, &l, err);
+    if (rc == KVD_OK)
+        out->lease = l->id;
+    return rc;
+}
+
+static void tell_stored(struct kvd_daemon *d, const struct job *j, uint32_t from, uint32_t to)
+{
+    if (from >= to)
+        return;
+    counts_of(d, j->space.ns)->published += to - from;
+    for (; from < to; from += GONE) {
+        const uint32_t n = KVD_MIN(to - from, (uint32_t)GONE);
+        kvd_event_blocks(d, j->space.ns, KVD__V1__EVENT__KIND__BLOCKS_STORED, &j->keys[from], n,
+                         from ? &j->keys[from - 1] : NULL, KVD__V1__MISS_REASON__MISS_NONE);
+    }
+}
+
+// What may have changed since the step before.
+static int check_publish(const struct kvd_daemon *d, const struct kvd_session *s,
+                         const Kvd__V1__PublishItem *item, struct kvd_error *err)
+{
+    if (!kvd_session_holds(s, item->sequence))
+        return kvd_fail(err, KVD_E_NOT_FOUND, "this session holds no sequence %" PRIu64,
+                        item->sequence);
+    if (item->end && d->use[(uint32_t)item->sequence].writer)
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "sequence %" PRIu64 " is being written by a call in flight; wait for its "
+                        "reply before its end is published",
+                        item->sequence);
+    return KVD_OK;
+}
+
+// Publishes the next piece of a prompt; *last: there is nothing more to publish of it.
+static int publish(struct kvd_daemon *d, struct job *j, const struct kvd_session *s, bool *last,
+                   struct kvd_error *err)
+{
+    const Kvd__V1__PublishItem *item =
+        ((const Kvd__V1__PublishBlocksRequest *)(void *)j->call->request)->items[j->at];
+    struct kvd_blocks_published p;
+    Kvd__V1__PublishedBlocks *out = &j->published[j->at];
+    uint32_t n = KVD_MIN(j->done + PUBLISHED, j->blocks);
+    int rc = check_publish(d, s, item, err);
+    if (rc)
+        return rc;
+    bool whole = n == j->blocks;
+    rc = kvd_blocks_publish(d->pool, &j->space, item->sequence, j->keys, n, item->end && whole, &p,
+                            err);
+    tell_stored(d, j, p.known, p.blocks);
+    out->known += p.known > j->done ? p.known - j->done : 0;
+    out->blocks = KVD_MAX(out->blocks, p.blocks);
+    out->end = p.end;
+    // Only an end is beyond what is sealed, and it is the last piece's.
+    bool behind = p.blocks < n && !item->end;
+    j->done = n;
+    *last = whole || behind;
+    return rc;
+}
+
+// Works on for a few hundred microseconds. True: the call is answered.
+static bool step(struct kvd_daemon *d, struct job *j)
+{
+    struct kvd_session *s = kvd_session_find(d, session_of(j));
+    struct kvd_error err = {0};
+    bool last = true;
+    int rc = KVD_OK;
+    if (!s)
+        rc = kvd_fail(&err, KVD_E_UNAUTH, "the session ended before the call was done");
+    else if (!j->open)
+        rc = begin_prompt(d, j, s, &err);
+    if (rc) {
+        job_fail(d, j, &err);
+        return true;
+    }
+    if (j->hashed < j->blocks) {
+        uint32_t to = KVD_MIN(j->hashed + HASHED, j->blocks);
+        rc = kvd_prompt_keys(&j->space, keys_of(j, j->at), j->hashed, to, j->keys, &err);
+        j->hashed = to;
+        last = false;
+    } else {
+        rc = j->publishes ? publish(d, j, s, &last, &err) : match(d, j, s, &err);
+    }
+    if (rc) {
+        job_fail(d, j, &err);
+        return true;
+    }
+    j->open = !last;
+    j->at += last;
+    if (j->at < j->n)
+        return false;
+    job_reply(j);
+    return true;
+}
+
+static void job_end(struct kvd_daemon *d, struct job *j)
+{
+    DL_DELETE(d->prompts->jobs, j);
+    job_free(j);
+}
+
+static void work(struct kvd_daemon *d)
+{
+    struct kvd_prompts *p = d->prompts;
+    uint64_t begin = uv_hrtime();
+    do {
+        struct job *j = p->jobs;
+        if (step(d, j)) {
+            job_end(d, j);
+            continue;
+        }
+        DL_DELETE(p->jobs, j); // behind the others
+        DL_APPEND(p->jobs, j);
+    } while (p->jobs && uv_hrtime() - begin < PIECE_NS);
+}
+
+static void on_cancelled(struct kvd_call *call)
+{
+    struct kvd_daemon *d = call->d;
+    struct job *j = call->work;
+    const struct kvd_error err = {.code = KVD_E_UNAVAILABLE, .text = "the call was cancelled"};
+    job_fail(d, j, &err);
+    job_end(d, j);
+}
+
+static int job_new(struct kvd_call *call, bool publishes, uint32_t n, struct kvd_error *err)
+{
+    struct job *j = calloc(1, sizeof(*j));
+    uint32_t longest = 0, blocks;
+    uint64_t all = 0;
+    int rc = j ? KVD_OK : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    if (rc)
+        return rc;
+    *j = (struct job){.call = call, .publishes = publishes, .n = n};
+    for (uint32_t i = 0; i < n && rc == KVD_OK; i++) {
+        rc = kvd_prompt_check(keys_of(j, i), &blocks, err);
+        if (rc)
+            kvd_fail_in(err, "prompt %u", i);
+        longest = KVD_MAX(longest, blocks);
+        all += blocks;
+    }
+    if (rc == KVD_OK && all > KVD_MAX_CALL_BLOCKS)
+        rc = kvd_fail(err, KVD_E_INVALID, "%" PRIu64 " blocks in all; at most %d are possible", all,
+                      KVD_MAX_CALL_BLOCKS);
+    j->keys = calloc(longest + 1, sizeof(*j->keys));
+    if (publishes) {
+        j->published = calloc(n, sizeof(*j->published));
+        j->published_refs = calloc(n, sizeof(*j->published_refs));
+    } else {
+        j->matches = calloc(n, sizeof(*j->matches));
+        j->match_refs = calloc(n, sizeof(*j->match_refs));
+    }
+    bool room = publishes ? j->published && j->published_refs : j->matches && j->match_refs;
+    if (rc == KVD_OK && (!j->keys || !room))
+        rc = kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    if (rc) {
+        job_free(j);
+        return rc;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        if (publishes) {
+            kvd__v1__published_blocks__init(&j->published[i]);
+            j->published_refs[i] = &j->published[i];
+        } else {
+            kvd__v1__prefix_match__init(&j->matches[i]);
+            j->match_refs[i] = &j->matches[i];
+        }
+    }
+    call->work = j;
+    call->on_cancelled = on_cancelled;
+    DL_APPEND(call->d->prompts->jobs, j);
+    return KVD_OK;
+}
+
+// A call that is begun, and done at once if that is a matter of a millisecond and nobody waits.
+static void begin(struct kvd_call *call, bool publishes, size_t n)
+{
+    struct kvd_daemon *d = call->d;
+    struct kvd_error err = {0};
+    if (n < 1) {
+        kvd_call_fail(call, KVD_E_INVALID, "no prompts; 1 to %d are possible",
+                      KVD_MAX_CALL_PROMPTS);
+        return;
+    }
+    bool alone = !d->prompts->jobs;
+    if (job_new(call, publishes, (uint32_t)n, &err)) {
+        kvd_call_fail_error(call, &err);
+        return;
+    }
+    if (alone)
+        work(d);
+    if (d->prompts->jobs)
+        uv_idle_start(&d->prompts->idle, on_idle);
+}
+
+void kvd_on_match_prefix(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__MatchPrefixRequest *req = request;
+    if (!kvd_call_session(call, req->session))
+        return;
+    if (req->lease_ms > KVD_MAX_LEASE_MS)
+        kvd_call_fail(call, KVD_E_INVALID, "lease_ms is %u; at most %d are possible", req->lease_ms,
+                      KVD_MAX_LEASE_MS);
+    else
+        begin(call, false, req->n_requests);
+}
+
+void kvd_on_publish_blocks(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__PublishBlocksRequest *req = request;
+    if (kvd_call_session(call, req->session))
+        begin(call, true, req->n_items);
+}
+
+// -- adopting -----------------------------------------------------------------------------------
+
+static int adopt_one(struct kvd_daemon *d, struct kvd_session *s, const Kvd__V1__AdoptItem *item,
+                     uint64_t *seq, uint64_t *length, struct kvd_error *err)
+{
+    struct kvd_lease *l = kvd_lease_find(d, s, item->lease);
+    bool first;
+    if (!l)
+        return kvd_fail(err, KVD_E_NOT_FOUND,
+                        "this session has no lease %" PRIu64 "; its time may be over", item->lease);
+    uint32_t blocks = item->blocks ? item->blocks : l->at.blocks;
+    int rc = kvd_blocks_adopt(d->pool, &l->at, blocks, seq, err);
+    if (rc)
+        return rc;
+    *length = (uint64_t)blocks * KVD_PAGE_TOKENS;
+    rc = kvd_session_add_held(s, *seq, &first, err);
+    if (rc)
+        kvd_pool_seq_release(d->pool, *seq);
+    return rc;
+}
+
+void kvd_on_adopt_prefix(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__AdoptPrefixRequest *req = request;
+    struct kvd_daemon *d = call->d;
+    struct kvd_session *s = kvd_call_session(call, req->session);
+    uint64_t ids[KVD_MAX_CALL_ADOPTIONS] = {0}, lengths[KVD_MAX_CALL_ADOPTIONS] = {0};
+    struct kvd_error err = {0};
+    size_t n = 0;
+    if (!s || kvd_call_replayed(call, s, req->request_id))
+        return;
+    if (req->n_items < 1)
+        kvd_fail(&err, KVD_E_INVALID, "no items; 1 to %d are possible", KVD_MAX_CALL_ADOPTIONS);
+    while (!err.code && n < req->n_items &&
+           adopt_one(d, s, req->items[n], &ids[n], &lengths[n], &err) == KVD_OK)
+        n++;
+    if (err.code) {
+        while (n-- > 0)
+            if (kvd_session_drop_held(s, ids[n]))
+                kvd_pool_seq_release(d->pool, ids[n]);
+        kvd_call_fail_error(call, &err);
+        return;
+    }
+    for (size_t i = 0; i < n; i++) {
+        struct kvd_lease *l = kvd_lease_find(d, s, req->items[i]->lease);
+        if (l && !req->items[i]->keep)
+            kvd_lease_end(d, l);
+        counts_of(d, s->ns)->adopted += lengths[i];
+    }
+    Kvd__V1__AdoptPrefixReply r = KVD__V1__ADOPT_PREFIX_REPLY__INIT;
+    r.n_sequences = r.n_lengths = n;
+    r.sequences = ids;
+    r.lengths = lengths;
+    kvd_call_reply_remember(call, s, req->request_id, &r);
+}
+
+void kvd_on_release_prefix(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__ReleasePrefixRequest *req = request;
+    Kvd__V1__ReleasePrefixReply r = KVD__V1__RELEASE_PREFIX_REPLY__INIT;
+    const struct kvd_session *s = kvd_call_session(call, req->session);
+    if (!s)
+        return;
+    for (size_t i = 0; i < req->n_leases; i++) {
+        struct kvd_lease *l = kvd_lease_find(call->d, s, req->leases[i]);
+        if (!l)
+            continue;
+        kvd_lease_end(call->d, l);
+        r.released++;
+    }
+    kvd_call_reply(call, &r);
+}
+
+// -- what is gone -------------------------------------------------------------------------------
+
+static void tell_gone(struct kvd_daemon *d)
+{
+    struct kvd_prompts *p = d->prompts;
+    if (p->n_gone)
+        kvd_event_blocks(d, p->gone_ns, KVD__V1__EVENT__KIND__BLOCKS_REMOVED, p->gone, p->n_gone,
+                         NULL, kvd_miss_reason(p->gone_reason));
+    p->n_gone = 0;
+}
+
+static void block_gone(struct kvd_daemon *d, uint32_t ns, const struct kvd_prefix_removed *removed)
+{
+    struct kvd_prompts *p = d->prompts;
+    if (!p)
+        return; // kvd stops
+    if (p->n_gone == GONE || p->gone_ns != ns || p->gone_reason != removed->reason)
+        tell_gone(d);
+    p->gone_ns = ns;
+    p->gone_reason = removed->reason;
+    p->gone[p->n_gone++] = removed->key;
+    uv_idle_start(&p->idle, on_idle);
+}
+
+static void on_idle(uv_idle_t *idle)
+{
+    struct kvd_daemon *d = idle->data;
+    tell_gone(d);
+    if (d->prompts->jobs)
+        work(d);
+    if (!d->prompts->jobs && !d->prompts->n_gone)
+        uv_idle_stop(idle);
+}
+
+// -- metrics ------------------------------------------------------------------------------------
+
+static void counter(struct kvd_daemon *d, FILE *f, const char *name, const char *type,
+                    const char *help,
+                    uint64_t (*value)(const struct counts *c, const struct kvd_blocks_info *b))
+{
+    kvd_metric_head(f, name, type, help);
+    for (uint32_t i = 0; i < kvd_pool_namespace_count(d->pool); i++) {
+        struct kvd_pool_namespace_info ns;
+        struct kvd_blocks_info blocks;
+        char label[2 * KVD_MAX_NAMESPACE + 4];
+        kvd_pool_namespace_info(d->pool, i, &ns);
+        if (!ns.name[0])
+            continue;
+        kvd_blocks_info(d->pool, i, &blocks);
+        kvd_metric_escape(ns.name, label, sizeof(label));
+        fprintf(f, "%s{namespace=\"%s\"} %" PRIu64 "\n", name, label,
+                value(counts_of(d, i), &blocks));
+    }
+}
+
+#define VALUE(name, what)                                                                          \
+    static uint64_t name(const struct counts *c, const struct kvd_blocks_info *b)                  \
+    {                                                                                              \
+        (void)c;                                                                                   \
+        (void)b;                                                                                   \
+        return what;                                                                               \
+    }
+VALUE(looked_up, c->looked_up)
+VALUE(found, c->found)
+VALUE(adopted, c->adopted)
+VALUE(published, c->published)
+VALUE(blocks, b->blocks)
+VALUE(bytes, b->bytes)
+
+static void metrics(struct kvd_daemon *d, FILE *f)
+{
+    static const char *const reasons[] = {
+        [KVD_PREFIX_EVICTED_ROOM] = "room",   [KVD_PREFIX_EVICTED_QUOTA] = "quota",
+        [KVD_PREFIX_EVICTED_INDEX] = "index", [KVD_PREFIX_DROPPED] = "dropped",
+        [KVD_PREFIX_DAMAGED] = "damaged",
+    };
+    counter(d, f, "kvd_prefix_lookup_tokens_total", "counter",
+            "Tokens of prompts that were looked up, in whole blocks.", looked_up);
+    counter(d, f, "kvd_prefix_hit_tokens_total", "counter",
+            "Of those, tokens that were there and could be adopted.", found);
+    counter(d, f, "kvd_prefix_adopted_tokens_total", "counter",
+            "Tokens that sequences were made of instead of being computed.", adopted);
+    counter(d, f, "kvd_prefix_stored_blocks_total", "counter", "Blocks that became known.",
+            published);
+    counter(d, f, "kvd_prefix_blocks", "gauge", "Blocks that are known.", blocks);
+    counter(d, f, "kvd_prefix_bytes", "gauge",
+            "Bytes of their pages, those that sequences have too included.", bytes);
+    kvd_metric_head(f, "kvd_prefix_removed_blocks_total", "counter",
+                    "Blocks that are known no more, by what for.");
+    for (uint32_t i = 0; i < kvd_pool_namespace_count(d->pool); i++) {
+        struct kvd_pool_namespace_info ns;
+        struct kvd_blocks_info info;
+        char label[2 * KVD_MAX_NAMESPACE + 4];
+        kvd_pool_namespace_info(d->pool, i, &ns);
+        kvd_blocks_info(d->pool, i, &info);
+        kvd_metric_escape(ns.name, label, sizeof(label));
+        for (uint32_t r = 0; r < KVD_LEN(reasons) && ns.name[0]; r++)
+            if (reasons[r])
+                fprintf(f,
+                        "kvd_prefix_removed_blocks_total{namespace=\"%s\",reason=\"%s\"} %" PRIu64
+                        "\n",
+                        label, reasons[r], info.removed[r]);
+    }
+}
+
+// -- start and end ------------------------------------------------------------------------------
+
+static int init(struct kvd_daemon *d, struct kvd_error *err)
+{
+    d->prompts = calloc(1, sizeof(*d->prompts));
+    if (!d->prompts)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    uv_idle_init(&d->loop, &d->prompts->idle);
+    d->prompts->idle.data = d;
+    return KVD_OK;
+}
+
+static void on_closed(uv_handle_t *handle)
+{
+    struct kvd_daemon *d = handle->data;
+    free(KVD_TAKE(d->prompts));
+}
+
+// No call is left by then.
+static void end(struct kvd_daemon *d)
+{
+    if (d->prompts)
+        uv_close((uv_handle_t *)&d->prompts->idle, on_closed);
+}
+
+const struct kvd_part kvd_part_prompts = {
+    .init = init, .end = end, .block_gone = block_gone, .metrics = metrics};

@@ -1,0 +1,197 @@
+// ListPrefixes, ExplainPrefix, PinPrefix, DropPrefix.
+#include "admin.pb-c.h"
+#include "daemon/rpc/rpc.h"
+#include "daemon/service/events.h"
+#include "daemon/service/handlers.h"
+#include "daemon/service/layout.h"
+#include "daemon/service/prompts.h"
+#include "daemon/session/leases.h"
+
+enum {
+    LIST_MAX = 256,
+    LOOKED_AT = 8192, // entries in a call
+    PIN_MAX_S = 31536000,
+};
+
+static int find_namespace(const struct kvd_daemon *d, const char *name, uint32_t *ns,
+                          struct kvd_error *err)
+{
+    *ns = name[0] ? kvd_pool_namespace_find(d->pool, name) : KVD_POOL_NONE;
+    return *ns != KVD_POOL_NONE
+               ? KVD_OK
+               : kvd_fail(err, KVD_E_NOT_FOUND, "there is no namespace '%.64s'", name);
+}
+
+static int take_key(const ProtobufCBinaryData *from, struct kvd_prefix_key *key,
+                    struct kvd_error *err)
+{
+    if (from->len != sizeof(*key))
+        return kvd_fail(err, KVD_E_INVALID, "a block's key of %zu bytes: kvd's have %zu", from->len,
+                        sizeof(*key));
+    memcpy(key, from->data, sizeof(*key));
+    return KVD_OK;
+}
+
+// -- what is there ------------------------------------------------------------------------------
+
+// A prompt as it is listed, with what the message points to.
+struct row {
+    Kvd__V1__PrefixInfo info;
+    struct kvd_prefix_key key;
+    struct kvd_blocks_space space;
+    char digest[KVD_DIGEST_TEXT];
+};
+
+static void fill_row(struct kvd_daemon *d, struct row *r, const struct kvd_blocks_match *m,
+                     uint32_t holds)
+{
+    Kvd__V1__PrefixInfo *i = &r->info;
+    kvd__v1__prefix_info__init(i);
+    kvd_layout_digest(kvd_pool_layout_get(d->pool, r->space.layout), r->digest);
+    i->key = (ProtobufCBinaryData){sizeof(r->key), (uint8_t *)&r->key};
+    i->blocks = m->known;
+    i->adoptable = m->at.blocks;
+    i->window_tokens = m->window;
+    i->end = m->end;
+    i->holds = holds;
+    i->pinned = kvd_lease_pin(d, r->space.ns, &r->key) != NULL;
+    i->layout_digest = r->digest;
+    i->domain = (ProtobufCBinaryData){sizeof(r->space.domain), r->space.domain};
+}
+
+struct listing {
+    struct row rows[LIST_MAX];
+    Kvd__V1__PrefixInfo *refs[LIST_MAX];
+    uint32_t holds[LIST_MAX], n, limit;
+};
+
+static bool take_leaf(void *ctx, const struct kvd_prefix_entry_info *e, uint32_t layout,
+                      uint32_t entry, bool end)
+{
+    struct listing *l = ctx;
+    (void)layout;
+    (void)entry;
+    if (e->children && !end)
+        return true;
+    l->rows[l->n].key = e->key;
+    l->holds[l->n] = e->holds;
+    return ++l->n < l->limit;
+}
+
+void kvd_on_list_prefixes(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__ListPrefixesRequest *req = request;
+    struct kvd_daemon *d = call->d;
+    struct kvd_error err = {0};
+    struct kvd_blocks_info info;
+    uint32_t ns;
+    if (find_namespace(d, req->namespace_name, &ns, &err)) {
+        kvd_call_fail_error(call, &err);
+        return;
+    }
+    struct listing *l KVD_FREE = calloc(1, sizeof(*l));
+    if (!l) {
+        kvd_call_fail(call, KVD_E_INTERNAL, "out of memory");
+        return;
+    }
+    l->limit = req->limit ? KVD_MIN(req->limit, (uint32_t)LIST_MAX) : LIST_MAX;
+    uint32_t next = kvd_blocks_each(d->pool, ns, req->from, LOOKED_AT, take_leaf, l), n = 0;
+    for (uint32_t i = 0; i < l->n; i++) {
+        struct kvd_blocks_match m;
+        struct row *r = &l->rows[i];
+        if (kvd_blocks_find(d->pool, ns, &r->key, &r->space, &m))
+            continue;
+        fill_row(d, r, &m, l->holds[i]);
+        l->refs[n++] = &r->info;
+    }
+    Kvd__V1__ListPrefixesReply reply = KVD__V1__LIST_PREFIXES_REPLY__INIT;
+    kvd_blocks_info(d->pool, ns, &info);
+    reply.prefixes = l->refs;
+    reply.n_prefixes = n;
+    reply.next = next == KVD_POOL_NONE ? 0 : next;
+    reply.blocks = info.blocks;
+    reply.capacity = info.capacity;
+    reply.bytes = info.bytes;
+    kvd_call_reply(call, &reply);
+}
+
+void kvd_on_explain_prefix(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__ExplainPrefixRequest *req = request;
+    struct kvd_daemon *d = call->d;
+    struct kvd_error err = {0};
+    struct kvd_blocks_match m;
+    struct row r;
+    uint32_t ns;
+    if (find_namespace(d, req->namespace_name, &ns, &err) || take_key(&req->key, &r.key, &err)) {
+        kvd_call_fail_error(call, &err);
+        return;
+    }
+    Kvd__V1__ExplainPrefixReply reply = KVD__V1__EXPLAIN_PREFIX_REPLY__INIT;
+    reply.there = kvd_blocks_find(d->pool, ns, &r.key, &r.space, &m) == KVD_OK;
+    reply.reason = (char *)kvd_prefix_reason_name(reply.there ? KVD_PREFIX_PRESENT : m.why);
+    reply.time = reply.there ? 0 : m.when;
+    if (reply.there) {
+        fill_row(d, &r, &m, 0);
+        reply.prefix = &r.info;
+    }
+    kvd_call_reply(call, &reply);
+}
+
+// -- pins and drops -----------------------------------------------------------------------------
+
+void kvd_on_pin_prefix(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__PinPrefixRequest *req = request;
+    struct kvd_daemon *d = call->d;
+    struct kvd_error err = {0};
+    struct kvd_blocks_space space;
+    struct kvd_blocks_match m;
+    struct kvd_prefix_key key;
+    uint32_t ns;
+    int rc = find_namespace(d, req->namespace_name, &ns, &err);
+    if (rc == KVD_OK)
+        rc = take_key(&req->key, &key, &err);
+    if (rc == KVD_OK && req->seconds > PIN_MAX_S)
+        rc = kvd_fail(&err, KVD_E_INVALID, "%u seconds; at most %d are possible", req->seconds,
+                      PIN_MAX_S);
+    struct kvd_lease *old = rc ? NULL : kvd_lease_pin(d, ns, &key), *pin = NULL;
+    if (rc == KVD_OK && req->seconds)
+        rc = kvd_blocks_find(d->pool, ns, &key, &space, &m)
+                 ? kvd_fail(&err, KVD_E_NOT_FOUND, "no such block is there: %s",
+                            kvd_prefix_reason_name(m.why))
+                 : kvd_lease_new(d, NULL, &m.at, req->seconds * 1000ull, &pin, &err);
+    else if (rc == KVD_OK && !old)
+        rc = kvd_fail(&err, KVD_E_NOT_FOUND, "that block is not pinned");
+    if (rc) {
+        kvd_call_fail_error(call, &err);
+        return;
+    }
+    if (old)
+        kvd_lease_end(d, old);
+    if (pin)
+        pin->key = key;
+    Kvd__V1__PinPrefixReply reply = KVD__V1__PIN_PREFIX_REPLY__INIT;
+    kvd_call_reply(call, &reply);
+}
+
+void kvd_on_drop_prefix(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__DropPrefixRequest *req = request;
+    struct kvd_daemon *d = call->d;
+    struct kvd_error err = {0};
+    struct kvd_prefix_key key;
+    uint32_t ns;
+    Kvd__V1__DropPrefixReply reply = KVD__V1__DROP_PREFIX_REPLY__INIT;
+    if (find_namespace(d, req->namespace_name, &ns, &err) ||
+        (req->key.len && take_key(&req->key, &key, &err))) {
+        kvd_call_fail_error(call, &err);
+        return;
+    }
+    reply.blocks = kvd_blocks_forget(d->pool, ns, req->key.len ? &key : NULL);
+    if (!req->key.len)
+        kvd_event_send(d, ns, KVD__V1__EVENT__KIND__BLOCKS_CLEARED, 0, "");
+    kvd_notice("prefixes dropped by operator namespace=%s blocks=%" PRIu64, req->namespace_name,
+               reply.blocks);
+    kvd_call_reply(call, &reply);
+}

@@ -1,0 +1,151 @@
+#include "daemon/session/leases.h"
+
+#include "daemon/session/session.h"
+
+enum { SWEEP_MS = 200 };
+
+struct kvd_leases {
+    uv_timer_t timer; // runs while there are some
+    struct kvd_lease *all;
+    uint32_t of_namespace[KVD_MAX_NAMESPACES];
+    uint64_t next, expired;
+};
+
+void kvd_lease_end(struct kvd_daemon *d, struct kvd_lease *l)
+{
+    struct kvd_leases *all = d->leases;
+    kvd_blocks_release(d->pool, &l->at);
+    all->of_namespace[l->at.ns]--;
+    if (l->owner)
+        l->owner->leases--;
+    HASH_DEL(all->all, l);
+    free(l);
+    if (!all->all)
+        uv_timer_stop(&all->timer);
+}
+
+static void on_timer(uv_timer_t *timer)
+{
+    struct kvd_daemon *d = timer->data;
+    struct kvd_lease *l, *next;
+    HASH_ITER(hh, d->leases->all, l, next)
+    {
+        if (l->until_ms > kvd_now_ms(d))
+            continue;
+        d->leases->expired++;
+        kvd_lease_end(d, l);
+    }
+}
+
+static int admit(const struct kvd_daemon *d, const struct kvd_session *owner, uint32_t ns,
+                 struct kvd_error *err)
+{
+    const struct kvd_leases *all = d->leases;
+    uint32_t left = KVD_MAX_LEASES - HASH_COUNT(all->all);
+    if (all->of_namespace[ns] >= left)
+        return kvd_fail(err, KVD_E_LIMIT,
+                        "the namespace has %u leases of prefixes, and %u of %d are left: one may "
+                        "have as many as are left; release some",
+                        all->of_namespace[ns], left, KVD_MAX_LEASES);
+    if (owner && owner->leases >= KVD_MAX_SESSION_LEASES)
+        return kvd_fail(err, KVD_E_LIMIT, "the session has %u leases of prefixes; release some",
+                        owner->leases);
+    return KVD_OK;
+}
+
+int kvd_lease_new(struct kvd_daemon *d, struct kvd_session *owner, const struct kvd_blocks_at *at,
+                  uint64_t ms, struct kvd_lease **out, struct kvd_error *err)
+{
+    struct kvd_leases *all = d->leases;
+    int rc = admit(d, owner, at->ns, err);
+    if (rc)
+        return rc;
+    struct kvd_lease *l = calloc(1, sizeof(*l));
+    if (!l)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    rc = kvd_blocks_hold(d->pool, at, err);
+    if (rc) {
+        free(l);
+        return rc;
+    }
+    l->id = ++all->next;
+    l->owner = owner;
+    if (owner)
+        owner->leases++;
+    l->until_ms = kvd_now_ms(d) + ms;
+    l->at = *at;
+    all->of_namespace[at->ns]++;
+    if (!all->all)
+        uv_timer_start(&all->timer, on_timer, SWEEP_MS, SWEEP_MS);
+    HASH_ADD(hh, all->all, id, sizeof(l->id), l);
+    *out = l;
+    return KVD_OK;
+}
+
+struct kvd_lease *kvd_lease_find(struct kvd_daemon *d, const struct kvd_session *owner, uint64_t id)
+{
+    struct kvd_lease *l;
+    HASH_FIND(hh, d->leases->all, &id, sizeof(id), l);
+    return l && l->owner == owner && l->until_ms > kvd_now_ms(d) ? l : NULL;
+}
+
+struct kvd_lease *kvd_lease_pin(struct kvd_daemon *d, uint32_t ns, const struct kvd_prefix_key *key)
+{
+    for (struct kvd_lease *l = d->leases->all; l; l = l->hh.next)
+        if (!l->owner && l->at.ns == ns && !memcmp(&l->key, key, sizeof(*key)))
+            return l;
+    return NULL;
+}
+
+static void session_ends(struct kvd_daemon *d, struct kvd_session *s)
+{
+    struct kvd_lease *l, *next;
+    if (!s->leases)
+        return;
+    HASH_ITER(hh, d->leases->all, l, next)
+    {
+        if (l->owner == s)
+            kvd_lease_end(d, l);
+    }
+}
+
+static void metrics(struct kvd_daemon *d, FILE *f)
+{
+    kvd_metric(f, "kvd_prefix_leases", "gauge", "Leases of prefixes, and pins of operators.",
+               HASH_COUNT(d->leases->all));
+    kvd_metric(f, "kvd_prefix_leases_expired_total", "counter",
+               "Leases of prefixes that were not released before their time was over.",
+               (double)d->leases->expired);
+}
+
+// -- start and end ------------------------------------------------------------------------------
+
+static int init(struct kvd_daemon *d, struct kvd_error *err)
+{
+    d->leases = calloc(1, sizeof(*d->leases));
+    if (!d->leases)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    uv_timer_init(&d->loop, &d->leases->timer);
+    d->leases->timer.data = d;
+    return KVD_OK;
+}
+
+static void end(struct kvd_daemon *d)
+{
+    struct kvd_lease *l, *next;
+    if (!d->leases)
+        return;
+    HASH_ITER(hh, d->leases->all, l, next)
+    {
+        kvd_lease_end(d, l);
+    }
+    uv_close((uv_handle_t *)&d->leases->timer, NULL);
+}
+
+static void deinit(struct kvd_daemon *d)
+{
+    free(KVD_TAKE(d->leases));
+}
+
+const struct kvd_part kvd_part_leases = {
+    .init = init, .end = end, .deinit = deinit, .session_ends = session_ends, .metrics = metrics};
