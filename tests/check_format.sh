@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 command -v clang-format >/dev/null || { echo "clang-format is not installed"; exit 1; }
 mode=(--dry-run -Werror)
 [ "${1:-}" = --fix ] && mode=(-i)
-git ls-files '*.c' '*.h' | xargs clang-format "${mode[@]}"
+tests/list_files.sh '*.c' '*.h' | xargs -r clang-format "${mode[@]}"

@@ -111,6 +111,12 @@ say "source rules"
 check "include directions" tests/check_includes.sh
 check "sizes and words" tests/check_source.sh
 check "circles of files" tests/check_circles.sh "$build"
+if command -v clang-format >/dev/null; then
+    check "checks see new files" tests/check_lists.sh
+else
+    echo "SKIP checks see new files: clang-format is not installed"
+    count "checks see new files" 0 0 1
+fi
 # Other versions format otherwise and warn of other things; the rules here are those of 14.
 for tool in format tidy; do
     if clang-$tool --version 2>/dev/null | grep -q 'version 14\.'; then
