@@ -8,7 +8,7 @@ root=$(mktemp -d /tmp/kvd-install.XXXXXX)
 other=$(mktemp -d /tmp/kvd-install.XXXXXX)
 trap 'rm -rf "$root" "$other"' EXIT
 DESTDIR="$root" meson install -C "$build" --no-rebuild >/dev/null
-for f in usr/sbin/kvd usr/bin/kvctl usr/bin/kvctl-calib usr/include/kvd/kvd.h usr/share/man/man8/kvd.8 usr/share/man/man1/kvctl.1 \
+for f in usr/sbin/kvd usr/sbin/kvd-keeper usr/bin/kvctl usr/bin/kvctl-calib usr/include/kvd/kvd.h usr/share/man/man8/kvd.8 usr/share/man/man1/kvctl.1 \
     usr/share/man/man5/kvd.conf.5 usr/share/bash-completion/completions/kvctl etc/kvd/kvd.conf; do
     [ -s "$root/$f" ] || { echo "missing: $f"; exit 1; }
 done

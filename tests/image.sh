@@ -82,6 +82,7 @@ contain "$work/root" --read-only --bind="$work/cache:/var/cache/kvd" --setenv=CA
     /usr/sbin/kvd --config /etc/kvd/kvd.conf --listen unix:/run/kvd/kvd.sock --pool-size 64MiB >"$work/log" 2>&1 &
 daemon=$!
 for _ in $(seq 100); do [ -S "$work/run/kvd.sock" ] && break; sleep 0.1; done
+check "the image has kvd-keeper" test -x "$work/root/usr/sbin/kvd-keeper"
 check "the daemon listens in the shared folder" test -S "$work/run/kvd.sock.fd"
 check "a worker in another container" contain "$work/worker" python3 /srv/worker.py
 check "another worker attaches what it left" contain "$work/worker" python3 -c 'import kvd

@@ -114,6 +114,7 @@ done
 [ -n "$leader" ] || { cat "$work/boot"; echo "0 passed, 1 failed, 0 skipped"; exit 1; }
 
 check "the packages install without a network" 'apt-get install -y --no-install-recommends /pkg/*.deb'
+check "kvd-keeper is there" 'test -x /usr/sbin/kvd-keeper'
 check "nothing runs that was not asked for" '! systemctl list-units --all "kvd@*" --no-legend | grep -q kvd@'
 check "enable --now kvd@0 kvd@1" 'systemctl enable --now kvd@0 kvd@1
     systemctl is-active kvd@0 kvd@1'
@@ -144,7 +145,7 @@ check "hardening" 'systemd-analyze security kvd@0 --threshold=40'
 check "upgrade, with both instances running" 'before=$(systemctl show -P MainPID kvd@0); dpkg -i /new/*.deb
     systemctl is-active kvd@0 kvd@1; [ "$before" != "$(systemctl show -P MainPID kvd@0)" ]; python3 /srv/worker.py unix:/run/kvd/0/kvd.sock'
 check "remove stops them and keeps the configuration" 'apt-get remove -y kvd kvd-calib libkvd0 libkvd-dev python3-kvd
-    ! pgrep -x kvd; test -e /etc/kvd/kvd.conf; ! test -e /usr/sbin/kvd'
+    ! pgrep -x "kvd|kvd-keeper"; test -e /etc/kvd/kvd.conf; ! test -e /usr/sbin/kvd; ! test -e /usr/sbin/kvd-keeper'
 check "purge leaves nothing" 'dpkg --purge kvd kvd-calib libkvd0 libkvd-dev python3-kvd
     systemctl daemon-reload
     left=$(find / -xdev \( -path /proc -o -path /sys -o -path /pkg -o -path /new -o -path /srv -o -path /var/log -o -path /var/cache/apt -o -path /var/lib/apt -o -path /tmp -o -path /var/tmp \) -prune -o -iname "*kvd*" -print)
