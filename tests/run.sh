@@ -156,7 +156,7 @@ else
     count "CUDA kernels, emulated" 0 0 1
 fi
 
-fuzzers=(pickle zoo native safetensors config request fdsock)
+fuzzers=(pickle zoo native safetensors config request fdsock region ledger)
 corpora() { # corpora SUFFIX BUILD: what fuzzing found worth keeping, run once
     local name
     for name in "${fuzzers[@]}"; do

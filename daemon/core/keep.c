@@ -9,6 +9,8 @@
 #include <systemd/sd-daemon.h>
 #endif
 
+#define PROBE "kvd-probe" // a name
+
 struct held {
     char name[sizeof(((struct kvd_keeper_message *)0)->name)];
     int fd;
@@ -16,6 +18,11 @@ struct held {
 
 struct kvd_keep {
     int keeper; // its socket; -1: systemd
+    // Whether systemd does hold what it is given: the read end of a pipe whose other end it has
+    // got. Who takes no descriptors closes it.
+    uv_poll_t probe;
+    int probe_fd; // -1: none
+    bool holds_nothing;
     struct held *held;
     uint32_t n, cap;
 };
@@ -123,6 +130,57 @@ void kvd_keep_ready(struct kvd_daemon *d)
     tell(d, KVD_KEEPER_READY, "", -1);
 }
 
+// -- whether it is held -------------------------------------------------------------------------
+
+#ifdef KVD_SYSTEMD
+static void on_probe(uv_poll_t *poll, int status, int events)
+{
+    struct kvd_daemon *d = poll->data;
+    (void)status;
+    (void)events;
+    uv_poll_stop(poll);
+    d->keep->holds_nothing = true;
+    kvd_error(
+        "keep holds nothing: what listens at NOTIFY_SOCKET gives up descriptors. Under systemd "
+        "the unit wants FileDescriptorStoreMax; elsewhere, as in a container, unset "
+        "NOTIFY_SOCKET, and kvd-keeper holds them");
+}
+
+static int probe_systemd(struct kvd_daemon *d, struct kvd_error *err)
+{
+    int ends[2];
+    if (pipe2(ends, O_CLOEXEC))
+        return kvd_fail(err, KVD_E_INTERNAL, "cannot make a pipe: %s", strerror(errno));
+    d->keep->probe_fd = ends[0];
+    tell_systemd(KVD_KEEPER_PUT, PROBE, ends[1]);
+    close(ends[1]);
+    if (uv_poll_init(&d->loop, &d->keep->probe, ends[0])) {
+        close(KVD_TAKE_FD(d->keep->probe_fd));
+        return kvd_fail(err, KVD_E_INTERNAL, "cannot watch a pipe");
+    }
+    d->keep->probe.data = d;
+    uv_poll_start(&d->keep->probe, UV_READABLE | UV_DISCONNECT, on_probe);
+    return KVD_OK;
+}
+#endif
+
+static void end(struct kvd_daemon *d)
+{
+    struct kvd_keep *k = d->keep;
+    if (!k || k->probe_fd < 0 || uv_is_closing((uv_handle_t *)&k->probe))
+        return;
+    uv_close((uv_handle_t *)&k->probe, NULL);
+    close(k->probe_fd);
+}
+
+static void metrics(struct kvd_daemon *d, FILE *f)
+{
+    if (d->keep)
+        kvd_metric(f, "kvd_keep_holds", "gauge",
+                   "Whether what is to outlive kvd is held by systemd or kvd-keeper.",
+                   !d->keep->holds_nothing);
+}
+
 // -- what is held -------------------------------------------------------------------------------
 
 static int add(struct kvd_keep *k, const char *name, int fd, struct kvd_error *err)
@@ -206,10 +264,17 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
     d->keep = calloc(1, sizeof(*d->keep));
     if (!d->keep)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    d->keep->probe_fd = -1;
     d->keep->keeper = keeper_socket();
     int rc = d->keep->keeper >= 0 ? ask_keeper(d->keep, err) : ask_systemd(d->keep, err);
     if (rc == KVD_OK && strcmp(d->config.keep, "fresh") == 0)
         kvd_keep_drop_rest(d);
+#ifdef KVD_SYSTEMD
+    if (rc == KVD_OK && d->keep->keeper < 0) {
+        int old KVD_CLOSE = kvd_keep_take(d, PROBE); // of the kvd before
+        rc = probe_systemd(d, err);
+    }
+#endif
     return rc;
 }
 
@@ -225,4 +290,5 @@ static void deinit(struct kvd_daemon *d)
     free(k);
 }
 
-const struct kvd_part kvd_part_keep = {.init = init, .deinit = deinit};
+const struct kvd_part kvd_part_keep = {
+    .init = init, .end = end, .deinit = deinit, .metrics = metrics};

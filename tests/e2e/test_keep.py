@@ -179,16 +179,36 @@ class Systemd:
         self.path = folder / "notify"
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(str(self.path))
-        self.held = {}
+        self.held, self.takes, self.lock, self.ends = {}, True, threading.Lock(), False
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self):
+        while not self.ends:
+            select.select([self.socket], [], [], 0.05)
+            self.read()
 
     def read(self):
-        while select.select([self.socket], [], [], 0)[0]:
-            text, fds, _, _ = socket.recv_fds(self.socket, 4096, 4)
-            fields = dict(line.split("=", 1) for line in text.decode().splitlines() if "=" in line)
-            if "FDSTORE" in fields:
-                self.held[fields["FDNAME"]] = fds[0]
-            elif "FDSTOREREMOVE" in fields and fields["FDNAME"] in self.held:
-                os.close(self.held.pop(fields["FDNAME"]))
+        with self.lock:
+            while select.select([self.socket], [], [], 0)[0]:
+                self.take(*socket.recv_fds(self.socket, 4096, 4)[:2])
+
+    def take(self, text, fds):
+        fields = dict(line.split("=", 1) for line in text.decode().splitlines() if "=" in line)
+        if fields.get("FDNAME") in self.held:
+            os.close(self.held.pop(fields["FDNAME"]))
+        if "FDSTORE" in fields and self.takes:
+            self.held[fields["FDNAME"]] = fds[0]
+        else:
+            for fd in fds:
+                os.close(fd)
+
+    def close(self):
+        self.ends = True
+        self.thread.join()
+        for fd in self.held.values():
+            os.close(fd)
+        self.socket.close()
 
     def arguments(self):
         """Of a Daemon that gets what is held as descriptors 3 and on."""
@@ -220,6 +240,7 @@ def test_systemds_descriptor_store(start, folder, monkeypatch):
     assert "kvd-pool" in systemd.held and any(n.startswith("kvd-extent-") for n in systemd.held)
     kvd = start("--keep", "--backend", "cpu", **systemd.arguments())
     assert "took over sequences=1 tokens=700" in kvd.text()
+    assert kvd.metric("kvd_keep_holds") == 1 and "holds nothing" not in kvd.text()
     rpc = Rpc(kvd.address)
     session = open_session(rpc)
     assert attend(rpc, session, rpc.kv("AttachSequence", session=session, name="p").sequence.sequence) == before
@@ -230,10 +251,21 @@ def test_systemds_descriptor_store(start, folder, monkeypatch):
     assert kvd.metric("kvd_sequences") == 0
     assert kvd.stop() == 0
     systemd.read()
-    assert sorted(systemd.held) == ["kvd-pool", "kvd-sessions"]  # of the new one
-    for fd in systemd.held.values():
-        os.close(fd)
-    systemd.socket.close()
+    assert sorted(systemd.held) == ["kvd-pool", "kvd-probe", "kvd-sessions"]  # of the new one
+    systemd.close()
+
+
+def test_who_takes_no_descriptors_is_told_of(start, folder):
+    """As a container's NOTIFY_SOCKET, or a unit without FileDescriptorStoreMax."""
+    if "SYSTEMD" not in (BUILD / "compile_commands.json").read_text():
+        pytest.skip("built without systemd")
+    systemd = Systemd(folder)
+    systemd.takes = False
+    kvd = start("--keep", "--backend", "cpu", **systemd.arguments())
+    assert wait_for(lambda: "keep holds nothing" in kvd.text())
+    assert kvd.metric("kvd_keep_holds") == 0
+    assert kvd.stop() == 0
+    systemd.close()
 
 
 def test_a_first_kvd_that_cannot_start_ends_its_keeper(start, folder):

@@ -8,7 +8,7 @@ seconds=${1:-60}
 shift || true
 build=$(realpath -m "${BUILD:-build-fuzz}")
 targets=("$@")
-[ ${#targets[@]} -gt 0 ] || targets=(pickle zoo native safetensors config request fdsock)
+[ ${#targets[@]} -gt 0 ] || targets=(pickle zoo native safetensors config request fdsock region ledger)
 clang=$(command -v clang-14 || command -v clang) || { echo "there is no clang"; exit 1; }
 if [ ! -e "$build/build.ninja" ]; then
     CC=$clang meson setup "$build" -Dcuda=disabled -Dfuzz=true -Db_sanitize=address,undefined -Db_lundef=false \
