@@ -26,6 +26,7 @@
 #include "daemon/session/memory.h"
 #include "daemon/session/pool.h"
 #include "daemon/session/release.h"
+#include "daemon/session/scrub.h"
 #include "daemon/session/session.h"
 #include "daemon/session/tenants.h"
 #include "daemon/tier/tiers.h"
@@ -43,6 +44,7 @@ const struct kvd_part *const kvd_parts[] = {
     &kvd_part_release,   // sequences that are given up
     &kvd_part_leases,    // of prefixes
     &kvd_part_sessions,  // and their own leases
+    &kvd_part_scrub,     // checksums of blocks
     &kvd_part_fences,    // GPU streams of workers
     &kvd_part_works,     // calls, and their line
     &kvd_part_exec,      // the executor

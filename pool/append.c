@@ -319,6 +319,24 @@ static void set_phase(struct region_seq *s, uint32_t phase)
     stored();
 }
 
+// What the append writes where it is has no checksum from now on.
+static void unseal(struct kvd_pool *pool, const struct region_seq *s,
+                   const struct kvd_pool_append *a)
+{
+    const struct kvd_layout *l = layout_of(pool, s);
+    for (uint32_t p = 0; p < l->n_planes; p++) {
+        struct run runs[3];
+        runs_of(&l->planes[p], a, p, runs);
+        for (uint32_t i = 0; i < runs[1].count; i++) {
+            uint32_t page = table_get(pool, &s->table[p][KVD_POOL_CODEC], entry_of(&runs[1], i));
+            if (page != KVD_POOL_NONE && pool->page[page].refs == 1 &&
+                pool->sum[page] != KVD_SUM_DAMAGED)
+                pool->sum[page] = KVD_SUM_NONE;
+        }
+    }
+    stored();
+}
+
 static bool has_undo(const struct kvd_pool *pool, const struct region_seq *s)
 {
     for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++)
@@ -471,6 +489,7 @@ int kvd_pool_append_begin(struct kvd_pool *pool, const struct kvd_pool_append_re
     for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
         pages += need.pages[p][KVD_POOL_BF16] + need.pages[p][KVD_POOL_CODEC];
     if (pages == 0) {
+        unseal(pool, s, out);
         set_phase(s, PHASE_RUNNING);
         return KVD_OK;
     }
@@ -484,6 +503,7 @@ int kvd_pool_append_begin(struct kvd_pool *pool, const struct kvd_pool_append_re
         free(KVD_TAKE(out->changes));
         return rc;
     }
+    unseal(pool, s, out);
     set_phase(s, PHASE_RUNNING);
     take(pool, s, out); // perhaps less than was needed: evicted sequences shared some
     room_settle(pool, s->ns, s->layout, &need);

@@ -264,6 +264,8 @@ uint32_t page_take(struct kvd_pool *pool, uint32_t slab)
     else
         slot = e->carved++;
     pool->page[first + slot].refs = 1;
+    pool->sum[first + slot] = KVD_SUM_NONE; // of what was there before
+    stored();
     if (++e->used == s->slots)
         partial_remove(pool, s, x);
     s->used++;
@@ -280,6 +282,7 @@ void kvd_pool_page_unref(struct kvd_pool *pool, uint32_t page)
     uint32_t x = page / pool->head->slots;
     struct region_extent *e = &pool->extent[x];
     struct region_slab *s = &pool->slab[e->slab];
+    pool->head->damaged -= pool->sum[page] == KVD_SUM_DAMAGED;
     if (e->used-- == s->slots)
         partial_add(pool, s, x);
     pool->page[page].next = e->free_slot;

@@ -167,6 +167,7 @@ struct region_head {
     uint32_t blocks; // in use
     uint32_t extents_granted;
     uint32_t extents_aside;
+    uint32_t damaged; // pages in use
     uint64_t lru_clock;
     uint64_t used, sequences, tokens;
     uint32_t name_bucket[KVD_NAME_BUCKETS];
@@ -212,6 +213,7 @@ struct kvd_pool {
     uint32_t *slab_at; // by namespace, layout, plane and kind: the slab's number + 1, or 0: derived
     struct region_extent *extent;
     struct region_page *page;
+    uint64_t *sum; // by page: of a block that is complete, or KVD_SUM_NONE, KVD_SUM_DAMAGED: truth
     struct region_block *block;
     struct region_seq *seq;
 };

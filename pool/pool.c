@@ -37,6 +37,7 @@ uint64_t region_lay_out(struct kvd_pool *p, const struct region_head *h, uint8_t
     PLACE(seq, h->max_sequences);
     PLACE(block, h->max_blocks);
     PLACE(page, (uint64_t)h->n_extents * h->slots);
+    PLACE(sum, (uint64_t)h->n_extents * h->slots);
 #undef PLACE
     return kvd_round_up(at, 4096);
 }
@@ -308,6 +309,7 @@ void kvd_pool_info(const struct kvd_pool *pool, struct kvd_pool_info *out)
         .metadata = h->region_bytes,
         .sequences = h->sequences,
         .tokens = h->tokens,
+        .damaged = h->damaged,
     };
     for (uint32_t i = 0; i < h->n_extents; i++)
         out->extents_made += pool->extent[i].addr != 0;

@@ -346,6 +346,39 @@ void kvd_pool_append_abort(struct kvd_pool *pool, struct kvd_pool_append *append
 // works.
 int kvd_pool_truncate(struct kvd_pool *pool, uint64_t seq, uint64_t length, struct kvd_error *err);
 
+// -- checksums of blocks ------------------------------------------------------------------------
+
+// A block of history that is complete does not change any more, so it can have a checksum, which is
+// kept in the region. The pool never touches memory: whoever does computes it.
+enum {
+    KVD_SUM_NONE = 0,    // not yet; or the block is being written
+    KVD_SUM_DAMAGED = 1, // the block was found to be another than it was
+};
+
+struct kvd_pool_block {
+    uint64_t seq;
+    uint32_t plane, index; // the block's number in the plane's history
+    uint32_t page;
+    uint64_t addr, bytes;
+    uint64_t sum; // KVD_SUM_NONE, KVD_SUM_DAMAGED, or what it was sealed with
+};
+
+// Where a walk over all complete blocks of all sequences is; all zero: at its beginning.
+struct kvd_pool_walk {
+    uint32_t seq, plane, index;
+};
+// The next block. A page that several sequences share comes once for each. KVD_E_NOT_FOUND: there
+// is no more. KVD_E_LIMIT: none among so many steps; go on later.
+int kvd_pool_block_next(const struct kvd_pool *pool, struct kvd_pool_walk *walk, uint32_t steps,
+                        struct kvd_pool_block *out);
+// Until kvd_pool_block_drop its page is neither freed nor written.
+void kvd_pool_block_hold(struct kvd_pool *pool, const struct kvd_pool_block *block);
+void kvd_pool_block_drop(struct kvd_pool *pool, const struct kvd_pool_block *block);
+// Its checksum; KVD_SUM_DAMAGED: nobody is to be served it.
+void kvd_pool_block_seal(struct kvd_pool *pool, const struct kvd_pool_block *block, uint64_t sum);
+// KVD_E_CORRUPT: a block of the sequence is damaged.
+int kvd_pool_seq_whole(const struct kvd_pool *pool, uint64_t seq, struct kvd_error *err);
+
 // -- pages, for tests and tools -----------------------------------------------------------------
 
 // One page of a slab. KVD_E_QUOTA, KVD_E_FULL, KVD_E_LIMIT.
@@ -364,6 +397,7 @@ struct kvd_pool_info {
     uint64_t metadata; // bytes of the region that can be in use at all
     uint64_t sequences;
     uint64_t tokens;
+    uint32_t damaged; // pages in use that are
 };
 void kvd_pool_info(const struct kvd_pool *pool, struct kvd_pool_info *out);
 

@@ -13,7 +13,7 @@ struct rebuilding {
 
 static void clear_head(struct region_head *h)
 {
-    h->n_blocks_ever = h->blocks = h->extents_granted = h->extents_aside = 0;
+    h->n_blocks_ever = h->blocks = h->extents_granted = h->extents_aside = h->damaged = 0;
     h->free_extent = h->free_seq = h->free_block = h->free_slab = KVD_POOL_NONE;
     h->lru_clock = h->used = h->sequences = h->tokens = 0;
     memset(h->name_bucket, 0xff, sizeof(h->name_bucket));
@@ -208,6 +208,8 @@ static void extent(struct kvd_pool *pool, uint32_t x)
     struct region_page *page = &pool->page[(uint64_t)x * pool->head->slots];
     for (uint32_t i = 0; s && i < s->slots; i++) {
         e->used += page[i].refs != 0;
+        pool->head->damaged +=
+            page[i].refs && pool->sum[(uint64_t)x * pool->head->slots + i] == KVD_SUM_DAMAGED;
         e->carved = page[i].refs ? i + 1 : e->carved;
     }
     if (e->used == 0) {

@@ -5,6 +5,7 @@ struct tally {
     uint32_t *refs; // by page number
     uint64_t used, sequences, tokens;
     uint64_t *ns_used, *ns_sequences, *ns_tokens, *ns_blocks;
+    uint32_t damaged;
     uint64_t blocks, *refs_of, *idle_of, *kept_of; // the last three by layout
 };
 
@@ -222,6 +223,7 @@ static int check_extent(const struct kvd_pool *pool, uint32_t x, struct tally *t
             return kvd_fail(err, KVD_E_CORRUPT, "page %u has %u references and says %u", page,
                             t->refs[page], pool->page[page].refs);
         used += pool->page[page].refs != 0;
+        t->damaged += pool->page[page].refs && pool->sum[page] == KVD_SUM_DAMAGED;
     }
     for (uint32_t i = e->free_slot; i != KVD_POOL_NONE;
          i = pool->page[x * pool->head->slots + i].next)
@@ -260,6 +262,9 @@ static int compare(const struct kvd_pool *pool, const struct tally *t, struct kv
                             i, (unsigned long long)t->refs_of[i], (unsigned long long)t->idle_of[i],
                             (unsigned long long)t->kept_of[i], pool->layout[i].sequences,
                             pool->layout[i].idle, (unsigned long long)pool->layout[i].kept);
+    if (t->damaged != h->damaged)
+        return kvd_fail(err, KVD_E_CORRUPT, "%u pages are damaged, says %u", t->damaged,
+                        h->damaged);
     if (t->blocks != h->blocks)
         return kvd_fail(err, KVD_E_CORRUPT, "%llu blocks in use, says %u",
                         (unsigned long long)t->blocks, h->blocks);

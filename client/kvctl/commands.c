@@ -67,6 +67,12 @@ static const struct command table[] = {
      .required = 1,
      .operators = true,
      .run = cmd_tier_flush},
+    {.name = "verify",
+     .help = "Compare all blocks of history with their checksums",
+     .more = "Sequences with a block that is damaged are refused from then on; it fails if there "
+             "are any. kvd does the same all the time, slowly: see scrub-rate in kvd.conf(5).",
+     .operators = true,
+     .run = cmd_verify},
     {.name = "drain",
      .help = "Let sessions end, then stop the daemon",
      .more = "Without SECONDS, drain-timeout of the configuration is the longest it waits.",

@@ -173,6 +173,7 @@ COMMAND(quota_set);
 COMMAND(evict);
 COMMAND(tier_status);
 COMMAND(tier_flush);
+COMMAND(verify);
 COMMAND(drain);
 COMMAND(reload);
 COMMAND(log_level);

@@ -1,6 +1,7 @@
-// Commands that change something: quota, evict, tier flush, drain, reload, log-level.
-
+// Commands that change something: quota, evict, tier flush, verify, drain, reload, log-level.
 #include "client/kvctl/kvctl.h"
+
+#include <time.h>
 
 int cmd_quota_ls(struct kvctl *k)
 {
@@ -100,6 +101,48 @@ int cmd_tier_flush(struct kvctl *k)
     printf("flushed\n");
     kvd__v1__flush_tier_reply__free_unpacked(r, NULL);
     return EXIT_OK;
+}
+
+static void print_damage(const Kvd__V1__VerifyReply *r)
+{
+    struct table *t = table_new("NAMESPACE|>SEQUENCE|NAME|>PLANE|>BLOCK");
+    for (size_t i = 0; i < r->n_found; i++) {
+        table_cell(t, "%s", r->found[i]->namespace_name);
+        table_cell(t, "%llu", (unsigned long long)r->found[i]->sequence);
+        table_cell(t, "%s", *r->found[i]->name ? r->found[i]->name : "-");
+        table_cell(t, "%u", r->found[i]->plane);
+        table_cell(t, "%u", r->found[i]->block);
+    }
+    table_print(t, "");
+}
+
+// A pass begins, and is asked for until it has ended.
+int cmd_verify(struct kvctl *k)
+{
+    Kvd__V1__VerifyRequest req = KVD__V1__VERIFY_REQUEST__INIT;
+    Kvd__V1__VerifyReply *r = NULL;
+    req.begin = true;
+    int code = kvctl_operator_call(k, "Verify", &req, &kvd__v1__verify_reply__descriptor, &r);
+    req.begin = false;
+    while (code == EXIT_OK && r->running) {
+        progress("verifying", r->checked, KVD_MAX(r->blocks, r->checked));
+        kvd__v1__verify_reply__free_unpacked(r, NULL);
+        nanosleep(&(struct timespec){.tv_nsec = 100000000}, NULL);
+        code = kvctl_operator_call(k, "Verify", &req, &kvd__v1__verify_reply__descriptor, &r);
+    }
+    progress_end();
+    if (code)
+        return code;
+    bool damaged = r->damaged != 0;
+    if (k->json) {
+        code = kvctl_print_json(k, &r->base);
+        return damaged ? EXIT_FAILED : code;
+    }
+    if (damaged)
+        print_damage(r);
+    printf("verified; %llu damaged pages are in use\n", (unsigned long long)r->damaged);
+    kvd__v1__verify_reply__free_unpacked(r, NULL);
+    return damaged ? EXIT_FAILED : EXIT_OK;
 }
 
 int cmd_drain(struct kvctl *k)

@@ -31,6 +31,7 @@ static const struct key keys[] = {
     {{"kvd", "idle-memory-timeout", RELOADED}, MILLIS, AT(idle_memory_ms), 0, 86400000},
     {{"kvd", "overcommit-memory", AT_START}, YESNO, AT(overcommit_memory), 0, 0},
     {{"kvd", "keep", AT_START}, TEXT, AT(keep), 0, 0},
+    {{"kvd", "scrub-rate", RELOADED}, SIZE, AT(scrub_rate), 0, 1ull << 40},
     {{"kvd", "resume-time", RELOADED}, MILLIS, AT(resume_ms), 0, 3600000},
     {{"kvd", "listen", AT_START}, LISTEN, AT(listen), 0, 0},
     {{"kvd", "socket-group", AT_START}, TEXT, AT(socket_group), 0, 0},

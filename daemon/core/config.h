@@ -44,6 +44,7 @@ struct kvd_config {
     bool overcommit_memory;          // a pool may be larger than the host's memory
     bool only_listed_namespaces;     // no others than those of the configuration
     char keep[8];                    // what outlives a kvd: "no", "yes", "fresh"
+    uint64_t scrub_rate;             // bytes a second; 0: only when asked
     uint32_t resume_ms;              // how long sessions of a kvd before wait; 0: they end with it
     char listen[KVD_MAX_LISTEN][KVD_CONFIG_TEXT];
     uint32_t n_listen;

@@ -10,6 +10,7 @@ static void set_defaults(struct kvd_config *c)
         .idle_memory_ms = 30000,
         .keep = "no",
         .resume_ms = 30000,
+        .scrub_rate = 64ull << 20,
         .socket_mode = 0660,
         .metrics = "127.0.0.1:9464",
         .store_timeout_ms = 60000,

@@ -38,6 +38,7 @@ struct kvd_part;
 struct kvd_prompts;
 struct kvd_queue;
 struct kvd_rpc;
+struct kvd_scrub;
 struct kvd_tls;
 struct kvd_session;
 struct kvd_tiers;
@@ -73,6 +74,7 @@ struct kvd_daemon {
     struct kvd_memory_state *memory;
     struct kvd_pool *pool;
     struct kvd_evictable *evictable;
+    struct kvd_scrub *scrub;                                         // NULL: the memory is a GPU's
     struct kvd_rotation *rotations[KVD_MAX_LAYOUTS][KVD_MAX_PLANES]; // by the pool's layouts
     int rotation_fds[KVD_MAX_LAYOUTS][KVD_MAX_PLANES]; // the same for workers; -1: none
     struct kvd_ledger *ledger;                         // of what sessions hold

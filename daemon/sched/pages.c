@@ -19,7 +19,7 @@ static int note_plane(struct kvd_daemon *d, uint64_t seq, uint32_t plane, struct
 int kvd_op_note_pages(struct kvd_daemon *d, const struct kvd_work *w, struct kvd_work_item *item,
                       struct kvd_error *err)
 {
-    int rc = KVD_OK;
+    int rc = kvd_pool_seq_whole(d->pool, item->seq, err);
     for (uint32_t p = 0; p < w->shape->n_planes && rc == KVD_OK; p++)
         if (w->planes >> p & 1)
             rc = note_plane(d, item->seq, p, &item->views[p], err);

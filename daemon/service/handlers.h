@@ -41,6 +41,7 @@ KVD_HANDLER(get_metrics);
 KVD_HANDLER(list_rotation_sets);
 KVD_HANDLER(set_quota);
 KVD_HANDLER(evict);
+KVD_HANDLER(verify);
 KVD_HANDLER(drain);
 KVD_HANDLER(set_log_level);
 KVD_HANDLER(reload);

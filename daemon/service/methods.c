@@ -79,6 +79,7 @@ const struct kvd_method kvd_methods[] = {
     OPERATOR("DropPrefix", drop_prefix_request, drop_prefix),
     OPERATOR("SetQuota", set_quota_request, set_quota),
     OPERATOR("Evict", evict_request, evict),
+    OPERATOR("Verify", verify_request, verify),
     OPERATOR("Drain", drain_request, drain),
     OPERATOR("SetLogLevel", set_log_level_request, set_log_level),
     OPERATOR("Reload", reload_request, reload),

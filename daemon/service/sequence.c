@@ -181,7 +181,7 @@ void kvd_on_attach_sequence(struct kvd_call *call, const void *request)
             req->name);
         return;
     }
-    if (kvd_session_add_held(s, seq, &first, &err)) {
+    if (kvd_pool_seq_whole(d->pool, seq, &err) || kvd_session_add_held(s, seq, &first, &err)) {
         kvd_call_fail_error(call, &err);
         return;
     }

@@ -282,7 +282,7 @@ static void verify(struct kvd_daemon *d, const char *when)
 
 static void draining(struct kvd_daemon *d)
 {
-    if (!d->works) // they have pages that belong to no sequence yet
+    if (!d->works && !d->pool_works) // they have pages that belong to no sequence yet
         verify(d, "when kvd drains");
 }
 

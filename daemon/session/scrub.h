@@ -1,0 +1,31 @@
+// The scrubber: gives blocks of history that are complete their checksums, and looks again and
+// again, slowly, whether each is what it was. What is not is quarantined: its sequences are refused
+// from then on, and reported. On the CPU. Loop thread; blocks are read on libuv's thread pool.
+#ifndef KVD_DAEMON_SCRUB_H
+#define KVD_DAEMON_SCRUB_H
+
+#include "daemon/core/part.h"
+
+struct kvd_scrub_damage {
+    uint64_t sequence;
+    uint32_t plane, block;
+    char ns[KVD_MAX_NAMESPACE + 1], name[KVD_MAX_NAME + 1];
+};
+
+struct kvd_scrub_state {
+    bool possible;                        // false: the memory is a GPU's
+    bool demanded;                        // a pass that somebody asked for is under way
+    uint64_t demanded_passes;             // that have ended
+    uint64_t checked, total;              // blocks of this pass; about how many there are
+    uint64_t damaged;                     // pages in use
+    const struct kvd_scrub_damage *found; // the first of them since the start
+    uint32_t n_found;
+};
+
+struct kvd_scrub_state kvd_scrub_look(struct kvd_daemon *d);
+// Begins a pass over all blocks without pauses, if none that was asked for is under way.
+void kvd_scrub_demand(struct kvd_daemon *d);
+
+extern const struct kvd_part kvd_part_scrub;
+
+#endif
