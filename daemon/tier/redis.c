@@ -13,6 +13,8 @@ enum {
     MOST_RUNNING = 16,
     TICK_MS = 50,
     FLUSH_BATCH = 500,
+    // hiredis moves what it has not yet written at each write, so that little should wait there.
+    MOST_OUT_BYTES = 3 << 20,
     KEY_TEXT = sizeof(KVD_TIER_REDIS_PREFIX) + KVD_TIER_KEY_TEXT,
 };
 
@@ -30,22 +32,29 @@ struct redis {
     redisAsyncContext *server; // NULL: not connected
     bool ready;                // connected, and logged in
     struct kvd_tier_op *waiting, *sent;
-    uint64_t began_ms; // the connection
-    char why[128];     // it was lost
+    uint64_t out_bytes; // of puts that are sent
+    uint64_t began_ms;  // the connection
+    char why[128];      // it was lost
 };
 
 // -- operations that are sent -------------------------------------------------------------------
 
-static void finish(struct redis *r, struct kvd_tier_op *op, enum kvd_tier_result result)
+static void unsent(struct redis *r, struct kvd_tier_op *op)
 {
     DL_DELETE(r->sent, op);
+    r->out_bytes -= op->verb == KVD_TIER_PUT ? op->bytes : 0;
+}
+
+static void finish(struct redis *r, struct kvd_tier_op *op, enum kvd_tier_result result)
+{
+    unsent(r, op);
     kvd_tier_finish(op, result);
 }
 
 static void fail(struct redis *r, struct kvd_tier_op *op, enum kvd_tier_result result,
                  const char *why)
 {
-    DL_DELETE(r->sent, op);
+    unsent(r, op);
     kvd_tier_fail(op, result, "%s:%u: %.90s", r->url.host, r->url.port, why);
 }
 
@@ -74,12 +83,16 @@ static void key_text(const struct kvd_tier_key *key, char out[KEY_TEXT])
     snprintf(out, KEY_TEXT, "%s%s", KVD_TIER_REDIS_PREFIX, hex);
 }
 
+static void send_more(struct redis *r);
+
 static void on_done(redisAsyncContext *c, void *reply, void *ctx)
 {
     struct kvd_tier_op *op = ctx;
     struct redis *r = c->data;
     if (good(r, op, reply))
         finish(r, op, KVD_TIER_OK);
+    if (reply)
+        send_more(r);
 }
 
 static void on_nothing(redisAsyncContext *c, void *reply, void *ctx)
@@ -223,6 +236,7 @@ static void send_op(struct redis *r, struct kvd_tier_op *op)
     char key[KEY_TEXT];
     int rc;
     DL_APPEND(r->sent, op);
+    r->out_bytes += op->verb == KVD_TIER_PUT ? op->bytes : 0;
     op->began_ms = uv_now(&r->loop);
     if (op->n)
         key_text(&op->keys[0], key);
@@ -253,6 +267,17 @@ static void send_op(struct redis *r, struct kvd_tier_op *op)
         fail(r, op, KVD_TIER_FAILED, "the connection was lost");
 }
 
+// Sends what waits, puts as far as there is room for them.
+static void send_more(struct redis *r)
+{
+    struct kvd_tier_op *op, *tmp;
+    DL_FOREACH_SAFE(r->waiting, op, tmp)
+    if (op->verb != KVD_TIER_PUT || !r->out_bytes || r->out_bytes + op->bytes <= MOST_OUT_BYTES) {
+        DL_DELETE(r->waiting, op);
+        send_op(r, op);
+    }
+}
+
 // -- the connection -----------------------------------------------------------------------------
 
 static void fail_waiting(struct redis *r)
@@ -261,8 +286,7 @@ static void fail_waiting(struct redis *r)
     DL_FOREACH_SAFE(r->waiting, op, tmp)
     {
         DL_DELETE(r->waiting, op);
-        DL_APPEND(r->sent, op);
-        fail(r, op, KVD_TIER_FAILED, r->why);
+        kvd_tier_fail(op, KVD_TIER_FAILED, "%s:%u: %.90s", r->url.host, r->url.port, r->why);
     }
 }
 
@@ -314,11 +338,7 @@ static void on_ready(redisAsyncContext *c, void *answer, void *ctx)
         return;
     }
     r->ready = true;
-    while (r->waiting) {
-        struct kvd_tier_op *op = r->waiting;
-        DL_DELETE(r->waiting, op);
-        send_op(r, op);
-    }
+    send_more(r);
 }
 
 // To AUTH and SELECT: an error is the reason, and what follows will not be asked.
@@ -386,10 +406,9 @@ static void on_wake(uv_async_t *wake)
     bool ending = r->ending;
     pthread_mutex_unlock(&r->lock);
     DL_FOREACH_SAFE(line, op, tmp)
+    DL_APPEND(r->waiting, op);
     if (r->ready && !ending)
-        send_op(r, op);
-    else
-        DL_APPEND(r->waiting, op);
+        send_more(r);
     if (line && !uv_is_active((uv_handle_t *)&r->timer))
         uv_timer_start(&r->timer, tick, TICK_MS, TICK_MS);
     if (ending) {

@@ -199,6 +199,7 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
     int rc = KVD_OK;
     if (!c->tier_host && !c->tier_directory[0] && !c->tier_redis[0])
         return KVD_OK;
+    kvd_warning("tiers are open, and this version puts no evicted blocks there yet");
     d->tiers = calloc(1, sizeof(*d->tiers));
     if (!d->tiers)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");

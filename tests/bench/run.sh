@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 smoke=
 [ "${1:-}" = --smoke ] && { smoke=1; shift; }
 build=${1:-build}
-programs=(tests/bench_pool tests/bench_prefix tests/bench_evict tests/bench_attend tests/bench_fit tests/bench_rpc daemon/kvd client/kvctl client/kvd-demo)
+programs=(tests/bench_pool tests/bench_prefix tests/bench_evict tests/bench_tier tests/bench_attend tests/bench_fit tests/bench_rpc daemon/kvd client/kvctl client/kvd-demo)
 for f in "${programs[@]}"; do
     [ ! -e "$build/$f" ] || continue
     source deploy/deps.sh
@@ -47,6 +47,29 @@ if [ -n "$smoke" ]; then
 else
     "$build/tests/bench_evict" -s 1 ${KVD_TRACES:+"$KVD_TRACES"}
 fi
+
+# Tiers, and what the server does by itself with values of that size. TIER_DIRECTORY: on which disk (default: that of /tmp).
+count=400 value=$((36 * 8 * 4608))
+[ -z "$smoke" ] || count=20
+tier=$(mktemp -d "${TIER_DIRECTORY:-/tmp}/kvd-bench-tier.XXXXXX")
+server=$(command -v valkey-server || command -v redis-server || true)
+if [ -n "$server" ]; then
+    "$server" --port 0 --unixsocket "$work/redis" --save "" --dir "$work" >/dev/null &
+    pid=$!
+    for _ in {1..100}; do [ -S "$work/redis" ] && break; sleep 0.05; done
+fi
+"$build/tests/bench_tier" -n "$count" "$tier" ${server:+"unix:$work/redis"}
+if [ -n "$server" ]; then
+    "${server%-server}-benchmark" -s "$work/redis" -t set,get -d "$value" -n "$count" -c 8 --csv |
+        awk -F'"' -v value="$value" 'NR > 1 {printf "%-34s %7.2f GB/s                      p99 %8.3f ms\n", "redis-benchmark, " $2, $4 * value / 1e9, $14}'
+    kill "$pid"
+    wait "$pid" || true
+    pid=
+else
+    echo "no redis-server or valkey-server: its tier is left out"
+fi
+rm -rf "$tier"
+
 "$build/tests/bench_attend" "$tokens" tests/data/smollm2.safetensors
 
 echo
