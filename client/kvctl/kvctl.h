@@ -174,6 +174,12 @@ COMMAND(evict);
 COMMAND(tier_status);
 COMMAND(tier_flush);
 COMMAND(verify);
+COMMAND(prefix_ls); // prefixes.c
+COMMAND(prefix_show);
+COMMAND(prefix_pin);
+COMMAND(prefix_unpin);
+COMMAND(prefix_drop);
+COMMAND(why);
 COMMAND(drain);
 COMMAND(reload);
 COMMAND(log_level);

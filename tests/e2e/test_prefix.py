@@ -1,4 +1,5 @@
 """Prompts whose blocks others go on from: two workers compute one prompt once, and what must never be shared is not."""
+import json
 import os
 import subprocess
 import sys
@@ -203,6 +204,36 @@ def test_events(kvd):
         assert (gone.kind, gone.miss) == ("removed", "dropped")
         assert set(gone.keys) == set(first.keys + second.keys)
         assert other.next_event(0.05) is None
+
+
+def test_kvctl(kvd):
+    tokens = tokens_of(6, 640)
+    with connect(kvd) as c, connect(kvd) as watcher:
+        watcher.next_event(5)
+        s = c.create()
+        step(c, s, tokens, 640)
+        s.publish_blocks(package.Prompt(tokens), end=True)
+        key = watcher.next_event(5).keys[-1].hex()
+        s.free()
+        rows = kvd.kvctl("prefix", "ls", "default").stdout
+        assert key in rows and "10 of " in rows and " 640 " in rows
+        assert json.loads(kvd.kvctl("--json", "prefix", "ls", "default").stdout)[0]["blocks"] == "10"
+        assert "tokens     640" in kvd.kvctl("prefix", "show", "default", key).stdout
+        assert kvd.kvctl("why", "default", key).stdout == "present\n"
+        for wrong in ("", "00", "x" * 48):
+            assert kvd.kvctl("why", "default", wrong, check=False).returncode == 2
+        assert kvd.kvctl("prefix", "pin", "default", "0" * 48, "60", check=False).returncode == 1
+        assert "pinned" in kvd.kvctl("prefix", "pin", "default", key, "60").stdout
+        assert "dropped 0 blocks" in kvd.kvctl("prefix", "drop", "default", "--yes").stdout
+        assert "no longer" in kvd.kvctl("prefix", "unpin", "default", key).stdout
+        assert kvd.kvctl("prefix", "unpin", "default", key, check=False).returncode == 1
+        assert "dropped 10 blocks" in kvd.kvctl("prefix", "drop", "default", key).stdout
+        assert kvd.kvctl("why", "default", key).stdout.startswith("dropped, 20")
+        assert kvd.kvctl("prefix", "show", "default", key, check=False).returncode == 1
+        kvd.kvctl("prefix", "drop", "default", "--yes")
+        assert "no prefixes" in kvd.kvctl("prefix", "ls", "default").stdout
+        kinds = [watcher.next_event(5).kind for _ in range(3)]
+        assert sorted(kinds) == ["cleared", "cleared", "removed"]
 
 
 def refused(code, f, *args, **kw):
