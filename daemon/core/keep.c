@@ -271,7 +271,8 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
         kvd_keep_drop_rest(d);
 #ifdef KVD_SYSTEMD
     if (rc == KVD_OK && d->keep->keeper < 0) {
-        int old KVD_CLOSE = kvd_keep_take(d, PROBE); // of the kvd before
+        int old = kvd_keep_take(d, PROBE); // of the kvd before
+        kvd_cleanup_close(&old);
         rc = probe_systemd(d, err);
     }
 #endif
