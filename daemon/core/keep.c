@@ -175,10 +175,10 @@ static void end(struct kvd_daemon *d)
 
 static void metrics(struct kvd_daemon *d, FILE *f)
 {
-    if (d->keep)
-        kvd_metric(f, "kvd_keep_holds", "gauge",
-                   "Whether what is to outlive kvd is held by systemd or kvd-keeper.",
-                   !d->keep->holds_nothing);
+    kvd_metric(
+        f, "kvd_keep_unheld", "gauge",
+        "Whether keep is set and neither systemd nor kvd-keeper holds what is to outlive kvd.",
+        d->keep && d->keep->holds_nothing);
 }
 
 // -- what is held -------------------------------------------------------------------------------

@@ -240,7 +240,7 @@ def test_systemds_descriptor_store(start, folder, monkeypatch):
     assert "kvd-pool" in systemd.held and any(n.startswith("kvd-extent-") for n in systemd.held)
     kvd = start("--keep", "--backend", "cpu", **systemd.arguments())
     assert "took over sequences=1 tokens=700" in kvd.text()
-    assert kvd.metric("kvd_keep_holds") == 1 and "holds nothing" not in kvd.text()
+    assert kvd.metric("kvd_keep_unheld") == 0 and "holds nothing" not in kvd.text()
     rpc = Rpc(kvd.address)
     session = open_session(rpc)
     assert attend(rpc, session, rpc.kv("AttachSequence", session=session, name="p").sequence.sequence) == before
@@ -263,7 +263,7 @@ def test_who_takes_no_descriptors_is_told_of(start, folder):
     systemd.takes = False
     kvd = start("--keep", "--backend", "cpu", **systemd.arguments())
     assert wait_for(lambda: "keep holds nothing" in kvd.text())
-    assert kvd.metric("kvd_keep_holds") == 0
+    assert kvd.metric("kvd_keep_unheld") == 1
     assert kvd.stop() == 0
     systemd.close()
 

@@ -18,7 +18,8 @@ def resources(kvd):
     """What a kvd has open and mapped. Extents stay for a while, and gRPC's threads have their stacks."""
     pid = kvd.process.pid
     maps = [line for line in open(f"/proc/{pid}/maps") if "memfd:kvd-buffer" in line or "kvd-direct" in line]
-    return len(os.listdir(f"/proc/{pid}/fd")), len(maps)
+    open_files = [os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")]
+    return len([name for name in open_files if "kvd-extent" not in name]), len(maps)
 
 
 def test_workers_killed_at_random(start):
