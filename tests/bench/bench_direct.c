@@ -263,7 +263,7 @@ static struct local_step make_local(const kvd_direct *d, struct tensors t, uint6
                    .kv_heads = KV,
                    .dim_k = DIM,
                    .dim_v = DIM,
-                   .codec = g->codec,
+                   .codec = g->codec.k,
                    .q_len = 1,
                    .sink = g->sink,
                    .ring = kvd_plane_ring(g),
