@@ -70,6 +70,7 @@ with t.connect(Daemon) as c:
 """
 
 
+@pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
 def test_a_second_process_computes_only_the_rest(kvd, folder):
     tokens = tokens_of(7, 1100)
     whole = np.concatenate([tokens, tokens_of(8, 60)])
@@ -92,6 +93,7 @@ def test_a_second_process_computes_only_the_rest(kvd, folder):
     assert kvd.metric("kvd_appended_tokens_total") == 1160 + 72
 
 
+@pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
 def test_a_cut_elsewhere(kvd):
     """Within the window of an end it is what the sequence would be if it had been truncated there; before that, compressed."""
     tokens, other = tokens_of(1, 1024), tokens_of(2, 300)
@@ -113,6 +115,7 @@ def test_a_cut_elsewhere(kvd):
             assert a.describe().recent_tokens == 40 + window
 
 
+@pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
 def test_what_is_never_shared(kvd):
     tokens = tokens_of(3, 640)
     p = package.Prompt(tokens)
@@ -135,6 +138,7 @@ def test_what_is_never_shared(kvd):
         assert c.match([package.Prompt(block_keys=keys[1:])])[0].blocks == 0
 
 
+@pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
 def test_leases(kvd):
     tokens = tokens_of(4, 640)
     p = package.Prompt(tokens)
@@ -169,6 +173,7 @@ def test_leases(kvd):
     assert "6 blocks" in kvd.kvctl("evict", "--namespace", "default").stdout
 
 
+@pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
 def test_eviction_under_pressure(start):
     """Many prompts through a small pool: nothing is refused, the latest are there, and what went says why."""
     kvd = start("--pool-size", "8MiB", "--extent-size", "2MiB")
@@ -187,6 +192,7 @@ def test_eviction_under_pressure(start):
         assert 'reason="room"} 0' not in kvd.kvctl("metrics").stdout
 
 
+@pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
 def test_events(kvd):
     tokens = tokens_of(5, 640)
     with connect(kvd) as c, connect(kvd) as watcher, connect(kvd, namespace="another") as other:
@@ -206,6 +212,7 @@ def test_events(kvd):
         assert other.next_event(0.05) is None
 
 
+@pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
 def test_kvctl(kvd):
     tokens = tokens_of(6, 640)
     with connect(kvd) as c, connect(kvd) as watcher:

@@ -8,9 +8,10 @@ import time
 
 import grpc
 import numpy as np
+import pytest
 
 import kvd as package
-from conftest import Rpc
+from conftest import BUILD, Rpc
 from test_death import FdSocket, wait_for
 from test_keep import kill
 from test_python import DIM, KV_HEADS, LAYERS, Q_HEADS, aligned, connect, fill, values
@@ -191,6 +192,7 @@ class Probe(Worker):
         time.sleep(0.001)
 
 
+@pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
 def test_workers_that_go_on_while_kvd_is_killed(start):
     keeper = start("--keep", "--backend", "cpu", "--pool-size", "512MiB")
     seed = int(os.environ.get("KVD_TEST_SEED", time.time_ns() & 0xffffffff))

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import time
 
+import pytest
+
 from conftest import BUILD, WORKER
 from test_death import wait_for
 from test_survive import Mixed
@@ -22,6 +24,7 @@ def resources(kvd):
     return len([name for name in open_files if "kvd-extent" not in name]), len(maps)
 
 
+@pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
 def test_workers_killed_at_random(start):
     kvd = start("--backend", "cpu", "--pool-size", "512MiB")
     seed = int(os.environ.get("KVD_TEST_SEED", time.time_ns() & 0xffffffff))
