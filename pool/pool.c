@@ -24,7 +24,7 @@ uint64_t region_lay_out(struct kvd_pool *p, const struct region_head *h, uint8_t
 #define PLACE(field, count)                                                                        \
     do {                                                                                           \
         at = kvd_round_up(at, 4096);                                                               \
-        p->field = (void *)(base + at);                                                            \
+        p->field = base ? (void *)(base + at) : NULL;                                              \
         at += (uint64_t)(count) * sizeof(*p->field);                                               \
     } while (0)
     PLACE(head, 1);
