@@ -119,13 +119,17 @@ kvd_result kvd_prompts_match(kvd_client *c, const kvd_prompt *prompts, uint32_t 
                                     &kvd__v1__match_prefix_reply__descriptor, &reply, err);
     if (rc)
         return rc;
-    for (uint32_t i = 0; i < KVD_MIN(count, (uint32_t)reply->n_matches); i++) {
+    if (reply->n_matches != count) {
+        kvd_fail(&e, KVD_E_INTERNAL, "asked for %u prompts, heard of %zu", count, reply->n_matches);
+        rc = kvd_client_fail(err, &e);
+    }
+    for (uint32_t i = 0; rc == KVD_SUCCESS && i < count; i++) {
         kvd_match *one = (kvd_match *)(uintptr_t)behind(out, step, i);
         memcpy(one, &step, sizeof(step));
         give_match(reply->matches[i], one);
     }
     kvd__v1__match_prefix_reply__free_unpacked(reply, NULL);
-    return KVD_SUCCESS;
+    return rc;
 }
 
 kvd_result kvd_prompt_adopt(kvd_client *c, uint64_t lease, uint32_t blocks, uint64_t *sequence,
@@ -202,7 +206,10 @@ kvd_result kvd_prompt_publish(kvd_client *c, uint64_t sequence, const kvd_prompt
                                  .known = reply->items[0]->known,
                                  .end = reply->items[0]->end};
         kvd_sized_give(&kvd_sized_published, &p, out);
+    } else {
+        kvd_fail(&e, KVD_E_INTERNAL, "published one prompt, heard of %zu", reply->n_items);
+        rc = kvd_client_fail(err, &e);
     }
     kvd__v1__publish_blocks_reply__free_unpacked(reply, NULL);
-    return KVD_SUCCESS;
+    return rc;
 }
