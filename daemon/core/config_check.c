@@ -194,16 +194,6 @@ static X509 *check_certificate(struct kvd_config_load *l, const char *key, const
     return x;
 }
 
-// An encrypted key would make the library ask on the terminal.
-static int no_password(char *buffer, int size, int writing, void *ctx)
-{
-    (void)buffer;
-    (void)size;
-    (void)writing;
-    (void)ctx;
-    return -1;
-}
-
 static void check_tls(struct kvd_config_load *l)
 {
     const struct kvd_config *c = l->c;
@@ -220,7 +210,8 @@ static void check_tls(struct kvd_config_load *l)
     X509 *cert = c->tls_cert[0] ? check_certificate(l, "cert", c->tls_cert) : NULL;
     errno = 0;
     BIO *file = c->tls_key[0] ? open_pem(l, "key", c->tls_key) : NULL;
-    EVP_PKEY *key = file ? PEM_read_bio_PrivateKey(file, NULL, no_password, NULL) : NULL;
+    // Without a password at hand the library would ask for an encrypted key's on the terminal.
+    EVP_PKEY *key = file ? PEM_read_bio_PrivateKey(file, NULL, NULL, (char[]){""}) : NULL;
     if (file && !key)
         kvd_config_problem(l, kvd_config_place(l, "key"),
                            "key: %s has no private key in PEM without a password", c->tls_key);

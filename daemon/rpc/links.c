@@ -26,7 +26,6 @@ enum {
     OWN_DESCRIPTORS = 96,       // of kvd itself, besides extents: files, listeners, HTTP, stores
     CONNECTION_DESCRIPTORS = 3, // gRPC's and ours of a link; a worker's fd socket or one on its way
     TLS_DESCRIPTORS = 4,        // gRPC's and ours, the client's socket and the pair's other end
-    NAME_MAX_BYTES = 128,       // of a certificate, as in a relay
 };
 
 struct kvd_link {
@@ -36,7 +35,7 @@ struct kvd_link {
     int control; // ours, for the same socket
     int64_t pid, uid;
     struct kvd_peer_address *address; // NULL: it did not come over TLS
-    char name[NAME_MAX_BYTES];        // of its certificate
+    char name[KVD_PEER_NAME];         // of its certificate
     uint64_t since_ms;
     uint64_t calls, reply_bytes;
     uint32_t in_flight;        // calls that the daemon has

@@ -5,6 +5,8 @@
 
 #include "daemon/core/daemon.h"
 
+enum { KVD_PEER_NAME = 128 }; // bytes of the name in a certificate, with its NUL
+
 struct kvd_peer_address;
 
 struct kvd_peers;

@@ -26,16 +26,6 @@ static int choose_protocol(SSL *ssl, const unsigned char **out, unsigned char *o
                : SSL_TLSEXT_ERR_ALERT_FATAL;
 }
 
-// An encrypted key would make the library ask on the terminal.
-static int no_password(char *buffer, int size, int writing, void *ctx)
-{
-    (void)buffer;
-    (void)size;
-    (void)writing;
-    (void)ctx;
-    return -1;
-}
-
 static const char *reason(void)
 {
     const char *text = ERR_reason_error_string(ERR_peek_last_error());
@@ -55,6 +45,7 @@ static bool trust(SSL_CTX *ctx, const char *authority)
 
 SSL_CTX *kvd_relay_context(const struct kvd_config *c, struct kvd_error *err)
 {
+    static char no_password[] = "";
     ERR_clear_error();
     SSL_CTX *ctx = SSL_CTX_new(TLS_server_method());
     if (!ctx) {
@@ -72,7 +63,8 @@ SSL_CTX *kvd_relay_context(const struct kvd_config *c, struct kvd_error *err)
     // One record at a time: who sends records without data takes turns with others.
     SSL_CTX_clear_mode(ctx, SSL_MODE_AUTO_RETRY);
     SSL_CTX_set_alpn_select_cb(ctx, choose_protocol, NULL);
-    SSL_CTX_set_default_passwd_cb(ctx, no_password);
+    // Without a password at hand the library would ask for an encrypted key's on the terminal.
+    SSL_CTX_set_default_passwd_cb_userdata(ctx, no_password);
     if (SSL_CTX_use_certificate_chain_file(ctx, c->tls_cert) == 1 &&
         SSL_CTX_use_PrivateKey_file(ctx, c->tls_key, SSL_FILETYPE_PEM) == 1 &&
         SSL_CTX_check_private_key(ctx) == 1 && trust(ctx, c->tls_client_ca))

@@ -13,6 +13,8 @@
 #include <stdint.h>
 #include <uv.h>
 
+#include "daemon/rpc/peers.h"
+
 enum { KVD_RELAY_RECORD = 16384 }; // the longest that TLS has
 
 // One way through a relay: what has come and is not passed on yet.
@@ -29,8 +31,8 @@ struct kvd_relay {
     void (*ready)(struct kvd_relay *r);
     void (*over)(struct kvd_relay *r);
     // To be read in `ready`:
-    int clear;      // gRPC's end of the pair: the owner's from then on
-    char name[128]; // the common name of the client's certificate, or ""
+    int clear;                // gRPC's end of the pair: the owner's from then on
+    char name[KVD_PEER_NAME]; // the common name of the client's certificate, or ""
     // To be read in `over`:
     const char *why; // the handshake failed; NULL: it did not
 
@@ -45,8 +47,6 @@ struct kvd_relay {
 
 // What all relays share: the configuration's certificate and key, and whom to trust. NULL with
 // KVD_E_INVALID in *err.
-struct kvd_config;
-struct kvd_error;
 SSL_CTX *kvd_relay_context(const struct kvd_config *c, struct kvd_error *err);
 // Begins the handshake; `over` is called in any case. The caller has set what is the owner's.
 void kvd_relay_start(struct kvd_relay *r, uv_loop_t *loop, SSL_CTX *context);
