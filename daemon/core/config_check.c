@@ -1,15 +1,13 @@
 // Checking the whole: what depends on several keys, and on what the host has.
 #include <errno.h>
-#include <fcntl.h>
 #include <grp.h>
 #include <netdb.h>
-#include <openssl/pem.h>
-#include <openssl/x509.h>
 #include <sys/stat.h>
 
 #include "calib/sign.h"
 #include "daemon/core/config_load.h"
 #include "daemon/core/host.h"
+#include "daemon/core/tls_context.h"
 #include "kernels/backend.h"
 
 static void check_backend(struct kvd_config_load *l)
@@ -169,58 +167,31 @@ static void check_metrics(struct kvd_config_load *l)
 
 // -- files --------------------------------------------------------------------------------------
 
-// A PEM file, open; NULL with a problem.
-static BIO *open_pem(struct kvd_config_load *l, const char *key, const char *path)
+static void check_tls_file(struct kvd_config_load *l, const char *key,
+                           const struct kvd_error *problem)
 {
-    struct kvd_place at = kvd_config_place(l, key);
-    struct stat st;
-    BIO *file = stat(path, &st) == 0 && S_ISDIR(st.st_mode) ? NULL : BIO_new_file(path, "r");
-    if (!file && errno)
-        kvd_config_problem(l, at, "%s: %s: %s", key, path, strerror(errno));
-    else if (!file)
-        kvd_config_problem(l, at, "%s: %s is a folder; it wants a file", key, path);
-    return file;
-}
-
-static X509 *check_certificate(struct kvd_config_load *l, const char *key, const char *path)
-{
-    errno = 0;
-    BIO *file = open_pem(l, key, path);
-    X509 *x = file ? PEM_read_bio_X509(file, NULL, NULL, NULL) : NULL;
-    if (file && !x)
-        kvd_config_problem(l, kvd_config_place(l, key), "%s: %s has no certificate in PEM", key,
-                           path);
-    BIO_free(file);
-    return x;
+    if (problem->code)
+        kvd_config_problem(l, kvd_config_place(l, key), "%s: %s", key, problem->text);
 }
 
 static void check_tls(struct kvd_config_load *l)
 {
     const struct kvd_config *c = l->c;
+    struct kvd_tls_problems problems;
     bool tls = c->tls_cert[0] || c->tls_key[0];
     if (c->tls_client_ca[0] && !tls)
         kvd_config_problem(l, kvd_config_place(l, "client-ca"),
                            "tls: client-ca wants cert and key too");
-    if (c->tls_client_ca[0])
-        X509_free(check_certificate(l, "client-ca", c->tls_client_ca));
     if (tls && !c->tls_key[0])
         kvd_config_problem(l, kvd_config_place(l, "cert"), "tls: cert and key go together");
     if (tls && !c->tls_cert[0])
         kvd_config_problem(l, kvd_config_place(l, "key"), "tls: cert and key go together");
-    X509 *cert = c->tls_cert[0] ? check_certificate(l, "cert", c->tls_cert) : NULL;
-    errno = 0;
-    BIO *file = c->tls_key[0] ? open_pem(l, "key", c->tls_key) : NULL;
-    // Without a password at hand the library would ask for an encrypted key's on the terminal.
-    EVP_PKEY *key = file ? PEM_read_bio_PrivateKey(file, NULL, NULL, (char[]){""}) : NULL;
-    if (file && !key)
-        kvd_config_problem(l, kvd_config_place(l, "key"),
-                           "key: %s has no private key in PEM without a password", c->tls_key);
-    if (key && cert && !X509_check_private_key(cert, key))
-        kvd_config_problem(l, kvd_config_place(l, "key"), "key: %s is not the key of %s",
-                           c->tls_key, c->tls_cert);
-    BIO_free(file);
-    EVP_PKEY_free(key);
-    X509_free(cert);
+    if (!tls && !c->tls_client_ca[0])
+        return;
+    SSL_CTX_free(kvd_tls_context(c, &problems));
+    check_tls_file(l, "client-ca", &problems.client_ca);
+    check_tls_file(l, "cert", &problems.cert);
+    check_tls_file(l, "key", &problems.key);
 }
 
 static void check_folder(struct kvd_config_load *l, const char *key, const char *path)

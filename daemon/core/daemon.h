@@ -45,6 +45,7 @@ struct kvd_tiers;
 struct kvd_user;
 struct kvd_users;
 struct kvd_work;
+struct ssl_ctx_st; // OpenSSL's SSL_CTX
 
 // A sequence's use by calls in flight: readers share, a writer is alone.
 struct kvd_seq_use {
@@ -100,6 +101,8 @@ struct kvd_daemon {
     struct kvd_user *layout_users[KVD_MAX_LAYOUTS];
     struct kvd_links *links;
     struct kvd_tls *tls; // NULL without [tls]
+    struct ssl_ctx_st
+        *tls_context; // what its connections show from now on; a reload may replace it
     struct kvd_listener *listeners;
     struct kvd_metrics metrics;
     struct kvd_call *health_watchers; // linked by call->next_watch

@@ -9,6 +9,7 @@
 
 #include "daemon/core/daemon.h"
 #include "daemon/core/lifecycle.h"
+#include "daemon/core/tls_context.h"
 
 enum { VALUE_TEXT = 2400 }; // the longest: eight addresses
 
@@ -137,6 +138,7 @@ struct reload {
     uv_work_t work;
     struct kvd_daemon *d;
     struct kvd_config fresh;
+    SSL_CTX *tls; // as the files of [tls] are now; NULL: there are none
     struct kvd_reload report;
     kvd_reload_fn *done;
     void *ctx;
@@ -145,7 +147,13 @@ struct reload {
 static void on_work(uv_work_t *work)
 {
     struct reload *r = work->data;
-    kvd_config_load(r->d->source, &r->fresh, &r->report.errors);
+    struct kvd_tls_problems problems;
+    if (kvd_config_load(r->d->source, &r->fresh, &r->report.errors) || !r->fresh.tls_cert[0])
+        return;
+    r->tls = kvd_tls_context(&r->fresh, &problems);
+    if (!r->tls) // they were good a moment ago
+        kvd_lines_add(&r->report.errors,
+                      "[tls]: cert, key and client-ca were changed meanwhile; reload again");
 }
 
 // Sees to it that there is every configured namespace, and keeps them; or none of them is new. The
@@ -175,12 +183,28 @@ static double unix_time(void)
     return (double)now.tv_sec + (double)now.tv_nsec / 1e9;
 }
 
-static void apply(struct kvd_daemon *d, const struct kvd_config *fresh, struct kvd_reload *report)
+// Certificates are renewed under the names that they had. Other names want a restart, as what is
+// listened to does.
+static void apply_tls(struct kvd_daemon *d, struct reload *r)
+{
+    if (!r->tls || !d->tls_context || strcmp(d->config.tls_cert, r->fresh.tls_cert) != 0 ||
+        strcmp(d->config.tls_key, r->fresh.tls_key) != 0 ||
+        strcmp(d->config.tls_client_ca, r->fresh.tls_client_ca) != 0 ||
+        kvd_tls_context_same(d->tls_context, r->tls))
+        return;
+    SSL_CTX_free(d->tls_context);
+    d->tls_context = r->tls;
+    r->tls = NULL;
+    kvd_lines_add(&r->report.changed, "[tls]: certificates are read anew, for new connections");
+}
+
+static void apply(struct kvd_daemon *d, struct reload *r)
 {
     enum kvd_log_level level = d->config.log_level;
-    apply_keys(d, fresh, report);
-    apply_log_level(d, level, report);
-    apply_namespaces(d, fresh, report);
+    apply_keys(d, &r->fresh, &r->report);
+    apply_log_level(d, level, &r->report);
+    apply_namespaces(d, &r->fresh, &r->report);
+    apply_tls(d, r);
     d->reloaded_at = unix_time();
 }
 
@@ -220,11 +244,12 @@ static void on_worked(uv_work_t *work, int status)
         make_namespaces(d, &r->fresh, &r->report.errors);
     d->reload_failed = r->report.errors.n > 0;
     if (!d->reload_failed)
-        apply(d, &r->fresh, &r->report);
+        apply(d, r);
     tell(&r->report);
     if (r->done)
         r->done(d, &r->report, r->ctx);
     free_report(&r->report);
+    SSL_CTX_free(r->tls);
     free(r);
     d->reloading = d->reload_again = false;
     if (again && d->state != KVD_STOPPING)
@@ -266,6 +291,12 @@ static void metrics(struct kvd_daemon *d, FILE *f)
     kvd_metric(f, "kvd_config_last_reload_success_timestamp_seconds", "gauge",
                "When a configuration was last put in force, at start or by a reload: Unix time.",
                d->reloaded_at);
+    kvd_metric_head(f, "kvd_tls_certificate_not_after_timestamp_seconds", "gauge",
+                    "When the certificate that connections over TLS are shown ends: Unix time. "
+                    "Not there without TLS.");
+    if (d->tls_context)
+        fprintf(f, "kvd_tls_certificate_not_after_timestamp_seconds %.0f\n",
+                kvd_tls_context_until(d->tls_context));
 }
 
 const struct kvd_part kvd_part_reload = {.init = init, .metrics = metrics};

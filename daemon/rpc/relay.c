@@ -6,74 +6,9 @@
 #include <string.h>
 #include <sys/socket.h>
 
-#include "daemon/core/config.h"
 #include "daemon/rpc/meter.h"
 
 enum { ROUNDS = 4 }; // of records both ways, then others have their turn
-
-// -- what all share -----------------------------------------------------------------------------
-
-// gRPC's clients want to hear that it is HTTP/2.
-static int choose_protocol(SSL *ssl, const unsigned char **out, unsigned char *out_len,
-                           const unsigned char *offered, unsigned int n, void *arg)
-{
-    static const unsigned char h2[] = {2, 'h', '2'};
-    (void)ssl;
-    (void)arg;
-    return SSL_select_next_proto((unsigned char **)out, out_len, h2, sizeof(h2), offered, n) ==
-                   OPENSSL_NPN_NEGOTIATED
-               ? SSL_TLSEXT_ERR_OK
-               : SSL_TLSEXT_ERR_ALERT_FATAL;
-}
-
-static const char *reason(void)
-{
-    const char *text = ERR_reason_error_string(ERR_peek_last_error());
-    return text ? text : "no reason given";
-}
-
-// Client certificates are asked for, and must be good, where there is an authority for them.
-static bool trust(SSL_CTX *ctx, const char *authority)
-{
-    if (!*authority)
-        return true;
-    STACK_OF(X509_NAME) *names = SSL_load_client_CA_file(authority);
-    SSL_CTX_set_client_CA_list(ctx, names);
-    SSL_CTX_set_verify(ctx, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, NULL);
-    return names && SSL_CTX_load_verify_locations(ctx, authority, NULL) == 1;
-}
-
-SSL_CTX *kvd_relay_context(const struct kvd_config *c, struct kvd_error *err)
-{
-    static char no_password[] = "";
-    ERR_clear_error();
-    SSL_CTX *ctx = SSL_CTX_new(TLS_server_method());
-    if (!ctx) {
-        kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-        return NULL;
-    }
-    SSL_CTX_set_min_proto_version(ctx, TLS1_2_VERSION);
-    // No sessions are taken up again: each connection shows its certificate.
-    SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_OFF);
-    SSL_CTX_set_num_tickets(ctx, 0);
-    SSL_CTX_set_options(ctx, SSL_OP_NO_TICKET | SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION |
-                                 SSL_OP_CIPHER_SERVER_PREFERENCE);
-    SSL_CTX_set_mode(ctx, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER |
-                              SSL_MODE_RELEASE_BUFFERS);
-    // One record at a time: who sends records without data takes turns with others.
-    SSL_CTX_clear_mode(ctx, SSL_MODE_AUTO_RETRY);
-    SSL_CTX_set_alpn_select_cb(ctx, choose_protocol, NULL);
-    // Without a password at hand the library would ask for an encrypted key's on the terminal.
-    SSL_CTX_set_default_passwd_cb_userdata(ctx, no_password);
-    if (SSL_CTX_use_certificate_chain_file(ctx, c->tls_cert) == 1 &&
-        SSL_CTX_use_PrivateKey_file(ctx, c->tls_key, SSL_FILETYPE_PEM) == 1 &&
-        SSL_CTX_check_private_key(ctx) == 1 && trust(ctx, c->tls_client_ca))
-        return ctx;
-    kvd_fail(err, KVD_E_INVALID, "the certificate %s, key %s or client-ca %s is not usable: %s",
-             c->tls_cert, c->tls_key, c->tls_client_ca, reason());
-    SSL_CTX_free(ctx);
-    return NULL;
-}
 
 // -- a relay's end ------------------------------------------------------------------------------
 
@@ -262,6 +197,12 @@ static void open_pair(struct kvd_relay *r)
     pump(r);
 }
 
+static const char *reason(void)
+{
+    const char *text = ERR_reason_error_string(ERR_peek_last_error());
+    return text ? text : "the client hung up";
+}
+
 static void shake(struct kvd_relay *r)
 {
     ERR_clear_error();
@@ -272,7 +213,7 @@ static void shake(struct kvd_relay *r)
     }
     int events = wants(r, rc);
     if (!events)
-        fail(r, ERR_peek_last_error() ? reason() : "the client hung up");
+        fail(r, reason());
     else
         watch(&r->wire_poll, &r->wire_events, events);
 }

@@ -45,9 +45,6 @@ struct kvd_relay {
     struct kvd_flow *in, *out;
 };
 
-// What all relays share: the configuration's certificate and key, and whom to trust. NULL with
-// KVD_E_INVALID in *err.
-SSL_CTX *kvd_relay_context(const struct kvd_config *c, struct kvd_error *err);
 // Begins the handshake; `over` is called in any case. The caller has set what is the owner's.
 void kvd_relay_start(struct kvd_relay *r, uv_loop_t *loop, SSL_CTX *context);
 // Ends it, with whatever it still has.

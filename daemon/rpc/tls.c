@@ -4,6 +4,7 @@
 #include <utlist.h>
 
 #include "daemon/core/log.h"
+#include "daemon/core/tls_context.h"
 #include "daemon/rpc/relay.h"
 #include "daemon/rpc/rpc.h"
 
@@ -17,6 +18,7 @@ struct connection {
     struct kvd_relay relay;
     struct kvd_tls *tls;
     struct kvd_peer_address *address;
+    SSL_CTX *context;
     uint64_t since_ms;
     bool shaking; // it is in the list of those
     bool counted; // by the address
@@ -32,7 +34,6 @@ struct kvd_tls {
     struct connection *shaking;
     uint32_t n_shaking;
     uint64_t warned_ms;
-    SSL_CTX *context;
     uv_thread_t thread;
     uv_loop_t loop;       // the thread's
     uv_async_t to_thread; // of that loop
@@ -88,7 +89,7 @@ static void on_to_thread(uv_async_t *async)
     bool stop = t->stop;
     uv_mutex_unlock(&t->lock);
     DL_FOREACH_SAFE2(arrived, c, next, behind)
-    kvd_relay_start(&c->relay, &t->loop, t->context);
+    kvd_relay_start(&c->relay, &t->loop, c->context);
     if (!stop)
         return;
     uv_walk(&t->loop, end_relay, NULL);
@@ -143,6 +144,7 @@ static void connection_free(struct connection *c)
     if (c->relay.pair >= 0)
         close(c->relay.pair);
     close(c->relay.fd);
+    SSL_CTX_free(c->context);
     free(c);
 }
 
@@ -231,10 +233,12 @@ static void begin(struct kvd_tls *t, int fd, struct kvd_peer_address *a)
         .relay = {.fd = fd, .ready = on_ready, .over = on_over, .pair = -1},
         .tls = t,
         .address = a,
+        .context = t->d->tls_context,
         .since_ms = kvd_now_ms(t->d),
         .shaking = true,
         .counted = true,
     };
+    SSL_CTX_up_ref(c->context);
     DL_APPEND2(t->shaking, c, previous, next);
     t->n_shaking++;
     uv_mutex_lock(&t->lock);
@@ -300,16 +304,22 @@ static int start(struct kvd_tls *t, struct kvd_error *err)
 
 int kvd_tls_init(struct kvd_daemon *d, kvd_tls_accepted *accepted, struct kvd_error *err)
 {
+    struct kvd_tls_problems problems;
     struct kvd_tls *t = calloc(1, sizeof(*t));
     if (!t)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     t->d = d;
     t->accepted = accepted;
-    t->context = kvd_relay_context(&d->config, err);
-    t->peers = t->context ? kvd_peers_new(d) : NULL;
+    d->tls_context = kvd_tls_context(&d->config, &problems);
+    if (!d->tls_context)
+        *err = problems.cert.code  ? problems.cert
+               : problems.key.code ? problems.key
+                                   : problems.client_ca;
+    t->peers = d->tls_context ? kvd_peers_new(d) : NULL;
     uv_mutex_init(&t->lock);
     if (!t->peers || start(t, err)) {
-        SSL_CTX_free(t->context);
+        SSL_CTX_free(d->tls_context);
+        d->tls_context = NULL;
         kvd_peers_drop(&t->peers);
         uv_mutex_destroy(&t->lock);
         free(t);
@@ -335,7 +345,8 @@ void kvd_tls_deinit(struct kvd_daemon *d)
     uv_thread_join(&t->thread);
     on_to_loop(&t->to_loop);
     uv_loop_close(&t->loop);
-    SSL_CTX_free(t->context);
+    SSL_CTX_free(d->tls_context);
+    d->tls_context = NULL;
     kvd_peers_drop(&t->peers);
     uv_mutex_destroy(&t->lock);
     uv_close((uv_handle_t *)&t->to_loop, on_closed);

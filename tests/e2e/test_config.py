@@ -97,6 +97,9 @@ WRONG = [
     ("[tls]\ncert = FOLDER/server.key\nkey = FOLDER/server.pem\n", [(2, "no certificate"), (3, "no private key")]),
     ("[tls]\ncert = FOLDER/server.pem\nkey = FOLDER/other.key\n", [(3, "is not the key of")]),
     ("[tls]\nclient-ca = FOLDER/server.pem\n", [(2, "cert and key too")]),
+    ("[tls]\ncert = FOLDER/weak.pem\nkey = FOLDER/weak.key\n", [(2, "ee key too small")]),
+    ("[tls]\ncert = FOLDER/server.pem\nkey = FOLDER/server.key\nclient-ca = FOLDER/broken.pem\n", [(4, "no certificate")]),
+    ("[tls]\ncert = /dev/null\nkey = FOLDER/server.key\n", [(2, "wants a file")]),
 ]
 
 
@@ -124,6 +127,9 @@ def keys(tmp_path_factory):
         subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
                         "-keyout", f"{name}.key", "-out", f"{name}.pem", "-days", "2", "-subj", f"/CN={name}"],
                        check=True, capture_output=True, cwd=folder)
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:1024", "-nodes", "-keyout", "weak.key", "-out", "weak.pem", "-days", "2",
+                    "-subj", "/CN=weak"], check=True, capture_output=True, cwd=folder)
+    (folder / "broken.pem").write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
     return folder
 
 

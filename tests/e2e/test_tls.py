@@ -2,6 +2,7 @@
 import os
 import resource
 import select
+import signal
 import socket
 import ssl
 import subprocess
@@ -208,6 +209,37 @@ def test_wrong_certificates(tls, folder):
     assert opens("two.key", "two.pem") == "PERMISSION_DENIED"  # two names are none
     assert opens("worker.key", "worker.pem") == "OK"
     assert "certificate" in kvd.text() and "address=127.0.0.1" in kvd.text()
+
+
+def test_certificates_are_renewed_by_a_reload(tls, folder):
+    """What lies under the configured names; connections that are open stay. What is wrong changes nothing."""
+    kvd, port, context = tls(ca=True)
+    context.load_cert_chain(folder / "worker.pem", folder / "worker.key")
+    shown = lambda: shaken(port, context).getpeercert()["serialNumber"]
+    until = lambda: kvd.metric("kvd_tls_certificate_not_after_timestamp_seconds")
+    first, end = shown(), until()
+    held = Rpc(f"127.0.0.1:{port}", credentials=grpc.ssl_channel_credentials(*((folder / f).read_bytes() for f in ("ca.pem", "worker.key", "worker.pem"))))
+    held.admin("Ping")
+    assert abs(end - time.time() - 2 * 86400) < 300
+    assert "nothing has changed" in kvd.kvctl("reload").stdout
+    good = (folder / "server.key").read_bytes()
+    (folder / "server.key").write_bytes((folder / "worker.key").read_bytes())
+    assert "is not the key of" in kvd.kvctl("reload", check=False).stderr and shown() == first
+    (folder / "server.key").write_bytes(good)
+    run = lambda *a: subprocess.run(["openssl", *a], check=True, capture_output=True, cwd=folder)
+    (folder / "ext2").write_text("subjectAltName=IP:127.0.0.1\n")
+    run("x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "9", "-out", "server.pem", "-extfile", "ext2")
+    kvd.process.send_signal(signal.SIGHUP)
+    assert wait_for(lambda: shown() != first) and "certificates are read anew" in kvd.text()
+    assert until() - end > 6 * 86400
+    held.admin("Ping")
+    # Another authority: who has its certificate from the old one comes in no more.
+    os.rename(folder / "ca.pem", folder / "old.pem")
+    run("req", "-x509", "-key", "ca.key", "-out", "ca.pem", "-days", "3", "-subj", "/CN=another")
+    assert "read anew" in kvd.kvctl("reload").stdout
+    s = shaken(port, context)
+    assert ended(s)
+    held.admin("Ping")
 
 
 def test_large_messages_both_ways(tls, folder):
