@@ -56,8 +56,11 @@ static void handle(struct kvd_call *c)
 
 // A call without a message, which its client has mostly given up before it was read: nothing is
 // prepared for an answer.
-static void drop(struct kvd_call *c)
+static void drop(struct kvd_tag *tag, bool ok)
 {
+    struct kvd_call *c =
+        (struct kvd_call *)((uint8_t *)tag - offsetof(struct kvd_call, request_tag));
+    (void)ok;
     struct kvd_error err = {0};
     c->code = kvd_call_charge(c, &err) ? GRPC_STATUS_RESOURCE_EXHAUSTED : GRPC_STATUS_CANCELLED;
     grpc_call_cancel_with_status(c->call, c->code, err.code ? err.text : "no message came", NULL);
@@ -79,7 +82,7 @@ static void on_request(struct kvd_tag *tag, bool ok)
     if (c->payload)
         handle(c);
     else
-        drop(c);
+        kvd_tag_later(c->d, &c->request_tag, drop);
 }
 
 // NULL when memory is short: what was not armed is tried again once a second, and until then calls

@@ -21,6 +21,8 @@ struct kvd_rpc {
     uv_timer_t timer; // looks for answers that nobody reads
     uint32_t handles;
     struct kvd_tag *fired;   // to be handled by the loop
+    uv_idle_t idle;          // runs while there are:
+    struct kvd_tag *later;   // calls that nobody waits for any more
     bool drained;            // the queue has shut down
     struct kvd_call *unread; // whose answers or messages have not all been read, oldest first
     bool stopping;
@@ -37,6 +39,14 @@ static inline void kvd_tag_arm(struct kvd_tag *tag, void (*fire)(struct kvd_tag 
     tag->fire = fire;
     atomic_store_explicit(&tag->armed, true, memory_order_release);
 }
+
+// -- later.c ------------------------------------------------------------------------------------
+void kvd_later_init(struct kvd_daemon *d);
+// Has a tag that gRPC does not have fire again, some of them in each round of the loop, when what
+// somebody waits for has been handled.
+void kvd_tag_later(struct kvd_daemon *d, struct kvd_tag *tag, void (*fire)(struct kvd_tag *, bool));
+// All of them now: to be called when gRPC has nothing more to say.
+void kvd_later_all(struct kvd_daemon *d);
 
 // -- packing.c ----------------------------------------------------------------------------------
 // NULL: not such a message, one that unpacks to much more than its size, or one with a string that

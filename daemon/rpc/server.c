@@ -55,6 +55,7 @@ static void on_async(uv_async_t *async)
         kvd_links_turn(d);
     if (!drained || r->shut)
         return;
+    kvd_later_all(d);
     r->shut = true;
     kvd_daemon_go_on(d);
 }
@@ -103,8 +104,9 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
     uv_mutex_init(&r->lock);
     uv_async_init(&d->loop, &r->async, on_async);
     uv_timer_init(&d->loop, &r->timer);
+    kvd_later_init(d);
     r->async.data = r->timer.data = d;
-    r->handles = 2;
+    r->handles = 3;
     uv_timer_start(&r->timer, on_tick, TICK_MS, TICK_MS);
     // Messages that are being received, all together.
     grpc_resource_quota *quota = grpc_resource_quota_create("kvd");
@@ -216,6 +218,7 @@ static void end(struct kvd_daemon *d)
     uv_mutex_destroy(&r->lock);
     uv_close((uv_handle_t *)&r->async, on_handle_closed);
     uv_close((uv_handle_t *)&r->timer, on_handle_closed);
+    uv_close((uv_handle_t *)&r->idle, on_handle_closed);
 }
 
 static bool busy(const struct kvd_daemon *d)
