@@ -14,6 +14,7 @@
 #include "daemon/sched/exec.h"
 #include "daemon/sched/fences.h"
 #include "daemon/sched/work.h"
+#include "daemon/service/demote.h"
 #include "daemon/service/events.h"
 #include "daemon/service/evict.h"
 #include "daemon/service/health.h"
@@ -48,6 +49,7 @@ const struct kvd_part *const kvd_parts[] = {
     &kvd_part_fences,    // GPU streams of workers
     &kvd_part_works,     // calls, and their line
     &kvd_part_exec,      // the executor
+    &kvd_part_demotion,  // new blocks to tiers
     &kvd_part_locks,     // before anything listens
     &kvd_part_rpc,       // gRPC
     &kvd_part_fdsock,    // the fd socket

@@ -3,8 +3,7 @@
 
 // -- looking up ---------------------------------------------------------------------------------
 
-// The first block that the token after `blocks` blocks sees in a plane, or that is its first one.
-static uint32_t first_seen(const struct kvd_plane *g, uint32_t blocks)
+uint32_t kvd_blocks_first_seen(const struct kvd_plane *g, uint32_t blocks)
 {
     return (uint32_t)(kvd_pool_visible(g->window, (uint64_t)blocks * KVD_PAGE_TOKENS) /
                       KVD_PAGE_TOKENS);
@@ -22,7 +21,7 @@ static uint32_t with_pages(const struct kvd_pool *pool, const struct kept *k, ui
         kvd_prefix_get(k->ix, path[i], &e);
         for (uint32_t p = 0; p < l->n_planes; p++) {
             run[p] = kept_page(pool, k, layout, e.value, p) == KVD_POOL_NONE ? 0 : run[p] + 1;
-            enough &= run[p] >= i + 1 - first_seen(&l->planes[p], i + 1);
+            enough &= run[p] >= i + 1 - kvd_blocks_first_seen(&l->planes[p], i + 1);
         }
         most = enough ? i + 1 : most;
     }
@@ -170,7 +169,8 @@ static void put_pages(struct kvd_pool *pool, struct region_seq *s, uint32_t p, u
 {
     const struct kvd_plane *g = &layout_of(pool, s)->planes[p];
     const struct block_pages *pages = pool->blocks_room->pages;
-    uint32_t sink = g->sink / KVD_PAGE_TOKENS, first = KVD_MAX(sink, first_seen(g, blocks));
+    uint32_t sink = g->sink / KVD_PAGE_TOKENS,
+             first = KVD_MAX(sink, kvd_blocks_first_seen(g, blocks));
     for (uint32_t i = 0; i < KVD_MIN(sink, blocks); i++)
         refer(pool, &s->table[p][KVD_POOL_BF16], i, pages[i].page[p]);
     if (first < blocks)

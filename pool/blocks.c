@@ -144,8 +144,8 @@ static int check(const struct kvd_pool *pool, const struct kvd_blocks_space *spa
     return KVD_OK;
 }
 
-static int take_domain(struct kvd_pool *pool, struct kept *k, const struct kvd_blocks_space *space,
-                       uint32_t *domain, struct kvd_error *err)
+int blocks_domain(struct kvd_pool *pool, struct kept *k, const struct kvd_blocks_space *space,
+                  uint32_t *domain, struct kvd_error *err)
 {
     int rc = kvd_prefix_domain(k->ix, space->domain, domain, err);
     if (rc == KVD_E_LIMIT &&
@@ -218,7 +218,7 @@ int kvd_blocks_publish(struct kvd_pool *pool, const struct kvd_blocks_space *spa
         return -ENOMEM;
     if (!blocks)
         return KVD_OK;
-    rc = take_domain(pool, k, space, &domain, err);
+    rc = blocks_domain(pool, k, space, &domain, err);
     if (rc)
         return rc;
     uint32_t there = blocks;

@@ -101,6 +101,57 @@ uint32_t kvd_blocks_drop(struct kvd_pool *pool, const struct kvd_blocks_space *s
 // went.
 uint64_t kvd_blocks_forget(struct kvd_pool *pool, uint32_t ns, const struct kvd_prefix_key *key);
 
+// -- blocks on their way to other places, and back (carry.c) ------------------------------------
+// Whoever carries them reads and writes their pages, as the pool touches no memory.
+
+// A block with its pages, a reference to each: they are neither freed nor written by others, and
+// its layout stays, until kvd_blocks_put_down.
+struct kvd_blocks_load {
+    struct kvd_blocks_space space;
+    struct kvd_prefix_key key;
+    struct kvd_blocks_page {
+        uint32_t page; // KVD_POOL_NONE: none in this plane
+        uint64_t addr, bytes;
+        uint64_t sum; // KVD_SUM_NONE, or its checksum (pool.h)
+    } plane[KVD_MAX_PLANES];
+};
+
+// From now on blocks that get pages are noted as new ones.
+void kvd_blocks_note_new(struct kvd_pool *pool);
+// How many are noted, some of which may be gone since, and the number of a namespace that has some,
+// the next one behind `after`; KVD_POOL_NONE: none has.
+uint32_t kvd_blocks_new(const struct kvd_pool *pool, uint32_t after, uint32_t *ns);
+// Picks up the block of a namespace that has been new for longest, which is new no more. Pages that
+// are damaged are left out. False: there is none.
+bool kvd_blocks_pick_up(struct kvd_pool *pool, uint32_t ns, struct kvd_blocks_load *out);
+// Notes it as a new one again, if it is there still.
+void kvd_blocks_new_again(struct kvd_pool *pool, const struct kvd_blocks_load *load);
+void kvd_blocks_put_down(struct kvd_pool *pool, struct kvd_blocks_load *load);
+
+// Of a prompt's blocks, in which planes they have pages, as bits; 0 for those that are not there.
+void kvd_blocks_planes(struct kvd_pool *pool, const struct kvd_blocks_space *space,
+                       const struct kvd_prefix_key *keys, uint32_t n, uint8_t *planes);
+// The kind of the pages that a layout's blocks number `block` have in a plane.
+enum kvd_pool_kind kvd_blocks_kind(const struct kvd_layout *l, uint32_t plane, uint32_t block);
+// The first block that the token after `blocks` blocks sees in a plane.
+uint32_t kvd_blocks_first_seen(const struct kvd_plane *plane, uint32_t blocks);
+// New pages for block number `block` in those planes, to be written by the caller. The same errors
+// as kvd_pool_page_alloc; nothing is taken then.
+int kvd_blocks_new_pages(struct kvd_pool *pool, const struct kvd_blocks_space *space,
+                         const struct kvd_prefix_key *key, uint32_t block, uint8_t planes,
+                         struct kvd_blocks_load *out, struct kvd_error *err);
+// Where the first n blocks of a prompt end, whether they have pages or not, held; n may be 0: its
+// beginning, which nobody holds. KVD_E_NOT_FOUND: they are not there.
+int kvd_blocks_behind(struct kvd_pool *pool, const struct kvd_blocks_space *space,
+                      const struct kvd_prefix_key *keys, uint32_t n, struct kvd_blocks_at *at,
+                      struct kvd_error *err);
+// Gives a block its pages, in those planes in which it has none, and puts it down. It comes behind
+// `at`, which is held, or begins a prompt (at->blocks 0); *at becomes the block, held in its place.
+// It is no new one. KVD_E_PRECONDITION (what it comes behind is gone), KVD_E_LIMIT (domains, or the
+// index is full of what is in use), -ENOMEM; *at is as before then.
+int kvd_blocks_bring_back(struct kvd_pool *pool, struct kvd_blocks_load *load,
+                          struct kvd_blocks_at *at, struct kvd_error *err);
+
 struct kvd_blocks_info {
     uint64_t blocks, capacity, domains;
     uint64_t bytes;    // of pages, those that sequences have too included

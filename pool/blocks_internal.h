@@ -16,6 +16,10 @@ struct blocks_room *blocks_room(struct kvd_pool *pool, struct kvd_error *err);
 // The entries of the blocks up to `entry`, which is the last of `depth`.
 void blocks_path(const struct kept *k, uint32_t entry, uint32_t depth, uint32_t *path);
 
+// The domain of a space, held, made if there is none, and room for it. KVD_E_LIMIT.
+int blocks_domain(struct kvd_pool *pool, struct kept *k, const struct kvd_blocks_space *space,
+                  uint32_t *domain, struct kvd_error *err);
+
 // The least length, besides 0, to which a sequence can be truncated.
 uint64_t blocks_least_length(const struct kvd_pool *pool, const struct region_seq *s);
 

@@ -190,12 +190,18 @@ struct kept {
     uint32_t *end;
     struct block_pages *pages; // by value
     uint32_t pages_ever, pages_free;
-    uint32_t *layout_of;  // by domain
-    uint64_t page_bytes;  // of the pages it refers to
-    uint32_t busy;        // blocks of it are being removed
-    uint64_t ends;        // made
+    uint32_t *layout_of; // by domain
+    // New blocks, in a line: by entry, the next one's number + 1; 0: not in it, NEW_LAST: there is
+    // no next one. What is in it may be gone, or another block by now.
+    uint32_t *new_next;
+    uint32_t new_first, new_last, n_new; // the first two + 1
+    uint64_t page_bytes;                 // of the pages it refers to
+    uint32_t busy;                       // blocks of it are being removed
+    uint64_t ends;                       // made
     uint64_t ends_passed; // that gave way to a later one of the same sequence of blocks
 };
+
+#define NEW_LAST UINT32_MAX
 
 struct kvd_pool {
     int fd; // of the region; -1: it is private, and ends with the process
@@ -205,6 +211,7 @@ struct kvd_pool {
     kvd_pool_block_gone_fn *on_block_gone;
     struct kept **kept;              // by namespace; NULL: it has no index
     struct blocks_room *blocks_room; // what blocks.c works in; NULL: not wanted yet
+    bool notes_new;                  // blocks that get pages are noted
     struct region_head *head;
     struct region_journal *journal;
     struct region_namespace *ns;
@@ -335,8 +342,14 @@ void kept_close(struct kvd_pool *pool, uint32_t ns);
 uint32_t kept_page(const struct kvd_pool *pool, const struct kept *k, uint32_t layout,
                    uint32_t value, uint32_t plane);
 // Refers to pages of a block, in those planes in which it has none. KVD_POOL_NONE: none there.
+// Returns whether it has got some.
+bool kept_refer(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t entry,
+                const uint32_t page[KVD_MAX_PLANES]);
+// The same for a block that is new then.
 void kept_add(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t entry,
               const uint32_t page[KVD_MAX_PLANES]);
+// Puts an entry behind the new ones, if it is not among them.
+void kept_note_new(struct kept *k, uint32_t entry);
 // Gives back a block's pages.
 void kept_drop(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t value);
 // The end that has the block of an entry in its window, and `depth` blocks up to it. NULL: none.

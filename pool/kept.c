@@ -19,14 +19,16 @@ static int make_tables(struct kept *k, uint32_t entries, struct kvd_error *err)
 {
     uint64_t ends = kvd_round_up((uint64_t)entries * sizeof(*k->end), 4096);
     uint64_t layouts = kvd_round_up(KVD_POOL_DOMAINS * sizeof(*k->layout_of), 4096);
-    k->bytes = ends + layouts + (uint64_t)entries * sizeof(*k->pages);
+    uint64_t news = kvd_round_up((uint64_t)entries * sizeof(*k->new_next), 4096);
+    k->bytes = ends + layouts + news + (uint64_t)entries * sizeof(*k->pages);
     k->memory = mmap(NULL, k->bytes, PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (k->memory == MAP_FAILED)
         return kvd_fail(err, -ENOMEM, "no memory for a prefix index of %u entries", entries);
     k->end = k->memory;
     k->layout_of = (void *)((uint8_t *)k->memory + ends);
-    k->pages = (void *)((uint8_t *)k->layout_of + layouts);
+    k->new_next = (void *)((uint8_t *)k->layout_of + layouts);
+    k->pages = (void *)((uint8_t *)k->new_next + news);
     return KVD_OK;
 }
 
@@ -106,11 +108,12 @@ static void count(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32
     pool->layout[layout].kept += (uint64_t)by;
 }
 
-void kept_add(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t entry,
-              const uint32_t page[KVD_MAX_PLANES])
+bool kept_refer(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t entry,
+                const uint32_t page[KVD_MAX_PLANES])
 {
     struct kvd_prefix_entry_info e;
     uint32_t value, *mine = &value;
+    bool any = false;
     kvd_prefix_get(k->ix, entry, &e);
     value = e.value;
     for (uint32_t p = 0; p < pool->layout[layout].l.n_planes; p++) {
@@ -123,9 +126,30 @@ void kept_add(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t e
         *mine = page[p];
         pool->page[page[p]].refs++;
         count(pool, k, layout, page[p], 1);
+        any = true;
     }
     if (value != e.value)
         kvd_prefix_set(k->ix, entry, value);
+    return any;
+}
+
+void kept_note_new(struct kept *k, uint32_t entry)
+{
+    if (k->new_next[entry])
+        return;
+    k->new_next[entry] = NEW_LAST;
+    if (k->n_new++)
+        k->new_next[k->new_last - 1] = entry + 1;
+    else
+        k->new_first = entry + 1;
+    k->new_last = entry + 1;
+}
+
+void kept_add(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t entry,
+              const uint32_t page[KVD_MAX_PLANES])
+{
+    if (kept_refer(pool, k, layout, entry, page) && pool->notes_new)
+        kept_note_new(k, entry);
 }
 
 void kept_drop(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t value)

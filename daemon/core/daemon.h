@@ -21,6 +21,7 @@ enum {
 
 // The state of other rooms, each of which its own module knows.
 struct kvd_call;
+struct kvd_demotion;
 struct kvd_exec;
 struct kvd_fdsock;
 struct kvd_releases;
@@ -37,6 +38,7 @@ struct kvd_method;
 struct kvd_part;
 struct kvd_prompts;
 struct kvd_queue;
+struct kvd_restores;
 struct kvd_rpc;
 struct kvd_scrub;
 struct kvd_tls;
@@ -93,7 +95,9 @@ struct kvd_daemon {
     struct kvd_http *http;
     struct kvd_evict *evict;
     struct kvd_releases *releases;
-    struct kvd_tiers *tiers; // NULL: there are none
+    struct kvd_tiers *tiers;       // NULL: there are none
+    struct kvd_demotion *demotion; // NULL: the same; so is this
+    struct kvd_restores *restores;
     struct kvd_leases *leases;
     struct kvd_prompts *prompts;
     struct kvd_users *users;

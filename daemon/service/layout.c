@@ -265,3 +265,14 @@ void kvd_layout_digest(const struct kvd_layout *l, char out[KVD_DIGEST_TEXT])
     put(&e, l->tp_size);
     kvd_digest(e.bytes, e.n, out);
 }
+
+void kvd_layout_digest_bytes(const struct kvd_layout *l, uint8_t out[32])
+{
+    char text[KVD_DIGEST_TEXT];
+    kvd_layout_digest(l, text);
+    const char *hex = strchr(text, ':') + 1;
+    for (int i = 0; i < 32; i++) {
+        char byte[3] = {hex[2 * i], hex[2 * i + 1], 0};
+        out[i] = (uint8_t)strtoul(byte, NULL, 16);
+    }
+}

@@ -37,18 +37,6 @@ int kvd_prompt_check(const Kvd__V1__PrefixKeys *k, uint32_t *blocks, struct kvd_
     return KVD_OK;
 }
 
-// The 32 bytes that "sha256:<hex>" says.
-static void layout_digest(const struct kvd_layout *l, uint8_t out[32])
-{
-    char text[KVD_DIGEST_TEXT];
-    kvd_layout_digest(l, text);
-    const char *hex = strchr(text, ':') + 1;
-    for (int i = 0; i < 32; i++) {
-        char byte[3] = {hex[2 * i], hex[2 * i + 1], 0};
-        out[i] = (uint8_t)strtoul(byte, NULL, 16);
-    }
-}
-
 int kvd_prompt_space(struct kvd_daemon *d, uint32_t ns, uint32_t layout,
                      const Kvd__V1__PrefixKeys *k, struct kvd_blocks_space *out,
                      struct kvd_error *err)
@@ -63,7 +51,7 @@ int kvd_prompt_space(struct kvd_daemon *d, uint32_t ns, uint32_t layout,
         n += k->extra[i].len;
     }
     *out = (struct kvd_blocks_space){.ns = ns, .layout = layout};
-    layout_digest(kvd_pool_layout_get(d->pool, layout), digest);
+    kvd_layout_digest_bytes(kvd_pool_layout_get(d->pool, layout), digest);
     kvd_pool_namespace_info(d->pool, ns, &info);
     return kvd_prefix_domain_digest(info.name, digest, extra, n, out->domain, err);
 }

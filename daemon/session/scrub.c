@@ -40,13 +40,17 @@ static void later(struct kvd_daemon *d, uint64_t ms)
 
 // -- a block ------------------------------------------------------------------------------------
 
+uint64_t kvd_page_sum(const void *page, uint64_t bytes)
+{
+    uint64_t sum = XXH3_64bits(page, bytes);
+    return sum <= KVD_SUM_DAMAGED ? sum + KVD_SUM_DAMAGED + 1 : sum;
+}
+
 static void read_block(uv_work_t *work)
 {
     struct kvd_daemon *d = work->data;
     struct kvd_scrub *s = d->scrub;
-    s->sum = XXH3_64bits((const void *)(uintptr_t)s->block.addr, s->block.bytes);
-    if (s->sum <= KVD_SUM_DAMAGED)
-        s->sum += KVD_SUM_DAMAGED + 1;
+    s->sum = kvd_page_sum((const void *)(uintptr_t)s->block.addr, s->block.bytes);
 }
 
 // Sequences that have a page, all of which are lost with it.

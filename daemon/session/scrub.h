@@ -22,6 +22,9 @@ struct kvd_scrub_state {
     uint32_t n_found;
 };
 
+// A page's checksum, as the pool keeps it. Any thread.
+uint64_t kvd_page_sum(const void *page, uint64_t bytes);
+
 struct kvd_scrub_state kvd_scrub_look(struct kvd_daemon *d);
 // Begins a pass over all blocks without pauses, if none that was asked for is under way.
 void kvd_scrub_demand(struct kvd_daemon *d);

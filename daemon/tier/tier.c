@@ -16,6 +16,7 @@
 enum {
     MOST_WAITING = 4096, // operations
     MOST_WAITING_PUT_BYTES = 256 << 20,
+    EAGER_PUT_BYTES = 16 << 20, // that may wait where more are looked for
     FAILURES_IN_A_ROW = 3,
     BACKOFF_MS = 500, // the first
     MOST_BACKOFF_MS = 30000,
@@ -410,6 +411,12 @@ void kvd_tier_put(struct kvd_tier *t, const struct kvd_tier_key *key, const uint
     op->block = kvd_block_ref(block);
     op->bytes = block->bytes;
     ask(t, op, done, ctx);
+}
+
+bool kvd_tier_takes(const struct kvd_tier *t)
+{
+    return !left_alone(t) && now_ms(t) >= t->full_until_ms && t->n_waiting < MOST_WAITING / 2 &&
+           t->waiting_put_bytes < EAGER_PUT_BYTES;
 }
 
 void kvd_tier_get(struct kvd_tier *t, const struct kvd_tier_key *key, const uint8_t layout[32],

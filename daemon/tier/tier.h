@@ -67,6 +67,8 @@ typedef void kvd_tier_done(void *ctx, const struct kvd_tier_reply *reply);
 // put.
 void kvd_tier_put(struct kvd_tier *t, const struct kvd_tier_key *key, const uint8_t layout[32],
                   struct kvd_block *block, kvd_tier_done *done, void *ctx);
+// Whether a put would be taken now, and not wait behind too much.
+bool kvd_tier_takes(const struct kvd_tier *t);
 // `bytes` is the payload that the layout says.
 void kvd_tier_get(struct kvd_tier *t, const struct kvd_tier_key *key, const uint8_t layout[32],
                   uint64_t bytes, kvd_tier_done *done, void *ctx);

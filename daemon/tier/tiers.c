@@ -34,17 +34,54 @@ struct kvd_tier *kvd_tiers_find(const struct kvd_daemon *d, const char *name)
     return NULL;
 }
 
-int kvd_tiers_key(const struct kvd_daemon *d, const struct kvd_block_name *name,
-                  struct kvd_tier_key *out, struct kvd_error *err)
+int kvd_tiers_key(const struct kvd_daemon *d, const uint8_t domain[32], const uint8_t layout[32],
+                  const void *key, uint32_t plane, struct kvd_tier_key *out, struct kvd_error *err)
 {
-    return kvd_tier_key_of(d->tiers ? d->tiers->secret : NULL, name, out, err);
+    struct kvd_block_name name = {.plane = plane};
+    memcpy(name.domain, domain, sizeof(name.domain));
+    memcpy(name.layout, layout, sizeof(name.layout));
+    memcpy(name.key, key, sizeof(name.key));
+    return kvd_tier_key_of(d->tiers ? d->tiers->secret : NULL, &name, out, err);
+}
+
+bool kvd_tiers_take(const struct kvd_daemon *d)
+{
+    for (uint32_t i = 0; i < kvd_tiers_count(d); i++)
+        if (kvd_tier_takes(d->tiers->tier[i]))
+            return true;
+    return false;
+}
+
+// -- putting ------------------------------------------------------------------------------------
+
+struct putting {
+    uint32_t left, stored;
+    kvd_tiers_stored *done;
+    void *ctx;
+};
+
+static void on_put(void *ctx, const struct kvd_tier_reply *reply)
+{
+    struct putting *p = ctx;
+    p->stored += reply->result == KVD_TIER_OK;
+    if (--p->left)
+        return;
+    p->done(p->ctx, p->stored);
+    free(p);
 }
 
 void kvd_tiers_put(struct kvd_daemon *d, const struct kvd_tier_key *key, const uint8_t layout[32],
-                   struct kvd_block *block)
+                   struct kvd_block *block, kvd_tiers_stored *done, void *ctx)
 {
-    for (uint32_t i = 0; i < kvd_tiers_count(d); i++)
-        kvd_tier_put(d->tiers->tier[i], key, layout, block, NULL, NULL);
+    uint32_t n = kvd_tiers_count(d);
+    struct putting *p = n ? malloc(sizeof(*p)) : NULL;
+    if (!p) {
+        done(ctx, 0);
+        return;
+    }
+    *p = (struct putting){.left = n, .done = done, .ctx = ctx};
+    for (uint32_t i = 0; i < n; i++)
+        kvd_tier_put(d->tiers->tier[i], key, layout, block, on_put, p);
 }
 
 // -- getting ------------------------------------------------------------------------------------
@@ -199,7 +236,6 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
     int rc = KVD_OK;
     if (!c->tier_host && !c->tier_directory[0] && !c->tier_redis[0])
         return KVD_OK;
-    kvd_warning("tiers are open, and this version puts no evicted blocks there yet");
     d->tiers = calloc(1, sizeof(*d->tiers));
     if (!d->tiers)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");

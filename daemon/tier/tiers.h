@@ -15,13 +15,19 @@ struct kvd_tier *kvd_tiers_get_tier(const struct kvd_daemon *d, uint32_t i);
 // The tier of that name ("host", "directory", "redis"), or NULL.
 struct kvd_tier *kvd_tiers_find(const struct kvd_daemon *d, const char *name);
 
-// The key under which tiers have a block. KVD_E_INTERNAL.
-int kvd_tiers_key(const struct kvd_daemon *d, const struct kvd_block_name *name,
-                  struct kvd_tier_key *out, struct kvd_error *err);
+// The key under which tiers have a block's pages in a plane, by the domain and the key of the
+// prefix index, and the layout's digest. KVD_E_INTERNAL.
+int kvd_tiers_key(const struct kvd_daemon *d, const uint8_t domain[32], const uint8_t layout[32],
+                  const void *key, uint32_t plane, struct kvd_tier_key *out, struct kvd_error *err);
 
-// Sends the block to all tiers. Takes references of its own.
+// How many tiers have it.
+typedef void kvd_tiers_stored(void *ctx, uint32_t tiers);
+// Sends the block to all tiers. Takes references of its own. `done` is called once, when the last
+// has answered; at once if there are none.
 void kvd_tiers_put(struct kvd_daemon *d, const struct kvd_tier_key *key, const uint8_t layout[32],
-                   struct kvd_block *block);
+                   struct kvd_block *block, kvd_tiers_stored *done, void *ctx);
+// Whether one of them would take a put now, and not have it wait behind too much.
+bool kvd_tiers_take(const struct kvd_daemon *d);
 
 // `block` is the callee's reference, or NULL: no tier has it. `tier` is which one had.
 typedef void kvd_tiers_got(void *ctx, struct kvd_block *block, uint32_t tier);

@@ -6,21 +6,31 @@ import subprocess
 import time
 
 import pytest
-from conftest import KVCTL
+
+import kvd as package
+from conftest import BUILD, KVCTL
+from test_prefix import connect, step, tokens_of
+
+needs_libkvd = pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
 
 SERVERS = [p for p in ("/usr/bin/valkey-server", "/usr/bin/redis-server") if os.path.exists(p)]
 
 
-@pytest.fixture
-def server(folder):
-    if not SERVERS:
-        pytest.skip("neither valkey-server nor redis-server is installed")
+def serve(folder):
     path = folder / "redis.sock"
     process = subprocess.Popen([SERVERS[0], "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(folder)],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.time() + 10
     while not path.exists() and time.time() < end:
         time.sleep(0.01)
+    return process, path
+
+
+@pytest.fixture
+def server(folder):
+    if not SERVERS:
+        pytest.skip("neither valkey-server nor redis-server is installed")
+    process, path = serve(folder)
     yield process, path
     process.kill()
     process.wait()
@@ -78,3 +88,50 @@ def test_a_server_that_is_not_there(start, folder):
     assert have["state"] == "failing" and "No such file" in have["reason"], have
     assert "last failure" in kvd.kvctl("tier", "status").stdout
     assert 'kvd_tier_up{tier="redis"} 0' in kvd.kvctl("metrics").stdout
+
+
+def until(what, wanted, timeout=20):
+    end = time.time() + timeout
+    while what() != wanted:
+        assert time.time() < end, what()
+        time.sleep(0.02)
+
+
+def publish(client, tokens):
+    """Computes a prompt and publishes it; how many blocks of it are known."""
+    s = client.create()
+    step(client, s, tokens, len(tokens))
+    blocks = s.publish_blocks(package.Prompt(tokens)).blocks
+    s.free()
+    return blocks
+
+
+@needs_libkvd
+def test_what_is_published_goes_to_all_tiers(start, folder, server):
+    """Once each, though it is published again; a namespace's to the same tiers under keys of their own."""
+    kvd = start(config=f"[kvd]\ntier-host = 64MiB\ntier-directory = {folder}/blocks 1GiB\ntier-redis = unix:{server[1]}\n")
+    with connect(kvd) as c, connect(kvd, namespace="another") as other:
+        assert publish(c, tokens_of(1, 1024)) == publish(c, tokens_of(1, 1024)) == publish(other, tokens_of(1, 1024)) == 12
+        until(lambda: {n: int(t["put"]) for n, t in tiers(kvd).items()}, {"host": 24, "directory": 24, "redis": 24})
+        assert kvd.metric("kvd_demoted_blocks_total") == 24
+        assert kvd.metric("kvd_demotion_waiting_blocks") == 0
+        assert int(tiers(kvd)["directory"]["blocks"]) == 24
+
+
+@needs_libkvd
+def test_blocks_wait_for_a_server_that_is_away(start, folder):
+    if not SERVERS:
+        pytest.skip("neither valkey-server nor redis-server is installed")
+    kvd = start(config=f"[kvd]\ntier-redis = unix:{folder}/redis.sock\n")
+    with connect(kvd) as c:
+        assert publish(c, tokens_of(1, 1024)) == 12
+        until(lambda: tiers(kvd)["redis"]["state"], "failing")
+        assert publish(c, tokens_of(2, 1024)) == 12
+        until(lambda: kvd.metric("kvd_demotion_waiting_blocks"), 24)
+        process, _ = serve(folder)
+        try:
+            until(lambda: int(tiers(kvd)["redis"]["put"]), 24)
+            assert kvd.metric("kvd_demotion_waiting_blocks") == 0
+        finally:
+            process.kill()
+            process.wait()

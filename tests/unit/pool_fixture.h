@@ -2,6 +2,8 @@
 #ifndef KVD_TESTS_POOL_FIXTURE_H
 #define KVD_TESTS_POOL_FIXTURE_H
 
+#include <errno.h>
+
 #include "pool/pool.h"
 
 static bool recycled; // what kvd_pool_layout said last

@@ -7,7 +7,7 @@ enum { BYTES = 20000 };
 struct world {
     struct kvd_daemon d;
     char folder[64];
-    uint32_t n, tier;
+    uint32_t n, tier, puts, stored;
     struct kvd_block *block;
     uint8_t where[8];
 };
@@ -19,6 +19,13 @@ static void on_got(void *ctx, struct kvd_block *block, uint32_t tier)
     w->tier = tier;
     kvd_block_unref(&w->block);
     w->block = block;
+}
+
+static void on_stored(void *ctx, uint32_t tiers)
+{
+    struct world *w = ctx;
+    w->puts++;
+    w->stored += tiers;
 }
 
 static void on_found(void *ctx, const uint8_t *where)
@@ -75,9 +82,9 @@ START_TEST(the_nearest_that_has_it_gives_it_and_nearer_ones_get_it)
     for (uint64_t i = 0; i < 8; i++)
         keys[i] = tier_key(i, NULL);
     struct kvd_block *b = tier_block(1, BYTES);
-    kvd_tiers_put(&w.d, &keys[1], tier_layout, b);
-    for (uint32_t i = 0; i < 1000 && atomic_load(&b->refs) > 2; i++) // the host's, and this one
-        tier_sleep(&w.d.loop, 5);
+    kvd_tiers_put(&w.d, &keys[1], tier_layout, b, on_stored, &w);
+    tier_until(&w.d.loop, &w.puts, 1);
+    ck_assert_uint_eq(w.stored, 2);
     ck_assert_int_eq(tier_get(&w.d.loop, far, 1, BYTES, NULL), KVD_TIER_OK);
     ck_assert_ptr_eq(get(&w, 1), b); // nothing is copied
     ck_assert_uint_eq(w.tier, 0);
@@ -106,13 +113,14 @@ START_TEST(they_end_with_everything_under_way)
     for (uint64_t i = 0; i < 8; i++)
         keys[i] = tier_key(i, NULL);
     for (uint32_t i = 0; i < 8; i++) {
-        kvd_tiers_put(&w.d, &keys[i], tier_layout, b);
+        kvd_tiers_put(&w.d, &keys[i], tier_layout, b, on_stored, &w);
         ck_assert_int_eq(kvd_tiers_get(&w.d, &keys[i], tier_layout, BYTES, on_got, &w, NULL), 0);
     }
     ck_assert_int_eq(kvd_tiers_has(&w.d, keys, 8, on_found, &w, NULL), KVD_OK);
     kvd_block_unref(&b);
     kvd_part_tiers.stop(&w.d);
     ck_assert_uint_eq(w.n, 9); // all were told
+    ck_assert_uint_eq(w.puts, 8);
     ck_assert_int_eq(kvd_tiers_get(&w.d, &keys[0], tier_layout, BYTES, on_got, &w, &err),
                      KVD_E_UNAVAILABLE);
     end(&w);

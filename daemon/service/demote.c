@@ -1,0 +1,246 @@
+// Demotion, written through: a block goes to the tiers soon after it became known, and not when it
+// is evicted. So eviction gives memory at once, who is killed has lost little, and others who share
+// a tier find it while it is still in use here. What it costs is that blocks are written which are
+// never evicted, at tier-rate at most.
+//
+// One batch after the other: the loop picks up blocks of one namespace, which keeps their pages,
+// the executor copies them in that namespace's turn, and the copies are put. Blocks wait in the
+// pool's line, which takes no memory, while no tier takes more.
+#include "daemon/service/demote.h"
+
+#include "daemon/core/lifecycle.h"
+#include "daemon/sched/exec.h"
+#include "daemon/service/layout.h"
+#include "daemon/session/scrub.h"
+#include "daemon/tier/tiers.h"
+#include "pool/blocks.h"
+
+enum {
+    BATCH = 16, // blocks
+    BATCH_BYTES = 1 << 20,
+    AGAIN_MS = 50, // looks whether a tier takes more
+};
+
+struct item {
+    struct kvd_blocks_load load;
+    uint8_t layout[32]; // digest
+    struct kvd_block *copy[KVD_MAX_PLANES];
+    bool damaged; // in memory: not what it was sealed as
+};
+
+struct batch {
+    struct kvd_job job; // first
+    uint32_t n, at;     // `at`: that the executor copies
+    struct item items[BATCH];
+};
+
+struct kvd_demotion {
+    uv_check_t check; // each round of the loop: are there new ones?
+    uv_timer_t timer; // runs while there are some and no tier takes them
+    struct batch *batch;
+    uint32_t ns; // that had the last batch
+    struct kvd_fair_flow flows[KVD_MAX_NAMESPACES];
+    uint64_t blocks, bytes, again, damaged;
+};
+
+// -- a batch ------------------------------------------------------------------------------------
+
+// Executor. A page that is no longer what it was sealed as must not get a new checksum.
+static bool copy_batch(struct kvd_daemon *d, struct kvd_job *job)
+{
+    struct batch *b = (struct batch *)job;
+    struct kvd_error err = {0};
+    for (; b->at < b->n; b->at++) {
+        struct item *it = &b->items[b->at];
+        if (kvd_slice_over(&job->slice))
+            return !atomic_load(&job->cancelled);
+        for (uint32_t p = 0; p < KVD_MAX_PLANES; p++) {
+            const struct kvd_blocks_page *from = &it->load.plane[p];
+            if (!it->copy[p])
+                continue;
+            job->rc = d->backend->ops->copy(d->backend, (uintptr_t)it->copy[p]->payload, from->addr,
+                                            from->bytes, &err);
+            if (job->rc)
+                return false;
+            it->damaged |= from->sum > KVD_SUM_DAMAGED &&
+                           kvd_page_sum(it->copy[p]->payload, from->bytes) != from->sum;
+        }
+    }
+    return false;
+}
+
+// One plane of a block on its way to all tiers.
+struct sending {
+    struct kvd_daemon *d;
+    struct kvd_blocks_load block; // without pages
+};
+
+static void on_stored(void *ctx, uint32_t tiers)
+{
+    struct sending *s = ctx;
+    struct kvd_demotion *m = s->d->demotion;
+    if (!tiers && kvd_tiers_count(s->d)) { // none: kvd stops
+        m->again++;
+        kvd_blocks_new_again(s->d->pool, &s->block);
+    }
+    free(s);
+}
+
+static void send_plane(struct kvd_daemon *d, const struct item *it, uint32_t p)
+{
+    struct kvd_demotion *m = d->demotion;
+    struct sending *s = malloc(sizeof(*s));
+    struct kvd_tier_key key;
+    if (!s || kvd_tiers_key(d, it->load.space.domain, it->layout, it->load.key.w, p, &key, NULL)) {
+        free(s);
+        return;
+    }
+    *s = (struct sending){.d = d, .block = it->load};
+    m->bytes += it->copy[p]->bytes;
+    kvd_tiers_put(d, &key, it->layout, it->copy[p], on_stored, s);
+}
+
+static void end_item(struct kvd_daemon *d, struct item *it, bool copied)
+{
+    struct kvd_demotion *m = d->demotion;
+    m->blocks += copied && !it->damaged;
+    m->damaged += copied && it->damaged;
+    for (uint32_t p = 0; p < KVD_MAX_PLANES; p++) {
+        if (copied && !it->damaged && it->copy[p])
+            send_plane(d, it, p);
+        kvd_block_unref(&it->copy[p]);
+    }
+    kvd_blocks_put_down(d->pool, &it->load);
+}
+
+static void go_on(struct kvd_daemon *d);
+
+static void batch_done(struct kvd_daemon *d, struct kvd_job *job)
+{
+    struct batch *b = (struct batch *)job;
+    bool all = b->at == b->n && !job->rc && !job->abandoned;
+    for (uint32_t i = 0; i < b->n; i++)
+        end_item(d, &b->items[i], all);
+    free(KVD_TAKE(d->demotion->batch));
+    if (job->rc)
+        kvd_daemon_check_device(d);
+    kvd_daemon_work_end(d);
+    go_on(d);
+}
+
+// Picks up the next block of a namespace; *bytes grows. False: there is none.
+static bool pick_up(struct kvd_daemon *d, struct batch *b, uint32_t ns, uint64_t *bytes)
+{
+    struct item *it = &b->items[b->n];
+    if (!kvd_blocks_pick_up(d->pool, ns, &it->load))
+        return false;
+    for (uint32_t p = 0; p < KVD_MAX_PLANES; p++) {
+        const struct kvd_blocks_page *page = &it->load.plane[p];
+        if (page->page != KVD_POOL_NONE)
+            it->copy[p] = kvd_block_new(page->bytes);
+        *bytes += page->bytes;
+    }
+    if (b->n && it[-1].load.space.layout == it->load.space.layout)
+        memcpy(it->layout, it[-1].layout, sizeof(it->layout));
+    else
+        kvd_layout_digest_bytes(kvd_pool_layout_get(d->pool, it->load.space.layout), it->layout);
+    b->n++;
+    return true;
+}
+
+static void on_timer(uv_timer_t *timer)
+{
+    go_on(timer->data);
+}
+
+static void go_on(struct kvd_daemon *d)
+{
+    struct kvd_demotion *m = d->demotion;
+    uint64_t bytes = 0;
+    uint32_t ns;
+    if (m->batch || d->state == KVD_STOPPING || !kvd_blocks_new(d->pool, m->ns, &ns))
+        return;
+    if (!kvd_tiers_take(d)) {
+        if (!uv_is_active((uv_handle_t *)&m->timer))
+            uv_timer_start(&m->timer, on_timer, AGAIN_MS, 0);
+        return;
+    }
+    struct batch *b = calloc(1, sizeof(*b));
+    if (!b)
+        return;
+    m->ns = ns;
+    while (b->n < BATCH && bytes < BATCH_BYTES && pick_up(d, b, ns, &bytes))
+        ;
+    if (!b->n) {
+        free(b);
+        return;
+    }
+    m->batch = b;
+    b->job.run = copy_batch;
+    b->job.done = batch_done;
+    b->job.fair.tenant = ns;
+    b->job.fair.flow = &m->flows[ns];
+    kvd_daemon_work_begin(d);
+    kvd_exec_submit(d, &b->job);
+}
+
+static void on_check(uv_check_t *check)
+{
+    go_on(check->data);
+}
+
+// -- the part -----------------------------------------------------------------------------------
+
+static int start(struct kvd_daemon *d, struct kvd_error *err)
+{
+    if (!kvd_tiers_count(d))
+        return KVD_OK;
+    if (strcmp(d->backend->ops->name, "cpu") != 0)
+        return kvd_fail(err, KVD_E_UNSUPPORTED,
+                        "tiers are possible with backend = cpu only: take tier-host, "
+                        "tier-directory and tier-redis out of the configuration");
+    d->demotion = calloc(1, sizeof(*d->demotion));
+    if (!d->demotion)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    uv_check_init(&d->loop, &d->demotion->check);
+    uv_timer_init(&d->loop, &d->demotion->timer);
+    d->demotion->check.data = d->demotion->timer.data = d;
+    uv_check_start(&d->demotion->check, on_check);
+    kvd_blocks_note_new(d->pool);
+    return KVD_OK;
+}
+
+static void end(struct kvd_daemon *d)
+{
+    if (!d->demotion)
+        return;
+    uv_close((uv_handle_t *)&d->demotion->check, NULL);
+    uv_close((uv_handle_t *)&d->demotion->timer, NULL);
+}
+
+static void deinit(struct kvd_daemon *d)
+{
+    free(KVD_TAKE(d->demotion));
+}
+
+static void metrics(struct kvd_daemon *d, FILE *f)
+{
+    const struct kvd_demotion *m = d->demotion;
+    uint32_t ns;
+    if (!m)
+        return;
+    kvd_metric(f, "kvd_demoted_blocks_total", "counter", "Blocks that were sent to the tiers.",
+               (double)m->blocks);
+    kvd_metric(f, "kvd_demoted_bytes_total", "counter", "Bytes of them.", (double)m->bytes);
+    kvd_metric(f, "kvd_demotion_waiting_blocks", "gauge",
+               "Blocks that became known and were not sent to the tiers yet.",
+               kvd_blocks_new(d->pool, 0, &ns));
+    kvd_metric(f, "kvd_demotion_again_total", "counter",
+               "Times that no tier had taken a block, which waits again then.", (double)m->again);
+    kvd_metric(f, "kvd_demotion_damaged_blocks_total", "counter",
+               "Blocks that were not sent, as their memory was not what was stored.",
+               (double)m->damaged);
+}
+
+const struct kvd_part kvd_part_demotion = {
+    .start = start, .end = end, .deinit = deinit, .metrics = metrics};
