@@ -15,13 +15,19 @@
 struct kvd_backend;
 struct kvd_rotation; // a rotation set in the backend's memory
 
-// A rotation set in host memory. Rows multiply from the left: y = x R.
+// A set in host memory: of rotations, or of transforms A that are not orthogonal, with their
+// inverses. Rows multiply from the left. A key or value x of history is coded as (x - mean) A; a
+// query q meets coded keys as q A^-T, as (x A) (A^-1 q^T) = x q^T.
 struct kvd_rotation_data {
-    uint32_t n_layers; // 1: the same rotations for all layers
-    uint32_t heads;    // 1: one rotation per layer, for all kv heads; else kv_heads
+    uint32_t n_layers; // 1: the same matrices for all layers
+    uint32_t heads;    // 1: one matrix per layer, for all kv heads; else kv_heads
     uint32_t dim_k, dim_v;
-    const float *k;      // [n_layers][heads][dim_k][dim_k]; NULL: identity
-    const float *v;      // [n_layers][heads][dim_v][dim_v]; NULL: identity
+    const float *k;         // A, [n_layers][heads][dim_k][dim_k]; NULL: identity
+    const float *v;         // [n_layers][heads][dim_v][dim_v]; NULL: identity
+    const float *k_inverse; // A^-1; NULL: A is orthogonal, and this its transpose
+    const float *v_inverse;
+    const float *k_mean; // [n_layers][heads][dim_k]; NULL: 0
+    const float *v_mean; // [n_layers][heads][dim_v]
     const float *clip_k; // [n_layers][heads]; NULL: no clipping
     const float *clip_v; // [n_layers][heads]
     const float *gain_k; // [n_layers][heads] of the levels (quantize.h); NULL: 1
@@ -122,14 +128,23 @@ struct kvd_read_params {
     struct kvd_slice *slice;
 };
 
+// What rows are, and so which way they are turned.
+enum kvd_rotate {
+    KVD_ROTATE_KEYS = 0,    // (x - mean) A; back: y A^-1 + mean
+    KVD_ROTATE_QUERIES = 1, // x A^-T, A of K; back: y A^T. Keys' products with them stay, but for
+                            // q . mean. The same as keys where A is orthogonal and the mean 0
+    KVD_ROTATE_VALUES = 2,  // as keys
+    KVD_ROTATE_COUNT
+};
+
 struct kvd_rotate_params {
     const struct kvd_rotation *rotation;
-    bool v;       // R_V instead of R_K
-    bool inverse; // multiply by the transpose
+    enum kvd_rotate which;
+    bool inverse; // back
     uint32_t layer_begin, layer_count;
     uint32_t rows;     // tokens
     uint32_t heads;    // heads of x
-    uint32_t kv_heads; // head h of x uses the rotation of kv head h / (heads / kv_heads)
+    uint32_t kv_heads; // head h of x uses the matrix of kv head h / (heads / kv_heads)
     struct kvd_tensor x, y;
     struct kvd_slice *slice;
 };
@@ -210,7 +225,8 @@ struct kvd_backend_ops {
     // Bytes of device memory that nobody uses; UINT64_MAX where it is not the scarce kind.
     uint64_t (*memory_free)(struct kvd_backend *b);
 
-    // Copies the set into the backend's memory. NULL with *err set on failure.
+    // Copies the set into the backend's memory. NULL with *err set on failure: KVD_E_UNSUPPORTED
+    // where the backend cannot serve transforms.
     struct kvd_rotation *(*rotation_new)(struct kvd_backend *b,
                                          const struct kvd_rotation_data *data,
                                          struct kvd_error *err);

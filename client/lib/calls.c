@@ -452,18 +452,22 @@ kvd_result kvd_step(kvd_client *c, kvd_layers layers, const kvd_attention *atten
     return compute_now(c, KVD_CALL_STEP, layers, attention, items, count, err);
 }
 
-kvd_result kvd_rotate(kvd_client *c, bool v, bool inverse, kvd_layers layers, uint32_t rows,
-                      uint32_t heads, const kvd_tensor_ref *x, const kvd_tensor_ref *y,
-                      kvd_failure *err)
+kvd_result kvd_rotate(kvd_client *c, kvd_row_kind kind, bool inverse, kvd_layers layers,
+                      uint32_t rows, uint32_t heads, const kvd_tensor_ref *x,
+                      const kvd_tensor_ref *y, kvd_failure *err)
 {
     KVD_WANT(err, "client", c);
+    static const Kvd__V1__RotateRequest__Which kinds[] = {
+        [KVD_KEYS] = KVD__V1__ROTATE_REQUEST__WHICH__KEYS,
+        [KVD_QUERIES] = KVD__V1__ROTATE_REQUEST__WHICH__QUERIES,
+        [KVD_VALUES] = KVD__V1__ROTATE_REQUEST__WHICH__VALUES};
     Kvd__V1__RotateRequest req = KVD__V1__ROTATE_REQUEST__INIT;
     Kvd__V1__RotateReply *reply;
     struct kvd_error e = {0};
-    if (kvd_check_rotate(c, v, layers, rows, heads, x, y, &e))
+    if (kvd_check_rotate(c, kind, layers, rows, heads, x, y, &e))
         return kvd_client_fail(err, &e);
     Kvd__V1__TensorRef in = tensor(x), out = tensor(y);
-    req.which = v ? KVD__V1__ROTATE_REQUEST__WHICH__V : KVD__V1__ROTATE_REQUEST__WHICH__K;
+    req.which = kinds[kind];
     req.inverse = inverse;
     req.layer_begin = layers.begin;
     req.layer_count = layers.count;
@@ -471,7 +475,7 @@ kvd_result kvd_rotate(kvd_client *c, bool v, bool inverse, kvd_layers layers, ui
     req.heads = heads;
     req.x = &in;
     req.y = &out;
-    struct kvd_dims d = dims_of(c, layers, rows, false, v, x->dtype);
+    struct kvd_dims d = dims_of(c, layers, rows, false, kind == KVD_VALUES, x->dtype);
     d.heads = heads;
     if (c->remote && kvd_inline_send(x, d, &in, &e))
         return kvd_client_fail(err, &e);

@@ -110,8 +110,9 @@ int kvd_check_attention(const kvd_attention *a, struct kvd_error *err);
 int kvd_check_compute(const kvd_client *c, kvd_call_kind kind, kvd_layers layers,
                       const kvd_attention *a, const kvd_item *items, uint32_t count,
                       struct kvd_error *err);
-int kvd_check_rotate(const kvd_client *c, bool v, kvd_layers layers, uint32_t rows, uint32_t heads,
-                     const kvd_tensor_ref *x, const kvd_tensor_ref *y, struct kvd_error *err);
+int kvd_check_rotate(const kvd_client *c, kvd_row_kind kind, kvd_layers layers, uint32_t rows,
+                     uint32_t heads, const kvd_tensor_ref *x, const kvd_tensor_ref *y,
+                     struct kvd_error *err);
 int kvd_check_read(const kvd_client *c, kvd_layers layers, uint64_t begin, uint32_t count,
                    const kvd_tensor_ref *k, const kvd_tensor_ref *v, struct kvd_error *err);
 // A dense tensor of direct mode, of elements of `size` bytes. dim 1: an lse, aligned as its

@@ -202,14 +202,18 @@ int kvd_check_compute(const kvd_client *c, kvd_call_kind kind, kvd_layers layers
     return rc ? rc : kvd_overlap_check(all, spans.n, err);
 }
 
-int kvd_check_rotate(const kvd_client *c, bool v, kvd_layers layers, uint32_t rows, uint32_t heads,
-                     const kvd_tensor_ref *x, const kvd_tensor_ref *y, struct kvd_error *err)
+int kvd_check_rotate(const kvd_client *c, kvd_row_kind kind, kvd_layers layers, uint32_t rows,
+                     uint32_t heads, const kvd_tensor_ref *x, const kvd_tensor_ref *y,
+                     struct kvd_error *err)
 {
     struct spans none = {0}; // y is written when all of x has been sent
     const struct kvd_layer_shape *g = NULL;
     uint32_t n;
     if (!x || !y)
         return kvd_fail(err, KVD_E_INVALID, "%s is missing", x ? "y" : "x");
+    if ((int)kind < KVD_KEYS || (int)kind > KVD_VALUES)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "kind is %d; it must be KVD_KEYS, KVD_QUERIES or KVD_VALUES", (int)kind);
     int rc = check_layers(c, layers, &n, &g, err);
     if (rc)
         return rc;
@@ -218,7 +222,7 @@ int kvd_check_rotate(const kvd_client *c, bool v, kvd_layers layers, uint32_t ro
                              .layers = n,
                              .tokens = rows,
                              .heads = heads,
-                             .dim = v ? g->dim_v : g->dim_k};
+                             .dim = kind == KVD_VALUES ? g->dim_v : g->dim_k};
     rc = check_range("rows", 0, rows, err);
     if (rc == KVD_OK && heads != g->kv_heads && heads != g->q_heads)
         rc = kvd_fail(err, KVD_E_INVALID, "heads is %u; it must be kv_heads (%u) or q_heads (%u)",

@@ -1,4 +1,5 @@
-// Rotate: vectors of the worker times a rotation, for tests and for kernels of the worker's own.
+// Rotate: vectors of the worker turned as a set turns them, for tests and for kernels of the
+// worker's own.
 #include "daemon/sched/op.h"
 
 // A tensor may be rotated where it lies, element for element.
@@ -14,7 +15,10 @@ static int check(struct kvd_work *w, struct kvd_session *s, const void *request,
                  struct kvd_error *err)
 {
     const Kvd__V1__RotateRequest *req = request;
-    bool v = req->which == KVD__V1__ROTATE_REQUEST__WHICH__V;
+    bool v = req->which == KVD__V1__ROTATE_REQUEST__WHICH__VALUES;
+    if ((int)req->which < 0 || (int)req->which >= KVD_ROTATE_COUNT)
+        return kvd_fail(err, KVD_E_INVALID, "which is %d; KEYS, QUERIES and VALUES are known",
+                        (int)req->which);
     if (req->rows < 1 || req->rows > KVD_MAX_CALL_TOKENS)
         return kvd_fail(err, KVD_E_INVALID, "%u rows; 1 to %d are possible", req->rows,
                         KVD_MAX_CALL_TOKENS);
@@ -34,7 +38,7 @@ static int check(struct kvd_work *w, struct kvd_session *s, const void *request,
     struct kvd_shape shape = {w->layer_count, req->rows, req->heads,
                               v ? g->head_dim_v : g->head_dim_k};
     struct kvd_work_item *item = &w->items[0];
-    w->rotate = (struct kvd_rotate_params){.v = v,
+    w->rotate = (struct kvd_rotate_params){.which = (enum kvd_rotate)req->which,
                                            .inverse = req->inverse,
                                            .rows = req->rows,
                                            .heads = req->heads,

@@ -198,6 +198,7 @@ static void demote_coded(const struct append_job *job, const struct kvd_append_i
                 .data = (uint8_t *)(uintptr_t)source_row(p, item, t + i, l, head, v)};
             kvd_load_row(&src, 0, 0, 0, dim, rows + i * dim);
         }
+        kvd_add_mean(kvd_mean_of(r, v, layer, head), -1, n, dim, rows);
         kvd_apply(job->cpu->isa, rows, n, dim,
                   kvd_rotation_of(r, v ? r->v : r->k, dim, layer, head), y);
         for (uint32_t i = 0; i < n; i++) {

@@ -2,8 +2,8 @@
 //
 // A *unit* is up to four query rows of one (sequence, layer, kv head); a row is one (query, q
 // head). With few units the tokens are split among threads and the partial results merged. History
-// is scored in the rotated space with the rotated query; its output stays rotated until the end, so
-// that one product with R_V^T un-rotates all of it.
+// is scored in the space of its codes with a query taken there; its output stays there until the
+// end, so that one product with V's inverse takes all of it back.
 //
 // A thread that walks over a unit's tokens stops after any 64 of them when its slice is over: the
 // walk is kept, and the next slice begins with those that are kept.
@@ -26,6 +26,7 @@ struct partial {
     double l[KVD_CPU_ROWS];                           // running sum; NaN: a logit was not finite
     double o[KVD_CPU_ROWS][KVD_MAX_HEAD_DIM];         // from bf16 tokens
     double o_rotated[KVD_CPU_ROWS][KVD_MAX_HEAD_DIM]; // from compressed tokens
+    double coded[KVD_CPU_ROWS];                       // the part of l that compressed tokens have
 };
 
 enum { RUNS_IN_FLOAT = 256 }; // so many are summed in float, and then added to a partial
@@ -56,6 +57,8 @@ struct kvd_cpu_walk {
         WALK_ALIGN) float q_codes[KVD_CPU_ROWS * 2 *
                                   KVD_MAX_HEAD_DIM]; // rotated and prepared, row stride 2 * dim_k
     float q_sum[KVD_CPU_ROWS];                       // of the rotated query
+    float q_mean[KVD_CPU_ROWS];                      // its product with the keys' mean
+    float run_sum[KVD_CPU_ROWS];                     // of a run's probabilities
     // Sums of the last runs, that are not in `out` yet:
     _Alignas(WALK_ALIGN) float acc[KVD_CPU_ROWS * 8 * KVD_MAX_HEAD_DIM]; // row stride 8 * dim_v
     _Alignas(WALK_ALIGN) float o[KVD_CPU_ROWS * KVD_MAX_HEAD_DIM];       // row stride dim_v
@@ -154,7 +157,7 @@ static void score_tile(struct kvd_cpu_walk *w, const struct run *run)
     for (uint32_t t = 0; t < run->n; t++)
         for (uint32_t r = 0; r < w->unit.rows; r++) {
             float *s = &w->s[r * KVD_PAGE_TOKENS + t];
-            *s = param[t].scale * *s + param[t].min * w->q_sum[r];
+            *s = param[t].scale * *s + (param[t].min * w->q_sum[r] + w->q_mean[r]);
         }
 }
 
@@ -206,6 +209,7 @@ static void soften(struct kvd_cpu_walk *w, uint32_t r)
     struct partial *out = w->out;
     float *s = w->s + r * KVD_PAGE_TOKENS;
     float top = out->m[r];
+    w->run_sum[r] = 0;
     for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t++)
         top = s[t] > top ? s[t] : top;
     if (top == -INFINITY) {
@@ -220,10 +224,12 @@ static void soften(struct kvd_cpu_walk *w, uint32_t r)
         scale_sums(out->o[r], g->head_dim_v, f);
         scale_sums(out->o_rotated[r], g->head_dim_v, f);
         w->centre_sum[r] *= f;
+        out->coded[r] *= f;
         out->l[r] *= f;
     }
     out->m[r] = top;
-    out->l[r] += isa->exp_sum(s, top);
+    w->run_sum[r] = isa->exp_sum(s, top);
+    out->l[r] += w->run_sum[r];
 }
 
 static void add_tile(struct kvd_cpu_walk *w, const struct run *run)
@@ -238,8 +244,10 @@ static void add_tile(struct kvd_cpu_walk *w, const struct run *run)
             sum[r] += *s * param[t].min;
             *s *= param[t].scale;
         }
-    for (uint32_t r = 0; r < w->unit.rows; r++)
+    for (uint32_t r = 0; r < w->unit.rows; r++) {
         w->centre_sum[r] += sum[r];
+        w->out->coded[r] += w->run_sum[r];
+    }
     w->job->cpu->isa->v_accumulate(g->codec.v,
                                    run->tile + kvd_codes_offset(g->codec, g->head_dim_k, true),
                                    g->head_dim_v, w->s, w->unit.rows, w->acc);
@@ -304,10 +312,15 @@ static void load_queries(struct kvd_cpu_walk *w)
     if (g->codec.k == KVD_CODEC_BF16)
         return;
     float rotated[KVD_CPU_ROWS * KVD_MAX_HEAD_DIM];
-    const float *m =
-        kvd_rotation_of(rot, rot->k, dim, p->layer_begin + w->unit.layer, w->unit.head);
+    uint32_t layer = p->layer_begin + w->unit.layer;
+    const float *m = kvd_rotation_of(rot, rot->q, dim, layer, w->unit.head);
+    const float *mean = kvd_mean_of(rot, false, layer, w->unit.head);
     kvd_apply(w->job->cpu->isa, plain, w->unit.rows, dim, m, rotated);
     for (uint32_t r = 0; r < w->unit.rows; r++) {
+        double along = 0;
+        for (uint32_t c = 0; mean && c < dim; c++)
+            along += (double)plain[r * dim + c] * (double)mean[c];
+        w->q_mean[r] = (float)along;
         w->q_sum[r] = 0;
         for (uint32_t c = 0; c < dim; c++)
             w->q_sum[r] += rotated[r * dim + c];
@@ -358,7 +371,7 @@ static void begin_walk(struct kvd_cpu_walk *w, const struct attend_job *job, uin
     memset(w->o, 0, w->unit.rows * g->head_dim_v * sizeof(float));
     for (uint32_t r = 0; r < KVD_CPU_ROWS; r++) {
         w->out->m[r] = -INFINITY;
-        w->out->l[r] = w->centre_sum[r] = 0;
+        w->out->l[r] = w->out->coded[r] = w->centre_sum[r] = 0;
         memset(w->out->o[r], 0, g->head_dim_v * sizeof(double));
         memset(w->out->o_rotated[r], 0, g->head_dim_v * sizeof(double));
     }
@@ -393,6 +406,7 @@ static void merge(struct partial *to, const struct partial *from, uint32_t rows,
             to->o[r][c] = a * to->o[r][c] + b * from->o[r][c];
             to->o_rotated[r][c] = a * to->o_rotated[r][c] + b * from->o_rotated[r][c];
         }
+        to->coded[r] = a * to->coded[r] + b * from->coded[r];
         to->l[r] = a * to->l[r] + b * from->l[r];
         to->m[r] = m;
     }
@@ -422,11 +436,14 @@ static void finish(const struct attend_job *job, const struct unit *u, const str
             kept = add_sink(p->sinks[(uint64_t)u->layer * g->q_heads + head], &m, &l);
         double inverse = l == 0 ? 0 : kept / l; // NaN stays NaN
         if (g->codec.v != KVD_CODEC_BF16) {
-            const float *back = kvd_rotation_of(p->rotation, p->rotation->v_t, dim,
-                                                p->layer_begin + u->layer, u->head);
+            uint32_t layer = p->layer_begin + u->layer;
+            const float *back =
+                kvd_rotation_of(p->rotation, p->rotation->v_back, dim, layer, u->head);
             for (uint32_t c = 0; c < dim; c++)
                 rotated[c] = (float)(part->o_rotated[r][c] * inverse);
             kvd_apply(job->cpu->isa, rotated, 1, dim, back, o);
+            kvd_add_mean(kvd_mean_of(p->rotation, true, layer, u->head),
+                         (float)(part->coded[r] * inverse), 1, dim, o);
         }
         for (uint32_t c = 0; c < dim; c++)
             o[c] += (float)(part->o[r][c] * inverse);

@@ -65,6 +65,13 @@ static float *transposed(const float *from, uint64_t matrices, uint32_t dim, boo
     return to;
 }
 
+static float *inverted(const float *a, const float *inverse, uint64_t matrices, uint32_t dim,
+                       bool *failed)
+{
+    return inverse ? copy_floats(inverse, matrices * dim * dim, failed)
+                   : transposed(a, matrices, dim, failed);
+}
+
 static void rotation_free(struct kvd_backend *b, struct kvd_rotation **rp)
 {
     (void)b;
@@ -72,9 +79,15 @@ static void rotation_free(struct kvd_backend *b, struct kvd_rotation **rp)
     if (!r)
         return;
     free(r->k);
-    free(r->k_t);
+    free(r->k_back);
+    if (r->q != r->k)
+        free(r->q);
+    if (r->q_back != r->k_back)
+        free(r->q_back);
     free(r->v);
-    free(r->v_t);
+    free(r->v_back);
+    free(r->k_mean);
+    free(r->v_mean);
     free(r->clip_k);
     free(r->clip_v);
     free(r->gain_k);
@@ -100,8 +113,12 @@ static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd
                                .scale_v = d->scale_v};
     r->k = copy_floats(d->k, n * d->dim_k * d->dim_k, &failed);
     r->v = copy_floats(d->v, n * d->dim_v * d->dim_v, &failed);
-    r->k_t = transposed(d->k, n, d->dim_k, &failed);
-    r->v_t = transposed(d->v, n, d->dim_v, &failed);
+    r->k_back = inverted(d->k, d->k_inverse, n, d->dim_k, &failed);
+    r->v_back = inverted(d->v, d->v_inverse, n, d->dim_v, &failed);
+    r->q = d->k_inverse ? transposed(r->k_back, n, d->dim_k, &failed) : r->k;
+    r->q_back = d->k_inverse ? transposed(r->k, n, d->dim_k, &failed) : r->k_back;
+    r->k_mean = copy_floats(d->k_mean, n * d->dim_k, &failed);
+    r->v_mean = copy_floats(d->v_mean, n * d->dim_v, &failed);
     r->clip_k = copy_floats(d->clip_k, n, &failed);
     r->clip_v = copy_floats(d->clip_v, n, &failed);
     r->gain_k = copy_floats(d->gain_k, n, &failed);
@@ -124,16 +141,25 @@ static void rotate_one(void *ctx, uint64_t i)
     const struct rotate_job *job = ctx;
     const struct kvd_rotate_params *p = job->p;
     const struct kvd_rotation *r = p->rotation;
-    uint32_t dim = p->v ? r->dim_v : r->dim_k;
-    const float *m = p->v ? (p->inverse ? r->v_t : r->v) : (p->inverse ? r->k_t : r->k);
+    bool v = p->which == KVD_ROTATE_VALUES, means = p->which != KVD_ROTATE_QUERIES;
+    uint32_t dim = v ? r->dim_v : r->dim_k;
+    const float *const matrices[KVD_ROTATE_COUNT][2] = {[KVD_ROTATE_KEYS] = {r->k, r->k_back},
+                                                        [KVD_ROTATE_QUERIES] = {r->q, r->q_back},
+                                                        [KVD_ROTATE_VALUES] = {r->v, r->v_back}};
+    const float *m = matrices[p->which][p->inverse];
     uint32_t layer = (uint32_t)(i / p->rows);
     uint64_t row = i % p->rows;
     float x[KVD_MAX_HEAD_DIM], y[KVD_MAX_HEAD_DIM];
     for (uint32_t h = 0; h < p->heads; h++) {
         kvd_load_row(&p->x, layer, row, h, dim, x);
         uint32_t kv_head = h / (p->heads / p->kv_heads);
+        const float *mean = means ? kvd_mean_of(r, v, p->layer_begin + layer, kv_head) : NULL;
+        if (!p->inverse)
+            kvd_add_mean(mean, -1, 1, dim, x);
         kvd_apply(job->cpu->isa, x, 1, dim,
                   kvd_rotation_of(r, m, dim, p->layer_begin + layer, kv_head), y);
+        if (p->inverse)
+            kvd_add_mean(mean, 1, 1, dim, y);
         kvd_store_row(&p->y, layer, row, h, dim, y);
     }
 }
@@ -185,7 +211,8 @@ static void read_row(const struct read_job *job, uint32_t layer, uint64_t token,
     const struct kvd_rotation *r = p->rotation;
     kvd_row_unpack(codec, tile, dk, dv, v, row, rotated);
     kvd_apply(job->cpu->isa, rotated, 1, dim,
-              kvd_rotation_of(r, v ? r->v_t : r->k_t, dim, layer, head), x);
+              kvd_rotation_of(r, v ? r->v_back : r->k_back, dim, layer, head), x);
+    kvd_add_mean(kvd_mean_of(r, v, layer, head), 1, 1, dim, x);
 }
 
 // One (layer, token): all its heads.

@@ -75,8 +75,11 @@ void kvd_threads_run_slice(struct kvd_threads *t, struct kvd_slice *slice, uint6
 
 struct kvd_rotation {
     uint32_t n_layers, heads, dim_k, dim_v;
-    float *k, *k_t, *v, *v_t; // [layer][head][dim][dim] and transposes; NULL: identity
-    float *clip_k, *clip_v;   // [layer][head]
+    // [layer][head][dim][dim]; NULL: identity. What keys, queries and values are multiplied by, and
+    // what takes them back. Where K's are orthogonal, queries' are the keys' own memory.
+    float *k, *k_back, *q, *q_back, *v, *v_back;
+    float *k_mean, *v_mean; // [layer][head][dim]; NULL: 0
+    float *clip_k, *clip_v; // [layer][head]
     float *gain_k, *gain_v;
     enum kvd_scale scale_k, scale_v;
 };
@@ -132,6 +135,23 @@ static inline const float *kvd_rotation_of(const struct kvd_rotation *r, const f
                                            uint32_t dim, uint32_t layer, uint32_t head)
 {
     return m ? m + kvd_rotation_index(r, layer, head) * dim * dim : NULL;
+}
+
+// The mean of a layer's and kv head's rows, or NULL for 0.
+static inline const float *kvd_mean_of(const struct kvd_rotation *r, bool v, uint32_t layer,
+                                       uint32_t head)
+{
+    const float *m = v ? r->v_mean : r->k_mean;
+    return m ? m + kvd_rotation_index(r, layer, head) * (v ? r->dim_v : r->dim_k) : NULL;
+}
+
+// Adds `sign` times a mean, which may be NULL, to rows.
+static inline void kvd_add_mean(const float *mean, float sign, uint32_t rows, uint32_t dim,
+                                float *x)
+{
+    for (uint32_t r = 0; mean && r < rows; r++)
+        for (uint32_t c = 0; c < dim; c++)
+            x[r * dim + c] += sign * mean[c];
 }
 
 // y = x R, or a copy for identity.

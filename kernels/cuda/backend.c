@@ -109,6 +109,12 @@ static struct kvd_cuda_matrices side_new(const float *r, const float *clip, cons
 static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd_rotation_data *d,
                                          struct kvd_error *err)
 {
+    if (d->k_inverse || d->v_inverse || d->k_mean || d->v_mean) {
+        kvd_fail(err, KVD_E_UNSUPPORTED,
+                 "the set has transforms, with inverses and means of their own: the CUDA backend "
+                 "has kernels for rotations only");
+        return NULL;
+    }
     cudaSetDevice(cuda_of(b)->index);
     uint64_t n = (uint64_t)d->n_layers * d->heads;
     uint64_t at[N_ARRAYS], k = side_layout(n, d->dim_k, false, at);

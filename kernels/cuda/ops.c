@@ -707,8 +707,9 @@ int kvd_cuda_op_rotate(struct kvd_backend *b, const struct kvd_rotate_params *p,
 {
     struct kvd_cuda *c = cuda_of(b);
     const struct kvd_rotation *r = p->rotation;
-    const struct kvd_cuda_matrices *side = p->v ? &r->device.v : &r->device.k;
-    uint32_t dim = p->v ? r->dim_v : r->dim_k;
+    bool v = p->which == KVD_ROTATE_VALUES; // rotations turn keys and queries alike
+    const struct kvd_cuda_matrices *side = v ? &r->device.v : &r->device.k;
+    uint32_t dim = v ? r->dim_v : r->dim_k;
     uint64_t x = tensor_bytes(&p->x, p->rows, p->heads, dim);
     uint64_t y = tensor_bytes(&p->y, p->rows, p->heads, dim);
     uint32_t step = fair_layers(p->slice, (x + y) / 10, slice_layers(x + y, p->layer_count));

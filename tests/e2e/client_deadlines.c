@@ -69,7 +69,7 @@ PROBE(step, kvd_item i = item_for(p); return kvd_step(p->client, ALL, NULL, &i, 
 PROBE(enqueue, kvd_item i = item_for(p);
       return kvd_enqueue(p->client, NULL, KVD_CALL_STEP, ALL, NULL, &i, 1, &p->failure))
 PROBE(rotate, kvd_tensor_ref x = {.buffer = p->buffer};
-      return kvd_rotate(p->client, false, false, ALL, 1, KV, &x, &x, &p->failure))
+      return kvd_rotate(p->client, KVD_KEYS, false, ALL, 1, KV, &x, &x, &p->failure))
 PROBE(read_some, kvd_tensor_ref x = {.buffer = p->buffer};
       return kvd_read_tokens(p->client, ALL, p->id, 0, 1, &x, NULL, &p->failure))
 PROBE(event, kvd_event e = KVD_NEW(kvd_event);

@@ -44,7 +44,7 @@ static void use_work(void)
     REFUSED(kvd_step(client, ALL, NULL, &item, 1, ERR));
     REFUSED(kvd_enqueue(client, NULL, KVD_CALL_STEP, ALL, NULL, &item, 1, ERR));
     REFUSED(kvd_enqueued(client, ERR));
-    REFUSED(kvd_rotate(client, false, false, ALL, 1, KV, &x, &x, ERR));
+    REFUSED(kvd_rotate(client, KVD_KEYS, false, ALL, 1, KV, &x, &x, ERR));
     REFUSED(kvd_read_tokens(client, ALL, id, 0, 1, &x, NULL, ERR));
     REFUSED(kvd_buffer_new(client, 4096, &b, ERR));
     REFUSED(kvd_buffer_cuda_ipc(client, (uint8_t[64]){0}, 0, 4096, &b, ERR));

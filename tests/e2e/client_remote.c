@@ -59,7 +59,7 @@ static void work(struct outputs *out, bool strided)
     memcpy(out->lse, data + LSE_AT, LSE);
     NEED(kvd_read_tokens(client, ALL, id, TOKENS, TOKENS, NULL, &read, ERR) == 0);
     memcpy(out->read, data + READ_AT, READ);
-    NEED(kvd_rotate(client, true, false, ALL, TOKENS, KV, &x, &read, ERR) == 0);
+    NEED(kvd_rotate(client, KVD_VALUES, false, ALL, TOKENS, KV, &x, &read, ERR) == 0);
     memcpy(out->rotated, data + READ_AT, READ);
 }
 

@@ -135,11 +135,12 @@ static void wrong_reads_and_rotations(void)
     NEED(kvd_read_tokens(client, ALL, id, 0, 7, &x, &z, ERR) == 0);
     z.offset = 2;
     REFUSED(kvd_read_tokens(client, ALL, id, 0, 7, &x, &z, ERR), "shares memory with");
-    REFUSED(kvd_rotate(client, false, false, ALL, 7, 3, &x, &x, ERR), "heads is 3");
-    REFUSED(kvd_rotate(client, false, false, ALL, 7, KV, &x, &y, ERR), "y: bf16");
-    REFUSED(kvd_rotate(client, false, false, ALL, 0, KV, &x, &x, ERR), "rows is 0");
-    REFUSED(kvd_rotate(client, false, false, ALL, 7, KV, NULL, &x, ERR), "x is missing");
-    NEED(kvd_rotate(client, false, false, ALL, 7, KV, &x, &x, ERR) == 0);
+    REFUSED(kvd_rotate(client, KVD_KEYS, false, ALL, 7, 3, &x, &x, ERR), "heads is 3");
+    REFUSED(kvd_rotate(client, KVD_KEYS, false, ALL, 7, KV, &x, &y, ERR), "y: bf16");
+    REFUSED(kvd_rotate(client, KVD_KEYS, false, ALL, 0, KV, &x, &x, ERR), "rows is 0");
+    REFUSED(kvd_rotate(client, KVD_KEYS, false, ALL, 7, KV, NULL, &x, ERR), "x is missing");
+    REFUSED(kvd_rotate(client, (kvd_row_kind)3, false, ALL, 7, KV, &x, &x, ERR), "kind is 3");
+    NEED(kvd_rotate(client, KVD_KEYS, false, ALL, 7, KV, &x, &x, ERR) == 0);
 }
 
 static void wrong_direct(void)

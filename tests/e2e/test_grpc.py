@@ -144,6 +144,9 @@ def test_rotate_is_its_own_inverse_for_hadamard(rpc):
     y = np.frombuffer(y, np.float32).reshape(x.shape)
     h = np.array([[(-1) ** bin(i & j).count("1") for j in range(DIM)] for i in range(DIM)]) / 8
     assert error(y, x.astype(np.float64) @ h) < 1e-5
+    with pytest.raises(grpc.RpcError) as e:
+        rpc.kv("Rotate", session=s, rows=3, heads=HEADS, which=3, x=tensor(x), y=kv.TensorRef(dtype=1))
+    assert code_of(e) == "INVALID_ARGUMENT" and "which is 3" in e.value.details()
 
 
 def test_fork_publish_attach(rpc):

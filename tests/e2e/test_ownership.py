@@ -27,7 +27,7 @@ def test_a_running_call_keeps_its_layout(kvd, rpc):
     def rotate():
         try:
             r = other.kv("Rotate", session=last, layer_begin=0, layer_count=1, heads=1, rows=rows, x=x,
-                         which=kv.RotateRequest.K)
+                         which=kv.RotateRequest.KEYS)
             replies.append(len(r.y))
         except grpc.RpcError as e:
             replies.append(e.code().name)
@@ -100,7 +100,7 @@ def test_outputs_lie_apart(kvd, rpc):
     refused("items[0].v", rpc.kv, "Step", session=session, items=[step])
 
     def rotate(x, y):
-        return rpc.kv("Rotate", session=session, which=kv.RotateRequest.K, rows=n, heads=2, x=x, y=y)
+        return rpc.kv("Rotate", session=session, which=kv.RotateRequest.KEYS, rows=n, heads=2, x=x, y=y)
 
     rotate(at(0), at(0))  # where it lies
     refused("items[0].x", rotate, at(0), at(2))

@@ -564,7 +564,7 @@ static void rotating(uint32_t dim, uint32_t heads_rot, bool inverse, uint64_t se
     for (uint64_t i = 0; i < n; i++)
         x[i] = (float)kseq_normal(&s.rng);
     struct kvd_rotate_params p = {.rotation = a,
-                                  .v = inverse,
+                                  .which = inverse ? KVD_ROTATE_VALUES : KVD_ROTATE_QUERIES,
                                   .inverse = inverse,
                                   .layer_begin = 1,
                                   .layer_count = 2,

@@ -13,6 +13,7 @@ struct kseq {
     struct kvd_plane g;
     struct kvd_rotation_data rot;
     float *r_k, *r_v, *clip;
+    float *back_k, *back_v, *mean_k, *mean_v; // of transforms (kseq_skew); else NULL
     uint64_t length, hist_end;
     uint32_t n_bf16, n_codec;     // pages
     uint64_t *bf16, *codec;       // in host memory
@@ -108,8 +109,58 @@ static inline void kseq_init(struct kseq *s, struct kvd_plane g, uint64_t capaci
     s->v = malloc(rows * g.head_dim_v * 2);
 }
 
+// A = P D Q and its inverse, P and Q random rotations, D falling from 1 to 1 / stretch.
+static inline void kseq_transform(uint64_t *rng, uint32_t dim, double stretch, float *a,
+                                  float *back)
+{
+    float *p = malloc(sizeof(float) * dim * dim), *q = malloc(sizeof(float) * dim * dim);
+    kseq_orthogonal(rng, dim, p);
+    kseq_orthogonal(rng, dim, q);
+    for (uint32_t i = 0; i < dim; i++)
+        for (uint32_t j = 0; j < dim; j++) {
+            double there = 0, here = 0;
+            for (uint32_t c = 0; c < dim; c++) {
+                double d = pow(stretch, -(double)c / (dim - 1));
+                there += (double)p[i * dim + c] * d * q[c * dim + j];
+                here += (double)q[c * dim + i] / d * p[j * dim + c];
+            }
+            a[i * dim + j] = (float)there;
+            back[i * dim + j] = (float)here;
+        }
+    free(p);
+    free(q);
+}
+
+static inline void kseq_skew_side(struct kseq *s, bool v, double stretch, float *a, float **back,
+                                  float **mean)
+{
+    uint32_t dim = v ? s->g.head_dim_v : s->g.head_dim_k;
+    uint64_t n = (uint64_t)s->rot.n_layers * s->rot.heads, square = (uint64_t)dim * dim;
+    *back = malloc(sizeof(float) * n * square);
+    *mean = malloc(sizeof(float) * n * dim);
+    for (uint64_t m = 0; m < n; m++)
+        kseq_transform(&s->rng, dim, stretch, a + m * square, *back + m * square);
+    for (uint64_t i = 0; i < n * dim; i++)
+        (*mean)[i] = (float)(2 * kseq_normal(&s->rng));
+}
+
+// Puts transforms that are not orthogonal, and means, in the place of the rotations.
+static inline void kseq_skew(struct kseq *s, double stretch)
+{
+    kseq_skew_side(s, false, stretch, s->r_k, &s->back_k, &s->mean_k);
+    kseq_skew_side(s, true, stretch, s->r_v, &s->back_v, &s->mean_v);
+    s->rot.k_inverse = s->back_k;
+    s->rot.v_inverse = s->back_v;
+    s->rot.k_mean = s->mean_k;
+    s->rot.v_mean = s->mean_v;
+}
+
 static inline void kseq_deinit(struct kseq *s)
 {
+    free(s->back_k);
+    free(s->back_v);
+    free(s->mean_k);
+    free(s->mean_v);
     for (uint32_t i = 0; i < s->n_bf16; i++)
         free((void *)(uintptr_t)s->bf16[i]);
     for (uint32_t i = 0; i < s->n_codec; i++)
@@ -192,6 +243,23 @@ static inline const float *kseq_matrix(const struct kseq *s, bool v, uint32_t la
              : NULL;
 }
 
+// x, turned, as it was before: out = x A^-1 + mean, in double.
+static inline void kseq_back(const struct kseq *s, uint32_t layer, uint32_t head, bool v,
+                             const float *x, double *out)
+{
+    uint32_t dim = v ? s->g.head_dim_v : s->g.head_dim_k;
+    uint64_t at = (uint64_t)layer * s->rot.heads + (s->rot.heads == 1 ? 0 : head);
+    const float *m = kseq_matrix(s, v, layer, head), *back = v ? s->back_v : s->back_k;
+    const float *mean = v ? s->mean_v : s->mean_k;
+    for (uint32_t i = 0; i < dim; i++) {
+        double sum = m ? 0 : x[i];
+        for (uint32_t j = 0; m && j < dim; j++)
+            sum += (double)x[j] *
+                   (back ? back[at * dim * dim + (uint64_t)j * dim + i] : m[(uint64_t)i * dim + j]);
+        out[i] = sum + (mean ? mean[at * dim + i] : 0);
+    }
+}
+
 // What the pages say of one token: original bf16 in the windows, dequantized and un-rotated (in
 // double) in history.
 static inline void kseq_truth(const struct kseq *s, uint64_t t, uint32_t layer, uint32_t head,
@@ -212,13 +280,7 @@ static inline void kseq_truth(const struct kseq *s, uint64_t t, uint32_t layer, 
     float x[KVD_MAX_HEAD_DIM];
     uint32_t row = (uint32_t)((t - g->sink) % 64);
     kvd_row_unpack(g->codec, tile, g->head_dim_k, g->head_dim_v, v, row, x);
-    const float *m = kseq_matrix(s, v, layer, head);
-    for (uint32_t i = 0; i < dim; i++) {
-        double sum = m ? 0 : x[i];
-        for (uint32_t j = 0; m && j < dim; j++)
-            sum += (double)x[j] * m[(uint64_t)i * dim + j];
-        out[i] = sum;
-    }
+    kseq_back(s, layer, head, v, x, out);
 }
 
 static inline double kseq_rel(const double *want, const float *got, uint64_t n)

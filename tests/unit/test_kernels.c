@@ -48,8 +48,9 @@ static bool left_out(void)
     return kvd_rand(&rng) % n != 0;
 }
 
+// stretch: of transforms (kseq_skew); 0: rotations.
 static void check_shape(const char *isa, const struct shape *c, struct kvd_codecs codec,
-                        uint64_t seed)
+                        double stretch, uint64_t seed)
 {
     if (left_out())
         return;
@@ -63,6 +64,8 @@ static void check_shape(const char *isa, const struct shape *c, struct kvd_codec
     g.codec = codec;
     kseq_init(&s, g, c->length + 64, c->heads_rot, 0.96f, 0.92f, seed);
     kseq_fill(&s);
+    if (stretch > 0)
+        kseq_skew(&s, stretch);
     struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
     while (s.length < c->length) {
         uint32_t n = (uint32_t)(kvd_rand(&s.rng) % 3 ? 1 + kvd_rand(&s.rng) % 200 : 1);
@@ -81,6 +84,22 @@ static void check_shape(const char *isa, const struct shape *c, struct kvd_codec
     kvd_backend_free(&b);
 }
 
+// Inverses that are no transposes, and means: of every codec at every kind of shape.
+START_TEST(transforms_that_are_not_orthogonal)
+{
+    uint64_t seed = kvd_test_seed("transforms");
+    for (size_t i = 0; i < KVD_LEN(isas); i++)
+        for (size_t j = 0; j < KVD_LEN(attention_shapes); j++) {
+            struct shape c = attention_shapes[j];
+            struct kvd_codecs codec = {(uint32_t)(seed + i + j) % KVD_CODEC_COUNT,
+                                       (uint32_t)(seed + i + 3 * j) % KVD_CODEC_COUNT};
+            c.heads_rot = KVD_MAX(c.heads_rot, 1u);
+            if (c.length < (i == 0 ? 350 : 1300))
+                check_shape(isas[i], &c, codec, 8, seed + j);
+        }
+}
+END_TEST
+
 START_TEST(attention_matches_float64)
 {
     uint64_t seed = kvd_test_seed("attention");
@@ -90,7 +109,7 @@ START_TEST(attention_matches_float64)
             bool all = attention_shapes[j].length < (i == 0 ? 350 : 600);
             uint32_t codecs = all ? KVD_CODEC_COUNT : KVD_CODEC_INT2 + 1;
             for (uint32_t codec = 0; codec < codecs; codec++)
-                check_shape(isas[i], &attention_shapes[j], kvd_codecs_both(codec), seed + j);
+                check_shape(isas[i], &attention_shapes[j], kvd_codecs_both(codec), 0, seed + j);
         }
 }
 END_TEST
@@ -105,7 +124,7 @@ START_TEST(attention_with_a_codec_for_each_side)
         while (attention_shapes[j].length < 150 || attention_shapes[j].length > 600)
             j = (j + 1) % KVD_LEN(attention_shapes);
         if (codec.k != codec.v)
-            check_shape(isas[isa], &attention_shapes[j], codec, seed + i);
+            check_shape(isas[isa], &attention_shapes[j], codec, 0, seed + i);
     }
 }
 END_TEST
@@ -160,9 +179,10 @@ START_TEST(every_group_and_dim)
                               16, 16, 1,     170 + group,     {.q_len = 1}};
             uint32_t codec = (group + (uint32_t)i) % KVD_CODEC_COUNT;
             bool odd = (group + i) % 2;
-            check_shape(odd ? "avx512" : "avx2", &c, kvd_codecs_both(KVD_CODEC_INT2),
+            check_shape(odd ? "avx512" : "avx2", &c, kvd_codecs_both(KVD_CODEC_INT2), 0,
                         seed + group * 16 + i);
-            check_shape(odd ? "avx2" : "avx512", &c, kvd_codecs_both(codec), seed + group * 16 + i);
+            check_shape(odd ? "avx2" : "avx512", &c, kvd_codecs_both(codec), 0,
+                        seed + group * 16 + i);
         }
 }
 END_TEST
@@ -318,6 +338,8 @@ static void check_read(const char *isa, uint32_t dk, uint32_t dv, struct kvd_cod
     g.codec = codec;
     kseq_init(&s, g, TOKENS, 2, 0.96f, 0.92f, 77);
     kseq_fill(&s);
+    if (dk != dv)
+        kseq_skew(&s, 8);
     struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
     kseq_append(&s, b, rot, TOKENS);
     float *k = malloc(4 * 2 * TOKENS * 2 * dk), *v = malloc(4 * 2 * TOKENS * 2 * dv);
@@ -356,6 +378,65 @@ START_TEST(read_returns_what_pages_hold)
                 check_read(isas[i], head_dims[d][0], head_dims[d][1],
                            (struct kvd_codecs){(uint32_t)(i + d) % KVD_CODEC_COUNT,
                                                (uint32_t)(i + 2 * d) % KVD_CODEC_COUNT});
+}
+END_TEST
+
+// What rotate is to give, in double: x A^-T of queries; of others (x - mean) A.
+static void turned(const struct kseq *s, enum kvd_rotate which, uint32_t layer, uint32_t head,
+                   const float *x, double *out)
+{
+    bool v = which == KVD_ROTATE_VALUES;
+    uint32_t dim = v ? s->g.head_dim_v : s->g.head_dim_k;
+    uint64_t at = (uint64_t)layer * s->rot.heads + head;
+    const float *m = kseq_matrix(s, v, layer, head), *mean = v ? s->mean_v : s->mean_k;
+    for (uint32_t j = 0; j < dim; j++) {
+        out[j] = 0;
+        for (uint32_t i = 0; i < dim; i++)
+            if (which == KVD_ROTATE_QUERIES)
+                out[j] += (double)x[i] * s->back_k[at * dim * dim + (uint64_t)j * dim + i];
+            else
+                out[j] += ((double)x[i] - mean[at * dim + i]) * m[(uint64_t)i * dim + j];
+    }
+}
+
+START_TEST(rows_are_turned_as_what_they_are_and_back)
+{
+    enum { ROWS = 5, HEADS = 6, DK = 64, DV = 128, N = 2 * ROWS * HEADS * DV };
+    uint64_t seed = kvd_test_seed("rows");
+    struct kvd_backend *b = backend(NULL, 2);
+    struct kseq s;
+    kseq_init(&s, test_plane(2, 2, 3, DK, DV, KVD_CODEC_INT2, 64, 64), 64, 2, 1, 1, seed);
+    kseq_skew(&s, 20);
+    struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
+    static float x[N], y[N], z[N];
+    for (int which = 0; which < KVD_ROTATE_COUNT; which++) {
+        uint32_t dim = which == KVD_ROTATE_VALUES ? DV : DK;
+        for (size_t i = 0; i < N; i++)
+            x[i] = (float)kseq_normal(&s.rng);
+        struct kvd_rotate_params p = {.rotation = rot,
+                                      .which = (enum kvd_rotate)which,
+                                      .layer_count = 2,
+                                      .rows = ROWS,
+                                      .heads = HEADS,
+                                      .kv_heads = 2,
+                                      .x = kseq_tensor(x, KVD_DTYPE_F32, ROWS, HEADS, dim, 0),
+                                      .y = kseq_tensor(y, KVD_DTYPE_F32, ROWS, HEADS, dim, 0)};
+        b->ops->rotate(b, &p, NULL);
+        for (uint32_t i = 0; i < 2 * ROWS * HEADS; i++) {
+            double want[DV];
+            turned(&s, p.which, i / HEADS / ROWS, i % HEADS / 3, x + i * dim, want);
+            ck_assert_double_lt(kseq_rel(want, y + i * dim, dim), 1e-5);
+        }
+        p.x = p.y;
+        p.y = kseq_tensor(z, KVD_DTYPE_F32, ROWS, HEADS, dim, 0);
+        p.inverse = true;
+        b->ops->rotate(b, &p, NULL);
+        for (size_t i = 0; i < 2 * ROWS * HEADS * dim; i++)
+            ck_assert_double_eq_tol(x[i], z[i], 1e-4);
+    }
+    b->ops->rotation_free(b, &rot);
+    kseq_deinit(&s);
+    kvd_backend_free(&b);
 }
 END_TEST
 
@@ -527,6 +608,7 @@ KVD_MAIN("kernels", 300, avx2_is_among_those_tested, avx512_is_among_those_teste
          codes_match_a_float64_derivation, scales_are_chosen_by_side, attention_matches_float64,
          attention_with_a_codec_for_each_side, precision_does_not_fall_with_length,
          every_group_and_dim, instruction_sets_write_the_same_pages, read_returns_what_pages_hold,
-         rotation_is_undone_by_its_inverse, nonfinite_values_are_found,
+         rotation_is_undone_by_its_inverse, rows_are_turned_as_what_they_are_and_back,
+         transforms_that_are_not_orthogonal, nonfinite_values_are_found,
          queries_that_are_not_finite_give_nan_alone, logits_that_overflow_give_nan, half_precision,
          extents_are_taken_over)

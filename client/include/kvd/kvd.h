@@ -2,8 +2,7 @@
  * libkvd: a worker's side of kvd, the shared KV-cache memory daemon. Plain C; one header.
  *
  * A kvd_client is one session with a daemon, for one model layout. Its functions may be called
- * from several threads at once, but for kvd_close; calls on the same sequence are the caller's to
- * order.
+ * from several threads at once, but for kvd_close; the caller orders calls on the same sequence.
  *
  * Functions return KVD_SUCCESS or a kvd_result; with a failure *err (may be NULL) says what was
  * wrong and how to mend it, and nothing has changed. Outputs are written on success only. What a
@@ -215,8 +214,7 @@ KVD_API kvd_result kvd_buffer_new(kvd_client *client, uint64_t bytes, kvd_buffer
                                   kvd_failure *err);
 /** Registers memory of the GPU that kvd runs on, from cudaMalloc or an allocator above it, such as
  * PyTorch's. Work that writes or reads it must have finished before a call that uses it:
- * synchronize its stream; after a cudaMemcpy from host memory too, which may return before it is
- * done.
+ * synchronize its stream, after a cudaMemcpy from host memory too, which may return earlier.
  * @param client whose it is
  * @param data where it begins; stays the caller's and must outlive the buffer
  * @param bytes at least 1
@@ -228,8 +226,7 @@ KVD_API kvd_result kvd_buffer_cuda(kvd_client *client, void *data, uint64_t byte
                                    kvd_failure *err);
 /** The same for who has a handle of the allocation already.
  * @param client whose it is
- * @param handle a cudaIpcMemHandle_t: 64 bytes, which are copied; the memory must outlive the
- * buffer
+ * @param handle a cudaIpcMemHandle_t, 64 bytes, copied; the memory must outlive the buffer
  * @param offset bytes into the allocation at which the buffer begins
  * @param bytes at least 1
  * @param[out] out to be freed by kvd_buffer_free, or with the client
@@ -251,8 +248,7 @@ KVD_API kvd_result kvd_buffer_cuda_fd(kvd_client *client, int fd, uint64_t bytes
 /** Frees a buffer. Calls that use it must have returned.
  * @param buffer what is freed, and becomes NULL; *buffer may be NULL */
 KVD_API void kvd_buffer_free(kvd_buffer **buffer);
-/** Frees a buffer, but for its memory, which stays where it is: for languages whose arrays may
- * outlive a client.
+/** Frees a buffer but for its memory, which stays: for languages whose arrays outlive a client.
  * @param buffer what is freed, and becomes NULL; *buffer may be NULL
  * @return that memory; if kvd_buffer_new made it, it is the caller's to munmap (its size rounded up
  * to pages) */
@@ -344,8 +340,7 @@ typedef struct kvd_sequence_info {
     char name[129];          /**< under which it is published, or "" */
     uint32_t holds;          /**< how many times this session is to free it */
 } kvd_sequence_info;
-/** Takes hold of a published sequence. Every attach is a hold of its own: the sequence stays until
- * it was freed as often.
+/** Takes hold of a published sequence, which stays until it was freed as often as it was attached.
  * @param client whose
  * @param name its name in the namespace
  * @param[in,out] out its size is read; out->sequence is to be freed by kvd_sequences_free, or with
@@ -456,26 +451,31 @@ KVD_API kvd_result kvd_attend(kvd_client *client, kvd_layers layers, const kvd_a
  * @param[out] err says why it failed; may be NULL
  * @retval KVD_ERR_INVALID an item or a tensor is malformed, or K or V hold NaN or Inf
  * @retval KVD_ERR_NOT_FOUND the session does not hold a sequence
- * @retval KVD_ERR_PRECONDITION as for kvd_append; or it had been applied, and the window that it
- * saw is compressed since
+ * @retval KVD_ERR_PRECONDITION as for kvd_append; or it had been applied, its window compressed
  * @retval KVD_ERR_EXHAUSTED the pool or a quota is full, or the call is too large */
 KVD_API kvd_result kvd_step(kvd_client *client, kvd_layers layers, const kvd_attention *attention,
                             const kvd_item *items, uint32_t count, kvd_failure *err);
-/** Rotates rows as the session's rotation set does: y = x R, or with the transpose.
+/** What rows are. */
+typedef enum kvd_row_kind {
+    KVD_KEYS = 0, /**< K */
+    KVD_QUERIES,  /**< queries, of kv_heads or q_heads */
+    KVD_VALUES    /**< V */
+} kvd_row_kind;
+/** Turns rows as the session's set does: keys, values to (x - mean) A, queries to x A^-T; or back.
  * @param client whose
- * @param v whether by R_V, not R_K
- * @param inverse whether by the transpose
+ * @param kind what the rows are
+ * @param inverse whether back
  * @param layers whose matrices
  * @param rows tokens of x and y
  * @param heads heads of a row: kv_heads or q_heads
  * @param x [layers][rows][heads][head_dim]
  * @param[out] y the same shape; may be x
  * @param[out] err says why it failed; may be NULL
- * @retval KVD_ERR_INVALID a tensor is malformed, or rows or heads are out of range
+ * @retval KVD_ERR_INVALID a tensor is malformed, or kind, rows or heads are out of range
  * @retval KVD_ERR_PRECONDITION codec bf16 has no rotations */
-KVD_API kvd_result kvd_rotate(kvd_client *client, bool v, bool inverse, kvd_layers layers,
-                              uint32_t rows, uint32_t heads, const kvd_tensor_ref *x,
-                              const kvd_tensor_ref *y, kvd_failure *err);
+KVD_API kvd_result kvd_rotate(kvd_client *client, kvd_row_kind kind, bool inverse,
+                              kvd_layers layers, uint32_t rows, uint32_t heads,
+                              const kvd_tensor_ref *x, const kvd_tensor_ref *y, kvd_failure *err);
 /** Reads tokens back, dequantized and un-rotated.
  * @param client whose
  * @param layers which are read

@@ -492,9 +492,10 @@ class Client(lib.OfProcess):
         """Whether the daemon runs on a GPU."""
         return str(self.info["backend"]).startswith("cuda")
 
-    def rotate(self, x: AnyTensor, y: AnyTensor, *, side: Literal["k", "v"] = "k", inverse: bool = False, layer: int = 0) -> None:
-        """y = x R of K's or V's rotations, or x R^T. Heads are kv_heads or q_heads; y may be x."""
-        _check.choice("side", side, "k", "v")
+    def rotate(self, x: AnyTensor, y: AnyTensor, *, side: Literal["k", "q", "v"] = "k", inverse: bool = False, layer: int = 0) -> None:
+        """Turns keys or values to (x - mean) A as the session's set does, or queries to x A^-T, or back. Heads are kv_heads or
+        q_heads; y may be x."""
+        _check.choice("side", side, "k", "q", "v")
         inverse = _check.flag("inverse", inverse)
         f = _check.facts("x", x, self)
         shape = self.shapes[_check.integer("layer", layer, 0, len(self.layers) - 1)]
@@ -502,7 +503,7 @@ class Client(lib.OfProcess):
         names = ("layers", "rows", "kv_heads or q_heads", "head_dim")
         _check.same_shape("x", f.shape, ("layers", "rows", heads, shape.head_dim[side == "v"]), names)
         refs = _check.reference("x", f, _BOTH), _check.tensor("y", y, self, f.shape, names, _BOTH)
-        lib.call("kvd_rotate", self._open(), side == "v", inverse, self._layers(layer, f.shape[0]), f.shape[1], f.shape[2],
+        lib.call("kvd_rotate", self._open(), "kqv".index(side), inverse, self._layers(layer, f.shape[0]), f.shape[1], f.shape[2],
                  c.byref(refs[0]), c.byref(refs[1]))
 
     def next_event(self, timeout: float = 1.0) -> Optional[Event]:

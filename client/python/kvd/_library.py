@@ -196,7 +196,7 @@ _FUNCTIONS = {  # name: argument types; all of these return a kvd_result and end
     "kvd_step": [_P, Layers, c.POINTER(Attention), c.POINTER(ItemStruct), c.c_uint32],
     "kvd_enqueue": [_P, _P, c.c_int, Layers, c.POINTER(Attention), c.POINTER(ItemStruct), c.c_uint32],
     "kvd_enqueued": [_P],
-    "kvd_rotate": [_P, c.c_bool, c.c_bool, Layers, c.c_uint32, c.c_uint32, c.POINTER(TensorRef), c.POINTER(TensorRef)],
+    "kvd_rotate": [_P, c.c_int, c.c_bool, Layers, c.c_uint32, c.c_uint32, c.POINTER(TensorRef), c.POINTER(TensorRef)],
     "kvd_read_tokens": [_P, Layers, c.c_uint64, c.c_uint64, c.c_uint32, c.POINTER(TensorRef), c.POINTER(TensorRef)],
     "kvd_direct_open": [_P, c.POINTER(DirectOptions), c.POINTER(_P)],
     "kvd_direct_bind": [_P, c.c_uint32, c.c_uint64],
