@@ -12,7 +12,7 @@ static int several(const struct kvd_instances *all, struct kvd_error *err)
         at += (size_t)snprintf(list + at, sizeof(list) - at, "\n  %s%s%s", all->address[i],
                                *all->name[i] ? "   --instance " : "", all->name[i]);
     kvd_fail(err, KVD_E_INVALID,
-             "there are %u daemons; say which with --instance or --address (or --all, to look at "
+             "there are %u daemons; say which with --instance or --address (or --all, for "
              "each):%s",
              all->n, list);
     return EXIT_USED_WRONG;
@@ -65,6 +65,11 @@ int kvctl_everywhere(struct kvctl *k)
     if (all.n == 0) {
         fprintf(stderr, "kvctl: no kvd listens under %s\n", kvd_runtime_folder());
         return EXIT_UNREACHABLE;
+    }
+    int answer = k->command->all_asks ? kvctl_confirm(k, "%s", k->command->all_asks) : EXIT_OK;
+    if (answer) {
+        kvd_instances_free(&all);
+        return answer;
     }
     json_t *collected = k->json ? json_array() : NULL;
     for (unsigned i = 0; i < all.n; i++) {

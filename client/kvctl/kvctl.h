@@ -65,9 +65,10 @@ struct command {
     unsigned required; // of them
     bool repeats;      // the last argument
     struct option_spec options[MAX_OPTIONS];
-    bool everywhere; // --all runs it for every instance
-    bool takes_all;  // --all means something of its own
-    bool operators;  // for operators only
+    bool everywhere;      // --all runs it for every instance
+    const char *all_asks; // what is asked before it does; NULL: nothing
+    bool takes_all;       // --all means something of its own
+    bool operators;       // for operators only
     int (*run)(struct kvctl *k);
 };
 
@@ -127,7 +128,8 @@ void kvctl_hang_up(struct kvctl *k);
 // Finds the daemon that --address, --instance, $KVD_ADDRESS or else the runtime folder name, and
 // fills in k->address. An exit code, with *err.
 int kvctl_find(struct kvctl *k, struct kvd_error *err);
-// Runs the command for every instance that there is. The worst of the exit codes.
+// Runs the command for every instance that there is, also where it failed for one. The worst of the
+// exit codes.
 int kvctl_everywhere(struct kvctl *k);
 
 // -- output.c -----------------------------------------------------------------------------------

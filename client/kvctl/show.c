@@ -55,6 +55,33 @@ int cmd_status(struct kvctl *k)
     return EXIT_OK;
 }
 
+// The first digits of a layout's digest: enough to tell one from another.
+static void layout_cell(struct table *t, const char *digest)
+{
+    const char *hex = strchr(digest, ':');
+    table_cell(t, "%.12s", hex ? hex + 1 : "-");
+}
+
+// One cell of what each plane has: "int2", or "int2 bf16" where they differ.
+static void codecs_cell(struct table *t, Kvd__V1__PlaneInfo **planes, size_t n)
+{
+    char text[256] = "";
+    for (size_t i = 0, at = 0; i < n && at < sizeof(text); i++)
+        if (i == 0 || strcmp(planes[i]->codec, planes[i - 1]->codec) != 0)
+            at += (size_t)snprintf(text + at, sizeof(text) - at, "%s%s", i ? " " : "",
+                                   planes[i]->codec);
+    table_cell(t, "%s", n ? text : "-");
+}
+
+static void layers_cell(struct table *t, Kvd__V1__PlaneInfo **planes, size_t n)
+{
+    char text[128] = "-";
+    for (size_t i = 0, at = 0; i < n && at < sizeof(text); i++)
+        at +=
+            (size_t)snprintf(text + at, sizeof(text) - at, "%s%u", i ? "+" : "", planes[i]->layers);
+    table_cell(t, "%s", text);
+}
+
 static int show_workers(struct kvctl *k)
 {
     Kvd__V1__ListSessionsRequest req = KVD__V1__LIST_SESSIONS_REQUEST__INIT;
@@ -64,8 +91,8 @@ static int show_workers(struct kvctl *k)
         return code;
     if (k->json)
         return kvctl_print_json(k, &r->base);
-    struct table *t = table_new(
-        ">ID|NAMESPACE|CLIENT|>PID|>UID|>AGE|>IDLE|>SEQS|>PAGES|>BUFFERS|>CALLS|CODEC|ROTATION");
+    struct table *t = table_new(">ID|NAMESPACE|CLIENT|>PID|>UID|>AGE|>IDLE|>SEQS|>PAGES|>BUFFERS|"
+                                ">CALLS|>LAYERS|CODEC|ROTATION|RANK|LAYOUT");
     for (size_t i = 0; i < r->n_sessions; i++) {
         const Kvd__V1__SessionInfo *s = r->sessions[i];
         table_cell(t, "%llu", (unsigned long long)s->id);
@@ -79,8 +106,11 @@ static int show_workers(struct kvctl *k)
         table_size(t, s->page_bytes);
         table_size(t, s->buffer_bytes);
         table_cell(t, "%llu", (unsigned long long)s->calls);
-        table_cell(t, "%s", s->codec);
+        layers_cell(t, s->planes, s->n_planes);
+        codecs_cell(t, s->planes, s->n_planes);
         table_cell(t, "%.20s", *s->rotation_set ? s->rotation_set : "-");
+        table_cell(t, s->tp_size > 1 ? "%u of %u" : "-", s->tp_rank, s->tp_size);
+        layout_cell(t, s->layout_digest);
     }
     table_print(t, "no sessions");
     kvd__v1__list_sessions_reply__free_unpacked(r, NULL);
@@ -90,6 +120,20 @@ static int show_workers(struct kvctl *k)
 int cmd_workers(struct kvctl *k)
 {
     return show_workers(k);
+}
+
+// What is compressed, and in which codec, plane by plane.
+static void planes_cells(struct table *t, const Kvd__V1__AdminSequence *s)
+{
+    char tokens[256] = "-", codecs[256] = "-";
+    for (size_t i = 0, at = 0; i < s->n_planes && at < sizeof(tokens); i++)
+        at += (size_t)snprintf(tokens + at, sizeof(tokens) - at, "%s%llu", i ? " " : "",
+                               (unsigned long long)s->planes[i]->history_tokens);
+    for (size_t i = 0, at = 0; i < s->n_planes && at < sizeof(codecs); i++)
+        at += (size_t)snprintf(codecs + at, sizeof(codecs) - at, "%s%s", i ? " " : "",
+                               s->planes[i]->codec);
+    table_cell(t, "%s", tokens);
+    table_cell(t, "%s", codecs);
 }
 
 int cmd_sequences(struct kvctl *k)
@@ -103,17 +147,18 @@ int cmd_sequences(struct kvctl *k)
         return code;
     if (k->json)
         return kvctl_print_json(k, &r->base);
-    struct table *t = table_new(">ID|NAMESPACE|NAME|>TOKENS|>COMPRESSED|>BYTES|>HOLDERS|CODEC");
+    struct table *t =
+        table_new(">ID|NAMESPACE|NAME|>TOKENS|>COMPRESSED|CODEC|>BYTES|>HOLDERS|LAYOUT");
     for (size_t i = 0; i < r->n_sequences; i++) {
         const Kvd__V1__AdminSequence *s = r->sequences[i];
         table_cell(t, "%llu", (unsigned long long)s->sequence);
         table_cell(t, "%s", s->namespace_name);
         table_cell(t, "%s", *s->name ? s->name : "-");
         table_cell(t, "%llu", (unsigned long long)s->length);
-        table_cell(t, "%llu", (unsigned long long)s->history_tokens);
+        planes_cells(t, s);
         table_size(t, s->bytes);
         table_cell(t, "%u", s->holders);
-        table_cell(t, "%s", s->codec);
+        layout_cell(t, s->layout_digest);
     }
     table_print(t, "no sequences");
     if (r->more)
@@ -171,10 +216,13 @@ static int show_pool(struct kvctl *k)
         kvd_format_size(r->pool_bytes, a, sizeof(a)), kvd_format_size(r->used_bytes, b, sizeof(b)),
         kvd_format_size(r->slack_bytes, c, sizeof(c)), kvd_format_size(r->free_bytes, d, sizeof(d)),
         r->extents_granted, r->extents_total, r->extents_made, (unsigned long long)r->evictions);
-    struct table *t = table_new("NAMESPACE|KIND|>PAGE|>USED PAGES|>FREE PAGES|>EXTENTS");
+    struct table *t =
+        table_new("NAMESPACE|LAYOUT|>PLANE|KIND|>PAGE|>USED PAGES|>FREE PAGES|>EXTENTS");
     for (size_t i = 0; i < r->n_groups; i++) {
         const Kvd__V1__ExtentGroup *g = r->groups[i];
         table_cell(t, "%s", g->namespace_name);
+        layout_cell(t, g->layout_digest);
+        table_cell(t, "%u", g->plane);
         table_cell(t, "%s", g->kind);
         table_size(t, g->page_bytes);
         table_cell(t, "%llu", (unsigned long long)g->pages_used);

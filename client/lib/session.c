@@ -110,6 +110,14 @@ static int make_session(kvd_client *c, bool resume, uint64_t deadline, struct kv
                               &reply, err);
     if (rc)
         return rc;
+    if (reply->sinks != c->n_sinks) {
+        // Its attention would be another one, silently.
+        kvd_fail(err, KVD_E_UNSUPPORTED,
+                 "the session has %u attention sinks, and kvd %.60s took %u of them", c->n_sinks,
+                 reply->version, reply->sinks);
+        kvd__v1__open_session_reply__free_unpacked(reply, NULL);
+        return err->code;
+    }
     if (c->opened)
         kvd__v1__open_session_reply__free_unpacked(c->opened, NULL);
     c->opened = reply;

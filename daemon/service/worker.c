@@ -166,6 +166,7 @@ static void reply(struct kvd_call *call, const struct kvd_session *s)
     r.version = (char *)kvd_build_version();
     r.backend = (char *)d->backend->ops->name;
     r.lease_ms = s->lease_ms;
+    r.sinks = s->n_sinks;
     kvd_call_reply(call, &r);
 }
 
@@ -247,6 +248,7 @@ static int make_session(struct opening *o, struct kvd_rotset *set, struct kvd_se
     if (sinks)
         memcpy(sinks, o->req->sinks, sink_bytes);
     s->sinks = KVD_TAKE(sinks);
+    s->n_sinks = (uint32_t)o->req->n_sinks;
     s->lease_ms = 0;
     if (!conn)
         kvd_session_lease(d, s, o->req->lease_ms ? o->req->lease_ms : 60000);

@@ -48,6 +48,7 @@ struct kvd_session {
     struct kvd_buffer *buffers;
     uint64_t buffer_bytes;
     float *sinks;      // for each layer of the layout, one for each of its q heads; NULL: none
+    uint32_t n_sinks;  // how many they are
     uint32_t *extents; // per extent: the version that was sent over the fd socket; NULL: none yet
     uint32_t rotations_sent;   // planes, one bit each
     struct kvd_call *watchers; // linked by call->next_watch

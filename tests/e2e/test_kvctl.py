@@ -98,7 +98,7 @@ calib import a b c | calib hadamard a/b@c 3-1 64 | calib hadamard a/b@c 0-3 65 |
 calib publish f nonsense | calib fit d | calib fit d o --threads none | calib fit d o --layers 9-1 | calib fit d o --clip x
 calib fit d o --objective-k none | calib fit d o --compose none | calib eval | calib eval d --codecs int7 | calib eval d -c x
 --timeout soon status | --timeout 0 status | --timeout -1 status | status --instance a/b | status --instance ""
-help nonsense | help quota nonsense | help status x | nonsense | --nonsense | status --all | --all drain | --json
+help nonsense | help quota nonsense | help status x | nonsense | --nonsense | status --all | --all drain | --json | drain --all 1
 --all quota set default 1MiB | top --all 1 1
 """
 
@@ -277,6 +277,13 @@ def test_the_daemon_is_found(start, folder):
         assert "== 0: unix:" in text and "== 1: unix:" in text and text.count("extents granted") == 2
         # An address that is named is taken without looking.
         assert run("status", env={**env, "KVD_ADDRESS": two.address}).returncode == 0
+        # What steers goes to each of them, too.
+        assert run("log-level", "info", "--all", env=env).stdout.count("info (was ") == 2
+        assert [x["reply"]["applied"] for x in json.loads(run("reload", "--all", "--json", env=env).stdout)] == [True, True]
+        r = run("drain", "1", "--all", env=env)
+        assert r.returncode == 2 and "say --yes" in r.stderr and two.process.poll() is None
+        assert run("drain", "1", "--all", "--yes", env=env).stdout.count("draining; 0 sessions") == 2
+        assert one.process.wait(20) == 0
     finally:
         assert two.stop() == 0
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from conftest import BUILD, free_port, kv, layout
-from test_grpc import bf16, code_of, error, tensor, widen
+from test_grpc import append, bf16, code_of, error, tensor, widen
 
 os.environ.setdefault("KVD_LIBRARY", str(BUILD / "client/libkvd.so.0"))
 import kvd as package  # noqa: E402
@@ -138,6 +138,7 @@ def test_planes_agree_with_float64(kvd, rpc):
 def test_sinks_agree_with_float64(kvd, rpc):
     """Of layers in several planes: each run of layers gets its own."""
     opened = open_planes(rpc, sinks=SINKS)
+    assert opened.sinks == len(SINKS) and open_planes(rpc).sinks == 0
     sequence = rpc.kv("CreateSequences", session=opened.session, request_id=1, count=1).sequences[0]
     m = Model(rpc, opened.session, sequence, 7, 2e-3 if kvd.on_gpu() else 1e-5, SINKS)
     for n in (1, 300, 1, 40):
@@ -187,6 +188,30 @@ def test_what_windows_free_is_gone(rpc):
     with pytest.raises(grpc.RpcError) as e:
         m.call("Attend", 500, (0, 4), q_len=500)
     assert code_of(e) == "FAILED_PRECONDITION" and "use Step" in e.value.details()
+
+
+def test_listings_tell_planes(kvd, rpc):
+    planes = [dict(layers=[0, 2, 3], window=200, windows=kv.Windows(recent=64)), dict(layers=[1], codec="bf16")]
+    opened = open_planes(rpc, "int2", planes)
+    sequence = rpc.kv("CreateSequences", session=opened.session, request_id=1, count=1).sequences[0]
+    k, v = (bf16(np.zeros((4, 900, 2, 64))) for _ in range(2))
+    append(rpc, opened.session, sequence, 0, k, v)
+    session = next(s for s in rpc.admin("ListSessions").sessions if s.layout_digest == opened.layout_digest)
+    assert [(p.layers, p.codec, p.sink, p.recent, p.window, p.q_heads) for p in session.planes] == [
+        (len(p.layers), p.codec, p.windows.sink, p.windows.recent, p.window, p.q_heads) for p in opened.layout.planes]
+    listed = next(s for s in rpc.admin("ListSequences").sequences if s.sequence == sequence)
+    assert listed.layout_digest == opened.layout_digest and [p.codec for p in listed.planes] == ["int2", "bf16"]
+    info = rpc.kv("DescribeSequences", session=opened.session, sequences=[sequence]).sequences[0]
+    assert listed.planes[0].history_tokens == info.history_tokens and listed.planes[0].first % 64 == 0 < listed.planes[0].first
+    assert listed.planes[1].history_tokens > info.history_tokens and listed.planes[1].first == 0
+    assert sum(p.bf16_pages for p in listed.planes) == info.bf16_pages and sum(p.codec_pages for p in listed.planes) == info.codec_pages
+    groups = [g for g in rpc.admin("GetPool").groups if g.layout_digest == opened.layout_digest]
+    assert sum(g.pages_used for g in groups) == info.bf16_pages + info.codec_pages and {g.plane for g in groups} == {0, 1}
+    short = opened.layout_digest[7:19]
+    workers = next(l for l in kvd.kvctl("workers").stdout.splitlines() if short in l)
+    assert "3+1" in workers and "int2 bf16" in workers
+    assert f"{info.history_tokens} {listed.planes[1].history_tokens}" in next(l for l in kvd.kvctl("sequences").stdout.splitlines() if short in l)
+    assert short in kvd.kvctl("pool").stdout
 
 
 def test_compressed_planes(kvd, rpc):

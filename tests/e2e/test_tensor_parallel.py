@@ -83,7 +83,9 @@ def test_ranks_have_layouts_of_their_own(split):
     with pytest.raises(grpc.RpcError) as e:
         split.kv("AttachSequence", session=second.session, name="of-rank-0")
     assert code_of(e) == "FAILED_PRECONDITION" and "tensor-parallel rank" in e.value.details()
-    assert sorted({(s.tp_rank, s.tp_size) for s in split.admin("ListSessions").sessions}) == sorted(kinds)
+    listed = split.admin("ListSessions").sessions
+    assert sorted({(s.tp_rank, s.tp_size) for s in listed}) == sorted(kinds)
+    assert {opened[k].layout_digest for k in kinds} <= {s.layout_digest for s in listed}
 
 
 @pytest.mark.parametrize("rank, size, kv_heads, code, words", [
