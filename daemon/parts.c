@@ -20,6 +20,7 @@
 #include "daemon/service/health.h"
 #include "daemon/service/http.h"
 #include "daemon/service/prompts.h"
+#include "daemon/service/restore.h"
 #include "daemon/service/rotations.h"
 #include "daemon/session/buffer.h"
 #include "daemon/session/fdsock.h"
@@ -50,6 +51,7 @@ const struct kvd_part *const kvd_parts[] = {
     &kvd_part_works,     // calls, and their line
     &kvd_part_exec,      // the executor
     &kvd_part_demotion,  // new blocks to tiers
+    &kvd_part_restores,  // and back
     &kvd_part_locks,     // before anything listens
     &kvd_part_rpc,       // gRPC
     &kvd_part_fdsock,    // the fd socket

@@ -129,8 +129,9 @@ void kvd_blocks_new_again(struct kvd_pool *pool, const struct kvd_blocks_load *l
 void kvd_blocks_put_down(struct kvd_pool *pool, struct kvd_blocks_load *load);
 
 // Of a prompt's blocks, in which planes they have pages, as bits; 0 for those that are not there.
-void kvd_blocks_planes(struct kvd_pool *pool, const struct kvd_blocks_space *space,
-                       const struct kvd_prefix_key *keys, uint32_t n, uint8_t *planes);
+// Returns how many leading ones are known.
+uint32_t kvd_blocks_planes(struct kvd_pool *pool, const struct kvd_blocks_space *space,
+                           const struct kvd_prefix_key *keys, uint32_t n, uint8_t *planes);
 // The kind of the pages that a layout's blocks number `block` have in a plane.
 enum kvd_pool_kind kvd_blocks_kind(const struct kvd_layout *l, uint32_t plane, uint32_t block);
 // The first block that the token after `blocks` blocks sees in a plane.

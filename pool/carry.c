@@ -93,8 +93,8 @@ void kvd_blocks_put_down(struct kvd_pool *pool, struct kvd_blocks_load *load)
 
 // -- back ---------------------------------------------------------------------------------------
 
-void kvd_blocks_planes(struct kvd_pool *pool, const struct kvd_blocks_space *space,
-                       const struct kvd_prefix_key *keys, uint32_t n, uint8_t *planes)
+uint32_t kvd_blocks_planes(struct kvd_pool *pool, const struct kvd_blocks_space *space,
+                           const struct kvd_prefix_key *keys, uint32_t n, uint8_t *planes)
 {
     const struct kept *k = pool->kept ? pool->kept[space->ns] : NULL;
     struct blocks_room *room = k ? blocks_room(pool, NULL) : NULL;
@@ -102,7 +102,7 @@ void kvd_blocks_planes(struct kvd_pool *pool, const struct kvd_blocks_space *spa
     struct kvd_prefix_query q = {.domain = domain, .n = n, .keys = keys};
     memset(planes, 0, n);
     if (domain == KVD_PREFIX_NONE)
-        return;
+        return 0;
     kvd_prefix_peek(k->ix, &q, 1);
     blocks_path(k, q.entry, q.found, room->path);
     for (uint32_t i = 0; i < q.found; i++) {
@@ -112,6 +112,7 @@ void kvd_blocks_planes(struct kvd_pool *pool, const struct kvd_blocks_space *spa
             if (kept_page(pool, k, space->layout, e.value, p) != KVD_POOL_NONE)
                 planes[i] |= (uint8_t)(1u << p);
     }
+    return q.found;
 }
 
 enum kvd_pool_kind kvd_blocks_kind(const struct kvd_layout *l, uint32_t plane, uint32_t block)

@@ -10,6 +10,7 @@
 #include "daemon/rpc/rpc.h"
 #include "daemon/service/events.h"
 #include "daemon/service/handlers.h"
+#include "daemon/service/restore.h"
 #include "daemon/session/leases.h"
 #include "daemon/session/replay.h"
 
@@ -27,9 +28,13 @@ struct job {
     uint32_t n, at;                // prompts
     uint32_t blocks, hashed, done; // of the one that it is at; `open`: it is at one
     bool open;
+    struct kvd_restore *restore; // of the same; NULL: none was wanted yet
+    bool restored;               // and it is done, as `answer` says
+    struct kvd_restore_answer answer;
     struct kvd_blocks_space space;
     struct kvd_prefix_key *keys; // room for the longest
     Kvd__V1__PrefixMatch *matches, **match_refs;
+    uint32_t (*behind)[KVD_TIERS_MOST]; // what the matches point to
     Kvd__V1__PublishedBlocks *published, **published_refs;
     struct job *prev, *next;
 };
@@ -37,8 +42,8 @@ struct job {
 // Of a namespace, by its slot, which may be another's by now.
 struct counts {
     char name[KVD_MAX_NAMESPACE + 1];
-    uint64_t looked_up, found, adopted; // tokens
-    uint64_t published;                 // blocks that were new
+    uint64_t looked_up, found, adopted, restored; // tokens
+    uint64_t published;                           // blocks that were new
 };
 
 struct kvd_prompts {
@@ -82,6 +87,8 @@ static const Kvd__V1__PrefixKeys *keys_of(const struct job *j, uint32_t i)
 
 static void job_free(struct job *j)
 {
+    kvd_restore_end(&j->restore);
+    free(j->behind);
     free(j->keys);
     free(j->matches);
     free(j->match_refs);
@@ -118,6 +125,11 @@ static void job_reply(struct job *j)
         kvd_call_reply(j->call, &r);
     } else {
         Kvd__V1__MatchPrefixReply r = KVD__V1__MATCH_PREFIX_REPLY__INIT;
+        char *tiers[KVD_TIERS_MOST];
+        for (uint32_t i = 0; i < kvd_tiers_count(j->call->d); i++)
+            tiers[i] = (char *)(uintptr_t)kvd_tier_name(kvd_tiers_get_tier(j->call->d, i));
+        r.n_tiers = kvd_tiers_count(j->call->d);
+        r.tiers = tiers;
         r.n_matches = j->n;
         r.matches = j->match_refs;
         r.lease_ms = ((const Kvd__V1__MatchPrefixRequest *)(void *)j->call->request)->lease_ms;
@@ -134,8 +146,62 @@ static int begin_prompt(struct kvd_daemon *d, struct job *j, const struct kvd_se
     if (rc == KVD_OK)
         rc = kvd_prompt_space(d, s->ns, s->layout, keys_of(j, j->at), &j->space, err);
     j->hashed = j->done = 0;
+    j->restored = false;
     j->open = rc == KVD_OK;
     return rc;
+}
+
+// Blocks [from, to) of the prompt that it is at are known now.
+static void tell_known(struct kvd_daemon *d, const struct job *j, uint32_t from, uint32_t to)
+{
+    for (; from < to; from += GONE) {
+        const uint32_t n = KVD_MIN(to - from, (uint32_t)GONE);
+        kvd_event_blocks(d, j->space.ns, KVD__V1__EVENT__KIND__BLOCKS_STORED, &j->keys[from], n,
+                         from ? &j->keys[from - 1] : NULL, KVD__V1__MISS_REASON__MISS_NONE);
+    }
+}
+
+// -- what is behind the pool --------------------------------------------------------------------
+
+static void on_restored(void *ctx, const struct kvd_restore_answer *answer)
+{
+    struct job *j = ctx;
+    struct kvd_prompts *p = j->call->d->prompts;
+    j->restored = true;
+    j->answer = *answer;
+    DL_APPEND(p->jobs, j);
+    uv_idle_start(&p->idle, on_idle);
+}
+
+// Begins to look behind the pool for what it lacks of the prompt, if that is wanted and was not
+// done yet. True: the job goes on when on_restored is called.
+static bool look_behind(struct kvd_daemon *d, struct job *j)
+{
+    const Kvd__V1__MatchPrefixRequest *req = (const void *)j->call->request;
+    struct kvd_blocks_match m = {.keys = j->keys, .n = j->blocks};
+    if (j->publishes || j->restore || !(req->tiers || req->restore_ms) || !kvd_tiers_count(d))
+        return false;
+    kvd_blocks_match(d->pool, &j->space, false, &m);
+    if (m.at.blocks == j->blocks)
+        return false;
+    const struct kvd_restore_ask ask = {.space = j->space,
+                                        .keys = j->keys,
+                                        .n = j->blocks,
+                                        .from = m.at.blocks,
+                                        .ms = req->restore_ms};
+    j->restore = kvd_restore_begin(d, &ask, on_restored, j, NULL);
+    return j->restore;
+}
+
+static void tell_restored(struct kvd_daemon *d, struct job *j, Kvd__V1__PrefixMatch *out)
+{
+    const struct kvd_restore_answer *a = &j->answer;
+    memcpy(j->behind[j->at], a->behind, sizeof(a->behind));
+    out->n_behind = kvd_tiers_count(d);
+    out->behind = j->behind[j->at];
+    out->restored = a->restored;
+    counts_of(d, j->space.ns)->restored += (uint64_t)a->restored * KVD_PAGE_TOKENS;
+    tell_known(d, j, a->begin, a->end);
 }
 
 static int match(struct kvd_daemon *d, struct job *j, struct kvd_session *s, struct kvd_error *err)
@@ -157,24 +223,14 @@ static int match(struct kvd_daemon *d, struct job *j, struct kvd_session *s, str
         c->looked_up += (uint64_t)j->blocks * KVD_PAGE_TOKENS;
         c->found += (uint64_t)m.at.blocks * KVD_PAGE_TOKENS;
     }
+    if (j->restored)
+        tell_restored(d, j, out);
     if (!req->lease_ms || !m.at.blocks)
         return KVD_OK;
     int rc = kvd_lease_new(d, s, &m.at, req->lease_ms, &l, err);
     if (rc == KVD_OK)
         out->lease = l->id;
     return rc;
-}
-
-static void tell_stored(struct kvd_daemon *d, const struct job *j, uint32_t from, uint32_t to)
-{
-    if (from >= to)
-        return;
-    counts_of(d, j->space.ns)->published += to - from;
-    for (; from < to; from += GONE) {
-        const uint32_t n = KVD_MIN(to - from, (uint32_t)GONE);
-        kvd_event_blocks(d, j->space.ns, KVD__V1__EVENT__KIND__BLOCKS_STORED, &j->keys[from], n,
-                         from ? &j->keys[from - 1] : NULL, KVD__V1__MISS_REASON__MISS_NONE);
-    }
 }
 
 // What may have changed since the step before.
@@ -207,7 +263,8 @@ static int publish(struct kvd_daemon *d, struct job *j, const struct kvd_session
     bool whole = n == j->blocks;
     rc = kvd_blocks_publish(d->pool, &j->space, item->sequence, j->keys, n, item->end && whole, &p,
                             err);
-    tell_stored(d, j, p.known, p.blocks);
+    counts_of(d, j->space.ns)->published += p.blocks > p.known ? p.blocks - p.known : 0;
+    tell_known(d, j, p.known, p.blocks);
     out->known += p.known > j->done ? p.known - j->done : 0;
     out->blocks = KVD_MAX(out->blocks, p.blocks);
     out->end = p.end;
@@ -218,8 +275,10 @@ static int publish(struct kvd_daemon *d, struct job *j, const struct kvd_session
     return rc;
 }
 
-// Works on for a few hundred microseconds. True: the call is answered.
-static bool step(struct kvd_daemon *d, struct job *j)
+enum after { GOES_ON, ANSWERED, WAITS };
+
+// Works on for a few hundred microseconds.
+static enum after step(struct kvd_daemon *d, struct job *j)
 {
     struct kvd_session *s = kvd_session_find(d, session_of(j));
     struct kvd_error err = {0};
@@ -231,32 +290,30 @@ static bool step(struct kvd_daemon *d, struct job *j)
         rc = begin_prompt(d, j, s, &err);
     if (rc) {
         job_fail(d, j, &err);
-        return true;
+        return ANSWERED;
     }
     if (j->hashed < j->blocks) {
         uint32_t to = KVD_MIN(j->hashed + HASHED, j->blocks);
         rc = kvd_prompt_keys(&j->space, keys_of(j, j->at), j->hashed, to, j->keys, &err);
         j->hashed = to;
         last = false;
+    } else if (look_behind(d, j)) {
+        return WAITS;
     } else {
         rc = j->publishes ? publish(d, j, s, &last, &err) : match(d, j, s, &err);
     }
     if (rc) {
         job_fail(d, j, &err);
-        return true;
+        return ANSWERED;
     }
     j->open = !last;
     j->at += last;
+    if (last)
+        kvd_restore_end(&j->restore);
     if (j->at < j->n)
-        return false;
+        return GOES_ON;
     job_reply(j);
-    return true;
-}
-
-static void job_end(struct kvd_daemon *d, struct job *j)
-{
-    DL_DELETE(d->prompts->jobs, j);
-    job_free(j);
+    return ANSWERED;
 }
 
 static void work(struct kvd_daemon *d)
@@ -265,12 +322,12 @@ static void work(struct kvd_daemon *d)
     uint64_t begin = uv_hrtime();
     do {
         struct job *j = p->jobs;
-        if (step(d, j)) {
-            job_end(d, j);
-            continue;
-        }
-        DL_DELETE(p->jobs, j); // behind the others
-        DL_APPEND(p->jobs, j);
+        DL_DELETE(p->jobs, j);
+        enum after after = step(d, j);
+        if (after == GOES_ON)
+            DL_APPEND(p->jobs, j); // behind the others
+        else if (after == ANSWERED)
+            job_free(j);
     } while (p->jobs && uv_hrtime() - begin < PIECE_NS);
 }
 
@@ -279,8 +336,10 @@ static void on_cancelled(struct kvd_call *call)
     struct kvd_daemon *d = call->d;
     struct job *j = call->work;
     const struct kvd_error err = {.code = KVD_E_UNAVAILABLE, .text = "the call was cancelled"};
+    if (!j->restore || j->restored) // it is in line
+        DL_DELETE(d->prompts->jobs, j);
     job_fail(d, j, &err);
-    job_end(d, j);
+    job_free(j);
 }
 
 static int job_new(struct kvd_call *call, bool publishes, uint32_t n, struct kvd_error *err)
@@ -309,8 +368,10 @@ static int job_new(struct kvd_call *call, bool publishes, uint32_t n, struct kvd
     } else {
         j->matches = calloc(n, sizeof(*j->matches));
         j->match_refs = calloc(n, sizeof(*j->match_refs));
+        j->behind = calloc(n, sizeof(*j->behind));
     }
-    bool room = publishes ? j->published && j->published_refs : j->matches && j->match_refs;
+    bool room =
+        publishes ? j->published && j->published_refs : j->matches && j->match_refs && j->behind;
     if (rc == KVD_OK && (!j->keys || !room))
         rc = kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     if (rc) {
@@ -361,6 +422,9 @@ void kvd_on_match_prefix(struct kvd_call *call, const void *request)
     if (req->lease_ms > KVD_MAX_LEASE_MS)
         kvd_call_fail(call, KVD_E_INVALID, "lease_ms is %u; at most %d are possible", req->lease_ms,
                       KVD_MAX_LEASE_MS);
+    else if (req->restore_ms > KVD_MAX_LEASE_MS)
+        kvd_call_fail(call, KVD_E_INVALID, "restore_ms is %u; at most %d are possible",
+                      req->restore_ms, KVD_MAX_LEASE_MS);
     else
         begin(call, false, req->n_requests);
 }
@@ -510,6 +574,7 @@ static void counter(struct kvd_daemon *d, FILE *f, const char *name, const char 
 VALUE(looked_up, c->looked_up)
 VALUE(found, c->found)
 VALUE(adopted, c->adopted)
+VALUE(restored, c->restored)
 VALUE(published, c->published)
 VALUE(blocks, b->blocks)
 VALUE(bytes, b->bytes)
@@ -527,6 +592,8 @@ static void metrics(struct kvd_daemon *d, FILE *f)
             "Of those, tokens that were there and could be adopted.", found);
     counter(d, f, "kvd_prefix_adopted_tokens_total", "counter",
             "Tokens that sequences were made of instead of being computed.", adopted);
+    counter(d, f, "kvd_prefix_restored_tokens_total", "counter",
+            "Of those that were there, tokens that were brought back from a tier first.", restored);
     counter(d, f, "kvd_prefix_stored_blocks_total", "counter", "Blocks that became known.",
             published);
     counter(d, f, "kvd_prefix_blocks", "gauge", "Blocks that are known.", blocks);

@@ -18,6 +18,7 @@ SERVERS = [p for p in ("/usr/bin/valkey-server", "/usr/bin/redis-server") if os.
 
 def serve(folder):
     path = folder / "redis.sock"
+    path.unlink(missing_ok=True)
     process = subprocess.Popen([SERVERS[0], "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(folder)],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.time() + 10
@@ -97,11 +98,12 @@ def until(what, wanted, timeout=20):
         time.sleep(0.02)
 
 
-def publish(client, tokens):
-    """Computes a prompt and publishes it; how many blocks of it are known."""
-    s = client.create()
-    step(client, s, tokens, len(tokens))
-    blocks = s.publish_blocks(package.Prompt(tokens)).blocks
+def publish(client, tokens, *lengths):
+    """Computes a prompt and publishes it, at those lengths and at its end; how many blocks of it are known."""
+    s, blocks = client.create(), 0
+    for n in (*lengths, len(tokens)):
+        step(client, s, tokens, n)
+        blocks = s.publish_blocks(package.Prompt(tokens)).blocks
     s.free()
     return blocks
 

@@ -1,0 +1,654 @@
+// Promotion.
+//
+//   waits → looks (which of the blocks that the pool lacks are in which tier, up to the first that
+//   is nowhere) → plans (how far a sequence could be made) → fetches → done
+//
+// Fetching is a window of blocks that goes over the prompt: blocks are got from the tiers in
+// whatever order they come, verified there, and enter the index in the prompt's order, as each
+// comes behind the one before it. The executor copies them into new pages, in the session's
+// namespace's turn. Of several that lack the same block one fetches, and the others wait for it and
+// look again. A namespace has at most its part of those that run.
+#include "daemon/service/restore.h"
+
+#include <utlist.h>
+
+#include "daemon/core/lifecycle.h"
+#include "daemon/sched/exec.h"
+#include "daemon/service/layout.h"
+
+enum {
+    MOST_RUNNING = 32,
+    MOST_OF_NAMESPACE = 8,
+    LOOKED = 256, // keys at a time
+    BATCH = 16,   // blocks in a job
+    BATCH_BYTES = 1 << 20,
+    FLYING_BYTES = 8 << 20, // of one restore
+    TICK_MS = 20,
+    PIECE_NS = 1000000,
+};
+
+enum state {
+    WAITS, // for others to be done
+    LOOKS,
+    PLANS,
+    FOLLOWS, // another that fetches the same
+    FETCHES,
+    DONE,
+};
+
+// A block on its way.
+struct slot {
+    struct kvd_block *got[KVD_MAX_PLANES];
+    uint8_t planes;              // that are wanted
+    uint8_t tier;                // the farthest that gave some
+    uint32_t left;               // gets under way
+    struct kvd_blocks_load load; // its pages
+};
+
+struct copying {
+    struct kvd_job job; // first
+    struct kvd_restore *of;
+    uint32_t begin, n, at; // slots
+};
+
+struct kvd_restore {
+    struct kvd_daemon *d;
+    struct kvd_restore_ask ask;
+    kvd_restore_done *done;
+    void *ctx;
+    struct kvd_restore_answer answer;
+    enum state state;
+    bool asked;     // tiers: LOOKS waits for them
+    bool ended;     // by its owner; it goes when `users` is 0
+    uint32_t users; // what will call back
+    uint64_t until_ms, begun_ns;
+    const struct kvd_layout *layout;
+    uint8_t digest[32]; // of it
+    uint32_t planes;
+    // By block: planes that the pool has. By block and plane: 1 + the nearest tier that has it.
+    uint8_t *have, *where;
+    struct kvd_tier_key *keys;
+    uint32_t known;  // leading blocks in the index
+    uint32_t looked; // blocks
+    struct slot *slots;
+    uint32_t front, next, to; // blocks: not back yet, not asked for yet, as far as it will go
+    uint64_t flying;          // bytes
+    struct kvd_blocks_at at;  // behind which the next one comes
+    struct copying copying;
+    bool copies;
+    struct kvd_fair_flow flow;
+    struct kvd_restore *prev, *next_one;
+};
+
+struct kvd_restores {
+    uv_idle_t idle;          // runs while some have something to do at once
+    uv_timer_t timer;        // runs while there are some
+    struct kvd_restore *all; // in the order of their arrival
+    uint32_t running, of_namespace[KVD_MAX_NAMESPACES];
+    uint64_t blocks[KVD_TIERS_MOST], bytes, missed, followed;
+    struct kvd_histogram seconds;
+};
+
+static void on_idle(uv_idle_t *idle);
+
+static void wake(struct kvd_daemon *d)
+{
+    uv_idle_start(&d->restores->idle, on_idle);
+}
+
+// -- its end ------------------------------------------------------------------------------------
+
+static bool runs(const struct kvd_restore *r)
+{
+    return r->state != WAITS && r->state != DONE;
+}
+
+static void let_go(struct kvd_restore *r)
+{
+    struct kvd_daemon *d = r->d;
+    for (uint32_t i = 0; r->slots && i < r->ask.n; i++)
+        for (uint32_t p = 0; p < r->planes; p++)
+            kvd_block_unref(&r->slots[i].got[p]);
+    if (r->at.blocks)
+        kvd_blocks_release(d->pool, &r->at);
+    kvd_pool_layout_unref(d->pool, r->ask.space.layout);
+    kvd_pool_namespace_release(d->pool, r->ask.space.ns);
+    free(r->have);
+    free(r->where);
+    free(r->keys);
+    free(r->slots);
+    free(r);
+}
+
+static void leave(struct kvd_restore *r)
+{
+    if (--r->users == 0 && r->ended)
+        let_go(r);
+}
+
+// It runs no more: others may begin, or look again.
+static void stop_running(struct kvd_restore *r, enum state state)
+{
+    struct kvd_restores *all = r->d->restores;
+    struct kvd_restore *other;
+    if (runs(r)) {
+        all->running--;
+        all->of_namespace[r->ask.space.ns]--;
+    }
+    r->state = state;
+    DL_FOREACH2(all->all, other, next_one)
+    {
+        if (other->state == FOLLOWS)
+            other->state = PLANS;
+    }
+    wake(r->d);
+}
+
+static void finish(struct kvd_restore *r)
+{
+    struct kvd_restores *all = r->d->restores;
+    if (r->state == DONE)
+        return;
+    if (r->state == FETCHES)
+        kvd_histogram_add(&all->seconds, uv_hrtime() - r->begun_ns);
+    stop_running(r, DONE);
+    r->done(r->ctx, &r->answer);
+}
+
+void kvd_restore_end(struct kvd_restore **restore)
+{
+    struct kvd_restore *r = KVD_TAKE(*restore);
+    struct kvd_restores *all = r ? r->d->restores : NULL;
+    if (!r)
+        return;
+    stop_running(r, DONE);
+    DL_DELETE2(all->all, r, prev, next_one);
+    if (!all->all)
+        uv_timer_stop(&all->timer);
+    if (r->copies)
+        kvd_exec_cancel(&r->copying.job);
+    r->ended = true;
+    r->users++;
+    leave(r);
+}
+
+// -- looking ------------------------------------------------------------------------------------
+
+static uint32_t at_of(const struct kvd_restore *r, uint32_t block, uint32_t plane)
+{
+    return block * r->planes + plane;
+}
+
+static bool is_there(const struct kvd_restore *r, uint32_t block, uint32_t plane)
+{
+    return r->have[block] & 1u << plane || r->where[at_of(r, block, plane)];
+}
+
+// Whether nothing behind `block` can be used, as a plane without a window lacks it.
+static bool breaks(const struct kvd_restore *r, uint32_t block)
+{
+    for (uint32_t p = 0; p < r->planes; p++)
+        if (!r->layout->planes[p].window && !is_there(r, block, p))
+            return true;
+    return false;
+}
+
+struct asking {
+    struct kvd_restore *of;
+    uint32_t begin, end; // blocks
+};
+
+static void on_found(void *ctx, const uint8_t *where)
+{
+    struct asking *a = ctx;
+    struct kvd_restore *r = a->of;
+    r->asked = false;
+    for (uint32_t b = a->begin; b < a->end; b++)
+        for (uint32_t p = 0; p < r->planes; p++)
+            if (!(r->have[b] & 1u << p))
+                r->where[at_of(r, b, p)] = *where++;
+    bool over = a->end == r->ask.n;
+    for (uint32_t b = a->begin; b < a->end && !over; b++)
+        over = breaks(r, b);
+    r->looked = a->end;
+    if (over && r->state == LOOKS)
+        r->state = PLANS;
+    wake(r->d);
+    free(a);
+    leave(r);
+}
+
+// Asks the tiers for the next blocks' pages that the pool lacks.
+static void look(struct kvd_restore *r)
+{
+    struct kvd_tier_key keys[LOOKED];
+    struct asking *a = malloc(sizeof(*a));
+    uint32_t n = 0, b = r->looked;
+    for (; a && b < r->ask.n && n + r->planes <= LOOKED; b++)
+        for (uint32_t p = 0; p < r->planes; p++) {
+            struct kvd_tier_key *key = &r->keys[at_of(r, b, p)];
+            if (r->have[b] & 1u << p)
+                continue;
+            if (kvd_tiers_key(r->d, r->ask.space.domain, r->digest, r->ask.keys[b].w, p, key, NULL))
+                memset(key, 0, sizeof(*key));
+            keys[n++] = *key;
+        }
+    if (a)
+        *a = (struct asking){r, r->looked, b};
+    if (a && n && kvd_tiers_has(r->d, keys, n, on_found, a, NULL) == KVD_OK) {
+        r->users++;
+        r->asked = true;
+        return;
+    }
+    free(a);
+    r->looked = n ? r->looked : b;
+    if (n || r->looked == r->ask.n)
+        r->state = PLANS;
+}
+
+static void begin_look(struct kvd_restore *r)
+{
+    struct kvd_restores *all = r->d->restores;
+    size_t n = r->ask.n, np = n * r->planes;
+    r->have = calloc(n, 1);
+    r->where = calloc(np, 1);
+    r->keys = calloc(np, sizeof(*r->keys));
+    r->slots = r->ask.ms ? calloc(n, sizeof(*r->slots)) : NULL;
+    r->begun_ns = uv_hrtime();
+    r->state = LOOKS;
+    all->running++;
+    all->of_namespace[r->ask.space.ns]++;
+    if (!r->have || !r->where || !r->keys || (r->ask.ms && !r->slots))
+        finish(r);
+    else
+        kvd_blocks_planes(r->d->pool, &r->ask.space, r->ask.keys, r->ask.n, r->have);
+}
+
+// -- planning -----------------------------------------------------------------------------------
+
+// The longest cut for which every plane has what is seen there, or a tier has.
+static uint32_t longest(const struct kvd_restore *r)
+{
+    uint32_t run[KVD_MAX_PLANES] = {0}, most = 0;
+    for (uint32_t b = 0; b < r->looked; b++) {
+        bool enough = true;
+        for (uint32_t p = 0; p < r->planes; p++) {
+            run[p] = is_there(r, b, p) ? run[p] + 1 : 0;
+            enough &= run[p] >= b + 1 - kvd_blocks_first_seen(&r->layout->planes[p], b + 1);
+        }
+        most = enough ? b + 1 : most;
+    }
+    return most;
+}
+
+// The planes that lack a block's page and want it for a cut after `to` blocks.
+static uint8_t wanted(const struct kvd_restore *r, uint32_t block, uint32_t to)
+{
+    uint8_t planes = 0;
+    for (uint32_t p = 0; p < r->planes; p++)
+        if (block >= kvd_blocks_first_seen(&r->layout->planes[p], to))
+            planes |= (uint8_t)(1u << p);
+    return planes & (uint8_t)~r->have[block];
+}
+
+// Of those that fetch, one that will bring back what this one wants first.
+static bool follows(const struct kvd_restore *r)
+{
+    const struct kvd_restore *other;
+    DL_FOREACH2(r->d->restores->all, other, next_one)
+    {
+        if (other->state == FETCHES && r->front >= other->front && r->front < other->to &&
+            other->ask.space.ns == r->ask.space.ns &&
+            !memcmp(other->ask.space.domain, r->ask.space.domain, sizeof(r->ask.space.domain)) &&
+            !memcmp(&other->ask.keys[r->front], &r->ask.keys[r->front], sizeof(*r->ask.keys)))
+            return true;
+    }
+    return false;
+}
+
+static void pump(struct kvd_restore *r);
+
+static void plan(struct kvd_restore *r)
+{
+    struct kvd_restores *all = r->d->restores;
+    r->known = kvd_blocks_planes(r->d->pool, &r->ask.space, r->ask.keys, r->ask.n, r->have);
+    r->to = longest(r);
+    memset(r->answer.behind, 0, sizeof(r->answer.behind));
+    r->front = r->to;
+    for (uint32_t b = r->to; b-- > 0;) {
+        uint8_t planes = wanted(r, b, r->to), far = 0;
+        for (uint32_t p = 0; p < r->planes; p++)
+            if (planes & 1u << p)
+                far = KVD_MAX(far, r->where[at_of(r, b, p)]);
+        if (far)
+            r->answer.behind[far - 1]++;
+        if (far || b >= r->known)
+            r->front = b;
+    }
+    if (r->to <= r->ask.from || !r->ask.ms) {
+        if (r->to <= r->ask.from)
+            memset(r->answer.behind, 0, sizeof(r->answer.behind));
+        finish(r);
+    } else if (follows(r)) {
+        all->followed++;
+        r->state = FOLLOWS;
+    } else if (kvd_blocks_behind(r->d->pool, &r->ask.space, r->ask.keys, r->front, &r->at, NULL)) {
+        finish(r);
+    } else {
+        r->state = FETCHES;
+        r->next = r->front;
+        r->answer.begin = r->answer.end = KVD_MAX(r->front, r->known);
+        pump(r);
+    }
+}
+
+// -- fetching -----------------------------------------------------------------------------------
+
+struct getting {
+    struct kvd_restore *of;
+    uint32_t block, plane;
+    uint64_t bytes;
+};
+
+static void on_got(void *ctx, struct kvd_block *block, uint32_t tier)
+{
+    struct getting *g = ctx;
+    struct kvd_restore *r = g->of;
+    struct slot *s = &r->slots[g->block];
+    s->left--;
+    s->got[g->plane] = block;
+    s->tier = KVD_MAX(s->tier, (uint8_t)tier);
+    if (!block && r->state == FETCHES) {
+        r->d->restores->missed++;
+        r->to = KVD_MIN(r->to, KVD_MAX(g->block, r->front));
+    }
+    free(g);
+    if (r->state == FETCHES)
+        pump(r);
+    leave(r);
+}
+
+// False: it cannot be had.
+static bool get(struct kvd_restore *r, uint32_t block, uint32_t plane)
+{
+    struct kvd_daemon *d = r->d;
+    enum kvd_pool_kind kind = kvd_blocks_kind(r->layout, plane, block);
+    struct getting *g = malloc(sizeof(*g));
+    if (!g)
+        return false;
+    *g = (struct getting){r, block, plane,
+                          kvd_pool_page_bytes(d->pool, r->ask.space.layout, plane, kind)};
+    r->users++;
+    r->slots[block].left++;
+    if (kvd_tiers_get(d, &r->keys[at_of(r, block, plane)], r->digest, g->bytes, on_got, g, NULL) ==
+        KVD_OK) {
+        r->flying += g->bytes;
+        return true;
+    }
+    r->users--;
+    r->slots[block].left--;
+    free(g);
+    return false;
+}
+
+static void get_more(struct kvd_restore *r)
+{
+    while (r->next < r->to && r->flying < FLYING_BYTES) {
+        struct slot *s = &r->slots[r->next];
+        s->planes = wanted(r, r->next, r->to);
+        bool all = true;
+        for (uint32_t p = 0; p < r->planes && all; p++)
+            all = !(s->planes & 1u << p) || get(r, r->next, p);
+        if (!all)
+            r->to = r->next;
+        else
+            r->next++;
+    }
+}
+
+// Executor.
+static bool copy(struct kvd_daemon *d, struct kvd_job *job)
+{
+    struct copying *c = (struct copying *)job;
+    struct kvd_error err = {0};
+    for (; c->at < c->n; c->at++) {
+        const struct slot *s = &c->of->slots[c->begin + c->at];
+        if (kvd_slice_over(&job->slice))
+            return !atomic_load(&job->cancelled);
+        for (uint32_t p = 0; p < KVD_MAX_PLANES; p++) {
+            const struct kvd_blocks_page *to = &s->load.plane[p];
+            if (to->page == KVD_POOL_NONE)
+                continue;
+            job->rc = d->backend->ops->copy(d->backend, to->addr, (uintptr_t)s->got[p]->payload,
+                                            to->bytes, &err);
+            if (job->rc)
+                return false;
+        }
+    }
+    return false;
+}
+
+static void count_back(struct kvd_restore *r, const struct slot *s)
+{
+    struct kvd_restores *all = r->d->restores;
+    r->answer.restored += s->planes != 0;
+    r->front++;
+    r->answer.end = KVD_MAX(r->answer.end, r->front);
+    all->blocks[s->tier] += s->planes != 0;
+}
+
+static void copied(struct kvd_daemon *d, struct kvd_job *job)
+{
+    struct copying *c = (struct copying *)job;
+    struct kvd_restore *r = c->of;
+    bool good = c->at == c->n && !job->rc && !job->abandoned && r->state == FETCHES;
+    for (uint32_t i = 0; i < c->n; i++) {
+        struct slot *s = &r->slots[c->begin + i];
+        for (uint32_t p = 0; p < r->planes; p++)
+            if (s->got[p]) {
+                r->flying -= s->got[p]->bytes;
+                d->restores->bytes += good ? s->got[p]->bytes : 0;
+                kvd_block_unref(&s->got[p]);
+            }
+        good = good && kvd_blocks_bring_back(d->pool, &s->load, &r->at, NULL) == KVD_OK;
+        if (good)
+            count_back(r, s);
+        else
+            kvd_blocks_put_down(d->pool, &s->load);
+    }
+    if (!good)
+        r->to = KVD_MIN(r->to, r->front);
+    if (job->rc)
+        kvd_daemon_check_device(d);
+    r->copies = false;
+    kvd_daemon_work_end(d);
+    if (r->state == FETCHES)
+        pump(r);
+    leave(r);
+}
+
+// Takes pages for the next blocks that are here. False: there is no room for the first of them.
+static bool take_pages(struct kvd_restore *r, struct copying *c)
+{
+    uint64_t bytes = 0;
+    for (uint32_t b = r->front; b < r->to && c->n < BATCH && bytes < BATCH_BYTES; b++) {
+        struct slot *s = &r->slots[b];
+        if (b >= r->next || s->left)
+            break;
+        if (kvd_blocks_new_pages(r->d->pool, &r->ask.space, &r->ask.keys[b], b, s->planes, &s->load,
+                                 NULL)) {
+            r->to = b;
+            break;
+        }
+        for (uint32_t p = 0; p < r->planes; p++)
+            bytes += s->load.plane[p].bytes;
+        c->n++;
+    }
+    return c->n;
+}
+
+static void copy_more(struct kvd_restore *r)
+{
+    struct copying *c = &r->copying;
+    *c = (struct copying){.of = r, .begin = r->front};
+    if (!take_pages(r, c))
+        return;
+    c->job.run = copy;
+    c->job.done = copied;
+    c->job.fair.tenant = r->ask.space.ns;
+    c->job.fair.flow = &r->flow;
+    r->copies = true;
+    r->users++;
+    kvd_daemon_work_begin(r->d);
+    kvd_exec_submit(r->d, &c->job);
+}
+
+static void pump(struct kvd_restore *r)
+{
+    get_more(r);
+    if (!r->copies && r->front < r->to)
+        copy_more(r);
+    if (!r->copies && r->front >= r->to)
+        finish(r);
+}
+
+// -- all of them --------------------------------------------------------------------------------
+
+static bool may_run(const struct kvd_restore *r)
+{
+    const struct kvd_restores *all = r->d->restores;
+    return all->running < MOST_RUNNING && all->of_namespace[r->ask.space.ns] < MOST_OF_NAMESPACE;
+}
+
+// Something that one of them does at once. False: none has anything to do.
+static bool step(struct kvd_daemon *d)
+{
+    struct kvd_restore *r;
+    DL_FOREACH2(d->restores->all, r, next_one)
+    {
+        if (r->state == WAITS && may_run(r))
+            begin_look(r);
+        else if (r->state == LOOKS && !r->asked)
+            look(r);
+        else if (r->state == PLANS)
+            plan(r);
+        else
+            continue;
+        return true;
+    }
+    return false;
+}
+
+static void on_idle(uv_idle_t *idle)
+{
+    struct kvd_daemon *d = idle->data;
+    uint64_t begin = uv_hrtime();
+    while (step(d))
+        if (uv_hrtime() - begin >= PIECE_NS)
+            return;
+    uv_idle_stop(idle);
+}
+
+// What takes too long has what has come until now.
+static void on_timer(uv_timer_t *timer)
+{
+    struct kvd_daemon *d = timer->data;
+    struct kvd_restore *r, *tmp;
+    DL_FOREACH_SAFE2(d->restores->all, r, tmp, next_one)
+    {
+        if (r->state == DONE || kvd_now_ms(d) < r->until_ms)
+            continue;
+        r->to = KVD_MIN(r->to, r->front);
+        if (!r->copies)
+            finish(r);
+    }
+}
+
+struct kvd_restore *kvd_restore_begin(struct kvd_daemon *d, const struct kvd_restore_ask *ask,
+                                      kvd_restore_done *done, void *ctx, struct kvd_error *err)
+{
+    struct kvd_restores *all = d->restores;
+    struct kvd_pool_namespace_info info;
+    struct kvd_restore *r = all ? calloc(1, sizeof(*r)) : NULL;
+    uint32_t ns;
+    if (!r) {
+        kvd_fail(err, all ? KVD_E_INTERNAL : KVD_E_UNAVAILABLE,
+                 all ? "out of memory" : "there are no tiers");
+        return NULL;
+    }
+    kvd_pool_namespace_info(d->pool, ask->space.ns, &info);
+    if (kvd_pool_namespace(d->pool, info.name, &ns, err)) {
+        free(r);
+        return NULL;
+    }
+    kvd_pool_layout_ref(d->pool, ask->space.layout);
+    r->d = d;
+    r->ask = *ask;
+    r->done = done;
+    r->ctx = ctx;
+    r->layout = kvd_pool_layout_get(d->pool, ask->space.layout);
+    r->planes = r->layout->n_planes;
+    kvd_layout_digest_bytes(r->layout, r->digest);
+    r->until_ms = kvd_now_ms(d) + (ask->ms ? ask->ms : d->config.tier_timeout_ms);
+    if (!all->all)
+        uv_timer_start(&all->timer, on_timer, TICK_MS, TICK_MS);
+    DL_APPEND2(all->all, r, prev, next_one);
+    wake(d);
+    return r;
+}
+
+// -- the part -----------------------------------------------------------------------------------
+
+static int start(struct kvd_daemon *d, struct kvd_error *err)
+{
+    if (!kvd_tiers_count(d))
+        return KVD_OK;
+    d->restores = calloc(1, sizeof(*d->restores));
+    if (!d->restores)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    uv_idle_init(&d->loop, &d->restores->idle);
+    uv_timer_init(&d->loop, &d->restores->timer);
+    d->restores->idle.data = d->restores->timer.data = d;
+    return KVD_OK;
+}
+
+// No call is left by then, and no tier.
+static void end(struct kvd_daemon *d)
+{
+    if (!d->restores)
+        return;
+    uv_close((uv_handle_t *)&d->restores->idle, NULL);
+    uv_close((uv_handle_t *)&d->restores->timer, NULL);
+}
+
+static void deinit(struct kvd_daemon *d)
+{
+    free(KVD_TAKE(d->restores));
+}
+
+static void metrics(struct kvd_daemon *d, FILE *f)
+{
+    const struct kvd_restores *all = d->restores;
+    if (!all)
+        return;
+    kvd_metric_head(f, "kvd_restored_blocks_total", "counter",
+                    "Blocks that were brought back from a tier, by the farthest that had part.");
+    for (uint32_t i = 0; i < kvd_tiers_count(d); i++)
+        fprintf(f, "kvd_restored_blocks_total{tier=\"%s\"} %" PRIu64 "\n",
+                kvd_tier_name(kvd_tiers_get_tier(d, i)), all->blocks[i]);
+    kvd_metric(f, "kvd_restored_bytes_total", "counter", "Bytes of them.", (double)all->bytes);
+    kvd_metric(f, "kvd_restore_missed_blocks_total", "counter",
+               "Blocks that a tier said it has, and that did not come or did not verify.",
+               (double)all->missed);
+    kvd_metric(f, "kvd_restore_followed_total", "counter",
+               "Times that a call waited for another that was bringing back the same blocks.",
+               (double)all->followed);
+    kvd_metric(f, "kvd_restores_running", "gauge", "Prompts whose blocks are looked for in tiers.",
+               all->running);
+    kvd_metric_head(f, "kvd_restore_seconds", "histogram",
+                    "Time from looking for a prompt's blocks in tiers to having them back.");
+    kvd_metric_histogram(f, "kvd_restore_seconds", "", &all->seconds);
+}
+
+const struct kvd_part kvd_part_restores = {
+    .start = start, .end = end, .deinit = deinit, .metrics = metrics};

@@ -1,0 +1,252 @@
+"""Blocks that come back from tiers: the same bits as were stored, over restarts, on another kvd, and nothing wrong or stuck
+whatever happens to the tier."""
+import os
+import subprocess
+import threading
+import time
+
+import grpc
+import numpy as np
+import pytest
+
+import kvd as package
+from conftest import Daemon, Rpc, kv, layout
+from test_prefix import connect, step, tokens_of
+from test_tiers import SERVERS, needs_libkvd, publish, serve, server, tiers, until  # noqa: F401
+
+pytestmark = needs_libkvd
+LAYOUTS = {  # as connect() and OpenSession say it
+    "int2": ({}, {}), "int2c": ({}, {}), "int4": ({}, {}), "turboquant-3": ({}, {}), "bf16": ({}, {}), "k=int2-lm,v=int2": ({}, {}),
+    "windows": ({"windows": [0, 512]}, {"layers": [], "planes": [kv.Plane(layers=[0], q_heads=4, kv_heads=2, head_dim_k=64, head_dim_v=64),
+                                                                kv.Plane(layers=[1], q_heads=4, kv_heads=2, head_dim_k=64, head_dim_v=64, window=512)]}),
+}
+
+
+def match(kvd, tokens, restore=20.0, timeout=30, like="int2", namespace=""):
+    """MatchPrefix of one prompt, and the names of the tiers."""
+    rpc = Rpc(kvd.address)
+    codec = "int2" if like == "windows" else like
+    try:
+        session = rpc.kv("OpenSession", namespace_name=namespace, layout=layout(codec=codec, **LAYOUTS[like][1])).session
+        r = rpc.kv("MatchPrefix", timeout=timeout, session=session, requests=[kv.PrefixKeys(tokens=tokens.tobytes())],
+                   restore_ms=int(restore * 1000), tiers=True)
+        rpc.kv("CloseSession", session=session)
+        return r.matches[0], list(r.tiers)
+    finally:
+        rpc.channel.close()
+
+
+def go_on(client, tokens, blocks):
+    """What attention gives for the 40 tokens after the first blocks, all of which are found."""
+    m = client.match([package.Prompt(tokens[:64 * blocks])])[0]
+    assert m.blocks == blocks
+    s = client.adopt(m)
+    out = step(client, s, tokens, 64 * blocks + 40)
+    s.free()
+    return out
+
+
+def put(kvd, n, *names):
+    until(lambda: [int(tiers(kvd)[name]["put"]) for name in names], [n] * len(names))
+
+
+def evict(kvd):
+    kvd.kvctl("evict", "--namespace", "default")
+
+
+@pytest.mark.parametrize("like", LAYOUTS)
+def test_the_same_bits_come_back(start, folder, server, like):  # noqa: F811
+    """From each tier alone and from the nearest of all, in every codec, and with a plane that sees a window only."""
+    kvd = start(config=f"[kvd]\ntier-host = 64MiB\ntier-directory = {folder}/blocks 1GiB\ntier-redis = unix:{server[1]}\n")
+    tokens, options = tokens_of(1, 1024), dict(LAYOUTS[like][0], codec="int2" if like == "windows" else like)
+    with connect(kvd, **options) as c:
+        # A plane with a window has at no time all blocks that it will have had.
+        assert publish(c, tokens, *((640, 832) if like == "windows" else ())) == 12
+        want = go_on(c, tokens, 12)
+        until(lambda: kvd.metric("kvd_demotion_waiting_blocks"), 0)
+        until(lambda: len({t["put"] for t in tiers(kvd).values()}) == 1 and int(tiers(kvd)["redis"]["put"]) >= 12, True)
+        for tier in range(3):
+            evict(kvd)
+            for nearer in ("host", "directory")[:tier]:
+                kvd.kvctl("tier", "flush", nearer)
+            m, names = match(kvd, tokens, restore=0, like=like)
+            assert names == ["host", "directory", "redis"]
+            assert (m.blocks, m.restored) == (0, 0)
+            assert list(m.behind) == [12 * (i == tier) for i in range(3)], tier
+            m, _ = match(kvd, tokens, like=like)
+            assert (m.blocks, m.restored, list(m.behind)) == (12, 12, [12 * (i == tier) for i in range(3)])
+            assert np.array_equal(go_on(c, tokens, 12), want)
+            assert (match(kvd, tokens, like=like)[0].restored) == 0
+            # Those in front got it too.
+            evict(kvd)
+            until(lambda: list(match(kvd, tokens, restore=0, like=like)[0].behind), [12, 0, 0])
+
+
+def test_hits_survive_restarts_and_are_seen_elsewhere(start, folder, server, tmp_path):  # noqa: F811
+    """A directory's and a server's: after SIGKILL, and by a second kvd that runs beside. Other namespaces see nothing."""
+    config = f"[kvd]\ntier-directory = {folder}/blocks 1GiB\ntier-redis = unix:{server[1]}\n"
+    kvd, tokens = start(config=config), tokens_of(1, 1024)
+    with connect(kvd) as c:
+        assert publish(c, tokens) == 12
+        want = go_on(c, tokens, 12)
+        put(kvd, 12, "directory", "redis")
+        for tier in ("directory", "redis"):
+            key, value = next((x for x in (("directory", f"{folder}/blocks 1GiB"), ("redis", f"unix:{server[1]}")) if x[0] == tier))
+            (tmp_path / tier).mkdir()
+            second = Daemon(tmp_path / tier, config=f"[kvd]\ntier-{key} = {value}\n")
+            try:
+                assert match(second, tokens[:640], restore=0)[0].behind == [10]
+                assert match(second, tokens, namespace="another")[0].behind == [0]
+                assert match(second, tokens)[0].restored == 12
+                with connect(second) as other:
+                    assert np.array_equal(go_on(other, tokens, 12), want)
+            finally:
+                assert second.stop() == 0
+    kvd.stop(9)
+    kvd.start()
+    with connect(kvd) as c:
+        assert match(kvd, tokens)[0].restored == 12
+        assert np.array_equal(go_on(c, tokens, 12), want)
+        assert 'kvd_prefix_restored_tokens_total{namespace="default"} 768' in kvd.kvctl("metrics").stdout
+
+
+def block_files(folder):
+    return sorted(p for p in (folder / "blocks").rglob("*") if p.is_file() and p.stat().st_size >= 4096)
+
+
+def test_damaged_files_are_misses(start, folder):
+    """A flipped bit and a torn file: noticed, dropped and counted; what is before them is used, and nothing wrong ever."""
+    kvd, tokens = start(config=f"[kvd]\ntier-directory = {folder}/blocks 1GiB\n"), tokens_of(1, 1024)
+    with connect(kvd) as c:
+        assert publish(c, tokens) == 12
+        want = go_on(c, tokens, 12)
+        put(kvd, 12, "directory")
+        files = block_files(folder)
+        assert len(files) == 12
+        flipped, torn = files[3], files[8]
+        with open(flipped, "r+b") as f:
+            f.seek(6000)
+            byte = f.read(1)
+            f.seek(6000)
+            f.write(bytes([byte[0] ^ 4]))
+        os.truncate(torn, 5000)
+        blocks = []
+        for _ in range(3):
+            evict(kvd)
+            m, _ = match(kvd, tokens)
+            assert m.restored == m.blocks < 12
+            blocks.append(m.blocks)
+        assert blocks[0] <= blocks[1] == blocks[2]
+        assert int(tiers(kvd)["directory"]["damaged"]) == 2
+        assert kvd.metric("kvd_restore_missed_blocks_total") >= 1
+        # Computed anew it is whole again.
+        assert publish(c, tokens) == 12
+        put(kvd, 24 - blocks[2], "directory")
+        evict(kvd)
+        assert match(kvd, tokens)[0].restored == 12
+        assert np.array_equal(go_on(c, tokens, 12), want)
+
+
+def test_a_full_disk_is_noticed(start, folder):
+    """No file may grow beyond 8 KiB, which is what a full disk looks like to kvd."""
+    kvd = start(config=f"[kvd]\ntier-directory = {folder}/blocks 1GiB\n")
+    tokens = tokens_of(1, 1024)
+    with connect(kvd) as c:
+        s = c.create()
+        step(c, s, tokens, 1024)
+        subprocess.run(["prlimit", "--pid", str(kvd.process.pid), "--fsize=8192"], check=True)
+        s.publish_blocks(package.Prompt(tokens))
+        s.free()
+        until(lambda: tiers(kvd)["directory"]["state"], "full")
+        assert not block_files(folder)
+        m, _ = match(kvd, tokens)
+        assert (m.blocks, m.restored) == (12, 0)
+        evict(kvd)
+        assert match(kvd, tokens)[0].blocks == 0
+
+
+def test_one_brings_back_what_several_want(start, folder):
+    kvd, tokens = start(config=f"[kvd]\ntier-directory = {folder}/blocks 1GiB\n"), tokens_of(1, 2048)
+    with connect(kvd) as c:
+        assert publish(c, tokens) == 28
+        put(kvd, 28, "directory")
+        evict(kvd)
+        got = []
+        threads = [threading.Thread(target=lambda: got.append(match(kvd, tokens)[0])) for _ in range(8)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert {m.blocks for m in got} == {28}
+        assert sum(m.restored for m in got) == 28
+        assert int(tiers(kvd)["directory"]["hits"]) == 28
+
+
+def test_a_tier_that_hangs_holds_up_nobody(start, folder, server):  # noqa: F811
+    """Callers have their answers in time, those who give up leave nothing behind, others do not notice."""
+    process, path = server
+    kvd, tokens = start(config=f"[kvd]\ntier-redis = unix:{path}\ntier-timeout = 5s\n"), tokens_of(1, 1024)
+    with connect(kvd) as c:
+        publish(c, tokens)
+        put(kvd, 12, "redis")
+        evict(kvd)
+        os.kill(process.pid, 19)
+        try:
+            began = time.time()
+            m, _ = match(kvd, tokens, restore=0.3)
+            assert (m.blocks, m.restored) == (0, 0) and time.time() - began < 4
+            with pytest.raises(grpc.RpcError) as e:
+                match(kvd, tokens, timeout=0.3)
+            assert e.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+            began = time.time()
+            step(c, c.create(), tokens, 300)
+            assert time.time() - began < 4
+            until(lambda: kvd.metric("kvd_restores_running"), 0)
+        finally:
+            os.kill(process.pid, 18)
+        until(lambda: match(kvd, tokens)[0].blocks, 12)
+
+
+def test_a_server_that_is_killed_amid_traffic(start, folder):
+    """Killed and started again and again while prompts come and go: what is found is right, and all calls end."""
+    if not SERVERS:
+        pytest.skip("neither valkey-server nor redis-server is installed")
+    kvd = start(config=f"[kvd]\ntier-redis = unix:{folder}/redis.sock\ntier-timeout = 500ms\n")
+    prompts = [tokens_of(i, 640) for i in range(2)]
+    with connect(kvd) as c:
+        want = []
+        for p in prompts:
+            assert publish(c, p) == 6
+            want.append(go_on(c, p, 6))
+        def go_round(p, result):
+            evict(kvd)
+            m, _ = match(kvd, p, restore=1.0)
+            if m.blocks < 6:
+                publish(c, p)
+            assert np.array_equal(go_on(c, p, 6), result)
+            return m.restored
+
+        end, process = time.time() + 2, None
+        try:
+            while time.time() < end:
+                process = serve(folder)[0]
+                for i in (0, 1, 0):
+                    go_round(prompts[i], want[i])
+                process.kill()
+                process.wait()
+                go_round(prompts[1], want[1])
+            process = serve(folder)[0]
+            until(lambda: go_round(prompts[0], want[0]), 6, timeout=60)
+        finally:
+            process.kill()
+            process.wait()
+        until(lambda: kvd.metric("kvd_restores_running"), 0)
+
+
+def test_what_is_refused(start, folder):
+    kvd = start(config="[kvd]\ntier-host = 64MiB\n")
+    with pytest.raises(grpc.RpcError) as e:
+        match(kvd, tokens_of(1, 64), restore=601)
+    assert e.value.code() == grpc.StatusCode.INVALID_ARGUMENT and "restore_ms" in e.value.details()
+    m, names = match(kvd, tokens_of(1, 640))
+    assert (m.blocks, list(m.behind), names) == (0, [0], ["host"])
