@@ -47,7 +47,7 @@ def test_wheel(kvd, folder, library):
     assert re.fullmatch(rf"kvd-{re.escape(VERSION)}-py3-none-{'linux_[a-z0-9_]+' if library else 'any'}\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as z:
         names = z.namelist()
-        assert {"kvd/py.typed", "kvd/_version.py", "kvd/transformers.py", "kvd_worker/__main__.py"} <= set(names)
+        assert {"kvd/py.typed", "kvd/_version.py", "kvd/transformers.py", "kvd/engines/__init__.py", "kvd_worker/__main__.py"} <= set(names)
         assert ("kvd/libkvd.so.0" in names) == library == any(n.startswith("kvd/libkvd_kernels-") for n in names)
         licence, = (n for n in names if n.endswith("/LICENSE"))
         assert z.read(licence) == (SOURCE / "LICENSE").read_bytes()
