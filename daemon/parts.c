@@ -5,6 +5,7 @@
 #include "daemon/core/device.h"
 #include "daemon/core/keep.h"
 #include "daemon/core/lifecycle.h"
+#include "daemon/core/piecework.h"
 #include "daemon/core/process.h"
 #include "daemon/core/reload.h"
 #include "daemon/core/signals.h"
@@ -27,7 +28,6 @@
 #include "daemon/session/leases.h"
 #include "daemon/session/memory.h"
 #include "daemon/session/pool.h"
-#include "daemon/session/release.h"
 #include "daemon/session/scrub.h"
 #include "daemon/session/session.h"
 #include "daemon/session/tenants.h"
@@ -43,7 +43,7 @@ const struct kvd_part *const kvd_parts[] = {
     &kvd_part_tiers,     // what is behind the pool
     &kvd_part_pool,      // and the namespaces of the configuration
     &kvd_part_tenants,   // who is charged
-    &kvd_part_release,   // sequences that are given up
+    &kvd_part_piecework, // what takes long
     &kvd_part_leases,    // of prefixes
     &kvd_part_sessions,  // and their own leases
     &kvd_part_scrub,     // checksums of blocks

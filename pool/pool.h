@@ -168,9 +168,10 @@ struct kvd_pool_clearing {
     uint32_t domain;
     struct kvd_prefix_cursor blocks;
 };
-// What kvd_pool_namespace, or kvd_pool_layout, would clear first to make one more, which nobody
-// refers to yet. False: nothing. `ns` may be KVD_POOL_NONE: one that is to be made.
-bool kvd_pool_namespace_clears(const struct kvd_pool *pool, struct kvd_pool_clearing *c);
+// What kvd_pool_namespace, or kvd_pool_layout, would clear first to make n more, or one more, which
+// nobody refers to yet. False: nothing. `ns` may be KVD_POOL_NONE: one that is to be made.
+bool kvd_pool_namespace_clears(const struct kvd_pool *pool, uint32_t n,
+                               struct kvd_pool_clearing *c);
 bool kvd_pool_layout_clears(const struct kvd_pool *pool, uint32_t ns, struct kvd_pool_clearing *c);
 // Goes on with at most n entries of the tables. True: it is done, or idle no more.
 bool kvd_pool_clear(struct kvd_pool *pool, struct kvd_pool_clearing *c, uint32_t n);

@@ -111,9 +111,13 @@ uint32_t namespace_slot(struct kvd_pool *pool)
     return c.index;
 }
 
-bool kvd_pool_namespace_clears(const struct kvd_pool *pool, struct kvd_pool_clearing *c)
+bool kvd_pool_namespace_clears(const struct kvd_pool *pool, uint32_t n, struct kvd_pool_clearing *c)
 {
-    if (free_namespace(pool) != KVD_POOL_NONE)
+    const struct region_head *h = pool->head;
+    uint32_t room = h->max_namespaces - h->n_namespaces;
+    for (uint32_t i = 0; i < h->n_namespaces; i++)
+        room += !pool->ns[i].name[0];
+    if (room >= n)
         return false;
     *c = (struct kvd_pool_clearing){.index = idlest_namespace(pool)};
     return c->index != KVD_POOL_NONE;

@@ -24,7 +24,7 @@ struct kvd_call;
 struct kvd_demotion;
 struct kvd_exec;
 struct kvd_fdsock;
-struct kvd_releases;
+struct kvd_pieceworks;
 struct kvd_fences;
 struct kvd_fetch;
 struct kvd_http;
@@ -94,7 +94,7 @@ struct kvd_daemon {
     struct kvd_fdsock *fdsock;
     struct kvd_http *http;
     struct kvd_evict *evict;
-    struct kvd_releases *releases;
+    struct kvd_pieceworks *pieceworks;
     struct kvd_tiers *tiers;       // NULL: there are none
     struct kvd_demotion *demotion; // NULL: the same; so is this
     struct kvd_restores *restores;

@@ -9,6 +9,7 @@
 
 #include "daemon/core/daemon.h"
 #include "daemon/core/lifecycle.h"
+#include "daemon/core/piecework.h"
 #include "daemon/core/tls_context.h"
 
 enum { VALUE_TEXT = 2400 }; // the longest: eight addresses
@@ -142,7 +143,10 @@ struct reload {
     struct kvd_reload report;
     kvd_reload_fn *done;
     void *ctx;
+    struct kvd_clearing clearing; // of what makes room for configured namespaces
 };
+
+enum { CLEARINGS = 2 * KVD_MAX_CONFIG_NAMESPACES };
 
 static void on_work(uv_work_t *work)
 {
@@ -233,13 +237,10 @@ static void free_report(struct kvd_reload *report)
     kvd_lines_free(&report->kept);
 }
 
-static void on_worked(uv_work_t *work, int status)
+static void finish(struct reload *r)
 {
-    struct reload *r = work->data;
     struct kvd_daemon *d = r->d;
     bool again = d->reload_again;
-    if (status < 0)
-        kvd_lines_add(&r->report.errors, "kvd is stopping");
     if (r->report.errors.n == 0)
         make_namespaces(d, &r->fresh, &r->report.errors);
     d->reload_failed = r->report.errors.n > 0;
@@ -255,6 +256,38 @@ static void on_worked(uv_work_t *work, int status)
     if (again && d->state != KVD_STOPPING)
         kvd_daemon_reload(d, NULL, NULL, NULL);
     kvd_daemon_work_end(d);
+}
+
+// Whether there is no room for all configured namespaces that are to be made, before something is
+// cleared.
+static bool room_wanted(const struct kvd_daemon *d, const struct kvd_config *fresh,
+                        struct kvd_pool_clearing *at)
+{
+    uint32_t missing = 0;
+    for (uint32_t i = 0; i < fresh->n_namespaces; i++)
+        missing += kvd_pool_namespace_find(d->pool, fresh->namespaces[i].name) == KVD_POOL_NONE;
+    return missing && kvd_pool_namespace_clears(d->pool, missing, at);
+}
+
+static void make_room(struct kvd_daemon *d, struct kvd_piecework *w)
+{
+    struct reload *r = (struct reload *)((uint8_t *)w - offsetof(struct reload, clearing.work));
+    bool wanted = !r->report.errors.n && room_wanted(d, &r->fresh, &r->clearing.at);
+    if (wanted && r->clearing.times < CLEARINGS) {
+        kvd_clearing_begin(d, &r->clearing, make_room);
+        return;
+    }
+    if (wanted)
+        kvd_lines_add(&r->report.errors, "others take each namespace that is cleared; try again");
+    finish(r);
+}
+
+static void on_worked(uv_work_t *work, int status)
+{
+    struct reload *r = work->data;
+    if (status < 0)
+        kvd_lines_add(&r->report.errors, "kvd is stopping");
+    make_room(r->d, &r->clearing.work);
 }
 
 int kvd_daemon_reload(struct kvd_daemon *d, kvd_reload_fn *done, void *ctx, struct kvd_error *err)

@@ -3,6 +3,7 @@
 
 #include "admin.pb-c.h"
 #include "daemon/core/lifecycle.h"
+#include "daemon/core/piecework.h"
 #include "daemon/core/reload.h"
 #include "daemon/rpc/rpc.h"
 #include "daemon/sched/work.h"
@@ -15,6 +16,8 @@
 #include "daemon/session/ledger.h"
 #include "daemon/session/session.h"
 #include "daemon/session/tenants.h"
+
+enum { CLEARINGS = 16 }; // for one namespace
 
 void kvd_on_ping(struct kvd_call *call, const void *request)
 {
@@ -85,22 +88,20 @@ void kvd_on_get_metrics(struct kvd_call *call, const void *request)
     kvd_call_reply(call, &r);
 }
 
-void kvd_on_set_quota(struct kvd_call *call, const void *request)
+// A namespace is made for its quota.
+struct making {
+    struct kvd_clearing clearing; // of another, where the table is full
+    struct kvd_call *call;
+};
+
+static void set_quota(struct kvd_call *call)
 {
-    const Kvd__V1__SetQuotaRequest *req = request;
+    const Kvd__V1__SetQuotaRequest *req = (const void *)call->request;
     struct kvd_error err = {0};
     struct kvd_pool_namespace_info info;
     struct kvd_pool *pool = call->d->pool;
     uint32_t ns;
-    if (kvd_pool_namespace_find(pool, req->namespace_name) == KVD_POOL_NONE && !req->create) {
-        kvd_call_fail(call, KVD_E_NOT_FOUND,
-                      "there is no namespace '%.64s'; set create (kvctl: --create) to make it with "
-                      "this quota",
-                      req->namespace_name);
-        return;
-    }
-    if (kvd_namespace_listed(call->d, req->namespace_name, &err) ||
-        kvd_pool_namespace(pool, req->namespace_name, &ns, &err)) {
+    if (kvd_pool_namespace(pool, req->namespace_name, &ns, &err)) {
         kvd_call_fail_error(call, &err);
         return;
     }
@@ -111,6 +112,50 @@ void kvd_on_set_quota(struct kvd_call *call, const void *request)
     Kvd__V1__SetQuotaReply r = KVD__V1__SET_QUOTA_REPLY__INIT;
     r.used_bytes = info.used;
     kvd_call_reply(call, &r);
+}
+
+static void make_room(struct kvd_daemon *d, struct kvd_piecework *w)
+{
+    struct making *m = (struct making *)w;
+    const Kvd__V1__SetQuotaRequest *req = (const void *)m->call->request;
+    bool full = kvd_pool_namespace_find(d->pool, req->namespace_name) == KVD_POOL_NONE &&
+                kvd_pool_namespace_clears(d->pool, 1, &m->clearing.at);
+    if (full && m->clearing.times < CLEARINGS) {
+        kvd_clearing_begin(d, &m->clearing, make_room);
+        return;
+    }
+    if (full)
+        kvd_call_fail(m->call, KVD_E_UNAVAILABLE,
+                      "others take each namespace that is cleared; try again");
+    else
+        set_quota(m->call);
+    free(m);
+}
+
+void kvd_on_set_quota(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__SetQuotaRequest *req = request;
+    struct kvd_error err = {0};
+    struct making *m;
+    if (kvd_pool_namespace_find(call->d->pool, req->namespace_name) == KVD_POOL_NONE &&
+        !req->create) {
+        kvd_call_fail(call, KVD_E_NOT_FOUND,
+                      "there is no namespace '%.64s'; set create (kvctl: --create) to make it with "
+                      "this quota",
+                      req->namespace_name);
+        return;
+    }
+    if (kvd_namespace_listed(call->d, req->namespace_name, &err)) {
+        kvd_call_fail_error(call, &err);
+        return;
+    }
+    m = calloc(1, sizeof(*m));
+    if (!m) {
+        kvd_call_fail(call, KVD_E_INTERNAL, "out of memory");
+        return;
+    }
+    m->call = call;
+    make_room(call->d, &m->clearing.work);
 }
 
 void kvd_on_drain(struct kvd_call *call, const void *request)

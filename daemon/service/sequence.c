@@ -3,7 +3,7 @@
 #include "daemon/service/events.h"
 #include "daemon/service/handlers.h"
 #include "daemon/session/ledger.h"
-#include "daemon/session/release.h"
+#include "daemon/core/piecework.h"
 #include "daemon/session/replay.h"
 #include "kvd.pb-c.h"
 
@@ -228,13 +228,13 @@ static int check_holds(const struct kvd_session *s, const uint64_t *sorted, size
 // A FreeSequences on its way. Until it is done the session holds those that are not given up yet,
 // as if the worker had freed a few at a time.
 struct freeing {
-    struct kvd_release release;
+    struct kvd_piecework release;
     struct kvd_call *call;
     size_t at;
     uint64_t ids[KVD_MAX_CALL_SEQUENCES]; // sorted
 };
 
-static bool free_next(struct kvd_daemon *d, struct kvd_release *r)
+static bool free_next(struct kvd_daemon *d, struct kvd_piecework *r)
 {
     struct freeing *f = (struct freeing *)r;
     const Kvd__V1__FreeSequencesRequest *req = (const void *)f->call->request;
@@ -254,7 +254,7 @@ static bool free_next(struct kvd_daemon *d, struct kvd_release *r)
     return true;
 }
 
-static void freed(struct kvd_daemon *d, struct kvd_release *r)
+static void freed(struct kvd_daemon *d, struct kvd_piecework *r)
 {
     struct freeing *f = (struct freeing *)r;
     struct kvd_call *call = f->call;
@@ -272,7 +272,7 @@ static void freed(struct kvd_daemon *d, struct kvd_release *r)
 // Whoever asks again under the same id is to find it done.
 static void on_cancelled(struct kvd_call *call)
 {
-    kvd_release_finish(call->d, call->work);
+    kvd_piecework_finish(call->d, call->work);
 }
 
 static struct freeing *freeing_new(struct kvd_call *call, struct kvd_session *s,
@@ -284,7 +284,7 @@ static struct freeing *freeing_new(struct kvd_call *call, struct kvd_session *s,
         kvd_fail(err, KVD_E_INTERNAL, "out of memory");
         return NULL;
     }
-    f->release = (struct kvd_release){.next = free_next, .done = freed};
+    f->release = (struct kvd_piecework){.next = free_next, .done = freed};
     f->call = call;
     f->at = 0;
     memcpy(f->ids, req->sequences, req->n_sequences * sizeof(*f->ids));
@@ -320,7 +320,7 @@ void kvd_on_free_sequences(struct kvd_call *call, const void *request)
     }
     call->work = f;
     call->on_cancelled = on_cancelled;
-    kvd_release_begin(call->d, &f->release);
+    kvd_piecework_begin(call->d, &f->release);
 }
 
 void kvd_on_describe_sequences(struct kvd_call *call, const void *request)

@@ -7,6 +7,7 @@
 #include <math.h>
 
 #include "daemon/core/keep.h"
+#include "daemon/core/piecework.h"
 #include "daemon/rpc/rpc.h"
 #include "daemon/rpc/users.h"
 #include "daemon/sched/work.h"
@@ -16,7 +17,6 @@
 #include "daemon/session/buffer.h"
 #include "daemon/session/fdsock.h"
 #include "daemon/session/reclaim.h"
-#include "daemon/session/release.h"
 #include "daemon/session/replay.h"
 #include "daemon/session/tenants.h"
 #include "kvd.pb-c.h"
@@ -24,9 +24,7 @@
 enum { CLEARINGS = 16 }; // for one session
 
 struct opening {
-    struct kvd_release release; // of what is cleared to have room
-    struct kvd_pool_clearing clearing;
-    uint32_t clearings;
+    struct kvd_clearing clearing; // of what makes room
     struct kvd_call *call;
     const Kvd__V1__OpenSessionRequest *req; // the call's
     struct kvd_layout g;
@@ -273,15 +271,10 @@ static void open_now(struct opening *o)
     reply(o->call, s);
 }
 
-static bool next_cleared(struct kvd_daemon *d, struct kvd_release *r)
-{
-    return !kvd_pool_clear(d->pool, &((struct opening *)r)->clearing, 1);
-}
+static void cleared(struct kvd_daemon *d, struct kvd_piecework *r);
 
-static void cleared(struct kvd_daemon *d, struct kvd_release *r);
-
-// What has to be cleared to have room goes piece by piece. Others may have taken the room by then:
-// after some times it is cleared in one go.
+// What has to be cleared to have room goes piece by piece. Others may have taken the room by then,
+// again and again.
 static void open_session(struct opening *o)
 {
     struct kvd_daemon *d = o->call->d;
@@ -289,20 +282,22 @@ static void open_session(struct opening *o)
     if (d->state != KVD_READY) {
         kvd_call_fail(o->call, KVD_E_UNAVAILABLE, "kvd is shutting down");
     } else if (!reopened(o->call, o->req)) {
-        if (o->clearings++ < CLEARINGS &&
-            kvd_tenants_clear(d, uid_of(o->call, conn), namespace_of(o->req), &o->g,
-                              &o->clearing)) {
-            o->release = (struct kvd_release){.next = next_cleared, .done = cleared};
-            kvd_release_begin(d, &o->release);
+        if (!kvd_tenants_clear(d, uid_of(o->call, conn), namespace_of(o->req), &o->g,
+                               &o->clearing.at)) {
+            open_now(o);
+        } else if (o->clearing.times < CLEARINGS) {
+            kvd_clearing_begin(d, &o->clearing, cleared);
             return;
+        } else {
+            kvd_call_fail(o->call, KVD_E_UNAVAILABLE,
+                          "others take each namespace or layout that is cleared; try again");
         }
-        open_now(o);
     }
     kvd_rotset_free(&o->set);
     free(o);
 }
 
-static void cleared(struct kvd_daemon *d, struct kvd_release *r)
+static void cleared(struct kvd_daemon *d, struct kvd_piecework *r)
 {
     (void)d;
     open_session((struct opening *)r);
@@ -345,18 +340,18 @@ void kvd_on_open_session(struct kvd_call *call, const void *request)
 
 // A CloseSession is answered when all that the session held is given up.
 struct closing {
-    struct kvd_release release;
+    struct kvd_piecework release;
     struct kvd_call *call;
 };
 
-static bool nothing_more(struct kvd_daemon *d, struct kvd_release *r)
+static bool nothing_more(struct kvd_daemon *d, struct kvd_piecework *r)
 {
     (void)d;
     (void)r;
     return false;
 }
 
-static void closed(struct kvd_daemon *d, struct kvd_release *r)
+static void closed(struct kvd_daemon *d, struct kvd_piecework *r)
 {
     struct closing *c = (struct closing *)r;
     struct kvd_call *call = c->call;
@@ -370,7 +365,7 @@ static void closed(struct kvd_daemon *d, struct kvd_release *r)
 static void on_cancelled(struct kvd_call *call)
 {
     struct closing *c = call->work;
-    kvd_release_drop(call->d, &c->release);
+    kvd_piecework_drop(call->d, &c->release);
     closed(call->d, &c->release);
 }
 
@@ -388,7 +383,7 @@ void kvd_on_close_session(struct kvd_call *call, const void *request)
     *c = (struct closing){.release = {.next = nothing_more, .done = closed}, .call = call};
     call->work = c;
     call->on_cancelled = on_cancelled;
-    kvd_release_begin(call->d, &c->release); // closing twice is fine
+    kvd_piecework_begin(call->d, &c->release); // closing twice is fine
 }
 
 void kvd_on_keep_alive(struct kvd_call *call, const void *request)

@@ -89,8 +89,8 @@ bool kvd_tenants_clear(struct kvd_daemon *d, int64_t uid, const char *name,
     bool any = false;
     settle(d);
     if (user && ns == KVD_POOL_NONE)
-        any =
-            would_clear(d, user, KVD_SHARE_NAMESPACES, c) || kvd_pool_namespace_clears(d->pool, c);
+        any = would_clear(d, user, KVD_SHARE_NAMESPACES, c) ||
+              kvd_pool_namespace_clears(d->pool, 1, c);
     if (user && !any && (known == KVD_POOL_NONE || !kvd_pool_layout_refs(d->pool, known)))
         any = would_clear(d, user, KVD_SHARE_LAYOUTS, c) || kvd_pool_layout_clears(d->pool, ns, c);
     kvd_user_unref(&user);

@@ -16,7 +16,7 @@ int kvd_layout_open(struct kvd_daemon *d, int64_t uid, uint32_t ns, const struct
                     const uint64_t (*page_bytes)[KVD_POOL_KINDS], uint32_t *layout, bool *recycled,
                     struct kvd_error *err);
 // What would have to be cleared first for the user to open the namespace and the layout. False:
-// nothing. Both clear it themselves, in one go; who has others wait for that clears it before.
+// nothing. Both clear it themselves, in one go, so whoever opens clears it before, in pieces.
 bool kvd_tenants_clear(struct kvd_daemon *d, int64_t uid, const char *name,
                        const struct kvd_layout *g, struct kvd_pool_clearing *c);
 // Whether a namespace may be at all.

@@ -1,10 +1,14 @@
 """One client uses up all that it can of every table; others still open, create and publish, and all is back afterwards."""
 import itertools
+import signal
+import time
 
 import grpc
 import pytest
 
-from conftest import Rpc, free_port, layout, kv
+from conftest import Rpc, admin, free_port, layout, kv
+from h2 import Connection
+from test_death import FdSocket
 from test_grpc import append, code_of, open_session, random_kv
 
 
@@ -65,6 +69,58 @@ def test_namespaces_by_publishing_and_by_sessions(rpc, kvd):
         rpc.kv("CloseSession", session=x)
     kvd.kvctl("evict", "--all", "--yes")
     assert names(rpc) == set() and kvd.metric("kvd_sequences") == 0
+
+
+def test_making_room_for_a_namespace_holds_up_nobody(start, folder):
+    """The table is full, and what goes has many sequences: quotas, sessions and reloads clear it in pieces."""
+    kvd = start("--log-level", "debug", config="[kvd]\n")
+    rpc = Rpc(kvd.address)
+    def many(call, requests, **kw):
+        """As many at a time as one connection may have."""
+        calls = []
+        for request in requests:
+            calls.append(call.future(request, timeout=60, **kw))
+            if len(calls) == 50:
+                [c.result() for c in calls]
+                calls.clear()
+        [c.result() for c in calls]
+
+    publish = rpc.channel.unary_unary("/kvd.v1.KvCache/PublishSequence", request_serializer=kv.PublishSequenceRequest.SerializeToString)
+    for i, n in enumerate((3000, 3000, 10)):
+        s = open_session(rpc, namespace_name=f"idle{i}")
+        many(publish, [kv.PublishSequenceRequest(session=s, sequence=seq, name=str(seq)) for seq in create(rpc, s, n)])
+        rpc.kv("CloseSession", session=s)
+    quota = lambda name: admin.SetQuotaRequest(namespace_name=name, quota_bytes=1 << 20, create=True)
+    operator = FdSocket(kvd)  # is good for ten seconds
+    token = (("kvd-ticket", operator.ticket),)
+    set_quota = rpc.channel.unary_unary("/kvd.v1.Admin/SetQuota", request_serializer=admin.SetQuotaRequest.SerializeToString)
+    many(set_quota, [quota(f"n{i}") for i in range(1021)], metadata=token)
+    operator = FdSocket(kvd)
+    token = (("kvd-ticket", operator.ticket),)
+    pings = [Connection(kvd.socket, "/kvd.v1.Admin/Ping") for _ in range(8)]
+    opening = rpc.channel.unary_unary("/kvd.v1.KvCache/OpenSession", request_serializer=kv.OpenSessionRequest.SerializeToString,
+                                      response_deserializer=kv.OpenSessionReply.FromString)
+    for name, call in (("SetQuota", lambda: set_quota.future(quota("more"), timeout=60, metadata=token)),
+                       ("OpenSession", lambda: opening.future(kv.OpenSessionRequest(namespace_name="other", layout=layout()), timeout=60))):
+        before = len(kvd.text())
+        kvd.process.send_signal(signal.SIGSTOP)
+        late = call()
+        time.sleep(0.1)
+        for c in pings:
+            c.s.sendall(c.headers() + c.message(b""))
+        kvd.process.send_signal(signal.SIGCONT)
+        late.result()
+        order = [line.split("method=")[1] for line in kvd.text()[before:].splitlines() if "method=" in line]
+        assert "Ping" in order[0], order
+    assert {"more", "other", "idle2"} <= names(rpc) and not names(rpc) & {"idle0", "idle1"}
+    with open(folder / "kvd.conf", "a") as f:
+        f.write("[namespace configured]\n")
+    kvd.kvctl("reload")
+    assert "configured" in names(rpc) and "idle2" not in names(rpc) and kvd.metric("kvd_sequences") == 0
+    with open(folder / "kvd.conf", "a") as f:
+        f.write("[namespace another]\n")
+    r = kvd.kvctl("reload", check=False)
+    assert r.returncode and "all 1024 namespaces are in use" in r.stdout + r.stderr, r
 
 
 def test_sessions(start):

@@ -282,14 +282,14 @@ START_TEST(idle_ones_are_cleared_in_pieces)
         ck_assert_int_eq(make(old, &seq), 0);
         publish(seq, i);
     }
-    ck_assert(!kvd_pool_namespace_clears(f.pool, &c)); // there is room
+    ck_assert(!kvd_pool_namespace_clears(f.pool, NAMESPACES - 1, &c)); // there is room
     kvd_pool_namespace_release(f.pool, old);
     char name[16];
     for (uint32_t i = 0; i < NAMESPACES - 1; i++) {
         snprintf(name, sizeof(name), "s%u", i);
         space(name);
     }
-    ck_assert(kvd_pool_namespace_clears(f.pool, &c));
+    ck_assert(kvd_pool_namespace_clears(f.pool, 1, &c));
     ck_assert_uint_eq(c.index, old);
     ck_assert(!kvd_pool_clear(f.pool, &c, 8));
     ck_assert_uint_eq(info_of(old).sequences, 12);
@@ -302,7 +302,7 @@ START_TEST(idle_ones_are_cleared_in_pieces)
         ck_assert_uint_eq(info_of(old).sequences, 8 - 4 * pieces);
     ck_assert_uint_eq(pieces, 2);
     ck_assert_uint_eq(kvd_pool_namespace_find(f.pool, "old"), KVD_POOL_NONE);
-    ck_assert(!kvd_pool_namespace_clears(f.pool, &c)); // now there is room
+    ck_assert(!kvd_pool_namespace_clears(f.pool, 1, &c)); // now there is room
     // Layouts of a namespace that has its share of them, each with an evictable sequence or two.
     ns = space("x");
     for (uint32_t i = 0; !kvd_pool_layout_clears(f.pool, ns, &c); i++) {
