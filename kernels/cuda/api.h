@@ -136,6 +136,7 @@ struct kvd_cuda_append_params {
     const struct kvd_cuda_append_item *items;
     uint32_t n_items;
     uint32_t chunks, tokens, kept; // sums over the items
+    bool whole_chunks;             // no item's history ends inside a chunk
 };
 
 // Chunks of 16 tokens that an item's demotion writes. The first one keeps the tokens that it has

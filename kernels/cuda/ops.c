@@ -105,7 +105,8 @@ static struct kvd_cuda_append_params append_tables(struct kvd_cuda *c,
                                          .ring = kvd_plane_ring(g),
                                          .layer_begin = p->layer_begin + layer,
                                          .layer_count = layers,
-                                         .n_items = p->n_items};
+                                         .n_items = p->n_items,
+                                         .whole_chunks = true};
     if (p->rotation)
         out.rotation = p->rotation->device;
     uint64_t at = kvd_stage_take(c, p->n_items * sizeof(struct kvd_cuda_append_item));
@@ -136,6 +137,8 @@ static struct kvd_cuda_append_params append_tables(struct kvd_cuda *c,
             .k = kvd_device_tensor(c, &staged[2 * i]),
             .v = kvd_device_tensor(c, &staged[2 * i + 1])};
         out.chunks += kvd_cuda_chunks(&items[i], g->sink);
+        if (kvd_cuda_chunks(&items[i], g->sink))
+            out.whole_chunks &= (items[i].hist_end - g->sink) % KVD_CHUNK_TOKENS == 0;
         out.tokens += new_tokens(item);
         out.kept += kvd_cuda_kept_tokens(&items[i], g->sink);
     }
