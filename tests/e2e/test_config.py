@@ -3,6 +3,7 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import subprocess
 
 import pytest
@@ -133,9 +134,19 @@ def keys(tmp_path_factory):
     return folder
 
 
+def names_are_resolved():
+    try:
+        socket.getaddrinfo("no-such-host.invalid", 80)
+    except socket.gaierror as e:
+        return e.errno != socket.EAI_AGAIN
+    return True
+
+
 def test_each_wrong_configuration_is_refused_with_its_lines(keys):
-    file = keys / "c"
+    file, resolved = keys / "c", names_are_resolved()
     for text, wanted in WRONG:
+        if "no-such-host" in text and not resolved:  # may be there, for all that this machine knows
+            continue
         write(file, text, keys)
         checked, started = run("--check-config", "--config", file), run("--config", file)
         assert checked.returncode == started.returncode == 78, (text, checked.stderr)
