@@ -311,6 +311,7 @@ static void bench_quantize(bool ring, uint32_t codec = KVD_CODEC_INT2, uint32_t 
     uint64_t bf16_page = (uint64_t)layers * heads * 64 * dim * 4;
     std::vector<kvd_cuda_append_item> items(n);
     kvd_cuda_append_params p = {};
+    p.whole_chunks = true;
     p.kv_heads = heads;
     p.dim_k = p.dim_v = dim;
     p.codec = codec;
