@@ -96,10 +96,13 @@ uint32_t kvd_blocks_drop(struct kvd_pool *pool, const struct kvd_blocks_space *s
                          const struct kvd_prefix_key *keys, uint32_t n, uint32_t keep,
                          enum kvd_prefix_reason reason);
 
-// Removes a block, wherever it is, and those before it that have no others behind them; NULL: all
-// of a namespace, which takes time in proportion to its index. What is held stays. Returns how many
-// went.
+// Removes a block, wherever it is, and those before it that have no others behind them. What is
+// held stays. Returns how many went.
 uint64_t kvd_blocks_forget(struct kvd_pool *pool, uint32_t ns, const struct kvd_prefix_key *key);
+// Goes on removing all blocks of a namespace that nobody holds; zeros begin. Looks at most at
+// `most` entries, and adds to *gone how many went. True: it has looked at all.
+bool kvd_blocks_clear(struct kvd_pool *pool, uint32_t ns, struct kvd_prefix_cursor *at,
+                      uint32_t most, uint64_t *gone);
 
 // -- blocks on their way to other places, and back (carry.c) ------------------------------------
 // Whoever carries them reads and writes their pages, as the pool touches no memory.

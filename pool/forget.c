@@ -88,19 +88,30 @@ uint64_t kvd_blocks_forget(struct kvd_pool *pool, uint32_t ns, const struct kvd_
 {
     struct kept *k = begin(pool, ns);
     struct removal m = {pool, ns, 0};
-    struct kvd_prefix_cursor at = {0};
-    uint32_t now = (uint32_t)time(NULL), most = UINT32_MAX;
+    uint32_t now = (uint32_t)time(NULL);
     if (!k)
         return 0;
-    if (!key)
-        kvd_prefix_clear(k->ix, KVD_PREFIX_NONE, &at, &most, KVD_PREFIX_DROPPED, now, removed, &m);
-    for (uint32_t i = 0; key && i < KVD_POOL_DOMAINS; i++) {
+    for (uint32_t i = 0; i < KVD_POOL_DOMAINS; i++) {
         uint32_t entry = kvd_prefix_entry(k->ix, i, key);
         if (entry != KVD_PREFIX_NONE)
             kvd_prefix_remove(k->ix, entry, KVD_PREFIX_DROPPED, now, removed, &m);
     }
     done(pool, ns);
     return m.gone;
+}
+
+bool kvd_blocks_clear(struct kvd_pool *pool, uint32_t ns, struct kvd_prefix_cursor *at,
+                      uint32_t most, uint64_t *gone)
+{
+    struct kept *k = begin(pool, ns);
+    struct removal m = {pool, ns, 0};
+    if (!k)
+        return true;
+    bool all = kvd_prefix_clear(k->ix, KVD_PREFIX_NONE, at, &most, KVD_PREFIX_DROPPED,
+                                (uint32_t)time(NULL), removed, &m);
+    done(pool, ns);
+    *gone += m.gone;
+    return all;
 }
 
 bool blocks_clear(struct kvd_pool *pool, struct kvd_pool_clearing *c, uint32_t *n)

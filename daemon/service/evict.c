@@ -5,17 +5,24 @@
 
 #include "admin.pb-c.h"
 #include "daemon/rpc/rpc.h"
+#include "daemon/service/events.h"
 #include "daemon/service/handlers.h"
+#include "kvd.pb-c.h"
+#include "pool/blocks.h"
 
 enum {
     PIECE_NS = 1000000, // then others have their turn
-    SEQUENCES = 32,     // between looks at the clock
+    SEQUENCES = 32,     // between looks at the clock,
+    ENTRIES = 1024,     // of an index
 };
 
 // An operator's call that is not answered yet.
 struct eviction {
     struct kvd_call *call;
     struct kvd_pool_evicted sum;
+    bool drops;                  // prefixes
+    uint32_t ns;                 // of this namespace, which it holds,
+    struct kvd_prefix_cursor at; // and has come to here
     struct eviction *prev, *next;
 };
 
@@ -44,7 +51,20 @@ static int evict_named(struct kvd_daemon *d, uint32_t ns, const char *name, uint
     return KVD_OK;
 }
 
-static void finish(struct eviction *v)
+static void answer_drop(const struct eviction *v)
+{
+    struct kvd_daemon *d = v->call->d;
+    struct kvd_pool_namespace_info info;
+    Kvd__V1__DropPrefixReply r = KVD__V1__DROP_PREFIX_REPLY__INIT;
+    r.blocks = v->sum.blocks;
+    kvd_event_send(d, v->ns, KVD__V1__EVENT__KIND__BLOCKS_CLEARED, 0, "");
+    kvd_pool_namespace_info(d->pool, v->ns, &info);
+    kvd_notice("prefixes dropped by operator namespace=%s blocks=%" PRIu64, info.name, r.blocks);
+    kvd_pool_namespace_release(d->pool, v->ns);
+    kvd_call_reply(v->call, &r);
+}
+
+static void answer_evict(const struct eviction *v)
 {
     Kvd__V1__EvictReply r = KVD__V1__EVICT_REPLY__INIT;
     r.sequences = (uint32_t)v->sum.sequences;
@@ -52,9 +72,17 @@ static void finish(struct eviction *v)
     r.bytes = v->sum.bytes;
     kvd_notice("evicted by operator sequences=%u blocks=%" PRIu64 " bytes=%" PRIu64, r.sequences,
                r.blocks, r.bytes);
+    kvd_call_reply(v->call, &r);
+}
+
+static void finish(struct eviction *v)
+{
     v->call->on_cancelled = NULL;
     DL_DELETE(v->call->d->evict->evictions, v);
-    kvd_call_reply(v->call, &r);
+    if (v->drops)
+        answer_drop(v);
+    else
+        answer_evict(v);
     free(v);
 }
 
@@ -86,32 +114,59 @@ static bool evict_on(struct kvd_daemon *d, struct eviction *v)
     return false;
 }
 
+static bool drop_on(struct kvd_daemon *d, struct eviction *v)
+{
+    uint64_t begin = uv_hrtime();
+    while (!kvd_blocks_clear(d->pool, v->ns, &v->at, ENTRIES, &v->sum.blocks))
+        if (uv_hrtime() - begin >= PIECE_NS)
+            return false;
+    return true;
+}
+
+static bool go_on(struct kvd_daemon *d, struct eviction *v)
+{
+    return v->drops ? drop_on(d, v) : evict_on(d, v);
+}
+
 static void on_idle(uv_idle_t *idle)
 {
     struct kvd_daemon *d = idle->data;
     struct eviction *v = d->evict->evictions; // one after the other
-    if (v && evict_on(d, v))
+    if (v && go_on(d, v))
         finish(v);
     if (!d->evict->evictions)
         uv_idle_stop(idle);
 }
 
-static void evict_all(struct kvd_call *call)
+static void begin(struct kvd_call *call, const struct eviction *from)
 {
     struct kvd_evict *e = call->d->evict;
-    struct eviction *v = calloc(1, sizeof(*v));
+    struct eviction *v = malloc(sizeof(*v));
     if (!v) {
+        if (from->drops)
+            kvd_pool_namespace_release(call->d->pool, from->ns);
         kvd_call_fail(call, KVD_E_INTERNAL, "out of memory");
         return;
     }
+    *v = *from;
     v->call = call;
     call->work = v;
     call->on_cancelled = on_cancelled;
     DL_APPEND(e->evictions, v);
-    if (v == e->evictions && evict_on(call->d, v))
+    if (v == e->evictions && go_on(call->d, v))
         finish(v);
     else
         uv_idle_start(&e->idle, on_idle);
+}
+
+void kvd_evict_prefixes(struct kvd_call *call, const char *ns)
+{
+    struct eviction v = {.drops = true};
+    struct kvd_error err = {0};
+    if (kvd_pool_namespace(call->d->pool, ns, &v.ns, &err))
+        kvd_call_fail_error(call, &err);
+    else
+        begin(call, &v);
 }
 
 void kvd_on_evict(struct kvd_call *call, const void *request)
@@ -127,7 +182,7 @@ void kvd_on_evict(struct kvd_call *call, const void *request)
     } else if (req->name[0] && ns == KVD_POOL_NONE) {
         kvd_call_fail(call, KVD_E_INVALID, "a name wants its namespace");
     } else if (!req->name[0]) {
-        evict_all(call);
+        begin(call, &(struct eviction){0});
     } else if (evict_named(d, ns, req->name, &r.bytes, &err)) {
         kvd_call_fail_error(call, &err);
     } else {

@@ -1,9 +1,15 @@
-// Eviction by operators. It takes time in proportion to what there is, and so is done in pieces,
-// between which the loop does other things. Loop thread.
+// Eviction by operators, and dropping of all prefixes of a namespace. It takes time in proportion
+// to what there is, and so is done in pieces, between which the loop does other things. Loop
+// thread.
 #ifndef KVD_DAEMON_EVICT_H
 #define KVD_DAEMON_EVICT_H
 
 #include "daemon/core/part.h"
+
+struct kvd_call;
+
+// Drops all prefixes of a namespace that nobody holds, and answers the call, which is DropPrefix.
+void kvd_evict_prefixes(struct kvd_call *call, const char *ns);
 
 extern const struct kvd_part kvd_part_evict;
 

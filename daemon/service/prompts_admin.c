@@ -1,7 +1,7 @@
 // ListPrefixes, ExplainPrefix, PinPrefix, DropPrefix.
 #include "admin.pb-c.h"
 #include "daemon/rpc/rpc.h"
-#include "daemon/service/events.h"
+#include "daemon/service/evict.h"
 #include "daemon/service/handlers.h"
 #include "daemon/service/layout.h"
 #include "daemon/service/prompts.h"
@@ -188,9 +188,11 @@ void kvd_on_drop_prefix(struct kvd_call *call, const void *request)
         kvd_call_fail_error(call, &err);
         return;
     }
-    reply.blocks = kvd_blocks_forget(d->pool, ns, req->key.len ? &key : NULL);
-    if (!req->key.len)
-        kvd_event_send(d, ns, KVD__V1__EVENT__KIND__BLOCKS_CLEARED, 0, "");
+    if (!req->key.len) {
+        kvd_evict_prefixes(call, req->namespace_name);
+        return;
+    }
+    reply.blocks = kvd_blocks_forget(d->pool, ns, &key);
     kvd_notice("prefixes dropped by operator namespace=%s blocks=%" PRIu64, req->namespace_name,
                reply.blocks);
     kvd_call_reply(call, &reply);

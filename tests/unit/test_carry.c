@@ -141,5 +141,37 @@ START_TEST(blocks_come_back_to_planes_with_windows)
 }
 END_TEST
 
-KVD_MAIN("carry", 60, new_blocks_are_carried_away_and_brought_back,
-         blocks_come_back_to_planes_with_windows)
+START_TEST(a_namespace_is_cleared_in_pieces)
+{
+    struct fixture f;
+    struct kvd_prefix_cursor at = {0};
+    struct kvd_blocks_match m;
+    uint64_t gone = 0;
+    uint32_t pieces = 0;
+    setup(&f, 8);
+    uint64_t seq = sequence_of(&f, 1000);
+    publish(&f, seq, 40, true);
+    kvd_pool_seq_release(f.pool, seq);
+    m = match(&f, 3);
+    ck_assert_int_eq(kvd_blocks_hold(f.pool, &m.at, &f.err), 0);
+    for (bool all = false; !all; pieces++) {
+        all = kvd_blocks_clear(f.pool, f.ns, &at, 2, &gone);
+        verify(f.pool);
+        ck_assert_uint_le(gone, 2 * (pieces + 1));
+    }
+    ck_assert_uint_eq(gone, 12); // what is before what is held stays
+    ck_assert_uint_ge(pieces, 6);
+    ck_assert_uint_eq(match(&f, 40).known, 3);
+    kvd_blocks_release(f.pool, &m.at);
+    at = (struct kvd_prefix_cursor){0};
+    for (pieces = 0; !kvd_blocks_clear(f.pool, f.ns, &at, 2, &gone); pieces++)
+        verify(f.pool);
+    ck_assert_uint_eq(gone, 15);
+    ck_assert_uint_eq(match(&f, 40).known, 0);
+    ck_assert(kvd_blocks_clear(f.pool, f.ns, &at, 2, &gone));
+    kvd_pool_free(&f.pool);
+}
+END_TEST
+
+KVD_MAIN("carry", 60, a_namespace_is_cleared_in_pieces,
+         new_blocks_are_carried_away_and_brought_back, blocks_come_back_to_planes_with_windows)
