@@ -15,6 +15,7 @@
 #include "daemon/sched/exec.h"
 #include "daemon/sched/fences.h"
 #include "daemon/sched/work.h"
+#include "daemon/service/claims.h"
 #include "daemon/service/demote.h"
 #include "daemon/service/events.h"
 #include "daemon/service/evict.h"
@@ -57,6 +58,7 @@ const struct kvd_part *const kvd_parts[] = {
     &kvd_part_fdsock,    // the fd socket
     &kvd_part_rotations, // rotation sets, and their downloads
     &kvd_part_events,    // Watch
+    &kvd_part_claims,    // of prompts that somebody computes
     &kvd_part_prompts,   // prefixes
     &kvd_part_health,    // grpc.health.v1
     &kvd_part_evict,     // evictions by operators

@@ -21,6 +21,7 @@ enum {
 
 // The state of other rooms, each of which its own module knows.
 struct kvd_call;
+struct kvd_claims;
 struct kvd_demotion;
 struct kvd_exec;
 struct kvd_fdsock;
@@ -98,6 +99,7 @@ struct kvd_daemon {
     struct kvd_tiers *tiers;       // NULL: there are none
     struct kvd_demotion *demotion; // NULL: the same; so is this
     struct kvd_restores *restores;
+    struct kvd_claims *claims;
     struct kvd_leases *leases;
     struct kvd_prompts *prompts;
     struct kvd_users *users;

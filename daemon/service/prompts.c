@@ -8,6 +8,7 @@
 #include <utlist.h>
 
 #include "daemon/rpc/rpc.h"
+#include "daemon/service/claims.h"
 #include "daemon/service/events.h"
 #include "daemon/service/handlers.h"
 #include "daemon/service/restore.h"
@@ -31,6 +32,7 @@ struct job {
     struct kvd_restore *restore; // of the same; NULL: none was wanted yet
     bool restored;               // and it is done, as `answer` says
     struct kvd_restore_answer answer;
+    struct kvd_claim_waiter waiter; // for what another computes
     struct kvd_blocks_space space;
     struct kvd_prefix_key *keys; // room for the longest
     Kvd__V1__PrefixMatch *matches, **match_refs;
@@ -85,8 +87,9 @@ static const Kvd__V1__PrefixKeys *keys_of(const struct job *j, uint32_t i)
     return ((const Kvd__V1__MatchPrefixRequest *)(void *)j->call->request)->requests[i];
 }
 
-static void job_free(struct job *j)
+static void job_free(struct kvd_daemon *d, struct job *j)
 {
+    kvd_claim_forget(d, &j->waiter);
     kvd_restore_end(&j->restore);
     free(j->behind);
     free(j->keys);
@@ -193,6 +196,29 @@ static bool look_behind(struct kvd_daemon *d, struct job *j)
     return j->restore;
 }
 
+static void on_claim(struct kvd_claim_waiter *w)
+{
+    struct job *j = (struct job *)((uint8_t *)w - offsetof(struct job, waiter));
+    struct kvd_prompts *p = j->call->d->prompts;
+    DL_APPEND(p->jobs, j);
+    uv_idle_start(&p->idle, on_idle);
+}
+
+// Has the job wait for a session that is computing what is missing, if that is wanted. True: it
+// goes on when on_claim is called.
+static bool wait_for_others(struct kvd_daemon *d, struct job *j, const struct kvd_session *s)
+{
+    const Kvd__V1__MatchPrefixRequest *req = (const void *)j->call->request;
+    struct kvd_blocks_match m = {.keys = j->keys, .n = j->blocks};
+    if (j->publishes || !req->wait_ms)
+        return false;
+    kvd_blocks_match(d->pool, &j->space, false, &m);
+    j->waiter.session = s->id;
+    j->waiter.space = j->space;
+    j->waiter.go_on = on_claim;
+    return kvd_claim_wait(d, &j->waiter, j->keys, j->blocks, m.known, req->wait_ms);
+}
+
 static void tell_restored(struct kvd_daemon *d, struct job *j, Kvd__V1__PrefixMatch *out)
 {
     const struct kvd_restore_answer *a = &j->answer;
@@ -268,6 +294,12 @@ static int publish(struct kvd_daemon *d, struct job *j, const struct kvd_session
     out->known += p.known > j->done ? p.known - j->done : 0;
     out->blocks = KVD_MAX(out->blocks, p.blocks);
     out->end = p.end;
+    if (p.blocks) {
+        struct kvd_pool_seq_info info;
+        kvd_pool_seq_info(d->pool, item->sequence, &info);
+        kvd_claim_published(d, s->id, &j->space, j->keys,
+                            KVD_MIN(n, (uint32_t)(info.length / KVD_PAGE_TOKENS)));
+    }
     // Only an end is beyond what is sealed, and it is the last piece's.
     bool behind = p.blocks < n && !item->end;
     j->done = n;
@@ -297,7 +329,7 @@ static enum after step(struct kvd_daemon *d, struct job *j)
         rc = kvd_prompt_keys(&j->space, keys_of(j, j->at), j->hashed, to, j->keys, &err);
         j->hashed = to;
         last = false;
-    } else if (look_behind(d, j)) {
+    } else if (look_behind(d, j) || wait_for_others(d, j, s)) {
         return WAITS;
     } else {
         rc = j->publishes ? publish(d, j, s, &last, &err) : match(d, j, s, &err);
@@ -327,7 +359,7 @@ static void work(struct kvd_daemon *d)
         if (after == GOES_ON)
             DL_APPEND(p->jobs, j); // behind the others
         else if (after == ANSWERED)
-            job_free(j);
+            job_free(d, j);
     } while (p->jobs && uv_hrtime() - begin < PIECE_NS);
 }
 
@@ -336,10 +368,10 @@ static void on_cancelled(struct kvd_call *call)
     struct kvd_daemon *d = call->d;
     struct job *j = call->work;
     const struct kvd_error err = {.code = KVD_E_UNAVAILABLE, .text = "the call was cancelled"};
-    if (!j->restore || j->restored) // it is in line
+    if ((!j->restore || j->restored) && !j->waiter.waits) // it is in line
         DL_DELETE(d->prompts->jobs, j);
     job_fail(d, j, &err);
-    job_free(j);
+    job_free(d, j);
 }
 
 static int job_new(struct kvd_call *call, bool publishes, uint32_t n, struct kvd_error *err)
@@ -375,7 +407,7 @@ static int job_new(struct kvd_call *call, bool publishes, uint32_t n, struct kvd
     if (rc == KVD_OK && (!j->keys || !room))
         rc = kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     if (rc) {
-        job_free(j);
+        job_free(call->d, j);
         return rc;
     }
     for (uint32_t i = 0; i < n; i++) {
@@ -425,6 +457,10 @@ void kvd_on_match_prefix(struct kvd_call *call, const void *request)
     else if (req->restore_ms > KVD_MAX_LEASE_MS)
         kvd_call_fail(call, KVD_E_INVALID, "restore_ms is %u; at most %d are possible",
                       req->restore_ms, KVD_MAX_LEASE_MS);
+    else if (req->wait_ms > KVD_MAX_LEASE_MS || (req->wait_ms && req->n_requests != 1))
+        kvd_call_fail(call, KVD_E_INVALID,
+                      "wait_ms is %u with %zu prompts; at most %d are possible, with one prompt",
+                      req->wait_ms, req->n_requests, KVD_MAX_LEASE_MS);
     else
         begin(call, false, req->n_requests);
 }
