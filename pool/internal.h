@@ -352,6 +352,9 @@ void kept_add(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t e
 void kept_note_new(struct kept *k, uint32_t entry);
 // Gives back a block's pages.
 void kept_drop(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t value);
+// Gives back the page that an entry has in a plane.
+void kept_lose(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t entry,
+               uint32_t plane);
 // The end that has the block of an entry in its window, and `depth` blocks up to it. NULL: none.
 struct region_seq *end_of(const struct kvd_pool *pool, uint32_t ns, uint32_t entry, uint32_t depth);
 

@@ -167,6 +167,20 @@ void kept_drop(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t 
     k->pages_free = value + 1;
 }
 
+void kept_lose(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t entry,
+               uint32_t plane)
+{
+    struct kvd_prefix_entry_info e;
+    kvd_prefix_get(k->ix, entry, &e);
+    uint32_t page = kept_page(pool, k, layout, e.value, plane);
+    count(pool, k, layout, page, -1);
+    kvd_pool_page_unref(pool, page);
+    if (has_planes(pool, layout))
+        k->pages[e.value].page[plane] = KVD_POOL_NONE;
+    else
+        kvd_prefix_set(k->ix, entry, KVD_POOL_NONE);
+}
+
 struct region_seq *end_of(const struct kvd_pool *pool, uint32_t ns, uint32_t entry, uint32_t depth)
 {
     const struct kept *k = pool->kept[ns];

@@ -350,26 +350,30 @@ int kvd_pool_truncate(struct kvd_pool *pool, uint64_t seq, uint64_t length, stru
 // -- checksums of blocks ------------------------------------------------------------------------
 
 // A block of history that is complete does not change any more, so it can have a checksum, which is
-// kept in the region. The pool never touches memory: whoever does computes it.
+// kept in the region. The pool never touches memory: whoever does computes it. Blocks are those of
+// sequences, and those that only prefix indices have.
 enum {
     KVD_SUM_NONE = 0,    // not yet; or the block is being written
     KVD_SUM_DAMAGED = 1, // the block was found to be another than it was
 };
 
 struct kvd_pool_block {
-    uint64_t seq;
-    uint32_t plane, index; // the block's number in the plane's history
+    uint64_t seq; // 0: it is an index's
+    uint32_t ns, layout;
+    uint32_t plane, index; // the block's number in the plane's history; an index's: its entry
     uint32_t page;
     uint64_t addr, bytes;
     uint64_t sum; // KVD_SUM_NONE, KVD_SUM_DAMAGED, or what it was sealed with
 };
 
-// Where a walk over all complete blocks of all sequences is; all zero: at its beginning.
+// Where a walk over all complete blocks of all sequences, and then of all indices, is; all zero: at
+// its beginning.
 struct kvd_pool_walk {
     uint32_t seq, plane, index;
+    uint32_t ns, entry;
 };
-// The next block. A page that several sequences share comes once for each. KVD_E_NOT_FOUND: there
-// is no more. KVD_E_LIMIT: none among so many steps; go on later.
+// The next block. A page that several have comes once for each. KVD_E_NOT_FOUND: there is no more.
+// KVD_E_LIMIT: none among so many steps; go on later.
 int kvd_pool_block_next(const struct kvd_pool *pool, struct kvd_pool_walk *walk, uint32_t steps,
                         struct kvd_pool_block *out);
 // Until kvd_pool_block_drop its page is neither freed nor written.
@@ -377,6 +381,13 @@ void kvd_pool_block_hold(struct kvd_pool *pool, const struct kvd_pool_block *blo
 void kvd_pool_block_drop(struct kvd_pool *pool, const struct kvd_pool_block *block);
 // Its checksum; KVD_SUM_DAMAGED: nobody is to be served it.
 void kvd_pool_block_seal(struct kvd_pool *pool, const struct kvd_pool_block *block, uint64_t sum);
+// An index's block has no page any more: prompts are known up to it until somebody publishes it
+// again.
+void kvd_pool_block_lost(struct kvd_pool *pool, const struct kvd_pool_block *block);
+// The complete blocks of a sequence that have a checksum, from number *at on, which goes on. False:
+// there is no more.
+bool kvd_pool_seq_sealed(const struct kvd_pool *pool, uint64_t seq, struct kvd_pool_walk *at,
+                         struct kvd_pool_block *out);
 // KVD_E_CORRUPT: a block of the sequence is damaged.
 int kvd_pool_seq_whole(const struct kvd_pool *pool, uint64_t seq, struct kvd_error *err);
 

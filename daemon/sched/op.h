@@ -93,7 +93,7 @@ int kvd_work_fence(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__Fen
 
 // -- pages.c: the executor cannot ask the pool, which the loop goes on changing -----------------
 // Notes the pages of an item's sequence, of the planes that the call has layers of.
-int kvd_op_note_pages(struct kvd_daemon *d, const struct kvd_work *w, struct kvd_work_item *item,
+int kvd_op_note_pages(struct kvd_daemon *d, struct kvd_work *w, struct kvd_work_item *item,
                       struct kvd_error *err);
 // Notes lengths and ends of history that the call's layers see.
 int kvd_op_note_lengths(struct kvd_daemon *d, const struct kvd_work *w, struct kvd_work_item *item,

@@ -129,7 +129,7 @@ static int check(struct kvd_work *w, struct kvd_session *s, const void *request,
     return KVD_OK;
 }
 
-static int note_item(struct kvd_daemon *d, const struct kvd_work *w, struct kvd_work_item *item,
+static int note_item(struct kvd_daemon *d, struct kvd_work *w, struct kvd_work_item *item,
                      struct kvd_error *err)
 {
     struct kvd_pool_seq_info info;

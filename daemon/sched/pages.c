@@ -1,5 +1,6 @@
 // Pages and lengths of a work's sequences, noted when its turn comes.
 #include "daemon/sched/op.h"
+#include "daemon/session/scrub.h"
 
 static int note_plane(struct kvd_daemon *d, uint64_t seq, uint32_t plane, struct kvd_view *v,
                       struct kvd_error *err)
@@ -16,10 +17,32 @@ static int note_plane(struct kvd_daemon *d, uint64_t seq, uint32_t plane, struct
     return KVD_OK;
 }
 
-int kvd_op_note_pages(struct kvd_daemon *d, const struct kvd_work *w, struct kvd_work_item *item,
+// Those that nobody has looked at since an earlier kvd has left them.
+static int note_checks(struct kvd_daemon *d, struct kvd_work *w, uint64_t seq,
+                       struct kvd_error *err)
+{
+    struct kvd_pool_walk at = {0};
+    struct kvd_pool_block block;
+    while (kvd_scrub_unseen(d, seq, &at, &block)) {
+        if (w->n_checks == w->cap_checks) {
+            uint32_t cap = KVD_MAX(2 * w->cap_checks, 64u);
+            struct kvd_work_check *grown = realloc(w->checks, cap * sizeof(*grown));
+            if (!grown)
+                return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+            w->checks = grown;
+            w->cap_checks = cap;
+        }
+        w->checks[w->n_checks++] = (struct kvd_work_check){.block = block};
+    }
+    return KVD_OK;
+}
+
+int kvd_op_note_pages(struct kvd_daemon *d, struct kvd_work *w, struct kvd_work_item *item,
                       struct kvd_error *err)
 {
     int rc = kvd_pool_seq_whole(d->pool, item->seq, err);
+    if (rc == KVD_OK)
+        rc = note_checks(d, w, item->seq, err);
     for (uint32_t p = 0; p < w->shape->n_planes && rc == KVD_OK; p++)
         if (w->planes >> p & 1)
             rc = note_plane(d, item->seq, p, &item->views[p], err);

@@ -4,6 +4,7 @@
 #include "daemon/sched/op.h"
 #include "daemon/session/buffer.h"
 #include "daemon/session/memory.h"
+#include "daemon/session/scrub.h"
 
 struct kvd_work *kvd_work_new(struct kvd_call *call, const struct kvd_session *s,
                               const struct kvd_op *op, size_t n, struct kvd_error *err)
@@ -65,6 +66,7 @@ void kvd_work_free(struct kvd_daemon *d, struct kvd_work *w)
     free(w->copies);
     free(w->attend_items);
     free(w->sinks);
+    free(w->checks);
     free(w->job.slice.state);
     free(w);
 }
@@ -132,12 +134,15 @@ static void done(struct kvd_daemon *d, struct kvd_job *job)
 {
     struct kvd_work *w = (struct kvd_work *)job;
     uint32_t ns = w->waiter.ns;
-    kvd_histogram_add(&d->metrics.kernel[w->op->id], job->ran_ns);
+    if (w->op->run)
+        kvd_histogram_add(&d->metrics.kernel[w->op->id], job->ran_ns);
     if (job->abandoned)
         job->rc = kvd_fail(&w->err, KVD_E_UNAVAILABLE, "kvd is shutting down");
     else if (job->rc == KVD_E_TIMEOUT)
         w->err = w->why;
     settle(d, w, job->rc == KVD_OK);
+    for (uint32_t i = 0; i < w->checked; i++)
+        kvd_scrub_seen(d, &w->checks[i].block, w->checks[i].sum);
     leave(d, w);
     if (job->rc) {
         kvd_fence_signal(&w->signal);
@@ -160,6 +165,12 @@ static void fail(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_erro
     answer_failure(d, call, err);
 }
 
+// Whether nothing is wanted of the executor.
+static bool is_answered(const struct kvd_work *w)
+{
+    return !w->op->run && !w->n_checks;
+}
+
 // Takes its pages and hands it to the executor. Only the line calls this.
 static void start(struct kvd_daemon *d, struct kvd_waiter *waiter)
 {
@@ -174,11 +185,11 @@ static void start(struct kvd_daemon *d, struct kvd_waiter *waiter)
     }
     lock(d, w, true);
     if ((w->op->prepare && w->op->prepare(d, w, &err)) ||
-        (!w->op->run && w->op->reply(d, w, &err))) {
+        (is_answered(w) && w->op->reply(d, w, &err))) {
         fail(d, w, &err);
         return;
     }
-    if (!w->op->run) {
+    if (is_answered(w)) {
         leave(d, w);
         kvd_work_free(d, w);
         return;

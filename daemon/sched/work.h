@@ -55,6 +55,12 @@ struct kvd_page_copy {
     uint64_t to, from, bytes;
 };
 
+// A block that an earlier kvd has left, to be compared with its checksum before it is used.
+struct kvd_work_check {
+    struct kvd_pool_block block;
+    uint64_t sum; // that it has
+};
+
 struct kvd_work {
     struct kvd_job job;
     struct kvd_waiter waiter;         // in the line of its session
@@ -97,6 +103,8 @@ struct kvd_work {
     struct kvd_rotate_params rotate; // of all runs
     struct kvd_read_params read;     // of all runs
     struct kvd_nonfinite nonfinite;
+    struct kvd_work_check *checks;
+    uint32_t n_checks, cap_checks, checked;
     uint32_t phase, copied;
     struct kvd_error err;
     struct kvd_error why; // of its being cancelled

@@ -3,6 +3,7 @@
 #include <xxhash.h>
 
 #include "daemon/core/lifecycle.h"
+#include "daemon/session/ledger.h"
 
 enum {
     STEPS = 4096,     // of looking for the next block, then others have their turn
@@ -16,11 +17,14 @@ struct kvd_scrub {
     bool busy; // with `block`
     struct kvd_pool_walk walk;
     struct kvd_pool_block block;
-    uint64_t sum;  // of it
-    uint8_t *seen; // by page, one bit each: in this pass
-    uint64_t pages;
+    uint64_t sum; // of it
+    // By page, one bit each: those of this pass, and those whose checksum this kvd has made or
+    // compared. While `taken_over` the others of an earlier kvd are not to be trusted.
+    uint8_t *seen, *known;
+    uint64_t pages; // bytes of each
+    bool taken_over;
     bool demanded;
-    uint64_t demanded_passes, checked, sealed, passes;
+    uint64_t demanded_passes, checked, sealed, passes, first_uses, blocks_lost;
     double owed_ms; // of pauses
     struct kvd_scrub_damage found[MOST_FOUND];
     uint32_t n_found;
@@ -53,6 +57,16 @@ static void read_block(uv_work_t *work)
     s->sum = kvd_page_sum((const void *)(uintptr_t)s->block.addr, s->block.bytes);
 }
 
+static bool has(const uint8_t *bits, uint32_t page)
+{
+    return bits[page / 8] >> page % 8 & 1;
+}
+
+static void set(uint8_t *bits, uint32_t page)
+{
+    bits[page / 8] |= (uint8_t)(1u << page % 8);
+}
+
 // Sequences that have a page, all of which are lost with it.
 struct owners {
     struct kvd_daemon *d;
@@ -67,6 +81,9 @@ static bool report(void *ctx, const struct kvd_pool_seq_info *info)
     struct kvd_pool_namespace_info ns;
     if (kvd_pool_seq_whole(o->d->pool, info->id, &err) == KVD_OK)
         return true;
+    for (uint32_t i = 0; i < s->n_found; i++)
+        if (s->found[i].sequence == info->id)
+            return true; // for another block
     kvd_pool_namespace_info(o->d->pool, info->ns, &ns);
     kvd_error("damaged namespace=%s sequence=%" PRIu64 " name=%s: %s", ns.name, info->id,
               info->name, err.text);
@@ -80,19 +97,40 @@ static bool report(void *ctx, const struct kvd_pool_seq_info *info)
     return true;
 }
 
-static void judge(struct kvd_daemon *d)
+// Of a block that only an index has: it has it no longer.
+static void lose(struct kvd_daemon *d, const struct kvd_pool_block *b)
+{
+    struct kvd_pool_namespace_info ns;
+    kvd_pool_namespace_info(d->pool, b->ns, &ns);
+    kvd_error("damaged namespace=%s plane=%u: a block of a prompt is not what was stored, and is "
+              "to be published anew",
+              ns.name, b->plane);
+    d->scrub->blocks_lost++;
+    kvd_pool_block_lost(d->pool, b);
+}
+
+static void judge(struct kvd_daemon *d, const struct kvd_pool_block *b, uint64_t sum)
+{
+    set(d->scrub->known, b->page);
+    if (b->sum == sum)
+        return;
+    struct owners o = {d, b};
+    kvd_pool_block_seal(d->pool, b, KVD_SUM_DAMAGED);
+    kvd_pool_seq_each(d->pool, report, &o);
+    if (!b->seq)
+        lose(d, b);
+}
+
+static void seal_or_judge(struct kvd_daemon *d)
 {
     struct kvd_scrub *s = d->scrub;
-    const struct kvd_pool_block *b = &s->block;
     s->checked++;
-    if (b->sum == KVD_SUM_NONE) {
+    if (s->block.sum == KVD_SUM_NONE) {
         s->sealed++;
-        kvd_pool_block_seal(d->pool, b, s->sum);
-    } else if (b->sum != s->sum) {
-        struct owners o = {d, b};
-        kvd_pool_block_seal(d->pool, b, KVD_SUM_DAMAGED);
-        kvd_pool_seq_each(d->pool, report, &o);
+        s->block.sum = s->sum;
+        kvd_pool_block_seal(d->pool, &s->block, s->sum);
     }
+    judge(d, &s->block, s->sum);
 }
 
 static void on_read(uv_work_t *work, int status)
@@ -100,7 +138,7 @@ static void on_read(uv_work_t *work, int status)
     struct kvd_daemon *d = work->data;
     struct kvd_scrub *s = d->scrub;
     if (status == 0)
-        judge(d);
+        seal_or_judge(d);
     s->busy = false;
     kvd_pool_block_drop(d->pool, &s->block);
     if (d->config.scrub_rate && !s->demanded)
@@ -114,10 +152,9 @@ static void on_read(uv_work_t *work, int status)
 
 static bool see(struct kvd_scrub *s, uint32_t page)
 {
-    uint8_t bit = (uint8_t)(1u << page % 8);
-    bool new = page / 8 < s->pages && !(s->seen[page / 8] & bit);
+    bool new = page / 8 < s->pages && !has(s->seen, page);
     if (new)
-        s->seen[page / 8] |= bit;
+        set(s->seen, page);
     return new;
 }
 
@@ -133,6 +170,7 @@ static void end_pass(struct kvd_daemon *d)
 {
     struct kvd_scrub *s = d->scrub;
     s->passes++;
+    s->taken_over = false; // nothing of an earlier kvd is left that was not looked at
     s->demanded_passes += s->demanded;
     s->demanded = false;
     begin_pass(d);
@@ -152,9 +190,12 @@ static void go_on(struct kvd_daemon *d)
         return;
     }
     int rc;
-    while ((rc = kvd_pool_block_next(d->pool, &s->walk, STEPS, &s->block)) == KVD_OK)
-        if (see(s, s->block.page) && s->block.sum != KVD_SUM_DAMAGED)
+    while ((rc = kvd_pool_block_next(d->pool, &s->walk, STEPS, &s->block)) == KVD_OK) {
+        if (s->block.sum == KVD_SUM_DAMAGED && !s->block.seq)
+            lose(d, &s->block); // found with a sequence that has it too
+        else if (see(s, s->block.page) && s->block.sum != KVD_SUM_DAMAGED)
             break;
+    }
     if (rc == KVD_E_NOT_FOUND) {
         end_pass(d);
         return;
@@ -171,6 +212,24 @@ static void go_on(struct kvd_daemon *d)
 }
 
 // -- for others ---------------------------------------------------------------------------------
+
+bool kvd_scrub_unseen(struct kvd_daemon *d, uint64_t seq, struct kvd_pool_walk *at,
+                      struct kvd_pool_block *out)
+{
+    const struct kvd_scrub *s = d->scrub;
+    while (s && s->taken_over && kvd_pool_seq_sealed(d->pool, seq, at, out))
+        if (!has(s->known, out->page))
+            return true;
+    return false;
+}
+
+void kvd_scrub_seen(struct kvd_daemon *d, const struct kvd_pool_block *block, uint64_t sum)
+{
+    if (has(d->scrub->known, block->page))
+        return; // two calls at once, or the pass
+    d->scrub->first_uses++;
+    judge(d, block, sum);
+}
 
 static bool count(void *ctx, const struct kvd_pool_slab_info *info)
 {
@@ -217,6 +276,13 @@ static void metrics(struct kvd_daemon *d, FILE *f)
     kvd_metric(f, "kvd_scrub_passes_total", "counter",
                "Times that all blocks of history were compared with their checksums.",
                (double)s->passes);
+    kvd_metric(
+        f, "kvd_first_use_checks_total", "counter",
+        "Blocks left by an earlier kvd that were compared as a call was the first to use them.",
+        (double)s->first_uses);
+    kvd_metric(f, "kvd_damaged_prompt_blocks_total", "counter",
+               "Blocks of prompts that were found damaged, and are to be published anew.",
+               (double)s->blocks_lost);
     kvd_metric(f, "kvd_blocks_sealed_total", "counter", "Blocks that got a checksum.",
                (double)s->sealed);
     kvd_metric(f, "kvd_damaged_pages", "gauge",
@@ -237,7 +303,9 @@ static int start(struct kvd_daemon *d, struct kvd_error *err)
     d->scrub->timer.data = d;
     d->scrub->pages = kvd_div_up(info.bytes / KVD_PAGE_UNIT, 8);
     d->scrub->seen = calloc(1, d->scrub->pages);
-    if (!d->scrub->seen)
+    d->scrub->known = calloc(1, d->scrub->pages);
+    d->scrub->taken_over = kvd_ledger_restarts(d->ledger) > 0;
+    if (!d->scrub->seen || !d->scrub->known)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     later(d, 0); // what a kvd before this one has left is looked at first of all
     return KVD_OK;
@@ -255,6 +323,7 @@ static void deinit(struct kvd_daemon *d)
     if (!s)
         return;
     free(s->seen);
+    free(s->known);
     free(s);
 }
 

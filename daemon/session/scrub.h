@@ -1,10 +1,13 @@
 // The scrubber: gives blocks of history that are complete their checksums, and looks again and
 // again, slowly, whether each is what it was. What is not is quarantined: its sequences are refused
-// from then on, and reported. On the CPU. Loop thread; blocks are read on libuv's thread pool.
+// from then on, and reported. A block that an earlier kvd has left is looked at when it is used for
+// the first time, if its turn has not come by then. On the CPU. Loop thread; blocks are read on
+// libuv's thread pool.
 #ifndef KVD_DAEMON_SCRUB_H
 #define KVD_DAEMON_SCRUB_H
 
 #include "daemon/core/part.h"
+#include "pool/pool.h"
 
 struct kvd_scrub_damage {
     uint64_t sequence;
@@ -26,6 +29,13 @@ struct kvd_scrub_state {
 uint64_t kvd_page_sum(const void *page, uint64_t bytes);
 
 struct kvd_scrub_state kvd_scrub_look(struct kvd_daemon *d);
+// The next block of a sequence that an earlier kvd has sealed and that this one has not looked at
+// since. False: there is no more.
+bool kvd_scrub_unseen(struct kvd_daemon *d, uint64_t seq, struct kvd_pool_walk *at,
+                      struct kvd_pool_block *out);
+// What came of looking at it. The block has been held, or its sequence not changed, since
+// kvd_scrub_unseen.
+void kvd_scrub_seen(struct kvd_daemon *d, const struct kvd_pool_block *block, uint64_t sum);
 // Begins a pass over all blocks without pauses, if none that was asked for is under way.
 void kvd_scrub_demand(struct kvd_daemon *d);
 

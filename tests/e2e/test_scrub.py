@@ -5,10 +5,12 @@ import os
 import grpc
 import pytest
 
-from conftest import Rpc, kv
+import kvd as package
+from conftest import BUILD, Rpc, kv
 from test_death import wait_for
 from test_grpc import append, open_session, random_kv
 from test_keep import attend, kill, pid_of
+from test_prefix import connect, step, tokens_of
 
 
 def spoil(pid, name="kvd-extent"):
@@ -90,3 +92,70 @@ def test_the_scrubber_finds_it_by_itself(start):
             append(rpc, s, seq, at + 70, *random_kv(30))
     assert attend(rpc, s, seq) and kvd.metric("kvd_damaged_pages") == 0
     rpc.channel.close()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="writing another process's memory wants root")
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_an_earlier_kvd_has_left_is_looked_at_when_it_is_used(start, damaged):
+    """The scrubber's pass has not come to it: without a rate there is none."""
+    keeper = start("--keep", "--backend", "cpu", config="[kvd]\nscrub-rate = 0\n")
+    rpc = Rpc(keeper.address)
+    s = open_session(rpc)
+    seq, other = rpc.kv("CreateSequences", session=s, count=2).sequences
+    append(rpc, s, seq, 0, *random_kv(700))
+    append(rpc, s, other, 0, *random_kv(700))
+    for name, which in ("p", seq), ("q", other):
+        rpc.kv("PublishSequence", session=s, sequence=which, name=name)
+    assert json.loads(keeper.kvctl("--json", "verify").stdout)["damaged"] in (0, "0")
+    output = attend(rpc, s, seq)
+    assert keeper.metric("kvd_first_use_checks_total") == 0
+    rpc.channel.close()
+    kill(keeper)
+    if damaged:
+        assert spoil(pid_of(keeper))
+    rpc = Rpc(keeper.address)
+    s = open_session(rpc)
+    assert rpc.kv("AttachSequence", session=s, name="p").sequence.sequence == seq
+    assert rpc.kv("AttachSequence", session=s, name="q").sequence.sequence == other
+    if damaged:
+        refused(lambda: append(rpc, s, other, 700, *random_kv(1)))
+        refused(lambda: attend(rpc, s, seq))
+        assert keeper.metric("kvd_damaged_pages") == 2 and f"sequence={seq} " in keeper.text()
+        refused(lambda: rpc.kv("ReadTokens", session=s, sequence=seq, begin=0, tokens=1))
+    else:
+        assert attend(rpc, s, seq) == output
+        looked = keeper.metric("kvd_first_use_checks_total")
+        assert looked >= 3
+        assert attend(rpc, s, seq) == output and keeper.metric("kvd_first_use_checks_total") == looked
+        append(rpc, s, seq, 700, *random_kv(100))
+        append(rpc, s, other, 700, *random_kv(100))
+        assert keeper.metric("kvd_first_use_checks_total") == 2 * looked
+        assert json.loads(keeper.kvctl("--json", "verify").stdout)["damaged"] in (0, "0")
+    rpc.channel.close()
+
+
+@pytest.mark.skipif(os.getuid() != 0 or "san" in BUILD.name, reason="writing another process's memory wants root; Python is not instrumented")
+def test_blocks_that_only_the_index_has(start):
+    kvd = start("--backend", "cpu", config="[kvd]\nscrub-rate = 0\n")
+    tokens = tokens_of(7, 1088)
+
+    def publish(client):
+        s = client.create()
+        step(client, s, tokens, 1088)
+        published = s.publish_blocks(package.Prompt(tokens))
+        s.free()
+        return published
+
+    with connect(kvd) as client:
+        known = publish(client).blocks
+        assert known > 10
+        assert client.match([package.Prompt(tokens)])[0].blocks == known
+        assert "0 damaged" in kvd.kvctl("verify").stdout and kvd.metric("kvd_blocks_sealed_total") > 10
+        assert spoil(kvd.process.pid)
+        kvd.kvctl("verify", check=False)
+        assert kvd.metric("kvd_damaged_prompt_blocks_total") > 10 and "a block of a prompt" in kvd.text()
+        left = client.match([package.Prompt(tokens)])[0].blocks  # the sink's page has no checksum
+        assert left <= 1 and kvd.metric("kvd_damaged_pages") == 0
+        assert publish(client).blocks == known
+        assert client.match([package.Prompt(tokens)])[0].blocks == known
+        assert "0 damaged" in kvd.kvctl("verify").stdout
