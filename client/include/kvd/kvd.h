@@ -36,7 +36,7 @@
  * Structures that may grow begin with `size`: sizeof of the structure, as the program was compiled
  * (KVD_NEW sets it). What a library knows and an older program does not is taken as 0, and is not
  * written; a newer program's fields that a library does not know must be 0. All items of one call
- * have the same size. A size of 0 is refused.
+ * have the same size. A size of 0 is refused. Those without one are frozen and never change.
  *
  * Tensors: [layers][tokens][heads][head_dim], head_dim contiguous, little-endian bf16 unless dtype
  * says f32. Every tensor is checked against the client's layout and its buffer's size before
@@ -330,8 +330,8 @@ typedef struct kvd_sequence_info {
     uint32_t size;           /**< sizeof(kvd_sequence_info) */
     uint64_t sequence;       /**< its id */
     uint64_t length;         /**< tokens */
-    uint64_t sink_tokens;    /**< the first tokens of these, in bf16 */
-    uint64_t history_tokens; /**< tokens of these that are compressed */
+    uint64_t sink_tokens;    /**< of these, in the bf16 sink of the first plane */
+    uint64_t history_tokens; /**< of these, compressed in the first plane */
     uint64_t recent_tokens;  /**< the last tokens of these, in bf16 */
     uint64_t pending_length; /**< tokens, with an append that has not reached every layer */
     uint32_t pending_layers; /**< layers that it has reached; 0: there is none */

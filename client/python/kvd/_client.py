@@ -22,7 +22,8 @@ _EVENTS = ("opened", "evicted", "draining", "lost", "published", "stored", "remo
 
 @dataclasses.dataclass(frozen=True)
 class SequenceInfo:
-    """What the daemon holds of a sequence. sink + history + recent tokens make its length; history is compressed."""
+    """What the daemon holds of a sequence. sink + history + recent tokens make its length; history is compressed. With planes
+    these three are the first one's."""
 
     id: int
     length: int
