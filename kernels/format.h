@@ -21,7 +21,7 @@
 // the piece's channel tiles: see kvd_place_of.
 //
 // Where dim is 64, and in planes of a bit also where it is 128, a chunk has but one piece, of less
-// than 16 bytes a lane: 16 / L chunks lie side by side in one *unit* of 16 bytes a lane. That keeps
+// than 16 bytes a lane: 16 / L chunks lie side by side in one *load* of 16 bytes a lane. That keeps
 // the bytes of pages that were written before there were other dims.
 #ifndef KVD_KERNELS_FORMAT_H
 #define KVD_KERNELS_FORMAT_H
@@ -141,7 +141,7 @@ static inline struct kvd_piece kvd_piece_of(uint32_t dim, uint32_t width, uint32
     }
 }
 
-// Whether chunks lie side by side in units, in a plane of `width` bits.
+// Whether chunks lie side by side in loads, in a plane of `width` bits.
 static inline bool kvd_side_by_side(uint32_t dim, uint32_t width)
 {
     return dim == 64 || (dim == 128 && width == 1);
@@ -161,7 +161,7 @@ static inline struct kvd_code_place kvd_place_of(bool v, uint32_t dim, uint32_t 
     uint32_t lane = row % 8 * 4 + col % 8 / 2, reg = row / 8 + col / 8 * 2;
     struct kvd_piece p = kvd_piece_of(dim, width, tile);
     uint32_t code = (tile - p.first) * width; // its bits among a register's
-    if (kvd_side_by_side(dim, width)) {       // in word `reg` of a unit's lane
+    if (kvd_side_by_side(dim, width)) {       // in word `reg` of a load's lane
         uint32_t chunks = 16 / p.lane_bytes;
         uint32_t bit = chunk % chunks * p.lane_bytes + code + 16 * (col % 2);
         return (struct kvd_code_place){

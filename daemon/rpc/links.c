@@ -55,7 +55,7 @@ struct culprit {
 };
 
 struct kvd_links {
-    grpc_server_credentials *plain;
+    grpc_server_credentials *insecure;
     struct kvd_link *
         *by_number; // the latest link of each descriptor number, also when it is closed
     uint32_t cap, count, guests;
@@ -330,7 +330,7 @@ void kvd_links_accept(struct kvd_daemon *d, int fd)
     bool known =
         domain != AF_UNIX || getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &peer_len) == 0;
     if (known && !is_banned(d, peer.pid) && receive(d, fd, &peer))
-        grpc_server_add_channel_from_fd(d->rpc->server, fd, d->links->plain);
+        grpc_server_add_channel_from_fd(d->rpc->server, fd, d->links->insecure);
     else
         close(fd);
 }
@@ -346,7 +346,7 @@ void kvd_links_accept_tls(struct kvd_daemon *d, int fd, struct kvd_peer_address 
     }
     l->address = kvd_peer_ref(address);
     snprintf(l->name, sizeof(l->name), "%s", name);
-    grpc_server_add_channel_from_fd(d->rpc->server, fd, d->links->plain);
+    grpc_server_add_channel_from_fd(d->rpc->server, fd, d->links->insecure);
 }
 
 // -- calls --------------------------------------------------------------------------------------
@@ -480,7 +480,7 @@ int kvd_links_init(struct kvd_daemon *d, struct kvd_error *err)
     d->links = calloc(1, sizeof(*d->links));
     if (!d->links)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    d->links->plain = grpc_insecure_server_credentials_create();
+    d->links->insecure = grpc_insecure_server_credentials_create();
     kvd_share_possible(d, KVD_SHARE_CONNECTIONS, connections_possible(d));
     kvd_share_possible(d, KVD_SHARE_DESCRIPTORS, kvd_share_total(d, KVD_SHARE_CONNECTIONS));
     uv_timer_init(&d->loop, &d->links->timer);
@@ -517,7 +517,7 @@ void kvd_links_deinit(struct kvd_daemon *d)
         kvd_meter_forget((int)i);
     for (uint32_t i = 0; i < all->cap; i++)
         kvd_link_unref(&all->by_number[i]);
-    grpc_server_credentials_release(all->plain);
+    grpc_server_credentials_release(all->insecure);
     uv_close((uv_handle_t *)&all->timer, free_links);
     uv_close((uv_handle_t *)&all->turn_timer, free_links);
     uv_close((uv_handle_t *)&all->cut_timer, free_links);

@@ -18,13 +18,13 @@ struct kvd_op {
     int (*check)(struct kvd_work *w, struct kvd_session *s, const void *request,
                  struct kvd_error *err);
     // Loop thread, at its turn: takes pages and notes addresses and lengths. What was taken before
-    // an error is given back by `settle`. NULL: nothing is wanted.
+    // an error is given back by `conclude`. NULL: nothing is wanted.
     int (*prepare)(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err);
     // Executor thread, in this order; ends with NULL. `run` itself is NULL where no kernel runs:
     // such a work is answered right after `prepare`.
     kvd_op_phase *const *run;
     // Loop thread: takes over what `prepare` took, or gives it back. NULL: nothing was taken.
-    void (*settle)(struct kvd_daemon *d, struct kvd_work *w, bool commit);
+    void (*conclude)(struct kvd_daemon *d, struct kvd_work *w, bool commit);
     // Loop thread: answers the call. After an error it has not, and the caller does.
     int (*reply)(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err);
 };
@@ -134,7 +134,7 @@ static inline struct kvd_pages kvd_op_pages(const struct kvd_view *v)
 // -- op_append.c, for Step too ------------------------------------------------------------------
 int kvd_op_append_prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err);
 kvd_op_phase kvd_op_look_for_nonfinite, kvd_op_copy_pages, kvd_op_append_run;
-void kvd_op_append_settle(struct kvd_daemon *d, struct kvd_work *w, bool commit);
+void kvd_op_append_conclude(struct kvd_daemon *d, struct kvd_work *w, bool commit);
 
 // -- op_attend.c, for Step too ------------------------------------------------------------------
 int kvd_op_attend_alloc(struct kvd_work *w, struct kvd_error *err);

@@ -105,7 +105,7 @@ static void count_stored(struct kvd_daemon *d, const struct kvd_work *w,
     }
 }
 
-void kvd_op_append_settle(struct kvd_daemon *d, struct kvd_work *w, bool commit)
+void kvd_op_append_conclude(struct kvd_daemon *d, struct kvd_work *w, bool commit)
 {
     for (uint32_t i = 0; i < w->n_items; i++) {
         struct kvd_work_item *item = &w->items[i];
@@ -225,7 +225,7 @@ const struct kvd_op kvd_op_append = {.id = KVD_OP_APPEND,
                                      .check = check,
                                      .prepare = kvd_op_append_prepare,
                                      .run = run,
-                                     .settle = kvd_op_append_settle,
+                                     .conclude = kvd_op_append_conclude,
                                      .reply = reply};
 
 void kvd_on_append(struct kvd_call *call, const void *request)

@@ -87,7 +87,7 @@ const struct kvd_op kvd_op_step = {.id = KVD_OP_STEP,
                                    .check = check,
                                    .prepare = prepare,
                                    .run = run,
-                                   .settle = kvd_op_append_settle,
+                                   .conclude = kvd_op_append_conclude,
                                    .reply = kvd_op_attend_reply};
 
 void kvd_on_step(struct kvd_call *call, const void *request)

@@ -104,10 +104,10 @@ static void lock(struct kvd_daemon *d, struct kvd_work *w, bool on)
     w->locked = on;
 }
 
-static void settle(struct kvd_daemon *d, struct kvd_work *w, bool commit)
+static void conclude(struct kvd_daemon *d, struct kvd_work *w, bool commit)
 {
-    if (w->op->settle)
-        w->op->settle(d, w, commit);
+    if (w->op->conclude)
+        w->op->conclude(d, w, commit);
 }
 
 // It is no longer among those that wait or run.
@@ -140,7 +140,7 @@ static void done(struct kvd_daemon *d, struct kvd_job *job)
         job->rc = kvd_fail(&w->err, KVD_E_UNAVAILABLE, "kvd is shutting down");
     else if (job->rc == KVD_E_TIMEOUT)
         w->err = w->why;
-    settle(d, w, job->rc == KVD_OK);
+    conclude(d, w, job->rc == KVD_OK);
     for (uint32_t i = 0; i < w->checked; i++)
         kvd_scrub_seen(d, &w->checks[i].block, w->checks[i].sum);
     leave(d, w);
@@ -158,7 +158,7 @@ static void done(struct kvd_daemon *d, struct kvd_job *job)
 static void fail(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_error *err)
 {
     struct kvd_call *call = w->call;
-    settle(d, w, false);
+    conclude(d, w, false);
     kvd_fence_signal(&w->signal);
     leave(d, w);
     kvd_work_free(d, w);

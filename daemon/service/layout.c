@@ -134,14 +134,14 @@ static int set_rank(const Kvd__V1__Layout *from, struct kvd_layout *to, struct k
 
 int kvd_layout_from_proto(const Kvd__V1__Layout *from, struct kvd_layout *to, struct kvd_error *err)
 {
-    Kvd__V1__Plane plain = KVD__V1__PLANE__INIT, *one = &plain;
+    Kvd__V1__Plane single = KVD__V1__PLANE__INIT, *one = &single;
     Kvd__V1__Plane *const *planes = from->n_planes ? from->planes : &one;
     int rc = KVD_OK;
     memset(to, 0, sizeof(*to)); // layouts are compared byte by byte
-    plain.n_layers = from->n_layers;
-    plain.layers = from->layers;
-    plain.window = from->window;
-    plain.windows = from->windows;
+    single.n_layers = from->n_layers;
+    single.layers = from->layers;
+    single.window = from->window;
+    single.windows = from->windows;
     if (from->n_planes > KVD_MAX_PLANES)
         return kvd_fail(err, KVD_E_INVALID, "layout has %zu planes; at most %d are possible",
                         from->n_planes, KVD_MAX_PLANES);

@@ -1,5 +1,5 @@
 // Who is charged for namespaces and layouts. They outlast the session that made them, so charges
-// are settled when the next one is wanted, or a session ends.
+// end when the next one is wanted, or a session ends.
 #include "daemon/session/tenants.h"
 
 #include "daemon/core/daemon.h"
@@ -13,7 +13,7 @@ static void discharge(struct kvd_user **user, enum kvd_share share)
 }
 
 // Those that are gone are no longer charged.
-static void settle(struct kvd_daemon *d)
+static void discharge_gone(struct kvd_daemon *d)
 {
     struct kvd_pool_namespace_info info;
     for (uint32_t i = 0; i < kvd_pool_namespace_count(d->pool); i++) {
@@ -52,7 +52,7 @@ static bool make_room(struct kvd_daemon *d, const struct kvd_user *user, enum kv
     if (!left_behind(d, user, share, &c))
         return false;
     kvd_pool_clear(d->pool, &c, UINT32_MAX);
-    settle(d);
+    discharge_gone(d);
     return true;
 }
 
@@ -87,7 +87,7 @@ bool kvd_tenants_clear(struct kvd_daemon *d, int64_t uid, const char *name,
     uint32_t ns = kvd_pool_namespace_find(d->pool, name), known = kvd_pool_layout_find(d->pool, g);
     struct kvd_user *user = kvd_user_ref(d, uid);
     bool any = false;
-    settle(d);
+    discharge_gone(d);
     if (user && ns == KVD_POOL_NONE)
         any = would_clear(d, user, KVD_SHARE_NAMESPACES, c) ||
               kvd_pool_namespace_clears(d->pool, 1, c);
@@ -113,7 +113,7 @@ int kvd_namespace_open(struct kvd_daemon *d, int64_t uid, const char *name, uint
     int rc = kvd_namespace_listed(d, name, err);
     if (rc)
         return rc;
-    settle(d);
+    discharge_gone(d);
     if (kvd_pool_namespace_find(d->pool, name) != KVD_POOL_NONE)
         return kvd_pool_namespace(d->pool, name, ns, err);
     struct kvd_user *user = charge(d, uid, KVD_SHARE_NAMESPACES, err);
@@ -132,14 +132,14 @@ int kvd_namespace_open(struct kvd_daemon *d, int64_t uid, const char *name, uint
 void kvd_namespace_close(struct kvd_daemon *d, uint32_t ns)
 {
     kvd_pool_namespace_release(d->pool, ns);
-    settle(d);
+    discharge_gone(d);
 }
 
 int kvd_layout_open(struct kvd_daemon *d, int64_t uid, uint32_t ns, const struct kvd_layout *g,
                     const uint64_t (*page_bytes)[KVD_POOL_KINDS], uint32_t *layout, bool *recycled,
                     struct kvd_error *err)
 {
-    settle(d);
+    discharge_gone(d);
     uint32_t known = kvd_pool_layout_find(d->pool, g);
     bool live = known != KVD_POOL_NONE && kvd_pool_layout_refs(d->pool, known);
     struct kvd_user *user = live ? NULL : charge(d, uid, KVD_SHARE_LAYOUTS, err);

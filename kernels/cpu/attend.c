@@ -303,11 +303,11 @@ static void load_queries(struct kvd_cpu_walk *w)
     const struct kvd_plane *g = p->plane;
     const struct kvd_rotation *rot = p->rotation;
     uint32_t group = group_of(w->job), dim = g->head_dim_k;
-    float *plain = w->q[0]; // rows lie dim apart: the inner loops want them dense
+    float *unrotated = w->q[0]; // rows lie dim apart: the inner loops want them dense
     for (uint32_t r = 0; r < w->unit.rows; r++) {
         uint32_t row = w->unit.row0 + r;
         kvd_load_row(&w->unit.item->q, w->unit.layer, row / group,
-                     w->unit.head * group + row % group, dim, plain + r * dim);
+                     w->unit.head * group + row % group, dim, unrotated + r * dim);
     }
     if (g->codec.k == KVD_CODEC_BF16)
         return;
@@ -315,11 +315,11 @@ static void load_queries(struct kvd_cpu_walk *w)
     uint32_t layer = p->layer_begin + w->unit.layer;
     const float *m = kvd_rotation_of(rot, rot->q, dim, layer, w->unit.head);
     const float *mean = kvd_mean_of(rot, false, layer, w->unit.head);
-    kvd_apply(w->job->cpu->isa, plain, w->unit.rows, dim, m, rotated);
+    kvd_apply(w->job->cpu->isa, unrotated, w->unit.rows, dim, m, rotated);
     for (uint32_t r = 0; r < w->unit.rows; r++) {
         double along = 0;
         for (uint32_t c = 0; mean && c < dim; c++)
-            along += (double)plain[r * dim + c] * (double)mean[c];
+            along += (double)unrotated[r * dim + c] * (double)mean[c];
         w->q_mean[r] = (float)along;
         w->q_sum[r] = 0;
         for (uint32_t c = 0; c < dim; c++)

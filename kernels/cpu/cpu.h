@@ -24,7 +24,7 @@ struct kvd_cpu_isa {
     // acc [8 * dim] -> o [dim].
     void (*v_reduce)(const float *acc, uint32_t dim, float *o);
     // scores[row][t] = k_t . q_row for n tokens; k: bf16, `stride` bytes from token to token. q:
-    // [rows][dim], plain. Row r's scores start at scores + r * 64.
+    // [rows][dim], not rotated. Row r's scores start at scores + r * 64.
     void (*bf16_scores)(const uint8_t *k, uint64_t stride, uint32_t n, uint32_t dim, const float *q,
                         uint32_t rows, float *scores);
     // o[row] += sum over n tokens of p * v. p as scores above; o: [rows][dim].

@@ -14,7 +14,7 @@
 //   v_bf16(p)                  V bf16 from memory as floats
 //   v_sum(v)                   sum of the lanes
 //   v_exp(v)                   exp, relative error under 1e-6, 0 below -87
-// A *group* is 16 words, the words of lanes 4g .. 4g+3 of a unit: G = 16 / V vectors. Word t*4 + r
+// A *group* is 16 words, the words of lanes 4g .. 4g+3 of a load: G = 16 / V vectors. Word t*4 + r
 // of group g holds, for K, token g + 8(r & 1) and channels 2t + 8(r >> 1) + e of a channel tile;
 // for V, channel g + 8(r & 1) and tokens 2t + 8(r >> 1) + e of a chunk, with e in {0, 1} for the
 // low and high half of the word.

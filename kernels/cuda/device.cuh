@@ -267,7 +267,7 @@ template <int D, int WIDTH> struct plane_words {
     {
         int lane = threadIdx.x % 32;
         if constexpr (side_by_side(D, WIDTH)) {
-            constexpr int CHUNKS = 256 / (WIDTH * D); // of a unit
+            constexpr int CHUNKS = 256 / (WIDTH * D); // of a load
             load_words(0, plane + chunk / CHUNKS * 512 + lane * 16, constant<16>());
         } else {
             static_for<D / 16>([&](auto ct) {

@@ -2,7 +2,7 @@
 //
 // A warp takes chunks of 16 tokens of one (layer, kv head, side): tokens are the rows of
 // mma.m16n8k16. The product's accumulator has a token's channels in four lanes, and these lanes are
-// the ones whose words of a unit hold the codes, so that packing needs no exchange for K and one
+// the ones whose words of a load hold the codes, so that packing needs no exchange for K and one
 // transpose of each word for V.
 #ifndef KVD_KERNELS_CUDA_QUANTIZE_CUH
 #define KVD_KERNELS_CUDA_QUANTIZE_CUH
@@ -350,11 +350,11 @@ __device__ inline void store_plane(uint8_t *plane, uint32_t chunk, const uint32_
     }
 }
 
-// The codes of 16 rows, as words of a unit: of two bits, and, for codes of more, of the bits above.
+// The codes of 16 rows, as words of a load: of two bits, and, for codes of more, of the bits above.
 template <int CODEC, int D> struct coded_rows {
-    static constexpr int BITS = code_bits(CODEC), UNITS = (D + 127) / 128;
-    static constexpr int MORE_BITS = BITS - 2, MORE_UNITS = BITS == 4 ? UNITS : 1;
-    uint32_t pairs[UNITS][4], more[MORE_UNITS][4], param[2];
+    static constexpr int BITS = code_bits(CODEC), LOADS = (D + 127) / 128;
+    static constexpr int MORE_BITS = BITS - 2, MORE_LOADS = BITS == 4 ? LOADS : 1;
+    uint32_t pairs[LOADS][4], more[MORE_LOADS][4], param[2];
 
     // Of the 8 rows in the first half of each c[j], times `unit`. To be called twice, for rows g and g + 8.
     __device__ inline void quantize(float (&c)[padded(D) / 8][4], float unit, const clip_search<D> &clip, float gain,
@@ -380,10 +380,10 @@ template <int CODEC, int D> struct coded_rows {
             words[1] = words[3] = 0;
         };
 #pragma unroll
-        for (int u = 0; u < UNITS; u++)
+        for (int u = 0; u < LOADS; u++)
             next_row(pairs[u]);
 #pragma unroll
-        for (int u = 0; u < MORE_UNITS; u++)
+        for (int u = 0; u < MORE_LOADS; u++)
             next_row(more[u]);
 #pragma unroll
         for (int j = D / 8 - 1; j >= 0; j--) { // slots from the last to the first
@@ -391,7 +391,7 @@ template <int CODEC, int D> struct coded_rows {
             uint32_t &to = pairs[j / 16][j % 2 * 2 + 1];
             to = to * 4 + (MORE_BITS ? both & 0x00030003 : both);
             if constexpr (MORE_BITS > 0) {
-                uint32_t &above = more[MORE_UNITS == 2 ? j / 16 : 0][j % 2 * 2 + 1];
+                uint32_t &above = more[MORE_LOADS == 2 ? j / 16 : 0][j % 2 * 2 + 1];
                 above = (above << MORE_BITS) + (both >> 2 & (MORE_BITS == 2 ? 0x00030003 : 0x00010001));
             }
         }
