@@ -63,6 +63,19 @@ def test_every_command_of_a_page(page, folder, installed, start):
     assert r.returncode == 0, (r.stdout + r.stderr)[-4000:]
 
 
+def test_a_worker_in_a_checkout_without_installing(folder):
+    """The page's commands that come before, in a folder that looks like a checkout with its build."""
+    for entry in SOURCE.iterdir():
+        if not entry.name.startswith((".", "build")):
+            (folder / entry.name).symlink_to(entry)
+    (folder / "build").symlink_to(BUILD)
+    script = "".join(blocks("client/WORKER.md", "bash") + blocks("client/WORKER.md", "sh")[:1])
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("KVD_", "PKG_CONFIG"))}
+    r = subprocess.run(["bash", "-euxc", "trap 'rc=$?; kill $(jobs -p); wait; exit $rc' EXIT\n" + script], cwd=folder, env=env,
+                       capture_output=True, text=True, timeout=120)
+    assert r.returncode == 0, (r.stdout + r.stderr)[-4000:]
+
+
 def test_commands_for_booted_systems_are_those_that_are_tested_there():
     tested = (SOURCE / "tests/packages.sh").read_text()
     for page in PAGES:
