@@ -153,6 +153,7 @@ int blocks_domain(struct kvd_pool *pool, struct kept *k, const struct kvd_blocks
         rc = kvd_prefix_domain(k->ix, space->domain, domain, err);
     if (rc == KVD_OK)
         k->layout_of[*domain] = space->layout;
+    stored(); // before a block says that it is of the domain
     return rc;
 }
 
@@ -252,7 +253,7 @@ void kvd_blocks_info(const struct kvd_pool *pool, uint32_t ns, struct kvd_blocks
                                     .capacity = info.capacity,
                                     .domains = info.domains,
                                     .bytes = k->page_bytes,
-                                    .metadata = info.region_bytes + k->bytes,
+                                    .metadata = k->bytes + k->hint_bytes,
                                     .inserted = info.inserted,
                                     .ends = k->ends};
     memcpy(out->removed, info.removed, sizeof(out->removed));

@@ -119,7 +119,7 @@ struct kvd_blocks_load {
     } plane[KVD_MAX_PLANES];
 };
 
-// From now on blocks that get pages are noted as new ones.
+// From now on blocks that get pages are noted as new ones; those that there are are new too.
 void kvd_blocks_note_new(struct kvd_pool *pool);
 // How many are noted, some of which may be gone since, and the number of a namespace that has some,
 // the next one behind `after`; KVD_POOL_NONE: none has.

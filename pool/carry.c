@@ -5,9 +5,20 @@ enum { EVICT_FOR_ENTRIES = 64 };
 
 // -- away ---------------------------------------------------------------------------------------
 
+// Those that an earlier process left are new: nobody knows what it had carried.
 void kvd_blocks_note_new(struct kvd_pool *pool)
 {
+    struct kvd_prefix_info info;
+    struct kvd_prefix_entry_info e;
     pool->notes_new = true;
+    for (uint32_t ns = 0; pool->kept && ns < pool->head->n_namespaces; ns++) {
+        if (!pool->kept[ns])
+            continue;
+        kvd_prefix_info(pool->kept[ns]->ix, &info);
+        for (uint32_t i = 0; i < info.ever; i++)
+            if (kvd_prefix_get(pool->kept[ns]->ix, i, &e) && e.value != KVD_POOL_NONE)
+                kept_note_new(pool->kept[ns], i);
+    }
 }
 
 uint32_t kvd_blocks_new(const struct kvd_pool *pool, uint32_t after, uint32_t *ns)

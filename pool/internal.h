@@ -179,12 +179,28 @@ struct block_pages {
     uint32_t page[KVD_MAX_PLANES];
 };
 
-// What a namespace's prefix index keeps of the pool's pages. It belongs to the process and ends
-// with it: pages to which nothing else refers are free when the region is opened.
+// In front of the memory of a namespace's prefix index that outlives the process: the index's own
+// region, `layout_of` and `pages` follow. With the values of the index's entries they are the truth
+// about which pages it refers to.
+struct kept_head {
+    uint64_t magic; // written last
+    uint64_t bytes;
+    uint32_t entries;
+    char ns[KVD_MAX_NAMESPACE + 1];
+};
+enum { KVD_KEPT_MAX_ENTRIES = 1 << 20 };
+#define KVD_KEPT_MAGIC 0x3154504b4b5656ull
+
+// What a namespace's prefix index keeps of the pool's pages. Without memory that outlives the
+// process it ends with it: pages to which nothing else refers are free when the region is opened.
 struct kept {
     struct kvd_prefix *ix;
-    void *memory; // of what follows
+    int fd;       // of the first of the memories; -1: it is private
+    void *memory; // struct kept_head, and what follows it
     uint64_t bytes;
+    void *hints; // `end` and `new_next`, which are the process's own
+    uint64_t hint_bytes;
+    uint32_t entries;
     // By entry: the number, + 1, of an end that has the block in its window. Only a hint: end_of()
     // tells whether that is so.
     uint32_t *end;
@@ -212,6 +228,7 @@ struct kvd_pool {
     struct kept **kept;              // by namespace; NULL: it has no index
     struct blocks_room *blocks_room; // what blocks.c works in; NULL: not wanted yet
     bool notes_new;                  // blocks that get pages are noted
+    bool opening;                    // indices hold nothing yet
     struct region_head *head;
     struct region_journal *journal;
     struct region_namespace *ns;
@@ -338,6 +355,23 @@ uint32_t table_pages(const struct kvd_pool *pool, const struct region_table *t);
 int kept_open(struct kvd_pool *pool, uint32_t ns, struct kept **out, struct kvd_error *err);
 // Forgets a namespace's index, which refers to no pages.
 void kept_close(struct kvd_pool *pool, uint32_t ns);
+// Leaves it to whoever opens the region next, if its memory outlives the process.
+void kept_leave(struct kvd_pool *pool, uint32_t ns);
+// Maps the memory of an index of so many entries, that of k->fd if there is one. -ENOMEM.
+int kept_map(struct kept *k, uint32_t entries, struct kvd_error *err);
+void kept_unmap(struct kept **k);
+uint64_t kept_bytes(uint32_t entries);
+// Accounts for a page that an index refers to, or no longer does (by -1).
+void kept_count(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t page, int by);
+
+// -- kept_open.c: what an earlier process's indices kept ----------------------------------------
+bool layout_ok(const struct kvd_pool *pool, const struct region_layout *r);
+// Takes over the indices of all namespaces that have one, as far as they are sound in themselves.
+// Those that are not are dropped. -ENOMEM.
+int kept_find(struct kvd_pool *pool, struct kvd_error *err);
+// Refers to the pages of a namespace's index, once slabs are known. One whose entries name pages
+// that cannot be theirs is dropped as a whole.
+void kept_recover(struct kvd_pool *pool, uint32_t ns);
 // The page of a block in a plane, KVD_POOL_NONE if it has none there.
 uint32_t kept_page(const struct kvd_pool *pool, const struct kept *k, uint32_t layout,
                    uint32_t value, uint32_t plane);

@@ -7,32 +7,87 @@
 #include <errno.h>
 #include <sys/mman.h>
 #include <sys/random.h>
+#include <unistd.h>
 
 enum {
     ENTRIES_MIN = 1 << 10,
-    ENTRIES_MAX = 1 << 20,
     BYTES_PER_ENTRY = 16 << 10, // of the pool
 };
 
 // What is not touched costs address space only.
-static int make_tables(struct kept *k, uint32_t entries, struct kvd_error *err)
+static void *map(uint64_t bytes, int fd)
 {
-    uint64_t ends = kvd_round_up((uint64_t)entries * sizeof(*k->end), 4096);
-    uint64_t layouts = kvd_round_up(KVD_POOL_DOMAINS * sizeof(*k->layout_of), 4096);
-    uint64_t news = kvd_round_up((uint64_t)entries * sizeof(*k->new_next), 4096);
-    k->bytes = ends + layouts + news + (uint64_t)entries * sizeof(*k->pages);
-    k->memory = mmap(NULL, k->bytes, PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (k->memory == MAP_FAILED)
-        return kvd_fail(err, -ENOMEM, "no memory for a prefix index of %u entries", entries);
-    k->end = k->memory;
-    k->layout_of = (void *)((uint8_t *)k->memory + ends);
-    k->new_next = (void *)((uint8_t *)k->layout_of + layouts);
-    k->pages = (void *)((uint8_t *)k->new_next + news);
+    int flags = fd >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
+    return mmap(NULL, bytes, PROT_READ | PROT_WRITE, flags | MAP_NORESERVE, fd, 0);
+}
+
+// Bytes of the memory that may outlive the process, and where its parts are.
+static uint64_t lay_out(uint32_t entries, uint64_t *layouts, uint64_t *pages)
+{
+    struct kvd_prefix_config config = {.entries = entries, .domains = KVD_POOL_DOMAINS};
+    *layouts = 4096 + kvd_round_up(kvd_prefix_region_bytes(&config), 4096);
+    *pages = *layouts + kvd_round_up(KVD_POOL_DOMAINS * sizeof(uint32_t), 4096);
+    return *pages + kvd_round_up((uint64_t)entries * sizeof(struct block_pages), 4096);
+}
+
+uint64_t kept_bytes(uint32_t entries)
+{
+    uint64_t layouts, pages;
+    return lay_out(entries, &layouts, &pages);
+}
+
+int kept_map(struct kept *k, uint32_t entries, struct kvd_error *err)
+{
+    uint64_t ends = kvd_round_up((uint64_t)entries * sizeof(*k->end), 4096), layouts, pages;
+    k->entries = entries;
+    k->bytes = lay_out(entries, &layouts, &pages);
+    k->hint_bytes = ends + (uint64_t)entries * sizeof(*k->new_next);
+    k->memory = map(k->bytes, k->fd);
+    k->hints = k->memory == MAP_FAILED ? MAP_FAILED : map(k->hint_bytes, -1);
+    if (k->hints == MAP_FAILED) {
+        kvd_fail(err, -ENOMEM, "no memory for a prefix index of %u entries", entries);
+        if (k->memory != MAP_FAILED)
+            munmap(k->memory, k->bytes);
+        k->memory = NULL;
+        return -ENOMEM;
+    }
+    k->layout_of = (void *)((uint8_t *)k->memory + layouts);
+    k->pages = (void *)((uint8_t *)k->memory + pages);
+    k->end = k->hints;
+    k->new_next = (void *)((uint8_t *)k->hints + ends);
     return KVD_OK;
 }
 
-static struct kept *kept_new(uint32_t entries, struct kvd_error *err)
+void kept_unmap(struct kept **kept)
+{
+    struct kept *k = KVD_TAKE(*kept);
+    if (!k)
+        return;
+    kvd_prefix_free(&k->ix);
+    if (k->memory) {
+        munmap(k->memory, k->bytes);
+        munmap(k->hints, k->hint_bytes);
+    }
+    if (k->fd >= 0)
+        close(k->fd);
+    free(k);
+}
+
+// Memory behind a descriptor, if it is to outlive the process.
+static int make_file(const struct kvd_pool *pool, struct kept *k, uint32_t entries,
+                     struct kvd_error *err)
+{
+    if (pool->fd < 0 || !pool->ops.index_kept)
+        return KVD_OK;
+    k->fd = memfd_create("kvd-index", MFD_CLOEXEC);
+    if (k->fd < 0 || ftruncate(k->fd, (off_t)kept_bytes(entries)))
+        return kvd_fail(err, KVD_E_INTERNAL, "no memory for a prefix index of %u entries: %s",
+                        entries, strerror(errno));
+    return KVD_OK;
+}
+
+static struct kept *kept_new(struct kvd_pool *pool, uint32_t ns, uint32_t entries,
+                             struct kvd_error *err)
 {
     struct kvd_prefix_config config = {.entries = entries, .domains = KVD_POOL_DOMAINS};
     struct kept *k = calloc(1, sizeof(*k));
@@ -40,16 +95,24 @@ static struct kept *kept_new(uint32_t entries, struct kvd_error *err)
         kvd_fail(err, -ENOMEM, "no memory for a prefix index");
         return NULL;
     }
+    k->fd = -1;
     if (getrandom(config.seed, sizeof(config.seed), 0) != (ssize_t)sizeof(config.seed))
         kvd_fail(err, -errno, "no random numbers for a prefix index: %s", strerror(errno));
-    else if (make_tables(k, entries, err) == KVD_OK) {
-        k->ix = kvd_prefix_new(&config, NULL, err);
-        if (k->ix)
-            return k;
-        munmap(k->memory, k->bytes);
+    else if (make_file(pool, k, entries, err) == KVD_OK && kept_map(k, entries, err) == KVD_OK)
+        k->ix = kvd_prefix_new(&config, (uint8_t *)k->memory + 4096, err);
+    if (!k->ix) {
+        kept_unmap(&k);
+        return NULL;
     }
-    free(k);
-    return NULL;
+    struct kept_head *head = k->memory;
+    head->bytes = k->bytes;
+    head->entries = entries;
+    memcpy(head->ns, pool->ns[ns].name, sizeof(head->ns));
+    stored();
+    head->magic = KVD_KEPT_MAGIC;
+    if (k->fd >= 0)
+        pool->ops.index_kept(pool->ops.ctx, ns, k->fd);
+    return k;
 }
 
 int kept_open(struct kvd_pool *pool, uint32_t ns, struct kept **out, struct kvd_error *err)
@@ -61,8 +124,10 @@ int kept_open(struct kvd_pool *pool, uint32_t ns, struct kept **out, struct kvd_
     if (!pool->kept)
         return kvd_fail(err, -ENOMEM, "no memory for prefix indices");
     if (!pool->kept[ns])
-        pool->kept[ns] = kept_new(
-            (uint32_t)KVD_MIN(KVD_MAX(entries, (uint64_t)ENTRIES_MIN), (uint64_t)ENTRIES_MAX), err);
+        pool->kept[ns] = kept_new(pool, ns,
+                                  (uint32_t)KVD_MIN(KVD_MAX(entries, (uint64_t)ENTRIES_MIN),
+                                                    (uint64_t)KVD_KEPT_MAX_ENTRIES),
+                                  err);
     if (!pool->kept[ns])
         return err ? err->code : -ENOMEM;
     *out = pool->kept[ns];
@@ -71,12 +136,17 @@ int kept_open(struct kvd_pool *pool, uint32_t ns, struct kept **out, struct kvd_
 
 void kept_close(struct kvd_pool *pool, uint32_t ns)
 {
-    struct kept *k = pool->kept ? KVD_TAKE(pool->kept[ns]) : NULL;
-    if (!k)
-        return;
-    kvd_prefix_free(&k->ix);
-    munmap(k->memory, k->bytes);
-    free(k);
+    bool durable = pool->kept && pool->kept[ns] && pool->kept[ns]->fd >= 0;
+    if (pool->kept)
+        kept_unmap(&pool->kept[ns]);
+    if (durable)
+        pool->ops.index_kept(pool->ops.ctx, ns, -1);
+}
+
+void kept_leave(struct kvd_pool *pool, uint32_t ns)
+{
+    if (pool->kept)
+        kept_unmap(&pool->kept[ns]);
 }
 
 static bool has_planes(const struct kvd_pool *pool, uint32_t layout)
@@ -98,10 +168,11 @@ static uint32_t pages_new(struct kept *k)
     if (k->pages_free)
         k->pages_free = k->pages[at].page[0];
     memset(&k->pages[at], 0xff, sizeof(k->pages[at]));
+    stored(); // before an entry has it
     return at;
 }
 
-static void count(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t page, int by)
+void kept_count(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t page, int by)
 {
     uint64_t bytes = pool->slab[page_extent(pool, page)->slab].page_bytes;
     k->page_bytes += by > 0 ? bytes : -bytes;
@@ -124,12 +195,14 @@ bool kept_refer(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t
             mine = &k->pages[value].page[p];
         }
         *mine = page[p];
+        stored();
         pool->page[page[p]].refs++;
-        count(pool, k, layout, page[p], 1);
+        kept_count(pool, k, layout, page[p], 1);
         any = true;
     }
     if (value != e.value)
         kvd_prefix_set(k->ix, entry, value);
+    stored();
     return any;
 }
 
@@ -158,7 +231,7 @@ void kept_drop(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t 
         uint32_t page = kept_page(pool, k, layout, value, p);
         if (page == KVD_POOL_NONE)
             continue;
-        count(pool, k, layout, page, -1);
+        kept_count(pool, k, layout, page, -1);
         kvd_pool_page_unref(pool, page);
     }
     if (value == KVD_POOL_NONE || !has_planes(pool, layout))
@@ -173,12 +246,13 @@ void kept_lose(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t 
     struct kvd_prefix_entry_info e;
     kvd_prefix_get(k->ix, entry, &e);
     uint32_t page = kept_page(pool, k, layout, e.value, plane);
-    count(pool, k, layout, page, -1);
-    kvd_pool_page_unref(pool, page);
     if (has_planes(pool, layout))
         k->pages[e.value].page[plane] = KVD_POOL_NONE;
     else
         kvd_prefix_set(k->ix, entry, KVD_POOL_NONE);
+    stored(); // before the page is another's
+    kept_count(pool, k, layout, page, -1);
+    kvd_pool_page_unref(pool, page);
 }
 
 struct region_seq *end_of(const struct kvd_pool *pool, uint32_t ns, uint32_t entry, uint32_t depth)

@@ -70,40 +70,6 @@ static bool ends(const char *text, size_t size)
     return memchr(text, 0, size) != NULL;
 }
 
-static bool plane_ok(const struct kvd_plane *g)
-{
-    return g->n_layers && g->n_layers <= KVD_MAX_LAYERS && g->kv_heads &&
-           g->kv_heads <= KVD_MAX_KV_HEADS && g->q_heads && g->q_heads % g->kv_heads == 0 &&
-           g->q_heads / g->kv_heads <= KVD_MAX_GROUP &&
-           kvd_head_dims_ok(g->head_dim_k, g->head_dim_v) && g->codec.k < KVD_CODEC_COUNT &&
-           g->codec.v < KVD_CODEC_COUNT && g->sink <= KVD_MAX_SINK && g->recent <= KVD_MAX_RECENT &&
-           !(g->window && g->sink);
-}
-
-static bool layout_ok(const struct kvd_pool *pool, const struct region_layout *r)
-{
-    const struct kvd_layout *l = &r->l;
-    uint32_t layers[KVD_MAX_PLANES] = {0};
-    if (!l->n_planes || l->n_planes > KVD_MAX_PLANES || !l->n_layers ||
-        l->n_layers > KVD_MAX_LAYERS || !ends(l->rotation, sizeof(l->rotation)) ||
-        l->tp_size > KVD_MAX_TP_SIZE || l->tp_rank >= (l->tp_size ? l->tp_size : 1))
-        return false;
-    for (uint32_t i = 0; i < l->n_layers; i++) {
-        if (l->plane_of[i] >= l->n_planes || (i && l->layers[i] <= l->layers[i - 1]))
-            return false;
-        layers[l->plane_of[i]]++;
-    }
-    for (uint32_t p = 0; p < l->n_planes; p++) {
-        if (!plane_ok(&l->planes[p]) || layers[p] != l->planes[p].n_layers)
-            return false;
-        for (int k = 0; k < KVD_POOL_KINDS; k++)
-            if (!r->page_bytes[p][k] || r->page_bytes[p][k] % KVD_POOL_ALIGN ||
-                r->page_bytes[p][k] > pool->head->extent_bytes)
-                return false;
-    }
-    return true;
-}
-
 static int check_sequence(const struct kvd_pool *pool, uint32_t i, struct kvd_error *err)
 {
     const struct region_seq *s = &pool->seq[i];
@@ -173,7 +139,7 @@ static void finish(struct kvd_pool *pool)
         }
     }
     for (uint32_t i = 0; i < pool->head->n_layouts; i++)
-        if (pool->layout[i].sequences == 0)
+        if (pool->layout[i].sequences == 0 && pool->layout[i].kept == 0)
             memset(&pool->layout[i].l, 0, sizeof(pool->layout[i].l));
     for (uint32_t i = 0; i < pool->head->n_namespaces; i++)
         if (pool->ns[i].name[0])
@@ -205,7 +171,11 @@ static int recover(struct kvd_pool *pool, struct kvd_error *err)
     if (rc == KVD_OK)
         rc = check_records(pool, err);
     if (rc == KVD_OK)
+        rc = kept_find(pool, err);
+    pool->opening = true;
+    if (rc == KVD_OK)
         rc = kvd_pool_rebuild(pool, err);
+    pool->opening = false;
     if (rc == KVD_OK)
         rc = check_names(pool, err);
     if (rc)

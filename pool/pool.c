@@ -128,7 +128,7 @@ void kvd_pool_leave(struct kvd_pool **poolp)
     if (!pool)
         return;
     for (uint32_t i = 0; pool->kept && i < pool->head->max_namespaces; i++)
-        kept_close(pool, i);
+        kept_leave(pool, i);
     free(pool->kept);
     free(pool->blocks_room);
     munmap(pool->head, pool->head->region_bytes);

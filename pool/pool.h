@@ -45,6 +45,12 @@ struct kvd_pool_mem_ops {
     // For kvd_pool_open: finds extent `index` again, with what it holds. 0 with *addr set,
     // KVD_E_NOT_FOUND when it is gone, or a negative errno. May be NULL for who never opens one.
     int (*attach)(void *ctx, uint32_t index, uint64_t bytes, uint64_t *addr);
+    // Of a durable pool: the prefix index of namespace number `ns` has its memory behind a
+    // descriptor, which stays the pool's and is to outlive the process; -1: no longer. Both NULL:
+    // indices end with the process.
+    void (*index_kept)(void *ctx, uint32_t ns, int fd);
+    // For kvd_pool_open: that descriptor, which becomes the pool's; -1: there is none.
+    int (*index_find)(void *ctx, uint32_t ns);
 };
 
 // Told of each block that a namespace's prefix index no longer has (prefix.h). Must not call the

@@ -257,6 +257,8 @@ static int rebuild(struct rebuilding *r, struct kvd_error *err)
     if (rc)
         return rc;
     relist(r);
+    for (uint32_t i = 0; i < h->n_namespaces; i++)
+        kept_recover(pool, i);
     for (uint32_t x = h->n_extents; x-- > 0;)
         extent(pool, x);
     free_slabs(pool);
@@ -270,7 +272,7 @@ int kvd_pool_rebuild(struct kvd_pool *pool, struct kvd_error *err)
     bool *taken KVD_FREE = calloc(h->max_blocks, sizeof(*taken));
     uint32_t *listed KVD_FREE = calloc(h->max_sequences, sizeof(*listed));
     for (uint32_t i = 0; pool->kept && i < h->max_namespaces; i++)
-        if (pool->kept[i])
+        if (pool->kept[i] && !pool->opening)
             return kvd_fail(err, KVD_E_PRECONDITION, "namespace %u has a prefix index", i);
     struct rebuilding r = {.pool = pool, .block_taken = taken, .listed = listed};
     if (!taken || !listed)

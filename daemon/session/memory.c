@@ -159,10 +159,36 @@ static int mem_zero(void *ctx, uint32_t index, uint64_t addr, uint64_t bytes)
     return KVD_OK;
 }
 
+static const char *index_name(uint32_t ns, char out[32])
+{
+    snprintf(out, 32, "kvd-index-%u", ns);
+    return out;
+}
+
+static void mem_index_kept(void *ctx, uint32_t ns, int fd)
+{
+    char name[32];
+    if (fd >= 0)
+        kvd_keep_put(ctx, index_name(ns, name), fd);
+    else
+        kvd_keep_drop(ctx, index_name(ns, name));
+}
+
+static int mem_index_find(void *ctx, uint32_t ns)
+{
+    char name[32];
+    return kvd_keep_take(ctx, index_name(ns, name));
+}
+
 struct kvd_pool_mem_ops kvd_memory_ops(struct kvd_daemon *d)
 {
-    return (struct kvd_pool_mem_ops){
-        .ctx = d, .alloc = mem_alloc, .free = mem_free, .zero = mem_zero, .attach = mem_attach};
+    return (struct kvd_pool_mem_ops){.ctx = d,
+                                     .alloc = mem_alloc,
+                                     .free = mem_free,
+                                     .zero = mem_zero,
+                                     .attach = mem_attach,
+                                     .index_kept = mem_index_kept,
+                                     .index_find = mem_index_find};
 }
 
 // -- ahead of need ------------------------------------------------------------------------------

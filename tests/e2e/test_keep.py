@@ -304,3 +304,55 @@ keeper.send(struct.pack("II32s", 0x50454b4b, 4, b""))
     finally:
         keeper.terminate()
         keeper.wait(10)
+
+
+@pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
+def test_blocks_of_prompts_outlive_kvd(start):
+    """Killed while prompts are published, found, adopted and evicted: what is found afterwards gives the bits that it gave before."""
+    import kvd as package
+    from test_prefix import connect, step, tokens_of
+
+    keeper = start("--keep", "--backend", "cpu", "--pool-size", "8MiB", "--extent-size", "2MiB")
+    prompts = [tokens_of(i, 448) for i in range(6)]  # 3 blocks each, and what comes after them
+    rng, want, found = random.Random(int(os.environ.get("KVD_TEST_SEED", time.time_ns()))), {}, []
+
+    def go_on(c, i):
+        m = c.match([package.Prompt(prompts[i][:192])])[0]
+        if m.blocks < 3:
+            return False
+        s = c.adopt(m)
+        out = step(c, s, prompts[i], 200)
+        s.free()
+        assert np.array_equal(out, want.setdefault(i, out)), i
+        return True
+
+    def work(c, stop):
+        try:
+            while not stop.is_set():
+                i = rng.randrange(len(prompts))
+                if not go_on(c, i):
+                    s = c.create()
+                    step(c, s, prompts[i], 448)
+                    s.publish_blocks(package.Prompt(prompts[i]))
+                    s.free()
+        except package.Error:
+            pass
+
+    for _ in range(int(os.environ.get("KVD_KILLS", 4))):
+        with connect(keeper) as c:
+            found.append(sum(go_on(c, i) for i in range(len(prompts))))
+            stop = threading.Event()  # it may go on with its session, or be refused
+            thread = threading.Thread(target=work, args=(c, stop))
+            thread.start()
+            time.sleep(rng.uniform(0.1, 0.6))
+            kill(keeper)
+            stop.set()
+            thread.join(20)
+            assert not thread.is_alive()
+    with connect(keeper) as c:
+        found.append(sum(go_on(c, i) for i in range(len(prompts))))
+        assert found[0] == 0 and found[-1] > 0, found
+        keeper.kvctl("prefix", "drop", "default", "--yes")
+    kill(keeper)
+    with connect(keeper) as c:
+        assert not any(go_on(c, i) for i in range(len(prompts)))

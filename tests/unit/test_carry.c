@@ -1,5 +1,9 @@
 // Blocks on their way to other places, and back.
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include "tests/unit/blocks_fixture.h"
+#include "tests/unit/random.h"
 
 START_TEST(new_blocks_are_carried_away_and_brought_back)
 {
@@ -15,11 +19,12 @@ START_TEST(new_blocks_are_carried_away_and_brought_back)
     publish(&f, seq, 40, false);
     ck_assert_uint_eq(kvd_blocks_new(f.pool, 0, &ns), 0); // nobody wants to know
     ck_assert_uint_eq(ns, KVD_POOL_NONE);
-    kvd_blocks_note_new(f.pool);
+    kvd_blocks_note_new(f.pool); // what is there is new too
+    ck_assert_uint_eq(kvd_blocks_new(f.pool, 0, &ns), 1);
     ck_assert_int_eq(grow(f.pool, seq, 700, &f.err), 0);
     ck_assert_uint_eq(publish(&f, seq, 40, true).sealed, 11);
     publish(&f, seq, 40, false); // again: no news
-    ck_assert_uint_eq(kvd_blocks_new(f.pool, 5, &ns), 10);
+    ck_assert_uint_eq(kvd_blocks_new(f.pool, 5, &ns), 11);
     ck_assert_uint_eq(ns, f.ns);
     // One that goes before its turn comes is passed over, and its entry may be another's.
     uint64_t gone = sequence_of(&f, 400);
@@ -29,12 +34,12 @@ START_TEST(new_blocks_are_carried_away_and_brought_back)
     ck_assert_int_eq(kvd_blocks_publish(f.pool, &space, gone, &last, 1, false, &out, &f.err), 0);
     kvd_pool_seq_release(f.pool, gone);
     ck_assert_uint_eq(kvd_blocks_drop(f.pool, &space, &last, 1, 0, KVD_PREFIX_DROPPED), 1);
-    ck_assert_uint_eq(kvd_blocks_new(f.pool, 0, &ns), 11);
-    for (uint32_t i = 1; i < 11; i++) {
+    ck_assert_uint_eq(kvd_blocks_new(f.pool, 0, &ns), 12);
+    for (uint32_t i = 0; i < 11; i++) {
         ck_assert(kvd_blocks_pick_up(f.pool, f.ns, &load[i]));
         ck_assert_mem_eq(&load[i].key, &f.keys[i], sizeof(f.keys[i]));
         ck_assert_mem_eq(load[i].space.domain, f.space.domain, sizeof(f.space.domain));
-        ck_assert_uint_eq(load[i].plane[0].bytes, 16 << 10);
+        ck_assert_uint_eq(load[i].plane[0].bytes, i ? 16 << 10 : 128 << 10);
         ck_assert_uint_eq(load[i].plane[1].page, KVD_POOL_NONE);
     }
     ck_assert(!kvd_blocks_pick_up(f.pool, f.ns, &none));
@@ -44,9 +49,9 @@ START_TEST(new_blocks_are_carried_away_and_brought_back)
     kvd_pool_seq_release(f.pool, seq);
     kvd_pool_evict(f.pool, f.ns, 0, UINT32_MAX, &sum);
     kvd_pool_info(f.pool, &info);
-    ck_assert_uint_eq(info.used, 10 * (16 << 10));
+    ck_assert_uint_eq(info.used, (128 << 10) + 10 * (16 << 10));
     kvd_blocks_new_again(f.pool, &load[4]); // gone
-    for (uint32_t i = 1; i < 11; i++)
+    for (uint32_t i = 0; i < 11; i++)
         kvd_blocks_put_down(f.pool, &load[i]);
     verify(f.pool);
     kvd_pool_info(f.pool, &info);
@@ -173,5 +178,184 @@ START_TEST(a_namespace_is_cleared_in_pieces)
 }
 END_TEST
 
-KVD_MAIN("carry", 60, a_namespace_is_cleared_in_pieces,
-         new_blocks_are_carried_away_and_brought_back, blocks_come_back_to_planes_with_windows)
+// -- blocks of an earlier process ---------------------------------------------------------------
+
+// What outlives a process: extents are never touched, and indices are held here.
+static int index_fd[8] = {-1, -1, -1, -1, -1, -1, -1, -1};
+
+static void index_kept(void *ctx, uint32_t ns, int fd)
+{
+    (void)ctx;
+    if (index_fd[ns] >= 0)
+        close(index_fd[ns]);
+    index_fd[ns] = fd < 0 ? -1 : dup(fd);
+}
+
+static int index_find(void *ctx, uint32_t ns)
+{
+    (void)ctx;
+    return index_fd[ns] < 0 ? -1 : dup(index_fd[ns]);
+}
+
+static int attach(void *ctx, uint32_t index, uint64_t bytes, uint64_t *addr)
+{
+    (void)ctx;
+    (void)bytes;
+    *addr = (uint64_t)(index + 1) << 40;
+    return 0;
+}
+
+static struct kvd_pool_mem_ops lasting_ops(struct test_mem *mem)
+{
+    return (struct kvd_pool_mem_ops){.ctx = mem,
+                                     .alloc = test_mem_alloc,
+                                     .free = test_mem_free,
+                                     .zero = test_mem_zero,
+                                     .attach = attach,
+                                     .index_kept = index_kept,
+                                     .index_find = index_find};
+}
+
+static const struct kvd_pool_config lasting = {.bytes = 16 << 21,
+                                               .extent_bytes = 2 << 20,
+                                               .max_sequences = 64,
+                                               .max_namespaces = 8,
+                                               .max_layouts = 8,
+                                               .durable = true};
+
+// A pool with blocks that nobody has but the index: of one plane, and of two with a window.
+static void setup_lasting(struct fixture *f, struct kvd_blocks_space spaces[2])
+{
+    struct kvd_pool_mem_ops ops = lasting_ops(&f->mem);
+    struct kvd_layout l = test_layout(1, 64, 256), w = windowed_layout();
+    uint32_t layouts[2];
+    *f = (struct fixture){0};
+    f->pool = kvd_pool_new(&lasting, &ops, NULL);
+    ck_assert_int_eq(kvd_pool_namespace(f->pool, "n0", &f->ns, &f->err), 0);
+    ck_assert_int_eq(
+        kvd_pool_layout(f->pool, f->ns, &l, one_plane, &layouts[0], &recycled, &f->err), 0);
+    ck_assert_int_eq(
+        kvd_pool_layout(f->pool, f->ns, &w, two_planes, &layouts[1], &recycled, &f->err), 0);
+    for (uint32_t i = 0; i < 2; i++) {
+        f->layout = layouts[i];
+        f->space = spaces[i] = space_of(f->ns, f->layout, "");
+        keys_of(&f->space, (const uint8_t[40]){1, 2, 3, 4}, 40, f->keys);
+        uint64_t seq = sequence_of(f, 320);
+        publish(f, seq, 40, i == 0);
+        for (uint32_t n = 0; n < 10; n++) { // a window never has all that it will have had
+            ck_assert_int_eq(grow(f->pool, seq, 64, &f->err), 0);
+            publish(f, seq, 40, false);
+        }
+        kvd_pool_seq_release(f->pool, seq);
+    }
+}
+
+// The next process.
+static void reopen(struct fixture *f)
+{
+    struct kvd_pool_mem_ops ops = lasting_ops(&f->mem);
+    int fd = dup(kvd_pool_fd(f->pool));
+    kvd_pool_leave(&f->pool);
+    f->pool = kvd_pool_open(fd, &lasting, &ops, &f->err);
+    ck_assert_msg(f->pool != NULL, "%s", f->err.text);
+    close(fd);
+    verify(f->pool);
+}
+
+static uint32_t known(struct fixture *f, const struct kvd_blocks_space *space)
+{
+    keys_of(space, (const uint8_t[40]){1, 2, 3, 4}, 40, f->keys);
+    f->space = *space;
+    struct kvd_blocks_match m = match(f, 40);
+    uint64_t child;
+    if (m.at.blocks) {
+        ck_assert_int_eq(kvd_blocks_adopt(f->pool, &m.at, m.at.blocks, &child, &f->err), 0);
+        ck_assert_int_eq(grow(f->pool, child, 100, &f->err), 0);
+        verify(f->pool);
+        kvd_pool_seq_release(f->pool, child);
+    }
+    return m.at.blocks;
+}
+
+START_TEST(blocks_outlive_the_process)
+{
+    struct fixture f;
+    struct kvd_blocks_space spaces[2];
+    struct kvd_blocks_info before, after;
+    struct kvd_pool_evicted sum;
+    struct kvd_pool_info info;
+    uint32_t ns;
+    setup_lasting(&f, spaces);
+    kvd_blocks_info(f.pool, f.ns, &before);
+    uint32_t want[2] = {known(&f, &spaces[0]), known(&f, &spaces[1])};
+    ck_assert_uint_eq(before.blocks, want[0] + want[1]);
+    ck_assert_uint_gt(KVD_MIN(want[0], want[1]), 9);
+    for (uint32_t times = 0; times < 2; times++) {
+        reopen(&f);
+        kvd_blocks_info(f.pool, f.ns, &after);
+        ck_assert_uint_eq(after.blocks, before.blocks);
+        ck_assert_uint_eq(after.bytes, before.bytes);
+        ck_assert_uint_eq(after.ends, 0); // they go with the process
+        ck_assert_uint_eq(known(&f, &spaces[0]), want[0]);
+        ck_assert_uint_eq(known(&f, &spaces[1]), want[1]);
+        kvd_blocks_note_new(f.pool); // all of them: nobody knows which tiers have
+        ck_assert_uint_eq(kvd_blocks_new(f.pool, 0, &ns), before.blocks);
+    }
+    kvd_pool_evict(f.pool, f.ns, 0, UINT32_MAX, &sum);
+    verify(f.pool);
+    kvd_pool_info(f.pool, &info);
+    ck_assert_uint_eq(info.used, 0);
+    ck_assert_int_eq(index_fd[f.ns], -1); // the namespace went with it
+    kvd_pool_free(&f.pool);
+}
+END_TEST
+
+// Writes a byte of an index as a damaged memory would have it.
+static void spoil(int fd, uint64_t at, uint8_t with)
+{
+    uint8_t byte;
+    ck_assert_int_eq(pread(fd, &byte, 1, (off_t)at), 1);
+    byte ^= with;
+    ck_assert_int_eq(pwrite(fd, &byte, 1, (off_t)at), 1);
+}
+
+START_TEST(a_damaged_index_is_dropped_or_harmless)
+{
+    struct fixture f;
+    struct kvd_blocks_space spaces[2];
+    struct kvd_pool_info info;
+    uint64_t rng = 7;
+    uint32_t dropped = 0;
+    for (uint32_t times = 0; times < 300; times++) {
+        setup_lasting(&f, spaces);
+        struct stat st;
+        ck_assert_int_eq(fstat(index_fd[f.ns], &st), 0);
+        for (uint32_t i = 0; i < 1 + times % 3; i++) {
+            uint64_t at = kvd_rand(&rng) % (uint64_t)st.st_size;
+            if (times % 4) // where there is something
+                at = times % 4 == 1 ? 4096 + kvd_rand(&rng) % 8192 : kvd_rand(&rng) % 200;
+            if (times % 4 == 3)
+                at = (uint64_t)lseek(index_fd[f.ns], 4096 + 8192 + (off_t)(kvd_rand(&rng) % 65536),
+                                     SEEK_DATA);
+            spoil(index_fd[f.ns], at, (uint8_t)(1u << kvd_rand(&rng) % 8));
+        }
+        reopen(&f); // and verifies
+        kvd_pool_info(f.pool, &info);
+        dropped += info.used == 0;
+        if (info.used) {
+            known(&f, &spaces[0]);
+            known(&f, &spaces[1]);
+        }
+        kvd_pool_free(&f.pool);
+        if (index_fd[f.ns] >= 0)
+            index_kept(NULL, f.ns, -1);
+    }
+    printf("%u of 300 dropped\n", dropped);
+    ck_assert_uint_gt(dropped, 30);
+    ck_assert_uint_lt(dropped, 300);
+}
+END_TEST
+
+KVD_MAIN("carry", 60, blocks_outlive_the_process, a_damaged_index_is_dropped_or_harmless,
+         a_namespace_is_cleared_in_pieces, new_blocks_are_carried_away_and_brought_back,
+         blocks_come_back_to_planes_with_windows)
