@@ -242,6 +242,7 @@ struct kvd_backend_ops {
     int (*attend)(struct kvd_backend *b, const struct kvd_attend_params *p, struct kvd_error *err);
     int (*read)(struct kvd_backend *b, const struct kvd_read_params *p, struct kvd_error *err);
     int (*rotate)(struct kvd_backend *b, const struct kvd_rotate_params *p, struct kvd_error *err);
+    // Copies bytes of pages to other pages, or from or to host memory. Done when it returns.
     int (*copy)(struct kvd_backend *b, uint64_t to, uint64_t from, uint64_t bytes,
                 struct kvd_error *err);
 };

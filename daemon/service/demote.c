@@ -195,10 +195,6 @@ static int start(struct kvd_daemon *d, struct kvd_error *err)
 {
     if (!kvd_tiers_count(d))
         return KVD_OK;
-    if (strcmp(d->backend->ops->name, "cpu") != 0)
-        return kvd_fail(err, KVD_E_UNSUPPORTED,
-                        "tiers are possible with backend = cpu only: take tier-host, "
-                        "tier-directory and tier-redis out of the configuration");
     d->demotion = calloc(1, sizeof(*d->demotion));
     if (!d->demotion)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");

@@ -22,7 +22,7 @@ static int copy(struct kvd_backend *b, uint64_t to, uint64_t from, uint64_t byte
 {
     struct kvd_cuda *c = cuda_of(b);
     int rc = cudaMemcpyAsync((void *)(uintptr_t)to, (const void *)(uintptr_t)from, bytes,
-                             cudaMemcpyDeviceToDevice, c->stream);
+                             cudaMemcpyDefault, c->stream);
     if (rc == 0)
         rc = cudaStreamSynchronize(c->stream);
     return kvd_cuda_status(rc, "copying a page", err);
