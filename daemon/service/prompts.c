@@ -31,6 +31,7 @@ struct job {
     bool open;
     struct kvd_restore *restore; // of the same; NULL: none was wanted yet
     bool restored;               // and it is done, as `answer` says
+    uint64_t restore_until_ms;   // of the whole call; 0: none has begun
     struct kvd_restore_answer answer;
     struct kvd_claim_waiter waiter; // for what another computes
     struct kvd_blocks_space space;
@@ -185,13 +186,17 @@ static bool look_behind(struct kvd_daemon *d, struct job *j)
     if (j->publishes || j->restore || !(req->tiers || req->restore_ms) || !kvd_tiers_count(d))
         return false;
     kvd_blocks_match(d->pool, &j->space, false, &m);
-    if (m.at.blocks == j->blocks)
+    if (!j->restore_until_ms)
+        j->restore_until_ms = kvd_now_ms(d) + req->restore_ms;
+    bool late = req->restore_ms && kvd_now_ms(d) >= j->restore_until_ms;
+    if (m.at.blocks == j->blocks || late)
         return false;
     const struct kvd_restore_ask ask = {.space = j->space,
                                         .keys = j->keys,
                                         .n = j->blocks,
                                         .from = m.at.blocks,
-                                        .ms = req->restore_ms};
+                                        .ms = req->restore_ms ? j->restore_until_ms - kvd_now_ms(d)
+                                                              : 0};
     j->restore = kvd_restore_begin(d, &ask, on_restored, j, NULL);
     return j->restore;
 }

@@ -197,6 +197,11 @@ def test_a_tier_that_hangs_holds_up_nobody(start, folder, server):  # noqa: F811
             began = time.time()
             m, _ = match(kvd, tokens, restore=0.3)
             assert (m.blocks, m.restored) == (0, 0) and time.time() - began < 4
+            rpc, began = Rpc(kvd.address), time.time()  # the time is the call's, however many prompts it has
+            rpc.kv("MatchPrefix", session=rpc.kv("OpenSession", layout=layout()).session, restore_ms=500,
+                   requests=[kv.PrefixKeys(tokens=tokens.tobytes(), extra=[bytes([i])]) for i in range(30)])
+            rpc.channel.close()
+            assert time.time() - began < 8
             with pytest.raises(grpc.RpcError) as e:
                 match(kvd, tokens, timeout=0.3)
             assert e.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
