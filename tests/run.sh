@@ -204,7 +204,7 @@ if [ -z "${QUICK:-}" ]; then
         KVD_SCENARIOS=12 pytests "end to end, asan" "$build-asan" -k "not prometheus and not tls and not scalar" --ignore-glob="test_python*.py" --ignore=test_model.py \
             --ignore=test_docs.py --ignore-glob="test_transformers*.py" .
         # So what only Python calls is tried with the instrumented kvd, and a libkvd that is not.
-        KVD_PROGRAM=$PWD/$build-asan/daemon/kvd pytests "end to end, kvd with asan, python" "$build" test_prefix.py test_survive.py
+        KVD_PROGRAM=$PWD/$build-asan/daemon/kvd pytests "end to end, kvd with asan, python" "$build" test_prefix.py test_survive.py test_tier_hits.py
     else
         tail -n 40 "$logs/build"
         count "asan build" 0 1 0

@@ -121,9 +121,9 @@ static void batch_done(struct kvd_daemon *d, struct kvd_job *job)
     bool all = b->at == b->n && !job->rc && !job->abandoned;
     for (uint32_t i = 0; i < b->n; i++)
         end_item(d, &b->items[i], all);
-    free(KVD_TAKE(d->demotion->batch));
     if (job->rc)
         kvd_daemon_check_device(d);
+    free(KVD_TAKE(d->demotion->batch));
     kvd_daemon_work_end(d);
     go_on(d);
 }
