@@ -31,7 +31,7 @@ void kvd_dump_free(struct kvd_dump **d)
 
 // -- files ---------------------------------------------------------------------------------------
 
-static int add_file(struct kvd_dump *d, const char *path, struct kvd_error *err)
+static int add_file(struct kvd_dump *d, const char *path, uint32_t group, struct kvd_error *err)
 {
     struct kvd_dump_file *files = realloc(d->files, (d->n_files + 1) * sizeof(*files));
     char *copy = strdup(path);
@@ -41,13 +41,14 @@ static int add_file(struct kvd_dump *d, const char *path, struct kvd_error *err)
         free(copy);
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     }
-    d->files[d->n_files++] = (struct kvd_dump_file){.path = copy};
+    d->files[d->n_files++] = (struct kvd_dump_file){.path = copy, .group = group};
+    d->n_groups = KVD_MAX(d->n_groups, group + 1);
     return KVD_OK;
 }
 
 #define HOW_TO_RECORD                                                                              \
-    "a recording is a safetensors file, or a folder of them: python3 -m kvd.record MODEL makes "   \
-    "one"
+    "a recording is a safetensors file, or a folder of them (python3 -m kvd.record MODEL makes "   \
+    "one), or of OSCAR's layer_<id>/q/<n>.pt"
 
 static int is_shard(const struct dirent *e)
 {
@@ -55,15 +56,82 @@ static int is_shard(const struct dirent *e)
     return n > 12 && strcmp(e->d_name + n - 12, ".safetensors") == 0;
 }
 
-static int list_files(struct kvd_dump *d, const char *path, struct kvd_error *err)
+// Names "layer_7" and "3.pt": what comes before the number, and behind it. -1: it is another name.
+static long numbered(const char *name, const char *before, const char *behind)
 {
-    struct stat st;
-    struct dirent **entries;
-    if (stat(path, &st))
+    size_t n = strlen(before), digits;
+    if (strncmp(name, before, n) != 0)
+        return -1;
+    digits = strspn(name + n, "0123456789");
+    return digits && digits < 9 && strcmp(name + n + digits, behind) == 0 ? atol(name + n) : -1;
+}
+
+static int compare_numbers(const void *a, const void *b)
+{
+    long x = *(const long *)a, y = *(const long *)b;
+    return x < y ? -1 : x > y;
+}
+
+// The numbers of a folder's entries of such names, ascending; to be freed. *n is 0 where there are
+// none.
+static int list_numbers(const char *path, const char *before, const char *behind, long **out,
+                        size_t *n, struct kvd_error *err)
+{
+    DIR *folder = opendir(path);
+    *out = NULL;
+    *n = 0;
+    if (!folder)
         return kvd_fail(err, errno == ENOENT ? KVD_E_NOT_FOUND : -errno, "%s: %s", path,
                         strerror(errno));
-    if (!S_ISDIR(st.st_mode))
-        return add_file(d, path, err);
+    for (const struct dirent *e; (e = readdir(folder));) {
+        long number = numbered(e->d_name, before, behind);
+        long *grown = number < 0 ? NULL : realloc(*out, (*n + 1) * sizeof(**out));
+        if (number >= 0 && !grown) {
+            closedir(folder);
+            return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+        }
+        if (grown) {
+            *out = grown;
+            grown[(*n)++] = number;
+        }
+    }
+    closedir(folder);
+    qsort(*out, *n, sizeof(**out), compare_numbers);
+    return KVD_OK;
+}
+
+// The files of one of OSCAR's layers, q, k and v of each number one after the other.
+static int list_layer(struct kvd_dump *d, const char *path, long id, struct kvd_error *err)
+{
+    long *numbers[KVD_DUMP_SIDES] = {0};
+    size_t n[KVD_DUMP_SIDES] = {0};
+    char file[4096];
+    int rc = KVD_OK;
+    for (int s = 0; s < KVD_DUMP_SIDES && rc == KVD_OK; s++) {
+        snprintf(file, sizeof(file), "%s/layer_%ld/%c", path, id, side_names[s]);
+        rc = list_numbers(file, "", ".pt", &numbers[s], &n[s], err);
+        if (rc == KVD_OK &&
+            (n[s] == 0 || n[s] != n[0] || memcmp(numbers[s], numbers[0], n[s] * sizeof(long)) != 0))
+            rc = kvd_fail(err, KVD_E_INVALID,
+                          "%s: %zu files <n>.pt, and %zu of other numbers in q: a recording that "
+                          "was cut?",
+                          file, n[s], n[0]);
+    }
+    size_t first = n[0] > 1 && numbers[0] && numbers[0][0] == 0;
+    for (size_t i = first; i < n[0] && rc == KVD_OK; i++)
+        for (int s = 0; s < KVD_DUMP_SIDES && rc == KVD_OK; s++) {
+            snprintf(file, sizeof(file), "%s/layer_%ld/%c/%ld.pt", path, id, side_names[s],
+                     numbers[0][i]);
+            rc = add_file(d, file, (uint32_t)(i - first), err);
+        }
+    for (int s = 0; s < KVD_DUMP_SIDES; s++)
+        free(numbers[s]);
+    return rc;
+}
+
+static int list_shards(struct kvd_dump *d, const char *path, struct kvd_error *err)
+{
+    struct dirent **entries;
     int n = scandir(path, &entries, is_shard, alphasort);
     if (n < 0)
         return kvd_fail(err, -errno, "%s: %s", path, strerror(errno));
@@ -71,13 +139,10 @@ static int list_files(struct kvd_dump *d, const char *path, struct kvd_error *er
     for (int i = 0; i < n; i++) {
         char file[4096];
         snprintf(file, sizeof(file), "%s/%s", path, entries[i]->d_name);
-        rc = rc ? rc : add_file(d, file, err);
+        rc = rc ? rc : add_file(d, file, (uint32_t)i, err);
         free(entries[i]);
     }
     free(entries);
-    if (rc == KVD_OK && n == 0)
-        rc = kvd_fail(err, KVD_E_NOT_FOUND,
-                      "%s: there are no *.safetensors files in it; " HOW_TO_RECORD, path);
     return rc;
 }
 
@@ -125,13 +190,17 @@ static int check_heads(struct kvd_dump *d, uint32_t file, unsigned long layer, i
     return KVD_OK;
 }
 
-// One layer of one file. t: its three tensors, of which the layer is entry `entry`, if `stacked`.
-static int add_piece(struct kvd_dump *d, uint32_t file, unsigned long id, bool stacked,
-                     uint64_t entry, const struct kvd_safetensor *const t[3], struct kvd_error *err)
+// One layer of one file, or (`each` is 1) of that and the two behind it. t: its three tensors, of
+// which the layer is entry `entry`, if `stacked`.
+static int add_piece(struct kvd_dump *d, uint32_t first, uint32_t each, unsigned long id,
+                     bool stacked, uint64_t entry, const struct kvd_safetensor *const t[3],
+                     struct kvd_error *err)
 {
-    struct kvd_dump_piece p = {.file = file};
-    const char *path = d->files[file].path;
-    for (int s = 0; s < KVD_DUMP_SIDES; s++) {
+    struct kvd_dump_piece p = {0};
+    const char *path = d->files[first].path;
+    for (uint32_t s = 0; s < KVD_DUMP_SIDES; s++) {
+        uint32_t file = p.file[s] = first + each * s;
+        path = d->files[file].path;
         const uint64_t *shape = t[s] ? t[s]->shape + stacked : NULL;
         if (!t[s] || t[s]->type > KVD_TENSOR_F32 || t[s]->rank != 3u + stacked)
             return kvd_fail(
@@ -145,7 +214,7 @@ static int add_piece(struct kvd_dump *d, uint32_t file, unsigned long id, bool s
             return kvd_fail(err, KVD_E_INVALID, "%s: layer %lu: q has %llu tokens, %c has %llu",
                             path, id, (unsigned long long)p.tokens, side_names[s],
                             (unsigned long long)shape[0]);
-        if (check_heads(d, file, id, s, shape[1], shape[2], err))
+        if (check_heads(d, file, id, (int)s, shape[1], shape[2], err))
             return err->code;
         p.type[s] = t[s]->type;
         p.at[s] =
@@ -179,7 +248,7 @@ static int add_stacked(struct kvd_dump *d, uint32_t file, const struct kvd_safet
                             path, layers);
         if (!t[0] || n >= t[0]->shape[0])
             break;
-        if (add_piece(d, file, id, true, n, t, err))
+        if (add_piece(d, file, 0, id, true, n, t, err))
             return err->code;
         c = *end ? end + 1 : end;
     }
@@ -205,7 +274,7 @@ static int add_named(struct kvd_dump *d, uint32_t file, const struct kvd_safeten
             snprintf(name, sizeof(name), "layers.%u.%c", id, side_names[s]);
             t[s] = kvd_safetensors_find(st, name);
         }
-        if (add_piece(d, file, id, false, 0, t, err))
+        if (add_piece(d, file, 0, id, false, 0, t, err))
             return err->code;
         any = true;
     }
@@ -224,12 +293,10 @@ static bool is_of_torch(int fd)
            (memcmp(head, "PK\3\4", 4) == 0 || (head[0] == 0x80 && head[1] >= 2 && head[1] <= 5));
 }
 
-static int scan(struct kvd_dump *d, uint32_t file, struct kvd_error *err)
+// Notes what a file is now.
+static int look(struct kvd_dump_file *f, int fd, struct kvd_error *err)
 {
-    struct kvd_dump_file *f = &d->files[file];
-    int fd KVD_CLOSE = open(f->path, O_RDONLY | O_CLOEXEC);
     struct stat st;
-    struct kvd_safetensors t;
     if (fd < 0 || fstat(fd, &st))
         return kvd_fail(err, -errno, "%s: %s", f->path, strerror(errno));
     if (!S_ISREG(st.st_mode))
@@ -238,6 +305,16 @@ static int scan(struct kvd_dump *d, uint32_t file, struct kvd_error *err)
     f->inode = st.st_ino;
     f->device = st.st_dev;
     f->changed_ns = change_time(&st);
+    return KVD_OK;
+}
+
+static int scan_shard(struct kvd_dump *d, uint32_t file, struct kvd_error *err)
+{
+    struct kvd_dump_file *f = &d->files[file];
+    int fd KVD_CLOSE = open(f->path, O_RDONLY | O_CLOEXEC);
+    struct kvd_safetensors t;
+    if (look(f, fd, err))
+        return err->code;
     if (is_of_torch(fd))
         return kvd_fail(
             err, KVD_E_INVALID,
@@ -258,22 +335,115 @@ static int scan(struct kvd_dump *d, uint32_t file, struct kvd_error *err)
     return rc;
 }
 
+// A tensor of a .pt file as one of a safetensors file would be. It must be dense and lie within its
+// entry.
+static int as_safetensor(struct kvd_dump_file *f, const struct kvd_torch *z,
+                         struct kvd_safetensor *out, struct kvd_error *err)
+{
+    static const enum kvd_tensor_type types[] = {[KVD_PICKLE_F32] = KVD_TENSOR_F32,
+                                                 [KVD_PICKLE_F16] = KVD_TENSOR_F16,
+                                                 [KVD_PICKLE_BF16] = KVD_TENSOR_BF16,
+                                                 [KVD_PICKLE_F64] = KVD_TENSOR_F64};
+    const struct kvd_pickle_value *t = kvd_pickle_root(z->pickle);
+    uint64_t size, n = 1;
+    if (t->kind != KVD_PICKLE_TENSOR)
+        return kvd_fail(err, KVD_E_CORRUPT, "%s: it is no tensor", f->path);
+    if (kvd_torch_storage(z, t, f->entry, err) || kvd_torch_entry_size(z, f->entry, &size, err))
+        return err->code;
+    out->type = types[t->storage->element];
+    out->rank = t->rank;
+    uint64_t each = kvd_torch_element_bytes(t->storage->element);
+    for (uint32_t i = t->rank; i-- > 0;) {
+        if (t->shape[i] < 1 || (t->shape[i] > 1 && t->stride[i] != (int64_t)n) ||
+            n > size / (uint64_t)t->shape[i])
+            return kvd_fail(err, KVD_E_CORRUPT,
+                            "%s: a tensor that is empty, not dense, or beyond its storage",
+                            f->path);
+        n *= (uint64_t)t->shape[i];
+        out->shape[i] = (uint64_t)t->shape[i];
+    }
+    if (t->offset < 0 || (uint64_t)t->offset > size / each || n > size / each - (uint64_t)t->offset)
+        return kvd_fail(err, KVD_E_CORRUPT, "%s: a tensor that is beyond its storage", f->path);
+    out->at = (uint64_t)t->offset * each;
+    return KVD_OK;
+}
+
+// q, k and v of one number.
+static int scan_chunk(struct kvd_dump *d, uint32_t file, long layer, struct kvd_error *err)
+{
+    struct kvd_safetensor own[KVD_DUMP_SIDES] = {0};
+    const struct kvd_safetensor *t[KVD_DUMP_SIDES] = {&own[0], &own[1], &own[2]};
+    for (uint32_t s = 0; s < KVD_DUMP_SIDES; s++) {
+        struct kvd_dump_file *f = &d->files[file + s];
+        int fd KVD_CLOSE = open(f->path, O_RDONLY | O_CLOEXEC);
+        struct kvd_torch z = {0};
+        if (look(f, fd, err))
+            return err->code;
+        int rc = kvd_torch_open(&z, f->path, err);
+        if (rc == KVD_OK)
+            rc = as_safetensor(f, &z, &own[s], err);
+        kvd_torch_close(&z);
+        if (rc)
+            return rc;
+    }
+    return add_piece(d, file, 1, (unsigned long)layer, false, 0, t, err);
+}
+
+static int scan_oscar(struct kvd_dump *d, const char *path, const long *layers, size_t n,
+                      struct kvd_error *err)
+{
+    for (size_t i = 0; i < n; i++) {
+        uint32_t file = d->n_files;
+        if (list_layer(d, path, layers[i], err))
+            return err->code;
+        for (; file < d->n_files; file += KVD_DUMP_SIDES)
+            if (scan_chunk(d, file, layers[i], err))
+                return err->code;
+    }
+    return KVD_OK;
+}
+
+static int scan(struct kvd_dump *d, const char *path, struct kvd_error *err)
+{
+    struct stat st;
+    long *layers KVD_FREE = NULL;
+    size_t n = 0;
+    if (stat(path, &st))
+        return kvd_fail(err, errno == ENOENT ? KVD_E_NOT_FOUND : -errno, "%s: %s", path,
+                        strerror(errno));
+    int rc = !S_ISDIR(st.st_mode) ? add_file(d, path, 0, err) : list_shards(d, path, err);
+    if (rc == KVD_OK && S_ISDIR(st.st_mode))
+        rc = list_numbers(path, "layer_", "", &layers, &n, err);
+    if (rc)
+        return rc;
+    if (n && d->n_files)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "%s: there are *.safetensors files and folders layer_<id> in it: one "
+                        "recording or the other is wanted",
+                        path);
+    if (n)
+        return scan_oscar(d, path, layers, n, err);
+    if (d->n_files == 0)
+        return kvd_fail(err, KVD_E_NOT_FOUND,
+                        "%s: there are no *.safetensors files in it; " HOW_TO_RECORD, path);
+    for (uint32_t i = 0; i < d->n_files && rc == KVD_OK; i++)
+        rc = scan_shard(d, i, err);
+    return rc;
+}
+
 static int by_layer(const void *a, const void *b)
 {
     const struct kvd_dump_piece *x = a, *y = b;
     if (x->layer != y->layer)
         return x->layer < y->layer ? -1 : 1;
-    return x->file < y->file ? -1 : x->file > y->file;
+    return x->file[0] < y->file[0] ? -1 : x->file[0] > y->file[0];
 }
 
 struct kvd_dump *kvd_dump_open(const char *path, struct kvd_error *err)
 {
     struct kvd_dump *d KVD_AUTO(kvd_dump_free) = calloc(1, sizeof(*d));
-    if (!d || list_files(d, path, err))
+    if (!d || scan(d, path, err))
         return NULL;
-    for (uint32_t i = 0; i < d->n_files; i++)
-        if (scan(d, i, err))
-            return NULL;
     if (d->heads[KVD_DUMP_K] != d->heads[KVD_DUMP_V] || d->dim[KVD_DUMP_Q] != d->dim[KVD_DUMP_K] ||
         d->heads[KVD_DUMP_Q] % d->heads[KVD_DUMP_K]) {
         kvd_fail(err, KVD_E_INVALID,
@@ -312,23 +482,36 @@ static int read_values(const struct kvd_dump_file *f, uint64_t at, uint64_t byte
                        struct kvd_error *err)
 {
     int fd KVD_CLOSE = reopen(f, err);
-    return fd < 0 ? err->code : kvd_read_at(f->path, fd, to, bytes, at, err);
+    if (fd < 0)
+        return err->code;
+    return f->entry[0] ? kvd_torch_read_at(f->path, KVD_TAKE_FD(fd), f->entry, to, bytes, at, err)
+                       : kvd_read_at(f->path, fd, to, bytes, at, err);
 }
 
 static int digest_file(const struct kvd_dump_file *f, EVP_MD_CTX *md, void *buffer, size_t size,
-                       char out[DIGITS + 1], struct kvd_error *err)
+                       struct kvd_error *err)
 {
-    uint8_t sum[EVP_MAX_MD_SIZE];
     int fd KVD_CLOSE = reopen(f, err);
     if (fd < 0)
         return err->code;
-    EVP_DigestInit_ex(md, EVP_sha256(), NULL);
     for (uint64_t at = 0, n; at < f->size; at += n) {
         n = KVD_MIN((uint64_t)size, f->size - at);
         if (kvd_read_at(f->path, fd, buffer, n, at, err))
             return err->code;
         EVP_DigestUpdate(md, buffer, n);
     }
+    return KVD_OK;
+}
+
+// Of the files of a group, one after the other.
+static int digest_group(const struct kvd_dump *d, uint32_t group, EVP_MD_CTX *md, void *buffer,
+                        size_t size, char out[DIGITS + 1], struct kvd_error *err)
+{
+    uint8_t sum[EVP_MAX_MD_SIZE];
+    EVP_DigestInit_ex(md, EVP_sha256(), NULL);
+    for (uint32_t i = 0; i < d->n_files; i++)
+        if (d->files[i].group == group && digest_file(&d->files[i], md, buffer, size, err))
+            return err->code;
     EVP_DigestFinal_ex(md, sum, NULL);
     for (int i = 0; i < DIGITS / 2; i++)
         snprintf(out + 2 * (size_t)i, 3, "%02x", sum[i]);
@@ -339,14 +522,14 @@ char *kvd_dump_digests(const struct kvd_dump *d, struct kvd_error *err)
 {
     enum { AT_ONCE = 1 << 20 };
     void *buffer KVD_FREE = malloc(AT_ONCE);
-    char *text KVD_FREE = calloc(d->n_files, DIGITS + 1);
+    char *text KVD_FREE = calloc(d->n_groups, DIGITS + 1);
     EVP_MD_CTX *md = EVP_MD_CTX_new();
     int rc = buffer && text && md ? KVD_OK : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    for (uint32_t i = 0; rc == KVD_OK && i < d->n_files; i++) {
+    for (uint32_t i = 0; rc == KVD_OK && i < d->n_groups; i++) {
         char *at = text + (size_t)i * (DIGITS + 1);
         if (i > 0)
             at[-1] = ',';
-        rc = digest_file(&d->files[i], md, buffer, AT_ONCE, at, err);
+        rc = digest_group(d, i, md, buffer, AT_ONCE, at, err);
     }
     EVP_MD_CTX_free(md);
     return rc ? NULL : KVD_TAKE(text);
@@ -397,7 +580,7 @@ static bool all_finite(const float *x, uint64_t n)
 int kvd_dump_read(const struct kvd_dump *d, const struct kvd_dump_piece *p, enum kvd_dump_side side,
                   uint64_t first, uint64_t n, float *out, struct kvd_error *err)
 {
-    const struct kvd_dump_file *f = &d->files[p->file];
+    const struct kvd_dump_file *f = &d->files[p->file[side]];
     uint64_t row = (uint64_t)d->heads[side] * d->dim[side], values = n * row;
     uint32_t size = kvd_tensor_type_size(p->type[side]);
     // Narrow values are read into the end of the output and widened from its beginning.

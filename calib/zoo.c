@@ -1,19 +1,7 @@
 // RotationZoo files, and others of OSCAR's kind: a zip written by torch.save (stored, not
 // compressed), holding one pickle and raw tensors in floats of 16, 32 or 64 bits, or bf16.
-#include "calib/pickle.h"
 #include "calib/rotset.h"
-
-#include <zip.h>
-
-static const uint8_t element_bytes[] = {
-    [KVD_PICKLE_F32] = 4, [KVD_PICKLE_F16] = 2, [KVD_PICKLE_BF16] = 2, [KVD_PICKLE_F64] = 8};
-
-struct zoo {
-    zip_t *zip;
-    char prefix[256]; // folder inside the zip, with its slash
-    struct kvd_pickle *pickle;
-    const char *path;
-};
+#include "calib/torch_file.h"
 
 // One file's contents: K or V.
 struct side {
@@ -23,86 +11,6 @@ struct side {
     char objective[40];
     bool rounded; // some tensor is stored in 16 bits
 };
-
-static void zoo_close(struct zoo *z)
-{
-    kvd_pickle_free(&z->pickle);
-    if (z->zip)
-        zip_discard(z->zip);
-    z->zip = NULL;
-}
-
-// Reads an entry of at most `max` bytes that is stored, not compressed: so no entry can be larger
-// than the file.
-static uint8_t *read_entry(struct zoo *z, const char *name, uint64_t max, uint64_t *size,
-                           struct kvd_error *err)
-{
-    char full[512];
-    zip_stat_t st;
-    snprintf(full, sizeof(full), "%s%s", z->prefix, name);
-    if (zip_stat(z->zip, full, 0, &st) != 0 || !(st.valid & ZIP_STAT_SIZE) ||
-        !(st.valid & ZIP_STAT_COMP_METHOD)) {
-        kvd_fail(err, KVD_E_CORRUPT, "%s: there is no entry %s", z->path, name);
-        return NULL;
-    }
-    if (st.comp_method != ZIP_CM_STORE) {
-        kvd_fail(err, KVD_E_CORRUPT,
-                 "%s: entry %s is compressed; torch.save stores entries as they are", z->path,
-                 name);
-        return NULL;
-    }
-    if (st.size > max) {
-        kvd_fail(err, KVD_E_LIMIT, "%s: entry %s has %llu bytes, at most %llu are expected",
-                 z->path, name, (unsigned long long)st.size, (unsigned long long)max);
-        return NULL;
-    }
-    uint8_t *data KVD_FREE = malloc(st.size + 1);
-    zip_file_t *f = data ? zip_fopen(z->zip, full, 0) : NULL;
-    zip_int64_t got = f ? zip_fread(f, data, st.size) : -1;
-    // Reading to the end makes libzip compare the CRC.
-    bool whole = got == (zip_int64_t)st.size && zip_fread(f, data + st.size, 1) == 0;
-    if (f && zip_fclose(f) != 0)
-        whole = false;
-    if (!whole) {
-        kvd_fail(err, KVD_E_CORRUPT, "%s: entry %s is truncated or damaged", z->path, name);
-        return NULL;
-    }
-    *size = st.size;
-    return KVD_TAKE(data);
-}
-
-static int zoo_open(struct zoo *z, const char *path, struct kvd_error *err)
-{
-    *z = (struct zoo){.path = path};
-    int code;
-    z->zip = zip_open(path, ZIP_RDONLY, &code);
-    if (!z->zip) {
-        zip_error_t e;
-        zip_error_init_with_code(&e, code);
-        kvd_fail(err, code == ZIP_ER_NOENT ? KVD_E_NOT_FOUND : KVD_E_CORRUPT,
-                 "%s: not a readable .pt file (%s)", path, zip_error_strerror(&e));
-        zip_error_fini(&e);
-        return err ? err->code : KVD_E_CORRUPT;
-    }
-    zip_int64_t entries = zip_get_num_entries(z->zip, 0);
-    for (zip_int64_t i = 0; i < entries; i++) {
-        const char *name = zip_get_name(z->zip, (zip_uint64_t)i, 0);
-        size_t n = name ? strlen(name) : 0;
-        if (n < 9 || n >= sizeof(z->prefix) || strcmp(name + n - 9, "/data.pkl") != 0)
-            continue;
-        memcpy(z->prefix, name, n - 8);
-        z->prefix[n - 8] = '\0';
-        break;
-    }
-    if (!z->prefix[0])
-        return kvd_fail(err, KVD_E_CORRUPT, "%s: there is no data.pkl inside", path);
-    uint64_t size;
-    uint8_t *data KVD_FREE = read_entry(z, "data.pkl", 4 << 20, &size, err);
-    if (!data)
-        return KVD_E_CORRUPT;
-    z->pickle = kvd_pickle_parse(data, size, err);
-    return z->pickle ? KVD_OK : kvd_fail_in(err, "%s", path);
-}
 
 static bool layer_id(const struct kvd_pickle_value *key, uint16_t *out)
 {
@@ -117,7 +25,7 @@ static bool layer_id(const struct kvd_pickle_value *key, uint16_t *out)
     return id >= 0 && id <= KVD_MAX_MODEL_LAYER;
 }
 
-static int add_layer(const struct zoo *z, struct side *s, uint16_t id,
+static int add_layer(const struct kvd_torch *z, struct side *s, uint16_t id,
                      const struct kvd_pickle_value *layer, struct kvd_error *err)
 {
     const struct kvd_pickle_value *r = kvd_pickle_get(layer, "rotation");
@@ -150,11 +58,11 @@ static int add_layer(const struct zoo *z, struct side *s, uint16_t id,
         return kvd_fail(err, KVD_E_CORRUPT, "%s: layer %u appears twice", z->path, id);
     s->layers[at] = id;
     s->rotation[at] = r;
-    s->rounded |= element_bytes[r->storage->element] == 2;
+    s->rounded |= kvd_torch_element_bytes(r->storage->element) == 2;
     return KVD_OK;
 }
 
-static int read_side(const struct zoo *z, struct side *s, struct kvd_error *err)
+static int read_side(const struct kvd_torch *z, struct side *s, struct kvd_error *err)
 {
     const struct kvd_pickle_value *root = kvd_pickle_root(z->pickle);
     const struct kvd_pickle_value *version = kvd_pickle_get(root, "format_version");
@@ -203,21 +111,17 @@ static float element(const uint8_t *at, enum kvd_pickle_element kind)
 
 // Copies a tensor, dense, into out. Offsets and strides are checked against the storage's real
 // size.
-static int copy_tensor(struct zoo *z, const struct kvd_pickle_value *t, float *out,
+static int copy_tensor(struct kvd_torch *z, const struct kvd_pickle_value *t, float *out,
                        struct kvd_error *err)
 {
-    char name[160];
-    if (t->storage->text[0] == '\0' ||
-        strspn(t->storage->text, "0123456789") != strlen(t->storage->text) ||
-        strlen(t->storage->text) > 20)
-        return kvd_fail(err, KVD_E_CORRUPT, "%s: a storage whose key is no number", z->path);
-    snprintf(name, sizeof(name), "data/%s", t->storage->text);
+    char name[KVD_TORCH_ENTRY];
     uint64_t size;
-    uint8_t *data KVD_FREE = read_entry(z, name, 256 << 20, &size, err);
+    int rc = kvd_torch_storage(z, t, name, err);
+    uint8_t *data KVD_FREE = rc ? NULL : kvd_torch_entry(z, name, 256 << 20, &size, err);
     if (!data)
         return KVD_E_CORRUPT;
     enum kvd_pickle_element kind = t->storage->element;
-    int64_t bytes = element_bytes[kind], last = t->offset, n = (int64_t)size / bytes;
+    int64_t bytes = kvd_torch_element_bytes(kind), last = t->offset, n = (int64_t)size / bytes;
     for (uint32_t i = 0; i < t->rank; i++)
         last += (t->shape[i] - 1) * t->stride[i]; // each product is below 2^62
     if (t->offset < 0 || last < 0 || last >= n || t->offset > n)
@@ -236,7 +140,7 @@ static int copy_tensor(struct zoo *z, const struct kvd_pickle_value *t, float *o
     return KVD_OK;
 }
 
-static int copy_side(struct zoo *z, const struct side *s, float *out, struct kvd_error *err)
+static int copy_side(struct kvd_torch *z, const struct side *s, float *out, struct kvd_error *err)
 {
     uint64_t matrix = (uint64_t)s->dim * s->dim;
     for (uint32_t l = 0; l < s->n_layers; l++) {
@@ -257,7 +161,7 @@ static bool is_of(const char *objective, const char *const names[2])
            strncmp(objective, names[1], strlen(names[1])) == 0;
 }
 
-static int check_sides(const struct zoo z[2], const struct side s[2], struct kvd_error *err)
+static int check_sides(const struct kvd_torch z[2], const struct side s[2], struct kvd_error *err)
 {
     static const char *const of_k[] = {"qqt", "ktk"}, *const of_v[] = {"sst", "vtv"};
     if (strcmp(z[0].path, z[1].path) == 0)
@@ -271,7 +175,7 @@ static int check_sides(const struct zoo z[2], const struct side s[2], struct kvd
     return KVD_OK;
 }
 
-static int combine(struct zoo z[2], const struct side s[2], struct kvd_rotset *set,
+static int combine(struct kvd_torch z[2], const struct side s[2], struct kvd_rotset *set,
                    struct kvd_error *err)
 {
     int rc = check_sides(z, s, err);
@@ -300,22 +204,22 @@ static int combine(struct zoo z[2], const struct side s[2], struct kvd_rotset *s
 struct kvd_rotset *kvd_rotset_import(const char *path_k, const char *path_v, const char *model,
                                      struct kvd_error *err)
 {
-    struct zoo z[2] = {{0}};
+    struct kvd_torch z[2] = {{0}};
     struct side *s KVD_FREE = calloc(2, sizeof(*s));
     struct kvd_rotset *set KVD_AUTO(kvd_rotset_free) = calloc(1, sizeof(*set));
     if (!s || !set) {
         kvd_fail(err, KVD_E_INTERNAL, "out of memory");
         return NULL;
     }
-    int rc = zoo_open(&z[0], path_k, err);
+    int rc = kvd_torch_open(&z[0], path_k, err);
     if (rc == KVD_OK)
-        rc = zoo_open(&z[1], path_v, err);
+        rc = kvd_torch_open(&z[1], path_v, err);
     for (int i = 0; i < 2 && rc == KVD_OK; i++)
         rc = read_side(&z[i], &s[i], err);
     snprintf(set->model, sizeof(set->model), "%s", model);
     if (rc == KVD_OK)
         rc = combine(z, s, set, err);
-    zoo_close(&z[0]);
-    zoo_close(&z[1]);
+    kvd_torch_close(&z[0]);
+    kvd_torch_close(&z[1]);
     return rc ? NULL : KVD_TAKE(set);
 }

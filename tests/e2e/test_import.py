@@ -11,6 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 
+import dumps
 from conftest import KVCTL
 
 DIM = 64
@@ -148,3 +149,102 @@ def test_files_that_are_refused(folder, change, said):
     change(c)
     v = save(folder / "v.pt", content("sst", rotations(np.random.default_rng())))
     assert said in load(folder, save(folder / "k.pt", c, 4), v)
+
+
+# -- recordings of OSCAR's server --------------------------------------------------------------------------------------
+
+def record(folder, layers, dtype="bfloat16", warm=True):
+    """layer_<id>/q/<n>.pt and so on, of two numbers; number 0 is what the server warms up with."""
+    for layer, sides in layers.items():
+        for side, x in zip("qkv", sides):
+            at = folder / f"layer_{layer}" / side
+            at.mkdir(parents=True)
+            if warm:
+                save(at / "0.pt", Tensor(np.full((6, *x.shape[1:]), 1e4, np.float32), dtype))
+            for n, part in ((1, x[:700]), (10, x[700:])):  # by number, not by name
+                save(at / f"{n}.pt", Tensor(part, dtype))
+        (folder / f"layer_{layer}/seq_lens").mkdir()
+    return folder
+
+
+def rounded(x):
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7fff + (bits >> 16 & 1)) >> 16 << 16).astype(np.uint32).view(np.float32)
+
+
+def calib(*arguments):
+    return subprocess.run([KVCTL, "calib", *map(str, arguments)], capture_output=True, text=True, timeout=120)
+
+
+def test_a_set_is_fitted_to_a_recording_of_oscars(tmp_path):
+    layers = {l: tuple(map(rounded, x)) for l, x in dumps.activations(5, 1500, 4, 2, 64, 64, (3, 11)).items()}
+    oscar = record(tmp_path / "oscar", layers)
+    own = tmp_path / "own"
+    own.mkdir()
+    for name, part in (("a", np.s_[:700]), ("b", np.s_[700:])):
+        dumps.write(own / f"{name}.safetensors", {f"layers.{l}.{s}": ("BF16", x[part]) for l, qkv in layers.items() for s, x in zip("qkv", qkv)})
+    sets = []
+    for source in (oscar, own):
+        out = tmp_path / f"{source.name}.set"
+        r = calib("fit", source, out, "--published")
+        assert r.returncode == 0, r.stderr
+        sets.append(dumps.read(out)[0])
+    assert set(sets[0]) == set(sets[1]) and all(np.array_equal(sets[0][n], sets[1][n]) for n in sets[0])
+    # What it was fitted to is known by the files' contents, whatever their folder is called.
+    oscar.rename(tmp_path / "moved")
+    r = calib("--json", "eval", "-c", 512, tmp_path / "moved", tmp_path / "oscar.set")
+    assert r.returncode == 0 and '"fitted"' in r.stdout, r.stdout + r.stderr
+    r = calib("--json", "eval", "-c", 512, record(tmp_path / "other", {l: tuple(np.ascontiguousarray(x[::-1]) for x in s) for l, s in layers.items()}), tmp_path / "oscar.set")
+    assert r.returncode == 0 and '"held-out"' in r.stdout and '"fitted"' not in r.stdout
+
+
+@pytest.mark.parametrize("change,words", [
+    ("missing", "2 files <n>.pt, and 3 of other numbers in q"), ("no side", "layer_3/v: No such file"), ("both", "one recording or the other"),
+    ("rank", "not F16, BF16 or F32 [tokens, heads, head_dim]"), ("double", "not F16, BF16 or F32"), ("strides", "not dense"),
+    ("short", "beyond its storage"), ("dictionary", "it is no tensor"), ("compressed", "is compressed"), ("tokens", "q has 700 tokens, v has 699"),
+    ("nan", "layer 3, k: token 5, head 1 has NaN or Inf"), ("global", "layer_3/k/1.pt"),
+])
+def test_bad_recordings_of_oscars(tmp_path, change, words):
+    layers = dumps.activations(6, 1500, 4, 2, 64, 64, (3,))
+    oscar = record(tmp_path / "oscar", layers)
+    at, x = oscar / "layer_3", layers[3][1][:700]
+    if change == "missing":
+        (at / "k/10.pt").unlink()
+    elif change == "no side":
+        (at / "v").rename(at / "w")
+    elif change == "both":
+        dumps.write(oscar / "a.safetensors", {f"layers.3.{s}": ("F32", y) for s, y in zip("qkv", layers[3])})
+    elif change == "rank":
+        save(at / "k/1.pt", Tensor(x.reshape(700, -1), "bfloat16"))
+    elif change == "double":
+        save(at / "k/1.pt", Tensor(x.astype(np.float64), "float64"))
+    elif change == "strides":
+        save(at / "k/1.pt", Tensor(np.asfortranarray(x)))
+    elif change == "short":
+        save(at / "k/1.pt", Tensor(np.lib.stride_tricks.as_strided(x[:600], (900, 2, 64))))
+        with zipfile.ZipFile(at / "k/1.pt") as z:
+            pickled = z.read("archive/data.pkl")
+        with zipfile.ZipFile(at / "k/1.pt", "w") as z:
+            z.writestr("archive/data.pkl", pickled)
+            z.writestr("archive/data/0", bytes(1000))
+    elif change == "dictionary":
+        save(at / "k/1.pt", {"k": Tensor(x)})
+    elif change == "compressed":
+        with zipfile.ZipFile(at / "k/1.pt") as z:
+            entries = {n: z.read(n) for n in z.namelist()}
+        with zipfile.ZipFile(at / "k/1.pt", "w", zipfile.ZIP_DEFLATED) as z:
+            for n, data in entries.items():
+                z.writestr(n, data)
+    elif change == "tokens":
+        save(at / "v/1.pt", Tensor(layers[3][2][:699], "bfloat16"))
+    elif change == "nan":
+        x = x.copy()
+        x[5, 1, 7] = np.nan
+        save(at / "k/1.pt", Tensor(x))
+    elif change == "global":
+        (at / "k/1.pt").unlink()
+        with zipfile.ZipFile(at / "k/1.pt", "w") as z:
+            z.writestr("archive/data.pkl", b"cos\nsystem\n(S'true'\ntR.")
+    r = calib("fit", oscar, tmp_path / "set", "--published")
+    assert r.returncode == 1 and words in r.stderr, r.stderr
+    assert not (tmp_path / "set").exists()
