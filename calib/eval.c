@@ -16,8 +16,7 @@ enum { RATIOS = KVD_LEN(clip_ratios), GAINS = KVD_LEN(gains) };
 
 double kvd_eval_bits(uint32_t codec, uint32_t dim_k, uint32_t dim_v)
 {
-    return 8.0 * (double)kvd_tile_bytes(kvd_codecs_both(codec), dim_k, dim_v) / KVD_PAGE_TOKENS /
-           (dim_k + dim_v);
+    return kvd_value_bits(kvd_codecs_both(codec), dim_k, dim_v);
 }
 
 // Sums of one layer and case, ratio or gain; per kv head while it is worked on.
@@ -303,8 +302,8 @@ static void read_back(struct job *j, struct workspace *w, const struct kvd_eval_
         through_transform(j, w, w->v, &v, spectrum_v, w->v2);
         return;
     }
-    struct kvd_quantizer qk = {c->codec, s->clip_k[at], s->gain_k[at], c->scale_k};
-    struct kvd_quantizer qv = {c->codec, s->clip_v[at], s->gain_v[at], c->scale_v};
+    struct kvd_quantizer qk = {c->codec, s->clip_k[at], s->gain_k[at], c->scale_k, NULL};
+    struct kvd_quantizer qv = {c->codec, s->clip_v[at], s->gain_v[at], c->scale_v, NULL};
     through_pages(j, w, w->k, dim_k, s->k + at * dim_k * dim_k, &qk, spectrum_k, w->k2);
     through_pages(j, w, w->v, dim_v, s->v + at * dim_v * dim_v, &qv, spectrum_v, w->v2);
 }
@@ -344,8 +343,8 @@ static void compare_terms(struct job *j, struct workspace *w, uint32_t layer, ui
     uint64_t at = matrix(s, layer, head);
     uint32_t n = n_terms(j);
     for (uint32_t i = 0; i < n; i++) {
-        struct kvd_quantizer qk = {KVD_CODEC_INT2, s->clip_k[at], 1, KVD_SCALE_PUBLISHED};
-        struct kvd_quantizer qv = {KVD_CODEC_INT2, s->clip_v[at], 1, KVD_SCALE_PUBLISHED};
+        struct kvd_quantizer qk = {KVD_CODEC_INT2, s->clip_k[at], 1, KVD_SCALE_PUBLISHED, NULL};
+        struct kvd_quantizer qv = {KVD_CODEC_INT2, s->clip_v[at], 1, KVD_SCALE_PUBLISHED, NULL};
         if (j->fit_gains)
             qk.gain = qv.gain = gains[i];
         else

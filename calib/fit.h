@@ -87,7 +87,7 @@ int kvd_fit_write_spectrum(const struct kvd_fit *fit, const char *path, struct k
 //
 // Of the options layers, n_layers, threads, progress, warn and ctx are looked at. Errors are those
 // of kvd_fit_run.
-struct kvd_rotset *kvd_fit_transforms(const struct kvd_dump *d, enum kvd_tc codec, bool greedy,
+struct kvd_rotset *kvd_fit_transforms(const struct kvd_dump *d, uint32_t codec, bool greedy,
                                       const struct kvd_fit_options *o, struct kvd_error *err);
 
 // -- linear algebra ------------------------------------------------------------------------------

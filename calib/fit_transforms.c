@@ -170,18 +170,18 @@ static void round_to(const double *from, uint64_t n, float *to)
         to[i] = (float)from[i];
 }
 
-static void quarters(enum kvd_tc codec, uint32_t tiles, float *bits)
+static void quarters(uint32_t codec, uint32_t tiles, float *bits)
 {
-    static const float of[KVD_TC_COUNT][4] = {{4, 2, 1, 1}, {4, 3, 2, 1}};
+    static const float of[2][4] = {{4, 2, 1, 1}, {4, 3, 2, 1}};
     for (uint32_t i = 0; i < tiles; i++)
-        bits[i] = of[codec][i * 4 / tiles];
+        bits[i] = of[codec == KVD_CODEC_TC2_5][i * 4 / tiles];
 }
 
-static void greedy_bits(enum kvd_tc codec, uint32_t dim, const double *lambda, float *bits)
+static void greedy_bits(uint32_t codec, uint32_t dim, const double *lambda, float *bits)
 {
     static const double distortion[KVD_TC_MAX_BITS + 1] = {1, .363, .1175, .0345, .0095};
     uint32_t tiles = dim / KVD_TC_TILE, given[KVD_MAX_HEAD_DIM / KVD_TC_TILE] = {0};
-    for (uint32_t n = kvd_tc_tile_bits(codec, dim); n; n--) {
+    for (uint32_t n = kvd_tc_stream_bits(codec, dim); n; n--) {
         uint32_t best = tiles;
         double most = -1;
         for (uint32_t i = 0; i < tiles; i++) {
@@ -287,10 +287,10 @@ static int fit_layer(void *arg, void *workspace, uint32_t i, struct kvd_error *e
 
 // -- the set -------------------------------------------------------------------------------------
 
-static struct kvd_rotset *new_set(const struct kvd_dump *d, enum kvd_tc codec, bool greedy,
+static struct kvd_rotset *new_set(const struct kvd_dump *d, uint32_t codec, bool greedy,
                                   const struct kvd_fit_options *o, struct kvd_error *err)
 {
-    static const char *const by_quarters[KVD_TC_COUNT] = {"4-2-1-1", "4-3-2-1"};
+    const char *by_quarters = codec == KVD_CODEC_TC2_5 ? "4-3-2-1" : "4-2-1-1";
     struct kvd_rotset *set KVD_AUTO(kvd_rotset_free) = calloc(1, sizeof(*set));
     if (!set) {
         kvd_fail(err, KVD_E_INTERNAL, "out of memory for a set of transforms");
@@ -306,7 +306,7 @@ static struct kvd_rotset *new_set(const struct kvd_dump *d, enum kvd_tc codec, b
     bool quartered = !greedy && set->dim_k / KVD_TC_TILE % 4 == 0;
     snprintf(set->model, sizeof(set->model), "%s", d->model);
     snprintf(set->objective, sizeof(set->objective), "%s: K qqt and ktk, bits %s, V vtv_top_h",
-             kvd_tc_name(codec), quartered ? by_quarters[codec] : "greedy");
+             kvd_codec_name(codec), quartered ? by_quarters : "greedy");
     kvd_fit_provenance(d, set->provenance, sizeof(set->provenance));
     return KVD_TAKE(set);
 }
@@ -322,7 +322,7 @@ static uint64_t layer_bytes(const struct kvd_dump *d, uint32_t layer)
     return bytes;
 }
 
-struct kvd_rotset *kvd_fit_transforms(const struct kvd_dump *d, enum kvd_tc codec, bool greedy,
+struct kvd_rotset *kvd_fit_transforms(const struct kvd_dump *d, uint32_t codec, bool greedy,
                                       const struct kvd_fit_options *o, struct kvd_error *err)
 {
     if (kvd_fit_check_dump(d, o, err))

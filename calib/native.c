@@ -103,7 +103,7 @@ static int parse_layers(struct kvd_rotset *s, const char *text, const char *path
 
 // The format, what it says of scales, and, of transforms, which codec they are for.
 static int parse_format(struct kvd_rotset *s, const struct kvd_safetensors *st, const char *path,
-                        int *format, enum kvd_tc *tc, struct kvd_error *err)
+                        int *format, uint32_t *tc, struct kvd_error *err)
 {
     const char *name = kvd_safetensors_metadata(st, "format");
     const char *k = kvd_safetensors_metadata(st, "k.scale");
@@ -115,8 +115,8 @@ static int parse_format(struct kvd_rotset *s, const struct kvd_safetensors *st, 
         return corrupt(err, path, "metadata: format is not kvd-rotation-set/1, /2 or /3");
     if (*format != SCALED_ROTATIONS && (k || v))
         return corrupt(err, path, "metadata: scales belong to kvd-rotation-set/2");
-    *tc = codec ? kvd_tc_find(codec) : KVD_TC_COUNT;
-    if (*format == TRANSFORMS && *tc == KVD_TC_COUNT)
+    *tc = codec ? kvd_tc_find(codec) : KVD_CODEC_COUNT;
+    if (*format == TRANSFORMS && *tc == KVD_CODEC_COUNT)
         return corrupt(err, path, "metadata: codec is not tc2 or tc2.5");
     if (*format != SCALED_ROTATIONS)
         return KVD_OK;
@@ -167,7 +167,7 @@ static int copy_tensor(const struct kvd_safetensors *st, const struct kvd_rotset
 }
 
 static int parse_tensors(const char *path, const uint8_t *file, size_t size,
-                         const struct kvd_safetensors *st, int format, enum kvd_tc tc,
+                         const struct kvd_safetensors *st, int format, uint32_t tc,
                          struct kvd_rotset *s, struct kvd_error *err)
 {
     const char *k = format == TRANSFORMS ? "k.transform" : "k.rotation";
@@ -201,7 +201,7 @@ static int parse(const char *path, const uint8_t *file, size_t size,
     const char *payload = kvd_safetensors_metadata(st, "payload");
     char digest[KVD_DIGEST_TEXT];
     int format = ROTATIONS;
-    enum kvd_tc tc = KVD_TC_COUNT;
+    uint32_t tc = KVD_CODEC_COUNT;
     kvd_digest(file + st->data_at, size - st->data_at, digest);
     if (parse_format(s, st, path, &format, &tc, err))
         return err->code;
@@ -220,7 +220,7 @@ static int parse(const char *path, const uint8_t *file, size_t size,
     return parse_tensors(path, file, size, st, format, tc, s, err);
 }
 
-struct kvd_rotset *kvd_rotset_read_any(const char *path, struct kvd_error *err)
+struct kvd_rotset *kvd_rotset_read(const char *path, struct kvd_error *err)
 {
     uint8_t *file KVD_FREE = NULL;
     struct kvd_rotset *s KVD_AUTO(kvd_rotset_free) = calloc(1, sizeof(*s));
@@ -247,19 +247,6 @@ struct kvd_rotset *kvd_rotset_read_any(const char *path, struct kvd_error *err)
     return KVD_TAKE(s);
 }
 
-struct kvd_rotset *kvd_rotset_read(const char *path, struct kvd_error *err)
-{
-    struct kvd_rotset *s KVD_AUTO(kvd_rotset_free) = kvd_rotset_read_any(path, err);
-    if (s && s->transforms) {
-        kvd_fail(err, KVD_E_PRECONDITION,
-                 "%s: a set of transforms for codec %s, which no backend has pages of: it can be "
-                 "evaluated, not stored or served",
-                 path, kvd_tc_name(s->transforms->codec));
-        return NULL;
-    }
-    return KVD_TAKE(s);
-}
-
 static bool has_gains(const struct kvd_rotset *s)
 {
     for (uint64_t i = 0; i < (uint64_t)s->n_layers * s->heads; i++)
@@ -280,7 +267,7 @@ static json_t *metadata_of(const struct kvd_rotset *s, const char *layers)
         json_object_set_new(metadata, "v.scale", json_string(kvd_scale_name(s->scale_v)));
     }
     if (format == TRANSFORMS)
-        json_object_set_new(metadata, "codec", json_string(kvd_tc_name(s->transforms->codec)));
+        json_object_set_new(metadata, "codec", json_string(kvd_codec_name(s->transforms->codec)));
     if (s->fitted_to)
         json_object_set_new(metadata, "fitted_to", json_string(s->fitted_to));
     if (s->clips_fitted_to)
@@ -339,9 +326,4 @@ static bool is_pt(const char *path)
 struct kvd_rotset *kvd_rotset_open(const char *path, struct kvd_error *err)
 {
     return is_pt(path) ? kvd_rotset_import(path, path, "file", err) : kvd_rotset_read(path, err);
-}
-
-struct kvd_rotset *kvd_rotset_open_any(const char *path, struct kvd_error *err)
-{
-    return is_pt(path) ? kvd_rotset_open(path, err) : kvd_rotset_read_any(path, err);
 }

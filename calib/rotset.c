@@ -353,12 +353,10 @@ int kvd_rotset_check(const struct kvd_rotset *s, double *worst, struct kvd_error
 
 void kvd_rotation_data_deinit(struct kvd_rotation_data *d)
 {
-    free((void *)d->k);
-    free((void *)d->v);
-    free((void *)d->clip_k);
-    free((void *)d->clip_v);
-    free((void *)d->gain_k);
-    free((void *)d->gain_v);
+    struct kvd_term terms[KVD_TERMS];
+    kvd_rotation_terms(d, terms);
+    for (uint32_t i = 0; i < KVD_TERMS; i++)
+        free((void *)*terms[i].at);
     *d = (struct kvd_rotation_data){0};
 }
 
@@ -402,18 +400,41 @@ static int select_heads(const struct kvd_rotset *s, const struct kvd_layout *l, 
                     s->model, s->heads, l->tp_rank, size, *count, kv_heads);
 }
 
+// All of a set's terms, where they are.
+static struct kvd_rotation_data whole(const struct kvd_rotset *s)
+{
+    struct kvd_rotation_data d = {.dim_k = s->dim_k, .dim_v = s->dim_v};
+    const struct kvd_transforms *t = s->transforms;
+    if (t) {
+        d.k = t->k;
+        d.v = t->v;
+        d.k_inverse = t->k_inverse;
+        d.v_inverse = t->v_inverse;
+        d.k_mean = t->k_mean;
+        d.v_mean = t->v_mean;
+        d.k_sigma = t->k_sigma;
+        d.k_bits = t->k_bits;
+        return d;
+    }
+    d.k = s->k;
+    d.v = s->v;
+    d.clip_k = s->clip_k;
+    d.clip_v = s->clip_v;
+    d.gain_k = s->gain_k;
+    d.gain_v = s->gain_v;
+    return d;
+}
+
 int kvd_rotset_select(const struct kvd_rotset *s, const struct kvd_layout *layout, uint32_t plane,
                       struct kvd_rotation_data *out, struct kvd_error *err)
 {
     const struct kvd_plane *g = &layout->planes[plane];
     uint64_t at[KVD_MAX_LAYERS]; // in the set, of the plane's layers
     uint32_t n = 0, first, heads;
-    if (s->transforms)
-        return kvd_fail(
-            err, KVD_E_PRECONDITION,
-            "set %s has transforms for codec %s, not rotations; no backend has pages of "
-            "that codec",
-            s->model, kvd_tc_name(s->transforms->codec));
+    if (s->transforms && g->codec.k != s->transforms->codec)
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "set %s has transforms for codec %s, the layout's K is in %s", s->model,
+                        kvd_codec_name(s->transforms->codec), kvd_codec_name(g->codec.k));
     if (s->dim_k != g->head_dim_k || s->dim_v != g->head_dim_v)
         return kvd_fail(err, KVD_E_PRECONDITION,
                         "rotation set %s is for head_dim %u/%u, the layout has %u/%u", s->model,
@@ -436,22 +457,22 @@ int kvd_rotset_select(const struct kvd_rotset *s, const struct kvd_layout *layou
                                   .dim_v = s->dim_v,
                                   .scale_k = s->scale_k,
                                   .scale_v = s->scale_v};
-    uint64_t square_k = (uint64_t)s->dim_k * s->dim_k, square_v = (uint64_t)s->dim_v * s->dim_v;
-    const struct {
-        const float *from, **to;
-        uint64_t head; // values
-    } all[] = {{s->k, &d.k, square_k},    {s->v, &d.v, square_v},    {s->clip_k, &d.clip_k, 1},
-               {s->clip_v, &d.clip_v, 1}, {s->gain_k, &d.gain_k, 1}, {s->gain_v, &d.gain_v, 1}};
-    for (size_t i = 0; i < KVD_LEN(all); i++) {
-        uint64_t values = heads * all[i].head; // of a layer
-        float *to = malloc(n * values * sizeof(float));
-        *all[i].to = to;
+    struct kvd_rotation_data of_set = whole(s);
+    struct kvd_term from[KVD_TERMS], all[KVD_TERMS];
+    kvd_rotation_terms(&of_set, from);
+    kvd_rotation_terms(&d, all);
+    for (size_t i = 0; i < KVD_TERMS; i++) {
+        uint64_t values = heads * all[i].each; // of a layer
+        float *to = *from[i].at ? malloc(n * values * sizeof(float)) : NULL;
+        *all[i].at = to;
+        if (!*from[i].at)
+            continue;
         if (!to) {
             kvd_rotation_data_deinit(&d);
             return kvd_fail(err, KVD_E_INTERNAL, "out of memory for a rotation set");
         }
         for (uint32_t l = 0; l < n; l++)
-            memcpy(to + l * values, all[i].from + (at[l] * s->heads + first) * all[i].head,
+            memcpy(to + l * values, *from[i].at + (at[l] * s->heads + first) * all[i].each,
                    values * sizeof(float));
     }
     *out = d;

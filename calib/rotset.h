@@ -75,7 +75,8 @@ int kvd_rotation_straighten(float *r, uint32_t dim, struct kvd_error *err);
 // Whether the set serves a plane of a layout, the heads of its tensor-parallel rank if it names one
 // (of all matrices of a layer, as kvd.proto's Layout says); if so *out describes the plane's
 // layers. out->k etc. point to new memory that the caller frees with kvd_rotation_data_deinit.
-// KVD_E_PRECONDITION says what does not match; a set of transforms never does.
+// KVD_E_PRECONDITION says what does not match; a set of transforms serves planes whose K is in its
+// codec, and V in any.
 int kvd_rotset_select(const struct kvd_rotset *set, const struct kvd_layout *layout, uint32_t plane,
                       struct kvd_rotation_data *out, struct kvd_error *err);
 void kvd_rotation_data_deinit(struct kvd_rotation_data *data);
@@ -89,11 +90,9 @@ bool kvd_scales_parse(const char *text, enum kvd_scale *k, enum kvd_scale *v);
 
 // -- native files -------------------------------------------------------------------------------
 
-// Reads a native file of rotations. KVD_E_CORRUPT (malformed), KVD_E_LIMIT (too large),
-// KVD_E_PRECONDITION (a set of transforms, which cannot be served), or a negative errno.
+// Reads a native file, of rotations or transforms. KVD_E_CORRUPT (malformed), KVD_E_LIMIT (too
+// large), or a negative errno.
 struct kvd_rotset *kvd_rotset_read(const char *path, struct kvd_error *err);
-// Reads a native file of rotations or transforms, to look at and to evaluate.
-struct kvd_rotset *kvd_rotset_read_any(const char *path, struct kvd_error *err);
 // Writes a native file at `path` (through a temporary beside it, renamed when complete) and sets
 // set->digest.
 int kvd_rotset_write(struct kvd_rotset *set, const char *path, struct kvd_error *err);
@@ -107,11 +106,9 @@ int kvd_rotset_copy(const char *from, const char *digest, const char *path, stru
 struct kvd_rotset *kvd_rotset_import(const char *path_k, const char *path_v, const char *model,
                                      struct kvd_error *err);
 
-// Reads any file that holds rotations: native, or a single .pt (then only K or V, both pointing to
-// the same values).
+// Reads any file that holds a set: native, or a single .pt (then only K or V, both pointing to the
+// same values).
 struct kvd_rotset *kvd_rotset_open(const char *path, struct kvd_error *err);
-// The same, or transforms.
-struct kvd_rotset *kvd_rotset_open_any(const char *path, struct kvd_error *err);
 
 // Model layer ids from text such as "0-35" or "3,7,11": ascending, at most KVD_MAX_LAYERS. Returns
 // how many; 0 when malformed.

@@ -4,30 +4,10 @@
 
 #include "kernels/format.h"
 
-static const char *const names[KVD_TC_COUNT] = {"tc2", "tc2.5"};
-
-const char *kvd_tc_name(enum kvd_tc codec)
+uint32_t kvd_tc_find(const char *name)
 {
-    return names[codec];
-}
-
-enum kvd_tc kvd_tc_find(const char *name)
-{
-    int i = 0;
-    while (i < KVD_TC_COUNT && strcmp(name, names[i]) != 0)
-        i++;
-    return (enum kvd_tc)i;
-}
-
-uint32_t kvd_tc_tile_bits(enum kvd_tc codec, uint32_t dim_k)
-{
-    return (codec == KVD_TC2 ? 4 : 5) * (dim_k / KVD_TC_TILE) / 2;
-}
-
-double kvd_tc_bits(enum kvd_tc codec, uint32_t dim_k, uint32_t dim_v)
-{
-    uint32_t k = kvd_tc_tile_bits(codec, dim_k) * KVD_TC_TILE, v = KVD_TC_V_BITS * dim_v;
-    return (double)(k + v + 2 * 16) / (dim_k + dim_v);
+    uint32_t codec = kvd_codec_find(name);
+    return kvd_codec_tc(codec) ? codec : KVD_CODEC_COUNT;
 }
 
 void kvd_transforms_free(struct kvd_transforms **tp)
@@ -42,7 +22,7 @@ void kvd_transforms_free(struct kvd_transforms **tp)
     free(t);
 }
 
-int kvd_transforms_alloc(struct kvd_rotset *s, enum kvd_tc codec, struct kvd_error *err)
+int kvd_transforms_alloc(struct kvd_rotset *s, uint32_t codec, struct kvd_error *err)
 {
     if (kvd_rotset_check_shape(s, err))
         return err->code;
@@ -71,18 +51,17 @@ struct kvd_transform kvd_transform_at(const struct kvd_rotset *s, uint64_t at, b
     const struct kvd_transforms *t = s->transforms;
     uint64_t dk = s->dim_k, dv = s->dim_v;
     if (v)
-        return (struct kvd_transform){
-            .a = t->v + at * dv * dv,
-            .inverse = t->v_inverse + at * dv * dv,
-            .mean = t->v_mean + at * dv,
-            .coder = {.dim = s->dim_v, .refits = KVD_TC_V_REFITS, .v = true}};
+        return (struct kvd_transform){.a = t->v + at * dv * dv,
+                                      .inverse = t->v_inverse + at * dv * dv,
+                                      .mean = t->v_mean + at * dv,
+                                      .coder =
+                                          kvd_tc_coder_of(t->codec, s->dim_v, true, NULL, NULL)};
     return (struct kvd_transform){.a = t->k + at * dk * dk,
                                   .inverse = t->k_inverse + at * dk * dk,
                                   .mean = t->k_mean + at * dk,
-                                  .coder = {.sigma = t->k_sigma + at * dk,
-                                            .bits = t->k_bits + at * (dk / KVD_TC_TILE),
-                                            .dim = s->dim_k,
-                                            .refits = KVD_TC_K_REFITS}};
+                                  .coder = kvd_tc_coder_of(t->codec, s->dim_k, false,
+                                                           t->k_sigma + at * dk,
+                                                           t->k_bits + at * (dk / KVD_TC_TILE))};
 }
 
 // -- checks --------------------------------------------------------------------------------------
@@ -114,16 +93,16 @@ static double deviation(const float *a, const float *inverse, uint32_t dim)
     return worst;
 }
 
-static int check_codes(const struct kvd_transform *t, enum kvd_tc codec, const char *where,
-                       struct kvd_error *err)
+static int check_codes(const float *sigma, const float *bits, uint32_t dim, uint32_t codec,
+                       const char *where, struct kvd_error *err)
 {
-    uint32_t sum = 0, want = kvd_tc_tile_bits(codec, t->coder.dim);
-    for (uint32_t i = 0; i < t->coder.dim; i++)
-        if (!(isfinite(t->coder.sigma[i]) && t->coder.sigma[i] > 0))
+    uint32_t sum = 0, want = kvd_tc_stream_bits(codec, dim);
+    for (uint32_t i = 0; i < dim; i++)
+        if (!(isfinite(sigma[i]) && sigma[i] > 0))
             return kvd_fail(err, KVD_E_CORRUPT, "%s: the deviation of channel %u is %g", where, i,
-                            (double)t->coder.sigma[i]);
-    for (uint32_t i = 0; i < t->coder.dim / KVD_TC_TILE; i++) {
-        float b = t->coder.bits[i];
+                            (double)sigma[i]);
+    for (uint32_t i = 0; i < dim / KVD_TC_TILE; i++) {
+        float b = bits[i];
         if (!(b >= 0 && b <= KVD_TC_MAX_BITS && b == floorf(b)))
             return kvd_fail(err, KVD_E_CORRUPT,
                             "%s: tile %u has codes of %g bits; they have 0 to %d", where, i,
@@ -133,12 +112,12 @@ static int check_codes(const struct kvd_transform *t, enum kvd_tc codec, const c
     if (sum != want)
         return kvd_fail(err, KVD_E_CORRUPT,
                         "%s: the bits of the tiles sum to %u; codec %s has %u at head_dim %u",
-                        where, sum, names[codec], want, t->coder.dim);
+                        where, sum, kvd_codec_name(codec), want, dim);
     return KVD_OK;
 }
 
-static int check_transform(const struct kvd_transform *t, enum kvd_tc codec, const char *where,
-                           double *worst, struct kvd_error *err)
+static int check_transform(const struct kvd_transform *t, const char *where, double *worst,
+                           struct kvd_error *err)
 {
     double loss = kvd_transform_loss(t->a, t->inverse, t->coder.dim);
     bool finite = !isnan(loss);
@@ -155,19 +134,24 @@ static int check_transform(const struct kvd_transform *t, enum kvd_tc codec, con
                         "%s is ill-conditioned: |A| |A^-1| / dim is %.3g, and at most %d is taken",
                         where, loss, KVD_TC_MAX_LOSS);
     *worst = fmax(*worst, d);
-    return t->coder.sigma ? check_codes(t, codec, where, err) : KVD_OK;
+    return KVD_OK;
 }
 
 int kvd_transforms_check(const struct kvd_rotset *s, double *worst, struct kvd_error *err)
 {
     double w = 0;
+    const struct kvd_transforms *all = s->transforms;
     for (uint64_t at = 0; at < (uint64_t)s->n_layers * s->heads; at++)
         for (int v = 0; v < 2; v++) {
             struct kvd_transform t = kvd_transform_at(s, at, v);
             char where[96];
             snprintf(where, sizeof(where), "the transform of %s, layer %u, head %u", v ? "V" : "K",
                      s->layers[at / s->heads], (unsigned)(at % s->heads));
-            if (check_transform(&t, s->transforms->codec, where, &w, err))
+            if (check_transform(&t, where, &w, err))
+                return err->code;
+            if (!v && check_codes(all->k_sigma + at * s->dim_k,
+                                  all->k_bits + at * (s->dim_k / KVD_TC_TILE), s->dim_k, all->codec,
+                                  where, err))
                 return err->code;
         }
     if (worst)

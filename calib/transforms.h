@@ -7,9 +7,8 @@
 // have two. A code of b bits is of the level step_b (code - (2^b - 1) / 2), in units of the
 // channel's deviation and the token's scale.
 //
-// No backend holds pages of these codecs: such a set can be fitted, shown by its file and
-// evaluated, and is refused by name wherever it would be served (kvd_rotset_read,
-// kvd_rotset_select).
+// A set is for K of one codec; its V serves any (kvd_rotset_select). The CPU backend has pages of
+// them.
 #ifndef KVD_CALIB_TRANSFORMS_H
 #define KVD_CALIB_TRANSFORMS_H
 
@@ -18,28 +17,20 @@
 
 enum { KVD_TC_MAX_LOSS = 512 }; // of kvd_transform_loss
 
-enum kvd_tc { KVD_TC2, KVD_TC2_5, KVD_TC_COUNT };
-
 struct kvd_transforms {
-    enum kvd_tc codec;
+    uint32_t codec;                       // tc2 or tc2.5
     float *k, *k_inverse, *v, *v_inverse; // [layers][heads][dim][dim], of the set
     float *k_mean, *v_mean;               // [layers][heads][dim]
     float *k_sigma;                       // [layers][heads][dim_k], deviations of y's channels
     float *k_bits;                        // [layers][heads][dim_k / 16], whole numbers
 };
 
-// "tc2", "tc2.5"; KVD_TC_COUNT for another name.
-const char *kvd_tc_name(enum kvd_tc codec);
-enum kvd_tc kvd_tc_find(const char *name);
-
-// The sum of bits over the tiles of a key: 2 or 2.5 a tile, rounded down.
-uint32_t kvd_tc_tile_bits(enum kvd_tc codec, uint32_t dim_k);
-// Bits that a value of K and V takes on average, a scale of 16 bits for each row included.
-double kvd_tc_bits(enum kvd_tc codec, uint32_t dim_k, uint32_t dim_v);
+// The codec of that name, if it is one that takes transforms; else KVD_CODEC_COUNT.
+uint32_t kvd_tc_find(const char *name);
 
 // Gives a set whose layers, heads and dims are filled in transforms of this codec, all zeros.
 // KVD_E_INVALID: an impossible shape.
-int kvd_transforms_alloc(struct kvd_rotset *set, enum kvd_tc codec, struct kvd_error *err);
+int kvd_transforms_alloc(struct kvd_rotset *set, uint32_t codec, struct kvd_error *err);
 void kvd_transforms_free(struct kvd_transforms **t);
 
 // What a transform does to errors that lie evenly in all directions, on the way there and back:

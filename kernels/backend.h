@@ -28,12 +28,34 @@ struct kvd_rotation_data {
     const float *v_inverse;
     const float *k_mean; // [n_layers][heads][dim_k]; NULL: 0
     const float *v_mean; // [n_layers][heads][dim_v]
+    // Of codecs tc2 and tc2.5 (tc.h): deviations of K's channels, [n_layers][heads][dim_k], NULL:
+    // 1; and bits of their codes by tile, [n_layers][heads][dim_k / 16], of the codec's sum, NULL:
+    // even.
+    const float *k_sigma, *k_bits;
     const float *clip_k; // [n_layers][heads]; NULL: no clipping
     const float *clip_v; // [n_layers][heads]
     const float *gain_k; // [n_layers][heads] of the levels (quantize.h); NULL: 1
     const float *gain_v; // [n_layers][heads]
     enum kvd_scale scale_k, scale_v;
 };
+
+// The arrays of a set, in one order, for whoever copies them: those before KVD_TERMS_TO_ATTEND are
+// what attention needs.
+enum { KVD_TERMS_TO_ATTEND = 8, KVD_TERMS = 12 };
+struct kvd_term {
+    const float **at; // in the set
+    uint64_t each;    // values a layer and head
+};
+static inline void kvd_rotation_terms(struct kvd_rotation_data *d, struct kvd_term out[KVD_TERMS])
+{
+    uint64_t k = d->dim_k, v = d->dim_v;
+    const struct kvd_term all[KVD_TERMS] = {
+        {&d->k, k * k},  {&d->v, v * v},  {&d->k_inverse, k * k}, {&d->v_inverse, v * v},
+        {&d->k_mean, k}, {&d->v_mean, v}, {&d->k_sigma, k},       {&d->k_bits, k / 16},
+        {&d->clip_k, 1}, {&d->clip_v, 1}, {&d->gain_k, 1},        {&d->gain_v, 1}};
+    for (uint32_t i = 0; i < KVD_TERMS; i++)
+        out[i] = all[i];
+}
 
 // A tensor [layers][tokens][heads][dim], dim contiguous; strides in bytes.
 struct kvd_tensor {

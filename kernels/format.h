@@ -8,8 +8,9 @@
 // value = scale * level[code] + min, one (scale, min) per token and head for K and one for V.
 // proto/codecs.def has the codecs.
 //
-// Codes lie in planes: one of their two low bits (16 * dim bytes), then, for codes of 4 bits, a
-// second one of bits 2 and 3, or, for 3 bits, one of a bit (8 * dim bytes).
+// Codes, but for K's in tc2 and tc2.5 (tc.h), lie in planes: one of their two low bits (16 * dim
+// bytes), then, for codes of 4 bits, a second one of bits 2 and 3, or, for 3 bits, one of a bit (8
+// * dim bytes).
 //
 // Codes lie in the order in which mma.sync.m16n8k16 takes its A operand: a matrix of 16 rows x 16
 // columns is spread over 32 lanes as four registers of two elements. For K, rows are tokens and
@@ -32,7 +33,7 @@
 
 enum { KVD_LANES = 32, KVD_UNIT_BYTES = KVD_LANES * 16 };
 
-enum kvd_levels { KVD_LEVELS_EVEN, KVD_LEVELS_SIGNED };
+enum kvd_levels { KVD_LEVELS_EVEN, KVD_LEVELS_SIGNED, KVD_LEVELS_CENTRED };
 
 static inline uint32_t kvd_codec_bits(uint32_t codec)
 {
@@ -59,34 +60,54 @@ static inline uint32_t kvd_codec_param_bytes(uint32_t codec)
     }
 }
 
-// Whether codes are a sign and an index of a magnitude.
-static inline bool kvd_codec_signed(uint32_t codec)
+static inline enum kvd_levels kvd_codec_level_kind(uint32_t codec)
 {
     switch (codec) {
 #define KVD_CODEC(id, number, name, bits, param_bytes, levels, ...)                                \
     case KVD_CODEC_##id:                                                                           \
-        return KVD_LEVELS_##levels == KVD_LEVELS_SIGNED;
+        return KVD_LEVELS_##levels;
 #include "proto/codecs.def"
     default:
-        return false;
+        return KVD_LEVELS_EVEN;
     }
 }
 
-// One side's codes in a tile, or its bf16 values.
-static inline uint32_t kvd_codes_bytes(uint32_t codec, uint32_t dim)
+// Whether codes are a sign and an index of a magnitude.
+static inline bool kvd_codec_signed(uint32_t codec)
 {
+    return kvd_codec_level_kind(codec) == KVD_LEVELS_SIGNED;
+}
+
+// Whether it is a codec of transform coding, tc2 or tc2.5: kernels/tc.h.
+static inline bool kvd_codec_tc(uint32_t codec)
+{
+    return kvd_codec_level_kind(codec) == KVD_LEVELS_CENTRED;
+}
+
+// Of such a codec, the sum of bits over the 16-channel tiles of a key: 2 or 2.5 a tile, rounded
+// down.
+static inline uint32_t kvd_tc_stream_bits(uint32_t codec, uint32_t dim)
+{
+    return dim / 16 * (codec == KVD_CODEC_TC2_5 ? 5 : 4) / 2;
+}
+
+// One side's codes in a tile, or its bf16 values.
+static inline uint32_t kvd_codes_bytes(uint32_t codec, uint32_t dim, bool v)
+{
+    if (kvd_codec_tc(codec) && !v)
+        return KVD_PAGE_TOKENS * 16 / 8 * kvd_tc_stream_bits(codec, dim);
     return KVD_PAGE_TOKENS * dim / 8 * (codec == KVD_CODEC_BF16 ? 16 : kvd_codec_bits(codec));
 }
 
 // Where K's (V's) codes and parameters begin in a tile.
 static inline uint32_t kvd_codes_offset(struct kvd_codecs codec, uint32_t dim_k, bool v)
 {
-    return v ? kvd_codes_bytes(codec.k, dim_k) : 0;
+    return v ? kvd_codes_bytes(codec.k, dim_k, false) : 0;
 }
 static inline uint32_t kvd_params_offset(struct kvd_codecs codec, uint32_t dim_k, uint32_t dim_v,
                                          bool v)
 {
-    return kvd_codes_bytes(codec.k, dim_k) + kvd_codes_bytes(codec.v, dim_v) +
+    return kvd_codes_bytes(codec.k, dim_k, false) + kvd_codes_bytes(codec.v, dim_v, true) +
            (v ? KVD_PAGE_TOKENS * kvd_codec_param_bytes(codec.k) : 0);
 }
 
@@ -94,6 +115,12 @@ static inline uint64_t kvd_tile_bytes(struct kvd_codecs codec, uint32_t dim_k, u
 {
     return kvd_params_offset(codec, dim_k, dim_v, true) +
            (uint64_t)KVD_PAGE_TOKENS * kvd_codec_param_bytes(codec.v);
+}
+
+// Bits that a value of K and V takes on average, with its share of parameters.
+static inline double kvd_value_bits(struct kvd_codecs codec, uint32_t dim_k, uint32_t dim_v)
+{
+    return 8.0 * (double)kvd_tile_bytes(codec, dim_k, dim_v) / KVD_PAGE_TOKENS / (dim_k + dim_v);
 }
 
 // Of the tiles of sink and recent window.

@@ -2,21 +2,7 @@
 
 #include <math.h>
 
-uint16_t kvd_f32_to_fp16(float f)
-{
-    uint32_t u;
-    f = f > 65504.0f ? 65504.0f : f < -65504.0f ? -65504.0f : f;
-    memcpy(&u, &f, sizeof(u));
-    uint32_t sign = u >> 16 & 0x8000;
-    u &= 0x7fffffff;
-    if (u < 0x38800000) { // below 2^-14: adding 0.5 rounds to multiples of 2^-24
-        f = (f < 0 ? -f : f) + 0.5f;
-        memcpy(&u, &f, sizeof(u));
-        return (uint16_t)(sign | (u - 0x3f000000));
-    }
-    u += 0xc8000fff + (u >> 13 & 1); // rebias by -112 and round to even
-    return (uint16_t)(sign | u >> 13);
-}
+#include "kernels/tc.h"
 
 // The n-th largest of |x|, n >= 1. Insertion into a short sorted list: n is about 5 % of dim.
 static float nth_largest_abs(const float *x, uint32_t dim, uint32_t n)
@@ -36,6 +22,8 @@ static float nth_largest_abs(const float *x, uint32_t dim, uint32_t n)
 }
 
 static const float levels_even[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+static const float levels_centred[] = {-1.5f * KVD_EVEN_STEP, -0.5f * KVD_EVEN_STEP,
+                                       0.5f * KVD_EVEN_STEP, 1.5f * KVD_EVEN_STEP};
 static const float levels_2[] = {KVD_MAGNITUDES_2, KVD_NEGATIVES_2};
 static const float levels_3[] = {KVD_MAGNITUDES_3, KVD_NEGATIVES_3};
 static const float levels_4[] = {KVD_MAGNITUDES_4, KVD_NEGATIVES_4};
@@ -46,6 +34,8 @@ static const float thresholds_4[] = {KVD_THRESHOLDS_4};
 const float *kvd_codec_levels(uint32_t codec)
 {
     uint32_t bits = kvd_codec_bits(codec);
+    if (kvd_codec_tc(codec))
+        return levels_centred;
     if (!kvd_codec_signed(codec))
         return levels_even;
     return bits == 4 ? levels_4 : bits == 3 ? levels_3 : levels_2;
@@ -332,6 +322,10 @@ static void quantize_about_zero(const struct kvd_quantizer *q, const float *x, u
 void kvd_row_quantize(const struct kvd_quantizer *q, const float *x, uint32_t dim,
                       struct kvd_row *out)
 {
+    if (kvd_codec_tc(q->codec)) {
+        out->param = kvd_tc_quantize(q->tc, x, out->codes);
+        return;
+    }
     float bounded[KVD_MAX_HEAD_DIM]; // squares stay finite; fp16 parameters end far below
     for (uint32_t i = 0; i < dim; i++)
         bounded[i] = fminf(fmaxf(x[i], -0x1p40f), 0x1p40f);
@@ -362,40 +356,49 @@ static void move_plane(uint8_t *plane, uint32_t dim, bool v, uint32_t token, uin
     }
 }
 
-static void move_codes(uint32_t codec, uint8_t *at, uint32_t dim, bool v, uint32_t token,
-                       uint8_t *codes, bool write)
+static void move_codes(uint32_t codec, uint8_t *at, uint32_t dim, bool v,
+                       const struct kvd_tc_coder *tc, uint32_t token, uint8_t *codes, bool write)
 {
+    if (kvd_codec_tc(codec)) {
+        if (write)
+            kvd_tc_pack(tc, at, token, codes);
+        else
+            kvd_tc_unpack(tc, at, token, codes);
+        return;
+    }
     uint32_t bits = kvd_codec_bits(codec);
     move_plane(at, dim, v, token, 2, 0, codes, write);
     if (bits > 2)
-        move_plane(at + kvd_codes_bytes(KVD_CODEC_INT2, dim), dim, v, token, bits - 2, 2, codes,
+        move_plane(at + kvd_codes_bytes(KVD_CODEC_INT2, dim, v), dim, v, token, bits - 2, 2, codes,
                    write);
 }
 
 void kvd_row_pack(struct kvd_codecs codec, uint8_t *tile, uint32_t dim_k, uint32_t dim_v, bool v,
-                  uint32_t token, const struct kvd_row *row)
+                  const struct kvd_tc_coder *tc, uint32_t token, const struct kvd_row *row)
 {
     struct kvd_row r = *row;
     uint32_t own = kvd_codecs_side(codec, v), bytes = kvd_codec_param_bytes(own);
-    move_codes(own, tile + kvd_codes_offset(codec, dim_k, v), v ? dim_v : dim_k, v, token, r.codes,
-               true);
+    move_codes(own, tile + kvd_codes_offset(codec, dim_k, v), v ? dim_v : dim_k, v, tc, token,
+               r.codes, true);
     memcpy(tile + kvd_params_offset(codec, dim_k, dim_v, v) + kvd_param_index(token) * bytes,
            &r.param, bytes); // little-endian, as everything here
 }
 
 void kvd_row_unpack(struct kvd_codecs codec, const uint8_t *tile, uint32_t dim_k, uint32_t dim_v,
-                    bool v, uint32_t token, float *x)
+                    bool v, const struct kvd_tc_coder *tc, uint32_t token, float *x)
 {
     uint8_t codes[KVD_MAX_HEAD_DIM] = {0};
     uint32_t dim = v ? dim_v : dim_k, own = kvd_codecs_side(codec, v), param = 0;
     uint32_t bytes = kvd_codec_param_bytes(own);
-    move_codes(own, (uint8_t *)tile + kvd_codes_offset(codec, dim_k, v), dim, v, token, codes,
+    move_codes(own, (uint8_t *)tile + kvd_codes_offset(codec, dim_k, v), dim, v, tc, token, codes,
                false);
     memcpy(&param,
            tile + kvd_params_offset(codec, dim_k, dim_v, v) + kvd_param_index(token) * bytes,
            bytes);
     struct kvd_affine a = kvd_param_decode(own, param);
     const float *levels = kvd_codec_levels(own);
+    bool weighted = kvd_codec_tc(own) && !v; // a channel's levels are its own
     for (uint32_t c = 0; c < dim; c++)
-        x[c] = a.scale * levels[codes[c]] + a.min;
+        x[c] = weighted ? (float)((double)a.scale * kvd_tc_value(tc, c, codes[c]))
+                        : a.scale * levels[codes[c]] + a.min;
 }

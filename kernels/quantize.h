@@ -13,6 +13,8 @@
 //   turboquant-b  scale = |x| / sqrt(D), codes of the nearest levels; fp16 scale
 //            (arXiv 2504.19874, the quantizer of least mean squared error).
 //
+//   tc2, tc2.5  transform coding, in tc.h: no choice of scales, no ratio and no gain.
+//
 // That is as published. Other scales for the same pages:
 //
 //   least squares  int2, int2c, int4: from evenly spaced levels about the mean, as int2-lm; no
@@ -34,11 +36,14 @@
 #include "kernels/codebook.h"
 #include "kernels/format.h"
 
+struct kvd_tc_coder;
+
 struct kvd_quantizer {
     uint32_t codec; // not bf16
     float ratio;    // of clipping, where levels are even; 1 or more: none
     float gain;     // of the levels, where they are even; 1: none
     enum kvd_scale scale;
+    const struct kvd_tc_coder *tc; // of the side, in tc2 and tc2.5
 };
 
 struct kvd_row {
@@ -56,13 +61,13 @@ void kvd_row_quantize(const struct kvd_quantizer *q, const float *x, uint32_t di
                       struct kvd_row *out);
 
 // Writes a row's codes and parameters into its side of a tile, or reads it back, still rotated.
-// That side's codec is not bf16.
+// That side's codec is not bf16. tc: of the side, in tc2 and tc2.5.
 void kvd_row_pack(struct kvd_codecs codec, uint8_t *tile, uint32_t dim_k, uint32_t dim_v, bool v,
-                  uint32_t token, const struct kvd_row *row);
+                  const struct kvd_tc_coder *tc, uint32_t token, const struct kvd_row *row);
 void kvd_row_unpack(struct kvd_codecs codec, const uint8_t *tile, uint32_t dim_k, uint32_t dim_v,
-                    bool v, uint32_t token, float *x);
+                    bool v, const struct kvd_tc_coder *tc, uint32_t token, float *x);
 
-// The levels of a codec by code: 2^bits of them.
+// The levels of a codec by code: 2^bits of them. Of tc2 and tc2.5, those of V.
 const float *kvd_codec_levels(uint32_t codec);
 
 struct kvd_affine kvd_param_decode(uint32_t codec, uint32_t param);

@@ -43,13 +43,15 @@ struct kvd_fd_grant {
     uint64_t bytes;  // of the memory
 };
 
-// The head of the memfd of a plane's rotations. fp32 matrices follow, rows multiplied from the
-// left: K's [n_layers][heads][dim_k][dim_k] if has_k, then V's.
+// The head of the memfd of a plane's set. fp32 arrays [n_layers][heads][...] follow, as many as
+// bits are set in `terms`, in their order: K's and V's matrices [dim][dim], rows multiplied from
+// the left (without: identity), their inverses (transposes), means [dim] (0), and of codecs tc2 and
+// tc2.5 K's deviations [dim_k] (1) and bits of codes [dim_k / 16].
 struct kvd_fd_rotations {
     uint32_t magic, version;
     uint32_t n_layers, heads; // 1: the same for all
     uint32_t dim_k, dim_v;
-    uint32_t has_k, has_v; // 0: identity
+    uint32_t terms, pad;
 };
 
 #endif

@@ -127,8 +127,9 @@ static void layers_text(const struct kvd_rotset *s, char *out, size_t cap)
 static json_t *json_terms(const struct kvd_rotset *s, double worst)
 {
     if (s->transforms)
-        return json_pack("{s:s, s:f, s:f}", "codec", kvd_tc_name(s->transforms->codec), "bits",
-                         kvd_tc_bits(s->transforms->codec, s->dim_k, s->dim_v), "inverses", worst);
+        return json_pack("{s:s, s:f, s:f}", "codec", kvd_codec_name(s->transforms->codec), "bits",
+                         kvd_value_bits(kvd_codecs_both(s->transforms->codec), s->dim_k, s->dim_v),
+                         "inverses", worst);
     return json_pack("{s:f, s:f, s:f, s:f, s:f, s:s, s:s}", "clip_k", (double)s->clip_k[0],
                      "clip_v", (double)s->clip_v[0], "gain_k", (double)s->gain_k[0], "gain_v",
                      (double)s->gain_v[0], "orthogonality", worst, "scale_k",
@@ -138,9 +139,9 @@ static json_t *json_terms(const struct kvd_rotset *s, double worst)
 static void print_terms(const struct kvd_rotset *s, double worst)
 {
     if (s->transforms) {
-        enum kvd_tc codec = s->transforms->codec;
-        printf("transforms     for codec %s, %.4f bits a value; no backend has its pages\n",
-               kvd_tc_name(codec), kvd_tc_bits(codec, s->dim_k, s->dim_v));
+        uint32_t codec = s->transforms->codec;
+        printf("transforms     for codec %s, %.4f bits a value\n", kvd_codec_name(codec),
+               kvd_value_bits(kvd_codecs_both(codec), s->dim_k, s->dim_v));
         printf("inverses       max |A A^-1 - I| = %.2e\n", worst);
         return;
     }
@@ -196,7 +197,7 @@ static struct kvd_rotset *open_set(struct kvctl *k, const char *arg, int *code)
     struct kvd_error err = {0};
     struct kvd_rotset *set = NULL;
     if (is_file(arg)) {
-        set = kvd_rotset_open_any(arg, &err);
+        set = kvd_rotset_open(arg, &err);
     } else if (!kvd_store_ref_valid(arg)) {
         kvd_fail(&err, KVD_E_INVALID,
                  "'%s' is neither a file nor a set: say model@tag or sha256:<64 hex>", arg);

@@ -9,7 +9,6 @@ struct arguments {
     uint32_t n_files;
     bool scales; // each case with other scales too
     bool codecs[KVD_CODEC_COUNT];
-    bool transforms[KVD_TC_COUNT]; // the codecs of sets of transforms
 };
 
 static int choose_codecs(struct arguments *a, const char *list)
@@ -18,21 +17,15 @@ static int choose_codecs(struct arguments *a, const char *list)
     int n;
     const char *all = list;
     memset(a->codecs, 0, sizeof(a->codecs));
-    memset(a->transforms, 0, sizeof(a->transforms));
     for (; sscanf(list, "%31[^,]%n", name, &n) == 1; list += n + (list[n] == ',')) {
         uint32_t codec = kvd_codec_find(name);
-        enum kvd_tc tc = kvd_tc_find(name);
-        if (codec == KVD_CODEC_COUNT && tc == KVD_TC_COUNT)
-            return kvctl_usage("--codecs: there is no codec %s; known are %s, and of transforms "
-                               "tc2, tc2.5",
-                               name, kvd_codec_names());
-        if (tc < KVD_TC_COUNT)
-            a->transforms[tc] = true;
-        else
-            a->codecs[codec] = true;
+        if (codec == KVD_CODEC_COUNT)
+            return kvctl_usage("--codecs: there is no codec %s; known are %s", name,
+                               kvd_codec_names());
+        a->codecs[codec] = true;
     }
     char want[256];
-    snprintf(want, sizeof(want), "names, separated by commas: %s, tc2, tc2.5", kvd_codec_names());
+    snprintf(want, sizeof(want), "names, separated by commas: %s", kvd_codec_names());
     return *list ? tool_usage("codecs", all, want) : EXIT_OK;
 }
 
@@ -76,15 +69,14 @@ static void add_case(const struct arguments *a, struct evaluation *e, uint32_t c
 static void add_transforms(const struct arguments *a, struct evaluation *e, const char *name)
 {
     const struct kvd_rotset *set = e->sets[e->n_sets - 1];
-    enum kvd_tc codec = set->transforms->codec;
+    uint32_t codec = set->transforms->codec;
     char suffix[16];
-    if (!a->transforms[codec] || e->n == EVALUATION_CASES)
+    if (!a->codecs[codec] || e->n == EVALUATION_CASES)
         return;
-    snprintf(suffix, sizeof(suffix), " %s", kvd_tc_name(codec));
+    snprintf(suffix, sizeof(suffix), " %s", kvd_codec_name(codec));
     name_case(e, name, suffix);
-    e->cases[e->n] = (struct kvd_eval_case){
-        .set = set, .scale_k = KVD_SCALE_UNBIASED, .scale_v = KVD_SCALE_UNBIASED};
-    e->bits[e->n++] = kvd_tc_bits(codec, set->dim_k, set->dim_v);
+    e->cases[e->n] = (struct kvd_eval_case){set, codec, KVD_SCALE_UNBIASED, KVD_SCALE_UNBIASED};
+    e->bits[e->n++] = kvd_eval_bits(codec, set->dim_k, set->dim_v);
 }
 
 static bool add_set(struct evaluation *e, struct kvd_rotset *set)
@@ -116,7 +108,7 @@ static int open_file(const struct arguments *a, const char *file, struct evaluat
                      struct kvd_error *err)
 {
     const char *slash = strrchr(file, '/'), *name = slash ? slash + 1 : file;
-    if (!add_set(e, kvd_rotset_open_any(file, err)))
+    if (!add_set(e, kvd_rotset_open(file, err)))
         return err->code;
     if (e->sets[e->n_sets - 1]->transforms) {
         add_transforms(a, e, name);
@@ -287,7 +279,6 @@ int cmd_calib_eval(struct kvctl *k)
     struct evaluation e = {0};
     struct kvd_error err = {0};
     memset(a.codecs, true, sizeof(a.codecs));
-    memset(a.transforms, true, sizeof(a.transforms));
     int code = codecs ? choose_codecs(&a, codecs) : EXIT_OK;
     if (code)
         return code;

@@ -10,7 +10,7 @@ struct arguments {
     struct kvd_eval_options eval;
     const char *dump, *out, *spectrum, *model, *clips;
     enum kvd_scale scale_k, scale_v;
-    enum kvd_tc codec; // fit transforms for it; KVD_TC_COUNT: rotations
+    uint32_t codec; // fit transforms for it; KVD_CODEC_COUNT: rotations
     bool greedy;
     uint16_t layers[KVD_MAX_LAYERS];
 };
@@ -49,7 +49,7 @@ static int parse_codec(const struct kvctl *k, struct arguments *a)
             return kvctl_usage("--%s is of rotations, and does not go with --codec", rotations[i]);
     a->codec = kvd_tc_find(codec);
     a->greedy = bits && strcmp(bits, "greedy") == 0;
-    if (a->codec == KVD_TC_COUNT)
+    if (a->codec == KVD_CODEC_COUNT)
         return tool_usage("codec", codec, "tc2 or tc2.5");
     return !bits || a->greedy || strcmp(bits, "quarters") == 0
                ? EXIT_OK
@@ -197,7 +197,7 @@ static int run(struct kvctl *k, struct arguments *a)
     if (a->model)
         snprintf(d->model, sizeof(d->model), "%s", a->model);
     struct kvd_rotset *transforms = NULL;
-    if (a->codec < KVD_TC_COUNT)
+    if (a->codec < KVD_CODEC_COUNT)
         transforms = kvd_fit_transforms(d, a->codec, a->greedy, &a->o, &err);
     else
         fit = kvd_fit_run(d, &a->o, &err);
@@ -230,7 +230,7 @@ int cmd_calib_fit(struct kvctl *k)
               .progress = tool_progress,
               .warn = on_warning,
               .ctx = "fit"},
-        .codec = KVD_TC_COUNT,
+        .codec = KVD_CODEC_COUNT,
         .scale_k = KVD_SCALE_UNBIASED,
         .scale_v = KVD_SCALE_LEAST_SQUARES,
         .eval = {.context = 2048, .queries = 64, .progress = tool_progress_count, .ctx = "clips"}};

@@ -303,7 +303,8 @@ static void page(FILE *f, const struct evaluation *e, const struct kvd_dump *d,
 
 const char *evaluation_codec(const struct kvd_eval_case *c)
 {
-    return c->set->transforms ? kvd_tc_name(c->set->transforms->codec) : kvd_codec_name(c->codec);
+    return c->set->transforms ? kvd_codec_name(c->set->transforms->codec)
+                              : kvd_codec_name(c->codec);
 }
 
 const char *evaluation_activations(const struct evaluation *e, const struct kvd_rotset *set)

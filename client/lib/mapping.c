@@ -1,10 +1,12 @@
 // Direct mode's pages: MapSequences, and the descriptors that come over the fd socket.
 #include <errno.h>
+#include <math.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 
 #include "client/lib/direct.h"
+#include "kernels/tc.h"
 #include "proto/fdsock.h"
 
 // Receives one message. 1: there was one; 0: none waits; negative: the socket is closed.
@@ -249,6 +251,43 @@ int kvd_direct_map(struct kvd_direct *d, const uint32_t *list, uint32_t n, uint6
     return rc;
 }
 
+// Whether the bits of K's codes in tc2 and tc2.5 are ones that pages of `codec` have room for.
+static bool bits_fit(const struct kvd_rotation_data *d, uint32_t codec)
+{
+    uint32_t tiles = d->dim_k / KVD_TC_TILE;
+    for (uint64_t i = 0; i < (uint64_t)d->n_layers * d->heads && d->k_bits; i++) {
+        float sum = 0;
+        for (uint32_t t = 0; t < tiles; t++) {
+            float b = d->k_bits[i * tiles + t];
+            if (!(b >= 0 && b <= KVD_TC_MAX_BITS && b == floorf(b)))
+                return false;
+            sum += b;
+        }
+        if (!kvd_codec_tc(codec) || sum != (float)kvd_tc_stream_bits(codec, d->dim_k))
+            return false;
+    }
+    return true;
+}
+
+// Points the set at the arrays behind its head. False: these are not what the memfd has.
+static bool take_terms(const struct kvd_fd_rotations *head, uint64_t bytes, uint32_t codec,
+                       struct kvd_rotation_data *out)
+{
+    struct kvd_term terms[KVD_TERMS];
+    uint64_t n = (uint64_t)head->n_layers * head->heads, at = 0;
+    out->n_layers = head->n_layers;
+    out->heads = head->heads;
+    kvd_rotation_terms(out, terms);
+    for (uint32_t i = 0; i < KVD_TERMS_TO_ATTEND; i++) {
+        if (!(head->terms >> i & 1))
+            continue;
+        *terms[i].at = (const float *)(head + 1) + at;
+        at += n * terms[i].each;
+    }
+    return head->terms >> KVD_TERMS_TO_ATTEND == 0 && bytes == sizeof(*head) + at * sizeof(float) &&
+           bits_fit(out, codec);
+}
+
 static int load_rotation(struct kvd_direct *d, struct direct_plane *plane, struct kvd_error *err)
 {
     const struct kvd_plane *g = &plane->shape;
@@ -264,20 +303,13 @@ static int load_rotation(struct kvd_direct *d, struct direct_plane *plane, struc
         if (head == MAP_FAILED)
             return kvd_fail(err, KVD_E_INTERNAL, "cannot map the rotation set: %s",
                             strerror(errno));
-        uint64_t n = (uint64_t)head->n_layers * head->heads;
-        uint64_t k = head->has_k ? n * head->dim_k * head->dim_k : 0;
-        uint64_t v = head->has_v ? n * head->dim_v * head->dim_v : 0;
         if (head->magic != KVD_FD_MAGIC || head->version != KVD_FD_VERSION ||
             head->n_layers > KVD_MAX_LAYERS || head->heads > KVD_MAX_KV_HEADS ||
             head->dim_k != g->head_dim_k || head->dim_v != g->head_dim_v ||
-            (uint64_t)st.st_size != sizeof(*head) + (k + v) * sizeof(float)) {
+            !take_terms(head, (uint64_t)st.st_size, g->codec.k, &data)) {
             munmap((void *)head, (size_t)st.st_size);
             return kvd_fail(err, KVD_E_INTERNAL, "kvd's rotation set does not fit the layout");
         }
-        data.n_layers = head->n_layers;
-        data.heads = head->heads;
-        data.k = k ? (const float *)(head + 1) : NULL;
-        data.v = v ? (const float *)(head + 1) + k : NULL;
     }
     plane->rotation = d->backend->ops->rotation_new(d->backend, &data, err);
     if (head != MAP_FAILED)

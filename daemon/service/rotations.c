@@ -187,22 +187,24 @@ static bool write_all(int fd, const void *data, uint64_t bytes)
 }
 
 // The set as a sealed memfd, for workers in direct mode; -1 when there is no memory for that.
-static int share(const struct kvd_rotation_data *data)
+static int share(struct kvd_rotation_data *data)
 {
     struct kvd_fd_rotations head = {.magic = KVD_FD_MAGIC,
                                     .version = KVD_FD_VERSION,
                                     .n_layers = data->n_layers,
                                     .heads = data->heads,
                                     .dim_k = data->dim_k,
-                                    .dim_v = data->dim_v,
-                                    .has_k = data->k != NULL,
-                                    .has_v = data->v != NULL};
+                                    .dim_v = data->dim_v};
+    struct kvd_term terms[KVD_TERMS];
+    kvd_rotation_terms(data, terms);
+    for (uint32_t i = 0; i < KVD_TERMS_TO_ATTEND; i++)
+        head.terms |= (uint32_t)(*terms[i].at != NULL) << i;
     uint64_t n = (uint64_t)data->n_layers * data->heads * sizeof(float);
     int fd KVD_CLOSE = memfd_create("kvd-rotations", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    if (fd < 0 || !write_all(fd, &head, sizeof(head)) ||
-        (data->k && !write_all(fd, data->k, n * data->dim_k * data->dim_k)) ||
-        (data->v && !write_all(fd, data->v, n * data->dim_v * data->dim_v)) ||
-        fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL))
+    bool good = fd >= 0 && write_all(fd, &head, sizeof(head));
+    for (uint32_t i = 0; i < KVD_TERMS_TO_ATTEND && good; i++)
+        good = !*terms[i].at || write_all(fd, *terms[i].at, n * terms[i].each);
+    if (!good || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL))
         return -1;
     return KVD_TAKE_FD(fd);
 }
@@ -263,6 +265,11 @@ static int load(struct kvd_daemon *d, const struct kvd_layout *l, const struct k
             kvd_fail_in(err, "plane %u", p);
         if (rc)
             return rc;
+        if (kvd_codec_tc(l->planes[p].codec.k) && !data.k_sigma)
+            kvd_warning("codec %s without transforms rotation=%s: all channels of K are coded "
+                        "alike, which loses more than a set that kvctl calib fit --codec %s makes",
+                        kvd_codec_name(l->planes[p].codec.k), l->rotation,
+                        kvd_codec_name(l->planes[p].codec.k));
         out->rotations[p] = d->backend->ops->rotation_new(d->backend, &data, err);
         if (out->rotations[p] && kvd_codecs_rotated(l->planes[p].codec))
             out->fds[p] = share(&data);

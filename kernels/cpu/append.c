@@ -187,8 +187,13 @@ static void demote_coded(const struct append_job *job, const struct kvd_append_i
     uint32_t layer = p->layer_begin + l, dk = g->head_dim_k, dv = g->head_dim_v, dim = v ? dv : dk;
     uint64_t at = kvd_rotation_index(r, layer, head);
     const float *clip = v ? r->clip_v : r->clip_k, *gain = v ? r->gain_v : r->gain_k;
-    struct kvd_quantizer quantizer = {kvd_codecs_side(g->codec, v), clip ? clip[at] : 1,
-                                      gain ? gain[at] : 1, v ? r->scale_v : r->scale_k};
+    uint32_t codec = kvd_codecs_side(g->codec, v);
+    struct kvd_tc_coder tc = kvd_tc_coder_at(r, codec, v, layer, head);
+    struct kvd_quantizer quantizer = {.codec = codec,
+                                      .ratio = clip ? clip[at] : 1,
+                                      .gain = gain ? gain[at] : 1,
+                                      .scale = v ? r->scale_v : r->scale_k,
+                                      .tc = &tc};
     float x[KVD_CHUNK_TOKENS][KVD_MAX_HEAD_DIM], y[KVD_CHUNK_TOKENS * KVD_MAX_HEAD_DIM];
     for (uint64_t t = span.begin; t < span.end;) {
         uint32_t n = (uint32_t)KVD_MIN((uint64_t)KVD_CHUNK_TOKENS, span.end - t);
@@ -204,7 +209,7 @@ static void demote_coded(const struct append_job *job, const struct kvd_append_i
         for (uint32_t i = 0; i < n; i++) {
             struct kvd_row row;
             kvd_row_quantize(&quantizer, y + i * dim, dim, &row);
-            kvd_row_pack(g->codec, history_tile(g, item, t + i, layer, head), dk, dv, v,
+            kvd_row_pack(g->codec, history_tile(g, item, t + i, layer, head), dk, dv, v, &tc,
                          (uint32_t)((t + i - g->sink) % KVD_PAGE_TOKENS), &row);
         }
         t += n;

@@ -50,8 +50,9 @@ struct kvd_cpu_walk {
     const struct attend_job *job;
     uint64_t index; // among the job's walks
     struct unit unit;
-    uint64_t at, end;    // tokens that are left
-    struct partial part; // where `out` is with one split
+    struct kvd_tc_coder tc; // of K
+    uint64_t at, end;       // tokens that are left
+    struct partial part;    // where `out` is with one split
     _Alignas(WALK_ALIGN) float q[KVD_CPU_ROWS][KVD_MAX_HEAD_DIM];
     _Alignas(
         WALK_ALIGN) float q_codes[KVD_CPU_ROWS * 2 *
@@ -152,8 +153,11 @@ static void score_tile(struct kvd_cpu_walk *w, const struct run *run)
     const struct kvd_plane *g = w->job->p->plane;
     struct kvd_affine param[KVD_PAGE_TOKENS];
     read_params(w, run, false, param);
-    w->job->cpu->isa->k_scores(g->codec.k, run->tile, g->head_dim_k, w->q_codes, w->unit.rows,
-                               w->s);
+    if (kvd_codec_tc(g->codec.k))
+        w->job->cpu->isa->tc_scores(&w->tc, run->tile, w->q_codes, w->unit.rows, w->s);
+    else
+        w->job->cpu->isa->k_scores(g->codec.k, run->tile, g->head_dim_k, w->q_codes, w->unit.rows,
+                                   w->s);
     for (uint32_t t = 0; t < run->n; t++)
         for (uint32_t r = 0; r < w->unit.rows; r++) {
             float *s = &w->s[r * KVD_PAGE_TOKENS + t];
@@ -316,6 +320,10 @@ static void load_queries(struct kvd_cpu_walk *w)
     const float *m = kvd_rotation_of(rot, rot->q, dim, layer, w->unit.head);
     const float *mean = kvd_mean_of(rot, false, layer, w->unit.head);
     kvd_apply(w->job->cpu->isa, unrotated, w->unit.rows, dim, m, rotated);
+    w->tc = kvd_tc_coder_at(rot, g->codec.k, false, layer, w->unit.head);
+    for (uint32_t c = 0; kvd_codec_tc(g->codec.k) && c < dim; c++)
+        for (uint32_t r = 0; r < w->unit.rows; r++)
+            rotated[r * dim + c] *= (float)kvd_tc_step(&w->tc, c);
     for (uint32_t r = 0; r < w->unit.rows; r++) {
         double along = 0;
         for (uint32_t c = 0; mean && c < dim; c++)

@@ -85,6 +85,43 @@ static inline vf v_flip(vf x, vi w, uint32_t bit)
     vf sign = _mm256_castsi256_ps(_mm256_slli_epi32(w, 31 - (int)bit));
     return _mm256_xor_ps(x, _mm256_and_ps(sign, _mm256_set1_ps(-0.0f)));
 }
+static inline vi v_or(vi a, vi b)
+{
+    return _mm256_or_si256(a, b);
+}
+static inline vi v_low(vi w, uint32_t n)
+{
+    return _mm256_and_si256(w, _mm256_set1_epi32((int)((1u << n) - 1)));
+}
+static inline vi v_right(vi w, uint32_t n)
+{
+    return _mm256_srlv_epi32(w, _mm256_set1_epi32((int)n));
+}
+static inline vi v_left(vi w, uint32_t n)
+{
+    return _mm256_sllv_epi32(w, _mm256_set1_epi32((int)n));
+}
+// Two bits pick within lanes, three across them; the fourth adds 8. One bit's table has it twice,
+// so that the bit above it does not matter.
+static inline vf v_centred(uint32_t bits)
+{
+    const float lowest = bits == 4 ? -7.5f : bits == 3 ? -3.5f : -1.5f;
+    const vf count = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7),
+             four = _mm256_setr_ps(0, 1, 2, 3, 0, 1, 2, 3);
+    if (bits == 1)
+        return _mm256_setr_ps(-0.5f, 0.5f, -0.5f, 0.5f, -0.5f, 0.5f, -0.5f, 0.5f);
+    return _mm256_add_ps(bits > 2 ? count : four, _mm256_set1_ps(lowest));
+}
+static inline vf v_level(uint32_t bits, vf table, vi w)
+{
+    if (bits <= 2)
+        return _mm256_permutevar_ps(table, w);
+    vf x = _mm256_permutevar8x32_ps(table, w);
+    if (bits == 3)
+        return x;
+    const vf eights = _mm256_setr_ps(0, 8, 0, 8, 0, 8, 0, 8);
+    return _mm256_add_ps(x, _mm256_permutevar_ps(eights, _mm256_srli_epi32(w, 3)));
+}
 static inline vf v_bf16(const uint8_t *p)
 {
     __m128i h = _mm_loadu_si128((const __m128i *)(const void *)p);

@@ -85,6 +85,36 @@ static inline vf v_flip(vf x, vi w, uint32_t bit)
     vf sign = _mm512_castsi512_ps(_mm512_slli_epi32(w, 31 - bit));
     return _mm512_xor_ps(x, _mm512_and_ps(sign, _mm512_set1_ps(-0.0f)));
 }
+static inline vi v_or(vi a, vi b)
+{
+    return _mm512_or_si512(a, b);
+}
+static inline vi v_low(vi w, uint32_t n)
+{
+    return _mm512_and_si512(w, _mm512_set1_epi32((int)((1u << n) - 1)));
+}
+static inline vi v_right(vi w, uint32_t n)
+{
+    return _mm512_srlv_epi32(w, _mm512_set1_epi32((int)n));
+}
+static inline vi v_left(vi w, uint32_t n)
+{
+    return _mm512_sllv_epi32(w, _mm512_set1_epi32((int)n));
+}
+// vpermps picks among sixteen floats by the low four bits of each word. Tables of fewer bits
+// repeat, so that the bits above do not matter.
+static inline vf v_centred(uint32_t bits)
+{
+    const vf count = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i below = _mm512_set1_epi32((int)((1u << bits) - 1));
+    vf code = _mm512_cvtepi32_ps(_mm512_and_epi32(_mm512_cvtps_epi32(count), below));
+    return _mm512_sub_ps(code, _mm512_set1_ps((float)((1u << bits) - 1) / 2));
+}
+static inline vf v_level(uint32_t bits, vf table, vi w)
+{
+    (void)bits;
+    return _mm512_permutexvar_ps(w, table);
+}
 static inline vf v_bf16(const uint8_t *p)
 {
     __m256i h = _mm256_loadu_si256((const __m256i *)(const void *)p);

@@ -88,6 +88,8 @@ static void rotation_free(struct kvd_backend *b, struct kvd_rotation **rp)
     free(r->v_back);
     free(r->k_mean);
     free(r->v_mean);
+    free(r->k_sigma);
+    free(r->k_bits);
     free(r->clip_k);
     free(r->clip_v);
     free(r->gain_k);
@@ -119,6 +121,8 @@ static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd
     r->q_back = d->k_inverse ? transposed(r->k, n, d->dim_k, &failed) : r->k_back;
     r->k_mean = copy_floats(d->k_mean, n * d->dim_k, &failed);
     r->v_mean = copy_floats(d->v_mean, n * d->dim_v, &failed);
+    r->k_sigma = copy_floats(d->k_sigma, n * d->dim_k, &failed);
+    r->k_bits = copy_floats(d->k_bits, n * (d->dim_k / KVD_TC_TILE), &failed);
     r->clip_k = copy_floats(d->clip_k, n, &failed);
     r->clip_v = copy_floats(d->clip_v, n, &failed);
     r->gain_k = copy_floats(d->gain_k, n, &failed);
@@ -209,7 +213,8 @@ static void read_row(const struct read_job *job, uint32_t layer, uint64_t token,
     }
     float rotated[KVD_MAX_HEAD_DIM];
     const struct kvd_rotation *r = p->rotation;
-    kvd_row_unpack(codec, tile, dk, dv, v, row, rotated);
+    struct kvd_tc_coder tc = kvd_tc_coder_at(r, kvd_codecs_side(codec, v), v, layer, head);
+    kvd_row_unpack(codec, tile, dk, dv, v, &tc, row, rotated);
     kvd_apply(job->cpu->isa, rotated, 1, dim,
               kvd_rotation_of(r, v ? r->v_back : r->k_back, dim, layer, head), x);
     kvd_add_mean(kvd_mean_of(r, v, layer, head), 1, 1, dim, x);

@@ -4,6 +4,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/quantize.h"
+#include "kernels/tc.h"
 
 enum { KVD_CPU_ROWS = 4 }; // query rows that an inner loop takes at once
 
@@ -17,6 +18,9 @@ struct kvd_cpu_isa {
     // dim], prepared. Levels are those of kvd_cpu_levels.
     void (*k_scores)(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *q,
                      uint32_t rows, float *scores);
+    // The same for K in tc2 and tc2.5: sum over channels of (code - (2^bits - 1) / 2) * q.
+    void (*tc_scores)(const struct kvd_tc_coder *t, const uint8_t *codes, const float *q,
+                      uint32_t rows, float *scores);
     // acc[row] += sum over tokens of p * level. p: [rows][64] in token order. acc: [rows][8 * dim],
     // in an order of the implementation's own that v_reduce resolves.
     void (*v_accumulate)(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *p,
@@ -43,7 +47,9 @@ struct kvd_cpu_isa {
 // would grow with the tokens, and what is left when scale * level and min cancel would be rounding.
 static inline float kvd_cpu_centre(uint32_t codec)
 {
-    return kvd_codec_signed(codec) ? 0 : (float)((1u << kvd_codec_bits(codec)) - 1) / 2;
+    return kvd_codec_level_kind(codec) != KVD_LEVELS_EVEN
+               ? 0
+               : (float)((1u << kvd_codec_bits(codec)) - 1) / 2;
 }
 
 static inline const float *kvd_cpu_levels(uint32_t codec)
@@ -51,7 +57,7 @@ static inline const float *kvd_cpu_levels(uint32_t codec)
     static const float centred[] = {-1.5f, -0.5f, 0.5f, 1.5f};
     static const float centred_4[] = {-7.5f, -6.5f, -5.5f, -4.5f, -3.5f, -2.5f, -1.5f, -0.5f,
                                       0.5f,  1.5f,  2.5f,  3.5f,  4.5f,  5.5f,  6.5f,  7.5f};
-    if (kvd_codec_signed(codec))
+    if (kvd_codec_level_kind(codec) != KVD_LEVELS_EVEN)
         return kvd_codec_levels(codec);
     return kvd_codec_bits(codec) == 4 ? centred_4 : centred;
 }
@@ -78,8 +84,9 @@ struct kvd_rotation {
     // [layer][head][dim][dim]; NULL: identity. What keys, queries and values are multiplied by, and
     // what takes them back. Where K's are orthogonal, queries' are the keys' own memory.
     float *k, *k_back, *q, *q_back, *v, *v_back;
-    float *k_mean, *v_mean; // [layer][head][dim]; NULL: 0
-    float *clip_k, *clip_v; // [layer][head]
+    float *k_mean, *v_mean;  // [layer][head][dim]; NULL: 0
+    float *k_sigma, *k_bits; // [layer][head][dim_k], [layer][head][dim_k / 16]; NULL: tc.h
+    float *clip_k, *clip_v;  // [layer][head]
     float *gain_k, *gain_v;
     enum kvd_scale scale_k, scale_v;
 };
@@ -143,6 +150,18 @@ static inline const float *kvd_mean_of(const struct kvd_rotation *r, bool v, uin
 {
     const float *m = v ? r->v_mean : r->k_mean;
     return m ? m + kvd_rotation_index(r, layer, head) * (v ? r->dim_v : r->dim_k) : NULL;
+}
+
+// How a side is coded in tc2 and tc2.5; nothing of use for other codecs.
+static inline struct kvd_tc_coder kvd_tc_coder_at(const struct kvd_rotation *r, uint32_t codec,
+                                                  bool v, uint32_t layer, uint32_t head)
+{
+    uint64_t at = kvd_rotation_index(r, layer, head);
+    if (!kvd_codec_tc(codec))
+        return (struct kvd_tc_coder){0};
+    return kvd_tc_coder_of(codec, v ? r->dim_v : r->dim_k, v,
+                           r->k_sigma ? r->k_sigma + at * r->dim_k : NULL,
+                           r->k_bits ? r->k_bits + at * (r->dim_k / KVD_TC_TILE) : NULL);
 }
 
 // Adds `sign` times a mean, which may be NULL, to rows.

@@ -23,7 +23,7 @@ static float level_at(uint32_t codec, const uint8_t *codes, uint32_t dim, bool v
     uint32_t code = codes[p.byte] >> p.bit & 3;
     if (more) {
         p = kvd_place_of(v, dim, more, token, channel);
-        codes += kvd_codes_bytes(KVD_CODEC_INT2, dim);
+        codes += kvd_codes_bytes(KVD_CODEC_INT2, dim, v);
         code |= (codes[p.byte] >> p.bit & ((1u << more) - 1)) << 2;
     }
     return kvd_cpu_levels(codec)[code];
@@ -39,6 +39,23 @@ static void k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, const f
             for (uint32_t r = 0; r < rows; r++)
                 scores[r * KVD_PAGE_TOKENS + t] += level * q[r * 2 * dim + c];
         }
+}
+
+static void tc_scores(const struct kvd_tc_coder *t, const uint8_t *codes, const float *q,
+                      uint32_t rows, float *scores)
+{
+    for (uint32_t token = 0; token < KVD_PAGE_TOKENS; token++) {
+        uint8_t row[KVD_MAX_HEAD_DIM];
+        kvd_tc_unpack(t, codes, token, row);
+        for (uint32_t r = 0; r < rows; r++) {
+            float sum = 0;
+            for (uint32_t c = 0; c < t->dim; c++) {
+                float top = (float)((1u << t->bits[c / KVD_TC_TILE]) - 1);
+                sum += ((float)row[c] - top / 2) * q[r * 2 * t->dim + c];
+            }
+            scores[r * KVD_PAGE_TOKENS + token] = sum;
+        }
+    }
 }
 
 static void v_accumulate(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *p,
@@ -115,6 +132,7 @@ const struct kvd_cpu_isa kvd_cpu_scalar = {
     .supported = supported,
     .q_prepare = q_prepare,
     .k_scores = k_scores,
+    .tc_scores = tc_scores,
     .v_accumulate = v_accumulate,
     .v_reduce = v_reduce,
     .bf16_scores = bf16_scores,

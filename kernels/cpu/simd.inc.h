@@ -11,6 +11,10 @@
 //   v_pick(table, w, shift)    which of them the two bits at `shift` of each word say
 //   v_select(a, b, w, bit)     b where the bit is set, a elsewhere
 //   v_flip(x, w, bit)          -x where the bit is set
+//   v_or(a, b), v_low(w, n)    of words; their n lowest bits
+//   v_right(w, n), v_left      words shifted by n bits, the same for all
+//   v_centred(bits)            for v_level: levels code - (2^bits - 1) / 2, bits 1 to 4
+//   v_level(bits, table, w)    which of them the lowest bits of each word say
 //   v_bf16(p)                  V bf16 from memory as floats
 //   v_sum(v)                   sum of the lanes
 //   v_exp(v)                   exp, relative error under 1e-6, 0 below -87
@@ -105,7 +109,7 @@ static inline __attribute__((always_inline)) struct code_words
 words_of(const uint32_t kind, const uint32_t lane, const uint32_t more_lane, const uint8_t *codes,
          uint32_t dim, uint32_t chunk, uint32_t tile, uint32_t g)
 {
-    const uint8_t *more = codes + kvd_codes_bytes(KVD_CODEC_INT2, dim);
+    const uint8_t *more = codes + kvd_codes_bytes(KVD_CODEC_INT2, dim, false);
     struct code_words w = {plane_of(2, lane, codes, dim, chunk, tile, g), {0}};
     if (kind >= 4)
         w.more = plane_of(2, lane, more, dim, chunk, tile, g);
@@ -246,6 +250,156 @@ static void simd_k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, co
         k_scores_kind(3, levels_of(codec), codes, dim, q, rows, scores);
     else
         k_scores_kind(4, levels_of(codec), codes, dim, q, rows, scores);
+}
+
+// -- transform coding ----------------------------------------------------------------------------
+
+// The pieces of K's stream in a chunk (tc.h), and its channel tiles in runs of one width.
+struct tc_plan {
+    uint32_t dim, pieces, runs;
+    struct {
+        uint32_t lane, before; // bytes a lane, bits of the stream before it
+    } piece[8];
+    struct {
+        uint32_t bits, tile, tiles, at; // at: of the first tile's bits in the stream
+    } run[KVD_TC_MAX_TILES];
+};
+
+static struct tc_plan tc_plan_of(const struct kvd_tc_coder *t)
+{
+    struct tc_plan p = {.dim = t->dim};
+    uint32_t all = 0;
+    for (uint32_t i = 0; i < t->dim / 16; all += t->bits[i++]) {
+        if (t->bits[i] == 0)
+            continue;
+        if (p.runs && p.run[p.runs - 1].bits == t->bits[i] && t->bits[i] == t->bits[i - 1])
+            p.run[p.runs - 1].tiles++;
+        else
+            p.run[p.runs++] = (__typeof__(p.run[0])){t->bits[i], i, 1, all};
+    }
+    for (uint32_t lane = 16, before = 0; before < all; before += lane) {
+        while (before + lane > all)
+            lane /= 2;
+        p.piece[p.pieces++] = (__typeof__(p.piece[0])){lane, before};
+    }
+    return p;
+}
+
+// The bits of first and of second elements of a vector of lanes: of the whole stream, joined. Where
+// it is a piece, with what else its words have above.
+struct tc_words {
+    vi first[2], second[2];
+};
+
+static inline __attribute__((always_inline)) struct tc_words
+tc_load(const struct tc_plan *p, const bool one, const bool wide, const uint8_t *chunk, uint32_t g,
+        int i)
+{
+    struct tc_words all = {0};
+    for (uint32_t n = 0; n < (one ? 1 : p->pieces); n++) {
+        uint32_t lane = p->piece[n].lane, before = p->piece[n].before;
+        struct plane_words w = {chunk + KVD_LANES * before + g * 4 * lane, 0, lane};
+        vi x = load_words(&w, i), y = v_right(x, half_of(&w));
+        uint32_t word = wide && before >= 32;
+        if (one) {
+            all.first[0] = x;
+            all.second[0] = y;
+            break;
+        }
+        all.first[word] = v_or(all.first[word], v_left(v_low(x, lane), before % 32));
+        all.second[word] = v_or(all.second[word], v_left(v_low(y, lane), before % 32));
+    }
+    return all;
+}
+
+// The bits from `at` on, as the low ones.
+static inline __attribute__((always_inline)) vi tc_bits(const bool wide, const vi words[2],
+                                                        uint32_t at)
+{
+    if (!wide || at == 0)
+        return v_right(words[0], at);
+    return at < 32 ? v_or(v_right(words[0], at), v_left(words[1], 32 - at))
+                   : v_right(words[1], at - 32);
+}
+
+// Adds the products of a run's channel tiles.
+static inline __attribute__((always_inline)) void tc_run(const uint32_t bits, const bool wide,
+                                                         const struct tc_words *w, uint32_t tile,
+                                                         uint32_t tiles, uint32_t at,
+                                                         const float *q, uint32_t dim,
+                                                         const uint32_t rows, vf acc[KVD_CPU_ROWS])
+{
+    vf table = v_centred(bits);
+    q += tile * 32;
+    for (uint32_t n = 0; n < tiles; n++, at += bits, q += 32) {
+        vf lo = v_level(bits, table, tc_bits(wide, w->first, at));
+        vf hi = v_level(bits, table, tc_bits(wide, w->second, at));
+        for (uint32_t r = 0; r < rows; r++) {
+            acc[r] = v_fma(lo, v_load(q + r * 2 * dim), acc[r]);
+            acc[r] = v_fma(hi, v_load(q + r * 2 * dim + 16), acc[r]);
+        }
+    }
+}
+
+static inline __attribute__((always_inline)) void
+tc_scores_rows(const struct tc_plan *p, const bool one, const bool wide, const uint8_t *codes,
+               uint32_t chunk_bytes, const float *q, const uint32_t rows, float *scores)
+{
+    for (uint32_t group = 0; group < 32; group++) {
+        uint32_t chunk = group / 8, g = group % 8;
+        vf acc[G][KVD_CPU_ROWS], turned[KVD_CPU_ROWS][G];
+        for (int i = 0; i < G; i++) {
+            struct tc_words w = tc_load(p, one, wide, codes + chunk * chunk_bytes, g, i);
+            for (uint32_t r = 0; r < rows; r++)
+                acc[i][r] = v_zero();
+            for (uint32_t n = 0; n < p->runs; n++) {
+                uint32_t tile = p->run[n].tile, tiles = p->run[n].tiles, at = p->run[n].at;
+                const float *qi = q + i * V;
+                if (p->run[n].bits == 1)
+                    tc_run(1, wide, &w, tile, tiles, at, qi, p->dim, rows, acc[i]);
+                else if (p->run[n].bits == 2)
+                    tc_run(2, wide, &w, tile, tiles, at, qi, p->dim, rows, acc[i]);
+                else if (p->run[n].bits == 3)
+                    tc_run(3, wide, &w, tile, tiles, at, qi, p->dim, rows, acc[i]);
+                else
+                    tc_run(4, wide, &w, tile, tiles, at, qi, p->dim, rows, acc[i]);
+            }
+        }
+        for (uint32_t r = 0; r < rows; r++) {
+            float *s = scores + r * KVD_PAGE_TOKENS + chunk * 16 + g;
+            for (int i = 0; i < G; i++)
+                turned[r][i] = acc[i][r];
+            fold_pairs(turned[r], s, s + 8);
+        }
+    }
+}
+
+static inline __attribute__((always_inline)) void
+tc_scores_kind(const struct tc_plan *p, const bool one, const bool wide, const uint8_t *codes,
+               uint32_t bytes, const float *q, uint32_t rows, float *scores)
+{
+    if (rows == 4)
+        tc_scores_rows(p, one, wide, codes, bytes, q, 4, scores);
+    else if (rows == 3)
+        tc_scores_rows(p, one, wide, codes, bytes, q, 3, scores);
+    else if (rows == 2)
+        tc_scores_rows(p, one, wide, codes, bytes, q, 2, scores);
+    else
+        tc_scores_rows(p, one, wide, codes, bytes, q, 1, scores);
+}
+
+// Streams of one piece, of more that a word holds, and of more than that.
+static void simd_tc_scores(const struct kvd_tc_coder *t, const uint8_t *codes, const float *q,
+                           uint32_t rows, float *scores)
+{
+    struct tc_plan p = tc_plan_of(t);
+    uint32_t bytes = kvd_tc_codes_bytes(t) / 4;
+    if (p.pieces == 1)
+        tc_scores_kind(&p, true, false, codes, bytes, q, rows, scores);
+    else if (bytes <= 32 * KVD_LANES)
+        tc_scores_kind(&p, false, false, codes, bytes, q, rows, scores);
+    else
+        tc_scores_kind(&p, false, true, codes, bytes, q, rows, scores);
 }
 
 enum { SLOTS = V == 16 ? 4 : 2 }; // channel tiles whose accumulators fit the registers
@@ -468,7 +622,8 @@ static void simd_rotate(const float *x, uint32_t rows, uint32_t dim, const float
 #define KVD_SIMD_TABLE(isa_name, isa_supported)                                                    \
     {                                                                                              \
         .name = isa_name, .supported = isa_supported, .q_prepare = simd_q_prepare,                 \
-        .k_scores = simd_k_scores, .v_accumulate = simd_v_accumulate, .v_reduce = simd_v_reduce,   \
-        .bf16_scores = simd_bf16_scores, .bf16_accumulate = simd_bf16_accumulate,                  \
-        .exp_sum = simd_exp_sum, .scale = simd_scale, .rotate = simd_rotate,                       \
+        .k_scores = simd_k_scores, .tc_scores = simd_tc_scores, .v_accumulate = simd_v_accumulate, \
+        .v_reduce = simd_v_reduce, .bf16_scores = simd_bf16_scores,                                \
+        .bf16_accumulate = simd_bf16_accumulate, .exp_sum = simd_exp_sum, .scale = simd_scale,     \
+        .rotate = simd_rotate,                                                                     \
     }

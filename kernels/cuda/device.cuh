@@ -50,14 +50,14 @@ __host__ __device__ constexpr int code_bits(int codec)
 // Whether codes mean levels of a codebook; else they are their own values.
 __host__ __device__ constexpr bool has_levels(int codec)
 {
-    constexpr bool EVEN = false, SIGNED = true;
+    constexpr bool EVEN = false, SIGNED = true, CENTRED = false;
     switch (codec) {
 #define KVD_CODEC(id, number, name, bits, param_bytes, levels, ...) \
     case number:                                                    \
         return levels;
 #include "proto/codecs.def"
     }
-    return EVEN && SIGNED;
+    return EVEN && SIGNED && CENTRED;
 }
 
 // Bytes of one side's parameters; CODEC as compiled, `codec` as it is.

@@ -75,27 +75,27 @@ static double time_blas(int tokens, int repeats, uint64_t *rng)
 }
 
 static struct kvd_plane plane_of(uint32_t sink, uint32_t recent, uint32_t kv, uint32_t heads,
-                                 uint32_t dim)
+                                 uint32_t dim, uint32_t codec)
 {
     return (struct kvd_plane){.n_layers = 1,
                               .q_heads = heads,
                               .kv_heads = kv,
                               .head_dim_k = dim,
                               .head_dim_v = dim,
-                              .codec = {KVD_CODEC_INT2, KVD_CODEC_INT2},
+                              .codec = {codec, codec},
                               .sink = sink,
                               .recent = recent};
 }
 
-static double time_int2(const char *isa, uint32_t threads, uint32_t tokens, int repeats,
-                        uint64_t seed)
+static double time_pages(uint32_t codec, const char *isa, uint32_t threads, uint32_t tokens,
+                         int repeats, uint64_t seed)
 {
     struct kvd_error err = {0};
     struct kvd_backend *b = kvd_cpu_backend_new(threads, isa, &err);
     if (!b)
         return 0;
     struct kseq s;
-    kseq_init(&s, plane_of(64, 256, KV, HEADS, DIM), tokens, 1, 0.96f, 0.92f, seed);
+    kseq_init(&s, plane_of(64, 256, KV, HEADS, DIM, codec), tokens, 1, 0.96f, 0.92f, seed);
     // Random pages: what they hold does not change the time, and quantizing would take long.
     for (uint32_t i = 0; i < s.n_codec; i++)
         for (uint64_t j = 0; j < kvd_page_bytes(&s.g, s.g.codec); j++)
@@ -104,6 +104,11 @@ static double time_int2(const char *isa, uint32_t threads, uint32_t tokens, int 
         memset((void *)(uintptr_t)s.bf16[i], 0x3c, kvd_page_bytes(&s.g, kvd_window_codec()));
     s.length = tokens;
     s.hist_end = kseq_hist_end(&s.g, 64, tokens);
+    float bits[KV * DIM / 16];
+    for (int i = 0; i < KV * DIM / 16; i++) // as fits have them
+        bits[i] = (codec == KVD_CODEC_TC2 ? (const float[]){4, 2, 1, 1}
+                                          : (const float[]){4, 3, 2, 1})[i % (DIM / 16) / 2];
+    s.rot.k_bits = kvd_codec_tc(codec) ? bits : NULL;
     struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
     float q[HEADS * DIM], o[HEADS * DIM];
     for (int i = 0; i < HEADS * DIM; i++)
@@ -144,10 +149,15 @@ static void bench_speed(uint32_t tokens, uint64_t seed)
            blas * 1e3, 2.0 * KV * tokens * DIM * 4 / 1e6);
     const char *isas[] = {"avx512", "avx2", "scalar"};
     for (int i = 0; i < (tokens > 8192 ? 2 : 3); i++) {
-        double t = time_int2(isas[i], 2, tokens, repeats, seed);
-        if (t > 0)
-            printf("int2 pages, kvd %-8s %8.2f ms   %6.1f MB   %.2fx faster\n", isas[i], t * 1e3,
-                   2.0 * KV * tokens * DIM * 0.28125 / 1e6, blas / t);
+        const uint32_t codecs[] = {KVD_CODEC_INT2, KVD_CODEC_TC2, KVD_CODEC_TC2_5};
+        for (size_t c = 0; c < KVD_LEN(codecs); c++) {
+            double t = time_pages(codecs[c], isas[i], 2, tokens, repeats, seed);
+            double bits = kvd_value_bits(kvd_codecs_both(codecs[c]), DIM, DIM);
+            if (t > 0)
+                printf("%-5s pages, kvd %-8s %8.2f ms   %6.1f MB   %.2fx faster\n",
+                       kvd_codec_name(codecs[c]), isas[i], t * 1e3,
+                       2.0 * KV * tokens * DIM * bits / 8 / 1e6, blas / t);
+        }
     }
 }
 
@@ -226,7 +236,7 @@ static void compare_codes(const struct recorded *r, const struct kvd_rotset *set
                 int want[KVD_MAX_HEAD_DIM];
                 struct kvd_row got;
                 struct kvd_quantizer q = {KVD_CODEC_INT2, side ? 0.92f : 0.96f, 1,
-                                          KVD_SCALE_PUBLISHED};
+                                          KVD_SCALE_PUBLISHED, NULL};
                 for (uint32_t c = 0; c < dim; c++)
                     x[c] = kvd_bf16_to_f32(row[c % (KVD_MIN(per, r->heads) * 64)]);
                 for (uint32_t j = 0; j < dim; j++) {

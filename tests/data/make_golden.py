@@ -4,7 +4,8 @@ alone.
 
 For each case: uint32 dim_k, uint32 dim_v, float32 x_k [64][dim_k], float32 x_v [64][dim_v] (rotated rows), then a tile of each
 codec, int2, int2c, int2-lm, turboquant-2, -3, -4, int4: three tiles, with published, least-squares and unbiased scales. Clip ratios are 0.96 for K and
-0.92 for V, gains 1 and 0.95.
+0.92 for V, gains 1 and 0.95. Then, for tc2 and tc2.5, a tile without a set's terms, and float32 sigma [dim_k], float32 bits [dim_k / 16]
+and a tile with them.
 """
 import struct
 import sys
@@ -147,7 +148,72 @@ def side(x, is_v, codec, kind):
     return planes, b"".join(params)
 
 
+STEPS = np.float32([0, 1.5958, 0.9957, 0.5860, 0.3352]).astype(float)
+
+
+def transform_codes(x, sigma, bits, refits):
+    """Codes and scale of a row whose channels have `bits` and deviations `sigma`."""
+    coded, top = bits > 0, 2.0 ** bits - 1
+    unit = np.where(coded, sigma * STEPS[bits], 1)
+    scale = np.sqrt(np.mean((x / sigma)[coded] ** 2))
+    for refit in range(refits + 1):
+        codes = np.where(coded, np.clip(np.ceil(x / (unit * scale) + top / 2 - 0.5), 0, top), 0)
+        c = np.where(coded, unit * (codes - top / 2), 0)
+        scale = np.sum(c * x) / np.sum(c * c) if refit < refits else np.sum(x[coded] ** 2) / np.sum(c * x)
+    return codes.astype(int), half(scale)
+
+
+def stream(codes, bits):
+    """K's codes [64][dim], `bits` of each 16-channel tile: what first and second elements of a register have, in pieces."""
+    every = int(bits.sum())
+    out = bytearray(128 * every)
+    places, left = [], every  # of a stream's bits: the piece's size, and its first bit
+    for size in (16, 8, 4, 2, 1):
+        while left >= size:
+            places += [(size, every - left)] * size
+            left -= size
+    for token in range(64):
+        for channel in range(16):
+            lane, register = token % 8 * 4 + channel % 8 // 2, token % 16 // 8 + channel // 8 * 2
+            value, at = 0, 0
+            for tile, b in enumerate(bits):
+                value |= int(codes[token, 16 * tile + channel]) << at
+                at += int(b)
+            for i, (size, first) in enumerate(places):
+                word = min(32, 8 * size)
+                at_bit = register * size + i - first
+                byte = token // 16 * 32 * every + 32 * first + lane * size + at_bit // (word // 2) * word // 8
+                bit = at_bit % (word // 2) + word // 2 * (channel % 2)
+                out[byte + bit // 8] |= (value >> i & 1) << bit % 8
+    return bytes(out)
+
+
+def transform_tile(x_k, x_v, sigma, bits):
+    sides = []
+    for x, s, b, refits in ((x_k, sigma, np.repeat(bits, 16), 1), (x_v, np.ones(x_v.shape[1]), np.full(x_v.shape[1], 2), 2)):
+        codes, params = np.zeros(x.shape, int), [b""] * 64
+        for token in range(64):
+            codes[token], param = transform_codes(x[token].astype(float), s, b, refits)
+            params[token // 16 * 16 + token % 8 * 2 + token % 16 // 8] = param
+        sides.append((codes, b"".join(params)))
+    return stream(sides[0][0], bits) + plane(sides[1][0], True, 2, 0) + sides[0][1] + sides[1][1]
+
+
+def transform_tiles(x_k, x_v, rng):
+    out, tiles = b"", x_k.shape[1] // 16
+    for half_bits in (4, 5):
+        every = half_bits * tiles // 2
+        out += transform_tile(x_k, x_v, np.ones(16 * tiles), np.array([every // tiles + (i < every % tiles) for i in range(tiles)]))
+        sigma, bits = np.exp(rng.uniform(-1, 1, 16 * tiles)).astype("<f4"), np.zeros(tiles, int)
+        while bits.sum() < every:
+            i = rng.integers(tiles)
+            bits[i] += bits[i] < 4
+        out += sigma.tobytes() + bits.astype("<f4").tobytes() + transform_tile(x_k, x_v, sigma.astype(float), bits)
+    return out
+
+
 def main():
+    terms = np.random.default_rng(22)
     rng = np.random.default_rng(20260517)
     out = b""
     for dk, dv in ((64, 64), (128, 128), (256, 256), (128, 64), (64, 256),
@@ -159,6 +225,7 @@ def main():
             for kind in ("published", "least-squares", "unbiased"):
                 (kc, kp), (vc, vp) = side(x[0], False, codec, kind), side(x[1], True, codec, kind)
                 out += kc + vc + kp + vp
+        out += transform_tiles(x[0], x[1], terms)
     with open(sys.argv[1] if len(sys.argv) > 1 else "tests/data/golden_codecs.bin", "wb") as f:
         f.write(out)
 

@@ -15,7 +15,7 @@ LAYERS, Q_HEADS, KV_HEADS, DIM = 2, 4, 2, 64
 NUMBERS = [0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 255, 256, 1000, 4095, 4096, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1]
 WIDE = NUMBERS + [2**32, 2**40, 2**63 - 1, 2**63, 2**64 - 1]
 TEXTS = ["", "x", "default", "..", "/", "a b", "\0", "tenant\0x", "\n", "\x7f", "\x1b[2J", "ü", "x" * 64, "x" * 65, "y" * 129, "z" * 70000,
-         "%s%n", "sha256:" + "0" * 64, "model@tag", "hadamard", "identity", "random", "bf16", "int2", "int2c", "int2-lm", "turboquant-4"]
+         "%s%n", "sha256:" + "0" * 64, "model@tag", "hadamard", "identity", "random", "bf16", "int2", "int2c", "int2-lm", "turboquant-4", "tc2", "tc2.5"]
 
 METHODS = {f"/kvd.v1.KvCache/{m.name}": (getattr(kv, m.input_type.name), False)
            for m in kv.DESCRIPTOR.services_by_name["KvCache"].methods if m.name != "Watch"}

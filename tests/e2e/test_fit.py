@@ -429,14 +429,6 @@ def test_queries_of_little_rank_make_no_transform_that_cannot_be_undone(tmp_path
     assert not (tmp_path / "none").exists()
 
 
-def test_transforms_are_not_published(tmp_path):
-    fit(SMOLLM2, tmp_path / "set", "--codec", "tc2")
-    (tmp_path / "store").mkdir()
-    r = subprocess.run([KVCTL, "--store", tmp_path / "store", "calib", "publish", tmp_path / "set", "a@b"], capture_output=True, text=True)
-    assert r.returncode != 0 and "transforms for codec tc2, which no backend has pages of" in r.stderr
-    assert not list((tmp_path / "store").rglob("*.safetensors"))
-
-
 @pytest.mark.parametrize("options,text", [
     (["--codec", "int2"], "tc2 or tc2.5"), (["--codec", "tc2", "--bits", "some"], "quarters or greedy"),
     (["--bits", "greedy"], "goes with --codec"), (["--codec", "tc2", "--compose", "r"], "--compose is of rotations"),

@@ -90,14 +90,14 @@ def test_attention_over_the_wire(kvd, rpc, codec):
 def test_a_codec_for_each_side(kvd, rpc):
     """K and V of "k=A,v=B" are what sessions with codec A and with codec B have."""
     if kvd.on_gpu():
-        for codec in ("k=int2-lm,v=int2", "int4"):
+        for codec in ("k=int2-lm,v=int2", "int4", "tc2", "tc2.5"):
             with pytest.raises(grpc.RpcError) as e:
                 open_session(rpc, layout=layout(codec=codec))
             assert code_of(e) == "UNIMPLEMENTED" and "CUDA" in e.value.details() and codec in e.value.details()
         return
     k, v = random_kv(400)
     back, digests = {}, set()
-    for codec in ("int2", "int2-lm", "k=int2-lm,v=int2", "v=int2-lm,k=int2", "k=bf16,v=int2", "int4"):
+    for codec in ("int2", "int2-lm", "k=int2-lm,v=int2", "v=int2-lm,k=int2", "k=bf16,v=int2", "int4", "tc2", "tc2.5", "k=int2,v=tc2"):
         opened = rpc.kv("OpenSession", layout=layout(codec=codec))
         assert opened.layout.codec == codec.replace("v=int2-lm,k=int2", "k=int2,v=int2-lm")
         digests.add(opened.layout_digest)
@@ -110,6 +110,9 @@ def test_a_codec_for_each_side(kvd, rpc):
     assert back["v=int2-lm,k=int2"] == (back["int2"][0], back["int2-lm"][1])
     lost = [error(widen(np.frombuffer(back[codec][0], "<u2")), widen(k).ravel()) for codec in ("int4", "int2")]
     assert 0 < lost[0] < lost[1] / 2
+    assert back["tc2"][1] == back["tc2.5"][1] == back["k=int2,v=tc2"][1] and back["k=int2,v=tc2"][0] == back["int2"][0]
+    lost = [error(widen(np.frombuffer(back[codec][0], "<u2")), widen(k).ravel()) for codec in ("tc2.5", "tc2")]
+    assert 0 < lost[0] < lost[1] < 0.4
     assert back["k=bf16,v=int2"] == (k.tobytes(), back["int2"][1])
     assert rpc.kv("OpenSession", layout=layout(codec="k=int2,v=int2")).layout.codec == "int2"
     for codec, words in (("k=int2", "k=NAME,v=NAME"), ("k=int2,v=int3", "k=NAME,v=NAME"), ("int2,int2", "k=NAME"),

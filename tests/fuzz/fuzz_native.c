@@ -47,7 +47,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         save(&f, data + 1, size - 1);
     else
         fuzz_write(&f, data + 1, size - 1);
-    struct kvd_rotset *set = kvd_rotset_read_any(f.path, &err);
+    struct kvd_rotset *set = kvd_rotset_read(f.path, &err);
     if (!set && !err.text[0])
         abort(); // refused without a reason
     if (set && kvd_rotset_check(set, NULL, &err))

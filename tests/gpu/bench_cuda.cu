@@ -481,7 +481,7 @@ int main(int argc, char **argv)
     bench_quantize(false);
     bench_quantize(true);
     for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++)
-        if (codec != KVD_CODEC_BF16 && codec != KVD_CODEC_INT2 && codec != KVD_CODEC_INT4)
+        if (codec != KVD_CODEC_BF16 && codec != KVD_CODEC_INT2 && codec != KVD_CODEC_INT4 && !kvd_codec_tc(codec))
             bench_quantize(false, codec);
     for (uint32_t dim : {80, 96, 112, 192})
         bench_quantize(false, KVD_CODEC_INT2, dim);

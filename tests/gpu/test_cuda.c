@@ -51,7 +51,8 @@ static void refused_codecs(void)
 {
     struct kvd_codecs apart = {KVD_CODEC_INT2_LM, KVD_CODEC_INT2};
     result(!served(apart) && !served(kvd_codecs_both(KVD_CODEC_INT4)) &&
-               served(kvd_codecs_both(KVD_CODEC_INT2)),
+               !served(kvd_codecs_both(KVD_CODEC_TC2)) &&
+               !served(kvd_codecs_both(KVD_CODEC_TC2_5)) && served(kvd_codecs_both(KVD_CODEC_INT2)),
            "codecs without kernels are refused");
 }
 

@@ -7,6 +7,7 @@
 
 #include "kernels/backend.h"
 #include "kernels/quantize.h"
+#include "kernels/tc.h"
 #include "tests/unit/random.h"
 
 struct kseq {
@@ -14,6 +15,7 @@ struct kseq {
     struct kvd_rotation_data rot;
     float *r_k, *r_v, *clip;
     float *back_k, *back_v, *mean_k, *mean_v; // of transforms (kseq_skew); else NULL
+    float *sigma, *bits;                      // of tc2 and tc2.5 (kseq_code); else NULL
     uint64_t length, hist_end;
     uint32_t n_bf16, n_codec;     // pages
     uint64_t *bf16, *codec;       // in host memory
@@ -109,13 +111,17 @@ static inline void kseq_init(struct kseq *s, struct kvd_plane g, uint64_t capaci
     s->v = malloc(rows * g.head_dim_v * 2);
 }
 
-// A = P D Q and its inverse, P and Q random rotations, D falling from 1 to 1 / stretch.
-static inline void kseq_transform(uint64_t *rng, uint32_t dim, double stretch, float *a,
+// A = P D Q and its inverse, P and Q random rotations, D falling from 1 to 1 / stretch. Not mixed:
+// Q is the identity, as fits have it, where channels have deviations far apart.
+static inline void kseq_transform(uint64_t *rng, uint32_t dim, double stretch, bool mixed, float *a,
                                   float *back)
 {
-    float *p = malloc(sizeof(float) * dim * dim), *q = malloc(sizeof(float) * dim * dim);
+    float *p = malloc(sizeof(float) * dim * dim), *q = calloc(dim * dim, sizeof(float));
     kseq_orthogonal(rng, dim, p);
-    kseq_orthogonal(rng, dim, q);
+    for (uint32_t i = 0; i < dim && !mixed; i++)
+        q[i * dim + i] = 1;
+    if (mixed)
+        kseq_orthogonal(rng, dim, q);
     for (uint32_t i = 0; i < dim; i++)
         for (uint32_t j = 0; j < dim; j++) {
             double there = 0, here = 0;
@@ -131,32 +137,68 @@ static inline void kseq_transform(uint64_t *rng, uint32_t dim, double stretch, f
     free(q);
 }
 
-static inline void kseq_skew_side(struct kseq *s, bool v, double stretch, float *a, float **back,
-                                  float **mean)
+static inline void kseq_skew_side(struct kseq *s, bool v, double stretch, bool mixed, float *a,
+                                  float **back, float **mean)
 {
     uint32_t dim = v ? s->g.head_dim_v : s->g.head_dim_k;
     uint64_t n = (uint64_t)s->rot.n_layers * s->rot.heads, square = (uint64_t)dim * dim;
     *back = malloc(sizeof(float) * n * square);
     *mean = malloc(sizeof(float) * n * dim);
     for (uint64_t m = 0; m < n; m++)
-        kseq_transform(&s->rng, dim, stretch, a + m * square, *back + m * square);
+        kseq_transform(&s->rng, dim, stretch, mixed, a + m * square, *back + m * square);
     for (uint64_t i = 0; i < n * dim; i++)
         (*mean)[i] = (float)(2 * kseq_normal(&s->rng));
 }
 
 // Puts transforms that are not orthogonal, and means, in the place of the rotations.
-static inline void kseq_skew(struct kseq *s, double stretch)
+static inline void kseq_skew(struct kseq *s, double stretch, bool mixed)
 {
-    kseq_skew_side(s, false, stretch, s->r_k, &s->back_k, &s->mean_k);
-    kseq_skew_side(s, true, stretch, s->r_v, &s->back_v, &s->mean_v);
+    kseq_skew_side(s, false, stretch, mixed, s->r_k, &s->back_k, &s->mean_k);
+    kseq_skew_side(s, true, stretch, mixed, s->r_v, &s->back_v, &s->mean_v);
     s->rot.k_inverse = s->back_k;
     s->rot.v_inverse = s->back_v;
     s->rot.k_mean = s->mean_k;
     s->rot.v_mean = s->mean_v;
 }
 
+// Gives K's channels the deviations that they have after kseq_skew, about, and tiles bits of tc2's
+// or tc2.5's sum in a random order.
+static inline void kseq_code(struct kseq *s, double stretch, bool mixed)
+{
+    uint32_t dim = s->g.head_dim_k, tiles = dim / KVD_TC_TILE;
+    uint64_t n = (uint64_t)s->rot.n_layers * s->rot.heads;
+    s->sigma = malloc(sizeof(float) * n * dim);
+    s->bits = calloc(n * tiles, sizeof(float));
+    for (uint64_t i = 0; i < n * dim; i++)
+        s->sigma[i] =
+            (float)pow(stretch, mixed ? -kseq_uniform(&s->rng) : -(double)(i % dim) / (dim - 1));
+    for (uint64_t m = 0; m < n; m++)
+        for (uint32_t left = kvd_tc_stream_bits(s->g.codec.k, dim); left;) {
+            float *b = s->bits + m * tiles + kvd_rand(&s->rng) % tiles;
+            left -= *b < KVD_TC_MAX_BITS;
+            *b += *b < KVD_TC_MAX_BITS;
+        }
+    s->rot.k_sigma = s->sigma;
+    s->rot.k_bits = s->bits;
+}
+
+// How a side is coded in tc2 and tc2.5.
+static inline struct kvd_tc_coder kseq_coder(const struct kseq *s, bool v, uint32_t layer,
+                                             uint32_t head)
+{
+    uint32_t codec = kvd_codecs_side(s->g.codec, v), dim = s->g.head_dim_k;
+    uint64_t at = (uint64_t)layer * s->rot.heads + (s->rot.heads == 1 ? 0 : head);
+    if (!kvd_codec_tc(codec))
+        return (struct kvd_tc_coder){0};
+    return kvd_tc_coder_of(codec, v ? s->g.head_dim_v : dim, v,
+                           s->sigma ? s->sigma + at * dim : NULL,
+                           s->bits ? s->bits + at * (dim / KVD_TC_TILE) : NULL);
+}
+
 static inline void kseq_deinit(struct kseq *s)
 {
+    free(s->sigma);
+    free(s->bits);
     free(s->back_k);
     free(s->back_v);
     free(s->mean_k);
@@ -279,7 +321,8 @@ static inline void kseq_truth(const struct kseq *s, uint64_t t, uint32_t layer, 
                           kvd_tile_offset(g, g->codec, layer, head);
     float x[KVD_MAX_HEAD_DIM];
     uint32_t row = (uint32_t)((t - g->sink) % 64);
-    kvd_row_unpack(g->codec, tile, g->head_dim_k, g->head_dim_v, v, row, x);
+    struct kvd_tc_coder tc = kseq_coder(s, v, layer, head);
+    kvd_row_unpack(g->codec, tile, g->head_dim_k, g->head_dim_v, v, &tc, row, x);
     kseq_back(s, layer, head, v, x, out);
 }
 

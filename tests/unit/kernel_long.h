@@ -88,7 +88,10 @@ static inline void long_row(const struct long_seq *s, uint64_t t, bool v, float 
     uint32_t dim = v ? g->head_dim_v : g->head_dim_k, row = (uint32_t)(t % KVD_PAGE_TOKENS);
     const uint8_t *tile = s->pages + t / KVD_PAGE_TOKENS * kvd_page_bytes(g, g->codec);
     if (g->codec.k != KVD_CODEC_BF16) {
-        kvd_row_unpack(g->codec, tile, g->head_dim_k, g->head_dim_v, v, row, x);
+        struct kvd_tc_coder tc = {0};
+        if (kvd_codec_tc(g->codec.k))
+            tc = kvd_tc_coder_of(g->codec.k, dim, v, NULL, NULL);
+        kvd_row_unpack(g->codec, tile, g->head_dim_k, g->head_dim_v, v, &tc, row, x);
         return;
     }
     tile += v ? (uint64_t)KVD_PAGE_TOKENS * 2 * g->head_dim_k : 0;

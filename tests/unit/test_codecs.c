@@ -3,6 +3,7 @@
 #include "tests/unit/suite.h"
 
 #include "kernels/codebook.h"
+#include "kernels/tc.h"
 #include "tests/unit/kernel_fixture.h"
 
 static const uint32_t dims[] = {
@@ -35,7 +36,8 @@ END_TEST
 
 START_TEST(tiles_have_no_gaps_and_state_their_bits)
 {
-    const double bits[KVD_CODEC_COUNT] = {16, 2.25, 2.125, 2.25, 2.125, 3.125, 4.125, 4.25};
+    const double bits[KVD_CODEC_COUNT] = {16,    2.25,  2.125, 2.25,  2.125,
+                                          3.125, 4.125, 4.25,  2.125, 2.375};
     for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++) {
         ck_assert_uint_eq(kvd_codec_find(kvd_codec_name(codec)), codec);
         ck_assert(strstr(kvd_codec_names(), kvd_codec_name(codec)) != NULL);
@@ -81,6 +83,13 @@ static void normal_row(uint64_t *rng, uint32_t dim, double mean, double deviatio
         x[c] = (float)(mean + deviation * kseq_normal(rng));
 }
 
+// Of tc2 and tc2.5 without a set's terms.
+static struct kvd_tc_coder coder_of(uint32_t codec, uint32_t dim, bool v)
+{
+    return kvd_codec_tc(codec) ? kvd_tc_coder_of(codec, dim, v, NULL, NULL)
+                               : (struct kvd_tc_coder){0};
+}
+
 // A row through a tile and back.
 static double row_error(const struct kvd_quantizer *q, const float *x, uint32_t dim, uint64_t *rng,
                         float *y)
@@ -89,9 +98,12 @@ static double row_error(const struct kvd_quantizer *q, const float *x, uint32_t 
     struct kvd_row row;
     uint32_t token = (uint32_t)(kvd_rand(rng) % 64);
     bool v = kvd_rand(rng) % 2;
-    kvd_row_quantize(q, x, dim, &row);
-    kvd_row_pack(kvd_codecs_both(q->codec), tile, dim, dim, v, token, &row);
-    kvd_row_unpack(kvd_codecs_both(q->codec), tile, dim, dim, v, token, y);
+    struct kvd_tc_coder tc = coder_of(q->codec, dim, v);
+    struct kvd_quantizer with = *q;
+    with.tc = &tc;
+    kvd_row_quantize(&with, x, dim, &row);
+    kvd_row_pack(kvd_codecs_both(q->codec), tile, dim, dim, v, &tc, token, &row);
+    kvd_row_unpack(kvd_codecs_both(q->codec), tile, dim, dim, v, &tc, token, y);
     double e = 0;
     for (uint32_t c = 0; c < dim; c++)
         e += ((double)y[c] - x[c]) * ((double)y[c] - x[c]);
@@ -104,21 +116,22 @@ START_TEST(mean_squared_errors_are_those_of_the_literature)
     const struct {
         struct kvd_quantizer q;
         double mean, low, high;
-    } cases[] = {{{KVD_CODEC_INT2, 1, 1, KVD_SCALE_PUBLISHED}, 0, 0.22, 0.27},
-                 {{KVD_CODEC_INT2, 0.92f, 1, KVD_SCALE_PUBLISHED}, 0, 0.118, 0.132},
-                 {{KVD_CODEC_INT2C, 0.92f, 1, KVD_SCALE_PUBLISHED}, 0, 0.118, 0.132},
-                 {{KVD_CODEC_INT2C, 1, 1, KVD_SCALE_PUBLISHED}, 3, 0.22, 0.28},
-                 {{KVD_CODEC_INT2, 1, 0.9f, KVD_SCALE_LEAST_SQUARES}, 3, 0.108, 0.1198},
-                 {{KVD_CODEC_INT2C, 1, 0.9f, KVD_SCALE_LEAST_SQUARES}, 3, 0.108, 0.1205},
-                 {{KVD_CODEC_INT4, 1, 1, KVD_SCALE_PUBLISHED}, 3, 0.0085, 0.0125},
-                 {{KVD_CODEC_INT4, 1, 0.9f, KVD_SCALE_LEAST_SQUARES}, 3, 0.0095, 0.0117},
-                 {{KVD_CODEC_TURBOQUANT_2, 1, 1, KVD_SCALE_LEAST_SQUARES}, 0, 0.112, 0.120},
-                 {{KVD_CODEC_INT2_LM, 1, 1, KVD_SCALE_UNBIASED}, 5, 0.120, 0.134},
-                 {{KVD_CODEC_INT2_LM, 1, 1, KVD_SCALE_PUBLISHED}, 0, 0.108, 0.1185},
-                 {{KVD_CODEC_INT2_LM, 1, 1, KVD_SCALE_PUBLISHED}, 5, 0.108, 0.1185},
-                 {{KVD_CODEC_TURBOQUANT_2, 1, 1, KVD_SCALE_PUBLISHED}, 0, 0.114, 0.121},
-                 {{KVD_CODEC_TURBOQUANT_3, 1, 1, KVD_SCALE_PUBLISHED}, 0, 0.0333, 0.0358},
-                 {{KVD_CODEC_TURBOQUANT_4, 1, 1, KVD_SCALE_PUBLISHED}, 0, 0.0091, 0.0099}};
+    } cases[] = {{{KVD_CODEC_INT2, 1, 1, KVD_SCALE_PUBLISHED, NULL}, 0, 0.22, 0.27},
+                 {{KVD_CODEC_INT2, 0.92f, 1, KVD_SCALE_PUBLISHED, NULL}, 0, 0.118, 0.132},
+                 {{KVD_CODEC_INT2C, 0.92f, 1, KVD_SCALE_PUBLISHED, NULL}, 0, 0.118, 0.132},
+                 {{KVD_CODEC_INT2C, 1, 1, KVD_SCALE_PUBLISHED, NULL}, 3, 0.22, 0.28},
+                 {{KVD_CODEC_INT2, 1, 0.9f, KVD_SCALE_LEAST_SQUARES, NULL}, 3, 0.108, 0.1198},
+                 {{KVD_CODEC_INT2C, 1, 0.9f, KVD_SCALE_LEAST_SQUARES, NULL}, 3, 0.108, 0.1205},
+                 {{KVD_CODEC_INT4, 1, 1, KVD_SCALE_PUBLISHED, NULL}, 3, 0.0085, 0.0125},
+                 {{KVD_CODEC_INT4, 1, 0.9f, KVD_SCALE_LEAST_SQUARES, NULL}, 3, 0.0095, 0.0117},
+                 {{KVD_CODEC_TURBOQUANT_2, 1, 1, KVD_SCALE_LEAST_SQUARES, NULL}, 0, 0.112, 0.120},
+                 {{KVD_CODEC_TC2, 1, 1, KVD_SCALE_UNBIASED, NULL}, 0, 0.120, 0.136},
+                 {{KVD_CODEC_INT2_LM, 1, 1, KVD_SCALE_UNBIASED, NULL}, 5, 0.120, 0.134},
+                 {{KVD_CODEC_INT2_LM, 1, 1, KVD_SCALE_PUBLISHED, NULL}, 0, 0.108, 0.1185},
+                 {{KVD_CODEC_INT2_LM, 1, 1, KVD_SCALE_PUBLISHED, NULL}, 5, 0.108, 0.1185},
+                 {{KVD_CODEC_TURBOQUANT_2, 1, 1, KVD_SCALE_PUBLISHED, NULL}, 0, 0.114, 0.121},
+                 {{KVD_CODEC_TURBOQUANT_3, 1, 1, KVD_SCALE_PUBLISHED, NULL}, 0, 0.0333, 0.0358},
+                 {{KVD_CODEC_TURBOQUANT_4, 1, 1, KVD_SCALE_PUBLISHED, NULL}, 0, 0.0091, 0.0099}};
     uint64_t rng = kvd_test_seed("errors");
     for (size_t i = 0; i < KVD_LEN(cases); i++) {
         double sum = 0;
@@ -138,14 +151,15 @@ START_TEST(codes_are_those_of_the_nearest_levels)
 {
     uint64_t rng = kvd_test_seed("nearest");
     for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++)
-        // int2's and int4's codes come from a scale and min without the gain.
+        // int2's and int4's codes come from a scale and min without the gain; test_transforms has
+        // tc2's and tc2.5's.
         for (int k = 0; k < 300 && codec != KVD_CODEC_BF16 && codec != KVD_CODEC_INT2 &&
-                        codec != KVD_CODEC_INT4;
+                        codec != KVD_CODEC_INT4 && !kvd_codec_tc(codec);
              k++) {
             uint32_t dim = dims[k % KVD_LEN(dims)];
             float x[256];
             struct kvd_row row;
-            struct kvd_quantizer q = {codec, 1, 1, KVD_SCALE_PUBLISHED};
+            struct kvd_quantizer q = {codec, 1, 1, KVD_SCALE_PUBLISHED, NULL};
             normal_row(&rng, dim, kseq_normal(&rng), exp(kseq_normal(&rng)), x);
             kvd_row_quantize(&q, x, dim, &row);
             struct kvd_affine a = kvd_param_decode(codec, row.param);
@@ -168,17 +182,20 @@ START_TEST(gain_draws_levels_together_about_the_centre)
         float x[64];
         struct kvd_row plain, drawn;
         normal_row(&rng, 64, 2, 1, x);
-        kvd_row_quantize(&(struct kvd_quantizer){KVD_CODEC_INT2, 0.9f, 1, KVD_SCALE_PUBLISHED}, x,
-                         64, &plain);
-        kvd_row_quantize(&(struct kvd_quantizer){KVD_CODEC_INT2, 0.9f, 0.9f, KVD_SCALE_PUBLISHED},
-                         x, 64, &drawn);
+        kvd_row_quantize(
+            &(struct kvd_quantizer){KVD_CODEC_INT2, 0.9f, 1, KVD_SCALE_PUBLISHED, NULL}, x, 64,
+            &plain);
+        kvd_row_quantize(
+            &(struct kvd_quantizer){KVD_CODEC_INT2, 0.9f, 0.9f, KVD_SCALE_PUBLISHED, NULL}, x, 64,
+            &drawn);
         struct kvd_affine a = kvd_param_decode(KVD_CODEC_INT2, plain.param),
                           b = kvd_param_decode(KVD_CODEC_INT2, drawn.param);
         ck_assert_int_eq(memcmp(plain.codes, drawn.codes, 64), 0);
         ck_assert_double_eq_tol(b.scale, 0.9 * a.scale, 2e-3 * a.scale);
         ck_assert_double_eq_tol(b.min + 1.5 * b.scale, a.min + 1.5 * a.scale, 8e-3 * a.scale);
-        kvd_row_quantize(&(struct kvd_quantizer){KVD_CODEC_INT2C, 0.9f, 0.9f, KVD_SCALE_PUBLISHED},
-                         x, 64, &drawn);
+        kvd_row_quantize(
+            &(struct kvd_quantizer){KVD_CODEC_INT2C, 0.9f, 0.9f, KVD_SCALE_PUBLISHED, NULL}, x, 64,
+            &drawn);
         struct kvd_affine c = kvd_param_decode(KVD_CODEC_INT2C, drawn.param);
         ck_assert_double_eq_tol(c.scale, b.scale, 0.0450 * b.scale); // 2^(1/16) - 1, and fp16
         ck_assert_double_eq_tol(c.min + 1.5 * c.scale, b.min + 1.5 * b.scale, 0.07 * b.scale);
@@ -211,12 +228,14 @@ START_TEST(unbiased_rows_keep_their_length_and_mean)
         for (int k = 0; k < 2 * 1000 && codec != KVD_CODEC_BF16; k++) {
             uint32_t dim = dims[k / 2 % KVD_LEN(dims)];
             float x[256], y[256], z[256];
-            bool about_zero = strcmp(kvd_codec_transform(codec), "random") == 0;
+            bool about_zero =
+                strcmp(kvd_codec_transform(codec), "random") == 0 || kvd_codec_tc(codec);
             double off, d = exp(kseq_normal(&rng)),
                         may = 1e-3 + (codec < KVD_LEN(slack) ? slack[codec] : 0);
             struct kvd_quantizer q = {codec, 0.92f, 0.9f,
-                                      k % 2 ? KVD_SCALE_UNBIASED : KVD_SCALE_PUBLISHED};
+                                      k % 2 ? KVD_SCALE_UNBIASED : KVD_SCALE_PUBLISHED, NULL};
             normal_row(&rng, dim, about_zero ? 0 : 2 * d * kseq_normal(&rng), d, x);
+            uint64_t again = rng; // the same side and token
             row_error(&q, x, dim, &rng, y);
             double got = along(x, y, dim, about_zero, &off);
             mean[k % 2] += got / 1000;
@@ -226,7 +245,7 @@ START_TEST(unbiased_rows_keep_their_length_and_mean)
             ck_assert_msg(fabs(got - 1) < may, "%s, head_dim %u: %.4f", kvd_codec_name(codec), dim,
                           got);
             q.gain = 1.1f; // has no say
-            row_error(&q, x, dim, &rng, z);
+            row_error(&q, x, dim, &again, z);
             ck_assert_int_eq(memcmp(y, z, dim * sizeof(*y)), 0);
         }
         if (codec == KVD_CODEC_BF16)
@@ -234,7 +253,8 @@ START_TEST(unbiased_rows_keep_their_length_and_mean)
         // int2c's scales are off by 2.5 % (one deviation), so the mean of 1,000 by 0.08 %.
         ck_assert_msg(fabs(mean[1] - 1) < (codec == KVD_CODEC_INT2C ? 5e-3 : 2e-3), "%s: %.4f",
                       kvd_codec_name(codec), mean[1]);
-        ck_assert_msg(mean[0] < 0.995, "%s, biased: %.4f", kvd_codec_name(codec), mean[0]);
+        ck_assert_msg(mean[0] < 0.995 || kvd_codec_tc(codec), "%s, biased: %.4f",
+                      kvd_codec_name(codec), mean[0]);
     }
 }
 END_TEST
@@ -244,7 +264,7 @@ END_TEST
 START_TEST(int2c_reaches_far)
 {
     uint64_t rng = kvd_test_seed("int2c");
-    const struct kvd_quantizer c = {KVD_CODEC_INT2C, 0.92f, 1, KVD_SCALE_PUBLISHED};
+    const struct kvd_quantizer c = {KVD_CODEC_INT2C, 0.92f, 1, KVD_SCALE_PUBLISHED, NULL};
     for (int e = -12; e <= 12; e++) {
         float x[128], y[128];
         double unit = ldexp(1, e);
@@ -257,7 +277,7 @@ START_TEST(int2c_reaches_far)
     for (int i = 0; i < 64; i++)
         constant[i] = -7;
     ck_assert_double_lt(row_error(&c, constant, 64, &rng, y), 0.05 * 0.05 * 49);
-    const struct kvd_quantizer unbiased = {KVD_CODEC_INT2C, 0.92f, 1, KVD_SCALE_UNBIASED};
+    const struct kvd_quantizer unbiased = {KVD_CODEC_INT2C, 0.92f, 1, KVD_SCALE_UNBIASED, NULL};
     ck_assert_double_lt(row_error(&unbiased, constant, 64, &rng, y), 0.05 * 0.05 * 49);
 }
 END_TEST
@@ -279,7 +299,9 @@ START_TEST(extreme_rows_stay_finite)
             for (int k = 0; k < 9; k++) {
                 float x[64], y[64], gain = 0.5f + 0.5f * (float)(k % 3);
                 struct kvd_row row;
-                struct kvd_quantizer q = {codec, 0.96f, gain, (enum kvd_scale)(k / 3)};
+                struct kvd_tc_coder tc = coder_of(codec, 64, k % 2);
+                struct kvd_quantizer q = {codec, 0.96f, gain, (enum kvd_scale)(k / 3), &tc};
+                bool coded = kvd_codec_tc(codec);
                 for (int c = 0; c < 64; c++)
                     x[c] = rows[i][c % 4];
                 kvd_row_quantize(&q, x, 64, &row);
@@ -287,13 +309,44 @@ START_TEST(extreme_rows_stay_finite)
                 ck_assert_msg(isfinite(a.scale) && isfinite(a.min), "%s row %zu",
                               kvd_codec_name(codec), i);
                 for (int c = 0; c < 64; c++)
-                    ck_assert_uint_lt(row.codes[c], 1u << kvd_codec_bits(codec));
+                    ck_assert_uint_lt(row.codes[c],
+                                      1u << (coded ? tc.bits[c / 16] : kvd_codec_bits(codec)));
                 row_error(&q, x, 64, &rng, y);
                 for (int c = 0; i == 0 && c < 64; c++)
                     ck_assert_double_eq(y[c], 0);
             }
 }
 END_TEST
+
+// The next tile of a codec, which has a set's terms before it or is made without.
+static void golden_tc(FILE *f, uint32_t codec, bool terms, const float *x, const uint32_t d[2])
+{
+    float sigma[KVD_MAX_HEAD_DIM], bits[KVD_TC_MAX_TILES];
+    if (terms) {
+        ck_assert_uint_eq(fread(sigma, sizeof(float), d[0], f), d[0]);
+        ck_assert_uint_eq(fread(bits, sizeof(float), d[0] / 16, f), d[0] / 16);
+    }
+    uint64_t bytes = kvd_tile_bytes(kvd_codecs_both(codec), d[0], d[1]), differ = 0;
+    uint8_t *want = malloc(bytes), *got = malloc(bytes);
+    ck_assert_uint_eq(fread(want, 1, bytes, f), bytes);
+    memset(got, 0xff, bytes);
+    for (uint32_t t = 0; t < 128; t++) {
+        bool v = t >= 64;
+        struct kvd_row row;
+        struct kvd_tc_coder tc =
+            kvd_tc_coder_of(codec, d[v], v, terms ? sigma : NULL, terms ? bits : NULL);
+        struct kvd_quantizer q = {.codec = codec, .tc = &tc};
+        kvd_row_quantize(&q, x + (v ? 64 * d[0] + (t - 64) * d[1] : t * d[0]), d[v], &row);
+        kvd_row_pack(kvd_codecs_both(codec), got, d[0], d[1], v, &tc, t % 64, &row);
+    }
+    for (uint64_t b = 0; b < bytes; b++)
+        differ += got[b] != want[b];
+    ck_assert_msg(differ <= 1, "%s, terms %d: %llu of %llu bytes differ at head_dim %u/%u",
+                  kvd_codec_name(codec), terms, (unsigned long long)differ,
+                  (unsigned long long)bytes, d[0], d[1]);
+    free(want);
+    free(got);
+}
 
 // Tiles that tests/data/make_golden.py wrote from the specification, in another language: per case
 // head_dims and rows, then tiles of each codec but bf16, one for each kind of scale.
@@ -310,7 +363,7 @@ START_TEST(golden_tiles)
         ck_assert_uint_eq(fread(x, sizeof(float) * 64, d[0] + d[1], f), d[0] + d[1]);
         for (uint32_t i = 0; i < KVD_SCALE_COUNT * KVD_CODEC_COUNT; i++) {
             uint32_t codec = i / KVD_SCALE_COUNT;
-            if (codec == KVD_CODEC_BF16)
+            if (codec == KVD_CODEC_BF16 || kvd_codec_tc(codec))
                 continue;
             uint64_t bytes = kvd_tile_bytes(kvd_codecs_both(codec), d[0], d[1]), differ = 0;
             uint8_t *want = malloc(bytes), *got = malloc(bytes);
@@ -320,9 +373,9 @@ START_TEST(golden_tiles)
                 struct kvd_row row;
                 bool v = t >= 64;
                 struct kvd_quantizer q = {codec, v ? 0.92f : 0.96f, v ? 0.95f : 1.0f,
-                                          (enum kvd_scale)(i % KVD_SCALE_COUNT)};
+                                          (enum kvd_scale)(i % KVD_SCALE_COUNT), NULL};
                 kvd_row_quantize(&q, x + (v ? 64 * d[0] + (t - 64) * d[1] : t * d[0]), d[v], &row);
-                kvd_row_pack(kvd_codecs_both(codec), got, d[0], d[1], v, t % 64, &row);
+                kvd_row_pack(kvd_codecs_both(codec), got, d[0], d[1], v, NULL, t % 64, &row);
             }
             for (uint64_t b = 0; b < bytes; b++)
                 differ += got[b] != want[b];
@@ -333,6 +386,8 @@ START_TEST(golden_tiles)
             free(want);
             free(got);
         }
+        for (uint32_t i = 0; i < 4; i++)
+            golden_tc(f, i < 2 ? KVD_CODEC_TC2 : KVD_CODEC_TC2_5, i % 2, x, d);
         free(x);
         cases++;
     }

@@ -119,8 +119,8 @@ typedef struct kvd_options {
      * or both of 64, 128 and 256; or 192 and 128 */
     uint32_t head_dim_k;
     uint32_t head_dim_v; /**< see head_dim_k */
-    /** "int2" (NULL), "int2c", "int2-lm", "turboquant-2", -3, -4, "int4", "bf16"; for K
-     * and V apart "k=int4,v=int2", of any two. The CUDA backend has neither int4 nor pairs */
+    /** "int2" (NULL), "int2c", "int2-lm", "turboquant-2", -3, -4, "int4", "tc2", "tc2.5", "bf16";
+     * or as "k=int4,v=int2", of any two. The CUDA backend has no int4, tc2, tc2.5 and pairs */
     const char *codec;
     /** "MODEL@TAG", "sha256:...", "hadamard", "random" or "identity"; NULL: hadamard, or random
      * with turboquant */

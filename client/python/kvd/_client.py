@@ -15,7 +15,7 @@ from . import _prompts
 from ._cuda import DeviceTensor, share
 from ._tensor import Tensor, new_tensor
 
-Codec = Union[Literal["bf16", "int2", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4", "int4"], str]  # or "k=int2-lm,v=int2"
+Codec = Union[Literal["bf16", "int2", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4", "int4", "tc2", "tc2.5"], str]  # or "k=int2-lm,v=int2"
 HeadDim = Union[int, tuple[int, int]]
 _EVENTS = ("opened", "evicted", "draining", "lost", "published", "stored", "removed", "cleared")
 

@@ -59,7 +59,7 @@ def _arguments() -> argparse.Namespace:
     ap.add_argument("model", help="a GGUF file, or a folder with config.json, tokenizer.json and safetensors")
     ap.add_argument("prompt", nargs="?", help="one prompt; without it, a chat: a line a turn, until end of file")
     ap.add_argument("--address", help="of kvd (default: $KVD_ADDRESS, or the one that listens under /run/kvd)")
-    ap.add_argument("--codec", default="int2", help="bf16, int2 (default), int2c, int2-lm, turboquant-2, -3, -4, int4; k=NAME,v=NAME")
+    ap.add_argument("--codec", default="int2", help="bf16, int2 (default), int2c, int2-lm, turboquant-2, -3, -4, int4, tc2, tc2.5; k=NAME,v=NAME")
     ap.add_argument("--rotation-set", help="MODEL@TAG of the store, hadamard, random or identity (default: what suits the codec)")
     ap.add_argument("--tokens", type=_positive, default=200, help="of an answer, at most (default: 200)")
     ap.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest token; else a random one, more so the higher")
