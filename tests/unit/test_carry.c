@@ -1,4 +1,5 @@
 // Blocks on their way to other places, and back.
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -356,6 +357,144 @@ START_TEST(a_damaged_index_is_dropped_or_harmless)
 }
 END_TEST
 
-KVD_MAIN("carry", 60, blocks_outlive_the_process, a_damaged_index_is_dropped_or_harmless,
-         a_namespace_is_cleared_in_pieces, new_blocks_are_carried_away_and_brought_back,
-         blocks_come_back_to_planes_with_windows)
+// -- killed anywhere ----------------------------------------------------------------------------
+
+void (*kvd_pool_kill_point)(void);
+
+enum { PROMPTS = 6, LOOKS_AT_ONE_OF = 7, MOST_EVICTED = 4 };
+
+// What the index had before the operation that is under way.
+struct had {
+    struct kvd_prefix_key key;
+    uint32_t value;
+};
+static struct {
+    struct fixture *f;
+    struct had had[512];
+    uint32_t n, points, looks;
+    bool publishes; // so that there may be others
+} at;
+
+static bool take_had(void *ctx, const struct kvd_prefix_entry_info *e, uint32_t layout,
+                     uint32_t entry, bool end)
+{
+    (void)ctx;
+    (void)layout;
+    (void)entry;
+    (void)end;
+    ck_assert_uint_lt(at.n, KVD_LEN(at.had));
+    at.had[at.n++] = (struct had){e->key, e->value};
+    return true;
+}
+
+// Each block is one that was there, with the same page or none any more, or is being published.
+static bool check_had(void *ctx, const struct kvd_prefix_entry_info *e, uint32_t layout,
+                      uint32_t entry, bool end)
+{
+    (void)ctx;
+    (void)layout;
+    (void)entry;
+    ck_assert(!end);
+    for (uint32_t i = 0; i < at.n; i++)
+        if (!memcmp(&at.had[i].key, &e->key, sizeof(e->key)) &&
+            (e->value == at.had[i].value || e->value == KVD_POOL_NONE))
+            return true;
+    ck_assert(at.publishes);
+    return true;
+}
+
+static int copy_of(int fd)
+{
+    struct stat st;
+    int copy = memfd_create("copy", MFD_CLOEXEC);
+    ck_assert_int_eq(fstat(fd, &st), 0);
+    ck_assert_int_eq(ftruncate(copy, st.st_size), 0);
+    for (off_t from = 0, to; (from = lseek(fd, from, SEEK_DATA)) >= 0; from = to) {
+        static uint8_t bytes[1 << 20];
+        to = KVD_MIN(lseek(fd, from, SEEK_HOLE), from + (off_t)sizeof(bytes));
+        ck_assert_int_eq(pread(fd, bytes, (size_t)(to - from), from), to - from);
+        ck_assert_int_eq(pwrite(copy, bytes, (size_t)(to - from), from), to - from);
+    }
+    return copy;
+}
+
+// The process ends here: opens what it leaves.
+static void look(void)
+{
+    struct test_mem mem = {0};
+    struct kvd_pool_mem_ops ops = lasting_ops(&mem);
+    struct kvd_error err = {0};
+    struct kvd_blocks_info info;
+    int region, index = -1, own = index_fd[0];
+    if (at.points++ % LOOKS_AT_ONE_OF)
+        return;
+    region = copy_of(kvd_pool_fd(at.f->pool));
+    if (own >= 0)
+        index = copy_of(own);
+    index_fd[0] = index;
+    void (*again)(void) = KVD_TAKE(kvd_pool_kill_point);
+    struct kvd_pool *opened = kvd_pool_open(region, &lasting, &ops, &err);
+    ck_assert_msg(opened != NULL, "%s", err.text);
+    ck_assert_msg(kvd_pool_verify(opened, &err) == 0, "%s", err.text);
+    kvd_blocks_each(opened, 0, 0, UINT32_MAX, check_had, NULL);
+    kvd_blocks_info(opened, 0, &info);
+    ck_assert_uint_ge(info.blocks + MOST_EVICTED, at.n); // it was not dropped
+    kvd_pool_leave(&opened);
+    kvd_pool_kill_point = again;
+    if (index_fd[0] >= 0)
+        close(index_fd[0]);
+    index_fd[0] = own;
+    close(region);
+    at.looks++;
+}
+
+static void operate(struct fixture *f, uint64_t *rng)
+{
+    struct kvd_pool_evicted sum;
+    struct kvd_blocks_match m;
+    uint64_t seq;
+    uint8_t labels[40] = {(uint8_t)(kvd_rand(rng) >> 40) % PROMPTS + 1, 2, 3, 4};
+    keys_of(&f->space, labels, 40, f->keys);
+    m = match(f, 40);
+    at.publishes = kvd_rand(rng) >> 63;
+    if (at.publishes) {
+        seq = sequence_of(f, 400);
+        publish(f, seq, 40, kvd_rand(rng) >> 63);
+        ck_assert_int_eq(grow(f->pool, seq, 100 + (uint32_t)(kvd_rand(rng) >> 56), &f->err), 0);
+        publish(f, seq, 40, false);
+        kvd_pool_seq_release(f->pool, seq);
+    } else if (m.at.blocks && kvd_rand(rng) >> 63) {
+        ck_assert_int_eq(kvd_blocks_adopt(f->pool, &m.at, m.at.blocks, &seq, &f->err), 0);
+        ck_assert_int_eq(grow(f->pool, seq, 200, &f->err), 0);
+        kvd_pool_seq_release(f->pool, seq);
+    } else {
+        kvd_pool_evict(f->pool, f->ns, 0, 1 + (uint32_t)(kvd_rand(rng) >> 62) % MOST_EVICTED, &sum);
+    }
+}
+
+START_TEST(killed_anywhere_an_index_names_only_its_pages)
+{
+    struct fixture f;
+    struct kvd_blocks_space spaces[2];
+    uint64_t rng = kvd_test_seed("killed_anywhere");
+    setup_lasting(&f, spaces);
+    f.space = spaces[0];
+    f.layout = spaces[0].layout;
+    at.f = &f;
+    for (uint32_t i = 0; i < 60; i++) {
+        at.n = 0;
+        kvd_blocks_each(f.pool, f.ns, 0, UINT32_MAX, take_had, NULL);
+        kvd_pool_kill_point = look;
+        operate(&f, &rng);
+        kvd_pool_kill_point = NULL;
+        verify(f.pool);
+    }
+    printf("%u points, %u of them opened\n", at.points, at.looks);
+    ck_assert_uint_gt(at.looks, 100);
+    kvd_pool_free(&f.pool);
+}
+END_TEST
+
+KVD_MAIN("carry", 60, killed_anywhere_an_index_names_only_its_pages, blocks_outlive_the_process,
+         a_damaged_index_is_dropped_or_harmless, a_namespace_is_cleared_in_pieces,
+         new_blocks_are_carried_away_and_brought_back, blocks_come_back_to_planes_with_windows)
