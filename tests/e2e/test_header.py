@@ -12,7 +12,7 @@ XML = BUILD / "client/xml"
 pytestmark = pytest.mark.skipif(not XML.exists(), reason="there is no doxygen")
 
 # Words of which a number's name or text has one: what it counts.
-UNIT = re.compile(r"\b(bytes|tokens?|milliseconds|how many|ids?|number|position|heads?|layers?|elements|sessions|sizeof|sequences|blocks|seconds)\b")
+UNIT = re.compile(r"\b(bytes|tokens?|milliseconds|how many|ids?|number|position|heads?|layers?|elements|sessions|sizeof|sequences|blocks|pages|seconds)\b")
 FREED = re.compile(r"\b(freed|closed) by kvd_\w+|becomes NULL")
 
 
