@@ -92,6 +92,18 @@ void copy_tokens(void *to, const uint16_t *from, const struct activations *a, ui
                n * row);
 }
 
+// Several sums side by side: one would have each addition wait for the one before it.
+static double dot(const uint16_t *x, const uint16_t *y)
+{
+    double sums[8] = {0}, all = 0;
+    for (int c = 0; c < DIM; c += 8)
+        for (int i = 0; i < 8; i++)
+            sums[i] += (double)widen(x[c + i]) * widen(y[c + i]);
+    for (int i = 0; i < 8; i++)
+        all += sums[i];
+    return all;
+}
+
 // Exact attention of query position `pos` on the original values.
 static void exact(const struct activations *a, uint32_t l, uint32_t pos, uint32_t h, double *o)
 {
@@ -100,10 +112,7 @@ static void exact(const struct activations *a, uint32_t l, uint32_t pos, uint32_
     double *p = malloc(sizeof(double) * (pos + 1)), top = -1e300, sum = 0;
     for (uint32_t t = 0; t <= pos; t++) {
         const uint16_t *k = a->k + (((size_t)l * a->tokens + t) * a->kv_heads + kv) * DIM;
-        p[t] = 0;
-        for (int c = 0; c < DIM; c++)
-            p[t] += (double)widen(q[c]) * widen(k[c]);
-        p[t] /= sqrt(DIM);
+        p[t] = dot(q, k) / sqrt(DIM);
         top = p[t] > top ? p[t] : top;
     }
     memset(o, 0, sizeof(double) * DIM);
