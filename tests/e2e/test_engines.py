@@ -293,3 +293,12 @@ def test_loads_do_not_wait_for_stores_and_stores_that_wait_are_given_up():
     t.wait([6, 7])
     assert [(d.job, d.ok) for d in t.finished()] == [(6, False), (7, False)]
     t.close()
+
+
+def test_lookups_keep_to_what_one_call_may_ask():
+    k = keys(5000)
+    pages = Pages({x: EXACT for x in k[:4500]})
+    store = PageStore(lambda: pages)
+    assert [f.pages for f in store.lookup([k[:2]] * 300, 0)] == [2] * 300
+    assert [f.pages for f in store.lookup([k] * 17, 0)] == [4096] * 17  # of a longer request the first pages
+    assert pages.calls == [("lookup", 256), ("lookup", 44), ("lookup", 16), ("lookup", 1)]

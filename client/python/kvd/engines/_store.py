@@ -4,7 +4,7 @@ from __future__ import annotations
 import collections
 import logging
 import threading
-from typing import Any, Callable, NamedTuple, Optional, Sequence, TypeVar
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence, TypeVar
 
 from .. import _library as lib
 from ._breaker import Breaker
@@ -13,7 +13,7 @@ from ._space import Refused
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _AWAY = (lib.TimeoutError, lib.UnavailableError, lib.LostError, lib.InternalError, OSError)  # kvd did not answer; other errors are answers
-_LOOKUP_KEYS = 4096  # of a request in one call
+_LOOKUP_KEYS, _LOOKUP_REQUESTS, _LOOKUP_ALL = 4096, 256, 65536  # of a request, of a call, and keys of a call
 
 
 class Counters:
@@ -83,15 +83,22 @@ class PageStore:
         return result
 
     def lookup(self, requests: Sequence[Sequence[bytes]], lease: float) -> Optional[list[Any]]:
-        """What `kvd.Pages.lookup` says of each, or None. lease: seconds."""
-        return self._call("a lookup", lambda p: p.lookup([list(keys[:_LOOKUP_KEYS]) for keys in requests], lease_ms=int(lease * 1000)))
+        """What `kvd.Pages.lookup` says of each, or None. lease: seconds. Of long requests the first keys alone."""
+        found: list[Any] = []
+        for some in _calls(requests):
+            answer = self._call("a lookup", lambda p, some=some: p.lookup(some, lease_ms=int(lease * 1000)))
+            if answer is None:
+                self.release([f.lease for f in found if f.lease])
+                return None
+            found += answer
+        return found
 
     def put(self, keys: Sequence[bytes], source: Any, after: Optional[bytes], exact: bytes) -> Optional[bytes]:
         return self._call("a put", lambda p: p.put(list(keys), source, after=after, exact=exact if any(exact) else None))
 
-    def get(self, lease: int, keys: Sequence[bytes], target: Any) -> Optional[bytes]:
-        """None: nothing that could be trusted has been written."""
-        return self._call("a get", lambda p: p.get(lease or None, list(keys), target))
+    def get(self, keys: Sequence[bytes], target: Any) -> Optional[bytes]:
+        """None: what has been written can't be trusted."""
+        return self._call("a get", lambda p: p.get(list(keys), target))
 
     def release(self, leases: Sequence[int]) -> None:
         if leases:
@@ -105,6 +112,18 @@ class PageStore:
                 pages.close()
             except (lib.Error, OSError) as e:
                 logger.info("kvd: closing: %s", e)
+
+
+def _calls(requests: Sequence[Sequence[bytes]]) -> Iterator[list[list[bytes]]]:
+    some: list[list[bytes]] = []
+    for keys in requests:
+        first = list(keys[:_LOOKUP_KEYS])
+        if len(some) == _LOOKUP_REQUESTS or sum(map(len, some)) + len(first) > _LOOKUP_ALL:
+            yield some
+            some = []
+        some.append(first)
+    if some:
+        yield some
 
 
 class Held(NamedTuple):
