@@ -29,6 +29,16 @@ def pairs(words):
     return [w.split("=", 1) for w in words]
 
 
+def metadata_of(path):
+    raw = pathlib.Path(path).read_bytes()
+    return json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
+
+
+def of_transforms(codec):
+    """Whether its scales are no choice."""
+    return codec.startswith("tc")
+
+
 def with_scales(source, to, scales):
     """A copy of a rotation set with other scales (calib/README.md)."""
     raw = pathlib.Path(source).read_bytes()
@@ -75,8 +85,8 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("model")
     ap.add_argument("--text", nargs="+", required=True, metavar="KIND=FILE", help="recall's filler is from the first")
-    ap.add_argument("--sets", nargs="*", default=[], metavar="NAME=FILE", help="rotation sets besides hadamard and identity")
-    ap.add_argument("--codecs", default="int2,int2c,int2-lm,turboquant-2,turboquant-3,turboquant-4")
+    ap.add_argument("--sets", nargs="*", default=[], metavar="NAME=FILE", help="sets besides hadamard and identity")
+    ap.add_argument("--codecs", default="int2,int2c,int2-lm,turboquant-2,turboquant-3,turboquant-4,tc2,tc2.5")
     ap.add_argument("--scales", nargs="*", default=[], metavar="K,V",
                     help="published, least-squares or unbiased: every set with each of these, not with its own")
     ap.add_argument("--tokens", type=int, default=4096, help="of each text; 0: no perplexity")
@@ -126,7 +136,7 @@ def sets_of(args, work, model):
     kvctl = [f"{args.build}/client/kvctl", "--store", work / "store", "calib"]
 
     def publish(name, of, rotation, path):
-        for i, scales in enumerate(args.scales or [None]):
+        for i, scales in enumerate((not any(of_transforms(c) for c in of) and args.scales) or [None]):
             if scales:
                 with_scales(path, work / "scaled", scales)
             tag = f"model@{name}-{i}"
@@ -141,7 +151,8 @@ def sets_of(args, work, model):
     built_in("identity", "int2")
     built_in("hadamard", "int2")
     for name, path in pairs(args.sets):
-        publish(name, ("int2", "int2c", "int2-lm"), name, path)
+        own = metadata_of(path).get("codec")  # a set of transforms is for one
+        publish(name, (own,) if own else ("int2", "int2c", "int2-lm"), name, path)
     built_in("random", "turboquant-2", "turboquant-3", "turboquant-4")
     return kinds
 

@@ -8,9 +8,11 @@ import numpy as np
 
 CHUNK, PAGE, RING_SLACK = 16, 64, 64
 CODECS = ("bf16", "int2", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4")
+CPU_CODECS = ("tc2", "tc2.5")  # that the CUDA backend has not
 # Relative error of normal rows: of many together, at least and at most, and of any single one. That of another row is 1.4.
 ERRORS = {"bf16": (0, 0, 0), "int2": (0.25, 0.62, 1.05), "int2c": (0.25, 0.66, 1.05), "int2-lm": (0.2, 0.45, 0.8),
-          "turboquant-2": (0.2, 0.45, 0.8), "turboquant-3": (0.1, 0.27, 0.5), "turboquant-4": (0.05, 0.16, 0.3)}
+          "turboquant-2": (0.2, 0.45, 0.8), "turboquant-3": (0.1, 0.27, 0.5), "turboquant-4": (0.05, 0.16, 0.3),
+          "tc2": (0.2, 0.47, 0.85), "tc2.5": (0.15, 0.47, 0.85)}
 
 
 def bf16(x):
@@ -47,13 +49,14 @@ class Layout:
         return hist_end if length <= keep else max(hist_end, self.sink + (length - keep) // CHUNK * CHUNK)
 
 
-def random_layout(rng):
+def random_layout(rng, on_gpu):
+    codecs = CODECS if on_gpu else CODECS + CPU_CODECS
     while True:
         dims = [int(rng.choice([64, 64, 128, 128, 256])) for _ in range(2)]
         if rng.random() < 0.3:
             dims = [(80,), (96,), (112,), (192,), (192, 128)][int(rng.integers(5))]
         g = Layout(layers=int(rng.integers(1, 4)), kv_heads=int(rng.integers(1, 5)), group=int(rng.integers(1, 13)),
-                     dims=list(dims) if len(dims) == 2 and rng.random() < 0.3 else [dims[0]] * 2, codec=str(rng.choice(CODECS)),
+                     dims=list(dims) if len(dims) == 2 and rng.random() < 0.3 else [dims[0]] * 2, codec=str(rng.choice(codecs)),
                      sink=int(rng.choice([0, 16, 32, 64, 80, 144])), recent=int(rng.choice([0, 0, 16, 48, 64, 112, 256])),
                      rotation_set=str(rng.choice(["", "hadamard", "random", "identity"])))
         if g.layers * g.kv_heads * sum(g.dims) <= 1536 and g.q_heads * max(g.dims) <= 4096:

@@ -73,7 +73,7 @@ class Scenario:
         self.kv, self.address, self.places, self.seed, self.without = kv, address, places, seed, without
         self.direct_mode, self.errors = direct, errors or CPU_ERRORS
         self.rng = np.random.default_rng([seed])
-        self.g = random_layout(self.rng)
+        self.g = random_layout(self.rng, self.errors is GPU_ERRORS)
         self.operations = int(self.rng.integers(10, 30))
         self.n_sessions = int(self.rng.choice([1, 2, 2, 3, 3]))
         self.sessions, self.sequences, self.log = [], [], []
