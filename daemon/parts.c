@@ -14,6 +14,7 @@
 #include "daemon/rpc/users.h"
 #include "daemon/sched/exec.h"
 #include "daemon/sched/fences.h"
+#include "daemon/sched/page_counts.h"
 #include "daemon/sched/work.h"
 #include "daemon/service/claims.h"
 #include "daemon/service/demote.h"
@@ -24,6 +25,7 @@
 #include "daemon/service/prompts.h"
 #include "daemon/service/restore.h"
 #include "daemon/service/rotations.h"
+#include "daemon/service/steps.h"
 #include "daemon/session/buffer.h"
 #include "daemon/session/fdsock.h"
 #include "daemon/session/leases.h"
@@ -50,6 +52,7 @@ const struct kvd_part *const kvd_parts[] = {
     &kvd_part_scrub,     // checksums of blocks
     &kvd_part_fences,    // GPU streams of workers
     &kvd_part_works,     // calls, and their line
+    &kvd_part_page_counts, // of those of pages
     &kvd_part_exec,      // the executor
     &kvd_part_demotion,  // new blocks to tiers
     &kvd_part_restores,  // and back
@@ -59,6 +62,7 @@ const struct kvd_part *const kvd_parts[] = {
     &kvd_part_rotations, // rotation sets, and their downloads
     &kvd_part_events,    // Watch
     &kvd_part_claims,    // of prompts that somebody computes
+    &kvd_part_steps,     // calls that are done step by step
     &kvd_part_prompts,   // prefixes
     &kvd_part_health,    // grpc.health.v1
     &kvd_part_evict,     // evictions by operators

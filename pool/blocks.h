@@ -156,6 +156,37 @@ int kvd_blocks_behind(struct kvd_pool *pool, const struct kvd_blocks_space *spac
 int kvd_blocks_bring_back(struct kvd_pool *pool, struct kvd_blocks_load *load,
                           struct kvd_blocks_at *at, struct kvd_error *err);
 
+// -- pages (flat.c): blocks under keys that are not chained ---------------------------------------
+//
+// An engine that keeps KV of its own puts single blocks under keys of its own, and gets them back:
+// any of them, without those before it. Which block was put behind which only tells eviction what
+// is a leaf. Layouts have neither sinks nor windows, so that each block is sealed at once.
+
+// The entries of n <= KVD_BLOCKS_MAX keys, KVD_PREFIX_NONE where there is none; with `use` those
+// that are there count as used.
+void kvd_blocks_find_pages(struct kvd_pool *pool, const struct kvd_blocks_space *space, bool use,
+                           const struct kvd_prefix_key *keys, uint32_t n, uint32_t *entries);
+// Holds entries until they are released, and leaves in the list those that were held, as they keep
+// the others; *held: how many. All or none. KVD_E_LIMIT.
+int kvd_blocks_hold_pages(struct kvd_pool *pool, uint32_t ns, uint32_t *entries, uint32_t n,
+                          uint32_t *held, struct kvd_error *err);
+void kvd_blocks_release_pages(struct kvd_pool *pool, uint32_t ns, const uint32_t *entries,
+                              uint32_t held);
+// A new sequence of the pages of n entries in that order, with one holder. Nothing is copied.
+// KVD_E_LIMIT: as kvd_pool_seq_new; -ENOMEM.
+int kvd_blocks_adopt_pages(struct kvd_pool *pool, const struct kvd_blocks_space *space,
+                           const uint32_t *entries, uint32_t n, uint64_t *seq,
+                           struct kvd_error *err);
+// Gives keys to the first n <= KVD_BLOCKS_MAX blocks of a sequence, each behind the one before it
+// and the first behind the page `after` (NULL: none), if that is there. What is there already stays
+// as it is. *stored: those that were not, where the index is not full of what is in use.
+// KVD_E_NOT_FOUND; KVD_E_PRECONDITION (another namespace or layout, or fewer blocks);
+// KVD_E_UNSUPPORTED (a sink or a window); KVD_E_LIMIT (domains); -ENOMEM.
+int kvd_blocks_publish_pages(struct kvd_pool *pool, const struct kvd_blocks_space *space,
+                             uint64_t seq, const struct kvd_prefix_key *keys, uint32_t n,
+                             const struct kvd_prefix_key *after, uint32_t *stored,
+                             struct kvd_error *err);
+
 struct kvd_blocks_info {
     uint64_t blocks, capacity, domains;
     uint64_t bytes;    // of pages, those that sequences have too included

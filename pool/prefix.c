@@ -317,6 +317,18 @@ void kvd_prefix_match(struct kvd_prefix *ix, struct kvd_prefix_query *queries, u
     }
 }
 
+void kvd_prefix_use(struct kvd_prefix *ix, const uint32_t *entries, uint32_t n)
+{
+    reuse_advance(ix, 0);
+    for (uint32_t i = 0; i < n; i++) {
+        if (entries[i] == KVD_PREFIX_NONE)
+            continue;
+        take_down(ix, entries[i]);
+        reuse_again(ix, &ix->entry[entries[i]]);
+        put_up(ix, entries[i]);
+    }
+}
+
 int kvd_prefix_insert(struct kvd_prefix *ix, uint32_t domain, uint32_t parent,
                       const struct kvd_prefix_key *keys, const uint32_t *values, uint32_t n,
                       uint32_t *at, uint32_t *done, struct kvd_error *err)

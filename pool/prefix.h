@@ -44,7 +44,12 @@ int kvd_prefix_keys_of_blocks(const uint8_t domain[KVD_PREFIX_DOMAIN_BYTES],
                               const struct kvd_prefix_key *before, const uint8_t *block_keys,
                               uint32_t key_bytes, uint32_t n, struct kvd_prefix_key *out,
                               struct kvd_error *err);
-// The same from n * KVD_PAGE_TOKENS tokens. Never equal to one of kvd_prefix_keys_of_blocks.
+// Keys that are not chained: each of its own caller's key alone. Never equal to the others'. The
+// same errors.
+int kvd_prefix_keys_of_pages(const uint8_t domain[KVD_PREFIX_DOMAIN_BYTES],
+                             const uint8_t *page_keys, uint32_t key_bytes, uint32_t n,
+                             struct kvd_prefix_key *out, struct kvd_error *err);
+// The same as the first from n * KVD_PAGE_TOKENS tokens. Never equal to one of kvd_prefix_keys_of_blocks.
 int kvd_prefix_keys_of_tokens(const uint8_t domain[KVD_PREFIX_DOMAIN_BYTES],
                               const struct kvd_prefix_key *before, const uint32_t *tokens,
                               uint32_t n, struct kvd_prefix_key *out, struct kvd_error *err);
@@ -111,6 +116,9 @@ void kvd_prefix_peek(const struct kvd_prefix *ix, struct kvd_prefix_query *queri
 int kvd_prefix_insert(struct kvd_prefix *ix, uint32_t domain, uint32_t parent,
                       const struct kvd_prefix_key *keys, const uint32_t *values, uint32_t n,
                       uint32_t *at, uint32_t *done, struct kvd_error *err);
+
+// Counts entries as used; KVD_PREFIX_NONE among them are passed over.
+void kvd_prefix_use(struct kvd_prefix *ix, const uint32_t *entries, uint32_t n);
 
 // Gives a block another value.
 void kvd_prefix_set(struct kvd_prefix *ix, uint32_t entry, uint32_t value);

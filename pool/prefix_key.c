@@ -51,9 +51,11 @@ int kvd_prefix_domain_digest(const char *ns, const uint8_t layout_digest[32], co
     return rc;
 }
 
-static int chain(const char kind[16], const uint8_t domain[KVD_PREFIX_DOMAIN_BYTES],
-                 const struct kvd_prefix_key *before, const uint8_t *blocks, size_t block_bytes,
-                 uint32_t n, struct kvd_prefix_key *out, struct kvd_error *err)
+// Each key has the one before it in it, if they are chained.
+static int hash_blocks(const char kind[16], const uint8_t domain[KVD_PREFIX_DOMAIN_BYTES],
+                       const struct kvd_prefix_key *before, bool chained, const uint8_t *blocks,
+                       size_t block_bytes, uint32_t n, struct kvd_prefix_key *out,
+                       struct kvd_error *err)
 {
     uint8_t head[16 + KVD_PREFIX_DOMAIN_BYTES + 1 + sizeof(struct kvd_prefix_key)] = {0};
     uint8_t digest[32], *first = head + 16 + KVD_PREFIX_DOMAIN_BYTES, *key = first + 1;
@@ -68,6 +70,8 @@ static int chain(const char kind[16], const uint8_t domain[KVD_PREFIX_DOMAIN_BYT
         const struct part parts[] = {{head, sizeof(head)}, {blocks + i * block_bytes, block_bytes}};
         rc = hash(c, parts, KVD_LEN(parts), digest, err);
         memcpy(&out[i], digest, sizeof(out[i]));
+        if (!chained)
+            continue;
         memcpy(key, digest, sizeof(out[i]));
         *first = 0;
     }
@@ -75,16 +79,32 @@ static int chain(const char kind[16], const uint8_t domain[KVD_PREFIX_DOMAIN_BYT
     return rc;
 }
 
+static int check_key_bytes(uint32_t key_bytes, struct kvd_error *err)
+{
+    if (key_bytes >= KVD_MIN_BLOCK_KEY && key_bytes <= KVD_MAX_BLOCK_KEY)
+        return KVD_OK;
+    return kvd_fail(err, KVD_E_INVALID, "block keys of %u bytes: %d to %d are possible", key_bytes,
+                    KVD_MIN_BLOCK_KEY, KVD_MAX_BLOCK_KEY);
+}
+
 int kvd_prefix_keys_of_blocks(const uint8_t domain[KVD_PREFIX_DOMAIN_BYTES],
                               const struct kvd_prefix_key *before, const uint8_t *block_keys,
                               uint32_t key_bytes, uint32_t n, struct kvd_prefix_key *out,
                               struct kvd_error *err)
 {
-    if (key_bytes < KVD_MIN_BLOCK_KEY || key_bytes > KVD_MAX_BLOCK_KEY)
-        return kvd_fail(err, KVD_E_INVALID, "block keys of %u bytes: %d to %d are possible",
-                        key_bytes, KVD_MIN_BLOCK_KEY, KVD_MAX_BLOCK_KEY);
+    int rc = check_key_bytes(key_bytes, err);
     static const char kind[16] = "kvd block key 1";
-    return chain(kind, domain, before, block_keys, key_bytes, n, out, err);
+    return rc ? rc
+              : hash_blocks(kind, domain, before, true, block_keys, key_bytes, n, out, err);
+}
+
+int kvd_prefix_keys_of_pages(const uint8_t domain[KVD_PREFIX_DOMAIN_BYTES],
+                             const uint8_t *page_keys, uint32_t key_bytes, uint32_t n,
+                             struct kvd_prefix_key *out, struct kvd_error *err)
+{
+    int rc = check_key_bytes(key_bytes, err);
+    static const char kind[16] = "kvd page key 1";
+    return rc ? rc : hash_blocks(kind, domain, NULL, false, page_keys, key_bytes, n, out, err);
 }
 
 int kvd_prefix_keys_of_tokens(const uint8_t domain[KVD_PREFIX_DOMAIN_BYTES],
@@ -93,6 +113,6 @@ int kvd_prefix_keys_of_tokens(const uint8_t domain[KVD_PREFIX_DOMAIN_BYTES],
 {
     _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "tokens are hashed as they lie");
     static const char kind[16] = "kvd tokens 1";
-    return chain(kind, domain, before, (const uint8_t *)tokens, KVD_PAGE_TOKENS * sizeof(*tokens),
-                 n, out, err);
+    return hash_blocks(kind, domain, before, true, (const uint8_t *)tokens,
+                       KVD_PAGE_TOKENS * sizeof(*tokens), n, out, err);
 }

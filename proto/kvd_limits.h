@@ -35,6 +35,7 @@ enum {
     KVD_MIN_BLOCK_KEY = 16, // bytes of a caller's own key of a block
     KVD_MAX_BLOCK_KEY = 40,
     KVD_BLOCK_KEY = 24, // bytes of kvd's
+    KVD_MAX_CALL_PAGES = 512, // in one PutPages or GetPages
     KVD_MAX_CALL_ADOPTIONS = 16,
     KVD_MAX_LEASE_MS = 600000,
     KVD_MAX_SINKS = 65536,  // layers x q_heads of a session's attention sinks
@@ -53,6 +54,14 @@ enum kvd_codec {
 #define KVD_CODEC(id, number, ...) KVD_CODEC_##id = (number),
 #include "proto/codecs.def"
     KVD_CODEC_COUNT, // numbers are dense
+};
+
+// What there is of a page that was put.
+enum kvd_page_kind {
+    KVD_PAGE_MISSING = 0,
+    KVD_PAGE_ENCODED = 1, // in the layout's codec
+    KVD_PAGE_EXACT = 2,   // in bf16
+    KVD_PAGE_KINDS,
 };
 
 enum kvd_dtype {

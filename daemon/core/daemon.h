@@ -36,6 +36,7 @@ struct kvd_links;
 struct kvd_listener;
 struct kvd_memory_state;
 struct kvd_method;
+struct kvd_page_counts;
 struct kvd_part;
 struct kvd_prompts;
 struct kvd_queue;
@@ -44,6 +45,7 @@ struct kvd_rpc;
 struct kvd_scrub;
 struct kvd_tls;
 struct kvd_session;
+struct kvd_steps;
 struct kvd_tiers;
 struct kvd_user;
 struct kvd_users;
@@ -102,6 +104,8 @@ struct kvd_daemon {
     struct kvd_claims *claims;
     struct kvd_leases *leases;
     struct kvd_prompts *prompts;
+    struct kvd_page_counts *page_counts;
+    struct kvd_steps *steps;
     struct kvd_users *users;
     struct kvd_user *namespace_users[KVD_MAX_NAMESPACES]; // who is charged; NULL: nobody
     struct kvd_user *layout_users[KVD_MAX_LAYOUTS];

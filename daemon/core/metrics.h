@@ -7,7 +7,7 @@
 #include <stdint.h>
 #include <stdio.h>
 
-enum { KVD_BUCKETS = 16, KVD_MAX_METHODS = 48, KVD_GRPC_CODES = 17 };
+enum { KVD_BUCKETS = 16, KVD_MAX_METHODS = 56, KVD_GRPC_CODES = 17 };
 
 struct kvd_histogram {
     uint64_t bucket[KVD_BUCKETS + 1]; // the last is +Inf
@@ -20,6 +20,8 @@ enum kvd_kernel_op {
     KVD_OP_STEP,
     KVD_OP_ROTATE,
     KVD_OP_READ,
+    KVD_OP_PUT,
+    KVD_OP_GET,
     KVD_OP_COUNT,
     KVD_OP_MAP, // runs no kernel
 };

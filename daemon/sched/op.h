@@ -1,6 +1,6 @@
 // An operation: what one kind of compute call does at each station of its way (work.h), and what
 // several of them share. One file for each: op_append.c, op_attend.c, op_step.c, op_read.c,
-// op_rotate.c, op_map.c.
+// op_rotate.c, op_map.c; PutPages and GetPages are in op_pages.c.
 #ifndef KVD_DAEMON_OP_H
 #define KVD_DAEMON_OP_H
 
@@ -12,6 +12,7 @@ typedef int kvd_op_phase(struct kvd_daemon *d, struct kvd_work *w);
 struct kvd_op {
     enum kvd_kernel_op id; // in the metrics
     bool writes;           // its sequences change: nobody else may use them meanwhile
+    bool own_items; // they are made at its turn
     uint32_t least_items, most_items;
     // Loop thread. Checks the request and notes sequences, tensors and parameters in the work. No
     // sequence is pinned yet, and nothing else has changed: an error is the answer.
@@ -30,7 +31,7 @@ struct kvd_op {
 };
 
 extern const struct kvd_op kvd_op_append, kvd_op_attend, kvd_op_step, kvd_op_rotate, kvd_op_read,
-    kvd_op_map;
+    kvd_op_map, kvd_op_put, kvd_op_get;
 
 // Their handlers.
 KVD_HANDLER(append);
@@ -39,6 +40,8 @@ KVD_HANDLER(step);
 KVD_HANDLER(rotate);
 KVD_HANDLER(read_tokens);
 KVD_HANDLER(map_sequences);
+KVD_HANDLER(put_pages);
+KVD_HANDLER(get_pages);
 
 // Handles a request of n items: checks it, and has it wait for its turn, or answers with what is
 // wrong. `session` is its secret.
@@ -135,6 +138,27 @@ static inline struct kvd_pages kvd_op_pages(const struct kvd_view *v)
 int kvd_op_append_prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err);
 kvd_op_phase kvd_op_look_for_nonfinite, kvd_op_copy_pages, kvd_op_append_run;
 void kvd_op_append_conclude(struct kvd_daemon *d, struct kvd_work *w, bool commit);
+// An item's part of the run that the executor is at.
+void kvd_op_append_fill(const struct kvd_work *w, const struct kvd_work_item *item,
+                        struct kvd_append_item *out);
+// Counts what an append of the work's layout has compressed.
+void kvd_op_count_stored(struct kvd_daemon *d, const struct kvd_work *w,
+                         const struct kvd_pool_append *a);
+
+// -- op_pages.c ---------------------------------------------------------------------------------
+// The spaces of a session's pages that are encoded, and of exact ones. KVD_E_PRECONDITION: it was
+// opened without page calls; KVD_E_INVALID: the space has no or too many bytes.
+int kvd_page_spaces(struct kvd_daemon *d, const struct kvd_session *s,
+                    const ProtobufCBinaryData *space, struct kvd_blocks_space out[2],
+                    struct kvd_error *err);
+// How many keys of `key_bytes` there are, at most `most`. KVD_E_INVALID.
+int kvd_page_count(uint32_t key_bytes, const ProtobufCBinaryData *keys, uint32_t most, uint32_t *n,
+                   struct kvd_error *err);
+// Which of n pages are there: entries in both spaces, and the better kind of each.
+void kvd_page_find(struct kvd_daemon *d, const struct kvd_blocks_space spaces[2],
+                   struct kvd_prefix_key *const keys[2], bool use, uint32_t n,
+                   uint32_t *const entries[2], uint8_t *kinds);
+void kvd_op_pages_free(struct kvd_daemon *d, struct kvd_work_pages **pages);
 
 // -- op_attend.c, for Step too ------------------------------------------------------------------
 int kvd_op_attend_alloc(struct kvd_work *w, struct kvd_error *err);

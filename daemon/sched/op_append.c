@@ -92,7 +92,7 @@ int kvd_op_append_prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_e
     return rc;
 }
 
-static void count_stored(struct kvd_daemon *d, const struct kvd_work *w,
+void kvd_op_count_stored(struct kvd_daemon *d, const struct kvd_work *w,
                          const struct kvd_pool_append *a)
 {
     for (uint32_t r = 0; r < w->n_runs; r++) {
@@ -116,7 +116,7 @@ void kvd_op_append_conclude(struct kvd_daemon *d, struct kvd_work *w, bool commi
             kvd_pool_append_abort(d->pool, &item->append);
             continue;
         }
-        count_stored(d, w, &item->append);
+        kvd_op_count_stored(d, w, &item->append);
         if (w->layer_begin + w->layer_count == w->shape->n_layers)
             d->metrics.tokens_appended += item->tokens;
         kvd_pool_append_commit(d->pool, &item->append);
@@ -125,23 +125,29 @@ void kvd_op_append_conclude(struct kvd_daemon *d, struct kvd_work *w, bool commi
 
 // -- the executor's part ------------------------------------------------------------------------
 
-// Of the run that it is at. What a plane with a window would free at once is not stored.
+// What a plane with a window would free at once is not stored.
+void kvd_op_append_fill(const struct kvd_work *w, const struct kvd_work_item *item,
+                        struct kvd_append_item *out)
+{
+    const struct kvd_run *run = kvd_op_run(w);
+    const struct kvd_pool_append_plane *p = &item->append.planes[run->plane];
+    *out = (struct kvd_append_item){
+        .pages = kvd_op_pages(&item->views[run->plane]),
+        .length = item->append.length,
+        .hist_end = p->demote,
+        .new_length = item->append.new_length,
+        .new_hist_end = p->after.hist_end,
+        .k = kvd_op_part(w, item->k),
+        .v = kvd_op_part(w, item->v),
+    };
+}
+
+// Of the run that it is at.
 static struct kvd_append_params append_params(struct kvd_work *w)
 {
     const struct kvd_run *run = kvd_op_run(w);
-    for (uint32_t i = 0; i < w->n_append && !w->filled; i++) {
-        const struct kvd_work_item *item = &w->items[w->append_index[i]];
-        const struct kvd_pool_append_plane *p = &item->append.planes[run->plane];
-        w->append_items[i] = (struct kvd_append_item){
-            .pages = kvd_op_pages(&item->views[run->plane]),
-            .length = item->append.length,
-            .hist_end = p->demote,
-            .new_length = item->append.new_length,
-            .new_hist_end = p->after.hist_end,
-            .k = kvd_op_part(w, item->k),
-            .v = kvd_op_part(w, item->v),
-        };
-    }
+    for (uint32_t i = 0; i < w->n_append && !w->filled; i++)
+        kvd_op_append_fill(w, &w->items[w->append_index[i]], &w->append_items[i]);
     w->filled = true;
     return (struct kvd_append_params){.plane = &w->shape->planes[run->plane],
                                       .rotation = w->rotations[run->plane],

@@ -184,7 +184,7 @@ void kvd_op_handle(struct kvd_call *call, const struct kvd_op *op, const char *s
     if (n < op->least_items || n > op->most_items) // before memory is taken for them
         kvd_fail(&err, KVD_E_INVALID, "%zu items; %u to %u are possible", n, op->least_items,
                  op->most_items);
-    struct kvd_work *w = err.code ? NULL : kvd_work_new(call, s, op, n, &err);
+    struct kvd_work *w = err.code ? NULL : kvd_work_new(call, s, op, op->own_items ? 0 : n, &err);
     if (w && op->check(w, s, request, &err) == KVD_OK &&
         kvd_overlap_check(w->spans, w->n_spans, &err) == KVD_OK) {
         free(KVD_TAKE(w->spans));

@@ -56,6 +56,7 @@ void kvd_work_free(struct kvd_daemon *d, struct kvd_work *w)
     for (uint32_t i = 0; i < w->n_items * w->shape->n_planes; i++)
         free(w->views[i].pages);
     kvd_pool_layout_unref(d->pool, w->layout);
+    kvd_op_pages_free(d, &w->pages);
     free(w->views);
     free(w->buffers);
     free(w->spans);
@@ -183,9 +184,10 @@ static void start(struct kvd_daemon *d, struct kvd_waiter *waiter)
         fail(d, w, &err);
         return;
     }
-    lock(d, w, true);
-    if ((w->op->prepare && w->op->prepare(d, w, &err)) ||
-        (is_answered(w) && w->op->reply(d, w, &err))) {
+    int rc = w->op->prepare ? w->op->prepare(d, w, &err) : KVD_OK;
+    if (rc == KVD_OK)
+        lock(d, w, true); // now that it has all its sequences
+    if (rc || (is_answered(w) && w->op->reply(d, w, &err))) {
         fail(d, w, &err);
         return;
     }
@@ -314,7 +316,8 @@ static void stop(struct kvd_daemon *d)
 
 static void metrics(struct kvd_daemon *d, FILE *f)
 {
-    static const char *const ops[KVD_OP_COUNT] = {"append", "attend", "step", "rotate", "read"};
+    static const char *const ops[KVD_OP_COUNT] = {"append", "attend", "step", "rotate",
+                                                  "read",   "put",    "get"};
     const struct kvd_metrics *m = &d->metrics;
     kvd_metric_head(f, "kvd_kernel_duration_seconds", "histogram",
                     "Time in the backend, by operation.");

@@ -1,4 +1,4 @@
-// Compute calls: Append, Attend, Step, Rotate, ReadTokens and MapSequences on their way through the
+// Compute calls: Append, Attend, Step, Rotate, ReadTokens, MapSequences, PutPages and GetPages on their way through the
 // daemon. What differs between them is a struct kvd_op (op.h).
 //
 //   1. a request is checked and made a work: tensors resolved to memory, sequences pinned
@@ -19,6 +19,7 @@
 #include "daemon/sched/queue.h"
 #include "daemon/session/session.h"
 #include "kvd.pb-c.h"
+#include "pool/blocks.h"
 #include "proto/overlap.h"
 
 struct kvd_work_item {
@@ -59,6 +60,26 @@ struct kvd_page_copy {
 struct kvd_work_check {
     struct kvd_pool_block block;
     uint64_t sum; // that it has
+};
+
+// What a call of pages has besides (op_pages.c). Its sequences are made at its turn, and nobody else
+// knows of them: an item for each run of pages that are encoded, then for each run of exact ones.
+struct kvd_work_pages {
+    struct kvd_blocks_space spaces[2]; // of pages that are encoded, and of exact ones
+    const struct kvd_layout *shapes[2];
+    struct kvd_rotation *const *rotations[2];
+    struct kvd_prefix_key *keys[2], after[2]; // of each page in these; of the one before the first
+    bool has_after;
+    uint32_t n;
+    uint8_t *kinds;     // of each: what is to be done with it, then what there is
+    uint32_t *first;    // page of each item
+    uint32_t n_encoded; // items
+    uint32_t at;        // the one that the executor is at
+    uint32_t stored;    // pages that were new
+    struct kvd_tensor k, v;
+    uint8_t *k_inline, *v_inline;
+    size_t k_len, v_len;
+    struct kvd_error err; // of what could not be settled
 };
 
 struct kvd_work {
@@ -102,6 +123,7 @@ struct kvd_work {
     struct kvd_attend_item *attend_items;
     struct kvd_rotate_params rotate; // of all runs
     struct kvd_read_params read;     // of all runs
+    struct kvd_work_pages *pages;    // of PutPages and GetPages, else NULL
     struct kvd_nonfinite nonfinite;
     struct kvd_work_check *checks;
     uint32_t n_checks, cap_checks, checked;

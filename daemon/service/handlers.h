@@ -25,6 +25,8 @@ KVD_HANDLER(match_prefix);
 KVD_HANDLER(adopt_prefix);
 KVD_HANDLER(publish_blocks);
 KVD_HANDLER(release_prefix);
+// lookup.c
+KVD_HANDLER(lookup_pages);
 // prompts_admin.c
 KVD_HANDLER(list_prefixes);
 KVD_HANDLER(pin_prefix);

@@ -276,3 +276,19 @@ void kvd_layout_digest_bytes(const struct kvd_layout *l, uint8_t out[32])
         out[i] = (uint8_t)strtoul(byte, NULL, 16);
     }
 }
+
+int kvd_layout_exact(const struct kvd_layout *of, struct kvd_layout *out, struct kvd_error *err)
+{
+    *out = *of;
+    memset(out->rotation, 0, sizeof(out->rotation));
+    for (uint32_t p = 0; p < out->n_planes; p++) {
+        struct kvd_plane *g = &out->planes[p];
+        if (g->sink || g->recent || g->window)
+            return kvd_fail(err, KVD_E_INVALID,
+                            "pages: a layout with a sink of %u, a recent window of %u and a "
+                            "sliding one of %u; all three must be 0",
+                            g->sink, g->recent, g->window);
+        g->codec = kvd_codecs_both(KVD_CODEC_BF16);
+    }
+    return KVD_OK;
+}

@@ -24,7 +24,11 @@ Kvd__V1__Layout *kvd_layout_to_proto(const struct kvd_layout *from, struct kvd_p
 // plane; for each plane q_heads, kv_heads, head_dim of K and V, the name of the codec (of K
 // and V: kvd_codecs_name), sink, recent, window; the rotation set; tp_rank and tp_size.
 void kvd_layout_digest(const struct kvd_layout *l, char out[KVD_DIGEST_TEXT]);
-// The 32 bytes that "sha256:<hex>" says.
+// The 32 bytes that it says.
 void kvd_layout_digest_bytes(const struct kvd_layout *l, uint8_t out[32]);
+
+// The layout of pages that are kept exact beside those of another: all is bf16. KVD_E_INVALID: it
+// has a sink or a window, and so cannot have pages.
+int kvd_layout_exact(const struct kvd_layout *of, struct kvd_layout *out, struct kvd_error *err);
 
 #endif

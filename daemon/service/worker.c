@@ -27,7 +27,7 @@ struct opening {
     struct kvd_clearing clearing; // of what makes room
     struct kvd_call *call;
     const Kvd__V1__OpenSessionRequest *req; // the call's
-    struct kvd_layout g;
+    struct kvd_layout g, exact; // exact: with `pages`
     struct kvd_rotset *set;
 };
 
@@ -153,9 +153,13 @@ static void reply(struct kvd_call *call, const struct kvd_session *s)
     r.layout = kvd_layout_to_proto(g, &pg);
     r.bf16_page_bytes = kvd_pool_page_bytes(d->pool, s->layout, 0, KVD_POOL_BF16);
     r.codec_page_bytes = kvd_pool_page_bytes(d->pool, s->layout, 0, KVD_POOL_CODEC);
-    char digest[KVD_DIGEST_TEXT];
+    char digest[KVD_DIGEST_TEXT], exact[KVD_DIGEST_TEXT];
     kvd_layout_digest(g, digest);
     r.layout_digest = digest;
+    if (s->exact != KVD_POOL_NONE) {
+        kvd_layout_digest(kvd_pool_layout_get(d->pool, s->exact), exact);
+        r.exact_layout_digest = exact;
+    }
     for (uint32_t p = 0; p < g->n_planes; p++) {
         pg.planes[p].bf16_page_bytes = kvd_pool_page_bytes(d->pool, s->layout, p, KVD_POOL_BF16);
         pg.planes[p].codec_page_bytes = kvd_pool_page_bytes(d->pool, s->layout, p, KVD_POOL_CODEC);
@@ -211,6 +215,18 @@ static int resume(struct kvd_daemon *d, const char *name, const struct kvd_sessi
     return rc;
 }
 
+// The session's second layout, for pages that are kept exact. A resumed one had its own.
+static void set_exact(struct kvd_daemon *d, struct kvd_session *s, uint32_t exact)
+{
+    if (s->exact != KVD_POOL_NONE)
+        kvd_pool_layout_unref(d->pool, s->exact);
+    s->exact = exact;
+    if (exact == KVD_POOL_NONE)
+        return;
+    kvd_layout_digest_bytes(kvd_pool_layout_get(d->pool, s->layout), s->digests[0]);
+    kvd_layout_digest_bytes(kvd_pool_layout_get(d->pool, s->exact), s->digests[1]);
+}
+
 static int make_session(struct opening *o, struct kvd_rotset *set, struct kvd_session **out,
                         struct kvd_error *err)
 {
@@ -232,17 +248,23 @@ static int make_session(struct opening *o, struct kvd_rotset *set, struct kvd_se
     rc = kvd_namespace_open(d, options.uid, options.ns_name, &options.ns, err);
     if (rc)
         return rc;
+    uint32_t exact = KVD_POOL_NONE;
+    options.layout = KVD_POOL_NONE;
     rc = kvd_rotations_bind(d, &o->g, set, options.uid, options.ns, &options.layout, err);
-    if (rc == KVD_OK) {
+    if (rc == KVD_OK && o->req->pages)
+        rc = kvd_rotations_bind(d, &o->exact, NULL, options.uid, options.ns, &exact, err);
+    if (rc == KVD_OK)
         rc = o->req->resume[0] ? resume(d, o->req->resume, &options, &s, err)
                                : kvd_session_new(d, &options, &s, err);
-        if (rc)
-            kvd_pool_layout_unref(d->pool, options.layout);
-    }
     if (rc) {
+        if (exact != KVD_POOL_NONE)
+            kvd_pool_layout_unref(d->pool, exact);
+        if (options.layout != KVD_POOL_NONE)
+            kvd_pool_layout_unref(d->pool, options.layout);
         kvd_namespace_close(d, options.ns);
         return rc;
     }
+    set_exact(d, s, exact);
     if (sinks)
         memcpy(sinks, o->req->sinks, sink_bytes);
     s->sinks = KVD_TAKE(sinks);
@@ -273,6 +295,15 @@ static void open_now(struct opening *o)
 
 static void cleared(struct kvd_daemon *d, struct kvd_piecework *r);
 
+static bool has_to_clear(struct opening *o, const struct kvd_connection *conn)
+{
+    struct kvd_daemon *d = o->call->d;
+    int64_t uid = uid_of(o->call, conn);
+    const char *ns = namespace_of(o->req);
+    return kvd_tenants_clear(d, uid, ns, &o->g, &o->clearing.at) ||
+           (o->req->pages && kvd_tenants_clear(d, uid, ns, &o->exact, &o->clearing.at));
+}
+
 // What has to be cleared to have room goes piece by piece. Others may have taken the room by then,
 // again and again.
 static void open_session(struct opening *o)
@@ -282,8 +313,7 @@ static void open_session(struct opening *o)
     if (d->state != KVD_READY) {
         kvd_call_fail(o->call, KVD_E_UNAVAILABLE, "kvd is shutting down");
     } else if (!reopened(o->call, o->req)) {
-        if (!kvd_tenants_clear(d, uid_of(o->call, conn), namespace_of(o->req), &o->g,
-                               &o->clearing.at)) {
+        if (!has_to_clear(o, conn)) {
             open_now(o);
         } else if (o->clearing.times < CLEARINGS) {
             kvd_clearing_begin(d, &o->clearing, cleared);
@@ -326,6 +356,8 @@ void kvd_on_open_session(struct kvd_call *call, const void *request)
     o->call = call;
     o->req = request;
     int rc = check_request(call, request, &o->g, &err);
+    if (rc == KVD_OK && o->req->pages)
+        rc = kvd_layout_exact(&o->g, &o->exact, &err);
     if (rc) {
         kvd_call_fail_error(call, &err);
         free(o);

@@ -7,18 +7,23 @@ enum { SWEEP_MS = 200 };
 struct kvd_leases {
     uv_timer_t timer; // runs while there are some
     struct kvd_lease *all;
-    uint32_t of_namespace[KVD_MAX_NAMESPACES];
+    uint32_t weight, of_namespace[KVD_MAX_NAMESPACES];
     uint64_t next, expired;
 };
 
 void kvd_lease_end(struct kvd_daemon *d, struct kvd_lease *l)
 {
     struct kvd_leases *all = d->leases;
-    kvd_blocks_release(d->pool, &l->at);
-    all->of_namespace[l->at.ns]--;
+    if (l->pages)
+        kvd_blocks_release_pages(d->pool, l->at.ns, l->pages, l->n_pages);
+    else
+        kvd_blocks_release(d->pool, &l->at);
+    all->weight -= l->weight;
+    all->of_namespace[l->at.ns] -= l->weight;
     if (l->owner)
-        l->owner->leases--;
+        l->owner->leases -= l->weight;
     HASH_DEL(all->all, l);
+    free(l->pages);
     free(l);
     if (!all->all)
         uv_timer_stop(&all->timer);
@@ -38,26 +43,41 @@ static void on_timer(uv_timer_t *timer)
 }
 
 static int admit(const struct kvd_daemon *d, const struct kvd_session *owner, uint32_t ns,
-                 struct kvd_error *err)
+                 uint32_t weight, struct kvd_error *err)
 {
     const struct kvd_leases *all = d->leases;
-    uint32_t left = KVD_MAX_LEASES - HASH_COUNT(all->all);
-    if (all->of_namespace[ns] >= left)
+    uint32_t left = KVD_MAX_LEASES - all->weight;
+    if (all->of_namespace[ns] + weight > left)
         return kvd_fail(err, KVD_E_LIMIT,
                         "the namespace has %u leases of prefixes, and %u of %d are left: one may "
                         "have as many as are left; release some",
                         all->of_namespace[ns], left, KVD_MAX_LEASES);
-    if (owner && owner->leases >= KVD_MAX_SESSION_LEASES)
+    if (owner && owner->leases + weight > KVD_MAX_SESSION_LEASES)
         return kvd_fail(err, KVD_E_LIMIT, "the session has %u leases of prefixes; release some",
                         owner->leases);
     return KVD_OK;
 }
 
+// Counts one that holds what it is to hold.
+static void add(struct kvd_daemon *d, struct kvd_lease *l, struct kvd_session *owner, uint64_t ms)
+{
+    struct kvd_leases *all = d->leases;
+    l->id = ++all->next;
+    l->owner = owner;
+    l->until_ms = kvd_now_ms(d) + ms;
+    if (owner)
+        owner->leases += l->weight;
+    all->weight += l->weight;
+    all->of_namespace[l->at.ns] += l->weight;
+    if (!all->all)
+        uv_timer_start(&all->timer, on_timer, SWEEP_MS, SWEEP_MS);
+    HASH_ADD(hh, all->all, id, sizeof(l->id), l);
+}
+
 int kvd_lease_new(struct kvd_daemon *d, struct kvd_session *owner, const struct kvd_blocks_at *at,
                   uint64_t ms, struct kvd_lease **out, struct kvd_error *err)
 {
-    struct kvd_leases *all = d->leases;
-    int rc = admit(d, owner, at->ns, err);
+    int rc = admit(d, owner, at->ns, 1, err);
     if (rc)
         return rc;
     struct kvd_lease *l = calloc(1, sizeof(*l));
@@ -68,16 +88,38 @@ int kvd_lease_new(struct kvd_daemon *d, struct kvd_session *owner, const struct 
         free(l);
         return rc;
     }
-    l->id = ++all->next;
-    l->owner = owner;
-    if (owner)
-        owner->leases++;
-    l->until_ms = kvd_now_ms(d) + ms;
     l->at = *at;
-    all->of_namespace[at->ns]++;
-    if (!all->all)
-        uv_timer_start(&all->timer, on_timer, SWEEP_MS, SWEEP_MS);
-    HASH_ADD(hh, all->all, id, sizeof(l->id), l);
+    l->weight = 1;
+    add(d, l, owner, ms);
+    *out = l;
+    return KVD_OK;
+}
+
+int kvd_lease_new_pages(struct kvd_daemon *d, struct kvd_session *owner, const uint32_t *entries,
+                        uint32_t n, uint64_t ms, struct kvd_lease **out, struct kvd_error *err)
+{
+    struct kvd_lease *l = calloc(1, sizeof(*l));
+    uint32_t *pages = malloc(n * sizeof(*pages) + 1), *fewer;
+    int rc = l && pages ? KVD_OK : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    if (rc == KVD_OK) {
+        memcpy(pages, entries, n * sizeof(*pages));
+        rc = kvd_blocks_hold_pages(d->pool, owner->ns, pages, n, &l->n_pages, err);
+    }
+    if (rc == KVD_OK) {
+        l->weight = 1 + l->n_pages / KVD_LEASE_HOLDS;
+        rc = admit(d, owner, owner->ns, l->weight, err);
+        if (rc)
+            kvd_blocks_release_pages(d->pool, owner->ns, pages, l->n_pages);
+    }
+    if (rc) {
+        free(pages);
+        free(l);
+        return rc;
+    }
+    fewer = realloc(pages, l->n_pages * sizeof(*pages) + 1);
+    l->pages = fewer ? fewer : pages;
+    l->at.ns = owner->ns;
+    add(d, l, owner, ms);
     *out = l;
     return KVD_OK;
 }

@@ -11,6 +11,7 @@
 enum {
     KVD_MAX_LEASES = 32768,        // in all; a namespace may have as many as are left
     KVD_MAX_SESSION_LEASES = 8192, // of one session
+    KVD_LEASE_HOLDS = 64,          // of single pages, that count as one lease
 };
 
 struct kvd_session;
@@ -19,8 +20,10 @@ struct kvd_lease {
     uint64_t id;
     struct kvd_session *owner; // NULL: an operator, who has pinned it
     uint64_t until_ms;
-    struct kvd_blocks_at at;
+    struct kvd_blocks_at at;   // of a prefix
     struct kvd_prefix_key key; // of a pin
+    uint32_t *pages, n_pages;  // entries that are held; NULL: it is of a prefix
+    uint32_t weight;           // leases that it counts as
     UT_hash_handle hh;
 };
 
@@ -28,6 +31,10 @@ struct kvd_lease {
 // as kvd_blocks_hold.
 int kvd_lease_new(struct kvd_daemon *d, struct kvd_session *owner, const struct kvd_blocks_at *at,
                   uint64_t ms, struct kvd_lease **out, struct kvd_error *err);
+// Holds pages for `ms`: n entries, of which those that keep the others are held. The same errors,
+// and -ENOMEM.
+int kvd_lease_new_pages(struct kvd_daemon *d, struct kvd_session *owner, const uint32_t *entries,
+                        uint32_t n, uint64_t ms, struct kvd_lease **out, struct kvd_error *err);
 // A session's lease, NULL if it has none of that id.
 struct kvd_lease *kvd_lease_find(struct kvd_daemon *d, const struct kvd_session *owner,
                                  uint64_t id);

@@ -130,6 +130,7 @@ int kvd_session_new(struct kvd_daemon *d, const struct kvd_session_options *o,
                               .appender = is.appender,
                               .ns = o->ns,
                               .layout = o->layout,
+                              .exact = KVD_POOL_NONE,
                               .ledger = d->ledger,
                               .record = kvd_ledger_add(d->ledger, &is), // max-sessions fit
                               .uid = o->connection ? o->uid : -1,
@@ -245,6 +246,8 @@ void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *wh
     }
     if (s->layout != KVD_POOL_NONE)
         kvd_pool_layout_unref(d->pool, s->layout);
+    if (s->exact != KVD_POOL_NONE)
+        kvd_pool_layout_unref(d->pool, s->exact);
     kvd_namespace_close(d, s->ns);
     kvd_user_give(s->user, KVD_SHARE_SESSIONS, 1);
     kvd_user_unref(&s->user);
@@ -407,6 +410,7 @@ static struct kvd_session *restore_one(struct kvd_daemon *d, uint32_t record,
                               .appender = is->appender,
                               .ns = ns,
                               .layout = KVD_POOL_NONE,
+                              .exact = KVD_POOL_NONE,
                               .ledger = d->ledger,
                               .record = record,
                               .parked = true,

@@ -1,0 +1,533 @@
+// PutPages and GetPages: single blocks of an engine that keeps KV of its own.
+//
+// A put makes a sequence of each run of pages that are not there, appends, and gives the sequence's
+// blocks their keys when all of it is written; the sequence goes, the blocks stay. So a page that
+// anybody sees is whole, and a put that is given up leaves nothing. A get makes sequences of the
+// blocks, which keep their pages whatever is evicted meanwhile, and reads those.
+#include "daemon/sched/op.h"
+#include "daemon/sched/page_counts.h"
+
+enum { ENCODED, EXACT }; // the spaces: a page's kind - 1
+
+int kvd_page_spaces(struct kvd_daemon *d, const struct kvd_session *s,
+                    const ProtobufCBinaryData *space, struct kvd_blocks_space out[2],
+                    struct kvd_error *err)
+{
+    const uint32_t layouts[2] = {s->layout, s->exact};
+    uint8_t extra[4 + KVD_MAX_PROMPT_EXTRA_BYTES];
+    struct kvd_pool_namespace_info info;
+    int rc = KVD_OK;
+    if (s->exact == KVD_POOL_NONE)
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "the session was opened without page calls; open one with `pages`");
+    if (space->len < 1 || space->len > KVD_MAX_PROMPT_EXTRA_BYTES)
+        return kvd_fail(err, KVD_E_INVALID, "a space of %zu bytes; 1 to %d are possible",
+                        space->len, KVD_MAX_PROMPT_EXTRA_BYTES);
+    for (int b = 0; b < 4; b++)
+        extra[b] = (uint8_t)(space->len >> 8 * b);
+    memcpy(extra + 4, space->data, space->len);
+    kvd_pool_namespace_info(d->pool, s->ns, &info);
+    for (int i = 0; i < 2 && rc == KVD_OK; i++) {
+        out[i] = (struct kvd_blocks_space){.ns = s->ns, .layout = layouts[i]};
+        rc = kvd_prefix_domain_digest(info.name, s->digests[i], extra, 4 + space->len,
+                                      out[i].domain, err);
+    }
+    return rc;
+}
+
+int kvd_page_count(uint32_t key_bytes, const ProtobufCBinaryData *keys, uint32_t most, uint32_t *n,
+                   struct kvd_error *err)
+{
+    if (key_bytes < KVD_MIN_BLOCK_KEY || key_bytes > KVD_MAX_BLOCK_KEY)
+        return kvd_fail(err, KVD_E_INVALID, "keys of %u bytes; %d to %d are possible", key_bytes,
+                        KVD_MIN_BLOCK_KEY, KVD_MAX_BLOCK_KEY);
+    if (keys->len % key_bytes)
+        return kvd_fail(err, KVD_E_INVALID, "%zu bytes are no keys of %u bytes", keys->len,
+                        key_bytes);
+    if (keys->len / key_bytes > most)
+        return kvd_fail(err, KVD_E_INVALID, "%zu pages; at most %u are possible",
+                        keys->len / key_bytes, most);
+    *n = (uint32_t)(keys->len / key_bytes);
+    return KVD_OK;
+}
+
+void kvd_page_find(struct kvd_daemon *d, const struct kvd_blocks_space spaces[2],
+                   struct kvd_prefix_key *const keys[2], bool use, uint32_t n,
+                   uint32_t *const entries[2], uint8_t *kinds)
+{
+    for (int i = 0; i < 2; i++)
+        kvd_blocks_find_pages(d->pool, &spaces[i], use, keys[i], n, entries[i]);
+    for (uint32_t i = 0; i < n; i++)
+        kinds[i] = entries[EXACT][i] != KVD_PREFIX_NONE     ? KVD_PAGE_EXACT
+                   : entries[ENCODED][i] != KVD_PREFIX_NONE ? KVD_PAGE_ENCODED
+                                                            : KVD_PAGE_MISSING;
+}
+
+void kvd_op_pages_free(struct kvd_daemon *d, struct kvd_work_pages **pages)
+{
+    struct kvd_work_pages *p = KVD_TAKE(*pages);
+    if (!p)
+        return;
+    kvd_pool_layout_unref(d->pool, p->spaces[EXACT].layout);
+    for (int i = 0; i < 2; i++)
+        free(p->keys[i]);
+    free(p->kinds);
+    free(p->first);
+    free(p->k_inline);
+    free(p->v_inline);
+    free(p);
+}
+
+// -- what both check ----------------------------------------------------------------------------
+
+struct named {
+    const ProtobufCBinaryData *space, *keys;
+    uint32_t key_bytes;
+};
+
+static int check_pages(struct kvd_work *w, struct kvd_session *s, const struct named *named,
+                       struct kvd_error *err)
+{
+    struct kvd_daemon *d = w->call->d;
+    struct kvd_blocks_space spaces[2];
+    uint32_t n = 0;
+    int rc = kvd_page_spaces(d, s, named->space, spaces, err);
+    if (rc == KVD_OK)
+        rc = kvd_page_count(named->key_bytes, named->keys, KVD_MAX_CALL_PAGES, &n, err);
+    if (rc == KVD_OK && !n)
+        rc = kvd_fail(err, KVD_E_INVALID, "no keys; 1 to %d are possible", KVD_MAX_CALL_PAGES);
+    if (rc == KVD_OK)
+        rc = kvd_op_set_layers(w, 0, 0, err);
+    if (rc)
+        return rc;
+    struct kvd_work_pages *p = calloc(1, sizeof(*p));
+    if (!p)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    w->pages = p;
+    p->n = n;
+    p->kinds = calloc(n, 1);
+    memcpy(p->spaces, spaces, sizeof(spaces));
+    kvd_pool_layout_ref(d->pool, spaces[EXACT].layout);
+    for (int i = 0; i < 2 && rc == KVD_OK; i++) {
+        p->shapes[i] = kvd_pool_layout_get(d->pool, spaces[i].layout);
+        p->rotations[i] = d->rotations[spaces[i].layout];
+        p->keys[i] = calloc(n, sizeof(*p->keys[i]));
+        rc = p->keys[i] && p->kinds
+                 ? kvd_prefix_keys_of_pages(spaces[i].domain, named->keys->data, named->key_bytes,
+                                            n, p->keys[i], err)
+                 : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    }
+    return rc;
+}
+
+static struct kvd_shape shape_of(const struct kvd_work *w, bool v)
+{
+    return (struct kvd_shape){w->layer_count, w->pages->n * KVD_PAGE_TOKENS, w->plane->kv_heads,
+                              v ? w->plane->head_dim_v : w->plane->head_dim_k};
+}
+
+static struct kvd_tensor from_page(struct kvd_tensor t, uint32_t page)
+{
+    t.data += (uint64_t)page * KVD_PAGE_TOKENS * t.token_stride;
+    return t;
+}
+
+// Makes an item of each run of pages of one kind, with which nothing is done where that is MISSING.
+static int make_items(struct kvd_work *w, const uint8_t *kinds, struct kvd_error *err)
+{
+    struct kvd_work_pages *p = w->pages;
+    uint32_t runs = 1;
+    for (uint32_t i = 1; i < p->n; i++)
+        runs += kinds[i] != kinds[i - 1];
+    struct kvd_work_item *items = calloc(runs, sizeof(*items));
+    struct kvd_view *views = calloc((size_t)runs * w->shape->n_planes, sizeof(*views));
+    p->first = calloc(runs, sizeof(*p->first));
+    w->append_items = calloc(runs, sizeof(*w->append_items));
+    if (!items || !views || !p->first || !w->append_items) {
+        free(items);
+        free(views);
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    }
+    free(w->items);
+    free(w->views);
+    w->items = items;
+    w->views = views;
+    for (uint32_t kind = KVD_PAGE_ENCODED; kind <= KVD_PAGE_EXACT; kind++) {
+        for (uint32_t i = 0, end; i < p->n; i = end) {
+            for (end = i + 1; end < p->n && kinds[end] == kinds[i];)
+                end++;
+            if (kinds[i] != kind)
+                continue;
+            struct kvd_work_item *item = &items[w->n_items];
+            item->views = views + (size_t)w->n_items * w->shape->n_planes;
+            item->tokens = (end - i) * KVD_PAGE_TOKENS;
+            item->k = from_page(p->k, i);
+            item->v = from_page(p->v, i);
+            p->first[w->n_items++] = i;
+        }
+        if (kind == KVD_PAGE_ENCODED)
+            p->n_encoded = w->n_items;
+    }
+    return KVD_OK;
+}
+
+static int space_of(const struct kvd_work *w, uint32_t item)
+{
+    return item < w->pages->n_encoded ? ENCODED : EXACT;
+}
+
+// The sequences were the calls' own.
+static void release_items(struct kvd_daemon *d, const struct kvd_work *w)
+{
+    for (uint32_t i = 0; i < w->n_items; i++)
+        if (w->items[i].seq)
+            kvd_pool_seq_release(d->pool, w->items[i].seq);
+}
+
+// -- put ----------------------------------------------------------------------------------------
+
+static int check_put(struct kvd_work *w, struct kvd_session *s, const void *request,
+                     struct kvd_error *err)
+{
+    const Kvd__V1__PutPagesRequest *req = request;
+    const struct named named = {&req->space, &req->keys, req->key_bytes};
+    int rc = check_pages(w, s, &named, err);
+    struct kvd_work_pages *p = w->pages;
+    if (rc)
+        return rc;
+    if (req->after.len && req->after.len != req->key_bytes)
+        return kvd_fail(err, KVD_E_INVALID, "after has %zu bytes, and keys have %u", req->after.len,
+                        req->key_bytes);
+    if (req->exact.len && req->exact.len != p->n)
+        return kvd_fail(err, KVD_E_INVALID, "exact has %zu bytes; one for each of the %u pages",
+                        req->exact.len, p->n);
+    p->has_after = req->after.len != 0;
+    for (int i = 0; i < 2 && p->has_after && rc == KVD_OK; i++)
+        rc = kvd_prefix_keys_of_pages(p->spaces[i].domain, req->after.data, req->key_bytes, 1,
+                                      &p->after[i], err);
+    for (uint32_t i = 0; i < p->n && rc == KVD_OK; i++) {
+        uint8_t exact = req->exact.len ? req->exact.data[i] : 0;
+        if (exact > 1)
+            rc = kvd_fail(err, KVD_E_INVALID, "exact[%u] is %u; 0 and 1 are known", i, exact);
+        if (p->spaces[ENCODED].layout == p->spaces[EXACT].layout)
+            exact = 1;
+        p->kinds[i] = exact ? KVD_PAGE_EXACT : KVD_PAGE_ENCODED;
+    }
+    if ((req->k && req->k->dtype != KVD__V1__DTYPE__DTYPE_BF16) ||
+        (req->v && req->v->dtype != KVD__V1__DTYPE__DTYPE_BF16))
+        rc = kvd_fail(err, KVD_E_INVALID, "K and V are bf16");
+    if (rc == KVD_OK)
+        rc = kvd_work_tensor_in(w, s, req->k, shape_of(w, false), "k", 0, &p->k, err);
+    return rc ? rc : kvd_work_tensor_in(w, s, req->v, shape_of(w, true), "v", 0, &p->v, err);
+}
+
+// Which pages are there, in room that the work has no use for any more.
+static void find(struct kvd_daemon *d, const struct kvd_work *w, bool use, uint8_t *kinds,
+                 uint32_t entries[2][KVD_MAX_CALL_PAGES])
+{
+    uint32_t *const lists[2] = {entries[ENCODED], entries[EXACT]};
+    kvd_page_find(d, w->pages->spaces, w->pages->keys, use, w->pages->n, lists, kinds);
+}
+
+static int begin_put(struct kvd_daemon *d, struct kvd_work *w, uint32_t i, struct kvd_error *err)
+{
+    struct kvd_work_item *item = &w->items[i];
+    const struct kvd_blocks_space *space = &w->pages->spaces[space_of(w, i)];
+    int rc = kvd_pool_seq_new(d->pool, space->ns, space->layout, &item->seq, err);
+    if (rc)
+        return rc;
+    const struct kvd_pool_append_request by = {.seq = item->seq,
+                                               .tokens = item->tokens,
+                                               .layer_count = w->layer_count,
+                                               .appender = w->appender};
+    rc = kvd_pool_append_begin(d->pool, &by, &item->append, err);
+    item->begun = rc == KVD_OK;
+    return rc ? rc : kvd_op_note_pages(d, w, item, err);
+}
+
+static int prepare_put(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
+{
+    struct kvd_work_pages *p = w->pages;
+    uint32_t entries[2][KVD_MAX_CALL_PAGES];
+    uint8_t there[KVD_MAX_CALL_PAGES], wanted[KVD_MAX_CALL_PAGES];
+    find(d, w, true, there, entries);
+    for (uint32_t i = 0; i < p->n; i++) {
+        wanted[i] = there[i] < p->kinds[i] ? p->kinds[i] : KVD_PAGE_MISSING;
+        if (!wanted[i])
+            kvd_page_count_of(d, w->waiter.ns)->known++;
+    }
+    int rc = make_items(w, wanted, err);
+    for (uint32_t i = 0; i < w->n_items && rc == KVD_OK; i++)
+        rc = begin_put(d, w, i, err);
+    return rc;
+}
+
+// The key of the page of its kind that was put before an item: of this call, or of one before it.
+static const struct kvd_prefix_key *before(const struct kvd_work *w, uint32_t i)
+{
+    const struct kvd_work_pages *p = w->pages;
+    int space = space_of(w, i);
+    if (i && space_of(w, i - 1) == space)
+        return &p->keys[space][p->first[i - 1] + w->items[i - 1].tokens / KVD_PAGE_TOKENS - 1];
+    return p->has_after ? &p->after[space] : NULL;
+}
+
+static void conclude_put(struct kvd_daemon *d, struct kvd_work *w, bool commit)
+{
+    struct kvd_work_pages *p = w->pages;
+    const struct kvd_plane *g = w->plane;
+    struct kvd_page_count *count = kvd_page_count_of(d, w->waiter.ns);
+    for (uint32_t i = 0; i < w->n_items; i++) {
+        struct kvd_work_item *item = &w->items[i];
+        uint32_t stored = 0, n = item->tokens / KVD_PAGE_TOKENS;
+        int space = space_of(w, i);
+        if (!item->begun)
+            continue;
+        item->begun = false;
+        if (!commit) {
+            kvd_pool_append_abort(d->pool, &item->append);
+            continue;
+        }
+        if (space == ENCODED)
+            kvd_op_count_stored(d, w, &item->append);
+        kvd_pool_append_commit(d->pool, &item->append);
+        kvd_blocks_publish_pages(d->pool, &p->spaces[space], item->seq,
+                                 p->keys[space] + p->first[i], n, before(w, i), &stored, &p->err);
+        p->stored += stored;
+    }
+    count->put += p->stored;
+    count->put_bytes += (uint64_t)p->stored * KVD_PAGE_TOKENS * w->layer_count * g->kv_heads *
+                        (g->head_dim_k + g->head_dim_v) * 2;
+    release_items(d, w);
+}
+
+// The items of one kind, as the executor has them.
+static struct kvd_append_params put_params(struct kvd_work *w, int space)
+{
+    const struct kvd_run *run = kvd_op_run(w);
+    uint32_t first = space == EXACT ? w->pages->n_encoded : 0;
+    uint32_t n = (space == EXACT ? w->n_items : w->pages->n_encoded) - first;
+    for (uint32_t i = 0; i < n && !w->filled; i++)
+        kvd_op_append_fill(w, &w->items[first + i], &w->append_items[i]);
+    w->filled = true;
+    return (struct kvd_append_params){.plane = &w->pages->shapes[space]->planes[run->plane],
+                                      .rotation = w->pages->rotations[space][run->plane],
+                                      .layer_begin = run->layer_begin,
+                                      .layer_count = run->layer_count,
+                                      .items = w->append_items,
+                                      .n_items = n,
+                                      .slice = &w->job.slice};
+}
+
+static int look_for_nonfinite(struct kvd_daemon *d, struct kvd_work *w, int space)
+{
+    struct kvd_append_params p = put_params(w, space);
+    struct kvd_nonfinite *n = &w->nonfinite;
+    const struct kvd_run *run = kvd_op_run(w);
+    int rc = p.n_items ? d->backend->ops->check(d->backend, &p, n) : KVD_OK;
+    if (rc == KVD_OK)
+        return rc;
+    if (rc != KVD_E_INVALID)
+        return kvd_fail(&w->err, rc, "the pages could not be checked; nothing was stored");
+    uint32_t item = n->item + (space == EXACT ? w->pages->n_encoded : 0);
+    return kvd_fail(&w->err, KVD_E_INVALID,
+                    "%s of page %u holds NaN or Inf at layer %u, token %u, head %u, channel %u; "
+                    "nothing was stored",
+                    n->in_v ? "v" : "k", w->pages->first[item] + n->token / KVD_PAGE_TOKENS,
+                    run->at + n->layer - run->layer_begin, n->token % KVD_PAGE_TOKENS, n->head,
+                    n->channel);
+}
+
+static int append(struct kvd_daemon *d, struct kvd_work *w, int space)
+{
+    struct kvd_append_params p = put_params(w, space);
+    return p.n_items ? d->backend->ops->append(d->backend, &p, &w->err) : KVD_OK;
+}
+
+static int look_at_encoded(struct kvd_daemon *d, struct kvd_work *w)
+{
+    return look_for_nonfinite(d, w, ENCODED);
+}
+static int look_at_exact(struct kvd_daemon *d, struct kvd_work *w)
+{
+    return look_for_nonfinite(d, w, EXACT);
+}
+static int append_encoded(struct kvd_daemon *d, struct kvd_work *w)
+{
+    return append(d, w, ENCODED);
+}
+static int append_exact(struct kvd_daemon *d, struct kvd_work *w)
+{
+    return append(d, w, EXACT);
+}
+
+static int reply_put(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
+{
+    uint32_t entries[2][KVD_MAX_CALL_PAGES];
+    Kvd__V1__PutPagesReply r = KVD__V1__PUT_PAGES_REPLY__INIT;
+    if (w->pages->err.code) {
+        *err = w->pages->err;
+        return err->code;
+    }
+    find(d, w, false, w->pages->kinds, entries);
+    r.kinds = (ProtobufCBinaryData){w->pages->n, w->pages->kinds};
+    r.stored = w->pages->stored;
+    kvd_call_reply(w->call, &r);
+    return KVD_OK;
+}
+
+static kvd_op_phase *const run_put[] = {look_at_encoded, look_at_exact, append_encoded,
+                                        append_exact, NULL};
+
+const struct kvd_op kvd_op_put = {.id = KVD_OP_PUT,
+                                  .writes = true,
+                                  .own_items = true,
+                                  .least_items = 1,
+                                  .most_items = 1,
+                                  .check = check_put,
+                                  .prepare = prepare_put,
+                                  .run = run_put,
+                                  .conclude = conclude_put,
+                                  .reply = reply_put};
+
+void kvd_on_put_pages(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__PutPagesRequest *req = request;
+    kvd_op_handle(call, &kvd_op_put, req->session, 1, request);
+}
+
+// -- get ----------------------------------------------------------------------------------------
+
+static int check_get(struct kvd_work *w, struct kvd_session *s, const void *request,
+                     struct kvd_error *err)
+{
+    const Kvd__V1__GetPagesRequest *req = request;
+    const struct named named = {&req->space, &req->keys, req->key_bytes};
+    int rc = check_pages(w, s, &named, err);
+    struct kvd_work_pages *p = w->pages;
+    if (rc)
+        return rc;
+    rc = kvd_work_tensor_out(w, s, req->k, shape_of(w, false), "k", 0, &p->k, &p->k_inline,
+                             &p->k_len, err);
+    return rc ? rc
+              : kvd_work_tensor_out(w, s, req->v, shape_of(w, true), "v", 0, &p->v, &p->v_inline,
+                                    &p->v_len, err);
+}
+
+static int not_there(const struct kvd_work *w, uint32_t page, struct kvd_error *err)
+{
+    return kvd_fail(err, KVD_E_NOT_FOUND, "page %u of %u is not there; nothing was read", page,
+                    w->pages->n);
+}
+
+// Looks again: what the items before it took may have pushed out some of its own.
+static int begin_get(struct kvd_daemon *d, struct kvd_work *w, uint32_t i, struct kvd_error *err)
+{
+    struct kvd_work_item *item = &w->items[i];
+    const struct kvd_work_pages *p = w->pages;
+    const struct kvd_blocks_space *space = &p->spaces[space_of(w, i)];
+    uint32_t entries[KVD_MAX_CALL_PAGES], n = item->tokens / KVD_PAGE_TOKENS;
+    kvd_blocks_find_pages(d->pool, space, false, p->keys[space_of(w, i)] + p->first[i], n, entries);
+    for (uint32_t k = 0; k < n; k++)
+        if (entries[k] == KVD_PREFIX_NONE)
+            return not_there(w, p->first[i] + k, err);
+    int rc = kvd_blocks_adopt_pages(d->pool, space, entries, n, &item->seq, err);
+    return rc ? rc : kvd_op_note_pages(d, w, item, err);
+}
+
+static int prepare_get(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
+{
+    struct kvd_work_pages *p = w->pages;
+    uint32_t entries[2][KVD_MAX_CALL_PAGES];
+    int rc = KVD_OK;
+    find(d, w, true, p->kinds, entries);
+    for (uint32_t i = 0; i < p->n; i++)
+        if (!p->kinds[i])
+            return not_there(w, i, err);
+    rc = make_items(w, p->kinds, err);
+    for (uint32_t i = 0; i < w->n_items && rc == KVD_OK; i++)
+        rc = begin_get(d, w, i, err);
+    return rc;
+}
+
+static void conclude_get(struct kvd_daemon *d, struct kvd_work *w, bool commit)
+{
+    struct kvd_page_count *count = kvd_page_count_of(d, w->waiter.ns);
+    const struct kvd_plane *g = w->plane;
+    if (commit) {
+        count->got += w->pages->n;
+        count->got_bytes += (uint64_t)w->pages->n * KVD_PAGE_TOKENS * w->layer_count * g->kv_heads *
+                            (g->head_dim_k + g->head_dim_v) * 2;
+    }
+    release_items(d, w);
+}
+
+static int read_item(struct kvd_daemon *d, struct kvd_work *w, uint32_t i)
+{
+    const struct kvd_run *run = kvd_op_run(w);
+    const struct kvd_work_item *item = &w->items[i];
+    int space = space_of(w, i);
+    struct kvd_read_params p = {.plane = &w->pages->shapes[space]->planes[run->plane],
+                                .rotation = w->pages->rotations[space][run->plane],
+                                .layer_begin = run->layer_begin,
+                                .layer_count = run->layer_count,
+                                .pages = kvd_op_pages(&item->views[run->plane]),
+                                .length = item->tokens,
+                                .hist_end = item->tokens,
+                                .tokens = item->tokens,
+                                .k = kvd_op_part(w, item->k),
+                                .v = kvd_op_part(w, item->v),
+                                .slice = &w->job.slice};
+    return d->backend->ops->read(d->backend, &p, &w->err);
+}
+
+static int read_pages(struct kvd_daemon *d, struct kvd_work *w)
+{
+    struct kvd_work_pages *p = w->pages;
+    struct kvd_slice *slice = &w->job.slice;
+    while (p->at < w->n_items) {
+        int rc = read_item(d, w, p->at);
+        if (rc || slice->more)
+            return rc;
+        free(KVD_TAKE(slice->state));
+        slice->at = 0;
+        p->at++;
+        if (p->at < w->n_items && kvd_slice_over(slice)) {
+            slice->more = true;
+            return KVD_OK;
+        }
+    }
+    p->at = 0; // of the next run of layers
+    return KVD_OK;
+}
+
+static int reply_get(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
+{
+    const struct kvd_work_pages *p = w->pages;
+    Kvd__V1__GetPagesReply r = KVD__V1__GET_PAGES_REPLY__INIT;
+    (void)d;
+    (void)err;
+    r.kinds = (ProtobufCBinaryData){p->n, p->kinds};
+    r.k = (ProtobufCBinaryData){p->k_len, p->k_inline};
+    r.v = (ProtobufCBinaryData){p->v_len, p->v_inline};
+    kvd_call_reply(w->call, &r);
+    return KVD_OK;
+}
+
+static kvd_op_phase *const run_get[] = {read_pages, NULL};
+
+const struct kvd_op kvd_op_get = {.id = KVD_OP_GET,
+                                  .own_items = true,
+                                  .least_items = 1,
+                                  .most_items = 1,
+                                  .check = check_get,
+                                  .prepare = prepare_get,
+                                  .run = run_get,
+                                  .conclude = conclude_get,
+                                  .reply = reply_get};
+
+void kvd_on_get_pages(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__GetPagesRequest *req = request;
+    kvd_op_handle(call, &kvd_op_get, req->session, 1, request);
+}
