@@ -52,7 +52,7 @@ const struct kvd_part *const kvd_parts[] = {
     &kvd_part_scrub,     // checksums of blocks
     &kvd_part_fences,    // GPU streams of workers
     &kvd_part_works,     // calls, and their line
-    &kvd_part_page_counts, // of those of pages
+    &kvd_part_pages,     // their counters
     &kvd_part_exec,      // the executor
     &kvd_part_demotion,  // new blocks to tiers
     &kvd_part_restores,  // and back

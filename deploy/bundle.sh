@@ -56,7 +56,8 @@ done
 cp deploy/completion/kvctl "$root/share/bash-completion/completions/"
 cp deploy/prometheus/*.yml deploy/grafana/kvd.json "$root/share/kvd/"
 cp deploy/systemd/kvd@.service.in deploy/systemd/kvd.*.conf "$root/share/kvd/"
-cp deploy/kvd.conf client/include/kvd/kvd.h "$root/"
+cp deploy/kvd.conf "$root/"
+install -D -m 644 -t "$root/include/kvd" client/include/kvd/*.h
 install -m 755 deploy/systemd/install-service.sh "$root/"
 for p in "$root"/libexec/*; do
     name=$(basename "$p")
@@ -78,7 +79,7 @@ kvd $(proto/version.sh), for nodes without packages. Put this folder where you l
     sudo ./install-service.sh                                   makes it a service: user kvd, /etc/kvd/kvd.conf, kvd@.service
     sudo systemctl enable --now kvd@0
 
-man -l share/man/man8/kvd.8 and the pages beside it are the reference. Workers find kvd.h here and libkvd in lib; say
+man -l share/man/man8/kvd.8 and the pages beside it are the reference. Workers find kvd/kvd.h in include and libkvd in lib; say
 LD_LIBRARY_PATH. licenses has the terms of everything in lib, and kvd's own. An update: put the new folder in the old one's
 place and restart the services.
 R

@@ -49,7 +49,7 @@ int kvd_prefix_keys_of_blocks(const uint8_t domain[KVD_PREFIX_DOMAIN_BYTES],
 int kvd_prefix_keys_of_pages(const uint8_t domain[KVD_PREFIX_DOMAIN_BYTES],
                              const uint8_t *page_keys, uint32_t key_bytes, uint32_t n,
                              struct kvd_prefix_key *out, struct kvd_error *err);
-// The same as the first from n * KVD_PAGE_TOKENS tokens. Never equal to one of kvd_prefix_keys_of_blocks.
+// Chained ones of n * KVD_PAGE_TOKENS tokens. Never equal to one of kvd_prefix_keys_of_blocks.
 int kvd_prefix_keys_of_tokens(const uint8_t domain[KVD_PREFIX_DOMAIN_BYTES],
                               const struct kvd_prefix_key *before, const uint32_t *tokens,
                               uint32_t n, struct kvd_prefix_key *out, struct kvd_error *err);

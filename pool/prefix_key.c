@@ -94,8 +94,7 @@ int kvd_prefix_keys_of_blocks(const uint8_t domain[KVD_PREFIX_DOMAIN_BYTES],
 {
     int rc = check_key_bytes(key_bytes, err);
     static const char kind[16] = "kvd block key 1";
-    return rc ? rc
-              : hash_blocks(kind, domain, before, true, block_keys, key_bytes, n, out, err);
+    return rc ? rc : hash_blocks(kind, domain, before, true, block_keys, key_bytes, n, out, err);
 }
 
 int kvd_prefix_keys_of_pages(const uint8_t domain[KVD_PREFIX_DOMAIN_BYTES],

@@ -34,7 +34,7 @@ enum {
     KVD_MAX_PROMPT_EXTRA_BYTES = 1024,
     KVD_MIN_BLOCK_KEY = 16, // bytes of a caller's own key of a block
     KVD_MAX_BLOCK_KEY = 40,
-    KVD_BLOCK_KEY = 24, // bytes of kvd's
+    KVD_BLOCK_KEY = 24,       // bytes of kvd's
     KVD_MAX_CALL_PAGES = 512, // in one PutPages or GetPages
     KVD_MAX_CALL_ADOPTIONS = 16,
     KVD_MAX_LEASE_MS = 600000,

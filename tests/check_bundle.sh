@@ -38,7 +38,7 @@ for f in "$kvd"/lib/libkvd* "$kvd"/libexec/*; do
 done
 
 for f in share/man/man8/kvd.8 share/man/man1/kvctl.1 share/man/man5/kvd.conf.5 share/bash-completion/completions/kvctl \
-    share/kvd/kvd.rules.yml share/kvd/kvd.json kvd.conf kvd.h README licenses/kvd; do
+    share/kvd/kvd.rules.yml share/kvd/kvd.json kvd.conf include/kvd/kvd.h include/kvd/pages.h include/kvd/prompts.h README licenses/kvd; do
     [ -s "$kvd/$f" ] || { echo "missing: $f"; exit 1; }
 done
 # Every library's package tells its terms, and every licence that these refer to is there.

@@ -47,9 +47,9 @@ stray=$(find daemon -name '*.[ch]' | grep -vE "^daemon/($(IFS='|'; echo "${rooms
 while IFS= read -r f; do
     grep -nE '#include "(daemon|pool|calib)/' "$f" && { echo "$f includes what libkvd may not"; bad=1; }
 done < <(find client/lib -name '*.[ch]')
-# The public header stands alone.
-if grep -n '#include "' client/include/kvd/kvd.h; then
-    echo "the public header includes a private one"
+# The public headers stand alone.
+if grep -n '#include "' client/include/kvd/*.h; then
+    echo "a public header includes a private one"
     bad=1
 fi
 grep -rnE '#include "(daemon|pool|kernels|calib|proto|client)/' client/examples tests/e2e --include='*.c' && { echo "examples use libkvd as installed"; bad=1; }

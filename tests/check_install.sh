@@ -8,7 +8,7 @@ root=$(mktemp -d /tmp/kvd-install.XXXXXX)
 other=$(mktemp -d /tmp/kvd-install.XXXXXX)
 trap 'rm -rf "$root" "$other"' EXIT
 DESTDIR="$root" meson install -C "$build" --no-rebuild >/dev/null
-for f in usr/sbin/kvd usr/sbin/kvd-keeper usr/bin/kvctl usr/bin/kvctl-calib usr/include/kvd/kvd.h usr/share/man/man8/kvd.8 usr/share/man/man1/kvctl.1 \
+for f in usr/sbin/kvd usr/sbin/kvd-keeper usr/bin/kvctl usr/bin/kvctl-calib usr/include/kvd/kvd.h usr/include/kvd/pages.h usr/include/kvd/prompts.h usr/share/man/man8/kvd.8 usr/share/man/man1/kvctl.1 \
     usr/share/man/man5/kvd.conf.5 usr/share/bash-completion/completions/kvctl etc/kvd/kvd.conf; do
     [ -s "$root/$f" ] || { echo "missing: $f"; exit 1; }
 done
@@ -43,7 +43,7 @@ fi
 gcc -std=c99 -Wall -Werror "$root/t.c" -o "$root/t" $(pkg-config --cflags --libs kvd)
 LD_LIBRARY_PATH=$lib "$root/t"
 # Only the public API is visible.
-public=$(grep -oE '\bkvd_[a-z0-9_]+\(' client/include/kvd/kvd.h | tr -d '(' | sort -u)
+public=$(grep -ohE '\bkvd_[a-z0-9_]+\(' client/include/kvd/*.h | tr -d '(' | sort -u)
 extra=$(nm -D --defined-only "$lib/libkvd.so" | awk '{print $3}' | sort -u | comm -13 <(echo "$public") -)
 [ -z "$extra" ] || { echo "private symbols are visible: $extra"; exit 1; }
 # There is one copy of the kernels, in a private library that programs and libkvd find; libkvd.a has its own.

@@ -15,6 +15,7 @@ struct kvd_buffer {
     kvd_client *client;
     kvd_buffer *next;
     bool local; // this process's own: kvd is elsewhere
+    bool idle;  // libkvd's own, for pages, and no call uses it; under buffers_lock
     uint64_t key;
     _Atomic uint64_t
         id; // changes when another thread reconnects; ids of an old session name nothing
@@ -62,6 +63,7 @@ struct kvd_client {
     Kvd__V1__OpenSessionReply *opened;
     pthread_mutex_t buffers_lock;
     kvd_buffer *buffers;
+    bool pages; // it was opened for page calls
     _Atomic uint64_t next_request, next_key;
     struct kvd_stream *events;
     Kvd__V1__Event *last_event; // whose keys the program may be reading
@@ -78,7 +80,8 @@ struct kvd_sized {
 };
 extern const struct kvd_sized kvd_sized_options, kvd_sized_info, kvd_sized_sequence_info,
     kvd_sized_item, kvd_sized_attention, kvd_sized_direct_options, kvd_sized_event,
-    kvd_sized_plane_options, kvd_sized_prompt, kvd_sized_match, kvd_sized_published;
+    kvd_sized_plane_options, kvd_sized_prompt, kvd_sized_match, kvd_sized_published,
+    kvd_sized_page_keys, kvd_sized_found, kvd_sized_paged;
 // What a program of another age gave, as this library has it.
 int kvd_sized_take(const struct kvd_sized *type, const void *from, void *to, struct kvd_error *err);
 // Whether there is room to write one to; and writes as much of it as the program knows.

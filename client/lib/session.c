@@ -103,6 +103,7 @@ static int make_session(kvd_client *c, bool resume, uint64_t deadline, struct kv
     req.lease_ms = c->lease_ms;
     req.n_sinks = c->n_sinks;
     req.sinks = c->sinks;
+    req.pages = c->pages;
     if (resume)
         req.resume = c->session;
     int rc = kvd_channel_call(c->channel, "/kvd.v1.KvCache/OpenSession", &req,
@@ -314,6 +315,10 @@ static char *copy_or(const char *text, const char *otherwise)
 // What could not even be copied; the rest is the daemon's to judge.
 static int check_options(const kvd_options *o, struct kvd_error *err)
 {
+    if (o->pages && strncmp(o->address, "unix:", 5) != 0)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "pages are shared memory: kvd's unix: address is wanted for them, not %s",
+                        o->address);
     if (!o->sinks != !o->n_sinks || o->n_sinks > KVD_MAX_SINKS)
         return kvd_fail(err, KVD_E_INVALID,
                         "sinks is %s and n_sinks %u; one for each q head of each layer is wanted, "
@@ -361,6 +366,7 @@ static kvd_client *client_new(const kvd_options *o)
     c->timeout_ms = o->timeout_ms ? o->timeout_ms : 30000;
     c->lease_ms = o->lease_ms;
     c->remote = strncmp(o->address, "unix:", 5) != 0;
+    c->pages = o->pages;
     if (!c->address || !c->namespace_name || !c->client_name || !c->codec || !c->rotation_set ||
         !c->layers || !c->plane_layers || !c->shapes || !c->sinks) {
         client_free(c);

@@ -12,7 +12,7 @@ typedef int kvd_op_phase(struct kvd_daemon *d, struct kvd_work *w);
 struct kvd_op {
     enum kvd_kernel_op id; // in the metrics
     bool writes;           // its sequences change: nobody else may use them meanwhile
-    bool own_items; // they are made at its turn
+    bool own_items;        // they are made at its turn
     uint32_t least_items, most_items;
     // Loop thread. Checks the request and notes sequences, tensors and parameters in the work. No
     // sequence is pinned yet, and nothing else has changed: an error is the answer.
@@ -145,7 +145,7 @@ void kvd_op_append_fill(const struct kvd_work *w, const struct kvd_work_item *it
 void kvd_op_count_stored(struct kvd_daemon *d, const struct kvd_work *w,
                          const struct kvd_pool_append *a);
 
-// -- op_pages.c ---------------------------------------------------------------------------------
+// -- page_keys.c: what page calls name -----------------------------------------------------------
 // The spaces of a session's pages that are encoded, and of exact ones. KVD_E_PRECONDITION: it was
 // opened without page calls; KVD_E_INVALID: the space has no or too many bytes.
 int kvd_page_spaces(struct kvd_daemon *d, const struct kvd_session *s,

@@ -25,9 +25,7 @@ static void metrics(struct kvd_daemon *d, FILE *f)
         size_t offset;
     } rows[] = {
 #define ROW(what, field, help)                                                                     \
-    {                                                                                              \
-        "kvd_pages_" what "_total", help, offsetof(struct kvd_page_count, field)                   \
-    }
+    {"kvd_pages_" what "_total", help, offsetof(struct kvd_page_count, field)}
         ROW("looked_up", looked_up, "Pages that were looked up, of 64 tokens each."),
         ROW("found", found, "Of those, pages that were there."),
         ROW("put", put, "Pages that were stored."),
@@ -64,4 +62,4 @@ static void deinit(struct kvd_daemon *d)
     free(KVD_TAKE(d->page_counts));
 }
 
-const struct kvd_part kvd_part_page_counts = {.init = init, .deinit = deinit, .metrics = metrics};
+const struct kvd_part kvd_part_pages = {.init = init, .deinit = deinit, .metrics = metrics};

@@ -14,6 +14,6 @@ struct kvd_page_count {
 // A namespace's counters.
 struct kvd_page_count *kvd_page_count_of(struct kvd_daemon *d, uint32_t ns);
 
-extern const struct kvd_part kvd_part_page_counts;
+extern const struct kvd_part kvd_part_pages;
 
 #endif

@@ -1,5 +1,5 @@
-// Compute calls: Append, Attend, Step, Rotate, ReadTokens, MapSequences, PutPages and GetPages on their way through the
-// daemon. What differs between them is a struct kvd_op (op.h).
+// Compute calls: Append, Attend, Step, Rotate, ReadTokens, MapSequences, PutPages and GetPages on
+// their way through the daemon. What differs between them is a struct kvd_op (op.h).
 //
 //   1. a request is checked and made a work: tensors resolved to memory, sequences pinned
 //   2. it waits for its fence (fences.c) and in its session's line (queue.c); strictly in order,
@@ -62,8 +62,9 @@ struct kvd_work_check {
     uint64_t sum; // that it has
 };
 
-// What a call of pages has besides (op_pages.c). Its sequences are made at its turn, and nobody else
-// knows of them: an item for each run of pages that are encoded, then for each run of exact ones.
+// What a call of pages has besides (op_pages.c). Its sequences are made at its turn, and nobody
+// else knows of them: an item for each run of pages that are encoded, then for each run of exact
+// ones.
 struct kvd_work_pages {
     struct kvd_blocks_space spaces[2]; // of pages that are encoded, and of exact ones
     const struct kvd_layout *shapes[2];

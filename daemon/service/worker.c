@@ -27,7 +27,7 @@ struct opening {
     struct kvd_clearing clearing; // of what makes room
     struct kvd_call *call;
     const Kvd__V1__OpenSessionRequest *req; // the call's
-    struct kvd_layout g, exact; // exact: with `pages`
+    struct kvd_layout g, exact;             // exact: with `pages`
     struct kvd_rotset *set;
 };
 

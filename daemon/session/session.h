@@ -32,7 +32,7 @@ struct kvd_session {
     uint64_t appender; // random: names the session in the pool's records, which may outlive it
     uint32_t ns;
     uint32_t layout; // KVD_POOL_NONE: it waits to be resumed, and holds nothing
-    uint32_t exact;  // the same in bf16, for pages that are kept exact; KVD_POOL_NONE: no page calls
+    uint32_t exact; // the same in bf16, for pages that are kept exact; KVD_POOL_NONE: no page calls
     uint8_t digests[2][32]; // of these two layouts, where there are page calls
     struct kvd_ledger *ledger;
     uint32_t record; // in the ledger

@@ -99,6 +99,7 @@ static void print_options(void)
     FIELD(kvd_options, n_planes);
     FIELD(kvd_options, tp_rank);
     FIELD(kvd_options, tp_size);
+    FIELD(kvd_options, pages);
     STRUCT(kvd_plane_options);
     FIELD(kvd_plane_options, size);
     FIELD(kvd_plane_options, layers);
@@ -191,6 +192,35 @@ static void print_prompts(void)
     FIELD(kvd_published, blocks);
     FIELD(kvd_published, known);
     FIELD(kvd_published, end);
+    STRUCT(kvd_page_keys);
+    FIELD(kvd_page_keys, size);
+    FIELD(kvd_page_keys, keys);
+    FIELD(kvd_page_keys, key_bytes);
+    FIELD(kvd_page_keys, pages);
+    FIELD(kvd_page_keys, after);
+    STRUCT(kvd_found);
+    FIELD(kvd_found, size);
+    FIELD(kvd_found, pages);
+    FIELD(kvd_found, lease);
+    FIELD(kvd_found, kinds);
+    STRUCT(kvd_strides);
+    FIELD(kvd_strides, block);
+    FIELD(kvd_strides, head);
+    FIELD(kvd_strides, token);
+    FIELD(kvd_strides, dim);
+    STRUCT(kvd_paged);
+    FIELD(kvd_paged, size);
+    FIELD(kvd_paged, k);
+    FIELD(kvd_paged, v);
+    FIELD(kvd_paged, k_bytes);
+    FIELD(kvd_paged, v_bytes);
+    FIELD(kvd_paged, k_strides);
+    FIELD(kvd_paged, v_strides);
+    FIELD(kvd_paged, all_blocks);
+    FIELD(kvd_paged, block_tokens);
+    FIELD(kvd_paged, blocks);
+    FIELD(kvd_paged, n_blocks);
+    FIELD(kvd_paged, first_token);
 }
 
 static void print_items(void)

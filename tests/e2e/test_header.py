@@ -9,6 +9,7 @@ import pytest
 from conftest import BUILD
 
 XML = BUILD / "client/xml"
+HEADERS = ("kvd_8h.xml", "prompts_8h.xml", "pages_8h.xml")
 pytestmark = pytest.mark.skipif(not XML.exists(), reason="there is no doxygen")
 
 # Words of which a number's name or text has one: what it counts.
@@ -23,7 +24,7 @@ def text(element):
 def functions():
     """{name: (result, parameters as {name: type}, their texts, {failure: text}, returned, all the text)}"""
     found = {}
-    for f in ET.parse(XML / "kvd_8h.xml").iter("memberdef"):
+    for f in (f for header in HEADERS for f in ET.parse(XML / header).iter("memberdef")):
         if f.get("kind") != "function":
             continue
         types = {text(p.find("declname")): text(p.find("type")) for p in f.findall("param") if p.find("declname") is not None}

@@ -36,7 +36,8 @@ def test_pythons_structures_are_the_compilers():
                "kvd_info": "Info", "kvd_tensor_ref": "TensorRef",
                "kvd_sequence_info": "SequenceStruct", "kvd_layers": "Layers", "kvd_item": "ItemStruct",
                "kvd_attention": "Attention", "kvd_direct_options": "DirectOptions", "kvd_event": "EventStruct",
-               "kvd_bytes": "Bytes", "kvd_prompt": "PromptStruct", "kvd_match": "MatchStruct", "kvd_published": "PublishedStruct"}
+               "kvd_bytes": "Bytes", "kvd_prompt": "PromptStruct", "kvd_match": "MatchStruct", "kvd_published": "PublishedStruct",
+               "kvd_page_keys": "PageKeys", "kvd_found": "FoundStruct", "kvd_strides": "Strides", "kvd_paged": "PagedStruct"}
     theirs = {}
     for line in run("layout").stdout.splitlines():
         name, field, offset, size = line.split()
@@ -49,8 +50,8 @@ def test_pythons_structures_are_the_compilers():
             for field, *_ in getattr(base, "__dict__", {}).get("_fields_", []):
                 ours[name][field] = (getattr(kind, field).offset, getattr(kind, field).size)
     assert ours == theirs
-    # and there is no structure in the header that was forgotten here
-    header = (SOURCE / "client/include/kvd/kvd.h").read_text()
+    # and there is no structure in the headers that was forgotten here
+    header = "".join(h.read_text() for h in (SOURCE / "client/include/kvd").glob("*.h"))
     declared = set(re.findall(r"^typedef struct (kvd_\w+) \{", header, re.M))
     assert declared == set(structs)
 

@@ -13,11 +13,12 @@ from ._direct import Direct
 from ._library import (CorruptError, DeniedError, Error, ExhaustedError, ExistsError, InternalError, InvalidError,
                        LostError, NotFoundError, PreconditionError, TimeoutError, UnavailableError, version)
 from ._prompts import Match, Prompt, Published
+from .pages import Found, Paged, Pages
 from ._tensor import Bf16Array, Tensor, from_bf16, to_bf16
 
 __all__ = [
     "Bf16Array", "Client", "CorruptError", "DeniedError", "DeviceTensor", "Direct", "Error", "Event", "ExhaustedError",
-    "ExistsError", "InternalError", "InvalidError", "Item", "LostError", "Match", "NotFoundError", "Plane", "PreconditionError",
+    "ExistsError", "Found", "InternalError", "InvalidError", "Item", "LostError", "Match", "NotFoundError", "Paged", "Pages", "Plane", "PreconditionError",
     "Prompt", "Published", "Sequence", "SequenceInfo",
     "Shape", "Tensor",
     "TimeoutError", "UnavailableError", "from_bf16", "to_bf16", "version",

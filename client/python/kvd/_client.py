@@ -265,7 +265,7 @@ class Client(lib.OfProcess):
     heads, head_dim, codec or window, instead of layers and windows; `layer` in calls counts over those of all planes in ascending
     order, and a call's layers have one of `shapes`. tp_rank, tp_size: which part of a model that tensor parallelism splits;
     q_heads and kv_heads are the rank's own, and of a rotation set it gets the matrices of its heads. address: "unix:/path" or "host:port"; None: $KVD_ADDRESS, or the
-    one that listens under /run/kvd. timeout: seconds for each call. lease: seconds after which a session over TCP ends when
+    one that listens under /run/kvd. pages: for `kvd.Pages`, which opens its own. timeout: seconds for each call. lease: seconds after which a session over TCP ends when
     its client is not heard of; None: 60. tls_ca, tls_cert, tls_key: PEM files for TCP; None: no TLS, no certificate of
     one's own. tls_server_name: if it differs from the address.
     """
@@ -276,7 +276,8 @@ class Client(lib.OfProcess):
                  namespace: Optional[str] = None, name: Optional[str] = None, timeout: float = 30.0, lease: Optional[float] = None,
                  tls_ca: Optional[str] = None, tls_cert: Optional[str] = None, tls_key: Optional[str] = None,
                  tls_server_name: Optional[str] = None, windows: Optional[Iterable[int]] = None, sinks: Any = None,
-                 planes: Optional[Iterable[Plane]] = None, tp_rank: int = 0, tp_size: int = 0):
+                 planes: Optional[Iterable[Plane]] = None, tp_rank: int = 0, tp_size: int = 0,
+                 pages: bool = False):
         super().__init__()
         if (layers is None) == (planes is None) or (planes is not None and windows is not None):
             raise lib.InvalidError("layers, with windows or without, or planes are wanted")
@@ -322,7 +323,7 @@ class Client(lib.OfProcess):
             rotation_set=names["rotation_set"] or None, sink=kept[0], recent=kept[1], no_windows=kept == (0, 0),
             lease_ms=0 if lease is None else max(1, _check.milliseconds("lease", lease)), tls_ca=names["tls_ca"] or None,
             tls_cert=names["tls_cert"] or None, tls_key=names["tls_key"] or None, tls_server_name=names["tls_server_name"] or None,
-            tp_rank=self.tp_rank, tp_size=self.tp_size,
+            tp_rank=self.tp_rank, tp_size=self.tp_size, pages=_check.flag("pages", pages),
             sinks=(c.c_float * len(logits))(*logits) if logits else None, n_sinks=len(logits))
         if planes is None:
             options.layers, options.n_layers = keep[0], len(ids)

@@ -1,4 +1,4 @@
-"""libkvd as ctypes sees it. Names and order are those of kvd/kvd.h."""
+"""libkvd as ctypes sees it. Names and order are those of kvd/kvd.h, and of kvd/prompts.h and kvd/pages.h."""
 import ctypes as c
 import glob
 import os
@@ -115,6 +115,7 @@ class Options(Sized):
         ("tls_server_name", c.c_char_p), ("windows", c.POINTER(c.c_uint32)),
         ("sinks", c.POINTER(c.c_float)), ("n_sinks", c.c_uint32),
         ("planes", c.POINTER(PlaneOptions)), ("n_planes", c.c_uint32), ("tp_rank", c.c_uint32), ("tp_size", c.c_uint32),
+        ("pages", c.c_bool),
     ]
 
 
@@ -169,6 +170,24 @@ class PromptStruct(Sized):
                 ("n_tokens", c.c_uint32), ("extras", c.POINTER(Bytes)), ("n_extras", c.c_uint32)]
 
 
+class PageKeys(Sized):
+    _fields_ = [("keys", c.c_char_p), ("key_bytes", c.c_uint32), ("pages", c.c_uint32), ("after", c.c_char_p)]
+
+
+class FoundStruct(Sized):
+    _fields_ = [("pages", c.c_uint32), ("lease", c.c_uint64), ("kinds", c.POINTER(c.c_uint8))]
+
+
+class Strides(c.Structure):
+    _fields_ = [("block", c.c_uint64), ("head", c.c_uint64), ("token", c.c_uint64), ("dim", c.c_uint64)]
+
+
+class PagedStruct(Sized):
+    _fields_ = [("k", c.POINTER(c.c_void_p)), ("v", c.POINTER(c.c_void_p)), ("k_bytes", c.c_uint64), ("v_bytes", c.c_uint64),
+                ("k_strides", Strides), ("v_strides", Strides), ("all_blocks", c.c_uint32), ("block_tokens", c.c_uint32),
+                ("blocks", c.POINTER(c.c_uint32)), ("n_blocks", c.c_uint32), ("first_token", c.c_uint32)]
+
+
 class MatchStruct(Sized):
     _fields_ = [("blocks", c.c_uint32), ("known", c.c_uint32), ("window_tokens", c.c_uint32), ("end", c.c_bool),
                 ("lease", c.c_uint64), ("miss", c.c_int), ("missed", c.c_uint32)]
@@ -209,6 +228,9 @@ _FUNCTIONS = {  # name: argument types; all of these return a kvd_result and end
     "kvd_prompt_adopt": [_P, c.c_uint64, c.c_uint32, c.POINTER(c.c_uint64), c.POINTER(c.c_uint64)],
     "kvd_leases_release": [_P, c.POINTER(c.c_uint64), c.c_uint32],
     "kvd_prompt_publish": [_P, c.c_uint64, c.POINTER(PromptStruct), c.c_bool, c.POINTER(PublishedStruct)],
+    "kvd_pages_lookup": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.c_uint32, c.c_uint32, c.POINTER(FoundStruct)],
+    "kvd_pages_put": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.POINTER(c.c_bool), c.POINTER(PagedStruct), c.POINTER(c.c_uint8)],
+    "kvd_pages_get": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.POINTER(PagedStruct), c.POINTER(c.c_uint8)],
     "kvd_next_event": [_P, c.c_uint32, c.POINTER(EventStruct)],
 }
 _library: Any = None

@@ -1,0 +1,122 @@
+/** @file
+ * Pages: blocks of 64 tokens of an engine that keeps KV of its own, in its own blocks and under its
+ * own keys. Part of kvd/kvd.h, which includes it.
+ *
+ * For clients that were opened with `pages`, at a unix: address, whose layers are alike. Any page
+ * can be looked up, put and got without those before it. A key must name a page and all before it.
+ * Keys mean something within the namespace, the layout and a space: 1 to 1,024 bytes that say what
+ * else decides about K and V (a digest of the weights' revision, RoPE, adapters by content, the
+ * engine and how it hashes, a part of the layers).
+ *
+ * Pages are kept encoded, in the client's codec, or exact, in bf16. Where there are both, the exact
+ * one counts. What is there is not put again.
+ *
+ * Functions may be called from several threads at once; memory that they write must not be used
+ * meanwhile. */
+#ifndef KVD_KVD_H
+#error "include kvd/kvd.h"
+#endif
+#ifndef KVD_PAGES_H
+#define KVD_PAGES_H
+
+/** What there is of a page. */
+typedef enum kvd_stored {
+    KVD_STORED_NONE = 0, /**< nothing */
+    KVD_STORED_ENCODED,  /**< it, in the client's codec */
+    KVD_STORED_EXACT,    /**< it, in bf16 */
+} kvd_stored;
+
+/** Names pages. */
+typedef struct kvd_page_keys {
+    uint32_t size;      /**< sizeof(kvd_page_keys) */
+    const void *keys;   /**< the engine's, one after the other */
+    uint32_t key_bytes; /**< of each, 16 to 40 */
+    uint32_t pages;     /**< how many pages, at most 4,096 */
+    /** for puts: the key of the page before the first; NULL: none. Eviction takes pages before
+     * those that they were put behind; it need not be there. */
+    const void *after;
+} kvd_page_keys;
+
+/** What is there of the pages that were looked up. */
+typedef struct kvd_found {
+    uint32_t size;  /**< sizeof(kvd_found) */
+    uint32_t pages; /**< leading pages that are there */
+    uint64_t lease; /**< number to release it by; 0: none */
+    uint8_t *kinds; /**< NULL, or room for a kvd_stored for each key, which is written */
+} kvd_found;
+
+/** Distances in bytes. */
+typedef struct kvd_strides {
+    uint64_t block; /**< bytes from a block to the next */
+    uint64_t head;  /**< bytes from a head to the next */
+    uint64_t token; /**< bytes from a token of a block to the next */
+    uint64_t dim;   /**< bytes from an element of a head to the next */
+} kvd_strides;
+
+/** An engine's KV in this process's memory, bf16, and the blocks of it that pages are read from or
+ * written to: tokens first_token, first_token + 1, ... of the listed blocks, one after the other.
+ */
+typedef struct kvd_paged {
+    uint32_t size;          /**< sizeof(kvd_paged) */
+    void *const *k;         /**< for each layer of the client, where K begins */
+    void *const *v;         /**< the same of V */
+    uint64_t k_bytes;       /**< bytes of memory from each k on */
+    uint64_t v_bytes;       /**< bytes of memory from each v on */
+    kvd_strides k_strides;  /**< bytes; of dim and token one at least is 2 */
+    kvd_strides v_strides;  /**< the same of V */
+    uint32_t all_blocks;    /**< how many blocks the memory has */
+    uint32_t block_tokens;  /**< tokens of a block, 1 to 1,024 */
+    const uint32_t *blocks; /**< number of each, in the order of the tokens */
+    uint32_t n_blocks;      /**< how many blocks; more than are used is no mistake */
+    uint32_t first_token;   /**< number of the first token in the first block */
+} kvd_paged;
+
+/** Looks up pages of several requests. What is found counts as used.
+ * @param client whose
+ * @param space what the keys mean something in
+ * @param requests what to look up, [count]; all keys have the same bytes
+ * @param count how many requests, 1 to 256, of at most 65,536 pages together
+ * @param lease_ms milliseconds for which what is found stays, at most 600,000; 0: it may go at once
+ * @param[in,out] out what is there of each, [count]; the size of each is read. Each lease ends by
+ * kvd_leases_release, its time, or with the session
+ * @param[out] err says why it failed; may be NULL
+ * @retval KVD_ERR_INVALID a space, a request or a number is out of range
+ * @retval KVD_ERR_PRECONDITION the client was opened without pages
+ * @retval KVD_ERR_EXHAUSTED the session or the namespace has too many leases */
+KVD_API kvd_result kvd_pages_lookup(kvd_client *client, const kvd_bytes *space,
+                                    const kvd_page_keys *requests, uint32_t count,
+                                    uint32_t lease_ms, kvd_found *out, kvd_failure *err);
+/** Stores pages that are not there. Each is seen whole or not at all; where two put one key at
+ * once, the first stays. After a failure some may have been stored.
+ * @param client whose
+ * @param space what the keys mean something in
+ * @param keys names the pages
+ * @param exact for each page: whether it is kept in bf16; NULL: none is
+ * @param source what they are: 64 tokens for each page
+ * @param[out] kinds for each page what is there now, a kvd_stored; NULL: not wanted. None: the
+ * namespace's index has no room
+ * @param[out] err says why it failed; may be NULL
+ * @retval KVD_ERR_INVALID a number, stride or block is out of range; or K or V holds NaN or Inf
+ * @retval KVD_ERR_PRECONDITION the client was opened without pages
+ * @retval KVD_ERR_EXHAUSTED the quota, the pool or a limit */
+KVD_API kvd_result kvd_pages_put(kvd_client *client, const kvd_bytes *space,
+                                 const kvd_page_keys *keys, const bool *exact,
+                                 const kvd_paged *source, uint8_t *kinds, kvd_failure *err);
+/** Reads pages, into blocks that no other one of them, and nothing else in `target`, shares memory
+ * with. All of them are there, or nothing is written; after another failure than NOT_FOUND the
+ * blocks hold what they held, or part of the pages.
+ * @param client whose
+ * @param space what the keys mean something in
+ * @param keys names the pages
+ * @param target where to
+ * @param[out] kinds for each page what was read, a kvd_stored; NULL: not wanted
+ * @param[out] err says why it failed; may be NULL
+ * @retval KVD_ERR_INVALID a number, stride or block is out of range, or blocks overlap
+ * @retval KVD_ERR_NOT_FOUND one is not there
+ * @retval KVD_ERR_PRECONDITION the client was opened without pages
+ * @retval KVD_ERR_EXHAUSTED the session or the namespace has too many leases or sequences */
+KVD_API kvd_result kvd_pages_get(kvd_client *client, const kvd_bytes *space,
+                                 const kvd_page_keys *keys, const kvd_paged *target, uint8_t *kinds,
+                                 kvd_failure *err);
+
+#endif

@@ -1,0 +1,109 @@
+/** @file
+ * Prompts: blocks that others have computed. Part of kvd/kvd.h, which includes it. */
+#ifndef KVD_KVD_H
+#error "include kvd/kvd.h"
+#endif
+#ifndef KVD_PROMPTS_H
+#define KVD_PROMPTS_H
+
+/** Bytes of whatever kind. */
+typedef struct kvd_bytes {
+    const void *data; /**< not NULL, unless bytes is 0 */
+    uint64_t bytes;   /**< how many */
+} kvd_bytes;
+/** Names the blocks of a prompt, 64 tokens each, from its first token on: by keys of the caller's
+ * own, or by tokens. What is named one way is not found the other way. Keys mean something within
+ * the namespace, for clients of the same layout, codec, rotation set and windows, and of the same
+ * extras. Tokens behind the last whole block name nothing. */
+typedef struct kvd_prompt {
+    uint32_t size;           /**< sizeof(kvd_prompt) */
+    const void *block_keys;  /**< keys, one after the other; NULL: there are tokens */
+    uint32_t key_bytes;      /**< of each, 16 to 40 */
+    uint32_t blocks;         /**< how many keys, at most 4,096 */
+    const uint32_t *tokens;  /**< ids; NULL: there are keys */
+    uint32_t n_tokens;       /**< how many, at most 262,207 */
+    const kvd_bytes *extras; /**< what else decides about K and V: the model's revision, a salt,
+                                adapters by content, media; may be NULL */
+    uint32_t n_extras; /**< how many, at most 16, of 1,024 bytes together; their order counts */
+} kvd_prompt;
+/** Why a block is not there. */
+typedef enum kvd_miss {
+    KVD_MISS_NONE = 0,      /**< all are */
+    KVD_MISS_UNKNOWN,       /**< never published, or gone for so long that nothing is known */
+    KVD_MISS_EVICTED_ROOM,  /**< memory was wanted */
+    KVD_MISS_EVICTED_QUOTA, /**< the namespace's quota was reached */
+    KVD_MISS_EVICTED_INDEX, /**< the namespace's index was full */
+    KVD_MISS_DROPPED,       /**< somebody asked for it */
+    KVD_MISS_DAMAGED,       /**< it did not verify */
+    KVD_MISS_OTHER_EXTRA,   /**< the first block is there, with other extras only */
+    KVD_MISS_OTHER_LAYOUT,  /**< the first block is there, in another layout only */
+} kvd_miss;
+/** What is there of a prompt. */
+typedef struct kvd_match {
+    uint32_t size;          /**< sizeof(kvd_match) */
+    uint32_t blocks;        /**< leading blocks that a sequence can be made of */
+    uint32_t known;         /**< leading blocks that are known; the pages of some may be gone */
+    uint32_t window_tokens; /**< tokens before that cut that are in bf16, sink apart */
+    bool end;               /**< the cut is a published end: going on gives the same bits */
+    uint64_t lease;         /**< number to adopt or release it by; 0: none */
+    kvd_miss miss;          /**< why the first block that is not known is not */
+    uint32_t missed;        /**< when that went, in seconds of Unix time; 0: not known */
+} kvd_match;
+/** Looks up prompts. What is found counts as used.
+ * @param client whose
+ * @param prompts what to look up, [count]
+ * @param count how many prompts, 1 to 256, of at most 65,536 blocks together
+ * @param lease_ms milliseconds for which what is found stays, at most 600,000; 0: it may go at once
+ * @param[in,out] out what is there of each, [count]; the first one's size is read. Each lease ends
+ * by kvd_prompt_adopt, kvd_leases_release, its time, or with the session
+ * @param[out] err says why it failed; may be NULL
+ * @retval KVD_ERR_INVALID a prompt is none, or a number out of range
+ * @retval KVD_ERR_EXHAUSTED the session or the namespace has too many leases */
+KVD_API kvd_result kvd_prompts_match(kvd_client *client, const kvd_prompt *prompts, uint32_t count,
+                                     uint32_t lease_ms, kvd_match *out, kvd_failure *err);
+/** Makes a sequence of leased blocks, which this session holds. Nothing is copied: it shares pages
+ * until it writes there. The lease ends.
+ * @param client whose
+ * @param lease number of a lease that it has
+ * @param blocks how many of the leading blocks; 0: all that were found
+ * @param[out] sequence its id; to be freed by kvd_sequences_free, or with the session
+ * @param[out] length tokens of it
+ * @param[out] err says why it failed; may be NULL
+ * @retval KVD_ERR_NOT_FOUND the lease is over
+ * @retval KVD_ERR_PRECONDITION more blocks than were found, or a plane's window lacks pages there
+ * @retval KVD_ERR_EXHAUSTED the session or the namespace has too many sequences */
+KVD_API kvd_result kvd_prompt_adopt(kvd_client *client, uint64_t lease, uint32_t blocks,
+                                    uint64_t *sequence, uint64_t *length, kvd_failure *err);
+/** Ends leases; those that are over are passed over.
+ * @param client whose
+ * @param leases the number of each, [count]
+ * @param count how many leases, 1 to 4,096
+ * @param[out] err says why it failed; may be NULL
+ * @retval KVD_ERR_INVALID count is out of range */
+KVD_API kvd_result kvd_leases_release(kvd_client *client, const uint64_t *leases, uint32_t count,
+                                      kvd_failure *err);
+/** What was published of a prompt. */
+typedef struct kvd_published {
+    uint32_t size;   /**< sizeof(kvd_published) */
+    uint32_t blocks; /**< leading blocks that are known now */
+    uint32_t known;  /**< of those, blocks that were known before */
+    bool end;        /**< there is an end */
+} kvd_published;
+/** Gives a sequence's blocks to others, as far as they are whole, in every layer, and behind the
+ * recent window. Can be called again and again while the sequence grows.
+ * @param client whose
+ * @param sequence id of one that it holds
+ * @param prompt names its blocks; more than it has is no mistake
+ * @param end whether to go up to the last whole block, and keep the recent window there as it is:
+ * whoever adopts there goes on with the same bits
+ * @param[in,out] out its size is read
+ * @param[out] err says why it failed; may be NULL
+ * @retval KVD_ERR_INVALID the prompt is none, or the layout's sink is no multiple of 64 tokens
+ * @retval KVD_ERR_NOT_FOUND the session does not hold the sequence
+ * @retval KVD_ERR_PRECONDITION with end: it is amid an append, or used by a call in flight
+ * @retval KVD_ERR_EXHAUSTED with end: the namespace has too many sequences */
+KVD_API kvd_result kvd_prompt_publish(kvd_client *client, uint64_t sequence,
+                                      const kvd_prompt *prompt, bool end, kvd_published *out,
+                                      kvd_failure *err);
+
+#endif

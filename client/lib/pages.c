@@ -1,0 +1,373 @@
+// Pages: looking up, putting and getting. Pages travel through memory that is shared with kvd, some
+// tens of megabytes at a time.
+#include "client/lib/client.h"
+#include "client/lib/paged.h"
+
+#define METHOD(name) "/kvd.v1.KvCache/" name
+
+enum { STAGING_BYTES = 32 << 20, MAX_STAGINGS = 4 };
+
+// What a call is about: checked, as this library has it.
+struct call {
+    kvd_client *client;
+    const kvd_bytes *space;
+    kvd_page_keys keys;
+    kvd_paged paged;
+    struct kvd_page_shape shape;
+    uint32_t pages; // that the staging has room for
+    kvd_buffer *staging;
+    struct kvd_staged staged;
+    uint64_t v_at; // of V in the staging
+};
+
+static int check_client(const kvd_client *c, const kvd_bytes *space, struct kvd_error *err)
+{
+    if (!c->pages)
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "the client was opened without pages; set kvd_options.pages");
+    if (!space->data || space->bytes < 1 || space->bytes > KVD_MAX_PROMPT_EXTRA_BYTES)
+        return kvd_fail(err, KVD_E_INVALID, "a space of %llu bytes; 1 to %d are possible",
+                        (unsigned long long)space->bytes, KVD_MAX_PROMPT_EXTRA_BYTES);
+    return KVD_OK;
+}
+
+static int take_keys(const kvd_page_keys *from, kvd_page_keys *to, struct kvd_error *err)
+{
+    int rc = kvd_sized_take(&kvd_sized_page_keys, from, to, err);
+    if (rc)
+        return rc;
+    if (to->key_bytes < KVD_MIN_BLOCK_KEY || to->key_bytes > KVD_MAX_BLOCK_KEY)
+        return kvd_fail(err, KVD_E_INVALID, "key_bytes is %u; %d to %d are possible", to->key_bytes,
+                        KVD_MIN_BLOCK_KEY, KVD_MAX_BLOCK_KEY);
+    if (to->pages > KVD_MAX_PROMPT_BLOCKS || (to->pages && !to->keys))
+        return kvd_fail(err, KVD_E_INVALID, "%u pages%s; at most %d are possible", to->pages,
+                        to->keys ? "" : " and no keys", KVD_MAX_PROMPT_BLOCKS);
+    return KVD_OK;
+}
+
+static ProtobufCBinaryData bytes(const void *data, uint64_t n)
+{
+    return (ProtobufCBinaryData){n, (uint8_t *)(uintptr_t)data};
+}
+
+static const uint8_t *key(const kvd_page_keys *k, uint32_t i)
+{
+    return (const uint8_t *)k->keys + (size_t)i * k->key_bytes;
+}
+
+// -- looking up ---------------------------------------------------------------------------------
+
+static int fill_lookup(const kvd_bytes *space, const kvd_page_keys *requests, uint32_t count,
+                       kvd_found *out, Kvd__V1__LookupPagesRequest *req, struct kvd_error *err)
+{
+    uint32_t step, out_step;
+    memcpy(&step, requests, sizeof(step));
+    memcpy(&out_step, out, sizeof(out_step));
+    for (uint32_t i = 0; i < count; i++) {
+        kvd_page_keys k;
+        int rc = take_keys((const void *)((const uint8_t *)requests + (size_t)i * step), &k, err);
+        if (rc == KVD_OK)
+            rc = kvd_sized_check(&kvd_sized_found, (uint8_t *)out + (size_t)i * out_step, err);
+        if (rc == KVD_OK && i && k.key_bytes != req->key_bytes)
+            rc = kvd_fail(err, KVD_E_INVALID, "key_bytes is %u, that of the first is %u",
+                          k.key_bytes, req->key_bytes);
+        if (rc)
+            return kvd_fail_in(err, "requests[%u]", i);
+        req->key_bytes = k.key_bytes;
+        req->requests[i] = bytes(k.keys, (size_t)k.pages * k.key_bytes);
+    }
+    req->space = bytes(space->data, space->bytes);
+    req->n_requests = count;
+    return KVD_OK;
+}
+
+static void give_found(const Kvd__V1__FoundPages *from, kvd_found *out)
+{
+    kvd_found found = {.pages = from->pages, .lease = from->lease};
+    memcpy((uint8_t *)&found.kinds, (const uint8_t *)out + offsetof(kvd_found, kinds),
+           sizeof(found.kinds));
+    if (found.kinds && from->kinds.len)
+        memcpy(found.kinds, from->kinds.data, from->kinds.len);
+    kvd_sized_give(&kvd_sized_found, &found, out);
+}
+
+static kvd_result send_lookup(kvd_client *c, Kvd__V1__LookupPagesRequest *req, kvd_found *out,
+                              kvd_failure *err)
+{
+    Kvd__V1__LookupPagesReply *reply = NULL;
+    struct kvd_error e = {0};
+    uint32_t step;
+    memcpy(&step, out, sizeof(step));
+    kvd_result rc = kvd_client_call(c, METHOD("LookupPages"), req, &req->session,
+                                    &kvd__v1__lookup_pages_reply__descriptor, &reply, err);
+    if (rc)
+        return rc;
+    bool fits = reply->n_found == req->n_requests;
+    for (size_t i = 0; i < reply->n_found && fits; i++)
+        fits = reply->found[i]->kinds.len * req->key_bytes == req->requests[i].len &&
+               reply->found[i]->pages <= reply->found[i]->kinds.len;
+    for (size_t i = 0; i < reply->n_found && fits; i++)
+        give_found(reply->found[i], (kvd_found *)(void *)((uint8_t *)out + i * step));
+    kvd__v1__lookup_pages_reply__free_unpacked(reply, NULL);
+    if (fits)
+        return KVD_SUCCESS;
+    kvd_fail(&e, KVD_E_INTERNAL, "the answer is of other pages than those that were asked for");
+    return kvd_client_fail(err, &e);
+}
+
+kvd_result kvd_pages_lookup(kvd_client *c, const kvd_bytes *space, const kvd_page_keys *requests,
+                            uint32_t count, uint32_t lease_ms, kvd_found *out, kvd_failure *err)
+{
+    KVD_WANT(err, "client", c, "space", space, "requests", requests, "out", out);
+    Kvd__V1__LookupPagesRequest req = KVD__V1__LOOKUP_PAGES_REQUEST__INIT;
+    struct kvd_error e = {0};
+    if (count < 1 || count > KVD_MAX_CALL_PROMPTS) {
+        kvd_fail(&e, KVD_E_INVALID, "%u requests; 1 to %d are possible", count,
+                 KVD_MAX_CALL_PROMPTS);
+        return kvd_client_fail(err, &e);
+    }
+    ProtobufCBinaryData *lists KVD_FREE = calloc(count, sizeof(*lists));
+    if (!lists)
+        kvd_fail(&e, KVD_E_INTERNAL, "out of memory");
+    req.requests = lists;
+    req.lease_ms = lease_ms;
+    if (e.code || check_client(c, space, &e) || fill_lookup(space, requests, count, out, &req, &e))
+        return kvd_client_fail(err, &e);
+    return send_lookup(c, &req, out, err);
+}
+
+// Which of a call's pages are there; with lease_ms they stay.
+static kvd_result look(const struct call *call, uint32_t lease_ms, kvd_found *out, kvd_failure *err)
+{
+    Kvd__V1__LookupPagesRequest req = KVD__V1__LOOKUP_PAGES_REQUEST__INIT;
+    ProtobufCBinaryData list =
+        bytes(call->keys.keys, (size_t)call->keys.pages * call->keys.key_bytes);
+    req.space = bytes(call->space->data, call->space->bytes);
+    req.key_bytes = call->keys.key_bytes;
+    req.n_requests = 1;
+    req.requests = &list;
+    req.lease_ms = lease_ms;
+    req.quiet = true;
+    return send_lookup(call->client, &req, out, err);
+}
+
+// -- memory to stage pages in -------------------------------------------------------------------
+
+static uint64_t page_bytes(const struct kvd_page_shape *s, int side)
+{
+    return (uint64_t)s->layers * s->heads * s->dims[side] * 2 * KVD_PAGE_TOKENS;
+}
+
+// One that no call uses.
+static kvd_buffer *idle_buffer(kvd_client *c)
+{
+    pthread_mutex_lock(&c->buffers_lock);
+    kvd_buffer *b = c->buffers;
+    while (b && !b->idle)
+        b = b->next;
+    if (b)
+        b->idle = false;
+    pthread_mutex_unlock(&c->buffers_lock);
+    return b;
+}
+
+static kvd_result take_staging(struct call *call, kvd_failure *err)
+{
+    kvd_client *c = call->client;
+    const uint64_t k = page_bytes(&call->shape, 0), page = k + page_bytes(&call->shape, 1);
+    kvd_result rc = KVD_SUCCESS;
+    call->pages = (uint32_t)KVD_MIN(KVD_MAX((uint64_t)STAGING_BYTES / page, (uint64_t)1),
+                                    (uint64_t)KVD_MAX_CALL_PAGES);
+    call->staging = idle_buffer(c);
+    if (!call->staging)
+        rc = kvd_buffer_new(c, call->pages * page, &call->staging, err);
+    if (rc)
+        return rc;
+    uint8_t *data = kvd_buffer_data(call->staging);
+    call->v_at = call->pages * k;
+    call->staged = (struct kvd_staged){.side = {data, data + call->v_at},
+                                       .tokens = call->pages * KVD_PAGE_TOKENS};
+    return KVD_SUCCESS;
+}
+
+// For the next call, unless enough are kept for them.
+static void give_staging(struct call *call)
+{
+    kvd_client *c = call->client;
+    uint32_t idle = 0;
+    if (!call->staging)
+        return;
+    pthread_mutex_lock(&c->buffers_lock);
+    for (const kvd_buffer *b = c->buffers; b; b = b->next)
+        idle += b->idle;
+    bool keep = idle < MAX_STAGINGS;
+    call->staging->idle = keep;
+    pthread_mutex_unlock(&c->buffers_lock);
+    if (!keep)
+        kvd_buffer_free(&call->staging);
+    call->staging = NULL;
+}
+
+// Where K and V of a call's pages are staged.
+static void refer(const struct call *call, Kvd__V1__TensorRef refs[2])
+{
+    for (int v = 0; v < 2; v++) {
+        kvd__v1__tensor_ref__init(&refs[v]);
+        refs[v].buffer = call->staging->id;
+        refs[v].offset = v ? call->v_at : 0;
+        refs[v].layer_stride =
+            (uint64_t)call->staged.tokens * call->shape.heads * call->shape.dims[v] * 2;
+    }
+}
+
+// -- putting and getting ------------------------------------------------------------------------
+
+static int begin(struct call *call, kvd_client *c, const kvd_bytes *space,
+                 const kvd_page_keys *keys, const kvd_paged *paged, bool written,
+                 struct kvd_error *err)
+{
+    const struct kvd_layer_shape *first = c->shapes;
+    *call = (struct call){.client = c, .space = space};
+    int rc = check_client(c, space, err);
+    if (rc == KVD_OK)
+        rc = take_keys(keys, &call->keys, err);
+    if (rc == KVD_OK)
+        rc = kvd_sized_take(&kvd_sized_paged, paged, &call->paged, err);
+    if (rc == KVD_OK && !call->keys.pages)
+        rc = kvd_fail(err, KVD_E_INVALID, "no pages; 1 to %d are possible", KVD_MAX_PROMPT_BLOCKS);
+    for (size_t i = 1; i < c->layout.n_layers && rc == KVD_OK; i++)
+        if (memcmp(&c->shapes[i], first, sizeof(*first)))
+            rc = kvd_fail(err, KVD_E_INVALID,
+                          "layers 0 and %zu differ in heads or head_dim: pages want a client for "
+                          "each such set of layers",
+                          i);
+    call->shape = (struct kvd_page_shape){.layers = (uint32_t)c->layout.n_layers,
+                                          .heads = first->kv_heads,
+                                          .dims = {first->dim_k, first->dim_v}};
+    return rc ? rc : kvd_paged_check(&call->paged, &call->shape, call->keys.pages, written, err);
+}
+
+// Puts the pages of these numbers, which the staging has room for.
+static kvd_result put_some(struct call *call, const bool *exact, const uint32_t *pages, uint32_t n,
+                           uint8_t *kinds, kvd_failure *err)
+{
+    const kvd_page_keys *k = &call->keys;
+    Kvd__V1__PutPagesRequest req = KVD__V1__PUT_PAGES_REQUEST__INIT;
+    Kvd__V1__PutPagesReply *reply = NULL;
+    Kvd__V1__TensorRef refs[2];
+    uint8_t keys[KVD_MAX_CALL_PAGES * KVD_MAX_BLOCK_KEY], flags[KVD_MAX_CALL_PAGES];
+    struct kvd_error e = {0};
+    for (uint32_t i = 0; i < n; i++) {
+        memcpy(keys + (size_t)i * k->key_bytes, key(k, pages[i]), k->key_bytes);
+        flags[i] = exact && exact[pages[i]];
+        kvd_paged_gather(&call->paged, &call->shape, pages[i], 1, &call->staged, i);
+    }
+    refer(call, refs);
+    req.space = bytes(call->space->data, call->space->bytes);
+    req.key_bytes = k->key_bytes;
+    req.keys = bytes(keys, (size_t)n * k->key_bytes);
+    const void *after = pages[0] ? key(k, pages[0] - 1) : k->after;
+    req.after = bytes(after, after ? k->key_bytes : 0);
+    req.exact = bytes(flags, n);
+    req.k = &refs[0];
+    req.v = &refs[1];
+    kvd_result rc = kvd_client_call(call->client, METHOD("PutPages"), &req, &req.session,
+                                    &kvd__v1__put_pages_reply__descriptor, &reply, err);
+    if (rc)
+        return rc;
+    if (reply->kinds.len != n) {
+        kvd_fail(&e, KVD_E_INTERNAL, "put %u pages, heard of %zu", n, reply->kinds.len);
+        rc = kvd_client_fail(err, &e);
+    }
+    for (uint32_t i = 0; i < n && rc == KVD_SUCCESS; i++)
+        kinds[pages[i]] = reply->kinds.data[i];
+    kvd__v1__put_pages_reply__free_unpacked(reply, NULL);
+    return rc;
+}
+
+kvd_result kvd_pages_put(kvd_client *c, const kvd_bytes *space, const kvd_page_keys *keys,
+                         const bool *exact, const kvd_paged *source, uint8_t *kinds,
+                         kvd_failure *err)
+{
+    KVD_WANT(err, "client", c, "space", space, "keys", keys, "source", source);
+    uint8_t there[KVD_MAX_PROMPT_BLOCKS];
+    uint32_t pages[KVD_MAX_CALL_PAGES], n = 0;
+    kvd_found found = KVD_NEW(kvd_found, .kinds = there);
+    struct kvd_error e = {0};
+    struct call call;
+    if (begin(&call, c, space, keys, source, false, &e))
+        return kvd_client_fail(err, &e);
+    kvd_result rc = look(&call, 0, &found, err);
+    if (rc == KVD_SUCCESS)
+        rc = take_staging(&call, err);
+    for (uint32_t i = 0; i < call.keys.pages && rc == KVD_SUCCESS; i++) {
+        if (there[i] < (exact && exact[i] ? KVD_STORED_EXACT : KVD_STORED_ENCODED))
+            pages[n++] = i;
+        if (n && (n == call.pages || i + 1 == call.keys.pages)) {
+            rc = put_some(&call, exact, pages, n, there, err);
+            n = 0;
+        }
+    }
+    give_staging(&call);
+    if (rc == KVD_SUCCESS && kinds)
+        memcpy(kinds, there, call.keys.pages);
+    return rc;
+}
+
+static kvd_result get_some(struct call *call, uint32_t page, uint32_t n, uint8_t *kinds,
+                           kvd_failure *err)
+{
+    const kvd_page_keys *k = &call->keys;
+    Kvd__V1__GetPagesRequest req = KVD__V1__GET_PAGES_REQUEST__INIT;
+    Kvd__V1__GetPagesReply *reply = NULL;
+    Kvd__V1__TensorRef refs[2];
+    struct kvd_error e = {0};
+    refer(call, refs);
+    req.space = bytes(call->space->data, call->space->bytes);
+    req.key_bytes = k->key_bytes;
+    req.keys = bytes(key(k, page), (size_t)n * k->key_bytes);
+    req.k = &refs[0];
+    req.v = &refs[1];
+    kvd_result rc = kvd_client_call(call->client, METHOD("GetPages"), &req, &req.session,
+                                    &kvd__v1__get_pages_reply__descriptor, &reply, err);
+    if (rc)
+        return rc;
+    if (reply->kinds.len == n) {
+        kvd_paged_scatter(&call->paged, &call->shape, page, n, &call->staged, 0);
+        memcpy(kinds + page, reply->kinds.data, n);
+    } else {
+        kvd_fail(&e, KVD_E_INTERNAL, "asked for %u pages, heard of %zu", n, reply->kinds.len);
+        rc = kvd_client_fail(err, &e);
+    }
+    kvd__v1__get_pages_reply__free_unpacked(reply, NULL);
+    return rc;
+}
+
+kvd_result kvd_pages_get(kvd_client *c, const kvd_bytes *space, const kvd_page_keys *keys,
+                         const kvd_paged *target, uint8_t *kinds, kvd_failure *err)
+{
+    KVD_WANT(err, "client", c, "space", space, "keys", keys, "target", target);
+    uint8_t there[KVD_MAX_PROMPT_BLOCKS];
+    kvd_found found = KVD_NEW(kvd_found, .kinds = there);
+    struct kvd_error e = {0};
+    struct call call;
+    if (begin(&call, c, space, keys, target, true, &e))
+        return kvd_client_fail(err, &e);
+    kvd_result rc = take_staging(&call, err);
+    const bool parts = rc == KVD_SUCCESS && call.keys.pages > call.pages;
+    if (parts) // all stay until the last part is read
+        rc = look(&call, KVD_MIN(c->timeout_ms, (uint32_t)KVD_MAX_LEASE_MS), &found, err);
+    if (parts && rc == KVD_SUCCESS && found.pages < call.keys.pages) {
+        kvd_fail(&e, KVD_E_NOT_FOUND, "page %u of %u is not there; nothing was read", found.pages,
+                 call.keys.pages);
+        rc = kvd_client_fail(err, &e);
+    }
+    for (uint32_t i = 0; i < call.keys.pages && rc == KVD_SUCCESS; i += call.pages)
+        rc = get_some(&call, i, KVD_MIN(call.pages, call.keys.pages - i), there, err);
+    give_staging(&call);
+    if (found.lease)
+        kvd_leases_release(c, &found.lease, 1, NULL); // it ends by itself too
+    if (rc == KVD_SUCCESS && kinds)
+        memcpy(kinds, there, call.keys.pages);
+    return rc;
+}

@@ -1,0 +1,213 @@
+"""Pages: blocks of 64 tokens of an engine that keeps KV of its own, in its own blocks and under its own keys."""
+from __future__ import annotations
+
+import ctypes as c
+import dataclasses
+from typing import Any, Iterable, Optional, Sequence as Seq, Union
+
+import numpy as np
+
+from . import _check
+from . import _library as lib
+from ._client import Client, Codec, HeadDim
+
+TOKENS = 64
+MISSING, ENCODED, EXACT = 0, 1, 2
+_AXES = "bhtd"
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What is there of one request's pages."""
+
+    pages: int  # leading ones that are there
+    kinds: bytes  # of each key: MISSING, ENCODED or EXACT, also behind the first that is missing
+    lease: int  # for `Pages.release`; 0: none
+
+
+def _memory(what: str, x: Any) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Address, shape and strides in bytes of a tensor of bf16 in host memory: NumPy's (uint16 bits) or PyTorch's."""
+    if isinstance(x, np.ndarray):
+        if x.dtype != np.uint16:
+            raise TypeError(f"{what} is an array of {x.dtype}: bf16 bits are uint16")
+        return x.__array_interface__["data"][0], x.shape, x.strides
+    if not hasattr(x, "data_ptr") or not hasattr(x, "stride"):
+        raise TypeError(f"{what} is a {_check.describe(x)}, and a tensor of PyTorch or an array of NumPy is wanted")
+    if str(x.dtype) != "torch.bfloat16":
+        raise TypeError(f"{what} is a tensor of {x.dtype}, and bfloat16 is wanted")
+    if x.device.type != "cpu":
+        raise lib.InvalidError(f"{what} is on {x.device}: pages are gathered from and scattered to host memory only")
+    return x.data_ptr(), tuple(x.shape), tuple(2 * s for s in x.stride())
+
+
+def _layers(name: str, x: Any, order: str) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+    """Of each layer: address, shape and strides, both in the order block, head, token, dim."""
+    if sorted(order.replace("l", "", 1)) != sorted(_AXES):
+        raise lib.InvalidError(f"{name}'s order is {order!r}: b(lock), h(ead), t(oken) and d(im) are wanted, once each, and l(ayer) "
+                               "for one tensor of all layers")
+    if "l" in order:
+        at = order.index("l")
+        if isinstance(x, (list, tuple)):
+            raise lib.InvalidError(f"{name} is a list, and its order {order!r} has layers: one tensor is wanted")
+        address, shape, strides = _memory(name, x)
+        if len(shape) != 5:
+            raise lib.InvalidError(f"{name} has {len(shape)} dimensions, and order {order!r} has 5")
+        rest = order.replace("l", "")
+        each = [(address + i * strides[at], shape[:at] + shape[at + 1:], strides[:at] + strides[at + 1:]) for i in range(shape[at])]
+    else:
+        each, rest = [_memory(f"{name}[{i}]", t) for i, t in enumerate(x)], order
+    if not each or any(len(shape) != 4 for _, shape, _ in each):
+        raise lib.InvalidError(f"{name}: a tensor of 4 dimensions {rest!r} is wanted for each layer")
+    if len({(shape, strides) for _, shape, strides in each}) > 1:
+        raise lib.InvalidError(f"{name}: the layers' tensors differ in shape or strides")
+    axes = [rest.index(a) for a in _AXES]
+    return [(address, tuple(shape[a] for a in axes), tuple(strides[a] for a in axes)) for address, shape, strides in each]
+
+
+class Paged:
+    """An engine's KV in host memory, and the blocks of it that pages are read from or written to.
+
+    k, v: a tensor for each layer, bf16, of four dimensions, or one tensor of all layers. `order` says which they are, outermost
+    first: b(lock), h(ead), t(oken of a block), d(im), and l(ayer); it may differ for V (`v_order`). Views do: strides are taken
+    from the tensors. Of t and d one at least must be contiguous. vLLM's CPU blocks have "bhdt" for K and "bhtd" for V.
+    blocks: numbers of the blocks, in the order of their tokens, which count from token `first` of the first block on. A page of 64
+    tokens may be four blocks of 16, or half of one of 128.
+    The tensors must live as long as this, and stay what they are.
+    """
+
+    def __init__(self, k: Any, v: Any, blocks: Any, *, order: str = "bhtd", v_order: Optional[str] = None, first: int = 0):
+        self._keep = (k, v)
+        ks, vs = _layers("k", k, order), _layers("v", v, order if v_order is None else v_order)
+        if len(ks) != len(vs) or ks[0][1][:3] != vs[0][1][:3]:
+            raise lib.InvalidError(f"k and v have {len(ks)} and {len(vs)} layers of {ks[0][1][:3]} and {vs[0][1][:3]} blocks, heads and "
+                                   "tokens of a block: they must be equal")
+        self.layers, (self.all_blocks, self.heads, self.block_tokens) = len(ks), ks[0][1][:3]
+        self.dims = ks[0][1][3], vs[0][1][3]
+        numbers = np.asarray(blocks)
+        if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+            raise TypeError("blocks are integers, in one dimension")
+        if numbers.size and (numbers.min() < 0 or numbers.max() >= self.all_blocks):
+            raise lib.InvalidError(f"blocks are 0 to {self.all_blocks - 1}, and one is "
+                                   f"{numbers.min() if numbers.min() < 0 else numbers.max()}")
+        self.blocks = np.ascontiguousarray(numbers, np.uint32)
+        self.first = _check.integer("first", first, 0, self.block_tokens - 1)
+        s = self._struct = lib.PagedStruct(
+            block_tokens=self.block_tokens, all_blocks=self.all_blocks, n_blocks=self.blocks.size, first_token=self.first,
+            blocks=c.cast(self.blocks.ctypes.data, c.POINTER(c.c_uint32)))
+        for side, each in (("k", ks), ("v", vs)):
+            _, shape, strides = each[0]
+            if min(strides) < 0:
+                raise lib.InvalidError(f"{side} has negative strides")
+            setattr(s, side, (c.c_void_p * len(each))(*(address for address, _, _ in each)))
+            setattr(s, side + "_bytes", sum((n - 1) * b for n, b in zip(shape, strides)) + 2)
+            setattr(s, side + "_strides", lib.Strides(*strides))
+
+    @property
+    def pages(self) -> int:
+        """How many pages the blocks have room for."""
+        return (self.blocks.size * self.block_tokens - self.first) // TOKENS
+
+
+def _keys(what: str, keys: Iterable[bytes]) -> list[bytes]:
+    found = list(keys)
+    if not all(isinstance(k, bytes) for k in found):
+        raise TypeError(f"{what} are bytes")
+    if any(len(k) != len(found[0]) for k in found):
+        raise lib.InvalidError(f"{what} have different lengths")
+    return found
+
+
+def _struct(keys: list[bytes], after: Optional[bytes] = None) -> lib.PageKeys:
+    if after is not None and (not isinstance(after, bytes) or (keys and len(after) != len(keys[0]))):
+        raise lib.InvalidError("after is a key, of as many bytes as the others")
+    return lib.PageKeys(keys=b"".join(keys) or b"\0", key_bytes=len(keys[0]) if keys else 16, pages=len(keys), after=after)
+
+
+class Pages(lib.OfProcess):
+    """Pages of a space, by the engine's own keys. A context manager; any thread may call.
+
+    space: 1 to 1,024 bytes that say what decides about K and V beside the key, the namespace and the layout: a digest of the weights'
+    revision, RoPE, adapters by content, the engine and how it hashes, its KV group. layers, kv_heads, head_dim, codec, rotation_set, tp_rank,
+    tp_size and what follows: as `kvd.Client`'s. A key has 16 to 40 bytes and must name a page and all before it.
+    exact: whether `put` may be told to keep pages in bf16.
+    """
+
+    def __init__(self, *, space: bytes, layers: Iterable[int], kv_heads: int, head_dim: HeadDim, codec: Codec = "int2",
+                 rotation_set: Optional[str] = None, exact: bool = True, tp_rank: int = 0, tp_size: int = 0,
+                 address: Optional[str] = None, namespace: Optional[str] = None, name: Optional[str] = None, timeout: float = 30.0):
+        super().__init__()
+        if not isinstance(space, bytes):
+            raise TypeError("space is bytes")
+        self.space = space
+        self.exact = _check.flag("exact", exact)
+        self._bytes = lib.Bytes(space, len(space))
+        self.client = Client(layers=layers, q_heads=kv_heads, kv_heads=kv_heads, head_dim=head_dim, codec=codec,
+                             rotation_set=rotation_set, sink=0, recent=0, tp_rank=tp_rank, tp_size=tp_size, address=address,
+                             namespace=namespace, name=name, timeout=timeout, pages=True)
+
+    def lookup(self, requests: Seq[Iterable[bytes]], *, lease_ms: int = 30000) -> list[Found]:
+        """Which pages of each request are there, of up to 256 requests of up to 4,096 keys. They stay for lease_ms, at most 600,000; 0:
+        they may go at once."""
+        lists = [_keys(f"requests[{i}]", r) for i, r in enumerate(requests)]
+        if not lists:
+            return []
+        structs = (lib.PageKeys * len(lists))(*(_struct(k) for k in lists))
+        out = (lib.FoundStruct * len(lists))()
+        kinds = [(c.c_uint8 * max(len(k), 1))() for k in lists]
+        some = next((k for k in lists if k), None)
+        for keys, s, o, room in zip(lists, structs, out, kinds):
+            o.size = c.sizeof(lib.FoundStruct)
+            o.kinds = c.cast(room, c.POINTER(c.c_uint8))
+            s.key_bytes = len(some[0]) if some else 16
+            if keys and len(keys[0]) != s.key_bytes:
+                raise lib.InvalidError("keys of one call have one length")
+        lib.call("kvd_pages_lookup", self.client._open(), c.byref(self._bytes), structs, len(lists),
+                 _check.integer("lease_ms", lease_ms), out)
+        return [Found(o.pages, bytes(room)[:len(k)], o.lease) for k, o, room in zip(lists, out, kinds)]
+
+    def put(self, keys: Iterable[bytes], source: Paged, *, after: Optional[bytes] = None,
+            exact: Optional[Union[bytes, Seq[bool]]] = None) -> bytes:
+        """Stores pages that are not there; each is seen whole or not at all. after: the key of the page before the first; eviction takes
+        pages before those that they were put behind. exact: for each page, whether it is kept in bf16. What is there now of each."""
+        named = _keys("keys", keys)
+        flags = None
+        if exact is not None:
+            if len(exact) != len(named):
+                raise lib.InvalidError(f"exact has {len(exact)} flags, and there are {len(named)} keys")
+            if any(exact) and not self.exact:
+                raise lib.InvalidError("exact: these Pages were made with exact=False")
+            flags = (c.c_bool * max(len(named), 1))(*(bool(x) for x in exact))
+        return self._call("kvd_pages_put", named, "source", source, (flags,), after)
+
+    def get(self, keys: Iterable[bytes], target: Paged) -> bytes:
+        """Reads pages into blocks: all of them, or raises NotFoundError and has written nothing. What was read of each. After another
+        error the blocks hold what they held, or part of the pages."""
+        return self._call("kvd_pages_get", _keys("keys", keys), "target", target, (), None)
+
+    def _call(self, function: str, keys: list[bytes], what: str, paged: Any, more: tuple[Any, ...], after: Optional[bytes]) -> bytes:
+        if not isinstance(paged, Paged):
+            raise TypeError(f"{what} is a {_check.describe(paged)}, and a kvd.Paged is wanted")
+        wanted = (len(self.client.layers), self.client.kv_heads, self.client.head_dim)
+        if (paged.layers, paged.heads, paged.dims) != wanted:
+            raise lib.InvalidError(f"{what} has layers, kv_heads and head_dim {(paged.layers, paged.heads, paged.dims)}, and {wanted} are "
+                                   "wanted")
+        kinds = (c.c_uint8 * max(len(keys), 1))()
+        lib.call(function, self.client._open(), c.byref(self._bytes), c.byref(_struct(keys, after)), *more, c.byref(paged._struct), kinds)
+        return bytes(kinds)[:len(keys)]
+
+    def release(self, leases: Iterable[int]) -> None:
+        """Ends leases; 0 and those that are over are passed over."""
+        ids = [n for n in leases if n]
+        for at in range(0, len(ids), lib.MAX_CALL_SEQUENCES):
+            some = ids[at:at + lib.MAX_CALL_SEQUENCES]
+            lib.call("kvd_leases_release", self.client._open(), (c.c_uint64 * len(some))(*some), len(some))
+
+    def close(self) -> None:
+        """Ends the session, and its leases; pages stay."""
+        self.client.close()
+
+    def __enter__(self) -> "Pages":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
