@@ -7,6 +7,7 @@
 _Static_assert(sizeof(kvd_failure) == 516 && offsetof(kvd_failure, text) == 4, "frozen");
 _Static_assert(sizeof(kvd_layers) == 8 && offsetof(kvd_layers, count) == 4, "frozen");
 _Static_assert(sizeof(kvd_tensor_ref) == 48 && offsetof(kvd_tensor_ref, dtype) == 40, "frozen");
+_Static_assert(sizeof(kvd_strides) == 32 && offsetof(kvd_strides, dim) == 24, "frozen");
 _Static_assert(sizeof(kvd_bytes) == 16 && offsetof(kvd_bytes, bytes) == 8, "frozen");
 
 // More than any of them will ever have: what is not a size at all is not followed.
