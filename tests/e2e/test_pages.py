@@ -1,6 +1,7 @@
 """Pages of an engine that keeps KV of its own: put by one process, found and got by others, and by nobody else."""
 import hashlib
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -128,3 +129,58 @@ def test_a_page_that_is_gone_writes_nothing(kvd):
         with pytest.raises(package.NotFoundError, match="page 1 of 3 is not there"):
             p.get(keys, e.paged(range(20, 32)))
         assert np.array_equal(e.read(range(64)), before)
+
+
+def test_two_tenants_never_share_and_equal_spaces_always_do(kvd):
+    """Of one user too: namespace and space alike decide, the codec does for what is encoded."""
+    given, keys = kv(6, 2), keys_of("tenants", 2)
+    e = Engine()
+    e.write(range(8), given)
+    with connect(kvd, namespace="one") as p, connect(kvd, namespace="one") as same, connect(kvd, namespace="two") as other, \
+            connect(kvd, namespace="one", space=b"another model") as space, connect(kvd, namespace="one", codec="int2c") as codec, \
+            connect(kvd, namespace="one", tp_rank=1, tp_size=2) as rank:
+        p.put(keys, e.paged(range(8)), exact=[True, False])
+        assert [x.lookup([keys])[0].kinds for x in (same, other, space, codec, rank)] == [
+            bytes([EXACT, ENCODED]), bytes(2), bytes(2), bytes([EXACT, MISSING]), bytes(2)]
+        for x in (other, space, rank):
+            with pytest.raises(package.NotFoundError):
+                x.get(keys[:1], e.paged(range(20, 24)))
+        assert other.put(keys, e.paged(range(8, 16))) == bytes([ENCODED] * 2)  # its own
+        same.get(keys[:1], e.paged(range(20, 24)))
+        assert np.array_equal(e.read(range(20, 24)), given[:, :, :64])
+        # A chained key, as prompts have them, is another's even if its bytes are a page's.
+        with package.Client(layers=range(LAYERS), q_heads=HEADS, kv_heads=HEADS, head_dim=DIM, sink=0, recent=0, address=kvd.address,
+                            namespace="one") as c:
+            assert c.match([package.Prompt(block_keys=keys, extra=b"a model")])[0].known == 0
+
+
+def test_of_two_puts_of_a_key_one_stays(kvd):
+    """Many at once: each page is one of those that were put, whole, and only one copy of it is kept."""
+    keys = keys_of("race", 8)
+    given = [kv(100 + i, 8) for i in range(4)]
+    start = threading.Barrier(4)
+
+    def put(i):
+        e = Engine()
+        e.write(range(32), given[i])
+        with connect(kvd) as p:
+            start.wait()
+            for n in range(8):
+                at = (n + 2 * i) % 8
+                p.put([keys[at]], e.paged(range(4 * at, 4 * at + 4)), exact=[True])
+
+    threads = [threading.Thread(target=put, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    e = Engine()
+    with connect(kvd) as p:
+        assert p.get(keys, e.paged(range(32))) == bytes([EXACT] * 8)
+        got = e.read(range(32))
+        for i in range(8):
+            at = np.s_[:, :, 64 * i:64 * (i + 1)]
+            assert sum(np.array_equal(got[at], g[at]) for g in given) == 1
+    metrics = kvd.kvctl("metrics").stdout
+    assert 'kvd_pages_put_total{namespace="default"} 8\n' in metrics and 'kvd_prefix_blocks{namespace="default"} 8\n' in metrics
+    kvd.kvctl("verify")
