@@ -1,13 +1,19 @@
 """Pages of an engine that keeps KV of its own: put by one process, found and got by others, and by nobody else."""
+import ctypes
 import hashlib
 import os
+import subprocess
+import sys
 import threading
+import time
 
+import grpc
 import numpy as np
 import pytest
 
 import kvd as package
-from conftest import BUILD
+from conftest import BUILD, SOURCE, kv as messages, layout
+from kvd import _library as lib
 from kvd.pages import ENCODED, EXACT, MISSING
 
 os.environ.setdefault("KVD_LIBRARY", str(BUILD / "client/libkvd.so.0"))
@@ -58,6 +64,13 @@ def kv(seed, pages, dim=DIM, layers=LAYERS, heads=HEADS):
 def error(got, wanted):
     a, b = package.from_bf16(got), package.from_bf16(wanted)
     return float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b ** 2)))
+
+
+def wait_until(done, timeout=20):
+    end = time.monotonic() + timeout
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -184,3 +197,186 @@ def test_of_two_puts_of_a_key_one_stays(kvd):
     metrics = kvd.kvctl("metrics").stdout
     assert 'kvd_pages_put_total{namespace="default"} 8\n' in metrics and 'kvd_prefix_blocks{namespace="default"} 8\n' in metrics
     kvd.kvctl("verify")
+
+
+def test_a_lease_keeps_pages_until_it_ends(start):
+    """Where memory is short: what is leased stays, what is not gives way, a get says so and writes nothing."""
+    kvd = start("--pool-size", "8MiB", "--extent-size", "2MiB")
+    shape = {"layers": range(4), "kv_heads": 8, "head_dim": 128}
+    e = Engine(64, 64, dim=128, layers=4, heads=8)  # an exact page has 1 MiB
+    leased, others = keys_of("leased", 2), keys_of("others", 40)
+    e.write(range(64), np.tile(kv(8, 1, 128, 4, 8), (1, 1, 64, 1, 1)))
+    with connect(kvd, **shape) as p:
+        p.put(leased, e.paged(range(2)), exact=[True] * 2)
+        found = p.lookup([leased], lease_ms=60000)[0]
+        assert found.pages == 2 and found.lease
+        for i in range(0, 40, 2):
+            p.put(others[i:i + 2], e.paged(range(2 + i, 4 + i)), exact=[True] * 2)
+        assert p.lookup([leased], lease_ms=0)[0].pages == 2
+        before = p.lookup([others[:2]], lease_ms=0)[0]
+        assert before.pages == 0
+        was = e.read(range(64))
+        with pytest.raises(package.NotFoundError):  # evicted between the lookup that found it and the get
+            p.get(others[:2], e.paged(range(60, 62)))
+        assert np.array_equal(e.read(range(64)), was)
+        p.release([found.lease])
+        for i in range(0, 40, 2):
+            p.put(others[i:i + 2], e.paged(range(2 + i, 4 + i)), exact=[True] * 2)
+        assert p.lookup([leased], lease_ms=0)[0].pages == 0
+        # A lease ends with its time, and with its session.
+        p.put(leased, e.paged(range(2)), exact=[True] * 2)
+        assert p.lookup([leased], lease_ms=50)[0].lease
+        with connect(kvd, **shape) as other:
+            other.lookup([leased], lease_ms=60000)
+        wait_until(lambda: kvd.metric("kvd_prefix_leases") == 0)
+    kvd.kvctl("verify")
+
+
+KILLED = """
+import itertools, sys
+sys.path.insert(0, sys.argv[1])
+import test_pages as t
+class Daemon: address = sys.argv[2]
+e = t.Engine(64, 64)
+e.write(range(64), t.kv(1, 64))
+with t.connect(Daemon) as p:
+    for n in itertools.count():
+        p.put(t.keys_of(f"killed {n}", 64), e.paged(range(64)))
+        print(n, flush=True)
+"""
+
+
+def test_a_worker_that_is_killed_amid_a_put_leaves_whole_pages_or_nothing(kvd):
+    """And no sequence, lease or buffer. What is there is what it put, without holes."""
+    p = subprocess.Popen([sys.executable, "-c", KILLED, SOURCE / "tests/e2e", kvd.address], stdout=subprocess.PIPE, text=True,
+                         env={**os.environ, "PYTHONPATH": str(SOURCE / "client/python")})
+    assert p.stdout.readline() == "0\n"
+    p.kill()
+    last = int((["0"] + p.stdout.read().split())[-1])
+    p.wait(20)
+    given = kv(1, 64)
+    with connect(kvd) as other:
+        wait_until(lambda: kvd.metric("kvd_sessions") == 1 and kvd.metric("kvd_sequences") == 0)
+        for n in range(last + 2):
+            keys = keys_of(f"killed {n}", 64)
+            found = other.lookup([keys], lease_ms=0)[0]
+            assert found.kinds.count(ENCODED) == found.pages and (n > last or found.pages == 64)
+            if found.pages:
+                e = Engine(64, 64)
+                other.get(keys[:found.pages], e.paged(range(64)))
+                assert error(e.read(range(found.pages)), given[:, :, :64 * found.pages]) < 0.6
+        assert kvd.metric("kvd_prefix_leases") == 0
+    kvd.kvctl("verify")
+
+
+def test_thousands_of_pages_in_a_call(kvd):
+    """4,096 keys of small pages, in parts that are all read or none."""
+    given, keys = kv(9, 4096, 64, 1, 1), keys_of("many", 4096, 16)
+    e = Engine(8192, 64, layers=1, heads=1)
+    e.write(range(4096), given)
+    with connect(kvd, layers=[0], kv_heads=1) as p:
+        assert p.put(keys, e.paged(range(4096)), exact=[i % 5 == 0 for i in range(4096)]).count(MISSING) == 0
+        found = p.lookup([keys, keys[::-1], []])
+        assert [f.pages for f in found] == [4096, 4096, 0] and found[0].kinds == found[1].kinds[::-1]
+        p.get(keys, e.paged(range(4096, 8192)))
+        got = e.read(range(4096, 8192))
+        exact = np.repeat(np.arange(4096) % 5 == 0, 64)
+        assert np.array_equal(got[:, :, exact], given[:, :, exact])
+        assert error(got, given) < 0.6
+        p.release([f.lease for f in found])
+        with pytest.raises(package.NotFoundError, match="page 4095 of 4096"):
+            p.get(keys[:-1] + [b"x" * 16], e.paged(range(4096)))
+        assert np.array_equal(e.read(range(4096)), given)
+        with pytest.raises(package.InvalidError, match="4096"):
+            p.lookup([keys + keys[:1]])
+
+
+def test_what_is_malformed_is_refused_and_changes_nothing(kvd):
+    keys = keys_of("bad", 2)
+    e = Engine()
+    e.write(range(8), kv(10, 2))
+    with connect(kvd) as p:
+        for bad in ([b"short", b"short"], [b"x" * 41] * 2, [b"x" * 16, b"y" * 17]):
+            with pytest.raises(package.InvalidError):
+                p.put(bad, e.paged(range(8)))
+            with pytest.raises(package.InvalidError):
+                p.lookup([bad])
+        for blocks in ([0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 64], [-1, 1, 2, 3, 4, 5, 6, 7]):
+            with pytest.raises(package.InvalidError):
+                p.put(keys, e.paged(blocks))
+        with pytest.raises(package.InvalidError, match="block 3 is to be written twice"):
+            p.get(keys, e.paged([3, 1, 2, 3, 4, 5, 6, 7]))
+        with pytest.raises(package.InvalidError, match="share"):  # K's memory is V's
+            p.get(keys, package.Paged(e.k, e.k, range(8), order="bthd"))
+        with pytest.raises(package.InvalidError):  # layers share memory
+            p.get(keys, package.Paged([e.k[0]] * LAYERS, e.v, range(8), order="bthd"))
+        with pytest.raises(package.InvalidError, match="share memory"):  # a block over the next one
+            broad = np.lib.stride_tricks.as_strided(e.k[0], strides=(e.k[0].strides[0] // 2, *e.k[0].strides[1:]))
+            p.get(keys, package.Paged([broad] * LAYERS, e.v, range(8), order="bthd"))
+        with pytest.raises(package.InvalidError, match="layers, kv_heads and head_dim"):
+            p.put(keys, Engine(dim=128).paged(range(8)))
+        with pytest.raises(package.InvalidError):
+            p.put(keys, e.paged(range(8)), exact=[True])
+        e.k[1][2, 5] = 0x7F80  # Inf
+        with pytest.raises(package.InvalidError, match="k of page 0 holds NaN or Inf at layer 1, token 37"):
+            p.put(keys, e.paged(range(8)))
+        assert p.lookup([keys])[0].kinds == bytes(2)
+        for options in ({"space": b""}, {"space": b"x" * 1025}):
+            with connect(kvd, **options) as other, pytest.raises(package.InvalidError, match="space"):
+                other.lookup([keys])
+    with pytest.raises(package.InvalidError, match="sink"):
+        package.Client(layers=range(2), q_heads=2, kv_heads=2, head_dim=64, address=kvd.address, pages=True)
+    with package.Client(layers=range(LAYERS), q_heads=HEADS, kv_heads=HEADS, head_dim=DIM, sink=0, recent=0, address=kvd.address) as c:
+        with pytest.raises(package.PreconditionError, match="without pages"):
+            space, key, out = lib.Bytes(b"s", 1), lib.PageKeys(keys=b"k" * 16, key_bytes=16, pages=1), lib.FoundStruct()
+            lib.call("kvd_pages_lookup", c._open(), ctypes.byref(space), ctypes.byref(key), 1, 0, ctypes.byref(out))
+
+
+def test_the_wire_is_checked_too(kvd, rpc):
+    """A worker need not be libkvd: what does not fit, keys of other sizes, and too many of them."""
+    small = layout(layers=[0], q_heads=1, kv_heads=1, windows=messages.Windows())
+    with pytest.raises(grpc.RpcError, match="recent window of 256"):
+        rpc.kv("OpenSession", layout=layout(), pages=True)
+    session = rpc.kv("OpenSession", layout=small, pages=True)
+    assert session.exact_layout_digest != session.layout_digest
+    plain = rpc.kv("OpenSession", layout=small).session
+    tensors = [messages.TensorRef(inline_data=kv(1, 2, 64, 1, 1)[i].tobytes()) for i in range(2)]
+    good = {"session": session.session, "space": b"s", "key_bytes": 16, "keys": b"k" * 16 + b"l" * 16, "k": tensors[0], "v": tensors[1]}
+    for changed, text in (({"session": plain}, "without page calls"), ({"space": b""}, "space"), ({"space": b"x" * 1025}, "space"),
+                          ({"key_bytes": 15}, "16 to 40"), ({"key_bytes": 41}, "16 to 40"), ({"key_bytes": 0}, "16 to 40"),
+                          ({"keys": b"k" * 33}, "no keys of 16"), ({"keys": b""}, "no keys"), ({"keys": b"k" * 16 * 513}, "at most 512"),
+                          ({"after": b"k"}, "after has 1"), ({"exact": b"\1"}, "exact has 1"), ({"exact": b"\1\2"}, "0 and 1"),
+                          ({"k": messages.TensorRef(inline_data=b"x")}, "wants"), ({"k": messages.TensorRef(buffer=7)}, "no buffer"),
+                          ({"k": messages.TensorRef(dtype=1)}, "bf16"), ({"keys": b"k" * 16 * 3}, "wants")):
+        with pytest.raises(grpc.RpcError) as e:
+            rpc.kv("PutPages", **{**good, **changed})
+        assert text in e.value.details(), (changed, e.value.details())
+    for changed, text in (({"requests": []}, "1 to 256"), ({"requests": [b"k" * 16] * 257}, "at most 256"),
+                          ({"requests": [b"k" * 17]}, "no keys of 16"), ({"requests": [b"k" * 16 * 4097]}, "at most 4096"),
+                          ({"requests": [b"k" * 16 * 4096] * 17}, "at most 65536"), ({"lease_ms": 600001}, "at most 600000")):
+        with pytest.raises(grpc.RpcError) as e:
+            rpc.kv("LookupPages", **{"session": session.session, "space": b"s", "key_bytes": 16, "requests": [b"k" * 16], **changed})
+        assert text in e.value.details(), (changed, e.value.details())
+    names = {n: good[n] for n in ("session", "space", "key_bytes", "keys")}
+    with pytest.raises(grpc.RpcError, match="page 0 of 2 is not there"):
+        rpc.kv("GetPages", **names)
+    put = rpc.kv("PutPages", **good, exact=b"\1\0", after=b"z" * 16)
+    assert (put.kinds, put.stored) == (bytes([EXACT, ENCODED]), 2)
+    again = rpc.kv("PutPages", **good, exact=b"\1\0")
+    assert (again.kinds, again.stored) == (bytes([EXACT, ENCODED]), 0)
+    got = rpc.kv("GetPages", **names)
+    assert got.kinds == put.kinds and got.k[:64 * 64 * 2] == tensors[0].inline_data[:64 * 64 * 2] and len(got.v) == 2 * 64 * 64 * 2
+
+
+def test_metrics_count_pages_and_bytes(kvd):
+    e, keys = Engine(), keys_of("metrics", 4)
+    e.write(range(16), kv(11, 4))
+    size = 2 * LAYERS * 64 * HEADS * DIM * 2
+    with connect(kvd, namespace="counted") as p:
+        p.put(keys[:3], e.paged(range(12)), exact=[True, False, False])
+        p.lookup([keys])
+        p.put(keys[:1], e.paged(range(4)))  # libkvd asks first: nothing is sent
+        p.get(keys[:2], e.paged(range(20, 28)))
+        for name, value in (("looked_up", 4), ("found", 3), ("put", 3), ("put_bytes", 3 * size), ("got", 2), ("got_bytes", 2 * size)):
+            assert f'kvd_pages_{name}_total{{namespace="counted"}} {value}\n' in kvd.kvctl("metrics").stdout, name
+        assert 'kvd_kernel_duration_seconds_count{op="put"} 1' in kvd.kvctl("metrics").stdout
