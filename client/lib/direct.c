@@ -32,7 +32,7 @@ static uint64_t append_to(struct kvd_direct *d, const struct direct_slot *s)
     uint64_t to = s->written;
     if (!d->quiet)
         to = KVD_MIN(to, oldest_view(d, s) + MAX_AHEAD);
-    uint64_t run_end = (s->appended / KVD_DIRECT_RING + 1) * KVD_DIRECT_RING;
+    uint64_t run_end = (s->appended / d->ring + 1) * d->ring;
     to = KVD_MIN(to, run_end);
     // Part of a chunk only when it is all there is: at a flush.
     return to == s->written ? to : to / KVD_CHUNK_TOKENS * KVD_CHUNK_TOKENS;
@@ -48,7 +48,7 @@ static kvd_item item_of(const struct kvd_direct *d, uint32_t slot, uint64_t to)
                      .request = s->request};
     for (int v = 0; v < 2; v++) {
         uint64_t row = direct_row_bytes(d, v);
-        uint64_t at = (uint64_t)slot * KVD_DIRECT_RING + s->appended % KVD_DIRECT_RING;
+        uint64_t at = (uint64_t)slot * d->ring + s->appended % d->ring;
         *(v ? &item.v : &item.k) =
             (kvd_tensor_ref){.buffer = d->tail,
                              .offset = direct_layer_at(d, 0, v) + at * row,
@@ -200,7 +200,7 @@ static bool has_room(const struct kvd_direct *d)
     for (uint32_t i = 0; i < d->options.slots; i++) {
         const struct direct_slot *s = &d->slots[i];
         const struct direct_view *view = s->fresh ? &s->next : &s->now;
-        if (s->sequence && s->length + d->options.step_tokens > view->stored + KVD_DIRECT_RING)
+        if (s->sequence && s->length + d->options.step_tokens > view->stored + d->ring)
             return false;
     }
     return true;
@@ -222,6 +222,15 @@ static int adopt(struct kvd_direct *d, struct kvd_error *err)
     return any ? d->ops->mark(d, d->stream, KVD_DIRECT_ADOPTED, err) : KVD_OK;
 }
 
+// As hear_failure; but that kvd did not answer is no failure of a step, which waits for it.
+static int await_kvd(struct kvd_direct *d, struct kvd_error *err)
+{
+    if (d->failure.code != KVD_E_UNAVAILABLE && d->failure.code != KVD_E_TIMEOUT)
+        return hear_failure(d, err);
+    hear_failure(d, err);
+    return KVD_OK;
+}
+
 static int begin(struct kvd_direct *d, void *stream, struct kvd_error *err)
 {
     uint32_t n = d->options.step_tokens;
@@ -235,7 +244,7 @@ static int begin(struct kvd_direct *d, void *stream, struct kvd_error *err)
     if (d->failure.code == KVD_E_LOST)
         return hear_failure(d, err);
     while (!has_room(d)) {
-        int rc = hear_failure(d, err);
+        int rc = await_kvd(d, err);
         if (rc == KVD_OK && d->owed)
             rc = push_job(d, err);
         if (rc)
@@ -538,6 +547,13 @@ static int check_options(const kvd_client *c, kvd_direct_options *o, struct kvd_
     if (o->step_tokens > KVD_DIRECT_STEP)
         return kvd_fail(err, KVD_E_INVALID, "step_tokens is %u; 1 to %d are possible",
                         o->step_tokens, KVD_DIRECT_STEP);
+    o->tail_tokens = o->tail_tokens ? o->tail_tokens : KVD_DIRECT_BEHIND;
+    if (o->tail_tokens < KVD_DIRECT_BEHIND || o->tail_tokens > KVD_DIRECT_BEHIND_MAX)
+        return kvd_fail(err, KVD_E_INVALID, "tail_tokens is %u; %d to %d are possible",
+                        o->tail_tokens, KVD_DIRECT_BEHIND, KVD_DIRECT_BEHIND_MAX);
+    if (o->tail_tokens > KVD_DIRECT_BEHIND && !c->on_cpu)
+        return kvd_fail(err, KVD_E_UNSUPPORTED, "tail_tokens is %u; on a GPU %d is possible",
+                        o->tail_tokens, KVD_DIRECT_BEHIND);
     if (o->dtype != KVD_BF16 && o->dtype != KVD_F32)
         return kvd_fail(err, KVD_E_INVALID, "dtype is %d; KVD_BF16 (0) and KVD_F32 (1) are known",
                         (int)o->dtype);
@@ -602,6 +618,8 @@ kvd_result kvd_direct_open(kvd_client *c, const kvd_direct_options *options, kvd
         return kvd_client_fail(err, &e);
     }
     d->client = c;
+    d->ring = (uint32_t)kvd_round_up(d->options.tail_tokens, KVD_CHUNK_TOKENS) + KVD_CHUNK_TOKENS +
+              KVD_DIRECT_STEP;
     for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
         d->planes[p].rotation_fd = -1;
     pthread_mutex_init(&d->lock, NULL);

@@ -9,11 +9,10 @@
 #include "kernels/backend.h"
 
 enum {
-    KVD_DIRECT_BEHIND = 64, // tokens that kvd may be behind before a step waits
-    KVD_DIRECT_STEP = 16,   // new tokens of a slot in a step, at most
-    // Rows of a slot's tail: those that kvd is behind, a chunk that fills, and a step.
-    KVD_DIRECT_RING = KVD_DIRECT_BEHIND + KVD_CHUNK_TOKENS + KVD_DIRECT_STEP,
-    KVD_DIRECT_JOBS = 8,                  // marks of chunks that are written, at most under way
+    KVD_DIRECT_BEHIND = 64,        // tokens that kvd may be behind before a step waits, by default
+    KVD_DIRECT_BEHIND_MAX = 16384, // and at most
+    KVD_DIRECT_STEP = 16,          // new tokens of a slot in a step, at most
+    KVD_DIRECT_JOBS = 8,           // marks of chunks that are written, at most under way
     KVD_DIRECT_ADOPTED = KVD_DIRECT_JOBS, // the mark of the latest change of views
     KVD_DIRECT_MARKS,
 };
@@ -100,6 +99,9 @@ struct kvd_direct {
 
     kvd_buffer *tail; // K [layers][slots][ring][kv_heads][dim_k], then V alike
     uint64_t tail_v;  // where V begins
+    // Rows of a slot's tail: those that kvd may be behind, a chunk that fills, and a step. A whole
+    // number of chunks.
+    uint32_t ring;
 
     // What kernels read, as in the planes. [slots]
     uint32_t *length, *tail_tokens;
@@ -139,7 +141,7 @@ static inline uint64_t direct_row_bytes(const struct kvd_direct *d, bool v)
 static inline uint64_t direct_layer_at(const struct kvd_direct *d, uint32_t layer, bool v)
 {
     return (v ? d->tail_v : 0) +
-           (uint64_t)layer * d->options.slots * KVD_DIRECT_RING * direct_row_bytes(d, v);
+           (uint64_t)layer * d->options.slots * d->ring * direct_row_bytes(d, v);
 }
 
 static inline float direct_scale(const struct kvd_direct *d)

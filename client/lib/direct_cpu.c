@@ -12,7 +12,7 @@ static int cpu_init(struct kvd_direct *d, struct kvd_error *err)
     kvd_failure failure;
     d->side = side;
     if (side)
-        side->run = malloc(d->options.slots * row * KVD_DIRECT_RING);
+        side->run = malloc(d->options.slots * row * d->ring);
     if (!side || !side->run)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     uint64_t bytes = direct_layer_at(d, d->n_layers, true);
@@ -46,7 +46,7 @@ static int cpu_update(struct kvd_direct *d, void *stream, struct kvd_error *err)
 static uint8_t *tail_row(struct kvd_direct *d, uint32_t layer, uint32_t slot, uint64_t token,
                          bool v)
 {
-    uint64_t at = (uint64_t)slot * KVD_DIRECT_RING + token % KVD_DIRECT_RING;
+    uint64_t at = (uint64_t)slot * d->ring + token % d->ring;
     return (uint8_t *)kvd_buffer_data(d->tail) + direct_layer_at(d, layer, v) +
            at * direct_row_bytes(d, v);
 }
@@ -73,8 +73,7 @@ static struct kvd_tensor tail_tensor(struct kvd_direct *d, uint32_t layer, uint3
 {
     struct cpu_side *side = d->side;
     uint64_t row = direct_row_bytes(d, v), all = row + direct_row_bytes(d, !v);
-    uint8_t *to = side->run + slot * all * KVD_DIRECT_RING +
-                  (v ? direct_row_bytes(d, false) * KVD_DIRECT_RING : 0);
+    uint8_t *to = side->run + slot * all * d->ring + (v ? direct_row_bytes(d, false) * d->ring : 0);
     for (uint32_t i = 0; i < d->tail_tokens[slot]; i++)
         memcpy(to + i * row, tail_row(d, layer, slot, (uint64_t)d->length[slot] + i, v), row);
     return (struct kvd_tensor){

@@ -77,7 +77,7 @@ static void set_params(struct kvd_direct *d)
                   .bf16_stride = plane->bf16_stride,
                   .length = lengths,
                   .hist_end = lengths + n},
-        .tail = {.tokens = lengths + 2 * n, .ring = KVD_DIRECT_RING},
+        .tail = {.tokens = lengths + 2 * n, .ring = d->ring},
         .settled = true, // a step's copies are in front of its first kernel
         .rotation = plane->rotation->device,
     };
@@ -110,7 +110,7 @@ static int make_memory(struct kvd_direct *d)
     if (rc)
         return rc;
     set_params(d);
-    uint32_t window = plane->bf16_stride * KVD_PAGE_TOKENS + KVD_DIRECT_RING;
+    uint32_t window = plane->bf16_stride * KVD_PAGE_TOKENS + d->ring;
     plan(d, n * d->options.max_tokens, d->options.max_tokens, window);
     side->scratch_bytes = KVD_MAX(kvd_cuda_attend_scratch(&side->params), (uint64_t)SCRATCH_LEAST);
     rc = cudaMalloc((void **)&side->scratch, side->scratch_bytes);

@@ -254,7 +254,7 @@ static struct local_step make_local(const kvd_direct *d, struct tensors t, uint6
     TRY(cudaGetDeviceProperties(&prop, 0));
     for (uint32_t i = 0; i < n; i++)
         sum += plane->hist_end[i] - g->sink;
-    struct kvd_cuda_tail tail = {.tokens = lengths + 2 * n, .ring = KVD_DIRECT_RING};
+    struct kvd_cuda_tail tail = {.tokens = lengths + 2 * n, .ring = d->ring};
     struct local_step s = {
         .t = t,
         .tail_layer = direct_layer_at(d, 1, false),

@@ -120,6 +120,7 @@ static void print_options(void)
     FIELD(kvd_direct_options, step_tokens);
     FIELD(kvd_direct_options, dtype);
     FIELD(kvd_direct_options, attention);
+    FIELD(kvd_direct_options, tail_tokens);
 }
 
 static void print_outputs(void)

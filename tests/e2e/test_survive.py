@@ -13,7 +13,7 @@ import pytest
 import kvd as package
 from conftest import BUILD, Rpc
 from test_death import FdSocket, wait_for
-from test_keep import kill
+from test_keep import kill, pid_of
 from test_python import DIM, KV_HEADS, LAYERS, Q_HEADS, aligned, connect, fill, values
 
 KILLS = int(os.environ.get("KVD_KILLS", 6))
@@ -134,10 +134,10 @@ class Decoding(Worker):
 
     TOKENS = 4000
 
-    def __init__(self, keeper, seed):
+    def __init__(self, keeper, seed, tail=1024):
         super().__init__(keeper, seed)
         self.sequence = self.client.create()
-        self.direct = package.Direct(self.client, slots=1, max_tokens=self.TOKENS + 64)
+        self.direct = package.Direct(self.client, slots=1, max_tokens=self.TOKENS + 64, tail_tokens=tail)
         self.direct.bind(0, self.sequence)
         r = np.random.default_rng(seed)
         self.kv = [package.to_bf16(r.normal(size=(LAYERS, 64, KV_HEADS, DIM))) for _ in "kv"]
@@ -176,6 +176,48 @@ class Decoding(Worker):
             self.client.attend([package.Item(s, q=q, o=o)])
             outputs.append(o.array.tobytes())
         assert outputs[0] == outputs[1]
+
+
+@pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
+def test_direct_mode_decodes_on_while_kvd_is_away(start):
+    """As far as its tail lasts, and then steps wait; none fails."""
+    keeper = start("--keep", "--backend", "cpu")
+    tail = 400
+    worker = Decoding(keeper, 5, tail)
+    for _ in range(100):
+        worker.step()
+        worker.done += 1
+    os.kill(pid_of(keeper), signal.SIGSTOP)
+    try:
+        began, before = time.time(), worker.done
+        worker.longest = 0
+        while worker.done < before + tail - 100:  # a token in 7 ms
+            worker.step()
+            worker.done += 1
+            time.sleep(max(0.0, began + 0.007 * (worker.done - before) - time.time()))
+        print(f"decoded {worker.done - before} tokens in {time.time() - began:.1f} s while kvd was away; "
+              f"longest step {worker.longest:.3f} s")
+        worker.start()
+        assert wait_for(lambda: worker.done > before + tail - 10 or worker.failure)
+        stuck = -1
+        while stuck != worker.done:
+            stuck = worker.done
+            time.sleep(0.3)
+        assert stuck <= before + tail + 32 and not worker.failure  # it waits
+    finally:
+        kill(keeper)  # a stopped process too
+    assert wait_for(lambda: worker.done > stuck + 50 or worker.failure), worker.failure
+    worker.stop = True
+    worker.join(30)
+    assert not worker.is_alive() and not worker.failure, worker.failure
+
+
+@pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
+@pytest.mark.parametrize("tail", [63, 16385])
+def test_tails_that_are_refused(kvd, tail):
+    with connect(kvd) as client, pytest.raises(package.InvalidError) as e:
+        package.Direct(client, slots=1, max_tokens=100, tail_tokens=tail)
+    assert "tail_tokens" in str(e.value)
 
 
 class Probe(Worker):

@@ -537,9 +537,8 @@ KVD_API kvd_result kvd_enqueued(kvd_client *client, kvd_failure *err);
  * reading only, and libkvd's kernels run on its own stream, with no call to kvd on the way. A
  * decode step can be captured in a CUDA graph and replayed while sequences grow. On the CPU backend
  * the same functions do their work before they return; `stream` is ignored.
- *
  * New tokens live in the worker's tail at first. Every 16 of them, a thread of libkvd appends them
- * to kvd, where they outlive the worker. A step waits for that only when kvd is 64 tokens behind.
+ * to kvd, where they outlive the worker. Only when kvd is tail_tokens behind a step waits for it.
  *
  * A step: kvd_direct_begin; for each layer kvd_store_enqueue, then kvd_attend_enqueue (or a graph
  * that has captured them); kvd_direct_end. Prompts come in by kvd_append before a sequence is
@@ -555,6 +554,7 @@ typedef struct kvd_direct_options {
     uint32_t step_tokens;           /**< new tokens of a slot in each step, 1 (0) to 16 */
     kvd_dtype_t dtype;              /**< of q and o */
     const kvd_attention *attention; /**< NULL: defaults; copied */
+    uint32_t tail_tokens;           /**< that kvd may be behind: 64 (0) to 16,384; on a GPU 64 */
 } kvd_direct_options;
 
 /** Maps kvd's pages and makes room for tails and tables.
@@ -590,8 +590,8 @@ KVD_API kvd_result kvd_direct_bind(kvd_direct *direct, uint32_t slot, uint64_t s
  * @param stream a cudaStream_t, on which they will run
  * @param[out] err says why it failed; may be NULL
  * @retval KVD_ERR_PRECONDITION the step before has not been ended; or as for kvd_append
- * @retval KVD_ERR_EXHAUSTED a slot has max_tokens; or kvd is 64 tokens behind, as it cannot take
- * more: free something and call again
+ * @retval KVD_ERR_EXHAUSTED a slot has max_tokens; or kvd is behind, as it cannot take more: free
+ * something and call again
  * @retval KVD_ERR_LOST the session is gone: close this, and open another on the new session */
 KVD_API kvd_result kvd_direct_begin(kvd_direct *direct, void *stream, kvd_failure *err);
 /** Stores the step's K and V of a layer. The sizes are the tensors' own, by which other shapes and

@@ -55,10 +55,14 @@ class Direct(lib.OfProcess):
     `flush` and `bind` bring what is left. Arrays are dense, [slots, step_tokens, heads, head_dim], bf16 for k and v and of
     `dtype` for q and o: in this process's memory if the daemon runs on the CPU, on the GPU if it does. There, calls queue
     work on `stream` (a cudaStream_t as an integer, such as PyTorch's stream.cuda_stream) and can be captured in a graph.
+
+    `tail_tokens` (64 to 16,384; on a GPU 64) is how far the daemon may be behind before a step waits for it: steps go on for so
+    many tokens while it is away.
     """
 
     def __init__(self, client: Client, *, slots: int, max_tokens: int, step_tokens: int = 1,
-                 dtype: Literal["bf16", "f32"] = "f32", scale: float = 0, softcap: float = 0, window: int = 0):
+                 tail_tokens: int = 64, dtype: Literal["bf16", "f32"] = "f32", scale: float = 0, softcap: float = 0,
+                 window: int = 0):
         super().__init__()
         if not isinstance(client, Client):
             raise TypeError(f"client is a {_check.describe(client)}, and a kvd.Client is wanted")
@@ -68,7 +72,8 @@ class Direct(lib.OfProcess):
         self._handle = c.c_void_p()
         options = lib.DirectOptions(self.slots, _check.integer("max_tokens", max_tokens, 1), self.step_tokens,
                                     lib.KVD_BF16 if dtype == "bf16" else lib.KVD_F32,
-                                    c.pointer(_check.attention(scale, softcap, window)))
+                                    c.pointer(_check.attention(scale, softcap, window)),
+                                    _check.integer("tail_tokens", tail_tokens, 64))
         lib.call("kvd_direct_open", client._open(), c.byref(options), c.byref(self._handle))
         self._bound: list[Optional[Sequence]] = [None] * self.slots
         client._directs.add(self)
@@ -117,7 +122,7 @@ class Direct(lib.OfProcess):
         return self._bound[_check.integer("slot", slot, 0, self.slots - 1)]
 
     def begin(self, stream: int = 0) -> None:
-        """Starts a step: every bound slot gets `step_tokens` more positions. Waits only if the daemon is 64 tokens behind."""
+        """Starts a step: every bound slot gets `step_tokens` more positions. Waits only if the daemon is `tail_tokens` behind."""
         lib.call("kvd_direct_begin", self._open(), _stream(stream))
 
     def store(self, layer: int, k: Any, v: Any, stream: int = 0) -> None:

@@ -153,7 +153,7 @@ class Attention(Sized):
 
 class DirectOptions(Sized):
     _fields_ = [("slots", c.c_uint32), ("max_tokens", c.c_uint32), ("step_tokens", c.c_uint32), ("dtype", c.c_int),
-                ("attention", c.POINTER(Attention))]
+                ("attention", c.POINTER(Attention)), ("tail_tokens", c.c_uint32)]
 
 
 class EventStruct(Sized):
