@@ -129,18 +129,20 @@ static int make_session(kvd_client *c, bool resume, uint64_t deadline, struct kv
 }
 
 // Whether the daemon has hung up the fd socket: then the session has no connection, whatever a call
-// says. A daemon that dies may have closed its other sockets a moment before this one.
-static bool hung_up(const kvd_client *c)
+// says. A daemon that dies may have closed its other sockets a moment before this one; on a busy
+// host that is a long moment, so whoever knows that another is closed waits longer.
+enum { MOMENT_MS = 100, LONG_MOMENT_MS = 2000 };
+static bool hung_up(const kvd_client *c, int ms)
 {
     struct pollfd p = {.fd = c->sock, .events = 0};
-    return c->sock >= 0 && poll(&p, 1, 100) == 1 && p.revents & (POLLHUP | POLLERR);
+    return c->sock >= 0 && poll(&p, 1, ms) == 1 && p.revents & (POLLHUP | POLLERR);
 }
 
 // Goes on with the session, or opens one if there is none to go on with.
 static int resume_or_open(kvd_client *c, uint64_t deadline, struct kvd_error *err)
 {
     int rc = c->session[0] ? make_session(c, true, deadline, err) : KVD_E_UNAUTH;
-    if ((rc != KVD_E_UNAUTH && rc != KVD_E_PRECONDITION) || (rc && hung_up(c)))
+    if ((rc != KVD_E_UNAUTH && rc != KVD_E_PRECONDITION) || (rc && hung_up(c, MOMENT_MS)))
         return rc;
     if (c->session[0])
         snprintf(c->why, sizeof(c->why), "%.199s", err->text);
@@ -161,7 +163,7 @@ static int open_session(kvd_client *c, uint64_t deadline, struct kvd_error *err)
         rc = kvd_buffer_register(c, b, deadline, err);
     pthread_mutex_unlock(&c->buffers_lock);
     // Between two calls of this there may have come another kvd, which knows nothing of the first.
-    if (rc && rc != KVD_E_UNAVAILABLE && hung_up(c))
+    if (rc && rc != KVD_E_UNAVAILABLE && hung_up(c, MOMENT_MS))
         rc = err->code = KVD_E_UNAVAILABLE;
     if (rc)
         return rc;
@@ -228,7 +230,8 @@ static bool is_lost(kvd_client *c, int rc)
         return false;
     if (c->remote)
         return kvd_client_resumes(c) && !kvd_channel_connected(c->channel);
-    return hung_up(c);
+    bool closed = rc == KVD_E_UNAVAILABLE && !kvd_channel_connected(c->channel);
+    return hung_up(c, closed ? LONG_MOMENT_MS : MOMENT_MS);
 }
 
 int kvd_client_enter(kvd_client *c, uint64_t deadline, struct kvd_error *err)
