@@ -262,10 +262,13 @@ int kvd_pool_layout(struct kvd_pool *pool, uint32_t ns, const struct kvd_layout 
                         pool->ns[ns].name, pool->head->max_layouts);
     if (i == KVD_POOL_NONE) {
         i = layout_slot(pool, recycled);
+        // Opening forgets it until a sequence has it.
         pool->layout[i] = (struct region_layout){.l = *l};
+        stored();
         for (uint32_t p = 0; p < l->n_planes; p++)
             for (int k = 0; k < KVD_POOL_KINDS; k++)
                 pool->layout[i].page_bytes[p][k] = kvd_round_up(page_bytes[p][k], KVD_POOL_ALIGN);
+        stored();
     }
     if (!in_use)
         pool->layout[i].ns = ns;
