@@ -60,6 +60,7 @@ class Mixed(Worker):
         return self.out.array.tobytes()
 
     def note(self, entry):
+        entry[2] = None  # until it is known
         info = entry[0].describe()
         assert info.length == entry[0].length == entry[1], (info, entry[:2])
         entry[2] = self.output(entry[0]) if entry[1] else None
@@ -93,8 +94,9 @@ class Mixed(Worker):
             entry = [sequence.fork()[0], length, output]
             self.known.append(entry)
         elif what == "truncate":
-            entry[1] = self.rng.randrange(length + 1)
-            sequence.truncate(entry[1])
+            to = self.rng.randrange(length + 1)
+            sequence.truncate(to)
+            entry[1] = to
         elif what == "publish":
             name = f"{self.name}.{self.rng.randrange(PUBLISHED)}"
             sequence.publish(name, replace=True)
@@ -117,14 +119,14 @@ class Mixed(Worker):
             ticket = FdSocket(self.keeper)
             rpc.admin("Evict", metadata=(("kvd-ticket", ticket.ticket),), bytes=1)
             ticket.s.close()
-        except (grpc.RpcError, OSError, struct.error) as e:
+        except (grpc.RpcError, OSError, struct.error, ValueError) as e:  # the last: a refusal in the ticket's place
             assert "PERMISSION" not in str(e), e
         rpc.channel.close()
 
     def end(self):
         for entry in self.known:
             assert entry[0].describe().length == entry[1]
-            assert not entry[1] or self.output(entry[0]) == entry[2]
+            assert not entry[1] or entry[2] is None or self.output(entry[0]) == entry[2]
         held = sum(1 for _ in self.known)
         assert len({e[0].id for e in self.known}) == held
 
