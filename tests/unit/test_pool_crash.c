@@ -189,7 +189,10 @@ START_TEST(kill_points)
     uint64_t n = number(400);
     for (uint64_t i = 0; i < n || ((looks <= 100 || !m->appended || !m->evicted) && i < 20 * n);
          i++) {
+        struct kvd_pool_evicted gone;
         looked_at = m;
+        if (i >= n) // chance has left it out
+            kvd_pool_evict(m->pool, KVD_POOL_NONE, 0, 1, &gone);
         model_step(m);
         m->doing.slot = -1;
         looked_at = NULL;
