@@ -193,6 +193,26 @@ int kvd_cuda_rotate(const struct kvd_cuda_rotate_params *p, struct CUstream_st *
 int kvd_cuda_copy(const struct kvd_cuda_tensor *x, const struct kvd_cuda_tensor *y, uint32_t layers,
                   uint32_t tokens, uint32_t heads, uint32_t dim, struct CUstream_st *stream);
 
+// -- an engine's blocks --------------------------------------------------------------------------
+
+// One side, K or V, of an engine's KV in bf16, and a dense tensor [layers][tokens][heads][dim].
+// Strides in bytes; of dim_stride and token_stride one is 2.
+struct kvd_cuda_paged_params {
+    uint8_t *const *layers; // [n_layers] where each begins; device memory
+    uintptr_t aligned;      // all of those addresses, or'ed
+    uint64_t block_stride, head_stride, token_stride, dim_stride;
+    const uint32_t *blocks; // the engine's blocks in the order of the tokens; device memory
+    uint32_t block_tokens;
+    uint32_t first_token; // within the first block
+    uint32_t n_layers, tokens, heads, dim;
+    uint8_t *dense;
+    uint64_t dense_layer_stride;
+    bool out; // of the tensor, into the blocks
+};
+
+// Copies `tokens` tokens between both. Blocks that are written must be distinct.
+int kvd_cuda_paged(const struct kvd_cuda_paged_params *p, struct CUstream_st *stream);
+
 // Zeroes memory, and sums it: *sum becomes a 64-bit checksum (position-dependent) of `bytes`, a
 // multiple of 16.
 int kvd_cuda_zero(void *at, uint64_t bytes, struct CUstream_st *stream);

@@ -27,7 +27,7 @@ build() { # suffix, further flags of nvcc
         wait "$p" || { grep -h error "$out"/*.log; exit 1; }
     done 2> /dev/null
     nvcc "$out"/*.o -o "$out/test_cuda$suffix" -lpthread -lm
-    nvcc "$out"/bench/bench_cuda.o "$out"/{attend,quantize,read,tail}*.cu.o "$out"/{kernels_quantize.c,kernels_cuda_pack.c,proto_base.c}.o \
+    nvcc "$out"/bench/bench_cuda.o "$out"/{attend,paged,quantize,read,tail}*.cu.o "$out"/{kernels_quantize.c,kernels_cuda_pack.c,proto_base.c}.o \
         -o "$out/bench_cuda"
     grep -h spill "$out"/*.log | sort | uniq -c | sort -rn | head -n 3 || true
 }

@@ -24,6 +24,7 @@ static void result(bool ok, const char *name)
 // -- attention -----------------------------------------------------------------------------------
 
 #include "tests/gpu/test_memory.h"
+#include "tests/gpu/test_paged.h"
 
 static double worst_error, worst_row, worst_lse;
 
@@ -744,6 +745,7 @@ int main(int argc, char **argv)
     printf("%s; %s\n", cuda->ops->device(cuda), cpu->ops->device(cpu));
     uint64_t seed = kvd_test_seed("cuda");
     memory();
+    paged(seed);
     for (int i = 0; i < 4; i++)
         checking(i & 1, i & 2);
     if (argc > 1 && strcmp(argv[1], "brief") == 0) {
