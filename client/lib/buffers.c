@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include "client/lib/client.h"
+#include "client/lib/paged.h"
 
 #define MEMORY_KIND(name) KVD__V1__REGISTER_BUFFER_REQUEST__MEMORY__##name
 
@@ -96,6 +97,8 @@ static void drop(kvd_buffer *b, bool unmap)
 {
     if (unmap && b->kind == MEMORY_KIND(MEMFD) && b->data != MAP_FAILED)
         munmap(b->data, b->size);
+    if (unmap && b->owned && !b->client->forked)
+        kvd_gpu_staging_free(b->data);
     if (b->fd >= 0)
         close(b->fd);
     free(b);

@@ -16,6 +16,7 @@ struct kvd_buffer {
     kvd_buffer *next;
     bool local; // this process's own: kvd is elsewhere
     bool idle;  // libkvd's own, for pages, and no call uses it; under buffers_lock
+    bool owned; // data is GPU memory of libkvd's own
     uint64_t key;
     _Atomic uint64_t
         id; // changes when another thread reconnects; ids of an old session name nothing

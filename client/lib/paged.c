@@ -267,7 +267,7 @@ static void copy_columns(const struct piece *p)
 }
 
 static void copy(const kvd_paged *p, const struct kvd_page_shape *shape, uint32_t page, uint32_t n,
-                 const struct kvd_staged *staged, uint32_t at, bool out)
+                 const struct kvd_dense_pages *staged, uint32_t at, bool out)
 {
     const uint64_t first = p->first_token + (uint64_t)page * KVD_PAGE_TOKENS;
     const uint32_t tokens = n * KVD_PAGE_TOKENS;
@@ -299,13 +299,13 @@ static void copy(const kvd_paged *p, const struct kvd_page_shape *shape, uint32_
 }
 
 void kvd_paged_gather(const kvd_paged *p, const struct kvd_page_shape *shape, uint32_t page,
-                      uint32_t n, const struct kvd_staged *to, uint32_t at)
+                      uint32_t n, const struct kvd_dense_pages *to, uint32_t at)
 {
     copy(p, shape, page, n, to, at, false);
 }
 
 void kvd_paged_scatter(const kvd_paged *p, const struct kvd_page_shape *shape, uint32_t page,
-                       uint32_t n, const struct kvd_staged *from, uint32_t at)
+                       uint32_t n, const struct kvd_dense_pages *from, uint32_t at)
 {
     copy(p, shape, page, n, from, at, true);
 }

@@ -1,5 +1,5 @@
-// An engine's blocks in host memory: whether they are what they are said to be, and copying between
-// them and dense tensors. Any thread.
+// An engine's blocks: whether they are what they are said to be, and copying between them and dense
+// tensors, in the same memory, the host's or the GPU's. Any thread.
 #ifndef KVD_CLIENT_PAGED_H
 #define KVD_CLIENT_PAGED_H
 
@@ -17,15 +17,36 @@ int kvd_paged_check(const kvd_paged *p, const struct kvd_page_shape *shape, uint
                     bool written, struct kvd_error *err);
 
 // A dense tensor [layers][tokens][heads][dim] that pages are copied into, or out of.
-struct kvd_staged {
+struct kvd_dense_pages {
     uint8_t *side[2]; // K and V
     uint32_t tokens;  // that it has room for: its layers are so far apart
+    uint8_t *tables;  // on a GPU, room for tables: kvd_paged_tables
 };
 // Copies `n` pages from number `page` of the blocks on, to or from `at` pages into the tensors. `p`
 // was checked.
 void kvd_paged_gather(const kvd_paged *p, const struct kvd_page_shape *shape, uint32_t page,
-                      uint32_t n, const struct kvd_staged *to, uint32_t at);
+                      uint32_t n, const struct kvd_dense_pages *to, uint32_t at);
 void kvd_paged_scatter(const kvd_paged *p, const struct kvd_page_shape *shape, uint32_t page,
-                       uint32_t n, const struct kvd_staged *from, uint32_t at);
+                       uint32_t n, const struct kvd_dense_pages *from, uint32_t at);
+
+// paged_gpu.c, for blocks that are on_gpu: whether all of the memory is the GPU's (its two ends in
+// each layer are looked at); memory to stage pages in, which kvd_buffer_free gives back; a copy on
+// the engine's stream, into the blocks if `out`; and waiting for that stream.
+// KVD_E_INVALID; KVD_E_UNSUPPORTED: there is no CUDA here; KVD_E_FULL and KVD_E_INTERNAL of CUDA's.
+int kvd_paged_gpu_check(const kvd_paged *p, const struct kvd_page_shape *shape,
+                        struct kvd_error *err);
+kvd_result kvd_gpu_staging_new(kvd_client *c, uint64_t bytes, kvd_buffer **out, kvd_failure *err);
+void kvd_gpu_staging_free(void *data);
+int kvd_paged_gpu_copy(const kvd_paged *p, const struct kvd_page_shape *shape, uint32_t page,
+                       uint32_t n, const struct kvd_dense_pages *staged, uint32_t at, bool out,
+                       struct kvd_error *err);
+int kvd_paged_gpu_wait(const kvd_paged *p, struct kvd_error *err);
+
+// Bytes of a GPU copy's tables, for any blocks.
+static inline uint64_t kvd_paged_tables(const struct kvd_page_shape *shape, uint32_t pages)
+{
+    return shape->layers * sizeof(void *) +
+           ((uint64_t)pages * KVD_PAGE_TOKENS + 1) * sizeof(uint32_t);
+}
 
 #endif

@@ -5,7 +5,7 @@
 
 #define METHOD(name) "/kvd.v1.KvCache/" name
 
-enum { STAGING_BYTES = 32 << 20, MAX_STAGINGS = 4 };
+enum { STAGING_BYTES = 32 << 20, GPU_STAGING_BYTES = 128 << 20, MAX_STAGINGS = 4 };
 
 // What a call is about: checked, as this library has it.
 struct call {
@@ -16,7 +16,7 @@ struct call {
     struct kvd_page_shape shape;
     uint32_t pages; // that the staging has room for
     kvd_buffer *staging;
-    struct kvd_staged staged;
+    struct kvd_dense_pages staged;
     uint64_t v_at; // of V in the staging
 };
 
@@ -158,12 +158,12 @@ static uint64_t page_bytes(const struct kvd_page_shape *s, int side)
     return (uint64_t)s->layers * s->heads * s->dims[side] * 2 * KVD_PAGE_TOKENS;
 }
 
-// One that no call uses.
-static kvd_buffer *idle_buffer(kvd_client *c)
+// One of that memory that no call uses.
+static kvd_buffer *idle_buffer(kvd_client *c, bool gpu)
 {
     pthread_mutex_lock(&c->buffers_lock);
     kvd_buffer *b = c->buffers;
-    while (b && !b->idle)
+    while (b && !(b->idle && b->owned == gpu))
         b = b->next;
     if (b)
         b->idle = false;
@@ -175,18 +175,25 @@ static kvd_result take_staging(struct call *call, kvd_failure *err)
 {
     kvd_client *c = call->client;
     const uint64_t k = page_bytes(&call->shape, 0), page = k + page_bytes(&call->shape, 1);
+    const bool gpu = call->paged.on_gpu;
+    const uint64_t most = gpu ? GPU_STAGING_BYTES : STAGING_BYTES;
     kvd_result rc = KVD_SUCCESS;
-    call->pages = (uint32_t)KVD_MIN(KVD_MAX((uint64_t)STAGING_BYTES / page, (uint64_t)1),
-                                    (uint64_t)KVD_MAX_CALL_PAGES);
-    call->staging = idle_buffer(c);
-    if (!call->staging)
+    call->pages =
+        (uint32_t)KVD_MIN(KVD_MAX(most / page, (uint64_t)1), (uint64_t)KVD_MAX_CALL_PAGES);
+    call->staging = idle_buffer(c, gpu);
+    if (!call->staging && gpu)
+        rc =
+            kvd_gpu_staging_new(c, call->pages * page + kvd_paged_tables(&call->shape, call->pages),
+                                &call->staging, err);
+    else if (!call->staging)
         rc = kvd_buffer_new(c, call->pages * page, &call->staging, err);
     if (rc)
         return rc;
     uint8_t *data = kvd_buffer_data(call->staging);
     call->v_at = call->pages * k;
-    call->staged = (struct kvd_staged){.side = {data, data + call->v_at},
-                                       .tokens = call->pages * KVD_PAGE_TOKENS};
+    call->staged = (struct kvd_dense_pages){.side = {data, data + call->v_at},
+                                            .tokens = call->pages * KVD_PAGE_TOKENS,
+                                            .tables = data + call->pages * page};
     return KVD_SUCCESS;
 }
 
@@ -222,6 +229,36 @@ static void refer(const struct call *call, Kvd__V1__TensorRef refs[2])
 
 // -- putting and getting ------------------------------------------------------------------------
 
+// Copies pages into the staging, or, `out`, from there into the engine's blocks.
+static int move_pages(const struct call *call, uint32_t page, uint32_t n, uint32_t at, bool out,
+                      struct kvd_error *err)
+{
+    if (call->paged.on_gpu)
+        return kvd_paged_gpu_copy(&call->paged, &call->shape, page, n, &call->staged, at, out, err);
+    if (out)
+        kvd_paged_scatter(&call->paged, &call->shape, page, n, &call->staged, at);
+    else
+        kvd_paged_gather(&call->paged, &call->shape, page, n, &call->staged, at);
+    return KVD_OK;
+}
+
+static int moved(const struct call *call, struct kvd_error *err)
+{
+    return call->paged.on_gpu ? kvd_paged_gpu_wait(&call->paged, err) : KVD_OK;
+}
+
+// Copies pages of these numbers into the staging, those that follow each other at once.
+static int stage(const struct call *call, const uint32_t *pages, uint32_t n, struct kvd_error *err)
+{
+    int rc = KVD_OK;
+    for (uint32_t i = 0, run; i < n && rc == KVD_OK; i += run) {
+        for (run = 1; i + run < n && pages[i + run] == pages[i] + run;)
+            run++;
+        rc = move_pages(call, pages[i], run, i, false, err);
+    }
+    return rc ? rc : moved(call, err);
+}
+
 static int begin(struct call *call, kvd_client *c, const kvd_bytes *space,
                  const kvd_page_keys *keys, const kvd_paged *paged, bool written,
                  struct kvd_error *err)
@@ -244,7 +281,9 @@ static int begin(struct call *call, kvd_client *c, const kvd_bytes *space,
     call->shape = (struct kvd_page_shape){.layers = (uint32_t)c->layout.n_layers,
                                           .heads = first->kv_heads,
                                           .dims = {first->dim_k, first->dim_v}};
-    return rc ? rc : kvd_paged_check(&call->paged, &call->shape, call->keys.pages, written, err);
+    if (rc == KVD_OK)
+        rc = kvd_paged_check(&call->paged, &call->shape, call->keys.pages, written, err);
+    return rc || !call->paged.on_gpu ? rc : kvd_paged_gpu_check(&call->paged, &call->shape, err);
 }
 
 // Puts the pages of these numbers, which the staging has room for.
@@ -260,8 +299,9 @@ static kvd_result put_some(struct call *call, const bool *exact, const uint32_t 
     for (uint32_t i = 0; i < n; i++) {
         memcpy(keys + (size_t)i * k->key_bytes, key(k, pages[i]), k->key_bytes);
         flags[i] = exact && exact[pages[i]];
-        kvd_paged_gather(&call->paged, &call->shape, pages[i], 1, &call->staged, i);
     }
+    if (stage(call, pages, n, &e))
+        return kvd_client_fail(err, &e);
     refer(call, refs);
     req.space = bytes(call->space->data, call->space->bytes);
     req.key_bytes = k->key_bytes;
@@ -332,13 +372,12 @@ static kvd_result get_some(struct call *call, uint32_t page, uint32_t n, uint8_t
                                     &kvd__v1__get_pages_reply__descriptor, &reply, err);
     if (rc)
         return rc;
-    if (reply->kinds.len == n) {
-        kvd_paged_scatter(&call->paged, &call->shape, page, n, &call->staged, 0);
-        memcpy(kinds + page, reply->kinds.data, n);
-    } else {
+    if (reply->kinds.len != n)
         kvd_fail(&e, KVD_E_INTERNAL, "asked for %u pages, heard of %zu", n, reply->kinds.len);
+    else if (move_pages(call, page, n, 0, true, &e) == KVD_OK && moved(call, &e) == KVD_OK)
+        memcpy(kinds + page, reply->kinds.data, n);
+    if (e.code)
         rc = kvd_client_fail(err, &e);
-    }
     kvd__v1__get_pages_reply__free_unpacked(reply, NULL);
     return rc;
 }

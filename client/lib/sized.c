@@ -106,4 +106,4 @@ const struct kvd_sized kvd_sized_match = SIZED(kvd_match, missed);
 const struct kvd_sized kvd_sized_published = SIZED(kvd_published, end);
 const struct kvd_sized kvd_sized_page_keys = SIZED(kvd_page_keys, after);
 const struct kvd_sized kvd_sized_found = SIZED(kvd_found, kinds);
-const struct kvd_sized kvd_sized_paged = SIZED(kvd_paged, first_token);
+const struct kvd_sized kvd_sized_paged = SIZED(kvd_paged, stream);

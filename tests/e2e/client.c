@@ -222,6 +222,8 @@ static void print_prompts(void)
     FIELD(kvd_paged, blocks);
     FIELD(kvd_paged, n_blocks);
     FIELD(kvd_paged, first_token);
+    FIELD(kvd_paged, on_gpu);
+    FIELD(kvd_paged, stream);
 }
 
 static void print_items(void)

@@ -4,8 +4,8 @@
 
 struct paged_case {
     uint32_t layers, heads, dim, block_tokens, first_token, tokens, blocks;
-    bool columns;    // [dim][tokens] in a block
-    uint32_t shift;  // bytes that blocks are off 16-byte borders
+    bool columns;   // [dim][tokens] in a block
+    uint32_t shift; // bytes that blocks are off 16-byte borders
 };
 
 static void *to_gpu(const void *from, size_t bytes)
@@ -17,10 +17,12 @@ static void *to_gpu(const void *from, size_t bytes)
 }
 
 // Where an element lies in a layer's blocks, in elements.
-static uint64_t paged_at(const struct paged_case *c, const uint32_t *blocks, uint32_t token, uint32_t head, uint32_t channel)
+static uint64_t paged_at(const struct paged_case *c, const uint32_t *blocks, uint32_t token,
+                         uint32_t head, uint32_t channel)
 {
     uint32_t at = c->first_token + token, in = at % c->block_tokens;
-    uint64_t row = ((uint64_t)blocks[at / c->block_tokens] * c->heads + head) * c->block_tokens * c->dim;
+    uint64_t row =
+        ((uint64_t)blocks[at / c->block_tokens] * c->heads + head) * c->block_tokens * c->dim;
     return row + (c->columns ? channel * c->block_tokens + in : in * c->dim + channel);
 }
 
@@ -88,15 +90,16 @@ static bool paged_case(const struct paged_case *c, bool out, uint64_t *seed)
 static void paged(uint64_t seed)
 {
     const struct paged_case cases[] = {
-        {2, 2, 64, 64, 0, 128, 4, false, 0},  {3, 1, 128, 16, 0, 64, 9, false, 0},
-        {1, 3, 80, 16, 5, 64, 7, false, 0},   {2, 2, 96, 128, 64, 64, 2, false, 0},
-        {2, 1, 64, 64, 0, 64, 2, false, 2},   {2, 2, 64, 64, 0, 128, 4, true, 0},
-        {1, 2, 80, 16, 3, 64, 8, true, 2},    {2, 1, 192, 48, 0, 192, 6, true, 0},
+        {2, 2, 64, 64, 0, 128, 4, false, 0},     {3, 1, 128, 16, 0, 64, 9, false, 0},
+        {1, 3, 80, 16, 5, 64, 7, false, 0},      {2, 2, 96, 128, 64, 64, 2, false, 0},
+        {2, 1, 64, 64, 0, 64, 2, false, 2},      {2, 2, 64, 64, 0, 128, 4, true, 0},
+        {1, 2, 80, 16, 3, 64, 8, true, 2},       {2, 1, 192, 48, 0, 192, 6, true, 0},
         {1, 8, 128, 1024, 960, 64, 2, false, 8},
     };
     for (size_t i = 0; i < KVD_LEN(cases); i++)
         for (int out = 0; out < 2; out++)
-            result(paged_case(&cases[i], out, &seed), out ? "into an engine's blocks" : "out of an engine's blocks");
+            result(paged_case(&cases[i], out, &seed),
+                   out ? "into an engine's blocks" : "out of an engine's blocks");
 }
 
 #endif

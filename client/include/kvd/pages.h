@@ -53,8 +53,9 @@ typedef struct kvd_strides {
     uint64_t dim;   /**< bytes from an element of a head to the next */
 } kvd_strides;
 
-/** An engine's KV in this process's memory, bf16, and the blocks of it that pages are read from or
- * written to: tokens first_token, first_token + 1, ... of the listed blocks, one after the other.
+/** An engine's KV in this process's memory or the GPU's, bf16, and the blocks of it that pages are
+ * read from or written to: tokens first_token, first_token + 1, ... of the listed blocks, one after
+ * the other.
  */
 typedef struct kvd_paged {
     uint32_t size;          /**< sizeof(kvd_paged) */
@@ -69,6 +70,9 @@ typedef struct kvd_paged {
     const uint32_t *blocks; /**< number of each, in the order of the tokens */
     uint32_t n_blocks;      /**< how many blocks; more than are used is no mistake */
     uint32_t first_token;   /**< number of the first token in the first block */
+    bool on_gpu;            /**< k and v are memory of the GPU that kvd runs on */
+    void *stream; /**< then the cudaStream_t that the blocks are read or written on, behind
+                   * what is on it; calls wait for it. NULL: the default stream */
 } kvd_paged;
 
 /** Looks up pages of several requests. What is found counts as used.

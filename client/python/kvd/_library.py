@@ -185,7 +185,8 @@ class Strides(c.Structure):
 class PagedStruct(Sized):
     _fields_ = [("k", c.POINTER(c.c_void_p)), ("v", c.POINTER(c.c_void_p)), ("k_bytes", c.c_uint64), ("v_bytes", c.c_uint64),
                 ("k_strides", Strides), ("v_strides", Strides), ("all_blocks", c.c_uint32), ("block_tokens", c.c_uint32),
-                ("blocks", c.POINTER(c.c_uint32)), ("n_blocks", c.c_uint32), ("first_token", c.c_uint32)]
+                ("blocks", c.POINTER(c.c_uint32)), ("n_blocks", c.c_uint32), ("first_token", c.c_uint32), ("on_gpu", c.c_bool),
+                ("stream", c.c_void_p)]
 
 
 class MatchStruct(Sized):

@@ -26,7 +26,7 @@ class Found:
 
 
 def _memory(what: str, x: Any) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Address, shape and strides in bytes of a tensor of bf16 in host memory: NumPy's (uint16 bits) or PyTorch's."""
+    """Address, shape and strides in bytes of a tensor of bf16: NumPy's (uint16 bits) or PyTorch's."""
     if isinstance(x, np.ndarray):
         if x.dtype != np.uint16:
             raise TypeError(f"{what} is an array of {x.dtype}: bf16 bits are uint16")
@@ -35,9 +35,17 @@ def _memory(what: str, x: Any) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
         raise TypeError(f"{what} is a {_check.describe(x)}, and a tensor of PyTorch or an array of NumPy is wanted")
     if str(x.dtype) != "torch.bfloat16":
         raise TypeError(f"{what} is a tensor of {x.dtype}, and bfloat16 is wanted")
-    if x.device.type != "cpu":
-        raise lib.InvalidError(f"{what} is on {x.device}: pages are gathered from and scattered to host memory only")
+    if x.device.type not in ("cpu", "cuda"):
+        raise lib.InvalidError(f"{what} is on {x.device}: pages are read from and written to memory of the host or of a CUDA device")
     return x.data_ptr(), tuple(x.shape), tuple(2 * s for s in x.stride())
+
+
+def _on_gpu(k: Any, v: Any) -> bool:
+    """Whether the tensors are in GPU memory: all of them, or none."""
+    devices = {str(getattr(t, "device", "cpu")) for x in (k, v) for t in (x if isinstance(x, (list, tuple)) else [x])}
+    if len(devices) > 1:
+        raise lib.InvalidError(f"k and v are on {' and '.join(sorted(devices))}: one device is wanted")
+    return devices.pop().startswith("cuda")
 
 
 def _layers(name: str, x: Any, order: str) -> list[tuple[int, tuple[int, ...], tuple[int, ...]]]:
@@ -65,17 +73,19 @@ def _layers(name: str, x: Any, order: str) -> list[tuple[int, tuple[int, ...], t
 
 
 class Paged:
-    """An engine's KV in host memory, and the blocks of it that pages are read from or written to.
+    """An engine's KV in the host's or the GPU's memory, and the blocks of it that pages are read from or written to.
 
     k, v: a tensor for each layer, bf16, of four dimensions, or one tensor of all layers. `order` says which they are, outermost
     first: b(lock), h(ead), t(oken of a block), d(im), and l(ayer); it may differ for V (`v_order`). Views do: strides are taken
     from the tensors. Of t and d one at least must be contiguous. vLLM's CPU blocks have "bhdt" for K and "bhtd" for V.
     blocks: numbers of the blocks, in the order of their tokens, which count from token `first` of the first block on. A page of 64
     tokens may be four blocks of 16, or half of one of 128.
-    The tensors must live as long as this, and stay what they are.
+    stream: of tensors on the GPU, the CUDA stream (`torch.cuda.Stream.cuda_stream`) on which blocks are read and written, behind what is
+    on it; calls wait for it. The tensors must live as long as this, and stay what they are.
     """
 
-    def __init__(self, k: Any, v: Any, blocks: Any, *, order: str = "bhtd", v_order: Optional[str] = None, first: int = 0):
+    def __init__(self, k: Any, v: Any, blocks: Any, *, order: str = "bhtd", v_order: Optional[str] = None, first: int = 0,
+                 stream: int = 0):
         self._keep = (k, v)
         ks, vs = _layers("k", k, order), _layers("v", v, order if v_order is None else v_order)
         if len(ks) != len(vs) or ks[0][1][:3] != vs[0][1][:3]:
@@ -91,7 +101,11 @@ class Paged:
                                    f"{numbers.min() if numbers.min() < 0 else numbers.max()}")
         self.blocks = np.ascontiguousarray(numbers, np.uint32)
         self.first = _check.integer("first", first, 0, self.block_tokens - 1)
+        self.on_gpu = _on_gpu(k, v)
+        if stream and not self.on_gpu:
+            raise lib.InvalidError("a stream is for tensors on the GPU")
         s = self._struct = lib.PagedStruct(
+            on_gpu=self.on_gpu, stream=stream or None,
             block_tokens=self.block_tokens, all_blocks=self.all_blocks, n_blocks=self.blocks.size, first_token=self.first,
             blocks=c.cast(self.blocks.ctypes.data, c.POINTER(c.c_uint32)))
         for side, each in (("k", ks), ("v", vs)):
