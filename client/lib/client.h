@@ -81,8 +81,8 @@ struct kvd_sized {
 };
 extern const struct kvd_sized kvd_sized_options, kvd_sized_info, kvd_sized_sequence_info,
     kvd_sized_item, kvd_sized_attention, kvd_sized_direct_options, kvd_sized_event,
-    kvd_sized_plane_options, kvd_sized_prompt, kvd_sized_match, kvd_sized_published,
-    kvd_sized_page_keys, kvd_sized_found, kvd_sized_paged;
+    kvd_sized_plane_options, kvd_sized_prompt, kvd_sized_match, kvd_sized_match_options,
+    kvd_sized_published, kvd_sized_page_keys, kvd_sized_found, kvd_sized_paged;
 // What a program of another age gave, as this library has it.
 int kvd_sized_take(const struct kvd_sized *type, const void *from, void *to, struct kvd_error *err);
 // Whether there is room to write one to; and writes as much of it as the program knows.

@@ -59,15 +59,30 @@ static int fill(const kvd_prompt *from, struct wire *to, struct kvd_error *err)
     return KVD_OK;
 }
 
-static void give_match(const Kvd__V1__PrefixMatch *m, kvd_match *out)
+// Tiers of names that this libkvd does not know are left out.
+static void give_behind(const Kvd__V1__MatchPrefixReply *reply, const Kvd__V1__PrefixMatch *m,
+                        kvd_match *out)
 {
-    const kvd_match found = {.blocks = m->blocks,
-                             .known = m->known,
-                             .window_tokens = m->window_tokens,
-                             .end = m->end,
-                             .lease = m->lease,
-                             .miss = (kvd_miss)m->miss,
-                             .missed = m->miss_time};
+    static const char *const names[] = {"host", "directory", "redis"};
+    _Static_assert(KVD_LEN(names) == KVD_LEN(out->behind), "a name each");
+    for (size_t i = 0; i < m->n_behind && i < reply->n_tiers; i++)
+        for (size_t t = 0; t < KVD_LEN(names); t++)
+            if (strcmp(reply->tiers[i], names[t]) == 0)
+                out->behind[t] = m->behind[i];
+}
+
+static void give_match(const Kvd__V1__MatchPrefixReply *reply, const Kvd__V1__PrefixMatch *m,
+                       kvd_match *out)
+{
+    kvd_match found = {.blocks = m->blocks,
+                       .known = m->known,
+                       .window_tokens = m->window_tokens,
+                       .end = m->end,
+                       .lease = m->lease,
+                       .miss = (kvd_miss)m->miss,
+                       .missed = m->miss_time,
+                       .restored = m->restored};
+    give_behind(reply, m, &found);
     kvd_sized_give(&kvd_sized_match, &found, out);
 }
 
@@ -91,13 +106,16 @@ static int fill_all(const kvd_prompt *prompts, uint32_t count, struct wire *wire
 }
 
 kvd_result kvd_prompts_match(kvd_client *c, const kvd_prompt *prompts, uint32_t count,
-                             uint32_t lease_ms, kvd_match *out, kvd_failure *err)
+                             const kvd_match_options *options, kvd_match *out, kvd_failure *err)
 {
     KVD_WANT(err, "client", c, "prompts", prompts);
     Kvd__V1__MatchPrefixRequest req = KVD__V1__MATCH_PREFIX_REQUEST__INIT;
     Kvd__V1__MatchPrefixReply *reply = NULL;
     struct kvd_error e = {0};
+    kvd_match_options o = KVD_NEW(kvd_match_options);
     uint32_t step;
+    if (options && kvd_sized_take(&kvd_sized_match_options, options, &o, &e))
+        return kvd_client_fail(err, &e);
     if (count < 1 || count > KVD_MAX_CALL_PROMPTS) {
         kvd_fail(&e, KVD_E_INVALID, "%u prompts; 1 to %d are possible", count,
                  KVD_MAX_CALL_PROMPTS);
@@ -114,9 +132,14 @@ kvd_result kvd_prompts_match(kvd_client *c, const kvd_prompt *prompts, uint32_t 
     memcpy(&step, out, sizeof(step));
     req.n_requests = count;
     req.requests = refs;
-    req.lease_ms = lease_ms;
-    kvd_result rc = kvd_client_call(c, METHOD("MatchPrefix"), &req, &req.session,
-                                    &kvd__v1__match_prefix_reply__descriptor, &reply, err);
+    req.lease_ms = o.lease_ms;
+    req.restore_ms = o.restore_ms;
+    req.wait_ms = o.wait_ms;
+    req.tiers = o.tiers;
+    req.quiet = o.quiet;
+    kvd_result rc = kvd_client_call_until(c, METHOD("MatchPrefix"), &req, &req.session,
+                                          &kvd__v1__match_prefix_reply__descriptor, &reply,
+                                          kvd_client_deadline(c) + o.restore_ms + o.wait_ms, err);
     if (rc)
         return rc;
     if (reply->n_matches != count) {
@@ -126,7 +149,7 @@ kvd_result kvd_prompts_match(kvd_client *c, const kvd_prompt *prompts, uint32_t 
     for (uint32_t i = 0; rc == KVD_SUCCESS && i < count; i++) {
         kvd_match *one = (kvd_match *)(uintptr_t)behind(out, step, i);
         memcpy(one, &step, sizeof(step));
-        give_match(reply->matches[i], one);
+        give_match(reply, reply->matches[i], one);
     }
     kvd__v1__match_prefix_reply__free_unpacked(reply, NULL);
     return rc;

@@ -38,18 +38,17 @@ def prompt_of(a, i):
     return np.random.default_rng([a.seed, i]).integers(0, 50000, a.tokens).astype(np.uint32)
 
 
-def serve(a, lock, mine, out):
-    """One computes a prompt that is not there, while the others that want it wait for it."""
+def serve(a, mine, out):
+    """One computes a prompt that is not there, while the others that want it wait for it, in match."""
     prompts = adopted = rest = 0
     with kvd.Client(layers=range(LAYERS), q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim=DIM, codec="int2", address=a.address) as c:
         for request, i in mine:
             tokens = np.concatenate([prompt_of(a, i), np.random.default_rng([a.seed, 7, request]).integers(0, 50000, a.answer).astype(np.uint32)])
-            with lock[i]:
-                m = c.match([kvd.Prompt(tokens)])[0]
-                s = c.adopt(m) if m.lease else c.create()
-                adopted += s.length
-                prompts += append(c, s, tokens, a.tokens)
-                s.publish_blocks(kvd.Prompt(tokens[:a.tokens]), end=True)
+            m = c.match([kvd.Prompt(tokens[:a.tokens])], wait=60)[0]
+            s = c.adopt(m) if m.lease else c.create()
+            adopted += s.length
+            prompts += append(c, s, tokens, a.tokens)
+            s.publish_blocks(kvd.Prompt(tokens[:a.tokens]), end=True)
             rest += append(c, s, tokens, len(tokens))
             s.free()
     out.put((prompts, adopted, rest))
@@ -63,8 +62,8 @@ def main():
     a = p.parse_args()
     spawn = multiprocessing.get_context("spawn")
     order = np.random.default_rng(a.seed).integers(0, a.prompts, a.requests)
-    lock, out = [spawn.Lock() for _ in range(a.prompts)], spawn.Queue()
-    workers = [spawn.Process(target=serve, args=(a, lock, [(r, int(i)) for r, i in enumerate(order)][w::a.workers], out)) for w in range(a.workers)]
+    out = spawn.Queue()
+    workers = [spawn.Process(target=serve, args=(a, [(r, int(i)) for r, i in enumerate(order)][w::a.workers], out)) for w in range(a.workers)]
     begin = time.time()
     for w in workers:
         w.start()

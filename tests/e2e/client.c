@@ -188,6 +188,15 @@ static void print_prompts(void)
     FIELD(kvd_match, lease);
     FIELD(kvd_match, miss);
     FIELD(kvd_match, missed);
+    FIELD(kvd_match, restored);
+    FIELD(kvd_match, behind);
+    STRUCT(kvd_match_options);
+    FIELD(kvd_match_options, size);
+    FIELD(kvd_match_options, lease_ms);
+    FIELD(kvd_match_options, restore_ms);
+    FIELD(kvd_match_options, wait_ms);
+    FIELD(kvd_match_options, tiers);
+    FIELD(kvd_match_options, quiet);
     STRUCT(kvd_published);
     FIELD(kvd_published, size);
     FIELD(kvd_published, blocks);

@@ -36,7 +36,8 @@ def test_pythons_structures_are_the_compilers():
                "kvd_info": "Info", "kvd_tensor_ref": "TensorRef",
                "kvd_sequence_info": "SequenceStruct", "kvd_layers": "Layers", "kvd_item": "ItemStruct",
                "kvd_attention": "Attention", "kvd_direct_options": "DirectOptions", "kvd_event": "EventStruct",
-               "kvd_bytes": "Bytes", "kvd_prompt": "PromptStruct", "kvd_match": "MatchStruct", "kvd_published": "PublishedStruct",
+               "kvd_bytes": "Bytes", "kvd_prompt": "PromptStruct", "kvd_match": "MatchStruct", "kvd_match_options": "MatchOptions",
+               "kvd_published": "PublishedStruct",
                "kvd_page_keys": "PageKeys", "kvd_found": "FoundStruct", "kvd_strides": "Strides", "kvd_paged": "PagedStruct"}
     theirs = {}
     for line in run("layout").stdout.splitlines():

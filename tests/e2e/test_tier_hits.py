@@ -250,6 +250,35 @@ def test_a_server_that_is_killed_amid_traffic(start, folder):
         until(lambda: kvd.metric("kvd_restores_running"), 0)
 
 
+def test_in_python(start, folder):
+    """The same by Client.match, and one worker that waits for another."""
+    kvd, tokens = start(config=f"[kvd]\ntier-directory = {folder}/blocks 1GiB\n"), tokens_of(1, 1024)
+    prompt = package.Prompt(tokens)
+    with connect(kvd) as c, connect(kvd) as other:
+        assert publish(c, tokens) == 12
+        put(kvd, 12, "directory")
+        evict(kvd)
+        m = c.match([prompt], tiers=True)[0]
+        assert (m.blocks, m.restored, m.behind) == (0, 0, {"directory": 12})
+        m = c.match([prompt], restore=20)[0]
+        assert (m.blocks, m.restored, m.behind) == (12, 12, {"directory": 12})
+        assert c.adopt(m).length == 768
+        tokens = tokens_of(2, 640)
+        assert c.match([package.Prompt(tokens)], wait=30)[0].blocks == 0
+        got = []
+        waits = threading.Thread(target=lambda: got.append(other.match([package.Prompt(tokens)], wait=30)[0]))
+        waits.start()
+        until(lambda: kvd.metric("kvd_prefix_waits_total"), 1)
+        s = c.create()
+        step(c, s, tokens, 640)
+        s.publish_blocks(package.Prompt(tokens), end=True)
+        waits.join()
+        assert got[0].blocks == 10 and got[0].end
+        for wrong in ({"restore": 601}, {"wait": -1}, {"lease": 1e9}):
+            with pytest.raises(package.InvalidError):
+                c.match([prompt], **wrong)
+
+
 def test_what_is_refused(start, folder):
     kvd = start(config="[kvd]\ntier-host = 64MiB\n")
     with pytest.raises(grpc.RpcError) as e:

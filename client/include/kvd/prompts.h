@@ -48,19 +48,40 @@ typedef struct kvd_match {
     uint64_t lease;         /**< number to adopt or release it by; 0: none */
     kvd_miss miss;          /**< why the first block that is not known is not */
     uint32_t missed;        /**< when that went, in seconds of Unix time; 0: not known */
+    uint32_t restored;      /**< blocks that were brought back from tiers for this */
+    /** blocks with which more leading ones could be had, and that the pool lacked, by the farthest
+     * tier that has part of each: host memory, a directory, a server. Zeros: none, or they were not
+     * looked for */
+    uint32_t behind[3];
 } kvd_match;
-/** Looks up prompts. What is found counts as used.
+/** How prompts are looked up. */
+typedef struct kvd_match_options {
+    uint32_t size;       /**< sizeof(kvd_match_options) */
+    uint32_t lease_ms;   /**< milliseconds for which what is found stays, at most 600,000; 0: it may
+                            go at once */
+    uint32_t restore_ms; /**< milliseconds, at most 600,000, for which what tiers have is brought
+                            back first; what has not come then, or does not verify, is a miss. 0:
+                            nothing is */
+    uint32_t wait_ms;    /**< of a single prompt: whoever misses a block has claimed the rest for so
+                            many milliseconds, at most 600,000, and is to compute and publish it;
+                            whoever finds it claimed by another session waits as long, until it is
+                            published or that session ends. 0: neither */
+    bool tiers;          /**< tells what is behind the pool, as restore_ms does */
+    bool quiet;          /**< does not count as used */
+} kvd_match_options;
+/** Looks up prompts. The client's timeout is that of the call beyond restore_ms and wait_ms.
  * @param client whose
  * @param prompts what to look up, [count]
  * @param count how many prompts, 1 to 256, of at most 65,536 blocks together
- * @param lease_ms milliseconds for which what is found stays, at most 600,000; 0: it may go at once
+ * @param options how; NULL: all zero
  * @param[in,out] out what is there of each, [count]; the first one's size is read. Each lease ends
  * by kvd_prompt_adopt, kvd_leases_release, its time, or with the session
  * @param[out] err says why it failed; may be NULL
  * @retval KVD_ERR_INVALID a prompt is none, or a number out of range
  * @retval KVD_ERR_EXHAUSTED the session or the namespace has too many leases */
 KVD_API kvd_result kvd_prompts_match(kvd_client *client, const kvd_prompt *prompts, uint32_t count,
-                                     uint32_t lease_ms, kvd_match *out, kvd_failure *err);
+                                     const kvd_match_options *options, kvd_match *out,
+                                     kvd_failure *err);
 /** Makes a sequence of leased blocks, which this session holds. Nothing is copied: it shares pages
  * until it writes there. The lease ends.
  * @param client whose

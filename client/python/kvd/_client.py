@@ -412,9 +412,15 @@ class Client(lib.OfProcess):
         lib.call("kvd_sequence_attach", self._open(), _check.text("name", name), c.byref(s))
         return Sequence(self, s.sequence, s.length)
 
-    def match(self, prompts: list[_prompts.Prompt], *, lease: float = 10.0) -> list[_prompts.Match]:
-        """What is there of prompts, at most 256 in a call. It stays for `lease` seconds, at most 600; 0: it may go at once."""
-        return _prompts.match(self, prompts, lease)
+    def match(self, prompts: list[_prompts.Prompt], *, lease: float = 10.0, restore: float = 0.0, wait: float = 0.0, tiers: bool = False,
+              quiet: bool = False) -> list[_prompts.Match]:
+        """What is there of prompts, at most 256 in a call. It stays for `lease` seconds, at most 600; 0: it may go at once.
+
+        restore: seconds, at most 600, for which blocks that tiers have are brought back first. wait: of a single prompt, so that
+        several workers do not compute it at once: who misses a block has claimed the rest for so many seconds, at most 600, and is
+        to compute and publish it; who finds it claimed waits as long. tiers: tell what tiers have. quiet: it does not count as used.
+        """
+        return _prompts.match(self, prompts, lease, restore, wait, tiers, quiet)
 
     def adopt(self, match: _prompts.Match, blocks: Optional[int] = None) -> Sequence:
         """A sequence of a match's leading blocks; None: of all. It shares their pages until it writes there; its lease ends."""

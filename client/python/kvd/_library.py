@@ -191,7 +191,11 @@ class PagedStruct(Sized):
 
 class MatchStruct(Sized):
     _fields_ = [("blocks", c.c_uint32), ("known", c.c_uint32), ("window_tokens", c.c_uint32), ("end", c.c_bool),
-                ("lease", c.c_uint64), ("miss", c.c_int), ("missed", c.c_uint32)]
+                ("lease", c.c_uint64), ("miss", c.c_int), ("missed", c.c_uint32), ("restored", c.c_uint32), ("behind", c.c_uint32 * 3)]
+
+
+class MatchOptions(Sized):
+    _fields_ = [("lease_ms", c.c_uint32), ("restore_ms", c.c_uint32), ("wait_ms", c.c_uint32), ("tiers", c.c_bool), ("quiet", c.c_bool)]
 
 
 class PublishedStruct(Sized):
@@ -225,7 +229,7 @@ _FUNCTIONS = {  # name: argument types; all of these return a kvd_result and end
     "kvd_attend_enqueue": [_P, _P, c.c_uint32, _P, c.c_uint64, _P, c.c_uint64, _P, c.c_uint64],
     "kvd_direct_end": [_P, _P, c.POINTER(c.c_uint32)],
     "kvd_direct_flush": [_P],
-    "kvd_prompts_match": [_P, c.POINTER(PromptStruct), c.c_uint32, c.c_uint32, c.POINTER(MatchStruct)],
+    "kvd_prompts_match": [_P, c.POINTER(PromptStruct), c.c_uint32, c.POINTER(MatchOptions), c.POINTER(MatchStruct)],
     "kvd_prompt_adopt": [_P, c.c_uint64, c.c_uint32, c.POINTER(c.c_uint64), c.POINTER(c.c_uint64)],
     "kvd_leases_release": [_P, c.POINTER(c.c_uint64), c.c_uint32],
     "kvd_prompt_publish": [_P, c.c_uint64, c.POINTER(PromptStruct), c.c_bool, c.POINTER(PublishedStruct)],

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ._client import Client
 
 BLOCK = 64
+TIERS = ("host", "directory", "redis")
 _MISSES = ("none", "unknown", "evicted for room", "evicted for the quota", "evicted for the index", "dropped", "damaged",
            "other extra", "other layout")
 
@@ -76,6 +77,9 @@ class Match:
     lease: int  # 0: none
     miss: str  # why the first one that is not known is not; "none": all are
     missed: int  # when that went, in seconds of Unix time; 0: not known
+    restored: int = 0  # blocks that were brought back from tiers for this
+    # Blocks with which more leading ones could be had, and that the pool lacked, by the farthest tier that has part of each.
+    behind: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -103,7 +107,7 @@ def _prompt(what: str, x: Any) -> Prompt:
     return x
 
 
-def match(client: "Client", prompts: Any, lease: float) -> list[Match]:
+def match(client: "Client", prompts: Any, lease: float, restore: float, wait: float, tiers: Any, quiet: Any) -> list[Match]:
     if not isinstance(prompts, (list, tuple)) or not prompts:
         raise TypeError("prompts is a list of kvd.Prompt, and not empty")
     made = [_prompt(f"prompts[{i}]", p)._struct() for i, p in enumerate(prompts)]
@@ -111,8 +115,11 @@ def match(client: "Client", prompts: Any, lease: float) -> list[Match]:
     out = (lib.MatchStruct * len(made))()
     for m in out:
         m.size = c.sizeof(lib.MatchStruct)
-    lib.call("kvd_prompts_match", client._open(), structs, len(made), _check.milliseconds("lease", lease), out)
-    return [Match(client, m.blocks, m.known, m.window_tokens, m.end, m.lease, miss(m.miss), m.missed) for m in out]
+    options = lib.MatchOptions(lease_ms=_check.milliseconds("lease", lease), restore_ms=_check.milliseconds("restore", restore),
+                               wait_ms=_check.milliseconds("wait", wait), tiers=_check.flag("tiers", tiers), quiet=_check.flag("quiet", quiet))
+    lib.call("kvd_prompts_match", client._open(), structs, len(made), c.byref(options), out)
+    return [Match(client, m.blocks, m.known, m.window_tokens, m.end, m.lease, miss(m.miss), m.missed, m.restored,
+                  {name: n for name, n in zip(TIERS, m.behind) if n}) for m in out]
 
 
 def adopt(client: "Client", m: Any, blocks: Optional[int]) -> tuple[int, int]:
