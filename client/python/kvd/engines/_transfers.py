@@ -63,9 +63,12 @@ class Transfers:
             done, self._done = self._done, []
             return done
 
-    def wait(self, jobs: Collection[int]) -> None:
-        """Until none of them touches the engine's blocks any more. Stores that have not begun are given up."""
+    def wait(self, jobs: Collection[int], patience: float = 1.0) -> None:
+        """Until none of them touches the engine's blocks any more. Stores that have not begun after `patience` seconds are given up: the
+        engine waits for its blocks."""
         with self._changed:
+            if self._changed.wait_for(lambda: self._open.isdisjoint(jobs), patience):
+                return
             for job in jobs:
                 if self._stores.jobs.pop(job, None) is not None:
                     self._end(Done(job, False, 0, 0.0, False))
