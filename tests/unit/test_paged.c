@@ -97,7 +97,8 @@ static void round_trip(uint64_t *r, const char *k_order, const char *v_order, ui
         for (size_t i = 0; i < n; i++)
             dense[side][i] = (uint16_t)kvd_rand(r);
     }
-    const struct kvd_dense_pages staged = {{(uint8_t *)dense[0], (uint8_t *)dense[1]}, TOKENS};
+    const struct kvd_dense_pages staged = {.side = {(uint8_t *)dense[0], (uint8_t *)dense[1]},
+                                           .tokens = TOKENS};
     const struct kvd_dense_pages again = {{(uint8_t *)back[0], (uint8_t *)back[1]}, TOKENS};
     kvd_paged_scatter(&p, &shape, 0, 1, &staged, 0); // in two parts
     kvd_paged_scatter(&p, &shape, 1, PAGES - 1, &staged, 1);
