@@ -99,7 +99,8 @@ static void round_trip(uint64_t *r, const char *k_order, const char *v_order, ui
     }
     const struct kvd_dense_pages staged = {.side = {(uint8_t *)dense[0], (uint8_t *)dense[1]},
                                            .tokens = TOKENS};
-    const struct kvd_dense_pages again = {{(uint8_t *)back[0], (uint8_t *)back[1]}, TOKENS};
+    const struct kvd_dense_pages again = {.side = {(uint8_t *)back[0], (uint8_t *)back[1]},
+                                          .tokens = TOKENS};
     kvd_paged_scatter(&p, &shape, 0, 1, &staged, 0); // in two parts
     kvd_paged_scatter(&p, &shape, 1, PAGES - 1, &staged, 1);
     for (int side = 0; side < 2; side++) {
