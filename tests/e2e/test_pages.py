@@ -104,6 +104,51 @@ def test_what_was_put_is_got_whatever_the_blocks(kvd, order, tokens):
         b.release([f.lease for f in found])
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_blocks_of_a_gpu(kvd, order):
+    """On a stream of the engine's, behind what it has there; exact bit for bit, encoded as from the host's memory."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available() or not kvd.cuda:
+        pytest.skip("kvd or PyTorch has no GPU")
+    given, keys, blocks = kv(9, 4), keys_of(order, 4), np.random.default_rng(3).permutation(40)
+    e, stream = Engine(40, 16, order), torch.cuda.Stream()
+    e.write(blocks[:16], given)
+
+    def on_gpu(sides):
+        return [[torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).cuda() for x in side] for side in sides]
+
+    def paged(sides, blocks):
+        return package.Paged(*sides, blocks, order=e.orders[0], v_order=e.orders[1], stream=stream.cuda_stream)
+
+    hidden, source = on_gpu([e.k, e.v]), on_gpu([[np.zeros_like(x) for x in side] for side in (e.k, e.v)])
+    target = on_gpu([[np.full_like(x, 0x4141) for x in side] for side in (e.k, e.v)])
+    torch.cuda.synchronize()
+    with connect(kvd) as p:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(100_000_000)
+            for to, have in zip(source[0] + source[1], hidden[0] + hidden[1]):
+                to.copy_(have)
+        p.put(keys, paged(source, blocks[:16]), exact=[True, True, True, False])
+        p.get(keys, paged(target, blocks[16:32]))
+        with pytest.raises(package.InvalidError, match="one device"):
+            package.Paged(target[0], e.v, blocks[:4], order=e.orders[0], v_order=e.orders[1])
+        torch.cuda.synchronize()
+        back = Engine(40, 16, order)
+        for side, got in ((back.k, target[0]), (back.v, target[1])):
+            for x, t in zip(side, got):
+                x[...] = t.view(torch.int16).cpu().numpy().view(np.uint16)
+        got = back.read(blocks[16:32])
+        assert np.array_equal(got[:, :, :192], given[:, :, :192])
+        assert 0.05 < error(got[:, :, 192:], given[:, :, 192:]) < 0.6
+        assert (back.read(np.concatenate([blocks[:16], blocks[32:]])) == 0x4141).all()
+        # The encoded page is the very one that the host's memory gives.
+        p.put(keys_of("host", 1), e.paged(blocks[12:16]), exact=[False])
+        host, other = Engine(4, 16, order), Engine(4, 16, order)
+        p.get(keys_of("host", 1), host.paged(range(4)))
+        p.get(keys[3:], other.paged(range(4)))
+        assert np.array_equal(host.read(range(4)), other.read(range(4)))
+
+
 def test_half_a_block_is_a_page(kvd):
     given, keys = kv(2, 3), keys_of("half", 3)
     source, target = Engine(4, 128), Engine(4, 128, "hnd")
