@@ -253,8 +253,9 @@ static int run_check(struct kvd_cuda *c, const struct kvd_cuda_append_params *p,
     w->head = (uint32_t)(at / 2 % g->kv_heads);
     w->token = (uint32_t)(at / 2 / g->kv_heads % (1 << 17));
     uint64_t rest = at / 2 / g->kv_heads >> 17;
-    uint32_t slice_layer = (uint32_t)(rest % p->layer_count);
-    w->item = (uint32_t)(rest / p->layer_count);
+    const uint32_t layers = KVD_MAX(p->layer_count, 1u); // it is 1 at least
+    uint32_t slice_layer = (uint32_t)(rest % layers);
+    w->item = (uint32_t)(rest / layers);
     w->layer = check->p->layer_begin + layer + slice_layer;
     struct kvd_cuda_append_item staged;
     rc = cudaMemcpy(&staged, p->items + w->item, sizeof(staged), cudaMemcpyDeviceToHost);

@@ -135,7 +135,10 @@ static void prepare(struct probe *p)
     NEED(kvd_buffer_new(p->client, BYTES, &p->buffer, ERR) == 0);
     NEED(kvd_sequences_create(p->client, 1, &p->id, ERR) == 0);
     kvd_item item = item_for(p);
-    NEED(kvd_append(p->client, ALL, &item, 1, ERR) == 0);
+    kvd_result rc = KVD_ERR_TIMEOUT;
+    for (int tries = 0; tries < 5 && rc == KVD_ERR_TIMEOUT; tries++) // a busy GPU takes its time
+        rc = kvd_append(p->client, ALL, &item, 1, ERR);
+    NEED(rc == 0);
     bool is_direct = strstr(p->name, "direct") && p->call != direct_open;
     if (!is_direct)
         return;
