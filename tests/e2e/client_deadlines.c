@@ -135,10 +135,7 @@ static void prepare(struct probe *p)
     NEED(kvd_buffer_new(p->client, BYTES, &p->buffer, ERR) == 0);
     NEED(kvd_sequences_create(p->client, 1, &p->id, ERR) == 0);
     kvd_item item = item_for(p);
-    kvd_result rc = KVD_ERR_TIMEOUT;
-    for (int tries = 0; tries < 5 && rc == KVD_ERR_TIMEOUT; tries++) // a busy GPU takes its time
-        rc = kvd_append(p->client, ALL, &item, 1, ERR);
-    NEED(rc == 0);
+    NEED(kvd_append(p->client, ALL, &item, 1, ERR) == 0);
     bool is_direct = strstr(p->name, "direct") && p->call != direct_open;
     if (!is_direct)
         return;
@@ -158,19 +155,9 @@ static void *run(void *ctx)
     return NULL;
 }
 
-// On a GPU the first call loads kernels, which takes longer than the probes wait.
-static void warm_up(const char *address)
-{
-    open_client(address);
-    kvd_item item = item_of(16);
-    NEED(kvd_append(client, ALL, &item, 1, ERR) == 0);
-    kvd_close(&client);
-}
-
 int deadlines(const char *address)
 {
     char line[16];
-    warm_up(address);
     for (int i = 0; i < PROBES; i++) {
         probes[i].address = address;
         prepare(&probes[i]);
