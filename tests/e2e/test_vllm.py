@@ -243,6 +243,7 @@ def test_what_is_not_served_is_refused_by_name():
             ("kv_transfer_config__kv_connector_extra_config", {"adress": "x"}, "adress"),
             ("kv_transfer_config__kv_connector_extra_config", {"weights": "w", "addresses": ["a", "b"]}, "2 addresses"),
             ("model_config__use_mla", True, "MLA"), ("parallel_config__pipeline_parallel_size", 2, "pipeline_parallel_size"),
+            ("parallel_config__tensor_parallel_size", 2, "tensor_parallel_size"),
             ("parallel_config__decode_context_parallel_size", 2, "decode_context_parallel_size"), ("cache_config__cache_dtype", "fp8", "fp8"),
             ("model_config__dtype", torch.float16, "float16"), ("cache_config__prefix_caching_hash_algo", "xxhash", "xxhash"),
             ("speculative_config", N(method="eagle"), "eagle"), ("kv__kv_cache_groups", base.kv.kv_cache_groups * 2, "2 KV groups"),
@@ -264,8 +265,8 @@ def test_what_is_not_served_is_refused_by_name():
     assert len({digest(), digest(**{extra: {"weights": "v"}}), digest(**{extra: {"weights": "w", "codec": "bf16"}}),
                 digest(model_config__quantization="q"),
                 digest(cache_config__prefix_caching_hash_algo="sha256_cbor"), digest(model_config__hf_config=N(to_dict=lambda: {"a": 2})),
-                digest(parallel_config__tensor_parallel_size=2, parallel_config__world_size=2), digest(model_config__hf_text_config=yarn),
-                digest(model_config__hf_text_config=yarn, model_config__max_model_len=4096)}) == 9
+                digest(model_config__hf_text_config=yarn),
+                digest(model_config__hf_text_config=yarn, model_config__max_model_len=4096)}) == 8
 
 
 def test_what_one_process_stored_another_loads_and_says_the_same(first, second, text):
