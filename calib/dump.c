@@ -96,7 +96,8 @@ static int list_numbers(const char *path, const char *before, const char *behind
         }
     }
     closedir(folder);
-    qsort(*out, *n, sizeof(**out), compare_numbers);
+    if (*n)
+        qsort(*out, *n, sizeof(**out), compare_numbers);
     return KVD_OK;
 }
 

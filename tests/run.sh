@@ -198,14 +198,14 @@ if [ -z "${QUICK:-}" ]; then
     export LSAN_OPTIONS=suppressions=$PWD/tests/lsan.supp:print_suppressions=0
     targets="daemon/kvd daemon/kvd-keeper client/kvctl client/kvctl-calib client/kvd-demo tests/e2e_worker tests/e2e_direct tests/e2e_client"
     if make_build "$build-asan" "$targets ${units[*]/#/tests/} ${fuzzers[*]/#/tests/fuzz/corpus_}" -Dcuda=disabled -Db_sanitize=address,undefined -Db_lundef=false -Dbuildtype=debugoptimized >"$logs/build" 2>&1; then
-        KVD_POOL_OPS=30000 KVD_TEST_SHARE=6 suites ", asan" "${units[@]/#/$build-asan/tests/}"
+        CK_TIMEOUT_MULTIPLIER=4 KVD_POOL_OPS=10000 KVD_TEST_SHARE=24 suites ", asan" "${units[@]/#/$build-asan/tests/}"
         corpora ", asan" "$build-asan"
         # Python itself is not instrumented, nor are programs that a page's reader compiles: libkvd cannot be loaded into them here.
         KVD_SCENARIOS=12 pytests "end to end, asan" "$build-asan" -k "not prometheus and not tls and not scalar" --ignore-glob="test_python*.py" --ignore=test_model.py \
             --ignore=test_docs.py --ignore-glob="test_transformers*.py" --ignore=test_engines.py --ignore=test_fairness.py --ignore=test_header.py \
             --ignore=test_documents.py --ignore=test_observability.py --ignore=test_operator.py .
         # So what only Python calls is tried with the instrumented kvd, and a libkvd that is not.
-        KVD_PROGRAM=$PWD/$build-asan/daemon/kvd pytests "end to end, kvd with asan, python" "$build" test_prefix.py test_survive.py test_tier_hits.py
+        KVD_PROGRAM=$PWD/$build-asan/daemon/kvd pytests "end to end, kvd with asan, python" "$build" test_pages.py test_prefix.py test_survive.py test_tier_hits.py
     else
         tail -n 40 "$logs/build"
         count "asan build" 0 1 0

@@ -283,7 +283,7 @@ def test_the_daemon_is_found(start, folder):
         r = run("drain", "1", "--all", env=env)
         assert r.returncode == 2 and "say --yes" in r.stderr and two.process.poll() is None
         assert run("drain", "1", "--all", "--yes", env=env).stdout.count("draining; 0 sessions") == 2
-        assert one.process.wait(20) == 0
+        assert one.process.wait(20) == two.process.wait(20) == 0
     finally:
         assert two.stop() == 0
 

@@ -17,6 +17,7 @@ from kvd import _library as lib
 from kvd.pages import ENCODED, EXACT, MISSING
 
 os.environ.setdefault("KVD_LIBRARY", str(BUILD / "client/libkvd.so.0"))
+pytestmark = pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
 LAYERS, HEADS, DIM = 3, 2, 64
 # How engines lay their blocks out: NHD and HND on GPUs, and vLLM's CPU with K transposed.
 ORDERS = {"nhd": ("bthd", "bthd"), "hnd": ("bhtd", "bhtd"), "vllm-cpu": ("bhdt", "bhtd")}

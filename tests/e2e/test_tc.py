@@ -144,6 +144,7 @@ def test_rows_are_turned_as_the_set_says(served, sets):
     assert error(got, want) < 1e-4
 
 
+@pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
 def test_direct_mode_has_the_sets_terms(served, recorded):
     """Outputs of direct mode, whose process has the set by a descriptor, are those of calls."""
     q, k, v = (x.astype(np.float32) for x in recorded)
