@@ -348,6 +348,8 @@ END_TEST
 
 static void check_read(const char *isa, uint32_t dk, uint32_t dv, struct kvd_codecs codec)
 {
+    if (left_out())
+        return;
     enum { TOKENS = 300 };
     struct kvd_backend *b = backend(isa, 2);
     if (!b)
