@@ -121,8 +121,8 @@ static int see_to_end(struct kvd_pool *pool, struct region_seq *s, const uint32_
 
 // -- publishing ---------------------------------------------------------------------------------
 
-static int check(const struct kvd_pool *pool, const struct kvd_blocks_space *space, uint64_t seq,
-                 bool end, struct kvd_error *err)
+int blocks_seq(const struct kvd_pool *pool, const struct kvd_blocks_space *space, uint64_t seq,
+               const struct region_seq **out, struct kvd_error *err)
 {
     const struct region_seq *s = seq_find(pool, seq);
     if (!s)
@@ -130,6 +130,17 @@ static int check(const struct kvd_pool *pool, const struct kvd_blocks_space *spa
     if (s->ns != space->ns || s->layout != space->layout)
         return kvd_fail(err, KVD_E_PRECONDITION, "sequence %llu is of another namespace or layout",
                         (unsigned long long)seq);
+    *out = s;
+    return KVD_OK;
+}
+
+static int check(const struct kvd_pool *pool, const struct kvd_blocks_space *space, uint64_t seq,
+                 bool end, struct kvd_error *err)
+{
+    const struct region_seq *s = NULL;
+    int rc = blocks_seq(pool, space, seq, &s, err);
+    if (rc)
+        return rc;
     for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++)
         if (layout_of(pool, s)->planes[p].sink % KVD_PAGE_TOKENS)
             return kvd_fail(err, KVD_E_UNSUPPORTED,

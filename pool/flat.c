@@ -117,12 +117,10 @@ int kvd_blocks_adopt_pages(struct kvd_pool *pool, const struct kvd_blocks_space 
 static int check(const struct kvd_pool *pool, const struct kvd_blocks_space *space, uint64_t seq,
                  uint32_t n, struct kvd_error *err)
 {
-    const struct region_seq *s = seq_find(pool, seq);
-    if (!s)
-        return kvd_fail(err, KVD_E_NOT_FOUND, "there is no sequence %llu", (unsigned long long)seq);
-    if (s->ns != space->ns || s->layout != space->layout)
-        return kvd_fail(err, KVD_E_PRECONDITION, "sequence %llu is of another namespace or layout",
-                        (unsigned long long)seq);
+    const struct region_seq *s = NULL;
+    int rc = blocks_seq(pool, space, seq, &s, err);
+    if (rc)
+        return rc;
     const struct kvd_layout *l = layout_of(pool, s);
     for (uint32_t p = 0; p < l->n_planes; p++) {
         if (l->planes[p].sink || l->planes[p].window)
