@@ -29,16 +29,22 @@ static float level_at(uint32_t codec, const uint8_t *codes, uint32_t dim, bool v
     return kvd_cpu_levels(codec)[code];
 }
 
+// Summed in double: 64 to 256 products of codes that are not about zero cancel with the minimum's
+// term, and in fp32 the reference would be what rounds most.
 static void k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *q,
                      uint32_t rows, float *scores)
 {
-    memset(scores, 0, rows * KVD_PAGE_TOKENS * sizeof(float));
-    for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t++)
-        for (uint32_t c = 0; c < dim; c++) {
-            float level = level_at(codec, codes, dim, false, t, c);
-            for (uint32_t r = 0; r < rows; r++)
-                scores[r * KVD_PAGE_TOKENS + t] += level * q[r * 2 * dim + c];
+    for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t++) {
+        float level[KVD_MAX_HEAD_DIM];
+        for (uint32_t c = 0; c < dim; c++)
+            level[c] = level_at(codec, codes, dim, false, t, c);
+        for (uint32_t r = 0; r < rows; r++) {
+            double sum = 0;
+            for (uint32_t c = 0; c < dim; c++)
+                sum += (double)level[c] * (double)q[r * 2 * dim + c];
+            scores[r * KVD_PAGE_TOKENS + t] = (float)sum;
         }
+    }
 }
 
 static void tc_scores(const struct kvd_tc_coder *t, const uint8_t *codes, const float *q,
@@ -48,12 +54,12 @@ static void tc_scores(const struct kvd_tc_coder *t, const uint8_t *codes, const 
         uint8_t row[KVD_MAX_HEAD_DIM];
         kvd_tc_unpack(t, codes, token, row);
         for (uint32_t r = 0; r < rows; r++) {
-            float sum = 0;
+            double sum = 0;
             for (uint32_t c = 0; c < t->dim; c++) {
                 float top = (float)((1u << t->bits[c / KVD_TC_TILE]) - 1);
-                sum += ((float)row[c] - top / 2) * q[r * 2 * t->dim + c];
+                sum += (double)((float)row[c] - top / 2) * (double)q[r * 2 * t->dim + c];
             }
-            scores[r * KVD_PAGE_TOKENS + token] = sum;
+            scores[r * KVD_PAGE_TOKENS + token] = (float)sum;
         }
     }
 }

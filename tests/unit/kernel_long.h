@@ -26,10 +26,12 @@ static inline uint32_t long_param(uint32_t codec, uint64_t *rng)
 {
     if (codec == KVD_CODEC_INT2C)
         return (uint32_t)(127 + kvd_rand(rng) % 3) | (uint32_t)((kvd_rand(rng) % 3 - 1) & 255) << 8;
-    uint32_t scale = long_fp16(rng, 0.9, 0.4);
+    // Levels that are codes spread with their number; those of a table are of deviation 1.
+    double top = (1 << kvd_codec_bits(codec)) - 1, spread = kvd_codec_signed(codec) ? 1 : 3 / top;
+    uint32_t scale = long_fp16(rng, 0.9 * spread, 0.4 * spread);
     if (kvd_codec_param_bytes(codec) == 2)
         return scale;
-    double middle = kvd_codec_signed(codec) ? 0 : ((1 << kvd_codec_bits(codec)) - 1) / 2.0;
+    double middle = kvd_codec_signed(codec) ? 0 : top / 2;
     double centre = -middle * kvd_fp16_to_f32((uint16_t)scale);
     return scale | (uint32_t)long_fp16(rng, centre, 0.2) << 16;
 }

@@ -161,8 +161,7 @@ static void check_long(uint32_t codec, uint32_t group, uint64_t tokens, struct a
         struct kvd_rotation_data none = {.n_layers = 1, .heads = 1, .dim_k = 64, .dim_v = 64};
         struct kvd_rotation *rot = b->ops->rotation_new(b, &none, NULL);
         struct attention_errors e = long_error(&s, x, b, rot, 1);
-        // Scores of sixteen levels round more coarsely: 3.7e-6 was the most of 24 runs.
-        ck_assert_msg(e.worst <= 1e-5 && e.lse <= (codec == KVD_CODEC_INT4 ? 6e-6 : 2e-6),
+        ck_assert_msg(e.worst <= 1e-5 && e.lse <= 2e-6,
                       "%s codec %u, %llu tokens, q %u window %u softcap %g: error %.2e, lse %.2e",
                       isas[i], codec, (unsigned long long)tokens, a.q_len, a.window,
                       (double)a.softcap, e.worst, e.lse);
