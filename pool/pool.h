@@ -275,6 +275,22 @@ static inline uint64_t kvd_pool_visible(uint32_t window, uint64_t position)
     return window && position >= window ? position - window + 1 : 0;
 }
 
+// Where a sequence's tokens are in a plane, in the order of their positions: together, its length.
+struct kvd_pool_tokens {
+    uint64_t sink, freed, history, recent;
+};
+static inline struct kvd_pool_tokens kvd_pool_tokens(const struct kvd_plane *plane, uint64_t length,
+                                                     const struct kvd_pool_reach *reach)
+{
+    uint64_t sink = plane->sink, first = KVD_MAX(sink, reach->first);
+    return (struct kvd_pool_tokens){
+        .sink = KVD_MIN(length, sink),
+        .freed = first - sink,
+        .history = reach->hist_end - first,
+        .recent = length > reach->hist_end ? length - reach->hist_end : 0,
+    };
+}
+
 // KVD_E_NOT_FOUND if the id is unknown or freed.
 int kvd_pool_seq_info(const struct kvd_pool *pool, uint64_t seq, struct kvd_pool_seq_info *out);
 // Calls fn for every sequence until it returns false.

@@ -60,8 +60,8 @@ static struct outcome try(const char *address, struct activations *a, const char
                             .codec = codec, .rotation_set = set, .no_windows = !windows);
     if (kvd_open(&o, &c, &err) || kvd_get_info(c, &info, &err))
         die("cannot open a session", &err);
-    out.bf16_page = info.bf16_page_bytes;
-    out.codec_page = info.codec_page_bytes;
+    out.bf16_page = info.planes[0].bf16_page_bytes;
+    out.codec_page = info.planes[0].codec_page_bytes;
     uint64_t id = append_all(c, a, &out),
              o_at = (uint64_t)a->layers * QUERIES * a->q_heads * DIM * 2;
     if (kvd_buffer_new(c, 3 * o_at, &b, &err))

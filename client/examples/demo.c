@@ -80,13 +80,13 @@ static int read_all(const char *address, struct activations *a, const char *set)
     const int packed = 2 * (DIM / 4) + 8; // and in int2 pages
     uint64_t vector = 2ull * DIM * 2;     // K and V of one token and kv head, in bf16
     uint64_t bf16 = info.length * a->kv_heads * vector;
-    uint64_t stored = a->kv_heads * (info.history_tokens * (uint64_t)packed +
-                                     (info.length - info.history_tokens) * vector);
+    kvd_plane_tokens in = info.planes[0]; // its layers are all alike
+    uint64_t stored =
+        a->kv_heads * (in.history * (uint64_t)packed + (info.length - in.history) * vector);
     printf("reader: %llu tokens: %llu in the sink, %llu compressed, %llu in the recent window; "
            "rotation set %.20s...\n\n",
-           (unsigned long long)info.length, (unsigned long long)info.sink_tokens,
-           (unsigned long long)info.history_tokens, (unsigned long long)info.recent_tokens,
-           daemon.rotation_set);
+           (unsigned long long)info.length, (unsigned long long)in.sink,
+           (unsigned long long)in.history, (unsigned long long)in.recent, daemon.rotation_set);
     printf(
         "layer  tokens  bytes bf16  bytes stored  ratio  history  rel. error   cosine  ms/call\n");
     struct score all = {0};

@@ -94,14 +94,17 @@ static void copy_info(const Kvd__V1__SequenceInfo *in, kvd_sequence_info *out)
 {
     kvd_sequence_info info = {.sequence = in->sequence,
                               .length = in->length,
-                              .sink_tokens = in->sink_tokens,
-                              .history_tokens = in->history_tokens,
-                              .recent_tokens = in->recent_tokens,
+                              .n_planes = (uint32_t)KVD_MIN(in->n_planes, KVD_LEN(out->planes)),
                               .pending_length = in->pending_length,
                               .pending_layers = in->pending_layers,
                               .bytes = in->bytes,
                               .holders = in->holders,
                               .holds = in->holds};
+    for (uint32_t p = 0; p < info.n_planes; p++)
+        info.planes[p] = (kvd_plane_tokens){.sink = in->planes[p]->sink,
+                                            .freed = in->planes[p]->freed,
+                                            .history = in->planes[p]->history,
+                                            .recent = in->planes[p]->recent};
     snprintf(info.name, sizeof(info.name), "%s", in->name);
     kvd_sized_give(&kvd_sized_sequence_info, &info, out);
 }

@@ -460,13 +460,14 @@ kvd_result kvd_get_info(kvd_client *c, kvd_info *out, kvd_failure *err)
                      .backend = r->backend,
                      .instance = r->instance,
                      .rotation_set = r->layout ? r->layout->rotation_set : "",
-                     .bf16_page_bytes = r->bf16_page_bytes,
-                     .codec_page_bytes = r->codec_page_bytes,
                      .layout_digest = r->layout_digest};
-    for (size_t p = 0; r->layout && p < r->layout->n_planes; p++) { // the largest
-        const Kvd__V1__Windows *w = r->layout->planes[p]->windows;
-        info.sink = w ? KVD_MAX(info.sink, w->sink) : info.sink;
-        info.recent = w ? KVD_MAX(info.recent, w->recent) : info.recent;
+    for (size_t p = 0; r->layout && p < KVD_MIN(r->layout->n_planes, KVD_LEN(info.planes)); p++) {
+        const Kvd__V1__Plane *from = r->layout->planes[p];
+        info.planes[info.n_planes++] =
+            (kvd_plane_info){.bf16_page_bytes = from->bf16_page_bytes,
+                             .codec_page_bytes = from->codec_page_bytes,
+                             .sink = from->windows ? from->windows->sink : 0,
+                             .recent = from->windows ? from->windows->recent : 0};
     }
     kvd_sized_give(&kvd_sized_info, &info, out);
     kvd_gate_leave(&c->gate);

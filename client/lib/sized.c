@@ -8,6 +8,9 @@ _Static_assert(sizeof(kvd_failure) == 516 && offsetof(kvd_failure, text) == 4, "
 _Static_assert(sizeof(kvd_layers) == 8 && offsetof(kvd_layers, count) == 4, "frozen");
 _Static_assert(sizeof(kvd_tensor_ref) == 48 && offsetof(kvd_tensor_ref, dtype) == 40, "frozen");
 _Static_assert(sizeof(kvd_strides) == 32 && offsetof(kvd_strides, dim) == 24, "frozen");
+_Static_assert(sizeof(kvd_plane_info) == 24 && offsetof(kvd_plane_info, recent) == 20, "frozen");
+_Static_assert(sizeof(kvd_plane_tokens) == 32 && offsetof(kvd_plane_tokens, recent) == 24,
+               "frozen");
 _Static_assert(sizeof(kvd_bytes) == 16 && offsetof(kvd_bytes, bytes) == 8, "frozen");
 
 // More than any of them will ever have: what is not a size at all is not followed.
@@ -95,8 +98,8 @@ int kvd_items_take(const kvd_item *items, uint32_t count, kvd_item **own, struct
 
 const struct kvd_sized kvd_sized_options = SIZED(kvd_options, no_windows);
 const struct kvd_sized kvd_sized_plane_options = SIZED(kvd_plane_options, no_windows);
-const struct kvd_sized kvd_sized_info = SIZED(kvd_info, recent);
-const struct kvd_sized kvd_sized_sequence_info = SIZED(kvd_sequence_info, name);
+const struct kvd_sized kvd_sized_info = SIZED(kvd_info, layout_digest);
+const struct kvd_sized kvd_sized_sequence_info = SIZED(kvd_sequence_info, holds);
 const struct kvd_sized kvd_sized_item = SIZED(kvd_item, lse);
 const struct kvd_sized kvd_sized_attention = SIZED(kvd_attention, window);
 const struct kvd_sized kvd_sized_direct_options = SIZED(kvd_direct_options, attention);

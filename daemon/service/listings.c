@@ -141,6 +141,7 @@ static bool add_sequence(void *ctx, const struct kvd_pool_seq_info *info)
     struct sequence_row *row = &l->rows[l->n];
     Kvd__V1__AdminSequence *out = l->list[l->n++] = &row->info;
     struct described *t = describe(l->d, l->layouts, info->layout);
+    const struct kvd_layout *layout = kvd_pool_layout_get(l->d->pool, info->layout);
     kvd__v1__admin_sequence__init(out);
     out->sequence = info->id;
     out->namespace_name = (char *)ns.name;
@@ -157,7 +158,7 @@ static bool add_sequence(void *ctx, const struct kvd_pool_seq_info *info)
         kvd__v1__sequence_plane__init(p);
         p->codec = t->codecs[i];
         p->first = reach->first;
-        p->history_tokens = reach->hist_end - KVD_MAX((uint64_t)t->infos[i].sink, reach->first);
+        p->history_tokens = kvd_pool_tokens(&layout->planes[i], info->length, reach).history;
         p->bf16_pages = info->pages[i][KVD_POOL_BF16];
         p->codec_pages = info->pages[i][KVD_POOL_CODEC];
     }

@@ -132,20 +132,32 @@ void kvd_on_publish_sequence(struct kvd_call *call, const void *request)
     kvd_call_reply(call, &r);
 }
 
+// A sequence as it is described, with where its tokens are in each plane.
+struct described {
+    Kvd__V1__SequenceInfo info;
+    Kvd__V1__PlaneTokens planes[KVD_MAX_PLANES], *refs[KVD_MAX_PLANES];
+};
+
 static void fill_info(struct kvd_daemon *d, const struct kvd_session *s,
-                      const struct kvd_pool_seq_info *in, Kvd__V1__SequenceInfo *out)
+                      const struct kvd_pool_seq_info *in, struct described *row)
 {
-    uint32_t sink = kvd_pool_layout_get(d->pool, in->layout)->planes[0].sink;
+    const struct kvd_layout *l = kvd_pool_layout_get(d->pool, in->layout);
+    Kvd__V1__SequenceInfo *out = &row->info;
     kvd__v1__sequence_info__init(out);
     out->sequence = in->id;
     out->length = in->length;
-    out->sink_tokens = KVD_MIN(in->length, (uint64_t)sink);
-    out->history_tokens = in->reach[0].hist_end - KVD_MAX((uint64_t)sink, in->reach[0].first);
-    out->recent_tokens =
-        in->length > in->reach[0].hist_end ? in->length - in->reach[0].hist_end : 0;
     out->pending_length = in->pending_length;
     out->pending_layers = in->pending_layers;
+    out->planes = row->refs;
+    out->n_planes = in->n_planes;
     for (uint32_t p = 0; p < in->n_planes; p++) {
+        struct kvd_pool_tokens t = kvd_pool_tokens(&l->planes[p], in->length, &in->reach[p]);
+        row->refs[p] = &row->planes[p];
+        kvd__v1__plane_tokens__init(row->refs[p]);
+        row->planes[p].sink = t.sink;
+        row->planes[p].freed = t.freed;
+        row->planes[p].history = t.history;
+        row->planes[p].recent = t.recent;
         out->bf16_pages += in->pages[p][KVD_POOL_BF16];
         out->codec_pages += in->pages[p][KVD_POOL_CODEC];
     }
@@ -189,9 +201,9 @@ void kvd_on_attach_sequence(struct kvd_call *call, const void *request)
         kvd_pool_seq_hold(d->pool, seq);
     info.holders += first;
     Kvd__V1__AttachSequenceReply r = KVD__V1__ATTACH_SEQUENCE_REPLY__INIT;
-    Kvd__V1__SequenceInfo out;
+    struct described out;
     fill_info(d, s, &info, &out);
-    r.sequence = &out;
+    r.sequence = &out.info;
     kvd_call_reply_remember(call, s, req->request_id, &r);
 }
 
@@ -338,19 +350,19 @@ void kvd_on_describe_sequences(struct kvd_call *call, const void *request)
     size_t all = HASH_COUNT(s->held), i = 0;
     size_t left = all - KVD_MIN((size_t)req->skip, all);
     size_t n = req->n_sequences ? req->n_sequences : KVD_MIN(left, (size_t)KVD_MAX_CALL_SEQUENCES);
-    Kvd__V1__SequenceInfo *infos KVD_FREE = calloc(n + 1, sizeof(*infos));
+    struct described *rows KVD_FREE = calloc(n + 1, sizeof(*rows));
     Kvd__V1__SequenceInfo **list KVD_FREE = calloc(n + 1, sizeof(*list));
     struct kvd_held *h = s->held;
     for (size_t at = 0; at < req->skip && h && !req->n_sequences; at++)
         h = h->hh.next;
-    for (size_t at = 0; infos && list && at < n; at++) {
+    for (size_t at = 0; rows && list && at < n; at++) {
         struct kvd_pool_seq_info info;
         uint64_t seq = req->n_sequences ? req->sequences[at] : h->seq;
         h = h ? h->hh.next : NULL;
         if (kvd_pool_seq_info(d->pool, seq, &info))
             continue;
-        fill_info(d, s, &info, &infos[i]);
-        list[i] = &infos[i];
+        fill_info(d, s, &info, &rows[i]);
+        list[i] = &rows[i].info;
         i++;
     }
     Kvd__V1__DescribeSequencesReply r = KVD__V1__DESCRIBE_SEQUENCES_REPLY__INIT;

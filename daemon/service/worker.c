@@ -151,8 +151,6 @@ static void reply(struct kvd_call *call, const struct kvd_session *s)
     r.resumed = s->generation > 1;
     r.resume_ms = kvd_keep_on(d) ? d->config.resume_ms : 0;
     r.layout = kvd_layout_to_proto(g, &pg);
-    r.bf16_page_bytes = kvd_pool_page_bytes(d->pool, s->layout, 0, KVD_POOL_BF16);
-    r.codec_page_bytes = kvd_pool_page_bytes(d->pool, s->layout, 0, KVD_POOL_CODEC);
     char digest[KVD_DIGEST_TEXT], exact[KVD_DIGEST_TEXT];
     kvd_layout_digest(g, digest);
     r.layout_digest = digest;

@@ -235,9 +235,11 @@ class Sequence:
         """SequenceInfo against the model."""
         where, sink = f"sequence {self.id}", self.g.sink
         agree(f"{where}, length", info.length, self.length)
-        agree(f"{where}, sink tokens", info.sink_tokens, min(self.length, sink))
-        agree(f"{where}, history tokens", info.history_tokens, self.hist_end - sink)
-        agree(f"{where}, recent tokens", info.recent_tokens, max(0, self.length - self.hist_end))
+        [tokens] = info.planes
+        agree(f"{where}, sink tokens", tokens.sink, min(self.length, sink))
+        agree(f"{where}, freed tokens", tokens.freed, 0)
+        agree(f"{where}, history tokens", tokens.history, self.hist_end - sink)
+        agree(f"{where}, recent tokens", tokens.recent, max(0, self.length - self.hist_end))
         agree(f"{where}, pending layers", info.pending_layers, self.pending_layers)
         agree(f"{where}, pending length", info.pending_length, self.pending_length if self.pending_layers else self.length)
         agree(f"{where}, name", info.name, self.name)

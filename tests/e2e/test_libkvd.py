@@ -34,6 +34,7 @@ def test_pythons_structures_are_the_compilers():
     spec.loader.exec_module(library)
     structs = {"kvd_failure": "Failure", "kvd_options": "Options", "kvd_plane_options": "PlaneOptions",
                "kvd_info": "Info", "kvd_tensor_ref": "TensorRef",
+               "kvd_plane_info": "PlaneInfoStruct", "kvd_plane_tokens": "PlaneTokensStruct",
                "kvd_sequence_info": "SequenceStruct", "kvd_layers": "Layers", "kvd_item": "ItemStruct",
                "kvd_attention": "Attention", "kvd_direct_options": "DirectOptions", "kvd_event": "EventStruct",
                "kvd_bytes": "Bytes", "kvd_prompt": "PromptStruct", "kvd_match": "MatchStruct", "kvd_match_options": "MatchOptions",

@@ -202,15 +202,17 @@ def test_listings_tell_planes(kvd, rpc):
     listed = next(s for s in rpc.admin("ListSequences").sequences if s.sequence == sequence)
     assert listed.layout_digest == opened.layout_digest and [p.codec for p in listed.planes] == ["int2", "bf16"]
     info = rpc.kv("DescribeSequences", session=opened.session, sequences=[sequence]).sequences[0]
-    assert listed.planes[0].history_tokens == info.history_tokens and listed.planes[0].first % 64 == 0 < listed.planes[0].first
-    assert listed.planes[1].history_tokens > info.history_tokens and listed.planes[1].first == 0
+    assert [p.history_tokens for p in listed.planes] == [p.history for p in info.planes] and listed.planes[0].first % 64 == 0
+    windowed, whole = info.planes
+    assert windowed.freed == listed.planes[0].first > 0 == whole.freed == windowed.sink and whole.history > windowed.history > 0
+    assert all(p.sink + p.freed + p.history + p.recent == 900 for p in info.planes)
     assert sum(p.bf16_pages for p in listed.planes) == info.bf16_pages and sum(p.codec_pages for p in listed.planes) == info.codec_pages
     groups = [g for g in rpc.admin("GetPool").groups if g.layout_digest == opened.layout_digest]
     assert sum(g.pages_used for g in groups) == info.bf16_pages + info.codec_pages and {g.plane for g in groups} == {0, 1}
     short = opened.layout_digest[7:19]
     workers = next(l for l in kvd.kvctl("workers").stdout.splitlines() if short in l)
     assert "3+1" in workers and "int2 bf16" in workers
-    assert f"{info.history_tokens} {listed.planes[1].history_tokens}" in next(l for l in kvd.kvctl("sequences").stdout.splitlines() if short in l)
+    assert f"{windowed.history} {whole.history}" in next(l for l in kvd.kvctl("sequences").stdout.splitlines() if short in l)
     assert short in kvd.kvctl("pool").stdout
 
 

@@ -112,7 +112,7 @@ def test_a_cut_elsewhere(kvd):
             cut = s.fork()[0]
             cut.truncate(64 * blocks)
             assert np.array_equal(step(c, a, asked, 64 * blocks + 40), step(c, cut, asked, 64 * blocks + 40))
-            assert a.describe().recent_tokens == 40 + window
+            assert a.describe().planes[0].recent == 40 + window
 
 
 @pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")

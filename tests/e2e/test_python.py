@@ -1,4 +1,5 @@
 """The Python package over libkvd, against attention in NumPy."""
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -69,7 +70,7 @@ def test_append_attend_read(kvd, codec, limit):
     k, v = values(1, LAYERS, tokens, KV_HEADS, DIM), values(2, LAYERS, tokens, KV_HEADS, DIM)
     q = values(3, LAYERS, queries, Q_HEADS, DIM)
     with connect(kvd, codec=codec, sink=16, recent=32) as client:
-        assert client.info["sink"] == 16 and client.info["version"] == package.version()
+        assert client.info["planes"][0]["sink"] == 16 and client.info["version"] == package.version()
         s = client.create()
         kt, vt = fill(client, k), fill(client, v)
         s.append(kt[:, :300], vt[:, :300])  # slices have strides
@@ -91,7 +92,7 @@ def test_append_attend_read(kvd, codec, limit):
             assert (back.array == kt.array[:, 200:300]).all()
         else:
             info = s.describe()
-            assert info.history_tokens > 600 and info.sink_tokens == 16
+            assert info.planes[0].history > 600 and info.planes[0].sink == 16
             close(package.from_bf16(back.array), k[:, 200:300], 0.5)
 
 
@@ -164,6 +165,28 @@ def test_what_was_applied_before_is_said(client):
     assert lost.request
     b.length = 8
     assert client.append([lost]) == [False] and lost.request == 0 and b.length == b.describe().length == 12
+
+
+def test_each_plane_says_where_tokens_are(kvd):
+    """Planes with other windows, codecs and sizes: what is compressed in one says nothing of another."""
+    planes = [package.Plane(layers=[0, 2], window=100, recent=64), package.Plane(layers=[1], kv_heads=1, sink=16, recent=128)]
+    with connect(kvd, layers=None, planes=planes) as client:
+        windowed, whole = client.info["planes"]
+        assert (windowed["sink"], windowed["recent"], whole["sink"], whole["recent"]) == (0, 64, 16, 128)
+        assert windowed["bf16_page_bytes"] == 4 * whole["bf16_page_bytes"]  # twice the layers and heads
+        s = client.create()
+        for layer, heads in enumerate((KV_HEADS, 1, KV_HEADS)):
+            k = client.tensor(1, 700, heads, DIM)
+            s.append(k, k, layer=layer)
+        first, second = (dataclasses.astuple(p) for p in s.describe().planes)
+        assert first == (0, 512, 112, 76) and second == (16, 0, 544, 140)
+        s.truncate(0)
+        assert [dataclasses.astuple(p) for p in s.describe().planes] == [(0, 0, 0, 0)] * 2
+    with connect(kvd) as client:
+        assert len(client.info["planes"]) == 1
+        s = client.create()
+        s.append(fill(client, values(8, LAYERS, 50, KV_HEADS, DIM)), fill(client, values(9, LAYERS, 50, KV_HEADS, DIM)))
+        assert [dataclasses.astuple(p) for p in s.describe().planes] == [(50, 0, 0, 0)]
 
 
 def test_two_processes_share_a_sequence(kvd, tmp_path):

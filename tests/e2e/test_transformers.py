@@ -149,7 +149,7 @@ def test_compressed(hf, kvd):
         cache = hf.integration.KvdCache(client)
         out = hf.model.generate(**inputs, max_new_tokens=16, do_sample=False, **cached(hf.model, cache))
         s = cache.sequences[0].describe()
-        assert out.shape[1] > 900 and s.history_tokens >= 512 and s.length == out.shape[1] - 1
+        assert out.shape[1] > 900 and s.planes[0].history >= 512 and s.length == out.shape[1] - 1
         cache.crop(-10)
         assert cache.sequences[0].describe().length == s.length - 10 == cache.get_seq_length()
 

@@ -132,7 +132,7 @@ def test_agrees_with_eager(daemon, name):
     want = run(model, Rounded(config=model.config), ids, mask, 8)
     use_kvd(model)
     with connect(model, address=daemon.address, codec="bf16") as client, connect(model, address=daemon.address) as int2:
-        shape, pages = int2.shapes[0], int2.info
+        shape, pages = int2.shapes[0], int2.info["planes"][0]
         plain = 2 * len(int2.layers) * shape.kv_heads * sum(shape.head_dim)
         print(f"\n{name}: head_dim {shape.head_dim[0]}, windows {client.windows}, a token of history {plain} bytes in bf16, "
               f"{plain * pages['codec_page_bytes'] // pages['bf16_page_bytes']} in int2", end="")

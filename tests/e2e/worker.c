@@ -200,7 +200,7 @@ int main(int argc, char **argv)
         return fprintf(stderr, "the parent changed\n"), 1;
     TRY(kvd_sequence_describe(client, child, &info, err));
     if (info.length != seqs[0].length + 5 ||
-        (strcmp(codec, "int2") == 0 && info.history_tokens == 0))
+        (strcmp(codec, "int2") == 0 && info.planes[0].history == 0))
         return fprintf(stderr, "the child has %llu tokens\n", (unsigned long long)info.length), 1;
     kvd_failure bad;
     if (kvd_sequence_describe(client, child + (1u << 20), &info, &bad) != KVD_ERR_NOT_FOUND)

@@ -178,6 +178,13 @@ KVD_API kvd_result kvd_open(const kvd_options *options, kvd_client **out, kvd_fa
  * @param client what is freed, and becomes NULL; *client may be NULL */
 KVD_API void kvd_close(kvd_client **client);
 
+/** What the sequences of a session keep in one plane. */
+typedef struct kvd_plane_info {
+    uint64_t bf16_page_bytes;  /**< of a page of sink or recent window: 64 tokens */
+    uint64_t codec_page_bytes; /**< of a page of history: 64 tokens */
+    uint32_t sink;             /**< first tokens, in bf16 */
+    uint32_t recent;           /**< last tokens, in bf16 */
+} kvd_plane_info;
 /** What a session is. Texts are the client's, valid until it reconnects or is closed. */
 typedef struct kvd_info {
     uint32_t size;            /**< sizeof(kvd_info) */
@@ -185,11 +192,8 @@ typedef struct kvd_info {
     const char *backend;      /**< "cpu" or "cuda" */
     const char *instance;     /**< another after each start of kvd */
     const char *rotation_set; /**< as resolved: a digest or a built-in's name */
-    uint64_t
-        bf16_page_bytes; /**< of a page of sink or recent window: 64 tokens of the first plane */
-    uint64_t codec_page_bytes; /**< of a page of history: 64 tokens of the first plane */
-    uint32_t sink;             /**< first tokens, in bf16 */
-    uint32_t recent;           /**< last tokens, in bf16 */
+    uint32_t n_planes; /**< how many the layout has; 1, unless kvd_options.planes says otherwise */
+    kvd_plane_info planes[8];  /**< in their order */
     const char *layout_digest; /**< "sha256:...": names the layout, tp_rank and tp_size included */
 } kvd_info;
 /** What the session is.
@@ -327,20 +331,27 @@ KVD_API kvd_result kvd_sequence_truncate(kvd_client *client, uint64_t sequence, 
  * @retval KVD_ERR_EXISTS the name is taken, and replace is false */
 KVD_API kvd_result kvd_sequence_publish(kvd_client *client, uint64_t sequence, const char *name,
                                         bool replace, kvd_failure *err);
+/** Where a sequence's tokens are in the layers of one plane, in the order of their positions:
+ * together, its length. */
+typedef struct kvd_plane_tokens {
+    uint64_t sink;    /**< tokens in the sink, in bf16 */
+    uint64_t freed;   /**< tokens that are gone: the plane has a window, which is past them */
+    uint64_t history; /**< tokens that are compressed */
+    uint64_t recent;  /**< tokens in the recent window, in bf16 */
+} kvd_plane_tokens;
 /** What a sequence is. */
 typedef struct kvd_sequence_info {
-    uint32_t size;           /**< sizeof(kvd_sequence_info) */
-    uint64_t sequence;       /**< its id */
-    uint64_t length;         /**< tokens */
-    uint64_t sink_tokens;    /**< of these, in the bf16 sink of the first plane */
-    uint64_t history_tokens; /**< of these, compressed in the first plane */
-    uint64_t recent_tokens;  /**< the last tokens of these, in bf16 */
-    uint64_t pending_length; /**< tokens, with an append that has not reached every layer */
-    uint32_t pending_layers; /**< layers that it has reached; 0: there is none */
-    uint64_t bytes;          /**< of its pages */
-    uint32_t holders;        /**< sessions that hold it */
-    char name[129];          /**< under which it is published, or "" */
-    uint32_t holds;          /**< how many times this session is to free it */
+    uint32_t size;     /**< sizeof(kvd_sequence_info) */
+    uint64_t sequence; /**< its id */
+    uint64_t length;   /**< tokens */
+    uint32_t n_planes; /**< how many the layout has; 1, unless kvd_options.planes says otherwise */
+    kvd_plane_tokens planes[8]; /**< where its tokens are in each plane, in their order */
+    uint64_t pending_length;    /**< tokens, with an append that has not reached every layer */
+    uint32_t pending_layers;    /**< layers that it has reached; 0: there is none */
+    uint64_t bytes;             /**< of its pages */
+    uint32_t holders;           /**< sessions that hold it */
+    char name[129];             /**< under which it is published, or "" */
+    uint32_t holds;             /**< how many times this session is to free it */
 } kvd_sequence_info;
 /** Takes hold of a published sequence, which stays until it was freed as often as it was attached.
  * @param client whose

@@ -7,7 +7,7 @@ import re
 from pkgutil import extend_path
 from typing import Iterator
 
-from ._client import Client, Event, Item, Plane, Sequence, SequenceInfo, Shape
+from ._client import Client, Event, Item, Plane, PlaneTokens, Sequence, SequenceInfo, Shape
 from ._cuda import DeviceTensor
 from ._direct import Direct
 from ._library import (CorruptError, DeniedError, Error, ExhaustedError, ExistsError, InternalError, InvalidError,
@@ -18,8 +18,8 @@ from ._tensor import Bf16Array, Tensor, from_bf16, to_bf16
 
 __all__ = [
     "Bf16Array", "Client", "CorruptError", "DeniedError", "DeviceTensor", "Direct", "Error", "Event", "ExhaustedError",
-    "ExistsError", "Found", "InternalError", "InvalidError", "Item", "LostError", "Match", "NotFoundError", "Paged", "Pages", "Plane", "PreconditionError",
-    "Prompt", "Published", "Sequence", "SequenceInfo",
+    "ExistsError", "Found", "InternalError", "InvalidError", "Item", "LostError", "Match", "NotFoundError", "Paged", "Pages", "Plane", "PlaneTokens",
+    "PreconditionError", "Prompt", "Published", "Sequence", "SequenceInfo",
     "Shape", "Tensor",
     "TimeoutError", "UnavailableError", "from_bf16", "to_bf16", "version",
 ]

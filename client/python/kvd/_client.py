@@ -21,15 +21,23 @@ _EVENTS = ("opened", "evicted", "draining", "lost", "published", "stored", "remo
 
 
 @dataclasses.dataclass(frozen=True)
+class PlaneTokens:
+    """Where a sequence's tokens are in the layers of one plane, in the order of their positions: together, its length."""
+
+    sink: int  # in bf16
+    freed: int  # gone: the plane has a window, which is past them
+    history: int  # compressed
+    recent: int  # in bf16
+
+
+@dataclasses.dataclass(frozen=True)
 class SequenceInfo:
-    """What the daemon holds of a sequence. sink + history + recent tokens make its length; history is compressed. With planes
-    these three are the first one's."""
+    """What the daemon holds of a sequence. `planes` has where its tokens are, for each plane of the layout; where layers are all
+    alike there is one, `planes[0]`."""
 
     id: int
     length: int
-    sink_tokens: int
-    history_tokens: int
-    recent_tokens: int
+    planes: tuple[PlaneTokens, ...]
     pending_length: int
     pending_layers: int
     bytes: int
@@ -39,7 +47,8 @@ class SequenceInfo:
 
 
 def _info(s: lib.SequenceStruct) -> SequenceInfo:
-    return SequenceInfo(s.sequence, s.length, s.sink_tokens, s.history_tokens, s.recent_tokens, s.pending_length,
+    planes = tuple(PlaneTokens(p.sink, p.freed, p.history, p.recent) for p in s.planes[:s.n_planes])
+    return SequenceInfo(s.sequence, s.length, planes, s.pending_length,
                         s.pending_layers, s.bytes, s.holders, s.name.decode(), s.holds)
 
 
@@ -382,11 +391,13 @@ class Client(lib.OfProcess):
 
     @property
     def info(self) -> dict[str, Any]:
-        """version, backend, instance, rotation_set (as resolved), page sizes in bytes, sink, recent and layout_digest."""
+        """version, backend, instance, rotation_set (as resolved), layout_digest; and planes, each with its sink, recent,
+        bf16_page_bytes and codec_page_bytes (of a page of 64 tokens). Where layers are all alike there is one, planes[0]."""
         i = lib.Info()
         lib.call("kvd_get_info", self._open(), c.byref(i))
-        values = {name: getattr(i, name) for name, _ in lib.Info._fields_}
-        return {n: x.decode() if isinstance(x, bytes) else x for n, x in values.items()}
+        texts = ("version", "backend", "instance", "rotation_set", "layout_digest")
+        planes = [{name: getattr(p, name) for name, _ in lib.PlaneInfoStruct._fields_} for p in i.planes[:i.n_planes]]
+        return {name: getattr(i, name).decode() for name in texts} | {"planes": planes}
 
     def tensor(self, *shape: int, dtype: Literal["bf16", "f32"] = "bf16") -> Tensor:
         """Zeroed shared memory for a tensor."""

@@ -119,10 +119,13 @@ class Options(Sized):
     ]
 
 
+class PlaneInfoStruct(c.Structure):
+    _fields_ = [("bf16_page_bytes", c.c_uint64), ("codec_page_bytes", c.c_uint64), ("sink", c.c_uint32), ("recent", c.c_uint32)]
+
+
 class Info(Sized):
     _fields_ = [("version", c.c_char_p), ("backend", c.c_char_p), ("instance", c.c_char_p), ("rotation_set", c.c_char_p),
-                ("bf16_page_bytes", c.c_uint64), ("codec_page_bytes", c.c_uint64), ("sink", c.c_uint32),
-                ("recent", c.c_uint32), ("layout_digest", c.c_char_p)]
+                ("n_planes", c.c_uint32), ("planes", PlaneInfoStruct * 8), ("layout_digest", c.c_char_p)]
 
 
 class TensorRef(c.Structure):
@@ -130,9 +133,13 @@ class TensorRef(c.Structure):
                 ("token_stride", c.c_uint64), ("head_stride", c.c_uint64), ("dtype", c.c_int)]
 
 
+class PlaneTokensStruct(c.Structure):
+    _fields_ = [("sink", c.c_uint64), ("freed", c.c_uint64), ("history", c.c_uint64), ("recent", c.c_uint64)]
+
+
 class SequenceStruct(Sized):
-    _fields_ = [("sequence", c.c_uint64), ("length", c.c_uint64), ("sink_tokens", c.c_uint64),
-                ("history_tokens", c.c_uint64), ("recent_tokens", c.c_uint64), ("pending_length", c.c_uint64),
+    _fields_ = [("sequence", c.c_uint64), ("length", c.c_uint64), ("n_planes", c.c_uint32),
+                ("planes", PlaneTokensStruct * 8), ("pending_length", c.c_uint64),
                 ("pending_layers", c.c_uint32), ("bytes", c.c_uint64), ("holders", c.c_uint32), ("name", c.c_char * 129),
                 ("holds", c.c_uint32)]
 

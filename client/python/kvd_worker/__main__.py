@@ -22,9 +22,10 @@ def _size(n: float) -> str:
 
 def _report(model: Model, sequence: kvd.Sequence, client: kvd.Client, tokens: int, seconds: float) -> None:
     s = sequence.describe()
+    tokens_in = s.planes[0]  # its layers are all alike
     bf16 = s.length * model.layers * model.kv_heads * model.head_dim * 2 * 2
     print(f"[{tokens / max(seconds, 1e-9):.1f} tokens/s; sequence {s.id} on {client.info['backend']}: {s.length} tokens "
-          f"({s.sink_tokens} sink, {s.history_tokens} compressed, {s.recent_tokens} recent), {_size(s.bytes)} of pages, "
+          f"({tokens_in.sink} sink, {tokens_in.history} compressed, {tokens_in.recent} recent), {_size(s.bytes)} of pages, "
           f"{_size(bf16)} as bf16]", file=sys.stderr)
 
 
