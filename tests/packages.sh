@@ -124,7 +124,10 @@ check "kvctl status of each" 'kvctl --instance 0 status; kvctl --instance 1 stat
 check "each instance serves its metrics" 'for p in 9464 9465; do exec 3<>/dev/tcp/127.0.0.1/$p; printf "GET /metrics HTTP/1.0\r\n\r\n" >&3; grep -q kvd_pool_bytes <&3; exec 3>&-; done'
 check "the man pages are there" 'for p in kvd.8 kvd.conf.5 kvctl.1 kvd.h.3; do ls /usr/share/man/man*/$p.gz; done
     man -w kvd-worker kvd_step; zgrep -q "Attends over what is stored" /usr/share/man/man3/kvd.h.3.gz; test -s /usr/share/doc/libkvd-dev/html/kvd_8h.html'
-check "a worker in C from libkvd-dev" 'cp /usr/share/doc/libkvd-dev/examples/worker.c /usr/share/doc/libkvd-dev/examples/random.h /srv; cd /srv; gcc -O2 worker.c -o worker $(pkg-config --cflags --libs kvd) -lm; ./worker unix:/run/kvd/0/kvd.sock'
+check "a worker in C from libkvd-dev" 'cd /srv
+    cp /usr/share/doc/libkvd-dev/examples/worker.c /usr/share/doc/libkvd-dev/examples/random.h .
+    gcc -O2 worker.c -o worker $(pkg-config --cflags --libs kvd) -lm
+    ./worker unix:/run/kvd/0/kvd.sock'
 check "pkg-config names no place of the build" '! pkg-config --cflags --libs --static kvd | grep -E "/tmp|build"'
 check "a worker in Python from python3-kvd" 'python3 /srv/worker.py unix:/run/kvd/1/kvd.sock'
 check "kvd-worker tells what it wants" 'kvd-worker --help | grep -q -- --temperature

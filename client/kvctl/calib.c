@@ -464,8 +464,11 @@ static int calib_helper(struct kvctl *k)
         snprintf(path + n, sizeof(path) - (size_t)n, "-calib");
         execv(path, k->argv);
     }
-    fprintf(stderr, "kvctl: %s: %s: it comes with kvctl where OpenBLAS was there to build it\n",
-            n > 0 ? path : "kvctl-calib", strerror(errno));
+    fprintf(
+        stderr,
+        "kvctl: %s: %s: calib fit and eval are a program of their own; the package kvd-calib "
+        "has it, and in a checkout with OpenBLAS 'ninja -C build client/kvctl-calib' makes it\n",
+        n > 0 ? path : "kvctl-calib", strerror(errno));
     return EXIT_FAILED;
 }
 
