@@ -186,7 +186,8 @@ int cmd_reload(struct kvctl *k)
     print_lines(stdout, "wants a restart: ", r->n_restart, r->restart);
     print_lines(stdout, "kept: ", r->n_kept, r->kept);
     if (r->applied && !r->n_changed && !r->n_restart && !r->n_kept)
-        printf("nothing has changed\n");
+        printf("nothing has changed%s\n",
+               r->n_files ? "" : ": kvd was started without --config, and has no file to read");
     kvd__v1__reload_reply__free_unpacked(r, NULL);
     return code;
 }

@@ -188,7 +188,8 @@ void kvd_on_set_log_level(struct kvd_call *call, const void *request)
 static void on_reloaded(struct kvd_daemon *d, const struct kvd_reload *report, void *ctx)
 {
     Kvd__V1__ReloadReply r = KVD__V1__RELOAD_REPLY__INIT;
-    (void)d;
+    r.files = (char **)d->source->files;
+    r.n_files = d->source->n_files;
     r.applied = report->errors.n == 0;
     r.errors = report->errors.line;
     r.n_errors = report->errors.n;

@@ -312,10 +312,14 @@ def hang_up(kvd):
         time.sleep(0.02)
 
 
+def test_a_reload_without_a_file_says_so(shared):
+    assert shared.kvctl("reload").stdout == "nothing has changed: kvd was started without --config, and has no file to read\n"
+
+
 def test_reload_tells_what_it_did(start):
     kvd = start(config=BEFORE)
     file = kvd.folder / "kvd.conf"
-    assert "nothing has changed" in kvd.kvctl("reload").stdout
+    assert kvd.kvctl("reload").stdout == "nothing has changed\n" and json.loads(kvd.kvctl("--json", "reload").stdout)["files"] == [str(file)]
     assert kvd.metric("kvd_config_last_reload_successful") == 1
     stamp = kvd.metric("kvd_config_last_reload_success_timestamp_seconds")
     assert abs(stamp - time.time()) < 60
