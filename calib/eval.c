@@ -523,10 +523,10 @@ static int run(struct job *j, struct kvd_error *err)
         j->total += (uint64_t)contexts * j->dump->heads[KVD_DUMP_K];
     }
     if (j->n_layers == 0)
-        return kvd_fail(
-            err, KVD_E_INVALID,
-            "no layer of the set has %u tokens in one file of the dump: ask for a shorter context",
-            o->context);
+        return kvd_fail(err, KVD_E_INVALID,
+                        "no layer of the set has %u tokens in one file of the dump: ask for a "
+                        "shorter context (-c)",
+                        o->context);
     for (uint32_t i = 0; i < j->n_cases; i++)
         if (check_set(j, j->cases[i].set, err))
             return err->code;
