@@ -97,10 +97,10 @@ echo "== kvctl status"
 $kvctl status
 echo
 echo "== some metrics"
-$kvctl metrics | grep -E '^kvd_(pool_bytes|namespace_tokens|compression_ratio|rotation_set_requests_total|sessions_opened_total|pages)'
+$kvctl metrics | grep -E '^kvd_(pool_bytes|pages|namespace_tokens|compression_ratio|rotation_set_requests_total|sessions_opened_total)[{ ]'
 echo
 echo "== what it is worth"
 "$build/client/kvd-compare" "unix:$work/kvd.sock" tests/data/smollm2.safetensors "$set_name"
 took run
 echo
-echo "== done. To keep a daemon: $build/daemon/kvd --listen unix:\$HOME/kvd.sock; then $build/client/kvctl --help"
+echo "== done. To keep a daemon: $build/daemon/kvd --listen unix:\$HOME/kvd.sock. README.md says where to go on: 'Who does what'"
