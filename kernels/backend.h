@@ -79,10 +79,7 @@ struct kvd_pages {
 struct kvd_slice {
     // Asked often, by all threads of an operation: whether it should return soon.
     bool (*over)(const struct kvd_slice *s);
-    bool more; // out
-    // Out: an append has begun to overwrite what the pages held, so that only going on leaves them
-    // whole.
-    bool overwriting;
+    bool more;   // out
     uint64_t at; // the operation's own; zero before its first slice
     void *state; // the same; to be freed with free() when no slice follows
 };
@@ -100,10 +97,19 @@ struct kvd_append_item {
         v; // [layer_count][new_length - length][kv_heads][dim]; layer 0 is layer_begin
 };
 
+// Half of an append, so that it can be given up between: the first writes only what counts for
+// nothing before the append is true, and the second overwrites tokens of the windows.
+enum kvd_append_part {
+    KVD_APPEND_WHOLE = 0,
+    KVD_APPEND_DEMOTE = 1, // history, beyond what there is
+    KVD_APPEND_STORE = 2,  // sink and ring; only after the first, of all layers
+};
+
 struct kvd_append_params {
     const struct kvd_plane *plane;
     const struct kvd_rotation *rotation;
     uint32_t layer_begin, layer_count;
+    enum kvd_append_part part;
     const struct kvd_append_item *items;
     uint32_t n_items;
     struct kvd_slice *slice; // NULL: runs to its end; so below
@@ -259,7 +265,8 @@ struct kvd_backend_ops {
     int (*check)(struct kvd_backend *b, const struct kvd_append_params *p,
                  struct kvd_nonfinite *where);
     // Demotes [hist_end, new_hist_end) into history pages, from the ring or, where they never were
-    // in it, from the new tokens; writes the others into sink and ring.
+    // in it, from the new tokens; then writes the others into sink and ring. In slices only a part
+    // at a time.
     int (*append)(struct kvd_backend *b, const struct kvd_append_params *p, struct kvd_error *err);
     int (*attend)(struct kvd_backend *b, const struct kvd_attend_params *p, struct kvd_error *err);
     int (*read)(struct kvd_backend *b, const struct kvd_read_params *p, struct kvd_error *err);

@@ -25,7 +25,7 @@ static bool slice_over(const struct kvd_slice *slice)
         (const void *)((const uint8_t *)slice - offsetof(struct kvd_job, slice));
     const struct kvd_exec *x = job->exec;
     if (atomic_load_explicit(&x->stop, memory_order_relaxed) ||
-        (!slice->overwriting && atomic_load_explicit(&job->cancelled, memory_order_relaxed)))
+        (!job->must_end && atomic_load_explicit(&job->cancelled, memory_order_relaxed)))
         return true;
     return atomic_load_explicit(&x->contended, memory_order_relaxed) &&
            uv_hrtime() >= atomic_load_explicit(&job->until_ns, memory_order_relaxed);

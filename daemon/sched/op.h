@@ -136,7 +136,8 @@ static inline struct kvd_pages kvd_op_pages(const struct kvd_view *v)
 
 // -- op_append.c, for Step too ------------------------------------------------------------------
 int kvd_op_append_prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err);
-kvd_op_phase kvd_op_look_for_nonfinite, kvd_op_copy_pages, kvd_op_append_run;
+kvd_op_phase kvd_op_look_for_nonfinite, kvd_op_copy_pages, kvd_op_append_demote,
+    kvd_op_append_store;
 void kvd_op_append_conclude(struct kvd_daemon *d, struct kvd_work *w, bool commit);
 // An item's part of the run that the executor is at.
 void kvd_op_append_fill(const struct kvd_work *w, const struct kvd_work_item *item,

@@ -143,7 +143,7 @@ void kvd_op_append_fill(const struct kvd_work *w, const struct kvd_work_item *it
 }
 
 // Of the run that it is at.
-static struct kvd_append_params append_params(struct kvd_work *w)
+static struct kvd_append_params append_params(struct kvd_work *w, enum kvd_append_part part)
 {
     const struct kvd_run *run = kvd_op_run(w);
     for (uint32_t i = 0; i < w->n_append && !w->filled; i++)
@@ -153,6 +153,7 @@ static struct kvd_append_params append_params(struct kvd_work *w)
                                       .rotation = w->rotations[run->plane],
                                       .layer_begin = run->layer_begin,
                                       .layer_count = run->layer_count,
+                                      .part = part,
                                       .items = w->append_items,
                                       .n_items = w->n_append,
                                       .slice = &w->job.slice};
@@ -172,7 +173,7 @@ static int explain_nonfinite(struct kvd_work *w)
 
 int kvd_op_look_for_nonfinite(struct kvd_daemon *d, struct kvd_work *w)
 {
-    struct kvd_append_params p = append_params(w);
+    struct kvd_append_params p = append_params(w, KVD_APPEND_WHOLE);
     int rc = w->n_append ? d->backend->ops->check(d->backend, &p, &w->nonfinite) : KVD_OK;
     if (rc == KVD_E_INVALID)
         return explain_nonfinite(w);
@@ -194,10 +195,21 @@ int kvd_op_copy_pages(struct kvd_daemon *d, struct kvd_work *w)
     return rc;
 }
 
-int kvd_op_append_run(struct kvd_daemon *d, struct kvd_work *w)
+static int append_part(struct kvd_daemon *d, struct kvd_work *w, enum kvd_append_part part)
 {
-    struct kvd_append_params p = append_params(w);
+    struct kvd_append_params p = append_params(w, part);
     return w->n_append ? d->backend->ops->append(d->backend, &p, &w->err) : KVD_OK;
+}
+
+int kvd_op_append_demote(struct kvd_daemon *d, struct kvd_work *w)
+{
+    return append_part(d, w, KVD_APPEND_DEMOTE);
+}
+
+int kvd_op_append_store(struct kvd_daemon *d, struct kvd_work *w)
+{
+    w->job.must_end = w->n_append > 0;
+    return append_part(d, w, KVD_APPEND_STORE);
 }
 
 // -- the reply ----------------------------------------------------------------------------------
@@ -221,8 +233,8 @@ static int reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err
     return KVD_OK;
 }
 
-static kvd_op_phase *const run[] = {kvd_op_look_for_nonfinite, kvd_op_copy_pages, kvd_op_append_run,
-                                    NULL};
+static kvd_op_phase *const run[] = {kvd_op_look_for_nonfinite, kvd_op_copy_pages,
+                                    kvd_op_append_demote, kvd_op_append_store, NULL};
 
 const struct kvd_op kvd_op_append = {.id = KVD_OP_APPEND,
                                      .writes = true,

@@ -244,6 +244,7 @@ static struct kvd_append_params put_params(struct kvd_work *w, int space)
                                       .rotation = w->pages->rotations[space][run->plane],
                                       .layer_begin = run->layer_begin,
                                       .layer_count = run->layer_count,
+                                      .part = KVD_APPEND_DEMOTE, // pages have no window
                                       .items = w->append_items,
                                       .n_items = n,
                                       .slice = &w->job.slice};

@@ -77,8 +77,9 @@ static int prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *e
 }
 
 // The attention is first: an append overwrites the oldest tokens of the window.
-static kvd_op_phase *const run[] = {kvd_op_look_for_nonfinite, kvd_op_copy_pages, kvd_op_attend_run,
-                                    kvd_op_append_run, NULL};
+static kvd_op_phase *const run[] = {kvd_op_look_for_nonfinite, kvd_op_copy_pages,
+                                    kvd_op_attend_run,         kvd_op_append_demote,
+                                    kvd_op_append_store,       NULL};
 
 const struct kvd_op kvd_op_step = {.id = KVD_OP_STEP,
                                    .writes = true,

@@ -1,14 +1,15 @@
 // The executor's part of compute calls: the phases of an operation, each for one run of layers
 // after the other, a slice at a time.
 //
-// Until an append overwrites the first token of a window nothing that counts has changed, and the
-// work can be given up: new pages go back as they came. From then on it is done to the end.
+// An append's last phase, which overwrites tokens of windows, comes when all layers have gone
+// through the others. Until then nothing that counts has changed, and the work can be given up: new
+// pages go back as they came. From then on it is done to the end.
 #include "daemon/sched/op.h"
 #include "daemon/session/scrub.h"
 
 static bool given_up(const struct kvd_work *w)
 {
-    return atomic_load(&w->job.cancelled) && !w->job.slice.overwriting && !w->overwritten;
+    return atomic_load(&w->job.cancelled) && !w->job.must_end;
 }
 
 // Compares the blocks that are used for the first time. False: there is more to do.
@@ -36,9 +37,7 @@ static void next(struct kvd_work *w)
 {
     struct kvd_slice *slice = &w->job.slice;
     free(KVD_TAKE(slice->state));
-    w->overwritten |= slice->overwriting;
     slice->at = 0;
-    slice->overwriting = false;
     w->filled = false;
     if (++w->run < w->n_runs)
         return;

@@ -114,8 +114,7 @@ struct kvd_work {
     float *sinks; // the session's of the call's layers, a copy that outlives it; NULL: none
     // What the executor gets. Items are filled in run by run.
     uint32_t run;
-    bool filled;      // items are those of `run`
-    bool overwritten; // a run has begun to overwrite, so that only going on leaves the pages whole
+    bool filled; // items are those of `run`
     struct kvd_append_item *append_items;
     uint32_t *append_index; // item of each
     uint32_t n_append;

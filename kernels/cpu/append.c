@@ -269,32 +269,18 @@ static void store_one(void *ctx, uint64_t i)
     }
 }
 
-// Demotion first, and all of it: new tokens take the ring slots of demoted ones, and until the
-// first is written the append can be given up.
+// Demotion first, and all of it: new tokens take the ring slots of demoted ones.
 int kvd_cpu_append(struct kvd_backend *b, const struct kvd_append_params *p, struct kvd_error *err)
 {
     (void)err;
     struct append_job job = {(struct kvd_cpu *)b, p};
     struct kvd_threads *threads = job.cpu->threads;
-    struct kvd_slice *slice = p->slice;
     uint64_t each = (uint64_t)p->layer_count * p->plane->kv_heads, demotions = 0;
     for (uint32_t i = 0; i < p->n_items; i++)
         demotions += demoted_pages(p, &p->items[i]) * each;
-    if (!slice) {
-        kvd_threads_run(threads, demotions, demote_one, &job);
-        kvd_threads_run(threads, p->n_items * each, store_one, &job);
-        return KVD_OK;
-    }
-    if (!slice->overwriting) {
-        bool idle = slice->at == demotions; // a slice must get on
-        kvd_threads_run_slice(threads, slice, demotions, demote_one, &job);
-        if (!slice->more && (idle || !kvd_slice_over(slice))) {
-            slice->overwriting = true;
-            slice->at = 0;
-        }
-        slice->more = true;
-    }
-    if (slice->overwriting)
-        kvd_threads_run_slice(threads, slice, p->n_items * each, store_one, &job);
+    if (p->part != KVD_APPEND_STORE)
+        kvd_threads_run_slice(threads, p->slice, demotions, demote_one, &job);
+    if (p->part != KVD_APPEND_DEMOTE)
+        kvd_threads_run_slice(threads, p->slice, p->n_items * each, store_one, &job);
     return KVD_OK;
 }

@@ -154,9 +154,6 @@ int kvd_stage_begin(struct kvd_cuda *c, uint64_t bytes, struct kvd_error *err)
     s->used = 0;
     if (bytes <= s->size)
         return KVD_OK;
-    cudaFreeHost(s->host);
-    cudaFree(s->device);
-    *s = (struct kvd_stage){0};
     bytes = kvd_round_up(bytes + bytes / 4, 1 << 20);
     void *host = NULL, *device = NULL;
     int rc = cudaMallocHost(&host, bytes);
@@ -166,6 +163,8 @@ int kvd_stage_begin(struct kvd_cuda *c, uint64_t bytes, struct kvd_error *err)
         cudaFreeHost(host);
         return kvd_cuda_status(rc, "making room for a call's tensors", err);
     }
+    cudaFreeHost(s->host);
+    cudaFree(s->device);
     *s = (struct kvd_stage){.host = host, .device = device, .size = bytes};
     return KVD_OK;
 }
@@ -374,6 +373,7 @@ static int init(struct kvd_cuda *c, uint32_t index, struct kvd_error *err)
     snprintf(c->device, sizeof(c->device), "%.64s, %s", prop.name,
              kvd_format_size(prop.totalGlobalMem, size, sizeof(size)));
     c->multiprocessors = (uint32_t)prop.multiProcessorCount;
+    c->piece_ns = 2000000;
     return KVD_OK;
 }
 

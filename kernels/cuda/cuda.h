@@ -46,6 +46,7 @@ struct kvd_cuda {
     uint8_t *scratch;                      // of attention
     uint64_t scratch_size, scratch_zeroed; // of the latest call
     unsigned long long *found;             // of a check: pinned memory that kernels reach too
+    uint64_t piece_ns;                     // of work on a layer's tokens at once; tests change it
     int index;                             // of the device
     uint32_t multiprocessors;
     char device[128];
@@ -53,7 +54,8 @@ struct kvd_cuda {
 
 // KVD_OK, or KVD_E_FULL (out of memory) or KVD_E_INTERNAL with a text.
 int kvd_cuda_status(int rc, const char *doing, struct kvd_error *err);
-// Makes room for `bytes` and empties the stage. What is on the stream must be done.
+// Makes room for `bytes` and empties the stage, which never shrinks. What is on the stream must be
+// done. After a failure it is as it was.
 int kvd_stage_begin(struct kvd_cuda *c, uint64_t bytes, struct kvd_error *err);
 // The next `bytes` of the stage, 256-byte aligned: their offset.
 uint64_t kvd_stage_take(struct kvd_cuda *c, uint64_t bytes);
@@ -125,6 +127,14 @@ int kvd_cuda_foreign_map(struct kvd_backend *b, const struct kvd_foreign *f, uin
 void kvd_cuda_foreign_unmap(struct kvd_backend *b, enum kvd_memory kind, uint8_t *data,
                             uint64_t size);
 uint64_t kvd_cuda_memory_free(struct kvd_backend *b);
+
+// pieces.c
+// Divides a part of an append into pieces of at most `most` tokens each, a multiple of a page's,
+// and the caller's to free. KVD_E_INTERNAL.
+int kvd_cuda_pieces(const struct kvd_append_params *p, uint64_t most,
+                    struct kvd_append_item **items, uint32_t *n, struct kvd_error *err);
+// How many of n pieces are taken together: those of `most` tokens, or one.
+uint32_t kvd_cuda_batch(const struct kvd_append_item *pieces, uint32_t n, uint64_t most);
 
 int kvd_cuda_op_check(struct kvd_backend *b, const struct kvd_append_params *p,
                       struct kvd_nonfinite *where);

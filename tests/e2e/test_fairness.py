@@ -216,6 +216,44 @@ def test_a_running_step_is_given_up(kvd, how):
     n.attend(n.seq, 1).result()
 
 
+def test_an_append_that_is_given_up_leaves_no_trace(kvd):
+    """However far it has come with layers: their windows are overwritten last."""
+    window = kv.Windows(recent=32)
+    planes = [kv.Plane(layers=range(i, 8, 2), codec=codec, windows=window) for i, codec in enumerate(("int2-lm", "int2"))]
+    w = Worker(kvd, "appends", layout(layers=[], planes=planes, q_heads=2, kv_heads=2, codec="", windows=window))
+    tokens = 512 if kvd.on_gpu() else 16384  # an emulated GPU is slow
+
+    def fill(seed):
+        x = np.random.default_rng(seed).normal(size=1 << 19).astype("<f4").view("<u4") >> 16
+        w.memory[:1 << 20] = x.astype("<u2").tobytes()
+
+    fill(1)
+    twin, seq = w.sequence(600), w.sequence(600)
+
+    def append(s):
+        item = kv.AppendItem(sequence=s, position=600, tokens=tokens, k=w.at(), v=w.at(), request_id=w.request())
+        return w.later("Append", kv.AppendReply, 60, items=[item])
+
+    def contents():
+        r = w.rpc.kv("ReadTokens", session=w.session, sequence=seq, begin=0, tokens=600)
+        return r.k, r.v
+
+    fill(2)
+    began = time.perf_counter()
+    append(twin).result()
+    whole = time.perf_counter() - began
+    before, used = contents(), kvd.metric('kvd_pool_bytes{state="used"}')
+    for part in (0.1, 0.3, 0.6):
+        call = append(seq)
+        time.sleep(whole * part)
+        call.cancel()
+        wait_idle(kvd, 10)
+        assert w.length(seq) == 600 and contents() == before, part
+        assert kvd.metric('kvd_pool_bytes{state="used"}') == used
+    append(seq).result()
+    assert w.length(seq) == 600 + tokens
+
+
 def test_stopping_does_not_wait_for_a_huge_call(kvd):
     w = Worker(kvd, "huge", layout(**HUGE))
     seq = w.sequence(LONG)

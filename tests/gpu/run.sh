@@ -13,7 +13,7 @@ build() { # suffix, further flags of nvcc
     local suffix=$1 f pids=() p
     shift
     for f in proto/base.c kernels/format.c kernels/plane.c kernels/quantize.c kernels/tc.c kernels/cpu/append.c kernels/cpu/attend.c \
-        kernels/cpu/backend.c kernels/cpu/memory.c kernels/cpu/scalar.c kernels/cpu/threads.c kernels/cuda/backend.c kernels/cuda/memory.c kernels/cuda/ops.c \
+        kernels/cpu/backend.c kernels/cpu/memory.c kernels/cpu/scalar.c kernels/cpu/threads.c kernels/cuda/append.c kernels/cuda/backend.c kernels/cuda/memory.c kernels/cuda/ops.c kernels/cuda/pieces.c \
         kernels/cuda/pack.c tests/gpu/test_cuda.c; do
         gcc $cflags -c "$f" -o "$out/$(echo "$f" | tr / _).o" & pids+=($!)
     done

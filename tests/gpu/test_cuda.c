@@ -25,6 +25,7 @@ static void result(bool ok, const char *name)
 
 #include "tests/gpu/test_memory.h"
 #include "tests/gpu/test_paged.h"
+#include "tests/gpu/test_slices.h"
 
 static double worst_error, worst_row, worst_lse;
 
@@ -746,6 +747,7 @@ int main(int argc, char **argv)
     uint64_t seed = kvd_test_seed("cuda");
     memory();
     paged(seed);
+    slices(seed);
     for (int i = 0; i < 4; i++)
         checking(i & 1, i & 2);
     if (argc > 1 && strcmp(argv[1], "brief") == 0) {

@@ -59,12 +59,61 @@ static void check_same_pages(const struct kseq *a, const struct kseq *b)
                          kvd_page_bytes(&a->g, a->g.codec));
 }
 
-// Grows b as a was grown, but in slices; until the first token is overwritten its window, and what
-// it has of history, must stay as they were.
+static void read_all(struct kseq *s, struct kvd_backend *b, const struct kvd_rotation *rot,
+                     float *k, float *v)
+{
+    const struct kvd_plane *g = &s->g;
+    struct kvd_read_params p = {
+        .plane = g,
+        .rotation = rot,
+        .layer_count = g->n_layers,
+        .pages = {s->at_bf16, s->at_codec},
+        .length = s->length,
+        .hist_end = s->hist_end,
+        .tokens = (uint32_t)s->length,
+        .k = kseq_tensor(k, KVD_DTYPE_F32, s->length, g->kv_heads, g->head_dim_k, 0),
+        .v = kseq_tensor(v, KVD_DTYPE_F32, s->length, g->kv_heads, g->head_dim_v, 0)};
+    if (s->length)
+        ck_assert_int_eq(b->ops->read(b, &p, NULL), 0);
+}
+
+static void check_same_contents(struct kseq *a, struct kseq *b, struct kvd_backend *backend,
+                                const struct kvd_rotation *rot)
+{
+    uint64_t n = a->g.n_layers * a->length * a->g.kv_heads;
+    float *k[2], *v[2];
+    ck_assert_uint_eq(a->length, b->length);
+    for (int i = 0; i < 2; i++) {
+        k[i] = malloc(n * a->g.head_dim_k * sizeof(float) + 1);
+        v[i] = malloc(n * a->g.head_dim_v * sizeof(float) + 1);
+        read_all(i ? b : a, backend, rot, k[i], v[i]);
+    }
+    ck_assert_mem_eq(k[0], k[1], n * a->g.head_dim_k * sizeof(float));
+    ck_assert_mem_eq(v[0], v[1], n * a->g.head_dim_v * sizeof(float));
+    for (int i = 0; i < 2; i++) {
+        free(k[i]);
+        free(v[i]);
+    }
+}
+
+// A part of an append in slices, or the first `most` of them. Whether it is done.
+static bool append_part(struct kvd_backend *b, struct kvd_append_params *p,
+                        enum kvd_append_part part, uint64_t seed, uint32_t most)
+{
+    struct cut c;
+    p->part = part;
+    p->slice = cut_init(&c, seed);
+    while (c.slices < most && again(&c))
+        ck_assert_int_eq(b->ops->append(b, p, NULL), 0);
+    return c.slices && !c.slice.more;
+}
+
+// Grows b as a was grown, but in slices, and after it has been given up once. The first part leaves
+// its window, and what it has of history, as they were.
 static void append_sliced(struct kseq *a, struct kseq *b, struct kvd_backend *backend,
                           const struct kvd_rotation *rot, uint32_t n)
 {
-    struct cut c, looks;
+    struct cut looks;
     struct kvd_append_item item = next_append(b, n);
     struct kvd_append_params p = {.plane = &b->g,
                                   .rotation = rot,
@@ -79,13 +128,15 @@ static void append_sliced(struct kseq *a, struct kseq *b, struct kvd_backend *ba
     uint8_t *window = malloc(b->n_bf16 * bytes);
     for (uint32_t i = 0; i < b->n_bf16; i++)
         memcpy(window + i * bytes, (void *)(uintptr_t)b->bf16[i], bytes);
-    p.slice = cut_init(&c, kvd_rand(&b->rng) | 1);
-    while (again(&c)) {
-        ck_assert_int_eq(backend->ops->append(backend, &p, NULL), 0);
-        for (uint32_t i = 0; i < b->n_bf16 && !c.slice.overwriting; i++)
-            ck_assert_mem_eq(window + i * bytes, (void *)(uintptr_t)b->bf16[i], bytes);
-    }
-    free(c.slice.state);
+    append_part(backend, &p, KVD_APPEND_DEMOTE, kvd_rand(&b->rng) | 1,
+                (uint32_t)(kvd_rand(&b->rng) % 8));
+    for (uint32_t i = 0; i < b->n_bf16; i++)
+        ck_assert_mem_eq(window + i * bytes, (void *)(uintptr_t)b->bf16[i], bytes);
+    check_same_contents(a, b, backend, rot);
+    ck_assert(append_part(backend, &p, KVD_APPEND_DEMOTE, kvd_rand(&b->rng) | 1, UINT32_MAX));
+    for (uint32_t i = 0; i < b->n_bf16; i++)
+        ck_assert_mem_eq(window + i * bytes, (void *)(uintptr_t)b->bf16[i], bytes);
+    ck_assert(append_part(backend, &p, KVD_APPEND_STORE, kvd_rand(&b->rng) | 1, UINT32_MAX));
     free(window);
     b->length = item.new_length;
     b->hist_end = item.new_hist_end;
