@@ -26,10 +26,12 @@ static void budget_free(void *ctx, void *p)
     free(p);
 }
 
-// -- strings ------------------------------------------------------------------------------------
+// -- what unpacking would lose ------------------------------------------------------------------
 //
-// A string of a message ends at its first NUL once it is unpacked: another name than was sent. So
-// the bytes as they came are looked at, of every string field of every message, here and nowhere
+// A string of a message ends at its first NUL once it is unpacked: another name than was sent. A
+// field that this kvd does not know is skipped, a number of an enumeration that it does not know is
+// taken for another, and one beyond 32 bits is cut: a newer client would get what it has not asked
+// for. So the bytes as they came are looked at, of every field of every message, here and nowhere
 // else.
 
 enum { MAX_DEPTH = 8 }; // of messages in messages
@@ -50,17 +52,28 @@ static bool take_varint(struct bytes *b, uint64_t *value)
     return false;
 }
 
-// The next field: its number, and for one with a length its bytes. False: not a field.
-static bool take_field(struct bytes *b, uint32_t *number, bool *has_length, struct bytes *inside)
+// A field as it came: its number, and the bytes of its number or what has a length.
+struct field {
+    uint64_t number;
+    uint32_t wire;
+    struct bytes inside;
+};
+
+// False: not a field.
+static bool take_field(struct bytes *b, struct field *f)
 {
     uint64_t tag, n = 0;
     if (!take_varint(b, &tag))
         return false;
-    *number = (uint32_t)(tag >> 3);
-    *has_length = (tag & 7) == PROTOBUF_C_WIRE_TYPE_LENGTH_PREFIXED;
-    switch (tag & 7) {
+    f->number = tag >> 3;
+    f->wire = tag & 7;
+    f->inside.at = b->at;
+    switch (f->wire) {
     case PROTOBUF_C_WIRE_TYPE_VARINT:
-        return take_varint(b, &n);
+        if (!take_varint(b, &n))
+            return false;
+        f->inside.end = b->at;
+        return true;
     case PROTOBUF_C_WIRE_TYPE_64BIT:
         n = 8;
         break;
@@ -76,7 +89,7 @@ static bool take_field(struct bytes *b, uint32_t *number, bool *has_length, stru
     }
     if (n > (uint64_t)(b->end - b->at))
         return false;
-    *inside = (struct bytes){b->at, b->at + n};
+    f->inside = (struct bytes){b->at, b->at + n};
     b->at += n;
     return true;
 }
@@ -103,29 +116,53 @@ static bool is_text(struct bytes b)
     return true;
 }
 
-static int check_strings(const ProtobufCMessageDescriptor *type, struct bytes b, uint32_t depth,
+// A number, or numbers that lie side by side.
+static int check_numbers(const ProtobufCFieldDescriptor *type, struct bytes b,
                          struct kvd_error *err)
 {
-    while (b.at < b.end) {
-        uint32_t number;
-        bool has_length;
-        struct bytes inside;
-        if (depth == MAX_DEPTH || !take_field(&b, &number, &has_length, &inside))
+    uint64_t n;
+    bool is_enum = type->type == PROTOBUF_C_TYPE_ENUM;
+    if (!is_enum && type->type != PROTOBUF_C_TYPE_UINT32)
+        return KVD_OK;
+    while (take_varint(&b, &n)) {
+        if (n > UINT32_MAX)
+            return kvd_fail(err, KVD_E_INVALID, "%s is %" PRIu64 "; at most 32 bits are possible",
+                            type->name, n);
+        if (is_enum && !protobuf_c_enum_descriptor_get_value(type->descriptor, (int)n))
+            return kvd_fail(err, KVD_E_INVALID, "%s is %" PRIu64 ", which this kvd does not know",
+                            type->name, n);
+    }
+    return KVD_OK;
+}
+
+static int check_fields(const ProtobufCMessageDescriptor *type, struct bytes b, uint32_t depth,
+                        struct kvd_error *err)
+{
+    struct field got;
+    int rc = KVD_OK;
+    while (b.at < b.end && rc == KVD_OK) {
+        if (depth == MAX_DEPTH || !take_field(&b, &got))
             return kvd_fail(err, KVD_E_INVALID, "the request is not a %s", type->name);
-        const ProtobufCFieldDescriptor *f = protobuf_c_message_descriptor_get_field(type, number);
-        if (!f || !has_length)
-            continue;
-        if (f->type == PROTOBUF_C_TYPE_STRING && !is_text(inside))
+        const ProtobufCFieldDescriptor *f =
+            got.number > UINT32_MAX
+                ? NULL
+                : protobuf_c_message_descriptor_get_field(type, (unsigned)got.number);
+        bool has_length = got.wire == PROTOBUF_C_WIRE_TYPE_LENGTH_PREFIXED;
+        if (!f)
+            return kvd_fail(err, KVD_E_INVALID,
+                            "%s has a field %" PRIu64 " that this kvd does not know: its client is "
+                            "newer; leave the field out, or upgrade kvd",
+                            type->name, got.number);
+        if (f->type == PROTOBUF_C_TYPE_STRING && has_length && !is_text(got.inside))
             return kvd_fail(err, KVD_E_INVALID,
                             "%s holds a NUL or another control character, or is not UTF-8",
                             f->name);
-        if (f->type == PROTOBUF_C_TYPE_MESSAGE) {
-            int rc = check_strings(f->descriptor, inside, depth + 1, err);
-            if (rc)
-                return rc;
-        }
+        if (f->type == PROTOBUF_C_TYPE_MESSAGE && has_length)
+            rc = check_fields(f->descriptor, got.inside, depth + 1, err);
+        else if (f->type != PROTOBUF_C_TYPE_STRING)
+            rc = check_numbers(f, got.inside, err);
     }
-    return KVD_OK;
+    return rc;
 }
 
 ProtobufCMessage *kvd_message_unpack(const ProtobufCMessageDescriptor *type,
@@ -141,7 +178,7 @@ ProtobufCMessage *kvd_message_unpack(const ProtobufCMessageDescriptor *type,
     struct budget budget = {len + KVD_MIN(len * 8, (size_t)64 << 20) + (1 << 16)};
     ProtobufCAllocator allocator = {budget_alloc, budget_free, &budget};
     const uint8_t *data = GRPC_SLICE_START_PTR(all);
-    ProtobufCMessage *m = check_strings(type, (struct bytes){data, data + len}, 0, err)
+    ProtobufCMessage *m = check_fields(type, (struct bytes){data, data + len}, 0, err)
                               ? NULL
                               : protobuf_c_message_unpack(type, &allocator, len, data);
     grpc_slice_unref(all);
