@@ -1,7 +1,7 @@
 """Direct mode in a random scenario: decoding over mapped pages in this process, with tokens that are taken back."""
 import numpy as np
 
-from scenario_model import Attention, Mismatch, agree, bf16, widen
+from scenario_model import Attention, Mismatch, View, agree, bf16, widen
 
 AHEAD = 160  # tokens that kernels may be ahead of what the daemon has, and more
 
@@ -17,8 +17,8 @@ def aligned(x):
 class Step:
     """What one step put in and got of one slot, to be compared when all of the history can be read."""
 
-    def __init__(self, sequence, length, stored, hist_end, q, k, v, o, lse):
-        self.sequence, self.length, self.stored, self.hist_end = sequence, length, stored, hist_end
+    def __init__(self, sequence, length, stored, reach, q, k, v, o, lse):
+        self.sequence, self.length, self.stored, self.reach = sequence, length, stored, reach
         self.q, self.new, self.o, self.lse = q, (k, v), o, lse
 
     def verify(self, scenario, a):
@@ -26,11 +26,12 @@ class Step:
         from scenarios import compare
 
         s, g, off = self.sequence, scenario.g, None
-        ends = {g.demoted(self.hist_end, n) for n in range(max(self.stored, self.length - AHEAD), self.length + 1)}
+        first, hist_end = self.reach[0]
+        ends = {g.planes[0].demoted(hist_end, n) for n in range(max(self.stored, self.length - AHEAD), self.length + 1)}
         for end in sorted(ends, reverse=True):
-            stored = s.stored(0, g.layers, (self.length, end))
+            stored = s.stored(0, g.layers, View(self.length, [(first, end)]))
             k, v = (np.concatenate([x, widen(new)], axis=1) for x, new in zip(stored, self.new))
-            o, lse = a.truth(g, widen(self.q) if self.q.dtype != np.float32 else self.q, k, v)
+            o, lse = a.truth(g, 0, widen(self.q) if self.q.dtype != np.float32 else self.q, k, v)
             try:
                 what = f"direct mode over {self.length} tokens of {s.id}"
                 compare(what, self.o, o, 1 if self.o.dtype == np.float32 else 0, scenario.errors)
@@ -57,8 +58,8 @@ def decode(scenario):
     if not chosen:
         return
     with package.Client(layers=[2 * i + 1 for i in range(g.layers)], q_heads=g.q_heads, kv_heads=g.kv_heads,
-                        head_dim=tuple(g.dims), codec=g.codec, rotation_set=g.rotation_set or None, sink=g.sink,
-                        recent=g.recent, address=scenario.address) as client:
+                        head_dim=tuple(g.dims), codec=g.planes[0].codec, rotation_set=g.rotation_set or None, sink=g.planes[0].sink,
+                        recent=g.planes[0].recent, address=scenario.address) as client:
         bound = [client.attach(s.name) for s in chosen]
         for s in chosen:
             s.holders.add(client)
@@ -89,7 +90,7 @@ def decode_steps(scenario, direct, chosen, options, count):
     rng, g, steps = scenario.rng, scenario.g, []
     slots, n = options["slots"], options["step_tokens"]
     scenario.say("direct", f"direct mode: {count} steps of {n} tokens, {options}, of {[(s.id, s.length) for s in chosen]}")
-    first = [(s.length, s.hist_end) for s in chosen]
+    first = [(s.length, s.reach) for s in chosen]
     for _ in range(count):
         q = rng.standard_normal((g.layers, slots, n, g.q_heads, g.dims[0]), np.float32)
         q = q if options["dtype"] == "f32" else bf16(q)

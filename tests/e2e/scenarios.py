@@ -12,7 +12,7 @@ import numpy as np
 
 import scenario_direct
 from scenario_holder import Here, Session
-from scenario_model import Attention, Last, Mismatch, Sequence, agree, bf16, random_layout, widen
+from scenario_model import Attention, Last, Mismatch, Sequence, View, agree, bf16, random_layout, widen
 from scenario_tensors import Tensors
 
 MOST_TOKENS = 1100
@@ -83,11 +83,17 @@ class Scenario:
     # -- helpers --------------------------------------------------------------------------------
 
     def layout(self):
-        g = self.g
-        windows = None if (g.sink, g.recent) == (64, 256) else self.kv.Windows(sink=g.sink, recent=g.recent)
-        return self.kv.Layout(layers=[2 * i + 1 for i in range(g.layers)], q_heads=g.q_heads, kv_heads=g.kv_heads,
-                                head_dim_k=g.dims[0], head_dim_v=g.dims[1], codec=g.codec, rotation_set=g.rotation_set,
-                                windows=windows)
+        g, ids = self.g, [2 * i + 1 for i in range(self.g.layers)]
+        common = dict(q_heads=g.q_heads, kv_heads=g.kv_heads, head_dim_k=g.dims[0], head_dim_v=g.dims[1], rotation_set=g.rotation_set)
+
+        def own(p):
+            usual = (p.sink, p.recent) == (0 if p.window else 64, 256)
+            return dict(codec=p.codec, window=p.window, windows=None if usual else self.kv.Windows(sink=p.sink, recent=p.recent))
+
+        if len(g.planes) == 1:
+            return self.kv.Layout(layers=ids, **own(g.planes[0]), **common)
+        planes = [self.kv.Plane(layers=[i for i, of in zip(ids, g.of) if of == n], **own(p)) for n, p in enumerate(g.planes)]
+        return self.kv.Layout(planes=planes, **common)
 
     def chance(self, p):
         return self.rng.random() < p
@@ -161,9 +167,8 @@ class Scenario:
 
     def learn(self, session, s, begin, count):
         """Reads the history that is not known yet."""
-        missing = s.unknown(begin, count)
-        if missing:
-            self.read(session, s, begin, count, *missing, both=True)
+        for layer, n, first, end in list(s.unknown(begin, count)):
+            self.read(session, s, layer, n, first, end, both=True)
 
     def read(self, session, s, begin, count, at, end, both=False):
         tensors, kind = Tensors(session, self.rng), 1 if both or self.chance(0.7) else 0
@@ -173,12 +178,10 @@ class Scenario:
             got = [fetch(data) for (_, fetch), data in zip(refs, (reply.k, reply.v))]
             if kind == 1:
                 s.learn(begin, at, got)
-            else:
-                length, hist_end = s.view(begin, count)
-                if s.known[begin:begin + count, s.g.sink:hist_end].all():
-                    for x, want in zip(got, s.stored(begin, count)):
-                        if not np.array_equal(x, bf16(want[:, at:end])):
-                            raise Mismatch(f"sequence {s.id} in bf16 is not what it is in f32, rounded")
+            elif not list(s.unknown(begin, count)):
+                for x, want in zip(got, s.stored(begin, count)):
+                    if not np.array_equal(x, bf16(want[:, at:end])):
+                        raise Mismatch(f"sequence {s.id} in bf16 is not what it is in f32, rounded")
 
         Prepared(session, "ReadTokens", dict(sequence=s.id, begin=at, tokens=end - at, layer_begin=begin, layer_count=count,
                                              k=refs[0][0], v=refs[1][0]), verify).run()
@@ -197,8 +200,8 @@ class Scenario:
         a = Attention(self.rng, self.g)
         return a, self.kv.AttentionParams(scale=a.scale, softcap=a.softcap, window=a.window, return_lse=a.lse)
 
-    def queries(self, tensors, a, layers, n):
-        """Fields of an item that attends with n queries, and what compares the result with attention over k and v."""
+    def queries(self, tensors, a, begin, layers, n):
+        """Fields of an item that attends with n queries of layers from `begin` on, and what compares the result with attention over k and v."""
         g, kind = self.g, int(self.rng.integers(2))
         q = self.rng.standard_normal((layers, n, g.q_heads, g.dims[0]), np.float32)
         q = q if self.chance(0.7) else bf16(q)
@@ -209,7 +212,7 @@ class Scenario:
         q = widen(q) if q.dtype != np.float32 else q
 
         def verify(what, result, k, v):
-            o, lse = a.truth(g, q, k, v)
+            o, lse = a.truth(g, begin, q, k, v)
             off = compare(what, o_of(result.o), o, kind, self.errors)
             self.worst = max(self.worst, off if kind else 0)
             if a.lse:
@@ -229,6 +232,14 @@ class Scenario:
         if isinstance(reply, str):
             return reply
         return [r.replayed for r in reply.results] if hasattr(reply, "results") else list(reply.replayed)
+
+    def seen(self, s, begin, count, window):
+        """How many of the last positions see all of their windows."""
+        view = s.view(begin, count)
+        most = view.length
+        while any(self.g.planes[p].sees(view.length - most, window) < view.reach[p][0] for p in self.g.of_layers(begin, count)):
+            most -= 1
+        return most
 
     def most_queries(self):
         return max(1, 300_000 // (self.g.layers * self.g.q_heads * max(self.g.dims)))
@@ -255,7 +266,7 @@ class Scenario:
             fields = dict(sequence=s.id, position=s.length, tokens=n, k=tensors.give(k), v=tensors.give(v), request_id=request_id)
             verify = None
             if step:
-                more, verify = self.queries(tensors, a, count, n)
+                more, verify = self.queries(tensors, a, begin, count, n)
                 fields.update(more)
             items.append((self.kv.StepItem if step else self.kv.AppendItem)(**fields))
             checks.append((s, n, k, v, verify))
@@ -271,19 +282,19 @@ class Scenario:
             agree(f"{text}: replayed", self.replayed(reply), [False] * len(checks))
             for i, (s, n, k, v, verify) in enumerate(checks):
                 if step:
-                    stored = s.stored(begin, count, (s.length, s.hist_end))
+                    stored = s.stored(begin, count, View(s.length, s.reach))
                     verify(f"{text}: item {i}", reply.results[i],
                            *(np.concatenate([x, widen(new)], axis=1) for x, new in zip(stored, (k, v))))
-                s.last = Last(session, items[i].request_id, method, s.length, begin, (k, v), s.hist_end, a)
+                s.last = Last(session, items[i].request_id, method, s.length, begin, (k, v), s.reach, a)
                 s.append(begin, k, v)
                 agree(f"{text}: length", reply.results[i].length if step else reply.lengths[i],
-                      s.view(begin, count)[0] if step else s.length)
+                      s.view(begin, count).length if step else s.length)
 
         return Prepared(session, method, fields, done)
 
     def prepare_attend(self, session, sequences):
         begin, count = self.layers()
-        sequences = [s for s in sequences if s.view(begin, count) and s.view(begin, count)[0]]
+        sequences = [s for s in sequences if s.view(begin, count) and s.view(begin, count).length]
         if not sequences:
             return None
         a, params = self.params()
@@ -291,9 +302,9 @@ class Scenario:
             self.learn(session, s, begin, count)
         tensors, items, checks = Tensors(session, self.rng), [], []
         for s in sequences:
-            most = min(s.view(begin, count)[0], self.most_queries())
+            most = min(self.seen(s, begin, count, a.window), self.most_queries())
             n = int(self.rng.integers(1, most + 1)) if self.chance(0.4) else min(most, int(self.rng.integers(1, 5)))
-            fields, verify = self.queries(tensors, a, count, n)
+            fields, verify = self.queries(tensors, a, begin, count, n)
             items.append(self.kv.AttendItem(sequence=s.id, q_len=n, **fields))
             checks.append((s, verify, s.stored(begin, count)))
         text = f"Attend by {session.label}, layers {begin} to {begin + count - 1}, {a}: " + ", ".join(
@@ -334,13 +345,15 @@ class Scenario:
     def do_read(self):
         session, s = self.holder(lambda s: s.length)
         begin, count = self.layers()
-        if not s.view(begin, count) or not s.view(begin, count)[0]:
+        view = s.view(begin, count)
+        if not view or not view.length:
             return
-        at, end = sorted(int(x) for x in self.rng.integers(0, s.view(begin, count)[0] + 1, 2))
+        first = max(view.reach[p][0] for p in self.g.of_layers(begin, count))
+        at, end = sorted(int(x) for x in self.rng.integers(first, view.length + 1, 2))
         if at == end:
-            at, end = 0, s.view(begin, count)[0]
+            at, end = first, view.length
         self.say("read", f"ReadTokens by {session.label} of {s.id}, {at} to {end - 1}, layers {begin} to {begin + count - 1}, "
-                 f"{s.view(begin, count)}")
+                 f"{view}")
         self.read(session, s, begin, count, at, end)
 
     def do_create(self):
@@ -373,19 +386,21 @@ class Scenario:
 
     def do_unfinished(self):
         """An append of some layers that takes the window's first slots, or just does not, and then a truncation into the window."""
-        session, s = self.holder(lambda s: s.length > s.hist_end and not s.pending_layers)
-        tokens = s.hist_end + self.g.ring + int(self.rng.integers(-3, 10)) - s.length
-        if s.pending_layers or self.g.layers == 1 or s.length <= s.hist_end or not 0 < tokens <= MOST_TOKENS - s.length:
+        p = int(self.rng.integers(len(self.g.planes)))
+        session, s = self.holder(lambda s: s.length > s.reach[p][1] and not s.pending_layers)
+        end = s.reach[p][1]
+        tokens = end + self.g.planes[p].ring + int(self.rng.integers(-3, 10)) - s.length
+        if s.pending_layers or self.g.layers == 1 or s.length <= end or not 0 < tokens <= MOST_TOKENS - s.length:
             return
         self.prepare_append(session, [s], False, int(self.rng.integers(1, self.g.layers)), tokens).run()
-        self.truncate(session, s, int(self.rng.integers(s.hist_end, s.length + 1)))
+        self.truncate(session, s, int(self.rng.integers(end, s.length + 1)))
 
     def truncate(self, session, s, keep):
-        self.say("truncate", f"TruncateSequence by {session.label} of {s.id} from {s.length} (history to {s.hist_end}, "
+        self.say("truncate", f"TruncateSequence by {session.label} of {s.id} from {s.length} (history {s.reach}, "
                  f"{s.pending_layers} layers pending) to {keep}")
         code, reply = session.call("TruncateSequence", sequence=s.id, length=keep)
         if s.damaged(keep):
-            agree("truncation that an unfinished append has damaged", code, "FAILED_PRECONDITION")
+            agree("truncation that an unfinished append or a window has damaged", code, "FAILED_PRECONDITION")
         else:
             agree("TruncateSequence", (code, getattr(reply, "length", reply)), ("OK", keep))
             s.truncate(keep)
@@ -485,7 +500,7 @@ class Scenario:
         session = self.pick(others) if others and self.chance(0.4) else last.session
         self.learn(session, s, last.begin, last.layers)
         tensors, position, request_id = Tensors(session, self.rng), last.position, last.request_id
-        good = session is last.session and last.repeats(self.g)
+        good = session is last.session and last.repeats(s)
         if good and self.chance(0.15):
             position, good = s.length + 1, False
         elif good and self.chance(0.15):
@@ -497,7 +512,7 @@ class Scenario:
         params = self.kv.AttentionParams(scale=last.attention.scale, softcap=last.attention.softcap, window=last.attention.window,
                                          return_lse=last.attention.lse)
         if last.method == "Step":
-            more, check = self.queries(tensors, last.attention, last.layers, last.tokens)
+            more, check = self.queries(tensors, last.attention, last.begin, last.layers, last.tokens)
             call = dict(items=[self.kv.StepItem(**fields, **more)], params=params)
         else:
             call = dict(items=[self.kv.AppendItem(**fields)])
@@ -514,17 +529,18 @@ class Scenario:
         else:
             end = last.position + last.tokens
             agree("a repeat: length", reply.results[0].length, end)
-            check("a repeat", reply.results[0], *s.stored(last.begin, last.layers, (end, last.hist_end)))
+            check("a repeat", reply.results[0], *s.stored(last.begin, last.layers, last.then(s)))
 
     def do_direct(self):
-        if not self.direct_mode or not any(self.held(x) for x in self.sessions):
+        plain = len(self.g.planes) == 1 and not self.g.planes[0].window
+        if not self.direct_mode or not plain or not any(self.held(x) for x in self.sessions):
             return
         scenario_direct.decode(self)
 
     def do_wrong(self):
         """A call that must be refused, and then nothing has changed."""
         session, s = self.holder()
-        faults, tensors, length = {}, Tensors(session, self.rng), s.view(0, 1)[0]
+        faults, tensors, length = {}, Tensors(session, self.rng), s.view(0, 1).length
 
         def item(begin=0, tokens=1, **kw):
             k, v = self.rows(self.g.layers - begin, tokens)
@@ -538,8 +554,8 @@ class Scenario:
             q = self.rng.standard_normal((kw.get("layer_count", self.g.layers), n, self.g.q_heads, self.g.dims[0]), np.float32)
             return "Attend", dict(items=[self.kv.AttendItem(sequence=sequence, q_len=n, q=tensors.give(q))], **kw)
 
-        def read(at, n):
-            return "ReadTokens", dict(sequence=s.id, begin=at, tokens=n, layer_begin=0, layer_count=1)
+        def read(at, n, layer=0):
+            return "ReadTokens", dict(sequence=s.id, begin=at, tokens=n, layer_begin=layer, layer_count=1)
 
         def not_held():
             foreign = [x for x in self.sequences if session not in x.holders]
@@ -582,6 +598,14 @@ class Scenario:
         faults["too few bytes"] = "INVALID_ARGUMENT", too_short
         faults["more queries than tokens"] = "INVALID_ARGUMENT", lambda: attend(length + 1, layer_begin=0, layer_count=1)
         faults["tokens beyond the end"] = "INVALID_ARGUMENT", lambda: read(int(self.rng.integers(0, length + 1)), length + 1)
+        gone = [(layer, view.reach[p][0], self.g.planes[p]) for layer, p in enumerate(self.g.of)
+                if (view := s.view(layer, 1)).reach[p][0]]
+        if gone:
+            layer, first, plane = self.pick(gone)
+            end = s.view(layer, 1).length
+            faults["tokens that a window has freed"] = "FAILED_PRECONDITION", lambda: read(first - 1, 1, layer)
+            if (n := end - (first + plane.window - 2)) <= self.most_queries():
+                faults["queries that would see them"] = "FAILED_PRECONDITION", lambda: attend(n, layer_begin=layer, layer_count=1)
         faults["no tokens"] = "INVALID_ARGUMENT", lambda: read(0, 0)
         faults["a longer truncation"] = "INVALID_ARGUMENT", lambda: ("TruncateSequence", dict(sequence=s.id, length=s.length + 1))
         faults["twice in a call"] = "INVALID_ARGUMENT", lambda: append(item(), item())
@@ -617,7 +641,8 @@ class Scenario:
             for session in self.sessions:
                 self.describe(session)
                 for s in self.held(session, lambda s: s.length and not s.pending_layers):
-                    self.read(session, s, 0, self.g.layers, 0, s.length, both=True)
+                    for p, layer, n in self.g.runs(0, self.g.layers):
+                        self.read(session, s, layer, n, s.reach[p][0], s.length, both=True)
             self.leave()
         finally:
             for session in self.sessions:
