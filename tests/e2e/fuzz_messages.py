@@ -1,5 +1,6 @@
 """Random requests: any message by its descriptor, requests that are nearly right, and damage to their bytes."""
 import random
+import struct
 
 from google.protobuf.descriptor import FieldDescriptor as F
 
@@ -128,8 +129,11 @@ class Maker:
             self.r, kind in (kv.AttendRequest, kv.ReadTokensRequest, kv.ForkSequenceRequest, kv.TruncateSequenceRequest))
         if kind is kv.OpenSessionRequest:
             ticket = self.known.unused.pop() if self.known.unused else ""
-            return kind(ticket=ticket, layout=self.layout(), lease_ms=3000,
-                        namespace_name=self.r.choice(["", "", "fuzz"]))
+            m = kind(ticket=ticket, layout=self.layout(), lease_ms=3000, namespace_name=self.r.choice(["", "", "fuzz"]))
+            if self.r.random() < 0.5:
+                m.pages = True
+                m.layout.windows.CopyFrom(kv.Windows())
+            return m
         if kind is kv.CreateSequencesRequest:
             return kind(session=s, count=self.r.choice([1, 2, 5]), request_id=self.r.choice([0, 1, 2, self.r.getrandbits(40)]))
         if kind is kv.RegisterBufferRequest:
@@ -163,11 +167,47 @@ class Maker:
             return kind(name="nobody@none")
         if kind is kv.ForkSequenceRequest:
             return kind(session=s, sequence=q, count=2)
+        if kind in (kv.LookupPagesRequest, kv.PutPagesRequest, kv.GetPagesRequest):
+            m = kind(session=s, space=self.r.choice([b"x", b"y"]), key_bytes=16)
+            if kind is kv.LookupPagesRequest:
+                m.requests.extend(self.keys() for _ in range(self.r.choice([1, 1, 3])))
+                m.lease_ms = self.r.choice([0, 0, 50, 2000])
+                return m
+            m.keys = self.keys()
+            if kind is kv.PutPagesRequest:
+                n = 64 * len(m.keys) // 16
+                m.k.CopyFrom(self.tensor(s, KV_HEADS, n))
+                m.v.CopyFrom(self.tensor(s, KV_HEADS, n))
+                m.exact = self.r.choice([b"", bytes(n // 64), bytes([1]) * (n // 64)])
+            return m
+        if kind is kv.MatchPrefixRequest:
+            m = kind(session=s, requests=[self.prompt() for _ in range(self.r.choice([1, 1, 4]))], lease_ms=self.r.choice([0, 50, 2000]),
+                     tiers=self.r.random() < 0.2, restore_ms=self.r.choice([0, 0, 20]))
+            m.wait_ms = self.r.choice([0, 0, 20]) if len(m.requests) == 1 else 0
+            return m
+        if kind is kv.PublishBlocksRequest:
+            return kind(session=s, items=[kv.PublishItem(sequence=q, keys=self.prompt(), end=self.r.random() < 0.5)])
+        if kind is kv.AdoptPrefixRequest:
+            return kind(session=s, request_id=self.r.getrandbits(40), items=[kv.AdoptItem(lease=self.r.randrange(1, 200),
+                        keep=self.r.random() < 0.3)])
+        if kind is kv.ReleasePrefixRequest:
+            return kind(session=s, leases=[self.r.randrange(1, 200) for _ in range(5)])
+        if kind in (admin.ListPrefixesRequest, admin.DropPrefixRequest):
+            return kind(namespace_name=self.r.choice(["default", "fuzz"]))
         if kind is kv.FreeSequencesRequest:
             return kind(session=s, sequences=[q], unpublish=True)
         if kind is kv.TruncateSequenceRequest:
             return kind(session=s, sequence=q, length=self.r.randrange(at + 1))
         return self.fill(kind())
+
+    def keys(self):
+        """Of pages that others may have put, some of them twice."""
+        return b"".join(bytes([self.r.randrange(12)]) * 16 for _ in range(self.r.choice([1, 2, 3, 9])))
+
+    def prompt(self):
+        begin = self.r.randrange(2)
+        tokens = b"".join(struct.pack("<I", begin + i) for i in range(self.r.choice([64, 128, 200])))
+        return kv.PrefixKeys(tokens=tokens) if self.r.random() < 0.5 else kv.PrefixKeys(block_keys=self.keys(), key_bytes=16)
 
     # -- bytes ------------------------------------------------------------------------------------
 

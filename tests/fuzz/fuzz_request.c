@@ -15,36 +15,22 @@ static size_t allocated(void)
     return __sanitizer_get_current_allocated_bytes ? __sanitizer_get_current_allocated_bytes() : 0;
 }
 
-#define KV(name) &kvd__v1__##name##_request__descriptor
-static const ProtobufCMessageDescriptor *const types[] = {
-    KV(open_session),
-    KV(close_session),
-    KV(keep_alive),
-    KV(register_buffer),
-    KV(release_buffer),
-    KV(create_sequences),
-    KV(fork_sequence),
-    KV(truncate_sequence),
-    KV(publish_sequence),
-    KV(attach_sequence),
-    KV(free_sequences),
-    KV(describe_sequences),
-    KV(append),
-    KV(attend),
-    KV(step),
-    KV(rotate),
-    KV(read_tokens),
-    KV(map_sequences),
-    KV(watch),
-    KV(ping),
-    KV(list_sequences),
-    KV(set_quota),
-    KV(evict),
-    KV(drain),
-    KV(set_log_level),
-    KV(fetch_rotation_set),
-    &grpc__health__v1__health_check_request__descriptor,
-};
+// All methods, in the order of the services and of their files.
+static const ProtobufCServiceDescriptor *const services[] = {&kvd__v1__kv_cache__descriptor,
+                                                             &kvd__v1__admin__descriptor,
+                                                             &grpc__health__v1__health__descriptor};
+
+static const ProtobufCMessageDescriptor *type_of(unsigned choice)
+{
+    unsigned n = 0;
+    for (size_t i = 0; i < KVD_LEN(services); i++)
+        n += services[i]->n_methods;
+    choice %= n;
+    size_t s = 0;
+    for (; choice >= services[s]->n_methods; s++)
+        choice -= services[s]->n_methods;
+    return services[s]->methods[choice].input;
+}
 
 static ProtobufCMessage *unpack(const ProtobufCMessageDescriptor *type, const uint8_t *data,
                                 size_t size)
@@ -67,9 +53,11 @@ static void check_text(const char *text)
             abort(); // a control character in a name
 }
 
-// Every string of a message, and of those in it.
+// Every string of a message, and of those in it; and none of them has lost a field.
 static void check_texts(const ProtobufCMessage *m)
 {
+    if (m->n_unknown_fields)
+        abort();
     for (unsigned i = 0; i < m->descriptor->n_fields; i++) {
         const ProtobufCFieldDescriptor *f = &m->descriptor->fields[i];
         const uint8_t *at = (const uint8_t *)m + f->offset;
@@ -92,7 +80,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     ready = true;
     if (size < 1)
         return 0;
-    const ProtobufCMessageDescriptor *type = types[data[0] % KVD_LEN(types)];
+    const ProtobufCMessageDescriptor *type = type_of(data[0]);
     // gRPC's threads take and give back memory meanwhile: what is too much once is looked at again.
     ProtobufCMessage *m = NULL;
     for (int tries = 0; !m; tries++) {

@@ -10,7 +10,7 @@ import types
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "e2e"))
-from conftest import admin, kv  # noqa: E402
+from conftest import admin, health, kv  # noqa: E402
 
 out = pathlib.Path(sys.argv[1])
 
@@ -113,6 +113,7 @@ write("config", "wrong", b"pool-size = 1\n[kvd]\nthreads = -1\nthreads = 5\n[nam
 ref = kv.TensorRef(buffer=1, offset=64, layer_stride=4096, token_stride=256, head_stride=128, dtype=1, inline_data=b"1234")
 fence = kv.Fence(buffer=1, offset=4, value=9)
 session = "0123456789abcdef" * 2
+prefix = kv.PrefixKeys(extra=[b"lora"], tokens=bytes(256))
 layout = kv.Layout(layers=range(5), q_heads=8, kv_heads=2, head_dim_k=64, head_dim_v=64, codec="int2",
                        rotation_set="hadamard", windows=kv.Windows(sink=64, recent=256))
 params = kv.AttentionParams(scale=.5, softcap=30, window=100, return_lse=True)
@@ -138,9 +139,23 @@ requests = [
     admin.ListSequencesRequest(namespace_name="n", limit=4), admin.SetQuotaRequest(namespace_name="n", quota_bytes=1),
     admin.EvictRequest(namespace_name="n", name="x", bytes=1), admin.DrainRequest(timeout_ms=1),
     admin.SetLogLevelRequest(level="info"), admin.FetchRotationSetRequest(name="a@b"),
+    kv.MatchPrefixRequest(session=session, requests=[prefix] * 2, lease_ms=9, quiet=True, restore_ms=8, tiers=True),
+    kv.PublishBlocksRequest(session=session, items=[kv.PublishItem(sequence=5, keys=prefix, end=True)]),
+    kv.AdoptPrefixRequest(session=session, request_id=1, items=[kv.AdoptItem(lease=7, blocks=2, keep=True)]),
+    kv.ReleasePrefixRequest(session=session, leases=[1, 1 << 40]),
+    kv.LookupPagesRequest(session=session, space=b"space", requests=[bytes(64), b""], key_bytes=16, lease_ms=9, quiet=True),
+    kv.PutPagesRequest(session=session, space=b"space", keys=bytes(40), key_bytes=20, after=bytes(20), exact=b"\0\1", k=ref, v=ref),
+    kv.GetPagesRequest(session=session, space=b"space", keys=bytes(48), key_bytes=24, k=ref, v=ref),
+    admin.ListPrefixesRequest(namespace_name="n", limit=4), admin.ExplainPrefixRequest(namespace_name="n", key=bytes(24)),
+    admin.PinPrefixRequest(namespace_name="n", key=bytes(24), seconds=9), admin.DropPrefixRequest(namespace_name="n"),
+    health.HealthCheckRequest(service="kvd"),
 ]
-for i, message in enumerate(requests):
-    write("request", message.DESCRIPTOR.name, bytes([i]) + message.SerializeToString())
+services = [kv.DESCRIPTOR.services_by_name["KvCache"], admin.DESCRIPTOR.services_by_name["Admin"],
+            health.DESCRIPTOR.services_by_name["Health"]]
+numbers = {m.input_type.full_name: i for i, m in reversed(list(enumerate(m for s in services for m in s.methods)))}
+for message in requests:
+    number = numbers[message.DESCRIPTOR.full_name]
+    write("request", message.DESCRIPTOR.name, bytes([number]) + message.SerializeToString())
 
 # -- the fd socket: steps of four bytes (fuzz_fdsock.c) --------------------------------------------
 
