@@ -156,6 +156,12 @@ int kvd_blocks_behind(struct kvd_pool *pool, const struct kvd_blocks_space *spac
 int kvd_blocks_bring_back(struct kvd_pool *pool, struct kvd_blocks_load *load,
                           struct kvd_blocks_at *at, struct kvd_error *err);
 
+// The same for a page (flat.c), behind the page `after` if that is there (NULL: none). *entry is
+// its entry, held.
+int kvd_blocks_bring_back_page(struct kvd_pool *pool, struct kvd_blocks_load *load,
+                               const struct kvd_prefix_key *after, uint32_t *entry,
+                               struct kvd_error *err);
+
 // -- pages (flat.c): blocks under keys that are not chained ---------------------------------------
 //
 // An engine that keeps KV of its own puts single blocks under keys of its own, and gets them back:
@@ -166,6 +172,10 @@ int kvd_blocks_bring_back(struct kvd_pool *pool, struct kvd_blocks_load *load,
 // that are there count as used.
 void kvd_blocks_find_pages(struct kvd_pool *pool, const struct kvd_blocks_space *space, bool use,
                            const struct kvd_prefix_key *keys, uint32_t n, uint32_t *entries);
+// Of n <= KVD_BLOCKS_MAX keys, in which planes they have pages, as bits; 0 for those that are not
+// there.
+void kvd_blocks_page_planes(const struct kvd_pool *pool, const struct kvd_blocks_space *space,
+                            const struct kvd_prefix_key *keys, uint32_t n, uint8_t *planes);
 // Holds entries until they are released, and leaves in the list those that were held, as they keep
 // the others; *held: how many. All or none. KVD_E_LIMIT.
 int kvd_blocks_hold_pages(struct kvd_pool *pool, uint32_t ns, uint32_t *entries, uint32_t n,

@@ -188,26 +188,68 @@ static int take_entry(struct kvd_pool *pool, const struct kvd_blocks_load *load,
     return rc;
 }
 
+// Makes the entry of a block behind `parent`, which is held, and holds it; its domain too stays.
+static int hold_entry(struct kvd_pool *pool, const struct kvd_blocks_load *load, uint32_t domain,
+                      uint32_t parent, uint32_t *entry, struct kvd_error *err)
+{
+    int rc = take_entry(pool, load, domain, parent, entry, err);
+    return rc ? rc : kvd_prefix_hold(pool->kept[load->space.ns]->ix, *entry, err);
+}
+
+// The block has its pages, and is put down.
+static void give_pages(struct kvd_pool *pool, struct kvd_blocks_load *load, uint32_t entry)
+{
+    uint32_t page[KVD_MAX_PLANES];
+    for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
+        page[p] = load->plane[p].page;
+    kept_refer(pool, pool->kept[load->space.ns], load->space.layout, entry, page);
+    kvd_blocks_put_down(pool, load);
+}
+
+int kvd_blocks_bring_back_page(struct kvd_pool *pool, struct kvd_blocks_load *load,
+                               const struct kvd_prefix_key *after, uint32_t *entry,
+                               struct kvd_error *err)
+{
+    uint32_t domain, parent = KVD_PREFIX_NONE;
+    struct kept *k;
+    int rc = kept_open(pool, load->space.ns, &k, err);
+    if (rc == KVD_OK)
+        rc = blocks_domain(pool, k, &load->space, &domain, err);
+    if (rc)
+        return rc;
+    *entry = kvd_prefix_entry(k->ix, domain, &load->key);
+    if (*entry != KVD_PREFIX_NONE) { // wherever it is
+        rc = kvd_prefix_hold(k->ix, *entry, err);
+    } else {
+        if (after)
+            parent = kvd_prefix_entry(k->ix, domain, after);
+        if (parent != KVD_PREFIX_NONE && kvd_prefix_hold(k->ix, parent, NULL))
+            parent = KVD_PREFIX_NONE;
+        rc = hold_entry(pool, load, domain, parent, entry, err);
+        if (parent != KVD_PREFIX_NONE)
+            kvd_prefix_release(k->ix, parent);
+    }
+    kvd_prefix_domain_release(k->ix, domain);
+    if (rc == KVD_OK)
+        give_pages(pool, load, *entry);
+    return rc;
+}
+
 int kvd_blocks_bring_back(struct kvd_pool *pool, struct kvd_blocks_load *load,
                           struct kvd_blocks_at *at, struct kvd_error *err)
 {
     const struct kvd_blocks_space *space = &load->space;
-    uint32_t page[KVD_MAX_PLANES], domain, entry;
+    uint32_t domain, entry;
     struct kept *k;
     int rc = kept_open(pool, space->ns, &k, err);
     if (rc == KVD_OK)
         rc = blocks_domain(pool, k, space, &domain, err);
     if (rc)
         return rc;
-    rc = take_entry(pool, load, domain, at->blocks ? at->entry : KVD_PREFIX_NONE, &entry, err);
-    if (rc == KVD_OK)
-        rc = kvd_prefix_hold(k->ix, entry, err);
+    rc = hold_entry(pool, load, domain, at->blocks ? at->entry : KVD_PREFIX_NONE, &entry, err);
     kvd_prefix_domain_release(k->ix, domain);
     if (rc)
         return rc;
-    for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
-        page[p] = load->plane[p].page;
-    kept_refer(pool, k, space->layout, entry, page);
     if (at->blocks)
         kvd_blocks_release(pool, at);
     *at = (struct kvd_blocks_at){.ns = space->ns,
@@ -215,6 +257,6 @@ int kvd_blocks_bring_back(struct kvd_pool *pool, struct kvd_blocks_load *load,
                                  .blocks = at->blocks + 1,
                                  .entry = entry,
                                  .depth = at->blocks + 1};
-    kvd_blocks_put_down(pool, load);
+    give_pages(pool, load, entry);
     return KVD_OK;
 }

@@ -36,6 +36,24 @@ void kvd_blocks_find_pages(struct kvd_pool *pool, const struct kvd_blocks_space 
         kvd_prefix_use(k->ix, entries, n);
 }
 
+void kvd_blocks_page_planes(const struct kvd_pool *pool, const struct kvd_blocks_space *space,
+                            const struct kvd_prefix_key *keys, uint32_t n, uint8_t *planes)
+{
+    const struct kept *k = pool->kept ? pool->kept[space->ns] : NULL;
+    uint32_t domain = k ? kvd_prefix_domain_find(k->ix, space->domain) : KVD_PREFIX_NONE;
+    memset(planes, 0, n);
+    for (uint32_t i = 0; i < n && domain != KVD_PREFIX_NONE; i++) {
+        struct kvd_prefix_entry_info e;
+        uint32_t entry = kvd_prefix_entry(k->ix, domain, &keys[i]);
+        if (entry == KVD_PREFIX_NONE)
+            continue;
+        kvd_prefix_get(k->ix, entry, &e);
+        for (uint32_t p = 0; p < pool->layout[space->layout].l.n_planes; p++)
+            if (kept_page(pool, k, space->layout, e.value, p) != KVD_POOL_NONE)
+                planes[i] |= (uint8_t)(1u << p);
+    }
+}
+
 int kvd_blocks_hold_pages(struct kvd_pool *pool, uint32_t ns, uint32_t *entries, uint32_t n,
                           uint32_t *held, struct kvd_error *err)
 {

@@ -120,6 +120,8 @@ int kvctl_call(struct kvctl *k, const char *method, const void *request,
 // The same as an operator: fetches a ticket from the fd socket first.
 int kvctl_operator_call(struct kvctl *k, const char *method, const void *request,
                         const ProtobufCMessageDescriptor *reply_type, void *reply);
+// Finds the daemon, and shows it an operator's ticket in all calls from then on. An exit code.
+int kvctl_as_operator(struct kvctl *k);
 struct kvd_channel *kvctl_channel(struct kvctl *k, struct kvd_error *err);
 // Forgets the daemon that was spoken to.
 void kvctl_hang_up(struct kvctl *k);
@@ -182,6 +184,7 @@ COMMAND(prefix_pin);
 COMMAND(prefix_unpin);
 COMMAND(prefix_drop);
 COMMAND(why);
+COMMAND(events); // events.c
 COMMAND(drain);
 COMMAND(reload);
 COMMAND(log_level);

@@ -85,8 +85,7 @@ int kvctl_call(struct kvctl *k, const char *method, const void *request,
     return EXIT_OK;
 }
 
-int kvctl_operator_call(struct kvctl *k, const char *method, const void *request,
-                        const ProtobufCMessageDescriptor *reply_type, void *reply)
+int kvctl_as_operator(struct kvctl *k)
 {
     struct kvd_error err = {0};
     char ticket[33];
@@ -101,7 +100,14 @@ int kvctl_operator_call(struct kvctl *k, const char *method, const void *request
             return kvctl_fail(&err);
         kvd_channel_set_ticket(k->channel, ticket);
     }
-    return kvctl_call(k, method, request, reply_type, reply);
+    return EXIT_OK;
+}
+
+int kvctl_operator_call(struct kvctl *k, const char *method, const void *request,
+                        const ProtobufCMessageDescriptor *reply_type, void *reply)
+{
+    int code = kvctl_as_operator(k);
+    return code ? code : kvctl_call(k, method, request, reply_type, reply);
 }
 
 int main(int argc, char **argv)

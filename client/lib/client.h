@@ -69,6 +69,7 @@ struct kvd_client {
     struct kvd_stream *events;
     Kvd__V1__Event *last_event; // whose keys the program may be reading
     uint64_t events_epoch;
+    uint64_t last_number; // of the event that was seen last; 0: none
     kvd_direct *direct;
     pthread_mutex_t enqueuer_lock; // of its making
     struct kvd_enqueuer *enqueuer; // made on first use
@@ -181,6 +182,12 @@ int kvd_inline_receive(const kvd_tensor_ref *t, struct kvd_dims d, const Protobu
 // lease.c: keeps a session over TCP alive. Stopping may be done twice.
 int kvd_lease_start(kvd_client *c, struct kvd_error *err);
 void kvd_lease_stop(kvd_client *c);
+
+// prompts.c: what tiers of these names have, at their places in a kvd_match or kvd_found. Those
+// that this libkvd does not know are left out.
+enum { KVD_CLIENT_TIERS = 3 };
+void kvd_take_behind(char *const *tiers, size_t n_tiers, const uint32_t *behind, size_t n_behind,
+                     uint32_t out[KVD_CLIENT_TIERS]);
 
 // buffers.c: registers a buffer that has its memory and links it to the client. On failure *b is
 // not freed.

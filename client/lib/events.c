@@ -28,6 +28,7 @@ static int open_stream(kvd_client *c, uint64_t deadline, struct kvd_error *err)
         kvd_stream_free(&c->events);
     if (!c->events) {
         req.session = c->session;
+        req.after = c->last_number;
         c->events_epoch = c->epoch;
         c->events = kvd_stream_open(c->channel, "/kvd.v1.KvCache/Watch", &req, err);
     }
@@ -67,6 +68,9 @@ kvd_result kvd_next_event(kvd_client *c, uint32_t timeout_ms, kvd_event *out, kv
         found.parent = event->parent.len == KVD_BLOCK_KEY ? event->parent.data : NULL;
         found.tokens = event->tokens;
         found.miss = (kvd_miss)event->miss;
+        found.number = event->number;
+        snprintf(found.tier, sizeof(found.tier), "%s", event->tier);
+        c->last_number = event->number;
         kvd__v1__event__free_unpacked(c->last_event, NULL);
         c->last_event = event;
     }

@@ -81,9 +81,11 @@ static int fill_lookup(const kvd_bytes *space, const kvd_page_keys *requests, ui
     return KVD_OK;
 }
 
-static void give_found(const Kvd__V1__FoundPages *from, kvd_found *out)
+static void give_found(const Kvd__V1__LookupPagesReply *reply, const Kvd__V1__FoundPages *from,
+                       kvd_found *out)
 {
-    kvd_found found = {.pages = from->pages, .lease = from->lease};
+    kvd_found found = {.pages = from->pages, .lease = from->lease, .restored = from->restored};
+    kvd_take_behind(reply->tiers, reply->n_tiers, from->behind, from->n_behind, found.behind);
     memcpy((uint8_t *)&found.kinds, (const uint8_t *)out + offsetof(kvd_found, kinds),
            sizeof(found.kinds));
     if (found.kinds && from->kinds.len)
@@ -98,8 +100,9 @@ static kvd_result send_lookup(kvd_client *c, Kvd__V1__LookupPagesRequest *req, k
     struct kvd_error e = {0};
     uint32_t step;
     memcpy(&step, out, sizeof(step));
-    kvd_result rc = kvd_client_call(c, METHOD("LookupPages"), req, &req->session,
-                                    &kvd__v1__lookup_pages_reply__descriptor, &reply, err);
+    kvd_result rc = kvd_client_call_until(c, METHOD("LookupPages"), req, &req->session,
+                                          &kvd__v1__lookup_pages_reply__descriptor, &reply,
+                                          kvd_client_deadline(c) + req->restore_ms, err);
     if (rc)
         return rc;
     bool fits = reply->n_found == req->n_requests;
@@ -107,7 +110,7 @@ static kvd_result send_lookup(kvd_client *c, Kvd__V1__LookupPagesRequest *req, k
         fits = reply->found[i]->kinds.len * req->key_bytes == req->requests[i].len &&
                reply->found[i]->pages <= reply->found[i]->kinds.len;
     for (size_t i = 0; i < reply->n_found && fits; i++)
-        give_found(reply->found[i], (kvd_found *)(void *)((uint8_t *)out + i * step));
+        give_found(reply, reply->found[i], (kvd_found *)(void *)((uint8_t *)out + i * step));
     kvd__v1__lookup_pages_reply__free_unpacked(reply, NULL);
     if (fits)
         return KVD_SUCCESS;
@@ -116,11 +119,19 @@ static kvd_result send_lookup(kvd_client *c, Kvd__V1__LookupPagesRequest *req, k
 }
 
 kvd_result kvd_pages_lookup(kvd_client *c, const kvd_bytes *space, const kvd_page_keys *requests,
-                            uint32_t count, uint32_t lease_ms, kvd_found *out, kvd_failure *err)
+                            uint32_t count, const kvd_match_options *options, kvd_found *out,
+                            kvd_failure *err)
 {
     KVD_WANT(err, "client", c, "space", space, "requests", requests, "out", out);
     Kvd__V1__LookupPagesRequest req = KVD__V1__LOOKUP_PAGES_REQUEST__INIT;
     struct kvd_error e = {0};
+    kvd_match_options o = KVD_NEW(kvd_match_options);
+    if (options && kvd_sized_take(&kvd_sized_match_options, options, &o, &e))
+        return kvd_client_fail(err, &e);
+    if (o.wait_ms) {
+        kvd_fail(&e, KVD_E_INVALID, "wait_ms is %u: nobody waits for pages", o.wait_ms);
+        return kvd_client_fail(err, &e);
+    }
     if (count < 1 || count > KVD_MAX_CALL_PROMPTS) {
         kvd_fail(&e, KVD_E_INVALID, "%u requests; 1 to %d are possible", count,
                  KVD_MAX_CALL_PROMPTS);
@@ -130,7 +141,10 @@ kvd_result kvd_pages_lookup(kvd_client *c, const kvd_bytes *space, const kvd_pag
     if (!lists)
         kvd_fail(&e, KVD_E_INTERNAL, "out of memory");
     req.requests = lists;
-    req.lease_ms = lease_ms;
+    req.lease_ms = o.lease_ms;
+    req.restore_ms = o.restore_ms;
+    req.tiers = o.tiers;
+    req.quiet = o.quiet;
     if (e.code || check_client(c, space, &e) || fill_lookup(space, requests, count, out, &req, &e))
         return kvd_client_fail(err, &e);
     return send_lookup(c, &req, out, err);

@@ -59,16 +59,16 @@ static int fill(const kvd_prompt *from, struct wire *to, struct kvd_error *err)
     return KVD_OK;
 }
 
-// Tiers of names that this libkvd does not know are left out.
-static void give_behind(const Kvd__V1__MatchPrefixReply *reply, const Kvd__V1__PrefixMatch *m,
-                        kvd_match *out)
+void kvd_take_behind(char *const *tiers, size_t n_tiers, const uint32_t *behind, size_t n_behind,
+                     uint32_t out[KVD_CLIENT_TIERS])
 {
     static const char *const names[] = {"host", "directory", "redis"};
-    _Static_assert(KVD_LEN(names) == KVD_LEN(out->behind), "a name each");
-    for (size_t i = 0; i < m->n_behind && i < reply->n_tiers; i++)
+    _Static_assert(KVD_LEN(names) == KVD_CLIENT_TIERS, "a name each");
+    _Static_assert(KVD_LEN(((kvd_match *)0)->behind) == KVD_CLIENT_TIERS, "a place each");
+    for (size_t i = 0; i < n_behind && i < n_tiers; i++)
         for (size_t t = 0; t < KVD_LEN(names); t++)
-            if (strcmp(reply->tiers[i], names[t]) == 0)
-                out->behind[t] = m->behind[i];
+            if (strcmp(tiers[i], names[t]) == 0)
+                out[t] = behind[i];
 }
 
 static void give_match(const Kvd__V1__MatchPrefixReply *reply, const Kvd__V1__PrefixMatch *m,
@@ -82,7 +82,7 @@ static void give_match(const Kvd__V1__MatchPrefixReply *reply, const Kvd__V1__Pr
                        .miss = (kvd_miss)m->miss,
                        .missed = m->miss_time,
                        .restored = m->restored};
-    give_behind(reply, m, &found);
+    kvd_take_behind(reply->tiers, reply->n_tiers, m->behind, m->n_behind, found.behind);
     kvd_sized_give(&kvd_sized_match, &found, out);
 }
 

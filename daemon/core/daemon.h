@@ -27,6 +27,7 @@ struct kvd_exec;
 struct kvd_fdsock;
 struct kvd_pieceworks;
 struct kvd_fences;
+struct kvd_events;
 struct kvd_fetch;
 struct kvd_http;
 struct kvd_keep;
@@ -97,6 +98,7 @@ struct kvd_daemon {
     struct kvd_fdsock *fdsock;
     struct kvd_http *http;
     struct kvd_evict *evict;
+    struct kvd_events *events;
     struct kvd_pieceworks *pieceworks;
     struct kvd_tiers *tiers;       // NULL: there are none
     struct kvd_demotion *demotion; // NULL: the same; so is this

@@ -21,3 +21,11 @@ void kvd_parts_block_gone(struct kvd_daemon *d, uint32_t ns,
         if ((*p)->block_gone)
             (*p)->block_gone(d, ns, removed);
 }
+
+void kvd_parts_blocks_stored(struct kvd_daemon *d, uint32_t ns, const struct kvd_prefix_key *keys,
+                             uint32_t n, const struct kvd_prefix_key *parent)
+{
+    for (const struct kvd_part *const *p = d->parts; *p; p++)
+        if ((*p)->blocks_stored)
+            (*p)->blocks_stored(d, ns, keys, n, parent);
+}

@@ -33,6 +33,10 @@ struct kvd_part {
     void (*evicted)(struct kvd_daemon *d, uint32_t ns, uint64_t seq, const char *name);
     // A block of a namespace's prefix index is gone.
     void (*block_gone)(struct kvd_daemon *d, uint32_t ns, const struct kvd_prefix_removed *removed);
+    // Blocks of a namespace's prefix index are there, each behind the one before it and the first
+    // behind `parent` (NULL: none, or not known).
+    void (*blocks_stored)(struct kvd_daemon *d, uint32_t ns, const struct kvd_prefix_key *keys,
+                          uint32_t n, const struct kvd_prefix_key *parent);
     // Renders its metrics (metrics.h).
     void (*metrics)(struct kvd_daemon *d, FILE *f);
 };
@@ -42,5 +46,7 @@ void kvd_parts_session_ends(struct kvd_daemon *d, struct kvd_session *s);
 void kvd_parts_evicted(struct kvd_daemon *d, uint32_t ns, uint64_t seq, const char *name);
 void kvd_parts_block_gone(struct kvd_daemon *d, uint32_t ns,
                           const struct kvd_prefix_removed *removed);
+void kvd_parts_blocks_stored(struct kvd_daemon *d, uint32_t ns, const struct kvd_prefix_key *keys,
+                             uint32_t n, const struct kvd_prefix_key *parent);
 
 #endif

@@ -39,7 +39,7 @@ struct kvd_method {
 };
 
 enum {
-    KVD_EVENT_SLOTS = 256,        // messages that wait for a slow reader of a stream
+    KVD_STREAM_SLOTS = 256,       // messages that wait for a slow reader of a stream
     KVD_HELLO_TIMEOUT_MS = 10000, // a connection must have said something by then
 };
 
@@ -77,10 +77,9 @@ struct kvd_call {
     struct kvd_out *out; // that are to be sent
     uint32_t out_count;
     bool sending, closed, finishing, finished;
-    uint64_t lost;
-    struct kvd_session *session;
     struct kvd_call *next_watch;
     void (*on_closed)(struct kvd_call *call);
+    void (*on_room)(struct kvd_call *call); // a message was sent
     // A call that is being worked on elsewhere
     void *work;
 };
@@ -101,8 +100,10 @@ void kvd_call_fail_error(struct kvd_call *call, const struct kvd_error *err);
 int kvd_call_reserve(struct kvd_call *call, size_t n, struct kvd_error *err);
 bool kvd_call_expired(const struct kvd_call *call);
 
-// Streams: sends a message, or counts it as lost when KVD_EVENT_SLOTS wait already.
-void kvd_call_send(struct kvd_call *call, const void *message);
+// Streams: sends a message. False: KVD_STREAM_SLOTS wait already, or the client has too much that
+// it does not read; it is not sent.
+bool kvd_call_send(struct kvd_call *call, const void *message);
+bool kvd_call_send_packed(struct kvd_call *call, const uint8_t *data, size_t len);
 void kvd_call_finish(struct kvd_call *call, int code, const char *text);
 
 // The value of a metadata key as text, "" if absent. Writes at most cap bytes.

@@ -1,5 +1,6 @@
 // Streaming calls: messages wait in a list of their own and go out one at a time.
 #include <grpc/byte_buffer.h>
+#include <grpc/slice.h>
 #include <utlist.h>
 
 #include "daemon/rpc/rpc_internal.h"
@@ -19,6 +20,8 @@ static void on_sent(struct kvd_tag *tag, bool ok)
     kvd_call_sent(c);
     if (ok && !c->closed)
         stream_pump(c);
+    if (ok && !c->closed && !c->finishing && c->on_room)
+        c->on_room(c);
     stream_maybe_free(c);
 }
 
@@ -64,21 +67,41 @@ static void stream_pump(struct kvd_call *c)
     grpc_call_start_batch(c->call, &op, 1, &c->send_tag, NULL);
 }
 
-void kvd_call_send(struct kvd_call *call, const void *message)
+// Room in the line for a message of n bytes. NULL: there is none.
+static struct kvd_out *take_place(struct kvd_call *call, size_t n)
 {
-    if (call->closed || call->finishing)
-        return;
-    struct kvd_out *out = call->out_count < KVD_EVENT_SLOTS ? calloc(1, sizeof(*out)) : NULL;
-    if (!out || kvd_call_reserve(call, protobuf_c_message_get_packed_size(message), NULL)) {
+    struct kvd_out *out = call->out_count < KVD_STREAM_SLOTS ? calloc(1, sizeof(*out)) : NULL;
+    if (!out || kvd_call_reserve(call, n, NULL)) {
         free(out);
-        call->lost++;
-        call->d->metrics.events_lost++;
-        return;
+        return NULL;
     }
-    out->bytes = kvd_message_pack(message);
     DL_APPEND2(call->out, out, previous, next);
     call->out_count++;
+    return out;
+}
+
+bool kvd_call_send(struct kvd_call *call, const void *message)
+{
+    if (call->closed || call->finishing)
+        return true;
+    struct kvd_out *out = take_place(call, protobuf_c_message_get_packed_size(message));
+    if (!out)
+        return false;
+    out->bytes = kvd_message_pack(message);
     stream_pump(call);
+    return true;
+}
+
+bool kvd_call_send_packed(struct kvd_call *call, const uint8_t *data, size_t len)
+{
+    if (call->closed || call->finishing)
+        return true;
+    struct kvd_out *out = take_place(call, len);
+    if (!out)
+        return false;
+    out->bytes = kvd_message_wrap(grpc_slice_from_copied_buffer((const char *)data, len));
+    stream_pump(call);
+    return true;
 }
 
 void kvd_call_finish(struct kvd_call *call, int code, const char *text)

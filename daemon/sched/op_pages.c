@@ -223,6 +223,9 @@ static void conclude_put(struct kvd_daemon *d, struct kvd_work *w, bool commit)
         kvd_pool_append_commit(d->pool, &item->append);
         kvd_blocks_publish_pages(d->pool, &p->spaces[space], item->seq,
                                  p->keys[space] + p->first[i], n, before(w, i), &stored, &p->err);
+        if (stored)
+            kvd_parts_blocks_stored(d, p->spaces[space].ns, p->keys[space] + p->first[i], n,
+                                    before(w, i));
         p->stored += stored;
     }
     count->put += p->stored;

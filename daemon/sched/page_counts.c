@@ -28,6 +28,7 @@ static void metrics(struct kvd_daemon *d, FILE *f)
     {"kvd_pages_" what "_total", help, offsetof(struct kvd_page_count, field)}
         ROW("looked_up", looked_up, "Pages that were looked up, of 64 tokens each."),
         ROW("found", found, "Of those, pages that were there."),
+        ROW("restored", restored, "Pages that were brought back from tiers for a lookup."),
         ROW("put", put, "Pages that were stored."),
         ROW("put_known", known, "Pages that were put and were there already."),
         ROW("put_bytes", put_bytes, "Bytes of bf16 K and V that were stored as pages."),

@@ -10,14 +10,17 @@
 
 #include "daemon/core/lifecycle.h"
 #include "daemon/sched/exec.h"
+#include "daemon/service/events.h"
 #include "daemon/service/layout.h"
 #include "daemon/session/scrub.h"
 #include "daemon/tier/tiers.h"
+#include "kvd.pb-c.h"
 #include "pool/blocks.h"
 
 enum {
     BATCH = 16, // blocks
     BATCH_BYTES = 1 << 20,
+    TOLD = 256,    // blocks in an event
     AGAIN_MS = 50, // looks whether a tier takes more
 };
 
@@ -41,7 +44,36 @@ struct kvd_demotion {
     uint32_t ns; // that had the last batch
     struct kvd_fair_flow flows[KVD_MAX_NAMESPACES];
     uint64_t blocks, bytes, again, damaged;
+    // Blocks that tiers have now, and that has not been told of.
+    struct kvd_prefix_key moved[TOLD];
+    uint32_t n_moved, moved_ns, moved_tiers;
 };
+
+// -- telling ------------------------------------------------------------------------------------
+
+static void tell_moved(struct kvd_daemon *d)
+{
+    struct kvd_demotion *m = d->demotion;
+    for (uint32_t i = 0; m->n_moved && i < kvd_tiers_count(d); i++) {
+        const struct kvd_event_of_blocks e = {.kind = KVD__V1__EVENT__KIND__BLOCKS_MOVED,
+                                              .keys = m->moved,
+                                              .n = m->n_moved,
+                                              .tier = kvd_tier_name(kvd_tiers_get_tier(d, i))};
+        if (m->moved_tiers & 1u << i)
+            kvd_event_blocks(d, m->moved_ns, &e);
+    }
+    m->n_moved = 0;
+}
+
+static void note_moved(struct kvd_daemon *d, const struct kvd_blocks_load *block, uint32_t tiers)
+{
+    struct kvd_demotion *m = d->demotion;
+    if (m->n_moved == TOLD || m->moved_ns != block->space.ns || m->moved_tiers != tiers)
+        tell_moved(d);
+    m->moved_ns = block->space.ns;
+    m->moved_tiers = tiers;
+    m->moved[m->n_moved++] = block->key;
+}
 
 // -- a batch ------------------------------------------------------------------------------------
 
@@ -69,35 +101,49 @@ static bool copy_batch(struct kvd_daemon *d, struct kvd_job *job)
     return false;
 }
 
-// One plane of a block on its way to all tiers.
+// A block on its way to all tiers.
 struct sending {
     struct kvd_daemon *d;
     struct kvd_blocks_load block; // without pages
+    uint32_t left;                // planes that are not there yet
+    uint32_t tiers;               // that have all of them until now
 };
 
 static void on_stored(void *ctx, uint32_t tiers)
 {
     struct sending *s = ctx;
     struct kvd_demotion *m = s->d->demotion;
-    if (!tiers && kvd_tiers_count(s->d)) { // none: kvd stops
+    s->tiers &= tiers;
+    if (--s->left)
+        return;
+    if (s->tiers) {
+        note_moved(s->d, &s->block, s->tiers);
+    } else if (kvd_tiers_count(s->d)) { // none: kvd stops
         m->again++;
         kvd_blocks_new_again(s->d->pool, &s->block);
     }
     free(s);
 }
 
-static void send_plane(struct kvd_daemon *d, const struct item *it, uint32_t p)
+static void send_block(struct kvd_daemon *d, const struct item *it)
 {
-    struct kvd_demotion *m = d->demotion;
     struct sending *s = malloc(sizeof(*s));
     struct kvd_tier_key key;
-    if (!s || kvd_tiers_key(d, it->load.space.domain, it->layout, it->load.key.w, p, &key, NULL)) {
-        free(s);
+    if (!s)
         return;
+    *s = (struct sending){.d = d, .block = it->load, .left = 1, .tiers = UINT32_MAX};
+    for (uint32_t p = 0; p < KVD_MAX_PLANES; p++) {
+        if (!it->copy[p] ||
+            kvd_tiers_key(d, it->load.space.domain, it->layout, it->load.key.w, p, &key, NULL))
+            continue;
+        d->demotion->bytes += it->copy[p]->bytes;
+        s->left++;
+        kvd_tiers_put(d, &key, it->layout, it->copy[p], on_stored, s);
     }
-    *s = (struct sending){.d = d, .block = it->load};
-    m->bytes += it->copy[p]->bytes;
-    kvd_tiers_put(d, &key, it->layout, it->copy[p], on_stored, s);
+    if (s->left == 1)
+        free(s); // all its pages are damaged
+    else
+        on_stored(s, UINT32_MAX);
 }
 
 static void end_item(struct kvd_daemon *d, struct item *it, bool copied)
@@ -105,11 +151,10 @@ static void end_item(struct kvd_daemon *d, struct item *it, bool copied)
     struct kvd_demotion *m = d->demotion;
     m->blocks += copied && !it->damaged;
     m->damaged += copied && it->damaged;
-    for (uint32_t p = 0; p < KVD_MAX_PLANES; p++) {
-        if (copied && !it->damaged && it->copy[p])
-            send_plane(d, it, p);
+    if (copied && !it->damaged)
+        send_block(d, it);
+    for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
         kvd_block_unref(&it->copy[p]);
-    }
     kvd_blocks_put_down(d->pool, &it->load);
 }
 
@@ -186,6 +231,7 @@ static void go_on(struct kvd_daemon *d)
 
 static void on_check(uv_check_t *check)
 {
+    tell_moved(check->data);
     go_on(check->data);
 }
 

@@ -12,6 +12,7 @@ KVD_HANDLER(register_buffer);
 KVD_HANDLER(release_buffer);
 // events.c
 KVD_HANDLER(watch);
+KVD_HANDLER(watch_namespace);
 // sequence.c
 KVD_HANDLER(create_sequences);
 KVD_HANDLER(fork_sequence);

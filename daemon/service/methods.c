@@ -66,6 +66,8 @@ const struct kvd_method kvd_methods[] = {
     KV("PutPages", put_pages_request, put_pages),
     KV("GetPages", get_pages_request, get_pages),
     {"/kvd.v1.KvCache/Watch", &kvd__v1__watch_request__descriptor, kvd_on_watch, true, NULL, true},
+    {"/kvd.v1.KvCache/WatchNamespace", &kvd__v1__watch_namespace_request__descriptor,
+     kvd_on_watch_namespace, true, is_operator, true},
     ADMIN("Ping", ping_request, ping),
     ADMIN("GetStatus", status_request, get_status),
     ADMIN("ListSessions", list_sessions_request, list_sessions),

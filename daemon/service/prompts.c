@@ -1,29 +1,28 @@
 // MatchPrefix, AdoptPrefix, PublishBlocks, ReleasePrefix.
 //
 // Looking up and publishing go prompt by prompt: hash its keys, 512 at a time, then look them up or
-// publish them, 256 at a time. Each such step takes some hundred microseconds; the calls that are
-// at it take turns, step by step, for a millisecond of each round of the loop.
+// publish them, 256 at a time. Each such step takes some hundred microseconds (steps.h).
 #include "daemon/service/prompts.h"
-
-#include <utlist.h>
 
 #include "daemon/rpc/rpc.h"
 #include "daemon/service/claims.h"
 #include "daemon/service/events.h"
 #include "daemon/service/handlers.h"
 #include "daemon/service/restore.h"
+#include "daemon/service/steps.h"
 #include "daemon/session/leases.h"
 #include "daemon/session/replay.h"
 
 enum {
-    PIECE_NS = 1000000, // then others have their turn
-    HASHED = 512,       // blocks in a step
+    HASHED = 512, // blocks in a step
     PUBLISHED = 256,
     GONE = 512, // blocks in an event
 };
 
 // A call on its way.
 struct job {
+    struct kvd_stepped stepped; // first
+    bool waits;                 // for a tier or for another session, and is in no line
     struct kvd_call *call;
     bool publishes;
     uint32_t n, at;                // prompts
@@ -39,7 +38,6 @@ struct job {
     Kvd__V1__PrefixMatch *matches, **match_refs;
     uint32_t (*behind)[KVD_TIERS_MOST]; // what the matches point to
     Kvd__V1__PublishedBlocks *published, **published_refs;
-    struct job *prev, *next;
 };
 
 // Of a namespace, by its slot, which may be another's by now.
@@ -50,16 +48,13 @@ struct counts {
 };
 
 struct kvd_prompts {
-    uv_idle_t idle; // runs while there is something to do
-    struct job *jobs;
+    uv_idle_t idle; // runs while there is something to tell of
     struct counts counts[KVD_MAX_NAMESPACES];
     // Blocks that are gone and have not been told of.
     struct kvd_prefix_key gone[GONE];
     uint32_t n_gone, gone_ns;
     enum kvd_prefix_reason gone_reason;
 };
-
-static void on_idle(uv_idle_t *idle);
 
 static struct counts *counts_of(struct kvd_daemon *d, uint32_t ns)
 {
@@ -90,6 +85,8 @@ static const Kvd__V1__PrefixKeys *keys_of(const struct job *j, uint32_t i)
 
 static void job_free(struct kvd_daemon *d, struct job *j)
 {
+    if (!j->waits)
+        kvd_steps_drop(d, &j->stepped);
     kvd_claim_forget(d, &j->waiter);
     kvd_restore_end(&j->restore);
     free(j->behind);
@@ -160,8 +157,8 @@ static void tell_known(struct kvd_daemon *d, const struct job *j, uint32_t from,
 {
     for (; from < to; from += GONE) {
         const uint32_t n = KVD_MIN(to - from, (uint32_t)GONE);
-        kvd_event_blocks(d, j->space.ns, KVD__V1__EVENT__KIND__BLOCKS_STORED, &j->keys[from], n,
-                         from ? &j->keys[from - 1] : NULL, KVD__V1__MISS_REASON__MISS_NONE);
+        kvd_parts_blocks_stored(d, j->space.ns, &j->keys[from], n,
+                                from ? &j->keys[from - 1] : NULL);
     }
 }
 
@@ -170,11 +167,10 @@ static void tell_known(struct kvd_daemon *d, const struct job *j, uint32_t from,
 static void on_restored(void *ctx, const struct kvd_restore_answer *answer)
 {
     struct job *j = ctx;
-    struct kvd_prompts *p = j->call->d->prompts;
     j->restored = true;
     j->answer = *answer;
-    DL_APPEND(p->jobs, j);
-    uv_idle_start(&p->idle, on_idle);
+    j->waits = false;
+    kvd_steps_add(j->call->d, &j->stepped);
 }
 
 // Begins to look behind the pool for what it lacks of the prompt, if that is wanted and was not
@@ -204,9 +200,8 @@ static bool look_behind(struct kvd_daemon *d, struct job *j)
 static void on_claim(struct kvd_claim_waiter *w)
 {
     struct job *j = (struct job *)((uint8_t *)w - offsetof(struct job, waiter));
-    struct kvd_prompts *p = j->call->d->prompts;
-    DL_APPEND(p->jobs, j);
-    uv_idle_start(&p->idle, on_idle);
+    j->waits = false;
+    kvd_steps_add(j->call->d, &j->stepped);
 }
 
 // Has the job wait for a session that is computing what is missing, if that is wanted. True: it
@@ -312,11 +307,10 @@ static int publish(struct kvd_daemon *d, struct job *j, const struct kvd_session
     return rc;
 }
 
-enum after { GOES_ON, ANSWERED, WAITS };
-
 // Works on for a few hundred microseconds.
-static enum after step(struct kvd_daemon *d, struct job *j)
+static void step(struct kvd_daemon *d, struct kvd_stepped *stepped)
 {
+    struct job *j = (struct job *)stepped;
     struct kvd_session *s = kvd_session_find(d, session_of(j));
     struct kvd_error err = {0};
     bool last = true;
@@ -327,7 +321,8 @@ static enum after step(struct kvd_daemon *d, struct job *j)
         rc = begin_prompt(d, j, s, &err);
     if (rc) {
         job_fail(d, j, &err);
-        return ANSWERED;
+        job_free(d, j);
+        return;
     }
     if (j->hashed < j->blocks) {
         uint32_t to = KVD_MIN(j->hashed + HASHED, j->blocks);
@@ -335,37 +330,25 @@ static enum after step(struct kvd_daemon *d, struct job *j)
         j->hashed = to;
         last = false;
     } else if (look_behind(d, j) || wait_for_others(d, j, s)) {
-        return WAITS;
+        kvd_steps_drop(d, &j->stepped);
+        j->waits = true;
+        return;
     } else {
         rc = j->publishes ? publish(d, j, s, &last, &err) : match(d, j, s, &err);
     }
     if (rc) {
         job_fail(d, j, &err);
-        return ANSWERED;
+        job_free(d, j);
+        return;
     }
     j->open = !last;
     j->at += last;
     if (last)
         kvd_restore_end(&j->restore);
     if (j->at < j->n)
-        return GOES_ON;
+        return;
     job_reply(j);
-    return ANSWERED;
-}
-
-static void work(struct kvd_daemon *d)
-{
-    struct kvd_prompts *p = d->prompts;
-    uint64_t begin = uv_hrtime();
-    do {
-        struct job *j = p->jobs;
-        DL_DELETE(p->jobs, j);
-        enum after after = step(d, j);
-        if (after == GOES_ON)
-            DL_APPEND(p->jobs, j); // behind the others
-        else if (after == ANSWERED)
-            job_free(d, j);
-    } while (p->jobs && uv_hrtime() - begin < PIECE_NS);
+    job_free(d, j);
 }
 
 static void on_cancelled(struct kvd_call *call)
@@ -373,13 +356,11 @@ static void on_cancelled(struct kvd_call *call)
     struct kvd_daemon *d = call->d;
     struct job *j = call->work;
     const struct kvd_error err = {.code = KVD_E_UNAVAILABLE, .text = "the call was cancelled"};
-    if ((!j->restore || j->restored) && !j->waiter.waits) // it is in line
-        DL_DELETE(d->prompts->jobs, j);
     job_fail(d, j, &err);
     job_free(d, j);
 }
 
-static int job_new(struct kvd_call *call, bool publishes, uint32_t n, struct kvd_error *err)
+static int job_begin(struct kvd_call *call, bool publishes, uint32_t n, struct kvd_error *err)
 {
     struct job *j = calloc(1, sizeof(*j));
     uint32_t longest = 0, blocks;
@@ -387,7 +368,11 @@ static int job_new(struct kvd_call *call, bool publishes, uint32_t n, struct kvd
     int rc = j ? KVD_OK : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     if (rc)
         return rc;
-    *j = (struct job){.call = call, .publishes = publishes, .n = n};
+    *j = (struct job){.stepped = {.step = step},
+                      .waits = true, // it is in no line yet
+                      .call = call,
+                      .publishes = publishes,
+                      .n = n};
     for (uint32_t i = 0; i < n && rc == KVD_OK; i++) {
         rc = kvd_prompt_check(keys_of(j, i), &blocks, err);
         if (rc)
@@ -426,29 +411,21 @@ static int job_new(struct kvd_call *call, bool publishes, uint32_t n, struct kvd
     }
     call->work = j;
     call->on_cancelled = on_cancelled;
-    DL_APPEND(call->d->prompts->jobs, j);
+    j->waits = false;
+    kvd_steps_begin(call->d, &j->stepped);
     return KVD_OK;
 }
 
-// A call that is begun, and done at once if that is a matter of a millisecond and nobody waits.
 static void begin(struct kvd_call *call, bool publishes, size_t n)
 {
-    struct kvd_daemon *d = call->d;
     struct kvd_error err = {0};
     if (n < 1) {
         kvd_call_fail(call, KVD_E_INVALID, "no prompts; 1 to %d are possible",
                       KVD_MAX_CALL_PROMPTS);
         return;
     }
-    bool alone = !d->prompts->jobs;
-    if (job_new(call, publishes, (uint32_t)n, &err)) {
+    if (job_begin(call, publishes, (uint32_t)n, &err))
         kvd_call_fail_error(call, &err);
-        return;
-    }
-    if (alone)
-        work(d);
-    if (d->prompts->jobs)
-        uv_idle_start(&d->prompts->idle, on_idle);
 }
 
 void kvd_on_match_prefix(struct kvd_call *call, const void *request)
@@ -555,10 +532,20 @@ void kvd_on_release_prefix(struct kvd_call *call, const void *request)
 static void tell_gone(struct kvd_daemon *d)
 {
     struct kvd_prompts *p = d->prompts;
+    const struct kvd_event_of_blocks e = {.kind = KVD__V1__EVENT__KIND__BLOCKS_REMOVED,
+                                          .keys = p->gone,
+                                          .n = p->n_gone,
+                                          .miss = kvd_miss_reason(p->gone_reason)};
     if (p->n_gone)
-        kvd_event_blocks(d, p->gone_ns, KVD__V1__EVENT__KIND__BLOCKS_REMOVED, p->gone, p->n_gone,
-                         NULL, kvd_miss_reason(p->gone_reason));
+        kvd_event_blocks(d, p->gone_ns, &e);
     p->n_gone = 0;
+}
+
+static void on_idle(uv_idle_t *idle)
+{
+    struct kvd_daemon *d = idle->data;
+    tell_gone(d);
+    uv_idle_stop(idle);
 }
 
 static void block_gone(struct kvd_daemon *d, uint32_t ns, const struct kvd_prefix_removed *removed)
@@ -572,16 +559,6 @@ static void block_gone(struct kvd_daemon *d, uint32_t ns, const struct kvd_prefi
     p->gone_reason = removed->reason;
     p->gone[p->n_gone++] = removed->key;
     uv_idle_start(&p->idle, on_idle);
-}
-
-static void on_idle(uv_idle_t *idle)
-{
-    struct kvd_daemon *d = idle->data;
-    tell_gone(d);
-    if (d->prompts->jobs)
-        work(d);
-    if (!d->prompts->jobs && !d->prompts->n_gone)
-        uv_idle_stop(idle);
 }
 
 // -- metrics ------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@
 // Fetching is a window of blocks that goes over the prompt: blocks are got from the tiers in
 // whatever order they come, verified there, and enter the index in the prompt's order, as each
 // comes behind the one before it. The executor copies them into new pages, in the session's
-// namespace's turn. Of several that lack the same block one fetches, and the others wait for it and
-// look again. A namespace has at most its part of those that run.
+// namespace's turn. Pages go the same way, but what does not come of them is left out, as none
+// needs those before it. Of several that lack the same block one fetches, and the others wait for
+// it and look again. A namespace has at most its part of those that run.
 #include "daemon/service/restore.h"
 
 #include <utlist.h>
@@ -74,6 +75,7 @@ struct kvd_restore {
     uint32_t front, next, to; // blocks: not back yet, not asked for yet, as far as it will go
     uint64_t flying;          // bytes
     struct kvd_blocks_at at;  // behind which the next one comes
+    uint32_t *held, n_held;   // of pages: entries of those that are back
     struct copying copying;
     bool copies;
     struct kvd_fair_flow flow;
@@ -111,12 +113,15 @@ static void let_go(struct kvd_restore *r)
             kvd_block_unref(&r->slots[i].got[p]);
     if (r->at.blocks)
         kvd_blocks_release(d->pool, &r->at);
+    if (r->n_held)
+        kvd_blocks_release_pages(d->pool, r->ask.space.ns, r->held, r->n_held);
     kvd_pool_layout_unref(d->pool, r->ask.space.layout);
     kvd_pool_namespace_release(d->pool, r->ask.space.ns);
     free(r->have);
     free(r->where);
     free(r->keys);
     free(r->slots);
+    free(r->held);
     free(r);
 }
 
@@ -187,6 +192,8 @@ static bool is_there(const struct kvd_restore *r, uint32_t block, uint32_t plane
 // Whether nothing behind `block` can be used, as a plane without a window lacks it.
 static bool breaks(const struct kvd_restore *r, uint32_t block)
 {
+    if (r->ask.pages)
+        return false;
     for (uint32_t p = 0; p < r->planes; p++)
         if (!r->layout->planes[p].window && !is_there(r, block, p))
             return true;
@@ -246,6 +253,19 @@ static void look(struct kvd_restore *r)
         r->state = PLANS;
 }
 
+// What the pool has; returns how many leading blocks are known.
+static uint32_t look_at_pool(struct kvd_restore *r)
+{
+    const struct kvd_restore_ask *a = &r->ask;
+    if (!a->pages)
+        return kvd_blocks_planes(r->d->pool, &a->space, a->keys, a->n, r->have);
+    kvd_blocks_page_planes(r->d->pool, &a->space, a->keys, a->n, r->have);
+    for (uint32_t b = 0; a->skip && b < a->n; b++)
+        if (a->skip[b])
+            r->have[b] = UINT8_MAX;
+    return 0;
+}
+
 static void begin_look(struct kvd_restore *r)
 {
     struct kvd_restores *all = r->d->restores;
@@ -254,14 +274,15 @@ static void begin_look(struct kvd_restore *r)
     r->where = calloc(np, 1);
     r->keys = calloc(np, sizeof(*r->keys));
     r->slots = r->ask.ms ? calloc(n, sizeof(*r->slots)) : NULL;
+    r->held = r->ask.pages ? calloc(n, sizeof(*r->held)) : NULL;
     r->begun_ns = uv_hrtime();
     r->state = LOOKS;
     all->running++;
     all->of_namespace[r->ask.space.ns]++;
-    if (!r->have || !r->where || !r->keys || (r->ask.ms && !r->slots))
+    if (!r->have || !r->where || !r->keys || (r->ask.ms && !r->slots) || (r->ask.pages && !r->held))
         finish(r);
     else
-        kvd_blocks_planes(r->d->pool, &r->ask.space, r->ask.keys, r->ask.n, r->have);
+        look_at_pool(r);
 }
 
 // -- planning -----------------------------------------------------------------------------------
@@ -270,6 +291,8 @@ static void begin_look(struct kvd_restore *r)
 static uint32_t longest(const struct kvd_restore *r)
 {
     uint32_t run[KVD_MAX_PLANES] = {0}, most = 0;
+    if (r->ask.pages)
+        return r->looked;
     for (uint32_t b = 0; b < r->looked; b++) {
         bool enough = true;
         for (uint32_t p = 0; p < r->planes; p++) {
@@ -285,9 +308,12 @@ static uint32_t longest(const struct kvd_restore *r)
 static uint8_t wanted(const struct kvd_restore *r, uint32_t block, uint32_t to)
 {
     uint8_t planes = 0;
-    for (uint32_t p = 0; p < r->planes; p++)
-        if (block >= kvd_blocks_first_seen(&r->layout->planes[p], to))
+    for (uint32_t p = 0; p < r->planes; p++) {
+        if (r->ask.pages && !is_there(r, block, p))
+            return 0;
+        if (r->ask.pages || block >= kvd_blocks_first_seen(&r->layout->planes[p], to))
             planes |= (uint8_t)(1u << p);
+    }
     return planes & (uint8_t)~r->have[block];
 }
 
@@ -311,7 +337,7 @@ static void pump(struct kvd_restore *r);
 static void plan(struct kvd_restore *r)
 {
     struct kvd_restores *all = r->d->restores;
-    r->known = kvd_blocks_planes(r->d->pool, &r->ask.space, r->ask.keys, r->ask.n, r->have);
+    r->known = look_at_pool(r);
     r->to = longest(r);
     memset(r->answer.behind, 0, sizeof(r->answer.behind));
     r->front = r->to;
@@ -322,17 +348,20 @@ static void plan(struct kvd_restore *r)
                 far = KVD_MAX(far, r->where[at_of(r, b, p)]);
         if (far)
             r->answer.behind[far - 1]++;
-        if (far || b >= r->known)
+        if (far || (b >= r->known && !r->ask.pages))
             r->front = b;
     }
-    if (r->to <= r->ask.from || !r->ask.ms) {
+    if (r->ask.pages && r->front == r->to) {
+        finish(r);
+    } else if (r->to <= r->ask.from || !r->ask.ms) {
         if (r->to <= r->ask.from)
             memset(r->answer.behind, 0, sizeof(r->answer.behind));
         finish(r);
     } else if (follows(r)) {
         all->followed++;
         r->state = FOLLOWS;
-    } else if (kvd_blocks_behind(r->d->pool, &r->ask.space, r->ask.keys, r->front, &r->at, NULL)) {
+    } else if (!r->ask.pages &&
+               kvd_blocks_behind(r->d->pool, &r->ask.space, r->ask.keys, r->front, &r->at, NULL)) {
         finish(r);
     } else {
         r->state = FETCHES;
@@ -360,7 +389,9 @@ static void on_got(void *ctx, struct kvd_block *block, uint32_t tier)
     s->tier = KVD_MAX(s->tier, (uint8_t)tier);
     if (!block && r->state == FETCHES) {
         r->d->restores->missed++;
-        r->to = KVD_MIN(r->to, KVD_MAX(g->block, r->front));
+        r->flying -= g->bytes;
+        s->planes = r->ask.pages ? 0 : s->planes;
+        r->to = r->ask.pages ? r->to : KVD_MIN(r->to, KVD_MAX(g->block, r->front));
     }
     free(g);
     if (r->state == FETCHES)
@@ -428,6 +459,35 @@ static bool copy(struct kvd_daemon *d, struct kvd_job *job)
     return false;
 }
 
+// What was got for a slot is used, or not wanted.
+static void empty_slot(struct kvd_restore *r, struct slot *s, bool good)
+{
+    for (uint32_t p = 0; p < r->planes; p++)
+        if (s->got[p]) {
+            r->flying -= s->got[p]->bytes;
+            r->d->restores->bytes += good ? s->got[p]->bytes : 0;
+            kvd_block_unref(&s->got[p]);
+        }
+}
+
+// Gives the pool a block that comes next. False: it does not take it, nor what is behind it.
+static bool bring_back(struct kvd_restore *r, struct slot *s)
+{
+    struct kvd_pool *pool = r->d->pool;
+    if (!r->ask.pages)
+        return kvd_blocks_bring_back(pool, &s->load, &r->at, NULL) == KVD_OK;
+    const struct kvd_prefix_key *after = r->front ? &r->ask.keys[r->front - 1] : NULL;
+    if (s->planes &&
+        kvd_blocks_bring_back_page(pool, &s->load, after, &r->held[r->n_held], NULL) == KVD_OK) {
+        r->n_held++;
+        kvd_parts_blocks_stored(r->d, r->ask.space.ns, &r->ask.keys[r->front], 1, after);
+        return true;
+    }
+    s->planes = 0;
+    kvd_blocks_put_down(pool, &s->load);
+    return true;
+}
+
 static void count_back(struct kvd_restore *r, const struct slot *s)
 {
     struct kvd_restores *all = r->d->restores;
@@ -444,13 +504,8 @@ static void copied(struct kvd_daemon *d, struct kvd_job *job)
     bool good = c->at == c->n && !job->rc && !job->abandoned && r->state == FETCHES;
     for (uint32_t i = 0; i < c->n; i++) {
         struct slot *s = &r->slots[c->begin + i];
-        for (uint32_t p = 0; p < r->planes; p++)
-            if (s->got[p]) {
-                r->flying -= s->got[p]->bytes;
-                d->restores->bytes += good ? s->got[p]->bytes : 0;
-                kvd_block_unref(&s->got[p]);
-            }
-        good = good && kvd_blocks_bring_back(d->pool, &s->load, &r->at, NULL) == KVD_OK;
+        empty_slot(r, s, good);
+        good = good && bring_back(r, s);
         if (good)
             count_back(r, s);
         else
@@ -490,6 +545,9 @@ static bool take_pages(struct kvd_restore *r, struct copying *c)
 static void copy_more(struct kvd_restore *r)
 {
     struct copying *c = &r->copying;
+    while (r->ask.pages && r->front < r->next && !r->slots[r->front].planes &&
+           !r->slots[r->front].left)
+        empty_slot(r, &r->slots[r->front++], false);
     *c = (struct copying){.of = r, .begin = r->front};
     if (!take_pages(r, c))
         return;
@@ -505,9 +563,11 @@ static void copy_more(struct kvd_restore *r)
 
 static void pump(struct kvd_restore *r)
 {
-    get_more(r);
-    if (!r->copies && r->front < r->to)
-        copy_more(r);
+    do {
+        get_more(r);
+        if (!r->copies && r->front < r->to)
+            copy_more(r);
+    } while (!r->copies && r->front == r->next && r->next < r->to); // all of those were left out
     if (!r->copies && r->front >= r->to)
         finish(r);
 }

@@ -1,4 +1,5 @@
-// Promotion: blocks of a prompt that the pool lacks are looked for in the tiers, and brought back.
+// Promotion: blocks of a prompt, or pages, that the pool lacks are looked for in the tiers, and
+// brought back.
 // Everything fails softly: what does not come, or not in time, is a miss. Loop thread.
 #ifndef KVD_DAEMON_RESTORE_H
 #define KVD_DAEMON_RESTORE_H
@@ -14,13 +15,16 @@ struct kvd_restore_ask {
     const struct kvd_prefix_key *keys; // of the prompt's blocks; the caller's until kvd_restore_end
     uint32_t n;
     uint32_t from; // so many are there to make a sequence of
-    uint64_t ms;   // for which blocks are brought back; 0: they are only looked for
+    // They are pages: each is wanted for itself, whatever became of those before it.
+    bool pages;
+    const uint8_t *skip; // of pages, true for those that are not wanted; the caller's as `keys`
+    uint64_t ms;         // for which blocks are brought back; 0: they are only looked for
 };
 
 struct kvd_restore_answer {
     uint32_t behind[KVD_TIERS_MOST]; // blocks that the pool lacked, by the farthest tier of each
     uint32_t restored;               // of those, that were brought back
-    uint32_t begin, end;             // blocks that became known with that
+    uint32_t begin, end;             // blocks that became known with that; not of pages
 };
 
 // `done` is called once, from the loop and never from within begin. Until kvd_restore_end what was

@@ -41,6 +41,12 @@ void kvd_steps_begin(struct kvd_daemon *d, struct kvd_stepped *s)
         uv_idle_start(&steps->idle, on_idle);
 }
 
+void kvd_steps_add(struct kvd_daemon *d, struct kvd_stepped *s)
+{
+    DL_APPEND(d->steps->all, s);
+    uv_idle_start(&d->steps->idle, on_idle);
+}
+
 void kvd_steps_drop(struct kvd_daemon *d, struct kvd_stepped *s)
 {
     DL_DELETE(d->steps->all, s);

@@ -14,6 +14,8 @@ struct kvd_stepped {
 
 // Begins, and ends if that is a matter of a millisecond and no other is at it.
 void kvd_steps_begin(struct kvd_daemon *d, struct kvd_stepped *s);
+// Begins in the loop's next round: for whoever is told of something, and must not act at once.
+void kvd_steps_add(struct kvd_daemon *d, struct kvd_stepped *s);
 // Takes it out, done or not.
 void kvd_steps_drop(struct kvd_daemon *d, struct kvd_stepped *s);
 

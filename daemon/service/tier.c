@@ -1,7 +1,9 @@
 // Tiers for operators: what they have, and dropping it.
 #include "admin.pb-c.h"
+#include "daemon/service/events.h"
 #include "daemon/service/handlers.h"
 #include "daemon/tier/tiers.h"
+#include "kvd.pb-c.h"
 
 static void fill_tier(const struct kvd_tier_status *s, Kvd__V1__TierInfo *out)
 {
@@ -48,14 +50,19 @@ void kvd_on_list_tiers(struct kvd_call *call, const void *request)
 static void on_flushed(void *ctx, const struct kvd_tier_reply *reply)
 {
     struct kvd_call *call = ctx;
+    const Kvd__V1__FlushTierRequest *req = (const void *)call->request;
+    const struct kvd_event_of_blocks e = {.kind = KVD__V1__EVENT__KIND__BLOCKS_CLEARED,
+                                          .tier = req->name};
     Kvd__V1__FlushTierReply r = KVD__V1__FLUSH_TIER_REPLY__INIT;
-    if (reply->result == KVD_TIER_OK)
+    if (reply->result == KVD_TIER_OK) {
+        kvd_event_blocks(call->d, KVD_POOL_NONE, &e);
         kvd_call_reply(call, &r);
-    else
+    } else {
         kvd_call_fail(
             call, KVD_E_UNAVAILABLE,
             "the tier was not flushed, or not all of it: %s (kvctl tier status says more)",
             kvd_tier_result_name(reply->result));
+    }
 }
 
 void kvd_on_flush_tier(struct kvd_call *call, const void *request)

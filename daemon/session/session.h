@@ -52,8 +52,7 @@ struct kvd_session {
     float *sinks;      // for each layer of the layout, one for each of its q heads; NULL: none
     uint32_t n_sinks;  // how many they are
     uint32_t *extents; // per extent: the version that was sent over the fd socket; NULL: none yet
-    uint32_t rotations_sent;   // planes, one bit each
-    struct kvd_call *watchers; // linked by call->next_watch
+    uint32_t rotations_sent; // planes, one bit each
     UT_hash_handle hh;
 };
 

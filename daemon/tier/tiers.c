@@ -58,12 +58,17 @@ struct putting {
     uint32_t left, stored;
     kvd_tiers_stored *done;
     void *ctx;
+    struct putting_tier {
+        struct putting *all;
+        uint32_t bit;
+    } of[KVD_TIERS_MOST];
 };
 
 static void on_put(void *ctx, const struct kvd_tier_reply *reply)
 {
-    struct putting *p = ctx;
-    p->stored += reply->result == KVD_TIER_OK;
+    const struct putting_tier *t = ctx;
+    struct putting *p = t->all;
+    p->stored |= reply->result == KVD_TIER_OK ? t->bit : 0;
     if (--p->left)
         return;
     p->done(p->ctx, p->stored);
@@ -81,7 +86,9 @@ void kvd_tiers_put(struct kvd_daemon *d, const struct kvd_tier_key *key, const u
     }
     *p = (struct putting){.left = n, .done = done, .ctx = ctx};
     for (uint32_t i = 0; i < n; i++)
-        kvd_tier_put(d->tiers->tier[i], key, layout, block, on_put, p);
+        p->of[i] = (struct putting_tier){p, 1u << i};
+    for (uint32_t i = 0; i < n; i++)
+        kvd_tier_put(d->tiers->tier[i], key, layout, block, on_put, &p->of[i]);
 }
 
 // -- getting ------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ struct kvd_tier *kvd_tiers_find(const struct kvd_daemon *d, const char *name);
 int kvd_tiers_key(const struct kvd_daemon *d, const uint8_t domain[32], const uint8_t layout[32],
                   const void *key, uint32_t plane, struct kvd_tier_key *out, struct kvd_error *err);
 
-// How many tiers have it.
+// Which tiers have it: bit i for number i.
 typedef void kvd_tiers_stored(void *ctx, uint32_t tiers);
 // Sends the block to all tiers. Takes references of its own. `done` is called once, when the last
 // has answered; at once if there are none.

@@ -209,7 +209,38 @@ def test_events(kvd):
         gone = watcher.next_event(5)
         assert (gone.kind, gone.miss) == ("removed", "dropped")
         assert set(gone.keys) == set(first.keys + second.keys)
+        assert [e.number - first.number for e in (first, second, gone)] == [0, 1, 2]
         assert other.next_event(0.05) is None
+        # Whoever comes later goes on behind the last that it has seen, a session's or an operator's.
+        rpc = Rpc(kvd.address)
+        session = rpc.kv("OpenSession", layout=layout()).session
+
+        def numbers(after, n):
+            stream = rpc.stream("Watch", session=session, after=after)
+            got = [next(stream) for _ in range(n)]
+            stream.cancel()
+            return [(kv.Event.Kind.Name(e.kind), e.number - first.number, e.count) for e in got]
+
+        assert numbers(first.number, 3) == [("OPENED", 0, 0), ("BLOCKS_STORED", 1, 0), ("BLOCKS_REMOVED", 2, 0)]
+        assert numbers(gone.number, 1) == [("OPENED", 2, 0)]
+        for unknown in (1, gone.number + 9):  # of another life
+            assert numbers(unknown, 2) == [("OPENED", 2, 0), ("LOST", 2, 0)]
+        lines = kvd.kvctl("events", "default", "--after", str(first.number - 1), "--count", "4").stdout.splitlines()
+        assert [line.split()[1] for line in lines] == ["opened", "stored", "stored", "removed"]
+        assert f"4 blocks of 64 tokens, to {second.keys[-1].hex()} behind {first.keys[-1].hex()}" in lines[2]
+        assert lines[3].endswith("(MISS_DROPPED)")
+        line = json.loads(kvd.kvctl("--json", "events", "default", "--after", str(second.number), "--count", "2").stdout.splitlines()[1])
+        assert (line["kind"], line["number"]) == ("BLOCKS_REMOVED", str(gone.number))
+        for wrong, code in ((("nobody",), 1), (("default", "--after", "x"), 2)):
+            assert kvd.kvctl("events", *wrong, check=False).returncode == code
+        # More than are kept: the oldest are lost, and it is told how many.
+        s = c.create()
+        for i in range(4200):
+            s.publish(f"name {i}".replace(" ", "-"), replace=True)
+        got = numbers(gone.number, 3)
+        assert got[0] == ("OPENED", 2, 0) and got[1][0] == "LOST" and got[1][2] > 100
+        assert got[2][1] == 2 + got[1][2] + 1
+        rpc.channel.close()
 
 
 @pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")

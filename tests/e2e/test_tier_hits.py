@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import kvd as package
+import test_pages as pages
 from conftest import Daemon, Rpc, kv, layout
 from test_prefix import connect, step, tokens_of
 from test_tiers import SERVERS, needs_libkvd, publish, serve, server, tiers, until  # noqa: F401
@@ -286,3 +287,43 @@ def test_what_is_refused(start, folder):
     assert e.value.code() == grpc.StatusCode.INVALID_ARGUMENT and "restore_ms" in e.value.details()
     m, names = match(kvd, tokens_of(1, 640))
     assert (m.blocks, list(m.behind), names) == (0, [0], ["host"])
+
+
+def test_pages_come_back(start, folder, tmp_path):
+    """Pages of an engine, exact and encoded, each for itself: a damaged one is a miss, and those behind it are not."""
+    config = f"[kvd]\ntier-host = 64MiB\ntier-directory = {folder}/blocks 1GiB\n"
+    kvd, keys, given = start(config=config), pages.keys_of("tiers", 12), pages.kv(1, 12)
+    source, target = pages.Engine(48), pages.Engine(48)
+    source.write(range(48), given)
+    with pages.connect(kvd) as p:
+        kinds = p.put(keys, source.paged(range(48)), exact=[i % 3 == 0 for i in range(12)])
+        until(lambda: int(tiers(kvd)["directory"]["put"]), 12)
+        p.get(keys, target.paged(range(48)))
+        want = target.read(range(48))
+        evict(kvd)
+        kvd.kvctl("tier", "flush", "host")
+        found = p.lookup([keys, keys[3:5]], tiers=True)
+        assert [(f.pages, f.restored, f.behind) for f in found] == [(0, 0, {"directory": 12}), (0, 0, {"directory": 2})]
+        found = p.lookup([keys[4:6], keys], restore_ms=20000)
+        assert [(f.pages, f.restored, f.behind) for f in found] == [(2, 2, {"directory": 2}), (12, 12 - 2, {"directory": 10})]
+        assert found[1].kinds == kinds
+        p.release([f.lease for f in found])
+        assert p.lookup([keys], restore_ms=20000)[0].restored == 0
+        p.get(keys, target.paged(range(48)))
+        assert np.array_equal(target.read(range(48)), want)
+        assert 'kvd_pages_restored_total{namespace="default"} 12' in kvd.kvctl("metrics").stdout
+        p.release([f.lease for f in p.lookup([keys])])
+        evict(kvd)
+        kvd.kvctl("tier", "flush", "host")
+        os.truncate(block_files(folder)[4], 5000)
+        f = p.lookup([keys], restore_ms=20000)[0]
+        lost = f.kinds.index(0)
+        assert f.restored == 11 and f.pages == lost and f.kinds == kinds[:lost] + b"\0" + kinds[lost + 1:]
+    (tmp_path / "second").mkdir()
+    second = Daemon(tmp_path / "second", config=f"[kvd]\ntier-directory = {folder}/blocks 1GiB\n")
+    try:
+        with pages.connect(second) as p, pages.connect(second, space=b"another") as other:
+            assert p.lookup([keys], restore_ms=20000)[0].restored == 11
+            assert other.lookup([keys], restore_ms=20000)[0].restored == 0
+    finally:
+        assert second.stop() == 0

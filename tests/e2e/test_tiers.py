@@ -121,6 +121,33 @@ def test_what_is_published_goes_to_all_tiers(start, folder, server):
 
 
 @needs_libkvd
+def test_watchers_hear_where_blocks_are(start, folder):
+    """Stored, copied to tiers, gone from the pool, back in it, and a tier that is flushed."""
+    kvd = start(config=f"[kvd]\ntier-host = 64MiB\ntier-directory = {folder}/blocks 1GiB\n")
+    tokens = tokens_of(1, 1024)
+    with connect(kvd) as c, connect(kvd) as watcher, connect(kvd, namespace="another") as other:
+        assert watcher.next_event(5).kind == other.next_event(5).kind == "opened"
+        assert publish(c, tokens) == 12
+        stored = watcher.next_event(5)
+        assert (stored.kind, len(stored.keys)) == ("stored", 12)
+        have = {"host": set(), "directory": set()}
+        while any(len(keys) < 12 for keys in have.values()):
+            e = watcher.next_event(5)
+            assert e.kind == "moved" and e.tokens == 64
+            have[e.tier] |= set(e.keys)
+        assert have["host"] == have["directory"] == set(stored.keys)
+        kvd.kvctl("evict", "--namespace", "default")
+        assert watcher.next_event(5).kind == "removed"
+        assert c.match([package.Prompt(tokens)], restore=20)[0].blocks == 12
+        back = watcher.next_event(5)
+        assert (back.kind, back.keys, back.parent) == ("stored", stored.keys, None)
+        kvd.kvctl("tier", "flush", "host")
+        for w in (watcher, other):
+            e = w.next_event(5)
+            assert (e.kind, e.tier, e.keys) == ("cleared", "host", ())
+
+
+@needs_libkvd
 def test_blocks_wait_for_a_server_that_is_away(start, folder):
     if not SERVERS:
         pytest.skip("neither valkey-server nor redis-server is installed")

@@ -679,7 +679,8 @@ typedef enum kvd_event_kind {
     KVD_EVENT_PUBLISHED,     /**< a sequence was published */
     KVD_EVENT_BLOCKS_STORED, /**< blocks of a prompt are there now, each behind the one before it */
     KVD_EVENT_BLOCKS_REMOVED, /**< blocks are gone */
-    KVD_EVENT_BLOCKS_CLEARED, /**< an operator dropped all that nobody uses */
+    KVD_EVENT_BLOCKS_CLEARED, /**< an operator dropped all that nobody uses; or all of a tier */
+    KVD_EVENT_BLOCKS_MOVED,   /**< a tier has copies of blocks now */
 } kvd_event_kind;
 /** An event. */
 typedef struct kvd_event {
@@ -693,8 +694,12 @@ typedef struct kvd_event {
     const uint8_t *parent; /**< that of the block before the first; NULL: none, or not known */
     uint32_t tokens;       /**< in each block */
     kvd_miss miss;         /**< why they are gone */
+    char tier[16];         /**< which has copies of them, or is cleared; "": none */
+    uint64_t number;       /**< of the event, ascending by one in a namespace, as long as none is
+                              lost; of OPENED and LOST that of the one before the next */
 } kvd_event;
-/** Waits for the next event of the namespace; the first call subscribes. One thread at a time.
+/** Waits for the next event of the namespace; the first call subscribes. What happens while the
+ * connection is lost comes afterwards, or a LOST event does. One thread at a time.
  * @param client whose
  * @param timeout_ms milliseconds; 0: does not wait
  * @param[in,out] out its size is read

@@ -39,10 +39,12 @@ typedef struct kvd_page_keys {
 
 /** What is there of the pages that were looked up. */
 typedef struct kvd_found {
-    uint32_t size;  /**< sizeof(kvd_found) */
-    uint32_t pages; /**< leading pages that are there */
-    uint64_t lease; /**< number to release it by; 0: none */
-    uint8_t *kinds; /**< NULL, or room for a kvd_stored for each key, which is written */
+    uint32_t size;      /**< sizeof(kvd_found) */
+    uint32_t pages;     /**< leading pages that are there */
+    uint64_t lease;     /**< number to release it by; 0: none */
+    uint8_t *kinds;     /**< NULL, or room for a kvd_stored for each key, which is written */
+    uint32_t restored;  /**< pages that were brought back from tiers for this */
+    uint32_t behind[3]; /**< pages that the pool lacked and tiers had, as kvd_match has it */
 } kvd_found;
 
 /** Distances in bytes. */
@@ -80,7 +82,7 @@ typedef struct kvd_paged {
  * @param space what the keys mean something in
  * @param requests what to look up, [count]; all keys have the same bytes
  * @param count how many requests, 1 to 256, of at most 65,536 pages together
- * @param lease_ms milliseconds for which what is found stays, at most 600,000; 0: it may go at once
+ * @param options how, without waiting for others; NULL: all zero
  * @param[in,out] out what is there of each, [count]; the size of each is read. Each lease ends by
  * kvd_leases_release, its time, or with the session
  * @param[out] err says why it failed; may be NULL
@@ -89,7 +91,8 @@ typedef struct kvd_paged {
  * @retval KVD_ERR_EXHAUSTED the session or the namespace has too many leases */
 KVD_API kvd_result kvd_pages_lookup(kvd_client *client, const kvd_bytes *space,
                                     const kvd_page_keys *requests, uint32_t count,
-                                    uint32_t lease_ms, kvd_found *out, kvd_failure *err);
+                                    const kvd_match_options *options, kvd_found *out,
+                                    kvd_failure *err);
 /** Stores pages that are not there. Each is seen whole or not at all; where two put one key at
  * once, the first stays. After a failure some may have been stored.
  * @param client whose

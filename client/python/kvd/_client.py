@@ -17,7 +17,7 @@ from ._tensor import Tensor, new_tensor
 
 Codec = Union[Literal["bf16", "int2", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4", "int4", "tc2", "tc2.5"], str]  # or "k=int2-lm,v=int2"
 HeadDim = Union[int, tuple[int, int]]
-_EVENTS = ("opened", "evicted", "draining", "lost", "published", "stored", "removed", "cleared")
+_EVENTS = ("opened", "evicted", "draining", "lost", "published", "stored", "removed", "cleared", "moved")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _info(s: lib.SequenceStruct) -> SequenceInfo:
 @dataclasses.dataclass(frozen=True)
 class Event:
     """opened, evicted (a published sequence), draining, lost (so many events were dropped), published; of blocks of prompts: stored
-    (each behind the one before it), removed, cleared (all that nobody uses)."""
+    (each behind the one before it), removed, cleared (all that nobody uses, or what a tier had), moved (a tier has copies of them)."""
 
     kind: str
     sequence: int
@@ -65,6 +65,8 @@ class Event:
     parent: Optional[bytes] = None  # key of the block before the first
     tokens: int = 0  # in each block
     miss: str = "none"  # why they are gone
+    tier: str = ""  # which has copies of them, or was cleared
+    number: int = 0  # ascending by one in the namespace, as long as none is lost
 
 
 AnyTensor = Union[Tensor, DeviceTensor]
@@ -533,4 +535,5 @@ class Client(lib.OfProcess):
             return None
         keys = c.string_at(e.keys, e.n_keys * 24) if e.n_keys else b""
         return Event(_EVENTS[e.kind], e.sequence, e.count, e.name.decode(), tuple(keys[i:i + 24] for i in range(0, len(keys), 24)),
-                     c.string_at(e.parent, 24) if e.parent else None, e.tokens, _prompts.miss(e.miss))
+                     c.string_at(e.parent, 24) if e.parent else None, e.tokens, _prompts.miss(e.miss),
+                     e.tier.decode(), e.number)

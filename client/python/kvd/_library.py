@@ -165,7 +165,8 @@ class DirectOptions(Sized):
 
 class EventStruct(Sized):
     _fields_ = [("kind", c.c_int), ("sequence", c.c_uint64), ("count", c.c_uint64), ("name", c.c_char * 129),
-                ("keys", c.c_void_p), ("n_keys", c.c_uint32), ("parent", c.c_void_p), ("tokens", c.c_uint32), ("miss", c.c_int)]
+                ("keys", c.c_void_p), ("n_keys", c.c_uint32), ("parent", c.c_void_p), ("tokens", c.c_uint32), ("miss", c.c_int),
+                ("tier", c.c_char * 16), ("number", c.c_uint64)]
 
 
 class Bytes(c.Structure):
@@ -182,7 +183,8 @@ class PageKeys(Sized):
 
 
 class FoundStruct(Sized):
-    _fields_ = [("pages", c.c_uint32), ("lease", c.c_uint64), ("kinds", c.POINTER(c.c_uint8))]
+    _fields_ = [("pages", c.c_uint32), ("lease", c.c_uint64), ("kinds", c.POINTER(c.c_uint8)), ("restored", c.c_uint32),
+                ("behind", c.c_uint32 * 3)]
 
 
 class Strides(c.Structure):
@@ -240,7 +242,7 @@ _FUNCTIONS = {  # name: argument types; all of these return a kvd_result and end
     "kvd_prompt_adopt": [_P, c.c_uint64, c.c_uint32, c.POINTER(c.c_uint64), c.POINTER(c.c_uint64)],
     "kvd_leases_release": [_P, c.POINTER(c.c_uint64), c.c_uint32],
     "kvd_prompt_publish": [_P, c.c_uint64, c.POINTER(PromptStruct), c.c_bool, c.POINTER(PublishedStruct)],
-    "kvd_pages_lookup": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.c_uint32, c.c_uint32, c.POINTER(FoundStruct)],
+    "kvd_pages_lookup": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.c_uint32, c.POINTER(MatchOptions), c.POINTER(FoundStruct)],
     "kvd_pages_put": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.POINTER(c.c_bool), c.POINTER(PagedStruct), c.POINTER(c.c_uint8)],
     "kvd_pages_get": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.POINTER(PagedStruct), c.POINTER(c.c_uint8)],
     "kvd_next_event": [_P, c.c_uint32, c.POINTER(EventStruct)],

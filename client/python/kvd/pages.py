@@ -7,7 +7,7 @@ from typing import Any, Iterable, Optional, Sequence as Seq, Union
 
 import numpy as np
 
-from . import _check
+from . import _check, _prompts
 from . import _library as lib
 from ._client import Client, Codec, HeadDim
 
@@ -23,6 +23,8 @@ class Found:
     pages: int  # leading ones that are there
     kinds: bytes  # of each key: MISSING, ENCODED or EXACT, also behind the first that is missing
     lease: int  # for `Pages.release`; 0: none
+    restored: int = 0  # pages that were brought back from tiers for this
+    behind: dict[str, int] = dataclasses.field(default_factory=dict)  # pages that the pool lacked, by the farthest tier of each
 
 
 def _memory(what: str, x: Any) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
@@ -159,9 +161,9 @@ class Pages(lib.OfProcess):
                              rotation_set=rotation_set, sink=0, recent=0, tp_rank=tp_rank, tp_size=tp_size, address=address,
                              namespace=namespace, name=name, timeout=timeout, pages=True)
 
-    def lookup(self, requests: Seq[Iterable[bytes]], *, lease_ms: int = 30000) -> list[Found]:
+    def lookup(self, requests: Seq[Iterable[bytes]], *, lease_ms: int = 30000, restore_ms: int = 0, tiers: bool = False) -> list[Found]:
         """Which pages of each request are there, of up to 256 requests of up to 4,096 keys. They stay for lease_ms, at most 600,000; 0:
-        they may go at once."""
+        they may go at once. restore_ms: for so long, what tiers have is brought back first. tiers: tells what tiers have."""
         lists = [_keys(f"requests[{i}]", r) for i, r in enumerate(requests)]
         if not lists:
             return []
@@ -176,8 +178,10 @@ class Pages(lib.OfProcess):
             if keys and len(keys[0]) != s.key_bytes:
                 raise lib.InvalidError("keys of one call have one length")
         lib.call("kvd_pages_lookup", self.client._open(), c.byref(self._bytes), structs, len(lists),
-                 _check.integer("lease_ms", lease_ms), out)
-        return [Found(o.pages, bytes(room)[:len(k)], o.lease) for k, o, room in zip(lists, out, kinds)]
+                 c.byref(lib.MatchOptions(lease_ms=_check.integer("lease_ms", lease_ms), restore_ms=_check.integer("restore_ms", restore_ms),
+                                          tiers=_check.flag("tiers", tiers))), out)
+        return [Found(o.pages, bytes(room)[:len(k)], o.lease, o.restored, {name: n for name, n in zip(_prompts.TIERS, o.behind) if n})
+                for k, o, room in zip(lists, out, kinds)]
 
     def put(self, keys: Iterable[bytes], source: Paged, *, after: Optional[bytes] = None,
             exact: Optional[Union[bytes, Seq[bool]]] = None) -> bytes:
