@@ -21,6 +21,7 @@
 #include "daemon/service/events.h"
 #include "daemon/service/evict.h"
 #include "daemon/service/health.h"
+#include "daemon/service/hints.h"
 #include "daemon/service/http.h"
 #include "daemon/service/prompts.h"
 #include "daemon/service/restore.h"
@@ -64,6 +65,7 @@ const struct kvd_part *const kvd_parts[] = {
     &kvd_part_claims,    // of prompts that somebody computes
     &kvd_part_steps,     // calls that are done step by step
     &kvd_part_prompts,   // prefixes
+    &kvd_part_hints,     // about them
     &kvd_part_health,    // grpc.health.v1
     &kvd_part_evict,     // evictions by operators
     &kvd_part_http,      // /metrics, /healthz, /readyz

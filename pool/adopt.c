@@ -57,6 +57,26 @@ static void choose(const struct kvd_pool *pool, const struct kvd_blocks_space *s
     }
 }
 
+// Where the place ends before the known blocks do, as one behind it was damaged: says so.
+static bool was_damaged(const struct kvd_pool *pool, const struct kvd_blocks_space *space,
+                        const uint32_t *path, struct kvd_blocks_match *m)
+{
+    const struct kept *k = pool->kept[space->ns];
+    struct kvd_prefix_entry_info e;
+    bool whole = true;
+    if (m->at.blocks == m->known)
+        return false;
+    kvd_prefix_get(k->ix, path[m->at.blocks], &e);
+    for (uint32_t p = 0; p < pool->layout[space->layout].l.n_planes; p++)
+        whole &= kept_page(pool, k, space->layout, e.value, p) != KVD_POOL_NONE;
+    uint32_t when;
+    if (whole || kvd_prefix_noted(k->ix, path[m->at.blocks], &when) != KVD_PREFIX_DAMAGED)
+        return false;
+    m->why = KVD_PREFIX_DAMAGED;
+    m->when = when;
+    return true;
+}
+
 void kvd_blocks_match(struct kvd_pool *pool, const struct kvd_blocks_space *space, bool use,
                       struct kvd_blocks_match *m)
 {
@@ -78,6 +98,8 @@ void kvd_blocks_match(struct kvd_pool *pool, const struct kvd_blocks_space *spac
     m->known = q.found;
     blocks_path(k, q.entry, q.found, room->path);
     choose(pool, space, room->path, m);
+    if (was_damaged(pool, space, room->path, m))
+        return;
     m->why = q.found < n ? kvd_prefix_why(k->ix, domain, &m->keys[q.found], &m->when)
                          : KVD_PREFIX_PRESENT;
 }
@@ -115,6 +137,7 @@ int kvd_blocks_find(struct kvd_pool *pool, uint32_t ns, const struct kvd_prefix_
             m->known++;
         blocks_path(k, entry, m->known, room->path);
         choose(pool, space, room->path, m);
+        was_damaged(pool, space, room->path, m);
         return KVD_OK;
     }
     return KVD_E_NOT_FOUND;

@@ -1,6 +1,8 @@
 // Checksums of blocks: which are complete, and what was found of them.
 #include "pool/internal.h"
 
+#include <time.h>
+
 // Blocks of a plane's history that are complete, and the first of those that are there.
 static void complete(const struct kvd_pool *pool, const struct region_seq *s, uint32_t plane,
                      uint32_t *first, uint32_t *end)
@@ -138,8 +140,10 @@ void kvd_pool_block_lost(struct kvd_pool *pool, const struct kvd_pool_block *b)
     struct kept *k = pool->kept ? pool->kept[b->ns] : NULL;
     struct kvd_prefix_entry_info e;
     if (k && kvd_prefix_get(k->ix, b->index, &e) && k->layout_of[e.domain] == b->layout &&
-        kept_page(pool, k, b->layout, e.value, b->plane) == b->page)
+        kept_page(pool, k, b->layout, e.value, b->plane) == b->page) {
+        kvd_prefix_note(k->ix, b->index, KVD_PREFIX_DAMAGED, (uint32_t)time(NULL));
         kept_lose(pool, k, b->layout, b->index, b->plane);
+    }
 }
 
 void kvd_pool_block_seal(struct kvd_pool *pool, const struct kvd_pool_block *b, uint64_t sum)

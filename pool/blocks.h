@@ -45,8 +45,10 @@ struct kvd_blocks_match {
     uint32_t window; // tokens before the cut that are in a recent window, in the first plane
     bool end;        // the cut is where an end ends
     struct kvd_blocks_at at;
-    enum kvd_prefix_reason why; // of the first block that is not known; PRESENT: all are
-    uint32_t when;              // it went
+    // Of the first block that is not known; PRESENT: all are. DAMAGED: the place ends where it does
+    // as a known one was.
+    enum kvd_prefix_reason why;
+    uint32_t when; // it went
 };
 // Looks up one request. With `use` what is found counts as used.
 void kvd_blocks_match(struct kvd_pool *pool, const struct kvd_blocks_space *space, bool use,
@@ -98,7 +100,11 @@ uint32_t kvd_blocks_drop(struct kvd_pool *pool, const struct kvd_blocks_space *s
 
 // Removes a block, wherever it is, and those before it that have no others behind them. What is
 // held stays. Returns how many went.
-uint64_t kvd_blocks_forget(struct kvd_pool *pool, uint32_t ns, const struct kvd_prefix_key *key);
+uint64_t kvd_blocks_forget(struct kvd_pool *pool, uint32_t ns, const struct kvd_prefix_key *key,
+                           enum kvd_prefix_reason reason);
+// The last blocks of a prompt are the first to go, until they are used again: as kvd_prefix_demote.
+uint32_t kvd_blocks_demote(struct kvd_pool *pool, const struct kvd_blocks_space *space,
+                           const struct kvd_prefix_key *keys, uint32_t n, uint32_t keep);
 // Goes on removing all blocks of a namespace that nobody holds; zeros begin. Looks at most at
 // `most` entries, and adds to *gone how many went. True: it has looked at all.
 bool kvd_blocks_clear(struct kvd_pool *pool, uint32_t ns, struct kvd_prefix_cursor *at,

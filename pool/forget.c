@@ -26,7 +26,7 @@ static void removed(void *ctx, const struct kvd_prefix_removed *r)
         seq_destroy(pool, &pool->seq[end - 1]);
     }
     if (pool->on_block_gone)
-        pool->on_block_gone(pool->on_evict_ctx, m->ns, r);
+        pool->on_block_gone(pool->on_evict_ctx, m->ns, k->layout_of[r->domain], r);
 }
 
 static struct kept *begin(struct kvd_pool *pool, uint32_t ns)
@@ -84,7 +84,8 @@ bool blocks_evict(struct kvd_pool *pool, uint32_t ns, enum kvd_prefix_reason rea
     return false;
 }
 
-uint64_t kvd_blocks_forget(struct kvd_pool *pool, uint32_t ns, const struct kvd_prefix_key *key)
+uint64_t kvd_blocks_forget(struct kvd_pool *pool, uint32_t ns, const struct kvd_prefix_key *key,
+                           enum kvd_prefix_reason reason)
 {
     struct kept *k = begin(pool, ns);
     struct removal m = {pool, ns, 0};
@@ -94,7 +95,7 @@ uint64_t kvd_blocks_forget(struct kvd_pool *pool, uint32_t ns, const struct kvd_
     for (uint32_t i = 0; i < KVD_POOL_DOMAINS; i++) {
         uint32_t entry = kvd_prefix_entry(k->ix, i, key);
         if (entry != KVD_PREFIX_NONE)
-            kvd_prefix_remove(k->ix, entry, KVD_PREFIX_DROPPED, now, removed, &m);
+            kvd_prefix_remove(k->ix, entry, reason, now, removed, &m);
     }
     done(pool, ns);
     return m.gone;
@@ -123,11 +124,11 @@ bool blocks_clear(struct kvd_pool *pool, struct kvd_pool_clearing *c, uint32_t *
     if (!k)
         return true;
     if (!c->layout)
-        all = kvd_prefix_clear(k->ix, KVD_PREFIX_NONE, &c->blocks, n, KVD_PREFIX_DROPPED, now,
+        all = kvd_prefix_clear(k->ix, KVD_PREFIX_NONE, &c->blocks, n, KVD_PREFIX_EVICTED_ROOM, now,
                                removed, &m);
     while (c->layout && all && c->domain < KVD_POOL_DOMAINS) {
         if (kvd_prefix_domain_at(k->ix, c->domain) && k->layout_of[c->domain] == c->index)
-            all = kvd_prefix_clear(k->ix, c->domain, &c->blocks, n, KVD_PREFIX_DROPPED, now,
+            all = kvd_prefix_clear(k->ix, c->domain, &c->blocks, n, KVD_PREFIX_EVICTED_ROOM, now,
                                    removed, &m);
         if (all) {
             c->domain++;
@@ -136,6 +137,14 @@ bool blocks_clear(struct kvd_pool *pool, struct kvd_pool_clearing *c, uint32_t *
     }
     done(pool, c->ns);
     return all;
+}
+
+uint32_t kvd_blocks_demote(struct kvd_pool *pool, const struct kvd_blocks_space *space,
+                           const struct kvd_prefix_key *keys, uint32_t n, uint32_t keep)
+{
+    const struct kept *k = pool->kept ? pool->kept[space->ns] : NULL;
+    uint32_t domain = k ? kvd_prefix_domain_find(k->ix, space->domain) : KVD_PREFIX_NONE;
+    return domain == KVD_PREFIX_NONE ? 0 : kvd_prefix_demote(k->ix, domain, keys, n, keep);
 }
 
 uint32_t kvd_blocks_drop(struct kvd_pool *pool, const struct kvd_blocks_space *space,
@@ -191,7 +200,7 @@ uint32_t kvd_pool_evict(struct kvd_pool *pool, uint32_t ns, uint64_t bytes, uint
     uint32_t n = 0;
     *sum = (struct kvd_pool_evicted){0};
     while (n < most && (bytes == 0 || sum->bytes < bytes) &&
-           evict_something(pool, ns, KVD_PREFIX_DROPPED, sum))
+           evict_something(pool, ns, KVD_PREFIX_EVICTED_ASKED, sum))
         n++;
     return n;
 }

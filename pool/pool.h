@@ -53,10 +53,10 @@ struct kvd_pool_mem_ops {
     int (*index_find)(void *ctx, uint32_t ns);
 };
 
-// Told of each block that a namespace's prefix index no longer has (prefix.h). Must not call the
-// pool.
+// Told of each block that a namespace's prefix index no longer has (prefix.h), and of its layout.
+// Must not change the pool.
 struct kvd_prefix_removed;
-typedef void kvd_pool_block_gone_fn(void *ctx, uint32_t ns,
+typedef void kvd_pool_block_gone_fn(void *ctx, uint32_t ns, uint32_t layout,
                                     const struct kvd_prefix_removed *removed);
 
 struct kvd_pool_config {

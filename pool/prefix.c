@@ -231,7 +231,7 @@ static void entry_remove(struct kvd_prefix *ix, uint32_t entry, enum kvd_prefix_
     *link = e->chain;
     take_down(ix, entry);
     remember(ix, e, hash, reason, now);
-    reuse_gone(ix, e, hash, reason != KVD_PREFIX_DROPPED && reason != KVD_PREFIX_DAMAGED);
+    reuse_gone(ix, e, hash, reason <= KVD_PREFIX_EVICTED_INDEX);
     if (e->parent != KVD_PREFIX_NONE) {
         ix->entry[e->parent].children--;
         put_up(ix, e->parent);
@@ -239,7 +239,8 @@ static void entry_remove(struct kvd_prefix *ix, uint32_t entry, enum kvd_prefix_
     ix->domain[e->domain].entries--;
     h->entries--;
     h->removed[reason]++;
-    const struct kvd_prefix_removed removed = {e->key, e->domain, entry, e->value, reason};
+    const struct kvd_prefix_removed removed = {
+        e->key, e->domain, entry, e->value, ix->domain[e->domain].digest, reason};
     __atomic_store_n(&e->used, false, __ATOMIC_SEQ_CST); // before the value is its owner's again
     e->chain = h->free;
     h->free = entry + 1;
@@ -367,6 +368,21 @@ int kvd_prefix_insert(struct kvd_prefix *ix, uint32_t domain, uint32_t parent,
     return kvd_fail(err, KVD_E_FULL, "the prefix index has its %u entries", h->config.entries);
 }
 
+uint32_t kvd_prefix_demote(struct kvd_prefix *ix, uint32_t domain,
+                           const struct kvd_prefix_key *keys, uint32_t n, uint32_t keep)
+{
+    struct kvd_prefix_query q = {.domain = domain, .n = n, .keys = keys};
+    uint32_t done = 0;
+    look_up(ix, &q);
+    for (uint32_t at = q.entry; q.found - done > keep && ix->entry[at].children <= (done != 0);
+         at = ix->entry[at].parent, done++) {
+        take_down(ix, at);
+        ix->entry[at].uses |= REUSE_DEMOTED;
+        put_up(ix, at);
+    }
+    return done;
+}
+
 void kvd_prefix_set(struct kvd_prefix *ix, uint32_t entry, uint32_t value)
 {
     ix->entry[entry].value = value;
@@ -461,9 +477,15 @@ bool kvd_prefix_clear(struct kvd_prefix *ix, uint32_t domain, struct kvd_prefix_
 
 const char *kvd_prefix_reason_name(enum kvd_prefix_reason reason)
 {
-    static const char *const names[KVD_PREFIX_REASONS] = {
-        "unknown", "present", "evicted for room", "evicted for the quota", "evicted for the index",
-        "dropped", "damaged"};
+    static const char *const names[KVD_PREFIX_REASONS] = {"unknown",
+                                                          "present",
+                                                          "evicted for room",
+                                                          "evicted for the quota",
+                                                          "evicted for the index",
+                                                          "dropped",
+                                                          "damaged",
+                                                          "evicted by an operator",
+                                                          "expired"};
     return reason < KVD_PREFIX_REASONS ? names[reason] : names[KVD_PREFIX_UNKNOWN];
 }
 
@@ -473,21 +495,41 @@ uint32_t kvd_prefix_entry(const struct kvd_prefix *ix, uint32_t domain,
     return find(ix, domain, key, prefix_hash(ix, domain, key));
 }
 
-enum kvd_prefix_reason kvd_prefix_why(const struct kvd_prefix *ix, uint32_t domain,
-                                      const struct kvd_prefix_key *key, uint32_t *when)
+static enum kvd_prefix_reason remembered(const struct kvd_prefix *ix, uint32_t domain,
+                                         const struct kvd_prefix_key *key, uint64_t hash,
+                                         uint32_t *when)
 {
-    uint64_t hash = prefix_hash(ix, domain, key);
     const struct prefix_gone *set =
         ix->gone + (size_t)prefix_place(hash, ix->head->gone_sets) * REMOVED_WAYS;
     *when = 0;
-    if (find(ix, domain, key, hash) != KVD_PREFIX_NONE)
-        return KVD_PREFIX_PRESENT;
     for (uint32_t i = 0; i < REMOVED_WAYS && set[i].reason != KVD_PREFIX_UNKNOWN; i++)
         if (set[i].domain == domain && prefix_key_equal(&set[i].key, key)) {
             *when = set[i].when;
             return set[i].reason;
         }
     return KVD_PREFIX_UNKNOWN;
+}
+
+enum kvd_prefix_reason kvd_prefix_why(const struct kvd_prefix *ix, uint32_t domain,
+                                      const struct kvd_prefix_key *key, uint32_t *when)
+{
+    uint64_t hash = prefix_hash(ix, domain, key);
+    *when = 0;
+    return find(ix, domain, key, hash) != KVD_PREFIX_NONE ? KVD_PREFIX_PRESENT
+                                                          : remembered(ix, domain, key, hash, when);
+}
+
+void kvd_prefix_note(struct kvd_prefix *ix, uint32_t entry, enum kvd_prefix_reason reason,
+                     uint32_t now)
+{
+    const struct prefix_entry *e = &ix->entry[entry];
+    remember(ix, e, prefix_hash(ix, e->domain, &e->key), reason, now);
+}
+
+enum kvd_prefix_reason kvd_prefix_noted(const struct kvd_prefix *ix, uint32_t entry, uint32_t *when)
+{
+    const struct prefix_entry *e = &ix->entry[entry];
+    return remembered(ix, e->domain, &e->key, prefix_hash(ix, e->domain, &e->key), when);
 }
 
 bool kvd_prefix_get(const struct kvd_prefix *ix, uint32_t entry, struct kvd_prefix_entry_info *out)

@@ -120,6 +120,12 @@ int kvd_prefix_insert(struct kvd_prefix *ix, uint32_t domain, uint32_t parent,
 // Counts entries as used; KVD_PREFIX_NONE among them are passed over.
 void kvd_prefix_use(struct kvd_prefix *ix, const uint32_t *entries, uint32_t n);
 
+// The last blocks of a path are not expected to be used again: they are the first to be evicted,
+// until they are used. From the end on, down to the first `keep`, and up to one that has others
+// behind it too. Returns how many.
+uint32_t kvd_prefix_demote(struct kvd_prefix *ix, uint32_t domain,
+                           const struct kvd_prefix_key *keys, uint32_t n, uint32_t keep);
+
 // Gives a block another value.
 void kvd_prefix_set(struct kvd_prefix *ix, uint32_t entry, uint32_t value);
 
@@ -138,6 +144,8 @@ enum kvd_prefix_reason {
     KVD_PREFIX_EVICTED_INDEX, // the index was full
     KVD_PREFIX_DROPPED,       // somebody asked for it
     KVD_PREFIX_DAMAGED,       // it did not verify
+    KVD_PREFIX_EVICTED_ASKED, // an operator wanted memory back
+    KVD_PREFIX_EXPIRED,       // the time that it was stored for was over
     KVD_PREFIX_REASONS,
 };
 const char *kvd_prefix_reason_name(enum kvd_prefix_reason reason);
@@ -145,13 +153,14 @@ const char *kvd_prefix_reason_name(enum kvd_prefix_reason reason);
 struct kvd_prefix_removed {
     struct kvd_prefix_key key;
     uint32_t domain, entry, value; // nothing is known by that entry any more
+    const uint8_t *digest;         // of the domain; valid during the call
     enum kvd_prefix_reason reason;
 };
 // Told of each block that goes; the value is its owner's again. Must not call the index.
 typedef void kvd_prefix_removed_fn(void *ctx, const struct kvd_prefix_removed *removed);
 
 // Evicts up to `most` blocks that nobody holds and no lease keeps, leaves first, those first that
-// are least worth keeping (prefix_reuse.c). `reason` is one of the three KVD_PREFIX_EVICTED.
+// are least worth keeping (prefix_reuse.c). `reason` is one of KVD_PREFIX_EVICTED.
 // Returns how many; fewer than `most`: there are no others.
 uint32_t kvd_prefix_evict(struct kvd_prefix *ix, uint32_t most, enum kvd_prefix_reason reason,
                           uint32_t now, kvd_prefix_removed_fn *fn, void *ctx);
@@ -182,6 +191,13 @@ uint32_t kvd_prefix_entry(const struct kvd_prefix *ix, uint32_t domain,
 // Why a block is not there, as far as that is remembered; *when gets the time at which it went.
 enum kvd_prefix_reason kvd_prefix_why(const struct kvd_prefix *ix, uint32_t domain,
                                       const struct kvd_prefix_key *key, uint32_t *when);
+
+// Notes why part of a block is gone that is itself there still, and tells: kvd_prefix_why says only
+// that it is there. UNKNOWN: nothing is noted, or remembered.
+void kvd_prefix_note(struct kvd_prefix *ix, uint32_t entry, enum kvd_prefix_reason reason,
+                     uint32_t now);
+enum kvd_prefix_reason kvd_prefix_noted(const struct kvd_prefix *ix, uint32_t entry,
+                                        uint32_t *when);
 
 struct kvd_prefix_entry_info {
     struct kvd_prefix_key key;

@@ -143,7 +143,7 @@ static int check_all(const struct kvd_prefix *ix, const struct sums *s, struct k
             rc = corrupt(err, "a leaf is on no list", i);
         else if (e->used && !s->listed[i] && e->next != KVD_PREFIX_NONE)
             rc = corrupt(err, "an entry says that it is on a list", i);
-        else if (e->used && (e->uses < 1 || e->uses > REUSE_MAX_USES))
+        else if (e->used && !(e->uses & REUSE_MAX_USES))
             rc = corrupt(err, "an entry was used as often as cannot be", i);
     }
     for (uint32_t i = h->free; i && rc == KVD_OK; i = ix->entry[i - 1].chain)

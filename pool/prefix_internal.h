@@ -4,13 +4,14 @@
 
 #include "pool/prefix.h"
 
-#define KVD_PREFIX_MAGIC 0x3258495046564b44ull
+#define KVD_PREFIX_MAGIC 0x3358495046564b44ull
 
 enum {
     REUSE_CLASSES = 6, // by number of uses: 1, 2, 3-4, 5-8, 9-16, more
     REUSE_AGES = 64,   // since the last use: 32 of a tick, 16 of 8 ticks, 16 of 64 and beyond
     REUSE_SHELVES = REUSE_CLASSES * REUSE_AGES,
     REUSE_MAX_USES = 31,
+    REUSE_DEMOTED = 128,
 
     GHOST_WAYS = 16,
     GHOSTS_PER_ENTRY = 6,
@@ -18,6 +19,7 @@ enum {
     ENTRIES_PER_REMOVED = 16,
 
     LIST_LEASED = REUSE_SHELVES, // leaves that eviction came upon and a lease kept
+    LIST_DEMOTED,                // those that go before all others
     LISTS,
 };
 
@@ -30,7 +32,7 @@ struct prefix_entry {
     uint16_t domain;
     bool used;
     // -- derived
-    uint8_t uses;   // up to REUSE_MAX_USES
+    uint8_t uses;   // up to REUSE_MAX_USES, and REUSE_DEMOTED: not expected to be used again
     uint32_t chain; // the next entry of its bucket, or the next free one; as those in `bucket`
     uint32_t children;
     uint32_t prev, next; // in a list of leaves; KVD_PREFIX_NONE: in none

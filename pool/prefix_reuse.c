@@ -36,6 +36,11 @@ enum {
 static const double FADE = 0.9995; // of what was seen, per tick
 static const double DOUBT = 0.5;   // lives that never ended, added to what was seen at each age
 
+static uint32_t uses_of(const struct prefix_entry *e)
+{
+    return e->uses & REUSE_MAX_USES;
+}
+
 static uint32_t class_of(uint32_t uses)
 {
     return uses <= 1 ? 0 : uses <= 2 ? 1 : uses <= 4 ? 2 : uses <= 8 ? 3 : uses <= 16 ? 4 : 5;
@@ -157,6 +162,10 @@ static uint32_t shelf_of(const struct prefix_reuse *r, uint32_t uses, uint32_t t
 void leaf_file(struct kvd_prefix *ix, uint32_t entry)
 {
     struct prefix_reuse *r = &ix->head->reuse;
+    if (ix->entry[entry].uses & REUSE_DEMOTED) {
+        list_add(ix, LIST_DEMOTED, entry);
+        return;
+    }
     uint32_t shelf = shelf_of(r, ix->entry[entry].uses, ix->entry[entry].tick);
     uint32_t rank = r->rank_of[shelf];
     r->filled[rank / 64] |= 1ull << rank % 64;
@@ -202,20 +211,31 @@ static bool look_at_leased(struct kvd_prefix *ix, uint32_t now, uint32_t most)
     return any;
 }
 
+// The first leaf of a list whose lease is over; those before it are put aside.
+static uint32_t first_of(struct kvd_prefix *ix, uint32_t list, uint32_t now)
+{
+    while (!list_empty(ix, list)) {
+        uint32_t entry = ix->head->list[list].first;
+        if (ix->entry[entry].lease <= now)
+            return entry;
+        leaf_unfile(ix, entry);
+        put_aside(ix, entry);
+    }
+    return KVD_PREFIX_NONE;
+}
+
 static uint32_t lowest(struct kvd_prefix *ix, uint32_t now)
 {
     struct prefix_reuse *r = &ix->head->reuse;
+    uint32_t entry = first_of(ix, LIST_DEMOTED, now);
+    if (entry != KVD_PREFIX_NONE)
+        return entry;
     for (size_t word = 0; word < KVD_LEN(r->filled); word++)
         while (r->filled[word]) {
             uint32_t rank = (uint32_t)word * 64 + (uint32_t)__builtin_ctzll(r->filled[word]);
-            uint32_t shelf = r->shelf_at[rank];
-            while (!list_empty(ix, shelf)) {
-                uint32_t entry = ix->head->list[shelf].first;
-                if (ix->entry[entry].lease <= now)
-                    return entry;
-                leaf_unfile(ix, entry);
-                put_aside(ix, entry);
-            }
+            entry = first_of(ix, r->shelf_at[rank], now);
+            if (entry != KVD_PREFIX_NONE)
+                return entry;
             r->filled[word] &= ~(1ull << rank % 64);
         }
     return KVD_PREFIX_NONE;
@@ -424,7 +444,7 @@ void reuse_clear(struct kvd_prefix *ix)
 
 static void begin(struct kvd_prefix *ix, struct prefix_entry *e, uint32_t uses)
 {
-    e->uses = (uint8_t)KVD_MIN(uses, (uint32_t)REUSE_MAX_USES);
+    e->uses = (uint8_t)KVD_MIN(uses, (uint32_t)REUSE_MAX_USES); // no longer demoted
     e->tick = ix->head->reuse.tick;
     begin_life(&ix->head->reuse, e->uses);
 }
@@ -436,16 +456,16 @@ void reuse_new(struct kvd_prefix *ix, struct prefix_entry *e, uint64_t hash)
 
 void reuse_again(struct kvd_prefix *ix, struct prefix_entry *e)
 {
-    end_life(&ix->head->reuse, e->uses, e->tick, true);
-    begin(ix, e, e->uses + 1u);
+    end_life(&ix->head->reuse, uses_of(e), e->tick, true);
+    begin(ix, e, uses_of(e) + 1u);
 }
 
 void reuse_gone(struct kvd_prefix *ix, const struct prefix_entry *e, uint64_t hash, bool wanted)
 {
     if (wanted)
-        ghost_put(ix, hash, e->uses, e->tick);
+        ghost_put(ix, hash, uses_of(e), e->tick);
     else
-        end_life(&ix->head->reuse, e->uses, e->tick, false);
+        end_life(&ix->head->reuse, uses_of(e), e->tick, false);
 }
 
 void reuse_passed(struct kvd_prefix *ix, uint64_t hash)

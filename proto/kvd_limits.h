@@ -38,6 +38,7 @@ enum {
     KVD_MAX_CALL_PAGES = 512, // in one PutPages or GetPages
     KVD_MAX_CALL_ADOPTIONS = 16,
     KVD_MAX_LEASE_MS = 600000,
+    KVD_MAX_RETAIN_MS = 86400000,
     KVD_MAX_SINKS = 65536,  // layers x q_heads of a session's attention sinks
     KVD_MAX_NAME = 128,     // bytes of a sequence's or rotation set's name
     KVD_MAX_NAMESPACE = 64, // bytes of a namespace's name

@@ -128,8 +128,10 @@ kvd_result kvd_pages_lookup(kvd_client *c, const kvd_bytes *space, const kvd_pag
     kvd_match_options o = KVD_NEW(kvd_match_options);
     if (options && kvd_sized_take(&kvd_sized_match_options, options, &o, &e))
         return kvd_client_fail(err, &e);
-    if (o.wait_ms) {
-        kvd_fail(&e, KVD_E_INVALID, "wait_ms is %u: nobody waits for pages", o.wait_ms);
+    if (o.wait_ms || o.recompute_window) {
+        kvd_fail(&e, KVD_E_INVALID,
+                 "wait_ms and recompute_window are for prompts: of pages nobody waits for others, "
+                 "and none has a window");
         return kvd_client_fail(err, &e);
     }
     if (count < 1 || count > KVD_MAX_CALL_PROMPTS) {

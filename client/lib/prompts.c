@@ -137,6 +137,7 @@ kvd_result kvd_prompts_match(kvd_client *c, const kvd_prompt *prompts, uint32_t 
     req.wait_ms = o.wait_ms;
     req.tiers = o.tiers;
     req.quiet = o.quiet;
+    req.recompute_window = o.recompute_window;
     kvd_result rc = kvd_client_call_until(c, METHOD("MatchPrefix"), &req, &req.session,
                                           &kvd__v1__match_prefix_reply__descriptor, &reply,
                                           kvd_client_deadline(c) + o.restore_ms + o.wait_ms, err);
@@ -152,6 +153,43 @@ kvd_result kvd_prompts_match(kvd_client *c, const kvd_prompt *prompts, uint32_t 
         give_match(reply, reply->matches[i], one);
     }
     kvd__v1__match_prefix_reply__free_unpacked(reply, NULL);
+    return rc;
+}
+
+kvd_result kvd_prompts_hint(kvd_client *c, const kvd_prompt *prompts, uint32_t count, kvd_hint hint,
+                            uint32_t ms, bool expire, uint32_t *blocks, kvd_failure *err)
+{
+    KVD_WANT(err, "client", c, "prompts", prompts);
+    Kvd__V1__HintPrefixRequest req = KVD__V1__HINT_PREFIX_REQUEST__INIT;
+    Kvd__V1__HintPrefixReply *reply = NULL;
+    struct kvd_error e = {0};
+    if (count < 1 || count > KVD_MAX_CALL_PROMPTS) {
+        kvd_fail(&e, KVD_E_INVALID, "%u prompts; 1 to %d are possible", count,
+                 KVD_MAX_CALL_PROMPTS);
+        return kvd_client_fail(err, &e);
+    }
+    struct wire *wires KVD_FREE = calloc(count, sizeof(*wires));
+    Kvd__V1__PrefixKeys **refs KVD_FREE = calloc(count, sizeof(*refs));
+    if (!wires || !refs)
+        kvd_fail(&e, KVD_E_INTERNAL, "out of memory");
+    if (e.code || fill_all(prompts, count, wires, refs, &e))
+        return kvd_client_fail(err, &e);
+    req.hint = (Kvd__V1__HintPrefixRequest__Hint)hint;
+    req.n_requests = count;
+    req.requests = refs;
+    req.ms = ms;
+    req.expire = expire;
+    kvd_result rc = kvd_client_call(c, METHOD("HintPrefix"), &req, &req.session,
+                                    &kvd__v1__hint_prefix_reply__descriptor, &reply, err);
+    if (rc)
+        return rc;
+    if (reply->n_blocks != count) {
+        kvd_fail(&e, KVD_E_INTERNAL, "told of %u prompts, heard of %zu", count, reply->n_blocks);
+        rc = kvd_client_fail(err, &e);
+    } else if (blocks) {
+        memcpy(blocks, reply->blocks, count * sizeof(*blocks));
+    }
+    kvd__v1__hint_prefix_reply__free_unpacked(reply, NULL);
     return rc;
 }
 

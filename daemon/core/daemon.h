@@ -29,6 +29,7 @@ struct kvd_pieceworks;
 struct kvd_fences;
 struct kvd_events;
 struct kvd_fetch;
+struct kvd_hints;
 struct kvd_http;
 struct kvd_keep;
 struct kvd_ledger;
@@ -104,6 +105,7 @@ struct kvd_daemon {
     struct kvd_demotion *demotion; // NULL: the same; so is this
     struct kvd_restores *restores;
     struct kvd_claims *claims;
+    struct kvd_hints *hints;
     struct kvd_leases *leases;
     struct kvd_prompts *prompts;
     struct kvd_page_counts *page_counts;

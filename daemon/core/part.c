@@ -14,12 +14,12 @@ void kvd_parts_evicted(struct kvd_daemon *d, uint32_t ns, uint64_t seq, const ch
             (*p)->evicted(d, ns, seq, name);
 }
 
-void kvd_parts_block_gone(struct kvd_daemon *d, uint32_t ns,
+void kvd_parts_block_gone(struct kvd_daemon *d, uint32_t ns, uint32_t layout,
                           const struct kvd_prefix_removed *removed)
 {
     for (const struct kvd_part *const *p = d->parts; *p; p++)
         if ((*p)->block_gone)
-            (*p)->block_gone(d, ns, removed);
+            (*p)->block_gone(d, ns, layout, removed);
 }
 
 void kvd_parts_blocks_stored(struct kvd_daemon *d, uint32_t ns, const struct kvd_prefix_key *keys,

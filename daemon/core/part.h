@@ -32,7 +32,8 @@ struct kvd_part {
     // A published sequence was evicted.
     void (*evicted)(struct kvd_daemon *d, uint32_t ns, uint64_t seq, const char *name);
     // A block of a namespace's prefix index is gone.
-    void (*block_gone)(struct kvd_daemon *d, uint32_t ns, const struct kvd_prefix_removed *removed);
+    void (*block_gone)(struct kvd_daemon *d, uint32_t ns, uint32_t layout,
+                       const struct kvd_prefix_removed *removed);
     // Blocks of a namespace's prefix index are there, each behind the one before it and the first
     // behind `parent` (NULL: none, or not known).
     void (*blocks_stored)(struct kvd_daemon *d, uint32_t ns, const struct kvd_prefix_key *keys,
@@ -44,7 +45,7 @@ struct kvd_part {
 // Tell all parts.
 void kvd_parts_session_ends(struct kvd_daemon *d, struct kvd_session *s);
 void kvd_parts_evicted(struct kvd_daemon *d, uint32_t ns, uint64_t seq, const char *name);
-void kvd_parts_block_gone(struct kvd_daemon *d, uint32_t ns,
+void kvd_parts_block_gone(struct kvd_daemon *d, uint32_t ns, uint32_t layout,
                           const struct kvd_prefix_removed *removed);
 void kvd_parts_blocks_stored(struct kvd_daemon *d, uint32_t ns, const struct kvd_prefix_key *keys,
                              uint32_t n, const struct kvd_prefix_key *parent);

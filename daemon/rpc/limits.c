@@ -22,6 +22,7 @@ static const struct {
     {&kvd__v1__prefix_keys__descriptor, "extra", KVD_MAX_PROMPT_EXTRAS},
     {&kvd__v1__adopt_prefix_request__descriptor, "items", KVD_MAX_CALL_ADOPTIONS},
     {&kvd__v1__publish_blocks_request__descriptor, "items", KVD_MAX_CALL_PROMPTS},
+    {&kvd__v1__hint_prefix_request__descriptor, "requests", KVD_MAX_CALL_PROMPTS},
     {&kvd__v1__release_prefix_request__descriptor, "leases", KVD_MAX_CALL_SEQUENCES},
     {&kvd__v1__lookup_pages_request__descriptor, "requests", KVD_MAX_CALL_PROMPTS},
     {&kvd__v1__map_item__descriptor, "other_codec_from", KVD_MAX_PLANES - 1},

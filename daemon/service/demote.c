@@ -3,6 +3,9 @@
 // a tier find it while it is still in use here. What it costs is that blocks are written which are
 // never evicted, at tier-rate at most.
 //
+// What is dropped because somebody asked for it, or as its time is over, is dropped on the tiers
+// too. What was in the pool before kvd started may be there already, so they are asked first.
+//
 // One batch after the other: the loop picks up blocks of one namespace, which keeps their pages,
 // the executor copies them in that namespace's turn, and the copies are put. Blocks wait in the
 // pool's line, which takes no memory, while no tier takes more.
@@ -20,8 +23,10 @@
 enum {
     BATCH = 16, // blocks
     BATCH_BYTES = 1 << 20,
-    TOLD = 256,    // blocks in an event
-    AGAIN_MS = 50, // looks whether a tier takes more
+    TOLD = 256,      // blocks in an event
+    DROPS = 1 << 20, // that wait at most
+    DROPPING = 64,   // at once
+    AGAIN_MS = 50,   // looks whether a tier takes more
 };
 
 struct item {
@@ -29,11 +34,13 @@ struct item {
     uint8_t layout[32]; // digest
     struct kvd_block *copy[KVD_MAX_PLANES];
     bool damaged; // in memory: not what it was sealed as
+    bool dropped; // from the pool meanwhile
 };
 
 struct batch {
     struct kvd_job job; // first
-    uint32_t n, at;     // `at`: that the executor copies
+    struct kvd_daemon *d;
+    uint32_t n, at; // `at`: that the executor copies
     struct item items[BATCH];
 };
 
@@ -47,6 +54,11 @@ struct kvd_demotion {
     // Blocks that tiers have now, and that has not been told of.
     struct kvd_prefix_key moved[TOLD];
     uint32_t n_moved, moved_ns, moved_tiers;
+    uint32_t old; // blocks of before the start that have not been picked up, at most
+    // Keys that tiers are to drop, from `next_drop` on.
+    struct kvd_tier_key *drops;
+    uint32_t n_drops, drops_room, next_drop, dropping;
+    uint64_t dropped, known;
 };
 
 // -- telling ------------------------------------------------------------------------------------
@@ -149,9 +161,10 @@ static void send_block(struct kvd_daemon *d, const struct item *it)
 static void end_item(struct kvd_daemon *d, struct item *it, bool copied)
 {
     struct kvd_demotion *m = d->demotion;
-    m->blocks += copied && !it->damaged;
     m->damaged += copied && it->damaged;
-    if (copied && !it->damaged)
+    copied = copied && !it->damaged && !it->dropped;
+    m->blocks += copied;
+    if (copied)
         send_block(d, it);
     for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
         kvd_block_unref(&it->copy[p]);
@@ -198,6 +211,51 @@ static void on_timer(uv_timer_t *timer)
     go_on(timer->data);
 }
 
+static void submit(struct batch *b)
+{
+    kvd_daemon_work_begin(b->d);
+    kvd_exec_submit(b->d, &b->job);
+}
+
+// Those of a batch that a tier has go no further.
+static void on_known(void *ctx, const uint8_t *where)
+{
+    struct batch *b = ctx;
+    struct kvd_demotion *m = b->d->demotion;
+    uint32_t left = 0;
+    for (uint32_t i = 0; i < b->n; i++) {
+        bool known = true;
+        for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
+            known &= !b->items[i].copy[p] || *where++;
+        m->known += known;
+        if (known || b->d->state == KVD_STOPPING)
+            end_item(b->d, &b->items[i], false);
+        else
+            b->items[left++] = b->items[i];
+    }
+    b->n = left;
+    if (left) {
+        submit(b);
+        return;
+    }
+    free(KVD_TAKE(m->batch));
+    go_on(b->d);
+}
+
+// Asks the tiers which blocks of a batch they have. False: nobody can be asked.
+static bool ask_for_known(struct batch *b)
+{
+    struct kvd_tier_key keys[BATCH * KVD_MAX_PLANES];
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < b->n; i++)
+        for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
+            if (b->items[i].copy[p] &&
+                kvd_tiers_key(b->d, b->items[i].load.space.domain, b->items[i].layout,
+                              b->items[i].load.key.w, p, &keys[n++], NULL))
+                return false;
+    return kvd_tiers_has(b->d, keys, n, on_known, b, NULL) == KVD_OK;
+}
+
 static void go_on(struct kvd_daemon *d)
 {
     struct kvd_demotion *m = d->demotion;
@@ -221,17 +279,81 @@ static void go_on(struct kvd_daemon *d)
         return;
     }
     m->batch = b;
+    b->d = d;
     b->job.run = copy_batch;
     b->job.done = batch_done;
     b->job.fair.tenant = ns;
     b->job.fair.flow = &m->flows[ns];
-    kvd_daemon_work_begin(d);
-    kvd_exec_submit(d, &b->job);
+    bool old = m->old;
+    m->old -= KVD_MIN(m->old, b->n);
+    if (!old || !ask_for_known(b))
+        submit(b);
+}
+
+// -- what is dropped ----------------------------------------------------------------------------
+
+static void on_dropped(void *ctx, const struct kvd_tier_reply *reply)
+{
+    struct kvd_demotion *m = ctx;
+    (void)reply; // what a tier does not drop expires there
+    m->dropping--;
+}
+
+static void drop_more(struct kvd_daemon *d)
+{
+    struct kvd_demotion *m = d->demotion;
+    while (m->next_drop < m->n_drops && m->dropping < DROPPING) {
+        const struct kvd_tier_key *key = &m->drops[m->next_drop++];
+        m->dropped++;
+        for (uint32_t i = 0; i < kvd_tiers_count(d); i++) {
+            m->dropping++;
+            kvd_tier_drop(kvd_tiers_get_tier(d, i), key, on_dropped, m);
+        }
+    }
+    if (m->next_drop == m->n_drops)
+        m->next_drop = m->n_drops = 0;
+}
+
+static void note_drop(struct kvd_demotion *m, const struct kvd_tier_key *key)
+{
+    if (m->n_drops == m->drops_room && m->n_drops < DROPS) {
+        uint32_t room = KVD_MAX(2 * m->drops_room, 64u);
+        struct kvd_tier_key *more = realloc(m->drops, room * sizeof(*more));
+        if (!more)
+            return; // it expires there
+        m->drops = more;
+        m->drops_room = room;
+    }
+    if (m->n_drops < m->drops_room)
+        m->drops[m->n_drops++] = *key;
+}
+
+static void block_gone(struct kvd_daemon *d, uint32_t ns, uint32_t layout,
+                       const struct kvd_prefix_removed *r)
+{
+    struct kvd_demotion *m = d->demotion;
+    uint8_t digest[32];
+    struct kvd_tier_key key;
+    if (!m || !kvd_tiers_count(d) ||
+        (r->reason != KVD_PREFIX_DROPPED && r->reason != KVD_PREFIX_EXPIRED))
+        return;
+    for (uint32_t i = 0; m->batch && i < m->batch->n; i++) {
+        const struct kvd_blocks_load *load = &m->batch->items[i].load;
+        m->batch->items[i].dropped |=
+            load->space.ns == ns && !memcmp(&load->key, &r->key, sizeof(r->key)) &&
+            !memcmp(load->space.domain, r->digest, sizeof(load->space.domain));
+    }
+    const struct kvd_layout *l = kvd_pool_layout_get(d->pool, layout);
+    kvd_layout_digest_bytes(l, digest);
+    for (uint32_t p = 0; p < l->n_planes; p++)
+        if (kvd_tiers_key(d, r->digest, digest, r->key.w, p, &key, NULL) == KVD_OK)
+            note_drop(m, &key);
 }
 
 static void on_check(uv_check_t *check)
 {
     tell_moved(check->data);
+    drop_more(check->data);
     go_on(check->data);
 }
 
@@ -249,6 +371,8 @@ static int start(struct kvd_daemon *d, struct kvd_error *err)
     d->demotion->check.data = d->demotion->timer.data = d;
     uv_check_start(&d->demotion->check, on_check);
     kvd_blocks_note_new(d->pool);
+    uint32_t ns;
+    d->demotion->old = kvd_blocks_new(d->pool, 0, &ns);
     return KVD_OK;
 }
 
@@ -262,6 +386,8 @@ static void end(struct kvd_daemon *d)
 
 static void deinit(struct kvd_daemon *d)
 {
+    if (d->demotion)
+        free(d->demotion->drops);
     free(KVD_TAKE(d->demotion));
 }
 
@@ -279,10 +405,15 @@ static void metrics(struct kvd_daemon *d, FILE *f)
                kvd_blocks_new(d->pool, 0, &ns));
     kvd_metric(f, "kvd_demotion_again_total", "counter",
                "Times that no tier had taken a block, which waits again then.", (double)m->again);
+    kvd_metric(f, "kvd_demotion_known_blocks_total", "counter",
+               "Blocks of before the start that a tier had already.", (double)m->known);
+    kvd_metric(f, "kvd_demotion_dropped_total", "counter",
+               "Pages of blocks that tiers were told to drop, as the pool was.",
+               (double)m->dropped);
     kvd_metric(f, "kvd_demotion_damaged_blocks_total", "counter",
                "Blocks that were not sent, as their memory was not what was stored.",
                (double)m->damaged);
 }
 
 const struct kvd_part kvd_part_demotion = {
-    .start = start, .end = end, .deinit = deinit, .metrics = metrics};
+    .start = start, .end = end, .deinit = deinit, .block_gone = block_gone, .metrics = metrics};

@@ -11,6 +11,7 @@ KVD_HANDLER(keep_alive);
 KVD_HANDLER(register_buffer);
 KVD_HANDLER(release_buffer);
 // events.c
+KVD_HANDLER(hint_prefix);
 KVD_HANDLER(watch);
 KVD_HANDLER(watch_namespace);
 // sequence.c

@@ -62,6 +62,7 @@ const struct kvd_method kvd_methods[] = {
     KV("AdoptPrefix", adopt_prefix_request, adopt_prefix),
     KV("PublishBlocks", publish_blocks_request, publish_blocks),
     KV("ReleasePrefix", release_prefix_request, release_prefix),
+    KV("HintPrefix", hint_prefix_request, hint_prefix),
     KV("LookupPages", lookup_pages_request, lookup_pages),
     KV("PutPages", put_pages_request, put_pages),
     KV("GetPages", get_pages_request, get_pages),

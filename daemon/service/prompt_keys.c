@@ -80,6 +80,8 @@ Kvd__V1__MissReason kvd_miss_reason(enum kvd_prefix_reason reason)
         [KVD_PREFIX_EVICTED_INDEX] = KVD__V1__MISS_REASON__MISS_EVICTED_INDEX,
         [KVD_PREFIX_DROPPED] = KVD__V1__MISS_REASON__MISS_DROPPED,
         [KVD_PREFIX_DAMAGED] = KVD__V1__MISS_REASON__MISS_DAMAGED,
+        [KVD_PREFIX_EVICTED_ASKED] = KVD__V1__MISS_REASON__MISS_EVICTED_ASKED,
+        [KVD_PREFIX_EXPIRED] = KVD__V1__MISS_REASON__MISS_EXPIRED,
     };
     return reasons[reason];
 }
@@ -90,7 +92,7 @@ Kvd__V1__MissReason kvd_prompt_miss(struct kvd_daemon *d, const struct kvd_block
 {
     struct kvd_blocks_space other;
     uint32_t looked = 0;
-    if (match->known == match->n)
+    if (match->known == match->n && match->why != KVD_PREFIX_DAMAGED)
         return KVD__V1__MISS_REASON__MISS_NONE;
     if (match->known || match->why != KVD_PREFIX_UNKNOWN)
         return kvd_miss_reason(match->why);

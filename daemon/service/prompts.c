@@ -230,6 +230,30 @@ static void tell_restored(struct kvd_daemon *d, struct job *j, Kvd__V1__PrefixMa
     tell_known(d, j, a->begin, a->end);
 }
 
+// Has the match end a window of bf16 tokens earlier, unless it ends where one was kept: who
+// computes those tokens again has that window.
+static void leave_window(struct kvd_daemon *d, const struct job *j, struct kvd_blocks_match *m)
+{
+    const struct kvd_layout *l = kvd_pool_layout_get(d->pool, j->space.layout);
+    uint32_t window = 0, sink = UINT32_MAX;
+    for (uint32_t p = 0; p < l->n_planes; p++) {
+        const struct kvd_plane *g = &l->planes[p];
+        if (!kvd_codecs_rotated(g->codec))
+            continue;
+        window = KVD_MAX(window, (uint32_t)kvd_div_up(g->recent, KVD_PAGE_TOKENS));
+        sink = KVD_MIN(sink, g->sink / KVD_PAGE_TOKENS);
+    }
+    if (!window || m->end || m->at.blocks <= sink)
+        return;
+    struct kvd_blocks_match earlier = {.keys = m->keys};
+    earlier.n = m->at.blocks > window ? m->at.blocks - window : 0;
+    earlier.n = KVD_MAX(earlier.n, sink);
+    kvd_blocks_match(d->pool, &j->space, false, &earlier);
+    m->at = earlier.at;
+    m->window = earlier.window;
+    m->end = earlier.end;
+}
+
 static int match(struct kvd_daemon *d, struct job *j, struct kvd_session *s, struct kvd_error *err)
 {
     const Kvd__V1__MatchPrefixRequest *req = (const void *)j->call->request;
@@ -238,6 +262,8 @@ static int match(struct kvd_daemon *d, struct job *j, struct kvd_session *s, str
     Kvd__V1__PrefixMatch *out = &j->matches[j->at];
     struct kvd_lease *l;
     kvd_blocks_match(d->pool, &j->space, !req->quiet, &m);
+    if (req->recompute_window)
+        leave_window(d, j, &m);
     out->blocks = m.at.blocks;
     out->known = m.known;
     out->window_tokens = m.window;
@@ -548,9 +574,11 @@ static void on_idle(uv_idle_t *idle)
     uv_idle_stop(idle);
 }
 
-static void block_gone(struct kvd_daemon *d, uint32_t ns, const struct kvd_prefix_removed *removed)
+static void block_gone(struct kvd_daemon *d, uint32_t ns, uint32_t layout,
+                       const struct kvd_prefix_removed *removed)
 {
     struct kvd_prompts *p = d->prompts;
+    (void)layout;
     if (!p)
         return; // kvd stops
     if (p->n_gone == GONE || p->gone_ns != ns || p->gone_reason != removed->reason)
@@ -602,7 +630,8 @@ static void metrics(struct kvd_daemon *d, FILE *f)
     static const char *const reasons[] = {
         [KVD_PREFIX_EVICTED_ROOM] = "room",   [KVD_PREFIX_EVICTED_QUOTA] = "quota",
         [KVD_PREFIX_EVICTED_INDEX] = "index", [KVD_PREFIX_DROPPED] = "dropped",
-        [KVD_PREFIX_DAMAGED] = "damaged",
+        [KVD_PREFIX_DAMAGED] = "damaged",     [KVD_PREFIX_EVICTED_ASKED] = "asked",
+        [KVD_PREFIX_EXPIRED] = "expired",
     };
     counter(d, f, "kvd_prefix_lookup_tokens_total", "counter",
             "Tokens of prompts that were looked up, in whole blocks.", looked_up);

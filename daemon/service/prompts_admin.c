@@ -54,7 +54,7 @@ static void fill_row(struct kvd_daemon *d, struct row *r, const struct kvd_block
     i->window_tokens = m->window;
     i->end = m->end;
     i->holds = holds;
-    i->pinned = kvd_lease_pin(d, r->space.ns, &r->key) != NULL;
+    i->pinned = kvd_lease_on(d, r->space.ns, KVD_LEASE_PINNED, &r->key) != NULL;
     i->layout_digest = r->digest;
     i->domain = (ProtobufCBinaryData){sizeof(r->space.domain), r->space.domain};
 }
@@ -129,8 +129,9 @@ void kvd_on_explain_prefix(struct kvd_call *call, const void *request)
     }
     Kvd__V1__ExplainPrefixReply reply = KVD__V1__EXPLAIN_PREFIX_REPLY__INIT;
     reply.there = kvd_blocks_find(d->pool, ns, &r.key, &r.space, &m) == KVD_OK;
-    reply.reason = (char *)kvd_prefix_reason_name(reply.there ? KVD_PREFIX_PRESENT : m.why);
-    reply.time = reply.there ? 0 : m.when;
+    bool whole = reply.there && m.why != KVD_PREFIX_DAMAGED;
+    reply.reason = (char *)kvd_prefix_reason_name(whole ? KVD_PREFIX_PRESENT : m.why);
+    reply.time = whole ? 0 : m.when;
     if (reply.there) {
         fill_row(d, &r, &m, 0);
         reply.prefix = &r.info;
@@ -155,22 +156,17 @@ void kvd_on_pin_prefix(struct kvd_call *call, const void *request)
     if (rc == KVD_OK && req->seconds > PIN_MAX_S)
         rc = kvd_fail(&err, KVD_E_INVALID, "%u seconds; at most %d are possible", req->seconds,
                       PIN_MAX_S);
-    struct kvd_lease *old = rc ? NULL : kvd_lease_pin(d, ns, &key), *pin = NULL;
-    if (rc == KVD_OK && req->seconds)
-        rc = kvd_blocks_find(d->pool, ns, &key, &space, &m)
-                 ? kvd_fail(&err, KVD_E_NOT_FOUND, "no such block is there: %s",
-                            kvd_prefix_reason_name(m.why))
-                 : kvd_lease_new(d, NULL, &m.at, req->seconds * 1000ull, &pin, &err);
-    else if (rc == KVD_OK && !old)
+    if (rc == KVD_OK && !req->seconds && !kvd_lease_on(d, ns, KVD_LEASE_PINNED, &key))
         rc = kvd_fail(&err, KVD_E_NOT_FOUND, "that block is not pinned");
+    else if (rc == KVD_OK && kvd_blocks_find(d->pool, ns, &key, &space, &m))
+        rc = kvd_fail(&err, KVD_E_NOT_FOUND, "no such block is there: %s",
+                      kvd_prefix_reason_name(m.why));
+    else if (rc == KVD_OK)
+        rc = kvd_lease_put(d, KVD_LEASE_PINNED, &m.at, &key, req->seconds * 1000ull, false, &err);
     if (rc) {
         kvd_call_fail_error(call, &err);
         return;
     }
-    if (old)
-        kvd_lease_end(d, old);
-    if (pin)
-        pin->key = key;
     Kvd__V1__PinPrefixReply reply = KVD__V1__PIN_PREFIX_REPLY__INIT;
     kvd_call_reply(call, &reply);
 }
@@ -192,7 +188,7 @@ void kvd_on_drop_prefix(struct kvd_call *call, const void *request)
         kvd_evict_prefixes(call, req->namespace_name);
         return;
     }
-    reply.blocks = kvd_blocks_forget(d->pool, ns, &key);
+    reply.blocks = kvd_blocks_forget(d->pool, ns, &key, KVD_PREFIX_DROPPED);
     kvd_notice("prefixes dropped by operator namespace=%s blocks=%" PRIu64, req->namespace_name,
                reply.blocks);
     kvd_call_reply(call, &reply);

@@ -37,8 +37,13 @@ static void on_timer(uv_timer_t *timer)
     {
         if (l->until_ms > kvd_now_ms(d))
             continue;
+        const struct kvd_prefix_key key = l->key;
+        const uint32_t ns = l->at.ns;
+        const bool drops = l->expires;
         d->leases->expired++;
         kvd_lease_end(d, l);
+        if (drops) // unless somebody else keeps it, or has put others behind it
+            kvd_blocks_forget(d->pool, ns, &key, KVD_PREFIX_EXPIRED);
     }
 }
 
@@ -131,12 +136,31 @@ struct kvd_lease *kvd_lease_find(struct kvd_daemon *d, const struct kvd_session 
     return l && l->owner == owner && l->until_ms > kvd_now_ms(d) ? l : NULL;
 }
 
-struct kvd_lease *kvd_lease_pin(struct kvd_daemon *d, uint32_t ns, const struct kvd_prefix_key *key)
+struct kvd_lease *kvd_lease_on(struct kvd_daemon *d, uint32_t ns, enum kvd_lease_kind kind,
+                               const struct kvd_prefix_key *key)
 {
     for (struct kvd_lease *l = d->leases->all; l; l = l->hh.next)
-        if (!l->owner && l->at.ns == ns && !memcmp(&l->key, key, sizeof(*key)))
+        if (l->kind == kind && l->at.ns == ns && !memcmp(&l->key, key, sizeof(*key)))
             return l;
     return NULL;
+}
+
+int kvd_lease_put(struct kvd_daemon *d, enum kvd_lease_kind kind, const struct kvd_blocks_at *at,
+                  const struct kvd_prefix_key *key, uint64_t ms, bool expires,
+                  struct kvd_error *err)
+{
+    struct kvd_lease *old = kvd_lease_on(d, at->ns, kind, key), *made = NULL;
+    int rc = ms ? kvd_lease_new(d, NULL, at, ms, &made, err) : KVD_OK;
+    if (rc)
+        return rc;
+    if (made) {
+        made->kind = kind;
+        made->key = *key;
+        made->expires = expires;
+    }
+    if (old)
+        kvd_lease_end(d, old);
+    return KVD_OK;
 }
 
 static void session_ends(struct kvd_daemon *d, struct kvd_session *s)
@@ -153,7 +177,8 @@ static void session_ends(struct kvd_daemon *d, struct kvd_session *s)
 
 static void metrics(struct kvd_daemon *d, FILE *f)
 {
-    kvd_metric(f, "kvd_prefix_leases", "gauge", "Leases of prefixes, and pins of operators.",
+    kvd_metric(f, "kvd_prefix_leases", "gauge",
+               "Leases of prefixes, pins of operators and what workers retain.",
                HASH_COUNT(d->leases->all));
     kvd_metric(f, "kvd_prefix_leases_expired_total", "counter",
                "Leases of prefixes that were not released before their time was over.",

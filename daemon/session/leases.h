@@ -16,12 +16,20 @@ enum {
 
 struct kvd_session;
 
+enum kvd_lease_kind {
+    KVD_LEASE_SESSION,  // a session's, which it ends with
+    KVD_LEASE_PINNED,   // by an operator
+    KVD_LEASE_RETAINED, // by a session, beyond its end
+};
+
 struct kvd_lease {
     uint64_t id;
-    struct kvd_session *owner; // NULL: an operator, who has pinned it
+    enum kvd_lease_kind kind;
+    struct kvd_session *owner; // NULL: nobody's
     uint64_t until_ms;
+    bool expires;              // when its time is over, what it kept is dropped
     struct kvd_blocks_at at;   // of a prefix
-    struct kvd_prefix_key key; // of a pin
+    struct kvd_prefix_key key; // of one that is nobody's: of its last block
     uint32_t *pages, n_pages;  // entries that are held; NULL: it is of a prefix
     uint32_t weight;           // leases that it counts as
     UT_hash_handle hh;
@@ -38,9 +46,14 @@ int kvd_lease_new_pages(struct kvd_daemon *d, struct kvd_session *owner, const u
 // A session's lease, NULL if it has none of that id.
 struct kvd_lease *kvd_lease_find(struct kvd_daemon *d, const struct kvd_session *owner,
                                  uint64_t id);
-// The pin of a block, NULL if there is none.
-struct kvd_lease *kvd_lease_pin(struct kvd_daemon *d, uint32_t ns,
-                                const struct kvd_prefix_key *key);
+// What of a kind that is nobody's is on a block, NULL if there is none.
+struct kvd_lease *kvd_lease_on(struct kvd_daemon *d, uint32_t ns, enum kvd_lease_kind kind,
+                               const struct kvd_prefix_key *key);
+// Puts one on the block `key`, which is the last of a place, for `ms`, in the stead of what is
+// there; 0 ms: ends that. The errors of kvd_lease_new.
+int kvd_lease_put(struct kvd_daemon *d, enum kvd_lease_kind kind, const struct kvd_blocks_at *at,
+                  const struct kvd_prefix_key *key, uint64_t ms, bool expires,
+                  struct kvd_error *err);
 void kvd_lease_end(struct kvd_daemon *d, struct kvd_lease *lease);
 
 extern const struct kvd_part kvd_part_leases;

@@ -188,9 +188,10 @@ static int open_ledger(struct kvd_daemon *d, bool taken_over, struct kvd_error *
     return d->ledger ? KVD_OK : err->code;
 }
 
-static void on_block_gone(void *ctx, uint32_t ns, const struct kvd_prefix_removed *removed)
+static void on_block_gone(void *ctx, uint32_t ns, uint32_t layout,
+                          const struct kvd_prefix_removed *removed)
 {
-    kvd_parts_block_gone(ctx, ns, removed);
+    kvd_parts_block_gone(ctx, ns, layout, removed);
 }
 
 // The pool that an earlier kvd has left. What is not published and no session holds goes.

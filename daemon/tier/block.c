@@ -154,6 +154,15 @@ static struct header *header_of(const struct kvd_block *block)
     return (struct header *)(block->payload - KVD_BLOCK_HEADER);
 }
 
+uint64_t kvd_block_stored(const uint8_t *header, size_t bytes)
+{
+    struct header h;
+    if (bytes < sizeof(h))
+        return 0;
+    memcpy(&h, header, sizeof(h));
+    return memcmp(h.magic, magic, sizeof(magic)) ? 0 : h.stored;
+}
+
 static bool checksum(const struct kvd_block *block, const struct header *h, uint64_t out[2])
 {
     XXH3_state_t *state = XXH3_createState();

@@ -74,6 +74,9 @@ uint8_t *kvd_block_padded(const struct kvd_block *block, size_t *bytes);
 int kvd_block_seal(struct kvd_block *block, const struct kvd_tier_secret *secret,
                    const struct kvd_tier_key *key, const uint8_t layout[32], uint64_t now,
                    struct kvd_error *err);
+// When a block was sealed, in Unix time, by the beginning of its file or value, as it says itself;
+// 0: it is none. Nothing is verified.
+uint64_t kvd_block_stored(const uint8_t *header, size_t bytes);
 // Whether header and payload are what was asked for, all of it and unchanged. KVD_E_CORRUPT: what
 // is wrong. KVD_E_NOT_FOUND: stored more than `ttl` seconds ago (0: no limit).
 int kvd_block_verify(struct kvd_block *block, const struct kvd_tier_secret *secret,

@@ -283,6 +283,18 @@ static int write_block(struct directory *d, int root, const char *name,
     return rc;
 }
 
+// Whether the file is there and has half of its time before it.
+static bool is_fresh(int root, const char *name, uint64_t ttl_s)
+{
+    uint8_t header[KVD_BLOCK_HEADER];
+    int fd KVD_CLOSE = openat(root, name, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+    if (fd < 0 || !ttl_s)
+        return fd >= 0;
+    ssize_t n = pread(fd, header, sizeof(header), KVD_BLOCK_FRONT - KVD_BLOCK_HEADER);
+    return n == (ssize_t)sizeof(header) &&
+           kvd_block_stored(header, sizeof(header)) + ttl_s / 2 > (uint64_t)time(NULL);
+}
+
 static void put(struct directory *d, int root, struct kvd_tier_op *op)
 {
     char name[NAME];
@@ -300,7 +312,7 @@ static void put(struct directory *d, int root, struct kvd_tier_op *op)
         return;
     }
     int rc = 0;
-    if (faccessat(root, name, F_OK, 0)) {
+    if (!is_fresh(root, name, op->settings.ttl_s)) {
         make_room(d, root, bytes);
         rc = write_block(d, root, name, op->block);
     }

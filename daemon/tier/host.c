@@ -54,6 +54,7 @@ static void put(struct host *h, struct kvd_tier_op *op)
 {
     struct kept *k = find(h, op, 0);
     if (k) {
+        k->stored = time(NULL);
         kvd_tier_finish(op, KVD_TIER_OK);
         return;
     }

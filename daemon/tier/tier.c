@@ -240,7 +240,7 @@ static void refill(struct kvd_tier *t)
 static void run(struct kvd_tier *t, struct kvd_tier_op *op)
 {
     t->n_waiting--;
-    if (op->verb == KVD_TIER_PUT) {
+    if (op->verb == KVD_TIER_PUT || op->verb == KVD_TIER_DROP) {
         t->waiting_put_bytes -= op->bytes;
         t->tokens -= (double)op->bytes;
         op->deadline_ms = now_ms(t) + t->settings.timeout_ms;
@@ -383,7 +383,7 @@ static void ask(struct kvd_tier *t, struct kvd_tier_op *op, kvd_tier_done *done,
         return;
     }
     t->n_waiting++;
-    if (put) {
+    if (put || op->verb == KVD_TIER_DROP) { // which is not to overtake a put of the same
         t->waiting_put_bytes += op->bytes;
         DL_APPEND(t->puts, op);
     } else {

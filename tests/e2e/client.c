@@ -170,6 +170,8 @@ static void print_outputs(void)
     FIELD(kvd_event, parent);
     FIELD(kvd_event, tokens);
     FIELD(kvd_event, miss);
+    FIELD(kvd_event, tier);
+    FIELD(kvd_event, number);
 }
 
 static void print_prompts(void)
@@ -204,6 +206,7 @@ static void print_prompts(void)
     FIELD(kvd_match_options, wait_ms);
     FIELD(kvd_match_options, tiers);
     FIELD(kvd_match_options, quiet);
+    FIELD(kvd_match_options, recompute_window);
     STRUCT(kvd_published);
     FIELD(kvd_published, size);
     FIELD(kvd_published, blocks);
@@ -220,6 +223,8 @@ static void print_prompts(void)
     FIELD(kvd_found, pages);
     FIELD(kvd_found, lease);
     FIELD(kvd_found, kinds);
+    FIELD(kvd_found, restored);
+    FIELD(kvd_found, behind);
     STRUCT(kvd_strides);
     FIELD(kvd_strides, block);
     FIELD(kvd_strides, head);

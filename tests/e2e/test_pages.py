@@ -393,7 +393,7 @@ def test_what_is_malformed_is_refused_and_changes_nothing(kvd):
     with package.Client(layers=range(LAYERS), q_heads=HEADS, kv_heads=HEADS, head_dim=DIM, sink=0, recent=0, address=kvd.address) as c:
         with pytest.raises(package.PreconditionError, match="without pages"):
             space, key, out = lib.Bytes(b"s", 1), lib.PageKeys(keys=b"k" * 16, key_bytes=16, pages=1), lib.FoundStruct()
-            lib.call("kvd_pages_lookup", c._open(), ctypes.byref(space), ctypes.byref(key), 1, 0, ctypes.byref(out))
+            lib.call("kvd_pages_lookup", c._open(), ctypes.byref(space), ctypes.byref(key), 1, None, ctypes.byref(out))
 
 
 def test_the_wire_is_checked_too(kvd, rpc):

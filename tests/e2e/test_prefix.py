@@ -160,7 +160,7 @@ def test_leases(kvd):
         with pytest.raises(package.PreconditionError):
             c.adopt(kept)
         assert "10 blocks" in kvd.kvctl("evict", "--namespace", "default").stdout
-        assert (c.match([p])[0].blocks, c.match([p])[0].miss) == (0, "dropped")
+        assert (c.match([p])[0].blocks, c.match([p])[0].miss) == (0, "evicted by an operator")
     with connect(kvd) as c:  # leases end with their session
         s = c.create()
         step(c, s, tokens, 640)
@@ -207,7 +207,7 @@ def test_events(kvd):
         s.free()
         kvd.kvctl("evict", "--namespace", "default")
         gone = watcher.next_event(5)
-        assert (gone.kind, gone.miss) == ("removed", "dropped")
+        assert (gone.kind, gone.miss) == ("removed", "evicted by an operator")
         assert set(gone.keys) == set(first.keys + second.keys)
         assert [e.number - first.number for e in (first, second, gone)] == [0, 1, 2]
         assert other.next_event(0.05) is None
@@ -228,7 +228,7 @@ def test_events(kvd):
         lines = kvd.kvctl("events", "default", "--after", str(first.number - 1), "--count", "4").stdout.splitlines()
         assert [line.split()[1] for line in lines] == ["opened", "stored", "stored", "removed"]
         assert f"4 blocks of 64 tokens, to {second.keys[-1].hex()} behind {first.keys[-1].hex()}" in lines[2]
-        assert lines[3].endswith("(MISS_DROPPED)")
+        assert lines[3].endswith("(MISS_EVICTED_ASKED)")
         line = json.loads(kvd.kvctl("--json", "events", "default", "--after", str(second.number), "--count", "2").stdout.splitlines()[1])
         assert (line["kind"], line["number"]) == ("BLOCKS_REMOVED", str(gone.number))
         for wrong, code in ((("nobody",), 1), (("default", "--after", "x"), 2)):

@@ -1,4 +1,5 @@
 """Blocks of history whose memory is spoiled behind kvd's back: found, quarantined, never served."""
+import base64
 import json
 import os
 
@@ -154,8 +155,10 @@ def test_blocks_that_only_the_index_has(start):
         assert spoil(kvd.process.pid)
         kvd.kvctl("verify", check=False)
         assert kvd.metric("kvd_damaged_prompt_blocks_total") > 10 and "a block of a prompt" in kvd.text()
-        left = client.match([package.Prompt(tokens)])[0].blocks  # the sink's page has no checksum
-        assert left <= 1 and kvd.metric("kvd_damaged_pages") == 0
+        m = client.match([package.Prompt(tokens)])[0]  # the sink's page has no checksum
+        assert m.blocks <= 1 and m.miss == "damaged" and kvd.metric("kvd_damaged_pages") == 0
+        key = json.loads(kvd.kvctl("--json", "prefix", "ls", "default").stdout)[0]["prefixes"][0]["key"]
+        assert kvd.kvctl("why", "default", base64.b64decode(key).hex()).stdout.startswith("damaged, 20")
         assert publish(client).blocks == known
         assert client.match([package.Prompt(tokens)])[0].blocks == known
         assert "0 damaged" in kvd.kvctl("verify").stdout

@@ -308,11 +308,10 @@ def test_pages_come_back(start, folder, tmp_path):
         assert [(f.pages, f.restored, f.behind) for f in found] == [(2, 2, {"directory": 2}), (12, 12 - 2, {"directory": 10})]
         assert found[1].kinds == kinds
         p.release([f.lease for f in found])
-        assert p.lookup([keys], restore_ms=20000)[0].restored == 0
+        assert p.lookup([keys], restore_ms=20000, lease_ms=0)[0].restored == 0
         p.get(keys, target.paged(range(48)))
         assert np.array_equal(target.read(range(48)), want)
         assert 'kvd_pages_restored_total{namespace="default"} 12' in kvd.kvctl("metrics").stdout
-        p.release([f.lease for f in p.lookup([keys])])
         evict(kvd)
         kvd.kvctl("tier", "flush", "host")
         os.truncate(block_files(folder)[4], 5000)

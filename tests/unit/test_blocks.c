@@ -93,7 +93,7 @@ START_TEST(an_end_keeps_its_window)
     kvd_pool_evict(f.pool, f.ns, 0, UINT32_MAX, &sum);
     verify(f.pool);
     ck_assert_uint_eq(match(&f, 40).known, 0);
-    ck_assert_int_eq(match(&f, 40).why, KVD_PREFIX_DROPPED);
+    ck_assert_int_eq(match(&f, 40).why, KVD_PREFIX_EVICTED_ASKED);
     kvd_pool_free(&f.pool);
 }
 END_TEST
@@ -311,12 +311,15 @@ static struct known *known_of(struct model *m, const struct kvd_prefix_key *key)
     ck_abort_msg("the model is full");
 }
 
-static void on_block_gone(void *ctx, uint32_t ns, const struct kvd_prefix_removed *r)
+static void on_block_gone(void *ctx, uint32_t ns, uint32_t layout,
+                          const struct kvd_prefix_removed *r)
 {
     struct model *m = ctx;
     struct known *k = known_of(m, &r->key);
     ck_assert_int_ge(k->space, 0);
     ck_assert_uint_eq(m->space[k->space].ns, ns);
+    ck_assert_uint_eq(m->space[k->space].layout, layout);
+    ck_assert(!memcmp(m->space[k->space].domain, r->digest, sizeof(m->space[0].domain)));
     for (int i = 0; i < HELD; i++)
         for (uint32_t b = 0; m->held[i].space >= 0 && b < m->held[i].at.blocks; b++)
             ck_assert(memcmp(&m->held[i].keys[b], &r->key, sizeof(r->key)));

@@ -142,6 +142,47 @@ START_TEST(a_hold_on_the_last_keeps_those_that_it_was_put_behind)
 }
 END_TEST
 
+// A page that comes from elsewhere, behind another if that is there.
+static int bring(struct fixture *f, uint32_t i, int after, uint32_t *entry)
+{
+    struct kvd_blocks_load load;
+    int rc = kvd_blocks_new_pages(f->pool, &f->space, &f->keys[i], i, 1, &load, &f->err);
+    ck_assert_int_eq(rc, 0);
+    rc = kvd_blocks_bring_back_page(f->pool, &load, after < 0 ? NULL : &f->keys[after], entry,
+                                    &f->err);
+    if (rc)
+        kvd_blocks_put_down(f->pool, &load);
+    verify(f->pool);
+    return rc;
+}
+
+START_TEST(pages_come_back_each_for_itself)
+{
+    struct fixture f;
+    uint32_t entry[5], now[PAGES];
+    uint8_t planes[4];
+    struct kvd_pool_evicted sum;
+    struct kvd_blocks_info info;
+    setup_pages(&f, 8);
+    ck_assert_int_eq(bring(&f, 2, 1, &entry[0]), 0); // behind one that is not there
+    ck_assert_int_eq(bring(&f, 3, 2, &entry[1]), 0);
+    ck_assert_int_eq(bring(&f, 0, -1, &entry[2]), 0);
+    ck_assert_int_eq(bring(&f, 3, 0, &entry[3]), 0); // it is there already, behind another
+    ck_assert_uint_eq(entry[3], entry[1]);
+    kvd_blocks_page_planes(f.pool, &f.space, f.keys, 4, planes);
+    ck_assert(planes[0] == 1 && planes[1] == 0 && planes[2] == 1 && planes[3] == 1);
+    kvd_blocks_info(f.pool, f.ns, &info);
+    ck_assert_uint_eq(info.bytes, 3 * (16 << 10));     // the second copy is free
+    kvd_pool_evict(f.pool, f.ns, 0, UINT32_MAX, &sum); // all are held
+    ck_assert_uint_eq(there(&f, 0, 4, now), 3);
+    kvd_blocks_release_pages(f.pool, f.ns, entry, 4);
+    kvd_pool_evict(f.pool, f.ns, 0, UINT32_MAX, &sum);
+    ck_assert_uint_eq(there(&f, 0, 4, now), 0);
+    verify(f.pool);
+    kvd_pool_free(&f.pool);
+}
+END_TEST
+
 START_TEST(what_cannot_be_published_is_refused)
 {
     struct fixture f;
@@ -174,4 +215,5 @@ END_TEST
 
 KVD_MAIN("flat", 60, keys_do_not_depend_on_those_before_them,
          any_page_is_found_and_adopted_without_those_before_it, what_is_there_stays_as_it_is,
-         a_hold_on_the_last_keeps_those_that_it_was_put_behind, what_cannot_be_published_is_refused)
+         a_hold_on_the_last_keeps_those_that_it_was_put_behind, pages_come_back_each_for_itself,
+         what_cannot_be_published_is_refused)

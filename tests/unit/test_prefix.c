@@ -16,7 +16,7 @@ struct node {
     struct kvd_prefix_key key;
     uint32_t parent; // node, or KVD_PREFIX_NONE
     uint32_t domain; // 0 to DOMAINS - 1
-    bool there;
+    bool there, demoted;
     uint32_t value, entry, lease, holds, children;
     enum kvd_prefix_reason went;
     uint32_t when;
@@ -120,6 +120,9 @@ static void gone(void *ctx, const struct kvd_prefix_removed *r)
     ck_assert_int_eq(r->reason, m->reason);
     if (m->reason == KVD_PREFIX_EVICTED_ROOM)
         ck_assert_uint_le(n->lease, m->now);
+    for (uint32_t k = 0; k < NODES && m->reason == KVD_PREFIX_EVICTED_ROOM && !n->demoted; k++)
+        ck_assert_msg(!loose(&m->node[k]) || !m->node[k].demoted || m->node[k].lease,
+                      "another went before one that was to go first");
     ck_assert_uint_gt(m->limit, 0);
     m->limit--;
     m->n_there--;
@@ -154,6 +157,7 @@ static void op_insert(struct model *m)
             continue;
         }
         node->there = true;
+        node->demoted = false;
         node->value = values[i];
         node->entry = at[i];
         node->lease = node->holds = node->children = 0;
@@ -194,6 +198,8 @@ static void op_match(struct model *m)
         ck_assert_uint_eq(q[i].entry, last->entry);
         if (!peek)
             last->lease = KVD_MAX(last->lease, until);
+        for (uint32_t k = 0; k < q[i].found && !peek; k++)
+            m->node[path[i][k]].demoted = false;
     }
 }
 
@@ -252,6 +258,17 @@ static void op_drop(struct model *m)
                       want);
 }
 
+static void op_demote(struct model *m)
+{
+    uint32_t path[DEPTH], want = 0;
+    struct kvd_prefix_key keys[DEPTH];
+    uint32_t n = path_to(m, path, keys), keep = below(m, n + 1), run = run_of(m, path, n);
+    for (uint32_t i = run; i > keep && m->node[path[i - 1]].children <= (i != run); i--, want++)
+        m->node[path[i - 1]].demoted = true;
+    uint32_t domain = m->domain[m->node[path[0]].domain];
+    ck_assert_uint_eq(kvd_prefix_demote(m->ix, domain, keys, n, keep), want);
+}
+
 static void op_why(struct model *m)
 {
     const struct node *n = &m->node[below(m, NODES)];
@@ -289,7 +306,7 @@ static void op_reopen(struct model *m)
     m->ix = kvd_prefix_open(m->region, m->bytes, &err);
     ck_assert_msg(m->ix != NULL, "%s", err.text);
     for (uint32_t i = 0; i < NODES; i++) {
-        m->node[i].holds = 0;
+        m->node[i].holds = m->node[i].demoted = 0;
         m->node[i].went = KVD_PREFIX_UNKNOWN;
     }
     // Domains with blocks are where they were; the others' numbers are free.
@@ -345,6 +362,8 @@ START_TEST(random_operations)
             op_evict(&m);
         else if (what < 950)
             op_drop(&m);
+        else if (what < 970)
+            op_demote(&m);
         else if (what < 997)
             op_why(&m);
         else

@@ -33,10 +33,12 @@ typedef enum kvd_miss {
     KVD_MISS_EVICTED_ROOM,  /**< memory was wanted */
     KVD_MISS_EVICTED_QUOTA, /**< the namespace's quota was reached */
     KVD_MISS_EVICTED_INDEX, /**< the namespace's index was full */
-    KVD_MISS_DROPPED,       /**< somebody asked for it */
+    KVD_MISS_DROPPED,       /**< an operator dropped it */
     KVD_MISS_DAMAGED,       /**< it did not verify */
     KVD_MISS_OTHER_EXTRA,   /**< the first block is there, with other extras only */
     KVD_MISS_OTHER_LAYOUT,  /**< the first block is there, in another layout only */
+    KVD_MISS_EVICTED_ASKED, /**< an operator wanted memory back */
+    KVD_MISS_EXPIRED,       /**< the time that it was stored for was over */
 } kvd_miss;
 /** What is there of a prompt. */
 typedef struct kvd_match {
@@ -68,6 +70,9 @@ typedef struct kvd_match_options {
                             published or that session ends. 0: neither */
     bool tiers;          /**< tells what is behind the pool, as restore_ms does */
     bool quiet;          /**< does not count as used */
+    bool recompute_window; /**< of prompts: matches end a recent window earlier, unless that is
+                              where a published end is. Whoever computes the tokens behind it has
+                              that window in bf16 again */
 } kvd_match_options;
 /** Looks up prompts. The client's timeout is that of the call beyond restore_ms and wait_ms.
  * @param client whose
@@ -103,6 +108,30 @@ KVD_API kvd_result kvd_prompt_adopt(kvd_client *client, uint64_t lease, uint32_t
  * @retval KVD_ERR_INVALID count is out of range */
 KVD_API kvd_result kvd_leases_release(kvd_client *client, const uint64_t *leases, uint32_t count,
                                       kvd_failure *err);
+/** What a program knows of how prompts will be used. */
+typedef enum kvd_hint {
+    KVD_HINT_RETAIN = 0, /**< they stay for a time, also beyond the session */
+    KVD_HINT_DEMOTE,     /**< their last blocks are the first to go, until they are used; up to the
+                            first that has others behind it too */
+    KVD_HINT_PREFETCH,   /**< what tiers have is brought back meanwhile, and stays for a time */
+} kvd_hint;
+/** Tells kvd how prompts will be used.
+ * @param client whose
+ * @param prompts of which it tells, [count]
+ * @param count how many prompts, 1 to 256, of at most 65,536 blocks together
+ * @param hint what
+ * @param ms milliseconds for which they stay, at most 86,400,000; 0: no longer, or, of PREFETCH,
+ * they may go at once. Of DEMOTE 0
+ * @param expire of RETAIN: they are dropped afterwards, from tiers too
+ * @param[out] blocks of each prompt the leading blocks that are there and stay, or how many are
+ * demoted, [count]; NULL: not wanted
+ * @param[out] err says why it failed; may be NULL
+ * @retval KVD_ERR_INVALID a prompt is none, or a number out of range
+ * @retval KVD_ERR_EXHAUSTED the namespace has too many leases, or prefetches under way; what was
+ * said of prompts before is done */
+KVD_API kvd_result kvd_prompts_hint(kvd_client *client, const kvd_prompt *prompts, uint32_t count,
+                                    kvd_hint hint, uint32_t ms, bool expire, uint32_t *blocks,
+                                    kvd_failure *err);
 /** What was published of a prompt. */
 typedef struct kvd_published {
     uint32_t size;   /**< sizeof(kvd_published) */

@@ -426,14 +426,23 @@ class Client(lib.OfProcess):
         return Sequence(self, s.sequence, s.length)
 
     def match(self, prompts: list[_prompts.Prompt], *, lease: float = 10.0, restore: float = 0.0, wait: float = 0.0, tiers: bool = False,
-              quiet: bool = False) -> list[_prompts.Match]:
+              quiet: bool = False, recompute_window: bool = False) -> list[_prompts.Match]:
         """What is there of prompts, at most 256 in a call. It stays for `lease` seconds, at most 600; 0: it may go at once.
 
         restore: seconds, at most 600, for which blocks that tiers have are brought back first. wait: of a single prompt, so that
         several workers do not compute it at once: who misses a block has claimed the rest for so many seconds, at most 600, and is
         to compute and publish it; who finds it claimed waits as long. tiers: tell what tiers have. quiet: it does not count as used.
+        recompute_window: matches end a recent window earlier, unless that is where a published end is: who computes those tokens has
+        them in bf16.
         """
-        return _prompts.match(self, prompts, lease, restore, wait, tiers, quiet)
+        return _prompts.match(self, prompts, lease, restore, wait, tiers, quiet, recompute_window)
+
+    def hint(self, prompts: list[_prompts.Prompt], what: str, seconds: float = 0.0, *, expire: bool = False) -> list[int]:
+        """Tells how prompts, at most 256 in a call, will be used. "retain": what is there of them stays for so many seconds, at most a
+        day, also beyond this client; 0: no longer. With `expire` it is dropped afterwards, from tiers too. "demote": the last blocks
+        will not be used again soon, and are the first to go. "prefetch": what tiers have is brought back meanwhile, and stays for so
+        many seconds. Returns the leading blocks of each that stay, or are there, and for "demote" how many are the first to go."""
+        return _prompts.hint(self, prompts, what, seconds, expire)
 
     def adopt(self, match: _prompts.Match, blocks: Optional[int] = None) -> Sequence:
         """A sequence of a match's leading blocks; None: of all. It shares their pages until it writes there; its lease ends."""

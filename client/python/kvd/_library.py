@@ -204,7 +204,8 @@ class MatchStruct(Sized):
 
 
 class MatchOptions(Sized):
-    _fields_ = [("lease_ms", c.c_uint32), ("restore_ms", c.c_uint32), ("wait_ms", c.c_uint32), ("tiers", c.c_bool), ("quiet", c.c_bool)]
+    _fields_ = [("lease_ms", c.c_uint32), ("restore_ms", c.c_uint32), ("wait_ms", c.c_uint32), ("tiers", c.c_bool), ("quiet", c.c_bool),
+                ("recompute_window", c.c_bool)]
 
 
 class PublishedStruct(Sized):
@@ -242,6 +243,7 @@ _FUNCTIONS = {  # name: argument types; all of these return a kvd_result and end
     "kvd_prompt_adopt": [_P, c.c_uint64, c.c_uint32, c.POINTER(c.c_uint64), c.POINTER(c.c_uint64)],
     "kvd_leases_release": [_P, c.POINTER(c.c_uint64), c.c_uint32],
     "kvd_prompt_publish": [_P, c.c_uint64, c.POINTER(PromptStruct), c.c_bool, c.POINTER(PublishedStruct)],
+    "kvd_prompts_hint": [_P, c.POINTER(PromptStruct), c.c_uint32, c.c_int, c.c_uint32, c.c_bool, c.POINTER(c.c_uint32)],
     "kvd_pages_lookup": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.c_uint32, c.POINTER(MatchOptions), c.POINTER(FoundStruct)],
     "kvd_pages_put": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.POINTER(c.c_bool), c.POINTER(PagedStruct), c.POINTER(c.c_uint8)],
     "kvd_pages_get": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.POINTER(PagedStruct), c.POINTER(c.c_uint8)],

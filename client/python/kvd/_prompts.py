@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 BLOCK = 64
 TIERS = ("host", "directory", "redis")
 _MISSES = ("none", "unknown", "evicted for room", "evicted for the quota", "evicted for the index", "dropped", "damaged",
-           "other extra", "other layout")
+           "other extra", "other layout", "evicted by an operator", "expired")
+_HINTS = ("retain", "demote", "prefetch")
 
 
 def miss(number: int) -> str:
@@ -107,7 +108,8 @@ def _prompt(what: str, x: Any) -> Prompt:
     return x
 
 
-def match(client: "Client", prompts: Any, lease: float, restore: float, wait: float, tiers: Any, quiet: Any) -> list[Match]:
+def match(client: "Client", prompts: Any, lease: float, restore: float, wait: float, tiers: Any, quiet: Any,
+          recompute_window: Any) -> list[Match]:
     if not isinstance(prompts, (list, tuple)) or not prompts:
         raise TypeError("prompts is a list of kvd.Prompt, and not empty")
     made = [_prompt(f"prompts[{i}]", p)._struct() for i, p in enumerate(prompts)]
@@ -116,10 +118,23 @@ def match(client: "Client", prompts: Any, lease: float, restore: float, wait: fl
     for m in out:
         m.size = c.sizeof(lib.MatchStruct)
     options = lib.MatchOptions(lease_ms=_check.milliseconds("lease", lease), restore_ms=_check.milliseconds("restore", restore),
-                               wait_ms=_check.milliseconds("wait", wait), tiers=_check.flag("tiers", tiers), quiet=_check.flag("quiet", quiet))
+                               wait_ms=_check.milliseconds("wait", wait), tiers=_check.flag("tiers", tiers), quiet=_check.flag("quiet", quiet),
+                               recompute_window=_check.flag("recompute_window", recompute_window))
     lib.call("kvd_prompts_match", client._open(), structs, len(made), c.byref(options), out)
     return [Match(client, m.blocks, m.known, m.window_tokens, m.end, m.lease, miss(m.miss), m.missed, m.restored,
                   {name: n for name, n in zip(TIERS, m.behind) if n}) for m in out]
+
+
+def hint(client: "Client", prompts: Any, what: Any, seconds: float, expire: Any) -> list[int]:
+    if not isinstance(prompts, (list, tuple)) or not prompts:
+        raise TypeError("prompts is a list of kvd.Prompt, and not empty")
+    _check.choice("what", what, *_HINTS)
+    made = [_prompt(f"prompts[{i}]", p)._struct() for i, p in enumerate(prompts)]
+    structs = (lib.PromptStruct * len(made))(*(s for s, _ in made))
+    blocks = (c.c_uint32 * len(made))()
+    lib.call("kvd_prompts_hint", client._open(), structs, len(made), _HINTS.index(what), _check.milliseconds("seconds", seconds),
+             _check.flag("expire", expire), blocks)
+    return list(blocks)
 
 
 def adopt(client: "Client", m: Any, blocks: Optional[int]) -> tuple[int, int]:

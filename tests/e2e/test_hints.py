@@ -1,0 +1,205 @@
+"""What workers tell of how prompts will be used, matches that leave the last window to be computed, and why a block is not there."""
+import base64
+import json
+import time
+
+import grpc
+import numpy as np
+import pytest
+
+import kvd as package
+from conftest import BUILD, Rpc, kv, layout
+from test_prefix import DIM, KV_HEADS, LAYERS, connect, refused, step, tokens_of
+from test_tiers import tiers, until
+
+pytestmark = pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
+
+
+def publish(client, tokens):
+    """Stores zeros under a prompt's name; how many blocks of it are known."""
+    k, v = (client.tensor(LAYERS, len(tokens), KV_HEADS, DIM) for _ in range(2))
+    s = client.create()
+    s.append(k, v)
+    blocks = s.publish_blocks(package.Prompt(tokens)).blocks
+    for x in (s, k, v):
+        x.free()
+    return blocks
+
+
+def last_key(kvd, namespace="default"):
+    return base64.b64decode(json.loads(kvd.kvctl("--json", "prefix", "ls", namespace).stdout)[0]["prefixes"][0]["key"]).hex()
+
+
+def why(kvd, key, namespace="default"):
+    return kvd.kvctl("why", namespace, key).stdout.split(",")[0].strip()
+
+
+def push_out(kvd, client, key, namespace="default"):
+    """Publishes others until a block is gone: a small index remembers few that are."""
+    for i in range(1, 60):
+        if why(kvd, key, namespace) != "present":
+            return
+        publish(client, tokens_of(i, 2048))
+
+
+def test_retain_outlives_its_session_and_may_expire(kvd):
+    tokens = [tokens_of(i, 640) for i in range(3)]
+    prompts = [package.Prompt(t) for t in tokens]
+    with connect(kvd) as c:
+        for t in tokens:
+            assert publish(c, t) == 6
+        assert c.hint(prompts[:2], "retain", 60) == [6, 6]
+        assert c.hint([package.Prompt(tokens_of(9, 640))], "retain", 60) == [0]
+    with connect(kvd) as c:
+        kvd.kvctl("evict", "--namespace", "default")
+        assert [m.blocks for m in c.match(prompts, lease=0)] == [6, 6, 0]
+        assert c.hint(prompts[:1], "retain", 0) == [6]  # no longer
+        kvd.kvctl("evict", "--namespace", "default")
+        assert [m.blocks for m in c.match(prompts, lease=0)] == [0, 6, 0]
+        key = last_key(kvd)
+        assert c.hint(prompts[1:2], "retain", 0.3, expire=True) == [6]
+        until(lambda: c.match(prompts[1:2], lease=0, quiet=True)[0].miss, "expired")
+        assert why(kvd, key) == "expired"
+        assert kvd.metric("kvd_prefix_leases") == 0
+
+
+def test_what_expires_goes_from_tiers_too(start, folder):
+    kvd = start(config=f"[kvd]\ntier-host = 64MiB\ntier-directory = {folder}/blocks 1GiB\n")
+    tokens = tokens_of(1, 640)
+    with connect(kvd) as c:
+        assert publish(c, tokens) == 6
+        until(lambda: [int(t["blocks"]) for t in tiers(kvd).values()], [6, 6])
+        c.hint([package.Prompt(tokens)], "retain", 0.1, expire=True)
+        until(lambda: [int(t["blocks"]) for t in tiers(kvd).values()], [0, 0])
+        assert c.match([package.Prompt(tokens)], restore=5)[0].blocks == 0
+        # So does what an operator drops, and not what he evicts.
+        assert publish(c, tokens) == 6
+        until(lambda: [int(t["blocks"]) for t in tiers(kvd).values()], [6, 6])
+        kvd.kvctl("evict", "--namespace", "default")
+        assert c.match([package.Prompt(tokens)], restore=5, lease=0)[0].restored == 6
+        kvd.kvctl("prefix", "drop", "default", "--yes")
+        until(lambda: [int(t["blocks"]) for t in tiers(kvd).values()], [0, 0])
+
+
+def test_what_is_demoted_goes_first(start):
+    """Of prompts that were used alike, also where the others are older; shared beginnings and what is used again are spared."""
+    kvd = start("--pool-size", "8MiB", "--extent-size", "2MiB")
+    with connect(kvd) as c:
+        tokens = [tokens_of(i, 640) for i in range(4)]
+        tokens[3] = np.concatenate([tokens[2][:320], tokens[3][:320]])
+        prompts = [package.Prompt(t) for t in tokens]
+        for t in tokens:
+            publish(c, t)
+        assert c.hint(prompts[:1] + prompts[2:3], "demote") == [6, 1]  # five blocks are the other's too
+        assert c.hint(prompts[1:2], "demote") == [6]
+        assert c.match(prompts[1:2], lease=0)[0].blocks == 6  # used again
+        kvd.kvctl("evict", "--namespace", "default", "--bytes", "1")
+        m = c.match(prompts, lease=0, quiet=True)
+        assert sum(x.blocks for x in m) == 23 and m[1].blocks == 6 and m[3].blocks == 6
+        while c.match(prompts[:1], lease=0, quiet=True)[0].blocks + c.match(prompts[2:3], lease=0, quiet=True)[0].blocks > 5:
+            kvd.kvctl("evict", "--namespace", "default", "--bytes", "1")
+        assert [x.blocks for x in c.match(prompts, lease=0, quiet=True)] == [0, 6, 5, 6]
+        assert kvd.metric("kvd_hints_demoted_blocks_total") == 13
+
+
+def test_what_is_prefetched_is_there_when_it_is_wanted(start, folder):
+    kvd = start(config=f"[kvd]\ntier-directory = {folder}/blocks 1GiB\n")
+    tokens = tokens_of(1, 1024)
+    prompt = package.Prompt(tokens)
+    with connect(kvd) as c:
+        assert publish(c, tokens) == 12
+        until(lambda: int(tiers(kvd)["directory"]["put"]), 12)
+        kvd.kvctl("evict", "--namespace", "default")
+        assert c.hint([prompt], "prefetch", 60) == [0]
+        until(lambda: c.match([prompt], lease=0, quiet=True)[0].blocks, 12)
+        until(lambda: kvd.metric("kvd_prefix_leases"), 1)
+        kvd.kvctl("evict", "--namespace", "default")
+        assert c.match([prompt], lease=0)[0].blocks == 12
+        assert c.hint([prompt], "prefetch", 0) == [12]  # there is nothing to do
+        c.hint([prompt], "retain", 0)
+        kvd.kvctl("evict", "--namespace", "default")
+        c.hint([prompt], "prefetch", 0)
+    assert kvd.stop() == 0  # amid it
+
+
+def test_hints_that_are_none(kvd, rpc):
+    bad = grpc.StatusCode.INVALID_ARGUMENT
+    session = rpc.kv("OpenSession", layout=layout()).session
+    keys = kv.PrefixKeys(block_keys=bytes(160), key_bytes=16)
+    most = kv.PrefixKeys(block_keys=bytes(16 * 4096), key_bytes=16)
+    for wrong in ({}, {"requests": [keys] * 257}, {"requests": [most] * 17}, {"requests": [keys], "ms": 86400001}, {"requests": [keys], "hint": 3},
+                  {"requests": [keys], "hint": 1, "ms": 1}, {"requests": [keys], "expire": True}, {"requests": [keys], "hint": 2, "ms": 1, "expire": True},
+                  {"requests": [keys, kv.PrefixKeys(key_bytes=1)]}):
+        refused(bad, rpc.kv, "HintPrefix", session=session, **wrong)
+    refused(grpc.StatusCode.UNAUTHENTICATED, rpc.kv, "HintPrefix", session="1.1.x", requests=[keys])
+    assert list(rpc.kv("HintPrefix", session=session, requests=[most] * 16).blocks) == [0] * 16
+    with pytest.raises(grpc.RpcError):
+        rpc.kv("HintPrefix", session=session, requests=[most] * 16, timeout=0.001)
+    assert rpc.admin("Ping", payload=b"x").payload == b"x"
+
+
+def test_a_match_may_leave_the_last_window(kvd):
+    """So that it is computed again: what follows is nearer to what it would be without the cut; an end is as it is."""
+    tokens = tokens_of(1, 1400)
+    cut, prompt = 960, package.Prompt(tokens[:960])
+    rpc = Rpc(kvd.address)
+    session = rpc.kv("OpenSession", layout=layout()).session
+
+    def matched(n):
+        return rpc.kv("MatchPrefix", session=session, recompute_window=True,
+                      requests=[kv.PrefixKeys(tokens=tokens[:64 * n].tobytes())]).matches[0].blocks
+
+    with connect(kvd) as c:
+        whole, s = c.create(), c.create()
+        step(c, whole, tokens, cut)
+        want = step(c, whole, tokens, cut + 64)
+        step(c, s, tokens, 1400)
+        assert s.publish_blocks(package.Prompt(tokens)).blocks >= 15
+        outs = []
+        for recompute in (False, True):
+            m = c.match([prompt], recompute_window=recompute)[0]
+            assert m.blocks == (11 if recompute else 15)
+            a = c.adopt(m)
+            if recompute:
+                step(c, a, tokens, cut)
+            outs.append(step(c, a, tokens, cut + 64))
+        errors = [float(np.linalg.norm(package.from_bf16(o) - package.from_bf16(want))) for o in outs]
+        assert errors[1] < errors[0] / 2, errors
+        assert [matched(n) for n in (1, 2, 5, 6)] == [1, 1, 1, 2]  # the sink is bf16 anyway
+        s.truncate(1344)
+        s.publish_blocks(package.Prompt(tokens), end=True)
+        assert matched(21) == 21 and matched(20) == 16
+    with connect(kvd, codec="bf16") as c:
+        assert publish(c, tokens[:960])
+        m = c.match([prompt], recompute_window=True)[0]
+        assert m.blocks == c.match([prompt])[0].blocks > 0
+    rpc.channel.close()
+
+
+def test_every_reason_is_told(start):
+    """By kvctl why, where a key of kvd's is known, and by matches: never stored, evicted for room, for the quota and by an operator,
+    dropped, other extras, another layout. Expired: above. Damaged: test_scrub. For the index: test_prefix.c."""
+    kvd = start("--pool-size", "8MiB", "--extent-size", "2MiB", config="[namespace small]\nquota = 2MiB\n")
+    with connect(kvd, namespace="small") as c:
+        publish(c, tokens_of(0, 640))
+        key = last_key(kvd, "small")
+        push_out(kvd, c, key, "small")
+        assert why(kvd, key, "small") == "evicted for the quota"
+        assert c.match([package.Prompt(tokens_of(0, 640))])[0].miss in ("evicted for the quota", "none")
+        kvd.kvctl("prefix", "drop", "small", "--yes")
+    with connect(kvd) as c:
+        assert why(kvd, "0" * 48) == "unknown"
+        publish(c, tokens_of(0, 640))
+        key = last_key(kvd)
+        push_out(kvd, c, key)
+        assert why(kvd, key) == "evicted for room"
+        publish(c, tokens_of(0, 640))
+        kvd.kvctl("evict", "--namespace", "default")
+        assert c.match([package.Prompt(tokens_of(0, 640))])[0].miss == "evicted by an operator"
+        publish(c, tokens_of(0, 640))
+        assert c.match([package.Prompt(tokens_of(0, 640), extra=b"salt")])[0].miss == "other extra"
+        with connect(kvd, codec="int2c") as other:
+            assert other.match([package.Prompt(tokens_of(0, 640))])[0].miss == "other layout"
+        key = last_key(kvd)
+        kvd.kvctl("prefix", "drop", "default", "--yes")
+        assert why(kvd, key) == "dropped"
