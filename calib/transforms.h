@@ -7,8 +7,7 @@
 // have two. A code of b bits is of the level step_b (code - (2^b - 1) / 2), in units of the
 // channel's deviation and the token's scale.
 //
-// A set is for K of one codec; its V serves any (kvd_rotset_select). The CPU backend has pages of
-// them.
+// A set is for K of one codec; its V serves any (kvd_rotset_select).
 #ifndef KVD_CALIB_TRANSFORMS_H
 #define KVD_CALIB_TRANSFORMS_H
 

@@ -84,7 +84,7 @@ bool kvd_name_valid(const char *name, size_t max);
 
 static inline void kvd_cleanup_free(void *p)
 {
-    void **pp = p;
+    void **pp = (void **)p;
     free(*pp);
     *pp = NULL;
 }

@@ -36,9 +36,37 @@ struct kvd_cuda_matrices {
     uint32_t scale_kind;          // of what is stored: enum kvd_scale
 };
 
+// How a channel tile of K is coded in tc2 or tc2.5. A register has a stream of bits of its first
+// and one of its second elements (kernels/README.md); a code is looked at from bit `view` of them
+// on, masked, and is then 2^place times itself.
+struct kvd_cuda_key_tile {
+    uint32_t view, mask; // the mask in both halves of a word; 0 where there are no codes
+    uint32_t bits;       // of a code
+    float step; // from one level to the next, in units of the channel's deviation; 0 without codes
+    float factor; // step / 2^place, for queries
+};
+
+// What codecs tc2 and tc2.5 want of a matrix, beside its operands: those are of A^-T with its
+// columns times the deviations
+// (`queries`), of A with its columns by the deviations (`forward`), and of V's A^-1 (`inverse`).
+struct kvd_cuda_transform {
+    struct kvd_cuda_key_tile tiles[2][KVD_MAX_HEAD_DIM / 16]; // of tc2, of tc2.5; none of a codec
+                                                              // that the set's bits are not for
+    float query_unit;       // rotated queries are to be multiplied by
+    float forward_scale[2]; // what products must be divided by: of K, V
+    float inverse_scale;    // and those with V's inverse, of levels that are one apart
+    uint16_t k_mean_parts[2]
+                         [KVD_MAX_HEAD_DIM]; // two bf16 parts, zeros from dim on; 16-byte aligned
+    float k_mean[KVD_MAX_HEAD_DIM], v_mean[KVD_MAX_HEAD_DIM];
+    float k_offset[KVD_MAX_HEAD_DIM], v_offset[KVD_MAX_HEAD_DIM]; // mean A, by the deviations
+    float k_sigma[KVD_MAX_HEAD_DIM];
+};
+
 struct kvd_cuda_rotation {
     uint32_t n_layers, heads; // 1, or as many as there are
     struct kvd_cuda_matrices k, v;
+    const struct kvd_cuda_transform
+        *transforms; // [matrices]; NULL: no codec that wants them is used
 };
 
 // Where the pages of S sequences are, and what they hold.
@@ -181,12 +209,16 @@ int kvd_cuda_read(const struct kvd_cuda_read_params *p, struct CUstream_st *stre
 
 struct kvd_cuda_rotate_params {
     const float *matrices; // forward_f32 or inverse_f32 of a side; NULL: identity
+    bool transposed;       // these, each
+    // Of the keys' (values') means: what is taken from x, and what is added to y.
+    bool less_mean, plus_mean, values;
+    const struct kvd_cuda_transform *transforms; // where either is wanted
     uint32_t n_layers, rotation_heads;
     uint32_t dim, layer_begin, layer_count, rows, heads, kv_heads;
     struct kvd_cuda_tensor x, y;
 };
 
-// y = x R in fp32, row by row.
+// y = x R in fp32, row by row, or (x - mean) R, or x R + mean.
 int kvd_cuda_rotate(const struct kvd_cuda_rotate_params *p, struct CUstream_st *stream);
 
 // y = x, between tensors of any strides and dtypes.
@@ -238,6 +270,20 @@ static inline uint64_t kvd_cuda_operand_bytes(uint64_t matrices, uint32_t dim)
 void kvd_cuda_rotation_pack(const float *r, uint64_t matrices, uint32_t dim, uint16_t *queries,
                             uint16_t *forward, uint16_t *inverse, float *scale,
                             float *inverse_columns);
+
+// Host code. The same for matrix `index` of a set of transforms, of which the operands are of
+// different matrices, and what codecs tc2 and tc2.5 want beside them. `inverse_k` is of no use to
+// these codecs, and not written. For a set of rotations only `out` is written: its operands are
+// those of kvd_cuda_rotation_pack, with `scale_k` and `scale_v`.
+struct kvd_rotation_data;
+struct kvd_cuda_transform_operands {
+    uint16_t *queries, *forward_k, *forward_v, *inverse_v; // of all matrices
+    float *scale_k, *scale_v;                              // of all matrices
+};
+bool kvd_cuda_is_transform(const struct kvd_rotation_data *d);
+void kvd_cuda_transform_pack(const struct kvd_rotation_data *d, uint64_t index,
+                             const struct kvd_cuda_transform_operands *operands,
+                             struct kvd_cuda_transform *out);
 
 #ifdef __cplusplus
 }

@@ -184,6 +184,9 @@ int kvd_cuda_op_append(struct kvd_backend *b, const struct kvd_append_params *p,
     store.part = KVD_APPEND_STORE;
     if (p->slice)
         p->slice->more = false;
+    int checked = kvd_cuda_rotation_check(p->rotation, p->plane->codec, err);
+    if (checked)
+        return checked;
     if (p->part == KVD_APPEND_WHOLE)
         return each_slice(cuda_of(b), p, 0, run_append, NULL, err);
     if (p->part == KVD_APPEND_DEMOTE && !(p->slice && p->slice->at)) {

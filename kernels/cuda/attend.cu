@@ -180,6 +180,12 @@ extern "C" int kvd_cuda_attend(const struct kvd_cuda_attend_params *p, struct CU
         return launch_levels3(*p, stream);
     case LEVELS4:
         return launch_levels4(*p, stream);
+    case TC:
+        if (!p->rotation.transforms)
+            return -1;
+        if (!tuned(*p))
+            return launch_tc(*p, stream);
+        return p->codec == TC2 ? launch_tc2(*p, stream) : launch_tc2_5(*p, stream);
     default:
         return -1;
     }

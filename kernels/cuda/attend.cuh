@@ -7,7 +7,9 @@
 #ifndef KVD_KERNELS_CUDA_ATTEND_CUH
 #define KVD_KERNELS_CUDA_ATTEND_CUH
 
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/tc.cuh"
+
+#include <type_traits>
 
 namespace kvd
 {
@@ -90,7 +92,7 @@ __device__ inline uint32_t first_seen(const attend_call &p, uint32_t position)
 // A lane's two columns of each N tile are rows n * 8 + 2 t + e. Maxima are in units of 1 / `score_unit`
 // log2 units, as scores come: that saves a product for each score.
 template <int NT, int DV> struct state {
-    float m[NT][2], l[NT][2], zero_sum[NT][2];
+    float m[NT][2], l[NT][2], zero_sum[NT][2]; // of tc2 and tc2.5: the sum of probabilities times scale
     float o[NT][DV / 16][4];
 
     __device__ inline void clear(float none)
@@ -215,10 +217,10 @@ template <int NT, int DK, int WARPS> struct queries {
     }
 
     // Rotates the warp's share of outputs; `r` holds its first run. The caller synchronizes before
-    // anyone reads. Returns the divisor.
+    // anyone reads. Returns the divisor. means: of tc2 and tc2.5, the products of rows 2 t and 2 t + 1 with K's mean.
     template <bool F32, int CODEC>
     __device__ inline float rotate(const attend_call &p, uint32_t kv, float sign,
-                                   const raw_queries<NT, DK> &raw, run &r)
+                                   const raw_queries<NT, DK> &raw, run &r, float (&means)[NT][2])
     {
         constexpr int TILES = (DK / 16 + WARPS - 1) / WARPS;
         int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -237,6 +239,10 @@ template <int NT, int DK, int WARPS> struct queries {
             mine = 0;
         float divisor = magnitude(__uint_as_float(__reduce_max_sync(~0u, __float_as_uint(mine))));
         float factor = __fdividef(sign * inverse_power(divisor), scale);
+        if constexpr (is_tc(CODEC))
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+                query_means<F32, DK>(transform_of(p.rotation, p.layer, kv), q[n], low[n], means[n]);
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
             int tile = warp + i * WARPS;
@@ -259,7 +265,11 @@ template <int NT, int DK, int WARPS> struct queries {
                     }
                 }
             }
-            float f = factor * slot_factor<CODEC>(tile);
+            float f = factor;
+            if constexpr (is_tc(CODEC))
+                f *= __ldg(&key_tiles(transform_of(p.rotation, p.layer, kv), p.codec)[tile].factor);
+            else
+                f *= slot_factor<CODEC>(tile);
 #pragma unroll
             for (int n = 0; n < NT; n++) {
                 float y[4];
@@ -275,18 +285,29 @@ template <int NT, int DK, int WARPS> struct queries {
 };
 
 // 2^-24 times the sums over channels of the queries as products see them: what rounding takes from a
-// query it takes from both. A product with ones, or with codes of 1, in `sum`'s order of rows.
-template <int DK, int CODEC> __device__ inline void sum_queries(const uint2 (&q)[DK / 16], float (&sum)[2])
+// query it takes from both. A product with ones, or with codes of 1, in `sum`'s order of rows. Of tc2 and tc2.5, half of the
+// products with the largest codes: what codes about 0 leave of products.
+template <int DK, int CODEC>
+__device__ inline void sum_queries(const uint2 (&q)[DK / 16], const key_views<DK, CODEC> &views, float (&sum)[2])
 {
     float c[4] = {};
+    if constexpr (is_tc(CODEC)) {
 #pragma unroll
-    for (int ct = 0; ct < DK / 16; ct++) {
-        uint32_t one = has_levels(CODEC) ? 0x3c003c00 : 0x00010001u << (2 * (ct % 4));
-        const uint32_t a[4] = {one, one, one, one};
-        mma(c, a, q[ct].x, q[ct].y);
+        for (int ct = 0; ct < DK / 16; ct++) {
+            const uint32_t a[4] = {views.mask[ct], views.mask[ct], views.mask[ct], views.mask[ct]};
+            mma(c, a, q[ct].x, q[ct].y);
+        }
+        sum[0] = 0.5f * c[0], sum[1] = 0.5f * c[1];
+    } else {
+#pragma unroll
+        for (int ct = 0; ct < DK / 16; ct++) {
+            uint32_t one = has_levels(CODEC) ? 0x3c003c00 : 0x00010001u << (2 * (ct % 4));
+            const uint32_t a[4] = {one, one, one, one};
+            mma(c, a, q[ct].x, q[ct].y);
+        }
+        sum[0] = has_levels(CODEC) ? c[0] / TWO24 : c[0];
+        sum[1] = has_levels(CODEC) ? c[1] / TWO24 : c[1];
     }
-    sum[0] = has_levels(CODEC) ? c[0] / TWO24 : c[0];
-    sum[1] = has_levels(CODEC) ? c[1] / TWO24 : c[1];
 }
 
 // -- history -------------------------------------------------------------------------------------
@@ -303,6 +324,7 @@ template <int NT> struct logit_terms {
     float none;           // less than any score, and not so much less that products overflow
     float softcap;        // in log2 units; 0: none
     float sum[NT][2];     // of the rotated queries, by 2^-24
+    float mean[NT][2];    // of tc2 and tc2.5: scores of K's mean
     uint32_t seen[NT][2]; // first and last position that a column sees
     uint32_t last[NT][2];
 };
@@ -341,11 +363,12 @@ __device__ inline void add_values(const uint8_t *tile_at, uint32_t codec, const 
                                   const float (&s)[NT][4], state<NT, DV> &st)
 {
     code_words<DV, CODEC> w;
-    w.load(tile_at + tile<DK, DV, CODEC>::V_CODES, C);
+    w.load(tile_at + tile<DK, DV, CODEC>::v_codes(codec), C);
     float2 p0, p1;
     load_params<CODEC>(tile_at + tile<DK, DV, CODEC>::v_params(codec), codec, C, p0, p1);
     constexpr bool FLIPPED = upside_down(CODEC, C);
     if (FLIPPED) {
+        // Of tc2 and tc2.5, whose levels are about 0, the sums of scales alone say what of minima.
         p0 = make_float2(-p0.x, fmaf(3, p0.x, p0.y));
         p1 = make_float2(-p1.x, fmaf(3, p1.x, p1.y));
     }
@@ -368,8 +391,13 @@ __device__ inline void add_values(const uint8_t *tile_at, uint32_t codec, const 
         float e0 = power(0), e1 = power(1), e2 = power(2), e3 = power(3);
         st.l[n][0] += e0 + e2;
         st.l[n][1] += e1 + e3;
-        st.zero_sum[n][0] += e0 * p0.y + e2 * p1.y;
-        st.zero_sum[n][1] += e1 * p0.y + e3 * p1.y;
+        if constexpr (is_tc(CODEC)) {
+            st.zero_sum[n][0] += e0 * p0.x + e2 * p1.x;
+            st.zero_sum[n][1] += e1 * p0.x + e3 * p1.x;
+        } else {
+            st.zero_sum[n][0] += e0 * p0.y + e2 * p1.y;
+            st.zero_sum[n][1] += e1 * p0.y + e3 * p1.y;
+        }
         b[n][0] = transpose(pack_fp16(e0 * p0.x, e1 * p0.x));
         b[n][1] = transpose(pack_fp16(e2 * p1.x, e3 * p1.x));
     }
@@ -386,15 +414,20 @@ __device__ inline void add_values(const uint8_t *tile_at, uint32_t codec, const 
 // the maxima are raised.
 template <bool GENERAL, bool MASKED, int NT, int DK, int DV, int CODEC, int CHUNKS, typename Q>
 __device__ inline void attend_tile(const uint8_t *tile_at, uint32_t codec, const tile_place &at, Q q,
-                                   const logit_terms<NT> &x, state<NT, DV> &st)
+                                   const key_views<DK, CODEC> &views, const logit_terms<NT> &x, state<NT, DV> &st)
 {
     static_for<4 / CHUNKS>([&](auto half) {
         float s[CHUNKS][NT][4];
         static_for<CHUNKS / 2>([&](auto pair) { // side by side: they do not wait for each other
             constexpr int i = 2 * pair, c = half * CHUNKS + i;
-            code_words<DK, CODEC> w0, w1;
-            w0.load(tile_at, c);
-            w1.load(tile_at, c + 1);
+            std::conditional_t<is_tc(CODEC), key_words<DK, CODEC>, code_words<DK, CODEC>> w0, w1;
+            if constexpr (is_tc(CODEC)) {
+                w0.load(tile_at, codec, c);
+                w1.load(tile_at, codec, c + 1);
+            } else {
+                w0.load(tile_at, c);
+                w1.load(tile_at, c + 1);
+            }
 #pragma unroll
             for (int n = 0; n < 2 * NT; n++)
 #pragma unroll
@@ -402,8 +435,13 @@ __device__ inline void attend_tile(const uint8_t *tile_at, uint32_t codec, const
                     s[i + n % 2][n / 2][k] = 0;
             static_for<DK / 16>([&](auto ct) {
                 uint32_t a0[4], a1[4];
-                w0.template operand<c, ct>(a0);
-                w1.template operand<c + 1, ct>(a1);
+                if constexpr (is_tc(CODEC)) {
+                    w0.template operand<ct>(views, a0);
+                    w1.template operand<ct>(views, a1);
+                } else {
+                    w0.template operand<c, ct>(a0);
+                    w1.template operand<c + 1, ct>(a1);
+                }
 #pragma unroll
                 for (int n = 0; n < NT; n++) {
                     uint2 b = q(n, ct);
@@ -415,15 +453,20 @@ __device__ inline void attend_tile(const uint8_t *tile_at, uint32_t codec, const
         static_for<CHUNKS>([&](auto i) {
             constexpr int c = half * CHUNKS + i;
             float2 p0, p1;
-            load_params<CODEC>(tile_at + tile<DK, DV, CODEC>::K_PARAMS, codec, c, p0, p1);
+            load_params<CODEC>(tile_at + tile<DK, DV, CODEC>::k_params(codec), codec, c, p0, p1);
             if (has_levels(CODEC)) // scores are in the unit of int2's
                 p0.x *= 1 / TWO24, p1.x *= 1 / TWO24;
 #pragma unroll
             for (int n = 0; n < NT; n++) {
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
-                    s[i][n][e] = fmaf(p0.x, s[i][n][e], p0.y * x.sum[n][e]);
-                    s[i][n][2 + e] = fmaf(p1.x, s[i][n][2 + e], p1.y * x.sum[n][e]);
+                    if constexpr (is_tc(CODEC)) {
+                        s[i][n][e] = fmaf(p0.x, s[i][n][e] - x.sum[n][e], x.mean[n][e]);
+                        s[i][n][2 + e] = fmaf(p1.x, s[i][n][2 + e] - x.sum[n][e], x.mean[n][e]);
+                    } else {
+                        s[i][n][e] = fmaf(p0.x, s[i][n][e], p0.y * x.sum[n][e]);
+                        s[i][n][2 + e] = fmaf(p1.x, s[i][n][2 + e], p1.y * x.sum[n][e]);
+                    }
                 }
                 if (GENERAL || MASKED)
                     mask_scores<GENERAL, MASKED, NT>(x, at, c, n, s[i][n]);

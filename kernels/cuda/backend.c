@@ -41,7 +41,19 @@ static void rotation_free(struct kvd_backend *b, struct kvd_rotation **rp)
 }
 
 // What one side has in device memory, in this order.
-enum { QUERIES, FORWARD, INVERSE, FORWARD_F32, INVERSE_F32, COLUMNS, SCALE, CLIP, GAIN, N_ARRAYS };
+enum {
+    QUERIES,
+    FORWARD,
+    INVERSE,
+    FORWARD_F32,
+    INVERSE_F32,
+    COLUMNS,
+    SCALE,
+    CLIP,
+    GAIN,
+    TRANSFORMS, // of both sides, K's side only
+    N_ARRAYS
+};
 
 // Offsets of the arrays; returns how many bytes they have together.
 static uint64_t side_layout(uint64_t matrices, uint32_t dim, bool v, uint64_t at[N_ARRAYS])
@@ -55,9 +67,11 @@ static uint64_t side_layout(uint64_t matrices, uint32_t dim, bool v, uint64_t at
                                       [COLUMNS] = floats * dim,
                                       [SCALE] = floats,
                                       [CLIP] = floats,
-                                      [GAIN] = floats};
+                                      [GAIN] = floats,
+                                      [TRANSFORMS] =
+                                          v ? 0 : matrices * sizeof(struct kvd_cuda_transform)};
     uint64_t bytes = 0;
-    for (int i = 0; i < N_ARRAYS; bytes += sizes[i++])
+    for (int i = 0; i < N_ARRAYS; bytes += kvd_round_up(sizes[i++], 16))
         at[i] = bytes;
     return kvd_round_up(bytes, 256);
 }
@@ -70,55 +84,75 @@ static void transpose(const float *from, uint64_t matrices, uint32_t dim, float 
                 to[(m * dim + j) * dim + i] = from[(m * dim + i) * dim + j];
 }
 
-// Lays a side out in `host` as it will lie at `device`.
-static struct kvd_cuda_matrices side_new(const float *r, const float *clip, const float *gain,
-                                         uint64_t matrices, uint32_t dim, bool v, uint8_t *host,
-                                         uint8_t *device)
-{
-    uint64_t at[N_ARRAYS], n = matrices * dim * dim;
-    side_layout(matrices, dim, v, at);
 #define ARRAY(memory, i, type) ((type *)(void *)((memory) + at[i]))
+
+// A side's matrices, and their inverses, in plain fp32. NULL: identity; transposes.
+struct side {
+    const float *a, *inverse, *clip, *gain;
+    uint64_t matrices;
+    uint32_t dim;
+    bool v;
+};
+
+// Lays a side out in `host` as it will lie at `device`; operands as those of rotations.
+static struct kvd_cuda_matrices side_new(const struct side *s, uint8_t *host, uint8_t *device)
+{
+    uint64_t at[N_ARRAYS], n = s->matrices * s->dim * s->dim;
+    side_layout(s->matrices, s->dim, s->v, at);
     float *plain = ARRAY(host, FORWARD_F32, float);
-    if (r) {
-        memcpy(plain, r, n * sizeof(float));
-    } else {
-        memset(plain, 0, n * sizeof(float));
-        for (uint64_t i = 0; i < matrices * dim; i++)
-            plain[i * dim + i % dim] = 1;
-    }
-    transpose(plain, matrices, dim, ARRAY(host, INVERSE_F32, float));
-    kvd_cuda_rotation_pack(plain, matrices, dim, v ? NULL : ARRAY(host, QUERIES, uint16_t),
+    bool identity = !s->a && !s->inverse;
+    memset(plain, 0, n * sizeof(float));
+    if (s->a)
+        memcpy(plain, s->a, n * sizeof(float));
+    for (uint64_t i = 0; i < s->matrices * s->dim && !s->a; i++)
+        plain[i * s->dim + i % s->dim] = 1;
+    if (s->inverse)
+        memcpy(ARRAY(host, INVERSE_F32, float), s->inverse, n * sizeof(float));
+    else
+        transpose(plain, s->matrices, s->dim, ARRAY(host, INVERSE_F32, float));
+    kvd_cuda_rotation_pack(plain, s->matrices, s->dim, s->v ? NULL : ARRAY(host, QUERIES, uint16_t),
                            ARRAY(host, FORWARD, uint16_t), ARRAY(host, INVERSE, uint16_t),
                            ARRAY(host, SCALE, float), ARRAY(host, COLUMNS, float));
-    if (clip)
-        memcpy(ARRAY(host, CLIP, float), clip, matrices * sizeof(float));
-    if (gain)
-        memcpy(ARRAY(host, GAIN, float), gain, matrices * sizeof(float));
-    return (struct kvd_cuda_matrices){.queries = v ? NULL : ARRAY(device, QUERIES, uint16_t),
-                                      .forward = ARRAY(device, FORWARD, uint16_t),
-                                      .inverse = ARRAY(device, INVERSE, uint16_t),
-                                      .forward_f32 = r ? ARRAY(device, FORWARD_F32, float) : NULL,
-                                      .inverse_f32 = r ? ARRAY(device, INVERSE_F32, float) : NULL,
-                                      .inverse_columns = ARRAY(device, COLUMNS, float),
-                                      .scale = ARRAY(device, SCALE, float),
-                                      .clip = clip ? ARRAY(device, CLIP, float) : NULL,
-                                      .gain = gain ? ARRAY(device, GAIN, float) : NULL};
-#undef ARRAY
+    if (s->clip)
+        memcpy(ARRAY(host, CLIP, float), s->clip, s->matrices * sizeof(float));
+    if (s->gain)
+        memcpy(ARRAY(host, GAIN, float), s->gain, s->matrices * sizeof(float));
+    return (struct kvd_cuda_matrices){
+        .queries = s->v ? NULL : ARRAY(device, QUERIES, uint16_t),
+        .forward = ARRAY(device, FORWARD, uint16_t),
+        .inverse = ARRAY(device, INVERSE, uint16_t),
+        .forward_f32 = identity ? NULL : ARRAY(device, FORWARD_F32, float),
+        .inverse_f32 = identity ? NULL : ARRAY(device, INVERSE_F32, float),
+        .inverse_columns = ARRAY(device, COLUMNS, float),
+        .scale = ARRAY(device, SCALE, float),
+        .clip = s->clip ? ARRAY(device, CLIP, float) : NULL,
+        .gain = s->gain ? ARRAY(device, GAIN, float) : NULL};
+}
+
+// What tc2 and tc2.5 want beside that; of transforms, operands in the place of rotations'.
+static void transforms_new(const struct kvd_rotation_data *d, uint8_t *k, uint8_t *v)
+{
+    uint64_t n = (uint64_t)d->n_layers * d->heads, at[N_ARRAYS];
+    struct kvd_cuda_transform_operands o;
+    side_layout(n, d->dim_v, true, at);
+    o.forward_v = ARRAY(v, FORWARD, uint16_t);
+    o.inverse_v = ARRAY(v, INVERSE, uint16_t);
+    o.scale_v = ARRAY(v, SCALE, float);
+    side_layout(n, d->dim_k, false, at);
+    o.queries = ARRAY(k, QUERIES, uint16_t);
+    o.forward_k = ARRAY(k, FORWARD, uint16_t);
+    o.scale_k = ARRAY(k, SCALE, float);
+    for (uint64_t i = 0; i < n; i++)
+        kvd_cuda_transform_pack(d, i, &o, ARRAY(k, TRANSFORMS, struct kvd_cuda_transform) + i);
 }
 
 static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd_rotation_data *d,
                                          struct kvd_error *err)
 {
-    if (d->k_inverse || d->v_inverse || d->k_mean || d->v_mean) {
-        kvd_fail(err, KVD_E_UNSUPPORTED,
-                 "the set has transforms, with inverses and means of their own: the CUDA backend "
-                 "has kernels for rotations only");
-        return NULL;
-    }
     cudaSetDevice(cuda_of(b)->index);
     uint64_t n = (uint64_t)d->n_layers * d->heads;
-    uint64_t at[N_ARRAYS], k = side_layout(n, d->dim_k, false, at);
-    uint64_t v = side_layout(n, d->dim_v, true, at);
+    uint64_t at[N_ARRAYS], v = side_layout(n, d->dim_v, true, at);
+    uint64_t k = side_layout(n, d->dim_k, false, at);
     struct kvd_rotation *r = calloc(1, sizeof(*r));
     uint8_t *host KVD_FREE = malloc(k + v);
     void *memory = NULL;
@@ -135,14 +169,33 @@ static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd
     r->dim_v = d->dim_v;
     r->device.n_layers = d->n_layers;
     r->device.heads = d->heads;
-    r->device.k = side_new(d->k, d->clip_k, d->gain_k, n, d->dim_k, false, host, r->memory);
-    r->device.v = side_new(d->v, d->clip_v, d->gain_v, n, d->dim_v, true, host + k, r->memory + k);
+    const struct side sides[2] = {{d->k, d->k_inverse, d->clip_k, d->gain_k, n, d->dim_k, false},
+                                  {d->v, d->v_inverse, d->clip_v, d->gain_v, n, d->dim_v, true}};
+    r->transform = kvd_cuda_is_transform(d);
+    r->device.k = side_new(&sides[0], host, r->memory);
+    r->device.v = side_new(&sides[1], host + k, r->memory + k);
+    transforms_new(d, host, host + k);
+    r->device.transforms = ARRAY(r->memory, TRANSFORMS, const struct kvd_cuda_transform);
     r->device.k.scale_kind = d->scale_k;
     r->device.v.scale_kind = d->scale_v;
     int rc = cudaMemcpy(r->memory, host, k + v, cudaMemcpyHostToDevice);
     if (kvd_cuda_status(rc, "loading a rotation set", err))
         rotation_free(b, &r);
     return r;
+}
+
+#undef ARRAY
+
+int kvd_cuda_rotation_check(const struct kvd_rotation *r, struct kvd_codecs codec,
+                            struct kvd_error *err)
+{
+    char text[KVD_CODECS_TEXT];
+    if (!r || !r->transform || kvd_codec_tc(codec.k))
+        return KVD_OK;
+    return kvd_fail(err, KVD_E_UNSUPPORTED,
+                    "codec %s: the set has transforms, with inverses and means of their own, for "
+                    "which the CUDA backend has kernels of tc2 and tc2.5 only",
+                    kvd_codecs_name(codec, text));
 }
 
 // -- staging -------------------------------------------------------------------------------------
@@ -288,7 +341,7 @@ static bool lost(struct kvd_backend *b)
 // Whether there are kernels for a codec, which is one of the table's.
 static bool served(uint32_t codec)
 {
-    enum { NO_FAMILY, INT2, INT2C, LEVELS2, LEVELS3, LEVELS4 };
+    enum { NO_FAMILY, INT2, INT2C, LEVELS2, LEVELS3, LEVELS4, TC };
     static const int families[] = {
 #define KVD_CODEC(id, number, name, bits, param_bytes, levels, kernel, transform)                  \
     [KVD_CODEC_##id] = (kernel),

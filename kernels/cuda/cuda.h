@@ -10,6 +10,7 @@
 
 struct kvd_rotation {
     uint32_t dim_k, dim_v;
+    bool transform; // with inverses, means, deviations or bits of its own: for tc2 and tc2.5 alone
     struct kvd_cuda_rotation device;
     uint8_t *memory; // that `device` points into
 };
@@ -104,6 +105,10 @@ static inline struct kvd_cuda_tensor kvd_device_tensor(const struct kvd_cuda *c,
                                     .head_stride = s->dim * size,
                                     .dtype = s->tensor->dtype};
 }
+
+// Whether kernels of a codec can use a set. KVD_OK, KVD_E_UNSUPPORTED.
+int kvd_cuda_rotation_check(const struct kvd_rotation *r, struct kvd_codecs codec,
+                            struct kvd_error *err);
 
 // Makes the scratch at least so large.
 int kvd_cuda_scratch(struct kvd_cuda *c, uint64_t bytes, struct kvd_error *err);

@@ -155,11 +155,14 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
         after_previous(p, b, raw);
     auto &rotated = memory.rotated();
     float sign = sign_of(p.scale);
-    float divisor = p.q_type == KVD_DTYPE_F32 ? rotated.template rotate<true, CODEC>(p, b.kv, sign, raw, r)
-                                              : rotated.template rotate<false, CODEC>(p, b.kv, sign, raw, r);
+    logit_terms<NT> x;
+    float divisor = p.q_type == KVD_DTYPE_F32 ? rotated.template rotate<true, CODEC>(p, b.kv, sign, raw, r, x.mean)
+                                              : rotated.template rotate<false, CODEC>(p, b.kv, sign, raw, r, x.mean);
+    key_views<DK, CODEC> views;
+    if constexpr (is_tc(CODEC))
+        views.load(transform_of(p.rotation, p.layer, b.kv), p.codec);
     __syncthreads();
     uint2 q[NT][DK / 16];
-    logit_terms<NT> x;
     state<NT, DV> st;
     if (GENERAL)
         see(p, b, x);
@@ -168,7 +171,7 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
 #pragma unroll
         for (int ct = 0; ct < DK / 16; ct++)
             q[n][ct] = rotated.op[n][ct][lane];
-        sum_queries<DK, CODEC>(q[n], x.sum[n]);
+        sum_queries<DK, CODEC>(q[n], views, x.sum[n]);
     }
 #if KVD_BULK
     if (mem::QUERIES_IN_RING)
@@ -180,8 +183,17 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
     }
 #endif
     x.score_unit = p.scale == 0 ? 1 : fabsf(p.scale) * LOG2E * divisor * TWO24;
+    if constexpr (is_tc(CODEC)) {
+        const float unit = __ldg(&transform_of(p.rotation, p.layer, b.kv).query_unit);
+        x.score_unit *= p.scale == 0 ? 1 : unit;
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                x.mean[n][e] *= __fdividef(sign * inverse_power(divisor), TWO24 * unit);
+    }
     x.softcap = p.softcap * LOG2E;
-    x.none = -1e10f; // scores are below 10
+    x.none = -1e10f; // scores are below 10, those of tc2 and tc2.5 below 1e7
     st.clear(x.none);
     auto operands = [&](int n, int ct) { return q[n][ct]; };
 #if KVD_BULK
@@ -202,9 +214,9 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
                       x.softcap > 0;
         constexpr int CHUNKS = DK <= 128 ? 4 : 2;
         if (masked)
-            attend_tile<GENERAL, true, NT, DK, DV, CODEC, CHUNKS>(at, p.codec, place, operands, x, st);
+            attend_tile<GENERAL, true, NT, DK, DV, CODEC, CHUNKS>(at, p.codec, place, operands, views, x, st);
         else
-            attend_tile<false, false, NT, DK, DV, CODEC, CHUNKS>(at, p.codec, place, operands, x, st);
+            attend_tile<false, false, NT, DK, DV, CODEC, CHUNKS>(at, p.codec, place, operands, views, x, st);
 #if KVD_BULK
         __syncwarp();
         if (ahead % 32 == 0)
@@ -302,6 +314,8 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
     if (mine.any())
         t = combine<NT>(memory, warp_partials<mem>{memory}, rows, mine, history, windows);
     bool rotated = !bf16;
+    if (!bf16)
+        t.coded = t.l;
     if (n > 1) {
         using layout = part_layout<NT, DV>;
         uint64_t unit = ((uint64_t)b.s * p.kv_heads + b.kv) * p.row_blocks + b.row0 / (8 * NT);

@@ -24,6 +24,20 @@ constexpr float NONE = -1e30f; // the maximum of no logits
 constexpr int INT2 = KVD_CODEC_INT2, INT2C = KVD_CODEC_INT2C, LEVELS2 = KVD_CODEC_INT2_LM,
               LEVELS3 = KVD_CODEC_TURBOQUANT_3, LEVELS4 = KVD_CODEC_TURBOQUANT_4, NO_FAMILY = -1;
 
+// tc2 and tc2.5: kernels for both, and, where they are fast, for one of them (tc.cuh).
+constexpr int TC = 64, TC2 = KVD_CODEC_TC2, TC2_5 = KVD_CODEC_TC2_5;
+
+__host__ __device__ constexpr bool is_tc(int codec)
+{
+    return codec == TC || codec == TC2 || codec == TC2_5;
+}
+
+// The bits of a register's stream of K's codes. COMPILED: TC, where `codec` says which, or the codec.
+template <int COMPILED> __host__ __device__ constexpr int stream_bits(uint32_t codec, int dim)
+{
+    return dim / 16 * ((COMPILED == TC ? (int)codec : COMPILED) == TC2_5 ? 5 : 4) / 2;
+}
+
 // NO_FAMILY where there is no such codec, too.
 __host__ __device__ constexpr int family_of(uint32_t codec)
 {
@@ -36,9 +50,12 @@ __host__ __device__ constexpr int family_of(uint32_t codec)
     return NO_FAMILY;
 }
 
+// Of tc2 and tc2.5, V's.
 __host__ __device__ constexpr int code_bits(int codec)
 {
     switch (codec) {
+    case TC:
+        return 2;
 #define KVD_CODEC(id, number, name, bits, ...) \
     case number:                               \
         return bits;
@@ -69,17 +86,28 @@ template <int CODEC> __host__ __device__ inline int params_bytes(uint32_t codec)
 // Layout of a tile.
 template <int DK, int DV, int CODEC> struct tile {
     static constexpr int BITS = code_bits(CODEC);
-    static constexpr int V_CODES = 8 * BITS * DK, K_PARAMS = 8 * BITS * (DK + DV);
-    static constexpr int MOST_BYTES = K_PARAMS + (CODEC == INT2 || CODEC == LEVELS2 ? 512 : 256);
+    static constexpr int MOST_BYTES = is_tc(CODEC)
+                                          ? 128 * stream_bits<CODEC>(TC2_5, DK) + 16 * DV + 256
+                                          : 8 * BITS * (DK + DV) + (CODEC == INT2 || CODEC == LEVELS2 ? 512 : 256);
+
+    static __host__ __device__ constexpr int v_codes(uint32_t codec)
+    {
+        return is_tc(CODEC) ? 128 * stream_bits<CODEC>(codec, DK) : 8 * BITS * DK;
+    }
+
+    static __host__ __device__ constexpr int k_params(uint32_t codec)
+    {
+        return v_codes(codec) + 8 * BITS * DV;
+    }
 
     static __host__ __device__ inline int v_params(uint32_t codec)
     {
-        return K_PARAMS + params_bytes<CODEC>(codec);
+        return k_params(codec) + params_bytes<CODEC>(codec);
     }
 
     static __host__ __device__ inline int bytes(uint32_t codec)
     {
-        return K_PARAMS + 2 * params_bytes<CODEC>(codec);
+        return k_params(codec) + 2 * params_bytes<CODEC>(codec);
     }
 };
 

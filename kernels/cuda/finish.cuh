@@ -76,7 +76,8 @@ template <int NT, int DK, int DV, int WARPS, int CODEC> struct block_memory {
     static constexpr int ROWS = 8 * NT, PITCH = padded(DV) + 8; // operands are read without bank conflicts
     static constexpr int TILE = tile<DK, DV, CODEC>::MOST_BYTES;
     // Tiles of a warp's ring. Short blocks gain by a third; long ones lose by what it takes.
-    static constexpr int SLOTS = WARPS == 4 && NT == 1 && (DK + DV <= 256 || DK == 192) && !has_levels(CODEC) ? 3 : 2;
+    static constexpr int SLOTS =
+        WARPS == 4 && NT == 1 && (DK + DV <= 256 || DK == 192) && !has_levels(CODEC) && CODEC != TC2_5 ? 3 : 2;
     static constexpr bool STAGED = KVD_BULK && DV <= 128; // is R^T
     // Units of R^T, of 8 outputs x 32 inputs, and a warp's share of them. The last warps may have less, or none.
     static constexpr int UNITS = DV <= 128 ? packed<DV>::WORDS / 128 : 0, WARP_UNITS = (UNITS + WARPS - 1) / WARPS;
@@ -168,7 +169,10 @@ template <typename M, int DV> struct unrotation {
     {
         uint64_t index = matrix_index(p.rotation, p.layer, b.kv);
         r = matrix_at<DV>(p.rotation.v.inverse, index, 1);
-        scale = p.codec != KVD_CODEC_BF16 ? __ldg(&p.rotation.v.scale[index]) : 1;
+        if constexpr (is_tc(M::COMPILED_CODEC))
+            scale = __ldg(&p.rotation.transforms[index].inverse_scale);
+        else
+            scale = p.codec != KVD_CODEC_BF16 ? __ldg(&p.rotation.v.scale[index]) : 1;
     }
 
     // Each warp asks for its share, once, after its last tile.
@@ -276,6 +280,7 @@ template <typename L> struct part_partials {
 // Terms of a row, of all partials. A lane has those of row lane % ROWS.
 struct row_terms {
     float m, l, zero_sum;
+    float coded; // what of l is the history's
 };
 
 __device__ inline void add(float4 &to, const float4 &x, float a, float b, float c, float d)
@@ -316,7 +321,7 @@ __device__ inline row_terms combine(const M &mem, const P &from, uint32_t rows, 
     load(0);
     float4 m = from.terms(TERM_M, row, 4 * four, NONE), l = from.terms(TERM_L, row, 4 * four, 0);
     float4 zero_sum = from.terms(TERM_ZERO_SUM, row, 4 * four, 0);
-    row_terms t = {largest(m), 0, 0};
+    row_terms t = {largest(m), 0, 0, 0};
 #pragma unroll
     for (int i = 0; i < S::MOST; i++)
         history[i] = windows[i] = {};
@@ -337,6 +342,11 @@ __device__ inline row_terms combine(const M &mem, const P &from, uint32_t rows, 
                                fast_exp2(m.w - t.m));
         *(float4 *)&table[(four * ROWS + lane % ROWS) * 4] = f;
         t.l += dot(f, l);
+        if constexpr (P::MIXED && is_tc(M::COMPILED_CODEC)) {
+            uint32_t k = base + 4 * four;
+            t.coded += (k < from.of_history ? f.x * l.x : 0) + (k + 1 < from.of_history ? f.y * l.y : 0) +
+                       (k + 2 < from.of_history ? f.z * l.z : 0) + (k + 3 < from.of_history ? f.w * l.w : 0);
+        }
         t.zero_sum += dot(f, zero_sum);
         __syncwarp();
 #pragma unroll 1
@@ -369,6 +379,8 @@ __device__ inline row_terms combine(const M &mem, const P &from, uint32_t rows, 
     for (int k = ROWS; k < 32; k *= 2) {
         t.l += __shfl_xor_sync(~0u, t.l, k);
         t.zero_sum += __shfl_xor_sync(~0u, t.zero_sum, k);
+        if constexpr (P::MIXED && is_tc(M::COMPILED_CODEC))
+            t.coded += __shfl_xor_sync(~0u, t.coded, k);
     }
     return t;
 }
@@ -388,6 +400,8 @@ __device__ inline void share_results(const M &mem, const logit_terms<NT> &x, con
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             l[e] = st.l[n][e], zero_sum[e] = st.zero_sum[n][e];
+            if constexpr (is_tc(M::COMPILED_CODEC)) // levels are about 0
+                zero_sum[e] *= -1.5f;
 #pragma unroll
             for (int k = 4; k < 32; k *= 2) {
                 l[e] += __shfl_xor_sync(~0u, l[e], k);
@@ -506,6 +520,11 @@ __device__ inline void finish_rows(const attend_call &p, const row_block &b, con
             int row = quad * 4 + k;
             float zero_sum = __shfl_sync(~0u, t.zero_sum, row), f = __shfl_sync(~0u, scaled, row);
             float g = __shfl_sync(~0u, inverse, row);
+            if constexpr (is_tc(M::COMPILED_CODEC)) { // behind the row, for V's mean
+                float coded = __shfl_sync(~0u, t.coded * inverse, row);
+                if (rotated && channel == 0)
+                    mem.history()[row * M::PITCH + padded(DV)] = coded;
+            }
             if (rotated)
                 mem.history()[row * M::PITCH + channel] = round_tf32(fmaf(x, unit, zero_sum) * f);
             if (bf16)
@@ -534,6 +553,11 @@ __device__ inline void finish_rows(const attend_call &p, const row_block &b, con
             if (bf16) {
                 float2 w = *(const float2 *)&mem.windows()[row * M::PITCH + channel];
                 x.x += w.x, x.y += w.y;
+            }
+            if (is_tc(M::COMPILED_CODEC) && rotated) {
+                float coded = mem.history()[row * M::PITCH + padded(DV)];
+                float2 mean = __ldg((const float2 *)&transform_of(p.rotation, p.layer, b.kv).v_mean[channel]);
+                x.x = fmaf(coded, mean.x, x.x), x.y = fmaf(coded, mean.y, x.y);
             }
             uint64_t at = row_index(p, b, b.row0 + row) * DV + channel;
             if (p.o_type == KVD_DTYPE_F32)

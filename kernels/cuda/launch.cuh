@@ -15,6 +15,9 @@ cudaError_t launch_int2c_other(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_levels2(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_levels3(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_levels4(const attend_params &p, cudaStream_t stream);
+cudaError_t launch_tc(const attend_params &p, cudaStream_t stream);
+cudaError_t launch_tc2(const attend_params &p, cudaStream_t stream);
+cudaError_t launch_tc2_5(const attend_params &p, cudaStream_t stream);
 
 inline uint32_t rows_of_head(const attend_params &p)
 {
@@ -37,9 +40,12 @@ inline bool power_of_two(uint32_t x)
     return (x & (x - 1)) == 0;
 }
 
-// Codes that are their own values have all variants; those with levels one a pair of head_dims.
+// Codes that are their own values have all variants; those with levels one a pair of head_dims. Of tc2 and tc2.5 the most used
+// head_dims have all.
 inline bool tuned(const attend_params &p)
 {
+    if (family_of(p.codec) == TC)
+        return same_dims(p) && (p.dim_k == 64 || p.dim_k == 128);
     return !has_levels(family_of(p.codec));
 }
 
@@ -68,7 +74,7 @@ cudaError_t launch_both(const attend_params &p, cudaStream_t stream)
 
 template <int CODEC, int DK, int DV> cudaError_t launch_dims(const attend_params &p, cudaStream_t stream)
 {
-    if constexpr (has_levels(CODEC) || (DK != DV && DK != 192)) {
+    if constexpr (has_levels(CODEC) || CODEC == TC || (DK != DV && DK != 192)) {
         return launch_attend<true, 1, DK, DV, 4, CODEC>(p, stream);
     } else {
         if constexpr (DK == DV && DK <= 128) {
@@ -83,11 +89,19 @@ template <int CODEC, int DK, int DV> cudaError_t launch_dims(const attend_params
     }
 }
 
-// Pairs of head_dims whose K's is a power of two (2), is none (1), or either (0).
+// Pairs of head_dims: those of the tuned kernels of tc2 and tc2.5 (4), those without (3), those whose K's is a power of two (2),
+// is none (1), or all (0).
+constexpr bool pair_is(int which, int dk, int dv)
+{
+    bool most_used = dk == dv && (dk == 64 || dk == 128), power = (dk & (dk - 1)) == 0;
+    return which == 0 || (which == 1 && !power) || (which == 2 && power) || (which == 3 && !most_used) ||
+           (which == 4 && most_used);
+}
+
 template <int CODEC, int WHICH> cudaError_t launch_codec(const attend_params &p, cudaStream_t stream)
 {
-#define KVD_HEAD_DIMS(dk, dv)                                             \
-    if constexpr (WHICH == 0 || (WHICH == 2) == (((dk) & ((dk) - 1)) == 0)) \
+#define KVD_HEAD_DIMS(dk, dv)                    \
+    if constexpr (pair_is(WHICH, dk, dv))        \
         if (p.dim_k == (dk) && p.dim_v == (dv))                           \
             return launch_dims<CODEC, dk, dv>(p, stream);
 #include "proto/head_dims.def"

@@ -346,7 +346,7 @@ int kvd_cuda_op_attend(struct kvd_backend *b, const struct kvd_attend_params *p,
     struct kvd_cuda *c = cuda_of(b);
     uint64_t at = 0; // layers of groups, and of parts of their queries, one after the other
     bool paused = false;
-    int rc = KVD_OK;
+    int rc = kvd_cuda_rotation_check(p->rotation, p->plane->codec, err);
     for (uint32_t first = 0; first < p->n_items && rc == KVD_OK && !paused;) {
         const struct kvd_attend_item *item = &p->items[first];
         uint32_t queries = queries_at_once(p->plane, item);
@@ -382,7 +382,9 @@ int kvd_cuda_op_read(struct kvd_backend *b, const struct kvd_read_params *p, str
     uint64_t k = p->k.data ? tensor_bytes(&p->k, p->tokens, g->kv_heads, g->head_dim_k) : 0;
     uint64_t v = p->v.data ? tensor_bytes(&p->v, p->tokens, g->kv_heads, g->head_dim_v) : 0;
     uint32_t step = fair_layers(p->slice, (k + v) / 10, slice_layers(k + v, p->layer_count));
-    int rc = kvd_stage_begin(c, (codec + bf16) * 8ull + step * (k + v) + 3 * 256, err);
+    int rc = kvd_cuda_rotation_check(p->rotation, g->codec, err);
+    if (rc == KVD_OK)
+        rc = kvd_stage_begin(c, (codec + bf16) * 8ull + step * (k + v) + 3 * 256, err);
     uint32_t first = p->slice ? (uint32_t)p->slice->at : 0;
     for (uint32_t l = first; l < p->layer_count && rc == KVD_OK; l += step) {
         uint32_t layers = KVD_MIN(step, p->layer_count - l);
@@ -437,7 +439,9 @@ int kvd_cuda_op_rotate(struct kvd_backend *b, const struct kvd_rotate_params *p,
 {
     struct kvd_cuda *c = cuda_of(b);
     const struct kvd_rotation *r = p->rotation;
-    bool v = p->which == KVD_ROTATE_VALUES; // rotations turn keys and queries alike
+    bool v = p->which == KVD_ROTATE_VALUES, means = r->transform && p->which != KVD_ROTATE_QUERIES;
+    // Queries are turned by A^-T, which of rotations is A, and back by its inverse.
+    bool transposed = r->transform && p->which == KVD_ROTATE_QUERIES;
     const struct kvd_cuda_matrices *side = v ? &r->device.v : &r->device.k;
     uint32_t dim = v ? r->dim_v : r->dim_k;
     uint64_t x = tensor_bytes(&p->x, p->rows, p->heads, dim);
@@ -452,18 +456,23 @@ int kvd_cuda_op_rotate(struct kvd_backend *b, const struct kvd_rotate_params *p,
         c->stage.used = 0;
         struct kvd_staged in = take(c, &p->x, l, layers, p->rows, p->heads, dim, false);
         struct kvd_staged out = take(c, &p->y, l, layers, p->rows, p->heads, dim, false);
-        struct kvd_cuda_rotate_params params = {.matrices = p->inverse ? side->inverse_f32
-                                                                       : side->forward_f32,
-                                                .n_layers = r->device.n_layers,
-                                                .rotation_heads = r->device.heads,
-                                                .dim = dim,
-                                                .layer_begin = p->layer_begin + l,
-                                                .layer_count = layers,
-                                                .rows = p->rows,
-                                                .heads = p->heads,
-                                                .kv_heads = p->kv_heads,
-                                                .x = kvd_device_tensor(c, &in),
-                                                .y = kvd_device_tensor(c, &out)};
+        struct kvd_cuda_rotate_params params = {
+            .matrices = p->inverse != transposed ? side->inverse_f32 : side->forward_f32,
+            .transposed = transposed,
+            .less_mean = means && !p->inverse,
+            .plus_mean = means && p->inverse,
+            .values = v,
+            .transforms = r->device.transforms,
+            .n_layers = r->device.n_layers,
+            .rotation_heads = r->device.heads,
+            .dim = dim,
+            .layer_begin = p->layer_begin + l,
+            .layer_count = layers,
+            .rows = p->rows,
+            .heads = p->heads,
+            .kv_heads = p->kv_heads,
+            .x = kvd_device_tensor(c, &in),
+            .y = kvd_device_tensor(c, &out)};
         kvd_stage_pack(c, &in);
         rc = kvd_stage_upload(c, 0, out.at, err);
         if (rc == KVD_OK)

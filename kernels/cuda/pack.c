@@ -1,5 +1,5 @@
 // Rotation matrices as operands of mma.m16n8k16 (kernels/cuda/device.cuh says in which order).
-#include "kernels/cuda/api.h"
+#include "kernels/cuda/pack.h"
 #include "kernels/quantize.h"
 
 #include <math.h>
@@ -46,6 +46,7 @@ static void place_inverse(uint32_t j, uint32_t i, uint32_t lane, uint32_t r, uin
     *out = j / 4 * 32 + 8 * (g / 2) + j % 4 * 2 + g % 2;
 }
 
+static const struct order back_order = {FP16, FP16, 8, 32, false, place_inverse};
 static const struct order queries_order = {BF16, BF16_REST, 16, 16, false, place_queries};
 static const struct order forward_order = {BF16, BF16_REST, 8, 32, false, place_forward};
 static const struct order inverse_order = {FP16, FP16, 8, 32, true, place_inverse};
@@ -86,16 +87,32 @@ static void pack(const float *m, uint32_t dim, float scale, const struct order *
                 }
 }
 
+static float scale_of(const float *m, uint32_t dim)
+{
+    float top = 0;
+    for (uint32_t k = 0; k < dim * dim; k++)
+        top = fmaxf(top, fabsf(m[k]));
+    return top > 0 ? LARGEST / top : 1;
+}
+
+float kvd_cuda_operands_pack(enum kvd_cuda_operands kind, const float *m, uint32_t dim,
+                             uint16_t *to, uint64_t index)
+{
+    const struct order *const orders[] = {[KVD_CUDA_QUERIES] = &queries_order,
+                                          [KVD_CUDA_FORWARD] = &forward_order,
+                                          [KVD_CUDA_BACK] = &back_order};
+    float scale = scale_of(m, dim);
+    pack(m, dim, scale, orders[kind], to, index);
+    return scale;
+}
+
 void kvd_cuda_rotation_pack(const float *r, uint64_t matrices, uint32_t dim, uint16_t *queries,
                             uint16_t *forward, uint16_t *inverse, float *scale,
                             float *inverse_columns)
 {
     for (uint64_t i = 0; i < matrices; i++) {
         const float *m = r + i * dim * dim;
-        float top = 0;
-        for (uint32_t k = 0; k < dim * dim; k++)
-            top = fmaxf(top, fabsf(m[k]));
-        scale[i] = top > 0 ? LARGEST / top : 1;
+        scale[i] = scale_of(m, dim);
         if (queries)
             pack(m, dim, scale[i], &queries_order, queries, i);
         pack(m, dim, scale[i], &forward_order, forward, i);

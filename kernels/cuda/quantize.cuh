@@ -545,6 +545,9 @@ template <int CODEC, bool USUAL> static cudaError_t quantize_sides(const append_
     return rc;
 }
 
+// quantize_tc.cu: tc2 and tc2.5.
+cudaError_t quantize_tc(const append_params &p, cudaStream_t stream);
+
 // Demotes with any codec but bf16.
 template <bool USUAL> static cudaError_t quantize(const append_params &p, cudaStream_t stream)
 {
@@ -559,6 +562,8 @@ template <bool USUAL> static cudaError_t quantize(const append_params &p, cudaSt
         return quantize_sides<LEVELS3, USUAL>(p, stream);
     case LEVELS4:
         return quantize_sides<LEVELS4, USUAL>(p, stream);
+    case TC:
+        return p.rotation.transforms ? quantize_tc(p, stream) : cudaErrorInvalidValue;
     default:
         return cudaErrorInvalidValue;
     }

@@ -3,38 +3,10 @@
 //
 // Un-rotation is a product of codes, masked in place as in attention, with R^T: scale and min act
 // on its results, out = scale * (codes R^T) + min * (sums of R^T's columns).
-#include "kernels/cuda/rows.cuh"
+#include "kernels/cuda/read.cuh"
 
 namespace kvd
 {
-
-using read_params = kvd_cuda_read_params;
-
-constexpr int READ_WARPS = 8;
-
-// Codes of a chunk as A operands with tokens as rows: as they lie for K, each word transposed for V.
-// The chunk's bits lie as those of chunk C.
-template <int CODEC, int D, int C = 0>
-__device__ inline void chunk_operands(const uint8_t *codes, uint32_t chunk, bool v,
-                                      uint32_t (&a)[D / 16][4])
-{
-    using words = code_words<D, CODEC>;
-    if constexpr (C + 1 < words::PLACES)
-        if (chunk % words::PLACES != C)
-            return chunk_operands<CODEC, D, C + 1>(codes, chunk, v, a);
-    words w;
-    w.load(codes, (int)chunk);
-    static_for<D / 16>([&](auto ct) {
-        uint32_t x[4];
-        w.template operand<C, ct>(x);
-        if (v) {
-            a[ct][0] = transpose(x[0]), a[ct][1] = transpose(x[2]);
-            a[ct][2] = transpose(x[1]), a[ct][3] = transpose(x[3]);
-        } else {
-            a[ct][0] = x[0], a[ct][1] = x[1], a[ct][2] = x[2], a[ct][3] = x[3];
-        }
-    });
-}
 
 // Block (share of the chunks, layer and kv head). One side of a sequence's history.
 template <int CODEC, int D>
@@ -182,15 +154,6 @@ __global__ void read_bf16_kernel(const __grid_constant__ read_params p)
                 v ? p.dim_v : p.dim_k);
 }
 
-// Blocks for each of `units` (layer, kv head) pairs when one takes `per_round` chunks at a time. A
-// block reads its matrix once: it should have a few rounds, unless blocks are few.
-static uint32_t chunk_blocks(uint32_t chunks, uint32_t per_round, uint32_t units)
-{
-    uint32_t most = (chunks + per_round - 1) / per_round;
-    uint32_t want = (most + 7) / 8, fill = (264 + units - 1) / units;
-    return want > fill ? want : fill < most ? fill : most;
-}
-
 template <int CODEC, int D>
 static cudaError_t read_side(const read_params &p, uint32_t begin, uint32_t end, bool v,
                              cudaStream_t stream)
@@ -239,6 +202,8 @@ static cudaError_t read_history(const read_params &p, uint32_t begin, uint32_t e
         return read_sides<LEVELS3>(p, begin, end, stream);
     case LEVELS4:
         return read_sides<LEVELS4>(p, begin, end, stream);
+    case TC:
+        return p.rotation.transforms ? read_tc(p, begin, end, stream) : cudaErrorInvalidValue;
     default:
         return cudaErrorInvalidValue;
     }
@@ -258,15 +223,21 @@ __global__ void rotate_kernel(const __grid_constant__ kvd_cuda_rotate_params p)
                          (p.rotation_heads == 1 ? 0 : kv);
         const uint8_t *from = tensor_row(p.x, layer, blockIdx.x, head);
         uint8_t *to = tensor_row(p.y, layer, blockIdx.x, head);
-        x[c] = load_value(from + c * (from_f32 ? 4 : 2), from_f32);
+        const float *mean = nullptr;
+        if (p.less_mean || p.plus_mean)
+            mean = p.values ? p.transforms[index].v_mean : p.transforms[index].k_mean;
+        x[c] = load_value(from + c * (from_f32 ? 4 : 2), from_f32) - (p.less_mean ? mean[c] : 0);
         __syncthreads();
         float sum = x[c];
         if (p.matrices) {
             const float *m = p.matrices + index * p.dim * p.dim;
+            uint32_t from_input = p.transposed ? 1 : p.dim, from_output = p.transposed ? p.dim : 1;
             sum = 0;
             for (uint32_t i = 0; i < p.dim; i++)
-                sum = fmaf(x[i], m[i * p.dim + c], sum);
+                sum = fmaf(x[i], m[i * from_input + c * from_output], sum);
         }
+        if (p.plus_mean)
+            sum += mean[c];
         store_value(to + c * (to_f32 ? 4 : 2), to_f32, sum);
         __syncthreads();
     }

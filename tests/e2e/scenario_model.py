@@ -9,8 +9,8 @@ import collections
 import numpy as np
 
 CHUNK, PAGE, RING_SLACK, WINDOW_SLACK = 16, 64, 64, 64
-CODECS = ("bf16", "int2", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4")
-CPU_CODECS = ("int4", "tc2", "tc2.5")  # that the CUDA backend has not, nor others for K than for V
+CODECS = ("bf16", "int2", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4", "tc2", "tc2.5")
+CPU_CODECS = ("int4",)  # that the CUDA backend has not, nor others for K than for V
 # Relative error of normal rows: of many together, at least and at most, and of any single one. That of another row is 1.4.
 ERRORS = {"bf16": (0, 0, 0), "int2": (0.25, 0.62, 1.05), "int2c": (0.25, 0.66, 1.05), "int2-lm": (0.2, 0.45, 0.8),
           "turboquant-2": (0.2, 0.45, 0.8), "turboquant-3": (0.1, 0.27, 0.5), "turboquant-4": (0.05, 0.16, 0.3),

@@ -26,8 +26,6 @@ NO_PAGE = 2**32 - 1
 @pytest.mark.parametrize("codec,step,steps", [("bf16", 1, 120), ("bf16", 4, 60), ("bf16", 16, 20), ("int2", 1, 150),
                                               ("int2", 5, 60), ("int2c", 1, 90), ("int2-lm", 4, 40), ("turboquant-3", 1, 90), ("tc2", 1, 90), ("tc2.5", 5, 40)])
 def test_outputs(kvd, codec, step, steps):
-    if codec.startswith("tc") and kvd.on_gpu():
-        pytest.skip("the CUDA backend has no pages of tc2 and tc2.5")
     r = subprocess.run([DIRECT, kvd.address, codec, str(step), str(steps)], capture_output=True, text=True, timeout=120)
     assert r.returncode == 0, r.stdout + r.stderr
     assert kvd.metric('kvd_pool_bytes{state="used"}') == 0

@@ -12,8 +12,6 @@ from conftest import KVCTL, KVD, WORKER, Daemon, Rpc, layout
 
 @pytest.mark.parametrize("codec", ["int2", "bf16", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4", "tc2", "tc2.5"])
 def test_a_worker_through_libkvd(kvd, codec):
-    if codec.startswith("tc") and kvd.on_gpu():
-        pytest.skip("the CUDA backend has no pages of tc2 and tc2.5")
     r = subprocess.run([WORKER, kvd.address, codec], capture_output=True, text=True, timeout=120)
     assert r.returncode == 0, r.stderr + r.stdout
     assert kvd.metric("kvd_sequences") == 0

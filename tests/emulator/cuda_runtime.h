@@ -198,6 +198,7 @@ inline float __saturatef(float x)
     return x > 0 ? x < 1 ? x : 1 : 0;
 }
 float __fmaf_rd(float a, float b, float c);
+float __fmaf_ru(float a, float b, float c);
 float normcdfinvf(float p);
 inline int max(int a, int b)
 {
@@ -246,6 +247,11 @@ inline uint32_t __vimax3_u32(uint32_t a, uint32_t b, uint32_t c)
 inline int __vimax3_s32(int a, int b, int c)
 {
     return max(max(a, b), c);
+}
+
+inline int __viaddmin_s32_relu(int a, int b, int c)
+{
+    return max(min((int)((uint32_t)a + (uint32_t)b), c), 0);
 }
 
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector)

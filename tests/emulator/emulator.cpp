@@ -389,6 +389,11 @@ float __fmaf_rd(float a, float b, float c)
     return r;
 }
 
+float __fmaf_ru(float a, float b, float c)
+{
+    return -__fmaf_rd(-a, b, -c);
+}
+
 float normcdfinvf(float p)
 {
     static float last_p, last_x;

@@ -13,10 +13,11 @@
 #include <functional>
 #include <vector>
 
+extern "C" {
+#include "kernels/backend.h"
+}
 #include "kernels/cuda/api.h"
 #include "kernels/format.h"
-
-extern "C" const char *kvd_codec_name(uint32_t codec);
 
 #define CUDA(call)                                                                                 \
     do {                                                                                           \
@@ -170,6 +171,51 @@ static kvd_cuda_rotation rotation(uint32_t dim)
     return out;
 }
 
+// A set of transforms for tc2 or tc2.5, a matrix for each kv head: a Hadamard matrix with its columns stretched, and tiles in
+// quarters of 4, 2, 1 and 1 bits (4, 3, 2 and 1), in another order for each head.
+static kvd_cuda_rotation transforms(uint32_t codec, uint32_t dim, uint32_t heads)
+{
+    std::vector<float> a, inverse, mean(heads * dim, 0.5f), sigma, bits;
+    for (uint32_t m = 0; m < heads * dim * dim; m++) {
+        uint32_t i = m / dim % dim, j = m % dim;
+        float sign = __builtin_popcount(i & j) & 1 ? -1.0f : 1.0f;
+        a.push_back(sign * powf(8, -(float)j / dim) / sqrtf((float)dim));
+        inverse.push_back(sign * powf(8, (float)i / dim) / sqrtf((float)dim));
+    }
+    for (uint32_t i = 0; i < heads * dim; i++)
+        sigma.push_back(powf(8, -(float)(i % dim) / dim));
+    const float quarters[2][4] = {{4, 2, 1, 1}, {4, 3, 2, 1}};
+    uint32_t tiles = dim / 16;
+    for (uint32_t i = 0; i < heads * tiles; i++)
+        bits.push_back(quarters[codec == KVD_CODEC_TC2_5][(i % tiles + i / tiles) % tiles * 4 / tiles]);
+    kvd_rotation_data d = {};
+    d.n_layers = 1;
+    d.heads = heads;
+    d.dim_k = d.dim_v = dim;
+    d.k = d.v = a.data();
+    d.k_inverse = d.v_inverse = inverse.data();
+    d.k_mean = d.v_mean = mean.data();
+    d.k_sigma = sigma.data();
+    d.k_bits = bits.data();
+    uint64_t part = kvd_cuda_operand_bytes(heads, dim) / 2;
+    std::vector<uint16_t> queries(2 * part), forward_k(2 * part), forward_v(2 * part), inverse_v(part);
+    std::vector<float> scale_k(heads), scale_v(heads);
+    std::vector<kvd_cuda_transform> terms(heads);
+    kvd_cuda_transform_operands o = {queries.data(),   forward_k.data(), forward_v.data(),
+                                     inverse_v.data(), scale_k.data(),   scale_v.data()};
+    for (uint32_t i = 0; i < heads; i++)
+        kvd_cuda_transform_pack(&d, i, &o, &terms[i]);
+    kvd_cuda_rotation out = {1, heads, {}, {}, to_device(terms)};
+    out.k.queries = to_device(queries);
+    out.k.forward = to_device(forward_k);
+    out.k.scale = to_device(scale_k);
+    out.v.forward = to_device(forward_v);
+    out.v.inverse = to_device(inverse_v);
+    out.v.scale = to_device(scale_v);
+    out.k.inverse_f32 = out.v.inverse_f32 = to_device(inverse);
+    return out;
+}
+
 struct row {
     const char *name;
     uint32_t sequences, history; // 0: ragged
@@ -229,8 +275,12 @@ static void bench_attend(const row &w)
     p.pages.bf16_stride = bf16_stride;
     p.pages.length = to_device(length);
     p.pages.hist_end = to_device(end);
-    p.rotation = rotation(w.dim);
-    p.rotation.v = rotation(dim_v).v;
+    if (kvd_codec_tc(w.codec)) {
+        p.rotation = transforms(w.codec, w.dim, w.kv_heads);
+    } else {
+        p.rotation = rotation(w.dim);
+        p.rotation.v = rotation(dim_v).v;
+    }
     p.settled = w.settled;
     kvd_cuda_attend_plan(&p, sum, longest, w.sink + w.recent, sms);
     p.scratch = device<uint8_t>(kvd_cuda_attend_scratch(&p));
@@ -317,7 +367,7 @@ static void bench_quantize(bool ring, uint32_t codec = KVD_CODEC_INT2, uint32_t 
     p.codec = codec;
     p.ring = 128;
     p.layer_count = layers;
-    p.rotation = rotation(dim);
+    p.rotation = kvd_codec_tc(codec) ? transforms(codec, dim, heads) : rotation(dim);
     p.n_items = n;
     for (uint32_t i = 0; i < n; i++) {
         std::vector<uint64_t> codec(pages), bf16(2);
@@ -356,23 +406,24 @@ static void bench_quantize(bool ring, uint32_t codec = KVD_CODEC_INT2, uint32_t 
     free_all();
 }
 
-static void bench_read()
+static void bench_read(uint32_t of = KVD_CODEC_INT2)
 {
-    const char *name = "dequantize to bf16";
+    char name[60];
+    snprintf(name, sizeof(name), "dequantize to bf16%s%s", of == KVD_CODEC_INT2 ? "" : ", ", of == KVD_CODEC_INT2 ? "" : kvd_codec_name(of));
     if (!wanted(name))
         return;
     const uint32_t layers = 36, heads = 8, dim = 128, tokens = 8192;
-    uint64_t page = (uint64_t)layers * heads * 4608;
+    uint64_t tile = kvd_tile_bytes(kvd_codecs_both(of), dim, dim), page = layers * heads * tile;
     std::vector<uint64_t> codec(tokens / 64), bf16(2, (uint64_t)pool);
     for (uint64_t k = 0; k < codec.size(); k++)
         codec[k] = (uint64_t)pool + k * page;
     kvd_cuda_read_params p = {};
     p.kv_heads = heads;
     p.dim_k = p.dim_v = dim;
-    p.codec = KVD_CODEC_INT2;
+    p.codec = of;
     p.ring = 64;
     p.layer_count = layers;
-    p.rotation = rotation(dim);
+    p.rotation = kvd_codec_tc(of) ? transforms(of, dim, heads) : rotation(dim);
     p.codec_pages = to_device(codec);
     p.bf16_pages = to_device(bf16);
     p.hist_end = p.tokens = tokens;
@@ -380,8 +431,8 @@ static void bench_read()
     p.k = p.v = kvd_cuda_tensor{device<uint8_t>(bytes), (uint64_t)tokens * heads * dim * 2, heads * dim * 2, dim * 2, KVD_DTYPE_BF16};
     p.v.data = device<uint8_t>(bytes);
     double ms = graph_median([&](cudaStream_t s, int) { CUDA(kvd_cuda_read(&p, s)); }, 1);
-    double mb = (double)layers * tokens * heads * 2 * (256 + 36) / 1e6;
-    report(name, mb, ms, mb / copy_tbs / 1e3, ">= 80 % of the copy ceiling");
+    double mb = (double)layers * tokens * heads * (512 + tile / 64.0) / 1e6;
+    report(name, mb, ms, mb / copy_tbs / 1e3, of == KVD_CODEC_INT2 ? ">= 80 % of the copy ceiling" : "");
     free_all();
 }
 
@@ -474,6 +525,22 @@ int main(int argc, char **argv)
         {"turboquant-2: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_TURBOQUANT_2},
         {"turboquant-3: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_TURBOQUANT_3},
         {"turboquant-4: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_TURBOQUANT_4},
+        {"tc2: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 1, 0, 0.90, KVD_CODEC_TC2},
+        {"tc2: 256 x 4,096, 32/8", 256, 4096, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_TC2},
+        {"tc2: 32 x 4,096, 32/8", 32, 4096, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_TC2},
+        {"tc2: 1 x 102,400, 32/8", 1, 102400, 32, 8, 128, 0, 0, 1, 0.027, 0, KVD_CODEC_TC2},
+        {"tc2: 1 x 32,768, 32/8, sink 64 recent 256", 1, 32768, 32, 8, 128, 64, 256, 1, 0, 0, KVD_CODEC_TC2},
+        {"tc2: 32 x 32,768, 96/8", 32, 32768, 96, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_TC2},
+        {"tc2: q_len 4: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 4, 0, 0, KVD_CODEC_TC2},
+        {"tc2: head_dim 64: 64 x 32,768, 32/8", 64, 32768, 32, 8, 64, 0, 0, 1, 0, 0, KVD_CODEC_TC2},
+        {"tc2: head_dim 256: 16 x 32,768, 32/8", 16, 32768, 32, 8, 256, 0, 0, 1, 0, 0, KVD_CODEC_TC2},
+        {"tc2: head_dim 96: 40 x 32,768, 32/8", 40, 32768, 32, 8, 96, 0, 0, 1, 0, 0, KVD_CODEC_TC2},
+        {"tc2.5: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 1, 0, 0.90, KVD_CODEC_TC2_5},
+        {"tc2.5: 256 x 4,096, 32/8", 256, 4096, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_TC2_5},
+        {"tc2.5: 32 x 4,096, 32/8", 32, 4096, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_TC2_5},
+        {"tc2.5: 1 x 102,400, 32/8", 1, 102400, 32, 8, 128, 0, 0, 1, 0.027, 0, KVD_CODEC_TC2_5},
+        {"tc2.5: 32 x 32,768, 96/8", 32, 32768, 96, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_TC2_5},
+        {"tc2.5: head_dim 64: 64 x 32,768, 32/8", 64, 32768, 32, 8, 64, 0, 0, 1, 0, 0, KVD_CODEC_TC2_5},
     };
     for (const row &r : rows)
         bench_attend(r);
@@ -481,10 +548,12 @@ int main(int argc, char **argv)
     bench_quantize(false);
     bench_quantize(true);
     for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++)
-        if (codec != KVD_CODEC_BF16 && codec != KVD_CODEC_INT2 && codec != KVD_CODEC_INT4 && !kvd_codec_tc(codec))
+        if (codec != KVD_CODEC_BF16 && codec != KVD_CODEC_INT2 && codec != KVD_CODEC_INT4)
             bench_quantize(false, codec);
     for (uint32_t dim : {80, 96, 112, 192})
         bench_quantize(false, KVD_CODEC_INT2, dim);
     bench_read();
+    bench_read(KVD_CODEC_TC2);
+    bench_read(KVD_CODEC_TC2_5);
     return 0;
 }

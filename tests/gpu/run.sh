@@ -14,7 +14,7 @@ build() { # suffix, further flags of nvcc
     shift
     for f in proto/base.c kernels/format.c kernels/plane.c kernels/quantize.c kernels/tc.c kernels/cpu/append.c kernels/cpu/attend.c \
         kernels/cpu/backend.c kernels/cpu/memory.c kernels/cpu/scalar.c kernels/cpu/threads.c kernels/cuda/append.c kernels/cuda/backend.c kernels/cuda/memory.c kernels/cuda/ops.c kernels/cuda/pieces.c \
-        kernels/cuda/pack.c tests/gpu/test_cuda.c; do
+        kernels/cuda/pack.c kernels/cuda/transforms.c tests/gpu/test_cuda.c; do
         gcc $cflags -c "$f" -o "$out/$(echo "$f" | tr / _).o" & pids+=($!)
     done
     gcc $cflags -mavx2 -mfma -c kernels/cpu/avx2.c -o "$out/avx2.o" & pids+=($!)
@@ -27,7 +27,7 @@ build() { # suffix, further flags of nvcc
         wait "$p" || { grep -h error "$out"/*.log; exit 1; }
     done 2> /dev/null
     nvcc "$out"/*.o -o "$out/test_cuda$suffix" -lpthread -lm
-    nvcc "$out"/bench/bench_cuda.o "$out"/{attend,paged,quantize,read,tail}*.cu.o "$out"/{kernels_format.c,kernels_quantize.c,kernels_tc.c,kernels_cuda_pack.c,proto_base.c}.o \
+    nvcc "$out"/bench/bench_cuda.o "$out"/{attend,paged,quantize,read,tail}*.cu.o "$out"/{kernels_format.c,kernels_quantize.c,kernels_tc.c,kernels_cuda_pack.c,kernels_cuda_transforms.c,proto_base.c}.o \
         -o "$out/bench_cuda"
     grep -h spill "$out"/*.log | sort | uniq -c | sort -rn | head -n 3 || true
 }

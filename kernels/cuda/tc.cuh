@@ -1,0 +1,153 @@
+// K's codes in tc2 and tc2.5 as operands. kernels/README.md says how they lie: each of a lane's four registers has a stream of
+// bits of its first elements and one of its second elements, with the codes of the channel tiles one after the other.
+//
+// Codes are masked in place, as int2's: a code of b bits at bit n of an fp16's mantissa is the subnormal code * 2^(n - 24). What
+// is looked at where is the set's (kvd_cuda_key_tile), the same for a whole block.
+#ifndef KVD_KERNELS_CUDA_TC_CUH
+#define KVD_KERNELS_CUDA_TC_CUH
+
+#include "kernels/cuda/device.cuh"
+
+namespace kvd
+{
+
+__device__ inline const kvd_cuda_transform &transform_of(const kvd_cuda_rotation &r, uint32_t layer, uint32_t head)
+{
+    return r.transforms[matrix_index(r, layer, head)];
+}
+
+__device__ inline const kvd_cuda_key_tile *key_tiles(const kvd_cuda_transform &t, uint32_t codec)
+{
+    return t.tiles[codec == TC2_5];
+}
+
+// How a block looks at K's codes; nothing, for other codecs.
+template <int DK, int CODEC> struct key_views {
+    static constexpr int TILES = is_tc(CODEC) ? DK / 16 : 1;
+    uint32_t mask[TILES], view[TILES];
+
+    __device__ inline void load(const kvd_cuda_transform &t, uint32_t codec)
+    {
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            mask[i] = uniform(__ldg(&key_tiles(t, codec)[i].mask));
+            view[i] = uniform(__ldg(&key_tiles(t, codec)[i].view));
+        }
+    }
+};
+
+// A lane's streams of a chunk, 16 bits a word: halves are those of first and of second elements.
+template <int DK, int CODEC> struct key_words {
+    static constexpr int TILES = DK / 16, MOST = stream_bits<CODEC>(TC2_5, DK), WORDS = (MOST + 15) / 16;
+    uint32_t w[WORDS][4];
+
+    // The L bytes a lane of a piece, L bits of each register's streams.
+    template <int L> static __device__ inline void load_piece(const uint8_t *from, uint32_t (&x)[4])
+    {
+        if constexpr (L == 16) {
+            uint4 y = *(const uint4 *)from;
+            x[0] = y.x, x[1] = y.y, x[2] = y.z, x[3] = y.w;
+        } else if constexpr (L == 8) {
+            uint2 y = *(const uint2 *)from;
+            x[0] = y.x, x[1] = y.x >> 8, x[2] = y.y, x[3] = y.y >> 8;
+        } else {
+            uint32_t y = L == 4   ? *(const uint32_t *)from
+                         : L == 2 ? __byte_perm(*(const uint16_t *)from, 0, 0x4140)
+                                  : (*from & 15u) | (*from & 0xf0u) << 12;
+            x[0] = y, x[1] = y >> L, x[2] = y >> 2 * L, x[3] = y >> 3 * L;
+        }
+    }
+
+    // Puts the piece of L bits, if a stream of so many bits has one, into the last word, behind larger ones.
+    template <int L> __device__ inline void add_rest(const uint8_t *chunk, int bits, uint32_t (&last)[4])
+    {
+        if (!(bits & L))
+            return;
+        int whole = bits / 16 * 16, before = bits % 16 & ~(2 * L - 1);
+        uint32_t x[4], field = ((1u << L) - 1) * 0x00010001u;
+        load_piece<L>(chunk + 32 * (whole + before) + threadIdx.x % 32 * L, x);
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+            last[r] |= (x[r] & field) << before;
+    }
+
+    __device__ inline void load(const uint8_t *tile_at, uint32_t codec, int c)
+    {
+        const int bits = stream_bits<CODEC>(codec, DK);
+        const uint8_t *chunk = tile_at + c * 32 * bits;
+        uint32_t rest[4] = {};
+        add_rest<8>(chunk, bits, rest);
+        add_rest<4>(chunk, bits, rest);
+        add_rest<2>(chunk, bits, rest);
+        add_rest<1>(chunk, bits, rest);
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) {
+            if (16 * i + 16 <= bits) {
+                load_piece<16>(chunk + 512 * i + threadIdx.x % 32 * 16, w[i]);
+                continue;
+            }
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+                w[i][r] = 16 * i < bits ? rest[r] : 0;
+        }
+    }
+
+    // Where a tile's codes can begin and end, whatever the set says, is looked at no further.
+    template <int CT> __device__ inline void operand(const key_views<DK, CODEC> &views, uint32_t (&a)[4]) const
+    {
+        constexpr int BITS = CODEC == TC ? 0 : MOST;
+        constexpr bool first = 4 * (CT + 1) <= 10 || (BITS > 0 && BITS <= 10);
+        constexpr int least_end = BITS - 4 * (TILES - 1 - CT); // of a tile that has codes
+        uint32_t mask = views.mask[CT], view = views.view[CT];
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            if constexpr (first) {
+                a[r] = w[0][r] & mask;
+            } else if constexpr (BITS > 10 && BITS <= 16) {
+                a[r] = (least_end > 10 ? w[0][r] >> 6 : w[0][r] >> view) & mask;
+            } else if constexpr (BITS > 16 && BITS <= 20) {
+                uint32_t last = (w[0][r] >> 10 & 0x003f003fu) | (w[WORDS - 1][r] << 6 & ~0x003f003fu);
+                if (least_end >= 14)
+                    a[r] = last & mask;
+                else
+                    a[r] = (view == 10 ? last : w[0][r] >> (view & 7)) & mask;
+            } else if constexpr (WORDS == 1) {
+                a[r] = (w[0][r] >> view) & mask;
+            } else {
+                // 16 bits of the stream from any of its bits on.
+                uint32_t in = view % 16, mine = (0xffffu >> in) * 0x00010001u;
+                uint32_t x0 = w[0][r], x1 = w[1][r], x2 = WORDS > 2 ? w[WORDS - 1][r] : 0;
+                uint32_t low = view < 16 ? x0 : view < 32 ? x1 : x2, high = view < 16 ? x1 : x2;
+                a[r] = ((low >> in & mine) | (high << (16 - in) & ~mine)) & mask;
+            }
+        }
+    }
+};
+
+// The products of a lane's query rows with the keys' mean: of rows 2 t and 2 t + 1. `q` as operands in the order of
+// forward_channel, `low` what they leave of an f32.
+template <bool F32, int DK>
+__device__ inline void query_means(const kvd_cuda_transform &t, const uint32_t (&q)[padded(DK) / 8],
+                                   const uint32_t (&low)[padded(DK) / 8], float (&out)[2])
+{
+    float c[2][4] = {};
+#pragma unroll
+    for (int part = 0; part < 2; part++)
+#pragma unroll
+        for (int i = 0; i < padded(DK) / 32; i++) {
+            uint4 x = __ldg((const uint4 *)(t.k_mean_parts[part] + 32 * i + threadIdx.x % 4 * 8));
+            const uint32_t a0[4] = {x.x, x.x, x.y, x.y}, a1[4] = {x.z, x.z, x.w, x.w};
+            mma_bf16(c[0], a0, q[4 * i], q[4 * i + 1]);
+            mma_bf16(c[1], a1, q[4 * i + 2], q[4 * i + 3]);
+            if (F32 && part == 0) {
+                mma_bf16(c[0], a0, low[4 * i], low[4 * i + 1]);
+                mma_bf16(c[1], a1, low[4 * i + 2], low[4 * i + 3]);
+            }
+        }
+    out[0] = c[0][0] + c[1][0];
+    out[1] = c[0][1] + c[1][1];
+}
+
+} // namespace kvd
+
+#endif
