@@ -5,7 +5,7 @@
 #   usage: tests/engines.sh [BUILD]   (default: build)
 #   KVD_ENGINES=vllm,sglang           which ones
 #   KVD_ENGINES_CACHE=DIR             where environments and the model are kept (default: ~/.cache/kvd-engines)
-#   KVD_ENGINES_CODECS=int2,int2-lm   codecs whose quality is measured with vLLM (default: int2)
+#   KVD_ENGINES_CODECS=int2,tc2@FILE  codecs whose quality is measured with vLLM, each without a transform set or with FILE's (default: int2)
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 build=$(realpath "${1:-build}")
