@@ -38,7 +38,7 @@ run() { # run NAME: one engine's tests
     if environment "$1" && KVD_LIBRARY=$build/client/libkvd.so.0 "$env/bin/pip" install -q --no-deps --force-reinstall ./client/python; then
         KVD_ENGINES_CACHE=$cache KVD_BUILD=$build KVD_SOURCE=$PWD PYTHONDONTWRITEBYTECODE=1 \
             "$env/bin/python" -m pytest -q -s -rsfE -p no:cacheprovider "tests/e2e/test_$1.py" 2>&1 | tee "$log"
-        line=$(tail -n 1 "$log")
+        line=$(grep -E '^[0-9]+ (passed|failed|skipped|error).* in ' "$log" | tail -n 1) # engines print at their end too
         for what in passed failed skipped error; do
             n=$(grep -oE "[0-9]+ $what" <<<"$line" | grep -oE '^[0-9]+')
             case $what in passed) passed=$((passed + ${n:-0})) ;; skipped) skipped=$((skipped + ${n:-0})) ;; *) failed=$((failed + ${n:-0})) ;; esac
