@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fuzzes every target for so many seconds. usage: tests/fuzz/run.sh [SECONDS] [TARGET...]   (BUILD: default build-fuzz)
 # What is new goes to BUILD/corpus; with KEEP=1 the kept corpus is made anew from both, as small as covers the same.
-# Prints executions and covered edges of each target, and says FAILED for those that found something.
+# Prints executions and covered edges of each target, and says FAILED for those that found something. A target a core at a time (JOBS=N).
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
 seconds=${1:-60}
@@ -26,15 +26,13 @@ fuzz() { # fuzz TARGET
     printf '%-12s %10s executions, %6s edges%s\n' "$target" "$(sed -n 's/^stat::number_of_executed_units: *//p' "$log")" \
         "$(grep -oE 'cov: [0-9]+' "$log" | tail -n 1 | grep -oE '[0-9]+')" "$([ $rc = 0 ] || echo "  FAILED: see $log")"
     if [ -n "${KEEP:-}" ] && [ $rc = 0 ]; then
-        mkdir "$build/merged"
-        "$build/tests/fuzz/fuzz_$target" -merge=1 -use_counters=0 -max_len=4096 "$build/merged" "$kept" "$build/corpus/$target" >>"$log" 2>&1 &&
-            rm -rf "$kept" && mv "$build/merged" "$kept"
+        mkdir "$build/merged-$target"
+        "$build/tests/fuzz/fuzz_$target" -merge=1 -use_counters=0 -max_len=4096 "$build/merged-$target" "$kept" "$build/corpus/$target" >>"$log" 2>&1 &&
+            rm -rf "$kept" && mv "$build/merged-$target" "$kept"
     fi
     return $rc
 }
 
-bad=0
-for target in "${targets[@]}"; do
-    fuzz "$target" || bad=1
-done
-exit $bad
+export -f fuzz
+export seconds build
+printf '%s\n' "${targets[@]}" | xargs -P "${JOBS:-$(nproc)}" -I{} bash -c 'fuzz {}'
