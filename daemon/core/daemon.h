@@ -17,6 +17,7 @@
 enum {
     KVD_MAX_LAYOUTS = 64,
     KVD_MAX_NAMESPACES = 1024,
+    KVD_MAX_LEASES = 32768, // of prefixes and pages; a namespace may have as many as are left
 };
 
 // The state of other rooms, each of which its own module knows.

@@ -37,6 +37,7 @@ static const struct {
     [KVD_SHARE_SEQUENCES] = {"sequences", "sequences held by sessions", "max-sequences"},
     [KVD_SHARE_NAMESPACES] = {"namespaces", "namespaces", NULL},
     [KVD_SHARE_LAYOUTS] = {"layouts", "layouts", NULL},
+    [KVD_SHARE_LEASES] = {"leases", "leases of prefixes", NULL},
 };
 
 static struct kvd_users *users(struct kvd_daemon *d)
@@ -63,6 +64,7 @@ static uint64_t total_of(const struct kvd_users *all, enum kvd_share share)
         [KVD_SHARE_SEQUENCES] = c->max_sequences,
         [KVD_SHARE_NAMESPACES] = KVD_MAX_NAMESPACES,
         [KVD_SHARE_LAYOUTS] = KVD_MAX_LAYOUTS,
+        [KVD_SHARE_LEASES] = KVD_MAX_LEASES,
     };
     return all->possible[share] ? KVD_MIN(all->possible[share], configured[share])
                                 : configured[share];

@@ -19,6 +19,7 @@ enum kvd_share {
     KVD_SHARE_SEQUENCES,  // that a session holds
     KVD_SHARE_NAMESPACES, // that it made, as long as they last
     KVD_SHARE_LAYOUTS,    // the same
+    KVD_SHARE_LEASES,     // of prefixes and pages, by weight
     KVD_SHARE_COUNT,
 };
 

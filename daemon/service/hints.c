@@ -5,6 +5,7 @@
 #include <utlist.h>
 
 #include "daemon/rpc/rpc.h"
+#include "daemon/rpc/users.h"
 #include "daemon/service/handlers.h"
 #include "daemon/service/prompts.h"
 #include "daemon/service/restore.h"
@@ -26,6 +27,7 @@ struct prefetch {
     struct kvd_blocks_space space;
     struct kvd_prefix_key *keys;
     uint32_t n, retain_ms;
+    int64_t uid; // who is charged for what is retained
     struct prefetch *prev, *next;
 };
 
@@ -42,6 +44,7 @@ struct hint {
     const Kvd__V1__HintPrefixRequest *req;
     uint32_t at, hashed, blocks; // prompt, and blocks of it
     bool open;                   // it has begun with it
+    int64_t uid;
     struct kvd_blocks_space space;
     struct kvd_prefix_key *keys; // room for the longest
     uint32_t *answer;
@@ -82,10 +85,10 @@ static struct kvd_blocks_match match_of(struct kvd_daemon *d, const struct kvd_b
 }
 
 static int retain(struct kvd_daemon *d, const struct kvd_blocks_match *m, uint32_t ms, bool expire,
-                  struct kvd_error *err)
+                  int64_t uid, struct kvd_error *err)
 {
     const struct kvd_prefix_key *last = m->at.blocks ? &m->keys[m->at.blocks - 1] : NULL;
-    return last ? kvd_lease_put(d, KVD_LEASE_RETAINED, &m->at, last, ms, expire, err) : KVD_OK;
+    return last ? kvd_lease_put(d, KVD_LEASE_RETAINED, &m->at, last, ms, expire, uid, err) : KVD_OK;
 }
 
 static void on_restored(void *ctx, const struct kvd_restore_answer *a)
@@ -97,7 +100,8 @@ static void on_restored(void *ctx, const struct kvd_restore_answer *a)
         kvd_parts_blocks_stored(d, p->space.ns, &p->keys[a->begin], a->end - a->begin,
                                 a->begin ? &p->keys[a->begin - 1] : NULL);
     if (p->retain_ms)
-        retain(d, &m, p->retain_ms, false, NULL); // a hint: where there is no room it is none
+        retain(d, &m, p->retain_ms, false, p->uid,
+               NULL); // a hint: where there is no room it is none
     prefetch_free(p);
 }
 
@@ -115,7 +119,7 @@ static int prefetch(struct kvd_daemon *d, const struct hint *h, const struct kvd
 {
     struct kvd_hints *all = d->hints;
     if (m->at.blocks == h->blocks || !kvd_tiers_count(d))
-        return h->req->ms ? retain(d, m, h->req->ms, false, err) : KVD_OK;
+        return h->req->ms ? retain(d, m, h->req->ms, false, h->uid, err) : KVD_OK;
     if (all->running >= MOST_PREFETCHES || prefetches_of(all, h->space.ns) >= MOST_OF_NAMESPACE)
         return kvd_fail(err, KVD_E_LIMIT,
                         "%u prompts are being prefetched, which is enough; ask again later",
@@ -132,6 +136,7 @@ static int prefetch(struct kvd_daemon *d, const struct hint *h, const struct kvd
     p->space = h->space;
     p->n = h->blocks;
     p->retain_ms = h->req->ms;
+    p->uid = h->uid;
     DL_APPEND(all->prefetches, p);
     all->running++;
     all->prefetched++;
@@ -152,7 +157,7 @@ static int act(struct kvd_daemon *d, struct hint *h, struct kvd_error *err)
     int rc = KVD_OK;
     h->answer[h->at] = m.at.blocks;
     if (h->req->hint == KVD__V1__HINT_PREFIX_REQUEST__HINT__RETAIN) {
-        rc = retain(d, &m, h->req->ms, h->req->expire, err);
+        rc = retain(d, &m, h->req->ms, h->req->expire, h->uid, err);
         d->hints->retained += rc == KVD_OK && m.at.blocks;
     } else if (h->req->hint == KVD__V1__HINT_PREFIX_REQUEST__HINT__DEMOTE) {
         h->answer[h->at] = kvd_blocks_demote(d->pool, &h->space, h->keys, m.known, 0);
@@ -264,14 +269,16 @@ void kvd_on_hint_prefix(struct kvd_call *call, const void *request)
 {
     const Kvd__V1__HintPrefixRequest *req = request;
     struct kvd_error err = {0};
-    if (!kvd_call_session(call, req->session))
+    const struct kvd_session *s = kvd_call_session(call, req->session);
+    if (!s)
         return;
     struct hint *h = calloc(1, sizeof(*h));
     if (!h) {
         kvd_call_fail(call, KVD_E_INTERNAL, "out of memory");
         return;
     }
-    *h = (struct hint){.stepped = {.step = step}, .call = call, .req = req};
+    *h = (struct hint){
+        .stepped = {.step = step}, .call = call, .req = req, .uid = kvd_user_uid(s->user)};
     if (prepare(h, &err)) {
         hint_free(h);
         kvd_call_fail_error(call, &err);
@@ -279,7 +286,7 @@ void kvd_on_hint_prefix(struct kvd_call *call, const void *request)
     }
     call->work = h;
     call->on_cancelled = on_cancelled;
-    kvd_steps_begin(call->d, &h->stepped);
+    kvd_steps_begin(call->d, &h->stepped, s->ns, s->id);
 }
 
 // -- the part -----------------------------------------------------------------------------------

@@ -287,5 +287,5 @@ void kvd_on_lookup_pages(struct kvd_call *call, const void *request)
     }
     call->work = l;
     call->on_cancelled = on_cancelled;
-    kvd_steps_begin(call->d, &l->stepped);
+    kvd_steps_begin(call->d, &l->stepped, s->ns, s->id);
 }

@@ -438,7 +438,8 @@ static int job_begin(struct kvd_call *call, bool publishes, uint32_t n, struct k
     call->work = j;
     call->on_cancelled = on_cancelled;
     j->waits = false;
-    kvd_steps_begin(call->d, &j->stepped);
+    const struct kvd_session *s = kvd_session_find(call->d, session_of(j));
+    kvd_steps_begin(call->d, &j->stepped, s->ns, s->id);
     return KVD_OK;
 }
 

@@ -162,7 +162,8 @@ void kvd_on_pin_prefix(struct kvd_call *call, const void *request)
         rc = kvd_fail(&err, KVD_E_NOT_FOUND, "no such block is there: %s",
                       kvd_prefix_reason_name(m.why));
     else if (rc == KVD_OK)
-        rc = kvd_lease_put(d, KVD_LEASE_PINNED, &m.at, &key, req->seconds * 1000ull, false, &err);
+        rc = kvd_lease_put(d, KVD_LEASE_PINNED, &m.at, &key, req->seconds * 1000ull, false,
+                           KVD_LEASE_OPERATORS, &err);
     if (rc) {
         kvd_call_fail_error(call, &err);
         return;

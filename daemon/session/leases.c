@@ -1,12 +1,13 @@
 #include "daemon/session/leases.h"
 
+#include "daemon/rpc/users.h"
 #include "daemon/session/session.h"
 
 enum { SWEEP_MS = 200 };
 
 struct kvd_leases {
-    uv_timer_t timer; // runs while there are some
-    struct kvd_lease *all;
+    uv_timer_t timer;               // runs while there are some
+    struct kvd_lease *all, *places; // places: those that are nobody's, by their place
     uint32_t weight, of_namespace[KVD_MAX_NAMESPACES];
     uint64_t next, expired;
 };
@@ -22,7 +23,12 @@ void kvd_lease_end(struct kvd_daemon *d, struct kvd_lease *l)
     all->of_namespace[l->at.ns] -= l->weight;
     if (l->owner)
         l->owner->leases -= l->weight;
+    if (l->user)
+        kvd_user_give(l->user, KVD_SHARE_LEASES, l->weight);
+    kvd_user_unref(&l->user);
     HASH_DEL(all->all, l);
+    if (l->kind != KVD_LEASE_SESSION)
+        HASH_DELETE(hh_place, all->places, l);
     free(l->pages);
     free(l);
     if (!all->all)
@@ -37,7 +43,7 @@ static void on_timer(uv_timer_t *timer)
     {
         if (l->until_ms > kvd_now_ms(d))
             continue;
-        const struct kvd_prefix_key key = l->key;
+        const struct kvd_prefix_key key = l->place.key;
         const uint32_t ns = l->at.ns;
         const bool drops = l->expires;
         d->leases->expired++;
@@ -47,20 +53,29 @@ static void on_timer(uv_timer_t *timer)
     }
 }
 
-static int admit(const struct kvd_daemon *d, const struct kvd_session *owner, uint32_t ns,
-                 uint32_t weight, struct kvd_error *err)
+// Whether there may be one more of its weight, for its owner and user, who is charged.
+static int admit(struct kvd_daemon *d, struct kvd_lease *l, struct kvd_session *owner, uint32_t ns,
+                 int64_t uid, struct kvd_error *err)
 {
     const struct kvd_leases *all = d->leases;
     uint32_t left = KVD_MAX_LEASES - all->weight;
-    if (all->of_namespace[ns] + weight > left)
+    if (all->of_namespace[ns] + l->weight > left)
         return kvd_fail(err, KVD_E_LIMIT,
                         "the namespace has %u leases of prefixes, and %u of %d are left: one may "
                         "have as many as are left; release some",
                         all->of_namespace[ns], left, KVD_MAX_LEASES);
-    if (owner && owner->leases + weight > KVD_MAX_SESSION_LEASES)
+    if (owner && owner->leases + l->weight > KVD_MAX_SESSION_LEASES)
         return kvd_fail(err, KVD_E_LIMIT, "the session has %u leases of prefixes; release some",
                         owner->leases);
-    return KVD_OK;
+    if (uid == KVD_LEASE_OPERATORS)
+        return KVD_OK;
+    l->user = kvd_user_ref(d, uid);
+    if (!l->user)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    int rc = kvd_user_take(l->user, KVD_SHARE_LEASES, l->weight, err);
+    if (rc)
+        kvd_user_unref(&l->user);
+    return rc;
 }
 
 // Counts one that holds what it is to hold.
@@ -79,25 +94,34 @@ static void add(struct kvd_daemon *d, struct kvd_lease *l, struct kvd_session *o
     HASH_ADD(hh, all->all, id, sizeof(l->id), l);
 }
 
-int kvd_lease_new(struct kvd_daemon *d, struct kvd_session *owner, const struct kvd_blocks_at *at,
-                  uint64_t ms, struct kvd_lease **out, struct kvd_error *err)
+static int make(struct kvd_daemon *d, struct kvd_session *owner, int64_t uid,
+                const struct kvd_blocks_at *at, uint64_t ms, struct kvd_lease **out,
+                struct kvd_error *err)
 {
-    int rc = admit(d, owner, at->ns, 1, err);
-    if (rc)
-        return rc;
     struct kvd_lease *l = calloc(1, sizeof(*l));
     if (!l)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    rc = kvd_blocks_hold(d->pool, at, err);
+    l->at = *at;
+    l->weight = 1;
+    int rc = kvd_blocks_hold(d->pool, at, err);
+    if (rc == KVD_OK) {
+        rc = admit(d, l, owner, at->ns, uid, err);
+        if (rc)
+            kvd_blocks_release(d->pool, at);
+    }
     if (rc) {
         free(l);
         return rc;
     }
-    l->at = *at;
-    l->weight = 1;
     add(d, l, owner, ms);
     *out = l;
     return KVD_OK;
+}
+
+int kvd_lease_new(struct kvd_daemon *d, struct kvd_session *owner, const struct kvd_blocks_at *at,
+                  uint64_t ms, struct kvd_lease **out, struct kvd_error *err)
+{
+    return make(d, owner, kvd_user_uid(owner->user), at, ms, out, err);
 }
 
 int kvd_lease_new_pages(struct kvd_daemon *d, struct kvd_session *owner, const uint32_t *entries,
@@ -112,7 +136,7 @@ int kvd_lease_new_pages(struct kvd_daemon *d, struct kvd_session *owner, const u
     }
     if (rc == KVD_OK) {
         l->weight = 1 + l->n_pages / KVD_LEASE_HOLDS;
-        rc = admit(d, owner, owner->ns, l->weight, err);
+        rc = admit(d, l, owner, owner->ns, kvd_user_uid(owner->user), err);
         if (rc)
             kvd_blocks_release_pages(d->pool, owner->ns, pages, l->n_pages);
     }
@@ -139,27 +163,28 @@ struct kvd_lease *kvd_lease_find(struct kvd_daemon *d, const struct kvd_session 
 struct kvd_lease *kvd_lease_on(struct kvd_daemon *d, uint32_t ns, enum kvd_lease_kind kind,
                                const struct kvd_prefix_key *key)
 {
-    for (struct kvd_lease *l = d->leases->all; l; l = l->hh.next)
-        if (l->kind == kind && l->at.ns == ns && !memcmp(&l->key, key, sizeof(*key)))
-            return l;
-    return NULL;
+    const struct kvd_lease_place place = {.ns = ns, .kind = kind, .key = *key};
+    struct kvd_lease *l;
+    HASH_FIND(hh_place, d->leases->places, &place, sizeof(place), l);
+    return l;
 }
 
 int kvd_lease_put(struct kvd_daemon *d, enum kvd_lease_kind kind, const struct kvd_blocks_at *at,
-                  const struct kvd_prefix_key *key, uint64_t ms, bool expires,
+                  const struct kvd_prefix_key *key, uint64_t ms, bool expires, int64_t uid,
                   struct kvd_error *err)
 {
     struct kvd_lease *old = kvd_lease_on(d, at->ns, kind, key), *made = NULL;
-    int rc = ms ? kvd_lease_new(d, NULL, at, ms, &made, err) : KVD_OK;
+    int rc = ms ? make(d, NULL, uid, at, ms, &made, err) : KVD_OK;
     if (rc)
         return rc;
-    if (made) {
-        made->kind = kind;
-        made->key = *key;
-        made->expires = expires;
-    }
     if (old)
         kvd_lease_end(d, old);
+    if (!made)
+        return KVD_OK;
+    made->kind = kind;
+    made->expires = expires;
+    made->place = (struct kvd_lease_place){.ns = at->ns, .kind = kind, .key = *key};
+    HASH_ADD(hh_place, d->leases->places, place, sizeof(made->place), made);
     return KVD_OK;
 }
 

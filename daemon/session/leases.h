@@ -9,12 +9,12 @@
 #include "pool/blocks.h"
 
 enum {
-    KVD_MAX_LEASES = 32768,        // in all; a namespace may have as many as are left
     KVD_MAX_SESSION_LEASES = 8192, // of one session
     KVD_LEASE_HOLDS = 64,          // of single pages, that count as one lease
 };
 
 struct kvd_session;
+struct kvd_user;
 
 enum kvd_lease_kind {
     KVD_LEASE_SESSION,  // a session's, which it ends with
@@ -22,21 +22,30 @@ enum kvd_lease_kind {
     KVD_LEASE_RETAINED, // by a session, beyond its end
 };
 
+// The last block of a prefix that is kept for nobody.
+struct kvd_lease_place {
+    uint32_t ns, kind;
+    struct kvd_prefix_key key;
+};
+
+#define KVD_LEASE_OPERATORS (-1) // instead of a user, who is charged
+
 struct kvd_lease {
     uint64_t id;
     enum kvd_lease_kind kind;
     struct kvd_session *owner; // NULL: nobody's
+    struct kvd_user *user;     // who is charged; NULL: an operator's
     uint64_t until_ms;
-    bool expires;              // when its time is over, what it kept is dropped
-    struct kvd_blocks_at at;   // of a prefix
-    struct kvd_prefix_key key; // of one that is nobody's: of its last block
-    uint32_t *pages, n_pages;  // entries that are held; NULL: it is of a prefix
-    uint32_t weight;           // leases that it counts as
-    UT_hash_handle hh;
+    bool expires;                 // when its time is over, what it kept is dropped
+    struct kvd_blocks_at at;      // of a prefix
+    struct kvd_lease_place place; // of one that is nobody's
+    uint32_t *pages, n_pages;     // entries that are held; NULL: it is of a prefix
+    uint32_t weight;              // leases that it counts as
+    UT_hash_handle hh, hh_place;
 };
 
-// Holds a place for `ms`. KVD_E_LIMIT: the session or the namespace has enough leases; the others
-// as kvd_blocks_hold.
+// Holds a place for `ms`. KVD_E_LIMIT: the session, its user or the namespace has enough leases;
+// the others as kvd_blocks_hold.
 int kvd_lease_new(struct kvd_daemon *d, struct kvd_session *owner, const struct kvd_blocks_at *at,
                   uint64_t ms, struct kvd_lease **out, struct kvd_error *err);
 // Holds pages for `ms`: n entries, of which those that keep the others are held. The same errors,
@@ -50,9 +59,10 @@ struct kvd_lease *kvd_lease_find(struct kvd_daemon *d, const struct kvd_session 
 struct kvd_lease *kvd_lease_on(struct kvd_daemon *d, uint32_t ns, enum kvd_lease_kind kind,
                                const struct kvd_prefix_key *key);
 // Puts one on the block `key`, which is the last of a place, for `ms`, in the stead of what is
-// there; 0 ms: ends that. The errors of kvd_lease_new.
+// there; 0 ms: ends that. uid: the user who is charged, or KVD_LEASE_OPERATORS. The errors of
+// kvd_lease_new.
 int kvd_lease_put(struct kvd_daemon *d, enum kvd_lease_kind kind, const struct kvd_blocks_at *at,
-                  const struct kvd_prefix_key *key, uint64_t ms, bool expires,
+                  const struct kvd_prefix_key *key, uint64_t ms, bool expires, int64_t uid,
                   struct kvd_error *err);
 void kvd_lease_end(struct kvd_daemon *d, struct kvd_lease *lease);
 
