@@ -45,8 +45,10 @@ static void choose(const struct kvd_pool *pool, const struct kvd_blocks_space *s
         uint64_t cut = (uint64_t)n * KVD_PAGE_TOKENS;
         if (!end || end->doomed || cut < blocks_least_length(pool, end))
             continue;
-        uint32_t sink = layout_of(pool, end)->planes[0].sink;
-        uint64_t from = KVD_MAX(end->reach[0].hist_end, (uint64_t)sink);
+        const struct kvd_layout *l = layout_of(pool, end);
+        uint64_t from = 0; // where the window of every plane has begun
+        for (uint32_t p = 0; p < l->n_planes; p++)
+            from = KVD_MAX(from, KVD_MAX(end->reach[p].hist_end, (uint64_t)l->planes[p].sink));
         m->at.blocks = n;
         m->at.end = seq_id(pool, end);
         m->at.entry = end->end_entry - 1;

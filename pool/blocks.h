@@ -42,7 +42,7 @@ struct kvd_blocks_match {
     uint32_t n;                        // up to KVD_BLOCKS_MAX
     // The answer.
     uint32_t known;  // leading blocks whose keys are known
-    uint32_t window; // tokens before the cut that are in a recent window, in the first plane
+    uint32_t window; // tokens before the cut that are in the recent windows of all planes
     bool end;        // the cut is where an end ends
     struct kvd_blocks_at at;
     // Of the first block that is not known; PRESENT: all are. DAMAGED: the place ends where it does

@@ -274,6 +274,17 @@ static int make_session(struct opening *o, struct kvd_rotset *set, struct kvd_se
     return KVD_OK;
 }
 
+// Plane by plane.
+static const char *codecs_of(const struct kvd_layout *l, char text[])
+{
+    char codec[KVD_CODECS_TEXT];
+    size_t at = 0;
+    for (uint32_t p = 0; p < l->n_planes; p++)
+        at += (size_t)sprintf(text + at, "%s%s", p ? "+" : "",
+                              kvd_codecs_name(l->planes[p].codec, codec));
+    return text;
+}
+
 // Opens the session, and answers.
 static void open_now(struct opening *o)
 {
@@ -283,11 +294,11 @@ static void open_now(struct opening *o)
         kvd_call_fail_error(o->call, &err);
         return;
     }
-    char codec[KVD_CODECS_TEXT];
+    char codecs[KVD_MAX_PLANES * KVD_CODECS_TEXT];
     kvd_info("session %s id=%" PRIu64 " generation=%" PRIu64 " namespace=%s client=%s pid=%" PRId64
              " codec=%s rotation=%s",
              s->generation > 1 ? "resumed" : "opened", s->id, s->generation, namespace_of(o->req),
-             s->client_name, s->pid, kvd_codecs_name(o->g.planes[0].codec, codec), o->g.rotation);
+             s->client_name, s->pid, codecs_of(&o->g, codecs), o->g.rotation);
     reply(o->call, s);
 }
 

@@ -213,7 +213,7 @@ def test_listings_tell_planes(kvd, rpc):
     workers = next(l for l in kvd.kvctl("workers").stdout.splitlines() if short in l)
     assert "3+1" in workers and "int2 bf16" in workers
     assert f"{windowed.history} {whole.history}" in next(l for l in kvd.kvctl("sequences").stdout.splitlines() if short in l)
-    assert short in kvd.kvctl("pool").stdout
+    assert short in kvd.kvctl("pool").stdout and "codec=int2+bf16 " in kvd.text()
 
 
 def test_compressed_planes(kvd, rpc):

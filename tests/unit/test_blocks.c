@@ -44,6 +44,30 @@ START_TEST(blocks_outlive_their_sequence)
 }
 END_TEST
 
+// What is told of the window is so in every plane: the shortest counts.
+START_TEST(an_end_of_planes_has_the_window_of_all)
+{
+    struct fixture f;
+    setup(&f, 8);
+    struct kvd_layout l = windowed_layout();
+    ck_assert_int_eq(kvd_pool_layout(f.pool, f.ns, &l, two_planes, &f.layout, &recycled, &f.err),
+                     0);
+    f.space = space_of(f.ns, f.layout, "");
+    uint64_t seq = sequence_of(&f, 1000);
+    struct kvd_pool_seq_info info;
+    ck_assert_int_eq(kvd_pool_seq_info(f.pool, seq, &info), 0);
+    ck_assert_uint_eq(info.reach[0].hist_end, 864);
+    ck_assert_uint_eq(info.reach[1].hist_end, 928);
+    ck_assert(publish(&f, seq, 40, true).end);
+    struct kvd_blocks_match m = match(&f, 40);
+    ck_assert_uint_eq(m.at.blocks, 15);
+    ck_assert_uint_eq(m.window, 960 - 928);
+    kvd_pool_seq_release(f.pool, seq);
+    verify(f.pool);
+    kvd_pool_free(&f.pool);
+}
+END_TEST
+
 START_TEST(an_end_keeps_its_window)
 {
     struct fixture f;
@@ -604,5 +628,6 @@ START_TEST(random_operations)
 END_TEST
 
 KVD_MAIN("blocks", 120, blocks_outlive_their_sequence, an_end_keeps_its_window,
-         an_append_evicts_blocks_before_it_fails, a_namespace_and_a_layout_go_with_their_blocks,
-         what_is_refused, blocks_end_with_the_process, random_operations)
+         an_end_of_planes_has_the_window_of_all, an_append_evicts_blocks_before_it_fails,
+         a_namespace_and_a_layout_go_with_their_blocks, what_is_refused,
+         blocks_end_with_the_process, random_operations)

@@ -42,15 +42,16 @@ typedef enum kvd_miss {
 } kvd_miss;
 /** What is there of a prompt. */
 typedef struct kvd_match {
-    uint32_t size;          /**< sizeof(kvd_match) */
-    uint32_t blocks;        /**< leading blocks that a sequence can be made of */
-    uint32_t known;         /**< leading blocks that are known; the pages of some may be gone */
-    uint32_t window_tokens; /**< tokens before that cut that are in bf16, sink apart */
-    bool end;               /**< the cut is a published end: going on gives the same bits */
-    uint64_t lease;         /**< number to adopt or release it by; 0: none */
-    kvd_miss miss;          /**< why the first block that is not known is not */
-    uint32_t missed;        /**< when that went, in seconds of Unix time; 0: not known */
-    uint32_t restored;      /**< blocks that were brought back from tiers for this */
+    uint32_t size;   /**< sizeof(kvd_match) */
+    uint32_t blocks; /**< leading blocks that a sequence can be made of */
+    uint32_t known;  /**< leading blocks that are known; the pages of some may be gone */
+    uint32_t
+        window_tokens; /**< tokens before that cut that are in bf16 in all planes, sink apart */
+    bool end;          /**< the cut is a published end: going on gives the same bits */
+    uint64_t lease;    /**< number to adopt or release it by; 0: none */
+    kvd_miss miss;     /**< why the first block that is not known is not */
+    uint32_t missed;   /**< when that went, in seconds of Unix time; 0: not known */
+    uint32_t restored; /**< blocks that were brought back from tiers for this */
     /** blocks with which more leading ones could be had, and that the pool lacked, by the farthest
      * tier that has part of each: host memory, a directory, a server. Zeros: none, or they were not
      * looked for */

@@ -73,7 +73,7 @@ class Match:
     client: "Client" = dataclasses.field(repr=False)
     blocks: int  # leading ones that a sequence can be made of
     known: int  # leading ones that are known; the pages of some may be gone
-    window_tokens: int  # tokens before that cut that are in bf16, sink apart
+    window_tokens: int  # tokens before that cut that are in bf16 in all planes, sink apart
     end: bool  # the cut is where an end was published: going on there gives the bits of never having stopped
     lease: int  # 0: none
     miss: str  # why the first one that is not known is not; "none": all are
