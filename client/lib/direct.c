@@ -523,6 +523,10 @@ static int open_backend(struct kvd_direct *d, struct kvd_error *err)
                  "the session's layout has %u planes; on a GPU direct mode is for layouts of one: "
                  "use kvd_attend and kvd_step",
                  d->n_planes);
+    } else if (kvd_codec_tc(d->planes[0].shape.codec.k)) {
+        kvd_fail(err, KVD_E_UNSUPPORTED,
+                 "codec %s: on a GPU direct mode is for other codecs: use kvd_attend and kvd_step",
+                 kvd_codec_name(d->planes[0].shape.codec.k));
     } else {
 #ifdef KVD_CUDA
         d->ops = &kvd_direct_cuda;

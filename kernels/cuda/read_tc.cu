@@ -64,20 +64,29 @@ template <int D> struct staged_inverse {
     }
 };
 
-// Block (share of the chunks, layer and kv head, 32 channels). One side of a sequence's history.
+// Groups of 32 outputs that a block takes: levels are made once for all of them.
+__host__ __device__ constexpr int outputs_of_block(int dim)
+{
+    return dim <= 128 ? padded(dim) / 32 : 1;
+}
+
+// Block (share of the chunks, layer and kv head, outputs). One side of a sequence's history.
 template <int D, bool V>
 __global__ void __launch_bounds__(READ_WARPS * 32)
     read_tc_kernel(const __grid_constant__ read_params p, uint32_t begin, uint32_t end)
 {
-    __shared__ staged_inverse<D> staged;
+    constexpr int OUTPUTS = outputs_of_block(D);
+    KVD_DYNAMIC_SHARED(shared);
+    staged_inverse<D> *staged = (staged_inverse<D> *)shared;
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    uint32_t layer = blockIdx.y / p.kv_heads, head = blockIdx.y % p.kv_heads, out32 = blockIdx.z;
+    uint32_t layer = blockIdx.y / p.kv_heads, head = blockIdx.y % p.kv_heads;
     uint64_t index = matrix_index(p.rotation, p.layer_begin + layer, head);
     const kvd_cuda_transform &tf = p.rotation.transforms[index];
     const kvd_cuda_key_tile *tiles = key_tiles(tf, p.codec);
     const float *inverse = V ? p.rotation.v.inverse_f32 : p.rotation.k.inverse_f32;
-    staged.load(inverse ? inverse + index * D * D : nullptr, out32,
-                [&](uint32_t in) { return V ? KVD_EVEN_STEP : tf.k_sigma[in] * tiles[in / 16].step; });
+    for (int i = 0; i < OUTPUTS; i++)
+        staged[i].load(inverse ? inverse + index * D * D : nullptr, blockIdx.z * OUTPUTS + i,
+                       [&](uint32_t in) { return V ? KVD_EVEN_STEP : tf.k_sigma[in] * tiles[in / 16].step; });
     __syncthreads();
     key_views<D, TC> views;
     views.load(tf, p.codec);
@@ -86,11 +95,6 @@ __global__ void __launch_bounds__(READ_WARPS * 32)
     uint32_t key_bytes = 128 * stream_bits<TC>(p.codec, (int)p.dim_k), both = key_bytes + 16 * p.dim_v;
     uint64_t tile = ((uint64_t)(p.layer_begin + layer) * p.kv_heads + head) * (both + 256);
     uint32_t low = (begin - p.sink) / 16, chunks = (end - p.sink + 15) / 16 - low;
-    uint32_t channel = out32 * 32 + 8 * t; // of eight that the lane has: four tiles, two each
-    float mean[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        mean[i] = in_row<D>((int)out32) ? means[channel + i] : 0;
 #pragma unroll 1
     for (uint32_t i = blockIdx.x * READ_WARPS + threadIdx.x / 32; i < chunks; i += gridDim.x * READ_WARPS) {
         uint32_t chunk = low + i, a[D / 16][4];
@@ -98,35 +102,44 @@ __global__ void __launch_bounds__(READ_WARPS * 32)
         float2 param[2];
         chunk_levels<D, V>(at + (V ? key_bytes : 0), p.codec, chunk % 4, views, tiles, a);
         load_params<TC>(at + both + (V ? 128 : 0), p.codec, (int)chunk % 4, param[0], param[1]);
-        float c[4][4] = {};
+#pragma unroll 1
+        for (int o = 0; o < OUTPUTS; o++) {
+            uint32_t out32 = blockIdx.z * OUTPUTS + o;
+            float c[4][4] = {};
 #pragma unroll
-        for (int part = 1; part >= 0; part--)
+            for (int part = 1; part >= 0; part--)
 #pragma unroll
-            for (int j = 0; j < 4; j++)
+                for (int j = 0; j < 4; j++)
 #pragma unroll
-                for (int k = 0; k < staged.GROUPS; k++) {
-                    uint4 b = staged.part[part][j][k][lane];
-                    mma_bf16(c[j], a[2 * k], b.x, b.y);
-                    if (2 * k + 1 < D / 16)
-                        mma_bf16(c[j], a[2 * k + 1], b.z, b.w);
-                }
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            uint32_t token = p.sink + chunk * 16 + half * 8 + g;
-            if (token < begin || token >= end || !in_row<D>((int)out32))
+                    for (int k = 0; k < staged_inverse<D>::GROUPS; k++) {
+                        uint4 b = staged[o].part[part][j][k][lane];
+                        mma_bf16(c[j], a[2 * k], b.x, b.y);
+                        if (2 * k + 1 < D / 16)
+                            mma_bf16(c[j], a[2 * k + 1], b.z, b.w);
+                    }
+            if (!in_row<D>((int)out32))
                 continue;
-            float x[8];
+            uint32_t channel = out32 * 32 + 8 * t; // of eight that the lane has: four tiles, two each
+            float4 m0 = __ldg((const float4 *)&means[channel]), m1 = __ldg((const float4 *)&means[channel] + 1);
+            float mean[8] = {m0.x, m0.y, m0.z, m0.w, m1.x, m1.y, m1.z, m1.w};
 #pragma unroll
-            for (int k = 0; k < 8; k++)
-                x[k] = fmaf(param[half].x, c[k / 2][2 * half + k % 2], mean[k]);
-            uint8_t *row = tensor_row(out, layer, token - p.begin, head);
-            if (out.dtype == KVD_DTYPE_F32) {
-                float4 *to = (float4 *)((float *)row + channel);
-                to[0] = make_float4(x[0], x[1], x[2], x[3]);
-                to[1] = make_float4(x[4], x[5], x[6], x[7]);
-            } else {
-                *(uint4 *)((uint16_t *)row + channel) = make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]),
-                                                                   pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
+            for (int half = 0; half < 2; half++) {
+                uint32_t token = p.sink + chunk * 16 + half * 8 + g;
+                if (token < begin || token >= end)
+                    continue;
+                float x[8];
+#pragma unroll
+                for (int k = 0; k < 8; k++)
+                    x[k] = fmaf(param[half].x, c[k / 2][2 * half + k % 2], mean[k]);
+                uint8_t *row = tensor_row(out, layer, token - p.begin, head);
+                if (out.dtype == KVD_DTYPE_F32) {
+                    float4 *to = (float4 *)((float *)row + channel);
+                    to[0] = make_float4(x[0], x[1], x[2], x[3]);
+                    to[1] = make_float4(x[4], x[5], x[6], x[7]);
+                } else {
+                    *(uint4 *)((uint16_t *)row + channel) = make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]),
+                                                                       pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
+                }
             }
         }
     }
@@ -136,8 +149,13 @@ template <int D, bool V>
 static cudaError_t read_tc_side(const read_params &p, uint32_t begin, uint32_t end, cudaStream_t stream)
 {
     uint32_t units = p.layer_count * p.kv_heads, chunks = (end - p.sink + 15) / 16 - (begin - p.sink) / 16;
-    dim3 grid(chunk_blocks(chunks, READ_WARPS, units * (padded(D) / 32)), units, padded(D) / 32);
-    return launch(read_tc_kernel<D, V>, grid, READ_WARPS * 32, 0, stream, p, begin, end);
+    constexpr int OUTPUTS = outputs_of_block(D), BYTES = OUTPUTS * (int)sizeof(staged_inverse<D>);
+    dim3 grid(0, units, padded(D) / 32 / OUTPUTS);
+    grid.x = chunk_blocks(chunks, READ_WARPS, units * grid.z);
+    cudaError_t rc = cudaFuncSetAttribute(read_tc_kernel<D, V>, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
+    if (rc != cudaSuccess)
+        return rc;
+    return launch(read_tc_kernel<D, V>, grid, READ_WARPS * 32, BYTES, stream, p, begin, end);
 }
 
 template <bool V> static cudaError_t read_tc_dim(const read_params &p, uint32_t begin, uint32_t end, cudaStream_t stream)

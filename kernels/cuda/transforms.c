@@ -51,11 +51,14 @@ bool kvd_cuda_is_transform(const struct kvd_rotation_data *d)
 }
 
 // A code is looked at where most kernels find it with the fewest instructions: a mask leaves a
-// number of fp16 of the ten bits that a mantissa has. Most streams have 16 bits, or 20.
+// number of fp16 of the ten bits that a mantissa has. Most streams have 16 bits, or 20. tc.cuh's
+// kernels for these count on it: what can be seen from bit 0 is, and of 17 to 20 bits what can be
+// seen from bit 10 on.
 static struct kvd_cuda_key_tile key_tile(uint32_t at, uint32_t bits, uint32_t stream, float step)
 {
     uint32_t end = at + bits;
-    uint32_t view = end <= 10 ? 0 : end <= 16 ? 6 : stream <= 20 && at >= 10 ? 10 : at;
+    bool from_ten = stream > 16 && stream <= 20 && at >= 10;
+    uint32_t view = end <= 10 ? 0 : from_ten ? 10 : end <= 16 ? 6 : at;
     uint32_t place = at - view;
     if (bits == 0)
         return (struct kvd_cuda_key_tile){0};

@@ -3,6 +3,7 @@
 // emulated GPU by tests/emulator.
 #include <cuda_runtime_api.h>
 #include <errno.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "kernels/cuda/cuda.h"
@@ -21,6 +22,15 @@ static void result(bool ok, const char *name)
     ok ? passed++ : failed++;
     if (!ok)
         printf("FAILED %s\n", name);
+}
+
+// Says how a group of tests ended: of a run that is cut short, what it had done.
+static void group_done(const char *name)
+{
+    static time_t began;
+    began = began ? began : time(NULL);
+    printf("%s: %d passed, %d failed so far, %ld s\n", name, passed, failed,
+           (long)(time(NULL) - began));
 }
 
 // -- attention -----------------------------------------------------------------------------------
@@ -60,55 +70,7 @@ static void refused_codecs(void)
            "codecs without kernels are refused");
 }
 
-// Puts transforms with means in the place of a sequence's rotations, of which kseq_init has made at
-// least one a layer, with deviations and bits of K's tiles in tc2 and tc2.5. 0: leaves it as it is.
-static void skew(struct kseq *s, double stretch)
-{
-    if (stretch == 0)
-        return;
-    kseq_skew(s, stretch, stretch <= 100);
-    if (kvd_codec_tc(s->g.codec.k))
-        kseq_code(s, stretch, stretch <= 100);
-}
-
-// A set of transforms is for tc2 and tc2.5 alone: other codecs' kernels do not know of its means.
-static void refused_transforms(uint64_t seed)
-{
-    struct kseq s;
-    kseq_init(&s, test_plane(1, 1, 1, 64, 64, KVD_CODEC_INT2, 0, 0), 64, 1, 1, 1, seed);
-    kseq_fill(&s);
-    skew(&s, 8);
-    to_device(&s);
-    struct kvd_rotation *rot = cuda->ops->rotation_new(cuda, &s.rot, NULL);
-    struct kvd_append_item item = {.pages = {s.at_bf16, s.at_codec},
-                                   .new_length = 16,
-                                   .new_hist_end = 16,
-                                   .k = kseq_tensor(s.k, KVD_DTYPE_BF16, s.capacity, 1, 64, 0),
-                                   .v = kseq_tensor(s.v, KVD_DTYPE_BF16, s.capacity, 1, 64, 0)};
-    struct kvd_append_params append = {
-        .plane = &s.g, .rotation = rot, .layer_count = 1, .items = &item, .n_items = 1};
-    float out[64];
-    struct kvd_read_params read = {.plane = &s.g,
-                                   .rotation = rot,
-                                   .layer_count = 1,
-                                   .pages = item.pages,
-                                   .length = 16,
-                                   .hist_end = 16,
-                                   .tokens = 1,
-                                   .k = kseq_tensor(out, KVD_DTYPE_F32, 1, 1, 64, 0)};
-    struct kvd_attend_item at = {.pages = item.pages, .length = 16, .hist_end = 16, .q_len = 1};
-    struct kvd_attend_params attend = {
-        .plane = &s.g, .rotation = rot, .layer_count = 1, .scale = 1, .items = &at, .n_items = 1};
-    at.q = at.o = read.k;
-    struct kvd_error err[3] = {{0}};
-    bool refused = cuda->ops->append(cuda, &append, &err[0]) == KVD_E_UNSUPPORTED &&
-                   cuda->ops->read(cuda, &read, &err[1]) == KVD_E_UNSUPPORTED &&
-                   cuda->ops->attend(cuda, &attend, &err[2]) == KVD_E_UNSUPPORTED;
-    result(refused && strstr(err[2].text, "int2: the set has transforms"),
-           "transforms are refused with codecs that do not know them");
-    cuda->ops->rotation_free(cuda, &rot);
-    deinit(&s);
-}
+#include "tests/gpu/test_transforms.h"
 
 static void check_transformed(const struct shape *c, uint32_t codec, double stretch, double limit,
                               uint64_t seed)
@@ -177,8 +139,8 @@ static void shapes(uint64_t seed, bool quick)
     for (size_t j = 0; j < KVD_LEN(attention_shapes); j++) {
         bool all = !quick || attention_shapes[j].length < 600;
         for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++) {
-            bool bf16 = codec == KVD_CODEC_BF16;
-            if (all || bf16 || codec == KVD_CODEC_INT2)
+            bool bf16 = codec == KVD_CODEC_BF16, main_one = bf16 || codec == KVD_CODEC_INT2;
+            if (main_one || (all && (!quick || codec % 3 == j % 3)))
                 check_shape(&attention_shapes[j], codec, bf16 ? 5e-4 : 2e-3, seed + j);
         }
     }
@@ -580,12 +542,13 @@ static void checking(bool on_device, bool in_v)
     free(v);
 }
 
-// Pages, reading and rotations at all codecs and head_dims.
+// Pages, reading and rotations at all codecs and head_dims; each codec at a third of these where it
+// is to be quick.
 static void pages(uint64_t seed, bool quick)
 {
     for (uint32_t codec = 0, i = 0; codec < KVD_CODEC_COUNT; codec++)
         for (size_t d = 0; d < KVD_LEN(head_dims) && codec != KVD_CODEC_BF16; d++, i++) {
-            if (!served(kvd_codecs_both(codec)))
+            if (!served(kvd_codecs_both(codec)) || (quick && d % 3 != codec % 3))
                 continue;
             uint32_t dk = head_dims[d][0], dv = head_dims[d][1];
             for (int kind = 0; kind < KVD_SCALE_COUNT; kind++)
@@ -611,9 +574,11 @@ static void pages(uint64_t seed, bool quick)
 }
 
 // The same of transforms.
-static void transformed_pages(uint64_t seed)
+static void transformed_pages(uint64_t seed, bool quick)
 {
     for (uint32_t i = 0; i < 2 * KVD_LEN(head_dims); i++) {
+        if (quick && i / 2 % 2 != i % 2)
+            continue;
         uint32_t codec = i % 2 ? KVD_CODEC_TC2 : KVD_CODEC_TC2_5;
         uint32_t dk = head_dims[i / 2][0], dv = head_dims[i / 2][1];
         same_pages(0, dk, dv, 1 + i % 2, codec, 1, false, 8, seed + i);
@@ -654,11 +619,12 @@ static void brief(uint64_t seed)
     rotating(64, 2, true, KVD_ROTATE_VALUES, 0, seed);
     refused_codecs();
     refused_transforms(seed);
+    views_of_keys(seed);
     for (uint32_t codec = KVD_CODEC_TC2; codec <= KVD_CODEC_TC2_5; codec++) {
         same_pages(0, 64, 64, 1, codec, 1, false, 0, seed);
         reading(80, 80, 2, codec, KVD_DTYPE_F32, 0, seed);
     }
-    transformed_pages(seed);
+    transformed_pages(seed, true);
     transformed(seed, 700);
     if (kvd_head_dims_ok(128, 128)) {
         nonfinite(seed);
@@ -723,15 +689,25 @@ int main(int argc, char **argv)
     } else {
         refused_codecs();
         refused_transforms(seed);
-        pages(seed, quick);
-        transformed_pages(seed);
-        shapes(seed, quick);
+        views_of_keys(seed);
+        group_done("memory, blocks, slices and refusals");
+        transformed_pages(seed, quick);
+        group_done("pages of transforms");
         transformed(seed, quick ? 600 : 20000);
+        group_done("attention with transforms");
+        pages(seed, quick);
+        group_done("pages");
+        shapes(seed, quick);
+        group_done("attention");
         nonfinite(seed);
         ragged(seed, KVD_CODEC_INT2, 4, 128);
         ragged(seed, KVD_CODEC_INT2C, 12, 128);
+        ragged(seed, KVD_CODEC_TC2, 4, 128);
         chain(1, 3000, KVD_CODEC_INT2, seed);
         chain(5, 2000, KVD_CODEC_INT2_LM, seed);
+        chain(5, 2000, KVD_CODEC_TC2, seed);
+        chain(1, 9000, KVD_CODEC_TC2_5, seed);
+        group_done("batches, graphs, queries that are not finite");
         if (!quick)
             long_and_many(seed);
     }

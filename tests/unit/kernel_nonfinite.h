@@ -19,6 +19,7 @@ static const struct nonfinite_case nonfinite_cases[] = {
     {KVD_CODEC_INT2C, 90, 2, KVD_DTYPE_F32, 0},
     {KVD_CODEC_INT2_LM, 700, 2, KVD_DTYPE_F32, 10},
     {KVD_CODEC_TURBOQUANT_4, 700, 1, KVD_DTYPE_BF16, 0},
+    {KVD_CODEC_TC2_5, 700, 2, KVD_DTYPE_F32, 0},
     {KVD_CODEC_BF16, 1, 1, KVD_DTYPE_BF16, 0},
     {KVD_CODEC_BF16, 700, 4, KVD_DTYPE_F32, 0},
     {KVD_CODEC_BF16, 700, 1, KVD_DTYPE_BF16, 5},
