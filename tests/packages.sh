@@ -102,6 +102,72 @@ with kvd.Client(address=sys.argv[1], layers=[0], q_heads=2, kv_heads=1, head_dim
     assert error < 1e-3
 PY
 
+cat >"$root/srv/load.py" <<'PY'
+"""Workers that go on while a command restarts kvd: none sees an error, and nothing is lost. usage: load.py ADDRESS COMMAND..."""
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+
+import kvd
+
+RESTARTS = 3
+
+
+class Worker(threading.Thread):
+    def __init__(self, seed):
+        super().__init__(daemon=True)
+        self.rng, self.done, self.stop, self.failure, self.longest = np.random.default_rng(seed), 0, False, None, 0
+        self.k, self.v = [], []
+
+    def run(self):
+        try:
+            with kvd.Client(address=sys.argv[1], layers=[0, 1], q_heads=2, kv_heads=1, head_dim=64, codec="bf16", timeout=60) as client:
+                self.work(client)
+        except BaseException as e:
+            self.failure = e
+
+    def work(self, client):
+        s, out = client.create(), client.tensor(2, 4096, 1, 64, dtype="bf16")
+        new = [client.tensor(2, 16, 1, 64) for _ in "kv"]
+        while not self.stop or not s.length:
+            n = int(self.rng.integers(1, 17))
+            for t, kept in zip(new, (self.k, self.v)):
+                t.array[:, :n] = kvd.to_bf16(self.rng.standard_normal((2, n, 1, 64), dtype=np.float32))
+                kept.append(t.array[:, :n].copy())
+            began = time.monotonic()
+            s.append(*(t[:, :n] for t in new))
+            self.longest = max(self.longest, time.monotonic() - began)
+            self.done += 1
+            if s.length > 4000:
+                break
+        for kept, where in ((self.k, "k"), (self.v, "v")):
+            all_of_it = np.concatenate(kept, axis=1)
+            s.read(0, s.length, **{where: out[:, :s.length]})
+            assert np.array_equal(out.array[:, :s.length], all_of_it), f"{where} is not what was put in"
+
+
+workers = [Worker(seed) for seed in range(3)]
+for w in workers:
+    w.start()
+for _ in range(RESTARTS):
+    before = [w.done for w in workers]
+    while any(w.done < b + 20 and w.is_alive() for w, b in zip(workers, before)):
+        time.sleep(0.01)
+    subprocess.run(sys.argv[2:], check=True)
+before = [w.done for w in workers]
+while any(w.done < b + 20 and w.is_alive() for w, b in zip(workers, before)):
+    time.sleep(0.01)
+for w in workers:
+    w.stop = True
+for w in workers:
+    w.join(60)
+    assert not w.is_alive() and not w.failure, w.failure
+print(f"{RESTARTS} restarts, {sum(w.done for w in workers)} appends; the longest took {max(w.longest for w in workers):.2f} s")
+PY
+
 echo "== boot"
 SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 systemd-nspawn -q -D "$root" --boot --register=no --keep-unit --private-network \
     --console=pipe </dev/null >"$work/boot" 2>&1 &
@@ -143,6 +209,7 @@ check "a broken file: reload fails and the instance goes on" 'printf "[kvd]\nlog
 check "a permanent error does not restart in a loop" 'printf "[kvd]\npool-size = much\n" >/etc/kvd/kvd-2.conf
     ! systemctl start kvd@2; sleep 3; [ "$(systemctl show -P NRestarts kvd@2)" = 0 ]; journalctl -u kvd@2 | grep -q "kvd-2.conf:2"
     rm /etc/kvd/kvd-2.conf; systemctl reset-failed kvd@2'
+check "restarts under load lose nothing" 'python3 /srv/load.py unix:/run/kvd/0/kvd.sock systemctl restart kvd@0; systemctl reset-failed kvd@0'
 check "who is killed comes back" 'pid=$(systemctl show -P MainPID kvd@0); [ "$pid" -gt 1 ]; kill -9 "$pid"
     for _ in $(seq 100); do sleep 0.2; ! kvctl --instance 0 ping 1 || break; done
     systemctl is-active kvd@0; [ "$(systemctl show -P MainPID kvd@0)" != "$pid" ]; kvctl --instance 0 ping 1'
