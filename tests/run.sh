@@ -202,7 +202,7 @@ if [ -z "${QUICK:-}" ]; then
         CK_TIMEOUT_MULTIPLIER=4 KVD_POOL_OPS=10000 KVD_TEST_SHARE=24 suites ", asan" "${units[@]/#/$build-asan/tests/}"
         corpora ", asan" "$build-asan"
         # Python itself is not instrumented, nor are programs that a page's reader compiles: libkvd cannot be loaded into them here.
-        KVD_SCENARIOS=12 pytests "end to end, asan" "$build-asan" -k "not prometheus and not tls and not scalar" --ignore-glob="test_python*.py" --ignore=test_model.py \
+        KVD_SCENARIOS=12 pytests "end to end, asan" "$build-asan" -k "not prometheus and not scalar" --ignore-glob="test_python*.py" --ignore=test_model.py \
             --ignore=test_docs.py --ignore-glob="test_transformers*.py" --ignore=test_engines.py --ignore=test_fairness.py --ignore=test_header.py \
             --ignore=test_documents.py --ignore=test_observability.py --ignore=test_operator.py .
         # So what only Python calls is tried with the instrumented kvd, and a libkvd that is not.
@@ -214,7 +214,8 @@ if [ -z "${QUICK:-}" ]; then
     say "ThreadSanitizer"
     export TSAN_OPTIONS=suppressions=$PWD/tests/tsan.supp:halt_on_error=0:exitcode=66:history_size=7
     if make_build "$build-tsan" "$targets" -Dcuda=disabled -Db_sanitize=thread -Db_lundef=false -Dbuildtype=debugoptimized >"$logs/build" 2>&1; then
-        # Without TLS: what libssl does beside threads of gRPC is looked at, and suppressed, so often that a call takes a minute.
+        # Without TLS, which the address sanitizer sees: what libssl does beside threads of gRPC is looked at, and suppressed, so
+        # often that a call takes a minute.
         pytests "end to end, tsan" "$build-tsan" -k "(libkvd or several or killed or retries or restart or outputs or slow or fence) and not turboquant and not int2c and not int2-lm and not tls" \
             test_lifecycle.py test_libkvd.py test_death.py test_grpc.py test_direct.py
     else

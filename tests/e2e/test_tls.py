@@ -132,7 +132,7 @@ def test_rapid_reset_is_bounded(tls, folder, method):
         t.join()
     more = status(kvd, "VmHWM") - before
     print(f"rapid reset over TLS, {method}: {more / 1024:.0f} MiB more, cut off {cut} times")
-    assert cut >= 8 and "resets calls" in kvd.text() and "address=127.0.0.1" in kvd.text()
+    assert cut >= 8 / SANITIZER and "resets calls" in kvd.text() and "address=127.0.0.1" in kvd.text()
     assert more < (64 * SANITIZER) << 10
     assert answers(f"127.0.0.1:{port}", grpc.ssl_channel_credentials((folder / "ca.pem").read_bytes()))
 
@@ -244,16 +244,21 @@ def test_certificates_are_renewed_by_a_reload(tls, folder):
 
 
 def test_large_messages_both_ways(tls, folder):
-    """Of many records, more than the sockets on the way hold."""
+    """Of many records, more than the sockets on the way hold. -s prints what TLS costs, against the unix socket."""
     kvd, port, _ = tls()
     rpc = Rpc(f"127.0.0.1:{port}", credentials=grpc.ssl_channel_credentials((folder / "ca.pem").read_bytes()))
     s = open_session(rpc, layout=layout(codec="bf16"))
     seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
     k, v = random_kv(8192)
     append(rpc, s, seq, 0, k, v)
-    for _ in range(3):
-        got = rpc.kv("ReadTokens", session=s, sequence=seq, begin=0, tokens=8192, layer_begin=0, layer_count=2)
-        assert np.array_equal(np.frombuffer(got.k, np.uint16), k.ravel()) and np.array_equal(np.frombuffer(got.v, np.uint16), v.ravel())
+    for name, client in (("TLS", rpc), ("in the clear", Rpc(kvd.address))):
+        best = float("inf")
+        for _ in range(3):
+            began = time.perf_counter()
+            got = client.kv("ReadTokens", session=s, sequence=seq, begin=0, tokens=8192, layer_begin=0, layer_count=2)
+            best = min(best, time.perf_counter() - began)
+            assert np.array_equal(np.frombuffer(got.k, np.uint16), k.ravel()) and np.array_equal(np.frombuffer(got.v, np.uint16), v.ravel())
+        print(f"\nreplies of {2 * k.nbytes / 1e6:.1f} MB, {name}: {2 * k.nbytes / best / 1e6:.0f} MB/s")
 
 
 def answers(address, credentials):
