@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 
+import numpy as np
 import pytest
 
 from conftest import BUILD, WORKER
@@ -34,23 +35,25 @@ def test_workers_killed_at_random(start):
     survivor.start()
     assert wait_for(lambda: survivor.done > 10 or survivor.failure)
     before = resources(kvd)
-    longest = 0
-    for i in range(KILLS):
-        n = rng.choice([1, 1, 2])
+    killed, took = 0, []
+    while killed < KILLS:
+        n = min(rng.choice([1, 1, 2, 4, 8]), KILLS - killed)
         commands = ([WORKER, kvd.address], [DIRECT, kvd.address, "bf16", "2", "500"], [DIRECT, kvd.address, "int2", "1", "500"])
         victims = [subprocess.Popen(rng.choice(commands), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(n)]
-        time.sleep(rng.uniform(0.001, 0.3))
         for v in victims:
+            time.sleep(rng.uniform(0.001, 0.3 / n))
             v.send_signal(signal.SIGKILL)
         for v in victims:
             v.wait()
+        killed += n
         begin = time.time()
-        assert wait_for(lambda: kvd.metric("kvd_sessions") == 1 and kvd.metric("kvd_connections") == 1), (i, kvd.text()[-2000:])
-        longest = max(longest, time.time() - begin)
-        assert not survivor.failure, (i, survivor.failure)
+        assert wait_for(lambda: kvd.metric("kvd_sessions") == 1 and kvd.metric("kvd_connections") == 1), (killed, kvd.text()[-2000:])
+        took.append(time.time() - begin)
+        assert not survivor.failure, (killed, survivor.failure)
     survivor.stop = True
     survivor.join(30)
     assert not survivor.is_alive() and not survivor.failure, survivor.failure
     assert wait_for(lambda: kvd.metric("kvd_sessions") == 0)
     assert wait_for(lambda: resources(kvd)[0] <= before[0] and resources(kvd)[1] <= before[1]), (before, resources(kvd))
-    print(f"{KILLS} times, {survivor.done} operations beside them; sessions gone after {longest:.3f} s at most")
+    print(f"{killed} killed, {survivor.done} operations beside them; what they had is back after {np.median(took):.3f} s, "
+          f"{np.percentile(took, 99):.3f} s at p99, {max(took):.3f} s at most")
