@@ -34,6 +34,7 @@
 #include "daemon/session/pool.h"
 #include "daemon/session/scrub.h"
 #include "daemon/session/session.h"
+#include "daemon/session/spare.h"
 #include "daemon/session/tenants.h"
 #include "daemon/tier/tiers.h"
 
@@ -48,6 +49,7 @@ const struct kvd_part *const kvd_parts[] = {
     &kvd_part_pool,      // and the namespaces of the configuration
     &kvd_part_tenants,   // who is charged
     &kvd_part_piecework, // what takes long
+    &kvd_part_spare,     // what is kept free
     &kvd_part_leases,    // of prefixes
     &kvd_part_sessions,  // and their own leases
     &kvd_part_scrub,     // checksums of blocks

@@ -186,12 +186,60 @@ bool evict_something(struct kvd_pool *pool, uint32_t ns, enum kvd_prefix_reason 
     bool block = false;
     bool any =
         evict_passed(pool, ns) || (block = blocks_evict(pool, ns, reason)) || evict_one(pool, ns);
+    if (ns != KVD_POOL_NONE) {
+        uint64_t freed = before - pool->head->used;
+        pool->ns[ns].borrow -= KVD_MIN(pool->ns[ns].borrow, freed);
+    }
     if (sum) {
         sum->bytes += before - pool->head->used;
         sum->sequences += pool->head->evictions - sequences;
         sum->blocks += block;
     }
     return any;
+}
+
+// What a namespace has beyond its quota.
+static uint64_t borrowed(const struct kvd_pool *pool, uint32_t ns)
+{
+    const struct region_namespace *n = &pool->ns[ns];
+    return n->quota && n->used > n->quota ? n->used - n->quota : 0;
+}
+
+// Evicts of whoever has borrowed most, among those of whom there is something to evict.
+static bool evict_borrowed(struct kvd_pool *pool, struct kvd_pool_evicted *sum)
+{
+    uint64_t below = UINT64_MAX;
+    for (;;) {
+        uint32_t most = KVD_POOL_NONE;
+        for (uint32_t i = 0; i < pool->head->n_namespaces; i++)
+            if (borrowed(pool, i) && borrowed(pool, i) < below &&
+                (most == KVD_POOL_NONE || borrowed(pool, i) > borrowed(pool, most)))
+                most = i;
+        if (most == KVD_POOL_NONE)
+            return false;
+        below = borrowed(pool, most);
+        if (evict_something(pool, most, KVD_PREFIX_EVICTED_ROOM, sum))
+            return true;
+    }
+}
+
+bool evict_for_room(struct kvd_pool *pool, uint32_t ns, uint64_t bytes)
+{
+    const struct region_namespace *n = &pool->ns[ns];
+    if (n->quota && n->used + bytes > n->quota)
+        return evict_something(pool, ns, KVD_PREFIX_EVICTED_QUOTA, NULL);
+    return evict_borrowed(pool, NULL) ||
+           evict_something(pool, KVD_POOL_NONE, KVD_PREFIX_EVICTED_ROOM, NULL);
+}
+
+uint32_t kvd_pool_relieve(struct kvd_pool *pool, uint32_t most, struct kvd_pool_evicted *sum)
+{
+    uint32_t n = 0;
+    *sum = (struct kvd_pool_evicted){0};
+    while (n < most && (evict_borrowed(pool, sum) ||
+                        evict_something(pool, KVD_POOL_NONE, KVD_PREFIX_EVICTED_ROOM, sum)))
+        n++;
+    return n;
 }
 
 uint32_t kvd_pool_evict(struct kvd_pool *pool, uint32_t ns, uint64_t bytes, uint32_t most,

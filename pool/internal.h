@@ -10,7 +10,7 @@
 #include "pool/prefix.h"
 
 #define KVD_POOL_MAGIC   0x4c4f4f5044564bull // "KVDPOOL"
-#define KVD_POOL_VERSION 8                   // of what this file describes
+#define KVD_POOL_VERSION 9                   // of what this file describes
 
 enum {
     KVD_POOL_ALIGN = KVD_PAGE_UNIT, // page sizes are rounded up to this
@@ -35,6 +35,7 @@ struct region_namespace {
     uint64_t quota;
     // -- derived
     uint64_t used, pages, sequences, tokens, blocks;
+    uint64_t borrow;              // bytes that it may have beyond its quota
     uint32_t lru_first, lru_last; // evictable sequences; first: least recently used
 };
 
@@ -442,6 +443,9 @@ bool blocks_clear(struct kvd_pool *pool, struct kvd_pool_clearing *c, uint32_t *
 // there is nothing.
 bool evict_something(struct kvd_pool *pool, uint32_t ns, enum kvd_prefix_reason reason,
                      struct kvd_pool_evicted *sum);
+// The same for room in the pool, which `ns` wants to grow by so many bytes: what is borrowed goes
+// before all else, and who borrows takes it from itself alone.
+bool evict_for_room(struct kvd_pool *pool, uint32_t ns, uint64_t bytes);
 
 // -- shares.c -----------------------------------------------------------------------------------
 enum share { SHARE_SEQUENCES, SHARE_BLOCKS };

@@ -204,6 +204,11 @@ void kvd_pool_set_quota(struct kvd_pool *pool, uint32_t ns, uint64_t bytes)
     namespace_settle(pool, ns);
 }
 
+void kvd_pool_set_borrow(struct kvd_pool *pool, uint32_t ns, uint64_t bytes)
+{
+    pool->ns[ns].borrow = bytes;
+}
+
 uint32_t kvd_pool_namespace_count(const struct kvd_pool *pool)
 {
     return pool->head->n_namespaces;
@@ -215,6 +220,7 @@ void kvd_pool_namespace_info(const struct kvd_pool *pool, uint32_t ns,
     const struct region_namespace *n = &pool->ns[ns];
     *out = (struct kvd_pool_namespace_info){.name = n->name,
                                             .quota = n->quota,
+                                            .borrow = n->borrow,
                                             .used = n->used,
                                             .pages = n->pages,
                                             .sequences = n->sequences,

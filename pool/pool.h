@@ -131,10 +131,15 @@ void kvd_pool_namespace_keep(struct kvd_pool *pool, uint32_t ns, bool keep);
 uint32_t kvd_pool_namespace_find(const struct kvd_pool *pool, const char *name);
 // Sets the quota in bytes of pages; 0 takes it away. Evicts nothing.
 void kvd_pool_set_quota(struct kvd_pool *pool, uint32_t ns, uint64_t bytes);
+// How many bytes a namespace may have beyond its quota, where there is room in the pool: no more
+// than could be evicted of it, so that it can be given back. It shrinks by what is evicted of the
+// namespace; set it anew now and then. What is borrowed is the first to go when others want room,
+// and whoever borrows evicts nobody's but its own.
+void kvd_pool_set_borrow(struct kvd_pool *pool, uint32_t ns, uint64_t bytes);
 
 struct kvd_pool_namespace_info {
     const char *name; // "": no namespace has this index now
-    uint64_t quota;
+    uint64_t quota, borrow;
     uint64_t used; // bytes of pages in use
     uint64_t pages;
     uint64_t sequences;
@@ -226,6 +231,9 @@ struct kvd_pool_evicted {
 // more than `most` of both. Returns how many; *sum gets what went.
 uint32_t kvd_pool_evict(struct kvd_pool *pool, uint32_t ns, uint64_t bytes, uint32_t most,
                         struct kvd_pool_evicted *sum);
+// Evicts for room in the pool, before it is wanted: up to `most` times, what is borrowed first.
+// Returns how often; fewer: there is nothing more. *sum gets what.
+uint32_t kvd_pool_relieve(struct kvd_pool *pool, uint32_t most, struct kvd_pool_evicted *sum);
 
 // A look at what evicting everything would free, which takes time in proportion to the pages of
 // what is evictable, and so may be taken in steps. What changes in between is counted as it was or

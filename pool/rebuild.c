@@ -23,7 +23,7 @@ static void clear_owners(struct kvd_pool *pool)
 {
     for (uint32_t i = 0; i < pool->head->n_namespaces; i++) {
         struct region_namespace *n = &pool->ns[i];
-        n->used = n->pages = n->sequences = n->tokens = n->blocks = 0;
+        n->used = n->pages = n->sequences = n->tokens = n->blocks = n->borrow = 0;
         n->lru_first = n->lru_last = KVD_POOL_NONE;
     }
     for (uint32_t i = 0; i < pool->head->n_layouts; i++) {

@@ -38,6 +38,14 @@ static int refuse(const struct kvd_pool *pool, int rc, struct kvd_error *err)
         h->n_extents, (unsigned long long)h->extent_bytes);
 }
 
+static int refuse_quota(const struct region_namespace *n, struct kvd_error *err)
+{
+    return kvd_fail(
+        err, KVD_E_QUOTA,
+        "namespace %s uses %llu of its quota of %llu bytes; free sequences or raise the quota",
+        n->name, (unsigned long long)n->used, (unsigned long long)n->quota);
+}
+
 int room_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout, const struct kvd_pool_need *need,
               struct kvd_error *err)
 {
@@ -45,20 +53,18 @@ int room_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout, const struct 
     int rc = need->blocks ? share_take(pool, ns, SHARE_BLOCKS, need->blocks, err) : KVD_OK;
     if (rc)
         return rc;
-    while (n->quota && n->used + need->bytes > n->quota) {
+    while (n->quota && n->used + need->bytes > n->quota + n->borrow) {
         if (!evict_something(pool, ns, KVD_PREFIX_EVICTED_QUOTA, NULL))
-            return kvd_fail(err, KVD_E_QUOTA,
-                            "namespace %s uses %llu of its quota of %llu bytes; free sequences or "
-                            "raise the quota",
-                            n->name, (unsigned long long)n->used, (unsigned long long)n->quota);
+            return refuse_quota(n, err);
     }
     // Eviction may take extents away from the very slabs that were provided for: from the start.
     while (((rc = provide(pool, ns, layout, need)) == KVD_E_FULL || rc == KVD_E_LIMIT) &&
-           evict_something(pool, KVD_POOL_NONE, KVD_PREFIX_EVICTED_ROOM, NULL))
+           evict_for_room(pool, ns, need->bytes))
         ;
     if (rc == KVD_OK)
         return rc;
-    rc = refuse(pool, rc, err);
+    bool borrows = n->quota && n->used + need->bytes > n->quota;
+    rc = rc == KVD_E_FULL && borrows ? refuse_quota(n, err) : refuse(pool, rc, err);
     room_settle(pool, ns, layout, need);
     return rc;
 }

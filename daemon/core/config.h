@@ -30,6 +30,7 @@ struct kvd_allow {
 struct kvd_config_namespace {
     char name[KVD_MAX_NAMESPACE + 1];
     uint64_t quota;
+    bool borrow; // of what others have no use for
     struct kvd_allow allow;
 };
 
@@ -39,6 +40,7 @@ struct kvd_config {
     uint32_t threads;                // 0: one per CPU
     char isa[16];                    // "": the best
     uint64_t pool_size, extent_size; // extent_size 0: chosen from pool_size
+    uint64_t free_low, free_high;    // of the pool, between which eviction keeps it; 0: off
     uint64_t memory_floor;           // GPU memory that is left to others
     uint32_t idle_memory_ms;         // how long host memory of idle extents is kept; 0: for good
     bool overcommit_memory;          // a pool may be larger than the host's memory

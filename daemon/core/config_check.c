@@ -72,13 +72,29 @@ static void check_sizes(struct kvd_config_load *l)
             "extent-size: %" PRIu64
             " bytes is not possible; it must be a multiple of 2 MiB and at most pool-size",
             c->extent_size);
-    for (uint32_t i = 0; i < c->n_namespaces; i++)
+    if (c->free_low && !c->free_high)
+        c->free_high = KVD_MIN(2 * c->free_low, c->pool_size / 2);
+    if (c->free_high > c->pool_size / 2 || c->free_low > c->free_high ||
+        (c->free_high && !c->free_low))
+        kvd_config_problem(
+            l, kvd_config_place(l, c->free_low ? "free-low" : "free-high"),
+            "free-low and free-high: %" PRIu64 " and %" PRIu64
+            " bytes are not possible; free-low goes with free-high, is at most that, "
+            "and free-high is at most half of pool-size",
+            c->free_low, c->free_high);
+    for (uint32_t i = 0; i < c->n_namespaces; i++) {
+        if (c->namespaces[i].borrow && !c->namespaces[i].quota)
+            kvd_config_problem(l, kvd_config_namespace_place(l, i, "borrow"),
+                               "borrow: the namespace %s has no quota that it could exceed; set "
+                               "quota",
+                               c->namespaces[i].name);
         if (c->namespaces[i].quota > c->pool_size)
             kvd_config_problem(l, kvd_config_namespace_place(l, i, "quota"),
                                "quota: %" PRIu64
                                " bytes for the namespace %s are more than pool-size, %" PRIu64
                                " bytes",
                                c->namespaces[i].quota, c->namespaces[i].name, c->pool_size);
+    }
 }
 
 // -- addresses ----------------------------------------------------------------------------------

@@ -34,12 +34,15 @@ def why(kvd, key, namespace="default"):
     return kvd.kvctl("why", namespace, key).stdout.split(",")[0].strip()
 
 
-def push_out(kvd, client, key, namespace="default"):
-    """Publishes others until a block is gone: a small index remembers few that are."""
-    for i in range(1, 60):
-        if why(kvd, key, namespace) != "present":
-            return
+def push_out(client, watcher):
+    """Publishes prompts until blocks go; the key of the one that went last, as a small index remembers few, and why the watcher heard it went."""
+    for i in range(1, 99):
         publish(client, tokens_of(i, 2048))
+        events = list(iter(lambda: watcher.next_event(0.1), None))
+        gone = [e for e in events if e.kind == "removed"]
+        if gone:
+            return gone[-1].keys[-1].hex(), gone[-1].miss
+    raise AssertionError("there is room for all")
 
 
 def test_retain_outlives_its_session_and_may_expire(kvd):
@@ -181,18 +184,14 @@ def test_every_reason_is_told(start):
     dropped, other extras, another layout. Expired: above. Damaged: test_scrub. For the index: test_prefix.c."""
     kvd = start("--pool-size", "8MiB", "--extent-size", "2MiB", config="[namespace small]\nquota = 2MiB\n")
     with connect(kvd, namespace="small") as c:
-        publish(c, tokens_of(0, 640))
-        key = last_key(kvd, "small")
-        push_out(kvd, c, key, "small")
-        assert why(kvd, key, "small") == "evicted for the quota"
-        assert c.match([package.Prompt(tokens_of(0, 640))])[0].miss in ("evicted for the quota", "none")
+        key, reason = push_out(c, c)
+        assert why(kvd, key, "small") == reason == "evicted for the quota"
         kvd.kvctl("prefix", "drop", "small", "--yes")
     with connect(kvd) as c:
         assert why(kvd, "0" * 48) == "unknown"
-        publish(c, tokens_of(0, 640))
-        key = last_key(kvd)
-        push_out(kvd, c, key)
-        assert why(kvd, key) == "evicted for room"
+        key, reason = push_out(c, c)
+        assert why(kvd, key) == reason == "evicted for room"
+        kvd.kvctl("prefix", "drop", "default", "--yes")
         publish(c, tokens_of(0, 640))
         kvd.kvctl("evict", "--namespace", "default")
         assert c.match([package.Prompt(tokens_of(0, 640))])[0].miss == "evicted by an operator"

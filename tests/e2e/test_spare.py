@@ -1,0 +1,70 @@
+"""Watermarks, and quotas that may be exceeded by what can be given back."""
+import pytest
+
+import kvd as package
+from conftest import BUILD
+from test_hints import publish
+from test_prefix import connect, tokens_of
+from test_tiers import until
+
+pytestmark = pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
+MIB = 1 << 20
+
+
+def value(kvd, line):
+    found = [x for x in kvd.kvctl("metrics").stdout.splitlines() if x.startswith(line + " ")]
+    assert found, line
+    return float(found[0].split()[-1])
+
+
+def used(kvd):
+    return value(kvd, 'kvd_pool_bytes{state="used"}')
+
+
+def test_enough_is_free_before_it_is_wanted(start):
+    kvd = start("--pool-size", "16MiB", "--extent-size", "2MiB", config="[kvd]\nfree-low = 4MiB\nfree-high = 6MiB\n")
+    with connect(kvd) as c:
+        for i in range(99):
+            publish(c, tokens_of(i, 2048))
+            if value(kvd, "kvd_pool_relieved_blocks_total"):
+                break
+        until(lambda: used(kvd) <= 12 * MIB, True)
+        assert used(kvd) > 8 * MIB  # and no more than that goes
+        assert value(kvd, "kvd_pool_relieved_bytes_total") >= 1
+        assert c.match([package.Prompt(tokens_of(i, 2048))], lease=0)[0].blocks == 28  # the latest is there
+        # What workers hold stays, however little is free, and kvd goes on.
+        held, k, v = [], c.tensor(2, 8192, 2, 64), c.tensor(2, 8192, 2, 64)
+        while used(kvd) < 13 * MIB:
+            held.append(c.create())
+            held[-1].append(k, v)
+        before = used(kvd)
+        assert kvd.kvctl("ping").returncode == 0
+        until(lambda: used(kvd), before)
+        (kvd.folder / "kvd.conf").write_text("[kvd]\n")
+        assert "free-low" in kvd.kvctl("reload").stdout
+
+
+def test_what_is_borrowed_is_given_back(start):
+    kvd = start("--pool-size", "32MiB", "--extent-size", "2MiB", config="[namespace a]\nquota = 6MiB\nborrow = yes\n[namespace b]\nquota = 16MiB\n")
+    with connect(kvd, namespace="a") as a, connect(kvd, namespace="b") as b:
+        borrowed = 'kvd_namespace_borrowed_bytes{namespace="a"}'
+        for i in range(200):
+            publish(a, tokens_of(i, 2048))
+            if value(kvd, borrowed) > 8 * MIB:
+                break
+        assert value(kvd, borrowed) > 8 * MIB
+        before = value(kvd, borrowed)
+        # What workers hold does not go beyond the quota.
+        k, v = a.tensor(2, 16384, 2, 64), a.tensor(2, 16384, 2, 64)
+        with pytest.raises(package.ExhaustedError, match="of its quota"):
+            held = [a.create() for _ in range(20)]
+            for s in held:
+                s.append(k, v)
+        for s in held:  # extents that have a page of theirs do not go back
+            s.free()
+        k, v = b.tensor(2, 8192, 2, 64), b.tensor(2, 8192, 2, 64)
+        while value(kvd, 'kvd_namespace_used_bytes{namespace="b"}') < 12 * MIB:
+            b.create().append(k, v)
+        assert value(kvd, borrowed) < before
+        (kvd.folder / "kvd.conf").write_text("[namespace a]\nquota = 6MiB\n[namespace b]\nquota = 16MiB\n")
+        assert "namespace a: borrow: yes, now no" in kvd.kvctl("reload").stdout

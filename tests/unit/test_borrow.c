@@ -1,0 +1,204 @@
+// Quotas that may be exceeded: random operations of two namespaces against a model that knows what
+// each has in use. KVD_POOL_OPS sets the number of operations (default 20,000).
+#include "tests/unit/blocks_fixture.h"
+
+enum {
+    EXTENTS = 24,
+    QUOTA_PAGES = 6 * 128, // of 16 KiB, 128 an extent
+    PAGE = 16 << 10,
+    LIVE = 3,  // sequences that a namespace holds
+    MOST = 40, // pages of one, or that are put
+};
+
+struct tenant {
+    uint32_t ns;
+    struct kvd_blocks_space space;
+    uint64_t live[LIVE];
+    uint32_t pages[LIVE], in_use;
+    uint64_t evictable; // at the latest look
+};
+
+struct model {
+    struct test_mem mem;
+    struct kvd_pool *pool;
+    uint32_t layout;
+    uint64_t rng, named;
+    struct tenant t[2]; // the first may borrow
+    uint32_t borrowed, refused, given_back;
+};
+
+static uint32_t below(struct model *m, uint32_t n)
+{
+    return (uint32_t)(kvd_rand(&m->rng) >> 33) % n;
+}
+
+static void model_new(struct model *m)
+{
+    struct kvd_error err = {0};
+    *m = (struct model){.rng = kvd_test_seed("borrow")};
+    m->pool = test_pool(&m->mem, EXTENTS, 64);
+    struct kvd_layout l = test_layout(1, 0, 0);
+    for (int i = 0; i < 2; i++) {
+        struct tenant *t = &m->t[i];
+        char name[4] = {'n', (char)('0' + i), 0};
+        ck_assert_int_eq(kvd_pool_namespace(m->pool, name, &t->ns, &err), 0);
+        kvd_pool_set_quota(m->pool, t->ns, (uint64_t)QUOTA_PAGES * PAGE);
+        ck_assert_int_eq(
+            kvd_pool_layout(m->pool, t->ns, &l, one_plane, &m->layout, &recycled, &err), 0);
+        t->space = space_of(t->ns, m->layout, "");
+    }
+}
+
+static struct kvd_pool_namespace_info info_of(const struct model *m, const struct tenant *t)
+{
+    struct kvd_pool_namespace_info info;
+    kvd_pool_namespace_info(m->pool, t->ns, &info);
+    return info;
+}
+
+static uint64_t blocks_of(const struct model *m, const struct tenant *t)
+{
+    struct kvd_blocks_info info;
+    kvd_blocks_info(m->pool, t->ns, &info);
+    return info.blocks;
+}
+
+static int sequence(struct model *m, struct tenant *t, uint32_t pages, uint64_t *seq)
+{
+    struct kvd_error err = {0};
+    ck_assert_int_eq(kvd_pool_seq_new(m->pool, t->ns, m->layout, seq, &err), 0);
+    int rc = grow(m->pool, *seq, pages * T, &err);
+    if (rc)
+        kvd_pool_seq_release(m->pool, *seq);
+    return rc;
+}
+
+// Whether something may be refused: what is in use, and what is asked for, fit the quota.
+static void check_refusal(struct model *m, const struct tenant *t, uint32_t pages, int rc)
+{
+    bool fits = t->in_use + pages <= QUOTA_PAGES;
+    ck_assert_msg(!fits || rc == 0, "%u pages in use, %u more refused (%d)", t->in_use, pages, rc);
+    ck_assert_msg(fits || rc == KVD_E_QUOTA, "%u pages in use got %u more (%d)", t->in_use, pages,
+                  rc);
+    m->refused += rc != 0;
+}
+
+static void op_put(struct model *m, struct tenant *t)
+{
+    struct kvd_prefix_key keys[MOST];
+    uint8_t names[MOST][16] = {{0}};
+    uint32_t n = 1 + below(m, MOST), stored;
+    uint64_t seq;
+    struct kvd_error err = {0};
+    for (uint32_t i = 0; i < n; i++) {
+        uint64_t name = ++m->named;
+        memcpy(names[i], &name, sizeof(name));
+    }
+    ck_assert_int_eq(kvd_prefix_keys_of_pages(t->space.domain, names[0], 16, n, keys, &err), 0);
+    int rc = sequence(m, t, n, &seq);
+    check_refusal(m, t, n, rc);
+    if (rc)
+        return;
+    ck_assert_int_eq(
+        kvd_blocks_publish_pages(m->pool, &t->space, seq, keys, n, NULL, &stored, &err), 0);
+    kvd_pool_seq_release(m->pool, seq);
+}
+
+static void op_live(struct model *m, struct tenant *t)
+{
+    uint32_t i = below(m, LIVE), n = below(m, 8) ? 1 + below(m, MOST) : 200 + below(m, 400);
+    if (t->live[i]) {
+        kvd_pool_seq_release(m->pool, t->live[i]);
+        t->in_use -= t->pages[i];
+        t->live[i] = 0;
+        return;
+    }
+    int rc = sequence(m, t, n, &t->live[i]);
+    check_refusal(m, t, n, rc);
+    if (rc) {
+        t->live[i] = 0;
+        return;
+    }
+    t->pages[i] = n;
+    t->in_use += n;
+}
+
+static void op_look(struct model *m)
+{
+    uint64_t by_namespace[8] = {0};
+    struct kvd_pool_look look = {.by_namespace = by_namespace};
+    while (!kvd_pool_look_step(m->pool, &look, 1000))
+        ;
+    for (int i = 0; i < 2; i++)
+        m->t[i].evictable = by_namespace[m->t[i].ns];
+    kvd_pool_set_borrow(m->pool, m->t[0].ns, m->t[0].evictable);
+}
+
+static void check(struct model *m)
+{
+    const struct kvd_pool_namespace_info a = info_of(m, &m->t[0]), b = info_of(m, &m->t[1]);
+    const uint64_t quota = (uint64_t)QUOTA_PAGES * PAGE;
+    for (int i = 0; i < 2; i++)
+        ck_assert_uint_le(m->t[i].in_use, QUOTA_PAGES);
+    ck_assert_uint_le(b.used, quota); // it may not
+    ck_assert_uint_le(a.used, quota + m->t[0].evictable);
+    ck_assert_uint_le(a.used, quota + a.borrow);
+    m->borrowed += a.used > quota;
+}
+
+START_TEST(what_is_borrowed_is_given_back)
+{
+    const char *env = getenv("KVD_POOL_OPS");
+    uint64_t ops = env ? strtoull(env, NULL, 0) : 20000;
+    static struct model m;
+    model_new(&m);
+    for (uint64_t i = 0; i < ops; i++) {
+        struct tenant *t = &m.t[below(&m, 3) == 0], *other = &m.t[t == m.t];
+        uint64_t before = blocks_of(&m, other), had = info_of(&m, other).used;
+        if (below(&m, 3) == 0)
+            op_live(&m, t);
+        else
+            op_put(&m, t);
+        // Nobody borrows what another has stored; who wants what is its own gets it back.
+        if (t == m.t)
+            ck_assert_uint_eq(blocks_of(&m, other), before);
+        m.given_back += info_of(&m, other).used < had;
+        if (below(&m, 4) == 0)
+            op_look(&m);
+        check(&m);
+        if (i % 64 == 0)
+            verify(m.pool);
+    }
+    printf("borrowed after %u of %" PRIu64 " operations, given back in %u, %u refused\n",
+           m.borrowed, ops, m.given_back, m.refused);
+    ck_assert(m.borrowed && m.given_back && m.refused);
+    kvd_pool_free(&m.pool);
+}
+END_TEST
+
+START_TEST(relieving_takes_what_is_borrowed_first)
+{
+    static struct model m;
+    struct kvd_pool_evicted sum;
+    model_new(&m);
+    for (int i = 0; i < 30; i++) {
+        op_put(&m, &m.t[0]);
+        op_look(&m);
+    }
+    op_put(&m, &m.t[1]);
+    uint64_t other = blocks_of(&m, &m.t[1]), used = info_of(&m, &m.t[0]).used;
+    uint64_t over = used > (uint64_t)QUOTA_PAGES * PAGE ? used - (uint64_t)QUOTA_PAGES * PAGE : 0;
+    while (over >= PAGE) {
+        ck_assert_uint_eq(kvd_pool_relieve(m.pool, 1, &sum), 1);
+        ck_assert_uint_eq(blocks_of(&m, &m.t[1]), other);
+        over -= KVD_MIN(over, sum.bytes);
+    }
+    while (kvd_pool_relieve(m.pool, 8, &sum) == 8)
+        ;
+    ck_assert_uint_eq(blocks_of(&m, &m.t[0]) + blocks_of(&m, &m.t[1]), 0);
+    verify(m.pool);
+    kvd_pool_free(&m.pool);
+}
+END_TEST
+
+KVD_MAIN("borrow", 120, what_is_borrowed_is_given_back, relieving_takes_what_is_borrowed_first)
