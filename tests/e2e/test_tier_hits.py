@@ -12,6 +12,7 @@ import pytest
 import kvd as package
 import test_pages as pages
 from conftest import Daemon, Rpc, kv, layout
+from test_keep import kill
 from test_prefix import connect, step, tokens_of
 from test_tiers import SERVERS, needs_libkvd, publish, serve, server, tiers, until  # noqa: F401
 
@@ -111,6 +112,21 @@ def test_hits_survive_restarts_and_are_seen_elsewhere(start, folder, server, tmp
         assert match(kvd, tokens)[0].restored == 12
         assert np.array_equal(go_on(c, tokens, 12), want)
         assert 'kvd_prefix_restored_tokens_total{namespace="default"} 768' in kvd.kvctl("metrics").stdout
+
+
+def test_what_a_tier_has_is_not_sent_again_by_the_next_kvd(start, folder):
+    """With keep, blocks of the kvd before are asked for first, and only those that no tier has are copied."""
+    keeper, tokens = start("--keep", "--backend", "cpu", config=f"[kvd]\ntier-directory = {folder}/blocks 1GiB\n"), tokens_of(1, 1024)
+    with connect(keeper) as c:
+        assert publish(c, tokens) == 12
+        put(keeper, 12, "directory")
+    lost = block_files(folder)[3]
+    lost.unlink()
+    kill(keeper)
+    until(lambda: keeper.metric("kvd_demotion_known_blocks_total"), 11)
+    until(lambda: keeper.metric("kvd_demotion_waiting_blocks"), 0)
+    put(keeper, 1, "directory")
+    assert lost.exists()
 
 
 def block_files(folder):

@@ -600,6 +600,29 @@ START_TEST(blocks_expire)
 }
 END_TEST
 
+// A directory's and the host's memory's; a server's is renewed by the server.
+START_TEST(a_put_of_what_is_there_renews_its_time)
+{
+    struct place p;
+    place_begin(&p);
+    tier_end(&p.loop, &p.t);
+    p.settings.ttl_s = 2;
+    place_open(&p);
+    struct kvd_tier *host =
+        tier_open(&p.loop, &kvd_tier_host_ops, kvd_tier_host_new(1 << 20), &p.settings);
+    for (int i = 0; i < 2; i++) {
+        ck_assert_int_eq(tier_put(&p.loop, p.t, 1, BYTES, NULL), KVD_TIER_OK);
+        ck_assert_int_eq(tier_put(&p.loop, host, 1, BYTES, NULL), KVD_TIER_OK);
+        tier_sleep(&p.loop, 1600);
+    }
+    ck_assert_int_eq(tier_get(&p.loop, p.t, 1, BYTES, NULL), KVD_TIER_OK);
+    ck_assert_int_eq(tier_get(&p.loop, host, 1, BYTES, NULL), KVD_TIER_OK);
+    ck_assert_uint_eq(file_count(&p), 1);
+    ck_assert(kvd_tier_close(&host));
+    place_end(&p);
+}
+END_TEST
+
 // A disk that others have filled: puts are refused, what is there is served, nothing is left over.
 START_TEST(a_full_disk_is_noticed)
 {
@@ -668,5 +691,5 @@ KVD_MAIN("tier", 60, whatever_bit_is_flipped_is_noticed,
          host_memory_is_bounded_and_keeps_what_is_used, a_directory_outlives_the_one_that_filled_it,
          files_that_are_not_what_was_written_are_dropped,
          a_file_forged_without_the_secret_is_dropped, a_directory_keeps_its_limit_and_what_is_used,
-         two_share_a_directory, blocks_expire, a_full_disk_is_noticed,
-         a_directory_that_cannot_be_used_fails_softly)
+         two_share_a_directory, blocks_expire, a_put_of_what_is_there_renews_its_time,
+         a_full_disk_is_noticed, a_directory_that_cannot_be_used_fails_softly)
