@@ -19,11 +19,12 @@ TEXTS = ["", "x", "default", "..", "/", "a b", "\0", "tenant\0x", "\n", "\x7f", 
          "%s%n", "sha256:" + "0" * 64, "model@tag", "hadamard", "identity", "random", "bf16", "int2", "int2c", "int2-lm", "turboquant-4", "tc2", "tc2.5"]
 
 METHODS = {f"/kvd.v1.KvCache/{m.name}": (getattr(kv, m.input_type.name), False)
-           for m in kv.DESCRIPTOR.services_by_name["KvCache"].methods if m.name != "Watch"}
+           for m in kv.DESCRIPTOR.services_by_name["KvCache"].methods}
 METHODS |= {f"/kvd.v1.Admin/{m.name}": (getattr(admin, m.input_type.name), False)
             for m in admin.DESCRIPTOR.services_by_name["Admin"].methods}
 METHODS["/grpc.health.v1.Health/Check"] = health.HealthCheckRequest, False
 METHODS["/kvd.v1.KvCache/Watch"] = kv.WatchRequest, True
+METHODS["/kvd.v1.KvCache/WatchNamespace"] = kv.WatchNamespaceRequest, True
 METHODS["/grpc.health.v1.Health/Watch"] = health.HealthCheckRequest, True
 
 
