@@ -218,9 +218,9 @@ template <int NT, int DK, int WARPS> struct queries {
 
     // Rotates the warp's share of outputs; `r` holds its first run. The caller synchronizes before
     // anyone reads. Returns the divisor. means: of tc2 and tc2.5, the products of rows 2 t and 2 t + 1 with K's mean.
-    template <bool F32, int CODEC>
-    __device__ inline float rotate(const attend_call &p, uint32_t kv, float sign,
-                                   const raw_queries<NT, DK> &raw, run &r, float (&means)[NT][2])
+    template <bool F32, int CODEC, typename M>
+    __device__ inline float rotate(const attend_call &p, uint32_t kv, float sign, const key_terms<DK, CODEC> &terms,
+                                   const M &shared, const raw_queries<NT, DK> &raw, run &r, float (&means)[NT][2])
     {
         constexpr int TILES = (DK / 16 + WARPS - 1) / WARPS;
         int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -239,10 +239,13 @@ template <int NT, int DK, int WARPS> struct queries {
             mine = 0;
         float divisor = magnitude(__uint_as_float(__reduce_max_sync(~0u, __float_as_uint(mine))));
         float factor = __fdividef(sign * inverse_power(divisor), scale);
-        if constexpr (is_tc(CODEC))
+        if constexpr (is_tc(CODEC)) {
+            copies_arrived();
+            __syncwarp();
 #pragma unroll
             for (int n = 0; n < NT; n++)
-                query_means<F32, DK>(transform_of(p.rotation, p.layer, kv), q[n], low[n], means[n]);
+                query_means<F32, DK>(shared, q[n], low[n], means[n]);
+        }
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
             int tile = warp + i * WARPS;
@@ -267,7 +270,7 @@ template <int NT, int DK, int WARPS> struct queries {
             }
             float f = factor;
             if constexpr (is_tc(CODEC))
-                f *= __ldg(&key_tiles(transform_of(p.rotation, p.layer, kv), p.codec)[tile].factor);
+                f *= __shfl_sync(~0u, terms.factor, tile);
             else
                 f *= slot_factor<CODEC>(tile);
 #pragma unroll

@@ -113,7 +113,7 @@ template <bool GENERAL, int NT, int DK, int DV, int WARPS, int CODEC>
 __device__ inline void history_part(const attend_call &p, const row_block &b,
                                     const history_range &range, uint32_t part,
                                     const block_memory<NT, DK, DV, WARPS, CODEC> &memory,
-                                    raw_queries<NT, DK> &raw,
+                                    raw_queries<NT, DK> &raw, const key_terms<DK, CODEC> &terms,
                                     typename queries<NT, DK, WARPS>::run &r)
 {
     using mem = block_memory<NT, DK, DV, WARPS, CODEC>;
@@ -156,11 +156,13 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
     auto &rotated = memory.rotated();
     float sign = sign_of(p.scale);
     logit_terms<NT> x;
-    float divisor = p.q_type == KVD_DTYPE_F32 ? rotated.template rotate<true, CODEC>(p, b.kv, sign, raw, r, x.mean)
-                                              : rotated.template rotate<false, CODEC>(p, b.kv, sign, raw, r, x.mean);
+    auto means = memory.means();
+    float divisor = p.q_type == KVD_DTYPE_F32
+                        ? rotated.template rotate<true, CODEC>(p, b.kv, sign, terms, means, raw, r, x.mean)
+                        : rotated.template rotate<false, CODEC>(p, b.kv, sign, terms, means, raw, r, x.mean);
     key_views<DK, CODEC> views;
     if constexpr (is_tc(CODEC))
-        views.load(transform_of(p.rotation, p.layer, b.kv), p.codec);
+        views.take(terms);
     __syncthreads();
     uint2 q[NT][DK / 16];
     state<NT, DV> st;
@@ -184,7 +186,7 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
 #endif
     x.score_unit = p.scale == 0 ? 1 : fabsf(p.scale) * LOG2E * divisor * TWO24;
     if constexpr (is_tc(CODEC)) {
-        const float unit = __ldg(&transform_of(p.rotation, p.layer, b.kv).query_unit);
+        const float unit = terms.query_unit;
         x.score_unit *= p.scale == 0 ? 1 : unit;
 #pragma unroll
         for (int n = 0; n < NT; n++)
@@ -283,14 +285,24 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
         queries<NT, DK, WARPS>::load(p, b.kv, 0, r);
         prefetch_place(p, b);
     }
+    key_terms<DK, CODEC> terms;
+    if constexpr (is_tc(CODEC)) {
+        const kvd_cuda_transform &t = transform_of(p.rotation, p.layer, b.kv);
+        if (!bf16)
+            terms.load(t, p.codec);
+        memory.means().fetch(t, !bf16);
+    }
     memory.init();
     raw_queries<NT, DK> q;
     if (bf16 || !p.early) // before the first tiles are asked for, behind which q would wait long
         after_previous(p, b, q);
     load_lengths(p, b);
     history_range range = history_of<GENERAL>(p, b, 8 * NT);
-    if (!bf16 && part >= range.parts)
+    if (!bf16 && part >= range.parts) {
+        if constexpr (is_tc(CODEC))
+            copies_arrived(); // none may come when the block has ended
         return;
+    }
     if (threadIdx.x == 0)
         memory.parts() = range.parts;
     if (bf16 && p.q_type == KVD_DTYPE_F32)
@@ -298,10 +310,12 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
     else if (bf16)
         window_part<GENERAL, false, NT, DK, DV, WARPS>(p, b, part - p.splits, memory, q);
     else
-        history_part<GENERAL, NT, DK, DV, WARPS, CODEC>(p, b, range, part, memory, q, r);
+        history_part<GENERAL, NT, DK, DV, WARPS, CODEC>(p, b, range, part, memory, q, terms, r);
     b = place_of<NT>(p); // again, so that nothing of it was kept in registers
     part = part_of(p), bf16 = part >= p.splits;
     uint32_t rows = min((uint32_t)mem::ROWS, p.rows - b.row0);
+    if constexpr (is_tc(CODEC))
+        copies_arrived(); // V's mean
     __syncthreads();
     uint32_t of_history = uniform(memory.parts()), n = of_history + p.window_splits;
     unrotation<mem, DV> back(p, b, memory);

@@ -90,7 +90,9 @@ template <int NT, int DK, int DV, int WARPS, int CODEC> struct block_memory {
     static constexpr int QUERIES = QUERIES_IN_RING ? WARPS * OWN - OWN + (SLOTS - 1) * TILE : WARPS * OWN;
     static constexpr int TERMS = QUERIES_IN_RING ? WARPS * OWN : QUERIES + (int)sizeof(queries<NT, DK, WARPS>);
     static constexpr int PARTS = TERMS + N_TERMS * ROWS * WARPS * 4, BARRIERS = PARTS + 8;
-    static constexpr int BYTES = BARRIERS + (WARPS * SLOTS + 1) * 8; // the last one is R^T's
+    static constexpr int MEANS = (BARRIERS + (WARPS * SLOTS + 1) * 8 + 15) / 16 * 16; // the last one is R^T's
+    static constexpr int BYTES = is_tc(CODEC) ? MEANS + shared_means<DK, DV, WARPS>::BYTES
+                                              : BARRIERS + (WARPS * SLOTS + 1) * 8;
     static_assert(sizeof(queries<NT, DK, WARPS>) <= TILE || !QUERIES_IN_RING, "queries fit a slot");
     static_assert(sums::QUADS * sums::QUAD_PITCH * 4 <= WEIGHTS, "results take the place of sums");
 
@@ -119,6 +121,11 @@ template <int NT, int DK, int DV, int WARPS, int CODEC> struct block_memory {
     __device__ inline queries<NT, DK, WARPS> &rotated() const
     {
         return *(queries<NT, DK, WARPS> *)(at + QUERIES);
+    }
+
+    __device__ inline shared_means<DK, DV, WARPS> means() const // of tc2 and tc2.5
+    {
+        return {at + MEANS};
     }
 
     __device__ inline float *windows() const
@@ -556,7 +563,7 @@ __device__ inline void finish_rows(const attend_call &p, const row_block &b, con
             }
             if (is_tc(M::COMPILED_CODEC) && rotated) {
                 float coded = mem.history()[row * M::PITCH + padded(DV)];
-                float2 mean = __ldg((const float2 *)&transform_of(p.rotation, p.layer, b.kv).v_mean[channel]);
+                float2 mean = *(const float2 *)&mem.means().v()[channel];
                 x.x = fmaf(coded, mean.x, x.x), x.y = fmaf(coded, mean.y, x.y);
             }
             uint64_t at = row_index(p, b, b.row0 + row) * DV + channel;

@@ -89,7 +89,9 @@ __global__ void __launch_bounds__(READ_WARPS * 32)
                        [&](uint32_t in) { return V ? KVD_EVEN_STEP : tf.k_sigma[in] * tiles[in / 16].step; });
     __syncthreads();
     key_views<D, TC> views;
-    views.load(tf, p.codec);
+    key_terms<D, TC> terms;
+    terms.load(tf, p.codec);
+    views.take(terms);
     const float *means = V ? tf.v_mean : tf.k_mean;
     const kvd_cuda_tensor &out = V ? p.v : p.k;
     uint32_t key_bytes = 128 * stream_bits<TC>(p.codec, (int)p.dim_k), both = key_bytes + 16 * p.dim_v;

@@ -21,18 +21,57 @@ __device__ inline const kvd_cuda_key_tile *key_tiles(const kvd_cuda_transform &t
     return t.tiles[codec == TC2_5];
 }
 
+// What a warp wants of a transform, a tile a lane: loaded long before it is used. Nothing, for other codecs.
+template <int DK, int CODEC> struct key_terms {
+    uint32_t view, mask;
+    float factor, query_unit;
+
+    __device__ inline void load(const kvd_cuda_transform &t, uint32_t codec)
+    {
+        const kvd_cuda_key_tile *tile = key_tiles(t, codec) + min(threadIdx.x % 32, DK / 16 - 1);
+        view = __ldg(&tile->view), mask = __ldg(&tile->mask), factor = __ldg(&tile->factor);
+        query_unit = __ldg(&t.query_unit);
+    }
+};
+
 // How a block looks at K's codes; nothing, for other codecs.
 template <int DK, int CODEC> struct key_views {
     static constexpr int TILES = is_tc(CODEC) ? DK / 16 : 1;
     uint32_t mask[TILES], view[TILES];
 
-    __device__ inline void load(const kvd_cuda_transform &t, uint32_t codec)
+    __device__ inline void take(const key_terms<DK, CODEC> &t)
     {
 #pragma unroll
         for (int i = 0; i < TILES; i++) {
-            mask[i] = uniform(__ldg(&key_tiles(t, codec)[i].mask));
-            view[i] = uniform(__ldg(&key_tiles(t, codec)[i].view));
+            mask[i] = uniform(threadIdx.x % 32 == i ? t.mask : 0);
+            view[i] = uniform(threadIdx.x % 32 == i ? t.view : 0);
         }
+    }
+};
+
+// Means in shared memory: of K, two bf16 parts for each warp, and of V. Of head_dims filled up to groups of 32.
+template <int DK, int DV, int WARPS> struct shared_means {
+    static constexpr int K_BYTES = 2 * padded(DK) * 2, BYTES = WARPS * K_BYTES + padded(DV) * 4;
+    uint8_t *at;
+
+    __device__ inline const uint16_t *k_part(int part) const
+    {
+        return (const uint16_t *)(at + threadIdx.x / 32 * K_BYTES) + part * padded(DK);
+    }
+
+    __device__ inline const float *v() const
+    {
+        return (const float *)(at + WARPS * K_BYTES);
+    }
+
+    // Asks for V's, and for those of K that the warp uses. These are there after copies_arrived and __syncwarp.
+    __device__ inline void fetch(const kvd_cuda_transform &t, bool keys) const
+    {
+        constexpr uint32_t PART = padded(DK) / 8; // pieces of 16 bytes
+        for (uint32_t i = threadIdx.x % 32; i < 2 * PART && keys; i += 32)
+            copy_async(at + threadIdx.x / 32 * K_BYTES + i * 16, &t.k_mean_parts[i / PART][i % PART * 8]);
+        for (uint32_t i = threadIdx.x; i < padded(DV) / 4; i += WARPS * 32)
+            copy_async(at + WARPS * K_BYTES + i * 16, &t.v_mean[i * 4]);
     }
 };
 
@@ -126,8 +165,8 @@ template <int DK, int CODEC> struct key_words {
 
 // The products of a lane's query rows with the keys' mean: of rows 2 t and 2 t + 1. `q` as operands in the order of
 // forward_channel, `low` what they leave of an f32.
-template <bool F32, int DK>
-__device__ inline void query_means(const kvd_cuda_transform &t, const uint32_t (&q)[padded(DK) / 8],
+template <bool F32, int DK, typename M>
+__device__ inline void query_means(const M &means, const uint32_t (&q)[padded(DK) / 8],
                                    const uint32_t (&low)[padded(DK) / 8], float (&out)[2])
 {
     float c[2][4] = {};
@@ -135,7 +174,7 @@ __device__ inline void query_means(const kvd_cuda_transform &t, const uint32_t (
     for (int part = 0; part < 2; part++)
 #pragma unroll
         for (int i = 0; i < padded(DK) / 32; i++) {
-            uint4 x = __ldg((const uint4 *)(t.k_mean_parts[part] + 32 * i + threadIdx.x % 4 * 8));
+            uint4 x = *(const uint4 *)(means.k_part(part) + 32 * i + threadIdx.x % 4 * 8);
             const uint32_t a0[4] = {x.x, x.x, x.y, x.y}, a1[4] = {x.z, x.z, x.w, x.w};
             mma_bf16(c[0], a0, q[4 * i], q[4 * i + 1]);
             mma_bf16(c[1], a1, q[4 * i + 2], q[4 * i + 3]);
