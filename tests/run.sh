@@ -4,6 +4,7 @@
 #   QUICK=1        leaves out the sanitizer builds
 #   BUILD=DIR      build folder (default: build-test; sanitizers use DIR-asan and DIR-tsan)
 #   JOBS=N         end-to-end tests that run side by side (default: cores + 1, for they wait a lot)
+#   SLOWEST=N      also says which N end-to-end tests of each run took longest
 #   KVD_ROTATIONZOO=DIR  real rotation files, for the tests that can use them
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
@@ -65,13 +66,14 @@ pytests() { # pytests NAME BUILD ARGUMENT...
     local name=$1
     export KVD_BUILD=$PWD/$2 KVD_SOURCE=$PWD
     shift 2
-    (cd tests/e2e && PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m pytest -q -rs -n "$jobs" -p no:cacheprovider "$@") >"$logs/py" 2>&1
+    (cd tests/e2e && PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m pytest -q -rs -n "$jobs" -p no:cacheprovider ${SLOWEST:+--durations="$SLOWEST"} "$@") >"$logs/py" 2>&1
     local rc=$? line n_pass n_fail n_skip
     line=$(tail -n 1 "$logs/py")
     n_pass=$(grep -oE '[0-9]+ passed' <<<"$line" | grep -oE '[0-9]+' || echo 0)
     n_fail=$(grep -oE '[0-9]+ (failed|errors?)' <<<"$line" | awk '{n += $1} END {print n + 0}')
     n_skip=$(grep -oE '[0-9]+ skipped' <<<"$line" | grep -oE '[0-9]+' || echo 0)
     grep '^SKIPPED' "$logs/py"
+    [ -z "${SLOWEST:-}" ] || grep -E '^[0-9.]+s (call|setup|teardown) ' "$logs/py"
     [ $rc -eq 0 ] || { tail -n 60 "$logs/py"; [ "${n_fail:-0}" -gt 0 ] || n_fail=1; }
     count "$name" "${n_pass:-0}" "${n_fail:-0}" "${n_skip:-0}"
 }
