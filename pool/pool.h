@@ -301,6 +301,10 @@ static inline struct kvd_pool_tokens kvd_pool_tokens(const struct kvd_plane *pla
 
 // KVD_E_NOT_FOUND if the id is unknown or freed.
 int kvd_pool_seq_info(const struct kvd_pool *pool, uint64_t seq, struct kvd_pool_seq_info *out);
+// Sequences by their places, for who goes through them in steps: how many places there are by now,
+// and whether there is one at a place.
+uint32_t kvd_pool_seq_places(const struct kvd_pool *pool);
+bool kvd_pool_seq_at(const struct kvd_pool *pool, uint32_t place, struct kvd_pool_seq_info *out);
 // Calls fn for every sequence until it returns false.
 void kvd_pool_seq_each(const struct kvd_pool *pool,
                        bool (*fn)(void *ctx, const struct kvd_pool_seq_info *info), void *ctx);

@@ -201,18 +201,29 @@ int kvd_pool_seq_info(const struct kvd_pool *pool, uint64_t seq, struct kvd_pool
     return KVD_OK;
 }
 
+uint32_t kvd_pool_seq_places(const struct kvd_pool *pool)
+{
+    return pool->head->n_sequences_ever;
+}
+
+bool kvd_pool_seq_at(const struct kvd_pool *pool, uint32_t place, struct kvd_pool_seq_info *out)
+{
+    if (place >= pool->head->n_sequences_ever)
+        return false;
+    const struct region_seq *s = &pool->seq[place];
+    if (!(s->generation & 1) || s->doomed)
+        return false;
+    fill_info(pool, s, out);
+    return true;
+}
+
 void kvd_pool_seq_each(const struct kvd_pool *pool,
                        bool (*fn)(void *ctx, const struct kvd_pool_seq_info *info), void *ctx)
 {
-    for (uint32_t i = 0; i < pool->head->n_sequences_ever; i++) {
-        const struct region_seq *s = &pool->seq[i];
-        if (!(s->generation & 1) || s->doomed)
-            continue;
-        struct kvd_pool_seq_info info;
-        fill_info(pool, s, &info);
-        if (!fn(ctx, &info))
+    struct kvd_pool_seq_info info;
+    for (uint32_t i = 0; i < kvd_pool_seq_places(pool); i++)
+        if (kvd_pool_seq_at(pool, i, &info) && !fn(ctx, &info))
             return;
-    }
 }
 
 uint32_t kvd_pool_seq_pages(const struct kvd_pool *pool, uint64_t seq, uint32_t plane,

@@ -3,6 +3,7 @@
 #include "daemon/rpc/rpc.h"
 #include "daemon/service/handlers.h"
 #include "daemon/service/layout.h"
+#include "daemon/service/steps.h"
 #include "daemon/session/buffer.h"
 #include "daemon/session/session.h"
 
@@ -46,115 +47,229 @@ static struct described *describe(const struct kvd_daemon *d, struct layouts *al
     return t;
 }
 
-static uint64_t session_bytes(struct kvd_daemon *d, const struct kvd_session *s)
+// -- sessions and sequences: tens of thousands of rows ------------------------------------------
+//
+// They are made in steps (steps.h), as one pass would hold the loop for longer than anybody may
+// wait. A row is packed at once: what it refers to may be gone in the next step.
+
+enum {
+    AT_ONCE = 64, // rows, or sequences of a session, in a step
+    ROW_TAG = 1 << 3 | PROTOBUF_C_WIRE_TYPE_LENGTH_PREFIXED, // of rows in both replies
+    MORE_TAG = 2 << 3 | PROTOBUF_C_WIRE_TYPE_VARINT,         // ListSequencesReply.more
+    MAX_VARINT = 10,
+};
+
+// A call on its way.
+struct listing {
+    struct kvd_stepped stepped;
+    struct kvd_call *call;
+    // Looks at what is next. False: there is nothing, or `err` says what is wrong.
+    bool (*next)(struct kvd_daemon *d, struct listing *l);
+    struct kvd_error err;
+    uint8_t *reply; // so far
+    size_t length, capacity;
+    struct layouts layouts; // of this step
+    uint32_t place;         // of ListSequences: in the pool
+    uint32_t rows, limit;
+    const char *ns;     // "" for all
+    uint64_t *sessions; // of ListSessions: those that there were when it began
+    size_t n_sessions, session;
+    uint64_t *held; // of that session, whose bytes are being summed; NULL: it is not begun
+    size_t n_held, summed;
+    uint64_t bytes;
+};
+
+// Memory for so many bytes more.
+static bool make_room(struct listing *l, size_t n)
 {
-    uint64_t sum = 0;
-    struct kvd_pool_seq_info info;
-    for (struct kvd_held *h = s->held; h; h = h->hh.next)
-        if (kvd_pool_seq_info(d->pool, h->seq, &info) == KVD_OK)
-            sum += info.bytes;
-    return sum;
+    if (l->capacity - l->length >= n)
+        return true;
+    size_t capacity = KVD_MAX(2 * l->capacity, l->length + n + 4096);
+    if (kvd_call_reserve(l->call, capacity - l->capacity, &l->err))
+        return false;
+    uint8_t *reply = realloc(l->reply, capacity);
+    if (!reply) {
+        kvd_fail(&l->err, KVD_E_INTERNAL, "out of memory");
+        return false;
+    }
+    l->reply = reply;
+    l->capacity = capacity;
+    return true;
 }
 
-static void fill_session(struct kvd_daemon *d, struct kvd_session *s, struct layouts *layouts,
-                         Kvd__V1__SessionInfo *out)
+static bool add_row(struct listing *l, const ProtobufCMessage *row)
+{
+    size_t n = protobuf_c_message_get_packed_size(row);
+    if (!make_room(l, 1 + MAX_VARINT + n))
+        return false;
+    l->reply[l->length++] = ROW_TAG;
+    size_t left = n;
+    for (; left > 127; left >>= 7)
+        l->reply[l->length++] = (uint8_t)(left | 128);
+    l->reply[l->length++] = (uint8_t)left;
+    l->length += protobuf_c_message_pack(row, l->reply + l->length);
+    l->rows++;
+    return true;
+}
+
+static void listing_free(struct kvd_daemon *d, struct listing *l)
+{
+    kvd_steps_drop(d, &l->stepped);
+    free(l->reply);
+    free(l->sessions);
+    free(l->held);
+    free(l);
+}
+
+static void listing_step(struct kvd_daemon *d, struct kvd_stepped *s)
+{
+    struct listing *l = (struct listing *)s;
+    struct kvd_call *call = l->call;
+    for (uint32_t i = 0; i < KVD_LEN(l->layouts.of); i++)
+        l->layouts.of[i].made = false; // another one may have its place by now
+    for (uint32_t i = 0; i < AT_ONCE; i++) {
+        if (l->next(d, l))
+            continue;
+        call->on_cancelled = NULL;
+        if (l->err.code)
+            kvd_call_fail_error(call, &l->err);
+        else
+            kvd_call_reply_packed(call, l->reply ? l->reply : (const uint8_t *)"", l->length);
+        listing_free(d, l);
+        return;
+    }
+}
+
+static void on_cancelled(struct kvd_call *call)
+{
+    listing_free(call->d, call->work);
+    kvd_call_fail(call, KVD_E_UNAVAILABLE, "the call was cancelled");
+}
+
+// NULL: the call has been answered.
+static struct listing *listing_new(struct kvd_call *call,
+                                   bool (*next)(struct kvd_daemon *d, struct listing *l))
+{
+    struct listing *l = calloc(1, sizeof(*l));
+    if (!l) {
+        kvd_call_fail(call, KVD_E_INTERNAL, "out of memory");
+        return NULL;
+    }
+    l->stepped.step = listing_step;
+    l->call = call;
+    l->next = next;
+    return l;
+}
+
+// Those who ask have no session and no namespace: a user's calls take turns with those of others,
+// and all of them with the first namespace's.
+static void listing_begin(struct listing *l)
+{
+    struct kvd_call *call = l->call;
+    call->work = l;
+    call->on_cancelled = on_cancelled;
+    kvd_steps_begin(call->d, &l->stepped, 0, (uint64_t)(uintptr_t)call->user);
+}
+
+// Sums the bytes of a session's sequences, some at a time. True: they are summed.
+static bool sum_held(struct kvd_daemon *d, struct listing *l, struct kvd_session *s)
+{
+    struct kvd_pool_seq_info info;
+    if (!l->held) {
+        l->n_held = l->summed = 0;
+        l->bytes = 0;
+        l->held = malloc((HASH_COUNT(s->held) + (size_t)1) * sizeof(*l->held));
+        for (struct kvd_held *h = l->held ? s->held : NULL; h; h = h->hh.next)
+            l->held[l->n_held++] = h->seq;
+        if (!l->held)
+            kvd_fail(&l->err, KVD_E_INTERNAL, "out of memory");
+    }
+    for (uint32_t i = 0; i < AT_ONCE / 4 && l->summed < l->n_held; i++)
+        if (kvd_pool_seq_info(d->pool, l->held[l->summed++], &info) == KVD_OK)
+            l->bytes += info.bytes;
+    return l->summed == l->n_held;
+}
+
+static bool add_session(struct kvd_daemon *d, struct listing *l, struct kvd_session *s)
 {
     struct kvd_pool_namespace_info ns;
+    Kvd__V1__SessionInfo out = KVD__V1__SESSION_INFO__INIT;
     kvd_pool_namespace_info(d->pool, s->ns, &ns);
-    kvd__v1__session_info__init(out);
-    out->id = s->id;
-    out->namespace_name = (char *)ns.name;
-    out->client_name = s->client_name;
-    out->pid = s->pid;
-    out->uid = s->uid;
-    out->age_ms = kvd_now_ms(d) - s->opened_ms;
-    out->idle_ms = kvd_now_ms(d) - s->used_ms;
-    out->sequences = HASH_COUNT(s->held);
-    out->buffers = HASH_COUNT(s->buffers);
-    out->buffer_bytes = s->buffer_bytes;
-    out->calls = s->calls;
-    out->page_bytes = session_bytes(d, s);
-    out->generation = s->generation;
-    out->waiting = s->parked;
-    if (s->layout == KVD_POOL_NONE) // it is being opened
-        return;
-    const struct kvd_layout *g = kvd_pool_layout_get(d->pool, s->layout);
-    struct described *t = describe(d, layouts, s->layout);
-    out->rotation_set = (char *)g->rotation;
-    out->layers = g->n_layers;
-    out->tp_rank = g->tp_rank;
-    out->tp_size = g->tp_size;
-    out->layout_digest = t->digest;
-    out->n_planes = t->n_planes;
-    out->planes = t->planes;
+    out.id = s->id;
+    out.namespace_name = (char *)ns.name;
+    out.client_name = s->client_name;
+    out.pid = s->pid;
+    out.uid = s->uid;
+    out.age_ms = kvd_now_ms(d) - s->opened_ms;
+    out.idle_ms = kvd_now_ms(d) - s->used_ms;
+    out.sequences = HASH_COUNT(s->held);
+    out.buffers = HASH_COUNT(s->buffers);
+    out.buffer_bytes = s->buffer_bytes;
+    out.calls = s->calls;
+    out.page_bytes = l->bytes;
+    out.generation = s->generation;
+    out.waiting = s->parked;
+    if (s->layout != KVD_POOL_NONE) { // else it is being opened
+        const struct kvd_layout *g = kvd_pool_layout_get(d->pool, s->layout);
+        struct described *t = describe(d, &l->layouts, s->layout);
+        out.rotation_set = (char *)g->rotation;
+        out.layers = g->n_layers;
+        out.tp_rank = g->tp_rank;
+        out.tp_size = g->tp_size;
+        out.layout_digest = t->digest;
+        out.n_planes = t->n_planes;
+        out.planes = t->planes;
+    }
+    return add_row(l, &out.base);
+}
+
+static bool next_session(struct kvd_daemon *d, struct listing *l)
+{
+    struct kvd_session *s;
+    if (l->session == l->n_sessions)
+        return false;
+    HASH_FIND(hh, d->sessions, &l->sessions[l->session], sizeof(*l->sessions), s);
+    if (s && !sum_held(d, l, s))
+        return !l->err.code;
+    free(KVD_TAKE(l->held));
+    l->session++;
+    return !l->err.code && (!s || add_session(d, l, s));
 }
 
 void kvd_on_list_sessions(struct kvd_call *call, const void *request)
 {
     (void)request;
     struct kvd_daemon *d = call->d;
-    size_t n = d->n_sessions, i = 0;
-    Kvd__V1__SessionInfo *infos KVD_FREE = calloc(n + 1, sizeof(*infos));
-    Kvd__V1__SessionInfo **list KVD_FREE = calloc(n + 1, sizeof(*list));
-    struct layouts *layouts KVD_FREE = calloc(1, sizeof(*layouts));
-    Kvd__V1__ListSessionsReply r = KVD__V1__LIST_SESSIONS_REPLY__INIT;
-    if (!infos || !list || !layouts) {
-        kvd_call_fail(call, KVD_E_INTERNAL, "out of memory");
+    struct listing *l = listing_new(call, next_session);
+    if (!l)
         return;
-    }
-    for (struct kvd_session *s = d->sessions; s; s = s->hh.next, i++) {
-        fill_session(d, s, layouts, &infos[i]);
-        list[i] = &infos[i];
-    }
-    r.n_sessions = i;
-    r.sessions = list;
-    kvd_call_reply(call, &r);
+    l->sessions = malloc((d->n_sessions + (size_t)1) * sizeof(*l->sessions));
+    if (!l->sessions)
+        kvd_fail(&l->err, KVD_E_INTERNAL, "out of memory");
+    for (struct kvd_session *s = l->sessions ? d->sessions : NULL; s; s = s->hh.next)
+        l->sessions[l->n_sessions++] = s->id;
+    listing_begin(l);
 }
 
-// A sequence as it is listed, with what it has in each plane.
-struct sequence_row {
-    Kvd__V1__AdminSequence info;
-    Kvd__V1__SequencePlane planes[KVD_MAX_PLANES], *refs[KVD_MAX_PLANES];
-};
-
-struct sequence_list {
-    struct kvd_daemon *d;
-    const char *ns; // "" for all
-    struct sequence_row *rows;
-    Kvd__V1__AdminSequence **list;
-    struct layouts *layouts;
-    size_t n, limit;
-    bool more;
-};
-
-static bool add_sequence(void *ctx, const struct kvd_pool_seq_info *info)
+static bool add_sequence(struct kvd_daemon *d, struct listing *l,
+                         const struct kvd_pool_seq_info *info, const char *ns)
 {
-    struct sequence_list *l = ctx;
-    struct kvd_pool_namespace_info ns;
-    kvd_pool_namespace_info(l->d->pool, info->ns, &ns);
-    if (*l->ns && strcmp(l->ns, ns.name) != 0)
-        return true;
-    if (l->n == l->limit) {
-        l->more = true;
-        return false;
-    }
-    struct sequence_row *row = &l->rows[l->n];
-    Kvd__V1__AdminSequence *out = l->list[l->n++] = &row->info;
-    struct described *t = describe(l->d, l->layouts, info->layout);
-    const struct kvd_layout *layout = kvd_pool_layout_get(l->d->pool, info->layout);
-    kvd__v1__admin_sequence__init(out);
-    out->sequence = info->id;
-    out->namespace_name = (char *)ns.name;
-    out->name = (char *)info->name;
-    out->length = info->length;
-    out->bytes = info->bytes;
-    out->holders = info->holders;
-    out->layout_digest = t->digest;
-    out->n_planes = t->n_planes;
-    out->planes = row->refs;
+    const struct kvd_layout *layout = kvd_pool_layout_get(d->pool, info->layout);
+    struct described *t = describe(d, &l->layouts, info->layout);
+    Kvd__V1__SequencePlane planes[KVD_MAX_PLANES], *refs[KVD_MAX_PLANES];
+    Kvd__V1__AdminSequence out = KVD__V1__ADMIN_SEQUENCE__INIT;
+    out.sequence = info->id;
+    out.namespace_name = (char *)ns;
+    out.name = (char *)info->name;
+    out.length = info->length;
+    out.bytes = info->bytes;
+    out.holders = info->holders;
+    out.layout_digest = t->digest;
+    out.n_planes = t->n_planes;
+    out.planes = refs;
     for (uint32_t i = 0; i < t->n_planes; i++) {
         const struct kvd_pool_reach *reach = &info->reach[i];
-        Kvd__V1__SequencePlane *p = row->refs[i] = &row->planes[i];
+        Kvd__V1__SequencePlane *p = refs[i] = &planes[i];
         kvd__v1__sequence_plane__init(p);
         p->codec = t->codecs[i];
         p->first = reach->first;
@@ -162,31 +277,41 @@ static bool add_sequence(void *ctx, const struct kvd_pool_seq_info *info)
         p->bf16_pages = info->pages[i][KVD_POOL_BF16];
         p->codec_pages = info->pages[i][KVD_POOL_CODEC];
     }
-    return true;
+    return add_row(l, &out.base);
+}
+
+static bool next_sequence(struct kvd_daemon *d, struct listing *l)
+{
+    struct kvd_pool_seq_info info;
+    struct kvd_pool_namespace_info ns;
+    if (l->place == kvd_pool_seq_places(d->pool))
+        return false;
+    if (!kvd_pool_seq_at(d->pool, l->place++, &info))
+        return true;
+    kvd_pool_namespace_info(d->pool, info.ns, &ns);
+    if (*l->ns && strcmp(l->ns, ns.name) != 0)
+        return true;
+    if (l->rows < l->limit)
+        return add_sequence(d, l, &info, ns.name);
+    if (make_room(l, 2)) {
+        l->reply[l->length++] = MORE_TAG;
+        l->reply[l->length++] = true;
+    }
+    return false;
 }
 
 void kvd_on_list_sequences(struct kvd_call *call, const void *request)
 {
     const Kvd__V1__ListSequencesRequest *req = request;
-    struct sequence_list l = {.d = call->d, .ns = req->namespace_name};
-    l.limit = req->limit ? KVD_MIN(req->limit, 10000u) : 1000;
-    struct sequence_row *rows KVD_FREE = calloc(l.limit, sizeof(*rows));
-    Kvd__V1__AdminSequence **list KVD_FREE = calloc(l.limit, sizeof(*list));
-    struct layouts *layouts KVD_FREE = calloc(1, sizeof(*layouts));
-    Kvd__V1__ListSequencesReply r = KVD__V1__LIST_SEQUENCES_REPLY__INIT;
-    if (!rows || !list || !layouts) {
-        kvd_call_fail(call, KVD_E_INTERNAL, "out of memory");
+    struct listing *l = listing_new(call, next_sequence);
+    if (!l)
         return;
-    }
-    l.rows = rows;
-    l.list = list;
-    l.layouts = layouts;
-    kvd_pool_seq_each(call->d->pool, add_sequence, &l);
-    r.n_sequences = l.n;
-    r.sequences = list;
-    r.more = l.more;
-    kvd_call_reply(call, &r);
+    l->ns = req->namespace_name;
+    l->limit = req->limit ? KVD_MIN(req->limit, 10000u) : 1000;
+    listing_begin(l);
 }
+
+// -- the pool's memory and namespaces -----------------------------------------------------------
 
 enum { MAX_GROUPS = 1024 };
 

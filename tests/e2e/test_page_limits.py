@@ -30,14 +30,19 @@ def put(rpc, session, keys, bytes_of_token=128):
 
 FLOOD = """
 import sys; sys.path.insert(0, sys.argv[1])
-from conftest import Rpc, kv
+from conftest import Rpc, admin, kv
 from test_page_limits import KEYS
 what, session = sys.argv[3:]
-if what == "LookupPages":
+service = "Admin" if what.startswith("List") else "KvCache"
+if what == "ListSequences":
+    request = admin.ListSequencesRequest(limit=10000)
+elif what == "ListSessions":
+    request = admin.ListSessionsRequest()
+elif what == "LookupPages":
     request = kv.LookupPagesRequest(session=session, space=b"x", requests=[KEYS] * 16, key_bytes=16)
 else:
     request = kv.MatchPrefixRequest(session=session, requests=[kv.PrefixKeys(block_keys=KEYS, key_bytes=16)] * 16)
-calls = [Rpc(sys.argv[2]).channel.unary_unary("/kvd.v1.KvCache/" + what).future for _ in range(5)]
+calls = [Rpc(sys.argv[2]).channel.unary_unary(f"/kvd.v1.{service}/{what}").future for _ in range(5)]
 data = request.SerializeToString()
 flight = [call(data) for call in calls for _ in range(40)]
 print("ready", flush=True)
@@ -48,9 +53,13 @@ while True:
 """
 
 
-@pytest.mark.parametrize("what, namespace", [("LookupPages", "quiet"), ("MatchPrefix", "hog")])
+@pytest.mark.parametrize("what, namespace", [("LookupPages", "quiet"), ("MatchPrefix", "hog"), ("ListSequences", "quiet"), ("ListSessions", "quiet")])
 def test_lookups_do_not_wait_for_those_of_others(kvd, rpc, what, namespace):
-    """200 calls of 65,536 keys each, and one who asks for eight; in a namespace of its own, and in the same."""
+    """200 calls of 65,536 keys each, or of all that there is, and one who asks for eight; in a namespace of its own, and in the same."""
+    if what.startswith("List"):
+        many = rpc.kv("OpenSession", namespace_name="many", layout=layout(layers=[0], q_heads=1, kv_heads=1)).session
+        for i in range(4):
+            rpc.kv("CreateSequences", session=many, request_id=i + 1, count=4096)
     hog, session = page_session(rpc, "hog"), page_session(rpc, namespace)
     put(rpc, session, KEYS[:128])
 
