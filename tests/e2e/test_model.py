@@ -62,18 +62,19 @@ def chat(worker, model, cache, prompts, tokens):
     return answers, logits
 
 
+ANSWER = int(os.environ.get("KVD_MODEL_ANSWER", 16))  # tokens of each answer that are compared
 PROMPTS = [["Hi!", "What is the capital of France? Answer in one word.", "Write a short poem about rivers and the sea.",
             "List the planets of the solar system, from the sun outwards, and say one thing about each of them."],
            ["Go on.", "And of Italy?", "Now about mountains, please, and make it rhyme.", "Which is the largest?"]]
 
 
 def test_bf16_is_the_stock_attention(kv, kvd, worker, model):
-    """512 tokens of four conversations with prompts of different lengths, two turns: same tokens, same logits."""
+    """Four conversations with prompts of different lengths, two turns: same tokens, same logits."""
     local = worker.LocalCache(4)
-    want, want_logits = chat(worker, model, local, PROMPTS, 64)
+    want, want_logits = chat(worker, model, local, PROMPTS, ANSWER)
     with client(kv, kvd, model, codec="bf16") as c:
         cache = worker.KvdCache(c, c.create_many(4))
-        got, logits = chat(worker, model, cache, PROMPTS, 64)
+        got, logits = chat(worker, model, cache, PROMPTS, ANSWER)
         assert cache.lengths == local.lengths
     assert got == want
     # K and V are rounded to bf16 on both sides, so a sum in another order can flip a last bit here and there.
