@@ -165,6 +165,14 @@ static void score_tile(struct kvd_cpu_walk *w, const struct run *run)
         }
 }
 
+// The first token that a row sees; later rows see none before it.
+static uint64_t first_visible(const struct attend_job *job, const struct unit *u, uint32_t row)
+{
+    uint64_t pos = total_tokens(u->item) - u->item->q_len + row / group_of(job);
+    uint32_t window = job->p->window;
+    return window && pos + 1 > window ? pos + 1 - window : 0;
+}
+
 // Turns scores into logits of visible tokens, -inf elsewhere. Returns whether any token is visible
 // to any row.
 static bool mask_run(struct kvd_cpu_walk *w, const struct run *run)
@@ -176,7 +184,7 @@ static bool mask_run(struct kvd_cpu_walk *w, const struct run *run)
     for (uint32_t r = 0; r < w->unit.rows; r++) {
         float *s = w->s + r * KVD_PAGE_TOKENS;
         uint64_t pos = total_tokens(item) - item->q_len + (w->unit.row0 + r) / group;
-        uint64_t first = p->window && pos + 1 > p->window ? pos + 1 - p->window : 0;
+        uint64_t first = first_visible(w->job, &w->unit, w->unit.row0 + r);
         uint32_t lo =
             first > run->begin ? (uint32_t)KVD_MIN(first - run->begin, (uint64_t)run->n) : 0;
         uint32_t hi =
@@ -284,6 +292,9 @@ static void walk_run(struct kvd_cpu_walk *w, const struct run *run)
 {
     const struct kvd_plane *g = w->job->p->plane;
     const struct kvd_cpu_isa *isa = w->job->cpu->isa;
+    // A split begins at a page's boundary, and what no row sees there may have no page any more.
+    if (run->begin + run->n <= first_visible(w->job, &w->unit, w->unit.row0))
+        return;
     if (!run->k)
         score_tile(w, run);
     else
@@ -340,13 +351,11 @@ static void load_queries(struct kvd_cpu_walk *w)
 static void split_range(const struct attend_job *job, const struct unit *u, uint32_t split,
                         uint64_t *begin, uint64_t *end)
 {
-    const struct kvd_attend_params *p = job->p;
-    uint32_t group = group_of(job), sink = p->plane->sink;
+    uint32_t group = group_of(job), sink = job->p->plane->sink;
     uint64_t total = total_tokens(u->item);
-    uint64_t first = total - u->item->q_len + u->row0 / group;
     uint64_t last = total - u->item->q_len + (u->row0 + u->rows - 1) / group;
     uint64_t hi = last + 1;
-    uint64_t lo = p->window && first + 1 > p->window ? first + 1 - p->window : 0;
+    uint64_t lo = first_visible(job, u, u->row0);
     // Boundaries at sink + a multiple of a page, as history tiles cannot be entered in the middle.
     if (lo > 0)
         lo = lo <= sink ? 0 : sink + (lo - sink) / KVD_PAGE_TOKENS * KVD_PAGE_TOKENS;

@@ -54,7 +54,8 @@ __device__ inline history_range history_of(const attend_call &p, const row_block
     if (GENERAL) {
         uint32_t first = first_seen(p, row_position(p, b, b.row0));
         uint32_t last = row_position(p, b, min(b.row0 + block_rows, p.rows) - 1);
-        r.first = min(r.end, first > p.sink ? (first - p.sink) / PAGE : 0);
+        // Where all that is seen comes after it, nothing of it is looked at: its last page may be gone too.
+        r.first = first >= b.hist_end ? r.end : min(r.end, first > p.sink ? (first - p.sink) / PAGE : 0);
         r.end = last < p.sink ? r.first : max(r.first, min(r.end, (last - p.sink) / PAGE + 1));
     }
     uint32_t tiles = r.end - r.first, parts = (uint32_t)((float)tiles * p.parts_a_tile + 0.5f);

@@ -167,6 +167,24 @@ def test_bad_sinks(rpc, sinks, words):
     assert code_of(e) == "INVALID_ARGUMENT" and words in e.value.details()
 
 
+def test_attention_over_the_wire_begins_behind_what_was_freed(rpc):
+    """A token that the recent window let go unseen was never compressed, so the history ends amid a page that is not there. What is seen
+    after a truncation begins in that page, but behind its history."""
+    session = open_planes(rpc, "int2", [dict(layers=[0], window=16, windows=kv.Windows(recent=256))]).session
+    sequence = rpc.kv("CreateSequences", session=session, request_id=1, count=1).sequences[0]
+    rng = np.random.default_rng(3)
+    k, v = (bf16(rng.normal(size=(1, 288, 2, 64))) for _ in range(2))
+    append(rpc, session, sequence, 0, k[:, :256], v[:, :256])
+    append(rpc, session, sequence, 256, k[:, 256:], v[:, 256:])
+    for length in (100, 81, 60, 48):
+        rpc.kv("TruncateSequence", session=session, sequence=sequence, length=length)
+        q = rng.normal(size=(1, 3, 4, 64)).astype(np.float32)
+        item = kv.AttendItem(sequence=sequence, q_len=min(3, length - 47), q=tensor(q[:, :min(3, length - 47)]), o=kv.TensorRef(dtype=1))
+        o = np.frombuffer(rpc.kv("Attend", session=session, items=[item]).results[0].o, np.float32).reshape(-1, 4, 64)
+        want = attention(q[0, :item.q_len].astype(np.float64), widen(k[0, :length]), widen(v[0, :length]), 16)
+        assert error(o, want) < 5e-3, length
+
+
 def test_what_windows_free_is_gone(rpc):
     opened = open_planes(rpc)
     s, sequence = opened.session, rpc.kv("CreateSequences", session=opened.session, request_id=1, count=1).sequences[0]

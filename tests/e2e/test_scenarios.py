@@ -40,13 +40,15 @@ def seeds(part):
 
 
 def fail(make, seed, scenario, error):
-    without = shorten(make, 30, scenario.operations)
-    again = make(without)
+    again = scenario
     try:
-        again.run()
-        again = scenario  # it needs more than these
+        without = shorten(make, 30, scenario.operations)
+        shorter = make(without)
+        shorter.run()  # if this ends well, it needs more than these
     except Mismatch as e:
-        error = e
+        again, error = shorter, e
+    except (OSError, RuntimeError):  # kvd has ended: grpc's errors are of the second kind
+        error = f"{error}; kvd does not answer any more"
     log = "\n".join(again.log)
     pytest.fail(f"scenario {seed}, {scenario.g}:\n{log}\n{error}\nRepeat it: KVD_SCENARIO={seed}", pytrace=False)
 
