@@ -47,7 +47,7 @@ def fail(make, seed, scenario, error):
         shorter.run()  # if this ends well, it needs more than these
     except Mismatch as e:
         again, error = shorter, e
-    except (OSError, RuntimeError):  # kvd has ended: grpc's errors are of the second kind
+    except (AssertionError, OSError, RuntimeError):  # kvd has ended: a new session, or any call, says so in its own way
         error = f"{error}; kvd does not answer any more"
     log = "\n".join(again.log)
     pytest.fail(f"scenario {seed}, {scenario.g}:\n{log}\n{error}\nRepeat it: KVD_SCENARIO={seed}", pytrace=False)
