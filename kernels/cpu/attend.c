@@ -292,9 +292,6 @@ static void walk_run(struct kvd_cpu_walk *w, const struct run *run)
 {
     const struct kvd_plane *g = w->job->p->plane;
     const struct kvd_cpu_isa *isa = w->job->cpu->isa;
-    // A split begins at a page's boundary, and what no row sees there may have no page any more.
-    if (run->begin + run->n <= first_visible(w->job, &w->unit, w->unit.row0))
-        return;
     if (!run->k)
         score_tile(w, run);
     else
@@ -357,8 +354,12 @@ static void split_range(const struct attend_job *job, const struct unit *u, uint
     uint64_t hi = last + 1;
     uint64_t lo = first_visible(job, u, u->row0);
     // Boundaries at sink + a multiple of a page, as history tiles cannot be entered in the middle.
+    // A history of which no row sees anything is not gone back to: its last page may be gone.
+    uint64_t seen = lo;
     if (lo > 0)
         lo = lo <= sink ? 0 : sink + (lo - sink) / KVD_PAGE_TOKENS * KVD_PAGE_TOKENS;
+    if (seen >= u->item->hist_end)
+        lo = KVD_MAX(lo, u->item->hist_end);
     uint64_t pages = kvd_div_up(hi - KVD_MIN(lo, hi), KVD_PAGE_TOKENS);
     uint64_t from = pages * split / job->splits * KVD_PAGE_TOKENS;
     uint64_t to = pages * (split + 1) / job->splits * KVD_PAGE_TOKENS;
