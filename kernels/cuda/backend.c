@@ -242,9 +242,12 @@ int kvd_stage_download(struct kvd_cuda *c, uint64_t from, uint64_t to, struct kv
     int rc = to > from ? cudaMemcpyAsync(c->stage.host + from, c->stage.device + from, to - from,
                                          cudaMemcpyDeviceToHost, c->stream)
                        : cudaSuccess;
-    if (rc == 0)
-        rc = cudaStreamSynchronize(c->stream);
-    return kvd_cuda_status(rc, "waiting for the GPU", err);
+    return kvd_cuda_status(rc, "downloading", err);
+}
+
+int kvd_stage_wait(struct kvd_cuda *c, struct kvd_error *err)
+{
+    return kvd_cuda_status(cudaStreamSynchronize(c->stream), "waiting for the GPU", err);
 }
 
 bool kvd_in_place(const struct kvd_tensor *t)

@@ -67,6 +67,8 @@ static inline uint64_t kvd_stage_bytes(uint64_t bytes)
 }
 int kvd_stage_upload(struct kvd_cuda *c, uint64_t from, uint64_t to, struct kvd_error *err);
 int kvd_stage_download(struct kvd_cuda *c, uint64_t from, uint64_t to, struct kvd_error *err);
+// Until all that was queued has run; what was downloaded can be read then.
+int kvd_stage_wait(struct kvd_cuda *c, struct kvd_error *err);
 
 // A block of [layers][tokens][heads][dim] of a tensor, from layer l0 on, and where it is staged.
 struct kvd_staged {

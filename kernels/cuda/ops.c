@@ -131,6 +131,15 @@ static bool wanted(const struct group *g, uint32_t t, uint32_t i)
     return g->row[t] && !g->direct[t] && (t != T_LSE || g->items[i].lse.data);
 }
 
+// Whether a tensor of some item goes through the stage, and over the bus.
+static bool over_bus(const struct group *g, uint32_t t)
+{
+    bool any = false;
+    for (uint32_t i = 0; i < g->n && !any; i++)
+        any = wanted(g, t, i) && !tensor_of(&g->items[i], t)->on_device;
+    return any;
+}
+
 // Page tables and lengths of the group's sequences.
 static struct kvd_cuda_pages stage_pages(struct kvd_cuda *c, const struct group *g)
 {
@@ -232,21 +241,26 @@ static int plan_group(struct kvd_cuda *c, const struct group *g, struct kvd_cuda
 static int attend_slice(struct kvd_cuda *c, const struct group *g, uint32_t layer, uint32_t layers,
                         struct kvd_cuda_attend_params p, struct kvd_error *err)
 {
-    uint64_t at[T_COUNT], tables_end;
+    uint64_t at[T_COUNT], up, from, to;
     c->stage.used = 0;
     p.pages = stage_pages(c, g);
     if (g->p->sinks)
         p.sinks = stage_sinks(c, g->p, layer, layers);
-    tables_end = c->stage.used;
-    for (uint32_t t = 0; t < T_COUNT; t++)
+    up = c->stage.used;
+    for (uint32_t t = 0; t < T_COUNT; t++) {
         at[t] = g->direct[t] ? c->stage.used : kvd_stage_take(c, layers * g->n * g->row[t]);
+        if (t < T_O && over_bus(g, t))
+            up = c->stage.used;
+    }
+    from = over_bus(g, T_O) ? at[T_O] : at[T_LSE];
+    to = over_bus(g, T_LSE) ? c->stage.used : at[T_LSE];
     for (uint32_t t = T_Q; t <= T_V; t++)
         for (uint32_t i = 0; i < g->n; i++)
             if (wanted(g, t, i)) {
                 struct kvd_staged s = staged_of(g, at, t, i, layer, layers);
                 kvd_stage_pack(c, &s);
             }
-    int rc = kvd_stage_upload(c, 0, KVD_MAX(at[T_O], tables_end), err);
+    int rc = kvd_stage_upload(c, 0, up, err);
     for (uint32_t t = T_Q; t <= T_V && rc == KVD_OK; t++)
         for (uint32_t i = 0; i < g->n && rc == KVD_OK; i++)
             if (wanted(g, t, i)) {
@@ -274,7 +288,9 @@ static int attend_slice(struct kvd_cuda *c, const struct group *g, uint32_t laye
                 rc = kvd_stage_scatter(c, &s, err);
             }
     if (rc == KVD_OK)
-        rc = kvd_stage_download(c, at[T_O], c->stage.used, err);
+        rc = kvd_stage_download(c, from, to, err);
+    if (rc == KVD_OK)
+        rc = kvd_stage_wait(c, err);
     for (uint32_t t = T_O; t < T_COUNT && rc == KVD_OK; t++)
         for (uint32_t i = 0; i < g->n; i++)
             if (wanted(g, t, i)) {
@@ -374,6 +390,20 @@ int kvd_cuda_op_attend(struct kvd_backend *b, const struct kvd_attend_params *p,
 
 // -- read and rotate -----------------------------------------------------------------------------
 
+// What writing a layer of a tensor takes: over the bus and by the CPU, or in the GPU's memory.
+static uint64_t writing_ns(const struct kvd_tensor *t, uint64_t bytes)
+{
+    return bytes / (t->on_device ? 500 : 10);
+}
+
+// Queues the download of a host tensor's block; others are where they belong.
+static int fetch(struct kvd_cuda *c, const struct kvd_staged *s, struct kvd_error *err)
+{
+    if (s->in_place || s->tensor->on_device)
+        return KVD_OK;
+    return kvd_stage_download(c, s->at, s->at + s->layers * s->layer_stride, err);
+}
+
 int kvd_cuda_op_read(struct kvd_backend *b, const struct kvd_read_params *p, struct kvd_error *err)
 {
     struct kvd_cuda *c = cuda_of(b);
@@ -381,7 +411,10 @@ int kvd_cuda_op_read(struct kvd_backend *b, const struct kvd_read_params *p, str
     uint32_t codec = codec_pages(g, p->hist_end), bf16 = bf16_pages(g);
     uint64_t k = p->k.data ? tensor_bytes(&p->k, p->tokens, g->kv_heads, g->head_dim_k) : 0;
     uint64_t v = p->v.data ? tensor_bytes(&p->v, p->tokens, g->kv_heads, g->head_dim_v) : 0;
-    uint32_t step = fair_layers(p->slice, (k + v) / 10, slice_layers(k + v, p->layer_count));
+    uint64_t ns = writing_ns(&p->k, k) + writing_ns(&p->v, v);
+    k = kvd_in_place(&p->k) ? 0 : k;
+    v = kvd_in_place(&p->v) ? 0 : v;
+    uint32_t step = fair_layers(p->slice, ns, slice_layers(k + v, p->layer_count));
     int rc = kvd_cuda_rotation_check(p->rotation, g->codec, err);
     if (rc == KVD_OK)
         rc = kvd_stage_begin(c, (codec + bf16) * 8ull + step * (k + v) + 3 * 256, err);
@@ -395,10 +428,10 @@ int kvd_cuda_op_read(struct kvd_backend *b, const struct kvd_read_params *p, str
         if (codec)
             memcpy(c->stage.host + table, p->pages.codec, codec * 8ull);
         memcpy(c->stage.host + table + codec * 8ull, p->pages.bf16, bf16 * 8ull);
-        struct kvd_staged sides[2] = {
-            take(c, &p->k, l, layers, p->k.data ? p->tokens : 0, g->kv_heads, g->head_dim_k, false),
-            take(c, &p->v, l, layers, p->v.data ? p->tokens : 0, g->kv_heads, g->head_dim_v,
-                 false)};
+        struct kvd_staged sides[2] = {take(c, &p->k, l, layers, p->k.data ? p->tokens : 0,
+                                           g->kv_heads, g->head_dim_k, kvd_in_place(&p->k)),
+                                      take(c, &p->v, l, layers, p->v.data ? p->tokens : 0,
+                                           g->kv_heads, g->head_dim_v, kvd_in_place(&p->v))};
         struct kvd_cuda_read_params params = {
             .kv_heads = g->kv_heads,
             .dim_k = g->head_dim_k,
@@ -425,8 +458,10 @@ int kvd_cuda_op_read(struct kvd_backend *b, const struct kvd_read_params *p, str
         for (int i = 0; i < 2 && rc == KVD_OK; i++)
             if (sides[i].tensor->data)
                 rc = kvd_stage_scatter(c, &sides[i], err);
+        for (int i = 0; i < 2 && rc == KVD_OK; i++)
+            rc = fetch(c, &sides[i], err);
         if (rc == KVD_OK)
-            rc = kvd_stage_download(c, out, c->stage.used, err);
+            rc = kvd_stage_wait(c, err);
         for (int i = 0; i < 2 && rc == KVD_OK; i++)
             if (sides[i].tensor->data)
                 kvd_stage_unpack(c, &sides[i]);
@@ -446,7 +481,8 @@ int kvd_cuda_op_rotate(struct kvd_backend *b, const struct kvd_rotate_params *p,
     uint32_t dim = v ? r->dim_v : r->dim_k;
     uint64_t x = tensor_bytes(&p->x, p->rows, p->heads, dim);
     uint64_t y = tensor_bytes(&p->y, p->rows, p->heads, dim);
-    uint32_t step = fair_layers(p->slice, (x + y) / 10, slice_layers(x + y, p->layer_count));
+    uint64_t ns = writing_ns(&p->x, x) + writing_ns(&p->y, y);
+    uint32_t step = fair_layers(p->slice, ns, slice_layers(x + y, p->layer_count));
     int rc = kvd_stage_begin(c, step * (x + y) + 2 * 256, err);
     uint32_t first = p->slice ? (uint32_t)p->slice->at : 0;
     for (uint32_t l = first; l < p->layer_count && rc == KVD_OK; l += step) {
@@ -455,7 +491,9 @@ int kvd_cuda_op_rotate(struct kvd_backend *b, const struct kvd_rotate_params *p,
             return KVD_OK;
         c->stage.used = 0;
         struct kvd_staged in = take(c, &p->x, l, layers, p->rows, p->heads, dim, false);
-        struct kvd_staged out = take(c, &p->y, l, layers, p->rows, p->heads, dim, false);
+        // Rows are taken away first, so that y may be where x is.
+        struct kvd_staged out =
+            take(c, &p->y, l, layers, p->rows, p->heads, dim, kvd_in_place(&p->y));
         struct kvd_cuda_rotate_params params = {
             .matrices = p->inverse != transposed ? side->inverse_f32 : side->forward_f32,
             .transposed = transposed,
@@ -474,7 +512,8 @@ int kvd_cuda_op_rotate(struct kvd_backend *b, const struct kvd_rotate_params *p,
             .x = kvd_device_tensor(c, &in),
             .y = kvd_device_tensor(c, &out)};
         kvd_stage_pack(c, &in);
-        rc = kvd_stage_upload(c, 0, out.at, err);
+        rc = p->x.on_device ? KVD_OK
+                            : kvd_stage_upload(c, in.at, in.at + layers * in.layer_stride, err);
         if (rc == KVD_OK)
             rc = kvd_stage_gather(c, &in, err);
         if (rc == KVD_OK)
@@ -482,7 +521,9 @@ int kvd_cuda_op_rotate(struct kvd_backend *b, const struct kvd_rotate_params *p,
         if (rc == KVD_OK)
             rc = kvd_stage_scatter(c, &out, err);
         if (rc == KVD_OK)
-            rc = kvd_stage_download(c, out.at, c->stage.used, err);
+            rc = fetch(c, &out, err);
+        if (rc == KVD_OK)
+            rc = kvd_stage_wait(c, err);
         if (rc == KVD_OK)
             kvd_stage_unpack(c, &out);
     }

@@ -9,6 +9,7 @@
 #include "kernels/cuda/cuda.h"
 #include "tests/gpu/gpu_fixture.h"
 #include "tests/gpu/many_queries.h"
+#include "tests/gpu/test_moved.h"
 #include "tests/unit/kernel_long.h"
 #include "tests/unit/kernel_nonfinite.h"
 
@@ -682,6 +683,7 @@ int main(int argc, char **argv)
     memory();
     paged(seed);
     slices(seed);
+    moved_begin(cuda, seed);
     for (int i = 0; i < 4; i++)
         checking(i & 1, i & 2);
     if (argc > 1 && strcmp(argv[1], "brief") == 0) {
@@ -713,6 +715,7 @@ int main(int argc, char **argv)
     }
     printf("pages of both backends: %llu of %llu bytes differ\n",
            (unsigned long long)bytes_different, (unsigned long long)bytes_compared);
+    printf("tensors in the GPU's memory: %u inputs, %u outputs\n", moved_count[0], moved_count[1]);
     kvd_backend_free(&cuda);
     kvd_backend_free(&cpu);
     printf("%d passed, %d failed\n", passed, failed);
