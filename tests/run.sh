@@ -218,7 +218,7 @@ if [ -z "${QUICK:-}" ]; then
     if make_build "$build-tsan" "$targets" -Dcuda=disabled -Db_sanitize=thread -Db_lundef=false -Dbuildtype=debugoptimized >"$logs/build" 2>&1; then
         # Without TLS, which the address sanitizer sees: what libssl does beside threads of gRPC is looked at, and suppressed, so
         # often that a call takes a minute.
-        pytests "end to end, tsan" "$build-tsan" -k "(libkvd or several or killed or retries or restart or outputs or slow or fence) and not turboquant and not int2c and not int2-lm and not tls" \
+        pytests "end to end, tsan" "$build-tsan" -k "(libkvd or several or killed or retries or restart or outputs or slow or fence) and not turboquant and not int2c and not int2-lm and not tc2 and not 16-20 and not 4-60 and not tls" \
             test_lifecycle.py test_libkvd.py test_death.py test_grpc.py test_direct.py
     else
         tail -n 40 "$logs/build"
