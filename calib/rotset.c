@@ -31,10 +31,11 @@ int kvd_rotset_check_shape(const struct kvd_rotset *s, struct kvd_error *err)
         return kvd_fail(err, KVD_E_INVALID,
                         "a rotation set of %u layers and %u rotations a layer is out of range",
                         s->n_layers, s->heads);
-    if (!kvd_head_dims_ok(s->dim_k, s->dim_v))
+    if (!kvd_head_dims_ok(s->dim_k, s->dim_v) && !kvd_latent_dims_ok(s->dim_k, s->dim_v))
         return kvd_fail(err, KVD_E_INVALID,
-                        "head_dim is %u for K and %u for V; " KVD_HEAD_DIMS_NAMES, s->dim_k,
-                        s->dim_v);
+                        "head_dim is %u for K and %u for V; " KVD_HEAD_DIMS_NAMES
+                        "; 64 for the rope part with 512 for a latent",
+                        s->dim_k, s->dim_v);
     return KVD_OK;
 }
 
@@ -130,7 +131,7 @@ static void orthogonalize(double *m, uint32_t row, uint32_t dim)
 // Normal rows made orthonormal are uniformly distributed over the orthogonal matrices.
 static void make_random(float *out, uint32_t dim)
 {
-    static double m[KVD_MAX_HEAD_DIM * KVD_MAX_HEAD_DIM];
+    static double m[KVD_MAX_ROW * KVD_MAX_ROW];
     uint64_t state = dim;
     for (uint32_t i = 0; i < dim; i++) {
         for (uint32_t c = 0; c < dim; c++)
@@ -145,7 +146,7 @@ static void make_random(float *out, uint32_t dim)
 // by their dim. Without memory for that one is made anew.
 static void fill_random(float *out, uint32_t dim)
 {
-    static float *kept[KVD_MAX_HEAD_DIM + 1];
+    static float *kept[KVD_MAX_ROW + 1];
     static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
     uint64_t bytes = sizeof(*out) * dim * dim;
     pthread_mutex_lock(&lock);

@@ -121,7 +121,8 @@ struct kvd_attend_item {
     uint32_t q_len;
     uint32_t new_tokens;    // 0, or at least q_len: K/V of the queries, and of tokens before them
                             // that no page has yet, come from k and v, after what the pages hold
-    struct kvd_tensor q;    // [layer_count][q_len][q_heads][dim_k]
+    struct kvd_tensor q;    // [layer_count][q_len][q_heads][dim_k]; of a latent plane [.. dim_v +
+                            // dim_k], first what meets the latent, then what meets the rope part
     struct kvd_tensor k, v; // [layer_count][new_tokens][kv_heads][dim], bf16
     struct kvd_tensor o;    // [layer_count][q_len][q_heads][dim_v]
     struct kvd_tensor lse;  // f32 [layer_count][q_len][q_heads][1]; data NULL: not wanted

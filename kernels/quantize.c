@@ -7,7 +7,7 @@
 // The n-th largest of |x|, n >= 1. Insertion into a short sorted list: n is about 5 % of dim.
 static float nth_largest_abs(const float *x, uint32_t dim, uint32_t n)
 {
-    float top[KVD_MAX_HEAD_DIM];
+    float top[KVD_MAX_ROW];
     uint32_t have = 0;
     for (uint32_t i = 0; i < dim; i++) {
         float a = fabsf(x[i]);
@@ -326,7 +326,7 @@ void kvd_row_quantize(const struct kvd_quantizer *q, const float *x, uint32_t di
         out->param = kvd_tc_quantize(q->tc, x, out->codes);
         return;
     }
-    float bounded[KVD_MAX_HEAD_DIM]; // squares stay finite; fp16 parameters end far below
+    float bounded[KVD_MAX_ROW]; // squares stay finite; fp16 parameters end far below
     for (uint32_t i = 0; i < dim; i++)
         bounded[i] = fminf(fmaxf(x[i], -0x1p40f), 0x1p40f);
     if (!kvd_codec_signed(q->codec)) {
@@ -387,7 +387,7 @@ void kvd_row_pack(struct kvd_codecs codec, uint8_t *tile, uint32_t dim_k, uint32
 void kvd_row_unpack(struct kvd_codecs codec, const uint8_t *tile, uint32_t dim_k, uint32_t dim_v,
                     bool v, const struct kvd_tc_coder *tc, uint32_t token, float *x)
 {
-    uint8_t codes[KVD_MAX_HEAD_DIM] = {0};
+    uint8_t codes[KVD_MAX_ROW] = {0};
     uint32_t dim = v ? dim_v : dim_k, own = kvd_codecs_side(codec, v), param = 0;
     uint32_t bytes = kvd_codec_param_bytes(own);
     move_codes(own, (uint8_t *)tile + kvd_codes_offset(codec, dim_k, v), dim, v, tc, token, codes,

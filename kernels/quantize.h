@@ -47,7 +47,7 @@ struct kvd_quantizer {
 };
 
 struct kvd_row {
-    uint8_t codes[KVD_MAX_HEAD_DIM];
+    uint8_t codes[KVD_MAX_ROW];
     uint32_t param; // as stored, 2 or 4 bytes
 };
 

@@ -10,7 +10,7 @@
 #include "pool/prefix.h"
 
 #define KVD_POOL_MAGIC   0x4c4f4f5044564bull // "KVDPOOL"
-#define KVD_POOL_VERSION 9                   // of what this file describes
+#define KVD_POOL_VERSION 10                  // of what this file describes
 
 enum {
     KVD_POOL_ALIGN = KVD_PAGE_UNIT, // page sizes are rounded up to this

@@ -6,14 +6,22 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+static bool heads_ok(const struct kvd_plane *g)
+{
+    if (g->latent)
+        return g->latent == 1 && g->kv_heads == 1 && g->q_heads &&
+               g->q_heads <= KVD_MAX_LATENT_GROUP &&
+               kvd_latent_dims_ok(g->head_dim_k, g->head_dim_v) && g->codec.k == KVD_CODEC_BF16;
+    return g->kv_heads && g->kv_heads <= KVD_MAX_KV_HEADS && g->q_heads &&
+           g->q_heads % g->kv_heads == 0 && g->q_heads / g->kv_heads <= KVD_MAX_GROUP &&
+           kvd_head_dims_ok(g->head_dim_k, g->head_dim_v);
+}
+
 static bool plane_ok(const struct kvd_plane *g)
 {
-    return g->n_layers && g->n_layers <= KVD_MAX_LAYERS && g->kv_heads &&
-           g->kv_heads <= KVD_MAX_KV_HEADS && g->q_heads && g->q_heads % g->kv_heads == 0 &&
-           g->q_heads / g->kv_heads <= KVD_MAX_GROUP &&
-           kvd_head_dims_ok(g->head_dim_k, g->head_dim_v) && g->codec.k < KVD_CODEC_COUNT &&
-           g->codec.v < KVD_CODEC_COUNT && g->sink <= KVD_MAX_SINK && g->recent <= KVD_MAX_RECENT &&
-           !(g->window && g->sink);
+    return g->n_layers && g->n_layers <= KVD_MAX_LAYERS && heads_ok(g) &&
+           g->codec.k < KVD_CODEC_COUNT && g->codec.v < KVD_CODEC_COUNT &&
+           g->sink <= KVD_MAX_SINK && g->recent <= KVD_MAX_RECENT && !(g->window && g->sink);
 }
 
 bool layout_ok(const struct kvd_pool *pool, const struct region_layout *r)

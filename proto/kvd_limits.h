@@ -17,9 +17,11 @@ enum {
     KVD_MAX_PLANES = 8,
     KVD_MAX_MODEL_LAYER = 65535, // largest model layer id
     KVD_MAX_KV_HEADS = 256,
-    KVD_MAX_GROUP = 64,     // q heads per kv head
-    KVD_MAX_TP_SIZE = 1024, // ranks of a model
+    KVD_MAX_GROUP = 64,         // q heads per kv head
+    KVD_MAX_LATENT_GROUP = 128, // the same of a latent plane
+    KVD_MAX_TP_SIZE = 1024,     // ranks of a model
     KVD_MAX_HEAD_DIM = 256,
+    KVD_MAX_ROW = 512, // values of a token and head on one side: a head_dim or a latent
     KVD_MAX_SINK = 4096,
     KVD_MAX_RECENT = 65536,
     KVD_MAX_LENGTH = 1 << 24, // tokens in a sequence
@@ -91,12 +93,18 @@ static inline bool kvd_codecs_rotated(struct kvd_codecs c)
 }
 
 // A set of layers whose KV has one shape. A block is 64 tokens of all layers of one plane.
+//
+// A latent plane is of multi-head latent attention (MLA): one kv head, whose K is the part of a key
+// that RoPE turns, shared by all q heads, and whose V is the latent: values, and the rest of keys.
+// A query then is one for the latent (absorbed, by the model's own up-projection), then one for the
+// rope part: logit = q_latent . latent + q_rope . rope. The rope part is in bf16.
 struct kvd_plane {
     uint32_t n_layers; // of the layout's that are in this plane
     uint32_t q_heads;
     uint32_t kv_heads;
-    uint32_t head_dim_k;
-    uint32_t head_dim_v;
+    uint32_t head_dim_k; // of a latent plane: of the rope part
+    uint32_t head_dim_v; // of a latent plane: of the latent
+    uint32_t latent;     // 1: such a plane; else 0
     struct kvd_codecs codec;
     uint32_t sink;
     uint32_t recent;
@@ -136,6 +144,21 @@ static inline bool kvd_head_dims_ok(uint32_t k, uint32_t v)
     default:
         return false;
     }
+}
+static inline bool kvd_latent_dims_ok(uint32_t rope, uint32_t latent)
+{
+    switch (rope << 16 | latent) {
+#define KVD_LATENT_DIMS(r, l) case (r) << 16 | (l):
+#include "proto/head_dims.def"
+        return true;
+    default:
+        return false;
+    }
+}
+// Values of a query.
+static inline uint32_t kvd_plane_dim_q(const struct kvd_plane *p)
+{
+    return p->head_dim_k + (p->latent ? p->head_dim_v : 0);
 }
 // For messages.
 #define KVD_HEAD_DIM_NAMES "64, 80, 96, 112, 128, 192 and 256"

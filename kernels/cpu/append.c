@@ -194,7 +194,7 @@ static void demote_coded(const struct append_job *job, const struct kvd_append_i
                                       .gain = gain ? gain[at] : 1,
                                       .scale = v ? r->scale_v : r->scale_k,
                                       .tc = &tc};
-    float x[KVD_CHUNK_TOKENS][KVD_MAX_HEAD_DIM], y[KVD_CHUNK_TOKENS * KVD_MAX_HEAD_DIM];
+    float x[KVD_CHUNK_TOKENS][KVD_MAX_ROW], y[KVD_CHUNK_TOKENS * KVD_MAX_ROW];
     for (uint64_t t = span.begin; t < span.end;) {
         uint32_t n = (uint32_t)KVD_MIN((uint64_t)KVD_CHUNK_TOKENS, span.end - t);
         float *rows = &x[0][0];

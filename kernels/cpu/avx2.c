@@ -34,6 +34,10 @@ static inline vf v_add(vf a, vf b)
 {
     return _mm256_add_ps(a, b);
 }
+static inline vf v_max(vf a, vf b)
+{
+    return _mm256_max_ps(a, b);
+}
 static inline vi v_words(const uint8_t *p)
 {
     return _mm256_loadu_si256((const __m256i *)(const void *)p);

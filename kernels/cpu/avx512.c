@@ -34,6 +34,10 @@ static inline vf v_add(vf a, vf b)
 {
     return _mm512_add_ps(a, b);
 }
+static inline vf v_max(vf a, vf b)
+{
+    return _mm512_max_ps(a, b);
+}
 static inline vi v_words(const uint8_t *p)
 {
     return _mm512_loadu_si512(p);

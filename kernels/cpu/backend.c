@@ -84,6 +84,8 @@ static void rotation_free(struct kvd_backend *b, struct kvd_rotation **rp)
         free(r->q);
     if (r->q_back != r->k_back)
         free(r->q_back);
+    if (r->q_v != r->v)
+        free(r->q_v);
     free(r->v);
     free(r->v_back);
     free(r->k_mean);
@@ -119,6 +121,7 @@ static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd
     r->v_back = inverted(d->v, d->v_inverse, n, d->dim_v, &failed);
     r->q = d->k_inverse ? transposed(r->k_back, n, d->dim_k, &failed) : r->k;
     r->q_back = d->k_inverse ? transposed(r->k, n, d->dim_k, &failed) : r->k_back;
+    r->q_v = d->v_inverse ? transposed(r->v_back, n, d->dim_v, &failed) : r->v;
     r->k_mean = copy_floats(d->k_mean, n * d->dim_k, &failed);
     r->v_mean = copy_floats(d->v_mean, n * d->dim_v, &failed);
     r->k_sigma = copy_floats(d->k_sigma, n * d->dim_k, &failed);
@@ -153,7 +156,7 @@ static void rotate_one(void *ctx, uint64_t i)
     const float *m = matrices[p->which][p->inverse];
     uint32_t layer = (uint32_t)(i / p->rows);
     uint64_t row = i % p->rows;
-    float x[KVD_MAX_HEAD_DIM], y[KVD_MAX_HEAD_DIM];
+    float x[KVD_MAX_ROW], y[KVD_MAX_ROW];
     for (uint32_t h = 0; h < p->heads; h++) {
         kvd_load_row(&p->x, layer, row, h, dim, x);
         uint32_t kv_head = h / (p->heads / p->kv_heads);
@@ -211,7 +214,7 @@ static void read_row(const struct read_job *job, uint32_t layer, uint64_t token,
         kvd_load_row(&t, 0, row, 0, dim, x);
         return;
     }
-    float rotated[KVD_MAX_HEAD_DIM];
+    float rotated[KVD_MAX_ROW];
     const struct kvd_rotation *r = p->rotation;
     struct kvd_tc_coder tc = kvd_tc_coder_at(r, kvd_codecs_side(codec, v), v, layer, head);
     kvd_row_unpack(codec, tile, dk, dv, v, &tc, row, rotated);
@@ -227,7 +230,7 @@ static void read_one(void *ctx, uint64_t i)
     const struct kvd_read_params *p = job->p;
     uint32_t layer = (uint32_t)(i / p->tokens);
     uint64_t token = i % p->tokens;
-    float x[KVD_MAX_HEAD_DIM];
+    float x[KVD_MAX_ROW];
     for (uint32_t h = 0; h < p->plane->kv_heads; h++) {
         for (int v = 0; v < 2; v++) {
             const struct kvd_tensor *t = v ? &p->v : &p->k;
@@ -262,6 +265,7 @@ static void cpu_free(struct kvd_backend *b)
     struct kvd_cpu *cpu = cpu_of(b);
     kvd_threads_free(&cpu->threads);
     free(cpu->walks);
+    free(cpu->latent_walks);
     free(cpu);
 }
 
@@ -345,10 +349,7 @@ struct kvd_backend *kvd_cpu_backend_new(uint32_t threads, const char *isa, struc
         threads = sched_getaffinity(0, sizeof(set), &set) == 0 ? (uint32_t)CPU_COUNT(&set) : 1;
     }
     struct kvd_cpu *cpu = calloc(1, sizeof(*cpu));
-    if (!cpu || !(cpu->walks = kvd_cpu_walks_new(threads)) ||
-        !(cpu->threads = kvd_threads_new(threads))) {
-        if (cpu)
-            free(cpu->walks);
+    if (!cpu || !(cpu->threads = kvd_threads_new(threads))) {
         free(cpu);
         kvd_fail(err, KVD_E_INTERNAL, "cannot start %u threads", threads);
         return NULL;

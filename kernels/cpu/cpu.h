@@ -6,7 +6,29 @@
 #include "kernels/quantize.h"
 #include "kernels/tc.h"
 
-enum { KVD_CPU_ROWS = 4 }; // query rows that an inner loop takes at once
+enum {
+    KVD_CPU_ROWS = 4,     // query rows that an inner loop over heads takes at once
+    KVD_LATENT_ROWS = 32, // and one over latents: panels have a row of so many floats a token
+};
+
+// Tokens by channels, of latents or of their rope parts, as floats. Channels come in pairs that lie
+// side by side. Of a panel of bf16 values they are in order. One of codes is as codes are unpacked
+// without shuffling, [dim / 2 pairs][64][2]: kvd_latent_token and kvd_latent_channel say what is
+// where.
+struct kvd_panel {
+    const float *x;
+    uint32_t token, pair; // floats from one to the next
+};
+
+// Of codes unpacked: the token in place t, and the channel that is number c.
+static inline uint32_t kvd_latent_token(uint32_t t)
+{
+    return t / 16 * 16 + t % 8 / 2 * 2 + t % 2 * 8 + t % 16 / 8;
+}
+static inline uint32_t kvd_latent_channel(uint32_t c)
+{
+    return c / 16 * 16 + c % 16 / 2 + c % 2 * 8;
+}
 
 // The inner loops, one implementation per instruction set. rows is 1 to KVD_CPU_ROWS.
 struct kvd_cpu_isa {
@@ -40,6 +62,28 @@ struct kvd_cpu_isa {
     void (*scale)(float *x, uint32_t n, float f);
     // y[row] = x[row] R for `rows` rows (any number); r: [dim][dim]. y must not overlap x.
     void (*rotate)(const float *x, uint32_t rows, uint32_t dim, const float *r, float *y);
+
+    // Over latents. `rows` is 1 to KVD_LATENT_ROWS; q, p, s and o have a row of KVD_LATENT_ROWS
+    // floats for each channel or token of a panel, in its order. What is past `rows` may be
+    // computed or not. Channels are a multiple of 64, tokens of 8 where there are scores.
+    void (*bf16_row)(const uint8_t *row, uint32_t dim, float *x);
+    // A tile's latents, scale * level + min (of kvd_cpu_levels): the panel of codes at x.
+    void (*latent_unpack)(uint32_t codec, const uint8_t *codes, uint32_t dim,
+                          const struct kvd_affine *param, float *x);
+    // s[token] += sum over channels of x * q[channel].
+    void (*panel_scores)(const struct kvd_panel *x, uint32_t channels, uint32_t tokens,
+                         const float *q, uint32_t rows, float *s);
+    // o[channel] += sum over tokens of x * p[token].
+    void (*panel_sums)(const struct kvd_panel *x, uint32_t channels, uint32_t tokens,
+                       const float *p, uint32_t rows, float *o);
+    // s *= scale; nan[row] is 0 where all of the row's are finite then, else NaN.
+    void (*panel_logits)(float *s, uint32_t tokens, float scale, float *nan);
+    // top[row] = max(top[row], the row's s).
+    void (*panel_top)(const float *s, uint32_t tokens, float *top);
+    // s = exp(s - top[row]), -inf gives 0; sum[row] is their sum.
+    void (*panel_exp)(float *s, uint32_t tokens, const float *top, float *sum);
+    // x [n][KVD_LATENT_ROWS] *= f[row].
+    void (*panel_scale)(float *x, uint32_t n, const float *f);
 };
 
 // The levels that attention sums: those of the codec less the centre of them all where they are not
@@ -84,6 +128,8 @@ struct kvd_rotation {
     // [layer][head][dim][dim]; NULL: identity. What keys, queries and values are multiplied by, and
     // what takes them back. Where K's are orthogonal, queries' are the keys' own memory.
     float *k, *k_back, *q, *q_back, *v, *v_back;
+    float *q_v;              // what takes queries to coded latents: A^-T of V; v where that is
+                             // orthogonal
     float *k_mean, *v_mean;  // [layer][head][dim]; NULL: 0
     float *k_sigma, *k_bits; // [layer][head][dim_k], [layer][head][dim_k / 16]; NULL: tc.h
     float *clip_k, *clip_v;  // [layer][head]
@@ -95,12 +141,9 @@ struct kvd_cpu {
     struct kvd_backend base;
     const struct kvd_cpu_isa *isa;
     struct kvd_threads *threads;
-    struct kvd_cpu_walk *walks; // attend.c: of the attention that runs, one a thread
+    void *walks, *latent_walks; // attend.c: of the attention that runs, one a thread
     char device[96];
 };
-
-// Memory for n walks, to be freed with free(). NULL when out of memory.
-struct kvd_cpu_walk *kvd_cpu_walks_new(uint32_t n);
 
 int kvd_cpu_check(struct kvd_backend *b, const struct kvd_append_params *p,
                   struct kvd_nonfinite *where);

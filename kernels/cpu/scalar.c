@@ -133,6 +133,87 @@ static void rotate(const float *x, uint32_t rows, uint32_t dim, const float *m, 
         }
 }
 
+// -- latents -------------------------------------------------------------------------------------
+
+enum { R = KVD_LATENT_ROWS };
+
+static void bf16_row(const uint8_t *row, uint32_t dim, float *x)
+{
+    for (uint32_t c = 0; c < dim; c++)
+        x[c] = bf16_at(row, c);
+}
+
+static void latent_unpack(uint32_t codec, const uint8_t *codes, uint32_t dim,
+                          const struct kvd_affine *param, float *x)
+{
+    for (uint32_t c = 0; c < dim; c++)
+        for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t++) {
+            uint32_t token = kvd_latent_token(t);
+            float level = level_at(codec, codes, dim, true, token, kvd_latent_channel(c));
+            x[c / 2 * 2 * KVD_PAGE_TOKENS + 2 * t + c % 2] =
+                param[token].scale * level + param[token].min;
+        }
+}
+
+static const float *panel_at(const struct kvd_panel *x, uint32_t token, uint32_t channel)
+{
+    return x->x + token * x->token + channel / 2 * x->pair + channel % 2;
+}
+
+static void panel_scores(const struct kvd_panel *x, uint32_t channels, uint32_t tokens,
+                         const float *q, uint32_t rows, float *s)
+{
+    for (uint32_t t = 0; t < tokens; t++) {
+        double sum[R] = {0};
+        for (uint32_t c = 0; c < channels; c++)
+            for (uint32_t r = 0; r < rows; r++)
+                sum[r] += (double)*panel_at(x, t, c) * (double)q[c * R + r];
+        for (uint32_t r = 0; r < rows; r++)
+            s[t * R + r] += (float)sum[r];
+    }
+}
+
+static void panel_sums(const struct kvd_panel *x, uint32_t channels, uint32_t tokens,
+                       const float *p, uint32_t rows, float *o)
+{
+    for (uint32_t c = 0; c < channels; c++) {
+        float sum[R] = {0};
+        for (uint32_t t = 0; t < tokens; t++)
+            for (uint32_t r = 0; r < rows; r++)
+                sum[r] += *panel_at(x, t, c) * p[t * R + r];
+        for (uint32_t r = 0; r < rows; r++)
+            o[c * R + r] += sum[r];
+    }
+}
+
+static void panel_logits(float *s, uint32_t tokens, float by, float *nan)
+{
+    memset(nan, 0, R * sizeof(float));
+    for (uint32_t i = 0; i < tokens * R; i++) {
+        s[i] *= by;
+        nan[i % R] += 0 * s[i];
+    }
+}
+
+static void panel_top(const float *s, uint32_t tokens, float *top)
+{
+    for (uint32_t i = 0; i < tokens * R; i++)
+        top[i % R] = s[i] > top[i % R] ? s[i] : top[i % R];
+}
+
+static void panel_exp(float *s, uint32_t tokens, const float *top, float *sum)
+{
+    memset(sum, 0, R * sizeof(float));
+    for (uint32_t i = 0; i < tokens * R; i++)
+        sum[i % R] += s[i] = expf(s[i] - top[i % R]);
+}
+
+static void panel_scale(float *x, uint32_t n, const float *f)
+{
+    for (uint32_t i = 0; i < n * R; i++)
+        x[i] *= f[i % R];
+}
+
 const struct kvd_cpu_isa kvd_cpu_scalar = {
     .name = "scalar",
     .supported = supported,
@@ -146,4 +227,12 @@ const struct kvd_cpu_isa kvd_cpu_scalar = {
     .exp_sum = exp_sum,
     .scale = scale,
     .rotate = rotate,
+    .bf16_row = bf16_row,
+    .latent_unpack = latent_unpack,
+    .panel_scores = panel_scores,
+    .panel_sums = panel_sums,
+    .panel_logits = panel_logits,
+    .panel_top = panel_top,
+    .panel_exp = panel_exp,
+    .panel_scale = panel_scale,
 };

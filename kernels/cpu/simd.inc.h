@@ -1,7 +1,8 @@
 // The inner loops over vectors of V floats, written once. The including file defines V and the
 // vector operations:
 //   vf, vi                     vectors of V floats, V 32-bit integers
-//   v_zero, v_set1, v_load, v_store, v_fma(a, b, c) = a*b+c, v_mul, v_add, v_max
+//   v_zero, v_set1, v_load, v_store, v_fma(a, b, c) = a*b+c, v_mul, v_add
+//   v_max(a, b)                b where one of them is NaN
 //   v_words(p)                 V words from memory
 //   v_spread8(p), 4, 2, 1      V words from V / 4 * (8, 4, 2, 1) bytes: words 4i to 4i + 3 are the
 //   i-th 8, 4, 2 or
@@ -619,11 +620,16 @@ static void simd_rotate(const float *x, uint32_t rows, uint32_t dim, const float
         rotate_rows(x, 1, dim, m, y);
 }
 
+#include "kernels/cpu/simd_latent.inc.h"
+
 #define KVD_SIMD_TABLE(isa_name, isa_supported)                                                    \
     {                                                                                              \
         .name = isa_name, .supported = isa_supported, .q_prepare = simd_q_prepare,                 \
         .k_scores = simd_k_scores, .tc_scores = simd_tc_scores, .v_accumulate = simd_v_accumulate, \
         .v_reduce = simd_v_reduce, .bf16_scores = simd_bf16_scores,                                \
         .bf16_accumulate = simd_bf16_accumulate, .exp_sum = simd_exp_sum, .scale = simd_scale,     \
-        .rotate = simd_rotate,                                                                     \
+        .rotate = simd_rotate, .bf16_row = simd_bf16_row, .latent_unpack = simd_latent_unpack,     \
+        .panel_scores = simd_panel_scores, .panel_sums = simd_panel_sums,                          \
+        .panel_logits = simd_panel_logits, .panel_top = simd_panel_top,                            \
+        .panel_exp = simd_panel_exp, .panel_scale = simd_panel_scale,                              \
     }

@@ -359,6 +359,10 @@ static int plane_check(const struct kvd_backend *b, const struct kvd_plane *p,
 {
     (void)b;
     char text[KVD_CODECS_TEXT];
+    if (p->latent)
+        return kvd_fail(
+            err, KVD_E_UNSUPPORTED,
+            "latent planes (MLA): the CUDA backend has no kernels for them; the CPU's has");
     if (p->codec.k != p->codec.v)
         return kvd_fail(err, KVD_E_UNSUPPORTED,
                         "codec %s: the CUDA backend has kernels only for K and V in one codec",

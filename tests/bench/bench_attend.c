@@ -1,6 +1,6 @@
-// CPU attention over INT2 pages against fp32 K/V through OpenBLAS on the same threads; and codes
-// and outputs against float64 on real activations. usage: bench_attend [TOKENS] [ACTIVATIONS] ;
-// KVD_ROTATIONZOO names real rotation files.
+// CPU attention over INT2 pages, and over latents (MLA), against fp32 K/V through OpenBLAS on the
+// same threads; and codes and outputs against float64 on real activations. usage: bench_attend
+// [TOKENS] [ACTIVATIONS] ; KVD_ROTATIONZOO names real rotation files.
 #include <cblas.h>
 #include <jansson.h>
 #include <time.h>
@@ -29,6 +29,17 @@ static double median(double *t, int n)
     return t[n / 2];
 }
 
+static void softmax(float *row, int tokens)
+{
+    float m = row[0], sum = 0;
+    for (int t = 1; t < tokens; t++)
+        m = row[t] > m ? row[t] : m;
+    for (int t = 0; t < tokens; t++)
+        sum += row[t] = expf(row[t] - m);
+    for (int t = 0; t < tokens; t++)
+        row[t] /= sum;
+}
+
 // Attention of one query token, fp32 K and V [kv head][token][dim], by two matrix products a head.
 static void blas_attention(const float *q, const float *k, const float *v, int tokens, float *s,
                            float *o)
@@ -37,15 +48,8 @@ static void blas_attention(const float *q, const float *k, const float *v, int t
         const float *kh = k + (size_t)h * tokens * DIM, *vh = v + (size_t)h * tokens * DIM;
         cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, GROUP, tokens, DIM, 0.0883883f,
                     q + h * GROUP * DIM, DIM, kh, DIM, 0, s, tokens);
-        for (int g = 0; g < GROUP; g++) {
-            float *row = s + (size_t)g * tokens, m = row[0], sum = 0;
-            for (int t = 1; t < tokens; t++)
-                m = row[t] > m ? row[t] : m;
-            for (int t = 0; t < tokens; t++)
-                sum += row[t] = expf(row[t] - m);
-            for (int t = 0; t < tokens; t++)
-                row[t] /= sum;
-        }
+        for (int g = 0; g < GROUP; g++)
+            softmax(s + (size_t)g * tokens, tokens);
         cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, GROUP, DIM, tokens, 1, s, tokens, vh,
                     DIM, 0, o + h * GROUP * DIM, DIM);
     }
@@ -159,6 +163,123 @@ static void bench_speed(uint32_t tokens, uint64_t seed)
                        2.0 * KV * tokens * DIM * bits / 8 / 1e6, blas / t);
         }
     }
+}
+
+// -- latents -------------------------------------------------------------------------------------
+
+enum { LATENT_HEADS = 128, ROPE = 64, LATENT = 512, QUERY = ROPE + LATENT };
+
+static struct kvd_plane latent_of(uint32_t codec)
+{
+    return (struct kvd_plane){.n_layers = 1,
+                              .q_heads = LATENT_HEADS,
+                              .kv_heads = 1,
+                              .head_dim_k = ROPE,
+                              .head_dim_v = LATENT,
+                              .latent = 1,
+                              .codec = {KVD_CODEC_BF16, codec},
+                              .sink = 64,
+                              .recent = 256};
+}
+
+static double time_latent(uint32_t codec, const char *isa, uint32_t tokens, int repeats,
+                          uint64_t seed)
+{
+    struct kvd_backend *b = kvd_cpu_backend_new(2, isa, NULL);
+    if (!b)
+        return 0;
+    struct kseq s;
+    kseq_init(&s, latent_of(codec), tokens, 0, 0.96f, 0.92f, seed);
+    for (uint32_t i = 0; i < s.n_codec; i++)
+        for (uint64_t j = 0; j < kvd_page_bytes(&s.g, s.g.codec); j++)
+            ((uint8_t *)(uintptr_t)s.codec[i])[j] = // of bf16 none is a denormal
+                (uint8_t)((kvd_rand(&s.rng) >> 56 & 0x3b) | (codec == KVD_CODEC_BF16 ? 0x30 : 0));
+    for (uint32_t i = 0; i < s.n_bf16; i++)
+        memset((void *)(uintptr_t)s.bf16[i], 0x3c, kvd_page_bytes(&s.g, kvd_window_codec()));
+    s.length = tokens;
+    s.hist_end = kseq_hist_end(&s.g, 64, tokens);
+    s.r_v = malloc(sizeof(float) * LATENT * LATENT);
+    for (uint32_t i = 0; i < LATENT * LATENT; i++)
+        s.r_v[i] = (float)kvd_hadamard_entry(LATENT, i / LATENT, i % LATENT) / sqrtf(LATENT);
+    s.rot.v = s.r_v;
+    struct kvd_rotation *rot = b->ops->rotation_new(b, &s.rot, NULL);
+    float *q = malloc(sizeof(float) * LATENT_HEADS * (QUERY + LATENT)),
+          *o = q + LATENT_HEADS * QUERY;
+    for (int i = 0; i < LATENT_HEADS * QUERY; i++)
+        q[i] = (float)kseq_normal(&s.rng);
+    struct kvd_attend_item item = {.pages = {s.bf16, s.codec},
+                                   .length = s.length,
+                                   .hist_end = s.hist_end,
+                                   .q_len = 1,
+                                   .q = kseq_tensor(q, KVD_DTYPE_F32, 1, LATENT_HEADS, QUERY, 0),
+                                   .o = kseq_tensor(o, KVD_DTYPE_F32, 1, LATENT_HEADS, LATENT, 0)};
+    struct kvd_attend_params p = {.plane = &s.g,
+                                  .rotation = rot,
+                                  .layer_count = 1,
+                                  .scale = 0.0721688f,
+                                  .items = &item,
+                                  .n_items = 1};
+    double took[64];
+    for (int i = 0; i < repeats; i++) {
+        double began = now();
+        b->ops->attend(b, &p, NULL);
+        took[i] = now() - began;
+    }
+    free(q);
+    b->ops->rotation_free(b, &rot);
+    kseq_deinit(&s);
+    kvd_backend_free(&b);
+    return median(took, repeats);
+}
+
+// Two matrix products for all heads, over fp32 [token][latent, rope].
+static double time_latent_blas(int tokens, int repeats, uint64_t *rng)
+{
+    float *x = malloc(sizeof(float) * (size_t)tokens * QUERY),
+          *s = malloc(sizeof(float) * (size_t)tokens * LATENT_HEADS), q[LATENT_HEADS * QUERY];
+    float *o = malloc(sizeof(float) * LATENT_HEADS * LATENT);
+    double took[64];
+    for (size_t i = 0; i < (size_t)tokens * QUERY; i++)
+        x[i] = (float)kseq_uniform(rng) - 0.5f;
+    for (int i = 0; i < LATENT_HEADS * QUERY; i++)
+        q[i] = (float)kseq_uniform(rng) - 0.5f;
+    for (int i = 0; i < repeats; i++) {
+        double began = now();
+        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, LATENT_HEADS, tokens, QUERY,
+                    0.0721688f, q, QUERY, x, QUERY, 0, s, tokens);
+        for (int h = 0; h < LATENT_HEADS; h++)
+            softmax(s + (size_t)h * tokens, tokens);
+        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, LATENT_HEADS, LATENT, tokens, 1, s,
+                    tokens, x, QUERY, 0, o, LATENT);
+        took[i] = now() - began;
+    }
+    free(x);
+    free(s);
+    free(o);
+    return median(took, repeats);
+}
+
+static void bench_latent(uint32_t tokens, uint64_t seed)
+{
+    static const uint32_t codecs[] = {KVD_CODEC_BF16, KVD_CODEC_INT2, KVD_CODEC_INT4};
+    static const char *const isas[] = {"avx512", "avx2"};
+    int repeats = 7;
+    double work = 2.0 * tokens * LATENT_HEADS * (QUERY + LATENT) * 1e-9;
+    printf("\n# latent attention, 1 x %u tokens, %d q heads, latent %d and rope %d, 2 threads, "
+           "median of %d\n",
+           tokens, LATENT_HEADS, LATENT, ROPE, repeats);
+    double blas = time_latent_blas((int)tokens, repeats, &seed);
+    printf("fp32, OpenBLAS            %8.2f ms   %5.1f GFLOP/s\n", blas * 1e3, work / blas);
+    for (size_t i = 0; i < KVD_LEN(isas); i++)
+        for (size_t c = 0; c < KVD_LEN(codecs); c++) {
+            struct kvd_plane g = latent_of(codecs[c]);
+            double t = time_latent(codecs[c], isas[i], tokens, repeats, seed);
+            if (t > 0)
+                printf("%-5s latent, kvd %-7s %8.2f ms   %5.1f GFLOP/s  %6.1f bytes a token  "
+                       "%.2fx as fast\n",
+                       kvd_codec_name(codecs[c]), isas[i], t * 1e3, work / t,
+                       (double)kvd_page_bytes(&g, g.codec) / KVD_PAGE_TOKENS, blas / t);
+        }
 }
 
 // -- accuracy on real activations ---------------------------------------------------------------
@@ -303,5 +424,6 @@ int main(int argc, char **argv)
     uint32_t tokens = argc > 1 ? (uint32_t)atoi(argv[1]) : 32768;
     bench_codes(argc > 2 ? argv[2] : NULL);
     bench_speed(tokens, 12345);
+    bench_latent(tokens, 12346);
     return 0;
 }

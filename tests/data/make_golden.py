@@ -6,6 +6,9 @@ For each case: uint32 dim_k, uint32 dim_v, float32 x_k [64][dim_k], float32 x_v 
 codec, int2, int2c, int2-lm, turboquant-2, -3, -4, int4: three tiles, with published, least-squares and unbiased scales. Clip ratios are 0.96 for K and
 0.92 for V, gains 1 and 0.95. Then, for tc2 and tc2.5, a tile without a set's terms, and float32 sigma [dim_k], float32 bits [dim_k / 16]
 and a tile with them.
+
+And tests/data/golden_latent.bin, a page of a latent plane: bf16 rope [64][64], float16 latents [64][512] (rotated rows), then a tile of
+each codec of the latent, with clip ratio 0.92 and gain 0.95, of scales least-squares, unbiased, published, and so on in turn.
 """
 import struct
 import sys
@@ -212,6 +215,17 @@ def transform_tiles(x_k, x_v, rng):
     return out
 
 
+def latent_tiles():
+    rng = np.random.default_rng(512)
+    rope = (rng.normal(size=(64, 64)).astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
+    x = (rng.normal(size=(64, 512)) * (1 + 4 * (np.arange(512) == 300)) + rng.normal(size=(64, 1))).astype("<f2")
+    out = rope + x.tobytes()
+    for number, codec in enumerate(CODECS, 1):
+        codes, params = side(x.astype(np.float64), True, codec, ("published", "least-squares", "unbiased")[number % 3])
+        out += rope + codes + params
+    return out
+
+
 def main():
     terms = np.random.default_rng(22)
     rng = np.random.default_rng(20260517)
@@ -228,6 +242,8 @@ def main():
         out += transform_tiles(x[0], x[1], terms)
     with open(sys.argv[1] if len(sys.argv) > 1 else "tests/data/golden_codecs.bin", "wb") as f:
         f.write(out)
+    with open(sys.argv[2] if len(sys.argv) > 2 else "tests/data/golden_latent.bin", "wb") as f:
+        f.write(latent_tiles())
 
 
 if __name__ == "__main__":

@@ -319,7 +319,7 @@ static inline void kseq_truth(const struct kseq *s, uint64_t t, uint32_t layer, 
     }
     const uint8_t *tile = (const uint8_t *)(uintptr_t)s->codec[(t - g->sink) / 64] +
                           kvd_tile_offset(g, g->codec, layer, head);
-    float x[KVD_MAX_HEAD_DIM];
+    float x[KVD_MAX_ROW];
     uint32_t row = (uint32_t)((t - g->sink) % 64);
     struct kvd_tc_coder tc = kseq_coder(s, v, layer, head);
     kvd_row_unpack(g->codec, tile, g->head_dim_k, g->head_dim_v, v, &tc, row, x);

@@ -24,6 +24,29 @@ static inline struct kvd_plane test_plane(uint32_t layers, uint32_t kv_heads, ui
     return g;
 }
 
+// A latent plane, whose rope part is in bf16.
+static inline struct kvd_plane latent_plane(uint32_t layers, uint32_t q_heads, uint32_t codec,
+                                            uint32_t sink, uint32_t recent)
+{
+    struct kvd_plane g = test_plane(layers, 1, 1, 64, 64, KVD_CODEC_BF16, sink, recent);
+    struct kvd_error err = {0};
+    g.latent = 1;
+    g.q_heads = q_heads;
+    g.head_dim_v = 512;
+    g.codec.v = codec;
+    if (kvd_plane_check(&g, &err)) {
+        fprintf(stderr, "%s\n", err.text);
+        abort();
+    }
+    return g;
+}
+
+// What logits are scaled by; of latents, as models do that have keys of 192 values.
+static inline float test_scale(const struct kvd_plane *g)
+{
+    return 1 / sqrtf(g->latent ? 192.0f : (float)g->head_dim_k);
+}
+
 struct attention {
     uint32_t q_len, window;
     float softcap;
@@ -57,13 +80,16 @@ static inline void truth(const struct kseq *s, const struct attention *a, const 
     double m = sink, l, *logits = malloc(sizeof(double) * total);
     for (uint64_t t = 0; t < total; t++) {
         double dot = 0;
-        const double *k = keys + t * g->head_dim_k;
+        const double *k = keys + t * g->head_dim_k, *latent = values + t * g->head_dim_v;
+        uint32_t from = g->latent ? g->head_dim_v : 0; // the query's part for K
         logits[t] = -INFINITY;
         if (t > pos || (a->window && t + a->window <= pos))
             continue;
         for (uint32_t c = 0; c < g->head_dim_k; c++)
-            dot += k[c] * q[c];
-        dot /= sqrt(g->head_dim_k);
+            dot += k[c] * q[from + c];
+        for (uint32_t c = 0; c < from; c++)
+            dot += latent[c] * q[c];
+        dot *= test_scale(g);
         logits[t] = a->softcap > 0 ? a->softcap * tanh(dot / a->softcap) : dot;
         m = fmax(m, logits[t]);
     }
@@ -96,13 +122,13 @@ static inline struct attention_errors attention_error(struct kseq *s, struct kvd
                                                       const struct attention *a)
 {
     const struct kvd_plane *g = &s->g;
-    uint64_t rows = (uint64_t)g->n_layers * a->q_len * g->q_heads;
-    float *q = malloc(sizeof(float) * rows * g->head_dim_k);
+    uint64_t rows = (uint64_t)g->n_layers * a->q_len * g->q_heads, dim = kvd_plane_dim_q(g);
+    float *q = malloc(sizeof(float) * rows * dim);
     float *o = malloc(sizeof(float) * rows * g->head_dim_v), *lse = malloc(sizeof(float) * rows);
     float *sinks = malloc(sizeof(float) * g->n_layers * g->q_heads);
     for (uint32_t i = 0; i < g->n_layers * g->q_heads; i++) // from next to nothing to all there is
         sinks[i] = !a->sinks || i % 5 == 1 ? -INFINITY : (float)(6 * kseq_normal(&s->rng));
-    for (uint64_t i = 0; i < rows * g->head_dim_k; i++)
+    for (uint64_t i = 0; i < rows * dim; i++)
         q[i] = (float)kseq_normal(&s->rng);
     memset(o, 0xff, sizeof(float) * rows * g->head_dim_v); // NaN: every element must be written
     memset(lse, 0xff, sizeof(float) * rows);
@@ -112,7 +138,7 @@ static inline struct attention_errors attention_error(struct kseq *s, struct kvd
         .hist_end = s->hist_end,
         .q_len = a->q_len,
         .new_tokens = a->new_tokens,
-        .q = kseq_tensor(q, KVD_DTYPE_F32, a->q_len, g->q_heads, g->head_dim_k, 0),
+        .q = kseq_tensor(q, KVD_DTYPE_F32, a->q_len, g->q_heads, (uint32_t)dim, 0),
         .o = kseq_tensor(o, KVD_DTYPE_F32, a->q_len, g->q_heads, g->head_dim_v, 0),
         .lse = kseq_tensor(lse, KVD_DTYPE_F32, a->q_len, g->q_heads, 1, 0),
         .k = kseq_tensor(s->k, KVD_DTYPE_BF16, s->capacity, g->kv_heads, g->head_dim_k, s->length),
@@ -121,7 +147,7 @@ static inline struct attention_errors attention_error(struct kseq *s, struct kvd
     struct kvd_attend_params p = {.plane = g,
                                   .rotation = rot,
                                   .layer_count = g->n_layers,
-                                  .scale = 1 / sqrtf((float)g->head_dim_k),
+                                  .scale = test_scale(g),
                                   .softcap = a->softcap,
                                   .window = a->window,
                                   .sinks = a->sinks ? sinks : NULL,
@@ -137,12 +163,12 @@ static inline struct attention_errors attention_error(struct kseq *s, struct kvd
     struct attention_errors err_of = {0};
     double diff = 0, norm = 0;
     for (uint64_t i = 0; i < rows; i++) {
-        double want[KVD_MAX_HEAD_DIM], want_lse;
+        double want[KVD_MAX_ROW], want_lse;
         uint32_t layer = (uint32_t)(i / (a->q_len * g->q_heads)),
                  qi = (uint32_t)(i / g->q_heads % a->q_len);
         uint32_t head = (uint32_t)(i % g->q_heads);
-        truth(s, a, keys, values, q + i * g->head_dim_k, sinks[layer * g->q_heads + head], layer,
-              qi, head, want, &want_lse);
+        truth(s, a, keys, values, q + i * dim, sinks[layer * g->q_heads + head], layer, qi, head,
+              want, &want_lse);
         for (uint32_t c = 0; c < g->head_dim_v; c++) {
             double d = want[c] - o[i * g->head_dim_v + c];
             diff += d * d;

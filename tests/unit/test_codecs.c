@@ -10,14 +10,20 @@ static const uint32_t dims[] = {
 #define KVD_HEAD_DIM(d) (d),
 #include "proto/head_dims.def"
 };
+static const uint32_t rows[] = {
+// of codes that there are: a head_dim or a latent
+#define KVD_HEAD_DIM(d)               (d),
+#define KVD_LATENT_DIMS(rope, latent) (latent),
+#include "proto/head_dims.def"
+};
 
 START_TEST(every_bit_of_a_code_has_its_own_place)
 {
-    for (size_t d = 0; d < KVD_LEN(dims); d++)
+    for (size_t d = 0; d < KVD_LEN(rows); d++)
         for (uint32_t width = 1; width <= 2; width++)
             for (int v = 0; v < 2; v++) {
-                uint32_t dim = dims[d];
-                uint8_t seen[64 * 256] = {0}, chunk_of[64 * 256] = {0};
+                uint32_t dim = rows[d];
+                uint8_t seen[64 * KVD_MAX_ROW] = {0}, chunk_of[64 * KVD_MAX_ROW] = {0};
                 for (uint32_t t = 0; t < 64; t++)
                     for (uint32_t c = 0; c < dim; c++) {
                         struct kvd_code_place p = kvd_place_of(v, dim, width, t, c);
@@ -284,18 +290,18 @@ END_TEST
 
 START_TEST(extreme_rows_stay_finite)
 {
-    const float rows[][4] = {{0, 0, 0, 0},
-                             {3e38f, -3e38f, 1, 0},
-                             {1e-40f, 0, 0, 0},
-                             {NAN, 1, 2, 3},
-                             {7, 7, 7, 7},
-                             {3e38f, 3e38f, 3e38f, 3e38f},
-                             {INFINITY, -INFINITY, 0, 0},
-                             {NAN, NAN, NAN, NAN},
-                             {-1e-30f, 2e-30f, 0, 1e-30f}};
+    const float quads[][4] = {{0, 0, 0, 0},
+                              {3e38f, -3e38f, 1, 0},
+                              {1e-40f, 0, 0, 0},
+                              {NAN, 1, 2, 3},
+                              {7, 7, 7, 7},
+                              {3e38f, 3e38f, 3e38f, 3e38f},
+                              {INFINITY, -INFINITY, 0, 0},
+                              {NAN, NAN, NAN, NAN},
+                              {-1e-30f, 2e-30f, 0, 1e-30f}};
     uint64_t rng = 1;
     for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++)
-        for (size_t i = 0; i < KVD_LEN(rows) && codec != KVD_CODEC_BF16; i++)
+        for (size_t i = 0; i < KVD_LEN(quads) && codec != KVD_CODEC_BF16; i++)
             for (int k = 0; k < 9; k++) {
                 float x[64], y[64], gain = 0.5f + 0.5f * (float)(k % 3);
                 struct kvd_row row;
@@ -303,7 +309,7 @@ START_TEST(extreme_rows_stay_finite)
                 struct kvd_quantizer q = {codec, 0.96f, gain, (enum kvd_scale)(k / 3), &tc};
                 bool coded = kvd_codec_tc(codec);
                 for (int c = 0; c < 64; c++)
-                    x[c] = rows[i][c % 4];
+                    x[c] = quads[i][c % 4];
                 kvd_row_quantize(&q, x, 64, &row);
                 struct kvd_affine a = kvd_param_decode(codec, row.param);
                 ck_assert_msg(isfinite(a.scale) && isfinite(a.min), "%s row %zu",

@@ -149,8 +149,9 @@ static void attend_sliced(struct kseq *s, struct kvd_backend *b, const struct kv
 {
     const struct kvd_plane *g = &s->g;
     uint64_t rows = (uint64_t)g->n_layers * q_len * g->q_heads, bytes = rows * g->head_dim_v * 4;
-    float *q = malloc(rows * g->head_dim_k * 4);
-    for (uint64_t i = 0; i < rows * g->head_dim_k; i++)
+    uint32_t dim = kvd_plane_dim_q(g);
+    float *q = malloc(rows * dim * 4);
+    for (uint64_t i = 0; i < rows * dim; i++)
         q[i] = (float)kseq_normal(&s->rng);
     float *o[3], *lse[3];
     struct kvd_attend_item item[3];
@@ -165,7 +166,7 @@ static void attend_sliced(struct kseq *s, struct kvd_backend *b, const struct kv
             .hist_end = s->hist_end,
             .q_len = q_len,
             .new_tokens = fresh ? q_len : 0,
-            .q = kseq_tensor(q, KVD_DTYPE_F32, q_len, g->q_heads, g->head_dim_k, 0),
+            .q = kseq_tensor(q, KVD_DTYPE_F32, q_len, g->q_heads, dim, 0),
             .k = kseq_tensor(s->k, KVD_DTYPE_BF16, s->capacity, g->kv_heads, g->head_dim_k, 0),
             .v = kseq_tensor(s->v, KVD_DTYPE_BF16, s->capacity, g->kv_heads, g->head_dim_v, 0),
             .o = kseq_tensor(o[i], KVD_DTYPE_F32, q_len, g->q_heads, g->head_dim_v, 0),
@@ -205,6 +206,8 @@ START_TEST(appends_and_attention_in_slices_are_the_same)
         struct kvd_plane g = test_plane(1 + (uint32_t)(kvd_rand(&r) % 3), 1 + i % 2,
                                         1 + (uint32_t)(kvd_rand(&r) % 5), 64, 64, codec,
                                         16 * (uint32_t)(kvd_rand(&r) % 5), 64);
+        if (i == 5)
+            g = latent_plane(2, 35, KVD_CODEC_INT2, 48, 64);
         struct kvd_backend *b = kvd_cpu_backend_new(threads, NULL, NULL);
         struct kseq s[2];
         for (int j = 0; j < 2; j++) {
