@@ -62,14 +62,15 @@ static void layout_cell(struct table *t, const char *digest)
     table_cell(t, "%.12s", hex ? hex + 1 : "-");
 }
 
-// One cell of what each plane has: "int2", or "int2 bf16" where they differ.
+// One cell of what each plane has: "int2", or "int2 bf16" where they differ; "latent
+// k=bf16,v=int2".
 static void codecs_cell(struct table *t, Kvd__V1__PlaneInfo **planes, size_t n)
 {
     char text[256] = "";
     for (size_t i = 0, at = 0; i < n && at < sizeof(text); i++)
         if (i == 0 || strcmp(planes[i]->codec, planes[i - 1]->codec) != 0)
-            at += (size_t)snprintf(text + at, sizeof(text) - at, "%s%s", i ? " " : "",
-                                   planes[i]->codec);
+            at += (size_t)snprintf(text + at, sizeof(text) - at, "%s%s%s", i ? " " : "",
+                                   planes[i]->latent ? "latent " : "", planes[i]->codec);
     table_cell(t, "%s", n ? text : "-");
 }
 

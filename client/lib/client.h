@@ -30,7 +30,7 @@ struct kvd_buffer {
 
 // Of the tensors of one layer.
 struct kvd_layer_shape {
-    uint32_t q_heads, kv_heads, dim_k, dim_v;
+    uint32_t q_heads, kv_heads, dim_k, dim_v, dim_q;
 };
 
 struct kvd_client {

@@ -340,7 +340,7 @@ kvd_result kvd_attend_enqueue(kvd_direct *d, void *stream, uint32_t layer, const
     uint32_t size = d->options.dtype == KVD_F32 ? 4 : 2;
     int rc = check_layer(d, layer, &e);
     if (rc == KVD_OK)
-        rc = kvd_check_dense("q", q, q_bytes, rows, g->q_heads, g->head_dim_k, size, &e);
+        rc = kvd_check_dense("q", q, q_bytes, rows, g->q_heads, kvd_plane_dim_q(g), size, &e);
     if (rc == KVD_OK)
         rc = kvd_check_dense("o", o, o_bytes, rows, g->q_heads, g->head_dim_v, size, &e);
     if (rc == KVD_OK && (lse || lse_bytes))

@@ -88,7 +88,8 @@ static int cpu_attend(struct kvd_direct *d, void *stream, uint32_t layer, const 
     uint32_t n = d->options.step_tokens, count = 0;
     uint64_t size = d->options.dtype == KVD_F32 ? 4 : 2;
     enum kvd_dtype type = size == 4 ? KVD_DTYPE_F32 : KVD_DTYPE_BF16;
-    uint64_t q_row = g->q_heads * g->head_dim_k * size, o_row = g->q_heads * g->head_dim_v * size;
+    uint64_t q_row = g->q_heads * kvd_plane_dim_q(g) * size,
+             o_row = g->q_heads * g->head_dim_v * size;
     struct kvd_attend_item *items KVD_FREE = calloc(d->options.slots, sizeof(*items));
     (void)stream;
     if (!items)

@@ -10,6 +10,7 @@ static int take_plane(struct kvd_direct *d, const Kvd__V1__Plane *from, struct d
                                    .kv_heads = from->kv_heads,
                                    .head_dim_k = from->head_dim_k,
                                    .head_dim_v = from->head_dim_v,
+                                   .latent = from->latent,
                                    .sink = from->windows->sink,
                                    .recent = from->windows->recent,
                                    .window = from->window};
@@ -18,10 +19,15 @@ static int take_plane(struct kvd_direct *d, const Kvd__V1__Plane *from, struct d
         return kvd_fail(err, KVD_E_UNSUPPORTED,
                         "kvd stores in codec %.40s, which this libkvd does not know", from->codec);
     if (g->q_heads != first->q_heads || g->kv_heads != first->kv_heads ||
-        g->head_dim_k != first->head_dim_k || g->head_dim_v != first->head_dim_v)
+        g->head_dim_k != first->head_dim_k || g->head_dim_v != first->head_dim_v ||
+        g->latent != first->latent)
         return kvd_fail(err, KVD_E_UNSUPPORTED,
                         "the layout's planes differ in heads or head_dim, and direct mode's slots "
                         "have one shape: use kvd_attend and kvd_step");
+    if (g->latent && a->scale == 0)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "attention: scale is 0; over a latent there is no default, as the head_dim "
+                        "that a model scales by is none of the latent's");
     to->window = a->window && g->window ? KVD_MIN(a->window, g->window) : a->window + g->window;
     to->bf16_stride =
         (uint32_t)kvd_div_up(g->sink, KVD_PAGE_TOKENS) + kvd_plane_ring(g) / KVD_PAGE_TOKENS;

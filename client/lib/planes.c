@@ -10,6 +10,7 @@ static void set_plane(kvd_client *c, uint32_t p, const kvd_plane_options *from,
     to->kv_heads = from->kv_heads ? from->kv_heads : o->kv_heads;
     to->head_dim_k = from->head_dim_k ? from->head_dim_k : o->head_dim_k;
     to->head_dim_v = from->head_dim_v ? from->head_dim_v : o->head_dim_v;
+    to->latent = from->latent || o->latent;
     to->window = from->window;
     kvd__v1__windows__init(&c->plane_windows[p]);
     c->plane_windows[p].sink = from->sink;
@@ -82,6 +83,13 @@ static int by_id(const void *a, const void *b)
     return x < y ? -1 : x > y;
 }
 
+static struct kvd_layer_shape shape_of(uint32_t q_heads, uint32_t kv_heads, uint32_t dim_k,
+                                       uint32_t dim_v, bool latent)
+{
+    return (struct kvd_layer_shape){q_heads, kv_heads, dim_k, dim_v,
+                                    latent ? dim_k + dim_v : dim_k};
+}
+
 // The layers of all planes in order, and what each looks like.
 static void merge_planes(kvd_client *c, uint32_t n_layers)
 {
@@ -92,8 +100,8 @@ static void merge_planes(kvd_client *c, uint32_t n_layers)
         for (size_t i = 0; i < plane->n_layers; i++) {
             const uint32_t *at =
                 bsearch(&plane->layers[i], c->layers, n_layers, sizeof(*c->layers), by_id);
-            c->shapes[at - c->layers] = (struct kvd_layer_shape){
-                plane->q_heads, plane->kv_heads, plane->head_dim_k, plane->head_dim_v};
+            c->shapes[at - c->layers] = shape_of(plane->q_heads, plane->kv_heads, plane->head_dim_k,
+                                                 plane->head_dim_v, plane->latent);
         }
     }
 }
@@ -132,6 +140,7 @@ int kvd_client_set_layout(kvd_client *c, const kvd_options *o, struct kvd_error 
     to->head_dim_k = o->head_dim_k;
     to->head_dim_v = o->head_dim_v;
     to->codec = c->codec;
+    to->latent = o->latent;
     to->rotation_set = c->rotation_set;
     to->tp_rank = o->tp_rank;
     to->tp_size = o->tp_size;
@@ -148,7 +157,7 @@ int kvd_client_set_layout(kvd_client *c, const kvd_options *o, struct kvd_error 
         memcpy(c->layers, o->layers, n_layers * sizeof(*c->layers));
         for (uint32_t i = 0; i < n_layers; i++)
             c->shapes[i] =
-                (struct kvd_layer_shape){o->q_heads, o->kv_heads, o->head_dim_k, o->head_dim_v};
+                shape_of(o->q_heads, o->kv_heads, o->head_dim_k, o->head_dim_v, o->latent);
         rc = windows_to_planes(c, o, err);
     }
     to->n_layers = n_layers;

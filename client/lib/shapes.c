@@ -154,7 +154,7 @@ static int check_qo(const kvd_client *c, uint32_t layers, const struct kvd_layer
                          .layers = layers,
                          .tokens = item->tokens,
                          .heads = g->q_heads,
-                         .dim = g->dim_k,
+                         .dim = g->dim_q,
                          .spans = spans};
     int rc = check_tensor(c, &item->q, &x, err);
     x.name = "o";

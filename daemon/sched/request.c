@@ -8,7 +8,8 @@
 static bool alike(const struct kvd_plane *a, const struct kvd_plane *b)
 {
     return a->q_heads == b->q_heads && a->kv_heads == b->kv_heads &&
-           a->head_dim_k == b->head_dim_k && a->head_dim_v == b->head_dim_v;
+           a->head_dim_k == b->head_dim_k && a->head_dim_v == b->head_dim_v &&
+           a->latent == b->latent;
 }
 
 static int set_runs(struct kvd_work *w, struct kvd_error *err)
@@ -57,6 +58,10 @@ static int set_attention(struct kvd_work *w, const Kvd__V1__AttentionParams *p,
     w->scale = p && p->scale != 0 ? p->scale : 1 / sqrtf((float)w->plane->head_dim_k);
     w->softcap = p ? p->softcap : 0;
     w->window = p ? p->window : 0;
+    if (w->plane->latent && w->op->id != KVD_OP_APPEND && (!p || p->scale == 0))
+        return kvd_fail(err, KVD_E_INVALID,
+                        "params.scale is missing: over a latent there is no default, as the "
+                        "head_dim that a model scales by is none of the latent's");
     if (!isfinite(w->scale) || !isfinite(w->softcap) || w->softcap < 0)
         return kvd_fail(err, KVD_E_INVALID,
                         "params: scale and softcap must be finite, softcap not negative");
@@ -135,7 +140,7 @@ int kvd_op_set_qo(struct kvd_work *w, struct kvd_session *s, uint32_t i,
 {
     const struct kvd_plane *g = w->plane;
     struct kvd_work_item *item = &w->items[i];
-    struct kvd_shape shape = {w->layer_count, item->tokens, g->q_heads, g->head_dim_k};
+    struct kvd_shape shape = {w->layer_count, item->tokens, g->q_heads, kvd_plane_dim_q(g)};
     int rc = kvd_work_tensor_in(w, s, q, shape, "q", i, &item->q, err);
     shape.dim = g->head_dim_v;
     if (rc == KVD_OK)

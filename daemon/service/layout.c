@@ -5,12 +5,15 @@
 
 enum { NO_PLANE = 0xff };
 
+// Over a latent one name is the latent's, as the rope part is in bf16 anyway.
 static int set_codec(const char *name, struct kvd_plane *p, struct kvd_error *err)
 {
     if (!kvd_codecs_find(name, &p->codec))
         return kvd_fail(err, KVD_E_INVALID,
                         "codec is '%.60s'; known are %s, and \"k=NAME,v=NAME\" of two of them",
                         name, kvd_codec_names());
+    if (p->latent && !strchr(name, '='))
+        p->codec.k = KVD_CODEC_BF16;
     return KVD_OK;
 }
 
@@ -72,6 +75,7 @@ static int set_plane(const Kvd__V1__Layout *all, const Kvd__V1__Plane *own, stru
     to->kv_heads = own->kv_heads ? own->kv_heads : all->kv_heads;
     to->head_dim_k = own->head_dim_k ? own->head_dim_k : all->head_dim_k;
     to->head_dim_v = own->head_dim_v ? own->head_dim_v : all->head_dim_v;
+    to->latent = own->latent || all->latent;
     to->window = own->window;
     to->sink = w ? w->sink : KVD_DEFAULT_SINK;
     to->recent = w ? w->recent : KVD_DEFAULT_RECENT;
@@ -181,6 +185,7 @@ static void tell_plane(const struct kvd_layout *from, uint32_t plane, uint32_t *
     to->head_dim_k = p->head_dim_k;
     to->head_dim_v = p->head_dim_v;
     to->codec = (char *)kvd_codecs_name(p->codec, room->codecs[plane]);
+    to->latent = p->latent;
     to->window = p->window;
     to->windows = windows;
     windows->sink = p->sink;
@@ -212,6 +217,7 @@ Kvd__V1__Layout *kvd_layout_to_proto(const struct kvd_layout *from, struct kvd_p
     to->g.head_dim_k = only->head_dim_k;
     to->g.head_dim_v = only->head_dim_v;
     to->g.codec = only->codec;
+    to->g.latent = only->latent;
     to->g.window = only->window;
     to->g.windows = only->windows;
     return &to->g;
@@ -259,6 +265,8 @@ void kvd_layout_digest(const struct kvd_layout *l, char out[KVD_DIGEST_TEXT])
         put(&e, g->sink);
         put(&e, g->recent);
         put(&e, g->window);
+        if (g->latent) // as its head_dims have said already, which no other plane has
+            put(&e, g->latent);
     }
     put_text(&e, l->rotation);
     put(&e, l->tp_rank);

@@ -43,6 +43,7 @@ static struct described *describe(const struct kvd_daemon *d, struct layouts *al
         out->sink = p->sink;
         out->recent = p->recent;
         out->window = p->window;
+        out->latent = p->latent;
     }
     return t;
 }

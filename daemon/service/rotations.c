@@ -234,6 +234,8 @@ static int select_data(const struct kvd_layout *l, uint32_t plane, const struct 
         return err->code;
     one.planes[0].n_layers = 1;
     int rc = kvd_rotset_select(made, &one, 0, data, err);
+    if (rc == KVD_OK && g->latent) // a latent is a key first: its rows must not get shorter
+        data->scale_v = data->scale_k;
     if (rc == KVD_OK && strcmp(l->rotation, "identity") == 0) {
         // The backend skips the product when there is no matrix.
         free((void *)data->k);

@@ -100,6 +100,7 @@ static void print_options(void)
     FIELD(kvd_options, tp_rank);
     FIELD(kvd_options, tp_size);
     FIELD(kvd_options, pages);
+    FIELD(kvd_options, latent);
     STRUCT(kvd_plane_options);
     FIELD(kvd_plane_options, size);
     FIELD(kvd_plane_options, layers);
@@ -113,6 +114,7 @@ static void print_options(void)
     FIELD(kvd_plane_options, sink);
     FIELD(kvd_plane_options, recent);
     FIELD(kvd_plane_options, no_windows);
+    FIELD(kvd_plane_options, latent);
     STRUCT(kvd_direct_options);
     FIELD(kvd_direct_options, size);
     FIELD(kvd_direct_options, slots);

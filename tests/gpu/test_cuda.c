@@ -69,6 +69,11 @@ static void refused_codecs(void)
                served(kvd_codecs_both(KVD_CODEC_TC2)) && served(kvd_codecs_both(KVD_CODEC_TC2_5)) &&
                served(kvd_codecs_both(KVD_CODEC_INT2)),
            "codecs without kernels are refused");
+    struct kvd_plane latent = latent_plane(1, 128, KVD_CODEC_INT2, 0, 0);
+    struct kvd_error err = {0};
+    result(cuda->ops->plane_check(cuda, &latent, &err) == KVD_E_UNSUPPORTED &&
+               strstr(err.text, "latent planes (MLA)"),
+           "latent planes are refused by name");
 }
 
 #include "tests/gpu/test_transforms.h"

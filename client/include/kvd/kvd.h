@@ -101,6 +101,7 @@ typedef struct kvd_plane_options {
     uint32_t sink;          /**< first tokens, kept in bf16; 0 with a window */
     uint32_t recent;        /**< last tokens, kept in bf16 */
     bool no_windows;        /**< really no sink and no recent window */
+    bool latent;            /**< as kvd_options.latent, which holds for all planes */
 } kvd_plane_options;
 
 /** What a session is to be. Texts and lists are copied. */
@@ -159,6 +160,12 @@ typedef struct kvd_options {
     uint32_t tp_rank;
     uint32_t tp_size; /**< how many ranks there are, at most 1,024; 0 or 1: it is not split */
     bool pages;       /**< for page calls (kvd/pages.h), which want no_windows and no windows */
+    /** multi-head latent attention (MLA: DeepSeek V2 and V3, Kimi, GLM-5): kv_heads 1, K is the
+     * rope part of keys, head_dim_k 64, V the latent, head_dim_v 512, and q_heads 1 to 128. A query
+     * is absorbed: 512 values for the latent, then 64 for the rope part; o is of 512.
+     * kvd_attention's scale must be given. The codec is the latent's, the rope part is in bf16. Not
+     * on CUDA. */
+    bool latent;
 } kvd_options;
 
 /** Connects and opens a session. Waits for the rotation set to be fetched, at most timeout_ms.
@@ -402,7 +409,8 @@ typedef struct kvd_item {
     uint32_t tokens;    /**< append, step: new tokens; attend: queries, at the sequence's end */
     kvd_tensor_ref k;   /**< append, step: [layers][tokens][kv_heads][head_dim_k] */
     kvd_tensor_ref v;   /**< append, step: [layers][tokens][kv_heads][head_dim_v] */
-    kvd_tensor_ref q;   /**< attend, step: [layers][tokens][q_heads][head_dim_k] */
+    kvd_tensor_ref q;   /**< attend, step: [layers][tokens][q_heads][head_dim_k]; over a latent
+                           [..][head_dim_v + head_dim_k] */
     kvd_tensor_ref o;   /**< attend, step: [layers][tokens][q_heads][head_dim_v] */
     kvd_tensor_ref lse; /**< attend, step: f32 [layers][tokens][q_heads]; buffer NULL: unwanted */
     /** append, step: where to write whether this item's tokens had been applied before, so that
@@ -419,7 +427,7 @@ typedef struct kvd_item {
 /** How attention is computed. */
 typedef struct kvd_attention {
     uint32_t size;   /**< sizeof(kvd_attention) */
-    float scale;     /**< of logits; 0: 1/sqrt(head_dim_k) */
+    float scale;     /**< of logits; 0: 1/sqrt(head_dim_k), which over a latent is refused */
     float softcap;   /**< logits become softcap * tanh(logit / softcap); 0: none */
     uint32_t window; /**< sliding window in tokens, at most 16,777,216; 0: none */
 } kvd_attention;

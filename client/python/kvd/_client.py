@@ -17,6 +17,7 @@ from ._tensor import Tensor, new_tensor
 
 Codec = Union[Literal["bf16", "int2", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4", "int4", "tc2", "tc2.5"], str]  # or "k=int2-lm,v=int2"
 HeadDim = Union[int, tuple[int, int]]
+_LATENT = (64, 512)  # of the rope part and the latent
 _EVENTS = ("opened", "evicted", "draining", "lost", "published", "stored", "removed", "cleared", "moved")
 
 
@@ -212,7 +213,8 @@ class Sequence(lib.OfProcess):
 @dataclasses.dataclass(frozen=True)
 class Plane:
     """Layers of a model that are alike, where not all of them are: their ids, ascending. None: as the client says. window: tokens of
-    a sliding window, 0: all; what lies behind the last window + 64 tokens is freed, and such a plane has no sink."""
+    a sliding window, 0: all; what lies behind the last window + 64 tokens is freed, and such a plane has no sink. latent: as
+    `Client`'s, if that is not True for all of them."""
 
     layers: Iterable[int]
     q_heads: Optional[int] = None
@@ -222,6 +224,7 @@ class Plane:
     window: int = 0
     sink: Optional[int] = None
     recent: Optional[int] = None
+    latent: bool = False
 
 
 class Shape(NamedTuple):
@@ -229,16 +232,20 @@ class Shape(NamedTuple):
 
     q_heads: int
     kv_heads: int
-    head_dim: tuple[int, int]  # of q and K, of V and o
+    head_dim: tuple[int, int]  # of q and K, of V and o; over a latent q has both together
+    latent: bool = False
 
     def rows(self) -> _Rows:
         kv, q = ("kv_heads", "head_dim"), ("q_heads", "head_dim")
+        of_q = sum(self.head_dim) if self.latent else self.head_dim[0]
         return {"k": (kv, (self.kv_heads, self.head_dim[0])), "v": (kv, (self.kv_heads, self.head_dim[1])),
-                "q": (q, (self.q_heads, self.head_dim[0])), "o": (q, (self.q_heads, self.head_dim[1])),
+                "q": (q, (self.q_heads, of_q)), "o": (q, (self.q_heads, self.head_dim[1])),
                 "lse": (q[:1], (self.q_heads,))}
 
 
-def _shape(at: str, q_heads: Any, kv_heads: Any, head_dim: Any) -> Shape:
+def _shape(at: str, q_heads: Any, kv_heads: Any, head_dim: Any, latent: bool) -> Shape:
+    if latent:
+        kv_heads, head_dim = 1 if kv_heads is None else kv_heads, _LATENT if head_dim is None else head_dim
     for name, x in (("q_heads", q_heads), ("kv_heads", kv_heads), ("head_dim", head_dim)):
         if x is None:
             raise lib.InvalidError(f"{at}{name} is wanted")
@@ -246,7 +253,7 @@ def _shape(at: str, q_heads: Any, kv_heads: Any, head_dim: Any) -> Shape:
     if len(pair) != 2:
         raise lib.InvalidError(f"{at}head_dim is {head_dim!r}, and one number or a pair for K and V is wanted")
     dims = (_check.integer(f"{at}head_dim", pair[0]), _check.integer(f"{at}head_dim", pair[1]))
-    return Shape(_check.integer(f"{at}q_heads", q_heads), _check.integer(f"{at}kv_heads", kv_heads), dims)
+    return Shape(_check.integer(f"{at}q_heads", q_heads), _check.integer(f"{at}kv_heads", kv_heads), dims, latent)
 
 
 def _ids(what: str, x: Iterable[int]) -> list[int]:
@@ -260,7 +267,7 @@ def _plane_struct(at: str, p: Plane, shape: Shape, ids: Any) -> lib.PlaneOptions
     return lib.PlaneOptions(
         layers=ids, n_layers=len(ids), q_heads=shape.q_heads, kv_heads=shape.kv_heads, head_dim_k=shape.head_dim[0],
         head_dim_v=shape.head_dim[1], codec=_check.text(f"{at}codec", p.codec) if p.codec is not None else None, window=p.window,
-        sink=sink if own else 0, recent=recent if own else 0, no_windows=own and (sink, recent) == (0, 0))
+        sink=sink if own else 0, recent=recent if own else 0, no_windows=own and (sink, recent) == (0, 0), latent=shape.latent)
 
 
 class Client(lib.OfProcess):
@@ -274,7 +281,10 @@ class Client(lib.OfProcess):
     behind the last w + 64 tokens is freed, and such a layer has no sink. sinks: attention sinks (gpt-oss's s_aux), [layers,
     q_heads] of float32: logits of one more token, whose value is zero; -inf: none for that head. planes: where layers differ in
     heads, head_dim, codec or window, instead of layers and windows; `layer` in calls counts over those of all planes in ascending
-    order, and a call's layers have one of `shapes`. tp_rank, tp_size: which part of a model that tensor parallelism splits;
+    order, and a call's layers have one of `shapes`. latent: multi-head latent attention (MLA: DeepSeek V2 and V3, Kimi, GLM-5) of up to
+    128 q heads: k is the part of keys that RoPE turns, v the latent; kv_heads is 1 and head_dim (64, 512), and need not be given. A query
+    is absorbed: 512 numbers for the latent, then 64 for the rope part; o has 512, and calls want `scale`. codec is the latent's, the
+    rope part is in bf16. Not on CUDA. tp_rank, tp_size: which part of a model that tensor parallelism splits;
     q_heads and kv_heads are the rank's own, and of a rotation set it gets the matrices of its heads. address: "unix:/path" or "host:port"; None: $KVD_ADDRESS, or the
     one that listens under /run/kvd. pages: for `kvd.Pages`, which opens its own. timeout: seconds for each call. lease: seconds after which a session over TCP ends when
     its client is not heard of; None: 60. tls_ca, tls_cert, tls_key: PEM files for TCP; None: no TLS, no certificate of
@@ -288,7 +298,7 @@ class Client(lib.OfProcess):
                  tls_ca: Optional[str] = None, tls_cert: Optional[str] = None, tls_key: Optional[str] = None,
                  tls_server_name: Optional[str] = None, windows: Optional[Iterable[int]] = None, sinks: Any = None,
                  planes: Optional[Iterable[Plane]] = None, tp_rank: int = 0, tp_size: int = 0,
-                 pages: bool = False):
+                 pages: bool = False, latent: bool = False):
         super().__init__()
         if (layers is None) == (planes is None) or (planes is not None and windows is not None):
             raise lib.InvalidError("layers, with windows or without, or planes are wanted")
@@ -302,7 +312,8 @@ class Client(lib.OfProcess):
             where = "" if planes is None else f"planes[{i}]."
             ids = _ids(f"{where}layers", p.layers)
             given = (p.q_heads or q_heads, p.kv_heads or kv_heads, head_dim if p.head_dim is None else p.head_dim)
-            shape, window = _shape(where, *given), _check.integer(f"{where}window", p.window)
+            own = _check.flag(f"{where}latent", p.latent) or _check.flag("latent", latent)
+            shape, window = _shape(where, *given, own), _check.integer(f"{where}window", p.window)
             for n in ids:
                 if planes is not None and n in by_id:
                     raise lib.InvalidError(f"{where}layers has layer {n}, which is in another plane too, or twice")
@@ -314,7 +325,7 @@ class Client(lib.OfProcess):
         self.layers = ids
         self.shapes = [by_id[n][0] for n in ids]
         one = self.shapes[0] if self.shapes and len(set(self.shapes)) == 1 else Shape(0, 0, (0, 0))
-        self.q_heads, self.kv_heads, self.head_dim = one  # 0 where layers differ: see shapes
+        self.q_heads, self.kv_heads, self.head_dim, _ = one  # 0 where layers differ: see shapes
         names = {n: _check.text(n, x) if x is not None else None for n, x in (
             ("address", address), ("namespace", namespace), ("name", name), ("codec", codec), ("rotation_set", rotation_set),
             ("tls_ca", tls_ca), ("tls_cert", tls_cert), ("tls_key", tls_key), ("tls_server_name", tls_server_name))}
@@ -340,6 +351,7 @@ class Client(lib.OfProcess):
             options.layers, options.n_layers = keep[0], len(ids)
             options.q_heads, options.kv_heads = structs[0].q_heads, structs[0].kv_heads
             options.head_dim_k, options.head_dim_v = structs[0].head_dim_k, structs[0].head_dim_v
+            options.latent = structs[0].latent
             options.windows = (c.c_uint32 * len(ids))(*sliding) if any(sliding) else None
         else:
             options.planes, options.n_planes = structs, len(parts)
@@ -378,7 +390,8 @@ class Client(lib.OfProcess):
         kinds = []
         for s in dict.fromkeys(self.shapes):
             dim = s.head_dim[0] if s.head_dim[0] == s.head_dim[1] else s.head_dim
-            kinds.append(f"{self.shapes.count(s)} layers, {s.q_heads} q heads, {s.kv_heads} kv heads, head_dim {dim}")
+            kv = "a latent" if s.latent else f"{s.kv_heads} kv heads"
+            kinds.append(f"{self.shapes.count(s)} layers, {s.q_heads} q heads, {kv}, head_dim {dim}")
         return f"<kvd.Client {self.address} {self.codec}: {'; '.join(kinds)}{'' if self._handle else ', closed'}>"
 
     def __enter__(self) -> "Client":

@@ -101,7 +101,7 @@ class PlaneOptions(Sized):
     _fields_ = [
         ("layers", c.POINTER(c.c_uint32)), ("n_layers", c.c_uint32), ("q_heads", c.c_uint32), ("kv_heads", c.c_uint32),
         ("head_dim_k", c.c_uint32), ("head_dim_v", c.c_uint32), ("codec", c.c_char_p), ("window", c.c_uint32),
-        ("sink", c.c_uint32), ("recent", c.c_uint32), ("no_windows", c.c_bool),
+        ("sink", c.c_uint32), ("recent", c.c_uint32), ("no_windows", c.c_bool), ("latent", c.c_bool),
     ]
 
 
@@ -115,7 +115,7 @@ class Options(Sized):
         ("tls_server_name", c.c_char_p), ("windows", c.POINTER(c.c_uint32)),
         ("sinks", c.POINTER(c.c_float)), ("n_sinks", c.c_uint32),
         ("planes", c.POINTER(PlaneOptions)), ("n_planes", c.c_uint32), ("tp_rank", c.c_uint32), ("tp_size", c.c_uint32),
-        ("pages", c.c_bool),
+        ("pages", c.c_bool), ("latent", c.c_bool),
     ]
 
 

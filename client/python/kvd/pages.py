@@ -150,7 +150,8 @@ class Pages(lib.OfProcess):
 
     def __init__(self, *, space: bytes, layers: Iterable[int], kv_heads: int, head_dim: HeadDim, codec: Codec = "int2",
                  rotation_set: Optional[str] = None, exact: bool = True, tp_rank: int = 0, tp_size: int = 0,
-                 address: Optional[str] = None, namespace: Optional[str] = None, name: Optional[str] = None, timeout: float = 30.0):
+                 address: Optional[str] = None, namespace: Optional[str] = None, name: Optional[str] = None, timeout: float = 30.0,
+                 latent: bool = False):
         super().__init__()
         if not isinstance(space, bytes):
             raise TypeError("space is bytes")
@@ -159,7 +160,7 @@ class Pages(lib.OfProcess):
         self._bytes = lib.Bytes(space, len(space))
         self.client = Client(layers=layers, q_heads=kv_heads, kv_heads=kv_heads, head_dim=head_dim, codec=codec,
                              rotation_set=rotation_set, sink=0, recent=0, tp_rank=tp_rank, tp_size=tp_size, address=address,
-                             namespace=namespace, name=name, timeout=timeout, pages=True)
+                             namespace=namespace, name=name, timeout=timeout, pages=True, latent=latent)
 
     def lookup(self, requests: Seq[Iterable[bytes]], *, lease_ms: int = 30000, restore_ms: int = 0, tiers: bool = False) -> list[Found]:
         """Which pages of each request are there, of up to 256 requests of up to 4,096 keys. They stay for lease_ms, at most 600,000; 0:
