@@ -237,12 +237,13 @@ struct kvd_backend_ops {
     int (*extent_import)(struct kvd_backend *b, struct kvd_arena *a, uint32_t i, int fd,
                          struct kvd_error *err);
     // For a process that takes over from another: the extent's own descriptor, which stays the
-    // backend's, and memory that an earlier process held by one. What was exported cannot be
-    // written by another process: it is copied into new memory. KVD_E_INVALID, KVD_E_FULL,
-    // KVD_E_LIMIT. NULL where extents do not outlive the process.
+    // backend's (negative: there is none), and memory that an earlier process held by one. On the
+    // CPU what was exported cannot be written by another process: it is copied into new memory.
+    // *shared: it is the same memory, and others may map it: as if it had been exported here.
+    // KVD_E_INVALID, KVD_E_FULL, KVD_E_LIMIT.
     int (*extent_descriptor)(struct kvd_backend *b, struct kvd_arena *a, uint32_t i);
     int (*extent_adopt)(struct kvd_backend *b, struct kvd_arena *a, uint32_t i, int fd,
-                        struct kvd_error *err);
+                        bool *shared, struct kvd_error *err);
     // Maps a worker's device memory for reading and writing; never beyond what there is, whatever
     // it claims. KVD_E_INVALID says what is wrong with it; KVD_E_UNSUPPORTED on the CPU.
     int (*foreign_map)(struct kvd_backend *b, const struct kvd_foreign *f, uint8_t **data,

@@ -41,6 +41,8 @@ struct kvd_fd_grant {
     uint32_t kind;   // enum kvd_fd_kind
     uint32_t extent; // KVD_FD_ROTATIONS: the plane
     uint64_t bytes;  // of the memory
+    uint64_t memory; // KVD_FD_EXTENT: which memory it is, of all that an extent ever had. Who has
+                     // it mapped already, from a kvd before this one, has nothing to do
 };
 
 // The head of the memfd of a plane's set. fp32 arrays [n_layers][heads][...] follow, as many as

@@ -695,5 +695,6 @@ void kvd_direct_close(kvd_direct **dp)
     free(d->length);
     free(d->slots);
     free(d->mapped);
+    free(d->memory);
     free(d);
 }

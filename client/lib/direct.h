@@ -95,7 +95,9 @@ struct kvd_direct {
     // The fd socket, the arena, and the order of MapSequences calls.
     pthread_mutex_t socket_lock;
     struct kvd_arena *arena;
-    bool *mapped; // per extent
+    // Per extent: whether it is mapped, and which memory.
+    bool *mapped;
+    uint64_t *memory;
 
     kvd_buffer *tail; // K [layers][slots][ring][kv_heads][dim_k], then V alike
     uint64_t tail_v;  // where V begins

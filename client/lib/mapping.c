@@ -59,8 +59,12 @@ static int take(struct kvd_direct *d, const struct kvd_fd_grant *grant, int fd_t
         return kvd_fail(err, KVD_E_INTERNAL, "extent %u has %llu bytes instead of %llu",
                         grant->extent, (unsigned long long)grant->bytes,
                         (unsigned long long)d->arena->bytes);
+    // On a GPU the memory is the same after kvd began anew, and kernels may be reading it.
+    if (d->mapped[grant->extent] && d->memory[grant->extent] == grant->memory)
+        return KVD_OK;
     int rc = ops->extent_import(d->backend, d->arena, grant->extent, fd, err);
     d->mapped[grant->extent] = rc == KVD_OK;
+    d->memory[grant->extent] = grant->memory;
     return rc;
 }
 
@@ -188,7 +192,8 @@ static int make_arena(struct kvd_direct *d, const Kvd__V1__MapSequencesReply *re
     if (!d->arena)
         return err->code;
     d->mapped = calloc(reply->extents, sizeof(*d->mapped));
-    return d->mapped ? KVD_OK : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    d->memory = calloc(reply->extents, sizeof(*d->memory));
+    return d->mapped && d->memory ? KVD_OK : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
 }
 
 // One call; *more when the fd socket was full.

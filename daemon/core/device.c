@@ -1,17 +1,5 @@
 #include "daemon/core/device.h"
 
-#include "daemon/core/keep.h"
-
-// Extents that outlive the process are there on the CPU only.
-static int keep_check(const struct kvd_daemon *d, struct kvd_error *err)
-{
-    if (!kvd_keep_on(d) || d->backend->ops->extent_adopt)
-        return KVD_OK;
-    return kvd_fail(err, KVD_E_UNSUPPORTED,
-                    "keep is not possible with backend %s: GPU memory does not outlive kvd yet",
-                    d->backend->ops->name);
-}
-
 // The backend that is asked for; "auto": the GPU where it is usable, else the CPU.
 static int init(struct kvd_daemon *d, struct kvd_error *err)
 {
@@ -21,7 +9,7 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
         if (kvd_cuda_present(err) == KVD_OK)
             d->backend = kvd_cuda_backend_new(c->device, err);
         if (d->backend)
-            return keep_check(d, err);
+            return KVD_OK;
 #else
         kvd_fail(err, KVD_E_UNSUPPORTED, "this kvd was built without CUDA");
 #endif
@@ -31,7 +19,7 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
         *err = (struct kvd_error){0};
     }
     d->backend = kvd_cpu_backend_new(c->threads, c->isa[0] ? c->isa : NULL, err);
-    return d->backend ? keep_check(d, err) : err->code;
+    return d->backend ? KVD_OK : err->code;
 }
 
 static void deinit(struct kvd_daemon *d)

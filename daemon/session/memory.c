@@ -4,14 +4,18 @@
 // when it would leave less than memory-floor for the processes beside kvd. A worker in direct mode
 // is lent extents of its namespace over the fd socket, to read them. An extent that was lent is
 // never wiped for another namespace: it gets new memory, and whoever does not unmap the old keeps
-// only what was its own. So does one that was lent by an earlier kvd, when it is taken over.
+// only what was its own. Of an earlier kvd's, the CPU's are new memory where they had been lent,
+// and a GPU's the same memory, which counts as lent.
 #include "daemon/session/memory.h"
 
 #include <errno.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "daemon/core/keep.h"
 #include "daemon/core/lifecycle.h"
+#include "daemon/core/secret.h"
 #include "daemon/session/fdsock.h"
 
 enum {
@@ -29,6 +33,9 @@ struct extent {
 struct kvd_memory_state {
     struct kvd_arena *arena;
     struct extent *extents;
+    // Per extent: which memory it has, a number that no other memory had before; 0: not told yet.
+    // It outlives kvd as the extents do, and is never the number of memory that is no longer there.
+    uint64_t *numbers;
     bool scarce; // device memory, which others want too
     // Making a spare extent:
     uv_work_t work;
@@ -75,13 +82,19 @@ static const char *extent_name(uint32_t index, char out[32])
     return out;
 }
 
-// The extent's memory is to outlive this process.
-static void keep(struct kvd_daemon *d, uint32_t index)
+// The extent has new memory, which is to outlive this process. KVD_E_LIMIT.
+static int keep(struct kvd_daemon *d, uint32_t index, struct kvd_error *err)
 {
+    struct kvd_memory_state *m = d->memory;
     char name[32];
-    if (kvd_keep_on(d))
-        kvd_keep_put(d, extent_name(index, name),
-                     d->backend->ops->extent_descriptor(d->backend, d->memory->arena, index));
+    if (kvd_keep_on(d)) {
+        int fd = d->backend->ops->extent_descriptor(d->backend, m->arena, index);
+        if (fd < 0)
+            return kvd_fail(err, KVD_E_LIMIT, "it has no descriptor, and would end with kvd");
+        kvd_keep_put(d, extent_name(index, name), fd);
+    }
+    m->numbers[index] = kvd_random64();
+    return KVD_OK;
 }
 
 static int mem_alloc(void *ctx, uint32_t index, uint64_t bytes, uint64_t *addr)
@@ -93,12 +106,14 @@ static int mem_alloc(void *ctx, uint32_t index, uint64_t bytes, uint64_t *addr)
         kvd_warning("no extent made: it would leave less than memory-floor on the GPU");
         return KVD_E_FULL;
     }
+    m->numbers[index] = 0;
     int rc = d->backend->ops->extent_make(d->backend, m->arena, index, &err);
+    rc = rc ? rc : keep(d, index, &err);
     if (rc) {
         kvd_warning("no extent made: %s", err.text);
+        d->backend->ops->extent_drop(d->backend, m->arena, index);
         return rc;
     }
-    keep(d, index);
     *addr = m->arena->base + index * m->arena->bytes;
     return rc;
 }
@@ -108,17 +123,19 @@ static int mem_attach(void *ctx, uint32_t index, uint64_t bytes, uint64_t *addr)
     struct kvd_daemon *d = ctx;
     struct kvd_memory_state *m = d->memory;
     struct kvd_error err = {0};
+    struct extent *e = &m->extents[index];
     char name[32];
     (void)bytes;
     int fd KVD_CLOSE = kvd_keep_take(d, extent_name(index, name));
     if (fd < 0)
         return KVD_E_NOT_FOUND;
-    int rc = d->backend->ops->extent_adopt(d->backend, m->arena, index, fd, &err);
+    int rc = d->backend->ops->extent_adopt(d->backend, m->arena, index, fd, &e->lent, &err);
+    if (rc == KVD_OK && !(e->lent && m->numbers[index]))
+        rc = keep(d, index, &err); // it may have been copied
     if (rc) {
         kvd_error("extent %u cannot be taken over: %s", index, err.text);
         return rc;
     }
-    keep(d, index); // it may have been copied
     *addr = m->arena->base + index * m->arena->bytes;
     return KVD_OK;
 }
@@ -130,6 +147,7 @@ static void mem_free(void *ctx, uint32_t index, uint64_t addr, uint64_t bytes)
     (void)bytes;
     char name[32];
     take_back(d, index);
+    d->memory->numbers[index] = 0;
     kvd_keep_drop(d, extent_name(index, name));
     d->backend->ops->extent_drop(d->backend, d->memory->arena, index);
 }
@@ -149,14 +167,19 @@ static int mem_zero(void *ctx, uint32_t index, uint64_t addr, uint64_t bytes)
     }
     // New memory takes the place of the old. Without it the extent stays as it was, lent and its
     // old namespace's.
+    uint64_t old = m->numbers[index];
+    m->numbers[index] = 0;
     int rc = d->backend->ops->extent_make(d->backend, m->arena, index, &err);
     if (rc) {
+        m->numbers[index] = old;
         kvd_warning("extent %u that was lent got no new memory: %s", index, err.text);
         return rc;
     }
-    keep(d, index);
+    rc = keep(d, index, &err);
     take_back(d, index);
-    return KVD_OK;
+    if (rc)
+        kvd_warning("extent %u that was lent: %s", index, err.text);
+    return rc;
 }
 
 static const char *index_name(uint32_t ns, char out[32])
@@ -206,6 +229,11 @@ static void spare_done(uv_work_t *work, int status)
     struct kvd_memory_state *m = d->memory;
     bool made = status == 0 && m->rc == KVD_OK;
     m->making = false;
+    if (made && keep(d, m->index, &m->err)) {
+        kvd_warning("no extent made ahead of need: %s", m->err.text);
+        d->backend->ops->extent_drop(d->backend, m->arena, m->index);
+        made = false;
+    }
     kvd_pool_spare_made(d->pool, m->index, made ? m->arena->base + m->index * m->arena->bytes : 0);
     kvd_daemon_work_end(d);
     if (made)
@@ -225,6 +253,7 @@ void kvd_memory_ahead(struct kvd_daemon *d)
         return;
     }
     m->index = index;
+    m->numbers[index] = 0;
     m->making = true;
     m->work.data = d;
     kvd_daemon_work_begin(d);
@@ -277,7 +306,8 @@ int kvd_memory_lend(struct kvd_daemon *d, struct kvd_session *s, uint64_t addr,
                                  .version = KVD_FD_VERSION,
                                  .kind = KVD_FD_EXTENT,
                                  .extent = index,
-                                 .bytes = m->arena->bytes};
+                                 .bytes = m->arena->bytes,
+                                 .memory = m->numbers[index]};
     rc = kvd_connection_send(s->connection, &grant, fd, err);
     close(fd);
     if (rc == KVD_OK)
@@ -334,6 +364,34 @@ uint32_t kvd_memory_extents(const struct kvd_daemon *d)
 
 // -- start and end ------------------------------------------------------------------------------
 
+#define NUMBERS "kvd-extents" // a name
+
+// The numbers of all extents' memories: those of the kvd before, or none.
+static int map_numbers(struct kvd_daemon *d, uint32_t n, struct kvd_error *err)
+{
+    struct stat st;
+    off_t bytes = (off_t)(n * sizeof(uint64_t));
+    bool kept = kvd_keep_on(d);
+    int fd KVD_CLOSE = kept ? kvd_keep_take(d, NUMBERS) : -1;
+    bool there = fd >= 0 && fstat(fd, &st) == 0 && st.st_size == bytes;
+    if (kept && !there) {
+        if (fd >= 0)
+            close(KVD_TAKE_FD(fd));
+        fd = memfd_create(NUMBERS, MFD_CLOEXEC);
+    }
+    void *at = MAP_FAILED;
+    if (!kept || (fd >= 0 && (there || ftruncate(fd, bytes) == 0)))
+        at = mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE,
+                  kept ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS, fd, 0);
+    if (at == MAP_FAILED)
+        return kvd_fail(err, KVD_E_INTERNAL, "cannot make memory for the numbers of extents: %s",
+                        strerror(errno));
+    d->memory->numbers = at;
+    if (kept && !there)
+        kvd_keep_put(d, NUMBERS, fd);
+    return KVD_OK;
+}
+
 static int init(struct kvd_daemon *d, struct kvd_error *err)
 {
     const struct kvd_config *c = &d->config;
@@ -350,6 +408,8 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
     m->extents = extents;
     for (uint32_t i = 0; i < n; i++)
         extents[i].version = 1;
+    if (map_numbers(d, n, err))
+        return err->code;
     m->arena = ops->arena_new(d->backend, n, c->extent_size, err);
     if (!m->arena)
         return err->code;
@@ -367,7 +427,10 @@ static void deinit(struct kvd_daemon *d)
     struct kvd_memory_state *m = KVD_TAKE(d->memory);
     if (!m)
         return;
+    uint32_t n = (uint32_t)(d->config.pool_size / d->config.extent_size);
     d->backend->ops->arena_free(d->backend, &m->arena);
+    if (m->numbers)
+        munmap(m->numbers, n * sizeof(*m->numbers));
     free(m->extents);
     free(m);
 }

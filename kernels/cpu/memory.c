@@ -159,9 +159,10 @@ static int copy_file(int fd, uint8_t *to, uint64_t bytes)
 }
 
 int kvd_cpu_extent_adopt(struct kvd_backend *b, struct kvd_arena *a, uint32_t i, int fd,
-                         struct kvd_error *err)
+                         bool *shared, struct kvd_error *err)
 {
     struct stat st;
+    *shared = false; // what was exported is sealed
     if (fstat(fd, &st) || (uint64_t)st.st_size != a->bytes)
         return kvd_fail(err, KVD_E_INVALID, "extent %u has %lld bytes instead of %llu", i,
                         (long long)st.st_size, (unsigned long long)a->bytes);

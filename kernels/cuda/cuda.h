@@ -127,6 +127,9 @@ int kvd_cuda_extent_zero(struct kvd_backend *b, struct kvd_arena *a, uint32_t i,
                          struct kvd_error *err);
 int kvd_cuda_extent_export(struct kvd_backend *b, struct kvd_arena *a, uint32_t i, int *fd,
                            struct kvd_error *err);
+int kvd_cuda_extent_descriptor(struct kvd_backend *b, struct kvd_arena *a, uint32_t i);
+int kvd_cuda_extent_adopt(struct kvd_backend *b, struct kvd_arena *a, uint32_t i, int fd,
+                          bool *shared, struct kvd_error *err);
 int kvd_cuda_extent_import(struct kvd_backend *b, struct kvd_arena *a, uint32_t i, int fd,
                            struct kvd_error *err);
 int kvd_cuda_foreign_map(struct kvd_backend *b, const struct kvd_foreign *f, uint8_t **data,

@@ -2,6 +2,10 @@
 //
 // An extent is a physical allocation, mapped into a range of addresses that was reserved for all.
 // Its descriptor names the physical memory: that lives as long as any process maps it.
+#include <errno.h>
+#include <fcntl.h>
+#include <unistd.h>
+
 #include "kernels/cuda/cuda.h"
 
 enum { GRANULARITY = 2 << 20 };
@@ -9,8 +13,9 @@ enum { GRANULARITY = 2 << 20 };
 struct arena {
     struct kvd_arena base;
     bool *mapped; // per extent
-    // Of extents made here, for exports; 0: imported.
+    // Of extents made or adopted here; 0: imported.
     CUmemGenericAllocationHandle *handles;
+    int *fds; // of theirs, from the first time that one is asked for; -1
 };
 
 static struct kvd_cuda *cuda_of(struct kvd_backend *b)
@@ -105,15 +110,19 @@ struct kvd_arena *kvd_cuda_arena_new(struct kvd_backend *b, uint32_t count, uint
     struct arena *a = calloc(1, sizeof(*a));
     bool *mapped = calloc(count, sizeof(*mapped));
     CUmemGenericAllocationHandle *handles = calloc(count, sizeof(*handles));
+    int *fds = malloc(count * sizeof(*fds));
     CUdeviceptr base = 0;
     cudaSetDevice(c->index);
-    if (!a || !mapped || !handles)
+    for (uint32_t i = 0; fds && i < count; i++)
+        fds[i] = -1;
+    if (!a || !mapped || !handles || !fds)
         kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     else if (status(c, c->driver.reserve(&base, count * bytes, GRANULARITY, 0, 0),
                     "reserving GPU addresses for the pool", err) == KVD_OK) {
-        *a = (struct arena){{base, bytes, count}, mapped, handles};
+        *a = (struct arena){{base, bytes, count}, mapped, handles, fds};
         return &a->base;
     }
+    free(fds);
     free(handles);
     free(mapped);
     free(a);
@@ -128,9 +137,18 @@ void kvd_cuda_arena_free(struct kvd_backend *b, struct kvd_arena **ap)
     for (uint32_t i = 0; i < a->count; i++)
         kvd_cuda_extent_drop(b, a, i);
     cuda_of(b)->driver.unreserve(a->base, a->count * a->bytes);
+    free(arena_of(a)->fds);
     free(arena_of(a)->handles);
     free(arena_of(a)->mapped);
     free(a);
+}
+
+static void close_descriptor(struct kvd_arena *a, uint32_t i)
+{
+    int *fd = &arena_of(a)->fds[i];
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
 }
 
 int kvd_cuda_extent_make(struct kvd_backend *b, struct kvd_arena *a, uint32_t i,
@@ -155,6 +173,7 @@ int kvd_cuda_extent_make(struct kvd_backend *b, struct kvd_arena *a, uint32_t i,
     }
     if (had && old)
         c->driver.release(old);
+    close_descriptor(a, i);
     arena_of(a)->handles[i] = handle;
     arena_of(a)->mapped[i] = true;
     rc = kvd_cuda_extent_zero(b, a, i, err);
@@ -172,6 +191,7 @@ void kvd_cuda_extent_drop(struct kvd_backend *b, struct kvd_arena *a, uint32_t i
     c->driver.unmap(place(a, i), a->bytes);
     if (arena_of(a)->handles[i])
         c->driver.release(arena_of(a)->handles[i]);
+    close_descriptor(a, i);
     arena_of(a)->handles[i] = 0;
     arena_of(a)->mapped[i] = false;
 }
@@ -187,15 +207,37 @@ int kvd_cuda_extent_zero(struct kvd_backend *b, struct kvd_arena *a, uint32_t i,
     return kvd_cuda_status(rc, "zeroing an extent", err);
 }
 
+// What was imported cannot be exported again, so the descriptor that it came by is kept.
+static int descriptor(struct kvd_cuda *c, struct kvd_arena *a, uint32_t i, struct kvd_error *err)
+{
+    int *fd = &arena_of(a)->fds[i];
+    cudaSetDevice(c->index);
+    if (*fd < 0 && status(c,
+                          c->driver.export_handle(fd, arena_of(a)->handles[i],
+                                                  CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
+                          "exporting an extent", err) == KVD_OK)
+        fcntl(*fd, F_SETFD, FD_CLOEXEC);
+    return *fd;
+}
+
+int kvd_cuda_extent_descriptor(struct kvd_backend *b, struct kvd_arena *a, uint32_t i)
+{
+    return descriptor(cuda_of(b), a, i, NULL);
+}
+
 int kvd_cuda_extent_export(struct kvd_backend *b, struct kvd_arena *a, uint32_t i, int *fd,
                            struct kvd_error *err)
 {
-    struct kvd_cuda *c = cuda_of(b);
-    cudaSetDevice(c->index);
-    return status(c,
-                  c->driver.export_handle(fd, arena_of(a)->handles[i],
-                                          CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
-                  "exporting an extent", err);
+    struct kvd_error e = {0};
+    int own = descriptor(cuda_of(b), a, i, &e), copy = own;
+    if (own >= 0)
+        copy = fcntl(own, F_DUPFD_CLOEXEC, 0);
+    else
+        return kvd_fail(err, e.code, "%s", e.text);
+    if (copy < 0)
+        return kvd_fail(err, KVD_E_LIMIT, "cannot export an extent: %s", strerror(errno));
+    *fd = copy;
+    return KVD_OK;
 }
 
 // Imports device memory of this GPU. KVD_E_INVALID for a descriptor that names anything else.
@@ -230,6 +272,32 @@ int kvd_cuda_extent_import(struct kvd_backend *b, struct kvd_arena *a, uint32_t 
     c->driver.release(handle); // the mapping keeps the memory
     arena_of(a)->mapped[i] = rc == KVD_OK;
     return rc;
+}
+
+int kvd_cuda_extent_adopt(struct kvd_backend *b, struct kvd_arena *a, uint32_t i, int fd,
+                          bool *shared, struct kvd_error *err)
+{
+    struct kvd_cuda *c = cuda_of(b);
+    CUmemGenericAllocationHandle handle;
+    cudaSetDevice(c->index);
+    int copy KVD_CLOSE = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    if (copy < 0)
+        return kvd_fail(err, KVD_E_LIMIT, "cannot take over extent %u: %s", i, strerror(errno));
+    int rc = import(c, fd, &handle, err);
+    if (rc)
+        return rc;
+    kvd_cuda_extent_drop(b, a, i);
+    // The driver refuses to map more than there is.
+    rc = status(c, map_at(c, place(a, i), a->bytes, handle, true), "mapping an extent", err);
+    if (rc) {
+        c->driver.release(handle);
+        return rc;
+    }
+    arena_of(a)->handles[i] = handle;
+    arena_of(a)->fds[i] = KVD_TAKE_FD(copy);
+    arena_of(a)->mapped[i] = true;
+    *shared = true; // nothing tells whether a worker maps it
+    return KVD_OK;
 }
 
 // -- memory of other processes -------------------------------------------------------------------

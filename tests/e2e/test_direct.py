@@ -117,12 +117,13 @@ def wants_memfds(kvd):
 class Raw:
     """A worker that speaks to both sockets itself, in a namespace of its own."""
 
-    def __init__(self, kvd, namespace="default", **kw):
+    def __init__(self, kvd, namespace="default", resume="", **kw):
+        self.memory = {}  # extent: the number of the memory that was lent last
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.sock.connect(f"{kvd.socket}.fd")
         self.ticket = self.sock.recv(64)[8:40].decode()
         self.rpc = Rpc(kvd.address)
-        self.session = self.rpc.kv("OpenSession", ticket=self.ticket, namespace_name=namespace,
+        self.session = self.rpc.kv("OpenSession", ticket=self.ticket, namespace_name=namespace, resume=resume,
                                    layout=layout(**kw)).session
 
     def sequence(self, tokens=0):
@@ -145,7 +146,7 @@ class Raw:
                 return out
             if not data:
                 return out
-            _, _, kind, extent, size = struct.unpack("<IIIIQ", data)
+            _, _, kind, extent, size, self.memory[extent] = struct.unpack("<IIIIQQ", data)
             fds = array.array("i")
             for _, _, d in ancillary:
                 fds.frombytes(d[:4])

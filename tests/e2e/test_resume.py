@@ -7,6 +7,7 @@ import pytest
 
 from conftest import Rpc, kv, layout
 from test_death import FdSocket, memfd, refused, wait_for
+from test_direct import Raw
 from test_grpc import append, random_kv, tensor
 from test_keep import attend, kill, pid_of
 
@@ -30,7 +31,7 @@ def append_as(rpc, session, seq, position, k, v, request):
 @pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM])
 def test_a_sessions_sequences_come_back(start, sig):
     """Their ids, tokens and holds; and every call that is repeated is known."""
-    keeper = start("--keep", "--backend", "cpu")
+    keeper = start("--keep")
     rpc = Rpc(keeper.address)
     s = open_(rpc, client_name="worker").session
     made = list(rpc.kv("CreateSequences", session=s, request_id=1, count=3).sequences)
@@ -98,7 +99,7 @@ def test_who_lost_a_session_cannot_write(kvd, rpc):
 
 
 def test_buffers_get_their_ids_again(start):
-    keeper = start("--keep", "--backend", "cpu")
+    keeper = start("--keep")
     rpc = Rpc(keeper.address)
     w = FdSocket(keeper)
     s = open_(rpc, ticket=w.ticket).session
@@ -117,8 +118,34 @@ def test_buffers_get_their_ids_again(start):
     rpc.channel.close()
 
 
+def test_what_was_lent(start):
+    """On the CPU it is new memory after a restart. On a GPU it is the same, so a worker need not map it again, while its kernels
+    read it; and it passes to no other namespace."""
+    keeper = start("--keep", "--pool-size", "4MiB", "--extent-size", "2MiB")
+    w = Raw(keeper)
+    sequence, *_ = w.sequence(500)
+    w.map(sequence)
+    w.read()
+    lent = dict(w.memory)
+    assert lent and all(lent.values())
+    for _ in range(2):
+        killed(keeper, w.rpc)
+        w = Raw(keeper, resume=w.session)
+        w.map(sequence)
+        w.read()
+        assert set(w.memory) == set(lent) and (w.memory == lent) == keeper.on_gpu(), (lent, w.memory)
+        lent = dict(w.memory)
+    w.free(sequence)
+    w.rpc.kv("CloseSession", session=w.session)
+    other = Raw(keeper, namespace="other")
+    sequence, *_ = other.sequence(500)
+    other.map(sequence)
+    other.read()
+    assert set(other.memory) & set(lent) and not set(other.memory.values()) & set(lent.values())
+
+
 def test_what_nobody_resumes_is_freed(start):
-    keeper = start("--keep", "--backend", "cpu", config="[kvd]\nresume-time = 1s\n")
+    keeper = start("--keep", config="[kvd]\nresume-time = 1s\n")
     rpc = Rpc(keeper.address)
     a, b = open_(rpc).session, open_(rpc).session
     for s in (a, b):

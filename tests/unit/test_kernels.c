@@ -598,6 +598,7 @@ START_TEST(extents_are_taken_over)
     enum { BYTES = 2 << 20, AT = 1234567 };
     struct kvd_error err = {0};
     struct kvd_backend *b = kvd_cpu_backend_new(1, NULL, &err);
+    bool shared = true;
     struct kvd_arena *old = b->ops->arena_new(b, 2, BYTES, &err);
     struct kvd_arena *new = b->ops->arena_new(b, 2, BYTES, &err);
     uint8_t *from = (uint8_t *)(uintptr_t)old->base, *to = (uint8_t *)(uintptr_t) new->base;
@@ -610,14 +611,15 @@ START_TEST(extents_are_taken_over)
             close(fd);
         }
         int held = b->ops->extent_descriptor(b, old, i);
-        ck_assert_int_eq(b->ops->extent_adopt(b, new, i, held, &err), 0);
+        ck_assert_int_eq(b->ops->extent_adopt(b, new, i, held, &shared, &err), 0);
+        ck_assert(!shared);
         ck_assert_mem_eq(to + i * BYTES, from + i * BYTES, BYTES);
         to[i * BYTES] = 9;
         lent = from[i * BYTES] != 9;
         ck_assert_uint_eq(lent, i);
     }
     int small = memfd_create("small", MFD_CLOEXEC);
-    ck_assert_int_eq(b->ops->extent_adopt(b, new, 0, small, &err), KVD_E_INVALID);
+    ck_assert_int_eq(b->ops->extent_adopt(b, new, 0, small, &shared, &err), KVD_E_INVALID);
     ck_assert_int_eq(to[0], 9);
     close(small);
     b->ops->arena_free(b, &old);
