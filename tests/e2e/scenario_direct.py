@@ -59,7 +59,7 @@ def decode(scenario):
         return
     with package.Client(layers=[2 * i + 1 for i in range(g.layers)], q_heads=g.q_heads, kv_heads=g.kv_heads,
                         head_dim=tuple(g.dims), codec=g.planes[0].codec, rotation_set=g.rotation_set or None, sink=g.planes[0].sink,
-                        recent=g.planes[0].recent, address=scenario.address) as client:
+                        recent=g.planes[0].recent, latent=g.latent, address=scenario.address) as client:
         bound = [client.attach(s.name) for s in chosen]
         for s in chosen:
             s.holders.add(client)
@@ -92,7 +92,7 @@ def decode_steps(scenario, direct, chosen, options, count):
     scenario.say("direct", f"direct mode: {count} steps of {n} tokens, {options}, of {[(s.id, s.length) for s in chosen]}")
     first = [(s.length, s.reach) for s in chosen]
     for _ in range(count):
-        q = rng.standard_normal((g.layers, slots, n, g.q_heads, g.dims[0]), np.float32)
+        q = rng.standard_normal((g.layers, slots, n, g.q_heads, g.dim_q), np.float32)
         q = q if options["dtype"] == "f32" else bf16(q)
         k, v = (bf16(rng.standard_normal((g.layers, slots, n, g.kv_heads, d), np.float32)) for d in g.dims)
         o = np.zeros((g.layers, slots, n, g.q_heads, g.dims[1]), q.dtype)

@@ -72,15 +72,16 @@ class Plane:
 
 
 class Layout:
-    """`of` has the plane of each layer."""
+    """`of` has the plane of each layer. latent: K is the rope part, V the latent, and queries are for the latent, then for the rope part."""
 
-    def __init__(self, planes, of, kv_heads, group, dims, rotation_set):
+    def __init__(self, planes, of, kv_heads, group, dims, rotation_set, latent=False):
         self.planes, self.of, self.kv_heads, self.group, self.dims = planes, of, kv_heads, group, dims
+        self.latent, self.dim_q = latent, sum(dims) if latent else dims[0]
         self.layers, self.rotation_set, self.q_heads = len(of), rotation_set, kv_heads * group
 
     def __str__(self):
         planes = "; ".join(f"layers {[i for i, p in enumerate(self.of) if p == n]}: {plane}" for n, plane in enumerate(self.planes))
-        return (f"{self.q_heads} q heads, {self.kv_heads} kv heads, dims {self.dims[0]} and {self.dims[1]}, "
+        return (f"{self.q_heads} q heads, {'a latent' if self.latent else f'{self.kv_heads} kv heads'}, dims {self.dims[0]} and {self.dims[1]}, "
                 f"{self.rotation_set or 'default'}; {planes}")
 
     def runs(self, begin, count):
@@ -105,7 +106,17 @@ def random_plane(rng, on_gpu, several):
                  int(rng.choice([0, 0, 16, 48, 64, 112, 256])), window)
 
 
+def random_latent(rng):
+    """A layout of a latent in what it can have, with the rope part in bf16."""
+    plane = random_plane(rng, False, False)
+    plane.codecs = "bf16", str(rng.choice([c for c in CODECS + CPU_CODECS if not c.startswith("tc")]))
+    return Layout([plane], [0] * int(rng.integers(1, 3)), kv_heads=1, group=int(rng.integers(1, 9)), dims=[64, 512],
+                  rotation_set=str(rng.choice(["", "hadamard", "random", "identity"])), latent=True)
+
+
 def random_layout(rng, on_gpu):
+    if not on_gpu and rng.random() < 0.08:
+        return random_latent(rng)
     while True:
         dims = [int(rng.choice([64, 64, 128, 128, 256])) for _ in range(2)]
         if rng.random() < 0.3:
@@ -128,7 +139,7 @@ class Attention:
     """Parameters of one attention."""
 
     def __init__(self, rng, g):
-        self.scale = float(np.float32(rng.uniform(0.02, 0.3))) if rng.random() < 0.3 else 0
+        self.scale = float(np.float32(rng.uniform(0.02, 0.3))) if rng.random() < 0.3 or g.latent else 0
         self.softcap = float(np.float32(rng.uniform(1, 20))) if rng.random() < 0.3 else 0
         self.window = int(rng.choice([1, 7, 64, 100, 333])) if rng.random() < 0.35 else 0
         self.lse = bool(rng.random() < 0.5)
@@ -140,6 +151,8 @@ class Attention:
         """q [L, n, H, D] at the last n positions, k and v [L, T, KV, D] of layers from `begin` on; float64. Returns o and lse."""
         layers, n, total = q.shape[0], q.shape[1], k.shape[1]
         q, k, v = (x.astype(np.float64) for x in (q, k, v))
+        if g.latent:
+            k = np.concatenate([v, k], axis=3)
         position = np.arange(total - n, total)[:, None]
         at = np.arange(total)[None, :]
         o, lse = np.empty((layers, n, g.q_heads, g.dims[1])), np.empty((layers, n, g.q_heads))

@@ -84,7 +84,8 @@ class Scenario:
 
     def layout(self):
         g, ids = self.g, [2 * i + 1 for i in range(self.g.layers)]
-        common = dict(q_heads=g.q_heads, kv_heads=g.kv_heads, head_dim_k=g.dims[0], head_dim_v=g.dims[1], rotation_set=g.rotation_set)
+        common = dict(q_heads=g.q_heads, kv_heads=g.kv_heads, head_dim_k=g.dims[0], head_dim_v=g.dims[1], rotation_set=g.rotation_set,
+                      latent=g.latent)
 
         def own(p):
             usual = (p.sink, p.recent) == (0 if p.window else 64, 256)
@@ -203,7 +204,7 @@ class Scenario:
     def queries(self, tensors, a, begin, layers, n):
         """Fields of an item that attends with n queries of layers from `begin` on, and what compares the result with attention over k and v."""
         g, kind = self.g, int(self.rng.integers(2))
-        q = self.rng.standard_normal((layers, n, g.q_heads, g.dims[0]), np.float32)
+        q = self.rng.standard_normal((layers, n, g.q_heads, g.dim_q), np.float32)
         q = q if self.chance(0.7) else bf16(q)
         o_ref, o_of = tensors.want((layers, n, g.q_heads, g.dims[1]), kind)
         fields = dict(q=tensors.give(q), o=o_ref)
@@ -551,7 +552,8 @@ class Scenario:
             return "Append", dict(items=items, **kw)
 
         def attend(n, sequence=s.id, **kw):
-            q = self.rng.standard_normal((kw.get("layer_count", self.g.layers), n, self.g.q_heads, self.g.dims[0]), np.float32)
+            q = self.rng.standard_normal((kw.get("layer_count", self.g.layers), n, self.g.q_heads, self.g.dim_q), np.float32)
+            kw = {"params": self.kv.AttentionParams(scale=0.1), **kw}
             return "Attend", dict(items=[self.kv.AttendItem(sequence=sequence, q_len=n, q=tensors.give(q))], **kw)
 
         def read(at, n, layer=0):
