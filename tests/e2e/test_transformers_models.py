@@ -26,6 +26,7 @@ WINDOW, MIXED = dict(sliding_window=9), ["sliding_attention", "full_attention", 
 MOE = dict(num_experts=4, num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_routed_experts=4, n_shared_experts=1,
            n_group=1, topk_group=1, first_k_dense_replace=1)
 ALL = dict(num_key_value_heads=4)  # without groups
+LATENT = dict(kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=32, v_head_dim=48, q_lora_rank=40, head_dim=None)
 GPT = dict(hidden_size=256, n_embd=256, n_layer=3, n_head=4, n_positions=256, n_inner=96)
 
 AGREE = {  # model_type: what else its config needs
@@ -52,6 +53,9 @@ AGREE = {  # model_type: what else its config needs
     "cwm": {**WINDOW, "layer_types": MIXED}, "ernie4_5_moe": MOE, "flex_olmo": MOE, "granitemoeshared": MOE, "hunyuan_v1_moe": MOE,
     "hy_v3": MOE, "hyperclovax": {}, "jais2": {"hidden_size": 256}, "laguna": MOE, "mellum": MOE, "minimax_m2": MOE,
     "ministral3": {}, "nanochat": {}, "solar_open": MOE,
+    **{name: {**MOE, **ALL, **LATENT} for name in ("deepseek_v2", "deepseek_v3", "youtu", "glm4_moe_lite", "axk1")},
+    "deepseek_v3, yarn": {**MOE, **ALL, **LATENT, "q_lora_rank": None, "num_attention_heads": 3, "num_key_value_heads": 3, "rope_interleave": False,
+                          "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 1.0}},
     # Gemma 4 as no release has it: layers of one shape, of which none takes K and V of another.
     "gemma4_text": {**WINDOW, "layer_types": MIXED, "global_head_dim": 64, "num_global_key_value_heads": 2, "hidden_size_per_layer_input": 0},
     # The head_dims of well-known members.
@@ -68,15 +72,15 @@ REFUSED = {  # model_type: what else its config needs, and what the refusal says
     "bloom": ({"n_layer": 3, "n_head": 4, "hidden_size": 256}, "interface"), "mpt": ({"d_model": 256, "n_heads": 4, "n_layers": 3}, "interface|ALiBi"),
     "falcon": ({"hidden_size": 256, "alibi": True, "head_dim": None}, "ALiBi"), "t5": ({}, "encoder-decoder"), "bart": ({"d_model": 256}, "encoder-decoder"),
     "mamba": ({}, "linear_attention"), "jamba": ({**MOE, "attn_layer_period": 2, "attn_layer_offset": 1}, "linear_attention|interface"),
-    "deepseek_v3": ({**MOE, "kv_lora_rank": 32}, "MLA"), "gemma3n_text": ({"num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 3, "vocab_size_per_layer_input": 199}, "share"),
+    "deepseek_v3": ({**MOE, "kv_lora_rank": 32}, "MLA.*, of 32 with a rope part of 64"), "gemma3n_text": ({"num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 3, "vocab_size_per_layer_input": 199}, "share"),
     "qwen3_next": (MOE, "linear_attention"), "gpt2, cross": ({**GPT, "add_cross_attention": True}, "cross-attention"),
     "gemma3_text, both ways": ({**WINDOW, "use_bidirectional_attention": True}, "bidirectional"),
     "gpt2, inverse": ({**GPT, "scale_attn_by_inverse_layer_idx": True}, "scale"), "lfm2, conv": ({"layer_types": ["conv", "full_attention", "conv"]}, "conv"),
     "mimo_v2_flash": ({**MOE, **WINDOW}, "s_aux"), "doge": ({}, "a mask of its own"),
     "diffllama": ({}, "attends 2 times"), "gemma4_text": ({"layer_types": MIXED, "vocab_size_per_layer_input": 199}, "different shapes .head_dim = 512 and 64"),
     "gemma4_text, shared": ({"layer_types": MIXED, "vocab_size_per_layer_input": 199, "global_head_dim": 64, "num_kv_shared_layers": 1}, "share"),
-    "gemma4_unified_text": ({}, "bidirectional"), "axk1": (MOE, "MLA"), "deepseek_v2": ({**MOE, "kv_lora_rank": 32}, "MLA"),
-    "glm4_moe_lite": (MOE, "MLA"), "minicpm3": ({}, "MLA"), "youtu": ({}, "MLA"), "minimax": (MOE, "linear_attention"),
+    "gemma4_unified_text": ({}, "bidirectional"), "deepseek_v2": ({**MOE, "kv_lora_rank": 32}, "MLA"),
+    "minicpm3": ({}, "MLA"), "glm_moe_dsa": (MOE, "MLA"), "deepseek_v32": (MOE, "MLA"), "minimax": (MOE, "linear_attention"),
     "qwen3_5_text": ({}, "linear_attention"), "olmo_hybrid": ({}, "linear_attention"), "zaya": ({}, "hybrid"),
     "falcon_h1": ({}, "hybrid"), "bamba": ({}, "linear_attention"), "nemotron_h": ({}, "linear_attention"),
     "recurrent_gemma": ({}, "linear_attention"), "granitemoehybrid": (MOE, "linear_attention"), "kimi_linear": (MOE, "MLA"),

@@ -10,11 +10,12 @@ import functools
 import inspect
 import sys
 import textwrap
-from typing import Any, NamedTuple, Optional
+from typing import Any, Iterator, NamedTuple, Optional
 
 import torch
 from transformers import masking_utils
 
+from . import _latent
 from ._check import dims
 
 
@@ -24,6 +25,11 @@ class Geometry(NamedTuple):
     kv_heads: int
     head_dim: tuple[int, int]
     windows: tuple[int, ...] = ()  # of each layer, 0: all tokens
+    latent: bool = False  # K and V of head_dim are the rope part and the latent
+
+    @property
+    def dim_q(self) -> int:
+        return sum(self.head_dim) if self.latent else self.head_dim[0]
 
 
 def _refuse(what: str) -> None:
@@ -41,6 +47,7 @@ _CONFIG = {  # what a config says if its attention is of another kind
 }
 
 
+_LATENT = {"deepseek_v2", "deepseek_v3", "youtu", "glm4_moe_lite", "axk1"}  # MLA as _latent.py has it
 _SINKS = {"gpt_oss", "flint", "granite_swa", "granitemoe_swa"}  # whose sinks are logits of one more token
 _SLIDING = {"mistral", "mixtral", "phi3", "phimoe", "starcoder2"}  # whose layers all have the config's window
 
@@ -80,8 +87,9 @@ def _refuse_mixed(c: Any) -> None:
 def check_config(config: Any) -> Geometry:
     """A config that says what kvd does not do is refused; returns the shape of the KV cache."""
     c = _decoder(config)
+    latent = getattr(c, "model_type", None) in _LATENT
     for name, why in _CONFIG.items():
-        if getattr(config, name, None) or getattr(c, name, None):
+        if (getattr(config, name, None) or getattr(c, name, None)) and not (latent and name == "kv_lora_rank"):
             _refuse(f"{why} ({name} = {getattr(config, name, None) or getattr(c, name)!r})")
     _refuse_mixed(c)
     if getattr(c, "is_causal", True) is False:
@@ -95,6 +103,12 @@ def check_config(config: Any) -> Geometry:
     kv_heads = getattr(c, "num_key_value_heads", None) or q_heads
     if not isinstance(q_heads, int) or not isinstance(kv_heads, int):
         _refuse(f"heads of {q_heads!r} and {kv_heads!r} (num_attention_heads, num_key_value_heads)")
+    if latent:
+        sizes = getattr(c, "qk_rope_head_dim", None), getattr(c, "kv_lora_rank", None)
+        if sizes != _latent.SIZES:
+            _refuse(f"its K and V are latent (MLA), of {sizes[1]} with a rope part of {sizes[0]} (kv_lora_rank, qk_rope_head_dim), and kvd "
+                    f"has {_latent.SIZES[1]} and {_latent.SIZES[0]}")
+        return Geometry(c.num_hidden_layers, q_heads, 1, _latent.SIZES, _windows(c), True)
     if getattr(c, "multi_query", False) and not getattr(c, "num_key_value_heads", None):
         kv_heads = 1
     dim = getattr(c, "head_dim", None) or c.hidden_size // q_heads
@@ -123,10 +137,12 @@ def _calls_of(kind: type) -> list[ast.Call]:
     return [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", None) == "attention_interface"]
 
 
-def check_model(model: Any, with_sinks: bool = True) -> Geometry:
+def check_model(model: Any, with_sinks: bool = True, with_latents: bool = True) -> Geometry:
     """Each layer must attend once, through the interface, and its own eager attention must be what kvd computes. Returns the
     shape of the KV cache."""
     shape = check_config(model.config)
+    if shape.latent and not with_latents:
+        _refuse("its K and V are latent (MLA)")
     found: dict[int, str] = {}
     sinks = sinks_of(model)
     if sinks and not with_sinks:
@@ -181,6 +197,9 @@ def sinks_of(model: Any) -> dict[int, torch.Tensor]:
 @torch.no_grad()
 def _probe(name: str, module: Any, shape: Geometry, sinks: Optional[torch.Tensor]) -> None:
     """Computes a little attention with the model's own eager function, and here: biases and other additions show."""
+    if shape.latent:
+        _probe_latent(name, module)
+        return
     if sinks is not None and (tuple(sinks.shape) != (shape.q_heads,) or not bool(sinks.isfinite().all())):
         _refuse(f"{name} ({type(module).__name__}) has sinks {dims(tuple(sinks.shape))}, and {dims((shape.q_heads,))} finite ones are "
                 "wanted")
@@ -209,6 +228,19 @@ def _probe(name: str, module: Any, shape: Geometry, sinks: Optional[torch.Tensor
     want = (logits.softmax(-1)[..., :4] @ v.repeat_interleave(group, 1)).transpose(1, 2)
     if got.shape != want.shape or not torch.allclose(got, want, atol=1e-3):
         _refuse(f"{name} ({type(module).__name__}) computes something else, such as a bias")
+
+
+def _probe_latent(name: str, module: Any) -> None:
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    wrong = "has no eager_attention_forward to compare with" if eager is None else ""
+    wrong = wrong or ("has " + _latent.lacks(module) if _latent.lacks(module) else _latent.differs(module, eager, 192 ** -0.5))
+    if wrong:
+        _refuse(f"{name} ({type(module).__name__}) {wrong}")
+
+
+def latents(model: Any) -> Iterator[Any]:
+    """Its attention modules, which are MLA's."""
+    return (m for m in model.modules() if _calls_of(type(m)))
 
 
 # -- masks -------------------------------------------------------------------------------------------------------------
@@ -286,7 +318,7 @@ def check_call(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d
     for name, x in others.items():
         if x is not None and x is not False and name not in _IDLE:
             raise ValueError(f"attention in kvd does not know the argument '{name}' of {type(module).__name__}")
-    for name, x, heads, dim in (("q", q, shape.q_heads, shape.head_dim[0]), ("k", k, shape.kv_heads, shape.head_dim[0]),
+    for name, x, heads, dim in (("q", q, shape.q_heads, shape.dim_q), ("k", k, shape.kv_heads, shape.head_dim[0]),
                                 ("v", v, shape.kv_heads, shape.head_dim[1])):
         if x.ndim != 4 or tuple(x.shape) != (q.shape[0], heads, q.shape[2], dim):
             raise ValueError(f"{name} of {type(module).__name__} is {dims(tuple(x.shape))}, and the client was opened for "

@@ -83,7 +83,7 @@ class Recorder:
     """Makes a model's attention write what it gets into `shard`, and attend as ever."""
 
     def __init__(self, model: Any, layers: Optional[list[int]] = None):
-        self.shape = checks.check_model(model, with_sinks=False)
+        self.shape = checks.check_model(model, with_sinks=False, with_latents=False)
         self.layers = list(range(self.shape.layers)) if layers is None else layers
         wrong = [i for i in self.layers if not 0 <= i < self.shape.layers]
         if wrong or len(set(self.layers)) != len(self.layers):

@@ -8,7 +8,7 @@
         model.generate(**tokenizer(prompts, padding=True, return_tensors="pt"), cache=cache)
 
 For decoders whose attention is causal softmax over all tokens or a sliding window, with a soft cap and attention sinks or without
-(Llama, Qwen, Mistral, Gemma, Phi, gpt-oss, ...). Layers with a sliding window keep what it reaches, and 64 tokens more. What wants
+(Llama, Qwen, Mistral, Gemma, Phi, gpt-oss, ...), or latent (MLA: DeepSeek V2 and V3, ...), where kvd runs on the CPU. Layers with a sliding window keep what it reaches, and 64 tokens more. What wants
 anything else, such as chunked or linear attention, biases, or layers that share K and V, is refused by name: by `connect` and
 `use_kvd` where config and modules show it, else by the call, which then changes nothing. Prompts of different lengths are padded on
 the left, and padding is not stored. Beams are copy-on-write forks. A cache may be passed to generate again for another turn. Releases
@@ -30,6 +30,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface
 
+from . import _latent
 from . import _transformers as checks
 from ._client import AnyTensor, Client, Item, Sequence
 from ._direct import Direct
@@ -58,13 +59,15 @@ def connect(model: Any, **options: Any) -> Client:
         none = np.full(g.q_heads, -np.inf, np.float32)
         options["sinks"] = [own[i].detach().float().cpu().numpy() if i in own else none for i in range(g.layers)]
     options.setdefault("windows", g.windows)
-    return Client(layers=range(g.layers), q_heads=g.q_heads, kv_heads=g.kv_heads, head_dim=g.head_dim, **options)
+    return Client(layers=range(g.layers), q_heads=g.q_heads, kv_heads=g.kv_heads, head_dim=g.head_dim, latent=g.latent, **options)
 
 
 def use_kvd(model: Any) -> None:
     """Makes the model attend in kvd. It then wants a KvdCache in every call. Refuses, with ValueError and changing nothing, a
     model whose attention is not what kvd computes."""
-    checks.check_model(model)
+    shape = checks.check_model(model)
+    for module in checks.latents(model) if shape.latent else ():
+        _latent.hand_on(module)
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, checks.make_mask)
     model.set_attn_implementation(_NAME)
@@ -81,9 +84,14 @@ def _attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch
         if not layer.waits or getattr(module, "layer_idx", layer.index) != layer.index:
             raise ValueError(f"layer {getattr(module, 'layer_idx', '?')} attends to K and V of layer {layer.index}: layers that share "
                              "them are not supported")
+        kind = query.dtype
+        if layer.cache._geometry.latent:  # what the cache was given, and so gave, is the latent and the rope part
+            query, key, value = _latent.absorb(module, query), value, key
         checks.check_call(module, query, key, value, dropout, is_causal, kwargs, layer.cache._geometry)
         layer.check_sinks(s_aux)
         o = layer.cache._attend(layer, query, key, value, attention_mask, sliding_window, scale=scaling or 0, softcap=softcap or 0)
+        if layer.cache._geometry.latent:
+            o = _latent.values(module, o).to(kind)
     return o, None
 
 
@@ -156,7 +164,8 @@ class KvdCache(Cache):
         self._direct: Optional[Direct] = None
         self._direct_terms: dict[str, Any] = {}
         self._on_gpu = client.on_gpu
-        self._geometry = checks.Geometry(len(client.layers), client.q_heads, client.kv_heads, client.head_dim)
+        self._geometry = checks.Geometry(len(client.layers), client.q_heads, client.kv_heads, client.head_dim,
+                                         latent=client.shapes[0].latent)
         self.seen = max((s.length for s in self.sequences), default=0)
         # [batch, seen]: which positions of a row are tokens, not padding.
         self._held = torch.arange(self.seen)[None] >= torch.tensor([self.seen - s.length for s in self.sequences])[:, None].long()
@@ -183,7 +192,7 @@ class KvdCache(Cache):
                     t.kvd.free()
             c = self.client
             self._tensors[key] = tuple(self._share(q.device, kind, 1, tokens, heads, dim) for kind, heads, dim in (
-                (dtype, c.q_heads, c.head_dim[0]), (torch.bfloat16, c.kv_heads, c.head_dim[0]),
+                (dtype, c.q_heads, self._geometry.dim_q), (torch.bfloat16, c.kv_heads, c.head_dim[0]),
                 (torch.bfloat16, c.kv_heads, c.head_dim[1]), (dtype, c.q_heads, c.head_dim[1])))
         return self._tensors[key]
 
