@@ -7,7 +7,9 @@ import pytest
 
 import kvd as package
 from conftest import BUILD, Rpc, layout
+from test_death import wait_for
 from test_grpc import code_of
+from test_keep import kill
 
 os.environ.setdefault("KVD_LIBRARY", str(BUILD / "client/libkvd.so.0"))
 LAYERS, HEADS, ROPE, LATENT = 2, 16, 64, 512
@@ -126,6 +128,29 @@ def test_forks_and_prefixes_share_pages(kvd):
         with connect(kvd, codec="int4", sink=0, recent=64) as another:  # of another layout
             assert another.match([prompt])[0].blocks == 0
             assert another.info["layout_digest"] != client.info["layout_digest"]
+
+
+def test_pages_outlive_kvd_and_come_back_from_tiers(start, folder):
+    keeper = start("--keep", "--backend", "cpu", config=f"[kvd]\ntier-directory = {folder}/blocks 1GiB\n")
+    options = {"codec": "int4", "sink": 0, "recent": 0}
+    q, prompt = values(9, LAYERS, 1, HEADS, LATENT + ROPE), package.Prompt(tokens=list(range(256)))
+    with connect(keeper, **options) as client:
+        s = client.create()
+        append(client, s, 1, 256)
+        s.publish_blocks(prompt)
+        s.publish("conversation")
+        before = attend(client, s, q)[0]
+    kill(keeper)
+    with connect(keeper, **options) as client:
+        assert (attend(client, client.attach("conversation"), q)[0] == before).all()
+        assert client.match([prompt])[0].blocks == 4  # the index of an earlier kvd is sound
+        assert wait_for(lambda: keeper.metric("kvd_demotion_waiting_blocks") == 0)
+    keeper.kvctl("evict", "--namespace", "default")  # the sequence too, which nobody holds
+    with connect(keeper, **options) as client:
+        assert client.match([prompt])[0].blocks == 0
+        match = client.match([prompt], restore=10)[0]
+        assert (match.blocks, match.restored) == (4, 4)
+        assert (attend(client, client.adopt(match), q)[0] == before).all()
 
 
 def test_pages_of_an_engine_that_keeps_both_parts_in_one_tensor(kvd):
