@@ -26,6 +26,11 @@ int kvd_transforms_alloc(struct kvd_rotset *s, uint32_t codec, struct kvd_error 
 {
     if (kvd_rotset_check_shape(s, err))
         return err->code;
+    if (!kvd_head_dims_ok(s->dim_k, s->dim_v))
+        return kvd_fail(err, KVD_E_INVALID,
+                        "head_dim is %u for K and %u for V, as of a latent and its rope part: "
+                        "transforms are for tc2 and tc2.5, which those cannot have",
+                        s->dim_k, s->dim_v);
     struct kvd_transforms *t KVD_AUTO(kvd_transforms_free) = calloc(1, sizeof(*t));
     if (!t)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory for a set of transforms");

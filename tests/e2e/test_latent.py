@@ -14,6 +14,7 @@ from test_keep import kill
 os.environ.setdefault("KVD_LIBRARY", str(BUILD / "client/libkvd.so.0"))
 LAYERS, HEADS, ROPE, LATENT = 2, 16, 64, 512
 SCALE = 192 ** -0.5
+pytestmark = pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
 
 
 @pytest.fixture

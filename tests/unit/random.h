@@ -1,6 +1,7 @@
 #ifndef KVD_TESTS_RANDOM_H
 #define KVD_TESTS_RANDOM_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,6 +25,19 @@ static inline uint64_t kvd_test_seed(const char *what)
     printf("%s: KVD_TEST_SEED=%llu\n", what, (unsigned long long)seed);
     fflush(stdout);
     return seed | 1;
+}
+
+// Sanitizers are slow: with KVD_TEST_SHARE=N all but a random Nth of the cases are left out.
+static inline bool kvd_test_left_out(void)
+{
+    static uint64_t rng;
+    const char *share = getenv("KVD_TEST_SHARE");
+    uint64_t n = share ? strtoull(share, NULL, 10) : 0;
+    if (n < 2)
+        return false;
+    if (rng == 0)
+        rng = kvd_test_seed("share");
+    return kvd_rand(&rng) % n != 0;
 }
 
 #endif

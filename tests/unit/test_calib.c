@@ -243,6 +243,37 @@ START_TEST(native_files_round_trip)
 }
 END_TEST
 
+// Of latents and their rope parts, which the same files hold.
+START_TEST(sets_of_latents)
+{
+    struct kvd_error err = {0};
+    struct kvd_layout l = test_layout(2, 64);
+    l.planes[0].q_heads = 128;
+    l.planes[0].kv_heads = 1;
+    l.planes[0].head_dim_v = 512;
+    l.planes[0].latent = 1;
+    l.planes[0].codec.k = KVD_CODEC_BF16;
+    for (int i = 0; i < 2; i++) {
+        struct kvd_rotset *a =
+            kvd_rotset_new(i ? "random" : "hadamard", l.layers, 2, 64, 512, &err);
+        double worst = 0;
+        ck_assert_msg(a && kvd_rotset_check(a, &worst, &err) == 0 && worst < 1e-6, "%s", err.text);
+        ck_assert_msg(kvd_rotset_write(a, scratch("l.safetensors"), &err) == 0, "%s", err.text);
+        struct kvd_rotset *b = kvd_rotset_read(scratch("l.safetensors"), &err);
+        ck_assert_msg(b != NULL, "%s", err.text);
+        ck_assert_mem_eq(a->v, b->v, 2ull * 512 * 512 * sizeof(float));
+        struct kvd_rotation_data d;
+        ck_assert_msg(kvd_rotset_select(b, &l, 0, &d, &err) == 0, "%s", err.text);
+        ck_assert_uint_eq(d.dim_v, 512);
+        kvd_rotation_data_deinit(&d);
+        kvd_rotset_free(&a);
+        kvd_rotset_free(&b);
+    }
+    ck_assert_ptr_null(kvd_rotset_new("hadamard", l.layers, 2, 512, 512, &err));
+    ck_assert_ptr_nonnull(strstr(err.text, "head_dim is 512 for K"));
+}
+END_TEST
+
 // Of a set with a matrix for each of 4 kv heads; the clip ratios tell which head they are of.
 static int select_rank(uint32_t set_heads, uint32_t rank, uint32_t size, uint32_t kv_heads,
                        uint32_t *first, uint32_t *count, struct kvd_error *err)
@@ -564,6 +595,6 @@ START_TEST(random_rotations)
 END_TEST
 
 KVD_MAIN("calib", 120, pickles_that_are_refused, mutated_pickles_never_crash, pt_files,
-         native_files_round_trip, ranks_get_their_heads, native_files_that_are_refused,
-         sets_that_do_not_hold_up, names_of_sets, hadamard_rotations, random_rotations,
-         real_rotation_files)
+         native_files_round_trip, sets_of_latents, ranks_get_their_heads,
+         native_files_that_are_refused, sets_that_do_not_hold_up, names_of_sets, hadamard_rotations,
+         random_rotations, real_rotation_files)

@@ -35,24 +35,11 @@ START_TEST(avx512_is_among_those_tested)
 }
 END_TEST
 
-// Sanitizers are slow: with KVD_TEST_SHARE=N a random Nth of the shapes is tried.
-static bool left_out(void)
-{
-    static uint64_t rng;
-    const char *share = getenv("KVD_TEST_SHARE");
-    uint64_t n = share ? strtoull(share, NULL, 10) : 0;
-    if (n < 2)
-        return false;
-    if (rng == 0)
-        rng = kvd_test_seed("share");
-    return kvd_rand(&rng) % n != 0;
-}
-
 // stretch: of transforms (kseq_skew); 0: rotations.
 static void check_shape(const char *isa, const struct shape *c, struct kvd_codecs codec,
                         double stretch, uint64_t seed)
 {
-    if (left_out())
+    if (kvd_test_left_out())
         return;
     struct kvd_backend *b = backend(isa, 2);
     if (!b)
@@ -347,7 +334,7 @@ END_TEST
 
 static void check_read(const char *isa, uint32_t dk, uint32_t dv, struct kvd_codecs codec)
 {
-    if (left_out())
+    if (kvd_test_left_out())
         return;
     enum { TOKENS = 300 };
     struct kvd_backend *b = backend(isa, 2);

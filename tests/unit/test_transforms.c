@@ -255,6 +255,9 @@ START_TEST(sets_that_do_not_hold_up)
         t->k_inverse[i * 65] = 1 / x;
     }
     fails(s, "K, layer 3, head 0 is ill-conditioned");
+    struct kvd_rotset latent = {.n_layers = 1, .heads = 1, .dim_k = 64, .dim_v = 512};
+    ck_assert_int_eq(kvd_transforms_alloc(&latent, KVD_CODEC_TC2, &err), KVD_E_INVALID);
+    ck_assert_ptr_nonnull(strstr(err.text, "of a latent"));
     // What a file says, a reader finds too.
     ck_assert_int_eq(kvd_rotset_write(s, scratch("bad"), &err), 0);
     ck_assert_ptr_null(kvd_rotset_read(scratch("bad"), &err));
