@@ -305,7 +305,7 @@ static uint64_t *plan(const struct kvd_attend_params *p, struct kvd_attend_job *
             first[i] + kvd_div_up(rows, job->kernel->rows) * g->kv_heads * p->layer_count;
         longest = KVD_MAX(longest, total_tokens(&p->items[i]));
     }
-    uint64_t units = first[p->n_items], want = KVD_UNITS_A_THREAD * (uint64_t)threads;
+    uint64_t units = first[p->n_items], want = job->kernel->walks_a_thread * (uint64_t)threads;
     if (units < want && threads > 1)
         job->splits = (uint32_t)KVD_MIN(kvd_div_up(want, units), longest / 512 + 1);
     job->walks = units * job->splits;

@@ -298,6 +298,7 @@ static void finish(const struct kvd_attend_job *job, const struct kvd_cpu_unit *
 
 const struct kvd_cpu_kernel kvd_cpu_heads = {
     .rows = KVD_CPU_ROWS,
+    .walks_a_thread = 4,
     .walk_bytes = sizeof(struct walk),
     .partial_bytes = sizeof(struct partial),
     .partial_at = offsetof(struct walk, part),

@@ -23,6 +23,12 @@ enum {
     PAD = 16,
 };
 
+#define KVD_LATENT_DIMS(rope, latent)                                                              \
+    _Static_assert((rope) <= MOST_ROPE && (latent) <= MOST_LATENT &&                               \
+                       ((rope) | (latent)) % 64 == 0,                                              \
+                   "products are summed over 64 channels at a time");
+#include "proto/head_dims.def"
+
 // Attention of some rows over some tokens, not yet normalised.
 struct partial {
     _Alignas(KVD_WALK_ALIGN) double o[2][MOST_LATENT * R]; // of bf16 tokens, of coded ones
@@ -365,6 +371,7 @@ static void finish(const struct kvd_attend_job *job, const struct kvd_cpu_unit *
 
 const struct kvd_cpu_kernel kvd_cpu_latent = {
     .rows = R,
+    .walks_a_thread = 2, // partials are large
     .walk_bytes = sizeof(struct walk),
     .partial_bytes = sizeof(struct partial),
     .partial_at = offsetof(struct walk, part),

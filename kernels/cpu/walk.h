@@ -15,7 +15,6 @@
 enum {
     KVD_WALK_ALIGN = 64,     // a vector of the widest kind lies in one line of the cache
     KVD_RUNS_IN_FLOAT = 256, // so many are summed in float, and then added to a partial
-    KVD_UNITS_A_THREAD = 4,  // walks that are made of few units, for even loads
 };
 
 struct kvd_cpu_unit {
@@ -61,6 +60,7 @@ struct kvd_cpu_walk {
 // of KVD_WALK_ALIGN.
 struct kvd_cpu_kernel {
     uint32_t rows;                      // of a unit, at most
+    uint32_t walks_a_thread;            // that are made of few units, for even loads
     uint64_t walk_bytes, partial_bytes; // a walk has room for a partial:
     uint64_t partial_at;                // for where there is one split
     // Empties the partial and the sums, and takes up the unit's queries.

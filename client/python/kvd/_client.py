@@ -497,7 +497,7 @@ class Client(lib.OfProcess):
         return list(replayed)
 
     def attend(self, items: list[Item], *, layer: int = 0, scale: float = 0, softcap: float = 0, window: int = 0) -> None:
-        """scale 0: 1/sqrt(head_dim). softcap 0: none. window 0: all tokens."""
+        """scale 0: 1/sqrt(head_dim), refused over a latent. softcap 0: none. window 0: all tokens."""
         layers, structs, n = self._batch("attend", items, layer)
         lib.call("kvd_attend", self._open(), layers, c.byref(_check.attention(scale, softcap, window)), structs, n)
 
