@@ -184,6 +184,10 @@ struct kvd_nonfinite {
     bool in_v;
 };
 
+struct kvd_copy {
+    uint64_t to, from, bytes; // addresses
+};
+
 // Addresses for `count` extents of `bytes` each, side by side: extent i is at base + i * bytes. The
 // owner makes extents; other processes import them into arenas of their own and can only read. As
 // all lay them out alike, a page is named everywhere by its distance from the base.
@@ -273,9 +277,14 @@ struct kvd_backend_ops {
     int (*attend)(struct kvd_backend *b, const struct kvd_attend_params *p, struct kvd_error *err);
     int (*read)(struct kvd_backend *b, const struct kvd_read_params *p, struct kvd_error *err);
     int (*rotate)(struct kvd_backend *b, const struct kvd_rotate_params *p, struct kvd_error *err);
-    // Copies bytes of pages to other pages, or from or to host memory. Done when it returns.
-    int (*copy)(struct kvd_backend *b, uint64_t to, uint64_t from, uint64_t bytes,
+    // Copies bytes of pages to other pages, or from or to host memory. All done when it returns.
+    int (*copy)(struct kvd_backend *b, const struct kvd_copy *copies, uint32_t n,
                 struct kvd_error *err);
+    // Has the device copy from and to host memory, which begins at a page, as fast as the bus is;
+    // and undoes it, before the memory is freed, any thread and even after the backend. NULL on the
+    // CPU.
+    int (*host_pin)(struct kvd_backend *b, void *at, uint64_t bytes, struct kvd_error *err);
+    void (*host_unpin)(void *at);
 };
 
 struct kvd_backend {

@@ -187,7 +187,8 @@ int kvd_op_copy_pages(struct kvd_daemon *d, struct kvd_work *w)
     int rc = KVD_OK;
     while (w->copied < w->n_copies && rc == KVD_OK) {
         const struct kvd_page_copy *c = &w->copies[w->copied++];
-        rc = d->backend->ops->copy(d->backend, c->to, c->from, c->bytes, &w->err);
+        const struct kvd_copy one = {c->to, c->from, c->bytes};
+        rc = d->backend->ops->copy(d->backend, &one, 1, &w->err);
         w->job.slice.more = w->copied < w->n_copies;
         if (kvd_slice_over(&w->job.slice))
             break;

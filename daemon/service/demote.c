@@ -16,6 +16,7 @@
 #include "daemon/service/events.h"
 #include "daemon/service/layout.h"
 #include "daemon/session/scrub.h"
+#include "daemon/tier/pinned.h"
 #include "daemon/tier/tiers.h"
 #include "kvd.pb-c.h"
 #include "pool/blocks.h"
@@ -27,6 +28,7 @@ enum {
     DROPS = 1 << 20, // that wait at most
     DROPPING = 64,   // at once
     AGAIN_MS = 50,   // looks whether a tier takes more
+    KEPT_PINNED = 64 << 20,
 };
 
 struct item {
@@ -34,6 +36,7 @@ struct item {
     uint8_t layout[32]; // digest
     struct kvd_block *copy[KVD_MAX_PLANES];
     bool damaged; // in memory: not what it was sealed as
+    bool no_room; // in memory for its copy
     bool dropped; // from the pool meanwhile
 };
 
@@ -45,8 +48,9 @@ struct batch {
 };
 
 struct kvd_demotion {
-    uv_check_t check; // each round of the loop: are there new ones?
-    uv_timer_t timer; // runs while there are some and no tier takes them
+    struct kvd_pinned *memory; // of the copies; NULL: any
+    uv_check_t check;          // each round of the loop: are there new ones?
+    uv_timer_t timer;          // runs while there are some and no tier takes them
     struct batch *batch;
     uint32_t ns; // that had the last batch
     struct kvd_fair_flow flows[KVD_MAX_NAMESPACES];
@@ -89,6 +93,11 @@ static void note_moved(struct kvd_daemon *d, const struct kvd_blocks_load *block
 
 // -- a batch ------------------------------------------------------------------------------------
 
+static bool has_page(const struct item *it, uint32_t plane)
+{
+    return it->load.plane[plane].page != KVD_POOL_NONE;
+}
+
 // Executor. A page that is no longer what it was sealed as must not get a new checksum.
 static bool copy_batch(struct kvd_daemon *d, struct kvd_job *job)
 {
@@ -100,10 +109,15 @@ static bool copy_batch(struct kvd_daemon *d, struct kvd_job *job)
             return !atomic_load(&job->cancelled);
         for (uint32_t p = 0; p < KVD_MAX_PLANES; p++) {
             const struct kvd_blocks_page *from = &it->load.plane[p];
-            if (!it->copy[p])
+            if (!has_page(it, p))
                 continue;
-            job->rc = d->backend->ops->copy(d->backend, (uintptr_t)it->copy[p]->payload, from->addr,
-                                            from->bytes, &err);
+            it->copy[p] = kvd_block_new_in(d->demotion->memory, from->bytes); // may take a while
+            if (!it->copy[p]) {
+                it->no_room = true;
+                continue;
+            }
+            const struct kvd_copy one = {(uintptr_t)it->copy[p]->payload, from->addr, from->bytes};
+            job->rc = d->backend->ops->copy(d->backend, &one, 1, &err);
             if (job->rc)
                 return false;
             it->damaged |= from->sum > KVD_SUM_DAMAGED &&
@@ -162,7 +176,7 @@ static void end_item(struct kvd_daemon *d, struct item *it, bool copied)
 {
     struct kvd_demotion *m = d->demotion;
     m->damaged += copied && it->damaged;
-    copied = copied && !it->damaged && !it->dropped;
+    copied = copied && !it->damaged && !it->no_room && !it->dropped;
     m->blocks += copied;
     if (copied)
         send_block(d, it);
@@ -193,10 +207,7 @@ static bool pick_up(struct kvd_daemon *d, struct batch *b, uint32_t ns, uint64_t
     if (!kvd_blocks_pick_up(d->pool, ns, &it->load))
         return false;
     for (uint32_t p = 0; p < KVD_MAX_PLANES; p++) {
-        const struct kvd_blocks_page *page = &it->load.plane[p];
-        if (page->page != KVD_POOL_NONE)
-            it->copy[p] = kvd_block_new(page->bytes);
-        *bytes += page->bytes;
+        *bytes += it->load.plane[p].bytes;
     }
     if (b->n && it[-1].load.space.layout == it->load.space.layout)
         memcpy(it->layout, it[-1].layout, sizeof(it->layout));
@@ -226,7 +237,7 @@ static void on_known(void *ctx, const uint8_t *where)
     for (uint32_t i = 0; i < b->n; i++) {
         bool known = true;
         for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
-            known &= !b->items[i].copy[p] || *where++;
+            known &= !has_page(&b->items[i], p) || *where++;
         m->known += known;
         if (known || b->d->state == KVD_STOPPING)
             end_item(b->d, &b->items[i], false);
@@ -249,7 +260,7 @@ static bool ask_for_known(struct batch *b)
     uint32_t n = 0;
     for (uint32_t i = 0; i < b->n; i++)
         for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
-            if (b->items[i].copy[p] &&
+            if (has_page(&b->items[i], p) &&
                 kvd_tiers_key(b->d, b->items[i].load.space.domain, b->items[i].layout,
                               b->items[i].load.key.w, p, &keys[n++], NULL))
                 return false;
@@ -366,6 +377,8 @@ static int start(struct kvd_daemon *d, struct kvd_error *err)
     d->demotion = calloc(1, sizeof(*d->demotion));
     if (!d->demotion)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    if (d->backend->ops->host_pin)
+        d->demotion->memory = kvd_pinned_new(d->backend, KEPT_PINNED);
     uv_check_init(&d->loop, &d->demotion->check);
     uv_timer_init(&d->loop, &d->demotion->timer);
     d->demotion->check.data = d->demotion->timer.data = d;
@@ -386,8 +399,10 @@ static void end(struct kvd_daemon *d)
 
 static void deinit(struct kvd_daemon *d)
 {
-    if (d->demotion)
-        free(d->demotion->drops);
+    if (!d->demotion)
+        return;
+    kvd_pinned_free(&d->demotion->memory);
+    free(d->demotion->drops);
     free(KVD_TAKE(d->demotion));
 }
 

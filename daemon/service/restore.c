@@ -21,9 +21,12 @@ enum {
     MOST_RUNNING = 32,
     MOST_OF_NAMESPACE = 8,
     LOOKED = 256, // keys at a time
-    BATCH = 16,   // blocks in a job
-    BATCH_BYTES = 1 << 20,
-    FLYING_BYTES = 8 << 20, // of one restore
+    BATCH = 32,   // blocks in a job
+    BATCH_BYTES = 16 << 20,
+    COPIED_BYTES = 4 << 20,  // at once, between looks at the clock
+    FLYING_BYTES = 64 << 20, // of one restore
+    FLYING_LEAST = 8 << 20,  // that it may have whatever others have
+    FLYING_OF_ALL = 256 << 20,
     TICK_MS = 20,
     PIECE_NS = 1000000,
 };
@@ -87,6 +90,7 @@ struct kvd_restores {
     uv_timer_t timer;        // runs while there are some
     struct kvd_restore *all; // in the order of their arrival
     uint32_t running, of_namespace[KVD_MAX_NAMESPACES];
+    uint64_t flying; // bytes
     uint64_t blocks[KVD_TIERS_MOST], bytes, missed, followed;
     struct kvd_histogram seconds;
 };
@@ -105,9 +109,16 @@ static bool runs(const struct kvd_restore *r)
     return r->state != WAITS && r->state != DONE;
 }
 
+static void fly(struct kvd_restore *r, int64_t bytes)
+{
+    r->flying += (uint64_t)bytes;
+    r->d->restores->flying += (uint64_t)bytes;
+}
+
 static void let_go(struct kvd_restore *r)
 {
     struct kvd_daemon *d = r->d;
+    fly(r, -(int64_t)r->flying);
     for (uint32_t i = 0; r->slots && i < r->ask.n; i++)
         for (uint32_t p = 0; p < r->planes; p++)
             kvd_block_unref(&r->slots[i].got[p]);
@@ -389,7 +400,7 @@ static void on_got(void *ctx, struct kvd_block *block, uint32_t tier)
     s->tier = KVD_MAX(s->tier, (uint8_t)tier);
     if (!block && r->state == FETCHES) {
         r->d->restores->missed++;
-        r->flying -= g->bytes;
+        fly(r, -(int64_t)g->bytes);
         s->planes = r->ask.pages ? 0 : s->planes;
         r->to = r->ask.pages ? r->to : KVD_MIN(r->to, KVD_MAX(g->block, r->front));
     }
@@ -413,7 +424,7 @@ static bool get(struct kvd_restore *r, uint32_t block, uint32_t plane)
     r->slots[block].left++;
     if (kvd_tiers_get(d, &r->keys[at_of(r, block, plane)], r->digest, g->bytes, on_got, g, NULL) ==
         KVD_OK) {
-        r->flying += g->bytes;
+        fly(r, (int64_t)g->bytes);
         return true;
     }
     r->users--;
@@ -424,7 +435,8 @@ static bool get(struct kvd_restore *r, uint32_t block, uint32_t plane)
 
 static void get_more(struct kvd_restore *r)
 {
-    while (r->next < r->to && r->flying < FLYING_BYTES) {
+    const uint64_t *of_all = &r->d->restores->flying;
+    while (r->next < r->to && r->flying < (*of_all < FLYING_OF_ALL ? FLYING_BYTES : FLYING_LEAST)) {
         struct slot *s = &r->slots[r->next];
         s->planes = wanted(r, r->next, r->to);
         bool all = true;
@@ -442,19 +454,25 @@ static bool copy(struct kvd_daemon *d, struct kvd_job *job)
 {
     struct copying *c = (struct copying *)job;
     struct kvd_error err = {0};
-    for (; c->at < c->n; c->at++) {
-        const struct slot *s = &c->of->slots[c->begin + c->at];
+    while (c->at < c->n) {
+        struct kvd_copy copies[BATCH * KVD_MAX_PLANES];
+        uint32_t n = 0;
+        uint64_t bytes = 0;
         if (kvd_slice_over(&job->slice))
             return !atomic_load(&job->cancelled);
-        for (uint32_t p = 0; p < KVD_MAX_PLANES; p++) {
-            const struct kvd_blocks_page *to = &s->load.plane[p];
-            if (to->page == KVD_POOL_NONE)
-                continue;
-            job->rc = d->backend->ops->copy(d->backend, to->addr, (uintptr_t)s->got[p]->payload,
-                                            to->bytes, &err);
-            if (job->rc)
-                return false;
+        for (; c->at < c->n && bytes < COPIED_BYTES; c->at++) {
+            const struct slot *s = &c->of->slots[c->begin + c->at];
+            for (uint32_t p = 0; p < KVD_MAX_PLANES; p++) {
+                const struct kvd_blocks_page *to = &s->load.plane[p];
+                if (to->page == KVD_POOL_NONE)
+                    continue;
+                copies[n++] = (struct kvd_copy){to->addr, (uintptr_t)s->got[p]->payload, to->bytes};
+                bytes += to->bytes;
+            }
         }
+        job->rc = d->backend->ops->copy(d->backend, copies, n, &err);
+        if (job->rc)
+            return false;
     }
     return false;
 }
@@ -464,7 +482,7 @@ static void empty_slot(struct kvd_restore *r, struct slot *s, bool good)
 {
     for (uint32_t p = 0; p < r->planes; p++)
         if (s->got[p]) {
-            r->flying -= s->got[p]->bytes;
+            fly(r, -(int64_t)s->got[p]->bytes);
             r->d->restores->bytes += good ? s->got[p]->bytes : 0;
             kvd_block_unref(&s->got[p]);
         }

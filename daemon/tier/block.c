@@ -6,6 +6,7 @@
 
 #include "daemon/core/config_tiers.h"
 #include "daemon/core/secret.h"
+#include "daemon/tier/pinned.h"
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "headers are little-endian");
 
@@ -105,13 +106,22 @@ static uint64_t padded(uint64_t bytes)
 
 struct kvd_block *kvd_block_new(uint64_t bytes)
 {
+    return kvd_block_new_in(NULL, bytes);
+}
+
+struct kvd_block *kvd_block_new_in(struct kvd_pinned *memory, uint64_t bytes)
+{
     struct kvd_block *b = bytes && bytes <= KVD_BLOCK_MAX ? calloc(1, sizeof(*b)) : NULL;
-    uint8_t *front = b ? aligned_alloc(KVD_BLOCK_FRONT, padded(bytes)) : NULL;
+    uint8_t *front = NULL;
+    if (b)
+        front = memory ? kvd_pinned_take(memory, padded(bytes))
+                       : aligned_alloc(KVD_BLOCK_FRONT, padded(bytes));
     if (!front) {
         free(b);
         return NULL;
     }
     memset(front, 0, KVD_BLOCK_FRONT);
+    b->memory = memory;
     b->front = front;
     b->payload = front + KVD_BLOCK_FRONT;
     b->bytes = bytes;
@@ -133,7 +143,10 @@ void kvd_block_unref(struct kvd_block **block)
     if (!b || atomic_fetch_sub_explicit(&b->refs, 1, memory_order_acq_rel) != 1)
         return;
     pthread_mutex_destroy(&b->lock);
-    free(b->front);
+    if (b->memory)
+        kvd_pinned_give(b->memory, b->front, padded(b->bytes));
+    else
+        free(b->front);
     free(b);
 }
 

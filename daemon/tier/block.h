@@ -47,10 +47,13 @@ void kvd_tier_secret_free(struct kvd_tier_secret **secret);
 int kvd_tier_key_of(const struct kvd_tier_secret *secret, const struct kvd_block_name *name,
                     struct kvd_tier_key *out, struct kvd_error *err);
 
+struct kvd_pinned; // pinned.h
+
 struct kvd_block {
     uint8_t *payload; // KVD_BLOCK_FRONT-aligned; not to be written once the block was put
     uint64_t bytes;   // of the payload
     // -- block.c's
+    struct kvd_pinned *memory; // that it is in; NULL: malloc's
     uint8_t *front;
     atomic_uint refs;
     pthread_mutex_t lock;
@@ -60,6 +63,8 @@ struct kvd_block {
 // A block with room for `bytes` of payload and one reference, the caller's. NULL: out of memory, or
 // not 1 to KVD_BLOCK_MAX bytes.
 struct kvd_block *kvd_block_new(uint64_t bytes);
+// The same in memory that a GPU copies to and from at its bus's speed; with NULL in malloc's.
+struct kvd_block *kvd_block_new_in(struct kvd_pinned *memory, uint64_t bytes);
 struct kvd_block *kvd_block_ref(struct kvd_block *block);
 // Gives the reference up; *block may be NULL and becomes NULL.
 void kvd_block_unref(struct kvd_block **block);

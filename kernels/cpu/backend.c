@@ -251,12 +251,14 @@ int kvd_cpu_read(struct kvd_backend *b, const struct kvd_read_params *p, struct 
     return KVD_OK;
 }
 
-static int copy(struct kvd_backend *b, uint64_t to, uint64_t from, uint64_t bytes,
+static int copy(struct kvd_backend *b, const struct kvd_copy *copies, uint32_t n,
                 struct kvd_error *err)
 {
     (void)b;
     (void)err;
-    memcpy((void *)(uintptr_t)to, (const void *)(uintptr_t)from, bytes);
+    for (uint32_t i = 0; i < n; i++)
+        memcpy((void *)(uintptr_t)copies[i].to, (const void *)(uintptr_t)copies[i].from,
+               copies[i].bytes);
     return KVD_OK;
 }
 

@@ -17,15 +17,33 @@ int kvd_cuda_status(int rc, const char *doing, struct kvd_error *err)
                     doing, cudaGetErrorString((cudaError_t)rc));
 }
 
-static int copy(struct kvd_backend *b, uint64_t to, uint64_t from, uint64_t bytes,
+static int copy(struct kvd_backend *b, const struct kvd_copy *copies, uint32_t n,
                 struct kvd_error *err)
 {
     struct kvd_cuda *c = cuda_of(b);
-    int rc = cudaMemcpyAsync((void *)(uintptr_t)to, (const void *)(uintptr_t)from, bytes,
+    int rc = 0;
+    for (uint32_t i = 0; i < n && rc == 0; i++)
+        rc = cudaMemcpyAsync((void *)(uintptr_t)copies[i].to,
+                             (const void *)(uintptr_t)copies[i].from, copies[i].bytes,
                              cudaMemcpyDefault, c->stream);
     if (rc == 0)
         rc = cudaStreamSynchronize(c->stream);
-    return kvd_cuda_status(rc, "copying a page", err);
+    return kvd_cuda_status(rc, "copying pages", err);
+}
+
+static int host_pin(struct kvd_backend *b, void *at, uint64_t bytes, struct kvd_error *err)
+{
+    cudaSetDevice(cuda_of(b)->index);
+    int rc = cudaHostRegister(at, bytes, cudaHostRegisterPortable);
+    if (rc)
+        cudaGetLastError();
+    return kvd_cuda_status(rc, "pinning host memory", err);
+}
+
+static void host_unpin(void *at)
+{
+    if (cudaHostUnregister(at) != cudaSuccess)
+        cudaGetLastError();
 }
 
 // -- rotation sets -------------------------------------------------------------------------------
@@ -399,6 +417,8 @@ static const struct kvd_backend_ops cuda_ops = {
     .read = kvd_cuda_op_read,
     .rotate = kvd_cuda_op_rotate,
     .copy = copy,
+    .host_pin = host_pin,
+    .host_unpin = host_unpin,
 };
 
 static int init(struct kvd_cuda *c, uint32_t index, struct kvd_error *err)

@@ -69,6 +69,11 @@ else
     echo "no redis-server or valkey-server: its tier is left out"
 fi
 rm -rf "$tier"
+if /usr/bin/python3 -c 'import numpy' 2>/dev/null; then
+    echo "# pages that come back from a tier (bench_restore.py)"
+    PYTHONPATH=client/python KVD_LIBRARY=$build/client/libkvd.so.0 /usr/bin/python3 tests/bench/bench_restore.py --kvd "$build/daemon/kvd" \
+        --kvctl "$build/client/kvctl" --tokens "$((tokens / 4))" --rounds 3
+fi
 
 "$build/tests/bench_attend" "$tokens" tests/data/smollm2.safetensors
 

@@ -495,6 +495,16 @@ cudaError_t cudaHostAlloc(void **p, size_t bytes, unsigned)
     return cudaMalloc(p, bytes);
 }
 
+cudaError_t cudaHostRegister(void *, size_t, unsigned)
+{
+    return cudaSuccess;
+}
+
+cudaError_t cudaHostUnregister(void *)
+{
+    return cudaSuccess;
+}
+
 cudaError_t cudaFree(void *p)
 {
     free(p);

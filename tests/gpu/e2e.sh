@@ -22,6 +22,7 @@ program() { # name in the bundle, place in the build folder
     chmod +x "$work/build/$2/$1"
 }
 program kvd daemon
+program kvd-keeper daemon
 program kvctl client
 program e2e_worker tests
 program e2e_client tests

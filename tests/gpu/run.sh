@@ -12,9 +12,7 @@ nvflags="-gencode arch=compute_90a,code=sm_90a -O3 -std=c++17 -lineinfo -Xptxas 
 build() { # suffix, further flags of nvcc
     local suffix=$1 f pids=() p
     shift
-    for f in proto/base.c kernels/format.c kernels/plane.c kernels/quantize.c kernels/tc.c kernels/cpu/append.c kernels/cpu/attend.c \
-        kernels/cpu/backend.c kernels/cpu/memory.c kernels/cpu/scalar.c kernels/cpu/threads.c kernels/cuda/append.c kernels/cuda/backend.c kernels/cuda/memory.c kernels/cuda/ops.c kernels/cuda/pieces.c \
-        kernels/cuda/pack.c kernels/cuda/transforms.c tests/gpu/test_cuda.c; do
+    for f in proto/base.c kernels/*.c $(ls kernels/cpu/*.c | grep -v /avx) kernels/cuda/*.c tests/gpu/test_cuda.c; do
         gcc $cflags -c "$f" -o "$out/$(echo "$f" | tr / _).o" & pids+=($!)
     done
     gcc $cflags -mavx2 -mfma -c kernels/cpu/avx2.c -o "$out/avx2.o" & pids+=($!)

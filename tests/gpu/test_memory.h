@@ -24,8 +24,17 @@ static void memory(void)
     kvd_cuda_checksum((void *)(uintptr_t)at, bytes, sum, NULL);
     cudaMemcpy(&second, sum, 8, cudaMemcpyDeviceToHost);
     result(first == 5 * 2049 + 7 * 2051 && first != second, "checksum");
-    result(ops->copy(cuda, at, at + 4096, 4096, NULL) == 0, "copy");
+    struct kvd_copy copies[2] = {{at, at + 4096, 4096}};
+    uint8_t *host = aligned_alloc(4096, 8192);
+    copies[1] = (struct kvd_copy){(uintptr_t)host + 4096, at + 4096, 4096};
+    result(ops->host_pin(cuda, host, 8192, &err) == 0, "host memory is pinned");
+    result(ops->copy(cuda, copies, 2, NULL) == 0, "copy");
     uint32_t got = 0;
+    memcpy(&got, host + 4096, 4);
+    result(got == 7, "copied to the host");
+    ops->host_unpin(host);
+    ops->host_unpin(host); // does nothing
+    free(host);
     cudaMemcpy(&got, (void *)(uintptr_t)at, 4, cudaMemcpyDeviceToHost);
     result(got == 7, "copied");
     result(ops->extent_zero(cuda, arena, 1, &err) == 0, "extent_zero");

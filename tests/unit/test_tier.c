@@ -8,6 +8,7 @@
 #include "daemon/tier/backend.h"
 #include "daemon/tier/directory.h"
 #include "daemon/tier/host.h"
+#include "daemon/tier/pinned.h"
 #include "tests/unit/tier_fixture.h"
 
 enum { BYTES = 20000 };
@@ -174,6 +175,66 @@ static const struct kvd_tier_ops fake_ops = {.name = "fake",
                                              .submit = fake_submit,
                                              .close = fake_close,
                                              .status = fake_status};
+
+static uint32_t pins, unpins;
+static bool pin_fails;
+
+static int pin(struct kvd_backend *b, void *at, uint64_t bytes, struct kvd_error *err)
+{
+    (void)b;
+    memset(at, 0xff, bytes);
+    pins++;
+    return pin_fails ? kvd_fail(err, KVD_E_LIMIT, "no memory is pinned") : KVD_OK;
+}
+
+static void unpin(void *at)
+{
+    ((uint8_t *)at)[0] = 0;
+    unpins++;
+}
+
+START_TEST(pinned_memory_is_kept_for_the_next_block)
+{
+    const struct kvd_backend_ops ops = {.host_pin = pin, .host_unpin = unpin};
+    struct kvd_backend backend = {.ops = &ops};
+    const uint64_t padded = KVD_BLOCK_FRONT + kvd_round_up(BYTES, KVD_BLOCK_FRONT);
+    struct kvd_pinned *p = kvd_pinned_new(&backend, 2 * padded);
+    struct kvd_tier_key key = tier_key(1, NULL);
+    struct kvd_block *b[4];
+    for (int round = 0; round < 2; round++) {
+        for (int i = 0; i < 4; i++) {
+            b[i] = kvd_block_new_in(p, BYTES);
+            ck_assert_uint_eq((uintptr_t)b[i]->payload % KVD_BLOCK_FRONT, 0);
+            memset(b[i]->payload, i, BYTES);
+            ck_assert_int_eq(kvd_block_seal(b[i], NULL, &key, tier_layout, 1000, NULL), KVD_OK);
+        }
+        ck_assert_uint_eq(pins, round ? 6 : 4); // two had been kept
+        for (int i = 0; i < 4; i++) {
+            ck_assert_int_eq(verify(b[i], NULL, &key), KVD_OK);
+            kvd_block_unref(&b[i]);
+        }
+        ck_assert_uint_eq(unpins, round ? 4 : 2);
+    }
+    b[0] = kvd_block_new_in(p, BYTES / 2); // another size
+    ck_assert_uint_eq(pins, 7);
+    b[1] = kvd_block_new_in(p, BYTES);
+    ck_assert_uint_eq(pins, 7);
+    kvd_pinned_free(&p); // and what is taken stays
+    ck_assert_uint_eq(unpins, 5);
+    kvd_block_unref(&b[0]);
+    kvd_block_unref(&b[1]);
+    ck_assert_uint_eq(unpins, pins);
+    kvd_pinned_free(&p);
+    pin_fails = true;
+    p = kvd_pinned_new(&backend, 0);
+    for (int i = 0; i < 2; i++)
+        b[i] = kvd_block_new_in(p, BYTES);
+    ck_assert_uint_eq(pins, 8); // it is not tried again
+    for (int i = 0; i < 2; i++)
+        kvd_block_unref(&b[i]);
+    kvd_pinned_free(&p);
+}
+END_TEST
 
 START_TEST(a_tier_that_hangs_holds_little_and_is_left_alone)
 {
@@ -684,7 +745,7 @@ END_TEST
 
 KVD_MAIN("tier", 60, whatever_bit_is_flipped_is_noticed,
          a_block_is_what_was_asked_for_or_is_refused, keys_differ_by_all_that_a_block_is,
-         a_tier_that_hangs_holds_little_and_is_left_alone,
+         pinned_memory_is_kept_for_the_next_block, a_tier_that_hangs_holds_little_and_is_left_alone,
          a_tier_that_fails_is_left_alone_and_tried_again,
          a_full_tier_takes_no_puts_for_a_while_and_is_read,
          what_waits_is_bounded_and_reads_go_first, what_is_written_has_a_rate,
