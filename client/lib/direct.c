@@ -513,6 +513,12 @@ kvd_result kvd_direct_bind(kvd_direct *d, uint32_t slot, uint64_t sequence, kvd_
 
 // -- opening and closing ------------------------------------------------------------------------
 
+// Whether direct mode knows codecs on a GPU.
+static bool on_gpu(struct kvd_codecs codec)
+{
+    return codec.k == codec.v && codec.k != KVD_CODEC_INT4 && !kvd_codec_tc(codec.k);
+}
+
 static int open_backend(struct kvd_direct *d, struct kvd_error *err)
 {
     if (d->client->on_cpu) {
@@ -523,10 +529,11 @@ static int open_backend(struct kvd_direct *d, struct kvd_error *err)
                  "the session's layout has %u planes; on a GPU direct mode is for layouts of one: "
                  "use kvd_attend and kvd_step",
                  d->n_planes);
-    } else if (kvd_codec_tc(d->planes[0].shape.codec.k)) {
+    } else if (!on_gpu(d->planes[0].shape.codec)) {
+        char text[KVD_CODECS_TEXT];
         kvd_fail(err, KVD_E_UNSUPPORTED,
                  "codec %s: on a GPU direct mode is for other codecs: use kvd_attend and kvd_step",
-                 kvd_codec_name(d->planes[0].shape.codec.k));
+                 kvd_codecs_name(d->planes[0].shape.codec, text));
     } else {
 #ifdef KVD_CUDA
         d->ops = &kvd_direct_cuda;

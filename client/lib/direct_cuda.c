@@ -62,7 +62,8 @@ static void set_params(struct kvd_direct *d)
         .kv_heads = g->kv_heads,
         .dim_k = g->head_dim_k,
         .dim_v = g->head_dim_v,
-        .codec = g->codec.k, // and V's: the kernels have no two
+        .codec = g->codec.k,
+        .codec_v = g->codec.v,
         .q_len = d->options.step_tokens,
         .sink = g->sink,
         .ring = kvd_plane_ring(g),

@@ -90,7 +90,7 @@ struct kvd_cuda_tail {
 
 struct kvd_cuda_attend_params {
     uint32_t sequences, q_heads, kv_heads, dim_k, dim_v;
-    uint32_t codec;      // of the history
+    uint32_t codec;      // of K's history
     uint32_t layer;      // KV layer index within the pages and the rotation set
     uint32_t q_len;      // queries a sequence: the last tokens of it
     uint32_t new_tokens; // 0, or at least q_len: K/V of the last tokens are in k and v
@@ -110,6 +110,7 @@ struct kvd_cuda_attend_params {
     // kernels that had finished when the kernel in front of this call on the stream let it start:
     // they are read while that one still runs.
     bool settled;
+    uint32_t codec_v; // of V's history
     struct kvd_cuda_rotation rotation;
     // From kvd_cuda_attend_plan:
     uint32_t part_tiles;     // tiles of a history's part, about
@@ -158,13 +159,16 @@ struct kvd_cuda_append_item {
 };
 
 struct kvd_cuda_append_params {
-    uint32_t kv_heads, dim_k, dim_v, codec, sink, ring;
+    uint32_t kv_heads, dim_k, dim_v;
+    uint32_t codec; // of K's history
+    uint32_t sink, ring;
     uint32_t layer_begin, layer_count;
     struct kvd_cuda_rotation rotation;
     const struct kvd_cuda_append_item *items;
     uint32_t n_items;
     uint32_t chunks, tokens, kept; // sums over the items
     bool whole_chunks;             // no item's history ends inside a chunk
+    uint32_t codec_v;              // of V's history
 };
 
 // Chunks of 16 tokens that an item's demotion writes. The first one keeps the tokens that it has
@@ -195,13 +199,16 @@ int kvd_cuda_check(const struct kvd_cuda_append_params *p, unsigned long long *f
                    struct CUstream_st *stream);
 
 struct kvd_cuda_read_params {
-    uint32_t kv_heads, dim_k, dim_v, codec, sink, ring;
+    uint32_t kv_heads, dim_k, dim_v;
+    uint32_t codec; // of K's history
+    uint32_t sink, ring;
     uint32_t layer_begin, layer_count;
     struct kvd_cuda_rotation rotation;
     const uint64_t *codec_pages, *bf16_pages; // of the sequence
     uint32_t hist_end;
     uint32_t begin, tokens;
     struct kvd_cuda_tensor k, v; // outputs; data NULL: not wanted
+    uint32_t codec_v;            // of V's history
 };
 
 // Pages to rows, un-rotated.

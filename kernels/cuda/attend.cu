@@ -97,6 +97,11 @@ struct few_units {
     }
 };
 
+static bool needs_transforms(const attend_params &p)
+{
+    return family_of(p.codec) == TC || family_of(p.codec_v) == TC;
+}
+
 } // namespace kvd
 
 using namespace kvd;
@@ -130,6 +135,8 @@ extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t 
                                      uint32_t history_max, uint32_t window_max,
                                      uint32_t multiprocessors)
 {
+    if (takes_any(*p))
+        return plan_any(*p, history_sum, history_max, window_max, multiprocessors);
     uint32_t nt = n_tiles(*p), blocks = n_row_blocks(*p, nt);
     uint32_t units = p->sequences * p->kv_heads * blocks;
     bool bf16 = p->codec == KVD_CODEC_BF16;
@@ -155,7 +162,7 @@ extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t 
 
 extern "C" uint64_t kvd_cuda_attend_scratch(const struct kvd_cuda_attend_params *p)
 {
-    return scratch_of(*p, n_tiles(*p)).total;
+    return takes_any(*p) ? any_scratch(*p) : scratch_of(*p, n_tiles(*p)).total;
 }
 
 extern "C" int kvd_cuda_attend(const struct kvd_cuda_attend_params *p, struct CUstream_st *stream)
@@ -166,9 +173,11 @@ extern "C" int kvd_cuda_attend(const struct kvd_cuda_attend_params *p, struct CU
         p->window_splits > MAX_WINDOW_SPLITS || p->part_tiles == 0 ||
         (p->new_tokens && (p->new_tokens < p->q_len || p->tail.tokens)) ||
         (p->tail.tokens && p->tail.ring == 0) ||
-        (p->warps != 4 && !(small_blocks(*p) && (p->warps == 8 || p->warps == 16))) ||
+        (p->warps != 4 && !takes_any(*p) && !(small_blocks(*p) && (p->warps == 8 || p->warps == 16))) ||
         (uint64_t)p->kv_heads * n_row_blocks(*p, n_tiles(*p)) > 65535)
         return -1;
+    if (takes_any(*p))
+        return needs_transforms(*p) && !p->rotation.transforms ? -1 : (int)launch_any(*p, stream);
     switch (family_of(p->codec)) {
     case INT2:
         return power_of_two(p->dim_k) ? launch_int2(*p, stream) : launch_int2_other(*p, stream);

@@ -208,7 +208,11 @@ int kvd_cuda_rotation_check(const struct kvd_rotation *r, struct kvd_codecs code
                             struct kvd_error *err)
 {
     char text[KVD_CODECS_TEXT];
-    if (!r || !r->transform || kvd_codec_tc(codec.k))
+    bool known = true; // bf16 is not turned
+    for (int v = 0; v < 2; v++)
+        known &=
+            kvd_codec_tc(kvd_codecs_side(codec, v)) || kvd_codecs_side(codec, v) == KVD_CODEC_BF16;
+    if (!r || !r->transform || known)
         return KVD_OK;
     return kvd_fail(err, KVD_E_UNSUPPORTED,
                     "codec %s: the set has transforms, with inverses and means of their own, for "
@@ -362,7 +366,7 @@ static bool lost(struct kvd_backend *b)
 // Whether there are kernels for a codec, which is one of the table's.
 static bool served(uint32_t codec)
 {
-    enum { NO_FAMILY, INT2, INT2C, LEVELS2, LEVELS3, LEVELS4, TC };
+    enum { NO_FAMILY, INT2, INT2C, LEVELS2, LEVELS3, LEVELS4, INT4, TC };
     static const int families[] = {
 #define KVD_CODEC(id, number, name, bits, param_bytes, levels, kernel, transform)                  \
     [KVD_CODEC_##id] = (kernel),
@@ -371,7 +375,6 @@ static bool served(uint32_t codec)
     return families[codec] != NO_FAMILY;
 }
 
-// The attention kernels are made for one codec of both sides.
 static int plane_check(const struct kvd_backend *b, const struct kvd_plane *p,
                        struct kvd_error *err)
 {
@@ -381,11 +384,7 @@ static int plane_check(const struct kvd_backend *b, const struct kvd_plane *p,
         return kvd_fail(
             err, KVD_E_UNSUPPORTED,
             "latent planes (MLA): the CUDA backend has no kernels for them; the CPU's has");
-    if (p->codec.k != p->codec.v)
-        return kvd_fail(err, KVD_E_UNSUPPORTED,
-                        "codec %s: the CUDA backend has kernels only for K and V in one codec",
-                        kvd_codecs_name(p->codec, text));
-    if (!served(p->codec.k))
+    if (!served(p->codec.k) || !served(p->codec.v))
         return kvd_fail(err, KVD_E_UNSUPPORTED, "codec %s: the CUDA backend has no kernels for it",
                         kvd_codecs_name(p->codec, text));
     return KVD_OK;

@@ -22,7 +22,8 @@ constexpr float NONE = -1e30f; // the maximum of no logits
 // What kernels are compiled for: a codec, but for turboquant-2, which differs from int2-lm in its
 // parameters alone and is told apart at run time. The table of codecs says which family reads a codec.
 constexpr int INT2 = KVD_CODEC_INT2, INT2C = KVD_CODEC_INT2C, LEVELS2 = KVD_CODEC_INT2_LM,
-              LEVELS3 = KVD_CODEC_TURBOQUANT_3, LEVELS4 = KVD_CODEC_TURBOQUANT_4, NO_FAMILY = -1;
+              LEVELS3 = KVD_CODEC_TURBOQUANT_3, LEVELS4 = KVD_CODEC_TURBOQUANT_4, INT4 = KVD_CODEC_INT4,
+              NO_FAMILY = -1;
 
 // tc2 and tc2.5: kernels for both, and, where they are fast, for one of them (tc.cuh).
 constexpr int TC = 64, TC2 = KVD_CODEC_TC2, TC2_5 = KVD_CODEC_TC2_5;
@@ -80,7 +81,7 @@ __host__ __device__ constexpr bool has_levels(int codec)
 // Bytes of one side's parameters; CODEC as compiled, `codec` as it is.
 template <int CODEC> __host__ __device__ inline int params_bytes(uint32_t codec)
 {
-    return CODEC == INT2 || (CODEC == LEVELS2 && codec == KVD_CODEC_INT2_LM) ? 256 : 128;
+    return CODEC == INT2 || CODEC == INT4 || (CODEC == LEVELS2 && codec == KVD_CODEC_INT2_LM) ? 256 : 128;
 }
 
 // Layout of a tile.
@@ -159,10 +160,10 @@ __device__ inline void store_value(uint8_t *at, bool f32, float x)
 // -- codes ---------------------------------------------------------------------------------------
 
 // int2's and int2c's codes are never dequantized: masked in place, the code in slot j of a word is the
-// fp16 subnormal code * 2^-24 * 4^(j % 4). slot_factor undoes the last. Levels come as they are.
+// fp16 subnormal code * 2^-24 * 4^(j % 4). slot_factor undoes the last. int4's come as code * 2^-24, levels as they are.
 template <int CODEC> __device__ inline float slot_factor(int channel_tile)
 {
-    if (has_levels(CODEC))
+    if (has_levels(CODEC) || CODEC == INT4)
         return 1;
     return __uint_as_float((uint32_t)(127 - 2 * (channel_tile % 4)) << 23);
 }
@@ -329,7 +330,11 @@ template <int D, int CODEC> struct code_words {
         static_for<4>([&](auto r) {
             constexpr word_place at = place_in_words(D, 2, C, CT, r);
             uint32_t w = low.word[at.word];
-            if constexpr (!has_levels(CODEC)) {
+            if constexpr (CODEC == INT4) {
+                constexpr word_place above = place_in_words(D, MORE_WIDTH, C, CT, r);
+                uint32_t high = more.word[above.word] >> above.bit & 0x00030003u;
+                a[r] = (w >> at.bit & 0x00030003u) | high << 2;
+            } else if constexpr (!has_levels(CODEC)) {
                 constexpr int to = 2 * (CT % 4);
                 constexpr uint32_t mask = 0x00030003u << to, flip = FLIPPED ? ~0u : 0;
                 w = at.bit >= to ? w >> (at.bit >= to ? at.bit - to : 0) : w << (at.bit >= to ? 0 : to - at.bit);

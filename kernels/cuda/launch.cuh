@@ -19,6 +19,16 @@ cudaError_t launch_tc(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_tc2(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_tc2_5(const attend_params &p, cudaStream_t stream);
 
+// attend_any.cu: whatever has no kernels of its own.
+cudaError_t launch_any(const attend_params &p, cudaStream_t stream);
+void plan_any(attend_params &p, uint64_t history_sum, uint32_t history_max, uint32_t window_max, uint32_t multiprocessors);
+uint64_t any_scratch(const attend_params &p);
+
+inline bool takes_any(const attend_params &p)
+{
+    return p.codec != p.codec_v || family_of(p.codec) == INT4;
+}
+
 inline uint32_t rows_of_head(const attend_params &p)
 {
     return p.q_len * (p.q_heads / p.kv_heads);

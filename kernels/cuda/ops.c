@@ -205,6 +205,7 @@ static int plan_group(struct kvd_cuda *c, const struct group *g, struct kvd_cuda
                                            .dim_k = geo->head_dim_k,
                                            .dim_v = geo->head_dim_v,
                                            .codec = geo->codec.k,
+                                           .codec_v = geo->codec.v,
                                            .q_len = head->q_len,
                                            .new_tokens = head->new_tokens,
                                            .sink = geo->sink,
@@ -436,7 +437,8 @@ int kvd_cuda_op_read(struct kvd_backend *b, const struct kvd_read_params *p, str
             .kv_heads = g->kv_heads,
             .dim_k = g->head_dim_k,
             .dim_v = g->head_dim_v,
-            .codec = g->codec.k, // and V's: plane_check
+            .codec = g->codec.k,
+            .codec_v = g->codec.v,
             .sink = g->sink,
             .ring = kvd_plane_ring(g),
             .layer_begin = p->layer_begin + l,

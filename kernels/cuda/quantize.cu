@@ -4,11 +4,11 @@
 namespace kvd
 {
 
-// A warp for each (history token, layer, kv head, side): codec bf16's demotion.
+// A warp for each (history token, layer, kv head, side): demotion of sides in codec bf16.
 __global__ void demote_bf16_kernel(const __grid_constant__ append_params p)
 {
     auto [token, layer, head, v] = warp_row(p.layer_count, p.kv_heads);
-    if (token >= (uint64_t)p.chunks * 16)
+    if (token >= (uint64_t)p.chunks * 16 || (v ? p.codec_v : p.codec) != KVD_CODEC_BF16)
         return;
     uint32_t chunk = (uint32_t)(token / 16);
     const append_item &item =
@@ -16,9 +16,9 @@ __global__ void demote_bf16_kernel(const __grid_constant__ append_params p)
     uint32_t t = chunk_token(p, item, chunk, false) + (uint32_t)token % 16, h = t - p.sink;
     if (t < item.hist_end)
         return;
-    uint8_t *to = bf16_tile_row(item.codec[h / PAGE], p.layer_begin + layer, p.kv_heads, head,
-                                p.dim_k, p.dim_v, h % PAGE, v);
-    copy_row(to, source_row(p, item, t, layer, head, v), 2 * (v ? p.dim_v : p.dim_k));
+    uint32_t bytes = 2 * (v ? p.dim_v : p.dim_k);
+    uint8_t *tile = (uint8_t *)item.codec[h / PAGE] + p.tile.at(p.layer_begin + layer, p.kv_heads, head);
+    copy_row(tile + p.tile.codes[v] + h % PAGE * bytes, source_row(p, item, t, layer, head, v), bytes);
 }
 
 // A warp for each (new token, layer, kv head, side) that stays in bf16.
@@ -55,13 +55,35 @@ __global__ void check_kernel(const __grid_constant__ append_params p, unsigned l
         atomicMin(found, ((((uint64_t)at * p.layer_count + layer << 17) + n) * p.kv_heads + head) * 2 + v);
 }
 
+static cudaError_t demote_sides(const append_params &p, which_sides which, cudaStream_t stream)
+{
+    bool published = p.rotation.k.scale_kind == KVD_SCALE_PUBLISHED && p.rotation.v.scale_kind == KVD_SCALE_PUBLISHED;
+    return p.whole_chunks && published ? quantize<true>(p, which, stream) : quantize_other(p, which, stream);
+}
+
+// Sides in one codec together, others one after the other.
 static cudaError_t demote(const append_params &p, cudaStream_t stream)
 {
-    if (p.codec == KVD_CODEC_BF16) {
-        return launch(demote_bf16_kernel, row_blocks(p.chunks * 16ull, p.layer_count, p.kv_heads), ROW_THREADS, 0, stream, p);
+    cudaError_t rc = cudaSuccess;
+    if (p.codec == KVD_CODEC_BF16 || p.codec_v == KVD_CODEC_BF16)
+        rc = launch(demote_bf16_kernel, row_blocks(p.chunks * 16ull, p.layer_count, p.kv_heads), ROW_THREADS, 0, stream, p);
+    uint32_t sides = p.codec == p.codec_v ? 2 : 1;
+    for (uint32_t v = 0; v < 2 && rc == cudaSuccess; v += sides) {
+        append_params some = p;
+        some.codec = v ? p.codec_v : p.codec;
+        if (some.codec != KVD_CODEC_BF16)
+            rc = demote_sides(some, {v, v + sides}, stream);
     }
-    bool published = p.rotation.k.scale_kind == KVD_SCALE_PUBLISHED && p.rotation.v.scale_kind == KVD_SCALE_PUBLISHED;
-    return p.whole_chunks && published ? quantize<true>(p, stream) : quantize_other(p, stream);
+    return rc;
+}
+
+// A call, with where its tiles' sides lie.
+static append_params call_of(const kvd_cuda_append_params &p)
+{
+    append_params out;
+    (kvd_cuda_append_params &)out = p;
+    out.tile = tile_layout({p.codec, p.codec_v}, p.dim_k, p.dim_v);
+    return out;
 }
 
 } // namespace kvd
@@ -72,9 +94,9 @@ extern "C" int kvd_cuda_append(const struct kvd_cuda_append_params *p, struct CU
 {
     cudaError_t rc = cudaSuccess;
     if (p->chunks)
-        rc = demote(*p, stream);
+        rc = demote(call_of(*p), stream);
     if (rc == cudaSuccess && p->kept)
-        rc = launch(store_window_kernel, row_blocks(p->kept, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream, *p);
+        rc = launch(store_window_kernel, row_blocks(p->kept, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream, call_of(*p));
     return rc;
 }
 
@@ -83,5 +105,5 @@ extern "C" int kvd_cuda_check(const struct kvd_cuda_append_params *p, unsigned l
 {
     if (p->tokens == 0)
         return cudaSuccess;
-    return launch(check_kernel, row_blocks(p->tokens, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream, *p, found);
+    return launch(check_kernel, row_blocks(p->tokens, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream, call_of(*p), found);
 }

@@ -14,7 +14,11 @@
 namespace kvd
 {
 
-using append_params = kvd_cuda_append_params;
+// A call, or a launch for some sides of it: `codec` is that of these, and `codec_v` of no use.
+struct append_params : kvd_cuda_append_params {
+    tile_layout tile;
+};
+
 using append_item = kvd_cuda_append_item;
 
 // Warps of a block, and bytes of shared memory for R (with head_dim 256 it does not fit) and for all.
@@ -429,7 +433,6 @@ template <int CODEC, int D> struct quantize_unit {
     __device__ inline quantize_unit(const append_params &p, const append_unit &of)
         : v(of.v)
     {
-        constexpr uint32_t BITS = code_bits(CODEC);
         uint32_t layer = p.layer_begin + of.layer;
         const kvd_cuda_matrices &side = v ? p.rotation.v : p.rotation.k;
         uint64_t index = matrix_index(p.rotation, layer, of.head);
@@ -439,10 +442,9 @@ template <int CODEC, int D> struct quantize_unit {
         kind = side.scale_kind;
         uint32_t kept = side.clip ? (uint32_t)((double)side.clip[index] * D) : D;
         clip = clip_search<D>(kept < D ? (int)(D - kept) : 0);
-        uint32_t param_bytes = params_bytes<CODEC>(p.codec), both = p.dim_k + p.dim_v;
-        uint64_t tile = ((uint64_t)layer * p.kv_heads + of.head) * (8 * BITS * both + 2 * param_bytes);
-        codes = tile + (v ? 8 * BITS * p.dim_k : 0);
-        params = tile + 8 * BITS * both + (v ? param_bytes : 0);
+        uint64_t tile = p.tile.at(layer, p.kv_heads, of.head);
+        codes = tile + p.tile.codes[v];
+        params = tile + p.tile.params[v];
     }
 };
 
@@ -526,11 +528,17 @@ static cudaError_t quantize_side(const append_params &p, bool first_v, uint32_t 
         p, first_v, (uint32_t)all, (uint32_t)share);
 }
 
-template <int CODEC, bool USUAL> static cudaError_t quantize_sides(const append_params &p, cudaStream_t stream)
+// Sides that a launch is for, which are in one codec: [first, end) of K and V.
+struct which_sides {
+    uint32_t first, end;
+};
+
+template <int CODEC, bool USUAL>
+static cudaError_t quantize_sides(const append_params &p, which_sides which, cudaStream_t stream)
 {
     cudaError_t rc = cudaSuccess;
-    uint32_t sides = p.dim_k == p.dim_v ? 2 : 1;
-    for (uint32_t v = 0; v < 2 && rc == cudaSuccess; v += sides) {
+    uint32_t sides = p.dim_k == p.dim_v ? which.end - which.first : 1;
+    for (uint32_t v = which.first; v < which.end && rc == cudaSuccess; v += sides) {
         uint32_t dim = v ? p.dim_v : p.dim_k;
         switch (dim) {
 #define KVD_HEAD_DIM(d)                                       \
@@ -546,31 +554,36 @@ template <int CODEC, bool USUAL> static cudaError_t quantize_sides(const append_
 }
 
 // quantize_tc.cu: tc2 and tc2.5.
-cudaError_t quantize_tc(const append_params &p, cudaStream_t stream);
+cudaError_t quantize_tc(const append_params &p, which_sides which, cudaStream_t stream);
 
-// Demotes with any codec but bf16.
-template <bool USUAL> static cudaError_t quantize(const append_params &p, cudaStream_t stream)
+// quantize_other.cu: its only kernels are those for all calls.
+cudaError_t quantize_int4(const append_params &p, which_sides which, cudaStream_t stream);
+
+// Demotes sides in any codec but bf16.
+template <bool USUAL> static cudaError_t quantize(const append_params &p, which_sides which, cudaStream_t stream)
 {
     switch (family_of(p.codec)) {
     case INT2:
-        return quantize_sides<INT2, USUAL>(p, stream);
+        return quantize_sides<INT2, USUAL>(p, which, stream);
     case INT2C:
-        return quantize_sides<INT2C, USUAL>(p, stream);
+        return quantize_sides<INT2C, USUAL>(p, which, stream);
     case LEVELS2:
-        return quantize_sides<LEVELS2, USUAL>(p, stream);
+        return quantize_sides<LEVELS2, USUAL>(p, which, stream);
     case LEVELS3:
-        return quantize_sides<LEVELS3, USUAL>(p, stream);
+        return quantize_sides<LEVELS3, USUAL>(p, which, stream);
     case LEVELS4:
-        return quantize_sides<LEVELS4, USUAL>(p, stream);
+        return quantize_sides<LEVELS4, USUAL>(p, which, stream);
     case TC:
-        return p.rotation.transforms ? quantize_tc(p, stream) : cudaErrorInvalidValue;
+        return p.rotation.transforms ? quantize_tc(p, which, stream) : cudaErrorInvalidValue;
+    case INT4: // of both kinds of calls
+        return quantize_int4(p, which, stream);
     default:
         return cudaErrorInvalidValue;
     }
 }
 
 // quantize<false>
-cudaError_t quantize_other(const append_params &p, cudaStream_t stream);
+cudaError_t quantize_other(const append_params &p, which_sides which, cudaStream_t stream);
 
 } // namespace kvd
 

@@ -289,8 +289,7 @@ __global__ void __launch_bounds__(quantize_warps(D) * 32, 1)
     uint32_t u = at / rounds, round = at % rounds;
     staged_rows<D> staged = {shared + matrix_bytes(D) + warp * (32 * padded(D)) + threadIdx.x % 32 * 16};
     row_terms_of<D> &terms = *(row_terms_of<D> *)(shared + quantize_bytes(D));
-    const uint32_t both = 128 * stream_bits<TC>(p.codec, (int)p.dim_k) + 16 * p.dim_v;
-    const uint32_t codes_at = V ? both - 16 * p.dim_v : 0, params_at = both + (V ? 128 : 0);
+    const uint32_t codes_at = p.tile.codes[V], params_at = p.tile.params[V];
     chunk_walk<D, USUAL> walk;
     auto fetch = [&] { // warps without a chunk in the last round take the last one
         walk.fetch(p, V, u, min(round * WARPS + warp, p.chunks - 1), round > 0, staged);
@@ -304,7 +303,7 @@ __global__ void __launch_bounds__(quantize_warps(D) * 32, 1)
             uint32_t layer = p.layer_begin + unit.layer;
             matrix = matrix_at<D>(V ? p.rotation.v.forward : p.rotation.k.forward,
                                   matrix_index(p.rotation, layer, unit.head), 2);
-            tile = ((uint64_t)layer * p.kv_heads + unit.head) * (both + 256);
+            tile = p.tile.at(layer, p.kv_heads, unit.head);
             __syncthreads();
             terms.load(p, transform_of(p.rotation, layer, unit.head), V);
             shared_matrix<D>{matrix, shared}.load();
@@ -381,10 +380,12 @@ template <bool V> static cudaError_t quantize_tc_dim(const append_params &p, cud
     }
 }
 
-cudaError_t quantize_tc(const append_params &p, cudaStream_t stream)
+cudaError_t quantize_tc(const append_params &p, which_sides which, cudaStream_t stream)
 {
-    cudaError_t rc = quantize_tc_dim<false>(p, stream);
-    return rc == cudaSuccess ? quantize_tc_dim<true>(p, stream) : rc;
+    cudaError_t rc = cudaSuccess;
+    for (uint32_t v = which.first; v < which.end && rc == cudaSuccess; v++)
+        rc = v ? quantize_tc_dim<true>(p, stream) : quantize_tc_dim<false>(p, stream);
+    return rc;
 }
 
 } // namespace kvd

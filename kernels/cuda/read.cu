@@ -37,11 +37,8 @@ __global__ void __launch_bounds__(READ_WARPS * 32, D > 128 ? 1 : 2)
     float factor = (has_levels(CODEC) ? 1 : TWO24) / side.scale[index];
     const float *columns = side.inverse_columns + index * D;
     const kvd_cuda_tensor &out = v ? p.v : p.k;
-    constexpr uint32_t BITS = code_bits(CODEC);
-    uint32_t codes_at = v ? 8 * BITS * p.dim_k : 0, param_bytes = params_bytes<CODEC>(p.codec);
-    uint32_t params_at = 8 * BITS * (p.dim_k + p.dim_v) + (v ? param_bytes : 0);
-    uint64_t tile = ((uint64_t)(p.layer_begin + layer) * p.kv_heads + head) *
-                    (8 * BITS * (p.dim_k + p.dim_v) + 2 * param_bytes);
+    uint32_t codes_at = p.tile.codes[v], params_at = p.tile.params[v];
+    uint64_t tile = p.tile.at(p.layer_begin + layer, p.kv_heads, head);
     uint32_t low = (begin - p.sink) / 16, chunks = (end - p.sink + 15) / 16 - low;
     uint32_t warp = blockIdx.x * READ_WARPS + threadIdx.x / 32;
 #pragma unroll 1
@@ -137,21 +134,18 @@ __global__ void read_bf16_kernel(const __grid_constant__ read_params p)
     const kvd_cuda_tensor &out = v ? p.v : p.k;
     if (n >= p.tokens || !out.data)
         return;
-    uint32_t token = p.begin + (uint32_t)n, entry, row;
-    uint64_t page;
+    uint32_t token = p.begin + (uint32_t)n, dim = v ? p.dim_v : p.dim_k, h = token - p.sink, entry, row;
+    const uint8_t *from;
     if (token >= p.sink && token < p.hist_end) {
-        if (p.codec != KVD_CODEC_BF16)
+        if ((v ? p.codec_v : p.codec) != KVD_CODEC_BF16)
             return;
-        page = p.codec_pages[(token - p.sink) / PAGE];
-        row = (token - p.sink) % PAGE;
+        from = (const uint8_t *)p.codec_pages[h / PAGE] + p.tile.at(p.layer_begin + layer, p.kv_heads, head) +
+               p.tile.codes[v] + h % PAGE * 2 * dim;
     } else {
         window_place(p.sink, p.ring, token, entry, row);
-        page = p.bf16_pages[entry];
+        from = bf16_tile_row(p.bf16_pages[entry], p.layer_begin + layer, p.kv_heads, head, p.dim_k, p.dim_v, row, v);
     }
-    const uint8_t *from = bf16_tile_row(page, p.layer_begin + layer, p.kv_heads, head, p.dim_k,
-                                        p.dim_v, row, v);
-    convert_row(tensor_row(out, layer, (uint32_t)n, head), out.dtype == KVD_DTYPE_F32, from, false,
-                v ? p.dim_v : p.dim_k);
+    convert_row(tensor_row(out, layer, (uint32_t)n, head), out.dtype == KVD_DTYPE_F32, from, false, dim);
 }
 
 template <int CODEC, int D>
@@ -169,41 +163,39 @@ static cudaError_t read_side(const read_params &p, uint32_t begin, uint32_t end,
 }
 
 template <int CODEC>
-static cudaError_t read_sides(const read_params &p, uint32_t begin, uint32_t end, cudaStream_t stream)
+static cudaError_t read_dim(const read_params &p, uint32_t begin, uint32_t end, bool v, cudaStream_t stream)
 {
-    cudaError_t rc = cudaSuccess;
-    for (int v = 0; v < 2 && rc == cudaSuccess; v++) {
-        uint32_t dim = v ? p.dim_v : p.dim_k;
-        if (!(v ? p.v.data : p.k.data))
-            continue;
-        switch (dim) {
-#define KVD_HEAD_DIM(d)                                       \
-    case d:                                                   \
-        rc = read_side<CODEC, d>(p, begin, end, v, stream);   \
-        break;
+    switch (v ? p.dim_v : p.dim_k) {
+#define KVD_HEAD_DIM(d) \
+    case d:             \
+        return read_side<CODEC, d>(p, begin, end, v, stream);
 #include "proto/head_dims.def"
-        default:
-            rc = cudaErrorInvalidValue;
-        }
+    default:
+        return cudaErrorInvalidValue;
     }
-    return rc;
 }
 
-static cudaError_t read_history(const read_params &p, uint32_t begin, uint32_t end, cudaStream_t stream)
+// A side of the history; in bf16, another kernel reads it.
+static cudaError_t read_history(read_params p, uint32_t begin, uint32_t end, bool v, cudaStream_t stream)
 {
+    p.codec = v ? p.codec_v : p.codec;
+    if (!(v ? p.v.data : p.k.data) || p.codec == KVD_CODEC_BF16)
+        return cudaSuccess;
     switch (family_of(p.codec)) {
     case INT2:
-        return read_sides<INT2>(p, begin, end, stream);
+        return read_dim<INT2>(p, begin, end, v, stream);
     case INT2C:
-        return read_sides<INT2C>(p, begin, end, stream);
+        return read_dim<INT2C>(p, begin, end, v, stream);
     case LEVELS2:
-        return read_sides<LEVELS2>(p, begin, end, stream);
+        return read_dim<LEVELS2>(p, begin, end, v, stream);
     case LEVELS3:
-        return read_sides<LEVELS3>(p, begin, end, stream);
+        return read_dim<LEVELS3>(p, begin, end, v, stream);
     case LEVELS4:
-        return read_sides<LEVELS4>(p, begin, end, stream);
+        return read_dim<LEVELS4>(p, begin, end, v, stream);
+    case INT4:
+        return read_dim<INT4>(p, begin, end, v, stream);
     case TC:
-        return p.rotation.transforms ? read_tc(p, begin, end, stream) : cudaErrorInvalidValue;
+        return p.rotation.transforms ? read_tc(p, begin, end, v, stream) : cudaErrorInvalidValue;
     default:
         return cudaErrorInvalidValue;
     }
@@ -283,10 +275,15 @@ extern "C" int kvd_cuda_read(const struct kvd_cuda_read_params *p, struct CUstre
 {
     uint32_t begin = p->begin > p->sink ? p->begin : p->sink;
     uint32_t end = p->begin + p->tokens < p->hist_end ? p->begin + p->tokens : p->hist_end;
-    bool history = p->codec != KVD_CODEC_BF16 && begin < end;
-    cudaError_t rc = history ? read_history(*p, begin, end, stream) : cudaSuccess;
-    if (rc == cudaSuccess && !(history && begin == p->begin && end == p->begin + p->tokens))
-        rc = launch(read_bf16_kernel, row_blocks(p->tokens, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream, *p);
+    bool coded = p->codec != KVD_CODEC_BF16 && p->codec_v != KVD_CODEC_BF16;
+    read_params call;
+    (kvd_cuda_read_params &)call = *p;
+    call.tile = tile_layout({p->codec, p->codec_v}, p->dim_k, p->dim_v);
+    cudaError_t rc = cudaSuccess;
+    for (int v = 0; v < 2 && rc == cudaSuccess && begin < end; v++)
+        rc = read_history(call, begin, end, v, stream);
+    if (rc == cudaSuccess && !(coded && begin == p->begin && end == p->begin + p->tokens))
+        rc = launch(read_bf16_kernel, row_blocks(p->tokens, p->layer_count, p->kv_heads), ROW_THREADS, 0, stream, call);
     return rc;
 }
 

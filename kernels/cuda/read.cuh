@@ -7,7 +7,10 @@
 namespace kvd
 {
 
-using read_params = kvd_cuda_read_params;
+// A call, or a launch for one side of its history: `codec` is that side's.
+struct read_params : kvd_cuda_read_params {
+    tile_layout tile;
+};
 
 constexpr int READ_WARPS = 8;
 
@@ -44,8 +47,8 @@ inline uint32_t chunk_blocks(uint32_t chunks, uint32_t per_round, uint32_t units
     return want > fill ? want : fill < most ? fill : most;
 }
 
-// read_tc.cu: the history of tc2 and tc2.5.
-cudaError_t read_tc(const read_params &p, uint32_t begin, uint32_t end, cudaStream_t stream);
+// read_tc.cu: a side of the history, in tc2 or tc2.5.
+cudaError_t read_tc(const read_params &p, uint32_t begin, uint32_t end, bool v, cudaStream_t stream);
 
 } // namespace kvd
 

@@ -94,16 +94,15 @@ __global__ void __launch_bounds__(READ_WARPS * 32)
     views.take(terms);
     const float *means = V ? tf.v_mean : tf.k_mean;
     const kvd_cuda_tensor &out = V ? p.v : p.k;
-    uint32_t key_bytes = 128 * stream_bits<TC>(p.codec, (int)p.dim_k), both = key_bytes + 16 * p.dim_v;
-    uint64_t tile = ((uint64_t)(p.layer_begin + layer) * p.kv_heads + head) * (both + 256);
+    uint64_t tile = p.tile.at(p.layer_begin + layer, p.kv_heads, head);
     uint32_t low = (begin - p.sink) / 16, chunks = (end - p.sink + 15) / 16 - low;
 #pragma unroll 1
     for (uint32_t i = blockIdx.x * READ_WARPS + threadIdx.x / 32; i < chunks; i += gridDim.x * READ_WARPS) {
         uint32_t chunk = low + i, a[D / 16][4];
         const uint8_t *at = (const uint8_t *)p.codec_pages[chunk / 4] + tile;
         float2 param[2];
-        chunk_levels<D, V>(at + (V ? key_bytes : 0), p.codec, chunk % 4, views, tiles, a);
-        load_params<TC>(at + both + (V ? 128 : 0), p.codec, (int)chunk % 4, param[0], param[1]);
+        chunk_levels<D, V>(at + p.tile.codes[V], p.codec, chunk % 4, views, tiles, a);
+        load_params<TC>(at + p.tile.params[V], p.codec, (int)chunk % 4, param[0], param[1]);
 #pragma unroll 1
         for (int o = 0; o < OUTPUTS; o++) {
             uint32_t out32 = blockIdx.z * OUTPUTS + o;
@@ -170,12 +169,9 @@ template <bool V> static cudaError_t read_tc_dim(const read_params &p, uint32_t 
     }
 }
 
-cudaError_t read_tc(const read_params &p, uint32_t begin, uint32_t end, cudaStream_t stream)
+cudaError_t read_tc(const read_params &p, uint32_t begin, uint32_t end, bool v, cudaStream_t stream)
 {
-    cudaError_t rc = p.k.data ? read_tc_dim<false>(p, begin, end, stream) : cudaSuccess;
-    if (rc == cudaSuccess && p.v.data)
-        rc = read_tc_dim<true>(p, begin, end, stream);
-    return rc;
+    return v ? read_tc_dim<true>(p, begin, end, stream) : read_tc_dim<false>(p, begin, end, stream);
 }
 
 } // namespace kvd

@@ -9,16 +9,21 @@
 namespace kvd
 {
 
-// Codes and parameters of a row: `param` as stored, 2 or 4 bytes. int2 and int2c: `inverse` is
-// 1 / (4 scale), `offset` -min / (4 scale) + EIGHTH. Others: `offset` is the levels' centre, `inverse`
+// Codes and parameters of a row: `param` as stored, 2 or 4 bytes. Even levels, N of them: `inverse` is
+// 1 / (N scale), `offset` -min / (N scale) + half a code. Others: `offset` is the levels' centre, `inverse`
 // 1 / scale.
 struct quantizer {
     float offset, inverse;
     uint32_t param;
 };
 
-// A little more than 1/8 and less than 4, so that ties go up and 1 does not.
-constexpr float EIGHTH = 0.125f + 0x1p-23f, FOUR = 4 - 0x1p-21f;
+// Of codecs with even levels, from 0 to TOP. HALF_CODE is a little more than half an Nth, ALL a little less than N, so that
+// ties go up and 1 does not.
+template <int CODEC> struct even_levels {
+    static constexpr int TOP = CODEC == INT4 ? 15 : 3;
+    static constexpr float N = TOP + 1, MIDDLE = TOP * 0.5f, STEP = CODEC == INT4 ? KVD_EVEN_STEP_4 : KVD_EVEN_STEP;
+    static constexpr float HALF_CODE = 0.5f / N + 0x1p-23f, ALL = N - N * 0x1p-23f;
+};
 
 __device__ inline float bounded(float x, float top)
 {
@@ -42,7 +47,7 @@ __device__ inline quantizer quantize_bytes(float drawn, float centre, float gain
     int eighths = (int)bounded(rintf(centre * 8 / stored), 127.0f);
     float scale = stored / gain, min = stored * ((float)eighths * 0.125f) - 1.5f * scale;
     q.inverse = 0.25f / scale;
-    q.offset = fmaf(-min, q.inverse, EIGHTH);
+    q.offset = fmaf(-min, q.inverse, even_levels<INT2C>::HALF_CODE);
     q.inverse *= unit;
     q.param = (uint32_t)n | ((uint32_t)eighths & 255) << 8;
     return q;
@@ -73,28 +78,29 @@ template <int N, typename X> __device__ inline float2 range_of(X x)
     return make_float2(__uint_as_float(bottom), __int_as_float(top));
 }
 
-// x / 3, correctly rounded, without a division's branch.
-__device__ inline float third(float x)
+// x / N, N small, correctly rounded, without a division's branch.
+template <int N> __device__ inline float divided(float x)
 {
-    constexpr float y = 1 / 3.0f;
-    return fmaf(fmaf(-3, x * y, x), y, x * y);
+    constexpr float y = 1 / (float)N;
+    return fmaf(fmaf(-N, x * y, x), y, x * y);
 }
 
 template <int CODEC, int N, typename X>
 __device__ inline quantizer quantize_evenly(X x, const clip_search<4 * N> &clip, float gain, float unit)
 {
+    using even = even_levels<CODEC>;
     auto [low, high] = range_of<N>(x);
     if (__any_sync(~0u, clip.n > 0)) { // uniform, and known to be
         float limit = clip(x);
         low = bounded(low, limit);
         high = bounded(high, limit);
     }
-    float scale = third(high - low), drawn = scale * gain;
+    float scale = divided<even::TOP>(high - low), drawn = scale * gain;
     if (CODEC == INT2C)
         return quantize_bytes(unit * drawn, unit * (low + 1.5f * scale), gain, unit);
-    float inverse = scale > 0 ? __fdividef(0.25f, scale) : 0;
-    return {fmaf(-low, inverse, EIGHTH), inverse,
-            pack_param(unit * drawn, unit * (low + 1.5f * (scale - drawn)))};
+    float inverse = scale > 0 ? __fdividef(1 / even::N, scale) : 0;
+    return {fmaf(-low, inverse, even::HALF_CODE), inverse,
+            pack_param(unit * drawn, unit * (low + even::MIDDLE * (scale - drawn)))};
 }
 
 // The code of the level nearest to x: a sign and how many thresholds lie below |x|.
@@ -123,11 +129,11 @@ template <int BITS> __device__ inline float level_at(const quantizer &q, float x
     return d < 0 ? -level : level;
 }
 
-// int2's code of x in the low bits: floor((x - min) / scale + 0.5) from 0 to 3. A fourth of it, saturated, comes
-// times four as the low bits of a sum that is rounded down.
-__device__ inline uint32_t even_code(const quantizer &q, float x)
+// An even code of x in the low bits: floor((x - min) / scale + 0.5) from 0 to TOP. An Nth of it, saturated, comes
+// times N as the low bits of a sum that is rounded down.
+template <int CODEC> __device__ inline uint32_t even_code(const quantizer &q, float x)
 {
-    return __float_as_uint(__fmaf_rd(__saturatef(fmaf(x, q.inverse, q.offset)), FOUR, 0x1p23f));
+    return __float_as_uint(__fmaf_rd(__saturatef(fmaf(x, q.inverse, q.offset)), even_levels<CODEC>::ALL, 0x1p23f));
 }
 
 // About 0 (turboquant).
@@ -166,7 +172,7 @@ template <int N, typename X> __device__ inline quantizer quantize_bytes_fitted(X
     float stored = exp2f((float)((int)n - 128) * 0.125f), sum = 0;
 #pragma unroll
     for (int i = 0; i < N; i++)
-        sum += x(i) - stored * ((float)(even_code(q, x(i)) & 3) - 1.5f);
+        sum += x(i) - stored * ((float)(even_code<INT2C>(q, x(i)) & 3) - 1.5f);
     int eighths = (int)bounded(rintf(quad_sum(sum) / (4 * N) * 8 / stored), 127.0f);
     q.param = n | ((uint32_t)eighths & 255) << 8;
     return q;
@@ -176,6 +182,7 @@ template <int N, typename X> __device__ inline quantizer quantize_bytes_fitted(X
 template <int CODEC, int N, typename X> __device__ inline quantizer quantize_about_mean(X x, uint32_t kind)
 {
     constexpr bool EVEN = !has_levels(CODEC);
+    using even = even_levels<CODEC>;
     constexpr float n = 4 * N;
     float sum = 0, squares = 0;
 #pragma unroll
@@ -186,21 +193,22 @@ template <int CODEC, int N, typename X> __device__ inline quantizer quantize_abo
     for (int i = 0; i < N; i++)
         squares = fmaf(x(i) - average, x(i) - average, squares);
     squares = quad_sum(squares);
-    float scale = sqrtf(squares / n) * (EVEN ? KVD_EVEN_STEP : 1), min = EVEN ? average - 1.5f * scale : average;
+    float scale = sqrtf(squares / n) * (EVEN ? even::STEP : 1);
+    float min = EVEN ? average - even::MIDDLE * scale : average;
     float gain = 1;
     quantizer q = {0, 0, 0};
 #pragma unroll 1
     for (int k = 0;; k++) {
         if (k < 3) {
-            q.inverse = scale > 0 ? (EVEN ? 0.25f : 1) / scale : 0;
-            q.offset = EVEN ? fmaf(-min, q.inverse, EIGHTH) : min;
+            q.inverse = scale > 0 ? (EVEN ? 1 / even::N : 1) / scale : 0;
+            q.offset = EVEN ? fmaf(-min, q.inverse, even::HALF_CODE) : min;
         }
         if (k == (kind == KVD_SCALE_UNBIASED ? 3 : 2))
             break;
         float levels = 0, level_squares = 0, products = 0;
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            float l = EVEN ? (float)(even_code(q, x(i)) & 3) : level_at<2>(q, x(i));
+            float l = EVEN ? (float)(even_code<CODEC>(q, x(i)) & even::TOP) : level_at<2>(q, x(i));
             levels += l;
             level_squares = fmaf(l, l, level_squares);
             products = fmaf(l, x(i) - average, products);
@@ -239,7 +247,7 @@ template <int CODEC> __device__ inline uint32_t codes_of(const quantizer &q, flo
     auto code = [&](float z) {
         if constexpr (has_levels(CODEC))
             return nearest_level<code_bits(CODEC)>(q, bounded(z, 0x1p40f));
-        return even_code(q, z);
+        return even_code<CODEC>(q, z);
     };
     return __byte_perm(code(x), code(y), 0x5410);
 }

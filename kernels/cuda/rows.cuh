@@ -3,6 +3,7 @@
 #define KVD_KERNELS_CUDA_ROWS_CUH
 
 #include "kernels/cuda/device.cuh"
+#include "kernels/format.h"
 
 namespace kvd
 {
@@ -40,7 +41,29 @@ __device__ inline void window_place(uint32_t sink, uint32_t ring, uint32_t token
     }
 }
 
-// The bf16 row `row` of a tile in a page.
+// Where a tile's sides lie in it, each in its codec.
+struct tile_layout {
+    uint32_t bytes, codes[2], params[2]; // of K, of V
+
+    tile_layout() = default;
+
+    tile_layout(struct kvd_codecs codec, uint32_t dim_k, uint32_t dim_v)
+        : bytes((uint32_t)kvd_tile_bytes(codec, dim_k, dim_v))
+    {
+        for (int v = 0; v < 2; v++) {
+            codes[v] = kvd_codes_offset(codec, dim_k, v);
+            params[v] = kvd_params_offset(codec, dim_k, dim_v, v);
+        }
+    }
+
+    // From the start of a page.
+    __device__ inline uint64_t at(uint32_t layer, uint32_t kv_heads, uint32_t head) const
+    {
+        return ((uint64_t)layer * kv_heads + head) * bytes;
+    }
+};
+
+// The bf16 row `row` of a tile in a page of windows.
 __device__ inline uint8_t *bf16_tile_row(uint64_t page, uint32_t layer, uint32_t kv_heads,
                                          uint32_t head, uint32_t dim_k, uint32_t dim_v,
                                          uint32_t row, bool v)

@@ -113,7 +113,12 @@ template <int DK, int CODEC> struct key_words {
     __device__ inline void load(const uint8_t *tile_at, uint32_t codec, int c)
     {
         const int bits = stream_bits<CODEC>(codec, DK);
-        const uint8_t *chunk = tile_at + c * 32 * bits;
+        load_streams(tile_at + c * 32 * bits, bits);
+    }
+
+    // Of a chunk whose streams have so many bits.
+    __device__ inline void load_streams(const uint8_t *chunk, int bits)
+    {
         uint32_t rest[4] = {};
         add_rest<8>(chunk, bits, rest);
         add_rest<4>(chunk, bits, rest);
@@ -129,6 +134,15 @@ template <int DK, int CODEC> struct key_words {
             for (int r = 0; r < 4; r++)
                 w[i][r] = 16 * i < bits ? rest[r] : 0;
         }
+    }
+
+    // 16 bits of register r's streams from any of their bits on.
+    __device__ inline uint32_t bits_from(uint32_t view, int r) const
+    {
+        uint32_t in = view % 16, mine = (0xffffu >> in) * 0x00010001u;
+        uint32_t x0 = w[0][r], x1 = w[1][r], x2 = WORDS > 2 ? w[WORDS - 1][r] : 0;
+        uint32_t low = view < 16 ? x0 : view < 32 ? x1 : x2, high = view < 16 ? x1 : x2;
+        return (low >> in & mine) | (high << (16 - in) & ~mine);
     }
 
     // Where a tile's codes can begin and end, whatever the set says, is looked at no further.
@@ -153,11 +167,7 @@ template <int DK, int CODEC> struct key_words {
             } else if constexpr (WORDS == 1) {
                 a[r] = (w[0][r] >> view) & mask;
             } else {
-                // 16 bits of the stream from any of its bits on.
-                uint32_t in = view % 16, mine = (0xffffu >> in) * 0x00010001u;
-                uint32_t x0 = w[0][r], x1 = w[1][r], x2 = WORDS > 2 ? w[WORDS - 1][r] : 0;
-                uint32_t low = view < 16 ? x0 : view < 32 ? x1 : x2, high = view < 16 ? x1 : x2;
-                a[r] = ((low >> in & mine) | (high << (16 - in) & ~mine)) & mask;
+                a[r] = bits_from(view, r) & mask;
             }
         }
     }

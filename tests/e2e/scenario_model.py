@@ -9,8 +9,7 @@ import collections
 import numpy as np
 
 CHUNK, PAGE, RING_SLACK, WINDOW_SLACK = 16, 64, 64, 64
-CODECS = ("bf16", "int2", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4", "tc2", "tc2.5")
-CPU_CODECS = ("int4",)  # that the CUDA backend has not, nor others for K than for V
+CODECS = ("bf16", "int2", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4", "int4", "tc2", "tc2.5")
 # Relative error of normal rows: of many together, at least and at most, and of any single one. That of another row is 1.4.
 ERRORS = {"bf16": (0, 0, 0), "int2": (0.25, 0.62, 1.05), "int2c": (0.25, 0.66, 1.05), "int2-lm": (0.2, 0.45, 0.8),
           "turboquant-2": (0.2, 0.45, 0.8), "turboquant-3": (0.1, 0.27, 0.5), "turboquant-4": (0.05, 0.16, 0.3),
@@ -98,18 +97,17 @@ class Layout:
         return sorted(set(self.of[begin:begin + count]))
 
 
-def random_plane(rng, on_gpu, several):
-    codecs = CODECS if on_gpu else CODECS + CPU_CODECS
-    k, v = (str(rng.choice(codecs)) for _ in range(2))
+def random_plane(rng, several):
+    k, v = (str(rng.choice(CODECS)) for _ in range(2))
     window = int(rng.choice([1, 16, 64, 100, 200, 333])) if rng.random() < (0.5 if several else 0.1) else 0
-    return Plane((k, v) if not on_gpu and rng.random() < 0.25 else (k, k), 0 if window else int(rng.choice([0, 16, 32, 64, 80, 144])),
+    return Plane((k, v) if rng.random() < 0.25 else (k, k), 0 if window else int(rng.choice([0, 16, 32, 64, 80, 144])),
                  int(rng.choice([0, 0, 16, 48, 64, 112, 256])), window)
 
 
 def random_latent(rng):
     """A layout of a latent in what it can have, with the rope part in bf16."""
-    plane = random_plane(rng, False, False)
-    plane.codecs = "bf16", str(rng.choice([c for c in CODECS + CPU_CODECS if not c.startswith("tc")]))
+    plane = random_plane(rng, False)
+    plane.codecs = "bf16", str(rng.choice([c for c in CODECS if not c.startswith("tc")]))
     return Layout([plane], [0] * int(rng.integers(1, 3)), kv_heads=1, group=int(rng.integers(1, 9)), dims=[64, 512],
                   rotation_set=str(rng.choice(["", "hadamard", "random", "identity"])), latent=True)
 
@@ -125,7 +123,7 @@ def random_layout(rng, on_gpu):
         layers += 2 * several
         count = int(rng.integers(2, min(layers, 3) + 1)) if several else 1
         of = [*range(count), *(int(rng.integers(count)) for _ in range(layers - count))]
-        g = Layout([random_plane(rng, on_gpu, several) for _ in range(count)], [of[i] for i in rng.permutation(layers)],
+        g = Layout([random_plane(rng, several) for _ in range(count)], [of[i] for i in rng.permutation(layers)],
                    kv_heads=int(rng.integers(1, 5)), group=int(rng.integers(1, 13)),
                    dims=list(dims) if len(dims) == 2 and rng.random() < 0.3 else [dims[0]] * 2,
                    rotation_set=str(rng.choice(["", "hadamard", "random", "identity"])))

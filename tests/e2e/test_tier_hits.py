@@ -61,8 +61,6 @@ def test_the_same_bits_come_back(start, folder, server, like):  # noqa: F811
     """From each tier alone and from the nearest of all, in every codec, and with a plane that sees a window only."""
     kvd = start(config=f"[kvd]\ntier-host = 64MiB\ntier-directory = {folder}/blocks 1GiB\ntier-redis = unix:{server[1]}\n")
     tokens, options = tokens_of(1, 1024), dict(LAYOUTS[like][0], codec="int2" if like == "windows" else like)
-    if like in ("int4", "k=int2-lm,v=int2") and kvd.on_gpu():
-        pytest.skip("it has no kernels on CUDA")
     with connect(kvd, **options) as c:
         # A plane with a window has at no time all blocks that it will have had.
         assert publish(c, tokens, *((640, 832) if like == "windows" else ())) == 12

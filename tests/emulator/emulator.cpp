@@ -465,9 +465,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int index)
 
 cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int)
 {
-    if (attribute != cudaDevAttrMultiProcessorCount)
-        return result(cudaErrorInvalidValue);
-    *value = multiprocessors;
+    *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? (int)MOST_SHARED : multiprocessors;
     return cudaSuccess;
 }
 

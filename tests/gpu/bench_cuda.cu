@@ -224,6 +224,12 @@ struct row {
     uint32_t codec = KVD_CODEC_INT2;
     bool settled = true; // as in a step; else pages may come from the kernel in front
     uint32_t dim_v = 0;  // where it differs
+    int codec_v = -1;    // the same
+
+    kvd_codecs codecs() const
+    {
+        return {codec, codec_v < 0 ? codec : (uint32_t)codec_v};
+    }
 };
 
 static void bench_attend(const row &w)
@@ -244,7 +250,7 @@ static void bench_attend(const row &w)
         end.push_back(w.sink + history[i]);
     }
     // One layer a page: a layer's tiles lie together no better than they would in any page.
-    uint64_t tile = kvd_tile_bytes(kvd_codecs_both(w.codec), w.dim, dim_v), page = w.kv_heads * tile, bytes = pages * page;
+    uint64_t tile = kvd_tile_bytes(w.codecs(), w.dim, dim_v), page = w.kv_heads * tile, bytes = pages * page;
     uint64_t windows = (uint64_t)w.sequences * (w.sink + w.recent) * w.kv_heads * (w.dim + dim_v) * 2;
     int copies = (int)std::min<uint64_t>(8, std::min(pool_bytes / bytes, 400000000 / bytes + 1));
     uint32_t ring = (w.recent + 64 + 63) / 64 * 64, bf16_stride = (w.sink + 63) / 64 + ring / 64;
@@ -263,7 +269,8 @@ static void bench_attend(const row &w)
     p.kv_heads = w.kv_heads;
     p.dim_k = w.dim;
     p.dim_v = dim_v;
-    p.codec = w.codec;
+    p.codec = w.codecs().k;
+    p.codec_v = w.codecs().v;
     p.q_len = w.q_len;
     p.sink = w.sink;
     p.ring = ring;
@@ -319,7 +326,7 @@ static void bench_prefill()
     p.q_heads = hq;
     p.kv_heads = hkv;
     p.dim_k = p.dim_v = dim;
-    p.codec = KVD_CODEC_INT2;
+    p.codec = p.codec_v = KVD_CODEC_INT2;
     p.q_len = p.new_tokens = q_len;
     p.ring = 64;
     p.scale = 0.088f;
@@ -364,7 +371,7 @@ static void bench_quantize(bool ring, uint32_t codec = KVD_CODEC_INT2, uint32_t 
     p.whole_chunks = true;
     p.kv_heads = heads;
     p.dim_k = p.dim_v = dim;
-    p.codec = codec;
+    p.codec = p.codec_v = codec;
     p.ring = 128;
     p.layer_count = layers;
     p.rotation = kvd_codec_tc(codec) ? transforms(codec, dim, heads) : rotation(dim);
@@ -420,7 +427,7 @@ static void bench_read(uint32_t of = KVD_CODEC_INT2)
     kvd_cuda_read_params p = {};
     p.kv_heads = heads;
     p.dim_k = p.dim_v = dim;
-    p.codec = of;
+    p.codec = p.codec_v = of;
     p.ring = 64;
     p.layer_count = layers;
     p.rotation = kvd_codec_tc(of) ? transforms(of, dim, heads) : rotation(dim);
@@ -525,6 +532,11 @@ int main(int argc, char **argv)
         {"turboquant-2: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_TURBOQUANT_2},
         {"turboquant-3: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_TURBOQUANT_3},
         {"turboquant-4: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_TURBOQUANT_4},
+        {"int4: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_INT4},
+        {"int4: 1 x 32,768, 32/8, sink 64 recent 256", 1, 32768, 32, 8, 128, 64, 256, 1, 0, 0, KVD_CODEC_INT4},
+        {"int4: 32 x 32,768, 128/8", 32, 32768, 128, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_INT4},
+        {"k=int4,v=int2: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_INT4, true, 0, KVD_CODEC_INT2},
+        {"k=bf16,v=int2: 8 x 32,768, 32/8", 8, 32768, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_BF16, true, 0, KVD_CODEC_INT2},
         {"tc2: 32 x 32,768, 32/8", 32, 32768, 32, 8, 128, 0, 0, 1, 0, 0.90, KVD_CODEC_TC2},
         {"tc2: 256 x 4,096, 32/8", 256, 4096, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_TC2},
         {"tc2: 32 x 4,096, 32/8", 32, 4096, 32, 8, 128, 0, 0, 1, 0, 0, KVD_CODEC_TC2},
@@ -548,11 +560,12 @@ int main(int argc, char **argv)
     bench_quantize(false);
     bench_quantize(true);
     for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++)
-        if (codec != KVD_CODEC_BF16 && codec != KVD_CODEC_INT2 && codec != KVD_CODEC_INT4)
+        if (codec != KVD_CODEC_BF16 && codec != KVD_CODEC_INT2)
             bench_quantize(false, codec);
     for (uint32_t dim : {80, 96, 112, 192})
         bench_quantize(false, KVD_CODEC_INT2, dim);
     bench_read();
+    bench_read(KVD_CODEC_INT4);
     bench_read(KVD_CODEC_TC2);
     bench_read(KVD_CODEC_TC2_5);
     return 0;

@@ -53,7 +53,12 @@ static void free_behind(struct kseq *s, const struct attention *a)
     }
 }
 
-// Whether the backend has kernels for a codec of both sides; else it says that it has none.
+static struct kvd_codecs both(uint32_t codec)
+{
+    return kvd_codecs_both(codec);
+}
+
+// Whether the backend has kernels for codecs; else it says that it has none.
 static bool served(struct kvd_codecs codec)
 {
     struct kvd_plane g = test_plane(1, 1, 1, 64, 64, codec.k, 0, 0);
@@ -62,13 +67,8 @@ static bool served(struct kvd_codecs codec)
     return cuda->ops->plane_check(cuda, &g, &err) == KVD_OK;
 }
 
-static void refused_codecs(void)
+static void refused_latents(void)
 {
-    struct kvd_codecs apart = {KVD_CODEC_INT2_LM, KVD_CODEC_INT2};
-    result(!served(apart) && !served(kvd_codecs_both(KVD_CODEC_INT4)) &&
-               served(kvd_codecs_both(KVD_CODEC_TC2)) && served(kvd_codecs_both(KVD_CODEC_TC2_5)) &&
-               served(kvd_codecs_both(KVD_CODEC_INT2)),
-           "codecs without kernels are refused");
     struct kvd_plane latent = latent_plane(1, 128, KVD_CODEC_INT2, 0, 0);
     struct kvd_error err = {0};
     result(cuda->ops->plane_check(cuda, &latent, &err) == KVD_E_UNSUPPORTED &&
@@ -78,14 +78,14 @@ static void refused_codecs(void)
 
 #include "tests/gpu/test_transforms.h"
 
-static void check_transformed(const struct shape *c, uint32_t codec, double stretch, double limit,
-                              uint64_t seed)
+static void check_transformed(const struct shape *c, struct kvd_codecs codec, double stretch,
+                              double limit, uint64_t seed)
 {
-    if (!served(kvd_codecs_both(codec)))
+    if (!served(codec))
         return;
     struct kseq s;
     struct kvd_plane g =
-        test_plane(c->layers, c->kv_heads, c->group, c->dk, c->dv, codec, c->sink, c->recent);
+        test_plane_of(c->layers, c->kv_heads, c->group, c->dk, c->dv, codec, c->sink, c->recent);
     kseq_init(&s, g, c->length + 64, c->heads_rot, 0.96f, 0.92f, seed);
     kseq_fill(&s);
     skew(&s, stretch);
@@ -93,16 +93,15 @@ static void check_transformed(const struct shape *c, uint32_t codec, double stre
     struct kvd_rotation *rot = grow(&s, cuda, c->length, seed);
     fetch_pages(&s);
     free_behind(&s, &c->a);
-    struct kvd_rotation *used = codec == KVD_CODEC_BF16 ? NULL : rot; // bf16 sessions have none
+    struct kvd_rotation *used = kvd_codecs_rotated(codec) ? rot : NULL; // bf16 sessions have none
     struct attention_errors e = attention_error(&s, cuda, used, &c->a);
-    char name[220];
-    snprintf(
-        name, sizeof(name),
-        "attention codec %u stretch %g kv %u group %u dims %u %u sink %u recent %u rotations %u "
-        "length %u q %u new %u window %u cap %g: error %.2e (worst row %.2e), lse %.2e",
-        codec, stretch, c->kv_heads, c->group, c->dk, c->dv, c->sink, c->recent, c->heads_rot,
-        c->length, c->a.q_len, c->a.new_tokens, c->a.window, (double)c->a.softcap, e.overall,
-        e.worst, e.lse);
+    char name[240], text[KVD_CODECS_TEXT];
+    snprintf(name, sizeof(name),
+             "attention %s stretch %g kv %u group %u dims %u %u sink %u recent %u rotations %u "
+             "length %u q %u new %u window %u cap %g: error %.2e (worst row %.2e), lse %.2e",
+             kvd_codecs_name(codec, text), stretch, c->kv_heads, c->group, c->dk, c->dv, c->sink,
+             c->recent, c->heads_rot, c->length, c->a.q_len, c->a.new_tokens, c->a.window,
+             (double)c->a.softcap, e.overall, e.worst, e.lse);
     result(e.overall < limit && e.worst < fmax(4e-3, 2 * limit) && e.lse < fmax(5e-3, 2.5 * limit),
            name);
     worst_error = fmax(worst_error, e.overall);
@@ -112,7 +111,7 @@ static void check_transformed(const struct shape *c, uint32_t codec, double stre
     deinit(&s);
 }
 
-static void check_shape(const struct shape *c, uint32_t codec, double limit, uint64_t seed)
+static void check_shape(const struct shape *c, struct kvd_codecs codec, double limit, uint64_t seed)
 {
     check_transformed(c, codec, 0, limit, seed);
 }
@@ -127,14 +126,14 @@ static void transformed(uint64_t seed, uint32_t longest)
         struct shape c = attention_shapes[j];
         c.heads_rot = KVD_MAX(c.heads_rot, 1u);
         if (c.length <= longest && kvd_head_dims_ok(c.dk, c.dv))
-            check_transformed(&c, (seed + j) % 2 ? KVD_CODEC_TC2 : KVD_CODEC_TC2_5, 8, 4e-3,
+            check_transformed(&c, both((seed + j) % 2 ? KVD_CODEC_TC2 : KVD_CODEC_TC2_5), 8, 4e-3,
                               seed + j);
     }
     for (uint32_t j = 0; j < 8; j++) {
         uint32_t dim = j % 2 && kvd_head_dims_ok(128, 128) ? 128 : 64;
         struct shape c = {1, 2, 3, dim, dim, 64, 64, 2, 320 + j, {.q_len = 1}};
-        check_transformed(&c, j % 4 < 2 ? KVD_CODEC_TC2 : KVD_CODEC_TC2_5, j < 4 ? 412 : 9000, 1e-3,
-                          seed + j);
+        check_transformed(&c, both(j % 4 < 2 ? KVD_CODEC_TC2 : KVD_CODEC_TC2_5), j < 4 ? 412 : 9000,
+                          1e-3, seed + j);
     }
     printf("transforms: worst relative L2 %.2e (of a row %.2e), worst log-sum-exp %.2e\n",
            worst_error, worst_row, worst_lse);
@@ -147,7 +146,7 @@ static void shapes(uint64_t seed, bool quick)
         for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++) {
             bool bf16 = codec == KVD_CODEC_BF16, main_one = bf16 || codec == KVD_CODEC_INT2;
             if (main_one || (all && (!quick || codec % 3 == j % 3)))
-                check_shape(&attention_shapes[j], codec, bf16 ? 5e-4 : 2e-3, seed + j);
+                check_shape(&attention_shapes[j], both(codec), bf16 ? 5e-4 : 2e-3, seed + j);
         }
     }
 }
@@ -158,8 +157,9 @@ static void groups_and_dims(uint64_t seed)
         for (size_t i = 0; i < KVD_LEN(head_dims); i++) {
             struct shape c = {1,  2,  group, head_dims[i][0], head_dims[i][1],
                               16, 16, 1,     170 + group,     {.q_len = 1}};
-            check_shape(&c, KVD_CODEC_INT2, 2e-3, seed + group * 16 + i);
-            check_shape(&c, (group + (uint32_t)i) % KVD_CODEC_COUNT, 2e-3, seed + group * 16 + i);
+            check_shape(&c, both(KVD_CODEC_INT2), 2e-3, seed + group * 16 + i);
+            check_shape(&c, both((group + (uint32_t)i) % KVD_CODEC_COUNT), 2e-3,
+                        seed + group * 16 + i);
         }
 }
 
@@ -172,7 +172,7 @@ static void accuracy(uint64_t seed)
                           128,         128, 64,
                           256,         1,   330 + (uint32_t)(kvd_rand(&seed) % 3000),
                           {.q_len = 1}};
-        check_shape(&c, KVD_CODEC_INT2, 2e-3, kvd_rand(&seed));
+        check_shape(&c, both(KVD_CODEC_INT2), 2e-3, kvd_rand(&seed));
     }
     printf("100 decode problems, f32 q and o: worst relative L2 %.2e (of a row %.2e), worst "
            "log-sum-exp %.2e\n",
@@ -189,7 +189,7 @@ static void *copy_of(const void *from, uint64_t bytes)
 }
 
 // A long sequence, alone and, with `many`, 272 times in one call. Returns the larger error.
-static double check_long(uint32_t codec, uint32_t dim, uint64_t tokens, struct attention a,
+static double check_long(struct kvd_codecs codec, uint32_t dim, uint64_t tokens, struct attention a,
                          bool many, uint64_t seed)
 {
     struct long_seq s;
@@ -203,14 +203,13 @@ static double check_long(uint32_t codec, uint32_t dim, uint64_t tokens, struct a
     double worst = 0;
     for (uint32_t copies = 1; copies <= (many ? 272 : 1); copies += 271) {
         struct attention_errors e =
-            long_error(&s, x, cuda, codec == KVD_CODEC_BF16 ? NULL : rot, copies);
-        char name[200];
-        snprintf(
-            name, sizeof(name),
-            "long: codec %u dim %u, %u x %llu tokens, q %u window %u cap %g: error %.2e (worst "
-            "row %.2e), lse %.2e",
-            codec, dim, copies, (unsigned long long)tokens, a.q_len, a.window, (double)a.softcap,
-            e.overall, e.worst, e.lse);
+            long_error(&s, x, cuda, kvd_codecs_rotated(codec) ? rot : NULL, copies);
+        char name[200], text[KVD_CODECS_TEXT];
+        snprintf(name, sizeof(name),
+                 "long: %s dim %u, %u x %llu tokens, q %u window %u cap %g: error %.2e (worst "
+                 "row %.2e), lse %.2e",
+                 kvd_codecs_name(codec, text), dim, copies, (unsigned long long)tokens, a.q_len,
+                 a.window, (double)a.softcap, e.overall, e.worst, e.lse);
         printf("%s\n", name);
         result(e.overall < 1e-3 && e.lse < 1e-3, name);
         worst = fmax(worst, e.overall);
@@ -228,35 +227,35 @@ static void long_sequences(uint64_t seed)
 {
     const struct attention one = {.q_len = 1};
     for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++) {
-        if (!served(kvd_codecs_both(codec)))
+        if (!served(both(codec)))
             continue;
         bool levels = codec == KVD_CODEC_BF16 || kvd_codec_signed(codec);
-        double small = check_long(codec, 64, 32768, one, true, seed);
-        double large = check_long(codec, 64, levels ? 300000 : 2000000, one, true, seed);
+        double small = check_long(both(codec), 64, 32768, one, true, seed);
+        double large = check_long(both(codec), 64, levels ? 300000 : 2000000, one, true, seed);
         result(large < fmax(1.25 * small, 6e-4), "errors do not grow with the length");
     }
-    check_long(KVD_CODEC_INT2_LM, 64, 2000000, one, true, seed);
-    check_long(KVD_CODEC_INT2, 64, 1200000, (struct attention){.q_len = 3}, false, seed);
-    check_long(KVD_CODEC_INT2C, 128, 1200000, one, false, seed);
-    check_long(KVD_CODEC_INT2, 256, 1200000, one, false, seed);
-    check_long(KVD_CODEC_INT2, 80, 1200000, one, true, seed);
-    check_long(KVD_CODEC_INT2C, 112, 600000, one, false, seed);
-    check_long(KVD_CODEC_INT2, 192, 600000, one, false, seed);
-    check_long(KVD_CODEC_INT2, 64, 1200000,
+    check_long(both(KVD_CODEC_INT2_LM), 64, 2000000, one, true, seed);
+    check_long(both(KVD_CODEC_INT2), 64, 1200000, (struct attention){.q_len = 3}, false, seed);
+    check_long(both(KVD_CODEC_INT2C), 128, 1200000, one, false, seed);
+    check_long(both(KVD_CODEC_INT2), 256, 1200000, one, false, seed);
+    check_long(both(KVD_CODEC_INT2), 80, 1200000, one, true, seed);
+    check_long(both(KVD_CODEC_INT2C), 112, 600000, one, false, seed);
+    check_long(both(KVD_CODEC_INT2), 192, 600000, one, false, seed);
+    check_long(both(KVD_CODEC_INT2), 64, 1200000,
                (struct attention){.q_len = 2, .window = 1000001, .softcap = 30}, false, seed);
 }
 
-// Queries that are not finite.
-static void nonfinite(uint64_t seed)
+// Queries that are not finite, in cases from the `first` on.
+static void nonfinite(size_t first, uint64_t seed)
 {
-    for (size_t i = 0; i < KVD_LEN(nonfinite_cases); i++) {
+    for (size_t i = first; i < KVD_LEN(nonfinite_cases); i++) {
         const struct nonfinite_case *c = &nonfinite_cases[i];
         struct kseq s;
         kseq_init(&s, nonfinite_plane(c), c->length + 64, 1, 0.96f, 0.92f, seed + i);
         kseq_fill(&s);
         to_device(&s);
         struct kvd_rotation *rot = grow(&s, cuda, c->length, seed);
-        int row = nonfinite_check(&s, c, cuda, c->codec == KVD_CODEC_BF16 ? NULL : rot);
+        int row = nonfinite_check(&s, c, cuda, kvd_codecs_rotated(c->codec) ? rot : NULL);
         char name[100];
         snprintf(name, sizeof(name), "queries that are not finite, case %zu: row %d", i, row);
         result(row < 0, name);
@@ -266,14 +265,14 @@ static void nonfinite(uint64_t seed)
 }
 
 // A ragged batch in one call gives what single calls give.
-static void ragged(uint64_t seed, uint32_t codec, uint32_t group, uint32_t dim)
+static void ragged(uint64_t seed, struct kvd_codecs codec, uint32_t group, uint32_t dim)
 {
     enum { N = 10 };
     const uint32_t lengths[N] = {1, 63, 64, 65, 320, 337, 400, 1000, 3000, 5555};
     struct kseq s[N];
     struct kvd_rotation *rot = NULL;
     struct kvd_attend_item items[N];
-    struct kvd_plane g = test_plane(2, 2, group, dim, dim, codec, 64, 256);
+    struct kvd_plane g = test_plane_of(2, 2, group, dim, dim, codec, 64, 256);
     uint64_t row = (uint64_t)2 * g.q_heads * dim;
     float *q = malloc(N * row * 4), *o = malloc(2 * N * row * 4);
     for (uint32_t i = 0; i < N; i++) {
@@ -318,10 +317,9 @@ static void ragged(uint64_t seed, uint32_t codec, uint32_t group, uint32_t dim)
         double e = sqrt(d / n);
         worst = e <= worst ? worst : e;
     }
-    char name[100];
-    snprintf(name, sizeof(name),
-             "ragged codec %u group %u dim %u: batch differs from single by %.2e", codec, group,
-             dim, worst);
+    char name[120], text[KVD_CODECS_TEXT];
+    snprintf(name, sizeof(name), "ragged %s group %u dim %u: batch differs from single by %.2e",
+             kvd_codecs_name(codec, text), group, dim, worst);
     result(ok && worst < 1e-3, name);
     cuda->ops->rotation_free(cuda, &rot);
     for (uint32_t i = 0; i < N; i++)
@@ -339,9 +337,10 @@ static uint64_t bytes_compared, bytes_different;
 // The same tokens through both backends, with K's scales of a kind and V's of the next: the pages
 // must be the same bytes, but for codes within rounding of a boundary.
 static void same_pages(enum kvd_scale kind, uint32_t dk, uint32_t dv, uint32_t heads_rot,
-                       uint32_t codec, float clip, bool ties, double stretch, uint64_t seed)
+                       struct kvd_codecs codec, float clip, bool ties, double stretch,
+                       uint64_t seed)
 {
-    struct kvd_plane g = test_plane(2, 2, 1, dk, dv, codec, 64, 64);
+    struct kvd_plane g = test_plane_of(2, 2, 1, dk, dv, codec, 64, 64);
     struct kseq s[2];
     float gains[4] = {0.95f, 1, 1.1f, 0.9f}; // one a matrix; sets have as many
     for (int i = 0; i < 2; i++) {
@@ -377,19 +376,19 @@ static void same_pages(enum kvd_scale kind, uint32_t dk, uint32_t dv, uint32_t h
                           kvd_page_bytes(&g, kvd_window_codec())) == 0;
     bytes_compared += all;
     bytes_different += differ;
-    char name[200];
-    snprintf(
-        name, sizeof(name),
-        "pages dims %u %u rotations %u codec %u stretch %g scales %d clip %g%s: %llu of %llu bytes "
-        "differ, windows "
-        "%s",
-        dk, dv, heads_rot, codec, stretch, (int)kind, (double)clip, ties ? " ties" : "",
-        (unsigned long long)differ, (unsigned long long)all, windows ? "equal" : "DIFFER");
+    char name[240], text[KVD_CODECS_TEXT];
+    snprintf(name, sizeof(name),
+             "pages dims %u %u rotations %u %s stretch %g scales %d clip %g%s: %llu of %llu bytes "
+             "differ, windows "
+             "%s",
+             dk, dv, heads_rot, kvd_codecs_name(codec, text), stretch, (int)kind, (double)clip,
+             ties ? " ties" : "", (unsigned long long)differ, (unsigned long long)all,
+             windows ? "equal" : "DIFFER");
     // Codes within fp32 rounding of a boundary may differ, and with the rotation's sums scales may
     // round to another fp16.
     result(windows && differ <= (heads_rot ? all / 1000 : all / 5000), name);
     // What one wrote the other reads: the GPU's pages by the CPU.
-    if (codec != KVD_CODEC_BF16) {
+    if (kvd_codecs_rotated(codec)) {
         struct attention at = {.q_len = 1};
         uint64_t *mine = s[1].at_codec, *windows_at = s[1].at_bf16;
         s[1].at_codec = s[1].codec;
@@ -406,10 +405,10 @@ static void same_pages(enum kvd_scale kind, uint32_t dk, uint32_t dv, uint32_t h
 }
 
 // Reading gives the truth; to bf16 and f32, whole and in part.
-static void reading(uint32_t dk, uint32_t dv, uint32_t heads_rot, uint32_t codec,
+static void reading(uint32_t dk, uint32_t dv, uint32_t heads_rot, struct kvd_codecs codec,
                     enum kvd_dtype dtype, double stretch, uint64_t seed)
 {
-    struct kvd_plane g = test_plane(2, 2, 1, dk, dv, codec, 64, 64);
+    struct kvd_plane g = test_plane_of(2, 2, 1, dk, dv, codec, 64, 64);
     struct kseq s;
     kseq_init(&s, g, 800, heads_rot, 0.96f, 0.92f, seed);
     kseq_fill(&s);
@@ -455,9 +454,10 @@ static void reading(uint32_t dk, uint32_t dv, uint32_t heads_rot, uint32_t codec
         free(k);
         free(v);
     }
-    char name[120];
-    snprintf(name, sizeof(name), "read dims %u %u rotations %u codec %u stretch %g %s: error %.2e",
-             dk, dv, heads_rot, codec, stretch, dtype == KVD_DTYPE_F32 ? "f32" : "bf16", worst);
+    char name[150], text[KVD_CODECS_TEXT];
+    snprintf(name, sizeof(name), "read dims %u %u rotations %u %s stretch %g %s: error %.2e", dk,
+             dv, heads_rot, kvd_codecs_name(codec, text), stretch,
+             dtype == KVD_DTYPE_F32 ? "f32" : "bf16", worst);
     result(ok && worst < (dtype == KVD_DTYPE_F32 ? 1e-3 : 4e-3), name);
     cuda->ops->rotation_free(cuda, &rot);
     deinit(&s);
@@ -554,26 +554,26 @@ static void pages(uint64_t seed, bool quick)
 {
     for (uint32_t codec = 0, i = 0; codec < KVD_CODEC_COUNT; codec++)
         for (size_t d = 0; d < KVD_LEN(head_dims) && codec != KVD_CODEC_BF16; d++, i++) {
-            if (!served(kvd_codecs_both(codec)) || (quick && d % 3 != codec % 3))
+            if (!served(both(codec)) || (quick && d % 3 != codec % 3))
                 continue;
             uint32_t dk = head_dims[d][0], dv = head_dims[d][1];
             for (int kind = 0; kind < KVD_SCALE_COUNT; kind++)
                 if (kind == (int)(i % KVD_SCALE_COUNT) || (dk == dv && !quick))
-                    same_pages(kind, dk, dv, i % 3, codec, 0.96f, false, 0, seed + i);
-            reading(dk, dv, i % 3, codec, KVD_DTYPE_F32, 0, seed + i);
-            reading(dk, dv, 2 - i % 3, codec, KVD_DTYPE_BF16, 0, seed + i);
+                    same_pages(kind, dk, dv, i % 3, both(codec), 0.96f, false, 0, seed + i);
+            reading(dk, dv, i % 3, both(codec), KVD_DTYPE_F32, 0, seed + i);
+            reading(dk, dv, 2 - i % 3, both(codec), KVD_DTYPE_BF16, 0, seed + i);
         }
     for (int i = 0; i < 2; i++) {
         uint32_t dim = i ? 128 : 80;
-        same_pages(0, dim, dim, 1, KVD_CODEC_INT2, 1, false, 0, seed);
-        same_pages(0, dim, dim, 1, KVD_CODEC_INT2, 0.6f, false, 0, seed);
+        same_pages(0, dim, dim, 1, both(KVD_CODEC_INT2), 1, false, 0, seed);
+        same_pages(0, dim, dim, 1, both(KVD_CODEC_INT2), 0.6f, false, 0, seed);
         for (int kind = 0; kind < KVD_SCALE_COUNT; kind++)
-            same_pages(kind, dim, i ? 64 : 80, 0, KVD_CODEC_INT2, 0.96f, true, 0, seed);
+            same_pages(kind, dim, i ? 64 : 80, 0, both(KVD_CODEC_INT2), 0.96f, true, 0, seed);
     }
-    same_pages(0, 112, 112, 1, KVD_CODEC_BF16, 1, false, 0, seed);
-    same_pages(0, 128, 64, 1, KVD_CODEC_BF16, 1, false, 0, seed);
-    reading(80, 80, 0, KVD_CODEC_BF16, KVD_DTYPE_BF16, 0, seed);
-    reading(128, 64, 0, KVD_CODEC_BF16, KVD_DTYPE_BF16, 0, seed);
+    same_pages(0, 112, 112, 1, both(KVD_CODEC_BF16), 1, false, 0, seed);
+    same_pages(0, 128, 64, 1, both(KVD_CODEC_BF16), 1, false, 0, seed);
+    reading(80, 80, 0, both(KVD_CODEC_BF16), KVD_DTYPE_BF16, 0, seed);
+    reading(128, 64, 0, both(KVD_CODEC_BF16), KVD_DTYPE_BF16, 0, seed);
     for (uint32_t i = 0; i < 2 * KVD_LEN(head_dims); i++)
         rotating(head_dims[i / 2][0], i % 3, i % 2, i % 2 ? KVD_ROTATE_VALUES : KVD_ROTATE_QUERIES,
                  0, seed + i);
@@ -587,16 +587,18 @@ static void transformed_pages(uint64_t seed, bool quick)
             continue;
         uint32_t codec = i % 2 ? KVD_CODEC_TC2 : KVD_CODEC_TC2_5;
         uint32_t dk = head_dims[i / 2][0], dv = head_dims[i / 2][1];
-        same_pages(0, dk, dv, 1 + i % 2, codec, 1, false, 8, seed + i);
-        reading(dk, dv, 1 + i % 2, codec, KVD_DTYPE_F32, 8, seed + i);
-        reading(dk, dv, 1 + i % 2, codec, KVD_DTYPE_BF16, 412, seed + i);
+        same_pages(0, dk, dv, 1 + i % 2, both(codec), 1, false, 8, seed + i);
+        reading(dk, dv, 1 + i % 2, both(codec), KVD_DTYPE_F32, 8, seed + i);
+        reading(dk, dv, 1 + i % 2, both(codec), KVD_DTYPE_BF16, 412, seed + i);
         rotating(dk, 1, i % 2, (enum kvd_rotate)(i / 2 % KVD_ROTATE_COUNT), 8, seed + i);
     }
     for (uint32_t i = 0; i < 2 * KVD_ROTATE_COUNT; i++)
         rotating(64, 2, i % 2, (enum kvd_rotate)(i / 2), 20, seed + i);
-    same_pages(0, 64, 128, 0, KVD_CODEC_TC2, 1, true, 0, seed);
-    same_pages(0, 64, 64, 1, KVD_CODEC_TC2_5, 1, false, 412, seed);
+    same_pages(0, 64, 128, 0, both(KVD_CODEC_TC2), 1, true, 0, seed);
+    same_pages(0, 64, 64, 1, both(KVD_CODEC_TC2_5), 1, false, 412, seed);
 }
+
+#include "tests/gpu/test_any.h"
 
 // Of everything a little: where a GPU is emulated.
 static void brief(uint64_t seed)
@@ -605,36 +607,43 @@ static void brief(uint64_t seed)
                          KVD_CODEC_TURBOQUANT_3};
     for (uint32_t i = 0; i < 8; i++) {
         const uint32_t *dims = head_dims[(seed + i) % KVD_LEN(head_dims)];
-        same_pages(i % KVD_SCALE_COUNT, dims[0], dims[1], i % 2, codecs[i % KVD_LEN(codecs)], 0.96f,
-                   false, 0, seed + i);
+        same_pages(i % KVD_SCALE_COUNT, dims[0], dims[1], i % 2, both(codecs[i % KVD_LEN(codecs)]),
+                   0.96f, false, 0, seed + i);
         if (i % 2 == 0)
-            reading(dims[0], dims[1], i % 3, codecs[i / 2], i & 1 ? KVD_DTYPE_F32 : KVD_DTYPE_BF16,
-                    0, seed + i);
+            reading(dims[0], dims[1], i % 3, both(codecs[i / 2]),
+                    i & 1 ? KVD_DTYPE_F32 : KVD_DTYPE_BF16, 0, seed + i);
     }
     for (uint32_t j = 0; j < KVD_LEN(attention_shapes); j++)
         if (attention_shapes[j].length < 600 &&
             kvd_head_dims_ok(attention_shapes[j].dk, attention_shapes[j].dv))
             check_shape(&attention_shapes[j],
-                        j % 5 ? codecs[(seed + j) % KVD_LEN(codecs)] : KVD_CODEC_BF16, 2e-3,
+                        both(j % 5 ? codecs[(seed + j) % KVD_LEN(codecs)] : KVD_CODEC_BF16), 2e-3,
                         seed + j);
     for (int i = 0; i < 2; i++) {
         struct shape c = {1, 1, 4, 64, 64, 0, 64, 1, 900, {.q_len = 3, .window = 200}};
-        check_shape(&c, i ? KVD_CODEC_INT2 : KVD_CODEC_BF16, 2e-3, seed);
+        check_shape(&c, both(i ? KVD_CODEC_INT2 : KVD_CODEC_BF16), 2e-3, seed);
     }
     rotating(80, 1, false, KVD_ROTATE_QUERIES, 0, seed);
     rotating(64, 2, true, KVD_ROTATE_VALUES, 0, seed);
-    refused_codecs();
+    refused_latents();
     refused_transforms(seed);
     views_of_keys(seed);
     for (uint32_t codec = KVD_CODEC_TC2; codec <= KVD_CODEC_TC2_5; codec++) {
-        same_pages(0, 64, 64, 1, codec, 1, false, 0, seed);
-        reading(80, 80, 2, codec, KVD_DTYPE_F32, 0, seed);
+        same_pages(0, 64, 64, 1, both(codec), 1, false, 0, seed);
+        reading(80, 80, 2, both(codec), KVD_DTYPE_F32, 0, seed);
     }
     transformed_pages(seed, true);
     transformed(seed, 700);
+    any_pages(seed, 4);
+    any_shapes(seed, 410, 1);
+    any_transforms(seed);
+    chain(1, 1500, both(KVD_CODEC_INT4), seed);
     if (kvd_head_dims_ok(128, 128)) {
-        nonfinite(seed);
-        chain(1, 3000, KVD_CODEC_INT2, seed);
+        nonfinite(0, seed);
+        chain(1, 3000, both(KVD_CODEC_INT2), seed);
+        ragged(seed, any_codecs(seed), 12, 64);
+    } else {
+        nonfinite(KVD_LEN(nonfinite_cases) - 4, seed);
     }
 }
 
@@ -642,22 +651,22 @@ static void long_and_many(uint64_t seed)
 {
     // Blocks of 16, 8 and 4 warps; no tiles, first ones, or second ones, too, are asked for
     // early.
-    chain(1, 20000, KVD_CODEC_INT2, seed);
-    chain(1, 60000, KVD_CODEC_INT2C, seed);
-    chain(3, 30000, KVD_CODEC_INT2, seed);
-    chain(32, 4000, KVD_CODEC_INT2, seed);
-    chain(32, 20000, KVD_CODEC_INT2, seed);
-    chain(150, 2500, KVD_CODEC_INT2, seed);
-    ragged(seed, KVD_CODEC_INT2, 12, 128);
-    ragged(seed, KVD_CODEC_INT2, 7, 64);
-    ragged(seed, KVD_CODEC_INT2, 3, 256);
-    ragged(seed, KVD_CODEC_INT2, 4, 80);
-    ragged(seed, KVD_CODEC_INT2C, 12, 96);
-    ragged(seed, KVD_CODEC_INT2, 3, 112);
-    ragged(seed, KVD_CODEC_INT2, 4, 192);
+    chain(1, 20000, both(KVD_CODEC_INT2), seed);
+    chain(1, 60000, both(KVD_CODEC_INT2C), seed);
+    chain(3, 30000, both(KVD_CODEC_INT2), seed);
+    chain(32, 4000, both(KVD_CODEC_INT2), seed);
+    chain(32, 20000, both(KVD_CODEC_INT2), seed);
+    chain(150, 2500, both(KVD_CODEC_INT2), seed);
+    ragged(seed, both(KVD_CODEC_INT2), 12, 128);
+    ragged(seed, both(KVD_CODEC_INT2), 7, 64);
+    ragged(seed, both(KVD_CODEC_INT2), 3, 256);
+    ragged(seed, both(KVD_CODEC_INT2), 4, 80);
+    ragged(seed, both(KVD_CODEC_INT2C), 12, 96);
+    ragged(seed, both(KVD_CODEC_INT2), 3, 112);
+    ragged(seed, both(KVD_CODEC_INT2), 4, 192);
     for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++)
         if (kvd_codec_signed(codec))
-            ragged(seed, codec, 5, 128);
+            ragged(seed, both(codec), 5, 128);
     for (int i = 0; i < 4; i++) {
         uint32_t codec = i & 1 ? KVD_CODEC_INT2 : KVD_CODEC_BF16;
         double e = many_queries(cuda, cpu, codec, i & 2, seed);
@@ -670,6 +679,7 @@ static void long_and_many(uint64_t seed)
     groups_and_dims(seed);
     accuracy(seed);
     long_sequences(seed);
+    any_long(seed);
 }
 
 int main(int argc, char **argv)
@@ -694,7 +704,7 @@ int main(int argc, char **argv)
     if (argc > 1 && strcmp(argv[1], "brief") == 0) {
         brief(seed);
     } else {
-        refused_codecs();
+        refused_latents();
         refused_transforms(seed);
         views_of_keys(seed);
         group_done("memory, blocks, slices and refusals");
@@ -706,15 +716,17 @@ int main(int argc, char **argv)
         group_done("pages");
         shapes(seed, quick);
         group_done("attention");
-        nonfinite(seed);
-        ragged(seed, KVD_CODEC_INT2, 4, 128);
-        ragged(seed, KVD_CODEC_INT2C, 12, 128);
-        ragged(seed, KVD_CODEC_TC2, 4, 128);
-        chain(1, 3000, KVD_CODEC_INT2, seed);
-        chain(5, 2000, KVD_CODEC_INT2_LM, seed);
-        chain(5, 2000, KVD_CODEC_TC2, seed);
-        chain(1, 9000, KVD_CODEC_TC2_5, seed);
+        nonfinite(0, seed);
+        ragged(seed, both(KVD_CODEC_INT2), 4, 128);
+        ragged(seed, both(KVD_CODEC_INT2C), 12, 128);
+        ragged(seed, both(KVD_CODEC_TC2), 4, 128);
+        chain(1, 3000, both(KVD_CODEC_INT2), seed);
+        chain(5, 2000, both(KVD_CODEC_INT2_LM), seed);
+        chain(5, 2000, both(KVD_CODEC_TC2), seed);
+        chain(1, 9000, both(KVD_CODEC_TC2_5), seed);
         group_done("batches, graphs, queries that are not finite");
+        any_codecs_in_all(seed, quick);
+        group_done("int4 and pairs of codecs");
         if (!quick)
             long_and_many(seed);
     }

@@ -36,6 +36,19 @@ static inline uint32_t long_param(uint32_t codec, uint64_t *rng)
     return scale | (uint32_t)long_fp16(rng, centre, 0.2) << 16;
 }
 
+// A tile's side in bf16.
+static inline void long_rows(struct long_seq *s, uint8_t *rows, uint32_t dim)
+{
+    for (uint64_t i = 0; i < (uint64_t)KVD_PAGE_TOKENS * dim * 2; i += 2) {
+        uint64_t x = kvd_rand(&s->rng);
+        double sum = 0;
+        for (int k = 0; k < 4; k++)
+            sum += (double)(x >> 16 * k & 0xffff) / 65536 - 0.5;
+        uint16_t b = kvd_f32_to_bf16((float)(sum * 1.7));
+        memcpy(rows + i, &b, 2);
+    }
+}
+
 static inline void long_tile(struct long_seq *s, uint8_t *tile)
 {
     const struct kvd_plane *g = &s->g;
@@ -44,29 +57,27 @@ static inline void long_tile(struct long_seq *s, uint8_t *tile)
         uint64_t x = kvd_rand(&s->rng);
         memcpy(tile + i, &x, 8);
     }
-    uint32_t size = kvd_codec_param_bytes(g->codec.k);
-    for (uint32_t i = 0; i < 2 * KVD_PAGE_TOKENS && g->codec.k != KVD_CODEC_BF16; i++) {
+    for (uint32_t i = 0; i < 2 * KVD_PAGE_TOKENS; i++) {
         bool v = i >= KVD_PAGE_TOKENS;
-        uint32_t param = long_param(g->codec.k, &s->rng);
+        uint32_t codec = kvd_codecs_side(g->codec, v), size = kvd_codec_param_bytes(codec);
+        if (codec == KVD_CODEC_BF16)
+            continue;
+        uint32_t param = long_param(codec, &s->rng);
         memcpy(tile + kvd_params_offset(g->codec, g->head_dim_k, g->head_dim_v, v) +
                    (uint64_t)kvd_param_index(i % KVD_PAGE_TOKENS) * size,
                &param, size);
     }
-    for (uint64_t i = 0; i < bytes && g->codec.k == KVD_CODEC_BF16; i += 2) {
-        uint64_t x = kvd_rand(&s->rng);
-        double sum = 0;
-        for (int k = 0; k < 4; k++)
-            sum += (double)(x >> 16 * k & 0xffff) / 65536 - 0.5;
-        uint16_t b = kvd_f32_to_bf16((float)(sum * 1.7));
-        memcpy(tile + i, &b, 2);
-    }
+    for (int v = 0; v < 2; v++)
+        if (kvd_codecs_side(g->codec, v) == KVD_CODEC_BF16)
+            long_rows(s, tile + kvd_codes_offset(g->codec, g->head_dim_k, v),
+                      v ? g->head_dim_v : g->head_dim_k);
 }
 
-static inline void long_init(struct long_seq *s, uint32_t codec, uint32_t group, uint32_t dim,
-                             uint64_t tokens, uint64_t seed)
+static inline void long_init(struct long_seq *s, struct kvd_codecs codec, uint32_t group,
+                             uint32_t dim, uint64_t tokens, uint64_t seed)
 {
     *s = (struct long_seq){
-        .g = test_plane(1, 1, group, dim, dim, codec, 0, 0), .tokens = tokens, .rng = seed};
+        .g = test_plane_of(1, 1, group, dim, dim, codec, 0, 0), .tokens = tokens, .rng = seed};
     s->n_pages = kvd_div_up(tokens, KVD_PAGE_TOKENS);
     s->bytes = s->n_pages * kvd_page_bytes(&s->g, s->g.codec);
     s->pages = malloc(s->bytes);
@@ -89,14 +100,15 @@ static inline void long_row(const struct long_seq *s, uint64_t t, bool v, float 
     const struct kvd_plane *g = &s->g;
     uint32_t dim = v ? g->head_dim_v : g->head_dim_k, row = (uint32_t)(t % KVD_PAGE_TOKENS);
     const uint8_t *tile = s->pages + t / KVD_PAGE_TOKENS * kvd_page_bytes(g, g->codec);
-    if (g->codec.k != KVD_CODEC_BF16) {
+    uint32_t codec = kvd_codecs_side(g->codec, v);
+    if (codec != KVD_CODEC_BF16) {
         struct kvd_tc_coder tc = {0};
-        if (kvd_codec_tc(g->codec.k))
-            tc = kvd_tc_coder_of(g->codec.k, dim, v, NULL, NULL);
+        if (kvd_codec_tc(codec))
+            tc = kvd_tc_coder_of(codec, dim, v, NULL, NULL);
         kvd_row_unpack(g->codec, tile, g->head_dim_k, g->head_dim_v, v, &tc, row, x);
         return;
     }
-    tile += v ? (uint64_t)KVD_PAGE_TOKENS * 2 * g->head_dim_k : 0;
+    tile += kvd_codes_offset(g->codec, g->head_dim_k, v);
     for (uint32_t c = 0; c < dim; c++) {
         uint16_t b;
         memcpy(&b, tile + ((uint64_t)row * dim + c) * 2, 2);

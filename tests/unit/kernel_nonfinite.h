@@ -5,32 +5,37 @@
 #include "tests/unit/kernel_truth.h"
 
 struct nonfinite_case {
-    uint32_t codec, length, q_len;
+    struct kvd_codecs codec;
+    uint32_t length, q_len;
     enum kvd_dtype q_type;
     float softcap;
 };
 
 static const struct nonfinite_case nonfinite_cases[] = {
-    {KVD_CODEC_INT2, 700, 1, KVD_DTYPE_F32, 0},
-    {KVD_CODEC_INT2, 700, 3, KVD_DTYPE_BF16, 0},
-    {KVD_CODEC_INT2, 3000, 1, KVD_DTYPE_BF16, 20},
-    {KVD_CODEC_INT2, 1, 1, KVD_DTYPE_BF16, 0}, // windows alone
-    {KVD_CODEC_INT2, 1, 1, KVD_DTYPE_F32, 10},
-    {KVD_CODEC_INT2C, 90, 2, KVD_DTYPE_F32, 0},
-    {KVD_CODEC_INT2_LM, 700, 2, KVD_DTYPE_F32, 10},
-    {KVD_CODEC_TURBOQUANT_4, 700, 1, KVD_DTYPE_BF16, 0},
-    {KVD_CODEC_TC2_5, 700, 2, KVD_DTYPE_F32, 0},
-    {KVD_CODEC_BF16, 1, 1, KVD_DTYPE_BF16, 0},
-    {KVD_CODEC_BF16, 700, 4, KVD_DTYPE_F32, 0},
-    {KVD_CODEC_BF16, 700, 1, KVD_DTYPE_BF16, 5},
+    {{KVD_CODEC_INT2, KVD_CODEC_INT2}, 700, 1, KVD_DTYPE_F32, 0},
+    {{KVD_CODEC_INT2, KVD_CODEC_INT2}, 700, 3, KVD_DTYPE_BF16, 0},
+    {{KVD_CODEC_INT2, KVD_CODEC_INT2}, 3000, 1, KVD_DTYPE_BF16, 20},
+    {{KVD_CODEC_INT2, KVD_CODEC_INT2}, 1, 1, KVD_DTYPE_BF16, 0}, // windows alone
+    {{KVD_CODEC_INT2, KVD_CODEC_INT2}, 1, 1, KVD_DTYPE_F32, 10},
+    {{KVD_CODEC_INT2C, KVD_CODEC_INT2C}, 90, 2, KVD_DTYPE_F32, 0},
+    {{KVD_CODEC_INT2_LM, KVD_CODEC_INT2_LM}, 700, 2, KVD_DTYPE_F32, 10},
+    {{KVD_CODEC_TURBOQUANT_4, KVD_CODEC_TURBOQUANT_4}, 700, 1, KVD_DTYPE_BF16, 0},
+    {{KVD_CODEC_TC2_5, KVD_CODEC_TC2_5}, 700, 2, KVD_DTYPE_F32, 0},
+    {{KVD_CODEC_BF16, KVD_CODEC_BF16}, 1, 1, KVD_DTYPE_BF16, 0},
+    {{KVD_CODEC_BF16, KVD_CODEC_BF16}, 700, 4, KVD_DTYPE_F32, 0},
+    {{KVD_CODEC_BF16, KVD_CODEC_BF16}, 700, 1, KVD_DTYPE_BF16, 5},
+    {{KVD_CODEC_INT4, KVD_CODEC_INT4}, 700, 2, KVD_DTYPE_F32, 0},
+    {{KVD_CODEC_BF16, KVD_CODEC_INT2}, 700, 1, KVD_DTYPE_F32, 10},
+    {{KVD_CODEC_TC2, KVD_CODEC_BF16}, 400, 3, KVD_DTYPE_BF16, 0},
+    {{KVD_CODEC_INT4, KVD_CODEC_TURBOQUANT_3}, 1, 1, KVD_DTYPE_F32, 0},
 };
 
 enum { NONFINITE_GROUP = 4, NONFINITE_KV = 2, NONFINITE_DIM = 64 };
 
 static inline struct kvd_plane nonfinite_plane(const struct nonfinite_case *c)
 {
-    return test_plane(1, NONFINITE_KV, NONFINITE_GROUP, NONFINITE_DIM, NONFINITE_DIM, c->codec, 16,
-                      32);
+    return test_plane_of(1, NONFINITE_KV, NONFINITE_GROUP, NONFINITE_DIM, NONFINITE_DIM, c->codec,
+                         16, 32);
 }
 
 static inline void nonfinite_attend(struct kseq *s, const struct nonfinite_case *c,

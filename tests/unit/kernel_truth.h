@@ -47,6 +47,16 @@ static inline float test_scale(const struct kvd_plane *g)
     return 1 / sqrtf(g->latent ? 192.0f : (float)g->head_dim_k);
 }
 
+// The same with K and V in codecs of their own.
+static inline struct kvd_plane test_plane_of(uint32_t layers, uint32_t kv_heads, uint32_t group,
+                                             uint32_t dk, uint32_t dv, struct kvd_codecs codec,
+                                             uint32_t sink, uint32_t recent)
+{
+    struct kvd_plane g = test_plane(layers, kv_heads, group, dk, dv, codec.k, sink, recent);
+    g.codec = codec;
+    return g;
+}
+
 struct attention {
     uint32_t q_len, window;
     float softcap;

@@ -47,8 +47,7 @@ static void check_shape(const char *isa, const struct shape *c, struct kvd_codec
     struct kseq s;
     char name[KVD_CODECS_TEXT];
     struct kvd_plane g =
-        test_plane(c->layers, c->kv_heads, c->group, c->dk, c->dv, codec.k, c->sink, c->recent);
-    g.codec = codec;
+        test_plane_of(c->layers, c->kv_heads, c->group, c->dk, c->dv, codec, c->sink, c->recent);
     kseq_init(&s, g, c->length + 64, c->heads_rot, 0.96f, 0.92f, seed);
     kseq_fill(&s);
     bool mixed = stretch <= 100;
@@ -139,7 +138,7 @@ static void check_long(uint32_t codec, uint32_t group, uint64_t tokens, struct a
                        bool scalar, uint64_t seed)
 {
     struct long_seq s;
-    long_init(&s, codec, group, 64, tokens, seed);
+    long_init(&s, kvd_codecs_both(codec), group, 64, tokens, seed);
     struct long_truth *x = long_truth(&s, a);
     for (size_t i = scalar ? 0 : 1; i < KVD_LEN(isas); i++) {
         struct kvd_backend *b = backend(isas[i], 2);
@@ -532,7 +531,8 @@ START_TEST(logits_that_overflow_give_nan)
 {
     for (size_t i = 0; i < KVD_LEN(isas); i++)
         for (int negative = 0; negative < 2; negative++) {
-            struct nonfinite_case c = {KVD_CODEC_BF16, 3, 1, KVD_DTYPE_F32, negative ? 0 : 5};
+            struct nonfinite_case c = {
+                {KVD_CODEC_BF16, KVD_CODEC_BF16}, 3, 1, KVD_DTYPE_F32, negative ? 0 : 5};
             struct kvd_backend *b = backend(isas[i], 1);
             if (!b)
                 continue;

@@ -14,6 +14,7 @@ static struct kvd_cuda_attend_params step(uint32_t sequences, uint32_t q_heads, 
                                            .dim_k = 128,
                                            .dim_v = 128,
                                            .codec = KVD_CODEC_INT2,
+                                           .codec_v = KVD_CODEC_INT2,
                                            .q_len = q_len,
                                            .scale = 0.1f};
 }
@@ -89,7 +90,9 @@ START_TEST(any_step_has_a_plan)
         const uint32_t *d = dims[kvd_rand(&seed) % KVD_LEN(dims)];
         p.dim_k = d[0];
         p.dim_v = d[1];
-        p.codec = (uint32_t)(kvd_rand(&seed) % KVD_CODEC_COUNT);
+        p.codec = p.codec_v = (uint32_t)(kvd_rand(&seed) % KVD_CODEC_COUNT);
+        if (i % 3 == 0)
+            p.codec_v = (uint32_t)(kvd_rand(&seed) % KVD_CODEC_COUNT);
         uint32_t longest = (uint32_t)(kvd_rand(&seed) % (1 << kvd_rand(&seed) % 21));
         uint64_t sum = longest + kvd_rand(&seed) % ((uint64_t)longest * (p.sequences - 1) + 1);
         uint32_t window = longest ? (uint32_t)(kvd_rand(&seed) % 700) : 1;
@@ -97,7 +100,7 @@ START_TEST(any_step_has_a_plan)
         ck_assert_uint_ge(p.part_tiles, 1);
         ck_assert_uint_le(p.splits, 128);
         ck_assert_uint_ge(p.splits + p.window_splits, 1);
-        if (longest && p.codec != KVD_CODEC_BF16)
+        if (longest && kvd_codecs_rotated((struct kvd_codecs){p.codec, p.codec_v}))
             ck_assert_uint_ge(p.splits, 1);
         if (window)
             ck_assert_uint_ge(p.window_splits, 1);

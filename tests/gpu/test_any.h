@@ -1,0 +1,91 @@
+// Part of test_cuda.c: codecs that have no attention kernels of their own, int4 and pairs.
+#ifndef KVD_TESTS_GPU_TEST_ANY_H
+#define KVD_TESTS_GPU_TEST_ANY_H
+
+// The i-th of all of them; those that follow each other have little in common.
+static struct kvd_codecs any_codecs(uint64_t i)
+{
+    enum { ALL = KVD_CODEC_COUNT * KVD_CODEC_COUNT };
+    for (;; i++) {
+        uint32_t at = (uint32_t)(i % ALL * 37 % ALL);
+        struct kvd_codecs c = {at / KVD_CODEC_COUNT, at % KVD_CODEC_COUNT};
+        if (c.k != c.v || c.k == KVD_CODEC_INT4)
+            return c;
+    }
+}
+
+static void any_pages(uint64_t seed, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        const uint32_t *dims = head_dims[(seed + i) % KVD_LEN(head_dims)];
+        struct kvd_codecs c = i % 3 ? any_codecs(seed + i) : both(KVD_CODEC_INT4);
+        // Fifteenths of a row's range are rounded, so that int4's ties go either way.
+        bool ties = i % 7 == 6 && c.k != KVD_CODEC_INT4;
+        same_pages(i % KVD_SCALE_COUNT, dims[0], dims[1], i % 3, c, i % 4 ? 0.96f : 1, ties, 0,
+                   seed + i);
+        reading(dims[0], dims[1], i % 3, c, i & 1 ? KVD_DTYPE_F32 : KVD_DTYPE_BF16, 0, seed + i);
+    }
+}
+
+// At every shape some codecs, or many.
+static void any_shapes(uint64_t seed, uint32_t longest, uint32_t each)
+{
+    worst_error = worst_row = worst_lse = 0;
+    for (uint32_t j = 0; j < KVD_LEN(attention_shapes); j++) {
+        const struct shape *c = &attention_shapes[j];
+        if (c->length > longest || !kvd_head_dims_ok(c->dk, c->dv))
+            continue;
+        for (uint32_t i = 0; i < each; i++)
+            check_shape(c, (i + j) % 4 ? any_codecs(seed + j * each + i) : both(KVD_CODEC_INT4),
+                        1e-3, seed + j);
+    }
+    printf("any codecs: worst relative L2 %.2e (of a row %.2e), worst log-sum-exp %.2e\n",
+           worst_error, worst_row, worst_lse);
+}
+
+// Transforms are for tc2 and tc2.5; beside them a side in bf16 is as it was.
+static void any_transforms(uint64_t seed)
+{
+    const struct kvd_codecs c[] = {{KVD_CODEC_TC2, KVD_CODEC_BF16},
+                                   {KVD_CODEC_BF16, KVD_CODEC_TC2_5},
+                                   {KVD_CODEC_TC2_5, KVD_CODEC_TC2}};
+    for (uint32_t i = 0; i < KVD_LEN(c); i++) {
+        struct shape s = {1, 2, 3, 64, 64, 64, 64, 2, 320 + i, {.q_len = 1 + i}};
+        same_pages(0, 64, 64, 1, c[i], 1, false, 8, seed + i);
+        reading(64, 64, 2, c[i], KVD_DTYPE_F32, 8, seed + i);
+        check_transformed(&s, c[i], 8, 4e-3, seed + i);
+    }
+}
+
+static void any_codecs_in_all(uint64_t seed, bool quick)
+{
+    any_pages(seed, quick ? 20 : 200);
+    any_shapes(seed, quick ? 1300 : 20000, quick ? 2 : 12);
+    any_transforms(seed);
+    const struct kvd_codecs c[] = {{KVD_CODEC_INT4, KVD_CODEC_INT4},
+                                   {KVD_CODEC_BF16, KVD_CODEC_INT2},
+                                   {KVD_CODEC_INT4, KVD_CODEC_INT2C},
+                                   {KVD_CODEC_TC2, KVD_CODEC_BF16}};
+    for (uint32_t i = 0; i < KVD_LEN(c); i++) {
+        struct shape many = {1, 1, 64 - 20 * i, 128, 128, 16, 32, 1, 300, {.q_len = 1}};
+        check_shape(&many, c[i], 1e-3, seed + i);
+        ragged(seed, c[i], i % 2 ? 12 : 4, 128);
+        chain(1 + 4 * i, 3000, c[i], seed);
+    }
+}
+
+static void any_long(uint64_t seed)
+{
+    const struct attention one = {.q_len = 1};
+    const struct kvd_codecs c[] = {{KVD_CODEC_INT4, KVD_CODEC_INT2},
+                                   {KVD_CODEC_BF16, KVD_CODEC_INT2},
+                                   {KVD_CODEC_TC2, KVD_CODEC_TURBOQUANT_3},
+                                   {KVD_CODEC_INT2, KVD_CODEC_BF16}};
+    for (size_t i = 0; i < KVD_LEN(c); i++)
+        check_long(c[i], 64, 300000, one, true, seed + i);
+    check_long(c[0], 128, 1200000, one, false, seed);
+    check_long(c[0], 64, 1200000, (struct attention){.q_len = 2, .window = 1000001, .softcap = 30},
+               false, seed);
+}
+
+#endif
