@@ -21,6 +21,7 @@ enum {
     MOST_RUNNING = 32,
     MOST_OF_NAMESPACE = 8,
     LOOKED = 256, // keys at a time
+    JOBS = 2,     // of one restore, so that the executor does not wait for the loop
     BATCH = 32,   // blocks in a job
     BATCH_BYTES = 16 << 20,
     COPIED_BYTES = 4 << 20,  // at once, between looks at the clock
@@ -53,6 +54,7 @@ struct copying {
     struct kvd_job job; // first
     struct kvd_restore *of;
     uint32_t begin, n, at; // slots
+    bool done, good;
 };
 
 struct kvd_restore {
@@ -79,8 +81,10 @@ struct kvd_restore {
     uint64_t flying;          // bytes
     struct kvd_blocks_at at;  // behind which the next one comes
     uint32_t *held, n_held;   // of pages: entries of those that are back
-    struct copying copying;
-    bool copies;
+    // Jobs of the executor, the oldest first: blocks are taken in in the prompt's order.
+    struct copying copying[JOBS];
+    uint32_t oldest, copies;
+    uint32_t sent; // blocks that are back, or in a job
     struct kvd_fair_flow flow;
     struct kvd_restore *prev, *next_one;
 };
@@ -181,8 +185,8 @@ void kvd_restore_end(struct kvd_restore **restore)
     DL_DELETE2(all->all, r, prev, next_one);
     if (!all->all)
         uv_timer_stop(&all->timer);
-    if (r->copies)
-        kvd_exec_cancel(&r->copying.job);
+    for (uint32_t i = 0; i < r->copies; i++)
+        kvd_exec_cancel(&r->copying[(r->oldest + i) % JOBS].job);
     r->ended = true;
     r->users++;
     leave(r);
@@ -376,7 +380,7 @@ static void plan(struct kvd_restore *r)
         finish(r);
     } else {
         r->state = FETCHES;
-        r->next = r->front;
+        r->next = r->sent = r->front;
         r->answer.begin = r->answer.end = KVD_MAX(r->front, r->known);
         pump(r);
     }
@@ -515,11 +519,11 @@ static void count_back(struct kvd_restore *r, const struct slot *s)
     all->blocks[s->tier] += s->planes != 0;
 }
 
-static void copied(struct kvd_daemon *d, struct kvd_job *job)
+// Takes in what a job has copied. What is behind a block that did not come is not taken in.
+static void take_in(struct kvd_restore *r, struct copying *c)
 {
-    struct copying *c = (struct copying *)job;
-    struct kvd_restore *r = c->of;
-    bool good = c->at == c->n && !job->rc && !job->abandoned && r->state == FETCHES;
+    struct kvd_daemon *d = r->d;
+    bool good = c->good && r->state == FETCHES && c->begin == r->front;
     for (uint32_t i = 0; i < c->n; i++) {
         struct slot *s = &r->slots[c->begin + i];
         empty_slot(r, s, good);
@@ -531,9 +535,20 @@ static void copied(struct kvd_daemon *d, struct kvd_job *job)
     }
     if (!good)
         r->to = KVD_MIN(r->to, r->front);
+}
+
+static void copied(struct kvd_daemon *d, struct kvd_job *job)
+{
+    struct copying *c = (struct copying *)job;
+    struct kvd_restore *r = c->of;
+    c->good = c->at == c->n && !job->rc && !job->abandoned;
+    c->done = true;
+    for (; r->copies && r->copying[r->oldest].done; r->copies--) {
+        take_in(r, &r->copying[r->oldest]);
+        r->oldest = (r->oldest + 1) % JOBS;
+    }
     if (job->rc)
         kvd_daemon_check_device(d);
-    r->copies = false;
     kvd_daemon_work_end(d);
     if (r->state == FETCHES)
         pump(r);
@@ -544,7 +559,7 @@ static void copied(struct kvd_daemon *d, struct kvd_job *job)
 static bool take_pages(struct kvd_restore *r, struct copying *c)
 {
     uint64_t bytes = 0;
-    for (uint32_t b = r->front; b < r->to && c->n < BATCH && bytes < BATCH_BYTES; b++) {
+    for (uint32_t b = r->sent; b < r->to && c->n < BATCH && bytes < BATCH_BYTES; b++) {
         struct slot *s = &r->slots[b];
         if (b >= r->next || s->left)
             break;
@@ -560,31 +575,36 @@ static bool take_pages(struct kvd_restore *r, struct copying *c)
     return c->n;
 }
 
-static void copy_more(struct kvd_restore *r)
+// False: there is nothing to copy now.
+static bool copy_more(struct kvd_restore *r)
 {
-    struct copying *c = &r->copying;
-    while (r->ask.pages && r->front < r->next && !r->slots[r->front].planes &&
-           !r->slots[r->front].left)
+    struct copying *c = &r->copying[(r->oldest + r->copies) % JOBS];
+    while (!r->copies && r->ask.pages && r->front < r->next && !r->slots[r->front].planes &&
+           !r->slots[r->front].left) {
         empty_slot(r, &r->slots[r->front++], false);
-    *c = (struct copying){.of = r, .begin = r->front};
+        r->sent = r->front;
+    }
+    *c = (struct copying){.of = r, .begin = r->sent};
     if (!take_pages(r, c))
-        return;
+        return false;
     c->job.run = copy;
     c->job.done = copied;
     c->job.fair.tenant = r->ask.space.ns;
     c->job.fair.flow = &r->flow;
-    r->copies = true;
+    r->sent += c->n;
+    r->copies++;
     r->users++;
     kvd_daemon_work_begin(r->d);
     kvd_exec_submit(r->d, &c->job);
+    return true;
 }
 
 static void pump(struct kvd_restore *r)
 {
     do {
         get_more(r);
-        if (!r->copies && r->front < r->to)
-            copy_more(r);
+        while (r->copies < JOBS && r->sent < r->to && copy_more(r))
+            ;
     } while (!r->copies && r->front == r->next && r->next < r->to); // all of those were left out
     if (!r->copies && r->front >= r->to)
         finish(r);
