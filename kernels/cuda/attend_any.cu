@@ -62,7 +62,7 @@ __device__ inline void put_values(const any_state<NT> &st, const any_memory<NT> 
             for (int e = 0; e < 4; e++) {
                 uint32_t r = n * 8 + 2 * t + e % 2, channel = (mine.first + i) * 16 + g + e / 2 * 8;
                 if (i < mine.n && r < rows)
-                    __stcg(to.row(r) + channel, st.o[i][n][e] + m.centre[0][r]);
+                    to.row(r)[channel] = st.o[i][n][e] + m.centre[0][r]; // others read it past their L1
             }
 }
 

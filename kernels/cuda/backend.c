@@ -375,6 +375,20 @@ static bool served(uint32_t codec)
     return families[codec] != NO_FAMILY;
 }
 
+// Attention over int4 and over pairs of codecs (attend_any.cu) is right on the emulated GPU. On a
+// real one it has been run once, and was ended there, by an instruction that is mended since. Until
+// it has passed on one, only builds for its tests serve it.
+#ifdef KVD_UNTRIED_KERNELS
+enum { UNTRIED_SERVED = true };
+#else
+enum { UNTRIED_SERVED = false };
+#endif
+
+static bool untried(struct kvd_codecs c)
+{
+    return c.k != c.v || c.k == KVD_CODEC_INT4;
+}
+
 static int plane_check(const struct kvd_backend *b, const struct kvd_plane *p,
                        struct kvd_error *err)
 {
@@ -386,6 +400,11 @@ static int plane_check(const struct kvd_backend *b, const struct kvd_plane *p,
             "latent planes (MLA): the CUDA backend has no kernels for them; the CPU's has");
     if (!served(p->codec.k) || !served(p->codec.v))
         return kvd_fail(err, KVD_E_UNSUPPORTED, "codec %s: the CUDA backend has no kernels for it",
+                        kvd_codecs_name(p->codec, text));
+    if (untried(p->codec) && !UNTRIED_SERVED)
+        return kvd_fail(err, KVD_E_UNSUPPORTED,
+                        "codec %s: the CUDA backend's kernels for it have not passed on a GPU yet; "
+                        "the CPU's serve it, and here one codec for both sides, but int4",
                         kvd_codecs_name(p->codec, text));
     return KVD_OK;
 }

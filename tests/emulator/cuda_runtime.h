@@ -265,21 +265,31 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector)
     return y;
 }
 
+// These are instructions for global memory: a GPU ends a kernel that gives them an address of
+// shared memory.
+template <typename T> inline T *emulator_global(T *at)
+{
+    const uint8_t *byte = (const uint8_t *)at, *first = emulator_shared();
+    if (byte >= first && byte < first + emulator_shared_bytes())
+        emulator_fail("an instruction for global memory has an address of shared memory");
+    return at;
+}
+
 template <typename T> inline T __ldg(const T *at)
 {
-    return *at;
+    return *emulator_global(at);
 }
 template <typename T> inline T __ldcg(const T *at)
 {
-    return *at;
+    return *emulator_global(at);
 }
 template <typename T> inline T __ldcs(const T *at)
 {
-    return *at;
+    return *emulator_global(at);
 }
 template <typename T> inline void __stcg(T *at, T x)
 {
-    *at = x;
+    *emulator_global(at) = x;
 }
 
 // -- launches ------------------------------------------------------------------------------------

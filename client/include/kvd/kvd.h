@@ -122,7 +122,7 @@ typedef struct kvd_options {
     uint32_t head_dim_k;
     uint32_t head_dim_v; /**< see head_dim_k */
     /** "int2" (NULL), "int2c", "int2-lm", "turboquant-2", -3, -4, "int4", "tc2", "tc2.5", "bf16";
-     * or as "k=int4,v=int2", of any two */
+     * or as "k=int4,v=int2", of any two. The CUDA backend refuses int4 and pairs as yet */
     const char *codec;
     /** "MODEL@TAG", "sha256:...", "hadamard", "random" or "identity"; NULL: hadamard, or random
      * with turboquant */
