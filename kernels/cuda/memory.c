@@ -229,11 +229,10 @@ int kvd_cuda_extent_export(struct kvd_backend *b, struct kvd_arena *a, uint32_t 
                            struct kvd_error *err)
 {
     struct kvd_error e = {0};
-    int own = descriptor(cuda_of(b), a, i, &e), copy = own;
-    if (own >= 0)
-        copy = fcntl(own, F_DUPFD_CLOEXEC, 0);
-    else
+    int own = descriptor(cuda_of(b), a, i, &e);
+    if (own < 0)
         return kvd_fail(err, e.code, "%s", e.text);
+    int copy = fcntl(own, F_DUPFD_CLOEXEC, 0);
     if (copy < 0)
         return kvd_fail(err, KVD_E_LIMIT, "cannot export an extent: %s", strerror(errno));
     *fd = copy;
