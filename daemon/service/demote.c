@@ -232,15 +232,16 @@ static void submit(struct batch *b)
 static void on_known(void *ctx, const uint8_t *where)
 {
     struct batch *b = ctx;
-    struct kvd_demotion *m = b->d->demotion;
+    struct kvd_daemon *d = b->d;
+    struct kvd_demotion *m = d->demotion;
     uint32_t left = 0;
     for (uint32_t i = 0; i < b->n; i++) {
         bool known = true;
         for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
             known &= !has_page(&b->items[i], p) || *where++;
         m->known += known;
-        if (known || b->d->state == KVD_STOPPING)
-            end_item(b->d, &b->items[i], false);
+        if (known || d->state == KVD_STOPPING)
+            end_item(d, &b->items[i], false);
         else
             b->items[left++] = b->items[i];
     }
@@ -250,7 +251,7 @@ static void on_known(void *ctx, const uint8_t *where)
         return;
     }
     free(KVD_TAKE(m->batch));
-    go_on(b->d);
+    go_on(d);
 }
 
 // Asks the tiers which blocks of a batch they have. False: nobody can be asked.
