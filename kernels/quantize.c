@@ -146,11 +146,15 @@ struct range {
     float top, limit, low, scale;
 };
 
+// Values of few digits lie half way between two levels often. They go up, also where `scale` was
+// rounded up: a little more than a half is added, as on a GPU (even_levels in
+// kernels/cuda/row_codes.cuh), so that both make the same codes.
 static void code_range(const float *x, uint32_t dim, const struct range *r, uint8_t *codes)
 {
+    float half = 0.5f + (r->top + 1) * 0x1p-23f;
     for (uint32_t i = 0; i < dim; i++) {
         float c = fminf(fmaxf(x[i], -r->limit), r->limit);
-        float q = r->scale > 0 ? floorf((c - r->low) / r->scale + 0.5f) : 0;
+        float q = r->scale > 0 ? floorf((c - r->low) / r->scale + half) : 0;
         codes[i] = (uint8_t)(q >= r->top ? r->top : q >= 1 ? q : 0);
     }
 }

@@ -17,12 +17,12 @@ struct quantizer {
     uint32_t param;
 };
 
-// Of codecs with even levels, from 0 to TOP. HALF_CODE is a little more than half an Nth, ALL a little less than N, so that
-// ties go up and 1 does not.
+// Of codecs with even levels, from 0 to TOP. HALF_CODE is more than half an Nth by more than sums here are off by, so that ties
+// go up, as on the CPU (code_range in kernels/quantize.c); ALL is a little less than N, so that 1 does not.
 template <int CODEC> struct even_levels {
     static constexpr int TOP = CODEC == INT4 ? 15 : 3;
     static constexpr float N = TOP + 1, MIDDLE = TOP * 0.5f, STEP = CODEC == INT4 ? KVD_EVEN_STEP_4 : KVD_EVEN_STEP;
-    static constexpr float HALF_CODE = 0.5f / N + 0x1p-23f, ALL = N - N * 0x1p-23f;
+    static constexpr float HALF_CODE = 0.5f / N + 0x1p-22f, ALL = N - N * 0x1p-23f;
 };
 
 __device__ inline float bounded(float x, float top)
