@@ -8,7 +8,9 @@
 //
 // Built for sm_90 (bulk copies into shared memory) and, portably, for sm_80 and later. Pages are
 // those of kernels/format.h. S sequences, H_q q heads, H_kv kv heads, group = H_q / H_kv <= 64, DK
-// and DV head_dim of K and V, as proto/head_dims.def has them.
+// and DV head_dim of K and V, as proto/head_dims.def has them. Where DK and DV are those of a
+// latent plane, K is the rope part and V the latent, H_kv is 1, H_q at most 128, and a query has DV
+// + DK values.
 #ifndef KVD_KERNELS_CUDA_API_H
 #define KVD_KERNELS_CUDA_API_H
 
@@ -100,10 +102,10 @@ struct kvd_cuda_attend_params {
     float softcap;       // then softcap * tanh(logit / softcap); 0: none
     uint32_t window;     // each query sees its last `window` tokens; 0: all
     enum kvd_dtype q_type, o_type; // bf16, or f32 (q is then taken as two bf16)
-    const void *q;                 // [S][q_len][H_q][DK], not rotated; 16-byte aligned
-    void *o;                       // [S][q_len][H_q][DV], not rotated; 8-byte aligned
-    float *lse;                    // [S][q_len][H_q], natural log; NULL: not wanted
-    const uint16_t *k, *v;         // bf16 [S][new_tokens][H_kv][D]; 16-byte aligned
+    const void *q; // [S][q_len][H_q][DK], over latents [..][DV + DK], not rotated; 16-byte aligned
+    void *o;       // [S][q_len][H_q][DV], not rotated; 8-byte aligned
+    float *lse;    // [S][q_len][H_q], natural log; NULL: not wanted
+    const uint16_t *k, *v; // bf16 [S][new_tokens][H_kv][D]; 16-byte aligned
     struct kvd_cuda_pages pages;
     struct kvd_cuda_tail tail; // instead of new_tokens
     // What `pages` has, tail.tokens, and the tokens of codec pages were written by copies, or by

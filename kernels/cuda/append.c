@@ -207,7 +207,7 @@ struct check {
 static uint32_t bad_channel(const struct kvd_cuda_tensor *t, uint32_t layer, uint32_t token,
                             uint32_t head, uint32_t dim)
 {
-    uint16_t row[KVD_MAX_HEAD_DIM];
+    uint16_t row[KVD_MAX_ROW];
     const uint8_t *at =
         t->data + layer * t->layer_stride + token * t->token_stride + head * t->head_stride;
     if (cudaMemcpy(row, at, dim * 2, cudaMemcpyDeviceToHost) != cudaSuccess)

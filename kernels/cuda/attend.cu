@@ -97,6 +97,13 @@ struct few_units {
     }
 };
 
+// What kernels over latents have no say in otherwise.
+static bool is_latent_call(const attend_params &p)
+{
+    return p.kv_heads == 1 && p.codec == KVD_CODEC_BF16 && family_of(p.codec_v) != NO_FAMILY && family_of(p.codec_v) != TC &&
+           p.q_heads <= KVD_MAX_LATENT_GROUP && (uint64_t)p.q_len * p.q_heads <= INT32_MAX;
+}
+
 static bool needs_transforms(const attend_params &p)
 {
     return family_of(p.codec) == TC || family_of(p.codec_v) == TC;
@@ -135,6 +142,8 @@ extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t 
                                      uint32_t history_max, uint32_t window_max,
                                      uint32_t multiprocessors)
 {
+    if (takes_latents(*p))
+        return plan_latent(*p, history_sum, history_max, window_max, multiprocessors);
     if (takes_any(*p))
         return plan_any(*p, history_sum, history_max, window_max, multiprocessors);
     uint32_t nt = n_tiles(*p), blocks = n_row_blocks(*p, nt);
@@ -162,20 +171,25 @@ extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t 
 
 extern "C" uint64_t kvd_cuda_attend_scratch(const struct kvd_cuda_attend_params *p)
 {
+    if (takes_latents(*p))
+        return latent_scratch_bytes(*p);
     return takes_any(*p) ? any_scratch(*p) : scratch_of(*p, n_tiles(*p)).total;
 }
 
 extern "C" int kvd_cuda_attend(const struct kvd_cuda_attend_params *p, struct CUstream_st *stream)
 {
-    if (!kvd_head_dims_ok(p->dim_k, p->dim_v) || p->kv_heads == 0 || p->q_heads % p->kv_heads ||
-        p->q_heads / p->kv_heads > 64 || p->q_len == 0 || p->sequences == 0 ||
+    bool latents = takes_latents(*p);
+    if ((!latents && !kvd_head_dims_ok(p->dim_k, p->dim_v)) || p->kv_heads == 0 || p->q_heads % p->kv_heads ||
+        (!latents && p->q_heads / p->kv_heads > 64) || p->q_len == 0 || p->sequences == 0 ||
         p->sequences > 65535 || p->splits + p->window_splits == 0 || p->splits > MAX_SPLITS ||
         p->window_splits > MAX_WINDOW_SPLITS || p->part_tiles == 0 ||
         (p->new_tokens && (p->new_tokens < p->q_len || p->tail.tokens)) ||
         (p->tail.tokens && p->tail.ring == 0) ||
-        (p->warps != 4 && !takes_any(*p) && !(small_blocks(*p) && (p->warps == 8 || p->warps == 16))) ||
-        (uint64_t)p->kv_heads * n_row_blocks(*p, n_tiles(*p)) > 65535)
+        (p->warps != 4 && !latents && !takes_any(*p) && !(small_blocks(*p) && (p->warps == 8 || p->warps == 16))) ||
+        (!latents && (uint64_t)p->kv_heads * n_row_blocks(*p, n_tiles(*p)) > 65535))
         return -1;
+    if (latents)
+        return is_latent_call(*p) ? (int)launch_latent(*p, stream) : -1;
     if (takes_any(*p))
         return needs_transforms(*p) && !p->rotation.transforms ? -1 : (int)launch_any(*p, stream);
     switch (family_of(p->codec)) {

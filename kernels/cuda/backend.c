@@ -169,6 +169,12 @@ static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd
 {
     cudaSetDevice(cuda_of(b)->index);
     uint64_t n = (uint64_t)d->n_layers * d->heads;
+    if (d->dim_v > KVD_MAX_HEAD_DIM && kvd_cuda_is_transform(d)) {
+        kvd_fail(err, KVD_E_UNSUPPORTED,
+                 "a set of transforms of latents: the CUDA backend has kernels for rotations of "
+                 "them only");
+        return NULL;
+    }
     uint64_t at[N_ARRAYS], v = side_layout(n, d->dim_v, true, at);
     uint64_t k = side_layout(n, d->dim_k, false, at);
     struct kvd_rotation *r = calloc(1, sizeof(*r));
@@ -389,15 +395,34 @@ static bool untried(struct kvd_codecs c)
     return c.k != c.v || c.k == KVD_CODEC_INT4;
 }
 
+// Bytes of shared memory that a block over latents takes (attend_latent.cu, quantize_latent.cu), on
+// any GPU.
+enum { LATENT_SHARED = 160 << 10 };
+
+static int latent_check(const struct kvd_cuda *c, struct kvd_error *err)
+{
+    int limit = 0;
+    int rc = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, c->index);
+    if (rc)
+        return kvd_cuda_status(rc, "asking how much shared memory a block may have", err);
+    if (limit < LATENT_SHARED)
+        return kvd_fail(err, KVD_E_UNSUPPORTED,
+                        "latent planes (MLA): the CUDA backend's kernels for them want %d KB of "
+                        "shared memory a block, and this GPU has %d; the CPU's serve them",
+                        LATENT_SHARED >> 10, limit >> 10);
+    if (!UNTRIED_SERVED)
+        return kvd_fail(err, KVD_E_UNSUPPORTED,
+                        "latent planes (MLA): the CUDA backend's kernels for them have not passed "
+                        "on a GPU yet; the CPU's serve them");
+    return KVD_OK;
+}
+
 static int plane_check(const struct kvd_backend *b, const struct kvd_plane *p,
                        struct kvd_error *err)
 {
-    (void)b;
     char text[KVD_CODECS_TEXT];
     if (p->latent)
-        return kvd_fail(
-            err, KVD_E_UNSUPPORTED,
-            "latent planes (MLA): the CUDA backend has no kernels for them; the CPU's has");
+        return latent_check((const struct kvd_cuda *)b, err);
     if (!served(p->codec.k) || !served(p->codec.v))
         return kvd_fail(err, KVD_E_UNSUPPORTED, "codec %s: the CUDA backend has no kernels for it",
                         kvd_codecs_name(p->codec, text));

@@ -43,7 +43,7 @@ template <int D> class clip_search
 #pragma unroll
         for (int i = 0; i < D / 8; i++)
             more[i] = saturated_difference(y[i], guess);
-        static_for<5>([&](auto level) { // more levels than the largest head_dim has halves
+        static_for<6>([&](auto level) { // as many levels as a latent has halves
             constexpr int n = words_left(level), half = (n + 1) / 2; // of an odd number the middle one waits
 #pragma unroll
             for (int i = 0; i < n / 2; i++)
@@ -94,7 +94,7 @@ public:
             sums[i % 4] += fabsf(x(i));
         float sum = quad_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
         // Of 2048 times D, or the power of two below it, and a bias.
-        constexpr uint32_t exponent = 127 + 127 + 11 + (D >= 256 ? 8 : D >= 128 ? 7 : 6);
+        constexpr uint32_t exponent = 127 + 127 + 11 + (D >= 512 ? 9 : D >= 256 ? 8 : D >= 128 ? 7 : 6);
         uint32_t up = min(exponent - (__float_as_uint(sum) >> 23), 253u);
         float unit = __uint_as_float(up << 23), one = __uint_as_float(254 - up << 23);
         uint32_t y[D / 8];

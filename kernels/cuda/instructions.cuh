@@ -95,6 +95,23 @@ __device__ inline uint32_t transpose(uint32_t x)
     return y;
 }
 
+// Four 8 x 8 matrices of 16-bit elements from shared memory, whose rows of 16 bytes the lanes have the addresses of: lane 8 i + r
+// that of row r of matrix i. Lane 4 g + t gets elements (g, 2t) and (g, 2t + 1) of each; TURNED: (2t, g) and (2t + 1, g).
+template <bool TURNED> __device__ inline void load_matrices(uint32_t (&a)[4], const void *row)
+{
+    uint32_t at = (uint32_t)__cvta_generic_to_shared(row);
+    if (TURNED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                     : "r"(at)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                     : "r"(at)
+                     : "memory");
+}
+
 // Two values as fp16, rounded towards zero.
 __device__ inline uint32_t truncate_fp16(float a, float b)
 {

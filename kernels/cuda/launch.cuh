@@ -24,6 +24,16 @@ cudaError_t launch_any(const attend_params &p, cudaStream_t stream);
 void plan_any(attend_params &p, uint64_t history_sum, uint32_t history_max, uint32_t window_max, uint32_t multiprocessors);
 uint64_t any_scratch(const attend_params &p);
 
+// attend_latent.cu: latents and their rope parts.
+cudaError_t launch_latent(const attend_params &p, cudaStream_t stream);
+void plan_latent(attend_params &p, uint64_t history_sum, uint32_t history_max, uint32_t window_max, uint32_t multiprocessors);
+uint64_t latent_scratch_bytes(const attend_params &p);
+
+inline bool takes_latents(const attend_params &p)
+{
+    return kvd_latent_dims_ok(p.dim_k, p.dim_v);
+}
+
 inline bool takes_any(const attend_params &p)
 {
     return p.codec != p.codec_v || family_of(p.codec) == INT4;

@@ -67,11 +67,17 @@ static uint64_t attend_ns(const struct kvd_plane *plane, const struct kvd_attend
     return ns * (plane->head_dim_k + plane->head_dim_v) / 256;
 }
 
+// Query rows over latents to take at once: a row's partial results are as long as a latent, and lie
+// in scratch.
+enum { LATENT_ROWS = 1 << 14 };
+
 // Queries of an item to take at once: all, unless that were more than a launch takes, or than two
 // slices. The clock has no say in it, so that slices change no result.
 static uint32_t queries_at_once(const struct kvd_plane *plane, const struct kvd_attend_item *item)
 {
     uint64_t most = 65535 / plane->kv_heads * 8ull * plane->kv_heads / plane->q_heads;
+    if (plane->latent)
+        most = LATENT_ROWS / plane->q_heads;
     uint64_t ns = attend_ns(plane, item, 1);
     if (ns > 2 * SLICE_NS)
         most = KVD_MIN(most, KVD_MAX(item->q_len * (uint64_t)SLICE_NS / ns, (uint64_t)16));
@@ -91,12 +97,14 @@ static struct group group_at(const struct kvd_attend_params *p, uint32_t first)
         ns += attend_ns(g, &out.items[out.n], 1);
         if (out.n && ns > 2 * SLICE_NS)
             break;
+        if (out.n && g->latent && (uint64_t)(out.n + 1) * head->q_len * g->q_heads > LATENT_ROWS)
+            break;
         out.lse |= out.items[out.n].lse.data != NULL;
         uint32_t pages = codec_pages(g, out.items[out.n].hist_end);
         out.codec_stride = KVD_MAX(out.codec_stride, pages);
         out.n++;
     }
-    out.row[T_Q] = tensor_bytes(&head->q, head->q_len, g->q_heads, g->head_dim_k);
+    out.row[T_Q] = tensor_bytes(&head->q, head->q_len, g->q_heads, kvd_plane_dim_q(g));
     out.row[T_O] = tensor_bytes(&head->o, head->q_len, g->q_heads, g->head_dim_v);
     out.row[T_LSE] = out.lse ? (uint64_t)head->q_len * g->q_heads * 4 : 0;
     out.row[T_K] = (uint64_t)head->new_tokens * g->kv_heads * g->head_dim_k * 2;
@@ -115,7 +123,8 @@ static struct kvd_staged staged_of(const struct group *g, const uint64_t at[T_CO
     const struct kvd_plane *geo = g->p->plane;
     const uint32_t heads[] = {geo->q_heads, geo->kv_heads, geo->kv_heads, geo->q_heads,
                               geo->q_heads};
-    const uint32_t dims[] = {geo->head_dim_k, geo->head_dim_k, geo->head_dim_v, geo->head_dim_v, 1};
+    const uint32_t dims[] = {kvd_plane_dim_q(geo), geo->head_dim_k, geo->head_dim_v,
+                             geo->head_dim_v, 1};
     return (struct kvd_staged){.tensor = tensor_of(item, t),
                                .layer0 = layer,
                                .layers = layers,

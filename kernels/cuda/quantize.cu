@@ -71,7 +71,9 @@ static cudaError_t demote(const append_params &p, cudaStream_t stream)
     for (uint32_t v = 0; v < 2 && rc == cudaSuccess; v += sides) {
         append_params some = p;
         some.codec = v ? p.codec_v : p.codec;
-        if (some.codec != KVD_CODEC_BF16)
+        if (some.codec != KVD_CODEC_BF16 && v && kvd_latent_dims_ok(p.dim_k, p.dim_v))
+            rc = quantize_latents(some, stream);
+        else if (some.codec != KVD_CODEC_BF16)
             rc = demote_sides(some, {v, v + sides}, stream);
     }
     return rc;

@@ -559,6 +559,9 @@ cudaError_t quantize_tc(const append_params &p, which_sides which, cudaStream_t 
 // quantize_other.cu: its only kernels are those for all calls.
 cudaError_t quantize_int4(const append_params &p, which_sides which, cudaStream_t stream);
 
+// quantize_latent.cu: latents, in any codec but bf16.
+cudaError_t quantize_latents(const append_params &p, cudaStream_t stream);
+
 // Demotes sides in any codec but bf16.
 template <bool USUAL> static cudaError_t quantize(const append_params &p, which_sides which, cudaStream_t stream)
 {

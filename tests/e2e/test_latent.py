@@ -20,9 +20,11 @@ pytestmark = pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), re
 @pytest.fixture
 def kvd(start):
     daemon = start()
-    if daemon.on_gpu():
-        with pytest.raises(package.Error, match="latent planes .MLA.: the CUDA backend has no kernels"):
-            connect(daemon)
+    daemon.near = 1e-3 if daemon.on_gpu() else 1e-5  # to attention over what is read back
+    try:
+        connect(daemon).close()
+    except package.Error as e:
+        assert daemon.on_gpu() and "latent planes (MLA): the CUDA backend's kernels for them" in str(e)
         pytest.skip("the CUDA backend refuses latent planes")
     return daemon
 
@@ -89,8 +91,8 @@ def test_attention_is_that_over_what_is_read(kvd, codec, most):
         o, lse = attend(client, s, q)
         for l in range(LAYERS):
             want, want_lse = attention(q[l], read_k[l], read_v[l])
-            close(o[l], want, 1e-5)
-            np.testing.assert_allclose(lse[l], want_lse, atol=1e-5)
+            close(o[l], want, kvd.near)
+            np.testing.assert_allclose(lse[l], want_lse, atol=kvd.near)
         # The new tokens' own K and V in a step, then what they leave.
         x = client.tensor(LAYERS, 2, HEADS, LATENT + ROPE, dtype="f32")
         x.array[:] = q[:, :2]
@@ -99,7 +101,7 @@ def test_attention_is_that_over_what_is_read(kvd, codec, most):
         s.step(x, *(fill(client, n) for n in new), stepped, scale=SCALE)
         for l in range(LAYERS):
             want, _ = attention(q[l, :2], np.concatenate([read_k[l], new[0][l, :, 0]]), np.concatenate([read_v[l], new[1][l, :, 0]]))
-            close(stepped.array[l], want, 1e-5)
+            close(stepped.array[l], want, kvd.near)
         assert s.length == 652 and s.describe().planes[0].history > 0
 
 
@@ -110,11 +112,11 @@ def test_forks_and_prefixes_share_pages(kvd):
         append(client, s, 1, 500)
         child = s.fork()[0]
         child.truncate(300)
-        close(attend(client, child, q)[0][0], attention(q[0], *(x[0] for x in stored(client, child)))[0], 1e-5)
+        close(attend(client, child, q)[0][0], attention(q[0], *(x[0] for x in stored(client, child)))[0], kvd.near)
         append(client, child, 11, 100)
         before = attend(client, s, q)[0]
         k, v = stored(client, child)
-        close(attend(client, child, q)[0][1], attention(q[1], k[1], v[1])[0], 1e-5)
+        close(attend(client, child, q)[0][1], attention(q[1], k[1], v[1])[0], kvd.near)
         assert (attend(client, s, q)[0] == before).all()  # what the child wrote is its own
         prompt = package.Prompt(tokens=list(range(500)))
         assert s.publish_blocks(prompt).blocks == 6
@@ -196,10 +198,12 @@ def test_windows_free_what_is_behind_them(kvd):
         close(o[0], attention(q[0], k[0], v[0], 256)[0], 0.2)
         k, v = (client.tensor(LAYERS, 300, 1, d, dtype="f32") for d in (ROPE, LATENT))
         s.read(600, 300, k=k, v=v)
-        close(o[0], attention(q[0], k.array[0, :, 0], v.array[0, :, 0], 256)[0], 1e-5)
+        close(o[0], attention(q[0], k.array[0, :, 0], v.array[0, :, 0], 256)[0], kvd.near)
 
 
 def test_direct_mode(kvd):
+    if kvd.on_gpu():
+        pytest.skip("kvd runs on a GPU, and these arrays are in host memory")
     with connect(kvd, codec="int2", sink=16, recent=32) as client:
         s = client.create()
         with pytest.raises(package.InvalidError, match="over a latent there is no default"):
@@ -219,7 +223,7 @@ def test_direct_mode(kvd):
         k, v = stored(client, s)
         # Tokens were seen in bf16 for a little longer than they are kept so.
         close(o[1, 0], attention(q[1, 0], k[1], v[1])[0], 0.2)
-        close(attend(client, s, q[:, 0])[0][1], attention(q[1, 0], k[1], v[1])[0], 1e-5)
+        close(attend(client, s, q[:, 0])[0][1], attention(q[1, 0], k[1], v[1])[0], kvd.near)
 
 
 def test_what_is_no_latent_layout_is_refused_by_name(kvd):

@@ -1,6 +1,6 @@
 // The CUDA backend on a GPU, against float64 over the pages it wrote and against the CPU backend.
-// usage: test_cuda [quick|brief]. Needs no library but CUDA; built by tests/gpu/run.sh, and for an
-// emulated GPU by tests/emulator.
+// usage: test_cuda [latents] [quick|brief]. Needs no library but CUDA; built by tests/gpu/run.sh,
+// and for an emulated GPU by tests/emulator.
 #include <cuda_runtime_api.h>
 #include <errno.h>
 #include <time.h>
@@ -65,15 +65,6 @@ static bool served(struct kvd_codecs codec)
     struct kvd_error err = {0};
     g.codec = codec;
     return cuda->ops->plane_check(cuda, &g, &err) == KVD_OK;
-}
-
-static void refused_latents(void)
-{
-    struct kvd_plane latent = latent_plane(1, 128, KVD_CODEC_INT2, 0, 0);
-    struct kvd_error err = {0};
-    result(cuda->ops->plane_check(cuda, &latent, &err) == KVD_E_UNSUPPORTED &&
-               strstr(err.text, "latent planes (MLA)"),
-           "latent planes are refused by name");
 }
 
 #include "tests/gpu/test_transforms.h"
@@ -599,6 +590,7 @@ static void transformed_pages(uint64_t seed, bool quick)
 }
 
 #include "tests/gpu/test_any.h"
+#include "tests/gpu/test_latent.h"
 
 // Of everything a little: where a GPU is emulated.
 static void brief(uint64_t seed)
@@ -625,7 +617,7 @@ static void brief(uint64_t seed)
     }
     rotating(80, 1, false, KVD_ROTATE_QUERIES, 0, seed);
     rotating(64, 2, true, KVD_ROTATE_VALUES, 0, seed);
-    refused_latents();
+    latents_brief(seed);
     refused_transforms(seed);
     views_of_keys(seed);
     for (uint32_t codec = KVD_CODEC_TC2; codec <= KVD_CODEC_TC2_5; codec++) {
@@ -685,7 +677,9 @@ static void long_and_many(uint64_t seed)
 int main(int argc, char **argv)
 {
     setvbuf(stdout, NULL, _IOLBF, 0); // what was reached shows even if a kernel hangs
-    bool quick = argc > 1 && strcmp(argv[1], "quick") == 0; // under a sanitizer
+    bool latents = argc > 1 && strcmp(argv[1], "latents") == 0; // these alone
+    const char *how = argc > 1 + latents ? argv[1 + latents] : "";
+    bool quick = strcmp(how, "quick") == 0; // under a sanitizer
     struct kvd_error err = {0};
     cuda = kvd_cuda_backend_new(0, &err);
     if (!cuda) {
@@ -695,16 +689,21 @@ int main(int argc, char **argv)
     cpu = kvd_cpu_backend_new(0, NULL, &err);
     printf("%s; %s\n", cuda->ops->device(cuda), cpu->ops->device(cpu));
     uint64_t seed = kvd_test_seed("cuda");
-    memory();
-    paged(seed);
-    slices(seed);
+    if (!latents) {
+        memory();
+        paged(seed);
+        slices(seed);
+    }
     moved_begin(cuda, seed);
     for (int i = 0; i < 4; i++)
         checking(i & 1, i & 2);
-    if (argc > 1 && strcmp(argv[1], "brief") == 0) {
+    if (latents && strcmp(how, "brief") == 0) {
+        latents_brief(seed);
+    } else if (latents) {
+        latents_in_all(seed, quick);
+    } else if (strcmp(how, "brief") == 0) {
         brief(seed);
     } else {
-        refused_latents();
         refused_transforms(seed);
         views_of_keys(seed);
         group_done("memory, blocks, slices and refusals");
@@ -727,6 +726,8 @@ int main(int argc, char **argv)
         group_done("batches, graphs, queries that are not finite");
         any_codecs_in_all(seed, quick);
         group_done("int4 and pairs of codecs");
+        latents_in_all(seed, quick);
+        group_done("latents");
         if (!quick)
             long_and_many(seed);
     }

@@ -72,7 +72,7 @@ static inline int moved_attend(struct kvd_backend *b, const struct kvd_attend_pa
         struct kvd_attend_item *x = &items[i];
         *x = p->items[i];
         uint32_t n = p->layer_count, q = x->q_len, k = x->new_tokens;
-        m[i][0] = moved(&x->q, n, q, g->q_heads, g->head_dim_k);
+        m[i][0] = moved(&x->q, n, q, g->q_heads, kvd_plane_dim_q(g));
         m[i][1] = moved(&x->k, n, k, g->kv_heads, g->head_dim_k);
         m[i][2] = moved(&x->v, n, k, g->kv_heads, g->head_dim_v);
         m[i][3] = moved(&x->o, n, q, g->q_heads, g->head_dim_v);

@@ -163,8 +163,8 @@ typedef struct kvd_options {
     /** multi-head latent attention (MLA: DeepSeek V2 and V3, Kimi, GLM-5): kv_heads 1, K is the
      * rope part of keys, head_dim_k 64, V the latent, head_dim_v 512, and q_heads 1 to 128. A query
      * is absorbed: 512 values for the latent, then 64 for the rope part; o is of 512.
-     * kvd_attention's scale must be given. The codec is the latent's, the rope part is in bf16. Not
-     * on CUDA. */
+     * kvd_attention's scale must be given. The codec is the latent's, the rope part is in bf16.
+     * The CUDA backend refuses it as yet. */
     bool latent;
 } kvd_options;
 

@@ -154,6 +154,19 @@ inline uint32_t shared_address(const void *p)
     return (uint32_t)at;
 }
 
+template <bool TURNED> inline void load_matrices(uint32_t (&a)[4], const void *row)
+{
+    if ((uintptr_t)row % 16 || shared_address(row) + 16 > emulator_shared_bytes())
+        emulator_fail("a row of a matrix in shared memory is not aligned or leaves it");
+    const emulator_words *all = emulator_exchange((uint64_t)(uintptr_t)row);
+    uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    for (uint32_t i = 0; i < 4; i++) {
+        auto element = [&](uint32_t r, uint32_t c) { return ((const uint16_t *)(uintptr_t)all[8 * i + r].x)[c]; };
+        a[i] = TURNED ? element(2 * t, g) | (uint32_t)element(2 * t + 1, g) << 16
+                      : element(g, 2 * t) | (uint32_t)element(g, 2 * t + 1) << 16;
+    }
+}
+
 // Copies that are waited for by copies_arrived or on a barrier come as late as they can.
 inline void copy_async(void *to, const void *from)
 {
