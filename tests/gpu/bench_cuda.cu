@@ -443,6 +443,8 @@ static void bench_read(uint32_t of = KVD_CODEC_INT2)
     free_all();
 }
 
+#include "tests/gpu/bench_latent.h"
+
 int main(int argc, char **argv)
 {
     filter = argc > 1 ? argv[1] : nullptr;
@@ -568,5 +570,6 @@ int main(int argc, char **argv)
     bench_read(KVD_CODEC_INT4);
     bench_read(KVD_CODEC_TC2);
     bench_read(KVD_CODEC_TC2_5);
+    bench_latents();
     return 0;
 }
