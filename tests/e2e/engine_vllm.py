@@ -7,6 +7,20 @@ import time
 os.environ.update(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1")
 
 
+def keep_stats(llm):
+    """LLM drops the numbers of steps that answer no request, such as those in which stores end; vLLM's server does not."""
+    engine = llm.llm_engine
+    get = engine.engine_core.get_output
+
+    def get_output():
+        outputs = get()
+        if outputs.scheduler_stats is not None and not outputs.outputs:
+            engine.logger_manager.record(scheduler_stats=outputs.scheduler_stats, iteration_stats=None)
+        return outputs
+
+    engine.engine_core.get_output = get_output
+
+
 def serve(model, options):
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what vLLM prints goes where its log goes
@@ -23,6 +37,7 @@ def serve(model, options):
     transfer = extra is not None and KVTransferConfig(kv_connector="KvdConnector", kv_role="kv_both", kv_load_failure_policy="recompute",
                                                       kv_connector_extra_config=extra) or None
     llm = LLM(model, enforce_eager=True, kv_transfer_config=transfer, disable_log_stats=False, **options)
+    keep_stats(llm)
 
     def generate(prompts, tokens=1, logprobs=None, lora=None, salt=None):
         request = LoRARequest(*lora) if lora else None

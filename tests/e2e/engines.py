@@ -26,7 +26,7 @@ class Engine:
 
     def __init__(self, script, model, log, options):
         self.log = log
-        env = {**os.environ, "KVD_LIBRARY": str(BUILD / "client/libkvd.so.0")}
+        env = {**os.environ, "KVD_LIBRARY": str(BUILD / "client/libkvd.so.0"), "PYTHONHASHSEED": "0"}  # which vLLM 0.26 wants
         with open(log, "w") as f:
             self.process = subprocess.Popen([sys.executable, str(HERE / script), str(model), json.dumps(options)], env=env, text=True,
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=f)

@@ -196,7 +196,7 @@ def test_blocks_of_the_engines_own_kernel_come_back_bit_for_bit(daemon, tokens, 
         assert np.array_equal(side, want)
     other.submit_load(3, Load([b"\xff" * 32] * setup.pages_per_chunk), Gpu(moved[:max(1, 64 // tokens)]))
     other.wait({3})
-    assert other.get_finished()[0].success and other.take_failed() == {3}  # vLLM asserts that jobs succeed; the connector tells it otherwise
+    assert other.get_finished()[0].success and list(other.take_failed()) == [3]  # vLLM asserts that jobs succeed; the connector tells it otherwise
     worker.shutdown()
     other.shutdown()
 
@@ -214,7 +214,7 @@ def configs(**more):
                          hf_config=N(to_dict=lambda: {"a": 1}), hf_text_config=N(to_dict=lambda: {"rope_parameters": {"rope_type": "default"}})),
           parallel_config=N(pipeline_parallel_size=1, prefill_context_parallel_size=1, decode_context_parallel_size=1, world_size=1,
                             tensor_parallel_size=1, rank=0),
-          cache_config=N(cache_dtype="auto", prefix_caching_hash_algo="sha256"), speculative_config=None, load_config=N(load_format="auto"),
+          cache_config=N(cache_dtype="auto", prefix_caching_hash_algo="sha256", block_size=64), speculative_config=None, load_config=N(load_format="auto"),
           kv=N(kv_cache_groups=[N(kv_cache_spec=spec, layer_names=["model.layers.1.attn", "model.layers.0.attn"])], hash_block_size=64))
     for name, value in more.items():
         *path, last = name.split("__")
@@ -274,6 +274,99 @@ def test_what_is_not_served_is_refused_by_name():
                 digest(cache_config__prefix_caching_hash_algo="sha256_cbor"), digest(model_config__hf_config=N(to_dict=lambda: {"a": 2})),
                 digest(model_config__hf_text_config=yarn),
                 digest(model_config__hf_text_config=yarn, model_config__max_model_len=4096)}) == 8
+
+
+def test_gpus_and_hash_seeds_are_refused_by_release(monkeypatch):
+    from types import SimpleNamespace as N
+
+    from kvd.engines import Refused, space
+    from kvd.vllm._setup import compat, prepare
+
+    def refused(says, **kw):
+        c = configs(**kw)
+        with pytest.raises(Refused, match=says):
+            prepare(c, c.kv)
+
+    if compat.__name__.endswith("_v026"):
+        digests = set()
+        for seed in ("0", "1"):
+            monkeypatch.setenv("PYTHONHASHSEED", seed)
+            digests.add(space(**prepare(configs(), configs().kv).facts))
+        assert len(digests) == 2
+        monkeypatch.delenv("PYTHONHASHSEED")
+        refused("PYTHONHASHSEED=0")
+        monkeypatch.setenv("PYTHONHASHSEED", "0")
+    monkeypatch.setattr(compat, "current_platform", N(device_type="cuda"))
+    if "cuda" not in compat.DEVICES:
+        refused("on cuda is not served")
+        return
+    assert prepare(configs(), configs().kv).kv_heads == 3
+    refused("tensor parallelism is not served on GPUs", parallel_config__world_size=2, parallel_config__tensor_parallel_size=2)
+    refused("sleep mode", model_config__enable_sleep_mode=True)
+
+
+def test_an_engine_on_a_gpu_wants_a_kvd_on_it(daemon):
+    from kvd.engines import PageStore, Refused
+    from kvd.vllm._worker import on_the_gpu
+
+    setup = setup_for(daemon, 64, 1, 64)
+    with pytest.raises(Refused, match="--backend cuda"):
+        PageStore(lambda: on_the_gpu(setup.open(0, "engine"))).start()
+
+
+def test_part_of_a_chunk_in_the_engines_own_cache_is_no_hit():
+    """vLLM would load the rest of that chunk alone, and pages are read whole."""
+    from types import SimpleNamespace as N
+
+    from kvd.engines import COMPRESSED, Breaker, Ranks
+    from kvd.vllm._manager import KvdManager
+    from kvd.vllm._setup import compat
+
+    class HasAll:
+        breaker = Breaker()
+
+        def lookup(self, requests, lease):
+            return [N(pages=len(keys), kinds=bytes([COMPRESSED] * len(keys)), lease=1) for keys in requests]
+
+        def start(self, *leases):
+            pass
+
+        release = close = start
+
+    manager = KvdManager(setup_for(N(address="none"), 16, 1, 64), 4, Ranks([HasAll()]))
+    hashes = [bytes([i]) * 32 for i in range(16)]
+    manager.admit(N(request_id="r", mm_features=[], prompt_embeds=None, lora_request=None, block_hashes=hashes, num_prompt_tokens=256))
+
+    def found(computed, chunk):
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            manager.sweep("r", computed)
+            if (result := manager.lookup(hashes[4 * chunk + 3] + bytes(4), N(req_id="r"))) is not compat.LookupResult.RETRY:
+                return result
+        raise AssertionError("no answer")
+
+    hit, miss = compat.LookupResult.HIT, compat.LookupResult.MISS
+    assert [found(64, chunk) for chunk in (0, 1, 3)] == [miss, hit, hit]
+    assert [found(computed, 1) for computed in (80, 96, 112)] == [miss] * 3
+    assert found(128, 2) is hit
+    manager.shutdown()
+
+
+def test_loads_that_failed_are_told_by_their_blocks():
+    """vLLM 0.26 says of which blocks; the scheduler's side finds the requests that waited for them."""
+    from types import SimpleNamespace as N
+
+    from kvd.vllm._setup import compat
+
+    if not compat.__name__.endswith("_v026"):
+        pytest.skip("this release says of which requests")
+    worker, scheduler = object.__new__(compat.Connector), object.__new__(compat.Connector)
+    worker.connector_worker = N(worker=N(take_failed=lambda: {5: [7, 8], 6: [9]}))
+    assert worker.get_block_ids_with_load_errors() == {7, 8, 9}
+    scheduler._targets = {"a": {7, 8}, "b": {1, 2}, "c": {9}}
+    assert sorted(scheduler.failed_requests(N(invalid_block_ids={7, 8, 9}, finished_recving={"a"}))) == ["a", "c"]
+    assert scheduler._targets.keys() == {"b", "c"}
+    assert scheduler.failed_requests(N(invalid_block_ids=set(), finished_recving=None)) == []
 
 
 def test_what_one_process_stored_another_loads_and_says_the_same(first, second, text):

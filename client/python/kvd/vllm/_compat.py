@@ -5,7 +5,7 @@ from types import ModuleType
 
 from ..engines import Refused
 
-RELEASES = {"0.32": "_v032"}
+RELEASES = {"0.26": "_v026", "0.32": "_v032"}
 
 
 def _installed() -> str:

@@ -46,6 +46,7 @@ class _Request:
     stored: bool  # whether its chunks may be
     loaded: bool
     keys: list[bytes] = dataclasses.field(default_factory=list)  # of pages, as far as they were wanted
+    chunks: dict[bytes, int] = dataclasses.field(default_factory=dict)  # of these keys, by the block hashes that name them
     begin: int = 0  # chunk where the last sweep began
     usable: Optional[int] = 0  # chunks from there that may be loaded; None: not known yet
 
@@ -88,9 +89,13 @@ class KvdManager(compat.OffloadingManager):  # type: ignore[name-defined,misc]
             self.counters.add(left_out=1)
 
     def sweep(self, request_id: str, computed: int) -> None:
-        """vLLM is about to look up the request's chunks behind its `computed` tokens."""
+        """vLLM is about to look up the request's chunks behind its `computed` tokens. Where blocks are smaller than chunks and it has some
+        of a chunk's, vLLM would load the others alone; pages are read whole, so nothing is found then."""
         r = self._requests.get(request_id)
         if r is None or not r.loaded:
+            return
+        if computed % self._setup.chunk_tokens:
+            r.usable = 0
             return
         per, r.begin = self._setup.pages_per_chunk, computed // self._setup.chunk_tokens
         self._extend(r)
@@ -112,12 +117,12 @@ class KvdManager(compat.OffloadingManager):  # type: ignore[name-defined,misc]
             return compat.LookupResult.MISS
         if r.usable is None:
             return compat.LookupResult.RETRY
-        i = self._chunk(key, req_context)
+        i = self._chunk(r, key)
         return compat.LookupResult.HIT if r.begin <= i < r.begin + r.usable else compat.LookupResult.MISS
 
     def prepare_load(self, keys: Collection[bytes], req_context: Any) -> Load:
         r, per = self._requests[req_context.req_id], self._setup.pages_per_chunk
-        chunks = [self._chunk(k, req_context) for k in keys]
+        chunks = [self._chunk(r, k) for k in keys]
         pages = [r.keys[i * per + j] for i in chunks for j in range(per)]
         found = self._lookups.take(req_context.req_id)
         self._loading[req_context.req_id] = found.leases if found else ()
@@ -140,7 +145,7 @@ class KvdManager(compat.OffloadingManager):  # type: ignore[name-defined,misc]
         per, now = self._setup.pages_per_chunk, time.monotonic()
         new: dict[int, bytes] = {}
         for key in keys:
-            i = self._chunk(key, req_context)
+            i = self._chunk(r, key)
             first = r.keys[i * per]
             if first not in self._decoded and now - self._known.get(first, -_AGAIN) >= _AGAIN:
                 new[i] = key
@@ -181,14 +186,16 @@ class KvdManager(compat.OffloadingManager):  # type: ignore[name-defined,misc]
         self._lookups.close()
         self._ranks.close()
 
-    def _chunk(self, key: bytes, req_context: Any) -> int:
-        return req_context.get_offload_key_position(key) // self._setup.chunk_tokens - 1
+    def _chunk(self, r: _Request, key: bytes) -> int:
+        """Of vLLM's key, a block hash and the number of the KV group."""
+        return r.chunks[key[:-4]]
 
     def _extend(self, r: _Request) -> None:
         """Keys of the chunks whose hashes there are by now."""
         per = self._setup.pages_per_chunk
         for i in range(len(r.keys) // per, len(r.hashes) // self._per_chunk):
             key = r.hashes[(i + 1) * self._per_chunk - 1]
+            r.chunks[key] = i
             if r.mixed:
                 key = hashlib.sha256(b"kvd mixed " + len(r.mixed).to_bytes(4, "big") + r.mixed + key).digest()
             r.keys += split_key(key, per)

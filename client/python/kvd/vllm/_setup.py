@@ -59,7 +59,7 @@ def _group(kv_cache_config: Any) -> Any:
             raise Refused(f"KV of the kind {type(s).__name__} is not served, FullAttentionSpec alone is")
         if s.sliding_window is not None or s.attention_chunk_size is not None or s.non_causal:
             raise Refused("sliding windows, chunked attention and attention that is not causal are not served")
-        if s.kv_quant_mode != 0 or s.state_content_bytes is not None or s.num_head_slots is not None or s.tokens_per_state != 1:
+        if compat.packed(s):
             raise Refused("a quantized or packed KV cache is not served: start with --kv-cache-dtype auto")
         if s.head_size_v != s.head_size:
             raise Refused(f"heads of {s.head_size} for K and {s.head_size_v} for V are not served")
@@ -78,8 +78,13 @@ def _check(vllm_config: Any, extra: dict[str, Any]) -> None:
         raise Refused('"kv_load_failure_policy": "recompute" is wanted in --kv-transfer-config: what kvd cannot give is computed')
     if c.kv_transfer_config.kv_role != "kv_both":
         raise Refused('"kv_role": "kv_both" is wanted in --kv-transfer-config')
-    if not compat.current_platform.is_cpu():
-        raise Refused(f"vLLM on {compat.current_platform.device_type} is not served yet, on the CPU it is")
+    device = compat.current_platform.device_type
+    if device not in compat.DEVICES:
+        raise Refused(f"this release of vLLM on {device} is not served, on {' and '.join(compat.DEVICES)} it is")
+    if device != "cpu" and p.world_size != 1:
+        raise Refused("tensor parallelism is not served on GPUs yet, on the CPU it is")
+    if device != "cpu" and getattr(c.model_config, "enable_sleep_mode", False):
+        raise Refused("sleep mode is not served: it takes away the memory that pages are read from and written to")
     if c.model_config.use_mla:
         raise Refused("latent attention (MLA) is not served")
     for name in ("pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size"):
@@ -128,7 +133,7 @@ def prepare(vllm_config: Any, kv_cache_config: Any) -> Setup:
     codec = extra.get("codec", "int2")
     algorithm = c.prefix_caching_hash_algo
     facts = {
-        "engine": "vllm", "hash": compat.hash_facts(algorithm), "hash_tokens": kv_cache_config.hash_block_size or block,
+        "engine": "vllm", "hash": compat.hash_facts(algorithm), "hash_tokens": compat.hash_tokens(vllm_config, kv_cache_config) or block,
         "python": list(sys.version_info[:2]) if algorithm == "sha256" else None,  # it pickles what it hashes
         "weights": extra.get("weights") or weights_digest(m.model), "load": str(vllm_config.load_config.load_format),
         "seed": m.seed if str(vllm_config.load_config.load_format) == "dummy" else None, "quantization": m.quantization, "dtype": str(m.dtype),

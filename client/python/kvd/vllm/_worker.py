@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Optional, Sequence
+from typing import Any, Callable, Optional, Sequence
 
 import numpy as np
 import torch
 
+from .. import _library as lib
 from ..engines import EXACT, MISSING, PAGE, Breaker, Counters, PageStore, Refused, Transfers
 from ._blocks import BlockLayout, probe
 from ._manager import Load, Run, Store, stats
@@ -17,7 +18,7 @@ _PAGES, _STAGED = 1024, 64  # at once; where blocks have to be put in order firs
 
 
 class _Blocks:
-    """The engine's KV: `paged(pages, blocks)` says where pages lie, for kvd to read or write.
+    """The engine's KV in the host's memory: `paged(blocks)` says where pages lie, for kvd to read or write.
 
     Blocks whose tokens lie at regular distances are read and written where they are. Others, such as those of AMX, go through memory
     of this object's own, in order: by `fetch` before a put, and `store` after a get."""
@@ -45,6 +46,9 @@ class _Blocks:
         shape = (*cache.shape[:2], self._setup.block_tokens, self._setup.head_dim)
         return np.lib.stride_tricks.as_strided(cache[:, :, first:], shape, (*cache.strides[:2], token * 2, dim * 2))
 
+    def after(self) -> Callable[[], None]:
+        return lambda: None
+
     def fetch(self, blocks: np.ndarray) -> None:
         if self._layout.regular:
             return
@@ -63,11 +67,52 @@ class _Blocks:
             cache[blocks] = np.take(np.concatenate([k[:n].reshape(rows), v[:n].reshape(rows)], axis=2), self._layout.inverse, axis=2)
 
 
+class _GpuBlocks:
+    """The engine's KV in the GPU's memory: pages are read and written where they are, by a stream of this object's own, which waits for
+    what the engine had given its own stream when `after` was called."""
+
+    def __init__(self, setup: Setup, tensors: Sequence[torch.Tensor], layout: BlockLayout):
+        if not layout.regular:
+            raise Refused("blocks whose tokens lie at no regular distances are not served on a GPU")
+        h, t, d = setup.kv_heads, setup.block_tokens, setup.head_dim
+        self.most = max(1, _PAGES * PAGE // t)  # blocks at once
+        self._stream = torch.cuda.Stream(tensors[0].device)
+        self._k, self._v = (
+            [torch.as_strided(x.view(torch.bfloat16), (x.shape[0], h, t, d), (h * 2 * t * d, 2 * t * d, token, dim), first) for x in tensors]
+            for first, token, dim in (layout.strides_k, layout.strides_v))  # type: ignore[misc]
+
+    def after(self) -> Callable[[], None]:
+        """Called by the engine's thread. What it returns is called by the one that moves pages, before it does."""
+        event = torch.cuda.Event()
+        event.record()
+        return lambda: self._stream.wait_event(event)
+
+    def paged(self, blocks: np.ndarray) -> Any:
+        from .. import Paged
+
+        return Paged(self._k, self._v, blocks, stream=self._stream.cuda_stream)
+
+    def fetch(self, blocks: np.ndarray) -> None:
+        pass
+
+    def store(self, blocks: np.ndarray) -> None:
+        pass
+
+
+def on_the_gpu(pages: Any) -> Any:
+    """The same, if its kvd can read and write memory of the GPU: one without would refuse each call, and no page were ever found."""
+    if not pages.client.on_gpu:
+        pages.close()
+        raise lib.PreconditionError("it runs on the CPU, and the engine on a GPU: start it with --backend cuda, on that GPU")
+    return pages
+
+
 class KvdWorker(compat.OffloadingWorker):  # type: ignore[name-defined,misc]
     """Called by the worker's thread alone. vLLM takes every job for done well; those that were not are told by `take_failed`."""
 
-    def __init__(self, setup: Setup, caches: Any, stores: Optional[tuple[PageStore, PageStore]] = None, layout: Optional[BlockLayout] = None):
-        """stores: for loads and for stores."""
+    def __init__(self, setup: Setup, caches: Any, stores: Optional[tuple[PageStore, PageStore]] = None, layout: Optional[BlockLayout] = None,
+                 engine: Optional[tuple[Any, dict[str, torch.Tensor]]] = None):
+        """stores: for loads and for stores. engine: its config, and its layers' caches as its attention sees them."""
         refs = caches.group_data_refs[0]
         if len(caches.group_data_refs) != 1 or len(refs) != len(setup.layers) or len({r.tensor_idx for r in refs}) != len(refs):
             raise Refused("KV caches that are packed or shared between layers are not served")
@@ -76,32 +121,58 @@ class KvdWorker(compat.OffloadingWorker):  # type: ignore[name-defined,misc]
         for t in tensors:
             if t.shape[1] != size or not t.is_contiguous():
                 raise Refused(f"blocks of {t.shape[1]} bytes are not served where K and V take {size}")
-        layout = layout or probe(lambda k, v, cache, slots: compat.write_cpu(k, v, cache, slots, "auto"), setup.kv_heads, setup.block_tokens,
-                                 setup.head_dim)
+        if layout is None:
+            name = setup.facts["layers"][0] if engine else ""
+            write = compat.writer(engine[0], name, engine[1][name], tensors[0]) if engine else (lambda *x: compat.write_cpu(*x, "auto"))
+            layout = probe(write, setup.kv_heads, setup.block_tokens, setup.head_dim)
         self._setup, self.counters, breaker = setup, Counters(), Breaker()
-        self._in, self._out = stores or tuple(PageStore(lambda: setup.open(setup.rank, "vllm-worker"), breaker, self.counters) for _ in range(2))
+        device = tensors[0].device
+
+        def opened() -> Any:
+            pages = setup.open(setup.rank, "vllm-worker")
+            return on_the_gpu(pages) if device.type == "cuda" else pages
+
+        self._in, self._out = stores or tuple(PageStore(opened, breaker, self.counters) for _ in range(2))
         for s in (self._in, self._out):
             s.start()
-        self._targets, self._sources = _Blocks(setup, tensors, layout), _Blocks(setup, tensors, layout)
-        self._transfers = Transfers()
-        self._failed: set[int] = set()
+        blocks: Any = _GpuBlocks if device.type == "cuda" else _Blocks
+        self._targets, self._sources = blocks(setup, tensors, layout), blocks(setup, tensors, layout)
+        self._transfers = Transfers(start=lambda: torch.cuda.set_device(device) if device.type == "cuda" else None)
+        self._loads: dict[int, np.ndarray] = {}  # that are under way, and their blocks
+        self._failed: dict[int, np.ndarray] = {}
 
     def submit_store(self, job_id: int, src_spec: Any, dst_spec: Store) -> bool:
-        self._transfers.store(job_id, lambda: self._store(np.asarray(src_spec.block_ids, np.int64), dst_spec.runs))
+        after = self._sources.after()
+
+        def work() -> Optional[int]:
+            after()
+            return self._store(np.asarray(src_spec.block_ids, np.int64), dst_spec.runs)
+
+        self._transfers.store(job_id, work)
         return True
 
     def submit_load(self, job_id: int, src_spec: Load, dst_spec: Any) -> bool:
-        self._transfers.load(job_id, lambda: self._load(np.asarray(dst_spec.block_ids, np.int64), src_spec))
+        after, blocks = self._targets.after(), np.asarray(dst_spec.block_ids, np.int64)
+
+        def work() -> Optional[int]:
+            after()
+            return self._load(blocks, src_spec)
+
+        self._loads[job_id] = blocks
+        self._transfers.load(job_id, work)
         return True
 
     def get_finished(self) -> list[Any]:
         done = self._transfers.finished()
-        self._failed |= {d.job for d in done if d.load and not d.ok}
+        for d in done:
+            blocks = self._loads.pop(d.job, None)
+            if blocks is not None and not d.ok:
+                self._failed[d.job] = blocks
         return [compat.TransferResult(d.job, True, d.bytes if d.ok else None, d.seconds if d.ok else None) for d in done]
 
-    def take_failed(self) -> set[int]:
-        """Loads among those that have finished."""
-        failed, self._failed = self._failed, set()
+    def take_failed(self) -> dict[int, np.ndarray]:
+        """Loads among those that have finished, and the blocks that they were to fill."""
+        failed, self._failed = self._failed, {}
         return failed
 
     def wait(self, job_ids: set[int]) -> None:

@@ -7,7 +7,7 @@ apart by more than their tokens, and each side's numbers are in vLLM's metrics.
 from __future__ import annotations
 
 import contextvars
-from typing import Any, Iterable, Optional
+from typing import Any, Optional
 
 from ._manager import METRICS, KvdManager
 from ._setup import Setup, chunk_size, compat, prepare
@@ -23,6 +23,7 @@ class KvdOffloadingSpec(compat.OffloadingSpec):  # type: ignore[name-defined,mis
         self.setup = _setup.get()
         self._manager: Optional[KvdManager] = None
         self._worker: Optional[KvdWorker] = None
+        self.engine: Optional[tuple[Any, dict[str, Any]]] = None  # its config and its layers' caches, once they are there
 
     def get_manager(self) -> KvdManager:
         if self._manager is None:
@@ -31,7 +32,7 @@ class KvdOffloadingSpec(compat.OffloadingSpec):  # type: ignore[name-defined,mis
 
     def get_worker(self, kv_caches: Any) -> KvdWorker:
         if self._worker is None:
-            self._worker = KvdWorker(self.setup, kv_caches)
+            self._worker = KvdWorker(self.setup, kv_caches, engine=self.engine)
         return self._worker
 
     @classmethod
@@ -47,7 +48,7 @@ def _with_spec(vllm_config: Any) -> None:
     vllm_config.kv_transfer_config.kv_connector_extra_config["spec_name"] = _SPEC
 
 
-class KvdConnector(compat.OffloadingConnector):  # type: ignore[name-defined,misc]
+class KvdConnector(compat.Connector):  # type: ignore[name-defined,misc]
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
         setup = prepare(vllm_config, kv_cache_config)
         _with_spec(vllm_config)
@@ -57,6 +58,10 @@ class KvdConnector(compat.OffloadingConnector):  # type: ignore[name-defined,mis
             super().__init__(vllm_config, role, kv_cache_config)
         finally:
             _setup.reset(token)
+
+    def register_kv_caches(self, kv_caches: Any) -> None:
+        self.connector_worker.spec.engine = (self._vllm_config, kv_caches)
+        super().register_kv_caches(kv_caches)
 
     @property
     def _manager(self) -> KvdManager:
@@ -72,16 +77,10 @@ class KvdConnector(compat.OffloadingConnector):  # type: ignore[name-defined,mis
 
     def update_connector_output(self, connector_output: Any) -> None:
         super().update_connector_output(connector_output)
-        failed: Iterable[str] = connector_output.failed_recving
+        failed = self.failed_requests(connector_output)
         if failed:
             self._manager.failed(failed)
             compat.restart_stores(self, failed)
-
-    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
-        jobs = compat.loading(self)
-        sent, received = self.get_finished(finished_req_ids)
-        failed = {jobs[j] for j in self.connector_worker.worker.take_failed()}
-        return compat.KVConnectorTransferResults(finished_sending=sent, finished_recving=received, failed_recving=failed)
 
     def get_kv_connector_stats(self) -> Any:
         if self.connector_worker is not None and self.connector_worker.worker is not None:
