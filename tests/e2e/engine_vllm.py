@@ -8,7 +8,11 @@ os.environ.update(HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_
 
 
 def keep_stats(llm):
-    """LLM drops the numbers of steps that answer no request, such as those in which stores end; vLLM's server does not."""
+    """In 0.26, LLM drops the numbers of steps that answer no request, such as those in which stores end; vLLM's server does not."""
+    import vllm
+
+    if not vllm.__version__.startswith("0.26."):
+        return
     engine = llm.llm_engine
     get = engine.engine_core.get_output
 

@@ -296,6 +296,24 @@ def test_loads_do_not_wait_for_stores_and_stores_that_wait_are_given_up():
     t.close()
 
 
+def test_an_engine_rests_while_something_is_under_way():
+    t, gate = Transfers(), threading.Event()
+
+    def seconds(longest):
+        began = time.monotonic()
+        t.rest(longest)
+        return time.monotonic() - began
+
+    assert seconds(5) < 2  # nothing is
+    t.load(1, lambda: gate.wait(20) and 1)
+    assert seconds(0.2) >= 0.19
+    threading.Timer(0.2, gate.set).start()
+    assert seconds(10) < 5  # it ends
+    assert seconds(10) < 5  # and has not been asked for
+    assert [d.job for d in t.finished()] == [1]
+    t.close()
+
+
 def test_lookups_keep_to_what_one_call_may_ask():
     k = keys(5000)
     pages = Pages({x: EXACT for x in k[:4500]})

@@ -177,6 +177,25 @@ def test_half_a_block_is_a_page(kvd):
         assert (target.read([3])[:, :, :64] == 0x4141).all() and (target.read([0])[:, :, 64:] == 0x4141).all()
 
 
+def test_other_blocks_of_tensors_that_were_described(kvd):
+    given, keys = kv(3, 2), keys_of("again", 2)
+    source, target = Engine(4, 64), Engine(4, 64, "hnd")
+    source.write([3, 1], given)
+    described = source.paged([])
+    with connect(kvd) as p:
+        first, second = described.with_blocks([3]), described.with_blocks([1])  # what one has, the other does not change
+        assert (described.pages, first.pages, second.pages) == (0, 1, 1)
+        p.put(keys[:1], first, exact=[True])
+        p.put(keys[1:], second, exact=[True], after=keys[0])
+        p.get(keys, target.paged([0]).with_blocks([2, 0]))
+        assert np.array_equal(target.read([2, 0]), given)
+        for wrong in ([4], [-1]):
+            with pytest.raises(package.InvalidError, match="blocks are 0 to 3"):
+                described.with_blocks(wrong)
+        with pytest.raises(TypeError):
+            described.with_blocks([1.5])
+
+
 def test_an_exact_page_is_not_replaced(kvd):
     given, other, keys = kv(3, 2), kv(4, 2), keys_of("exact", 2)
     e = Engine()

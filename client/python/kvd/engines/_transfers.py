@@ -74,6 +74,13 @@ class Transfers:
                     self._end(Done(job, False, 0, 0.0, False))
             self._changed.wait_for(lambda: self._open.isdisjoint(jobs))
 
+    def rest(self, seconds: float) -> None:
+        """For an engine that has nothing else to do while jobs are under way: until one has ended, and so long at most. Otherwise it would
+        ask again at once, and these threads would wait for the interpreter's lock."""
+        with self._changed:
+            if self._open:
+                self._changed.wait_for(lambda: self._done or not self._open, seconds)
+
     def close(self, seconds: float = 10.0) -> None:
         """Stores that wait are given up, and what runs is waited for."""
         with self._changed:

@@ -7,6 +7,7 @@ from typing import Any, Callable, Optional, Sequence
 import numpy as np
 import torch
 
+from .. import Paged
 from .. import _library as lib
 from ..engines import EXACT, MISSING, PAGE, Breaker, Counters, PageStore, Refused, Transfers
 from ._blocks import BlockLayout, probe
@@ -31,14 +32,12 @@ class _Blocks:
         if not layout.regular:
             shape = (len(tensors), self.most, h, t, d)
             self._k, self._v = np.zeros(shape, np.uint16), np.zeros(shape, np.uint16)
+            self._paged = Paged(list(self._k), list(self._v), [])
+        else:
+            self._paged = Paged(*([self._view(c, s) for c in self._caches] for s in (layout.strides_k, layout.strides_v)), [])
 
     def paged(self, blocks: np.ndarray) -> Any:
-        from .. import Paged
-
-        if not self._layout.regular:
-            return Paged(list(self._k), list(self._v), np.arange(len(blocks)))
-        return Paged([self._view(c, self._layout.strides_k) for c in self._caches],
-                     [self._view(c, self._layout.strides_v) for c in self._caches], blocks)
+        return self._paged.with_blocks(blocks if self._layout.regular else np.arange(len(blocks)))
 
     def _view(self, cache: np.ndarray, strides: Any) -> np.ndarray:
         """[blocks, heads, tokens, dim] of K or V."""
@@ -77,9 +76,9 @@ class _GpuBlocks:
         h, t, d = setup.kv_heads, setup.block_tokens, setup.head_dim
         self.most = max(1, _PAGES * PAGE // t)  # blocks at once
         self._stream = torch.cuda.Stream(tensors[0].device)
-        self._k, self._v = (
-            [torch.as_strided(x.view(torch.bfloat16), (x.shape[0], h, t, d), (h * 2 * t * d, 2 * t * d, token, dim), first) for x in tensors]
-            for first, token, dim in (layout.strides_k, layout.strides_v))  # type: ignore[misc]
+        k, v = ([torch.as_strided(x.view(torch.bfloat16), (x.shape[0], h, t, d), (h * 2 * t * d, 2 * t * d, token, dim), first)
+                 for x in tensors] for first, token, dim in (layout.strides_k, layout.strides_v))  # type: ignore[misc]
+        self._paged = Paged(k, v, [], stream=self._stream.cuda_stream)
 
     def after(self) -> Callable[[], None]:
         """Called by the engine's thread. What it returns is called by the one that moves pages, before it does."""
@@ -88,9 +87,7 @@ class _GpuBlocks:
         return lambda: self._stream.wait_event(event)
 
     def paged(self, blocks: np.ndarray) -> Any:
-        from .. import Paged
-
-        return Paged(self._k, self._v, blocks, stream=self._stream.cuda_stream)
+        return self._paged.with_blocks(blocks)
 
     def fetch(self, blocks: np.ndarray) -> None:
         pass
@@ -174,6 +171,9 @@ class KvdWorker(compat.OffloadingWorker):  # type: ignore[name-defined,misc]
         """Loads among those that have finished, and the blocks that they were to fill."""
         failed, self._failed = self._failed, {}
         return failed
+
+    def rest(self, seconds: float) -> None:
+        self._transfers.rest(seconds)
 
     def wait(self, job_ids: set[int]) -> None:
         self._transfers.wait(job_ids)

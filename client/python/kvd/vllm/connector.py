@@ -15,6 +15,7 @@ from ._worker import KvdWorker
 
 _setup: "contextvars.ContextVar[Setup]" = contextvars.ContextVar("kvd_setup")  # from the connector to the spec that vLLM makes meanwhile
 _SPEC = "KvdOffloadingSpec"
+_REST = 0.001  # seconds
 
 
 class KvdOffloadingSpec(compat.OffloadingSpec):  # type: ignore[name-defined,misc]
@@ -50,6 +51,7 @@ def _with_spec(vllm_config: Any) -> None:
 
 class KvdConnector(compat.Connector):  # type: ignore[name-defined,misc]
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
+        self._computes = False
         setup = prepare(vllm_config, kv_cache_config)
         _with_spec(vllm_config)
         chunk_size(vllm_config.kv_transfer_config.kv_connector_extra_config, setup.block_tokens)
@@ -58,6 +60,21 @@ class KvdConnector(compat.Connector):  # type: ignore[name-defined,misc]
             super().__init__(vllm_config, role, kv_cache_config)
         finally:
             _setup.reset(token)
+
+    # A step that computes nothing waits a little for what is moved: vLLM would begin the next one at once, and again.
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        self._computes = False
+        super().start_load_kv(forward_context, **kwargs)
+
+    def wait_for_save(self) -> None:
+        self._computes = True
+        super().wait_for_save()
+
+    def get_finished(self, finished_req_ids: set[str]) -> Any:
+        if not self._computes:
+            self.connector_worker.worker.rest(_REST)
+        return super().get_finished(finished_req_ids)
 
     def register_kv_caches(self, kv_caches: Any) -> None:
         self.connector_worker.spec.engine = (self._vllm_config, kv_caches)
