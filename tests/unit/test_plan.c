@@ -113,5 +113,38 @@ START_TEST(any_step_has_a_plan)
 }
 END_TEST
 
+// Over latents, which have a plan of their own.
+START_TEST(latents_have_plans)
+{
+    uint64_t seed = kvd_test_seed("latents");
+    for (int i = 0; i < 20000; i++) {
+        uint32_t heads = 1 + (uint32_t)(kvd_rand(&seed) % KVD_MAX_LATENT_GROUP);
+        struct kvd_cuda_attend_params p = step(1 + (uint32_t)(kvd_rand(&seed) % 400), heads, 1,
+                                               1 + (uint32_t)(kvd_rand(&seed) % 8));
+        p.dim_k = 64;
+        p.dim_v = 512;
+        p.codec = KVD_CODEC_BF16;
+        p.codec_v = i % 5 ? KVD_CODEC_INT2 : KVD_CODEC_BF16;
+        uint32_t longest = (uint32_t)(kvd_rand(&seed) % (1 << kvd_rand(&seed) % 21));
+        bool ragged = i % 2;
+        uint64_t sum = ragged
+                           ? longest + kvd_rand(&seed) % ((uint64_t)longest * (p.sequences - 1) + 1)
+                           : (uint64_t)longest * p.sequences;
+        uint32_t window = longest ? (uint32_t)(kvd_rand(&seed) % 700) : 1;
+        kvd_cuda_attend_plan(&p, sum, longest, window, PROCESSORS);
+        uint32_t tiles = (longest + KVD_PAGE_TOKENS - 1) / KVD_PAGE_TOKENS;
+        // Products are cut off at their end: a part is no longer than errors may grow in it.
+        ck_assert(p.part_tiles >= 1 && p.part_tiles <= 1024);
+        ck_assert(p.splits <= 128 && p.splits + p.window_splits >= 1 && p.splits >= (longest > 0));
+        ck_assert((uint64_t)p.splits * p.part_tiles >= tiles);
+        ck_assert(p.window_splits >= (window > 0) && p.window_splits <= 32);
+        ck_assert_uint_eq(p.scratch_zeroed, 0);
+        uint64_t rows = (uint64_t)p.sequences * p.q_len * heads;
+        ck_assert_uint_ge(kvd_cuda_attend_scratch(&p),
+                          rows * (p.splits + p.window_splits) * (p.dim_v + 2) * 4);
+    }
+}
+END_TEST
+
 KVD_MAIN("plan", 60, equal_histories_fill_the_gpu, parts_of_several_waves_are_long,
-         few_sequences_and_their_windows_run_at_once, any_step_has_a_plan)
+         few_sequences_and_their_windows_run_at_once, any_step_has_a_plan, latents_have_plans)
