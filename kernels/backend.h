@@ -188,6 +188,25 @@ struct kvd_copy {
     uint64_t to, from, bytes; // addresses
 };
 
+// Memory of pages: whole ones, so that it is a multiple of KVD_PAGE_UNIT.
+struct kvd_span {
+    uint64_t addr, bytes;
+};
+
+// The plain form of what `sums` computes on a device: over 32-bit words, word i times 2 i + 1, mod
+// 2^64. Words that change places change it, and so does any bit.
+static inline uint64_t kvd_words_sum(const void *at, uint64_t bytes)
+{
+    const uint8_t *p = at;
+    uint64_t sum = 0;
+    for (uint64_t i = 0; i < bytes / 4; i++) {
+        uint32_t word;
+        memcpy(&word, p + 4 * i, 4);
+        sum += (uint64_t)word * (uint32_t)(2 * i + 1);
+    }
+    return sum;
+}
+
 // Addresses for `count` extents of `bytes` each, side by side: extent i is at base + i * bytes. The
 // owner makes extents; other processes import them into arenas of their own and can only read. As
 // all lay them out alike, a page is named everywhere by its distance from the base.
@@ -279,6 +298,10 @@ struct kvd_backend_ops {
     int (*rotate)(struct kvd_backend *b, const struct kvd_rotate_params *p, struct kvd_error *err);
     // Copies bytes of pages to other pages, or from or to host memory. All done when it returns.
     int (*copy)(struct kvd_backend *b, const struct kvd_copy *copies, uint32_t n,
+                struct kvd_error *err);
+    // Checksums of pages where they are, out[i] that of pages[i]: kvd_words_sum. Any thread, beside
+    // the other operations, which it gives way to. NULL on the CPU, where everybody can read pages.
+    int (*sums)(struct kvd_backend *b, const struct kvd_span *pages, uint32_t n, uint64_t *out,
                 struct kvd_error *err);
     // Has the device copy from and to host memory, which begins at a page, as fast as the bus is;
     // and undoes it, before the memory is freed, any thread and even after the backend. NULL on the

@@ -85,7 +85,7 @@ struct kvd_daemon {
     struct kvd_pool *pool;
     struct kvd_evictable *evictable;
     struct kvd_spare *spare;
-    struct kvd_scrub *scrub;                                         // NULL: the memory is a GPU's
+    struct kvd_scrub *scrub;
     struct kvd_rotation *rotations[KVD_MAX_LAYOUTS][KVD_MAX_PLANES]; // by the pool's layouts
     int rotation_fds[KVD_MAX_LAYOUTS][KVD_MAX_PLANES]; // the same for workers; -1: none
     struct kvd_ledger *ledger;                         // of what sessions hold

@@ -12,20 +12,45 @@ static bool given_up(const struct kvd_work *w)
     return atomic_load(&w->job.cancelled) && !w->job.must_end;
 }
 
-// Compares the blocks that are used for the first time. False: there is more to do.
-static bool check_blocks(struct kvd_work *w)
+static bool is_damaged(struct kvd_work *w, const struct kvd_work_check *c)
+{
+    if (c->sum == c->block.sum)
+        return false;
+    w->job.rc =
+        kvd_fail(&w->err, KVD_E_CORRUPT,
+                 "block %u of plane %u of sequence %" PRIu64
+                 " is damaged: its memory is not what was stored; free the sequence, and compute "
+                 "it anew",
+                 c->block.index, c->block.plane, c->block.seq);
+    return true;
+}
+
+// Compares the next blocks that are used for the first time. False: one is damaged, or the GPU
+// failed.
+static bool check_some(struct kvd_daemon *d, struct kvd_work *w)
+{
+    struct kvd_span pages[KVD_SUMS_AT_ONCE];
+    uint64_t sums[KVD_SUMS_AT_ONCE];
+    uint32_t n = KVD_MIN(w->n_checks - w->checked, kvd_page_sums_at_once(d));
+    struct kvd_work_check *c = &w->checks[w->checked];
+    for (uint32_t i = 0; i < n; i++)
+        pages[i] = (struct kvd_span){c[i].block.addr, c[i].block.bytes};
+    w->job.rc = kvd_page_sums(d, pages, n, sums, &w->err);
+    for (uint32_t i = 0; i < n && w->job.rc == KVD_OK; i++) {
+        c[i].sum = sums[i];
+        w->checked++;
+        if (is_damaged(w, &c[i]))
+            return false;
+    }
+    return w->job.rc == KVD_OK;
+}
+
+// False: there is more to do.
+static bool check_blocks(struct kvd_daemon *d, struct kvd_work *w)
 {
     while (w->checked < w->n_checks) {
-        struct kvd_work_check *c = &w->checks[w->checked++];
-        c->sum = kvd_page_sum((const void *)(uintptr_t)c->block.addr, c->block.bytes);
-        if (c->sum != c->block.sum) {
-            w->job.rc = kvd_fail(&w->err, KVD_E_CORRUPT,
-                                 "block %u of plane %u of sequence %" PRIu64
-                                 " is damaged: its memory is not what was stored; free the "
-                                 "sequence, and compute it anew",
-                                 c->block.index, c->block.plane, c->block.seq);
+        if (!check_some(d, w))
             return true;
-        }
         if (kvd_slice_over(&w->job.slice))
             break;
     }
@@ -51,7 +76,7 @@ bool kvd_work_run(struct kvd_daemon *d, struct kvd_job *job)
     static kvd_op_phase *const none[] = {NULL};
     kvd_op_phase *const *phases = w->op->run ? w->op->run : none;
     struct kvd_slice *slice = &job->slice;
-    if (!check_blocks(w) && !given_up(w))
+    if (!check_blocks(d, w) && !given_up(w))
         return true;
     if (job->rc)
         return false;

@@ -121,7 +121,7 @@ static bool copy_batch(struct kvd_daemon *d, struct kvd_job *job)
             if (job->rc)
                 return false;
             it->damaged |= from->sum > KVD_SUM_DAMAGED &&
-                           kvd_page_sum(it->copy[p]->payload, from->bytes) != from->sum;
+                           kvd_page_copy_sum(d, it->copy[p]->payload, from->bytes) != from->sum;
         }
     }
     return false;

@@ -10,10 +10,6 @@ void kvd_on_verify(struct kvd_call *call, const void *request)
     if (req->begin)
         kvd_scrub_demand(call->d);
     struct kvd_scrub_state s = kvd_scrub_look(call->d);
-    if (!s.possible) {
-        kvd_call_fail(call, KVD_E_UNSUPPORTED, "blocks in a GPU's memory have no checksums");
-        return;
-    }
     Kvd__V1__VerifyReply r = KVD__V1__VERIFY_REPLY__INIT;
     Kvd__V1__DamagedBlock *blocks KVD_FREE = calloc((size_t)s.n_found + 1, sizeof(*blocks));
     Kvd__V1__DamagedBlock **list KVD_FREE = calloc((size_t)s.n_found + 1, sizeof(*list));

@@ -6,24 +6,31 @@
 #include "daemon/session/ledger.h"
 
 enum {
-    STEPS = 4096,     // of looking for the next block, then others have their turn
+    STEPS = 4096,     // of looking for the next blocks, then others have their turn
     REST_MS = 1000,   // between passes
     MOST_FOUND = 256, // damages that are told of one by one
+    // A GPU's memory is so many times as fast as the host's, for which scrub-rate is meant.
+    GPU_TIMES = 64,
+    PACED_BYTES = 4 << 20, // of a batch where there are pauses
 };
 
 struct kvd_scrub {
     uv_timer_t timer;
     uv_work_t work;
-    bool busy; // with `block`
+    bool busy; // with `blocks`
     struct kvd_pool_walk walk;
-    struct kvd_pool_block block;
-    uint64_t sum; // of it
+    struct kvd_pool_block blocks[KVD_SUMS_AT_ONCE];
+    uint64_t sums[KVD_SUMS_AT_ONCE];
+    uint32_t n;
+    struct kvd_error err; // of reading them
     // By page, one bit each: those of this pass, and those whose checksum this kvd has made or
     // compared. While `taken_over` the others of an earlier kvd are not to be trusted.
     uint8_t *seen, *known;
     uint64_t pages; // bytes of each
     bool taken_over;
+    bool eager; // the pass under way makes no pauses
     bool demanded;
+    uint64_t began_ns, pass_bytes;
     uint64_t demanded_passes, checked, sealed, passes, first_uses, blocks_lost;
     double owed_ms; // of pauses
     struct kvd_scrub_damage found[MOST_FOUND];
@@ -44,17 +51,42 @@ static void later(struct kvd_daemon *d, uint64_t ms)
 
 // -- a block ------------------------------------------------------------------------------------
 
-uint64_t kvd_page_sum(const void *page, uint64_t bytes)
+static uint64_t kept(uint64_t sum)
 {
-    uint64_t sum = XXH3_64bits(page, bytes);
     return sum <= KVD_SUM_DAMAGED ? sum + KVD_SUM_DAMAGED + 1 : sum;
 }
 
-static void read_block(uv_work_t *work)
+uint64_t kvd_page_copy_sum(const struct kvd_daemon *d, const void *copy, uint64_t bytes)
+{
+    return kept(d->backend->ops->sums ? kvd_words_sum(copy, bytes) : XXH3_64bits(copy, bytes));
+}
+
+uint32_t kvd_page_sums_at_once(const struct kvd_daemon *d)
+{
+    return d->backend->ops->sums ? KVD_SUMS_AT_ONCE : 1;
+}
+
+int kvd_page_sums(struct kvd_daemon *d, const struct kvd_span *pages, uint32_t n, uint64_t *sums,
+                  struct kvd_error *err)
+{
+    const struct kvd_backend_ops *ops = d->backend->ops;
+    int rc = ops->sums ? ops->sums(d->backend, pages, n, sums, err) : KVD_OK;
+    for (uint32_t i = 0; i < n && rc == KVD_OK; i++)
+        sums[i] = ops->sums ? kept(sums[i])
+                            : kvd_page_copy_sum(d, (const void *)(uintptr_t)pages[i].addr,
+                                                pages[i].bytes);
+    return rc;
+}
+
+static void read_blocks(uv_work_t *work)
 {
     struct kvd_daemon *d = work->data;
     struct kvd_scrub *s = d->scrub;
-    s->sum = kvd_page_sum((const void *)(uintptr_t)s->block.addr, s->block.bytes);
+    struct kvd_span pages[KVD_SUMS_AT_ONCE];
+    for (uint32_t i = 0; i < s->n; i++)
+        pages[i] = (struct kvd_span){s->blocks[i].addr, s->blocks[i].bytes};
+    s->err = (struct kvd_error){0};
+    kvd_page_sums(d, pages, s->n, s->sums, &s->err);
 }
 
 static bool has(const uint8_t *bits, uint32_t page)
@@ -121,28 +153,47 @@ static void judge(struct kvd_daemon *d, const struct kvd_pool_block *b, uint64_t
         lose(d, b);
 }
 
-static void seal_or_judge(struct kvd_daemon *d)
+static void seal_or_judge(struct kvd_daemon *d, struct kvd_pool_block *b, uint64_t sum)
 {
     struct kvd_scrub *s = d->scrub;
     s->checked++;
-    if (s->block.sum == KVD_SUM_NONE) {
+    if (b->sum == KVD_SUM_NONE) {
         s->sealed++;
-        s->block.sum = s->sum;
-        kvd_pool_block_seal(d->pool, &s->block, s->sum);
+        b->sum = sum;
+        kvd_pool_block_seal(d->pool, b, sum);
     }
-    judge(d, &s->block, s->sum);
+    judge(d, b, sum);
+}
+
+static bool paced(const struct kvd_scrub *s)
+{
+    return !s->demanded && !s->eager;
+}
+
+static uint64_t rate(const struct kvd_daemon *d)
+{
+    return d->config.scrub_rate * (d->backend->ops->sums ? GPU_TIMES : 1);
 }
 
 static void on_read(uv_work_t *work, int status)
 {
     struct kvd_daemon *d = work->data;
     struct kvd_scrub *s = d->scrub;
-    if (status == 0)
-        seal_or_judge(d);
+    uint64_t bytes = 0;
+    for (uint32_t i = 0; i < s->n; i++) {
+        bytes += s->blocks[i].bytes;
+        if (status == 0 && s->err.code == KVD_OK)
+            seal_or_judge(d, &s->blocks[i], s->sums[i]);
+        kvd_pool_block_drop(d->pool, &s->blocks[i]);
+    }
     s->busy = false;
-    kvd_pool_block_drop(d->pool, &s->block);
-    if (d->config.scrub_rate && !s->demanded)
-        s->owed_ms += 1000.0 * (double)s->block.bytes / (double)d->config.scrub_rate;
+    s->pass_bytes += bytes;
+    if (rate(d) && paced(s))
+        s->owed_ms += 1000.0 * (double)bytes / (double)rate(d);
+    if (status == 0 && s->err.code) {
+        kvd_error("the scrubber cannot read blocks: %s", s->err.text);
+        kvd_daemon_check_device(d);
+    }
     kvd_daemon_work_end(d);
     if (d->state == KVD_STARTING || d->state == KVD_READY)
         go_on(d);
@@ -162,40 +213,66 @@ static void begin_pass(struct kvd_daemon *d)
 {
     struct kvd_scrub *s = d->scrub;
     s->walk = (struct kvd_pool_walk){0};
-    s->checked = 0;
+    s->checked = s->pass_bytes = 0;
+    s->began_ns = uv_hrtime();
     memset(s->seen, 0, s->pages);
 }
 
 static void end_pass(struct kvd_daemon *d)
 {
     struct kvd_scrub *s = d->scrub;
+    if (s->taken_over) {
+        char size[32];
+        kvd_info("%" PRIu64 " blocks (%s) that an earlier kvd has left were looked at in %.1f ms",
+                 s->checked, kvd_format_size(s->pass_bytes, size, sizeof(size)),
+                 (double)(uv_hrtime() - s->began_ns) / 1e6);
+    }
     s->passes++;
     s->taken_over = false; // nothing of an earlier kvd is left that was not looked at
     s->demanded_passes += s->demanded;
-    s->demanded = false;
+    s->demanded = s->eager = false;
     begin_pass(d);
     later(d, REST_MS);
 }
 
-// Takes up the next block that is wanted. Without a rate only a demand goes on.
+// Takes up the next blocks that are wanted. KVD_E_NOT_FOUND: there are no more; KVD_E_LIMIT: go on
+// later.
+static int take_up(struct kvd_daemon *d)
+{
+    struct kvd_scrub *s = d->scrub;
+    uint32_t most = kvd_page_sums_at_once(d);
+    uint64_t bytes = 0;
+    int rc = KVD_OK;
+    s->n = 0;
+    while (s->n < most && !(paced(s) && bytes >= PACED_BYTES)) {
+        struct kvd_pool_block *block = &s->blocks[s->n];
+        rc = kvd_pool_block_next(d->pool, &s->walk, STEPS, block);
+        if (rc)
+            break;
+        if (block->sum == KVD_SUM_DAMAGED && !block->seq) {
+            lose(d, block); // found with a sequence that has it too
+        } else if (see(s, block->page) && block->sum != KVD_SUM_DAMAGED) {
+            kvd_pool_block_hold(d->pool, block);
+            bytes += block->bytes;
+            s->n++;
+        }
+    }
+    return s->n ? KVD_OK : rc;
+}
+
+// Without a rate only a demand goes on.
 static void go_on(struct kvd_daemon *d)
 {
     struct kvd_scrub *s = d->scrub;
     if (s->busy || d->state == KVD_DRAINING || d->state == KVD_STOPPING)
         return;
-    if (!s->demanded && (d->config.scrub_rate == 0 || s->owed_ms >= 1)) {
-        uint64_t wait = d->config.scrub_rate ? (uint64_t)s->owed_ms : REST_MS;
+    if (paced(s) && (rate(d) == 0 || s->owed_ms >= 1)) {
+        uint64_t wait = rate(d) ? (uint64_t)s->owed_ms : REST_MS;
         s->owed_ms = 0;
         later(d, wait);
         return;
     }
-    int rc;
-    while ((rc = kvd_pool_block_next(d->pool, &s->walk, STEPS, &s->block)) == KVD_OK) {
-        if (s->block.sum == KVD_SUM_DAMAGED && !s->block.seq)
-            lose(d, &s->block); // found with a sequence that has it too
-        else if (see(s, s->block.page) && s->block.sum != KVD_SUM_DAMAGED)
-            break;
-    }
+    int rc = take_up(d);
     if (rc == KVD_E_NOT_FOUND) {
         end_pass(d);
         return;
@@ -205,10 +282,9 @@ static void go_on(struct kvd_daemon *d)
         return;
     }
     s->busy = true;
-    kvd_pool_block_hold(d->pool, &s->block);
     kvd_daemon_work_begin(d);
     s->work.data = d;
-    uv_queue_work(&d->loop, &s->work, read_block, on_read);
+    uv_queue_work(&d->loop, &s->work, read_blocks, on_read);
 }
 
 // -- for others ---------------------------------------------------------------------------------
@@ -241,7 +317,7 @@ static bool count(void *ctx, const struct kvd_pool_slab_info *info)
 struct kvd_scrub_state kvd_scrub_look(struct kvd_daemon *d)
 {
     const struct kvd_scrub *s = d->scrub;
-    struct kvd_scrub_state out = {.possible = s != NULL};
+    struct kvd_scrub_state out = {0};
     struct kvd_pool_info info;
     kvd_pool_info(d->pool, &info);
     kvd_pool_slab_each(d->pool, count, &out.total);
@@ -293,8 +369,6 @@ static void metrics(struct kvd_daemon *d, FILE *f)
 static int start(struct kvd_daemon *d, struct kvd_error *err)
 {
     struct kvd_pool_info info;
-    if (strcmp(d->backend->ops->name, "cpu") != 0)
-        return KVD_OK;
     kvd_pool_info(d->pool, &info);
     d->scrub = calloc(1, sizeof(*d->scrub));
     if (!d->scrub)
@@ -305,6 +379,7 @@ static int start(struct kvd_daemon *d, struct kvd_error *err)
     d->scrub->seen = calloc(1, d->scrub->pages);
     d->scrub->known = calloc(1, d->scrub->pages);
     d->scrub->taken_over = kvd_ledger_restarts(d->ledger) > 0;
+    d->scrub->eager = d->scrub->taken_over && d->backend->ops->sums;
     if (!d->scrub->seen || !d->scrub->known)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     later(d, 0); // what a kvd before this one has left is looked at first of all

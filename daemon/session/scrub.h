@@ -1,12 +1,14 @@
 // The scrubber: gives blocks of history that are complete their checksums, and looks again and
 // again, slowly, whether each is what it was. What is not is quarantined: its sequences are refused
 // from then on, and reported. A block that an earlier kvd has left is looked at when it is used for
-// the first time, if its turn has not come by then. On the CPU. Loop thread; blocks are read on
-// libuv's thread pool.
+// the first time, if its turn has not come by then; on a GPU, which reads all it has in less than a
+// tenth of a second, the first pass after a restart makes no pauses. Loop thread; blocks are read
+// on libuv's thread pool.
 #ifndef KVD_DAEMON_SCRUB_H
 #define KVD_DAEMON_SCRUB_H
 
 #include "daemon/core/part.h"
+#include "kernels/backend.h"
 #include "pool/pool.h"
 
 struct kvd_scrub_damage {
@@ -16,7 +18,6 @@ struct kvd_scrub_damage {
 };
 
 struct kvd_scrub_state {
-    bool possible;                        // false: the memory is a GPU's
     bool demanded;                        // a pass that somebody asked for is under way
     uint64_t demanded_passes;             // that have ended
     uint64_t checked, total;              // blocks of this pass; about how many there are
@@ -25,8 +26,15 @@ struct kvd_scrub_state {
     uint32_t n_found;
 };
 
-// A page's checksum, as the pool keeps it. Any thread.
-uint64_t kvd_page_sum(const void *page, uint64_t bytes);
+enum { KVD_SUMS_AT_ONCE = 256 };
+
+// How many pages it is worth while to sum at once: one on the CPU, which reads them itself.
+uint32_t kvd_page_sums_at_once(const struct kvd_daemon *d);
+// Checksums of pages, as the pool keeps them. Any thread. KVD_E_INTERNAL: the GPU failed.
+int kvd_page_sums(struct kvd_daemon *d, const struct kvd_span *pages, uint32_t n, uint64_t *sums,
+                  struct kvd_error *err);
+// The same of a page's copy in host memory.
+uint64_t kvd_page_copy_sum(const struct kvd_daemon *d, const void *copy, uint64_t bytes);
 
 struct kvd_scrub_state kvd_scrub_look(struct kvd_daemon *d);
 // The next block of a sequence that an earlier kvd has sealed and that this one has not looked at

@@ -254,11 +254,17 @@ struct kvd_cuda_paged_params {
 // Copies `tokens` tokens between both. Blocks that are written must be distinct.
 int kvd_cuda_paged(const struct kvd_cuda_paged_params *p, struct CUstream_st *stream);
 
-// Zeroes memory, and sums it: *sum becomes a 64-bit checksum (position-dependent) of `bytes`, a
-// multiple of 16.
 int kvd_cuda_zero(void *at, uint64_t bytes, struct CUstream_st *stream);
-int kvd_cuda_checksum(const void *at, uint64_t bytes, unsigned long long *sum,
-                      struct CUstream_st *stream);
+
+// Memory to sum: 16-byte aligned, a multiple of 16 bytes and less than 16 GiB.
+struct kvd_cuda_span {
+    uint64_t addr, bytes;
+};
+enum { KVD_CUDA_SUMS = 65535 }; // pages of a call
+
+// sums[i]: kvd_words_sum of pages[i]. Both arrays are in the device's memory.
+int kvd_cuda_sums(const struct kvd_cuda_span *pages, uint32_t n, unsigned long long *sums,
+                  struct CUstream_st *stream);
 
 // -- rotation sets -------------------------------------------------------------------------------
 

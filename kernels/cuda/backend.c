@@ -348,6 +348,7 @@ static void cuda_free(struct kvd_backend *b)
     cudaFree(c->stage.device);
     cudaFree(c->scratch);
     cudaFreeHost(c->found);
+    kvd_cuda_summing_deinit(&c->summing);
     if (c->stream)
         cudaStreamDestroy(c->stream);
     if (c->mem_stream)
@@ -460,6 +461,7 @@ static const struct kvd_backend_ops cuda_ops = {
     .read = kvd_cuda_op_read,
     .rotate = kvd_cuda_op_rotate,
     .copy = copy,
+    .sums = kvd_cuda_op_sums,
     .host_pin = host_pin,
     .host_unpin = host_unpin,
 };
@@ -488,6 +490,8 @@ static int init(struct kvd_cuda *c, uint32_t index, struct kvd_error *err)
         rc = cudaStreamCreateWithFlags(&c->mem_stream, cudaStreamNonBlocking);
     if (rc == cudaSuccess)
         rc = cudaHostAlloc((void **)&c->found, sizeof(*c->found), cudaHostAllocMapped);
+    if (rc == cudaSuccess)
+        rc = kvd_cuda_summing_init(&c->summing);
     if (rc != cudaSuccess)
         return kvd_fail(err, KVD_E_UNAVAILABLE, "CUDA device %u cannot be used: %s", index,
                         cudaGetErrorString(rc));

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 #include <cudaTypedefs.h>
+#include <pthread.h>
 
 #include "kernels/backend.h"
 #include "kernels/cuda/api.h"
@@ -38,6 +39,14 @@ struct kvd_cuda_driver {
     PFN_cuGetErrorString_v6000 error;
 };
 
+// What checksums take: sums.c.
+struct kvd_cuda_summing {
+    pthread_mutex_t lock;
+    bool begun;
+    cudaStream_t stream;
+    uint8_t *host, *device;
+};
+
 struct kvd_cuda {
     struct kvd_backend base;
     struct kvd_cuda_driver driver;
@@ -48,7 +57,8 @@ struct kvd_cuda {
     uint64_t scratch_size, scratch_zeroed; // of the latest call
     unsigned long long *found;             // of a check: pinned memory that kernels reach too
     uint64_t piece_ns;                     // of work on a layer's tokens at once; tests change it
-    int index;                             // of the device
+    struct kvd_cuda_summing summing;
+    int index; // of the device
     uint32_t multiprocessors;
     char device[128];
 };
@@ -153,6 +163,11 @@ int kvd_cuda_op_append(struct kvd_backend *b, const struct kvd_append_params *p,
 int kvd_cuda_op_attend(struct kvd_backend *b, const struct kvd_attend_params *p,
                        struct kvd_error *err);
 int kvd_cuda_op_read(struct kvd_backend *b, const struct kvd_read_params *p, struct kvd_error *err);
+// sums.c. What init has left after a failure is for deinit.
+cudaError_t kvd_cuda_summing_init(struct kvd_cuda_summing *s);
+void kvd_cuda_summing_deinit(struct kvd_cuda_summing *s);
+int kvd_cuda_op_sums(struct kvd_backend *b, const struct kvd_span *pages, uint32_t n, uint64_t *out,
+                     struct kvd_error *err);
 int kvd_cuda_op_rotate(struct kvd_backend *b, const struct kvd_rotate_params *p,
                        struct kvd_error *err);
 

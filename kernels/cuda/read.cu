@@ -122,23 +122,27 @@ __global__ void copy_kernel(kvd_cuda_tensor x, kvd_cuda_tensor y, uint32_t token
                 tensor_row(x, layer, token, head), x.dtype == KVD_DTYPE_F32, dim);
 }
 
-// Sum over words of word * (2 * index + 1), mod 2^64: words that change places change it.
-__global__ void checksum_kernel(const uint4 *at, uint64_t n, unsigned long long *sum)
+enum { SUM_BLOCKS = 8, SUM_THREADS = 256 };
+
+// kvd_words_sum of backend.h, of page blockIdx.y by the blocks of its row.
+__global__ void sums_kernel(const kvd_cuda_span *pages, unsigned long long *sums)
 {
+    const uint4 *at = (const uint4 *)pages[blockIdx.y].addr;
+    uint32_t n = (uint32_t)(pages[blockIdx.y].bytes / 16), step = gridDim.x * blockDim.x;
     unsigned long long s = 0;
-    uint64_t step = (uint64_t)gridDim.x * blockDim.x;
-    for (uint64_t i = blockIdx.x * (uint64_t)blockDim.x + threadIdx.x; i < n; i += step) {
+#pragma unroll 4
+    for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step) {
         uint4 v = __ldcs(&at[i]);
         uint32_t w[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
         for (int k = 0; k < 4; k++)
-            s += w[k] * (2 * (4 * i + k) + 1);
+            s += (unsigned long long)w[k] * (2 * (4 * i + k) + 1);
     }
 #pragma unroll
     for (int x = 1; x < 32; x *= 2)
         s += __shfl_xor_sync(~0u, s, x);
     if (threadIdx.x % 32 == 0)
-        atomicAdd(sum, s);
+        atomicAdd(&sums[blockIdx.y], s);
 }
 
 } // namespace kvd
@@ -181,11 +185,11 @@ extern "C" int kvd_cuda_zero(void *at, uint64_t bytes, struct CUstream_st *strea
     return cudaMemsetAsync(at, 0, bytes, stream);
 }
 
-extern "C" int kvd_cuda_checksum(const void *at, uint64_t bytes, unsigned long long *sum,
-                                 struct CUstream_st *stream)
+extern "C" int kvd_cuda_sums(const struct kvd_cuda_span *pages, uint32_t n, unsigned long long *sums,
+                             struct CUstream_st *stream)
 {
-    cudaError_t rc = cudaMemsetAsync(sum, 0, sizeof(*sum), stream);
-    if (rc == cudaSuccess && bytes >= 16)
-        rc = launch(checksum_kernel, 1056, 256, 0, stream, (const uint4 *)at, bytes / 16, sum);
+    cudaError_t rc = cudaMemsetAsync(sums, 0, n * sizeof(*sums), stream);
+    if (rc == cudaSuccess && n)
+        rc = launch(sums_kernel, dim3(SUM_BLOCKS, n), SUM_THREADS, 0, stream, pages, sums);
     return rc;
 }

@@ -276,8 +276,7 @@ def test_of_two_puts_of_a_key_one_stays(kvd):
             assert sum(np.array_equal(got[at], g[at]) for g in given) == 1
     metrics = kvd.kvctl("metrics").stdout
     assert 'kvd_pages_put_total{namespace="default"} 8\n' in metrics and 'kvd_prefix_blocks{namespace="default"} 8\n' in metrics
-    if not kvd.on_gpu():  # whose blocks have no checksums
-        kvd.kvctl("verify")
+    kvd.kvctl("verify")
 
 
 def test_a_lease_keeps_pages_until_it_ends(start):
@@ -310,8 +309,7 @@ def test_a_lease_keeps_pages_until_it_ends(start):
         with connect(kvd, **shape) as other:
             other.lookup([leased], lease_ms=60000)
         wait_until(lambda: kvd.metric("kvd_prefix_leases") == 0)
-    if not kvd.on_gpu():  # whose blocks have no checksums
-        kvd.kvctl("verify")
+    kvd.kvctl("verify")
 
 
 KILLED = """
@@ -348,8 +346,7 @@ def test_a_worker_that_is_killed_amid_a_put_leaves_whole_pages_or_nothing(kvd):
                 other.get(keys[:found.pages], e.paged(range(64)))
                 assert error(e.read(range(found.pages)), given[:, :, :64 * found.pages]) < 0.6
         assert kvd.metric("kvd_prefix_leases") == 0
-    if not kvd.on_gpu():  # whose blocks have no checksums
-        kvd.kvctl("verify")
+    kvd.kvctl("verify")
 
 
 def test_thousands_of_pages_in_a_call(kvd):

@@ -2,6 +2,38 @@
 #ifndef KVD_TESTS_GPU_TEST_MEMORY_H
 #define KVD_TESTS_GPU_TEST_MEMORY_H
 
+static uint64_t sum_of(uint64_t at, uint64_t bytes)
+{
+    struct kvd_span page = {at, bytes};
+    uint64_t sum = 0;
+    result(cuda->ops->sums(cuda, &page, 1, &sum, NULL) == 0, "checksum of one page");
+    return sum;
+}
+
+// More pages than a launch takes, of many sizes, beside the plain form; memory is left as it was.
+static void many_sums(uint64_t at, uint64_t bytes)
+{
+    enum { N = 1500 };
+    static struct kvd_span pages[N];
+    static uint64_t sums[N];
+    uint8_t *was = malloc(bytes), *now = malloc(bytes);
+    cudaMemcpy(was, (void *)(uintptr_t)at, bytes, cudaMemcpyDeviceToHost);
+    for (uint64_t i = 0; i < bytes; i++)
+        now[i] = (uint8_t)(i * 2654435761u >> 13);
+    cudaMemcpy((void *)(uintptr_t)at, now, bytes, cudaMemcpyHostToDevice);
+    for (uint32_t i = 0; i < N; i++) {
+        uint64_t from = i % 7 * 4096, size = i % 100 ? 4096 * (1 + i % 3) : bytes - from;
+        pages[i] = (struct kvd_span){at + from, size};
+    }
+    bool same = cuda->ops->sums(cuda, pages, N, sums, NULL) == 0;
+    for (uint32_t i = 0; i < N; i++)
+        same &= sums[i] == kvd_words_sum(now + (pages[i].addr - at), pages[i].bytes);
+    result(same, "checksums of many pages");
+    cudaMemcpy((void *)(uintptr_t)at, was, bytes, cudaMemcpyHostToDevice);
+    free(was);
+    free(now);
+}
+
 static void memory(void)
 {
     uint64_t bytes = 4 << 20;
@@ -10,20 +42,16 @@ static void memory(void)
     struct kvd_arena *arena = ops->arena_new(cuda, 2, bytes, &err);
     result(arena && ops->extent_make(cuda, arena, 1, &err) == 0, "extent_make");
     uint64_t at = arena->base + bytes;
-    unsigned long long *sum, first = 0, second = 0;
-    need(cudaMalloc((void **)&sum, 8), "sum");
-    need(kvd_cuda_checksum((void *)(uintptr_t)at, bytes, sum, NULL), "checksum");
-    cudaMemcpy(&first, sum, 8, cudaMemcpyDeviceToHost);
+    uint64_t first = sum_of(at, bytes), second;
     result(first == 0, "new memory is zero");
     uint32_t words[2] = {5, 7};
     cudaMemcpy((void *)(uintptr_t)(at + 4096), words, 8, cudaMemcpyHostToDevice);
-    kvd_cuda_checksum((void *)(uintptr_t)at, bytes, sum, NULL);
-    cudaMemcpy(&first, sum, 8, cudaMemcpyDeviceToHost);
+    first = sum_of(at, bytes);
     uint32_t swapped[2] = {7, 5};
     cudaMemcpy((void *)(uintptr_t)(at + 4096), swapped, 8, cudaMemcpyHostToDevice);
-    kvd_cuda_checksum((void *)(uintptr_t)at, bytes, sum, NULL);
-    cudaMemcpy(&second, sum, 8, cudaMemcpyDeviceToHost);
+    second = sum_of(at, bytes);
     result(first == 5 * 2049 + 7 * 2051 && first != second, "checksum");
+    many_sums(at, bytes);
     struct kvd_copy copies[2] = {{at, at + 4096, 4096}};
     uint8_t *host = aligned_alloc(4096, 8192);
     copies[1] = (struct kvd_copy){(uintptr_t)host + 4096, at + 4096, 4096};
@@ -38,9 +66,7 @@ static void memory(void)
     cudaMemcpy(&got, (void *)(uintptr_t)at, 4, cudaMemcpyDeviceToHost);
     result(got == 7, "copied");
     result(ops->extent_zero(cuda, arena, 1, &err) == 0, "extent_zero");
-    kvd_cuda_checksum((void *)(uintptr_t)at, bytes, sum, NULL);
-    cudaMemcpy(&second, sum, 8, cudaMemcpyDeviceToHost);
-    result(second == 0, "zeroed memory is zero");
+    result(sum_of(at, bytes) == 0, "zeroed memory is zero");
     // An export keeps the memory alive beside what takes its place.
     int fd = -1;
     struct kvd_arena *other = ops->arena_new(cuda, 2, bytes, &err);
@@ -71,7 +97,6 @@ static void memory(void)
     struct kvd_arena *huge = ops->arena_new(cuda, 1, 1ull << 41, &err);
     result(huge && ops->extent_make(cuda, huge, 0, &err) == KVD_E_FULL, "too much memory");
     ops->arena_free(cuda, &huge);
-    cudaFree(sum);
 }
 
 #endif
