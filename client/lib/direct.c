@@ -562,9 +562,6 @@ static int check_options(const kvd_client *c, kvd_direct_options *o, struct kvd_
     if (o->tail_tokens < KVD_DIRECT_BEHIND || o->tail_tokens > KVD_DIRECT_BEHIND_MAX)
         return kvd_fail(err, KVD_E_INVALID, "tail_tokens is %u; %d to %d are possible",
                         o->tail_tokens, KVD_DIRECT_BEHIND, KVD_DIRECT_BEHIND_MAX);
-    if (o->tail_tokens > KVD_DIRECT_BEHIND && !c->on_cpu)
-        return kvd_fail(err, KVD_E_UNSUPPORTED, "tail_tokens is %u; on a GPU %d is possible",
-                        o->tail_tokens, KVD_DIRECT_BEHIND);
     if (o->dtype != KVD_BF16 && o->dtype != KVD_F32)
         return kvd_fail(err, KVD_E_INVALID, "dtype is %d; KVD_BF16 (0) and KVD_F32 (1) are known",
                         (int)o->dtype);

@@ -573,7 +573,7 @@ typedef struct kvd_direct_options {
     uint32_t step_tokens;           /**< new tokens of a slot in each step, 1 (0) to 16 */
     kvd_dtype_t dtype;              /**< of q and o */
     const kvd_attention *attention; /**< NULL: defaults; copied */
-    uint32_t tail_tokens;           /**< that kvd may be behind: 64 (0) to 16,384; on a GPU 64 */
+    uint32_t tail_tokens;           /**< that kvd may be behind: 64 (0) to 16,384 */
 } kvd_direct_options;
 
 /** Maps kvd's pages and makes room for tails and tables.

@@ -56,7 +56,7 @@ class Direct(lib.OfProcess):
     `dtype` for q and o: in this process's memory if the daemon runs on the CPU, on the GPU if it does. There, calls queue
     work on `stream` (a cudaStream_t as an integer, such as PyTorch's stream.cuda_stream) and can be captured in a graph.
 
-    `tail_tokens` (64 to 16,384; on a GPU 64) is how far the daemon may be behind before a step waits for it: steps go on for so
+    `tail_tokens` (64 to 16,384) is how far the daemon may be behind before a step waits for it: steps go on for so
     many tokens while it is away.
     """
 
