@@ -197,7 +197,7 @@ struct kvd_span {
 // 2^64. Words that change places change it, and so does any bit.
 static inline uint64_t kvd_words_sum(const void *at, uint64_t bytes)
 {
-    const uint8_t *p = at;
+    const uint8_t *p = (const uint8_t *)at; // C++ wants to be told
     uint64_t sum = 0;
     for (uint64_t i = 0; i < bytes / 4; i++) {
         uint32_t word;

@@ -203,6 +203,8 @@ static struct kvd_rotation *rotation_new(struct kvd_backend *b, const struct kvd
     r->device.k.scale_kind = d->scale_k;
     r->device.v.scale_kind = d->scale_v;
     int rc = cudaMemcpy(r->memory, host, k + v, cudaMemcpyHostToDevice);
+    if (rc == 0) // it may return before all has arrived, and the executor's stream does not wait
+        rc = cudaStreamSynchronize(NULL);
     if (kvd_cuda_status(rc, "loading a rotation set", err))
         rotation_free(b, &r);
     return r;

@@ -18,7 +18,7 @@ def _by_maps(pid, names):
     found = 0
     with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "r+b", 0) as mem:
         for line in maps:
-            if not any(name in line for name in names) or " rw-" not in line:
+            if not any(f"/memfd:{name} " in line for name in names) or " rw-" not in line:
                 continue
             a, b = (int(x, 16) for x in line.split()[0].split("-"))
             for at in range(a + 100, b, 4096):

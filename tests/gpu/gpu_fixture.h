@@ -14,13 +14,27 @@ static inline void need(int rc, const char *what)
     }
 }
 
+// The backend's streams do not wait for the default one, on which these run, and CUDA returns
+// before a small copy or a fill has arrived.
+static inline void upload(void *to, const void *from, uint64_t bytes)
+{
+    need(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), "upload");
+    need(cudaDeviceSynchronize(), "waiting for an upload");
+}
+
+static inline void device_fill(void *at, int byte, uint64_t bytes)
+{
+    need(cudaMemset(at, byte, bytes), "fill");
+    need(cudaDeviceSynchronize(), "waiting for a fill");
+}
+
 static inline uint64_t *device_pages(uint32_t n, uint64_t bytes)
 {
     uint64_t *at = calloc(n ? n : 1, sizeof(*at));
     for (uint32_t i = 0; i < n; i++) {
         void *p;
         need(cudaMalloc(&p, bytes), "page");
-        need(cudaMemset(p, 0xff, bytes), "poison");
+        device_fill(p, 0xff, bytes);
         at[i] = (uint64_t)(uintptr_t)p;
     }
     return at;

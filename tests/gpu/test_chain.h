@@ -75,7 +75,7 @@ static void chain_init(struct chain *c, uint32_t n, uint32_t length, struct kvd_
     kvd_cuda_attend_plan(&c->p, (uint64_t)n * history, history, length - history,
                          ((struct kvd_cuda *)cuda)->multiprocessors);
     c->p.scratch = copy_of(NULL, kvd_cuda_attend_scratch(&c->p));
-    need(cudaMemset(c->p.scratch, 0, kvd_cuda_attend_scratch(&c->p)), "scratch");
+    device_fill(c->p.scratch, 0, kvd_cuda_attend_scratch(&c->p));
     c->rows = (uint64_t)n * g.q_heads * g.head_dim_k;
     c->bytes = c->rows * sizeof(float);
     c->q = malloc(c->bytes);
@@ -136,7 +136,7 @@ static void chain(uint32_t n, uint32_t length, struct kvd_codecs codec, uint64_t
         attend_chain(&c, false);
         need(cudaMemcpy(want, c.o[CHAIN], c.bytes, cudaMemcpyDeviceToHost), "fetch");
         for (int i = 1; i <= CHAIN; i++) // what is read too early is not a number
-            need(cudaMemset(c.o[i], 0xff, c.bytes), "poison");
+            device_fill(c.o[i], 0xff, c.bytes);
         need(cudaGraphLaunch(graph, c.stream), "replay");
         need(cudaStreamSynchronize(c.stream), "replay");
         need(cudaMemcpy(got, c.o[CHAIN], c.bytes, cudaMemcpyDeviceToHost), "fetch");
@@ -145,9 +145,7 @@ static void chain(uint32_t n, uint32_t length, struct kvd_codecs codec, uint64_t
             ok &= isfinite(want[i]) != 0;
         for (uint32_t i = 0; i < 2 * n; i++) // the graph stays good when lengths change
             c.lengths[i] -= 16 * (1 + i % n % 3);
-        need(cudaMemcpy(c.device_lengths, c.lengths, 2 * n * sizeof(*c.lengths),
-                        cudaMemcpyHostToDevice),
-             "lengths");
+        upload(c.device_lengths, c.lengths, 2 * n * sizeof(*c.lengths));
     }
     char name[100], text[KVD_CODECS_TEXT];
     snprintf(name, sizeof(name), "a chain of layers in a graph: %s, %u sequences of %u",

@@ -175,7 +175,7 @@ static void *copy_of(const void *from, uint64_t bytes)
     void *to;
     need(cudaMalloc(&to, bytes), "memory");
     if (from)
-        need(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), "copy");
+        upload(to, from, bytes);
     return to;
 }
 
@@ -351,9 +351,9 @@ static void same_pages(enum kvd_scale kind, uint32_t dk, uint32_t dv, uint32_t h
     }
     to_device(&s[1]);
     for (uint32_t j = 0; j < s[1].n_codec; j++)
-        cudaMemset((void *)(uintptr_t)s[1].at_codec[j], 0, kvd_page_bytes(&g, g.codec));
+        device_fill((void *)(uintptr_t)s[1].at_codec[j], 0, kvd_page_bytes(&g, g.codec));
     for (uint32_t j = 0; j < s[1].n_bf16; j++)
-        cudaMemset((void *)(uintptr_t)s[1].at_bf16[j], 0, kvd_page_bytes(&g, kvd_window_codec()));
+        device_fill((void *)(uintptr_t)s[1].at_bf16[j], 0, kvd_page_bytes(&g, kvd_window_codec()));
     struct kvd_rotation *a = grow(&s[0], cpu, 1000, seed), *b = grow(&s[1], cuda, 1000, seed);
     fetch_pages(&s[1]);
     uint64_t differ = 0, all = 0;
@@ -508,8 +508,8 @@ static void checking(bool on_device, bool in_v)
     (in_v ? v : k)[at] = in_v ? 0xff80 : 0x7fc1;
     need(cudaMalloc((void **)&dk, nk * 2), "k");
     need(cudaMalloc((void **)&dv, nv * 2), "v");
-    need(cudaMemcpy(dk, k, nk * 2, cudaMemcpyHostToDevice), "k");
-    need(cudaMemcpy(dv, v, nv * 2, cudaMemcpyHostToDevice), "v");
+    upload(dk, k, nk * 2);
+    upload(dv, v, nv * 2);
     uint64_t none = 0;
     struct kvd_append_item item = {
         .pages = {&none, &none},
@@ -529,7 +529,7 @@ static void checking(bool on_device, bool in_v)
                w.channel == 33 && w.in_v == in_v,
            on_device ? "check on the device" : "check on the host");
     if (on_device)
-        cudaMemset((in_v ? dv : dk) + at, 0, 2);
+        device_fill((in_v ? dv : dk) + at, 0, 2);
     else
         (in_v ? v : k)[at] = 0;
     result(cuda->ops->check(cuda, &p, &w) == KVD_OK, "check of finite values");

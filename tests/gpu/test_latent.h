@@ -36,7 +36,7 @@ static void zero_pages(const struct kseq *s, uint64_t *codec, uint64_t *bf16, bo
         void *at = (void *)(uintptr_t)(coded ? codec[j] : bf16[j - s->n_codec]);
         uint64_t bytes = kvd_page_bytes(&s->g, coded ? s->g.codec : kvd_window_codec());
         if (device)
-            cudaMemset(at, 0, bytes);
+            device_fill(at, 0, bytes);
         else
             memset(at, 0, bytes);
     }
@@ -388,7 +388,7 @@ static void latent_graph(uint32_t codec, uint32_t heads, uint32_t length, uint64
     kvd_cuda_attend_plan(&p, N * history, history, length - history + 1,
                          ((struct kvd_cuda *)cuda)->multiprocessors);
     p.scratch = copy_of(NULL, kvd_cuda_attend_scratch(&p));
-    need(cudaMemset(p.scratch, 0xff, kvd_cuda_attend_scratch(&p)), "poison");
+    device_fill(p.scratch, 0xff, kvd_cuda_attend_scratch(&p));
     struct kvd_cuda_attend_params tailed = p;
     tailed.new_tokens = 0;
     tailed.tail = (struct kvd_cuda_tail){tail_k, tail_v, on_device + 2 * N, RING};
@@ -416,7 +416,7 @@ static void latent_graph(uint32_t codec, uint32_t heads, uint32_t length, uint64
         need(kvd_cuda_attend(&p, stream), "attention");
         need(cudaStreamSynchronize(stream), "attention");
         need(cudaMemcpy(want, p.o, n_o * 4, cudaMemcpyDeviceToHost), "fetch");
-        need(cudaMemset(p.o, 0xff, n_o * 4), "poison");
+        device_fill(p.o, 0xff, n_o * 4);
         need(cudaGraphLaunch(exec, stream), "replay");
         need(cudaStreamSynchronize(stream), "replay");
         need(cudaMemcpy(got, p.o, n_o * 4, cudaMemcpyDeviceToHost), "fetch");
@@ -425,7 +425,7 @@ static void latent_graph(uint32_t codec, uint32_t heads, uint32_t length, uint64
             ok &= isfinite(want[i]) != 0;
         for (uint32_t i = 0; i < 2 * N; i++) // the graph stays good when lengths change
             lengths[i] -= 32;
-        need(cudaMemcpy(on_device, lengths, sizeof(lengths), cudaMemcpyHostToDevice), "lengths");
+        upload(on_device, lengths, sizeof(lengths));
     }
     result(ok, "latents: a worker's step in a graph");
     cudaGraphExecDestroy(exec);

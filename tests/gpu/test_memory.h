@@ -20,7 +20,7 @@ static void many_sums(uint64_t at, uint64_t bytes)
     cudaMemcpy(was, (void *)(uintptr_t)at, bytes, cudaMemcpyDeviceToHost);
     for (uint64_t i = 0; i < bytes; i++)
         now[i] = (uint8_t)(i * 2654435761u >> 13);
-    cudaMemcpy((void *)(uintptr_t)at, now, bytes, cudaMemcpyHostToDevice);
+    upload((void *)(uintptr_t)at, now, bytes);
     for (uint32_t i = 0; i < N; i++) {
         uint64_t from = i % 7 * 4096, size = i % 100 ? 4096 * (1 + i % 3) : bytes - from;
         pages[i] = (struct kvd_span){at + from, size};
@@ -29,7 +29,7 @@ static void many_sums(uint64_t at, uint64_t bytes)
     for (uint32_t i = 0; i < N; i++)
         same &= sums[i] == kvd_words_sum(now + (pages[i].addr - at), pages[i].bytes);
     result(same, "checksums of many pages");
-    cudaMemcpy((void *)(uintptr_t)at, was, bytes, cudaMemcpyHostToDevice);
+    upload((void *)(uintptr_t)at, was, bytes);
     free(was);
     free(now);
 }
@@ -45,10 +45,10 @@ static void memory(void)
     uint64_t first = sum_of(at, bytes), second;
     result(first == 0, "new memory is zero");
     uint32_t words[2] = {5, 7};
-    cudaMemcpy((void *)(uintptr_t)(at + 4096), words, 8, cudaMemcpyHostToDevice);
+    upload((void *)(uintptr_t)(at + 4096), words, 8);
     first = sum_of(at, bytes);
     uint32_t swapped[2] = {7, 5};
-    cudaMemcpy((void *)(uintptr_t)(at + 4096), swapped, 8, cudaMemcpyHostToDevice);
+    upload((void *)(uintptr_t)(at + 4096), swapped, 8);
     second = sum_of(at, bytes);
     result(first == 5 * 2049 + 7 * 2051 && first != second, "checksum");
     many_sums(at, bytes);
@@ -70,8 +70,7 @@ static void memory(void)
     // An export keeps the memory alive beside what takes its place.
     int fd = -1;
     struct kvd_arena *other = ops->arena_new(cuda, 2, bytes, &err);
-    cudaMemcpy((void *)(uintptr_t)at, words, 8, cudaMemcpyHostToDevice);
-    cudaDeviceSynchronize(); // so small a copy may still be under way
+    upload((void *)(uintptr_t)at, words, 8);
     result(ops->extent_export(cuda, arena, 1, &fd, &err) == 0 &&
                ops->extent_import(cuda, other, 0, fd, &err) == 0,
            "export and import");

@@ -34,7 +34,7 @@ static inline struct moved_tensor moved(struct kvd_tensor *t, uint32_t layers, u
         return m;
     }
     need(cudaMalloc((void **)&m.memory, m.bytes + shift), "a tensor's memory");
-    need(cudaMemcpy(m.memory + shift, t->data, m.bytes, cudaMemcpyHostToDevice), "a tensor");
+    upload(m.memory + shift, t->data, m.bytes);
     t->data = m.memory + shift;
     t->on_device = true;
     m.gpu = *t;

@@ -12,7 +12,7 @@ static void *to_gpu(const void *from, size_t bytes)
 {
     void *to = NULL;
     need(cudaMalloc(&to, bytes), "memory");
-    cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice);
+    upload(to, from, bytes);
     return to;
 }
 
@@ -43,7 +43,7 @@ static bool paged_case(const struct paged_case *c, bool out, uint64_t *seed)
     }
     uint8_t *memory = NULL, *bases[8];
     need(cudaMalloc((void **)&memory, c->layers * layer * 2 + 16), "memory");
-    cudaMemcpy(memory + c->shift, blocks, c->layers * layer * 2, cudaMemcpyHostToDevice);
+    upload(memory + c->shift, blocks, c->layers * layer * 2);
     struct kvd_cuda_paged_params p = {.block_stride = block * 2,
                                       .head_stride = c->block_tokens * c->dim * 2ull,
                                       .token_stride = c->columns ? 2 : c->dim * 2ull,
