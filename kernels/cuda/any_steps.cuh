@@ -421,7 +421,14 @@ template <int NT> __device__ inline void raise_maxima(const any_memory<NT> &m, a
         }
 }
 
-// Turns the chunk's scores into probabilities, and leaves these as operands of the product with its values.
+// What sums of values are to be multiplied by.
+__device__ inline float value_unit(const any_side &side)
+{
+    return side.kind == ROWS ? 1 : side.unit;
+}
+
+// Turns the chunk's scores into probabilities, and leaves these, times scale, as operands of the product with its values: without
+// what a level is worth (value_unit), for a scale may be as large as fp16 has numbers.
 template <int NT>
 __device__ inline void share_probabilities(const any_side &side, const uint8_t *tile, uint32_t chunk, uint32_t place,
                                            const any_tokens &tokens, const float (&s)[NT][4], any_state<NT> &st,
@@ -429,6 +436,7 @@ __device__ inline void share_probabilities(const any_side &side, const uint8_t *
 {
     float2 param[2];
     load_any_params(side, tile, chunk, param);
+    const float unit = value_unit(side);
 #pragma unroll
     for (int i = 0; i < 2; i++)
         if (!tokens.there[i]) // what was never written may be anything
@@ -445,7 +453,7 @@ __device__ inline void share_probabilities(const any_side &side, const uint8_t *
                 float power = score == NONE ? 0 : fast_exp2(score - st.m[n][e]);
                 st.l[n][e] += power;
                 st.centre[n][e] = fmaf(power, param[half].y, st.centre[n][e]);
-                x[e] = power * param[half].x;
+                x[e] = power * (param[half].x / unit);
             }
             words[half] = in_two_parts(x[0], x[1], side.kind != ROWS);
         }

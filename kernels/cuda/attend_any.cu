@@ -51,7 +51,7 @@ template <int NT> __device__ inline void sum_warps(const any_state<NT> &st, any_
 // Leaves the block's sums of values as rows, in shared or global memory.
 template <int NT>
 __device__ inline void put_values(const any_state<NT> &st, const any_memory<NT> &m, const channel_share &mine, uint32_t rows,
-                                  row_floats to)
+                                  float unit, row_floats to)
 {
     uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
@@ -62,7 +62,7 @@ __device__ inline void put_values(const any_state<NT> &st, const any_memory<NT> 
             for (int e = 0; e < 4; e++) {
                 uint32_t r = n * 8 + 2 * t + e % 2, channel = (mine.first + i) * 16 + g + e / 2 * 8;
                 if (i < mine.n && r < rows)
-                    to.row(r)[channel] = st.o[i][n][e] + m.centre[0][r]; // others read it past their L1
+                    to.row(r)[channel] = fmaf(st.o[i][n][e], unit, m.centre[0][r]); // others read it past their L1
             }
 }
 
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(ANY_THREADS, NT == 4 ? 1 : 2) attend_any_kerne
     const uint32_t n = range.parts + p.window_splits, most = p.splits + p.window_splits;
     if (n == 1) {
         row_floats sums = {(float *)area, p.dim_v};
-        put_values<NT>(st, m, mine, 8 * NT, sums);
+        put_values<NT>(st, m, mine, 8 * NT, value_unit(v), sums);
         if (threadIdx.x < 8 * NT)
             m.coded[threadIdx.x] = m.total[threadIdx.x];
         __syncthreads();
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(ANY_THREADS, NT == 4 ? 1 : 2) attend_any_kerne
     uint64_t unit = ((uint64_t)b.s * p.kv_heads + b.kv) * p.row_blocks + b.row0 / (8 * NT);
     parts.at = (uint8_t *)p.scratch + p.scratch_zeroed + unit * parts.bytes();
     const uint32_t mine_at = window ? range.parts + part - p.splits : part;
-    put_values<NT>(st, m, mine, rows, parts.values(mine_at));
+    put_values<NT>(st, m, mine, rows, value_unit(v), parts.values(mine_at));
     if (threadIdx.x < rows)
         __stcg(&parts.terms(mine_at)[threadIdx.x], make_float2(m.best[threadIdx.x], m.total[threadIdx.x]));
     if (!arrive_last((uint32_t *)p.scratch + unit, n))

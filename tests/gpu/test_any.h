@@ -19,10 +19,8 @@ static void any_pages(uint64_t seed, uint32_t n)
     for (uint32_t i = 0; i < n; i++) {
         const uint32_t *dims = head_dims[(seed + i) % KVD_LEN(head_dims)];
         struct kvd_codecs c = i % 3 ? any_codecs(seed + i) : both(KVD_CODEC_INT4);
-        // Fifteenths of a row's range are rounded, so that int4's ties go either way.
-        bool ties = i % 7 == 6 && c.k != KVD_CODEC_INT4;
-        same_pages(i % KVD_SCALE_COUNT, dims[0], dims[1], i % 3, c, i % 4 ? 0.96f : 1, ties, 0,
-                   seed + i);
+        same_pages(i % KVD_SCALE_COUNT, dims[0], dims[1], i % 3, c, i % 4 ? 0.96f : 1, i % 7 == 6,
+                   0, seed + i);
         reading(dims[0], dims[1], i % 3, c, i & 1 ? KVD_DTYPE_F32 : KVD_DTYPE_BF16, 0, seed + i);
     }
 }
@@ -57,11 +55,40 @@ static void any_transforms(uint64_t seed)
     }
 }
 
+// Values in the thousands, so that scales come near to where fp16 ends, or around a thousandth. All
+// codecs.
+static void values_of_size(float factor, uint64_t seed)
+{
+    const struct attention one = {.q_len = 3};
+    for (uint32_t i = 0; i < KVD_CODEC_COUNT + 12; i++) {
+        struct kvd_codecs codec = i < KVD_CODEC_COUNT ? both(i) : any_codecs(seed + i);
+        struct kvd_plane g = test_plane_of(1, 1, 6, 64, 64, codec, 16, 32);
+        struct kseq s;
+        char name[100], text[KVD_CODECS_TEXT];
+        kseq_init(&s, g, 400, 1, 1, 1, seed + i);
+        kseq_fill(&s);
+        for (uint64_t j = 0; j < 400 * 64; j++)
+            s.v[j] = kvd_f32_to_bf16(kvd_bf16_to_f32(s.v[j]) * factor);
+        to_device(&s);
+        struct kvd_rotation *rot = grow(&s, cuda, 300, seed + i);
+        fetch_pages(&s);
+        struct attention_errors e =
+            attention_error(&s, cuda, kvd_codecs_rotated(codec) ? rot : NULL, &one);
+        snprintf(name, sizeof(name), "values times %g, %s: error %.2e (worst row %.2e)",
+                 (double)factor, kvd_codecs_name(codec, text), e.overall, e.worst);
+        result(e.overall < 2e-3 && e.worst < 4e-3, name);
+        cuda->ops->rotation_free(cuda, &rot);
+        deinit(&s);
+    }
+}
+
 static void any_codecs_in_all(uint64_t seed, bool quick)
 {
     any_pages(seed, quick ? 20 : 200);
     any_shapes(seed, quick ? 1300 : 20000, quick ? 2 : 12);
     any_transforms(seed);
+    values_of_size(2048, seed);
+    values_of_size(1.0f / 1024, seed);
     const struct kvd_codecs c[] = {{KVD_CODEC_INT4, KVD_CODEC_INT4},
                                    {KVD_CODEC_BF16, KVD_CODEC_INT2},
                                    {KVD_CODEC_INT4, KVD_CODEC_INT2C},

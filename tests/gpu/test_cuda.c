@@ -629,6 +629,7 @@ static void brief(uint64_t seed)
     any_pages(seed, 4);
     any_shapes(seed, 410, 1);
     any_transforms(seed);
+    values_of_size(2048, seed);
     chain(1, 1500, both(KVD_CODEC_INT4), seed);
     if (kvd_head_dims_ok(128, 128)) {
         nonfinite(0, seed);
