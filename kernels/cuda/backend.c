@@ -384,20 +384,6 @@ static bool served(uint32_t codec)
     return families[codec] != NO_FAMILY;
 }
 
-// Attention over int4 and over pairs of codecs (attend_any.cu) is right on the emulated GPU. On a
-// real one it has been run once, and was ended there, by an instruction that is mended since. Until
-// it has passed on one, only builds for its tests serve it.
-#ifdef KVD_UNTRIED_KERNELS
-enum { UNTRIED_SERVED = true };
-#else
-enum { UNTRIED_SERVED = false };
-#endif
-
-static bool untried(struct kvd_codecs c)
-{
-    return c.k != c.v || c.k == KVD_CODEC_INT4;
-}
-
 // Bytes of shared memory that a block over latents takes (attend_latent.cu, quantize_latent.cu), on
 // any GPU.
 enum { LATENT_SHARED = 160 << 10 };
@@ -413,10 +399,6 @@ static int latent_check(const struct kvd_cuda *c, struct kvd_error *err)
                         "latent planes (MLA): the CUDA backend's kernels for them want %d KB of "
                         "shared memory a block, and this GPU has %d; the CPU's serve them",
                         LATENT_SHARED >> 10, limit >> 10);
-    if (!UNTRIED_SERVED)
-        return kvd_fail(err, KVD_E_UNSUPPORTED,
-                        "latent planes (MLA): the CUDA backend's kernels for them have not passed "
-                        "on a GPU yet; the CPU's serve them");
     return KVD_OK;
 }
 
@@ -428,11 +410,6 @@ static int plane_check(const struct kvd_backend *b, const struct kvd_plane *p,
         return latent_check((const struct kvd_cuda *)b, err);
     if (!served(p->codec.k) || !served(p->codec.v))
         return kvd_fail(err, KVD_E_UNSUPPORTED, "codec %s: the CUDA backend has no kernels for it",
-                        kvd_codecs_name(p->codec, text));
-    if (untried(p->codec) && !UNTRIED_SERVED)
-        return kvd_fail(err, KVD_E_UNSUPPORTED,
-                        "codec %s: the CUDA backend's kernels for it have not passed on a GPU yet; "
-                        "the CPU's serve it, and here one codec for both sides, but int4",
                         kvd_codecs_name(p->codec, text));
     return KVD_OK;
 }

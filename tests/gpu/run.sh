@@ -6,7 +6,7 @@ cd "$(dirname "$0")/../.."
 out=${GPU_BUILD:-build-gpu}
 mkdir -p "$out/bench"
 cuda=$(kernels/cuda/home.sh)
-cflags="-O3 -std=gnu17 -D_GNU_SOURCE -I. -I$cuda/include -fno-math-errno -DKVD_X86 -DKVD_UNTRIED_KERNELS"
+cflags="-O3 -std=gnu17 -D_GNU_SOURCE -I. -I$cuda/include -fno-math-errno -DKVD_X86"
 nvflags="-gencode arch=compute_90a,code=sm_90a -O3 -std=c++17 -lineinfo -Xptxas -v -I."
 
 build() { # suffix, further flags of nvcc

@@ -122,7 +122,7 @@ typedef struct kvd_options {
     uint32_t head_dim_k;
     uint32_t head_dim_v; /**< see head_dim_k */
     /** "int2" (NULL), "int2c", "int2-lm", "turboquant-2", -3, -4, "int4", "tc2", "tc2.5", "bf16";
-     * or as "k=int4,v=int2", of any two. The CUDA backend refuses int4 and pairs as yet */
+     * or as "k=int4,v=int2", of any two */
     const char *codec;
     /** "MODEL@TAG", "sha256:...", "hadamard", "random" or "identity"; NULL: hadamard, or random
      * with turboquant */
@@ -163,8 +163,7 @@ typedef struct kvd_options {
     /** multi-head latent attention (MLA: DeepSeek V2 and V3, Kimi, GLM-5): kv_heads 1, K is the
      * rope part of keys, head_dim_k 64, V the latent, head_dim_v 512, and q_heads 1 to 128. A query
      * is absorbed: 512 values for the latent, then 64 for the rope part; o is of 512.
-     * kvd_attention's scale must be given. The codec is the latent's, the rope part is in bf16.
-     * The CUDA backend refuses it as yet. */
+     * kvd_attention's scale must be given. The codec is the latent's, the rope part is in bf16. */
     bool latent;
 } kvd_options;
 
