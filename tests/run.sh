@@ -66,7 +66,7 @@ pytests() { # pytests NAME BUILD ARGUMENT...
     local name=$1
     export KVD_BUILD=$PWD/$2 KVD_SOURCE=$PWD
     shift 2
-    (cd tests/e2e && PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m pytest -q -rs -n "$jobs" -p no:cacheprovider ${SLOWEST:+--durations="$SLOWEST"} "$@") >"$logs/py" 2>&1
+    (cd tests/e2e && PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3 -m pytest -q -rsfE -n "$jobs" -p no:cacheprovider ${SLOWEST:+--durations="$SLOWEST"} "$@") >"$logs/py" 2>&1
     local rc=$? line n_pass n_fail n_skip
     line=$(tail -n 1 "$logs/py")
     n_pass=$(grep -oE '[0-9]+ passed' <<<"$line" | grep -oE '[0-9]+' || echo 0)
