@@ -37,6 +37,7 @@ struct kvd_scrub {
     uint32_t n_found;
 };
 
+static void begin_pass(struct kvd_daemon *d);
 static void go_on(struct kvd_daemon *d);
 
 static void on_timer(uv_timer_t *timer)
@@ -190,12 +191,18 @@ static void on_read(uv_work_t *work, int status)
     s->pass_bytes += bytes;
     if (rate(d) && paced(s))
         s->owed_ms += 1000.0 * (double)bytes / (double)rate(d);
-    if (status == 0 && s->err.code) {
-        kvd_error("the scrubber cannot read blocks: %s", s->err.text);
+    bool failed = status == 0 && s->err.code;
+    if (failed) { // a pass that has not looked at all blocks must not count as one
+        kvd_error("the scrubber cannot read blocks, and begins anew: %s", s->err.text);
         kvd_daemon_check_device(d);
+        begin_pass(d);
     }
     kvd_daemon_work_end(d);
-    if (d->state == KVD_STARTING || d->state == KVD_READY)
+    if (d->state != KVD_STARTING && d->state != KVD_READY)
+        return;
+    if (failed)
+        later(d, REST_MS);
+    else
         go_on(d);
 }
 
