@@ -443,7 +443,7 @@ def read_everything(path, session, sequence, tokens, n):
 
 def test_replies_that_nobody_reads(start):
     """They are bounded, and who does not read is cut off in the end."""
-    kvd = start("--pool-size", "256MiB", config="[kvd]\nmax-reply-bytes = 256MiB\nreply-timeout = 1500ms\n")
+    kvd = start("--pool-size", "256MiB", config="[kvd]\nmax-reply-bytes = 256MiB\nreply-timeout = 4s\n")
     rpc = Rpc(kvd.address)
     tokens = 40000
     s = rpc.kv("OpenSession", layout=layout(layers=[0], codec="bf16", kv_heads=4)).session
@@ -460,8 +460,8 @@ def test_replies_that_nobody_reads(start):
     print(f"70 replies of 41 MB that nobody reads: {more / 1024:.0f} MiB more")
     assert more < 400 << 10
     rpc.admin("Ping")
-    assert wait_for(lambda: "does not read its replies" in kvd.text())
-    assert wait_for(lambda: kvd.metric('kvd_share_used{share="reply_bytes"}') == 0)
+    assert wait_for(lambda: "does not read its replies" in kvd.text(), 30)
+    assert wait_for(lambda: kvd.metric('kvd_share_used{share="reply_bytes"}') == 0, 30)
     for c in held:
         c.close()
     assert len(rpc.kv("ReadTokens", session=s, sequence=seq, begin=0, tokens=100).k) == 100 * 4 * 64 * 2

@@ -122,7 +122,7 @@ def test_leases_are_bounded_by_user(kvd, rpc):
 
 
 def test_pages_that_nobody_reads(start):
-    kvd = start(config="[kvd]\nmax-reply-bytes = 256MiB\nreply-timeout = 1500ms\n")
+    kvd = start(config="[kvd]\nmax-reply-bytes = 256MiB\nreply-timeout = 4s\n")
     rpc = Rpc(kvd.address)
     s = page_session(rpc, "hog", layers=range(4), kv_heads=2, q_heads=2)
     put(rpc, s, KEYS[:16 * 256], 1024)
@@ -137,8 +137,8 @@ def test_pages_that_nobody_reads(start):
     time.sleep(0.5)
     assert kvd.metric('kvd_share_used{share="reply_bytes"}') <= 192 << 20  # a user's three quarters
     assert status(kvd, "VmHWM") - before < (400 << 10) * SANITIZER
-    assert wait_for(lambda: "does not read its replies" in kvd.text())
-    assert wait_for(lambda: kvd.metric('kvd_share_used{share="reply_bytes"}') == 0)
+    assert wait_for(lambda: "does not read its replies" in kvd.text(), 30)
+    assert wait_for(lambda: kvd.metric('kvd_share_used{share="reply_bytes"}') == 0, 30)
     for c in held:
         c.close()
     assert len(rpc.kv("GetPages", session=s, space=b"x", keys=KEYS[:16], key_bytes=16).k) == 64 * 1024

@@ -92,10 +92,10 @@ START_TEST(mutated_pickles_never_crash)
         "cpuK\x04tQK\x00K\x02K\x02\x86K\x02K\x01\x86tX\x01\x00\x00\x00"
         "bK\x01u.";
     uint64_t rng = kvd_test_seed("pickle");
-    for (int i = 0; i < 200000; i++) {
+    for (uint32_t i = 0, rounds = kvd_test_rounds(200000); i < rounds; i++) {
         uint8_t data[sizeof(good)];
         memcpy(data, good, sizeof(good));
-        for (int j = 0; j < 1 + i % 4; j++)
+        for (uint32_t j = 0; j < 1 + i % 4; j++)
             data[kvd_rand(&rng) % (sizeof(good) - 1)] = (uint8_t)kvd_rand(&rng);
         struct kvd_pickle *p = kvd_pickle_parse(data, kvd_rand(&rng) % sizeof(good), NULL);
         kvd_pickle_free(&p);

@@ -66,7 +66,7 @@ static uint32_t turn(struct world *w, uint64_t slice)
 START_TEST(flows_share_what_their_tenant_gets)
 {
     uint64_t seed = kvd_test_seed("flows");
-    for (uint32_t round = 0; round < 200; round++) {
+    for (uint32_t round = 0, rounds = kvd_test_rounds(200); round < rounds; round++) {
         struct kvd_fair f;
         struct kvd_fair_flow flows[FLOWS + 1] = {0}; // the last one is all of tenant 1
         struct job jobs[FLOWS + 1][20];
@@ -141,7 +141,7 @@ END_TEST
 START_TEST(those_who_have_work_get_the_same)
 {
     uint64_t seed = kvd_test_seed("fair");
-    for (uint32_t round = 0; round < 200; round++) {
+    for (uint32_t round = 0, rounds = kvd_test_rounds(200); round < rounds; round++) {
         struct world w = {0};
         w.r = seed + 2 * round;
         ck_assert(kvd_fair_init(&w.f, TENANTS));
@@ -172,7 +172,7 @@ END_TEST
 START_TEST(who_comes_back_is_next_and_has_no_credit)
 {
     uint64_t seed = kvd_test_seed("back");
-    for (uint32_t round = 0; round < 200; round++) {
+    for (uint32_t round = 0, rounds = kvd_test_rounds(200); round < rounds; round++) {
         struct world w = {0};
         w.r = seed + 2 * round;
         ck_assert(kvd_fair_init(&w.f, TENANTS));
@@ -237,7 +237,7 @@ START_TEST(what_waits_leaves_room)
 {
     uint64_t seed = kvd_test_seed("waiting");
     uint64_t r = seed;
-    for (uint32_t round = 0; round < 200; round++) {
+    for (uint32_t round = 0, rounds = kvd_test_rounds(200); round < rounds; round++) {
         struct kvd_waiting most = {8 + (uint32_t)below(&r, 5000), 1 << 30}, all = {0};
         struct kvd_waiting own[40] = {0};
         uint32_t greedy = 1 + (uint32_t)below(&r, 40);

@@ -56,8 +56,8 @@ static int by_bytes(const struct kvd_overlap *all, uint32_t n)
 START_TEST(what_shares_bytes_is_refused_and_little_else)
 {
     uint64_t r = kvd_test_seed("overlap");
-    uint32_t apart = 0, refused = 0;
-    for (uint32_t round = 0; round < 100000; round++) {
+    uint32_t apart = 0, refused = 0, rounds = kvd_test_rounds(100000);
+    for (uint32_t round = 0; round < rounds; round++) {
         struct kvd_overlap all[MOST];
         struct kvd_error err = {0};
         uint32_t n = 1 + (uint32_t)below(&r, MOST);
@@ -70,7 +70,7 @@ START_TEST(what_shares_bytes_is_refused_and_little_else)
         refused += !want && rc;
     }
     // Strides that are no array's, and gaps of what is read so: refused without need.
-    ck_assert_uint_gt(apart, 1000);
+    ck_assert_uint_gt(apart, rounds / 100);
     ck_assert_uint_lt(refused, apart / 4);
 }
 END_TEST
@@ -79,7 +79,7 @@ END_TEST
 START_TEST(views_of_one_array_are_apart)
 {
     uint64_t r = kvd_test_seed("views");
-    for (uint32_t round = 0; round < 20000; round++) {
+    for (uint32_t round = 0, rounds = kvd_test_rounds(20000); round < rounds; round++) {
         // [layers][tokens][kinds][heads][dim]: items are ranges of tokens, tensors kinds.
         uint64_t layers = 1 + below(&r, 4), kinds = 1 + below(&r, 3), heads = 1 + below(&r, 3);
         uint64_t dim = 4 * (1 + below(&r, 2)), tokens = 0, counts[4];

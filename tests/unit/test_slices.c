@@ -200,13 +200,13 @@ static void attend_sliced(struct kseq *s, struct kvd_backend *b, const struct kv
 START_TEST(appends_and_attention_in_slices_are_the_same)
 {
     uint64_t seed = kvd_test_seed("slices");
-    for (uint32_t i = 0; i < 12; i++) {
+    for (uint32_t i = 0, rounds = kvd_test_rounds(12); i < rounds; i++) {
         uint64_t r = seed + 2 * i;
         uint32_t codec = (uint32_t)(kvd_rand(&r) % KVD_CODEC_COUNT), threads = 1 + i % 4;
         struct kvd_plane g = test_plane(1 + (uint32_t)(kvd_rand(&r) % 3), 1 + i % 2,
                                         1 + (uint32_t)(kvd_rand(&r) % 5), 64, 64, codec,
                                         16 * (uint32_t)(kvd_rand(&r) % 5), 64);
-        if (i == 5)
+        if (i + 1 == rounds)
             g = latent_plane(2, 35, KVD_CODEC_INT2, 48, 64);
         struct kvd_backend *b = kvd_cpu_backend_new(threads, NULL, NULL);
         struct kseq s[2];
