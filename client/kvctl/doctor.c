@@ -97,10 +97,11 @@ static void look_at_daemon(struct kvctl *k, struct findings *f)
     if (f->gpu_daemon)
         found(f, GOOD, "backend", "", "cuda: %s", r->device);
     else
-        found(f, NOTE, "backend",
-              "pages are in host memory; for a GPU, see below what it lacks and start kvd with "
-              "--backend cuda",
-              "cpu: %s", r->device);
+        found(
+            f, NOTE, "backend",
+            "pages are in host memory. For a GPU: a kvd that was built with CUDA, what is said to "
+            "be missing below, and backend = cuda (or auto)",
+            "cpu: %s; no GPU: %s", r->device, r->no_gpu);
     kvd__v1__status_reply__free_unpacked(r, NULL);
     look_at_socket(k, f);
 }

@@ -80,7 +80,8 @@ struct kvd_daemon {
     bool reload_failed;           // the last one
     bool reloading, reload_again; // one is under way; another is to follow
     struct kvd_backend *backend;
-    struct kvd_keep *keep; // NULL: nothing outlives this process
+    struct kvd_error no_gpu; // why it is the CPU's; empty: it is not
+    struct kvd_keep *keep;   // NULL: nothing outlives this process
     struct kvd_memory_state *memory;
     struct kvd_pool *pool;
     struct kvd_evictable *evictable;

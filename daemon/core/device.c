@@ -16,7 +16,10 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
         if (strcmp(c->backend, "cuda") == 0)
             return kvd_fail_in(err, "backend cuda (backend cpu needs no GPU)");
         kvd_info("no GPU: %s; running on the CPU", err->text);
+        d->no_gpu = *err;
         *err = (struct kvd_error){0};
+    } else {
+        kvd_fail(&d->no_gpu, KVD_E_UNSUPPORTED, "its configuration says backend = cpu");
     }
     d->backend = kvd_cpu_backend_new(c->threads, c->isa[0] ? c->isa : NULL, err);
     return d->backend ? KVD_OK : err->code;

@@ -76,6 +76,7 @@ void kvd_on_get_status(struct kvd_call *call, const void *request)
     r.sessions_lost = d->metrics.sessions_lost;
     r.sequences_lost = d->metrics.sequences_lost;
     r.sessions_waiting = kvd_sessions_waiting(d);
+    r.no_gpu = d->no_gpu.text;
     kvd_call_reply(call, &r);
 }
 

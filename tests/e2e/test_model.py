@@ -108,11 +108,11 @@ def test_direct_mode_says_the_same(kv, kvd, worker, model):
     """Prompts go to kvd, tokens are decoded over mapped pages; a sequence that stops early rests."""
     with client(kv, kvd, model, codec="bf16") as c:
         theirs = Choices()
-        want, logits = chat(worker, model, worker.KvdCache(c, c.create_many(4)), PROMPTS, 24, theirs)
+        want, logits = chat(worker, model, worker.KvdCache(c, c.create_many(4)), PROMPTS, 12, theirs)
         sequences = list(c.create_many(4))
         cache = worker.DirectCache(c, sequences)
         ours = Choices(theirs)
-        got, direct = chat(worker, model, cache, PROMPTS, 24, ours)
+        got, direct = chat(worker, model, cache, PROMPTS, 12, ours)
         assert got == want and ours.ties <= MOST_TIES * len(ours.made), ours.ties
         errors = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(direct, logits)]
         assert max(errors) < 3e-2

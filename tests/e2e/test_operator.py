@@ -36,6 +36,8 @@ def test_every_command_answers_people_and_scripts(kvd, rpc):
         if not command.startswith("top"):
             json.loads(kvd.kvctl("--json", *command.split()).stdout)
     assert json.loads(kvd.kvctl("--json", "status").stdout)["sessions"] == 1
+    status = json.loads(kvd.kvctl("--json", "status").stdout)
+    assert (status["backend"] == "cpu") == bool(status["no_gpu"]) and status["no_gpu"] in kvd.kvctl("doctor").stdout
 
 
 def test_versions_are_one(kvd, rpc):
