@@ -240,7 +240,14 @@ static void entry_remove(struct kvd_prefix *ix, uint32_t entry, enum kvd_prefix_
     h->entries--;
     h->removed[reason]++;
     const struct kvd_prefix_removed removed = {
-        e->key, e->domain, entry, e->value, ix->domain[e->domain].digest, reason};
+        .key = e->key,
+        .domain = e->domain,
+        .entry = entry,
+        .value = e->value,
+        .age = reuse_age(ix, e, now),
+        .digest = ix->domain[e->domain].digest,
+        .reason = reason,
+    };
     __atomic_store_n(&e->used, false, __ATOMIC_SEQ_CST); // before the value is its owner's again
     e->chain = h->free;
     h->free = entry + 1;

@@ -153,6 +153,7 @@ const char *kvd_prefix_reason_name(enum kvd_prefix_reason reason);
 struct kvd_prefix_removed {
     struct kvd_prefix_key key;
     uint32_t domain, entry, value; // nothing is known by that entry any more
+    uint32_t age;                  // seconds since its last use, at most: see prefix_reuse.c
     const uint8_t *digest;         // of the domain; valid during the call
     enum kvd_prefix_reason reason;
 };

@@ -15,6 +15,7 @@ enum {
 
     GHOST_WAYS = 16,
     GHOSTS_PER_ENTRY = 6,
+    REUSE_TIMES = 2048, // the latest ticks of which it is known when they began
     REMOVED_WAYS = 4,
     ENTRIES_PER_REMOVED = 16,
 
@@ -96,6 +97,8 @@ struct kvd_prefix {
     struct prefix_entry *entry;
     uint32_t *ghost;
     struct prefix_gone *gone;
+    // When ticks began, by number modulo its length: of this process, as ticks are.
+    uint32_t tick_began[REUSE_TIMES];
 };
 
 // 64 bits of the key, by the region's seed.
@@ -128,6 +131,8 @@ void reuse_new(struct kvd_prefix *ix, struct prefix_entry *e, uint64_t hash);
 void reuse_again(struct kvd_prefix *ix, struct prefix_entry *e);
 // The entry goes; if it is not `wanted` back, it is as if it had never been.
 void reuse_gone(struct kvd_prefix *ix, const struct prefix_entry *e, uint64_t hash, bool wanted);
+// Seconds since the entry's last use, at most.
+uint32_t reuse_age(const struct kvd_prefix *ix, const struct prefix_entry *e, uint32_t now);
 // A block was used that has no entry and gets none.
 void reuse_passed(struct kvd_prefix *ix, uint64_t hash);
 // Puts a leaf on its shelf, or takes it off whatever list it is on.

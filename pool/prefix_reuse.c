@@ -14,9 +14,13 @@
 // Blocks that are gone leave a ghost of 4 bytes (a tag, number of uses, tick), without which it
 // would not be seen that they were wanted again: what happens at ages beyond those that eviction
 // lets blocks reach could not be learned, and a block could not become a much-used one.
+//
+// Entries have a tick and no time, which would be 4 bytes more. How long ago a block was used is
+// known from when its tick began, so to within a tick: a 32nd of what fills the index once.
 #include "pool/prefix_internal.h"
 
 #include <math.h>
+#include <time.h>
 
 enum {
     // Ages by how long ago, fine where they are young.
@@ -408,6 +412,7 @@ static void tick(struct kvd_prefix *ix)
     }
     put_into(ix, FINE + group % MIDDLE, left % FINE);
     r->tick++;
+    ix->tick_began[r->tick % REUSE_TIMES] = (uint32_t)time(NULL);
     for (uint32_t class = 0; class < REUSE_CLASSES; class ++)
         for (uint32_t bucket = 0; bucket < REUSE_AGES; bucket++) {
             uint32_t age = age_of(r, bucket);
@@ -437,6 +442,8 @@ void reuse_clear(struct kvd_prefix *ix)
     memset(&h->reuse, 0, sizeof(h->reuse));
     h->reuse.tick = FIRST_TICK;
     h->reuse.lease_ends = UINT32_MAX;
+    for (uint32_t i = 0; i < REUSE_TIMES; i++)
+        ix->tick_began[i] = (uint32_t)time(NULL);
     for (uint32_t list = 0; list < LISTS; list++)
         list_clear(ix, list);
     rank_shelves(ix);
@@ -466,6 +473,13 @@ void reuse_gone(struct kvd_prefix *ix, const struct prefix_entry *e, uint64_t ha
         ghost_put(ix, hash, uses_of(e), e->tick);
     else
         end_life(&ix->head->reuse, uses_of(e), e->tick, false);
+}
+
+uint32_t reuse_age(const struct kvd_prefix *ix, const struct prefix_entry *e, uint32_t now)
+{
+    uint32_t ago = KVD_MIN(ix->head->reuse.tick - e->tick, (uint32_t)REUSE_TIMES - 1);
+    uint32_t began = ix->tick_began[(ix->head->reuse.tick - ago) % REUSE_TIMES];
+    return now > began ? now - began : 0; // the clock may have been set back
 }
 
 void reuse_passed(struct kvd_prefix *ix, uint64_t hash)

@@ -14,6 +14,13 @@ struct kvd_histogram {
     uint64_t count, sum_ns;
 };
 
+// How old what was evicted was: seconds to a week.
+enum { KVD_AGES = 10 };
+struct kvd_ages {
+    uint64_t bucket[KVD_AGES + 1]; // the last is +Inf
+    uint64_t count, sum_s;
+};
+
 enum kvd_kernel_op {
     KVD_OP_APPEND,
     KVD_OP_ATTEND,
@@ -49,6 +56,7 @@ struct kvd_metrics {
 };
 
 void kvd_histogram_add(struct kvd_histogram *h, uint64_t ns);
+void kvd_ages_add(struct kvd_ages *a, uint64_t s);
 // Calls answered, of all methods and with whatever code.
 uint64_t kvd_metrics_calls(const struct kvd_metrics *m);
 
@@ -59,6 +67,7 @@ void kvd_metric(FILE *f, const char *name, const char *type, const char *help, d
 // The samples of a histogram. labels: "" or `a="b"`.
 void kvd_metric_histogram(FILE *f, const char *name, const char *labels,
                           const struct kvd_histogram *h);
+void kvd_metric_ages(FILE *f, const char *name, const char *labels, const struct kvd_ages *a);
 // A label's value: backslash, quote and newline escaped.
 void kvd_metric_escape(const char *in, char *out, size_t cap);
 

@@ -45,6 +45,7 @@ struct counts {
     char name[KVD_MAX_NAMESPACE + 1];
     uint64_t looked_up, found, adopted, restored; // tokens
     uint64_t published;                           // blocks that were new
+    struct kvd_ages ages;                         // of those that went for want of room
 };
 
 struct kvd_prompts {
@@ -584,6 +585,9 @@ static void block_gone(struct kvd_daemon *d, uint32_t ns, uint32_t layout,
         return; // kvd stops
     if (p->n_gone == GONE || p->gone_ns != ns || p->gone_reason != removed->reason)
         tell_gone(d);
+    if (removed->reason == KVD_PREFIX_EVICTED_ROOM || removed->reason == KVD_PREFIX_EVICTED_QUOTA ||
+        removed->reason == KVD_PREFIX_EVICTED_INDEX)
+        kvd_ages_add(&counts_of(d, ns)->ages, removed->age);
     p->gone_ns = ns;
     p->gone_reason = removed->reason;
     p->gone[p->n_gone++] = removed->key;
@@ -626,6 +630,22 @@ VALUE(published, c->published)
 VALUE(blocks, b->blocks)
 VALUE(bytes, b->bytes)
 
+static void age_metrics(struct kvd_daemon *d, FILE *f)
+{
+    kvd_metric_head(f, "kvd_prefix_eviction_age_seconds", "histogram",
+                    "Time since the last use of blocks that went for want of room.");
+    for (uint32_t i = 0; i < kvd_pool_namespace_count(d->pool); i++) {
+        struct kvd_pool_namespace_info ns;
+        char name[2 * KVD_MAX_NAMESPACE + 4], label[sizeof(name) + 16];
+        kvd_pool_namespace_info(d->pool, i, &ns);
+        if (!ns.name[0])
+            continue;
+        kvd_metric_escape(ns.name, name, sizeof(name));
+        snprintf(label, sizeof(label), "namespace=\"%s\"", name);
+        kvd_metric_ages(f, "kvd_prefix_eviction_age_seconds", label, &counts_of(d, i)->ages);
+    }
+}
+
 static void metrics(struct kvd_daemon *d, FILE *f)
 {
     static const char *const reasons[] = {
@@ -663,6 +683,7 @@ static void metrics(struct kvd_daemon *d, FILE *f)
                         "\n",
                         label, reasons[r], info.removed[r]);
     }
+    age_metrics(d, f);
 }
 
 // -- start and end ------------------------------------------------------------------------------

@@ -47,6 +47,9 @@ struct kvd_tier_ops {
     void (*status)(void *state, struct kvd_tier_status *out);
 };
 
+// Counts a block that went; `used`: when it was last used (Unix time).
+void kvd_tier_lose(struct kvd_tier_lost *lost, enum kvd_tier_loss why, time_t used);
+
 // Gives the operation back. Any thread, once.
 void kvd_tier_finish(struct kvd_tier_op *op, enum kvd_tier_result result);
 __attribute__((format(printf, 3, 4))) void

@@ -39,6 +39,8 @@ struct directory {
     uint32_t scan;
     uint64_t names;              // made
     atomic_ullong bytes, blocks; // read without the lock
+    pthread_mutex_t count_lock;  // of `lost`: the loop never waits for a scan
+    struct kvd_tier_lost lost;
 };
 
 // -- names --------------------------------------------------------------------------------------
@@ -140,6 +142,13 @@ static void drop(struct directory *d, int root, const struct kvd_tier_key *key)
     pthread_mutex_unlock(&d->lock);
 }
 
+static void count_lost(struct directory *d, enum kvd_tier_loss why, time_t used)
+{
+    pthread_mutex_lock(&d->count_lock);
+    kvd_tier_lose(&d->lost, why, used);
+    pthread_mutex_unlock(&d->count_lock);
+}
+
 // Drops the least recently used until so many bytes more have room.
 static void make_room(struct directory *d, int root, uint64_t bytes)
 {
@@ -147,10 +156,12 @@ static void make_room(struct directory *d, int root, uint64_t bytes)
         pthread_mutex_lock(&d->lock);
         bool none = d->bytes + bytes <= d->limit || !d->by_use;
         struct kvd_tier_key key = none ? (struct kvd_tier_key){0} : d->by_use->key;
+        time_t used = none ? 0 : d->by_use->used;
         pthread_mutex_unlock(&d->lock);
         if (none)
             return;
         drop(d, root, &key);
+        count_lost(d, KVD_TIER_LOST_ROOM, used);
     }
 }
 
@@ -178,7 +189,8 @@ static void scan_folder(struct directory *d, int root, const char *folder, uint3
         const char *end = strrchr(e->d_name, '.');
         time_t most = block ? (time_t)d->ttl_s : end && strcmp(end, ".new") == 0 ? LEFTOVER_S : 0;
         if (most && now - st.st_mtime > most) {
-            unlinkat(fd, e->d_name, 0);
+            if (unlinkat(fd, e->d_name, 0) == 0 && block)
+                count_lost(d, KVD_TIER_LOST_EXPIRED, st.st_mtime);
         } else if (block) {
             pthread_mutex_lock(&d->lock);
             struct file *f = find(d, &key);
@@ -365,6 +377,8 @@ static void get(struct directory *d, int root, struct kvd_tier_op *op)
         kvd_block_unref(&op->block);
         if (rc > 0)
             drop(d, root, &op->keys[0]);
+        if (rc == KVD_E_NOT_FOUND)
+            count_lost(d, KVD_TIER_LOST_EXPIRED, st.st_mtime);
         kvd_tier_fail(op,
                       rc == KVD_E_CORRUPT     ? KVD_TIER_DAMAGED
                       : rc == KVD_E_NOT_FOUND ? KVD_TIER_MISS
@@ -447,6 +461,7 @@ static void directory_free(void *ctx)
     if (d->root >= 0)
         close(d->root);
     pthread_mutex_destroy(&d->lock);
+    pthread_mutex_destroy(&d->count_lock);
     free(d->path);
     free(d);
 }
@@ -466,6 +481,7 @@ void *kvd_tier_directory_new(const char *path, uint64_t limit, uint64_t ttl_s,
     d->ttl_s = ttl_s;
     d->root = -1;
     pthread_mutex_init(&d->lock, NULL);
+    pthread_mutex_init(&d->count_lock, NULL);
     d->threads = kvd_tier_threads_new(THREADS, &work, d, err);
     if (!d->threads) {
         directory_free(d);
@@ -495,6 +511,9 @@ static void status(void *state, struct kvd_tier_status *out)
     out->blocks = d->blocks;
     out->bytes = d->bytes;
     out->limit = d->limit;
+    pthread_mutex_lock(&d->count_lock);
+    out->lost = d->lost;
+    pthread_mutex_unlock(&d->count_lock);
 }
 
 const struct kvd_tier_ops kvd_tier_directory_ops = {

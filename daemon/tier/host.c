@@ -7,7 +7,7 @@
 struct kept {
     struct kvd_tier_key key;
     struct kvd_block *block;
-    time_t stored;
+    time_t stored, used;
     UT_hash_handle hh;
     struct kept *prev, *next; // least recently used first
 };
@@ -15,6 +15,7 @@ struct kept {
 struct host {
     struct kept *by_key, *by_use;
     uint64_t bytes, limit;
+    struct kvd_tier_lost lost;
 };
 
 void *kvd_tier_host_new(uint64_t limit)
@@ -40,10 +41,12 @@ static struct kept *find(struct host *h, const struct kvd_tier_op *op, uint32_t 
     struct kept *k;
     HASH_FIND(hh, h->by_key, &op->keys[i], sizeof(op->keys[i]), k);
     if (k && op->settings.ttl_s && (uint64_t)(time(NULL) - k->stored) > op->settings.ttl_s) {
+        kvd_tier_lose(&h->lost, KVD_TIER_LOST_EXPIRED, k->used);
         forget(h, k);
         return NULL;
     }
     if (k) {
+        k->used = time(NULL);
         DL_DELETE(h->by_use, k);
         DL_APPEND(h->by_use, k);
     }
@@ -68,11 +71,13 @@ static void put(struct host *h, struct kvd_tier_op *op)
         kvd_tier_fail(op, KVD_TIER_FAILED, "out of memory");
         return;
     }
-    while (h->bytes + op->bytes > h->limit)
+    while (h->bytes + op->bytes > h->limit) {
+        kvd_tier_lose(&h->lost, KVD_TIER_LOST_ROOM, h->by_use->used);
         forget(h, h->by_use);
+    }
     k->key = op->keys[0];
     k->block = kvd_block_ref(op->block);
-    k->stored = time(NULL);
+    k->stored = k->used = time(NULL);
     h->bytes += op->bytes;
     HASH_ADD(hh, h->by_key, key, sizeof(k->key), k);
     DL_APPEND(h->by_use, k);
@@ -140,6 +145,7 @@ static void status(void *state, struct kvd_tier_status *out)
     out->blocks = HASH_COUNT(h->by_key);
     out->bytes = h->bytes;
     out->limit = h->limit;
+    out->lost = h->lost;
 }
 
 const struct kvd_tier_ops kvd_tier_host_ops = {

@@ -56,6 +56,20 @@ struct kvd_tier {
     struct kvd_tier_status counts;
 };
 
+const char *kvd_tier_loss_name(enum kvd_tier_loss loss)
+{
+    static const char *const names[] = {"room", "expired"};
+    return names[loss];
+}
+
+void kvd_tier_lose(struct kvd_tier_lost *lost, enum kvd_tier_loss why, time_t used)
+{
+    time_t now = time(NULL);
+    lost->blocks[why]++;
+    if (why == KVD_TIER_LOST_ROOM)
+        kvd_ages_add(&lost->ages, now > used ? (uint64_t)(now - used) : 0);
+}
+
 const char *kvd_tier_verb_name(enum kvd_tier_verb verb)
 {
     static const char *const names[] = {"put", "get", "has", "drop", "flush"};

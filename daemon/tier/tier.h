@@ -80,6 +80,18 @@ void kvd_tier_drop(struct kvd_tier *t, const struct kvd_tier_key *key, kvd_tier_
                    void *ctx);
 void kvd_tier_flush(struct kvd_tier *t, kvd_tier_done *done, void *ctx);
 
+// Why a block went that nobody asked to go.
+enum kvd_tier_loss {
+    KVD_TIER_LOST_ROOM,    // the tier's size was reached: the least recently used go
+    KVD_TIER_LOST_EXPIRED, // its time was over, and somebody came upon it
+    KVD_TIER_LOSSES,
+};
+const char *kvd_tier_loss_name(enum kvd_tier_loss loss);
+struct kvd_tier_lost {
+    uint64_t blocks[KVD_TIER_LOSSES];
+    struct kvd_ages ages; // of what went for room: seconds since it was used
+};
+
 struct kvd_tier_status {
     const char *name;              // of its kind
     char where[256];               // for people
@@ -89,6 +101,8 @@ struct kvd_tier_status {
     uint32_t waiting, running;
     uint64_t count[KVD_TIER_VERBS][KVD_TIER_RESULTS];
     uint64_t bytes_in, bytes_out; // that were put and got
+    // Of tiers whose room is kvd's to make; others evict by themselves.
+    struct kvd_tier_lost lost;
     struct kvd_histogram latency[KVD_TIER_VERBS];
 };
 const char *kvd_tier_name(const struct kvd_tier *t);

@@ -303,6 +303,25 @@ static void metric(FILE *f, const struct kvd_tier_status *s, uint32_t n, const c
                 *(const uint64_t *)((const uint8_t *)&s[i] + offset));
 }
 
+// Of tiers whose room is kvd's to make.
+static void metric_lost(FILE *f, const struct kvd_tier_status *s, uint32_t n)
+{
+    kvd_metric_head(f, "kvd_tier_lost_blocks_total", "counter",
+                    "Blocks that a tier of kvd's own lost for room, or as their time was over.");
+    for (uint32_t i = 0; i < n; i++)
+        for (int l = 0; s[i].limit && l < KVD_TIER_LOSSES; l++)
+            fprintf(f, "kvd_tier_lost_blocks_total{tier=\"%s\",reason=\"%s\"} %" PRIu64 "\n",
+                    s[i].name, kvd_tier_loss_name(l), s[i].lost.blocks[l]);
+    kvd_metric_head(f, "kvd_tier_eviction_age_seconds", "histogram",
+                    "Time since the last use of blocks that a tier of kvd's own lost for room.");
+    for (uint32_t i = 0; i < n; i++) {
+        char label[32];
+        snprintf(label, sizeof(label), "tier=\"%s\"", s[i].name);
+        if (s[i].limit)
+            kvd_metric_ages(f, "kvd_tier_eviction_age_seconds", label, &s[i].lost.ages);
+    }
+}
+
 static void metrics(struct kvd_daemon *d, FILE *f)
 {
     static const enum kvd_tier_verb timed[] = {KVD_TIER_PUT, KVD_TIER_GET, KVD_TIER_HAS};
@@ -326,6 +345,7 @@ static void metrics(struct kvd_daemon *d, FILE *f)
                     "1 while a tier works, 0 while it is left alone after failures.");
     for (uint32_t i = 0; i < n; i++)
         fprintf(f, "kvd_tier_up{tier=\"%s\"} %d\n", s[i].name, strcmp(s[i].state, "failing") != 0);
+    metric_lost(f, s, n);
     kvd_metric_head(f, "kvd_tier_operations_total", "counter",
                     "Operations on a tier, by what came of them.");
     for (uint32_t i = 0; i < n; i++)

@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 from conftest import SOURCE, Daemon, Rpc, free_port, layout, kv
+from test_death import wait_for
 
 RULES = SOURCE / "deploy/prometheus/kvd.rules.yml"
 DASHBOARD = json.loads((SOURCE / "deploy/grafana/kvd.json").read_text())
@@ -87,6 +88,36 @@ def test_evictable_and_refusals_are_told(start):
     assert kvd.metric("kvd_pool_evictable_bytes") == 0
     status = json.loads(kvd.kvctl("--json", "status").stdout)
     assert int(status["refused_calls"]) >= 2 and int(status["evictions"]) > 0 and status["evictable_bytes"] == "0"
+
+
+def test_how_old_what_went_was_is_told(start, folder):
+    """By namespace, of what went for want of room, and by tier; not of what an operator or a worker dropped."""
+    kvd = start(*SMALL, config=f"[kvd]\ntier-host = 1MiB\ntier-directory = {folder}/blocks 1GiB\n")
+
+    rpc = Rpc(kvd.address)
+    s = rpc.kv("OpenSession", layout=layout(codec="bf16")).session
+
+    def publish(i):
+        seq = rpc.kv("CreateSequences", session=s, request_id=10 + i, count=1).sequences[0]
+        append(rpc, s, seq, 1024)
+        rpc.kv("PublishBlocks", session=s, items=[kv.PublishItem(sequence=seq, keys=kv.PrefixKeys(tokens=i.to_bytes(4, "little") + bytes(4 * 1023)))])
+        rpc.kv("FreeSequences", session=s, sequences=[seq])
+
+    publish(0)
+    kvd.kvctl("evict", "--namespace", "default")
+    age = 'kvd_prefix_eviction_age_seconds_%s{namespace="default"%s}'
+    assert kvd.metric(age % ("count", "")) == 0
+    for i in range(1, 40):
+        publish(i)
+    went = kvd.metric(age % ("count", ""))
+    assert went > 0
+    assert went == sum(kvd.metric(f'kvd_prefix_removed_blocks_total{{namespace="default",reason="{r}"}}') for r in ("room", "quota", "index"))
+    assert kvd.metric(age % ("bucket", ',le="300"')) == kvd.metric(age % ("bucket", ',le="+Inf"')) == went
+    tier = 'kvd_tier_lost_blocks_total{tier="%s",reason="%s"}'
+    assert wait_for(lambda: kvd.metric(tier % ("host", "room")) > 0)
+    assert kvd.metric(tier % ("directory", "room")) == 0 and kvd.metric(tier % ("host", "expired")) == 0
+    assert kvd.metric('kvd_tier_eviction_age_seconds_count{tier="host"}') > 0
+    assert kvd.metric('kvd_tier_eviction_age_seconds_count{tier="directory"}') == 0
 
 
 def test_top_tells_rates(start):

@@ -4,6 +4,7 @@
 #include "tests/unit/suite.h"
 
 #include <sys/mman.h>
+#include <time.h>
 
 #include "pool/prefix_internal.h"
 #include "proto/kvd_limits.h"
@@ -602,6 +603,58 @@ START_TEST(one_time_prompts_do_not_push_out_what_comes_back)
 }
 END_TEST
 
-KVD_MAIN("prefix", 240, random_operations, keys_depend_on_all_that_they_name,
-         keys_are_the_same_everywhere, domains_are_apart, a_key_has_one_parent,
-         what_contradicts_itself_is_not_opened, one_time_prompts_do_not_push_out_what_comes_back)
+// -- how long what goes had not been used -------------------------------------------------------
+
+struct went {
+    uint32_t n, age[64];
+};
+
+static void note_age(void *ctx, const struct kvd_prefix_removed *r)
+{
+    struct went *w = ctx;
+    w->age[w->n++] = r->age;
+}
+
+// Of blocks used in ticks that began at 1010, 1020 and so on, and go at 1100.
+START_TEST(what_goes_tells_how_long_it_was_not_used)
+{
+    enum { BLOCKS = 4, ROOM = 64 };
+    struct kvd_prefix *ix = small(ROOM, 1);
+    struct kvd_error err = {0};
+    struct went w = {0};
+    const uint8_t digest[32] = "one";
+    uint32_t d, done, entry[BLOCKS], value = 0, now = (uint32_t)time(NULL);
+    ck_assert(!kvd_prefix_domain(ix, digest, &d, &err));
+    for (uint32_t i = 0; i < BLOCKS; i++) {
+        struct kvd_prefix_key key = {{i + 1, 0, 0}};
+        ck_assert(
+            !kvd_prefix_insert(ix, d, KVD_PREFIX_NONE, &key, &value, 1, &entry[i], &done, &err));
+    }
+    // What was never used since is as old as the index, which has just begun.
+    kvd_prefix_evict(ix, 1, KVD_PREFIX_EVICTED_ROOM, now + 50, note_age, &w);
+    ck_assert_uint_eq(w.n, 1);
+    ck_assert_uint_ge(w.age[0] + 2, 50);
+    ck_assert_uint_le(w.age[0], 50);
+    for (uint32_t i = 1; i < BLOCKS; i++) {
+        uint32_t tick = ix->head->reuse.tick;
+        while (ix->head->reuse.tick == tick)
+            kvd_prefix_use(ix, &entry[BLOCKS - 1], 1);
+        ix->tick_began[ix->head->reuse.tick % REUSE_TIMES] = 1000 + 10 * i;
+        kvd_prefix_use(ix, &entry[i], 1);
+    }
+    w.n = 0;
+    ck_assert_uint_eq(kvd_prefix_evict(ix, ROOM, KVD_PREFIX_EVICTED_ROOM, 1100, note_age, &w),
+                      BLOCKS - 1);
+    uint32_t seen = 0;
+    for (uint32_t i = 0; i < w.n; i++)
+        for (uint32_t k = 1; k < BLOCKS; k++)
+            seen |= w.age[i] == 100 - 10 * k ? 1u << k : 0;
+    ck_assert_uint_eq(seen, 0xe);
+    kvd_prefix_free(&ix);
+}
+END_TEST
+
+KVD_MAIN("prefix", 240, what_goes_tells_how_long_it_was_not_used, random_operations,
+         keys_depend_on_all_that_they_name, keys_are_the_same_everywhere, domains_are_apart,
+         a_key_has_one_parent, what_contradicts_itself_is_not_opened,
+         one_time_prompts_do_not_push_out_what_comes_back)

@@ -402,6 +402,10 @@ START_TEST(host_memory_is_bounded_and_keeps_what_is_used)
     kvd_tier_status(t, &s);
     ck_assert_uint_eq(s.blocks, 9);
     ck_assert_uint_eq(s.bytes, 9 * BYTES);
+    ck_assert_uint_eq(s.lost.blocks[KVD_TIER_LOST_ROOM], 5); // and 14 was damaged
+    ck_assert_uint_eq(s.lost.blocks[KVD_TIER_LOST_EXPIRED], 0);
+    ck_assert_uint_eq(s.lost.ages.count, 5);
+    ck_assert_uint_eq(s.lost.ages.bucket[0] + s.lost.ages.bucket[1], 5); // of seconds
     struct answer a = {0};
     kvd_tier_flush(t, tier_answered, &a);
     tier_until(&loop, &a.n, 1);
@@ -603,6 +607,8 @@ START_TEST(a_directory_keeps_its_limit_and_what_is_used)
     ck_assert_uint_le(s.bytes, p.limit);
     ck_assert_uint_eq(s.blocks, file_count(&p));
     ck_assert_uint_eq(s.blocks, 42);
+    ck_assert_uint_eq(s.lost.blocks[KVD_TIER_LOST_ROOM], 60 - 42);
+    ck_assert_uint_eq(s.lost.ages.count, 60 - 42);
     ck_assert_int_eq(tier_put(&p.loop, p.t, 99, 1 << 20, NULL), KVD_TIER_FULL);
     tier_end(&p.loop, &p.t);
     // A smaller limit holds for what is there; files that never got their name go when they are
@@ -638,6 +644,7 @@ END_TEST
 START_TEST(blocks_expire)
 {
     struct place p;
+    struct kvd_tier_status s;
     char file[256];
     place_begin(&p);
     tier_end(&p.loop, &p.t);
@@ -651,12 +658,21 @@ START_TEST(blocks_expire)
     file_of(&p, 1, file);
     ck_assert_int_ne(access(file, F_OK), 0);
     ck_assert(!tier_has(&p.loop, p.t, 2));
+    kvd_tier_status(p.t, &s);
+    ck_assert_uint_eq(s.lost.blocks[KVD_TIER_LOST_EXPIRED], 1); // the other is there still
     tier_end(&p.loop, &p.t);
     place_open(&p); // and go when nobody asks for them
     file_of(&p, 2, file);
     for (uint32_t i = 0; i < 1000 && access(file, F_OK) == 0; i++)
         tier_sleep(&p.loop, 5);
     ck_assert_int_ne(access(file, F_OK), 0);
+    kvd_tier_status(p.t, &s);
+    for (uint32_t i = 0; i < 1000 && !s.lost.blocks[KVD_TIER_LOST_EXPIRED]; i++) {
+        tier_sleep(&p.loop, 5);
+        kvd_tier_status(p.t, &s);
+    }
+    ck_assert_uint_eq(s.lost.blocks[KVD_TIER_LOST_EXPIRED], 1);
+    ck_assert_uint_eq(s.lost.ages.count, 0); // that is no age at which room was wanted
     place_end(&p);
 }
 END_TEST
