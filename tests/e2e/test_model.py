@@ -275,6 +275,49 @@ def test_models_of_another_kind_are_refused():
             check_config({**config, **more})
 
 
+    gemma = {"general.architecture": "gemma3", "gemma3.attention.head_count": 4, "gemma3.embedding_length": 640, "gemma3.attention.key_length": 256,
+             "gemma3.attention.sliding_window": 512}
+    check_gguf(gemma)
+    for more, text in (({"gemma3.attention.sliding_window": [512, 0]}, "one number"), ({"gemma3.rope.scaling.type": "linear"}, "rope.scaling.type"),
+                       ({"gemma3.final_logit_softcapping": 30.0}, "softcapping")):
+        with pytest.raises(ValueError, match=text):
+            check_gguf({**gemma, **more})
+
+
+def test_keys_have_one_order_of_channels():
+    """GGUF has a llama's q and k in neighbouring pairs (llama.cpp's conversion, below); sets are fitted to halves, as others have them."""
+    from kvd_worker.model import Model
+
+    rng = np.random.default_rng(2)
+    heads, dim, hidden = {"q": 4, "k": 2}, 8, 5
+    weights = {f"{name}{kind}": rng.normal(size=(n * dim, *((hidden,) if not kind else ()))).astype(np.float32)
+               for name, n in heads.items() for kind in ("", ".bias")}
+    model = Model.__new__(Model)
+    model.q_heads, model.kv_heads, model.theta, model.windows, model._local_theta = 4, 2, 10000.0, None, 0
+    model.blocks = [{name: w.reshape(heads[name[0]], 2, dim // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape) for name, w in weights.items()}]
+    model._unpermute()
+    assert all((model.blocks[0][name] == w).all() for name, w in weights.items())
+    # RoPE of halves: channel i turns with channel i + dim / 2.
+    x, at = rng.normal(size=(3, 4, dim)).astype(np.float32), np.array([0.0, 1.0, 50.0])
+    angle = at[:, None, None] * 10000.0 ** (-np.arange(0, dim, 2) / dim)
+    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angle)
+    np.testing.assert_allclose(model._rope(0, x, at), np.concatenate([turned.real, turned.imag], axis=-1), atol=1e-5)
+
+
+def test_windows_of_the_stock_attention(kv, kvd, worker):
+    """A layer with a window and one without, as kvd has them."""
+    rng = np.random.default_rng(4)
+    local = worker.LocalCache(1, windows=[100, 0])
+    with kv.Client(layers=range(2), q_heads=2, kv_heads=1, head_dim=64, windows=[100, 0], codec="bf16", address=kvd.address) as c:
+        cache = worker.KvdCache(c, [c.create()])
+        for n in (300, 1, 70):
+            for layer in range(2):
+                q, k, v = (rng.normal(size=(n, h, 64)).astype(np.float32) for h in (2, 1, 1))
+                want = local.attend(layer, q, k, v, [n])
+                assert np.abs(cache.attend(layer, q, k, v, [n]) - want).max() < 2e-2
+                assert layer or np.abs(worker.cache._attention(q, *local._kv[0][0], 0) - want).max() > 0.1  # it does something
+
+
 def test_bad_models_are_refused(worker, folder):
     (folder / "x.gguf").write_bytes(b"nothing")
     (folder / "model.bin").write_bytes(b"")

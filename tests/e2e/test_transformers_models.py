@@ -187,6 +187,15 @@ def test_gemma_3_270m(daemon, tmp_path):
     def loss(x):
         return float(torch.nn.functional.cross_entropy(x[0, :-1], ids[0, 1:]))
 
+    # kvd_worker reads the same file by itself.
+    from kvd_worker import LocalCache, Model
+
+    ours = Model(str(tmp_path / file))
+    assert ours.windows == [0 if i % 6 == 5 else 512 for i in range(18)] and ours.encode(ours.marks.first) == [ours.tokenizer.token_to_id("<bos>")]
+    for text in ((SOURCE / "README.md").read_text(), "a  b\n\n\n d\t\u00e9 \u6f22 \U0001f600<start_of_turn>user\n"):
+        assert ours.encode(text) == tokenizer(text, add_special_tokens=False)["input_ids"] and ours.decode(ours.encode(text)) == text
+    got = torch.from_numpy(ours.forward([ids[0].tolist()], LocalCache(1, ours.windows), every=True))
+    assert float(((got - want[0]).norm(dim=1) / want[0].norm(dim=1)).max()) < 2e-2
     use_kvd(model)
     for codec, most in (("bf16", 1e-2), ("int2", None)):
         with connect(model, address=daemon.address, codec=codec) as client:

@@ -22,10 +22,10 @@ def _size(n: float) -> str:
 
 def _report(model: Model, sequence: kvd.Sequence, client: kvd.Client, tokens: int, seconds: float) -> None:
     s = sequence.describe()
-    tokens_in = s.planes[0]  # its layers are all alike
+    planes = "; ".join(f"{p.sink} sink, {p.history} compressed, {p.recent} recent" + (f", {p.freed} out of sight" if p.freed else "") for p in s.planes)
     bf16 = s.length * model.layers * model.kv_heads * model.head_dim * 2 * 2
     print(f"[{tokens / max(seconds, 1e-9):.1f} tokens/s; sequence {s.id} on {client.info['backend']}: {s.length} tokens "
-          f"({tokens_in.sink} sink, {tokens_in.history} compressed, {tokens_in.recent} recent), {_size(s.bytes)} of pages, "
+          f"({planes}), {_size(s.bytes)} of pages, "
           f"{_size(bf16)} as bf16]", file=sys.stderr)
 
 
@@ -82,7 +82,7 @@ def main() -> int:
     model = Model(args.model)
     print(f"{model.name}: {model.layers} layers, {model.q_heads} q heads, {model.kv_heads} kv heads, head_dim "
           f"{model.head_dim}", file=sys.stderr)
-    with kvd.Client(layers=range(model.layers), q_heads=model.q_heads, kv_heads=model.kv_heads, head_dim=model.head_dim,
+    with kvd.Client(layers=range(model.layers), q_heads=model.q_heads, kv_heads=model.kv_heads, head_dim=model.head_dim, windows=model.windows,
                     codec=args.codec, rotation_set=args.rotation_set, address=args.address, name="kvd-worker") as client:
         sequence = client.attach(args.attach) if args.attach else client.create()
         cache, chat = KvdCache(client, [sequence]), Conversation(model)

@@ -1,7 +1,7 @@
 """Where keys and values live: in kvd, or in this process (the stock attention that kvd is compared with)."""
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Optional, Sequence
 
 import numpy as np
 
@@ -82,9 +82,11 @@ class DirectCache(KvdCache):
 
 
 class LocalCache:
-    """Keys and values in this process, rounded to bf16 as kvd stores them, and plain attention in float32."""
+    """Keys and values in this process, rounded to bf16 as kvd stores them, and plain attention in float32. `windows`: how many
+    tokens each layer's queries see, 0 for all; None: all of all."""
 
-    def __init__(self, sequences: int):
+    def __init__(self, sequences: int, windows: Optional[Sequence[int]] = None):
+        self._windows = windows
         self._kv: list[dict[int, tuple[np.ndarray, np.ndarray]]] = [{} for _ in range(sequences)]
 
     @property
@@ -107,15 +109,16 @@ class LocalCache:
             old = kv.get(layer)
             kv[layer] = (k[part], v[part]) if old is None else (np.concatenate([old[0], k[part]]),
                                                                 np.concatenate([old[1], v[part]]))
-            out[part] = _attention(q[part], *kv[layer])
+            out[part] = _attention(q[part], *kv[layer], self._windows[layer] if self._windows else 0)
             at += n
         return out
 
 
-def _attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """The last len(q) positions of k and v, causal."""
+def _attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int) -> np.ndarray:
+    """The last len(q) positions of k and v, causal; the last `window` of them for each, if that is not 0."""
     group, n, total = q.shape[1] // k.shape[1], len(q), len(k)
-    mask = np.where(np.arange(total)[None, :] > np.arange(total - n, total)[:, None], np.float32(-np.inf), np.float32(0))
+    ahead = np.arange(total)[None, :] - np.arange(total - n, total)[:, None]
+    mask = np.where((ahead > 0) | (ahead <= (-window if window else -total)), np.float32(-np.inf), np.float32(0))
     out = np.empty_like(q)
     for h in range(q.shape[1]):
         s = q[:, h] @ k[:, h // group].T / np.float32(np.sqrt(q.shape[2])) + mask

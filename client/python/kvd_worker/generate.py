@@ -59,17 +59,19 @@ def generate(model: Model, cache: Cache, prompts: Sequence[Sequence[int]], token
 
 
 class Conversation:
-    """Turns of a chat in ChatML, as instruction-tuned models of this kind take it; only new tokens are ever computed."""
+    """Turns of a chat with the model's marks; only new tokens are ever computed. A model without system turns has that text before
+    the user's first."""
 
     def __init__(self, model: Model, system: str = "You are a helpful assistant."):
         self.model = model
-        self._pending = f"<|im_start|>system\n{system}<|im_end|>\n"
+        marks = self.marks = model.marks
+        self._pending, self._before = marks.first + (marks.system.format(system) if marks.system else ""), "" if marks.system else f"{system}\n\n"
         self._last: list[int] = []  # an answer's last token, not fed yet
 
     def turn(self, text: str) -> list[int]:
         """What to feed for the user's next words."""
-        ids = self._last + self.model.encode(
-            f"{self._pending}<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
+        ids = self._last + self.model.encode(f"{self._pending}{self.marks.user}{self._before}{text}{self.marks.answer}")
+        self._before = ""
         return ids
 
     def rest(self) -> list[int]:
@@ -79,13 +81,13 @@ class Conversation:
 
     def resume(self) -> None:
         """The sequence holds turns already, the last of them ended."""
-        self._pending = ""
+        self._pending = self._before = ""
 
     def answered(self, answer: Sequence[int]) -> str:
         """Notes the model's answer; returns its text."""
         ended = bool(answer) and answer[-1] in self.model.stop
         self._last = list(answer[-1:])
-        self._pending = "\n" if ended else "<|im_end|>\n"
+        self._pending = self.marks.after if ended else self.marks.end + self.marks.after
         return self.model.decode(answer[:-1] if ended else answer)
 
 
