@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
 """What codecs, rotation sets and scales cost a real model: perplexity on texts and the divergence (KL, nats) of the next token from
-bf16's; and recall of a number from far back, with what became of its keys.
+bf16's; and recall of facts from far back, with what became of their keys.
 
-Every token past the sink attends to compressed history as in serving: texts are fed 16 tokens at a time. Recall: a number is
-told early in a context, and asked for at its end; the prompt's keys and values are the same for all codecs. `bias` is the mean
-error of a query's logit at the compressed key that it looks for most, over all layers and heads; `logit error` the root mean square
-over all compressed keys; both of a prompt's last token, over the first prompts.
+Every token past the sink attends to compressed history as in serving: texts are fed 16 tokens at a time. Recall: seven digits
+and four words are told in a prompt, and each asked for in a fork of it; the prompt's keys and values are the same for all
+codecs, the question's are each codec's own. A fact is recalled if every token of it is the likeliest; `nll` is that of the whole
+answer. `bias` is the mean error of a query's logit at the compressed key that it looks for most, over all layers and heads;
+`logit error` the root mean square over all compressed keys; both of the first prompts' last token.
 
-usage: bench_model.py MODEL.gguf --text prose=FILE code=FILE ... [--sets fitted=FILE ...] [--codecs LIST] [--scales K,V ...]
-                      [--tokens N] [--trials N]
-Starts a kvd of its own from --build. Needs: numpy, gguf, tokenizers (kvd_worker's).
+usage: bench_model.py MODEL.gguf --text prose=FILE code=FILE ... [--fillers NAME=FILE ...] [--sets fitted=FILE ...] [--codecs LIST]
+                      [--scales K,V ...] [--tokens N] [--trials N] [--log FILE]
+       bench_model.py --sum FILE...      what the logs of runs say together
+Starts a kvd of its own from --build. Needs: numpy, gguf, tokenizers (kvd_worker's); with PyTorch it is several times as fast.
 """
 import argparse
 import json
@@ -20,9 +22,12 @@ import sys
 import tempfile
 import time
 
+from model_trials import PIECE, Log, Trial, records_of, report, words_of
+
 SOURCE = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(SOURCE / "client/python"))
 READ_BACK = 6  # prompts whose keys are looked at
+STEP = 16  # tokens of a text that are fed at a time
 
 
 def pairs(words):
@@ -51,11 +56,58 @@ def with_scales(source, to, scales):
     to.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + n:])
 
 
+def with_torch(model):
+    """Makes PyTorch do the model's products, where it is: several times as fast as Debian's OpenBLAS."""
+    try:
+        import torch
+    except ImportError:
+        return model
+
+    class Product:
+        __array_ufunc__ = None  # so that NumPy leaves `x @ self` to it
+
+        def __init__(self, w, turned=False):
+            self.w, self.turned = w, turned
+
+        @property
+        def T(self):
+            return Product(self.w, not self.turned)
+
+        def __rmatmul__(self, x):
+            return (torch.from_numpy(x) @ (self.w.T if self.turned else self.w)).numpy()
+
+    for block in model.blocks:
+        for name in ("q", "k", "v", "o", "gate", "up", "down"):
+            block[name] = Product(torch.from_numpy(block[name]))
+    model.top["head"] = Product(torch.from_numpy(model.top["head"]))
+    return model
+
+
+def prefill(model, ids, LocalCache):
+    """Keys and values of a prompt, as stock attention has them."""
+    local = LocalCache(1, windows=model.windows)
+    if "torch" in sys.modules:
+        import torch
+
+        def attend(layer, q, k, v, counts):
+            import kvd
+            local._kv[0][layer] = k, v = kvd.from_bf16(kvd.to_bf16(k)), kvd.from_bf16(kvd.to_bf16(v))
+            t = [torch.from_numpy(x).transpose(0, 1)[None] for x in (q, k, v)]
+            window = model.windows[layer] if model.windows else 0
+            mask = torch.ones(len(q), len(q), dtype=torch.bool).tril().triu(1 - window) if window else None
+            o = torch.nn.functional.scaled_dot_product_attention(*t, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            return o[0].transpose(0, 1).numpy()
+
+        local.attend = attend
+    model.forward([ids], local)
+    return local.keys_and_values(0)
+
+
 class Cases:
     """A cache for kvd_worker's model in which every sequence belongs to a client of its own: the same tokens with every codec."""
 
-    def __init__(self, clients, KvdCache):
-        self.caches = [KvdCache(c, [c.create()]) for c in clients]
+    def __init__(self, clients, KvdCache, sequences=None):
+        self.caches = [KvdCache(c, [s]) for c, s in zip(clients, sequences or [c.create() for c in clients])]
         self.asked = []  # queries by layer
 
     @property
@@ -70,8 +122,19 @@ class Cases:
             part = np.s_[at:at + n]
             out[part] = cache.attend(layer, q[part], k[part], v[part], [n])
             at += n
-        self.asked.append(q[0].copy()) if layer == len(self.asked) else None
+        self.asked.append(q[counts[0] - 1].copy()) if layer == len(self.asked) else None
         return out
+
+    def append(self, k, v):
+        """Whole layers at once."""
+        for cache in self.caches:
+            tk, tv = cache.client.tensor(*k.shape), cache.client.tensor(*v.shape)
+            tk.array[:], tv.array[:] = k, v
+            cache.sequences[0].append(tk, tv)
+            tk.free(), tv.free()
+
+    def fork(self, KvdCache):
+        return Cases([c.client for c in self.caches], KvdCache, [c.sequences[0].fork()[0] for c in self.caches])
 
     def free(self):
         for cache in self.caches:
@@ -83,18 +146,27 @@ class Cases:
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("model")
-    ap.add_argument("--text", nargs="+", required=True, metavar="KIND=FILE", help="recall's filler is from the first")
+    ap.add_argument("model", nargs="?")
+    ap.add_argument("--text", nargs="+", default=[], metavar="KIND=FILE")
+    ap.add_argument("--fillers", nargs="+", default=[], metavar="KIND=FILE", help="texts around the facts, in turn (default: the texts)")
     ap.add_argument("--sets", nargs="*", default=[], metavar="NAME=FILE", help="sets besides hadamard and identity")
     ap.add_argument("--codecs", default="int2,int2c,int2-lm,turboquant-2,turboquant-3,turboquant-4,tc2,tc2.5")
+    ap.add_argument("--rows", help="only these, by the names that are printed, with commas between; bf16 is always there")
     ap.add_argument("--scales", nargs="*", default=[], metavar="K,V",
                     help="published, least-squares or unbiased: every set with each of these, not with its own")
     ap.add_argument("--tokens", type=int, default=4096, help="of each text; 0: no perplexity")
     ap.add_argument("--context", type=int, default=2048)
-    ap.add_argument("--trials", type=int, default=20)
+    ap.add_argument("--trials", type=int, default=20, help="prompts, each with a fact of both kinds")
+    ap.add_argument("--log", help="append what is measured to this file, and do not measure again what it has")
+    ap.add_argument("--sum", nargs="+", metavar="FILE", help="only print what these logs say")
     ap.add_argument("--seed", type=int, default=11)
     ap.add_argument("--build", default="build")
     args = ap.parse_args()
+    if args.sum:
+        print("\n".join(report([r for file in args.sum for r in records_of(file)])))
+        return
+    if not args.model or not args.text + args.fillers:
+        ap.error("a model and texts are wanted")
     os.environ.setdefault("KVD_LIBRARY", str(pathlib.Path(args.build, "client/libkvd.so.0").resolve()))
     import numpy as np
 
@@ -104,8 +176,14 @@ def main():
     work = pathlib.Path(tempfile.mkdtemp(prefix="kvd-bench."))
     address = f"unix:{work}/s"
     (work / "store").mkdir()
-    model = Model(args.model)
-    kinds = [("bf16", "bf16", "identity")] + sets_of(args, work, model)
+    model, log = with_torch(Model(args.model)), Log(args.log)
+    kinds = sets_of(args, work, model)
+    if args.rows:
+        unknown = set(args.rows.split(",")) - {name for name, _, _ in kinds}
+        if unknown:
+            sys.exit(f"no rows {', '.join(sorted(unknown))}; there are {', '.join(name for name, _, _ in kinds)}")
+        kinds = [k for k in kinds if k[0] in args.rows.split(",")]
+    kinds.insert(0, ("bf16", "bf16", "identity"))
     daemon = subprocess.Popen([f"{args.build}/daemon/kvd", "--listen", address, "--metrics", "", "--pool-size", f"{2 + len(kinds) // 6}GiB",
                                "--store", work / "store", "--cache", work / "cache"], stderr=open(work / "log", "w"))
     try:
@@ -113,16 +191,21 @@ def main():
             if daemon.poll() is not None:
                 sys.exit((work / "log").read_text())
             time.sleep(0.05)
-        clients = {name: kvd.Client(layers=range(model.layers), q_heads=model.q_heads, kv_heads=model.kv_heads,
-                                    head_dim=model.head_dim, codec=codec, rotation_set=rotation, address=address)
+        clients = {name: kvd.Client(layers=range(model.layers), q_heads=model.q_heads, kv_heads=model.kv_heads, head_dim=model.head_dim,
+                                    windows=model.windows, codec=codec, rotation_set=rotation, address=address)
                    for name, codec, rotation in kinds}
-        print(f"# {model.name}, contexts of {args.context} tokens, sink 64, recent 256", flush=True)
-        for kind, path in pairs(args.text):
-            ids = model.encode(pathlib.Path(path).read_text(encoding="utf-8", errors="replace"))[: args.tokens]
-            if len(ids) >= args.context:
-                perplexity(args, model, kind, ids, clients, KvdCache, np)
+
+        def tokens(path):
+            return model.encode(pathlib.Path(path).read_text(encoding="utf-8", errors="replace"))
+
         if args.trials:
-            recall(args, model, clients, KvdCache, LocalCache, np)
+            fillers = {kind: tokens(path) for kind, path in pairs(args.fillers or args.text)}
+            recall(args, model, log, fillers, clients, KvdCache, LocalCache, np)
+        for kind, path in pairs(args.text):
+            ids = tokens(path)[: args.tokens]
+            if len(ids) >= args.context:
+                perplexity(args, model, log, kind, ids, clients, KvdCache, np)
+        print("\n".join(report(log.records)))
         for c in clients.values():
             c.close()
     finally:
@@ -136,10 +219,10 @@ def sets_of(args, work, model):
     kvctl = [f"{args.build}/client/kvctl", "--store", work / "store", "calib"]
 
     def publish(name, of, rotation, path):
-        for i, scales in enumerate((not any(of_transforms(c) for c in of) and args.scales) or [None]):
+        for scales in (not any(of_transforms(c) for c in of) and args.scales) or [None]:
             if scales:
                 with_scales(path, work / "scaled", scales)
-            tag = f"model@{name}-{i}"
+            tag = f"model@{len(kinds)}"
             subprocess.run([*kvctl, "publish", work / "scaled" if scales else path, tag], check=True, stdout=subprocess.DEVNULL)
             kinds.extend((f"{codec} {name}{' ' + scales if scales else ''}", codec, tag) for codec in of if codec in codecs)
 
@@ -158,68 +241,70 @@ def sets_of(args, work, model):
 
 
 def log_softmax(z, np):
+    if "torch" in sys.modules:
+        import torch
+
+        return torch.from_numpy(z).double().log_softmax(-1).numpy()
     z = z.astype(np.float64)
     z -= z.max(axis=-1, keepdims=True)
     return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
 
 
-def perplexity(args, model, kind, ids, clients, KvdCache, np):
-    nll, kl, n = np.zeros(len(clients)), np.zeros(len(clients)), 0
+def perplexity(args, model, log, kind, ids, clients, KvdCache, np):
+    first = model.encode(model.marks.first)
+    ids = [t for at in range(0, len(ids), args.context - len(first)) for t in first + ids[at:at + args.context - len(first)]]
     for at in range(0, len(ids) - args.context + 1, args.context):
-        cases = Cases(clients.values(), KvdCache)
-        for a in range(at, at + args.context - 1, 16):
-            new = list(ids[a:min(a + 16, at + args.context - 1)])
+        about = {"what": "text", "model": model.name, "context": args.context, "about": kind, "number": at // args.context, "seed": 0}
+        if log.has(**about, rows=clients):
+            continue
+        cases, sizes = Cases(clients.values(), KvdCache), []
+        rows = {name: ([], []) for name in clients}
+        for step, a in enumerate(range(at, at + args.context - 1, STEP)):
+            new = list(ids[a:min(a + STEP, at + args.context - 1)])
             logits = model.forward([new] * len(clients), cases, every=True).reshape(len(clients), len(new), -1)
             bf16, targets = log_softmax(logits[0], np), np.asarray(ids[a + 1:a + 1 + len(new)])
-            for i, case in enumerate(logits):
+            if step % PIECE == 0:
+                sizes.append(0)
+                for sums in rows.values():
+                    sums[0].append(0.0), sums[1].append(0.0)
+            sizes[-1] += len(new)
+            for i, (case, (nll, kl)) in enumerate(zip(logits, rows.values())):
                 p = log_softmax(case, np) if i else bf16
-                nll[i] -= p[np.arange(len(new)), targets].sum()
-                kl[i] += (np.exp(bf16) * (bf16 - p)).sum()
-            n += len(new)
+                nll[-1] -= float(p[np.arange(len(new)), targets].sum())
+                kl[-1] += float((np.exp(bf16) * (bf16 - p)).sum())
         cases.free()
-    for i, name in enumerate(clients):
-        print(f"perplexity  {kind:10} {name:44} {np.exp(nll[i] / n):8.3f} ({100 * np.expm1((nll[i] - nll[0]) / n):+5.1f} %)  "
-              f"KL {kl[i] / n:.4f}  ({n} tokens)", flush=True)
+        log.add(**about, tokens=sizes, rows=rows)
+        progress(f"{kind}, context {about['number'] + 1}")
 
 
-def recall(args, model, clients, KvdCache, LocalCache, np):
-    rng = np.random.default_rng(args.seed)
-    filler = model.encode(pathlib.Path(pairs(args.text)[0][1]).read_text(encoding="utf-8", errors="replace"))
-    good, answers = np.zeros((args.trials, len(clients)), bool), np.zeros((args.trials, len(clients)))
-    bias, square = np.zeros(len(clients)), np.zeros(len(clients))
-    for trial in range(args.trials):
-        number = "".join(str(d) for d in rng.integers(0, 10, 7))
-        start = int(rng.integers(0, len(filler) - args.context))
-        head = model.encode(f"<|im_start|>user\nRemember this: the magic number is {number}. I will ask for it later.\n\n")
-        # Past the sink, so that what is asked for has been compressed.
-        before, after = filler[start:start + 100], filler[start + 100:start + args.context - 200]
-        tail = model.encode("\n\nWhat is the magic number?<|im_end|>\n<|im_start|>assistant\nThe magic number is")
-        prompt = model.encode("<|im_start|>user\n") + before + head[2:] + after + tail
-        local = LocalCache(1)
-        model.forward([prompt[:-1]], local)
-        k, v = local.keys_and_values(0)
-        want = model.encode(" " + number)
-        cases = Cases(clients.values(), KvdCache)
-        for cache in cases.caches:
-            tk, tv = cache.client.tensor(*k.shape), cache.client.tensor(*v.shape)
-            tk.array[:], tv.array[:] = k, v
-            cache.sequences[0].append(tk, tv)
-            tk.free(), tv.free()
-        # The answer is fed along: greedy decoding finds it where it is the likeliest throughout.
-        feed = [prompt[-1], *want[:-1]]
-        p = log_softmax(model.forward([feed] * len(clients), cases, every=True).reshape(len(clients), len(want), -1), np)
-        good[trial] = (p.argmax(axis=-1) == want).all(axis=-1)
-        answers[trial] = -p[:, np.arange(len(want)), want].sum(axis=-1)
-        if trial < READ_BACK:
-            for i, (b, s) in enumerate(key_errors(cases, k, np)):
-                bias[i], square[i] = bias[i] + b, square[i] + s
-        cases.free()
-        if sys.stderr.isatty():
-            print(f"\r{trial + 1} of {args.trials}", end="", file=sys.stderr, flush=True)
-    seen = min(READ_BACK, args.trials)
-    for i, name in enumerate(clients):
-        print(f"recall      {name:44} {good[:, i].sum():3} of {args.trials}  nll {answers[:, i].mean():6.3f}  "
-              f"bias {bias[i] / seen:+.3f}  logit error {np.sqrt(square[i] / seen):.3f}", flush=True)
+def recall(args, model, log, fillers, clients, KvdCache, LocalCache, np):
+    words = words_of(model)
+    for number in range(args.trials):
+        trial = Trial(model, fillers, number, args.seed, args.context, words)
+        about = {"what": "recall", "model": model.name, "context": args.context, "number": number, "seed": args.seed}
+        if all(log.has(**about, about=kind, rows=clients) for kind in trial.asked):
+            continue
+        k, v = prefill(model, trial.body, LocalCache)
+        body = Cases(clients.values(), KvdCache)
+        body.append(k, v)
+        for kind, (question, want, back) in trial.asked.items():
+            cases = body.fork(KvdCache)
+            # The answer is fed along: greedy decoding finds it where it is the likeliest throughout.
+            feed = [*question, *want[:-1]]
+            logits = model.forward([feed] * len(clients), cases, every=True).reshape(len(clients), len(feed), -1)
+            p = log_softmax(logits[:, len(question) - 1:], np)
+            good, nll = (p.argmax(axis=-1) == want).all(axis=-1), -p[:, np.arange(len(want)), want].sum(axis=-1)
+            more = {}
+            if number < READ_BACK and not model.windows:
+                more["errors"] = dict(zip(clients, key_errors(cases, k, np)))
+            log.add(**about, about=kind, filler=trial.filler, back=back, rows={n: [int(g), float(x)] for n, g, x in zip(clients, good, nll)}, **more)
+            cases.free()
+        body.free()
+        progress(f"prompt {number + 1} of {args.trials}")
+
+
+def progress(text):
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def key_errors(cases, k, np):
@@ -238,7 +323,7 @@ def key_errors(cases, k, np):
                 bias.append((got - logits)[logits.argmax()])
                 square.append(np.mean((got - logits) ** 2))
         back.free()
-        yield np.mean(bias), np.mean(square)
+        yield float(np.mean(bias)), float(np.mean(square))
 
 
 if __name__ == "__main__":
