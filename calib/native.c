@@ -215,6 +215,12 @@ static int parse(const char *path, const uint8_t *file, size_t size,
     if (duplicate(&s->fitted_to, kvd_safetensors_metadata(st, "fitted_to")) ||
         duplicate(&s->clips_fitted_to, kvd_safetensors_metadata(st, "clips_fitted_to")))
         return kvd_fail(err, KVD_E_INTERNAL, "%s: out of memory", path);
+    const char *length = kvd_safetensors_metadata(st, "fitted_length");
+    int read = 0;
+    if (length &&
+        (strspn(length, "0123456789") != strlen(length) ||
+         sscanf(length, "%19" SCNu64 "%n", &s->fitted_length, &read) != 1 || length[read]))
+        return corrupt(err, path, "metadata: fitted_length is no number of tokens");
     if (parse_layers(s, layers, path, err))
         return err->code;
     return parse_tensors(path, file, size, st, format, tc, s, err);
@@ -272,6 +278,11 @@ static json_t *metadata_of(const struct kvd_rotset *s, const char *layers)
         json_object_set_new(metadata, "fitted_to", json_string(s->fitted_to));
     if (s->clips_fitted_to)
         json_object_set_new(metadata, "clips_fitted_to", json_string(s->clips_fitted_to));
+    if (s->fitted_length) {
+        char length[24];
+        snprintf(length, sizeof(length), "%" PRIu64, s->fitted_length);
+        json_object_set_new(metadata, "fitted_length", json_string(length));
+    }
     return metadata;
 }
 

@@ -164,6 +164,8 @@ static int print_set(struct kvctl *k, const struct kvd_rotset *s, double worst)
                       kvctl_text_json(s->objective), "provenance", kvctl_text_json(s->provenance),
                       "n_layers", (int)s->n_layers, "layers", layers, "rotations_per_layer",
                       (int)s->heads, "head_dim_k", (int)s->dim_k, "head_dim_v", (int)s->dim_v);
+        if (s->fitted_length)
+            json_object_set_new(set, "fitted_length", json_integer((json_int_t)s->fitted_length));
         json_object_update_new(set, json_terms(s, worst));
         return kvctl_print(k, set);
     }
@@ -172,6 +174,8 @@ static int print_set(struct kvctl *k, const struct kvd_rotset *s, double worst)
     printf("digest         %s\n", *s->digest ? s->digest : "- (not a native file)");
     printf("objective      %s\n", kvctl_text(s->objective, text));
     printf("provenance     %s\n", kvctl_text(s->provenance, text));
+    if (s->fitted_length)
+        printf("fitted         to contexts of up to %" PRIu64 " tokens\n", s->fitted_length);
     printf("layers         %u: %s\n", s->n_layers, layers);
     if (s->heads == 1)
         printf("matrices       one a layer and side\n");

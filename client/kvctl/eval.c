@@ -3,6 +3,8 @@
 #include "client/kvctl/calib_tool.h"
 #include "client/kvctl/evaluation.h"
 
+#include <math.h>
+
 struct arguments {
     struct kvd_eval_options o;
     const char *dump, *files[EVALUATION_FILES], *html;
@@ -183,6 +185,47 @@ static void print_activations(const struct evaluation *e)
     }
 }
 
+// Contexts that a set has seen no tokens of: it may do worse there, and the figures of shorter ones
+// would not show it.
+static void warn_of_lengths(const struct arguments *a, const struct evaluation *e)
+{
+    for (uint32_t s = 0; s < e->n; s++) {
+        const struct kvd_rotset *set = e->cases[s].set;
+        if (set->fitted_length && set->fitted_length < a->o.context &&
+            (!s || set != e->cases[s - 1].set))
+            fprintf(stderr,
+                    "kvctl: warning: %s was fitted to contexts of up to %" PRIu64
+                    " tokens, and these have %u\n",
+                    e->names[s], set->fitted_length, a->o.context);
+    }
+}
+
+// The least error has chosen sets that lost facts: where another case of no more bits has more
+// error, and sees the strongest keys as strong as they are, that is said.
+static void warn_of_bias(const struct evaluation *e)
+{
+    const double enough = 0.1; // nats: a tenth less of what a key gets
+    for (uint32_t i = 0; i < e->n; i++) {
+        struct kvd_eval_figures best = evaluation_of_layers(e, 0, i, &(uint32_t){0});
+        uint32_t better = e->n;
+        double least = fabs(best.bias) - enough;
+        for (uint32_t j = 0; j < e->n && !kvd_rotset_built_in(e->cases[i].set->objective); j++) {
+            struct kvd_eval_figures f = evaluation_of_layers(e, 0, j, &(uint32_t){0});
+            if (f.output_error > best.output_error && fabs(f.bias) < least &&
+                e->bits[j] <= e->bits[i] && !kvd_rotset_built_in(e->cases[j].set->objective)) {
+                least = fabs(f.bias);
+                better = j;
+            }
+        }
+        if (better < e->n)
+            fprintf(stderr,
+                    "kvctl: warning: %s has less error than %s and a worse bias (%+.3f, %+.3f): "
+                    "it may lose facts that the other keeps\n",
+                    e->names[i], e->names[better], best.bias,
+                    evaluation_of_layers(e, 0, better, &(uint32_t){0}).bias);
+    }
+}
+
 static void print_layers(const struct evaluation *e)
 {
     char titles[EVALUATION_CASES * 64] = "LAYER";
@@ -305,6 +348,8 @@ int cmd_calib_eval(struct kvctl *k)
             print_summary(&a, &e, 1);
             print_activations(&e);
         }
+        warn_of_lengths(&a, &e);
+        warn_of_bias(&e);
     }
     for (uint32_t s = 0; s < KVD_LEN(e.sets); s++)
         kvd_rotset_free(&e.sets[s]);

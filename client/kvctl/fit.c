@@ -56,6 +56,14 @@ static int parse_codec(const struct kvctl *k, struct arguments *a)
                : tool_usage("bits", bits, "quarters or greedy");
 }
 
+static void on_warning(void *ctx, const char *text)
+{
+    (void)ctx;
+    char shown[KVCTL_TEXT];
+    progress_end();
+    fprintf(stderr, "kvctl: warning: %s\n", kvctl_text(text, shown));
+}
+
 // What the table of commands does not know of values. An exit code.
 static int parse(const struct kvctl *k, struct arguments *a)
 {
@@ -87,6 +95,14 @@ static int parse(const struct kvctl *k, struct arguments *a)
                            clip ? "clip" : "fit-clips");
     if (kvctl_option(k, "per-layer"))
         a->o.per_kv_head = false;
+    if (a->codec == KVD_CODEC_COUNT && a->scale_k != KVD_SCALE_UNBIASED) {
+        char text[256];
+        snprintf(text, sizeof(text),
+                 "K's scales are %s: queries see such keys more weakly than they are, and facts "
+                 "from far back are lost that unbiased scales keep, though the error be less",
+                 kvd_scale_name(a->scale_k));
+        on_warning(NULL, text);
+    }
     a->o.threads = tool_number(k, "threads", 0);
     a->eval.context = tool_number(k, "context", a->eval.context);
     a->o.state = kvctl_option(k, "state");
@@ -96,14 +112,6 @@ static int parse(const struct kvctl *k, struct arguments *a)
     a->dump = k->arguments[0];
     a->out = k->arguments[1];
     return EXIT_OK;
-}
-
-static void on_warning(void *ctx, const char *text)
-{
-    (void)ctx;
-    char shown[KVCTL_TEXT];
-    progress_end();
-    fprintf(stderr, "kvctl: warning: %s\n", kvctl_text(text, shown));
 }
 
 // Eigenvalues of a matrix as the part of the whole that its largest eighth has.
@@ -163,6 +171,8 @@ static int finish(const struct arguments *a, const struct kvd_dump *d, struct kv
 {
     if (!(set->fitted_to = kvd_dump_digests(d, err)))
         return err->code;
+    for (uint32_t i = 0; i < d->n_pieces; i++)
+        set->fitted_length = KVD_MAX(set->fitted_length, d->pieces[i].tokens);
     if (!set->transforms) {
         set->scale_k = a->scale_k;
         set->scale_v = a->scale_v;

@@ -1,5 +1,6 @@
 """kvctl calib eval and fit --fit-clips against attention over quantized tokens, written out in NumPy."""
 import json
+import re
 import subprocess
 
 import numpy as np
@@ -194,6 +195,45 @@ def test_scales(tmp_path):
     assert "it wants scales of K and V" in kvctl("fit", SMOLLM2, tmp_path / "set", "--scales", "unbiased", code=2)
     shown = kvctl("show", tmp_path / "set")
     assert "K unbiased, V least-squares" in shown
+
+
+def test_less_error_with_a_worse_bias_is_said(tmp_path):
+    """By fit of scales that are known for it, by eval of what it finds; nothing of sets as they are recommended."""
+    def run(*arguments):
+        return subprocess.run([KVCTL, "calib", *map(str, arguments)], check=True, capture_output=True, text=True, timeout=300)
+
+    assert run("fit", SMOLLM2, tmp_path / "set").stderr == "" == run("fit", SMOLLM2, tmp_path / "tc", "--codec", "tc2").stderr
+    for options, kind in ((("--scales", "least-squares,least-squares"), "least-squares"), (("--published",), "published")):
+        assert f"warning: K's scales are {kind}: queries see" in run("fit", SMOLLM2, tmp_path / "other", *options).stderr
+    common = ("-c", CONTEXT, "-q", QUERIES, "--sink", 16, "--recent", 100, "--codecs", "int2,bf16", "--json")
+    assert "bias" not in run("eval", SMOLLM2, tmp_path / "set", *common).stderr
+    r = run("eval", SMOLLM2, tmp_path / "set", *common, "--scales")
+    sets = {x["name"]: x["windows"] for x in json.loads(r.stdout)["sets"]}
+    found = re.findall(r"warning: (.*) has less error than (.*) and a worse bias \((.*), (.*)\): it may lose facts", r.stderr)
+    assert "set, least-squares/least-squares" in [f[0] for f in found]
+    for worse, better, bias, others in found:
+        assert sets[worse]["output_error"] < sets[better]["output_error"] and abs(sets[worse]["bias"]) > abs(sets[better]["bias"]) + 0.1
+        assert (bias, others) == tuple(f"{sets[x]['bias']:+.3f}" for x in (worse, better))
+
+
+def test_contexts_longer_than_a_set_was_fitted_to(tmp_path):
+    for name, tokens in (("short", 700), ("long", 1400)):
+        write(tmp_path / f"{name}.safetensors", {f"layers.0.{s}": ("F32", x) for s, x in zip("qkv", activations(3, tokens, 2, 1, 64, 64, [0])[0])})
+    for options in ((), ("--codec", "tc2")):
+        kvctl("fit", tmp_path / "short.safetensors", tmp_path / "set", *options)
+        assert json.loads(kvctl("show", "--json", tmp_path / "set"))["fitted_length"] == 700
+        assert "to contexts of up to 700 tokens" in kvctl("show", tmp_path / "set")
+        for context, warned in ((1400, True), (640, False)):
+            r = subprocess.run([KVCTL, "calib", "eval", tmp_path / "long.safetensors", tmp_path / "set", "-c", str(context)], capture_output=True, text=True)
+            assert r.returncode == 0 and r.stderr.count("was fitted to contexts of up to 700 tokens, and these have 1400") == (2 if not options else 1) * warned
+    raw = (tmp_path / "set").read_bytes()
+    for text in ("70x", "-70", "", " 70", "1" * 20):
+        n = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:8 + n])
+        header["__metadata__"]["fitted_length"] = text
+        new = json.dumps(header).encode()
+        (tmp_path / "bad").write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + n:])
+        assert "fitted_length is no number of tokens" in kvctl("show", tmp_path / "bad", code=1)
 
 
 def test_it_says_what_sets_were_fitted_to(tmp_path):
