@@ -25,7 +25,8 @@ const struct command kvctl_fit = {
           "Choose these, and level gains, by the output error on these activations"},
          {"codec", 0, "NAME", VALUE_TEXT, "tc2 or tc2.5: fit transforms for it, not rotations"},
          {"bits", 0, "HOW", VALUE_TEXT,
-          "Of K's tiles in these: quarters (default: 4-2-1-1 or 4-3-2-1) or greedy, by kv head"},
+          "Of K's tiles in these: greedy (default), as each kv head wants them, or quarters: "
+          "4-2-1-1 or 4-3-2-1"},
          {"context", 0, "TOKENS", VALUE_NUMBER, "Of these, attended at a time (default: 2048)"},
          {"layers", 0, "LIST", VALUE_LAYERS,
           "Model layer ids, such as 0-35 or 3,7,11 (default: all)"},

@@ -48,10 +48,10 @@ static int parse_codec(const struct kvctl *k, struct arguments *a)
         if (kvctl_option(k, rotations[i]))
             return kvctl_usage("--%s is of rotations, and does not go with --codec", rotations[i]);
     a->codec = kvd_tc_find(codec);
-    a->greedy = bits && strcmp(bits, "greedy") == 0;
+    a->greedy = !bits || strcmp(bits, "greedy") == 0;
     if (a->codec == KVD_CODEC_COUNT)
         return tool_usage("codec", codec, "tc2 or tc2.5");
-    return !bits || a->greedy || strcmp(bits, "quarters") == 0
+    return a->greedy || strcmp(bits, "quarters") == 0
                ? EXIT_OK
                : tool_usage("bits", bits, "quarters or greedy");
 }

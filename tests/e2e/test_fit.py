@@ -416,8 +416,9 @@ def test_transforms_over_shards_and_head_dims(tmp_path, codec, q_heads, kv_heads
     fit(dump, tmp_path / "set", "--codec", codec, "--threads", "1")
     fit(dump, tmp_path / "again", "--codec", codec, "--threads", "2")
     assert (tmp_path / "set").read_bytes() == (tmp_path / "again").read_bytes()
-    check_transforms(data, *read(tmp_path / "set"), codec, False)
-    fit(dump, tmp_path / "part", "--codec", codec, "--layers", "5")
+    check_transforms(data, *read(tmp_path / "set"), codec, True)
+    assert "bits greedy" in read(tmp_path / "set")[1]["objective"]
+    fit(dump, tmp_path / "part", "--codec", codec, "--layers", "5", "--bits", "quarters")
     check_transforms({5: data[5]}, *read(tmp_path / "part"), codec, False)
 
 
