@@ -72,10 +72,12 @@ cleanup() {
 trap cleanup EXIT
 
 kvctl="$build/client/kvctl --address unix:$work/kvd.sock"
-set_name=SmolLM2-135M-Instruct@fitted
+codec=tc2 set_name=SmolLM2-135M-Instruct@tc2 rotations=SmolLM2-135M-Instruct@rotations
 echo "== calibration store: $work/store"
-echo "   (a rotation set fitted to 30,720 recorded tokens of this model; calib/README.md says how)"
-"$build/client/kvctl" --store "$work/store" calib publish tests/data/smollm2-rotations.safetensors "$set_name"
+echo "   (transforms for codec tc2, and rotations for int2 beside them, fitted to 30,720 recorded tokens of this model:"
+echo "   calib/README.md says how, and why tc2; a model without a set has int2 and the Hadamard matrix)"
+"$build/client/kvctl" --store "$work/store" calib publish tests/data/smollm2-tc2.safetensors "$set_name"
+"$build/client/kvctl" --store "$work/store" calib publish tests/data/smollm2-rotations.safetensors "$rotations"
 
 echo "== daemon"
 "$build/daemon/kvd" --listen "unix:$work/kvd.sock" --metrics 127.0.0.1:0 --store "file://$work/store" \
@@ -87,11 +89,11 @@ for _ in $(seq 100); do
     sleep 0.1
 done
 cat "$work/log"
-echo "== fetch the rotation set"
+echo "== fetch the set"
 $kvctl calib fetch "$set_name"
 echo "== writer and reader, two processes"
-"$build/client/kvd-demo" write "unix:$work/kvd.sock" tests/data/smollm2.safetensors "$set_name"
-"$build/client/kvd-demo" read "unix:$work/kvd.sock" tests/data/smollm2.safetensors "$set_name"
+"$build/client/kvd-demo" write "unix:$work/kvd.sock" tests/data/smollm2.safetensors "$set_name" "$codec"
+"$build/client/kvd-demo" read "unix:$work/kvd.sock" tests/data/smollm2.safetensors "$set_name" "$codec"
 echo
 echo "== kvctl status"
 $kvctl status
@@ -100,7 +102,7 @@ echo "== some metrics"
 $kvctl metrics | grep -E '^kvd_(pool_bytes|pages|namespace_tokens|compression_ratio|rotation_set_requests_total|sessions_opened_total)[{ ]'
 echo
 echo "== what it is worth"
-"$build/client/kvd-compare" "unix:$work/kvd.sock" tests/data/smollm2.safetensors "$set_name"
+"$build/client/kvd-compare" "unix:$work/kvd.sock" tests/data/smollm2.safetensors "$rotations" "$set_name"
 took run
 echo
 echo "== done. To keep a daemon: $build/daemon/kvd --listen unix:\$HOME/kvd.sock. README.md says where to go on: 'Who does what'"

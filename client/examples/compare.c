@@ -1,6 +1,7 @@
 // What a user gets: the same recorded activations kept in bf16, in 2 bits as they are, and in 2
-// bits as kvd keeps them, with the error of attention, the time of a call and the bytes of each.
-// usage: kvd-compare ADDRESS ACTIVATIONS ROTATION_SET
+// bits as kvd keeps them, by rotations and by transforms, with the error of attention, the time of
+// a call and the bytes of each.
+// usage: kvd-compare ADDRESS ACTIVATIONS ROTATION_SET TC2_SET
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -97,20 +98,22 @@ static void print(const char *name, const struct outcome *o, uint64_t exact)
 
 int main(int argc, char **argv)
 {
-    if (argc != 4) {
-        fprintf(stderr, "usage: kvd-compare ADDRESS ACTIVATIONS ROTATION_SET\n");
+    if (argc != 5) {
+        fprintf(stderr, "usage: kvd-compare ADDRESS ACTIVATIONS ROTATION_SET TC2_SET\n");
         return 2;
     }
     struct activations a = load(argv[2]);
     struct outcome bf16 = try(argv[1], &a, "bf16", NULL, true);
     struct outcome naive = try(argv[1], &a, "int2", "identity", false);
-    struct outcome kvd = try(argv[1], &a, "int2", argv[3], true);
+    struct outcome rotated = try(argv[1], &a, "int2", argv[3], true);
+    struct outcome kvd = try(argv[1], &a, "tc2", argv[4], true);
     uint64_t exact = a.tokens * token_bytes(&a);
     printf("%u tokens of %s, %u layers        rel. error   ms/call  bytes of pages   saved\n",
            a.tokens, a.model, a.layers);
     print("bf16", &bf16, exact);
     print("naive int2: no rotation, no windows", &naive, exact);
-    print("int2 as kvd keeps it, fitted rotations", &kvd, exact);
+    print("int2, fitted rotations, windows in bf16", &rotated, exact);
+    print("tc2, fitted transforms, windows in bf16", &kvd, exact);
     double saving = (double)kvd.bf16_page / (double)kvd.codec_page;
     printf(
         "\nkvd keeps these %u tokens in %.0f %% of the memory that bf16 takes, and long sequences "

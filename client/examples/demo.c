@@ -1,7 +1,8 @@
 // Two workers on recorded activations of a real model, as two processes:
-//   kvd-demo write ADDRESS ACTIVATIONS ROTATION_SET   prefills a sequence into kvd and publishes it
-//   kvd-demo read  ADDRESS ACTIVATIONS ROTATION_SET   attaches it, attends, and compares with exact
+//   kvd-demo write ADDRESS ACTIVATIONS SET [CODEC]   prefills a sequence into kvd and publishes it
+//   kvd-demo read  ADDRESS ACTIVATIONS SET [CODEC]   attaches it, attends, and compares with exact
 //   float64 attention
+// SET is a rotation set for any codec (default: int2), or one of transforms for its own.
 // ACTIVATIONS is a safetensors file with bf16 q, k and v [layers, tokens, heads, 64]
 // (tests/data/record_smollm2.py).
 #include <math.h>
@@ -13,7 +14,7 @@
 enum { CHUNK = 256 };
 
 static kvd_client *connect_to(const char *address, const struct activations *a, const char *set,
-                              const char *name)
+                              const char *codec, const char *name)
 {
     kvd_failure err;
     kvd_client *c;
@@ -26,19 +27,20 @@ static kvd_client *connect_to(const char *address, const struct activations *a, 
                      .kv_heads = a->kv_heads,
                      .head_dim_k = DIM,
                      .head_dim_v = DIM,
-                     .codec = "int2",
+                     .codec = codec,
                      .rotation_set = set};
     if (kvd_open(&o, &c, &err))
         die("cannot open a session", &err);
     return c;
 }
 
-static int write_all(const char *address, const struct activations *a, const char *set)
+static int write_all(const char *address, const struct activations *a, const char *set,
+                     const char *codec)
 {
     kvd_failure err;
     kvd_buffer *b;
     uint64_t id, v_at = (uint64_t)a->layers * CHUNK * a->kv_heads * DIM * 2;
-    kvd_client *c = connect_to(address, a, set, "demo-writer");
+    kvd_client *c = connect_to(address, a, set, codec, "demo-writer");
     if (kvd_buffer_new(c, 2 * v_at, &b, &err) || kvd_sequences_create(c, 1, &id, &err))
         die("cannot prepare", &err);
     double began = now_ms();
@@ -64,29 +66,32 @@ static int write_all(const char *address, const struct activations *a, const cha
     return 0;
 }
 
-static int read_all(const char *address, struct activations *a, const char *set)
+static int read_all(const char *address, struct activations *a, const char *set, const char *codec)
 {
     kvd_failure err;
     kvd_buffer *b;
     kvd_sequence_info info = KVD_NEW(kvd_sequence_info);
     kvd_info daemon = KVD_NEW(kvd_info);
-    kvd_client *c = connect_to(address, a, set, "demo-reader");
+    kvd_client *c = connect_to(address, a, set, codec, "demo-reader");
     uint64_t o_at = (uint64_t)a->layers * QUERIES * a->q_heads * DIM * 2;
     if (kvd_sequence_attach(c, "demo", &info, &err) || kvd_buffer_new(c, 3 * o_at, &b, &err))
         die("cannot attach 'demo'", &err);
     if (kvd_get_info(c, &daemon, &err))
         die("info", &err);
     copy_tokens(kvd_buffer_data(b), a->q, a, a->q_heads, a->tokens - QUERIES, QUERIES);
-    const int packed = 2 * (DIM / 4) + 8; // and in int2 pages
-    uint64_t vector = 2ull * DIM * 2;     // K and V of one token and kv head, in bf16
+    uint64_t vector = 2ull * DIM * 2; // K and V of one token and kv head, in bf16; and in pages
+    double packed = (double)vector * (double)daemon.planes[0].codec_page_bytes /
+                    (double)daemon.planes[0].bf16_page_bytes;
     uint64_t bf16 = info.length * a->kv_heads * vector;
     kvd_plane_tokens in = info.planes[0]; // its layers are all alike
     uint64_t stored =
-        a->kv_heads * (in.history * (uint64_t)packed + (info.length - in.history) * vector);
-    printf("reader: %llu tokens: %llu in the sink, %llu compressed, %llu in the recent window; "
-           "rotation set %.20s...\n\n",
+        (uint64_t)((double)a->kv_heads *
+                   ((double)in.history * packed + (double)((info.length - in.history) * vector)));
+    printf("reader: %llu tokens: %llu in the sink, %llu compressed (%s), %llu in the recent "
+           "window; set %.20s...\n\n",
            (unsigned long long)info.length, (unsigned long long)in.sink,
-           (unsigned long long)in.history, (unsigned long long)in.recent, daemon.rotation_set);
+           (unsigned long long)in.history, codec, (unsigned long long)in.recent,
+           daemon.rotation_set);
     printf(
         "layer  tokens  bytes bf16  bytes stored  ratio  history  rel. error   cosine  ms/call\n");
     struct score all = {0};
@@ -122,11 +127,12 @@ static int read_all(const char *address, struct activations *a, const char *set)
 
 int main(int argc, char **argv)
 {
-    if (argc != 5) {
-        fprintf(stderr, "usage: kvd-demo write|read ADDRESS ACTIVATIONS ROTATION_SET\n");
+    if (argc != 5 && argc != 6) {
+        fprintf(stderr, "usage: kvd-demo write|read ADDRESS ACTIVATIONS SET [CODEC]\n");
         return 2;
     }
     struct activations a = load(argv[3]);
-    return strcmp(argv[1], "write") == 0 ? write_all(argv[2], &a, argv[4])
-                                         : read_all(argv[2], &a, argv[4]);
+    const char *codec = argc > 5 ? argv[5] : "int2";
+    return strcmp(argv[1], "write") == 0 ? write_all(argv[2], &a, argv[4], codec)
+                                         : read_all(argv[2], &a, argv[4], codec);
 }
