@@ -112,8 +112,8 @@ int main(int argc, char **argv)
            a.tokens, a.model, a.layers);
     print("bf16", &bf16, exact);
     print("naive int2: no rotation, no windows", &naive, exact);
-    print("int2, fitted rotations, windows in bf16", &rotated, exact);
-    print("tc2, fitted transforms, windows in bf16", &kvd, exact);
+    print("int2 by fitted rotations, with windows", &rotated, exact);
+    print("tc2 by fitted transforms, with windows", &kvd, exact);
     double saving = (double)kvd.bf16_page / (double)kvd.codec_page;
     printf(
         "\nkvd keeps these %u tokens in %.0f %% of the memory that bf16 takes, and long sequences "
