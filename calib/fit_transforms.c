@@ -7,6 +7,12 @@
 
 #include "calib/parallel.h"
 
+enum {
+    GAINS = 13, // of a deviation that are tried: GAIN_LEAST, and 0.1 more each
+    SINK = 64,  // tokens of each recording that are never compressed
+};
+#define GAIN_LEAST 0.8
+
 struct job {
     const struct kvd_dump *dump;
     const struct kvd_fit_options *o;
@@ -24,6 +30,8 @@ struct workspace {
     double *sums[KVD_DUMP_SIDES];   // [kv heads][dim][dim] of products
     double *means[KVD_DUMP_SIDES];  // [kv heads][dim]
     double *u, *root, *back, *work; // [dim][dim]
+    double *coded;                  // [BLOCK][dim]
+    double *costs;                  // [kv heads][GAINS][dim]
 };
 
 static void workspace_deinit(void *workspace)
@@ -35,6 +43,8 @@ static void workspace_deinit(void *workspace)
     }
     free(w->rows);
     free(w->block);
+    free(w->coded);
+    free(w->costs);
     free(w->u);
     free(w->root);
     free(w->back);
@@ -49,6 +59,8 @@ static bool workspace_init(void *arg, void *workspace)
     uint64_t most = KVD_FIT_BLOCK * KVD_MAX(d->heads[KVD_DUMP_Q], d->heads[KVD_DUMP_K]) * dim;
     bool ok = (w->rows = malloc(most * sizeof(float))) != NULL;
     ok &= (w->block = malloc(most * sizeof(double))) != NULL;
+    ok &= (w->coded = malloc(KVD_FIT_BLOCK * dim * sizeof(double))) != NULL;
+    ok &= (w->costs = malloc(kv * GAINS * dim * sizeof(double))) != NULL;
     for (int s = 0; s < KVD_DUMP_SIDES; s++) {
         ok &= (w->sums[s] = malloc(kv * dim * dim * sizeof(double))) != NULL;
         ok &= (w->means[s] = malloc(kv * dim * sizeof(double))) != NULL;
@@ -268,12 +280,109 @@ static int transform_values(struct job *j, struct workspace *w, uint32_t head, u
     return KVD_OK;
 }
 
+// -- deviations ----------------------------------------------------------------------------------
+
+static double gain_of(int g)
+{
+    return GAIN_LEAST + 0.1 * g;
+}
+
+// Keys as the codec has them, (k - mean) A / sigma, each divided by its scale, the root mean square
+// of its coded channels; scales get the fourth powers of these.
+static void code_rows(const struct kvd_transform *t, double *rows, uint64_t n, struct workspace *w,
+                      double *scales)
+{
+    uint32_t dim = t->coder.dim, coded = 0;
+    for (uint64_t i = 0; i < (uint64_t)dim * dim; i++)
+        w->u[i] = (double)t->a[i];
+    for (uint64_t r = 0; r < n; r++)
+        for (uint32_t c = 0; c < dim; c++)
+            rows[r * dim + c] -= (double)t->mean[c];
+    cblas_dgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, (int)n, (int)dim, (int)dim, 1, rows,
+                (int)dim, w->u, (int)dim, 0, w->coded, (int)dim);
+    for (uint32_t c = 0; c < dim; c++)
+        coded += t->coder.bits[c / KVD_TC_TILE] > 0;
+    for (uint64_t r = 0; r < n; r++) {
+        double *y = w->coded + r * dim, squares = 0;
+        for (uint32_t c = 0; c < dim; c++) {
+            y[c] /= (double)t->coder.sigma[c];
+            squares += t->coder.bits[c / KVD_TC_TILE] > 0 ? y[c] * y[c] : 0;
+        }
+        scales[r] = squares / coded * squares / coded;
+        if (squares > 0)
+            cblas_dscal((int)dim, 1 / sqrt(squares / coded), y, 1);
+    }
+}
+
+// Adds what coding these keys costs with each gain of each channel's deviation: fourth powers of
+// errors, so that the few that are far out count as what they do to a logit.
+static void add_costs(const struct kvd_transform *t, uint64_t n, const struct workspace *w,
+                      const double *scales, double *costs)
+{
+    uint32_t dim = t->coder.dim;
+    double steps[KVD_MAX_HEAD_DIM], middles[KVD_MAX_HEAD_DIM]; // of the codes
+    for (int g = 0; g < GAINS; g++) {
+        double *to = costs + (uint64_t)g * dim;
+        for (uint32_t c = 0; c < dim; c++) {
+            uint32_t bits = t->coder.bits[c / KVD_TC_TILE];
+            middles[c] = ((1u << bits) - 1) / 2.0;
+            steps[c] =
+                bits ? gain_of(g) * kvd_tc_step(&t->coder, c) / (double)t->coder.sigma[c] : 1;
+        }
+        for (uint64_t r = 0; r < n; r++)
+            for (uint32_t c = 0; c < dim; c++) {
+                double y = w->coded[r * dim + c], code = ceil(y / steps[c] + middles[c] - 0.5);
+                code = fmin(fmax(code, 0), 2 * middles[c]);
+                double e = y - steps[c] * (code - middles[c]);
+                to[c] += e * e * e * e * scales[r];
+            }
+    }
+}
+
+// Levels are even, and made for channels that are normal. Keys are not: those of delimiters, which
+// every query sees, lie close together and far out, beyond the last level. A channel's sigma is the
+// multiple of its deviation that costs least on the keys of the recordings, past their sinks.
+static int fit_deviations(struct job *j, struct workspace *w, uint32_t i, uint32_t layer,
+                          struct kvd_error *err)
+{
+    const struct kvd_dump *d = j->dump;
+    uint32_t heads = j->set->heads, dim = j->set->dim_k;
+    double scales[KVD_FIT_BLOCK];
+    memset(w->costs, 0, (uint64_t)heads * GAINS * dim * sizeof(double));
+    for (uint32_t p = 0; p < d->n_pieces; p++)
+        for (uint64_t t = SINK; d->pieces[p].layer == layer && t < d->pieces[p].tokens;
+             t += KVD_FIT_BLOCK) {
+            uint64_t n = KVD_MIN((uint64_t)KVD_FIT_BLOCK, d->pieces[p].tokens - t);
+            if (kvd_dump_read(d, &d->pieces[p], KVD_DUMP_K, t, n, w->rows, err))
+                return err->code;
+            if (j->parallel.failed)
+                return kvd_fail(err, KVD_E_INTERNAL, "given up: another layer failed");
+            for (uint32_t h = 0; h < heads; h++) {
+                struct kvd_transform of = kvd_transform_at(j->set, (uint64_t)i * heads + h, false);
+                kvd_fit_gather(w->rows, n, heads, h, 1, dim, w->block);
+                code_rows(&of, w->block, n, w, scales);
+                add_costs(&of, n, w, scales, w->costs + (uint64_t)h * GAINS * dim);
+            }
+        }
+    for (uint32_t h = 0; h < heads; h++)
+        for (uint32_t c = 0; c < dim; c++) {
+            const double *of = w->costs + (uint64_t)h * GAINS * dim + c;
+            int best = 2; // a gain of 1
+            for (int g = 0; g < GAINS; g++)
+                best = of[(uint64_t)g * dim] < of[(uint64_t)best * dim] ? g : best;
+            float *sigma = j->set->transforms->k_sigma + ((uint64_t)i * heads + h) * dim + c;
+            *sigma = (float)((double)*sigma * gain_of(best));
+        }
+    return KVD_OK;
+}
+
 static int fit_layer(void *arg, void *workspace, uint32_t i, struct kvd_error *err)
 {
     struct job *j = arg;
     struct workspace *w = workspace;
     uint32_t layer = j->set->layers[i];
-    if (moments(j, w, kvd_fit_dump_layer(j->dump, layer), err))
+    uint32_t of_dump = kvd_fit_dump_layer(j->dump, layer);
+    if (moments(j, w, of_dump, err))
         return err->code;
     for (uint32_t h = 0; h < j->set->heads; h++) {
         uint64_t at = (uint64_t)i * j->set->heads + h;
@@ -282,7 +391,7 @@ static int fit_layer(void *arg, void *workspace, uint32_t i, struct kvd_error *e
         if (transform_keys(j, w, h, at, where, err) || transform_values(j, w, h, at, where, err))
             return err->code;
     }
-    return KVD_OK;
+    return fit_deviations(j, w, i, of_dump, err);
 }
 
 // -- the set -------------------------------------------------------------------------------------

@@ -356,7 +356,21 @@ def bits_of_tiles(codec, values, greedy):
     return bits
 
 
-def check_transforms(data, sets, meta, codec, greedy):
+def costs_of_gains(keys, cuts, x, sigma):
+    """Fourth powers of errors, by gain of a channel's deviation: 0.8 to 2; of keys past each recording's sink."""
+    keys = np.concatenate([keys[a + 64:b] for a, b in cuts])
+    bits = np.repeat(x["k.bits"], 16).astype(int)
+    step, top = np.array([1, 1.5958, 0.9957, 0.5860, 0.3352], np.float32).astype(float)[bits], 2.0 ** bits - 1
+    y = (keys - x["k.mean"]) @ x["k.transform"] / sigma
+    scale = np.sqrt(np.mean(y[:, bits > 0] ** 2, axis=1, keepdims=True))
+    y, costs = y / scale, []
+    for gain in np.arange(8, 21) / 10:
+        e = y - gain * step * (np.clip(np.ceil(y / (gain * step) + top / 2 - 0.5), 0, top) - top / 2)
+        costs.append(np.sum((e * scale) ** 4, axis=0))
+    return np.array(costs)
+
+
+def check_transforms(data, sets, meta, codec, greedy, cuts=None):
     """The set in fp32 against the fit of each head in double precision."""
     assert meta["format"] == "kvd-rotation-set/3" and meta["codec"] == codec
     for i, layer in enumerate(sorted(data)):
@@ -377,8 +391,13 @@ def check_transforms(data, sets, meta, codec, greedy):
             variances = floored(variances, 1e-8)
             u = u * np.sign(u[np.abs(u).argmax(axis=0), np.arange(dim)])
             assert np.abs(x["k.mean"] - keys.mean(axis=0)).max() <= 1e-6 * np.abs(keys).max()
-            assert x["k.sigma"] == pytest.approx(np.sqrt(variances), rel=1e-5)
             assert (x["k.bits"] == bits_of_tiles(codec, variances, greedy)).all()
+            gains = x["k.sigma"] / np.sqrt(variances)
+            assert gains == pytest.approx(np.round(gains, 1), rel=1e-5)
+            cost = costs_of_gains(keys, [(0, len(keys))] if cuts is None else cuts, x, np.sqrt(variances))
+            chosen = np.take_along_axis(cost, np.round(gains * 10 - 8).astype(int)[None], axis=0)[0]
+            assert (chosen <= cost.min(axis=0) * (1 + 1e-4)).all()
+            assert (gains[np.repeat(x["k.bits"], 16) == 0] == pytest.approx(1)) and len(set(np.round(gains, 1))) > 2
             # Rounding turns an eigenvector by as much as its eigenvalue is near to another: some say nothing.
             slack = 1e-6 + 1e-13 * variances[0] / np.minimum(gap[:-1], gap[1:])
             sure = slack < 1e-3
@@ -418,10 +437,10 @@ def test_transforms_over_shards_and_head_dims(tmp_path, codec, q_heads, kv_heads
     fit(dump, tmp_path / "set", "--codec", codec, "--threads", "1")
     fit(dump, tmp_path / "again", "--codec", codec, "--threads", "2")
     assert (tmp_path / "set").read_bytes() == (tmp_path / "again").read_bytes()
-    check_transforms(data, *read(tmp_path / "set"), codec, True)
+    check_transforms(data, *read(tmp_path / "set"), codec, True, [(0, 100), (100, 300)])
     assert "bits greedy" in read(tmp_path / "set")[1]["objective"]
     fit(dump, tmp_path / "part", "--codec", codec, "--layers", "5", "--bits", "quarters")
-    check_transforms({5: data[5]}, *read(tmp_path / "part"), codec, False)
+    check_transforms({5: data[5]}, *read(tmp_path / "part"), codec, False, [(0, 100), (100, 300)])
 
 
 def test_queries_of_little_rank_make_no_transform_that_cannot_be_undone(tmp_path):
