@@ -25,6 +25,8 @@ class FdSocket:
         hello = self.s.recv(64)
         assert struct.unpack("<II", hello[:8]) == (MAGIC, VERSION)
         self.ticket = hello[8:40].decode()
+        if not self.ticket.isalnum():  # why there is none is in its place
+            raise ValueError(repr(hello[8:]))
 
     def send(self, key, fd, magic=MAGIC):
         self.s.sendmsg([struct.pack("<IIQ", magic, VERSION, key)],

@@ -1,5 +1,6 @@
 """Everything at once for as long as one likes: mixed operations, kvd killed and workers killed at random, memory and descriptors that
-run out. Nothing that was acknowledged is lost, invariants hold, and memory stays flat. KVD_SOAK_SECONDS sets how long."""
+run out. Nothing that was acknowledged is lost, invariants hold, and memory stays flat. KVD_SOAK_SECONDS sets how long, KVD_SOAK_EVERY
+how long a kvd lives at most."""
 import os
 import random
 import resource
@@ -16,7 +17,7 @@ from test_keep import kill, pid_of
 from test_survive import Decoding, Mixed
 
 SECONDS = float(os.environ.get("KVD_SOAK_SECONDS", 4))
-LIFE = 20.0  # seconds of a kvd, at most
+LIFE = float(os.environ.get("KVD_SOAK_EVERY", 20))
 
 
 class Patient(Mixed):
@@ -54,6 +55,24 @@ class PatientDecoding(Decoding):
     def end(self):
         self.patiently(self.direct.flush)
         super().end()
+
+
+class Quick:
+    """A process that does what Mixed does, in C: most of the operations are its."""
+
+    def __init__(self, keeper, codec, seed):
+        self.process = subprocess.Popen([BUILD / "tests/e2e_mixed", keeper.address, codec, str(seed)], stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.done = self.refused = 0
+
+    @property
+    def failure(self):
+        return None if self.process.poll() is None else self.process.stderr.read() or "it ended"
+
+    def end(self):
+        out, err = self.process.communicate(timeout=120)
+        assert self.process.returncode == 0, err
+        self.done, self.refused = map(int, out.split())
 
 
 def anonymous_kib(pid):
@@ -108,13 +127,14 @@ def test_soak(start, folder):
     workers = [Patient(keeper, rng.getrandbits(30)) for _ in range(3)] + [PatientDecoding(keeper, rng.getrandbits(30))]
     for w in workers:
         w.start()
+    quick = [Quick(keeper, codec, rng.getrandbits(30)) for codec in ("bf16", "int2", "int2")]
     end, kills, growth = time.time() + SECONDS, 0, [0]
     while time.time() < end:
         life = time.time() + min(rng.uniform(1.2, LIFE), max(SECONDS / 2, 1.2))
         settled = 0
         while time.time() < life:
             trouble.some()
-            failed = [w.failure for w in workers if w.failure]
+            failed = [w.failure for w in workers + quick if w.failure]
             assert not failed, (failed, keeper.text()[-2000:])
             if life - time.time() < LIFE / 2:
                 settled = settled or anonymous_kib(pid_of(keeper))
@@ -125,6 +145,8 @@ def test_soak(start, folder):
         trouble.end_one()
     for w in workers:
         w.stop = True
+    for q in quick:
+        q.end()
     for w in workers:
         w.join(60)
         assert not w.is_alive()
@@ -135,7 +157,7 @@ def test_soak(start, folder):
     # Those of workers that were killed while kvd was away wait for resume-time.
     assert wait_for(lambda: keeper.metric("kvd_sessions") == keeper.metric("kvd_sessions_waiting"))
     assert "0 damaged" in keeper.kvctl("verify").stdout
-    operations, refused = sum(w.done for w in workers), sum(w.refused for w in workers)
+    operations, refused = (sum(getattr(w, what) for w in workers + quick) for what in ("done", "refused"))
     print(f"{operations} operations, of which {refused} were refused for want of memory or descriptors; kvd killed {kills} times; "
           f"{trouble.counts}; private memory of a kvd grew by {max(growth)} KiB at most in the second half of its life")
     assert max(growth) < 48 << 10
