@@ -56,6 +56,7 @@ struct kvd_client {
     uint64_t epoch;    // counts connections: sessions opened, and resumed
     uint64_t sessions; // counts sessions: what an earlier one held is lost
     bool lost;         // the connection is gone and there is no new one yet
+    bool half;         // but for buffers that are to be registered there
     char why[200];     // why the latest session was not the earlier one
     uint64_t resuming; // the request that is to resume the session; 0: none yet
     _Atomic bool on_cpu;

@@ -152,12 +152,15 @@ static int resume_or_open(kvd_client *c, uint64_t deadline, struct kvd_error *er
     return rc;
 }
 
-// Connects the fd socket, opens a session and registers the buffers: all of it, or there is none
-// and the next call tries again. The caller is inside the gate for writing.
+// Connects the fd socket, opens a session and registers the buffers: all of it, or the next call
+// goes on where this has failed. The caller is inside the gate for writing.
 static int open_session(kvd_client *c, uint64_t deadline, struct kvd_error *err)
 {
     c->lost = true;
-    int rc = resume_or_open(c, deadline, err);
+    int rc = KVD_OK;
+    if (!c->half || hung_up(c, 0)) // to hang up would end the session that is there
+        rc = resume_or_open(c, deadline, err);
+    c->half = rc == KVD_OK;
     pthread_mutex_lock(&c->buffers_lock);
     for (kvd_buffer *b = c->buffers; b && rc == KVD_OK; b = b->next)
         rc = kvd_buffer_register(c, b, deadline, err);
@@ -167,7 +170,7 @@ static int open_session(kvd_client *c, uint64_t deadline, struct kvd_error *err)
         rc = err->code = KVD_E_UNAVAILABLE;
     if (rc)
         return rc;
-    c->lost = false;
+    c->lost = c->half = false;
     c->epoch++;
     return KVD_OK;
 }

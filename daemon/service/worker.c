@@ -457,13 +457,8 @@ static int foreign_of(struct kvd_session *s, const Kvd__V1__RegisterBufferReques
         memcpy(out->ipc, req->cuda_ipc_handle.data, sizeof(out->ipc));
         return KVD_OK;
     }
-    out->fd = kvd_connection_take_fd(s->connection, req->key);
-    if (out->fd < 0)
-        return kvd_fail(err, KVD_E_NOT_FOUND,
-                        "no descriptor was sent over the fd socket under key %" PRIu64
-                        ", or too many were waiting to be asked for",
-                        req->key);
-    return KVD_OK;
+    out->fd = kvd_connection_take_fd(s->connection, req->key, err);
+    return out->fd < 0 ? err->code : KVD_OK;
 }
 
 void kvd_on_register_buffer(struct kvd_call *call, const void *request)

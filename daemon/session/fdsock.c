@@ -39,6 +39,8 @@ struct kvd_connection {
         int fd;
     } pending[MAX_PENDING_FDS];
     uint32_t n_pending;
+    uint64_t refused_key; // the last one whose descriptor was not taken
+    struct kvd_error refused;
     bool closing;
     UT_hash_handle hh;
 };
@@ -116,10 +118,18 @@ static int receive(struct kvd_connection *c)
         memcpy(fds, CMSG_DATA(h), (size_t)n_fds * sizeof(int));
     }
     bool ok = n == sizeof(m) && m.magic == KVD_FD_MAGIC && m.version == KVD_FD_VERSION &&
-              n_fds == 1 && !(msg.msg_flags & (MSG_CTRUNC | MSG_TRUNC)) &&
-              c->n_pending < MAX_PENDING_FDS;
-    if (ok && kvd_user_take(c->user, KVD_SHARE_DESCRIPTORS, 1, NULL)) {
-        kvd_reclaim_fd(c->d, fds[0]); // RegisterBuffer will not find it, and says so
+              !(msg.msg_flags & MSG_TRUNC) && c->n_pending < MAX_PENDING_FDS;
+    if (ok && n_fds == 0 && msg.msg_flags & MSG_CTRUNC) {
+        kvd_fail(&c->refused, KVD_E_LIMIT,
+                 "kvd has no file descriptor free: try again, or raise the limit of open files "
+                 "(LimitNOFILE=, ulimit -n)");
+        c->refused_key = m.key; // RegisterBuffer says so
+        return 1;
+    }
+    ok &= n_fds == 1 && !(msg.msg_flags & MSG_CTRUNC);
+    if (ok && kvd_user_take(c->user, KVD_SHARE_DESCRIPTORS, 1, &c->refused)) {
+        kvd_reclaim_fd(c->d, fds[0]);
+        c->refused_key = m.key;
         return 1;
     }
     if (ok) {
@@ -304,7 +314,7 @@ void kvd_connection_bind(struct kvd_connection *c, struct kvd_session *s,
     c->since_ms = kvd_now_ms(c->d);
 }
 
-int kvd_connection_take_fd(struct kvd_connection *c, uint64_t key)
+int kvd_connection_take_fd(struct kvd_connection *c, uint64_t key, struct kvd_error *err)
 {
     // RegisterBuffer may arrive before the loop has polled the fd socket.
     int rc;
@@ -319,6 +329,11 @@ int kvd_connection_take_fd(struct kvd_connection *c, uint64_t key)
         drop_pending(c, i);
         return fd;
     }
+    if (c->refused.code && c->refused_key == key)
+        *err = c->refused;
+    else
+        kvd_fail(err, KVD_E_NOT_FOUND,
+                 "no descriptor was sent over the fd socket under key %" PRIu64, key);
     return -1;
 }
 

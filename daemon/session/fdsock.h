@@ -24,8 +24,9 @@ void kvd_connection_bind(struct kvd_connection *c, struct kvd_session *s,
 // does not read; KVD_E_UNAVAILABLE when it has hung up.
 int kvd_connection_send(struct kvd_connection *c, const struct kvd_fd_grant *grant, int fd,
                         struct kvd_error *err);
-// Takes the fd sent under a key out of a connection; -1 if there is none.
-int kvd_connection_take_fd(struct kvd_connection *c, uint64_t key);
+// Takes the fd sent under a key out of a connection; -1 if there is none, for which err has the
+// reason.
+int kvd_connection_take_fd(struct kvd_connection *c, uint64_t key, struct kvd_error *err);
 // Hangs up: after its session was ended by the worker itself or by an operator.
 void kvd_connection_close(struct kvd_connection *c);
 

@@ -386,6 +386,7 @@ static int start(struct kvd_daemon *d, struct kvd_error *err)
     d->scrub->seen = calloc(1, d->scrub->pages);
     d->scrub->known = calloc(1, d->scrub->pages);
     d->scrub->taken_over = kvd_ledger_restarts(d->ledger) > 0;
+    d->scrub->began_ns = uv_hrtime();
     d->scrub->eager = d->scrub->taken_over && d->backend->ops->sums;
     if (!d->scrub->seen || !d->scrub->known)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");

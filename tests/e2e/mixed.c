@@ -235,6 +235,8 @@ int main(int argc, char **argv)
         return fprintf(stderr, "%s\n", err.text), 1;
     for (int i = 0; i < OUT; i++)
         ((float *)at(Q_AT))[i] = normal();
+    printf("ready\n");
+    fflush(stdout);
     struct pollfd in = {.fd = 0, .events = POLLIN};
     while (!wrong && poll(&in, 1, 0) == 0)
         one_operation();

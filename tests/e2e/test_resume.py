@@ -1,6 +1,9 @@
 """Sessions that go on after a restart of kvd, or elsewhere."""
+import contextlib
 import os
+import resource
 import signal
+import threading
 
 import grpc
 import pytest
@@ -10,6 +13,7 @@ from test_death import FdSocket, memfd, refused, wait_for
 from test_direct import Raw
 from test_grpc import append, random_kv, tensor
 from test_keep import attend, kill, pid_of
+from test_python import DIM, KV_HEADS, LAYERS, connect, fill, package, values
 
 
 def killed(keeper, rpc, sig=signal.SIGKILL):
@@ -116,6 +120,75 @@ def test_buffers_get_their_ids_again(start):
     w.send(3, fd)
     assert rpc.kv("RegisterBuffer", session=s, key=3, size=1 << 16, buffer=id).buffer not in (0, id, other)
     rpc.channel.close()
+
+
+def descriptors(pid):
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+@contextlib.contextmanager
+def limited(pid, more):
+    """That process gets so many descriptors more, and then none."""
+    old = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (descriptors(pid) + more, old[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, old)
+
+
+def test_a_buffer_that_finds_no_descriptor_free_ends_no_session(start):
+    kvd = start()
+    rpc = Rpc(kvd.address)
+    w = FdSocket(kvd)
+    s = open_(rpc, ticket=w.ticket).session
+    made = list(rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences)
+    fd = memfd(1 << 16)
+    with limited(kvd.process.pid, 0):
+        w.send(1, fd)
+        refused(lambda: rpc.kv("RegisterBuffer", session=s, key=1, size=1 << 16), "no file descriptor free")
+    refused(lambda: rpc.kv("RegisterBuffer", session=s, key=2, size=1 << 16), "no descriptor was sent")
+    w.send(1, fd)
+    assert rpc.kv("RegisterBuffer", session=s, key=1, size=1 << 16).buffer
+    assert [q.sequence for q in rpc.kv("DescribeSequences", session=s).sequences] == made
+    rpc.channel.close()
+
+
+@pytest.mark.skipif("san" in os.environ.get("KVD_BUILD", ""), reason="Python is not instrumented")
+def test_a_session_that_comes_back_to_few_descriptors_is_not_lost(start):
+    """Connected again, but its buffers not all registered: the next call goes on there."""
+    keeper = start("--keep")
+    with connect(keeper, timeout=20) as client:
+        kv_ = [fill(client, values(i, LAYERS, 100, KV_HEADS, DIM)) for i in range(2)]
+        more = [client.tensor(LAYERS, 3000, KV_HEADS, DIM) for _ in range(6)]
+        sequence = client.create()
+        sequence.append(*kv_)
+        kill(keeper, signal.SIGKILL)
+        Rpc(keeper.address).channel.close()
+        pid, done, seen = pid_of(keeper), threading.Event(), set()
+        free = descriptors(pid)
+        old = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+
+        def one_more_at_a_time():
+            for n in range(16):
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, (free + n, old[1]))
+                done.wait(0.15)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, old)
+
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, old[1]))
+        slowly = threading.Thread(target=one_more_at_a_time)
+        slowly.start()
+        while True:
+            try:
+                assert sequence.describe().length == 100
+                break
+            except package.ExhaustedError as e:
+                seen.add(str(e))
+        done.set()
+        slowly.join()
+        assert any("no file descriptor free" in e for e in seen), seen
+        sequence.append(*kv_)
+        assert sequence.describe().length == 200 and len(more) == 6
 
 
 def test_what_was_lent(start):

@@ -63,11 +63,12 @@ class Quick:
     def __init__(self, keeper, codec, seed):
         self.process = subprocess.Popen([BUILD / "tests/e2e_mixed", keeper.address, codec, str(seed)], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self.process.stdout.readline() == "ready\n"
         self.done = self.refused = 0
 
     @property
     def failure(self):
-        return None if self.process.poll() is None else self.process.stderr.read() or "it ended"
+        return None if self.process.poll() is None else f"a process ended with {self.process.returncode}"
 
     def end(self):
         out, err = self.process.communicate(timeout=120)
@@ -135,7 +136,7 @@ def test_soak(start, folder):
         while time.time() < life:
             trouble.some()
             failed = [w.failure for w in workers + quick if w.failure]
-            assert not failed, (failed, keeper.text()[-2000:])
+            assert not failed, (failed, [q.process.stderr.read() for q in quick if q.failure], keeper.text()[-6000:])
             if life - time.time() < LIFE / 2:
                 settled = settled or anonymous_kib(pid_of(keeper))
         growth.append(anonymous_kib(pid_of(keeper)) - settled if settled else 0)

@@ -205,7 +205,7 @@ static void register_buffer(struct worker *w, uint64_t key, uint64_t size)
     struct stat st;
     if (!c)
         return;
-    int fd = kvd_connection_take_fd(c, key);
+    int fd = kvd_connection_take_fd(c, key, &(struct kvd_error){0});
     if (fd < 0)
         return;
     if (fstat(fd, &st) || !(fcntl(fd, F_GETFD) & FD_CLOEXEC))
