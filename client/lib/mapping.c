@@ -36,6 +36,10 @@ static int take(struct kvd_direct *d, const struct kvd_fd_grant *grant, int fd_t
                 struct kvd_error *err)
 {
     int fd KVD_CLOSE = fd_taken;
+    if (fd < 0 && grant->kind != KVD_FD_REVOKE)
+        return kvd_fail(err, KVD_E_LIMIT,
+                        "this process has no file descriptor free for what kvd lends it: raise the "
+                        "limit of open files (ulimit -n), and open direct mode again");
     const struct kvd_backend_ops *ops = d->backend ? d->backend->ops : NULL;
     if (grant->kind == KVD_FD_ROTATIONS) {
         if (grant->extent >= d->n_planes)

@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
@@ -105,6 +106,11 @@ static bool receive(struct keeper *k)
         put(k, m.name, fd);
         return true;
     }
+    if (whole && m.op == KVD_KEEPER_PUT)
+        fprintf(stderr,
+                "kvd-keeper: no descriptor is free to hold %s, which is lost if kvd ends; raise "
+                "the limit of open files (ulimit -n)\n",
+                m.name);
     if (whole && m.op == KVD_KEEPER_DROP)
         drop(k, m.name);
     if (whole && m.op == KVD_KEEPER_READY)
@@ -112,6 +118,16 @@ static bool receive(struct keeper *k)
     if (fd >= 0)
         close(fd);
     return true;
+}
+
+// One for each extent and index, of which there may be thousands.
+static void raise_limit(void)
+{
+    struct rlimit r;
+    if (getrlimit(RLIMIT_NOFILE, &r) == 0) {
+        r.rlim_cur = r.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &r);
+    }
 }
 
 // -- kvd ----------------------------------------------------------------------------------------
@@ -227,6 +243,7 @@ int main(int argc, char **argv)
         fprintf(stderr, "usage: kvd-keeper KVD [ARGUMENT...]\n");
         return EX_USAGE;
     }
+    raise_limit();
     sigemptyset(&k.signals);
     const int sigs[] = {SIGCHLD, SIGTERM, SIGINT, SIGHUP};
     for (size_t i = 0; i < sizeof(sigs) / sizeof(sigs[0]); i++)

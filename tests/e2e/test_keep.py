@@ -2,6 +2,7 @@
 import functools
 import os
 import random
+import resource
 import select
 import signal
 import socket
@@ -14,7 +15,7 @@ import grpc
 import numpy as np
 import pytest
 
-from conftest import BUILD, Rpc, kv
+from conftest import BUILD, Rpc, kv, layout
 from test_death import wait_for
 from test_grpc import DIM, HEADS, LAYERS, append, open_session, random_kv, tensor
 
@@ -104,6 +105,31 @@ class Load:
             self.asked[name] = info.length
             self.settle(rpc, session, held, name)
         return held
+
+
+def test_a_keeper_holds_more_than_the_usual_limit_of_open_files(start):
+    """Shells and containers give 1,024 unless they are asked for more, and a pool of 80 GiB has more extents."""
+    old = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (60, old[1]))
+    try:
+        keeper = start("--keep", "--backend", "cpu", "--extent-size", "2MiB", "--pool-size", "256MiB")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, old)
+    rpc = Rpc(keeper.address)
+    session, sequences = open_session(rpc, layout=layout(codec="bf16")), []
+    for i in range(60):
+        sequences += rpc.kv("CreateSequences", session=session, count=1).sequences
+        append(rpc, session, sequences[-1], 0, *random_kv(2000))  # an extent each
+        rpc.kv("PublishSequence", session=session, sequence=sequences[-1], name=f"s{i}")
+    assert len(os.listdir(f"/proc/{keeper.process.pid}/fd")) > 64
+    before = [attend(rpc, session, s) for s in sequences[::7]]
+    rpc.channel.close()
+    kill(keeper)
+    rpc = Rpc(keeper.address)
+    session = open_session(rpc, layout=layout(codec="bf16"))
+    after = [rpc.kv("AttachSequence", session=session, name=f"s{i}").sequence.sequence for i in range(60)]
+    assert [attend(rpc, session, s) for s in after[::7]] == before
+    rpc.channel.close()
 
 
 def test_killed_at_random_under_load(start):
