@@ -7,24 +7,24 @@
 #include <string.h>
 
 static uint64_t rng = 88172645463325252ull;
-static double uniform(void)
+static inline double uniform(void)
 {
     rng ^= rng << 13;
     rng ^= rng >> 7;
     rng ^= rng << 17;
     return (double)(rng >> 11) * 0x1p-53;
 }
-static float normal(void)
+static inline float normal(void)
 {
     return (float)(sqrt(-2 * log(uniform() + 1e-300)) * cos(6.283185307179586 * uniform()));
 }
-static uint16_t bf16(float f)
+static inline uint16_t bf16(float f)
 {
     uint32_t u;
     memcpy(&u, &f, 4);
     return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
-static float widen(uint16_t b)
+static inline float widen(uint16_t b)
 {
     uint32_t u = (uint32_t)b << 16;
     float f;
