@@ -5,8 +5,8 @@ import time
 import pytest
 
 import kvd
-from kvd.engines import (COMPRESSED, EXACT, Adapters, Breaker, Lookups, PageStore, Policy, Ranks, Refused, Transfers, space, split_key,
-                         weights_digest)
+from kvd.engines import (COMPRESSED, EXACT, Adapters, Breaker, Lookups, PageStore, Policy, Ranks, Refused, Transfers, restore_seconds, space,
+                         split_key, weights_digest)
 
 
 class Found:
@@ -19,12 +19,13 @@ class Pages:
     """Stands in for kvd.Pages where a test has to say what goes wrong, and when."""
 
     def __init__(self, held=None):
-        self.held, self.error, self.calls, self.leases, self.released = held or {}, None, [], 0, []
+        self.held, self.error, self.calls, self.leases, self.released, self.restores = held or {}, None, [], 0, [], []
         self.gate = threading.Event()
         self.gate.set()
 
-    def lookup(self, requests, lease_ms):
+    def lookup(self, requests, lease_ms, restore_ms):
         self.calls.append(("lookup", len(requests)))
+        self.restores.append(restore_ms)
         self.gate.wait(10)
         if self.error:
             raise self.error
@@ -312,6 +313,26 @@ def test_an_engine_rests_while_something_is_under_way():
     assert seconds(10) < 5  # and has not been asked for
     assert [d.job for d in t.finished()] == [1]
     t.close()
+
+
+def test_lookups_wait_for_tiers_as_long_as_they_may():
+    """All calls of a lookup together; the patience with a question is longer by that much, and a question without is as it was."""
+    pages, k = Pages({x: EXACT for x in keys(2)}), keys(2)
+    store = PageStore(lambda: pages)
+    store.lookup([k], 0)
+    store.lookup([k], 0, 2.0)
+    assert pages.restores[0] == 0 and 1500 < pages.restores[1] <= 2000
+    store.lookup([k] * 600, 0, 2.0)
+    assert len(pages.restores) == 5 and 2000 >= pages.restores[2] >= pages.restores[3] >= pages.restores[4] > 0
+    pages.gate.clear()
+    threading.Timer(0.4, pages.gate.set).start()
+    lookups = Lookups(Ranks([PageStore(lambda: pages)]), patience=0.05, restore=5.0)
+    assert found(lookups, "a", 0, k).kinds == bytes([EXACT] * 2)  # and no miss after 0.05 s
+    lookups.close()
+    assert restore_seconds({}, 0.5) == 0.5 and restore_seconds({"restore": 3}, 0.5) == 3.0
+    for wrong in (-1, 61, "1", True, None, float("nan")):
+        with pytest.raises(Refused, match="restore is"):
+            restore_seconds({"restore": wrong}, 0.5)
 
 
 def test_lookups_keep_to_what_one_call_may_ask():

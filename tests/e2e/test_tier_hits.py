@@ -303,6 +303,25 @@ def test_what_is_refused(start, folder):
     assert (m.blocks, list(m.behind), names) == (0, [0], ["host"])
 
 
+def test_engines_find_what_tiers_have(start, folder):
+    """As connectors ask, which say how long a lookup may wait for that: without, it is a miss."""
+    from kvd.engines import Lookups, PageStore, Ranks
+
+    kvd, keys = start(config=f"[kvd]\ntier-directory = {folder}/blocks 1GiB\n"), pages.keys_of("tiers", 12)
+    source = pages.Engine(48)
+    source.write(range(48), pages.kv(1, 12))
+    store = PageStore(lambda: pages.connect(kvd))
+    store.put(keys, source.paged(range(48)), None, bytes(12))
+    until(lambda: int(tiers(kvd)["directory"]["put"]), 12)
+    evict(kvd)
+    assert store.lookup([keys], 1)[0].pages == 0
+    lookups = Lookups(Ranks([store]), restore=20.0)
+    until(lambda: getattr(lookups.find("a request", 0, keys), "kinds", b""), bytes([1]) * 12)
+    lookups.close()
+    assert kvd.metric('kvd_pages_restored_total{namespace="default"}') == 12
+    store.close()
+
+
 def test_pages_come_back(start, folder, tmp_path):
     """Pages of an engine, exact and encoded, each for itself: a damaged one is a miss, and those behind it are not."""
     config = f"[kvd]\ntier-host = 64MiB\ntier-directory = {folder}/blocks 1GiB\n"

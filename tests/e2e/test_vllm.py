@@ -126,7 +126,7 @@ def setup_for(daemon, tokens, heads, dim, **more):
     from kvd.engines import Policy
     from kvd.vllm._setup import Setup
 
-    return Setup(**{"layers": (0, 1, 2), "order": (2, 0, 1), "kv_heads": heads, "head_dim": dim, "block_tokens": tokens,
+    return Setup(**{"layers": (0, 1, 2), "order": (2, 0, 1), "kv_heads": heads, "head_dim": dim, "block_tokens": tokens, "restore": 0.0,
                     "chunk_tokens": max(64, tokens), "rank": 0, "tp_size": 1, "codec": "bf16", "policy": Policy(lossy=False), "lease": 30.0,
                     "extra": {"address": daemon.address}, "facts": {"test": [tokens, heads, dim]}, **more})
 

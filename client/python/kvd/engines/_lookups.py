@@ -33,9 +33,11 @@ class _Question:
 class Lookups:
     """One thread that asks for all requests that wait, in one call. `lease`: seconds that what is found stays."""
 
-    def __init__(self, ranks: Ranks, lease: float = 30.0, patience: float = 1.0, clock: Callable[[], float] = time.monotonic):
-        """patience: seconds after which a question that has no answer is a miss."""
-        self._ranks, self._lease, self._patience, self._clock = ranks, lease, patience, clock
+    def __init__(self, ranks: Ranks, lease: float = 30.0, patience: float = 1.0, clock: Callable[[], float] = time.monotonic, restore: float = 0.0):
+        """patience: seconds after which a question that has no answer is a miss, tiers apart. restore: seconds that a call may wait for
+        those, at each rank; a question waits for the call that is on its way, and for its own."""
+        self._ranks, self._lease, self._patience, self._clock, self._restore = ranks, lease, patience, clock, restore
+        self._longest = patience + 2 * restore * len(ranks.stores)
         self._changed = threading.Condition()
         self._questions: dict[str, _Question] = {}
         self._asked: dict[str, _Question] = {}  # on their way
@@ -61,7 +63,7 @@ class Lookups:
                 self._changed.notify_all()
             if wait and self._changed.wait_for(lambda: request in self._answers, wait):
                 return self._answers[request]
-            if now - pending.asked < self._patience:
+            if now - pending.asked < self._longest:
                 return None
             self._drop(request)
             had = self._answers[request] = Finding(begin, b"", (), now + self._patience)
@@ -110,7 +112,7 @@ class Lookups:
             if not asked:
                 continue
             try:
-                answers = self._ranks.lookup([q.keys for q in asked.values()], self._lease)
+                answers = self._ranks.lookup([q.keys for q in asked.values()], self._lease, self._restore)
             except Exception:  # the engine goes on whatever happens here
                 logger.exception("kvd: a lookup failed")
                 answers = [_NOTHING] * len(asked)

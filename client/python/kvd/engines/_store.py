@@ -4,7 +4,8 @@ from __future__ import annotations
 import collections
 import logging
 import threading
-from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence, TypeVar
+import time
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence, TypeVar
 
 from .. import _library as lib
 from ._breaker import Breaker
@@ -14,6 +15,15 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _AWAY = (lib.TimeoutError, lib.UnavailableError, lib.LostError, lib.InternalError, OSError)  # kvd did not answer; other errors are answers
 _LOOKUP_KEYS, _LOOKUP_REQUESTS, _LOOKUP_ALL = 4096, 256, 65536  # of a request, of a call, and keys of a call
+_RESTORE_MOST = 60
+
+
+def restore_seconds(extra: Mapping[str, Any], default: float) -> float:
+    """What an engine's settings say about how long a lookup may wait for kvd's tiers."""
+    seconds = extra.get("restore", default)
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 <= seconds <= _RESTORE_MOST:
+        raise Refused(f"restore is {seconds!r}, and 0 to {_RESTORE_MOST} seconds are possible")
+    return float(seconds)
 
 
 class Counters:
@@ -82,11 +92,14 @@ class PageStore:
         self.breaker.succeed()
         return result
 
-    def lookup(self, requests: Sequence[Sequence[bytes]], lease: float) -> Optional[list[Any]]:
-        """What `kvd.Pages.lookup` says of each, or None. lease: seconds. Of long requests the first keys alone."""
+    def lookup(self, requests: Sequence[Sequence[bytes]], lease: float, restore: float = 0.0) -> Optional[list[Any]]:
+        """What `kvd.Pages.lookup` says of each, or None. lease: seconds; restore: seconds in which tiers may give back what kvd's pool
+        lacks, of all requests. Of long requests the first keys alone."""
+        until = time.monotonic() + restore
         found: list[Any] = []
         for some in _calls(requests):
-            answer = self._call("a lookup", lambda p, some=some: p.lookup(some, lease_ms=int(lease * 1000)))
+            left = max(0, int((until - time.monotonic()) * 1000)) if restore else 0
+            answer = self._call("a lookup", lambda p, some=some, left=left: p.lookup(some, lease_ms=int(lease * 1000), restore_ms=left))
             if answer is None:
                 self.release([f.lease for f in found if f.lease])
                 return None
@@ -143,10 +156,11 @@ class Ranks:
         for s in self.stores:
             s.start()
 
-    def lookup(self, requests: Sequence[Sequence[bytes]], lease: float) -> list[Held]:
+    def lookup(self, requests: Sequence[Sequence[bytes]], lease: float, restore: float = 0.0) -> list[Held]:
+        """restore: as PageStore's, of each rank."""
         answers: list[Sequence[Any]] = []
         for s in self.stores:
-            found = s.lookup(requests, lease)
+            found = s.lookup(requests, lease, restore)
             if found is None:
                 for other, had in zip(self.stores, answers):
                     other.release([f.lease for f in had if f.lease])

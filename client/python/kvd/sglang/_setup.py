@@ -5,17 +5,18 @@ import dataclasses
 import importlib.metadata
 from typing import Any, Callable
 
-from ..engines import PAGE, Policy, Refused, space, weights_digest
+from ..engines import PAGE, Policy, Refused, restore_seconds, space, weights_digest
 
 RELEASES = ("0.5.23",)
 _LOSSLESS = ("bf16",)
-_KEYS = {"address", "namespace", "codec", "rotation_set", "weights", "timeout", "lease", "first_exact_pages", "last_exact_pages"}
+_KEYS = {"address", "namespace", "codec", "rotation_set", "weights", "timeout", "lease", "restore", "first_exact_pages", "last_exact_pages"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
     policy: Policy
     lease: float
+    restore: float
     open: Callable[[str], Any]  # a kvd.Pages, by its name
 
 
@@ -75,4 +76,4 @@ def prepare(args: Any, params: Any, components: Any, extra: dict[str, Any]) -> S
         return Pages(space=space(**facts), layers=range(pool.start_layer, pool.start_layer + pool.layer_num), kv_heads=pool.head_num,
                      head_dim=pool.head_dim, codec=codec, rotation_set=rotation_set, exact=policy.lossy, name=name, **more)
 
-    return Setup(policy, float(extra.get("lease", 30.0)), open_pages)
+    return Setup(policy, float(extra.get("lease", 30.0)), restore_seconds(extra, 0.0), open_pages)

@@ -43,7 +43,7 @@ class KvdLinker(UnifiedCacheLinker):  # type: ignore[misc]
         setup = _setup or prepare(server_args, params, components, dict(extra_config or {}))
         pool = params.token_to_kv_pool_allocator.get_kvcache()
         self.forward_stream, self.pools, self.layer_done_counter = forward_stream, {PoolName.KV: pool}, _Done()
-        self._policy, self._lease = setup.policy, setup.lease
+        self._policy, self._lease, self._restore = setup.policy, setup.lease, setup.restore
         self._k, self._v = [_blocks(x) for x in pool.k_buffer], [_blocks(x) for x in pool.v_buffer]
         self.counters, breaker = Counters(), Breaker()
         self._asks, self._offloads = (PageStore(lambda name=name: setup.open(name), breaker, self.counters)
@@ -62,7 +62,7 @@ class KvdLinker(UnifiedCacheLinker):  # type: ignore[misc]
         had = self._found.get(rid)
         if had is None or had[0] != keys or now >= had[3]:
             self._drop(rid)
-            answer = self._asks.lookup([keys], self._lease)
+            answer = self._asks.lookup([keys], self._lease, self._restore)
             kinds = answer[0].kinds[:answer[0].pages] if answer else b""
             had = self._found[rid] = (keys, kinds, answer[0].lease if answer else 0, now + (self._lease / 2 if kinds else 1))
         for other in [r for r, f in self._found.items() if now >= f[3] and r != rid]:

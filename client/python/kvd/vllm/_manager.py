@@ -60,7 +60,7 @@ class KvdManager(compat.OffloadingManager):  # type: ignore[name-defined,misc]
         if ranks is None:
             ranks = Ranks([PageStore(lambda r=r: setup.open(r, "vllm-scheduler"), counters=self.counters) for r in range(setup.tp_size)])
         ranks.start()
-        self._ranks, self._lookups = ranks, Lookups(ranks, lease=setup.lease)
+        self._ranks, self._lookups = ranks, Lookups(ranks, lease=setup.lease, restore=setup.restore)
         self._requests: dict[str, _Request] = {}
         self._loading: dict[str, tuple[int, ...]] = {}  # leases
         self._adapters = Adapters()

@@ -6,12 +6,12 @@ import json
 import sys
 from typing import Any, Optional
 
-from ..engines import PAGE, Policy, Refused, space, weights_digest
+from ..engines import PAGE, Policy, Refused, restore_seconds, space, weights_digest
 from . import _compat
 
 compat = _compat.module()
 _LOSSLESS = ("bf16",)
-_KEYS = {"address", "addresses", "namespace", "codec", "rotation_set", "weights", "timeout", "lease", "first_exact_pages", "last_exact_pages",
+_KEYS = {"address", "addresses", "namespace", "codec", "rotation_set", "weights", "timeout", "lease", "restore", "first_exact_pages", "last_exact_pages",
          "block_size", "spec_name", "offload_prompt_only"}
 _CONNECTION = ("namespace", "timeout")
 _LENGTH_SCALED = (None, "default", "linear", "llama3", "mrope")  # kinds of RoPE that do not depend on the longest length served
@@ -30,6 +30,7 @@ class Setup:
     codec: str
     policy: Policy
     lease: float
+    restore: float
     extra: dict[str, Any]
     facts: dict[str, Any]
 
@@ -143,7 +144,7 @@ def prepare(vllm_config: Any, kv_cache_config: Any) -> Setup:
     policy = Policy(lossy=codec not in _LOSSLESS, first=int(extra.get("first_exact_pages", 1)), last=int(extra.get("last_exact_pages", 4)))
     return Setup(layers=tuple(numbers[i] for i in order), order=order, kv_heads=spec.num_kv_heads, head_dim=spec.head_size, block_tokens=block,
                  chunk_tokens=max(block, PAGE), rank=p.rank, tp_size=p.tensor_parallel_size, codec=codec, policy=policy,
-                 lease=float(extra.get("lease", 30.0)), extra=extra, facts=facts)
+                 lease=float(extra.get("lease", 30.0)), restore=restore_seconds(extra, 0.5), extra=extra, facts=facts)
 
 
 def chunk_size(extra: dict[str, Any], block: Optional[int]) -> None:
