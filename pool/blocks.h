@@ -102,9 +102,11 @@ uint32_t kvd_blocks_drop(struct kvd_pool *pool, const struct kvd_blocks_space *s
 // held stays. Returns how many went.
 uint64_t kvd_blocks_forget(struct kvd_pool *pool, uint32_t ns, const struct kvd_prefix_key *key,
                            enum kvd_prefix_reason reason);
-// The last blocks of a prompt are the first to go, until they are used again: as kvd_prefix_demote.
-uint32_t kvd_blocks_demote(struct kvd_pool *pool, const struct kvd_blocks_space *space,
-                           const struct kvd_prefix_key *keys, uint32_t n, uint32_t keep);
+// Says of which class a prompt's blocks are, of those that go of its namespace's index: as
+// kvd_prefix_classify.
+uint32_t kvd_blocks_classify(struct kvd_pool *pool, const struct kvd_blocks_space *space,
+                             const struct kvd_prefix_key *keys, uint32_t n,
+                             enum kvd_prefix_class class);
 // Goes on removing all blocks of a namespace that nobody holds; zeros begin. Looks at most at
 // `most` entries, and adds to *gone how many went. True: it has looked at all.
 bool kvd_blocks_clear(struct kvd_pool *pool, uint32_t ns, struct kvd_prefix_cursor *at,
@@ -182,6 +184,9 @@ void kvd_blocks_find_pages(struct kvd_pool *pool, const struct kvd_blocks_space 
 // there.
 void kvd_blocks_page_planes(const struct kvd_pool *pool, const struct kvd_blocks_space *space,
                             const struct kvd_prefix_key *keys, uint32_t n, uint8_t *planes);
+// Says of which class pages are: as kvd_prefix_classify_entries.
+uint32_t kvd_blocks_classify_pages(struct kvd_pool *pool, uint32_t ns, const uint32_t *entries,
+                                   uint32_t n, enum kvd_prefix_class class);
 // Holds entries until they are released, and leaves in the list those that were held, as they keep
 // the others; *held: how many. All or none. KVD_E_LIMIT.
 int kvd_blocks_hold_pages(struct kvd_pool *pool, uint32_t ns, uint32_t *entries, uint32_t n,

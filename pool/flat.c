@@ -83,6 +83,14 @@ void kvd_blocks_release_pages(struct kvd_pool *pool, uint32_t ns, const uint32_t
         kvd_prefix_release(index_of(pool, ns), entries[i]);
 }
 
+uint32_t kvd_blocks_classify_pages(struct kvd_pool *pool, uint32_t ns, const uint32_t *entries,
+                                   uint32_t n, enum kvd_prefix_class class)
+{
+    return pool->kept && pool->kept[ns]
+               ? kvd_prefix_classify_entries(index_of(pool, ns), entries, n, class)
+               : 0;
+}
+
 // A sequence whose history, in every plane, is the pages of the entries.
 static int make_sequence(struct kvd_pool *pool, const struct kvd_blocks_space *space,
                          const uint32_t *entries, uint32_t n, uint64_t *seq, struct kvd_error *err)

@@ -139,12 +139,13 @@ bool blocks_clear(struct kvd_pool *pool, struct kvd_pool_clearing *c, uint32_t *
     return all;
 }
 
-uint32_t kvd_blocks_demote(struct kvd_pool *pool, const struct kvd_blocks_space *space,
-                           const struct kvd_prefix_key *keys, uint32_t n, uint32_t keep)
+uint32_t kvd_blocks_classify(struct kvd_pool *pool, const struct kvd_blocks_space *space,
+                             const struct kvd_prefix_key *keys, uint32_t n,
+                             enum kvd_prefix_class class)
 {
     const struct kept *k = pool->kept ? pool->kept[space->ns] : NULL;
     uint32_t domain = k ? kvd_prefix_domain_find(k->ix, space->domain) : KVD_PREFIX_NONE;
-    return domain == KVD_PREFIX_NONE ? 0 : kvd_prefix_demote(k->ix, domain, keys, n, keep);
+    return domain == KVD_PREFIX_NONE ? 0 : kvd_prefix_classify(k->ix, domain, keys, n, class);
 }
 
 uint32_t kvd_blocks_drop(struct kvd_pool *pool, const struct kvd_blocks_space *space,

@@ -375,17 +375,53 @@ int kvd_prefix_insert(struct kvd_prefix *ix, uint32_t domain, uint32_t parent,
     return kvd_fail(err, KVD_E_FULL, "the prefix index has its %u entries", h->config.entries);
 }
 
-uint32_t kvd_prefix_demote(struct kvd_prefix *ix, uint32_t domain,
-                           const struct kvd_prefix_key *keys, uint32_t n, uint32_t keep)
+// Gives an entry a class; `alone`: what is behind it alone has got it too. Returns whether it has
+// it now.
+static bool classify(struct kvd_prefix *ix, uint32_t entry, bool alone, enum kvd_prefix_class class)
+{
+    struct prefix_entry *e = &ix->entry[entry];
+    if (class == prefix_class(e))
+        return true;
+    if (class < prefix_class(e) && !alone)
+        return false;
+    take_down(ix, entry);
+    if (class == KVD_PREFIX_DEMOTED)
+        e->uses |= REUSE_DEMOTED;
+    else
+        e->uses = (uint8_t)((e->uses & REUSE_MAX_USES) | (class == KVD_PREFIX_LOW    ? REUSE_LOW
+                                                          : class == KVD_PREFIX_HIGH ? REUSE_HIGH
+                                                                                     : 0));
+    put_up(ix, entry);
+    return true;
+}
+
+uint32_t kvd_prefix_classify(struct kvd_prefix *ix, uint32_t domain,
+                             const struct kvd_prefix_key *keys, uint32_t n,
+                             enum kvd_prefix_class class)
 {
     struct kvd_prefix_query q = {.domain = domain, .n = n, .keys = keys};
-    uint32_t done = 0;
+    uint32_t done = 0, behind = 0;
     look_up(ix, &q);
-    for (uint32_t at = q.entry; q.found - done > keep && ix->entry[at].children <= (done != 0);
-         at = ix->entry[at].parent, done++) {
-        take_down(ix, at);
-        ix->entry[at].uses |= REUSE_DEMOTED;
-        put_up(ix, at);
+    for (uint32_t at = q.entry; at != KVD_PREFIX_NONE; at = ix->entry[at].parent) {
+        bool alone = ix->entry[at].children == behind;
+        done += classify(ix, at, alone, class);
+        behind = alone ? 1 : UINT32_MAX;
+    }
+    return done;
+}
+
+uint32_t kvd_prefix_classify_entries(struct kvd_prefix *ix, const uint32_t *entries, uint32_t n,
+                                     enum kvd_prefix_class class)
+{
+    uint32_t done = 0, behind = KVD_PREFIX_NONE; // the last one that was alone
+    for (uint32_t i = n; i-- > 0;) {
+        uint32_t at = entries[i];
+        if (at == KVD_PREFIX_NONE)
+            continue;
+        bool above = behind != KVD_PREFIX_NONE && ix->entry[behind].parent == at;
+        bool alone = ix->entry[at].children == above;
+        done += classify(ix, at, alone, class);
+        behind = alone ? at : KVD_PREFIX_NONE;
     }
     return done;
 }
@@ -544,8 +580,8 @@ bool kvd_prefix_get(const struct kvd_prefix *ix, uint32_t entry, struct kvd_pref
     if (entry >= ix->head->ever || !ix->entry[entry].used)
         return false;
     const struct prefix_entry *e = &ix->entry[entry];
-    *out = (struct kvd_prefix_entry_info){e->key,   e->domain, e->parent,  e->value,
-                                          e->lease, e->holds,  e->children};
+    *out = (struct kvd_prefix_entry_info){e->key,   e->domain, e->parent,   e->value,
+                                          e->lease, e->holds,  e->children, prefix_class(e)};
     return true;
 }
 

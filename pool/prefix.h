@@ -120,11 +120,25 @@ int kvd_prefix_insert(struct kvd_prefix *ix, uint32_t domain, uint32_t parent,
 // Counts entries as used; KVD_PREFIX_NONE among them are passed over.
 void kvd_prefix_use(struct kvd_prefix *ix, const uint32_t *entries, uint32_t n);
 
-// The last blocks of a path are not expected to be used again: they are the first to be evicted,
-// until they are used. From the end on, down to the first `keep`, and up to one that has others
-// behind it too. Returns how many.
-uint32_t kvd_prefix_demote(struct kvd_prefix *ix, uint32_t domain,
-                           const struct kvd_prefix_key *keys, uint32_t n, uint32_t keep);
+// In which order blocks go, where nobody keeps them: all of a class before any of the next. None of
+// them is kept in memory that outlives the process.
+enum kvd_prefix_class {
+    KVD_PREFIX_DEMOTED, // until it is used again, and then what it was before
+    KVD_PREFIX_LOW,
+    KVD_PREFIX_NORMAL, // of every block, until something else is said
+    KVD_PREFIX_HIGH,
+};
+
+// Says of which class the blocks of a path are that are there. A block gets a lower class than it
+// has only if nothing else is behind it than those of the path that do: whoever shares a beginning
+// keeps it. Returns how many are of that class now.
+uint32_t kvd_prefix_classify(struct kvd_prefix *ix, uint32_t domain,
+                             const struct kvd_prefix_key *keys, uint32_t n,
+                             enum kvd_prefix_class class);
+// The same of entries in the order in which they are behind each other, where they are;
+// KVD_PREFIX_NONE among them are passed over.
+uint32_t kvd_prefix_classify_entries(struct kvd_prefix *ix, const uint32_t *entries, uint32_t n,
+                                     enum kvd_prefix_class class);
 
 // Gives a block another value.
 void kvd_prefix_set(struct kvd_prefix *ix, uint32_t entry, uint32_t value);
@@ -161,8 +175,8 @@ struct kvd_prefix_removed {
 typedef void kvd_prefix_removed_fn(void *ctx, const struct kvd_prefix_removed *removed);
 
 // Evicts up to `most` blocks that nobody holds and no lease keeps, leaves first, those first that
-// are least worth keeping (prefix_reuse.c). `reason` is one of KVD_PREFIX_EVICTED.
-// Returns how many; fewer than `most`: there are no others.
+// are of the lowest class and in it least worth keeping (prefix_reuse.c). `reason` is one of
+// KVD_PREFIX_EVICTED. Returns how many; fewer than `most`: there are no others.
 uint32_t kvd_prefix_evict(struct kvd_prefix *ix, uint32_t most, enum kvd_prefix_reason reason,
                           uint32_t now, kvd_prefix_removed_fn *fn, void *ctx);
 // Removes blocks of a path from its end on, down to the first `keep`, and stops at one that is held
@@ -203,6 +217,7 @@ enum kvd_prefix_reason kvd_prefix_noted(const struct kvd_prefix *ix, uint32_t en
 struct kvd_prefix_entry_info {
     struct kvd_prefix_key key;
     uint32_t domain, parent, value, lease, holds, children;
+    enum kvd_prefix_class class;
 };
 // False: there is no such entry.
 bool kvd_prefix_get(const struct kvd_prefix *ix, uint32_t entry, struct kvd_prefix_entry_info *out);

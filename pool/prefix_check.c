@@ -97,6 +97,21 @@ static int check_buckets(const struct kvd_prefix *ix, const struct sums *s, stru
     return KVD_OK;
 }
 
+// Whether a leaf of its class may be on the list; what a lease kept may be of any.
+static bool is_place_of(const struct prefix_entry *e, uint32_t list)
+{
+    switch (prefix_class(e)) {
+    case KVD_PREFIX_DEMOTED:
+        return list >= LIST_LEASED;
+    case KVD_PREFIX_LOW:
+        return list == LIST_LEASED || list / REUSE_SHELVES == 0;
+    case KVD_PREFIX_HIGH:
+        return list == LIST_LEASED || list / REUSE_SHELVES == 2;
+    default:
+        return list == LIST_LEASED || list / REUSE_SHELVES == 1;
+    }
+}
+
 static int check_list(const struct kvd_prefix *ix, uint32_t list, const struct sums *s,
                       struct kvd_error *err)
 {
@@ -109,15 +124,17 @@ static int check_list(const struct kvd_prefix *ix, uint32_t list, const struct s
         s->listed[at] = 1;
         if (!e->used || e->children || e->holds)
             return corrupt(err, "a list of leaves has what is none", at);
+        if (!is_place_of(e, list))
+            return corrupt(err, "a leaf is on a list of another class", at);
         if (e->prev != before)
             return corrupt(err, "a list of leaves is not the same from both ends", at);
     }
     if (h->list[list].last != before)
         return corrupt(err, "a list of leaves has another end", list);
-    if (list < REUSE_SHELVES && before != end) {
-        uint32_t rank = h->reuse.rank_of[list];
-        if (rank >= REUSE_SHELVES || h->reuse.shelf_at[rank] != list ||
-            !(h->reuse.filled[rank / 64] >> rank % 64 & 1))
+    if (list < REUSE_ORDERS * REUSE_SHELVES && before != end) {
+        uint32_t shelf = list % REUSE_SHELVES, rank = h->reuse.rank_of[shelf];
+        if (rank >= REUSE_SHELVES || h->reuse.shelf_at[rank] != shelf ||
+            !(h->reuse.filled[list / REUSE_SHELVES][rank / 64] >> rank % 64 & 1))
             return corrupt(err, "a shelf with leaves is not known to have any", list);
     }
     return KVD_OK;
@@ -145,6 +162,8 @@ static int check_all(const struct kvd_prefix *ix, const struct sums *s, struct k
             rc = corrupt(err, "an entry says that it is on a list", i);
         else if (e->used && !(e->uses & REUSE_MAX_USES))
             rc = corrupt(err, "an entry was used as often as cannot be", i);
+        else if (e->used && e->uses & REUSE_LOW && e->uses & REUSE_HIGH)
+            rc = corrupt(err, "an entry is of two classes", i);
     }
     for (uint32_t i = h->free; i && rc == KVD_OK; i = ix->entry[i - 1].chain)
         if (i > h->ever || ix->entry[i - 1].used || !unused--)

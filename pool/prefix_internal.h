@@ -4,14 +4,17 @@
 
 #include "pool/prefix.h"
 
-#define KVD_PREFIX_MAGIC 0x3358495046564b44ull
+#define KVD_PREFIX_MAGIC 0x3458495046564b44ull
 
 enum {
     REUSE_CLASSES = 6, // by number of uses: 1, 2, 3-4, 5-8, 9-16, more
     REUSE_AGES = 64,   // since the last use: 32 of a tick, 16 of 8 ticks, 16 of 64 and beyond
     REUSE_SHELVES = REUSE_CLASSES * REUSE_AGES,
     REUSE_MAX_USES = 31,
+    REUSE_LOW = 32, // of prefix_entry's `uses`: the class, KVD_PREFIX_NORMAL without either
+    REUSE_HIGH = 64,
     REUSE_DEMOTED = 128,
+    REUSE_ORDERS = 3, // low, normal, high: shelves of their own
 
     GHOST_WAYS = 16,
     GHOSTS_PER_ENTRY = 6,
@@ -19,8 +22,9 @@ enum {
     REMOVED_WAYS = 4,
     ENTRIES_PER_REMOVED = 16,
 
-    LIST_LEASED = REUSE_SHELVES, // leaves that eviction came upon and a lease kept
-    LIST_DEMOTED,                // those that go before all others
+    // Before them: REUSE_SHELVES for each of REUSE_ORDERS.
+    LIST_LEASED = REUSE_ORDERS * REUSE_SHELVES, // leaves that eviction came upon and a lease kept
+    LIST_DEMOTED,                               // those that go before all others
     LISTS,
 };
 
@@ -33,7 +37,7 @@ struct prefix_entry {
     uint16_t domain;
     bool used;
     // -- derived
-    uint8_t uses;   // up to REUSE_MAX_USES, and REUSE_DEMOTED: not expected to be used again
+    uint8_t uses;   // up to REUSE_MAX_USES, and the class
     uint32_t chain; // the next entry of its bucket, or the next free one; as those in `bucket`
     uint32_t children;
     uint32_t prev, next; // in a list of leaves; KVD_PREFIX_NONE: in none
@@ -72,7 +76,8 @@ struct prefix_reuse {
     uint32_t lease_ends;                     // no lease of a leaf that was put aside ends before
     uint16_t shelf_at[REUSE_SHELVES];        // by rank, what is least worth keeping first
     uint16_t rank_of[REUSE_SHELVES];
-    uint64_t filled[(REUSE_SHELVES + 63) / 64]; // by rank: shelves that may have entries
+    // By rank: shelves that may have entries.
+    uint64_t filled[REUSE_ORDERS][(REUSE_SHELVES + 63) / 64];
 };
 
 struct prefix_head {
@@ -140,6 +145,14 @@ void leaf_file(struct kvd_prefix *ix, uint32_t entry);
 void leaf_unfile(struct kvd_prefix *ix, uint32_t entry);
 // The leaf least worth keeping whose lease is over, or KVD_PREFIX_NONE.
 uint32_t leaf_choose(struct kvd_prefix *ix, uint32_t now);
+
+static inline enum kvd_prefix_class prefix_class(const struct prefix_entry *e)
+{
+    return e->uses & REUSE_DEMOTED ? KVD_PREFIX_DEMOTED
+           : e->uses & REUSE_LOW   ? KVD_PREFIX_LOW
+           : e->uses & REUSE_HIGH  ? KVD_PREFIX_HIGH
+                                   : KVD_PREFIX_NORMAL;
+}
 
 // -- prefix.c -----------------------------------------------------------------------------------
 // Gives each table its place in the region. With base NULL only the size is computed.

@@ -15,6 +15,9 @@
 // would not be seen that they were wanted again: what happens at ages beyond those that eviction
 // lets blocks reach could not be learned, and a block could not become a much-used one.
 //
+// What its owner said of a block goes before all that: each class has shelves of its own, ranked
+// alike, and the lowest class that has leaves gives one.
+//
 // Entries have a tick and no time, which would be 4 bytes more. How long ago a block was used is
 // known from when its tick began, so to within a tick: a 32nd of what fills the index once.
 #include "pool/prefix_internal.h"
@@ -43,6 +46,12 @@ static const double DOUBT = 0.5;   // lives that never ended, added to what was 
 static uint32_t uses_of(const struct prefix_entry *e)
 {
     return e->uses & REUSE_MAX_USES;
+}
+
+// Which of REUSE_ORDERS.
+static uint32_t order_of(const struct prefix_entry *e)
+{
+    return e->uses & REUSE_LOW ? 0 : e->uses & REUSE_HIGH ? 2 : 1;
 }
 
 static uint32_t class_of(uint32_t uses)
@@ -170,10 +179,11 @@ void leaf_file(struct kvd_prefix *ix, uint32_t entry)
         list_add(ix, LIST_DEMOTED, entry);
         return;
     }
-    uint32_t shelf = shelf_of(r, ix->entry[entry].uses, ix->entry[entry].tick);
+    uint32_t order = order_of(&ix->entry[entry]);
+    uint32_t shelf = shelf_of(r, uses_of(&ix->entry[entry]), ix->entry[entry].tick);
     uint32_t rank = r->rank_of[shelf];
-    r->filled[rank / 64] |= 1ull << rank % 64;
-    list_add(ix, shelf, entry);
+    r->filled[order][rank / 64] |= 1ull << rank % 64;
+    list_add(ix, order * REUSE_SHELVES + shelf, entry);
 }
 
 void leaf_unfile(struct kvd_prefix *ix, uint32_t entry)
@@ -228,21 +238,27 @@ static uint32_t first_of(struct kvd_prefix *ix, uint32_t list, uint32_t now)
     return KVD_PREFIX_NONE;
 }
 
-static uint32_t lowest(struct kvd_prefix *ix, uint32_t now)
+static uint32_t lowest_of(struct kvd_prefix *ix, uint32_t order, uint32_t now)
 {
-    struct prefix_reuse *r = &ix->head->reuse;
-    uint32_t entry = first_of(ix, LIST_DEMOTED, now);
-    if (entry != KVD_PREFIX_NONE)
-        return entry;
-    for (size_t word = 0; word < KVD_LEN(r->filled); word++)
-        while (r->filled[word]) {
-            uint32_t rank = (uint32_t)word * 64 + (uint32_t)__builtin_ctzll(r->filled[word]);
-            entry = first_of(ix, r->shelf_at[rank], now);
+    const struct prefix_reuse *r = &ix->head->reuse;
+    uint64_t *filled = ix->head->reuse.filled[order];
+    for (size_t word = 0; word < KVD_LEN(r->filled[0]); word++)
+        while (filled[word]) {
+            uint32_t rank = (uint32_t)word * 64 + (uint32_t)__builtin_ctzll(filled[word]);
+            uint32_t entry = first_of(ix, order * REUSE_SHELVES + r->shelf_at[rank], now);
             if (entry != KVD_PREFIX_NONE)
                 return entry;
-            r->filled[word] &= ~(1ull << rank % 64);
+            filled[word] &= ~(1ull << rank % 64);
         }
     return KVD_PREFIX_NONE;
+}
+
+static uint32_t lowest(struct kvd_prefix *ix, uint32_t now)
+{
+    uint32_t entry = first_of(ix, LIST_DEMOTED, now);
+    for (uint32_t order = 0; order < REUSE_ORDERS && entry == KVD_PREFIX_NONE; order++)
+        entry = lowest_of(ix, order, now);
+    return entry;
 }
 
 uint32_t leaf_choose(struct kvd_prefix *ix, uint32_t now)
@@ -327,8 +343,9 @@ static void rank_shelves(struct kvd_prefix *ix)
         uint32_t shelf = ranked[rank].shelf;
         r->shelf_at[rank] = (uint16_t)shelf;
         r->rank_of[shelf] = (uint16_t)rank;
-        if (!list_empty(ix, shelf))
-            r->filled[rank / 64] |= 1ull << rank % 64;
+        for (uint32_t order = 0; order < REUSE_ORDERS; order++)
+            if (!list_empty(ix, order * REUSE_SHELVES + shelf))
+                r->filled[order][rank / 64] |= 1ull << rank % 64;
     }
 }
 
@@ -394,7 +411,10 @@ static void put_into(struct kvd_prefix *ix, uint32_t to, uint32_t from)
         double *lives = ix->head->reuse.lives[class];
         lives[to] += lives[from];
         lives[from] = 0;
-        list_join(ix, class * REUSE_AGES + to, class * REUSE_AGES + from);
+        for (uint32_t order = 0; order < REUSE_ORDERS; order++) {
+            uint32_t first = order * REUSE_SHELVES + class * REUSE_AGES;
+            list_join(ix, first + to, first + from);
+        }
     }
 }
 
@@ -451,13 +471,16 @@ void reuse_clear(struct kvd_prefix *ix)
 
 static void begin(struct kvd_prefix *ix, struct prefix_entry *e, uint32_t uses)
 {
-    e->uses = (uint8_t)KVD_MIN(uses, (uint32_t)REUSE_MAX_USES); // no longer demoted
+    uint32_t class = e->uses & (REUSE_LOW | REUSE_HIGH); // and no longer demoted
+    uses = KVD_MIN(uses, (uint32_t)REUSE_MAX_USES);
+    e->uses = (uint8_t)(uses | class);
     e->tick = ix->head->reuse.tick;
-    begin_life(&ix->head->reuse, e->uses);
+    begin_life(&ix->head->reuse, uses);
 }
 
 void reuse_new(struct kvd_prefix *ix, struct prefix_entry *e, uint64_t hash)
 {
+    e->uses = 0; // KVD_PREFIX_NORMAL
     begin(ix, e, ghost_take(ix, hash) + 1);
 }
 

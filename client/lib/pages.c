@@ -57,28 +57,45 @@ static const uint8_t *key(const kvd_page_keys *k, uint32_t i)
 
 // -- looking up ---------------------------------------------------------------------------------
 
-static int fill_lookup(const kvd_bytes *space, const kvd_page_keys *requests, uint32_t count,
-                       kvd_found *out, Kvd__V1__LookupPagesRequest *req, struct kvd_error *err)
+// All keys of requests, one list each; *key_bytes: of all.
+static int fill_requests(const kvd_page_keys *requests, uint32_t count, ProtobufCBinaryData *lists,
+                         uint32_t *key_bytes, struct kvd_error *err)
 {
-    uint32_t step, out_step;
+    uint32_t step;
     memcpy(&step, requests, sizeof(step));
-    memcpy(&out_step, out, sizeof(out_step));
     for (uint32_t i = 0; i < count; i++) {
         kvd_page_keys k;
         int rc = take_keys((const void *)((const uint8_t *)requests + (size_t)i * step), &k, err);
-        if (rc == KVD_OK)
-            rc = kvd_sized_check(&kvd_sized_found, (uint8_t *)out + (size_t)i * out_step, err);
-        if (rc == KVD_OK && i && k.key_bytes != req->key_bytes)
+        if (rc == KVD_OK && i && k.key_bytes != *key_bytes)
             rc = kvd_fail(err, KVD_E_INVALID, "key_bytes is %u, that of the first is %u",
-                          k.key_bytes, req->key_bytes);
+                          k.key_bytes, *key_bytes);
         if (rc)
             return kvd_fail_in(err, "requests[%u]", i);
-        req->key_bytes = k.key_bytes;
-        req->requests[i] = bytes(k.keys, (size_t)k.pages * k.key_bytes);
+        *key_bytes = k.key_bytes;
+        lists[i] = bytes(k.keys, (size_t)k.pages * k.key_bytes);
     }
-    req->space = bytes(space->data, space->bytes);
-    req->n_requests = count;
     return KVD_OK;
+}
+
+static int check_count(uint32_t count, struct kvd_error *err)
+{
+    return count >= 1 && count <= KVD_MAX_CALL_PROMPTS
+               ? KVD_OK
+               : kvd_fail(err, KVD_E_INVALID, "%u requests; 1 to %d are possible", count,
+                          KVD_MAX_CALL_PROMPTS);
+}
+
+static int check_found(const kvd_found *out, uint32_t count, struct kvd_error *err)
+{
+    uint32_t step;
+    int rc = KVD_OK;
+    memcpy(&step, out, sizeof(step));
+    for (uint32_t i = 0; i < count && rc == KVD_OK; i++) {
+        rc = kvd_sized_check(&kvd_sized_found, (const uint8_t *)out + (size_t)i * step, err);
+        if (rc)
+            kvd_fail_in(err, "requests[%u]", i);
+    }
+    return rc;
 }
 
 static void give_found(const Kvd__V1__LookupPagesReply *reply, const Kvd__V1__FoundPages *from,
@@ -134,22 +151,56 @@ kvd_result kvd_pages_lookup(kvd_client *c, const kvd_bytes *space, const kvd_pag
                  "and none has a window");
         return kvd_client_fail(err, &e);
     }
-    if (count < 1 || count > KVD_MAX_CALL_PROMPTS) {
-        kvd_fail(&e, KVD_E_INVALID, "%u requests; 1 to %d are possible", count,
-                 KVD_MAX_CALL_PROMPTS);
+    if (check_count(count, &e))
         return kvd_client_fail(err, &e);
-    }
     ProtobufCBinaryData *lists KVD_FREE = calloc(count, sizeof(*lists));
     if (!lists)
         kvd_fail(&e, KVD_E_INTERNAL, "out of memory");
     req.requests = lists;
+    req.n_requests = count;
     req.lease_ms = o.lease_ms;
     req.restore_ms = o.restore_ms;
     req.tiers = o.tiers;
     req.quiet = o.quiet;
-    if (e.code || check_client(c, space, &e) || fill_lookup(space, requests, count, out, &req, &e))
+    if (e.code || check_client(c, space, &e) ||
+        fill_requests(requests, count, lists, &req.key_bytes, &e) || check_found(out, count, &e))
         return kvd_client_fail(err, &e);
+    req.space = bytes(space->data, space->bytes);
     return send_lookup(c, &req, out, err);
+}
+
+kvd_result kvd_pages_hint(kvd_client *c, const kvd_bytes *space, const kvd_page_keys *requests,
+                          uint32_t count, kvd_hint hint, uint32_t ms, uint32_t *pages,
+                          kvd_failure *err)
+{
+    KVD_WANT(err, "client", c, "space", space, "requests", requests);
+    Kvd__V1__HintPagesRequest req = KVD__V1__HINT_PAGES_REQUEST__INIT;
+    Kvd__V1__HintPagesReply *reply = NULL;
+    struct kvd_error e = {0};
+    if (check_client(c, space, &e) || check_count(count, &e))
+        return kvd_client_fail(err, &e);
+    ProtobufCBinaryData *lists KVD_FREE = calloc(count, sizeof(*lists));
+    if (!lists)
+        kvd_fail(&e, KVD_E_INTERNAL, "out of memory");
+    if (e.code || fill_requests(requests, count, lists, &req.key_bytes, &e))
+        return kvd_client_fail(err, &e);
+    req.space = bytes(space->data, space->bytes);
+    req.n_requests = count;
+    req.requests = lists;
+    req.hint = (Kvd__V1__HintPrefixRequest__Hint)hint;
+    req.ms = ms;
+    kvd_result rc = kvd_client_call(c, METHOD("HintPages"), &req, &req.session,
+                                    &kvd__v1__hint_pages_reply__descriptor, &reply, err);
+    if (rc)
+        return rc;
+    if (reply->n_pages != count) {
+        kvd_fail(&e, KVD_E_INTERNAL, "told of %u requests, heard of %zu", count, reply->n_pages);
+        rc = kvd_client_fail(err, &e);
+    } else if (pages) {
+        memcpy(pages, reply->pages, count * sizeof(*pages));
+    }
+    kvd__v1__hint_pages_reply__free_unpacked(reply, NULL);
+    return rc;
 }
 
 // Which of a call's pages are there; with lease_ms they stay.

@@ -10,8 +10,10 @@ KVD_HANDLER(close_session);
 KVD_HANDLER(keep_alive);
 KVD_HANDLER(register_buffer);
 KVD_HANDLER(release_buffer);
-// events.c
+// hints.c, hints_pages.c
 KVD_HANDLER(hint_prefix);
+KVD_HANDLER(hint_pages);
+// events.c
 KVD_HANDLER(watch);
 KVD_HANDLER(watch_namespace);
 // sequence.c

@@ -20,21 +20,13 @@ enum {
     MOST_OF_NAMESPACE = 64,
 };
 
-// A prompt that is being brought back, for nobody in particular.
-struct prefetch {
+struct kvd_hints_prefetch {
     struct kvd_daemon *d;
     struct kvd_restore *restore;
-    struct kvd_blocks_space space;
+    struct kvd_hints_ask ask; // with memory of its own
     struct kvd_prefix_key *keys;
-    uint32_t n, retain_ms;
-    int64_t uid; // who is charged for what is retained
-    struct prefetch *prev, *next;
-};
-
-struct kvd_hints {
-    struct prefetch *prefetches;
-    uint32_t running;
-    uint64_t retained, demoted, prefetched; // prompts, but for `demoted`: blocks
+    uint8_t *skip;
+    struct kvd_hints_prefetch *prev, *next;
 };
 
 // A call on its way.
@@ -66,13 +58,14 @@ static void end(struct hint *h)
 
 // -- prefetching --------------------------------------------------------------------------------
 
-static void prefetch_free(struct prefetch *p)
+static void prefetch_free(struct kvd_hints_prefetch *p)
 {
     struct kvd_hints *all = p->d->hints;
     DL_DELETE(all->prefetches, p);
     all->running--;
     kvd_restore_end(&p->restore);
     free(p->keys);
+    free(p->skip);
     free(p);
 }
 
@@ -91,57 +84,91 @@ static int retain(struct kvd_daemon *d, const struct kvd_blocks_match *m, uint32
     return last ? kvd_lease_put(d, KVD_LEASE_RETAINED, &m->at, last, ms, expire, uid, err) : KVD_OK;
 }
 
-static void on_restored(void *ctx, const struct kvd_restore_answer *a)
+// A hint: where there is no room for a lease it is none.
+static void retain_pages(struct kvd_daemon *d, const struct kvd_hints_ask *a)
 {
-    struct prefetch *p = ctx;
+    uint32_t *entries KVD_FREE = calloc(a->n + 1, sizeof(*entries)), n = 0, last = 0;
+    if (!entries)
+        return;
+    kvd_blocks_find_pages(d->pool, &a->space, false, a->keys, a->n, entries);
+    for (uint32_t i = 0; i < a->n; i++)
+        if (entries[i] != KVD_PREFIX_NONE && !a->skip[i]) {
+            entries[n++] = entries[i];
+            last = i;
+        }
+    if (n)
+        kvd_lease_put_pages(d, KVD_LEASE_RETAINED, a->space.ns, entries, n, &a->keys[last],
+                            a->retain_ms, a->uid, NULL);
+}
+
+static void on_restored(void *ctx, const struct kvd_restore_answer *answer)
+{
+    struct kvd_hints_prefetch *p = ctx;
+    const struct kvd_hints_ask *a = &p->ask;
     struct kvd_daemon *d = p->d;
-    struct kvd_blocks_match m = match_of(d, &p->space, p->keys, p->n);
-    if (a->end > a->begin)
-        kvd_parts_blocks_stored(d, p->space.ns, &p->keys[a->begin], a->end - a->begin,
-                                a->begin ? &p->keys[a->begin - 1] : NULL);
-    if (p->retain_ms)
-        retain(d, &m, p->retain_ms, false, p->uid,
-               NULL); // a hint: where there is no room it is none
+    struct kvd_blocks_match m;
+    if (answer->end > answer->begin)
+        kvd_parts_blocks_stored(d, a->space.ns, &a->keys[answer->begin],
+                                answer->end - answer->begin,
+                                answer->begin ? &a->keys[answer->begin - 1] : NULL);
+    if (a->retain_ms && a->skip) {
+        retain_pages(d, a);
+    } else if (a->retain_ms) {
+        m = match_of(d, &a->space, a->keys, a->n);
+        retain(d, &m, a->retain_ms, false, a->uid, NULL); // as above
+    }
     prefetch_free(p);
 }
 
 static uint32_t prefetches_of(const struct kvd_hints *all, uint32_t ns)
 {
-    const struct prefetch *p;
+    const struct kvd_hints_prefetch *p;
     uint32_t n = 0;
     DL_FOREACH(all->prefetches, p)
-    n += p->space.ns == ns;
+    n += p->ask.space.ns == ns;
     return n;
 }
 
-static int prefetch(struct kvd_daemon *d, const struct hint *h, const struct kvd_blocks_match *m,
-                    struct kvd_error *err)
+static struct kvd_hints_prefetch *prefetch_new(struct kvd_daemon *d, const struct kvd_hints_ask *a)
+{
+    struct kvd_hints_prefetch *p = calloc(1, sizeof(*p));
+    if (p && (p->keys = malloc(a->n * sizeof(*p->keys))) != NULL &&
+        (!a->skip || (p->skip = malloc(a->n)) != NULL)) {
+        memcpy(p->keys, a->keys, a->n * sizeof(*p->keys));
+        if (a->skip)
+            memcpy(p->skip, a->skip, a->n);
+        p->d = d;
+        p->ask = *a;
+        p->ask.keys = p->keys;
+        p->ask.skip = p->skip;
+        return p;
+    }
+    if (p)
+        free(p->keys);
+    free(p);
+    return NULL;
+}
+
+int kvd_hints_prefetch(struct kvd_daemon *d, const struct kvd_hints_ask *a, struct kvd_error *err)
 {
     struct kvd_hints *all = d->hints;
-    if (m->at.blocks == h->blocks || !kvd_tiers_count(d))
-        return h->req->ms ? retain(d, m, h->req->ms, false, h->uid, err) : KVD_OK;
-    if (all->running >= MOST_PREFETCHES || prefetches_of(all, h->space.ns) >= MOST_OF_NAMESPACE)
+    if (all->running >= MOST_PREFETCHES || prefetches_of(all, a->space.ns) >= MOST_OF_NAMESPACE)
         return kvd_fail(err, KVD_E_LIMIT,
                         "%u prompts are being prefetched, which is enough; ask again later",
                         all->running);
-    struct prefetch *p = calloc(1, sizeof(*p));
-    if (p)
-        p->keys = calloc(h->blocks, sizeof(*p->keys));
-    if (!p || !p->keys) {
-        free(p);
+    struct kvd_hints_prefetch *p = prefetch_new(d, a);
+    if (!p)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    }
-    memcpy(p->keys, h->keys, h->blocks * sizeof(*p->keys));
-    p->d = d;
-    p->space = h->space;
-    p->n = h->blocks;
-    p->retain_ms = h->req->ms;
-    p->uid = h->uid;
     DL_APPEND(all->prefetches, p);
     all->running++;
     all->prefetched++;
-    const struct kvd_restore_ask ask = {
-        .space = p->space, .keys = p->keys, .n = p->n, .from = m->at.blocks, .ms = PREFETCH_MS};
+    const struct kvd_restore_ask ask = {.space = a->space,
+                                        .keys = p->keys,
+                                        .n = a->n,
+                                        .from = a->from,
+                                        .pages = a->skip != NULL,
+                                        .skip = p->skip,
+                                        .ms = PREFETCH_MS};
     p->restore = kvd_restore_begin(d, &ask, on_restored, p, err);
     if (p->restore)
         return KVD_OK;
@@ -149,19 +176,77 @@ static int prefetch(struct kvd_daemon *d, const struct hint *h, const struct kvd
     return err->code;
 }
 
+static int prefetch(struct kvd_daemon *d, const struct hint *h, const struct kvd_blocks_match *m,
+                    struct kvd_error *err)
+{
+    if (m->at.blocks == h->blocks || !kvd_tiers_count(d))
+        return h->req->ms ? retain(d, m, h->req->ms, false, h->uid, err) : KVD_OK;
+    const struct kvd_hints_ask ask = {.space = h->space,
+                                      .keys = h->keys,
+                                      .n = h->blocks,
+                                      .from = m->at.blocks,
+                                      .retain_ms = h->req->ms,
+                                      .uid = h->uid};
+    return kvd_hints_prefetch(d, &ask, err);
+}
+
+// -- what all hints share -----------------------------------------------------------------------
+
+bool kvd_hints_class(Kvd__V1__HintPrefixRequest__Hint hint, enum kvd_prefix_class *class)
+{
+    switch (hint) {
+    case KVD__V1__HINT_PREFIX_REQUEST__HINT__DEMOTE:
+        *class = KVD_PREFIX_DEMOTED;
+        return true;
+    case KVD__V1__HINT_PREFIX_REQUEST__HINT__LOW:
+        *class = KVD_PREFIX_LOW;
+        return true;
+    case KVD__V1__HINT_PREFIX_REQUEST__HINT__NORMAL:
+        *class = KVD_PREFIX_NORMAL;
+        return true;
+    case KVD__V1__HINT_PREFIX_REQUEST__HINT__HIGH:
+        *class = KVD_PREFIX_HIGH;
+        return true;
+    default:
+        return false;
+    }
+}
+
+void kvd_hints_count(struct kvd_daemon *d, enum kvd_prefix_class class, uint32_t blocks)
+{
+    *(class == KVD_PREFIX_DEMOTED ? &d->hints->demoted : &d->hints->classified) += blocks;
+}
+
+int kvd_hints_check(Kvd__V1__HintPrefixRequest__Hint hint, uint32_t ms, struct kvd_error *err)
+{
+    enum kvd_prefix_class class;
+    bool classifies = kvd_hints_class(hint, &class);
+    if (ms > KVD_MAX_RETAIN_MS)
+        return kvd_fail(err, KVD_E_INVALID, "ms is %u; at most %d are possible", ms,
+                        KVD_MAX_RETAIN_MS);
+    if (!classifies && hint != KVD__V1__HINT_PREFIX_REQUEST__HINT__RETAIN &&
+        hint != KVD__V1__HINT_PREFIX_REQUEST__HINT__PREFETCH)
+        return kvd_fail(err, KVD_E_INVALID, "hint %u is not known", (unsigned)hint);
+    if (classifies && ms)
+        return kvd_fail(err, KVD_E_INVALID, "ms is %u: what is demoted, or of a class, has no time",
+                        ms);
+    return KVD_OK;
+}
+
 // -- a step -------------------------------------------------------------------------------------
 
 static int act(struct kvd_daemon *d, struct hint *h, struct kvd_error *err)
 {
     struct kvd_blocks_match m = match_of(d, &h->space, h->keys, h->blocks);
+    enum kvd_prefix_class class;
     int rc = KVD_OK;
     h->answer[h->at] = m.at.blocks;
     if (h->req->hint == KVD__V1__HINT_PREFIX_REQUEST__HINT__RETAIN) {
         rc = retain(d, &m, h->req->ms, h->req->expire, h->uid, err);
         d->hints->retained += rc == KVD_OK && m.at.blocks;
-    } else if (h->req->hint == KVD__V1__HINT_PREFIX_REQUEST__HINT__DEMOTE) {
-        h->answer[h->at] = kvd_blocks_demote(d->pool, &h->space, h->keys, m.known, 0);
-        d->hints->demoted += h->answer[h->at];
+    } else if (kvd_hints_class(h->req->hint, &class)) {
+        h->answer[h->at] = kvd_blocks_classify(d->pool, &h->space, h->keys, m.known, class);
+        kvd_hints_count(d, class, h->answer[h->at]);
     } else {
         rc = prefetch(d, h, &m, err);
     }
@@ -231,16 +316,9 @@ static int check_numbers(const Kvd__V1__HintPrefixRequest *req, struct kvd_error
     if (req->n_requests < 1 || req->n_requests > KVD_MAX_CALL_PROMPTS)
         return kvd_fail(err, KVD_E_INVALID, "%zu prompts; 1 to %d are possible", req->n_requests,
                         KVD_MAX_CALL_PROMPTS);
-    if (req->ms > KVD_MAX_RETAIN_MS)
-        return kvd_fail(err, KVD_E_INVALID, "ms is %u; at most %d are possible", req->ms,
-                        KVD_MAX_RETAIN_MS);
-    if ((unsigned)req->hint > KVD__V1__HINT_PREFIX_REQUEST__HINT__PREFETCH)
-        return kvd_fail(err, KVD_E_INVALID, "hint %u is not known", (unsigned)req->hint);
-    if (req->hint == KVD__V1__HINT_PREFIX_REQUEST__HINT__DEMOTE && req->ms)
-        return kvd_fail(err, KVD_E_INVALID, "ms is %u: what is demoted has no time", req->ms);
     if (req->expire && (req->hint != KVD__V1__HINT_PREFIX_REQUEST__HINT__RETAIN || !req->ms))
         return kvd_fail(err, KVD_E_INVALID, "expire goes with RETAIN and a time");
-    return KVD_OK;
+    return kvd_hints_check(req->hint, req->ms, err);
 }
 
 static int prepare(struct hint *h, struct kvd_error *err)
@@ -314,6 +392,9 @@ static void metrics(struct kvd_daemon *d, FILE *f)
                "Prompts that workers wanted to stay for a time.", (double)d->hints->retained);
     kvd_metric(f, "kvd_hints_demoted_blocks_total", "counter",
                "Blocks that workers said will not be used again soon.", (double)d->hints->demoted);
+    kvd_metric(f, "kvd_hints_classified_blocks_total", "counter",
+               "Blocks that workers said are of low, normal or high priority.",
+               (double)d->hints->classified);
     kvd_metric(f, "kvd_hints_prefetched_total", "counter",
                "Prompts that were looked for in tiers before they were wanted.",
                (double)d->hints->prefetched);

@@ -64,6 +64,7 @@ const struct kvd_method kvd_methods[] = {
     KV("ReleasePrefix", release_prefix_request, release_prefix),
     KV("HintPrefix", hint_prefix_request, hint_prefix),
     KV("LookupPages", lookup_pages_request, lookup_pages),
+    KV("HintPages", hint_pages_request, hint_pages),
     KV("PutPages", put_pages_request, put_pages),
     KV("GetPages", get_pages_request, get_pages),
     {"/kvd.v1.KvCache/Watch", &kvd__v1__watch_request__descriptor, kvd_on_watch, true, NULL, true},

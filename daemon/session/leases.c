@@ -124,21 +124,22 @@ int kvd_lease_new(struct kvd_daemon *d, struct kvd_session *owner, const struct 
     return make(d, owner, kvd_user_uid(owner->user), at, ms, out, err);
 }
 
-int kvd_lease_new_pages(struct kvd_daemon *d, struct kvd_session *owner, const uint32_t *entries,
-                        uint32_t n, uint64_t ms, struct kvd_lease **out, struct kvd_error *err)
+static int make_pages(struct kvd_daemon *d, struct kvd_session *owner, int64_t uid, uint32_t ns,
+                      const uint32_t *entries, uint32_t n, uint64_t ms, struct kvd_lease **out,
+                      struct kvd_error *err)
 {
     struct kvd_lease *l = calloc(1, sizeof(*l));
     uint32_t *pages = malloc(n * sizeof(*pages) + 1), *fewer;
     int rc = l && pages ? KVD_OK : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     if (rc == KVD_OK) {
         memcpy(pages, entries, n * sizeof(*pages));
-        rc = kvd_blocks_hold_pages(d->pool, owner->ns, pages, n, &l->n_pages, err);
+        rc = kvd_blocks_hold_pages(d->pool, ns, pages, n, &l->n_pages, err);
     }
     if (rc == KVD_OK) {
         l->weight = 1 + l->n_pages / KVD_LEASE_HOLDS;
-        rc = admit(d, l, owner, owner->ns, kvd_user_uid(owner->user), err);
+        rc = admit(d, l, owner, ns, uid, err);
         if (rc)
-            kvd_blocks_release_pages(d->pool, owner->ns, pages, l->n_pages);
+            kvd_blocks_release_pages(d->pool, ns, pages, l->n_pages);
     }
     if (rc) {
         free(pages);
@@ -147,10 +148,16 @@ int kvd_lease_new_pages(struct kvd_daemon *d, struct kvd_session *owner, const u
     }
     fewer = realloc(pages, l->n_pages * sizeof(*pages) + 1);
     l->pages = fewer ? fewer : pages;
-    l->at.ns = owner->ns;
+    l->at.ns = ns;
     add(d, l, owner, ms);
     *out = l;
     return KVD_OK;
+}
+
+int kvd_lease_new_pages(struct kvd_daemon *d, struct kvd_session *owner, const uint32_t *entries,
+                        uint32_t n, uint64_t ms, struct kvd_lease **out, struct kvd_error *err)
+{
+    return make_pages(d, owner, kvd_user_uid(owner->user), owner->ns, entries, n, ms, out, err);
 }
 
 struct kvd_lease *kvd_lease_find(struct kvd_daemon *d, const struct kvd_session *owner, uint64_t id)
@@ -169,23 +176,43 @@ struct kvd_lease *kvd_lease_on(struct kvd_daemon *d, uint32_t ns, enum kvd_lease
     return l;
 }
 
+// Puts `made` (NULL: nothing) in the stead of what of its kind is on the block.
+static void put(struct kvd_daemon *d, struct kvd_lease *made, uint32_t ns, enum kvd_lease_kind kind,
+                const struct kvd_prefix_key *key)
+{
+    struct kvd_lease *old = kvd_lease_on(d, ns, kind, key);
+    if (old)
+        kvd_lease_end(d, old);
+    if (!made)
+        return;
+    made->kind = kind;
+    made->place = (struct kvd_lease_place){.ns = ns, .kind = kind, .key = *key};
+    HASH_ADD(hh_place, d->leases->places, place, sizeof(made->place), made);
+}
+
 int kvd_lease_put(struct kvd_daemon *d, enum kvd_lease_kind kind, const struct kvd_blocks_at *at,
                   const struct kvd_prefix_key *key, uint64_t ms, bool expires, int64_t uid,
                   struct kvd_error *err)
 {
-    struct kvd_lease *old = kvd_lease_on(d, at->ns, kind, key), *made = NULL;
+    struct kvd_lease *made = NULL;
     int rc = ms ? make(d, NULL, uid, at, ms, &made, err) : KVD_OK;
     if (rc)
         return rc;
-    if (old)
-        kvd_lease_end(d, old);
-    if (!made)
-        return KVD_OK;
-    made->kind = kind;
-    made->expires = expires;
-    made->place = (struct kvd_lease_place){.ns = at->ns, .kind = kind, .key = *key};
-    HASH_ADD(hh_place, d->leases->places, place, sizeof(made->place), made);
+    if (made)
+        made->expires = expires;
+    put(d, made, at->ns, kind, key);
     return KVD_OK;
+}
+
+int kvd_lease_put_pages(struct kvd_daemon *d, enum kvd_lease_kind kind, uint32_t ns,
+                        const uint32_t *entries, uint32_t n, const struct kvd_prefix_key *key,
+                        uint64_t ms, int64_t uid, struct kvd_error *err)
+{
+    struct kvd_lease *made = NULL;
+    int rc = ms ? make_pages(d, NULL, uid, ns, entries, n, ms, &made, err) : KVD_OK;
+    if (rc == KVD_OK)
+        put(d, made, ns, kind, key);
+    return rc;
 }
 
 static void session_ends(struct kvd_daemon *d, struct kvd_session *s)

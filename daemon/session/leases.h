@@ -64,6 +64,11 @@ struct kvd_lease *kvd_lease_on(struct kvd_daemon *d, uint32_t ns, enum kvd_lease
 int kvd_lease_put(struct kvd_daemon *d, enum kvd_lease_kind kind, const struct kvd_blocks_at *at,
                   const struct kvd_prefix_key *key, uint64_t ms, bool expires, int64_t uid,
                   struct kvd_error *err);
+// The same of pages, n entries in the order of the keys, of which `key` is the last: as
+// kvd_lease_new_pages.
+int kvd_lease_put_pages(struct kvd_daemon *d, enum kvd_lease_kind kind, uint32_t ns,
+                        const uint32_t *entries, uint32_t n, const struct kvd_prefix_key *key,
+                        uint64_t ms, int64_t uid, struct kvd_error *err);
 void kvd_lease_end(struct kvd_daemon *d, struct kvd_lease *lease);
 
 extern const struct kvd_part kvd_part_leases;

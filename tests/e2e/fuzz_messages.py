@@ -168,11 +168,16 @@ class Maker:
             return kind(name="nobody@none")
         if kind is kv.ForkSequenceRequest:
             return kind(session=s, sequence=q, count=2)
-        if kind in (kv.LookupPagesRequest, kv.PutPagesRequest, kv.GetPagesRequest):
+        if kind in (kv.LookupPagesRequest, kv.HintPagesRequest, kv.PutPagesRequest, kv.GetPagesRequest):
             m = kind(session=s, space=self.r.choice([b"x", b"y"]), key_bytes=16)
             if kind is kv.LookupPagesRequest:
                 m.requests.extend(self.keys() for _ in range(self.r.choice([1, 1, 3])))
                 m.lease_ms = self.r.choice([0, 0, 50, 2000])
+                return m
+            if kind is kv.HintPagesRequest:
+                m.requests.extend(self.keys() for _ in range(self.r.choice([1, 1, 3])))
+                m.hint = self.r.choice([0, 1, 2, 3, 4, 5])
+                m.ms = self.r.choice([0, 50, 2000]) if m.hint in (0, 2) else 0
                 return m
             m.keys = self.keys()
             if kind is kv.PutPagesRequest:

@@ -105,6 +105,57 @@ def test_what_is_demoted_goes_first(start):
         assert kvd.metric("kvd_hints_demoted_blocks_total") == 13
 
 
+def test_priorities(start):
+    """Low ones go before normal ones and these before high ones, whatever was used last; and no lower ones for what others go on from."""
+    kvd = start("--pool-size", "8MiB", "--extent-size", "2MiB")
+    with connect(kvd) as c:
+        tokens = [tokens_of(i, 640) for i in range(4)]
+        tokens[3] = np.concatenate([tokens[2][:320], tokens[3][:320]])
+        prompts = [package.Prompt(t) for t in tokens]
+        for t in tokens:
+            publish(c, t)
+        assert c.hint(prompts[:1], "low") == [6] and c.hint(prompts[1:2], "high") == [6]
+        assert c.hint(prompts[2:3], "low") == [1]  # five blocks are the other's too
+        c.match(prompts[:1] + prompts[2:3], lease=0)  # used, which does not end it
+        order = []
+        while sum(have := [m.blocks for m in c.match(prompts, lease=0, quiet=True)]):
+            order.append(have)
+            kvd.kvctl("evict", "--namespace", "default", "--bytes", "1")
+        low = [i for i, have in enumerate(order) if have[0] or have[2] == 6]
+        assert len(low) == 7 and all(order[i][1] == 6 and order[i][3] == 6 for i in low)
+        assert all(have[1] == 6 for have in order if have[2])  # the normal ones go before any high one
+        assert kvd.metric("kvd_hints_classified_blocks_total") == 13
+        # What is raised is raised for all of the prompt, and what is normal again goes as others do.
+        for t in tokens[2:]:
+            publish(c, t)
+        assert c.hint(prompts[2:3], "high") == [6] and c.hint(prompts[3:], "normal") == [1]
+        assert c.hint(prompts[2:3], "normal") == [1]
+        assert c.hint(prompts[3:], "demote") == [1]
+
+
+def test_priorities_are_a_namespaces_own(start):
+    """Who says that all of its blocks are high loses as many as without: what each has decides who gives."""
+    kvd = start("--pool-size", "8MiB", "--extent-size", "2MiB")
+
+    def left(high):
+        for ns in ("greedy", "quiet"):
+            kvd.kvctl("evict", "--namespace", ns)
+        with connect(kvd, namespace="greedy") as greedy, connect(kvd, namespace="quiet") as quiet:
+            for i in range(12):
+                publish(greedy, tokens_of(i, 2048))
+                if high:
+                    greedy.hint([package.Prompt(tokens_of(i, 2048))], "high")
+            for i in range(40):
+                publish(quiet, tokens_of(100 + i, 2048))
+            return tuple(sum(m.blocks for m in c.match([package.Prompt(tokens_of(first + i, 2048)) for i in range(n)], lease=0, quiet=True))
+                         for c, first, n in ((greedy, 0, 12), (quiet, 100, 40)))
+
+    with connect(kvd, namespace="greedy") as a, connect(kvd, namespace="quiet") as b:
+        publish(a, tokens_of(0, 128)), publish(b, tokens_of(0, 128))
+    without, high = left(False), left(True)
+    assert abs(without[0] - high[0]) <= 32 and abs(without[1] - high[1]) <= 32, (without, high)
+
+
 def test_what_is_prefetched_is_there_when_it_is_wanted(start, folder):
     kvd = start(config=f"[kvd]\ntier-directory = {folder}/blocks 1GiB\n")
     tokens = tokens_of(1, 1024)
@@ -130,8 +181,8 @@ def test_hints_that_are_none(kvd, rpc):
     session = rpc.kv("OpenSession", layout=layout()).session
     keys = kv.PrefixKeys(block_keys=bytes(160), key_bytes=16)
     most = kv.PrefixKeys(block_keys=bytes(16 * 4096), key_bytes=16)
-    for wrong in ({}, {"requests": [keys] * 257}, {"requests": [most] * 17}, {"requests": [keys], "ms": 86400001}, {"requests": [keys], "hint": 3},
-                  {"requests": [keys], "hint": 1, "ms": 1}, {"requests": [keys], "expire": True}, {"requests": [keys], "hint": 2, "ms": 1, "expire": True},
+    for wrong in ({}, {"requests": [keys] * 257}, {"requests": [most] * 17}, {"requests": [keys], "ms": 86400001}, {"requests": [keys], "hint": 6},
+                  {"requests": [keys], "hint": 1, "ms": 1}, {"requests": [keys], "hint": 5, "ms": 1}, {"requests": [keys], "expire": True}, {"requests": [keys], "hint": 2, "ms": 1, "expire": True},
                   {"requests": [keys, kv.PrefixKeys(key_bytes=1)]}):
         refused(bad, rpc.kv, "HintPrefix", session=session, **wrong)
     refused(grpc.StatusCode.UNAUTHENTICATED, rpc.kv, "HintPrefix", session="1.1.x", requests=[keys])

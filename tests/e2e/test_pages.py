@@ -1,6 +1,7 @@
 """Pages of an engine that keeps KV of its own: put by one process, found and got by others, and by nobody else."""
 import ctypes
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -309,6 +310,62 @@ def test_a_lease_keeps_pages_until_it_ends(start):
         with connect(kvd, **shape) as other:
             other.lookup([leased], lease_ms=60000)
         wait_until(lambda: kvd.metric("kvd_prefix_leases") == 0)
+    kvd.kvctl("verify")
+
+
+def test_hints_of_pages(start, folder):
+    """Kept beyond the session, first to go, of a priority, brought back meanwhile."""
+    kvd = start("--pool-size", "8MiB", "--extent-size", "2MiB", config=f"[kvd]\ntier-directory = {folder}/blocks 1GiB\n")
+    keys, e = keys_of("hints", 24), Engine(24, 64)
+    e.write(range(24), kv(8, 24))
+
+    def there(p):
+        return [f.pages for f in p.lookup([keys[6 * i:6 * i + 6] for i in range(4)], lease_ms=0)]
+
+    with connect(kvd) as p:
+        for i in range(4):
+            p.put(keys[6 * i:6 * i + 6], e.paged(range(6 * i, 6 * i + 6)), exact=[True] + [False] * 5)
+        wait_until(lambda: json.loads(kvd.kvctl("--json", "tier", "status").stdout)["tiers"][0]["blocks"] in ("24", 24))
+        assert p.hint([keys[:6], [], keys_of("none", 3)], "retain", 60) == [6, 0, 0]
+    with connect(kvd) as p:
+        kvd.kvctl("evict", "--namespace", "default")
+        assert there(p) == [6, 0, 0, 0] and kvd.metric("kvd_prefix_leases") == 1
+        assert p.hint([keys], "prefetch", 60) == [6]
+        wait_until(lambda: there(p) == [6] * 4)
+        kvd.kvctl("evict", "--namespace", "default")
+        assert there(p) == [6] * 4  # what came is retained
+        assert p.hint([keys], "retain", 0) == [24]
+        assert p.hint([keys[:6]], "retain", 0) == [6]
+        wait_until(lambda: kvd.metric("kvd_prefix_leases") <= 1)
+    kvd.kvctl("verify")
+
+
+def test_priorities_of_pages(kvd):
+    keys, e = keys_of("classes", 24), Engine(24, 64)
+    e.write(range(24), kv(8, 24))
+    with connect(kvd) as p:
+        runs = [keys[6 * i:6 * i + 6] for i in range(4)]
+        for i, run in enumerate(runs):
+            p.put(run, e.paged(range(6 * i, 6 * i + 6)))
+        other = keys_of("other", 3)
+        p.put(other, e.paged(range(3)), after=runs[2][2])  # goes on from a run's third page
+        assert p.hint(runs[:1], "high") == [6] and p.hint(runs[1:2], "low") == [6]
+        assert p.hint(runs[2:3], "demote") == [3]  # the other three are another's too
+        assert p.hint([runs[3][::-1]], "low") == [1]  # in no order in which they are behind each other: the last one alone
+        assert p.hint(runs[3:], "low") == [6]
+        lost = []
+        while sum(have := [f.pages for f in p.lookup([*runs, other], lease_ms=0, quiet=True)]):
+            lost.append(have)
+            kvd.kvctl("evict", "--namespace", "default", "--bytes", "1")
+        assert [have[2] for have in lost[:4]] == [6, 5, 4, 3]  # demoted ones first
+        low = [have for have in lost[3:] if have[1] or have[3]]
+        assert len(low) == 12 and all(have[0] == 6 and have[2] == 3 and have[4] == 3 for have in low)
+        assert all(have[0] == 6 for have in lost if have[2] or have[4])
+        with pytest.raises(ValueError):
+            p.hint(runs, "often")
+        for wrong in ((runs, "high", 1.0), (runs, "retain", 86401.0), ([[keys[0], keys[1][:16]]], "low", 0)):
+            with pytest.raises(package.InvalidError):
+                p.hint(*wrong)
     kvd.kvctl("verify")
 
 

@@ -144,6 +144,7 @@ requests = [
     kv.AdoptPrefixRequest(session=session, request_id=1, items=[kv.AdoptItem(lease=7, blocks=2, keep=True)]),
     kv.ReleasePrefixRequest(session=session, leases=[1, 1 << 40]),
     kv.LookupPagesRequest(session=session, space=b"space", requests=[bytes(64), b""], key_bytes=16, lease_ms=9, quiet=True),
+    kv.HintPagesRequest(session=session, space=b"space", requests=[bytes(64), b""], key_bytes=16, hint=5, ms=0),
     kv.PutPagesRequest(session=session, space=b"space", keys=bytes(40), key_bytes=20, after=bytes(20), exact=b"\0\1", k=ref, v=ref),
     kv.GetPagesRequest(session=session, space=b"space", keys=bytes(48), key_bytes=24, k=ref, v=ref),
     admin.ListPrefixesRequest(namespace_name="n", limit=4), admin.ExplainPrefixRequest(namespace_name="n", key=bytes(24)),

@@ -18,6 +18,7 @@ struct node {
     uint32_t parent; // node, or KVD_PREFIX_NONE
     uint32_t domain; // 0 to DOMAINS - 1
     bool there, demoted;
+    enum kvd_prefix_class class; // where it is not demoted
     uint32_t value, entry, lease, holds, children;
     enum kvd_prefix_reason went;
     uint32_t when;
@@ -102,6 +103,11 @@ static uint32_t run_of(const struct model *m, const uint32_t *path, uint32_t n)
     return i;
 }
 
+static enum kvd_prefix_class class_of(const struct node *n)
+{
+    return n->demoted ? KVD_PREFIX_DEMOTED : n->class;
+}
+
 static bool loose(const struct node *n)
 {
     return n->there && !n->children && !n->holds;
@@ -121,8 +127,9 @@ static void gone(void *ctx, const struct kvd_prefix_removed *r)
     ck_assert_int_eq(r->reason, m->reason);
     if (m->reason == KVD_PREFIX_EVICTED_ROOM)
         ck_assert_uint_le(n->lease, m->now);
-    for (uint32_t k = 0; k < NODES && m->reason == KVD_PREFIX_EVICTED_ROOM && !n->demoted; k++)
-        ck_assert_msg(!loose(&m->node[k]) || !m->node[k].demoted || m->node[k].lease,
+    for (uint32_t k = 0; k < NODES && m->reason == KVD_PREFIX_EVICTED_ROOM; k++)
+        ck_assert_msg(!loose(&m->node[k]) || class_of(&m->node[k]) >= class_of(n) ||
+                          m->node[k].lease,
                       "another went before one that was to go first");
     ck_assert_uint_gt(m->limit, 0);
     m->limit--;
@@ -159,6 +166,7 @@ static void op_insert(struct model *m)
         }
         node->there = true;
         node->demoted = false;
+        node->class = KVD_PREFIX_NORMAL;
         node->value = values[i];
         node->entry = at[i];
         node->lease = node->holds = node->children = 0;
@@ -259,15 +267,33 @@ static void op_drop(struct model *m)
                       want);
 }
 
-static void op_demote(struct model *m)
+// By keys, or by entries, of which some are left out: blocks behind those keep what is above.
+static void op_classify(struct model *m)
 {
-    uint32_t path[DEPTH], want = 0;
+    static const enum kvd_prefix_class classes[] = {KVD_PREFIX_DEMOTED, KVD_PREFIX_LOW,
+                                                    KVD_PREFIX_NORMAL, KVD_PREFIX_HIGH};
+    enum kvd_prefix_class class = classes[below(m, 4)];
+    uint32_t path[DEPTH], entries[DEPTH], want = 0;
     struct kvd_prefix_key keys[DEPTH];
-    uint32_t n = path_to(m, path, keys), keep = below(m, n + 1), run = run_of(m, path, n);
-    for (uint32_t i = run; i > keep && m->node[path[i - 1]].children <= (i != run); i--, want++)
-        m->node[path[i - 1]].demoted = true;
+    uint32_t n = path_to(m, path, keys), run = run_of(m, path, n);
+    bool by_entries = below(m, 2), alone = false;
+    for (uint32_t i = run; i-- > 0;) {
+        struct node *node = &m->node[path[i]];
+        bool above = i + 1 < run && entries[i + 1] != KVD_PREFIX_NONE && alone;
+        entries[i] = by_entries && below(m, 5) == 0 ? KVD_PREFIX_NONE : node->entry;
+        if (entries[i] == KVD_PREFIX_NONE)
+            continue;
+        alone = node->children == above;
+        if (class < class_of(node) && !alone)
+            continue;
+        want++;
+        node->demoted = class == KVD_PREFIX_DEMOTED;
+        node->class = node->demoted ? node->class : class;
+    }
     uint32_t domain = m->domain[m->node[path[0]].domain];
-    ck_assert_uint_eq(kvd_prefix_demote(m->ix, domain, keys, n, keep), want);
+    ck_assert_uint_eq(by_entries ? kvd_prefix_classify_entries(m->ix, entries, run, class)
+                                 : kvd_prefix_classify(m->ix, domain, keys, n, class),
+                      want);
 }
 
 static void op_why(struct model *m)
@@ -308,6 +334,7 @@ static void op_reopen(struct model *m)
     ck_assert_msg(m->ix != NULL, "%s", err.text);
     for (uint32_t i = 0; i < NODES; i++) {
         m->node[i].holds = m->node[i].demoted = 0;
+        m->node[i].class = KVD_PREFIX_NORMAL;
         m->node[i].went = KVD_PREFIX_UNKNOWN;
     }
     // Domains with blocks are where they were; the others' numbers are free.
@@ -339,6 +366,7 @@ static void check(struct model *m)
         ck_assert_uint_eq(e.lease, n->lease);
         ck_assert_uint_eq(e.holds, n->holds);
         ck_assert_uint_eq(e.children, n->children);
+        ck_assert_int_eq(e.class, class_of(n));
         ck_assert_uint_eq(e.parent, n->parent == KVD_PREFIX_NONE ? KVD_PREFIX_NONE
                                                                  : m->node[n->parent].entry);
     }
@@ -364,7 +392,7 @@ START_TEST(random_operations)
         else if (what < 950)
             op_drop(&m);
         else if (what < 970)
-            op_demote(&m);
+            op_classify(&m);
         else if (what < 997)
             op_why(&m);
         else
@@ -654,7 +682,53 @@ START_TEST(what_goes_tells_how_long_it_was_not_used)
 }
 END_TEST
 
-KVD_MAIN("prefix", 240, what_goes_tells_how_long_it_was_not_used, random_operations,
-         keys_depend_on_all_that_they_name, keys_are_the_same_everywhere, domains_are_apart,
-         a_key_has_one_parent, what_contradicts_itself_is_not_opened,
+// Whatever their use says, lower classes go before higher ones, of which one is ranked as ever;
+// where only high ones are left these go too.
+START_TEST(lower_classes_go_first)
+{
+    enum { PROMPTS = 6, BLOCKS = 4 };
+    static const enum kvd_prefix_class class[PROMPTS] = {KVD_PREFIX_HIGH,   KVD_PREFIX_LOW,
+                                                         KVD_PREFIX_NORMAL, KVD_PREFIX_NORMAL,
+                                                         KVD_PREFIX_LOW,    KVD_PREFIX_HIGH};
+    struct kvd_prefix *ix = small(64, 1);
+    struct kvd_error err = {0};
+    const uint8_t digest[32] = "one";
+    uint32_t d, done, values[BLOCKS];
+    struct kvd_prefix_key keys[PROMPTS][BLOCKS];
+    struct kvd_prefix_entry_info e;
+    ck_assert(!kvd_prefix_domain(ix, digest, &d, &err));
+    for (uint32_t p = 0; p < PROMPTS; p++) {
+        for (uint32_t i = 0; i < BLOCKS; i++) {
+            keys[p][i] = (struct kvd_prefix_key){{p + 1, i, 0}};
+            values[i] = p;
+        }
+        kvd_prefix_insert(ix, d, KVD_PREFIX_NONE, keys[p], values, BLOCKS, NULL, &done, &err);
+        ck_assert_uint_eq(kvd_prefix_classify(ix, d, keys[p], BLOCKS, class[p]), BLOCKS);
+    }
+    // Use does not end a class.
+    struct kvd_prefix_query q = {.domain = d, .n = BLOCKS, .keys = keys[1]};
+    for (uint32_t i = 0; i < 300; i++)
+        kvd_prefix_match(ix, &q, 1, 0);
+    enum kvd_prefix_class last = KVD_PREFIX_DEMOTED;
+    for (uint32_t i = 0; i < PROMPTS * BLOCKS; i++) {
+        enum kvd_prefix_class lowest = KVD_PREFIX_HIGH, before[64];
+        for (uint32_t k = 0; k < 64; k++) {
+            before[k] = kvd_prefix_get(ix, k, &e) ? e.class : KVD_PREFIX_HIGH + 1;
+            lowest = KVD_MIN(lowest, before[k]);
+        }
+        ck_assert_uint_eq(kvd_prefix_evict(ix, 1, KVD_PREFIX_EVICTED_ROOM, 1, NULL, NULL), 1);
+        for (uint32_t k = 0; k < 64; k++)
+            if (before[k] <= KVD_PREFIX_HIGH && !kvd_prefix_get(ix, k, &e))
+                ck_assert_int_eq(before[k], lowest);
+        ck_assert(lowest >= last);
+        last = lowest;
+        ck_assert(!kvd_prefix_verify(ix, &err));
+    }
+    kvd_prefix_free(&ix);
+}
+END_TEST
+
+KVD_MAIN("prefix", 240, lower_classes_go_first, what_goes_tells_how_long_it_was_not_used,
+         random_operations, keys_depend_on_all_that_they_name, keys_are_the_same_everywhere,
+         domains_are_apart, a_key_has_one_parent, what_contradicts_itself_is_not_opened,
          one_time_prompts_do_not_push_out_what_comes_back)

@@ -93,6 +93,24 @@ KVD_API kvd_result kvd_pages_lookup(kvd_client *client, const kvd_bytes *space,
                                     const kvd_page_keys *requests, uint32_t count,
                                     const kvd_match_options *options, kvd_found *out,
                                     kvd_failure *err);
+/** Tells kvd how pages will be used, wherever they are in a request.
+ * @param client whose
+ * @param space what the keys mean something in
+ * @param requests of which it tells, [count]; all keys have the same bytes
+ * @param count how many requests, 1 to 256, of at most 65,536 pages together
+ * @param hint what. What RETAIN says of a request is told by the last page of it that is there, and
+ * replaces what was said of that before
+ * @param ms milliseconds for which they stay, as kvd_prompts_hint has them
+ * @param[out] pages of each request those that are there and stay, or how many are demoted or of
+ * that class now, [count]: there those count twice that are there both ways. NULL: not wanted
+ * @param[out] err says why it failed; may be NULL
+ * @retval KVD_ERR_INVALID a space, a request or a number is out of range
+ * @retval KVD_ERR_PRECONDITION the client was opened without pages
+ * @retval KVD_ERR_EXHAUSTED the namespace has too many leases, or prefetches under way; what was
+ * said of requests before is done */
+KVD_API kvd_result kvd_pages_hint(kvd_client *client, const kvd_bytes *space,
+                                  const kvd_page_keys *requests, uint32_t count, kvd_hint hint,
+                                  uint32_t ms, uint32_t *pages, kvd_failure *err);
 /** Stores pages that are not there. Each is seen whole or not at all; where two put one key at
  * once, the first stays. After a failure some may have been stored.
  * @param client whose

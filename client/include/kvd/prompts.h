@@ -115,6 +115,9 @@ typedef enum kvd_hint {
     KVD_HINT_DEMOTE,     /**< their last blocks are the first to go, until they are used; up to the
                             first that has others behind it too */
     KVD_HINT_PREFETCH,   /**< what tiers have is brought back meanwhile, and stays for a time */
+    KVD_HINT_LOW,        /**< they go before others of the namespace, whatever their use says */
+    KVD_HINT_NORMAL,     /**< they are as others again; all are, until something else is said */
+    KVD_HINT_HIGH,       /**< they go after others of the namespace. A class ends with kvd */
 } kvd_hint;
 /** Tells kvd how prompts will be used.
  * @param client whose
@@ -122,10 +125,10 @@ typedef enum kvd_hint {
  * @param count how many prompts, 1 to 256, of at most 65,536 blocks together
  * @param hint what
  * @param ms milliseconds for which they stay, at most 86,400,000; 0: no longer, or, of PREFETCH,
- * they may go at once. Of DEMOTE 0
+ * they may go at once. Of DEMOTE, LOW, NORMAL and HIGH 0
  * @param expire of RETAIN: they are dropped afterwards, from tiers too
  * @param[out] blocks of each prompt the leading blocks that are there and stay, or how many are
- * demoted, [count]; NULL: not wanted
+ * demoted or of that class now, [count]; NULL: not wanted
  * @param[out] err says why it failed; may be NULL
  * @retval KVD_ERR_INVALID a prompt is none, or a number out of range
  * @retval KVD_ERR_EXHAUSTED the namespace has too many leases, or prefetches under way; what was

@@ -454,7 +454,9 @@ class Client(lib.OfProcess):
         """Tells how prompts, at most 256 in a call, will be used. "retain": what is there of them stays for so many seconds, at most a
         day, also beyond this client; 0: no longer. With `expire` it is dropped afterwards, from tiers too. "demote": the last blocks
         will not be used again soon, and are the first to go. "prefetch": what tiers have is brought back meanwhile, and stays for so
-        many seconds. Returns the leading blocks of each that stay, or are there, and for "demote" how many are the first to go."""
+        many seconds. "low", "normal", "high": of what priority the blocks are that are there: all low ones of the namespace go before
+        any normal one, and these before any high one, whatever their use says; a block that others go on from gets no lower one. Returns
+        the leading blocks of each that stay, or are there, and for "demote" and priorities how many are the first to go, or have it."""
         return _prompts.hint(self, prompts, what, seconds, expire)
 
     def adopt(self, match: _prompts.Match, blocks: Optional[int] = None) -> Sequence:

@@ -17,7 +17,7 @@ BLOCK = 64
 TIERS = ("host", "directory", "redis")
 _MISSES = ("none", "unknown", "evicted for room", "evicted for the quota", "evicted for the index", "dropped", "damaged",
            "other extra", "other layout", "evicted by an operator", "expired")
-_HINTS = ("retain", "demote", "prefetch")
+HINTS = ("retain", "demote", "prefetch", "low", "normal", "high")
 
 
 def miss(number: int) -> str:
@@ -128,11 +128,11 @@ def match(client: "Client", prompts: Any, lease: float, restore: float, wait: fl
 def hint(client: "Client", prompts: Any, what: Any, seconds: float, expire: Any) -> list[int]:
     if not isinstance(prompts, (list, tuple)) or not prompts:
         raise TypeError("prompts is a list of kvd.Prompt, and not empty")
-    _check.choice("what", what, *_HINTS)
+    _check.choice("what", what, *HINTS)
     made = [_prompt(f"prompts[{i}]", p)._struct() for i, p in enumerate(prompts)]
     structs = (lib.PromptStruct * len(made))(*(s for s, _ in made))
     blocks = (c.c_uint32 * len(made))()
-    lib.call("kvd_prompts_hint", client._open(), structs, len(made), _HINTS.index(what), _check.milliseconds("seconds", seconds),
+    lib.call("kvd_prompts_hint", client._open(), structs, len(made), HINTS.index(what), _check.milliseconds("seconds", seconds),
              _check.flag("expire", expire), blocks)
     return list(blocks)
 

@@ -153,6 +153,17 @@ def _struct(keys: list[bytes], after: Optional[bytes] = None) -> lib.PageKeys:
     return lib.PageKeys(keys=b"".join(keys) or b"\0", key_bytes=len(keys[0]) if keys else 16, pages=len(keys), after=after)
 
 
+def _structs(lists: list[list[bytes]]) -> Any:
+    """Of requests of one call, whose keys have one length."""
+    structs = (lib.PageKeys * len(lists))(*(_struct(k) for k in lists))
+    some = next((k for k in lists if k), None)
+    for keys, s in zip(lists, structs):
+        s.key_bytes = len(some[0]) if some else 16
+        if keys and len(keys[0]) != s.key_bytes:
+            raise lib.InvalidError("keys of one call have one length")
+    return structs
+
+
 class Pages(lib.OfProcess):
     """Pages of a space, by the engine's own keys. A context manager; any thread may call.
 
@@ -176,27 +187,41 @@ class Pages(lib.OfProcess):
                              rotation_set=rotation_set, sink=0, recent=0, tp_rank=tp_rank, tp_size=tp_size, address=address,
                              namespace=namespace, name=name, timeout=timeout, pages=True, latent=latent)
 
-    def lookup(self, requests: Seq[Iterable[bytes]], *, lease_ms: int = 30000, restore_ms: int = 0, tiers: bool = False) -> list[Found]:
+    def lookup(self, requests: Seq[Iterable[bytes]], *, lease_ms: int = 30000, restore_ms: int = 0, tiers: bool = False,
+               quiet: bool = False) -> list[Found]:
         """Which pages of each request are there, of up to 256 requests of up to 4,096 keys. They stay for lease_ms, at most 600,000; 0:
-        they may go at once. restore_ms: for so long, what tiers have is brought back first. tiers: tells what tiers have."""
+        they may go at once. restore_ms: for so long, what tiers have is brought back first. tiers: tells what tiers have. quiet: it does not count
+        as used."""
         lists = [_keys(f"requests[{i}]", r) for i, r in enumerate(requests)]
         if not lists:
             return []
-        structs = (lib.PageKeys * len(lists))(*(_struct(k) for k in lists))
+        structs = _structs(lists)
         out = (lib.FoundStruct * len(lists))()
         kinds = [(c.c_uint8 * max(len(k), 1))() for k in lists]
-        some = next((k for k in lists if k), None)
-        for keys, s, o, room in zip(lists, structs, out, kinds):
+        for o, room in zip(out, kinds):
             o.size = c.sizeof(lib.FoundStruct)
             o.kinds = c.cast(room, c.POINTER(c.c_uint8))
-            s.key_bytes = len(some[0]) if some else 16
-            if keys and len(keys[0]) != s.key_bytes:
-                raise lib.InvalidError("keys of one call have one length")
         lib.call("kvd_pages_lookup", self.client._open(), c.byref(self._bytes), structs, len(lists),
                  c.byref(lib.MatchOptions(lease_ms=_check.integer("lease_ms", lease_ms), restore_ms=_check.integer("restore_ms", restore_ms),
-                                          tiers=_check.flag("tiers", tiers))), out)
+                                          tiers=_check.flag("tiers", tiers), quiet=_check.flag("quiet", quiet))), out)
         return [Found(o.pages, bytes(room)[:len(k)], o.lease, o.restored, {name: n for name, n in zip(_prompts.TIERS, o.behind) if n})
                 for k, o, room in zip(lists, out, kinds)]
+
+    def hint(self, requests: Seq[Iterable[bytes]], what: str, seconds: float = 0.0) -> list[int]:
+        """Tells how pages will be used, wherever they are in a request, of as many as `lookup` takes. "retain": what is there stays for so
+        many seconds, at most a day, also beyond this object, instead of what was said of the last page that is there; 0: no longer.
+        "demote": they are the first to go, until they are looked up. "prefetch": what tiers have is brought back meanwhile, and stays
+        for so many seconds. "low", "normal", "high": their priority, as `kvd.Client.hint` has it. A page that others were put behind, and
+        not of this request, gets no lower one. Returns for each the pages that are there, and for "demote" and priorities how many are
+        the first to go, or have it: there those count twice that are there both ways."""
+        _check.choice("what", what, *_prompts.HINTS)
+        lists = [_keys(f"requests[{i}]", r) for i, r in enumerate(requests)]
+        if not lists:
+            return []
+        pages = (c.c_uint32 * len(lists))()
+        lib.call("kvd_pages_hint", self.client._open(), c.byref(self._bytes), _structs(lists), len(lists), _prompts.HINTS.index(what),
+                 _check.milliseconds("seconds", seconds), pages)
+        return list(pages)
 
     def put(self, keys: Iterable[bytes], source: Paged, *, after: Optional[bytes] = None,
             exact: Optional[Union[bytes, Seq[bool]]] = None) -> bytes:
