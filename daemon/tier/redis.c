@@ -15,6 +15,8 @@ enum {
     FLUSH_BATCH = 500,
     // hiredis moves what it has not yet written at each write, so that little should wait there.
     MOST_OUT_BYTES = 3 << 20,
+    // What hiredis reads into is kept up to here, instead of growing anew for each block.
+    KEPT_IN_BYTES = 8 << 20,
     KEY_TEXT = sizeof(KVD_TIER_REDIS_PREFIX) + KVD_TIER_KEY_TEXT,
 };
 
@@ -370,6 +372,7 @@ static void connect_server(struct redis *r)
         return;
     }
     c->data = r;
+    c->c.reader->maxbuf = KEPT_IN_BYTES;
     r->server = c;
     redisAsyncSetConnectCallback(c, on_connect);
     redisAsyncSetDisconnectCallback(c, on_disconnect);
