@@ -50,7 +50,7 @@ else
 fi
 echo "${cuda[*]}" >"$build/quickstart.options"
 echo "== build: $build, $what"
-targets=(daemon/kvd client/kvctl client/kvctl-calib client/kvd-demo client/kvd-compare)
+targets=(daemon/kvd daemon/kvd-keeper client/kvctl client/kvctl-calib client/kvd-demo client/kvd-compare)
 export NINJA_STATUS='   [%f/%t, %e s] '
 if [ -t 1 ]; then
     ninja -C "$build" "${targets[@]}" # one line that moves

@@ -35,6 +35,7 @@ for n in $(seq "${RUNS:-2}"); do
     check "run $n: what it is worth" eval "grep -qE '^ *int2 ' $work/run$n && grep -q 'naive' $work/run$n && grep -qE '^ *bf16 ' $work/run$n &&
         grep -qE 'saves?|less' $work/run$n"
 done
+check "what OPERATOR.md starts is built" test -x "$work/root/srv/kvd/build/daemon/kvd-keeper"
 nothing_left() { ! find "$work/root/tmp" -mindepth 1 | grep .; }
 check "nothing is left behind in /tmp" nothing_left
 took() { grep -oE "\($2: [0-9]+ s\)" "$work/run$1" | grep -oE '[0-9]+'; }

@@ -66,7 +66,9 @@ void kvd_keep_exec(char **argv)
     args[1] = self;
     memcpy(args + 2, argv + 1, (argc - 1) * sizeof(*args));
     execv(path, args);
-    kvd_error("cannot become %s: %s", path, strerror(errno));
+    kvd_error("cannot become %s: %s; keep wants kvd-keeper beside kvd, or systemd (a unit with "
+              "Type=notify), to hold what is to outlive it",
+              path, strerror(errno));
     free(args);
 }
 
