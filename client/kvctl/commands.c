@@ -108,6 +108,9 @@ static const struct command table[] = {
      .run = cmd_prefix_drop},
     {.name = "why",
      .help = "Why a block of a prompt is not there",
+     .more = "KEY is a block's, as prefix ls and events show it, and as workers know it (in Python "
+             "Prompt.keys). It was never stored, or evicted for room, for the quota or for the "
+             "index, dropped by an operator, damaged, or expired.",
      .arguments = {{"NAMESPACE", VALUE_NAMESPACE}, {"KEY", VALUE_TEXT}},
      .required = 2,
      .run = cmd_why},

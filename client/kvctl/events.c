@@ -18,6 +18,16 @@ static void print_event(const Kvd__V1__Event *e)
 {
     static const char *const kinds[] = {"opened", "evicted", "draining", "lost", "published",
                                         "stored", "removed", "cleared",  "moved"};
+    // As kvctl why says it.
+    static const char *const reasons[] = {
+        [KVD__V1__MISS_REASON__MISS_EVICTED_ROOM] = "evicted for room",
+        [KVD__V1__MISS_REASON__MISS_EVICTED_QUOTA] = "evicted for the quota",
+        [KVD__V1__MISS_REASON__MISS_EVICTED_INDEX] = "evicted for the index",
+        [KVD__V1__MISS_REASON__MISS_DROPPED] = "dropped",
+        [KVD__V1__MISS_REASON__MISS_DAMAGED] = "damaged",
+        [KVD__V1__MISS_REASON__MISS_EVICTED_ASKED] = "evicted by an operator",
+        [KVD__V1__MISS_REASON__MISS_EXPIRED] = "expired",
+    };
     const size_t keys = e->keys.len / KVD_BLOCK_KEY;
     char text[KVCTL_TEXT];
     printf("%llu  %s", (unsigned long long)e->number,
@@ -38,9 +48,8 @@ static void print_event(const Kvd__V1__Event *e)
         print_key(e->parent.data);
     }
     if (e->kind == KVD__V1__EVENT__KIND__BLOCKS_REMOVED) {
-        const ProtobufCEnumValue *why =
-            protobuf_c_enum_descriptor_get_value(&kvd__v1__miss_reason__descriptor, (int)e->miss);
-        printf(" (%s)", why ? why->name : "for a reason that is unknown to this kvctl");
+        const char *why = (size_t)e->miss < KVD_LEN(reasons) ? reasons[e->miss] : NULL;
+        printf(" (%s)", why ? why : "for a reason that is unknown to this kvctl");
     }
     printf("\n");
 }

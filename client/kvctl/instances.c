@@ -24,7 +24,7 @@ int kvctl_find(struct kvctl *k, struct kvd_error *err)
     struct kvd_instances all = {0};
     const char *env = getenv("KVD_ADDRESS");
     if (k->address && !k->instance)
-        return EXIT_OK;
+        return kvd_address_check(k->address, err) ? EXIT_USED_WRONG : EXIT_OK;
     if (k->address) {
         kvd_fail(err, KVD_E_INVALID, "--address and --instance do not go together");
         return EXIT_USED_WRONG;
@@ -34,6 +34,8 @@ int kvctl_find(struct kvctl *k, struct kvd_error *err)
                  k->instance);
         k->instance = NULL;
     } else if (env && *env) {
+        if (kvd_address_check(env, err))
+            return EXIT_USED_WRONG;
         snprintf(address, sizeof(address), "%s", env);
     } else {
         kvd_instances_find(&all);

@@ -10,13 +10,16 @@
 #include "client/kvctl/kvctl.h"
 #include "proto/kvd_limits.h"
 
+static const struct command *understood; // the command, once it is known
+
 int kvctl_usage(const char *fmt, ...)
 {
     va_list ap;
     va_start(ap, fmt);
     fprintf(stderr, "kvctl: ");
     vfprintf(stderr, fmt, ap);
-    fprintf(stderr, "; see kvctl --help\n");
+    fprintf(stderr, "; see kvctl%s%s --help\n", understood ? " " : "",
+            understood ? understood->name : "");
     va_end(ap);
     return EXIT_USED_WRONG;
 }
@@ -371,6 +374,21 @@ static error_t parse_word(int key, char *arg, struct argp_state *state)
 
 static const char *listed_group; // for the text below, which argp gives no context
 
+// One command's line in the list of commands. What is too long for the line goes on below its
+// beginning: argp would break it at the terminal's edge.
+static void help_lines(FILE *f, const char *text)
+{
+    enum { INDENT = 32, WIDTH = 78 - INDENT };
+    while (strlen(text) > WIDTH) {
+        int n = WIDTH;
+        while (n > 1 && text[n] != ' ')
+            n--;
+        fprintf(f, "%.*s\n%*s", n, text, INDENT, "");
+        text += n + 1;
+    }
+    fprintf(f, "%s\n", text);
+}
+
 // The list of commands goes into --help.
 static char *help_text(int key, const char *text, void *input)
 {
@@ -391,9 +409,10 @@ static char *help_text(int key, const char *text, void *input)
         arguments_text(c, arguments, sizeof(arguments));
         snprintf(head, sizeof(head), "%s%s%s", c->name, *arguments ? " " : "", arguments);
         if (strlen(head) > 28)
-            fprintf(f, "  %s\n  %-30s%s\n", head, "", c->help);
+            fprintf(f, "  %s\n  %-30s", head, "");
         else
-            fprintf(f, "  %-30s%s\n", head, c->help);
+            fprintf(f, "  %-30s", head);
+        help_lines(f, c->help);
     }
     fprintf(f, "\nkvctl help COMMAND tells the options of one. Exit codes: 0 done, 1 refused or\n"
                "failed, 2 wrong usage, 3 no daemon there, 4 not allowed. See kvctl(1).");
@@ -418,10 +437,48 @@ static void run_argp(const struct argp *argp, char *name, int argc, char **argv,
     argv[0] = first;
 }
 
+// How many letters have to be put in, left out or changed to make one word of the other; words of
+// WORD letters and more are far from all others.
+enum { WORD = 32, NEAR = 2 };
+
+static unsigned distance(const char *a, const char *b)
+{
+    const size_t n = strlen(a), m = strlen(b);
+    unsigned row[WORD];
+    if (n >= WORD || m >= WORD)
+        return WORD;
+    for (unsigned j = 0; j <= m; j++)
+        row[j] = j;
+    for (unsigned i = 1; i <= n; i++) {
+        unsigned corner = row[0];
+        row[0] = i;
+        for (unsigned j = 1; j <= m; j++) {
+            unsigned best = corner + (a[i - 1] != b[j - 1]);
+            corner = row[j];
+            best = best < row[j] + 1 ? best : row[j] + 1;
+            row[j] = best < row[j - 1] + 1 ? best : row[j - 1] + 1;
+        }
+    }
+    return row[m];
+}
+
 static void not_found(const char *group, const char *word)
 {
-    fprintf(stderr, "kvctl: there is no command '%s%s%s'; see kvctl --help\n", group ? group : "",
-            group ? " " : "", word);
+    const struct command *c;
+    unsigned least = NEAR + 1;
+    char whole[WORD * 2], near[WORD * 2] = "", name[WORD * 2];
+    snprintf(whole, sizeof(whole), "%s%s%.*s", group ? group : "", group ? " " : "", WORD, word);
+    for (size_t i = 0; (c = kvctl_command(i)); i++) {
+        const int length = group ? (int)strlen(c->name) : (int)strcspn(c->name, " ");
+        snprintf(name, sizeof(name), "%.*s", length, c->name);
+        const unsigned d = distance(whole, name);
+        if (d >= least)
+            continue;
+        least = d;
+        memcpy(near, name, sizeof(near));
+    }
+    fprintf(stderr, "kvctl: there is no command '%s'%s%s%s; see kvctl --help\n", whole,
+            *near ? ", perhaps '" : "", near, *near ? "'" : "");
     exit(EXIT_USED_WRONG);
 }
 
@@ -447,6 +504,7 @@ void kvctl_parse(struct kvctl *k, int argc, char **argv)
     k->command = find_command(l.group, argv[0]);
     if (!k->command)
         not_found(l.group, argv[0]);
+    understood = k->command;
     snprintf(name, sizeof(name), "kvctl %.40s", k->command->name);
     run_argp(argp_of(k->command), name, argc, argv, 0, k);
     if (k->all && !k->command->everywhere && !k->command->takes_all)

@@ -5,22 +5,48 @@
 
 #include <time.h>
 
-// A block's key, of the hex digits that ls and events have.
+// A block's key, of the hex digits that ls and events have, or of the base64 that they have with
+// --json.
 struct key {
     uint8_t bytes[KVD_BLOCK_KEY];
 };
 
-static int take_key(const char *hex, struct key *key, ProtobufCBinaryData *out)
+static bool take_hex(const char *hex, struct key *key)
 {
     char digit[3] = {0};
     if (strlen(hex) != sizeof(key->bytes) * 2 ||
         strspn(hex, "0123456789abcdefABCDEF") != sizeof(key->bytes) * 2)
-        return kvctl_usage("'%s' is no key of a block: %zu hex digits", hex,
-                           sizeof(key->bytes) * 2);
+        return false;
     for (size_t i = 0; i < sizeof(key->bytes); i++) {
         memcpy(digit, hex + 2 * i, 2);
         key->bytes[i] = (uint8_t)strtoul(digit, NULL, 16);
     }
+    return true;
+}
+
+static bool take_base64(const char *text, struct key *key)
+{
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    _Static_assert(KVD_BLOCK_KEY % 3 == 0, "no padding");
+    if (strlen(text) != sizeof(key->bytes) / 3 * 4 || strspn(text, digits) != strlen(text))
+        return false;
+    for (size_t i = 0; i < sizeof(key->bytes); i += 3, text += 4) {
+        uint32_t bits = 0;
+        for (int d = 0; d < 4; d++)
+            bits = bits << 6 | (uint32_t)(strchr(digits, text[d]) - digits);
+        key->bytes[i] = (uint8_t)(bits >> 16);
+        key->bytes[i + 1] = (uint8_t)(bits >> 8);
+        key->bytes[i + 2] = (uint8_t)bits;
+    }
+    return true;
+}
+
+static int take_key(const char *text, struct key *key, ProtobufCBinaryData *out)
+{
+    if (!take_hex(text, key) && !take_base64(text, key))
+        return kvctl_usage("'%s' is no key of a block: %zu hex digits, as prefix ls and events "
+                           "show it, or %zu of base64, as they do with --json",
+                           text, sizeof(key->bytes) * 2, sizeof(key->bytes) / 3 * 4);
     *out = (ProtobufCBinaryData){sizeof(key->bytes), key->bytes};
     return EXIT_OK;
 }
@@ -103,6 +129,9 @@ int cmd_why(struct kvctl *k)
     if (r->time && localtime_r(&at, &tm))
         strftime(when, sizeof(when), ", %F %T", &tm);
     printf("%s%s\n", r->reason, when);
+    if (strcmp(r->reason, "unknown") == 0)
+        printf(
+            "never published in this namespace, or gone for so long that kvd has forgotten it\n");
     kvd__v1__explain_prefix_reply__free_unpacked(r, NULL);
     return EXIT_OK;
 }

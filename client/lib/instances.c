@@ -99,3 +99,20 @@ char *kvd_instances_default(struct kvd_error *err)
     kvd_instances_free(&all);
     return address;
 }
+
+int kvd_address_check(const char *address, struct kvd_error *err)
+{
+    const char *port = strrchr(address, ':');
+    char *end = NULL;
+    if (!*address)
+        return kvd_fail(err, KVD_E_INVALID, "address is empty; unix:PATH or HOST:PORT is wanted");
+    if (strncmp(address, "unix:", 5) == 0 && address[5])
+        return KVD_OK;
+    unsigned long number =
+        port && port[1] >= '0' && port[1] <= '9' ? strtoul(port + 1, &end, 10) : 0;
+    if (port && port > address && end && !*end && number && number <= UINT16_MAX)
+        return KVD_OK;
+    return kvd_fail(err, KVD_E_INVALID, "'%s' is no address: unix:PATH or HOST:PORT is wanted%s%s",
+                    address, *address == '/' ? "; perhaps unix:" : "",
+                    *address == '/' ? address : "");
+}

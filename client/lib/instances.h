@@ -22,4 +22,7 @@ void kvd_instances_free(struct kvd_instances *all);
 // if there are several or none, or memory is short (see *err).
 char *kvd_instances_default(struct kvd_error *err);
 
+// Refuses what is neither unix:PATH nor HOST:PORT, before a resolver is asked for it.
+int kvd_address_check(const char *address, struct kvd_error *err);
+
 #endif

@@ -337,9 +337,8 @@ static int check_options(const kvd_options *o, struct kvd_error *err)
         return kvd_fail(err, KVD_E_INVALID,
                         "TLS wants tls_ca: who may have signed the daemon's "
                         "certificate");
-    if (!*o->address)
-        return kvd_fail(err, KVD_E_INVALID,
-                        "address is empty; unix:/path or host:port is wanted, or NULL");
+    if (kvd_address_check(o->address, err))
+        return err->code;
     if (strncmp(o->address, "unix:", 5) == 0 && o->tls_ca)
         return kvd_fail(err, KVD_E_INVALID, "TLS is for host:port, not for %s", o->address);
     return KVD_OK;

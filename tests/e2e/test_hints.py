@@ -31,7 +31,7 @@ def last_key(kvd, namespace="default"):
 
 
 def why(kvd, key, namespace="default"):
-    return kvd.kvctl("why", namespace, key).stdout.split(",")[0].strip()
+    return kvd.kvctl("why", namespace, key).stdout.splitlines()[0].split(",")[0]
 
 
 def push_out(client, watcher):

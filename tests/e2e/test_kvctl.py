@@ -404,3 +404,28 @@ def test_only_operators_reload(start):
     with pytest.raises(Exception) as e:
         Rpc(kvd.address).admin("Reload")
     assert e.value.code().name == "PERMISSION_DENIED"
+
+
+def test_words_that_are_nearly_commands(shared):
+    """What is nearly a command is told of, and what is nothing like one is not guessed at."""
+    for line, near in (("statsu", "status"), ("qouta", "quota"), ("quota st", "quota set"), ("drian", "drain"), ("xyzzy", None), ("x" * 99, None)):
+        r = run(*line.split())
+        assert r.returncode == 2 and (f"perhaps '{near}'" in r.stderr) == bool(near) and ("perhaps" in r.stderr) == bool(near), r.stderr
+    assert run("evict").stderr.endswith("; see kvctl evict --help\n")
+
+
+def test_addresses_that_are_none(shared):
+    """They are refused before a resolver is asked, in words of kvd."""
+    for wrong in ("", "unix:", "somewhere", "/run/kvd/kvd.sock", ":7000", "host:", "host:x", "host:0", "host:65536", "host:-1"):
+        tries = [run("--address", wrong, "status")] + ([run("status", env={"KVD_ADDRESS": wrong})] if wrong else [])
+        for r in tries:
+            assert r.returncode == 2 and "unix:PATH or HOST:PORT is wanted" in r.stderr and len(r.stderr.splitlines()) == 1, (wrong, r.stderr)
+    assert "perhaps unix:/run/kvd/kvd.sock" in run("--address", "/run/kvd/kvd.sock", "status").stderr
+    assert run("--address", "[::1]:1", "status").returncode == 3
+
+
+def test_the_list_of_commands_is_a_table(shared):
+    """No line of it begins at the edge because the one above was too long."""
+    text = run("--help").stdout
+    for line in text[text.index("Commands:"):text.index("kvctl help COMMAND")].splitlines()[1:]:
+        assert len(line) < 80 and (not line or line.startswith("  ")), line

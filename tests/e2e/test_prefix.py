@@ -1,4 +1,5 @@
 """Prompts whose blocks others go on from: two workers compute one prompt once, and what must never be shared is not."""
+import base64
 import json
 import os
 import subprocess
@@ -228,7 +229,7 @@ def test_events(kvd):
         lines = kvd.kvctl("events", "default", "--after", str(first.number - 1), "--count", "4").stdout.splitlines()
         assert [line.split()[1] for line in lines] == ["opened", "stored", "stored", "removed"]
         assert f"4 blocks of 64 tokens, to {second.keys[-1].hex()} behind {first.keys[-1].hex()}" in lines[2]
-        assert lines[3].endswith("(MISS_EVICTED_ASKED)")
+        assert lines[3].endswith("(evicted by an operator)")
         line = json.loads(kvd.kvctl("--json", "events", "default", "--after", str(second.number), "--count", "2").stdout.splitlines()[1])
         assert (line["kind"], line["number"]) == ("BLOCKS_REMOVED", str(gone.number))
         for wrong, code in ((("nobody",), 1), (("default", "--after", "x"), 2)):
@@ -258,8 +259,11 @@ def test_kvctl(kvd):
         assert json.loads(kvd.kvctl("--json", "prefix", "ls", "default").stdout)[0]["blocks"] == "10"
         assert "tokens     640" in kvd.kvctl("prefix", "show", "default", key).stdout
         assert kvd.kvctl("why", "default", key).stdout == "present\n"
-        for wrong in ("", "00", "x" * 48):
-            assert kvd.kvctl("why", "default", wrong, check=False).returncode == 2
+        assert kvd.kvctl("why", "default", base64.b64encode(bytes.fromhex(key)).decode()).stdout == "present\n"  # as --json has it
+        assert kvd.kvctl("why", "default", "0" * 48).stdout.startswith("unknown\nnever published")
+        for wrong in ("", "00", "x" * 48, "=" * 32, "A" * 31):
+            r = kvd.kvctl("why", "default", wrong, check=False)
+            assert r.returncode == 2 and r.stderr.endswith("; see kvctl why --help\n")
         assert kvd.kvctl("prefix", "pin", "default", "0" * 48, "60", check=False).returncode == 1
         assert "pinned" in kvd.kvctl("prefix", "pin", "default", key, "60").stdout
         assert "dropped 0 blocks" in kvd.kvctl("prefix", "drop", "default", "--yes").stdout

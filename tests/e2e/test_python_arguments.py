@@ -75,6 +75,15 @@ def test_wrong_shapes(shared, call):
     assert s.length == s.describe().length == TOKENS and s.describe().pending_layers == 0
 
 
+def test_layers_are_ids_and_an_address_is_one(shared):
+    for wrong in (2, 2.5, object()):
+        with pytest.raises(TypeError, match=r"layers is .*, and the ids of the model's layers are wanted, such as range\(32\)"):
+            connect(shared.daemon, layers=wrong)
+    for wrong, text in (("/run/kvd.sock", "perhaps unix:/run/kvd.sock"), ("somewhere", "'somewhere' is no address: unix:PATH or HOST:PORT is wanted")):
+        with pytest.raises(package.InvalidError, match=text):
+            package.Client(address=wrong, layers=range(2), q_heads=4, kv_heads=2, head_dim=64)
+
+
 def test_the_error_says_what_and_how(shared):
     client, s = shared.client, shared.sequence
     t = tensors(client)

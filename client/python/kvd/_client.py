@@ -257,6 +257,10 @@ def _shape(at: str, q_heads: Any, kv_heads: Any, head_dim: Any, latent: bool) ->
 
 
 def _ids(what: str, x: Iterable[int]) -> list[int]:
+    try:
+        iter(x)
+    except TypeError:
+        raise TypeError(f"{what} is {x!r}, and the ids of the model's layers are wanted, such as range(32)") from None
     return [_check.integer(f"{what}[{i}]", n) for i, n in enumerate(x)]
 
 
