@@ -83,7 +83,8 @@ int kvd_safetensors_parse(const char *path, const uint8_t *file, size_t have, ui
         return corrupt(err, path, "truncated: no header");
     uint64_t n = kvd_safetensors_header_length(file);
     if (n > MAX_HEADER || n > have - 8)
-        return corrupt(err, path, "the header is longer than the file or than 16 MiB");
+        return corrupt(err, path,
+                       "no safetensors file: its header is longer than the file or than 16 MiB");
     out->data_at = 8 + n;
     json_error_t je;
     // jansson bounds the nesting depth; duplicate keys are refused.
@@ -140,7 +141,8 @@ int kvd_safetensors_read(const char *path, int fd, uint64_t size, struct kvd_saf
         return err->code;
     uint64_t n = kvd_safetensors_header_length(length);
     if (n > MAX_HEADER || n > size - 8)
-        return corrupt(err, path, "the header is longer than the file or than 16 MiB");
+        return corrupt(err, path,
+                       "no safetensors file: its header is longer than the file or than 16 MiB");
     uint8_t *file KVD_FREE = malloc(n + 8);
     if (!file)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");

@@ -339,7 +339,9 @@ static json_t *evaluation_of(const char *path, const char *digest, struct kvd_er
     static const char *const terms[] = {"context", "queries", "sink", "recent"};
     size_t i;
     if (!report) {
-        kvd_fail(err, KVD_E_INVALID, "%s: %s", path, je.text);
+        kvd_fail(err, KVD_E_INVALID,
+                 je.line > 0 ? "%s: no report of calib eval --json: %s, line %d" : "%s: %s", path,
+                 je.text, je.line);
         return NULL;
     }
     json_array_foreach(json_object_get(report, "sets"), i, set)

@@ -196,9 +196,13 @@ static void bad_value(struct kvd_config_load *l, const struct key *k, const char
         [GIDS] = "group names or ids, separated by commas, at most 16",
         [CNS] = "certificate names, separated by commas, at most 16",
     };
-    char range[80] = "";
-    if (k->max)
-        snprintf(range, sizeof(range), " from %" PRIu64 " to %" PRIu64, k->min, k->max);
+    char range[80] = "", low[32], high[32];
+    if (k->max && k->type == SIZE)
+        snprintf(range, sizeof(range), " from %s to %s", kvd_format_size(k->min, low, sizeof(low)),
+                 kvd_format_size(k->max, high, sizeof(high)));
+    else if (k->max)
+        snprintf(range, sizeof(range), " from %" PRIu64 " to %" PRIu64 "%s", k->min, k->max,
+                 k->type == MILLIS ? " ms" : "");
     kvd_config_problem(l, l->at, "%s: '%.100s' is not possible; it wants %s%s", k->is.name, value,
                        wanted[k->type], k->type == OCTAL ? "" : range);
 }

@@ -20,7 +20,7 @@ WRONG = [
     ("[kvd]\nthreads = -1\n", [(2, "a number")]),
     ("[kvd]\nthreads = 4x\n", [(2, "a number")]),
     ("[kvd]\npool-size = 1XB\n", [(2, "512MiB")]),
-    ("[kvd]\npool-size = 0\n", [(2, "from 2097152")]),
+    ("[kvd]\npool-size = 0\n", [(2, "from 2.00 MiB to 8.00 TiB")]),
     ("[kvd]\nbackend = cpu\npool-size = 8191GiB\n", [(3, "memory")]),
     ("[kvd]\nextent-size = 3MiB\n", [(2, "multiple of 2 MiB")]),
     ("[kvd]\npool-size = 64MiB\nextent-size = 128MiB\n", [(3, "at most pool-size")]),

@@ -372,6 +372,11 @@ def test_what_cannot_be_evaluated(tmp_path):
     assert "leaves no history" in kvctl("eval", SMOLLM2, "-c", 300, code=1)
     assert "No such file" in kvctl("eval", tmp_path / "none", code=1)
     assert "No such file" in kvctl("eval", SMOLLM2, tmp_path / "none", "-c", 640, code=1)
+    (tmp_path / "prose.txt").write_text("It was the best of times, it was the worst of times.")
+    for line in (("eval", tmp_path / "prose.txt"), ("fit", tmp_path / "prose.txt", tmp_path / "none")):
+        assert "no safetensors file" in kvctl(*line, code=1)
+    refused = kvctl("--store", tmp_path / "store", "publish", tmp_path / "set", "m@v1", tmp_path / "prose.txt", code=1)
+    assert "prose.txt: no report of calib eval --json: " in refused and "line 1" in refused
     other = tmp_path / "other.safetensors"
     for layer, dims in ((0, (128, 128)), (5, (64, 64))):
         q, k, v = activations(1, 700, 2, 1, *dims, [layer])[layer]
