@@ -263,7 +263,7 @@ def test_kvctl(kvd):
         assert kvd.kvctl("why", "default", "0" * 48).stdout.startswith("unknown\nnever published")
         for wrong in ("", "00", "x" * 48, "=" * 32, "A" * 31):
             r = kvd.kvctl("why", "default", wrong, check=False)
-            assert r.returncode == 2 and r.stderr.endswith("; see kvctl why --help\n")
+            assert r.returncode == 2 and "kvctl why --help" in r.stderr
         assert kvd.kvctl("prefix", "pin", "default", "0" * 48, "60", check=False).returncode == 1
         assert "pinned" in kvd.kvctl("prefix", "pin", "default", key, "60").stdout
         assert "dropped 0 blocks" in kvd.kvctl("prefix", "drop", "default", "--yes").stdout
