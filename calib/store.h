@@ -74,6 +74,10 @@ int kvd_store_fetch(const struct kvd_store_config *config, const char *ref,
 int kvd_store_list(const struct kvd_store_config *config, struct kvd_store_entry **entries,
                    uint32_t *n, struct kvd_error *err);
 
+// Whether a store is a folder that is not there, as one that is not mounted: nobody knows what it
+// has.
+bool kvd_store_away(const char *url);
+
 // Makes every transfer that is under way, and every later one, fail with KVD_E_UNAVAILABLE within
 // about a second: for a process that stops. Any thread.
 void kvd_store_abort(void);

@@ -27,9 +27,6 @@ int kvd_store_make_folder(const struct kvd_store_config *c, struct kvd_error *er
 // url: printable. Ends with the first code that is not KVD_OK, and returns it.
 typedef int kvd_store_visit(void *ctx, const char *folder, const char *url, struct kvd_error *err);
 int kvd_store_each(const char *cache, kvd_store_visit *visit, void *ctx, struct kvd_error *err);
-// Whether a store is a folder that is not there, as one that is not mounted: nobody knows what it
-// has.
-bool kvd_store_away(const char *url);
 // What a tag is to all stores of the cache that know it. KVD_E_PRECONDITION: they do not agree.
 int kvd_store_resolve_cached(const struct kvd_store_config *c, const char *model, const char *tag,
                              char digest[KVD_DIGEST_TEXT], struct kvd_error *err);

@@ -59,6 +59,7 @@ static void check_memory(struct kvd_config_load *l)
 
 static void check_sizes(struct kvd_config_load *l)
 {
+    char wanted[32], have[32];
     struct kvd_config *c = l->c;
     if (c->extent_size == 0) {
         // At least 32 extents, so that several namespaces and layouts fit; at most 256 MiB each.
@@ -69,19 +70,18 @@ static void check_sizes(struct kvd_config_load *l)
     if (c->extent_size % (2 << 20) || c->extent_size > c->pool_size)
         kvd_config_problem(
             l, kvd_config_place(l, "extent-size"),
-            "extent-size: %" PRIu64
-            " bytes is not possible; it must be a multiple of 2 MiB and at most pool-size",
-            c->extent_size);
+            "extent-size: %s is not possible; it must be a multiple of 2 MiB and at most pool-size",
+            kvd_format_size(c->extent_size, wanted, sizeof(wanted)));
     if (c->free_low && !c->free_high)
         c->free_high = KVD_MIN(2 * c->free_low, c->pool_size / 2);
     if (c->free_high > c->pool_size / 2 || c->free_low > c->free_high ||
         (c->free_high && !c->free_low))
-        kvd_config_problem(
-            l, kvd_config_place(l, c->free_low ? "free-low" : "free-high"),
-            "free-low and free-high: %" PRIu64 " and %" PRIu64
-            " bytes are not possible; free-low goes with free-high, is at most that, "
-            "and free-high is at most half of pool-size",
-            c->free_low, c->free_high);
+        kvd_config_problem(l, kvd_config_place(l, c->free_low ? "free-low" : "free-high"),
+                           "free-low and free-high: %s and %s are not possible; free-low goes with "
+                           "free-high, is at "
+                           "most that, and free-high is at most half of pool-size",
+                           kvd_format_size(c->free_low, wanted, sizeof(wanted)),
+                           kvd_format_size(c->free_high, have, sizeof(have)));
     for (uint32_t i = 0; i < c->n_namespaces; i++) {
         if (c->namespaces[i].borrow && !c->namespaces[i].quota)
             kvd_config_problem(l, kvd_config_namespace_place(l, i, "borrow"),
@@ -90,10 +90,10 @@ static void check_sizes(struct kvd_config_load *l)
                                c->namespaces[i].name);
         if (c->namespaces[i].quota > c->pool_size)
             kvd_config_problem(l, kvd_config_namespace_place(l, i, "quota"),
-                               "quota: %" PRIu64
-                               " bytes for the namespace %s are more than pool-size, %" PRIu64
-                               " bytes",
-                               c->namespaces[i].quota, c->namespaces[i].name, c->pool_size);
+                               "quota: %s for the namespace %s are more than pool-size, %s",
+                               kvd_format_size(c->namespaces[i].quota, wanted, sizeof(wanted)),
+                               c->namespaces[i].name,
+                               kvd_format_size(c->pool_size, have, sizeof(have)));
     }
 }
 

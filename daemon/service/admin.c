@@ -146,6 +146,16 @@ void kvd_on_set_quota(struct kvd_call *call, const void *request)
                       req->namespace_name);
         return;
     }
+    if (req->quota_bytes > call->d->config.pool_size) { // as in the configuration
+        char wanted[32], have[32];
+        kvd_call_fail(call, KVD_E_INVALID,
+                      "quota: %s for the namespace %.64s are more than pool-size, %s; 0 (kvctl: "
+                      "none) sets no limit",
+                      kvd_format_size(req->quota_bytes, wanted, sizeof(wanted)),
+                      req->namespace_name,
+                      kvd_format_size(call->d->config.pool_size, have, sizeof(have)));
+        return;
+    }
     if (kvd_namespace_listed(call->d, req->namespace_name, &err)) {
         kvd_call_fail_error(call, &err);
         return;

@@ -332,7 +332,11 @@ int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_layout *l,
 static int init(struct kvd_daemon *d, struct kvd_error *err)
 {
     (void)err;
-    memset(d->rotation_fds, 0xff, sizeof(d->rotation_fds)); // -1 each
+    memset(d->rotation_fds, 0xff, sizeof(d->rotation_fds));    // -1 each
+    if (d->config.store[0] && kvd_store_away(d->config.store)) // it may still be mounted
+        kvd_warning(
+            "the store %s is not there: rotation sets are found in the cache alone until it is",
+            d->config.store);
     return KVD_OK;
 }
 

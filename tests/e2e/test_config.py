@@ -86,7 +86,7 @@ WRONG = [
     ("[namespace two words]\n", [(1, "no namespace's name")]),
     ("[namespace " + "n" * 65 + "]\n", [(1, "no namespace's name")]),
     ("[namespace a]\nquota = 1MiB\n[namespace a]\nquota = 2MiB\n", [(3, "line 1")]),
-    ("[kvd]\npool-size = 1GiB\n[namespace a]\nquota = 2GiB\n", [(4, "more than pool-size")]),
+    ("[kvd]\npool-size = 1GiB\n[namespace a]\nquota = 2GiB\n", [(4, "quota: 2.00 GiB for the namespace a are more than pool-size, 1.00 GiB")]),
     ("[namespace a]\nquota = much\n", [(2, "512MiB")]),
     ("[namespace a]\nborrow = yes\n", [(2, "no quota")]),
     ("[namespace a]\nquota = 1MiB\nborrow = much\n", [(3, "yes or no")]),

@@ -148,6 +148,8 @@ def test_a_quota_for_nobody_is_refused(start):
     r = kvd.kvctl("quota", "set", "nosuch", "1MiB", check=False)
     assert r.returncode == 1 and "--create" in r.stderr
     assert "nosuch" not in kvd.kvctl("quota", "ls").stdout
+    r = kvd.kvctl("quota", "set", "known", "1TiB", check=False)  # a configuration may not say that either
+    assert r.returncode == 1 and "quota: 1.00 TiB for the namespace known are more than pool-size, " in r.stderr
     kvd.kvctl("quota", "set", "known", "1MiB")
     kvd.kvctl("quota", "set", "nosuch", "1MiB", "--create")
     assert "nosuch" in kvd.kvctl("quota", "ls").stdout

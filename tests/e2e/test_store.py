@@ -90,6 +90,12 @@ def test_over_http_then_offline(start, nginx, store):
     assert kvd.metric('kvd_rotation_set_requests_total{source="failed"}') == 1
 
 
+def test_a_folder_that_is_not_there_is_told_at_start(start, tmp_path):
+    """It may still be mounted, so kvd starts; but who has mistyped it is told before a worker's session fails."""
+    kvd = start("--store", tmp_path / "nowhere")
+    assert f"the store {tmp_path}/nowhere is not there" in kvd.text()
+
+
 def test_names_that_are_not_there(start, nginx):
     kvd = start("--store", nginx.url)
     refused(kvd, "NOT_FOUND", "no model", "m/none@v1")
