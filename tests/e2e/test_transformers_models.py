@@ -3,6 +3,7 @@ before anything runs.
 
 PyTorch is too heavy for every run: tests/transformers.sh makes an environment that has it and runs this.
 """
+import copy
 import importlib.util
 import os
 
@@ -96,7 +97,8 @@ def daemon(tmp_path_factory):
 
 def make(name, **more):
     kind = name.split(",")[0]
-    config = transformers.AutoConfig.for_model(kind, **{k: v for k, v in {**SIZES, **more}.items() if (k, v) != ("head_dim", None)})
+    sizes = copy.deepcopy({**SIZES, **more})  # some configurations change their lists
+    config = transformers.AutoConfig.for_model(kind, **{k: v for k, v in sizes.items() if (k, v) != ("head_dim", None)})
     torch.manual_seed(3)
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     model = auto.from_config(config, attn_implementation="eager").eval()
