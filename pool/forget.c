@@ -55,6 +55,18 @@ uint32_t blocks_evict_many(struct kvd_pool *pool, uint32_t ns, uint32_t n,
     return n;
 }
 
+uint32_t blocks_cut(struct kvd_pool *pool, uint32_t ns, const uint8_t *cut,
+                    enum kvd_prefix_reason reason)
+{
+    struct kept *k = begin(pool, ns);
+    struct removal m = {pool, ns, 0};
+    if (!k)
+        return 0;
+    uint32_t n = kvd_prefix_cut(k->ix, cut, reason, (uint32_t)time(NULL), removed, &m);
+    done(pool, ns);
+    return n;
+}
+
 // The namespace whose index has most bytes of pages, but less than *below, or as many and a higher
 // number.
 static uint32_t next_most(const struct kvd_pool *pool, uint64_t below, uint32_t after)
@@ -231,6 +243,19 @@ bool evict_for_room(struct kvd_pool *pool, uint32_t ns, uint64_t bytes)
         return evict_something(pool, ns, KVD_PREFIX_EVICTED_QUOTA, NULL);
     return evict_borrowed(pool, NULL) ||
            evict_something(pool, KVD_POOL_NONE, KVD_PREFIX_EVICTED_ROOM, NULL);
+}
+
+uint32_t giver_of_room(const struct kvd_pool *pool, uint32_t ns, uint64_t bytes)
+{
+    const struct region_namespace *n = &pool->ns[ns];
+    uint32_t most = KVD_POOL_NONE;
+    if (n->quota && n->used + bytes > n->quota)
+        return ns;
+    for (uint32_t i = 0; i < pool->head->n_namespaces; i++)
+        if (borrowed(pool, i) &&
+            (most == KVD_POOL_NONE || borrowed(pool, i) > borrowed(pool, most)))
+            most = i;
+    return most == KVD_POOL_NONE ? next_most(pool, UINT64_MAX, 0) : most;
 }
 
 uint32_t kvd_pool_relieve(struct kvd_pool *pool, uint32_t most, struct kvd_pool_evicted *sum)

@@ -435,6 +435,9 @@ bool blocks_evict(struct kvd_pool *pool, uint32_t ns, enum kvd_prefix_reason rea
 // Removes up to n. Returns how many went.
 uint32_t blocks_evict_many(struct kvd_pool *pool, uint32_t ns, uint32_t n,
                            enum kvd_prefix_reason reason);
+// Removes those of the namespace's entries for which `cut` is true: as kvd_prefix_cut.
+uint32_t blocks_cut(struct kvd_pool *pool, uint32_t ns, const uint8_t *cut,
+                    enum kvd_prefix_reason reason);
 // Goes on removing the blocks of namespace c->ns that nobody holds, those of a layout or all; looks
 // at most at *n entries, which it counts down. True: it has looked at all.
 bool blocks_clear(struct kvd_pool *pool, struct kvd_pool_clearing *c, uint32_t *n);
@@ -446,6 +449,14 @@ bool evict_something(struct kvd_pool *pool, uint32_t ns, enum kvd_prefix_reason 
 // The same for room in the pool, which `ns` wants to grow by so many bytes: what is borrowed goes
 // before all else, and who borrows takes it from itself alone.
 bool evict_for_room(struct kvd_pool *pool, uint32_t ns, uint64_t bytes);
+// Of which namespace evict_for_room takes first; KVD_POOL_NONE: of none.
+uint32_t giver_of_room(const struct kvd_pool *pool, uint32_t ns, uint64_t bytes);
+
+// -- vacate.c: emptying an extent ---------------------------------------------------------------
+// For what a namespace needs: evicts the blocks of an extent that has nothing else, of the one with
+// which fewest blocks go, and of no other namespace than evict_for_room would take from first: who
+// has little does not give because who has much has no such extent. False: there is none.
+bool vacate_for_room(struct kvd_pool *pool, uint32_t ns, uint64_t bytes);
 
 // -- shares.c -----------------------------------------------------------------------------------
 enum share { SHARE_SEQUENCES, SHARE_BLOCKS };

@@ -496,6 +496,20 @@ uint32_t kvd_prefix_remove(struct kvd_prefix *ix, uint32_t entry, enum kvd_prefi
     return gone;
 }
 
+uint32_t kvd_prefix_cut(struct kvd_prefix *ix, const uint8_t *cut, enum kvd_prefix_reason reason,
+                        uint32_t now, kvd_prefix_removed_fn *fn, void *ctx)
+{
+    uint32_t gone = 0;
+    for (uint32_t i = 0; i < ix->head->ever; i++)
+        for (uint32_t at = i, parent; at != KVD_PREFIX_NONE && cut[at] && ix->entry[at].used &&
+                                      is_loose_leaf(&ix->entry[at]);
+             at = parent, gone++) {
+            parent = ix->entry[at].parent;
+            entry_remove(ix, at, reason, now, fn, ctx);
+        }
+    return gone;
+}
+
 bool kvd_prefix_clear(struct kvd_prefix *ix, uint32_t domain, struct kvd_prefix_cursor *at,
                       uint32_t *most, enum kvd_prefix_reason reason, uint32_t now,
                       kvd_prefix_removed_fn *fn, void *ctx)

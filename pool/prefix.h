@@ -189,6 +189,11 @@ uint32_t kvd_prefix_drop(struct kvd_prefix *ix, uint32_t domain, const struct kv
 // Returns how many went.
 uint32_t kvd_prefix_remove(struct kvd_prefix *ix, uint32_t entry, enum kvd_prefix_reason reason,
                            uint32_t now, kvd_prefix_removed_fn *fn, void *ctx);
+// Removes all entries for which `cut` is true, by number below kvd_prefix_info's `ever`; whatever
+// is behind one of them is to be among them. What is held stays, and what is before it. Returns how
+// many went.
+uint32_t kvd_prefix_cut(struct kvd_prefix *ix, const uint8_t *cut, enum kvd_prefix_reason reason,
+                        uint32_t now, kvd_prefix_removed_fn *fn, void *ctx);
 // Where a clearing is; zeros begin one.
 struct kvd_prefix_cursor {
     uint32_t next; // the entry that is looked at next,

@@ -46,10 +46,41 @@ static int refuse_quota(const struct region_namespace *n, struct kvd_error *err)
         n->name, (unsigned long long)n->used, (unsigned long long)n->quota);
 }
 
+static uint32_t pages_of(const struct kvd_pool_need *need)
+{
+    uint32_t n = 0;
+    for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
+        for (uint32_t k = 0; k < KVD_POOL_KINDS; k++)
+            n += (uint32_t)need->pages[p][k];
+    return n;
+}
+
+enum { FEW = 32 };
+
+// What was evicted one by one, and how much of that before an extent is emptied.
+struct efforts {
+    uint32_t evicted, most;
+};
+
+// What goes first is of use where it leaves a page of the very kind that is wanted. If that is not
+// so after some, an extent is wanted.
+static bool make_some(struct kvd_pool *pool, uint32_t ns, const struct kvd_pool_need *need,
+                      struct efforts *e)
+{
+    if (e->evicted >= e->most) {
+        if (vacate_for_room(pool, ns, need->bytes))
+            return true;
+        e->most = 2 * e->evicted + FEW; // it looked at everything for nothing
+    }
+    e->evicted++;
+    return evict_for_room(pool, ns, need->bytes);
+}
+
 int room_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout, const struct kvd_pool_need *need,
               struct kvd_error *err)
 {
     const struct region_namespace *n = &pool->ns[ns];
+    struct efforts e = {.most = FEW + 2 * pages_of(need)};
     int rc = need->blocks ? share_take(pool, ns, SHARE_BLOCKS, need->blocks, err) : KVD_OK;
     if (rc)
         return rc;
@@ -59,7 +90,7 @@ int room_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout, const struct 
     }
     // Eviction may take extents away from the very slabs that were provided for: from the start.
     while (((rc = provide(pool, ns, layout, need)) == KVD_E_FULL || rc == KVD_E_LIMIT) &&
-           evict_for_room(pool, ns, need->bytes))
+           make_some(pool, ns, need, &e))
         ;
     if (rc == KVD_OK)
         return rc;
