@@ -21,9 +21,9 @@ from test_death import wait_for
 from test_keep import kill
 from test_prefix import connect, never_interrupted, step, tokens_of
 
-KILLS = int(os.environ.get("KVD_SHARING_KILLS", 4))
-WORKERS, REQUESTS, PROMPTS, TOKENS = (4, 200, 8, 1024) if KILLS >= 12 else (3, 30, 3, 512)
-QUESTIONS, QUESTION = 3, 40
+KILLS = int(os.environ.get("KVD_SHARING_KILLS", 3))
+WORKERS, REQUESTS, PROMPTS, TOKENS = (4, 200, 8, 1024) if KILLS >= 12 else (3, 16, 2, 512)
+QUESTIONS, QUESTION = 2, 40
 
 
 def prompt_of(i):
