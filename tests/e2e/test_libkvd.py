@@ -14,6 +14,7 @@ import time
 import pytest
 
 from conftest import BUILD, SOURCE, WORKER, certificates, free_port
+from test_limits import SANITIZER
 
 CLIENT = BUILD / "tests/e2e_client"
 
@@ -153,7 +154,7 @@ def test_a_client_works_again_at_once(start):
         out, _ = p.communicate(timeout=30)
         assert p.returncode == 0
         waits.append(float(out) - ready)
-    assert min(waits) < 0.2, waits  # of three, as machines that run tests are busy
+    assert min(waits) < (0.2 if SANITIZER == 1 else 1), waits  # of three, as machines that run tests are busy
 
 
 FORKS = """
