@@ -16,7 +16,7 @@ if [ "$(id -u)" != 0 ]; then
     exit 0
 fi
 cleanup() {
-    [ -z "$daemon" ] || { kill "$daemon" && wait "$daemon"; } 2>/dev/null
+    [ -z "$daemon" ] || { pkill -P "$daemon" && wait "$daemon"; } 2>/dev/null # the shell in between would not pass it on
     rm -rf "$work"
 }
 trap cleanup EXIT
