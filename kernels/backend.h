@@ -273,7 +273,8 @@ struct kvd_backend_ops {
                        struct kvd_error *err);
     void (*foreign_unmap)(struct kvd_backend *b, enum kvd_memory kind, uint8_t *data,
                           uint64_t size);
-    // After a failure: whether the device is lost to this process, so that nothing will work again.
+    // Whether the device is lost to this process, so that nothing will work again; NULL where it
+    // never is.
     bool (*lost)(struct kvd_backend *b);
     // Bytes of device memory that nobody uses; UINT64_MAX where it is not the scarce kind.
     uint64_t (*memory_free)(struct kvd_backend *b);

@@ -1,5 +1,9 @@
 #include "daemon/core/device.h"
 
+#include "daemon/core/lifecycle.h"
+
+enum { CHECK_MS = 200 };
+
 // The backend that is asked for; "auto": the GPU where it is usable, else the CPU.
 static int init(struct kvd_daemon *d, struct kvd_error *err)
 {
@@ -25,6 +29,21 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
     return d->backend ? KVD_OK : err->code;
 }
 
+// A fault of another client of MPS is nothing that a call of kvd's fails by while it has none; and
+// nobody gets a new context under MPS until all have ended whose context is gone.
+static void on_device_timer(uv_timer_t *timer)
+{
+    kvd_daemon_check_device(timer->data);
+}
+
+static int start(struct kvd_daemon *d, struct kvd_error *err)
+{
+    (void)err;
+    if (d->backend->ops->lost)
+        uv_timer_start(&d->device_timer, on_device_timer, CHECK_MS, CHECK_MS);
+    return KVD_OK;
+}
+
 static void deinit(struct kvd_daemon *d)
 {
     kvd_backend_free(&d->backend);
@@ -44,4 +63,5 @@ static void metrics(struct kvd_daemon *d, FILE *f)
             d->backend->ops->name, d->config.device, device, d->instance);
 }
 
-const struct kvd_part kvd_part_device = {.init = init, .deinit = deinit, .metrics = metrics};
+const struct kvd_part kvd_part_device = {
+    .init = init, .start = start, .deinit = deinit, .metrics = metrics};

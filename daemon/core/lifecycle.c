@@ -8,6 +8,7 @@
 #include "daemon/core/lifecycle.h"
 
 #include <sysexits.h>
+#include <unistd.h>
 
 #include "daemon/core/keep.h"
 #include "daemon/core/notify.h"
@@ -31,7 +32,8 @@ int kvd_daemon_init(struct kvd_daemon *d, struct kvd_error *err)
     int rc = KVD_OK;
     uv_loop_init(&d->loop);
     d->loop.data = d;
-    uv_timer_t *timers[] = {&d->watchdog, &d->lease_timer, &d->drain_timer, &d->memory_timer};
+    uv_timer_t *timers[] = {&d->watchdog, &d->lease_timer, &d->drain_timer, &d->memory_timer,
+                            &d->device_timer};
     for (size_t i = 0; i < KVD_LEN(timers); i++) {
         uv_timer_init(&d->loop, timers[i]);
         timers[i]->data = d;
@@ -115,12 +117,19 @@ void kvd_daemon_drain(struct kvd_daemon *d, uint64_t timeout_ms)
     }
 }
 
+// A kvd whose pool is kept ends as if it were killed: whatever it would still answer is a failure
+// of the device, and what is not answered is asked again of the next one, which finds all that was
+// true.
 void kvd_daemon_check_device(struct kvd_daemon *d)
 {
-    if (d->exit_code || !d->backend->ops->lost(d->backend))
+    const struct kvd_backend_ops *ops = d->backend->ops;
+    if (d->exit_code || !ops->lost || !ops->lost(d->backend))
         return;
     kvd_error("the GPU is lost to this process after a fault, of its own or of another MPS client; "
-              "stopping, so that the service manager starts a new one");
+              "stopping, so that %s starts a new one",
+              d->keep ? "who keeps the pool" : "the service manager");
+    if (d->keep)
+        _exit(EX_SOFTWARE);
     d->exit_code = EX_SOFTWARE;
     kvd_daemon_drain(d, 0);
 }

@@ -11,7 +11,8 @@ void kvd_daemon_deinit(struct kvd_daemon *d);
 // Takes no new sessions, tells the workers, and stops when the last session ends or the time is
 // over.
 void kvd_daemon_drain(struct kvd_daemon *d, uint64_t timeout_ms);
-// To be called when the backend failed: without a device the daemon stops, for a new one to start.
+// To be called when the backend failed, before anybody is told: without a device the daemon stops,
+// for a new one to start. Where the pool is kept it does not return then.
 void kvd_daemon_check_device(struct kvd_daemon *d);
 // To be called when a session ended: a draining daemon may be done.
 void kvd_daemon_session_ended(struct kvd_daemon *d);

@@ -2,6 +2,7 @@
 #include <grpc/byte_buffer.h>
 #include <grpc/slice.h>
 
+#include "daemon/core/lifecycle.h"
 #include "daemon/rpc/rpc_internal.h"
 
 enum { SMALL_REPLY = 64 << 10 };
@@ -129,6 +130,8 @@ void kvd_call_fail_error(struct kvd_call *call, const struct kvd_error *err)
         kvd_call_finish(call, err->code, err->text);
         return;
     }
+    if (err->code == KVD_E_INTERNAL)
+        kvd_daemon_check_device(call->d);
     if (err->code < 0 || err->code == KVD_E_INTERNAL)
         kvd_error("call failed method=%s error=%s", call->method ? call->method->path : "unknown",
                   err->text);

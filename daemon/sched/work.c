@@ -124,17 +124,12 @@ static void leave(struct kvd_daemon *d, struct kvd_work *w)
         lock(d, w, false);
 }
 
-static void answer_failure(struct kvd_daemon *d, struct kvd_call *call, const struct kvd_error *err)
-{
-    kvd_call_fail_error(call, err);
-    if (err->code == KVD_E_INTERNAL)
-        kvd_daemon_check_device(d);
-}
-
 static void done(struct kvd_daemon *d, struct kvd_job *job)
 {
     struct kvd_work *w = (struct kvd_work *)job;
     uint32_t ns = w->waiter.ns;
+    if (job->rc == KVD_E_INTERNAL) // before a counter tells anybody to go on
+        kvd_daemon_check_device(d);
     if (w->op->run)
         kvd_histogram_add(&d->metrics.kernel[w->op->id], job->ran_ns);
     if (job->abandoned)
@@ -150,7 +145,7 @@ static void done(struct kvd_daemon *d, struct kvd_job *job)
         d->metrics.nonfinite += job->rc == KVD_E_INVALID;
     }
     if (job->rc || w->op->reply(d, w, &w->err))
-        answer_failure(d, w->call, &w->err);
+        kvd_call_fail_error(w->call, &w->err);
     kvd_work_free(d, w);
     kvd_queue_kick(d, ns);
 }
@@ -159,11 +154,13 @@ static void done(struct kvd_daemon *d, struct kvd_job *job)
 static void fail(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_error *err)
 {
     struct kvd_call *call = w->call;
+    if (err->code == KVD_E_INTERNAL)
+        kvd_daemon_check_device(d);
     conclude(d, w, false);
     kvd_fence_signal(&w->signal);
     leave(d, w);
     kvd_work_free(d, w);
-    answer_failure(d, call, err);
+    kvd_call_fail_error(call, err);
 }
 
 // Whether nothing is wanted of the executor.

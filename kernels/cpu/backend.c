@@ -276,12 +276,6 @@ static const char *device(const struct kvd_backend *b)
     return ((const struct kvd_cpu *)b)->device;
 }
 
-static bool lost(struct kvd_backend *b)
-{
-    (void)b;
-    return false;
-}
-
 static const struct kvd_backend_ops cpu_ops = {
     .name = "cpu",
     .free = cpu_free,
@@ -297,7 +291,6 @@ static const struct kvd_backend_ops cpu_ops = {
     .extent_adopt = kvd_cpu_extent_adopt,
     .foreign_map = kvd_cpu_foreign_map,
     .memory_free = kvd_cpu_memory_free,
-    .lost = lost,
     .rotation_new = rotation_new,
     .rotation_free = rotation_free,
     .check = kvd_cpu_check,

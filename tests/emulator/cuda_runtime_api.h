@@ -15,6 +15,7 @@ typedef enum cudaError {
     cudaErrorInvalidValue = 1,
     cudaErrorMemoryAllocation = 2,
     cudaErrorNotReady = 600,
+    cudaErrorIllegalAddress = 700,
 } cudaError_t;
 
 typedef struct CUstream_st *cudaStream_t;

@@ -12,6 +12,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <deque>
 #include <map>
 #include <memory>
@@ -260,6 +261,17 @@ cudaError_t result(cudaError_t e)
     return e;
 }
 
+// A fault comes when somebody makes the file that EMULATED_FAULT names, and stays for good. What is under way when it
+// comes is done and fails all the same, as is then everything.
+bool fault()
+{
+    static const char *const file = getenv("EMULATED_FAULT");
+    static std::atomic<bool> come;
+    if (file && !come && unlink(file) == 0)
+        come = true;
+    return come;
+}
+
 } // namespace
 
 struct CUstream_st {
@@ -284,7 +296,7 @@ cudaError_t on_stream(cudaStream_t stream, std::function<void()> action)
         stream->captured->push_back(std::move(action));
     else
         action();
-    return cudaSuccess;
+    return result(fault() ? cudaErrorIllegalAddress : cudaSuccess);
 }
 
 } // namespace
@@ -573,12 +585,12 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream)
 
 cudaError_t cudaStreamSynchronize(cudaStream_t)
 {
-    return cudaSuccess;
+    return result(fault() ? cudaErrorIllegalAddress : cudaSuccess);
 }
 
 cudaError_t cudaStreamQuery(cudaStream_t)
 {
-    return cudaSuccess;
+    return result(fault() ? cudaErrorIllegalAddress : cudaSuccess);
 }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode)
