@@ -311,6 +311,8 @@ def test_workers_that_go_on_while_kvd_is_killed(start):
     if much:
         used = keeper.metric('kvd_pool_bytes{state="used"}')
         print(f"{used / 2**30:.1f} GiB in use")
+        assert wait_for(lambda: keeper.metric("kvd_scrub_passes_total"), 60)
+        print([line for line in keeper.text().splitlines() if "an earlier kvd has left were looked at" in line][-1:])
         much.check()
     for w in workers:
         w.stop = True

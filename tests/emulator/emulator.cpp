@@ -448,7 +448,7 @@ const char *cudaGetErrorString(cudaError_t e)
 cudaError_t cudaGetDeviceCount(int *n)
 {
     *n = 1;
-    return cudaSuccess;
+    return result(fault() ? cudaErrorIllegalAddress : cudaSuccess);
 }
 
 cudaError_t cudaGetDevice(int *index)
