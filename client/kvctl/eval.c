@@ -327,7 +327,9 @@ int cmd_calib_eval(struct kvctl *k)
         return code;
     for (unsigned i = 1; i < k->n_arguments; i++)
         a.files[a.n_files++] = k->arguments[i];
-    struct kvd_dump *d = kvd_dump_open(a.dump, &err);
+    struct kvd_dump *d = NULL;
+    if (!a.html || tool_check_out(a.html, &err) == KVD_OK)
+        d = kvd_dump_open(a.dump, &err);
     int rc = d ? open_sets(&a, d, &e, &err) : err.code;
     if (rc == KVD_OK && says_what(&e) && !(e.dump = kvd_dump_digests(d, &err)))
         rc = err.code;

@@ -148,15 +148,14 @@ static void print_layers(const struct kvd_fit *f)
 }
 
 // By activations that were not fitted to.
-static int fit_clips(const struct arguments *a, struct kvd_rotset *set, struct kvd_error *err)
+static int fit_clips(const struct arguments *a, const struct kvd_dump *clips,
+                     struct kvd_rotset *set, struct kvd_error *err)
 {
     struct kvd_eval_options o = a->eval;
-    struct kvd_dump *d = kvd_dump_open(a->clips, err);
     o.threads = a->o.threads;
-    int rc = d ? kvd_eval_fit_clips(d, set, &o, err) : err->code;
-    if (rc == KVD_OK && !(set->clips_fitted_to = kvd_dump_digests(d, err)))
+    int rc = kvd_eval_fit_clips(clips, set, &o, err);
+    if (rc == KVD_OK && !(set->clips_fitted_to = kvd_dump_digests(clips, err)))
         rc = err->code;
-    kvd_dump_free(&d);
     progress_end();
     if (rc)
         return rc;
@@ -165,9 +164,10 @@ static int fit_clips(const struct arguments *a, struct kvd_rotset *set, struct k
     return KVD_OK;
 }
 
-// What a side's scales are to be, and clip ratios if they are to be fitted; then the file.
-static int finish(const struct arguments *a, const struct kvd_dump *d, struct kvd_rotset *set,
-                  struct kvd_error *err)
+// What a side's scales are to be, and clip ratios if they are to be fitted, to `clips`; then the
+// file.
+static int finish(const struct arguments *a, const struct kvd_dump *d, const struct kvd_dump *clips,
+                  struct kvd_rotset *set, struct kvd_error *err)
 {
     if (!(set->fitted_to = kvd_dump_digests(d, err)))
         return err->code;
@@ -177,7 +177,7 @@ static int finish(const struct arguments *a, const struct kvd_dump *d, struct kv
         set->scale_k = a->scale_k;
         set->scale_v = a->scale_v;
     }
-    if (a->clips && fit_clips(a, set, err))
+    if (clips && fit_clips(a, clips, set, err))
         return err->code;
     return kvd_rotset_write(set, a->out, err);
 }
@@ -195,15 +195,30 @@ static void print_set(struct kvctl *k, const struct arguments *a, const struct k
                set->provenance, seconds, set->digest);
 }
 
+// Opens what is read, and looks at where things are to be written: what is wrong with these is said
+// before the work. An exit code.
+static int open_all(const struct arguments *a, struct kvd_dump **d, struct kvd_dump **clips)
+{
+    struct kvd_error err = {0};
+    if (tool_check_out(a->out, &err) || (a->spectrum && tool_check_out(a->spectrum, &err)) ||
+        !(*d = kvd_dump_open(a->dump, &err)) ||
+        (a->clips && !(*clips = kvd_dump_open(a->clips, &err)))) {
+        kvd_dump_free(d);
+        return tool_fail(&err);
+    }
+    return EXIT_OK;
+}
+
 static int run(struct kvctl *k, struct arguments *a)
 {
     struct kvd_error err = {0};
     struct timespec from, to;
     struct kvd_fit *fit = NULL;
     clock_gettime(CLOCK_MONOTONIC, &from);
-    struct kvd_dump *d = kvd_dump_open(a->dump, &err);
-    if (!d)
-        return tool_fail(&err);
+    struct kvd_dump *d = NULL, *clips = NULL;
+    int code = open_all(a, &d, &clips);
+    if (code)
+        return code;
     if (a->model)
         snprintf(d->model, sizeof(d->model), "%s", a->model);
     struct kvd_rotset *transforms = NULL;
@@ -212,7 +227,7 @@ static int run(struct kvctl *k, struct arguments *a)
     else
         fit = kvd_fit_run(d, &a->o, &err);
     struct kvd_rotset *set = fit ? fit->set : transforms;
-    int rc = set ? finish(a, d, set, &err) : err.code;
+    int rc = set ? finish(a, d, clips, set, &err) : err.code;
     if (rc == KVD_OK && a->spectrum)
         rc = kvd_fit_write_spectrum(fit, a->spectrum, &err);
     clock_gettime(CLOCK_MONOTONIC, &to);
@@ -224,6 +239,7 @@ static int run(struct kvctl *k, struct arguments *a)
         print_set(k, a, set, seconds);
     kvd_rotset_free(&transforms);
     kvd_fit_free(&fit);
+    kvd_dump_free(&clips);
     kvd_dump_free(&d);
     return rc ? tool_fail(&err) : EXIT_OK;
 }

@@ -283,6 +283,23 @@ def test_bad_options(tmp_path, options, text):
     assert not (tmp_path / "set").exists()
 
 
+def test_what_cannot_be_done_at_the_end_is_said_before_the_work(tmp_path):
+    state, out = tmp_path / "state", tmp_path / "set"
+    missing = tmp_path / "missing/set"
+    (tmp_path / "file").write_text("")
+    for where, says in ((missing, f"{missing} cannot be written: {missing.parent}: No such file or directory"),
+                        (tmp_path / "file/set", "Not a directory"), (tmp_path, f"{tmp_path} is a folder, and the name of a file is wanted")):
+        assert says in fit(SMOLLM2, where, "--state", state, code=1)
+        assert says in fit(SMOLLM2, out, "--spectrum", where, "--state", state, code=1)
+        assert says in fit(SMOLLM2, where, "--codec", "tc2", code=1)
+        r = subprocess.run([KVCTL, "calib", "eval", SMOLLM2, tmp_path / "no set", "--html", where], capture_output=True, text=True, timeout=300)
+        assert r.returncode == 1 and says in r.stderr
+    assert f"{tmp_path / 'none'}: No such file" in fit(SMOLLM2, out, "--published", "--fit-clips", tmp_path / "none", "--state", state, code=1)
+    assert not state.exists() and not out.exists()
+    r = subprocess.run([KVCTL, "calib", "fit", SMOLLM2, "set", "--state", state], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert r.returncode == 0 and out.exists() and state.exists(), r.stderr
+
+
 def test_a_fitted_set_goes_into_a_store_and_out(tmp_path):
     printed = fit(SMOLLM2, tmp_path / "set.safetensors").stdout.split()[-1]
     store = tmp_path / "store"
