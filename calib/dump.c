@@ -285,6 +285,32 @@ static int add_named(struct kvd_dump *d, uint32_t file, const struct kvd_safeten
                           d->files[file].path);
 }
 
+// Gives the pieces of a file, which are d's last ones from `first` on, the windows that its
+// metadata has for them.
+static int add_windows(struct kvd_dump *d, uint32_t file, uint32_t first, const char *windows,
+                       struct kvd_error *err)
+{
+    for (uint32_t i = first; windows && i < d->n_pieces; i++) {
+        unsigned long before = 0, window = 0; // entries of layers with smaller ids
+        const char *c = windows;
+        char *end = NULL;
+        for (uint32_t p = first; p < d->n_pieces; p++)
+            before += d->pieces[p].layer < d->pieces[i].layer;
+        for (unsigned long n = 0; n < d->n_pieces - first; n++, c = end + 1) {
+            unsigned long x = strtoul(c, &end, 10);
+            bool last = n + 1 == d->n_pieces - first;
+            if (*c < '0' || *c > '9' || x > UINT32_MAX || *end != (last ? '\0' : ','))
+                return kvd_fail(err, KVD_E_INVALID,
+                                "%s: metadata windows is '%.60s', not a number for each of the "
+                                "file's %u layers",
+                                d->files[file].path, windows, d->n_pieces - first);
+            window = n == before ? x : window;
+        }
+        d->pieces[i].window = (uint32_t)window;
+    }
+    return KVD_OK;
+}
+
 // A zip file or a pickle, as torch.save writes them. The length of a safetensors file's header may
 // look like a pickle's first bytes; behind it comes a brace.
 static bool is_of_torch(int fd)
@@ -324,8 +350,11 @@ static int scan_shard(struct kvd_dump *d, uint32_t file, struct kvd_error *err)
             f->path);
     if (kvd_safetensors_read(f->path, fd, f->size, &t, err))
         return err->code;
+    uint32_t first = d->n_pieces;
     int rc =
         kvd_safetensors_find(&t, "q") ? add_stacked(d, file, &t, err) : add_named(d, file, &t, err);
+    if (rc == KVD_OK)
+        rc = add_windows(d, file, first, kvd_safetensors_metadata(&t, "windows"), err);
     const char *model = kvd_safetensors_metadata(&t, "model");
     if (rc == KVD_OK && model && *d->model && strcmp(model, d->model) != 0)
         rc = kvd_fail(err, KVD_E_INVALID, "%s: of model %.60s, but the files before of %.60s",
@@ -454,8 +483,18 @@ struct kvd_dump *kvd_dump_open(const char *path, struct kvd_error *err)
         return NULL;
     }
     qsort(d->pieces, d->n_pieces, sizeof(*d->pieces), by_layer);
-    for (uint32_t i = 0; i < d->n_pieces; i++)
-        d->tokens[d->pieces[i].layer] += d->pieces[i].tokens;
+    for (uint32_t i = 0; i < d->n_pieces; i++) {
+        const struct kvd_dump_piece *p = &d->pieces[i], *last = i ? p - 1 : p;
+        d->tokens[p->layer] += p->tokens;
+        if (p->layer == last->layer && p->window != last->window) {
+            kvd_fail(
+                err, KVD_E_INVALID,
+                "%s: layer %u: a window of %u, but %u in the files before: these files are not "
+                "of one model",
+                d->files[p->file[0]].path, d->layers[p->layer], p->window, last->window);
+            return NULL;
+        }
+    }
     return KVD_TAKE(d);
 }
 

@@ -23,7 +23,7 @@ double kvd_eval_bits(uint32_t codec, uint32_t dim_k, uint32_t dim_v)
 struct sums {
     double difference, norm; // squared
     double logit, logits;    // squared, and how many
-    double bias;             // at each query's strongest key
+    double bias, asked;      // at each query's strongest key, and how many have one
     double kl, queries;
     double worst;
 };
@@ -56,7 +56,7 @@ struct workspace {
     float *turned;               // [tokens][dim]
     float *logits, *p, *p2;      // [positions * group][tokens]
     float *out, *out2;           // [positions * group][dim_v]
-    uint32_t tokens, rows_q, positions;
+    uint32_t tokens, rows_q, positions, window;
 };
 
 static void workspace_deinit(void *workspace)
@@ -197,21 +197,30 @@ static void logits_of(const struct job *j, struct workspace *w, const float *k, 
                 1 / sqrtf((float)dim), w->q, dim, k, dim, 0, out, n);
 }
 
-// Causal softmax: row i is of position tokens - positions + i / group.
-static void softmax(const struct workspace *w, float *p)
+// What row i of the queries, which is of position tokens - positions + i / group, sees: tokens
+// [*begin, *end).
+static void seen(const struct workspace *w, uint32_t i, uint32_t *begin, uint32_t *end)
 {
     uint32_t group = w->rows_q / w->positions;
+    *end = w->tokens - w->positions + i / group + 1;
+    *begin = w->window && *end > w->window ? *end - w->window : 0;
+}
+
+static void softmax(const struct workspace *w, float *p)
+{
     for (uint32_t i = 0; i < w->rows_q; i++) {
-        float *row = p + (uint64_t)i * w->tokens, top = row[0];
-        uint32_t n = w->tokens - w->positions + i / group + 1;
+        uint32_t begin, end;
+        seen(w, i, &begin, &end);
+        float *row = p + (uint64_t)i * w->tokens, top = row[begin];
         double sum = 0;
-        for (uint32_t t = 1; t < n; t++)
+        for (uint32_t t = begin + 1; t < end; t++)
             top = fmaxf(top, row[t]);
-        for (uint32_t t = 0; t < n; t++)
+        for (uint32_t t = begin; t < end; t++)
             sum += (double)(row[t] = expf(row[t] - top));
-        for (uint32_t t = 0; t < n; t++)
+        for (uint32_t t = begin; t < end; t++)
             row[t] = (float)(row[t] / sum);
-        memset(row + n, 0, (w->tokens - n) * sizeof(*row));
+        memset(row, 0, begin * sizeof(*row));
+        memset(row + end, 0, (w->tokens - end) * sizeof(*row));
     }
 }
 
@@ -236,9 +245,13 @@ static void add_output_error(const struct job *j, const struct workspace *w, str
 // p2 holds the quantized logits, logits the recorded ones; p2 becomes probabilities.
 static void add_weight_error(const struct job *j, struct workspace *w, struct sums *s)
 {
-    uint32_t begin, end;
-    history(j, &begin, &end);
+    uint32_t first, begin, end, last;
+    history(j, &first, &end);
     for (uint32_t i = 0; i < w->rows_q; i++) {
+        seen(w, i, &begin, &last);
+        begin = KVD_MAX(begin, first);
+        if (begin >= end)
+            continue;
         const float *logits = w->logits + (uint64_t)i * w->tokens;
         const float *quantized = w->p2 + (uint64_t)i * w->tokens;
         uint32_t strongest = begin;
@@ -248,8 +261,9 @@ static void add_weight_error(const struct job *j, struct workspace *w, struct su
             strongest = logits[t] > logits[strongest] ? t : strongest;
         }
         s->bias += (double)quantized[strongest] - (double)logits[strongest];
+        s->asked++;
+        s->logits += end - begin;
     }
-    s->logits += (double)w->rows_q * (end - begin);
     softmax(w, w->p2);
     for (uint64_t at = 0; at < (uint64_t)w->rows_q * w->tokens; at++)
         if (w->p[at] > 0)
@@ -407,14 +421,14 @@ static void take_figures(struct job *j, uint32_t i, const struct sums *s, uint32
             all.difference += x->difference, all.norm += x->norm;
             all.logit += x->logit, all.logits += x->logits;
             all.kl += x->kl, all.queries += x->queries;
-            all.bias += x->bias;
+            all.bias += x->bias, all.asked += x->asked;
             all.worst = fmax(all.worst, x->norm > 0 ? sqrt(x->difference / x->norm) : 0);
         }
         j->figures[(uint64_t)k * j->n_layers + i] = (struct kvd_eval_figures){
             .output_error = all.norm > 0 ? sqrt(all.difference / all.norm) : 0,
             .worst_head = all.worst,
             .logit_error = all.logits > 0 ? sqrt(all.logit / all.logits) : 0,
-            .bias = all.queries > 0 ? all.bias / all.queries : 0,
+            .bias = all.asked > 0 ? all.bias / all.asked : 0,
             .kl = all.queries > 0 ? fmax(0, all.kl / all.queries) : 0}; // but for rounding
     }
 }
@@ -459,6 +473,7 @@ static int eval_layer(void *arg, void *workspace, uint32_t i, struct kvd_error *
     for (uint32_t k = 0; k < n; k++) {
         if (read_context(j, w, &c[k], err))
             return err->code;
+        w->window = c[k].piece->window;
         for (uint32_t h = 0; h < heads; h++) {
             recorded(j, w, h);
             if (j->clips)

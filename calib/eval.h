@@ -4,10 +4,11 @@
 // A dump's tokens are cut into contexts. The queries of a context's last positions attend,
 // causally, to all of it, once as recorded and once with the history [sink, end - recent) as pages
 // of the codec hold it: rotated, quantized (kernels/quantize.h), un-rotated. A set of transforms is
-// its own codec's (calib/transforms.h), and no pages are made. Per layer and case:
+// its own codec's (calib/transforms.h), and no pages are made.
+// Layers with sliding windows see what these let them, as the dump has them. Per layer and case:
 //   output error   sqrt(sum |o' - o|^2 / sum |o|^2), o the outputs of all queries and q heads
 //   worst head     the largest such error of a kv head's queries
-//   logit error    root mean square of scale * q (k' - k) over the quantized tokens
+//   logit error    root mean square of scale * q (k' - k) over the quantized tokens that are seen
 //   bias           mean over queries of scale * q (k' - k) at the quantized token whose recorded
 //                  logit is largest: below 0, what a query looks for is seen less than what it does
 //                  not, though every other error be small

@@ -44,10 +44,17 @@ def fitted(x, rotation, scales):
     return (codes * scale.astype(np.float16) + low.astype(np.float16)) @ rotation.astype(np.float64).T
 
 
-def attention(q, k, v):
+def visible(tokens, positions, window):
+    """[positions, tokens]: which of all tokens the last positions see."""
+    back = tokens - positions + np.arange(positions)[:, None] - np.arange(tokens)[None, :]
+    return (back >= 0) & (back < (window or tokens))
+
+
+def attention(q, k, v, window):
     """q [positions, group, D] are the last positions. Logits, probabilities, outputs."""
     logits = np.einsum("pgd,td->pgt", q, k) / np.sqrt(k.shape[1])
-    seen = np.arange(len(k))[None, :] <= len(k) - len(q) + np.arange(len(q))[:, None]
+    seen = visible(len(k), len(q), window)
+    logits = np.where(seen[:, None, :], logits, -np.inf)
     w = np.where(seen[:, None, :], np.exp(logits - logits.max(axis=-1, keepdims=True)), 0)
     p = w / w.sum(axis=-1, keepdims=True)
     return logits, p, np.einsum("pgt,td->pgd", p, v)
@@ -74,7 +81,7 @@ def transformed(x, sets, i, h, side):
     return c * scale.astype(np.float16) @ t[f"{side}.inverse"] + t[f"{side}.mean"]
 
 
-def figures(x, sets, i, sink, recent, scales=("published", "published")):
+def figures(x, sets, i, sink, recent, scales=("published", "published"), window=0):
     """Of layer i of the model's tensors, over all whole contexts."""
     def through(rows, side, m, kind):
         if "k.transform" in sets:
@@ -95,17 +102,22 @@ def figures(x, sets, i, sink, recent, scales=("published", "published")):
             m = h if next(iter(sets.values())).shape[1] > 1 else 0
             keys2[begin:end] = through(keys[begin:end], "k", m, scales[0])
             values2[begin:end] = through(values[begin:end], "v", m, scales[1])
-            logits, p, o = attention(asks, keys, values)
-            logits2, p2, o2 = attention(asks, keys2, values2)
+            logits, p, o = attention(asks, keys, values, window)
+            logits2, p2, o2 = attention(asks, keys2, values2, window)
             d, n = d + np.sum((o2 - o) ** 2), n + np.sum(o ** 2)
-            logit.append(np.mean((logits2 - logits)[..., begin:end] ** 2))
-            strongest = logits[..., begin:end].argmax(axis=-1)[..., None]
-            bias.append(np.mean(np.take_along_axis((logits2 - logits)[..., begin:end], strongest, axis=-1)))
+            seen = visible(len(keys), QUERIES, window)[:, begin:end]
+            asking = seen.any(axis=-1)  # the queries that see history at all
+            error = np.where(seen[:, None, :], (asks[:, :, None, :] * (keys2 - keys)[None, None, begin:end]).sum(axis=-1), 0) / np.sqrt(keys.shape[1])
+            if asking.any():
+                logit.append((np.sum(error ** 2), seen.sum() * group))
+                strongest = logits[asking][..., begin:end].argmax(axis=-1)[..., None]
+                bias += list(np.take_along_axis(error[asking], strongest, axis=-1).ravel())
             with np.errstate(divide="ignore", invalid="ignore"):
                 kl.append(np.where(p > 0, p * np.log(p / p2), 0).sum(axis=-1).mean())
         difference.append(d), norm.append(n)
-    return {"output_error": np.sqrt(sum(difference) / sum(norm)), "logit_error": np.sqrt(np.mean(logit)),
-            "worst_head": np.sqrt(np.max(np.array(difference) / norm)), "bias": np.mean(bias),
+    squares, of = np.sum(logit, axis=0) if logit else (0, 1)
+    return {"output_error": np.sqrt(sum(difference) / sum(norm)), "logit_error": np.sqrt(squares / of),
+            "worst_head": np.sqrt(np.max(np.array(difference) / norm)), "bias": np.mean(bias or [0]),
             "kl": np.mean(kl)}
 
 
@@ -162,6 +174,40 @@ def test_figures_agree_with_numpy(tmp_path, options):
     page = (tmp_path / "page.html").read_text()
     assert f"<td>{fitted:.4f}" in page and page.count("<svg") == page.count("</svg>") == 5
     assert "http" not in page and "nan" not in page
+
+
+def test_queries_see_what_sliding_windows_let_them(tmp_path):
+    x, metadata = read(SMOLLM2)
+    windows = {"0": 300, "9": 0, "19": 48, "29": 110}  # of the third layer no query sees history, of the last some do
+    write(tmp_path / "dump", {s: ("BF16", x[s]) for s in "qkv"}, {**metadata, "windows": ",".join(map(str, windows.values()))})
+    kvctl("fit", tmp_path / "dump", tmp_path / "set", *PER_HEAD)
+    report = json.loads(kvctl("eval", tmp_path / "dump", tmp_path / "set", "--json", "-c", CONTEXT, "-q", QUERIES,
+                              "--sink", 16, "--recent", 100, "--codecs", "int2"))
+    got = next(s for s in report["sets"] if s["name"] == "set")
+    sets, _ = read(tmp_path / "set")
+    for mode, sink, recent in (("windows", 16, 100), ("no_windows", 0, 0)):
+        for i, (layer, window) in enumerate(windows.items()):
+            for name, want in figures(x, sets, i, sink, recent, window=window).items():
+                assert got[mode]["layers"][layer][name] == pytest.approx(want, rel=3e-3, abs=3e-4), (mode, layer, name)
+    assert set(got["windows"]["layers"]["19"].values()) == {0}
+
+
+def test_windows_are_a_number_for_each_layer(tmp_path):
+    """Layers are named in any order; their windows are in that of their ids."""
+    side = {layer: activations(layer, 600, 2, 1, 64, 64, [layer])[layer] for layer in (4, 10, 2)}
+    tensors = {f"layers.{n}.{s}": ("F32", x) for n, of in side.items() for s, x in zip("qkv", of)}
+    (tmp_path / "dump").mkdir()
+    write(tmp_path / "dump/0.safetensors", tensors, {"windows": "32,0,300"})
+    kvctl("fit", tmp_path / "dump", tmp_path / "set")
+    asked = ("eval", tmp_path / "dump", tmp_path / "set", "--json", "-c", 600, "-q", 8, "--sink", 0, "--recent", 64)
+    figures_of = next(s for s in json.loads(kvctl(*asked))["sets"] if s["name"] == "set")["windows"]["layers"]
+    assert figures_of["2"]["kl"] == 0 and figures_of["4"]["kl"] > 0 and figures_of["10"]["kl"] > 0
+    write(tmp_path / "dump/1.safetensors", tensors, {"windows": "32,0,301"})
+    assert "layer 10: a window of 301, but 300 in the files before" in kvctl(*asked, code=1)
+    (tmp_path / "dump/1.safetensors").unlink()
+    for windows in ("32,0", "32,0,300,1", "32,,300", "32,0,-1", "32,0,99999999999", "a", "32, 0,300", "32,0,300,"):
+        write(tmp_path / "dump/0.safetensors", tensors, {"windows": windows})
+        assert f"metadata windows is '{windows}', not a number for each of the file's 3 layers" in kvctl(*asked, code=1)
 
 
 def test_scales(tmp_path):

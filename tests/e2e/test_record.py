@@ -78,7 +78,7 @@ def test_what_attention_gets(folder, text, kind, monkeypatch, capsys):
     losses = []
     for i, shard in enumerate(shards):
         got, meta = load(shard)
-        assert meta == {"model": "model", "text": "words.txt", "rope": "applied"} and len(got) == 6
+        assert meta == {"model": "model", "text": "words.txt", "rope": "applied", **({} if kind == "llama" else {"windows": "9,9"})} and len(got) == 6
         piece = torch.tensor([tokenizer(text.read_text())["input_ids"][256 * i:256 * (i + 1)]])
         assert len(ids) >= 768
         with torch.no_grad():
@@ -97,6 +97,25 @@ def test_fit_takes_it(folder, text):
     assert r.returncode == 0, r.stderr
     fit = subprocess.run([KVCTL, "calib", "fit", folder / "out", folder / "set.safetensors"], capture_output=True, text=True, timeout=100)
     assert fit.returncode == 0 and (folder / "set.safetensors").exists(), fit.stderr
+
+
+def test_contexts_begin_as_the_tokenizer_begins_texts(folder, text, capsys):
+    from tokenizers import processors
+
+    model = save(folder / "model", "gemma3_text", layer_types=["sliding_attention", "full_attention", "sliding_attention"], **WINDOW)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="! $A", special_tokens=[("!", 0)])
+    tokenizer.save_pretrained(model)
+    plain = transformers.AutoTokenizer.from_pretrained(model)(text.read_text(), add_special_tokens=False)["input_ids"]
+    assert record.main([str(model), "--text", str(text), "--out", str(folder / "out"), "--context", "256", "--tokens", "600", "--device", "cpu"]) == 0
+    seen = [x["layers.1.k"] for x, _ in map(load, sorted((folder / "out").iterdir()))]
+    stock, recorder = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), []
+    recorder = record.Recorder(stock)
+    for i, got in enumerate(seen):
+        ids = torch.tensor([0, *plain[255 * i:255 * (i + 1)]])
+        recorder.context(ids, record.Shard(folder / "want.safetensors", recorder.shape, recorder.layers, 256, {}))
+        assert np.array_equal(load(folder / "want.safetensors")[0]["layers.1.k"], got)
+    assert len(seen) == 2 and load(sorted((folder / "out").iterdir())[0])[1]["windows"] == "9,0,9"
 
 
 def test_what_is_refused(folder, text, capsys):

@@ -125,17 +125,31 @@ class Recorder:
         return total / (len(ids) - 1)
 
 
+def _first(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before a text. Models that were trained with a first token want it in every context: without it
+    Gemma's activations are not those that it has when it serves."""
+    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    for at in range(len(whole) - len(bare) + 1):
+        if whole[at:at + len(bare)] == bare:
+            return whole[:at]
+    raise ValueError(f"the tokenizer makes {whole} of the tokens {bare}: what a context begins with is not told by that")
+
+
 def contexts(tokenizer: Any, texts: list[str], length: int, limit: Optional[int]) -> Iterator[tuple[str, list[int]]]:
-    """Pieces of `length` tokens, text by text; what is left at a text's end is left out."""
-    left = limit
+    """Pieces of `length` tokens, text by text, each with what the tokenizer begins texts with; what is left at a text's end is
+    left out."""
+    left, first = limit, _first(tokenizer)
+    own = length - len(first)
+    if own < 1:
+        raise ValueError(f"a context of {length} tokens has no room beside {first}, which every text begins with")
     for text in texts:
         with open(text, encoding="utf-8", errors="strict") as f:
             ids = tokenizer(f.read(), add_special_tokens=False, verbose=False)["input_ids"]
-        for at in range(0, len(ids) - length + 1, length):
+        for at in range(0, len(ids) - own + 1, own):
             if left is not None and left < length:
                 return
             left = left if left is None else left - length
-            yield text, ids[at:at + length]
+            yield text, first + ids[at:at + own]
 
 
 def _load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
@@ -195,10 +209,13 @@ def _record(args: argparse.Namespace) -> int:
     if not pieces:
         raise ValueError(f"no text fills a context of {args.context} tokens: give longer ones, or a smaller --context and --tokens")
     name, losses = pathlib.Path(args.model).stem or args.model, []
+    metadata = {"model": name, "rope": "applied"}
+    if any(recorder.shape.windows):  # of each recorded layer: what calib eval lets its queries see
+        metadata["windows"] = ",".join(str(recorder.shape.windows[i]) for i in sorted(recorder.layers))
     with tqdm(total=len(pieces) * args.context, unit=" tokens", desc="recording") as bar:
         for i, (text, ids) in enumerate(pieces):
-            shard = Shard(out / f"{i:05}.safetensors", recorder.shape, recorder.layers, len(ids), {
-                "model": name, "text": pathlib.Path(text).name, "rope": "applied"})
+            shard = Shard(out / f"{i:05}.safetensors", recorder.shape, recorder.layers, len(ids),
+                          {**metadata, "text": pathlib.Path(text).name})
             losses.append(recorder.context(torch.tensor(ids, device=device), shard))
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
             bar.update(len(ids))

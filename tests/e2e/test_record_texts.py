@@ -1,0 +1,44 @@
+"""What kvd.record makes contexts of: no model, and no PyTorch, is wanted for it."""
+import pytest
+
+from kvd import record
+
+
+class Tokenizer:
+    """Every byte is a token; special tokens come before and behind a text if asked for."""
+
+    def __init__(self, before=(), behind=()):
+        self.before, self.behind = list(before), list(behind)
+
+    def __call__(self, text, add_special_tokens, verbose=False):
+        ids = list(text.encode())
+        return {"input_ids": self.before + ids + self.behind if add_special_tokens else ids}
+
+
+@pytest.fixture
+def texts(tmp_path):
+    (tmp_path / "a").write_text("abcdefgh")
+    (tmp_path / "b").write_text("ABCDEFG")
+    return [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def words(tokenizer, texts, length, limit=None):
+    return [(text[-1], bytes(ids).decode()) for text, ids in record.contexts(tokenizer, texts, length, limit)]
+
+
+def test_texts_in_pieces(texts):
+    assert words(Tokenizer(), texts, 3) == [("a", "abc"), ("a", "def"), ("b", "ABC"), ("b", "DEF")]
+    assert words(Tokenizer(), texts, 3, 8) == [("a", "abc"), ("a", "def")]
+    assert words(Tokenizer(behind=b">"), texts, 4) == [("a", "abcd"), ("a", "efgh"), ("b", "ABCD")]
+    assert words(Tokenizer(), texts, 9) == []
+
+
+def test_every_context_begins_as_texts_do(texts):
+    """Gemma and Llama see a first token before everything; without it their activations are others."""
+    assert words(Tokenizer(b"<"), texts, 3) == [("a", "<ab"), ("a", "<cd"), ("a", "<ef"), ("a", "<gh"), ("b", "<AB"), ("b", "<CD"), ("b", "<EF")]
+    assert words(Tokenizer(b"<<", b">"), texts, 5, 11) == [("a", "<<abc"), ("a", "<<def")]
+    with pytest.raises(ValueError, match="no room beside .60, 60."):
+        words(Tokenizer(b"<<"), texts, 2)
+    changed = lambda text, add_special_tokens, verbose=False: {"input_ids": [1, 2] if add_special_tokens else [3]}  # noqa: E731
+    with pytest.raises(ValueError, match="what a context begins with"):
+        words(changed, texts, 3)
