@@ -5,15 +5,18 @@ bf16's; and recall of facts from far back, with what became of their keys.
 Every token past the sink attends to compressed history as in serving: texts are fed 16 tokens at a time. Recall: seven digits
 and four words are told in a prompt, and each asked for in a fork of it; the prompt's keys and values are the same for all
 codecs, the question's are each codec's own. A fact is recalled if every token of it is the likeliest; `nll` is that of the whole
-answer. `bias` is the mean error of a query's logit at the compressed key that it looks for most, over all layers and heads;
+answer. The same questions are then left to the model, which answers with the likeliest tokens (--generate of them at most): how many
+answers have the fact, how long they are and how many end. `bias` is the mean error of a query's logit at the compressed key that it looks for most, over all layers and heads;
 `logit error` the root mean square over all compressed keys; both of the first prompts' last token.
 
 usage: bench_model.py MODEL.gguf --text prose=FILE code=FILE ... [--fillers NAME=FILE ...] [--sets fitted=FILE ...] [--codecs LIST]
-                      [--scales K,V ...] [--tokens N] [--trials N] [--log FILE]
+                      [--scales K,V ...] [--tokens N] [--trials N] [--log FILE] [--jobs N]
        bench_model.py --sum FILE...      what the logs of runs say together
-Starts a kvd of its own from --build. Needs: numpy, gguf, tokenizers (kvd_worker's); with PyTorch it is several times as fast.
+Starts a kvd of its own from --build, on the CPU. With --jobs N, N processes share the work, each with a kvd, a log (FILE.0, FILE.1
+...) and an N-th of the machine's cores. Needs: numpy, gguf, tokenizers (kvd_worker's); with PyTorch it is several times as fast.
 """
 import argparse
+import glob
 import json
 import os
 import pathlib
@@ -27,6 +30,7 @@ from model_trials import PIECE, Log, Trial, records_of, report, words_of
 SOURCE = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(SOURCE / "client/python"))
 READ_BACK = 6  # prompts whose keys are looked at
+ASKED = 192  # tokens that facts, questions and their answers take beside a prompt's text, at most
 STEP = 16  # tokens of a text that are fed at a time
 
 
@@ -56,7 +60,7 @@ def with_scales(source, to, scales):
     to.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + n:])
 
 
-def with_torch(model):
+def with_torch(model, device="cpu"):
     """Makes PyTorch do the model's products, where it is: several times as fast as Debian's OpenBLAS."""
     try:
         import torch
@@ -74,12 +78,12 @@ def with_torch(model):
             return Product(self.w, not self.turned)
 
         def __rmatmul__(self, x):
-            return (torch.from_numpy(x) @ (self.w.T if self.turned else self.w)).numpy()
+            return (torch.from_numpy(x).to(device) @ (self.w.T if self.turned else self.w)).cpu().numpy()
 
     for block in model.blocks:
         for name in ("q", "k", "v", "o", "gate", "up", "down"):
-            block[name] = Product(torch.from_numpy(block[name]))
-    model.top["head"] = Product(torch.from_numpy(model.top["head"]))
+            block[name] = Product(torch.from_numpy(block[name]).to(device))
+    model.top["head"] = Product(torch.from_numpy(model.top["head"]).to(device))
     return model
 
 
@@ -120,7 +124,8 @@ class Cases:
         out, at = np.empty_like(q), 0
         for cache, n in zip(self.caches, counts):
             part = np.s_[at:at + n]
-            out[part] = cache.attend(layer, q[part], k[part], v[part], [n])
+            if n:
+                out[part] = cache.attend(layer, q[part], k[part], v[part], [n])
             at += n
         self.asked.append(q[counts[0] - 1].copy()) if layer == len(self.asked) else None
         return out
@@ -157,6 +162,11 @@ def main():
     ap.add_argument("--tokens", type=int, default=4096, help="of each text; 0: no perplexity")
     ap.add_argument("--context", type=int, default=2048)
     ap.add_argument("--trials", type=int, default=20, help="prompts, each with a fact of both kinds")
+    ap.add_argument("--generate", type=int, default=48, metavar="TOKENS", help="of an answer at most; 0: no answers")
+    ap.add_argument("--jobs", type=int, metavar="N", help="processes that share the work")
+    ap.add_argument("--share", metavar="I/N", help="do only the I-th of N shares (0 is the first); --jobs gives them out")
+    ap.add_argument("--threads", type=int, help="of kvd (default: one a core)")
+    ap.add_argument("--device", default="cpu", help="where PyTorch has the model, such as cuda; kvd is on the CPU")
     ap.add_argument("--log", help="append what is measured to this file, and do not measure again what it has")
     ap.add_argument("--sum", nargs="+", metavar="FILE", help="only print what these logs say")
     ap.add_argument("--seed", type=int, default=11)
@@ -167,6 +177,9 @@ def main():
         return
     if not args.model or not args.text + args.fillers:
         ap.error("a model and texts are wanted")
+    if args.jobs:
+        sys.exit(run_jobs(args.jobs, args.log or f"{tempfile.mkdtemp(prefix='kvd-bench.')}/log"))
+    args.share = tuple(map(int, (args.share or "0/1").split("/")))
     os.environ.setdefault("KVD_LIBRARY", str(pathlib.Path(args.build, "client/libkvd.so.0").resolve()))
     import numpy as np
 
@@ -176,7 +189,8 @@ def main():
     work = pathlib.Path(tempfile.mkdtemp(prefix="kvd-bench."))
     address = f"unix:{work}/s"
     (work / "store").mkdir()
-    model, log = with_torch(Model(args.model)), Log(args.log)
+    log, model = Log(args.log, logs_of(args.log) if args.share[1] > 1 else ()), with_torch(Model(args.model), args.device)
+    check_lengths(args, model)
     kinds = sets_of(args, work, model)
     if args.rows:
         unknown = set(args.rows.split(",")) - {name for name, _, _ in kinds}
@@ -184,8 +198,9 @@ def main():
             sys.exit(f"no rows {', '.join(sorted(unknown))}; there are {', '.join(name for name, _, _ in kinds)}")
         kinds = [k for k in kinds if k[0] in args.rows.split(",")]
     kinds.insert(0, ("bf16", "bf16", "identity"))
-    daemon = subprocess.Popen([f"{args.build}/daemon/kvd", "--listen", address, "--metrics", "", "--pool-size", f"{2 + len(kinds) // 6}GiB",
-                               "--store", work / "store", "--cache", work / "cache"], stderr=open(work / "log", "w"))
+    daemon = subprocess.Popen([f"{args.build}/daemon/kvd", "--backend", "cpu", "--listen", address, "--metrics", "", "--pool-size",
+                               f"{2 + len(kinds) // 6}GiB", "--store", work / "store", "--cache", work / "cache",
+                               *(["--threads", str(args.threads)] if args.threads else [])], stderr=open(work / "log", "w"))
     try:
         while "ready" not in (work / "log").read_text():
             if daemon.poll() is not None:
@@ -201,16 +216,45 @@ def main():
         if args.trials:
             fillers = {kind: tokens(path) for kind, path in pairs(args.fillers or args.text)}
             recall(args, model, log, fillers, clients, KvdCache, LocalCache, np)
-        for kind, path in pairs(args.text):
+        for i, (kind, path) in enumerate(pairs(args.text)):
             ids = tokens(path)[: args.tokens]
             if len(ids) >= args.context:
-                perplexity(args, model, log, kind, ids, clients, KvdCache, np)
+                perplexity(args, model, log, kind, ids, clients, KvdCache, np, i)
         print("\n".join(report(log.records)))
         for c in clients.values():
             c.close()
     finally:
         daemon.terminate()
         daemon.wait()
+
+
+def logs_of(log):
+    """Those of the processes that share a log's name."""
+    return [f for f in glob.glob(f"{glob.escape(log.rpartition('.')[0])}.*") if f != log] if log else []
+
+
+def run_jobs(jobs, log):
+    """This command again, `jobs` times, a share of the work each. An exit code."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    env = {**os.environ, **{f"{name}_NUM_THREADS": str(threads) for name in ("OMP", "OPENBLAS", "MKL")}}
+    running = [subprocess.Popen([sys.executable, *sys.argv, "--jobs", "0", "--share", f"{i}/{jobs}", "--log", f"{log}.{i}", "--threads",
+                                 str(threads)], env=env, stdout=subprocess.DEVNULL) for i in range(jobs)]
+    failed = [i for i, p in enumerate(running) if p.wait()]
+    print("\n".join(report([r for file in sorted(glob.glob(f"{glob.escape(log)}.*")) for r in records_of(file)])))
+    if failed:
+        print(f"shares {', '.join(map(str, failed))} failed: run it again, and what the logs have is not done again", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def check_lengths(args, model):
+    """A model's own limit is an end; what a set was fitted to is none, but nobody has measured what lies beyond."""
+    longest = args.context + (ASKED + args.generate if args.trials else 0)
+    if model.limit and longest > model.limit:
+        sys.exit(f"contexts of {args.context} tokens, with a question {longest}, are more than the {model.limit} that {model.name} was made for")
+    for name, path in pairs(args.sets):
+        fitted = int(metadata_of(path).get("fitted_length", 0))
+        if 0 < fitted < args.context:
+            print(f"warning: set {name} ({path}) was fitted to contexts of {fitted} tokens, and these have {args.context}", file=sys.stderr)
 
 
 def sets_of(args, work, model):
@@ -250,12 +294,12 @@ def log_softmax(z, np):
     return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
 
 
-def perplexity(args, model, log, kind, ids, clients, KvdCache, np):
+def perplexity(args, model, log, kind, ids, clients, KvdCache, np, turn=0):
     first = model.encode(model.marks.first)
     ids = [t for at in range(0, len(ids), args.context - len(first)) for t in first + ids[at:at + args.context - len(first)]]
     for at in range(0, len(ids) - args.context + 1, args.context):
         about = {"what": "text", "model": model.name, "context": args.context, "about": kind, "number": at // args.context, "seed": 0}
-        if log.has(**about, rows=clients):
+        if log.has(**about, rows=clients) or (turn + about["number"]) % args.share[1] != args.share[0]:
             continue
         cases, sizes = Cases(clients.values(), KvdCache), []
         rows = {name: ([], []) for name in clients}
@@ -279,15 +323,18 @@ def perplexity(args, model, log, kind, ids, clients, KvdCache, np):
 
 def recall(args, model, log, fillers, clients, KvdCache, LocalCache, np):
     words = words_of(model)
-    for number in range(args.trials):
+    for number in range(args.share[0], args.trials, args.share[1]):
         trial = Trial(model, fillers, number, args.seed, args.context, words)
         about = {"what": "recall", "model": model.name, "context": args.context, "number": number, "seed": args.seed}
-        if all(log.has(**about, about=kind, rows=clients) for kind in trial.asked):
+        answers = {**about, "what": "answer", "filler": trial.filler}
+        done = [log.has(**about, about=kind, rows=clients) for kind in trial.asked]
+        answered = [not args.generate or log.has(**answers, about=kind, rows=clients) for kind in trial.asked]
+        if all(done + answered):
             continue
         k, v = prefill(model, trial.body, LocalCache)
         body = Cases(clients.values(), KvdCache)
         body.append(k, v)
-        for kind, (question, want, back) in trial.asked.items():
+        for kind, (question, want, back) in trial.asked.items() if not all(done) else ():
             cases = body.fork(KvdCache)
             # The answer is fed along: greedy decoding finds it where it is the likeliest throughout.
             feed = [*question, *want[:-1]]
@@ -299,8 +346,27 @@ def recall(args, model, log, fillers, clients, KvdCache, LocalCache, np):
                 more["errors"] = dict(zip(clients, key_errors(cases, k, np)))
             log.add(**about, about=kind, filler=trial.filler, back=back, rows={n: [int(g), float(x)] for n, g, x in zip(clients, good, nll)}, **more)
             cases.free()
+        for kind, (fact, question) in trial.open.items() if not all(answered) else ():
+            cases = body.fork(KvdCache)
+            texts = generate(model, question, cases, args.generate, np)
+            log.add(**answers, about=kind, rows={n: [int(fact in text), tokens, int(ended)] for n, (text, tokens, ended) in zip(clients, texts)})
+            cases.free()
         body.free()
         progress(f"prompt {number + 1} of {args.trials}")
+
+
+def generate(model, question, cases, most, np):
+    """Of each case: its answer, how many tokens that has, and whether it ended by itself."""
+    said, feed = [[] for _ in cases.caches], [question] * len(cases.caches)
+    ended = [False] * len(said)
+    while any(feed):
+        live, best = [i for i, f in enumerate(feed) if f], model.forward(feed, cases).argmax(axis=-1)
+        for i, token in zip(live, map(int, best)):
+            ended[i] = token in model.stop
+            if not ended[i]:
+                said[i].append(token)
+            feed[i] = [] if ended[i] or len(said[i]) == most else [token]
+    return [(model.decode(ids), len(ids), end) for ids, end in zip(said, ended)]
 
 
 def progress(text):

@@ -7,9 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import SOURCE
+from conftest import BUILD, KVCTL, SOURCE
+from dumps import write
 
 sys.path.insert(0, str(SOURCE / "tests/bench"))
+import bench_model  # noqa: E402
 from model_trials import Log, Trial, draw, merged, records_of, report, words_of  # noqa: E402
 
 
@@ -51,6 +53,7 @@ def test_trials_hide_a_fact_of_each_kind_in_what_is_compressed():
             at = len(text) - back  # where what follows the fact begins
             assert f'the {name} is "{fact}". I will ask for it later.\n\n' == text[:at][-len(f'the {name} is "{fact}". I will ask for it later.\n\n'):]
             assert "".join(map(chr, question)) == f'\n\nWhat is the {name}?A:The {name} is "'
+            assert trial.open[kind] == (fact, question[:-len(f'The {name} is "')])
             assert back >= 400 and at - len(fact) > 100  # not in the recent window, not in the sink
             seen.add((kind, fact))
     assert len(seen) > 60  # of three words only some
@@ -121,6 +124,160 @@ def test_perplexity_and_divergence_by_place():
     line = next(x for x in report([text]) if x.startswith("int2"))
     assert f"{100 * math.expm1(0.01):+6.2f} (0.00) %" in line and "KL 0.0150" in line
     assert "by quarter of the context: 0.0000, 0.0100, 0.0200, 0.0300  (1024 tokens)" in line
+
+
+def test_long_contexts_are_told_apart_in_eighths():
+    rows = {"bf16": [[1.0] * 32, [0.0] * 32], "tc2": [[1.0] * 32, [128.0 * (i // 4) for i in range(32)]]}
+    text = {"what": "text", "model": "m", "context": 4096, "about": "prose", "number": 0, "seed": 0, "tokens": [128] * 32, "rows": rows}
+    line = next(x for x in report([text]) if x.startswith("tc2"))
+    assert "by eighth of the context: 0.0000, 1.0000, 2.0000, 3.0000, 4.0000, 5.0000, 6.0000, 7.0000" in line
+    far = [{**answer(i, {"bf16": [1, 0.0]}), "context": 8000} for i in range(16)]
+    assert next(x for x in report(far) if x.startswith("bf16")).count("/2") == 8
+
+
+def test_answers_are_counted_and_measured():
+    rows = [{"bf16": [1, 10, 1], "tc2": [1, 12, 1]}, {"bf16": [1, 12, 1], "tc2": [0, 48, 0]}, {"bf16": [0, 20, 1], "tc2": [0, 20, 1]}]
+    of = [{**answer(i, r), "what": "answer"} for i, r in enumerate(rows)]
+    lines = {x.split()[0]: x for x in report(of) if not x.startswith("#")}
+    assert "said    2 of 3" in lines["bf16"] and "answers of  14.0 tokens +0.00 (0.00), 10 to 20  ended 3 (+0)" in lines["bf16"]
+    assert "said    1 of 3  -33.3 (33.3) %" in lines["tc2"] and "answers of  26.7 tokens +12.67 (11.68), 12 to 48  ended 2 (-1)" in lines["tc2"]
+
+
+class Parrot:
+    """Says what its case was given, token by token, and 0 behind it."""
+
+    stop = {0}
+
+    def __init__(self, *said):
+        self.said, self.fed = [list(x) for x in said], []
+
+    def forward(self, feed, cases):
+        self.fed.append([list(f) for f in feed])
+        return np.array([np.eye(9)[said.pop(0) if said else 0] for said, f in zip(self.said, feed) if f])
+
+    def decode(self, ids):
+        return "".join(map(str, ids))
+
+
+def test_the_model_answers_until_it_ends():
+    cases = type("Cases", (), {"caches": [1, 2, 3]})
+    model = Parrot([1, 2], [3] * 9, [])
+    assert bench_model.generate(model, [7, 7], cases, 4, np) == [("12", 2, True), ("3333", 4, False), ("", 0, True)]
+    assert model.fed == [[[7, 7]] * 3, [[1], [3], []], [[2], [3], []], [[], [3], []]]  # who has ended is left alone
+
+
+TINY = '''
+import sys
+sys.path[:0] = {paths!r}
+import numpy as np
+import kvd_worker
+from kvd_worker.model import Marks
+
+
+class Tiny(kvd_worker.Model):
+    """Gemma 3's shape: head_dim 256, one kv head, a layer that sees a window and one that sees all. Characters are tokens."""
+
+    def __init__(self, path):
+        r = np.random.default_rng(1)
+        self.name, self.layers, self.q_heads, self.kv_heads, self.head_dim, self.windows, self.limit = "tiny", 2, 2, 1, 256, [300, 0], 1024
+        self.eps, self.theta, self._local_theta, self._embed_scale = 1e-6, 1e6, 1e4, np.float32(8)
+        self.marks, self.stop, self.tokenizer = Marks(None, "U:", "A:", "", "", "^"), {{0}}, self
+        self._act = lambda x: np.maximum(x, 0)
+
+        def w(*shape):
+            return (r.normal(size=shape) / np.sqrt(shape[-1])).astype(np.float32)
+
+        self.top = {{"embed": w(256, 256), "norm": np.ones(256, np.float32), "head": w(256, 256)}}
+        one = np.ones(256, np.float32)
+        self.blocks = [{{"ln1": one, "q": 2 * w(512, 256), "k": 2 * w(256, 256), "v": w(256, 256), "o": w(256, 512), "ln2": one, "gate": w(128, 256),
+                        "up": w(128, 256), "down": w(256, 128)}} for _ in range(2)]
+
+    def get_vocab(self):
+        return {{"\\u2581river": 1, "\\u2581stone": 2}}
+
+    def encode(self, text):
+        return [ord(c) % 256 for c in text]
+
+    def decode(self, ids):
+        return bytes(ids).decode("latin1")
+
+
+kvd_worker.Model = Tiny
+'''
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """Recorded activations of that model, and a script that is bench_model.py with it."""
+    monkeypatch.setenv("KVD_LIBRARY", str(BUILD / "client/libkvd.so.0"))
+    text, script, names, kept = tmp_path / "text", tmp_path / "tiny.py", {}, {}
+    text.write_text("".join(map(chr, np.random.default_rng(2).integers(0, 190, 4000) + 33)))
+    code = TINY.format(paths=[str(SOURCE / p) for p in ("client/python", "tests/bench")])
+    script.write_text(code + "import bench_model\nbench_model.main()\n")
+    import kvd_worker
+
+    monkeypatch.setattr(kvd_worker, "Model", kvd_worker.Model)  # is put back
+    exec(compile(code, str(script), "exec"), names)
+
+    class Recording(kvd_worker.LocalCache):
+        def attend(self, layer, q, k, v, counts):
+            kept.update({f"layers.{layer}.{s}": ("BF16", x.copy()) for s, x in zip("qkv", (q, k, v))})
+            return super().attend(layer, q, k, v, counts)
+
+    model = names["Tiny"]("")
+    model.forward([model.encode("^" + text.read_text()[:1023])], Recording(1, windows=model.windows))
+    (tmp_path / "dump").mkdir()
+    write(tmp_path / "dump/0.safetensors", kept, {"model": "tiny", "windows": "300,0"})
+    return tmp_path
+
+
+@pytest.mark.skipif(not (BUILD / "client/kvctl-calib").exists(), reason="there is no kvctl-calib")
+def test_a_model_of_gemmas_shape_from_its_activations_to_the_table(tiny):
+    """Recorded, fitted, evaluated and compared, by two processes that share the work."""
+    sets = [tiny / "int2", tiny / "tc2"]
+    for of, codec in zip(sets, ((), ("--codec", "tc2"))):
+        subprocess.run([KVCTL, "calib", "fit", tiny / "dump", of, *codec], check=True, capture_output=True, timeout=300)
+    figures = json.loads(subprocess.run([KVCTL, "calib", "eval", tiny / "dump", *sets, "-c", "1024", "--json"], check=True, capture_output=True,
+                                        timeout=300).stdout)["sets"]
+    error = {s["name"]: s["windows"]["output_error"] for s in figures}
+    assert 0 < error["tc2 tc2"] < error["naive"] and 0 < error["int2"] < error["naive"], error
+
+    def bench(*more, code=0):
+        r = subprocess.run([sys.executable, tiny / "tiny.py", "tiny", "--build", BUILD, "--text", f"prose={tiny / 'text'}", "--sets",
+                            *(f"fitted={s}" for s in sets), "--rows", "int2 fitted,tc2 fitted", *more], capture_output=True, text=True, timeout=300)
+        assert r.returncode == code, r.stdout + r.stderr
+        return r.stdout if code == 0 else r.stderr
+
+    log = tiny / "log"
+    shared = ("--context", "512", "--tokens", "2048", "--trials", "3", "--generate", "5", "--seed", "4", "--log", log, "--jobs", "2")
+    printed = bench(*shared)
+    records = [records_of(f"{log}.{i}") for i in range(2)]
+    assert [{r["number"] for r in of if r["what"] == "recall"} for of in records] == [{0, 2}, {1}]
+    assert [{r["number"] for r in of if r["what"] == "text"} for of in records] == [{0, 2}, {1, 3}]
+    every = records[0] + records[1]
+    assert len(every) == 3 * 2 * 2 + 4 and all(list(r["rows"]) == ["bf16", "int2 fitted", "tc2 fitted"] for r in every)
+    assert all(row[1] <= 5 for r in every if r["what"] == "answer" for row in r["rows"].values())
+    kl = {n: sum(sum(r["rows"][n][1]) for r in every if r["what"] == "text") for n in every[0]["rows"]}
+    assert kl["bf16"] == 0 < min(kl["tc2 fitted"], kl["int2 fitted"])
+    for line in ("# text, prose: tiny", "# recall, digits: tiny", "# answer, words: tiny"):
+        assert line in printed
+    assert bench(*shared) == printed and [records_of(f"{log}.{i}") for i in range(2)] == records  # nothing is done again
+    assert bench(*shared[:-1], "3") == printed  # nor with other shares
+    assert "with a question 1221, are more than the 1024 that tiny was made for" in bench("--context", "1000", "--generate", "29", code=1)
+
+
+def test_contexts_longer_than_a_set_was_fitted_to_are_said(tmp_path, capsys):
+    write(tmp_path / "set", {}, {"fitted_length": "2048"})
+    args = type("Args", (), {"context": 2048, "generate": 48, "trials": 0, "sets": [f"a={tmp_path / 'set'}"]})
+    model = type("Model", (), {"limit": 8192, "name": "m"})
+    bench_model.check_lengths(args, model)
+    assert capsys.readouterr().err == ""
+    args.context = 8192
+    bench_model.check_lengths(args, model)
+    assert f"warning: set a ({tmp_path / 'set'}) was fitted to contexts of 2048 tokens, and these have 8192" in capsys.readouterr().err
+    args.trials = 1
+    with pytest.raises(SystemExit, match="are more than the 8192 that m was made for"):
+        bench_model.check_lengths(args, model)
 
 
 def test_a_model_and_texts_are_wanted():

@@ -106,7 +106,8 @@ def _gelu(x: np.ndarray) -> np.ndarray:
 
 class Model:
     """`layers`, `q_heads`, `kv_heads`, `head_dim` and `windows` (of each layer, 0: it sees all tokens; None: all do) are the geometry
-    that kvd wants. `encode` and `decode` are the tokenizer's, `stop` the ids that end an answer, `marks` those of its chats."""
+    that kvd wants, `limit` the longest context that the model was made for, if its file says. `encode` and `decode` are the tokenizer's,
+    `stop` the ids that end an answer, `marks` those of its chats."""
 
     def __init__(self, path: str):
         p = pathlib.Path(path)
@@ -159,6 +160,7 @@ class Model:
         for t in reader.tensors:
             self._take(t.name, gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float32), "blk.", _GGUF_LAYER)
         self.name = meta.get("general.name", path.stem)
+        self.limit: Optional[int] = meta.get(f"{arch}.context_length")
         self.q_heads = meta[f"{arch}.attention.head_count"]
         self.kv_heads = meta.get(f"{arch}.attention.head_count_kv", self.q_heads)
         self.head_dim = meta.get(f"{arch}.attention.key_length", meta[f"{arch}.embedding_length"] // self.q_heads)
@@ -200,6 +202,7 @@ class Model:
                 for name in f.keys():
                     self._take(name, f.get_tensor(name).astype(np.float32), "model.layers.", _HF_LAYER)
         self.name = config.get("_name_or_path") or folder.name
+        self.limit = config.get("max_position_embeddings")
         self.q_heads, self.kv_heads = config["num_attention_heads"], config.get("num_key_value_heads",
                                                                                config["num_attention_heads"])
         self.head_dim = config.get("head_dim") or config["hidden_size"] // self.q_heads
