@@ -189,7 +189,8 @@ def main():
     work = pathlib.Path(tempfile.mkdtemp(prefix="kvd-bench."))
     address = f"unix:{work}/s"
     (work / "store").mkdir()
-    log, model = Log(args.log, logs_of(args.log) if args.share[1] > 1 else ()), with_torch(Model(args.model), args.device)
+    log = Log(args.log, shares_of(args.log.rpartition(".")[0]) if args.log and args.share[1] > 1 else ())
+    model = with_torch(Model(args.model), args.device)
     check_lengths(args, model)
     kinds = sets_of(args, work, model)
     if args.rows:
@@ -228,9 +229,9 @@ def main():
         daemon.wait()
 
 
-def logs_of(log):
-    """Those of the processes that share a log's name."""
-    return [f for f in glob.glob(f"{glob.escape(log.rpartition('.')[0])}.*") if f != log] if log else []
+def shares_of(log):
+    """What the processes wrote that shared the work: FILE.0, FILE.1 ..."""
+    return sorted(f for f in glob.glob(f"{glob.escape(log)}.*") if f[len(log) + 1:].isdigit())
 
 
 def run_jobs(jobs, log):
@@ -240,7 +241,7 @@ def run_jobs(jobs, log):
     running = [subprocess.Popen([sys.executable, *sys.argv, "--jobs", "0", "--share", f"{i}/{jobs}", "--log", f"{log}.{i}", "--threads",
                                  str(threads)], env=env, stdout=subprocess.DEVNULL) for i in range(jobs)]
     failed = [i for i, p in enumerate(running) if p.wait()]
-    print("\n".join(report([r for file in sorted(glob.glob(f"{glob.escape(log)}.*")) for r in records_of(file)])))
+    print("\n".join(report([r for file in shares_of(log) for r in records_of(file)])))
     if failed:
         print(f"shares {', '.join(map(str, failed))} failed: run it again, and what the logs have is not done again", file=sys.stderr)
     return 1 if failed else 0

@@ -261,6 +261,7 @@ def test_a_model_of_gemmas_shape_from_its_activations_to_the_table(tiny):
     assert kl["bf16"] == 0 < min(kl["tc2 fitted"], kl["int2 fitted"])
     for line in ("# text, prose: tiny", "# recall, digits: tiny", "# answer, words: tiny"):
         assert line in printed
+    (tiny / "log.out").write_text("1")  # is none of theirs
     assert bench(*shared) == printed and [records_of(f"{log}.{i}") for i in range(2)] == records  # nothing is done again
     assert bench(*shared[:-1], "3") == printed  # nor with other shares
     assert "with a question 1221, are more than the 1024 that tiny was made for" in bench("--context", "1000", "--generate", "29", code=1)
