@@ -34,6 +34,7 @@ enum { WINDOW_SLACK = 64 }; // tokens behind a window that stay
 struct run {
     enum kvd_pool_kind kind;
     uint32_t base, first, count, modulo;
+    uint32_t last_rows; // of the last one's page, up to the last token that is written
 };
 
 static uint64_t demoted_to(const struct kvd_plane *g, uint64_t hist_end, uint64_t length)
@@ -138,6 +139,9 @@ static struct run run_of(enum kvd_pool_kind kind, uint32_t base, uint64_t begin,
     uint64_t first = begin / KVD_PAGE_TOKENS, last = (end - 1) / KVD_PAGE_TOKENS;
     r.first = (uint32_t)(first % modulo);
     r.count = (uint32_t)KVD_MIN(last - first + 1, (uint64_t)modulo);
+    // A ring that goes round writes its first page at both ends.
+    r.last_rows = last - first < modulo ? (uint32_t)((end - 1) % KVD_PAGE_TOKENS + 1)
+                                        : (uint32_t)KVD_PAGE_TOKENS;
     return r;
 }
 
@@ -210,12 +214,42 @@ static uint32_t kept_entries(const struct kvd_pool *pool, const struct kvd_plane
     return run == 2 && overwrites_window(g, a, plane) ? UINT32_MAX : 0;
 }
 
-// Whether an append has to put another page there: there is none, or it is shared, or to be kept.
-static bool wants_page(const struct kvd_pool *pool, const struct region_table *t, uint32_t entry,
-                       bool keep)
+// Rows that the page of a run's i-th entry must have.
+static uint32_t rows_of(const struct run *r, uint32_t i)
 {
-    uint32_t old = table_get(pool, t, entry);
-    return old == KVD_POOL_NONE || pool->page[old].refs != 1 || keep;
+    return i + 1 < r->count ? (uint32_t)KVD_PAGE_TOKENS : r->last_rows;
+}
+
+// Whether an append has to put another page there: there is none, or it is shared, or to be kept,
+// or a part of one and too small.
+static bool wants_page(const struct kvd_pool *pool, const struct region_table *t,
+                       const struct run *r, uint32_t i, bool keep)
+{
+    uint32_t old = table_get(pool, t, entry_of(r, i));
+    return old == KVD_POOL_NONE || pool->page[old].refs != 1 || keep ||
+           kvd_pool_page_rows(pool, old) < rows_of(r, i);
+}
+
+// What part of a page it then puts there (0: all of it), for what is there and what is written.
+static uint32_t order_wanted(const struct kvd_pool *pool, const struct region_seq *s, uint32_t p,
+                             const struct run *r, uint32_t i)
+{
+    uint32_t old = table_get(pool, &s->table[p][r->kind], entry_of(r, i));
+    uint32_t rows =
+        KVD_MAX(rows_of(r, i), old == KVD_POOL_NONE ? 0 : kvd_pool_page_rows(pool, old));
+    if (s->settled || !part_row_bytes(pool, s->layout, p, r->kind))
+        return 0;
+    return rows <= KVD_PAGE_TOKENS / 4 ? 2 : rows <= KVD_PAGE_TOKENS / 2;
+}
+
+static void need_page(const struct kvd_pool *pool, const struct region_seq *s, uint32_t p,
+                      uint32_t kind, uint32_t order, struct kvd_pool_need *need)
+{
+    if (order)
+        need->parts[p][order - 1]++;
+    else
+        need->pages[p][kind]++;
+    need->bytes += pool->layout[s->layout].page_bytes[p][kind] >> order;
 }
 
 // What an append needs in a run of entries.
@@ -226,10 +260,9 @@ static void need_of_run(const struct kvd_pool *pool, const struct region_seq *s,
 {
     for (uint32_t i = 0; i < r->count; i++) {
         uint32_t entry = entry_of(r, i);
-        if (!wants_page(pool, &s->table[p][r->kind], entry, i < kept))
+        if (!wants_page(pool, &s->table[p][r->kind], r, i, i < kept))
             continue;
-        need->pages[p][r->kind]++;
-        need->bytes += pool->layout[s->layout].page_bytes[p][r->kind];
+        need_page(pool, s, p, r->kind, order_wanted(pool, s, p, r, i), need);
         span_add(pages, entry);
         if (table_get(pool, &s->table[p][r->kind], entry) != KVD_POOL_NONE)
             span_add(undo, entry);
@@ -267,7 +300,7 @@ static uint32_t first_replaced(const struct kvd_pool *pool, const struct region_
         for (uint32_t i = 0; i < runs[r].count && runs[r].kind == kind; i++) {
             uint32_t entry = entry_of(&runs[r], i);
             if (entry < first && table_get(pool, t, entry) != KVD_POOL_NONE &&
-                wants_page(pool, t, entry, i < kept[r]))
+                wants_page(pool, t, &runs[r], i, i < kept[r]))
                 first = entry;
         }
     return first;
@@ -275,7 +308,7 @@ static uint32_t first_replaced(const struct kvd_pool *pool, const struct region_
 
 // Puts a page that nobody else refers to into an entry, and notes the change.
 static void take_page(struct kvd_pool *pool, struct region_seq *s, struct kvd_pool_append *a,
-                      uint32_t p, uint32_t k, uint32_t entry)
+                      uint32_t p, uint32_t k, uint32_t entry, uint32_t order)
 {
     struct region_table *t = &s->table[p][k];
     uint32_t old = table_get(pool, t, entry);
@@ -283,7 +316,7 @@ static void take_page(struct kvd_pool *pool, struct region_seq *s, struct kvd_po
         table_set(pool, &s->undo[p][k], entry, old);
     if (k == KVD_POOL_CODEC)
         table_start(t, entry);
-    uint32_t page = page_take(pool, slab_find(pool, s->ns, s->layout, p, k));
+    uint32_t page = page_take(pool, slab_find(pool, s->ns, s->layout, p, k), order);
     table_set(pool, t, entry, page);
     a->changes[a->n_changes++] = (struct kvd_pool_change){
         .plane = p, .kind = k, .entry = entry, .old_page = old, .new_page = page};
@@ -307,8 +340,8 @@ static void take(struct kvd_pool *pool, struct region_seq *s, struct kvd_pool_ap
         for (uint32_t r = 0; r < 3; r++)
             for (uint32_t i = 0; i < runs[r].count; i++) {
                 uint32_t k = runs[r].kind, entry = entry_of(&runs[r], i);
-                if (wants_page(pool, &s->table[p][k], entry, i < kept[r]))
-                    take_page(pool, s, a, p, k, entry);
+                if (wants_page(pool, &s->table[p][k], &runs[r], i, i < kept[r]))
+                    take_page(pool, s, a, p, k, entry, order_wanted(pool, s, p, &runs[r], i));
             }
     }
 }
@@ -477,7 +510,6 @@ int kvd_pool_append_begin(struct kvd_pool *pool, const struct kvd_pool_append_re
 {
     struct region_seq *s;
     struct kvd_pool_need need;
-    uint32_t pages = 0;
     int rc = plan(pool, by, &s, out, err);
     if (rc || out->replayed)
         return rc;
@@ -486,8 +518,7 @@ int kvd_pool_append_begin(struct kvd_pool *pool, const struct kvd_pool_append_re
         return KVD_OK;
     }
     need_of(pool, s, out, &need);
-    for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
-        pages += need.pages[p][KVD_POOL_BF16] + need.pages[p][KVD_POOL_CODEC];
+    uint32_t pages = need_pages(&need);
     if (pages == 0) {
         unseal(pool, s, out);
         set_phase(s, PHASE_RUNNING);
@@ -570,6 +601,101 @@ void kvd_pool_append_abort(struct kvd_pool *pool, struct kvd_pool_append *a)
             table_truncate(pool, t, n);
         }
 }
+
+// -- pages that stay where they are -------------------------------------------------------------
+
+static bool is_part(const struct kvd_pool *pool, const struct region_table *t, uint32_t entry)
+{
+    uint32_t page = table_get(pool, t, entry);
+    return page != KVD_POOL_NONE && page_order(pool, page);
+}
+
+bool kvd_pool_seq_settle(struct kvd_pool *pool, uint64_t seq)
+{
+    struct region_seq *s = seq_find(pool, seq);
+    if (!s)
+        return true;
+    s->settled = true;
+    stored();
+    for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++) {
+        const struct region_table *t = &s->table[p][KVD_POOL_BF16];
+        const struct region_table *undo = &s->undo[p][KVD_POOL_BF16]; // what an abort puts back
+        for (uint32_t i = 0; i < KVD_MAX(t->count, undo->count); i++)
+            if (is_part(pool, t, i) || is_part(pool, undo, i))
+                return false;
+    }
+    return true;
+}
+
+static void need_to_settle(const struct kvd_pool *pool, const struct region_seq *s,
+                           struct kvd_pool_need *need)
+{
+    *need = (struct kvd_pool_need){0};
+    for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++) {
+        const struct region_table *t = &s->table[p][KVD_POOL_BF16];
+        struct span undo = {UINT32_MAX, 0};
+        for (uint32_t i = 0; i < t->count; i++) {
+            if (!is_part(pool, t, i))
+                continue;
+            need_page(pool, s, p, KVD_POOL_BF16, 0, need);
+            span_add(&undo, i);
+        }
+        need->blocks += table_lacks(&s->undo[p][KVD_POOL_BF16], undo.first, undo.end);
+    }
+}
+
+static void take_whole(struct kvd_pool *pool, struct region_seq *s, struct kvd_pool_append *a)
+{
+    for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++) {
+        const struct region_table *t = &s->table[p][KVD_POOL_BF16];
+        for (uint32_t i = 0; i < t->count; i++) {
+            if (!is_part(pool, t, i))
+                continue;
+            table_start(&s->undo[p][KVD_POOL_BF16], i);
+            take_page(pool, s, a, p, KVD_POOL_BF16, i, 0);
+        }
+    }
+}
+
+// As an append of no token: whoever opens the region amid it puts the parts back.
+int kvd_pool_settle_begin(struct kvd_pool *pool, uint64_t seq, struct kvd_pool_append *out,
+                          struct kvd_error *err)
+{
+    struct region_seq *s = seq_find(pool, seq);
+    struct kvd_pool_need need;
+    *out = (struct kvd_pool_append){.by = {.seq = seq}};
+    if (!s)
+        return kvd_fail(err, KVD_E_NOT_FOUND, "there is no sequence %llu", (unsigned long long)seq);
+    if (s->pending_layers)
+        return kvd_fail(err, KVD_E_PRECONDITION, "sequence %llu has an unfinished append",
+                        (unsigned long long)seq);
+    need_to_settle(pool, s, &need);
+    out->changes = calloc(need_pages(&need) + 1, sizeof(*out->changes));
+    if (!out->changes)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    s->pins++; // eviction must not take the very sequence
+    int rc = room_make(pool, s->ns, s->layout, &need, err);
+    s->pins--;
+    if (rc) {
+        free(KVD_TAKE(out->changes));
+        return rc;
+    }
+    set_phase(s, PHASE_RUNNING);
+    take_whole(pool, s, out);
+    room_settle(pool, s->ns, s->layout, &need);
+    return KVD_OK;
+}
+
+void kvd_pool_settle_commit(struct kvd_pool *pool, struct kvd_pool_append *a)
+{
+    struct region_seq *s = &pool->seq[(uint32_t)a->by.seq];
+    free(KVD_TAKE(a->changes));
+    a->n_changes = 0;
+    set_phase(s, PHASE_IDLE); // with this it is true
+    drop_undo(pool, s);
+}
+
+// -- truncating ---------------------------------------------------------------------------------
 
 // Whether an unfinished append has already overwritten tokens of a plane's window, in some layer,
 // that would be kept.

@@ -20,6 +20,20 @@ uint32_t slab_find(const struct kvd_pool *pool, uint32_t ns, uint32_t layout, ui
     return *slab_place(pool, ns, layout, plane, kind) - 1;
 }
 
+void slab_measure(const struct kvd_pool *pool, struct region_slab *s, uint32_t layout)
+{
+    s->partial = KVD_POOL_NONE;
+    s->extents = 0;
+    s->page_bytes = pool->layout[layout].page_bytes[s->plane][s->kind];
+    s->slots = (uint32_t)(pool->head->extent_bytes / s->page_bytes);
+    s->used = 0;
+    s->row_bytes = part_row_bytes(pool, layout, s->plane, s->kind);
+    for (int i = 0; i < KVD_POOL_PARTS; i++) {
+        s->part[i] = KVD_POOL_NONE;
+        s->parts[i] = 0;
+    }
+}
+
 static uint32_t slab_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout, uint32_t plane,
                           uint32_t kind)
 {
@@ -32,14 +46,9 @@ static uint32_t slab_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout, u
         h->free_slab = pool->slab[x].partial;
     else
         x = h->n_slabs;
-    uint64_t bytes = pool->layout[layout].page_bytes[plane][kind];
-    pool->slab[x] = (struct region_slab){.ns = ns,
-                                         .layout = KVD_POOL_NONE,
-                                         .plane = plane,
-                                         .kind = kind,
-                                         .partial = KVD_POOL_NONE,
-                                         .page_bytes = bytes,
-                                         .slots = (uint32_t)(h->extent_bytes / bytes)};
+    pool->slab[x] =
+        (struct region_slab){.ns = ns, .layout = KVD_POOL_NONE, .plane = plane, .kind = kind};
+    slab_measure(pool, &pool->slab[x], layout);
     stored();
     pool->slab[x].layout = layout; // with this it is there
     stored();
@@ -129,6 +138,9 @@ static int extent_grant(struct kvd_pool *pool, uint32_t slab, bool made)
     stored();
     e->used = e->carved = 0;
     e->free_slot = KVD_POOL_NONE;
+    if (s->row_bytes) // whether a part is free is seen by its neighbours
+        memset(&pool->page[(uint64_t)x * pool->head->slots], 0,
+               (size_t)s->slots * PART_NUMBERS * sizeof(*pool->page));
     partial_add(pool, s, x);
     s->extents++;
     pool->head->extents_granted++;
@@ -226,10 +238,11 @@ static void extent_return(struct kvd_pool *pool, uint32_t x)
 }
 
 int slab_provide(struct kvd_pool *pool, uint32_t ns, uint32_t layout, uint32_t plane, uint32_t kind,
-                 uint32_t n)
+                 uint32_t pages, const uint32_t parts[KVD_POOL_PARTS])
 {
     uint32_t x = slab_make(pool, ns, layout, plane, kind);
     const struct region_slab *s = &pool->slab[x];
+    uint32_t n = pages + parts_lack(s, parts);
     while ((uint64_t)s->extents * s->slots - s->used < n) {
         int rc = extent_grant(pool, x, false);
         // The device has no more, or no descriptor is left for it, but the pool may hold some idle.
@@ -252,51 +265,78 @@ void slab_settle(struct kvd_pool *pool, uint32_t slab)
     }
 }
 
-uint32_t page_take(struct kvd_pool *pool, uint32_t slab)
+// Takes a page that is free as a whole. Returns its first number.
+static uint32_t slot_take(struct kvd_pool *pool, struct region_slab *s)
 {
-    struct region_slab *s = &pool->slab[slab];
-    uint32_t x = s->partial;
+    uint32_t x = s->partial, stride = slab_stride(s);
     struct region_extent *e = &pool->extent[x];
     uint32_t slot = e->free_slot;
     uint32_t first = x * pool->head->slots;
     if (slot != KVD_POOL_NONE)
-        e->free_slot = pool->page[first + slot].next;
+        e->free_slot = pool->page[first + slot * stride].next;
     else
         slot = e->carved++;
-    pool->page[first + slot].refs = 1;
-    pool->sum[first + slot] = KVD_SUM_NONE; // of what was there before
-    stored();
     if (++e->used == s->slots)
         partial_remove(pool, s, x);
     s->used++;
-    pool->head->used += s->page_bytes;
-    pool->ns[s->ns].used += s->page_bytes;
+    return first + slot * stride;
+}
+
+static void slot_give(struct kvd_pool *pool, struct region_slab *s, uint32_t page)
+{
+    uint32_t x = page / pool->head->slots, stride = slab_stride(s);
+    struct region_extent *e = &pool->extent[x];
+    uint32_t slot = page % pool->head->slots / stride;
+    if (e->used-- == s->slots)
+        partial_add(pool, s, x);
+    pool->page[x * pool->head->slots + slot * stride].next = e->free_slot;
+    e->free_slot = slot;
+    s->used--;
+    if (e->used == 0)
+        extent_return(pool, x);
+}
+
+uint32_t page_take(struct kvd_pool *pool, uint32_t slab, uint32_t order)
+{
+    struct region_slab *s = &pool->slab[slab];
+    uint32_t page = order ? part_take(pool, s, order) : KVD_POOL_NONE;
+    if (page == KVD_POOL_NONE) {
+        page = slot_take(pool, s);
+        page = order ? part_cut(pool, s, page, order) : page + (s->row_bytes != 0);
+    }
+    pool->page[page].refs = 1;
+    pool->sum[page] = KVD_SUM_NONE; // of what was there before
+    stored();
+    uint64_t bytes = s->page_bytes >> order;
+    pool->head->used += bytes;
+    pool->ns[s->ns].used += bytes;
     pool->ns[s->ns].pages++;
-    return first + slot;
+    return page;
 }
 
 void kvd_pool_page_unref(struct kvd_pool *pool, uint32_t page)
 {
     if (--pool->page[page].refs)
         return;
-    uint32_t x = page / pool->head->slots;
-    struct region_extent *e = &pool->extent[x];
-    struct region_slab *s = &pool->slab[e->slab];
+    struct region_slab *s = &pool->slab[page_extent(pool, page)->slab];
+    uint64_t bytes = page_size(pool, page);
     pool->head->damaged -= pool->sum[page] == KVD_SUM_DAMAGED;
-    if (e->used-- == s->slots)
-        partial_add(pool, s, x);
-    pool->page[page].next = e->free_slot;
-    e->free_slot = page % pool->head->slots;
-    s->used--;
-    pool->head->used -= s->page_bytes;
-    pool->ns[s->ns].used -= s->page_bytes;
+    pool->head->used -= bytes;
+    pool->ns[s->ns].used -= bytes;
     pool->ns[s->ns].pages--;
-    if (e->used == 0)
-        extent_return(pool, x);
+    if (!s->row_bytes || part_give(pool, s, page))
+        slot_give(pool, s, page);
 }
 
 uint64_t kvd_pool_page_addr(const struct kvd_pool *pool, uint32_t page)
 {
     const struct region_extent *e = page_extent(pool, page);
-    return e->addr + (uint64_t)(page % pool->head->slots) * pool->slab[e->slab].page_bytes;
+    const struct region_slab *s = &pool->slab[e->slab];
+    uint64_t at = page % pool->head->slots / slab_stride(s) * s->page_bytes;
+    return e->addr + at + (s->row_bytes ? (uint64_t)part_row(page) * s->row_bytes : 0);
+}
+
+uint32_t kvd_pool_page_rows(const struct kvd_pool *pool, uint32_t page)
+{
+    return KVD_PAGE_TOKENS >> page_order(pool, page);
 }

@@ -10,7 +10,7 @@
 #include "pool/prefix.h"
 
 #define KVD_POOL_MAGIC   0x4c4f4f5044564bull // "KVDPOOL"
-#define KVD_POOL_VERSION 10                  // of what this file describes
+#define KVD_POOL_VERSION 11                  // of what this file describes
 
 enum {
     KVD_POOL_ALIGN = KVD_PAGE_UNIT, // page sizes are rounded up to this
@@ -57,7 +57,10 @@ struct region_slab {
     // -- derived
     uint32_t partial; // first extent with a free slot; of a free slab, the next free one
     uint32_t extents;
-    uint64_t page_bytes, used;
+    uint64_t page_bytes, used; // used: pages of which anything is in use
+    uint32_t row_bytes;        // of pages that are given in parts too (part.c), of a row; else 0
+    // Parts that are free, of 32 and of 16 rows: the first, and how many.
+    uint32_t part[KVD_POOL_PARTS], parts[KVD_POOL_PARTS];
     uint32_t slots; // pages that fit an extent
 };
 
@@ -116,6 +119,7 @@ struct region_seq {
     uint32_t holders, pins;
     uint8_t doomed; // freed by its last holder while pinned; not bool, as a damaged region may have
                     // any byte
+    uint8_t settled; // takes whole pages only
     // Where it is, up to `last`: changes as one.
     uint64_t length, pending_length;
     uint32_t pending_layers;
@@ -280,22 +284,74 @@ void journal_end(struct kvd_pool *pool);
 // Puts back what an unfinished change had noted. KVD_E_CORRUPT.
 int journal_undo(struct kvd_pool *pool, struct kvd_error *err);
 
-// -- extent.c: slabs, extents, pages ------------------------------------------------------------
-// The slab of a place, or KVD_POOL_NONE.
-uint32_t slab_find(const struct kvd_pool *pool, uint32_t ns, uint32_t layout, uint32_t plane,
-                   uint32_t kind);
-// Grants extents to the slab, made if there is none, until it has `n` free pages. As the ops
-// table's alloc, KVD_E_FULL too when there is no extent; what was granted stays.
-int slab_provide(struct kvd_pool *pool, uint32_t ns, uint32_t layout, uint32_t plane, uint32_t kind,
-                 uint32_t n);
-// Takes away extents without pages in use, and the slab if it has no other.
-void slab_settle(struct kvd_pool *pool, uint32_t slab);
-// A page of a slab that has a free one.
-uint32_t page_take(struct kvd_pool *pool, uint32_t slab);
 static inline struct region_extent *page_extent(const struct kvd_pool *pool, uint32_t page)
 {
     return &pool->extent[page / pool->head->slots];
 }
+static inline const struct region_slab *page_slab(const struct kvd_pool *pool, uint32_t page)
+{
+    return &pool->slab[page_extent(pool, page)->slab];
+}
+
+// -- part.c: parts of pages ---------------------------------------------------------------------
+enum { PART_NUMBERS = 8 }; // that a page has in a slab that gives parts of pages
+
+// Numbers that a page of the slab has, and which of them means all of it.
+static inline uint32_t slab_stride(const struct region_slab *s)
+{
+    return s->row_bytes ? PART_NUMBERS : 1;
+}
+// Whether the number, counted from the extent's first, is one of the slab's; and of a whole page.
+static inline bool slab_has(const struct region_slab *s, uint32_t number)
+{
+    return number / slab_stride(s) < s->slots && (!s->row_bytes || number % PART_NUMBERS);
+}
+static inline bool slab_has_whole(const struct region_slab *s, uint32_t number)
+{
+    return slab_has(s, number) && (!s->row_bytes || number % PART_NUMBERS == 1);
+}
+// 0: it is a whole page; 1: a half, 2: a quarter.
+static inline uint32_t page_order(const struct kvd_pool *pool, uint32_t page)
+{
+    uint32_t node = page_slab(pool, page)->row_bytes ? page % PART_NUMBERS : 1;
+    return node >= 4 ? 2 : node >= 2;
+}
+static inline uint64_t page_size(const struct kvd_pool *pool, uint32_t page)
+{
+    return page_slab(pool, page)->page_bytes >> page_order(pool, page);
+}
+// Whether a layout's pages can be given in parts: the bytes of a row, or 0.
+uint32_t part_row_bytes(const struct kvd_pool *pool, uint32_t layout, uint32_t plane,
+                        uint32_t kind);
+// The row of its page with which a part begins.
+uint32_t part_row(uint32_t page);
+// Pages that have to be free for that many parts, besides the parts that are.
+uint32_t parts_lack(const struct region_slab *s, const uint32_t parts[KVD_POOL_PARTS]);
+// A free part, or KVD_POOL_NONE when a page has to be cut up: one that is free as a whole, which
+// `first` is the first number of. What is left of it is free.
+uint32_t part_take(struct kvd_pool *pool, struct region_slab *s, uint32_t order);
+uint32_t part_cut(struct kvd_pool *pool, struct region_slab *s, uint32_t first, uint32_t order);
+// Gives a part back. True: the page is free as a whole, and none of it is listed.
+bool part_give(struct kvd_pool *pool, struct region_slab *s, uint32_t page);
+// Of the page whose first number it is: how many rows are in use. UINT32_MAX: one lies in another.
+uint32_t parts_used(const struct kvd_pool *pool, uint32_t first);
+// For one that is in use: lists what is free of it.
+void parts_relist(struct kvd_pool *pool, struct region_slab *s, uint32_t first);
+
+// -- extent.c: slabs, extents, pages ------------------------------------------------------------
+// The slab of a place, or KVD_POOL_NONE.
+uint32_t slab_find(const struct kvd_pool *pool, uint32_t ns, uint32_t layout, uint32_t plane,
+                   uint32_t kind);
+// What of a slab follows from its layout, plane and kind; nothing of it is in use.
+void slab_measure(const struct kvd_pool *pool, struct region_slab *s, uint32_t layout);
+// Grants extents to the slab, made if there is none, until it has so many free pages and parts. As
+// the ops table's alloc, KVD_E_FULL too when there is no extent; what was granted stays.
+int slab_provide(struct kvd_pool *pool, uint32_t ns, uint32_t layout, uint32_t plane, uint32_t kind,
+                 uint32_t pages, const uint32_t parts[KVD_POOL_PARTS]);
+// Takes away extents without pages in use, and the slab if it has no other.
+void slab_settle(struct kvd_pool *pool, uint32_t slab);
+// A page of a slab that has a free one: a whole one, or a part of that order.
+uint32_t page_take(struct kvd_pool *pool, uint32_t slab, uint32_t order);
 // Puts an extent into its slab's list of those with a free page.
 void partial_add(struct kvd_pool *pool, struct region_slab *s, uint32_t x);
 
@@ -475,6 +531,8 @@ int pool_check_state(const struct kvd_pool *pool, const struct region_seq *s,
                      struct kvd_error *err);
 
 // -- room.c -------------------------------------------------------------------------------------
+// Pages that are needed, parts included.
+uint32_t need_pages(const struct kvd_pool_need *need);
 // Makes room for what is needed, by eviction too: until room_settle, taking it cannot fail, as long
 // as nothing else is taken. On failure there is no need for room_settle.
 int room_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout, const struct kvd_pool_need *need,

@@ -115,7 +115,8 @@ static bool page_ok(const struct kvd_pool *pool, uint32_t ns, uint32_t layout, u
     if (page / h->slots >= h->n_extents || page_extent(pool, page)->slab >= h->n_slabs)
         return false;
     const struct region_slab *s = &pool->slab[page_extent(pool, page)->slab];
-    return s->ns == ns && s->layout == layout && s->plane == plane && page % h->slots < s->slots;
+    return s->ns == ns && s->layout == layout && s->plane == plane &&
+           slab_has_whole(s, page % h->slots);
 }
 
 // Each value has its own place in k->pages.

@@ -7,7 +7,7 @@ static bool met(const struct kvd_pool *pool, struct kvd_pool_look *look, uint32_
     if (page == KVD_POOL_NONE)
         return false;
     if (++look->met[page] == pool->page[page].refs)
-        *bytes += pool->slab[page_extent(pool, page)->slab].page_bytes;
+        *bytes += page_size(pool, page);
     return true;
 }
 

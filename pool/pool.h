@@ -30,6 +30,9 @@ enum kvd_pool_kind {
     KVD_POOL_KINDS,
 };
 
+// A page of windows that is not full yet may be a part of one: 32 rows of each tile, or 16.
+enum { KVD_POOL_PARTS = 2 };
+
 // Memory of extents. Addresses are whatever the backend understands (a pointer on the CPU).
 struct kvd_pool_mem_ops {
     void *ctx;
@@ -317,7 +320,8 @@ uint32_t kvd_pool_seq_pages(const struct kvd_pool *pool, uint64_t seq, uint32_t 
 
 // -- append and truncate ------------------------------------------------------------------------
 
-// A page that got a private copy, or a new page (old_page KVD_POOL_NONE).
+// A page that got a private copy, or a new page (old_page KVD_POOL_NONE). A part is copied when it
+// becomes too small: to what has at least as many rows.
 struct kvd_pool_change {
     uint32_t plane, kind;
     uint32_t entry; // in the sequence's table of that kind
@@ -336,6 +340,7 @@ struct kvd_pool_append_request {
 // Pages and blocks of page tables that something takes.
 struct kvd_pool_need {
     uint32_t pages[KVD_MAX_PLANES][KVD_POOL_KINDS];
+    uint32_t parts[KVD_MAX_PLANES][KVD_POOL_PARTS]; // of pages of windows: of 32 rows, of 16
     uint32_t blocks;
     uint64_t bytes; // of the pages
 };
@@ -380,6 +385,19 @@ void kvd_pool_append_abort(struct kvd_pool *pool, struct kvd_pool_append *append
 // that would be kept, or if the next token would see what a windowed plane has freed. To 0 always
 // works.
 int kvd_pool_truncate(struct kvd_pool *pool, uint64_t seq, uint64_t length, struct kvd_error *err);
+
+// -- pages that stay where they are -------------------------------------------------------------
+
+// From now on a sequence takes whole pages of windows, so that what it has stays where it is, as
+// whoever maps its pages must be able to rely on. Returns whether it has, and will have, no part of
+// a page. False: make it so with the next ones.
+bool kvd_pool_seq_settle(struct kvd_pool *pool, uint64_t seq);
+// Puts whole pages in the place of parts. As an append: copies are to be made, then commit, or
+// kvd_pool_append_abort. KVD_E_NOT_FOUND; KVD_E_PRECONDITION while an append is unfinished;
+// KVD_E_QUOTA, KVD_E_FULL, KVD_E_LIMIT.
+int kvd_pool_settle_begin(struct kvd_pool *pool, uint64_t seq, struct kvd_pool_append *out,
+                          struct kvd_error *err);
+void kvd_pool_settle_commit(struct kvd_pool *pool, struct kvd_pool_append *append);
 
 // -- checksums of blocks ------------------------------------------------------------------------
 
@@ -431,7 +449,10 @@ int kvd_pool_seq_whole(const struct kvd_pool *pool, uint64_t seq, struct kvd_err
 int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t layout, uint32_t plane,
                         enum kvd_pool_kind kind, uint32_t *page, struct kvd_error *err);
 void kvd_pool_page_unref(struct kvd_pool *pool, uint32_t page);
+// Of a part: of its first row, less what its page has before the rows.
 uint64_t kvd_pool_page_addr(const struct kvd_pool *pool, uint32_t page);
+// Rows that it has of each tile: 64, or of a part 32 or 16.
+uint32_t kvd_pool_page_rows(const struct kvd_pool *pool, uint32_t page);
 
 struct kvd_pool_info {
     uint64_t bytes, extent_bytes;
@@ -451,7 +472,8 @@ struct kvd_pool_slab_info {
     uint32_t ns, layout, plane;
     enum kvd_pool_kind kind;
     uint32_t extents;
-    uint64_t page_bytes, used, free;
+    uint64_t page_bytes;
+    uint64_t used, free; // pages; used: of which anything is in use
 };
 void kvd_pool_slab_each(const struct kvd_pool *pool,
                         bool (*fn)(void *ctx, const struct kvd_pool_slab_info *), void *ctx);

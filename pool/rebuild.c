@@ -60,17 +60,14 @@ static int slabs(struct kvd_pool *pool, struct kvd_error *err)
                sizeof(*pool->slab_at) * h->max_layouts * KVD_MAX_PLANES * KVD_POOL_KINDS);
     for (uint32_t i = 0; i < h->n_slabs; i++) {
         struct region_slab *s = &pool->slab[i];
-        s->partial = KVD_POOL_NONE;
-        s->extents = s->slots = 0;
-        s->used = 0;
+        s->extents = s->slots = s->row_bytes = 0;
         if (s->layout == KVD_POOL_NONE)
             continue;
         if (s->ns >= h->n_namespaces || s->layout >= h->n_layouts || s->kind >= KVD_POOL_KINDS ||
             s->plane >= pool->layout[s->layout].l.n_planes || *place_of(pool, s))
             return kvd_fail(err, KVD_E_CORRUPT, "slab %u is of no namespace and plane, or twice",
                             i);
-        s->page_bytes = pool->layout[s->layout].page_bytes[s->plane][s->kind];
-        s->slots = (uint32_t)(h->extent_bytes / s->page_bytes);
+        slab_measure(pool, s, s->layout);
         *place_of(pool, s) = i + 1;
     }
     return KVD_OK;
@@ -102,7 +99,7 @@ static int refer(struct rebuilding *r, const struct region_seq *s, uint32_t plan
     const struct region_slab *slab =
         e && e->slab < pool->head->n_slabs ? &pool->slab[e->slab] : NULL;
     if (!slab || slab->ns != s->ns || slab->layout != s->layout || slab->plane != plane ||
-        slab->kind != kind || page % slots >= slab->slots)
+        slab->kind != kind || !slab_has(slab, page % slots))
         return kvd_fail(err, KVD_E_CORRUPT, "page %u is not of its sequence's slab", page);
     pool->page[page].refs++;
     return KVD_OK;
@@ -201,25 +198,56 @@ static void free_extent(struct kvd_pool *pool, uint32_t x)
     pool->head->free_extent = x;
 }
 
-static void extent(struct kvd_pool *pool, uint32_t x)
+// What is in use of the page of an extent's slot: its bytes. UINT64_MAX: a part of it lies in
+// another.
+static uint64_t slot_used(struct kvd_pool *pool, const struct region_slab *s, uint32_t first)
+{
+    uint64_t bytes = 0;
+    for (uint32_t page = first; page < first + slab_stride(s); page++) {
+        if (!pool->page[page].refs)
+            continue;
+        bytes += page_size(pool, page);
+        pool->head->damaged += pool->sum[page] == KVD_SUM_DAMAGED;
+        pool->ns[s->ns].pages++;
+    }
+    return s->row_bytes && parts_used(pool, first) == UINT32_MAX ? UINT64_MAX : bytes;
+}
+
+static bool slot_in_use(const struct kvd_pool *pool, const struct region_slab *s, uint32_t first)
+{
+    for (uint32_t page = first; page < first + slab_stride(s); page++)
+        if (pool->page[page].refs)
+            return true;
+    return false;
+}
+
+static int extent(struct kvd_pool *pool, uint32_t x, struct kvd_error *err)
 {
     struct region_extent *e = &pool->extent[x];
     struct region_slab *s = e->slab < pool->head->n_slabs ? &pool->slab[e->slab] : NULL;
-    struct region_page *page = &pool->page[(uint64_t)x * pool->head->slots];
+    uint32_t first = x * pool->head->slots, stride = s ? slab_stride(s) : 1;
     for (uint32_t i = 0; s && i < s->slots; i++) {
-        e->used += page[i].refs != 0;
-        pool->head->damaged +=
-            page[i].refs && pool->sum[(uint64_t)x * pool->head->slots + i] == KVD_SUM_DAMAGED;
-        e->carved = page[i].refs ? i + 1 : e->carved;
+        uint64_t bytes = slot_used(pool, s, first + i * stride);
+        if (bytes == UINT64_MAX)
+            return kvd_fail(err, KVD_E_CORRUPT, "a part of page %u is in use twice",
+                            first + i * stride);
+        if (!bytes)
+            continue;
+        if (s->row_bytes)
+            parts_relist(pool, s, first + i * stride);
+        e->used++;
+        e->carved = i + 1;
+        pool->head->used += bytes;
+        pool->ns[s->ns].used += bytes;
     }
     if (e->used == 0) {
         free_extent(pool, x);
-        return;
+        return KVD_OK;
     }
     for (uint32_t i = e->carved; i-- > 0;) {
-        if (page[i].refs)
+        if (slot_in_use(pool, s, first + i * stride))
             continue;
-        page[i].next = e->free_slot;
+        pool->page[first + i * stride].next = e->free_slot;
         e->free_slot = i;
     }
     s->extents++;
@@ -227,9 +255,7 @@ static void extent(struct kvd_pool *pool, uint32_t x)
     if (e->used < s->slots)
         partial_add(pool, s, x);
     pool->head->extents_granted++;
-    pool->head->used += e->used * s->page_bytes;
-    pool->ns[s->ns].used += e->used * s->page_bytes;
-    pool->ns[s->ns].pages += e->used;
+    return KVD_OK;
 }
 
 static void free_blocks(struct rebuilding *r)
@@ -259,8 +285,10 @@ static int rebuild(struct rebuilding *r, struct kvd_error *err)
     relist(r);
     for (uint32_t i = 0; i < h->n_namespaces; i++)
         kept_recover(pool, i);
-    for (uint32_t x = h->n_extents; x-- > 0;)
-        extent(pool, x);
+    for (uint32_t x = h->n_extents; x-- > 0 && rc == KVD_OK;)
+        rc = extent(pool, x, err);
+    if (rc)
+        return rc;
     free_slabs(pool);
     free_blocks(r);
     return KVD_OK;

@@ -32,7 +32,12 @@ uint64_t seq_bytes(const struct kvd_pool *pool, const struct region_seq *s)
     uint64_t bytes = 0;
     for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++)
         for (int k = 0; k < KVD_POOL_KINDS; k++)
-            bytes += table_pages(pool, &s->table[p][k]) * pool->layout[s->layout].page_bytes[p][k];
+            for (struct table_walk w = table_walk(&s->table[p][k]); w.block != KVD_POOL_NONE;
+                 table_walk_on(pool, &w))
+                for (uint32_t i = 0; i < w.n; i++) {
+                    uint32_t page = pool->block[w.block].page[i];
+                    bytes += page == KVD_POOL_NONE ? 0 : page_size(pool, page);
+                }
     return bytes;
 }
 

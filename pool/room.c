@@ -2,14 +2,23 @@
 // fail. Only here are extents granted, and blocks and sequences evicted for it.
 #include "pool/internal.h"
 
+// Whether pages of a plane and kind are needed.
+static bool wants(const struct kvd_pool_need *need, uint32_t plane, uint32_t kind)
+{
+    return need->pages[plane][kind] ||
+           (kind == KVD_POOL_BF16 && (need->parts[plane][0] || need->parts[plane][1]));
+}
+
 static int provide(struct kvd_pool *pool, uint32_t ns, uint32_t layout,
                    const struct kvd_pool_need *need)
 {
+    static const uint32_t none[KVD_POOL_PARTS];
     int rc = KVD_OK;
     for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
         for (uint32_t k = 0; k < KVD_POOL_KINDS && rc == KVD_OK; k++)
-            if (need->pages[p][k])
-                rc = slab_provide(pool, ns, layout, p, k, need->pages[p][k]);
+            if (wants(need, p, k))
+                rc = slab_provide(pool, ns, layout, p, k, need->pages[p][k],
+                                  k == KVD_POOL_BF16 ? need->parts[p] : none);
     return rc;
 }
 
@@ -46,12 +55,15 @@ static int refuse_quota(const struct region_namespace *n, struct kvd_error *err)
         n->name, (unsigned long long)n->used, (unsigned long long)n->quota);
 }
 
-static uint32_t pages_of(const struct kvd_pool_need *need)
+uint32_t need_pages(const struct kvd_pool_need *need)
 {
     uint32_t n = 0;
-    for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
+    for (uint32_t p = 0; p < KVD_MAX_PLANES; p++) {
         for (uint32_t k = 0; k < KVD_POOL_KINDS; k++)
-            n += (uint32_t)need->pages[p][k];
+            n += need->pages[p][k];
+        for (uint32_t i = 0; i < KVD_POOL_PARTS; i++)
+            n += need->parts[p][i];
+    }
     return n;
 }
 
@@ -80,7 +92,7 @@ int room_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout, const struct 
               struct kvd_error *err)
 {
     const struct region_namespace *n = &pool->ns[ns];
-    struct efforts e = {.most = FEW + 2 * pages_of(need)};
+    struct efforts e = {.most = FEW + 2 * need_pages(need)};
     int rc = need->blocks ? share_take(pool, ns, SHARE_BLOCKS, need->blocks, err) : KVD_OK;
     if (rc)
         return rc;
@@ -105,7 +117,7 @@ void room_settle(struct kvd_pool *pool, uint32_t ns, uint32_t layout,
 {
     for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
         for (uint32_t k = 0; k < KVD_POOL_KINDS; k++) {
-            uint32_t slab = need->pages[p][k] ? slab_find(pool, ns, layout, p, k) : KVD_POOL_NONE;
+            uint32_t slab = wants(need, p, k) ? slab_find(pool, ns, layout, p, k) : KVD_POOL_NONE;
             if (slab != KVD_POOL_NONE)
                 slab_settle(pool, slab);
         }
@@ -118,6 +130,6 @@ int kvd_pool_page_alloc(struct kvd_pool *pool, uint32_t ns, uint32_t layout, uin
     need.pages[plane][kind] = 1;
     int rc = room_make(pool, ns, layout, &need, err);
     if (rc == KVD_OK)
-        *page = page_take(pool, slab_find(pool, ns, layout, plane, kind));
+        *page = page_take(pool, slab_find(pool, ns, layout, plane, kind), 0);
     return rc;
 }

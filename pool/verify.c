@@ -5,6 +5,7 @@ struct tally {
     uint32_t *refs; // by page number
     uint64_t used, sequences, tokens;
     uint64_t *ns_used, *ns_sequences, *ns_tokens, *ns_blocks;
+    uint64_t *free_bytes; // by slab: of pages that are in use in part
     uint32_t damaged;
     uint64_t blocks, *refs_of, *idle_of, *kept_of; // the last three by layout
 };
@@ -29,7 +30,7 @@ static int tally_table(const struct kvd_pool *pool, const struct region_seq *s,
                 return kvd_fail(err, KVD_E_CORRUPT, "page %u lies in a free extent", page);
             const struct region_slab *slab = &pool->slab[e->slab];
             if (slab->ns != s->ns || slab->layout != s->layout || slab->plane != plane ||
-                slab->kind != kind)
+                slab->kind != kind || !slab_has(slab, page % pool->head->slots))
                 return kvd_fail(err, KVD_E_CORRUPT,
                                 "page %u belongs to another slab than its sequence", page);
             if (w.at + i < first)
@@ -86,7 +87,16 @@ static bool table_full(const struct kvd_pool *pool, const struct region_table *t
     return n == to - from;
 }
 
-// Whether there is a page for each token that a plane of a sequence says it has.
+// Whether a table has, in an entry, a page of that many rows.
+static bool has_rows(const struct kvd_pool *pool, const struct region_table *t, uint64_t entry,
+                     uint64_t rows)
+{
+    uint32_t page = table_get(pool, t, (uint32_t)entry);
+    return page != KVD_POOL_NONE &&
+           kvd_pool_page_rows(pool, page) >= KVD_MIN(rows, (uint64_t)KVD_PAGE_TOKENS);
+}
+
+// Whether there is a page, and rows of it, for each token that a plane of a sequence says it has.
 static int check_pages(const struct kvd_pool *pool, const struct region_seq *s, uint32_t plane,
                        uint64_t length, const struct kvd_pool_reach *r, struct kvd_error *err)
 {
@@ -96,14 +106,16 @@ static int check_pages(const struct kvd_pool *pool, const struct region_seq *s, 
     uint64_t ring = kvd_plane_ring(g) / KVD_PAGE_TOKENS;
     uint64_t first = r->first < r->hist_end ? r->first / KVD_PAGE_TOKENS : UINT64_MAX;
     bool ok = table_full(pool, &s->table[plane][KVD_POOL_CODEC], first,
-                         kvd_div_up(r->hist_end - g->sink, KVD_PAGE_TOKENS)) &&
-              table_full(pool, bf16, 0, kvd_div_up(KVD_MIN(length, g->sink), KVD_PAGE_TOKENS));
+                         kvd_div_up(r->hist_end - g->sink, KVD_PAGE_TOKENS));
+    for (uint64_t t = 0; t < KVD_MIN(length, (uint64_t)g->sink); t += KVD_PAGE_TOKENS)
+        ok &= has_rows(pool, bf16, t / KVD_PAGE_TOKENS, KVD_MIN(length, (uint64_t)g->sink) - t);
     if (length > r->hist_end) {
         uint64_t from = (r->hist_end - g->sink) / KVD_PAGE_TOKENS;
         uint64_t n = (length - 1 - g->sink) / KVD_PAGE_TOKENS - from + 1;
         for (uint64_t i = 0; i < KVD_MIN(n, ring); i++) {
-            uint64_t entry = sink_pages + (from + i) % ring;
-            ok &= table_full(pool, bf16, entry, entry + 1);
+            uint64_t rows = n > ring ? KVD_PAGE_TOKENS
+                                     : length - g->sink - (from + i) * KVD_PAGE_TOKENS;
+            ok &= has_rows(pool, bf16, sink_pages + (from + i) % ring, rows);
         }
     }
     if (ok)
@@ -149,7 +161,8 @@ static int tally_entry(const struct kvd_pool *pool, uint32_t ns,
             continue;
         const struct region_extent *x = page_extent(pool, page);
         const struct region_slab *slab = x->slab == KVD_POOL_NONE ? NULL : &pool->slab[x->slab];
-        if (!slab || slab->ns != ns || slab->layout != layout || slab->plane != p)
+        if (!slab || slab->ns != ns || slab->layout != layout || slab->plane != p ||
+            !slab_has_whole(slab, page % pool->head->slots))
             return kvd_fail(err, KVD_E_CORRUPT, "page %u belongs to another slab than its block",
                             page);
         t->refs[page]++;
@@ -206,6 +219,23 @@ static int tally_index(const struct kvd_pool *pool, uint32_t ns, struct tally *t
 
 // -- extents and counters -----------------------------------------------------------------------
 
+// Of the page of an extent's slot: whether it says what references it has, and its bytes in use.
+static int check_slot(const struct kvd_pool *pool, const struct region_slab *s, uint32_t first,
+                      struct tally *t, uint64_t *bytes, struct kvd_error *err)
+{
+    *bytes = 0;
+    for (uint32_t page = first; page < first + slab_stride(s); page++) {
+        if (pool->page[page].refs != t->refs[page])
+            return kvd_fail(err, KVD_E_CORRUPT, "page %u has %u references and says %u", page,
+                            t->refs[page], pool->page[page].refs);
+        *bytes += pool->page[page].refs ? page_size(pool, page) : 0;
+        t->damaged += pool->page[page].refs && pool->sum[page] == KVD_SUM_DAMAGED;
+    }
+    if (s->row_bytes && parts_used(pool, first) == UINT32_MAX)
+        return kvd_fail(err, KVD_E_CORRUPT, "a part of page %u is in use twice", first);
+    return KVD_OK;
+}
+
 static int check_extent(const struct kvd_pool *pool, uint32_t x, struct tally *t,
                         struct kvd_error *err)
 {
@@ -213,29 +243,52 @@ static int check_extent(const struct kvd_pool *pool, uint32_t x, struct tally *t
     if (e->slab == KVD_POOL_NONE)
         return KVD_OK;
     const struct region_slab *slab = &pool->slab[e->slab];
+    uint32_t first = x * pool->head->slots, stride = slab_stride(slab);
     if (e->owner != slab->ns)
         return kvd_fail(err, KVD_E_CORRUPT,
                         "extent %u is marked with another namespace than its slab", x);
     uint32_t used = 0, returned = 0;
     for (uint32_t i = 0; i < e->carved; i++) {
-        uint32_t page = x * pool->head->slots + i;
-        if (pool->page[page].refs != t->refs[page])
-            return kvd_fail(err, KVD_E_CORRUPT, "page %u has %u references and says %u", page,
-                            t->refs[page], pool->page[page].refs);
-        used += pool->page[page].refs != 0;
-        t->damaged += pool->page[page].refs && pool->sum[page] == KVD_SUM_DAMAGED;
+        uint64_t bytes;
+        int rc = check_slot(pool, slab, first + i * stride, t, &bytes, err);
+        if (rc)
+            return rc;
+        used += bytes != 0;
+        t->used += bytes;
+        t->ns_used[slab->ns] += bytes;
+        t->free_bytes[e->slab] += bytes ? slab->page_bytes - bytes : 0;
     }
-    for (uint32_t i = e->free_slot; i != KVD_POOL_NONE;
-         i = pool->page[x * pool->head->slots + i].next)
+    for (uint32_t i = e->free_slot; i != KVD_POOL_NONE; i = pool->page[first + i * stride].next)
         if (++returned > e->carved)
             return kvd_fail(err, KVD_E_CORRUPT, "the slot list of extent %u has a cycle", x);
     if (used != e->used || used + returned != e->carved || e->carved > slab->slots)
         return kvd_fail(err, KVD_E_CORRUPT,
                         "extent %u: %u used, %u returned, %u carved, says %u used", x, used,
                         returned, e->carved, e->used);
-    t->used += used * slab->page_bytes;
-    t->ns_used[slab->ns] += used * slab->page_bytes;
     return KVD_OK;
+}
+
+// The lists of free parts have all that is free of pages that are in use in part, and nothing else.
+static int check_parts(const struct kvd_pool *pool, uint32_t x, const struct tally *t,
+                       struct kvd_error *err)
+{
+    const struct region_slab *s = &pool->slab[x];
+    uint64_t bytes = 0;
+    bool ok = true;
+    for (uint32_t i = 0; i < KVD_POOL_PARTS && s->layout != KVD_POOL_NONE; i++) {
+        uint32_t n = 0, previous = KVD_POOL_NONE;
+        for (uint32_t page = s->part[i]; ok && page != KVD_POOL_NONE; page = pool->page[page].next) {
+            ok = page_extent(pool, page)->slab == x && page_order(pool, page) == i + 1 &&
+                 !pool->page[page].refs && pool->page[page ^ 1].next == previous &&
+                 ++n <= s->parts[i];
+            bytes += s->page_bytes >> (i + 1);
+            previous = page;
+        }
+        ok &= n == s->parts[i];
+    }
+    if (ok && (s->layout == KVD_POOL_NONE || bytes == t->free_bytes[x]))
+        return KVD_OK;
+    return kvd_fail(err, KVD_E_CORRUPT, "the free parts of slab %u are not those in its lists", x);
 }
 
 static int compare(const struct kvd_pool *pool, const struct tally *t, struct kvd_error *err)
@@ -284,9 +337,11 @@ int kvd_pool_verify(const struct kvd_pool *pool, struct kvd_error *err)
     uint32_t *refs KVD_FREE = calloc((size_t)h->n_extents * h->slots, sizeof(*refs));
     uint64_t *sums KVD_FREE = calloc((size_t)h->max_namespaces * 4, sizeof(*sums));
     uint64_t *layouts KVD_FREE = calloc((size_t)h->max_layouts * 3, sizeof(*layouts));
-    if (!refs || !sums || !layouts)
+    uint64_t *parts KVD_FREE = calloc(h->max_slabs, sizeof(*parts));
+    if (!refs || !sums || !layouts || !parts)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     struct tally t = {.refs = refs,
+                      .free_bytes = parts,
                       .ns_used = sums,
                       .refs_of = layouts,
                       .idle_of = layouts + h->max_layouts,
@@ -302,5 +357,7 @@ int kvd_pool_verify(const struct kvd_pool *pool, struct kvd_error *err)
         rc = tally_index(pool, i, &t, err);
     for (uint32_t x = 0; x < h->n_extents && !rc; x++)
         rc = check_extent(pool, x, &t, err);
+    for (uint32_t x = 0; x < h->n_slabs && !rc; x++)
+        rc = check_parts(pool, x, &t, err);
     return rc ? rc : compare(pool, &t, err);
 }

@@ -17,8 +17,9 @@ enum {
     LAYOUTS = 4,
     LONGEST = 3000,
     EXTENT = 2 << 20,
-    EXTENTS = 14,
-    MAX_SEQUENCES = 40
+    EXTENTS = 32,
+    MAX_SEQUENCES = 40,
+    ROW = 2 * 64, // bytes of a row of a window's page, as the layouts' head_dims make it
 };
 
 struct model_seq {
@@ -26,7 +27,7 @@ struct model_seq {
     uint32_t ns, layout, holders;
     uint32_t pending, pending_layers; // tokens and layers of an unfinished append
     int name;                         // -1: none
-    bool used;
+    bool used, settled;
     uint64_t tokens[LONGEST]; // random marks
 };
 
@@ -48,7 +49,7 @@ struct model {
     struct kvd_layout shape[LAYOUTS];
     uint64_t page_bytes[LAYOUTS][KVD_MAX_PLANES][KVD_POOL_KINDS];
     struct model_seq seq[LIVE];
-    uint64_t rng, appended, refused, evicted, behind, wrecked;
+    uint64_t rng, appended, refused, evicted, behind, wrecked, parts, grown, settled;
 };
 
 static int mem_alloc(void *ctx, uint32_t index, uint64_t bytes, uint64_t *addr)
@@ -139,14 +140,22 @@ static uint64_t *cell(uint64_t page, uint32_t layer, uint64_t row)
     return (uint64_t *)(uintptr_t)page + (uint64_t)layer * KVD_PAGE_TOKENS + row % KVD_PAGE_TOKENS;
 }
 
+// Where kernels have it: rows of K, and of V behind them. The mark is in either.
+static uint64_t *row_cell(uint64_t page, uint32_t layer, uint64_t t)
+{
+    ck_assert(page != 0);
+    uint64_t rows = (2 * (uint64_t)layer + (t & 1)) * KVD_PAGE_TOKENS + t % KVD_PAGE_TOKENS;
+    return (uint64_t *)(uintptr_t)(page + rows * ROW);
+}
+
 static uint64_t *window_cell(const struct kvd_plane *g, const struct pages *p, uint32_t layer,
                              uint64_t t)
 {
     if (t < g->sink)
-        return cell(p->bf16[t / KVD_PAGE_TOKENS], layer, t);
+        return row_cell(p->bf16[t / KVD_PAGE_TOKENS], layer, t);
     uint64_t slot = (t - g->sink) % kvd_plane_ring(g);
     uint32_t sink_pages = (uint32_t)kvd_div_up(g->sink, KVD_PAGE_TOKENS);
-    return cell(p->bf16[sink_pages + slot / KVD_PAGE_TOKENS], layer, slot);
+    return row_cell(p->bf16[sink_pages + slot / KVD_PAGE_TOKENS], layer, slot);
 }
 
 static uint64_t *codec_cell(const struct kvd_plane *g, const struct pages *p, uint32_t layer,
@@ -189,14 +198,41 @@ static uint32_t layer_in_plane(const struct kvd_layout *l, uint32_t at)
     return n;
 }
 
+// A part is copied row by row, as what lies between is another's.
+static void copy_rows(struct model *m, const struct model_seq *s, const struct kvd_pool_change *c)
+{
+    uint8_t *to = (uint8_t *)(uintptr_t)kvd_pool_page_addr(m->pool, c->new_page);
+    const uint8_t *from = (uint8_t *)(uintptr_t)kvd_pool_page_addr(m->pool, c->old_page);
+    uint32_t rows = kvd_pool_page_rows(m->pool, c->old_page);
+    uint32_t sides = 2 * m->shape[s->layout].planes[c->plane].n_layers;
+    ck_assert_uint_le(rows, kvd_pool_page_rows(m->pool, c->new_page));
+    if (rows == KVD_PAGE_TOKENS)
+        memcpy(to, from, kvd_pool_page_bytes(m->pool, m->layout[s->layout], c->plane, c->kind));
+    for (uint32_t i = 0; i < sides && rows < KVD_PAGE_TOKENS; i++)
+        memcpy(to + (uint64_t)i * KVD_PAGE_TOKENS * ROW, from + (uint64_t)i * KVD_PAGE_TOKENS * ROW,
+               (uint64_t)rows * ROW);
+}
+
+// Whoever has said that it is to have whole pages keeps them where they are.
+static void check_change(struct model *m, const struct model_seq *s,
+                         const struct kvd_pool_change *c)
+{
+    bool had = c->old_page != KVD_POOL_NONE;
+    uint32_t rows = kvd_pool_page_rows(m->pool, c->new_page);
+    uint32_t had_rows = had ? kvd_pool_page_rows(m->pool, c->old_page) : 0;
+    m->parts += rows < KVD_PAGE_TOKENS;
+    m->grown += had && had_rows < rows;
+    ck_assert_uint_ge(rows, had_rows);
+    ck_assert(!s->settled || rows == KVD_PAGE_TOKENS);
+    ck_assert(!s->settled || !had || had_rows == KVD_PAGE_TOKENS);
+}
+
 static void run(struct model *m, const struct model_seq *s, const struct kvd_pool_append *a)
 {
     for (uint32_t i = 0; i < a->n_changes; i++) {
-        const struct kvd_pool_change *c = &a->changes[i];
-        if (c->old_page != KVD_POOL_NONE)
-            memcpy((void *)(uintptr_t)kvd_pool_page_addr(m->pool, c->new_page),
-                   (void *)(uintptr_t)kvd_pool_page_addr(m->pool, c->old_page),
-                   kvd_pool_page_bytes(m->pool, m->layout[s->layout], c->plane, c->kind));
+        check_change(m, s, &a->changes[i]);
+        if (a->changes[i].old_page != KVD_POOL_NONE)
+            copy_rows(m, s, &a->changes[i]);
     }
     for (uint32_t i = 0; i < a->by.layer_count; i++)
         store(m, s, a, a->by.layer_begin + i,
@@ -273,6 +309,7 @@ static void op_new(struct model *m)
     s->ns = m->ns[below(m, SPACES)];
     s->length = s->pending = s->pending_layers = 0;
     s->holders = 1;
+    s->settled = false;
     s->name = -1;
     s->used = kvd_pool_seq_new(m->pool, s->ns, m->layout[s->layout], &s->id, NULL) == 0;
 }
@@ -285,7 +322,7 @@ static void check_need(struct model *m, const struct kvd_pool_append *a,
     uint32_t pages = 0;
     kvd_pool_info(m->pool, &info);
     for (int p = 0; p < KVD_MAX_PLANES; p++)
-        pages += need->pages[p][0] + need->pages[p][1];
+        pages += need->pages[p][0] + need->pages[p][1] + need->parts[p][0] + need->parts[p][1];
     ck_assert_uint_le(a->n_changes, pages);
     if (evicted != m->evicted)
         return;
@@ -359,6 +396,7 @@ static void op_fork(struct model *m)
     m->doing.slot = (int)(c - m->seq);
     *c = *s;
     c->id = id;
+    c->settled = false;
     c->holders = 1;
     c->name = -1;
 }
@@ -442,6 +480,40 @@ static void op_hold(struct model *m)
     s->holders++;
 }
 
+static void op_settle(struct model *m)
+{
+    struct model_seq *s = pick(m, true);
+    struct kvd_pool_append a;
+    struct kvd_error err = {0};
+    if (!s || below(m, 3))
+        return;
+    begin(m, s);
+    bool whole = kvd_pool_seq_settle(m->pool, s->id);
+    int rc = whole ? KVD_OK : kvd_pool_settle_begin(m->pool, s->id, &a, &err);
+    ck_assert_msg(rc == 0 || rc == KVD_E_QUOTA || rc == KVD_E_FULL ||
+                      (rc == KVD_E_PRECONDITION && s->pending_layers),
+                  "%s", err.text);
+    if (rc) {
+        m->refused++;
+        return;
+    }
+    for (uint32_t i = 0; i < (whole ? 0 : a.n_changes); i++) {
+        copy_rows(m, s, &a.changes[i]);
+        if (m->storing)
+            m->storing(m);
+    }
+    if (!whole && below(m, 4) == 0) {
+        kvd_pool_append_abort(m->pool, &a);
+        ck_assert(!kvd_pool_seq_settle(m->pool, s->id));
+        return;
+    }
+    if (!whole)
+        kvd_pool_settle_commit(m->pool, &a);
+    ck_assert(kvd_pool_seq_settle(m->pool, s->id));
+    m->settled += !whole;
+    s->settled = true;
+}
+
 static void op_quota(struct model *m)
 {
     kvd_pool_set_quota(m->pool, m->ns[below(m, SPACES)],
@@ -452,7 +524,7 @@ static void model_step(struct model *m)
 {
     static void (*const ops[])(struct model *) = {
         op_new,     op_append,  op_append, op_append, op_append,   op_append, op_fork,  op_truncate,
-        op_publish, op_release, op_hold,   op_quota,  op_truncate, op_append, op_append};
+        op_publish, op_release, op_hold,   op_quota,  op_truncate, op_append, op_append, op_settle};
     ops[below(m, KVD_LEN(ops))](m);
 }
 
@@ -512,9 +584,10 @@ static void setup(struct model *m)
         m->shape[i] = random_layout(m);
         for (int p = 0; p < KVD_MAX_PLANES; p++)
             for (int k = 0; k < KVD_POOL_KINDS; k++)
-                m->page_bytes[i][p][k] =
-                    (uint64_t)m->shape[i].planes[p].n_layers * KVD_PAGE_TOKENS * 8 +
-                    ((uint64_t)below(m, 6) << 12);
+                m->page_bytes[i][p][k] = (uint64_t)m->shape[i].planes[p].n_layers *
+                                             KVD_PAGE_TOKENS *
+                                             (k == KVD_POOL_BF16 ? 2 * ROW : 8) +
+                                         ((uint64_t)below(m, 6) << 12);
     }
     hold_names(m);
 }

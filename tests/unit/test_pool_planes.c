@@ -34,7 +34,7 @@ static void wreck(struct model *m)
     free(taken);
     for (uint32_t i = 0; i < h->n_extents; i++) {
         NOISE(p->extent[i].used, p->extent[i].idle_since);
-        for (uint32_t j = 0; j < 64 && p->extent[i].slab != KVD_POOL_NONE; j++)
+        for (uint32_t j = 0; j < h->slots && p->extent[i].slab != KVD_POOL_NONE; j++)
             NOISE(p->page[i * h->slots + j], p->page[i * h->slots + j]);
     }
     for (uint32_t i = 0; i < h->n_slabs; i++)
@@ -81,11 +81,13 @@ START_TEST(random_planes)
             m.seq[i].used = false;
     }
     printf("%llu appends, %llu refused for room, %llu evictions, %llu truncations behind a window, "
-           "%llu times rebuilt\n",
+           "%llu times rebuilt, %llu parts of pages, %llu outgrown, %llu sequences settled\n",
            (unsigned long long)m.appended, (unsigned long long)m.refused,
            (unsigned long long)m.evicted, (unsigned long long)m.behind,
-           (unsigned long long)m.wrecked);
-    ck_assert(m.appended && m.refused && m.evicted && m.behind && m.wrecked);
+           (unsigned long long)m.wrecked, (unsigned long long)m.parts, (unsigned long long)m.grown,
+           (unsigned long long)m.settled);
+    ck_assert(m.appended && m.refused && m.evicted && m.behind && m.wrecked && m.parts && m.grown &&
+              m.settled);
 }
 END_TEST
 
