@@ -186,6 +186,9 @@ struct kvd_nonfinite {
 
 struct kvd_copy {
     uint64_t to, from, bytes; // addresses
+    // So many pieces of `bytes`, each `stride` bytes behind the one before, here and there. 0: one.
+    uint64_t stride;
+    uint32_t pieces;
 };
 
 // Memory of pages: whole ones, so that it is a multiple of KVD_PAGE_UNIT.

@@ -11,8 +11,9 @@ typedef int kvd_op_phase(struct kvd_daemon *d, struct kvd_work *w);
 
 struct kvd_op {
     enum kvd_kernel_op id; // in the metrics
-    bool writes;           // its sequences change: nobody else may use them meanwhile
+    bool writes;           // its sequences change
     bool own_items;        // they are made at its turn
+    bool copies_only;      // `run` is nothing but kvd_op_copy_pages: without copies, none runs
     uint32_t least_items, most_items;
     // Loop thread. Checks the request and notes sequences, tensors and parameters in the work. No
     // sequence is pinned yet, and nothing else has changed: an error is the answer.
@@ -134,10 +135,15 @@ static inline struct kvd_pages kvd_op_pages(const struct kvd_view *v)
     return (struct kvd_pages){v->pages, v->pages + v->n_bf16};
 }
 
+// -- copies.c: pages that are another's too, or a part that has become too small ------------------
+// Notes the copies that an append has to make. KVD_E_INTERNAL.
+int kvd_op_note_copies(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_pool_append *a,
+                       struct kvd_error *err);
+kvd_op_phase kvd_op_copy_pages;
+
 // -- op_append.c, for Step too ------------------------------------------------------------------
 int kvd_op_append_prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err);
-kvd_op_phase kvd_op_look_for_nonfinite, kvd_op_copy_pages, kvd_op_append_demote,
-    kvd_op_append_store;
+kvd_op_phase kvd_op_look_for_nonfinite, kvd_op_append_demote, kvd_op_append_store;
 void kvd_op_append_conclude(struct kvd_daemon *d, struct kvd_work *w, bool commit);
 // An item's part of the run that the executor is at.
 void kvd_op_append_fill(const struct kvd_work *w, const struct kvd_work_item *item,

@@ -32,28 +32,6 @@ static int check(struct kvd_work *w, struct kvd_session *s, const void *request,
 
 // -- pages --------------------------------------------------------------------------------------
 
-static int note_copies(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_pool_append *a,
-                       struct kvd_error *err)
-{
-    if (a->n_changes == 0)
-        return KVD_OK;
-    struct kvd_page_copy *grown = realloc(w->copies, (w->n_copies + a->n_changes) * sizeof(*grown));
-    if (!grown)
-        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    w->copies = grown;
-    for (uint32_t i = 0; i < a->n_changes; i++) {
-        const struct kvd_pool_change *c = &a->changes[i];
-        if (c->old_page == KVD_POOL_NONE)
-            continue;
-        w->copies[w->n_copies++] =
-            (struct kvd_page_copy){.to = kvd_pool_page_addr(d->pool, c->new_page),
-                                   .from = kvd_pool_page_addr(d->pool, c->old_page),
-                                   .bytes = kvd_pool_page_bytes(d->pool, w->layout, c->plane,
-                                                                (enum kvd_pool_kind)c->kind)};
-    }
-    return KVD_OK;
-}
-
 static int begin(struct kvd_daemon *d, struct kvd_work *w, uint32_t i, struct kvd_error *err)
 {
     struct kvd_work_item *item = &w->items[i];
@@ -74,7 +52,7 @@ static int begin(struct kvd_daemon *d, struct kvd_work *w, uint32_t i, struct kv
     }
     rc = kvd_op_note_pages(d, w, item, err);
     if (rc == KVD_OK && item->begun)
-        rc = note_copies(d, w, &item->append, err);
+        rc = kvd_op_note_copies(d, w, &item->append, err);
     if (rc == KVD_OK && item->begun)
         w->append_index[w->n_append++] = i;
     return rc;
@@ -180,20 +158,6 @@ int kvd_op_look_for_nonfinite(struct kvd_daemon *d, struct kvd_work *w)
     if (rc)
         return kvd_fail(&w->err, rc, "the new tokens could not be checked; nothing was stored");
     return KVD_OK;
-}
-
-int kvd_op_copy_pages(struct kvd_daemon *d, struct kvd_work *w)
-{
-    int rc = KVD_OK;
-    while (w->copied < w->n_copies && rc == KVD_OK) {
-        const struct kvd_page_copy *c = &w->copies[w->copied++];
-        const struct kvd_copy one = {c->to, c->from, c->bytes};
-        rc = d->backend->ops->copy(d->backend, &one, 1, &w->err);
-        w->job.slice.more = w->copied < w->n_copies;
-        if (kvd_slice_over(&w->job.slice))
-            break;
-    }
-    return rc;
 }
 
 static int append_part(struct kvd_daemon *d, struct kvd_work *w, enum kvd_append_part part)

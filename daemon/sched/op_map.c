@@ -2,6 +2,10 @@
 //
 // It waits in the queue of compute calls, so that no append is half done when it looks. Descriptors
 // go out before the reply.
+//
+// A worker's kernels may go on reading pages after kvd has stored more. A part of a page would not
+// stay where it is: it is given back, and may be another's, when the sequence outgrows it. So a
+// sequence that is mapped has whole pages from then on, and parts that it has are copied first.
 #include "daemon/sched/op.h"
 #include "daemon/session/fdsock.h"
 #include "daemon/session/memory.h"
@@ -125,6 +129,8 @@ static int check(struct kvd_work *w, struct kvd_session *s, const void *request,
                             w->items[i].seq);
         if (take_known(w, req->items[i], w->items[i].views, err))
             return kvd_fail_in(err, "items[%u]", i);
+        // Parts can only become fewer until its turn comes.
+        w->writes |= !kvd_pool_seq_settle(w->call->d->pool, w->items[i].seq);
     }
     return KVD_OK;
 }
@@ -144,7 +150,14 @@ static int note_item(struct kvd_daemon *d, struct kvd_work *w, struct kvd_work_i
         item->views[p].length = info.length;
         item->views[p].reach = info.reach[p];
     }
-    return kvd_op_note_pages(d, w, item, err);
+    int rc = KVD_OK;
+    if (w->writes && !kvd_pool_seq_settle(d->pool, item->seq)) {
+        rc = kvd_pool_settle_begin(d->pool, item->seq, &item->append, err);
+        item->begun = rc == KVD_OK;
+        if (rc == KVD_OK)
+            rc = kvd_op_note_copies(d, w, &item->append, err);
+    }
+    return rc ? rc : kvd_op_note_pages(d, w, item, err);
 }
 
 static int prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
@@ -154,6 +167,20 @@ static int prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *e
             return kvd_fail_in(err, "items[%u]", i);
     return KVD_OK;
 }
+
+static void conclude(struct kvd_daemon *d, struct kvd_work *w, bool commit)
+{
+    for (uint32_t i = 0; i < w->n_items; i++) {
+        struct kvd_work_item *item = &w->items[i];
+        if (item->begun && commit)
+            kvd_pool_settle_commit(d->pool, &item->append);
+        else if (item->begun)
+            kvd_pool_append_abort(d->pool, &item->append);
+        item->begun = false;
+    }
+}
+
+static kvd_op_phase *const run[] = {kvd_op_copy_pages, NULL};
 
 static int reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
 {
@@ -168,6 +195,9 @@ const struct kvd_op kvd_op_map = {.id = KVD_OP_MAP,
                                   .most_items = KVD_MAX_CALL_ITEMS,
                                   .check = check,
                                   .prepare = prepare,
+                                  .copies_only = true,
+                                  .run = run,
+                                  .conclude = conclude,
                                   .reply = reply};
 
 void kvd_on_map_sequences(struct kvd_call *call, const void *request)

@@ -21,6 +21,7 @@ struct kvd_work *kvd_work_new(struct kvd_call *call, const struct kvd_session *s
         return NULL;
     }
     w->op = op;
+    w->writes = op->writes;
     w->call = call;
     w->appender = s->appender;
     w->waiter.ns = s->ns;
@@ -86,7 +87,7 @@ static bool ready(struct kvd_daemon *d, struct kvd_waiter *waiter, uint64_t look
     bool free = true;
     for (uint32_t i = 0; i < w->n_items && free; i++) {
         const struct kvd_seq_use *use = &d->use[(uint32_t)w->items[i].seq];
-        free = use->wanted != look && !use->writer && !(w->op->writes && use->readers);
+        free = use->wanted != look && !use->writer && !(w->writes && use->readers);
     }
     for (uint32_t i = 0; i < w->n_items; i++)
         d->use[(uint32_t)w->items[i].seq].wanted = look;
@@ -97,7 +98,7 @@ static void lock(struct kvd_daemon *d, struct kvd_work *w, bool on)
 {
     for (uint32_t i = 0; i < w->n_items; i++) {
         struct kvd_seq_use *use = &d->use[(uint32_t)w->items[i].seq];
-        if (w->op->writes)
+        if (w->writes)
             use->writer = on;
         else
             use->readers += on ? 1 : -1u;
@@ -130,7 +131,7 @@ static void done(struct kvd_daemon *d, struct kvd_job *job)
     uint32_t ns = w->waiter.ns;
     if (job->rc == KVD_E_INTERNAL) // before a counter tells anybody to go on
         kvd_daemon_check_device(d);
-    if (w->op->run)
+    if (w->op->run && !w->op->copies_only)
         kvd_histogram_add(&d->metrics.kernel[w->op->id], job->ran_ns);
     if (job->abandoned)
         job->rc = kvd_fail(&w->err, KVD_E_UNAVAILABLE, "kvd is shutting down");
@@ -166,7 +167,7 @@ static void fail(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_erro
 // Whether nothing is wanted of the executor.
 static bool is_answered(const struct kvd_work *w)
 {
-    return !w->op->run && !w->n_checks;
+    return (!w->op->run || (w->op->copies_only && !w->n_copies)) && !w->n_checks;
 }
 
 // Takes its pages and hands it to the executor. Only the line calls this.
@@ -193,7 +194,7 @@ static void start(struct kvd_daemon *d, struct kvd_waiter *waiter)
         kvd_work_free(d, w);
         return;
     }
-    if (w->op->writes)
+    if (w->writes)
         kvd_memory_ahead(d);
     w->job.run = kvd_work_run;
     w->job.done = done;

@@ -51,11 +51,6 @@ struct kvd_run {
     uint32_t at;                       // the first of them among the call's
 };
 
-// A private copy that a shared page gets before it is written.
-struct kvd_page_copy {
-    uint64_t to, from, bytes;
-};
-
 // A block that an earlier kvd has left, to be compared with its checksum before it is used.
 struct kvd_work_check {
     struct kvd_pool_block block;
@@ -102,7 +97,7 @@ struct kvd_work {
     struct kvd_view *views;  // [items][the layout's planes]
     struct kvd_work_item *items;
     uint32_t n_items, pinned;
-    bool locked;
+    bool locked, writes; // writes: its sequences change: nobody else may use them meanwhile
     struct kvd_buffer **buffers; // referenced until done
     uint32_t n_buffers, cap_buffers;
     struct kvd_overlap *spans; // of its tensors in buffers, until it is checked
@@ -118,7 +113,7 @@ struct kvd_work {
     struct kvd_append_item *append_items;
     uint32_t *append_index; // item of each
     uint32_t n_append;
-    struct kvd_page_copy *copies;
+    struct kvd_copy *copies; // pages that are copied before they are written
     uint32_t n_copies;
     struct kvd_attend_item *attend_items;
     struct kvd_rotate_params rotate; // of all runs

@@ -257,8 +257,9 @@ static int copy(struct kvd_backend *b, const struct kvd_copy *copies, uint32_t n
     (void)b;
     (void)err;
     for (uint32_t i = 0; i < n; i++)
-        memcpy((void *)(uintptr_t)copies[i].to, (const void *)(uintptr_t)copies[i].from,
-               copies[i].bytes);
+        for (uint64_t at = 0, j = 0; j < KVD_MAX(copies[i].pieces, 1u); j++, at += copies[i].stride)
+            memcpy((void *)(uintptr_t)(copies[i].to + at),
+                   (const void *)(uintptr_t)(copies[i].from + at), copies[i].bytes);
     return KVD_OK;
 }
 

@@ -22,10 +22,16 @@ static int copy(struct kvd_backend *b, const struct kvd_copy *copies, uint32_t n
 {
     struct kvd_cuda *c = cuda_of(b);
     int rc = 0;
-    for (uint32_t i = 0; i < n && rc == 0; i++)
-        rc = cudaMemcpyAsync((void *)(uintptr_t)copies[i].to,
-                             (const void *)(uintptr_t)copies[i].from, copies[i].bytes,
-                             cudaMemcpyDefault, c->stream);
+    for (uint32_t i = 0; i < n && rc == 0; i++) {
+        const struct kvd_copy *one = &copies[i];
+        void *to = (void *)(uintptr_t)one->to;
+        const void *from = (const void *)(uintptr_t)one->from;
+        if (one->pieces > 1)
+            rc = cudaMemcpy2DAsync(to, one->stride, from, one->stride, one->bytes, one->pieces,
+                                   cudaMemcpyDefault, c->stream);
+        else
+            rc = cudaMemcpyAsync(to, from, one->bytes, cudaMemcpyDefault, c->stream);
+    }
     if (rc == 0)
         rc = cudaStreamSynchronize(c->stream);
     return kvd_cuda_status(rc, "copying pages", err);

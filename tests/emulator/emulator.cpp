@@ -544,6 +544,15 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaM
     return on_stream(stream, [=] { memmove(to, from, bytes); });
 }
 
+cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
+                              size_t height, enum cudaMemcpyKind, cudaStream_t stream)
+{
+    return on_stream(stream, [=] {
+        for (size_t i = 0; i < height; i++)
+            memmove((char *)to + i * to_pitch, (const char *)from + i * from_pitch, width);
+    });
+}
+
 cudaError_t cudaMemset(void *to, int value, size_t bytes)
 {
     memset(to, value, bytes);

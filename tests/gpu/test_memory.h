@@ -34,6 +34,30 @@ static void many_sums(uint64_t at, uint64_t bytes)
     free(now);
 }
 
+// Rows of a part of a page: what lies between them stays as it is.
+static void copy_pieces(uint64_t at)
+{
+    enum { PIECES = 6, STRIDE = 2048, BYTES = 512, WORDS = PIECES * STRIDE / 4 };
+    static uint32_t from[WORDS], to[WORDS];
+    struct kvd_copy copy = {.to = at + (1 << 20),
+                            .from = at + (2 << 20) + BYTES,
+                            .bytes = BYTES,
+                            .stride = STRIDE,
+                            .pieces = PIECES};
+    bool right = true;
+    for (uint32_t i = 0; i < WORDS; i++) {
+        from[i] = i + 1;
+        to[i] = ~i;
+    }
+    upload((void *)(uintptr_t)(copy.from - BYTES), from, sizeof(from));
+    upload((void *)(uintptr_t)copy.to, to, sizeof(to));
+    result(cuda->ops->copy(cuda, &copy, 1, NULL) == 0, "copy of pieces");
+    cudaMemcpy(to, (void *)(uintptr_t)copy.to, sizeof(to), cudaMemcpyDeviceToHost);
+    for (uint32_t i = 0; i < WORDS; i++)
+        right &= to[i] == (i % (STRIDE / 4) < BYTES / 4 ? from[i + BYTES / 4] : ~i);
+    result(right, "pieces, and nothing else");
+}
+
 static void memory(void)
 {
     uint64_t bytes = 4 << 20;
@@ -52,9 +76,9 @@ static void memory(void)
     second = sum_of(at, bytes);
     result(first == 5 * 2049 + 7 * 2051 && first != second, "checksum");
     many_sums(at, bytes);
-    struct kvd_copy copies[2] = {{at, at + 4096, 4096}};
+    struct kvd_copy copies[2] = {{.to = at, .from = at + 4096, .bytes = 4096}};
     uint8_t *host = aligned_alloc(4096, 8192);
-    copies[1] = (struct kvd_copy){(uintptr_t)host + 4096, at + 4096, 4096};
+    copies[1] = (struct kvd_copy){.to = (uintptr_t)host + 4096, .from = at + 4096, .bytes = 4096};
     result(ops->host_pin(cuda, host, 8192, &err) == 0, "host memory is pinned");
     result(ops->copy(cuda, copies, 2, NULL) == 0, "copy");
     uint32_t got = 0;
@@ -65,6 +89,7 @@ static void memory(void)
     free(host);
     cudaMemcpy(&got, (void *)(uintptr_t)at, 4, cudaMemcpyDeviceToHost);
     result(got == 7, "copied");
+    copy_pieces(at);
     result(ops->extent_zero(cuda, arena, 1, &err) == 0, "extent_zero");
     result(sum_of(at, bytes) == 0, "zeroed memory is zero");
     // An export keeps the memory alive beside what takes its place.
