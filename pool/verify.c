@@ -113,8 +113,8 @@ static int check_pages(const struct kvd_pool *pool, const struct region_seq *s, 
         uint64_t from = (r->hist_end - g->sink) / KVD_PAGE_TOKENS;
         uint64_t n = (length - 1 - g->sink) / KVD_PAGE_TOKENS - from + 1;
         for (uint64_t i = 0; i < KVD_MIN(n, ring); i++) {
-            uint64_t rows = n > ring ? KVD_PAGE_TOKENS
-                                     : length - g->sink - (from + i) * KVD_PAGE_TOKENS;
+            uint64_t rows =
+                n > ring ? KVD_PAGE_TOKENS : length - g->sink - (from + i) * KVD_PAGE_TOKENS;
             ok &= has_rows(pool, bf16, sink_pages + (from + i) % ring, rows);
         }
     }
@@ -277,7 +277,8 @@ static int check_parts(const struct kvd_pool *pool, uint32_t x, const struct tal
     bool ok = true;
     for (uint32_t i = 0; i < KVD_POOL_PARTS && s->layout != KVD_POOL_NONE; i++) {
         uint32_t n = 0, previous = KVD_POOL_NONE;
-        for (uint32_t page = s->part[i]; ok && page != KVD_POOL_NONE; page = pool->page[page].next) {
+        for (uint32_t page = s->part[i]; ok && page != KVD_POOL_NONE;
+             page = pool->page[page].next) {
             ok = page_extent(pool, page)->slab == x && page_order(pool, page) == i + 1 &&
                  !pool->page[page].refs && pool->page[page ^ 1].next == previous &&
                  ++n <= s->parts[i];

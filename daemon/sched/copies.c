@@ -1,5 +1,5 @@
-// Copies of pages, which the executor makes before an append writes: of one that others have too, or
-// of a part that has become too small.
+// Copies of pages, which the executor makes before an append writes: of one that others have too,
+// or of a part that has become too small.
 #include "daemon/sched/op.h"
 
 // K and V of a tile are of one length where pages are given in parts, and all tiles lie side by
@@ -12,8 +12,7 @@ static struct kvd_copy copy_of(struct kvd_daemon *d, const struct kvd_work *w,
     struct kvd_copy copy = {
         .to = kvd_pool_page_addr(d->pool, c->new_page),
         .from = kvd_pool_page_addr(d->pool, c->old_page),
-        .bytes =
-            kvd_pool_page_bytes(d->pool, w->layout, c->plane, (enum kvd_pool_kind)c->kind)};
+        .bytes = kvd_pool_page_bytes(d->pool, w->layout, c->plane, (enum kvd_pool_kind)c->kind)};
     if (rows == KVD_PAGE_TOKENS)
         return copy;
     copy.pieces = 2 * g->n_layers * g->kv_heads;

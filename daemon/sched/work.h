@@ -97,7 +97,7 @@ struct kvd_work {
     struct kvd_view *views;  // [items][the layout's planes]
     struct kvd_work_item *items;
     uint32_t n_items, pinned;
-    bool locked, writes; // writes: its sequences change: nobody else may use them meanwhile
+    bool locked, writes;         // writes: its sequences change: nobody else may use them meanwhile
     struct kvd_buffer **buffers; // referenced until done
     uint32_t n_buffers, cap_buffers;
     struct kvd_overlap *spans; // of its tensors in buffers, until it is checked

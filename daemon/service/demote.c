@@ -116,9 +116,8 @@ static bool copy_batch(struct kvd_daemon *d, struct kvd_job *job)
                 it->no_room = true;
                 continue;
             }
-            const struct kvd_copy one = {.to = (uintptr_t)it->copy[p]->payload,
-                                         .from = from->addr,
-                                         .bytes = from->bytes};
+            const struct kvd_copy one = {
+                .to = (uintptr_t)it->copy[p]->payload, .from = from->addr, .bytes = from->bytes};
             job->rc = d->backend->ops->copy(d->backend, &one, 1, &err);
             if (job->rc)
                 return false;

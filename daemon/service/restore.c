@@ -470,9 +470,8 @@ static bool copy(struct kvd_daemon *d, struct kvd_job *job)
                 const struct kvd_blocks_page *to = &s->load.plane[p];
                 if (to->page == KVD_POOL_NONE)
                     continue;
-                copies[n++] = (struct kvd_copy){.to = to->addr,
-                                                .from = (uintptr_t)s->got[p]->payload,
-                                                .bytes = to->bytes};
+                copies[n++] = (struct kvd_copy){
+                    .to = to->addr, .from = (uintptr_t)s->got[p]->payload, .bytes = to->bytes};
                 bytes += to->bytes;
             }
         }

@@ -522,9 +522,10 @@ static void op_quota(struct model *m)
 
 static void model_step(struct model *m)
 {
-    static void (*const ops[])(struct model *) = {
-        op_new,     op_append,  op_append, op_append, op_append,   op_append, op_fork,  op_truncate,
-        op_publish, op_release, op_hold,   op_quota,  op_truncate, op_append, op_append, op_settle};
+    static void (*const ops[])(struct model *) = {op_new,      op_append,  op_append, op_append,
+                                                  op_append,   op_append,  op_fork,   op_truncate,
+                                                  op_publish,  op_release, op_hold,   op_quota,
+                                                  op_truncate, op_append,  op_append, op_settle};
     ops[below(m, KVD_LEN(ops))](m);
 }
 
@@ -585,8 +586,7 @@ static void setup(struct model *m)
         for (int p = 0; p < KVD_MAX_PLANES; p++)
             for (int k = 0; k < KVD_POOL_KINDS; k++)
                 m->page_bytes[i][p][k] = (uint64_t)m->shape[i].planes[p].n_layers *
-                                             KVD_PAGE_TOKENS *
-                                             (k == KVD_POOL_BF16 ? 2 * ROW : 8) +
+                                             KVD_PAGE_TOKENS * (k == KVD_POOL_BF16 ? 2 * ROW : 8) +
                                          ((uint64_t)below(m, 6) << 12);
     }
     hold_names(m);

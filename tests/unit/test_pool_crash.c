@@ -206,6 +206,26 @@ START_TEST(kill_points)
 }
 END_TEST
 
+// Parts of pages, which are outgrown and settled more often than chance would have it.
+START_TEST(parts_of_pages)
+{
+    static void (*const ops[])(struct model *) = {op_new,  op_append,   op_append, op_settle,
+                                                  op_fork, op_truncate, op_release};
+    struct model *m = durable_model("parts_of_pages");
+    m->storing = storing;
+    kvd_pool_kill_point = look;
+    for (int i = 0; i < 20000 && (m->settled < 8 || m->grown < 8); i++) {
+        looked_at = m;
+        ops[below(m, KVD_LEN(ops))](m);
+        m->doing.slot = -1;
+        looked_at = NULL;
+    }
+    check_all(m);
+    ck_assert(m->settled >= 8 && m->grown >= 8);
+    kvd_pool_free(&m->pool);
+}
+END_TEST
+
 // -- processes that are killed ------------------------------------------------------------------
 
 static void child(struct model *m)
@@ -430,4 +450,5 @@ START_TEST(refusals)
 }
 END_TEST
 
-KVD_MAIN("pool_crash", 600, kill_points, killed_processes, damaged_regions, refusals)
+KVD_MAIN("pool_crash", 600, kill_points, parts_of_pages, killed_processes, damaged_regions,
+         refusals)

@@ -89,8 +89,8 @@ static uint32_t rows_for(uint32_t length)
 
 START_TEST(what_short_sequences_take)
 {
-    static const uint32_t known[][2] = {{1, 16},   {16, 16},  {17, 32},   {25, 32},   {33, 64},
-                                        {64, 64},  {65, 80},  {81, 96},   {97, 128},  {100, 128},
+    static const uint32_t known[][2] = {{1, 16},    {16, 16},   {17, 32},  {25, 32},  {33, 64},
+                                        {64, 64},   {65, 80},   {81, 96},  {97, 128}, {100, 128},
                                         {129, 144}, {200, 208}, {320, 320}};
     struct fixture f = usual(16);
     uint64_t grown = new_seq(&f);
@@ -321,8 +321,7 @@ START_TEST(no_row_is_anothers)
     uint64_t s = new_seq(&f);
     append(&f, s, 40);
     append(&f, new_seq(&f), 10);
-    uint32_t *page =
-        &f.pool->block[seq_find(f.pool, s)->table[0][KVD_POOL_BF16].first].page[0];
+    uint32_t *page = &f.pool->block[seq_find(f.pool, s)->table[0][KVD_POOL_BF16].first].page[0];
     *page += 4;
     ck_assert_int_eq(kvd_pool_rebuild(f.pool, &f.err), 0);
     ck_assert_int_eq(kvd_pool_verify(f.pool, &f.err), KVD_E_CORRUPT);

@@ -34,7 +34,7 @@ static void wreck(struct model *m)
     free(taken);
     for (uint32_t i = 0; i < h->n_extents; i++) {
         NOISE(p->extent[i].used, p->extent[i].idle_since);
-        for (uint32_t j = 0; j < h->slots && p->extent[i].slab != KVD_POOL_NONE; j++)
+        for (uint32_t j = 0; j < h->slots; j++)
             NOISE(p->page[i * h->slots + j], p->page[i * h->slots + j]);
     }
     for (uint32_t i = 0; i < h->n_slabs; i++)
