@@ -331,9 +331,12 @@ int cmd_calib_hadamard(struct kvctl *k)
     return rc ? kvctl_fail(&err) : EXIT_OK;
 }
 
-// Of a report of `calib eval --json`, what it says of the set with this digest. NULL with *err.
-static json_t *evaluation_of(const char *path, const char *digest, struct kvd_error *err)
+// Of a report of `calib eval --json`, what it says of this set: with int2, or in the codec that its
+// transforms are for. NULL with *err.
+static json_t *evaluation_of(const char *path, const struct kvd_rotset *s, struct kvd_error *err)
 {
+    const char *digest = s->digest;
+    const char *in = s->transforms ? kvd_codec_name(s->transforms->codec) : "int2";
     json_error_t je;
     json_t *report = json_load_file(path, JSON_REJECT_DUPLICATES, &je), *set, *found = NULL;
     static const char *const terms[] = {"context", "queries", "sink", "recent"};
@@ -348,7 +351,7 @@ static json_t *evaluation_of(const char *path, const char *digest, struct kvd_er
     {
         const char *of = json_string_value(json_object_get(set, "digest"));
         const char *codec = json_string_value(json_object_get(set, "codec"));
-        if (found || !of || strcmp(of, digest) != 0 || !codec || strcmp(codec, "int2") != 0)
+        if (found || !of || strcmp(of, digest) != 0 || !codec || strcmp(codec, in) != 0)
             continue;
         found = json_object();
         json_object_set(found, "bits", json_object_get(set, "bits"));
@@ -377,7 +380,7 @@ int cmd_calib_publish(struct kvctl *k)
     struct kvd_rotset *set = kvd_rotset_open(k->arguments[0], &err);
     if (set && !*set->digest) // no native file: one is made, which says what model it is of
         snprintf(set->model, sizeof(set->model), "%.*s", (int)strcspn(name, "@"), name);
-    json_t *evaluation = set && report ? evaluation_of(report, set->digest, &err) : NULL;
+    json_t *evaluation = set && report ? evaluation_of(report, set, &err) : NULL;
     int rc = set && !err.code ? publish(k, directory, set, name, k->arguments[0], evaluation, &err)
                               : err.code;
     if (rc == KVD_OK)

@@ -360,6 +360,12 @@ def test_a_report_goes_into_the_manifest(tmp_path):
                        capture_output=True, text=True)
     assert r.returncode == 1 and "says nothing of the set sha256:" in r.stderr
     assert "v2" not in json.loads((store / "models/m.json").read_text())["tags"]
+    kvctl("fit", SMOLLM2, tmp_path / "tc2", "--codec", "tc2", "--model", "m")
+    report.write_text(kvctl("eval", SMOLLM2, tmp_path / "tc2", "--json", "-c", CONTEXT, "--codecs", "tc2,int2"))
+    subprocess.run([KVCTL, "--store", store, "calib", "publish", tmp_path / "tc2", "m@tc2", report], check=True)
+    entry = json.loads((store / "models/m.json").read_text())["tags"]["tc2"]["evaluation"]
+    of = next(s for s in json.loads(report.read_text())["sets"] if s["name"] == "tc2 tc2")
+    assert entry["bits"] == 2.25 and entry["windows"]["output_error"] == of["windows"]["output_error"]
 
 
 def test_fitted_clips_are_the_best_of_their_list(tmp_path):
