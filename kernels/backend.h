@@ -190,6 +190,7 @@ struct kvd_copy {
     uint64_t stride;
     uint32_t pieces;
 };
+enum { KVD_COPIES_AT_ONCE = 3 };
 
 // Memory of pages: whole ones, so that it is a multiple of KVD_PAGE_UNIT.
 struct kvd_span {
@@ -303,6 +304,12 @@ struct kvd_backend_ops {
     // Copies bytes of pages to other pages, or from or to host memory. All done when it returns.
     int (*copy)(struct kvd_backend *b, const struct kvd_copy *copies, uint32_t n,
                 struct kvd_error *err);
+    // The same in parts, of which some are under way while others are begun; not ordered among
+    // themselves, nor with other operations. `which` < KVD_COPIES_AT_ONCE names what is under way:
+    // it is ended before it is begun again, also where beginning failed.
+    int (*copy_begin)(struct kvd_backend *b, const struct kvd_copy *copies, uint32_t n,
+                      uint32_t which, struct kvd_error *err);
+    int (*copy_end)(struct kvd_backend *b, uint32_t which, struct kvd_error *err);
     // Checksums of pages where they are, out[i] that of pages[i]: kvd_words_sum. Any thread, beside
     // the other operations, which it gives way to. NULL on the CPU, where everybody can read pages.
     int (*sums)(struct kvd_backend *b, const struct kvd_span *pages, uint32_t n, uint64_t *out,

@@ -51,6 +51,7 @@ struct kvd_session;
 struct kvd_spare;
 struct kvd_steps;
 struct kvd_tiers;
+struct kvd_uploads;
 struct kvd_user;
 struct kvd_users;
 struct kvd_work;
@@ -96,6 +97,7 @@ struct kvd_daemon {
     struct kvd_seq_use *use; // by sequence index
     struct kvd_rpc *rpc;
     struct kvd_exec *exec;
+    struct kvd_uploads *uploads;
     struct kvd_queue *queue;
     struct kvd_fences *fences;
     struct kvd_fetch *downloads; // those that run, and after them those that wait

@@ -6,25 +6,22 @@
 // Fetching is a window of blocks that goes over the prompt: blocks are got from the tiers in
 // whatever order they come, verified there, and enter the index in the prompt's order, as each
 // comes behind the one before it. The executor copies them into new pages, in the session's
-// namespace's turn. Pages go the same way, but what does not come of them is left out, as none
-// needs those before it. Of several that lack the same block one fetches, and the others wait for
-// it and look again. A namespace has at most its part of those that run.
+// namespace's turn, one after the other as they come (sched/upload.h). Pages go the same way, but
+// what does not come of them is left out, as none needs those before it. Of several that lack the
+// same block one fetches, and the others wait for it and look again. A namespace has at most its
+// part of those that run.
 #include "daemon/service/restore.h"
 
 #include <utlist.h>
 
 #include "daemon/core/lifecycle.h"
-#include "daemon/sched/exec.h"
+#include "daemon/sched/upload.h"
 #include "daemon/service/layout.h"
 
 enum {
     MOST_RUNNING = 32,
     MOST_OF_NAMESPACE = 8,
-    LOOKED = 256, // keys at a time
-    JOBS = 2,     // of one restore, so that the executor does not wait for the loop
-    BATCH = 32,   // blocks in a job
-    BATCH_BYTES = 16 << 20,
-    COPIED_BYTES = 4 << 20,  // at once, between looks at the clock
+    LOOKED = 256,            // keys at a time
     FLYING_BYTES = 64 << 20, // of one restore
     FLYING_LEAST = 8 << 20,  // that it may have whatever others have
     FLYING_OF_ALL = 256 << 20,
@@ -50,13 +47,6 @@ struct slot {
     struct kvd_blocks_load load; // its pages
 };
 
-struct copying {
-    struct kvd_job job; // first
-    struct kvd_restore *of;
-    uint32_t begin, n, at; // slots
-    bool done, good;
-};
-
 struct kvd_restore {
     struct kvd_daemon *d;
     struct kvd_restore_ask ask;
@@ -64,10 +54,10 @@ struct kvd_restore {
     void *ctx;
     struct kvd_restore_answer answer;
     enum state state;
-    bool asked;     // tiers: LOOKS waits for them
-    bool ended;     // by its owner; it goes when `users` is 0
-    uint32_t users; // what will call back
-    uint64_t until_ms, begun_ns;
+    bool asked;                              // tiers: LOOKS waits for them
+    bool ended;                              // by its owner; it goes when `users` is 0
+    uint32_t users;                          // what will call back
+    uint64_t until_ms, begun_ns, fetched_ns; // began to look, and to fetch
     const struct kvd_layout *layout;
     uint8_t digest[32]; // of it
     uint32_t planes;
@@ -78,13 +68,14 @@ struct kvd_restore {
     uint32_t looked; // blocks
     struct slot *slots;
     uint32_t front, next, to; // blocks: not back yet, not asked for yet, as far as it will go
-    uint64_t flying;          // bytes
-    struct kvd_blocks_at at;  // behind which the next one comes
-    uint32_t *held, n_held;   // of pages: entries of those that are back
-    // Jobs of the executor, the oldest first: blocks are taken in in the prompt's order.
-    struct copying copying[JOBS];
-    uint32_t oldest, copies;
-    uint32_t sent; // blocks that are back, or in a job
+    // Blocks: not given to the upload yet, and not come from there yet. Behind one that is not good
+    // `front` stays, and those that come are put down.
+    uint32_t sent, come;
+    uint32_t uploaded;       // pieces of the upload that have come
+    uint64_t flying;         // bytes
+    struct kvd_blocks_at at; // behind which the next one comes
+    uint32_t *held, n_held;  // of pages: entries of those that are back
+    struct kvd_upload *upload;
     struct kvd_fair_flow flow;
     struct kvd_restore *prev, *next_one;
 };
@@ -97,6 +88,7 @@ struct kvd_restores {
     uint64_t flying; // bytes
     uint64_t blocks[KVD_TIERS_MOST], bytes, missed, followed;
     struct kvd_histogram seconds;
+    uint64_t looks_ns, copies_ns, waits_ns;
 };
 
 static void on_idle(uv_idle_t *idle);
@@ -137,6 +129,7 @@ static void let_go(struct kvd_restore *r)
     free(r->keys);
     free(r->slots);
     free(r->held);
+    kvd_upload_free(&r->upload);
     free(r);
 }
 
@@ -164,13 +157,24 @@ static void stop_running(struct kvd_restore *r, enum state state)
     wake(r->d);
 }
 
-static void finish(struct kvd_restore *r)
+// Where the time went of one that has fetched.
+static void count_time(const struct kvd_restore *r)
 {
     struct kvd_restores *all = r->d->restores;
+    uint64_t now = uv_hrtime(), fetching = now - r->fetched_ns;
+    uint64_t copying = kvd_upload_ran_ns(r->upload);
+    kvd_histogram_add(&all->seconds, now - r->begun_ns);
+    all->looks_ns += r->fetched_ns - r->begun_ns;
+    all->copies_ns += copying;
+    all->waits_ns += fetching > copying ? fetching - copying : 0;
+}
+
+static void finish(struct kvd_restore *r)
+{
     if (r->state == DONE)
         return;
     if (r->state == FETCHES)
-        kvd_histogram_add(&all->seconds, uv_hrtime() - r->begun_ns);
+        count_time(r);
     stop_running(r, DONE);
     r->done(r->ctx, &r->answer);
 }
@@ -185,8 +189,8 @@ void kvd_restore_end(struct kvd_restore **restore)
     DL_DELETE2(all->all, r, prev, next_one);
     if (!all->all)
         uv_timer_stop(&all->timer);
-    for (uint32_t i = 0; i < r->copies; i++)
-        kvd_exec_cancel(&r->copying[(r->oldest + i) % JOBS].job);
+    if (r->upload)
+        kvd_upload_cancel(r->upload);
     r->ended = true;
     r->users++;
     leave(r);
@@ -348,6 +352,14 @@ static bool follows(const struct kvd_restore *r)
 }
 
 static void pump(struct kvd_restore *r);
+static void moved(void *ctx, bool ended, int rc);
+
+static bool begin_upload(struct kvd_restore *r)
+{
+    if (!r->upload)
+        r->upload = kvd_upload_new(r->d, r->ask.space.ns, &r->flow, moved, r);
+    return r->upload;
+}
 
 static void plan(struct kvd_restore *r)
 {
@@ -375,12 +387,15 @@ static void plan(struct kvd_restore *r)
     } else if (follows(r)) {
         all->followed++;
         r->state = FOLLOWS;
+    } else if (!begin_upload(r)) {
+        finish(r);
     } else if (!r->ask.pages &&
                kvd_blocks_behind(r->d->pool, &r->ask.space, r->ask.keys, r->front, &r->at, NULL)) {
         finish(r);
     } else {
         r->state = FETCHES;
-        r->next = r->sent = r->front;
+        r->fetched_ns = uv_hrtime();
+        r->next = r->sent = r->come = r->front;
         r->answer.begin = r->answer.end = KVD_MAX(r->front, r->known);
         pump(r);
     }
@@ -453,35 +468,6 @@ static void get_more(struct kvd_restore *r)
     }
 }
 
-// Executor.
-static bool copy(struct kvd_daemon *d, struct kvd_job *job)
-{
-    struct copying *c = (struct copying *)job;
-    struct kvd_error err = {0};
-    while (c->at < c->n) {
-        struct kvd_copy copies[BATCH * KVD_MAX_PLANES];
-        uint32_t n = 0;
-        uint64_t bytes = 0;
-        if (kvd_slice_over(&job->slice))
-            return !atomic_load(&job->cancelled);
-        for (; c->at < c->n && bytes < COPIED_BYTES; c->at++) {
-            const struct slot *s = &c->of->slots[c->begin + c->at];
-            for (uint32_t p = 0; p < KVD_MAX_PLANES; p++) {
-                const struct kvd_blocks_page *to = &s->load.plane[p];
-                if (to->page == KVD_POOL_NONE)
-                    continue;
-                copies[n++] = (struct kvd_copy){
-                    .to = to->addr, .from = (uintptr_t)s->got[p]->payload, .bytes = to->bytes};
-                bytes += to->bytes;
-            }
-        }
-        job->rc = d->backend->ops->copy(d->backend, copies, n, &err);
-        if (job->rc)
-            return false;
-    }
-    return false;
-}
-
 // What was got for a slot is used, or not wanted.
 static void empty_slot(struct kvd_restore *r, struct slot *s, bool good)
 {
@@ -520,94 +506,81 @@ static void count_back(struct kvd_restore *r, const struct slot *s)
     all->blocks[s->tier] += s->planes != 0;
 }
 
-// Takes in what a job has copied. What is behind a block that did not come is not taken in.
-static void take_in(struct kvd_restore *r, struct copying *c)
+// Takes in a block that has come, or was given up. What is behind one that is not good is not taken
+// in.
+static void take_in(struct kvd_restore *r, bool copied)
 {
-    struct kvd_daemon *d = r->d;
-    bool good = c->good && r->state == FETCHES && c->begin == r->front;
-    for (uint32_t i = 0; i < c->n; i++) {
-        struct slot *s = &r->slots[c->begin + i];
-        empty_slot(r, s, good);
-        good = good && bring_back(r, s);
-        if (good)
-            count_back(r, s);
-        else
-            kvd_blocks_put_down(d->pool, &s->load);
-    }
-    if (!good)
+    struct slot *s = &r->slots[r->come];
+    bool good = copied && r->state == FETCHES && r->come == r->front;
+    empty_slot(r, s, good);
+    good = good && bring_back(r, s);
+    r->come++;
+    if (good) {
+        count_back(r, s);
+    } else {
+        kvd_blocks_put_down(r->d->pool, &s->load);
         r->to = KVD_MIN(r->to, r->front);
+    }
 }
 
-static void copied(struct kvd_daemon *d, struct kvd_job *job)
+static void moved(void *ctx, bool ended, int rc)
 {
-    struct copying *c = (struct copying *)job;
-    struct kvd_restore *r = c->of;
-    c->good = c->at == c->n && !job->rc && !job->abandoned;
-    c->done = true;
-    for (; r->copies && r->copying[r->oldest].done; r->copies--) {
-        take_in(r, &r->copying[r->oldest]);
-        r->oldest = (r->oldest + 1) % JOBS;
-    }
-    if (job->rc)
-        kvd_daemon_check_device(d);
-    kvd_daemon_work_end(d);
+    struct kvd_restore *r = ctx;
+    (void)rc; // it was told where it was found
+    for (uint32_t n = kvd_upload_done(r->upload); r->uploaded != n; r->uploaded++)
+        take_in(r, true);
+    while (ended && r->come < r->sent)
+        take_in(r, false);
     if (r->state == FETCHES)
         pump(r);
-    leave(r);
+    if (ended)
+        leave(r);
 }
 
-// Takes pages for the next blocks that are here. False: there is no room for the first of them.
-static bool take_pages(struct kvd_restore *r, struct copying *c)
+// Takes pages for the next block that is here, and has it copied. False: there is none, or no room.
+static bool send_next(struct kvd_restore *r)
 {
-    uint64_t bytes = 0;
-    for (uint32_t b = r->sent; b < r->to && c->n < BATCH && bytes < BATCH_BYTES; b++) {
-        struct slot *s = &r->slots[b];
-        if (b >= r->next || s->left)
-            break;
-        if (kvd_blocks_new_pages(r->d->pool, &r->ask.space, &r->ask.keys[b], b, s->planes, &s->load,
-                                 NULL)) {
-            r->to = b;
-            break;
-        }
-        for (uint32_t p = 0; p < r->planes; p++)
-            bytes += s->load.plane[p].bytes;
-        c->n++;
-    }
-    return c->n;
-}
-
-// False: there is nothing to copy now.
-static bool copy_more(struct kvd_restore *r)
-{
-    struct copying *c = &r->copying[(r->oldest + r->copies) % JOBS];
-    while (!r->copies && r->ask.pages && r->front < r->next && !r->slots[r->front].planes &&
-           !r->slots[r->front].left) {
-        empty_slot(r, &r->slots[r->front++], false);
-        r->sent = r->front;
-    }
-    *c = (struct copying){.of = r, .begin = r->sent};
-    if (!take_pages(r, c))
+    struct kvd_copy copies[KVD_MAX_PLANES];
+    struct slot *s = &r->slots[r->sent];
+    uint32_t n = 0;
+    if (r->sent >= KVD_MIN(r->next, r->to) || s->left || !kvd_upload_has_room(r->upload))
         return false;
-    c->job.run = copy;
-    c->job.done = copied;
-    c->job.fair.tenant = r->ask.space.ns;
-    c->job.fair.flow = &r->flow;
-    r->sent += c->n;
-    r->copies++;
-    r->users++;
-    kvd_daemon_work_begin(r->d);
-    kvd_exec_submit(r->d, &c->job);
+    if (kvd_blocks_new_pages(r->d->pool, &r->ask.space, &r->ask.keys[r->sent], r->sent, s->planes,
+                             &s->load, NULL)) {
+        r->to = r->sent;
+        return false;
+    }
+    for (uint32_t p = 0; p < r->planes; p++) {
+        const struct kvd_blocks_page *to = &s->load.plane[p];
+        if (to->page != KVD_POOL_NONE)
+            copies[n++] = (struct kvd_copy){
+                .to = to->addr, .from = (uintptr_t)s->got[p]->payload, .bytes = to->bytes};
+    }
+    r->users += !kvd_upload_runs(r->upload);
+    kvd_upload_add(r->upload, copies, n);
+    r->sent++;
     return true;
+}
+
+// Of pages, those that are not wanted or did not come are left out before the next one is sent.
+static void leave_out(struct kvd_restore *r)
+{
+    while (r->ask.pages && r->come == r->sent && r->sent < r->next && !r->slots[r->sent].planes &&
+           !r->slots[r->sent].left) {
+        empty_slot(r, &r->slots[r->front++], false);
+        r->sent = r->come = r->front;
+    }
 }
 
 static void pump(struct kvd_restore *r)
 {
     do {
         get_more(r);
-        while (r->copies < JOBS && r->sent < r->to && copy_more(r))
+        leave_out(r);
+        while (send_next(r))
             ;
-    } while (!r->copies && r->front == r->next && r->next < r->to); // all of those were left out
-    if (!r->copies && r->front >= r->to)
+    } while (r->come == r->sent && r->front == r->next && r->next < r->to); // all were left out
+    if (r->come == r->sent && r->front >= r->to)
         finish(r);
 }
 
@@ -658,7 +631,7 @@ static void on_timer(uv_timer_t *timer)
         if (r->state == DONE || kvd_now_ms(d) < r->until_ms)
             continue;
         r->to = KVD_MIN(r->to, r->front);
-        if (!r->copies)
+        if (r->come == r->sent)
             finish(r);
     }
 }
@@ -747,6 +720,16 @@ static void metrics(struct kvd_daemon *d, FILE *f)
     kvd_metric_head(f, "kvd_restore_seconds", "histogram",
                     "Time from looking for a prompt's blocks in tiers to having them back.");
     kvd_metric_histogram(f, "kvd_restore_seconds", "", &all->seconds);
+    kvd_metric_head(f, "kvd_restore_phase_seconds_total", "counter",
+                    "Of that, time of looking, of copying, and of waiting for tiers with nothing "
+                    "to copy.");
+    const struct {
+        const char *name;
+        uint64_t ns;
+    } phases[] = {{"looks", all->looks_ns}, {"copies", all->copies_ns}, {"waits", all->waits_ns}};
+    for (size_t i = 0; i < KVD_LEN(phases); i++)
+        fprintf(f, "kvd_restore_phase_seconds_total{phase=\"%s\"} %.6f\n", phases[i].name,
+                (double)phases[i].ns / 1e9);
 }
 
 const struct kvd_part kvd_part_restores = {

@@ -1,5 +1,6 @@
 #include "daemon/tier/block.h"
 
+#include <openssl/core_names.h>
 #include <openssl/crypto.h>
 #include <openssl/evp.h>
 #include <xxhash.h>
@@ -76,30 +77,93 @@ static bool hmac(const struct kvd_tier_secret *secret, const struct piece *piece
     return good;
 }
 
-static bool sha256(const struct piece *pieces, size_t n, uint8_t out[32])
+// Looking up the algorithm, and preparing a secret, cost more than a key: that is done once.
+struct kvd_tier_namer {
+    EVP_MD_CTX *hash;   // without a secret,
+    EVP_MAC_CTX *keyed; // and with one
+};
+
+static EVP_MD_CTX *hash_new(void)
 {
     EVP_MD_CTX *c = EVP_MD_CTX_new();
-    bool good = c && EVP_DigestInit_ex(c, EVP_sha256(), NULL) == 1;
-    for (size_t i = 0; good && i < n; i++)
-        good = EVP_DigestUpdate(c, pieces[i].data, pieces[i].n) == 1;
-    good = good && EVP_DigestFinal_ex(c, out, NULL) == 1;
-    EVP_MD_CTX_free(c);
-    return good;
+    if (c && EVP_DigestInit_ex2(c, EVP_sha256(), NULL) != 1) {
+        EVP_MD_CTX_free(c);
+        c = NULL;
+    }
+    return c;
 }
 
-int kvd_tier_key_of(const struct kvd_tier_secret *secret, const struct kvd_block_name *name,
+static EVP_MAC_CTX *keyed_new(const struct kvd_tier_secret *secret)
+{
+    char digest[] = "SHA256";
+    const OSSL_PARAM params[] = {
+        OSSL_PARAM_construct_utf8_string(OSSL_MAC_PARAM_DIGEST, digest, 0),
+        OSSL_PARAM_construct_end(),
+    };
+    EVP_MAC *mac = EVP_MAC_fetch(NULL, "HMAC", NULL);
+    EVP_MAC_CTX *c = mac ? EVP_MAC_CTX_new(mac) : NULL;
+    if (c && EVP_MAC_init(c, secret->bytes, secret->n, params) != 1) {
+        EVP_MAC_CTX_free(c);
+        c = NULL;
+    }
+    EVP_MAC_free(mac);
+    return c;
+}
+
+struct kvd_tier_namer *kvd_tier_namer_new(const struct kvd_tier_secret *secret,
+                                          struct kvd_error *err)
+{
+    struct kvd_tier_namer *n = calloc(1, sizeof(*n));
+    if (n && secret)
+        n->keyed = keyed_new(secret);
+    else if (n)
+        n->hash = hash_new();
+    if (n && (n->keyed || n->hash))
+        return n;
+    free(n);
+    kvd_fail(err, KVD_E_INTERNAL, "OpenSSL has no SHA-256, or no memory");
+    return NULL;
+}
+
+void kvd_tier_namer_free(struct kvd_tier_namer **np)
+{
+    struct kvd_tier_namer *n = KVD_TAKE(*np);
+    if (!n)
+        return;
+    EVP_MD_CTX_free(n->hash);
+    EVP_MAC_CTX_free(n->keyed);
+    free(n);
+}
+
+static bool digest(struct kvd_tier_namer *n, const void *text, size_t bytes, uint8_t out[32])
+{
+    size_t got = 0;
+    if (n->keyed)
+        return EVP_MAC_init(n->keyed, NULL, 0, NULL) == 1 &&
+               EVP_MAC_update(n->keyed, text, bytes) == 1 &&
+               EVP_MAC_final(n->keyed, out, &got, 32) == 1 && got == 32;
+    return EVP_DigestInit_ex2(n->hash, NULL, NULL) == 1 &&
+           EVP_DigestUpdate(n->hash, text, bytes) == 1 &&
+           EVP_DigestFinal_ex(n->hash, out, NULL) == 1;
+}
+
+int kvd_tier_key_of(struct kvd_tier_namer *namer, const struct kvd_block_name *name,
                     struct kvd_tier_key *out, struct kvd_error *err)
 {
     // All of fixed length: no two names give the same input.
-    const struct piece pieces[] = {
-        {key_label, sizeof(key_label)},       {name->domain, sizeof(name->domain)},
-        {name->layout, sizeof(name->layout)}, {name->key, sizeof(name->key)},
-        {&name->plane, sizeof(name->plane)},
-    };
-    if (secret ? hmac(secret, pieces, KVD_LEN(pieces), out->bytes)
-               : sha256(pieces, KVD_LEN(pieces), out->bytes))
+    struct {
+        char label[sizeof(key_label)];
+        uint8_t domain[32], layout[32], key[24], plane[4];
+    } text;
+    _Static_assert(sizeof(text) == sizeof(key_label) + 92, "without padding");
+    memcpy(text.label, key_label, sizeof(text.label));
+    memcpy(text.domain, name->domain, sizeof(text.domain));
+    memcpy(text.layout, name->layout, sizeof(text.layout));
+    memcpy(text.key, name->key, sizeof(text.key));
+    memcpy(text.plane, &name->plane, sizeof(text.plane));
+    if (digest(namer, &text, sizeof(text), out->bytes))
         return KVD_OK;
-    return kvd_fail(err, KVD_E_INTERNAL, "OpenSSL has no SHA-256");
+    return kvd_fail(err, KVD_E_INTERNAL, "SHA-256 failed");
 }
 
 // -- memory -------------------------------------------------------------------------------------

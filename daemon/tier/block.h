@@ -43,8 +43,15 @@ struct kvd_tier_secret;
 struct kvd_tier_secret *kvd_tier_secret_load(const char *path, struct kvd_error *err);
 void kvd_tier_secret_free(struct kvd_tier_secret **secret);
 
+// Makes keys, with a secret or without (NULL), which it does not keep. One thread at a time. NULL
+// with *err set: KVD_E_INTERNAL.
+struct kvd_tier_namer;
+struct kvd_tier_namer *kvd_tier_namer_new(const struct kvd_tier_secret *secret,
+                                          struct kvd_error *err);
+// *namer may be NULL and becomes NULL.
+void kvd_tier_namer_free(struct kvd_tier_namer **namer);
 // KVD_E_INTERNAL: the library failed.
-int kvd_tier_key_of(const struct kvd_tier_secret *secret, const struct kvd_block_name *name,
+int kvd_tier_key_of(struct kvd_tier_namer *namer, const struct kvd_block_name *name,
                     struct kvd_tier_key *out, struct kvd_error *err);
 
 struct kvd_pinned; // pinned.h

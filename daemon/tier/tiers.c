@@ -13,7 +13,8 @@ struct kvd_tiers {
     struct kvd_tier *tier[KVD_TIERS_MOST];
     uint32_t n;
     struct kvd_tier_secret *secret; // NULL: none
-    bool left_behind;               // a thread that hangs may use the secret still
+    struct kvd_tier_namer *namer;
+    bool left_behind; // a thread that hangs may use the secret still
 };
 
 uint32_t kvd_tiers_count(const struct kvd_daemon *d)
@@ -41,7 +42,7 @@ int kvd_tiers_key(const struct kvd_daemon *d, const uint8_t domain[32], const ui
     memcpy(name.domain, domain, sizeof(name.domain));
     memcpy(name.layout, layout, sizeof(name.layout));
     memcpy(name.key, key, sizeof(name.key));
-    return kvd_tier_key_of(d->tiers ? d->tiers->secret : NULL, &name, out, err);
+    return kvd_tier_key_of(d->tiers->namer, &name, out, err);
 }
 
 bool kvd_tiers_take(const struct kvd_daemon *d)
@@ -251,6 +252,9 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
         if (!d->tiers->secret)
             return err->code;
     }
+    d->tiers->namer = kvd_tier_namer_new(d->tiers->secret, err);
+    if (!d->tiers->namer)
+        return err->code;
     if (c->tier_host) {
         kvd_fail(err, KVD_E_INTERNAL, "out of memory");
         rc = add(d, &kvd_tier_host_ops, kvd_tier_host_new(c->tier_host), err);
@@ -277,6 +281,8 @@ static void close_tiers(struct kvd_daemon *d)
 
 static void deinit(struct kvd_daemon *d)
 {
+    if (d->tiers)
+        kvd_tier_namer_free(&d->tiers->namer);
     if (d->tiers && !d->tiers->left_behind)
         kvd_tier_secret_free(&d->tiers->secret);
     free(KVD_TAKE(d->tiers));

@@ -16,7 +16,7 @@ struct kvd_tier *kvd_tiers_get_tier(const struct kvd_daemon *d, uint32_t i);
 struct kvd_tier *kvd_tiers_find(const struct kvd_daemon *d, const char *name);
 
 // The key under which tiers have a block's pages in a plane, by the domain and the key of the
-// prefix index, and the layout's digest. KVD_E_INTERNAL.
+// prefix index, and the layout's digest; there are tiers. KVD_E_INTERNAL.
 int kvd_tiers_key(const struct kvd_daemon *d, const uint8_t domain[32], const uint8_t layout[32],
                   const void *key, uint32_t plane, struct kvd_tier_key *out, struct kvd_error *err);
 

@@ -263,6 +263,21 @@ static int copy(struct kvd_backend *b, const struct kvd_copy *copies, uint32_t n
     return KVD_OK;
 }
 
+static int copy_begin(struct kvd_backend *b, const struct kvd_copy *copies, uint32_t n,
+                      uint32_t which, struct kvd_error *err)
+{
+    (void)which;
+    return copy(b, copies, n, err);
+}
+
+static int copy_end(struct kvd_backend *b, uint32_t which, struct kvd_error *err)
+{
+    (void)b;
+    (void)which;
+    (void)err;
+    return KVD_OK;
+}
+
 static void cpu_free(struct kvd_backend *b)
 {
     struct kvd_cpu *cpu = cpu_of(b);
@@ -300,6 +315,8 @@ static const struct kvd_backend_ops cpu_ops = {
     .read = kvd_cpu_read,
     .rotate = kvd_cpu_rotate,
     .copy = copy,
+    .copy_begin = copy_begin,
+    .copy_end = copy_end,
 };
 
 static const struct kvd_cpu_isa *choose_isa(const char *name, struct kvd_error *err)

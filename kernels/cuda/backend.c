@@ -17,10 +17,8 @@ int kvd_cuda_status(int rc, const char *doing, struct kvd_error *err)
                     doing, cudaGetErrorString((cudaError_t)rc));
 }
 
-static int copy(struct kvd_backend *b, const struct kvd_copy *copies, uint32_t n,
-                struct kvd_error *err)
+static int queue(const struct kvd_copy *copies, uint32_t n, cudaStream_t stream)
 {
-    struct kvd_cuda *c = cuda_of(b);
     int rc = 0;
     for (uint32_t i = 0; i < n && rc == 0; i++) {
         const struct kvd_copy *one = &copies[i];
@@ -28,13 +26,59 @@ static int copy(struct kvd_backend *b, const struct kvd_copy *copies, uint32_t n
         const void *from = (const void *)(uintptr_t)one->from;
         if (one->pieces > 1)
             rc = cudaMemcpy2DAsync(to, one->stride, from, one->stride, one->bytes, one->pieces,
-                                   cudaMemcpyDefault, c->stream);
+                                   cudaMemcpyDefault, stream);
         else
-            rc = cudaMemcpyAsync(to, from, one->bytes, cudaMemcpyDefault, c->stream);
+            rc = cudaMemcpyAsync(to, from, one->bytes, cudaMemcpyDefault, stream);
     }
+    return rc;
+}
+
+static int copy(struct kvd_backend *b, const struct kvd_copy *copies, uint32_t n,
+                struct kvd_error *err)
+{
+    struct kvd_cuda *c = cuda_of(b);
+    int rc = queue(copies, n, c->stream);
     if (rc == 0)
         rc = cudaStreamSynchronize(c->stream);
     return kvd_cuda_status(rc, "copying pages", err);
+}
+
+// Between copies that follow each other on one stream the bus is idle for a moment. So what is
+// begun goes to streams in turn.
+static int copy_begin(struct kvd_backend *b, const struct kvd_copy *copies, uint32_t n,
+                      uint32_t which, struct kvd_error *err)
+{
+    struct kvd_cuda_copying *c = &cuda_of(b)->copying;
+    cudaStream_t stream = c->stream[c->begun++ % KVD_LEN(c->stream)];
+    int rc = queue(copies, n, stream);
+    int noted = cudaEventRecord(c->done[which], stream); // of what was queued until it failed
+    return kvd_cuda_status(rc ? rc : noted, "copying pages", err);
+}
+
+static int copy_end(struct kvd_backend *b, uint32_t which, struct kvd_error *err)
+{
+    return kvd_cuda_status(cudaEventSynchronize(cuda_of(b)->copying.done[which]), "copying pages",
+                           err);
+}
+
+static cudaError_t copying_init(struct kvd_cuda_copying *c)
+{
+    cudaError_t rc = cudaSuccess;
+    for (size_t i = 0; i < KVD_LEN(c->stream) && rc == cudaSuccess; i++)
+        rc = cudaStreamCreateWithFlags(&c->stream[i], cudaStreamNonBlocking);
+    for (size_t i = 0; i < KVD_LEN(c->done) && rc == cudaSuccess; i++)
+        rc = cudaEventCreateWithFlags(&c->done[i], cudaEventDisableTiming);
+    return rc;
+}
+
+static void copying_deinit(struct kvd_cuda_copying *c)
+{
+    for (size_t i = 0; i < KVD_LEN(c->done); i++)
+        if (c->done[i])
+            cudaEventDestroy(c->done[i]);
+    for (size_t i = 0; i < KVD_LEN(c->stream); i++)
+        if (c->stream[i])
+            cudaStreamDestroy(c->stream[i]);
 }
 
 static int host_pin(struct kvd_backend *b, void *at, uint64_t bytes, struct kvd_error *err)
@@ -356,6 +400,7 @@ static void cuda_free(struct kvd_backend *b)
     cudaFree(c->stage.device);
     cudaFree(c->scratch);
     cudaFreeHost(c->found);
+    copying_deinit(&c->copying);
     kvd_cuda_summing_deinit(&c->summing);
     if (c->stream)
         cudaStreamDestroy(c->stream);
@@ -446,6 +491,8 @@ static const struct kvd_backend_ops cuda_ops = {
     .read = kvd_cuda_op_read,
     .rotate = kvd_cuda_op_rotate,
     .copy = copy,
+    .copy_begin = copy_begin,
+    .copy_end = copy_end,
     .sums = kvd_cuda_op_sums,
     .host_pin = host_pin,
     .host_unpin = host_unpin,
@@ -475,6 +522,8 @@ static int init(struct kvd_cuda *c, uint32_t index, struct kvd_error *err)
         rc = cudaStreamCreateWithFlags(&c->mem_stream, cudaStreamNonBlocking);
     if (rc == cudaSuccess)
         rc = cudaHostAlloc((void **)&c->found, sizeof(*c->found), cudaHostAllocMapped);
+    if (rc == cudaSuccess)
+        rc = copying_init(&c->copying);
     if (rc == cudaSuccess)
         rc = kvd_cuda_summing_init(&c->summing);
     if (rc != cudaSuccess)

@@ -47,6 +47,13 @@ struct kvd_cuda_summing {
     uint8_t *host, *device;
 };
 
+// Copies of pages that are under way: backend.c.
+struct kvd_cuda_copying {
+    cudaStream_t stream[2];
+    cudaEvent_t done[KVD_COPIES_AT_ONCE];
+    uint32_t begun;
+};
+
 struct kvd_cuda {
     struct kvd_backend base;
     struct kvd_cuda_driver driver;
@@ -57,6 +64,7 @@ struct kvd_cuda {
     uint64_t scratch_size, scratch_zeroed; // of the latest call
     unsigned long long *found;             // of a check: pinned memory that kernels reach too
     uint64_t piece_ns;                     // of work on a layer's tokens at once; tests change it
+    struct kvd_cuda_copying copying;
     struct kvd_cuda_summing summing;
     int index; // of the device
     uint32_t multiprocessors;

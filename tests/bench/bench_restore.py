@@ -4,12 +4,14 @@
 Usage: bench_restore.py --kvd PROGRAM --kvctl PROGRAM [--backend cpu|cuda] [--model smollm2|qwen3-8b] [--tokens 32768] [--codec int2]
        [--directory DIR] [--rounds 5]
 Starts a kvd of its own whose tier is host memory, or DIR. Stores that many tokens' pages, waits until the tier has them, evicts all, and
-looks them up with restore_ms, which brings them back. The limit: for a GPU, a copy of as many bytes from pinned memory (wants
+looks them up with restore_ms, which brings them back. Says what of that time kvd looked for them in the tier, copied, and had nothing to
+copy; the rest is the call itself. The limit: for a GPU, a copy of as many bytes from pinned memory (wants
 PyTorch); otherwise a copy from memory to memory on one thread. Wants the package kvd (PYTHONPATH=client/python, KVD_LIBRARY=...).
 """
 import argparse
 import json
 import pathlib
+import re
 import signal
 import subprocess
 import tempfile
@@ -83,19 +85,27 @@ def main():
                 n = min(64, pages - i)
                 store.put(keys[i:i + n], kvd.Paged(*sides, range(n), order="bthd"))
             wait_for("the tier to have all", lambda: int(json.loads(kvctl("tier", "status", "--json"))["tiers"][0]["put"]) >= pages)
+
+            def phases():
+                found = re.findall(r'kvd_restore_phase_seconds_total\{phase="(\w+)"\} (\S+)', kvctl("metrics"))
+                return {name: float(seconds) for name, seconds in found}
+
             size = pages * store.client.info["planes"][0]["codec_page_bytes"]
-            took = []
+            took, spent = [], []
             for _ in range(a.rounds):
                 kvctl("evict", "--namespace", "default")
                 assert store.lookup([keys], lease_ms=0)[0].pages == 0
+                before = phases()
                 began = time.monotonic()
                 found = store.lookup([keys], lease_ms=0, restore_ms=60000)[0]
                 took.append(time.monotonic() - began)
+                spent.append({name: 1e3 * (now - before[name]) for name, now in phases().items()})
                 assert (found.pages, found.restored) == (pages, pages), found
         print(f"{a.model}, {pages} pages in {a.codec}, {size / 1e6:.1f} MB, from {a.directory or 'host memory'}")
         limit = limit_of(a.backend, size)
-        for t in took:
-            print(f"{t * 1e3:8.1f} ms  {size / t / 1e9:6.2f} GB/s  {100 * limit / t:5.1f} % of a copy ({limit * 1e3:.1f} ms, {size / limit / 1e9:.2f} GB/s)")
+        for t, of in zip(took, spent):
+            parts = ", ".join(f"{name} {ms:.2f}" for name, ms in of.items())
+            print(f"{t * 1e3:8.1f} ms  {size / t / 1e9:6.2f} GB/s  {100 * limit / t:5.1f} % of a copy ({limit * 1e3:.1f} ms, {size / limit / 1e9:.2f} GB/s); ms: {parts}")
     finally:
         daemon.send_signal(signal.SIGTERM)
         daemon.wait(30)

@@ -14,6 +14,7 @@ enum { DEPTH = 8, MOST = 100000 };
 static const uint8_t layout[32] = "a layout";
 static uint64_t block_bytes = 36ull * 8 * 4608; // Qwen3-8B: 36 layers, 8 kv heads, int2
 static uint32_t blocks = 400;
+static struct kvd_tier_namer *namer;
 
 struct round {
     uv_loop_t *loop;
@@ -65,7 +66,7 @@ static void ask(struct round *r)
     struct one *one = malloc(sizeof(*one));
     struct kvd_block_name name = {.plane = r->asked};
     struct kvd_tier_key key;
-    if (!one || kvd_tier_key_of(NULL, &name, &key, NULL))
+    if (!one || kvd_tier_key_of(namer, &name, &key, NULL))
         abort();
     *one = (struct one){r, r->asked++, uv_hrtime()};
     if (r->block) {
@@ -150,7 +151,8 @@ int main(int argc, char **argv)
             return 2;
     }
     struct kvd_block *block = kvd_block_new(block_bytes);
-    if (optind == argc || blocks < DEPTH || blocks > MOST || !block) {
+    namer = kvd_tier_namer_new(NULL, &err);
+    if (optind == argc || blocks < DEPTH || blocks > MOST || !block || !namer) {
         fprintf(stderr, "usage: bench_tier [-n BLOCKS] [-b BYTES] DIRECTORY [REDIS-URL]\n");
         return 2;
     }
@@ -170,5 +172,6 @@ int main(int argc, char **argv)
         bench(&kvd_tier_redis_ops, kvd_tier_redis_new(argv[optind + 1], "", &err), block);
 #endif
     kvd_block_unref(&block);
+    kvd_tier_namer_free(&namer);
     return 0;
 }

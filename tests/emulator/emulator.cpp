@@ -276,6 +276,11 @@ bool fault()
 
 struct CUstream_st {
     std::vector<std::function<void()>> *captured; // NULL: what comes is run at once
+    std::vector<std::function<void()>> late;      // copies: run when somebody waits for them
+};
+
+struct CUevent_st {
+    cudaStream_t stream; // that it was recorded on; NULL: none
 };
 
 struct CUgraph_st {
@@ -289,13 +294,35 @@ struct CUgraphExec_st {
 namespace
 {
 
+cudaError_t catch_up(cudaStream_t stream)
+{
+    std::lock_guard<std::recursive_mutex> turn(device);
+    for (size_t i = 0; stream && i < stream->late.size(); i++)
+        stream->late[i]();
+    if (stream)
+        stream->late.clear();
+    return result(fault() ? cudaErrorIllegalAddress : cudaSuccess);
+}
+
 cudaError_t on_stream(cudaStream_t stream, std::function<void()> action)
 {
     std::lock_guard<std::recursive_mutex> turn(device);
-    if (stream && stream->captured)
+    if (stream && stream->captured) {
         stream->captured->push_back(std::move(action));
-    else
+    } else {
+        catch_up(stream);
         action();
+    }
+    return result(fault() ? cudaErrorIllegalAddress : cudaSuccess);
+}
+
+// As late as it may be, so that whoever does not wait for it is noticed.
+cudaError_t late_on_stream(cudaStream_t stream, std::function<void()> action)
+{
+    std::lock_guard<std::recursive_mutex> turn(device);
+    if (!stream || stream->captured)
+        return on_stream(stream, std::move(action));
+    stream->late.push_back(std::move(action));
     return result(fault() ? cudaErrorIllegalAddress : cudaSuccess);
 }
 
@@ -541,7 +568,7 @@ cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpy
 
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind, cudaStream_t stream)
 {
-    return on_stream(stream, [=] { memmove(to, from, bytes); });
+    return late_on_stream(stream, [=] { memmove(to, from, bytes); });
 }
 
 cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
@@ -592,14 +619,38 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream)
     return cudaSuccess;
 }
 
-cudaError_t cudaStreamSynchronize(cudaStream_t)
+cudaError_t cudaStreamSynchronize(cudaStream_t stream)
 {
+    return catch_up(stream);
+}
+
+cudaError_t cudaStreamQuery(cudaStream_t stream)
+{
+    return catch_up(stream);
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned)
+{
+    *event = new CUevent_st{};
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream)
+{
+    event->stream = stream;
     return result(fault() ? cudaErrorIllegalAddress : cudaSuccess);
 }
 
-cudaError_t cudaStreamQuery(cudaStream_t)
+// Waits for more than what was on the stream when it was recorded.
+cudaError_t cudaEventSynchronize(cudaEvent_t event)
 {
-    return result(fault() ? cudaErrorIllegalAddress : cudaSuccess);
+    return catch_up(event->stream);
+}
+
+cudaError_t cudaEventDestroy(cudaEvent_t event)
+{
+    delete event;
+    return cudaSuccess;
 }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode)

@@ -62,7 +62,10 @@ static inline struct kvd_tier_key tier_key(uint64_t number, const struct kvd_tie
     struct kvd_tier_key key;
     memcpy(name.key, &number, sizeof(number));
     memcpy(name.layout, tier_layout, sizeof(name.layout));
-    ck_assert_int_eq(kvd_tier_key_of(secret, &name, &key, NULL), KVD_OK);
+    struct kvd_tier_namer *namer = kvd_tier_namer_new(secret, NULL);
+    ck_assert_ptr_nonnull(namer);
+    ck_assert_int_eq(kvd_tier_key_of(namer, &name, &key, NULL), KVD_OK);
+    kvd_tier_namer_free(&namer);
     return key;
 }
 
