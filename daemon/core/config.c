@@ -5,6 +5,9 @@
 
 #include "daemon/core/config_load.h"
 
+// No size of less is of use: whoever writes 12 has left out the unit.
+#define LEAST_SIZE ((uint64_t)4096)
+
 enum key_type { TEXT, SIZE, NUMBER, YESNO, MILLIS, OCTAL, LEVEL, LISTEN, UIDS, GIDS, CNS };
 
 struct key {
@@ -198,7 +201,8 @@ static void bad_value(struct kvd_config_load *l, const struct key *k, const char
     };
     char range[80] = "", low[32], high[32];
     if (k->max && k->type == SIZE)
-        snprintf(range, sizeof(range), " from %s to %s", kvd_format_size(k->min, low, sizeof(low)),
+        snprintf(range, sizeof(range), "%s from %s to %s", k->min ? "" : ", 0 or",
+                 kvd_format_size(KVD_MAX(k->min, LEAST_SIZE), low, sizeof(low)),
                  kvd_format_size(k->max, high, sizeof(high)));
     else if (k->max)
         snprintf(range, sizeof(range), " from %" PRIu64 " to %" PRIu64 "%s", k->min, k->max,
@@ -209,7 +213,7 @@ static void bad_value(struct kvd_config_load *l, const struct key *k, const char
 
 static int store_number(const struct key *k, void *at, uint64_t n)
 {
-    if (n < k->min || n > k->max)
+    if (n < k->min || n > k->max || (k->type == SIZE && n && n < LEAST_SIZE))
         return KVD_E_INVALID;
     if (k->cap == sizeof(uint64_t))
         *(uint64_t *)at = n;

@@ -12,11 +12,6 @@
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "headers are little-endian");
 
 enum { VERSION = 1, HAS_MAC = 1 };
-enum {
-    KEPT_BYTES = 32 << 20, // of memory that was given back, at most,
-    KEPT_PIECES = 256,     // in so many pieces
-    KEPT_FROM = 64 << 10,  // smaller ones are malloc's to keep
-};
 
 struct header {
     char magic[8];
@@ -166,54 +161,6 @@ int kvd_tier_key_of(struct kvd_tier_namer *namer, const struct kvd_block_name *n
     return kvd_fail(err, KVD_E_INTERNAL, "SHA-256 failed");
 }
 
-// -- memory -------------------------------------------------------------------------------------
-// Blocks come and go by the thousand, and malloc gives pieces of their size back to the kernel each
-// time: then touching the next one's pages costs more than its checksum. So some are kept.
-
-static struct {
-    pthread_mutex_t lock;
-    uint64_t bytes;
-    uint32_t n;
-    struct {
-        uint8_t *at;
-        uint64_t bytes;
-    } piece[KEPT_PIECES]; // the one that came last at the end
-} kept = {.lock = PTHREAD_MUTEX_INITIALIZER};
-
-static uint8_t *kept_remove(uint32_t i)
-{
-    uint8_t *at = kept.piece[i].at;
-    kept.bytes -= kept.piece[i].bytes;
-    memmove(&kept.piece[i], &kept.piece[i + 1], (--kept.n - i) * sizeof(kept.piece[0]));
-    return at;
-}
-
-static uint8_t *memory_take(uint64_t bytes)
-{
-    uint8_t *at = NULL;
-    pthread_mutex_lock(&kept.lock);
-    for (uint32_t i = kept.n; i-- > 0 && !at;)
-        if (kept.piece[i].bytes == bytes)
-            at = kept_remove(i);
-    pthread_mutex_unlock(&kept.lock);
-    return at ? at : aligned_alloc(KVD_BLOCK_FRONT, bytes);
-}
-
-static void memory_give(uint8_t *at, uint64_t bytes)
-{
-    if (bytes < KEPT_FROM || bytes > KEPT_BYTES) {
-        free(at);
-        return;
-    }
-    pthread_mutex_lock(&kept.lock);
-    while (kept.n == KEPT_PIECES || kept.bytes + bytes > KEPT_BYTES)
-        free(kept_remove(0)); // the oldest: of a size that nobody may want any more
-    kept.piece[kept.n].at = at;
-    kept.piece[kept.n++].bytes = bytes;
-    kept.bytes += bytes;
-    pthread_mutex_unlock(&kept.lock);
-}
-
 // -- blocks -------------------------------------------------------------------------------------
 
 static uint64_t padded(uint64_t bytes)
@@ -231,7 +178,8 @@ struct kvd_block *kvd_block_new_in(struct kvd_pinned *memory, uint64_t bytes)
     struct kvd_block *b = bytes && bytes <= KVD_BLOCK_MAX ? calloc(1, sizeof(*b)) : NULL;
     uint8_t *front = NULL;
     if (b)
-        front = memory ? kvd_pinned_take(memory, padded(bytes)) : memory_take(padded(bytes));
+        front = memory ? kvd_pinned_take(memory, padded(bytes))
+                       : aligned_alloc(KVD_BLOCK_FRONT, padded(bytes));
     if (!front) {
         free(b);
         return NULL;
@@ -262,7 +210,7 @@ void kvd_block_unref(struct kvd_block **block)
     if (b->memory)
         kvd_pinned_give(b->memory, b->front, padded(b->bytes));
     else
-        memory_give(b->front, padded(b->bytes));
+        free(b->front);
     free(b);
 }
 

@@ -70,7 +70,7 @@ struct kvd_block {
 // A block with room for `bytes` of payload and one reference, the caller's. NULL: out of memory, or
 // not 1 to KVD_BLOCK_MAX bytes.
 struct kvd_block *kvd_block_new(uint64_t bytes);
-// The same in memory that a GPU copies to and from at its bus's speed; with NULL in malloc's.
+// The same in memory that comes from there and goes back; with NULL in malloc's.
 struct kvd_block *kvd_block_new_in(struct kvd_pinned *memory, uint64_t bytes);
 struct kvd_block *kvd_block_ref(struct kvd_block *block);
 // Gives the reference up; *block may be NULL and becomes NULL.

@@ -344,7 +344,7 @@ static void put(struct directory *d, int root, struct kvd_tier_op *op)
 static int read_block(int fd, struct kvd_tier_op *op, const struct stat *st, struct kvd_error *err)
 {
     size_t bytes;
-    op->block = kvd_block_new(op->bytes);
+    op->block = kvd_block_new_in(op->settings.memory, op->bytes);
     if (!op->block)
         return kvd_fail(err, -ENOMEM, "out of memory");
     uint8_t *data = kvd_block_padded(op->block, &bytes);

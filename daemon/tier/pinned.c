@@ -1,6 +1,7 @@
 #include "daemon/tier/pinned.h"
 
 #include <pthread.h>
+#include <utlist.h>
 
 #include "daemon/core/log.h"
 
@@ -8,18 +9,18 @@ enum { ALIGN = 4096 };
 
 // In idle memory itself.
 struct idle {
-    struct idle *next;
+    struct idle *prev, *next; // the one that came last first
     uint64_t bytes;
 };
 
 struct kvd_pinned {
-    struct kvd_backend *backend;
-    void (*unpin)(void *at);
+    struct kvd_backend *backend; // NULL: does not pin
+    void (*unpin)(void *at);     // the same
     pthread_mutex_t lock;
     struct idle *idle;
     uint64_t kept, keep; // bytes
     uint64_t users;      // memories that were taken, and the owner
-    bool cannot;         // pin: it has failed once
+    bool cannot;         // pin: it has failed once, or there is nothing to pin it for
 };
 
 struct kvd_pinned *kvd_pinned_new(struct kvd_backend *backend, uint64_t keep)
@@ -28,7 +29,8 @@ struct kvd_pinned *kvd_pinned_new(struct kvd_backend *backend, uint64_t keep)
     if (!p)
         return NULL;
     p->backend = backend;
-    p->unpin = backend->ops->host_unpin;
+    p->unpin = backend ? backend->ops->host_unpin : NULL;
+    p->cannot = !backend;
     p->keep = keep;
     p->users = 1;
     pthread_mutex_init(&p->lock, NULL);
@@ -38,8 +40,18 @@ struct kvd_pinned *kvd_pinned_new(struct kvd_backend *backend, uint64_t keep)
 // Memory that could not be pinned is not told apart: to unpin it does nothing.
 static void drop(struct kvd_pinned *p, void *at)
 {
-    p->unpin(at);
+    if (p->unpin)
+        p->unpin(at);
     free(at);
+}
+
+static void drop_all(struct kvd_pinned *p, struct idle *idle)
+{
+    while (idle) {
+        struct idle *next = idle->next;
+        drop(p, idle);
+        idle = next;
+    }
 }
 
 static void leave(struct kvd_pinned *p)
@@ -62,11 +74,7 @@ void kvd_pinned_free(struct kvd_pinned **pp)
     struct idle *idle = KVD_TAKE(p->idle);
     p->keep = p->kept = 0;
     pthread_mutex_unlock(&p->lock);
-    while (idle) {
-        struct idle *next = idle->next;
-        drop(p, idle);
-        idle = next;
-    }
+    drop_all(p, idle);
     leave(p);
 }
 
@@ -74,12 +82,11 @@ uint8_t *kvd_pinned_take(struct kvd_pinned *p, uint64_t bytes)
 {
     struct kvd_error err = {0};
     pthread_mutex_lock(&p->lock);
-    struct idle **link = &p->idle, *found;
-    while (*link && (*link)->bytes != bytes)
-        link = &(*link)->next;
-    found = *link;
+    struct idle *found = p->idle;
+    while (found && found->bytes != bytes)
+        found = found->next;
     if (found) {
-        *link = found->next;
+        DL_DELETE(p->idle, found);
         p->kept -= bytes;
     }
     bool pins = !p->cannot;
@@ -99,16 +106,24 @@ uint8_t *kvd_pinned_take(struct kvd_pinned *p, uint64_t bytes)
 
 void kvd_pinned_give(struct kvd_pinned *p, uint8_t *at, uint64_t bytes)
 {
-    struct idle *idle = (struct idle *)(void *)at;
+    struct idle *idle = (struct idle *)(void *)at, *oldest, *out = NULL;
     pthread_mutex_lock(&p->lock);
-    bool stays = p->kept + bytes <= p->keep;
+    bool stays = bytes <= p->keep;
+    while (stays && p->kept + bytes > p->keep) { // it may be of a size that nobody wants any more
+        oldest = p->idle->prev;
+        DL_DELETE(p->idle, oldest);
+        p->kept -= oldest->bytes;
+        oldest->next = out;
+        out = oldest;
+    }
     if (stays) {
-        *idle = (struct idle){p->idle, bytes};
-        p->idle = idle;
+        *idle = (struct idle){.bytes = bytes};
+        DL_PREPEND(p->idle, idle);
         p->kept += bytes;
     }
     pthread_mutex_unlock(&p->lock);
     if (!stays)
         drop(p, at);
+    drop_all(p, out);
     leave(p);
 }

@@ -1,6 +1,8 @@
-// Host memory for blocks that a GPU copies to and from at its bus's speed. To pin memory takes
-// about as long as to copy it thrice, so what a block leaves is kept for the next one of its size.
-// Any thread.
+// Host memory for blocks, which come and go by the thousand. What one leaves is kept for the next
+// of its size: malloc gives pieces so large back to the kernel each time, and then touching the
+// next one's pages costs more than its checksum. With a backend that can, it is memory that a GPU
+// copies to and from at its bus's speed; to pin it takes about as long as to copy it thrice. Any
+// thread.
 #ifndef KVD_DAEMON_TIER_PINNED_H
 #define KVD_DAEMON_TIER_PINNED_H
 
@@ -8,8 +10,8 @@
 
 struct kvd_pinned;
 
-// `keep`: bytes that are kept for later blocks, at most. NULL: out of memory. The backend must
-// outlive its last take.
+// `keep`: bytes that are kept for later blocks, at most: those that were given back last. `backend`
+// must outlive the last take; NULL: nothing is pinned. NULL: out of memory.
 struct kvd_pinned *kvd_pinned_new(struct kvd_backend *backend, uint64_t keep);
 // Gives it up: it goes with the last memory that was taken of it. *p may be NULL and becomes NULL.
 void kvd_pinned_free(struct kvd_pinned **p);

@@ -132,7 +132,7 @@ static void on_got(redisAsyncContext *c, void *answer, void *ctx)
         return;
     }
     size_t n;
-    op->block = kvd_block_new(op->bytes);
+    op->block = kvd_block_new_in(op->settings.memory, op->bytes);
     if (!op->block) {
         fail(r, op, KVD_TIER_FAILED, "out of memory");
         return;

@@ -41,6 +41,7 @@ struct kvd_tier_settings {
     uint64_t ttl_s;      // 0: none
     uint64_t rate;       // bytes a second that are written; 0: no limit
     const struct kvd_tier_secret *secret; // must outlive the tier; NULL: none
+    struct kvd_pinned *memory; // for blocks that are got; must outlive the tier; NULL: malloc's
 };
 
 struct kvd_tier;
@@ -52,8 +53,8 @@ struct kvd_tier *kvd_tier_new(uv_loop_t *loop, const struct kvd_tier_ops *ops, v
                               const struct kvd_tier_settings *settings, struct kvd_error *err);
 // Ends it: what waits or runs is done with KVD_TIER_CLOSED, nothing may be asked any more. The back
 // end has two seconds to end its threads; false if one hangs and is left behind, with the secret
-// that it uses. Frees the tier when the loop has closed its handles. *t may be NULL and becomes
-// NULL.
+// and the memory that it uses. Frees the tier when the loop has closed its handles. *t may be NULL
+// and becomes NULL.
 bool kvd_tier_close(struct kvd_tier **t);
 
 struct kvd_tier_reply {

@@ -4,6 +4,7 @@
 #include "daemon/core/log.h"
 #include "daemon/tier/directory.h"
 #include "daemon/tier/host.h"
+#include "daemon/tier/pinned.h"
 #ifdef KVD_REDIS
 #include "daemon/core/secret.h"
 #include "daemon/tier/redis.h"
@@ -14,8 +15,11 @@ struct kvd_tiers {
     uint32_t n;
     struct kvd_tier_secret *secret; // NULL: none
     struct kvd_tier_namer *namer;
-    bool left_behind; // a thread that hangs may use the secret still
+    struct kvd_pinned *memory; // of blocks that they give
+    bool left_behind;          // a thread that hangs may use secret and memory still
 };
+
+enum { KEPT_BYTES = 32 << 20 };
 
 uint32_t kvd_tiers_count(const struct kvd_daemon *d)
 {
@@ -196,7 +200,8 @@ static int add(struct kvd_daemon *d, const struct kvd_tier_ops *ops, void *state
     const struct kvd_tier_settings settings = {.timeout_ms = c->tier_timeout_ms,
                                                .ttl_s = kvd_div_up(c->tier_ttl_ms, 1000),
                                                .rate = c->tier_rate,
-                                               .secret = t->secret};
+                                               .secret = t->secret,
+                                               .memory = t->memory};
     if (!state)
         return kvd_fail_in(err, "tier %s", ops->name);
     t->tier[t->n] = kvd_tier_new(&d->loop, ops, state, &settings, err);
@@ -252,6 +257,9 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
         if (!d->tiers->secret)
             return err->code;
     }
+    d->tiers->memory = kvd_pinned_new(NULL, KEPT_BYTES);
+    if (!d->tiers->memory)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     d->tiers->namer = kvd_tier_namer_new(d->tiers->secret, err);
     if (!d->tiers->namer)
         return err->code;
@@ -283,8 +291,10 @@ static void deinit(struct kvd_daemon *d)
 {
     if (d->tiers)
         kvd_tier_namer_free(&d->tiers->namer);
-    if (d->tiers && !d->tiers->left_behind)
+    if (d->tiers && !d->tiers->left_behind) {
         kvd_tier_secret_free(&d->tiers->secret);
+        kvd_pinned_free(&d->tiers->memory);
+    }
     free(KVD_TAKE(d->tiers));
 }
 

@@ -48,6 +48,8 @@ WRONG = [
     ("[kvd]\nstore-public-key = FOLDER/none\n", [(2, "No such file")]),
     ("[kvd]\nstore-public-key = FOLDER\n", [(2, "key")]),
     ("[kvd]\ntier-host = 9000TiB\n", [(2, "size")]),
+    ("[kvd]\ntier-host = 12\ntier-rate = 100\n", [(2, "0 or from 4.00 KiB"), (3, "0 or from 4.00 KiB")]),
+    ("[namespace a]\nquota = 16\n", [(2, "0 or from 4.00 KiB")]),
     ("[kvd]\ntier-directory = /tmp/blocks\n", [(2, "/absolute/path SIZE")]),
     ("[kvd]\ntier-directory = blocks 1GiB\n", [(2, "/absolute/path SIZE")]),
     ("[kvd]\ntier-directory = /tmp/blocks 1MiB\n", [(2, "64MiB")]),

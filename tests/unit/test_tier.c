@@ -241,6 +241,20 @@ START_TEST(pinned_memory_is_kept_for_the_next_block)
     kvd_block_unref(&b[1]);
     ck_assert_uint_eq(unpins, pins);
     kvd_pinned_free(&p);
+    p = kvd_pinned_new(NULL, 2 * padded); // which pins nothing
+    b[0] = kvd_block_new_in(p, BYTES);
+    b[1] = kvd_block_new_in(p, 2 * BYTES);
+    const uint8_t *first = b[0]->payload, *second = b[1]->payload;
+    kvd_block_unref(&b[0]);
+    b[0] = kvd_block_new_in(p, BYTES); // what was left
+    ck_assert_ptr_eq(b[0]->payload, first);
+    kvd_block_unref(&b[0]);
+    kvd_block_unref(&b[1]); // more than there is room for beside the other, which goes
+    b[1] = kvd_block_new_in(p, 2 * BYTES);
+    ck_assert_ptr_eq(b[1]->payload, second);
+    kvd_block_unref(&b[1]);
+    ck_assert_uint_eq(pins, 7);
+    kvd_pinned_free(&p);
     pin_fails = true;
     p = kvd_pinned_new(&backend, 0);
     for (int i = 0; i < 2; i++)
