@@ -5,6 +5,7 @@
 
 #include "daemon/tier/directory.h"
 #include "daemon/tier/host.h"
+#include "daemon/tier/pinned.h"
 #ifdef KVD_REDIS
 #include "daemon/tier/redis.h"
 #endif
@@ -98,7 +99,8 @@ static void run_round(uv_loop_t *loop, struct kvd_tier *t, struct kvd_block *blo
 
 static void bench(const struct kvd_tier_ops *ops, void *state, struct kvd_block *block)
 {
-    static const struct kvd_tier_settings settings = {.timeout_ms = 60000};
+    struct kvd_tier_settings settings = {.timeout_ms = 60000,
+                                         .memory = kvd_pinned_new(NULL, 32 << 20)};
     uv_loop_t loop;
     struct kvd_error err = {0};
     char what[64];
@@ -116,6 +118,7 @@ static void bench(const struct kvd_tier_ops *ops, void *state, struct kvd_block 
     kvd_tier_close(&t);
     uv_run(&loop, UV_RUN_DEFAULT);
     uv_loop_close(&loop);
+    kvd_pinned_free(&settings.memory);
 }
 
 // One file after the other through the page cache, as cp does it: neither checks nor renames.

@@ -8,6 +8,7 @@
 #include <sys/stat.h>
 #include <sys/wait.h>
 
+#include "daemon/tier/pinned.h"
 #include "daemon/tier/redis.h"
 #include "tests/unit/tier_fixture.h"
 
@@ -99,6 +100,7 @@ static bool begin(struct server *s, const char *option, const char *value, const
     ck_assert_ptr_nonnull(mkdtemp(s->folder));
     snprintf(s->socket, sizeof(s->socket), "%s/s", s->folder);
     snprintf(s->url, sizeof(s->url), "unix:%s", s->socket);
+    s->settings.memory = tier_memory = kvd_pinned_new(NULL, 1 << 20);
     uv_loop_init(&s->loop);
     server_start(s, option, value);
     open_with(s, s->url, auth);
@@ -118,6 +120,7 @@ static void end(struct server *s)
     tier_end(&s->loop, &s->t);
     server_stop(s);
     ck_assert_int_eq(uv_loop_close(&s->loop), 0);
+    kvd_pinned_free(&s->settings.memory);
     ck_assert_int_eq(nftw(s->folder, remove_one, 8, FTW_DEPTH | FTW_PHYS), 0);
 }
 

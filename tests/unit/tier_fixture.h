@@ -91,6 +91,9 @@ static inline enum kvd_tier_result tier_put(uv_loop_t *loop, struct kvd_tier *t,
     return a.result;
 }
 
+// That back ends which copy are given for the blocks that they give.
+static struct kvd_pinned *tier_memory;
+
 // Gets it; what comes must be the right bytes.
 static inline enum kvd_tier_result tier_get(uv_loop_t *loop, struct kvd_tier *t, uint64_t number,
                                             uint64_t bytes, const struct kvd_tier_secret *secret)
@@ -102,8 +105,10 @@ static inline enum kvd_tier_result tier_get(uv_loop_t *loop, struct kvd_tier *t,
     ck_assert_uint_eq(a.n, 0); // never from within the call
     tier_until(loop, &a.n, 1);
     ck_assert((a.result == KVD_TIER_OK) == (a.block != NULL));
-    if (a.block)
+    if (a.block) {
         ck_assert_mem_eq(a.block->payload, b->payload, bytes);
+        ck_assert_ptr_eq(a.block->memory, tier_memory);
+    }
     kvd_block_unref(&a.block);
     kvd_block_unref(&b);
     return a.result;
