@@ -91,7 +91,7 @@ static inline enum kvd_tier_result tier_put(uv_loop_t *loop, struct kvd_tier *t,
     return a.result;
 }
 
-// That back ends which copy are given for the blocks that they give.
+// That a back end is given for the blocks that it gives; NULL: that is not looked at.
 static struct kvd_pinned *tier_memory;
 
 // Gets it; what comes must be the right bytes.
@@ -107,7 +107,8 @@ static inline enum kvd_tier_result tier_get(uv_loop_t *loop, struct kvd_tier *t,
     ck_assert((a.result == KVD_TIER_OK) == (a.block != NULL));
     if (a.block) {
         ck_assert_mem_eq(a.block->payload, b->payload, bytes);
-        ck_assert_ptr_eq(a.block->memory, tier_memory);
+        if (tier_memory)
+            ck_assert_ptr_eq(a.block->memory, tier_memory);
     }
     kvd_block_unref(&a.block);
     kvd_block_unref(&b);
