@@ -24,6 +24,7 @@ struct kvd_buffer {
     int fd;          // of a memfd or a CUDA_FD; -1
     uint8_t ipc[64]; // of CUDA_IPC
     void *data;      // of a memfd, mapped; on a GPU as the caller said
+    int device;      // where data of a GPU is
     uint64_t at;     // where data begins in what is registered
     uint64_t size;   // from there
 };
@@ -167,6 +168,9 @@ void kvd_enqueuer_free(struct kvd_enqueuer **q, uint64_t deadline);
 // wait until it is at the other.
 int kvd_gpu_map(void *data, uint64_t bytes, uint64_t *device, struct kvd_error *err);
 void kvd_gpu_unmap(void *data);
+// gpu_memory.c: whether the GPU of the client's buffers is lost to this process, as after a fault
+// of another client of MPS; says so in *err.
+bool kvd_gpu_lost(kvd_client *c, struct kvd_error *err);
 int kvd_gpu_order(void *stream, uint64_t write_at, uint64_t wait_at, uint32_t value,
                   struct kvd_error *err);
 

@@ -97,10 +97,57 @@ kvd_result kvd_buffer_cuda(kvd_client *c, void *data, uint64_t bytes, kvd_buffer
     uint64_t offset = 0;
     if (kvd_fork_check(c, &e) || export_ipc(data, &handle, &offset, &e))
         return kvd_client_fail(err, &e);
-    kvd_result rc = kvd_buffer_cuda_ipc(c, &handle, offset, bytes, out, err);
-    if (rc == KVD_SUCCESS)
-        (*out)->data = data;
+    kvd_buffer b = {.kind = KVD__V1__REGISTER_BUFFER_REQUEST__MEMORY__CUDA_IPC,
+                    .fd = -1,
+                    .at = offset,
+                    .size = bytes,
+                    .data = data};
+    struct cudaPointerAttributes a;
+    b.device = cudaPointerGetAttributes(&a, data) == cudaSuccess ? a.device : 0;
+    memcpy(b.ipc, &handle, sizeof(b.ipc));
+    if (offset <= UINT64_MAX - bytes)
+        return add(c, &b, out, err);
+    kvd_fail(&e, KVD_E_INVALID, "offset and size overflow 64 bits");
+    return kvd_client_fail(err, &e);
+}
+
+// A stream of its own: to ask for the default one is an error while another thread captures a
+// graph.
+static cudaError_t state_of(int device)
+{
+    enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaStream_t stream;
+    int before = 0;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    cudaGetDevice(&before);
+    cudaSetDevice(device);
+    cudaError_t rc = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    if (rc == cudaSuccess) {
+        rc = cudaStreamQuery(stream);
+        cudaStreamDestroy(stream);
+    }
+    cudaGetLastError();
+    cudaSetDevice(before);
+    cudaThreadExchangeStreamCaptureMode(&mode);
     return rc;
+}
+
+bool kvd_gpu_lost(kvd_client *c, struct kvd_error *err)
+{
+    int device = -1;
+    pthread_mutex_lock(&c->buffers_lock);
+    for (const kvd_buffer *b = c->buffers; b && device < 0; b = b->next)
+        if (b->kind == KVD__V1__REGISTER_BUFFER_REQUEST__MEMORY__CUDA_IPC && b->data)
+            device = b->device;
+    pthread_mutex_unlock(&c->buffers_lock);
+    cudaError_t rc = device < 0 ? cudaSuccess : state_of(device);
+    if (rc == cudaSuccess || rc == cudaErrorNotReady || rc == cudaErrorMemoryAllocation)
+        return false;
+    kvd_fail(err, KVD_E_INTERNAL,
+             "the GPU is lost to this process (%s), after a fault of its own or of another client "
+             "of MPS; end it: under MPS neither kvd nor anybody else gets the GPU again before",
+             cudaGetErrorString(rc));
+    return true;
 }
 
 int kvd_gpu_map(void *data, uint64_t bytes, uint64_t *device, struct kvd_error *err)
@@ -153,6 +200,13 @@ int kvd_gpu_map(void *data, uint64_t bytes, uint64_t *device, struct kvd_error *
 void kvd_gpu_unmap(void *data)
 {
     (void)data;
+}
+
+bool kvd_gpu_lost(kvd_client *c, struct kvd_error *err)
+{
+    (void)c;
+    (void)err;
+    return false;
 }
 
 int kvd_gpu_order(void *stream, uint64_t write_at, uint64_t wait_at, uint32_t value,

@@ -197,6 +197,8 @@ static int connect_again(kvd_client *c, uint64_t epoch, uint64_t deadline, struc
         uint32_t left = kvd_left_ms(KVD_MIN(deadline, until));
         if (rc != KVD_E_UNAVAILABLE || !waits || left == 0)
             return rc;
+        if (kvd_gpu_lost(c, err)) // then kvd may be waiting for this process to end
+            return err->code;
         pause_ms(KVD_MIN(pause, left));
     }
 }

@@ -15,11 +15,14 @@
  * KVD_ERR_UNAVAILABLE, KVD_ERR_TIMEOUT, KVD_ERR_LOST, KVD_ERR_PRECONDITION in a forked child, and
  * KVD_ERR_INTERNAL (memory, threads, or a fault of kvd's own).
  *
- * If the daemon is restarted and keeps its pool (`keep`, on the CPU), calls wait until it is back,
+ * If the daemon is restarted and keeps its pool (`keep`), calls wait until it is back,
  * within the client's timeout and the daemon's resume-time, and go on in the same session:
  * sequences keep their ids and all that was acknowledged, and a call whose answer was lost is
  * applied once. Of an append by layers the calls before may be lost, where the daemon ended amid a
  * later one that overwrites: that is KVD_ERR_PRECONDITION; begin again at its first layer.
+ *
+ * A process that has lost its GPU to a fault, which under MPS may be another's, does not wait:
+ * KVD_ERR_INTERNAL says so. Until it ends, kvd cannot have the GPU again either.
  *
  * Otherwise the next call opens a new session, registers the buffers again, and returns
  * KVD_ERR_LOST once, with the reason: sequences of the old session are gone, buffers keep their
