@@ -43,15 +43,12 @@ static int copy(struct kvd_backend *b, const struct kvd_copy *copies, uint32_t n
     return kvd_cuda_status(rc, "copying pages", err);
 }
 
-// Between copies that follow each other on one stream the bus is idle for a moment. So what is
-// begun goes to streams in turn.
 static int copy_begin(struct kvd_backend *b, const struct kvd_copy *copies, uint32_t n,
                       uint32_t which, struct kvd_error *err)
 {
     struct kvd_cuda_copying *c = &cuda_of(b)->copying;
-    cudaStream_t stream = c->stream[c->begun++ % KVD_LEN(c->stream)];
-    int rc = queue(copies, n, stream);
-    int noted = cudaEventRecord(c->done[which], stream); // of what was queued until it failed
+    int rc = queue(copies, n, c->stream);
+    int noted = cudaEventRecord(c->done[which], c->stream); // of what was queued until it failed
     return kvd_cuda_status(rc ? rc : noted, "copying pages", err);
 }
 
@@ -63,9 +60,7 @@ static int copy_end(struct kvd_backend *b, uint32_t which, struct kvd_error *err
 
 static cudaError_t copying_init(struct kvd_cuda_copying *c)
 {
-    cudaError_t rc = cudaSuccess;
-    for (size_t i = 0; i < KVD_LEN(c->stream) && rc == cudaSuccess; i++)
-        rc = cudaStreamCreateWithFlags(&c->stream[i], cudaStreamNonBlocking);
+    cudaError_t rc = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
     for (size_t i = 0; i < KVD_LEN(c->done) && rc == cudaSuccess; i++)
         rc = cudaEventCreateWithFlags(&c->done[i], cudaEventDisableTiming);
     return rc;
@@ -76,9 +71,8 @@ static void copying_deinit(struct kvd_cuda_copying *c)
     for (size_t i = 0; i < KVD_LEN(c->done); i++)
         if (c->done[i])
             cudaEventDestroy(c->done[i]);
-    for (size_t i = 0; i < KVD_LEN(c->stream); i++)
-        if (c->stream[i])
-            cudaStreamDestroy(c->stream[i]);
+    if (c->stream)
+        cudaStreamDestroy(c->stream);
 }
 
 static int host_pin(struct kvd_backend *b, void *at, uint64_t bytes, struct kvd_error *err)

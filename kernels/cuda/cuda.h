@@ -49,9 +49,8 @@ struct kvd_cuda_summing {
 
 // Copies of pages that are under way: backend.c.
 struct kvd_cuda_copying {
-    cudaStream_t stream[2];
+    cudaStream_t stream; // of their own; a second one was no faster (LOG.md)
     cudaEvent_t done[KVD_COPIES_AT_ONCE];
-    uint32_t begun;
 };
 
 struct kvd_cuda {
