@@ -14,7 +14,8 @@ __attribute__((visibility("default"))) void *calloc(size_t n, size_t size)
     Dl_info who;
     const char *flag = getenv("SHORT_MEMORY");
     if (n == 1 && size > 256 && flag && access(flag, F_OK) == 0 &&
-        dladdr(__builtin_return_address(0), &who) && strstr(who.dli_fname, "daemon/kvd")) {
+        dladdr(__builtin_return_address(0), &who) &&
+        (strstr(who.dli_fname, "daemon/kvd") || strstr(who.dli_fname, "emulator/kvd"))) {
         errno = ENOMEM;
         return NULL;
     }

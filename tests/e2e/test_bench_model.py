@@ -232,6 +232,7 @@ def tiny(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not (BUILD / "client/kvctl-calib").exists(), reason="there is no kvctl-calib")
+@pytest.mark.skipif("san" in BUILD.name, reason="Python is not instrumented")
 def test_a_model_of_gemmas_shape_from_its_activations_to_the_table(tiny):
     """Recorded, fitted, evaluated and compared, by two processes that share the work."""
     sets = [tiny / "int2", tiny / "tc2"]

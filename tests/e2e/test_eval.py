@@ -383,12 +383,12 @@ def test_fitted_clips_are_the_best_of_their_list(tmp_path):
             for h in range(k.shape[1]):
                 keys, values = k[at:at + CONTEXT, h], v[at:at + CONTEXT, h]
                 asks = q[at + CONTEXT - 64:at + CONTEXT, h * group:(h + 1) * group]
-                _, p, o = attention(asks, keys, values)
+                _, p, o = attention(asks, keys, values, 0)
                 for r, ratio in enumerate(ratios):
                     k2, v2 = keys.copy(), values.copy()
                     k2[:end] = quantized(keys[:end], sets["k.rotation"][i, 0], ratio)
                     v2[:end] = quantized(values[:end], sets["v.rotation"][i, 0], ratio)
-                    error["k"][r] += np.sum((attention(asks, k2, values)[2] - o) ** 2)
+                    error["k"][r] += np.sum((attention(asks, k2, values, 0)[2] - o) ** 2)
                     error["v"][r] += np.sum((np.einsum("pgt,td->pgd", p, v2) - o) ** 2)
         for side in "kv":
             chosen = ratios.index(round(float(sets[f"{side}.clip"][i, 0]), 2))

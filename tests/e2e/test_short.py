@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kvd as package
-from conftest import Rpc, kv, layout
+from conftest import BUILD, Rpc, kv, layout
 from test_direct import EXTENT, NO_PAGE, Raw, page_of, wants_memfds
 from test_grpc import DIM, HEADS, KV, LAYERS, append, bf16, code_of, error, exact, open_session, random_kv, tensor, widen
 from test_keep import kill
@@ -220,6 +220,7 @@ def test_mapped_sequences_outlive_kvd_as_such(start):
     assert np.array_equal(read(again.rpc, again.session, seq, 20)[0], k)
 
 
+@pytest.mark.skipif("san" in BUILD.name, reason="Python is not instrumented")
 def test_direct_mode_begins_short(kvd):
     """A worker goes on with a short sequence in direct mode, while others use what is free."""
     wants_memfds(kvd)

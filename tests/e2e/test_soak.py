@@ -1,6 +1,6 @@
 """Everything at once for as long as one likes: mixed operations, kvd killed and workers killed at random, memory and descriptors that
-run out. Nothing that was acknowledged is lost, invariants hold, and memory stays flat. KVD_SOAK_SECONDS sets how long, KVD_SOAK_EVERY
-how long a kvd lives at most."""
+run out, and on the emulated GPU (KVD_PROGRAM) faults that end its kvd. Nothing that was acknowledged is lost, invariants hold, and memory
+stays flat. KVD_SOAK_SECONDS sets how long, KVD_SOAK_EVERY how long a kvd lives at most."""
 import os
 import random
 import resource
@@ -13,6 +13,7 @@ import pytest
 import kvd as package
 from conftest import BUILD, WORKER
 from test_death import wait_for
+from test_fault import EMULATED, ended_with_70
 from test_keep import kill, pid_of
 from test_survive import Decoding, Mixed
 
@@ -88,7 +89,7 @@ class Trouble:
         self.keeper, self.flag, self.rng, self.victims, self.counts = keeper, flag, rng, [], {}
 
     def some(self):
-        what = self.rng.choice(["worker", "worker", "memory", "descriptors"])
+        what = self.rng.choice(["worker", "worker", "memory", "descriptors"] * 10 + ["fault"] * EMULATED)
         self.counts[what] = self.counts.get(what, 0) + 1
         getattr(self, what)()
         time.sleep(self.rng.uniform(0.01, 0.2))
@@ -108,6 +109,12 @@ class Trouble:
         time.sleep(self.rng.uniform(0.001, 0.05))
         self.flag.unlink()
 
+    def fault(self):
+        """The GPU is lost to kvd, which ends by itself, and is started again by its keeper."""
+        self.keeper.lives = self.keeper.text().count("ready version") + 1
+        (self.keeper.folder / "fault").touch()
+        self.keeper.wait_ready()
+
     def descriptors(self):
         pid = pid_of(self.keeper)
         old = resource.prlimit(pid, resource.RLIMIT_NOFILE)
@@ -119,13 +126,14 @@ class Trouble:
 @pytest.mark.skipif("san" in BUILD.name, reason="Python is not instrumented; sanitizers have an allocator of their own")
 def test_soak(start, folder):
     flag = folder / "short"
-    keeper = start("--keep", "--backend", "cpu", "--pool-size", "256MiB", env={
-        "LD_PRELOAD": str(BUILD / "tests/short_memory.so"), "SHORT_MEMORY": str(flag)})
+    keeper = start("--keep", "--backend", "cuda" if EMULATED else "cpu", "--pool-size", "256MiB", env={
+        "LD_PRELOAD": str(BUILD / "tests/short_memory.so"), "SHORT_MEMORY": str(flag), "EMULATED_FAULT": str(folder / "fault")})
     seed = int(os.environ.get("KVD_TEST_SEED", time.time_ns() & 0xffffffff))
     print(f"KVD_TEST_SEED={seed}")
     rng = random.Random(seed)
     trouble = Trouble(keeper, flag, rng)
-    workers = [Patient(keeper, rng.getrandbits(30)) for _ in range(3)] + [PatientDecoding(keeper, rng.getrandbits(30))]
+    workers = [Patient(keeper, rng.getrandbits(30)) for _ in range(3)]
+    workers += [] if EMULATED else [PatientDecoding(keeper, rng.getrandbits(30))]
     for w in workers:
         w.start()
     quick = [Quick(keeper, codec, rng.getrandbits(30)) for codec in ("bf16", "int2", "int2")]
@@ -154,6 +162,7 @@ def test_soak(start, folder):
     failed = [w.failure for w in workers if w.failure]
     if failed:
         raise failed[0]
+    assert ended_with_70(keeper) == trouble.counts.get("fault", 0)
     assert 'kvd_lost_total{what="sequences"} 0' in keeper.kvctl("metrics").stdout, keeper.text()[-3000:]
     # Those of workers that were killed while kvd was away wait for resume-time.
     assert wait_for(lambda: keeper.metric("kvd_sessions") == keeper.metric("kvd_sessions_waiting"))
