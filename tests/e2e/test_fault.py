@@ -18,7 +18,7 @@ import pytest
 from conftest import SOURCE
 from test_death import wait_for
 from test_keep import pid_of
-from test_survive import Mixed, Probe
+from test_survive import Mixed, Probe, end
 
 FAULTS = int(os.environ.get("KVD_FAULTS", 4))
 EMULATED = "emulated" in os.environ.get("KVD_PROGRAM", "")
@@ -30,13 +30,7 @@ def ended_with_70(keeper):
 
 
 def all_is_well(keeper, workers):
-    for w in workers:
-        w.stop = True
-    for w in workers:
-        w.join(60)
-        assert not w.is_alive()
-    failed = [w.failure for w in workers if w.failure]
-    assert not failed, (failed, keeper.text()[-3000:])
+    end(workers)
     assert 'kvd_lost_total{what="sequences"} 0' in keeper.kvctl("metrics").stdout, keeper.text()[-3000:]
     assert "0 damaged" in keeper.kvctl("verify").stdout
 
@@ -70,8 +64,8 @@ def test_a_gpu_that_fails_for_a_while(start, folder):
     for w in workers:
         w.start()
     time.sleep(0.3)
-    end = time.time() + 3
-    while time.time() < end:
+    until = time.time() + 3
+    while time.time() < until:
         flag.touch()
         time.sleep(0.02)
     flag.unlink(missing_ok=True)

@@ -245,6 +245,18 @@ def test_tails_that_are_refused(kvd, tail):
     assert "tail_tokens" in str(e.value)
 
 
+def end(workers):
+    """Stops them all; none may have failed."""
+    for w in workers:
+        w.stop = True
+    for w in workers:
+        w.join(60)
+        assert not w.is_alive()
+    failed = [w.failure for w in workers if w.failure]
+    if failed:
+        raise failed[0]
+
+
 class Probe(Worker):
     """Asks all the time: how long kvd is away for a worker."""
 
@@ -314,14 +326,7 @@ def test_workers_that_go_on_while_kvd_is_killed(start):
         assert wait_for(lambda: keeper.metric("kvd_scrub_passes_total"), 60)
         print([line for line in keeper.text().splitlines() if "an earlier kvd has left were looked at" in line][-1:])
         much.check()
-    for w in workers:
-        w.stop = True
-    for w in workers:
-        w.join(60)
-        assert not w.is_alive()
-    failed = [w.failure for w in workers if w.failure]
-    if failed:
-        raise failed[0]
+    end(workers)
     assert keeper.metric("kvd_restarts_survived_total") == KILLS
     assert 'kvd_lost_total{what="sequences"} 0' in keeper.kvctl("metrics").stdout, keeper.text()[-3000:]
     assert keeper.metric("kvd_sessions") == 0
