@@ -15,7 +15,7 @@ from conftest import BUILD, WORKER
 from test_death import wait_for
 from test_fault import EMULATED, ended_with_70
 from test_keep import kill, pid_of
-from test_survive import Decoding, Mixed
+from test_survive import Decoding, Mixed, end
 
 SECONDS = float(os.environ.get("KVD_SOAK_SECONDS", 4))
 LIFE = float(os.environ.get("KVD_SOAK_EVERY", 20))
@@ -137,8 +137,8 @@ def test_soak(start, folder):
     for w in workers:
         w.start()
     quick = [Quick(keeper, codec, rng.getrandbits(30)) for codec in ("bf16", "int2", "int2")]
-    end, kills, growth = time.time() + SECONDS, 0, [0]
-    while time.time() < end:
+    until, kills, growth = time.time() + SECONDS, 0, [0]
+    while time.time() < until:
         life = time.time() + min(rng.uniform(1.2, LIFE), max(SECONDS / 2, 1.2))
         settled = 0
         while time.time() < life:
@@ -152,16 +152,9 @@ def test_soak(start, folder):
         kills += 1
     while trouble.victims:
         trouble.end_one()
-    for w in workers:
-        w.stop = True
     for q in quick:
         q.end()
-    for w in workers:
-        w.join(60)
-        assert not w.is_alive()
-    failed = [w.failure for w in workers if w.failure]
-    if failed:
-        raise failed[0]
+    end(workers)
     assert ended_with_70(keeper) == trouble.counts.get("fault", 0)
     assert 'kvd_lost_total{what="sequences"} 0' in keeper.kvctl("metrics").stdout, keeper.text()[-3000:]
     # Those of workers that were killed while kvd was away wait for resume-time.
