@@ -11,6 +11,15 @@ enum {
     KVD_LATENT_ROWS = 32, // and one over latents: panels have a row of so many floats a token
 };
 
+// Of inner loops there is a copy for every case of what is known when they are compiled (widths,
+// rows, tiles). Sanitizers take minutes to instrument all of them, and say as much of one copy that
+// is told at run time, for it is the same source that reads the same addresses.
+#ifdef KVD_SANITIZED
+#define KVD_BY_CASE __attribute__((noinline))
+#else
+#define KVD_BY_CASE inline __attribute__((always_inline))
+#endif
+
 // Tokens by channels, of latents or of their rope parts, as floats. Channels come in pairs that lie
 // side by side. Of a panel of bf16 values they are in order. One of codes is as codes are unpacked
 // without shuffling, [dim / 2 pairs][64][2]: kvd_latent_token and kvd_latent_channel say what is

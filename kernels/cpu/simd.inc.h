@@ -41,8 +41,7 @@ static void simd_q_prepare(const float *q, uint32_t dim, float *out)
 }
 
 // Sums the 16 lanes of acc whose register index is even (first token) and odd (second).
-static inline __attribute__((always_inline)) void fold_pairs(const vf acc[G], float *even,
-                                                             float *odd)
+static KVD_BY_CASE void fold_pairs(const vf acc[G], float *even, float *odd)
 {
     float lane[16] __attribute__((aligned(64)));
     for (int i = 0; i < G; i++)
@@ -87,9 +86,9 @@ struct code_words {
 };
 
 // `lane` is known when this is compiled, as `kind` is.
-static inline __attribute__((always_inline)) struct plane_words
-plane_of(const uint32_t width, const uint32_t lane, const uint8_t *plane, uint32_t dim,
-         uint32_t chunk, uint32_t tile, uint32_t g)
+static KVD_BY_CASE struct plane_words plane_of(const uint32_t width, const uint32_t lane,
+                                               const uint8_t *plane, uint32_t dim, uint32_t chunk,
+                                               uint32_t tile, uint32_t g)
 {
     struct kvd_piece p = {tile / 8 * 8, lane, 0}; // dims whose pieces are all alike
     uint32_t chunks = 1, bytes = 2 * width * dim;
@@ -106,9 +105,10 @@ plane_of(const uint32_t width, const uint32_t lane, const uint8_t *plane, uint32
     return (struct plane_words){plane + chunk / chunks * bytes + p.at + g * 4 * lane, shift, lane};
 }
 
-static inline __attribute__((always_inline)) struct code_words
-words_of(const uint32_t kind, const uint32_t lane, const uint32_t more_lane, const uint8_t *codes,
-         uint32_t dim, uint32_t chunk, uint32_t tile, uint32_t g)
+static KVD_BY_CASE struct code_words words_of(const uint32_t kind, const uint32_t lane,
+                                              const uint32_t more_lane, const uint8_t *codes,
+                                              uint32_t dim, uint32_t chunk, uint32_t tile,
+                                              uint32_t g)
 {
     const uint8_t *more = codes + kvd_codes_bytes(KVD_CODEC_INT2, dim, false);
     struct code_words w = {plane_of(2, lane, codes, dim, chunk, tile, g), {0}};
@@ -120,7 +120,7 @@ words_of(const uint32_t kind, const uint32_t lane, const uint32_t more_lane, con
 }
 
 // The i-th vector of a group.
-static inline __attribute__((always_inline)) vi load_words(const struct plane_words *w, int i)
+static KVD_BY_CASE vi load_words(const struct plane_words *w, int i)
 {
     const uint8_t *p = w->at + (uint32_t)i * (V / 4) * w->lane;
     return w->lane == 16  ? v_words(p)
@@ -131,16 +131,15 @@ static inline __attribute__((always_inline)) vi load_words(const struct plane_wo
 }
 
 // Where second elements lie, from first ones on.
-static inline __attribute__((always_inline)) uint32_t half_of(const struct plane_words *w)
+static KVD_BY_CASE uint32_t half_of(const struct plane_words *w)
 {
     return w->lane < 4 ? 4 * w->lane : 16;
 }
 
 // The levels of the codes of channel tile `slot` after the first, low or high half of the words.
-static inline __attribute__((always_inline)) vf level_of(const uint32_t kind,
-                                                         const struct levels *l,
-                                                         const struct code_words *w, vi words,
-                                                         vi more, uint32_t slot, uint32_t high)
+static KVD_BY_CASE vf level_of(const uint32_t kind, const struct levels *l,
+                               const struct code_words *w, vi words, vi more, uint32_t slot,
+                               uint32_t high)
 {
     uint32_t shift = w->low.shift + 2 * slot + high * half_of(&w->low);
     vf x = v_pick(l->low, words, shift);
@@ -183,11 +182,11 @@ static inline __attribute__((always_inline)) vf level_of(const uint32_t kind,
     } while (0)
 
 // Adds the products of some channel tiles to the scores of a group's tokens.
-static inline __attribute__((always_inline)) void
-k_scores_tiles(const uint32_t lane, const uint32_t more_lane, const uint32_t tiles, uint32_t tile,
-               const uint32_t kind, const struct levels *l, const uint8_t *codes, uint32_t dim,
-               uint32_t chunk, uint32_t g, const float *q, const uint32_t rows,
-               vf acc[KVD_CPU_ROWS][G])
+static KVD_BY_CASE void k_scores_tiles(const uint32_t lane, const uint32_t more_lane,
+                                       const uint32_t tiles, uint32_t tile, const uint32_t kind,
+                                       const struct levels *l, const uint8_t *codes, uint32_t dim,
+                                       uint32_t chunk, uint32_t g, const float *q,
+                                       const uint32_t rows, vf acc[KVD_CPU_ROWS][G])
 {
     struct code_words at = words_of(kind, lane, more_lane, codes, dim, chunk, tile, g);
     for (int i = 0; i < G; i++) {
@@ -204,9 +203,9 @@ k_scores_tiles(const uint32_t lane, const uint32_t more_lane, const uint32_t til
     }
 }
 
-static inline __attribute__((always_inline)) void
-k_scores_rows(const uint32_t kind, struct levels l, const uint8_t *codes, uint32_t dim,
-              const float *q, const uint32_t rows, float *scores)
+static KVD_BY_CASE void k_scores_rows(const uint32_t kind, struct levels l, const uint8_t *codes,
+                                      uint32_t dim, const float *q, const uint32_t rows,
+                                      float *scores)
 {
     for (uint32_t chunk = 0; chunk < 4; chunk++) {
         for (uint32_t g = 0; g < 8; g++) {
@@ -223,9 +222,8 @@ k_scores_rows(const uint32_t kind, struct levels l, const uint8_t *codes, uint32
     }
 }
 
-static inline __attribute__((always_inline)) void
-k_scores_kind(const uint32_t kind, struct levels l, const uint8_t *codes, uint32_t dim,
-              const float *q, uint32_t rows, float *scores)
+static KVD_BY_CASE void k_scores_kind(const uint32_t kind, struct levels l, const uint8_t *codes,
+                                      uint32_t dim, const float *q, uint32_t rows, float *scores)
 {
     if (rows == 4 && dim == 128)
         k_scores_rows(kind, l, codes, 128, q, 4, scores);
@@ -292,9 +290,8 @@ struct tc_words {
     vi first[2], second[2];
 };
 
-static inline __attribute__((always_inline)) struct tc_words
-tc_load(const struct tc_plan *p, const bool one, const bool wide, const uint8_t *chunk, uint32_t g,
-        int i)
+static KVD_BY_CASE struct tc_words tc_load(const struct tc_plan *p, const bool one, const bool wide,
+                                           const uint8_t *chunk, uint32_t g, int i)
 {
     struct tc_words all = {0};
     for (uint32_t n = 0; n < (one ? 1 : p->pieces); n++) {
@@ -314,8 +311,7 @@ tc_load(const struct tc_plan *p, const bool one, const bool wide, const uint8_t 
 }
 
 // The bits from `at` on, as the low ones.
-static inline __attribute__((always_inline)) vi tc_bits(const bool wide, const vi words[2],
-                                                        uint32_t at)
+static KVD_BY_CASE vi tc_bits(const bool wide, const vi words[2], uint32_t at)
 {
     if (!wide || at == 0)
         return v_right(words[0], at);
@@ -324,11 +320,9 @@ static inline __attribute__((always_inline)) vi tc_bits(const bool wide, const v
 }
 
 // Adds the products of a run's channel tiles.
-static inline __attribute__((always_inline)) void tc_run(const uint32_t bits, const bool wide,
-                                                         const struct tc_words *w, uint32_t tile,
-                                                         uint32_t tiles, uint32_t at,
-                                                         const float *q, uint32_t dim,
-                                                         const uint32_t rows, vf acc[KVD_CPU_ROWS])
+static KVD_BY_CASE void tc_run(const uint32_t bits, const bool wide, const struct tc_words *w,
+                               uint32_t tile, uint32_t tiles, uint32_t at, const float *q,
+                               uint32_t dim, const uint32_t rows, vf acc[KVD_CPU_ROWS])
 {
     vf table = v_centred(bits);
     q += tile * 32;
@@ -342,9 +336,9 @@ static inline __attribute__((always_inline)) void tc_run(const uint32_t bits, co
     }
 }
 
-static inline __attribute__((always_inline)) void
-tc_scores_rows(const struct tc_plan *p, const bool one, const bool wide, const uint8_t *codes,
-               uint32_t chunk_bytes, const float *q, const uint32_t rows, float *scores)
+static KVD_BY_CASE void tc_scores_rows(const struct tc_plan *p, const bool one, const bool wide,
+                                       const uint8_t *codes, uint32_t chunk_bytes, const float *q,
+                                       const uint32_t rows, float *scores)
 {
     for (uint32_t group = 0; group < 32; group++) {
         uint32_t chunk = group / 8, g = group % 8;
@@ -375,9 +369,9 @@ tc_scores_rows(const struct tc_plan *p, const bool one, const bool wide, const u
     }
 }
 
-static inline __attribute__((always_inline)) void
-tc_scores_kind(const struct tc_plan *p, const bool one, const bool wide, const uint8_t *codes,
-               uint32_t bytes, const float *q, uint32_t rows, float *scores)
+static KVD_BY_CASE void tc_scores_kind(const struct tc_plan *p, const bool one, const bool wide,
+                                       const uint8_t *codes, uint32_t bytes, const float *q,
+                                       uint32_t rows, float *scores)
 {
     if (rows == 4)
         tc_scores_rows(p, one, wide, codes, bytes, q, 4, scores);
@@ -406,10 +400,11 @@ static void simd_tc_scores(const struct kvd_tc_coder *t, const uint8_t *codes, c
 enum { SLOTS = V == 16 ? 4 : 2 }; // channel tiles whose accumulators fit the registers
 
 // Up to SLOTS channel tiles of a group. acc of one row: [g 8][channel tile][16 lanes].
-static inline __attribute__((always_inline)) void
-v_accumulate_slots(const uint32_t lane, const uint32_t more_lane, const uint32_t tiles,
-                   uint32_t tile, const uint32_t kind, const struct levels *l, const uint8_t *codes,
-                   uint32_t dim, uint32_t g, const float *spread, const uint32_t rows, float *acc)
+static KVD_BY_CASE void v_accumulate_slots(const uint32_t lane, const uint32_t more_lane,
+                                           const uint32_t tiles, uint32_t tile, const uint32_t kind,
+                                           const struct levels *l, const uint8_t *codes,
+                                           uint32_t dim, uint32_t g, const float *spread,
+                                           const uint32_t rows, float *acc)
 {
     for (int i = 0; i < G; i++) {
         float *at = acc + (g * (dim / 16) + tile) * 16 + (uint32_t)(i * V);
@@ -436,10 +431,11 @@ v_accumulate_slots(const uint32_t lane, const uint32_t more_lane, const uint32_t
     }
 }
 
-static inline __attribute__((always_inline)) void
-v_accumulate_tiles(const uint32_t lane, const uint32_t more_lane, const uint32_t tiles,
-                   uint32_t tile, const uint32_t kind, const struct levels *l, const uint8_t *codes,
-                   uint32_t dim, uint32_t g, const float *spread, const uint32_t rows, float *acc)
+static KVD_BY_CASE void v_accumulate_tiles(const uint32_t lane, const uint32_t more_lane,
+                                           const uint32_t tiles, uint32_t tile, const uint32_t kind,
+                                           const struct levels *l, const uint8_t *codes,
+                                           uint32_t dim, uint32_t g, const float *spread,
+                                           const uint32_t rows, float *acc)
 {
     if (tiles <= SLOTS) {
         v_accumulate_slots(lane, more_lane, tiles, tile, kind, l, codes, dim, g, spread, rows, acc);
@@ -449,17 +445,17 @@ v_accumulate_tiles(const uint32_t lane, const uint32_t more_lane, const uint32_t
         v_accumulate_slots(lane, more_lane, SLOTS, t, kind, l, codes, dim, g, spread, rows, acc);
 }
 
-static inline __attribute__((always_inline)) void
-v_accumulate_rows(const uint32_t kind, struct levels l, const uint8_t *codes, uint32_t dim,
-                  const float *spread, const uint32_t rows, float *acc)
+static KVD_BY_CASE void v_accumulate_rows(const uint32_t kind, struct levels l,
+                                          const uint8_t *codes, uint32_t dim, const float *spread,
+                                          const uint32_t rows, float *acc)
 {
     for (uint32_t g = 0; g < 8; g++)
         EACH_TILES(v_accumulate_tiles, dim, kind, &l, codes, dim, g, spread, rows, acc);
 }
 
-static inline __attribute__((always_inline)) void
-v_accumulate_kind(const uint32_t kind, struct levels l, const uint8_t *codes, uint32_t dim,
-                  const float *spread, uint32_t rows, float *acc)
+static KVD_BY_CASE void v_accumulate_kind(const uint32_t kind, struct levels l,
+                                          const uint8_t *codes, uint32_t dim, const float *spread,
+                                          uint32_t rows, float *acc)
 {
     if (rows == 4 && dim == 128)
         v_accumulate_rows(kind, l, codes, 128, spread, 4, acc);
@@ -505,9 +501,9 @@ static void simd_v_reduce(const float *acc, uint32_t dim, float *o)
         }
 }
 
-static inline __attribute__((always_inline)) void
-bf16_scores_rows(const uint8_t *k, uint64_t stride, uint32_t n, uint32_t dim, const float *q,
-                 const uint32_t rows, float *scores)
+static KVD_BY_CASE void bf16_scores_rows(const uint8_t *k, uint64_t stride, uint32_t n,
+                                         uint32_t dim, const float *q, const uint32_t rows,
+                                         float *scores)
 {
     for (uint32_t t = 0; t < n; t++) {
         const uint8_t *row = k + t * stride;
@@ -534,9 +530,9 @@ static void simd_bf16_scores(const uint8_t *k, uint64_t stride, uint32_t n, uint
             bf16_scores_rows(k, stride, n, dim, q + r * dim, 1, scores + r * KVD_PAGE_TOKENS);
 }
 
-static inline __attribute__((always_inline)) void
-bf16_accumulate_rows(const uint8_t *v, uint64_t stride, uint32_t n, uint32_t dim, const float *p,
-                     const uint32_t rows, float *o)
+static KVD_BY_CASE void bf16_accumulate_rows(const uint8_t *v, uint64_t stride, uint32_t n,
+                                             uint32_t dim, const float *p, const uint32_t rows,
+                                             float *o)
 {
     for (uint32_t c = 0; c < dim; c += V) {
         vf acc[KVD_CPU_ROWS];
@@ -580,9 +576,8 @@ static void simd_scale(float *x, uint32_t n, float f)
 }
 
 // Some rows by some vectors of outputs at a time, from output c on.
-static inline __attribute__((always_inline)) void
-rotate_columns(const float *x, const uint32_t rows, const uint32_t vectors, uint32_t dim,
-               const float *m, uint32_t c, float *y)
+static KVD_BY_CASE void rotate_columns(const float *x, const uint32_t rows, const uint32_t vectors,
+                                       uint32_t dim, const float *m, uint32_t c, float *y)
 {
     vf acc[KVD_CPU_ROWS][4];
     for (uint32_t r = 0; r < rows; r++)
@@ -601,8 +596,8 @@ rotate_columns(const float *x, const uint32_t rows, const uint32_t vectors, uint
 }
 
 // Four rows by four vectors are 16 accumulators (8 for V = 8). dim is a multiple of 16.
-static inline __attribute__((always_inline)) void
-rotate_rows(const float *x, const uint32_t rows, uint32_t dim, const float *m, float *y)
+static KVD_BY_CASE void rotate_rows(const float *x, const uint32_t rows, uint32_t dim,
+                                    const float *m, float *y)
 {
     enum { COLS = V == 16 ? 4 : 2 };
     uint32_t c = 0;

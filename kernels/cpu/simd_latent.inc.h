@@ -16,10 +16,10 @@ static void simd_bf16_row(const uint8_t *row, uint32_t dim, float *x)
 }
 
 // Some channel tiles of all tokens. A vector's lanes are tokens of a chunk and two channels.
-static inline __attribute__((always_inline)) void
-unpack_tiles(const uint32_t lane, const uint32_t more_lane, const uint32_t tiles, uint32_t tile,
-             const uint32_t kind, const struct levels *l, const uint8_t *codes, uint32_t dim,
-             const float *scale, const float *centre, float *x)
+static KVD_BY_CASE void unpack_tiles(const uint32_t lane, const uint32_t more_lane,
+                                     const uint32_t tiles, uint32_t tile, const uint32_t kind,
+                                     const struct levels *l, const uint8_t *codes, uint32_t dim,
+                                     const float *scale, const float *centre, float *x)
 {
     for (uint32_t at = 0; at < 32; at++) {
         uint32_t g = at / 4, chunk = at % 4;
@@ -37,10 +37,8 @@ unpack_tiles(const uint32_t lane, const uint32_t more_lane, const uint32_t tiles
     }
 }
 
-static inline __attribute__((always_inline)) void unpack_kind(const uint32_t kind, struct levels l,
-                                                              const uint8_t *codes, uint32_t dim,
-                                                              const float *scale,
-                                                              const float *centre, float *x)
+static KVD_BY_CASE void unpack_kind(const uint32_t kind, struct levels l, const uint8_t *codes,
+                                    uint32_t dim, const float *scale, const float *centre, float *x)
 {
     EACH_TILES(unpack_tiles, dim, kind, &l, codes, dim, scale, centre, x);
 }
@@ -66,10 +64,9 @@ static void simd_latent_unpack(uint32_t codec, const uint8_t *codes, uint32_t di
 }
 
 // Scores of PANEL_TOKENS tokens over some pairs of channels.
-static inline __attribute__((always_inline)) void scores_block(const float *x, const uint32_t token,
-                                                               const uint32_t pair, uint32_t pairs,
-                                                               const float *q,
-                                                               const uint32_t vectors, float *s)
+static KVD_BY_CASE void scores_block(const float *x, const uint32_t token, const uint32_t pair,
+                                     uint32_t pairs, const float *q, const uint32_t vectors,
+                                     float *s)
 {
     vf acc[PANEL_TOKENS][2];
     for (uint32_t t = 0; t < PANEL_TOKENS; t++)
@@ -91,10 +88,9 @@ static inline __attribute__((always_inline)) void scores_block(const float *x, c
             v_store(s + t * R + j * V, v_add(v_load(s + t * R + j * V), acc[t][j]));
 }
 
-static inline __attribute__((always_inline)) void scores_of(const float *x, const uint32_t token,
-                                                            const uint32_t pair, uint32_t channels,
-                                                            uint32_t tokens, const float *q,
-                                                            uint32_t rows, float *s)
+static KVD_BY_CASE void scores_of(const float *x, const uint32_t token, const uint32_t pair,
+                                  uint32_t channels, uint32_t tokens, const float *q, uint32_t rows,
+                                  float *s)
 {
     for (uint32_t c = 0; c < channels; c += PANEL_CHANNELS)
         for (uint32_t r = 0; r < rows; r += 2 * V)
@@ -118,10 +114,9 @@ static void simd_panel_scores(const struct kvd_panel *x, uint32_t channels, uint
 }
 
 // Sums of PANEL_PAIRS pairs of channels over all tokens.
-static inline __attribute__((always_inline)) void sums_block(const float *x, const uint32_t token,
-                                                             const uint32_t pair, uint32_t tokens,
-                                                             const float *p, const uint32_t vectors,
-                                                             float *o)
+static KVD_BY_CASE void sums_block(const float *x, const uint32_t token, const uint32_t pair,
+                                   uint32_t tokens, const float *p, const uint32_t vectors,
+                                   float *o)
 {
     vf acc[2 * PANEL_PAIRS][2];
     for (uint32_t c = 0; c < 2 * PANEL_PAIRS; c++)
@@ -142,10 +137,9 @@ static inline __attribute__((always_inline)) void sums_block(const float *x, con
             v_store(o + c * R + j * V, v_add(v_load(o + c * R + j * V), acc[c][j]));
 }
 
-static inline __attribute__((always_inline)) void sums_of(const float *x, const uint32_t token,
-                                                          const uint32_t pair, uint32_t channels,
-                                                          uint32_t tokens, const float *p,
-                                                          uint32_t rows, float *o)
+static KVD_BY_CASE void sums_of(const float *x, const uint32_t token, const uint32_t pair,
+                                uint32_t channels, uint32_t tokens, const float *p, uint32_t rows,
+                                float *o)
 {
     for (uint32_t c = 0; c < channels; c += 2 * PANEL_PAIRS)
         for (uint32_t r = 0; r < rows; r += 2 * V) {

@@ -127,7 +127,7 @@ static void prefill(struct tokens *s, uint32_t count)
 }
 
 // Attention of a slot's queries over all its tokens, in float64: the relative error of o.
-static double error_of(const struct tokens *s, int slot, int layer, double *norm_out)
+REFERENCE static double error_of(const struct tokens *s, int slot, int layer, double *norm_out)
 {
     double diff = 0, norm = 0;
     static double logit[MAX];

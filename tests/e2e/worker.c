@@ -28,8 +28,8 @@ struct tokens { // one sequence's originals
 
 // float64 attention over values that the daemon itself reads back, for the last `n` positions of
 // `layer`.
-static double error_of(const struct tokens *s, const float *k, const float *v, uint64_t total,
-                       int layer, int n, const float *q, const float *o)
+REFERENCE static double error_of(const struct tokens *s, const float *k, const float *v,
+                                 uint64_t total, int layer, int n, const float *q, const float *o)
 {
     double diff = 0, norm = 0;
     for (int i = 0; i < n; i++)

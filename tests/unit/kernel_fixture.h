@@ -37,7 +37,7 @@ static inline double kseq_normal(uint64_t *rng)
 }
 
 // A random orthogonal matrix: Gram-Schmidt on normal rows, in double.
-static inline void kseq_orthogonal(uint64_t *rng, uint32_t dim, float *out)
+KVD_REFERENCE static inline void kseq_orthogonal(uint64_t *rng, uint32_t dim, float *out)
 {
     double *m = malloc(sizeof(double) * dim * dim);
     for (uint32_t i = 0; i < dim; i++) {
@@ -217,7 +217,7 @@ static inline void kseq_deinit(struct kseq *s)
 }
 
 // Normal values, with a channel of large outliers as real keys have them.
-static inline void kseq_fill(struct kseq *s)
+KVD_REFERENCE static inline void kseq_fill(struct kseq *s)
 {
     const struct kvd_plane *g = &s->g;
     uint64_t rows = g->n_layers * s->capacity * g->kv_heads;
@@ -304,8 +304,8 @@ static inline void kseq_back(const struct kseq *s, uint32_t layer, uint32_t head
 
 // What the pages say of one token: original bf16 in the windows, dequantized and un-rotated (in
 // double) in history.
-static inline void kseq_truth(const struct kseq *s, uint64_t t, uint32_t layer, uint32_t head,
-                              bool v, double *out)
+KVD_REFERENCE static inline void kseq_truth(const struct kseq *s, uint64_t t, uint32_t layer,
+                                            uint32_t head, bool v, double *out)
 {
     const struct kvd_plane *g = &s->g;
     uint32_t dim = v ? g->head_dim_v : g->head_dim_k;

@@ -27,8 +27,8 @@ static inline const float *latent_rotation(uint64_t seed)
 
 // A sequence whose set is a rotation of the latent by layers, or, with `skewed`, A = R D and its
 // inverse, and means.
-static inline void latent_init(struct kseq *s, struct kvd_plane g, uint64_t capacity, bool skewed,
-                               uint64_t seed)
+KVD_REFERENCE static inline void latent_init(struct kseq *s, struct kvd_plane g, uint64_t capacity,
+                                             bool skewed, uint64_t seed)
 {
     const float *r = latent_rotation(seed);
     kseq_init(s, g, capacity, 0, 0.96f, 0.92f, seed);

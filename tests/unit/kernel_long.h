@@ -124,8 +124,8 @@ struct long_truth {
     double o[LONG_ROWS * KVD_MAX_HEAD_DIM], lse[LONG_ROWS];
 };
 
-static inline double long_logit(const struct long_truth *x, uint32_t r, const float *k,
-                                uint32_t dim)
+KVD_REFERENCE static inline double long_logit(const struct long_truth *x, uint32_t r,
+                                              const float *k, uint32_t dim)
 {
     double sum[4] = {0}; // side by side: half of the time is spent here
     for (uint32_t c = 0; c < dim; c++)
@@ -135,7 +135,7 @@ static inline double long_logit(const struct long_truth *x, uint32_t r, const fl
 }
 
 // Logits of such pages are small: no maximum is needed.
-static inline struct long_truth *long_truth(struct long_seq *s, struct attention a)
+KVD_REFERENCE static inline struct long_truth *long_truth(struct long_seq *s, struct attention a)
 {
     uint32_t dim = s->g.head_dim_k, group = s->g.q_heads;
     struct long_truth *x = calloc(1, sizeof(*x));

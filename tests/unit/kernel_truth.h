@@ -78,9 +78,10 @@ static inline double *all_rows(const struct kseq *s, uint64_t total, bool v)
 }
 
 // Attention in float64 for one (layer, query, q head).
-static inline void truth(const struct kseq *s, const struct attention *a, const double *keys,
-                         const double *values, const float *q, float sink, uint32_t layer,
-                         uint32_t qi, uint32_t q_head, double *o, double *lse)
+KVD_REFERENCE static inline void truth(const struct kseq *s, const struct attention *a,
+                                       const double *keys, const double *values, const float *q,
+                                       float sink, uint32_t layer, uint32_t qi, uint32_t q_head,
+                                       double *o, double *lse)
 {
     const struct kvd_plane *g = &s->g;
     uint32_t head = q_head / (g->q_heads / g->kv_heads);
