@@ -1,4 +1,5 @@
 # What run.sh and sanitizers.sh have in common; sourced, in the folder of the sources, after deploy/deps.sh.
+# shellcheck shell=bash
 build=${BUILD:-build-test}
 jobs=${JOBS:-$(($(nproc) + 1))}
 logs=$(mktemp -d /tmp/kvd-tests.XXXXXX)
