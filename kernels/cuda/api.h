@@ -113,20 +113,24 @@ struct kvd_cuda_attend_params {
     // they are read while that one still runs.
     bool settled;
     uint32_t codec_v; // of V's history
+    bool packed;      // codes are not made values ahead, for want of scratch: slower with many rows
     struct kvd_cuda_rotation rotation;
     // From kvd_cuda_attend_plan:
-    uint32_t part_tiles;     // tiles of a history's part, about
-    uint32_t splits;         // parts of a history, at most
-    uint32_t window_splits;  // parts of a sink + window
-    uint32_t warps;          // of a block: 4, 8 or 16
+    uint32_t part_tiles;    // tiles of a history's part, about
+    uint32_t splits;        // parts of a history, at most
+    uint32_t window_splits; // parts of a sink + window
+    uint32_t warps;         // of a block: 4, 8 or 16
+    uint32_t unpacked; // parts of a history whose codes are made values at a time; 0: they are read
+                       // as they are
     uint64_t scratch_zeroed; // so many bytes of scratch are zero before a first use; each call
                              // leaves them so
     void *scratch;           // kvd_cuda_attend_scratch bytes, 256-byte aligned
 };
 
 // Cuts the work for a device. To be called once for all layers of a step; stays right, if not the
-// best, when lengths change. history_sum and history_max: tokens of the histories, all together and
-// the longest; window_max: of the longest sink + window.
+// best, when lengths change, but where `unpacked` is not 0: then a history longer than part_tiles *
+// splits tiles gives outputs that are not numbers. history_sum and history_max: tokens of the
+// histories, all together and the longest; window_max: of the longest sink + window.
 void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t history_sum,
                           uint32_t history_max, uint32_t window_max, uint32_t multiprocessors);
 uint64_t kvd_cuda_attend_scratch(const struct kvd_cuda_attend_params *p);

@@ -97,6 +97,40 @@ struct few_units {
     }
 };
 
+// Whether a call has rows enough that making values of codes ahead pays. What a worker replays while lengths change is not for
+// these kernels, whose scratch is for lengths as they are.
+static bool is_many_call(const attend_params &p)
+{
+    return p.codec == KVD_CODEC_INT2 && !takes_any(p) && same_dims(p) && (p.dim_k == 64 || p.dim_k == 128) &&
+           rows_of_head(p) >= MANY_ROWS && p.softcap == 0 && !p.tail.tokens;
+}
+
+constexpr uint64_t MANY_BYTES = 128 << 20; // of values at a time
+
+static uint64_t many_pair_bytes(const attend_params &p) // of two tiles of all sequences and heads
+{
+    return (uint64_t)p.sequences * p.kv_heads * 2 * PAGE * (p.dim_k + p.dim_v) * 2;
+}
+
+// Cuts such a call: rounds of as many parts as there are values of at a time. False: histories are too short, or too many.
+static bool cut_for_many(attend_params &p, uint32_t tiles_max, uint32_t chunks, uint32_t multiprocessors)
+{
+    const uint32_t least = 32, least_round = 64, most_tiles = (uint32_t)std::min<uint64_t>(MANY_BYTES / many_pair_bytes(p) * 2, MOST_TILES);
+    if (tiles_max < least || most_tiles < std::min(tiles_max, least_round) || !many_runs(p))
+        return false;
+    uint32_t rounds = (tiles_max + most_tiles - 1) / most_tiles, tiles = (tiles_max + rounds - 1) / rounds;
+    uint32_t blocks = (rows_of_head(p) + MANY_ROWS - 1) / MANY_ROWS, units = p.sequences * p.kv_heads * blocks;
+    p.part_tiles = std::min((even_part(units, multiprocessors, tiles, tiles) + 1) / 2 * 2, most_tiles / 2 * 2);
+    p.splits = (tiles_max + p.part_tiles - 1) / p.part_tiles;
+    if (p.splits > MAX_SPLITS)
+        return false;
+    p.unpacked = std::min((tiles + p.part_tiles - 1) / p.part_tiles, most_tiles / p.part_tiles);
+    p.warps = 4;
+    uint32_t windows = std::max({multiprocessors * 2 / (units * (MANY_ROWS / 16)), chunks / (16 * MOST_TILES), 1u});
+    p.window_splits = std::min({windows, (chunks + 15) / 16, MAX_WINDOW_SPLITS + 0u});
+    return true;
+}
+
 // What kernels over latents have no say in otherwise.
 static bool is_latent_call(const attend_params &p)
 {
@@ -142,6 +176,7 @@ extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t 
                                      uint32_t history_max, uint32_t window_max,
                                      uint32_t multiprocessors)
 {
+    p->unpacked = 0;
     if (takes_latents(*p))
         return plan_latent(*p, history_sum, history_max, window_max, multiprocessors);
     if (takes_any(*p))
@@ -155,6 +190,10 @@ extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t 
     bool ragged = (uint64_t)history_max * p->sequences > history_sum + history_sum / 4;
     bool few = small_blocks(*p) && !ragged && tiles_max && tiles_max <= 8 * MOST_TILES &&
                (units * 2 <= multiprocessors || (chunks && units <= multiprocessors));
+    if (is_many_call(*p) && !p->packed && cut_for_many(*p, tiles_max, chunks, multiprocessors)) {
+        p->scratch_zeroed = scratch_of(*p, nt).parts_at;
+        return;
+    }
     cut c;
     if (few) {
         float size = (float)kvd_tile_bytes(kvd_codecs_both(p->codec), p->dim_k, p->dim_v) / 4608;
@@ -173,6 +212,8 @@ extern "C" uint64_t kvd_cuda_attend_scratch(const struct kvd_cuda_attend_params 
 {
     if (takes_latents(*p))
         return latent_scratch_bytes(*p);
+    if (p->unpacked)
+        return many_values_at(*p) + many_pair_bytes(*p) * (p->unpacked * p->part_tiles / 2);
     return takes_any(*p) ? any_scratch(*p) : scratch_of(*p, n_tiles(*p)).total;
 }
 
@@ -192,6 +233,8 @@ extern "C" int kvd_cuda_attend(const struct kvd_cuda_attend_params *p, struct CU
         return is_latent_call(*p) ? (int)launch_latent(*p, stream) : -1;
     if (takes_any(*p))
         return needs_transforms(*p) && !p->rotation.transforms ? -1 : (int)launch_any(*p, stream);
+    if (p->unpacked)
+        return is_many_call(*p) ? (int)launch_many(*p, stream) : -1;
     switch (family_of(p->codec)) {
     case INT2:
         return power_of_two(p->dim_k) ? launch_int2(*p, stream) : launch_int2_other(*p, stream);

@@ -222,8 +222,17 @@ template <int NT, int DK, int WARPS> struct queries {
     __device__ inline float rotate(const attend_call &p, uint32_t kv, float sign, const key_terms<DK, CODEC> &terms,
                                    const M &shared, const raw_queries<NT, DK> &raw, run &r, float (&means)[NT][2])
     {
+        return rotate<F32, CODEC>(p, kv, sign, terms, shared, raw, r, means,
+                                  [&](int n, int tile, uint32_t b0, uint32_t b1) { op[n][tile][threadIdx.x % 32] = make_uint2(b0, b1); });
+    }
+
+    // put(n, tile, b0, b1) is given a lane's words of each operand.
+    template <bool F32, int CODEC, typename M, typename F>
+    static __device__ inline float rotate(const attend_call &p, uint32_t kv, float sign, const key_terms<DK, CODEC> &terms,
+                                          const M &shared, const raw_queries<NT, DK> &raw, run &r, float (&means)[NT][2], F &&put)
+    {
         constexpr int TILES = (DK / 16 + WARPS - 1) / WARPS;
-        int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        int warp = threadIdx.x / 32;
         uint32_t q[NT][2 * STEPS], low[NT][2 * STEPS];
         float scale = __ldg(&p.rotation.k.scale[matrix_index(p.rotation, p.layer, kv)]);
         __nv_bfloat162 top = __float2bfloat162_rn(0);
@@ -279,8 +288,7 @@ template <int NT, int DK, int WARPS> struct queries {
 #pragma unroll
                 for (int e = 0; e < 4; e++)
                     y[e] = f * (c[n][0][0][e] + c[n][0][1][e] + (c[n][1][0][e] + c[n][1][1][e]));
-                op[n][tile][lane] = make_uint2(transpose(pack_fp16(y[0], y[1])),
-                                               transpose(pack_fp16(y[2], y[3])));
+                put(n, tile, transpose(pack_fp16(y[0], y[1])), transpose(pack_fp16(y[2], y[3])));
             }
         }
         return divisor;

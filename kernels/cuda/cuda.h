@@ -61,8 +61,9 @@ struct kvd_cuda {
     struct kvd_stage stage;
     uint8_t *scratch;                      // of attention
     uint64_t scratch_size, scratch_zeroed; // of the latest call
-    unsigned long long *found;             // of a check: pinned memory that kernels reach too
-    uint64_t piece_ns;                     // of work on a layer's tokens at once; tests change it
+    bool packed;               // there was no memory for scratch with values of histories
+    unsigned long long *found; // of a check: pinned memory that kernels reach too
+    uint64_t piece_ns;         // of work on a layer's tokens at once; tests change it
     struct kvd_cuda_copying copying;
     struct kvd_cuda_summing summing;
     int index; // of the device

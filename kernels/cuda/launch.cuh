@@ -4,6 +4,8 @@
 
 #include "kernels/cuda/decode.cuh"
 
+#include <algorithm>
+
 namespace kvd
 {
 
@@ -23,6 +25,16 @@ cudaError_t launch_tc2_5(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_any(const attend_params &p, cudaStream_t stream);
 void plan_any(attend_params &p, uint64_t history_sum, uint32_t history_max, uint32_t window_max, uint32_t multiprocessors);
 uint64_t any_scratch(const attend_params &p);
+
+// attend_many.cu: many query rows, by blocks of MANY_ROWS; whether this device can, and where in scratch values of histories are.
+constexpr uint32_t MANY_ROWS = 128;
+cudaError_t launch_many(const attend_params &p, cudaStream_t stream);
+bool many_runs(const attend_params &p);
+
+inline uint64_t many_values_at(const attend_params &p)
+{
+    return (scratch_of(p, 2).total + 255) / 256 * 256;
+}
 
 // attend_latent.cu: latents and their rope parts.
 cudaError_t launch_latent(const attend_params &p, cudaStream_t stream);

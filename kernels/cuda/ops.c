@@ -235,9 +235,15 @@ static int plan_group(struct kvd_cuda *c, const struct group *g, struct kvd_cuda
         longest = KVD_MAX(longest, history);
         window = KVD_MAX(window, item->length - history + item->new_tokens);
     }
+    out->packed = c->packed;
     kvd_cuda_attend_plan(out, sum, (uint32_t)longest, (uint32_t)window, c->multiprocessors);
     uint64_t old = c->scratch_zeroed;
     int rc = kvd_cuda_scratch(c, kvd_cuda_attend_scratch(out), err);
+    if (rc != KVD_OK && out->unpacked) { // there is a slower way, which wants less
+        c->packed = out->packed = true;
+        kvd_cuda_attend_plan(out, sum, (uint32_t)longest, (uint32_t)window, c->multiprocessors);
+        rc = kvd_cuda_scratch(c, kvd_cuda_attend_scratch(out), err);
+    }
     // Parts of an earlier call may lie where this one's counters are.
     if (rc == KVD_OK && out->scratch_zeroed > old)
         rc = kvd_cuda_status(cudaMemsetAsync(c->scratch, 0, out->scratch_zeroed, c->stream),

@@ -1,6 +1,6 @@
 // The CUDA backend on a GPU, against float64 over the pages it wrote and against the CPU backend.
-// usage: test_cuda [latents] [quick|brief]. Needs no library but CUDA; built by tests/gpu/run.sh,
-// and for an emulated GPU by tests/emulator.
+// usage: test_cuda [latents] [quick|brief|many]. Needs no library but CUDA; built by
+// tests/gpu/run.sh, and for an emulated GPU by tests/emulator.
 #include <cuda_runtime_api.h>
 #include <errno.h>
 #include <time.h>
@@ -591,6 +591,7 @@ static void transformed_pages(uint64_t seed, bool quick)
 
 #include "tests/gpu/test_any.h"
 #include "tests/gpu/test_latent.h"
+#include "tests/gpu/test_many.h"
 
 // Of everything a little: where a GPU is emulated.
 static void brief(uint64_t seed)
@@ -618,6 +619,7 @@ static void brief(uint64_t seed)
     rotating(80, 1, false, KVD_ROTATE_QUERIES, 0, seed);
     rotating(64, 2, true, KVD_ROTATE_VALUES, 0, seed);
     latents_brief(seed);
+    many_rows(seed);
     refused_transforms(seed);
     views_of_keys(seed);
     for (uint32_t codec = KVD_CODEC_TC2; codec <= KVD_CODEC_TC2_5; codec++) {
@@ -702,6 +704,8 @@ int main(int argc, char **argv)
         latents_brief(seed);
     } else if (latents) {
         latents_in_all(seed, quick);
+    } else if (strcmp(how, "many") == 0) {
+        many_rows(seed);
     } else if (strcmp(how, "brief") == 0) {
         brief(seed);
     } else {
@@ -716,6 +720,7 @@ int main(int argc, char **argv)
         group_done("pages");
         shapes(seed, quick);
         group_done("attention");
+        many_rows(seed);
         nonfinite(0, seed);
         ragged(seed, both(KVD_CODEC_INT2), 4, 128);
         ragged(seed, both(KVD_CODEC_INT2C), 12, 128);
