@@ -186,11 +186,12 @@ struct kvd_nonfinite {
 
 struct kvd_copy {
     uint64_t to, from, bytes; // addresses
-    // So many pieces of `bytes`, each `stride` bytes behind the one before, here and there. 0: one.
-    uint64_t stride;
+    // So many pieces of `bytes`, each as many bytes behind the one before, at least `bytes` and at
+    // most KVD_COPY_STRIDE_MOST. 0: one.
+    uint64_t to_stride, from_stride;
     uint32_t pieces;
 };
-enum { KVD_COPIES_AT_ONCE = 3 };
+enum { KVD_COPIES_AT_ONCE = 3, KVD_COPY_STRIDE_MOST = 1 << 30 };
 
 // Memory of pages: whole ones, so that it is a multiple of KVD_PAGE_UNIT.
 struct kvd_span {

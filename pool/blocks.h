@@ -123,7 +123,8 @@ struct kvd_blocks_load {
     struct kvd_blocks_page {
         uint32_t page; // KVD_POOL_NONE: none in this plane
         uint64_t addr, bytes;
-        uint64_t sum; // KVD_SUM_NONE, or its checksum (pool.h)
+        uint32_t extent; // its number: whose pages lie in one piece of memory
+        uint64_t sum;    // KVD_SUM_NONE, or its checksum (pool.h)
     } plane[KVD_MAX_PLANES];
 };
 

@@ -44,6 +44,7 @@ static void fill(const struct kvd_pool *pool, uint32_t p, uint32_t page,
         .page = page,
         .addr = kvd_pool_page_addr(pool, page),
         .bytes = pool->slab[page_extent(pool, page)->slab].page_bytes,
+        .extent = (uint32_t)(page_extent(pool, page) - pool->extent),
         .sum = pool->sum[page],
     };
 }

@@ -16,8 +16,8 @@ static struct kvd_copy copy_of(struct kvd_daemon *d, const struct kvd_work *w,
     if (rows == KVD_PAGE_TOKENS)
         return copy;
     copy.pieces = 2 * g->n_layers * g->kv_heads;
-    copy.stride = kvd_codes_bytes(kvd_window_codec().k, g->head_dim_k, false);
-    copy.bytes = copy.stride / KVD_PAGE_TOKENS * rows;
+    copy.to_stride = copy.from_stride = kvd_codes_bytes(kvd_window_codec().k, g->head_dim_k, false);
+    copy.bytes = copy.to_stride / KVD_PAGE_TOKENS * rows;
     return copy;
 }
 

@@ -9,14 +9,23 @@
 #include "daemon/sched/exec.h"
 
 enum {
-    BEGUN_BYTES = 4 << 20, // at once, between looks at the clock
+    BEGUN_BYTES = 4 << 20, // between looks at the clock, and of pieces that go with these at once
+    BEGUN_MOST_BYTES = 16 << 20,
     BEGUN_COPIES = 64,
 };
 _Static_assert((int)BEGUN_COPIES >= (int)KVD_MAX_PLANES, "a piece");
 
 struct piece {
-    struct kvd_copy copies[KVD_MAX_PLANES];
+    struct kvd_upload_copy copies[KVD_MAX_PLANES];
     uint32_t n;
+};
+
+// What is begun at once.
+struct begun {
+    struct kvd_copy copies[BEGUN_COPIES];
+    struct kvd_upload_copy in[BEGUN_COPIES]; // what each began with
+    uint32_t n;
+    uint64_t bytes;
 };
 
 struct kvd_upload {
@@ -33,7 +42,7 @@ struct kvd_upload {
     uint32_t ends[KVD_COPIES_AT_ONCE]; // of what is under way: `done` after it
     // Both's. They count all pieces from the beginning.
     _Atomic uint32_t added, done;
-    _Atomic uint64_t ran_ns;
+    _Atomic uint64_t ran_ns, copies;
     struct piece pieces[KVD_UPLOAD_MOST];
 };
 
@@ -44,27 +53,76 @@ struct kvd_uploads {
 
 // -- executor -----------------------------------------------------------------------------------
 
+// Whether one can be made at once with those of a run, as its last or as its first; then it is one
+// of them.
+static bool joins(struct kvd_copy *run, const struct kvd_upload_copy *in,
+                  const struct kvd_upload_copy *c)
+{
+    if (!c->from_in || c->from_in != in->from_in || c->to_in != in->to_in || c->bytes != run->bytes)
+        return false;
+    if (run->pieces == 1) {
+        run->to_stride = c->to > run->to ? c->to - run->to : run->to - c->to;
+        run->from_stride = c->from > run->from ? c->from - run->from : run->from - c->from;
+    }
+    if (KVD_MIN(run->to_stride, run->from_stride) < run->bytes ||
+        KVD_MAX(run->to_stride, run->from_stride) > KVD_COPY_STRIDE_MOST)
+        return false;
+    if (c->to == run->to + run->pieces * run->to_stride &&
+        c->from == run->from + run->pieces * run->from_stride) {
+        run->pieces++;
+        return true;
+    }
+    if (c->to != run->to - run->to_stride || c->from != run->from - run->from_stride)
+        return false;
+    run->to = c->to;
+    run->from = c->from;
+    run->pieces++;
+    return true;
+}
+
+// Of a run for each plane one is the last.
+static bool joins_some(struct begun *b, const struct kvd_upload_copy *c)
+{
+    for (uint32_t i = b->n; i-- > 0 && b->n - i <= KVD_MAX_PLANES;)
+        if (joins(&b->copies[i], &b->in[i], c))
+            return true;
+    return false;
+}
+
+// Takes in the next piece. False: it is for the next time.
+static bool take_in(struct begun *b, const struct piece *p)
+{
+    bool enough = b->bytes >= BEGUN_BYTES;
+    if (b->n + p->n > BEGUN_COPIES || b->bytes >= BEGUN_MOST_BYTES)
+        return false;
+    for (uint32_t i = 0; i < p->n; i++) {
+        const struct kvd_upload_copy *c = &p->copies[i];
+        if (!joins_some(b, c)) {
+            if (enough && i == 0)
+                return false;
+            b->in[b->n] = *c;
+            b->copies[b->n++] =
+                (struct kvd_copy){.to = c->to, .from = c->from, .bytes = c->bytes, .pieces = 1};
+        }
+        b->bytes += c->bytes;
+    }
+    return true;
+}
+
 // Begins the next copies. False: there are none.
 static bool begin_some(struct kvd_upload *u, uint32_t which)
 {
     const struct kvd_backend_ops *ops = u->d->backend->ops;
-    struct kvd_copy copies[BEGUN_COPIES];
     struct kvd_error err = {0};
-    uint64_t bytes = 0;
-    uint32_t n = 0, added = atomic_load_explicit(&u->added, memory_order_acquire);
+    struct begun b = {.n = 0};
+    uint32_t added = atomic_load_explicit(&u->added, memory_order_acquire);
     if (u->begun == added)
         return false;
-    for (; u->begun != added && bytes < BEGUN_BYTES; u->begun++) {
-        const struct piece *p = &u->pieces[u->begun % KVD_UPLOAD_MOST];
-        if (n + p->n > BEGUN_COPIES)
-            break;
-        for (uint32_t i = 0; i < p->n; i++) {
-            copies[n++] = p->copies[i];
-            bytes += p->copies[i].bytes;
-        }
-    }
+    while (u->begun != added && take_in(&b, &u->pieces[u->begun % KVD_UPLOAD_MOST]))
+        u->begun++;
     u->ends[which] = u->begun;
-    u->job.rc = ops->copy_begin(u->d->backend, copies, n, which, &err);
+    atomic_fetch_add(&u->copies, b.n);
+    u->job.rc = ops->copy_begin(u->d->backend, b.copies, b.n, which, &err);
     return true;
 }
 
@@ -172,7 +230,7 @@ bool kvd_upload_has_room(const struct kvd_upload *u)
     return u->added - atomic_load_explicit(&u->done, memory_order_acquire) < KVD_UPLOAD_MOST;
 }
 
-void kvd_upload_add(struct kvd_upload *u, const struct kvd_copy *copies, uint32_t n)
+void kvd_upload_add(struct kvd_upload *u, const struct kvd_upload_copy *copies, uint32_t n)
 {
     uint32_t added = u->added;
     struct piece *p = &u->pieces[added % KVD_UPLOAD_MOST];
@@ -205,6 +263,11 @@ void kvd_upload_cancel(struct kvd_upload *u)
 uint64_t kvd_upload_ran_ns(const struct kvd_upload *u)
 {
     return atomic_load(&u->ran_ns);
+}
+
+uint64_t kvd_upload_copies(const struct kvd_upload *u)
+{
+    return atomic_load(&u->copies);
 }
 
 // -- the part -----------------------------------------------------------------------------------

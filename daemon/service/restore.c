@@ -88,7 +88,7 @@ struct kvd_restores {
     uint64_t flying; // bytes
     uint64_t blocks[KVD_TIERS_MOST], bytes, missed, followed;
     struct kvd_histogram seconds;
-    uint64_t looks_ns, copies_ns, waits_ns;
+    uint64_t looks_ns, copies_ns, waits_ns, copies;
 };
 
 static void on_idle(uv_idle_t *idle);
@@ -166,6 +166,7 @@ static void count_time(const struct kvd_restore *r)
     kvd_histogram_add(&all->seconds, now - r->begun_ns);
     all->looks_ns += r->fetched_ns - r->begun_ns;
     all->copies_ns += copying;
+    all->copies += kvd_upload_copies(r->upload);
     all->waits_ns += fetching > copying ? fetching - copying : 0;
 }
 
@@ -540,7 +541,7 @@ static void moved(void *ctx, bool ended, int rc)
 // Takes pages for the next block that is here, and has it copied. False: there is none, or no room.
 static bool send_next(struct kvd_restore *r)
 {
-    struct kvd_copy copies[KVD_MAX_PLANES];
+    struct kvd_upload_copy copies[KVD_MAX_PLANES];
     struct slot *s = &r->slots[r->sent];
     uint32_t n = 0;
     if (r->sent >= KVD_MIN(r->next, r->to) || s->left || !kvd_upload_has_room(r->upload))
@@ -553,8 +554,11 @@ static bool send_next(struct kvd_restore *r)
     for (uint32_t p = 0; p < r->planes; p++) {
         const struct kvd_blocks_page *to = &s->load.plane[p];
         if (to->page != KVD_POOL_NONE)
-            copies[n++] = (struct kvd_copy){
-                .to = to->addr, .from = (uintptr_t)s->got[p]->payload, .bytes = to->bytes};
+            copies[n++] = (struct kvd_upload_copy){.to = to->addr,
+                                                   .from = (uintptr_t)s->got[p]->payload,
+                                                   .bytes = to->bytes,
+                                                   .to_in = to->extent,
+                                                   .from_in = kvd_block_place(s->got[p])};
     }
     r->users += !kvd_upload_runs(r->upload);
     kvd_upload_add(r->upload, copies, n);
@@ -720,6 +724,9 @@ static void metrics(struct kvd_daemon *d, FILE *f)
     kvd_metric_head(f, "kvd_restore_seconds", "histogram",
                     "Time from looking for a prompt's blocks in tiers to having them back.");
     kvd_metric_histogram(f, "kvd_restore_seconds", "", &all->seconds);
+    kvd_metric(f, "kvd_restore_copies_total", "counter",
+               "Copies that were made of them: blocks that lie at equal distances are one.",
+               (double)all->copies);
     kvd_metric_head(f, "kvd_restore_phase_seconds_total", "counter",
                     "Of that, time of looking, of copying, and of waiting for tiers with nothing "
                     "to copy.");

@@ -178,7 +178,7 @@ struct kvd_block *kvd_block_new_in(struct kvd_pinned *memory, uint64_t bytes)
     struct kvd_block *b = bytes && bytes <= KVD_BLOCK_MAX ? calloc(1, sizeof(*b)) : NULL;
     uint8_t *front = NULL;
     if (b)
-        front = memory ? kvd_pinned_take(memory, padded(bytes))
+        front = memory ? kvd_pinned_take(memory, padded(bytes), &b->chunk)
                        : aligned_alloc(KVD_BLOCK_FRONT, padded(bytes));
     if (!front) {
         free(b);
@@ -195,6 +195,11 @@ struct kvd_block *kvd_block_new_in(struct kvd_pinned *memory, uint64_t bytes)
     return b;
 }
 
+uint64_t kvd_block_place(const struct kvd_block *block)
+{
+    return block->chunk ? kvd_pinned_place(block->chunk) : 0;
+}
+
 struct kvd_block *kvd_block_ref(struct kvd_block *block)
 {
     atomic_fetch_add_explicit(&block->refs, 1, memory_order_relaxed);
@@ -208,7 +213,7 @@ void kvd_block_unref(struct kvd_block **block)
         return;
     pthread_mutex_destroy(&b->lock);
     if (b->memory)
-        kvd_pinned_give(b->memory, b->front, padded(b->bytes));
+        kvd_pinned_give(b->memory, b->chunk, b->front);
     else
         free(b->front);
     free(b);

@@ -55,12 +55,14 @@ int kvd_tier_key_of(struct kvd_tier_namer *namer, const struct kvd_block_name *n
                     struct kvd_tier_key *out, struct kvd_error *err);
 
 struct kvd_pinned; // pinned.h
+struct kvd_pinned_chunk;
 
 struct kvd_block {
     uint8_t *payload; // KVD_BLOCK_FRONT-aligned; not to be written once the block was put
     uint64_t bytes;   // of the payload
     // -- block.c's
     struct kvd_pinned *memory; // that it is in; NULL: malloc's
+    struct kvd_pinned_chunk *chunk;
     uint8_t *front;
     atomic_uint refs;
     pthread_mutex_t lock;
@@ -72,6 +74,8 @@ struct kvd_block {
 struct kvd_block *kvd_block_new(uint64_t bytes);
 // The same in memory that comes from there and goes back; with NULL in malloc's.
 struct kvd_block *kvd_block_new_in(struct kvd_pinned *memory, uint64_t bytes);
+// Which pinned memory it is in: blocks for which it is the same may be copied at once. 0: in none.
+uint64_t kvd_block_place(const struct kvd_block *block);
 struct kvd_block *kvd_block_ref(struct kvd_block *block);
 // Gives the reference up; *block may be NULL and becomes NULL.
 void kvd_block_unref(struct kvd_block **block);

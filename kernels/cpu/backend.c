@@ -257,9 +257,10 @@ static int copy(struct kvd_backend *b, const struct kvd_copy *copies, uint32_t n
     (void)b;
     (void)err;
     for (uint32_t i = 0; i < n; i++)
-        for (uint64_t at = 0, j = 0; j < KVD_MAX(copies[i].pieces, 1u); j++, at += copies[i].stride)
-            memcpy((void *)(uintptr_t)(copies[i].to + at),
-                   (const void *)(uintptr_t)(copies[i].from + at), copies[i].bytes);
+        for (uint64_t j = 0; j < KVD_MAX(copies[i].pieces, 1u); j++)
+            memcpy((void *)(uintptr_t)(copies[i].to + j * copies[i].to_stride),
+                   (const void *)(uintptr_t)(copies[i].from + j * copies[i].from_stride),
+                   copies[i].bytes);
     return KVD_OK;
 }
 

@@ -25,8 +25,8 @@ static int queue(const struct kvd_copy *copies, uint32_t n, cudaStream_t stream)
         void *to = (void *)(uintptr_t)one->to;
         const void *from = (const void *)(uintptr_t)one->from;
         if (one->pieces > 1)
-            rc = cudaMemcpy2DAsync(to, one->stride, from, one->stride, one->bytes, one->pieces,
-                                   cudaMemcpyDefault, stream);
+            rc = cudaMemcpy2DAsync(to, one->to_stride, from, one->from_stride, one->bytes,
+                                   one->pieces, cudaMemcpyDefault, stream);
         else
             rc = cudaMemcpyAsync(to, from, one->bytes, cudaMemcpyDefault, stream);
     }

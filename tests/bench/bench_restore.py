@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Pages that come back from a tier: how long, and in GB/s, against the limit of what they have to pass.
 
-Usage: bench_restore.py --kvd PROGRAM --kvctl PROGRAM [--backend cpu|cuda] [--model smollm2|qwen3-8b] [--tokens 32768] [--codec int2]
-       [--directory DIR] [--rounds 5]
+Usage: bench_restore.py --kvd PROGRAM --kvctl PROGRAM [--backend cpu|cuda] [--model tiny|smollm2|qwen3-8b] [--tokens 32768]
+       [--codec int2] [--directory DIR] [--rounds 5]
 Starts a kvd of its own whose tier is host memory, or DIR. Stores that many tokens' pages, waits until the tier has them, evicts all, and
 looks them up with restore_ms, which brings them back. Says what of that time kvd looked for them in the tier, copied, and had nothing to
-copy; the rest is the call itself. The limit: for a GPU, a copy of as many bytes from pinned memory (wants
+copy; the rest is the call itself, which is nearly all of it with tiny. And how many copies that were: pages that lie at equal distances
+here and there are one. The limit: for a GPU, a copy of as many bytes from pinned memory (wants
 PyTorch); otherwise a copy from memory to memory on one thread. Wants the package kvd (PYTHONPATH=client/python, KVD_LIBRARY=...).
 """
 import argparse
@@ -21,7 +22,7 @@ import numpy as np
 
 import kvd
 
-MODELS = {"smollm2": (30, 3, 64), "qwen3-8b": (36, 8, 128)}
+MODELS = {"tiny": (1, 1, 64), "smollm2": (30, 3, 64), "qwen3-8b": (36, 8, 128)}
 
 
 def wait_for(what, found, seconds=60):
@@ -87,25 +88,27 @@ def main():
             wait_for("the tier to have all", lambda: int(json.loads(kvctl("tier", "status", "--json"))["tiers"][0]["put"]) >= pages)
 
             def phases():
-                found = re.findall(r'kvd_restore_phase_seconds_total\{phase="(\w+)"\} (\S+)', kvctl("metrics"))
-                return {name: float(seconds) for name, seconds in found}
+                text = kvctl("metrics")
+                found = re.findall(r'kvd_restore_phase_seconds_total\{phase="(\w+)"\} (\S+)', text)
+                return {name: 1e3 * float(seconds) for name, seconds in found}, int(re.search(r"kvd_restore_copies_total (\d+)", text)[1])
 
             size = pages * store.client.info["planes"][0]["codec_page_bytes"]
             took, spent = [], []
             for _ in range(a.rounds):
                 kvctl("evict", "--namespace", "default")
                 assert store.lookup([keys], lease_ms=0)[0].pages == 0
-                before = phases()
+                before, copies = phases()
                 began = time.monotonic()
                 found = store.lookup([keys], lease_ms=0, restore_ms=60000)[0]
                 took.append(time.monotonic() - began)
-                spent.append({name: 1e3 * (now - before[name]) for name, now in phases().items()})
+                after, made = phases()
+                spent.append(({name: now - before[name] for name, now in after.items()}, made - copies))
                 assert (found.pages, found.restored) == (pages, pages), found
         print(f"{a.model}, {pages} pages in {a.codec}, {size / 1e6:.1f} MB, from {a.directory or 'host memory'}")
         limit = limit_of(a.backend, size)
-        for t, of in zip(took, spent):
+        for t, (of, copies) in zip(took, spent):
             parts = ", ".join(f"{name} {ms:.2f}" for name, ms in of.items())
-            print(f"{t * 1e3:8.1f} ms  {size / t / 1e9:6.2f} GB/s  {100 * limit / t:5.1f} % of a copy ({limit * 1e3:.1f} ms, {size / limit / 1e9:.2f} GB/s); ms: {parts}")
+            print(f"{t * 1e3:8.1f} ms  {size / t / 1e9:6.2f} GB/s  {100 * limit / t:5.1f} % of a copy ({limit * 1e3:.1f} ms, {size / limit / 1e9:.2f} GB/s); ms: {parts}; {copies} copies")
     finally:
         daemon.send_signal(signal.SIGTERM)
         daemon.wait(30)

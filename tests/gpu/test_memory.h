@@ -34,15 +34,17 @@ static void many_sums(uint64_t at, uint64_t bytes)
     free(now);
 }
 
-// Rows of a part of a page: what lies between them stays as it is.
+// Rows of a part of a page, and pages that lie side by side: what lies between them stays as it is,
+// and they may lie closer here than there.
 static void copy_pieces(uint64_t at)
 {
-    enum { PIECES = 6, STRIDE = 2048, BYTES = 512, WORDS = PIECES * STRIDE / 4 };
+    enum { PIECES = 6, FROM = 2048, TO = 1536, BYTES = 512, WORDS = PIECES * FROM / 4 };
     static uint32_t from[WORDS], to[WORDS];
     struct kvd_copy copy = {.to = at + (1 << 20),
                             .from = at + (2 << 20) + BYTES,
                             .bytes = BYTES,
-                            .stride = STRIDE,
+                            .to_stride = TO,
+                            .from_stride = FROM,
                             .pieces = PIECES};
     bool right = true;
     for (uint32_t i = 0; i < WORDS; i++) {
@@ -53,8 +55,11 @@ static void copy_pieces(uint64_t at)
     upload((void *)(uintptr_t)copy.to, to, sizeof(to));
     result(cuda->ops->copy(cuda, &copy, 1, NULL) == 0, "copy of pieces");
     cudaMemcpy(to, (void *)(uintptr_t)copy.to, sizeof(to), cudaMemcpyDeviceToHost);
-    for (uint32_t i = 0; i < WORDS; i++)
-        right &= to[i] == (i % (STRIDE / 4) < BYTES / 4 ? from[i + BYTES / 4] : ~i);
+    for (uint32_t i = 0; i < WORDS; i++) {
+        uint32_t piece = i / (TO / 4), word = i % (TO / 4);
+        bool copied = piece < PIECES && word < BYTES / 4;
+        right &= to[i] == (copied ? from[piece * (FROM / 4) + word + BYTES / 4] : ~i);
+    }
     result(right, "pieces, and nothing else");
 }
 
