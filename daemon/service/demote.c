@@ -22,12 +22,14 @@
 #include "pool/blocks.h"
 
 enum {
-    BATCH = 16, // blocks
-    BATCH_BYTES = 1 << 20,
-    TOLD = 256,      // blocks in an event
-    DROPS = 1 << 20, // that wait at most
-    DROPPING = 64,   // at once
-    AGAIN_MS = 50,   // looks whether a tier takes more
+    BATCH = 64, // blocks
+    BATCH_BYTES = 8 << 20,
+    STEP_BYTES = 2 << 20, // that are copied between looks at the clock
+    STEPS = 2,            // under way: one is looked at while the next one is copied
+    TOLD = 256,           // blocks in an event
+    DROPS = 1 << 20,      // that wait at most
+    DROPPING = 64,        // at once
+    AGAIN_MS = 50,        // looks whether a tier takes more
     KEPT_PINNED = 64 << 20,
 };
 
@@ -43,7 +45,9 @@ struct item {
 struct batch {
     struct kvd_job job; // first
     struct kvd_daemon *d;
-    uint32_t n, at; // `at`: that the executor copies
+    uint32_t n, at, begun; // `at`: that the executor has copied
+    uint32_t ends[STEPS];  // of what is under way: `at` after it
+    uint32_t waits;        // of the executor
     struct item items[BATCH];
 };
 
@@ -54,7 +58,7 @@ struct kvd_demotion {
     struct batch *batch;
     uint32_t ns; // that had the last batch
     struct kvd_fair_flow flows[KVD_MAX_NAMESPACES];
-    uint64_t blocks, bytes, again, damaged;
+    uint64_t blocks, bytes, again, damaged, waits;
     // Blocks that tiers have now, and that has not been told of.
     struct kvd_prefix_key moved[TOLD];
     uint32_t n_moved, moved_ns, moved_tiers;
@@ -98,34 +102,78 @@ static bool has_page(const struct item *it, uint32_t plane)
     return it->load.plane[plane].page != KVD_POOL_NONE;
 }
 
-// Executor. A page that is no longer what it was sealed as must not get a new checksum.
+// -- executor: some pages are copied while those before them are looked at
+
+// Makes room for a block's copies, and notes them.
+static uint64_t note_copies(struct kvd_daemon *d, struct item *it, struct kvd_copy *copies,
+                            uint32_t *n)
+{
+    uint64_t bytes = 0;
+    for (uint32_t p = 0; p < KVD_MAX_PLANES; p++) {
+        const struct kvd_blocks_page *from = &it->load.plane[p];
+        if (!has_page(it, p))
+            continue;
+        it->copy[p] = kvd_block_new_in(d->demotion->memory, from->bytes); // may take a while
+        it->no_room |= !it->copy[p];
+        if (!it->copy[p])
+            continue;
+        copies[(*n)++] = (struct kvd_copy){
+            .to = (uintptr_t)it->copy[p]->payload, .from = from->addr, .bytes = from->bytes};
+        bytes += from->bytes;
+    }
+    return bytes;
+}
+
+static void begin_step(struct batch *b, uint32_t which)
+{
+    struct kvd_copy copies[BATCH * KVD_MAX_PLANES];
+    struct kvd_error err = {0};
+    uint64_t bytes = 0;
+    uint32_t n = 0;
+    while (b->begun < b->n && bytes < STEP_BYTES)
+        bytes += note_copies(b->d, &b->items[b->begun++], copies, &n);
+    b->ends[which] = b->begun;
+    b->job.rc = b->d->backend->ops->copy_begin(b->d->backend, copies, n, which, &err);
+}
+
+// A page that is no longer what it was sealed as must not get a new checksum.
+static void look_at(struct kvd_daemon *d, struct item *it)
+{
+    for (uint32_t p = 0; p < KVD_MAX_PLANES; p++) {
+        const struct kvd_blocks_page *from = &it->load.plane[p];
+        if (it->copy[p] && from->sum > KVD_SUM_DAMAGED)
+            it->damaged |= kvd_page_copy_sum(d, it->copy[p]->payload, from->bytes) != from->sum;
+    }
+}
+
+static void end_step(struct batch *b, uint32_t which)
+{
+    struct kvd_error err = {0};
+    int rc = b->d->backend->ops->copy_end(b->d->backend, which, &err);
+    b->waits++;
+    b->job.rc = b->job.rc ? b->job.rc : rc;
+    while (!b->job.rc && b->at < b->ends[which])
+        look_at(b->d, &b->items[b->at++]);
+}
+
 static bool copy_batch(struct kvd_daemon *d, struct kvd_job *job)
 {
     struct batch *b = (struct batch *)job;
-    struct kvd_error err = {0};
-    for (; b->at < b->n; b->at++) {
-        struct item *it = &b->items[b->at];
-        if (kvd_slice_over(&job->slice))
-            return !atomic_load(&job->cancelled);
-        for (uint32_t p = 0; p < KVD_MAX_PLANES; p++) {
-            const struct kvd_blocks_page *from = &it->load.plane[p];
-            if (!has_page(it, p))
-                continue;
-            it->copy[p] = kvd_block_new_in(d->demotion->memory, from->bytes); // may take a while
-            if (!it->copy[p]) {
-                it->no_room = true;
-                continue;
-            }
-            const struct kvd_copy one = {
-                .to = (uintptr_t)it->copy[p]->payload, .from = from->addr, .bytes = from->bytes};
-            job->rc = d->backend->ops->copy(d->backend, &one, 1, &err);
-            if (job->rc)
-                return false;
-            it->damaged |= from->sum > KVD_SUM_DAMAGED &&
-                           kvd_page_copy_sum(d, it->copy[p]->payload, from->bytes) != from->sum;
+    uint32_t first = 0, n = 0; // that are under way
+    (void)d;
+    for (;;) {
+        bool stops = job->rc || b->begun == b->n || kvd_slice_over(&job->slice);
+        if (!stops && n < STEPS) {
+            begin_step(b, (first + n++) % STEPS);
+        } else if (n) {
+            end_step(b, first);
+            first = (first + 1) % STEPS;
+            n--;
+        } else {
+            break;
         }
     }
-    return false;
+    return !job->rc && b->at < b->n && !atomic_load(&job->cancelled);
 }
 
 // A block on its way to all tiers.
@@ -192,6 +240,7 @@ static void batch_done(struct kvd_daemon *d, struct kvd_job *job)
 {
     struct batch *b = (struct batch *)job;
     bool all = b->at == b->n && !job->rc && !job->abandoned;
+    d->demotion->waits += b->waits;
     for (uint32_t i = 0; i < b->n; i++)
         end_item(d, &b->items[i], all);
     if (job->rc)
@@ -274,7 +323,8 @@ static void go_on(struct kvd_daemon *d)
     struct kvd_demotion *m = d->demotion;
     uint64_t bytes = 0;
     uint32_t ns;
-    if (m->batch || d->state == KVD_STOPPING || !kvd_blocks_new(d->pool, m->ns, &ns))
+    // What was dropped and is there again is put behind its drop, not before.
+    if (m->batch || m->n_drops || d->state == KVD_STOPPING || !kvd_blocks_new(d->pool, m->ns, &ns))
         return;
     if (!kvd_tiers_take(d)) {
         if (!uv_is_active((uv_handle_t *)&m->timer))
@@ -318,10 +368,8 @@ static void drop_more(struct kvd_daemon *d)
     while (m->next_drop < m->n_drops && m->dropping < DROPPING) {
         const struct kvd_tier_key *key = &m->drops[m->next_drop++];
         m->dropped++;
-        for (uint32_t i = 0; i < kvd_tiers_count(d); i++) {
-            m->dropping++;
-            kvd_tier_drop(kvd_tiers_get_tier(d, i), key, on_dropped, m);
-        }
+        m->dropping += kvd_tiers_count(d);
+        kvd_tiers_drop(d, key, on_dropped, m);
     }
     if (m->next_drop == m->n_drops)
         m->next_drop = m->n_drops = 0;
@@ -420,6 +468,10 @@ static void metrics(struct kvd_daemon *d, FILE *f)
     kvd_metric(f, "kvd_demotion_waiting_blocks", "gauge",
                "Blocks that became known and were not sent to the tiers yet.",
                kvd_blocks_new(d->pool, 0, &ns));
+    kvd_metric(
+        f, "kvd_demotion_waits_total", "counter",
+        "Times that kvd waited for copies of them, of several blocks each if they are small.",
+        (double)m->waits);
     kvd_metric(f, "kvd_demotion_again_total", "counter",
                "Times that no tier had taken a block, which waits again then.", (double)m->again);
     kvd_metric(f, "kvd_demotion_known_blocks_total", "counter",

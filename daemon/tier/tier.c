@@ -15,6 +15,7 @@
 
 enum {
     MOST_WAITING = 4096, // operations
+    LOOKED_AT = 64,      // of the line of puts, for one that may run
     MOST_WAITING_PUT_BYTES = 256 << 20,
     EAGER_PUT_BYTES = 16 << 20, // that may wait where more are looked for
     FAILURES_IN_A_ROW = 3,
@@ -264,6 +265,29 @@ static void run(struct kvd_tier *t, struct kvd_tier_op *op)
     t->ops->submit(t->state, op);
 }
 
+// A put and a drop of one key.
+static bool collide(const struct kvd_tier_op *a, const struct kvd_tier_op *b)
+{
+    return ((a->verb == KVD_TIER_PUT && b->verb == KVD_TIER_DROP) ||
+            (a->verb == KVD_TIER_DROP && b->verb == KVD_TIER_PUT)) &&
+           !memcmp(a->keys, b->keys, sizeof(*a->keys));
+}
+
+// Whether a put has to wait for a drop of the same key that was asked for before it, or a drop for
+// a put: back ends do what they have in any order, and what they have may also be something whose
+// caller was told that it took too long.
+static bool would_overtake(const struct kvd_tier *t, const struct kvd_tier_op *op)
+{
+    const struct kvd_tier_op *other;
+    DL_FOREACH2(t->running, other, sibling_next)
+    if (collide(other, op))
+        return true;
+    for (other = t->puts; other != op; other = other->next)
+        if (collide(other, op))
+            return true;
+    return false;
+}
+
 static struct kvd_tier_op *next_op(struct kvd_tier *t)
 {
     struct kvd_tier_op *op = t->gets;
@@ -271,12 +295,16 @@ static struct kvd_tier_op *next_op(struct kvd_tier *t)
         DL_DELETE(t->gets, op);
         return op;
     }
-    op = t->puts;
     // One place stays free for a get.
-    if (!op || t->n_running + 1 >= t->ops->most_running || (t->settings.rate && t->tokens <= 0))
+    if (t->n_running + 1 >= t->ops->most_running || (t->settings.rate && t->tokens <= 0))
         return NULL;
-    DL_DELETE(t->puts, op);
-    return op;
+    op = t->puts;
+    for (uint32_t i = 0; op && i < LOOKED_AT; i++, op = op->next)
+        if (!would_overtake(t, op)) {
+            DL_DELETE(t->puts, op);
+            return op;
+        }
+    return NULL;
 }
 
 // Answers from the loop, as `done` is never called from within the caller's call.

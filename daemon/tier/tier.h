@@ -65,7 +65,7 @@ struct kvd_tier_reply {
 typedef void kvd_tier_done(void *ctx, const struct kvd_tier_reply *reply);
 
 // `done` may be NULL. Takes a reference to the block of its own. What is there already counts as
-// put.
+// put. Of a put and a drop of one key that which is asked for later is done later.
 void kvd_tier_put(struct kvd_tier *t, const struct kvd_tier_key *key, const uint8_t layout[32],
                   struct kvd_block *block, kvd_tier_done *done, void *ctx);
 // Whether a put would be taken now, and not wait behind too much.

@@ -1,5 +1,7 @@
 #include "daemon/tier/tiers.h"
 
+#include <utlist.h>
+
 #include "daemon/core/config_tiers.h"
 #include "daemon/core/log.h"
 #include "daemon/tier/directory.h"
@@ -10,16 +12,19 @@
 #include "daemon/tier/redis.h"
 #endif
 
+struct getting;
+
 struct kvd_tiers {
     struct kvd_tier *tier[KVD_TIERS_MOST];
     uint32_t n;
+    struct getting *gettings;       // under way
     struct kvd_tier_secret *secret; // NULL: none
     struct kvd_tier_namer *namer;
     struct kvd_pinned *memory; // of blocks that they give
     bool left_behind;          // a thread that hangs may use secret and memory still
 };
 
-enum { KEPT_BYTES = 32 << 20 };
+enum { KEPT_BYTES = 64 << 20 };
 
 uint32_t kvd_tiers_count(const struct kvd_daemon *d)
 {
@@ -104,8 +109,10 @@ struct getting {
     uint8_t layout[32];
     uint64_t bytes;
     uint32_t tier; // that is being asked
+    bool dropped;  // meanwhile
     kvd_tiers_got *done;
     void *ctx;
+    struct getting *prev, *next;
 };
 
 static void on_got(void *ctx, const struct kvd_tier_reply *reply);
@@ -118,13 +125,14 @@ static void ask_next(struct getting *g)
 static void on_got(void *ctx, const struct kvd_tier_reply *reply)
 {
     struct getting *g = ctx;
-    const struct kvd_tiers *tiers = g->d->tiers;
+    struct kvd_tiers *tiers = g->d->tiers;
     if (!reply->block && reply->result != KVD_TIER_CLOSED && g->tier + 1 < tiers->n) {
         g->tier++;
         ask_next(g);
         return;
     }
-    for (uint32_t i = 0; reply->block && i < KVD_MIN(g->tier, tiers->n); i++)
+    DL_DELETE(tiers->gettings, g);
+    for (uint32_t i = 0; reply->block && !g->dropped && i < KVD_MIN(g->tier, tiers->n); i++)
         kvd_tier_put(tiers->tier[i], &g->key, g->layout, reply->block, NULL, NULL);
     g->done(g->ctx, reply->block, g->tier);
     free(g);
@@ -138,8 +146,19 @@ int kvd_tiers_get(struct kvd_daemon *d, const struct kvd_tier_key *key, const ui
         return kvd_fail(err, KVD_E_UNAVAILABLE, "there are no tiers, or no memory");
     *g = (struct getting){.d = d, .key = *key, .bytes = bytes, .done = done, .ctx = ctx};
     memcpy(g->layout, layout, sizeof(g->layout));
+    DL_APPEND(d->tiers->gettings, g);
     ask_next(g);
     return KVD_OK;
+}
+
+void kvd_tiers_drop(struct kvd_daemon *d, const struct kvd_tier_key *key, kvd_tier_done *done,
+                    void *ctx)
+{
+    struct getting *g;
+    DL_FOREACH(d->tiers->gettings, g)
+    g->dropped |= !memcmp(&g->key, key, sizeof(*key));
+    for (uint32_t i = 0; i < kvd_tiers_count(d); i++)
+        kvd_tier_drop(d->tiers->tier[i], key, done, ctx);
 }
 
 // -- looking ------------------------------------------------------------------------------------
@@ -257,7 +276,8 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
         if (!d->tiers->secret)
             return err->code;
     }
-    d->tiers->memory = kvd_pinned_new(NULL, KEPT_BYTES);
+    struct kvd_backend *pins = d->backend && d->backend->ops->host_pin ? d->backend : NULL;
+    d->tiers->memory = kvd_pinned_new(pins, KEPT_BYTES);
     if (!d->tiers->memory)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     d->tiers->namer = kvd_tier_namer_new(d->tiers->secret, err);
@@ -283,6 +303,7 @@ static void close_tiers(struct kvd_daemon *d)
     for (uint32_t i = 0; d->tiers && i < KVD_TIERS_MOST; i++)
         if (!kvd_tier_close(&d->tiers->tier[i])) {
             kvd_warning("a tier's thread hangs and is left behind");
+            kvd_pinned_stop(d->tiers->memory); // as the backend goes
             d->tiers->left_behind = true;
         }
 }

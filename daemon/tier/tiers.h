@@ -26,6 +26,10 @@ typedef void kvd_tiers_stored(void *ctx, uint32_t tiers);
 // has answered; at once if there are none.
 void kvd_tiers_put(struct kvd_daemon *d, const struct kvd_tier_key *key, const uint8_t layout[32],
                    struct kvd_block *block, kvd_tiers_stored *done, void *ctx);
+// Has all tiers drop it, and not put into nearer ones what comes from a far one meanwhile. `done`
+// is called for each tier.
+void kvd_tiers_drop(struct kvd_daemon *d, const struct kvd_tier_key *key, kvd_tier_done *done,
+                    void *ctx);
 // Whether one of them would take a put now, and not have it wait behind too much.
 bool kvd_tiers_take(const struct kvd_daemon *d);
 

@@ -359,3 +359,25 @@ def test_pages_come_back(start, folder, tmp_path):
             assert other.lookup([keys], restore_ms=20000)[0].restored == 0
     finally:
         assert second.stop() == 0
+
+
+def test_blocks_that_lie_side_by_side_are_copied_at_once(start):
+    """To the tier, and on a GPU, for which the tier's memory is pinned by the chunk, back."""
+    kvd, n = start(config="[kvd]\ntier-host = 64MiB\n"), 256
+    keys, given = pages.keys_of("side by side", n), pages.kv(1, 64)
+    source, target = pages.Engine(256), pages.Engine(4 * n)
+    source.write(range(256), given)
+    with pages.connect(kvd) as p:
+        for i in range(0, n, 64):
+            p.put(keys[i:i + 64], source.paged(range(256)))
+        until(lambda: int(tiers(kvd)["host"]["put"]), n)
+        p.get(keys, target.paged(range(4 * n)))
+        want = target.read(range(4 * n))
+        assert kvd.metric("kvd_demoted_blocks_total") == n
+        assert kvd.metric("kvd_demotion_waits_total") < n / 4
+        evict(kvd)
+        assert p.lookup([keys], restore_ms=20000)[0].restored == n
+        copies = kvd.metric("kvd_restore_copies_total")
+        assert copies < n / 4 if kvd.on_gpu() else copies == n
+        p.get(keys, target.paged(range(4 * n)))
+        assert np.array_equal(target.read(range(4 * n)), want)

@@ -190,77 +190,6 @@ static const struct kvd_tier_ops fake_ops = {.name = "fake",
                                              .close = fake_close,
                                              .status = fake_status};
 
-static uint32_t pins, unpins;
-static bool pin_fails;
-
-static int pin(struct kvd_backend *b, void *at, uint64_t bytes, struct kvd_error *err)
-{
-    (void)b;
-    memset(at, 0xff, bytes);
-    pins++;
-    return pin_fails ? kvd_fail(err, KVD_E_LIMIT, "no memory is pinned") : KVD_OK;
-}
-
-static void unpin(void *at)
-{
-    ((uint8_t *)at)[0] = 0;
-    unpins++;
-}
-
-START_TEST(pinned_memory_is_kept_for_the_next_block)
-{
-    const struct kvd_backend_ops ops = {.host_pin = pin, .host_unpin = unpin};
-    struct kvd_backend backend = {.ops = &ops};
-    const uint64_t padded = KVD_BLOCK_FRONT + kvd_round_up(BYTES, KVD_BLOCK_FRONT);
-    struct kvd_pinned *p = kvd_pinned_new(&backend, 2 * padded);
-    struct kvd_tier_key key = tier_key(1, NULL);
-    struct kvd_block *b[4];
-    for (int round = 0; round < 2; round++) {
-        for (int i = 0; i < 4; i++) {
-            b[i] = kvd_block_new_in(p, BYTES);
-            ck_assert_uint_eq((uintptr_t)b[i]->payload % KVD_BLOCK_FRONT, 0);
-            memset(b[i]->payload, i, BYTES);
-            ck_assert_int_eq(kvd_block_seal(b[i], NULL, &key, tier_layout, 1000, NULL), KVD_OK);
-        }
-        ck_assert_uint_eq(pins, round ? 6 : 4); // two had been kept
-        for (int i = 0; i < 4; i++) {
-            ck_assert_int_eq(verify(b[i], NULL, &key), KVD_OK);
-            kvd_block_unref(&b[i]);
-        }
-        ck_assert_uint_eq(unpins, round ? 4 : 2);
-    }
-    b[0] = kvd_block_new_in(p, BYTES / 2); // another size
-    ck_assert_uint_eq(pins, 7);
-    b[1] = kvd_block_new_in(p, BYTES);
-    ck_assert_uint_eq(pins, 7);
-    kvd_pinned_free(&p); // and what is taken stays
-    ck_assert_uint_eq(unpins, 5);
-    kvd_block_unref(&b[0]);
-    kvd_block_unref(&b[1]);
-    ck_assert_uint_eq(unpins, pins);
-    kvd_pinned_free(&p);
-    p = kvd_pinned_new(NULL, 2 * padded); // which pins nothing
-    b[0] = kvd_block_new_in(p, BYTES);
-    b[1] = kvd_block_new_in(p, 2 * BYTES);
-    const uint8_t *second = b[1]->payload;
-    kvd_block_unref(&b[0]);
-    kvd_block_unref(&b[1]); // more than there is room for beside the other, which goes
-    b[1] = kvd_block_new_in(p, 2 * BYTES);
-    ck_assert_ptr_eq(b[1]->payload, second);
-    kvd_block_unref(&b[1]);
-    ck_assert_uint_eq(pins, 7);
-    kvd_pinned_free(&p);
-    pin_fails = true;
-    p = kvd_pinned_new(&backend, 0);
-    for (int i = 0; i < 2; i++)
-        b[i] = kvd_block_new_in(p, BYTES);
-    ck_assert_uint_eq(pins, 8); // it is not tried again
-    for (int i = 0; i < 2; i++)
-        kvd_block_unref(&b[i]);
-    kvd_pinned_free(&p);
-}
-END_TEST
-
 START_TEST(a_tier_that_hangs_holds_little_and_is_left_alone)
 {
     uv_loop_t loop;
@@ -343,6 +272,41 @@ START_TEST(a_full_tier_takes_no_puts_for_a_while_and_is_read)
     ck_assert_int_eq(tier_get(&loop, t, 1, BYTES, NULL), KVD_TIER_MISS);
     kvd_tier_status(t, &s);
     ck_assert_str_eq(s.state, "full");
+    tier_end(&loop, &t);
+    ck_assert_int_eq(uv_loop_close(&loop), 0);
+}
+END_TEST
+
+// Of a put and a drop of one key the later one is done later, whatever the back end does first.
+START_TEST(a_drop_and_a_put_of_one_key_keep_their_order)
+{
+    uv_loop_t loop;
+    struct fake f = {.hold = true, .result = KVD_TIER_OK};
+    struct answer a = {0};
+    const struct kvd_tier_key one = tier_key(1, NULL), two = tier_key(2, NULL);
+    struct kvd_block *block = kvd_block_new(BYTES);
+    uv_loop_init(&loop);
+    struct kvd_tier *t = tier_open(&loop, &fake_ops, &f, &plain);
+    kvd_tier_put(t, &one, tier_layout, block, tier_answered, &a);
+    kvd_tier_drop(t, &one, tier_answered, &a);
+    kvd_tier_put(t, &one, tier_layout, block, tier_answered, &a);
+    kvd_tier_drop(t, &two, tier_answered, &a); // which has to do with neither
+    kvd_tier_drop(t, &two, tier_answered, &a); // nor do drops with each other
+    ck_assert_uint_eq(f.n, 3);
+    ck_assert_int_eq(f.ops[0]->verb, KVD_TIER_PUT);
+    ck_assert_mem_eq(f.ops[1]->keys, &two, sizeof(two));
+    ck_assert_mem_eq(f.ops[2]->keys, &two, sizeof(two));
+    const enum kvd_tier_verb next[] = {KVD_TIER_DROP, KVD_TIER_PUT};
+    for (size_t i = 0; i < KVD_LEN(next); i++) {
+        fake_release(&f);
+        tier_until(&loop, &a.n, 3 + (uint32_t)i);
+        ck_assert_uint_eq(f.n, 1);
+        ck_assert_int_eq(f.ops[0]->verb, next[i]);
+        ck_assert_mem_eq(f.ops[0]->keys, &one, sizeof(one));
+    }
+    fake_release(&f);
+    tier_until(&loop, &a.n, 5);
+    kvd_block_unref(&block);
     tier_end(&loop, &t);
     ck_assert_int_eq(uv_loop_close(&loop), 0);
 }
@@ -789,11 +753,12 @@ END_TEST
 
 KVD_MAIN("tier", 60, whatever_bit_is_flipped_is_noticed,
          a_block_is_what_was_asked_for_or_is_refused, keys_differ_by_all_that_a_block_is,
-         pinned_memory_is_kept_for_the_next_block, a_tier_that_hangs_holds_little_and_is_left_alone,
+         a_tier_that_hangs_holds_little_and_is_left_alone,
          a_tier_that_fails_is_left_alone_and_tried_again,
          a_full_tier_takes_no_puts_for_a_while_and_is_read,
-         what_waits_is_bounded_and_reads_go_first, what_is_written_has_a_rate,
-         host_memory_is_bounded_and_keeps_what_is_used, a_directory_outlives_the_one_that_filled_it,
+         a_drop_and_a_put_of_one_key_keep_their_order, what_waits_is_bounded_and_reads_go_first,
+         what_is_written_has_a_rate, host_memory_is_bounded_and_keeps_what_is_used,
+         a_directory_outlives_the_one_that_filled_it,
          files_that_are_not_what_was_written_are_dropped,
          a_file_forged_without_the_secret_is_dropped, a_directory_keeps_its_limit_and_what_is_used,
          two_share_a_directory, blocks_expire, a_put_of_what_is_there_renews_its_time,

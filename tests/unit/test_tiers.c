@@ -103,6 +103,38 @@ START_TEST(the_nearest_that_has_it_gives_it_and_nearer_ones_get_it)
 }
 END_TEST
 
+static void on_dropped(void *ctx, const struct kvd_tier_reply *reply)
+{
+    (void)reply;
+    ++*(uint32_t *)ctx;
+}
+
+// What was read before it was dropped is not put elsewhere after that.
+START_TEST(what_is_dropped_while_it_is_got_goes_to_no_nearer_tier)
+{
+    struct world w;
+    struct kvd_tier_status s = {0};
+    const struct kvd_tier_key key = tier_key(2, NULL);
+    uint32_t drops = 0;
+    begin(&w);
+    struct kvd_tier *host = kvd_tiers_find(&w.d, "host"), *far = kvd_tiers_find(&w.d, "directory");
+    ck_assert_int_eq(tier_put(&w.d.loop, far, 2, BYTES, NULL), KVD_TIER_OK);
+    ck_assert_int_eq(kvd_tiers_get(&w.d, &key, tier_layout, BYTES, on_got, &w, NULL), KVD_OK);
+    while (s.count[KVD_TIER_GET][KVD_TIER_MISS] == 0) { // until the far one is asked
+        uv_run(&w.d.loop, UV_RUN_NOWAIT);
+        kvd_tier_status(host, &s);
+    }
+    usleep(200000); // it has read it, and the loop has not heard of it
+    kvd_tiers_drop(&w.d, &key, on_dropped, &drops);
+    tier_until(&w.d.loop, &w.n, 1);
+    tier_until(&w.d.loop, &drops, 2);
+    ck_assert_ptr_nonnull(w.block);
+    ck_assert_int_eq(tier_get(&w.d.loop, host, 2, BYTES, NULL), KVD_TIER_MISS);
+    ck_assert_int_eq(tier_get(&w.d.loop, far, 2, BYTES, NULL), KVD_TIER_MISS);
+    end(&w);
+}
+END_TEST
+
 START_TEST(they_end_with_everything_under_way)
 {
     struct world w;
@@ -128,4 +160,4 @@ START_TEST(they_end_with_everything_under_way)
 END_TEST
 
 KVD_MAIN("tiers", 60, the_nearest_that_has_it_gives_it_and_nearer_ones_get_it,
-         they_end_with_everything_under_way)
+         what_is_dropped_while_it_is_got_goes_to_no_nearer_tier, they_end_with_everything_under_way)
