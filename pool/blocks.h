@@ -102,6 +102,13 @@ uint32_t kvd_blocks_drop(struct kvd_pool *pool, const struct kvd_blocks_space *s
 // held stays. Returns how many went.
 uint64_t kvd_blocks_forget(struct kvd_pool *pool, uint32_t ns, const struct kvd_prefix_key *key,
                            enum kvd_prefix_reason reason);
+// Says of which class a block is, wherever it is, and those before it: as kvd_prefix_classify.
+// Returns how many are of it now; 0 also where it is not there.
+uint32_t kvd_blocks_classify_to(struct kvd_pool *pool, uint32_t ns,
+                                const struct kvd_prefix_key *key, enum kvd_prefix_class class);
+// Of which class it is; NORMAL also where it is not there.
+enum kvd_prefix_class kvd_blocks_class(const struct kvd_pool *pool, uint32_t ns,
+                                       const struct kvd_prefix_key *key);
 // Says of which class a prompt's blocks are, of those that go of its namespace's index: as
 // kvd_prefix_classify.
 uint32_t kvd_blocks_classify(struct kvd_pool *pool, const struct kvd_blocks_space *space,
@@ -185,6 +192,9 @@ void kvd_blocks_find_pages(struct kvd_pool *pool, const struct kvd_blocks_space 
 // there.
 void kvd_blocks_page_planes(const struct kvd_pool *pool, const struct kvd_blocks_space *space,
                             const struct kvd_prefix_key *keys, uint32_t n, uint8_t *planes);
+// Removes pages by their entries, as kvd_prefix_remove_entries.
+uint32_t kvd_blocks_forget_pages(struct kvd_pool *pool, uint32_t ns, uint32_t *entries, uint32_t n,
+                                 enum kvd_prefix_reason reason);
 // Says of which class pages are: as kvd_prefix_classify_entries.
 uint32_t kvd_blocks_classify_pages(struct kvd_pool *pool, uint32_t ns, const uint32_t *entries,
                                    uint32_t n, enum kvd_prefix_class class);

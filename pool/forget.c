@@ -113,6 +113,18 @@ uint64_t kvd_blocks_forget(struct kvd_pool *pool, uint32_t ns, const struct kvd_
     return m.gone;
 }
 
+uint32_t kvd_blocks_forget_pages(struct kvd_pool *pool, uint32_t ns, uint32_t *entries, uint32_t n,
+                                 enum kvd_prefix_reason reason)
+{
+    struct kept *k = begin(pool, ns);
+    struct removal m = {pool, ns, 0};
+    if (!k)
+        return 0;
+    n = kvd_prefix_remove_entries(k->ix, entries, n, reason, (uint32_t)time(NULL), removed, &m);
+    done(pool, ns);
+    return n;
+}
+
 bool kvd_blocks_clear(struct kvd_pool *pool, uint32_t ns, struct kvd_prefix_cursor *at,
                       uint32_t most, uint64_t *gone)
 {
@@ -158,6 +170,32 @@ uint32_t kvd_blocks_classify(struct kvd_pool *pool, const struct kvd_blocks_spac
     const struct kept *k = pool->kept ? pool->kept[space->ns] : NULL;
     uint32_t domain = k ? kvd_prefix_domain_find(k->ix, space->domain) : KVD_PREFIX_NONE;
     return domain == KVD_PREFIX_NONE ? 0 : kvd_prefix_classify(k->ix, domain, keys, n, class);
+}
+
+uint32_t kvd_blocks_classify_to(struct kvd_pool *pool, uint32_t ns,
+                                const struct kvd_prefix_key *key, enum kvd_prefix_class class)
+{
+    const struct kept *k = pool->kept ? pool->kept[ns] : NULL;
+    uint32_t n = 0;
+    for (uint32_t i = 0; k && i < KVD_POOL_DOMAINS; i++) {
+        uint32_t entry = kvd_prefix_entry(k->ix, i, key);
+        if (entry != KVD_PREFIX_NONE)
+            n += kvd_prefix_classify_to(k->ix, entry, class);
+    }
+    return n;
+}
+
+enum kvd_prefix_class kvd_blocks_class(const struct kvd_pool *pool, uint32_t ns,
+                                       const struct kvd_prefix_key *key)
+{
+    const struct kept *k = pool->kept ? pool->kept[ns] : NULL;
+    struct kvd_prefix_entry_info e;
+    for (uint32_t i = 0; k && i < KVD_POOL_DOMAINS; i++) {
+        uint32_t entry = kvd_prefix_entry(k->ix, i, key);
+        if (entry != KVD_PREFIX_NONE && kvd_prefix_get(k->ix, entry, &e))
+            return e.class;
+    }
+    return KVD_PREFIX_NORMAL;
 }
 
 uint32_t kvd_blocks_drop(struct kvd_pool *pool, const struct kvd_blocks_space *space,

@@ -400,9 +400,14 @@ uint32_t kvd_prefix_classify(struct kvd_prefix *ix, uint32_t domain,
                              enum kvd_prefix_class class)
 {
     struct kvd_prefix_query q = {.domain = domain, .n = n, .keys = keys};
-    uint32_t done = 0, behind = 0;
     look_up(ix, &q);
-    for (uint32_t at = q.entry; at != KVD_PREFIX_NONE; at = ix->entry[at].parent) {
+    return kvd_prefix_classify_to(ix, q.entry, class);
+}
+
+uint32_t kvd_prefix_classify_to(struct kvd_prefix *ix, uint32_t entry, enum kvd_prefix_class class)
+{
+    uint32_t done = 0, behind = 0;
+    for (uint32_t at = entry; at != KVD_PREFIX_NONE; at = ix->entry[at].parent) {
         bool alone = ix->entry[at].children == behind;
         done += classify(ix, at, alone, class);
         behind = alone ? 1 : UINT32_MAX;
@@ -493,6 +498,29 @@ uint32_t kvd_prefix_remove(struct kvd_prefix *ix, uint32_t entry, enum kvd_prefi
         entry_remove(ix, entry, reason, now, fn, ctx);
         entry = parent;
     }
+    return gone;
+}
+
+static int by_number(const void *a, const void *b)
+{
+    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+    return (x > y) - (x < y);
+}
+
+uint32_t kvd_prefix_remove_entries(struct kvd_prefix *ix, uint32_t *entries, uint32_t n,
+                                   enum kvd_prefix_reason reason, uint32_t now,
+                                   kvd_prefix_removed_fn *fn, void *ctx)
+{
+    uint32_t gone = 0;
+    qsort(entries, n, sizeof(*entries), by_number);
+    for (uint32_t i = 0; i < n; i++)
+        for (uint32_t at = entries[i], parent;
+             at != KVD_PREFIX_NONE && bsearch(&at, entries, n, sizeof(at), by_number) &&
+             ix->entry[at].used && is_loose_leaf(&ix->entry[at]);
+             at = parent, gone++) {
+            parent = ix->entry[at].parent;
+            entry_remove(ix, at, reason, now, fn, ctx);
+        }
     return gone;
 }
 

@@ -135,6 +135,8 @@ enum kvd_prefix_class {
 uint32_t kvd_prefix_classify(struct kvd_prefix *ix, uint32_t domain,
                              const struct kvd_prefix_key *keys, uint32_t n,
                              enum kvd_prefix_class class);
+// The same of an entry and those before it.
+uint32_t kvd_prefix_classify_to(struct kvd_prefix *ix, uint32_t entry, enum kvd_prefix_class class);
 // The same of entries in the order in which they are behind each other, where they are;
 // KVD_PREFIX_NONE among them are passed over.
 uint32_t kvd_prefix_classify_entries(struct kvd_prefix *ix, const uint32_t *entries, uint32_t n,
@@ -185,6 +187,11 @@ uint32_t kvd_prefix_drop(struct kvd_prefix *ix, uint32_t domain, const struct kv
                          uint32_t n, uint32_t keep, enum kvd_prefix_reason reason, uint32_t now,
                          kvd_prefix_removed_fn *fn, void *ctx);
 
+// Removes entries, which are there, but those that are held or have others behind them that stay.
+// Sorts the list. Returns how many went.
+uint32_t kvd_prefix_remove_entries(struct kvd_prefix *ix, uint32_t *entries, uint32_t n,
+                                   enum kvd_prefix_reason reason, uint32_t now,
+                                   kvd_prefix_removed_fn *fn, void *ctx);
 // Removes an entry and those before it, up to the first that is held or has others behind it.
 // Returns how many went.
 uint32_t kvd_prefix_remove(struct kvd_prefix *ix, uint32_t entry, enum kvd_prefix_reason reason,

@@ -98,6 +98,15 @@ static const struct command table[] = {
      .required = 2,
      .operators = true,
      .run = cmd_prefix_unpin},
+    {.name = "prefix priority",
+     .help = "When a block, and all before it, are to go",
+     .more = "PRIORITY is demoted, low, normal or high: all of one go before any of the next when "
+             "the namespace has to give some. Those that others go on from get no lower one. Until "
+             "kvd stops; demoted until they are used.",
+     .arguments = {{"NAMESPACE", VALUE_NAMESPACE}, {"KEY", VALUE_TEXT}, {"PRIORITY", VALUE_TEXT}},
+     .required = 3,
+     .operators = true,
+     .run = cmd_prefix_priority},
     {.name = "prefix drop",
      .help = "Drop blocks that nobody uses",
      .more = "Those up to KEY that have no others behind them; without KEY all of the namespace.",

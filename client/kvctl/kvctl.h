@@ -181,6 +181,7 @@ COMMAND(verify);
 COMMAND(prefix_ls); // prefixes.c
 COMMAND(prefix_show);
 COMMAND(prefix_pin);
+COMMAND(prefix_priority);
 COMMAND(prefix_unpin);
 COMMAND(prefix_drop);
 COMMAND(why);

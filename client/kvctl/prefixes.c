@@ -1,4 +1,4 @@
-// kvctl prefix ls|show|pin|unpin|drop, kvctl why.
+// kvctl prefix ls|show|pin|unpin|priority|drop, kvctl why.
 #include "client/kvctl/kvctl.h"
 #include "proto/base.h"
 #include "proto/kvd_limits.h"
@@ -151,10 +151,10 @@ int cmd_prefix_show(struct kvctl *k)
     if (r->there) {
         const Kvd__V1__PrefixInfo *p = r->prefix;
         printf("tokens     %u\nadoptable  %u, the last %u of them in the recent window%s\n"
-               "pinned     %s\nlayout     %s\ndomain     %s\n",
+               "pinned     %s\npriority   %s\nlayout     %s\ndomain     %s\n",
                p->blocks * KVD_PAGE_TOKENS, p->adoptable * KVD_PAGE_TOKENS, p->window_tokens,
-               p->end ? ", as it was at the end" : "", p->pinned ? "yes" : "no", p->layout_digest,
-               hex_of(&p->domain, hex, sizeof(hex)));
+               p->end ? ", as it was at the end" : "", p->pinned ? "yes" : "no", p->priority,
+               p->layout_digest, hex_of(&p->domain, hex, sizeof(hex)));
     } else {
         fprintf(stderr, "kvctl: no such block is there: %s\n", r->reason);
     }
@@ -190,6 +190,26 @@ int cmd_prefix_pin(struct kvctl *k)
 int cmd_prefix_unpin(struct kvctl *k)
 {
     return pin(k, 0);
+}
+
+int cmd_prefix_priority(struct kvctl *k)
+{
+    Kvd__V1__ClassifyPrefixRequest req = KVD__V1__CLASSIFY_PREFIX_REQUEST__INIT;
+    Kvd__V1__ClassifyPrefixReply *r = NULL;
+    struct key key;
+    req.namespace_name = (char *)k->arguments[0];
+    req.priority = (char *)k->arguments[2];
+    int code = take_key(k->arguments[1], &key, &req.key);
+    if (code == EXIT_OK)
+        code = kvctl_operator_call(k, "ClassifyPrefix", &req,
+                                   &kvd__v1__classify_prefix_reply__descriptor, &r);
+    if (code)
+        return code;
+    if (k->json)
+        return kvctl_print_json(k, &r->base);
+    printf("%u blocks are of priority %s\n", r->blocks, k->arguments[2]);
+    kvd__v1__classify_prefix_reply__free_unpacked(r, NULL);
+    return EXIT_OK;
 }
 
 int cmd_prefix_drop(struct kvctl *k)

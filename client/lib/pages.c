@@ -170,7 +170,7 @@ kvd_result kvd_pages_lookup(kvd_client *c, const kvd_bytes *space, const kvd_pag
 }
 
 kvd_result kvd_pages_hint(kvd_client *c, const kvd_bytes *space, const kvd_page_keys *requests,
-                          uint32_t count, kvd_hint hint, uint32_t ms, uint32_t *pages,
+                          uint32_t count, kvd_hint hint, uint32_t ms, bool expire, uint32_t *pages,
                           kvd_failure *err)
 {
     KVD_WANT(err, "client", c, "space", space, "requests", requests);
@@ -189,6 +189,7 @@ kvd_result kvd_pages_hint(kvd_client *c, const kvd_bytes *space, const kvd_page_
     req.requests = lists;
     req.hint = (Kvd__V1__HintPrefixRequest__Hint)hint;
     req.ms = ms;
+    req.expire = expire;
     kvd_result rc = kvd_client_call(c, METHOD("HintPages"), &req, &req.session,
                                     &kvd__v1__hint_pages_reply__descriptor, &reply, err);
     if (rc)

@@ -34,6 +34,7 @@ KVD_HANDLER(lookup_pages);
 // prompts_admin.c
 KVD_HANDLER(list_prefixes);
 KVD_HANDLER(pin_prefix);
+KVD_HANDLER(classify_prefix);
 KVD_HANDLER(drop_prefix);
 KVD_HANDLER(explain_prefix);
 // admin.c

@@ -98,7 +98,7 @@ static void retain_pages(struct kvd_daemon *d, const struct kvd_hints_ask *a)
         }
     if (n)
         kvd_lease_put_pages(d, KVD_LEASE_RETAINED, a->space.ns, entries, n, &a->keys[last],
-                            a->retain_ms, a->uid, NULL);
+                            a->retain_ms, false, a->uid, NULL);
 }
 
 static void on_restored(void *ctx, const struct kvd_restore_answer *answer)
@@ -217,10 +217,13 @@ void kvd_hints_count(struct kvd_daemon *d, enum kvd_prefix_class class, uint32_t
     *(class == KVD_PREFIX_DEMOTED ? &d->hints->demoted : &d->hints->classified) += blocks;
 }
 
-int kvd_hints_check(Kvd__V1__HintPrefixRequest__Hint hint, uint32_t ms, struct kvd_error *err)
+int kvd_hints_check(Kvd__V1__HintPrefixRequest__Hint hint, uint32_t ms, bool expire,
+                    struct kvd_error *err)
 {
     enum kvd_prefix_class class;
     bool classifies = kvd_hints_class(hint, &class);
+    if (expire && (hint != KVD__V1__HINT_PREFIX_REQUEST__HINT__RETAIN || !ms))
+        return kvd_fail(err, KVD_E_INVALID, "expire goes with RETAIN and a time");
     if (ms > KVD_MAX_RETAIN_MS)
         return kvd_fail(err, KVD_E_INVALID, "ms is %u; at most %d are possible", ms,
                         KVD_MAX_RETAIN_MS);
@@ -316,9 +319,7 @@ static int check_numbers(const Kvd__V1__HintPrefixRequest *req, struct kvd_error
     if (req->n_requests < 1 || req->n_requests > KVD_MAX_CALL_PROMPTS)
         return kvd_fail(err, KVD_E_INVALID, "%zu prompts; 1 to %d are possible", req->n_requests,
                         KVD_MAX_CALL_PROMPTS);
-    if (req->expire && (req->hint != KVD__V1__HINT_PREFIX_REQUEST__HINT__RETAIN || !req->ms))
-        return kvd_fail(err, KVD_E_INVALID, "expire goes with RETAIN and a time");
-    return kvd_hints_check(req->hint, req->ms, err);
+    return kvd_hints_check(req->hint, req->ms, req->expire, err);
 }
 
 static int prepare(struct hint *h, struct kvd_error *err)

@@ -29,7 +29,8 @@ struct kvd_hints_ask {
 int kvd_hints_prefetch(struct kvd_daemon *d, const struct kvd_hints_ask *ask,
                        struct kvd_error *err);
 // Whether the hint's numbers go together. KVD_E_INVALID.
-int kvd_hints_check(Kvd__V1__HintPrefixRequest__Hint hint, uint32_t ms, struct kvd_error *err);
+int kvd_hints_check(Kvd__V1__HintPrefixRequest__Hint hint, uint32_t ms, bool expire,
+                    struct kvd_error *err);
 // The class that a hint gives, of those that give one.
 bool kvd_hints_class(Kvd__V1__HintPrefixRequest__Hint hint, enum kvd_prefix_class *class);
 void kvd_hints_count(struct kvd_daemon *d, enum kvd_prefix_class class, uint32_t blocks);

@@ -56,19 +56,26 @@ static int hash(struct hint *h, uint32_t n, struct kvd_error *err)
     return rc;
 }
 
-// What is there of the request, told by its last page that is.
+// Encoded in the layout of exact ones it is one page.
+static bool is_there(const struct hint *h, int space, uint32_t i)
+{
+    bool same = h->spaces[ENCODED].layout == h->spaces[EXACT].layout;
+    return h->entries[space][i] != KVD_PREFIX_NONE && (space == ENCODED || !same);
+}
+
+// What is there of the request, told by its last page that is. What is to expire is so both ways.
 static int retain(struct kvd_daemon *d, const struct hint *h, uint32_t n, struct kvd_error *err)
 {
-    uint32_t held[KVD_MAX_PROMPT_BLOCKS], n_held = 0;
+    uint32_t held[SPACES * KVD_MAX_PROMPT_BLOCKS], n_held = 0;
     const struct kvd_prefix_key *last = NULL;
     for (int space = 0; space < SPACES; space++)
         for (uint32_t i = 0; i < n; i++)
-            if (h->there[i] == space + 1) {
+            if (h->there[i] == space + 1 || (h->req->expire && is_there(h, space, i))) {
                 held[n_held++] = h->entries[space][i];
                 last = &h->keys[space][i];
             }
     return last ? kvd_lease_put_pages(d, KVD_LEASE_RETAINED, h->spaces[0].ns, held, n_held, last,
-                                      h->req->ms, h->uid, err)
+                                      h->req->ms, h->req->expire, h->uid, err)
                 : KVD_OK;
 }
 
@@ -164,7 +171,7 @@ static int prepare(struct hint *h, const struct kvd_session *s, struct kvd_error
     if (req->n_requests < 1 || req->n_requests > KVD_MAX_CALL_PROMPTS)
         return kvd_fail(err, KVD_E_INVALID, "%zu requests; 1 to %d are possible", req->n_requests,
                         KVD_MAX_CALL_PROMPTS);
-    int rc = kvd_hints_check(req->hint, req->ms, err);
+    int rc = kvd_hints_check(req->hint, req->ms, req->expire, err);
     if (rc == KVD_OK)
         rc = kvd_page_spaces(h->call->d, s, &req->space, h->spaces, err);
     if (rc)

@@ -83,6 +83,7 @@ const struct kvd_method kvd_methods[] = {
     ADMIN("ListPrefixes", list_prefixes_request, list_prefixes),
     ADMIN("ExplainPrefix", explain_prefix_request, explain_prefix),
     OPERATOR("PinPrefix", pin_prefix_request, pin_prefix),
+    OPERATOR("ClassifyPrefix", classify_prefix_request, classify_prefix),
     OPERATOR("DropPrefix", drop_prefix_request, drop_prefix),
     OPERATOR("SetQuota", set_quota_request, set_quota),
     OPERATOR("Evict", evict_request, evict),

@@ -1,4 +1,4 @@
-// ListPrefixes, ExplainPrefix, PinPrefix, DropPrefix.
+// ListPrefixes, ExplainPrefix, PinPrefix, ClassifyPrefix, DropPrefix.
 #include "admin.pb-c.h"
 #include "daemon/rpc/rpc.h"
 #include "daemon/service/evict.h"
@@ -34,6 +34,11 @@ static int take_key(const ProtobufCBinaryData *from, struct kvd_prefix_key *key,
 
 // -- what is there ------------------------------------------------------------------------------
 
+static const char *const classes[] = {[KVD_PREFIX_DEMOTED] = "demoted",
+                                      [KVD_PREFIX_LOW] = "low",
+                                      [KVD_PREFIX_NORMAL] = "normal",
+                                      [KVD_PREFIX_HIGH] = "high"};
+
 // A prompt as it is listed, with what the message points to.
 struct row {
     Kvd__V1__PrefixInfo info;
@@ -55,6 +60,7 @@ static void fill_row(struct kvd_daemon *d, struct row *r, const struct kvd_block
     i->end = m->end;
     i->holds = holds;
     i->pinned = kvd_lease_on(d, r->space.ns, KVD_LEASE_PINNED, &r->key) != NULL;
+    i->priority = (char *)(uintptr_t)classes[kvd_blocks_class(d->pool, r->space.ns, &r->key)];
     i->layout_digest = r->digest;
     i->domain = (ProtobufCBinaryData){sizeof(r->space.domain), r->space.domain};
 }
@@ -169,6 +175,46 @@ void kvd_on_pin_prefix(struct kvd_call *call, const void *request)
         return;
     }
     Kvd__V1__PinPrefixReply reply = KVD__V1__PIN_PREFIX_REPLY__INIT;
+    kvd_call_reply(call, &reply);
+}
+
+static int take_class(const char *name, enum kvd_prefix_class *class, struct kvd_error *err)
+{
+    for (size_t i = 0; i < KVD_LEN(classes); i++)
+        if (strcmp(name, classes[i]) == 0) {
+            *class = (enum kvd_prefix_class)i;
+            return KVD_OK;
+        }
+    return kvd_fail(err, KVD_E_INVALID,
+                    "priority '%.64s' is not known; demoted, low, normal and high are", name);
+}
+
+void kvd_on_classify_prefix(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__ClassifyPrefixRequest *req = request;
+    struct kvd_daemon *d = call->d;
+    struct kvd_error err = {0};
+    struct kvd_blocks_space space;
+    struct kvd_blocks_match m;
+    struct kvd_prefix_key key;
+    enum kvd_prefix_class class = KVD_PREFIX_NORMAL;
+    uint32_t ns = 0;
+    int rc = take_class(req->priority, &class, &err);
+    if (rc == KVD_OK)
+        rc = find_namespace(d, req->namespace_name, &ns, &err);
+    if (rc == KVD_OK)
+        rc = take_key(&req->key, &key, &err);
+    if (rc == KVD_OK && kvd_blocks_find(d->pool, ns, &key, &space, &m))
+        rc = kvd_fail(&err, KVD_E_NOT_FOUND, "no such block is there: %s",
+                      kvd_prefix_reason_name(m.why));
+    if (rc) {
+        kvd_call_fail_error(call, &err);
+        return;
+    }
+    Kvd__V1__ClassifyPrefixReply reply = KVD__V1__CLASSIFY_PREFIX_REPLY__INIT;
+    reply.blocks = kvd_blocks_classify_to(d->pool, ns, &key, class);
+    kvd_notice("prefix classified by operator namespace=%s priority=%s blocks=%u",
+               req->namespace_name, req->priority, reply.blocks);
     kvd_call_reply(call, &reply);
 }
 

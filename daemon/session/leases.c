@@ -30,6 +30,7 @@ void kvd_lease_end(struct kvd_daemon *d, struct kvd_lease *l)
     if (l->kind != KVD_LEASE_SESSION)
         HASH_DELETE(hh_place, all->places, l);
     free(l->pages);
+    free(l->gone);
     free(l);
     if (!all->all)
         uv_timer_stop(&all->timer);
@@ -44,11 +45,15 @@ static void on_timer(uv_timer_t *timer)
         if (l->until_ms > kvd_now_ms(d))
             continue;
         const struct kvd_prefix_key key = l->place.key;
-        const uint32_t ns = l->at.ns;
+        const uint32_t ns = l->at.ns, n_gone = l->n_gone;
         const bool drops = l->expires;
+        uint32_t *gone KVD_FREE = KVD_TAKE(l->gone);
         d->leases->expired++;
         kvd_lease_end(d, l);
-        if (drops) // unless somebody else keeps it, or has put others behind it
+        // Unless somebody else keeps it, or has put others behind it.
+        if (gone)
+            kvd_blocks_forget_pages(d->pool, ns, gone, n_gone, KVD_PREFIX_EXPIRED);
+        else if (drops)
             kvd_blocks_forget(d->pool, ns, &key, KVD_PREFIX_EXPIRED);
     }
 }
@@ -206,13 +211,28 @@ int kvd_lease_put(struct kvd_daemon *d, enum kvd_lease_kind kind, const struct k
 
 int kvd_lease_put_pages(struct kvd_daemon *d, enum kvd_lease_kind kind, uint32_t ns,
                         const uint32_t *entries, uint32_t n, const struct kvd_prefix_key *key,
-                        uint64_t ms, int64_t uid, struct kvd_error *err)
+                        uint64_t ms, bool expires, int64_t uid, struct kvd_error *err)
 {
     struct kvd_lease *made = NULL;
+    uint32_t *gone = NULL;
+    if (ms && expires) {
+        gone = malloc(n * sizeof(*gone));
+        if (!gone)
+            return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+        memcpy(gone, entries, n * sizeof(*gone));
+    }
     int rc = ms ? make_pages(d, NULL, uid, ns, entries, n, ms, &made, err) : KVD_OK;
-    if (rc == KVD_OK)
-        put(d, made, ns, kind, key);
-    return rc;
+    if (rc) {
+        free(gone);
+        return rc;
+    }
+    if (made) {
+        made->expires = expires;
+        made->gone = gone;
+        made->n_gone = gone ? n : 0;
+    }
+    put(d, made, ns, kind, key);
+    return KVD_OK;
 }
 
 static void session_ends(struct kvd_daemon *d, struct kvd_session *s)

@@ -36,7 +36,8 @@ struct kvd_lease {
     struct kvd_session *owner; // NULL: nobody's
     struct kvd_user *user;     // who is charged; NULL: an operator's
     uint64_t until_ms;
-    bool expires;                 // when its time is over, what it kept is dropped
+    bool expires;                 // when its time is over, what it kept is dropped:
+    uint32_t *gone, n_gone;       // of pages these entries, all of which it keeps
     struct kvd_blocks_at at;      // of a prefix
     struct kvd_lease_place place; // of one that is nobody's
     uint32_t *pages, n_pages;     // entries that are held; NULL: it is of a prefix
@@ -68,7 +69,7 @@ int kvd_lease_put(struct kvd_daemon *d, enum kvd_lease_kind kind, const struct k
 // kvd_lease_new_pages.
 int kvd_lease_put_pages(struct kvd_daemon *d, enum kvd_lease_kind kind, uint32_t ns,
                         const uint32_t *entries, uint32_t n, const struct kvd_prefix_key *key,
-                        uint64_t ms, int64_t uid, struct kvd_error *err);
+                        uint64_t ms, bool expires, int64_t uid, struct kvd_error *err);
 void kvd_lease_end(struct kvd_daemon *d, struct kvd_lease *lease);
 
 extern const struct kvd_part kvd_part_leases;

@@ -178,6 +178,7 @@ class Maker:
                 m.requests.extend(self.keys() for _ in range(self.r.choice([1, 1, 3])))
                 m.hint = self.r.choice([0, 1, 2, 3, 4, 5])
                 m.ms = self.r.choice([0, 50, 2000]) if m.hint in (0, 2) else 0
+                m.expire = m.hint == 0 and m.ms > 0 and self.r.random() < 0.5
                 return m
             m.keys = self.keys()
             if kind is kv.PutPagesRequest:

@@ -1,6 +1,7 @@
 """What workers tell of how prompts will be used, matches that leave the last window to be computed, and why a block is not there."""
 import base64
 import json
+import re
 import time
 
 import grpc
@@ -28,6 +29,10 @@ def publish(client, tokens):
 
 def last_key(kvd, namespace="default"):
     return base64.b64decode(json.loads(kvd.kvctl("--json", "prefix", "ls", namespace).stdout)[0]["prefixes"][0]["key"]).hex()
+
+
+def listed(kvd):
+    return [base64.b64decode(p["key"]).hex() for page in json.loads(kvd.kvctl("--json", "prefix", "ls", "default").stdout) for p in page["prefixes"]]
 
 
 def why(kvd, key, namespace="default"):
@@ -253,3 +258,31 @@ def test_every_reason_is_told(start):
         key = last_key(kvd)
         kvd.kvctl("prefix", "drop", "default", "--yes")
         assert why(kvd, key) == "dropped"
+
+
+def test_an_operator_says_what_goes_first(start):
+    """A prompt's last block names it, and those before it."""
+    kvd = start("--pool-size", "8MiB", "--extent-size", "2MiB")
+    with connect(kvd) as c:
+        prompts, keys = [package.Prompt(tokens_of(i, 640)) for i in range(3)], []
+        for i in range(3):
+            assert publish(c, tokens_of(i, 640)) == 6
+            keys += [k for k in listed(kvd) if k not in keys]
+        assert "6 blocks are of priority high" in kvd.kvctl("prefix", "priority", "default", keys[0], "high").stdout
+        assert json.loads(kvd.kvctl("--json", "prefix", "priority", "default", keys[2], "low").stdout) == {"blocks": 6}
+        assert [re.search(r"priority +(\w+)", kvd.kvctl("prefix", "show", "default", k).stdout)[1] for k in keys] == ["high", "normal", "low"]
+        c.match(prompts[2:], lease=0)  # used, which does not end it
+        order = []
+        while sum(have := [m.blocks for m in c.match(prompts, lease=0, quiet=True)]):
+            order.append(have)
+            kvd.kvctl("evict", "--namespace", "default", "--bytes", "1")
+        assert all(have[1] == 6 for have in order if have[2]) and all(have[0] == 6 for have in order if have[1])
+        publish(c, tokens_of(0, 640))
+        kvd.kvctl("prefix", "priority", "default", keys[0], "demoted")
+        assert "priority   demoted" in kvd.kvctl("prefix", "show", "default", keys[0]).stdout
+        c.match(prompts[:1], lease=0)
+        assert "priority   normal" in kvd.kvctl("prefix", "show", "default", keys[0]).stdout
+        for wrong, why in ((("default", keys[0], "urgent"), "'urgent' is not known; demoted, low, normal and high are"), (("default", keys[1], "low"), "no such block"),
+                           (("nobody", keys[0], "low"), "there is no namespace 'nobody'"), (("default", "12", "low"), "is no key of a block")):
+            r = kvd.kvctl("prefix", "priority", *wrong, check=False)
+            assert r.returncode and why in r.stderr, r.stderr

@@ -16,7 +16,7 @@ from google.protobuf import json_format
 
 from conftest import BUILD, KVCTL, Daemon, Rpc, admin, layout
 
-SAMPLES = {"NAMESPACE": "default", "SIZE|none": "1GiB", "SECONDS": "1", "COUNT": "1", "LEVEL": "info", "TIER": "host", "KEY": "0a" * 24, "COMMAND": "quota",
+SAMPLES = {"NAMESPACE": "default", "SIZE|none": "1GiB", "SECONDS": "1", "COUNT": "1", "LEVEL": "info", "TIER": "host", "KEY": "0a" * 24, "PRIORITY": "low", "COMMAND": "quota",
            "VERB": "set", "SET": "a/b@c", "SET|FILE": "a/b@c", "K.pt": "k.pt", "V.pt": "v.pt", "MODEL@TAG": "a/b@c",
            "LAYERS": "0-3", "DIM": "64", "FILE": "f", "REPORT.json": "r.json", "DUMP": "d", "OUT": "o"}
 

@@ -340,6 +340,40 @@ def test_hints_of_pages(start, folder):
     kvd.kvctl("verify")
 
 
+def test_pages_that_expire(start, folder):
+    """After their time they go, exact and encoded, from tiers too; neither those before them nor what somebody keeps or has put behind them."""
+    kvd = start(config=f"[kvd]\ntier-host = 64MiB\ntier-directory = {folder}/blocks 1GiB\n")
+    keys, e = keys_of("expire", 12), Engine(24, 64)
+    e.write(range(24), kv(8, 24))
+
+    def behind():
+        return [int(t["blocks"]) for t in json.loads(kvd.kvctl("--json", "tier", "status").stdout)["tiers"]]
+
+    with connect(kvd) as p:
+        p.put(keys, e.paged(range(12)))
+        p.put(keys[8:9], e.paged([8]), exact=[True])  # there both ways
+        other = keys_of("other", 2)
+        p.put(other, e.paged(range(2)), after=keys[5])
+        wait_until(lambda: behind() == [15, 15])
+        kept = p.lookup([keys[:11]], lease_ms=60000)[0].lease
+        for wrong in (("retain", 0.0), ("prefetch", 1.0), ("demote", 0.0)):
+            with pytest.raises(package.InvalidError, match="expire goes with RETAIN and a time"):
+                p.hint([keys], *wrong, expire=True)
+        assert p.hint([keys[4:]], "retain", 0.2, expire=True) == [8]
+        wait_until(lambda: kvd.metric("kvd_prefix_leases_expired_total") == 1)
+        assert p.lookup([keys], lease_ms=0)[0].kinds == bytes([1] * 8 + [2] + [1] * 2 + [0])  # the rest is kept
+        assert p.hint([keys[4:]], "retain", 0.2, expire=True) == [7]
+        p.release([kept])
+        wait_until(lambda: kvd.metric("kvd_prefix_leases_expired_total") == 2)
+        assert [f.pages for f in p.lookup([keys, other], lease_ms=0)] == [6, 2]
+        wait_until(lambda: behind() == [8, 8])
+        assert p.lookup([keys[6:]], lease_ms=0, restore_ms=5000)[0].restored == 0
+        assert p.hint([keys], "retain", 0.2) == [6]  # which does not expire
+        wait_until(lambda: kvd.metric("kvd_prefix_leases") == 0)
+        assert p.lookup([keys], lease_ms=0)[0].pages == 6
+    kvd.kvctl("verify")
+
+
 def test_priorities_of_pages(kvd):
     keys, e = keys_of("classes", 24), Engine(24, 64)
     e.write(range(24), kv(8, 24))

@@ -145,10 +145,13 @@ requests = [
     kv.ReleasePrefixRequest(session=session, leases=[1, 1 << 40]),
     kv.LookupPagesRequest(session=session, space=b"space", requests=[bytes(64), b""], key_bytes=16, lease_ms=9, quiet=True),
     kv.HintPagesRequest(session=session, space=b"space", requests=[bytes(64), b""], key_bytes=16, hint=5, ms=0),
+    kv.HintPagesRequest(session=session, space=b"space", requests=[bytes(80)], key_bytes=40, hint=0, ms=9, expire=True),
+    kv.HintPagesRequest(session=session, space=b"s", requests=[bytes(32), bytes(16)], key_bytes=16, hint=2, ms=60000),
     kv.PutPagesRequest(session=session, space=b"space", keys=bytes(40), key_bytes=20, after=bytes(20), exact=b"\0\1", k=ref, v=ref),
     kv.GetPagesRequest(session=session, space=b"space", keys=bytes(48), key_bytes=24, k=ref, v=ref),
     admin.ListPrefixesRequest(namespace_name="n", limit=4), admin.ExplainPrefixRequest(namespace_name="n", key=bytes(24)),
     admin.PinPrefixRequest(namespace_name="n", key=bytes(24), seconds=9), admin.DropPrefixRequest(namespace_name="n"),
+    admin.ClassifyPrefixRequest(namespace_name="n", key=bytes(24), priority="low"),
     health.HealthCheckRequest(service="kvd"),
 ]
 services = [kv.DESCRIPTOR.services_by_name["KvCache"], admin.DESCRIPTOR.services_by_name["Admin"],

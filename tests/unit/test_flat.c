@@ -156,6 +156,57 @@ static int bring(struct fixture *f, uint32_t i, int after, uint32_t *entry)
     return rc;
 }
 
+// In whatever order; and none that was not named, nor what others are behind.
+START_TEST(pages_that_are_named_go_and_no_others)
+{
+    struct fixture f;
+    uint32_t entries[PAGES], some[8], n, held;
+    setup_pages(&f, 8);
+    put(&f, 0, 8, -1);
+    put(&f, 8, 2, 3); // behind the fourth
+    ck_assert_uint_eq(there(&f, 0, 10, entries), 10);
+    const uint32_t named[] = {5, 7, 2, 6, 3, 4}; // not 0 and 1
+    for (n = 0; n < KVD_LEN(named); n++)
+        some[n] = entries[named[n]];
+    uint32_t one[1] = {entries[6]};
+    ck_assert_int_eq(kvd_blocks_hold_pages(f.pool, f.ns, one, 1, &held, &f.err), 0);
+    ck_assert_uint_eq(kvd_blocks_forget_pages(f.pool, f.ns, some, n, KVD_PREFIX_EXPIRED), 1);
+    verify(f.pool);
+    kvd_blocks_release_pages(f.pool, f.ns, one, held);
+    for (n = 0; n < KVD_LEN(named) - 2; n++) // the eighth has gone
+        some[n] = entries[(uint32_t[]){5, 2, 6, 3}[n]];
+    some[n++] = entries[4];
+    ck_assert_uint_eq(kvd_blocks_forget_pages(f.pool, f.ns, some, n, KVD_PREFIX_EXPIRED), 3);
+    verify(f.pool);
+    ck_assert_uint_eq(there(&f, 0, 10, entries), 6); // 0 to 3, and the two behind 3
+    ck_assert_uint_eq(there(&f, 0, 4, entries), 4);
+    some[0] = entries[0];
+    ck_assert_uint_eq(kvd_blocks_forget_pages(f.pool, f.ns, some, 1, KVD_PREFIX_EXPIRED), 0);
+    kvd_pool_free(&f.pool);
+}
+END_TEST
+
+// As an operator says it, who knows a block's key and nothing else.
+START_TEST(a_page_and_those_before_it_get_a_class_by_its_key)
+{
+    struct fixture f;
+    setup_pages(&f, 8);
+    put(&f, 0, 4, -1);
+    put(&f, 4, 1, 1);
+    ck_assert_int_eq(kvd_blocks_class(f.pool, f.ns, &f.keys[3]), KVD_PREFIX_NORMAL);
+    ck_assert_uint_eq(kvd_blocks_classify_to(f.pool, f.ns, &f.keys[3], KVD_PREFIX_HIGH), 4);
+    ck_assert_int_eq(kvd_blocks_class(f.pool, f.ns, &f.keys[0]), KVD_PREFIX_HIGH);
+    ck_assert_int_eq(kvd_blocks_class(f.pool, f.ns, &f.keys[4]), KVD_PREFIX_NORMAL);
+    // Two are another's too.
+    ck_assert_uint_eq(kvd_blocks_classify_to(f.pool, f.ns, &f.keys[3], KVD_PREFIX_LOW), 2);
+    ck_assert_int_eq(kvd_blocks_class(f.pool, f.ns, &f.keys[1]), KVD_PREFIX_HIGH);
+    ck_assert_uint_eq(kvd_blocks_classify_to(f.pool, f.ns, &f.keys[9], KVD_PREFIX_LOW), 0);
+    ck_assert_int_eq(kvd_blocks_class(f.pool, f.ns, &f.keys[9]), KVD_PREFIX_NORMAL);
+    verify(f.pool);
+    kvd_pool_free(&f.pool);
+}
+END_TEST
+
 START_TEST(pages_come_back_each_for_itself)
 {
     struct fixture f;
@@ -215,5 +266,6 @@ END_TEST
 
 KVD_MAIN("flat", 60, keys_do_not_depend_on_those_before_them,
          any_page_is_found_and_adopted_without_those_before_it, what_is_there_stays_as_it_is,
-         a_hold_on_the_last_keeps_those_that_it_was_put_behind, pages_come_back_each_for_itself,
-         what_cannot_be_published_is_refused)
+         a_hold_on_the_last_keeps_those_that_it_was_put_behind,
+         pages_that_are_named_go_and_no_others, a_page_and_those_before_it_get_a_class_by_its_key,
+         pages_come_back_each_for_itself, what_cannot_be_published_is_refused)

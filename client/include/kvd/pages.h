@@ -101,6 +101,8 @@ KVD_API kvd_result kvd_pages_lookup(kvd_client *client, const kvd_bytes *space,
  * @param hint what. What RETAIN says of a request is told by the last page of it that is there, and
  * replaces what was said of that before
  * @param ms milliseconds for which they stay, as kvd_prompts_hint has them
+ * @param expire of RETAIN: they are dropped afterwards, from tiers too, unless somebody keeps them
+ * or they have others behind them that are not of the request
  * @param[out] pages of each request those that are there and stay, or how many are demoted or of
  * that class now, [count]: there those count twice that are there both ways. NULL: not wanted
  * @param[out] err says why it failed; may be NULL
@@ -110,7 +112,7 @@ KVD_API kvd_result kvd_pages_lookup(kvd_client *client, const kvd_bytes *space,
  * said of requests before is done */
 KVD_API kvd_result kvd_pages_hint(kvd_client *client, const kvd_bytes *space,
                                   const kvd_page_keys *requests, uint32_t count, kvd_hint hint,
-                                  uint32_t ms, uint32_t *pages, kvd_failure *err);
+                                  uint32_t ms, bool expire, uint32_t *pages, kvd_failure *err);
 /** Stores pages that are not there. Each is seen whole or not at all; where two put one key at
  * once, the first stays. After a failure some may have been stored.
  * @param client whose

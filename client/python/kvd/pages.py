@@ -207,9 +207,10 @@ class Pages(lib.OfProcess):
         return [Found(o.pages, bytes(room)[:len(k)], o.lease, o.restored, {name: n for name, n in zip(_prompts.TIERS, o.behind) if n})
                 for k, o, room in zip(lists, out, kinds)]
 
-    def hint(self, requests: Seq[Iterable[bytes]], what: str, seconds: float = 0.0) -> list[int]:
+    def hint(self, requests: Seq[Iterable[bytes]], what: str, seconds: float = 0.0, *, expire: bool = False) -> list[int]:
         """Tells how pages will be used, wherever they are in a request, of as many as `lookup` takes. "retain": what is there stays for so
         many seconds, at most a day, also beyond this object, instead of what was said of the last page that is there; 0: no longer.
+        With `expire` it is dropped afterwards, from tiers too, unless somebody keeps it or others are behind it that are not of the request.
         "demote": they are the first to go, until they are looked up. "prefetch": what tiers have is brought back meanwhile, and stays
         for so many seconds. "low", "normal", "high": their priority, as `kvd.Client.hint` has it. A page that others were put behind, and
         not of this request, gets no lower one. Returns for each the pages that are there, and for "demote" and priorities how many are
@@ -220,7 +221,7 @@ class Pages(lib.OfProcess):
             return []
         pages = (c.c_uint32 * len(lists))()
         lib.call("kvd_pages_hint", self.client._open(), c.byref(self._bytes), _structs(lists), len(lists), _prompts.HINTS.index(what),
-                 _check.milliseconds("seconds", seconds), pages)
+                 _check.milliseconds("seconds", seconds), _check.flag("expire", expire), pages)
         return list(pages)
 
     def put(self, keys: Iterable[bytes], source: Paged, *, after: Optional[bytes] = None,
