@@ -20,6 +20,7 @@ import glob
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -177,6 +178,7 @@ def main():
         return
     if not args.model or not args.text + args.fillers:
         ap.error("a model and texts are wanted")
+    end_all_on_sigterm()
     if args.jobs:
         sys.exit(run_jobs(args.jobs, args.log or f"{tempfile.mkdtemp(prefix='kvd-bench.')}/log"))
     args.share = tuple(map(int, (args.share or "0/1").split("/")))
@@ -234,13 +236,23 @@ def shares_of(log):
     return sorted(f for f in glob.glob(f"{glob.escape(log)}.*") if f[len(log) + 1:].isdigit())
 
 
+def end_all_on_sigterm():
+    """Who is told to end tells those whom it has started: kvd, and the processes that share the work."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def run_jobs(jobs, log):
     """This command again, `jobs` times, a share of the work each. An exit code."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     env = {**os.environ, **{f"{name}_NUM_THREADS": str(threads) for name in ("OMP", "OPENBLAS", "MKL")}}
     running = [subprocess.Popen([sys.executable, *sys.argv, "--jobs", "0", "--share", f"{i}/{jobs}", "--log", f"{log}.{i}", "--threads",
                                  str(threads)], env=env, stdout=subprocess.DEVNULL) for i in range(jobs)]
-    failed = [i for i, p in enumerate(running) if p.wait()]
+    try:
+        failed = [i for i, p in enumerate(running) if p.wait()]
+    finally:
+        for p in running:
+            p.terminate()
+            p.wait()
     print("\n".join(report([r for file in shares_of(log) for r in records_of(file)])))
     if failed:
         print(f"shares {', '.join(map(str, failed))} failed: run it again, and what the logs have is not done again", file=sys.stderr)

@@ -1,8 +1,11 @@
 """What bench_model.py asks and how it sums: trials that repeat, records that are not measured twice, differences in pairs."""
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -266,6 +269,39 @@ def test_a_model_of_gemmas_shape_from_its_activations_to_the_table(tiny):
     assert bench(*shared) == printed and [records_of(f"{log}.{i}") for i in range(2)] == records  # nothing is done again
     assert bench(*shared[:-1], "3") == printed  # nor with other shares
     assert "with a question 1221, are more than the 1024 that tiny was made for" in bench("--context", "1000", "--generate", "29", code=1)
+
+
+def test_who_is_told_to_end_ends_what_it_has_started(tmp_path):
+    """Of shared work, the other processes; they, as one that works alone, end kvd on their way out (`finally`)."""
+    script = tmp_path / "shared.py"
+    script.write_text(f"""import os, pathlib, sys, time
+sys.path.insert(0, {str(SOURCE / "tests/bench")!r})
+import bench_model
+bench_model.end_all_on_sigterm()
+if "--share" not in sys.argv:
+    bench_model.run_jobs(2, {str(tmp_path / "log")!r})
+share = pathlib.Path({str(tmp_path)!r}, f"share{{sys.argv[sys.argv.index('--share') + 1][0]}}")
+try:
+    pathlib.Path(f"{{share}}.new").write_text(str(os.getpid()))
+    os.rename(f"{{share}}.new", share)
+    time.sleep(120)
+finally:
+    share.unlink()
+""")
+    bench, shares = subprocess.Popen([sys.executable, script]), [tmp_path / "share0", tmp_path / "share1"]
+    try:
+        end = time.time() + 60
+        while not all(s.exists() for s in shares) and time.time() < end:
+            time.sleep(0.05)
+        pids = [int(s.read_text()) for s in shares]
+        bench.send_signal(signal.SIGTERM)
+        assert bench.wait(60) == 128 + signal.SIGTERM
+    finally:
+        bench.kill()
+    assert not any(s.exists() for s in shares)
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_contexts_longer_than_a_set_was_fitted_to_are_said(tmp_path, capsys):
