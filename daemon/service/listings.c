@@ -304,6 +304,11 @@ static bool next_sequence(struct kvd_daemon *d, struct listing *l)
 void kvd_on_list_sequences(struct kvd_call *call, const void *request)
 {
     const Kvd__V1__ListSequencesRequest *req = request;
+    if (req->namespace_name[0] &&
+        kvd_pool_namespace_find(call->d->pool, req->namespace_name) == KVD_POOL_NONE) {
+        kvd_call_fail(call, KVD_E_NOT_FOUND, "there is no namespace '%.64s'", req->namespace_name);
+        return;
+    }
     struct listing *l = listing_new(call, next_sequence);
     if (!l)
         return;

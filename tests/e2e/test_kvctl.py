@@ -209,6 +209,9 @@ def test_json_is_what_protobuf_makes_of_the_reply(start, folder):
             ticket = fd.recv(4096)[8:40].decode()
             return as_protobuf(rpc.admin(method, metadata=(("kvd-ticket", ticket),), **fields))
 
+    operator("SetQuota", namespace_name="none", quota_bytes=64 << 20, create=True)  # a namespace without sequences
+    unknown = kvd.kvctl("sequences", "nobody", check=False)
+    assert unknown.returncode != 0 and "there is no namespace 'nobody'" in unknown.stderr and not unknown.stdout
     for command, want in {
         "status": lambda: reply("GetStatus"), "workers": lambda: reply("ListSessions"),
         "sequences": lambda: reply("ListSequences"), "sequences none": lambda: reply("ListSequences", namespace_name="none"),
