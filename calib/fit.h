@@ -85,10 +85,18 @@ int kvd_fit_write_spectrum(const struct kvd_fit *fit, const char *path, struct k
 // tiles do not part into quarters, or if `greedy`: each next bit to the tile where sum lambda *
 // D(b) falls most, D = 1, .363, .1175, .0345, .0095 for b = 0 to 4.
 //
-// Then each channel's sigma is multiplied by 0.8, 0.9, ... or 2, whichever makes the sum of fourth
-// powers of the errors of its codes least, over the recorded keys past the first 64 of each file,
-// with the scale rms(y / sigma) of before. Levels are those of normal channels, and keys are not:
-// those of delimiters, which every query sees, lie close together and far out.
+// Then each channel's sigma is multiplied by 0.8, 0.9, ... or 2, whichever makes sum w_t e^2 least,
+// e the errors of its codes over the recorded keys past the first 64 of each file, with the scale
+// rms(y / sigma) of before. Levels are those of normal channels, and keys are not: those of
+// delimiters, which every query sees, lie close together and far out. w_t is what the recorded
+// queries make of key t. With p = softmax(q k / sqrt(D)) and o = sum p_t v_t, do / dl_t = p_t (v_t
+// - o) of a logit l_t, so that errors of keys that know nothing of each other move an output by sum
+// p_t^2 (dl_t)^2 |v_t - o|^2; a channel's part of (dl_t)^2 is that of e^2, as A weighs by what
+// queries are on average, and |v_t - o| is taken for the same everywhere. So w_t = sum p_t^2 over q
+// heads and positions, 128 of a file at most, the last of each of so many equal parts: causally,
+// within the layer's window, and only where key t is neither among the first 64 tokens nor among
+// the position's last 256, which pages leave in bf16. A file is one context. Where no file is
+// longer than that, all keys weigh alike.
 //
 // Of the options layers, n_layers, threads, progress, warn and ctx are looked at. Errors are those
 // of kvd_fit_run.

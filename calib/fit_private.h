@@ -4,7 +4,11 @@
 
 #include "calib/fit.h"
 
-enum { KVD_FIT_BLOCK = 256 }; // tokens at once
+enum {
+    KVD_FIT_BLOCK = 256,  // tokens at once
+    KVD_FIT_SINK = 64,    // tokens of each recording that are taken never to be compressed,
+    KVD_FIT_RECENT = 256, // and how many before a query, its own among them
+};
 
 // Heads [head, head + count) of n tokens as [n * count][dim] doubles.
 void kvd_fit_gather(const float *rows, uint64_t n, uint32_t heads, uint32_t head, uint32_t count,
@@ -22,5 +26,20 @@ int kvd_fit_check_dump(const struct kvd_dump *d, const struct kvd_fit_options *o
 uint32_t kvd_fit_dump_layer(const struct kvd_dump *d, uint32_t model_layer);
 // "kvd VERSION fit of N tokens in M files".
 void kvd_fit_provenance(const struct kvd_dump *d, char *out, size_t cap);
+
+// Weights of a recording's keys by the attention that they get from its queries, one layer at a
+// time: with p what a query gives a key, causally and within the recording's window, a key's weight
+// is the sum of p^2 over the q heads of its kv head and over at most 128 of the recording's
+// positions, the last of each of so many equal parts, as far as a sink of 64 tokens and the recent
+// 256 leave the key compressed. NULL: out of memory.
+struct kvd_fit_attention *kvd_fit_attention_new(const struct kvd_dump *d);
+void kvd_fit_attention_free(struct kvd_fit_attention **a);
+// Goes through a recording once. KVD_E_CORRUPT as kvd_dump_read.
+int kvd_fit_attention_begin(struct kvd_fit_attention *a, const struct kvd_dump_piece *piece,
+                            struct kvd_error *err);
+// Weights [kv heads][KVD_FIT_BLOCK] of its keys [first, first + n), n at most KVD_FIT_BLOCK, whose
+// rows are [n][kv heads][dim]: above 0, and all the same where nobody looks.
+void kvd_fit_attention_weigh(struct kvd_fit_attention *a, const float *rows, uint64_t first,
+                             uint64_t n, double *weights);
 
 #endif

@@ -7,10 +7,7 @@
 
 #include "calib/parallel.h"
 
-enum {
-    GAINS = 13, // of a deviation that are tried: GAIN_LEAST, and 0.1 more each
-    SINK = 64,  // tokens of each recording that are never compressed
-};
+enum { GAINS = 13 }; // of a deviation that are tried: GAIN_LEAST, and 0.1 more each
 #define GAIN_LEAST 0.8
 
 struct job {
@@ -32,6 +29,8 @@ struct workspace {
     double *u, *root, *back, *work; // [dim][dim]
     double *coded;                  // [BLOCK][dim]
     double *costs;                  // [kv heads][GAINS][dim]
+    double *weights;                // [kv heads][BLOCK] of keys
+    struct kvd_fit_attention *attention;
 };
 
 static void workspace_deinit(void *workspace)
@@ -45,6 +44,8 @@ static void workspace_deinit(void *workspace)
     free(w->block);
     free(w->coded);
     free(w->costs);
+    free(w->weights);
+    kvd_fit_attention_free(&w->attention);
     free(w->u);
     free(w->root);
     free(w->back);
@@ -61,6 +62,8 @@ static bool workspace_init(void *arg, void *workspace)
     ok &= (w->block = malloc(most * sizeof(double))) != NULL;
     ok &= (w->coded = malloc(KVD_FIT_BLOCK * dim * sizeof(double))) != NULL;
     ok &= (w->costs = malloc(kv * GAINS * dim * sizeof(double))) != NULL;
+    ok &= (w->weights = malloc(kv * KVD_FIT_BLOCK * sizeof(double))) != NULL;
+    ok &= (w->attention = kvd_fit_attention_new(d)) != NULL;
     for (int s = 0; s < KVD_DUMP_SIDES; s++) {
         ok &= (w->sums[s] = malloc(kv * dim * dim * sizeof(double))) != NULL;
         ok &= (w->means[s] = malloc(kv * dim * sizeof(double))) != NULL;
@@ -288,9 +291,9 @@ static double gain_of(int g)
 }
 
 // Keys as the codec has them, (k - mean) A / sigma, each divided by its scale, the root mean square
-// of its coded channels; scales get the fourth powers of these.
+// of its coded channels; weights are multiplied by the squares of these.
 static void code_rows(const struct kvd_transform *t, double *rows, uint64_t n, struct workspace *w,
-                      double *scales)
+                      double *weights)
 {
     uint32_t dim = t->coder.dim, coded = 0;
     for (uint64_t i = 0; i < (uint64_t)dim * dim; i++)
@@ -308,16 +311,16 @@ static void code_rows(const struct kvd_transform *t, double *rows, uint64_t n, s
             y[c] /= (double)t->coder.sigma[c];
             squares += t->coder.bits[c / KVD_TC_TILE] > 0 ? y[c] * y[c] : 0;
         }
-        scales[r] = squares / coded * squares / coded;
+        weights[r] *= squares / coded;
         if (squares > 0)
             cblas_dscal((int)dim, 1 / sqrt(squares / coded), y, 1);
     }
 }
 
-// Adds what coding these keys costs with each gain of each channel's deviation: fourth powers of
-// errors, so that the few that are far out count as what they do to a logit.
+// Adds what coding these keys costs with each gain of each channel's deviation: weighted squares
+// of errors.
 static void add_costs(const struct kvd_transform *t, uint64_t n, const struct workspace *w,
-                      const double *scales, double *costs)
+                      const double *weights, double *costs)
 {
     uint32_t dim = t->coder.dim;
     double steps[KVD_MAX_HEAD_DIM], middles[KVD_MAX_HEAD_DIM]; // of the codes
@@ -334,36 +337,48 @@ static void add_costs(const struct kvd_transform *t, uint64_t n, const struct wo
                 double y = w->coded[r * dim + c], code = ceil(y / steps[c] + middles[c] - 0.5);
                 code = fmin(fmax(code, 0), 2 * middles[c]);
                 double e = y - steps[c] * (code - middles[c]);
-                to[c] += e * e * e * e * scales[r];
+                to[c] += e * e * weights[r];
             }
     }
 }
 
+// What a recording's keys past its sink cost, added to w->costs.
+static int add_recording(struct job *j, struct workspace *w, uint32_t i,
+                         const struct kvd_dump_piece *p, struct kvd_error *err)
+{
+    uint32_t heads = j->set->heads, dim = j->set->dim_k;
+    if (kvd_fit_attention_begin(w->attention, p, err))
+        return err->code;
+    for (uint64_t t = KVD_FIT_SINK; t < p->tokens; t += KVD_FIT_BLOCK) {
+        uint64_t n = KVD_MIN((uint64_t)KVD_FIT_BLOCK, p->tokens - t);
+        if (kvd_dump_read(j->dump, p, KVD_DUMP_K, t, n, w->rows, err))
+            return err->code;
+        if (j->parallel.failed)
+            return kvd_fail(err, KVD_E_INTERNAL, "given up: another layer failed");
+        kvd_fit_attention_weigh(w->attention, w->rows, t, n, w->weights);
+        for (uint32_t h = 0; h < heads; h++) {
+            struct kvd_transform of = kvd_transform_at(j->set, (uint64_t)i * heads + h, false);
+            double *weights = w->weights + (uint64_t)h * KVD_FIT_BLOCK;
+            kvd_fit_gather(w->rows, n, heads, h, 1, dim, w->block);
+            code_rows(&of, w->block, n, w, weights);
+            add_costs(&of, n, w, weights, w->costs + (uint64_t)h * GAINS * dim);
+        }
+    }
+    return KVD_OK;
+}
+
 // Levels are even, and made for channels that are normal. Keys are not: those of delimiters, which
 // every query sees, lie close together and far out, beyond the last level. A channel's sigma is the
-// multiple of its deviation that costs least on the keys of the recordings, past their sinks.
+// multiple of its deviation that costs least on the keys that the recorded queries look at.
 static int fit_deviations(struct job *j, struct workspace *w, uint32_t i, uint32_t layer,
                           struct kvd_error *err)
 {
     const struct kvd_dump *d = j->dump;
     uint32_t heads = j->set->heads, dim = j->set->dim_k;
-    double scales[KVD_FIT_BLOCK];
     memset(w->costs, 0, (uint64_t)heads * GAINS * dim * sizeof(double));
     for (uint32_t p = 0; p < d->n_pieces; p++)
-        for (uint64_t t = SINK; d->pieces[p].layer == layer && t < d->pieces[p].tokens;
-             t += KVD_FIT_BLOCK) {
-            uint64_t n = KVD_MIN((uint64_t)KVD_FIT_BLOCK, d->pieces[p].tokens - t);
-            if (kvd_dump_read(d, &d->pieces[p], KVD_DUMP_K, t, n, w->rows, err))
-                return err->code;
-            if (j->parallel.failed)
-                return kvd_fail(err, KVD_E_INTERNAL, "given up: another layer failed");
-            for (uint32_t h = 0; h < heads; h++) {
-                struct kvd_transform of = kvd_transform_at(j->set, (uint64_t)i * heads + h, false);
-                kvd_fit_gather(w->rows, n, heads, h, 1, dim, w->block);
-                code_rows(&of, w->block, n, w, scales);
-                add_costs(&of, n, w, scales, w->costs + (uint64_t)h * GAINS * dim);
-            }
-        }
+        if (d->pieces[p].layer == layer && add_recording(j, w, i, &d->pieces[p], err))
+            return err->code;
     for (uint32_t h = 0; h < heads; h++)
         for (uint32_t c = 0; c < dim; c++) {
             const double *of = w->costs + (uint64_t)h * GAINS * dim + c;
@@ -431,11 +446,27 @@ static uint64_t layer_bytes(const struct kvd_dump *d, uint32_t layer)
     return bytes;
 }
 
+// A user who records short texts should know what they cannot tell.
+static void warn_of_short(const struct kvd_dump *d, const struct kvd_fit_options *o)
+{
+    char text[160];
+    uint64_t longest = 0, least = KVD_FIT_SINK + KVD_FIT_RECENT;
+    for (uint32_t i = 0; i < d->n_pieces; i++)
+        longest = KVD_MAX(longest, d->pieces[i].tokens);
+    snprintf(text, sizeof(text),
+             "no file has more than %llu tokens, so what queries look at is not known: record "
+             "contexts of more than %llu",
+             (unsigned long long)longest, (unsigned long long)least);
+    if (longest <= least && o->warn)
+        o->warn(o->ctx, text);
+}
+
 struct kvd_rotset *kvd_fit_transforms(const struct kvd_dump *d, uint32_t codec, bool greedy,
                                       const struct kvd_fit_options *o, struct kvd_error *err)
 {
     if (kvd_fit_check_dump(d, o, err))
         return NULL;
+    warn_of_short(d, o);
     struct kvd_rotset *set KVD_AUTO(kvd_rotset_free) = new_set(d, codec, greedy, o, err);
     if (!set)
         return NULL;

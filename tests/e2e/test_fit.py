@@ -373,8 +373,23 @@ def bits_of_tiles(codec, values, greedy):
     return bits
 
 
-def costs_of_gains(keys, cuts, x, sigma):
-    """Fourth powers of errors, by gain of a channel's deviation: 0.8 to 2; of keys past each recording's sink."""
+def looked_at(q, keys, window):
+    """What a recording's keys weigh: squares of the attention that 128 positions at most give them past a recent window and a sink."""
+    tokens, weights = len(keys), np.full(len(keys), 1e-9)
+    n = min(128, max(0, tokens - 320))
+    for at in (320 + (i + 1) * (tokens - 320) // n - 1 for i in range(n)):
+        begin = max(0, at + 1 - window) if window else 0
+        p = q[at] @ keys[begin:at + 1].T / np.sqrt(keys.shape[1])
+        p = np.exp(p - p.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        for t in range(max(64, begin), at + 1 - 256):
+            weights[t] += np.sum(p[:, t - begin] ** 2)
+    return weights
+
+
+def costs_of_gains(q, keys, cuts, x, sigma, window):
+    """Squares of errors, by gain of a channel's deviation: 0.8 to 2; of keys past each recording's sink, as they are looked at."""
+    weights = np.concatenate([looked_at(q[a:b], keys[a:b], window)[64:] for a, b in cuts])
     keys = np.concatenate([keys[a + 64:b] for a, b in cuts])
     bits = np.repeat(x["k.bits"], 16).astype(int)
     step, top = np.array([1, 1.5958, 0.9957, 0.5860, 0.3352], np.float32).astype(float)[bits], 2.0 ** bits - 1
@@ -383,11 +398,11 @@ def costs_of_gains(keys, cuts, x, sigma):
     y, costs = y / scale, []
     for gain in np.arange(8, 21) / 10:
         e = y - gain * step * (np.clip(np.ceil(y / (gain * step) + top / 2 - 0.5), 0, top) - top / 2)
-        costs.append(np.sum((e * scale) ** 4, axis=0))
+        costs.append(weights @ (e * scale) ** 2)
     return np.array(costs)
 
 
-def check_transforms(data, sets, meta, codec, greedy, cuts=None):
+def check_transforms(data, sets, meta, codec, greedy, cuts=None, window=0):
     """The set in fp32 against the fit of each head in double precision."""
     assert meta["format"] == "kvd-rotation-set/3" and meta["codec"] == codec
     for i, layer in enumerate(sorted(data)):
@@ -411,7 +426,7 @@ def check_transforms(data, sets, meta, codec, greedy, cuts=None):
             assert (x["k.bits"] == bits_of_tiles(codec, variances, greedy)).all()
             gains = x["k.sigma"] / np.sqrt(variances)
             assert gains == pytest.approx(np.round(gains, 1), rel=1e-5)
-            cost = costs_of_gains(keys, [(0, len(keys))] if cuts is None else cuts, x, np.sqrt(variances))
+            cost = costs_of_gains(q[:, h * group:(h + 1) * group], keys, [(0, len(keys))] if cuts is None else cuts, x, np.sqrt(variances), window)
             chosen = np.take_along_axis(cost, np.round(gains * 10 - 8).astype(int)[None], axis=0)[0]
             assert (chosen <= cost.min(axis=0) * (1 + 1e-4)).all()
             assert (gains[np.repeat(x["k.bits"], 16) == 0] == pytest.approx(1)) and len(set(np.round(gains, 1))) > 2
@@ -451,13 +466,33 @@ def test_transforms_over_shards_and_head_dims(tmp_path, codec, q_heads, kv_heads
     for i, (a, b) in enumerate([(0, 100), (100, 300)]):
         write(dump / f"{i}.safetensors", {f"layers.{layer}.{s}": ("F32", y[a:b]) for layer, x in data.items()
                                           for s, y in zip("qkv", x)})
-    fit(dump, tmp_path / "set", "--codec", codec, "--threads", "1")
+    said = fit(dump, tmp_path / "set", "--codec", codec, "--threads", "1").stderr
+    assert "no file has more than 200 tokens" in said and "contexts of more than 320" in said
     fit(dump, tmp_path / "again", "--codec", codec, "--threads", "2")
     assert (tmp_path / "set").read_bytes() == (tmp_path / "again").read_bytes()
     check_transforms(data, *read(tmp_path / "set"), codec, True, [(0, 100), (100, 300)])
     assert "bits greedy" in read(tmp_path / "set")[1]["objective"]
     fit(dump, tmp_path / "part", "--codec", codec, "--layers", "5", "--bits", "quarters")
     check_transforms({5: data[5]}, *read(tmp_path / "part"), codec, False, [(0, 100), (100, 300)])
+
+
+@pytest.mark.parametrize("window", [0, 300])
+def test_deviations_are_fitted_to_what_queries_look_at(tmp_path, window):
+    """Recordings of other lengths, one of which is too short for a history; and layers that see no more than a window."""
+    data = activations(13, 1100, 4, 2, 64, 64, [3])
+    cuts = [(0, 330), (330, 480), (480, 1100)]
+    for q, k, _ in data.values():
+        q *= 0.02  # logits of some units
+        k[100:1000:50] *= 5
+    dump = tmp_path / "dump"
+    dump.mkdir()
+    for i, (a, b) in enumerate(cuts):
+        write(dump / f"{i}.safetensors", {f"layers.3.{s}": ("F32", y[a:b]) for s, y in zip("qkv", data[3])}, {"windows": str(window)})
+    assert "no file has" not in fit(dump, tmp_path / "set", "--codec", "tc2").stderr
+    sets, meta = read(tmp_path / "set")
+    check_transforms(data, sets, meta, "tc2", True, cuts, window)
+    with pytest.raises(AssertionError):
+        check_transforms(data, sets, meta, "tc2", True, cuts, 0 if window else 300)
 
 
 def test_queries_of_little_rank_make_no_transform_that_cannot_be_undone(tmp_path):
