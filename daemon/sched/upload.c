@@ -234,7 +234,8 @@ void kvd_upload_add(struct kvd_upload *u, const struct kvd_upload_copy *copies, 
 {
     uint32_t added = u->added;
     struct piece *p = &u->pieces[added % KVD_UPLOAD_MOST];
-    memcpy(p->copies, copies, n * sizeof(*copies));
+    if (n > 0)
+        memcpy(p->copies, copies, n * sizeof(*copies));
     p->n = n;
     atomic_store_explicit(&u->added, added + 1, memory_order_release);
     if (u->runs)

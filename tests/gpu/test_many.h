@@ -8,14 +8,14 @@
 // with rotations of their own; one part and several.
 static const struct shape many_shapes[] = {
     {1, 1, 4, 128, 128, 64, 256, 1, 4500, {.q_len = 50, .new_tokens = 50}},
-    {1, 2, 4, 64, 64, 64, 64, 2, 2900, {.q_len = 64}},
+    {1, 2, 4, 64, 64, 64, 64, 2, 2900, {.q_len = 64, .bf16_queries = true}},
     {1, 2, 1, 64, 64, 0, 0, 1, 2777, {.q_len = 200}},
     {1, 1, 12, 64, 64, 16, 32, 1, 3111, {.q_len = 11, .new_tokens = 11, .sinks = true}},
     {1, 1, 8, 64, 64, 64, 64, 1, 3000, {.q_len = 100, .window = 300}},
     {1, 1, 5, 64, 64, 64, 64, 1, 2300, {.q_len = 33, .new_tokens = 33, .window = 1000}},
     {2, 2, 3, 64, 64, 0, 64, 2, 2700, {.q_len = 43}},
     {2, 2, 7, 128, 128, 0, 64, 2, 5001, {.q_len = 60, .new_tokens = 60}},
-    {1, 1, 16, 128, 128, 48, 16, 1, 4222, {.q_len = 333}},
+    {1, 1, 16, 128, 128, 48, 16, 1, 4222, {.q_len = 333, .bf16_queries = true}},
     {1, 3, 4, 128, 128, 64, 64, 3, 9600, {.q_len = 64, .new_tokens = 64, .window = 900}},
     {1, 1, 2, 128, 128, 0, 0, 0, 70001, {.q_len = 65}},
 };
@@ -30,6 +30,9 @@ static void many_rows(uint64_t seed)
     for (size_t i = 0; i < KVD_LEN(many_shapes); i++)
         if (kvd_head_dims_ok(many_shapes[i].dk, many_shapes[i].dv))
             check_shape(&many_shapes[i], both(KVD_CODEC_INT2), 3e-3, seed + i);
+    ragged_of(seed, both(KVD_CODEC_INT2), 4, 64, 40);
+    if (kvd_head_dims_ok(128, 128))
+        ragged_of(seed, both(KVD_CODEC_INT2), 2, 128, 77);
     printf("many rows: worst relative L2 %.2e (of a row %.2e), worst log-sum-exp %.2e\n",
            worst_error, worst_row, worst_lse);
 }

@@ -61,8 +61,7 @@ struct attention {
     uint32_t q_len, window;
     float softcap;
     uint32_t new_tokens; // 0 or q_len
-    enum kvd_dtype dtype;
-    bool sinks;
+    bool bf16_queries, sinks;
 };
 
 // All of a sequence's K and V in float64: [layer][kv head][token][dim].
@@ -141,6 +140,11 @@ static inline struct attention_errors attention_error(struct kseq *s, struct kvd
         sinks[i] = !a->sinks || i % 5 == 1 ? -INFINITY : (float)(6 * kseq_normal(&s->rng));
     for (uint64_t i = 0; i < rows * dim; i++)
         q[i] = (float)kseq_normal(&s->rng);
+    uint16_t *short_q = calloc(rows * dim, 2);
+    for (uint64_t i = 0; i < rows * dim && a->bf16_queries; i++) {
+        short_q[i] = kvd_f32_to_bf16(q[i]);
+        q[i] = kvd_bf16_to_f32(short_q[i]);
+    }
     memset(o, 0xff, sizeof(float) * rows * g->head_dim_v); // NaN: every element must be written
     memset(lse, 0xff, sizeof(float) * rows);
     struct kvd_attend_item item = {
@@ -149,7 +153,9 @@ static inline struct attention_errors attention_error(struct kseq *s, struct kvd
         .hist_end = s->hist_end,
         .q_len = a->q_len,
         .new_tokens = a->new_tokens,
-        .q = kseq_tensor(q, KVD_DTYPE_F32, a->q_len, g->q_heads, (uint32_t)dim, 0),
+        .q = a->bf16_queries
+                 ? kseq_tensor(short_q, KVD_DTYPE_BF16, a->q_len, g->q_heads, (uint32_t)dim, 0)
+                 : kseq_tensor(q, KVD_DTYPE_F32, a->q_len, g->q_heads, (uint32_t)dim, 0),
         .o = kseq_tensor(o, KVD_DTYPE_F32, a->q_len, g->q_heads, g->head_dim_v, 0),
         .lse = kseq_tensor(lse, KVD_DTYPE_F32, a->q_len, g->q_heads, 1, 0),
         .k = kseq_tensor(s->k, KVD_DTYPE_BF16, s->capacity, g->kv_heads, g->head_dim_k, s->length),
@@ -192,6 +198,7 @@ static inline struct attention_errors attention_error(struct kseq *s, struct kvd
     free(keys);
     free(values);
     free(q);
+    free(short_q);
     free(o);
     free(lse);
     free(sinks);
