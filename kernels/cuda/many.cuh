@@ -38,6 +38,15 @@ template <int D> __device__ inline uint8_t *values_of(const many_call &p, uint32
     return p.values + (((uint64_t)s * p.kv_heads + kv) * pairs + tile_of_round / 2) * tile_values<D>::BYTES;
 }
 
+// Where the partial results of 16 rows lie, of all parts.
+template <int D> __device__ inline part_layout<2, D> many_parts(const many_call &p, const row_block &b, uint32_t row0)
+{
+    using layout = part_layout<2, D>;
+    uint64_t unit = ((uint64_t)b.s * p.kv_heads + b.kv) * p.row_blocks + row0 / layout::ROWS;
+    uint32_t most = p.splits + p.window_splits;
+    return {most, (uint8_t *)p.scratch + p.scratch_zeroed + unit * layout::bytes(most)};
+}
+
 __device__ inline uint32_t many_tiles(const many_call &p, const row_block &b)
 {
     return (b.hist_end - p.sink + PAGE - 1) / PAGE;
@@ -293,11 +302,10 @@ template <int D> struct many_rows {
     __device__ inline void write(const many_call &p, const row_block &b, uint32_t part, uint32_t n) const
     {
         using layout = part_layout<2, D>;
-        uint32_t row0 = b.row0 + threadIdx.x / 32 * 16, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, most = p.splits + p.window_splits;
+        uint32_t row0 = b.row0 + threadIdx.x / 32 * 16, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
         if (row0 >= p.rows)
             return;
-        uint64_t unit16 = ((uint64_t)b.s * p.kv_heads + b.kv) * p.row_blocks + row0 / 16;
-        layout parts = {most, (uint8_t *)p.scratch + p.scratch_zeroed + unit16 * layout::bytes(most)};
+        layout parts = many_parts<D>(p, b, row0);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             uint32_t row = h * 8 + g, end = part + 1 == n ? layout::pitch(n) : part + 1;
@@ -371,69 +379,68 @@ template <int D> __global__ void __launch_bounds__(MANY_THREADS, 1) many_kernel(
 
 // -- windows, and the end ------------------------------------------------------------------------
 
+// How the usual code takes 16 rows.
+template <int D, int CODEC> struct sixteen_rows {
+    static constexpr int NT = 2, WARPS = 4;
+    using mem = block_memory<NT, D, D, WARPS, CODEC>;
+    using work = share<NT, D, WARPS>;
+};
+
 // A part of sinks and windows, by 16 rows.
 template <int D, int CODEC> __global__ void __launch_bounds__(128, 2) many_windows_kernel(const __grid_constant__ many_call p)
 {
-    constexpr int NT = 2, WARPS = 4;
-    using mem = block_memory<NT, D, D, WARPS, CODEC>;
-    using layout = part_layout<NT, D>;
-    using work = share<NT, D, WARPS>;
+    using of = sixteen_rows<D, CODEC>;
+    using work = typename of::work;
     KVD_DYNAMIC_SHARED(shared);
-    mem memory = {shared};
-    row_block b = place_of<NT>(p);
-    raw_queries<NT, D> q;
+    typename of::mem memory = {shared};
+    row_block b = place_of<of::NT>(p);
+    raw_queries<of::NT, D> q;
     after_previous(p, b, q);
     load_lengths(p, b);
-    uint32_t part = blockIdx.z, rows = min((uint32_t)mem::ROWS, p.rows - b.row0);
+    uint32_t part = blockIdx.z, rows = min((uint32_t)of::mem::ROWS, p.rows - b.row0);
     if (p.q_type == KVD_DTYPE_F32)
-        window_part<true, true, NT, D, D, WARPS>(p, b, part, memory, q);
+        window_part<true, true, of::NT, D, D, of::WARPS>(p, b, part, memory, q);
     else
-        window_part<true, false, NT, D, D, WARPS>(p, b, part, memory, q);
+        window_part<true, false, of::NT, D, D, of::WARPS>(p, b, part, memory, q);
     __syncthreads();
     work mine(rows);
     float4 sums[work::MOST], none[work::MOST];
     row_terms t = {};
     if (mine.any())
-        t = combine<NT>(memory, warp_partials<mem>{memory}, rows, mine, sums, none);
-    uint64_t unit = ((uint64_t)b.s * p.kv_heads + b.kv) * p.row_blocks + b.row0 / (8 * NT);
-    uint32_t most = p.splits + p.window_splits;
-    layout parts = {most, (uint8_t *)p.scratch + p.scratch_zeroed + unit * layout::bytes(most)};
-    write_part(parts, p.splits + part, most, rows, mine, t, sums);
+        t = combine<of::NT>(memory, warp_partials<typename of::mem>{memory}, rows, mine, sums, none);
+    write_part(many_parts<D>(p, b, b.row0), p.splits + part, p.splits + p.window_splits, rows, mine, t, sums);
 }
 
 // Combines the parts of 16 rows. A history that has grown beyond what was planned for is not a number.
 template <int D, int CODEC> __global__ void __launch_bounds__(128, 2) many_finish_kernel(const __grid_constant__ many_call p)
 {
-    constexpr int NT = 2, WARPS = 4;
-    using mem = block_memory<NT, D, D, WARPS, CODEC>;
-    using layout = part_layout<NT, D>;
-    using work = share<NT, D, WARPS>;
+    using of = sixteen_rows<D, CODEC>;
+    using work = typename of::work;
     KVD_DYNAMIC_SHARED(shared);
-    mem memory = {shared};
-    row_block b = place_of<NT>(p);
+    typename of::mem memory = {shared};
+    row_block b = place_of<of::NT>(p);
     memory.init();
     __syncthreads();
-    unrotation<mem, D> back(p, b, memory);
+    unrotation<typename of::mem, D> back(p, b, memory);
     wait_for_previous();
     let_next_start();
     load_lengths(p, b);
     back.start();
-    uint32_t rows = min((uint32_t)mem::ROWS, p.rows - b.row0), most = p.splits + p.window_splits;
-    uint64_t unit = ((uint64_t)b.s * p.kv_heads + b.kv) * p.row_blocks + b.row0 / (8 * NT);
-    layout parts = {most, (uint8_t *)p.scratch + p.scratch_zeroed + unit * layout::bytes(most)};
+    uint32_t rows = min((uint32_t)of::mem::ROWS, p.rows - b.row0);
+    part_partials<part_layout<2, D>> parts = {many_parts<D>(p, b, b.row0), p.splits + p.window_splits, p.splits};
     work mine(rows);
     float4 history[work::MOST], windows[work::MOST];
     row_terms t = {};
     if (mine.any())
-        t = combine<NT>(memory, part_partials<layout>{parts, most, p.splits}, rows, mine, history, windows);
+        t = combine<of::NT>(memory, parts, rows, mine, history, windows);
     if (many_tiles(p, b) > p.splits * p.part_tiles)
         t.l = NAN;
-    finish_rows<NT, D>(p, b, back, rows, mine, t, true, p.window_splits > 0, history, windows);
+    finish_rows<of::NT, D>(p, b, back, rows, mine, t, true, p.window_splits > 0, history, windows);
 }
 
 template <int D, int CODEC> cudaError_t launch_many_dims(const attend_params &p, cudaStream_t stream)
 {
-    using mem = block_memory<2, D, D, 4, CODEC>;
+    using mem = typename sixteen_rows<D, CODEC>::mem;
     many_call call;
     (attend_params &)call = p;
     call.group = p.q_heads / p.kv_heads;
