@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Installs what the tests want, builds, and runs every test. Asks nothing; may be run again.
+# Installs what the tests want, builds, and runs the tests. Asks nothing; may be run again.
 # Ends with one line: N passed, N failed, N skipped.
-#   QUICK=1        leaves out the sanitizer builds, of which it runs a part (all of it: tests/sanitizers.sh)
+# usage: tests/run.sh [whole]   whole, which CI runs: also the tests that take long (marked so), all random cases where else a
+#                               third is chosen anew each time, most of it with sanitizers (the rest: sanitizers.sh), and fuzzing
 #   BUILD=DIR      build folder (default: build-test; sanitizers use DIR-asan and DIR-tsan)
 #   JOBS=N         end-to-end tests that run side by side (default: cores + 1, for they wait a lot)
 #   SLOWEST=N      also says which N end-to-end tests of each run took longest
@@ -10,6 +11,11 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 source deploy/deps.sh
 source tests/suites.sh
+case "$*" in
+    "") whole=false; export KVD_TEST_SHARE=${KVD_TEST_SHARE:-3} KVD_NOT_LONG=1 ;;
+    whole) whole=true ;;
+    *) echo "usage: tests/run.sh [whole]" >&2; exit 2 ;;
+esac
 kvd_deps test || { echo "0 passed, 1 failed, 0 skipped"; exit 1; }
 
 say "build"
@@ -51,10 +57,10 @@ fi
 if [ -x "$emulated" ]; then
     rc=$(<"$logs/emulated.rc") line=$(tail -n 1 "$logs/emulated")
     if [[ $line =~ ^([0-9]+)\ passed,\ ([0-9]+)\ failed$ ]]; then
-        [ "$rc" = 0 ] || tail -n 40 "$logs/emulated"
+        [ "$rc" = 0 ] || failing "$logs/emulated"
         count "CUDA kernels, emulated" "${BASH_REMATCH[1]}" "${BASH_REMATCH[2]}" 0
     else
-        tail -n 40 "$logs/emulated"
+        failing "$logs/emulated"
         count "CUDA kernels, emulated" 0 1 0
     fi
 else
@@ -81,27 +87,17 @@ check "bundle" tests/check_bundle.sh "$build"
 check "quickstart" env BUILD="$build" deploy/quickstart.sh
 check "benchmarks run" tests/bench/run.sh --smoke "$build"
 
-if [ -z "${QUICK:-}" ]; then
+if [ $whole = true ]; then
     say "AddressSanitizer and UndefinedBehaviorSanitizer"
     address_sanitizer brief
     say "ThreadSanitizer"
     thread_sanitizer brief
+    say "fuzzing"
+    fuzzing
 else
-    echo "SKIP sanitizers: QUICK is set"
-    count "AddressSanitizer" 0 0 1
-    count "ThreadSanitizer" 0 0 1
-fi
-
-say "fuzzing"
-clang=$(command -v clang-14 || command -v clang)
-if echo 'int LLVMFuzzerTestOneInput(void) { return 0; }' | "${clang:-false}" -fsanitize=fuzzer -x c - -o "$logs/fuzzer" 2>/dev/null; then
-    BUILD="$build-fuzz" tests/fuzz/run.sh 3 "${fuzzers[@]}" >"$logs/fuzz" 2>&1
-    sed 's/^/   /' "$logs/fuzz"
-    bad=$((${#fuzzers[@]} - $(grep executions "$logs/fuzz" | grep -vc FAILED)))
-    count "fuzzing" $((${#fuzzers[@]} - bad)) $bad 0
-else
-    echo "SKIP fuzzing: clang with libFuzzer is not installed (clang-14 and libclang-rt-14-dev)"
-    count "fuzzing" 0 0 ${#fuzzers[@]}
+    echo "SKIP sanitizers and fuzzing: run.sh whole runs them"
+    count "sanitizers" 0 0 2
+    count "fuzzing" 0 0 1
 fi
 
 say "GPU"

@@ -4,7 +4,7 @@ build=${BUILD:-build-test}
 jobs=${JOBS:-$(($(nproc) + 1))}
 logs=$(mktemp -d /tmp/kvd-tests.XXXXXX)
 trap 'rm -rf "$logs"' EXIT
-passed=0 failed=0 skipped=0
+passed=0 failed=0 skipped=0 failures="" said=""
 gpu=$(nvidia-smi -L 2>/dev/null | grep -q GPU && echo true || echo false)
 if [ -z "${KVD_ROTATIONZOO:-}" ] && [ -d ../shared/data/rotationzoo ]; then
     KVD_ROTATIONZOO=$(realpath ../shared/data/rotationzoo)
@@ -20,6 +20,12 @@ say() { # say NAME: a section begins, and the one before it is over
 count() { # count NAME PASSED FAILED SKIPPED
     printf '   %s: %d passed, %d failed, %d skipped\n' "$@"
     passed=$((passed + $2)) failed=$((failed + $3)) skipped=$((skipped + $4))
+    [ "$3" = 0 ] || failures+=$(printf '\n   %s%s' "$1" "$said")
+    said=""
+}
+failing() { # failing LOG: the end of what a test has said that is now counted as failed; why it has, again with the last lines
+    tail -n 40 "$1"
+    said=$(printf '\n'; grep -aE '^FAILED|:[FE]:|Sanitizer: ' "$1" | tail -n 6 | sed 's/^/      /')
 }
 check() { # check NAME COMMAND...: one test that passes if the command does
     local name=$1
@@ -27,7 +33,7 @@ check() { # check NAME COMMAND...: one test that passes if the command does
     if "$@" >"$logs/check" 2>&1; then
         count "$name" 1 0 0
     else
-        tail -n 40 "$logs/check"
+        failing "$logs/check"
         count "$name" 0 1 0
     fi
 }
@@ -51,13 +57,18 @@ count_suite() { # count_suite PROGRAM SUFFIX: of what the program has said
     grep '^SKIP' "$log"
     if [[ $line =~ Checks:\ ([0-9]+),\ Failures:\ ([0-9]+),\ Errors:\ ([0-9]+) ]]; then
         local bad=$((BASH_REMATCH[2] + BASH_REMATCH[3])) all=${BASH_REMATCH[1]}
-        if [ "$bad" -gt 0 ] || [ "$rc" -ne 0 ]; then tail -n 40 "$log"; fi
+        if [ "$bad" -gt 0 ] || [ "$rc" -ne 0 ]; then failing "$log"; fi
         [ "$rc" -ne 0 ] && [ "$bad" = 0 ] && bad=1
         count "$name" $((all - bad - skips)) "$bad" "$skips"
     else
-        tail -n 40 "$log"
+        failing "$log"
         count "$name" 0 1 0
     fi
+}
+skips_by_reason() { # skips_by_reason LOG: pytest's, a line for each reason with the files where it is
+    sed -nE 's/^SKIPPED \[([0-9]+)\] ([^:]+):[0-9]+: (.*)/\1\t\2\t\3/p' "$1" | awk -F'\t' '
+        { n[$3] += $1; if (!(($3, $2) in seen)) { seen[$3, $2]; files[$3] = files[$3] " " $2 } }
+        END { for (reason in n) printf "SKIP %s: %d in%s\n", reason, n[reason], files[reason] }' | sort
 }
 pytests() { # pytests NAME BUILD ARGUMENT...
     local name=$1
@@ -69,9 +80,9 @@ pytests() { # pytests NAME BUILD ARGUMENT...
     n_pass=$(grep -oE '[0-9]+ passed' <<<"$line" | grep -oE '[0-9]+' || echo 0)
     n_fail=$(grep -oE '[0-9]+ (failed|errors?)' <<<"$line" | awk '{n += $1} END {print n + 0}')
     n_skip=$(grep -oE '[0-9]+ skipped' <<<"$line" | grep -oE '[0-9]+' || echo 0)
-    grep '^SKIPPED' "$logs/py"
+    skips_by_reason "$logs/py"
     [ -z "${SLOWEST:-}" ] || grep -E '^[0-9.]+s (call|setup|teardown) ' "$logs/py"
-    [ $rc -eq 0 ] || { tail -n 60 "$logs/py"; [ "${n_fail:-0}" -gt 0 ] || n_fail=1; }
+    [ $rc -eq 0 ] || { failing "$logs/py"; [ "${n_fail:-0}" -gt 0 ] || n_fail=1; }
     count "$name" "${n_pass:-0}" "${n_fail:-0}" "${n_skip:-0}"
 }
 make_build() { # make_build DIR "TARGET..." OPTION...: no targets: all
@@ -101,6 +112,7 @@ plain_build() { # what CUDA there is, as far as it is of use here
 summary() { # the last lines; fails if a test has
     say ""
     printf '\n== time: %d s%s\n\n' "$SECONDS" "$times"
+    [ -z "$failures" ] || printf 'failed:%s\n\n' "$failures"
     echo "$passed passed, $failed failed, $skipped skipped"
     [ "$failed" -eq 0 ]
 }
@@ -153,7 +165,7 @@ address_sanitizer() { # address_sanitizer brief|whole
     export LSAN_OPTIONS=suppressions=$PWD/tests/lsan.supp:print_suppressions=0
     [ "$1" = whole ] && share=4 || chosen=" and $asan_brief"
     if ! make_build "$build-asan" "$sanitized_targets ${units[*]/#/tests/} ${fuzzers[*]/#/tests/fuzz/corpus_}" "${sanitized[@]}" -Db_sanitize=address,undefined >"$logs/build" 2>&1; then
-        tail -n 40 "$logs/build"
+        failing "$logs/build"
         count "asan build" 0 1 0
         return
     fi
@@ -171,7 +183,7 @@ thread_sanitizer() { # thread_sanitizer brief|whole
     [ "$1" = whole ] || chosen=" and $tsan_brief"
     export TSAN_OPTIONS=suppressions=$PWD/tests/tsan.supp:halt_on_error=0:exitcode=66:history_size=7
     if ! make_build "$build-tsan" "$sanitized_targets" "${sanitized[@]}" -Db_sanitize=thread >"$logs/build" 2>&1; then
-        tail -n 40 "$logs/build"
+        failing "$logs/build"
         count "tsan build" 0 1 0
         return
     fi
@@ -179,4 +191,17 @@ thread_sanitizer() { # thread_sanitizer brief|whole
     # often that a call takes a minute.
     pytests "end to end, tsan" "$build-tsan" -k "(libkvd or several or killed or retries or restart or outputs or slow or fence) and not tls$chosen" \
         test_lifecycle.py test_libkvd.py test_death.py test_grpc.py test_direct.py
+}
+fuzzing() { # each target for three seconds
+    local clang bad
+    clang=$(command -v clang-14 || command -v clang)
+    if echo 'int LLVMFuzzerTestOneInput(void) { return 0; }' | "${clang:-false}" -fsanitize=fuzzer -x c - -o "$logs/fuzzer" 2>/dev/null; then
+        BUILD="$build-fuzz" tests/fuzz/run.sh 3 "${fuzzers[@]}" >"$logs/fuzz" 2>&1
+        sed 's/^/   /' "$logs/fuzz"
+        bad=$((${#fuzzers[@]} - $(grep executions "$logs/fuzz" | grep -vc FAILED)))
+        count "fuzzing" $((${#fuzzers[@]} - bad)) $bad 0
+    else
+        echo "SKIP fuzzing: clang with libFuzzer is not installed (clang-14 and libclang-rt-14-dev)"
+        count "fuzzing" 0 0 ${#fuzzers[@]}
+    fi
 }

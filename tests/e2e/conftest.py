@@ -49,6 +49,17 @@ def cached(model, cache):
     return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes more than ten seconds, and is skipped with KVD_NOT_LONG=1")
+
+
+def pytest_collection_modifyitems(items):
+    if os.environ.get("KVD_NOT_LONG"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes long: tests/run.sh whole"))
+
+
 class Daemon:
     """A kvd process on a unix socket in a folder of its own."""
 

@@ -234,6 +234,7 @@ def tiny(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not (BUILD / "client/kvctl-calib").exists(), reason="there is no kvctl-calib")
 @pytest.mark.skipif("san" in BUILD.name, reason="Python is not instrumented")
 def test_a_model_of_gemmas_shape_from_its_activations_to_the_table(tiny):

@@ -210,6 +210,7 @@ def test_windows_are_a_number_for_each_layer(tmp_path):
         assert f"metadata windows is '{windows}', not a number for each of the file's 3 layers" in kvctl(*asked, code=1)
 
 
+@pytest.mark.long
 def test_scales(tmp_path):
     """A set's scales are used, and --scales compares kinds: against NumPy; unbiased keys are seen as strong as they are."""
     for name, options in (("plain", ("--published",)), ("set", ("--published", "--scales", "unbiased,least-squares"))):
@@ -368,6 +369,7 @@ def test_a_report_goes_into_the_manifest(tmp_path):
     assert entry["bits"] == 2.25 and entry["windows"]["output_error"] == of["windows"]["output_error"]
 
 
+@pytest.mark.long
 def test_fitted_clips_are_the_best_of_their_list(tmp_path):
     kvctl("fit", SMOLLM2, tmp_path / "a", "--published", "--fit-clips", SMOLLM2, "--context", CONTEXT)
     sets, meta = read(tmp_path / "a")

@@ -126,6 +126,7 @@ def test_direct_mode_says_the_same(kv, kvd, worker, model, stock):
         assert [s.describe().length for s in sequences] == lengths
 
 
+@pytest.mark.long
 def test_compressed_history_costs_little(kv, kvd, worker, model):
     """The loss of a text over codecs; the last tokens attend to 192 compressed ones."""
     text = (SOURCE / "LICENSE").read_text()
@@ -150,6 +151,7 @@ def run_worker(kvd, *args, lines=()):
     return out, err
 
 
+@pytest.mark.long
 def test_one_worker_reads_another_goes_on(kvd):
     """A conversation that a second process continues from what kvd holds; nothing is computed twice."""
     questions = ["Here is a list: apple, pear, plum, cherry. Remember it.", "Which fruit came first?"]
@@ -174,6 +176,7 @@ kvd_worker.generate(model, kvd_worker.KvdCache(c, [s]), [prompt], 40, ignore_sto
 """
 
 
+@pytest.mark.long
 def test_a_worker_is_killed_and_another_finishes(kv, kvd, worker, model):
     text = "Once upon a time there was a small town between the mountains and the sea, where "
     prompt = model.encode(text)
@@ -226,6 +229,7 @@ def worker_process(*args, **kw):
                             env=env, **kw)
 
 
+@pytest.mark.long
 def test_the_commands_options(kvd, worker, monkeypatch, capsys):
     """Before and after the prompt, samples that a seed repeats; --help and what is refused."""
     from kvd_worker.__main__ import _arguments

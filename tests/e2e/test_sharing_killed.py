@@ -93,6 +93,7 @@ class Worker:
         self.process.stdin.flush()
 
 
+@pytest.mark.long
 @pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
 def test_sharing_while_workers_and_kvd_are_killed(start):
     keeper = start("--keep", "--pool-size", "1GiB")
