@@ -4,6 +4,7 @@
 #include <math.h>
 #include <pthread.h>
 
+#include "calib/marks.h"
 #include "calib/parallel.h"
 #include "calib/transforms.h"
 #include "kernels/quantize.h"
@@ -304,20 +305,44 @@ static uint64_t matrix(const struct kvd_rotset *s, uint32_t layer, uint32_t head
     return (uint64_t)i * s->heads + (s->heads == 1 ? 0 : head);
 }
 
+// One side of a layer of a set of transforms in a codec: in tc2 and tc2.5 as the transform says, in
+// any other, of a layer that is marked, as a rotation.
+static void read_back_side(struct job *j, struct workspace *w, const float *x,
+                           const struct kvd_transform *t, uint32_t codec, enum kvd_scale scale,
+                           double *spectrum, float *out)
+{
+    struct kvd_quantizer q = {codec, 1, 1, scale, NULL};
+    if (kvd_codec_tc(codec))
+        through_transform(j, w, x, t, spectrum, out);
+    else
+        through_pages(j, w, x, t->coder.dim, t->a, &q, spectrum, out);
+}
+
+static void read_back_transformed(struct job *j, struct workspace *w, const struct kvd_rotset *s,
+                                  struct kvd_codecs codec, uint64_t at, double *spectrum_k,
+                                  double *spectrum_v)
+{
+    struct kvd_transform k = kvd_transform_at(s, at, false), v = kvd_transform_at(s, at, true);
+    read_back_side(j, w, w->k, &k, codec.k, KVD_SCALE_UNBIASED, spectrum_k, w->k2);
+    read_back_side(j, w, w->v, &v, codec.v, KVD_SCALE_LEAST_SQUARES, spectrum_v, w->v2);
+}
+
 // K and V of a kv head as case c reads them back, into k2 and v2; spectra may be NULL.
 static void read_back(struct job *j, struct workspace *w, const struct kvd_eval_case *c,
                       uint64_t at, double *spectrum_k, double *spectrum_v)
 {
     const struct kvd_rotset *s = c->set;
     uint32_t dim_k = s->dim_k, dim_v = s->dim_v;
+    struct kvd_codecs codec = kvd_codecs_both(s->transforms ? s->transforms->codec : c->codec);
+    const struct kvd_mark *m = kvd_mark_of(s, s->layers[at / s->heads]);
+    if (m && kvd_mark_widens(m, codec, dim_k, dim_v) && kvd_codecs_rotated(codec))
+        codec = m->codec;
     if (s->transforms) {
-        struct kvd_transform k = kvd_transform_at(s, at, false), v = kvd_transform_at(s, at, true);
-        through_transform(j, w, w->k, &k, spectrum_k, w->k2);
-        through_transform(j, w, w->v, &v, spectrum_v, w->v2);
+        read_back_transformed(j, w, s, codec, at, spectrum_k, spectrum_v);
         return;
     }
-    struct kvd_quantizer qk = {c->codec, s->clip_k[at], s->gain_k[at], c->scale_k, NULL};
-    struct kvd_quantizer qv = {c->codec, s->clip_v[at], s->gain_v[at], c->scale_v, NULL};
+    struct kvd_quantizer qk = {codec.k, s->clip_k[at], s->gain_k[at], c->scale_k, NULL};
+    struct kvd_quantizer qv = {codec.v, s->clip_v[at], s->gain_v[at], c->scale_v, NULL};
     through_pages(j, w, w->k, dim_k, s->k + at * dim_k * dim_k, &qk, spectrum_k, w->k2);
     through_pages(j, w, w->v, dim_v, s->v + at * dim_v * dim_v, &qv, spectrum_v, w->v2);
 }

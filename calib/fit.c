@@ -11,6 +11,7 @@
 #include <pthread.h>
 #include <sys/stat.h>
 
+#include "calib/marks.h"
 #include "calib/parallel.h"
 
 struct job {
@@ -538,7 +539,8 @@ static struct kvd_rotset *new_set(const struct kvd_dump *d, const struct kvd_fit
     set->heads = o->per_kv_head ? d->heads[KVD_DUMP_K] : 1;
     set->dim_k = base->dim_k;
     set->dim_v = base->dim_v;
-    if (kvd_rotset_alloc(set, err))
+    if (kvd_rotset_alloc(set, err) ||
+        (o->marks && (kvd_marks_parse(set, o->marks, err) || kvd_marks_check_layers(set, err))))
         return NULL;
     for (uint64_t i = 0; i < (uint64_t)set->n_layers * set->heads; i++) {
         memcpy(set->k + i * set->dim_k * set->dim_k, base->k,

@@ -38,6 +38,7 @@ struct kvd_fit_options {
     uint32_t threads;       // 0: as many as there are
     const uint16_t *layers; // model layer ids, ascending; NULL: all of the dump
     uint32_t n_layers;
+    const char *marks; // of sensitive layers (calib/marks.h); NULL: none
     const char *state; // directory that keeps finished layers, so that a fit that was cut
                        // short goes on; NULL: none
     void (*progress)(void *ctx, uint64_t done, uint64_t total); // bytes of the dump; one thread

@@ -5,6 +5,7 @@
 #include <math.h>
 #include <pthread.h>
 
+#include "calib/marks.h"
 #include "calib/parallel.h"
 
 enum { GAINS = 13 }; // of a deviation that are tried: GAIN_LEAST, and 0.1 more each
@@ -217,6 +218,16 @@ static void greedy_bits(uint32_t codec, uint32_t dim, const double *lambda, floa
         bits[i] = (float)given[i];
 }
 
+// Bits of K's tiles, which lambda, descending, says the channels' variances of.
+static void choose_bits(const struct job *j, uint32_t codec, const double *lambda, float *bits)
+{
+    uint32_t tiles = j->set->dim_k / KVD_TC_TILE;
+    if (j->greedy || tiles % 4)
+        greedy_bits(codec, j->set->dim_k, lambda, bits);
+    else
+        quarters(codec, tiles, bits);
+}
+
 static int transform_keys(struct job *j, struct workspace *w, uint32_t head, uint64_t at,
                           const char *where, struct kvd_error *err)
 {
@@ -255,12 +266,18 @@ static int transform_keys(struct job *j, struct workspace *w, uint32_t head, uin
     product(w->work, CblasTrans, w->back, dim, w->u);
     round_to(w->u, n, t->k_inverse + at * n);
     round_to(w->means[KVD_DUMP_K] + head * dim, dim, t->k_mean + at * dim);
-    uint32_t tiles = dim / KVD_TC_TILE;
-    if (j->greedy || tiles % 4)
-        greedy_bits(t->codec, dim, lambda, t->k_bits + at * tiles);
-    else
-        quarters(t->codec, tiles, t->k_bits + at * tiles);
+    choose_bits(j, kvd_layer_codec(j->set, at / j->set->heads), lambda,
+                t->k_bits + at * (dim / KVD_TC_TILE));
     return KVD_OK;
+}
+
+// An orthogonal matrix, and its inverse.
+static void turn_to(const double *from, uint32_t dim, float *to, float *inverse)
+{
+    round_to(from, (uint64_t)dim * dim, to);
+    for (uint32_t i = 0; i < dim; i++)
+        for (uint32_t c = 0; c < dim; c++)
+            inverse[(uint64_t)i * dim + c] = to[(uint64_t)c * dim + i];
 }
 
 static int transform_values(struct job *j, struct workspace *w, uint32_t head, uint64_t at,
@@ -275,11 +292,33 @@ static int transform_values(struct job *j, struct workspace *w, uint32_t head, u
     if (basis(j, w->sums[KVD_DUMP_V] + head * n, dim, text, values, w->u, err))
         return err->code;
     kvd_compose(w->u, dim, KVD_COMPOSE_TOP_H, w->work);
-    round_to(w->work, n, t->v + at * n);
+    turn_to(w->work, dim, t->v + at * n, t->v_inverse + at * n);
+    if (!kvd_layer_rotated(j->set, at / j->set->heads))
+        round_to(w->means[KVD_DUMP_V] + head * dim, dim, t->v_mean + at * dim);
+    return KVD_OK;
+}
+
+// Of a layer whose mark wants rotations: ktk's top_h, as `fit` gives a set of rotations.
+static int rotate_keys(struct job *j, struct workspace *w, uint32_t head, uint64_t at,
+                       const char *where, struct kvd_error *err)
+{
+    struct kvd_transforms *t = j->set->transforms;
+    uint32_t dim = j->set->dim_k, tiles = dim / KVD_TC_TILE;
+    uint64_t n = (uint64_t)dim * dim;
+    double *keys = w->sums[KVD_DUMP_K] + head * n, *mean = w->means[KVD_DUMP_K] + head * dim;
+    double values[KVD_MAX_HEAD_DIM];
+    char text[96];
+    cblas_dger(CblasRowMajor, (int)dim, (int)dim, 1, mean, 1, mean, 1, keys, (int)dim);
+    snprintf(text, sizeof(text), "%s, K", where);
+    if (basis(j, keys, dim, text, values, w->u, err))
+        return err->code;
+    kvd_compose(w->u, dim, KVD_COMPOSE_TOP_H, w->work);
+    turn_to(w->work, dim, t->k + at * n, t->k_inverse + at * n);
+    struct kvd_tc_coder even = kvd_tc_coder_of(t->codec, dim, false, NULL, NULL);
     for (uint32_t i = 0; i < dim; i++)
-        for (uint32_t c = 0; c < dim; c++)
-            t->v_inverse[at * n + i * dim + c] = (float)w->work[c * dim + i];
-    round_to(w->means[KVD_DUMP_V] + head * dim, dim, t->v_mean + at * dim);
+        t->k_sigma[at * dim + i] = 1;
+    for (uint32_t i = 0; i < tiles; i++)
+        t->k_bits[at * tiles + i] = even.bits[i];
     return KVD_OK;
 }
 
@@ -397,16 +436,18 @@ static int fit_layer(void *arg, void *workspace, uint32_t i, struct kvd_error *e
     struct workspace *w = workspace;
     uint32_t layer = j->set->layers[i];
     uint32_t of_dump = kvd_fit_dump_layer(j->dump, layer);
+    bool rotated = kvd_layer_rotated(j->set, i);
     if (moments(j, w, of_dump, err))
         return err->code;
     for (uint32_t h = 0; h < j->set->heads; h++) {
         uint64_t at = (uint64_t)i * j->set->heads + h;
         char where[64];
         snprintf(where, sizeof(where), "layer %u, kv head %u", layer, h);
-        if (transform_keys(j, w, h, at, where, err) || transform_values(j, w, h, at, where, err))
+        if ((rotated ? rotate_keys : transform_keys)(j, w, h, at, where, err) ||
+            transform_values(j, w, h, at, where, err))
             return err->code;
     }
-    return fit_deviations(j, w, i, of_dump, err);
+    return rotated ? KVD_OK : fit_deviations(j, w, i, of_dump, err);
 }
 
 // -- the set -------------------------------------------------------------------------------------
@@ -425,7 +466,8 @@ static struct kvd_rotset *new_set(const struct kvd_dump *d, uint32_t codec, bool
     set->heads = d->heads[KVD_DUMP_K];
     set->dim_k = d->dim[KVD_DUMP_K];
     set->dim_v = d->dim[KVD_DUMP_V];
-    if (kvd_transforms_alloc(set, codec, err))
+    if (kvd_transforms_alloc(set, codec, err) ||
+        (o->marks && (kvd_marks_parse(set, o->marks, err) || kvd_marks_check_layers(set, err))))
         return NULL;
     bool quartered = !greedy && set->dim_k / KVD_TC_TILE % 4 == 0;
     snprintf(set->model, sizeof(set->model), "%s", d->model);

@@ -4,7 +4,11 @@
 // the sides have (kernels/quantize.h); sets with published ones on both are of format /1, which
 // knows no other. Format /3 has transforms (calib/transforms.h) instead: k.transform, k.inverse,
 // v.transform, v.inverse [layers, heads, dim, dim], k.mean, v.mean, k.sigma [layers, heads, dim]
-// and k.bits [layers, heads, dim / 16], and says in codec which one they are for.
+// and k.bits [layers, heads, dim / 16], and says in codec which one they are for. Format /4 is of
+// sets with marks (calib/marks.h), which their text in `marks` says; it has transforms if it has a
+// codec, else scales and rotations. So whoever knows no marks refuses such a set, rather than serve
+// its layers as if there were none.
+#include "calib/marks.h"
 #include "calib/rotset.h"
 #include "calib/safetensors.h"
 #include "calib/transforms.h"
@@ -55,9 +59,9 @@ static uint32_t shape_of(const struct kvd_rotset *s, const struct tensor *t, uin
     return 2 + t->rank;
 }
 
-enum { ROTATIONS, SCALED_ROTATIONS, TRANSFORMS, FORMATS };
+enum { ROTATIONS, SCALED_ROTATIONS, TRANSFORMS, MARKED, FORMATS };
 static const char *const formats[FORMATS] = {"kvd-rotation-set/1", "kvd-rotation-set/2",
-                                             "kvd-rotation-set/3"};
+                                             "kvd-rotation-set/3", "kvd-rotation-set/4"};
 
 static int corrupt(struct kvd_error *err, const char *path, const char *why)
 {
@@ -101,31 +105,50 @@ static int parse_layers(struct kvd_rotset *s, const char *text, const char *path
     return s->n_layers ? KVD_OK : corrupt(err, path, "metadata: there are no layers");
 }
 
-// The format, what it says of scales, and, of transforms, which codec they are for.
-static int parse_format(struct kvd_rotset *s, const struct kvd_safetensors *st, const char *path,
-                        int *format, uint32_t *tc, struct kvd_error *err)
+// What the metadata says of scales, if the format has any.
+static int parse_scales(struct kvd_rotset *s, const char *k, const char *v, bool wanted,
+                        const char *path, struct kvd_error *err)
 {
-    const char *name = kvd_safetensors_metadata(st, "format");
-    const char *k = kvd_safetensors_metadata(st, "k.scale");
-    const char *v = kvd_safetensors_metadata(st, "v.scale");
-    const char *codec = kvd_safetensors_metadata(st, "codec");
-    for (*format = 0; *format < FORMATS && name && strcmp(name, formats[*format]) != 0;)
-        ++*format;
-    if (!name || *format == FORMATS)
-        return corrupt(err, path, "metadata: format is not kvd-rotation-set/1, /2 or /3");
-    if (*format != SCALED_ROTATIONS && (k || v))
-        return corrupt(err, path, "metadata: scales belong to kvd-rotation-set/2");
-    *tc = codec ? kvd_tc_find(codec) : KVD_CODEC_COUNT;
-    if (*format == TRANSFORMS && *tc == KVD_CODEC_COUNT)
-        return corrupt(err, path, "metadata: codec is not tc2 or tc2.5");
-    if (*format != SCALED_ROTATIONS)
-        return KVD_OK;
+    if (!wanted)
+        return k || v ? corrupt(err, path,
+                                "metadata: scales belong to rotations of "
+                                "kvd-rotation-set/2 and /4")
+                      : KVD_OK;
     int scale_k = k ? kvd_scale_parse(k) : -1, scale_v = v ? kvd_scale_parse(v) : -1;
     if (scale_k < 0 || scale_v < 0)
         return corrupt(err, path, "metadata: k.scale or v.scale is not " KVD_SCALE_NAMES);
     s->scale_k = (enum kvd_scale)scale_k;
     s->scale_v = (enum kvd_scale)scale_v;
     return KVD_OK;
+}
+
+// The marks, and scales, that the format has; and, of transforms, which codec they are for
+// (KVD_CODEC_COUNT: they are rotations).
+static int parse_format(struct kvd_rotset *s, const struct kvd_safetensors *st, const char *path,
+                        uint32_t *tc, struct kvd_error *err)
+{
+    int format = 0;
+    const char *name = kvd_safetensors_metadata(st, "format");
+    const char *k = kvd_safetensors_metadata(st, "k.scale");
+    const char *v = kvd_safetensors_metadata(st, "v.scale");
+    const char *codec = kvd_safetensors_metadata(st, "codec");
+    const char *marks = kvd_safetensors_metadata(st, "marks");
+    while (format < FORMATS && name && strcmp(name, formats[format]) != 0)
+        format++;
+    if (!name || format == FORMATS)
+        return corrupt(err, path, "metadata: format is not kvd-rotation-set/1, /2, /3 or /4");
+    bool transforms = format == TRANSFORMS || (format == MARKED && codec);
+    *tc = transforms && codec ? kvd_tc_find(codec) : KVD_CODEC_COUNT;
+    if (transforms && *tc == KVD_CODEC_COUNT)
+        return corrupt(err, path, "metadata: codec is not tc2 or tc2.5");
+    if (!marks != (format != MARKED))
+        return corrupt(err, path, "metadata: marks are what kvd-rotation-set/4 has, and no other");
+    if (marks && kvd_marks_parse(s, marks, err)) {
+        err->code = KVD_E_CORRUPT;
+        return kvd_fail_in(err, "%s: metadata", path);
+    }
+    bool scales = format == SCALED_ROTATIONS || (format == MARKED && !transforms);
+    return parse_scales(s, k, v, scales, path, err);
 }
 
 static void copy_text(char *to, size_t cap, const char *from)
@@ -167,12 +190,13 @@ static int copy_tensor(const struct kvd_safetensors *st, const struct kvd_rotset
 }
 
 static int parse_tensors(const char *path, const uint8_t *file, size_t size,
-                         const struct kvd_safetensors *st, int format, uint32_t tc,
-                         struct kvd_rotset *s, struct kvd_error *err)
+                         const struct kvd_safetensors *st, uint32_t tc, struct kvd_rotset *s,
+                         struct kvd_error *err)
 {
-    const char *k = format == TRANSFORMS ? "k.transform" : "k.rotation";
-    const char *v = format == TRANSFORMS ? "v.transform" : "v.rotation";
-    uint64_t copies = format == TRANSFORMS ? 2 : 1; // the inverses
+    bool transforms = tc != KVD_CODEC_COUNT;
+    const char *k = transforms ? "k.transform" : "k.rotation";
+    const char *v = transforms ? "v.transform" : "v.rotation";
+    uint64_t copies = transforms ? 2 : 1; // the inverses
     s->heads = dim_of(st, k, 1);
     s->dim_k = dim_of(st, k, 3);
     s->dim_v = dim_of(st, v, 3);
@@ -181,11 +205,11 @@ static int parse_tensors(const char *path, const uint8_t *file, size_t size,
             ((uint64_t)s->dim_k * s->dim_k + (uint64_t)s->dim_v * s->dim_v) * 4 >
         size)
         return corrupt(err, path, "the file is too short for its shapes");
-    if (format == TRANSFORMS ? kvd_transforms_alloc(s, tc, err) : kvd_rotset_alloc(s, err))
+    if (transforms ? kvd_transforms_alloc(s, tc, err) : kvd_rotset_alloc(s, err))
         return kvd_fail_in(err, "%s", path);
     struct tensor all[TENSORS];
     uint32_t n = tensors_of(s, all);
-    if (format != TRANSFORMS && !kvd_safetensors_find(st, all[GAINS].name) &&
+    if (!transforms && !kvd_safetensors_find(st, all[GAINS].name) &&
         !kvd_safetensors_find(st, all[GAINS + 1].name))
         n = GAINS;
     for (uint32_t i = 0; i < n; i++)
@@ -200,10 +224,9 @@ static int parse(const char *path, const uint8_t *file, size_t size,
     const char *layers = kvd_safetensors_metadata(st, "layers");
     const char *payload = kvd_safetensors_metadata(st, "payload");
     char digest[KVD_DIGEST_TEXT];
-    int format = ROTATIONS;
     uint32_t tc = KVD_CODEC_COUNT;
     kvd_digest(file + st->data_at, size - st->data_at, digest);
-    if (parse_format(s, st, path, &format, &tc, err))
+    if (parse_format(s, st, path, &tc, err))
         return err->code;
     if (!layers)
         return corrupt(err, path, "metadata: layers is missing");
@@ -223,7 +246,7 @@ static int parse(const char *path, const uint8_t *file, size_t size,
         return corrupt(err, path, "metadata: fitted_length is no number of tokens");
     if (parse_layers(s, layers, path, err))
         return err->code;
-    return parse_tensors(path, file, size, st, format, tc, s, err);
+    return parse_tensors(path, file, size, st, tc, s, err);
 }
 
 struct kvd_rotset *kvd_rotset_read(const char *path, struct kvd_error *err)
@@ -261,18 +284,30 @@ static bool has_gains(const struct kvd_rotset *s)
     return false;
 }
 
+static int format_of(const struct kvd_rotset *s)
+{
+    if (s->n_marks)
+        return MARKED;
+    if (s->transforms)
+        return TRANSFORMS;
+    bool scales = s->scale_k != KVD_SCALE_PUBLISHED || s->scale_v != KVD_SCALE_PUBLISHED;
+    return scales ? SCALED_ROTATIONS : ROTATIONS;
+}
+
 static json_t *metadata_of(const struct kvd_rotset *s, const char *layers)
 {
-    bool scales = s->scale_k != KVD_SCALE_PUBLISHED || s->scale_v != KVD_SCALE_PUBLISHED;
-    int format = s->transforms ? TRANSFORMS : scales ? SCALED_ROTATIONS : ROTATIONS;
+    int format = format_of(s);
+    char marks[KVD_MARKS_TEXT];
     json_t *metadata =
         json_pack("{s:s, s:s, s:s, s:s, s:s}", "format", formats[format], "model", s->model,
                   "objective", s->objective, "provenance", s->provenance, "layers", layers);
-    if (format == SCALED_ROTATIONS) {
+    if (format == MARKED)
+        json_object_set_new(metadata, "marks", json_string(kvd_marks_text(s, marks)));
+    if (format == SCALED_ROTATIONS || (format == MARKED && !s->transforms)) {
         json_object_set_new(metadata, "k.scale", json_string(kvd_scale_name(s->scale_k)));
         json_object_set_new(metadata, "v.scale", json_string(kvd_scale_name(s->scale_v)));
     }
-    if (format == TRANSFORMS)
+    if (s->transforms)
         json_object_set_new(metadata, "codec", json_string(kvd_codec_name(s->transforms->codec)));
     if (s->fitted_to)
         json_object_set_new(metadata, "fitted_to", json_string(s->fitted_to));

@@ -5,6 +5,7 @@
 #include <openssl/evp.h>
 #include <pthread.h>
 
+#include "calib/marks.h"
 #include "calib/transforms.h"
 
 void kvd_rotset_free(struct kvd_rotset **sp)
@@ -20,6 +21,7 @@ void kvd_rotset_free(struct kvd_rotset **sp)
     free(s->gain_v);
     free(s->fitted_to);
     free(s->clips_fitted_to);
+    free(s->marks);
     kvd_transforms_free(&s->transforms);
     free(s);
 }
@@ -70,8 +72,11 @@ struct kvd_rotset *kvd_rotset_clone(const struct kvd_rotset *from)
     s->k = s->v = s->clip_k = s->clip_v = s->gain_k = s->gain_v = NULL;
     s->fitted_to = from->fitted_to ? strdup(from->fitted_to) : NULL;
     s->clips_fitted_to = from->clips_fitted_to ? strdup(from->clips_fitted_to) : NULL;
+    s->marks = from->marks ? malloc(s->n_marks * sizeof(*s->marks)) : NULL;
+    if (s->marks)
+        memcpy(s->marks, from->marks, s->n_marks * sizeof(*s->marks));
     if (!s->fitted_to != !from->fitted_to || !s->clips_fitted_to != !from->clips_fitted_to ||
-        kvd_rotset_alloc(s, &ignored)) {
+        !s->marks != !from->marks || kvd_rotset_alloc(s, &ignored)) {
         kvd_rotset_free(&s);
         return NULL;
     }
@@ -342,6 +347,8 @@ static int check_side(const struct kvd_rotset *s, const char *side, const float 
 int kvd_rotset_check(const struct kvd_rotset *s, double *worst, struct kvd_error *err)
 {
     double w = 0;
+    if (kvd_marks_check(s, err))
+        return err->code;
     if (s->transforms)
         return kvd_transforms_check(s, worst, err);
     int rc = check_side(s, "K", s->k, s->clip_k, s->gain_k, s->dim_k, &w, err);
@@ -401,11 +408,36 @@ static int select_heads(const struct kvd_rotset *s, const struct kvd_layout *l, 
                     s->model, s->heads, l->tp_rank, size, *count, kv_heads);
 }
 
-// All of a set's terms, where they are.
-static struct kvd_rotation_data whole(const struct kvd_rotset *s)
+// Whether a set of transforms serves a layer in these codecs: those of its mark, or, without one, K
+// in the set's.
+static int check_codec(const struct kvd_rotset *s, uint32_t layer, struct kvd_codecs codec,
+                       struct kvd_error *err)
+{
+    const struct kvd_mark *m = kvd_mark_of(s, layer);
+    char has[KVD_CODECS_TEXT], wants[KVD_CODECS_TEXT];
+    if (m && (m->codec.k != codec.k || m->codec.v != codec.v))
+        return kvd_fail(
+            err, KVD_E_PRECONDITION,
+            "set %s marks layer %u for codec %s, and the layout has it in %s: name this "
+            "codec, or none, for its plane",
+            s->model, layer, kvd_codecs_name(m->codec, wants), kvd_codecs_name(codec, has));
+    if (!m && codec.k != s->transforms->codec)
+        return kvd_fail(err, KVD_E_PRECONDITION,
+                        "set %s has transforms for codec %s, the layout's K is in %s", s->model,
+                        kvd_codec_name(s->transforms->codec), kvd_codec_name(codec.k));
+    return KVD_OK;
+}
+
+// All of a set's terms, where they are; of layers of transforms that have rotations, these.
+static struct kvd_rotation_data whole(const struct kvd_rotset *s, bool rotated)
 {
     struct kvd_rotation_data d = {.dim_k = s->dim_k, .dim_v = s->dim_v};
     const struct kvd_transforms *t = s->transforms;
+    if (t && rotated) {
+        d.k = t->k;
+        d.v = t->v;
+        return d;
+    }
     if (t) {
         d.k = t->k;
         d.v = t->v;
@@ -432,10 +464,7 @@ int kvd_rotset_select(const struct kvd_rotset *s, const struct kvd_layout *layou
     const struct kvd_plane *g = &layout->planes[plane];
     uint64_t at[KVD_MAX_LAYERS]; // in the set, of the plane's layers
     uint32_t n = 0, first, heads;
-    if (s->transforms && g->codec.k != s->transforms->codec)
-        return kvd_fail(err, KVD_E_PRECONDITION,
-                        "set %s has transforms for codec %s, the layout's K is in %s", s->model,
-                        kvd_codec_name(s->transforms->codec), kvd_codec_name(g->codec.k));
+    bool rotated = false;
     if (s->dim_k != g->head_dim_k || s->dim_v != g->head_dim_v)
         return kvd_fail(err, KVD_E_PRECONDITION,
                         "rotation set %s is for head_dim %u/%u, the layout has %u/%u", s->model,
@@ -451,14 +480,17 @@ int kvd_rotset_select(const struct kvd_rotset *s, const struct kvd_layout *layou
                             "rotation set %s has no layer %u; it has %u layers from %u to %u",
                             s->model, layout->layers[l], s->n_layers, s->layers[0],
                             s->layers[s->n_layers - 1]);
+        if (s->transforms && check_codec(s, layout->layers[l], g->codec, err))
+            return err->code;
+        rotated = s->transforms && kvd_layer_rotated(s, at[n - 1]); // as all of the plane then are
     }
     struct kvd_rotation_data d = {.n_layers = n,
                                   .heads = heads,
                                   .dim_k = s->dim_k,
                                   .dim_v = s->dim_v,
                                   .scale_k = s->scale_k,
-                                  .scale_v = s->scale_v};
-    struct kvd_rotation_data of_set = whole(s);
+                                  .scale_v = rotated ? KVD_SCALE_LEAST_SQUARES : s->scale_v};
+    struct kvd_rotation_data of_set = whole(s, rotated);
     struct kvd_term from[KVD_TERMS], all[KVD_TERMS];
     kvd_rotation_terms(&of_set, from);
     kvd_rotation_terms(&d, all);

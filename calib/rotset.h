@@ -14,6 +14,12 @@ enum {
 };
 #define KVD_ROTSET_MAX_BYTES (2ull << 30) // of a native file
 
+// A layer that is to have a codec of its own (calib/marks.h).
+struct kvd_mark {
+    uint16_t layer; // its model layer id
+    struct kvd_codecs codec;
+};
+
 struct kvd_rotset {
     char model[KVD_MAX_NAME + 1];
     char objective[96]; // "hadamard", "K qqt_r_h_pbr, V sst_r_h_pbr", ...
@@ -35,6 +41,8 @@ struct kvd_rotset {
     enum kvd_scale scale_k, scale_v; // as published unless fitted or asked for
     // In place of k, v, clips and gains, which are NULL then. NULL: a set of rotations.
     struct kvd_transforms *transforms;
+    struct kvd_mark *marks; // of sensitive layers, ascending; the set's own
+    uint32_t n_marks;
 };
 
 void kvd_rotset_free(struct kvd_rotset **set);
@@ -67,6 +75,7 @@ int kvd_hadamard_entry(uint32_t dim, uint32_t i, uint32_t j);
 // All values finite, clip ratios in (0, 1], gains in [0.5, 1.5], every matrix orthogonal within
 // 1e-3 (max |R R^T - I|; fp32 files measure below 1e-5). KVD_E_CORRUPT names the layer and the
 // deviation. *worst (may be NULL) gets the largest deviation. Of transforms: kvd_transforms_check.
+// Of marks: kvd_marks_check.
 int kvd_rotset_check(const struct kvd_rotset *set, double *worst, struct kvd_error *err);
 
 // Takes a matrix [dim][dim] that was orthogonal before its values were rounded to 16 bits to the
@@ -78,7 +87,7 @@ int kvd_rotation_straighten(float *r, uint32_t dim, struct kvd_error *err);
 // (of all matrices of a layer, as kvd.proto's Layout says); if so *out describes the plane's
 // layers. out->k etc. point to new memory that the caller frees with kvd_rotation_data_deinit.
 // KVD_E_PRECONDITION says what does not match; a set of transforms serves planes whose K is in its
-// codec, and V in any.
+// codec, and V in any, and layers that it marks in the codecs of their marks alone.
 int kvd_rotset_select(const struct kvd_rotset *set, const struct kvd_layout *layout, uint32_t plane,
                       struct kvd_rotation_data *out, struct kvd_error *err);
 void kvd_rotation_data_deinit(struct kvd_rotation_data *data);

@@ -2,6 +2,7 @@
 
 #include <math.h>
 
+#include "calib/marks.h"
 #include "kernels/format.h"
 
 uint32_t kvd_tc_find(const char *name)
@@ -64,8 +65,8 @@ struct kvd_transform kvd_transform_at(const struct kvd_rotset *s, uint64_t at, b
     return (struct kvd_transform){.a = t->k + at * dk * dk,
                                   .inverse = t->k_inverse + at * dk * dk,
                                   .mean = t->k_mean + at * dk,
-                                  .coder = kvd_tc_coder_of(t->codec, s->dim_k, false,
-                                                           t->k_sigma + at * dk,
+                                  .coder = kvd_tc_coder_of(kvd_layer_codec(s, at / s->heads),
+                                                           s->dim_k, false, t->k_sigma + at * dk,
                                                            t->k_bits + at * (dk / KVD_TC_TILE))};
 }
 
@@ -146,7 +147,8 @@ int kvd_transforms_check(const struct kvd_rotset *s, double *worst, struct kvd_e
 {
     double w = 0;
     const struct kvd_transforms *all = s->transforms;
-    for (uint64_t at = 0; at < (uint64_t)s->n_layers * s->heads; at++)
+    for (uint64_t at = 0; at < (uint64_t)s->n_layers * s->heads; at++) {
+        uint32_t codec = kvd_layer_codec(s, at / s->heads);
         for (int v = 0; v < 2; v++) {
             struct kvd_transform t = kvd_transform_at(s, at, v);
             char where[96];
@@ -155,10 +157,11 @@ int kvd_transforms_check(const struct kvd_rotset *s, double *worst, struct kvd_e
             if (check_transform(&t, where, &w, err))
                 return err->code;
             if (!v && check_codes(all->k_sigma + at * s->dim_k,
-                                  all->k_bits + at * (s->dim_k / KVD_TC_TILE), s->dim_k, all->codec,
+                                  all->k_bits + at * (s->dim_k / KVD_TC_TILE), s->dim_k, codec,
                                   where, err))
                 return err->code;
         }
+    }
     if (worst)
         *worst = w;
     return KVD_OK;

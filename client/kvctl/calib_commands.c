@@ -27,7 +27,17 @@ const struct command kvctl_fit = {
          {"bits", 0, "HOW", VALUE_TEXT,
           "Of K's tiles in these: greedy (default), as each kv head wants them, or quarters: "
           "4-2-1-1 or 4-3-2-1"},
-         {"context", 0, "TOKENS", VALUE_NUMBER, "Of these, attended at a time (default: 2048)"},
+         {"context", 0, "TOKENS", VALUE_NUMBER,
+          "Of --fit-clips's, attended at a time (default: 2048)"},
+         {"marks", 0, "MARKS", VALUE_TEXT,
+          "Layers that get a codec of their own in sessions that name the set, as LAYER=CODEC with "
+          "+ "
+          "between, such as 18=tc2.5+23=int4"},
+         {"sensitive", 0, "N=CODEC", VALUE_TEXT,
+          "Mark so many layers, those whose outputs lose most on the activations of --asked"},
+         {"asked", 0, "DUMP", VALUE_TEXT,
+          "Prompts that end by asking for what they told, a file each, as kvd.record --asked makes "
+          "them"},
          {"layers", 0, "LIST", VALUE_LAYERS,
           "Model layer ids, such as 0-35 or 3,7,11 (default: all)"},
          {"model", 0, "NAME", VALUE_TEXT, "Name of the model (default: what the dump says)"},

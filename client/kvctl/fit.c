@@ -3,12 +3,18 @@
 
 #include "calib/eval.h"
 #include "calib/fit.h"
+#include "calib/marks.h"
 #include "client/kvctl/calib_tool.h"
+
+// At the end of a prompt: the answer, or most of it, where what was told is looked for.
+enum { ASKING = 8 };
 
 struct arguments {
     struct kvd_fit_options o;
     struct kvd_eval_options eval;
-    const char *dump, *out, *spectrum, *model, *clips;
+    const char *dump, *out, *spectrum, *model, *clips, *asked;
+    uint32_t sensitive; // layers to mark by what is lost on `asked`,
+    const char *wider;  // and the codec that they get
     enum kvd_scale scale_k, scale_v;
     uint32_t codec; // fit transforms for it; KVD_CODEC_COUNT: rotations
     bool greedy;
@@ -56,6 +62,26 @@ static int parse_codec(const struct kvctl *k, struct arguments *a)
                : tool_usage("bits", bits, "quarters or greedy");
 }
 
+// --marks, --sensitive and --asked; an exit code.
+static int parse_marks(const struct kvctl *k, struct arguments *a)
+{
+    const char *sensitive = kvctl_option(k, "sensitive");
+    struct kvd_codecs codec;
+    int at = 0;
+    a->o.marks = kvctl_option(k, "marks");
+    a->asked = kvctl_option(k, "asked");
+    if (!sensitive != !a->asked || (sensitive && a->o.marks))
+        return kvctl_usage("--sensitive goes with --asked, which it ranks layers by, and --marks "
+                           "with neither");
+    if (!sensitive)
+        return EXIT_OK;
+    if (sscanf(sensitive, "%u=%n", &a->sensitive, &at) != 1 || !at || a->sensitive < 1 ||
+        a->sensitive > KVD_MAX_LAYERS || !kvd_codecs_find(sensitive + at, &codec))
+        return tool_usage("sensitive", sensitive, "a number of layers and a codec, such as 1=int4");
+    a->wider = sensitive + at;
+    return EXIT_OK;
+}
+
 static void on_warning(void *ctx, const char *text)
 {
     (void)ctx;
@@ -72,6 +98,7 @@ static int parse(const struct kvctl *k, struct arguments *a)
     if (kvctl_option(k, "published"))
         publish(a);
     int n = 0, code = parse_codec(k, a);
+    code = code ? code : parse_marks(k, a);
     code = code ? code : parse_objective(k, "objective-k", &a->o.k);
     code = code ? code : parse_objective(k, "objective-v", &a->o.v);
     if (code)
@@ -182,28 +209,101 @@ static int finish(const struct arguments *a, const struct kvd_dump *d, const str
     return kvd_rotset_write(set, a->out, err);
 }
 
+// What each layer loses on `asked`, and a text of marks for those that lose most.
+static int rank(const struct arguments *a, const struct kvd_dump *asked,
+                const struct kvd_rotset *set, char marks[KVD_MARKS_TEXT], struct kvd_error *err)
+{
+    struct kvd_eval_options o = a->eval;
+    struct kvd_eval_case of = {set, KVD_CODEC_INT2, set->scale_k, set->scale_v}; // or the set's own
+    struct kvd_eval_figures *f KVD_FREE = calloc(asked->n_layers, sizeof(*f));
+    uint16_t layers[KVD_MAX_LAYERS];
+    bool chosen[KVD_MAX_LAYERS] = {false};
+    uint32_t n = 0;
+    size_t at = 0;
+    if (!f)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    for (uint32_t i = 1; i < asked->n_pieces; i++)
+        if (asked->pieces[i].tokens != asked->pieces[0].tokens)
+            return kvd_fail(err, KVD_E_INVALID,
+                            "%s: files of %" PRIu64 " and %" PRIu64
+                            " tokens: the end of each asks, so all must be as long",
+                            a->asked, asked->pieces[0].tokens, asked->pieces[i].tokens);
+    o.context = (uint32_t)KVD_MIN(asked->pieces[0].tokens, (uint64_t)UINT32_MAX);
+    o.queries = ASKING;
+    o.sink = KVD_DEFAULT_SINK;
+    o.recent = KVD_DEFAULT_RECENT;
+    o.threads = a->o.threads;
+    o.ctx = "asked";
+    if (kvd_eval_run(asked, &of, 1, &o, f, layers, &n, NULL, err))
+        return err->code;
+    progress_end();
+    if (a->sensitive > n)
+        return kvd_fail(err, KVD_E_INVALID, "--sensitive %u: %s has %u of the set's layers",
+                        a->sensitive, a->asked, n);
+    for (uint32_t left = a->sensitive; left; left--) {
+        uint32_t worst = n;
+        for (uint32_t i = 0; i < n; i++)
+            if (!chosen[i] && (worst == n || f[i].output_error > f[worst].output_error))
+                worst = i;
+        chosen[worst] = true;
+        fprintf(stderr, "layer %u loses %.3f of its outputs where the prompts ask\n", layers[worst],
+                f[worst].output_error);
+    }
+    for (uint32_t i = 0; i < n; i++)
+        if (chosen[i])
+            at += (size_t)snprintf(marks + at, KVD_MARKS_TEXT - at, "%s%u=%s", at ? "+" : "",
+                                   layers[i], a->wider);
+    return KVD_OK;
+}
+
+// Marks the layers that --sensitive asks for. Those of transforms are fitted anew: they are to be
+// what the codecs of the marks want.
+static int mark(const struct arguments *a, const struct kvd_dump *d, const struct kvd_dump *asked,
+                struct kvd_rotset **set, struct kvd_error *err)
+{
+    struct kvd_fit_options o = a->o;
+    char marks[KVD_MARKS_TEXT];
+    int rc = rank(a, asked, *set, marks, err);
+    if (rc)
+        return rc;
+    if (!(*set)->transforms) {
+        rc = kvd_marks_parse(*set, marks, err);
+        return rc ? rc : kvd_marks_check_layers(*set, err);
+    }
+    o.marks = marks;
+    kvd_rotset_free(set);
+    *set = kvd_fit_transforms(d, a->codec, a->greedy, &o, err);
+    return *set ? KVD_OK : err->code;
+}
+
 static void print_set(struct kvctl *k, const struct arguments *a, const struct kvd_rotset *set,
                       double seconds)
 {
+    char marks[KVD_MARKS_TEXT];
+    kvd_marks_text(set, marks);
     if (k->json)
-        kvctl_print(k, json_pack("{s:o, s:s, s:o, s:s, s:i, s:f}", "file", kvctl_text_json(a->out),
-                                 "digest", set->digest, "model", kvctl_text_json(set->model),
-                                 "objective", set->objective, "layers", (int)set->n_layers,
-                                 "seconds", seconds));
+        kvctl_print(k, json_pack("{s:o, s:s, s:o, s:s, s:i, s:s, s:f}", "file",
+                                 kvctl_text_json(a->out), "digest", set->digest, "model",
+                                 kvctl_text_json(set->model), "objective", set->objective, "layers",
+                                 (int)set->n_layers, "marks", marks, "seconds", seconds));
     else
-        printf("%s: %s, %u layers, %s, in %.1f s\n%s\n", a->out, set->objective, set->n_layers,
-               set->provenance, seconds, set->digest);
+        printf("%s: %s, %u layers, %s, in %.1f s\n%s%s%s%s\n", a->out, set->objective,
+               set->n_layers, set->provenance, seconds, *marks ? "marks " : "", marks,
+               *marks ? "\n" : "", set->digest);
 }
 
 // Opens what is read, and looks at where things are to be written: what is wrong with these is said
 // before the work. An exit code.
-static int open_all(const struct arguments *a, struct kvd_dump **d, struct kvd_dump **clips)
+static int open_all(const struct arguments *a, struct kvd_dump **d, struct kvd_dump **clips,
+                    struct kvd_dump **asked)
 {
     struct kvd_error err = {0};
     if (tool_check_out(a->out, &err) || (a->spectrum && tool_check_out(a->spectrum, &err)) ||
         !(*d = kvd_dump_open(a->dump, &err)) ||
-        (a->clips && !(*clips = kvd_dump_open(a->clips, &err)))) {
+        (a->clips && !(*clips = kvd_dump_open(a->clips, &err))) ||
+        (a->asked && !(*asked = kvd_dump_open(a->asked, &err)))) {
         kvd_dump_free(d);
+        kvd_dump_free(clips);
         return tool_fail(&err);
     }
     return EXIT_OK;
@@ -215,8 +315,8 @@ static int run(struct kvctl *k, struct arguments *a)
     struct timespec from, to;
     struct kvd_fit *fit = NULL;
     clock_gettime(CLOCK_MONOTONIC, &from);
-    struct kvd_dump *d = NULL, *clips = NULL;
-    int code = open_all(a, &d, &clips);
+    struct kvd_dump *d = NULL, *clips = NULL, *asked = NULL;
+    int code = open_all(a, &d, &clips, &asked);
     if (code)
         return code;
     if (a->model)
@@ -226,8 +326,12 @@ static int run(struct kvctl *k, struct arguments *a)
         transforms = kvd_fit_transforms(d, a->codec, a->greedy, &a->o, &err);
     else
         fit = kvd_fit_run(d, &a->o, &err);
-    struct kvd_rotset *set = fit ? fit->set : transforms;
-    int rc = set ? finish(a, d, clips, set, &err) : err.code;
+    struct kvd_rotset **set = fit ? &fit->set : &transforms;
+    int rc = *set ? KVD_OK : err.code;
+    if (rc == KVD_OK && asked)
+        rc = mark(a, d, asked, set, &err);
+    if (rc == KVD_OK)
+        rc = finish(a, d, clips, *set, &err);
     if (rc == KVD_OK && a->spectrum)
         rc = kvd_fit_write_spectrum(fit, a->spectrum, &err);
     clock_gettime(CLOCK_MONOTONIC, &to);
@@ -236,9 +340,10 @@ static int run(struct kvctl *k, struct arguments *a)
     if (rc == KVD_OK && fit && !k->json)
         print_layers(fit);
     if (rc == KVD_OK)
-        print_set(k, a, set, seconds);
+        print_set(k, a, *set, seconds);
     kvd_rotset_free(&transforms);
     kvd_fit_free(&fit);
+    kvd_dump_free(&asked);
     kvd_dump_free(&clips);
     kvd_dump_free(&d);
     return rc ? tool_fail(&err) : EXIT_OK;

@@ -40,7 +40,7 @@ enum value {
     VALUE_MATRIX, // a set that is built in
 };
 
-enum { MAX_ARGUMENTS = 17, MAX_OPTIONS = 16, MAX_SPECS = 4 };
+enum { MAX_ARGUMENTS = 17, MAX_OPTIONS = 20, MAX_SPECS = 4 };
 
 struct argument_spec {
     const char *name;

@@ -37,7 +37,7 @@ static int take_planes(kvd_client *c, const kvd_options *o, uint32_t *n_layers,
         if (rc)
             return kvd_fail_in(err, "planes[%u]", p);
         set_plane(c, p, &plane, o);
-        c->plane_codecs[p] = strdup(plane.codec ? plane.codec : c->codec);
+        c->plane_codecs[p] = strdup(plane.codec ? plane.codec : ""); // the layout's, or its set's
         if (!c->plane_codecs[p])
             return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
         c->planes[p].codec = c->plane_codecs[p];

@@ -9,6 +9,14 @@
 int kvd_layout_from_proto(const Kvd__V1__Layout *from, struct kvd_layout *to,
                           struct kvd_error *err);
 
+// Parts a layout into planes by the marks of its set (calib/marks.h): the marked layers of a plane
+// whose codec is the layout's, not one that was named for the plane, go into planes of their own
+// behind the others, one for each codec, in the order of their first layers; what a mark has no
+// more bits than stays. `asked` is what the layout was made of. KVD_E_PRECONDITION, KVD_E_INVALID:
+// what that gives is no layout.
+int kvd_layout_mark(struct kvd_layout *l, const Kvd__V1__Layout *asked,
+                    const struct kvd_rotset *set, struct kvd_error *err);
+
 // Room for a message that refers to a layout.
 struct kvd_proto_layout {
     Kvd__V1__Layout g;

@@ -97,10 +97,20 @@ static int check_sinks(const Kvd__V1__OpenSessionRequest *req, const struct kvd_
     return KVD_OK;
 }
 
+// Whether the backend has kernels for all of them.
+static int check_planes(const struct kvd_daemon *d, const struct kvd_layout *g,
+                        struct kvd_error *err)
+{
+    const struct kvd_backend_ops *ops = d->backend->ops;
+    for (uint32_t p = 0; p < g->n_planes && ops->plane_check; p++)
+        if (ops->plane_check(d->backend, &g->planes[p], err))
+            return err->code;
+    return KVD_OK;
+}
+
 static int check_request(struct kvd_call *call, const Kvd__V1__OpenSessionRequest *req,
                          struct kvd_layout *g, struct kvd_error *err)
 {
-    const struct kvd_backend_ops *ops = call->d->backend->ops;
     struct kvd_connection *conn;
     if (!req->layout)
         return kvd_fail(err, KVD_E_INVALID, "layout is missing");
@@ -134,8 +144,8 @@ static int check_request(struct kvd_call *call, const Kvd__V1__OpenSessionReques
                         "all %u sessions are in use; close some or raise max-sessions",
                         call->d->config.max_sessions);
     rc = kvd_layout_from_proto(req->layout, g, err);
-    for (uint32_t p = 0; p < g->n_planes && rc == KVD_OK && ops->plane_check; p++)
-        rc = ops->plane_check(call->d->backend, &g->planes[p], err);
+    if (rc == KVD_OK)
+        rc = check_planes(call->d, g, err);
     return rc ? rc : check_sinks(req, g, err);
 }
 
@@ -342,11 +352,26 @@ static void cleared(struct kvd_daemon *d, struct kvd_piecework *r)
     open_session((struct opening *)r);
 }
 
+// Gives the layers that the set marks planes of their own.
+static int mark(struct opening *o, const struct kvd_rotset *set, struct kvd_error *err)
+{
+    int rc = kvd_layout_mark(&o->g, o->req->layout, set, err);
+    if (rc == KVD_OK)
+        rc = check_planes(o->call->d, &o->g, err);
+    if (rc == KVD_OK && o->req->pages)
+        rc = kvd_layout_exact(&o->g, &o->exact, err);
+    return rc;
+}
+
 static void on_rotation(void *ctx, struct kvd_rotset *set, const struct kvd_error *failure)
 {
     struct opening *o = ctx;
+    struct kvd_error err = {0};
+    if (!failure && set && mark(o, set, &err))
+        failure = &err;
     if (failure) {
         kvd_call_fail_error(o->call, failure);
+        kvd_rotset_free(&set);
         free(o);
         return;
     }

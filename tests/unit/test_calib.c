@@ -368,7 +368,7 @@ START_TEST(native_files_that_are_refused)
     static const struct {
         const char *metadata, *why;
     } scales[] = {
-        {"\"format\": \"kvd-rotation-set/4\"", "format is not"},
+        {"\"format\": \"kvd-rotation-set/9\"", "format is not"},
         {"\"format\": \"kvd-rotation-set/3\"", "codec is not tc2"},
         {"\"format\": \"kvd-rotation-set/3\", \"codec\": \"int2\"", "codec is not tc2"},
         {"\"format\": \"kvd-rotation-set/3\", \"codec\": \"tc2\", \"k.scale\": \"unbiased\"",
