@@ -3,6 +3,7 @@
 
 #include <errno.h>
 
+#include "calib/marks.h"
 #include "calib/transforms.h"
 #include "client/kvctl/kvctl.h"
 
@@ -128,7 +129,7 @@ static json_t *json_terms(const struct kvd_rotset *s, double worst)
 {
     if (s->transforms)
         return json_pack("{s:s, s:f, s:f}", "codec", kvd_codec_name(s->transforms->codec), "bits",
-                         kvd_value_bits(kvd_codecs_both(s->transforms->codec), s->dim_k, s->dim_v),
+                         kvd_marks_bits(s, kvd_codecs_both(s->transforms->codec)),
                          "inverses", worst);
     return json_pack("{s:f, s:f, s:f, s:f, s:f, s:s, s:s}", "clip_k", (double)s->clip_k[0],
                      "clip_v", (double)s->clip_v[0], "gain_k", (double)s->gain_k[0], "gain_v",
@@ -141,7 +142,7 @@ static void print_terms(const struct kvd_rotset *s, double worst)
     if (s->transforms) {
         uint32_t codec = s->transforms->codec;
         printf("transforms     for codec %s, %.4f bits a value\n", kvd_codec_name(codec),
-               kvd_value_bits(kvd_codecs_both(codec), s->dim_k, s->dim_v));
+               kvd_marks_bits(s, kvd_codecs_both(codec)));
         printf("inverses       max |A A^-1 - I| = %.2e\n", worst);
         return;
     }
@@ -155,8 +156,9 @@ static void print_terms(const struct kvd_rotset *s, double worst)
 
 static int print_set(struct kvctl *k, const struct kvd_rotset *s, double worst)
 {
-    char layers[256];
+    char layers[256], marks[KVD_MARKS_TEXT];
     layers_text(s, layers, sizeof(layers));
+    kvd_marks_text(s, marks);
     if (k->json) {
         json_t *set =
             json_pack("{s:o, s:o, s:o, s:o, s:i, s:s, s:i, s:i, s:i}", "model",
@@ -166,6 +168,8 @@ static int print_set(struct kvctl *k, const struct kvd_rotset *s, double worst)
                       (int)s->heads, "head_dim_k", (int)s->dim_k, "head_dim_v", (int)s->dim_v);
         if (s->fitted_length)
             json_object_set_new(set, "fitted_length", json_integer((json_int_t)s->fitted_length));
+        if (s->n_marks)
+            json_object_set_new(set, "marks", json_string(marks));
         json_object_update_new(set, json_terms(s, worst));
         return kvctl_print(k, set);
     }
@@ -182,6 +186,8 @@ static int print_set(struct kvctl *k, const struct kvd_rotset *s, double worst)
     else
         printf("matrices       %u a layer and side, one per kv head\n", s->heads);
     printf("head_dim       K %u, V %u\n", s->dim_k, s->dim_v);
+    if (s->n_marks)
+        printf("marks          %s\n", marks);
     print_terms(s, worst);
     return EXIT_OK;
 }

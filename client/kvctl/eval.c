@@ -1,4 +1,5 @@
 // kvctl calib eval.
+#include "calib/marks.h"
 #include "calib/transforms.h"
 #include "client/kvctl/calib_tool.h"
 #include "client/kvctl/evaluation.h"
@@ -63,7 +64,7 @@ static void add_case(const struct arguments *a, struct evaluation *e, uint32_t c
             snprintf(e->names[e->n] + n, sizeof(e->names[0]) - (size_t)n, ", %s/%s",
                      kvd_scale_name(k), kvd_scale_name(v));
         e->cases[e->n] = (struct kvd_eval_case){set, codec, k, v};
-        e->bits[e->n++] = kvd_eval_bits(codec, set->dim_k, set->dim_v);
+        e->bits[e->n++] = kvd_marks_bits(set, kvd_codecs_both(codec));
     }
 }
 
@@ -78,7 +79,7 @@ static void add_transforms(const struct arguments *a, struct evaluation *e, cons
     snprintf(suffix, sizeof(suffix), " %s", kvd_codec_name(codec));
     name_case(e, name, suffix);
     e->cases[e->n] = (struct kvd_eval_case){set, codec, KVD_SCALE_UNBIASED, KVD_SCALE_UNBIASED};
-    e->bits[e->n++] = kvd_eval_bits(codec, set->dim_k, set->dim_v);
+    e->bits[e->n++] = kvd_marks_bits(set, kvd_codecs_both(codec));
 }
 
 static bool add_set(struct evaluation *e, struct kvd_rotset *set)
