@@ -129,8 +129,8 @@ static json_t *json_terms(const struct kvd_rotset *s, double worst)
 {
     if (s->transforms)
         return json_pack("{s:s, s:f, s:f}", "codec", kvd_codec_name(s->transforms->codec), "bits",
-                         kvd_marks_bits(s, kvd_codecs_both(s->transforms->codec)),
-                         "inverses", worst);
+                         kvd_marks_bits(s, kvd_codecs_both(s->transforms->codec)), "inverses",
+                         worst);
     return json_pack("{s:f, s:f, s:f, s:f, s:f, s:s, s:s}", "clip_k", (double)s->clip_k[0],
                      "clip_v", (double)s->clip_v[0], "gain_k", (double)s->gain_k[0], "gain_v",
                      (double)s->gain_v[0], "orthogonality", worst, "scale_k",

@@ -527,8 +527,11 @@ static int open_backend(struct kvd_direct *d, struct kvd_error *err)
     } else if (d->n_planes > 1) {
         kvd_fail(err, KVD_E_UNSUPPORTED,
                  "the session's layout has %u planes; on a GPU direct mode is for layouts of one: "
-                 "use kvd_attend and kvd_step",
-                 d->n_planes);
+                 "use kvd_attend and kvd_step%s",
+                 d->n_planes,
+                 d->n_planes > KVD_MAX(d->client->layout.n_planes, (size_t)1)
+                     ? ", or a rotation set that marks no layers"
+                     : "");
     } else if (!on_gpu(d->planes[0].shape.codec)) {
         char text[KVD_CODECS_TEXT];
         kvd_fail(err, KVD_E_UNSUPPORTED,

@@ -26,6 +26,32 @@ def words(tokenizer, texts, length, limit=None):
     return [(text[-1], bytes(ids).decode()) for text, ids in record.contexts(tokenizer, texts, length, limit)]
 
 
+def test_prompts_that_ask(tmp_path):
+    """Each is as long as asked, begins as texts do, and ends by asking for what it told, far from both ends."""
+    for name in "ab":
+        (tmp_path / name).write_text(" ".join(f"{name}{x}{y}word" for x in "qrstuvw" for y in "qrst") * 40)
+    texts = [str(tmp_path / name) for name in "ab"]
+    prompts = list(record.asked(Tokenizer(b"<"), texts, 1000, 6))
+    assert prompts == list(record.asked(Tokenizer(b"<"), texts, 1000, 6)) and [text[-1] for text, _ in prompts] == list("aabbaa")
+    facts = set()
+    for i, (_, ids) in enumerate(prompts):
+        said, name = bytes(ids).decode(), ("magic number", "secret phrase")[i % 2]
+        told, question = f'\n\nRemember this: the {name} is "', f'\n\nWhat is the {name}? The {name} is "'
+        assert len(ids) == 1000 and said[0] == "<" and said.count(told) == said.count(question) == 1
+        at = said.index(told)
+        fact = said[at + len(told):].split('"')[0]
+        assert said.endswith(question + fact[:-1]) and len(fact) == 7 if i % 2 == 0 else len(fact.split()) == 4
+        assert 100 <= at - 1 and said.index(question) - said.index("later.\n\n", at) >= 400
+        facts.add(fact)
+    assert len(facts) == 6
+    for length in (500, 100000):
+        with pytest.raises(ValueError, match="give longer texts, or another --context"):
+            list(record.asked(Tokenizer(), texts, length, 1))
+    (tmp_path / "c").write_text("0123456789" * 500)
+    with pytest.raises(ValueError, match="has 0 different words"):
+        list(record.asked(Tokenizer(), [str(tmp_path / "c")], 1000, 2))
+
+
 def test_texts_in_pieces(texts):
     assert words(Tokenizer(), texts, 3) == [("a", "abc"), ("a", "def"), ("b", "ABC"), ("b", "DEF")]
     assert words(Tokenizer(), texts, 3, 8) == [("a", "abc"), ("a", "def")]

@@ -92,7 +92,10 @@ def header(**more):
                                         "provenance": "p", "payload": "@", **more}, **tensors}, separators=(",", ":")).encode()
 
 
-for name, data in {"good": header(), "layers": header(layers="0-1"), "other": header(format="x"), "empty": b"{}"}.items():
+marked = {"format": "kvd-rotation-set/4", "k.scale": "unbiased", "v.scale": "least-squares"}
+for name, data in {"good": header(), "marked": header(**marked, marks="0=int4"), "sides": header(**marked, marks="0=k=bf16,v=int4"),
+                   "elsewhere": header(**marked, marks="3=int4+4=tc2.5"), "twice": header(**marked, marks="0=int4+0=int4"),
+                   "unmarked": header(**marked), "transforms": header(format="kvd-rotation-set/4", codec="tc2", marks="0=bf16"), "layers": header(layers="0-1"), "other": header(format="x"), "empty": b"{}"}.items():
     write("native", name, b"\1" + data)
     write("safetensors", name, struct.pack("<Q", len(data)) + data + bytes(64))
 small = json.dumps({"a": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]},

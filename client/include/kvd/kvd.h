@@ -99,12 +99,12 @@ typedef struct kvd_plane_options {
     uint32_t kv_heads;      /**< heads of K and V */
     uint32_t head_dim_k;    /**< elements of a head of q and K */
     uint32_t head_dim_v;    /**< elements of a head of V and o */
-    const char *codec;      /**< as kvd_options.codec */
-    uint32_t window;        /**< tokens of the sliding window, as kvd_options.windows; 0: all */
-    uint32_t sink;          /**< first tokens, kept in bf16; 0 with a window */
-    uint32_t recent;        /**< last tokens, kept in bf16 */
-    bool no_windows;        /**< really no sink and no recent window */
-    bool latent;            /**< as kvd_options.latent, which holds for all planes */
+    const char *codec; /**< as kvd_options.codec; NULL: that, or what the set marks layers for */
+    uint32_t window;   /**< tokens of the sliding window, as kvd_options.windows; 0: all */
+    uint32_t sink;     /**< first tokens, kept in bf16; 0 with a window */
+    uint32_t recent;   /**< last tokens, kept in bf16 */
+    bool no_windows;   /**< really no sink and no recent window */
+    bool latent;       /**< as kvd_options.latent, which holds for all planes */
 } kvd_plane_options;
 
 /** What a session is to be. Texts and lists are copied. */

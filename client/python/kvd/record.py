@@ -1,6 +1,7 @@
 """Records queries, keys and values of a model on texts, for `kvctl calib fit` and `calib eval`.
 
     python3 -m kvd.record MODEL --text book.txt --out recorded/
+    python3 -m kvd.record MODEL --text book.txt --out asked/ --asked 10     # prompts that end by asking, for calib fit --sensitive
 
 MODEL is a folder or name that transformers loads, or a GGUF file; its attention must be what kvd serves. The model runs over each
 text, a context at a time, and what its attention gets (after RoPE) goes into OUT, a safetensors file for each context, layer by
@@ -12,6 +13,8 @@ import argparse
 import json
 import math
 import pathlib
+import random
+import re
 import struct
 import sys
 from typing import Any, BinaryIO, Iterator, Optional
@@ -152,6 +155,38 @@ def contexts(tokenizer: Any, texts: list[str], length: int, limit: Optional[int]
             yield text, first + ids[at:at + own]
 
 
+_BEFORE, _AFTER = 100, 400  # tokens of a prompt that a fact lies behind, and before: past every sink, before every recent window
+
+
+def asked(tokenizer: Any, texts: list[str], length: int, count: int) -> Iterator[tuple[str, list[int]]]:
+    """Prompts of `length` tokens, in each a fact amid a piece of a text, seven digits and four words in turn, and a question for it at the
+    end with its answer, but for the last token: what the last queries look for is the fact. They are the same every time."""
+    first, pieces = _first(tokenizer), []
+    for text in texts:
+        with open(text, encoding="utf-8", errors="strict") as f:
+            said = f.read()
+        pieces.append((text, tokenizer(said, add_special_tokens=False, verbose=False)["input_ids"], sorted(set(re.findall(r"\b[a-z]{4,8}\b", said)))))
+
+    def ids_of(words: str) -> list[int]:
+        ids: list[int] = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    for i in range(count):
+        text, ids, words = pieces[i // 2 % len(pieces)]
+        rng, name = random.Random(i), ("magic number", "secret phrase")[i % 2]
+        if i % 2 and len(words) < 16:
+            raise ValueError(f"{text} has {len(words)} different words of 4 to 8 small letters, and phrases are made of at least 16")
+        fact = " ".join(rng.choice(words) for _ in range(4)) if i % 2 else f"{rng.randrange(10 ** 7):07}"
+        told = ids_of(f'\n\nRemember this: the {name} is "{fact}". I will ask for it later.\n\n')
+        end = ids_of(f'\n\nWhat is the {name}? The {name} is "') + ids_of(fact)[:-1]
+        room = length - len(first) - len(told) - len(end)
+        if room < _BEFORE + _AFTER or room > len(ids):
+            raise ValueError(f"{text}: a prompt of {length} tokens wants {room} of its {len(ids)}, and at least {_BEFORE + _AFTER}: give longer texts, "
+                             "or another --context")
+        at, where = rng.randrange(len(ids) - room + 1), rng.randrange(_BEFORE, room - _AFTER + 1)
+        yield text, [*first, *ids[at:at + where], *told, *ids[at + where:at + room], *end]
+
+
 def _load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     path, gguf = pathlib.Path(name), {}
     if path.suffix == ".gguf" and path.is_file():
@@ -173,6 +208,8 @@ def _arguments(args: Optional[list[str]]) -> argparse.Namespace:
     ap.add_argument("--out", required=True, metavar="FOLDER", help="where the files go; it must not hold recordings")
     ap.add_argument("--context", type=positive, default=2048, help="tokens that the model sees at once (default: 2048)")
     ap.add_argument("--tokens", type=positive, help="record at most so many (default: all that fill contexts)")
+    ap.add_argument("--asked", type=positive, metavar="N",
+                    help="record N prompts in which a fact is told amid the texts and asked for at the end")
     ap.add_argument("--layers", default="all", help="such as 0,9,19 (default: all)")
     ap.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: auto, a GPU if there is one)")
     ap.add_argument("--dtype", default="auto", choices=["auto", "bf16", "f32"], help="of the model (default: bf16 on a GPU, else f32)")
@@ -205,7 +242,10 @@ def _record(args: argparse.Namespace) -> int:
     dtype = args.dtype if args.dtype != "auto" else "f32" if torch.device(device).type == "cpu" else "bf16"
     tokenizer, model = _load(args.model, device, dtype)
     recorder = Recorder(model, args.layers)
-    pieces = list(contexts(tokenizer, args.text, args.context, args.tokens))
+    if args.asked and args.tokens:
+        raise ValueError("--tokens is of texts; --asked says how many prompts there are")
+    pieces = list(asked(tokenizer, args.text, args.context, args.asked) if args.asked else
+                  contexts(tokenizer, args.text, args.context, args.tokens))
     if not pieces:
         raise ValueError(f"no text fills a context of {args.context} tokens: give longer ones, or a smaller --context and --tokens")
     name, losses = pathlib.Path(args.model).stem or args.model, []
@@ -221,7 +261,8 @@ def _record(args: argparse.Namespace) -> int:
             bar.update(len(ids))
     loss = sum(losses) / len(losses)
     print(f"{out}: {len(pieces)} contexts of {args.context} tokens, {len(recorder.layers)} layers; next-token loss {loss:.3f} "
-          f"(perplexity {math.exp(min(loss, 99)):.2f}). Next: kvctl calib fit {out} set.safetensors")
+          f"(perplexity {math.exp(min(loss, 99)):.2f}). Next: kvctl calib fit "
+          + (f"RECORDED SET --codec tc2 --sensitive 1=int4 --asked {out}" if args.asked else f"{out} set.safetensors"))
     return 0
 
 
