@@ -279,7 +279,7 @@ class Client(lib.OfProcess):
 
     layers: ids of the model's layers that hold KV, ascending. head_dim: 64, 80, 96, 112, 128, 192 or 256, or a
             pair for K and V: two of 64, 128 and 256, or (192, 128).
-    codec: one for K and V, or "k=int4,v=int2" for each its own. The CUDA backend has neither int4 nor pairs.
+    codec: one for K and V, or "k=int4,v=int2" for each its own. Layers that the set marks get their mark's, if it has more bits.
     rotation_set: "model@tag", "sha256:...", "hadamard", "random" or "identity"; None: what suits the codec. sink, recent:
     tokens kept in bf16; None: 64 and 256. windows: a sliding window for each layer, 0 where it sees all tokens; what lies
     behind the last w + 64 tokens is freed, and such a layer has no sink. sinks: attention sinks (gpt-oss's s_aux), [layers,
