@@ -33,6 +33,7 @@
 #include "daemon/session/leases.h"
 #include "daemon/session/memory.h"
 #include "daemon/session/pool.h"
+#include "daemon/session/room.h"
 #include "daemon/session/scrub.h"
 #include "daemon/session/session.h"
 #include "daemon/session/spare.h"
@@ -51,6 +52,7 @@ const struct kvd_part *const kvd_parts[] = {
     &kvd_part_tenants,   // who is charged
     &kvd_part_piecework, // what takes long
     &kvd_part_spare,     // what is kept free
+    &kvd_part_room,      // and made for who waits
     &kvd_part_leases,    // of prefixes
     &kvd_part_sessions,  // and their own leases
     &kvd_part_scrub,     // checksums of blocks

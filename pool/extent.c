@@ -225,7 +225,10 @@ static void extent_return(struct kvd_pool *pool, uint32_t x)
 {
     struct region_extent *e = &pool->extent[x];
     struct region_slab *s = &pool->slab[e->slab];
-    partial_remove(pool, s, x);
+    if (x + 1 == pool->shut)
+        pool->shut = 0;
+    else
+        partial_remove(pool, s, x);
     uint32_t slab = e->slab;
     s->extents--;
     pool->head->extents_granted--;
@@ -237,13 +240,41 @@ static void extent_return(struct kvd_pool *pool, uint32_t x)
     pool->head->free_extent = x;
 }
 
+void extent_shut(struct kvd_pool *pool, uint32_t x)
+{
+    struct region_slab *s = &pool->slab[pool->extent[x].slab];
+    if (pool->extent[x].used < s->slots)
+        partial_remove(pool, s, x);
+    pool->shut = x + 1;
+}
+
+void extent_open(struct kvd_pool *pool)
+{
+    if (!pool->shut)
+        return;
+    uint32_t x = pool->shut - 1;
+    struct region_slab *s = &pool->slab[pool->extent[x].slab];
+    pool->shut = 0;
+    if (pool->extent[x].used < s->slots)
+        partial_add(pool, s, x);
+}
+
+// Pages that a slab can give.
+static uint64_t slab_free(const struct kvd_pool *pool, uint32_t slab)
+{
+    const struct region_slab *s = &pool->slab[slab];
+    const struct region_extent *shut = pool->shut ? &pool->extent[pool->shut - 1] : NULL;
+    return (uint64_t)s->extents * s->slots - s->used -
+           (shut && shut->slab == slab ? s->slots - shut->used : 0);
+}
+
 int slab_provide(struct kvd_pool *pool, uint32_t ns, uint32_t layout, uint32_t plane, uint32_t kind,
                  uint32_t pages, const uint32_t parts[KVD_POOL_PARTS])
 {
     uint32_t x = slab_make(pool, ns, layout, plane, kind);
     const struct region_slab *s = &pool->slab[x];
     uint32_t n = pages + parts_lack(s, parts);
-    while ((uint64_t)s->extents * s->slots - s->used < n) {
+    while (slab_free(pool, x) < n) {
         int rc = extent_grant(pool, x, false);
         // The device has no more, or no descriptor is left for it, but the pool may hold some idle.
         if ((rc == KVD_E_FULL || rc == KVD_E_LIMIT) && extent_grant(pool, x, true) == KVD_OK)
@@ -287,7 +318,7 @@ static void slot_give(struct kvd_pool *pool, struct region_slab *s, uint32_t pag
     uint32_t x = page / pool->head->slots, stride = slab_stride(s);
     struct region_extent *e = &pool->extent[x];
     uint32_t slot = page % pool->head->slots / stride;
-    if (e->used-- == s->slots)
+    if (e->used-- == s->slots && x + 1 != pool->shut)
         partial_add(pool, s, x);
     pool->page[x * pool->head->slots + slot * stride].next = e->free_slot;
     e->free_slot = slot;

@@ -55,16 +55,18 @@ uint32_t blocks_evict_many(struct kvd_pool *pool, uint32_t ns, uint32_t n,
     return n;
 }
 
-uint32_t blocks_cut(struct kvd_pool *pool, uint32_t ns, const uint8_t *cut,
-                    enum kvd_prefix_reason reason)
+bool blocks_cut(struct kvd_pool *pool, uint32_t ns, const bool *cut, uint32_t n,
+                struct kvd_prefix_cursor *at, uint32_t *most, enum kvd_prefix_reason reason,
+                uint64_t *gone)
 {
     struct kept *k = begin(pool, ns);
     struct removal m = {pool, ns, 0};
     if (!k)
-        return 0;
-    uint32_t n = kvd_prefix_cut(k->ix, cut, reason, (uint32_t)time(NULL), removed, &m);
+        return true;
+    bool all = kvd_prefix_cut(k->ix, cut, n, at, most, reason, (uint32_t)time(NULL), removed, &m);
     done(pool, ns);
-    return n;
+    *gone += m.gone;
+    return all;
 }
 
 // The namespace whose index has most bytes of pages, but less than *below, or as many and a higher

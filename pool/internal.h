@@ -234,6 +234,11 @@ struct kvd_pool {
     struct blocks_room *blocks_room; // what blocks.c works in; NULL: not wanted yet
     bool notes_new;                  // blocks that get pages are noted
     bool opening;                    // indices hold nothing yet
+    struct vacate *vacate;           // the emptying of an extent that is under way, or NULL
+    uint32_t vacated_of;             // whose blocks; KVD_POOL_NONE: its index has gone meanwhile
+    uint32_t shut;                   // the extent of which no pages are given out, + 1; 0: none
+    uint64_t vacates;                // that have begun
+    bool vacated;                    // with the latest that has ended, blocks have gone
     struct region_head *head;
     struct region_journal *journal;
     struct region_namespace *ns;
@@ -339,6 +344,10 @@ uint32_t parts_used(const struct kvd_pool *pool, uint32_t first);
 void parts_relist(struct kvd_pool *pool, struct region_slab *s, uint32_t first);
 
 // -- extent.c: slabs, extents, pages ------------------------------------------------------------
+// No pages of an extent are given out any more, until it is opened again or has none in use and is
+// returned. One at a time.
+void extent_shut(struct kvd_pool *pool, uint32_t x);
+void extent_open(struct kvd_pool *pool);
 // The slab of a place, or KVD_POOL_NONE.
 uint32_t slab_find(const struct kvd_pool *pool, uint32_t ns, uint32_t layout, uint32_t plane,
                    uint32_t kind);
@@ -491,9 +500,10 @@ bool blocks_evict(struct kvd_pool *pool, uint32_t ns, enum kvd_prefix_reason rea
 // Removes up to n. Returns how many went.
 uint32_t blocks_evict_many(struct kvd_pool *pool, uint32_t ns, uint32_t n,
                            enum kvd_prefix_reason reason);
-// Removes those of the namespace's entries for which `cut` is true: as kvd_prefix_cut.
-uint32_t blocks_cut(struct kvd_pool *pool, uint32_t ns, const uint8_t *cut,
-                    enum kvd_prefix_reason reason);
+// Removes those of the namespace's entries for which `cut` is true: as kvd_prefix_cut. *gone grows.
+bool blocks_cut(struct kvd_pool *pool, uint32_t ns, const bool *cut, uint32_t n,
+                struct kvd_prefix_cursor *at, uint32_t *most, enum kvd_prefix_reason reason,
+                uint64_t *gone);
 // Goes on removing the blocks of namespace c->ns that nobody holds, those of a layout or all; looks
 // at most at *n entries, which it counts down. True: it has looked at all.
 bool blocks_clear(struct kvd_pool *pool, struct kvd_pool_clearing *c, uint32_t *n);
@@ -509,10 +519,18 @@ bool evict_for_room(struct kvd_pool *pool, uint32_t ns, uint64_t bytes);
 uint32_t giver_of_room(const struct kvd_pool *pool, uint32_t ns, uint64_t bytes);
 
 // -- vacate.c: emptying an extent ---------------------------------------------------------------
-// For what a namespace needs: evicts the blocks of an extent that has nothing else, of the one with
-// which fewest blocks go, and of no other namespace than evict_for_room would take from first: who
-// has little does not give because who has much has no such extent. False: there is none.
+// For what a namespace needs: begins to evict the blocks of an extent that has nothing else, of the
+// one with which fewest blocks go, and of no other namespace than evict_for_room would take from
+// first: who has little does not give because who has much has no such extent. Returns its number,
+// or that of the one that is under way; 0: there is nobody to give one.
+uint64_t vacate_begin(struct kvd_pool *pool, uint32_t ns, uint64_t bytes);
+enum vacated { VACATE_RUNS, VACATE_SOME, VACATE_NOTHING };
+// What became of one: whether blocks have gone.
+enum vacated vacate_result(const struct kvd_pool *pool, uint64_t number);
+// All of it at once. False: nothing has gone.
 bool vacate_for_room(struct kvd_pool *pool, uint32_t ns, uint64_t bytes);
+// Gives up one that is under way.
+void vacate_drop(struct kvd_pool *pool);
 
 // -- shares.c -----------------------------------------------------------------------------------
 enum share { SHARE_SEQUENCES, SHARE_BLOCKS };

@@ -137,6 +137,8 @@ int kept_open(struct kvd_pool *pool, uint32_t ns, struct kept **out, struct kvd_
 void kept_close(struct kvd_pool *pool, uint32_t ns)
 {
     bool durable = pool->kept && pool->kept[ns] && pool->kept[ns]->fd >= 0;
+    if (pool->vacated_of == ns)
+        pool->vacated_of = KVD_POOL_NONE;
     if (pool->kept)
         kept_unmap(&pool->kept[ns]);
     if (durable)

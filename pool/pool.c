@@ -127,6 +127,7 @@ void kvd_pool_leave(struct kvd_pool **poolp)
     struct kvd_pool *pool = KVD_TAKE(*poolp);
     if (!pool)
         return;
+    vacate_drop(pool);
     for (uint32_t i = 0; pool->kept && i < pool->head->max_namespaces; i++)
         kept_leave(pool, i);
     free(pool->kept);

@@ -365,6 +365,34 @@ struct kvd_pool_append {
     uint32_t n_changes;
 };
 
+static inline void kvd_pool_need_add(struct kvd_pool_need *sum, const struct kvd_pool_need *n)
+{
+    for (int p = 0; p < KVD_MAX_PLANES; p++) {
+        for (int k = 0; k < KVD_POOL_KINDS; k++)
+            sum->pages[p][k] += n->pages[p][k];
+        for (int i = 0; i < KVD_POOL_PARTS; i++)
+            sum->parts[p][i] += n->parts[p][i];
+    }
+    sum->blocks += n->blocks;
+    sum->bytes += n->bytes;
+}
+
+// Where making room in steps is; zeros begin it.
+struct kvd_pool_room {
+    uint32_t evicted, most; // one by one, before an extent is emptied
+    uint64_t vacate;        // that it waits for; 0: none
+};
+
+// Makes room ahead of what takes it, by eviction too, for a matter of some hundred microseconds.
+// True: what is needed can be taken, or nothing more can be done for it; whoever takes it (
+// kvd_pool_append_begin and others, which make room themselves, all at once) will see. False: it is
+// to be called again, when kvd_pool_vacate_step has no more to do.
+bool kvd_pool_room_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout,
+                        const struct kvd_pool_need *need, struct kvd_pool_room *at);
+// Goes on emptying an extent for those who wait for room: looks at about so many blocks of an
+// index, which changes meanwhile as it may. False: there is no more to do.
+bool kvd_pool_vacate_step(struct kvd_pool *pool, uint32_t blocks);
+
 // What kvd_pool_append_begin would take, without taking or evicting anything. The same errors but
 // for those of room.
 int kvd_pool_append_need(const struct kvd_pool *pool, const struct kvd_pool_append_request *by,

@@ -524,18 +524,31 @@ uint32_t kvd_prefix_remove_entries(struct kvd_prefix *ix, uint32_t *entries, uin
     return gone;
 }
 
-uint32_t kvd_prefix_cut(struct kvd_prefix *ix, const uint8_t *cut, enum kvd_prefix_reason reason,
-                        uint32_t now, kvd_prefix_removed_fn *fn, void *ctx)
+// The next entry that a cursor is to look at.
+static uint32_t cursor_on(struct kvd_prefix_cursor *at)
 {
-    uint32_t gone = 0;
-    for (uint32_t i = 0; i < ix->head->ever; i++)
-        for (uint32_t at = i, parent; at != KVD_PREFIX_NONE && cut[at] && ix->entry[at].used &&
-                                      is_loose_leaf(&ix->entry[at]);
-             at = parent, gone++) {
-            parent = ix->entry[at].parent;
-            entry_remove(ix, at, reason, now, fn, ctx);
-        }
-    return gone;
+    uint32_t i = at->path ? at->path - 1 : at->next++;
+    at->path = 0;
+    return i;
+}
+
+bool kvd_prefix_cut(struct kvd_prefix *ix, const bool *cut, uint32_t n,
+                    struct kvd_prefix_cursor *at, uint32_t *most, enum kvd_prefix_reason reason,
+                    uint32_t now, kvd_prefix_removed_fn *fn, void *ctx)
+{
+    while (at->path || at->next < n) {
+        if (*most == 0)
+            return false;
+        --*most;
+        uint32_t i = cursor_on(at);
+        const struct prefix_entry *e = &ix->entry[i];
+        if (!cut[i] || !e->used || !is_loose_leaf(e) || e->lease > now)
+            continue;
+        if (e->parent < n)
+            at->path = e->parent + 1;
+        entry_remove(ix, i, reason, now, fn, ctx);
+    }
+    return true;
 }
 
 bool kvd_prefix_clear(struct kvd_prefix *ix, uint32_t domain, struct kvd_prefix_cursor *at,
@@ -546,9 +559,8 @@ bool kvd_prefix_clear(struct kvd_prefix *ix, uint32_t domain, struct kvd_prefix_
         if (*most == 0)
             return false;
         --*most;
-        uint32_t i = at->path ? at->path - 1 : at->next++;
+        uint32_t i = cursor_on(at);
         const struct prefix_entry *e = &ix->entry[i];
-        at->path = 0;
         if (!e->used || !is_loose_leaf(e) || (domain != KVD_PREFIX_NONE && e->domain != domain))
             continue;
         if (e->parent != KVD_PREFIX_NONE)

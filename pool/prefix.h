@@ -196,16 +196,17 @@ uint32_t kvd_prefix_remove_entries(struct kvd_prefix *ix, uint32_t *entries, uin
 // Returns how many went.
 uint32_t kvd_prefix_remove(struct kvd_prefix *ix, uint32_t entry, enum kvd_prefix_reason reason,
                            uint32_t now, kvd_prefix_removed_fn *fn, void *ctx);
-// Removes all entries for which `cut` is true, by number below kvd_prefix_info's `ever`; whatever
-// is behind one of them is to be among them. What is held stays, and what is before it. Returns how
-// many went.
-uint32_t kvd_prefix_cut(struct kvd_prefix *ix, const uint8_t *cut, enum kvd_prefix_reason reason,
-                        uint32_t now, kvd_prefix_removed_fn *fn, void *ctx);
-// Where a clearing is; zeros begin one.
+// Where a clearing or a cut is; zeros begin one.
 struct kvd_prefix_cursor {
     uint32_t next; // the entry that is looked at next,
     uint32_t path; // after this one and those before it on its path: + 1, 0: none
 };
+// Goes on removing the entries below n for which `cut` is true; whatever is behind one of them is
+// to be among them. What is held or leased stays, and what is before it. Looks at most at *most
+// entries, which it counts down. True: it has looked at all.
+bool kvd_prefix_cut(struct kvd_prefix *ix, const bool *cut, uint32_t n,
+                    struct kvd_prefix_cursor *at, uint32_t *most, enum kvd_prefix_reason reason,
+                    uint32_t now, kvd_prefix_removed_fn *fn, void *ctx);
 // Goes on removing all blocks of a domain (KVD_PREFIX_NONE: of all) that nobody holds; leases do
 // not count. Looks at most at *most entries, which it counts down. True: it has looked at all.
 bool kvd_prefix_clear(struct kvd_prefix *ix, uint32_t domain, struct kvd_prefix_cursor *at,

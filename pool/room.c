@@ -67,17 +67,15 @@ uint32_t need_pages(const struct kvd_pool_need *need)
     return n;
 }
 
-enum { FEW = 32 };
-
-// What was evicted one by one, and how much of that before an extent is emptied.
-struct efforts {
-    uint32_t evicted, most;
+enum {
+    FEW = 32,
+    STEP = 128, // evictions of a step
 };
 
 // What goes first is of use where it leaves a page of the very kind that is wanted. If that is not
 // so after some, an extent is wanted.
 static bool make_some(struct kvd_pool *pool, uint32_t ns, const struct kvd_pool_need *need,
-                      struct efforts *e)
+                      struct kvd_pool_room *e)
 {
     if (e->evicted >= e->most) {
         if (vacate_for_room(pool, ns, need->bytes))
@@ -92,7 +90,7 @@ int room_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout, const struct 
               struct kvd_error *err)
 {
     const struct region_namespace *n = &pool->ns[ns];
-    struct efforts e = {.most = FEW + 2 * need_pages(need)};
+    struct kvd_pool_room e = {.most = FEW + 2 * need_pages(need)};
     int rc = need->blocks ? share_take(pool, ns, SHARE_BLOCKS, need->blocks, err) : KVD_OK;
     if (rc)
         return rc;
@@ -110,6 +108,47 @@ int room_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout, const struct 
     rc = rc == KVD_E_FULL && borrows ? refuse_quota(n, err) : refuse(pool, rc, err);
     room_settle(pool, ns, layout, need);
     return rc;
+}
+
+// The same as make_some, in steps: VACATE_RUNS says that one is under way that may give room.
+static enum vacated make_some_later(struct kvd_pool *pool, uint32_t ns,
+                                    const struct kvd_pool_need *need, struct kvd_pool_room *e)
+{
+    if (e->evicted >= e->most) {
+        if (!e->vacate)
+            e->vacate = vacate_begin(pool, ns, need->bytes);
+        enum vacated result = e->vacate ? vacate_result(pool, e->vacate) : VACATE_NOTHING;
+        if (result == VACATE_RUNS)
+            return result;
+        e->vacate = 0;
+        if (result == VACATE_SOME)
+            return result;
+        e->most = 2 * e->evicted + FEW;
+    }
+    e->evicted++;
+    return evict_for_room(pool, ns, need->bytes) ? VACATE_SOME : VACATE_NOTHING;
+}
+
+bool kvd_pool_room_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout,
+                        const struct kvd_pool_need *need, struct kvd_pool_room *at)
+{
+    const struct region_namespace *n = &pool->ns[ns];
+    uint32_t left = STEP;
+    int rc = KVD_OK;
+    if (!at->most)
+        at->most = FEW + 2 * need_pages(need);
+    while (n->quota && n->used + need->bytes > n->quota + n->borrow) {
+        if (!left--)
+            return false;
+        if (!evict_something(pool, ns, KVD_PREFIX_EVICTED_QUOTA, NULL))
+            return true;
+    }
+    enum vacated result = VACATE_SOME;
+    while (result == VACATE_SOME &&
+           ((rc = provide(pool, ns, layout, need)) == KVD_E_FULL || rc == KVD_E_LIMIT))
+        result = left-- ? make_some_later(pool, ns, need, at) : VACATE_RUNS;
+    room_settle(pool, ns, layout, need);
+    return result != VACATE_RUNS;
 }
 
 void room_settle(struct kvd_pool *pool, uint32_t ns, uint32_t layout,

@@ -48,6 +48,7 @@ struct kvd_rpc;
 struct kvd_scrub;
 struct kvd_tls;
 struct kvd_session;
+struct kvd_rooms;
 struct kvd_spare;
 struct kvd_steps;
 struct kvd_tiers;
@@ -87,6 +88,7 @@ struct kvd_daemon {
     struct kvd_pool *pool;
     struct kvd_evictable *evictable;
     struct kvd_spare *spare;
+    struct kvd_rooms *rooms;
     struct kvd_scrub *scrub;
     struct kvd_rotation *rotations[KVD_MAX_LAYOUTS][KVD_MAX_PLANES]; // by the pool's layouts
     int rotation_fds[KVD_MAX_LAYOUTS][KVD_MAX_PLANES]; // the same for workers; -1: none

@@ -19,8 +19,11 @@ struct kvd_op {
     // sequence is pinned yet, and nothing else has changed: an error is the answer.
     int (*check)(struct kvd_work *w, struct kvd_session *s, const void *request,
                  struct kvd_error *err);
-    // Loop thread, at its turn: takes pages and notes addresses and lengths. What was taken before
-    // an error is given back by `conclude`. NULL: nothing is wanted.
+    // Loop thread, at its turn: makes room for what `prepare` will take, by kvd_room_make. False:
+    // it has to wait, and is asked again. NULL: it takes little.
+    bool (*room)(struct kvd_daemon *d, struct kvd_work *w);
+    // Loop thread, when there is room: takes pages and notes addresses and lengths. What was taken
+    // before an error is given back by `conclude`. NULL: nothing is wanted.
     int (*prepare)(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err);
     // Executor thread, in this order; ends with NULL. `run` itself is NULL where no kernel runs:
     // such a work is answered right after `prepare`.
@@ -142,6 +145,7 @@ int kvd_op_note_copies(struct kvd_daemon *d, struct kvd_work *w, const struct kv
 kvd_op_phase kvd_op_copy_pages;
 
 // -- op_append.c, for Step too ------------------------------------------------------------------
+bool kvd_op_append_room(struct kvd_daemon *d, struct kvd_work *w);
 int kvd_op_append_prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err);
 kvd_op_phase kvd_op_look_for_nonfinite, kvd_op_append_demote, kvd_op_append_store;
 void kvd_op_append_conclude(struct kvd_daemon *d, struct kvd_work *w, bool commit);

@@ -32,16 +32,36 @@ static int check(struct kvd_work *w, struct kvd_session *s, const void *request,
 
 // -- pages --------------------------------------------------------------------------------------
 
+static struct kvd_pool_append_request request_of(const struct kvd_work *w, uint32_t i)
+{
+    const struct kvd_work_item *item = &w->items[i];
+    return (struct kvd_pool_append_request){.seq = item->seq,
+                                            .position = item->position,
+                                            .tokens = item->tokens,
+                                            .layer_begin = w->layer_begin,
+                                            .layer_count = w->layer_count,
+                                            .appender = w->appender,
+                                            .request = item->request};
+}
+
+// What is wrong with an item is told by `begin`.
+bool kvd_op_append_room(struct kvd_daemon *d, struct kvd_work *w)
+{
+    struct kvd_pool_need need = {0};
+    for (uint32_t i = 0; i < w->n_items; i++) {
+        const struct kvd_pool_append_request by = request_of(w, i);
+        struct kvd_pool_need of_item;
+        if (kvd_pool_append_need(d->pool, &by, &of_item, NULL))
+            return true;
+        kvd_pool_need_add(&need, &of_item);
+    }
+    return kvd_room_make(d, &w->room, w->waiter.ns, w->layout, &need);
+}
+
 static int begin(struct kvd_daemon *d, struct kvd_work *w, uint32_t i, struct kvd_error *err)
 {
     struct kvd_work_item *item = &w->items[i];
-    struct kvd_pool_append_request by = {.seq = item->seq,
-                                         .position = item->position,
-                                         .tokens = item->tokens,
-                                         .layer_begin = w->layer_begin,
-                                         .layer_count = w->layer_count,
-                                         .appender = w->appender,
-                                         .request = item->request};
+    const struct kvd_pool_append_request by = request_of(w, i);
     int rc = kvd_pool_append_begin(d->pool, &by, &item->append, err);
     if (rc)
         return kvd_fail_in(err, "items[%u]", i);
@@ -206,6 +226,7 @@ const struct kvd_op kvd_op_append = {.id = KVD_OP_APPEND,
                                      .least_items = 1,
                                      .most_items = KVD_MAX_CALL_ITEMS,
                                      .check = check,
+                                     .room = kvd_op_append_room,
                                      .prepare = kvd_op_append_prepare,
                                      .run = run,
                                      .conclude = kvd_op_append_conclude,

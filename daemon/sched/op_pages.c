@@ -175,17 +175,46 @@ static int begin_put(struct kvd_daemon *d, struct kvd_work *w, uint32_t i, struc
     return rc ? rc : kvd_op_note_pages(d, w, item, err);
 }
 
+// What is to be done with each page: those that are there already are not wanted.
+static void find_wanted(struct kvd_daemon *d, const struct kvd_work *w, bool use,
+                        uint8_t wanted[KVD_MAX_CALL_PAGES])
+{
+    const struct kvd_work_pages *p = w->pages;
+    uint32_t entries[2][KVD_MAX_CALL_PAGES];
+    uint8_t there[KVD_MAX_CALL_PAGES];
+    find(d, w, use, there, entries);
+    for (uint32_t i = 0; i < p->n; i++)
+        wanted[i] = there[i] < p->kinds[i] ? p->kinds[i] : KVD_PAGE_MISSING;
+}
+
+static bool room_put(struct kvd_daemon *d, struct kvd_work *w)
+{
+    const struct kvd_work_pages *p = w->pages;
+    uint8_t wanted[KVD_MAX_CALL_PAGES];
+    find_wanted(d, w, false, wanted);
+    for (int space = 0; space < 2; space++) {
+        uint32_t n = 0, layout = p->spaces[space].layout;
+        struct kvd_pool_need need = {0};
+        for (uint32_t i = 0; i < p->n; i++)
+            n += wanted[i] == (space == EXACT ? KVD_PAGE_EXACT : KVD_PAGE_ENCODED);
+        for (uint32_t k = 0; n && k < p->shapes[space]->n_planes; k++) {
+            need.pages[k][KVD_POOL_CODEC] = n;
+            need.bytes += n * kvd_pool_page_bytes(d->pool, layout, k, KVD_POOL_CODEC);
+        }
+        if (n && !kvd_room_make(d, &w->room, p->spaces[space].ns, layout, &need))
+            return false;
+    }
+    return true;
+}
+
 static int prepare_put(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
 {
     struct kvd_work_pages *p = w->pages;
-    uint32_t entries[2][KVD_MAX_CALL_PAGES];
-    uint8_t there[KVD_MAX_CALL_PAGES], wanted[KVD_MAX_CALL_PAGES];
-    find(d, w, true, there, entries);
-    for (uint32_t i = 0; i < p->n; i++) {
-        wanted[i] = there[i] < p->kinds[i] ? p->kinds[i] : KVD_PAGE_MISSING;
+    uint8_t wanted[KVD_MAX_CALL_PAGES];
+    find_wanted(d, w, true, wanted);
+    for (uint32_t i = 0; i < p->n; i++)
         if (!wanted[i])
             kvd_page_count_of(d, w->waiter.ns)->known++;
-    }
     int rc = make_items(w, wanted, err);
     for (uint32_t i = 0; i < w->n_items && rc == KVD_OK; i++)
         rc = begin_put(d, w, i, err);
@@ -319,6 +348,7 @@ const struct kvd_op kvd_op_put = {.id = KVD_OP_PUT,
                                   .least_items = 1,
                                   .most_items = 1,
                                   .check = check_put,
+                                  .room = room_put,
                                   .prepare = prepare_put,
                                   .run = run_put,
                                   .conclude = conclude_put,

@@ -117,6 +117,7 @@ static void leave(struct kvd_daemon *d, struct kvd_work *w)
 {
     kvd_fences_forget(d, &w->parked);
     kvd_queue_forget(d, &w->waiter);
+    kvd_room_forget(d, &w->room);
     if (w->listed)
         DL_DELETE2(d->works, w, previous, next);
     w->listed = false;
@@ -170,7 +171,8 @@ static bool is_answered(const struct kvd_work *w)
     return (!w->op->run || (w->op->copies_only && !w->n_copies)) && !w->n_checks;
 }
 
-// Takes its pages and hands it to the executor. Only the line calls this.
+// Takes its pages and hands it to the executor. Where room has to be made first, it waits for that,
+// and those behind it that use its sequences wait for it.
 static void start(struct kvd_daemon *d, struct kvd_waiter *waiter)
 {
     struct kvd_work *w = of_waiter(waiter);
@@ -180,6 +182,10 @@ static void start(struct kvd_daemon *d, struct kvd_waiter *waiter)
                  "the deadline passed while the call was waiting, as %u others do",
                  kvd_queue_waiting(d));
         fail(d, w, &err);
+        return;
+    }
+    if (w->op->room && !w->op->room(d, w)) {
+        lock(d, w, true);
         return;
     }
     int rc = w->op->prepare ? w->op->prepare(d, w, &err) : KVD_OK;
@@ -203,9 +209,24 @@ static void start(struct kvd_daemon *d, struct kvd_waiter *waiter)
     kvd_exec_submit(d, &w->job);
 }
 
+static void on_room(struct kvd_daemon *d, struct kvd_room *room)
+{
+    struct kvd_work *w = (struct kvd_work *)((uint8_t *)room - offsetof(struct kvd_work, room));
+    uint32_t ns = w->waiter.ns;
+    lock(d, w, false);
+    start(d, &w->waiter);
+    kvd_queue_kick(d, ns); // it may have failed, or have been answered
+}
+
+// Whether the executor has it.
+static bool runs(const struct kvd_work *w)
+{
+    return w->waiter.in_flight && !w->room.waits;
+}
+
 static void cancel(struct kvd_daemon *d, struct kvd_work *w, const struct kvd_error *why)
 {
-    if (!w->waiter.in_flight) {
+    if (!runs(w)) {
         uint32_t ns = w->waiter.ns;
         fail(d, w, why);
         kvd_queue_kick(d, ns); // it may have been the first in line
@@ -243,6 +264,7 @@ void kvd_work_queue(struct kvd_daemon *d, struct kvd_work *w)
     DL_APPEND2(d->works, w, previous, next);
     w->listed = true;
     w->parked.passed = on_passed;
+    w->room.again = on_room;
     if (w->parked.fence.word && !kvd_fence_passed(&w->parked.fence))
         kvd_fences_park(d, &w->parked);
     else
@@ -269,12 +291,13 @@ static void cancel_all(struct kvd_daemon *d, const struct kvd_session *s)
     {
         if (s && w->waiter.session != s->id)
             continue;
-        if (w->waiter.in_flight) {
+        if (runs(w)) {
             cancel(d, w, &err);
             continue;
         }
         kvd_fences_forget(d, &w->parked);
         kvd_queue_forget(d, &w->waiter);
+        kvd_room_forget(d, &w->room);
         DL_DELETE2(d->works, w, previous, next);
         w->listed = false;
         LL_PREPEND(gone, w);

@@ -17,6 +17,7 @@
 #include "daemon/sched/exec.h"
 #include "daemon/sched/fences.h"
 #include "daemon/sched/queue.h"
+#include "daemon/session/room.h"
 #include "daemon/session/session.h"
 #include "kvd.pb-c.h"
 #include "pool/blocks.h"
@@ -82,6 +83,7 @@ struct kvd_work {
     struct kvd_job job;
     struct kvd_waiter waiter;         // in the line of its session
     struct kvd_parked parked;         // at its fence, before that
+    struct kvd_room room;             // at its turn, until there is some
     struct kvd_work *previous, *next; // among all
     const struct kvd_op *op;
     bool listed;

@@ -16,6 +16,7 @@
 
 #include "daemon/core/lifecycle.h"
 #include "daemon/sched/upload.h"
+#include "daemon/session/room.h"
 #include "daemon/service/layout.h"
 
 enum {
@@ -76,6 +77,7 @@ struct kvd_restore {
     struct kvd_blocks_at at; // behind which the next one comes
     uint32_t *held, n_held;  // of pages: entries of those that are back
     struct kvd_upload *upload;
+    struct kvd_room room; // for the next one to be sent
     struct kvd_fair_flow flow;
     struct kvd_restore *prev, *next_one;
 };
@@ -149,6 +151,7 @@ static void stop_running(struct kvd_restore *r, enum state state)
         all->of_namespace[r->ask.space.ns]--;
     }
     r->state = state;
+    kvd_room_forget(r->d, &r->room);
     DL_FOREACH2(all->all, other, next_one)
     {
         if (other->state == FOLLOWS)
@@ -538,6 +541,32 @@ static void moved(void *ctx, bool ended, int rc)
         leave(r);
 }
 
+// For the next block. False: it has to wait.
+static bool make_room(struct kvd_restore *r, const struct slot *s)
+{
+    struct kvd_pool_need need = {0};
+    uint32_t layout = r->ask.space.layout;
+    if (r->room.waits)
+        return false;
+    for (uint32_t p = 0; p < r->planes; p++) {
+        enum kvd_pool_kind kind = kvd_blocks_kind(r->layout, p, r->sent);
+        if (!(s->planes & 1u << p))
+            continue;
+        need.pages[p][kind]++;
+        need.bytes += kvd_pool_page_bytes(r->d->pool, layout, p, kind);
+    }
+    return kvd_room_make(r->d, &r->room, r->ask.space.ns, layout, &need);
+}
+
+static void on_room(struct kvd_daemon *d, struct kvd_room *room)
+{
+    struct kvd_restore *r =
+        (struct kvd_restore *)((uint8_t *)room - offsetof(struct kvd_restore, room));
+    (void)d;
+    if (r->state == FETCHES)
+        pump(r);
+}
+
 // Takes pages for the next block that is here, and has it copied. False: there is none, or no room.
 static bool send_next(struct kvd_restore *r)
 {
@@ -546,6 +575,8 @@ static bool send_next(struct kvd_restore *r)
     uint32_t n = 0;
     if (r->sent >= KVD_MIN(r->next, r->to) || s->left || !kvd_upload_has_room(r->upload))
         return false;
+    if (!make_room(r, s))
+        return false; // for now
     if (kvd_blocks_new_pages(r->d->pool, &r->ask.space, &r->ask.keys[r->sent], r->sent, s->planes,
                              &s->load, NULL)) {
         r->to = r->sent;
@@ -664,6 +695,7 @@ struct kvd_restore *kvd_restore_begin(struct kvd_daemon *d, const struct kvd_res
     r->ctx = ctx;
     r->layout = kvd_pool_layout_get(d->pool, ask->space.layout);
     r->planes = r->layout->n_planes;
+    r->room.again = on_room;
     kvd_layout_digest_bytes(r->layout, r->digest);
     r->until_ms = kvd_now_ms(d) + (ask->ms ? ask->ms : d->config.tier_timeout_ms);
     if (!all->all)

@@ -1,14 +1,18 @@
-// Pool: page allocate/free pairs a second, and metadata of a million live pages. usage: bench_pool
+// Pool: page allocate/free pairs a second, metadata of a million live pages, and what it takes to
+// empty an extent among a million blocks of prompts, all at once and in steps. usage: bench_pool
 // [MILLIONS]
 #include <errno.h>
 #include <time.h>
 
+#include "pool/blocks.h"
 #include "tests/unit/pool_fixture.h"
+#include "tests/unit/random.h"
 
+// Of this thread: what else runs on the machine is left out.
 static double now(void)
 {
     struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &ts);
     return (double)ts.tv_sec + (double)ts.tv_nsec * 1e-9;
 }
 
@@ -21,6 +25,115 @@ static long resident(void)
     if (f)
         fclose(f);
     return pages * 4096;
+}
+
+// -- emptying an extent -------------------------------------------------------------------------
+
+enum { PROMPT = 32, AT_ONCE = 8 };
+
+struct crowd {
+    struct kvd_pool *pool;
+    struct kvd_blocks_space space;
+    uint32_t ns, layout; // of others
+    uint64_t rng;
+};
+
+static void must(int rc, const struct kvd_error *err)
+{
+    if (!rc)
+        return;
+    fprintf(stderr, "%s\n", err->text);
+    exit(1);
+}
+
+// Eight prompts at once, so that blocks of each lie among those of the others.
+static void more_prompts(struct crowd *c)
+{
+    struct kvd_error err = {0};
+    struct kvd_prefix_key keys[PROMPT];
+    uint64_t seq[AT_ONCE];
+    for (int w = 0; w < AT_ONCE; w++)
+        must(kvd_pool_seq_new(c->pool, c->space.ns, c->space.layout, &seq[w], &err), &err);
+    for (int i = 0; i < AT_ONCE * PROMPT; i++) {
+        struct kvd_pool_append a;
+        struct kvd_pool_append_request by = {.seq = seq[i % AT_ONCE],
+                                             .position = (uint64_t)(i / AT_ONCE) * KVD_PAGE_TOKENS,
+                                             .tokens = KVD_PAGE_TOKENS,
+                                             .layer_count = 1};
+        must(kvd_pool_append_begin(c->pool, &by, &a, &err), &err);
+        kvd_pool_append_commit(c->pool, &a);
+    }
+    for (int w = 0; w < AT_ONCE; w++) {
+        struct kvd_blocks_published out;
+        for (int i = 0; i < PROMPT; i++)
+            keys[i] =
+                (struct kvd_prefix_key){{kvd_rand(&c->rng), kvd_rand(&c->rng), kvd_rand(&c->rng)}};
+        must(kvd_blocks_publish(c->pool, &c->space, seq[w], keys, PROMPT, false, &out, &err), &err);
+        kvd_pool_seq_release(c->pool, seq[w]);
+    }
+}
+
+static void crowd_new(struct crowd *c, const struct kvd_pool_mem_ops *ops, uint32_t blocks)
+{
+    const uint64_t small[][KVD_POOL_KINDS] = {{16384, 16384}},
+                   large[][KVD_POOL_KINDS] = {{32768, 32768}};
+    struct kvd_error err = {0};
+    struct kvd_pool_config config = {.bytes = kvd_round_up((uint64_t)blocks << 14, 16 << 20),
+                                     .extent_bytes = 16 << 20,
+                                     .max_sequences = 1024,
+                                     .max_namespaces = 4,
+                                     .max_layouts = 4};
+    struct kvd_layout plain = test_layout(1, 0, 0), two = test_layout(2, 0, 0);
+    *c = (struct crowd){.pool = kvd_pool_new(&config, ops, &err), .rng = 88172645463325252ull};
+    must(!c->pool, &err);
+    must(kvd_pool_namespace(c->pool, "bench", &c->space.ns, &err), &err);
+    must(kvd_pool_namespace(c->pool, "others", &c->ns, &err), &err);
+    must(kvd_pool_layout(c->pool, c->space.ns, &plain, small, &c->space.layout, &recycled, &err),
+         &err);
+    must(kvd_pool_layout(c->pool, c->ns, &two, large, &c->layout, &recycled, &err), &err);
+    must(kvd_prefix_domain_digest("bench", (const uint8_t[32]){0}, NULL, 0, c->space.domain, &err),
+         &err);
+    for (uint32_t n = 0; n < blocks + blocks / 8; n += AT_ONCE * PROMPT)
+        more_prompts(c);
+}
+
+static void bench_vacate(const struct kvd_pool_mem_ops *ops, uint32_t blocks)
+{
+    enum { LOOKS = 1024 }; // as the daemon's, between looks at the clock
+    struct crowd c;
+    struct kvd_error err = {0};
+    uint32_t page, steps = 0;
+    crowd_new(&c, ops, blocks);
+    double t = now();
+    must(kvd_pool_page_alloc(c.pool, c.ns, c.layout, 0, KVD_POOL_CODEC, &page, &err), &err);
+    printf("an extent emptied among %u blocks, all at once      %7.2f ms\n", blocks,
+           (now() - t) * 1e3);
+    kvd_pool_free(&c.pool);
+    // In steps, while prompts go on: one for each ten steps.
+    crowd_new(&c, ops, blocks);
+    const struct kvd_pool_need need = {.pages = {{0, 1}}, .bytes = 32768};
+    struct kvd_pool_room room = {0};
+    double longest = 0, all = 0, asking = 0;
+    bool there, more = true;
+    do {
+        t = now();
+        there = kvd_pool_room_make(c.pool, c.ns, c.layout, &need, &room);
+        asking = KVD_MAX(asking, now() - t);
+        for (more = !there; more; steps++) {
+            t = now();
+            more = kvd_pool_vacate_step(c.pool, LOOKS);
+            double took = now() - t;
+            longest = KVD_MAX(longest, took);
+            all += took;
+            if (steps % 10 == 0)
+                more_prompts(&c);
+        }
+    } while (!there);
+    printf("the same in %u steps, others go on: all of them       %7.2f ms\n", steps, all * 1e3);
+    printf("the longest step, the longest time of asking for room     %7.3f ms, %.3f ms\n",
+           longest * 1e3, asking * 1e3);
+    must(kvd_pool_page_alloc(c.pool, c.ns, c.layout, 0, KVD_POOL_CODEC, &page, &err), &err);
+    kvd_pool_free(&c.pool);
 }
 
 int main(int argc, char **argv)
@@ -78,5 +191,6 @@ int main(int argc, char **argv)
     printf("page table of a sequence                                 4.3 bytes a page\n");
     kvd_pool_free(&pool);
     free(pages);
+    bench_vacate(&ops, live & ~1023u);
     return 0;
 }

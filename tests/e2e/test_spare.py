@@ -70,3 +70,25 @@ def test_what_is_borrowed_is_given_back(start):
         assert value(kvd, borrowed) < before
         (kvd.folder / "kvd.conf").write_text("[namespace a]\nquota = 6MiB\n[namespace b]\nquota = 16MiB\n")
         assert "namespace a: borrow: yes, now no" in kvd.kvctl("reload").stdout
+
+
+def test_an_extent_is_emptied_while_others_go_on(start):
+    """Another layout's append waits for it, a piece at a time; whoever gives up waiting leaves nothing, and what is held stays."""
+    kvd = start("--pool-size", "64MiB", "--extent-size", "2MiB")
+    with connect(kvd, namespace="a") as a:
+        held = tokens_of(1000, 2048)
+        publish(a, held)
+        a.match([package.Prompt(held)], lease=600)
+        i = 0
+        while value(kvd, 'kvd_pool_bytes{state="free"}') or i < 20:  # until all extents are given out, and some more
+            publish(a, tokens_of(i, 2048))
+            i += 1
+        with connect(kvd, namespace="b", layers=range(8)) as b:
+            k, v = b.tensor(8, 320, 2, 64), b.tensor(8, 320, 2, 64)
+            others = [b.create() for _ in range(4)]
+            for s in others:
+                s.append(k, v)
+            assert value(kvd, "kvd_room_waits_total") >= 1
+            assert value(kvd, "kvd_room_longest_piece_seconds") > 0
+            assert [s.length for s in others] == [320] * 4
+        assert a.match([package.Prompt(held)], lease=0)[0].blocks == 28

@@ -315,11 +315,12 @@ struct hold {
 struct model {
     struct kvd_pool *pool;
     struct test_mem mem;
-    uint64_t rng, done, refused, adopted, at_ends, gone;
+    uint64_t rng, done, refused, adopted, at_ends, gone, waited;
     struct kvd_blocks_space space[SPACES];
     struct known known[KNOWN];
     struct live live[SEQS];
     struct hold held[HELD];
+    struct kvd_pool_room room;
 };
 
 static uint32_t below(struct model *m, uint32_t n)
@@ -570,7 +571,7 @@ static void model_new(struct model *m)
 {
     struct kvd_pool_mem_ops mem = {
         .ctx = &m->mem, .alloc = test_mem_alloc, .free = test_mem_free, .zero = test_mem_zero};
-    struct kvd_pool_config config = {.bytes = 16 << 21,
+    struct kvd_pool_config config = {.bytes = 8 << 21,
                                      .extent_bytes = 2 << 20,
                                      .max_sequences = 64,
                                      .max_namespaces = 4,
@@ -598,11 +599,26 @@ static void model_new(struct model *m)
         m->held[i].space = -1;
 }
 
+// Room for a page of a namespace and layout, and steps of what is emptied for it.
+static void op_room(struct model *m)
+{
+    static const uint64_t bytes[] = {16 << 10, 8 << 10};
+    const struct kvd_blocks_space *space = &m->space[below(m, 4)];
+    uint32_t plane = space == &m->space[3] ? below(m, 2) : 0, kind = below(m, 2);
+    uint32_t n = 1 + below(m, kind == KVD_POOL_CODEC ? 200 : 130);
+    struct kvd_pool_need need = {.bytes = n * bytes[plane] * (kind == KVD_POOL_CODEC ? 1 : 8)};
+    need.pages[plane][kind] = n;
+    m->waited += !kvd_pool_room_make(m->pool, space->ns, space->layout, &need, &m->room);
+    for (uint32_t i = below(m, 8); i > 0; i--)
+        kvd_pool_vacate_step(m->pool, below(m, 40));
+}
+
 START_TEST(random_operations)
 {
     static void (*const ops[])(struct model *) = {
-        op_new,   op_append, op_append, op_append, op_append,  op_publish,  op_publish, op_match,
-        op_match, op_adopt,  op_adopt,  op_unhold, op_release, op_truncate, op_drop,    op_quota};
+        op_new,     op_append,   op_append, op_append, op_append, op_publish,
+        op_publish, op_match,    op_match,  op_adopt,  op_adopt,  op_unhold,
+        op_release, op_truncate, op_drop,   op_quota,  op_room};
     static struct model m;
     m.rng = kvd_test_seed("blocks");
     model_new(&m);
@@ -618,6 +634,7 @@ START_TEST(random_operations)
            "in a window\n",
            (unsigned long long)m.done, (unsigned long long)m.refused, (unsigned long long)m.gone,
            (unsigned long long)m.adopted, (unsigned long long)m.at_ends);
+    printf("%llu times room was waited for\n", (unsigned long long)m.waited);
     ck_assert_uint_gt(m.refused, 0);
     ck_assert_uint_gt(m.gone, 0);
     ck_assert_uint_gt(m.adopted, m.at_ends);
@@ -627,80 +644,7 @@ START_TEST(random_operations)
 }
 END_TEST
 
-// Prompts whose pages lie anywhere, as eight sequences grew at once and others went in between.
-// What another namespace's first page costs is an extent and what hangs on it, and not nearly all
-// of the cache; what is held stays.
-START_TEST(an_extent_for_others_costs_few_blocks)
-{
-    enum { EXTENTS = 24, PROMPTS = 600, LONG = 16, AT_ONCE = 8, ROUNDS = 300 };
-    static struct kvd_prefix_key keys[PROMPTS][LONG];
-    static const uint64_t larger[][KVD_POOL_KINDS] = {{128 << 10, 32 << 10}};
-    struct fixture f;
-    uint64_t rng = kvd_test_seed("extent"), seq[AT_ONCE], others;
-    uint32_t prompt[AT_ONCE], has[AT_ONCE], ns, layout;
-    setup(&f, EXTENTS);
-    struct kvd_layout plain = test_layout(1, 0, 0), two = test_layout(2, 0, 0);
-    ck_assert(!kvd_pool_layout(f.pool, f.ns, &plain, one_plane, &f.layout, &recycled, &f.err));
-    f.space = space_of(f.ns, f.layout, "");
-    for (uint32_t p = 0; p < PROMPTS; p++) {
-        uint8_t names[LONG][16] = {{0}};
-        for (uint32_t i = 0; i < LONG; i++) {
-            memcpy(names[i], &p, sizeof(p));
-            names[i][8] = (uint8_t)i;
-        }
-        ck_assert(
-            !kvd_prefix_keys_of_blocks(f.space.domain, NULL, names[0], 16, LONG, keys[p], NULL));
-    }
-    for (uint32_t round = 0; round < ROUNDS; round++) {
-        for (uint32_t w = 0; w < AT_ONCE; w++) {
-            prompt[w] = (uint32_t)(kvd_rand(&rng) >> 33) % PROMPTS;
-            struct kvd_blocks_match m = {.keys = keys[prompt[w]], .n = LONG};
-            kvd_blocks_match(f.pool, &f.space, true, &m);
-            has[w] = m.at.blocks;
-            ck_assert(!(has[w] ? kvd_blocks_adopt(f.pool, &m.at, has[w], &seq[w], &f.err)
-                               : kvd_pool_seq_new(f.pool, f.ns, f.layout, &seq[w], &f.err)));
-        }
-        for (uint32_t i = 0; i < LONG * AT_ONCE; i++)
-            if (has[i % AT_ONCE] < LONG) {
-                ck_assert_msg(!grow(f.pool, seq[i % AT_ONCE], T, &f.err), "%s", f.err.text);
-                has[i % AT_ONCE]++;
-            }
-        for (uint32_t w = 0; w < AT_ONCE; w++) {
-            struct kvd_blocks_published out;
-            ck_assert(!kvd_blocks_publish(f.pool, &f.space, seq[w], keys[prompt[w]], LONG, w % 2,
-                                          &out, &f.err));
-            if (round < ROUNDS - 1 || w)
-                kvd_pool_seq_release(f.pool, seq[w]); // the very last keeps what it has
-        }
-    }
-    struct kvd_blocks_info before, after;
-    kvd_blocks_info(f.pool, f.ns, &before);
-    ck_assert_uint_gt(before.blocks, EXTENTS * 128 / 2);
-    ck_assert(!kvd_pool_namespace(f.pool, "n1", &ns, &f.err));
-    ck_assert(!kvd_pool_layout(f.pool, ns, &two, larger, &layout, &recycled, &f.err));
-    ck_assert(!kvd_pool_seq_new(f.pool, ns, layout, &others, &f.err));
-    ck_assert_msg(!grow(f.pool, others, T, &f.err), "%s", f.err.text);
-    verify(f.pool);
-    kvd_blocks_info(f.pool, f.ns, &after);
-    printf("an extent: %llu of %llu blocks have gone\n",
-           (unsigned long long)(before.blocks - after.blocks), (unsigned long long)before.blocks);
-    ck_assert_uint_lt(before.blocks - after.blocks, before.blocks / 2);
-    struct kvd_blocks_match m = {.keys = keys[prompt[0]], .n = LONG};
-    kvd_blocks_match(f.pool, &f.space, false, &m);
-    ck_assert_uint_eq(m.at.blocks, LONG);
-    // As many as there are can be had, one after the other, until what is held is left.
-    uint32_t pages = 1;
-    while (grow(f.pool, others, T, &f.err) == 0)
-        pages++;
-    verify(f.pool);
-    ck_assert_uint_ge(pages, (EXTENTS - LONG) * 64);
-    kvd_blocks_match(f.pool, &f.space, false, &m);
-    ck_assert_uint_eq(m.at.blocks, LONG);
-    kvd_pool_free(&f.pool);
-}
-END_TEST
-
 KVD_MAIN("blocks", 120, blocks_outlive_their_sequence, an_end_keeps_its_window,
          an_end_of_planes_has_the_window_of_all, an_append_evicts_blocks_before_it_fails,
          a_namespace_and_a_layout_go_with_their_blocks, what_is_refused,
-         blocks_end_with_the_process, an_extent_for_others_costs_few_blocks, random_operations)
+         blocks_end_with_the_process, random_operations)

@@ -1,0 +1,96 @@
+#include "daemon/session/room.h"
+
+#include <utlist.h>
+#include <uv.h>
+
+enum {
+    PIECE_NS = 500000, // then others have their turn
+    BLOCKS = 1024,     // that are looked at between looks at the clock
+};
+
+struct kvd_rooms {
+    uv_idle_t idle; // runs while somebody waits, or something is begun
+    struct kvd_room *waiting;
+    uint64_t waits, longest_ns; // waits: that began; longest_ns: piece
+};
+
+static void on_idle(uv_idle_t *idle)
+{
+    struct kvd_daemon *d = idle->data;
+    struct kvd_rooms *all = d->rooms;
+    uint64_t begin = uv_hrtime(), took;
+    struct kvd_room *last = all->waiting ? all->waiting->prev : NULL, *r = NULL;
+    bool in_time = true, more;
+    while ((more = kvd_pool_vacate_step(d->pool, BLOCKS)) && in_time)
+        in_time = uv_hrtime() - begin < PIECE_NS;
+    // Each once, in order: who has to wait still is behind them then.
+    while (in_time && r != last && all->waiting) {
+        r = all->waiting;
+        kvd_room_forget(d, r);
+        r->again(d, r);
+        in_time = uv_hrtime() - begin < PIECE_NS;
+    }
+    took = uv_hrtime() - begin;
+    all->longest_ns = KVD_MAX(all->longest_ns, took);
+    if (!all->waiting && !more) // it is taken to its end though nobody waits any more
+        uv_idle_stop(idle);
+}
+
+bool kvd_room_make(struct kvd_daemon *d, struct kvd_room *room, uint32_t ns, uint32_t layout,
+                   const struct kvd_pool_need *need)
+{
+    struct kvd_rooms *all = d->rooms;
+    if (kvd_pool_room_make(d->pool, ns, layout, need, &room->at)) {
+        room->at = (struct kvd_pool_room){0};
+        return true;
+    }
+    all->waits++;
+    room->waits = true;
+    DL_APPEND(all->waiting, room);
+    uv_idle_start(&all->idle, on_idle);
+    return false;
+}
+
+void kvd_room_forget(struct kvd_daemon *d, struct kvd_room *room)
+{
+    if (!room->waits)
+        return;
+    room->waits = false;
+    DL_DELETE(d->rooms->waiting, room);
+}
+
+// -- the part -----------------------------------------------------------------------------------
+
+static int init(struct kvd_daemon *d, struct kvd_error *err)
+{
+    d->rooms = calloc(1, sizeof(*d->rooms));
+    if (!d->rooms)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    uv_idle_init(&d->loop, &d->rooms->idle);
+    d->rooms->idle.data = d;
+    return KVD_OK;
+}
+
+static void end(struct kvd_daemon *d)
+{
+    if (d->rooms)
+        uv_close((uv_handle_t *)&d->rooms->idle, NULL);
+}
+
+static void deinit(struct kvd_daemon *d)
+{
+    free(KVD_TAKE(d->rooms));
+}
+
+static void metrics(struct kvd_daemon *d, FILE *f)
+{
+    kvd_metric(f, "kvd_room_waits_total", "counter",
+               "Times that a call waited, as an extent had to be emptied for it.",
+               (double)d->rooms->waits);
+    kvd_metric(f, "kvd_room_longest_piece_seconds", "gauge",
+               "The longest time that emptying extents has kept the loop at once.",
+               (double)d->rooms->longest_ns / 1e9);
+}
+
+const struct kvd_part kvd_part_room = {
+    .init = init, .end = end, .deinit = deinit, .metrics = metrics};
