@@ -6,6 +6,7 @@
 #include <time.h>
 
 #include "calib/rotset.h"
+#include "tests/bench/cpu_limits.h"
 #include "tests/unit/kernel_fixture.h"
 
 enum { HEADS = 32, KV = 8, DIM = 128, GROUP = HEADS / KV };
@@ -14,6 +15,14 @@ static double now(void)
 {
     struct timespec ts;
     clock_gettime(CLOCK_MONOTONIC, &ts);
+    return (double)ts.tv_sec + (double)ts.tv_nsec * 1e-9;
+}
+
+// Of all threads.
+static double now_cpu(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &ts);
     return (double)ts.tv_sec + (double)ts.tv_nsec * 1e-9;
 }
 
@@ -91,19 +100,24 @@ static struct kvd_plane plane_of(uint32_t sink, uint32_t recent, uint32_t kv, ui
                               .recent = recent};
 }
 
-static double time_pages(uint32_t codec, const char *isa, uint32_t threads, uint32_t tokens,
-                         int repeats, uint64_t seed)
+struct times {
+    double median, cpu; // cpu: the least that a thread computed
+};
+
+static struct times time_pages(uint32_t codec, const char *isa, uint32_t threads, uint32_t tokens,
+                               int repeats, uint64_t seed)
 {
     struct kvd_error err = {0};
     struct kvd_backend *b = kvd_cpu_backend_new(threads, isa, &err);
     if (!b)
-        return 0;
+        return (struct times){0};
     struct kseq s;
     kseq_init(&s, plane_of(64, 256, KV, HEADS, DIM, codec), tokens, 1, 0.96f, 0.92f, seed);
     // Random pages: what they hold does not change the time, and quantizing would take long.
     for (uint32_t i = 0; i < s.n_codec; i++)
         for (uint64_t j = 0; j < kvd_page_bytes(&s.g, s.g.codec); j++)
-            ((uint8_t *)(uintptr_t)s.codec[i])[j] = (uint8_t)(kvd_rand(&s.rng) >> 56 & 0x3b);
+            ((uint8_t *)(uintptr_t)s.codec[i])[j] = // of bf16 none is a denormal
+                (uint8_t)((kvd_rand(&s.rng) >> 56 & 0x3b) | (codec == KVD_CODEC_BF16 ? 0x30 : 0));
     for (uint32_t i = 0; i < s.n_bf16; i++)
         memset((void *)(uintptr_t)s.bf16[i], 0x3c, kvd_page_bytes(&s.g, kvd_window_codec()));
     s.length = tokens;
@@ -129,40 +143,63 @@ static double time_pages(uint32_t codec, const char *isa, uint32_t threads, uint
                                   .scale = 0.0883883f,
                                   .items = &item,
                                   .n_items = 1};
-    double t[64];
+    double t[64], cpu[64];
     for (int i = 0; i < repeats; i++) {
-        double began = now();
+        double began = now(), began_cpu = now_cpu();
         b->ops->attend(b, &p, NULL);
         t[i] = now() - began;
+        cpu[i] = (now_cpu() - began_cpu) / threads;
     }
     b->ops->rotation_free(b, &rot);
     kseq_deinit(&s);
     kvd_backend_free(&b);
-    return median(t, repeats);
+    median(cpu, repeats); // which sorts them
+    return (struct times){median(t, repeats), cpu[0]};
+}
+
+static void bench_isa(const char *isa, int lanes, uint32_t tokens, int repeats, double blas,
+                      uint64_t seed)
+{
+    static const uint32_t codecs[] = {KVD_CODEC_INT2, KVD_CODEC_TC2,     KVD_CODEC_TC2_5,
+                                      KVD_CODEC_INT4, KVD_CODEC_INT2_LM, KVD_CODEC_TURBOQUANT_4,
+                                      KVD_CODEC_BF16};
+    double fmas = 2.0 * HEADS * DIM * tokens, arithmetic = lanes ? limit_of_fmas(fmas, lanes) : 0;
+    if (arithmetic > 0)
+        printf("%s: %.0f M multiply-adds of floats take %.2f ms\n", isa, fmas / 1e6,
+               arithmetic * 1e3);
+    for (size_t c = 0; c < KVD_LEN(codecs); c++) {
+        struct times t = time_pages(codecs[c], isa, 2, tokens, repeats, seed);
+        double bits = kvd_value_bits(kvd_codecs_both(codecs[c]), DIM, DIM);
+        double bytes = 2.0 * KV * tokens * DIM * bits / 8, memory = limit_of_reads(bytes);
+        if (t.median <= 0)
+            continue;
+        printf("%-12s pages, kvd %-6s %8.2f ms  %6.1f MB, read in %5.2f  %.2fx as fast",
+               kvd_codec_name(codecs[c]), isa, t.median * 1e3, bytes / 1e6, memory * 1e3,
+               blas / t.median);
+        if (arithmetic > 0)
+            printf("  at best %.2f ms computing, %.0f %% of the limit", t.cpu * 1e3,
+                   100 * KVD_MAX(arithmetic, memory) / t.cpu);
+        printf("\n");
+    }
 }
 
 static void bench_speed(uint32_t tokens, uint64_t seed)
 {
     int repeats = tokens > 8192 ? 15 : 5;
     printf(
-        "\n# attention, 1 x %u tokens, %d q / %d kv heads, head_dim %d, 2 threads, median of %d\n",
-        tokens, HEADS, KV, DIM, repeats);
+        "\n# attention, 1 x %u tokens, %d q / %d kv heads, head_dim %d, 2 threads, median of %d; "
+        "the limit is the larger of what multiply-adds and reads take, best of %d; other programs "
+        "on "
+        "these cores are in the medians, and not in the limit and in what is computed at best\n",
+        tokens, HEADS, KV, DIM, repeats, LIMIT_RUNS);
     openblas_set_num_threads(2);
     double blas = time_blas((int)tokens, repeats, &seed);
     printf("fp32 K/V, OpenBLAS (%s)   %8.2f ms   %6.1f MB of K/V\n", openblas_get_config(),
            blas * 1e3, 2.0 * KV * tokens * DIM * 4 / 1e6);
-    const char *isas[] = {"avx512", "avx2", "scalar"};
-    for (int i = 0; i < (tokens > 8192 ? 2 : 3); i++) {
-        const uint32_t codecs[] = {KVD_CODEC_INT2, KVD_CODEC_TC2, KVD_CODEC_TC2_5};
-        for (size_t c = 0; c < KVD_LEN(codecs); c++) {
-            double t = time_pages(codecs[c], isas[i], 2, tokens, repeats, seed);
-            double bits = kvd_value_bits(kvd_codecs_both(codecs[c]), DIM, DIM);
-            if (t > 0)
-                printf("%-5s pages, kvd %-8s %8.2f ms   %6.1f MB   %.2fx faster\n",
-                       kvd_codec_name(codecs[c]), isas[i], t * 1e3,
-                       2.0 * KV * tokens * DIM * bits / 8 / 1e6, blas / t);
-        }
-    }
+    bench_isa("avx512", 16, tokens, repeats, blas, seed);
+    bench_isa("avx2", 8, tokens, repeats, blas, seed);
+    if (tokens <= 8192)
+        bench_isa("scalar", 0, tokens, repeats, blas, seed);
 }
 
 // -- latents -------------------------------------------------------------------------------------
