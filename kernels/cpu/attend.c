@@ -165,12 +165,29 @@ static void begin_walk(struct kvd_cpu_walk *w, const struct kvd_attend_job *job,
     w->active = true;
 }
 
+// Asks for the tile of a run ahead of its turn: pages lie anywhere, and the first lines of each
+// would be waited for.
+static void fetch_tile(const struct kvd_cpu_walk *w, const struct kvd_cpu_run *run)
+{
+    const struct kvd_plane *g = w->job->p->plane;
+    if (!run->tile || run->k || run->v)
+        return;
+    uint64_t bytes = kvd_tile_bytes(g->codec, g->head_dim_k, g->head_dim_v);
+    for (uint64_t at = 0; at < bytes; at += 64)
+        __builtin_prefetch(run->tile + at);
+}
+
 // False: the slice was over first.
 static bool walk_on(struct kvd_cpu_walk *w)
 {
     const struct kvd_slice *slice = w->job->p->slice;
+    struct kvd_cpu_run next = w->at < w->end ? run_at(w, w->at, w->end) : (struct kvd_cpu_run){0};
     while (w->at < w->end) {
-        struct kvd_cpu_run run = run_at(w, w->at, w->end);
+        struct kvd_cpu_run run = next;
+        if (w->at + run.n < w->end) {
+            next = run_at(w, w->at + run.n, w->end);
+            fetch_tile(w, &next);
+        }
         w->job->kernel->run(w, &run);
         w->at += run.n;
         if (w->at < w->end && kvd_slice_over(slice))

@@ -1,4 +1,4 @@
-// Inner loops for AVX2 with FMA: 8 floats a vector.
+// Inner loops for AVX2 with FMA and F16C: 8 floats a vector.
 #include "kernels/cpu/cpu.h"
 
 #include <immintrin.h>
@@ -42,6 +42,14 @@ static inline vi v_words(const uint8_t *p)
 {
     return _mm256_loadu_si256((const __m256i *)(const void *)p);
 }
+static inline void v_words_store(uint8_t *p, vi w)
+{
+    _mm256_storeu_si256((__m256i *)(void *)p, w);
+}
+static inline vi v_down(vi w, int n)
+{
+    return _mm256_srli_epi32(w, n);
+}
 static inline vi v_spread8(const uint8_t *p)
 {
     __m256i w = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)p));
@@ -78,7 +86,7 @@ static inline vf v_table(const float *four)
 }
 static inline vf v_pick(vf table, vi w, uint32_t shift)
 {
-    return _mm256_permutevar_ps(table, _mm256_srli_epi32(w, (int)shift));
+    return _mm256_permutevar_ps(table, shift ? _mm256_srli_epi32(w, (int)shift) : w);
 }
 static inline vf v_select(vf a, vf b, vi w, uint32_t bit)
 {
@@ -137,6 +145,28 @@ static inline float v_sum(vf v)
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
+static inline float v_top(vf v)
+{
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+// The halves of two vectors, then the pairs of four, are added; what is left has even and odd r of
+// vectors 0, 2 | 1, 3 and of 4, 6 | 5, 7.
+static inline vf v_fold_four(const float *x)
+{
+    vf a = v_load(x), b = v_load(x + V), c = v_load(x + 2 * V), d = v_load(x + 3 * V);
+    a = v_add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    c = v_add(_mm256_permute2f128_ps(c, d, 0x20), _mm256_permute2f128_ps(c, d, 0x31));
+    return v_add(_mm256_shuffle_ps(a, c, 0x44), _mm256_shuffle_ps(a, c, 0xee));
+}
+static inline void v_fold(const float *x, float *out)
+{
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    vf a = v_fold_four(x), b = v_fold_four(x + 4 * V);
+    v_store(out, _mm256_permutevar8x32_ps(_mm256_shuffle_ps(a, b, 0x88), order));
+    v_store(out + 8, _mm256_permutevar8x32_ps(_mm256_shuffle_ps(a, b, 0xdd), order));
+}
 static inline vf v_exp(vf x)
 {
     vf y = _mm256_mul_ps(x, _mm256_set1_ps(1.44269504088896341f));
@@ -157,7 +187,8 @@ static inline vf v_exp(vf x)
 
 static bool supported(void)
 {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
 }
 
 const struct kvd_cpu_isa kvd_cpu_avx2 = KVD_SIMD_TABLE("avx2", supported);

@@ -42,6 +42,14 @@ static inline vi v_words(const uint8_t *p)
 {
     return _mm512_loadu_si512(p);
 }
+static inline void v_words_store(uint8_t *p, vi w)
+{
+    _mm512_storeu_si512(p, w);
+}
+static inline vi v_down(vi w, unsigned n)
+{
+    return _mm512_srli_epi32(w, n);
+}
 static inline vi v_spread8(const uint8_t *p)
 {
     __m512i w = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(const void *)p));
@@ -77,7 +85,7 @@ static inline vf v_table(const float *four)
 }
 static inline vf v_pick(vf table, vi w, uint32_t shift)
 {
-    return _mm512_permutevar_ps(table, _mm512_srli_epi32(w, shift));
+    return _mm512_permutevar_ps(table, shift ? _mm512_srli_epi32(w, shift) : w);
 }
 static inline vf v_select(vf a, vf b, vi w, uint32_t bit)
 {
@@ -128,6 +136,26 @@ static inline float v_sum(vf v)
 {
     return _mm512_reduce_add_ps(v);
 }
+static inline float v_top(vf v)
+{
+    return _mm512_reduce_max_ps(v);
+}
+// The halves of two vectors, then the quarters of four, are added: a quarter of what is left has
+// the four r of one of them.
+static inline vf v_fold_four(const float *x)
+{
+    vf a = v_load(x), b = v_load(x + V), c = v_load(x + 2 * V), d = v_load(x + 3 * V);
+    a = v_add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    c = v_add(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+    return v_add(_mm512_shuffle_f32x4(a, c, 0x88), _mm512_shuffle_f32x4(a, c, 0xdd));
+}
+static inline void v_fold(const float *x, float *out)
+{
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15);
+    vf a = v_fold_four(x), b = v_fold_four(x + 4 * V);
+    a = v_add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    v_store(out, _mm512_permutexvar_ps(order, a));
+}
 // 2^(x log2 e) with the fraction in [-0.5, 0.5] by a polynomial of degree 6.
 static inline vf v_exp(vf x)
 {
@@ -148,7 +176,8 @@ static inline vf v_exp(vf x)
 static bool supported(void)
 {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("f16c");
 }
 
 const struct kvd_cpu_isa kvd_cpu_avx512 = KVD_SIMD_TABLE("avx512", supported);

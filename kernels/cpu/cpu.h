@@ -39,6 +39,12 @@ static inline uint32_t kvd_latent_channel(uint32_t c)
     return c / 16 * 16 + c % 16 / 2 + c % 2 * 8;
 }
 
+// Of a side of a tile, by token.
+struct kvd_cpu_params {
+    _Alignas(64) float scale[KVD_PAGE_TOKENS];
+    float centre[KVD_PAGE_TOKENS];
+};
+
 // The inner loops, one implementation per instruction set. rows is 1 to KVD_CPU_ROWS.
 struct kvd_cpu_isa {
     const char *name;
@@ -65,8 +71,20 @@ struct kvd_cpu_isa {
     // o[row] += sum over n tokens of p * v. p as scores above; o: [rows][dim].
     void (*bf16_accumulate)(const uint8_t *v, uint64_t stride, uint32_t n, uint32_t dim,
                             const float *p, uint32_t rows, float *o);
-    // s[i] = exp(s[i] - m) for 64 values; returns their sum. -inf gives 0.
+    // One side's parameters of a tile: scale and centre, for the levels of kvd_cpu_levels, of its
+    // 64 tokens in their order.
+    void (*params)(uint32_t codec, const uint8_t *params, struct kvd_cpu_params *out);
+    // Of a row's 64 values s:
+    // s[t] = scale[t] * s[t] + centre[t] * q_sum + q_mean.
+    void (*affine)(float *s, const struct kvd_cpu_params *p, float q_sum, float q_mean);
+    // s[t] *= by; returns 0 where all are finite then, else NaN.
+    float (*logits)(float *s, float by);
+    // The largest of them and `top`; NaN are passed over.
+    float (*top)(const float *s, float top);
+    // s[t] = exp(s[t] - m); returns their sum. -inf gives 0.
     float (*exp_sum)(float *s, float m);
+    // s[t] *= scale[t]; returns the sum of s[t] * centre[t] before that.
+    float (*weigh)(float *s, const struct kvd_cpu_params *p);
     // x [n] *= f; n is a multiple of 16.
     void (*scale)(float *x, uint32_t n, float f);
     // y[row] = x[row] R for `rows` rows (any number); r: [dim][dim]. y must not overlap x.

@@ -38,21 +38,36 @@ struct walk {
     _Alignas(KVD_WALK_ALIGN) float s[KVD_CPU_ROWS * KVD_PAGE_TOKENS]; // logits, then probabilities
 };
 
+// Scale and centre of the tokens of a tile's side; of those past the run's, which are not there
+// yet, both 0.
+static void params_of(const struct walk *w, const struct kvd_cpu_run *run, bool v,
+                      struct kvd_cpu_params *out)
+{
+    const struct kvd_plane *g = w->base.job->p->plane;
+    uint64_t at = kvd_params_offset(g->codec, g->head_dim_k, g->head_dim_v, v);
+    w->base.job->cpu->isa->params(kvd_codecs_side(g->codec, v), run->tile + at, out);
+    for (uint32_t t = run->n; t < KVD_PAGE_TOKENS; t++)
+        out->scale[t] = out->centre[t] = 0;
+}
+
 static void score_tile(struct walk *w, const struct kvd_cpu_run *run)
 {
     const struct kvd_plane *g = w->base.job->p->plane;
-    struct kvd_affine param[KVD_PAGE_TOKENS];
-    kvd_cpu_params(g, run, false, param);
+    const struct kvd_cpu_isa *isa = w->base.job->cpu->isa;
+    struct kvd_cpu_params params;
+    params_of(w, run, false, &params);
     if (kvd_codec_tc(g->codec.k))
-        w->base.job->cpu->isa->tc_scores(&w->tc, run->tile, w->q_codes, w->base.unit.rows, w->s);
+        isa->tc_scores(&w->tc, run->tile, w->q_codes, w->base.unit.rows, w->s);
     else
-        w->base.job->cpu->isa->k_scores(g->codec.k, run->tile, g->head_dim_k, w->q_codes,
-                                        w->base.unit.rows, w->s);
-    for (uint32_t t = 0; t < run->n; t++)
-        for (uint32_t r = 0; r < w->base.unit.rows; r++) {
-            float *s = &w->s[r * KVD_PAGE_TOKENS + t];
-            *s = param[t].scale * *s + (param[t].min * w->q_sum[r] + w->q_mean[r]);
-        }
+        isa->k_scores(g->codec.k, run->tile, g->head_dim_k, w->q_codes, w->base.unit.rows, w->s);
+    for (uint32_t r = 0; r < w->base.unit.rows; r++)
+        isa->affine(w->s + r * KVD_PAGE_TOKENS, &params, w->q_sum[r], w->q_mean[r]);
+}
+
+static void fill(float *s, uint32_t from, uint32_t to, float x)
+{
+    for (uint32_t t = from; t < to; t++)
+        s[t] = x;
 }
 
 // Turns scores into logits of visible tokens, -inf elsewhere. Returns whether any token is visible
@@ -67,19 +82,15 @@ static bool mask_run(struct walk *w, const struct kvd_cpu_run *run)
         uint32_t lo, hi;
         kvd_cpu_visible(&w->base, run, r, &lo, &hi);
         any |= lo < hi;
-        for (uint32_t t = 0; t < lo; t++)
-            s[t] = -INFINITY;
-        bool finite = true;
-        for (uint32_t t = lo; t < hi; t++) {
-            s[t] *= p->scale;
-            finite &= fabsf(s[t]) <= FLT_MAX;
-        }
-        if (!finite)
-            out->l[r] = NAN; // and stays so, whatever is added
+        hi = KVD_MAX(lo, hi);
+        fill(s, 0, lo, 0); // whatever was there is no reason for a NaN
+        fill(s, hi, KVD_PAGE_TOKENS, 0);
+        // Once NaN it stays so, whatever is added.
+        out->l[r] += (double)w->base.job->cpu->isa->logits(s, p->scale);
         for (uint32_t t = lo; t < hi && p->softcap > 0; t++)
             s[t] = p->softcap * tanhf(s[t] / p->softcap);
-        for (uint32_t t = KVD_MAX(lo, hi); t < KVD_PAGE_TOKENS; t++)
-            s[t] = -INFINITY;
+        fill(s, 0, lo, -INFINITY);
+        fill(s, hi, KVD_PAGE_TOKENS, -INFINITY);
     }
     return any;
 }
@@ -97,10 +108,8 @@ static void soften(struct walk *w, uint32_t r)
     const struct kvd_cpu_isa *isa = w->base.job->cpu->isa;
     struct partial *out = w->base.out;
     float *s = w->s + r * KVD_PAGE_TOKENS;
-    float top = out->m[r];
+    float top = isa->top(s, out->m[r]);
     w->run_sum[r] = 0;
-    for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t++)
-        top = s[t] > top ? s[t] : top;
     if (top == -INFINITY) {
         memset(s, 0, KVD_PAGE_TOKENS * sizeof(float));
         return;
@@ -124,23 +133,16 @@ static void soften(struct walk *w, uint32_t r)
 static void add_tile(struct walk *w, const struct kvd_cpu_run *run)
 {
     const struct kvd_plane *g = w->base.job->p->plane;
-    struct kvd_affine param[KVD_PAGE_TOKENS];
+    const struct kvd_cpu_isa *isa = w->base.job->cpu->isa;
+    struct kvd_cpu_params params;
     struct partial *out = w->base.out;
-    float sum[KVD_CPU_ROWS] = {0};
-    kvd_cpu_params(g, run, true, param);
-    for (uint32_t t = 0; t < run->n; t++)
-        for (uint32_t r = 0; r < w->base.unit.rows; r++) {
-            float *s = &w->s[r * KVD_PAGE_TOKENS + t];
-            sum[r] += *s * param[t].min;
-            *s *= param[t].scale;
-        }
+    params_of(w, run, true, &params);
     for (uint32_t r = 0; r < w->base.unit.rows; r++) {
-        w->centre_sum[r] += sum[r];
+        w->centre_sum[r] += (double)isa->weigh(w->s + r * KVD_PAGE_TOKENS, &params);
         out->coded[r] += w->run_sum[r];
     }
-    w->base.job->cpu->isa->v_accumulate(g->codec.v,
-                                        run->tile + kvd_codes_offset(g->codec, g->head_dim_k, true),
-                                        g->head_dim_v, w->s, w->base.unit.rows, w->acc);
+    isa->v_accumulate(g->codec.v, run->tile + kvd_codes_offset(g->codec, g->head_dim_k, true),
+                      g->head_dim_v, w->s, w->base.unit.rows, w->acc);
     w->compressed = true;
 }
 

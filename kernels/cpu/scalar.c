@@ -108,6 +108,49 @@ static void bf16_accumulate(const uint8_t *v, uint64_t stride, uint32_t n, uint3
                 o[r * dim + c] += p[r * KVD_PAGE_TOKENS + t] * bf16_at(v + t * stride, c);
 }
 
+static void params(uint32_t codec, const uint8_t *from, struct kvd_cpu_params *out)
+{
+    struct kvd_affine param[KVD_PAGE_TOKENS];
+    kvd_params_read(codec, from, KVD_PAGE_TOKENS, param);
+    for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t++) {
+        out->scale[t] = param[t].scale;
+        out->centre[t] = param[t].min + kvd_cpu_centre(codec) * param[t].scale;
+    }
+}
+
+static void affine(float *s, const struct kvd_cpu_params *p, float q_sum, float q_mean)
+{
+    for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t++)
+        s[t] = p->scale[t] * s[t] + (p->centre[t] * q_sum + q_mean);
+}
+
+static float logits(float *s, float by)
+{
+    float nan = 0;
+    for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t++) {
+        s[t] *= by;
+        nan += 0 * s[t];
+    }
+    return nan;
+}
+
+static float top_of(const float *s, float top)
+{
+    for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t++)
+        top = s[t] > top ? s[t] : top;
+    return top;
+}
+
+static float weigh(float *s, const struct kvd_cpu_params *p)
+{
+    float sum = 0;
+    for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t++) {
+        sum += s[t] * p->centre[t];
+        s[t] *= p->scale[t];
+    }
+    return sum;
+}
+
 static float exp_sum(float *s, float m)
 {
     float sum = 0;
@@ -224,7 +267,12 @@ const struct kvd_cpu_isa kvd_cpu_scalar = {
     .v_reduce = v_reduce,
     .bf16_scores = bf16_scores,
     .bf16_accumulate = bf16_accumulate,
+    .params = params,
+    .affine = affine,
+    .logits = logits,
+    .top = top_of,
     .exp_sum = exp_sum,
+    .weigh = weigh,
     .scale = scale,
     .rotate = rotate,
     .bf16_row = bf16_row,

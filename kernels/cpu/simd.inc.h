@@ -3,7 +3,8 @@
 //   vf, vi                     vectors of V floats, V 32-bit integers
 //   v_zero, v_set1, v_load, v_store, v_fma(a, b, c) = a*b+c, v_mul, v_add
 //   v_max(a, b)                b where one of them is NaN
-//   v_words(p)                 V words from memory
+//   v_words(p), v_words_store  V words from and to memory
+//   v_down(w, n)               words shifted by n bits, n known when this is compiled
 //   v_spread8(p), 4, 2, 1      V words from V / 4 * (8, 4, 2, 1) bytes: words 4i to 4i + 3 are the
 //   i-th 8, 4, 2 or
 //                              1 bytes, so shifted that the bits of register 0, 1, 2, 3 come to the
@@ -17,7 +18,10 @@
 //   v_centred(bits)            for v_level: levels code - (2^bits - 1) / 2, bits 1 to 4
 //   v_level(bits, table, w)    which of them the lowest bits of each word say
 //   v_bf16(p)                  V bf16 from memory as floats
-//   v_sum(v)                   sum of the lanes
+//   v_sum(v), v_top(v)         sum of the lanes, the largest where none is NaN
+//   v_fold(x, out)             x: 8 vectors of lanes whose number is t * 4 + r; out[g] the sum of
+//   vector g's lanes of
+//                              even r, out[8 + g] that of odd r
 //   v_exp(v)                   exp, relative error under 1e-6, 0 below -87
 // A *group* is 16 words, the words of lanes 4g .. 4g+3 of a load: G = 16 / V vectors. Word t*4 + r
 // of group g holds, for K, token g + 8(r & 1) and channels 2t + 8(r >> 1) + e of a channel tile;
@@ -40,17 +44,21 @@ static void simd_q_prepare(const float *q, uint32_t dim, float *out)
         spread16(q + tile * 16, out + tile * 32);
 }
 
-// Sums the 16 lanes of acc whose register index is even (first token) and odd (second).
-static KVD_BY_CASE void fold_pairs(const vf acc[G], float *even, float *odd)
+// Of a chunk, what the lanes of its eight groups add up: of each row [group][V].
+struct lanes {
+    _Alignas(64) float x[KVD_CPU_ROWS][8 * V];
+};
+
+static KVD_BY_CASE void lanes_put(struct lanes *l, uint32_t row, uint32_t g, vf sum)
 {
-    float lane[16] __attribute__((aligned(64)));
-    for (int i = 0; i < G; i++)
-        v_store(lane + i * V, acc[i]);
-    float s[4];
-    for (int r = 0; r < 4; r++)
-        s[r] = (lane[r] + lane[4 + r]) + (lane[8 + r] + lane[12 + r]);
-    *even = s[0] + s[2];
-    *odd = s[1] + s[3];
+    v_store(l->x[row] + g * V, sum);
+}
+
+// The scores of the chunk's tokens, in order.
+static KVD_BY_CASE void lanes_fold(const struct lanes *l, const uint32_t rows, float *scores)
+{
+    for (uint32_t r = 0; r < rows; r++)
+        v_fold(l->x[r], scores + r * KVD_PAGE_TOKENS);
 }
 
 // What loops are compiled for: codes of two, three and four bits, and of four whose levels are
@@ -80,9 +88,52 @@ struct plane_words {
     uint32_t lane;
 };
 
+// Without it a compiler loads all of q before a loop, has no registers for it, and stores it on the
+// stack to load it from there.
+#define LOAD_AGAIN() __asm__ volatile("" ::: "memory")
+
+// Without it a compiler loads a vector anew for every use.
+#define LOADED(x) __asm__("" : "+v"(x))
+
+// A tile's codes on one side, and planes of two bits as four copies of its words, shifted by 0, 2,
+// 4 and 6 bits: a byte's distance more needs no shift but an address. So three shifts serve all of
+// a word's sixteen codes.
+struct codes {
+    const uint8_t *more; // the second plane as it is
+    const uint8_t *copies;
+    uint32_t stride, plane; // bytes from copy to copy, 0: there is one; to the second plane in each
+};
+
+static KVD_BY_CASE struct codes codes_plain(const uint8_t *codes, uint32_t dim)
+{
+    return (struct codes){codes + 16 * dim, codes, 0, 16 * dim};
+}
+
+enum { COPY_BYTES = 2 * 16 * KVD_MAX_HEAD_DIM + 64 };
+
+struct copies {
+    _Alignas(64) uint8_t x[4 * COPY_BYTES];
+};
+
+// `planes` is 1 or 2. Reads from a copy go up to three bytes past it, for bits that count nowhere.
+static KVD_BY_CASE struct codes codes_of(const uint32_t planes, const uint8_t *codes, uint32_t dim,
+                                         struct copies *to)
+{
+    uint32_t plane = 16 * dim, stride = planes * plane + 64;
+    for (uint32_t at = 0; at < planes * plane; at += 4 * V) {
+        vi w = v_words(codes + at);
+        v_words_store(to->x + at, w);
+        v_words_store(to->x + stride + at, v_down(w, 2));
+        v_words_store(to->x + 2 * stride + at, v_down(w, 4));
+        v_words_store(to->x + 3 * stride + at, v_down(w, 6));
+    }
+    return (struct codes){codes + plane, to->x, stride, plane};
+}
+
 // What some channel tiles of a chunk have in both planes, the second one where there is one.
 struct code_words {
     struct plane_words low, more;
+    uint32_t stride;
 };
 
 // `lane` is known when this is compiled, as `kind` is.
@@ -106,16 +157,18 @@ static KVD_BY_CASE struct plane_words plane_of(const uint32_t width, const uint3
 }
 
 static KVD_BY_CASE struct code_words words_of(const uint32_t kind, const uint32_t lane,
-                                              const uint32_t more_lane, const uint8_t *codes,
+                                              const uint32_t more_lane, const struct codes *codes,
                                               uint32_t dim, uint32_t chunk, uint32_t tile,
                                               uint32_t g)
 {
-    const uint8_t *more = codes + kvd_codes_bytes(KVD_CODEC_INT2, dim, false);
-    struct code_words w = {plane_of(2, lane, codes, dim, chunk, tile, g), {0}};
-    if (kind >= 4)
-        w.more = plane_of(2, lane, more, dim, chunk, tile, g);
+    struct code_words w = {
+        plane_of(2, lane, codes->copies, dim, chunk, tile, g), {0}, codes->stride};
+    if (kind == EVEN_4)
+        w.more = plane_of(2, lane, codes->copies + codes->plane, dim, chunk, tile, g);
+    else if (kind == 4)
+        w.more = plane_of(2, lane, codes->more, dim, chunk, tile, g);
     else if (kind == 3)
-        w.more = plane_of(1, more_lane, more, dim, chunk, tile, g);
+        w.more = plane_of(1, more_lane, codes->more, dim, chunk, tile, g);
     return w;
 }
 
@@ -136,20 +189,49 @@ static KVD_BY_CASE uint32_t half_of(const struct plane_words *w)
     return w->lane < 4 ? 4 * w->lane : 16;
 }
 
-// The levels of the codes of channel tile `slot` after the first, low or high half of the words.
-static KVD_BY_CASE vf level_of(const uint32_t kind, const struct levels *l,
-                               const struct code_words *w, vi words, vi more, uint32_t slot,
-                               uint32_t high)
+// The words of a vector, where they are not taken from copies.
+struct tile_words {
+    vi low, more;
+    int i;
+};
+
+static KVD_BY_CASE struct tile_words load_tile(const uint32_t kind, const struct code_words *at,
+                                               int i)
 {
-    uint32_t shift = w->low.shift + 2 * slot + high * half_of(&w->low);
-    vf x = v_pick(l->low, words, shift);
+    struct tile_words w = {load_words(&at->low, i), load_words(&at->low, i), i};
+    if (kind > 2)
+        w.more = load_words(&at->more, i);
+    return w;
+}
+
+// What two bits of a plane that has copies say: those of channel tile `slot` after the first, low
+// or high half of the words.
+static KVD_BY_CASE vf pick_of(vf table, const struct plane_words *p, uint32_t stride, vi words,
+                              int i, uint32_t slot, uint32_t high)
+{
+    uint32_t bit = p->shift + 2 * slot + high * half_of(p);
+    if (p->lane < 16 || !stride)
+        return v_pick(table, words, bit);
+    // p->shift is a multiple of 8, but for dims that have fewer than eight channel tiles.
+    return v_pick(table,
+                  v_words(p->at + bit % 8 / 2 * stride + bit / 8 + (uint32_t)i * (V / 4) * p->lane),
+                  0);
+}
+
+// The levels of these codes.
+static KVD_BY_CASE vf level_of(const uint32_t kind, const struct levels *l,
+                               const struct code_words *at, const struct tile_words *w,
+                               uint32_t slot, uint32_t high)
+{
+    vf x = pick_of(l->low, &at->low, at->stride, w->low, w->i, slot, high);
     if (kind == EVEN_4) {
-        x = v_add(x, v_pick(l->high, more, w->more.shift + 2 * slot + high * half_of(&w->more)));
+        x = v_add(x, pick_of(l->high, &at->more, at->stride, w->more, w->i, slot, high));
     } else if (kind == 4) {
-        uint32_t bit = w->more.shift + 2 * slot + high * half_of(&w->more);
-        x = v_flip(v_select(x, v_pick(l->high, words, shift), more, bit), more, bit + 1);
+        uint32_t bit = at->more.shift + 2 * slot + high * half_of(&at->more);
+        vf y = pick_of(l->high, &at->low, at->stride, w->low, w->i, slot, high);
+        x = v_flip(v_select(x, y, w->more, bit), w->more, bit + 1);
     } else if (kind == 3) {
-        x = v_flip(x, more, w->more.shift + slot + high * half_of(&w->more));
+        x = v_flip(x, w->more, at->more.shift + slot + high * half_of(&at->more));
     }
     return x;
 }
@@ -181,60 +263,74 @@ static KVD_BY_CASE vf level_of(const uint32_t kind, const struct levels *l,
             f(2, 1, 1, tile_, __VA_ARGS__);                                                        \
     } while (0)
 
-// Adds the products of some channel tiles to the scores of a group's tokens.
+enum { PAIR = 2 }; // groups that share what is loaded of q
+
+// Adds the products of some channel tiles to the scores of two groups' tokens.
 static KVD_BY_CASE void k_scores_tiles(const uint32_t lane, const uint32_t more_lane,
                                        const uint32_t tiles, uint32_t tile, const uint32_t kind,
-                                       const struct levels *l, const uint8_t *codes, uint32_t dim,
-                                       uint32_t chunk, uint32_t g, const float *q,
-                                       const uint32_t rows, vf acc[KVD_CPU_ROWS][G])
+                                       const struct levels *l, const struct codes *codes,
+                                       uint32_t dim, uint32_t chunk, uint32_t g, const float *q,
+                                       const uint32_t rows, vf acc[PAIR][KVD_CPU_ROWS])
 {
-    struct code_words at = words_of(kind, lane, more_lane, codes, dim, chunk, tile, g);
+    struct code_words at[PAIR];
+    for (uint32_t n = 0; n < PAIR; n++)
+        at[n] = words_of(kind, lane, more_lane, codes, dim, chunk, tile, g + n);
     for (int i = 0; i < G; i++) {
-        vi w = load_words(&at.low, i), more = kind > 2 ? load_words(&at.more, i) : w;
-        for (uint32_t slot = 0; slot < tiles; slot++) {
-            vf lo = level_of(kind, l, &at, w, more, slot, 0);
-            vf hi = level_of(kind, l, &at, w, more, slot, 1);
-            for (uint32_t r = 0; r < rows; r++) {
-                const float *qr = q + r * 2 * dim + (tile + slot) * 32 + (uint32_t)(i * V);
-                acc[r][i] = v_fma(lo, v_load(qr), acc[r][i]);
-                acc[r][i] = v_fma(hi, v_load(qr + 16), acc[r][i]);
+        struct tile_words w[PAIR];
+        for (uint32_t n = 0; n < PAIR; n++)
+            w[n] = load_tile(kind, &at[n], i);
+        for (uint32_t slot = 0; slot < tiles; slot++)
+            for (uint32_t high = 0; high < 2; high++) {
+                vf x[PAIR];
+                for (uint32_t n = 0; n < PAIR; n++)
+                    x[n] = level_of(kind, l, &at[n], &w[n], slot, high);
+                for (uint32_t r = 0; r < rows; r++) {
+                    vf y = v_load(q + r * 2 * dim + (tile + slot) * 32 + high * 16 +
+                                  (uint32_t)(i * V));
+                    LOADED(y);
+                    for (uint32_t n = 0; n < PAIR; n++)
+                        acc[n][r] = v_fma(x[n], y, acc[n][r]);
+                }
             }
-        }
     }
 }
 
-static KVD_BY_CASE void k_scores_rows(const uint32_t kind, struct levels l, const uint8_t *codes,
-                                      uint32_t dim, const float *q, const uint32_t rows,
-                                      float *scores)
+static KVD_BY_CASE void k_scores_rows(const uint32_t kind, struct levels l,
+                                      const struct codes *codes, uint32_t dim, const float *q,
+                                      const uint32_t rows, float *scores)
 {
     for (uint32_t chunk = 0; chunk < 4; chunk++) {
-        for (uint32_t g = 0; g < 8; g++) {
-            vf acc[KVD_CPU_ROWS][G];
-            for (uint32_t r = 0; r < rows; r++)
-                for (int i = 0; i < G; i++)
-                    acc[r][i] = v_zero();
+        struct lanes lanes;
+        for (uint32_t g = 0; g < 8; g += PAIR) {
+            vf acc[PAIR][KVD_CPU_ROWS];
+            for (uint32_t n = 0; n < PAIR; n++)
+                for (uint32_t r = 0; r < rows; r++)
+                    acc[n][r] = v_zero();
             EACH_TILES(k_scores_tiles, dim, kind, &l, codes, dim, chunk, g, q, rows, acc);
-            for (uint32_t r = 0; r < rows; r++) {
-                float *s = scores + r * KVD_PAGE_TOKENS + chunk * 16 + g;
-                fold_pairs(acc[r], s, s + 8);
-            }
+            for (uint32_t n = 0; n < PAIR; n++)
+                for (uint32_t r = 0; r < rows; r++)
+                    lanes_put(&lanes, r, g + n, acc[n][r]);
+            LOAD_AGAIN();
         }
+        lanes_fold(&lanes, rows, scores + chunk * 16);
     }
 }
 
 static KVD_BY_CASE void k_scores_kind(const uint32_t kind, struct levels l, const uint8_t *codes,
                                       uint32_t dim, const float *q, uint32_t rows, float *scores)
 {
+    struct copies copies;
+    struct codes c = codes_of(kind == EVEN_4 ? 2 : 1, codes, dim, &copies);
     if (rows == 4 && dim == 128)
-        k_scores_rows(kind, l, codes, 128, q, 4, scores);
+        k_scores_rows(kind, l, &c, 128, q, 4, scores);
     else if (rows == 4)
-        k_scores_rows(kind, l, codes, dim, q, 4, scores);
+        k_scores_rows(kind, l, &c, dim, q, 4, scores);
     else if (rows == 3)
-        k_scores_rows(kind, l, codes, dim, q, 3, scores);
+        k_scores_rows(kind, l, &c, dim, q, 3, scores);
     else if (rows == 2)
-        k_scores_rows(kind, l, codes, dim, q, 2, scores);
+        k_scores_rows(kind, l, &c, dim, q, 2, scores);
     else
-        k_scores_rows(kind, l, codes, dim, q, 1, scores);
+        k_scores_rows(kind, l, &c, dim, q, 1, scores);
 }
 
 static void simd_k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *q,
@@ -251,158 +347,14 @@ static void simd_k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, co
         k_scores_kind(4, levels_of(codec), codes, dim, q, rows, scores);
 }
 
-// -- transform coding ----------------------------------------------------------------------------
-
-// The pieces of K's stream in a chunk (tc.h), and its channel tiles in runs of one width.
-struct tc_plan {
-    uint32_t dim, pieces, runs;
-    struct {
-        uint32_t lane, before; // bytes a lane, bits of the stream before it
-    } piece[8];
-    struct {
-        uint32_t bits, tile, tiles, at; // at: of the first tile's bits in the stream
-    } run[KVD_TC_MAX_TILES];
-};
-
-static struct tc_plan tc_plan_of(const struct kvd_tc_coder *t)
-{
-    struct tc_plan p = {.dim = t->dim};
-    uint32_t all = 0;
-    for (uint32_t i = 0; i < t->dim / 16; all += t->bits[i++]) {
-        if (t->bits[i] == 0)
-            continue;
-        if (p.runs && p.run[p.runs - 1].bits == t->bits[i] && t->bits[i] == t->bits[i - 1])
-            p.run[p.runs - 1].tiles++;
-        else
-            p.run[p.runs++] = (__typeof__(p.run[0])){t->bits[i], i, 1, all};
-    }
-    for (uint32_t lane = 16, before = 0; before < all; before += lane) {
-        while (before + lane > all)
-            lane /= 2;
-        p.piece[p.pieces++] = (__typeof__(p.piece[0])){lane, before};
-    }
-    return p;
-}
-
-// The bits of first and of second elements of a vector of lanes: of the whole stream, joined. Where
-// it is a piece, with what else its words have above.
-struct tc_words {
-    vi first[2], second[2];
-};
-
-static KVD_BY_CASE struct tc_words tc_load(const struct tc_plan *p, const bool one, const bool wide,
-                                           const uint8_t *chunk, uint32_t g, int i)
-{
-    struct tc_words all = {0};
-    for (uint32_t n = 0; n < (one ? 1 : p->pieces); n++) {
-        uint32_t lane = p->piece[n].lane, before = p->piece[n].before;
-        struct plane_words w = {chunk + KVD_LANES * before + g * 4 * lane, 0, lane};
-        vi x = load_words(&w, i), y = v_right(x, half_of(&w));
-        uint32_t word = wide && before >= 32;
-        if (one) {
-            all.first[0] = x;
-            all.second[0] = y;
-            break;
-        }
-        all.first[word] = v_or(all.first[word], v_left(v_low(x, lane), before % 32));
-        all.second[word] = v_or(all.second[word], v_left(v_low(y, lane), before % 32));
-    }
-    return all;
-}
-
-// The bits from `at` on, as the low ones.
-static KVD_BY_CASE vi tc_bits(const bool wide, const vi words[2], uint32_t at)
-{
-    if (!wide || at == 0)
-        return v_right(words[0], at);
-    return at < 32 ? v_or(v_right(words[0], at), v_left(words[1], 32 - at))
-                   : v_right(words[1], at - 32);
-}
-
-// Adds the products of a run's channel tiles.
-static KVD_BY_CASE void tc_run(const uint32_t bits, const bool wide, const struct tc_words *w,
-                               uint32_t tile, uint32_t tiles, uint32_t at, const float *q,
-                               uint32_t dim, const uint32_t rows, vf acc[KVD_CPU_ROWS])
-{
-    vf table = v_centred(bits);
-    q += tile * 32;
-    for (uint32_t n = 0; n < tiles; n++, at += bits, q += 32) {
-        vf lo = v_level(bits, table, tc_bits(wide, w->first, at));
-        vf hi = v_level(bits, table, tc_bits(wide, w->second, at));
-        for (uint32_t r = 0; r < rows; r++) {
-            acc[r] = v_fma(lo, v_load(q + r * 2 * dim), acc[r]);
-            acc[r] = v_fma(hi, v_load(q + r * 2 * dim + 16), acc[r]);
-        }
-    }
-}
-
-static KVD_BY_CASE void tc_scores_rows(const struct tc_plan *p, const bool one, const bool wide,
-                                       const uint8_t *codes, uint32_t chunk_bytes, const float *q,
-                                       const uint32_t rows, float *scores)
-{
-    for (uint32_t group = 0; group < 32; group++) {
-        uint32_t chunk = group / 8, g = group % 8;
-        vf acc[G][KVD_CPU_ROWS], turned[KVD_CPU_ROWS][G];
-        for (int i = 0; i < G; i++) {
-            struct tc_words w = tc_load(p, one, wide, codes + chunk * chunk_bytes, g, i);
-            for (uint32_t r = 0; r < rows; r++)
-                acc[i][r] = v_zero();
-            for (uint32_t n = 0; n < p->runs; n++) {
-                uint32_t tile = p->run[n].tile, tiles = p->run[n].tiles, at = p->run[n].at;
-                const float *qi = q + i * V;
-                if (p->run[n].bits == 1)
-                    tc_run(1, wide, &w, tile, tiles, at, qi, p->dim, rows, acc[i]);
-                else if (p->run[n].bits == 2)
-                    tc_run(2, wide, &w, tile, tiles, at, qi, p->dim, rows, acc[i]);
-                else if (p->run[n].bits == 3)
-                    tc_run(3, wide, &w, tile, tiles, at, qi, p->dim, rows, acc[i]);
-                else
-                    tc_run(4, wide, &w, tile, tiles, at, qi, p->dim, rows, acc[i]);
-            }
-        }
-        for (uint32_t r = 0; r < rows; r++) {
-            float *s = scores + r * KVD_PAGE_TOKENS + chunk * 16 + g;
-            for (int i = 0; i < G; i++)
-                turned[r][i] = acc[i][r];
-            fold_pairs(turned[r], s, s + 8);
-        }
-    }
-}
-
-static KVD_BY_CASE void tc_scores_kind(const struct tc_plan *p, const bool one, const bool wide,
-                                       const uint8_t *codes, uint32_t bytes, const float *q,
-                                       uint32_t rows, float *scores)
-{
-    if (rows == 4)
-        tc_scores_rows(p, one, wide, codes, bytes, q, 4, scores);
-    else if (rows == 3)
-        tc_scores_rows(p, one, wide, codes, bytes, q, 3, scores);
-    else if (rows == 2)
-        tc_scores_rows(p, one, wide, codes, bytes, q, 2, scores);
-    else
-        tc_scores_rows(p, one, wide, codes, bytes, q, 1, scores);
-}
-
-// Streams of one piece, of more that a word holds, and of more than that.
-static void simd_tc_scores(const struct kvd_tc_coder *t, const uint8_t *codes, const float *q,
-                           uint32_t rows, float *scores)
-{
-    struct tc_plan p = tc_plan_of(t);
-    uint32_t bytes = kvd_tc_codes_bytes(t) / 4;
-    if (p.pieces == 1)
-        tc_scores_kind(&p, true, false, codes, bytes, q, rows, scores);
-    else if (bytes <= 32 * KVD_LANES)
-        tc_scores_kind(&p, false, false, codes, bytes, q, rows, scores);
-    else
-        tc_scores_kind(&p, false, true, codes, bytes, q, rows, scores);
-}
+#include "kernels/cpu/simd_tc.inc.h"
 
 enum { SLOTS = V == 16 ? 4 : 2 }; // channel tiles whose accumulators fit the registers
 
 // Up to SLOTS channel tiles of a group. acc of one row: [g 8][channel tile][16 lanes].
 static KVD_BY_CASE void v_accumulate_slots(const uint32_t lane, const uint32_t more_lane,
                                            const uint32_t tiles, uint32_t tile, const uint32_t kind,
-                                           const struct levels *l, const uint8_t *codes,
+                                           const struct levels *l, const struct codes *codes,
                                            uint32_t dim, uint32_t g, const float *spread,
                                            const uint32_t rows, float *acc)
 {
@@ -414,14 +366,16 @@ static KVD_BY_CASE void v_accumulate_slots(const uint32_t lane, const uint32_t m
                 a[r][s] = v_load(at + r * 8 * dim + s * 16);
         for (uint32_t chunk = 0; chunk < 4; chunk++) {
             struct code_words where = words_of(kind, lane, more_lane, codes, dim, chunk, tile, g);
-            vi w = load_words(&where.low, i), more = kind > 2 ? load_words(&where.more, i) : w;
-            for (uint32_t s = 0; s < tiles; s++) {
-                vf lo = level_of(kind, l, &where, w, more, s, 0);
-                vf hi = level_of(kind, l, &where, w, more, s, 1);
+            struct tile_words w = load_tile(kind, &where, i);
+            for (uint32_t high = 0; high < 2; high++) {
+                vf x[SLOTS];
+                for (uint32_t s = 0; s < tiles; s++)
+                    x[s] = level_of(kind, l, &where, &w, s, high);
                 for (uint32_t r = 0; r < rows; r++) {
-                    const float *p = spread + (r * 4 + chunk) * 32 + i * V;
-                    a[r][s] = v_fma(lo, v_load(p), a[r][s]);
-                    a[r][s] = v_fma(hi, v_load(p + 16), a[r][s]);
+                    vf p = v_load(spread + (r * 4 + chunk) * 32 + high * 16 + i * V);
+                    LOADED(p);
+                    for (uint32_t s = 0; s < tiles; s++)
+                        a[r][s] = v_fma(x[s], p, a[r][s]);
                 }
             }
         }
@@ -433,7 +387,7 @@ static KVD_BY_CASE void v_accumulate_slots(const uint32_t lane, const uint32_t m
 
 static KVD_BY_CASE void v_accumulate_tiles(const uint32_t lane, const uint32_t more_lane,
                                            const uint32_t tiles, uint32_t tile, const uint32_t kind,
-                                           const struct levels *l, const uint8_t *codes,
+                                           const struct levels *l, const struct codes *codes,
                                            uint32_t dim, uint32_t g, const float *spread,
                                            const uint32_t rows, float *acc)
 {
@@ -446,8 +400,8 @@ static KVD_BY_CASE void v_accumulate_tiles(const uint32_t lane, const uint32_t m
 }
 
 static KVD_BY_CASE void v_accumulate_rows(const uint32_t kind, struct levels l,
-                                          const uint8_t *codes, uint32_t dim, const float *spread,
-                                          const uint32_t rows, float *acc)
+                                          const struct codes *codes, uint32_t dim,
+                                          const float *spread, const uint32_t rows, float *acc)
 {
     for (uint32_t g = 0; g < 8; g++)
         EACH_TILES(v_accumulate_tiles, dim, kind, &l, codes, dim, g, spread, rows, acc);
@@ -457,16 +411,18 @@ static KVD_BY_CASE void v_accumulate_kind(const uint32_t kind, struct levels l,
                                           const uint8_t *codes, uint32_t dim, const float *spread,
                                           uint32_t rows, float *acc)
 {
+    struct copies copies;
+    struct codes c = codes_of(kind == EVEN_4 ? 2 : 1, codes, dim, &copies);
     if (rows == 4 && dim == 128)
-        v_accumulate_rows(kind, l, codes, 128, spread, 4, acc);
+        v_accumulate_rows(kind, l, &c, 128, spread, 4, acc);
     else if (rows == 4)
-        v_accumulate_rows(kind, l, codes, dim, spread, 4, acc);
+        v_accumulate_rows(kind, l, &c, dim, spread, 4, acc);
     else if (rows == 3)
-        v_accumulate_rows(kind, l, codes, dim, spread, 3, acc);
+        v_accumulate_rows(kind, l, &c, dim, spread, 3, acc);
     else if (rows == 2)
-        v_accumulate_rows(kind, l, codes, dim, spread, 2, acc);
+        v_accumulate_rows(kind, l, &c, dim, spread, 2, acc);
     else
-        v_accumulate_rows(kind, l, codes, dim, spread, 1, acc);
+        v_accumulate_rows(kind, l, &c, dim, spread, 1, acc);
 }
 
 static void simd_v_accumulate(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *p,
@@ -558,22 +514,7 @@ static void simd_bf16_accumulate(const uint8_t *v, uint64_t stride, uint32_t n, 
             bf16_accumulate_rows(v, stride, n, dim, p + r * KVD_PAGE_TOKENS, 1, o + r * dim);
 }
 
-static float simd_exp_sum(float *s, float m)
-{
-    vf sum = v_zero(), minus = v_set1(-m);
-    for (uint32_t i = 0; i < KVD_PAGE_TOKENS; i += V) {
-        vf x = v_exp(v_add(v_load(s + i), minus));
-        v_store(s + i, x);
-        sum = v_add(sum, x);
-    }
-    return v_sum(sum);
-}
-
-static void simd_scale(float *x, uint32_t n, float f)
-{
-    for (uint32_t i = 0; i < n; i += V)
-        v_store(x + i, v_mul(v_load(x + i), v_set1(f)));
-}
+#include "kernels/cpu/simd_tokens.inc.h"
 
 // Some rows by some vectors of outputs at a time, from output c on.
 static KVD_BY_CASE void rotate_columns(const float *x, const uint32_t rows, const uint32_t vectors,
@@ -622,9 +563,10 @@ static void simd_rotate(const float *x, uint32_t rows, uint32_t dim, const float
         .name = isa_name, .supported = isa_supported, .q_prepare = simd_q_prepare,                 \
         .k_scores = simd_k_scores, .tc_scores = simd_tc_scores, .v_accumulate = simd_v_accumulate, \
         .v_reduce = simd_v_reduce, .bf16_scores = simd_bf16_scores,                                \
-        .bf16_accumulate = simd_bf16_accumulate, .exp_sum = simd_exp_sum, .scale = simd_scale,     \
-        .rotate = simd_rotate, .bf16_row = simd_bf16_row, .latent_unpack = simd_latent_unpack,     \
-        .panel_scores = simd_panel_scores, .panel_sums = simd_panel_sums,                          \
-        .panel_logits = simd_panel_logits, .panel_top = simd_panel_top,                            \
-        .panel_exp = simd_panel_exp, .panel_scale = simd_panel_scale,                              \
+        .bf16_accumulate = simd_bf16_accumulate, .params = simd_params, .affine = simd_affine,     \
+        .logits = simd_logits, .top = simd_top, .exp_sum = simd_exp_sum, .weigh = simd_weigh,      \
+        .scale = simd_scale, .rotate = simd_rotate, .bf16_row = simd_bf16_row,                     \
+        .latent_unpack = simd_latent_unpack, .panel_scores = simd_panel_scores,                    \
+        .panel_sums = simd_panel_sums, .panel_logits = simd_panel_logits,                          \
+        .panel_top = simd_panel_top, .panel_exp = simd_panel_exp, .panel_scale = simd_panel_scale, \
     }

@@ -18,18 +18,19 @@ static void simd_bf16_row(const uint8_t *row, uint32_t dim, float *x)
 // Some channel tiles of all tokens. A vector's lanes are tokens of a chunk and two channels.
 static KVD_BY_CASE void unpack_tiles(const uint32_t lane, const uint32_t more_lane,
                                      const uint32_t tiles, uint32_t tile, const uint32_t kind,
-                                     const struct levels *l, const uint8_t *codes, uint32_t dim,
-                                     const float *scale, const float *centre, float *x)
+                                     const struct levels *l, const struct codes *codes,
+                                     uint32_t dim, const float *scale, const float *centre,
+                                     float *x)
 {
     for (uint32_t at = 0; at < 32; at++) {
         uint32_t g = at / 4, chunk = at % 4;
         struct code_words where = words_of(kind, lane, more_lane, codes, dim, chunk, tile, g);
         for (int i = 0; i < G; i++) {
-            vi w = load_words(&where.low, i), more = kind > 2 ? load_words(&where.more, i) : w;
+            struct tile_words w = load_tile(kind, &where, i);
             for (uint32_t s = 0; s < tiles; s++)
                 for (uint32_t e = 0; e < 2; e++) {
                     uint32_t in = chunk * 32 + e * 16 + (uint32_t)(i * V);
-                    vf level = level_of(kind, l, &where, w, more, s, e);
+                    vf level = level_of(kind, l, &where, &w, s, e);
                     v_store(x + ((tile + s) * 8 + g) * 2 * KVD_PAGE_TOKENS + in,
                             v_fma(level, v_load(scale + in), v_load(centre + in)));
                 }
@@ -40,7 +41,8 @@ static KVD_BY_CASE void unpack_tiles(const uint32_t lane, const uint32_t more_la
 static KVD_BY_CASE void unpack_kind(const uint32_t kind, struct levels l, const uint8_t *codes,
                                     uint32_t dim, const float *scale, const float *centre, float *x)
 {
-    EACH_TILES(unpack_tiles, dim, kind, &l, codes, dim, scale, centre, x);
+    struct codes plain = codes_plain(codes, dim); // each is unpacked once
+    EACH_TILES(unpack_tiles, dim, kind, &l, &plain, dim, scale, centre, x);
 }
 
 static void simd_latent_unpack(uint32_t codec, const uint8_t *codes, uint32_t dim,
