@@ -34,7 +34,7 @@ const struct command kvctl_fit = {
           "+ "
           "between, such as 18=tc2.5+23=int4"},
          {"sensitive", 0, "N=CODEC", VALUE_TEXT,
-          "Mark so many layers, those whose outputs lose most at the ends of --asked"},
+          "Mark so many layers, those that lose most more where --asked asks than elsewhere"},
          {"asked", 0, "DUMP", VALUE_TEXT,
           "Prompts that end by asking for what they told, a file each, as kvd.record --asked makes "
           "them"},
