@@ -373,7 +373,8 @@ static KVD_BY_CASE void v_accumulate_slots(const uint32_t lane, const uint32_t m
                     x[s] = level_of(kind, l, &where, &w, s, high);
                 for (uint32_t r = 0; r < rows; r++) {
                     vf p = v_load(spread + (r * 4 + chunk) * 32 + high * 16 + i * V);
-                    LOADED(p);
+                    if (V == 16)
+                        LOADED(p); // sixteen registers are too few to keep it
                     for (uint32_t s = 0; s < tiles; s++)
                         a[r][s] = v_fma(x[s], p, a[r][s]);
                 }
@@ -411,8 +412,10 @@ static KVD_BY_CASE void v_accumulate_kind(const uint32_t kind, struct levels l,
                                           const uint8_t *codes, uint32_t dim, const float *spread,
                                           uint32_t rows, float *acc)
 {
+    // With eight lanes there is a port for shifts, and copies are worth less than they take.
     struct copies copies;
-    struct codes c = codes_of(kind == EVEN_4 ? 2 : 1, codes, dim, &copies);
+    struct codes c =
+        V == 8 ? codes_plain(codes, dim) : codes_of(kind == EVEN_4 ? 2 : 1, codes, dim, &copies);
     if (rows == 4 && dim == 128)
         v_accumulate_rows(kind, l, &c, 128, spread, 4, acc);
     else if (rows == 4)
