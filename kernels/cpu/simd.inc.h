@@ -265,30 +265,31 @@ static KVD_BY_CASE vf level_of(const uint32_t kind, const struct levels *l,
 
 enum { PAIR = 2 }; // groups that share what is loaded of q
 
-// Adds the products of some channel tiles to the scores of two groups' tokens.
+// Adds the products of some channel tiles to the scores of one group's tokens, or of two.
 static KVD_BY_CASE void k_scores_tiles(const uint32_t lane, const uint32_t more_lane,
                                        const uint32_t tiles, uint32_t tile, const uint32_t kind,
                                        const struct levels *l, const struct codes *codes,
-                                       uint32_t dim, uint32_t chunk, uint32_t g, const float *q,
-                                       const uint32_t rows, vf acc[PAIR][KVD_CPU_ROWS])
+                                       uint32_t dim, uint32_t chunk, uint32_t g,
+                                       const uint32_t groups, const float *q, const uint32_t rows,
+                                       vf acc[PAIR][KVD_CPU_ROWS])
 {
     struct code_words at[PAIR];
-    for (uint32_t n = 0; n < PAIR; n++)
+    for (uint32_t n = 0; n < groups; n++)
         at[n] = words_of(kind, lane, more_lane, codes, dim, chunk, tile, g + n);
     for (int i = 0; i < G; i++) {
         struct tile_words w[PAIR];
-        for (uint32_t n = 0; n < PAIR; n++)
+        for (uint32_t n = 0; n < groups; n++)
             w[n] = load_tile(kind, &at[n], i);
         for (uint32_t slot = 0; slot < tiles; slot++)
             for (uint32_t high = 0; high < 2; high++) {
                 vf x[PAIR];
-                for (uint32_t n = 0; n < PAIR; n++)
+                for (uint32_t n = 0; n < groups; n++)
                     x[n] = level_of(kind, l, &at[n], &w[n], slot, high);
                 for (uint32_t r = 0; r < rows; r++) {
                     vf y = v_load(q + r * 2 * dim + (tile + slot) * 32 + high * 16 +
                                   (uint32_t)(i * V));
                     LOADED(y);
-                    for (uint32_t n = 0; n < PAIR; n++)
+                    for (uint32_t n = 0; n < groups; n++)
                         acc[n][r] = v_fma(x[n], y, acc[n][r]);
                 }
             }
@@ -296,18 +297,19 @@ static KVD_BY_CASE void k_scores_tiles(const uint32_t lane, const uint32_t more_
 }
 
 static KVD_BY_CASE void k_scores_rows(const uint32_t kind, struct levels l,
-                                      const struct codes *codes, uint32_t dim, const float *q,
-                                      const uint32_t rows, float *scores)
+                                      const struct codes *codes, uint32_t dim,
+                                      const uint32_t groups, const float *q, const uint32_t rows,
+                                      float *scores)
 {
     for (uint32_t chunk = 0; chunk < 4; chunk++) {
         struct lanes lanes;
-        for (uint32_t g = 0; g < 8; g += PAIR) {
+        for (uint32_t g = 0; g < 8; g += groups) {
             vf acc[PAIR][KVD_CPU_ROWS];
-            for (uint32_t n = 0; n < PAIR; n++)
+            for (uint32_t n = 0; n < groups; n++)
                 for (uint32_t r = 0; r < rows; r++)
                     acc[n][r] = v_zero();
-            EACH_TILES(k_scores_tiles, dim, kind, &l, codes, dim, chunk, g, q, rows, acc);
-            for (uint32_t n = 0; n < PAIR; n++)
+            EACH_TILES(k_scores_tiles, dim, kind, &l, codes, dim, chunk, g, groups, q, rows, acc);
+            for (uint32_t n = 0; n < groups; n++)
                 for (uint32_t r = 0; r < rows; r++)
                     lanes_put(&lanes, r, g + n, acc[n][r]);
             LOAD_AGAIN();
@@ -316,21 +318,25 @@ static KVD_BY_CASE void k_scores_rows(const uint32_t kind, struct levels l,
     }
 }
 
+// Copies, and pairs of groups, pay for the shape that is most used; each more that had them would
+// take seconds to compile.
 static KVD_BY_CASE void k_scores_kind(const uint32_t kind, struct levels l, const uint8_t *codes,
                                       uint32_t dim, const float *q, uint32_t rows, float *scores)
 {
+    struct codes c = codes_plain(codes, dim);
     struct copies copies;
-    struct codes c = codes_of(kind == EVEN_4 ? 2 : 1, codes, dim, &copies);
-    if (rows == 4 && dim == 128)
-        k_scores_rows(kind, l, &c, 128, q, 4, scores);
-    else if (rows == 4)
-        k_scores_rows(kind, l, &c, dim, q, 4, scores);
-    else if (rows == 3)
-        k_scores_rows(kind, l, &c, dim, q, 3, scores);
-    else if (rows == 2)
-        k_scores_rows(kind, l, &c, dim, q, 2, scores);
-    else
-        k_scores_rows(kind, l, &c, dim, q, 1, scores);
+    if (rows == 4 && dim == 128) {
+        c = codes_of(kind == EVEN_4 ? 2 : 1, codes, 128, &copies);
+        k_scores_rows(kind, l, &c, 128, PAIR, q, 4, scores);
+    } else if (rows == 4) {
+        k_scores_rows(kind, l, &c, dim, 1, q, 4, scores);
+    } else if (rows == 3) {
+        k_scores_rows(kind, l, &c, dim, 1, q, 3, scores);
+    } else if (rows == 2) {
+        k_scores_rows(kind, l, &c, dim, 1, q, 2, scores);
+    } else {
+        k_scores_rows(kind, l, &c, dim, 1, q, 1, scores);
+    }
 }
 
 static void simd_k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *q,
@@ -412,20 +418,22 @@ static KVD_BY_CASE void v_accumulate_kind(const uint32_t kind, struct levels l,
                                           const uint8_t *codes, uint32_t dim, const float *spread,
                                           uint32_t rows, float *acc)
 {
-    // With eight lanes there is a port for shifts, and copies are worth less than they take.
+    struct codes c = codes_plain(codes, dim);
     struct copies copies;
-    struct codes c =
-        V == 8 ? codes_plain(codes, dim) : codes_of(kind == EVEN_4 ? 2 : 1, codes, dim, &copies);
-    if (rows == 4 && dim == 128)
+    if (rows == 4 && dim == 128) {
+        // With eight lanes there is a port for shifts, and copies are worth less than they take.
+        if (V == 16)
+            c = codes_of(kind == EVEN_4 ? 2 : 1, codes, 128, &copies);
         v_accumulate_rows(kind, l, &c, 128, spread, 4, acc);
-    else if (rows == 4)
+    } else if (rows == 4) {
         v_accumulate_rows(kind, l, &c, dim, spread, 4, acc);
-    else if (rows == 3)
+    } else if (rows == 3) {
         v_accumulate_rows(kind, l, &c, dim, spread, 3, acc);
-    else if (rows == 2)
+    } else if (rows == 2) {
         v_accumulate_rows(kind, l, &c, dim, spread, 2, acc);
-    else
+    } else {
         v_accumulate_rows(kind, l, &c, dim, spread, 1, acc);
+    }
 }
 
 static void simd_v_accumulate(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *p,
