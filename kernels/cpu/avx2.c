@@ -187,8 +187,7 @@ static inline vf v_exp(vf x)
 
 static bool supported(void)
 {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && converts_halves();
 }
 
 const struct kvd_cpu_isa kvd_cpu_avx2 = KVD_SIMD_TABLE("avx2", supported);

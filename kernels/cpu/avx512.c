@@ -177,7 +177,7 @@ static bool supported(void)
 {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("f16c");
+           converts_halves();
 }
 
 const struct kvd_cpu_isa kvd_cpu_avx512 = KVD_SIMD_TABLE("avx512", supported);

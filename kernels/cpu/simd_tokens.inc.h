@@ -1,4 +1,12 @@
 // What is done to a row's 64 values of a tile, one a token, for simd.inc.h.
+#include <cpuid.h>
+
+// Whether the processor converts fp16: clang's __builtin_cpu_supports has no name for that.
+static bool converts_halves(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+}
 
 // The fp16 in the low halves of eight words. Here AVX2 itself is used; all instruction sets that
 // include this file have it and F16C.
