@@ -227,31 +227,40 @@ def test_an_append_that_is_given_up_leaves_no_trace(kvd):
         x = np.random.default_rng(seed).normal(size=1 << 19).astype("<f4").view("<u4") >> 16
         w.memory[:1 << 20] = x.astype("<u2").tobytes()
 
-    fill(1)
-    twin, seq = w.sequence(600), w.sequence(600)
-
     def append(s):
         item = kv.AppendItem(sequence=s, position=600, tokens=tokens, k=w.at(), v=w.at(), request_id=w.request())
         return w.later("Append", kv.AppendReply, 60, items=[item])
 
-    def contents():
-        r = w.rpc.kv("ReadTokens", session=w.session, sequence=seq, begin=0, tokens=600)
+    def contents(s):
+        r = w.rpc.kv("ReadTokens", session=w.session, sequence=s, begin=0, tokens=600)
         return r.k, r.v
 
-    fill(2)
+    def given_up(after):
+        """Whether an append that is cancelled so late was given up; it may have been done by then."""
+        fill(1)
+        seq = w.sequence(600)
+        fill(2)
+        before, used = contents(seq), kvd.metric('kvd_pool_bytes{state="used"}')
+        call = append(seq)
+        time.sleep(after)
+        call.cancel()
+        wait_idle(kvd, 10)
+        if w.length(seq) == 600 + tokens:
+            return False
+        assert w.length(seq) == 600 and contents(seq) == before, after
+        assert kvd.metric('kvd_pool_bytes{state="used"}') == used
+        append(seq).result()
+        assert w.length(seq) == 600 + tokens
+        return True
+
+    fill(1)
+    twin = w.sequence(600)
     began = time.perf_counter()
     append(twin).result()
     whole = time.perf_counter() - began
-    before, used = contents(), kvd.metric('kvd_pool_bytes{state="used"}')
     for part in (0.1, 0.3, 0.6):
-        call = append(seq)
-        time.sleep(whole * part)
-        call.cancel()
-        wait_idle(kvd, 10)
-        assert w.length(seq) == 600 and contents() == before, part
-        assert kvd.metric('kvd_pool_bytes{state="used"}') == used
-    append(seq).result()
-    assert w.length(seq) == 600 + tokens
+        while not given_up(whole * part):
+            whole *= 0.7  # others had the processor when it was measured
 
 
 def test_stopping_does_not_wait_for_a_huge_call(kvd):
