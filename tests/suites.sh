@@ -24,7 +24,7 @@ count() { # count NAME PASSED FAILED SKIPPED
     said=""
 }
 failing() { # failing LOG: the end of what a test has said that is now counted as failed; why it has, again with the last lines
-    tail -n 40 "$1"
+    grep -av '^SKIPPED' "$1" | tail -n 40
     said=$(printf '\n'; grep -aE '^FAILED|:[FE]:|Sanitizer: ' "$1" | tail -n 6 | sed 's/^/      /')
 }
 check() { # check NAME COMMAND...: one test that passes if the command does
