@@ -30,9 +30,8 @@ const struct command kvctl_fit = {
          {"context", 0, "TOKENS", VALUE_NUMBER,
           "Of --fit-clips's, attended at a time (default: 2048)"},
          {"marks", 0, "MARKS", VALUE_TEXT,
-          "Layers that get a codec of their own in sessions that name the set, as LAYER=CODEC with "
-          "+ "
-          "between, such as 18=tc2.5+23=int4"},
+          "Layers that get a codec of their own in sessions that name the set: LAYER=CODEC, "
+          "with + between, such as 18=tc2.5+23=int4"},
          {"sensitive", 0, "N=CODEC", VALUE_TEXT,
           "Mark so many layers, those that lose most more where --asked asks than elsewhere"},
          {"asked", 0, "DUMP", VALUE_TEXT,

@@ -188,9 +188,8 @@ static void bench_speed(uint32_t tokens, uint64_t seed)
     int repeats = tokens > 8192 ? 15 : 5;
     printf(
         "\n# attention, 1 x %u tokens, %d q / %d kv heads, head_dim %d, 2 threads, median of %d; "
-        "the limit is the larger of what multiply-adds and reads take, best of %d; other programs "
-        "on "
-        "these cores are in the medians, and not in the limit and in what is computed at best\n",
+        "the limit is the larger of what multiply-adds and reads take, best of %d; what else "
+        "runs is in the medians, and not in the limit and in what is computed at best\n",
         tokens, HEADS, KV, DIM, repeats, LIMIT_RUNS);
     openblas_set_num_threads(2);
     double blas = time_blas((int)tokens, repeats, &seed);

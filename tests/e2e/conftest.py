@@ -2,6 +2,7 @@
 
 Environment: KVD_BUILD (the build folder), KVD_SOURCE (the checkout), KVD_PROGRAM (another kvd than the build's). Every process started here is stopped by its pid.
 """
+import contextlib
 import importlib
 import inspect
 import os
@@ -184,6 +185,15 @@ class Rpc:
         f = self.channel.unary_stream(f"/kvd.v1.KvCache/{method}", request_serializer=lambda m: m.SerializeToString(),
                                       response_deserializer=kv.Event.FromString)
         return f(getattr(kv, method + "Request")(**fields))
+
+
+@contextlib.contextmanager
+def calls(daemon):
+    rpc = Rpc(daemon.address)
+    try:
+        yield rpc
+    finally:
+        rpc.channel.close()
 
 
 REQUESTS = {}

@@ -1,5 +1,4 @@
 """Layers that a set marks as sensitive: kvd gives them planes and codecs of their own, in every call, as if they had been asked for."""
-import contextlib
 import json
 import os
 import subprocess
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 import kvd as package
-from conftest import BUILD, KVCTL, Rpc, kv, layout
+from conftest import BUILD, KVCTL, calls, kv, layout
 from dumps import SMOLLM2, read, write
 from test_grpc import append, bf16, code_of, exact, error, tensor, widen
 
@@ -47,15 +46,6 @@ def recorded():
 @pytest.fixture
 def served(start, store):
     return start("--store", str(store / "store"))
-
-
-@contextlib.contextmanager
-def calls(daemon):
-    rpc = Rpc(daemon.address)
-    try:
-        yield rpc
-    finally:
-        rpc.channel.close()
 
 
 def shape(name, codec="tc2", planes=()):

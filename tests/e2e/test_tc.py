@@ -1,5 +1,4 @@
 """Codecs tc2 and tc2.5 from a fitted set to sessions: fit, publish, store, pages, attention, rows of one's own, direct mode."""
-import contextlib
 import os
 import subprocess
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 
 import kvd as package
-from conftest import BUILD, KVCTL, Rpc, kv, layout
+from conftest import BUILD, KVCTL, calls, kv, layout
 from dumps import SMOLLM2, read
 from test_eval import transformed
 from test_grpc import append, bf16, code_of, error, exact, tensor, widen
@@ -45,15 +44,6 @@ def recorded():
 @pytest.fixture
 def served(start, sets):
     return start("--store", str(sets[0]))
-
-
-@contextlib.contextmanager
-def calls(daemon):
-    rpc = Rpc(daemon.address)
-    try:
-        yield rpc
-    finally:
-        rpc.channel.close()
 
 
 def shape(codec, rotation_set):
