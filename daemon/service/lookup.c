@@ -1,6 +1,10 @@
 // LookupPages. Goes request by request: hash its keys, 256 at a time, in both spaces; bring back
 // what the pool lacks, exact pages first, if that is wanted; then find them all and lease what is
 // there. Each such step takes some hundred microseconds (steps.h).
+//
+// What is brought back is so in parts, of which the first are small and each goes its own way:
+// pages of the first part are copied while keys of the next ones are hashed and looked for, which
+// takes a millisecond for 512 pages.
 #include "daemon/rpc/rpc.h"
 #include "daemon/sched/op.h"
 #include "daemon/sched/page_counts.h"
@@ -13,10 +17,21 @@
 enum { HASHED = 256 };                           // keys in a step
 enum { ENCODED, EXACT, SPACES };                 // a page's kind - 1
 enum { FIRST_BEHIND = EXACT, NONE_BEHIND = -1 }; // which space tiers are looked at for
+enum { FIRST_PART = 64 };                        // pages; each is twice as large as the one before
+
+struct lookup;
+
+// Pages of a request that are looked for in tiers.
+struct part {
+    struct lookup *of;
+    uint32_t begin, n;
+    int behind; // the space that tiers are looked at for
+    struct kvd_restore *restores[SPACES];
+};
 
 // A call on its way.
 struct lookup {
-    struct kvd_stepped stepped;
+    struct kvd_stepped stepped; // first
     struct kvd_call *call;
     const Kvd__V1__LookupPagesRequest *req;
     struct kvd_blocks_space spaces[2];
@@ -25,18 +40,20 @@ struct lookup {
     uint32_t entries[2][KVD_MAX_PROMPT_BLOCKS];
     uint8_t *kinds; // of all requests, one after the other
     Kvd__V1__FoundPages *found, **refs;
-    int behind; // the space that tiers are looked at for, of this request
-    struct kvd_restore *restores[SPACES];
-    bool waits;                          // for it, and is in no line
-    uint64_t until_ms;                   // of the whole call; 0: none has begun
-    uint8_t skip[KVD_MAX_PROMPT_BLOCKS]; // pages that are there
-    uint32_t (*counts)[KVD_TIERS_MOST];  // what `found` points to
+    struct part parts[KVD_RESTORE_PARTS]; // of this request
+    uint32_t n_parts, running;            // running: of those
+    bool waits;                           // for them, and is in no line
+    uint64_t until_ms;                    // of the whole call; 0: none has begun
+    uint8_t skip[KVD_MAX_PROMPT_BLOCKS];  // pages that are there
+    uint32_t (*counts)[KVD_TIERS_MOST];   // what `found` points to
 };
 
 static void end_restores(struct lookup *l)
 {
-    for (int i = 0; i < SPACES; i++)
-        kvd_restore_end(&l->restores[i]);
+    for (uint32_t i = 0; i < l->n_parts; i++)
+        for (int space = 0; space < SPACES; space++)
+            kvd_restore_end(&l->parts[i].restores[space]);
+    l->n_parts = l->running = 0;
 }
 
 static void lookup_free(struct lookup *l)
@@ -90,62 +107,98 @@ static int lease(struct kvd_daemon *d, struct lookup *l, struct kvd_session *s,
 
 // -- what is behind the pool --------------------------------------------------------------------
 
+// Which of a request's pages are there, in any space.
+static void look_at_pool(struct kvd_daemon *d, struct lookup *l, uint32_t begin, uint32_t n,
+                         bool use)
+{
+    struct kvd_prefix_key *const keys[SPACES] = {l->keys[ENCODED] + begin, l->keys[EXACT] + begin};
+    uint32_t *const entries[SPACES] = {l->entries[ENCODED] + begin, l->entries[EXACT] + begin};
+    kvd_page_find(d, l->spaces, keys, use, n, entries, l->found[l->at].kinds.data + begin);
+}
+
+static uint32_t pages_of(const struct lookup *l)
+{
+    return (uint32_t)l->found[l->at].kinds.len;
+}
+
+static bool looks_behind(const struct lookup *l)
+{
+    return (l->req->tiers || l->req->restore_ms) && kvd_tiers_count(l->call->d);
+}
+
+// Where the part ends that begins there, or the next step of hashing.
+static uint32_t end_of_part(const struct lookup *l, uint32_t number, uint32_t begin)
+{
+    return number + 1 == KVD_RESTORE_PARTS
+               ? pages_of(l)
+               : KVD_MIN(begin + ((uint32_t)FIRST_PART << number), pages_of(l));
+}
+
+static uint32_t parts_of(const struct lookup *l)
+{
+    uint32_t n = 0, at = 0;
+    while (at < pages_of(l))
+        at = end_of_part(l, n++, at);
+    return KVD_MAX(n, 1u);
+}
+
+static void on_restored(void *ctx, const struct kvd_restore_answer *answer);
+
+// Looks for a part's pages in a space. False: there is nothing to look for, or no way to.
+static bool look_behind(struct kvd_daemon *d, struct part *p)
+{
+    struct lookup *l = p->of;
+    const uint8_t *kinds = l->found[l->at].kinds.data + p->begin;
+    uint32_t lacking = 0;
+    // What is there counts as used before there is room made for others.
+    look_at_pool(d, l, p->begin, p->n, !l->req->quiet && p->behind == FIRST_BEHIND);
+    for (uint32_t i = 0; i < p->n; i++) {
+        l->skip[p->begin + i] = kinds[i] != KVD_PAGE_MISSING;
+        lacking += kinds[i] == KVD_PAGE_MISSING;
+    }
+    bool late = l->req->restore_ms && kvd_now_ms(d) >= l->until_ms;
+    bool same = p->behind == ENCODED && l->spaces[ENCODED].layout == l->spaces[EXACT].layout;
+    if (!lacking || late || same)
+        return false;
+    const struct kvd_prefix_key *keys = l->keys[p->behind] + p->begin;
+    const struct kvd_restore_ask ask = {.space = l->spaces[p->behind],
+                                        .keys = keys,
+                                        .n = p->n,
+                                        .pages = true,
+                                        .skip = l->skip + p->begin,
+                                        .after = p->begin ? keys - 1 : NULL,
+                                        .parts = parts_of(l),
+                                        .ms = l->req->restore_ms ? l->until_ms - kvd_now_ms(d) : 0};
+    p->restores[p->behind] = kvd_restore_begin(d, &ask, on_restored, p, NULL);
+    return p->restores[p->behind];
+}
+
 static void on_restored(void *ctx, const struct kvd_restore_answer *answer)
 {
-    struct lookup *l = ctx;
-    Kvd__V1__FoundPages *out = &l->found[l->at];
+    struct part *p = ctx;
+    struct lookup *l = p->of;
     for (uint32_t i = 0; i < KVD_TIERS_MOST; i++)
         l->counts[l->at][i] += answer->behind[i];
-    out->restored += answer->restored;
-    l->behind--;
+    l->found[l->at].restored += answer->restored;
+    if (--p->behind != NONE_BEHIND && look_behind(l->call->d, p))
+        return;
+    if (--l->running || !l->waits)
+        return;
     l->waits = false;
     kvd_steps_add(l->call->d, &l->stepped);
 }
 
-// Which of a request's pages are there, in any space.
-static void look_at_pool(struct kvd_daemon *d, struct lookup *l, bool use)
-{
-    struct kvd_prefix_key *const keys[SPACES] = {l->keys[ENCODED], l->keys[EXACT]};
-    uint32_t *const entries[SPACES] = {l->entries[ENCODED], l->entries[EXACT]};
-    const ProtobufCBinaryData *kinds = &l->found[l->at].kinds;
-    kvd_page_find(d, l->spaces, keys, use, (uint32_t)kinds->len, entries, kinds->data);
-}
-
-// Begins to look for pages of a space that are in none, if that is wanted and was not done yet.
-// True: the lookup goes on when on_restored is called.
-static bool look_behind(struct kvd_daemon *d, struct lookup *l)
+// The keys of the next part are hashed.
+static void begin_part(struct kvd_daemon *d, struct lookup *l, uint32_t begin)
 {
     Kvd__V1__FoundPages *out = &l->found[l->at];
-    const uint32_t n = (uint32_t)out->kinds.len;
-    uint32_t lacking = 0;
-    if (l->behind == NONE_BEHIND || !(l->req->tiers || l->req->restore_ms) || !kvd_tiers_count(d))
-        return false;
+    struct part *p = &l->parts[l->n_parts++];
+    *p = (struct part){.of = l, .begin = begin, .n = l->hashed - begin, .behind = FIRST_BEHIND};
     if (!l->until_ms)
         l->until_ms = kvd_now_ms(d) + l->req->restore_ms;
-    // What is there counts as used before there is room made for others.
-    look_at_pool(d, l, !l->req->quiet && l->behind == FIRST_BEHIND);
-    for (uint32_t i = 0; i < n; i++) {
-        l->skip[i] = out->kinds.data[i] != KVD_PAGE_MISSING;
-        lacking += !l->skip[i];
-    }
     out->n_behind = kvd_tiers_count(d);
     out->behind = l->counts[l->at];
-    bool late = l->req->restore_ms && kvd_now_ms(d) >= l->until_ms;
-    bool same = l->behind == ENCODED && l->spaces[ENCODED].layout == l->spaces[EXACT].layout;
-    if (!lacking || late || same)
-        return false;
-    const struct kvd_restore_ask ask = {.space = l->spaces[l->behind],
-                                        .keys = l->keys[l->behind],
-                                        .n = n,
-                                        .pages = true,
-                                        .skip = l->skip,
-                                        .ms = l->req->restore_ms ? l->until_ms - kvd_now_ms(d) : 0};
-    l->restores[l->behind] = kvd_restore_begin(d, &ask, on_restored, l, NULL);
-    if (!l->restores[l->behind])
-        return false;
-    kvd_steps_drop(d, &l->stepped);
-    l->waits = true;
-    return true;
+    l->running += look_behind(d, p);
 }
 
 // All keys of a request are hashed.
@@ -155,7 +208,7 @@ static int find(struct kvd_daemon *d, struct lookup *l, struct kvd_session *s,
     Kvd__V1__FoundPages *out = &l->found[l->at];
     struct kvd_page_count *count = kvd_page_count_of(d, s->ns);
     uint32_t n = (uint32_t)out->kinds.len, there = 0;
-    look_at_pool(d, l, !l->req->quiet && !out->n_behind);
+    look_at_pool(d, l, 0, n, !l->req->quiet && !out->n_behind);
     while (out->pages < n && out->kinds.data[out->pages])
         out->pages++;
     for (uint32_t i = 0; i < n; i++)
@@ -168,15 +221,22 @@ static int find(struct kvd_daemon *d, struct lookup *l, struct kvd_session *s,
     return lease(d, l, s, out, err);
 }
 
-static int hash(struct lookup *l, struct kvd_error *err)
+// Hashes some keys, and begins to look for them in tiers when they make a part.
+static int hash(struct kvd_daemon *d, struct lookup *l, struct kvd_error *err)
 {
     const uint8_t *keys = l->req->requests[l->at].data + (size_t)l->hashed * l->req->key_bytes;
-    uint32_t n = KVD_MIN((uint32_t)HASHED, (uint32_t)l->found[l->at].kinds.len - l->hashed);
+    const struct part *last = l->n_parts ? &l->parts[l->n_parts - 1] : NULL;
+    uint32_t begin = last ? last->begin + last->n : 0, end = pages_of(l);
     int rc = KVD_OK;
-    for (int space = 0; space < 2 && rc == KVD_OK; space++)
+    if (looks_behind(l))
+        end = end_of_part(l, l->n_parts, begin);
+    uint32_t n = KVD_MIN((uint32_t)HASHED, end - l->hashed);
+    for (int space = 0; space < SPACES && rc == KVD_OK; space++)
         rc = kvd_prefix_keys_of_pages(l->spaces[space].domain, keys, l->req->key_bytes, n,
                                       l->keys[space] + l->hashed, err);
     l->hashed += n;
+    if (rc == KVD_OK && looks_behind(l) && l->hashed == end)
+        begin_part(d, l, begin);
     return rc;
 }
 
@@ -187,13 +247,14 @@ static void step(struct kvd_daemon *d, struct kvd_stepped *stepped)
     struct kvd_error err = {0};
     if (!s || s->ns != l->spaces[0].ns) {
         kvd_fail(&err, KVD_E_UNAUTH, "the session ended before the call was done");
-    } else if (l->hashed < l->found[l->at].kinds.len) {
-        hash(l, &err);
-    } else if (look_behind(d, l)) {
+    } else if (l->hashed < pages_of(l)) {
+        hash(d, l, &err);
+    } else if (l->running) {
+        kvd_steps_drop(d, stepped);
+        l->waits = true;
         return;
     } else if (find(d, l, s, &err) == KVD_OK) {
         end_restores(l); // what they have brought back is leased, or may go
-        l->behind = FIRST_BEHIND;
         l->hashed = 0;
         l->at++;
     }
@@ -279,7 +340,6 @@ void kvd_on_lookup_pages(struct kvd_call *call, const void *request)
     l->stepped.step = step;
     l->call = call;
     l->req = req;
-    l->behind = FIRST_BEHIND;
     if (kvd_page_spaces(call->d, s, &req->space, l->spaces, &err) || check(l, &err)) {
         lookup_free(l);
         kvd_call_fail_error(call, &err);

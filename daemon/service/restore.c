@@ -20,11 +20,12 @@
 #include "daemon/service/layout.h"
 
 enum {
-    MOST_RUNNING = 32,
-    MOST_OF_NAMESPACE = 8,
+    WEIGHT = KVD_RESTORE_PARTS, // of one; a part has less
+    MOST_RUNNING = 32 * WEIGHT,
+    MOST_OF_NAMESPACE = 8 * WEIGHT,
     LOOKED = 256,            // keys at a time
     FLYING_BYTES = 64 << 20, // of one restore
-    FLYING_LEAST = 8 << 20,  // that it may have whatever others have
+    FLYING_LEAST = 1 << 20,  // that it may have whatever others have, by weight
     FLYING_OF_ALL = 256 << 20,
     TICK_MS = 20,
     PIECE_NS = 1000000,
@@ -86,8 +87,8 @@ struct kvd_restores {
     uv_idle_t idle;          // runs while some have something to do at once
     uv_timer_t timer;        // runs while there are some
     struct kvd_restore *all; // in the order of their arrival
-    uint32_t running, of_namespace[KVD_MAX_NAMESPACES];
-    uint64_t flying; // bytes
+    uint32_t running, of_namespace[KVD_MAX_NAMESPACES]; // their weights
+    uint64_t flying;                                    // bytes
     uint64_t blocks[KVD_TIERS_MOST], bytes, missed, followed;
     struct kvd_histogram seconds;
     uint64_t looks_ns, copies_ns, waits_ns, copies;
@@ -101,6 +102,11 @@ static void wake(struct kvd_daemon *d)
 }
 
 // -- its end ------------------------------------------------------------------------------------
+
+static uint32_t weight(const struct kvd_restore *r)
+{
+    return r->ask.parts ? WEIGHT / r->ask.parts : WEIGHT;
+}
 
 static bool runs(const struct kvd_restore *r)
 {
@@ -147,8 +153,8 @@ static void stop_running(struct kvd_restore *r, enum state state)
     struct kvd_restores *all = r->d->restores;
     struct kvd_restore *other;
     if (runs(r)) {
-        all->running--;
-        all->of_namespace[r->ask.space.ns]--;
+        all->running -= weight(r);
+        all->of_namespace[r->ask.space.ns] -= weight(r);
     }
     r->state = state;
     kvd_room_forget(r->d, &r->room);
@@ -300,8 +306,8 @@ static void begin_look(struct kvd_restore *r)
     r->held = r->ask.pages ? calloc(n, sizeof(*r->held)) : NULL;
     r->begun_ns = uv_hrtime();
     r->state = LOOKS;
-    all->running++;
-    all->of_namespace[r->ask.space.ns]++;
+    all->running += weight(r);
+    all->of_namespace[r->ask.space.ns] += weight(r);
     if (!r->have || !r->where || !r->keys || (r->ask.ms && !r->slots) || (r->ask.pages && !r->held))
         finish(r);
     else
@@ -459,7 +465,8 @@ static bool get(struct kvd_restore *r, uint32_t block, uint32_t plane)
 static void get_more(struct kvd_restore *r)
 {
     const uint64_t *of_all = &r->d->restores->flying;
-    while (r->next < r->to && r->flying < (*of_all < FLYING_OF_ALL ? FLYING_BYTES : FLYING_LEAST)) {
+    const uint64_t least = (uint64_t)weight(r) * FLYING_LEAST;
+    while (r->next < r->to && r->flying < (*of_all < FLYING_OF_ALL ? FLYING_BYTES : least)) {
         struct slot *s = &r->slots[r->next];
         s->planes = wanted(r, r->next, r->to);
         bool all = true;
@@ -489,7 +496,7 @@ static bool bring_back(struct kvd_restore *r, struct slot *s)
     struct kvd_pool *pool = r->d->pool;
     if (!r->ask.pages)
         return kvd_blocks_bring_back(pool, &s->load, &r->at, NULL) == KVD_OK;
-    const struct kvd_prefix_key *after = r->front ? &r->ask.keys[r->front - 1] : NULL;
+    const struct kvd_prefix_key *after = r->front ? &r->ask.keys[r->front - 1] : r->ask.after;
     if (s->planes &&
         kvd_blocks_bring_back_page(pool, &s->load, after, &r->held[r->n_held], NULL) == KVD_OK) {
         r->n_held++;
@@ -624,7 +631,8 @@ static void pump(struct kvd_restore *r)
 static bool may_run(const struct kvd_restore *r)
 {
     const struct kvd_restores *all = r->d->restores;
-    return all->running < MOST_RUNNING && all->of_namespace[r->ask.space.ns] < MOST_OF_NAMESPACE;
+    return all->running + weight(r) <= MOST_RUNNING &&
+           all->of_namespace[r->ask.space.ns] + weight(r) <= MOST_OF_NAMESPACE;
 }
 
 // Something that one of them does at once. False: none has anything to do.
@@ -751,8 +759,9 @@ static void metrics(struct kvd_daemon *d, FILE *f)
     kvd_metric(f, "kvd_restore_followed_total", "counter",
                "Times that a call waited for another that was bringing back the same blocks.",
                (double)all->followed);
-    kvd_metric(f, "kvd_restores_running", "gauge", "Prompts whose blocks are looked for in tiers.",
-               all->running);
+    kvd_metric(f, "kvd_restores_running", "gauge",
+               "Prompts whose blocks are looked for in tiers; of pages, calls.",
+               (double)all->running / WEIGHT);
     kvd_metric_head(f, "kvd_restore_seconds", "histogram",
                     "Time from looking for a prompt's blocks in tiers to having them back.");
     kvd_metric_histogram(f, "kvd_restore_seconds", "", &all->seconds);
@@ -761,7 +770,8 @@ static void metrics(struct kvd_daemon *d, FILE *f)
                (double)all->copies);
     kvd_metric_head(f, "kvd_restore_phase_seconds_total", "counter",
                     "Of that, time of looking, of copying, and of waiting for tiers with nothing "
-                    "to copy.");
+                    "to copy, or for others; pages of one call are brought back in parts, whose "
+                    "times are added up.");
     const struct {
         const char *name;
         uint64_t ns;

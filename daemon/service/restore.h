@@ -10,6 +10,8 @@
 
 struct kvd_restore;
 
+enum { KVD_RESTORE_PARTS = 8 }; // of one call, that count together as one restore
+
 struct kvd_restore_ask {
     struct kvd_blocks_space space;
     const struct kvd_prefix_key *keys; // of the prompt's blocks; the caller's until kvd_restore_end
@@ -18,7 +20,9 @@ struct kvd_restore_ask {
     // They are pages: each is wanted for itself, whatever became of those before it.
     bool pages;
     const uint8_t *skip; // of pages, true for those that are not wanted; the caller's as `keys`
-    uint64_t ms;         // for which blocks are brought back; 0: they are only looked for
+    const struct kvd_prefix_key *after; // of pages, before the first; NULL: none; as `keys`
+    uint32_t parts;                     // 0, or as one of so many, up to KVD_RESTORE_PARTS
+    uint64_t ms; // for which blocks are brought back; 0: they are only looked for
 };
 
 struct kvd_restore_answer {

@@ -381,3 +381,22 @@ def test_blocks_that_lie_side_by_side_are_copied_at_once(start):
         assert copies < n / 4 if kvd.on_gpu() else copies == n
         p.get(keys, target.paged(range(4 * n)))
         assert np.array_equal(target.read(range(4 * n)), want)
+
+
+def test_pages_come_back_in_parts(start):
+    """The first ones are copied while others are looked for; those of a part are behind those of the one before, so the last go first."""
+    kvd, n = start(config="[kvd]\ntier-host = 64MiB\n"), 256
+    keys, source = pages.keys_of("parts", n), pages.Engine(256)
+    source.write(range(256), pages.kv(1, 64))
+    with pages.connect(kvd) as p:
+        for i in range(0, n, 64):
+            p.put(keys[i:i + 64], source.paged(range(256)), after=keys[i - 1] if i else None)
+        until(lambda: int(tiers(kvd)["host"]["put"]), n)
+        evict(kvd)
+        assert [f.restored for f in p.lookup([keys[:1], keys, keys[3:9]], restore_ms=20000, lease_ms=0)] == [1, n - 1, 0]
+        assert kvd.metric("kvd_restore_seconds_count") == 1 + 3  # one page; 64, 128 and 64
+        assert kvd.metric("kvd_restores_running") == 0
+        for _ in range(9):
+            kvd.kvctl("evict", "--namespace", "default", "--bytes", "1")
+        found = p.lookup([keys], lease_ms=0, quiet=True)[0]
+        assert found.pages == n - 9 and found.kinds == bytes([1] * (n - 9) + [0] * 9)
