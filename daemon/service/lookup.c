@@ -26,6 +26,7 @@ struct part {
     struct lookup *of;
     uint32_t begin, n;
     int behind; // the space that tiers are looked at for
+    bool done;  // nothing is under way, nor will be
     struct kvd_restore *restores[SPACES];
 };
 
@@ -168,9 +169,21 @@ static bool look_behind(struct kvd_daemon *d, struct part *p)
                                         .skip = l->skip + p->begin,
                                         .after = p->begin ? keys - 1 : NULL,
                                         .parts = parts_of(l),
+                                        .holds = p > l->parts && !p[-1].done,
                                         .ms = l->req->restore_ms ? l->until_ms - kvd_now_ms(d) : 0};
     p->restores[p->behind] = kvd_restore_begin(d, &ask, on_restored, p, NULL);
     return p->restores[p->behind];
+}
+
+// Its pages are there, or will not be: the next part's, of which the first is put behind its last,
+// may follow.
+static void part_done(struct part *p)
+{
+    const struct lookup *l = p->of;
+    struct part *next = p + 1;
+    p->done = true;
+    if (next < l->parts + l->n_parts && !next->done)
+        kvd_restore_go(next->restores[next->behind]);
 }
 
 static void on_restored(void *ctx, const struct kvd_restore_answer *answer)
@@ -182,7 +195,9 @@ static void on_restored(void *ctx, const struct kvd_restore_answer *answer)
     l->found[l->at].restored += answer->restored;
     if (--p->behind != NONE_BEHIND && look_behind(l->call->d, p))
         return;
-    if (--l->running || !l->waits)
+    l->running--;
+    part_done(p);
+    if (l->running || !l->waits)
         return;
     l->waits = false;
     kvd_steps_add(l->call->d, &l->stepped);
@@ -198,7 +213,8 @@ static void begin_part(struct kvd_daemon *d, struct lookup *l, uint32_t begin)
         l->until_ms = kvd_now_ms(d) + l->req->restore_ms;
     out->n_behind = kvd_tiers_count(d);
     out->behind = l->counts[l->at];
-    l->running += look_behind(d, p);
+    p->done = !look_behind(d, p);
+    l->running += !p->done;
 }
 
 // All keys of a request are hashed.

@@ -58,6 +58,7 @@ struct kvd_restore {
     enum state state;
     bool asked;                              // tiers: LOOKS waits for them
     bool ended;                              // by its owner; it goes when `users` is 0
+    bool holds;                              // what comes, until kvd_restore_go
     uint32_t users;                          // what will call back
     uint64_t until_ms, begun_ns, fetched_ns; // began to look, and to fetch
     const struct kvd_layout *layout;
@@ -95,6 +96,7 @@ struct kvd_restores {
 };
 
 static void on_idle(uv_idle_t *idle);
+static void take_in_all(struct kvd_restore *r);
 
 static void wake(struct kvd_daemon *d)
 {
@@ -199,8 +201,10 @@ void kvd_restore_end(struct kvd_restore **restore)
     DL_DELETE2(all->all, r, prev, next_one);
     if (!all->all)
         uv_timer_stop(&all->timer);
-    if (r->upload)
+    if (r->upload) {
+        take_in_all(r); // of what was held, to be put down
         kvd_upload_cancel(r->upload);
+    }
     r->ended = true;
     r->users++;
     leave(r);
@@ -352,8 +356,9 @@ static bool follows(const struct kvd_restore *r)
     const struct kvd_restore *other;
     DL_FOREACH2(r->d->restores->all, other, next_one)
     {
-        if (other->state == FETCHES && r->front >= other->front && r->front < other->to &&
-            other->ask.space.ns == r->ask.space.ns &&
+        // What is held waits for another itself, which may be this one.
+        if (other->state == FETCHES && !other->holds && r->front >= other->front &&
+            r->front < other->to && other->ask.space.ns == r->ask.space.ns &&
             !memcmp(other->ask.space.domain, r->ask.space.domain, sizeof(r->ask.space.domain)) &&
             !memcmp(&other->ask.keys[r->front], &r->ask.keys[r->front], sizeof(*r->ask.keys)))
             return true;
@@ -534,14 +539,30 @@ static void take_in(struct kvd_restore *r, bool copied)
     }
 }
 
+static void take_in_all(struct kvd_restore *r)
+{
+    if (r->holds && r->state == FETCHES)
+        return;
+    for (uint32_t n = kvd_upload_done(r->upload); r->uploaded != n; r->uploaded++)
+        take_in(r, true);
+    while (!kvd_upload_runs(r->upload) && r->come < r->sent)
+        take_in(r, false);
+}
+
+void kvd_restore_go(struct kvd_restore *r)
+{
+    r->holds = false;
+    if (r->state != FETCHES)
+        return;
+    take_in_all(r);
+    pump(r);
+}
+
 static void moved(void *ctx, bool ended, int rc)
 {
     struct kvd_restore *r = ctx;
     (void)rc; // it was told where it was found
-    for (uint32_t n = kvd_upload_done(r->upload); r->uploaded != n; r->uploaded++)
-        take_in(r, true);
-    while (ended && r->come < r->sent)
-        take_in(r, false);
+    take_in_all(r);
     if (r->state == FETCHES)
         pump(r);
     if (ended)
@@ -631,8 +652,10 @@ static void pump(struct kvd_restore *r)
 static bool may_run(const struct kvd_restore *r)
 {
     const struct kvd_restores *all = r->d->restores;
-    return all->running + weight(r) <= MOST_RUNNING &&
-           all->of_namespace[r->ask.space.ns] + weight(r) <= MOST_OF_NAMESPACE;
+    // Those that wait for others leave room for these.
+    const uint32_t share = r->holds ? 2 : 1;
+    return all->running + weight(r) <= MOST_RUNNING / share &&
+           all->of_namespace[r->ask.space.ns] + weight(r) <= MOST_OF_NAMESPACE / share;
 }
 
 // Something that one of them does at once. False: none has anything to do.
@@ -701,6 +724,7 @@ struct kvd_restore *kvd_restore_begin(struct kvd_daemon *d, const struct kvd_res
     r->ask = *ask;
     r->done = done;
     r->ctx = ctx;
+    r->holds = ask->holds;
     r->layout = kvd_pool_layout_get(d->pool, ask->space.layout);
     r->planes = r->layout->n_planes;
     r->room.again = on_room;

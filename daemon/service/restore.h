@@ -22,6 +22,7 @@ struct kvd_restore_ask {
     const uint8_t *skip; // of pages, true for those that are not wanted; the caller's as `keys`
     const struct kvd_prefix_key *after; // of pages, before the first; NULL: none; as `keys`
     uint32_t parts;                     // 0, or as one of so many, up to KVD_RESTORE_PARTS
+    bool holds;  // what comes waits for kvd_restore_go, as `after` may not be there yet
     uint64_t ms; // for which blocks are brought back; 0: they are only looked for
 };
 
@@ -37,6 +38,8 @@ typedef void kvd_restore_done(void *ctx, const struct kvd_restore_answer *answer
 // NULL with *err: KVD_E_INTERNAL (out of memory), KVD_E_UNAVAILABLE (there are no tiers).
 struct kvd_restore *kvd_restore_begin(struct kvd_daemon *d, const struct kvd_restore_ask *ask,
                                       kvd_restore_done *done, void *ctx, struct kvd_error *err);
+// What comes is taken in from now on; `done` may be called from within.
+void kvd_restore_go(struct kvd_restore *r);
 // At any time: after `done`, or to give it up, and `done` is not called any more. *r may be NULL
 // and becomes NULL.
 void kvd_restore_end(struct kvd_restore **r);

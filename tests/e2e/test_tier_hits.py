@@ -1,5 +1,7 @@
 """Blocks that come back from tiers: the same bits as were stored, over restarts, on another kvd, and nothing wrong or stuck
 whatever happens to the tier."""
+import concurrent.futures
+import json
 import os
 import subprocess
 import threading
@@ -400,3 +402,28 @@ def test_pages_come_back_in_parts(start):
             kvd.kvctl("evict", "--namespace", "default", "--bytes", "1")
         found = p.lookup([keys], lease_ms=0, quiet=True)[0]
         assert found.pages == n - 9 and found.kinds == bytes([1] * (n - 9) + [0] * 9)
+
+
+def test_calls_that_want_the_same_in_another_order(start, folder):
+    """None waits for another that waits for it; and those that are given up leave nothing."""
+    kvd = start(config=f"[kvd]\ntier-directory = {folder}/blocks 1GiB\n")
+    keys, source = pages.keys_of("order", 192), pages.Engine(256)
+    source.write(range(256), pages.kv(1, 64))
+    with pages.connect(kvd) as p:
+        for i in range(0, 192, 64):
+            p.put(keys[i:i + 64], source.paged(range(256)))
+        until(lambda: int(tiers(kvd)["directory"]["put"]), 192)
+
+    def look(i, ms):
+        turned = keys[64 * (i % 3):] + keys[:64 * (i % 3)]
+        with pages.connect(kvd) as p:
+            return p.lookup([turned], lease_ms=0, restore_ms=ms)[0].pages
+
+    for ms in (20000, 3, 20000):
+        kvd.kvctl("evict", "--namespace", "default", check=False)  # which goes when it is empty
+        began = time.monotonic()
+        with concurrent.futures.ThreadPoolExecutor(9) as pool:
+            found = list(pool.map(lambda i: look(i, ms), range(9)))
+        assert ms == 3 or (found == [192] * 9 and time.monotonic() - began < 15)
+    kvd.kvctl("evict", "--namespace", "default", check=False)
+    until(lambda: int(json.loads(kvd.kvctl("--json", "status").stdout)["pool_used_bytes"]), 0)
