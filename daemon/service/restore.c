@@ -18,6 +18,7 @@
 #include "daemon/sched/upload.h"
 #include "daemon/session/room.h"
 #include "daemon/service/layout.h"
+#include "daemon/service/restore_counts.h"
 
 enum {
     WEIGHT = KVD_RESTORE_PARTS, // of one; a part has less
@@ -90,9 +91,7 @@ struct kvd_restores {
     struct kvd_restore *all; // in the order of their arrival
     uint32_t running, of_namespace[KVD_MAX_NAMESPACES]; // their weights
     uint64_t flying;                                    // bytes
-    uint64_t blocks[KVD_TIERS_MOST], bytes, missed, followed;
-    struct kvd_histogram seconds;
-    uint64_t looks_ns, copies_ns, waits_ns, copies;
+    struct kvd_restore_counts counts;
 };
 
 static void on_idle(uv_idle_t *idle);
@@ -174,11 +173,11 @@ static void count_time(const struct kvd_restore *r)
     struct kvd_restores *all = r->d->restores;
     uint64_t now = uv_hrtime(), fetching = now - r->fetched_ns;
     uint64_t copying = kvd_upload_ran_ns(r->upload);
-    kvd_histogram_add(&all->seconds, now - r->begun_ns);
-    all->looks_ns += r->fetched_ns - r->begun_ns;
-    all->copies_ns += copying;
-    all->copies += kvd_upload_copies(r->upload);
-    all->waits_ns += fetching > copying ? fetching - copying : 0;
+    kvd_histogram_add(&all->counts.seconds, now - r->begun_ns);
+    all->counts.looks_ns += r->fetched_ns - r->begun_ns;
+    all->counts.copies_ns += copying;
+    all->counts.copies += kvd_upload_copies(r->upload);
+    all->counts.waits_ns += fetching > copying ? fetching - copying : 0;
 }
 
 static void finish(struct kvd_restore *r)
@@ -400,7 +399,7 @@ static void plan(struct kvd_restore *r)
             memset(r->answer.behind, 0, sizeof(r->answer.behind));
         finish(r);
     } else if (follows(r)) {
-        all->followed++;
+        all->counts.followed++;
         r->state = FOLLOWS;
     } else if (!begin_upload(r)) {
         finish(r);
@@ -433,7 +432,7 @@ static void on_got(void *ctx, struct kvd_block *block, uint32_t tier)
     s->got[g->plane] = block;
     s->tier = KVD_MAX(s->tier, (uint8_t)tier);
     if (!block && r->state == FETCHES) {
-        r->d->restores->missed++;
+        r->d->restores->counts.missed++;
         fly(r, -(int64_t)g->bytes);
         s->planes = r->ask.pages ? 0 : s->planes;
         r->to = r->ask.pages ? r->to : KVD_MIN(r->to, KVD_MAX(g->block, r->front));
@@ -490,7 +489,7 @@ static void empty_slot(struct kvd_restore *r, struct slot *s, bool good)
     for (uint32_t p = 0; p < r->planes; p++)
         if (s->got[p]) {
             fly(r, -(int64_t)s->got[p]->bytes);
-            r->d->restores->bytes += good ? s->got[p]->bytes : 0;
+            r->d->restores->counts.bytes += good ? s->got[p]->bytes : 0;
             kvd_block_unref(&s->got[p]);
         }
 }
@@ -519,7 +518,7 @@ static void count_back(struct kvd_restore *r, const struct slot *s)
     r->answer.restored += s->planes != 0;
     r->front++;
     r->answer.end = KVD_MAX(r->answer.end, r->front);
-    all->blocks[s->tier] += s->planes != 0;
+    all->counts.blocks[s->tier] += s->planes != 0;
 }
 
 // Takes in a block that has come, or was given up. What is behind one that is not good is not taken
@@ -541,8 +540,14 @@ static void take_in(struct kvd_restore *r, bool copied)
 
 static void take_in_all(struct kvd_restore *r)
 {
-    if (r->holds && r->state == FETCHES)
+    if (r->holds && r->state == FETCHES) {
+        // Of an upload that has ended before its time, which this waits to take in, there is no
+        // more.
+        uint32_t held = r->sent - r->come;
+        if (!kvd_upload_runs(r->upload) && kvd_upload_done(r->upload) != r->uploaded + held)
+            r->to = KVD_MIN(r->to, r->come);
         return;
+    }
     for (uint32_t n = kvd_upload_done(r->upload); r->uploaded != n; r->uploaded++)
         take_in(r, true);
     while (!kvd_upload_runs(r->upload) && r->come < r->sent)
@@ -769,40 +774,8 @@ static void deinit(struct kvd_daemon *d)
 static void metrics(struct kvd_daemon *d, FILE *f)
 {
     const struct kvd_restores *all = d->restores;
-    if (!all)
-        return;
-    kvd_metric_head(f, "kvd_restored_blocks_total", "counter",
-                    "Blocks that were brought back from a tier, by the farthest that had part.");
-    for (uint32_t i = 0; i < kvd_tiers_count(d); i++)
-        fprintf(f, "kvd_restored_blocks_total{tier=\"%s\"} %" PRIu64 "\n",
-                kvd_tier_name(kvd_tiers_get_tier(d, i)), all->blocks[i]);
-    kvd_metric(f, "kvd_restored_bytes_total", "counter", "Bytes of them.", (double)all->bytes);
-    kvd_metric(f, "kvd_restore_missed_blocks_total", "counter",
-               "Blocks that a tier said it has, and that did not come or did not verify.",
-               (double)all->missed);
-    kvd_metric(f, "kvd_restore_followed_total", "counter",
-               "Times that a call waited for another that was bringing back the same blocks.",
-               (double)all->followed);
-    kvd_metric(f, "kvd_restores_running", "gauge",
-               "Prompts whose blocks are looked for in tiers; of pages, calls.",
-               (double)all->running / WEIGHT);
-    kvd_metric_head(f, "kvd_restore_seconds", "histogram",
-                    "Time from looking for a prompt's blocks in tiers to having them back.");
-    kvd_metric_histogram(f, "kvd_restore_seconds", "", &all->seconds);
-    kvd_metric(f, "kvd_restore_copies_total", "counter",
-               "Copies that were made of them: blocks that lie at equal distances are one.",
-               (double)all->copies);
-    kvd_metric_head(f, "kvd_restore_phase_seconds_total", "counter",
-                    "Of that, time of looking, of copying, and of waiting for tiers with nothing "
-                    "to copy, or for others; pages of one call are brought back in parts, whose "
-                    "times are added up.");
-    const struct {
-        const char *name;
-        uint64_t ns;
-    } phases[] = {{"looks", all->looks_ns}, {"copies", all->copies_ns}, {"waits", all->waits_ns}};
-    for (size_t i = 0; i < KVD_LEN(phases); i++)
-        fprintf(f, "kvd_restore_phase_seconds_total{phase=\"%s\"} %.6f\n", phases[i].name,
-                (double)phases[i].ns / 1e9);
+    if (all)
+        kvd_restore_counts_metrics(d, f, &all->counts, (double)all->running / WEIGHT);
 }
 
 const struct kvd_part kvd_part_restores = {

@@ -3,6 +3,7 @@ whatever happens to the tier."""
 import concurrent.futures
 import json
 import os
+import socket
 import subprocess
 import threading
 import time
@@ -402,6 +403,74 @@ def test_pages_come_back_in_parts(start):
             kvd.kvctl("evict", "--namespace", "default", "--bytes", "1")
         found = p.lookup([keys], lease_ms=0, quiet=True)[0]
         assert found.pages == n - 9 and found.kinds == bytes([1] * (n - 9) + [0] * 9)
+
+
+class Late:
+    """In front of a server: what it says comes so many seconds later."""
+
+    def __init__(self, path, server, seconds):
+        self.path, self.server, self.seconds, self.ends = path, str(server), seconds, []
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(path))
+        self.listener.listen()
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            try:
+                client = self.listener.accept()[0]
+            except OSError:
+                return
+            server = socket.socket(socket.AF_UNIX)
+            server.connect(self.server)
+            self.ends += [client, server]
+            threading.Thread(target=self.relay, args=(client, server, 0), daemon=True).start()
+            threading.Thread(target=self.relay, args=(server, client, self.seconds), daemon=True).start()
+
+    @staticmethod
+    def relay(source, target, seconds):
+        try:
+            while data := source.recv(1 << 20):
+                time.sleep(seconds)
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+    def close(self):
+        for s in (self.listener, *self.ends):
+            s.close()
+
+
+def test_a_part_that_comes_early_waits_for_those_before_it(start, folder, server):  # noqa: F811
+    """The first 64 pages are on a slow server only, the next 128 in a directory. Each is behind the one before it all the same: of 192
+    that came back, eviction takes the last 128, and those of a slow server are not the first to go."""
+    config, late = f"[kvd]\ntier-redis = unix:{server[1]}\n", Late(folder / "late.sock", server[1], 0.1)
+    keys, source = pages.keys_of("early", 192), pages.Engine(512)
+    source.write(range(256), pages.kv(1, 64))
+    source.write(range(256, 512), pages.kv(2, 64))
+    try:
+        kvd = start(config=config)
+        with pages.connect(kvd) as p:
+            p.put(keys[:64], source.paged(range(256)))
+            put(kvd, 64, "redis")
+        kvd.stop()
+        (kvd.folder / "kvd.conf").write_text(f"[kvd]\ntier-directory = {folder}/blocks 1GiB\ntier-redis = unix:{late.path}\ntier-timeout = 20s\n")
+        kvd.start()
+        with pages.connect(kvd) as p:
+            p.put(keys[64:], source.paged(range(512)))
+            put(kvd, 128, "directory")
+            until(lambda: kvd.metric("kvd_demotion_waiting_blocks"), 0)
+            until(lambda: int(tiers(kvd)["redis"]["put"]), 128, 60)
+            evict(kvd)
+            found = p.lookup([keys], restore_ms=20000, lease_ms=0)[0]
+            assert (found.restored, found.behind) == (192, {"directory": 128, "redis": 64})
+            for _ in range(128):
+                kvd.kvctl("evict", "--namespace", "default", "--bytes", "1")
+            found = p.lookup([keys], lease_ms=0, quiet=True)[0]
+            assert found.kinds == bytes([1] * 64 + [0] * 128)
+    finally:
+        late.close()
 
 
 def test_calls_that_want_the_same_in_another_order(start, folder):
