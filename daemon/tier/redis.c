@@ -2,19 +2,18 @@
 #include "daemon/tier/redis.h"
 
 #include <errno.h>
-#include <hiredis/adapters/libuv.h>
-#include <hiredis/async.h>
 #include <time.h>
 #include <utlist.h>
 
 #include "daemon/core/config_tiers.h"
+#include "daemon/tier/redis_link.h"
 
 enum {
     MOST_RUNNING = 16,
     TICK_MS = 50,
     FLUSH_BATCH = 500,
-    // hiredis moves what it has not yet written at each write, so that little should wait there.
-    MOST_OUT_BYTES = 3 << 20,
+    // Of puts, so that not all that is asked meanwhile waits behind them.
+    MOST_OUT_BYTES = 4 << 20,
     // What hiredis reads into is kept up to here, instead of growing anew for each block.
     KEPT_IN_BYTES = 8 << 20,
     KEY_TEXT = sizeof(KVD_TIER_REDIS_PREFIX) + KVD_TIER_KEY_TEXT,
@@ -97,6 +96,18 @@ static void on_done(redisAsyncContext *c, void *reply, void *ctx)
         send_more(r);
 }
 
+static void hang_up(struct redis *r, const char *why);
+
+// What is said of a value before all of it was sent is a refusal, and what follows would be taken
+// for something else.
+static void on_set(redisAsyncContext *c, void *reply, void *ctx)
+{
+    bool early = reply && kvd_redis_link_sends(c, ctx);
+    on_done(c, reply, ctx);
+    if (early)
+        hang_up(c->data, "it said no amid a block");
+}
+
 static void on_nothing(redisAsyncContext *c, void *reply, void *ctx)
 {
     (void)c;
@@ -108,7 +119,7 @@ static void drop_damaged(struct redis *r, struct kvd_tier_op *op)
 {
     char key[KEY_TEXT];
     key_text(&op->keys[0], key);
-    redisAsyncCommand(r->server, on_nothing, NULL, "UNLINK %s", key);
+    kvd_redis_link_say(r->server, on_nothing, NULL, "UNLINK %s", key);
 }
 
 static void on_got(redisAsyncContext *c, void *answer, void *ctx)
@@ -177,8 +188,8 @@ static void on_scanned(redisAsyncContext *c, void *reply, void *ctx);
 
 static int scan(struct redis *r, struct kvd_tier_op *op)
 {
-    return redisAsyncCommand(r->server, on_scanned, op, "SCAN %s MATCH %s* COUNT %d",
-                             op->cursor[0] ? op->cursor : "0", KVD_TIER_REDIS_PREFIX, FLUSH_BATCH);
+    return kvd_redis_link_say(r->server, on_scanned, op, "SCAN %s MATCH %s* COUNT %d",
+                              op->cursor[0] ? op->cursor : "0", KVD_TIER_REDIS_PREFIX, FLUSH_BATCH);
 }
 
 static void on_scanned(redisAsyncContext *c, void *answer, void *ctx)
@@ -197,8 +208,8 @@ static void on_scanned(redisAsyncContext *c, void *answer, void *ctx)
     const redisReply *keys = reply->element[1];
     for (size_t i = 0; i < keys->elements; i++)
         if (keys->element[i]->type == REDIS_REPLY_STRING)
-            redisAsyncCommand(r->server, on_nothing, NULL, "UNLINK %b", keys->element[i]->str,
-                              keys->element[i]->len);
+            kvd_redis_link_say(r->server, on_nothing, NULL, "UNLINK %b", keys->element[i]->str,
+                               keys->element[i]->len);
     snprintf(op->cursor, sizeof(op->cursor), "%s", reply->element[0]->str);
     op->began_ms = uv_now(&r->loop);
     if (strcmp(op->cursor, "0") == 0)
@@ -211,11 +222,7 @@ static int send_put(struct redis *r, struct kvd_tier_op *op, const char *key)
 {
     size_t n;
     const uint8_t *value = kvd_block_value(op->block, &n);
-    char ttl[24];
-    snprintf(ttl, sizeof(ttl), "%" PRIu64, op->settings.ttl_s);
-    const char *argv[] = {"SET", key, (const char *)value, "EX", ttl};
-    const size_t length[] = {3, strlen(key), n, 2, strlen(ttl)};
-    return redisAsyncCommandArgv(r->server, on_done, op, op->settings.ttl_s ? 5 : 3, argv, length);
+    return kvd_redis_link_set(r->server, on_set, op, key, value, n, op->settings.ttl_s);
 }
 
 static int send_has(struct redis *r, struct kvd_tier_op *op)
@@ -225,7 +232,7 @@ static int send_has(struct redis *r, struct kvd_tier_op *op)
     op->why[0] = '\0';
     for (uint32_t i = 0; i < op->n; i++) {
         key_text(&op->keys[i], key);
-        if (redisAsyncCommand(r->server, on_has, op, "EXISTS %s", key))
+        if (kvd_redis_link_say(r->server, on_has, op, "EXISTS %s", key))
             return i == 0 ? -1 : 0; // those that were sent come back without a reply
     }
     return 0;
@@ -253,14 +260,14 @@ static void send_op(struct redis *r, struct kvd_tier_op *op)
         break;
     case KVD_TIER_GET:
         // No more than a block has, whatever somebody has put there.
-        rc = redisAsyncCommand(r->server, on_got, op, "GETRANGE %s 0 %d", key,
-                               (int)(KVD_BLOCK_HEADER + op->bytes));
+        rc = kvd_redis_link_say(r->server, on_got, op, "GETRANGE %s 0 %d", key,
+                                (int)(KVD_BLOCK_HEADER + op->bytes));
         break;
     case KVD_TIER_HAS:
         rc = send_has(r, op);
         break;
     case KVD_TIER_DROP:
-        rc = redisAsyncCommand(r->server, on_done, op, "UNLINK %s", key);
+        rc = kvd_redis_link_say(r->server, on_done, op, "UNLINK %s", key);
         break;
     default:
         rc = scan(r, op);
@@ -297,8 +304,10 @@ static void hang_up(struct redis *r, const char *why)
     redisAsyncContext *c = KVD_TAKE(r->server);
     snprintf(r->why, sizeof(r->why), "%s", why);
     r->ready = false;
-    if (c)
+    if (c) {
+        kvd_redis_link_cut(c);
         redisAsyncFree(c); // all that was sent comes back without a reply
+    }
     fail_waiting(r);
 }
 
@@ -361,7 +370,7 @@ static void connect_server(struct redis *r)
         snprintf(r->why, sizeof(r->why), "%.100s", c->errstr);
         redisAsyncFree(c);
         c = NULL;
-    } else if (!c || redisLibuvAttach(c, &r->loop) != REDIS_OK) {
+    } else if (!c || kvd_redis_link_attach(c, &r->loop)) {
         snprintf(r->why, sizeof(r->why), "out of memory");
         if (c)
             redisAsyncFree(c);
@@ -377,12 +386,12 @@ static void connect_server(struct redis *r)
     redisAsyncSetConnectCallback(c, on_connect);
     redisAsyncSetDisconnectCallback(c, on_disconnect);
     if (r->user[0])
-        redisAsyncCommand(c, on_greeting, NULL, "AUTH %s %s", r->user, r->password);
+        kvd_redis_link_say(c, on_greeting, NULL, "AUTH %s %s", r->user, r->password);
     else if (r->password[0])
-        redisAsyncCommand(c, on_greeting, NULL, "AUTH %s", r->password);
+        kvd_redis_link_say(c, on_greeting, NULL, "AUTH %s", r->password);
     if (r->url.database)
-        redisAsyncCommand(c, on_greeting, NULL, "SELECT %u", r->url.database);
-    redisAsyncCommand(c, on_ready, NULL, "PING");
+        kvd_redis_link_say(c, on_greeting, NULL, "SELECT %u", r->url.database);
+    kvd_redis_link_say(c, on_ready, NULL, "PING");
 }
 
 // -- the thread ---------------------------------------------------------------------------------

@@ -112,6 +112,10 @@ static void bench(const struct kvd_tier_ops *ops, void *state, struct kvd_block 
     }
     snprintf(what, sizeof(what), "%s, put", ops->name);
     run_round(&loop, t, block, what);
+#ifdef KVD_REDIS
+    if (ops == &kvd_tier_redis_ops) // into memory that the server has
+        run_round(&loop, t, block, "redis, put again");
+#endif
     snprintf(what, sizeof(what), "%s, get%s", ops->name,
              ops == &kvd_tier_host_ops ? " (nothing is copied)" : "");
     run_round(&loop, t, NULL, what);

@@ -60,8 +60,16 @@ if [ -n "$server" ]; then
 fi
 "$build/tests/bench_tier" -n "$count" "$tier" ${server:+"unix:$work/redis"}
 if [ -n "$server" ]; then
-    "${server%-server}-benchmark" -s "$work/redis" -t set,get -d "$value" -n "$count" -c 8 --csv |
-        awk -F'"' -v value="$value" 'NR > 1 {printf "%-34s %7.2f GB/s                      p99 %8.3f ms\n", "redis-benchmark, " $2, $4 * value / 1e9, $14}'
+    # With a key for each value, as the first puts have, and with one key, as those again.
+    measure() { # measure WHAT OPTION..
+        local what=$1
+        shift
+        "${server%-server}-benchmark" -s "$work/redis" -d "$value" -n "$count" -c 8 --csv "$@" |
+            awk -F'"' -v value="$value" -v what="$what" 'NR > 1 {printf "%-34s %7.2f GB/s                      p99 %8.3f ms\n", "redis-benchmark, " $2 what, $4 * value / 1e9, $14}'
+    }
+    "${server%-server}-cli" -s "$work/redis" flushall >/dev/null
+    measure ", new keys" -t set -r 1000000000
+    measure ", one key" -t set,get
     kill "$pid"
     wait "$pid" || true
     pid=

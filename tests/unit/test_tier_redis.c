@@ -5,7 +5,9 @@
 #include <hiredis/hiredis.h>
 #include <signal.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 
 #include "daemon/tier/pinned.h"
@@ -364,6 +366,131 @@ START_TEST(passwords_expiry_and_memory)
 }
 END_TEST
 
+// Larger than what a socket takes at once: what is asked meanwhile, by the tier itself too, neither
+// gets into them nor is lost.
+START_TEST(much_is_asked_while_large_blocks_are_on_their_way)
+{
+    enum { LARGE = 1500001, MANY = 12 };
+    struct server s;
+    struct answer put_ones = {0}, got = {0}, had = {0};
+    struct kvd_tier_key keys[MANY], damaged = tier_key(100, NULL);
+    char name[80];
+    if (!begin(&s, "--databases", "16", ""))
+        return;
+    ck_assert_int_eq(put(&s, 100), KVD_TIER_OK);
+    name_of(&s, 100, name);
+    for (uint32_t i = 0; i < MANY; i++)
+        keys[i] = tier_key(i, NULL);
+    for (uint32_t round = 0; round < 3; round++) {
+        say(&s, "SET %s damaged", name);
+        for (uint32_t i = 0; i < MANY; i++) {
+            struct kvd_block *b = tier_block(i, LARGE);
+            kvd_tier_put(s.t, &keys[i], tier_layout, b, tier_answered, &put_ones);
+            kvd_block_unref(&b);
+            kvd_tier_get(s.t, &damaged, tier_layout, BYTES, tier_answered, &got); // is unlinked
+            kvd_tier_has(s.t, keys, 8, tier_answered, &had);
+        }
+        tier_until(&s.loop, &put_ones.n, (round + 1) * MANY);
+        tier_until(&s.loop, &got.n, (round + 1) * MANY);
+        tier_until(&s.loop, &had.n, (round + 1) * MANY);
+        ck_assert_int_eq(put_ones.result, KVD_TIER_OK);
+        ck_assert_int_eq(had.result, KVD_TIER_OK);
+        ck_assert_int_eq(got.result, KVD_TIER_MISS);
+        for (uint32_t i = 0; i < MANY; i++)
+            ck_assert_int_eq(tier_get(&s.loop, s.t, i, LARGE, NULL), KVD_TIER_OK);
+    }
+    struct kvd_tier_status status;
+    kvd_tier_status(s.t, &status);
+    ck_assert_uint_ge(status.count[KVD_TIER_GET][KVD_TIER_DAMAGED], 3);
+    ck_assert_uint_eq(status.count[KVD_TIER_PUT][KVD_TIER_FAILED], 0);
+    // Killed amid one.
+    kill(s.pid, SIGSTOP);
+    for (uint32_t i = 0; i < MANY; i++) {
+        struct kvd_block *b = tier_block(i, LARGE);
+        kvd_tier_put(s.t, &keys[i], tier_layout, b, tier_answered, &put_ones);
+        kvd_block_unref(&b);
+        kvd_tier_has(s.t, keys, 8, tier_answered, &had);
+    }
+    tier_sleep(&s.loop, 100);
+    server_stop(&s);
+    tier_until(&s.loop, &put_ones.n, 4 * MANY);
+    tier_until(&s.loop, &had.n, 4 * MANY);
+    ck_assert_int_ne(put_ones.result, KVD_TIER_OK);
+    end(&s);
+}
+END_TEST
+
+// It says so when it has read how long the value is, and hears of nothing more.
+START_TEST(a_server_that_refuses_a_block_before_it_has_it)
+{
+    enum { LARGE = 4000000 };
+    struct server s;
+    if (!begin(&s, "--proto-max-bulk-len", "1048576", ""))
+        return;
+    for (uint64_t i = 0; i < 10; i++) {
+        enum kvd_tier_result rc = tier_put(&s.loop, s.t, 50 + i, LARGE, NULL);
+        ck_assert(rc == KVD_TIER_FAILED || rc == KVD_TIER_REFUSED);
+        for (uint32_t again = 0; again < 400 && rc != KVD_TIER_OK; again++) {
+            rc = put(&s, i);
+            tier_sleep(&s.loop, 5);
+        }
+        ck_assert_int_eq(rc, KVD_TIER_OK);
+        ck_assert_int_eq(get(&s, i), KVD_TIER_OK);
+    }
+    end(&s);
+}
+END_TEST
+
+// Says hello, and no to the first SET that it sees the beginning of; then it reads on. Exits with
+// how many whole blocks it was sent.
+static void liar(int listener, size_t block)
+{
+    static char buf[1 << 16];
+    size_t all = 0;
+    bool refused = false;
+    int fd = accept(listener, NULL, NULL);
+    for (ssize_t n; (n = read(fd, buf, sizeof(buf) - 1)) > 0; all += (size_t)n) {
+        buf[n] = '\0';
+        if (strstr(buf, "PING"))
+            (void)!write(fd, "+PONG\r\n", 7);
+        if (strstr(buf, "SET") && !refused) {
+            refused = true;
+            (void)!write(fd, "-ERR no\r\n", 9);
+            usleep(200000);
+        }
+    }
+    _exit((int)(all / block));
+}
+
+START_TEST(a_server_that_says_no_amid_a_block_is_hung_up_on)
+{
+    enum { LARGE = 4000000 };
+    struct server s;
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    if (!begin(&s, "--databases", "16", ""))
+        return;
+    tier_end(&s.loop, &s.t);
+    server_stop(&s);
+    unlink(s.socket);
+    snprintf(address.sun_path, sizeof(address.sun_path), "%s", s.socket);
+    int listener = socket(AF_UNIX, SOCK_STREAM, 0), status;
+    ck_assert_int_eq(bind(listener, (struct sockaddr *)&address, sizeof(address)), 0);
+    ck_assert_int_eq(listen(listener, 1), 0);
+    pid_t pid = fork();
+    if (pid == 0)
+        liar(listener, LARGE);
+    close(listener);
+    open_with(&s, s.url, "");
+    ck_assert_int_eq(tier_put(&s.loop, s.t, 1, LARGE, NULL), KVD_TIER_FAILED);
+    ck_assert_int_eq(waitpid(pid, &status, 0), pid);
+    ck_assert_int_eq(status, 0); // its rest was not sent
+    end(&s);
+}
+END_TEST
+
 KVD_MAIN("tier_redis", 60, blocks_come_back_and_others_are_left_alone,
          what_others_put_there_is_dropped, a_server_that_is_killed_and_started_again,
-         a_server_that_is_stopped, passwords_expiry_and_memory)
+         a_server_that_is_stopped, passwords_expiry_and_memory,
+         much_is_asked_while_large_blocks_are_on_their_way,
+         a_server_that_refuses_a_block_before_it_has_it,
+         a_server_that_says_no_amid_a_block_is_hung_up_on)
