@@ -216,7 +216,8 @@ public:
 };
 
 // Scale and centre of tokens g and g + 8 of a chunk: what levels are to be multiplied by, and what the sum of what they meet.
-__device__ inline void load_any_params(const any_side &side, const uint8_t *tile, uint32_t chunk, float2 (&of)[2])
+__device__ inline void load_any_params(const any_side &side, const uint8_t *tile, uint32_t chunk, float2 (&of)[2],
+                                       int g = threadIdx.x % 32 / 4)
 {
     const uint8_t *params = tile + side.params;
     if (side.kind == ROWS) {
@@ -224,11 +225,11 @@ __device__ inline void load_any_params(const any_side &side, const uint8_t *tile
         return;
     }
     if (side.params_are == BYTES)
-        load_params<INT2C>(params, side.codec, (int)chunk, of[0], of[1]);
+        load_params<INT2C>(params, side.codec, (int)chunk, of[0], of[1], g);
     else if (side.params_are == PAIRS)
-        load_params<INT4>(params, side.codec, (int)chunk, of[0], of[1]);
+        load_params<INT4>(params, side.codec, (int)chunk, of[0], of[1], g);
     else
-        load_params<LEVELS4>(params, side.codec, (int)chunk, of[0], of[1]);
+        load_params<LEVELS4>(params, side.codec, (int)chunk, of[0], of[1], g);
 #pragma unroll
     for (int i = 0; i < 2; i++)
         of[i] = make_float2(of[i].x * side.unit, fmaf(side.middle, of[i].x, of[i].y));

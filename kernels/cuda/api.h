@@ -54,9 +54,12 @@ struct kvd_cuda_key_tile {
 struct kvd_cuda_transform {
     struct kvd_cuda_key_tile tiles[2][KVD_MAX_HEAD_DIM / 16]; // of tc2, of tc2.5; none of a codec
                                                               // that the set's bits are not for
-    float query_unit;       // rotated queries are to be multiplied by
+    float query_unit; // rotated queries are to be multiplied by
+    float
+        levels_room; // and are to be made smaller by where codes are not looked at in their places
     float forward_scale[2]; // what products must be divided by: of K, V
     float inverse_scale;    // and those with V's inverse, of levels that are one apart
+    float unused[3];        // means are 16-byte aligned, in all of an array
     uint16_t k_mean_parts[2]
                          [KVD_MAX_HEAD_DIM]; // two bf16 parts, zeros from dim on; 16-byte aligned
     float k_mean[KVD_MAX_HEAD_DIM], v_mean[KVD_MAX_HEAD_DIM];
@@ -122,6 +125,8 @@ struct kvd_cuda_attend_params {
     uint32_t warps;         // of a block: 4, 8 or 16
     uint32_t unpacked; // parts of a history whose codes are made values at a time; 0: they are read
                        // as they are
+    uint32_t window_pairs;   // of a window's part then, pairs of 64 tokens
+    uint32_t ahead_pairs;    // of tiles, of each sequence and kv head, that there is scratch for
     uint64_t scratch_zeroed; // so many bytes of scratch are zero before a first use; each call
                              // leaves them so
     void *scratch;           // kvd_cuda_attend_scratch bytes, 256-byte aligned
@@ -129,8 +134,9 @@ struct kvd_cuda_attend_params {
 
 // Cuts the work for a device. To be called once for all layers of a step; stays right, if not the
 // best, when lengths change, but where `unpacked` is not 0: then a history longer than part_tiles *
-// splits tiles gives outputs that are not numbers. history_sum and history_max: tokens of the
-// histories, all together and the longest; window_max: of the longest sink + window.
+// splits tiles, or a window longer than it was said to be, gives outputs that are not numbers.
+// history_sum and history_max: tokens of the histories, all together and the longest; window_max:
+// of the longest sink + window.
 void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t history_sum,
                           uint32_t history_max, uint32_t window_max, uint32_t multiprocessors);
 uint64_t kvd_cuda_attend_scratch(const struct kvd_cuda_attend_params *p);

@@ -101,7 +101,7 @@ struct few_units {
 // these kernels, whose scratch is for lengths as they are.
 static bool is_many_call(const attend_params &p)
 {
-    return p.codec == KVD_CODEC_INT2 && !takes_any(p) && same_dims(p) && (p.dim_k == 64 || p.dim_k == 128) &&
+    return family_of(p.codec) != NO_FAMILY && family_of(p.codec_v) != NO_FAMILY && same_dims(p) && (p.dim_k == 64 || p.dim_k == 128) &&
            rows_of_head(p) >= MANY_ROWS && p.softcap == 0 && !p.tail.tokens;
 }
 
@@ -113,8 +113,9 @@ static uint64_t many_pair_bytes(const attend_params &p) // of two tiles of all s
 }
 
 // Cuts such a call: rounds of as many parts as there are values of at a time. False: histories are too short, or too many.
-static bool cut_for_many(attend_params &p, uint32_t tiles_max, uint32_t chunks, uint32_t multiprocessors)
+static bool cut_for_many(attend_params &p, uint32_t history_max, uint32_t window_max, uint32_t multiprocessors)
 {
+    uint32_t tiles_max = (history_max + PAGE - 1) / PAGE;
     const uint32_t least = 32, least_round = 64, most_tiles = (uint32_t)std::min<uint64_t>(MANY_BYTES / many_pair_bytes(p) * 2, MOST_TILES);
     if (tiles_max < least || most_tiles < std::min(tiles_max, least_round) || !many_runs(p))
         return false;
@@ -126,9 +127,12 @@ static bool cut_for_many(attend_params &p, uint32_t tiles_max, uint32_t chunks, 
         return false;
     p.unpacked = std::min((tiles + p.part_tiles - 1) / p.part_tiles, most_tiles / p.part_tiles);
     p.warps = 4;
-    uint32_t windows = std::max({multiprocessors * 2 / (units * (MANY_ROWS / 16)), chunks / (16 * MOST_TILES), 1u});
-    p.window_splits = std::min({windows, (chunks + 15) / 16, MAX_WINDOW_SPLITS + 0u});
-    return true;
+    // Windows: a part has no more than there is scratch for.
+    uint32_t pairs = (window_max + 2 * PAGE - 1) / (2 * PAGE), most_pairs = most_tiles / 2, least_parts = (pairs + most_pairs - 1) / most_pairs;
+    p.ahead_pairs = std::max(p.unpacked * p.part_tiles / 2, std::min(pairs, most_pairs));
+    p.window_splits = std::min(std::max({std::min(multiprocessors / units, MAX_WINDOW_SPLITS + 0u), least_parts, 1u}), pairs);
+    p.window_pairs = pairs ? (pairs + p.window_splits - 1) / p.window_splits : 0;
+    return p.window_splits <= MAX_WINDOW_SPLITS;
 }
 
 // What kernels over latents have no say in otherwise.
@@ -179,6 +183,10 @@ extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t 
     p->unpacked = 0;
     if (takes_latents(*p))
         return plan_latent(*p, history_sum, history_max, window_max, multiprocessors);
+    if (is_many_call(*p) && !p->packed && cut_for_many(*p, history_max, window_max, multiprocessors)) {
+        p->scratch_zeroed = scratch_of(*p, 2).parts_at;
+        return;
+    }
     if (takes_any(*p))
         return plan_any(*p, history_sum, history_max, window_max, multiprocessors);
     uint32_t nt = n_tiles(*p), blocks = n_row_blocks(*p, nt);
@@ -190,10 +198,6 @@ extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t 
     bool ragged = (uint64_t)history_max * p->sequences > history_sum + history_sum / 4;
     bool few = small_blocks(*p) && !ragged && tiles_max && tiles_max <= 8 * MOST_TILES &&
                (units * 2 <= multiprocessors || (chunks && units <= multiprocessors));
-    if (is_many_call(*p) && !p->packed && cut_for_many(*p, tiles_max, chunks, multiprocessors)) {
-        p->scratch_zeroed = scratch_of(*p, nt).parts_at;
-        return;
-    }
     cut c;
     if (few) {
         float size = (float)kvd_tile_bytes(kvd_codecs_both(p->codec), p->dim_k, p->dim_v) / 4608;
@@ -213,7 +217,7 @@ extern "C" uint64_t kvd_cuda_attend_scratch(const struct kvd_cuda_attend_params 
     if (takes_latents(*p))
         return latent_scratch_bytes(*p);
     if (p->unpacked)
-        return many_values_at(*p) + many_pair_bytes(*p) * (p->unpacked * p->part_tiles / 2);
+        return many_values_at(*p) + many_pair_bytes(*p) * p->ahead_pairs;
     return takes_any(*p) ? any_scratch(*p) : scratch_of(*p, n_tiles(*p)).total;
 }
 
@@ -231,10 +235,12 @@ extern "C" int kvd_cuda_attend(const struct kvd_cuda_attend_params *p, struct CU
         return -1;
     if (latents)
         return is_latent_call(*p) ? (int)launch_latent(*p, stream) : -1;
-    if (takes_any(*p))
-        return needs_transforms(*p) && !p->rotation.transforms ? -1 : (int)launch_any(*p, stream);
+    if (needs_transforms(*p) && !p->rotation.transforms)
+        return -1;
     if (p->unpacked)
         return is_many_call(*p) ? (int)launch_many(*p, stream) : -1;
+    if (takes_any(*p))
+        return (int)launch_any(*p, stream);
     switch (family_of(p->codec)) {
     case INT2:
         return power_of_two(p->dim_k) ? launch_int2(*p, stream) : launch_int2_other(*p, stream);
@@ -247,8 +253,6 @@ extern "C" int kvd_cuda_attend(const struct kvd_cuda_attend_params *p, struct CU
     case LEVELS4:
         return launch_levels4(*p, stream);
     case TC:
-        if (!p->rotation.transforms)
-            return -1;
         if (!tuned(*p))
             return launch_tc(*p, stream);
         return p->codec == TC2 ? launch_tc2(*p, stream) : launch_tc2_5(*p, stream);

@@ -357,9 +357,9 @@ __device__ inline float2 unpack_bytes(uint32_t x)
 
 // The parameters (scale, min) of tokens g and g + 8 of chunk c.
 template <int CODEC>
-__device__ inline void load_params(const uint8_t *params, uint32_t codec, int c, float2 &p0, float2 &p1)
+__device__ inline void load_params(const uint8_t *params, uint32_t codec, int c, float2 &p0, float2 &p1,
+                                   int g = threadIdx.x % 32 / 4)
 {
-    int g = threadIdx.x % 32 / 4;
     if (params_bytes<CODEC>(codec) == 256) {
         uint2 raw = *(const uint2 *)(params + c * 64 + g * 8);
         p0 = unpack_fp16(raw.x);

@@ -5,10 +5,16 @@
 #include "kernels/tc.h"
 
 #include <math.h>
+#include <stddef.h>
 
 // Rotated queries may become so large, of fp16's 65504; what is smaller by 2^28 begins to lose
 // bits.
 static const double LARGEST_QUERY = 16384;
+
+_Static_assert(offsetof(struct kvd_cuda_transform, k_mean_parts) % 16 == 0,
+               "copied 16 bytes at a time");
+_Static_assert(offsetof(struct kvd_cuda_transform, v_mean) % 16 == 0, "copied 16 bytes at a time");
+_Static_assert(sizeof(struct kvd_cuda_transform) % 16 == 0, "so are all of an array");
 
 static const uint32_t codecs[2] = {KVD_CODEC_TC2, KVD_CODEC_TC2_5};
 
@@ -95,16 +101,19 @@ static void means(const struct side *s, float *mean, float *offset)
 }
 
 // By how much queries may be multiplied so that none exceeds LARGEST_QUERY: those of a block are
-// divided by what makes their elements 1 at most. A power of two.
-static double room_of(const struct side *k, const struct kvd_cuda_transform *t)
+// divided by what makes their elements 1 at most. A power of two. Of codes in their places, or of
+// levels that are one apart.
+static double room_of(const struct side *k, const struct kvd_cuda_transform *t, bool levels)
 {
     double top = 0;
     for (uint32_t c = 0; c < k->dim; c++) {
         double square = 0;
         for (uint32_t i = 0; i < k->dim; i++)
             square += pow(inverse_element(k, c, i) * sigma_of(k, c), 2);
-        for (int codec = 0; codec < 2; codec++)
-            top = fmax(top, sqrt(square) * (double)t->tiles[codec][c / KVD_TC_TILE].factor);
+        for (int codec = 0; codec < 2; codec++) {
+            const struct kvd_cuda_key_tile *tile = &t->tiles[codec][c / KVD_TC_TILE];
+            top = fmax(top, sqrt(square) * (double)(levels ? tile->step : tile->factor));
+        }
     }
     return top > 0 ? exp2(floor(log2(LARGEST_QUERY / (sqrt(k->dim) * top)))) : 1;
 }
@@ -140,11 +149,11 @@ void kvd_cuda_transform_pack(const struct kvd_rotation_data *d, uint64_t index,
             kvd_f32_to_bf16(out->k_mean[c] - kvd_bf16_to_f32(out->k_mean_parts[0][c]));
     }
     float *scale_k = &operands->scale_k[index], *scale_v = &operands->scale_v[index];
-    double room = 1;
+    double room = 1, of_levels = 1;
     out->forward_scale[0] = *scale_k;
     out->forward_scale[1] = out->inverse_scale = *scale_v;
     if (kvd_cuda_is_transform(d)) {
-        room = room_of(&k, out);
+        room = room_of(&k, out, false), of_levels = room_of(&k, out, true);
         operand_matrix(&k, QUERIES, m);
         *scale_k =
             (float)(kvd_cuda_operands_pack(KVD_CUDA_QUERIES, m, k.dim, operands->queries, index) /
@@ -162,4 +171,5 @@ void kvd_cuda_transform_pack(const struct kvd_rotation_data *d, uint64_t index,
     }
     out->inverse_scale /= KVD_EVEN_STEP;
     out->query_unit = (float)(1 / room);
+    out->levels_room = (float)(of_levels / room);
 }

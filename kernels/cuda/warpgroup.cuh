@@ -32,9 +32,18 @@ __device__ inline void warpgroup_commit()
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-__device__ inline void warpgroup_wait()
+// Waits until all groups but the last N have come.
+template <int N = 0> __device__ inline void warpgroup_wait()
 {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// Sums that products under way write are looked at by no code before this.
+template <int N> __device__ inline void warpgroup_came(float (&c)[N][4])
+{
+#pragma unroll
+    for (int j = 0; j < N; j++)
+        asm volatile("" : "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])::"memory");
 }
 
 // A warpgroup gives up registers, or takes what others gave: of N a thread.
@@ -107,7 +116,7 @@ __device__ inline void warpgroup_mma(float (&c)[D / 8][4], const uint32_t (&a)[4
     }
 }
 
-// -- products of fp16 ----------------------------------------------------------------------------
+// -- products of two bytes a value ----------------------------------------------------------------------------
 
 #define KVD_64_SUMS \
     "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]), \
@@ -138,29 +147,33 @@ __device__ inline void warpgroup_mma(float (&c)[D / 8][4], const uint32_t (&a)[4
         "%16, %17, %18, %19, %20, %21, %22, %23, " \
         "%24, %25, %26, %27, %28, %29, %30, %31"
 
+// Types of operands: values of histories are fp16, tokens of windows bf16.
+#define KVD_PRODUCTS_OF_SHARED(name, type) \
+    __device__ inline void name(float (&c)[16][4], uint64_t a, uint64_t b, int add) \
+    { \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n" \
+                     "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" KVD_64_NAMES "}, %64, %65, p, 1, 1, 0, 0;\n}" \
+                     : KVD_64_SUMS \
+                     : "l"(a), "l"(b), "r"(add)); \
+    }
+
+#define KVD_PRODUCTS_ADDED(name, type, tiles, columns, names, sums, a0, a1, a2, a3, b0) \
+    __device__ inline void name(float (&c)[tiles][4], const uint32_t (&a)[4], uint64_t b) \
+    { \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" names "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " b0 ", 1, 1, 1, 0;\n" \
+                     : sums \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
+    }
+
 // c = A B, or c += A B with `add`: 64 rows by 128 columns, both operands in shared memory as operand_descriptor has them.
-__device__ inline void warpgroup_mma_fp16(float (&c)[16][4], uint64_t a, uint64_t b, int add)
-{
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" KVD_64_NAMES "}, %64, %65, p, 1, 1, 0, 0;\n}"
-                 : KVD_64_SUMS
-                 : "l"(a), "l"(b), "r"(add));
-}
+KVD_PRODUCTS_OF_SHARED(warpgroup_mma_fp16, "f16")
+KVD_PRODUCTS_OF_SHARED(warpgroup_mma_bf16, "bf16")
 
 // c += a B, a as in mma.m16n8k16, a warp's 16 rows of the 64; with 128 or 64 columns.
-__device__ inline void warpgroup_add_fp16(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b)
-{
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" KVD_64_NAMES "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 0;\n"
-                 : KVD_64_SUMS
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
-
-__device__ inline void warpgroup_add_fp16(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b)
-{
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" KVD_32_NAMES "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 0;\n"
-                 : KVD_32_SUMS
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
+KVD_PRODUCTS_ADDED(warpgroup_add_fp16, "f16", 16, "128", KVD_64_NAMES, KVD_64_SUMS, "%64", "%65", "%66", "%67", "%68")
+KVD_PRODUCTS_ADDED(warpgroup_add_bf16, "bf16", 16, "128", KVD_64_NAMES, KVD_64_SUMS, "%64", "%65", "%66", "%67", "%68")
+KVD_PRODUCTS_ADDED(warpgroup_add_fp16, "f16", 8, "64", KVD_32_NAMES, KVD_32_SUMS, "%32", "%33", "%34", "%35", "%36")
+KVD_PRODUCTS_ADDED(warpgroup_add_bf16, "bf16", 8, "64", KVD_32_NAMES, KVD_32_SUMS, "%32", "%33", "%34", "%35", "%36")
 #endif
 
 } // namespace kvd

@@ -315,7 +315,7 @@ static void bench_attend(const row &w)
 }
 
 // New tokens over a compressed prefix.
-static void bench_prefill(const char *name, uint32_t q_len, uint32_t history, bool packed)
+static void bench_prefill(const char *name, uint32_t q_len, uint32_t history, bool packed, uint32_t codec = KVD_CODEC_INT2)
 {
     if (!wanted(name))
         return;
@@ -325,7 +325,7 @@ static void bench_prefill(const char *name, uint32_t q_len, uint32_t history, bo
     p.q_heads = hq;
     p.kv_heads = hkv;
     p.dim_k = p.dim_v = dim;
-    p.codec = p.codec_v = KVD_CODEC_INT2;
+    p.codec = p.codec_v = codec;
     p.q_len = p.new_tokens = q_len;
     p.ring = 64;
     p.scale = 0.088f;
@@ -335,14 +335,14 @@ static void bench_prefill(const char *name, uint32_t q_len, uint32_t history, bo
     p.o = device<uint16_t>(q_len * hq * dim);
     std::vector<uint64_t> table(pages), bf16(1);
     for (uint32_t i = 0; i < pages; i++)
-        table[i] = (uint64_t)pool + (uint64_t)i * hkv * 4608;
+        table[i] = (uint64_t)pool + (uint64_t)i * hkv * kvd_tile_bytes(kvd_codecs_both(codec), dim, dim);
     bf16[0] = (uint64_t)device<uint8_t>(hkv * 64 * dim * 4);
     p.pages.codec = to_device(table);
     p.pages.bf16 = to_device(bf16);
     p.pages.codec_stride = pages;
     p.pages.bf16_stride = 1;
     p.pages.length = p.pages.hist_end = to_device(std::vector<uint32_t>(1, history));
-    p.rotation = rotation(dim);
+    p.rotation = kvd_codec_tc(codec) ? transforms(codec, dim, hkv) : rotation(dim);
     p.packed = packed;
     kvd_cuda_attend_plan(&p, history, history, q_len, sms);
     p.scratch = device<uint8_t>(kvd_cuda_attend_scratch(&p));
@@ -562,6 +562,12 @@ int main(int argc, char **argv)
     bench_prefill("prefill 512 over 131,072, 32/8", 512, 131072, false);
     bench_prefill("prefill 2,048 over 32,768, 32/8, packed", 2048, 32768, true);
     bench_prefill("prefill 512 over 131,072, 32/8, packed", 512, 131072, true);
+    for (bool packed : {false, true})
+        for (uint32_t codec : {KVD_CODEC_INT2C, KVD_CODEC_INT4, KVD_CODEC_TURBOQUANT_3, KVD_CODEC_TC2, KVD_CODEC_TC2_5}) {
+            char name[80];
+            snprintf(name, sizeof(name), "prefill %s 2,048 over 32,768, 32/8%s", kvd_codec_name(codec), packed ? ", packed" : "");
+            bench_prefill(name, 2048, 32768, packed, codec);
+        }
     bench_quantize(false);
     bench_quantize(true);
     for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++)

@@ -24,7 +24,11 @@ inline void warpgroup_commit()
 {
 }
 
-inline void warpgroup_wait()
+template <int N = 0> inline void warpgroup_wait()
+{
+}
+
+template <int N> inline void warpgroup_came(float (&)[N][4])
 {
 }
 
@@ -59,7 +63,8 @@ template <int D> inline void warpgroup_mma(float (&c)[D / 8][4], const uint32_t 
     emulated_warpgroup_mma<D, mma_bf16>(c, a, b, add);
 }
 
-inline void warpgroup_mma_fp16(float (&c)[16][4], uint64_t a, uint64_t b, int add)
+template <void MMA(float[4], const uint32_t[4], uint32_t, uint32_t)>
+inline void emulated_products_of_shared(float (&c)[16][4], uint64_t a, uint64_t b, int add)
 {
     uint32_t at = (uint32_t)(a & 0x3fff) << 4, words[4];
     uint32_t next_inputs = (uint32_t)(a >> 16 & 0x3fff) << 4, next_rows = (uint32_t)(a >> 32 & 0x3fff) << 4;
@@ -68,12 +73,27 @@ inline void warpgroup_mma_fp16(float (&c)[16][4], uint64_t a, uint64_t b, int ad
         shared_address(from + 3);
         memcpy(&words[r], from, 4);
     }
-    emulated_warpgroup_mma<128, mma>(c, words, b, add);
+    emulated_warpgroup_mma<128, MMA>(c, words, b, add);
+}
+
+inline void warpgroup_mma_fp16(float (&c)[16][4], uint64_t a, uint64_t b, int add)
+{
+    emulated_products_of_shared<mma>(c, a, b, add);
+}
+
+inline void warpgroup_mma_bf16(float (&c)[16][4], uint64_t a, uint64_t b, int add)
+{
+    emulated_products_of_shared<mma_bf16>(c, a, b, add);
 }
 
 template <int N> inline void warpgroup_add_fp16(float (&c)[N][4], const uint32_t (&a)[4], uint64_t b)
 {
     emulated_warpgroup_mma<8 * N, mma>(c, a, b, 1);
+}
+
+template <int N> inline void warpgroup_add_bf16(float (&c)[N][4], const uint32_t (&a)[4], uint64_t b)
+{
+    emulated_warpgroup_mma<8 * N, mma_bf16>(c, a, b, 1);
 }
 #endif
 
