@@ -657,6 +657,14 @@ static void take_whole(struct kvd_pool *pool, struct region_seq *s, struct kvd_p
     }
 }
 
+void kvd_pool_settle_need(const struct kvd_pool *pool, uint64_t seq, struct kvd_pool_need *need)
+{
+    const struct region_seq *s = seq_find(pool, seq);
+    *need = (struct kvd_pool_need){0};
+    if (s && !s->pending_layers)
+        need_to_settle(pool, s, need);
+}
+
 // As an append of no token: whoever opens the region amid it puts the parts back.
 int kvd_pool_settle_begin(struct kvd_pool *pool, uint64_t seq, struct kvd_pool_append *out,
                           struct kvd_error *err)

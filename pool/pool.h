@@ -420,6 +420,8 @@ int kvd_pool_truncate(struct kvd_pool *pool, uint64_t seq, uint64_t length, stru
 // whoever maps its pages must be able to rely on. Returns whether it has, and will have, no part of
 // a page. False: make it so with the next ones.
 bool kvd_pool_seq_settle(struct kvd_pool *pool, uint64_t seq);
+// What the next would take, as kvd_pool_append_need; nothing where that fails.
+void kvd_pool_settle_need(const struct kvd_pool *pool, uint64_t seq, struct kvd_pool_need *need);
 // Puts whole pages in the place of parts. As an append: copies are to be made, then commit, or
 // kvd_pool_append_abort. KVD_E_NOT_FOUND; KVD_E_PRECONDITION while an append is unfinished;
 // KVD_E_QUOTA, KVD_E_FULL, KVD_E_LIMIT.

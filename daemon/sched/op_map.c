@@ -135,6 +135,17 @@ static int check(struct kvd_work *w, struct kvd_session *s, const void *request,
     return KVD_OK;
 }
 
+static bool room(struct kvd_daemon *d, struct kvd_work *w)
+{
+    struct kvd_pool_need need = {0};
+    for (uint32_t i = 0; w->writes && i < w->n_items; i++) {
+        struct kvd_pool_need of_item;
+        kvd_pool_settle_need(d->pool, w->items[i].seq, &of_item);
+        kvd_pool_need_add(&need, &of_item);
+    }
+    return kvd_room_make(d, &w->room, w->waiter.ns, w->layout, &need);
+}
+
 static int note_item(struct kvd_daemon *d, struct kvd_work *w, struct kvd_work_item *item,
                      struct kvd_error *err)
 {
@@ -194,6 +205,7 @@ static int reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err
 const struct kvd_op kvd_op_map = {.id = KVD_OP_MAP,
                                   .most_items = KVD_MAX_CALL_ITEMS,
                                   .check = check,
+                                  .room = room,
                                   .prepare = prepare,
                                   .copies_only = true,
                                   .run = run,

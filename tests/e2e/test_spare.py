@@ -5,6 +5,7 @@ import pytest
 
 import kvd as package
 from conftest import BUILD
+from test_direct import Raw
 from test_hints import publish
 from test_prefix import connect, tokens_of
 from test_tiers import until
@@ -92,3 +93,22 @@ def test_an_extent_is_emptied_while_others_go_on(start):
             assert value(kvd, "kvd_room_longest_piece_seconds") > 0
             assert [s.length for s in others] == [320] * 4
         assert a.match([package.Prompt(held)], lease=0)[0].blocks == 28
+
+
+def test_who_maps_parts_waits_for_an_extent_too(start):
+    """Sequences with parts of pages are to have whole ones, for which another namespace's blocks go, a piece at a time."""
+    kvd, many = start("--pool-size", "16MiB", "--extent-size", "2MiB"), 60
+    with connect(kvd, namespace="a") as a:
+        i = 0
+        while value(kvd, 'kvd_pool_bytes{state="free"}') or i < 8:
+            publish(a, tokens_of(i, 2048))
+            i += 1
+        w = Raw(kvd, "b")
+        sequences = [w.sequence(1)[0] for _ in range(many)]
+        before, of_a = value(kvd, "kvd_room_waits_total"), value(kvd, 'kvd_namespace_used_bytes{namespace="a"}')
+        mapped = w.map(*sequences)
+        assert [(s.length, len(s.bf16_pages)) for s in mapped.sequences] == [(1, 1)] * many
+        assert len({s.bf16_pages[0] for s in mapped.sequences}) == many
+        assert value(kvd, "kvd_room_waits_total") > before
+        assert value(kvd, 'kvd_namespace_used_bytes{namespace="a"}') < of_a - MIB
+        w.sock.close()

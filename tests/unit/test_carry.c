@@ -1,9 +1,5 @@
 // Blocks on their way to other places, and back.
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
-#include "tests/unit/blocks_fixture.h"
+#include "tests/unit/lasting_fixture.h"
 #include "tests/unit/random.h"
 
 START_TEST(new_blocks_are_carried_away_and_brought_back)
@@ -180,49 +176,6 @@ START_TEST(a_namespace_is_cleared_in_pieces)
 END_TEST
 
 // -- blocks of an earlier process ---------------------------------------------------------------
-
-// What outlives a process: extents are never touched, and indices are held here.
-static int index_fd[8] = {-1, -1, -1, -1, -1, -1, -1, -1};
-
-static void index_kept(void *ctx, uint32_t ns, int fd)
-{
-    (void)ctx;
-    if (index_fd[ns] >= 0)
-        close(index_fd[ns]);
-    index_fd[ns] = fd < 0 ? -1 : dup(fd);
-}
-
-static int index_find(void *ctx, uint32_t ns)
-{
-    (void)ctx;
-    return index_fd[ns] < 0 ? -1 : dup(index_fd[ns]);
-}
-
-static int attach(void *ctx, uint32_t index, uint64_t bytes, uint64_t *addr)
-{
-    (void)ctx;
-    (void)bytes;
-    *addr = (uint64_t)(index + 1) << 40;
-    return 0;
-}
-
-static struct kvd_pool_mem_ops lasting_ops(struct test_mem *mem)
-{
-    return (struct kvd_pool_mem_ops){.ctx = mem,
-                                     .alloc = test_mem_alloc,
-                                     .free = test_mem_free,
-                                     .zero = test_mem_zero,
-                                     .attach = attach,
-                                     .index_kept = index_kept,
-                                     .index_find = index_find};
-}
-
-static const struct kvd_pool_config lasting = {.bytes = 16 << 21,
-                                               .extent_bytes = 2 << 20,
-                                               .max_sequences = 64,
-                                               .max_namespaces = 8,
-                                               .max_layouts = 8,
-                                               .durable = true};
 
 // A pool with blocks that nobody has but the index: of one plane, and of two with a window.
 static void setup_lasting(struct fixture *f, struct kvd_blocks_space spaces[2])
@@ -403,48 +356,20 @@ static bool check_had(void *ctx, const struct kvd_prefix_entry_info *e, uint32_t
     return true;
 }
 
-static int copy_of(int fd)
+// It was not dropped.
+static void check_opened(struct kvd_pool *opened)
 {
-    struct stat st;
-    int copy = memfd_create("copy", MFD_CLOEXEC);
-    ck_assert_int_eq(fstat(fd, &st), 0);
-    ck_assert_int_eq(ftruncate(copy, st.st_size), 0);
-    for (off_t from = 0, to; (from = lseek(fd, from, SEEK_DATA)) >= 0; from = to) {
-        static uint8_t bytes[1 << 20];
-        to = KVD_MIN(lseek(fd, from, SEEK_HOLE), from + (off_t)sizeof(bytes));
-        ck_assert_int_eq(pread(fd, bytes, (size_t)(to - from), from), to - from);
-        ck_assert_int_eq(pwrite(copy, bytes, (size_t)(to - from), from), to - from);
-    }
-    return copy;
-}
-
-// The process ends here: opens what it leaves.
-static void look(void)
-{
-    struct test_mem mem = {0};
-    struct kvd_pool_mem_ops ops = lasting_ops(&mem);
-    struct kvd_error err = {0};
     struct kvd_blocks_info info;
-    int region, index = -1, own = index_fd[0];
-    if (at.points++ % LOOKS_AT_ONE_OF)
-        return;
-    region = copy_of(kvd_pool_fd(at.f->pool));
-    if (own >= 0)
-        index = copy_of(own);
-    index_fd[0] = index;
-    void (*again)(void) = KVD_TAKE(kvd_pool_kill_point);
-    struct kvd_pool *opened = kvd_pool_open(region, &lasting, &ops, &err);
-    ck_assert_msg(opened != NULL, "%s", err.text);
-    ck_assert_msg(kvd_pool_verify(opened, &err) == 0, "%s", err.text);
     kvd_blocks_each(opened, 0, 0, UINT32_MAX, check_had, NULL);
     kvd_blocks_info(opened, 0, &info);
-    ck_assert_uint_ge(info.blocks + MOST_EVICTED, at.n); // it was not dropped
-    kvd_pool_leave(&opened);
-    kvd_pool_kill_point = again;
-    if (index_fd[0] >= 0)
-        close(index_fd[0]);
-    index_fd[0] = own;
-    close(region);
+    ck_assert_uint_ge(info.blocks + MOST_EVICTED, at.n);
+}
+
+static void look(void)
+{
+    if (at.points++ % LOOKS_AT_ONE_OF)
+        return;
+    look_at_copy(at.f->pool, check_opened);
     at.looks++;
 }
 
