@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+"""What others notice while a full pool makes room for another layout: latencies of a client that looks up a block all the time.
+
+Usage: bench_room.py --kvd PROGRAM --kvctl PROGRAM [--blocks 1000000] [--extents 6]
+Starts a kvd of its own and fills it with so many published blocks of one namespace. Another namespace then appends to sequences of another
+layout until an extent had to be emptied for it so many times, which looks at every block several times over, in steps. A third client
+looks up one block of its own, one call after the other, before that and meanwhile. Says what both had to wait, and how long the longest step
+was. Wants the package kvd (PYTHONPATH=client/python, KVD_LIBRARY=...).
+"""
+import argparse
+import pathlib
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+
+import numpy as np
+
+import kvd
+
+TOKENS = 16384  # of a prompt
+PAGE = 16384    # of the pool's room that the block of one kv head takes; a quarter of it is touched
+
+
+def percentiles(seconds):
+    s = sorted(seconds)
+    at = lambda part: f"{s[min(int(len(s) * part), len(s) - 1)] * 1e3:.2f}"
+    return f"p50 {at(0.5)}  p99 {at(0.99)}  longest {s[-1] * 1e3:.2f} ms of {len(s)}"
+
+
+class Asker(threading.Thread):
+    """Looks up a block that is not there, again and again."""
+
+    def __init__(self, address):
+        super().__init__(daemon=True)
+        self.address, self.took, self.stops = address, [], False
+
+    def run(self):
+        prompt = kvd.Prompt(np.zeros(64, np.uint32))
+        with kvd.Client(layers=range(1), q_heads=1, kv_heads=1, head_dim=64, codec="int2", address=self.address, namespace="asks") as c:
+            while not self.stops:
+                began = time.perf_counter()
+                c.match([prompt], lease=0)
+                self.took.append(time.perf_counter() - began)
+
+    def take(self):
+        took, self.took = self.took, []
+        return took
+
+
+def fill(client, blocks):
+    k, v = client.tensor(1, TOKENS, 1, 64), client.tensor(1, TOKENS, 1, 64)
+    for i in range(-(-blocks * 64 // TOKENS)):
+        s = client.create()
+        s.append(k, v)
+        s.publish_blocks(kvd.Prompt(np.random.default_rng(i).integers(0, 50000, TOKENS).astype(np.uint32)))
+        s.free()
+
+
+def main():
+    p = argparse.ArgumentParser()
+    p.add_argument("--kvd", required=True)
+    p.add_argument("--kvctl", required=True)
+    p.add_argument("--blocks", type=int, default=1000000)
+    p.add_argument("--extents", type=int, default=6)
+    args = p.parse_args()
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="kvd-bench-room."))
+    address = f"unix:{folder}/s"
+    size = max(-(-args.blocks * PAGE // (4 << 20)), 8) * 4
+    daemon = subprocess.Popen([args.kvd, "--listen", address, "--backend", "cpu", "--pool-size", f"{size}MiB", "--extent-size", "4MiB",
+                               "--cache", folder / "cache", "--metrics", "127.0.0.1:0"], stderr=open(folder / "log", "w"))
+
+    def metric(name):
+        text = subprocess.run([args.kvctl, "--address", address, "metrics"], capture_output=True, text=True, check=True).stdout
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.split(" ")[0].split("{")[0] == name)
+
+    try:
+        end = time.monotonic() + 30
+        while "ready version" not in (folder / "log").read_text() and time.monotonic() < end:
+            time.sleep(0.05)
+        options = dict(q_heads=1, kv_heads=1, head_dim=64, codec="int2", address=address, sink=0, recent=64)
+        with kvd.Client(layers=range(1), namespace="fills", **options) as a, kvd.Client(layers=range(2), namespace="wants", **options) as b:
+            began = time.monotonic()
+            fill(a, args.blocks)
+            print(f"{metric('kvd_prefix_blocks'):.0f} blocks in {size} MiB, filled in {time.monotonic() - began:.0f} s")
+            asker = Asker(address)
+            asker.start()
+            time.sleep(3)
+            print("another client, before:    ", percentiles(asker.take()))
+            k, v, held, waited, others = b.tensor(2, 2048, 1, 64), b.tensor(2, 2048, 1, 64), [], [], []
+            before = metric("kvd_room_waits_total")
+            while len(waited) < args.extents and len(held) < 2000:
+                held.append(b.create())
+                asker.take()
+                began = time.perf_counter()
+                held[-1].append(k, v)
+                took, asked, now = time.perf_counter() - began, asker.take(), metric("kvd_room_waits_total")
+                if now > before:
+                    waited.append(took)
+                    others += asked
+                before = now
+            asker.stops = True
+            asker.join()
+            print("another client, meanwhile: ", percentiles(others))
+            print("appends that waited:       ", percentiles(waited))
+            print(f"waits {metric('kvd_room_waits_total'):.0f}, longest step {metric('kvd_room_longest_piece_seconds') * 1e3:.2f} ms")
+    finally:
+        daemon.send_signal(signal.SIGKILL)
+        daemon.wait()
+        subprocess.run(["rm", "-rf", folder], check=True)
+
+
+if __name__ == "__main__":
+    main()
