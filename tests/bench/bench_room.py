@@ -19,11 +19,13 @@ import numpy as np
 
 import kvd
 
-TOKENS = 16384  # of a prompt
+TOKENS, AT_ONCE, PART = 4096, 32, 512  # of a prompt; prompts that are computed at once, and how much of each in a call
 PAGE = 16384    # of the pool's room that the block of one kv head takes; a quarter of it is touched
 
 
 def percentiles(seconds):
+    if not seconds:
+        return "none"
     s = sorted(seconds)
     at = lambda part: f"{s[min(int(len(s) * part), len(s) - 1)] * 1e3:.2f}"
     return f"p50 {at(0.5)}  p99 {at(0.99)}  longest {s[-1] * 1e3:.2f} ms of {len(s)}"
@@ -50,12 +52,15 @@ class Asker(threading.Thread):
 
 
 def fill(client, blocks):
-    k, v = client.tensor(1, TOKENS, 1, 64), client.tensor(1, TOKENS, 1, 64)
-    for i in range(-(-blocks * 64 // TOKENS)):
-        s = client.create()
-        s.append(k, v)
-        s.publish_blocks(kvd.Prompt(np.random.default_rng(i).integers(0, 50000, TOKENS).astype(np.uint32)))
-        s.free()
+    """As many workers leave them: the blocks of a prompt lie among those of others."""
+    k, v = client.tensor(1, PART, 1, 64), client.tensor(1, PART, 1, 64)
+    for i in range(-(-blocks * 64 // TOKENS // AT_ONCE)):
+        sequences = [client.create() for _ in range(AT_ONCE)]
+        for _ in range(TOKENS // PART):
+            client.append([kvd.Item(s, k, v) for s in sequences])
+        for j, s in enumerate(sequences):
+            s.publish_blocks(kvd.Prompt(np.random.default_rng(AT_ONCE * i + j).integers(0, 50000, TOKENS).astype(np.uint32)))
+            s.free()
 
 
 def main():

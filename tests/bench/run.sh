@@ -81,6 +81,9 @@ if /usr/bin/python3 -c 'import numpy' 2>/dev/null; then
     echo "# pages that come back from a tier (bench_restore.py)"
     PYTHONPATH=client/python KVD_LIBRARY=$build/client/libkvd.so.0 /usr/bin/python3 tests/bench/bench_restore.py --kvd "$build/daemon/kvd" \
         --kvctl "$build/client/kvctl" --tokens "$((tokens / 4))" --rounds 3
+    echo "# what others notice while a full pool makes room (bench_room.py)"
+    PYTHONPATH=client/python KVD_LIBRARY=$build/client/libkvd.so.0 /usr/bin/python3 tests/bench/bench_room.py --kvd "$build/daemon/kvd" \
+        --kvctl "$build/client/kvctl" --blocks "$([ -n "$smoke" ] && echo 20000 || echo 1000000)"
 fi
 
 "$build/tests/bench_attend" "$tokens" tests/data/smollm2.safetensors
