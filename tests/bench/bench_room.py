@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
-"""What others notice while a full pool makes room for another layout: latencies of a client that looks up a block all the time.
+"""What others notice while blocks are published, and while a full pool makes room for another layout: latencies of a client that looks
+up a block all the time.
 
 Usage: bench_room.py --kvd PROGRAM --kvctl PROGRAM [--blocks 1000000] [--extents 6]
-Starts a kvd of its own and fills it with so many published blocks of one namespace. Another namespace then appends to sequences of another
-layout until an extent had to be emptied for it so many times, which looks at every block several times over, in steps. A third client
-looks up one block of its own, one call after the other, before that and meanwhile. Says what both had to wait, and how long the longest step
-was. Wants the package kvd (PYTHONPATH=client/python, KVD_LIBRARY=...).
+Starts a kvd of its own and fills it with so many blocks of one namespace. Another namespace then appends to sequences of another layout
+until an extent had to be emptied for it so many times, which looks at every block several times over, in steps. A client in a process of
+its own looks up one block a thousand times a second, alone, during the one and during the other. Says what it had to wait, what those who
+wanted room had to, and how long the longest step was. Wants the package kvd (PYTHONPATH=client/python, KVD_LIBRARY=...).
 """
 import argparse
+import multiprocessing
 import pathlib
 import signal
 import subprocess
 import tempfile
-import threading
 import time
 
 import numpy as np
@@ -31,24 +32,17 @@ def percentiles(seconds):
     return f"p50 {at(0.5)}  p99 {at(0.99)}  longest {s[-1] * 1e3:.2f} ms of {len(s)}"
 
 
-class Asker(threading.Thread):
-    """Looks up a block that is not there, again and again."""
-
-    def __init__(self, address):
-        super().__init__(daemon=True)
-        self.address, self.took, self.stops = address, [], False
-
-    def run(self):
-        prompt = kvd.Prompt(np.zeros(64, np.uint32))
-        with kvd.Client(layers=range(1), q_heads=1, kv_heads=1, head_dim=64, codec="int2", address=self.address, namespace="asks") as c:
-            while not self.stops:
-                began = time.perf_counter()
-                c.match([prompt], lease=0)
-                self.took.append(time.perf_counter() - began)
-
-    def take(self):
-        took, self.took = self.took, []
-        return took
+def ask(address, pipe):
+    """Looks up a block that is not there, a thousand times a second, until told to end; then tells when each began and what it took."""
+    took, prompt = [], kvd.Prompt(np.zeros(64, np.uint32))
+    with kvd.Client(layers=range(1), q_heads=1, kv_heads=1, head_dim=64, codec="int2", address=address, namespace="asks") as c:
+        pipe.send("ready")
+        while not pipe.poll():
+            began = time.perf_counter()
+            c.match([prompt], lease=0)
+            took.append((began, time.perf_counter() - began))
+            time.sleep(0.001)
+    pipe.send(took)
 
 
 def fill(client, blocks):
@@ -86,30 +80,39 @@ def main():
             time.sleep(0.05)
         options = dict(q_heads=1, kv_heads=1, head_dim=64, codec="int2", address=address, sink=0, recent=64)
         with kvd.Client(layers=range(1), namespace="fills", **options) as a, kvd.Client(layers=range(2), namespace="wants", **options) as b:
-            began = time.monotonic()
-            fill(a, args.blocks)
-            print(f"{metric('kvd_prefix_blocks'):.0f} blocks in {size} MiB, filled in {time.monotonic() - began:.0f} s")
-            asker = Asker(address)
+            pipe, end = multiprocessing.Pipe()
+            asker = multiprocessing.get_context("spawn").Process(target=ask, args=(address, end), daemon=True)
             asker.start()
+            pipe.recv()
+            times = [time.perf_counter()]
             time.sleep(3)
-            print("another client, before:    ", percentiles(asker.take()))
-            k, v, held, waited, others = b.tensor(2, 2048, 1, 64), b.tensor(2, 2048, 1, 64), [], [], []
+            times.append(time.perf_counter())
+            fill(a, args.blocks)
+            times.append(time.perf_counter())
+            filled, seconds = metric("kvd_prefix_blocks"), times[2] - times[1]
+            print(f"{filled:.0f} blocks in {size} MiB, computed and published in {seconds:.0f} s")
+            k, v, held, waits = b.tensor(2, 2048, 1, 64), b.tensor(2, 2048, 1, 64), [], []
             before = metric("kvd_room_waits_total")
-            while len(waited) < args.extents and len(held) < 2000:
+            while len(waits) < args.extents and len(held) < 2000:
                 held.append(b.create())
-                asker.take()
                 began = time.perf_counter()
                 held[-1].append(k, v)
-                took, asked, now = time.perf_counter() - began, asker.take(), metric("kvd_room_waits_total")
+                ended, now = time.perf_counter(), metric("kvd_room_waits_total")
                 if now > before:
-                    waited.append(took)
-                    others += asked
+                    waits.append((began, ended))
                 before = now
-            asker.stops = True
+            pipe.send("end")
+            asked = pipe.recv()
             asker.join()
-            print("another client, meanwhile: ", percentiles(others))
-            print("appends that waited:       ", percentiles(waited))
-            print(f"waits {metric('kvd_room_waits_total'):.0f}, longest step {metric('kvd_room_longest_piece_seconds') * 1e3:.2f} ms")
+
+            def within(begin, end):
+                return [took for at, took in asked if begin <= at < end]
+
+            print("another client, alone:               ", percentiles(within(*times[:2])))
+            print("while blocks are published:          ", percentiles(within(*times[1:3])))
+            print("while room is made:                  ", percentiles([x for w in waits for x in within(*w)]))
+            print("appends that waited for room:        ", percentiles([end - begin for begin, end in waits]))
+            print(f"longest step {metric('kvd_room_longest_piece_seconds') * 1e3:.2f} ms")
     finally:
         daemon.send_signal(signal.SIGKILL)
         daemon.wait()
