@@ -513,30 +513,11 @@ kvd_result kvd_direct_bind(kvd_direct *d, uint32_t slot, uint64_t sequence, kvd_
 
 // -- opening and closing ------------------------------------------------------------------------
 
-// Whether direct mode knows codecs on a GPU.
-static bool on_gpu(struct kvd_codecs codec)
-{
-    return codec.k == codec.v && codec.k != KVD_CODEC_INT4 && !kvd_codec_tc(codec.k);
-}
-
 static int open_backend(struct kvd_direct *d, struct kvd_error *err)
 {
     if (d->client->on_cpu) {
         d->ops = &kvd_direct_cpu;
         d->backend = kvd_cpu_backend_new(0, NULL, err);
-    } else if (d->n_planes > 1) {
-        kvd_fail(err, KVD_E_UNSUPPORTED,
-                 "the session's layout has %u planes; on a GPU direct mode is for layouts of one: "
-                 "use kvd_attend and kvd_step%s",
-                 d->n_planes,
-                 d->n_planes > KVD_MAX(d->client->layout.n_planes, (size_t)1)
-                     ? ", or a rotation set that marks no layers"
-                     : "");
-    } else if (!on_gpu(d->planes[0].shape.codec)) {
-        char text[KVD_CODECS_TEXT];
-        kvd_fail(err, KVD_E_UNSUPPORTED,
-                 "codec %s: on a GPU direct mode is for other codecs: use kvd_attend and kvd_step",
-                 kvd_codecs_name(d->planes[0].shape.codec, text));
     } else {
 #ifdef KVD_CUDA
         d->ops = &kvd_direct_cuda;

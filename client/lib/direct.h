@@ -105,7 +105,8 @@ struct kvd_direct {
     // number of chunks.
     uint32_t ring;
 
-    // What kernels read, as in the planes. [slots]
+    // What kernels read, as in the planes. [slots]; theirs follow, so that `length` begins one
+    // piece of kvd_direct_numbers.
     uint32_t *length, *tail_tokens;
     uint64_t *tables; // the planes', in one piece
 
@@ -146,6 +147,13 @@ static inline uint64_t direct_layer_at(const struct kvd_direct *d, uint32_t laye
            (uint64_t)layer * d->options.slots * d->ring * direct_row_bytes(d, v);
 }
 
+// Attention sinks of a layer, one for each q head; NULL: none.
+static inline const float *direct_sinks(const struct kvd_direct *d, uint32_t layer)
+{
+    const kvd_client *c = d->client;
+    return c->n_sinks ? c->sinks + (uint64_t)layer * direct_shape(d)->q_heads : NULL;
+}
+
 static inline float direct_scale(const struct kvd_direct *d)
 {
     float scale = d->attention.scale;
@@ -161,6 +169,7 @@ extern const struct direct_ops kvd_direct_cuda;
 // empty.
 int kvd_direct_take_layout(struct kvd_direct *d, struct kvd_error *err);
 int kvd_direct_make_tables(struct kvd_direct *d, struct kvd_error *err);
+uint64_t kvd_direct_numbers(const struct kvd_direct *d);
 struct direct_slot kvd_direct_empty(const struct kvd_direct *d);
 // The slot's kernels are to see its next view.
 void kvd_direct_adopt_slot(struct kvd_direct *d, uint32_t slot);

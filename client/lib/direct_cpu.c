@@ -118,6 +118,7 @@ static int cpu_attend(struct kvd_direct *d, void *stream, uint32_t layer, const 
                                   .scale = direct_scale(d),
                                   .softcap = d->attention.softcap,
                                   .window = plane->window,
+                                  .sinks = direct_sinks(d, layer),
                                   .items = items,
                                   .n_items = count};
     return count ? d->backend->ops->attend(d->backend, &p, err) : KVD_OK;

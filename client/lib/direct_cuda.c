@@ -2,29 +2,35 @@
 //
 // Kernels find lengths and page tables at fixed addresses, so that a captured graph stays good; a
 // step brings the new ones from pinned memory, in the stream's order. A few copies of that memory
-// take turns, so that the host does not wait for the GPU. There is one plane.
+// take turns, so that the host does not wait for the GPU. Each plane has its own tables and its own
+// plan; as kernels run one after the other, all share one scratch.
 #include "client/lib/direct.h"
 #include "kernels/cuda/cuda.h"
 
 enum {
     STAGES = 4,
     SCRATCH_LEAST = 32 << 20,
+    SCRATCH_LEAST_OF_LATENTS = 128 << 20, // as their partial results are longer
 };
 
-struct cuda_side {
-    uint8_t *device, *pinned[STAGES]; // lengths, then the tables of codec and bf16 pages
-    uint64_t codec_at, bf16_at, bytes;
-    uint8_t *tail, *scratch;
-    uint64_t scratch_bytes;
-    uint32_t stage;
-    cudaEvent_t staged[STAGES], marks[KVD_DIRECT_MARKS];
+struct cuda_plane {
+    uint64_t codec_at, bf16_at; // where the tables of its pages begin
     struct kvd_cuda_attend_params params;
 };
 
-static struct direct_plane *only_plane(struct kvd_direct *d)
-{
-    return &d->planes[0];
-}
+struct cuda_side {
+    uint8_t *device, *pinned[STAGES]; // numbers of slots, then the planes' tables
+    uint64_t bytes;
+    uint8_t *tail;
+    float *sinks; // as the client's; NULL: none
+    // Counters of any plane, zero between calls, end where its partial results begin, which is the
+    // same place for all: so one's results never lie where another's counters are.
+    uint8_t *scratch;
+    uint64_t counters_bytes, results_bytes;
+    uint32_t stage;
+    cudaEvent_t staged[STAGES], marks[KVD_DIRECT_MARKS];
+    struct cuda_plane planes[KVD_MAX_PLANES];
+};
 
 static struct cuda_side *side_of(struct kvd_direct *d)
 {
@@ -36,28 +42,40 @@ static const struct kvd_cuda *backend_of(const struct kvd_direct *d)
     return (const struct kvd_cuda *)d->backend;
 }
 
-// Plans the step. What a graph was captured with stays right when this changes.
-static void plan(struct kvd_direct *d, uint64_t sum, uint32_t longest, uint32_t window)
+static uint64_t numbers_bytes(const struct kvd_direct *d)
+{
+    return (uint64_t)kvd_direct_numbers(d) * sizeof(*d->length);
+}
+
+static uint64_t results_bytes(const struct kvd_cuda_attend_params *p)
+{
+    return kvd_cuda_attend_scratch(p) - p->scratch_zeroed;
+}
+
+// Plans a plane's share of the step. What a graph was captured with stays right when this changes.
+static void plan(struct kvd_direct *d, uint32_t plane, uint64_t sum, uint32_t longest,
+                 uint32_t window)
 {
     struct cuda_side *side = d->side;
-    struct kvd_cuda_attend_params *p = &side->params;
+    struct kvd_cuda_attend_params *p = &side->planes[plane].params;
     kvd_cuda_attend_plan(p, sum, longest, window, backend_of(d)->multiprocessors);
     // Room for the parts was made once; fewer parts always fit.
-    while (side->scratch && kvd_cuda_attend_scratch(p) > side->scratch_bytes && p->splits > 1) {
+    while (side->scratch && results_bytes(p) > side->results_bytes && p->splits > 1) {
         p->splits = (p->splits + 1) / 2;
         p->part_tiles = (longest / KVD_PAGE_TOKENS + p->splits) / p->splits;
     }
 }
 
-static void set_params(struct kvd_direct *d)
+static void set_params(struct kvd_direct *d, uint32_t index)
 {
     struct cuda_side *side = d->side;
-    const struct direct_plane *plane = only_plane(d);
+    struct cuda_plane *own = &side->planes[index];
+    const struct direct_plane *plane = &d->planes[index];
     const struct kvd_plane *g = &plane->shape;
     enum kvd_dtype type = d->options.dtype == KVD_F32 ? KVD_DTYPE_F32 : KVD_DTYPE_BF16;
-    uint32_t *lengths = (uint32_t *)(void *)side->device, n = d->options.slots;
-    side->params = (struct kvd_cuda_attend_params){
-        .sequences = n,
+    const uint32_t *numbers = (uint32_t *)(void *)side->device; // where d->length is copied to
+    own->params = (struct kvd_cuda_attend_params){
+        .sequences = d->options.slots,
         .q_heads = g->q_heads,
         .kv_heads = g->kv_heads,
         .dim_k = g->head_dim_k,
@@ -72,53 +90,112 @@ static void set_params(struct kvd_direct *d)
         .window = plane->window,
         .q_type = type,
         .o_type = type,
-        .pages = {.codec = (uint64_t *)(void *)(side->device + side->codec_at),
-                  .bf16 = (uint64_t *)(void *)(side->device + side->bf16_at),
+        .pages = {.codec = (uint64_t *)(void *)(side->device + own->codec_at),
+                  .bf16 = (uint64_t *)(void *)(side->device + own->bf16_at),
                   .codec_stride = plane->codec_stride,
                   .bf16_stride = plane->bf16_stride,
-                  .length = lengths,
-                  .hist_end = lengths + n},
-        .tail = {.tokens = lengths + 2 * n, .ring = d->ring},
+                  .length = numbers,
+                  .hist_end = numbers + (plane->hist_end - d->length)},
+        .tail = {.tokens = numbers + (d->tail_tokens - d->length), .ring = d->ring},
         .settled = true, // a step's copies are in front of its first kernel
         .rotation = plane->rotation->device,
     };
 }
 
-static int make_memory(struct kvd_direct *d)
+// Where everything is that a step brings.
+static void lay_out(struct kvd_direct *d)
 {
     struct cuda_side *side = d->side;
-    const struct direct_plane *plane = only_plane(d);
     uint64_t n = d->options.slots;
-    uint64_t tail = direct_layer_at(d, d->n_layers, true);
-    side->codec_at = kvd_round_up(3 * n * sizeof(uint32_t), 256);
-    side->bf16_at = side->codec_at + n * plane->codec_stride * sizeof(uint64_t);
-    side->bytes = side->bf16_at + n * plane->bf16_stride * sizeof(uint64_t);
-    int rc = cudaMalloc((void **)&side->device, side->bytes);
-    for (int i = 0; i < STAGES && rc == 0; i++) {
-        rc = cudaMallocHost((void **)&side->pinned[i], side->bytes);
-        if (rc == 0)
-            rc = cudaEventCreateWithFlags(&side->staged[i], cudaEventDisableTiming);
+    side->bytes = kvd_round_up(numbers_bytes(d), 256);
+    for (uint32_t p = 0; p < d->n_planes; p++) {
+        side->planes[p].codec_at = side->bytes;
+        side->planes[p].bf16_at = side->bytes + n * d->planes[p].codec_stride * sizeof(uint64_t);
+        side->bytes = side->planes[p].bf16_at + n * d->planes[p].bf16_stride * sizeof(uint64_t);
     }
+}
+
+static int make_events(struct cuda_side *side)
+{
+    int rc = 0;
+    for (int i = 0; i < STAGES && rc == 0; i++)
+        rc = cudaEventCreateWithFlags(&side->staged[i], cudaEventDisableTiming);
     for (int i = 0; i < KVD_DIRECT_MARKS && rc == 0; i++)
         rc = cudaEventCreateWithFlags(&side->marks[i],
                                       cudaEventDisableTiming | cudaEventBlockingSync);
+    return rc;
+}
+
+static int make_sinks(struct kvd_direct *d)
+{
+    struct cuda_side *side = d->side;
+    uint64_t bytes = d->client->n_sinks * sizeof(*side->sinks);
+    if (bytes == 0)
+        return 0;
+    int rc = cudaMalloc((void **)&side->sinks, bytes);
+    return rc ? rc
+              : (int)cudaMemcpy(side->sinks, d->client->sinks, bytes, cudaMemcpyHostToDevice);
+}
+
+// For slots that are all as long as they may be.
+static int make_scratch(struct kvd_direct *d)
+{
+    struct cuda_side *side = d->side;
+    uint64_t n = d->options.slots;
+    side->results_bytes = direct_shape(d)->latent ? SCRATCH_LEAST_OF_LATENTS : SCRATCH_LEAST;
+    for (uint32_t i = 0; i < d->n_planes; i++) {
+        struct kvd_cuda_attend_params *p = &side->planes[i].params;
+        uint32_t window = d->planes[i].bf16_stride * KVD_PAGE_TOKENS + d->ring;
+        set_params(d, i);
+        plan(d, i, n * d->options.max_tokens, d->options.max_tokens, window);
+        side->counters_bytes = KVD_MAX(side->counters_bytes, p->scratch_zeroed);
+        side->results_bytes = KVD_MAX(side->results_bytes, results_bytes(p));
+    }
+    uint64_t bytes = side->counters_bytes + side->results_bytes;
+    int rc = cudaMalloc((void **)&side->scratch, bytes);
+    if (rc == 0)
+        rc = cudaMemset(side->scratch, 0, bytes);
+    for (uint32_t i = 0; i < d->n_planes && rc == 0; i++) {
+        struct kvd_cuda_attend_params *p = &side->planes[i].params;
+        p->scratch = side->scratch + side->counters_bytes - p->scratch_zeroed;
+    }
+    return rc;
+}
+
+static int make_memory(struct kvd_direct *d)
+{
+    struct cuda_side *side = d->side;
+    uint64_t tail = direct_layer_at(d, d->n_layers, true);
+    lay_out(d);
+    int rc = cudaMalloc((void **)&side->device, side->bytes);
+    for (int i = 0; i < STAGES && rc == 0; i++)
+        rc = cudaMallocHost((void **)&side->pinned[i], side->bytes);
+    if (rc == 0)
+        rc = make_events(side);
     if (rc == 0)
         rc = cudaMalloc((void **)&side->tail, tail);
     if (rc == 0)
         rc = cudaMemset(side->tail, 0, tail); // what empty slots hold must be finite
     if (rc == 0)
         rc = cudaMemset(side->device, 0, side->bytes);
-    if (rc)
-        return rc;
-    set_params(d);
-    uint32_t window = plane->bf16_stride * KVD_PAGE_TOKENS + d->ring;
-    plan(d, n * d->options.max_tokens, d->options.max_tokens, window);
-    side->scratch_bytes = KVD_MAX(kvd_cuda_attend_scratch(&side->params), (uint64_t)SCRATCH_LEAST);
-    rc = cudaMalloc((void **)&side->scratch, side->scratch_bytes);
     if (rc == 0)
-        rc = cudaMemset(side->scratch, 0, side->scratch_bytes);
-    side->params.scratch = side->scratch;
+        rc = make_sinks(d);
+    if (rc == 0)
+        rc = make_scratch(d);
     return rc ? rc : (int)cudaDeviceSynchronize();
+}
+
+// Whether there are kernels for what each plane has.
+static int check_planes(const struct kvd_direct *d, struct kvd_error *err)
+{
+    int rc = KVD_OK;
+    for (uint32_t p = 0; p < d->n_planes && rc == KVD_OK; p++) {
+        const struct direct_plane *plane = &d->planes[p];
+        rc = d->backend->ops->plane_check(d->backend, &plane->shape, err);
+        if (rc == KVD_OK)
+            rc = kvd_cuda_rotation_check(plane->rotation, plane->shape.codec, err);
+    }
+    return rc;
 }
 
 static int cuda_init(struct kvd_direct *d, struct kvd_error *err)
@@ -127,7 +204,9 @@ static int cuda_init(struct kvd_direct *d, struct kvd_error *err)
     d->side = calloc(1, sizeof(struct cuda_side));
     if (!d->side)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    int rc = kvd_cuda_status(make_memory(d), "making room for direct mode", err);
+    int rc = check_planes(d, err);
+    if (rc == KVD_OK)
+        rc = kvd_cuda_status(make_memory(d), "making room for direct mode", err);
     if (rc)
         return rc;
     if (kvd_buffer_cuda(d->client, side_of(d)->tail, direct_layer_at(d, d->n_layers, true),
@@ -143,6 +222,7 @@ static void cuda_deinit(struct kvd_direct *d)
     kvd_buffer_take(&d->tail, d->close_by, true); // before its memory goes
     cudaFree(side->device);
     cudaFree(side->tail);
+    cudaFree(side->sinks);
     cudaFree(side->scratch);
     for (int i = 0; i < STAGES; i++) {
         cudaFreeHost(side->pinned[i]);
@@ -161,44 +241,61 @@ static void cuda_forget(struct kvd_direct *d)
     (void)d; // CUDA does not work in a child
 }
 
-// Copies what a slot's tables have in use to the kernels.
+// Copies `n` addresses of a table on their way to the kernels.
+static int send(struct cuda_side *side, uint64_t at, const uint64_t *table, uint64_t n,
+                cudaStream_t stream)
+{
+    uint8_t *from = side->pinned[side->stage] + at;
+    if (n == 0)
+        return 0;
+    memcpy(from, table, n * sizeof(*table));
+    return cudaMemcpyAsync(side->device + at, from, n * sizeof(*table), cudaMemcpyHostToDevice,
+                           stream);
+}
+
+// What a slot's tables have in use.
 static int update_tables(struct kvd_direct *d, uint32_t slot, cudaStream_t stream)
 {
     struct cuda_side *side = d->side;
-    const struct direct_plane *plane = only_plane(d);
-    uint64_t codec = side->codec_at + (uint64_t)slot * plane->codec_stride * sizeof(uint64_t);
-    uint64_t bf16 = side->bf16_at + (uint64_t)slot * plane->bf16_stride * sizeof(uint64_t);
-    uint64_t codec_bytes = d->slots[slot].now.planes[0].n_codec * sizeof(uint64_t);
-    uint64_t bf16_bytes = plane->bf16_stride * sizeof(uint64_t);
-    uint8_t *from = side->pinned[side->stage];
-    memcpy(from + codec, plane->codec + (uint64_t)slot * plane->codec_stride, codec_bytes);
-    memcpy(from + bf16, plane->bf16 + (uint64_t)slot * plane->bf16_stride, bf16_bytes);
     int rc = 0;
-    if (codec_bytes)
-        rc = cudaMemcpyAsync(side->device + codec, from + codec, codec_bytes,
-                             cudaMemcpyHostToDevice, stream);
-    return rc ? rc
-              : (int)cudaMemcpyAsync(side->device + bf16, from + bf16, bf16_bytes,
-                                     cudaMemcpyHostToDevice, stream);
+    for (uint32_t i = 0; i < d->n_planes && rc == 0; i++) {
+        const struct direct_plane *plane = &d->planes[i];
+        const struct cuda_plane *own = &side->planes[i];
+        uint64_t codec = (uint64_t)slot * plane->codec_stride;
+        uint64_t bf16 = (uint64_t)slot * plane->bf16_stride;
+        rc = send(side, own->codec_at + codec * sizeof(uint64_t), plane->codec + codec,
+                  d->slots[slot].now.planes[i].n_codec, stream);
+        if (rc == 0)
+            rc = send(side, own->bf16_at + bf16 * sizeof(uint64_t), plane->bf16 + bf16,
+                      plane->bf16_stride, stream);
+    }
+    return rc;
+}
+
+static void plan_step(struct kvd_direct *d, uint32_t index)
+{
+    const struct direct_plane *plane = &d->planes[index];
+    uint32_t longest = 0, window = 0;
+    uint64_t sum = 0;
+    for (uint32_t i = 0; i < d->options.slots; i++) {
+        uint32_t history = plane->hist_end[i] - plane->shape.sink;
+        sum += history;
+        longest = KVD_MAX(longest, history);
+        window = KVD_MAX(window, d->length[i] + d->tail_tokens[i] - KVD_MIN(history, d->length[i]));
+    }
+    plan(d, index, sum, longest, window);
 }
 
 static int cuda_update(struct kvd_direct *d, void *stream, struct kvd_error *err)
 {
     struct cuda_side *side = d->side;
-    const struct direct_plane *plane = only_plane(d);
-    uint32_t n = d->options.slots, longest = 0, window = 0;
-    uint64_t sum = 0;
     side->stage = (side->stage + 1) % STAGES;
     int rc = cudaEventSynchronize(side->staged[side->stage]);
-    memcpy(side->pinned[side->stage], d->length, 3 * n * sizeof(*d->length));
+    memcpy(side->pinned[side->stage], d->length, numbers_bytes(d));
     if (rc == 0)
-        rc = cudaMemcpyAsync(side->device, side->pinned[side->stage], 3 * n * sizeof(*d->length),
+        rc = cudaMemcpyAsync(side->device, side->pinned[side->stage], numbers_bytes(d),
                              cudaMemcpyHostToDevice, stream);
-    for (uint32_t i = 0; i < n && rc == 0; i++) {
-        uint32_t history = plane->hist_end[i] - plane->shape.sink;
-        sum += history;
-        longest = KVD_MAX(longest, history);
-        window = KVD_MAX(window, d->length[i] + d->tail_tokens[i] - KVD_MIN(history, d->length[i]));
+    for (uint32_t i = 0; i < d->options.slots && rc == 0; i++) {
         if (!d->slots[i].dirty)
             continue;
         rc = update_tables(d, i, stream);
@@ -206,7 +303,8 @@ static int cuda_update(struct kvd_direct *d, void *stream, struct kvd_error *err
     }
     if (rc == 0)
         rc = cudaEventRecord(side->staged[side->stage], stream);
-    plan(d, sum, longest, window);
+    for (uint32_t p = 0; p < d->n_planes; p++)
+        plan_step(d, p);
     return kvd_cuda_status(rc, "starting a step", err);
 }
 
@@ -214,7 +312,7 @@ static int cuda_update(struct kvd_direct *d, void *stream, struct kvd_error *err
 static struct kvd_cuda_tail layer_tail(struct kvd_direct *d, uint32_t layer)
 {
     struct cuda_side *side = d->side;
-    struct kvd_cuda_tail tail = side->params.tail;
+    struct kvd_cuda_tail tail = side->planes[0].params.tail; // of slots, so of any plane
     tail.k = (uint16_t *)(void *)(side->tail + direct_layer_at(d, layer, false));
     tail.v = (uint16_t *)(void *)(side->tail + direct_layer_at(d, layer, true));
     return tail;
@@ -231,7 +329,7 @@ static int cuda_store(struct kvd_direct *d, void *stream, uint32_t layer, const 
                                       .q_len = d->options.step_tokens,
                                       .k = k,
                                       .v = v,
-                                      .length = side_of(d)->params.pages.length,
+                                      .length = side_of(d)->planes[0].params.pages.length,
                                       .tail = layer_tail(d, layer)};
     return kvd_cuda_status(kvd_cuda_store(&p, stream), "storing a step's tokens", err);
 }
@@ -239,8 +337,10 @@ static int cuda_store(struct kvd_direct *d, void *stream, uint32_t layer, const 
 static int cuda_attend(struct kvd_direct *d, void *stream, uint32_t layer, const void *q, void *o,
                        float *lse, struct kvd_error *err)
 {
-    struct kvd_cuda_attend_params p = side_of(d)->params;
-    p.layer = layer;
+    const struct cuda_side *side = d->side;
+    struct kvd_cuda_attend_params p = side->planes[d->layers[layer].plane].params;
+    p.layer = d->layers[layer].at;
+    p.sinks = side->sinks ? side->sinks + (uint64_t)layer * p.q_heads : NULL;
     p.q = q;
     p.o = o;
     p.lse = lse;

@@ -53,10 +53,6 @@ int kvd_direct_take_layout(struct kvd_direct *d, struct kvd_error *err)
     const Kvd__V1__Layout *g = d->client->opened->layout;
     if (!g || g->n_planes == 0 || g->n_planes > KVD_MAX_PLANES || g->n_layers > KVD_MAX_LAYERS)
         return kvd_fail(err, KVD_E_INTERNAL, "kvd told no layout");
-    if (d->client->n_sinks)
-        return kvd_fail(err, KVD_E_UNSUPPORTED,
-                        "the session has attention sinks, which direct mode does not compute: use "
-                        "kvd_attend and kvd_step");
     d->n_layers = (uint32_t)g->n_layers;
     int rc = KVD_OK;
     for (uint32_t p = 0; p < g->n_planes && rc == KVD_OK; p++) {
@@ -78,15 +74,18 @@ struct direct_slot kvd_direct_empty(const struct kvd_direct *d)
     return s;
 }
 
-// Numbers of slots: one piece, of which a GPU is sent the first three rows.
+uint64_t kvd_direct_numbers(const struct kvd_direct *d)
+{
+    return (2 + (uint64_t)d->n_planes) * d->options.slots;
+}
+
 static bool make_numbers(struct kvd_direct *d, uint64_t slots)
 {
-    d->length = calloc((2 + d->n_planes) * slots, sizeof(*d->length));
+    d->length = calloc(kvd_direct_numbers(d), sizeof(*d->length));
     if (!d->length)
         return false;
-    d->planes[0].hist_end = d->length + slots;
-    d->tail_tokens = d->length + 2 * slots;
-    for (uint32_t p = 1; p < d->n_planes; p++)
+    d->tail_tokens = d->length + slots;
+    for (uint32_t p = 0; p < d->n_planes; p++)
         d->planes[p].hist_end = d->length + (2 + p) * slots;
     for (uint32_t i = 0; i < slots; i++) {
         d->tail_tokens[i] = d->options.step_tokens;

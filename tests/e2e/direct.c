@@ -159,6 +159,12 @@ REFERENCE static double error_of(const struct tokens *s, int slot, int layer, do
     return diff;
 }
 
+#ifdef KVD_EMULATED // streams that wait for nobody
+enum { ORDERED = 0 };
+#else
+enum { ORDERED = 1 };
+#endif
+
 // A step of each layer in the stream's order, as a model runs, with nothing waited for in between.
 static void steps_in_order(kvd_item *items, uint64_t kv, uint64_t q, uint64_t o_at)
 {
@@ -194,7 +200,7 @@ static double twin_error(void)
         memcpy(shared + v_at + l * kv, v_host[l], kv);
         memcpy(shared + q_at + l * q, q_host[l], q);
     }
-    int in_order = on_gpu && checked % 2; // in the stream's order, or one thing after the other
+    int in_order = ORDERED && on_gpu && checked % 2; // in the stream's order, or one thing after the other
 #ifdef KVD_CUDA
     if (in_order &&
         cudaMemcpyAsync(kvd_buffer_data(buffer), shared, o_at, cudaMemcpyDefault, stream))

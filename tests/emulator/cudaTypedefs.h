@@ -12,6 +12,7 @@ typedef enum {
     CUDA_ERROR_INVALID_DEVICE = 101,
 } CUresult;
 
+typedef struct CUstream_st *CUstream;
 typedef unsigned long long CUdeviceptr, CUmemGenericAllocationHandle;
 typedef enum { CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR = 1 } CUmemAllocationHandleType;
 typedef enum { CU_MEM_LOCATION_TYPE_DEVICE = 1 } CUmemLocationType;
@@ -55,6 +56,9 @@ typedef CUresult (*PFN_cuMemImportFromShareableHandle_v10020)(CUmemGenericAlloca
 typedef CUresult (*PFN_cuMemGetAllocationPropertiesFromHandle_v10020)(CUmemAllocationProp *,
                                                                       CUmemGenericAllocationHandle);
 typedef CUresult (*PFN_cuMemGetAddressRange_v3020)(CUdeviceptr *, size_t *, CUdeviceptr);
+enum { CU_STREAM_WRITE_VALUE_DEFAULT = 0, CU_STREAM_WAIT_VALUE_GEQ = 0 };
+typedef CUresult (*PFN_cuStreamWriteValue32_v11070)(CUstream, CUdeviceptr, uint32_t, unsigned);
+typedef CUresult (*PFN_cuStreamWaitValue32_v11070)(CUstream, CUdeviceptr, uint32_t, unsigned);
 typedef CUresult (*PFN_cuGetErrorString_v6000)(CUresult, const char **);
 
 #endif

@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -326,6 +327,48 @@ cudaError_t late_on_stream(cudaStream_t stream, std::function<void()> action)
     return result(fault() ? cudaErrorIllegalAddress : cudaSuccess);
 }
 
+// Memory of cudaMalloc, of this process or of another: memfds, so that others can map it.
+struct allocation {
+    uint8_t *at;
+    size_t bytes;
+    int fd;
+};
+
+std::map<const void *, allocation> allocations; // by where they end; `device` guards them
+
+const allocation *allocation_of(const void *p)
+{
+    std::lock_guard<std::recursive_mutex> turn(device);
+    auto it = allocations.upper_bound(p);
+    return it != allocations.end() && it->second.at <= p ? &it->second : nullptr;
+}
+
+// Keeps the descriptor; NULL: it is none of memory.
+void *map_allocation(int fd)
+{
+    struct stat st = {};
+    if (fstat(fd, &st) || st.st_size == 0)
+        return nullptr;
+    void *p = mmap(nullptr, (size_t)st.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (p == MAP_FAILED)
+        return nullptr;
+    std::lock_guard<std::recursive_mutex> turn(device);
+    allocations[(uint8_t *)p + st.st_size] = {(uint8_t *)p, (size_t)st.st_size, fd};
+    return p;
+}
+
+bool unmap_allocation(void *p)
+{
+    std::lock_guard<std::recursive_mutex> turn(device);
+    const allocation *a = allocation_of(p);
+    if (!a || a->at != p)
+        return false;
+    munmap(a->at, a->bytes);
+    close(a->fd);
+    allocations.erase(a->at + a->bytes);
+    return true;
+}
+
 } // namespace
 
 // -- threads -------------------------------------------------------------------------------------
@@ -508,28 +551,42 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
     return cudaSuccess;
 }
 
-cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *)
+cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *p)
 {
     a->device = 0;
+    a->type = allocation_of(p) ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
     return cudaSuccess;
 }
 
 cudaError_t cudaMalloc(void **p, size_t bytes)
 {
-    if (posix_memalign(p, 256, bytes ? bytes : 1))
-        return result(cudaErrorMemoryAllocation);
-    memset(*p, 0xff, bytes); // NaN, whatever it is read as
-    return cudaSuccess;
+    int fd = memfd_create("emulated GPU", MFD_CLOEXEC);
+    if (fd >= 0 && bytes <= DEVICE_BYTES && ftruncate(fd, (off_t)(bytes ? bytes : 1)) == 0 && (*p = map_allocation(fd)) != nullptr) {
+        memset(*p, 0xff, bytes); // NaN, whatever it is read as
+        return cudaSuccess;
+    }
+    if (fd >= 0)
+        close(fd);
+    return result(cudaErrorMemoryAllocation);
 }
 
 cudaError_t cudaMallocHost(void **p, size_t bytes)
 {
-    return cudaMalloc(p, bytes);
+    if (posix_memalign(p, 256, bytes ? bytes : 1))
+        return result(cudaErrorMemoryAllocation);
+    memset(*p, 0xff, bytes);
+    return cudaSuccess;
 }
 
 cudaError_t cudaHostAlloc(void **p, size_t bytes, unsigned)
 {
-    return cudaMalloc(p, bytes);
+    return cudaMallocHost(p, bytes);
+}
+
+cudaError_t cudaHostGetDevicePointer(void **device_at, void *p, unsigned)
+{
+    *device_at = p;
+    return cudaSuccess;
 }
 
 cudaError_t cudaHostRegister(void *, size_t, unsigned)
@@ -544,8 +601,7 @@ cudaError_t cudaHostUnregister(void *)
 
 cudaError_t cudaFree(void *p)
 {
-    free(p);
-    return cudaSuccess;
+    return result(!p || unmap_allocation(p) ? cudaSuccess : cudaErrorInvalidValue);
 }
 
 cudaError_t cudaFreeHost(void *p)
@@ -647,6 +703,13 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event)
     return catch_up(event->stream);
 }
 
+// What was on the stream when it was recorded has not been done as long as a copy is late there.
+cudaError_t cudaEventQuery(cudaEvent_t event)
+{
+    std::lock_guard<std::recursive_mutex> turn(device);
+    return event->stream && !event->stream->late.empty() ? cudaErrorNotReady : cudaSuccess;
+}
+
 cudaError_t cudaEventDestroy(cudaEvent_t event)
 {
     delete event;
@@ -658,6 +721,11 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMo
     if (!stream || stream->captured)
         return result(cudaErrorInvalidValue);
     stream->captured = new std::vector<std::function<void()>>;
+    return cudaSuccess;
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *)
+{
     return cudaSuccess;
 }
 
@@ -696,20 +764,31 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream)
     return cudaSuccess;
 }
 
-// Other processes' device memory by handle is not emulated.
-cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t *, void *)
+// A handle names the descriptor of an allocation in the process that has it.
+cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t *handle, void *p)
 {
+    const allocation *a = allocation_of(p);
+    if (!a || a->at != p)
+        return result(cudaErrorInvalidValue);
+    *handle = {};
+    snprintf(handle->reserved, sizeof(handle->reserved), "/proc/%d/fd/%d", (int)getpid(), a->fd);
+    return cudaSuccess;
+}
+
+cudaError_t cudaIpcOpenMemHandle(void **p, cudaIpcMemHandle_t handle, unsigned)
+{
+    bool said = handle.reserved[0] && memchr(handle.reserved, 0, sizeof(handle.reserved));
+    int fd = said ? open(handle.reserved, O_RDWR | O_CLOEXEC) : -1;
+    if (fd >= 0 && fcntl(fd, F_GET_SEALS) >= 0 && (*p = map_allocation(fd)) != nullptr)
+        return cudaSuccess;
+    if (fd >= 0)
+        close(fd);
     return result(cudaErrorInvalidValue);
 }
 
-cudaError_t cudaIpcOpenMemHandle(void **, cudaIpcMemHandle_t, unsigned)
+cudaError_t cudaIpcCloseMemHandle(void *p)
 {
-    return result(cudaErrorInvalidValue);
-}
-
-cudaError_t cudaIpcCloseMemHandle(void *)
-{
-    return result(cudaErrorInvalidValue);
+    return cudaFree(p);
 }
 
 } // extern "C"
@@ -798,9 +877,14 @@ static CUresult properties(CUmemAllocationProp *p, CUmemGenericAllocationHandle)
     return CUDA_SUCCESS;
 }
 
-static CUresult range(CUdeviceptr *, size_t *, CUdeviceptr)
+static CUresult range(CUdeviceptr *at, size_t *bytes, CUdeviceptr p)
 {
-    return CUDA_ERROR_INVALID_VALUE;
+    const allocation *a = allocation_of((const void *)(uintptr_t)p);
+    if (!a)
+        return CUDA_ERROR_INVALID_VALUE;
+    *at = (CUdeviceptr)(uintptr_t)a->at;
+    *bytes = a->bytes;
+    return CUDA_SUCCESS;
 }
 
 static CUresult error_string(CUresult rc, const char **text)
