@@ -133,8 +133,7 @@ static int make_sinks(struct kvd_direct *d)
     if (bytes == 0)
         return 0;
     int rc = cudaMalloc((void **)&side->sinks, bytes);
-    return rc ? rc
-              : (int)cudaMemcpy(side->sinks, d->client->sinks, bytes, cudaMemcpyHostToDevice);
+    return rc ? rc : (int)cudaMemcpy(side->sinks, d->client->sinks, bytes, cudaMemcpyHostToDevice);
 }
 
 // For slots that are all as long as they may be.

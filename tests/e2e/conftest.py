@@ -21,6 +21,10 @@ SOURCE = pathlib.Path(os.environ.get("KVD_SOURCE", pathlib.Path(__file__).parent
 BUILD = pathlib.Path(os.environ.get("KVD_BUILD", SOURCE / "build")).resolve()
 KVD = pathlib.Path(os.environ.get("KVD_PROGRAM", BUILD / "daemon/kvd")).absolute()
 KVCTL, WORKER = BUILD / "client/kvctl", BUILD / "tests/e2e_worker"
+EMULATED = KVD.name.startswith("kvd_emulated")  # kvd's GPU is one that the processor plays, and workers' libkvd has such a one too
+DIRECT = KVD.with_name(KVD.name.replace("kvd_emulated", "e2e_direct_emulated")) if EMULATED else BUILD / "tests/e2e_direct"
+if EMULATED:
+    os.environ.setdefault("KVD_LIBRARY", str(KVD.with_name(f"lib{KVD.name}.so")))
 
 
 MODULES = ("kvd.v1.kvd_pb2", "kvd.v1.admin_pb2", "kvd_health_pb2")

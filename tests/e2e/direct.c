@@ -200,7 +200,8 @@ static double twin_error(void)
         memcpy(shared + v_at + l * kv, v_host[l], kv);
         memcpy(shared + q_at + l * q, q_host[l], q);
     }
-    int in_order = ORDERED && on_gpu && checked % 2; // in the stream's order, or one thing after the other
+    int in_order =
+        ORDERED && on_gpu && checked % 2; // in the stream's order, or one thing after the other
 #ifdef KVD_CUDA
     if (in_order &&
         cudaMemcpyAsync(kvd_buffer_data(buffer), shared, o_at, cudaMemcpyDefault, stream))

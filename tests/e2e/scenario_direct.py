@@ -1,17 +1,10 @@
 """Direct mode in a random scenario: decoding over mapped pages in this process, with tokens that are taken back."""
 import numpy as np
 
+from on_device import place, values
 from scenario_model import Attention, Mismatch, View, agree, bf16, widen
 
 AHEAD = 160  # tokens that kernels may be ahead of what the daemon has, and more
-
-
-def aligned(x):
-    memory = np.zeros(x.nbytes + 64, np.uint8)
-    at = -memory.ctypes.data % 64
-    out = memory[at:at + x.nbytes].view(x.dtype).reshape(x.shape)
-    out[:] = x
-    return out
 
 
 class Step:
@@ -67,7 +60,7 @@ def decode(scenario):
             for _ in range(int(rng.integers(1, 3))):
                 for slot, sequence in enumerate(bound):
                     direct.bind(slot, sequence)
-                steps = decode_steps(scenario, direct, chosen, options, int(rng.integers(1, 30)))
+                steps = decode_steps(scenario, direct, client.on_gpu, chosen, options, int(rng.integers(1, 30)))
                 direct.flush()
                 for s in chosen:
                     scenario.learn(session, s, 0, g.layers)
@@ -85,7 +78,7 @@ def decode(scenario):
         s.holders.discard(client)
 
 
-def decode_steps(scenario, direct, chosen, options, count):
+def decode_steps(scenario, direct, on_gpu, chosen, options, count):
     """Steps of random tokens of which some stay. The model follows."""
     rng, g, steps = scenario.rng, scenario.g, []
     slots, n = options["slots"], options["step_tokens"]
@@ -99,10 +92,10 @@ def decode_steps(scenario, direct, chosen, options, count):
         lse = np.zeros((g.layers, slots, n, g.q_heads), np.float32)
         direct.begin()
         for layer in range(g.layers):
-            outputs = aligned(o[layer]), aligned(lse[layer])
-            direct.store(layer, aligned(k[layer]), aligned(v[layer]))
-            direct.attend(layer, aligned(q[layer]), *outputs)
-            o[layer], lse[layer] = outputs
+            placed, outputs = place(on_gpu, k[layer], v[layer], q[layer]), place(on_gpu, o[layer], lse[layer])
+            direct.store(layer, *placed[:2])
+            direct.attend(layer, placed[2], *outputs)
+            o[layer], lse[layer] = map(values, outputs)
         kept = [int(rng.integers(0, n + 1)) if rng.random() < 0.4 else n for _ in range(slots)]
         direct.end(None if all(x == n for x in kept) else kept)
         for slot, s in enumerate(chosen):

@@ -10,6 +10,7 @@ import pytest
 import kvd as package
 from conftest import BUILD, KVCTL, calls, kv, layout
 from dumps import SMOLLM2, read, write
+from on_device import one_step
 from test_grpc import append, bf16, code_of, exact, error, tensor, widen
 
 os.environ.setdefault("KVD_LIBRARY", str(BUILD / "client/libkvd.so.0"))
@@ -160,17 +161,12 @@ def test_resumed_and_kept_exact(served):
 
 @pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
 def test_direct_mode_takes_the_planes_too(served, recorded):
-    """Its outputs are those of calls; on a GPU it is for layouts of one plane, and says so."""
+    """Its outputs are those of calls, on a GPU bit for bit: one sequence, with the same kernels and lengths."""
     q, k, v = (x.astype(np.float32) for x in recorded)
     n = TOKENS - 100
     kw = dict(q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim=DIM, codec="tc2", rotation_set="m@one", address=served.address)
     with package.Client(layers=IDS, **kw) as c, package.Client(planes=[package.Plane(IDS[:2]), package.Plane(IDS[2:])], **kw) as parted:
         assert [len(x.info["planes"]) for x in (c, parted)] == [2, 3]  # planes that name no codec are parted as well
-        if served.on_gpu():
-            with pytest.raises(package.Error, match="on a GPU direct mode is for layouts of one"):
-                package.Direct(c, slots=1, max_tokens=4096)
-            return
-
         def tokens(begin, end):
             tensors = [c.tensor(len(IDS), end - begin, KV_HEADS, DIM) for _ in range(2)]
             for t, x in zip(tensors, (k, v)):
@@ -185,13 +181,10 @@ def test_direct_mode_takes_the_planes_too(served, recorded):
         twin.step(queries, *tokens(n, n + 1), outputs)
         with package.Direct(c, slots=1, max_tokens=TOKENS) as direct:
             direct.bind(0, s)
-            direct.begin()
-            o = np.empty((len(IDS), 1, 1, Q_HEADS, DIM), np.float32)
-            for i in range(len(IDS)):
-                direct.store(i, *(package.to_bf16(x[i, n])[None, None].copy() for x in (k, v)))
-                direct.attend(i, np.ascontiguousarray(q[i, n])[None, None], o[i])
-            direct.end()
-        assert error(o.reshape(outputs.array.shape), outputs.array) < 1e-4
+            one = slice(n, n + 1)
+            o = one_step(c, direct, q[:, None, one], *(package.to_bf16(x[:, None, one]) for x in (k, v)))
+        o = o.reshape(outputs.array.shape)
+        assert np.array_equal(o, outputs.array) if c.on_gpu else error(o, outputs.array) < 1e-4
 
 
 def test_fit_marks_what_loses_most(store, tmp_path):

@@ -300,9 +300,6 @@ def test_windows_in_python(kvd):
         package.Client(layers=range(9), q_heads=4, kv_heads=2, head_dim=64, windows=range(1, 10), address=kvd.address)
     with pytest.raises(package.Error, match="one for each"):
         package.Client(layers=range(4), q_heads=4, kv_heads=2, head_dim=64, windows=[1], address=kvd.address)
-    with package.Client(layers=[0], q_heads=4, kv_heads=2, head_dim=64, sinks=[[0] * 4], address=kvd.address) as client:
-        with pytest.raises(package.Error, match="attention sinks, which direct mode"):
-            package.Direct(client, slots=1, max_tokens=100)
     for sinks, words in (([[0] * 4], "one for each of the 2 layers"), (np.zeros((2, 3)), r"sinks\[0\] is \[3\]"),
                          ([[0] * 4, [0, 0, np.nan, 0]], r"sinks\[1, 2\] is nan")):
         with pytest.raises(package.Error, match=words):

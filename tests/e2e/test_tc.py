@@ -9,6 +9,7 @@ import pytest
 import kvd as package
 from conftest import BUILD, KVCTL, calls, kv, layout
 from dumps import SMOLLM2, read
+from on_device import one_step
 from test_eval import transformed
 from test_grpc import append, bf16, code_of, error, exact, tensor, widen
 
@@ -157,12 +158,8 @@ def test_direct_mode_has_the_sets_terms(served, recorded):
             for t in range(n, n + 40):
                 if t == n + 39:
                     direct.flush()
-                direct.begin()
-                o = np.empty((LAYERS, 1, 1, Q_HEADS, DIM), np.float32)
-                for l in range(LAYERS):
-                    direct.store(l, *(package.to_bf16(x[l, t])[None, None].copy() for x in (k, v)))
-                    direct.attend(l, np.ascontiguousarray(q[l, t])[None, None], o[l])
-                direct.end()
+                one_token = slice(t, t + 1)
+                o = one_step(client, direct, q[:, None, one_token], *(package.to_bf16(x[:, None, one_token]) for x in (k, v)))
         add(two, n, n + 39)
         queries, outputs = client.tensor(LAYERS, 1, Q_HEADS, DIM, dtype="f32"), client.tensor(LAYERS, 1, Q_HEADS, DIM, dtype="f32")
         queries.array[:] = q[:, n + 39:n + 40]

@@ -12,10 +12,10 @@ if [ "$what" = e2e ]; then
     ln -sf ../../daemon/kvd-keeper "$build/tests/emulator/kvd-keeper"
     export KVD_BUILD=$PWD/$build KVD_SOURCE=$PWD KVD_PROGRAM=$PWD/$build/tests/emulator/kvd_emulated KVD_BACKEND=cuda
     cd tests/e2e
-    # Left out: workers that map pages or have GPU memory, for libkvd has no CUDA here; and what counts on quick kernels.
+    # Left out: workers that share GPU memory of PyTorch's, or order calls in streams, which are not emulated; and what counts on quick kernels.
     exec /usr/bin/python3 -m pytest -q -n "${JOBS:-3}" -p no:cacheprovider -rsfE -k "not (deadlines or replayed or shapes or fork or child
         or applied_before or slot or tokens or stream or running_call)" test_planes.py test_scenarios.py test_grpc.py test_libkvd.py \
-        test_python.py test_memory.py test_sharing.py test_ownership.py test_python_arguments.py test_shares.py test_latent.py test_tier_hits.py test_keep.py test_resume.py test_survive.py
+        test_python.py test_memory.py test_sharing.py test_ownership.py test_python_arguments.py test_direct.py test_direct_planes.py test_marks.py test_tc.py test_shares.py test_latent.py test_tier_hits.py test_keep.py test_resume.py test_survive.py
 fi
 programs="tests/emulator/test_cuda_emulated tests/emulator/test_cuda_emulated_portable"
 # shellcheck disable=SC2086

@@ -147,8 +147,8 @@ typedef struct kvd_options {
     const uint32_t *windows;
     /** attention sinks, as gpt-oss has them: for each layer in order, one for each of its q heads:
      * the logit of one more token whose value is zero, which scale, softcap and windows do not
-     * touch; lse has it. -INFINITY: none for that head. A model's weights: calls need not give
-     * them. No direct mode. NULL: none. */
+     * touch; lse has it. -INFINITY: none for that head. A model's weights: neither calls nor direct
+     * mode are given them again. NULL: none. */
     const float *sinks;
     uint32_t n_sinks; /**< how many they are: layers x q_heads, at most 65,536 */
     /** where layers differ in heads, head_dim, codec or window: their planes, with `layers` and
@@ -584,7 +584,7 @@ typedef struct kvd_direct_options {
  * @param[out] out to be closed by kvd_direct_close, before the client
  * @param[out] err says why it failed; may be NULL
  * @retval KVD_ERR_INVALID an option is out of range, kvd is not at a unix: address, it runs on a
- * GPU and libkvd has no CUDA, or on a GPU the layers have different windows
+ * GPU and libkvd has no CUDA, or the layers differ in heads or head_dim
  * @retval KVD_ERR_PRECONDITION the client has one already
  * @retval KVD_ERR_EXHAUSTED the GPU has no memory for it */
 KVD_API kvd_result kvd_direct_open(kvd_client *client, const kvd_direct_options *options,

@@ -153,10 +153,6 @@ class KvdCache(Cache):
         super().__init__(layers=[_Layer(self, i) for i in range(len(client.layers))])
         if not client.q_heads:
             raise ValueError("the client's layers differ in heads or head_dim, and those of a KvdCache are alike")
-        if direct and len(set(client.windows)) > 1:
-            raise ValueError("direct mode wants the same scale, softcap, window and dtype in all layers: pass direct=False")
-        if direct and client.sinks is not None:
-            raise ValueError("direct mode does not compute attention sinks: pass direct=False")
         self.client = client
         self.sequences = list(sequences or [])
         self._tensors: dict[tuple, tuple[_Shared, ...]] = {}
@@ -321,6 +317,8 @@ class KvdCache(Cache):
                          attention: dict[str, Any]) -> torch.Tensor:
         stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
         dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+        if attention["window"] == self.client.windows[layer]:  # which the layer has anyway
+            attention = {**attention, "window": 0}
         if layer == 0:
             self._bind(dtype, attention)
             self._direct.begin(stream)
