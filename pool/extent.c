@@ -367,6 +367,29 @@ uint64_t kvd_pool_page_addr(const struct kvd_pool *pool, uint32_t page)
     return e->addr + at + (s->row_bytes ? (uint64_t)part_row(page) * s->row_bytes : 0);
 }
 
+// An extent is looked up where pages of another one begin: those of a sequence follow each other.
+void page_addresses(const struct kvd_pool *pool, const uint32_t *pages, uint32_t n, uint64_t *out)
+{
+    const uint32_t slots = pool->head->slots;
+    for (uint32_t i = 0; i < n;) {
+        if (pages[i] == KVD_POOL_NONE) {
+            out[i++] = 0;
+            continue;
+        }
+        const struct region_extent *e = page_extent(pool, pages[i]);
+        const struct region_slab *s = &pool->slab[e->slab];
+        if (s->row_bytes) { // parts of pages, which are few
+            out[i] = kvd_pool_page_addr(pool, pages[i]);
+            i++;
+            continue;
+        }
+        const uint32_t first = pages[i] / slots * slots;
+        const uint64_t addr = e->addr, bytes = s->page_bytes;
+        for (; i < n && pages[i] - first < slots; i++)
+            out[i] = addr + (pages[i] - first) * bytes;
+    }
+}
+
 uint32_t kvd_pool_page_rows(const struct kvd_pool *pool, uint32_t page)
 {
     return KVD_PAGE_TOKENS >> page_order(pool, page);

@@ -330,6 +330,8 @@ uint32_t part_row_bytes(const struct kvd_pool *pool, uint32_t layout, uint32_t p
                         uint32_t kind);
 // The row of its page with which a part begins.
 uint32_t part_row(uint32_t page);
+// The addresses of pages, 0 where there is none.
+void page_addresses(const struct kvd_pool *pool, const uint32_t *pages, uint32_t n, uint64_t *out);
 // Pages that have to be free for that many parts, besides the parts that are.
 uint32_t parts_lack(const struct region_slab *s, const uint32_t parts[KVD_POOL_PARTS]);
 // A free part, or KVD_POOL_NONE when a page has to be cut up: one that is free as a whole, which

@@ -302,7 +302,17 @@ static inline struct kvd_pool_tokens kvd_pool_tokens(const struct kvd_plane *pla
     };
 }
 
-// KVD_E_NOT_FOUND if the id is unknown or freed.
+// What a call wants of a sequence, however long it is: of kvd_pool_seq_info, which counts pages,
+// the part that is told without.
+struct kvd_pool_seq_lengths {
+    uint64_t length, pending_length;
+    uint32_t pending_layers;
+    struct kvd_pool_reach reach[KVD_MAX_PLANES], pending[KVD_MAX_PLANES]; // of the layout's planes
+};
+
+// Both: KVD_E_NOT_FOUND if the id is unknown or freed.
+int kvd_pool_seq_lengths(const struct kvd_pool *pool, uint64_t seq,
+                         struct kvd_pool_seq_lengths *out);
 int kvd_pool_seq_info(const struct kvd_pool *pool, uint64_t seq, struct kvd_pool_seq_info *out);
 // Sequences by their places, for who goes through them in steps: how many places there are by now,
 // and whether there is one at a place.

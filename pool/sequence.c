@@ -201,6 +201,23 @@ int kvd_pool_seq_info(const struct kvd_pool *pool, uint64_t seq, struct kvd_pool
     return KVD_OK;
 }
 
+int kvd_pool_seq_lengths(const struct kvd_pool *pool, uint64_t seq,
+                         struct kvd_pool_seq_lengths *out)
+{
+    const struct region_seq *s = seq_find(pool, seq);
+    if (!s)
+        return KVD_E_NOT_FOUND;
+    const struct kvd_pool_reach *pending = s->pending_layers ? s->pending : s->reach;
+    out->length = s->length;
+    out->pending_length = s->pending_layers ? s->pending_length : s->length;
+    out->pending_layers = s->pending_layers;
+    for (uint32_t p = 0; p < layout_of(pool, s)->n_planes; p++) {
+        out->reach[p] = s->reach[p];
+        out->pending[p] = pending[p];
+    }
+    return KVD_OK;
+}
+
 uint32_t kvd_pool_seq_places(const struct kvd_pool *pool)
 {
     return pool->head->n_sequences_ever;
@@ -233,16 +250,11 @@ uint32_t kvd_pool_seq_pages(const struct kvd_pool *pool, uint64_t seq, uint32_t 
     if (!s)
         return 0;
     const struct region_table *t = &s->table[plane][kind];
-    uint32_t n = 0;
-    for (; n < t->begin; n++)
-        if (n < cap)
-            out[n] = 0;
-    for (struct table_walk w = table_walk(t); w.block != KVD_POOL_NONE; table_walk_on(pool, &w)) {
-        for (uint32_t i = 0; i < w.n; i++, n++) {
-            uint32_t page = pool->block[w.block].page[i];
-            if (n < cap)
-                out[n] = page == KVD_POOL_NONE ? 0 : kvd_pool_page_addr(pool, page);
-        }
-    }
+    const uint32_t n = table_empty(t) ? t->begin : t->count;
+    for (uint32_t i = 0; i < KVD_MIN(t->begin, cap); i++)
+        out[i] = 0;
+    for (struct table_walk w = table_walk(t); w.block != KVD_POOL_NONE && w.at < cap;
+         table_walk_on(pool, &w))
+        page_addresses(pool, pool->block[w.block].page, KVD_MIN(w.n, cap - w.at), out + w.at);
     return n;
 }

@@ -204,11 +204,11 @@ static int reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err
     uint64_t *lengths KVD_FREE = calloc(w->n_items, sizeof(*lengths));
     protobuf_c_boolean *replayed KVD_FREE = calloc(w->n_items, sizeof(*replayed));
     Kvd__V1__AppendReply r = KVD__V1__APPEND_REPLY__INIT;
-    struct kvd_pool_seq_info info;
+    struct kvd_pool_seq_lengths info;
     if (!lengths || !replayed)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory; the tokens are appended");
     for (uint32_t i = 0; i < w->n_items; i++) {
-        lengths[i] = kvd_pool_seq_info(d->pool, w->items[i].seq, &info) ? 0 : info.length;
+        lengths[i] = kvd_pool_seq_lengths(d->pool, w->items[i].seq, &info) ? 0 : info.length;
         replayed[i] = w->items[i].append.replayed;
     }
     r.n_lengths = r.n_replayed = w->n_items;

@@ -149,8 +149,8 @@ static bool room(struct kvd_daemon *d, struct kvd_work *w)
 static int note_item(struct kvd_daemon *d, struct kvd_work *w, struct kvd_work_item *item,
                      struct kvd_error *err)
 {
-    struct kvd_pool_seq_info info;
-    if (kvd_pool_seq_info(d->pool, item->seq, &info))
+    struct kvd_pool_seq_lengths info;
+    if (kvd_pool_seq_lengths(d->pool, item->seq, &info))
         return kvd_fail(err, KVD_E_NOT_FOUND, "sequence %" PRIu64 " was freed", item->seq);
     if (info.pending_layers)
         return kvd_fail(err, KVD_E_PRECONDITION,

@@ -52,8 +52,8 @@ int kvd_op_note_pages(struct kvd_daemon *d, struct kvd_work *w, struct kvd_work_
 int kvd_op_note_lengths(struct kvd_daemon *d, const struct kvd_work *w, struct kvd_work_item *item,
                         struct kvd_error *err)
 {
-    struct kvd_pool_seq_info info;
-    if (kvd_pool_seq_info(d->pool, item->seq, &info))
+    struct kvd_pool_seq_lengths info;
+    if (kvd_pool_seq_lengths(d->pool, item->seq, &info))
         return kvd_fail(err, KVD_E_NOT_FOUND, "sequence %" PRIu64 " was freed", item->seq);
     bool ahead = w->layer_begin + w->layer_count <= info.pending_layers;
     if (!ahead && w->layer_begin < info.pending_layers)

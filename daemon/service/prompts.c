@@ -322,8 +322,8 @@ static int publish(struct kvd_daemon *d, struct job *j, const struct kvd_session
     out->blocks = KVD_MAX(out->blocks, p.blocks);
     out->end = p.end;
     if (p.blocks) {
-        struct kvd_pool_seq_info info;
-        kvd_pool_seq_info(d->pool, item->sequence, &info);
+        struct kvd_pool_seq_lengths info;
+        kvd_pool_seq_lengths(d->pool, item->sequence, &info);
         kvd_claim_published(d, s->id, &j->space, j->keys,
                             KVD_MIN(n, (uint32_t)(info.length / KVD_PAGE_TOKENS)));
     }

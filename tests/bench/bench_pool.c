@@ -1,6 +1,6 @@
-// Pool: page allocate/free pairs a second, metadata of a million live pages, and what it takes to
-// empty an extent among a million blocks of prompts, all at once and in steps. usage: bench_pool
-// [MILLIONS]
+// Pool: page allocate/free pairs a second, metadata of a million live pages, what a call notes of a
+// long sequence, and what it takes to empty an extent among a million blocks of prompts, all at
+// once and in steps. usage: bench_pool [MILLIONS]
 #include <errno.h>
 #include <time.h>
 
@@ -136,6 +136,55 @@ static void bench_vacate(const struct kvd_pool_mem_ops *ops, uint32_t blocks)
     kvd_pool_free(&c.pool);
 }
 
+// -- what a call notes of a sequence --------------------------------------------------------------
+
+enum { TOKENS = 131072, PIECE = 4096 };
+
+static void bench_notes(const struct kvd_pool_mem_ops *ops)
+{
+    static uint64_t pages[KVD_POOL_KINDS][TOKENS / KVD_PAGE_TOKENS + 64];
+    const uint64_t bytes[][KVD_POOL_KINDS] = {{16384, 16384}};
+    struct kvd_error err = {0};
+    struct kvd_pool_config config = {.bytes = 1 << 28,
+                                     .extent_bytes = 16 << 20,
+                                     .max_sequences = 16,
+                                     .max_namespaces = 2,
+                                     .max_layouts = 2};
+    struct kvd_layout g = test_layout(1, 64, 256);
+    struct kvd_pool *pool = kvd_pool_new(&config, ops, &err);
+    uint32_t ns, layout, n[KVD_POOL_KINDS], calls = 2000;
+    uint64_t seq;
+    must(!pool, &err);
+    must(kvd_pool_namespace(pool, "bench", &ns, &err), &err);
+    must(kvd_pool_layout(pool, ns, &g, bytes, &layout, &recycled, &err), &err);
+    must(kvd_pool_seq_new(pool, ns, layout, &seq, &err), &err);
+    for (uint64_t at = 0; at < TOKENS; at += PIECE) {
+        struct kvd_pool_append a;
+        struct kvd_pool_append_request by = {
+            .seq = seq, .position = at, .tokens = PIECE, .layer_count = 1};
+        must(kvd_pool_append_begin(pool, &by, &a, &err), &err);
+        kvd_pool_append_commit(pool, &a);
+    }
+    double t = now();
+    for (uint32_t i = 0; i < calls; i++) {
+        struct kvd_pool_seq_lengths lengths;
+        must(kvd_pool_seq_lengths(pool, seq, &lengths), &err);
+    }
+    double took = now() - t;
+    t = now();
+    for (uint32_t i = 0; i < calls; i++)
+        for (int k = 0; k < KVD_POOL_KINDS; k++) {
+            n[k] = kvd_pool_seq_pages(pool, seq, 0, k, NULL, 0);
+            must(kvd_pool_seq_pages(pool, seq, 0, k, pages[k], n[k]) != n[k], &err);
+        }
+    double addresses = now() - t;
+    printf("a call notes, of a sequence of %d tokens: lengths    %7.2f us\n", TOKENS,
+           took * 1e6 / calls);
+    printf("and %u addresses                                    %7.2f us\n", n[0] + n[1],
+           addresses * 1e6 / calls);
+    kvd_pool_free(&pool);
+}
+
 int main(int argc, char **argv)
 {
     struct test_mem mem = {0};
@@ -191,6 +240,7 @@ int main(int argc, char **argv)
     printf("page table of a sequence                                 4.3 bytes a page\n");
     kvd_pool_free(&pool);
     free(pages);
+    bench_notes(&ops);
     bench_vacate(&ops, live & ~1023u);
     return 0;
 }

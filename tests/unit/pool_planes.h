@@ -268,10 +268,46 @@ static void check_layer(const struct model *m, const struct model_seq *s,
                               info->reach[plane].first / 64);
 }
 
+// What calls note of a sequence, without counting its pages.
+static void check_notes(const struct model *m, const struct kvd_pool_seq_info *info)
+{
+    enum { MOST = 4096 };
+    static uint64_t all[MOST], some[MOST];
+    static uint32_t pages[MOST];
+    struct kvd_pool_seq_lengths told;
+    ck_assert_int_eq(kvd_pool_seq_lengths(m->pool, info->id, &told), 0);
+    ck_assert_uint_eq(told.length, info->length);
+    ck_assert_uint_eq(told.pending_length, info->pending_length);
+    ck_assert_uint_eq(told.pending_layers, info->pending_layers);
+    const struct region_seq *s = seq_find(m->pool, info->id);
+    for (uint32_t p = 0; p < info->n_planes; p++) {
+        ck_assert_int_eq(memcmp(&told.reach[p], &info->reach[p], sizeof(told.reach[p])), 0);
+        ck_assert_int_eq(memcmp(&told.pending[p], &info->pending[p], sizeof(told.pending[p])), 0);
+        for (int k = 0; k < KVD_POOL_KINDS; k++) {
+            uint32_t n = kvd_pool_seq_pages(m->pool, info->id, p, k, all, MOST), held = 0;
+            ck_assert_uint_eq(n, kvd_pool_seq_pages(m->pool, info->id, p, k, NULL, 0));
+            ck_assert_uint_le(n, MOST);
+            table_read(m->pool, &s->table[p][k], 0, n, pages, 1);
+            for (uint32_t i = 0; i < n; i++) {
+                bool none = pages[i] == KVD_POOL_NONE;
+                held += !none;
+                ck_assert_uint_eq(all[i], none ? 0 : kvd_pool_page_addr(m->pool, pages[i]));
+            }
+            ck_assert_uint_eq(held, info->pages[p][k]);
+            uint32_t cap = n ? (uint32_t)(info->length * 7 + p) % n : 0;
+            memset(some, 0xff, (cap + 1) * sizeof(*some));
+            ck_assert_uint_eq(kvd_pool_seq_pages(m->pool, info->id, p, k, some, cap), n);
+            ck_assert_int_eq(memcmp(some, all, cap * sizeof(*some)), 0); // and nothing behind
+            ck_assert_uint_eq(some[cap], UINT64_MAX);
+        }
+    }
+}
+
 static void check_seq(const struct model *m, const struct model_seq *s)
 {
     struct kvd_pool_seq_info info;
     ck_assert_int_eq(kvd_pool_seq_info(m->pool, s->id, &info), 0);
+    check_notes(m, &info);
     ck_assert_uint_eq(info.length, s->length);
     ck_assert_uint_eq(info.pending_layers, s->pending_layers);
     for (uint32_t i = 0; i < m->shape[s->layout].n_layers; i++)
