@@ -1,6 +1,6 @@
 // One GPU, several processes: what direct mode and calls cost beside the bare kernels. Qwen3-8B's
 // layout: 36 layers, 32 q heads, 8 kv heads, head_dim 128, sink 64, recent 256.
-// usage: bench_direct ADDRESS [quick|capacity]   (kvd runs there, with backend cuda)
+// usage: bench_direct ADDRESS [quick|capacity|whole [CODEC]]   (kvd runs there, with backend cuda)
 #include <math.h>
 #include <signal.h>
 #include <sys/wait.h>
@@ -12,7 +12,7 @@
 
 enum { LAYERS = 36, HEADS = 32, KV = 8, DIM = 128, PIECE = 2048 };
 
-static const char *address;
+static const char *address, *codec;
 static kvd_client *client;
 static kvd_buffer *tokens; // K, then V, of PIECE tokens of all layers
 static const uint64_t KV_BYTES = (uint64_t)LAYERS * PIECE * KV * DIM * 2;
@@ -92,7 +92,8 @@ static void open_client(void)
                      .q_heads = HEADS,
                      .kv_heads = KV,
                      .head_dim_k = DIM,
-                     .head_dim_v = DIM};
+                     .head_dim_v = DIM,
+                     .codec = codec};
     uint8_t *memory = make(2 * KV_BYTES);
     fill(memory, 2 * KV_BYTES);
     opening = now();
@@ -254,7 +255,7 @@ static struct local_step make_local(const kvd_direct *d, struct tensors t, uint6
     TRY(cudaGetDeviceProperties(&prop, 0));
     for (uint32_t i = 0; i < n; i++)
         sum += plane->hist_end[i] - g->sink;
-    struct kvd_cuda_tail tail = {.tokens = lengths + 2 * n, .ring = d->ring};
+    struct kvd_cuda_tail tail = {.tokens = lengths + (d->tail_tokens - d->length), .ring = d->ring};
     struct local_step s = {
         .t = t,
         .tail_layer = direct_layer_at(d, 1, false),
@@ -264,6 +265,7 @@ static struct local_step make_local(const kvd_direct *d, struct tensors t, uint6
                    .dim_k = DIM,
                    .dim_v = DIM,
                    .codec = g->codec.k,
+                   .codec_v = g->codec.v,
                    .q_len = 1,
                    .sink = g->sink,
                    .ring = kvd_plane_ring(g),
@@ -276,7 +278,7 @@ static struct local_step make_local(const kvd_direct *d, struct tensors t, uint6
                              .codec_stride = plane->codec_stride,
                              .bf16_stride = plane->bf16_stride,
                              .length = lengths,
-                             .hist_end = lengths + n},
+                             .hist_end = lengths + (plane->hist_end - d->length)},
                    .tail = tail,
                    .settled = true,
                    .rotation = plane->rotation->device},
@@ -554,6 +556,7 @@ int main(int argc, char **argv)
     if (argc < 2)
         return 2;
     address = argv[1];
+    codec = argc > 3 ? argv[3] : NULL;
     setvbuf(stdout, NULL, _IOLBF, 0);
     death();
     TRY(cudaGetDeviceProperties(&prop, 0));
