@@ -62,48 +62,24 @@ def with_scales(source, to, scales):
 
 
 def with_torch(model, device="cpu"):
-    """Makes PyTorch do the model's products, where it is: several times as fast as Debian's OpenBLAS."""
+    """PyTorch's decoder in place of NumPy's, where it is: several times as fast."""
     try:
-        import torch
-    except ImportError:
+        import model_torch
+    except ModuleNotFoundError as e:
+        if e.name != "torch":
+            raise
         return model
-
-    class Product:
-        __array_ufunc__ = None  # so that NumPy leaves `x @ self` to it
-
-        def __init__(self, w, turned=False):
-            self.w, self.turned = w, turned
-
-        @property
-        def T(self):
-            return Product(self.w, not self.turned)
-
-        def __rmatmul__(self, x):
-            return (torch.from_numpy(x).to(device) @ (self.w.T if self.turned else self.w)).cpu().numpy()
-
-    for block in model.blocks:
-        for name in ("q", "k", "v", "o", "gate", "up", "down"):
-            block[name] = Product(torch.from_numpy(block[name]).to(device))
-    model.top["head"] = Product(torch.from_numpy(model.top["head"]).to(device))
+    model.forward = model_torch.Decoder(model, device).forward
     return model
 
 
 def prefill(model, ids, LocalCache):
     """Keys and values of a prompt, as stock attention has them."""
+    if "model_torch" in sys.modules:
+        prompt = sys.modules["model_torch"].Prompt(model.windows)
+        model.forward([ids], prompt)
+        return prompt.keys_and_values()
     local = LocalCache(1, windows=model.windows)
-    if "torch" in sys.modules:
-        import torch
-
-        def attend(layer, q, k, v, counts):
-            import kvd
-            local._kv[0][layer] = k, v = kvd.from_bf16(kvd.to_bf16(k)), kvd.from_bf16(kvd.to_bf16(v))
-            t = [torch.from_numpy(x).transpose(0, 1)[None] for x in (q, k, v)]
-            window = model.windows[layer] if model.windows else 0
-            mask = torch.ones(len(q), len(q), dtype=torch.bool).tril().triu(1 - window) if window else None
-            o = torch.nn.functional.scaled_dot_product_attention(*t, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-            return o[0].transpose(0, 1).numpy()
-
-        local.attend = attend
     model.forward([ids], local)
     return local.keys_and_values(0)
 
@@ -219,10 +195,9 @@ def main():
         if args.trials:
             fillers = {kind: tokens(path) for kind, path in pairs(args.fillers or args.text)}
             recall(args, model, log, fillers, clients, KvdCache, LocalCache, np)
-        for i, (kind, path) in enumerate(pairs(args.text)):
-            ids = tokens(path)[: args.tokens]
-            if len(ids) >= args.context:
-                perplexity(args, model, log, kind, ids, clients, KvdCache, np, i)
+        before = 0
+        for kind, path in pairs(args.text):
+            before += perplexity(args, model, log, kind, tokens(path)[: args.tokens], clients, KvdCache, np, before)
         print("\n".join(report(log.records)))
         for c in clients.values():
             c.close()
@@ -241,9 +216,19 @@ def end_all_on_sigterm():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
+def cores(limit="/sys/fs/cgroup/cpu.max"):
+    """How many this process may keep busy: a container's limit is below what the machine has, and more threads than cores are slow."""
+    mine = len(os.sched_getaffinity(0))
+    try:
+        quota, period = pathlib.Path(limit).read_text().split()
+        return max(1, min(mine, int(quota) // int(period)))
+    except (OSError, ValueError):  # none, or "max"
+        return mine
+
+
 def run_jobs(jobs, log):
     """This command again, `jobs` times, a share of the work each. An exit code."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, cores() // jobs)
     env = {**os.environ, **{f"{name}_NUM_THREADS": str(threads) for name in ("OMP", "OPENBLAS", "MKL")}}
     running = [subprocess.Popen([sys.executable, *sys.argv, "--jobs", "0", "--share", f"{i}/{jobs}", "--log", f"{log}.{i}", "--threads",
                                  str(threads)], env=env, stdout=subprocess.DEVNULL) for i in range(jobs)]
@@ -298,40 +283,50 @@ def sets_of(args, work, model):
 
 
 def log_softmax(z, np):
-    if "torch" in sys.modules:
-        import torch
-
-        return torch.from_numpy(z).double().log_softmax(-1).numpy()
+    if "model_torch" in sys.modules:
+        return z.double().log_softmax(-1).cpu().numpy()
     z = z.astype(np.float64)
     z -= z.max(axis=-1, keepdims=True)
     return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
 
 
-def perplexity(args, model, log, kind, ids, clients, KvdCache, np, turn=0):
+def losses(logits, targets, np):
+    """Of logits [rows, tokens, vocabulary]: each row's nll of the targets, and its KL from the first row, summed over tokens."""
+    if "model_torch" in sys.modules:
+        return sys.modules["model_torch"].losses(logits, targets)
+    p = log_softmax(logits, np)
+    nll, kl = -p[:, np.arange(len(targets)), targets].sum(axis=-1), (np.exp(p[0]) * (p[0] - p)).sum(axis=(-1, -2))
+    return nll.tolist(), kl.tolist()
+
+
+def perplexity(args, model, log, kind, ids, clients, KvdCache, np, before=0):
+    """Of a text, context by context; those of the texts before it were `before`, so that shares go on taking turns. How many it has."""
     first = model.encode(model.marks.first)
     ids = [t for at in range(0, len(ids), args.context - len(first)) for t in first + ids[at:at + args.context - len(first)]]
-    for at in range(0, len(ids) - args.context + 1, args.context):
+    if len(ids) < args.context:
+        return 0
+    starts = range(0, len(ids) - args.context + 1, args.context)
+    for at in starts:
         about = {"what": "text", "model": model.name, "context": args.context, "about": kind, "number": at // args.context, "seed": 0}
-        if log.has(**about, rows=clients) or (turn + about["number"]) % args.share[1] != args.share[0]:
+        if log.has(**about, rows=clients) or (before + about["number"]) % args.share[1] != args.share[0]:
             continue
         cases, sizes = Cases(clients.values(), KvdCache), []
         rows = {name: ([], []) for name in clients}
         for step, a in enumerate(range(at, at + args.context - 1, STEP)):
             new = list(ids[a:min(a + STEP, at + args.context - 1)])
             logits = model.forward([new] * len(clients), cases, every=True).reshape(len(clients), len(new), -1)
-            bf16, targets = log_softmax(logits[0], np), np.asarray(ids[a + 1:a + 1 + len(new)])
             if step % PIECE == 0:
                 sizes.append(0)
                 for sums in rows.values():
                     sums[0].append(0.0), sums[1].append(0.0)
             sizes[-1] += len(new)
-            for i, (case, (nll, kl)) in enumerate(zip(logits, rows.values())):
-                p = log_softmax(case, np) if i else bf16
-                nll[-1] -= float(p[np.arange(len(new)), targets].sum())
-                kl[-1] += float((np.exp(bf16) * (bf16 - p)).sum())
+            for (nll, kl), *more in zip(rows.values(), *losses(logits, ids[a + 1:a + 1 + len(new)], np)):
+                nll[-1] += more[0]
+                kl[-1] += more[1]
         cases.free()
         log.add(**about, tokens=sizes, rows=rows)
         progress(f"{kind}, context {about['number'] + 1}")
+    return len(starts)
 
 
 def recall(args, model, log, fillers, clients, KvdCache, LocalCache, np):

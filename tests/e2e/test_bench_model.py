@@ -272,6 +272,57 @@ def test_a_model_of_gemmas_shape_from_its_activations_to_the_table(tiny):
     assert "with a question 1221, are more than the 1024 that tiny was made for" in bench("--context", "1000", "--generate", "29", code=1)
 
 
+def test_cores_are_those_that_a_container_may_use(tmp_path):
+    limit, mine = tmp_path / "cpu.max", len(os.sched_getaffinity(0))
+    for text, want in (("100000 100000\n", 1), ("50000 100000\n", 1), ("max 100000\n", mine), ("99900000 100000\n", mine)):
+        limit.write_text(text)
+        assert bench_model.cores(limit) == want
+    assert bench_model.cores(tmp_path / "none") == mine
+
+
+@pytest.mark.parametrize("what", ["llama", "gemma"])
+def test_pytorch_has_the_same_decoder(what, monkeypatch):
+    """Prompts, single tokens and sequences that rest, with biases, norms of heads, windows and both RoPEs."""
+    pytest.importorskip("torch")
+    monkeypatch.setenv("KVD_LIBRARY", str(BUILD / "client/libkvd.so.0"))
+    import kvd_worker.model as of
+    from kvd_worker import LocalCache
+
+    import model_torch
+
+    r, gemma = np.random.default_rng(3), what == "gemma"
+    model = object.__new__(of.Model)
+    model.layers, model.q_heads, model.kv_heads, model.head_dim, model.windows = 3, 4, 2, 16, [8, 0, 8] if gemma else None
+    model.eps, model.theta, model._local_theta, model._embed_scale = 1e-5, 1e5, 1e3 if gemma else 0.0, np.float32(3 if gemma else 1)
+    model._act = of._gelu if gemma else of._silu
+
+    def w(*shape):
+        return (r.normal(size=shape) / np.sqrt(shape[-1])).astype(np.float32)
+
+    def block():
+        b = {"ln1": w(1, 32)[0], "q": w(64, 32), "k": w(32, 32), "v": w(32, 32), "o": w(32, 64), "ln2": w(1, 32)[0], "gate": w(48, 32), "up": w(48, 32),
+             "down": w(32, 48)}
+        more = {"q_norm": 16, "k_norm": 16, "ln1_post": 32, "ln2_post": 32} if gemma else {"q.bias": 64, "k.bias": 32, "v.bias": 32}
+        return {**b, **{name: w(1, n)[0] for name, n in more.items()}}
+
+    model.blocks, model.top = [block() for _ in range(3)], {"embed": w(50, 32), "norm": w(1, 32)[0], "head": w(50, 32)}
+    decoder = model_torch.Decoder(model, "cpu")
+    steps = [[list(range(20)), [4, 5]], [[7], []], [[8, 9], [1]]]
+    for every in (False, True):
+        mine, its = LocalCache(2, windows=model.windows), LocalCache(2, windows=model.windows)
+        for ids in steps:
+            want, got = model.forward(ids, mine, every=every), decoder.forward(ids, its, every=every)
+            assert np.abs(want - got.numpy()).max() < 0.02 * np.abs(want).max()  # keys and values are rounded to bf16, which may turn
+    prompt, mine = model_torch.Prompt(model.windows), LocalCache(1, windows=model.windows)
+    got, want = decoder.forward([steps[0][0]], prompt), model.forward([steps[0][0]], mine)
+    assert np.abs(want - got.numpy()).max() < 0.02 * np.abs(want).max()
+    for a, b in zip(prompt.keys_and_values(), mine.keys_and_values(0)):
+        assert a.shape == b.shape and (a != b).mean() < 0.02
+    logits = r.normal(size=(2, 5, 50)).astype(np.float32)
+    monkeypatch.delitem(sys.modules, "model_torch")
+    assert np.allclose(bench_model.losses(logits, [1, 2, 3, 4, 5], np), model_torch.losses(model_torch.torch.from_numpy(logits), [1, 2, 3, 4, 5]))
+
+
 def test_who_is_told_to_end_ends_what_it_has_started(tmp_path):
     """Of shared work, the other processes; they, as one that works alone, end kvd on their way out (`finally`)."""
     script = tmp_path / "shared.py"
