@@ -3,6 +3,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <math.h>
 #include <openssl/evp.h>
 #include <sys/stat.h>
@@ -311,6 +312,21 @@ static int add_windows(struct kvd_dump *d, uint32_t file, uint32_t first, const 
     return KVD_OK;
 }
 
+// Gives the pieces of a file, as above, the position that its tokens begin at.
+static int add_first(struct kvd_dump *d, uint32_t file, uint32_t begin, const char *first,
+                     struct kvd_error *err)
+{
+    uint64_t position = 0;
+    int read = 0;
+    if (first && (*first < '0' || *first > '9' ||
+                  sscanf(first, "%15" SCNu64 "%n", &position, &read) != 1 || first[read]))
+        return kvd_fail(err, KVD_E_INVALID, "%s: metadata first is '%.60s', no position",
+                        d->files[file].path, first);
+    for (uint32_t i = begin; i < d->n_pieces; i++)
+        d->pieces[i].first = position;
+    return KVD_OK;
+}
+
 // A zip file or a pickle, as torch.save writes them. The length of a safetensors file's header may
 // look like a pickle's first bytes; behind it comes a brace.
 static bool is_of_torch(int fd)
@@ -355,6 +371,8 @@ static int scan_shard(struct kvd_dump *d, uint32_t file, struct kvd_error *err)
         kvd_safetensors_find(&t, "q") ? add_stacked(d, file, &t, err) : add_named(d, file, &t, err);
     if (rc == KVD_OK)
         rc = add_windows(d, file, first, kvd_safetensors_metadata(&t, "windows"), err);
+    if (rc == KVD_OK)
+        rc = add_first(d, file, first, kvd_safetensors_metadata(&t, "first"), err);
     const char *model = kvd_safetensors_metadata(&t, "model");
     if (rc == KVD_OK && model && *d->model && strcmp(model, d->model) != 0)
         rc = kvd_fail(err, KVD_E_INVALID, "%s: of model %.60s, but the files before of %.60s",

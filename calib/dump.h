@@ -8,7 +8,8 @@
 //   layers.<id>.q, .k, .v   [tokens, heads, head_dim]
 // in F16, BF16 or F32. The tokens of a layer are those of all files, one after another. Metadata
 // windows, "512,512,0", has the sliding window of each of a file's layers, by ascending id, 0 for a
-// layer that sees all tokens; without it all do.
+// layer that sees all tokens; without it all do. Metadata first, "6144", is the position of a
+// file's first token, by which its keys and queries were turned; without it that is 0.
 //
 // OSCAR's is a directory of layer_<id>/q/<n>.pt, layer_<id>/k/<n>.pt and layer_<id>/v/<n>.pt, each
 // of which holds one tensor [tokens, heads, head_dim], written by torch.save. As OSCAR's own
@@ -28,6 +29,7 @@ struct kvd_dump_piece {
     uint32_t layer; // index into kvd_dump.layers
     uint32_t file[KVD_DUMP_SIDES];
     uint32_t window; // how many tokens a query sees, its own among them; 0: all before it
+    uint64_t first;  // position of the first token
     uint64_t tokens;
     uint64_t at[KVD_DUMP_SIDES]; // in the file, or in its entry
     enum kvd_tensor_type type[KVD_DUMP_SIDES];

@@ -27,7 +27,7 @@ struct kvd_rotset {
     // Which recordings the rotations, and the clip ratios and gains, were fitted to, as
     // kvd_dump_digests has them; NULL: not known, or to none. The set's own.
     char *fitted_to, *clips_fitted_to;
-    uint64_t fitted_length; // tokens of the longest of them: what lies further is not known to the
+    uint64_t fitted_length; // what their positions are below: what lies further is not known to the
                             // set; 0: it does not say
     char digest[KVD_DIGEST_TEXT];    // of the native file; "" until written
     uint16_t layers[KVD_MAX_LAYERS]; // model layer ids, ascending

@@ -200,7 +200,7 @@ static int finish(const struct arguments *a, const struct kvd_dump *d, const str
     if (!(set->fitted_to = kvd_dump_digests(d, err)))
         return err->code;
     for (uint32_t i = 0; i < d->n_pieces; i++)
-        set->fitted_length = KVD_MAX(set->fitted_length, d->pieces[i].tokens);
+        set->fitted_length = KVD_MAX(set->fitted_length, d->pieces[i].first + d->pieces[i].tokens);
     if (!set->transforms) {
         set->scale_k = a->scale_k;
         set->scale_v = a->scale_v;

@@ -283,6 +283,19 @@ def test_contexts_longer_than_a_set_was_fitted_to(tmp_path):
         assert "fitted_length is no number of tokens" in kvctl("show", tmp_path / "bad", code=1)
 
 
+def test_what_is_recorded_at_later_positions_counts_as_that_far(tmp_path):
+    """Files say which position they begin at; the set that is fitted to them was to that far."""
+    data = {f"layers.0.{s}": ("F32", x) for s, x in zip("qkv", activations(3, 700, 2, 1, 64, 64, [0])[0])}
+    (tmp_path / "dump").mkdir()
+    for name, first in (("0", None), ("1", "7492")):
+        write(tmp_path / f"dump/{name}.safetensors", data, {"first": first} if first else None)
+    kvctl("fit", tmp_path / "dump", tmp_path / "set", "--codec", "tc2")
+    assert json.loads(kvctl("show", "--json", tmp_path / "set"))["fitted_length"] == 8192
+    for first in ("", "-1", " 1", "1x", "9" * 16):
+        write(tmp_path / "dump/1.safetensors", data, {"first": first})
+        assert f"metadata first is '{first}', no position" in kvctl("fit", tmp_path / "dump", tmp_path / "set", code=1)
+
+
 def test_it_says_what_sets_were_fitted_to(tmp_path):
     data, dump = activations(3, 700, 2, 1, 64, 64, [0])[0], tmp_path / "dump"
     dump.mkdir()

@@ -89,6 +89,29 @@ def test_what_attention_gets(folder, text, kind, monkeypatch, capsys):
     assert f"next-token loss {sum(losses) / 3:.3f}" in said.out
 
 
+def test_contexts_lie_as_far_as_the_model_reaches(folder, text, capsys):
+    """Keys are turned by the positions that they are said to have; what the model makes of a text does not depend on them."""
+    model = save(folder / "model", "llama")
+    options = [str(model), "--text", str(text), "--context", "64", "--tokens", "192", "--device", "cpu", "--out"]
+    said = []
+    for out, more in (("far", []), ("near", ["--reach", "64"])):
+        assert record.main([*options, str(folder / out), *more]) == 0
+        said.append(capsys.readouterr().out.split("loss ")[1].split(" ")[0])
+    assert abs(float(said[0]) - float(said[1])) < 0.002
+    far, near = ([load(x) for x in sorted((folder / out).iterdir())] for out in ("far", "near"))
+    assert [meta.get("first") for _, meta in far] == [None, "96", "192"] and not any("first" in meta for _, meta in near)
+    frequency = 10000.0 ** (-np.arange(32) / 32)
+    for (a, meta), (b, _) in zip(far, near):
+        cos, sin = np.cos(int(meta.get("first", 0)) * frequency), np.sin(int(meta.get("first", 0)) * frequency)
+        for name in ("layers.1.q", "layers.1.k"):
+            x, y = b[name][..., :32], b[name][..., 32:]
+            turned = np.concatenate([x * cos - y * sin, x * sin + y * cos], -1)
+            assert np.abs(a[name] - turned).max() <= 0.02 * np.abs(turned).max(), name
+        assert np.abs(a["layers.1.v"] - b["layers.1.v"]).max() <= 0.02 * np.abs(b["layers.1.v"]).max()
+    assert record.main([*options, str(folder / "new"), "--reach", "1000"]) == 1
+    assert "--reach 1000: a context has 64 tokens, and the model was made for 256" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not (BUILD / "client/kvctl-calib").exists(), reason="there is no kvctl-calib")
 def test_fit_takes_it(folder, text):
     model = save(folder / "model", "llama")

@@ -52,6 +52,11 @@ def test_prompts_that_ask(tmp_path):
         list(record.asked(Tokenizer(), [str(tmp_path / "c")], 1000, 2))
 
 
+def test_contexts_are_spread_over_what_a_model_was_made_for():
+    assert record.starts(4, 2048, 8192) == [0, 2048, 4096, 6144] and record.starts(3, 100, 100) == [0, 0, 0]
+    assert record.starts(15, 2048, 8192)[::7] == [0, 3072, 6144] and record.starts(1, 2048, 8192) == [0] and record.starts(0, 1, 2) == []
+
+
 def test_texts_in_pieces(texts):
     assert words(Tokenizer(), texts, 3) == [("a", "abc"), ("a", "def"), ("b", "ABC"), ("b", "DEF")]
     assert words(Tokenizer(), texts, 3, 8) == [("a", "abc"), ("a", "def")]

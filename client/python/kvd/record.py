@@ -6,6 +6,9 @@
 MODEL is a folder or name that transformers loads, or a GGUF file; its attention must be what kvd serves. The model runs over each
 text, a context at a time, and what its attention gets (after RoPE) goes into OUT, a safetensors file for each context, layer by
 layer as it is computed.
+
+Contexts begin at positions spread evenly over --reach, all that the model was made for if it is not given: RoPE turns keys by their
+positions, and a set that was fitted to keys of the first 2,048 keeps nothing of those far behind them.
 """
 from __future__ import annotations
 
@@ -112,11 +115,13 @@ class Recorder:
         self.model = model
 
     @torch.no_grad() if MISSING is None else (lambda f: f)
-    def context(self, ids: "torch.Tensor", shard: Shard) -> float:
-        """Runs the model over ids and fills the shard. Returns the mean next-token loss, which tells whether the pass is right."""
+    def context(self, ids: "torch.Tensor", shard: Shard, first: int = 0) -> float:
+        """Runs the model over ids, as of positions `first` and on, and fills the shard. Returns the mean next-token loss, which tells
+        whether the pass is right."""
         self.shard = shard
         try:
-            logits = self.model(input_ids=ids[None], use_cache=False).logits[0]
+            positions = torch.arange(first, first + len(ids), device=ids.device)[None]
+            logits = self.model(input_ids=ids[None], position_ids=positions, use_cache=False).logits[0]
             shard.end()
         except BaseException:
             shard.drop()
@@ -187,6 +192,12 @@ def asked(tokenizer: Any, texts: list[str], length: int, count: int) -> Iterator
         yield text, [*first, *ids[at:at + where], *told, *ids[at + where:at + room], *end]
 
 
+def starts(contexts: int, length: int, reach: int) -> list[int]:
+    """Where contexts begin whose positions are to lie evenly below `reach`: the first at 0, and so that they end there."""
+    last = max(0, reach - length)
+    return [i * last // max(1, contexts - 1) for i in range(contexts)]
+
+
 def _load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     path, gguf = pathlib.Path(name), {}
     if path.suffix == ".gguf" and path.is_file():
@@ -207,6 +218,8 @@ def _arguments(args: Optional[list[str]]) -> argparse.Namespace:
     ap.add_argument("--text", nargs="+", required=True, metavar="FILE", help="texts in UTF-8, like those that the model will serve")
     ap.add_argument("--out", required=True, metavar="FOLDER", help="where the files go; it must not hold recordings")
     ap.add_argument("--context", type=positive, default=2048, help="tokens that the model sees at once (default: 2048)")
+    ap.add_argument("--reach", type=positive, metavar="TOKENS",
+                    help="contexts begin at positions spread below this (default: as many as the model was made for; --asked: --context)")
     ap.add_argument("--tokens", type=positive, help="record at most so many (default: all that fill contexts)")
     ap.add_argument("--asked", type=positive, metavar="N",
                     help="record N prompts in which a fact is told amid the texts and asked for at the end")
@@ -249,14 +262,19 @@ def _record(args: argparse.Namespace) -> int:
     if not pieces:
         raise ValueError(f"no text fills a context of {args.context} tokens: give longer ones, or a smaller --context and --tokens")
     name, losses = pathlib.Path(args.model).stem or args.model, []
+    limit = max(args.context, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0)
+    reach = args.reach or (args.context if args.asked else limit)
+    if not args.context <= reach <= limit:
+        raise ValueError(f"--reach {reach}: a context has {args.context} tokens, and the model was made for {limit}")
+    begins = starts(len(pieces), args.context, reach)
     metadata = {"model": name, "rope": "applied"}
     if any(recorder.shape.windows):  # of each recorded layer: what calib eval lets its queries see
         metadata["windows"] = ",".join(str(recorder.shape.windows[i]) for i in sorted(recorder.layers))
     with tqdm(total=len(pieces) * args.context, unit=" tokens", desc="recording") as bar:
         for i, (text, ids) in enumerate(pieces):
             shard = Shard(out / f"{i:05}.safetensors", recorder.shape, recorder.layers, len(ids),
-                          {**metadata, "text": pathlib.Path(text).name})
-            losses.append(recorder.context(torch.tensor(ids, device=device), shard))
+                          {**metadata, "text": pathlib.Path(text).name, **({"first": str(begins[i])} if begins[i] else {})})
+            losses.append(recorder.context(torch.tensor(ids, device=device), shard, begins[i]))
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
             bar.update(len(ids))
     loss = sum(losses) / len(losses)
