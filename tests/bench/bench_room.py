@@ -2,11 +2,12 @@
 """What others notice while blocks are published, and while a full pool makes room for another layout: latencies of a client that looks
 up a block all the time.
 
-Usage: bench_room.py --kvd PROGRAM --kvctl PROGRAM [--blocks 1000000] [--extents 6]
+Usage: bench_room.py --kvd PROGRAM --kvctl PROGRAM [--blocks 100000] [--extents 6]
 Starts a kvd of its own and fills it with so many blocks of one namespace. Another namespace then appends to sequences of another layout
 until an extent had to be emptied for it so many times, which looks at every block several times over, in steps. A client in a process of
 its own looks up one block a thousand times a second, alone, during the one and during the other. Says what it had to wait, what those who
-wanted room had to, and how long the longest step was. Wants the package kvd (PYTHONPATH=client/python, KVD_LIBRARY=...).
+wanted room had to, and how long the longest step was. A million blocks take 18 GiB.
+Wants the package kvd (PYTHONPATH=client/python, KVD_LIBRARY=...).
 """
 import argparse
 import multiprocessing
@@ -20,8 +21,9 @@ import numpy as np
 
 import kvd
 
-TOKENS, AT_ONCE, PART = 4096, 32, 512  # of a prompt; prompts that are computed at once, and how much of each in a call
-PAGE = 16384    # of the pool's room that the block of one kv head takes; a quarter of it is touched
+TOKENS, AT_ONCE, PART = 4096, 64, 256  # of a prompt; prompts that are computed at once, and how much of each in a call
+LAYERS, DIM = 4, 128  # and one kv head
+PAGE = LAYERS * 4608  # of a block, in int2; the index has room for a block per 16 KiB of the pool, so with less it is full before that
 
 
 def percentiles(seconds):
@@ -46,14 +48,18 @@ def ask(address, pipe):
 
 
 def fill(client, blocks):
-    """As many workers leave them: the blocks of a prompt lie among those of others."""
-    k, v = client.tensor(1, PART, 1, 64), client.tensor(1, PART, 1, 64)
-    for i in range(-(-blocks * 64 // TOKENS // AT_ONCE)):
+    """As many workers leave them: the blocks of a prompt lie among others' that are nearer to their prompts' ends, or farther, so that
+    no extent is empty when some prompts have gone."""
+    k, v, rng = client.tensor(LAYERS, PART, 1, DIM), client.tensor(LAYERS, PART, 1, DIM), np.random.default_rng(1)
+    for _ in range(-(-blocks * 64 // TOKENS // AT_ONCE)):
         sequences = [client.create() for _ in range(AT_ONCE)]
-        for _ in range(TOKENS // PART):
-            client.append([kvd.Item(s, k, v) for s in sequences])
-        for j, s in enumerate(sequences):
-            s.publish_blocks(kvd.Prompt(np.random.default_rng(AT_ONCE * i + j).integers(0, 50000, TOKENS).astype(np.uint32)))
+        left = {s: TOKENS // PART for s in sequences}
+        while left:
+            some = rng.choice(np.array(list(left), object), max(len(left) // 2, 1), replace=False)
+            client.append([kvd.Item(s, k, v) for s in some])
+            left = {s: n - (s in some) for s, n in left.items() if n > (s in some)}
+        for s in sequences:
+            s.publish_blocks(kvd.Prompt(rng.integers(0, 50000, TOKENS).astype(np.uint32)))
             s.free()
 
 
@@ -61,7 +67,7 @@ def main():
     p = argparse.ArgumentParser()
     p.add_argument("--kvd", required=True)
     p.add_argument("--kvctl", required=True)
-    p.add_argument("--blocks", type=int, default=1000000)
+    p.add_argument("--blocks", type=int, default=100000)
     p.add_argument("--extents", type=int, default=6)
     args = p.parse_args()
     folder = pathlib.Path(tempfile.mkdtemp(prefix="kvd-bench-room."))
@@ -78,8 +84,8 @@ def main():
         end = time.monotonic() + 30
         while "ready version" not in (folder / "log").read_text() and time.monotonic() < end:
             time.sleep(0.05)
-        options = dict(q_heads=1, kv_heads=1, head_dim=64, codec="int2", address=address, sink=0, recent=64)
-        with kvd.Client(layers=range(1), namespace="fills", **options) as a, kvd.Client(layers=range(2), namespace="wants", **options) as b:
+        options = dict(q_heads=1, kv_heads=1, head_dim=DIM, codec="int2", address=address, sink=0, recent=64)
+        with kvd.Client(layers=range(LAYERS), namespace="fills", **options) as a, kvd.Client(layers=range(2 * LAYERS), namespace="wants", **options) as b:
             pipe, end = multiprocessing.Pipe()
             asker = multiprocessing.get_context("spawn").Process(target=ask, args=(address, end), daemon=True)
             asker.start()
@@ -91,7 +97,7 @@ def main():
             times.append(time.perf_counter())
             filled, seconds = metric("kvd_prefix_blocks"), times[2] - times[1]
             print(f"{filled:.0f} blocks in {size} MiB, computed and published in {seconds:.0f} s")
-            k, v, held, waits = b.tensor(2, 2048, 1, 64), b.tensor(2, 2048, 1, 64), [], []
+            k, v, held, waits = b.tensor(2 * LAYERS, 2048, 1, DIM), b.tensor(2 * LAYERS, 2048, 1, DIM), [], []
             before = metric("kvd_room_waits_total")
             while len(waits) < args.extents and len(held) < 2000:
                 held.append(b.create())

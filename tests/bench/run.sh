@@ -83,7 +83,7 @@ if /usr/bin/python3 -c 'import numpy' 2>/dev/null; then
         --kvctl "$build/client/kvctl" --tokens "$((tokens / 4))" --rounds 3
     echo "# what others notice while a full pool makes room (bench_room.py)"
     PYTHONPATH=client/python KVD_LIBRARY=$build/client/libkvd.so.0 /usr/bin/python3 tests/bench/bench_room.py --kvd "$build/daemon/kvd" \
-        --kvctl "$build/client/kvctl" --blocks "$([ -n "$smoke" ] && echo 20000 || echo 1000000)"
+        --kvctl "$build/client/kvctl" --blocks "$([ -n "$smoke" ] && echo 10000 || echo 100000)"
 fi
 
 "$build/tests/bench_attend" "$tokens" tests/data/smollm2.safetensors
