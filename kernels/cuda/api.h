@@ -119,13 +119,13 @@ struct kvd_cuda_attend_params {
     bool packed;      // codes are not made values ahead, for want of scratch: slower with many rows
     struct kvd_cuda_rotation rotation;
     // From kvd_cuda_attend_plan:
-    uint32_t part_tiles;    // tiles of a history's part, about
-    uint32_t splits;        // parts of a history, at most
-    uint32_t window_splits; // parts of a sink + window
-    uint32_t warps;         // of a block: 4, 8 or 16
-    uint32_t unpacked; // parts of a history whose codes are made values at a time; 0: they are read
-                       // as they are
-    uint32_t window_pairs;   // of a window's part then, pairs of 64 tokens
+    uint32_t part_tiles;     // tiles of a history's part, about
+    uint32_t splits;         // parts of a history, at most
+    uint32_t window_splits;  // parts of a sink + window
+    uint32_t warps;          // of a block: 4, 8 or 16
+    uint32_t block_rows;     // of blocks of warpgroups: 128, 64, or 0: other kernels
+    uint32_t unpacked;       // parts of a history whose codes are made values at a time, with 128
+    uint32_t window_pairs;   // of a window's part, pairs of 64 tokens, with blocks of warpgroups
     uint32_t ahead_pairs;    // of tiles, of each sequence and kv head, that there is scratch for
     uint64_t scratch_zeroed; // so many bytes of scratch are zero before a first use; each call
                              // leaves them so
@@ -133,8 +133,8 @@ struct kvd_cuda_attend_params {
 };
 
 // Cuts the work for a device. To be called once for all layers of a step; stays right, if not the
-// best, when lengths change, but where `unpacked` is not 0: then a history longer than part_tiles *
-// splits tiles, or a window longer than it was said to be, gives outputs that are not numbers.
+// best, when lengths change, but where `block_rows` is not 0: then a history longer than part_tiles
+// * splits tiles, or a window longer than it was said to be, gives outputs that are not numbers.
 // history_sum and history_max: tokens of the histories, all together and the longest; window_max:
 // of the longest sink + window.
 void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t history_sum,

@@ -97,12 +97,12 @@ struct few_units {
     }
 };
 
-// Whether a call has rows enough that making values of codes ahead pays. What a worker replays while lengths change is not for
-// these kernels, whose scratch is for lengths as they are.
+// Whether a call is one for blocks of warpgroups. What a worker replays while lengths change is not for these kernels, whose
+// scratch is for lengths as they are.
 static bool is_many_call(const attend_params &p)
 {
     return family_of(p.codec) != NO_FAMILY && family_of(p.codec_v) != NO_FAMILY && same_dims(p) && (p.dim_k == 64 || p.dim_k == 128) &&
-           rows_of_head(p) >= MANY_ROWS && p.softcap == 0 && !p.tail.tokens;
+           p.softcap == 0 && !p.tail.tokens;
 }
 
 constexpr uint64_t MANY_BYTES = 128 << 20; // of values at a time
@@ -112,27 +112,68 @@ static uint64_t many_pair_bytes(const attend_params &p) // of two tiles of all s
     return (uint64_t)p.sequences * p.kv_heads * 2 * PAGE * (p.dim_k + p.dim_v) * 2;
 }
 
-// Cuts such a call: rounds of as many parts as there are values of at a time. False: histories are too short, or too many.
-static bool cut_for_many(attend_params &p, uint32_t history_max, uint32_t window_max, uint32_t multiprocessors)
+static uint32_t units_of(const attend_params &p, uint32_t rows) // blocks of so many rows
 {
-    uint32_t tiles_max = (history_max + PAGE - 1) / PAGE;
-    const uint32_t least = 32, least_round = 64, most_tiles = (uint32_t)std::min<uint64_t>(MANY_BYTES / many_pair_bytes(p) * 2, MOST_TILES);
-    if (tiles_max < least || most_tiles < std::min(tiles_max, least_round) || !many_runs(p))
+    return p.sequences * p.kv_heads * ((rows_of_head(p) + rows - 1) / rows);
+}
+
+// Histories whose values are made ahead: rounds of as many parts as there are values of at a time. False: they are too short, or
+// too many.
+static bool cut_values(attend_params &p, uint32_t tiles_max, uint32_t most_tiles, uint32_t multiprocessors)
+{
+    const uint32_t least_round = 64;
+    if (most_tiles < std::min(tiles_max, least_round))
         return false;
     uint32_t rounds = (tiles_max + most_tiles - 1) / most_tiles, tiles = (tiles_max + rounds - 1) / rounds;
-    uint32_t blocks = (rows_of_head(p) + MANY_ROWS - 1) / MANY_ROWS, units = p.sequences * p.kv_heads * blocks;
-    p.part_tiles = std::min((even_part(units, multiprocessors, tiles, tiles) + 1) / 2 * 2, most_tiles / 2 * 2);
+    p.part_tiles = std::min((even_part(units_of(p, MANY_ROWS), multiprocessors, tiles, tiles) + 1) / 2 * 2, most_tiles / 2 * 2);
     p.splits = (tiles_max + p.part_tiles - 1) / p.part_tiles;
-    if (p.splits > MAX_SPLITS)
-        return false;
     p.unpacked = std::min((tiles + p.part_tiles - 1) / p.part_tiles, most_tiles / p.part_tiles);
-    p.warps = 4;
-    // Windows: a part has no more than there is scratch for.
-    uint32_t pairs = (window_max + 2 * PAGE - 1) / (2 * PAGE), most_pairs = most_tiles / 2, least_parts = (pairs + most_pairs - 1) / most_pairs;
+    return true;
+}
+
+// Histories whose codes a block takes as they are, two parts at a time.
+static void cut_codes(attend_params &p, uint32_t tiles_max, uint32_t multiprocessors)
+{
+    p.part_tiles = (even_part(units_of(p, FEWER_ROWS), multiprocessors, tiles_max, std::min(tiles_max, MOST_TILES)) + 1) / 2;
+    p.splits = 2 * ((tiles_max + 2 * p.part_tiles - 1) / (2 * p.part_tiles));
+}
+
+// Sinks and windows: a part has no more than there is scratch for.
+static bool cut_windows(attend_params &p, uint32_t window_max, uint32_t most_pairs, uint32_t multiprocessors)
+{
+    uint32_t pairs = (window_max + 2 * PAGE - 1) / (2 * PAGE), units = units_of(p, MANY_ROWS);
     p.ahead_pairs = std::max(p.unpacked * p.part_tiles / 2, std::min(pairs, most_pairs));
+    p.window_splits = p.window_pairs = 0;
+    if (pairs == 0)
+        return true;
+    if (most_pairs == 0)
+        return false;
+    uint32_t least_parts = (pairs + most_pairs - 1) / most_pairs;
     p.window_splits = std::min(std::max({std::min(multiprocessors / units, MAX_WINDOW_SPLITS + 0u), least_parts, 1u}), pairs);
-    p.window_pairs = pairs ? (pairs + p.window_splits - 1) / p.window_splits : 0;
+    p.window_pairs = (pairs + p.window_splits - 1) / p.window_splits;
     return p.window_splits <= MAX_WINDOW_SPLITS;
+}
+
+// Cuts a call for blocks of warpgroups, if it is one. With so many rows that it pays, values are made ahead; int2's codes are taken
+// as they are with fewer.
+static bool cut_for_many(attend_params &p, uint32_t history_max, uint32_t window_max, uint32_t multiprocessors)
+{
+    const uint32_t least = 32, least_rows = 33, least_share = 96, rows = rows_of_head(p), tiles_max = (history_max + PAGE - 1) / PAGE;
+    // With fewer rows the other kernels are as fast until multiprocessors have so many tiles each.
+    bool codes = rows < MANY_ROWS && p.codec == KVD_CODEC_INT2 && p.codec_v == KVD_CODEC_INT2 &&
+                 (uint64_t)units_of(p, FEWER_ROWS) * tiles_max >= (uint64_t)least_share * multiprocessors;
+    if (!is_many_call(p) || tiles_max < least || (rows < MANY_ROWS && !codes) || rows < least_rows || !many_runs(p))
+        return false;
+    uint32_t most_tiles = (uint32_t)std::min<uint64_t>(MANY_BYTES / many_pair_bytes(p) * 2, MOST_TILES);
+    if (codes)
+        cut_codes(p, tiles_max, multiprocessors);
+    else if (!cut_values(p, tiles_max, most_tiles, multiprocessors))
+        return false;
+    if (!cut_windows(p, window_max, most_tiles / 2, multiprocessors) || p.splits > MAX_SPLITS)
+        return false;
+    p.warps = 4;
+    p.block_rows = codes ? FEWER_ROWS : MANY_ROWS;
+    return true;
 }
 
 // What kernels over latents have no say in otherwise.
@@ -180,10 +221,10 @@ extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t 
                                      uint32_t history_max, uint32_t window_max,
                                      uint32_t multiprocessors)
 {
-    p->unpacked = 0;
+    p->block_rows = p->unpacked = 0;
     if (takes_latents(*p))
         return plan_latent(*p, history_sum, history_max, window_max, multiprocessors);
-    if (is_many_call(*p) && !p->packed && cut_for_many(*p, history_max, window_max, multiprocessors)) {
+    if (!p->packed && cut_for_many(*p, history_max, window_max, multiprocessors)) {
         p->scratch_zeroed = scratch_of(*p, 2).parts_at;
         return;
     }
@@ -216,7 +257,7 @@ extern "C" uint64_t kvd_cuda_attend_scratch(const struct kvd_cuda_attend_params 
 {
     if (takes_latents(*p))
         return latent_scratch_bytes(*p);
-    if (p->unpacked)
+    if (p->block_rows)
         return many_values_at(*p) + many_pair_bytes(*p) * p->ahead_pairs;
     return takes_any(*p) ? any_scratch(*p) : scratch_of(*p, n_tiles(*p)).total;
 }
@@ -237,7 +278,7 @@ extern "C" int kvd_cuda_attend(const struct kvd_cuda_attend_params *p, struct CU
         return is_latent_call(*p) ? (int)launch_latent(*p, stream) : -1;
     if (needs_transforms(*p) && !p->rotation.transforms)
         return -1;
-    if (p->unpacked)
+    if (p->block_rows)
         return is_many_call(*p) ? (int)launch_many(*p, stream) : -1;
     if (takes_any(*p))
         return (int)launch_any(*p, stream);

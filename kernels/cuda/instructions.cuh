@@ -128,6 +128,13 @@ __device__ inline uint32_t saturated_difference(uint32_t a, uint32_t b)
     return y;
 }
 
+// a * b + c of two fp16 each.
+__device__ inline uint32_t fma_fp16(uint32_t a, uint32_t b, uint32_t c)
+{
+    asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(a) : "r"(b), "r"(c));
+    return a;
+}
+
 __device__ inline uint32_t sum_fp16(uint32_t a, uint32_t b)
 {
     asm("add.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));

@@ -26,8 +26,9 @@ cudaError_t launch_any(const attend_params &p, cudaStream_t stream);
 void plan_any(attend_params &p, uint64_t history_sum, uint32_t history_max, uint32_t window_max, uint32_t multiprocessors);
 uint64_t any_scratch(const attend_params &p);
 
-// attend_many.cu: many query rows, by blocks of MANY_ROWS; whether this device can, and where in scratch values of histories are.
-constexpr uint32_t MANY_ROWS = 128;
+// attend_many.cu: many query rows, by blocks of MANY_ROWS, or of FEWER_ROWS; whether this device can, and where in scratch values of
+// histories are.
+constexpr uint32_t MANY_ROWS = 128, FEWER_ROWS = 64;
 cudaError_t launch_many(const attend_params &p, cudaStream_t stream);
 bool many_runs(const attend_params &p);
 

@@ -2,10 +2,50 @@
 #ifndef KVD_KERNELS_CUDA_MANY_CUH
 #define KVD_KERNELS_CUDA_MANY_CUH
 
+#include "kernels/cuda/many_codes.cuh"
 #include "kernels/cuda/many_rows.cuh"
 
 namespace kvd
 {
+
+// A block: what attends, and what brings values.
+template <int D, many_source SOURCE> __global__ void __launch_bounds__(many_threads(SOURCE), 1) many_kernel(const __grid_constant__ many_call p)
+{
+#if KVD_WARPGROUP
+    using rows_of = many_rows<D, SOURCE>;
+    KVD_DYNAMIC_SHARED(shared);
+    const typename rows_of::memory mem = {shared};
+    const uint32_t blocks = (p.rows + mem.ROWS - 1) / mem.ROWS;
+    row_block b = {blockIdx.y, blockIdx.x / blocks, blockIdx.x % blocks * mem.ROWS};
+    mem.init();
+    wait_for_previous();
+    let_next_start();
+    load_lengths(p, b);
+    uint32_t part = p.first_part + blockIdx.z * rows_of::GROUPS;
+    const typename rows_of::part_pairs pairs(p, b, part);
+    if constexpr (rows_of::BF16)
+        many_plain_queries(p, b, mem);
+    else
+        many_queries(p, b, mem);
+    if (threadIdx.x >= MANY_WARPS * 32) {
+        fewer_registers<SOURCE == CODES ? 56 : 24>();
+        if constexpr (SOURCE != CODES) {
+            if (threadIdx.x == MANY_WARPS * 32)
+                fetch_values<D>(p, b, mem, pairs);
+        } else if (threadIdx.x < MANY_WARPS * 32 + 128) {
+            make_values<D, false>(p, b, mem, pairs);
+        } else {
+            make_values<D, true>(p, b, mem, pairs);
+        }
+        return;
+    }
+    more_registers<SOURCE == CODES ? 200 : 240>();
+    rows_of rows;
+    rows.begin(p, b, mem);
+    rows.attend(p, b, mem, pairs);
+    rows.write(p, b, mem, part + (rows_of::BF16 ? p.splits : rows_of::group()), p.splits + p.window_splits);
+#endif
+}
 
 // -- the end -------------------------------------------------------------------------------------
 
@@ -48,35 +88,48 @@ template <int D, int CODEC> __global__ void __launch_bounds__(128, 2) many_finis
     finish_rows<of::NT, D>(p, b, back, rows, mine, t, true, p.window_splits > 0, history, windows);
 }
 
+inline dim3 many_blocks(const many_call &call, uint32_t rows, uint32_t parts)
+{
+    return dim3(call.kv_heads * ((call.rows + rows - 1) / rows), call.sequences, parts);
+}
+
+template <int D, many_source SOURCE> cudaError_t launch_many_kernel(const many_call &call, uint32_t parts, cudaStream_t stream)
+{
+    using mem = many_memory<D, SOURCE>;
+    return launch_behind(many_kernel<D, SOURCE>, many_blocks(call, mem::ROWS, parts), many_threads(SOURCE), mem::BYTES, stream, call);
+}
+
 // Sinks and windows: in rounds of as many parts as there is memory for.
-template <int D> cudaError_t launch_many_windows(many_call &call, dim3 many, cudaStream_t stream)
+template <int D> cudaError_t launch_many_windows(many_call call, cudaStream_t stream)
 {
     uint32_t most = call.ahead_pairs / std::max(call.window_pairs, 1u);
-    bool f32 = call.q_type == KVD_DTYPE_F32;
     cudaError_t rc = cudaSuccess;
     for (call.first_part = 0; rc == cudaSuccess && call.first_part < call.window_splits; call.first_part += most) {
-        many.z = std::min(most, call.window_splits - call.first_part);
-        dim3 pairs(many.z * call.window_pairs, call.kv_heads, call.sequences);
+        uint32_t parts = std::min(most, call.window_splits - call.first_part);
+        dim3 pairs(parts * call.window_pairs, call.kv_heads, call.sequences);
         rc = launch_behind(many_tokens_kernel<D>, pairs, 256, 0, stream, call);
         if (rc == cudaSuccess)
-            rc = f32 ? launch_behind(many_kernel<D, WINDOWS_F32>, many, MANY_THREADS, many_memory<D, 2>::BYTES, stream, call)
-                     : launch_behind(many_kernel<D, WINDOWS>, many, MANY_THREADS, many_memory<D, 1>::BYTES, stream, call);
+            rc = call.q_type == KVD_DTYPE_F32 ? launch_many_kernel<D, WINDOWS_F32>(call, parts, stream)
+                                              : launch_many_kernel<D, WINDOWS>(call, parts, stream);
     }
     return rc;
 }
 
-// What a round's tiles become, and who attends to it.
-template <int D> cudaError_t launch_many_history(const many_call &call, dim3 many, cudaStream_t stream)
+// Histories whose values are made ahead, in rounds.
+template <int D> cudaError_t launch_many_history(many_call call, cudaStream_t stream)
 {
-    dim3 tiles(many.z * call.part_tiles, call.kv_heads, call.sequences);
     bool usual = family_of(call.codec) == INT2 && family_of(call.codec_v) == INT2;
-    cudaError_t rc = usual ? launch_behind(many_values_kernel<D>, tiles, 256, 0, stream, call)
-                           : launch_behind(many_any_values_kernel<D>, tiles, 256, 0, stream, call);
-    if (rc)
-        return rc;
-    constexpr int BYTES = many_memory<D, 1>::BYTES;
-    return family_of(call.codec) == TC ? launch_behind(many_kernel<D, HISTORY_TC>, many, MANY_THREADS, BYTES, stream, call)
-                                       : launch_behind(many_kernel<D, HISTORY>, many, MANY_THREADS, BYTES, stream, call);
+    cudaError_t rc = cudaSuccess;
+    for (call.first_part = 0; rc == cudaSuccess && call.first_part < call.splits; call.first_part += call.unpacked) {
+        uint32_t parts = std::min(call.unpacked, call.splits - call.first_part);
+        dim3 tiles(parts * call.part_tiles, call.kv_heads, call.sequences);
+        rc = usual ? launch_behind(many_values_kernel<D>, tiles, 256, 0, stream, call)
+                   : launch_behind(many_any_values_kernel<D>, tiles, 256, 0, stream, call);
+        if (rc == cudaSuccess)
+            rc = family_of(call.codec) == TC ? launch_many_kernel<D, HISTORY_TC>(call, parts, stream)
+                                             : launch_many_kernel<D, HISTORY>(call, parts, stream);
+    }
+    return rc;
 }
 
 template <int D, int CODEC> cudaError_t launch_many_finish(const many_call &call, cudaStream_t stream)
@@ -94,7 +147,7 @@ template <int D> cudaError_t launch_many_dims(const attend_params &p, cudaStream
     call.row_blocks = n_row_blocks(p, 2);
     call.early = EARLY_NONE;
     call.parts_a_tile = 1.0f / (float)p.part_tiles;
-    call.blocks = (call.rows + MANY_ROWS - 1) / MANY_ROWS;
+    call.first_part = 0;
     call.values = (uint8_t *)p.scratch + many_values_at(p);
     call.tile = tile_layout({p.codec, p.codec_v}, D, D);
     call.stored = 0.25f;
@@ -107,12 +160,10 @@ template <int D> cudaError_t launch_many_dims(const attend_params &p, cudaStream
         if (side.bits > 3)
             call.stored = 1 / 16.0f;
     }
-    dim3 many(p.kv_heads * call.blocks, p.sequences);
-    cudaError_t rc = launch_many_windows<D>(call, many, stream);
-    for (call.first_part = 0; rc == cudaSuccess && call.first_part < p.splits; call.first_part += p.unpacked) {
-        many.z = std::min(p.unpacked, p.splits - call.first_part);
-        rc = launch_many_history<D>(call, many, stream);
-    }
+    cudaError_t rc = launch_many_windows<D>(call, stream);
+    if (rc == cudaSuccess)
+        rc = p.block_rows == MANY_ROWS ? launch_many_history<D>(call, stream)
+                                       : launch_many_kernel<D, CODES>(call, p.splits / many_groups(CODES), stream);
     if (rc)
         return rc;
     return family_of(p.codec_v) == TC ? launch_many_finish<D, TC>(call, stream) : launch_many_finish<D, INT2>(call, stream);

@@ -1,131 +1,29 @@
-// Attention of 128 rows of a kv head to values made ahead (many_values.cuh): two warpgroups of 64 rows, and one that fetches.
+// Attention of 128 rows of a kv head to values made ahead (many_values.cuh), by two warpgroups of 64 rows each. Of 64 rows or fewer
+// to codes: the two warpgroups take pairs of tiles by turns (many_codes.cuh).
 #ifndef KVD_KERNELS_CUDA_MANY_ROWS_CUH
 #define KVD_KERNELS_CUDA_MANY_ROWS_CUH
 
-#include "kernels/cuda/many_values.cuh"
+#include "kernels/cuda/many_memory.cuh"
 #include "kernels/cuda/warpgroup.cuh"
 
 namespace kvd
 {
 
-constexpr int MANY_WARPS = 8, MANY_THREADS = MANY_WARPS * 32 + 128; // warps that attend, and a warpgroup that fetches
 // By so much, in log2 units, scores may exceed the maximum that sums are relative to: it is seldom raised, and what comes of
 // exponentials is at most 1 all the same.
 constexpr float SLACK = 3;
-
-// What rows attend to: values in fp16, rotated, those of keys in tc2 or tc2.5 with a mean apart; or sinks and windows in bf16, with
-// queries in bf16 or in f32, of which a second bf16 has what the first leaves.
-enum many_source { HISTORY, HISTORY_TC, WINDOWS, WINDOWS_F32 };
-
-// Shared memory: queries in one part or two, a ring of K's and V's values by turns.
-template <int D, int Q_PARTS> struct many_memory {
-    static constexpr int Q_BYTES = MANY_ROWS * D * 2, SIDE = tile_values<D>::SIDE, SLOTS = 5;
-    static constexpr int RING = Q_PARTS * Q_BYTES, UNITS = RING + SLOTS * SIDE, MEANS = UNITS + MANY_WARPS * 4,
-                         BARRIERS = MEANS + MANY_ROWS * 4, BYTES = BARRIERS + SLOTS * 16;
-    uint8_t *at;
-
-    __device__ inline uint8_t *slot(uint32_t i) const
-    {
-        return at + RING + i * SIDE;
-    }
-
-    __device__ inline float *units() const // what 16 rows' scores are to be multiplied by
-    {
-        return (float *)(at + UNITS);
-    }
-
-    __device__ inline float *means() const // the rows' products with K's mean
-    {
-        return (float *)(at + MEANS);
-    }
-
-    __device__ inline uint64_t *full(uint32_t i) const
-    {
-        return (uint64_t *)(at + BARRIERS) + i;
-    }
-
-    __device__ inline uint64_t *empty(uint32_t i) const
-    {
-        return full(SLOTS + i);
-    }
-};
-
-// A slot of the ring, and how often it has come around.
-struct ring_place {
-    uint32_t slot, phase;
-
-    template <int SLOTS> __device__ inline void next(uint32_t by)
-    {
-        slot += by;
-        if (slot >= SLOTS)
-            slot -= SLOTS, phase ^= 1;
-    }
-};
-
-// Tokens of a pair of tiles, in their order. From the `jump_at`-th on, positions are `jump` further: where a sink ends.
-struct pair_tokens {
-    int count;
-    uint32_t position, jump_at, jump;
-
-    template <bool JUMPS> __device__ inline uint32_t position_of(uint32_t token) const
-    {
-        return position + token + (JUMPS && token >= jump_at ? jump : 0);
-    }
-};
-
-// Pairs of tiles of a part, those that some row of a block sees. Values of a round begin with pair `round`.
-template <bool BF16> struct many_pairs {
-    static constexpr uint32_t TOKENS = 2 * PAGE;
-    uint32_t first, end, round, first_last, last_seen; // positions that all rows see are from last_seen to first_last
-    bf16_tokens w;
-
-    __device__ inline many_pairs(const many_call &p, const row_block &b, uint32_t part)
-    {
-        uint32_t last_row = min(b.row0 + MANY_ROWS, p.rows) - 1, lowest = first_seen(p, row_position(p, b, b.row0));
-        uint32_t highest = row_position(p, b, last_row);
-        first_last = row_position(p, b, b.row0), last_seen = first_seen(p, highest);
-        if (!BF16) {
-            history_range range = history_of<true>(p, b, MANY_ROWS);
-            uint32_t begin = part * p.part_tiles, stop = min(range.end, begin + p.part_tiles);
-            range.first = max(range.first, begin);
-            round = p.first_part * p.part_tiles / 2;
-            first = range.first / 2, end = range.first < stop ? (stop + 1) / 2 : first;
-            return;
-        }
-        w = many_tokens(p, b);
-        uint32_t from = lowest >= w.base ? w.sink + (lowest - w.base) : min(lowest, w.sink);
-        uint32_t to = min(highest >= w.base ? w.sink + (highest - w.base) + 1 : min(highest + 1, w.sink), w.count);
-        round = p.first_part * p.window_pairs;
-        first = max(from / TOKENS, part * p.window_pairs);
-        end = max(first, min((to + TOKENS - 1) / TOKENS, (part + 1) * p.window_pairs));
-    }
-
-    __device__ inline pair_tokens tokens(const many_call &p, const row_block &b, uint32_t pair) const
-    {
-        uint32_t i = pair * TOKENS;
-        if (!BF16)
-            return {(int)min(b.hist_end - p.sink - i, TOKENS), p.sink + i, 0, 0};
-        bool in_sink = i < w.sink;
-        return {(int)min(w.count - i, TOKENS), bf16_position(w, i), in_sink ? w.sink - i : 0, in_sink ? w.base - w.sink : 0};
-    }
-
-    // Whether some row does not see some of them.
-    __device__ inline bool masked(const pair_tokens &x) const
-    {
-        return x.count < (int)TOKENS || x.template position_of<BF16>(TOKENS - 1) > first_last || x.position < last_seen;
-    }
-};
 
 #if KVD_WARPGROUP
 
 // Rotates a block's queries into shared memory: core matrices of 8 rows by 8 channels. By all threads; the last warps have
 // nothing to multiply. K's mean waits in the ring, which nothing else is in yet.
-template <int D, bool TRANSFORM>
-__device__ inline void many_queries(const many_call &p, const row_block &b, const many_memory<D, 1> &mem)
+template <int D, many_source SOURCE>
+__device__ inline void many_queries(const many_call &p, const row_block &b, const many_memory<D, SOURCE> &mem)
 {
+    constexpr bool TRANSFORM = SOURCE == HISTORY_TC;
     using few = queries<2, D, MANY_WARPS>;
     constexpr int LOOK = TRANSFORM ? TC : LEVELS2; // values are no codes: what undoes their places in a word is left out
-    const shared_means<D, D, MANY_THREADS / 32> mean = {mem.slot(0)};
+    const shared_means<D, D, many_threads(SOURCE) / 32> mean = {mem.slot(0)};
     uint32_t lane = threadIdx.x % 32;
     float sign = sign_of(p.scale), means[2][2], unit = 1 / p.stored;
     key_terms<D, LOOK> terms;
@@ -140,7 +38,7 @@ __device__ inline void many_queries(const many_call &p, const row_block &b, cons
     typename few::run r;
     few::load(p, b.kv, 0, r);
 #pragma unroll 1
-    for (uint32_t i = 0; i < MANY_ROWS / 16; i++) {
+    for (uint32_t i = 0; i < mem.ROWS / 16; i++) {
         row_block rows = b;
         rows.row0 = min(b.row0 + i * 16, p.rows - 1); // another's: what comes of them is not written
         raw_queries<2, D> raw;
@@ -162,16 +60,16 @@ __device__ inline void many_queries(const many_call &p, const row_block &b, cons
     __syncthreads();
 }
 
-// The same of queries as they are, in bf16, PARTS of each.
-template <int D, int PARTS>
-__device__ inline void many_plain_queries(const many_call &p, const row_block &b, const many_memory<D, PARTS> &mem)
+// The same of queries as they are, in bf16.
+template <int D, many_source SOURCE>
+__device__ inline void many_plain_queries(const many_call &p, const row_block &b, const many_memory<D, SOURCE> &mem)
 {
 #pragma unroll 1
-    for (uint32_t i = threadIdx.x; i < MANY_ROWS * D / 8; i += MANY_THREADS) {
+    for (uint32_t i = threadIdx.x; i < mem.ROWS * D / 8; i += many_threads(SOURCE)) {
         uint32_t row = i / (D / 8), channel8 = i % (D / 8);
         uint64_t at = row_index(p, b, min(b.row0 + row, p.rows - 1)) * D + channel8 * 8;
         uint4 *to = (uint4 *)(mem.at + (row / 8 * (D / 8) + channel8) * 128 + row % 8 * 16);
-        if (PARTS == 1) {
+        if (mem.Q_PARTS == 1) {
             *to = *(const uint4 *)((const uint16_t *)p.q + at);
             continue;
         }
@@ -212,20 +110,36 @@ template <bool BF16> struct many_weights {
 // in log2 units.
 template <int D, many_source SOURCE> struct many_rows {
     static constexpr bool BF16 = SOURCE == WINDOWS || SOURCE == WINDOWS_F32;
-    using memory = many_memory<D, SOURCE == WINDOWS_F32 ? 2 : 1>;
+    static constexpr bool EARLY = SOURCE == CODES;
+    static constexpr uint32_t GROUPS = many_groups(SOURCE);
+    using memory = many_memory<D, SOURCE>;
+    using part_pairs = many_pairs<BF16, memory::ROWS, GROUPS>;
     float o[D / 8][4], m[2], l[2], unit;
     uint32_t seen[2], last[2];
-    ring_place k = {0, 0}, v = {1, 0};
+    ring_place k, v;
 
-    __device__ inline void begin(const many_call &p, const row_block &b, float of_scores)
+    // Which warpgroup this is of those for the same rows.
+    static __device__ inline uint32_t group()
     {
-        unit = of_scores;
+        return GROUPS == 1 ? 0 : threadIdx.x / 128;
+    }
+
+    // The warp's first row of the block's.
+    static __device__ inline uint32_t first_row()
+    {
+        return threadIdx.x / 32 * 16 % memory::ROWS;
+    }
+
+    __device__ inline void begin(const many_call &p, const row_block &b, const memory &mem)
+    {
+        unit = BF16 ? p.scale * LOG2E : mem.units()[first_row() / 16];
+        k = {2 * group(), 0}, v = {2 * group() + 1, 0};
 #pragma unroll
         for (int j = 0; j < D / 8; j++)
             o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            last[h] = row_position(p, b, min(b.row0 + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + h * 8, p.rows - 1));
+            last[h] = row_position(p, b, min(b.row0 + first_row() + threadIdx.x % 32 / 4 + h * 8, p.rows - 1));
             seen[h] = first_seen(p, last[h]);
             m[h] = NONE, l[h] = 0;
         }
@@ -293,7 +207,7 @@ template <int D, many_source SOURCE> struct many_rows {
     // Asks for products of scores: K's values are next in the ring.
     __device__ inline void ask_scores(const memory &mem, float (&s)[16][4])
     {
-        const uint8_t *rows = mem.at + threadIdx.x / 128 * (64 * D * 2);
+        const uint8_t *rows = mem.at + first_row() / 64 * (64 * D * 2);
         uint64_t q = operand_descriptor<D>(rows), x = operand_descriptor<D>(mem.slot(k.slot));
         barrier_wait(mem.full(k.slot), k.phase);
         warpgroup_begin();
@@ -327,19 +241,19 @@ template <int D, many_source SOURCE> struct many_rows {
         warpgroup_commit();
     }
 
-    // A slot's values have been used, and the next ones of their side are two slots further.
+    // A slot's values have been used, and the warpgroup's next ones of their side are two slots further, or four.
     __device__ inline void used(const memory &mem, ring_place &at)
     {
         if (threadIdx.x % 128 == 0)
             arrive(mem.empty(at.slot));
-        at.template next<memory::SLOTS>(2);
+        at.template next<memory::SLOTS>(2 * GROUPS);
     }
 
     // All pairs. While sums of one pair's values are formed, scores of the next become probabilities. That the two warpgroups take
     // turns besides gains nothing.
-    __device__ inline void attend(const many_call &p, const row_block &b, const memory &mem, const many_pairs<BF16> &pairs)
+    __device__ inline void attend(const many_call &p, const row_block &b, const memory &mem, const part_pairs &pairs)
     {
-        if (pairs.first == pairs.end)
+        if (pairs.first + group() >= pairs.end)
             return;
         float s[16][4], factor[2];
         many_weights<BF16> weights;
@@ -347,20 +261,24 @@ template <int D, many_source SOURCE> struct many_rows {
         warpgroup_wait();
         warpgroup_came(s);
         used(mem, k);
-        powers<true>(s, pairs.tokens(p, b, pairs.first), factor);
+        powers<true>(s, pairs.tokens(p, b, pairs.first + group()), factor);
         weights.pack(s);
 #pragma unroll 1
-        for (uint32_t pair = pairs.first + 1; pair < pairs.end; pair++) {
+        for (uint32_t pair = pairs.first + group() + GROUPS; pair < pairs.end; pair += GROUPS) {
             ask_scores(mem, s);
             ask_sums(mem, weights);
-            warpgroup_wait<1>();
+            // A slot of the ring is wanted back sooner where values are made of codes.
+            warpgroup_wait<EARLY ? 0 : 1>();
             warpgroup_came(s);
             used(mem, k);
+            if (EARLY)
+                used(mem, v);
             pair_tokens tokens = pairs.tokens(p, b, pair);
             bool raised = pairs.masked(tokens) ? powers<true>(s, tokens, factor) : powers<false>(s, tokens, factor);
             warpgroup_wait();
             warpgroup_came(o);
-            used(mem, v);
+            if (!EARLY)
+                used(mem, v);
             if (raised)
 #pragma unroll
                 for (int j = 0; j < D / 8; j++)
@@ -377,14 +295,14 @@ template <int D, many_source SOURCE> struct many_rows {
     __device__ inline void write(const many_call &p, const row_block &b, const memory &mem, uint32_t part, uint32_t n) const
     {
         using layout = part_layout<2, D>;
-        uint32_t row0 = b.row0 + threadIdx.x / 32 * 16, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+        uint32_t row0 = b.row0 + first_row(), g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
         if (row0 >= p.rows)
             return;
         layout parts = many_parts<D>(p, b, row0);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             uint32_t row = h * 8 + g, end = part + 1 == n ? layout::pitch(n) : part + 1;
-            float mean = SOURCE == HISTORY_TC ? mem.means()[threadIdx.x / 32 * 16 + row] * p.scale * LOG2E : 0;
+            float mean = SOURCE == HISTORY_TC ? mem.means()[first_row() + row] * p.scale * LOG2E : 0;
             float sum = quad_sum(l[h]), top = has_maximum(h) ? m[h] + SLACK + mean : NONE;
             for (uint32_t i = part + t; i < end; i += 4) {
                 __stcg(parts.terms(TERM_M, row) + i, i == part ? top : NONE);
@@ -403,48 +321,6 @@ template <int D, many_source SOURCE> struct many_rows {
     }
 };
 #endif
-
-template <int D, many_source SOURCE> __global__ void __launch_bounds__(MANY_THREADS, 1) many_kernel(const __grid_constant__ many_call p)
-{
-#if KVD_WARPGROUP
-    using rows_of = many_rows<D, SOURCE>;
-    KVD_DYNAMIC_SHARED(shared);
-    const typename rows_of::memory mem = {shared};
-    row_block b = {blockIdx.y, blockIdx.x / p.blocks, blockIdx.x % p.blocks * MANY_ROWS};
-    if (threadIdx.x < mem.SLOTS) {
-        barrier_init(mem.full(threadIdx.x), 1);
-        barrier_init(mem.empty(threadIdx.x), 2);
-    }
-    barriers_ready();
-    wait_for_previous();
-    let_next_start();
-    load_lengths(p, b);
-    uint32_t part = p.first_part + blockIdx.z;
-    const many_pairs<rows_of::BF16> pairs(p, b, part);
-    if constexpr (rows_of::BF16)
-        many_plain_queries(p, b, mem);
-    else
-        many_queries<D, SOURCE == HISTORY_TC>(p, b, mem);
-    if (threadIdx.x >= MANY_WARPS * 32) {
-        fewer_registers<24>();
-        const uint8_t *from = values_of<D>(p, b.s, b.kv, 0);
-        uint64_t policy = cache_policy(false);
-        ring_place at = {0, 0};
-        if (threadIdx.x == MANY_WARPS * 32)
-            for (uint32_t i = 2 * (pairs.first - pairs.round); i < 2 * (pairs.end - pairs.round); i++) {
-                barrier_wait(mem.empty(at.slot), at.phase ^ 1);
-                fetch(mem.slot(at.slot), from + (uint64_t)i * mem.SIDE, mem.SIDE, mem.full(at.slot), policy);
-                at.template next<mem.SLOTS>(1);
-            }
-        return;
-    }
-    more_registers<240>();
-    rows_of rows;
-    rows.begin(p, b, rows_of::BF16 ? p.scale * LOG2E : mem.units()[threadIdx.x / 32]);
-    rows.attend(p, b, mem, pairs);
-    rows.write(p, b, mem, rows_of::BF16 ? p.splits + part : part, p.splits + p.window_splits);
-#endif
-}
 
 } // namespace kvd
 

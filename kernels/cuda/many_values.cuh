@@ -13,9 +13,9 @@
 namespace kvd
 {
 
-// A call, with the number of blocks of MANY_ROWS rows of a kv head, and the first part of a round.
+// A call, with the first part of a round.
 struct many_call : attend_call {
-    uint32_t blocks, first_part;
+    uint32_t first_part;
     uint8_t *values;
     float stored; // of a value, so that fp16 has it whatever scale and min are: a quarter, or less of four bits
     tile_layout tile;

@@ -239,7 +239,7 @@ static int plan_group(struct kvd_cuda *c, const struct group *g, struct kvd_cuda
     kvd_cuda_attend_plan(out, sum, (uint32_t)longest, (uint32_t)window, c->multiprocessors);
     uint64_t old = c->scratch_zeroed;
     int rc = kvd_cuda_scratch(c, kvd_cuda_attend_scratch(out), err);
-    if (rc != KVD_OK && out->unpacked) { // there is a slower way, which wants less
+    if (rc != KVD_OK && out->block_rows) { // there is a slower way, which wants less
         c->packed = out->packed = true;
         kvd_cuda_attend_plan(out, sum, (uint32_t)longest, (uint32_t)window, c->multiprocessors);
         rc = kvd_cuda_scratch(c, kvd_cuda_attend_scratch(out), err);

@@ -20,6 +20,36 @@ static const struct shape many_shapes[] = {
     {1, 1, 2, 128, 128, 0, 0, 0, 70001, {.q_len = 65}},
 };
 
+// Fewer rows, whose blocks make values of codes themselves: one block or two, full or not; an odd
+// first tile, an odd last one, parts of one pair and of several, queries in the pages, several
+// sequences below.
+static const struct shape fewer_shapes[] = {
+    {1, 2, 4, 128, 128, 64, 256, 2, 4500, {.q_len = 16, .new_tokens = 16}},
+    {1, 1, 4, 64, 64, 64, 64, 1, 6400, {.q_len = 9, .bf16_queries = true}},
+    {1, 2, 4, 64, 64, 0, 64, 1, 2777, {.q_len = 31, .window = 700}},
+    {1, 1, 8, 64, 64, 16, 32, 1, 6333, {.q_len = 12, .new_tokens = 12, .sinks = true}},
+    {2, 1, 33, 128, 128, 64, 64, 2, 9600, {.q_len = 1, .new_tokens = 1, .window = 4000}},
+    {1, 1, 2, 128, 128, 0, 0, 0, 70001, {.q_len = 40}},
+};
+
+// On a GPU of `multiprocessors`, of which one is given so little work only if it is small.
+static void fewer_rows_on(uint32_t multiprocessors, uint64_t seed)
+{
+    uint32_t *of = &((struct kvd_cuda *)cuda)->multiprocessors, all = *of;
+    *of = multiprocessors;
+    for (size_t i = 0; i < KVD_LEN(fewer_shapes); i++)
+        if (kvd_head_dims_ok(fewer_shapes[i].dk, fewer_shapes[i].dv))
+            check_shape(&fewer_shapes[i], both(KVD_CODEC_INT2), 3e-3, seed + i);
+    ragged_of(seed, both(KVD_CODEC_INT2), 4, 64, 12);
+    *of = all;
+}
+
+static void fewer_rows(uint64_t seed)
+{
+    fewer_rows_on(1, seed); // one part each, then several
+    fewer_rows_on(2, seed + 1);
+}
+
 // Values of both sides are made ahead whatever their codecs are. Those with transforms have what a
 // fit makes of skewed keys.
 static void many_codecs(uint64_t seed)
@@ -61,6 +91,7 @@ static void many_rows(uint64_t seed)
     if (kvd_head_dims_ok(128, 128))
         ragged_of(seed, both(KVD_CODEC_INT2), 2, 128, 77);
     many_codecs(seed);
+    fewer_rows(seed);
     printf("many rows: worst relative L2 %.2e (of a row %.2e), worst log-sum-exp %.2e\n",
            worst_error, worst_row, worst_lse);
 }

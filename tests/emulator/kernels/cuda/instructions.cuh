@@ -129,6 +129,14 @@ inline uint32_t saturated_difference(uint32_t a, uint32_t b)
     return y;
 }
 
+inline uint32_t fma_fp16(uint32_t a, uint32_t b, uint32_t c)
+{
+    uint32_t y = 0;
+    for (int i = 0; i < 2; i++)
+        y |= (uint32_t)__half_as_ushort(__float2half_rn(fmaf(emulated_half(a, i), emulated_half(b, i), emulated_half(c, i)))) << 16 * i;
+    return y;
+}
+
 inline uint32_t sum_fp16(uint32_t a, uint32_t b)
 {
     uint32_t y = 0;

@@ -1,0 +1,178 @@
+// What brings the values that a block of many rows attends to. Those that were made ahead are only fetched; for CODES two warpgroups
+// make them of int2's codes, in the order in which many_values.cuh has them.
+#ifndef KVD_KERNELS_CUDA_MANY_CODES_CUH
+#define KVD_KERNELS_CUDA_MANY_CODES_CUH
+
+#include "kernels/cuda/many_memory.cuh"
+#include "kernels/cuda/warpgroup.cuh"
+
+namespace kvd
+{
+
+#if KVD_WARPGROUP
+
+// By one thread.
+template <int D, typename M, typename P> __device__ inline void fetch_values(const many_call &p, const row_block &b, const M &mem, const P &pairs)
+{
+    const uint8_t *from = values_of<D>(p, b.s, b.kv, 0);
+    uint64_t policy = cache_policy(false);
+    ring_place at = {0, 0};
+    for (uint32_t i = 2 * (pairs.first - pairs.round); i < 2 * (pairs.end - pairs.round); i++) {
+        barrier_wait(mem.empty(at.slot), at.phase ^ 1);
+        fetch(mem.slot(at.slot), from + (uint64_t)i * mem.SIDE, mem.SIDE, mem.full(at.slot), policy);
+        at.template next<mem.SLOTS>(1);
+    }
+}
+
+// Tiles of a part in shared memory as they are in pages. One thread asks for them, a pair ahead.
+template <int D, typename M, typename P> class coded_tiles
+{
+    const many_call &p;
+    const M &mem;
+    const P &pairs;
+    const uint64_t *pages;
+    uint64_t offset;
+    uint32_t next; // tile to be asked for
+    uint64_t at[2]; // the pages of that one and the one behind it
+
+    __device__ inline void look()
+    {
+#pragma unroll
+        for (uint32_t i = 0; i < 2; i++)
+            at[i] = next + i >= pairs.first_tile && next + i < pairs.end_tile ? pages[next + i] : 0;
+    }
+
+public:
+    __device__ inline coded_tiles(const many_call &p, const row_block &b, const M &mem, const P &pairs)
+        : p(p), mem(mem), pairs(pairs), pages(p.pages.codec + (uint64_t)b.s * p.pages.codec_stride),
+          offset(p.tile.at(p.layer, p.kv_heads, b.kv)), next(2 * pairs.first)
+    {
+        look();
+    }
+
+    __device__ inline uint32_t slot(uint32_t tile) const
+    {
+        return (tile - 2 * pairs.first) % M::TILES;
+    }
+
+    __device__ inline uint32_t phase(uint32_t tile) const
+    {
+        return (tile - 2 * pairs.first) / M::TILES % 2;
+    }
+
+    // Asks for the two tiles of a pair. One that no row sees comes as nothing.
+    __device__ inline void ask()
+    {
+        if (next >= 2 * pairs.end)
+            return;
+#pragma unroll
+        for (uint32_t i = 0; i < 2; i++) {
+            uint32_t to = slot(next + i);
+            barrier_wait(mem.tile_read(to), phase(next + i) ^ 1);
+            if (at[i])
+                fetch(mem.tile_slot(to), (const uint8_t *)at[i] + offset, M::TILE, mem.tile_there(to), cache_policy(true));
+            else
+                arrive(mem.tile_there(to));
+        }
+        next += 2;
+        look();
+    }
+};
+
+// Two elements' scales and mins, for tokens g and g + 8 of a chunk where rows are tokens, or for tokens 2 t + e and 2 t + e + 8.
+struct half_params {
+    uint32_t scale[2], min[2];
+
+    // As stored, by a quarter. There are none of what was never written.
+    template <bool V> __device__ inline void load(const uint8_t *params, uint32_t chunk, int left)
+    {
+        const uint32_t QUARTER = 0x34003400, NOTHING = 0x80008000; // -0, which changes no product
+        uint32_t raw[2][2];
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            int token = V ? threadIdx.x % 4 * 2 + e : threadIdx.x % 32 / 4;
+            uint2 x = *(const uint2 *)(params + chunk * 64 + token * 8);
+            raw[e][0] = !V || token < left ? x.x : 0;
+            raw[e][1] = !V || token + 8 < left ? x.y : 0;
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            scale[h] = fma_fp16(__byte_perm(raw[0][h], raw[1][h], 0x5410), QUARTER, NOTHING);
+            min[h] = fma_fp16(__byte_perm(raw[0][h], raw[1][h], 0x7632), QUARTER, NOTHING);
+        }
+    }
+};
+
+// Values of a chunk of one side: its codes, masked where they are, become numbers above 1,024, then codes, then values.
+template <int D, bool V> __device__ inline void make_chunk(const uint4 &words, uint32_t first_bit, const half_params &params, uint32_t *to)
+{
+    // 4^-j and -1024 4^-j, twice each: what takes a code at bit 2 j back.
+    const uint32_t unit[4] = {0x3c003c00, 0x34003400, 0x2c002c00, 0x24002400};
+    const uint32_t back[4] = {0xe400e400, 0xdc00dc00, 0xd400d400, 0xcc00cc00};
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+        int token_half = V ? r / 2 : r % 2, channel_half = V ? r % 2 : r / 2;
+#pragma unroll
+        for (int ct = 0; ct < D / 16; ct++) {
+            uint32_t w = word_of(words, r) >> (ct < 4 ? first_bit : 8);
+            uint32_t code = fma_fp16((w & 0x00030003u << 2 * (ct % 4)) | 0x64006400u, unit[ct % 4], back[ct % 4]);
+            int channel8 = 2 * ct + channel_half;
+            to[(V ? channel8 * 16 + token_half : token_half * (D / 8) + channel8) * 32] = fma_fp16(code, params.scale[token_half], params.min[token_half]);
+        }
+    }
+}
+
+// A warp's chunks, two of a pair's eight, of one side.
+template <int D, bool V> __device__ inline void make_side(const many_call &p, const uint8_t *tile, uint32_t chunk, int left, uint8_t *slot)
+{
+    uint4 words[2];
+    half_params params[2];
+#pragma unroll
+    for (uint32_t i = 0; i < 2; i++) {
+        uint32_t c = (chunk + i) % 4;
+        words[i] = *(const uint4 *)(tile + p.tile.codes[V] + (D == 64 ? c / 2 : c) * 512 + threadIdx.x % 32 * 16);
+        params[i].template load<V>(tile + p.tile.params[V], c, left - (int)c * 16);
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < 2; i++) {
+        uint32_t token8 = 2 * (chunk + i);
+        uint32_t *to = (uint32_t *)slot + (V ? token8 : token8 * (D / 8)) * 32 + threadIdx.x % 32;
+        make_chunk<D, V>(words[i], D == 64 ? (chunk + i) % 2 * 8 : 0, params[i], to);
+    }
+}
+
+// One side, by the four warps of a warpgroup: what one waits for, the fence above all, takes as long as what it computes, so that the
+// sides have one each.
+template <int D, bool V, typename M, typename P> __device__ inline void make_values(const many_call &p, const row_block &b, const M &mem, const P &pairs)
+{
+    uint32_t warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, chunk = 2 * warp;
+    bool asks = !V && threadIdx.x % 128 == 0;
+    coded_tiles<D, M, P> tiles(p, b, mem, pairs);
+    for (int i = 0; i < M::TILES / 2 - 1 && asks; i++)
+        tiles.ask();
+    ring_place at = {V, 0};
+#pragma unroll 1
+    for (uint32_t pair = pairs.first; pair < pairs.end; pair++) {
+        uint32_t tile = 2 * pair + warp / 2, from = tiles.slot(tile);
+        bool seen = tile >= pairs.first_tile && tile < pairs.end_tile;
+        int left = seen ? (int)(b.hist_end - p.sink - tile * PAGE) : 0;
+        if (asks)
+            tiles.ask(); // where the pair before was
+        __syncwarp();
+        barrier_wait(mem.tile_there(from), tiles.phase(tile));
+        barrier_wait(mem.empty(at.slot), at.phase ^ 1);
+        make_side<D, V>(p, mem.tile_slot(from), chunk, left, mem.slot(at.slot));
+        barriers_ready(); // products may read it
+        __syncwarp();
+        if (lane == 0) {
+            arrive(mem.full(at.slot));
+            arrive(mem.tile_read(from));
+        }
+        at.template next<M::SLOTS>(2);
+    }
+}
+#endif
+
+} // namespace kvd
+
+#endif
