@@ -48,7 +48,7 @@ struct kvd_metrics {
     uint64_t sessions_opened, sessions_ended, leases_expired, sessions_resumed;
     uint64_t sessions_kept, sequences_kept; // of the kvd before
     uint64_t sessions_lost, sequences_lost;
-    uint64_t tokens_appended, queries_attended;
+    uint64_t tokens_appended, tokens_beyond_fit, queries_attended;
     uint64_t bytes_in, bytes_stored; // bf16 bytes that were demoted, and what they became
     uint64_t rotations_loaded, rotations_cached, rotations_fetched, rotations_failed;
     uint64_t nonfinite, events_lost;

@@ -103,6 +103,18 @@ void kvd_op_count_stored(struct kvd_daemon *d, const struct kvd_work *w,
     }
 }
 
+// Tokens that are there in all layers.
+static void count_tokens(struct kvd_daemon *d, const struct kvd_work *w,
+                         const struct kvd_work_item *item)
+{
+    uint64_t length = item->append.new_length, known = w->fitted_length;
+    d->metrics.tokens_appended += item->tokens;
+    if (known == 0 || length <= known)
+        return;
+    d->metrics.tokens_beyond_fit += KVD_MIN(length - known, item->tokens);
+    kvd_session_beyond(d, w->waiter.session, item->seq, length);
+}
+
 void kvd_op_append_conclude(struct kvd_daemon *d, struct kvd_work *w, bool commit)
 {
     for (uint32_t i = 0; i < w->n_items; i++) {
@@ -116,7 +128,7 @@ void kvd_op_append_conclude(struct kvd_daemon *d, struct kvd_work *w, bool commi
         }
         kvd_op_count_stored(d, w, &item->append);
         if (w->layer_begin + w->layer_count == w->shape->n_layers)
-            d->metrics.tokens_appended += item->tokens;
+            count_tokens(d, w, item);
         kvd_pool_append_commit(d->pool, &item->append);
     }
 }

@@ -24,6 +24,7 @@ struct kvd_work *kvd_work_new(struct kvd_call *call, const struct kvd_session *s
     w->writes = op->writes;
     w->call = call;
     w->appender = s->appender;
+    w->fitted_length = s->fitted_length;
     w->waiter.ns = s->ns;
     w->waiter.session = s->id;
     w->waiter.bytes = call->request_bytes;
@@ -351,6 +352,9 @@ static void metrics(struct kvd_daemon *d, FILE *f)
                kvd_compute_queued(d));
     kvd_metric(f, "kvd_appended_tokens_total", "counter",
                "Tokens appended (complete in every layer).", (double)m->tokens_appended);
+    kvd_metric(f, "kvd_beyond_fit_tokens_total", "counter",
+               "Tokens appended at positions that their rotation set was not fitted to.",
+               (double)m->tokens_beyond_fit);
     kvd_metric(f, "kvd_attended_queries_total", "counter",
                "Query tokens answered by Attend and Step.", (double)m->queries_attended);
     kvd_metric(f, "kvd_compressed_input_bytes_total", "counter",

@@ -277,6 +277,7 @@ static int make_session(struct opening *o, struct kvd_rotset *set, struct kvd_se
         memcpy(sinks, o->req->sinks, sink_bytes);
     s->sinks = KVD_TAKE(sinks);
     s->n_sinks = (uint32_t)o->req->n_sinks;
+    s->fitted_length = set ? set->fitted_length : 0;
     s->lease_ms = 0;
     if (!conn)
         kvd_session_lease(d, s, o->req->lease_ms ? o->req->lease_ms : 60000);

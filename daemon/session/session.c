@@ -258,6 +258,19 @@ void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *wh
     kvd_daemon_session_ended(d);
 }
 
+void kvd_session_beyond(struct kvd_daemon *d, uint64_t id, uint64_t seq, uint64_t length)
+{
+    struct kvd_session *s = NULL;
+    HASH_FIND(hh, d->sessions, &id, sizeof(id), s);
+    if (!s || s->beyond)
+        return;
+    s->beyond = true;
+    kvd_warning("beyond the fit session=%" PRIu64 " sequence=%" PRIu64 " length=%" PRIu64
+                ": its rotation set was fitted to positions below %" PRIu64
+                ", and keys behind may be lost: fit one to longer contexts (kvd.record --reach)",
+                id, seq, length, s->fitted_length);
+}
+
 // What a kvd before this one had of it is given up.
 static void lost(struct kvd_daemon *d, uint64_t id, uint32_t sequences, const char *why)
 {

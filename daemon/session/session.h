@@ -53,6 +53,8 @@ struct kvd_session {
     uint32_t n_sinks;  // how many they are
     uint32_t *extents; // per extent: the version that was sent over the fd socket; NULL: none yet
     uint32_t rotations_sent; // planes, one bit each
+    uint64_t fitted_length;  // positions that its rotation set knows are below; 0: all, or not said
+    bool beyond; // some of its tokens lie further, and the log has been told
     UT_hash_handle hh;
 };
 
@@ -93,6 +95,8 @@ uint32_t kvd_sessions_waiting(const struct kvd_daemon *d);
 void kvd_session_lease(struct kvd_daemon *d, struct kvd_session *s, uint32_t lease_ms);
 // Ends a session: releases its sequences and buffers, ends its event streams, forgets it.
 void kvd_session_end(struct kvd_daemon *d, struct kvd_session *s, const char *why);
+// A sequence has grown beyond the session's fitted_length: the log is told the first time.
+void kvd_session_beyond(struct kvd_daemon *d, uint64_t id, uint64_t seq, uint64_t length);
 // How many times the session holds a sequence. In the pool it is one holder, however many.
 uint32_t kvd_session_holds(const struct kvd_session *s, uint64_t seq);
 // Adds a hold; *first tells that it was the first, which the pool wants to know. KVD_E_LIMIT.

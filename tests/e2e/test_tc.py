@@ -1,4 +1,5 @@
 """Codecs tc2 and tc2.5 from a fitted set to sessions: fit, publish, store, pages, attention, rows of one's own, direct mode."""
+import json
 import os
 import subprocess
 
@@ -93,6 +94,29 @@ def test_a_set_beats_none_and_none_is_said(served, recorded):
             lost[rotation_set] = sum(np.mean((q[l, :, h] @ (k2 - k)[l, :, h // 3].T) ** 2) for l in range(LAYERS) for h in range(Q_HEADS))
     assert lost["m@tc2"] < lost["hadamard"] / 2
     assert "codec tc2 without transforms rotation=hadamard" in served.text()
+
+
+def test_tokens_beyond_the_fit_are_counted_and_told_once(served, sets, recorded):
+    shown = subprocess.run([KVCTL, "calib", "show", "--json", sets[0].parent / "tc2"], capture_output=True, text=True, timeout=60)
+    fitted = json.loads(shown.stdout)["fitted_length"]
+    _, k, v = recorded
+    with calls(served) as rpc:
+        session = rpc.kv("OpenSession", layout=shape("tc2", "m@tc2")).session
+        sequences = list(rpc.kv("CreateSequences", session=session, request_id=1, count=2).sequences)
+
+        def grow(sequence, begin, end):
+            for at in range(begin, end, TOKENS):
+                n = min(TOKENS, end - at)
+                append(rpc, session, sequence, at, bf16(k[:, :n]), bf16(v[:, :n]))
+
+        for sequence in sequences:
+            grow(sequence, 0, fitted)
+        assert served.metric("kvd_beyond_fit_tokens_total") == 0 and "beyond the fit" not in served.text()
+        for n, sequence in enumerate(sequences):
+            grow(sequence, fitted, fitted + 3)
+            grow(sequence, fitted + 3, fitted + 5)
+            assert served.metric("kvd_beyond_fit_tokens_total") == 5 * (n + 1)
+        assert served.text().count("beyond the fit") == 1 and f"positions below {fitted}," in served.text()
 
 
 def test_sets_serve_their_own_codec(served, recorded):
