@@ -54,7 +54,7 @@ struct kvd_session {
     uint32_t *extents; // per extent: the version that was sent over the fd socket; NULL: none yet
     uint32_t rotations_sent; // planes, one bit each
     uint64_t fitted_length;  // positions that its rotation set knows are below; 0: all, or not said
-    bool beyond; // some of its tokens lie further, and the log has been told
+    bool beyond;             // some of its tokens lie further, and the log has been told
     UT_hash_handle hh;
 };
 
