@@ -90,7 +90,7 @@ struct kvd_work {
     struct kvd_call *call;
     uint64_t appender;      // its session's identity in the pool
     uint64_t fitted_length; // as the session's
-    uint32_t layout;   // referenced until done, and with it the rotation set
+    uint32_t layout;        // referenced until done, and with it the rotation set
     const struct kvd_layout *shape;
     const struct kvd_plane *plane; // whose heads and head_dim the call's tensors have
     struct kvd_rotation *const *rotations;
