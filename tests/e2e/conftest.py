@@ -56,12 +56,13 @@ def cached(model, cache):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: takes more than ten seconds, and is skipped with KVD_NOT_LONG=1")
+    config.addinivalue_line("markers", "long_emulated: the same on an emulated GPU")
 
 
 def pytest_collection_modifyitems(items):
     if os.environ.get("KVD_NOT_LONG"):
         for item in items:
-            if item.get_closest_marker("long"):
+            if item.get_closest_marker("long") or (EMULATED and item.get_closest_marker("long_emulated")):
                 item.add_marker(pytest.mark.skip(reason="takes long: tests/run.sh whole"))
 
 

@@ -22,9 +22,14 @@ EXTENT, REVOKE, ROTATIONS = 1, 2, 3
 NO_PAGE = 2**32 - 1
 
 
-@pytest.mark.parametrize("codec,step,steps", [("bf16", 1, 120), ("bf16", 4, 60), ("bf16", 16, 20), ("int2", 1, 150),
-                                              ("int2", 5, 60), ("int2c", 1, 90), ("int2-lm", 4, 40), ("turboquant-3", 1, 90), ("tc2", 1, 90), ("tc2.5", 5, 40),
-                                              ("int4", 1, 60), ("k=int4,v=int2", 4, 40), ("k=tc2,v=bf16", 1, 40)])
+def emulated_long(*values):
+    return pytest.param(*values, marks=pytest.mark.long_emulated)
+
+
+@pytest.mark.parametrize("codec,step,steps", [("bf16", 1, 120), ("bf16", 4, 60), emulated_long("bf16", 16, 20), ("int2", 1, 150),
+                                              ("int2", 5, 60), ("int2c", 1, 90), ("int2-lm", 4, 40), ("turboquant-3", 1, 90), ("tc2", 1, 90),
+                                              emulated_long("tc2.5", 5, 40), emulated_long("int4", 1, 60),
+                                              emulated_long("k=int4,v=int2", 4, 40), emulated_long("k=tc2,v=bf16", 1, 40)])
 def test_outputs(kvd, codec, step, steps):
     """On a GPU in a captured graph too."""
     steps = min(steps, 28 if step == 1 else 14) if EMULATED else steps
@@ -87,6 +92,7 @@ def test_the_daemon_dies(start):
     assert "session" in w.p.stderr.read()
 
 
+@pytest.mark.long_emulated
 def test_a_killed_worker_leaves_what_is_stored(kvd):
     """The pages of a worker that dies are free at once; another worker is not disturbed."""
     other = Stalling(kvd)

@@ -202,6 +202,7 @@ def test_windows_free_what_is_behind_them(kvd):
         close(o[0], attention(q[0], k.array[0, :, 0], v.array[0, :, 0], 256)[0], kvd.near)
 
 
+@pytest.mark.long_emulated
 def test_direct_mode(kvd):
     tokens = 90 if EMULATED else 150
     with connect(kvd, codec="int2", sink=16, recent=32) as client:
