@@ -10,6 +10,7 @@ import pytest
 
 import kvd as package
 from conftest import BUILD, SOURCE, certificates, free_port
+from on_device import aligned
 
 os.environ.setdefault("KVD_LIBRARY", str(BUILD / "client/libkvd.so.0"))
 LAYERS, Q_HEADS, KV_HEADS, DIM = 3, 6, 2, 64
@@ -316,15 +317,6 @@ def test_a_restarted_daemon(kvd):
         s = client.create()
         s.append(k, k)
         assert s.describe().length == 2
-
-
-def aligned(array):
-    """The same values at an address that 16 divides."""
-    memory = np.zeros(array.nbytes + 64, np.uint8)
-    at = -memory.ctypes.data % 64
-    out = memory[at:at + array.nbytes].view(array.dtype).reshape(array.shape)
-    out[:] = array
-    return out
 
 
 @pytest.mark.parametrize("codec", ["bf16", "int2", "int2c", "turboquant-3"])
