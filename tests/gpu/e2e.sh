@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the end-to-end tests and those of many processes on this machine's GPU, with the programs of a bundle
 # (deploy/bundle.sh). Needs python3 with pytest, grpcio, protobuf and numpy; KVD_STUBS: a folder with Python stubs of the
-# protocol (kvd/v1/*_pb2.py, kvd_health_pb2.py) where there is no protoc.
+# protocol (kvd/v1/*_pb2.py, kvd_health_pb2.py) where there is no protoc; KVD_CALIB: a kvctl-calib, for tests that fit a set.
 # usage: tests/gpu/e2e.sh BUNDLE.tar.gz [PYTEST ARGUMENT...]
 set -euo pipefail
 bundle=$(realpath "${1:?usage: tests/gpu/e2e.sh BUNDLE.tar.gz [PYTEST ARGUMENT...]}")
@@ -27,6 +27,7 @@ program kvctl client
 program e2e_worker tests
 program e2e_client tests
 program e2e_direct tests
+[ -z "${KVD_CALIB:-}" ] || ln -s "$(realpath "$KVD_CALIB")" "$work/build/client/kvctl-calib"
 for name in libkvd.so.0 libkvd.so; do
     ln -s "$work/lib/libkvd.so.0" "$work/build/client/$name"
 done
