@@ -15,6 +15,7 @@
 #include "daemon/sched/exec.h"
 #include "daemon/sched/fences.h"
 #include "daemon/sched/page_counts.h"
+#include "daemon/sched/superseded.h"
 #include "daemon/sched/upload.h"
 #include "daemon/sched/work.h"
 #include "daemon/service/claims.h"
@@ -59,6 +60,7 @@ const struct kvd_part *const kvd_parts[] = {
     &kvd_part_fences,    // GPU streams of workers
     &kvd_part_works,     // calls, and their line
     &kvd_part_pages,     // their counters
+    &kvd_part_exact,     // exact ones that only leases keep
     &kvd_part_exec,      // the executor
     &kvd_part_uploads,   // its jobs that are added to while they run
     &kvd_part_demotion,  // new blocks to tiers

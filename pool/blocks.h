@@ -199,9 +199,10 @@ uint32_t kvd_blocks_forget_pages(struct kvd_pool *pool, uint32_t ns, uint32_t *e
 uint32_t kvd_blocks_classify_pages(struct kvd_pool *pool, uint32_t ns, const uint32_t *entries,
                                    uint32_t n, enum kvd_prefix_class class);
 // Holds entries until they are released, and leaves in the list those that were held, as they keep
-// the others; *held: how many. All or none. KVD_E_LIMIT.
+// the others; *held: how many. The last `single` of them are held each for itself: pages that
+// kvd_blocks_supersede may be asked about. All or none. KVD_E_LIMIT.
 int kvd_blocks_hold_pages(struct kvd_pool *pool, uint32_t ns, uint32_t *entries, uint32_t n,
-                          uint32_t *held, struct kvd_error *err);
+                          uint32_t single, uint32_t *held, struct kvd_error *err);
 void kvd_blocks_release_pages(struct kvd_pool *pool, uint32_t ns, const uint32_t *entries,
                               uint32_t held);
 // A new sequence of the pages of n entries in that order, with one holder. Nothing is copied.
@@ -209,15 +210,55 @@ void kvd_blocks_release_pages(struct kvd_pool *pool, uint32_t ns, const uint32_t
 int kvd_blocks_adopt_pages(struct kvd_pool *pool, const struct kvd_blocks_space *space,
                            const uint32_t *entries, uint32_t n, uint64_t *seq,
                            struct kvd_error *err);
-// Gives keys to the first n <= KVD_BLOCKS_MAX blocks of a sequence, each behind the one before it
-// and the first behind the page `after` (NULL: none), if that is there. What is there already stays
-// as it is. *stored: those that were not, where the index is not full of what is in use.
-// KVD_E_NOT_FOUND; KVD_E_PRECONDITION (another namespace or layout, or fewer blocks);
+// Gives keys to n <= KVD_BLOCKS_MAX blocks of a sequence from number `from` on, each behind the one
+// before it and the first behind the page `after` (NULL: none), if that is there. What is there
+// already stays as it is. *stored: those that were not, where the index is not full of what is in
+// use. KVD_E_NOT_FOUND; KVD_E_PRECONDITION (another namespace or layout, or fewer blocks);
 // KVD_E_UNSUPPORTED (a sink or a window); KVD_E_LIMIT (domains); -ENOMEM.
 int kvd_blocks_publish_pages(struct kvd_pool *pool, const struct kvd_blocks_space *space,
-                             uint64_t seq, const struct kvd_prefix_key *keys, uint32_t n,
-                             const struct kvd_prefix_key *after, uint32_t *stored,
+                             uint64_t seq, uint32_t from, const struct kvd_prefix_key *keys,
+                             uint32_t n, const struct kvd_prefix_key *after, uint32_t *stored,
                              struct kvd_error *err);
+
+// -- pages that are there both ways (supersede.c) ------------------------------------------------
+//
+// A chain's last pages are exact. When it has gone on they are encoded: the encoded page gets its
+// key in its own space first, and then the exact one is superseded. It goes at once, or is kept by
+// who holds it, and lookups are to prefer the other one meanwhile. Where a chain ends is not
+// written down: it is where exact pages have no others behind them, so a restart changes nothing.
+
+// Pages of one chain that follow each other, in the space of exact ones.
+struct kvd_blocks_chain {
+    const struct kvd_blocks_space *space;
+    const struct kvd_prefix_key *keys;
+    uint32_t n; // <= KVD_MAX_CALL_PAGES
+};
+// Which of the keys name a page that is there, is not superseded, has KVD_EXACT_TAIL_PAGES of them
+// behind it, and from which none but this chain's pages go on within
+// as many: no other chain is known to end there.
+void kvd_blocks_passed(const struct kvd_pool *pool, const struct kvd_blocks_chain *chain,
+                       bool passed[KVD_MAX_CALL_PAGES]);
+// The page that a page is behind, directly or by others, and that is behind none: where exact pages
+// come that are not right behind those before them, so that they are not taken for an end of
+// theirs. False: the page is not there.
+bool kvd_blocks_first_page(const struct kvd_pool *pool, const struct kvd_blocks_space *space,
+                           const struct kvd_prefix_key *key, struct kvd_prefix_key *first);
+// Supersedes page i of the chain, which has been passed: what of the chain is behind it comes
+// behind the one before it, or the first if that is far, and it goes. True: somebody holds it, so
+// it stays, superseded, for kvd_blocks_end_superseded. *freed: bytes of its pages, if it goes.
+bool kvd_blocks_supersede(struct kvd_pool *pool, const struct kvd_blocks_chain *chain, uint32_t i,
+                          uint64_t *freed);
+// Of a page that is there: whether it is superseded; and takes that back.
+bool kvd_blocks_superseded(const struct kvd_pool *pool, uint32_t ns, uint32_t entry);
+void kvd_blocks_revive(struct kvd_pool *pool, uint32_t ns, uint32_t entry);
+// Lets a superseded page go if nobody holds it any more, if there is another in its place;
+// otherwise it is no longer superseded. False: somebody holds it still.
+bool kvd_blocks_end_superseded(struct kvd_pool *pool, const struct kvd_blocks_space *space,
+                               const struct kvd_prefix_key *key, bool instead, uint64_t *freed);
+// Puts those pages of a chain behind the one before them that are behind none. No more than a few
+// thousand pages are looked at; what would come behind itself stays where it is.
+void kvd_blocks_link_pages(struct kvd_pool *pool, const struct kvd_blocks_space *space,
+                           const struct kvd_prefix_key *keys, uint32_t n);
 
 struct kvd_blocks_info {
     uint64_t blocks, capacity, domains;

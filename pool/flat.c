@@ -55,7 +55,7 @@ void kvd_blocks_page_planes(const struct kvd_pool *pool, const struct kvd_blocks
 }
 
 int kvd_blocks_hold_pages(struct kvd_pool *pool, uint32_t ns, uint32_t *entries, uint32_t n,
-                          uint32_t *held, struct kvd_error *err)
+                          uint32_t single, uint32_t *held, struct kvd_error *err)
 {
     struct kvd_prefix *ix = index_of(pool, ns);
     uint32_t at = 0;
@@ -63,7 +63,7 @@ int kvd_blocks_hold_pages(struct kvd_pool *pool, uint32_t ns, uint32_t *entries,
         struct kvd_prefix_entry_info next = {.parent = KVD_PREFIX_NONE};
         if (i + 1 < n)
             kvd_prefix_get(ix, entries[i + 1], &next);
-        if (next.parent == entries[i]) // which keeps this one
+        if (i + single < n && next.parent == entries[i]) // which keeps this one
             continue;
         int rc = kvd_prefix_hold(ix, entries[i], err);
         if (rc) {
@@ -162,8 +162,8 @@ static int check(const struct kvd_pool *pool, const struct kvd_blocks_space *spa
     return KVD_OK;
 }
 
-// Adds page i of the sequence behind `parent` if it is not there. Returns its entry, and
-// KVD_PREFIX_NONE where the index is full.
+// Adds page i of the sequence behind `parent` if it is not there; an entry that is there without
+// its pages gets them. Returns its entry, and KVD_PREFIX_NONE where the index is full.
 static uint32_t add(struct kvd_pool *pool, struct kept *k, const struct region_seq *s,
                     uint32_t domain, uint32_t parent, const struct kvd_prefix_key *key, uint32_t i,
                     uint32_t *stored)
@@ -182,15 +182,15 @@ static uint32_t add(struct kvd_pool *pool, struct kept *k, const struct region_s
 }
 
 int kvd_blocks_publish_pages(struct kvd_pool *pool, const struct kvd_blocks_space *space,
-                             uint64_t seq, const struct kvd_prefix_key *keys, uint32_t n,
-                             const struct kvd_prefix_key *after, uint32_t *stored,
+                             uint64_t seq, uint32_t from, const struct kvd_prefix_key *keys,
+                             uint32_t n, const struct kvd_prefix_key *after, uint32_t *stored,
                              struct kvd_error *err)
 {
     struct kept *k;
     struct kvd_prefix_info info;
     uint32_t domain, parent = KVD_PREFIX_NONE;
     *stored = 0;
-    int rc = check(pool, space, seq, n, err);
+    int rc = check(pool, space, seq, from + n, err);
     if (rc == KVD_OK)
         rc = kept_open(pool, space->ns, &k, err);
     if (rc == KVD_OK)
@@ -205,7 +205,8 @@ int kvd_blocks_publish_pages(struct kvd_pool *pool, const struct kvd_blocks_spac
     if (after)
         parent = kvd_prefix_entry(k->ix, domain, after);
     for (uint32_t i = 0; i < n; i++) {
-        uint32_t entry = add(pool, k, seq_find(pool, seq), domain, parent, &keys[i], i, stored);
+        uint32_t entry =
+            add(pool, k, seq_find(pool, seq), domain, parent, &keys[i], from + i, stored);
         if (entry == KVD_PREFIX_NONE)
             break;
         parent = entry;

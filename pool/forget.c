@@ -19,13 +19,15 @@ static void removed(void *ctx, const struct kvd_prefix_removed *r)
     struct kept *k = pool->kept[m->ns];
     uint32_t end = k->end[r->entry];
     k->end[r->entry] = 0;
+    bool told = kept_superseded(k, r->entry) && r->value == KVD_POOL_NONE; // when its page went
+    kept_supersede(k, r->entry, false);
     kept_drop(pool, k, k->layout_of[r->domain], r->value);
     if (end && pool->seq[end - 1].generation & 1 && pool->seq[end - 1].ns == m->ns &&
         pool->seq[end - 1].end_entry == r->entry + 1) {
         lru_remove(pool, &pool->seq[end - 1]);
         seq_destroy(pool, &pool->seq[end - 1]);
     }
-    if (pool->on_block_gone)
+    if (pool->on_block_gone && !told)
         pool->on_block_gone(pool->on_evict_ctx, m->ns, k->layout_of[r->domain], r);
 }
 

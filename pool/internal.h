@@ -203,7 +203,7 @@ struct kept {
     int fd;       // of the first of the memories; -1: it is private
     void *memory; // struct kept_head, and what follows it
     uint64_t bytes;
-    void *hints; // `end` and `new_next`, which are the process's own
+    void *hints; // `end`, `new_next` and `superseded`, which are the process's own
     uint64_t hint_bytes;
     uint32_t entries;
     // By entry: the number, + 1, of an end that has the block in its window. Only a hint: end_of()
@@ -216,6 +216,7 @@ struct kept {
     // no next one. What is in it may be gone, or another block by now.
     uint32_t *new_next;
     uint32_t new_first, new_last, n_new; // the first two + 1
+    uint8_t *superseded;                 // by entry, one bit: see kvd_blocks_supersede
     uint64_t page_bytes;                 // of the pages it refers to
     uint32_t busy;                       // blocks of it are being removed
     uint64_t ends;                       // made
@@ -452,6 +453,9 @@ void kept_add(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t e
               const uint32_t page[KVD_MAX_PLANES]);
 // Puts an entry behind the new ones, if it is not among them.
 void kept_note_new(struct kept *k, uint32_t entry);
+// Whether another block stands in an entry's place: see kvd_blocks_supersede.
+bool kept_superseded(const struct kept *k, uint32_t entry);
+void kept_supersede(struct kept *k, uint32_t entry, bool on);
 // Gives back a block's pages.
 void kept_drop(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t value);
 // Gives back the page that an entry has in a plane.

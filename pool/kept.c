@@ -41,7 +41,8 @@ int kept_map(struct kept *k, uint32_t entries, struct kvd_error *err)
     uint64_t ends = kvd_round_up((uint64_t)entries * sizeof(*k->end), 4096), layouts, pages;
     k->entries = entries;
     k->bytes = lay_out(entries, &layouts, &pages);
-    k->hint_bytes = ends + (uint64_t)entries * sizeof(*k->new_next);
+    uint64_t lines = kvd_round_up((uint64_t)entries * sizeof(*k->new_next), 4096);
+    k->hint_bytes = ends + lines + kvd_div_up(entries, 8);
     k->memory = map(k->bytes, k->fd);
     k->hints = k->memory == MAP_FAILED ? MAP_FAILED : map(k->hint_bytes, -1);
     if (k->hints == MAP_FAILED) {
@@ -55,6 +56,7 @@ int kept_map(struct kept *k, uint32_t entries, struct kvd_error *err)
     k->pages = (void *)((uint8_t *)k->memory + pages);
     k->end = k->hints;
     k->new_next = (void *)((uint8_t *)k->hints + ends);
+    k->superseded = (uint8_t *)k->hints + ends + lines;
     return KVD_OK;
 }
 
@@ -205,7 +207,21 @@ bool kept_refer(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t
     if (value != e.value)
         kvd_prefix_set(k->ix, entry, value);
     stored();
+    if (any)
+        kept_supersede(k, entry, false);
     return any;
+}
+
+bool kept_superseded(const struct kept *k, uint32_t entry)
+{
+    return k->superseded[entry / 8] >> entry % 8 & 1;
+}
+
+void kept_supersede(struct kept *k, uint32_t entry, bool on)
+{
+    uint8_t bit = (uint8_t)(1u << entry % 8);
+    if (kept_superseded(k, entry) != on) // what is never set takes no memory
+        k->superseded[entry / 8] ^= bit;
 }
 
 void kept_note_new(struct kept *k, uint32_t entry)

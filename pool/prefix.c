@@ -431,6 +431,22 @@ uint32_t kvd_prefix_classify_entries(struct kvd_prefix *ix, const uint32_t *entr
     return done;
 }
 
+void kvd_prefix_move(struct kvd_prefix *ix, uint32_t entry, uint32_t parent)
+{
+    uint32_t was = ix->entry[entry].parent;
+    if (was == parent)
+        return;
+    ix->entry[entry].parent = parent; // one store: a killed process leaves it here or there
+    if (was != KVD_PREFIX_NONE) {
+        ix->entry[was].children--;
+        put_up(ix, was);
+    }
+    if (parent != KVD_PREFIX_NONE) {
+        take_down(ix, parent);
+        ix->entry[parent].children++;
+    }
+}
+
 void kvd_prefix_set(struct kvd_prefix *ix, uint32_t entry, uint32_t value)
 {
     ix->entry[entry].value = value;
@@ -582,7 +598,8 @@ const char *kvd_prefix_reason_name(enum kvd_prefix_reason reason)
                                                           "dropped",
                                                           "damaged",
                                                           "evicted by an operator",
-                                                          "expired"};
+                                                          "expired",
+                                                          "superseded"};
     return reason < KVD_PREFIX_REASONS ? names[reason] : names[KVD_PREFIX_UNKNOWN];
 }
 

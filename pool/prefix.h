@@ -142,6 +142,9 @@ uint32_t kvd_prefix_classify_to(struct kvd_prefix *ix, uint32_t entry, enum kvd_
 uint32_t kvd_prefix_classify_entries(struct kvd_prefix *ix, const uint32_t *entries, uint32_t n,
                                      enum kvd_prefix_class class);
 
+// Puts a block that is there behind another one, KVD_PREFIX_NONE: behind none. The caller sees to
+// it that the other one is not behind it itself.
+void kvd_prefix_move(struct kvd_prefix *ix, uint32_t entry, uint32_t parent);
 // Gives a block another value.
 void kvd_prefix_set(struct kvd_prefix *ix, uint32_t entry, uint32_t value);
 
@@ -162,6 +165,7 @@ enum kvd_prefix_reason {
     KVD_PREFIX_DAMAGED,       // it did not verify
     KVD_PREFIX_EVICTED_ASKED, // an operator wanted memory back
     KVD_PREFIX_EXPIRED,       // the time that it was stored for was over
+    KVD_PREFIX_SUPERSEDED,    // another block stands in its place
     KVD_PREFIX_REASONS,
 };
 const char *kvd_prefix_reason_name(enum kvd_prefix_reason reason);

@@ -4,7 +4,7 @@
 
 #include "pool/prefix.h"
 
-#define KVD_PREFIX_MAGIC 0x3458495046564b44ull
+#define KVD_PREFIX_MAGIC 0x3558495046564b44ull
 
 enum {
     REUSE_CLASSES = 6, // by number of uses: 1, 2, 3-4, 5-8, 9-16, more

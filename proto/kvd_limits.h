@@ -37,7 +37,8 @@ enum {
     KVD_MIN_BLOCK_KEY = 16, // bytes of a caller's own key of a block
     KVD_MAX_BLOCK_KEY = 40,
     KVD_BLOCK_KEY = 24,       // bytes of kvd's
-    KVD_MAX_CALL_PAGES = 512, // in one PutPages or GetPages
+    KVD_MAX_CALL_PAGES = 512, // in one PutPages, GetPages or EncodePages
+    KVD_EXACT_TAIL_PAGES = 4, // of a chain's last pages, which EncodePages leaves as they are
     KVD_MAX_CALL_ADOPTIONS = 16,
     KVD_MAX_LEASE_MS = 600000,
     KVD_MAX_RETAIN_MS = 86400000,

@@ -27,6 +27,7 @@ static void print_event(const Kvd__V1__Event *e)
         [KVD__V1__MISS_REASON__MISS_DAMAGED] = "damaged",
         [KVD__V1__MISS_REASON__MISS_EVICTED_ASKED] = "evicted by an operator",
         [KVD__V1__MISS_REASON__MISS_EXPIRED] = "expired",
+        [KVD__V1__MISS_REASON__MISS_SUPERSEDED] = "superseded",
     };
     const size_t keys = e->keys.len / KVD_BLOCK_KEY;
     char text[KVCTL_TEXT];

@@ -204,6 +204,39 @@ kvd_result kvd_pages_hint(kvd_client *c, const kvd_bytes *space, const kvd_page_
     return rc;
 }
 
+kvd_result kvd_pages_encode(kvd_client *c, const kvd_bytes *space, const kvd_page_keys *keys,
+                            uint8_t *kinds, uint32_t *encoded, kvd_failure *err)
+{
+    KVD_WANT(err, "client", c, "space", space, "keys", keys);
+    Kvd__V1__EncodePagesRequest req = KVD__V1__ENCODE_PAGES_REQUEST__INIT;
+    Kvd__V1__EncodePagesReply *reply = NULL;
+    kvd_page_keys k;
+    struct kvd_error e = {0};
+    int bad = check_client(c, space, &e) ? e.code : take_keys(keys, &k, &e);
+    if (!bad && (k.pages < 1 || k.pages > KVD_MAX_CALL_PAGES))
+        bad = kvd_fail(&e, KVD_E_INVALID, "%u pages; 1 to %d are possible", k.pages,
+                       KVD_MAX_CALL_PAGES);
+    if (bad)
+        return kvd_client_fail(err, &e);
+    req.space = bytes(space->data, space->bytes);
+    req.key_bytes = k.key_bytes;
+    req.keys = bytes(k.keys, (size_t)k.pages * k.key_bytes);
+    kvd_result rc = kvd_client_call(c, METHOD("EncodePages"), &req, &req.session,
+                                    &kvd__v1__encode_pages_reply__descriptor, &reply, err);
+    if (rc)
+        return rc;
+    if (reply->kinds.len != k.pages) {
+        kvd_fail(&e, KVD_E_INTERNAL, "told of %u pages, heard of %zu", k.pages, reply->kinds.len);
+        rc = kvd_client_fail(err, &e);
+    } else if (kinds) {
+        memcpy(kinds, reply->kinds.data, k.pages);
+    }
+    if (encoded)
+        *encoded = reply->encoded;
+    kvd__v1__encode_pages_reply__free_unpacked(reply, NULL);
+    return rc;
+}
+
 // Which of a call's pages are there; with lease_ms they stay.
 static kvd_result look(const struct call *call, uint32_t lease_ms, kvd_found *out, kvd_failure *err)
 {

@@ -40,6 +40,7 @@ struct kvd_listener;
 struct kvd_memory_state;
 struct kvd_method;
 struct kvd_page_counts;
+struct kvd_superseded_list;
 struct kvd_part;
 struct kvd_prompts;
 struct kvd_queue;
@@ -117,6 +118,7 @@ struct kvd_daemon {
     struct kvd_leases *leases;
     struct kvd_prompts *prompts;
     struct kvd_page_counts *page_counts;
+    struct kvd_superseded_list *superseded;
     struct kvd_steps *steps;
     struct kvd_users *users;
     struct kvd_user *namespace_users[KVD_MAX_NAMESPACES]; // who is charged; NULL: nobody

@@ -29,6 +29,7 @@ enum kvd_kernel_op {
     KVD_OP_READ,
     KVD_OP_PUT,
     KVD_OP_GET,
+    KVD_OP_ENCODE,
     KVD_OP_COUNT,
     KVD_OP_MAP, // runs no kernel
 };

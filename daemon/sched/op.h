@@ -1,6 +1,6 @@
 // An operation: what one kind of compute call does at each station of its way (work.h), and what
 // several of them share. One file for each: op_append.c, op_attend.c, op_step.c, op_read.c,
-// op_rotate.c, op_map.c; PutPages and GetPages are in op_pages.c.
+// op_rotate.c, op_map.c, op_encode.c; PutPages and GetPages are in op_pages.c.
 #ifndef KVD_DAEMON_OP_H
 #define KVD_DAEMON_OP_H
 
@@ -35,7 +35,7 @@ struct kvd_op {
 };
 
 extern const struct kvd_op kvd_op_append, kvd_op_attend, kvd_op_step, kvd_op_rotate, kvd_op_read,
-    kvd_op_map, kvd_op_put, kvd_op_get;
+    kvd_op_map, kvd_op_put, kvd_op_get, kvd_op_encode;
 
 // Their handlers.
 KVD_HANDLER(append);
@@ -46,6 +46,7 @@ KVD_HANDLER(read_tokens);
 KVD_HANDLER(map_sequences);
 KVD_HANDLER(put_pages);
 KVD_HANDLER(get_pages);
+KVD_HANDLER(encode_pages);
 
 // Handles a request of n items: checks it, and has it wait for its turn, or answers with what is
 // wrong. `session` is its secret.
@@ -83,6 +84,15 @@ struct kvd_op_batch {
 int kvd_op_check_batch(struct kvd_work *w, struct kvd_session *s, const void *request,
                        const struct kvd_op_batch *b, struct kvd_error *err);
 
+// What a call of pages names, checked, as w->pages; the rest of that is empty. Its errors are the
+// call's answer.
+struct kvd_page_names {
+    const ProtobufCBinaryData *space, *keys;
+    uint32_t key_bytes;
+};
+int kvd_op_check_pages(struct kvd_work *w, struct kvd_session *s,
+                       const struct kvd_page_names *named, struct kvd_error *err);
+
 // -- tensors.c ----------------------------------------------------------------------------------
 // Resolves a TensorRef to memory. For an output that goes into the reply, memory is made and handed
 // to *inline_out. KVD_E_INVALID says which tensor reaches where; `name` and `item` are for that
@@ -102,6 +112,10 @@ int kvd_work_fence(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__Fen
 // Notes the pages of an item's sequence, of the planes that the call has layers of.
 int kvd_op_note_pages(struct kvd_daemon *d, struct kvd_work *w, struct kvd_work_item *item,
                       struct kvd_error *err);
+// Has the executor compare all blocks of a sequence that have a checksum with it, before anything
+// is made of them.
+int kvd_op_note_sealed(struct kvd_daemon *d, struct kvd_work *w, uint64_t seq,
+                       struct kvd_error *err);
 // Notes lengths and ends of history that the call's layers see.
 int kvd_op_note_lengths(struct kvd_daemon *d, const struct kvd_work *w, struct kvd_work_item *item,
                         struct kvd_error *err);
@@ -165,10 +179,17 @@ int kvd_page_spaces(struct kvd_daemon *d, const struct kvd_session *s,
 // How many keys of `key_bytes` there are, at most `most`. KVD_E_INVALID.
 int kvd_page_count(uint32_t key_bytes, const ProtobufCBinaryData *keys, uint32_t most, uint32_t *n,
                    struct kvd_error *err);
-// Which of n pages are there: entries in both spaces, and the better kind of each.
+// Which of n pages are there: entries in both spaces, and the better kind of each that is not
+// superseded.
 void kvd_page_find(struct kvd_daemon *d, const struct kvd_blocks_space spaces[2],
                    struct kvd_prefix_key *const keys[2], bool use, uint32_t n,
                    uint32_t *const entries[2], uint8_t *kinds);
+// The same, superseded or not.
+void kvd_page_find_best(struct kvd_daemon *d, const struct kvd_blocks_space spaces[2],
+                        struct kvd_prefix_key *const keys[2], bool use, uint32_t n,
+                        uint32_t *const entries[2], uint8_t *kinds);
+// Notes in w->pages->kinds what lookups find now.
+void kvd_op_pages_now(struct kvd_daemon *d, struct kvd_work *w);
 void kvd_op_pages_free(struct kvd_daemon *d, struct kvd_work_pages **pages);
 
 // -- op_attend.c, for Step too ------------------------------------------------------------------

@@ -9,46 +9,7 @@
 
 enum { ENCODED, EXACT }; // the spaces: a page's kind - 1
 
-// -- what both check ----------------------------------------------------------------------------
-
-struct named {
-    const ProtobufCBinaryData *space, *keys;
-    uint32_t key_bytes;
-};
-
-static int check_pages(struct kvd_work *w, struct kvd_session *s, const struct named *named,
-                       struct kvd_error *err)
-{
-    struct kvd_daemon *d = w->call->d;
-    struct kvd_blocks_space spaces[2];
-    uint32_t n = 0;
-    int rc = kvd_page_spaces(d, s, named->space, spaces, err);
-    if (rc == KVD_OK)
-        rc = kvd_page_count(named->key_bytes, named->keys, KVD_MAX_CALL_PAGES, &n, err);
-    if (rc == KVD_OK && !n)
-        rc = kvd_fail(err, KVD_E_INVALID, "no keys; 1 to %d are possible", KVD_MAX_CALL_PAGES);
-    if (rc == KVD_OK)
-        rc = kvd_op_set_layers(w, 0, 0, err);
-    if (rc)
-        return rc;
-    struct kvd_work_pages *p = calloc(1, sizeof(*p));
-    if (!p)
-        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    w->pages = p;
-    p->n = n;
-    p->kinds = calloc(n, 1);
-    memcpy(p->spaces, spaces, sizeof(spaces));
-    kvd_pool_layout_ref(d->pool, spaces[EXACT].layout);
-    for (int i = 0; i < 2 && rc == KVD_OK; i++) {
-        p->shapes[i] = kvd_pool_layout_get(d->pool, spaces[i].layout);
-        p->rotations[i] = d->rotations[spaces[i].layout];
-        p->keys[i] = calloc(n, sizeof(*p->keys[i]));
-        rc = p->keys[i] && p->kinds ? kvd_prefix_keys_of_pages(spaces[i].domain, named->keys->data,
-                                                               named->key_bytes, n, p->keys[i], err)
-                                    : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    }
-    return rc;
-}
+// -- what both have ------------------------------------------------------------------------------
 
 static struct kvd_shape shape_of(const struct kvd_work *w, bool v)
 {
@@ -120,8 +81,8 @@ static int check_put(struct kvd_work *w, struct kvd_session *s, const void *requ
                      struct kvd_error *err)
 {
     const Kvd__V1__PutPagesRequest *req = request;
-    const struct named named = {&req->space, &req->keys, req->key_bytes};
-    int rc = check_pages(w, s, &named, err);
+    const struct kvd_page_names named = {&req->space, &req->keys, req->key_bytes};
+    int rc = kvd_op_check_pages(w, s, &named, err);
     struct kvd_work_pages *p = w->pages;
     if (rc)
         return rc;
@@ -151,12 +112,13 @@ static int check_put(struct kvd_work *w, struct kvd_session *s, const void *requ
     return rc ? rc : kvd_work_tensor_in(w, s, req->v, shape_of(w, true), "v", 0, &p->v, err);
 }
 
-// Which pages are there, in room that the work has no use for any more.
+// Which pages are there, those included that others have superseded: whoever holds them may get
+// them.
 static void find(struct kvd_daemon *d, const struct kvd_work *w, bool use, uint8_t *kinds,
                  uint32_t entries[2][KVD_MAX_CALL_PAGES])
 {
     uint32_t *const lists[2] = {entries[ENCODED], entries[EXACT]};
-    kvd_page_find(d, w->pages->spaces, w->pages->keys, use, w->pages->n, lists, kinds);
+    kvd_page_find_best(d, w->pages->spaces, w->pages->keys, use, w->pages->n, lists, kinds);
 }
 
 static int begin_put(struct kvd_daemon *d, struct kvd_work *w, uint32_t i, struct kvd_error *err)
@@ -183,8 +145,12 @@ static void find_wanted(struct kvd_daemon *d, const struct kvd_work *w, bool use
     uint32_t entries[2][KVD_MAX_CALL_PAGES];
     uint8_t there[KVD_MAX_CALL_PAGES];
     find(d, w, use, there, entries);
-    for (uint32_t i = 0; i < p->n; i++)
+    for (uint32_t i = 0; i < p->n; i++) {
         wanted[i] = there[i] < p->kinds[i] ? p->kinds[i] : KVD_PAGE_MISSING;
+        // A chain ends there again.
+        if (use && there[i] == KVD_PAGE_EXACT && p->kinds[i] == KVD_PAGE_EXACT)
+            kvd_blocks_revive(d->pool, p->spaces[EXACT].ns, entries[EXACT][i]);
+    }
 }
 
 static bool room_put(struct kvd_daemon *d, struct kvd_work *w)
@@ -221,14 +187,28 @@ static int prepare_put(struct kvd_daemon *d, struct kvd_work *w, struct kvd_erro
     return rc;
 }
 
-// The key of the page of its kind that was put before an item: of this call, or of one before it.
-static const struct kvd_prefix_key *before(const struct kvd_work *w, uint32_t i)
+// The key of the page that an item comes behind: the one right before it, if that is there in its
+// kind, else the last one of its kind before that, of this call or the one that it comes behind.
+// Exact ones come behind the first of these then: they are a chain's last pages, and no end of
+// those that are further before them. NULL: none; *room is for a key that was looked up.
+static const struct kvd_prefix_key *before(struct kvd_daemon *d, const struct kvd_work *w,
+                                           uint32_t i, struct kvd_prefix_key *room)
 {
     const struct kvd_work_pages *p = w->pages;
     int space = space_of(w, i);
+    const struct kvd_prefix_key *key = p->has_after ? &p->after[space] : NULL;
+    uint32_t entry = KVD_PREFIX_NONE;
+    if (!p->first[i])
+        return key;
+    kvd_blocks_find_pages(d->pool, &p->spaces[space], false, &p->keys[space][p->first[i] - 1], 1,
+                          &entry);
+    if (entry != KVD_PREFIX_NONE)
+        return &p->keys[space][p->first[i] - 1];
     if (i && space_of(w, i - 1) == space)
-        return &p->keys[space][p->first[i - 1] + w->items[i - 1].tokens / KVD_PAGE_TOKENS - 1];
-    return p->has_after ? &p->after[space] : NULL;
+        key = &p->keys[space][p->first[i - 1] + w->items[i - 1].tokens / KVD_PAGE_TOKENS - 1];
+    if (space == EXACT && key && kvd_blocks_first_page(d->pool, &p->spaces[space], key, room))
+        key = room;
+    return key;
 }
 
 static void conclude_put(struct kvd_daemon *d, struct kvd_work *w, bool commit)
@@ -250,11 +230,12 @@ static void conclude_put(struct kvd_daemon *d, struct kvd_work *w, bool commit)
         if (space == ENCODED)
             kvd_op_count_stored(d, w, &item->append);
         kvd_pool_append_commit(d->pool, &item->append);
-        kvd_blocks_publish_pages(d->pool, &p->spaces[space], item->seq,
-                                 p->keys[space] + p->first[i], n, before(w, i), &stored, &p->err);
+        struct kvd_prefix_key room;
+        const struct kvd_prefix_key *after = before(d, w, i, &room);
+        kvd_blocks_publish_pages(d->pool, &p->spaces[space], item->seq, 0,
+                                 p->keys[space] + p->first[i], n, after, &stored, &p->err);
         if (stored)
-            kvd_parts_blocks_stored(d, p->spaces[space].ns, p->keys[space] + p->first[i], n,
-                                    before(w, i));
+            kvd_parts_blocks_stored(d, p->spaces[space].ns, p->keys[space] + p->first[i], n, after);
         p->stored += stored;
     }
     count->put += p->stored;
@@ -326,13 +307,12 @@ static int append_exact(struct kvd_daemon *d, struct kvd_work *w)
 
 static int reply_put(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err)
 {
-    uint32_t entries[2][KVD_MAX_CALL_PAGES];
     Kvd__V1__PutPagesReply r = KVD__V1__PUT_PAGES_REPLY__INIT;
     if (w->pages->err.code) {
         *err = w->pages->err;
         return err->code;
     }
-    find(d, w, false, w->pages->kinds, entries);
+    kvd_op_pages_now(d, w);
     r.kinds = (ProtobufCBinaryData){w->pages->n, w->pages->kinds};
     r.stored = w->pages->stored;
     kvd_call_reply(w->call, &r);
@@ -366,8 +346,8 @@ static int check_get(struct kvd_work *w, struct kvd_session *s, const void *requ
                      struct kvd_error *err)
 {
     const Kvd__V1__GetPagesRequest *req = request;
-    const struct named named = {&req->space, &req->keys, req->key_bytes};
-    int rc = check_pages(w, s, &named, err);
+    const struct kvd_page_names named = {&req->space, &req->keys, req->key_bytes};
+    int rc = kvd_op_check_pages(w, s, &named, err);
     struct kvd_work_pages *p = w->pages;
     if (rc)
         return rc;

@@ -34,6 +34,8 @@ static void metrics(struct kvd_daemon *d, FILE *f)
         ROW("put_bytes", put_bytes, "Bytes of bf16 K and V that were stored as pages."),
         ROW("got", got, "Pages that were read."),
         ROW("got_bytes", got_bytes, "Bytes of bf16 K and V that pages were read into."),
+        ROW("encoded", encoded, "Exact pages that were encoded, as their chain had gone on."),
+        ROW("encoded_freed_bytes", freed, "Bytes of these exact pages that are free since."),
     };
     for (uint32_t r = 0; r < KVD_LEN(rows); r++) {
         kvd_metric_head(f, rows[r].name, "counter", rows[r].help);

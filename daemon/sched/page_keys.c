@@ -49,12 +49,31 @@ void kvd_page_find(struct kvd_daemon *d, const struct kvd_blocks_space spaces[2]
                    struct kvd_prefix_key *const keys[2], bool use, uint32_t n,
                    uint32_t *const entries[2], uint8_t *kinds)
 {
+    kvd_page_find_best(d, spaces, keys, use, n, entries, kinds);
+    for (uint32_t i = 0; i < n; i++)
+        if (kinds[i] == KVD_PAGE_EXACT && entries[ENCODED][i] != KVD_PREFIX_NONE &&
+            kvd_blocks_superseded(d->pool, spaces[EXACT].ns, entries[EXACT][i]))
+            kinds[i] = KVD_PAGE_ENCODED;
+}
+
+void kvd_page_find_best(struct kvd_daemon *d, const struct kvd_blocks_space spaces[2],
+                        struct kvd_prefix_key *const keys[2], bool use, uint32_t n,
+                        uint32_t *const entries[2], uint8_t *kinds)
+{
     for (int i = 0; i < 2; i++)
         kvd_blocks_find_pages(d->pool, &spaces[i], use, keys[i], n, entries[i]);
     for (uint32_t i = 0; i < n; i++)
         kinds[i] = entries[EXACT][i] != KVD_PREFIX_NONE     ? KVD_PAGE_EXACT
                    : entries[ENCODED][i] != KVD_PREFIX_NONE ? KVD_PAGE_ENCODED
                                                             : KVD_PAGE_MISSING;
+}
+
+void kvd_op_pages_now(struct kvd_daemon *d, struct kvd_work *w)
+{
+    uint32_t entries[2][KVD_MAX_CALL_PAGES];
+    uint32_t *const lists[2] = {entries[ENCODED], entries[EXACT]};
+    const struct kvd_work_pages *p = w->pages;
+    kvd_page_find(d, p->spaces, p->keys, false, p->n, lists, p->kinds);
 }
 
 void kvd_op_pages_free(struct kvd_daemon *d, struct kvd_work_pages **pages)

@@ -17,24 +17,41 @@ static int note_plane(struct kvd_daemon *d, uint64_t seq, uint32_t plane, struct
     return KVD_OK;
 }
 
+static int note_check(struct kvd_work *w, const struct kvd_pool_block *block, struct kvd_error *err)
+{
+    if (w->n_checks == w->cap_checks) {
+        uint32_t cap = KVD_MAX(2 * w->cap_checks, 64u);
+        struct kvd_work_check *grown = realloc(w->checks, cap * sizeof(*grown));
+        if (!grown)
+            return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+        w->checks = grown;
+        w->cap_checks = cap;
+    }
+    w->checks[w->n_checks++] = (struct kvd_work_check){.block = *block};
+    return KVD_OK;
+}
+
 // Those that nobody has looked at since an earlier kvd has left them.
-static int note_checks(struct kvd_daemon *d, struct kvd_work *w, uint64_t seq,
+static int note_unseen(struct kvd_daemon *d, struct kvd_work *w, uint64_t seq,
                        struct kvd_error *err)
 {
     struct kvd_pool_walk at = {0};
     struct kvd_pool_block block;
-    while (kvd_scrub_unseen(d, seq, &at, &block)) {
-        if (w->n_checks == w->cap_checks) {
-            uint32_t cap = KVD_MAX(2 * w->cap_checks, 64u);
-            struct kvd_work_check *grown = realloc(w->checks, cap * sizeof(*grown));
-            if (!grown)
-                return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-            w->checks = grown;
-            w->cap_checks = cap;
-        }
-        w->checks[w->n_checks++] = (struct kvd_work_check){.block = block};
-    }
-    return KVD_OK;
+    int rc = KVD_OK;
+    while (rc == KVD_OK && kvd_scrub_unseen(d, seq, &at, &block))
+        rc = note_check(w, &block, err);
+    return rc;
+}
+
+int kvd_op_note_sealed(struct kvd_daemon *d, struct kvd_work *w, uint64_t seq,
+                       struct kvd_error *err)
+{
+    struct kvd_pool_walk at = {0};
+    struct kvd_pool_block block;
+    int rc = KVD_OK;
+    while (rc == KVD_OK && kvd_pool_seq_sealed(d->pool, seq, &at, &block))
+        rc = note_check(w, &block, err);
+    return rc;
 }
 
 int kvd_op_note_pages(struct kvd_daemon *d, struct kvd_work *w, struct kvd_work_item *item,
@@ -42,7 +59,7 @@ int kvd_op_note_pages(struct kvd_daemon *d, struct kvd_work *w, struct kvd_work_
 {
     int rc = kvd_pool_seq_whole(d->pool, item->seq, err);
     if (rc == KVD_OK)
-        rc = note_checks(d, w, item->seq, err);
+        rc = note_unseen(d, w, item->seq, err);
     for (uint32_t p = 0; p < w->shape->n_planes && rc == KVD_OK; p++)
         if (w->planes >> p & 1)
             rc = note_plane(d, item->seq, p, &item->views[p], err);

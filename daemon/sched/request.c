@@ -179,6 +179,40 @@ int kvd_op_check_batch(struct kvd_work *w, struct kvd_session *s, const void *re
     return rc || !w->op->writes ? rc : check_distinct(w, err);
 }
 
+int kvd_op_check_pages(struct kvd_work *w, struct kvd_session *s,
+                       const struct kvd_page_names *named, struct kvd_error *err)
+{
+    struct kvd_daemon *d = w->call->d;
+    struct kvd_blocks_space spaces[2];
+    uint32_t n = 0;
+    int rc = kvd_page_spaces(d, s, named->space, spaces, err);
+    if (rc == KVD_OK)
+        rc = kvd_page_count(named->key_bytes, named->keys, KVD_MAX_CALL_PAGES, &n, err);
+    if (rc == KVD_OK && !n)
+        rc = kvd_fail(err, KVD_E_INVALID, "no keys; 1 to %d are possible", KVD_MAX_CALL_PAGES);
+    if (rc == KVD_OK)
+        rc = kvd_op_set_layers(w, 0, 0, err);
+    if (rc)
+        return rc;
+    struct kvd_work_pages *p = calloc(1, sizeof(*p));
+    if (!p)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    w->pages = p;
+    p->n = n;
+    p->kinds = calloc(n, 1);
+    memcpy(p->spaces, spaces, sizeof(spaces));
+    kvd_pool_layout_ref(d->pool, spaces[1].layout); // of exact pages: the work has the other one
+    for (int i = 0; i < 2 && rc == KVD_OK; i++) {
+        p->shapes[i] = kvd_pool_layout_get(d->pool, spaces[i].layout);
+        p->rotations[i] = d->rotations[spaces[i].layout];
+        p->keys[i] = calloc(n, sizeof(*p->keys[i]));
+        rc = p->keys[i] && p->kinds ? kvd_prefix_keys_of_pages(spaces[i].domain, named->keys->data,
+                                                               named->key_bytes, n, p->keys[i], err)
+                                    : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    }
+    return rc;
+}
+
 void kvd_op_handle(struct kvd_call *call, const struct kvd_op *op, const char *session, size_t n,
                    const void *request)
 {

@@ -339,7 +339,7 @@ static void stop(struct kvd_daemon *d)
 static void metrics(struct kvd_daemon *d, FILE *f)
 {
     static const char *const ops[KVD_OP_COUNT] = {"append", "attend", "step", "rotate",
-                                                  "read",   "put",    "get"};
+                                                  "read",   "put",    "get",  "encode"};
     const struct kvd_metrics *m = &d->metrics;
     kvd_metric_head(f, "kvd_kernel_duration_seconds", "histogram",
                     "Time in the backend, by operation.");

@@ -71,8 +71,11 @@ struct kvd_work_pages {
     uint8_t *kinds;     // of each: what is to be done with it, then what there is
     uint32_t *first;    // page of each item
     uint32_t n_encoded; // items
-    uint32_t at;        // the one that the executor is at
-    uint32_t stored;    // pages that were new
+    uint32_t at;        // the one that the executor is at; of EncodePages the page
+    // EncodePages: pages that lookups find encoded by it. Its first n_encoded items are written,
+    // from the pages of as many others.
+    uint32_t encoded;
+    uint32_t stored; // pages that were new
     struct kvd_tensor k, v;
     uint8_t *k_inline, *v_inline;
     size_t k_len, v_len;

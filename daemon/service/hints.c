@@ -97,7 +97,7 @@ static void retain_pages(struct kvd_daemon *d, const struct kvd_hints_ask *a)
             last = i;
         }
     if (n)
-        kvd_lease_put_pages(d, KVD_LEASE_RETAINED, a->space.ns, entries, n, &a->keys[last],
+        kvd_lease_put_pages(d, KVD_LEASE_RETAINED, a->space.ns, entries, n, n, &a->keys[last],
                             a->retain_ms, false, a->uid, NULL);
 }
 

@@ -66,16 +66,20 @@ static bool is_there(const struct hint *h, int space, uint32_t i)
 // What is there of the request, told by its last page that is. What is to expire is so both ways.
 static int retain(struct kvd_daemon *d, const struct hint *h, uint32_t n, struct kvd_error *err)
 {
-    uint32_t held[SPACES * KVD_MAX_PROMPT_BLOCKS], n_held = 0;
+    uint32_t held[SPACES * KVD_MAX_PROMPT_BLOCKS], n_held = 0, encoded = 0;
+    bool same = h->spaces[ENCODED].layout == h->spaces[EXACT].layout;
     const struct kvd_prefix_key *last = NULL;
-    for (int space = 0; space < SPACES; space++)
+    for (int space = 0; space < SPACES; space++) {
+        encoded = space == EXACT ? n_held : 0;
         for (uint32_t i = 0; i < n; i++)
             if (h->there[i] == space + 1 || (h->req->expire && is_there(h, space, i))) {
                 held[n_held++] = h->entries[space][i];
                 last = &h->keys[space][i];
             }
-    return last ? kvd_lease_put_pages(d, KVD_LEASE_RETAINED, h->spaces[0].ns, held, n_held, last,
-                                      h->req->ms, h->req->expire, h->uid, err)
+    }
+    uint32_t single = same ? 0 : n_held - encoded;
+    return last ? kvd_lease_put_pages(d, KVD_LEASE_RETAINED, h->spaces[0].ns, held, n_held, single,
+                                      last, h->req->ms, h->req->expire, h->uid, err)
                 : KVD_OK;
 }
 

@@ -92,15 +92,20 @@ static void fail(struct kvd_daemon *d, struct lookup *l, const struct kvd_error 
 static int lease(struct kvd_daemon *d, struct lookup *l, struct kvd_session *s,
                  Kvd__V1__FoundPages *out, struct kvd_error *err)
 {
-    uint32_t held[KVD_MAX_PROMPT_BLOCKS], n = 0;
+    uint32_t held[KVD_MAX_PROMPT_BLOCKS], n = 0, encoded = 0;
     struct kvd_lease *made;
-    for (int space = 0; space < 2; space++)
+    for (int space = 0; space < 2; space++) {
+        encoded = space == EXACT ? n : 0;
         for (uint32_t i = 0; i < out->kinds.len; i++)
             if (out->kinds.data[i] == space + 1)
                 held[n++] = l->entries[space][i];
+    }
     if (!n || !l->req->lease_ms)
         return KVD_OK;
-    int rc = kvd_lease_new_pages(d, s, held, n, l->req->lease_ms, &made, err);
+    // Exact pages may be superseded one by one, where there are others.
+    bool same = l->spaces[ENCODED].layout == l->spaces[EXACT].layout;
+    int rc =
+        kvd_lease_new_pages(d, s, held, n, same ? 0 : n - encoded, l->req->lease_ms, &made, err);
     if (rc == KVD_OK)
         out->lease = made->id;
     return rc;

@@ -67,6 +67,7 @@ const struct kvd_method kvd_methods[] = {
     KV("HintPages", hint_pages_request, hint_pages),
     KV("PutPages", put_pages_request, put_pages),
     KV("GetPages", get_pages_request, get_pages),
+    KV("EncodePages", encode_pages_request, encode_pages),
     {"/kvd.v1.KvCache/Watch", &kvd__v1__watch_request__descriptor, kvd_on_watch, true, NULL, true},
     {"/kvd.v1.KvCache/WatchNamespace", &kvd__v1__watch_namespace_request__descriptor,
      kvd_on_watch_namespace, true, is_operator, true},

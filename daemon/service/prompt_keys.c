@@ -82,6 +82,7 @@ Kvd__V1__MissReason kvd_miss_reason(enum kvd_prefix_reason reason)
         [KVD_PREFIX_DAMAGED] = KVD__V1__MISS_REASON__MISS_DAMAGED,
         [KVD_PREFIX_EVICTED_ASKED] = KVD__V1__MISS_REASON__MISS_EVICTED_ASKED,
         [KVD_PREFIX_EXPIRED] = KVD__V1__MISS_REASON__MISS_EXPIRED,
+        [KVD_PREFIX_SUPERSEDED] = KVD__V1__MISS_REASON__MISS_SUPERSEDED,
     };
     return reasons[reason];
 }

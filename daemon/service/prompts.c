@@ -652,7 +652,7 @@ static void metrics(struct kvd_daemon *d, FILE *f)
         [KVD_PREFIX_EVICTED_ROOM] = "room",   [KVD_PREFIX_EVICTED_QUOTA] = "quota",
         [KVD_PREFIX_EVICTED_INDEX] = "index", [KVD_PREFIX_DROPPED] = "dropped",
         [KVD_PREFIX_DAMAGED] = "damaged",     [KVD_PREFIX_EVICTED_ASKED] = "asked",
-        [KVD_PREFIX_EXPIRED] = "expired",
+        [KVD_PREFIX_EXPIRED] = "expired",     [KVD_PREFIX_SUPERSEDED] = "superseded",
     };
     counter(d, f, "kvd_prefix_lookup_tokens_total", "counter",
             "Tokens of prompts that were looked up, in whole blocks.", looked_up);

@@ -130,15 +130,15 @@ int kvd_lease_new(struct kvd_daemon *d, struct kvd_session *owner, const struct 
 }
 
 static int make_pages(struct kvd_daemon *d, struct kvd_session *owner, int64_t uid, uint32_t ns,
-                      const uint32_t *entries, uint32_t n, uint64_t ms, struct kvd_lease **out,
-                      struct kvd_error *err)
+                      const uint32_t *entries, uint32_t n, uint32_t single, uint64_t ms,
+                      struct kvd_lease **out, struct kvd_error *err)
 {
     struct kvd_lease *l = calloc(1, sizeof(*l));
     uint32_t *pages = malloc(n * sizeof(*pages) + 1), *fewer;
     int rc = l && pages ? KVD_OK : kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     if (rc == KVD_OK) {
         memcpy(pages, entries, n * sizeof(*pages));
-        rc = kvd_blocks_hold_pages(d->pool, ns, pages, n, &l->n_pages, err);
+        rc = kvd_blocks_hold_pages(d->pool, ns, pages, n, single, &l->n_pages, err);
     }
     if (rc == KVD_OK) {
         l->weight = 1 + l->n_pages / KVD_LEASE_HOLDS;
@@ -160,9 +160,11 @@ static int make_pages(struct kvd_daemon *d, struct kvd_session *owner, int64_t u
 }
 
 int kvd_lease_new_pages(struct kvd_daemon *d, struct kvd_session *owner, const uint32_t *entries,
-                        uint32_t n, uint64_t ms, struct kvd_lease **out, struct kvd_error *err)
+                        uint32_t n, uint32_t single, uint64_t ms, struct kvd_lease **out,
+                        struct kvd_error *err)
 {
-    return make_pages(d, owner, kvd_user_uid(owner->user), owner->ns, entries, n, ms, out, err);
+    return make_pages(d, owner, kvd_user_uid(owner->user), owner->ns, entries, n, single, ms, out,
+                      err);
 }
 
 struct kvd_lease *kvd_lease_find(struct kvd_daemon *d, const struct kvd_session *owner, uint64_t id)
@@ -210,8 +212,9 @@ int kvd_lease_put(struct kvd_daemon *d, enum kvd_lease_kind kind, const struct k
 }
 
 int kvd_lease_put_pages(struct kvd_daemon *d, enum kvd_lease_kind kind, uint32_t ns,
-                        const uint32_t *entries, uint32_t n, const struct kvd_prefix_key *key,
-                        uint64_t ms, bool expires, int64_t uid, struct kvd_error *err)
+                        const uint32_t *entries, uint32_t n, uint32_t single,
+                        const struct kvd_prefix_key *key, uint64_t ms, bool expires, int64_t uid,
+                        struct kvd_error *err)
 {
     struct kvd_lease *made = NULL;
     uint32_t *gone = NULL;
@@ -221,7 +224,7 @@ int kvd_lease_put_pages(struct kvd_daemon *d, enum kvd_lease_kind kind, uint32_t
             return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
         memcpy(gone, entries, n * sizeof(*gone));
     }
-    int rc = ms ? make_pages(d, NULL, uid, ns, entries, n, ms, &made, err) : KVD_OK;
+    int rc = ms ? make_pages(d, NULL, uid, ns, entries, n, single, ms, &made, err) : KVD_OK;
     if (rc) {
         free(gone);
         return rc;

@@ -49,10 +49,11 @@ struct kvd_lease {
 // the others as kvd_blocks_hold.
 int kvd_lease_new(struct kvd_daemon *d, struct kvd_session *owner, const struct kvd_blocks_at *at,
                   uint64_t ms, struct kvd_lease **out, struct kvd_error *err);
-// Holds pages for `ms`: n entries, of which those that keep the others are held. The same errors,
-// and -ENOMEM.
+// Holds pages for `ms`: n entries, of which those that keep the others are held, and the last
+// `single` each for itself, as kvd_blocks_hold_pages says. The same errors, and -ENOMEM.
 int kvd_lease_new_pages(struct kvd_daemon *d, struct kvd_session *owner, const uint32_t *entries,
-                        uint32_t n, uint64_t ms, struct kvd_lease **out, struct kvd_error *err);
+                        uint32_t n, uint32_t single, uint64_t ms, struct kvd_lease **out,
+                        struct kvd_error *err);
 // A session's lease, NULL if it has none of that id.
 struct kvd_lease *kvd_lease_find(struct kvd_daemon *d, const struct kvd_session *owner,
                                  uint64_t id);
@@ -68,8 +69,9 @@ int kvd_lease_put(struct kvd_daemon *d, enum kvd_lease_kind kind, const struct k
 // The same of pages, n entries in the order of the keys, of which `key` is the last: as
 // kvd_lease_new_pages.
 int kvd_lease_put_pages(struct kvd_daemon *d, enum kvd_lease_kind kind, uint32_t ns,
-                        const uint32_t *entries, uint32_t n, const struct kvd_prefix_key *key,
-                        uint64_t ms, bool expires, int64_t uid, struct kvd_error *err);
+                        const uint32_t *entries, uint32_t n, uint32_t single,
+                        const struct kvd_prefix_key *key, uint64_t ms, bool expires, int64_t uid,
+                        struct kvd_error *err);
 void kvd_lease_end(struct kvd_daemon *d, struct kvd_lease *lease);
 
 extern const struct kvd_part kvd_part_leases;

@@ -47,7 +47,7 @@ class Fuzz:
         maker = Maker(self.known, seed)
         r, methods = maker.r, list(METHODS)
         often = {"Append": 8, "Step": 6, "Attend": 6, "ReadTokens": 4, "OpenSession": 2, "CreateSequences": 2, "CloseSession": 0.3,
-                 "PutPages": 3, "LookupPages": 3, "GetPages": 3, "MatchPrefix": 3, "PublishBlocks": 3, "AdoptPrefix": 2}
+                 "PutPages": 3, "LookupPages": 3, "GetPages": 3, "EncodePages": 3, "MatchPrefix": 3, "PublishBlocks": 3, "AdoptPrefix": 2}
         weights = [often.get(m.split("/")[-1], 1) for m in methods]
         with contextlib.ExitStack() as stack:
             channel = stack.enter_context(grpc.insecure_channel(self.kvd.address, options=OPTIONS))

@@ -168,7 +168,7 @@ class Maker:
             return kind(name="nobody@none")
         if kind is kv.ForkSequenceRequest:
             return kind(session=s, sequence=q, count=2)
-        if kind in (kv.LookupPagesRequest, kv.HintPagesRequest, kv.PutPagesRequest, kv.GetPagesRequest):
+        if kind in (kv.LookupPagesRequest, kv.HintPagesRequest, kv.PutPagesRequest, kv.GetPagesRequest, kv.EncodePagesRequest):
             m = kind(session=s, space=self.r.choice([b"x", b"y"]), key_bytes=16)
             if kind is kv.LookupPagesRequest:
                 m.requests.extend(self.keys() for _ in range(self.r.choice([1, 1, 3])))

@@ -5,7 +5,7 @@ import time
 import pytest
 
 import kvd
-from kvd.engines import (COMPRESSED, EXACT, Adapters, Breaker, Lookups, PageStore, Policy, Ranks, Refused, Transfers, restore_seconds, space,
+from kvd.engines import (COMPRESSED, EXACT, Adapters, Breaker, Lookups, PageStore, Policy, Ranks, Refused, Tails, Transfers, restore_seconds, space,
                          split_key, weights_digest)
 
 
@@ -79,6 +79,24 @@ def test_first_and_last_pages_of_a_chain_are_exact():
 def test_the_end_of_a_hit_is_exact_or_computed(kinds, begin, usable):
     assert Policy().usable(bytes(kinds), begin) == usable
     assert Policy(lossy=False).usable(bytes(kinds), begin) == len(kinds)
+
+
+def test_pages_that_a_chain_has_passed_are_told_of_three_times():
+    """In runs with one before them and four behind them, as far as there are so many; those that nobody knows to be exact are not."""
+    keys, tails = [bytes([i]) * 32 for i in range(60)], Tails(most=8)
+    assert tails.passed(keys, 1, 56, 60) == []
+    tails.note(keys[16:20])
+    assert tails.passed(keys, 1, 16, 20) == []
+    assert tails.passed(keys, 1, 18, 21) == [keys[15:21]]
+    tails.note(keys[30:31])
+    assert tails.passed(keys, 1, 36, 40) == [keys[15:24], keys[29:35]]
+    assert tails.passed(keys, 18, 36, 40) == [keys[18:24], keys[29:35]]
+    assert tails.passed(keys, 1, 56, 60) == [keys[15:24], keys[29:35]]
+    assert tails.passed(keys, 1, 56, 60) == []
+    tails.note(keys[40:50])  # more than are remembered
+    assert tails.passed(keys, 1, 56, 60) == [keys[41:54]]
+    tails.clear()
+    assert tails.passed(keys, 1, 56, 60) == []
 
 
 def test_keys_of_larger_chunks_are_split():

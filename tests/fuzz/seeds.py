@@ -152,6 +152,7 @@ requests = [
     kv.HintPagesRequest(session=session, space=b"s", requests=[bytes(32), bytes(16)], key_bytes=16, hint=2, ms=60000),
     kv.PutPagesRequest(session=session, space=b"space", keys=bytes(40), key_bytes=20, after=bytes(20), exact=b"\0\1", k=ref, v=ref),
     kv.GetPagesRequest(session=session, space=b"space", keys=bytes(48), key_bytes=24, k=ref, v=ref),
+    kv.EncodePagesRequest(session=session, space=b"space", keys=bytes(range(96)), key_bytes=16),
     admin.ListPrefixesRequest(namespace_name="n", limit=4), admin.ExplainPrefixRequest(namespace_name="n", key=bytes(24)),
     admin.PinPrefixRequest(namespace_name="n", key=bytes(24), seconds=9), admin.DropPrefixRequest(namespace_name="n"),
     admin.ClassifyPrefixRequest(namespace_name="n", key=bytes(24), priority="low"),

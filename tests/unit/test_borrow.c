@@ -129,7 +129,7 @@ static void op_put(struct model *m, struct tenant *t)
     if (rc)
         return;
     ck_assert_int_eq(
-        kvd_blocks_publish_pages(m->pool, &t->space, seq, keys, n, NULL, &stored, &err), 0);
+        kvd_blocks_publish_pages(m->pool, &t->space, seq, 0, keys, n, NULL, &stored, &err), 0);
     kvd_pool_seq_release(m->pool, seq);
 }
 

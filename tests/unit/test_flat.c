@@ -22,7 +22,7 @@ static uint32_t put(struct fixture *f, uint32_t from, uint32_t n, int after)
 {
     uint32_t stored;
     uint64_t seq = sequence_of(f, n * T);
-    int rc = kvd_blocks_publish_pages(f->pool, &f->space, seq, f->keys + from, n,
+    int rc = kvd_blocks_publish_pages(f->pool, &f->space, seq, 0, f->keys + from, n,
                                       after < 0 ? NULL : &f->keys[after], &stored, &f->err);
     ck_assert_msg(rc == 0, "%s", f->err.text);
     kvd_pool_seq_release(f->pool, seq);
@@ -67,7 +67,7 @@ START_TEST(any_page_is_found_and_adopted_without_those_before_it)
     uint64_t first = sequence_of(&f, 8 * T);
     uint32_t stored;
     ck_assert_int_eq(
-        kvd_blocks_publish_pages(f.pool, &f.space, first, f.keys, 8, NULL, &stored, &f.err), 0);
+        kvd_blocks_publish_pages(f.pool, &f.space, first, 0, f.keys, 8, NULL, &stored, &f.err), 0);
     ck_assert_uint_eq(stored, 8);
     ck_assert_uint_eq(kvd_pool_seq_pages(f.pool, first, 0, KVD_POOL_CODEC, all, 16), 8);
     kvd_pool_seq_release(f.pool, first);
@@ -126,7 +126,7 @@ START_TEST(a_hold_on_the_last_keeps_those_that_it_was_put_behind)
     put(&f, 8, 4, 30); // behind one that is not there: they begin a chain of their own
     put(&f, 20, 2, -1);
     ck_assert_uint_eq(there(&f, 0, 12, entries), 12);
-    ck_assert_int_eq(kvd_blocks_hold_pages(f.pool, f.ns, entries, 12, &held, &f.err), 0);
+    ck_assert_int_eq(kvd_blocks_hold_pages(f.pool, f.ns, entries, 12, 0, &held, &f.err), 0);
     ck_assert_uint_eq(held, 2);
     verify(f.pool);
     kvd_pool_evict(f.pool, f.ns, 0, UINT32_MAX, &sum);
@@ -169,7 +169,7 @@ START_TEST(pages_that_are_named_go_and_no_others)
     for (n = 0; n < KVD_LEN(named); n++)
         some[n] = entries[named[n]];
     uint32_t one[1] = {entries[6]};
-    ck_assert_int_eq(kvd_blocks_hold_pages(f.pool, f.ns, one, 1, &held, &f.err), 0);
+    ck_assert_int_eq(kvd_blocks_hold_pages(f.pool, f.ns, one, 1, 0, &held, &f.err), 0);
     ck_assert_uint_eq(kvd_blocks_forget_pages(f.pool, f.ns, some, n, KVD_PREFIX_EXPIRED), 1);
     verify(f.pool);
     kvd_blocks_release_pages(f.pool, f.ns, one, held);
@@ -241,23 +241,23 @@ START_TEST(what_cannot_be_published_is_refused)
     setup_pages(&f, 8);
     uint64_t seq = sequence_of(&f, 2 * T + 5);
     ck_assert_int_eq(
-        kvd_blocks_publish_pages(f.pool, &f.space, seq, f.keys, 3, NULL, &stored, &f.err),
+        kvd_blocks_publish_pages(f.pool, &f.space, seq, 0, f.keys, 3, NULL, &stored, &f.err),
         KVD_E_PRECONDITION);
     struct kvd_blocks_space other = f.space;
     other.layout ^= 1;
     ck_assert_int_eq(
-        kvd_blocks_publish_pages(f.pool, &other, seq, f.keys, 2, NULL, &stored, &f.err),
+        kvd_blocks_publish_pages(f.pool, &other, seq, 0, f.keys, 2, NULL, &stored, &f.err),
         KVD_E_PRECONDITION);
     kvd_pool_seq_release(f.pool, seq);
     ck_assert_int_eq(
-        kvd_blocks_publish_pages(f.pool, &f.space, seq, f.keys, 2, NULL, &stored, &f.err),
+        kvd_blocks_publish_pages(f.pool, &f.space, seq, 0, f.keys, 2, NULL, &stored, &f.err),
         KVD_E_NOT_FOUND);
     struct kvd_layout l = test_layout(1, 64, 256);
     ck_assert_int_eq(kvd_pool_layout(f.pool, f.ns, &l, one_plane, &f.layout, &recycled, &f.err), 0);
     f.space.layout = f.layout;
     seq = sequence_of(&f, 1000);
     ck_assert_int_eq(
-        kvd_blocks_publish_pages(f.pool, &f.space, seq, f.keys, 2, NULL, &stored, &f.err),
+        kvd_blocks_publish_pages(f.pool, &f.space, seq, 0, f.keys, 2, NULL, &stored, &f.err),
         KVD_E_UNSUPPORTED);
     verify(f.pool);
     kvd_pool_free(&f.pool);

@@ -145,5 +145,25 @@ KVD_API kvd_result kvd_pages_put(kvd_client *client, const kvd_bytes *space,
 KVD_API kvd_result kvd_pages_get(kvd_client *client, const kvd_bytes *space,
                                  const kvd_page_keys *keys, const kvd_paged *target, uint8_t *kinds,
                                  kvd_failure *err);
+/** Tells kvd that a chain of pages has gone on: those that were put exactly, as they were its last
+ * ones, are encoded, as putting them so would have encoded them. kvd leaves those as they are from
+ * which exact pages that are not of the keys go on within 256 tokens: there another chain may end.
+ * At any time a page is found, exact or encoded; what a lease has found exact stays so until the
+ * lease ends.
+ * @param client whose
+ * @param space what the keys mean something in
+ * @param keys pages of one chain that follow each other, at most 512. All but the last 4 may be
+ * encoded, where the 4 behind them are there too; `after` has no meaning here
+ * @param[out] kinds for each key what lookups find now, a kvd_stored; NULL: not wanted
+ * @param[out] encoded pages that they found exact before, and find encoded now; NULL: not wanted
+ * @param[out] err says why it failed; may be NULL. Then nothing has changed
+ * @retval KVD_ERR_INVALID a number is out of range
+ * @retval KVD_ERR_NOT_FOUND a page went meanwhile
+ * @retval KVD_ERR_PRECONDITION the client was opened without pages
+ * @retval KVD_ERR_CORRUPT an exact page is not what was stored
+ * @retval KVD_ERR_EXHAUSTED the quota, the pool or a limit */
+KVD_API kvd_result kvd_pages_encode(kvd_client *client, const kvd_bytes *space,
+                                    const kvd_page_keys *keys, uint8_t *kinds, uint32_t *encoded,
+                                    kvd_failure *err);
 
 #endif

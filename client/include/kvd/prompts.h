@@ -39,6 +39,7 @@ typedef enum kvd_miss {
     KVD_MISS_OTHER_LAYOUT,  /**< the first block is there, in another layout only */
     KVD_MISS_EVICTED_ASKED, /**< an operator wanted memory back */
     KVD_MISS_EXPIRED,       /**< the time that it was stored for was over */
+    KVD_MISS_SUPERSEDED,    /**< of a page that was exact: it is there encoded since */
 } kvd_miss;
 /** What is there of a prompt. */
 typedef struct kvd_match {

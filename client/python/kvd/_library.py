@@ -247,6 +247,7 @@ _FUNCTIONS = {  # name: argument types; all of these return a kvd_result and end
     "kvd_pages_lookup": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.c_uint32, c.POINTER(MatchOptions), c.POINTER(FoundStruct)],
     "kvd_pages_hint": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.c_uint32, c.c_int, c.c_uint32, c.c_bool, c.POINTER(c.c_uint32)],
     "kvd_pages_put": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.POINTER(c.c_bool), c.POINTER(PagedStruct), c.POINTER(c.c_uint8)],
+    "kvd_pages_encode": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.POINTER(c.c_uint8), c.POINTER(c.c_uint32)],
     "kvd_pages_get": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.POINTER(PagedStruct), c.POINTER(c.c_uint8)],
     "kvd_next_event": [_P, c.c_uint32, c.POINTER(EventStruct)],
 }

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 BLOCK = 64
 TIERS = ("host", "directory", "redis")
 _MISSES = ("none", "unknown", "evicted for room", "evicted for the quota", "evicted for the index", "dropped", "damaged",
-           "other extra", "other layout", "evicted by an operator", "expired")
+           "other extra", "other layout", "evicted by an operator", "expired", "superseded")
 HINTS = ("retain", "demote", "prefetch", "low", "normal", "high")
 
 

@@ -238,6 +238,16 @@ class Pages(lib.OfProcess):
             flags = (c.c_bool * max(len(named), 1))(*(bool(x) for x in exact))
         return self._call("kvd_pages_put", named, "source", source, (flags,), after)
 
+    def encode(self, keys: Iterable[bytes]) -> int:
+        """Tells that a chain has gone on. keys: up to 512 pages of it that follow each other; those that are exact are encoded, as putting
+        them so would have encoded them, but the last four, those behind which four are not there, and those from which exact pages that are
+        not of the call go on within 256 tokens: another chain may end there. What a lease has found exact stays so until it ends, while
+        lookups find it encoded. How many they find encoded now that they found exact before."""
+        named, encoded = _keys("keys", keys), c.c_uint32()
+        if named:
+            lib.call("kvd_pages_encode", self.client._open(), c.byref(self._bytes), c.byref(_struct(named)), None, c.byref(encoded))
+        return encoded.value
+
     def get(self, keys: Iterable[bytes], target: Paged) -> bytes:
         """Reads pages into blocks: all of them, or raises NotFoundError and has written nothing. What was read of each. After another
         error the blocks hold what they held, or part of the pages."""

@@ -109,6 +109,10 @@ class PageStore:
     def put(self, keys: Sequence[bytes], source: Any, after: Optional[bytes], exact: bytes) -> Optional[bytes]:
         return self._call("a put", lambda p: p.put(list(keys), source, after=after, exact=exact if any(exact) else None))
 
+    def encode(self, keys: Sequence[bytes]) -> Optional[int]:
+        """Pages of a chain that has gone on, which were exact and are encoded now."""
+        return self._call("an encoding", lambda p: p.encode(keys))
+
     def get(self, keys: Sequence[bytes], target: Any) -> Optional[bytes]:
         """None: what has been written can't be trusted."""
         return self._call("a get", lambda p: p.get(list(keys), target))

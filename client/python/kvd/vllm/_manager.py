@@ -9,7 +9,7 @@ import os
 import time
 from typing import Any, Collection, Iterable, Optional
 
-from ..engines import COMPRESSED, PAGE, Adapters, Counters, Lookups, PageStore, Ranks, split_key
+from ..engines import COMPRESSED, EXACT, PAGE, Adapters, Counters, Lookups, PageStore, Ranks, Tails, split_key
 from ._setup import Setup, compat
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class Run:
 @dataclasses.dataclass
 class Store(compat.LoadStoreSpec):  # type: ignore[name-defined,misc]
     runs: list[Run]
+    passed: list[list[bytes]] = dataclasses.field(default_factory=list)  # runs of pages for kvd to encode those that are exact
 
 
 @dataclasses.dataclass
@@ -48,6 +49,7 @@ class _Request:
     keys: list[bytes] = dataclasses.field(default_factory=list)  # of pages, as far as they were wanted
     chunks: dict[bytes, int] = dataclasses.field(default_factory=dict)  # of these keys, by the block hashes that name them
     begin: int = 0  # chunk where the last sweep began
+    passed: int = 0  # pages before that one are told of, if they are exact and the prompt has gone on
     usable: Optional[int] = 0  # chunks from there that may be loaded; None: not known yet
 
 
@@ -63,7 +65,7 @@ class KvdManager(compat.OffloadingManager):  # type: ignore[name-defined,misc]
         self._ranks, self._lookups = ranks, Lookups(ranks, lease=setup.lease, restore=setup.restore)
         self._requests: dict[str, _Request] = {}
         self._loading: dict[str, tuple[int, ...]] = {}  # leases
-        self._adapters = Adapters()
+        self._adapters, self._tails = Adapters(), Tails()
         self._epoch = b""
         self._known: "collections.OrderedDict[bytes, float]" = collections.OrderedDict()  # chunks that are there, and since when
         self._decoded: "collections.OrderedDict[bytes, None]" = collections.OrderedDict()  # chunks that were loaded with losses
@@ -131,6 +133,9 @@ class KvdManager(compat.OffloadingManager):  # type: ignore[name-defined,misc]
             if self._setup.policy.lossy and (not found or COMPRESSED in found.kinds[at:at + per]):
                 _remember(self._decoded, r.keys[i * per], None)
             _remember(self._known, r.keys[i * per], time.monotonic())
+        if found and self._setup.policy.lossy:
+            kinds = zip(r.keys[found.begin:], found.kinds)
+            self._tails.note([key for i, (key, kind) in enumerate(kinds, found.begin) if kind == EXACT and i >= self._setup.policy.first])
         self.counters.add(hit_pages=len(pages), hit_requests=1)
         return Load(pages)
 
@@ -150,18 +155,29 @@ class KvdManager(compat.OffloadingManager):  # type: ignore[name-defined,misc]
             if first not in self._decoded and now - self._known.get(first, -_AGAIN) >= _AGAIN:
                 new[i] = key
                 _remember(self._known, first, now)
+        policy = self._setup.policy
         runs: list[Run] = []
         last = None
         for i in sorted(new):
             pages = r.keys[i * per:(i + 1) * per]
-            exact = self._setup.policy.exact(i * per, per, r.pages)
+            exact = policy.exact(i * per, per, r.pages)
+            self._tails.note([key for j, key in enumerate(pages, i * per) if exact[j - i * per] and j >= policy.first])
             if last is not None and i == last + 1:
                 runs[-1].keys += pages
                 runs[-1].exact += exact
             else:
                 runs.append(Run(pages, r.keys[i * per - 1] if i else None, exact))
             last = i
-        return compat.PrepareStoreOutput([new[i] for i in sorted(new)], Store(runs), [])
+        return compat.PrepareStoreOutput([new[i] for i in sorted(new)], Store(runs, self._passed(r, last)), [])
+
+    def _passed(self, r: _Request, chunk: Optional[int]) -> list[list[bytes]]:
+        """What kvd may encode once the prompt's pages up to this chunk are there: exact pages that were the last ones of what it goes on
+        from. Its own last ones, and what is decoded behind them, do not count."""
+        if chunk is None:
+            return []
+        there, begin = (chunk + 1) * self._setup.pages_per_chunk, max(r.passed, self._setup.policy.first)
+        r.passed = max(begin, min(there, r.pages) - self._setup.policy.last)
+        return self._tails.passed(r.keys, begin, r.passed, there)
 
     def on_new_request(self, req_context: Any) -> Any:
         return compat.RequestOffloadingContext()
@@ -175,6 +191,7 @@ class KvdManager(compat.OffloadingManager):  # type: ignore[name-defined,misc]
         self._epoch = b"epoch" + os.urandom(16)
         self._known.clear()
         self._decoded.clear()
+        self._tails.clear()
         for request, r in self._requests.items():
             self._lookups.forget(request)
             r.stored = r.loaded = False
@@ -214,6 +231,7 @@ METRICS = {
     "loaded_pages": "Pages that were loaded, by all ranks.",
     "stored_pages": "Pages that were stored, by all ranks.",
     "stored_exact_pages": "Of these, pages kept in bf16.",
+    "encoded_pages": "Of those, pages that kvd has encoded, as their prompt had gone on.",
     "failed_loads": "Loads that failed, whose requests were computed.",
     "errors": "Calls that kvd did not answer.",
     "refusals": "Calls that kvd refused, such as stores without room.",

@@ -143,7 +143,10 @@ class KvdWorker(compat.OffloadingWorker):  # type: ignore[name-defined,misc]
 
         def work() -> Optional[int]:
             after()
-            return self._store(np.asarray(src_spec.block_ids, np.int64), dst_spec.runs)
+            moved = self._store(np.asarray(src_spec.block_ids, np.int64), dst_spec.runs)
+            for keys in dst_spec.passed if moved is not None else []:
+                self.counters.add(encoded_pages=self._out.encode(keys) or 0)
+            return moved
 
         self._transfers.store(job_id, work)
         return True
