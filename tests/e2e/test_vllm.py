@@ -325,7 +325,7 @@ def test_part_of_a_chunk_in_the_engines_own_cache_is_no_hit():
     class HasAll:
         breaker = Breaker()
 
-        def lookup(self, requests, lease):
+        def lookup(self, requests, lease, restore):
             return [N(pages=len(keys), kinds=bytes([COMPRESSED] * len(keys)), lease=1) for keys in requests]
 
         def start(self, *leases):
@@ -349,6 +349,31 @@ def test_part_of_a_chunk_in_the_engines_own_cache_is_no_hit():
     assert [found(64, chunk) for chunk in (0, 1, 3)] == [miss, hit, hit]
     assert [found(computed, 1) for computed in (80, 96, 112)] == [miss] * 3
     assert found(128, 2) is hit
+    manager.shutdown()
+
+
+def test_pages_that_a_prompt_has_gone_on_from_are_told_of():
+    """With the chunk behind which they are no longer among its last ones; its own last ones, and what is decoded, never are."""
+    from types import SimpleNamespace as N
+
+    from kvd.engines import Breaker, Policy, Ranks
+    from kvd.vllm._manager import KvdManager
+
+    def nothing(*unused):
+        return []
+
+    store = N(breaker=Breaker(), lookup=nothing, start=nothing, release=nothing, close=nothing)
+    manager = KvdManager(setup_for(N(address="none"), 64, 1, 64, policy=Policy()), 1, Ranks([store]))
+    hashes = [bytes([i]) * 32 for i in range(60)]
+
+    def stores(name, prompt, *chunks):
+        manager.admit(N(request_id=name, mm_features=[], prompt_embeds=None, lora_request=None, block_hashes=hashes, num_prompt_tokens=64 * prompt + 9))
+        return [manager.prepare_store([h + bytes(4) for h in hashes[begin:end]], N(req_id=name)).store_spec.passed for begin, end in chunks]
+
+    assert stores("first", 20, (0, 9), (9, 20), (20, 30)) == [[], [], []]  # ten chunks are decoded
+    manager._known.clear()
+    # Exact are 16 to 19. Those before a request's last four are told of once the chunk is stored, with one before them.
+    assert stores("second", 40, (20, 22), (22, 24), (24, 40)) == [[hashes[15:22]], [hashes[18:24]], []]
     manager.shutdown()
 
 
@@ -404,6 +429,26 @@ def test_sixteen_requests_at_once_with_preemption(first, second, text):
     same = sum(x["tokens"][0] == y["tokens"][0] for x, y in zip(a, b))
     print(f"\n{preempted:.0f} preemptions; of 16 first tokens {same} are the same")
     assert same >= 13  # sums of batches of other shapes differ in the last bits
+
+
+def test_a_conversation_keeps_five_exact_pages(make, text, daemon):
+    """Turn by turn: kvd encodes what were its last pages, and all of them are found."""
+    make.stop("first", "second")
+    engine = make("talk", kvd={"codec": "int2", "namespace": "talk"})
+
+    def encoded():
+        line = next(x for x in daemon.kvctl("metrics").stdout.splitlines() if x.startswith('kvd_pages_encoded_total{namespace="talk"}'))
+        return float(line.split()[-1])
+
+    for turn, pages in enumerate((10, 20, 30)):
+        assert engine.ask(text[:64 * pages + 9], 4)["finish"] == "length"
+        stored(engine, pages)
+        assert encoded() == 4 * turn
+    m = engine.call("metrics")
+    assert m["vllm:kvd_encoded_pages"] == 8 and m["vllm:kvd_stored_exact_pages"] == 13
+    engine.call("forget")
+    assert engine.ask(text[:64 * 30 + 9], 4)["cached"] == 64 * 30
+    make.stop("talk")
 
 
 def test_adapters_of_one_name_and_other_content_never_share(first, second, text, place):
