@@ -205,9 +205,8 @@ static struct kvd_cpu_walk *turn_of(const struct kvd_attend_job *job, uint64_t t
 }
 
 // The part of one thread in a slice: its walk that was kept, and new ones.
-static void take_turn(void *ctx, uint64_t turn)
+static void take_walks(struct kvd_attend_job *job, uint64_t turn)
 {
-    struct kvd_attend_job *job = ctx;
     struct kvd_cpu_walk *w = turn_of(job, turn);
     for (;;) {
         if (!w->active) {
@@ -223,6 +222,17 @@ static void take_turn(void *ctx, uint64_t turn)
         if (kvd_slice_over(job->p->slice))
             return;
     }
+}
+
+static void take_turn(void *ctx, uint64_t turn)
+{
+    struct kvd_attend_job *job = ctx;
+    const struct kvd_cpu_isa *isa = job->cpu->isa;
+    if (isa->enter)
+        isa->enter();
+    take_walks(job, turn);
+    if (isa->leave)
+        isa->leave();
 }
 
 static void finish_one(void *ctx, uint64_t i)

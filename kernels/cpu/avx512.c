@@ -1,5 +1,5 @@
 // Inner loops for AVX-512 (F, BW, DQ, VL): 16 floats a vector.
-#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/amx.h"
 
 #include <immintrin.h>
 
@@ -156,6 +156,23 @@ static inline void v_fold(const float *x, float *out)
     a = v_add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
     v_store(out, _mm512_permutexvar_ps(order, a));
 }
+// Parameters of fp16 of 16 tokens, of which g and g + 8 lie side by side. `min` is NULL where there
+// is none.
+#define V_HALVES
+static inline void v_halves(const uint8_t *from, float *scale, float *min)
+{
+    const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    if (!min) {
+        __m256i all = _mm256_loadu_si256((const __m256i *)(const void *)from);
+        v_store(scale, _mm512_permutexvar_ps(order, _mm512_cvtph_ps(all)));
+        return;
+    }
+    __m512i both = _mm512_loadu_si512(from);
+    __m256i low = _mm512_cvtepi32_epi16(both),
+            high = _mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16));
+    v_store(scale, _mm512_permutexvar_ps(order, _mm512_cvtph_ps(low)));
+    v_store(min, _mm512_permutexvar_ps(order, _mm512_cvtph_ps(high)));
+}
 // 2^(x log2 e) with the fraction in [-0.5, 0.5] by a polynomial of degree 6.
 static inline vf v_exp(vf x)
 {
@@ -181,3 +198,14 @@ static bool supported(void)
 }
 
 const struct kvd_cpu_isa kvd_cpu_avx512 = KVD_SIMD_TABLE("avx512", supported);
+
+const struct kvd_cpu_isa kvd_cpu_amx = {.name = "amx",
+                                        .supported = kvd_amx_supported,
+                                        .enter = kvd_amx_enter,
+                                        .leave = kvd_amx_leave,
+                                        .q_prepare = kvd_amx_q_prepare,
+                                        .k_scores = kvd_amx_k_scores,
+                                        .tc_scores = kvd_amx_tc_scores,
+                                        .v_accumulate = kvd_amx_v_accumulate,
+                                        .v_reduce = kvd_amx_v_reduce,
+                                        KVD_SIMD_COMMON};

@@ -49,8 +49,13 @@ struct kvd_cpu_params {
 struct kvd_cpu_isa {
     const char *name;
     bool (*supported)(void);
-    // q [dim] -> the order in which k_scores wants it, 2 * dim floats.
-    void (*q_prepare)(const float *q, uint32_t dim, float *out);
+    // A thread is about to run the loops below up to `logits`, or is done with them. NULL: nothing.
+    void (*enter)(void);
+    void (*leave)(void);
+    // q [dim] -> what k_scores or tc_scores wants of it for keys in `codec`, 2 * dim floats. tc:
+    // their coder, where that is tc2 or tc2.5.
+    void (*q_prepare)(uint32_t codec, const struct kvd_tc_coder *tc, const float *q, uint32_t dim,
+                      float *out);
     // scores[row][64] = sum over channels of level * q, without scale and centre. q: [rows][2 *
     // dim], prepared. Levels are those of kvd_cpu_levels.
     void (*k_scores)(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *q,
@@ -63,7 +68,7 @@ struct kvd_cpu_isa {
     void (*v_accumulate)(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *p,
                          uint32_t rows, float *acc);
     // acc [8 * dim] -> o [dim].
-    void (*v_reduce)(const float *acc, uint32_t dim, float *o);
+    void (*v_reduce)(uint32_t codec, const float *acc, uint32_t dim, float *o);
     // scores[row][t] = k_t . q_row for n tokens; k: bf16, `stride` bytes from token to token. q:
     // [rows][dim], not rotated. Row r's scores start at scores + r * 64.
     void (*bf16_scores)(const uint8_t *k, uint64_t stride, uint32_t n, uint32_t dim, const float *q,
@@ -136,6 +141,7 @@ static inline const float *kvd_cpu_levels(uint32_t codec)
 extern const struct kvd_cpu_isa kvd_cpu_scalar;
 extern const struct kvd_cpu_isa kvd_cpu_avx2;
 extern const struct kvd_cpu_isa kvd_cpu_avx512;
+extern const struct kvd_cpu_isa kvd_cpu_amx;
 
 struct kvd_threads;
 // `n` threads in all, the caller's included. NULL when out of memory.

@@ -158,7 +158,8 @@ static void flush_sums(struct kvd_cpu_walk *base)
         if (!w->compressed)
             continue;
         float o[KVD_MAX_HEAD_DIM];
-        w->base.job->cpu->isa->v_reduce(w->acc + r * 8 * dim, dim, o);
+        w->base.job->cpu->isa->v_reduce(w->base.job->p->plane->codec.v, w->acc + r * 8 * dim, dim,
+                                        o);
         for (uint32_t c = 0; c < dim; c++)
             out->o_rotated[r][c] += o[c] + w->centre_sum[r];
         w->centre_sum[r] = 0;
@@ -224,7 +225,8 @@ static void load_queries(struct walk *w)
         w->q_sum[r] = 0;
         for (uint32_t c = 0; c < dim; c++)
             w->q_sum[r] += rotated[r * dim + c];
-        w->base.job->cpu->isa->q_prepare(rotated + r * dim, dim, w->q_codes + r * 2 * dim);
+        w->base.job->cpu->isa->q_prepare(g->codec.k, &w->tc, rotated + r * dim, dim,
+                                         w->q_codes + r * 2 * dim);
     }
 }
 

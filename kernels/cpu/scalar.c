@@ -9,8 +9,11 @@ static bool supported(void)
     return true;
 }
 
-static void q_prepare(const float *q, uint32_t dim, float *out)
+static void q_prepare(uint32_t codec, const struct kvd_tc_coder *tc, const float *q, uint32_t dim,
+                      float *out)
 {
+    (void)codec;
+    (void)tc;
     memset(out, 0, 2 * dim * sizeof(float));
     memcpy(out, q, dim * sizeof(float));
 }
@@ -75,8 +78,9 @@ static void v_accumulate(uint32_t codec, const uint8_t *codes, uint32_t dim, con
         }
 }
 
-static void v_reduce(const float *acc, uint32_t dim, float *o)
+static void v_reduce(uint32_t codec, const float *acc, uint32_t dim, float *o)
 {
+    (void)codec;
     memcpy(o, acc, dim * sizeof(float));
 }
 

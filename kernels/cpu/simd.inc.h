@@ -38,8 +38,11 @@ static void spread16(const float *x, float *out)
             out[e * 16 + i] = x[2 * (i / 4) + 8 * (i % 4 / 2) + e];
 }
 
-static void simd_q_prepare(const float *q, uint32_t dim, float *out)
+static void simd_q_prepare(uint32_t codec, const struct kvd_tc_coder *tc, const float *q,
+                           uint32_t dim, float *out)
 {
+    (void)codec;
+    (void)tc;
     for (uint32_t tile = 0; tile < dim / 16; tile++)
         spread16(q + tile * 16, out + tile * 32);
 }
@@ -454,8 +457,9 @@ static void simd_v_accumulate(uint32_t codec, const uint8_t *codes, uint32_t dim
         v_accumulate_kind(4, levels_of(codec), codes, dim, spread, rows, acc);
 }
 
-static void simd_v_reduce(const float *acc, uint32_t dim, float *o)
+static void simd_v_reduce(uint32_t codec, const float *acc, uint32_t dim, float *o)
 {
+    (void)codec;
     for (uint32_t g = 0; g < 8; g++)
         for (uint32_t tile = 0; tile < dim / 16; tile++) {
             const float *lane = acc + (g * (dim / 16) + tile) * 16;
@@ -569,15 +573,19 @@ static void simd_rotate(const float *x, uint32_t rows, uint32_t dim, const float
 
 #include "kernels/cpu/simd_latent.inc.h"
 
+// What a table has that AMX has no other way for.
+#define KVD_SIMD_COMMON                                                                            \
+    .bf16_scores = simd_bf16_scores, .bf16_accumulate = simd_bf16_accumulate,                      \
+    .params = simd_params, .affine = simd_affine, .logits = simd_logits, .top = simd_top,          \
+    .exp_sum = simd_exp_sum, .weigh = simd_weigh, .scale = simd_scale, .rotate = simd_rotate,      \
+    .bf16_row = simd_bf16_row, .latent_unpack = simd_latent_unpack,                                \
+    .panel_scores = simd_panel_scores, .panel_sums = simd_panel_sums,                              \
+    .panel_logits = simd_panel_logits, .panel_top = simd_panel_top, .panel_exp = simd_panel_exp,   \
+    .panel_scale = simd_panel_scale
+
 #define KVD_SIMD_TABLE(isa_name, isa_supported)                                                    \
     {                                                                                              \
         .name = isa_name, .supported = isa_supported, .q_prepare = simd_q_prepare,                 \
         .k_scores = simd_k_scores, .tc_scores = simd_tc_scores, .v_accumulate = simd_v_accumulate, \
-        .v_reduce = simd_v_reduce, .bf16_scores = simd_bf16_scores,                                \
-        .bf16_accumulate = simd_bf16_accumulate, .params = simd_params, .affine = simd_affine,     \
-        .logits = simd_logits, .top = simd_top, .exp_sum = simd_exp_sum, .weigh = simd_weigh,      \
-        .scale = simd_scale, .rotate = simd_rotate, .bf16_row = simd_bf16_row,                     \
-        .latent_unpack = simd_latent_unpack, .panel_scores = simd_panel_scores,                    \
-        .panel_sums = simd_panel_sums, .panel_logits = simd_panel_logits,                          \
-        .panel_top = simd_panel_top, .panel_exp = simd_panel_exp, .panel_scale = simd_panel_scale, \
+        .v_reduce = simd_v_reduce, KVD_SIMD_COMMON                                                 \
     }

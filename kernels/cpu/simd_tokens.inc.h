@@ -17,6 +17,14 @@ static inline void low_halves(__m256i words, float *out)
     _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm256_castsi256_si128(x)));
 }
 
+#ifdef V_HALVES
+// The same with vectors of 16: what is stored in halves would be waited for when it is loaded
+// whole.
+static inline void params_chunk(const uint8_t *from, float *scale, float *min)
+{
+    v_halves(from, scale, min);
+}
+#else
 // Parameters of fp16: of 16 tokens, g and g + 8 side by side. `min` is NULL where there is none.
 static inline void params_chunk(const uint8_t *from, float *scale, float *min)
 {
@@ -37,6 +45,7 @@ static inline void params_chunk(const uint8_t *from, float *scale, float *min)
     low_halves(_mm256_srli_epi32(even, 16), min);
     low_halves(_mm256_srli_epi32(odd, 16), min + 8);
 }
+#endif
 
 static void simd_params(uint32_t codec, const uint8_t *params, struct kvd_cpu_params *out)
 {

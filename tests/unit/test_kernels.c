@@ -6,7 +6,7 @@
 #include "tests/unit/kernel_long.h"
 #include "tests/unit/kernel_nonfinite.h"
 
-static const char *const isas[] = {"scalar", "avx2", "avx512"};
+static const char *const isas[] = {"scalar", "avx2", "avx512", "amx"};
 
 static struct kvd_backend *backend(const char *isa, uint32_t threads)
 {
@@ -32,6 +32,12 @@ END_TEST
 START_TEST(avx512_is_among_those_tested)
 {
     skip_if_missing("avx512");
+}
+END_TEST
+
+START_TEST(amx_is_among_those_tested)
+{
+    skip_if_missing("amx");
 }
 END_TEST
 
@@ -186,6 +192,8 @@ START_TEST(every_group_and_dim)
             check_shape(odd ? "avx512" : "avx2", &c, kvd_codecs_both(KVD_CODEC_INT2), 0,
                         seed + group * 16 + i);
             check_shape(odd ? "avx2" : "avx512", &c, kvd_codecs_both(codec), 0,
+                        seed + group * 16 + i);
+            check_shape("amx", &c, kvd_codecs_both(odd ? KVD_CODEC_INT2 : codec), 0,
                         seed + group * 16 + i);
         }
 }
@@ -617,9 +625,10 @@ START_TEST(extents_are_taken_over)
 END_TEST
 
 KVD_MAIN("kernels", 300, avx2_is_among_those_tested, avx512_is_among_those_tested,
-         codes_match_a_float64_derivation, scales_are_chosen_by_side, attention_matches_float64,
-         attention_with_a_codec_for_each_side, precision_does_not_fall_with_length,
-         every_group_and_dim, instruction_sets_write_the_same_pages, read_returns_what_pages_hold,
+         amx_is_among_those_tested, codes_match_a_float64_derivation, scales_are_chosen_by_side,
+         attention_matches_float64, attention_with_a_codec_for_each_side,
+         precision_does_not_fall_with_length, every_group_and_dim,
+         instruction_sets_write_the_same_pages, read_returns_what_pages_hold,
          rotation_is_undone_by_its_inverse, rows_are_turned_as_what_they_are_and_back,
          transforms_that_are_not_orthogonal, ill_conditioned_transforms, nonfinite_values_are_found,
          queries_that_are_not_finite_give_nan_alone, logits_that_overflow_give_nan, half_precision,

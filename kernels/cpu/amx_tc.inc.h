@@ -1,0 +1,208 @@
+// Scores of keys whose channel tiles have codes of any width (tc.h), for amx.c.
+//
+// A *part* is what one piece of the stream has of a channel tile's codes: all their bits, but for
+// codes that lie across pieces. Two parts of one piece are a *pair*: 32 bytes of a left operand's
+// lines, eight rows of a right one. Codes are taken out of words by bytes that begin at any bit, so
+// that each comes to its place at once, doubled, and what is beside it is masked. What the centre
+// of all levels takes off a product is where sums begin.
+
+enum {
+    PAIR_BYTES = 32, // of a line
+    MOST_PIECES = 5, // of 16, 8, 4, 2 and 1 bytes a lane; or two of 16 and one more
+    MOST_PAIRS = 12, // of parts: sixteen channel tiles, and two more in each piece but the first
+    NO_TILE = 0xff,
+};
+
+// What tc_scores has to know of K's codes. It lies in the fourth line of the first row's queries,
+// as far as there are pairs.
+struct tc_plan {
+    uint8_t n_pairs, n_pieces;
+    struct {
+        uint8_t lane, before, pairs; // bytes a lane; bits of the stream before it
+    } piece[MOST_PIECES];
+    struct {
+        uint64_t from[2]; // where bytes of two words begin, of rows with even numbers and with odd
+        uint32_t mask;    // of a word's bytes
+    } pair[MOST_PAIRS];
+};
+
+// At the end of every row's fourth line.
+struct tc_tail {
+    int32_t start[DIGITS];
+    float from;
+};
+
+// Of each pair.
+struct tc_parts {
+    uint8_t tile[MOST_PAIRS][2], bit[MOST_PAIRS][2], mask[MOST_PAIRS][2];
+};
+
+static void tc_add_part(struct tc_plan *p, struct tc_parts *parts, uint32_t tile, uint32_t bit,
+                        uint32_t mask)
+{
+    uint8_t *pairs = &p->piece[p->n_pieces - 1].pairs;
+    bool second = *pairs > 0 && parts->tile[p->n_pairs - 1][1] == NO_TILE;
+    if (!second) {
+        parts->tile[p->n_pairs][1] = NO_TILE;
+        parts->bit[p->n_pairs][1] = parts->mask[p->n_pairs][1] = 0;
+        p->n_pairs++;
+        ++*pairs;
+    }
+    parts->tile[p->n_pairs - 1][second] = (uint8_t)tile;
+    parts->bit[p->n_pairs - 1][second] = (uint8_t)bit;
+    parts->mask[p->n_pairs - 1][second] = (uint8_t)mask;
+}
+
+// Where the bytes of two neighbouring words begin: [word][element][part].
+static uint64_t tc_from(uint32_t lane, uint32_t half, const uint8_t bit[2])
+{
+    uint64_t all = 0;
+    for (uint32_t i = 0; i < 8; i++) {
+        uint32_t word = i / 4, element = i / 2 % 2 * (lane < 4 ? 4 * lane : 16);
+        uint32_t reg = lane == 16 ? 0 : lane == 8 ? word : word + 2 * half;
+        all |= (uint64_t)((32 * word + element + reg * lane + bit[i % 2]) & 63) << (8 * i);
+    }
+    return all;
+}
+
+static void tc_plan_of(const struct kvd_tc_coder *t, struct tc_plan *p, struct tc_parts *parts)
+{
+    uint32_t all = 0, tiles = t->dim / KVD_TC_TILE;
+    memset(p, 0, sizeof(*p));
+    for (uint32_t i = 0; i < tiles; i++)
+        all += t->bits[i];
+    for (uint32_t lane = 16, before = 0; before < all; before += lane) {
+        while (before + lane > all)
+            lane /= 2;
+        p->piece[p->n_pieces].lane = (uint8_t)lane;
+        p->piece[p->n_pieces++].before = (uint8_t)before;
+        for (uint32_t i = 0, at = 0; i < tiles; at += t->bits[i++]) {
+            uint32_t lo = KVD_MAX(at, before), hi = KVD_MIN(at + t->bits[i], before + lane);
+            if (lo < hi) // doubled, the code begins a bit earlier, in another piece perhaps
+                tc_add_part(p, parts, i, at - before - 1, ((1u << (hi - lo)) - 1) << (lo - at + 1));
+        }
+    }
+    for (uint32_t i = 0, pair = 0; i < p->n_pieces; i++)
+        for (uint32_t j = 0; j < p->piece[i].pairs; j++, pair++) {
+            for (uint32_t half = 0; half < 2; half++)
+                p->pair[pair].from[half] = tc_from(p->piece[i].lane, half, parts->bit[pair]);
+            p->pair[pair].mask = (parts->mask[pair][0] | parts->mask[pair][1] << 8) * 0x10001u;
+        }
+}
+
+static struct tc_tail *tc_tail_of(float *q, uint32_t dim)
+{
+    return (struct tc_tail *)(void *)(q + 2 * dim) - 1;
+}
+
+static void tc_prepare(const struct kvd_tc_coder *t, const float *q, float *out)
+{
+    struct tc_plan plan;
+    struct tc_parts parts = {0};
+    float x[MOST_PAIRS * PAIR_BYTES] = {0};
+    int8_t centre[MOST_PAIRS * PAIR_BYTES];
+    struct tc_tail *tail = tc_tail_of(out, t->dim);
+    tc_plan_of(t, &plan, &parts);
+    uint32_t bytes = plan.n_pairs * PAIR_BYTES;
+    for (uint32_t i = 0; i < bytes; i++) {
+        uint32_t pair = i / PAIR_BYTES, row = i % PAIR_BYTES / 4, tile = parts.tile[pair][i & 1];
+        centre[i] = (int8_t)(parts.mask[pair][i & 1] / 2);
+        if (tile != NO_TILE)
+            x[i] = q[tile * KVD_TC_TILE + row / 2 * 2 + 8 * (row & 1) + (i % 4 >> 1)];
+    }
+    tail->from = lines_of(q, t->dim, x, bytes, out);
+    uint8_t *line = (uint8_t *)out;
+    memcpy(line + DIGITS * 2 * t->dim, &plan,
+           offsetof(struct tc_plan, pair) + plan.n_pairs * sizeof(plan.pair[0]));
+    for (uint32_t d = 0; d < DIGITS; d++)
+        for (uint32_t i = 0; i < bytes; i++)
+            tail->start[d] -= centre[i] * (int8_t)line[d * 2 * t->dim + i];
+}
+
+// Of a chunk's piece, words as k_rows has them; or, of pieces with fewer than 16 bytes a lane, the
+// ones that hold what those would, other registers' bits beside it.
+static inline void tc_rows(uint32_t lane, const uint8_t *piece, __m512i out[8])
+{
+    const __m512i eights =
+                      _mm512_setr_epi32(0, 0, 8, 8, 16, 16, 24, 24, 0, 0, 8, 8, 16, 16, 24, 24),
+                  fours =
+                      _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+    __m512i x[4];
+    if (lane == 16) {
+        k_rows(piece, out);
+        return;
+    }
+    for (int i = 0; i < (lane == 8 ? 4 : 2); i++) {
+        const void *at = piece + 16 * KVD_MIN(lane, 4u) * (uint32_t)i;
+        x[i] = lane >= 4   ? _mm512_loadu_si512(at)
+               : lane == 2 ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(at))
+                           : _mm512_cvtepu8_epi32(_mm_loadu_si128(at));
+    }
+    for (int i = 0; i < 8; i++) {
+        __m512i from =
+            _mm512_add_epi32(lane == 8 ? eights : fours, _mm512_set1_epi32(lane == 8 ? i : i / 2));
+        out[i] = _mm512_permutex2var_epi32(x[0], from, x[1]);
+        if (lane == 8)
+            out[i] = _mm512_mask_blend_epi32(0xff00, out[i],
+                                             _mm512_permutex2var_epi32(x[2], from, x[3]));
+    }
+}
+
+// The right operands of a chunk: two pairs each.
+struct tc_chunk {
+    _Alignas(LINE) uint8_t x[MOST_PAIRS / 2][16][LINE];
+};
+
+static void tc_unpack(const struct tc_plan *p, const uint8_t *chunk, struct tc_chunk *to)
+{
+    for (uint32_t i = 0, pair = 0; i < p->n_pieces; i++) {
+        __m512i words[8];
+        tc_rows(p->piece[i].lane, chunk + KVD_LANES * p->piece[i].before, words);
+        for (uint32_t end = pair + p->piece[i].pairs; pair < end; pair++) {
+            __m512i from[2] = {_mm512_set1_epi64((long long)p->pair[pair].from[0]),
+                               _mm512_set1_epi64((long long)p->pair[pair].from[1])};
+            __m512i mask = _mm512_set1_epi32((int)p->pair[pair].mask);
+            for (uint32_t row = 0; row < 8; row++)
+                _mm512_store_si512(
+                    to->x[pair / 2][pair % 2 * 8 + row],
+                    _mm512_and_si512(_mm512_multishift_epi64_epi8(from[row % 2], words[row]),
+                                     mask));
+        }
+    }
+    SEEN();
+}
+
+// A last pair that is alone meets zeros with whatever lies beside it.
+#define TC_CHUNK(n)                                                                                \
+    _tile_loadd(n, start, LINE);                                                                   \
+    for (uint32_t i = 0; i < tiles; i++) {                                                         \
+        _tile_loadd(4, (const uint8_t *)q + i * LINE, 2 * t->dim);                                 \
+        _tile_loadd(6, b[n].x[i], LINE);                                                           \
+        _tile_dpbsud(n, 4, 6);                                                                     \
+    }
+
+void kvd_amx_tc_scores(const struct kvd_tc_coder *t, const uint8_t *codes, const float *q,
+                       uint32_t rows, float *scores)
+{
+    const struct tc_plan *p = (const void *)((const uint8_t *)q + DIGITS * 2 * t->dim);
+    uint32_t tiles = (p->n_pairs + 1) / 2, bytes = kvd_tc_codes_bytes(t) / 4;
+    struct tc_chunk b[4];
+    _Alignas(LINE) int32_t c[4][4 * LINES][16], start[4 * LINES][16];
+    float from[KVD_CPU_ROWS];
+    for (uint32_t r = 0; r < rows; r++) {
+        const struct tc_tail *tail = tc_tail_of((float *)(uintptr_t)(q + r * 2 * t->dim), t->dim);
+        for (uint32_t d = 0; d < DIGITS; d++)
+            _mm512_store_si512(start[r * LINES + d], _mm512_set1_epi32(tail->start[d]));
+        from[r] = tail->from;
+    }
+    tc_unpack(p, codes, &b[0]);
+    tc_unpack(p, codes + bytes, &b[1]);
+    TC_CHUNK(0)
+    tc_unpack(p, codes + 2 * bytes, &b[2]);
+    TC_CHUNK(1)
+    tc_unpack(p, codes + 3 * bytes, &b[3]);
+    TC_CHUNK(2)
+    TC_CHUNK(3)
+    k_store(c);
+    k_sums(c, from, rows, scores);
+}
