@@ -98,10 +98,11 @@ struct few_units {
 };
 
 // Whether a call is one for blocks of warpgroups. What a worker replays while lengths change is not for these kernels, whose
-// scratch is for lengths as they are.
+// scratch is for lengths as they are. Pages of bf16, which the kernels of int2 take as tokens of windows, have no codes to make values of.
 static bool is_many_call(const attend_params &p)
 {
-    return family_of(p.codec) != NO_FAMILY && family_of(p.codec_v) != NO_FAMILY && same_dims(p) && (p.dim_k == 64 || p.dim_k == 128) &&
+    auto coded = [](uint32_t codec) { return family_of(codec) != NO_FAMILY && codec != KVD_CODEC_BF16; };
+    return coded(p.codec) && coded(p.codec_v) && same_dims(p) && (p.dim_k == 64 || p.dim_k == 128) &&
            p.softcap == 0 && !p.tail.tokens;
 }
 

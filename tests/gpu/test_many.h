@@ -77,6 +77,20 @@ static void many_codecs(uint64_t seed)
         }
 }
 
+// Pages of bf16 have no codes: other kernels take them, whatever the other side's codec.
+static void many_without_codes(uint64_t seed)
+{
+    static const struct kvd_codecs c[] = {
+        {KVD_CODEC_BF16, KVD_CODEC_BF16},
+        {KVD_CODEC_BF16, KVD_CODEC_INT2},
+        {KVD_CODEC_INT4, KVD_CODEC_BF16},
+    };
+    for (size_t i = 0; i < KVD_LEN(c); i++)
+        for (size_t j = 1; j < (i ? 2 : 3); j++)
+            if (served(c[i]))
+                check_shape(&many_shapes[j], c[i], i ? 3e-3 : 5e-4, seed + i);
+}
+
 // Where there is no memory for values of histories, the other kernels give the same.
 static void many_rows(uint64_t seed)
 {
@@ -91,6 +105,7 @@ static void many_rows(uint64_t seed)
     if (kvd_head_dims_ok(128, 128))
         ragged_of(seed, both(KVD_CODEC_INT2), 2, 128, 77);
     many_codecs(seed);
+    many_without_codes(seed);
     fewer_rows(seed);
     printf("many rows: worst relative L2 %.2e (of a row %.2e), worst log-sum-exp %.2e\n",
            worst_error, worst_row, worst_lse);
