@@ -10,7 +10,7 @@
 
 #include "kernels/format.h"
 
-static const char side_names[] = "qkv";
+static const char side_names[] = "qkvg";
 enum { DIGITS = 16 }; // of a file's digest
 
 static int64_t change_time(const struct stat *st)
@@ -192,11 +192,38 @@ static int check_heads(struct kvd_dump *d, uint32_t file, unsigned long layer, i
     return KVD_OK;
 }
 
-// One layer of one file, or (`each` is 1) of that and the two behind it. t: its three tensors, of
-// which the layer is entry `entry`, if `stacked`.
+// A layer's gradients, or that it has none.
+static int add_gradients(struct kvd_dump *d, struct kvd_dump_piece *p, unsigned long id,
+                         const struct kvd_safetensor *t, struct kvd_error *err)
+{
+    const char *path = d->files[p->file[0]].path;
+    if (d->n_pieces && d->graded != (t != NULL))
+        return kvd_fail(err, KVD_E_INVALID,
+                        "%s: layer %lu has %sgradients, unlike those before: all have them (g), "
+                        "or none has",
+                        path, id, t ? "" : "no ");
+    d->graded = t != NULL;
+    if (!t)
+        return KVD_OK;
+    if (t->type > KVD_TENSOR_F32 || t->rank != 3 || t->shape[0] != p->tokens ||
+        t->shape[1] != d->heads[KVD_DUMP_Q] || t->shape[2] != d->dim[KVD_DUMP_V])
+        return kvd_fail(err, KVD_E_INVALID,
+                        "%s: layer %lu: g is not F16, BF16 or F32 [tokens, heads of q, head_dim "
+                        "of v]",
+                        path, id);
+    d->heads[KVD_DUMP_G] = d->heads[KVD_DUMP_Q];
+    d->dim[KVD_DUMP_G] = d->dim[KVD_DUMP_V];
+    p->file[KVD_DUMP_G] = p->file[0];
+    p->type[KVD_DUMP_G] = t->type;
+    p->at[KVD_DUMP_G] = t->at;
+    return KVD_OK;
+}
+
+// One layer of one file, or (`each` is 1) of that and the two behind it. t: its tensors, of which
+// the layer is entry `entry`, if `stacked`.
 static int add_piece(struct kvd_dump *d, uint32_t first, uint32_t each, unsigned long id,
-                     bool stacked, uint64_t entry, const struct kvd_safetensor *const t[3],
-                     struct kvd_error *err)
+                     bool stacked, uint64_t entry,
+                     const struct kvd_safetensor *const t[KVD_DUMP_TENSORS], struct kvd_error *err)
 {
     struct kvd_dump_piece p = {0};
     const char *path = d->files[first].path;
@@ -222,6 +249,8 @@ static int add_piece(struct kvd_dump *d, uint32_t first, uint32_t each, unsigned
         p.at[s] =
             t[s]->at + entry * shape[0] * shape[1] * shape[2] * kvd_tensor_type_size(p.type[s]);
     }
+    if (add_gradients(d, &p, id, t[KVD_DUMP_G], err))
+        return err->code;
     int layer = layer_index(d, id);
     struct kvd_dump_piece *pieces = realloc(d->pieces, (d->n_pieces + 1) * sizeof(*pieces));
     if (pieces)
@@ -237,7 +266,7 @@ static int add_piece(struct kvd_dump *d, uint32_t first, uint32_t each, unsigned
 static int add_stacked(struct kvd_dump *d, uint32_t file, const struct kvd_safetensors *st,
                        struct kvd_error *err)
 {
-    const struct kvd_safetensor *t[KVD_DUMP_SIDES];
+    const struct kvd_safetensor *t[KVD_DUMP_TENSORS] = {0};
     const char *layers = kvd_safetensors_metadata(st, "layers"), *path = d->files[file].path;
     for (int s = 0; s < KVD_DUMP_SIDES; s++)
         t[s] = kvd_safetensors_find(st, (char[]){side_names[s], 0});
@@ -271,8 +300,8 @@ static int add_named(struct kvd_dump *d, uint32_t file, const struct kvd_safeten
         char side, name[KVD_TENSOR_NAME];
         if (sscanf(st->tensors[i].name, "layers.%u.%c", &id, &side) != 2 || side != 'q')
             continue;
-        const struct kvd_safetensor *t[KVD_DUMP_SIDES];
-        for (int s = 0; s < KVD_DUMP_SIDES; s++) {
+        const struct kvd_safetensor *t[KVD_DUMP_TENSORS];
+        for (int s = 0; s < KVD_DUMP_TENSORS; s++) {
             snprintf(name, sizeof(name), "layers.%u.%c", id, side_names[s]);
             t[s] = kvd_safetensors_find(st, name);
         }
@@ -420,7 +449,7 @@ static int as_safetensor(struct kvd_dump_file *f, const struct kvd_torch *z,
 static int scan_chunk(struct kvd_dump *d, uint32_t file, long layer, struct kvd_error *err)
 {
     struct kvd_safetensor own[KVD_DUMP_SIDES] = {0};
-    const struct kvd_safetensor *t[KVD_DUMP_SIDES] = {&own[0], &own[1], &own[2]};
+    const struct kvd_safetensor *t[KVD_DUMP_TENSORS] = {&own[0], &own[1], &own[2]};
     for (uint32_t s = 0; s < KVD_DUMP_SIDES; s++) {
         struct kvd_dump_file *f = &d->files[file + s];
         int fd KVD_CLOSE = open(f->path, O_RDONLY | O_CLOEXEC);

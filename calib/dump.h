@@ -10,6 +10,10 @@
 // windows, "512,512,0", has the sliding window of each of a file's layers, by ascending id, 0 for a
 // layer that sees all tokens; without it all do. Metadata first, "6144", is the position of a
 // file's first token, by which its keys and queries were turned; without it that is 0.
+// Of the second kind, files may have gradients beside them,
+//   layers.<id>.g           [tokens, heads of q, head_dim of v]
+// by how much a loss, such as that of the answers which prompts ask for, grows with each of
+// attention's outputs. All layers of all files have them, or none.
 //
 // OSCAR's is a directory of layer_<id>/q/<n>.pt, layer_<id>/k/<n>.pt and layer_<id>/v/<n>.pt, each
 // of which holds one tensor [tokens, heads, head_dim], written by torch.save. As OSCAR's own
@@ -22,17 +26,24 @@
 #include "calib/torch_file.h"
 #include "proto/kvd_limits.h"
 
-enum kvd_dump_side { KVD_DUMP_Q, KVD_DUMP_K, KVD_DUMP_V, KVD_DUMP_SIDES };
+enum kvd_dump_side {
+    KVD_DUMP_Q,
+    KVD_DUMP_K,
+    KVD_DUMP_V,
+    KVD_DUMP_SIDES, // of these every dump has all
+    KVD_DUMP_G = KVD_DUMP_SIDES,
+    KVD_DUMP_TENSORS
+};
 
 // Tokens of one layer: in one file, or in three.
 struct kvd_dump_piece {
     uint32_t layer; // index into kvd_dump.layers
-    uint32_t file[KVD_DUMP_SIDES];
+    uint32_t file[KVD_DUMP_TENSORS];
     uint32_t window; // how many tokens a query sees, its own among them; 0: all before it
     uint64_t first;  // position of the first token
     uint64_t tokens;
-    uint64_t at[KVD_DUMP_SIDES]; // in the file, or in its entry
-    enum kvd_tensor_type type[KVD_DUMP_SIDES];
+    uint64_t at[KVD_DUMP_TENSORS]; // in the file, or in its entry
+    enum kvd_tensor_type type[KVD_DUMP_TENSORS];
 };
 
 struct kvd_dump_file {
@@ -49,7 +60,8 @@ struct kvd_dump {
     uint32_t n_files, n_groups, n_pieces, n_layers;
     uint16_t layers[KVD_MAX_LAYERS]; // model layer ids, ascending
     uint64_t tokens[KVD_MAX_LAYERS];
-    uint32_t heads[KVD_DUMP_SIDES], dim[KVD_DUMP_SIDES];
+    uint32_t heads[KVD_DUMP_TENSORS], dim[KVD_DUMP_TENSORS];
+    bool graded;                  // all pieces have gradients; else none has
     char model[KVD_MAX_NAME + 1]; // of the files' metadata; "" if they do not say
 };
 

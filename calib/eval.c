@@ -27,6 +27,7 @@ struct sums {
     double bias, asked;      // at each query's strongest key, and how many have one
     double kl, queries;
     double worst;
+    double moved; // by a layer, in the sums of its first head
 };
 
 struct context {
@@ -51,22 +52,24 @@ struct job {
 
 // One kv head of one context.
 struct workspace {
-    float *rows[KVD_DUMP_SIDES]; // [tokens][heads][dim], of q the last positions
-    float *q;                    // [positions * group][dim_k]
-    float *k, *v, *k2, *v2;      // [tokens][dim], as recorded and as read back
-    float *turned;               // [tokens][dim]
-    float *logits, *p, *p2;      // [positions * group][tokens]
-    float *out, *out2;           // [positions * group][dim_v]
+    float *rows[KVD_DUMP_TENSORS]; // [tokens][heads][dim], of q and g the last positions
+    float *q;                      // [positions * group][dim_k]
+    float *k, *v, *k2, *v2;        // [tokens][dim], as recorded and as read back
+    float *turned;                 // [tokens][dim]
+    float *logits, *p, *p2;        // [positions * group][tokens]
+    float *out, *out2, *g;         // [positions * group][dim_v]
+    double *moved;                 // [cases][positions], of all kv heads so far
     uint32_t tokens, rows_q, positions, window;
 };
 
 static void workspace_deinit(void *workspace)
 {
     struct workspace *w = workspace;
-    for (int s = 0; s < KVD_DUMP_SIDES; s++)
+    for (int s = 0; s < KVD_DUMP_TENSORS; s++)
         free(w->rows[s]);
-    float *all[] = {w->q,      w->k, w->v,  w->k2,  w->v2,  w->turned,
-                    w->logits, w->p, w->p2, w->out, w->out2};
+    free(w->moved);
+    float *all[] = {w->q,      w->k, w->v,  w->k2,  w->v2,   w->turned,
+                    w->logits, w->p, w->p2, w->out, w->out2, w->g};
     for (size_t i = 0; i < KVD_LEN(all); i++)
         free(all[i]);
 }
@@ -94,11 +97,14 @@ static bool workspace_init(void *arg, void *workspace)
                {&w->p, rows * t},
                {&w->p2, rows * t},
                {&w->out, rows * dv},
-               {&w->out2, rows * dv}};
+               {&w->out2, rows * dv},
+               {&w->rows[KVD_DUMP_G], d->graded ? j->o->queries * d->heads[KVD_DUMP_Q] * dv : 1},
+               {&w->g, d->graded ? rows * dv : 1}};
     w->tokens = (uint32_t)t;
     w->positions = j->o->queries;
     w->rows_q = (uint32_t)rows;
-    bool ok = true;
+    bool ok =
+        (w->moved = calloc((j->n_cases + 1) * (uint64_t)j->o->queries, sizeof(double))) != NULL;
     for (size_t i = 0; i < KVD_LEN(all); i++)
         ok &= (*all[i].to = malloc(all[i].n * sizeof(float))) != NULL;
     return ok;
@@ -243,6 +249,15 @@ static void add_output_error(const struct job *j, const struct workspace *w, str
     }
 }
 
+// What this kv head adds at each position to what becomes of the loss.
+static void add_moved(const struct job *j, const struct workspace *w, double *moved)
+{
+    uint32_t group = w->rows_q / w->positions, dim = j->dump->dim[KVD_DUMP_V];
+    for (uint32_t i = 0; i < w->rows_q; i++)
+        for (uint64_t c = (uint64_t)i * dim; c < (uint64_t)(i + 1) * dim; c++)
+            moved[i / group] += (double)w->g[c] * ((double)w->out2[c] - (double)w->out[c]);
+}
+
 // p2 holds the quantized logits, logits the recorded ones; p2 becomes probabilities.
 static void add_weight_error(const struct job *j, struct workspace *w, struct sums *s)
 {
@@ -290,6 +305,9 @@ static void recorded(const struct job *j, struct workspace *w, uint32_t head)
            d->dim[KVD_DUMP_Q], w->q);
     gather(w->rows[KVD_DUMP_K], w->tokens, heads, head, 1, d->dim[KVD_DUMP_K], w->k);
     gather(w->rows[KVD_DUMP_V], w->tokens, heads, head, 1, d->dim[KVD_DUMP_V], w->v);
+    if (d->graded)
+        gather(w->rows[KVD_DUMP_G], w->positions, d->heads[KVD_DUMP_Q], head * group, group,
+               d->dim[KVD_DUMP_V], w->g);
     logits_of(j, w, w->k, w->logits);
     memcpy(w->p, w->logits, (uint64_t)w->rows_q * w->tokens * sizeof(*w->p));
     softmax(w, w->p);
@@ -365,6 +383,20 @@ static void compare_cases(struct job *j, struct workspace *w, uint32_t layer, ui
         add_weight_error(j, w, &out[i]);
         outputs_of(j, w, w->p2, w->v2, w->out2);
         add_output_error(j, w, &out[i]);
+        if (j->dump->graded)
+            add_moved(j, w, w->moved + (uint64_t)i * w->positions);
+    }
+}
+
+// What a context adds to each case, all its heads being done; and none for the next one.
+static void take_moved(const struct job *j, struct workspace *w, struct sums *s)
+{
+    for (uint32_t k = 0; k < j->n_cases; k++) {
+        double *x = w->moved + (uint64_t)k * w->positions, squares = 0;
+        for (uint32_t i = 0; i < w->positions; i++)
+            squares += x[i] * x[i];
+        s[k].moved += sqrt(squares);
+        memset(x, 0, w->positions * sizeof(*x));
     }
 }
 
@@ -423,7 +455,9 @@ static int read_context(const struct job *j, struct workspace *w, const struct c
     if (kvd_dump_read(j->dump, c->piece, KVD_DUMP_Q, last, w->positions, w->rows[KVD_DUMP_Q],
                       err) ||
         kvd_dump_read(j->dump, c->piece, KVD_DUMP_K, t, w->tokens, w->rows[KVD_DUMP_K], err) ||
-        kvd_dump_read(j->dump, c->piece, KVD_DUMP_V, t, w->tokens, w->rows[KVD_DUMP_V], err))
+        kvd_dump_read(j->dump, c->piece, KVD_DUMP_V, t, w->tokens, w->rows[KVD_DUMP_V], err) ||
+        (j->dump->graded && kvd_dump_read(j->dump, c->piece, KVD_DUMP_G, last, w->positions,
+                                          w->rows[KVD_DUMP_G], err)))
         return err->code;
     return KVD_OK;
 }
@@ -437,7 +471,8 @@ static void report(struct job *j)
     pthread_mutex_unlock(&j->lock);
 }
 
-static void take_figures(struct job *j, uint32_t i, const struct sums *s, uint32_t heads)
+static void take_figures(struct job *j, uint32_t i, const struct sums *s, uint32_t heads,
+                         uint32_t contexts)
 {
     for (uint32_t k = 0; k < j->n_cases; k++) {
         struct sums all = {0};
@@ -454,7 +489,8 @@ static void take_figures(struct job *j, uint32_t i, const struct sums *s, uint32
             .worst_head = all.worst,
             .logit_error = all.logits > 0 ? sqrt(all.logit / all.logits) : 0,
             .bias = all.asked > 0 ? all.bias / all.asked : 0,
-            .kl = all.queries > 0 ? fmax(0, all.kl / all.queries) : 0}; // but for rounding
+            .kl = all.queries > 0 ? fmax(0, all.kl / all.queries) : 0, // but for rounding
+            .moved = s[k].moved / contexts};
     }
 }
 
@@ -507,11 +543,13 @@ static int eval_layer(void *arg, void *workspace, uint32_t i, struct kvd_error *
                 compare_cases(j, w, layer, h, &s[h * each]);
             report(j);
         }
+        if (!j->clips)
+            take_moved(j, w, s);
     }
     if (j->clips)
         take_terms(j, i, s, heads);
     else
-        take_figures(j, i, s, heads);
+        take_figures(j, i, s, heads, n);
     return KVD_OK;
 }
 

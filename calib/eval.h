@@ -13,6 +13,11 @@
 //                  logit is largest: below 0, what a query looks for is seen less than what it does
 //                  not, though every other error be small
 //   KL             mean over queries of sum p log(p / p'), in nats
+//   moved          what becomes, to first order, of the loss whose gradients g the dump has: mean
+//   over
+//                  contexts of the root of the sum over positions of (sum g (o' - o))^2, the inner
+//                  sum over all q heads. Errors that no answer depends on are none here. 0 where
+//                  the dump has no gradients
 #ifndef KVD_CALIB_EVAL_H
 #define KVD_CALIB_EVAL_H
 
@@ -43,7 +48,7 @@ struct kvd_eval_case {
 };
 
 struct kvd_eval_figures {
-    double output_error, worst_head, logit_error, bias, kl;
+    double output_error, worst_head, logit_error, bias, kl, moved;
 };
 
 // Evaluates n cases on the layers that the dump and all sets have: layers[0 .. *n_layers), of the

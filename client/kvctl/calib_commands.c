@@ -33,7 +33,7 @@ const struct command kvctl_fit = {
           "Layers that get a codec of their own in sessions that name the set: LAYER=CODEC, "
           "with + between, such as 18=tc2.5+23=int4"},
          {"sensitive", 0, "N=CODEC", VALUE_TEXT,
-          "Mark so many layers, those that lose most more where --asked asks than elsewhere"},
+          "Mark so many layers, those whose errors move the answers' loss most where --asked asks"},
          {"asked", 0, "DUMP", VALUE_TEXT,
           "Prompts that end by asking for what they told, a file each, as kvd.record --asked makes "
           "them"},

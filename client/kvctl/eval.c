@@ -244,8 +244,12 @@ static void print_layers(const struct evaluation *e)
 
 static json_t *json_figures(const struct kvd_eval_figures *f)
 {
-    return json_pack("{s:f, s:f, s:f, s:f, s:f}", "output_error", f->output_error, "worst_head",
-                     f->worst_head, "logit_error", f->logit_error, "bias", f->bias, "kl", f->kl);
+    json_t *all =
+        json_pack("{s:f, s:f, s:f, s:f, s:f}", "output_error", f->output_error, "worst_head",
+                  f->worst_head, "logit_error", f->logit_error, "bias", f->bias, "kl", f->kl);
+    if (f->moved > 0) // where the dump has gradients
+        json_object_set_new(all, "moved", json_real(f->moved));
+    return all;
 }
 
 static void print_json(struct kvctl *k, const struct arguments *a, const struct evaluation *e)

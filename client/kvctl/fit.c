@@ -6,9 +6,7 @@
 #include "calib/marks.h"
 #include "client/kvctl/calib_tool.h"
 
-// Positions at the end of a prompt: of the answer, or most of it, where what was told is looked
-// for; and of what comes before it too, as any text.
-enum { ASKING = 8, ANYWAY = KVD_DEFAULT_RECENT };
+enum { ASKING = 64 }; // positions at the end of a prompt, of its question and answer
 
 struct arguments {
     struct kvd_fit_options o;
@@ -210,34 +208,41 @@ static int finish(const struct arguments *a, const struct kvd_dump *d, const str
     return kvd_rotset_write(set, a->out, err);
 }
 
-// How much more of a layer's outputs is lost where prompts ask than anyway: some lose as much on
-// any text, and no fact by it.
-static double more(const struct kvd_eval_figures *asking, const struct kvd_eval_figures *anyway,
-                   uint32_t i)
+// Only answers tell which layers facts are lost in: some lose as much on any text, and no fact by
+// it.
+static int check_asked(const struct arguments *a, const struct kvd_dump *asked,
+                       struct kvd_error *err)
 {
-    return asking[i].output_error - anyway[i].output_error;
-}
-
-// What each layer loses on `asked`, and a text of marks for those that lose most there.
-static int rank(const struct arguments *a, const struct kvd_dump *asked,
-                const struct kvd_rotset *set, char marks[KVD_MARKS_TEXT], struct kvd_error *err)
-{
-    struct kvd_eval_options o = a->eval;
-    struct kvd_eval_case of = {set, KVD_CODEC_INT2, set->scale_k, set->scale_v}; // or the set's own
-    struct kvd_eval_figures *f KVD_FREE = calloc(asked->n_layers, sizeof(*f));
-    struct kvd_eval_figures *anyway KVD_FREE = calloc(asked->n_layers, sizeof(*f));
-    uint16_t layers[KVD_MAX_LAYERS];
-    bool chosen[KVD_MAX_LAYERS] = {false};
-    uint32_t n = 0;
-    size_t at = 0;
-    if (!f || !anyway)
-        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    if (!asked->graded)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "%s: it has no gradients of the answers' loss, which layers are ranked by: "
+                        "record it with python3 -m kvd.record --asked",
+                        a->asked);
     for (uint32_t i = 1; i < asked->n_pieces; i++)
         if (asked->pieces[i].tokens != asked->pieces[0].tokens)
             return kvd_fail(err, KVD_E_INVALID,
                             "%s: files of %" PRIu64 " and %" PRIu64
                             " tokens: the end of each asks, so all must be as long",
                             a->asked, asked->pieces[0].tokens, asked->pieces[i].tokens);
+    return KVD_OK;
+}
+
+// By how much each layer moves the answers' loss on `asked`, and a text of marks for those that
+// move it most.
+static int rank(const struct arguments *a, const struct kvd_dump *asked,
+                const struct kvd_rotset *set, char marks[KVD_MARKS_TEXT], struct kvd_error *err)
+{
+    struct kvd_eval_options o = a->eval;
+    struct kvd_eval_case of = {set, KVD_CODEC_INT2, set->scale_k, set->scale_v}; // or the set's own
+    struct kvd_eval_figures *f KVD_FREE = calloc(asked->n_layers, sizeof(*f));
+    uint16_t layers[KVD_MAX_LAYERS];
+    bool chosen[KVD_MAX_LAYERS] = {false};
+    uint32_t n = 0;
+    size_t at = 0;
+    if (!f)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    if (check_asked(a, asked, err))
+        return err->code;
     o.context = (uint32_t)KVD_MIN(asked->pieces[0].tokens, (uint64_t)UINT32_MAX);
     o.queries = ASKING;
     o.sink = KVD_DEFAULT_SINK;
@@ -246,9 +251,6 @@ static int rank(const struct arguments *a, const struct kvd_dump *asked,
     o.ctx = "asked";
     if (kvd_eval_run(asked, &of, 1, &o, f, layers, &n, NULL, err))
         return err->code;
-    o.queries = ANYWAY;
-    if (kvd_eval_run(asked, &of, 1, &o, anyway, layers, &n, NULL, err))
-        return err->code;
     progress_end();
     if (a->sensitive > n)
         return kvd_fail(err, KVD_E_INVALID, "--sensitive %u: %s has %u of the set's layers",
@@ -256,11 +258,11 @@ static int rank(const struct arguments *a, const struct kvd_dump *asked,
     for (uint32_t left = a->sensitive; left; left--) {
         uint32_t worst = n;
         for (uint32_t i = 0; i < n; i++)
-            if (!chosen[i] && (worst == n || more(f, anyway, i) > more(f, anyway, worst)))
+            if (!chosen[i] && (worst == n || f[i].moved > f[worst].moved))
                 worst = i;
         chosen[worst] = true;
-        fprintf(stderr, "layer %u loses %.3f of its outputs where the prompts ask, else %.3f\n",
-                layers[worst], f[worst].output_error, anyway[worst].output_error);
+        fprintf(stderr, "layer %u moves the answers' loss by %.3f, and loses %.3f of its outputs\n",
+                layers[worst], f[worst].moved, f[worst].output_error);
     }
     for (uint32_t i = 0; i < n; i++)
         if (chosen[i])

@@ -27,6 +27,7 @@ struct kvd_eval_figures evaluation_of_layers(const struct evaluation *e, int mod
         all.logit_error += f[l].logit_error / e->n_layers;
         all.kl += f[l].kl / e->n_layers;
         all.bias += f[l].bias / e->n_layers;
+        all.moved += f[l].moved * f[l].moved; // errors of layers know nothing of each other
         all.worst_head = fmax(all.worst_head, f[l].worst_head);
         if (f[l].output_error > worst) {
             worst = f[l].output_error;
@@ -34,6 +35,7 @@ struct kvd_eval_figures evaluation_of_layers(const struct evaluation *e, int mod
         }
     }
     all.output_error = sqrt(all.output_error);
+    all.moved = sqrt(all.moved);
     return all;
 }
 

@@ -92,7 +92,7 @@ def figures(x, sets, i, sink, recent, scales=("published", "published"), window=
     q, k, v = (x[s][i].astype(np.float64) for s in "qkv")
     group, begin = q.shape[1] // k.shape[1], sink
     end = sink + (CONTEXT - sink - max(recent, QUERIES)) // 16 * 16
-    difference, norm, logit, bias, kl = [], [], [], [], []
+    difference, norm, logit, bias, kl, moved = [], [], [], [], [], np.zeros((len(k) // CONTEXT, QUERIES))
     for h in range(k.shape[1]):
         d = n = 0
         for at in range(0, len(k) - CONTEXT + 1, CONTEXT):
@@ -105,6 +105,9 @@ def figures(x, sets, i, sink, recent, scales=("published", "published"), window=
             logits, p, o = attention(asks, keys, values, window)
             logits2, p2, o2 = attention(asks, keys2, values2, window)
             d, n = d + np.sum((o2 - o) ** 2), n + np.sum(o ** 2)
+            if "g" in x:
+                g = x["g"][i][at + CONTEXT - QUERIES:at + CONTEXT, h * group:(h + 1) * group]
+                moved[at // CONTEXT] += np.sum(g * (o2 - o), axis=(1, 2))
             seen = visible(len(keys), QUERIES, window)[:, begin:end]
             asking = seen.any(axis=-1)  # the queries that see history at all
             error = np.where(seen[:, None, :], (asks[:, :, None, :] * (keys2 - keys)[None, None, begin:end]).sum(axis=-1), 0) / np.sqrt(keys.shape[1])
@@ -118,7 +121,7 @@ def figures(x, sets, i, sink, recent, scales=("published", "published"), window=
     squares, of = np.sum(logit, axis=0) if logit else (0, 1)
     return {"output_error": np.sqrt(sum(difference) / sum(norm)), "logit_error": np.sqrt(squares / of),
             "worst_head": np.sqrt(np.max(np.array(difference) / norm)), "bias": np.mean(bias or [0]),
-            "kl": np.mean(kl)}
+            "kl": np.mean(kl), **({"moved": np.sqrt(np.sum(moved ** 2, axis=1)).mean()} if "g" in x else {})}
 
 
 def kvctl(*arguments, code=0):
@@ -190,6 +193,47 @@ def test_queries_see_what_sliding_windows_let_them(tmp_path):
             for name, want in figures(x, sets, i, sink, recent, window=window).items():
                 assert got[mode]["layers"][layer][name] == pytest.approx(want, rel=3e-3, abs=3e-4), (mode, layer, name)
     assert set(got["windows"]["layers"]["19"].values()) == {0}
+
+
+def graded(x, layers, rng):
+    """Tensors of layers by their ids, with gradients, and these as one of all layers."""
+    g = rng.standard_normal(x["q"].shape).astype(np.float32) * np.exp2(rng.integers(-8, 3, (len(layers), 1, x["q"].shape[2], 1)))
+    return {f"layers.{n}.{s}": ("F32", y[i]) for i, n in enumerate(layers) for s, y in {**x, "g": g}.items()}, g
+
+
+def test_by_how_much_a_loss_is_moved(tmp_path):
+    """The errors of outputs by the loss's gradients, over all heads of a position: against NumPy."""
+    x, _ = read(SMOLLM2)
+    layers = (0, 9, 19, 29)
+    tensors, x["g"] = graded(x, layers, np.random.default_rng(3))
+    write(tmp_path / "dump", tensors, {})
+    kvctl("fit", SMOLLM2, tmp_path / "set", "--codec", "tc2")
+    got, bf16 = json.loads(kvctl("eval", tmp_path / "dump", tmp_path / "set", "--json", "-c", CONTEXT, "-q", QUERIES, "--sink", 16,
+                                 "--recent", 100, "--codecs", "tc2,bf16"))["sets"]
+    sets, _ = read(tmp_path / "set")
+    for mode, sink, recent in (("windows", 16, 100), ("no_windows", 0, 0)):
+        by_layer = got[mode]["layers"]
+        for i, layer in enumerate(layers):
+            assert by_layer[str(layer)]["moved"] == pytest.approx(figures(x, sets, i, sink, recent)["moved"], rel=5e-3)
+            assert bf16[mode]["layers"][str(layer)].get("moved", 0) < 1e-4 * by_layer[str(layer)]["moved"]
+        assert got[mode]["moved"] == pytest.approx(np.sqrt(sum(y["moved"] ** 2 for y in by_layer.values())))
+    plain = json.loads(kvctl("eval", SMOLLM2, tmp_path / "set", "--json", "-c", CONTEXT, "--codecs", "tc2"))["sets"][0]["windows"]
+    assert "moved" not in plain and "moved" not in plain["layers"]["9"]
+
+
+@pytest.mark.parametrize("change,says", [
+    (lambda t: t.pop("layers.9.g"), "layer 9 has no gradients, unlike those before"),
+    (lambda t: t.pop("layers.0.g"), "layer 9 has gradients, unlike those before"),
+    (lambda t: t.update({"layers.9.g": ("F32", t["layers.9.g"][1][:-1])}), "layer 9: g is not F16, BF16 or F32 [tokens, heads of q, head_dim of v]"),
+    (lambda t: t.update({"layers.9.g": ("F32", t["layers.9.v"][1])}), "layer 9: g is not F16, BF16 or F32 [tokens, heads of q, head_dim of v]"),
+    (lambda t: t["layers.9.g"][1].__setitem__((630, 2, 5), np.inf), "NaN or Inf")])
+def test_gradients_that_are_refused(tmp_path, change, says):
+    x, _ = read(SMOLLM2)
+    tensors, _ = graded({s: y[:2] for s, y in x.items()}, (0, 9), np.random.default_rng(3))
+    kvctl("fit", SMOLLM2, tmp_path / "set", "--codec", "tc2")
+    change(tensors)
+    write(tmp_path / "dump", tensors, {})
+    assert says in kvctl("eval", tmp_path / "dump", tmp_path / "set", "-c", CONTEXT, "-q", QUERIES, code=1)
 
 
 def test_windows_are_a_number_for_each_layer(tmp_path):

@@ -187,19 +187,28 @@ def test_direct_mode_takes_the_planes_too(served, recorded):
         assert np.array_equal(o, outputs.array) if c.on_gpu else error(o, outputs.array) < 1e-4
 
 
-def test_fit_marks_what_loses_most(store, tmp_path):
-    """--sensitive takes the layers that lose most more of their outputs where prompts ask than along their last 256 positions, by eval's figures."""
-    x, meta = read(SMOLLM2)
+def test_fit_marks_what_moves_the_loss_most(store, tmp_path):
+    """--sensitive takes the layers whose errors move the answers' loss most, by eval's figures over the last 64 positions, however much
+    of their outputs others lose."""
+    x, _ = read(SMOLLM2)
     asked = tmp_path / "asked"
     asked.mkdir()
-    write(asked / "0.safetensors", {side: ("BF16", y[:, :1024]) for side, y in x.items()}, meta)
+    rng, sizes = np.random.default_rng(5), {0: 0.1, 9: 3.0, 19: 0.01, 29: 1.0}
+    for file in (0, 1):
+        tensors = {f"layers.{n}.{side}": ("F32", y[i, 256 * file:256 * file + 768]) for i, n in enumerate(IDS) for side, y in x.items()}
+        tensors |= {f"layers.{n}.g": ("F32", (size * rng.standard_normal((768, Q_HEADS, DIM))).astype(np.float32)) for n, size in sizes.items()}
+        write(asked / f"{file}.safetensors", tensors, {})
+    figures = json.loads(subprocess.run([KVCTL, "--json", "calib", "eval", asked, store / "none", "--codecs", "tc2", "-c", "768", "-q", "64"],
+                                        capture_output=True, text=True, timeout=100, check=True).stdout)["sets"][0]["windows"]["layers"]
+    worst = sorted(sorted(figures, key=lambda i: -figures[i]["moved"])[:2], key=int)
+    assert worst == ["9", "29"] and worst != sorted(sorted(figures, key=lambda i: -figures[i]["output_error"])[:2], key=int)
     out = kvctl("calib", "fit", SMOLLM2, tmp_path / "set", "--codec", "tc2", "--sensitive", "2=int4", "--asked", asked)
-    asking, anyway = (json.loads(subprocess.run([KVCTL, "--json", "calib", "eval", asked, store / "none", "--codecs", "tc2", "-c", "1024", "-q", n],
-                                                capture_output=True, text=True, timeout=100, check=True).stdout)["sets"][0]["windows"]["layers"]
-                      for n in ("8", "256"))
-    worst = sorted(sorted(asking, key=lambda i: anyway[i]["output_error"] - asking[i]["output_error"])[:2], key=int)
-    assert f"marks {worst[0]}=int4+{worst[1]}=int4" in out
-    assert f"marks          {worst[0]}=int4+{worst[1]}=int4" in kvctl("calib", "show", tmp_path / "set")
+    assert "marks 9=int4+29=int4" in out and f"layer 9 moves the answers' loss by {figures['9']['moved']:.3f}" in out
+    assert "marks          9=int4+29=int4" in kvctl("calib", "show", tmp_path / "set")
+    write(asked / "0.safetensors", {k: t for k, t in tensors.items() if not k.endswith("g")}, {})
+    (asked / "1.safetensors").unlink()
+    assert "no gradients of the answers' loss" in kvctl("calib", "fit", SMOLLM2, tmp_path / "no", "--codec", "tc2", "--sensitive", "1=int4",
+                                                         "--asked", asked, code=1)
     for arguments, why in ((["--sensitive", "1=int4"], "goes with --asked"), (["--asked", asked], "goes with --asked"),
                            (["--sensitive", "1=int4", "--asked", asked, "--marks", "0=int4"], "with neither"),
                            (["--sensitive", "0=int4", "--asked", asked], "a number of layers and a codec"),

@@ -112,6 +112,39 @@ def test_contexts_lie_as_far_as_the_model_reaches(folder, text, capsys):
     assert "--reach 1000: a context has 64 tokens, and the model was made for 256" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_gradients_of_what_is_asked(folder, kind, monkeypatch, capsys):
+    """With prompts that ask goes by how much the answer's loss grows with each of attention's outputs; PyTorch's own say the same."""
+    words = folder / "words.txt"
+    words.write_text(" ".join(f"{a}{b}{c}word" for a in "abcdefgh" for b in "uvwxyz" for c in "qrst"))
+    more = {} if kind == "llama" else {**WINDOW, "layer_types": MIXED, "attn_logit_softcapping": 5.0}
+    model = save(folder / "model", kind, max_position_embeddings=1024, **more)
+    assert record.main([str(model), "--text", str(words), "--out", str(folder / "out"), "--context", "700", "--asked", "2", "--device", "cpu",
+                        "--layers", "0,2"]) == 0
+    assert f"--sensitive 1=int4 --asked {folder / 'out'}" in capsys.readouterr().out
+    stock = transformers.AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager", dtype=torch.float32).eval()
+    module, kept = sys.modules[type(stock).__module__], {}
+    eager = module.eager_attention_forward
+
+    def attention(layer, *args, **kwargs):
+        out, weights = eager(layer, *args, **kwargs)
+        out.retain_grad()
+        kept[f"layers.{layer.layer_idx}.g"] = out
+        return out, weights
+
+    monkeypatch.setattr(module, "eager_attention_forward", attention)
+    prompts = list(record.asked(transformers.AutoTokenizer.from_pretrained(model), [str(words)], 700, 2))
+    for shard, (_, ids, answer) in zip(sorted((folder / "out").iterdir()), prompts):
+        got, _ = load(shard)
+        assert set(got) == {f"layers.{layer}.{side}" for layer in (0, 2) for side in "qkvg"}
+        logits = stock(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -len(answer):]
+        (-logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)].sum()).backward()
+        for name in ("layers.0.g", "layers.2.g"):
+            want = kept[name].grad[0].numpy()
+            assert got[name].shape == want.shape and np.abs(want).max() > 0
+            assert np.abs(got[name] - want).max() <= 2 ** -7 * np.abs(want).max(), name
+
+
 @pytest.mark.skipif(not (BUILD / "client/kvctl-calib").exists(), reason="there is no kvctl-calib")
 def test_fit_takes_it(folder, text):
     model = save(folder / "model", "llama")

@@ -1,4 +1,6 @@
 """What kvd.record makes contexts of: no model, and no PyTorch, is wanted for it."""
+import pathlib
+
 import pytest
 
 from kvd import record
@@ -27,29 +29,36 @@ def words(tokenizer, texts, length, limit=None):
 
 
 def test_prompts_that_ask(tmp_path):
-    """Each is as long as asked, begins as texts do, and ends by asking for what it told, far from both ends."""
+    """Each is as long as asked, begins as texts do, and ends by asking for what it told, far from both ends, in other words each time."""
     for name in "ab":
         (tmp_path / name).write_text(" ".join(f"{name}{x}{y}word" for x in "qrstuvw" for y in "qrst") * 40)
     texts = [str(tmp_path / name) for name in "ab"]
-    prompts = list(record.asked(Tokenizer(b"<"), texts, 1000, 6))
-    assert prompts == list(record.asked(Tokenizer(b"<"), texts, 1000, 6)) and [text[-1] for text, _ in prompts] == list("aabbaa")
-    facts = set()
-    for i, (_, ids) in enumerate(prompts):
-        said, name = bytes(ids).decode(), ("magic number", "secret phrase")[i % 2]
-        told, question = f'\n\nRemember this: the {name} is "', f'\n\nWhat is the {name}? The {name} is "'
-        assert len(ids) == 1000 and said[0] == "<" and said.count(told) == said.count(question) == 1
-        at = said.index(told)
-        fact = said[at + len(told):].split('"')[0]
-        assert said.endswith(question + fact[:-1]) and len(fact) == 7 if i % 2 == 0 else len(fact.split()) == 4
-        assert 100 <= at - 1 and said.index(question) - said.index("later.\n\n", at) >= 400
-        facts.add(fact)
-    assert len(facts) == 6
+    prompts = list(record.asked(Tokenizer(b"<"), texts, 1000, 12))
+    assert prompts == list(record.asked(Tokenizer(b"<"), texts, 1000, 12)) and [text[-1] for text, _, _ in prompts] == list("aabbaabbaabb")
+    facts, phrases = set(), set()
+    for i, (_, ids, answer) in enumerate(prompts):
+        said, fact = bytes(ids).decode(), bytes(answer).decode()
+        tell, ask, names = record._PHRASES[(i // 4 + i // 2 % 2) % 3]
+        told, question = tell.format(name=names[i % 2], fact=fact), ask.format(name=names[i % 2])
+        assert len(ids) == 1000 and said[0] == "<" and said.count(told) == 1 and said.endswith(question + fact[:-1])
+        assert len(fact) == 7 if i % 2 == 0 else len(fact.split()) == 4
+        assert 100 <= said.index(told) - 1 and len(said) - len(question) - 400 >= said.index(told) + len(told)
+        facts.add(fact), phrases.add((i // 2 % 2, question))
+    assert len(facts) == len(phrases) == 12
     for length in (500, 100000):
         with pytest.raises(ValueError, match="give longer texts, or another --context"):
             list(record.asked(Tokenizer(), texts, length, 1))
     (tmp_path / "c").write_text("0123456789" * 500)
     with pytest.raises(ValueError, match="has 0 different words"):
         list(record.asked(Tokenizer(), [str(tmp_path / "c")], 1000, 2))
+
+
+def test_prompts_are_not_worded_as_those_that_sets_are_judged_by():
+    """What marks are chosen by must not be what they are measured with."""
+    judged = (pathlib.Path(__file__).parents[1] / "bench/model_trials.py").read_text()
+    for tell, ask, names in record._PHRASES:
+        assert all(name not in judged for name in names)
+        assert all(part not in judged for phrase in (tell, ask) for part in phrase.split("{name}") if len(part) > 12)
 
 
 def test_contexts_are_spread_over_what_a_model_was_made_for():

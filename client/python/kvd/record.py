@@ -5,7 +5,7 @@
 
 MODEL is a folder or name that transformers loads, or a GGUF file; its attention must be what kvd serves. The model runs over each
 text, a context at a time, and what its attention gets (after RoPE) goes into OUT, a safetensors file for each context, layer by
-layer as it is computed.
+layer as it is computed. With --asked, what the answers' loss (its gradient) asks of every layer goes with it.
 
 Contexts begin at positions spread evenly over --reach, all that the model was made for if it is not given: RoPE turns keys by their
 positions, and a set that was fitted to keys of the first 2,048 keeps nothing of those far behind them.
@@ -34,20 +34,21 @@ except ImportError as e:  # said when the command runs
 else:
     MISSING = None
 
-_NAME, _SIDES = "kvd_record", "qkv"
+_NAME, _SIDES, _GRADIENTS = "kvd_record", "qkv", "g"
 
 
 class Shard:
-    """One safetensors file, `layers.<id>.<q, k or v>` of [tokens, heads, head_dim] in bf16, written as layers come. It has its
-    name when it is whole."""
+    """One safetensors file, `layers.<id>.<q, k or v>` of [tokens, heads, head_dim] in bf16, written as layers come, and `graded`
+    `layers.<id>.g` of q's heads and v's head_dim: how a loss grows with what attention puts out. It has its name when it is whole."""
 
-    def __init__(self, path: pathlib.Path, shape: "checks.Geometry", layers: list[int], tokens: int, metadata: dict[str, str]):
+    def __init__(self, path: pathlib.Path, shape: "checks.Geometry", layers: list[int], tokens: int, metadata: dict[str, str],
+                 graded: bool = False):
         self.path, self._part, self._at = path, path.with_suffix(".part"), {}
         header: dict[str, Any] = {"__metadata__": metadata}
         end = 0
         for layer in layers:
-            for side, heads, dim in zip(_SIDES, (shape.q_heads, shape.kv_heads, shape.kv_heads),
-                                        (shape.head_dim[0], shape.head_dim[0], shape.head_dim[1])):
+            for side, heads, dim in zip(_SIDES + _GRADIENTS * graded, (shape.q_heads, shape.kv_heads, shape.kv_heads, shape.q_heads),
+                                        (shape.head_dim[0], shape.head_dim[0], shape.head_dim[1], shape.head_dim[1])):
                 size = tokens * heads * dim * 2
                 name = f"layers.{layer}.{side}"
                 header[name] = {"dtype": "BF16", "shape": [tokens, heads, dim], "data_offsets": [end, end + size]}
@@ -56,7 +57,7 @@ class Shard:
         text += b" " * (-len(text) % 8)
         self._file: BinaryIO = open(self._part, "wb")
         self._file.write(struct.pack("<Q", len(text)) + text)
-        self._begin, self._left = 8 + len(text), set(self._at)
+        self._begin, self._left, self.graded = 8 + len(text), set(self._at), graded
 
     def add(self, layer: int, side: str, x: "torch.Tensor") -> None:
         """x: [1, heads, tokens, head_dim]."""
@@ -97,31 +98,44 @@ class Recorder:
         self.shard: Optional[Shard] = None
         stock = transformers.AttentionInterface()["sdpa"]
 
-        def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
-            if self.shard and module.layer_idx in self.layers:
-                for side, x in zip(_SIDES, (q, k, v)):
-                    self.shard.add(module.layer_idx, side, x)
+        def stock_attention(module: Any, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
             if kwargs.get("softcap") is not None:  # which sdpa does not know
                 eager = sys.modules[type(module).__module__].eager_attention_forward
                 floats = None if mask is None else torch.where(mask, 0.0, torch.finfo(q.dtype).min) if mask.dtype == torch.bool else mask
                 return eager(module, q, k, v, floats, **kwargs)
             return stock(module, q, k, v, mask, **kwargs)
 
+        def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
+            shard, layer = self.shard, module.layer_idx
+            if not shard or layer not in self.layers:
+                return stock_attention(module, q, k, v, mask, **kwargs)
+            for side, x in zip(_SIDES, (q, k, v)):
+                shard.add(layer, side, x.detach())
+            out, *more = stock_attention(module, q, k, v, mask, **kwargs)
+            if shard.graded:
+                if not out.requires_grad:  # the first: no weight does
+                    out = out.detach().requires_grad_()
+                out.register_hook(lambda grad: shard.add(layer, _GRADIENTS, grad.transpose(1, 2)))
+            return out, *more
+
         transformers.AttentionInterface.register(_NAME, attention)
         # Where sdpa would get no mask, eager attention still wants one.
         mask = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
         transformers.AttentionMaskInterface.register(_NAME, lambda *a, **kw: mask(*a, **{**kw, "allow_is_causal_skip": False}))
         model.set_attn_implementation(_NAME)
-        self.model = model
+        self.model = model.requires_grad_(False)
 
-    @torch.no_grad() if MISSING is None else (lambda f: f)
-    def context(self, ids: "torch.Tensor", shard: Shard, first: int = 0) -> float:
-        """Runs the model over ids, as of positions `first` and on, and fills the shard. Returns the mean next-token loss, which tells
-        whether the pass is right."""
+    def context(self, ids: "torch.Tensor", shard: Shard, first: int = 0, answer: Optional[list[int]] = None) -> float:
+        """Runs the model over ids, as of positions `first` and on, and fills the shard; one with gradients gets those of the loss of
+        `answer`, the tokens that the last positions are to predict. Returns the mean next-token loss, which tells whether the pass is right."""
         self.shard = shard
         try:
             positions = torch.arange(first, first + len(ids), device=ids.device)[None]
-            logits = self.model(input_ids=ids[None], position_ids=positions, use_cache=False).logits[0]
+            with torch.set_grad_enabled(shard.graded):
+                logits = self.model(input_ids=ids[None], position_ids=positions, use_cache=False).logits[0]
+                if answer:
+                    torch.nn.functional.cross_entropy(logits[-len(answer):].float(), torch.tensor(answer, device=ids.device), reduction="sum").backward()
+            logits = logits.detach()
             shard.end()
         except BaseException:
             shard.drop()
@@ -163,9 +177,19 @@ def contexts(tokenizer: Any, texts: list[str], length: int, limit: Optional[int]
 _BEFORE, _AFTER = 100, 400  # tokens of a prompt that a fact lies behind, and before: past every sink, before every recent window
 
 
-def asked(tokenizer: Any, texts: list[str], length: int, count: int) -> Iterator[tuple[str, list[int]]]:
+# How facts are told, and asked for: in other words each time, so that what layers are ranked by is not one phrase. A fact follows its
+# name, and a quotation mark, which no tokenizer joins to it.
+_PHRASES = (
+    ('\n\nThe {name} is "{fact}".\n\n', '\n\nThe {name} is "', ("code of the safe", "slogan of the party")),
+    ('\n\n(The {name}, as agreed, reads "{fact}".)\n\n', '\n\nAs agreed, the {name} reads "', ("ticket number", "motto of the club")),
+    ('\n\nI have a {name}, and it is "{fact}". Do not tell anybody.\n\n', '\n\nWhat {name} did I tell you? It is "', ("phone number", "password")),
+)
+
+
+def asked(tokenizer: Any, texts: list[str], length: int, count: int) -> Iterator[tuple[str, list[int], list[int]]]:
     """Prompts of `length` tokens, in each a fact amid a piece of a text, seven digits and four words in turn, and a question for it at the
-    end with its answer, but for the last token: what the last queries look for is the fact. They are the same every time."""
+    end with its answer, but for the last token: what the last queries look for is the fact. With each comes the answer, which the last
+    positions are to predict. They are the same every time."""
     first, pieces = _first(tokenizer), []
     for text in texts:
         with open(text, encoding="utf-8", errors="strict") as f:
@@ -177,19 +201,20 @@ def asked(tokenizer: Any, texts: list[str], length: int, count: int) -> Iterator
         return ids
 
     for i in range(count):
-        text, ids, words = pieces[i // 2 % len(pieces)]
-        rng, name = random.Random(i), ("magic number", "secret phrase")[i % 2]
+        again, piece = divmod(i // 2, len(pieces))
+        text, ids, words = pieces[piece]
+        rng, (tell, ask, names) = random.Random(i), _PHRASES[(again + piece) % len(_PHRASES)]  # each text with all of them
         if i % 2 and len(words) < 16:
             raise ValueError(f"{text} has {len(words)} different words of 4 to 8 small letters, and phrases are made of at least 16")
         fact = " ".join(rng.choice(words) for _ in range(4)) if i % 2 else f"{rng.randrange(10 ** 7):07}"
-        told = ids_of(f'\n\nRemember this: the {name} is "{fact}". I will ask for it later.\n\n')
-        end = ids_of(f'\n\nWhat is the {name}? The {name} is "') + ids_of(fact)[:-1]
+        told, answer = ids_of(tell.format(name=names[i % 2], fact=fact)), ids_of(fact)
+        end = ids_of(ask.format(name=names[i % 2])) + answer[:-1]
         room = length - len(first) - len(told) - len(end)
         if room < _BEFORE + _AFTER or room > len(ids):
             raise ValueError(f"{text}: a prompt of {length} tokens wants {room} of its {len(ids)}, and at least {_BEFORE + _AFTER}: give longer texts, "
                              "or another --context")
         at, where = rng.randrange(len(ids) - room + 1), rng.randrange(_BEFORE, room - _AFTER + 1)
-        yield text, [*first, *ids[at:at + where], *told, *ids[at + where:at + room], *end]
+        yield text, [*first, *ids[at:at + where], *told, *ids[at + where:at + room], *end], answer
 
 
 def starts(contexts: int, length: int, reach: int) -> list[int]:
@@ -258,7 +283,7 @@ def _record(args: argparse.Namespace) -> int:
     if args.asked and args.tokens:
         raise ValueError("--tokens is of texts; --asked says how many prompts there are")
     pieces = list(asked(tokenizer, args.text, args.context, args.asked) if args.asked else
-                  contexts(tokenizer, args.text, args.context, args.tokens))
+                  ((text, ids, None) for text, ids in contexts(tokenizer, args.text, args.context, args.tokens)))
     if not pieces:
         raise ValueError(f"no text fills a context of {args.context} tokens: give longer ones, or a smaller --context and --tokens")
     name, losses = pathlib.Path(args.model).stem or args.model, []
@@ -271,10 +296,10 @@ def _record(args: argparse.Namespace) -> int:
     if any(recorder.shape.windows):  # of each recorded layer: what calib eval lets its queries see
         metadata["windows"] = ",".join(str(recorder.shape.windows[i]) for i in sorted(recorder.layers))
     with tqdm(total=len(pieces) * args.context, unit=" tokens", desc="recording") as bar:
-        for i, (text, ids) in enumerate(pieces):
+        for i, (text, ids, answer) in enumerate(pieces):
             shard = Shard(out / f"{i:05}.safetensors", recorder.shape, recorder.layers, len(ids),
-                          {**metadata, "text": pathlib.Path(text).name, **({"first": str(begins[i])} if begins[i] else {})})
-            losses.append(recorder.context(torch.tensor(ids, device=device), shard, begins[i]))
+                          {**metadata, "text": pathlib.Path(text).name, **({"first": str(begins[i])} if begins[i] else {})}, bool(answer))
+            losses.append(recorder.context(torch.tensor(ids, device=device), shard, begins[i], answer))
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
             bar.update(len(ids))
     loss = sum(losses) / len(losses)
