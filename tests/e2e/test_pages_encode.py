@@ -1,5 +1,10 @@
-"""Exact pages of chains that have gone on: kvd encodes them itself, and nobody finds less than what was promised meanwhile."""
+"""Exact pages of chains that have gone on: kvd encodes them itself, and nobody finds less than what was promised meanwhile. KVD_KILLS
+sets how often kvd is killed amid that."""
+import json
+import os
 import random
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +14,7 @@ from conftest import EMULATED
 from kvd.pages import ENCODED, EXACT, MISSING
 from test_keep import kill
 from test_pages import Engine, connect, keys_of, kv, pytestmark, wait_until  # noqa: F401
+from test_scrub import SMALL, spoil_at_work
 
 TAIL = 4
 
@@ -247,6 +253,54 @@ def test_without_room_nothing_changes(start):
     kvd.kvctl("verify")
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="writing another process's memory wants root")
+def test_a_damaged_page_is_not_encoded(start):
+    """It would get a checksum of its own then, and nobody would ever know."""
+    kvd = start(*SMALL, config="[kvd]\nscrub-rate = 0\n")
+    keys, e = keys_of("damaged", 16), Engine(16, 64)
+    e.write(range(16), kv(14, 16))
+    with connect(kvd) as p:
+        put(p, e, keys, 0, 8)
+        put(p, e, keys, 8, 16)
+        assert "0 damaged" in kvd.kvctl("verify").stdout
+        spoil_at_work(kvd)
+        with pytest.raises(package.CorruptError, match="not what was stored"):
+            goes_on(p, keys, 8, 16)
+        assert counter(kvd, "kvd_pages_encoded_total") == 0 and kinds(p, keys)[4:8] == bytes([EXACT] * 4)
+        kvd.kvctl("verify", check=False)  # which finds them
+        assert kinds(p, keys)[4:8] == bytes(4)
+        put(p, e, keys, 0, 8)
+        put(p, e, keys, 8, 16)
+        assert goes_on(p, keys, 8, 16) == 4 and kinds(p, keys) == tail(16)
+
+
+def test_what_tiers_have_of_it_comes_back_exact(start, folder):
+    """And is encoded when it is named again, whether tiers have an encoded one or not."""
+    kvd = start(config=f"[kvd]\ntier-directory = {folder}/blocks 1GiB\n")
+    keys, e, back = keys_of("tiers", 16), Engine(16, 64), Engine(16, 64)
+    given = kv(15, 16)
+    e.write(range(16), given)
+
+    def behind():
+        return int(json.loads(kvd.kvctl("--json", "tier", "status").stdout)["tiers"][0]["blocks"])
+
+    with connect(kvd) as p:
+        put(p, e, keys, 0, 8)
+        wait_until(lambda: behind() == 8)
+        put(p, e, keys, 8, 16)
+        assert goes_on(p, keys, 8, 16) == 4
+        wait_until(lambda: behind() == 20)  # both kinds of four of them
+        for _ in range(2):
+            kvd.kvctl("evict", "--namespace", "default")
+            assert kinds(p, keys) == bytes(16)
+            found = p.lookup([keys], lease_ms=0, restore_ms=20000)[0]
+            assert found.pages == 16 and found.kinds[4:8] == bytes([EXACT] * 4)
+            p.get(keys, back.paged(range(16)))
+            assert np.array_equal(back.read(range(4, 8)), given[:, :, 4 * 64:8 * 64])
+            assert goes_on(p, keys, 8, 16) == 4 and kinds(p, keys) == tail(16)
+    kvd.kvctl("verify")
+
+
 def test_lossless_pages_are_left_alone(kvd):
     keys, e = keys_of("bf16", 12), Engine(12, 64)
     e.write(range(12), kv(12, 12))
@@ -272,7 +326,7 @@ def test_a_kvd_that_is_killed_meanwhile_loses_nothing(start):
     e, back = Engine(80, 64), Engine(80, 64)
     given = kv(13, 80)
     e.write(range(80), given)
-    for life in range(4):
+    for life in range(int(os.environ.get("KVD_KILLS", "4"))):
         keys = keys_of(f"killed {life}", 8 + turns * step)
         with connect(kvd, timeout=30) as p:
             put(p, e, keys, 0, 8)
@@ -300,9 +354,6 @@ def test_a_kvd_that_is_killed_meanwhile_loses_nothing(start):
 
 
 def kill_soon(keeper, seconds):
-    import threading
-    import time
-
     def soon():
         time.sleep(seconds)
         kill(keeper)
