@@ -31,6 +31,10 @@
 #define KVD_EVEN_STEP   0.9957f
 #define KVD_EVEN_STEP_4 0.3352f
 
+// 2^(i / 8): int2c's scales, but for powers of two.
+#define KVD_EIGHTHS                                                                                \
+    1, 1.0905077f, 1.1892071f, 1.2968396f, 1.41421356f, 1.5422108f, 1.6817928f, 1.8340081f
+
 // How a row's scale is chosen: quantize.h.
 enum kvd_scale {
     KVD_SCALE_PUBLISHED = 0,

@@ -50,8 +50,7 @@ enum { SCALE_ONE = 128, CENTRE_MOST = 127 };
 // 2^((n - 128) / 8).
 static float scale_of(uint32_t n)
 {
-    static const float eighths[8] = {1,           1.0905077f, 1.1892071f, 1.2968396f,
-                                     1.41421356f, 1.5422108f, 1.6817928f, 1.8340081f};
+    static const float eighths[8] = {KVD_EIGHTHS};
     uint32_t bits;
     memcpy(&bits, &eighths[n % 8], sizeof(bits));
     bits += (n / 8 - SCALE_ONE / 8) << 23; // wraps as it should below 1

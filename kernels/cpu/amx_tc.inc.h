@@ -148,12 +148,8 @@ static inline void tc_rows(uint32_t lane, const uint8_t *piece, __m512i out[8])
     }
 }
 
-// The right operands of a chunk: two pairs each.
-struct tc_chunk {
-    _Alignas(LINE) uint8_t x[MOST_PAIRS / 2][16][LINE];
-};
-
-static void tc_unpack(const struct tc_plan *p, const uint8_t *chunk, struct tc_chunk *to)
+// to: the right operands of the chunk, of two pairs each.
+static void tc_unpack(const struct tc_plan *p, const uint8_t *chunk, uint8_t (*to)[16][LINE])
 {
     for (uint32_t i = 0, pair = 0; i < p->n_pieces; i++) {
         __m512i words[8];
@@ -164,7 +160,7 @@ static void tc_unpack(const struct tc_plan *p, const uint8_t *chunk, struct tc_c
             __m512i mask = _mm512_set1_epi32((int)p->pair[pair].mask);
             for (uint32_t row = 0; row < 8; row++)
                 _mm512_store_si512(
-                    to->x[pair / 2][pair % 2 * 8 + row],
+                    to[pair / 2][pair % 2 * 8 + row],
                     _mm512_and_si512(_mm512_multishift_epi64_epi8(from[row % 2], words[row]),
                                      mask));
         }
@@ -177,7 +173,7 @@ static void tc_unpack(const struct tc_plan *p, const uint8_t *chunk, struct tc_c
     _tile_loadd(n, start, LINE);                                                                   \
     for (uint32_t i = 0; i < tiles; i++) {                                                         \
         _tile_loadd(4, (const uint8_t *)q + i * LINE, 2 * t->dim);                                 \
-        _tile_loadd(6, b[n].x[i], LINE);                                                           \
+        _tile_loadd(6, b[(n)*tiles + i], LINE);                                                    \
         _tile_dpbsud(n, 4, 6);                                                                     \
     }
 
@@ -186,7 +182,7 @@ void kvd_amx_tc_scores(const struct kvd_tc_coder *t, const uint8_t *codes, const
 {
     const struct tc_plan *p = (const void *)((const uint8_t *)q + DIGITS * 2 * t->dim);
     uint32_t tiles = (p->n_pairs + 1) / 2, bytes = kvd_tc_codes_bytes(t) / 4;
-    struct tc_chunk b[4];
+    _Alignas(LINE) uint8_t b[4 * MOST_PAIRS / 2][16][LINE];
     _Alignas(LINE) int32_t c[4][4 * LINES][16], start[4 * LINES][16];
     float from[KVD_CPU_ROWS];
     for (uint32_t r = 0; r < rows; r++) {
@@ -195,12 +191,12 @@ void kvd_amx_tc_scores(const struct kvd_tc_coder *t, const uint8_t *codes, const
             _mm512_store_si512(start[r * LINES + d], _mm512_set1_epi32(tail->start[d]));
         from[r] = tail->from;
     }
-    tc_unpack(p, codes, &b[0]);
-    tc_unpack(p, codes + bytes, &b[1]);
+    tc_unpack(p, codes, b);
+    tc_unpack(p, codes + bytes, b + tiles);
     TC_CHUNK(0)
-    tc_unpack(p, codes + 2 * bytes, &b[2]);
+    tc_unpack(p, codes + 2 * bytes, b + 2 * tiles);
     TC_CHUNK(1)
-    tc_unpack(p, codes + 3 * bytes, &b[3]);
+    tc_unpack(p, codes + 3 * bytes, b + 3 * tiles);
     TC_CHUNK(2)
     TC_CHUNK(3)
     k_store(c);

@@ -173,6 +173,24 @@ static inline void v_halves(const uint8_t *from, float *scale, float *min)
     v_store(scale, _mm512_permutexvar_ps(order, _mm512_cvtph_ps(low)));
     v_store(min, _mm512_permutexvar_ps(order, _mm512_cvtph_ps(high)));
 }
+// Those of int2c, bytes n and c: the scale is 2^((n - 128) / 8), 0 for n = 0, the centre c eighths
+// of it.
+static inline void v_bytes(const uint8_t *from, float *scale, float *centre)
+{
+    const __m512i order = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    static const float eighths[16] = {KVD_EIGHTHS, KVD_EIGHTHS};
+    __m512i w = _mm512_permutexvar_epi32(
+        order, _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)from)));
+    __m512i n = _mm512_and_si512(w, _mm512_set1_epi32(255));
+    __m512i power =
+        _mm512_slli_epi32(_mm512_sub_epi32(_mm512_srli_epi32(n, 3), _mm512_set1_epi32(16)), 23);
+    __m512i bits = _mm512_castps_si512(_mm512_permutexvar_ps(n, _mm512_loadu_ps(eighths)));
+    bits = _mm512_maskz_add_epi32(_mm512_test_epi32_mask(n, n), bits, power);
+    __m512 c = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(w, 16), 24));
+    v_store(scale, _mm512_castsi512_ps(bits));
+    v_store(centre,
+            _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_mul_ps(c, _mm512_set1_ps(0.125f))));
+}
 // 2^(x log2 e) with the fraction in [-0.5, 0.5] by a polynomial of degree 6.
 static inline vf v_exp(vf x)
 {

@@ -34,6 +34,7 @@ struct walk {
     _Alignas(KVD_WALK_ALIGN) float o[KVD_CPU_ROWS * KVD_MAX_HEAD_DIM];       // row stride dim_v
     uint32_t runs;
     bool compressed;                 // any of them of history
+    uint64_t seen_by_all;            // without a window: every row sees the tokens before it
     double centre_sum[KVD_CPU_ROWS]; // sum of p * centre: the same for every channel
     _Alignas(KVD_WALK_ALIGN) float s[KVD_CPU_ROWS * KVD_PAGE_TOKENS]; // logits, then probabilities
 };
@@ -76,11 +77,14 @@ static bool mask_run(struct walk *w, const struct kvd_cpu_run *run)
 {
     const struct kvd_attend_params *p = w->base.job->p;
     struct partial *out = w->base.out;
-    bool any = false;
+    bool any = false, all = !p->window && run->begin + run->n <= w->seen_by_all;
     for (uint32_t r = 0; r < w->base.unit.rows; r++) {
         float *s = w->s + r * KVD_PAGE_TOKENS;
         uint32_t lo, hi;
-        kvd_cpu_visible(&w->base, run, r, &lo, &hi);
+        if (all)
+            lo = 0, hi = run->n;
+        else
+            kvd_cpu_visible(&w->base, run, r, &lo, &hi);
         any |= lo < hi;
         hi = KVD_MAX(lo, hi);
         fill(s, 0, lo, 0); // whatever was there is no reason for a NaN
@@ -237,6 +241,8 @@ static void begin(struct kvd_cpu_walk *base)
     const struct kvd_plane *g = base->job->p->plane;
     w->compressed = false;
     w->runs = 0;
+    w->seen_by_all = base->unit.item->length + base->unit.item->new_tokens -
+                     base->unit.item->q_len + base->unit.row0 / kvd_job_group(base->job) + 1;
     memset(w->acc, 0, base->unit.rows * 8 * g->head_dim_v * sizeof(float));
     memset(w->o, 0, base->unit.rows * g->head_dim_v * sizeof(float));
     for (uint32_t r = 0; r < KVD_CPU_ROWS; r++) {

@@ -52,6 +52,12 @@ static void simd_params(uint32_t codec, const uint8_t *params, struct kvd_cpu_pa
     vf by = v_set1(kvd_cpu_centre(codec));
     struct kvd_affine each[KVD_PAGE_TOKENS];
     memset(out->centre, 0, sizeof(out->centre));
+#ifdef V_HALVES
+    for (uint32_t t = 0; t < KVD_PAGE_TOKENS && codec == KVD_CODEC_INT2C; t += 16)
+        v_bytes(params + 2 * t, out->scale + t, out->centre + t);
+    if (codec == KVD_CODEC_INT2C)
+        return;
+#endif
     if (codec == KVD_CODEC_INT2C) { // whose parameters are bytes
         kvd_params_read(codec, params, KVD_PAGE_TOKENS, each);
         for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t++) {
