@@ -335,14 +335,14 @@ def test_the_recommended_settings_are_those_without_options(tmp_path):
         "K ktk_r_h_pbr, V sst_r_h_pbr", 1, "least-squares", "published")
 
 
-@pytest.mark.parametrize("shipped,options", [("rotations", ()), ("tc2", ("--codec", "tc2"))])
-def test_the_sets_of_the_quickstart_are_made_as_recommended(tmp_path, shipped, options):
+@pytest.mark.parametrize("name,options", [("rotations", ()), ("tc2", ("--codec", "tc2"))])
+def test_the_sets_of_the_quickstart_are_made_as_recommended(tmp_path, name, options):
     fit(SMOLLM2, tmp_path / "set", *options)
-    (ours, made), (shipped, told) = read(tmp_path / "set"), read(SMOLLM2.with_name(f"smollm2-{shipped}.safetensors"))
+    (ours, made), (shipped, told) = read(tmp_path / "set"), read(SMOLLM2.with_name(f"smollm2-{name}.safetensors"))
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in shipped.items()}
     same = ("format", "model", "objective", "layers", "k.scale", "v.scale", "codec")
     assert [made.get(key) for key in same] == [told.get(key) for key in same]
-    assert int(told["fitted_length"]) == 2048
+    assert int(told["fitted_length"]) == {"rotations": 2048, "tc2": 8192}[name]  # all that the model was made for
 
 
 def test_hadamard_needs_no_data_of_its_side(tmp_path):
