@@ -178,7 +178,7 @@ def main():
         kinds = [k for k in kinds if k[0] in args.rows.split(",")]
     kinds.insert(0, ("bf16", "bf16", "identity"))
     daemon = subprocess.Popen([f"{args.build}/daemon/kvd", "--backend", "cpu", "--listen", address, "--metrics", "", "--pool-size",
-                               f"{2 + len(kinds) // 6}GiB", "--store", work / "store", "--cache", work / "cache",
+                               f"{2 + len(kinds) // 6}GiB", "--extent-size", "16MiB", "--store", work / "store", "--cache", work / "cache",
                                *(["--threads", str(args.threads)] if args.threads else [])], stderr=open(work / "log", "w"))
     try:
         while "ready" not in (work / "log").read_text():

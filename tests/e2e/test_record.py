@@ -121,7 +121,7 @@ def test_gradients_of_what_is_asked(folder, kind, monkeypatch, capsys):
     model = save(folder / "model", kind, max_position_embeddings=1024, **more)
     assert record.main([str(model), "--text", str(words), "--out", str(folder / "out"), "--context", "700", "--asked", "2", "--device", "cpu",
                         "--layers", "0,2"]) == 0
-    assert f"--sensitive 1=int4 --asked {folder / 'out'}" in capsys.readouterr().out
+    assert f"--sensitive 2=int4 --asked {folder / 'out'}" in capsys.readouterr().out
     stock = transformers.AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager", dtype=torch.float32).eval()
     module, kept = sys.modules[type(stock).__module__], {}
     eager = module.eager_attention_forward

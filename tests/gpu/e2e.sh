@@ -27,7 +27,7 @@ program kvctl client
 program e2e_worker tests
 program e2e_client tests
 program e2e_direct tests
-[ -z "${KVD_CALIB:-}" ] || ln -s "$(realpath "$KVD_CALIB")" "$work/build/client/kvctl-calib"
+[ -z "${KVD_CALIB:-}" ] || ln -s "$(realpath "$KVD_CALIB")" "$work/kvd/libexec/kvctl-calib" # kvctl looks beside itself
 for name in libkvd.so.0 libkvd.so; do
     ln -s "$work/lib/libkvd.so.0" "$work/build/client/$name"
 done

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the CUDA backend and runs its tests and benchmark on this machine's GPU. Needs gcc and nvcc, no library.
-# usage: tests/gpu/run.sh [test|portable|bench|sanitize|build]...   (default: test; FILTER=TEXT: benches whose name has it)
+# usage: tests/gpu/run.sh [test|portable|bench|sanitize|build]...   (default: test; FILTER=TEXT: benches whose name has it;
+#        SANITIZE=many: what of test_cuda sanitizers run, quick if it is not given)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${GPU_BUILD:-build-gpu}
@@ -48,7 +49,7 @@ for what in "${@:-test}"; do
     sanitize)
         for tool in memcheck racecheck initcheck synccheck; do
             echo "== compute-sanitizer $tool"
-            compute-sanitizer --report-api-errors no --tool "$tool" "$out/test_cuda" quick 2>&1 | tail -n 3
+            compute-sanitizer --report-api-errors no --tool "$tool" "$out/test_cuda" "${SANITIZE:-quick}" 2>&1 | tail -n 3
         done
         ;;
     esac

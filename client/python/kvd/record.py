@@ -305,7 +305,7 @@ def _record(args: argparse.Namespace) -> int:
     loss = sum(losses) / len(losses)
     print(f"{out}: {len(pieces)} contexts of {args.context} tokens, {len(recorder.layers)} layers; next-token loss {loss:.3f} "
           f"(perplexity {math.exp(min(loss, 99)):.2f}). Next: kvctl calib fit "
-          + (f"RECORDED SET --codec tc2 --sensitive 1=int4 --asked {out}" if args.asked else f"{out} set.safetensors"))
+          + (f"RECORDED SET --codec tc2 --sensitive 2=int4 --asked {out}" if args.asked else f"{out} set.safetensors"))
     return 0
 
 
