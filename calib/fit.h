@@ -27,6 +27,8 @@
 #include "calib/dump.h"
 #include "calib/transforms.h"
 
+enum { KVD_FIT_ASKING = 64 }; // positions at the end of a prompt that asks
+
 enum kvd_objective { KVD_FIT_QQT, KVD_FIT_KTK, KVD_FIT_SST, KVD_FIT_VTV, KVD_FIT_HADAMARD };
 enum kvd_composition { KVD_COMPOSE_R_H_PBR, KVD_COMPOSE_R_H, KVD_COMPOSE_R, KVD_COMPOSE_TOP_H };
 
@@ -38,7 +40,8 @@ struct kvd_fit_options {
     uint32_t threads;       // 0: as many as there are
     const uint16_t *layers; // model layer ids, ascending; NULL: all of the dump
     uint32_t n_layers;
-    const char *marks; // of sensitive layers (calib/marks.h); NULL: none
+    const char *marks;            // of sensitive layers (calib/marks.h); NULL: none
+    const struct kvd_dump *asked; // prompts with gradients, which transforms go by too; NULL: none
     const char *state; // directory that keeps finished layers, so that a fit that was cut
                        // short goes on; NULL: none
     void (*progress)(void *ctx, uint64_t done, uint64_t total); // bytes of the dump; one thread
@@ -99,8 +102,18 @@ int kvd_fit_write_spectrum(const struct kvd_fit *fit, const char *path, struct k
 // the position's last 256, which pages leave in bf16. A file is one context. Where no file is
 // longer than that, all keys weigh alike.
 //
-// Of the options layers, n_layers, threads, progress, warn and ctx are looked at. Errors are those
-// of kvd_fit_run.
+// With prompts that ask (`asked`), half of what decides is what their answers depend on. With g the
+// gradient of the answers' loss by an output o of theirs, a logit l_t moves the loss by dL / dl_t =
+// p_t g (v_t - o). With m_t its square, summed over q heads and over the last KVD_FIT_ASKING
+// positions of each prompt, keys compressed as above: Q is half qqt of the recordings, half sum
+// (sum_t m_t) q q^T over these queries, each scaled to the same trace, and sums of costs are half
+// those of the recordings' keys by w_t, half those of the prompts' by m_t, each divided by the sum
+// of its weights. A prompt's m_t are
+// scaled so that the sum of (sum m_t) |q|^2 over all layers and heads is 1. Where no answer depends
+// on a head, the recordings decide alone.
+//
+// Of the options layers, n_layers, asked, threads, progress, warn and ctx are looked at. Errors are
+// those of kvd_fit_run.
 struct kvd_rotset *kvd_fit_transforms(const struct kvd_dump *d, uint32_t codec, bool greedy,
                                       const struct kvd_fit_options *o, struct kvd_error *err);
 

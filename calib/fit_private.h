@@ -5,9 +5,10 @@
 #include "calib/fit.h"
 
 enum {
-    KVD_FIT_BLOCK = 256,  // tokens at once
-    KVD_FIT_SINK = 64,    // tokens of each recording that are taken never to be compressed,
-    KVD_FIT_RECENT = 256, // and how many before a query, its own among them
+    KVD_FIT_BLOCK = 256,          // tokens at once
+    KVD_FIT_SINK = 64,            // tokens of each recording that are taken never to be compressed,
+    KVD_FIT_RECENT = 256,         // and how many before a query, its own among them
+    KVD_FIT_ASKED_TOKENS = 16384, // of a prompt that asks, at most: all of a layer's are in memory
 };
 
 // Heads [head, head + count) of n tokens as [n * count][dim] doubles.
@@ -41,5 +42,25 @@ int kvd_fit_attention_begin(struct kvd_fit_attention *a, const struct kvd_dump_p
 // rows are [n][kv heads][dim]: above 0, and all the same where nobody looks.
 void kvd_fit_attention_weigh(struct kvd_fit_attention *a, const float *rows, uint64_t first,
                              uint64_t n, double *weights);
+
+// What answers depend on: a layer of one prompt at a time. NULL: out of memory.
+struct kvd_fit_asked;
+struct kvd_fit_asked *kvd_fit_asked_new(const struct kvd_dump *asked);
+void kvd_fit_asked_free(struct kvd_fit_asked **a);
+// KVD_E_INVALID: no gradients, heads or dims that are not the dump's, prompts that are too long.
+int kvd_fit_asked_check(const struct kvd_dump *asked, const struct kvd_dump *d,
+                        struct kvd_error *err);
+// What makes all prompts alike, so that those whose answers are unsure, and all gradients large, do
+// not outweigh the others: units [pieces], 1 / the sum of the traces of all layers' moments.
+int kvd_fit_asked_units(const struct kvd_dump *asked, uint32_t threads, double *units,
+                        struct kvd_error *err);
+// KVD_E_CORRUPT as kvd_dump_read. What follows is of the piece that was read last, times `unit`: 0
+// where nothing depends on keys that are compressed.
+int kvd_fit_asked_read(struct kvd_fit_asked *a, const struct kvd_dump_piece *p, double unit,
+                       struct kvd_error *err);
+const double *kvd_fit_asked_moments(const struct kvd_fit_asked *a, uint32_t head); // [dim_k][dim_k]
+// Keys [tokens][dim_k] and their weights [tokens].
+const double *kvd_fit_asked_keys(const struct kvd_fit_asked *a, const struct kvd_dump_piece *p,
+                                 uint32_t head, const double **weights);
 
 #endif

@@ -16,6 +16,7 @@ struct job {
     const struct kvd_fit_options *o;
     struct kvd_rotset *set;
     bool greedy;
+    double *units; // of the pieces of prompts that ask
     struct kvd_parallel parallel;
     pthread_mutex_t lock; // of what follows, progress and warnings
     uint64_t done, total; // bytes
@@ -31,7 +32,12 @@ struct workspace {
     double *coded;                  // [BLOCK][dim]
     double *costs;                  // [kv heads][GAINS][dim]
     double *weights;                // [kv heads][BLOCK] of keys
+    double *weighed;                // [kv heads] sums of weights
     struct kvd_fit_attention *attention;
+    // NULL where no prompts ask.
+    struct kvd_fit_asked *asked;
+    double *asked_moments; // [kv heads][dim_k][dim_k]
+    double *asked_costs;   // as costs
 };
 
 static void workspace_deinit(void *workspace)
@@ -46,7 +52,11 @@ static void workspace_deinit(void *workspace)
     free(w->coded);
     free(w->costs);
     free(w->weights);
+    free(w->weighed);
     kvd_fit_attention_free(&w->attention);
+    kvd_fit_asked_free(&w->asked);
+    free(w->asked_moments);
+    free(w->asked_costs);
     free(w->u);
     free(w->root);
     free(w->back);
@@ -56,6 +66,7 @@ static void workspace_deinit(void *workspace)
 static bool workspace_init(void *arg, void *workspace)
 {
     const struct kvd_dump *d = ((const struct job *)arg)->dump;
+    const struct kvd_dump *asked = ((const struct job *)arg)->o->asked;
     struct workspace *w = workspace;
     uint64_t dim = KVD_MAX(d->dim[KVD_DUMP_K], d->dim[KVD_DUMP_V]), kv = d->heads[KVD_DUMP_K];
     uint64_t most = KVD_FIT_BLOCK * KVD_MAX(d->heads[KVD_DUMP_Q], d->heads[KVD_DUMP_K]) * dim;
@@ -64,7 +75,11 @@ static bool workspace_init(void *arg, void *workspace)
     ok &= (w->coded = malloc(KVD_FIT_BLOCK * dim * sizeof(double))) != NULL;
     ok &= (w->costs = malloc(kv * GAINS * dim * sizeof(double))) != NULL;
     ok &= (w->weights = malloc(kv * KVD_FIT_BLOCK * sizeof(double))) != NULL;
+    ok &= (w->weighed = malloc(kv * sizeof(double))) != NULL;
     ok &= (w->attention = kvd_fit_attention_new(d)) != NULL;
+    ok &= !asked || (w->asked = kvd_fit_asked_new(asked)) != NULL;
+    ok &= !asked || (w->asked_moments = malloc(kv * dim * dim * sizeof(double))) != NULL;
+    ok &= !asked || (w->asked_costs = malloc(kv * GAINS * dim * sizeof(double))) != NULL;
     for (int s = 0; s < KVD_DUMP_SIDES; s++) {
         ok &= (w->sums[s] = malloc(kv * dim * dim * sizeof(double))) != NULL;
         ok &= (w->means[s] = malloc(kv * dim * sizeof(double))) != NULL;
@@ -127,6 +142,25 @@ static int moments(struct job *j, struct workspace *w, uint32_t layer, struct kv
                 cblas_dsyr(CblasRowMajor, CblasUpper, (int)dim, -(double)n, mean, 1, c, (int)dim);
             kvd_fit_finish(c, (uint32_t)dim, 1 / (double)n);
         }
+    }
+    return KVD_OK;
+}
+
+// The same of queries of prompts that ask, by how much answers depend on them.
+static int moments_of_asked(struct job *j, struct workspace *w, uint32_t layer,
+                            struct kvd_error *err)
+{
+    const struct kvd_dump *asked = j->o->asked;
+    uint64_t n = (uint64_t)j->set->dim_k * j->set->dim_k;
+    memset(w->asked_moments, 0, j->set->heads * n * sizeof(double));
+    for (uint32_t i = 0; i < asked->n_pieces; i++) {
+        if (asked->pieces[i].layer != layer)
+            continue;
+        if (kvd_fit_asked_read(w->asked, &asked->pieces[i], j->units[i], err))
+            return err->code;
+        for (uint32_t h = 0; h < j->set->heads; h++)
+            cblas_daxpy((int)n, 1, kvd_fit_asked_moments(w->asked, h), 1, w->asked_moments + h * n,
+                        1);
     }
     return KVD_OK;
 }
@@ -228,6 +262,14 @@ static void choose_bits(const struct job *j, uint32_t codec, const double *lambd
         quarters(codec, tiles, bits);
 }
 
+static double trace_of(const double *a, uint32_t dim)
+{
+    double trace = 0;
+    for (uint32_t i = 0; i < dim; i++)
+        trace += a[(uint64_t)i * dim + i];
+    return trace;
+}
+
 static int transform_keys(struct job *j, struct workspace *w, uint32_t head, uint64_t at,
                           const char *where, struct kvd_error *err)
 {
@@ -235,13 +277,16 @@ static int transform_keys(struct job *j, struct workspace *w, uint32_t head, uin
     uint32_t dim = j->set->dim_k;
     uint64_t n = (uint64_t)dim * dim;
     double *weight = w->sums[KVD_DUMP_Q] + head * n, *keys = w->sums[KVD_DUMP_K] + head * n;
-    double values[KVD_MAX_HEAD_DIM], lambda[KVD_MAX_HEAD_DIM], trace = 0;
+    double values[KVD_MAX_HEAD_DIM], lambda[KVD_MAX_HEAD_DIM], trace = trace_of(weight, dim);
+    const double *asked = w->asked ? w->asked_moments + head * n : NULL;
     char text[96];
-    for (uint32_t i = 0; i < dim; i++)
-        trace += weight[i * dim + i];
     if (!(trace > 0))
         return kvd_fail(err, KVD_E_INVALID, "%s: q is all zeros: nothing weighs k", where);
     cblas_dscal((int)n, dim / trace, weight, 1);
+    if (asked && trace_of(asked, dim) > 0) {
+        cblas_dscal((int)n, 0.5, weight, 1);
+        cblas_daxpy((int)n, 0.5 * dim / trace_of(asked, dim), asked, 1, weight, 1);
+    }
     snprintf(text, sizeof(text), "%s, q", where);
     if (basis(j, weight, dim, text, values, w->u, err))
         return err->code;
@@ -399,10 +444,58 @@ static int add_recording(struct job *j, struct workspace *w, uint32_t i,
             struct kvd_transform of = kvd_transform_at(j->set, (uint64_t)i * heads + h, false);
             double *weights = w->weights + (uint64_t)h * KVD_FIT_BLOCK;
             kvd_fit_gather(w->rows, n, heads, h, 1, dim, w->block);
+            w->weighed[h] += cblas_dasum((int)n, weights, 1);
             code_rows(&of, w->block, n, w, weights);
             add_costs(&of, n, w, weights, w->costs + (uint64_t)h * GAINS * dim);
         }
     }
+    return KVD_OK;
+}
+
+// The same of a prompt that asks, added to w->asked_costs.
+static int add_prompt(struct job *j, struct workspace *w, uint32_t i, uint32_t piece,
+                      struct kvd_error *err)
+{
+    const struct kvd_dump_piece *p = &j->o->asked->pieces[piece];
+    uint32_t heads = j->set->heads, dim = j->set->dim_k;
+    if (kvd_fit_asked_read(w->asked, p, j->units[piece], err))
+        return err->code;
+    for (uint32_t h = 0; h < heads; h++) {
+        struct kvd_transform of = kvd_transform_at(j->set, (uint64_t)i * heads + h, false);
+        const double *by, *keys = kvd_fit_asked_keys(w->asked, p, h, &by);
+        for (uint64_t t = KVD_FIT_SINK; t < p->tokens; t += KVD_FIT_BLOCK) {
+            uint64_t n = KVD_MIN((uint64_t)KVD_FIT_BLOCK, p->tokens - t);
+            memcpy(w->block, keys + t * dim, n * dim * sizeof(double));
+            memcpy(w->weights, by + t, n * sizeof(double));
+            w->weighed[h] += cblas_dasum((int)n, by + t, 1);
+            code_rows(&of, w->block, n, w, w->weights);
+            add_costs(&of, n, w, w->weights, w->asked_costs + (uint64_t)h * GAINS * dim);
+        }
+    }
+    return KVD_OK;
+}
+
+// Half of the costs are those of prompts that ask, and half those of recordings, by the sums of
+// their weights. Heads that no answer depends on are left to recordings.
+static int add_asked(struct job *j, struct workspace *w, uint32_t i, uint32_t layer,
+                     struct kvd_error *err)
+{
+    const struct kvd_dump *asked = j->o->asked;
+    uint32_t heads = j->set->heads;
+    int n = (int)(GAINS * j->set->dim_k);
+    for (uint32_t h = 0; h < heads; h++) {
+        if (w->weighed[h] > 0)
+            cblas_dscal(n, 1 / w->weighed[h], w->costs + (uint64_t)h * (uint64_t)n, 1);
+        w->weighed[h] = 0;
+    }
+    memset(w->asked_costs, 0, (uint64_t)heads * (uint64_t)n * sizeof(double));
+    for (uint32_t p = 0; p < asked->n_pieces; p++)
+        if (asked->pieces[p].layer == layer && add_prompt(j, w, i, p, err))
+            return err->code;
+    for (uint32_t h = 0; h < heads; h++)
+        if (w->weighed[h] > 0)
+            cblas_daxpy(n, 1 / w->weighed[h], w->asked_costs + (uint64_t)h * (uint64_t)n, 1,
+                        w->costs + (uint64_t)h * (uint64_t)n, 1);
     return KVD_OK;
 }
 
@@ -415,9 +508,12 @@ static int fit_deviations(struct job *j, struct workspace *w, uint32_t i, uint32
     const struct kvd_dump *d = j->dump;
     uint32_t heads = j->set->heads, dim = j->set->dim_k;
     memset(w->costs, 0, (uint64_t)heads * GAINS * dim * sizeof(double));
+    memset(w->weighed, 0, heads * sizeof(double));
     for (uint32_t p = 0; p < d->n_pieces; p++)
         if (d->pieces[p].layer == layer && add_recording(j, w, i, &d->pieces[p], err))
             return err->code;
+    if (w->asked && add_asked(j, w, i, kvd_fit_dump_layer(j->o->asked, j->set->layers[i]), err))
+        return err->code;
     for (uint32_t h = 0; h < heads; h++)
         for (uint32_t c = 0; c < dim; c++) {
             const double *of = w->costs + (uint64_t)h * GAINS * dim + c;
@@ -437,7 +533,8 @@ static int fit_layer(void *arg, void *workspace, uint32_t i, struct kvd_error *e
     uint32_t layer = j->set->layers[i];
     uint32_t of_dump = kvd_fit_dump_layer(j->dump, layer);
     bool rotated = kvd_layer_rotated(j->set, i);
-    if (moments(j, w, of_dump, err))
+    if (moments(j, w, of_dump, err) ||
+        (w->asked && moments_of_asked(j, w, kvd_fit_dump_layer(j->o->asked, layer), err)))
         return err->code;
     for (uint32_t h = 0; h < j->set->heads; h++) {
         uint64_t at = (uint64_t)i * j->set->heads + h;
@@ -471,8 +568,8 @@ static struct kvd_rotset *new_set(const struct kvd_dump *d, uint32_t codec, bool
         return NULL;
     bool quartered = !greedy && set->dim_k / KVD_TC_TILE % 4 == 0;
     snprintf(set->model, sizeof(set->model), "%s", d->model);
-    snprintf(set->objective, sizeof(set->objective), "%s: K qqt and ktk, bits %s, V vtv_top_h",
-             kvd_codec_name(codec), quartered ? by_quarters : "greedy");
+    snprintf(set->objective, sizeof(set->objective), "%s: K qqt%s and ktk, bits %s, V vtv_top_h",
+             kvd_codec_name(codec), o->asked ? ", asked" : "", quartered ? by_quarters : "greedy");
     kvd_fit_provenance(d, set->provenance, sizeof(set->provenance));
     return KVD_TAKE(set);
 }
@@ -503,10 +600,28 @@ static void warn_of_short(const struct kvd_dump *d, const struct kvd_fit_options
         o->warn(o->ctx, text);
 }
 
+static int check_asked(const struct kvd_dump *d, const struct kvd_fit_options *o,
+                       struct kvd_error *err)
+{
+    uint32_t n = o->layers ? o->n_layers : d->n_layers;
+    const uint16_t *layers = o->layers ? o->layers : d->layers;
+    for (uint32_t i = 0; i < n; i++) {
+        bool there = false;
+        for (uint32_t k = 0; k < o->asked->n_layers; k++)
+            there |= o->asked->layers[k] == layers[i];
+        if (!there)
+            return kvd_fail(err, KVD_E_INVALID,
+                            "layer %u is not among those of the prompts that ask", layers[i]);
+    }
+    return kvd_fit_asked_check(o->asked, d, err);
+}
+
 struct kvd_rotset *kvd_fit_transforms(const struct kvd_dump *d, uint32_t codec, bool greedy,
                                       const struct kvd_fit_options *o, struct kvd_error *err)
 {
     if (kvd_fit_check_dump(d, o, err))
+        return NULL;
+    if (o->asked && check_asked(d, o, err))
         return NULL;
     warn_of_short(d, o);
     struct kvd_rotset *set KVD_AUTO(kvd_rotset_free) = new_set(d, codec, greedy, o, err);
@@ -514,6 +629,14 @@ struct kvd_rotset *kvd_fit_transforms(const struct kvd_dump *d, uint32_t codec, 
         return NULL;
     struct job j = {
         .dump = d, .o = o, .set = set, .greedy = greedy, .lock = PTHREAD_MUTEX_INITIALIZER};
+    double *units KVD_FREE = o->asked ? calloc(o->asked->n_pieces, sizeof(*units)) : NULL;
+    j.units = units;
+    if (o->asked && !units) {
+        kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+        return NULL;
+    }
+    if (o->asked && kvd_fit_asked_units(o->asked, o->threads, units, err))
+        return NULL;
     for (uint32_t i = 0; i < set->n_layers; i++)
         j.total += layer_bytes(d, kvd_fit_dump_layer(d, set->layers[i]));
     j.parallel = (struct kvd_parallel){.threads = o->threads,

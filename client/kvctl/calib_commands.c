@@ -36,7 +36,7 @@ const struct command kvctl_fit = {
           "Mark so many layers, those whose errors move the answers' loss most where --asked asks"},
          {"asked", 0, "DUMP", VALUE_TEXT,
           "Prompts that end by asking for what they told, a file each, as kvd.record --asked makes "
-          "them"},
+          "them: --codec's transforms go by what their answers depend on, too"},
          {"layers", 0, "LIST", VALUE_LAYERS,
           "Model layer ids, such as 0-35 or 3,7,11 (default: all)"},
          {"model", 0, "NAME", VALUE_TEXT, "Name of the model (default: what the dump says)"},

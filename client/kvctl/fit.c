@@ -6,8 +6,6 @@
 #include "calib/marks.h"
 #include "client/kvctl/calib_tool.h"
 
-enum { ASKING = 64 }; // positions at the end of a prompt, of its question and answer
-
 struct arguments {
     struct kvd_fit_options o;
     struct kvd_eval_options eval;
@@ -69,9 +67,10 @@ static int parse_marks(const struct kvctl *k, struct arguments *a)
     int at = 0;
     a->o.marks = kvctl_option(k, "marks");
     a->asked = kvctl_option(k, "asked");
-    if (!sensitive != !a->asked || (sensitive && a->o.marks))
-        return kvctl_usage("--sensitive goes with --asked, which it ranks layers by, and --marks "
-                           "with neither");
+    if ((sensitive && (!a->asked || a->o.marks)) ||
+        (a->asked && !sensitive && a->codec == KVD_CODEC_COUNT))
+        return kvctl_usage("--sensitive goes with --asked, which it ranks layers by, and not with "
+                           "--marks; --asked alone with --codec, whose transforms go by it");
     if (!sensitive)
         return EXIT_OK;
     if (sscanf(sensitive, "%u=%n", &a->sensitive, &at) != 1 || !at || a->sensitive < 1 ||
@@ -241,10 +240,8 @@ static int rank(const struct arguments *a, const struct kvd_dump *asked,
     size_t at = 0;
     if (!f)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    if (check_asked(a, asked, err))
-        return err->code;
     o.context = (uint32_t)KVD_MIN(asked->pieces[0].tokens, (uint64_t)UINT32_MAX);
-    o.queries = ASKING;
+    o.queries = KVD_FIT_ASKING;
     o.sink = KVD_DEFAULT_SINK;
     o.recent = KVD_DEFAULT_RECENT;
     o.threads = a->o.threads;
@@ -337,13 +334,15 @@ static int run(struct kvctl *k, struct arguments *a)
     if (a->model)
         snprintf(d->model, sizeof(d->model), "%s", a->model);
     struct kvd_rotset *transforms = NULL;
-    if (a->codec < KVD_CODEC_COUNT)
+    a->o.asked = asked;
+    int rc = asked ? check_asked(a, asked, &err) : KVD_OK;
+    if (rc == KVD_OK && a->codec < KVD_CODEC_COUNT)
         transforms = kvd_fit_transforms(d, a->codec, a->greedy, &a->o, &err);
-    else
+    else if (rc == KVD_OK)
         fit = kvd_fit_run(d, &a->o, &err);
     struct kvd_rotset **set = fit ? &fit->set : &transforms;
-    int rc = *set ? KVD_OK : err.code;
-    if (rc == KVD_OK && asked)
+    rc = *set ? KVD_OK : err.code;
+    if (rc == KVD_OK && a->sensitive)
         rc = mark(a, d, asked, set, &err);
     if (rc == KVD_OK)
         rc = finish(a, d, clips, *set, &err);

@@ -387,10 +387,51 @@ def looked_at(q, keys, window):
     return weights
 
 
-def costs_of_gains(q, keys, cuts, x, sigma, window):
+def moved_by(q, keys, values, g, window):
+    """What a prompt's answers depend on: of each logit at its last 64 positions the square of what it does to the loss, for keys that are
+    compressed; summed by key, and over q q^T."""
+    tokens, weights, moments = len(keys), np.zeros(len(keys)), 0
+    for at in range(max(0, tokens - 64), tokens):
+        begin = max(0, at + 1 - window) if window else 0
+        p = q[at] @ keys[begin:at + 1].T / np.sqrt(keys.shape[1])
+        p = np.exp(p - p.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        moves = g[at] @ values[begin:at + 1].T
+        squares = (p * (moves - np.sum(p * moves, axis=1, keepdims=True))) ** 2
+        squares[:, :max(64 - begin, 0)] = 0
+        squares[:, max(at + 1 - 256 - begin, 0):] = 0
+        weights[begin:at + 1] += squares.sum(axis=0)
+        moments = moments + (q[at].T * squares.sum(axis=1)) @ q[at]
+    return weights, moments
+
+
+def asked_of(prompts, window):
+    """By layer and kv head: weights of each prompt's keys, and moments, where all prompts weigh alike."""
+    out = {}
+    for prompt in prompts:
+        found = {}
+        for layer, x in prompt.items():
+            q, k, v, g = (y.astype(np.float64) for y in x)
+            group = q.shape[1] // k.shape[1]
+            for h in range(k.shape[1]):
+                mine = slice(h * group, (h + 1) * group)
+                found[layer, h] = k[:, h], *moved_by(q[:, mine], k[:, h], v[:, h], g[:, mine], window)
+        total = sum(np.trace(moments) for _, _, moments in found.values())
+        for at, (keys, weights, moments) in found.items():
+            out.setdefault(at, []).append((keys, weights / total, moments / total))
+    return out
+
+
+def costs_of_gains(q, keys, cuts, x, sigma, window, asked=()):
     """Squares of errors, by gain of a channel's deviation: 0.8 to 2; of keys past each recording's sink, as they are looked at."""
     weights = np.concatenate([looked_at(q[a:b], keys[a:b], window)[64:] for a, b in cuts])
     keys = np.concatenate([keys[a + 64:b] for a, b in cuts])
+    of_asked = sum(w[64:].sum() for _, w, _ in asked)
+    costs = costs_of(weights / weights.sum(), keys, x, sigma)
+    return costs + sum(costs_of(w[64:] / of_asked, k[64:], x, sigma) for k, w, _ in asked) if of_asked else costs
+
+
+def costs_of(weights, keys, x, sigma):
     bits = np.repeat(x["k.bits"], 16).astype(int)
     step, top = np.array([1, 1.5958, 0.9957, 0.5860, 0.3352], np.float32).astype(float)[bits], 2.0 ** bits - 1
     y = (keys - x["k.mean"]) @ x["k.transform"] / sigma
@@ -402,8 +443,9 @@ def costs_of_gains(q, keys, cuts, x, sigma, window):
     return np.array(costs)
 
 
-def check_transforms(data, sets, meta, codec, greedy, cuts=None, window=0):
+def check_transforms(data, sets, meta, codec, greedy, cuts=None, window=0, prompts=()):
     """The set in fp32 against the fit of each head in double precision."""
+    asked = asked_of(prompts, window)
     assert meta["format"] == "kvd-rotation-set/3" and meta["codec"] == codec
     for i, layer in enumerate(sorted(data)):
         q, k, v = (x.astype(np.float64) for x in data[layer])
@@ -413,7 +455,12 @@ def check_transforms(data, sets, meta, codec, greedy, cuts=None, window=0):
             rows, keys, values = q[:, h * group:(h + 1) * group].reshape(-1, q.shape[2]), k[:, h], v[:, h]
             dim = keys.shape[1]
             weight = rows.T @ rows
-            of_weight, u = np.linalg.eigh(weight * dim / np.trace(weight))
+            weight *= dim / np.trace(weight)
+            mine = asked.get((layer, h), ())
+            moments = sum(m for _, _, m in mine)
+            if np.any(moments):
+                weight = weight / 2 + moments * dim / np.trace(moments) / 2
+            of_weight, u = np.linalg.eigh(weight)
             of_weight = floored(of_weight, 1e-6)
             root, back = ((u * of_weight ** p) @ u.T for p in (.5, -.5))
             centred = keys - keys.mean(axis=0)
@@ -426,7 +473,8 @@ def check_transforms(data, sets, meta, codec, greedy, cuts=None, window=0):
             assert (x["k.bits"] == bits_of_tiles(codec, variances, greedy)).all()
             gains = x["k.sigma"] / np.sqrt(variances)
             assert gains == pytest.approx(np.round(gains, 1), rel=1e-5)
-            cost = costs_of_gains(q[:, h * group:(h + 1) * group], keys, [(0, len(keys))] if cuts is None else cuts, x, np.sqrt(variances), window)
+            cost = costs_of_gains(q[:, h * group:(h + 1) * group], keys, [(0, len(keys))] if cuts is None else cuts, x, np.sqrt(variances), window,
+                                  mine)
             chosen = np.take_along_axis(cost, np.round(gains * 10 - 8).astype(int)[None], axis=0)[0]
             assert (chosen <= cost.min(axis=0) * (1 + 1e-4)).all()
             assert (gains[np.repeat(x["k.bits"], 16) == 0] == pytest.approx(1)) and len(set(np.round(gains, 1))) > 2
@@ -493,6 +541,46 @@ def test_deviations_are_fitted_to_what_queries_look_at(tmp_path, window):
     check_transforms(data, sets, meta, "tc2", True, cuts, window)
     with pytest.raises(AssertionError):
         check_transforms(data, sets, meta, "tc2", True, cuts, 0 if window else 300)
+
+
+@pytest.mark.parametrize("window", [0, 300])
+def test_half_of_what_decides_is_what_answers_depend_on(tmp_path, window):
+    """Prompts whose gradients are large weigh no more than others; a head that no answer depends on is left to the recordings."""
+    def dump_of(name, files):
+        (tmp_path / name).mkdir()
+        for i, data in enumerate(files):
+            write(tmp_path / name / f"{i}.safetensors", {f"layers.{n}.{s}": ("F32", y) for n, x in data.items() for s, y in zip("qkvg", x)},
+                  {"windows": ",".join([str(window)] * len(data))})
+        return tmp_path / name
+
+    rng, data, prompts = np.random.default_rng(3), activations(14, 700, 4, 2, 64, 64, [3, 8]), []
+    for i in range(3):
+        x = activations(20 + i, 500, 4, 2, 64, 64, [3, 8])
+        g = {n: 100 ** i * rng.standard_normal((500, 4, 64)).astype(np.float32) for n in x}
+        g[8][:, 2:] = 0  # the second kv head's
+        prompts.append({n: (*x[n], g[n]) for n in x})
+    for x in (data, *prompts):
+        for q, *_ in x.values():
+            q *= 0.02
+    dump, asked = dump_of("dump", [data]), dump_of("asked", prompts)
+    fit(dump, tmp_path / "set", "--codec", "tc2", "--asked", asked, "--threads", "1")
+    fit(dump, tmp_path / "again", "--codec", "tc2", "--asked", asked, "--threads", "2")
+    assert (tmp_path / "set").read_bytes() == (tmp_path / "again").read_bytes()
+    sets, meta = read(tmp_path / "set")
+    assert "K qqt, asked and ktk" in meta["objective"]
+    check_transforms(data, sets, meta, "tc2", True, None, window, prompts)
+    for others in ((), prompts[:2]):
+        with pytest.raises(AssertionError):
+            check_transforms(data, sets, meta, "tc2", True, None, window, others)
+    fit(dump, tmp_path / "part", "--codec", "tc2", "--asked", asked, "--layers", "8")
+    assert (read(tmp_path / "part")[0]["k.transform"][0] == sets["k.transform"][1]).all()  # whatever layers are wanted
+    less = dump_of("less", [{n: x[:3] for n, x in prompts[0].items()}])
+    of_one = dump_of("of_one", [{3: prompts[0][3]}])
+    wider = {n: (np.repeat(q, 2, 1), k, v, np.repeat(g, 2, 1)) for n, (q, k, v, g) in prompts[0].items()}
+    for name, why in ((less, "no gradients of the answers' loss"), (of_one, "layer 8 is not among those"),
+                      (dump_of("wider", [wider]), "have 8 heads of 64 where the activations have 4 of 64")):
+        assert why in fit(dump, tmp_path / "none", "--codec", "tc2", "--asked", name, code=1)
+    assert not (tmp_path / "none").exists()
 
 
 def test_queries_of_little_rank_make_no_transform_that_cannot_be_undone(tmp_path):

@@ -1,6 +1,7 @@
 """Layers that a set marks as sensitive: kvd gives them planes and codecs of their own, in every call, as if they had been asked for."""
 import json
 import os
+import re
 import subprocess
 
 import grpc
@@ -203,17 +204,19 @@ def test_fit_marks_what_moves_the_loss_most(store, tmp_path):
     worst = sorted(sorted(figures, key=lambda i: -figures[i]["moved"])[:2], key=int)
     assert worst == ["9", "29"] and worst != sorted(sorted(figures, key=lambda i: -figures[i]["output_error"])[:2], key=int)
     out = kvctl("calib", "fit", SMOLLM2, tmp_path / "set", "--codec", "tc2", "--sensitive", "2=int4", "--asked", asked)
-    assert "marks 9=int4+29=int4" in out and f"layer 9 moves the answers' loss by {figures['9']['moved']:.3f}" in out
+    moved = {n: float(x) for n, x in re.findall(r"layer (\d+) moves the answers' loss by ([\d.]+)", out)}  # of a fit that knows what is asked
+    assert "marks 9=int4+29=int4" in out and 0.5 * figures["9"]["moved"] < moved["9"] < figures["9"]["moved"]
     assert "marks          9=int4+29=int4" in kvctl("calib", "show", tmp_path / "set")
     write(asked / "0.safetensors", {k: t for k, t in tensors.items() if not k.endswith("g")}, {})
     (asked / "1.safetensors").unlink()
     assert "no gradients of the answers' loss" in kvctl("calib", "fit", SMOLLM2, tmp_path / "no", "--codec", "tc2", "--sensitive", "1=int4",
                                                          "--asked", asked, code=1)
-    for arguments, why in ((["--sensitive", "1=int4"], "goes with --asked"), (["--asked", asked], "goes with --asked"),
-                           (["--sensitive", "1=int4", "--asked", asked, "--marks", "0=int4"], "with neither"),
+    for arguments, why in ((["--sensitive", "1=int4"], "goes with --asked"),
+                           (["--sensitive", "1=int4", "--asked", asked, "--marks", "0=int4"], "not with --marks"),
                            (["--sensitive", "0=int4", "--asked", asked], "a number of layers and a codec"),
                            (["--sensitive", "1=int5", "--asked", asked], "a number of layers and a codec")):
         assert why in kvctl("calib", "fit", SMOLLM2, tmp_path / "no", "--codec", "tc2", *arguments, code=2)
+    assert "--asked alone with --codec" in kvctl("calib", "fit", SMOLLM2, tmp_path / "no", "--asked", asked, code=2)
     for marks, why in (("3=int4", "no layer 3"), ("9=tc2", "no more bits than tc2"), ("9=int5", "is not LAYER=CODEC"),
                        ("19=int4+9=int4", "not ascending")):
         assert why in kvctl("calib", "fit", SMOLLM2, tmp_path / "no", "--codec", "tc2", "--marks", marks, code=1)
