@@ -118,6 +118,14 @@ void kvd_fit_finish(double *c, uint32_t dim, double f)
             c[i * dim + j] = c[j * dim + i] = c[i * dim + j] * f;
 }
 
+double kvd_fit_trace(const double *c, uint32_t dim)
+{
+    double trace = 0;
+    for (uint64_t i = 0; i < dim; i++)
+        trace += c[i * dim + i];
+    return trace;
+}
+
 // Multiplies each row of v by the root of its weight k^T c k. Returns the sum of the weights.
 static double weigh(const double *k, const double *c, uint64_t n, uint32_t dim_k, double *scratch,
                     double *v, uint32_t dim_v)

@@ -21,9 +21,19 @@ struct kvd_fit_asked {
     double *weights;       // [kv heads][longest]
 };
 
-int kvd_fit_asked_check(const struct kvd_dump *asked, const struct kvd_dump *d,
-                        struct kvd_error *err)
+static bool has_layer(const struct kvd_dump *d, uint16_t layer)
 {
+    for (uint32_t i = 0; i < d->n_layers; i++)
+        if (d->layers[i] == layer)
+            return true;
+    return false;
+}
+
+int kvd_fit_asked_check(const struct kvd_dump *asked, const struct kvd_dump *d,
+                        const struct kvd_fit_options *o, struct kvd_error *err)
+{
+    const uint16_t *layers = o->layers ? o->layers : d->layers;
+    uint32_t n_layers = o->layers ? o->n_layers : d->n_layers;
     if (!asked->graded)
         return kvd_fail(err, KVD_E_INVALID,
                         "the prompts that ask have no gradients of the answers' loss: record them "
@@ -34,6 +44,10 @@ int kvd_fit_asked_check(const struct kvd_dump *asked, const struct kvd_dump *d,
                             "the prompts that ask have %u heads of %u where the activations have "
                             "%u of %u: they are of another model",
                             asked->heads[s], asked->dim[s], d->heads[s], d->dim[s]);
+    for (uint32_t i = 0; i < n_layers; i++)
+        if (!has_layer(asked, layers[i]))
+            return kvd_fail(err, KVD_E_INVALID,
+                            "layer %u is not among those of the prompts that ask", layers[i]);
     for (uint32_t i = 0; i < asked->n_pieces; i++)
         if (asked->pieces[i].tokens > KVD_FIT_ASKED_TOKENS)
             return kvd_fail(err, KVD_E_INVALID,
@@ -140,16 +154,6 @@ static void add_positions(struct kvd_fit_asked *a, const struct kvd_dump_piece *
     }
 }
 
-static double trace_of_all(const struct kvd_fit_asked *a)
-{
-    uint64_t n = a->dim_k;
-    double trace = 0;
-    for (uint32_t h = 0; h < a->heads; h++)
-        for (uint64_t c = 0; c < n; c++)
-            trace += a->moments[(h * n + c) * n + c];
-    return trace;
-}
-
 int kvd_fit_asked_read(struct kvd_fit_asked *a, const struct kvd_dump_piece *p, double unit,
                        struct kvd_error *err)
 {
@@ -210,7 +214,8 @@ static int layer_traces(void *arg, void *workspace, uint32_t layer, struct kvd_e
             continue;
         if (kvd_fit_asked_read(*a, p, 1, err))
             return err->code;
-        t->of[i] = trace_of_all(*a);
+        for (uint32_t h = 0; h < (*a)->heads; h++)
+            t->of[i] += kvd_fit_trace(kvd_fit_asked_moments(*a, h), (*a)->dim_k);
     }
     return KVD_OK;
 }

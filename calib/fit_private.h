@@ -18,6 +18,7 @@ void kvd_fit_gather(const float *rows, uint64_t n, uint32_t heads, uint32_t head
 void kvd_fit_add_products(const double *a, uint64_t rows, uint32_t dim, double *c);
 // c times f, and its lower triangle from the upper one.
 void kvd_fit_finish(double *c, uint32_t dim, double f);
+double kvd_fit_trace(const double *c, uint32_t dim);
 
 // KVD_E_INVALID: a layer that is asked for is not in the dump, or has fewer tokens than channels.
 // Warns of few.
@@ -47,9 +48,10 @@ void kvd_fit_attention_weigh(struct kvd_fit_attention *a, const float *rows, uin
 struct kvd_fit_asked;
 struct kvd_fit_asked *kvd_fit_asked_new(const struct kvd_dump *asked);
 void kvd_fit_asked_free(struct kvd_fit_asked **a);
-// KVD_E_INVALID: no gradients, heads or dims that are not the dump's, prompts that are too long.
+// KVD_E_INVALID: no gradients, heads or dims that are not the dump's, layers of the fit that are
+// not there, prompts that are too long.
 int kvd_fit_asked_check(const struct kvd_dump *asked, const struct kvd_dump *d,
-                        struct kvd_error *err);
+                        const struct kvd_fit_options *o, struct kvd_error *err);
 // What makes all prompts alike, so that those whose answers are unsure, and all gradients large, do
 // not outweigh the others: units [pieces], 1 / the sum of the traces of all layers' moments.
 int kvd_fit_asked_units(const struct kvd_dump *asked, uint32_t threads, double *units,

@@ -262,14 +262,6 @@ static void choose_bits(const struct job *j, uint32_t codec, const double *lambd
         quarters(codec, tiles, bits);
 }
 
-static double trace_of(const double *a, uint32_t dim)
-{
-    double trace = 0;
-    for (uint32_t i = 0; i < dim; i++)
-        trace += a[(uint64_t)i * dim + i];
-    return trace;
-}
-
 static int transform_keys(struct job *j, struct workspace *w, uint32_t head, uint64_t at,
                           const char *where, struct kvd_error *err)
 {
@@ -277,15 +269,15 @@ static int transform_keys(struct job *j, struct workspace *w, uint32_t head, uin
     uint32_t dim = j->set->dim_k;
     uint64_t n = (uint64_t)dim * dim;
     double *weight = w->sums[KVD_DUMP_Q] + head * n, *keys = w->sums[KVD_DUMP_K] + head * n;
-    double values[KVD_MAX_HEAD_DIM], lambda[KVD_MAX_HEAD_DIM], trace = trace_of(weight, dim);
+    double values[KVD_MAX_HEAD_DIM], lambda[KVD_MAX_HEAD_DIM], trace = kvd_fit_trace(weight, dim);
     const double *asked = w->asked ? w->asked_moments + head * n : NULL;
     char text[96];
     if (!(trace > 0))
         return kvd_fail(err, KVD_E_INVALID, "%s: q is all zeros: nothing weighs k", where);
     cblas_dscal((int)n, dim / trace, weight, 1);
-    if (asked && trace_of(asked, dim) > 0) {
+    if (asked && kvd_fit_trace(asked, dim) > 0) {
         cblas_dscal((int)n, 0.5, weight, 1);
-        cblas_daxpy((int)n, 0.5 * dim / trace_of(asked, dim), asked, 1, weight, 1);
+        cblas_daxpy((int)n, 0.5 * dim / kvd_fit_trace(asked, dim), asked, 1, weight, 1);
     }
     snprintf(text, sizeof(text), "%s, q", where);
     if (basis(j, weight, dim, text, values, w->u, err))
@@ -600,28 +592,12 @@ static void warn_of_short(const struct kvd_dump *d, const struct kvd_fit_options
         o->warn(o->ctx, text);
 }
 
-static int check_asked(const struct kvd_dump *d, const struct kvd_fit_options *o,
-                       struct kvd_error *err)
-{
-    uint32_t n = o->layers ? o->n_layers : d->n_layers;
-    const uint16_t *layers = o->layers ? o->layers : d->layers;
-    for (uint32_t i = 0; i < n; i++) {
-        bool there = false;
-        for (uint32_t k = 0; k < o->asked->n_layers; k++)
-            there |= o->asked->layers[k] == layers[i];
-        if (!there)
-            return kvd_fail(err, KVD_E_INVALID,
-                            "layer %u is not among those of the prompts that ask", layers[i]);
-    }
-    return kvd_fit_asked_check(o->asked, d, err);
-}
-
 struct kvd_rotset *kvd_fit_transforms(const struct kvd_dump *d, uint32_t codec, bool greedy,
                                       const struct kvd_fit_options *o, struct kvd_error *err)
 {
     if (kvd_fit_check_dump(d, o, err))
         return NULL;
-    if (o->asked && check_asked(d, o, err))
+    if (o->asked && kvd_fit_asked_check(o->asked, d, o, err))
         return NULL;
     warn_of_short(d, o);
     struct kvd_rotset *set KVD_AUTO(kvd_rotset_free) = new_set(d, codec, greedy, o, err);

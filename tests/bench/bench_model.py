@@ -177,6 +177,7 @@ def main():
             sys.exit(f"no rows {', '.join(sorted(unknown))}; there are {', '.join(name for name, _, _ in kinds)}")
         kinds = [k for k in kinds if k[0] in args.rows.split(",")]
     kinds.insert(0, ("bf16", "bf16", "identity"))
+    # Extents are small, as each set wants some of its own, and one with marks some for each plane.
     daemon = subprocess.Popen([f"{args.build}/daemon/kvd", "--backend", "cpu", "--listen", address, "--metrics", "", "--pool-size",
                                f"{2 + len(kinds) // 6}GiB", "--extent-size", "16MiB", "--store", work / "store", "--cache", work / "cache",
                                *(["--threads", str(args.threads)] if args.threads else [])], stderr=open(work / "log", "w"))
