@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs tests/e2e/test_transformers*.py and test_record.py in an environment of its own with PyTorch and transformers (some 6 GB).
+# Runs tests/e2e/test_transformers*.py, test_record.py and test_bench_decoder.py in an environment of its own with PyTorch and transformers (some 6 GB).
 # usage: tests/transformers.sh [BUILD]   (default: build)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,4 +15,4 @@ fi
 # The models are tiny: threads that wait for each other take minutes where something else runs beside them.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 KVD_BUILD=$(realpath "$build") KVD_SOURCE=$PWD "$env/bin/python" -m pytest -q -s -p no:cacheprovider \
-    tests/e2e/test_transformers.py tests/e2e/test_transformers_models.py tests/e2e/test_record.py
+    tests/e2e/test_transformers.py tests/e2e/test_transformers_models.py tests/e2e/test_record.py tests/e2e/test_bench_decoder.py
