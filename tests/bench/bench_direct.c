@@ -511,8 +511,11 @@ static void death(void)
         open_client();
         TRY(kvd_sequences_create(client, 16, ids, ERR));
         append(ids, 1, 0, PIECE);
-        kvd_item item = {
-            .size = sizeof(item), .sequence = ids[0], .tokens = 1, .q = {tokens}, .o = {tokens}};
+        kvd_item item = {.size = sizeof(item),
+                         .sequence = ids[0],
+                         .tokens = 1,
+                         .q = {tokens},
+                         .o = {tokens, .offset = KV_BYTES}};
         TRY(kvd_attend(client, (kvd_layers){0, 1}, NULL, &item, 1, ERR));
         printf(
             "from kvd_open to the first Attend's output, %d tokens of 36 layers stored meanwhile: "
@@ -531,6 +534,7 @@ static void death(void)
             exit(1);
         pause();
     }
+    close(ready[1]); // so that the child's end is seen
     if (read(ready[0], &byte, 1) != 1)
         exit(1);
     struct kvd_error err = {0};
