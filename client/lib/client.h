@@ -75,6 +75,7 @@ struct kvd_client {
     kvd_direct *direct;
     pthread_mutex_t enqueuer_lock; // of its making
     struct kvd_enqueuer *enqueuer; // made on first use
+    kvd_queue *queues;             // under buffers_lock
 };
 
 // A public structure that may grow: its size here, and that of the first release. sized.c
@@ -85,7 +86,7 @@ struct kvd_sized {
 extern const struct kvd_sized kvd_sized_options, kvd_sized_info, kvd_sized_sequence_info,
     kvd_sized_item, kvd_sized_attention, kvd_sized_direct_options, kvd_sized_event,
     kvd_sized_plane_options, kvd_sized_prompt, kvd_sized_match, kvd_sized_match_options,
-    kvd_sized_published, kvd_sized_page_keys, kvd_sized_found, kvd_sized_paged;
+    kvd_sized_published, kvd_sized_page_keys, kvd_sized_found, kvd_sized_paged, kvd_sized_ended;
 // What a program of another age gave, as this library has it.
 int kvd_sized_take(const struct kvd_sized *type, const void *from, void *to, struct kvd_error *err);
 // Whether there is room to write one to; and writes as much of it as the program knows.
@@ -164,6 +165,14 @@ kvd_result kvd_client_compute(kvd_client *c, kvd_call_kind kind, kvd_layers laye
                               kvd_failure *err);
 // enqueue.c: sends what is queued, until the deadline, and stops. *q becomes NULL.
 void kvd_enqueuer_free(struct kvd_enqueuer **q, uint64_t deadline);
+// queue.c: frees all of a client's.
+void kvd_queues_drop(kvd_client *c);
+// pages.c: whether the client is for page calls; and what a put or, `written`, a get is about, as
+// this library has it: checked, and pointing to what the program gave.
+int kvd_pages_check_client(const kvd_client *c, struct kvd_error *err);
+int kvd_pages_take(kvd_client *c, const kvd_bytes *space, const kvd_page_keys *keys,
+                   const kvd_paged *paged, bool written, kvd_page_keys *own_keys,
+                   kvd_paged *own_paged, struct kvd_error *err);
 // gpu_memory.c: lets the GPU reach host memory; and has a stream write `value` at one address, then
 // wait until it is at the other.
 int kvd_gpu_map(void *data, uint64_t bytes, uint64_t *device, struct kvd_error *err);

@@ -42,6 +42,17 @@ int kvd_paged_gpu_copy(const kvd_paged *p, const struct kvd_page_shape *shape, u
                        struct kvd_error *err);
 int kvd_paged_gpu_wait(const kvd_paged *p, struct kvd_error *err);
 
+// paged_gpu.c, for calls that are done later, by another thread. A mark says what is on p's stream
+// now; following it, a thread copies on *stream, made on first use, behind that.
+struct kvd_gpu_mark {
+    void *event; // NULL: none
+    int device;
+};
+int kvd_gpu_mark(const kvd_paged *p, struct kvd_gpu_mark *out, struct kvd_error *err);
+int kvd_gpu_follow(const struct kvd_gpu_mark *mark, void **stream, struct kvd_error *err);
+void kvd_gpu_mark_free(struct kvd_gpu_mark *mark);
+void kvd_gpu_stream_free(void **stream);
+
 // Bytes of a GPU copy's tables, for any blocks.
 static inline uint64_t kvd_paged_tables(const struct kvd_page_shape *shape, uint32_t pages)
 {

@@ -107,6 +107,47 @@ int kvd_paged_gpu_wait(const kvd_paged *p, struct kvd_error *err)
     return kvd_cuda_status((int)cudaStreamSynchronize(p->stream), "copies of pages", err);
 }
 
+int kvd_gpu_mark(const kvd_paged *p, struct kvd_gpu_mark *out, struct kvd_error *err)
+{
+    cudaEvent_t event = NULL;
+    int device = 0;
+    cudaError_t rc = cudaGetDevice(&device);
+    if (rc == cudaSuccess)
+        rc = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+    if (rc == cudaSuccess)
+        rc = cudaEventRecord(event, p->stream);
+    *out = (struct kvd_gpu_mark){event, device};
+    if (rc != cudaSuccess)
+        kvd_gpu_mark_free(out);
+    return kvd_cuda_status((int)rc, "an event behind which pages are copied", err);
+}
+
+int kvd_gpu_follow(const struct kvd_gpu_mark *mark, void **stream, struct kvd_error *err)
+{
+    cudaStream_t s = *stream;
+    cudaError_t rc = cudaSetDevice(mark->device);
+    if (rc == cudaSuccess && !s)
+        rc = cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking);
+    *stream = s;
+    if (rc == cudaSuccess)
+        rc = cudaStreamWaitEvent(s, mark->event, 0);
+    return kvd_cuda_status((int)rc, "waiting for what is on the engine's stream", err);
+}
+
+void kvd_gpu_mark_free(struct kvd_gpu_mark *mark)
+{
+    if (mark->event)
+        cudaEventDestroy(KVD_TAKE(mark->event));
+    cudaGetLastError();
+}
+
+void kvd_gpu_stream_free(void **stream)
+{
+    if (*stream)
+        cudaStreamDestroy(KVD_TAKE(*stream));
+    cudaGetLastError();
+}
+
 #else
 
 static int without(struct kvd_error *err)
@@ -155,6 +196,30 @@ int kvd_paged_gpu_wait(const kvd_paged *p, struct kvd_error *err)
 {
     (void)p;
     return without(err);
+}
+
+int kvd_gpu_mark(const kvd_paged *p, struct kvd_gpu_mark *out, struct kvd_error *err)
+{
+    (void)p;
+    (void)out;
+    return without(err);
+}
+
+int kvd_gpu_follow(const struct kvd_gpu_mark *mark, void **stream, struct kvd_error *err)
+{
+    (void)mark;
+    (void)stream;
+    return without(err);
+}
+
+void kvd_gpu_mark_free(struct kvd_gpu_mark *mark)
+{
+    (void)mark;
+}
+
+void kvd_gpu_stream_free(void **stream)
+{
+    (void)stream;
 }
 
 #endif

@@ -20,11 +20,18 @@ struct call {
     uint64_t v_at; // of V in the staging
 };
 
+int kvd_pages_check_client(const kvd_client *c, struct kvd_error *err)
+{
+    return c->pages ? KVD_OK
+                    : kvd_fail(err, KVD_E_PRECONDITION,
+                               "the client was opened without pages; set kvd_options.pages");
+}
+
 static int check_client(const kvd_client *c, const kvd_bytes *space, struct kvd_error *err)
 {
-    if (!c->pages)
-        return kvd_fail(err, KVD_E_PRECONDITION,
-                        "the client was opened without pages; set kvd_options.pages");
+    int rc = kvd_pages_check_client(c, err);
+    if (rc)
+        return rc;
     if (!space->data || space->bytes < 1 || space->bytes > KVD_MAX_PROMPT_EXTRA_BYTES)
         return kvd_fail(err, KVD_E_INVALID, "a space of %llu bytes; 1 to %d are possible",
                         (unsigned long long)space->bytes, KVD_MAX_PROMPT_EXTRA_BYTES);
@@ -385,6 +392,17 @@ static int begin(struct call *call, kvd_client *c, const kvd_bytes *space,
     if (rc == KVD_OK)
         rc = kvd_paged_check(&call->paged, &call->shape, call->keys.pages, written, err);
     return rc || !call->paged.on_gpu ? rc : kvd_paged_gpu_check(&call->paged, &call->shape, err);
+}
+
+int kvd_pages_take(kvd_client *c, const kvd_bytes *space, const kvd_page_keys *keys,
+                   const kvd_paged *paged, bool written, kvd_page_keys *own_keys,
+                   kvd_paged *own_paged, struct kvd_error *err)
+{
+    struct call call;
+    int rc = begin(&call, c, space, keys, paged, written, err);
+    *own_keys = call.keys;
+    *own_paged = call.paged;
+    return rc;
 }
 
 // Puts the pages of these numbers, which the staging has room for.

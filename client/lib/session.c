@@ -433,6 +433,7 @@ void kvd_close(kvd_client **cp)
     kvd_client *c = cp ? KVD_TAKE(*cp) : NULL;
     if (!c)
         return;
+    kvd_queues_drop(c);
     if (c->forked) { // the rest is gRPC's, and stays
         kvd_buffers_drop(c);
         return;

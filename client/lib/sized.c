@@ -111,3 +111,4 @@ const struct kvd_sized kvd_sized_published = SIZED(kvd_published, end);
 const struct kvd_sized kvd_sized_page_keys = SIZED(kvd_page_keys, after);
 const struct kvd_sized kvd_sized_found = SIZED(kvd_found, behind);
 const struct kvd_sized kvd_sized_paged = SIZED(kvd_paged, stream);
+const struct kvd_sized kvd_sized_ended = SIZED(kvd_ended, failure);

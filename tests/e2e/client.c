@@ -1,8 +1,7 @@
 // libkvd's promises that are not about numbers, each a subcommand that exits with 0 if it is kept.
 // usage: client layout
-//        client sized|replayed|holds|shapes|deadlines|reconnect ADDRESS
-//        client fork ADDRESS [first|after|outlived]
-//        client remote ADDRESS UNIX_ADDRESS
+//        client sized|replayed|holds|shapes|deadlines|reconnect|queue|queue_killed|queue_gpu
+//        ADDRESS client fork ADDRESS [first|after|outlived] client remote ADDRESS UNIX_ADDRESS
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -247,6 +246,12 @@ static void print_prompts(void)
     FIELD(kvd_paged, first_token);
     FIELD(kvd_paged, on_gpu);
     FIELD(kvd_paged, stream);
+    STRUCT(kvd_ended);
+    FIELD(kvd_ended, size);
+    FIELD(kvd_ended, result);
+    FIELD(kvd_ended, ticket);
+    FIELD(kvd_ended, us);
+    FIELD(kvd_ended, failure);
 }
 
 static void print_items(void)
@@ -478,5 +483,11 @@ int main(int argc, char **argv)
         return remotes(argv[2], argc > 3 ? argv[3] : argv[2]);
     if (strcmp(what, "reconnect") == 0)
         return reconnects(argv[2]);
+    if (strcmp(what, "queue") == 0)
+        return queues(argv[2]);
+    if (strcmp(what, "queue_killed") == 0)
+        return queues_killed(argv[2]);
+    if (strcmp(what, "queue_gpu") == 0)
+        return queues_gpu(argv[2]);
     return 2;
 }

@@ -34,6 +34,9 @@ int shapes(const char *address);                 // client_shapes.c
 int forks(const char *address, const char *how); // client_fork.c
 int deadlines(const char *address);              // client_deadlines.c
 int reconnects(const char *address);
+int queues(const char *address); // client_queue.c
+int queues_killed(const char *address);
+int queues_gpu(const char *address);
 int remotes(const char *address, const char *here); // client_remote.c
 
 #endif

@@ -13,7 +13,8 @@ import time
 
 import pytest
 
-from conftest import BUILD, SOURCE, WORKER, certificates, free_port
+from conftest import BUILD, EMULATED, KVD, SOURCE, WORKER, certificates, free_port
+from test_keep import kill
 from test_limits import SANITIZER
 
 CLIENT = BUILD / "tests/e2e_client"
@@ -23,7 +24,7 @@ def run(*args, timeout=60):
     return subprocess.run([CLIENT, *map(str, args)], capture_output=True, text=True, timeout=timeout)
 
 
-@pytest.mark.parametrize("what", ["sized", "replayed", "holds", "shapes", "fork"])
+@pytest.mark.parametrize("what", ["sized", "replayed", "holds", "shapes", "fork", "queue"])
 def test_promise(kvd, what):
     r = run(what, kvd.address)
     assert r.returncode == 0, r.stdout + r.stderr
@@ -40,7 +41,8 @@ def test_pythons_structures_are_the_compilers():
                "kvd_attention": "Attention", "kvd_direct_options": "DirectOptions", "kvd_event": "EventStruct",
                "kvd_bytes": "Bytes", "kvd_prompt": "PromptStruct", "kvd_match": "MatchStruct", "kvd_match_options": "MatchOptions",
                "kvd_published": "PublishedStruct",
-               "kvd_page_keys": "PageKeys", "kvd_found": "FoundStruct", "kvd_strides": "Strides", "kvd_paged": "PagedStruct"}
+               "kvd_page_keys": "PageKeys", "kvd_found": "FoundStruct", "kvd_strides": "Strides", "kvd_paged": "PagedStruct",
+               "kvd_ended": "EndedStruct"}
     theirs = {}
     for line in run("layout").stdout.splitlines():
         name, field, offset, size = line.split()
@@ -57,6 +59,40 @@ def test_pythons_structures_are_the_compilers():
     header = "".join(h.read_text() for h in (SOURCE / "client/include/kvd").glob("*.h"))
     declared = set(re.findall(r"^typedef struct (kvd_\w+) \{", header, re.M))
     assert declared == set(structs)
+
+
+@pytest.mark.skipif(not EMULATED, reason="the program asks the emulated GPU for memory")
+def test_queued_calls_of_blocks_of_a_gpu(kvd):
+    r = subprocess.run([KVD.with_name(KVD.name.replace("kvd_emulated", "e2e_client_emulated")), "queue_gpu", kvd.address], capture_output=True, text=True, timeout=60)
+    assert r.returncode == 0, r.stdout + r.stderr
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_queued_calls_of_a_kvd_that_is_killed_are_misses(start, keep):
+    """All end, none waits for its own timeout, and those that come later find the next kvd."""
+    kvd = start("--keep") if keep else start()
+    with subprocess.Popen([CLIENT, "queue_killed", kvd.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
+        def go_on():
+            p.stdin.write("\n")
+            p.stdin.flush()
+
+        try:
+            assert p.stdout.readline() == "ready\n"
+            if keep:  # the session goes on, so what is under way waits for the next kvd
+                kill(kvd)
+            else:
+                kvd.process.kill()
+                kvd.process.wait()
+            began = time.monotonic()
+            go_on()
+            missed = int(p.stdout.readline())
+            assert missed == 0 if keep else missed > 4 and time.monotonic() - began < 20
+            if not keep:
+                kvd.start()
+            go_on()
+            assert p.wait(60) == 0
+        finally:
+            p.kill()
 
 
 @pytest.mark.parametrize("how", ["first", "after"])

@@ -710,6 +710,12 @@ cudaError_t cudaEventQuery(cudaEvent_t event)
     return event->stream && !event->stream->late.empty() ? cudaErrorNotReady : cudaSuccess;
 }
 
+// Does what was late on the stream where it was recorded.
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t event, unsigned)
+{
+    return catch_up(event->stream);
+}
+
 cudaError_t cudaEventDestroy(cudaEvent_t event)
 {
     delete event;

@@ -183,7 +183,8 @@ typedef struct kvd_options {
  * @retval KVD_ERR_EXHAUSTED all sessions or namespaces are in use
  * @retval KVD_ERR_UNAVAILABLE kvd is not there, is draining, or does not reach its store */
 KVD_API kvd_result kvd_open(const kvd_options *options, kvd_client **out, kvd_failure *err);
-/** Ends the session and frees the client and its buffers, within 2 s.
+/** Ends the session and frees the client, its buffers and its queues, within 2 s; a queue's ticket
+ * that has begun is waited for longer, if it must.
  * @param client what is freed, and becomes NULL; *client may be NULL */
 KVD_API void kvd_close(kvd_client **client);
 

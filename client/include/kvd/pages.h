@@ -12,7 +12,7 @@
  * one counts. What is there is not put again.
  *
  * Functions may be called from several threads at once; memory that they write must not be used
- * meanwhile. */
+ * meanwhile. Those that put and get wait for kvd; a kvd_queue does it instead of the caller. */
 #ifndef KVD_KVD_H
 #error "include kvd/kvd.h"
 #endif
@@ -165,5 +165,108 @@ KVD_API kvd_result kvd_pages_get(kvd_client *client, const kvd_bytes *space,
 KVD_API kvd_result kvd_pages_encode(kvd_client *client, const kvd_bytes *space,
                                     const kvd_page_keys *keys, uint8_t *kinds, uint32_t *encoded,
                                     kvd_failure *err);
+
+/** Puts and gets that a thread of libkvd's own does one after the other, in the order in which they
+ * were queued. A queue waits for no other: with one for gets and one for puts, no get waits for a
+ * put that was queued before it. kvd gives sessions turns, so to be apart there as well, the two
+ * want a client each.
+ *
+ * What is queued is a ticket, until kvd_queue_poll has told how it ended or kvd_queue_cancel has
+ * taken it back. Until then its `kinds` must stay, and the engine's blocks: those of a get must not
+ * be used, and those of a put not be written. All else that is given is copied.
+ *
+ * Of blocks on the GPU, a ticket begins behind what was on kvd_paged.stream when it was queued,
+ * and copies on a stream of the queue's own; what is put on any stream after it was told to have
+ * ended is behind it. So no event is needed, and the engine's stream never waits.
+ *
+ * Where kvd is gone, does not answer or has lost the session, all tickets that wait end as the one
+ * that found out did: KVD_ERR_UNAVAILABLE, KVD_ERR_TIMEOUT, KVD_ERR_LOST. To an engine these are
+ * misses. Those that are queued later are tried again. */
+typedef struct kvd_queue kvd_queue;
+
+/** How a ticket ended. */
+typedef struct kvd_ended {
+    uint32_t size;       /**< sizeof(kvd_ended) */
+    kvd_result result;   /**< what kvd_pages_put or kvd_pages_get would have returned */
+    uint64_t ticket;     /**< its number */
+    uint64_t us;         /**< how many microseconds it took; 0: it never began */
+    kvd_failure failure; /**< says why it failed */
+} kvd_ended;
+
+/** Makes a queue and its thread.
+ * @param client whose, with pages. kvd_close frees its queues as kvd_queue_free does
+ * @param tickets how many there may be at once, those that have ended and were not polled included,
+ * at most 4,096; 0: 256
+ * @param[out] out the queue, to be freed by kvd_queue_free
+ * @param[out] err says why it failed; may be NULL
+ * @retval KVD_ERR_INVALID tickets is out of range
+ * @retval KVD_ERR_PRECONDITION the client was opened without pages */
+KVD_API kvd_result kvd_queue_new(kvd_client *client, uint32_t tickets, kvd_queue **out,
+                                 kvd_failure *err);
+/** Tells the queue's eventfd, to be waited for by poll or epoll: it is readable while tickets have
+ * ended that were not polled. Nobody but libkvd may read or write it.
+ * @param queue whose
+ * @param[out] fd number of the descriptor, which is the queue's and closed with it
+ * @param[out] err says why it failed; may be NULL
+ * @retval KVD_ERR_PRECONDITION this is a forked child */
+KVD_API kvd_result kvd_queue_fd(kvd_queue *queue, int *fd, kvd_failure *err);
+/** Queues a kvd_pages_put, whose parameters these are. What is wrong with them shows at once.
+ * @param queue where
+ * @param space what the keys mean something in
+ * @param keys names the pages
+ * @param exact for each page: whether it is kept in bf16; NULL: none is
+ * @param source what they are: 64 tokens for each page
+ * @param[out] kinds written before it ends well: for each page what is there then, a kvd_stored;
+ * NULL: not wanted
+ * @param[out] ticket number of it, 1, 2, ... of a queue; NULL: not wanted
+ * @param[out] err says why it failed; may be NULL. Then nothing was queued
+ * @retval KVD_ERR_INVALID as kvd_pages_put
+ * @retval KVD_ERR_EXHAUSTED as many tickets as there may be */
+KVD_API kvd_result kvd_queue_put(kvd_queue *queue, const kvd_bytes *space,
+                                 const kvd_page_keys *keys, const bool *exact,
+                                 const kvd_paged *source, uint8_t *kinds, uint64_t *ticket,
+                                 kvd_failure *err);
+/** Queues a kvd_pages_get, whose parameters these are. What is wrong with them shows at once.
+ * @param queue where
+ * @param space what the keys mean something in
+ * @param keys names the pages
+ * @param target where to
+ * @param[out] kinds written before it ends well: for each page what was read, a kvd_stored; NULL:
+ * not wanted
+ * @param[out] ticket number of it, 1, 2, ... of a queue; NULL: not wanted
+ * @param[out] err says why it failed; may be NULL. Then nothing was queued
+ * @retval KVD_ERR_INVALID as kvd_pages_get
+ * @retval KVD_ERR_EXHAUSTED as many tickets as there may be */
+KVD_API kvd_result kvd_queue_get(kvd_queue *queue, const kvd_bytes *space,
+                                 const kvd_page_keys *keys, const kvd_paged *target, uint8_t *kinds,
+                                 uint64_t *ticket, kvd_failure *err);
+/** Tells which tickets have ended, each once, in the order in which they did. Waits for nothing.
+ * @param queue whose
+ * @param[in,out] out how they ended, [count]; the size of each is read
+ * @param count how many there is room for, 1 or more
+ * @param[out] n how many have been written
+ * @param[out] err says why it failed; may be NULL
+ * @retval KVD_ERR_INVALID count is 0, or the size of an item is none */
+KVD_API kvd_result kvd_queue_poll(kvd_queue *queue, kvd_ended *out, uint32_t count, uint32_t *n,
+                                  kvd_failure *err);
+/** Waits until a ticket touches nothing any more; kvd_queue_poll tells of it all the same.
+ * @param queue whose
+ * @param ticket number of one that was queued; one that was polled or taken back is over
+ * @param ms milliseconds at most
+ * @param[out] err says why it failed; may be NULL
+ * @retval KVD_ERR_INVALID no ticket has had that number
+ * @retval KVD_ERR_TIMEOUT it is not over */
+KVD_API kvd_result kvd_queue_wait(kvd_queue *queue, uint64_t ticket, uint32_t ms, kvd_failure *err);
+/** Takes back a ticket that has not begun: it never will, and kvd_queue_poll does not tell of it.
+ * @param queue whose
+ * @param ticket number of it
+ * @param[out] err says why it failed; may be NULL
+ * @retval KVD_ERR_INVALID no ticket has had that number
+ * @retval KVD_ERR_PRECONDITION it has begun, or is over */
+KVD_API kvd_result kvd_queue_cancel(kvd_queue *queue, uint64_t ticket, kvd_failure *err);
+/** Frees a queue. Tickets that have not begun are given up; one that has is waited for.
+ * Then nothing is touched any more. Nobody else may use it meanwhile.
+ * @param queue what is freed, and becomes NULL; *queue may be NULL */
+KVD_API void kvd_queue_free(kvd_queue **queue);
 
 #endif

@@ -13,12 +13,13 @@ from ._direct import Direct
 from ._library import (CorruptError, DeniedError, Error, ExhaustedError, ExistsError, InternalError, InvalidError,
                        LostError, NotFoundError, PreconditionError, TimeoutError, UnavailableError, version)
 from ._prompts import Match, Prompt, Published
+from ._queue import Ended, PageQueue
 from .pages import Found, Paged, Pages
 from ._tensor import Bf16Array, Tensor, from_bf16, to_bf16
 
 __all__ = [
-    "Bf16Array", "Client", "CorruptError", "DeniedError", "DeviceTensor", "Direct", "Error", "Event", "ExhaustedError",
-    "ExistsError", "Found", "InternalError", "InvalidError", "Item", "LostError", "Match", "NotFoundError", "Paged", "Pages", "Plane", "PlaneTokens",
+    "Bf16Array", "Client", "CorruptError", "DeniedError", "DeviceTensor", "Direct", "Ended", "Error", "Event", "ExhaustedError",
+    "ExistsError", "Found", "InternalError", "InvalidError", "Item", "LostError", "Match", "NotFoundError", "PageQueue", "Paged", "Pages", "Plane", "PlaneTokens",
     "PreconditionError", "Prompt", "Published", "Sequence", "SequenceInfo",
     "Shape", "Tensor",
     "TimeoutError", "UnavailableError", "from_bf16", "to_bf16", "version",

@@ -360,7 +360,7 @@ class Client(lib.OfProcess):
         else:
             options.planes, options.n_planes = structs, len(parts)
         self._handle = c.c_void_p()
-        self._directs: set[Any] = set()
+        self._dependents: set[Any] = set()  # what is closed before it
         self._buffers: set[Any] = set()
         self._replays: list[Any] = []  # flags of enqueued calls
         self._lock = threading.RLock()  # of buffers that come and go, and of closing
@@ -381,7 +381,7 @@ class Client(lib.OfProcess):
         nothing: the session is the parent's."""
         if self._forked():
             return
-        for d in list(self._directs):
+        for d in list(self._dependents):
             d.close()
         with self._lock:
             handle, self._handle = self._handle, c.c_void_p()

@@ -76,7 +76,7 @@ class Direct(lib.OfProcess):
                                     _check.integer("tail_tokens", tail_tokens, 64))
         lib.call("kvd_direct_open", client._open(), c.byref(options), c.byref(self._handle))
         self._bound: list[Optional[Sequence]] = [None] * self.slots
-        client._directs.add(self)
+        client._dependents.add(self)
 
     def _open(self) -> c.c_void_p:
         self._check_process()
@@ -96,7 +96,7 @@ class Direct(lib.OfProcess):
             return
         handle, self._handle = self._handle, c.c_void_p()
         if handle:
-            self._client._directs.discard(self)
+            self._client._dependents.discard(self)
             lib.library().kvd_direct_close(c.byref(handle))
 
     def __repr__(self) -> str:

@@ -198,6 +198,10 @@ class PagedStruct(Sized):
                 ("stream", c.c_void_p)]
 
 
+class EndedStruct(Sized):
+    _fields_ = [("result", c.c_int), ("ticket", c.c_uint64), ("us", c.c_uint64), ("failure", Failure)]
+
+
 class MatchStruct(Sized):
     _fields_ = [("blocks", c.c_uint32), ("known", c.c_uint32), ("window_tokens", c.c_uint32), ("end", c.c_bool),
                 ("lease", c.c_uint64), ("miss", c.c_int), ("missed", c.c_uint32), ("restored", c.c_uint32), ("behind", c.c_uint32 * 3)]
@@ -249,6 +253,14 @@ _FUNCTIONS = {  # name: argument types; all of these return a kvd_result and end
     "kvd_pages_put": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.POINTER(c.c_bool), c.POINTER(PagedStruct), c.POINTER(c.c_uint8)],
     "kvd_pages_encode": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.POINTER(c.c_uint8), c.POINTER(c.c_uint32)],
     "kvd_pages_get": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.POINTER(PagedStruct), c.POINTER(c.c_uint8)],
+    "kvd_queue_new": [_P, c.c_uint32, c.POINTER(_P)],
+    "kvd_queue_fd": [_P, c.POINTER(c.c_int)],
+    "kvd_queue_put": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.POINTER(c.c_bool), c.POINTER(PagedStruct), c.POINTER(c.c_uint8),
+                      c.POINTER(c.c_uint64)],
+    "kvd_queue_get": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.POINTER(PagedStruct), c.POINTER(c.c_uint8), c.POINTER(c.c_uint64)],
+    "kvd_queue_poll": [_P, c.POINTER(EndedStruct), c.c_uint32, c.POINTER(c.c_uint32)],
+    "kvd_queue_wait": [_P, c.c_uint64, c.c_uint32],
+    "kvd_queue_cancel": [_P, c.c_uint64],
     "kvd_next_event": [_P, c.c_uint32, c.POINTER(EventStruct)],
 }
 _library: Any = None
@@ -272,6 +284,7 @@ def library() -> Any:
             getattr(lib, name).restype = c.c_int
         lib.kvd_close.argtypes, lib.kvd_close.restype = [c.POINTER(_P)], None
         lib.kvd_direct_close.argtypes, lib.kvd_direct_close.restype = [c.POINTER(_P)], None
+        lib.kvd_queue_free.argtypes, lib.kvd_queue_free.restype = [c.POINTER(_P)], None
         lib.kvd_buffer_free.argtypes, lib.kvd_buffer_free.restype = [c.POINTER(_P)], None
         lib.kvd_buffer_detach.argtypes, lib.kvd_buffer_detach.restype = [c.POINTER(_P)], _P
         lib.kvd_buffer_data.argtypes, lib.kvd_buffer_data.restype = [_P], _P
@@ -286,8 +299,12 @@ def call(name: str, *arguments: Any) -> None:
     failure = Failure()
     code = getattr(library(), name)(*arguments, c.byref(failure))
     if code:
-        kind = ERRORS[code] if code < len(ERRORS) else InternalError
-        raise kind(failure.text.decode(errors="replace"))
+        raise error(code, failure)
+
+
+def error(code: int, failure: Failure) -> Error:
+    """What a failure of libkvd is in Python."""
+    return (ERRORS[code] or InternalError if code < len(ERRORS) else InternalError)(failure.text.decode(errors="replace"))
 
 
 def unmap(address: int, size: int) -> None:

@@ -3,13 +3,16 @@ from __future__ import annotations
 
 import ctypes as c
 import dataclasses
-from typing import Any, Iterable, Optional, Sequence as Seq, Union
+from typing import TYPE_CHECKING, Any, Iterable, Optional, Sequence as Seq, Union
 
 import numpy as np
 
 from . import _check, _prompts
 from . import _library as lib
 from ._client import Client, Codec, HeadDim
+
+if TYPE_CHECKING:
+    from ._queue import PageQueue
 
 TOKENS = 64
 MISSING, ENCODED, EXACT = 0, 1, 2
@@ -228,15 +231,14 @@ class Pages(lib.OfProcess):
             exact: Optional[Union[bytes, Seq[bool]]] = None) -> bytes:
         """Stores pages that are not there; each is seen whole or not at all. after: the key of the page before the first; eviction takes
         pages before those that they were put behind. exact: for each page, whether it is kept in bf16. What is there now of each."""
-        named = _keys("keys", keys)
-        flags = None
-        if exact is not None:
-            if len(exact) != len(named):
-                raise lib.InvalidError(f"exact has {len(exact)} flags, and there are {len(named)} keys")
-            if any(exact) and not self.exact:
-                raise lib.InvalidError("exact: these Pages were made with exact=False")
-            flags = (c.c_bool * max(len(named), 1))(*(bool(x) for x in exact))
-        return self._call("kvd_pages_put", named, "source", source, (flags,), after)
+        return self._call("kvd_pages_put", *self._put(keys, source, after, exact))
+
+    def queue(self, tickets: int = 256) -> "PageQueue":
+        """A queue of puts and gets, which a thread of libkvd's does; of so many at once, those included that have ended and were not polled.
+        It ends with these Pages."""
+        from ._queue import PageQueue
+
+        return PageQueue(self, tickets)
 
     def encode(self, keys: Iterable[bytes]) -> int:
         """Tells that a chain has gone on. keys: up to 512 pages of it that follow each other; those that are exact are encoded, as putting
@@ -251,18 +253,34 @@ class Pages(lib.OfProcess):
     def get(self, keys: Iterable[bytes], target: Paged) -> bytes:
         """Reads pages into blocks: all of them, or raises NotFoundError and has written nothing. What was read of each. After another
         error the blocks hold what they held, or part of the pages."""
-        return self._call("kvd_pages_get", _keys("keys", keys), "target", target, (), None)
+        return self._call("kvd_pages_get", *self._get(keys, target))
 
-    def _call(self, function: str, keys: list[bytes], what: str, paged: Any, more: tuple[Any, ...], after: Optional[bytes]) -> bytes:
+    def _put(self, keys: Iterable[bytes], source: Paged, after: Optional[bytes], exact: Optional[Union[bytes, Seq[bool]]]) -> tuple[Any, ...]:
+        named, flags = _keys("keys", keys), None
+        if exact is not None:
+            if len(exact) != len(named):
+                raise lib.InvalidError(f"exact has {len(exact)} flags, and there are {len(named)} keys")
+            if any(exact) and not self.exact:
+                raise lib.InvalidError("exact: these Pages were made with exact=False")
+            flags = (c.c_bool * max(len(named), 1))(*(bool(x) for x in exact))
+        return self._arguments(named, "source", source, (flags,), after)
+
+    def _get(self, keys: Iterable[bytes], target: Paged) -> tuple[Any, ...]:
+        return self._arguments(_keys("keys", keys), "target", target, (), None)
+
+    def _arguments(self, keys: list[bytes], what: str, paged: Any, more: tuple[Any, ...], after: Optional[bytes]) -> tuple[Any, ...]:
+        """Of libkvd's functions, behind whose they are and before the failure; the last is room for kinds."""
         if not isinstance(paged, Paged):
             raise TypeError(f"{what} is a {_check.describe(paged)}, and a kvd.Paged is wanted")
         wanted = (len(self.client.layers), self.client.kv_heads, self.client.head_dim)
         if (paged.layers, paged.heads, paged.dims) != wanted:
             raise lib.InvalidError(f"{what} has layers, kv_heads and head_dim {(paged.layers, paged.heads, paged.dims)}, and {wanted} are "
                                    "wanted")
-        kinds = (c.c_uint8 * max(len(keys), 1))()
-        lib.call(function, self.client._open(), c.byref(self._bytes), c.byref(_struct(keys, after)), *more, c.byref(paged._struct), kinds)
-        return bytes(kinds)[:len(keys)]
+        return (c.byref(self._bytes), c.byref(_struct(keys, after)), *more, c.byref(paged._struct), (c.c_uint8 * len(keys))())
+
+    def _call(self, function: str, *arguments: Any) -> bytes:
+        lib.call(function, self.client._open(), *arguments)
+        return bytes(arguments[-1])
 
     def release(self, leases: Iterable[int]) -> None:
         """Ends leases; 0 and those that are over are passed over."""

@@ -1,0 +1,410 @@
+// Queues of page calls.
+// usage: client queue ADDRESS           order, cancelling, a full queue, waiting, the eventfd,
+// freeing
+//        client queue_killed ADDRESS    "ready" when tickets are under way, then what a kvd that
+//                                       was killed makes of them; "again", and what the next finds
+//        client queue_gpu ADDRESS       blocks of an emulated GPU, in the order of the engine's
+//        stream
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "client.h"
+#ifdef KVD_EMULATED
+#include "cuda_runtime_api.h"
+#endif
+
+enum { BLOCKS = 48, TOKENS = 64, Q_LAYERS = 4, Q_HEADS = 16, Q_DIM = 64, KEY = 32, QUEUED = 16 };
+enum { BLOCK = TOKENS * Q_HEADS * Q_DIM, SIDE = BLOCKS * BLOCK };
+
+// An engine's KV: [K and V][layers][blocks][tokens][heads][dim].
+struct engine {
+    uint16_t *side[2][Q_LAYERS];
+    uint32_t blocks[BLOCKS];
+};
+
+static const kvd_bytes space = {"queues", 6};
+
+static struct engine engine_new(uint16_t seed)
+{
+    struct engine e;
+    for (int v = 0; v < 2; v++)
+        for (int i = 0; i < Q_LAYERS; i++) {
+            e.side[v][i] = malloc(SIDE * sizeof(uint16_t));
+            NEED(e.side[v][i]);
+            for (int j = 0; j < SIDE; j++) // numbers between 1 and 2, and no NaN
+                e.side[v][i][j] =
+                    (uint16_t)(0x3f80 + (seed + v + i * 7 + j / BLOCK * 13 + j) % 128);
+        }
+    for (uint32_t i = 0; i < BLOCKS; i++)
+        e.blocks[i] = i;
+    return e;
+}
+
+static void engine_free(struct engine *e)
+{
+    for (int v = 0; v < 2; v++)
+        for (int i = 0; i < Q_LAYERS; i++)
+            free(e->side[v][i]);
+}
+
+static kvd_paged paged_of(struct engine *e, uint32_t first)
+{
+    kvd_strides s = {BLOCK * 2, Q_DIM * 2, Q_HEADS * Q_DIM * 2, 2};
+    return KVD_NEW(kvd_paged, .k = (void *const *)e->side[0], .v = (void *const *)e->side[1],
+                   .k_bytes = SIDE * 2, .v_bytes = SIDE * 2, .k_strides = s, .v_strides = s,
+                   .all_blocks = BLOCKS, .block_tokens = TOKENS, .blocks = e->blocks + first,
+                   .n_blocks = BLOCKS - first);
+}
+
+// Names of pages `first` on; of one thing, `name`, and the same at each call.
+static kvd_page_keys keys_of(char keys[BLOCKS][KEY], char name, uint32_t first, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++)
+        snprintf(keys[i], KEY, "%c page number %017u", name, first + i);
+    return KVD_NEW(kvd_page_keys, .keys = keys, .key_bytes = KEY, .pages = n);
+}
+
+static kvd_client *open_pages(const char *address)
+{
+    static const uint32_t layers[Q_LAYERS] = {0, 1, 2, 3};
+    kvd_options o = options_of(address);
+    o.layers = layers;
+    o.n_layers = Q_LAYERS;
+    o.q_heads = o.kv_heads = Q_HEADS;
+    o.head_dim_k = o.head_dim_v = Q_DIM;
+    o.pages = o.no_windows = true;
+    kvd_client *c;
+    NEED(kvd_open(&o, &c, ERR) == 0);
+    return c;
+}
+
+static kvd_queue *queue_new(kvd_client *c, uint32_t tickets)
+{
+    kvd_queue *q;
+    NEED(kvd_queue_new(c, tickets, &q, ERR) == 0);
+    return q;
+}
+
+// Queues `n` pages from `first` on. What is named, and where it is, may go as soon as it returns.
+static uint64_t queue_put(kvd_queue *q, struct engine *e, char name, uint32_t first, uint32_t n)
+{
+    char names[BLOCKS][KEY];
+    uint32_t blocks[BLOCKS];
+    bool exact[BLOCKS];
+    kvd_page_keys k = keys_of(names, name, first, n);
+    kvd_paged p = paged_of(e, first);
+    uint64_t ticket = 0;
+    memcpy(blocks, p.blocks, n * sizeof(*blocks));
+    p.blocks = blocks;
+    p.n_blocks = n;
+    memset(exact, true, sizeof(exact));
+    NEED(kvd_queue_put(q, &space, &k, exact, &p, NULL, &ticket, ERR) == 0);
+    memset(names, 'x', sizeof(names));
+    memset(blocks, 0xff, sizeof(blocks));
+    memset(exact, false, sizeof(exact));
+    return ticket;
+}
+
+static uint64_t queue_get(kvd_queue *q, struct engine *e, char name, uint32_t first, uint32_t n,
+                          uint8_t *kinds)
+{
+    char names[BLOCKS][KEY];
+    kvd_page_keys k = keys_of(names, name, first, n);
+    kvd_paged p = paged_of(e, first);
+    uint64_t ticket = 0;
+    NEED(kvd_queue_get(q, &space, &k, &p, kinds, &ticket, ERR) == 0);
+    memset(names, 'x', sizeof(names));
+    return ticket;
+}
+
+static bool readable(kvd_queue *q, int ms)
+{
+    struct pollfd p = {.events = POLLIN};
+    NEED(kvd_queue_fd(q, &p.fd, ERR) == 0);
+    return poll(&p, 1, ms) == 1;
+}
+
+// The next ticket that ends.
+static kvd_ended next(kvd_queue *q)
+{
+    kvd_ended ended = KVD_NEW(kvd_ended);
+    uint32_t n = 0;
+    NEED(readable(q, 60000));
+    NEED(kvd_queue_poll(q, &ended, 1, &n, ERR) == 0 && n == 1);
+    failure = ended.failure;
+    return ended;
+}
+
+static bool equal(const struct engine *a, const struct engine *b, uint32_t first, uint32_t n)
+{
+    for (int v = 0; v < 2; v++)
+        for (int i = 0; i < Q_LAYERS; i++)
+            if (memcmp(a->side[v][i] + (size_t)first * BLOCK, b->side[v][i] + (size_t)first * BLOCK,
+                       (size_t)n * BLOCK * 2))
+                return false;
+    return true;
+}
+
+// What was put first is there for what is got behind it.
+static void in_order(kvd_client *c)
+{
+    struct engine from = engine_new(1), to = engine_new(77);
+    uint8_t kinds[BLOCKS] = {0};
+    kvd_queue *q = queue_new(c, 0);
+    NEED(!readable(q, 0));
+    for (uint32_t i = 0; i < 8; i++) {
+        NEED(queue_put(q, &from, 'o', 6 * i, 6) == 2 * i + 1);
+        NEED(queue_get(q, &to, 'o', 6 * i, 6, kinds + 6 * i) == 2 * i + 2);
+    }
+    for (uint64_t i = 1; i <= 16; i++) {
+        kvd_ended ended = next(q);
+        NEED(ended.ticket == i && ended.result == KVD_SUCCESS && ended.us);
+    }
+    NEED(!readable(q, 0));
+    NEED(equal(&from, &to, 0, BLOCKS));
+    for (int i = 0; i < BLOCKS; i++)
+        NEED(kinds[i] == KVD_STORED_EXACT);
+    // One that fails, as what it names is not there, holds up no other.
+    queue_get(q, &to, 'n', 0, 1, NULL);
+    queue_get(q, &to, 'o', 0, 1, NULL);
+    kvd_ended failed = next(q);
+    NEED(failed.result == KVD_ERR_NOT_FOUND && strstr(failed.failure.text, "not there"));
+    NEED(next(q).result == KVD_SUCCESS);
+    kvd_queue_free(&q);
+    NEED(!q);
+    engine_free(&from);
+    engine_free(&to);
+}
+
+static void bounds(kvd_client *c)
+{
+    struct engine from = engine_new(2), to = engine_new(3);
+    kvd_ended some[8];
+    uint32_t n = 0;
+    kvd_queue *q = queue_new(c, 4);
+    for (int i = 0; i < 4; i++)
+        queue_put(q, &from, 'f', 12 * (uint32_t)i, 12);
+    char names[BLOCKS][KEY];
+    kvd_page_keys k = keys_of(names, 'f', 0, 1);
+    kvd_paged p = paged_of(&to, 0);
+    NEED(kvd_queue_get(q, &space, &k, &p, NULL, NULL, ERR) == KVD_ERR_EXHAUSTED &&
+         strstr(failure.text, "4 tickets"));
+    // Those that have ended count until they were told of.
+    NEED(kvd_queue_wait(q, 4, 60000, ERR) == 0 && readable(q, 0));
+    NEED(kvd_queue_get(q, &space, &k, &p, NULL, NULL, ERR) == KVD_ERR_EXHAUSTED);
+    for (int i = 0; i < 8; i++)
+        some[i] = KVD_NEW(kvd_ended);
+    NEED(kvd_queue_poll(q, some, 3, &n, ERR) == 0 && n == 3 && readable(q, 0));
+    NEED(kvd_queue_poll(q, some, 8, &n, ERR) == 0 && n == 1 && some[0].ticket == 4);
+    NEED(!readable(q, 0) && kvd_queue_poll(q, some, 8, &n, ERR) == 0 && n == 0);
+    NEED(kvd_queue_get(q, &space, &k, &p, NULL, NULL, ERR) == 0 && next(q).ticket == 5);
+    // What is wrong shows at once, and is no ticket.
+    k.key_bytes = 8;
+    NEED(kvd_queue_get(q, &space, &k, &p, NULL, NULL, ERR) == KVD_ERR_INVALID);
+    NEED(kvd_queue_wait(q, 6, 0, ERR) == KVD_ERR_INVALID && strstr(failure.text, "1 to 5"));
+    NEED(kvd_queue_cancel(q, 0, ERR) == KVD_ERR_INVALID);
+    some[0].size = 4;
+    NEED(kvd_queue_poll(q, some, 1, &n, ERR) == KVD_ERR_INVALID);
+    kvd_queue *other;
+    NEED(kvd_queue_new(c, 5000, &other, ERR) == KVD_ERR_INVALID);
+    kvd_queue_free(&q);
+    engine_free(&from);
+    engine_free(&to);
+}
+
+// A long put in front, and others that are taken back before they begin, or are freed.
+static void taken_back(const char *address)
+{
+    struct engine from = engine_new(4), to = engine_new(5);
+    kvd_client *c = open_pages(address);
+    kvd_queue *q = queue_new(c, 0), *loads = queue_new(c, 0);
+    uint64_t first = queue_put(q, &from, 't', 0, BLOCKS), second = queue_put(q, &from, 'u', 0, 8),
+             third = queue_put(q, &from, 'w', 0, 8);
+    NEED(kvd_queue_cancel(q, second, ERR) == 0);
+    NEED(kvd_queue_wait(q, second, 0, ERR) == 0);
+    NEED(kvd_queue_cancel(q, second, ERR) == KVD_ERR_PRECONDITION);
+    NEED(kvd_queue_wait(q, first, 0, ERR) == KVD_ERR_TIMEOUT);
+    NEED(kvd_queue_wait(q, third, 60000, ERR) == 0);
+    NEED(kvd_queue_cancel(q, third, ERR) == KVD_ERR_PRECONDITION);
+    NEED(next(q).ticket == first && next(q).ticket == third && !readable(q, 0));
+    queue_get(loads, &to, 'u', 0, 8, NULL);
+    queue_get(loads, &to, 'w', 0, 8, NULL);
+    NEED(next(loads).result == KVD_ERR_NOT_FOUND && next(loads).result == KVD_SUCCESS);
+    // Freed amid some: what has begun is done, what has not is not, and neither is touched later.
+    queue_put(q, &from, 'y', 0, BLOCKS);
+    queue_put(q, &from, 'z', 0, 8);
+    kvd_queue_free(&q);
+    engine_free(&from);
+    queue_get(loads, &to, 'z', 0, 8, NULL);
+    NEED(next(loads).result == KVD_ERR_NOT_FOUND);
+    queue_get(loads, &to, 't', 0, BLOCKS, NULL);
+    kvd_close(&c); // and the queue that is left
+    engine_free(&to);
+}
+
+// In a child nothing is touched: neither what the parent's thread does, nor the eventfd's count.
+static void in_a_child(kvd_client *c)
+{
+    struct engine from = engine_new(6);
+    kvd_queue *q = queue_new(c, 0);
+    kvd_ended ended = KVD_NEW(kvd_ended);
+    uint32_t n;
+    int fd, status;
+    queue_put(q, &from, 'c', 0, BLOCKS);
+    queue_put(q, &from, 'd', 0, BLOCKS);
+    pid_t child = fork();
+    if (child == 0) {
+        char names[BLOCKS][KEY];
+        kvd_page_keys k = keys_of(names, 'c', 0, 1);
+        kvd_paged p = paged_of(&from, 0);
+        const kvd_result got[] = {kvd_queue_put(q, &space, &k, NULL, &p, NULL, NULL, ERR),
+                                  kvd_queue_get(q, &space, &k, &p, NULL, NULL, ERR),
+                                  kvd_queue_poll(q, &ended, 1, &n, ERR),
+                                  kvd_queue_wait(q, 1, 1000, ERR),
+                                  kvd_queue_cancel(q, 2, ERR),
+                                  kvd_queue_fd(q, &fd, ERR),
+                                  kvd_queue_new(c, 0, &q, ERR)};
+        for (size_t i = 0; i < sizeof(got) / sizeof(*got); i++)
+            if (got[i] != KVD_ERR_PRECONDITION || !strstr(failure.text, "forked"))
+                _exit(1 + (int)i);
+        kvd_queue_free(&q);
+        kvd_close(&c);
+        _exit(0);
+    }
+    NEED(child > 0 && waitpid(child, &status, 0) == child && status == 0);
+    NEED(next(q).result == KVD_SUCCESS && next(q).result == KVD_SUCCESS && !readable(q, 0));
+    kvd_queue_free(&q);
+    engine_free(&from);
+}
+
+int queues(const char *address)
+{
+    kvd_client *c = open_pages(address);
+    in_order(c);
+    bounds(c);
+    in_a_child(c);
+    kvd_close(&c);
+    taken_back(address);
+    open_client(address);
+    kvd_queue *q;
+    NEED(kvd_queue_new(client, 0, &q, ERR) == KVD_ERR_PRECONDITION);
+    kvd_close(&client);
+    return 0;
+}
+
+int queues_killed(const char *address)
+{
+    struct engine from = engine_new(8), to = engine_new(9);
+    kvd_client *c = open_pages(address);
+    kvd_queue *q = queue_new(c, 0);
+    char line[16];
+    uint32_t missed = 0;
+    for (char i = 0; i < QUEUED; i++)
+        queue_put(q, &from, (char)('A' + i), 0, BLOCKS);
+    NEED(next(q).result == KVD_SUCCESS);
+    printf("ready\n");
+    fflush(stdout);
+    NEED(fgets(line, sizeof(line), stdin)); // it was killed
+    for (uint64_t i = 2; i <= QUEUED; i++) {
+        kvd_ended ended = next(q);
+        NEED(ended.ticket == i);
+        if (ended.result == KVD_SUCCESS)
+            continue;
+        failure = ended.failure;
+        NEED(ended.result == KVD_ERR_UNAVAILABLE || ended.result == KVD_ERR_LOST);
+        NEED(failure.text[0]);
+        missed++;
+    }
+    printf("%u\n", missed);
+    fflush(stdout);
+    NEED(fgets(line, sizeof(line), stdin)); // it is there again
+    kvd_ended put, get;
+    for (int tries = 0; tries < 3; tries++) { // some may be told that the session is lost
+        queue_put(q, &from, 'a', 0, 8);
+        put = next(q);
+        queue_get(q, &to, 'a', 0, 8, NULL);
+        get = next(q);
+        if (put.result == KVD_SUCCESS && get.result == KVD_SUCCESS)
+            break;
+        failure = put.result ? put.failure : get.failure;
+        NEED(missed && (put.result == KVD_ERR_LOST || get.result == KVD_ERR_LOST));
+    }
+    NEED(put.result == KVD_SUCCESS && get.result == KVD_SUCCESS);
+    NEED(equal(&from, &to, 0, 8));
+    kvd_queue_free(&q);
+    kvd_close(&c);
+    engine_free(&from);
+    engine_free(&to);
+    return 0;
+}
+
+#ifdef KVD_EMULATED
+// Tokens come late to the blocks that are put, and to the copy of those that were got: behind what
+// is on the engine's stream is where a ticket begins, and before all that comes once it has ended.
+int queues_gpu(const char *address)
+{
+    struct engine given = engine_new(10), on_gpu = given, got = engine_new(11);
+    kvd_client *c = open_pages(address);
+    kvd_queue *q = queue_new(c, 0);
+    kvd_ended ended;
+    cudaStream_t stream;
+    char names[BLOCKS][KEY];
+    bool exact[BLOCKS];
+    NEED(cudaStreamCreate(&stream) == cudaSuccess);
+    memset(exact, true, sizeof(exact));
+    for (int v = 0; v < 2; v++)
+        for (int i = 0; i < Q_LAYERS; i++) {
+            void *memory;
+            NEED(cudaMalloc(&memory, SIDE * 2) == cudaSuccess);
+            on_gpu.side[v][i] = memory;
+            NEED(cudaMemcpyAsync(memory, given.side[v][i], SIDE * 2, cudaMemcpyHostToDevice,
+                                 stream) == cudaSuccess);
+        }
+    kvd_page_keys k = keys_of(names, 'g', 0, BLOCKS);
+    kvd_paged p = paged_of(&on_gpu, 0);
+    p.on_gpu = true;
+    p.stream = stream;
+    NEED(kvd_queue_put(q, &space, &k, exact, &p, NULL, NULL, ERR) == 0);
+    ended = next(q);
+    NEED(ended.result == KVD_SUCCESS);
+    for (int v = 0; v < 2; v++)
+        for (int i = 0; i < Q_LAYERS; i++)
+            memset(on_gpu.side[v][i], 0, SIDE * 2);
+    NEED(kvd_queue_get(q, &space, &k, &p, NULL, NULL, ERR) == 0);
+    ended = next(q);
+    NEED(ended.result == KVD_SUCCESS);
+    for (int v = 0; v < 2; v++)
+        for (int i = 0; i < Q_LAYERS; i++)
+            NEED(cudaMemcpyAsync(got.side[v][i], on_gpu.side[v][i], SIDE * 2,
+                                 cudaMemcpyDeviceToHost, stream) == cudaSuccess);
+    NEED(cudaStreamSynchronize(stream) == cudaSuccess && equal(&given, &got, 0, BLOCKS));
+    p.on_gpu = false; // as if it were the host's: the same memory here, and the same pages
+    memset(on_gpu.side[0][0], 0, SIDE * 2);
+    NEED(kvd_queue_get(q, &space, &k, &p, NULL, NULL, ERR) == 0);
+    ended = next(q);
+    NEED(ended.result == KVD_SUCCESS && equal(&given, &on_gpu, 0, BLOCKS));
+    p.on_gpu = true;
+    p.k = (void *const *)given.side[0];
+    NEED(kvd_queue_get(q, &space, &k, &p, NULL, NULL, ERR) == KVD_ERR_INVALID &&
+         strstr(failure.text, "no memory of the GPU"));
+    kvd_queue_free(&q);
+    kvd_close(&c);
+    engine_free(&given);
+    engine_free(&got);
+    for (int v = 0; v < 2; v++)
+        for (int i = 0; i < Q_LAYERS; i++)
+            cudaFree(on_gpu.side[v][i]);
+    cudaStreamDestroy(stream);
+    return 0;
+}
+#else
+int queues_gpu(const char *address)
+{
+    (void)address;
+    return 77; // nothing was tested
+}
+#endif
