@@ -378,6 +378,10 @@ static int begin(struct call *call, kvd_client *c, const kvd_bytes *space,
         rc = take_keys(keys, &call->keys, err);
     if (rc == KVD_OK)
         rc = kvd_sized_take(&kvd_sized_paged, paged, &call->paged, err);
+    for (uint32_t i = 0; rc == KVD_OK && call->keys.had && i < call->keys.pages; i++)
+        if (call->keys.had[i] > KVD_STORED_EXACT)
+            rc = kvd_fail(err, KVD_E_INVALID, "had[%u] is %u, and no kvd_stored", i,
+                          call->keys.had[i]);
     if (rc == KVD_OK && !call->keys.pages)
         rc = kvd_fail(err, KVD_E_INVALID, "no pages; 1 to %d are possible", KVD_MAX_PROMPT_BLOCKS);
     for (size_t i = 1; i < c->layout.n_layers && rc == KVD_OK; i++)
@@ -456,7 +460,11 @@ kvd_result kvd_pages_put(kvd_client *c, const kvd_bytes *space, const kvd_page_k
     struct call call;
     if (begin(&call, c, space, keys, source, false, &e))
         return kvd_client_fail(err, &e);
-    kvd_result rc = look(&call, 0, &found, err);
+    kvd_result rc = KVD_SUCCESS;
+    if (call.keys.had)
+        memcpy(there, call.keys.had, call.keys.pages);
+    else
+        rc = look(&call, 0, &found, err);
     if (rc == KVD_SUCCESS)
         rc = take_staging(&call, err);
     for (uint32_t i = 0; i < call.keys.pages && rc == KVD_SUCCESS; i++) {

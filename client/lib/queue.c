@@ -93,7 +93,7 @@ static struct ticket *ticket_new(const kvd_client *c, const kvd_bytes *space,
     const uint32_t blocks = (uint32_t)kvd_div_up(
         paged->first_token + (uint64_t)keys->pages * KVD_PAGE_TOKENS, paged->block_tokens);
     struct ticket *t = calloc(1, sizeof(*t) + aligned(space->bytes) + aligned(names) +
-                                     aligned(keys->key_bytes) + aligned(keys->pages) +
+                                     aligned(keys->key_bytes) + 2 * aligned(keys->pages) +
                                      2 * aligned(bases) + aligned(blocks * sizeof(uint32_t)));
     if (!t)
         return NULL;
@@ -102,6 +102,7 @@ static struct ticket *ticket_new(const kvd_client *c, const kvd_bytes *space,
     t->keys = *keys;
     t->keys.keys = copy(&at, keys->keys, names);
     t->keys.after = copy(&at, keys->after, keys->key_bytes);
+    t->keys.had = copy(&at, keys->had, keys->pages);
     t->exact = copy(&at, exact, keys->pages);
     t->paged = *paged;
     t->paged.k = copy(&at, paged->k, bases);

@@ -244,12 +244,11 @@ static void conclude_put(struct kvd_daemon *d, struct kvd_work *w, bool commit)
     release_items(d, w);
 }
 
-// The items of one kind, as the executor has them.
-static struct kvd_append_params put_params(struct kvd_work *w, int space)
+// The items [first, first + n) of a space, as the executor has them.
+static struct kvd_append_params put_params(struct kvd_work *w, int space, uint32_t first,
+                                           uint32_t n)
 {
     const struct kvd_run *run = kvd_op_run(w);
-    uint32_t first = space == EXACT ? w->pages->n_encoded : 0;
-    uint32_t n = (space == EXACT ? w->n_items : w->pages->n_encoded) - first;
     for (uint32_t i = 0; i < n && !w->filled; i++)
         kvd_op_append_fill(w, &w->items[first + i], &w->append_items[i]);
     w->filled = true;
@@ -263,39 +262,34 @@ static struct kvd_append_params put_params(struct kvd_work *w, int space)
                                       .slice = &w->job.slice};
 }
 
-static int look_for_nonfinite(struct kvd_daemon *d, struct kvd_work *w, int space)
+// At all items at once, as nothing but the tensors is looked at: their shape is that of either
+// space, and a GPU is waited for once.
+static int look_for_nonfinite(struct kvd_daemon *d, struct kvd_work *w)
 {
-    struct kvd_append_params p = put_params(w, space);
-    struct kvd_nonfinite *n = &w->nonfinite;
+    struct kvd_append_params p = put_params(w, ENCODED, 0, w->n_items);
+    const struct kvd_nonfinite *n = &w->nonfinite;
     const struct kvd_run *run = kvd_op_run(w);
-    int rc = p.n_items ? d->backend->ops->check(d->backend, &p, n) : KVD_OK;
+    int rc = p.n_items ? d->backend->ops->check(d->backend, &p, &w->nonfinite) : KVD_OK;
     if (rc == KVD_OK)
         return rc;
     if (rc != KVD_E_INVALID)
         return kvd_fail(&w->err, rc, "the pages could not be checked; nothing was stored");
-    uint32_t item = n->item + (space == EXACT ? w->pages->n_encoded : 0);
     return kvd_fail(&w->err, KVD_E_INVALID,
                     "%s of page %u holds NaN or Inf at layer %u, token %u, head %u, channel %u; "
                     "nothing was stored",
-                    n->in_v ? "v" : "k", w->pages->first[item] + n->token / KVD_PAGE_TOKENS,
+                    n->in_v ? "v" : "k", w->pages->first[n->item] + n->token / KVD_PAGE_TOKENS,
                     run->at + n->layer - run->layer_begin, n->token % KVD_PAGE_TOKENS, n->head,
                     n->channel);
 }
 
 static int append(struct kvd_daemon *d, struct kvd_work *w, int space)
 {
-    struct kvd_append_params p = put_params(w, space);
+    const uint32_t first = space == EXACT ? w->pages->n_encoded : 0;
+    const uint32_t n = (space == EXACT ? w->n_items : w->pages->n_encoded) - first;
+    struct kvd_append_params p = put_params(w, space, first, n);
     return p.n_items ? d->backend->ops->append(d->backend, &p, &w->err) : KVD_OK;
 }
 
-static int look_at_encoded(struct kvd_daemon *d, struct kvd_work *w)
-{
-    return look_for_nonfinite(d, w, ENCODED);
-}
-static int look_at_exact(struct kvd_daemon *d, struct kvd_work *w)
-{
-    return look_for_nonfinite(d, w, EXACT);
-}
 static int append_encoded(struct kvd_daemon *d, struct kvd_work *w)
 {
     return append(d, w, ENCODED);
@@ -319,8 +313,7 @@ static int reply_put(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error 
     return KVD_OK;
 }
 
-static kvd_op_phase *const run_put[] = {look_at_encoded, look_at_exact, append_encoded,
-                                        append_exact, NULL};
+static kvd_op_phase *const run_put[] = {look_for_nonfinite, append_encoded, append_exact, NULL};
 
 const struct kvd_op kvd_op_put = {.id = KVD_OP_PUT,
                                   .writes = true,

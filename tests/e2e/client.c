@@ -219,6 +219,7 @@ static void print_prompts(void)
     FIELD(kvd_page_keys, key_bytes);
     FIELD(kvd_page_keys, pages);
     FIELD(kvd_page_keys, after);
+    FIELD(kvd_page_keys, had);
     STRUCT(kvd_found);
     FIELD(kvd_found, size);
     FIELD(kvd_found, pages);

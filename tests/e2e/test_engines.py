@@ -36,7 +36,7 @@ class Pages:
             answers.append(Found(kinds, self.leases if kinds and kinds[0] else 0))
         return answers
 
-    def put(self, keys, source, after, exact):
+    def put(self, keys, source, after, exact, had):
         self.calls.append(("put", len(keys)))
         if self.error:
             raise self.error
@@ -199,7 +199,7 @@ def test_a_store_turns_failures_into_misses_and_leaves_kvd_alone_after_some():
     for _ in range(5):  # an answer, whatever it says
         assert store.lookup([keys(1)], 1) is None
     pages.error = kvd.ExhaustedError("no room")
-    assert store.put(keys(1), None, None, b"\0") is None and not store.breaker.open
+    assert store.put(keys(1), None, None, b"\0", b"\0") is None and not store.breaker.open
     pages.error = kvd.UnavailableError("away")
     for _ in range(4):
         assert store.lookup([keys(1)], 1) is None

@@ -539,6 +539,52 @@ def test_the_wire_is_checked_too(kvd, rpc):
     assert got.kinds == put.kinds and got.k[:64 * 64 * 2] == tensors[0].inline_data[:64 * 64 * 2] and len(got.v) == 2 * 64 * 64 * 2
 
 
+def test_nan_is_told_by_its_page_whatever_kinds_are_put(kvd):
+    """All are looked at before any is stored, exact ones and others, in runs of either."""
+    keys, exact = keys_of("nan", 6), [True, False, False, True, False, True]
+    with connect(kvd) as p:
+        for page in range(6):
+            e, x = Engine(24), kv(1, 6)
+            x[1, 2, 64 * page + 5, 1, 3] = 0x7fc0
+            e.write(range(24), x)
+            with pytest.raises(package.InvalidError, match=f"v of page {page} holds NaN or Inf at layer 2, token 5, head 1, channel 3; nothing"):
+                p.put(keys, e.paged(range(24)), exact=exact)
+            assert p.lookup([keys])[0].kinds == bytes(6)
+
+
+def test_a_put_asks_once_or_not_at_all(kvd):
+    """Whoever has looked pages up says what there was. What is there all the same is not stored again, and not changed."""
+    e, other, target, keys = Engine(24), Engine(24), Engine(24), keys_of("had", 6)
+    given = kv(1, 6)
+    e.write(range(24), given)
+    other.write(range(24), kv(2, 6))
+
+    def asked():
+        return kvd.metric('kvd_rpc_requests_total{method="kvd.v1.KvCache/LookupPages",code="OK"}')
+
+    with connect(kvd) as p, p.queue() as q:
+        p.put(keys[:2], e.paged(range(8)), exact=[True, False])
+        (found,) = p.lookup([keys])
+        before = asked()
+        kinds = bytes([EXACT, ENCODED, EXACT, ENCODED, ENCODED, EXACT])
+        assert p.put(keys[:4], e.paged(range(16)), exact=[k == EXACT for k in kinds[:4]], had=found.kinds[:4]) == kinds[:4]
+        # Others thought that there was nothing: the pages of the first stay.
+        assert p.put(keys[:4], other.paged(range(16)), exact=[k == EXACT for k in kinds[:4]], had=bytes(4)) == kinds[:4]
+        q.put(keys, e.paged(range(24)), exact=[k == EXACT for k in kinds], had=kinds[:4] + bytes(2))
+        assert q.wait(1, 20) and q.poll()[0].kinds == kinds and asked() == before
+        assert p.get(keys, target.paged(range(24))) == kinds
+        got = target.read(range(24))
+        for i, kind in enumerate(kinds):
+            at = np.s_[:, :, 64 * i:64 * (i + 1)]
+            assert np.array_equal(got[at], given[at]) if kind == EXACT else error(got[at], given[at]) < 0.6
+        # What is not there is not stored by saying that it is.
+        assert p.put(keys_of("gone", 2), e.paged(range(8)), had=bytes([EXACT, MISSING])) == bytes([EXACT, ENCODED])
+        assert p.lookup([keys_of("gone", 2)])[0].kinds == bytes([MISSING, ENCODED])
+        for wrong, text in ((bytes(5), "one for each of 6"), ([0] * 6, "one for each of 6"), (bytes([0] * 5 + [3]), r"had\[5\] is 3")):
+            with pytest.raises(package.InvalidError, match=text):
+                p.put(keys, e.paged(range(24)), had=wrong)
+
+
 def test_metrics_count_pages_and_bytes(kvd):
     e, keys = Engine(), keys_of("metrics", 4)
     e.write(range(16), kv(11, 4))

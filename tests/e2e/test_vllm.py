@@ -377,6 +377,40 @@ def test_pages_that_a_prompt_has_gone_on_from_are_told_of():
     manager.shutdown()
 
 
+def test_what_a_lookup_has_not_found_is_put_without_another():
+    """A worker asks kvd of the others again before it puts them; so of those before what the scheduler has asked of."""
+    from types import SimpleNamespace as N
+
+    from kvd.engines import EXACT, Breaker, Ranks
+    from kvd.vllm._manager import KvdManager
+
+    class HasTwo:
+        breaker = Breaker()
+
+        def lookup(self, requests, lease, restore):
+            return [N(pages=2, kinds=bytes([EXACT] * 2), lease=1) for _ in requests]
+
+        def start(self, *leases):
+            pass
+
+        release = close = start
+
+    manager = KvdManager(setup_for(N(address="none"), 64, 1, 64), 1, Ranks([HasTwo()]))
+    hashes = [bytes([i]) * 32 for i in range(16)]
+    manager.admit(N(request_id="r", mm_features=[], prompt_embeds=None, lora_request=None, block_hashes=hashes, num_prompt_tokens=16 * 64))
+
+    def runs(begin, end):
+        spec = manager.prepare_store([h + bytes(4) for h in hashes[begin:end]], N(req_id="r")).store_spec
+        return [(r.keys, r.fresh) for r in spec.runs]
+
+    assert runs(0, 1) == [(hashes[:1], False)]  # nobody has asked yet
+    end = time.monotonic() + 10
+    while manager._requests["r"].missing is None and time.monotonic() < end:
+        manager.sweep("r", 3 * 64)
+    assert runs(1, 9) == [(hashes[1:5], False), (hashes[5:9], True)] and runs(9, 12) == [(hashes[9:12], True)]
+    manager.shutdown()
+
+
 def test_loads_that_failed_are_told_by_their_blocks():
     """vLLM 0.26 says of which blocks; the scheduler's side finds the requests that waited for them."""
     from types import SimpleNamespace as N

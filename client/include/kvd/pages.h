@@ -35,6 +35,10 @@ typedef struct kvd_page_keys {
     /** for puts: the key of the page before the first; NULL: none. Eviction takes pages before
      * those that they were put behind; it need not be there. */
     const void *after;
+    /** for puts: for each page a kvd_stored that a lookup has found of it. Then kvd is not asked
+     * once more: pages that were there are left as they were, and all others are sent, of which kvd
+     * keeps those that are not there after all. NULL: kvd is asked */
+    const uint8_t *had;
 } kvd_page_keys;
 
 /** What is there of the pages that were looked up. */

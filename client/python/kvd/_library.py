@@ -179,7 +179,7 @@ class PromptStruct(Sized):
 
 
 class PageKeys(Sized):
-    _fields_ = [("keys", c.c_char_p), ("key_bytes", c.c_uint32), ("pages", c.c_uint32), ("after", c.c_char_p)]
+    _fields_ = [("keys", c.c_char_p), ("key_bytes", c.c_uint32), ("pages", c.c_uint32), ("after", c.c_char_p), ("had", c.c_char_p)]
 
 
 class FoundStruct(Sized):

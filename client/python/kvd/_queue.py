@@ -49,9 +49,9 @@ class PageQueue(lib.OfProcess):
         return self._handle
 
     def put(self, keys: Iterable[bytes], source: Paged, *, after: Optional[bytes] = None,
-            exact: Optional[Union[bytes, Seq[bool]]] = None) -> int:
+            exact: Optional[Union[bytes, Seq[bool]]] = None, had: Optional[bytes] = None) -> int:
         """Queues what `Pages.put` does. Its ticket, 1, 2, ... of this queue; ExhaustedError: there are as many as there may be."""
-        return self._queue("kvd_queue_put", source, self.pages._put(keys, source, after, exact))
+        return self._queue("kvd_queue_put", source, self.pages._put(keys, source, after, exact, had))
 
     def get(self, keys: Iterable[bytes], target: Paged) -> int:
         """The same of `Pages.get`."""

@@ -150,10 +150,13 @@ def _keys(what: str, keys: Iterable[bytes]) -> list[bytes]:
     return found
 
 
-def _struct(keys: list[bytes], after: Optional[bytes] = None) -> lib.PageKeys:
+def _struct(keys: list[bytes], after: Optional[bytes] = None, had: Optional[bytes] = None) -> lib.PageKeys:
     if after is not None and (not isinstance(after, bytes) or (keys and len(after) != len(keys[0]))):
         raise lib.InvalidError("after is a key, of as many bytes as the others")
-    return lib.PageKeys(keys=b"".join(keys) or b"\0", key_bytes=len(keys[0]) if keys else 16, pages=len(keys), after=after)
+    if had is not None and (not isinstance(had, bytes) or len(had) != len(keys)):
+        raise lib.InvalidError(f"had is what a lookup has found: bytes, one for each of {len(keys)} keys")
+    return lib.PageKeys(keys=b"".join(keys) or b"\0", key_bytes=len(keys[0]) if keys else 16, pages=len(keys), after=after,
+                        had=had)
 
 
 def _structs(lists: list[list[bytes]]) -> Any:
@@ -228,10 +231,12 @@ class Pages(lib.OfProcess):
         return list(pages)
 
     def put(self, keys: Iterable[bytes], source: Paged, *, after: Optional[bytes] = None,
-            exact: Optional[Union[bytes, Seq[bool]]] = None) -> bytes:
+            exact: Optional[Union[bytes, Seq[bool]]] = None, had: Optional[bytes] = None) -> bytes:
         """Stores pages that are not there; each is seen whole or not at all. after: the key of the page before the first; eviction takes
-        pages before those that they were put behind. exact: for each page, whether it is kept in bf16. What is there now of each."""
-        return self._call("kvd_pages_put", *self._put(keys, source, after, exact))
+        pages before those that they were put behind. exact: for each page, whether it is kept in bf16. had: the kinds that a lookup has found, or
+        MISSING of each where it is likely, so that kvd is not asked first; what is there all the same is not stored again. What is there now
+        of each."""
+        return self._call("kvd_pages_put", *self._put(keys, source, after, exact, had))
 
     def queue(self, tickets: int = 256) -> "PageQueue":
         """A queue of puts and gets, which a thread of libkvd's does; of so many at once, those included that have ended and were not polled.
@@ -255,7 +260,8 @@ class Pages(lib.OfProcess):
         error the blocks hold what they held, or part of the pages."""
         return self._call("kvd_pages_get", *self._get(keys, target))
 
-    def _put(self, keys: Iterable[bytes], source: Paged, after: Optional[bytes], exact: Optional[Union[bytes, Seq[bool]]]) -> tuple[Any, ...]:
+    def _put(self, keys: Iterable[bytes], source: Paged, after: Optional[bytes], exact: Optional[Union[bytes, Seq[bool]]],
+             had: Optional[bytes]) -> tuple[Any, ...]:
         named, flags = _keys("keys", keys), None
         if exact is not None:
             if len(exact) != len(named):
@@ -263,12 +269,13 @@ class Pages(lib.OfProcess):
             if any(exact) and not self.exact:
                 raise lib.InvalidError("exact: these Pages were made with exact=False")
             flags = (c.c_bool * max(len(named), 1))(*(bool(x) for x in exact))
-        return self._arguments(named, "source", source, (flags,), after)
+        return self._arguments(named, "source", source, (flags,), after, had)
 
     def _get(self, keys: Iterable[bytes], target: Paged) -> tuple[Any, ...]:
-        return self._arguments(_keys("keys", keys), "target", target, (), None)
+        return self._arguments(_keys("keys", keys), "target", target, ())
 
-    def _arguments(self, keys: list[bytes], what: str, paged: Any, more: tuple[Any, ...], after: Optional[bytes]) -> tuple[Any, ...]:
+    def _arguments(self, keys: list[bytes], what: str, paged: Any, more: tuple[Any, ...], after: Optional[bytes] = None,
+                   had: Optional[bytes] = None) -> tuple[Any, ...]:
         """Of libkvd's functions, behind whose they are and before the failure; the last is room for kinds."""
         if not isinstance(paged, Paged):
             raise TypeError(f"{what} is a {_check.describe(paged)}, and a kvd.Paged is wanted")
@@ -276,7 +283,7 @@ class Pages(lib.OfProcess):
         if (paged.layers, paged.heads, paged.dims) != wanted:
             raise lib.InvalidError(f"{what} has layers, kv_heads and head_dim {(paged.layers, paged.heads, paged.dims)}, and {wanted} are "
                                    "wanted")
-        return (c.byref(self._bytes), c.byref(_struct(keys, after)), *more, c.byref(paged._struct), (c.c_uint8 * len(keys))())
+        return (c.byref(self._bytes), c.byref(_struct(keys, after, had)), *more, c.byref(paged._struct), (c.c_uint8 * len(keys))())
 
     def _call(self, function: str, *arguments: Any) -> bytes:
         lib.call(function, self.client._open(), *arguments)

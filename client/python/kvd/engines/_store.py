@@ -106,8 +106,9 @@ class PageStore:
             found += answer
         return found
 
-    def put(self, keys: Sequence[bytes], source: Any, after: Optional[bytes], exact: bytes) -> Optional[bytes]:
-        return self._call("a put", lambda p: p.put(list(keys), source, after=after, exact=exact if any(exact) else None))
+    def put(self, keys: Sequence[bytes], source: Any, after: Optional[bytes], exact: bytes, had: bytes) -> Optional[bytes]:
+        """had: kinds that a lookup has found of the keys, or MISSING."""
+        return self._call("a put", lambda p: p.put(keys, source, after=after, exact=exact if any(exact) else None, had=had))
 
     def encode(self, keys: Sequence[bytes]) -> Optional[int]:
         """Pages of a chain that has gone on, which were exact and are encoded now."""

@@ -155,7 +155,8 @@ class KvdLinker(UnifiedCacheLinker):  # type: ignore[misc]
         stored = 0
         wanted = [k == MISSING and key not in self._decoded for k, key in zip(there[0].kinds, keys)]
         for begin, end in _runs(wanted):
-            kinds = self._offloads.put(keys[begin:end], self._paged(blocks[begin:end]), keys[begin - 1] if begin else None, exact[begin:end])
+            kinds = self._offloads.put(keys[begin:end], self._paged(blocks[begin:end]), keys[begin - 1] if begin else None, exact[begin:end],
+                                        bytes(end - begin))
             if kinds is None:
                 return None
             stored += end - begin - kinds.count(MISSING)

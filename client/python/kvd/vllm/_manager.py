@@ -31,6 +31,7 @@ class Run:
     keys: list[bytes]
     after: Optional[bytes]
     exact: bytes
+    fresh: bool = False  # kvd had none of them when their request was looked up: it need not be asked again
 
 
 @dataclasses.dataclass
@@ -49,6 +50,7 @@ class _Request:
     keys: list[bytes] = dataclasses.field(default_factory=list)  # of pages, as far as they were wanted
     chunks: dict[bytes, int] = dataclasses.field(default_factory=dict)  # of these keys, by the block hashes that name them
     begin: int = 0  # chunk where the last sweep began
+    missing: Optional[int] = None  # from this chunk on nothing was there; None: not known
     passed: int = 0  # pages before that one are told of, if they are exact and the prompt has gone on
     usable: Optional[int] = 0  # chunks from there that may be loaded; None: not known yet
 
@@ -103,6 +105,7 @@ class KvdManager(compat.OffloadingManager):  # type: ignore[name-defined,misc]
         self._extend(r)
         found = self._lookups.find(request_id, r.begin * per, r.keys[r.begin * per:])
         r.usable = self._setup.policy.usable(found.kinds, r.begin * per) // per if found else None
+        r.missing = r.begin + -(-len(found.kinds) // per) if found else None
 
     def failed(self, requests: Iterable[str]) -> None:
         """A load failed. These requests are computed, whatever kvd says of them later."""
@@ -162,11 +165,12 @@ class KvdManager(compat.OffloadingManager):  # type: ignore[name-defined,misc]
             pages = r.keys[i * per:(i + 1) * per]
             exact = policy.exact(i * per, per, r.pages)
             self._tails.note([key for j, key in enumerate(pages, i * per) if exact[j - i * per] and j >= policy.first])
-            if last is not None and i == last + 1:
+            fresh = r.missing is not None and i >= r.missing
+            if last is not None and i == last + 1 and runs[-1].fresh == fresh:
                 runs[-1].keys += pages
                 runs[-1].exact += exact
             else:
-                runs.append(Run(pages, r.keys[i * per - 1] if i else None, exact))
+                runs.append(Run(pages, r.keys[i * per - 1] if i else None, exact, fresh))
             last = i
         return compat.PrepareStoreOutput([new[i] for i in sorted(new)], Store(runs, self._passed(r, last)), [])
 
@@ -229,7 +233,7 @@ METRICS = {
     "hit_requests": "Requests for which pages were loaded from kvd.",
     "hit_pages": "Pages of 64 tokens that were to be loaded from kvd.",
     "loaded_pages": "Pages that were loaded, by all ranks.",
-    "stored_pages": "Pages that were stored, by all ranks.",
+    "stored_pages": "Pages that were stored, by all ranks, or that others had stored since their request was looked up.",
     "stored_exact_pages": "Of these, pages kept in bf16.",
     "encoded_pages": "Of those, pages that kvd has encoded, as their prompt had gone on.",
     "failed_loads": "Loads that failed, whose requests were computed.",

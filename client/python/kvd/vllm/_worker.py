@@ -205,22 +205,27 @@ class KvdWorker(compat.OffloadingWorker):  # type: ignore[name-defined,misc]
         per_block, per_page = max(1, self._setup.block_tokens // PAGE), max(1, PAGE // self._setup.block_tokens)
         for run in runs:
             n = len(run.keys) // per_block * per_page
-            there = self._out.lookup([run.keys], 0)
-            if there is None:
+            had = bytes(len(run.keys)) if run.fresh else self._kinds(run.keys)
+            if had is None:
                 return None
             for i, keys, part in self._parts(blocks[at:at + n], run.keys, self._sources.most):
-                if MISSING not in there[0].kinds[i:i + len(keys)]:
+                there = had[i:i + len(keys)]
+                if MISSING not in there:
                     continue
                 self._sources.fetch(part)
                 after = run.keys[i - 1] if i else run.after
-                kinds = self._out.put(keys, self._sources.paged(part), after, run.exact[i:i + len(keys)])
+                kinds = self._out.put(keys, self._sources.paged(part), after, run.exact[i:i + len(keys)], there)
                 if kinds is None:
                     return None
-                new = [k for had, k in zip(there[0].kinds[i:], kinds) if had == MISSING and k != MISSING]
+                new = [k for before, k in zip(there, kinds) if before == MISSING and k != MISSING]
                 stored += len(new)
                 self.counters.add(stored_pages=len(new), stored_exact_pages=new.count(EXACT))
             at += n
         return self._bytes(stored)
+
+    def _kinds(self, keys: Sequence[bytes]) -> Optional[bytes]:
+        found = self._out.lookup([keys], 0)
+        return found[0].kinds if found else None
 
     def _load(self, blocks: np.ndarray, what: Load) -> Optional[int]:
         for _, keys, part in self._parts(blocks, what.keys, self._targets.most):
