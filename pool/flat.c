@@ -79,8 +79,15 @@ int kvd_blocks_hold_pages(struct kvd_pool *pool, uint32_t ns, uint32_t *entries,
 void kvd_blocks_release_pages(struct kvd_pool *pool, uint32_t ns, const uint32_t *entries,
                               uint32_t held)
 {
-    for (uint32_t i = 0; i < held; i++)
-        kvd_prefix_release(index_of(pool, ns), entries[i]);
+    const struct kept *k = pool->kept[ns];
+    bool over = false;
+    for (uint32_t i = 0; i < held; i++) {
+        struct kvd_prefix_entry_info e;
+        kvd_prefix_release(k->ix, entries[i]);
+        over |= kept_superseded(k, entries[i]) && kvd_prefix_get(k->ix, entries[i], &e) && !e.holds;
+    }
+    if (over && pool->on_superseded)
+        pool->on_superseded(pool->on_evict_ctx);
 }
 
 uint32_t kvd_blocks_classify_pages(struct kvd_pool *pool, uint32_t ns, const uint32_t *entries,

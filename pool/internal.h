@@ -231,6 +231,7 @@ struct kvd_pool {
     void (*on_evict)(void *ctx, uint32_t ns, uint64_t seq, const char *name);
     void *on_evict_ctx;
     kvd_pool_block_gone_fn *on_block_gone;
+    void (*on_superseded)(void *ctx);
     struct kept **kept;              // by namespace; NULL: it has no index
     struct blocks_room *blocks_room; // what blocks.c works in; NULL: not wanted yet
     bool notes_new;                  // blocks that get pages are noted

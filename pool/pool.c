@@ -119,6 +119,7 @@ struct kvd_pool *kvd_pool_new(const struct kvd_pool_config *config,
     pool->on_evict = config->on_evict;
     pool->on_evict_ctx = config->on_evict_ctx;
     pool->on_block_gone = config->on_block_gone;
+    pool->on_superseded = config->on_superseded;
     return KVD_TAKE(pool);
 }
 

@@ -77,7 +77,10 @@ struct kvd_pool_config {
     // Told before a published sequence is evicted. May be NULL.
     void (*on_evict)(void *ctx, uint32_t ns, uint64_t seq, const char *name);
     kvd_pool_block_gone_fn *on_block_gone; // may be NULL
-    void *on_evict_ctx;                    // of both
+    // Told when a superseded page (kvd_blocks_supersede) has lost its last holder, or is superseded
+    // no longer. Must not change the pool. May be NULL.
+    void (*on_superseded)(void *ctx);
+    void *on_evict_ctx; // of all
 };
 
 // Returns a new pool, or NULL with *err set. `ops` is copied; ops->ctx must outlive the pool.

@@ -173,7 +173,11 @@ bool kvd_blocks_superseded(const struct kvd_pool *pool, uint32_t ns, uint32_t en
 
 void kvd_blocks_revive(struct kvd_pool *pool, uint32_t ns, uint32_t entry)
 {
-    kept_supersede(kept_of(pool, ns), entry, false);
+    struct kept *k = kept_of(pool, ns);
+    bool was = kept_superseded(k, entry);
+    kept_supersede(k, entry, false);
+    if (was && pool->on_superseded)
+        pool->on_superseded(pool->on_evict_ctx);
 }
 
 bool kvd_blocks_end_superseded(struct kvd_pool *pool, const struct kvd_blocks_space *space,

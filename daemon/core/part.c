@@ -22,6 +22,13 @@ void kvd_parts_block_gone(struct kvd_daemon *d, uint32_t ns, uint32_t layout,
             (*p)->block_gone(d, ns, layout, removed);
 }
 
+void kvd_parts_superseded_over(struct kvd_daemon *d)
+{
+    for (const struct kvd_part *const *p = d->parts; *p; p++)
+        if ((*p)->superseded_over)
+            (*p)->superseded_over(d);
+}
+
 void kvd_parts_blocks_stored(struct kvd_daemon *d, uint32_t ns, const struct kvd_prefix_key *keys,
                              uint32_t n, const struct kvd_prefix_key *parent)
 {

@@ -34,6 +34,8 @@ struct kvd_part {
     // A block of a namespace's prefix index is gone.
     void (*block_gone)(struct kvd_daemon *d, uint32_t ns, uint32_t layout,
                        const struct kvd_prefix_removed *removed);
+    // A superseded page has lost its last holder, or is superseded no longer.
+    void (*superseded_over)(struct kvd_daemon *d);
     // Blocks of a namespace's prefix index are there, each behind the one before it and the first
     // behind `parent` (NULL: none, or not known).
     void (*blocks_stored)(struct kvd_daemon *d, uint32_t ns, const struct kvd_prefix_key *keys,
@@ -47,6 +49,7 @@ void kvd_parts_session_ends(struct kvd_daemon *d, struct kvd_session *s);
 void kvd_parts_evicted(struct kvd_daemon *d, uint32_t ns, uint64_t seq, const char *name);
 void kvd_parts_block_gone(struct kvd_daemon *d, uint32_t ns, uint32_t layout,
                           const struct kvd_prefix_removed *removed);
+void kvd_parts_superseded_over(struct kvd_daemon *d);
 void kvd_parts_blocks_stored(struct kvd_daemon *d, uint32_t ns, const struct kvd_prefix_key *keys,
                              uint32_t n, const struct kvd_prefix_key *parent);
 

@@ -3,15 +3,17 @@
 #include "daemon/sched/page_counts.h"
 
 enum {
-    AGAIN_MS = 100, // between looks
-    LOOKED_AT = 256,
+    GONE_MS = 100, // from when a block has gone: many do at once, and few are those that stand in
+    NEXT_MS = 1,
+    LOOKED_AT = 256, // at once
     MOST = 1 << 16,
 };
 
+// Is looked through, from the beginning to the end, when one of them may have ended.
 struct kvd_superseded_list {
-    uv_timer_t timer; // runs while there are some
+    uv_timer_t timer; // runs while `left`
     struct kvd_superseded *items;
-    uint32_t n, room, at;
+    uint32_t n, room, at, left; // left: to be looked at
 };
 
 // Whether it needs to be looked at no more.
@@ -31,15 +33,40 @@ static void on_timer(uv_timer_t *timer)
 {
     struct kvd_daemon *d = timer->data;
     struct kvd_superseded_list *l = d->superseded;
-    for (uint32_t i = 0; i < LOOKED_AT && l->n; i++) {
+    for (uint32_t i = 0; i < LOOKED_AT && l->n && l->left; i++, l->left--) {
         l->at = l->at < l->n ? l->at : 0;
         if (ends(d, &l->items[l->at]))
             l->items[l->at] = l->items[--l->n];
         else
             l->at++;
     }
-    if (!l->n)
-        uv_timer_stop(timer);
+    if (l->left && l->n)
+        uv_timer_start(timer, on_timer, NEXT_MS, 0);
+}
+
+// Not at once: this is told while the pool is being changed.
+static void superseded_over(struct kvd_daemon *d)
+{
+    struct kvd_superseded_list *l = d->superseded;
+    if (!l || !l->n)
+        return;
+    l->left = l->n;
+    uv_timer_start(&l->timer, on_timer, 0, 0);
+}
+
+// It may have been the encoded page of one, which is to count again.
+static void block_gone(struct kvd_daemon *d, uint32_t ns, uint32_t layout,
+                       const struct kvd_prefix_removed *removed)
+{
+    struct kvd_superseded_list *l = d->superseded;
+    (void)ns;
+    (void)layout;
+    (void)removed;
+    if (!l || !l->n)
+        return;
+    l->left = l->n;
+    if (!uv_is_active((uv_handle_t *)&l->timer))
+        uv_timer_start(&l->timer, on_timer, GONE_MS, 0);
 }
 
 // False: memory is short, or there are too many.
@@ -67,8 +94,6 @@ void kvd_superseded_note(struct kvd_daemon *d, const struct kvd_superseded *page
         return;
     }
     l->items[l->n++] = *page;
-    if (!uv_is_active((uv_handle_t *)&l->timer))
-        uv_timer_start(&l->timer, on_timer, AGAIN_MS, AGAIN_MS);
 }
 
 static int init(struct kvd_daemon *d, struct kvd_error *err)
@@ -101,5 +126,9 @@ static void metrics(struct kvd_daemon *d, FILE *f)
                d->superseded->n);
 }
 
-const struct kvd_part kvd_part_exact = {
-    .init = init, .end = end, .deinit = deinit, .metrics = metrics};
+const struct kvd_part kvd_part_exact = {.init = init,
+                                        .end = end,
+                                        .deinit = deinit,
+                                        .block_gone = block_gone,
+                                        .superseded_over = superseded_over,
+                                        .metrics = metrics};

@@ -194,6 +194,11 @@ static void on_block_gone(void *ctx, uint32_t ns, uint32_t layout,
     kvd_parts_block_gone(ctx, ns, layout, removed);
 }
 
+static void on_superseded(void *ctx)
+{
+    kvd_parts_superseded_over(ctx);
+}
+
 // The pool that an earlier kvd has left. What is not published and no session holds goes.
 static struct kvd_pool *take_over(struct kvd_daemon *d, int region,
                                   const struct kvd_pool_config *config, struct kvd_error *err)
@@ -253,6 +258,7 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
                                    .durable = kvd_keep_on(d),
                                    .on_evict = on_evict,
                                    .on_block_gone = on_block_gone,
+                                   .on_superseded = on_superseded,
                                    .on_evict_ctx = d};
     d->pool = new_pool(d, &pool, err);
     d->use = d->pool ? calloc(c->max_sequences, sizeof(*d->use)) : NULL;

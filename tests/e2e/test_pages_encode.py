@@ -123,6 +123,23 @@ def test_what_a_lease_has_found_stays_exact_until_it_ends(kvd):
     kvd.kvctl("verify")
 
 
+def test_a_leased_page_counts_again_where_the_encoded_one_has_gone(kvd):
+    keys, e = keys_of("again", 20), Engine(20, 64)
+    e.write(range(20), kv(5, 20))
+    with connect(kvd) as p, connect(kvd) as reader:
+        put(p, e, keys, 0, 9)
+        found = reader.lookup([keys[5:9]], lease_ms=60000)[0]
+        put(p, e, keys, 9, 20)
+        assert goes_on(p, keys, 9, 20) == 4 and kinds(p, keys[5:9]) == bytes([ENCODED] * 4)
+        kvd.kvctl("evict", "--namespace", "default")
+        assert kinds(p, keys[5:9]) == bytes([EXACT] * 4)
+        wait_until(lambda: kvd.metric("kvd_pages_superseded") == 0)
+        reader.release([found.lease])
+        # The first is exact too, and the others came behind it.
+        assert kinds(p, keys) == bytes([EXACT] + [MISSING] * 4 + [EXACT] * 4 + [MISSING] * 11)
+    kvd.kvctl("verify")
+
+
 def test_pages_near_another_chains_end_stay_exact(kvd):
     """Two chains that part within 256 tokens of one's end; and one whose end was passed, but not by that much."""
     n, e = 24, Engine(40, 64)

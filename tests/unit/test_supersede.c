@@ -15,7 +15,13 @@ struct chains {
     struct kvd_prefix_key keys[2][PAGES], others[PAGES]; // encoded, exact; exact ones of another
     uint32_t gone;                                       // exact ones of whose going was told
     bool evicts;                                         // for another reason
+    uint32_t over; // how often it was told that a superseded one may have ended
 };
+
+static void on_superseded(void *ctx)
+{
+    ((struct chains *)ctx)->over++;
+}
 
 static void on_gone(void *ctx, uint32_t ns, uint32_t layout, const struct kvd_prefix_removed *r)
 {
@@ -46,6 +52,7 @@ static void begin(struct chains *c, bool tells)
     if (tells) {
         config.on_evict_ctx = c;
         config.on_block_gone = on_gone;
+        config.on_superseded = on_superseded;
     }
     c->f.pool = kvd_pool_new(&config, &ops, &c->f.err);
     struct kvd_pool *pool = c->f.pool;
@@ -217,6 +224,33 @@ START_TEST(what_is_held_stays_until_it_is_not)
 }
 END_TEST
 
+START_TEST(the_end_of_the_last_holder_is_told)
+{
+    struct chains c;
+    uint32_t entries[2], held;
+    uint64_t freed;
+    begin(&c, true);
+    put_exact(&c, 0, 12);
+    for (uint32_t i = 0; i < 2; i++)
+        entries[i] = entry_of(&c, &c.exact, &c.keys[1][4 + i]);
+    for (int i = 0; i < 2; i++)
+        ck_assert_int_eq(kvd_blocks_hold_pages(c.f.pool, c.f.ns, entries, 2, 2, &held, &c.f.err),
+                         0);
+    ck_assert(supersede(&c, 1, 12, 5, &freed));
+    kvd_blocks_release_pages(c.f.pool, c.f.ns, entries, 2);
+    ck_assert_uint_eq(c.over, 0); // one is left
+    kvd_blocks_release_pages(c.f.pool, c.f.ns, &entries[0], 1);
+    ck_assert_uint_eq(c.over, 0); // of a page that is not superseded
+    kvd_blocks_release_pages(c.f.pool, c.f.ns, &entries[1], 1);
+    ck_assert_uint_eq(c.over, 1);
+    kvd_blocks_revive(c.f.pool, c.f.ns, entries[1]);
+    ck_assert_uint_eq(c.over, 2);
+    kvd_blocks_revive(c.f.pool, c.f.ns, entries[1]); // it is not
+    ck_assert_uint_eq(c.over, 2);
+    end(&c);
+}
+END_TEST
+
 START_TEST(others_that_came_behind_it_meanwhile_keep_its_place)
 {
     struct chains c;
@@ -328,5 +362,5 @@ END_TEST
 
 KVD_MAIN("supersede", 60, what_has_four_behind_it_and_no_other_chain_is_passed,
          what_goes_leaves_those_behind_it_behind_the_one_before, what_is_held_stays_until_it_is_not,
-         others_that_came_behind_it_meanwhile_keep_its_place,
+         the_end_of_the_last_holder_is_told, others_that_came_behind_it_meanwhile_keep_its_place,
          pages_are_linked_but_never_in_a_circle, killed_anywhere_a_page_is_there_one_way)
