@@ -23,6 +23,23 @@ void kvd_transforms_free(struct kvd_transforms **tp)
     free(t);
 }
 
+enum { PARTS = 8 };
+
+struct part {
+    float **at;
+    uint64_t layer; // floats of a layer
+};
+
+static void parts_of(const struct kvd_rotset *s, struct kvd_transforms *t, struct part parts[PARTS])
+{
+    uint64_t n = s->heads, dk = s->dim_k, dv = s->dim_v;
+    const struct part all[PARTS] = {{&t->k, n * dk * dk},  {&t->k_inverse, n * dk * dk},
+                                    {&t->v, n * dv * dv},  {&t->v_inverse, n * dv * dv},
+                                    {&t->k_mean, n * dk},  {&t->v_mean, n * dv},
+                                    {&t->k_sigma, n * dk}, {&t->k_bits, n * (dk / KVD_TC_TILE)}};
+    memcpy(parts, all, sizeof(all));
+}
+
 int kvd_transforms_alloc(struct kvd_rotset *s, uint32_t codec, struct kvd_error *err)
 {
     if (kvd_rotset_check_shape(s, err))
@@ -35,21 +52,27 @@ int kvd_transforms_alloc(struct kvd_rotset *s, uint32_t codec, struct kvd_error 
     struct kvd_transforms *t KVD_AUTO(kvd_transforms_free) = calloc(1, sizeof(*t));
     if (!t)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory for a set of transforms");
-    uint64_t n = (uint64_t)s->n_layers * s->heads, dk = s->dim_k, dv = s->dim_v;
-    const struct {
-        float **to;
-        uint64_t each;
-    } all[] = {{&t->k, dk * dk},  {&t->k_inverse, dk * dk},
-               {&t->v, dv * dv},  {&t->v_inverse, dv * dv},
-               {&t->k_mean, dk},  {&t->v_mean, dv},
-               {&t->k_sigma, dk}, {&t->k_bits, dk / KVD_TC_TILE}};
-    for (size_t i = 0; i < KVD_LEN(all); i++)
-        if (!(*all[i].to = calloc(n * all[i].each, sizeof(float))))
+    struct part parts[PARTS];
+    parts_of(s, t, parts);
+    for (int i = 0; i < PARTS; i++)
+        if (!(*parts[i].at = calloc(s->n_layers * parts[i].layer, sizeof(float))))
             return kvd_fail(err, KVD_E_INTERNAL, "out of memory for a set of transforms");
     t->codec = codec;
     s->scale_k = s->scale_v = KVD_SCALE_UNBIASED;
     s->transforms = KVD_TAKE(t);
     return KVD_OK;
+}
+
+void kvd_transforms_replace(struct kvd_rotset *s, const struct kvd_rotset *by)
+{
+    struct part to[PARTS], from[PARTS];
+    parts_of(s, s->transforms, to);
+    parts_of(by, by->transforms, from);
+    for (uint32_t i = 0; i < s->n_layers; i++)
+        for (uint32_t b = 0; b < by->n_layers; b++)
+            for (int p = 0; p < PARTS && s->layers[i] == by->layers[b]; p++)
+                memcpy(*to[p].at + i * to[p].layer, *from[p].at + b * to[p].layer,
+                       to[p].layer * sizeof(float));
 }
 
 struct kvd_transform kvd_transform_at(const struct kvd_rotset *s, uint64_t at, bool v)

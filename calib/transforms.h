@@ -31,6 +31,8 @@ uint32_t kvd_tc_find(const char *name);
 // KVD_E_INVALID: an impossible shape.
 int kvd_transforms_alloc(struct kvd_rotset *set, uint32_t codec, struct kvd_error *err);
 void kvd_transforms_free(struct kvd_transforms **t);
+// Puts the layers of another set, of this shape and codec, in place of a set's own of the same ids.
+void kvd_transforms_replace(struct kvd_rotset *set, const struct kvd_rotset *by);
 
 // What a transform does to errors that lie evenly in all directions, on the way there and back:
 // |A| |A^-1| / dim in Frobenius norms. 1 where A is orthogonal; NaN where a value is not finite.

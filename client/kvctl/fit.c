@@ -268,24 +268,33 @@ static int rank(const struct arguments *a, const struct kvd_dump *asked,
     return KVD_OK;
 }
 
-// Marks the layers that --sensitive asks for. Those of transforms are fitted anew: they are to be
-// what the codecs of the marks want.
+// Marks the layers that --sensitive asks for. Those of transforms are fitted anew, as they are to
+// be what the codecs of the marks want.
 static int mark(const struct arguments *a, const struct kvd_dump *d, const struct kvd_dump *asked,
-                struct kvd_rotset **set, struct kvd_error *err)
+                struct kvd_rotset *set, struct kvd_error *err)
 {
     struct kvd_fit_options o = a->o;
+    uint16_t layers[KVD_MAX_LAYERS];
     char marks[KVD_MARKS_TEXT];
-    int rc = rank(a, asked, *set, marks, err);
-    if (rc)
-        return rc;
-    if (!(*set)->transforms) {
-        rc = kvd_marks_parse(*set, marks, err);
-        return rc ? rc : kvd_marks_check_layers(*set, err);
+    if (rank(a, asked, set, marks, err) || kvd_marks_parse(set, marks, err) ||
+        kvd_marks_check_layers(set, err))
+        return err->code;
+    if (!set->transforms)
+        return KVD_OK;
+    o.asked = NULL; // which rotations do not go by
+    for (uint32_t i = 0; i < set->n_marks; i++) {
+        layers[i] = set->marks[i].layer;
+        o.asked = kvd_codec_tc(set->marks[i].codec.k) ? asked : o.asked;
     }
     o.marks = marks;
-    kvd_rotset_free(set);
-    *set = kvd_fit_transforms(d, a->codec, a->greedy, &o, err);
-    return *set ? KVD_OK : err->code;
+    o.layers = layers;
+    o.n_layers = set->n_marks;
+    struct kvd_rotset *marked KVD_AUTO(kvd_rotset_free) =
+        kvd_fit_transforms(d, a->codec, a->greedy, &o, err);
+    if (!marked)
+        return err->code;
+    kvd_transforms_replace(set, marked);
+    return KVD_OK;
 }
 
 static void print_set(struct kvctl *k, const struct arguments *a, const struct kvd_rotset *set,
@@ -343,7 +352,7 @@ static int run(struct kvctl *k, struct arguments *a)
     struct kvd_rotset **set = fit ? &fit->set : &transforms;
     rc = *set ? KVD_OK : err.code;
     if (rc == KVD_OK && a->sensitive)
-        rc = mark(a, d, asked, set, &err);
+        rc = mark(a, d, asked, *set, &err);
     if (rc == KVD_OK)
         rc = finish(a, d, clips, *set, &err);
     if (rc == KVD_OK && a->spectrum)

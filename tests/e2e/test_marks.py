@@ -207,6 +207,9 @@ def test_fit_marks_what_moves_the_loss_most(store, tmp_path):
     moved = {n: float(x) for n, x in re.findall(r"layer (\d+) moves the answers' loss by ([\d.]+)", out)}  # of a fit that knows what is asked
     assert "marks 9=int4+29=int4" in out and 0.5 * figures["9"]["moved"] < moved["9"] < figures["9"]["moved"]
     assert "marks          9=int4+29=int4" in kvctl("calib", "show", tmp_path / "set")
+    # Marked layers alone are fitted again, and come to what a fit that knew the marks has made of all.
+    kvctl("calib", "fit", SMOLLM2, tmp_path / "known", "--codec", "tc2", "--marks", "9=int4+29=int4", "--asked", asked)
+    assert (tmp_path / "set").read_bytes() == (tmp_path / "known").read_bytes()
     write(asked / "0.safetensors", {k: t for k, t in tensors.items() if not k.endswith("g")}, {})
     (asked / "1.safetensors").unlink()
     assert "no gradients of the answers' loss" in kvctl("calib", "fit", SMOLLM2, tmp_path / "no", "--codec", "tc2", "--sensitive", "1=int4",
