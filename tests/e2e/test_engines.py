@@ -268,6 +268,26 @@ def test_lookups_of_many_requests_go_in_one_call_and_never_hold_up_the_asker():
     lookups.close()
 
 
+def test_requests_that_come_at_once_wait_for_a_step_and_not_each_for_its_answer():
+    """A hundredth of the asker's time goes into waiting, and what is saved is enough for a request that comes alone."""
+    pages = Pages({})
+    answer = pages.lookup
+    pages.lookup = lambda *a, **k: (time.sleep(0.001), answer(*a, **k))[1]
+    lookups = Lookups(Ranks([PageStore(lambda: pages)]))
+    time.sleep(0.3)
+    waited, left = 0.0, {f"r{i}" for i in range(400)}
+    for step in range(200):
+        began = time.thread_time(), time.monotonic()
+        left = {r for r in left if lookups.find(r, 0, keys(4)) is None}
+        waited += time.monotonic() - began[1] - (time.thread_time() - began[0])
+        if not left:
+            break
+        time.sleep(0.01)
+    assert not left and step < 190 and waited < 0.2, (step, waited)
+    assert sum(c == "lookup" for c, _ in pages.calls) < 50  # and not one for each
+    lookups.close()
+
+
 def test_a_lookup_without_an_answer_is_a_miss_and_a_late_lease_is_given_back():
     k = keys(2)
     pages = Pages({x: EXACT for x in k})

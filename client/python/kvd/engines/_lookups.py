@@ -11,6 +11,8 @@ from ._store import Held, Ranks
 
 logger = logging.getLogger(__name__)
 _NOTHING = Held(b"", ())
+_WAIT = 0.002  # seconds that an asker waits for its answer at most
+_SHARE = 0.01  # of an asker's time that may go into waiting
 
 
 @dataclasses.dataclass
@@ -30,12 +32,31 @@ class _Question:
     asked: float
 
 
+class _Allowance:
+    """How long may be waited now: a share of the time that goes by, which is saved up to the longest wait."""
+
+    def __init__(self, share: float, most: float, clock: Callable[[], float]):
+        self._share, self._most, self._clock = share, most, clock
+        self._left, self._at = most, clock()
+
+    def left(self) -> float:
+        now = self._clock()
+        self._left, self._at = min(self._most, self._left + self._share * (now - self._at)), now
+        return self._left
+
+    def spend(self, seconds: float) -> None:
+        self._left -= seconds
+
+
 class Lookups:
-    """One thread that asks for all requests that wait, in one call. `lease`: seconds that what is found stays."""
+    """One thread that asks for all requests that wait, in one call. `lease`: seconds that what is found stays. Whoever asks waits a little
+    for the answer, as it comes in half a millisecond, and would be wanted a step later otherwise; but not so for each of many requests
+    that come at once: those wait for a step, and are asked for together."""
 
     def __init__(self, ranks: Ranks, lease: float = 30.0, patience: float = 1.0, clock: Callable[[], float] = time.monotonic, restore: float = 0.0):
         """patience: seconds after which a question that has no answer is a miss, tiers apart. restore: seconds that a call may wait for
         those, at each rank; a question waits for the call that is on its way, and for its own."""
+        self._waits = _Allowance(_SHARE, _WAIT, time.monotonic)
         self._ranks, self._lease, self._patience, self._clock, self._restore = ranks, lease, patience, clock, restore
         self._longest = patience + 2 * restore * len(ranks.stores)
         self._changed = threading.Condition()
@@ -47,7 +68,7 @@ class Lookups:
         self._thread = threading.Thread(target=self._run, daemon=True, name="kvd-lookup")
         self._thread.start()
 
-    def find(self, request: str, begin: int, keys: Sequence[bytes], wait: float = 0.002) -> Optional[Finding]:
+    def find(self, request: str, begin: int, keys: Sequence[bytes]) -> Optional[Finding]:
         """What is there of keys, which are those of the pages from `begin` on; None: ask again soon."""
         with self._changed:
             now = self._clock()
@@ -61,13 +82,22 @@ class Lookups:
                     return Finding(begin, b"", (), now)
                 pending = self._questions[request] = _Question(begin, keys, now)
                 self._changed.notify_all()
-            if wait and self._changed.wait_for(lambda: request in self._answers, wait):
+            if self._wait(lambda: request in self._answers):
                 return self._answers[request]
             if now - pending.asked < self._longest:
                 return None
             self._drop(request)
             had = self._answers[request] = Finding(begin, b"", (), now + self._patience)
             return had
+
+    def _wait(self, over: Callable[[], bool]) -> bool:
+        left = self._waits.left()
+        if over() or left <= 0:
+            return over()
+        began = time.monotonic()
+        self._changed.wait_for(over, left)
+        self._waits.spend(time.monotonic() - began)
+        return over()
 
     def take(self, request: str) -> Optional[Finding]:
         """The answer for the last time: its leases are the caller's."""
