@@ -17,7 +17,7 @@
 #include "cuda_runtime_api.h"
 #endif
 
-enum { BLOCKS = 48, TOKENS = 64, Q_LAYERS = 4, Q_HEADS = 16, Q_DIM = 64, KEY = 32, QUEUED = 16 };
+enum { BLOCKS = 48, TOKENS = 64, Q_LAYERS = 2, Q_HEADS = 16, Q_DIM = 64, KEY = 32, QUEUED = 16 };
 enum { BLOCK = TOKENS * Q_HEADS * Q_DIM, SIDE = BLOCKS * BLOCK };
 
 // An engine's KV: [K and V][layers][blocks][tokens][heads][dim].
@@ -70,7 +70,7 @@ static kvd_page_keys keys_of(char keys[BLOCKS][KEY], char name, uint32_t first, 
 
 static kvd_client *open_pages(const char *address)
 {
-    static const uint32_t layers[Q_LAYERS] = {0, 1, 2, 3};
+    static const uint32_t layers[Q_LAYERS] = {0, 1};
     kvd_options o = options_of(address);
     o.layers = layers;
     o.n_layers = Q_LAYERS;
