@@ -5,7 +5,8 @@
 
 #define METHOD(name) "/kvd.v1.KvCache/" name
 
-enum { STAGING_BYTES = 32 << 20, GPU_STAGING_BYTES = 128 << 20, MAX_STAGINGS = 4 };
+// On a GPU each call costs what it has to wait for, three or four times; so they are large.
+enum { STAGING_BYTES = 32 << 20, GPU_STAGING_BYTES = 256 << 20, MAX_STAGINGS = 4 };
 
 // What a call is about: checked, as this library has it.
 struct call {
@@ -279,29 +280,50 @@ static kvd_buffer *idle_buffer(kvd_client *c, bool gpu)
     return b;
 }
 
+// That so many pages take in it; grows evenly.
+static uint64_t staging_bytes(const struct call *call, uint32_t pages)
+{
+    const uint64_t page = page_bytes(&call->shape, 0) + page_bytes(&call->shape, 1);
+    return pages * page + (call->paged.on_gpu ? kvd_paged_tables(&call->shape, pages) : 0);
+}
+
+// Where the GPU has no room for so many pages it is less, as calls that do little do more than
+// those that fail.
+static kvd_result new_gpu_staging(struct call *call, uint32_t pages, kvd_failure *err)
+{
+    kvd_failure why;
+    kvd_result rc;
+    do {
+        rc = kvd_gpu_staging_new(call->client, staging_bytes(call, pages), &call->staging, &why);
+        pages /= 2;
+    } while (rc == KVD_ERR_EXHAUSTED && pages);
+    if (rc && err)
+        *err = why;
+    return rc;
+}
+
 static kvd_result take_staging(struct call *call, kvd_failure *err)
 {
     kvd_client *c = call->client;
-    const uint64_t k = page_bytes(&call->shape, 0), page = k + page_bytes(&call->shape, 1);
+    const uint64_t none = staging_bytes(call, 0), page = staging_bytes(call, 1) - none;
     const bool gpu = call->paged.on_gpu;
-    const uint64_t most = gpu ? GPU_STAGING_BYTES : STAGING_BYTES;
+    const uint64_t fit = (gpu ? GPU_STAGING_BYTES : STAGING_BYTES) / page;
+    const uint32_t most =
+        (uint32_t)KVD_MIN(KVD_MAX(fit, (uint64_t)1), (uint64_t)KVD_MAX_CALL_PAGES);
     kvd_result rc = KVD_SUCCESS;
-    call->pages =
-        (uint32_t)KVD_MIN(KVD_MAX(most / page, (uint64_t)1), (uint64_t)KVD_MAX_CALL_PAGES);
     call->staging = idle_buffer(c, gpu);
-    if (!call->staging && gpu)
-        rc =
-            kvd_gpu_staging_new(c, call->pages * page + kvd_paged_tables(&call->shape, call->pages),
-                                &call->staging, err);
-    else if (!call->staging)
-        rc = kvd_buffer_new(c, call->pages * page, &call->staging, err);
+    if (!call->staging)
+        rc = gpu ? new_gpu_staging(call, most, err)
+                 : kvd_buffer_new(c, staging_bytes(call, most), &call->staging, err);
     if (rc)
         return rc;
+    call->pages = (uint32_t)((kvd_buffer_size(call->staging) - none) / page);
     uint8_t *data = kvd_buffer_data(call->staging);
-    call->v_at = call->pages * k;
+    call->v_at = call->pages * page_bytes(&call->shape, 0);
     call->staged = (struct kvd_dense_pages){.side = {data, data + call->v_at},
                                             .tokens = call->pages * KVD_PAGE_TOKENS,
-                                            .tables = data + call->pages * page};
+                                            .tables = data + call->v_at +
+                                                      call->pages * page_bytes(&call->shape, 1)};
     return KVD_SUCCESS;
 }
 
