@@ -6,6 +6,8 @@
 //        client queue_gpu ADDRESS       blocks of an emulated GPU, in the order of the engine's
 //        stream
 #include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -246,6 +248,64 @@ static void taken_back(const char *address)
     engine_free(&to);
 }
 
+// Several threads queue, take back, wait and poll: each ticket ends once, or is taken back.
+struct at_once {
+    kvd_queue *q;
+    struct engine from;
+    _Atomic uint32_t number, taken_back, ended;
+};
+
+static void *queue_some(void *ctx)
+{
+    struct at_once *a = ctx;
+    const uint32_t me = atomic_fetch_add(&a->number, 1);
+    for (uint32_t i = 0; i < 30; i++) {
+        uint64_t ticket = 0;
+        char names[BLOCKS][KEY];
+        kvd_page_keys k = keys_of(names, (char)('A' + me), i, 1);
+        kvd_paged p = paged_of(&a->from, i);
+        kvd_failure why;
+        while (kvd_queue_put(a->q, &space, &k, NULL, &p, NULL, &ticket, &why) == KVD_ERR_EXHAUSTED)
+            usleep(100);
+        NEED(ticket);
+        if (i % 3 == me % 3 && kvd_queue_cancel(a->q, ticket, &why) == KVD_SUCCESS)
+            atomic_fetch_add(&a->taken_back, 1);
+        NEED(kvd_queue_wait(a->q, ticket, i % 5 ? 0 : 60000, &why) != KVD_ERR_INVALID);
+    }
+    return NULL;
+}
+
+static void *poll_some(void *ctx)
+{
+    struct at_once *a = ctx;
+    for (int i = 0; i < 60000 && atomic_load(&a->ended) + atomic_load(&a->taken_back) < 90; i++) {
+        kvd_ended some[4];
+        uint32_t n = 0;
+        kvd_failure why;
+        for (int j = 0; j < 4; j++)
+            some[j] = KVD_NEW(kvd_ended);
+        readable(a->q, 1);
+        NEED(kvd_queue_poll(a->q, some, 4, &n, &why) == 0);
+        for (uint32_t j = 0; j < n; j++)
+            NEED(some[j].result == KVD_SUCCESS);
+        atomic_fetch_add(&a->ended, n);
+    }
+    return NULL;
+}
+
+static void at_once(kvd_client *c)
+{
+    struct at_once a = {.q = queue_new(c, 8), .from = engine_new(12)};
+    pthread_t threads[5];
+    for (int i = 0; i < 5; i++)
+        NEED(pthread_create(&threads[i], NULL, i < 3 ? queue_some : poll_some, &a) == 0);
+    for (int i = 0; i < 5; i++)
+        pthread_join(threads[i], NULL);
+    NEED(atomic_load(&a.ended) + atomic_load(&a.taken_back) == 90 && !readable(a.q, 0));
+    kvd_queue_free(&a.q);
+    engine_free(&a.from);
+}
+
 // In a child nothing is touched: neither what the parent's thread does, nor the eventfd's count.
 static void in_a_child(kvd_client *c)
 {
@@ -286,6 +346,7 @@ int queues(const char *address)
     kvd_client *c = open_pages(address);
     in_order(c);
     bounds(c);
+    at_once(c);
     in_a_child(c);
     kvd_close(&c);
     taken_back(address);
