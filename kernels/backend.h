@@ -300,6 +300,13 @@ struct kvd_backend_ops {
     // at a time.
     int (*append)(struct kvd_backend *b, const struct kvd_append_params *p, struct kvd_error *err);
     int (*attend)(struct kvd_backend *b, const struct kvd_attend_params *p, struct kvd_error *err);
+    // Check, attend and a whole append of the same tokens behind each other, where waiting for each
+    // would take longer than the work does. Not *done: it is not so, and nothing has happened.
+    // Where the check finds something, as that does, no output has been written. It makes no
+    // pauses; NULL: it is never so.
+    int (*step)(struct kvd_backend *b, const struct kvd_attend_params *attend,
+                const struct kvd_append_params *append, struct kvd_nonfinite *where, bool *done,
+                struct kvd_error *err);
     int (*read)(struct kvd_backend *b, const struct kvd_read_params *p, struct kvd_error *err);
     int (*rotate)(struct kvd_backend *b, const struct kvd_rotate_params *p, struct kvd_error *err);
     // Copies bytes of pages to other pages, or from or to host memory. All done when it returns.

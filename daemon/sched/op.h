@@ -162,6 +162,9 @@ kvd_op_phase kvd_op_copy_pages;
 bool kvd_op_append_room(struct kvd_daemon *d, struct kvd_work *w);
 int kvd_op_append_prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err);
 kvd_op_phase kvd_op_look_for_nonfinite, kvd_op_append_demote, kvd_op_append_store;
+// Of the run that the executor is at, whose items are filled in; and the error for w->nonfinite.
+struct kvd_append_params kvd_op_append_params(struct kvd_work *w, enum kvd_append_part part);
+int kvd_op_explain_nonfinite(struct kvd_work *w);
 void kvd_op_append_conclude(struct kvd_daemon *d, struct kvd_work *w, bool commit);
 // An item's part of the run that the executor is at.
 void kvd_op_append_fill(const struct kvd_work *w, const struct kvd_work_item *item,
@@ -197,6 +200,8 @@ int kvd_op_attend_alloc(struct kvd_work *w, struct kvd_error *err);
 // Whether item i, whose pages and lengths are noted, can be attended to.
 int kvd_op_attend_check(const struct kvd_work *w, uint32_t i, struct kvd_error *err);
 kvd_op_phase kvd_op_attend_run;
+// Of the run that the executor is at, whose items are filled in.
+struct kvd_attend_params kvd_op_attend_params(struct kvd_work *w);
 int kvd_op_attend_reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err);
 
 #endif

@@ -152,8 +152,7 @@ void kvd_op_append_fill(const struct kvd_work *w, const struct kvd_work_item *it
     };
 }
 
-// Of the run that it is at.
-static struct kvd_append_params append_params(struct kvd_work *w, enum kvd_append_part part)
+struct kvd_append_params kvd_op_append_params(struct kvd_work *w, enum kvd_append_part part)
 {
     const struct kvd_run *run = kvd_op_run(w);
     for (uint32_t i = 0; i < w->n_append && !w->filled; i++)
@@ -169,7 +168,7 @@ static struct kvd_append_params append_params(struct kvd_work *w, enum kvd_appen
                                       .slice = &w->job.slice};
 }
 
-static int explain_nonfinite(struct kvd_work *w)
+int kvd_op_explain_nonfinite(struct kvd_work *w)
 {
     const struct kvd_nonfinite *n = &w->nonfinite;
     const struct kvd_run *run = kvd_op_run(w);
@@ -183,10 +182,10 @@ static int explain_nonfinite(struct kvd_work *w)
 
 int kvd_op_look_for_nonfinite(struct kvd_daemon *d, struct kvd_work *w)
 {
-    struct kvd_append_params p = append_params(w, KVD_APPEND_WHOLE);
+    struct kvd_append_params p = kvd_op_append_params(w, KVD_APPEND_WHOLE);
     int rc = w->n_append ? d->backend->ops->check(d->backend, &p, &w->nonfinite) : KVD_OK;
     if (rc == KVD_E_INVALID)
-        return explain_nonfinite(w);
+        return kvd_op_explain_nonfinite(w);
     if (rc)
         return kvd_fail(&w->err, rc, "the new tokens could not be checked; nothing was stored");
     return KVD_OK;
@@ -194,7 +193,7 @@ int kvd_op_look_for_nonfinite(struct kvd_daemon *d, struct kvd_work *w)
 
 static int append_part(struct kvd_daemon *d, struct kvd_work *w, enum kvd_append_part part)
 {
-    struct kvd_append_params p = append_params(w, part);
+    struct kvd_append_params p = kvd_op_append_params(w, part);
     return w->n_append ? d->backend->ops->append(d->backend, &p, &w->err) : KVD_OK;
 }
 

@@ -64,7 +64,7 @@ static int prepare(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *e
     return rc;
 }
 
-int kvd_op_attend_run(struct kvd_daemon *d, struct kvd_work *w)
+struct kvd_attend_params kvd_op_attend_params(struct kvd_work *w)
 {
     const struct kvd_run *run = kvd_op_run(w);
     for (uint32_t i = 0; i < w->n_items && !w->filled; i++) {
@@ -84,17 +84,22 @@ int kvd_op_attend_run(struct kvd_daemon *d, struct kvd_work *w)
         };
     }
     w->filled = true;
-    struct kvd_attend_params p = {.plane = &w->shape->planes[run->plane],
-                                  .rotation = w->rotations[run->plane],
-                                  .layer_begin = run->layer_begin,
-                                  .layer_count = run->layer_count,
-                                  .scale = w->scale,
-                                  .softcap = w->softcap,
-                                  .window = kvd_op_window(w, run->plane),
-                                  .sinks = kvd_op_sinks(w),
-                                  .items = w->attend_items,
-                                  .n_items = w->n_items,
-                                  .slice = &w->job.slice};
+    return (struct kvd_attend_params){.plane = &w->shape->planes[run->plane],
+                                      .rotation = w->rotations[run->plane],
+                                      .layer_begin = run->layer_begin,
+                                      .layer_count = run->layer_count,
+                                      .scale = w->scale,
+                                      .softcap = w->softcap,
+                                      .window = kvd_op_window(w, run->plane),
+                                      .sinks = kvd_op_sinks(w),
+                                      .items = w->attend_items,
+                                      .n_items = w->n_items,
+                                      .slice = &w->job.slice};
+}
+
+int kvd_op_attend_run(struct kvd_daemon *d, struct kvd_work *w)
+{
+    const struct kvd_attend_params p = kvd_op_attend_params(w);
     return d->backend->ops->attend(d->backend, &p, &w->err);
 }
 

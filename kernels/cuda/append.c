@@ -218,21 +218,15 @@ static uint32_t bad_channel(const struct kvd_cuda_tensor *t, uint32_t layer, uin
     return 0;
 }
 
-static int run_check(struct kvd_cuda *c, const struct kvd_cuda_append_params *p, uint32_t layer,
-                     void *ctx, struct kvd_error *err)
+// Says where the check of a slice of layers, which has run, found something.
+static int found(struct kvd_cuda *c, const struct kvd_append_params *call,
+                 const struct kvd_cuda_append_params *p, uint32_t layer, struct kvd_nonfinite *w,
+                 struct kvd_error *err)
 {
-    struct check *check = ctx;
-    const struct kvd_plane *g = check->p->plane;
-    *c->found = ~0ull;
-    int rc = kvd_cuda_check(p, c->found, c->stream);
-    if (rc == 0)
-        rc = cudaStreamSynchronize(c->stream);
-    if (rc)
-        return kvd_cuda_status(rc, "checking tokens", err);
+    const struct kvd_plane *g = call->plane;
     unsigned long long at = *c->found;
     if (at == ~0ull)
         return KVD_OK;
-    struct kvd_nonfinite *w = check->where;
     w->in_v = at % 2;
     w->head = (uint32_t)(at / 2 % g->kv_heads);
     w->token = (uint32_t)(at / 2 / g->kv_heads % (1 << 17));
@@ -240,14 +234,31 @@ static int run_check(struct kvd_cuda *c, const struct kvd_cuda_append_params *p,
     const uint32_t layers = KVD_MAX(p->layer_count, 1u); // it is 1 at least
     uint32_t slice_layer = (uint32_t)(rest % layers);
     w->item = (uint32_t)(rest / layers);
-    w->layer = check->p->layer_begin + layer + slice_layer;
+    w->layer = call->layer_begin + layer + slice_layer;
     struct kvd_cuda_append_item staged;
-    rc = cudaMemcpy(&staged, p->items + w->item, sizeof(staged), cudaMemcpyDeviceToHost);
+    int rc = cudaMemcpy(&staged, p->items + w->item, sizeof(staged), cudaMemcpyDeviceToHost);
     if (rc)
         return kvd_cuda_status(rc, "checking tokens", err);
     w->channel = bad_channel(w->in_v ? &staged.v : &staged.k, slice_layer, w->token, w->head,
                              w->in_v ? g->head_dim_v : g->head_dim_k);
     return KVD_E_INVALID;
+}
+
+static int queue_check(struct kvd_cuda *c, const struct kvd_cuda_append_params *p,
+                       struct kvd_error *err)
+{
+    *c->found = ~0ull;
+    return kvd_cuda_status(kvd_cuda_check(p, c->found, c->stream), "checking tokens", err);
+}
+
+static int run_check(struct kvd_cuda *c, const struct kvd_cuda_append_params *p, uint32_t layer,
+                     void *ctx, struct kvd_error *err)
+{
+    struct check *check = ctx;
+    int rc = queue_check(c, p, err);
+    if (rc == KVD_OK)
+        rc = kvd_cuda_status(cudaStreamSynchronize(c->stream), "checking tokens", err);
+    return rc ? rc : found(c, check->p, p, layer, check->where, err);
 }
 
 int kvd_cuda_op_check(struct kvd_backend *b, const struct kvd_append_params *p,
@@ -261,4 +272,30 @@ int kvd_cuda_op_check(struct kvd_backend *b, const struct kvd_append_params *p,
     if (host) // no need to bring them over twice
         return kvd_check_host(p, where);
     return each_slice(c, p, 0, run_check, &check, NULL);
+}
+
+// -- of a step, with its attention (ops.c) --------------------------------------------------------
+
+uint64_t kvd_cuda_short_append(const struct kvd_append_params *p)
+{
+    uint64_t tables, staged = append_bytes(p, &tables);
+    return staged == 0 && append_ns(p, 0) * p->layer_count <= SLICE_NS ? tables : 0;
+}
+
+int kvd_cuda_short_append_begin(struct kvd_cuda *c, const struct kvd_append_params *p,
+                                struct kvd_cuda_append_params *out, struct kvd_error *err)
+{
+    struct kvd_staged *staged KVD_FREE = calloc(2 * (size_t)p->n_items, sizeof(*staged));
+    if (!staged)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    int rc = append_slice(c, p, 0, p->layer_count, staged, out, err);
+    return rc ? rc : queue_check(c, out, err);
+}
+
+int kvd_cuda_short_append_check(struct kvd_cuda *c, const struct kvd_append_params *p,
+                                const struct kvd_cuda_append_params *queued,
+                                struct kvd_nonfinite *where, struct kvd_error *err)
+{
+    int rc = kvd_stage_wait(c, err);
+    return rc ? rc : found(c, p, queued, 0, where, err);
 }

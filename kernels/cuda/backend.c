@@ -482,6 +482,7 @@ static const struct kvd_backend_ops cuda_ops = {
     .check = kvd_cuda_op_check,
     .append = kvd_cuda_op_append,
     .attend = kvd_cuda_op_attend,
+    .step = kvd_cuda_op_step,
     .read = kvd_cuda_op_read,
     .rotate = kvd_cuda_op_rotate,
     .copy = copy,

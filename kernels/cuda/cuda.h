@@ -170,6 +170,9 @@ int kvd_cuda_op_append(struct kvd_backend *b, const struct kvd_append_params *p,
                        struct kvd_error *err);
 int kvd_cuda_op_attend(struct kvd_backend *b, const struct kvd_attend_params *p,
                        struct kvd_error *err);
+int kvd_cuda_op_step(struct kvd_backend *b, const struct kvd_attend_params *attend,
+                     const struct kvd_append_params *append, struct kvd_nonfinite *where,
+                     bool *done, struct kvd_error *err);
 int kvd_cuda_op_read(struct kvd_backend *b, const struct kvd_read_params *p, struct kvd_error *err);
 // sums.c. What init has left after a failure is for deinit.
 cudaError_t kvd_cuda_summing_init(struct kvd_cuda_summing *s);

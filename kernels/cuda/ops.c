@@ -253,65 +253,90 @@ static int plan_group(struct kvd_cuda *c, const struct group *g, struct kvd_cuda
     return rc;
 }
 
-// Brings q (and k, v) of a slice over, runs its layers, brings o and lse back.
-static int attend_slice(struct kvd_cuda *c, const struct group *g, uint32_t layer, uint32_t layers,
-                        struct kvd_cuda_attend_params p, struct kvd_error *err)
+// Layers of a group that are taken at once, and where what they want is staged.
+struct slice {
+    uint32_t layer, layers;
+    struct kvd_cuda_attend_params p;
+    uint64_t at[T_COUNT];
+    uint64_t begin, up; // what goes to the device
+    uint64_t from, to;  // what comes back
+};
+
+// Packs a slice's tables and inputs behind what the stage has. The device has no part in it.
+static void stage_slice(struct kvd_cuda *c, const struct group *g, struct slice *s)
 {
-    uint64_t at[T_COUNT], up, from, to;
-    c->stage.used = 0;
-    p.pages = stage_pages(c, g);
+    s->begin = c->stage.used;
+    s->p.pages = stage_pages(c, g);
     if (g->p->sinks)
-        p.sinks = stage_sinks(c, g->p, layer, layers);
-    up = c->stage.used;
+        s->p.sinks = stage_sinks(c, g->p, s->layer, s->layers);
+    s->up = c->stage.used;
     for (uint32_t t = 0; t < T_COUNT; t++) {
-        at[t] = g->direct[t] ? c->stage.used : kvd_stage_take(c, layers * g->n * g->row[t]);
+        s->at[t] = g->direct[t] ? c->stage.used : kvd_stage_take(c, s->layers * g->n * g->row[t]);
         if (t < T_O && over_bus(g, t))
-            up = c->stage.used;
+            s->up = c->stage.used;
     }
-    from = over_bus(g, T_O) ? at[T_O] : at[T_LSE];
-    to = over_bus(g, T_LSE) ? c->stage.used : at[T_LSE];
+    s->from = over_bus(g, T_O) ? s->at[T_O] : s->at[T_LSE];
+    s->to = over_bus(g, T_LSE) ? c->stage.used : s->at[T_LSE];
     for (uint32_t t = T_Q; t <= T_V; t++)
         for (uint32_t i = 0; i < g->n; i++)
             if (wanted(g, t, i)) {
-                struct kvd_staged s = staged_of(g, at, t, i, layer, layers);
-                kvd_stage_pack(c, &s);
+                struct kvd_staged x = staged_of(g, s->at, t, i, s->layer, s->layers);
+                kvd_stage_pack(c, &x);
             }
-    int rc = kvd_stage_upload(c, 0, up, err);
+}
+
+// Queues a slice: brings q (and k, v) over, runs its layers, brings o and lse where they belong in
+// device memory.
+static int queue_slice(struct kvd_cuda *c, const struct group *g, struct slice *s,
+                       struct kvd_error *err)
+{
+    int rc = kvd_stage_upload(c, s->begin, s->up, err);
     for (uint32_t t = T_Q; t <= T_V && rc == KVD_OK; t++)
         for (uint32_t i = 0; i < g->n && rc == KVD_OK; i++)
             if (wanted(g, t, i)) {
-                struct kvd_staged s = staged_of(g, at, t, i, layer, layers);
-                rc = kvd_stage_gather(c, &s, err);
+                struct kvd_staged x = staged_of(g, s->at, t, i, s->layer, s->layers);
+                rc = kvd_stage_gather(c, &x, err);
             }
-    for (uint32_t l = 0; l < layers && rc == KVD_OK; l++) {
+    for (uint32_t l = 0; l < s->layers && rc == KVD_OK; l++) {
         uint8_t *place[T_COUNT];
         for (uint32_t t = 0; t < T_COUNT; t++)
-            place[t] = g->direct[t] ? g->direct[t]->data + (layer + l) * g->direct[t]->layer_stride
-                                    : c->stage.device + at[t] + l * g->n * g->row[t];
-        p.layer = g->p->layer_begin + layer + l;
-        p.q = place[T_Q];
-        p.k = (void *)place[T_K];
-        p.v = (void *)place[T_V];
-        p.o = place[T_O];
-        p.lse = g->lse ? (void *)place[T_LSE] : NULL;
-        rc = kvd_cuda_status(kvd_cuda_attend(&p, c->stream), "attention", err);
-        p.sinks += p.sinks ? g->p->plane->q_heads : 0;
+            place[t] = g->direct[t]
+                           ? g->direct[t]->data + (s->layer + l) * g->direct[t]->layer_stride
+                           : c->stage.device + s->at[t] + l * g->n * g->row[t];
+        s->p.layer = g->p->layer_begin + s->layer + l;
+        s->p.q = place[T_Q];
+        s->p.k = (void *)place[T_K];
+        s->p.v = (void *)place[T_V];
+        s->p.o = place[T_O];
+        s->p.lse = g->lse ? (void *)place[T_LSE] : NULL;
+        rc = kvd_cuda_status(kvd_cuda_attend(&s->p, c->stream), "attention", err);
+        s->p.sinks += s->p.sinks ? g->p->plane->q_heads : 0;
     }
     for (uint32_t t = T_O; t < T_COUNT && rc == KVD_OK; t++)
         for (uint32_t i = 0; i < g->n && rc == KVD_OK; i++)
             if (wanted(g, t, i)) {
-                struct kvd_staged s = staged_of(g, at, t, i, layer, layers);
-                rc = kvd_stage_scatter(c, &s, err);
+                struct kvd_staged x = staged_of(g, s->at, t, i, s->layer, s->layers);
+                rc = kvd_stage_scatter(c, &x, err);
             }
+    return rc;
+}
+
+static int attend_slice(struct kvd_cuda *c, const struct group *g, uint32_t layer, uint32_t layers,
+                        const struct kvd_cuda_attend_params *p, struct kvd_error *err)
+{
+    struct slice s = {.layer = layer, .layers = layers, .p = *p};
+    c->stage.used = 0;
+    stage_slice(c, g, &s);
+    int rc = queue_slice(c, g, &s, err);
     if (rc == KVD_OK)
-        rc = kvd_stage_download(c, from, to, err);
+        rc = kvd_stage_download(c, s.from, s.to, err);
     if (rc == KVD_OK)
         rc = kvd_stage_wait(c, err);
     for (uint32_t t = T_O; t < T_COUNT && rc == KVD_OK; t++)
         for (uint32_t i = 0; i < g->n; i++)
             if (wanted(g, t, i)) {
-                struct kvd_staged s = staged_of(g, at, t, i, layer, layers);
-                kvd_stage_unpack(c, &s);
+                struct kvd_staged x = staged_of(g, s.at, t, i, layer, layers);
+                kvd_stage_unpack(c, &x);
             }
     return rc;
 }
@@ -337,6 +362,23 @@ static struct kvd_attend_item queries_of(const struct kvd_plane *plane,
     return out;
 }
 
+// What of a layer's tensors goes through the stage, and what the tables take there.
+static uint64_t layer_bytes(const struct group *g)
+{
+    uint64_t bytes = 0;
+    for (uint32_t t = 0; t < T_COUNT; t++)
+        bytes += g->direct[t] ? 0 : g->n * g->row[t];
+    return bytes;
+}
+static uint64_t tables_bytes(const struct group *g)
+{
+    uint64_t bytes =
+        (uint64_t)g->n * (g->codec_stride + g->bf16_stride + 1) * 8 + (5 + T_COUNT) * 256;
+    if (g->p->sinks)
+        bytes += (uint64_t)g->p->layer_count * g->p->plane->q_heads * sizeof(float);
+    return bytes;
+}
+
 // Layers of a group, of which the first is `at` in the operation's count. *paused: the slice is
 // over, and there is more.
 static int attend_group(struct kvd_cuda *c, const struct group *g, uint64_t at, bool *paused,
@@ -349,17 +391,11 @@ static int attend_group(struct kvd_cuda *c, const struct group *g, uint64_t at, 
     *paused = pause_at(p->slice, KVD_MAX(at, done));
     if (*paused)
         return KVD_OK;
-    uint64_t bytes = 0;
-    for (uint32_t t = 0; t < T_COUNT; t++)
-        bytes += g->direct[t] ? 0 : g->n * g->row[t];
-    uint64_t tables =
-        (uint64_t)g->n * (g->codec_stride + g->bf16_stride + 1) * 8 + (5 + T_COUNT) * 256;
-    if (p->sinks)
-        tables += (uint64_t)p->layer_count * p->plane->q_heads * sizeof(float);
+    uint64_t bytes = layer_bytes(g);
     uint32_t step = fair_layers(p->slice, attend_ns(p->plane, g->items, g->n),
                                 slice_layers(bytes, p->layer_count));
     struct kvd_cuda_attend_params params;
-    int rc = kvd_stage_begin(c, tables + step * bytes, err);
+    int rc = kvd_stage_begin(c, tables_bytes(g) + step * bytes, err);
     if (rc == KVD_OK)
         rc = plan_group(c, g, &params, err);
     for (uint32_t l = done > at ? (uint32_t)(done - at) : 0; l < p->layer_count && rc == KVD_OK;
@@ -367,7 +403,7 @@ static int attend_group(struct kvd_cuda *c, const struct group *g, uint64_t at, 
         *paused = pause_at(p->slice, at + l);
         if (*paused)
             return KVD_OK;
-        rc = attend_slice(c, g, l, KVD_MIN(step, p->layer_count - l), params, err);
+        rc = attend_slice(c, g, l, KVD_MIN(step, p->layer_count - l), &params, err);
     }
     return rc;
 }
@@ -402,6 +438,57 @@ int kvd_cuda_op_attend(struct kvd_backend *b, const struct kvd_attend_params *p,
         first++;
     }
     return rc;
+}
+
+// -- step ----------------------------------------------------------------------------------------
+
+// Whether all of it is one short launch, with no tensor in host memory.
+static bool is_short(const struct kvd_attend_params *p, const struct group *g)
+{
+    uint64_t layers = p->layer_count;
+    bool is = g->n == p->n_items && slice_layers(layer_bytes(g), p->layer_count) == layers &&
+              attend_ns(p->plane, g->items, g->n) * layers <= SLICE_NS;
+    for (uint32_t t = 0; t < T_COUNT && is; t++)
+        is = !over_bus(g, t);
+    for (uint32_t i = 0; i < g->n && is; i++)
+        is = queries_at_once(p->plane, &g->items[i]) == g->items[i].q_len;
+    return is;
+}
+
+// The tokens are looked at first, as a call that is refused writes no output. While that runs, the
+// tables of the attention are made; then all the rest is behind each other on the stream.
+int kvd_cuda_op_step(struct kvd_backend *b, const struct kvd_attend_params *attend,
+                     const struct kvd_append_params *append, struct kvd_nonfinite *where,
+                     bool *done, struct kvd_error *err)
+{
+    struct kvd_cuda *c = cuda_of(b);
+    const struct group g = group_at(attend, 0);
+    struct slice s = {.layers = attend->layer_count};
+    struct kvd_cuda_append_params tokens;
+    uint64_t bytes = kvd_cuda_short_append(append);
+    *done = false;
+    if (!bytes || !is_short(attend, &g))
+        return KVD_OK;
+    int rc = kvd_cuda_rotation_check(attend->rotation, attend->plane->codec, err);
+    if (rc == KVD_OK)
+        rc = kvd_stage_begin(c, bytes + tables_bytes(&g) + s.layers * layer_bytes(&g), err);
+    if (rc == KVD_OK)
+        rc = plan_group(c, &g, &s.p, err);
+    if (rc)
+        return rc;
+    *done = true;
+    rc = kvd_cuda_short_append_begin(c, append, &tokens, err);
+    if (rc == KVD_OK)
+        stage_slice(c, &g, &s);
+    if (rc == KVD_OK)
+        rc = kvd_cuda_short_append_check(c, append, &tokens, where, err);
+    if (rc == KVD_OK)
+        rc = queue_slice(c, &g, &s, err);
+    if (rc == KVD_OK)
+        rc = kvd_cuda_status(kvd_cuda_append(&tokens, c->stream), "storing tokens", err);
+    struct kvd_error ignored;
+    int waited = kvd_stage_wait(c, rc ? &ignored : err); // after a failure too: it is used again
+    return rc ? rc : waited;
 }
 
 // -- read and rotate -----------------------------------------------------------------------------

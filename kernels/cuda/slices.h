@@ -66,4 +66,16 @@ static inline uint64_t tensor_bytes(const struct kvd_tensor *t, uint64_t tokens,
     return tokens * heads * dim * kvd_dtype_size(t->dtype);
 }
 
+// An append that is short, with tensors that kernels take where they are, as it goes with a step's
+// attention (append.c): bytes of the stage for it, or 0: it is none such. Then its tables are put
+// at the stage's beginning, brought over, and the look for NaN and Inf is queued. Last, that is
+// waited for: KVD_OK, KVD_E_INVALID with *where set, or as the device failed. What was queued is
+// for kvd_cuda_append.
+uint64_t kvd_cuda_short_append(const struct kvd_append_params *p);
+int kvd_cuda_short_append_begin(struct kvd_cuda *c, const struct kvd_append_params *p,
+                                struct kvd_cuda_append_params *out, struct kvd_error *err);
+int kvd_cuda_short_append_check(struct kvd_cuda *c, const struct kvd_append_params *p,
+                                const struct kvd_cuda_append_params *queued,
+                                struct kvd_nonfinite *where, struct kvd_error *err);
+
 #endif

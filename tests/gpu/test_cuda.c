@@ -39,6 +39,7 @@ static void group_done(const char *name)
 #include "tests/gpu/test_memory.h"
 #include "tests/gpu/test_paged.h"
 #include "tests/gpu/test_slices.h"
+#include "tests/gpu/test_step.h"
 
 static double worst_error, worst_row, worst_lse;
 
@@ -705,6 +706,7 @@ int main(int argc, char **argv)
         memory();
         paged(seed);
         slices(seed);
+        steps_in_one_go(seed);
     }
     moved_begin(cuda, seed);
     for (int i = 0; i < 4; i++)
