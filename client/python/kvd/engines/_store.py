@@ -106,8 +106,8 @@ class PageStore:
             found += answer
         return found
 
-    def put(self, keys: Sequence[bytes], source: Any, after: Optional[bytes], exact: bytes, had: bytes) -> Optional[bytes]:
-        """had: kinds that a lookup has found of the keys, or MISSING."""
+    def put(self, keys: Sequence[bytes], source: Any, after: Optional[bytes], exact: bytes, had: Optional[bytes] = None) -> Optional[bytes]:
+        """had: kinds that a lookup has found of the keys, or MISSING; None: kvd is asked."""
         return self._call("a put", lambda p: p.put(keys, source, after=after, exact=exact if any(exact) else None, had=had))
 
     def encode(self, keys: Sequence[bytes]) -> Optional[int]:
