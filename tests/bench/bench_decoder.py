@@ -395,7 +395,7 @@ class Bench:
 
     def pool_bytes(self):
         """All that there may be: a pool's memory is made as it is used."""
-        if not self.gpu:
+        if not self.gpu or self.args.quick:
             return 1 << 30
         return int(min(torch.cuda.mem_get_info()[1], self.card) - self.decoder.bytes()) >> 21 << 21
 
