@@ -288,6 +288,8 @@ extern "C" int kvd_cuda_attend(const struct kvd_cuda_attend_params *p, struct CU
         return power_of_two(p->dim_k) ? launch_int2(*p, stream) : launch_int2_other(*p, stream);
     case INT2C:
         return power_of_two(p->dim_k) ? launch_int2c(*p, stream) : launch_int2c_other(*p, stream);
+    case INT4:
+        return launch_int4(*p, stream);
     case LEVELS2:
         return launch_levels2(*p, stream);
     case LEVELS3:

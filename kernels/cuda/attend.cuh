@@ -360,7 +360,7 @@ __device__ inline void mask_scores(const logit_terms<NT> &x, const tile_place &a
         }
 }
 
-// Whether a chunk's values are summed upside down, as max - scale * (3 - code) instead of min + scale * code.
+// Whether a chunk's values are summed upside down, as max - scale * (largest - code) instead of min + scale * code.
 // Codes are not negative: their sums, and those of minima, would grow with the tokens until what is left when they
 // cancel is rounding. Those of two chunks of a tile have one sign, of the other two the other. Levels are symmetric.
 __host__ __device__ constexpr bool upside_down(int codec, int chunk)
@@ -380,8 +380,9 @@ __device__ inline void add_values(const uint8_t *tile_at, uint32_t codec, const 
     constexpr bool FLIPPED = upside_down(CODEC, C);
     if (FLIPPED) {
         // Of tc2 and tc2.5, whose levels are about 0, the sums of scales alone say what of minima.
-        p0 = make_float2(-p0.x, fmaf(3, p0.x, p0.y));
-        p1 = make_float2(-p1.x, fmaf(3, p1.x, p1.y));
+        constexpr float LARGEST = (1 << code_bits(CODEC)) - 1; // code
+        p0 = make_float2(-p0.x, fmaf(LARGEST, p0.x, p0.y));
+        p1 = make_float2(-p1.x, fmaf(LARGEST, p1.x, p1.y));
     }
     if (MASKED) { // what was never written may be anything
         int left = at.count - (int)threadIdx.x % 32 / 4;

@@ -89,7 +89,7 @@ template <int DK, int DV, int CODEC> struct tile {
     static constexpr int BITS = code_bits(CODEC);
     static constexpr int MOST_BYTES = is_tc(CODEC)
                                           ? 128 * stream_bits<CODEC>(TC2_5, DK) + 16 * DV + 256
-                                          : 8 * BITS * (DK + DV) + (CODEC == INT2 || CODEC == LEVELS2 ? 512 : 256);
+                                          : 8 * BITS * (DK + DV) + (CODEC == INT2 || CODEC == INT4 || CODEC == LEVELS2 ? 512 : 256);
 
     static __host__ __device__ constexpr int v_codes(uint32_t codec)
     {
@@ -159,11 +159,11 @@ __device__ inline void store_value(uint8_t *at, bool f32, float x)
 
 // -- codes ---------------------------------------------------------------------------------------
 
-// int2's and int2c's codes are never dequantized: masked in place, the code in slot j of a word is the
-// fp16 subnormal code * 2^-24 * 4^(j % 4). slot_factor undoes the last. int4's come as code * 2^-24, levels as they are.
+// Codes that are their own values are never dequantized: masked in place, the code in slot j of a word is the
+// fp16 subnormal code * 2^-24 * 4^(j % 4). slot_factor undoes the last. Levels come as they are.
 template <int CODEC> __device__ inline float slot_factor(int channel_tile)
 {
-    if (has_levels(CODEC) || CODEC == INT4)
+    if (has_levels(CODEC))
         return 1;
     return __uint_as_float((uint32_t)(127 - 2 * (channel_tile % 4)) << 23);
 }
@@ -324,21 +324,25 @@ template <int D, int CODEC> struct code_words {
             more.load(codes + 16 * D, c);
     }
 
-    // int2's and int2c's codes are masked in place, those of channel tile CT at bit 2 (CT % 4) of a half; of 3 - code if FLIPPED.
+    // Codes that are their own values are masked in place, those of channel tile CT at bit 2 (CT % 4) of a half, int4's two upper bits
+    // two further; if FLIPPED, of the largest less the code.
     template <int C, int CT, bool FLIPPED = false> __device__ inline void operand(uint32_t a[4]) const
     {
         static_for<4>([&](auto r) {
             constexpr word_place at = place_in_words(D, 2, C, CT, r);
             uint32_t w = low.word[at.word];
-            if constexpr (CODEC == INT4) {
-                constexpr word_place above = place_in_words(D, MORE_WIDTH, C, CT, r);
-                uint32_t high = more.word[above.word] >> above.bit & 0x00030003u;
-                a[r] = (w >> at.bit & 0x00030003u) | high << 2;
-            } else if constexpr (!has_levels(CODEC)) {
+            if constexpr (!has_levels(CODEC)) {
                 constexpr int to = 2 * (CT % 4);
                 constexpr uint32_t mask = 0x00030003u << to, flip = FLIPPED ? ~0u : 0;
                 w = at.bit >= to ? w >> (at.bit >= to ? at.bit - to : 0) : w << (at.bit >= to ? 0 : to - at.bit);
                 a[r] = (w ^ flip) & mask;
+                if constexpr (CODEC == INT4) {
+                    constexpr word_place above = place_in_words(D, MORE_WIDTH, C, CT, r);
+                    constexpr int up = to + 2 - above.bit;
+                    uint32_t high = more.word[above.word];
+                    high = up > 0 ? high << (up > 0 ? up : 0) : high >> (up > 0 ? 0 : -up);
+                    a[r] |= (high ^ flip) & mask << 2;
+                }
             } else {
                 constexpr word_place above = place_in_words(D, MORE_WIDTH, C, CT, r);
                 a[r] = levels_of<BITS, at.bit, above.bit>(w, BITS > 2 ? more.word[above.word] : w);

@@ -14,6 +14,7 @@ cudaError_t launch_int2(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_int2_other(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_int2c(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_int2c_other(const attend_params &p, cudaStream_t stream);
+cudaError_t launch_int4(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_levels2(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_levels3(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_levels4(const attend_params &p, cudaStream_t stream);
@@ -49,7 +50,7 @@ inline bool takes_latents(const attend_params &p)
 
 inline bool takes_any(const attend_params &p)
 {
-    return p.codec != p.codec_v || family_of(p.codec) == INT4;
+    return p.codec != p.codec_v;
 }
 
 inline uint32_t rows_of_head(const attend_params &p)
@@ -73,13 +74,13 @@ inline bool power_of_two(uint32_t x)
     return (x & (x - 1)) == 0;
 }
 
-// Codes that are their own values have all variants; those with levels one a pair of head_dims. Of tc2 and tc2.5 the most used
-// head_dims have all.
+// Codes of two bits that are their own values have all variants; int4 and those with levels, whose tiles leave no room for more warps,
+// one a pair of head_dims. Of tc2 and tc2.5 the most used head_dims have all.
 inline bool tuned(const attend_params &p)
 {
     if (family_of(p.codec) == TC)
         return same_dims(p) && (p.dim_k == 64 || p.dim_k == 128);
-    return !has_levels(family_of(p.codec));
+    return !has_levels(family_of(p.codec)) && family_of(p.codec) != INT4;
 }
 
 inline uint32_t n_tiles(const attend_params &p)
@@ -107,7 +108,7 @@ cudaError_t launch_both(const attend_params &p, cudaStream_t stream)
 
 template <int CODEC, int DK, int DV> cudaError_t launch_dims(const attend_params &p, cudaStream_t stream)
 {
-    if constexpr (has_levels(CODEC) || CODEC == TC || (DK != DV && DK != 192)) {
+    if constexpr (has_levels(CODEC) || CODEC == INT4 || CODEC == TC || (DK != DV && DK != 192)) {
         return launch_attend<true, 1, DK, DV, 4, CODEC>(p, stream);
     } else {
         if constexpr (DK == DV && DK <= 128) {

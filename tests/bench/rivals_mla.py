@@ -8,6 +8,7 @@ usage: rivals_mla.py [SEQUENCES x TOKENS ...]      default: 1x32768 8x32768 32x3
 import sys
 
 import torch
+from rivals import milliseconds
 
 HEADS, ROPE, LATENT = 128, 64, 512
 
@@ -15,25 +16,6 @@ HEADS, ROPE, LATENT = 128, 64, 512
 def attend(q, kv):
     p = torch.softmax((q @ kv.transpose(1, 2)).float() * (192 ** -0.5), -1).to(kv.dtype)
     return p @ kv[..., :LATENT]
-
-
-def milliseconds(call, flush):
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    times = []
-    for _ in range(12):
-        flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
 
 
 def main():

@@ -606,7 +606,7 @@ static void transformed_pages(uint64_t seed, bool quick)
 // Of everything a little: where a GPU is emulated.
 static void brief(uint64_t seed)
 {
-    uint32_t codecs[] = {KVD_CODEC_INT2, KVD_CODEC_INT2C, KVD_CODEC_INT2_LM,
+    uint32_t codecs[] = {KVD_CODEC_INT2, KVD_CODEC_INT2C, KVD_CODEC_INT4, KVD_CODEC_INT2_LM,
                          KVD_CODEC_TURBOQUANT_3};
     for (uint32_t i = 0; i < 8; i++) {
         const uint32_t *dims = head_dims[(seed + i) % KVD_LEN(head_dims)];
@@ -669,6 +669,8 @@ static void long_and_many(uint64_t seed)
     ragged(seed, both(KVD_CODEC_INT2C), 12, 96);
     ragged(seed, both(KVD_CODEC_INT2), 3, 112);
     ragged(seed, both(KVD_CODEC_INT2), 4, 192);
+    ragged(seed, both(KVD_CODEC_INT4), 12, 128);
+    chain(3, 30000, both(KVD_CODEC_INT4), seed);
     for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++)
         if (kvd_codec_signed(codec))
             ragged(seed, both(codec), 5, 128);
