@@ -75,7 +75,7 @@ def test_what_is_borrowed_is_given_back(start):
 
 def test_an_extent_is_emptied_while_others_go_on(start):
     """Another layout's append waits for it, a piece at a time; whoever gives up waiting leaves nothing, and what is held stays."""
-    kvd = start("--pool-size", "64MiB", "--extent-size", "2MiB")
+    kvd = start("--pool-size", "24MiB", "--extent-size", "2MiB")
     with connect(kvd, namespace="a") as a:
         held = tokens_of(1000, 2048)
         publish(a, held)
