@@ -53,6 +53,20 @@ def load(path):
     return out, meta
 
 
+def test_texts_take_turns(folder, text, tmp_path):
+    """So that --tokens leaves out no text, however long the first is."""
+    short = tmp_path / "short.txt"
+    short.write_text("".join(reversed(text.read_text()[:600])))
+    model = save(folder / "model", "llama")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    pieces = list(record.contexts(tokenizer, [str(text), str(short)], 256, 1100))
+    assert [name for name, _ in pieces] == [str(text), str(short), str(text), str(short)]
+    long, other = (tokenizer(f.read_text(), add_special_tokens=False)["input_ids"] for f in (text, short))
+    assert [ids for _, ids in pieces] == [long[:256], other[:256], long[256:512], other[256:512]]
+    everything = list(record.contexts(tokenizer, [str(text), str(short)], 256, None))
+    assert len(everything) == len(long) // 256 + 2 and sum(name == str(short) for name, _ in everything) == 2
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_what_attention_gets(folder, text, kind, monkeypatch, capsys):
     more = {} if kind == "llama" else {**WINDOW, "layer_types": MIXED, "attn_logit_softcapping": 5.0}

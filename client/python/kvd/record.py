@@ -13,6 +13,7 @@ positions, and a set that was fitted to keys of the first 2,048 keeps nothing of
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import pathlib
@@ -158,20 +159,18 @@ def _first(tokenizer: Any) -> list[int]:
 
 
 def contexts(tokenizer: Any, texts: list[str], length: int, limit: Optional[int]) -> Iterator[tuple[str, list[int]]]:
-    """Pieces of `length` tokens, text by text, each with what the tokenizer begins texts with; what is left at a text's end is
-    left out."""
-    left, first = limit, _first(tokenizer)
+    """Pieces of `length` tokens, of each text in turn so that a limit leaves out none, each with what the tokenizer begins texts
+    with; what is left at a text's end is left out."""
+    first, of = _first(tokenizer), []
     own = length - len(first)
     if own < 1:
         raise ValueError(f"a context of {length} tokens has no room beside {first}, which every text begins with")
     for text in texts:
         with open(text, encoding="utf-8", errors="strict") as f:
             ids = tokenizer(f.read(), add_special_tokens=False, verbose=False)["input_ids"]
-        for at in range(0, len(ids) - own + 1, own):
-            if left is not None and left < length:
-                return
-            left = left if left is None else left - length
-            yield text, first + ids[at:at + own]
+        of.append([(text, first + ids[at:at + own]) for at in range(0, len(ids) - own + 1, own)])
+    in_turn = (piece for turn in itertools.zip_longest(*of) for piece in turn if piece)
+    return itertools.islice(in_turn, None if limit is None else limit // length)
 
 
 _BEFORE, _AFTER = 100, 400  # tokens of a prompt that a fact lies behind, and before: past every sink, before every recent window
@@ -245,7 +244,7 @@ def _arguments(args: Optional[list[str]]) -> argparse.Namespace:
     ap.add_argument("--context", type=positive, default=2048, help="tokens that the model sees at once (default: 2048)")
     ap.add_argument("--reach", type=positive, metavar="TOKENS",
                     help="contexts begin at positions spread below this (default: as many as the model was made for; --asked: --context)")
-    ap.add_argument("--tokens", type=positive, help="record at most so many (default: all that fill contexts)")
+    ap.add_argument("--tokens", type=positive, help="record at most so many, of the texts in turn (default: all that fill contexts)")
     ap.add_argument("--asked", type=positive, metavar="N",
                     help="record N prompts in which a fact is told amid the texts and asked for at the end")
     ap.add_argument("--layers", default="all", help="such as 0,9,19 (default: all)")
