@@ -67,16 +67,17 @@ def test_contexts_are_spread_over_what_a_model_was_made_for():
 
 
 def test_texts_in_pieces(texts):
-    assert words(Tokenizer(), texts, 3) == [("a", "abc"), ("a", "def"), ("b", "ABC"), ("b", "DEF")]
-    assert words(Tokenizer(), texts, 3, 8) == [("a", "abc"), ("a", "def")]
-    assert words(Tokenizer(behind=b">"), texts, 4) == [("a", "abcd"), ("a", "efgh"), ("b", "ABCD")]
+    """In turn, so that a limit leaves out no text."""
+    assert words(Tokenizer(), texts, 3) == [("a", "abc"), ("b", "ABC"), ("a", "def"), ("b", "DEF")]
+    assert words(Tokenizer(), texts, 3, 8) == [("a", "abc"), ("b", "ABC")]
+    assert words(Tokenizer(behind=b">"), texts, 4) == [("a", "abcd"), ("b", "ABCD"), ("a", "efgh")]
     assert words(Tokenizer(), texts, 9) == []
 
 
 def test_every_context_begins_as_texts_do(texts):
     """Gemma and Llama see a first token before everything; without it their activations are others."""
-    assert words(Tokenizer(b"<"), texts, 3) == [("a", "<ab"), ("a", "<cd"), ("a", "<ef"), ("a", "<gh"), ("b", "<AB"), ("b", "<CD"), ("b", "<EF")]
-    assert words(Tokenizer(b"<<", b">"), texts, 5, 11) == [("a", "<<abc"), ("a", "<<def")]
+    assert words(Tokenizer(b"<"), texts, 3) == [("a", "<ab"), ("b", "<AB"), ("a", "<cd"), ("b", "<CD"), ("a", "<ef"), ("b", "<EF"), ("a", "<gh")]
+    assert words(Tokenizer(b"<<", b">"), texts, 5, 11) == [("a", "<<abc"), ("b", "<<ABC")]
     with pytest.raises(ValueError, match="no room beside .60, 60."):
         words(Tokenizer(b"<<"), texts, 2)
     changed = lambda text, add_special_tokens, verbose=False: {"input_ids": [1, 2] if add_special_tokens else [3]}  # noqa: E731
