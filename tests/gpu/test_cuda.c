@@ -620,12 +620,15 @@ static void brief(uint64_t seed)
         if (attention_shapes[j].length < 600 &&
             kvd_head_dims_ok(attention_shapes[j].dk, attention_shapes[j].dv))
             check_shape(&attention_shapes[j],
-                        both(j % 5 ? codecs[(seed + j) % KVD_LEN(codecs)] : KVD_CODEC_BF16), 2e-3,
+                        both(j % 6 ? codecs[(seed + j) % KVD_LEN(codecs)] : KVD_CODEC_BF16), 2e-3,
                         seed + j);
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 3; i++) {
         struct shape c = {1, 1, 4, 64, 64, 0, 64, 1, 900, {.q_len = 3, .window = 200}};
-        check_shape(&c, both(i ? KVD_CODEC_INT2 : KVD_CODEC_BF16), 2e-3, seed);
+        uint32_t windowed[] = {KVD_CODEC_BF16, KVD_CODEC_INT2, KVD_CODEC_INT4};
+        check_shape(&c, both(windowed[i]), 2e-3, seed);
     }
+    struct shape one = {1, 2, 3, 64, 64, 16, 16, 1, 330, {.q_len = 1}};
+    check_shape(&one, both(KVD_CODEC_INT4), 2e-3, seed);
     rotating(80, 1, false, KVD_ROTATE_QUERIES, 0, seed);
     rotating(64, 2, true, KVD_ROTATE_VALUES, 0, seed);
     latents_brief(seed);
