@@ -1,4 +1,4 @@
-// Attention over histories in any codecs, each side in its own: int4, and pairs of two. Codecs and head_dims are known at run
+// Attention over histories in two codecs, K in one and V in another. Codecs and head_dims are known at run
 // time only, so that one kernel serves all. Kernels of one codec (decode.cuh) are faster.
 //
 // A block takes up to 8 NT query rows of a kv head and a part of a sequence: tiles of its history, or tokens of its windows.

@@ -140,7 +140,7 @@ def test_compressed_history_costs_little(kv, kvd, worker, model):
             info = s.describe()
             assert info.length == 528 and (codec == "bf16" or info.planes[0].history >= 192)
     # K and V are rounded to bf16 on both sides; which last bits fall otherwise, and what that does to the loss, differs by processor.
-    assert abs(losses["bf16", "identity"] - stock / n) < 4e-3
+    assert abs(losses["bf16", "identity"] - stock / n) < 2e-3
     assert losses["int2", "hadamard"] < stock / n + 0.25
     assert losses["int2", "identity"] > stock / n  # it does something
 
