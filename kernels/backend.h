@@ -238,6 +238,8 @@ struct kvd_backend_ops {
     const char *name; // "cpu", "cuda"
     void (*free)(struct kvd_backend *b);
     const char *(*device)(const struct kvd_backend *b); // for people
+    // "GPU-" and its UUID, as nvidia-smi -L has it. NULL on the CPU.
+    const char *(*uuid)(const struct kvd_backend *b);
 
     // Whether it has kernels for the codecs of a plane that kvd_plane_check lets pass.
     // KVD_E_UNSUPPORTED names what it lacks. NULL: for all.

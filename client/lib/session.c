@@ -465,7 +465,8 @@ kvd_result kvd_get_info(kvd_client *c, kvd_info *out, kvd_failure *err)
                      .backend = r->backend,
                      .instance = r->instance,
                      .rotation_set = r->layout ? r->layout->rotation_set : "",
-                     .layout_digest = r->layout_digest};
+                     .layout_digest = r->layout_digest,
+                     .device_uuid = r->device_uuid};
     for (size_t p = 0; r->layout && p < KVD_MIN(r->layout->n_planes, KVD_LEN(info.planes)); p++) {
         const Kvd__V1__Plane *from = r->layout->planes[p];
         info.planes[info.n_planes++] =

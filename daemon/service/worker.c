@@ -175,6 +175,8 @@ static void reply(struct kvd_call *call, const struct kvd_session *s)
     r.instance = d->instance;
     r.version = (char *)kvd_build_version();
     r.backend = (char *)d->backend->ops->name;
+    if (d->backend->ops->uuid)
+        r.device_uuid = (char *)d->backend->ops->uuid(d->backend);
     r.lease_ms = s->lease_ms;
     r.sinks = s->n_sinks;
     kvd_call_reply(call, &r);

@@ -408,6 +408,11 @@ static const char *device(const struct kvd_backend *b)
     return ((const struct kvd_cuda *)b)->device;
 }
 
+static const char *uuid(const struct kvd_backend *b)
+{
+    return ((const struct kvd_cuda *)b)->uuid;
+}
+
 // A fault in a kernel, or in one of another client of MPS, stays with every later call.
 static bool lost(struct kvd_backend *b)
 {
@@ -463,6 +468,7 @@ static const struct kvd_backend_ops cuda_ops = {
     .name = "cuda",
     .free = cuda_free,
     .device = device,
+    .uuid = uuid,
     .plane_check = plane_check,
     .arena_new = kvd_cuda_arena_new,
     .arena_free = kvd_cuda_arena_free,
@@ -492,6 +498,16 @@ static const struct kvd_backend_ops cuda_ops = {
     .host_pin = host_pin,
     .host_unpin = host_unpin,
 };
+
+static void write_uuid(const cudaUUID_t *from, char to[41])
+{
+    uint8_t b[16];
+    _Static_assert(sizeof(*from) == sizeof(b), "a UUID");
+    memcpy(b, from, sizeof(b));
+    snprintf(to, 41, "GPU-%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x",
+             b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13],
+             b[14], b[15]);
+}
 
 static int init(struct kvd_cuda *c, uint32_t index, struct kvd_error *err)
 {
@@ -530,6 +546,7 @@ static int init(struct kvd_cuda *c, uint32_t index, struct kvd_error *err)
     char size[32];
     snprintf(c->device, sizeof(c->device), "%.64s, %s", prop.name,
              kvd_format_size(prop.totalGlobalMem, size, sizeof(size)));
+    write_uuid(&prop.uuid, c->uuid);
     c->multiprocessors = (uint32_t)prop.multiProcessorCount;
     c->piece_ns = 2000000;
     return KVD_OK;

@@ -69,6 +69,7 @@ struct kvd_cuda {
     int index; // of the device
     uint32_t multiprocessors;
     char device[128];
+    char uuid[41]; // "GPU-01234567-89ab-cdef-0123-456789abcdef"
 };
 
 // KVD_OK, or KVD_E_FULL (out of memory) or KVD_E_INTERNAL with a text.

@@ -138,6 +138,7 @@ static void print_outputs(void)
     FIELD(kvd_info, n_planes);
     FIELD(kvd_info, planes);
     FIELD(kvd_info, layout_digest);
+    FIELD(kvd_info, device_uuid);
     STRUCT(kvd_plane_info);
     FIELD(kvd_plane_info, bf16_page_bytes);
     FIELD(kvd_plane_info, codec_page_bytes);

@@ -2,6 +2,7 @@
 import dataclasses
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -72,6 +73,7 @@ def test_append_attend_read(kvd, codec, limit):
     q = values(3, LAYERS, queries, Q_HEADS, DIM)
     with connect(kvd, codec=codec, sink=16, recent=32) as client:
         assert client.info["planes"][0]["sink"] == 16 and client.info["version"] == package.version()
+        assert re.fullmatch("GPU-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}" if client.on_gpu else "", client.info["device_uuid"])
         s = client.create()
         kt, vt = fill(client, k), fill(client, v)
         s.append(kt[:, :300], vt[:, :300])  # slices have strides

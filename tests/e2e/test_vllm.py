@@ -301,17 +301,39 @@ def test_gpus_and_hash_seeds_are_refused_by_release(monkeypatch):
         refused("on cuda is not served")
         return
     assert prepare(configs(), configs().kv).kv_heads == 3
-    refused("tensor parallelism is not served on GPUs", parallel_config__world_size=2, parallel_config__tensor_parallel_size=2)
+    two = {"parallel_config__world_size": 2, "parallel_config__tensor_parallel_size": 2}
+    extra = "kv_transfer_config__kv_connector_extra_config"
+    refused("each rank wants a kvd on its own GPU: give addresses", **two)
+    refused("each rank wants a kvd on its own GPU: give addresses", **two, **{extra: {"weights": "w", "address": "a"}})
+    refused("addresses name a kvd twice", **two, **{extra: {"weights": "w", "addresses": ["a", "a"]}})
+    refused("3 addresses are given for 2 ranks", **two, **{extra: {"weights": "w", "addresses": ["a", "b", "c"]}})
+    c = configs(**two, **{extra: {"weights": "w", "addresses": ["a", "b"]}}, parallel_config__rank=1)
+    assert (prepare(c, c.kv).rank, prepare(c, c.kv).tp_size) == (1, 2)
     refused("sleep mode", model_config__enable_sleep_mode=True)
 
 
-def test_an_engine_on_a_gpu_wants_a_kvd_on_it(daemon):
+def test_a_rank_on_a_gpu_wants_a_kvd_on_it(daemon):
+    from types import SimpleNamespace as N
+
     from kvd.engines import PageStore, Refused
-    from kvd.vllm._worker import on_the_gpu
+    from kvd.vllm._worker import on_its_gpu
 
     setup = setup_for(daemon, 64, 1, 64)
-    with pytest.raises(Refused, match="--backend cuda"):
-        PageStore(lambda: on_the_gpu(setup.open(0, "engine"))).start()
+    with pytest.raises(Refused, match="it runs on the CPU, and rank 1 of the engine on GPU-b.*--backend cuda"):
+        PageStore(lambda: on_its_gpu(setup.open(0, "engine"), 1, "GPU-b")).start()
+
+    closed = []
+
+    def there(uuid):
+        return N(client=N(on_gpu=True, info={"device_uuid": uuid}), close=lambda: closed.append(uuid))
+
+    with pytest.raises(Refused, match="it runs on GPU-a, and rank 1 of the engine on GPU-b.*addresses in the order of ranks"):
+        PageStore(lambda: on_its_gpu(there("GPU-a"), 1, "GPU-b")).start()
+    with pytest.raises(Refused, match="a GPU that it does not name"):
+        PageStore(lambda: on_its_gpu(there(""), 0, "GPU-b")).start()
+    assert closed == ["GPU-a", ""]
+    pages = there("GPU-b")
+    assert on_its_gpu(pages, 1, "GPU-b") is pages and len(closed) == 2
 
 
 def test_part_of_a_chunk_in_the_engines_own_cache_is_no_hit():

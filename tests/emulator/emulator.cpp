@@ -541,7 +541,7 @@ static const int multiprocessors = 132; // an H100's, so that plans are those of
 
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int index)
 {
-    *p = {"emulated GPU", DEVICE_BYTES, 9, 0, multiprocessors};
+    *p = {"emulated GPU", {"emulated GPU 00"}, DEVICE_BYTES, 9, 0, multiprocessors};
     return result(index == 0 ? cudaSuccess : cudaErrorInvalidValue);
 }
 

@@ -3,12 +3,18 @@
 and against copying as many bytes; the time to the first token; whether the tokens are the same; and what kvd costs where nothing is found.
 
 It prints tables and judges nothing. usage: engine.py KVD_FOLDER [OPTION...]; tests/gpu/engine.sh calls it with a bundle's.
+
+All of it takes minutes; --parts and --phases choose. With --tensor-parallel 2 engines have two ranks, each on a GPU of its own and beside a
+kvd of its own there. With --mps all that runs is a client of one MPS server, so that kernels of several processes run at once instead
+of in turns.
 """
 import argparse
+import contextlib
 import json
 import os
 import pathlib
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -44,6 +50,8 @@ def serve(options):
     os.dup2(2, 1)  # what vLLM prints goes where its log goes
     os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # is compiled at run time, and greedy sampling has no use for it
+    os.environ.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")  # wants NVLink multicast, which is not to be had everywhere
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # so does this
     began = time.monotonic()
     import prometheus_client
     from vllm import LLM, SamplingParams
@@ -128,6 +136,7 @@ class Bench:
     def __init__(self, a, folder):
         self.a, self.folder, self.random = a, folder, random.Random(5)
         self.page_bytes = PAGE * a.layers * SHAPE["num_key_value_heads"] * SHAPE["head_dim"] * 4
+        self.ranks = a.tensor_parallel
         self.model = folder / "model"
         self.model.mkdir()
         (self.model / "config.json").write_text(json.dumps({**SHAPE, "num_hidden_layers": a.layers}))
@@ -141,19 +150,33 @@ class Bench:
         graphs = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}}
         return Engine(name, self.folder, {
             "model": str(self.model), "max_model_len": max(a.lengths) + 128, "kv_cache_memory_bytes": a.kv_gib << 30,
-            "gpu_memory_utilization": a.utilization, "kvd": kvd, **({"enforce_eager": True} if a.eager else graphs)})
+            "gpu_memory_utilization": a.utilization, "kvd": kvd, **({"enforce_eager": True} if a.eager else graphs),
+            **({"tensor_parallel_size": self.ranks, "disable_custom_all_reduce": True} if self.ranks > 1 else {})})
 
-    def daemon(self):
-        self.address = f"unix:{self.folder / 's'}"
-        with open(self.folder / "kvd.log", "w") as log:
-            process = subprocess.Popen([str(pathlib.Path(self.a.kvd) / "bin/kvd"), "--backend", "cuda", "--pool-size", self.a.pool, "--listen",
-                                        self.address, "--metrics", ""], stdout=log, stderr=log)
-        end = time.monotonic() + 60
-        while "ready" not in (self.folder / "kvd.log").read_text():
-            if process.poll() is not None or time.monotonic() > end:
-                raise SystemExit((self.folder / "kvd.log").read_text())
-            time.sleep(0.1)
-        return process
+    @contextlib.contextmanager
+    def daemons(self):
+        """One for each rank, on its GPU. They end with the block, and say what they have warned of."""
+        addresses = [f"unix:{self.folder / f's{i}'}" for i in range(self.ranks)]
+        self.where = {"addresses": addresses} if self.ranks > 1 else {"address": addresses[0]}
+        logs, running = [self.folder / f"kvd-{i}.log" for i in range(self.ranks)], []
+        try:
+            for i, log in enumerate(logs):
+                with open(log, "w") as f:
+                    running.append(subprocess.Popen([str(pathlib.Path(self.a.kvd) / "bin/kvd"), "--backend", "cuda", "--device", str(i),
+                                                     "--pool-size", self.a.pool, "--listen", addresses[i], "--metrics", ""], stdout=f, stderr=f))
+            end = time.monotonic() + 60
+            while not all("ready" in log.read_text() for log in logs):
+                if any(p.poll() is not None for p in running) or time.monotonic() > end:
+                    raise SystemExit("\n".join(log.read_text() for log in logs))
+                time.sleep(0.1)
+            yield
+        finally:
+            for p in running:
+                p.terminate()
+            for p, log in zip(running, logs):
+                p.wait(30)
+                for line in [x for x in log.read_text().splitlines() if " warning " in x or " error " in x][-10:]:
+                    self.say(f"{log.name}: {line}")
 
     def say(self, text=""):
         print(f"[{time.monotonic() - BEGAN:6.1f}] {text}" if text else "", flush=True)
@@ -184,6 +207,7 @@ class Bench:
                 loaded.append(seconds)
                 hit = max(hit, cached)
                 moved, took = (after.get(f"vllm:kv_offload_load_{x}", 0) - m.get(f"vllm:kv_offload_load_{x}", 0) for x in ("bytes", "time"))
+                took /= self.ranks  # they load at the same time, and the numbers are the sums of both
                 if took:
                     loads.append(took)
                     rates.append(moved / took / 1e9)
@@ -222,10 +246,39 @@ class Bench:
         return self.a.batch * (self.a.batch_tokens + self.a.batch_new) / r["seconds"]
 
 
-def gpu_memory():
+def gpu_memory(ranks):
+    """Name of the first GPU, and MiB that are taken of each that is used."""
     r = subprocess.run(["nvidia-smi", "--query-gpu=name,memory.used", "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True)
-    name, used = r.stdout.splitlines()[0].rsplit(",", 1)
-    return name, int(used)
+    rows = [line.rsplit(",", 1) for line in r.stdout.splitlines()]
+    if len(rows) < ranks:
+        raise SystemExit(f"--tensor-parallel {ranks} wants as many GPUs, and this machine has {len(rows)}")
+    return rows[0][0], [int(used) for _, used in rows[:ranks]]
+
+
+def taken(ranks, before=None):
+    """For people: MiB, of several GPUs one after the other."""
+    now = gpu_memory(ranks)[1]
+    return " and ".join(str(x - y) for x, y in zip(now, before or [0] * ranks))
+
+
+@contextlib.contextmanager
+def mps(folder):
+    """An MPS server of our own: whatever is started within the block is its client."""
+    control = shutil.which("nvidia-cuda-mps-control") or shutil.which("nvidia-cuda-mps-control", path="/usr/local/nvidia/bin:/usr/local/cuda/bin")
+    if not control:
+        raise SystemExit("--mps wants nvidia-cuda-mps-control, which comes with the driver, and it is not there")
+    for what in ("PIPE", "LOG"):
+        place = folder / f"mps-{what.lower()}"
+        place.mkdir()
+        os.environ[f"CUDA_MPS_{what}_DIRECTORY"] = str(place)
+    subprocess.run([control, "-d"], check=True, timeout=30, stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        servers = subprocess.run([control], input="get_server_list\n", text=True, timeout=30, capture_output=True).stdout.split()
+        subprocess.run([control], input="quit -t 5\n", text=True, timeout=60, stdout=subprocess.DEVNULL)
+        if not servers:
+            print("no MPS server ran: nothing was a client of it", flush=True)
 
 
 def copies(n):
@@ -243,50 +296,62 @@ print(sorted(times)[4])
 
 
 def measure(a):
-    with tempfile.TemporaryDirectory(prefix="kvd-engine.") as place:
-        b = Bench(a, pathlib.Path(place))
-        name, before = gpu_memory()
-        rate = copies(max(a.lengths) // PAGE * b.page_bytes)
-        limit = max(a.lengths) // PAGE * b.page_bytes / rate
-        b.say(f"{name}; {max(a.lengths)} tokens are {max(a.lengths) // PAGE * b.page_bytes / 1e9:.2f} GB of bf16; to copy them takes "
-              f"{1e3 * limit:.1f} ms: {rate / 1e9:.0f} GB/s (as many bytes are read as are written)")
-        kvd = b.daemon()
-        b.say(f"kvd with a pool of {a.pool} takes {gpu_memory()[1] - before} MiB of the GPU's memory")
-        engines, cost = [], {}
+    with contextlib.ExitStack() as ends:
+        b = Bench(a, pathlib.Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="kvd-engine."))))
+        if a.mps:
+            ends.enter_context(mps(b.folder))
+        name, _ = gpu_memory(b.ranks)
+        size = max(a.lengths) // PAGE * b.page_bytes // b.ranks
+        rate = copies(size)
+        before = gpu_memory(b.ranks)[1]  # an MPS server that has begun takes some too
+        b.say(f"{name}, {b.ranks} of them{', with MPS' if a.mps else ''}; {max(a.lengths)} tokens are {size / 1e9:.2f} GB of bf16 on each; to copy "
+              f"them takes {1e3 * size / rate:.1f} ms: {rate / 1e9:.0f} GB/s (as many bytes are read as are written)")
+        cost, engines = {}, []
         try:
-            for phase in a.phases:
-                engines = run(b, phase, cost)
-                for e in engines:
-                    e.close()
-                engines = []
-            b.say(f"kvd takes {gpu_memory()[1] - before} MiB after all engines have ended")
+            with b.daemons():
+                b.say(f"kvd with a pool of {a.pool} takes {taken(b.ranks, before)} MiB of a GPU's memory")
+                try:
+                    for phase in a.phases:
+                        run(b, phase, cost, engines)
+                        while engines:
+                            engines.pop().close()
+                    b.say(f"kvd takes {taken(b.ranks, before)} MiB after all engines have ended")
+                finally:
+                    for e in engines:
+                        e.process.kill()
         finally:
-            for e in engines:
-                e.process.kill()
-            kvd.terminate()
-            kvd.wait(30)
-            tail = [line for line in (b.folder / "kvd.log").read_text().splitlines() if " warning " in line or " error " in line]
-            for line in tail[-10:]:
-                b.say(line)
             if a.out:
                 out = pathlib.Path(a.out)
                 for f in b.folder.glob("*.log"):
                     (out / f.name).write_bytes(f.read_bytes()[-400000:])
-                (out / "engine.json").write_text(json.dumps({"gpu": name, "copy": rate, "cost": cost, **b.found}, indent=1))
+                found = {"gpu": name, "mps": a.mps, "ranks": b.ranks, "copy": rate, "cost": cost, **b.found}
+                (out / "engine.json").write_text(json.dumps(found, indent=1))
 
 
-def run(b, phase, cost):
-    """A phase is the codec, and what runs beside each other: bf16:2 (two processes), int2:1, none:0 (no kvd), joined by +."""
+def run(b, phase, cost, started):
+    """A phase is the codec, and what runs beside each other: bf16:2 (two processes), int2:1, none:0 (no kvd), joined by +. Engines are put
+    into `started`, for the caller to end them."""
     engines = {}
     for part in phase.split("+"):
         codec, count = part.split(":")
         for i in range(max(1, int(count))):
-            engines[codec, i] = b.engine(f"{codec}-{i}", {"codec": codec, "address": b.address} if codec != "none" else None)
-    b.say(f"engines start within {max(e.answer() for e in engines.values()):.0f} s; {gpu_memory()[1]} MiB of the GPU's memory are taken")
+            engines[codec, i] = b.engine(f"{codec}-{i}", {"codec": codec, **b.where} if codec != "none" else None)
+            started.append(engines[codec, i])
+    b.say(f"engines start within {max(e.answer() for e in engines.values()):.0f} s; {taken(b.ranks)} MiB of a GPU's memory are taken")
+    if "prefixes" in b.a.parts:
+        for (codec, i), e in engines.items():
+            if codec != "none" and i == 0:
+                b.say(f"{b.sensitive(e)} of 16 tokens are the same where half of a prompt is another one")
+                b.prefixes(codec, e, engines.get((codec, 1), e))
+    if "cost" in b.a.parts:
+        throughput(b, engines, cost)
     for (codec, i), e in engines.items():
-        if codec != "none" and i == 0:
-            b.say(f"{b.sensitive(e)} of 16 tokens are the same where half of a prompt is another one")
-            b.prefixes(codec, e, engines.get((codec, 1), e))
+        m = e.call("metrics")
+        b.say(f"{codec}-{i}: " + ", ".join(f"{k[9:]} {v:.0f}" for k, v in sorted(m.items()) if k.startswith("vllm:kvd_")))
+
+
+def throughput(b, engines, cost):
+    """Of each kind of engine, in turns, so that none has the GPU at its best alone."""
     for e in engines.values():
         b.requests(e)
     for _ in range(b.a.rounds):
@@ -295,13 +360,11 @@ def run(b, phase, cost):
                 cost.setdefault(codec, []).append(b.requests(e))
                 if codec != "none":
                     cost.setdefault(f"{codec}, nothing stored", []).append(b.requests(e, store=False))
+    without = statistics.median(cost["none"]) if "none" in cost else None
     for codec, rates in cost.items():
+        more = f"; {100 * (statistics.median(rates) / without - 1):+.1f}% of that without kvd" if without and codec != "none" else ""
         b.say(f"{b.a.batch} requests of {b.a.batch_tokens} tokens, {b.a.batch_new} new ones each, nothing found, codec {codec}: "
-              f"{statistics.median(rates):.0f} tokens/s (of {min(rates):.0f} to {max(rates):.0f})")
-    for (codec, i), e in engines.items():
-        m = e.call("metrics")
-        b.say(f"{codec}-{i}: " + ", ".join(f"{k[9:]} {v:.0f}" for k, v in sorted(m.items()) if k.startswith("vllm:kvd_")))
-    return list(engines.values())
+              f"{statistics.median(rates):.0f} tokens/s (of {min(rates):.0f} to {max(rates):.0f}){more}")
 
 
 if __name__ == "__main__":
@@ -323,5 +386,9 @@ if __name__ == "__main__":
     p.add_argument("--utilization", type=float, default=0.33)
     p.add_argument("--eager", action="store_true")
     p.add_argument("--phases", nargs="+", default=["bf16:2", "int2:1+none:0"])
+    p.add_argument("--parts", nargs="+", choices=["prefixes", "cost"], default=["prefixes", "cost"],
+                   help="what is measured: prefixes that are computed and loaded; throughput where nothing is found")
+    p.add_argument("--tensor-parallel", type=int, default=1, metavar="RANKS", help="ranks of each engine, each on a GPU and beside a kvd of its own")
+    p.add_argument("--mps", action="store_true", help="kvd and engines as clients of an MPS server, which is started and ended")
     p.add_argument("--out", help="a folder for logs and numbers")
     measure(p.parse_args())

@@ -205,6 +205,7 @@ typedef struct kvd_info {
     uint32_t n_planes; /**< how many the layout has; 1, unless kvd_options.planes says otherwise */
     kvd_plane_info planes[8];  /**< in their order */
     const char *layout_digest; /**< "sha256:...": names the layout, tp_rank and tp_size included */
+    const char *device_uuid;   /**< of the GPU that kvd runs on, "GPU-..."; "" on the CPU */
 } kvd_info;
 /** What the session is.
  * @param client whose

@@ -410,11 +410,12 @@ class Client(lib.OfProcess):
 
     @property
     def info(self) -> dict[str, Any]:
-        """version, backend, instance, rotation_set (as resolved), layout_digest; and planes, each with its sink, recent,
-        bf16_page_bytes and codec_page_bytes (of a page of 64 tokens). Where layers are all alike there is one, planes[0]."""
+        """version, backend, instance, rotation_set (as resolved), layout_digest, device_uuid (of the GPU that kvd runs on, "GPU-..."
+        as nvidia-smi -L has it; empty on the CPU); and planes, each with its sink, recent, bf16_page_bytes and codec_page_bytes (of a
+        page of 64 tokens). Where layers are all alike there is one, planes[0]."""
         i = lib.Info()
         lib.call("kvd_get_info", self._open(), c.byref(i))
-        texts = ("version", "backend", "instance", "rotation_set", "layout_digest")
+        texts = ("version", "backend", "instance", "rotation_set", "layout_digest", "device_uuid")
         planes = [{name: getattr(p, name) for name, _ in lib.PlaneInfoStruct._fields_} for p in i.planes[:i.n_planes]]
         return {name: getattr(i, name).decode() for name in texts} | {"planes": planes}
 

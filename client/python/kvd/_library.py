@@ -125,7 +125,7 @@ class PlaneInfoStruct(c.Structure):
 
 class Info(Sized):
     _fields_ = [("version", c.c_char_p), ("backend", c.c_char_p), ("instance", c.c_char_p), ("rotation_set", c.c_char_p),
-                ("n_planes", c.c_uint32), ("planes", PlaneInfoStruct * 8), ("layout_digest", c.c_char_p)]
+                ("n_planes", c.c_uint32), ("planes", PlaneInfoStruct * 8), ("layout_digest", c.c_char_p), ("device_uuid", c.c_char_p)]
 
 
 class TensorRef(c.Structure):

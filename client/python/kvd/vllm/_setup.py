@@ -82,8 +82,11 @@ def _check(vllm_config: Any, extra: dict[str, Any]) -> None:
     device = compat.current_platform.device_type
     if device not in compat.DEVICES:
         raise Refused(f"this release of vLLM on {device} is not served, on {' and '.join(compat.DEVICES)} it is")
-    if device != "cpu" and p.world_size != 1:
-        raise Refused("tensor parallelism is not served on GPUs yet, on the CPU it is")
+    if device != "cpu" and p.world_size != 1 and "addresses" not in extra:
+        raise Refused("with tensor parallelism each rank wants a kvd on its own GPU: give addresses in kv_connector_extra_config, in the order of "
+                      "ranks")
+    if device != "cpu" and len(set(extra.get("addresses", ()))) != len(extra.get("addresses", ())):
+        raise Refused("addresses name a kvd twice: each rank wants one on its own GPU")
     if device != "cpu" and getattr(c.model_config, "enable_sleep_mode", False):
         raise Refused("sleep mode is not served: it takes away the memory that pages are read from and written to")
     if c.model_config.use_mla:

@@ -96,11 +96,19 @@ class _GpuBlocks:
         pass
 
 
-def on_the_gpu(pages: Any) -> Any:
-    """The same, if its kvd can read and write memory of the GPU: one without would refuse each call, and no page were ever found."""
-    if not pages.client.on_gpu:
+def gpu_uuid(device: torch.device) -> str:
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def on_its_gpu(pages: Any, rank: int, uuid: str) -> Any:
+    """The same, if its kvd runs on the rank's GPU: another could not read or write its memory, or only by way of both. Each call would be
+    refused, and no page were ever found."""
+    where = pages.client.info["device_uuid"] if pages.client.on_gpu else "the CPU"
+    if where != uuid:
         pages.close()
-        raise lib.PreconditionError("it runs on the CPU, and the engine on a GPU: start it with --backend cuda, on that GPU")
+        raise lib.PreconditionError(f"it runs on {where or 'a GPU that it does not name'}, and rank {rank} of the engine on {uuid}: a kvd of this "
+                                    "release is wanted there (--backend cuda, --device), and its address; with tensor parallelism one for each rank, and "
+                                    "addresses in the order of ranks")
     return pages
 
 
@@ -127,7 +135,7 @@ class KvdWorker(compat.OffloadingWorker):  # type: ignore[name-defined,misc]
 
         def opened() -> Any:
             pages = setup.open(setup.rank, "vllm-worker")
-            return on_the_gpu(pages) if device.type == "cuda" else pages
+            return on_its_gpu(pages, setup.rank, gpu_uuid(device)) if device.type == "cuda" else pages
 
         self._in, self._out = stores or tuple(PageStore(opened, breaker, self.counters) for _ in range(2))
         for s in (self._in, self._out):
