@@ -12,22 +12,17 @@
 // them for K, but for a transposition (k_rows), and for V after a shuffle (v_rows).
 #include "kernels/cpu/amx.h"
 
+#include "kernels/cpu/digits.h"
+
 #include <cpuid.h>
-#include <immintrin.h>
-#include <math.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 enum {
-    BLOCK = 128,                  // channels whose codes are 16 bytes a lane
-    BLOCK_BYTES = KVD_UNIT_BYTES, // of a chunk, in a plane of two bits
-    DIGITS = 3,                   // of a number
-    LINES = 4,                    // of a row of queries in the left operand
-    LINE = 64,                    // bytes
-    SLOTS = 4,                    // codes of a byte
-    REQ_XCOMP_PERM = 0x1023,      // of arch_prctl: may this process use ...
-    TILE_DATA = 18,               // ... tiles?
-    SAVED = 1 << 17 | 1 << 18,    // by the kernel, of the processor's state: tiles
+    LINES = 4,                 // of a row of queries in the left operand
+    REQ_XCOMP_PERM = 0x1023,   // of arch_prctl: may this process use ...
+    TILE_DATA = 18,            // ... tiles?
+    SAVED = 1 << 17 | 1 << 18, // by the kernel, of the processor's state: tiles
 };
 
 // Tiles are written and read by instructions of which compilers do not know what they touch.
@@ -76,38 +71,6 @@ void kvd_amx_leave(void)
 }
 
 // -- numbers as digits ---------------------------------------------------------------------------
-
-// The powers of two by which numbers are multiplied to have 22 bits, and half of what takes
-// products back. NaN where a number is not finite.
-struct digit_scale {
-    float to, from;
-};
-
-// largest: of the numbers' bits without their signs.
-static inline struct digit_scale digit_scale_of(uint32_t largest)
-{
-    uint32_t exponent = KVD_MAX(largest >> 23, 40u), to = (275 - exponent) << 23,
-             from = (exponent - 22) << 23;
-    struct digit_scale s = {0, NAN};
-    if (exponent == 255)
-        return s;
-    memcpy(&s.to, &to, sizeof(to));
-    memcpy(&s.from, &from, sizeof(from));
-    return s;
-}
-
-// Each number's digits in a word's three low bytes. With 128 added to each of them they are those
-// of an unsigned number.
-static inline __m512i digits_of(__m512 x, __m512 to)
-{
-    const __m512i half = _mm512_set1_epi32(0x808080);
-    return _mm512_xor_si512(_mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(x, to)), half), half);
-}
-
-static inline uint32_t largest_bits(__m512i x)
-{
-    return _mm512_reduce_max_epu32(_mm512_and_si512(x, _mm512_set1_epi32(0x7fffffff)));
-}
 
 // What products are worth, digit by digit.
 static inline __m512 sum_of(const int32_t *c, __m512 worth[DIGITS], __m512 sum)
@@ -200,46 +163,19 @@ static inline void k_rows(const uint8_t *codes, __m512i out[8])
 // the half's channel g and 8 more for h, of channel tiles: slot + 4e.
 static inline void v_rows(const uint8_t *codes, __m512i out[4])
 {
-    const __m512i order =
-        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 8, 10, 1, 3, 9, 11, 4, 6, 12, 14, 5, 7, 13, 15));
     __m512i x[4];
     for (int i = 0; i < 4; i++)
-        x[i] = _mm512_shuffle_epi8(_mm512_loadu_si512(codes + 64 * i), order);
+        x[i] = digit_words(codes + 64 * i);
     transpose_lanes(x, out);
 }
 
 // -- K -------------------------------------------------------------------------------------------
-
-bool kvd_amx_takes(uint32_t codec, uint32_t dim, bool v)
-{
-    bool even = kvd_codec_level_kind(codec) == KVD_LEVELS_EVEN && kvd_codec_bits(codec) > 0;
-    return dim % BLOCK == 0 && (even || (v && kvd_codec_tc(codec)));
-}
 
 // The channel whose codes are byte i of a block's lines.
 static uint32_t k_channel(uint32_t i)
 {
     uint32_t slot = i / 32, row = i % 32 / 4, byte = i % 4;
     return (slot + 4 * (byte & 1)) * 16 + row / 2 * 2 + 8 * (row & 1) + (byte >> 1);
-}
-
-// Three lines of 2 * dim bytes, a digit each, of `bytes` of q's numbers that are in x; the rest of
-// out [2 * dim], a line more, becomes 0. Returns half of what products are worth.
-static float lines_of(const float *q, uint32_t dim, const float *x, uint32_t bytes, float *out)
-{
-    uint32_t largest = 0;
-    for (uint32_t c = 0; c < dim; c += 16)
-        largest = KVD_MAX(largest, largest_bits(_mm512_loadu_si512(q + c)));
-    struct digit_scale s = digit_scale_of(largest);
-    uint8_t *line = (uint8_t *)out;
-    memset(out, 0, 2 * dim * sizeof(float));
-    for (uint32_t i = 0; i < bytes; i += 16) {
-        uint32_t word[16];
-        _mm512_storeu_si512(word, digits_of(_mm512_loadu_ps(x + i), _mm512_set1_ps(s.to)));
-        for (uint32_t j = 0; j < 16 * DIGITS; j++)
-            line[j / 16 * 2 * dim + i + j % 16] = (uint8_t)(word[j % 16] >> (8 * (j / 16)));
-    }
-    return s.from;
 }
 
 // A block's codes of a side: of each chunk two tiles, of two slots each.
@@ -314,7 +250,7 @@ static inline void k_sums(int32_t c[4][4 * LINES][16], const float *from, uint32
 void kvd_amx_k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *q,
                       uint32_t rows, float *scores)
 {
-    if (!kvd_amx_takes(codec, dim, false)) {
+    if (!digits_take(codec, dim, false)) {
         kvd_cpu_avx512.k_scores(codec, codes, dim, q, rows, scores);
         return;
     }
@@ -347,40 +283,16 @@ void kvd_amx_q_prepare(uint32_t codec, const struct kvd_tc_coder *tc, const floa
         tc_prepare(tc, q, out);
         return;
     }
-    if (!kvd_amx_takes(codec, dim, false)) {
+    if (!digits_take(codec, dim, false)) {
         kvd_cpu_avx512.q_prepare(codec, tc, q, dim, out);
         return;
     }
     for (uint32_t i = 0; i < dim; i++)
         x[i] = q[i / BLOCK * BLOCK + k_channel(i % BLOCK)];
-    out[2 * dim - 1] = lines_of(q, dim, x, dim, out);
+    out[2 * dim - 1] = digit_lines(q, dim, x, dim, out);
 }
 
 // -- V -------------------------------------------------------------------------------------------
-
-// A row's probabilities as three lines of digits: byte 16 t + 4 chunk + i is token 2t + {0, 1, 8,
-// 9}[i] of the chunk. Returns what products are worth.
-static inline float p_digits(const float *p, uint8_t lines[LINES][LINE])
-{
-    const __m512i order = _mm512_setr_epi32(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
-    const __m512i apart =
-        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    __m512i most = _mm512_setzero_si512(), x[4];
-    for (int i = 0; i < 4; i++)
-        most = _mm512_max_epu32(
-            most, _mm512_and_si512(_mm512_loadu_si512(p + 16 * i), _mm512_set1_epi32(0x7fffffff)));
-    struct digit_scale s = digit_scale_of(_mm512_reduce_max_epu32(most));
-    for (int i = 0; i < 4; i++) {
-        __m512 in_order = _mm512_permutexvar_ps(order, _mm512_loadu_ps(p + 16 * i));
-        x[i] = _mm512_shuffle_epi8(digits_of(in_order, _mm512_set1_ps(s.to)), apart);
-    }
-    __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpacklo_epi32(x[2], x[3]);
-    __m512i c = _mm512_unpackhi_epi32(x[0], x[1]), d = _mm512_unpackhi_epi32(x[2], x[3]);
-    _mm512_store_si512(lines[0], _mm512_unpacklo_epi64(a, b));
-    _mm512_store_si512(lines[1], _mm512_unpackhi_epi64(a, b));
-    _mm512_store_si512(lines[2], _mm512_unpacklo_epi64(c, d));
-    return s.from;
-}
 
 // A block's codes: tiles [half][slot], rows 4 t + chunk. Products: [half][slot].
 struct v_block {
@@ -449,14 +361,14 @@ static KVD_BY_CASE void v_products(const bool four, const uint8_t *codes, uint32
 void kvd_amx_v_accumulate(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *p,
                           uint32_t rows, float *acc)
 {
-    if (!kvd_amx_takes(codec, dim, true)) {
+    if (!digits_take(codec, dim, true)) {
         kvd_cpu_avx512.v_accumulate(codec, codes, dim, p, rows, acc);
         return;
     }
-    _Alignas(LINE) uint8_t digits[4][LINES][LINE];
-    float from[KVD_CPU_ROWS], step = 2 * kvd_cpu_levels(codec)[1 << (kvd_codec_bits(codec) - 1)];
+    __m512i digits[KVD_CPU_ROWS][LINES];
+    float from[KVD_CPU_ROWS];
     for (uint32_t r = 0; r < rows; r++)
-        from[r] = step * p_digits(p + r * KVD_PAGE_TOKENS, digits[r]);
+        from[r] = digit_step(codec) * digit_tokens(p + r * KVD_PAGE_TOKENS, digits[r]);
     SEEN();
     _tile_loadd(4, digits, LINE);
     for (uint32_t at = 0; at < dim; at += BLOCK) {
@@ -470,7 +382,7 @@ void kvd_amx_v_accumulate(uint32_t codec, const uint8_t *codes, uint32_t dim, co
 
 void kvd_amx_v_reduce(uint32_t codec, const float *acc, uint32_t dim, float *o)
 {
-    if (!kvd_amx_takes(codec, dim, true)) {
+    if (!digits_take(codec, dim, true)) {
         kvd_cpu_avx512.v_reduce(codec, acc, dim, o);
         return;
     }

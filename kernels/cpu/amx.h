@@ -12,9 +12,6 @@ bool kvd_amx_supported(void);
 void kvd_amx_enter(void);
 void kvd_amx_leave(void);
 
-// Whether a side's codes are multiplied in tiles.
-bool kvd_amx_takes(uint32_t codec, uint32_t dim, bool v);
-
 void kvd_amx_q_prepare(uint32_t codec, const struct kvd_tc_coder *tc, const float *q, uint32_t dim,
                        float *out);
 void kvd_amx_k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *q,

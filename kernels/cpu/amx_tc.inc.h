@@ -110,7 +110,7 @@ static void tc_prepare(const struct kvd_tc_coder *t, const float *q, float *out)
         if (tile != NO_TILE)
             x[i] = q[tile * KVD_TC_TILE + row / 2 * 2 + 8 * (row & 1) + (i % 4 >> 1)];
     }
-    tail->from = lines_of(q, t->dim, x, bytes, out);
+    tail->from = digit_lines(q, t->dim, x, bytes, out);
     uint8_t *line = (uint8_t *)out;
     memcpy(line + DIGITS * 2 * t->dim, &plan,
            offsetof(struct tc_plan, pair) + plan.n_pairs * sizeof(plan.pair[0]));

@@ -1,5 +1,6 @@
 // Inner loops for AVX-512 (F, BW, DQ, VL): 16 floats a vector.
 #include "kernels/cpu/amx.h"
+#include "kernels/cpu/vnni.h"
 
 #include <immintrin.h>
 
@@ -227,3 +228,12 @@ const struct kvd_cpu_isa kvd_cpu_amx = {.name = "amx",
                                         .v_accumulate = kvd_amx_v_accumulate,
                                         .v_reduce = kvd_amx_v_reduce,
                                         KVD_SIMD_COMMON};
+
+const struct kvd_cpu_isa kvd_cpu_vnni = {.name = "vnni",
+                                         .supported = kvd_vnni_supported,
+                                         .q_prepare = kvd_vnni_q_prepare,
+                                         .k_scores = kvd_vnni_k_scores,
+                                         .tc_scores = simd_tc_scores,
+                                         .v_accumulate = kvd_vnni_v_accumulate,
+                                         .v_reduce = kvd_vnni_v_reduce,
+                                         KVD_SIMD_COMMON};

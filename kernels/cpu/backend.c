@@ -324,9 +324,7 @@ static const struct kvd_cpu_isa *choose_isa(const char *name, struct kvd_error *
 {
     static const struct kvd_cpu_isa *const known[] = {
 #ifdef KVD_X86
-        &kvd_cpu_amx,
-        &kvd_cpu_avx512,
-        &kvd_cpu_avx2,
+        &kvd_cpu_amx,    &kvd_cpu_vnni, &kvd_cpu_avx512, &kvd_cpu_avx2,
 #endif
         &kvd_cpu_scalar,
     };
@@ -341,7 +339,7 @@ static const struct kvd_cpu_isa *choose_isa(const char *name, struct kvd_error *
         }
     }
     kvd_fail(err, KVD_E_INVALID,
-             "unknown instruction set %s; scalar, avx2, avx512 and amx are known", name);
+             "unknown instruction set %s; scalar, avx2, avx512, vnni and amx are known", name);
     return NULL;
 }
 

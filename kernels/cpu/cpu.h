@@ -141,6 +141,7 @@ static inline const float *kvd_cpu_levels(uint32_t codec)
 extern const struct kvd_cpu_isa kvd_cpu_scalar;
 extern const struct kvd_cpu_isa kvd_cpu_avx2;
 extern const struct kvd_cpu_isa kvd_cpu_avx512;
+extern const struct kvd_cpu_isa kvd_cpu_vnni;
 extern const struct kvd_cpu_isa kvd_cpu_amx;
 
 struct kvd_threads;

@@ -196,6 +196,7 @@ static void bench_speed(uint32_t tokens, uint64_t seed)
     printf("fp32 K/V, OpenBLAS (%s)   %8.2f ms   %6.1f MB of K/V\n", openblas_get_config(),
            blas * 1e3, 2.0 * KV * tokens * DIM * 4 / 1e6);
     bench_isa("amx", 16, tokens, repeats, blas, seed);
+    bench_isa("vnni", 16, tokens, repeats, blas, seed);
     bench_isa("avx512", 16, tokens, repeats, blas, seed);
     bench_isa("avx2", 8, tokens, repeats, blas, seed);
     if (tokens <= 8192)

@@ -14,7 +14,7 @@ LONG = "a" * 300
 # text of the file (FOLDER is the test's), and for each error its line and words of it.
 WRONG = [
     ("[kvd]\nbackend = tpu\n", [(2, "auto, cpu or cuda")]),
-    ("[kvd]\nisa = sse\n", [(2, "scalar, avx2, avx512 and amx")]),
+    ("[kvd]\nisa = sse\n", [(2, "scalar, avx2, avx512, vnni and amx")]),
     ("[kvd]\ndevice = 64\n", [(2, "0 to 63")]),
     ("[kvd]\nthreads = 99999999999\n", [(2, "0 to 1024")]),
     ("[kvd]\nthreads = -1\n", [(2, "a number")]),

@@ -13,11 +13,12 @@ nvflags="-gencode arch=compute_90a,code=sm_90a -O3 -std=c++17 -lineinfo -Xptxas 
 build() { # suffix, further flags of nvcc
     local suffix=$1 f pids=() p
     shift
-    for f in proto/base.c kernels/*.c $(ls kernels/cpu/*.c | grep -v '/a[vm]x') kernels/cuda/*.c tests/gpu/test_cuda.c; do
+    for f in proto/base.c kernels/*.c $(ls kernels/cpu/*.c | grep -v '/a[vm]x\|/vnni') kernels/cuda/*.c tests/gpu/test_cuda.c; do
         gcc $cflags -c "$f" -o "$out/$(echo "$f" | tr / _).o" & pids+=($!)
     done
     gcc $cflags -mavx2 -mfma -mf16c -c kernels/cpu/avx2.c -o "$out/avx2.o" & pids+=($!)
     gcc $cflags -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -c kernels/cpu/avx512.c -o "$out/avx512.o" & pids+=($!)
+    gcc $cflags -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -c kernels/cpu/vnni.c -o "$out/vnni.o" & pids+=($!)
     gcc $cflags -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mgfni -mamx-tile -mamx-int8 -c kernels/cpu/amx.c -o "$out/amx.o" & pids+=($!)
     for f in kernels/cuda/*.cu; do
         nvcc $nvflags "$@" -c "$f" -o "$out/$(basename "$f").o" > "$out/$(basename "$f").log" 2>&1 & pids+=($!)

@@ -6,7 +6,7 @@
 #include "tests/unit/kernel_long.h"
 #include "tests/unit/kernel_nonfinite.h"
 
-static const char *const isas[] = {"scalar", "avx2", "avx512", "amx"};
+static const char *const isas[] = {"scalar", "avx2", "avx512", "vnni", "amx"};
 
 static struct kvd_backend *backend(const char *isa, uint32_t threads)
 {
@@ -32,6 +32,12 @@ END_TEST
 START_TEST(avx512_is_among_those_tested)
 {
     skip_if_missing("avx512");
+}
+END_TEST
+
+START_TEST(vnni_is_among_those_tested)
+{
+    skip_if_missing("vnni");
 }
 END_TEST
 
@@ -192,6 +198,8 @@ START_TEST(every_group_and_dim)
             check_shape(odd ? "avx512" : "avx2", &c, kvd_codecs_both(KVD_CODEC_INT2), 0,
                         seed + group * 16 + i);
             check_shape(odd ? "avx2" : "avx512", &c, kvd_codecs_both(codec), 0,
+                        seed + group * 16 + i);
+            check_shape("vnni", &c, kvd_codecs_both(odd ? KVD_CODEC_INT4 : codec), 0,
                         seed + group * 16 + i);
             check_shape("amx", &c, kvd_codecs_both(odd ? KVD_CODEC_INT2 : codec), 0,
                         seed + group * 16 + i);
@@ -625,8 +633,8 @@ START_TEST(extents_are_taken_over)
 END_TEST
 
 KVD_MAIN("kernels", 300, avx2_is_among_those_tested, avx512_is_among_those_tested,
-         amx_is_among_those_tested, codes_match_a_float64_derivation, scales_are_chosen_by_side,
-         attention_matches_float64, attention_with_a_codec_for_each_side,
+         vnni_is_among_those_tested, amx_is_among_those_tested, codes_match_a_float64_derivation,
+         scales_are_chosen_by_side, attention_matches_float64, attention_with_a_codec_for_each_side,
          precision_does_not_fall_with_length, every_group_and_dim,
          instruction_sets_write_the_same_pages, read_returns_what_pages_hold,
          rotation_is_undone_by_its_inverse, rows_are_turned_as_what_they_are_and_back,

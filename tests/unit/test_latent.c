@@ -4,7 +4,7 @@
 
 #include "tests/unit/kernel_latent.h"
 
-static const char *const isas[] = {"scalar", "avx2", "avx512", "amx"};
+static const char *const isas[] = {"scalar", "avx2", "avx512", "vnni", "amx"};
 
 START_TEST(what_is_no_latent_plane_is_refused_by_name)
 {

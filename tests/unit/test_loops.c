@@ -11,7 +11,7 @@ enum { ROWS = KVD_CPU_ROWS, T = KVD_PAGE_TOKENS };
 
 static const struct kvd_cpu_isa *const isas[] = {
 #ifdef KVD_X86
-    &kvd_cpu_avx2, &kvd_cpu_avx512, &kvd_cpu_amx
+    &kvd_cpu_avx2, &kvd_cpu_avx512, &kvd_cpu_vnni, &kvd_cpu_amx
 #else
     &kvd_cpu_scalar
 #endif
