@@ -12,7 +12,7 @@
 // them for K, but for a transposition (k_rows), and for V after a shuffle (v_rows).
 #include "kernels/cpu/amx.h"
 
-#include "kernels/cpu/digits.h"
+#include "kernels/cpu/digits_tc.h"
 
 #include <cpuid.h>
 #include <sys/syscall.h>

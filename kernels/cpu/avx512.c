@@ -233,7 +233,7 @@ const struct kvd_cpu_isa kvd_cpu_vnni = {.name = "vnni",
                                          .supported = kvd_vnni_supported,
                                          .q_prepare = kvd_vnni_q_prepare,
                                          .k_scores = kvd_vnni_k_scores,
-                                         .tc_scores = simd_tc_scores,
+                                         .tc_scores = kvd_vnni_tc_scores,
                                          .v_accumulate = kvd_vnni_v_accumulate,
                                          .v_reduce = kvd_vnni_v_reduce,
                                          KVD_SIMD_COMMON};

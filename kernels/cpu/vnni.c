@@ -9,7 +9,7 @@
 // token. For V a shuffle makes them so.
 #include "kernels/cpu/vnni.h"
 
-#include "kernels/cpu/digits.h"
+#include "kernels/cpu/digits_tc.h"
 
 // Without it a compiler loads a vector anew for every use.
 #define LOADED(x) __asm__("" : "+v"(x))
@@ -21,6 +21,11 @@
 bool kvd_vnni_supported(void)
 {
     return kvd_cpu_avx512.supported() && __builtin_cpu_supports("avx512vnni");
+}
+
+static bool takes_tc(void)
+{
+    return __builtin_cpu_supports("avx512vbmi");
 }
 
 // Twice the codes at `slot` of sixteen words.
@@ -61,6 +66,10 @@ struct k_block {
 void kvd_vnni_q_prepare(uint32_t codec, const struct kvd_tc_coder *tc, const float *q, uint32_t dim,
                         float *out)
 {
+    if (kvd_codec_tc(codec) && takes_tc()) {
+        tc_prepare(tc, q, out);
+        return;
+    }
     if (!digits_take(codec, dim, false)) {
         kvd_cpu_avx512.q_prepare(codec, tc, q, dim, out);
         return;
@@ -198,6 +207,8 @@ void kvd_vnni_k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, const
     else
         k_kind(false, codes, dim, (const void *)q, rows, scores);
 }
+
+#include "kernels/cpu/vnni_tc.inc.h"
 
 // -- V -------------------------------------------------------------------------------------------
 

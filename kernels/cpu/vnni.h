@@ -11,6 +11,8 @@ void kvd_vnni_q_prepare(uint32_t codec, const struct kvd_tc_coder *tc, const flo
                         float *out);
 void kvd_vnni_k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *q,
                        uint32_t rows, float *scores);
+void kvd_vnni_tc_scores(const struct kvd_tc_coder *t, const uint8_t *codes, const float *q,
+                        uint32_t rows, float *scores);
 void kvd_vnni_v_accumulate(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *p,
                            uint32_t rows, float *acc);
 void kvd_vnni_v_reduce(uint32_t codec, const float *acc, uint32_t dim, float *o);
