@@ -225,7 +225,7 @@ def configs(**more):
     return c
 
 
-def test_what_is_not_served_is_refused_by_name():
+def test_what_is_not_served_is_refused_by_name(monkeypatch):
     import dataclasses
     from types import SimpleNamespace as N
 
@@ -235,6 +235,7 @@ def test_what_is_not_served_is_refused_by_name():
     from kvd.engines import Refused, space
     from kvd.vllm._setup import prepare
 
+    monkeypatch.setenv("PYTHONHASHSEED", "0")  # 0.26 wants it
     base = configs()
     s = prepare(base, base.kv)
     assert s.layers == (0, 1) and s.order == (1, 0) and s.policy.lossy and s.pages_per_chunk == 1
@@ -320,7 +321,7 @@ def test_a_rank_on_a_gpu_wants_a_kvd_on_it(daemon):
 
     setup = setup_for(daemon, 64, 1, 64)
     with pytest.raises(Refused, match="it runs on the CPU, and rank 1 of the engine on GPU-b.*--backend cuda"):
-        PageStore(lambda: on_its_gpu(setup.open(0, "engine"), 1, "GPU-b")).start()
+        PageStore(lambda: on_its_gpu(setup.open(0, "engine"), "GPU-b", 1, 2)).start()
 
     closed = []
 
@@ -328,12 +329,13 @@ def test_a_rank_on_a_gpu_wants_a_kvd_on_it(daemon):
         return N(client=N(on_gpu=True, info={"device_uuid": uuid}), close=lambda: closed.append(uuid))
 
     with pytest.raises(Refused, match="it runs on GPU-a, and rank 1 of the engine on GPU-b.*addresses in the order of ranks"):
-        PageStore(lambda: on_its_gpu(there("GPU-a"), 1, "GPU-b")).start()
+        PageStore(lambda: on_its_gpu(there("GPU-a"), "GPU-b", 1, 2)).start()
     with pytest.raises(Refused, match="a GPU that it does not name"):
-        PageStore(lambda: on_its_gpu(there(""), 0, "GPU-b")).start()
+        PageStore(lambda: on_its_gpu(there(""), "GPU-b", 0, 2)).start()
     assert closed == ["GPU-a", ""]
-    pages = there("GPU-b")
-    assert on_its_gpu(pages, 1, "GPU-b") is pages and len(closed) == 2
+    for pages, ranks in (there("GPU-b"), 2), (there("GPU-b"), 1), (there(""), 1):
+        assert on_its_gpu(pages, "GPU-b", 0, ranks) is pages
+    assert len(closed) == 2
 
 
 def test_part_of_a_chunk_in_the_engines_own_cache_is_no_hit():

@@ -39,7 +39,8 @@ def lively(model):
     """vLLM's own random weights are so small that no token depends on those before it."""
     import torch
 
-    g = torch.Generator(device=next(model.parameters()).device).manual_seed(1)
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0  # each has other parts of the weights
+    g = torch.Generator(device=next(model.parameters()).device).manual_seed(1 + rank)
     with torch.no_grad():
         for _, p in sorted(model.named_parameters()):
             p.fill_(1) if p.dim() == 1 else p.normal_(0, p.shape[-1] ** -0.5, generator=g)

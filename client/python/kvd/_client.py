@@ -417,7 +417,7 @@ class Client(lib.OfProcess):
         lib.call("kvd_get_info", self._open(), c.byref(i))
         texts = ("version", "backend", "instance", "rotation_set", "layout_digest", "device_uuid")
         planes = [{name: getattr(p, name) for name, _ in lib.PlaneInfoStruct._fields_} for p in i.planes[:i.n_planes]]
-        return {name: getattr(i, name).decode() for name in texts} | {"planes": planes}
+        return {name: (getattr(i, name) or b"").decode() for name in texts} | {"planes": planes}
 
     def tensor(self, *shape: int, dtype: Literal["bf16", "f32"] = "bf16") -> Tensor:
         """Zeroed shared memory for a tensor."""

@@ -100,16 +100,16 @@ def gpu_uuid(device: torch.device) -> str:
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
-def on_its_gpu(pages: Any, rank: int, uuid: str) -> Any:
+def on_its_gpu(pages: Any, uuid: str, rank: int, ranks: int) -> Any:
     """The same, if its kvd runs on the rank's GPU: another could not read or write its memory, or only by way of both. Each call would be
-    refused, and no page were ever found."""
+    refused, and no page were ever found. An older kvd does not name its GPU, and is taken to be on it if there is one rank alone."""
     where = pages.client.info["device_uuid"] if pages.client.on_gpu else "the CPU"
-    if where != uuid:
-        pages.close()
-        raise lib.PreconditionError(f"it runs on {where or 'a GPU that it does not name'}, and rank {rank} of the engine on {uuid}: a kvd of this "
-                                    "release is wanted there (--backend cuda, --device), and its address; with tensor parallelism one for each rank, and "
-                                    "addresses in the order of ranks")
-    return pages
+    if where == uuid or not where and ranks == 1:
+        return pages
+    pages.close()
+    raise lib.PreconditionError(f"it runs on {where or 'a GPU that it does not name, as older ones'}, and rank {rank} of the engine on {uuid}: a kvd is "
+                                "wanted there (--backend cuda, --device), and its address; with tensor parallelism one for each rank, and addresses in "
+                                "the order of ranks")
 
 
 class KvdWorker(compat.OffloadingWorker):  # type: ignore[name-defined,misc]
@@ -135,7 +135,7 @@ class KvdWorker(compat.OffloadingWorker):  # type: ignore[name-defined,misc]
 
         def opened() -> Any:
             pages = setup.open(setup.rank, "vllm-worker")
-            return on_its_gpu(pages, setup.rank, gpu_uuid(device)) if device.type == "cuda" else pages
+            return on_its_gpu(pages, gpu_uuid(device), setup.rank, setup.tp_size) if device.type == "cuda" else pages
 
         self._in, self._out = stores or tuple(PageStore(opened, breaker, self.counters) for _ in range(2))
         for s in (self._in, self._out):
