@@ -9,6 +9,7 @@
 #ifndef KVD_KERNELS_BACKEND_H
 #define KVD_KERNELS_BACKEND_H
 
+#include "kernels/paged.h"
 #include "kernels/quantize.h"
 #include "proto/base.h"
 
@@ -193,6 +194,14 @@ struct kvd_copy {
 };
 enum { KVD_COPIES_AT_ONCE = 3, KVD_COPY_STRIDE_MOST = 1 << 30 };
 
+// Memory of the backend's own that pages of an engine's blocks go through. It stays until it is
+// asked for again.
+struct kvd_dense {
+    uint8_t *data;
+    uint64_t bytes;
+    bool on_device; // as kvd_tensor has it
+};
+
 // Memory of pages: whole ones, so that it is a multiple of KVD_PAGE_UNIT.
 struct kvd_span {
     uint64_t addr, bytes;
@@ -236,6 +245,7 @@ struct kvd_foreign {
 
 struct kvd_backend_ops {
     const char *name; // "cpu", "cuda"
+    bool on_device;   // it computes in a device's memory, not the host's
     void (*free)(struct kvd_backend *b);
     const char *(*device)(const struct kvd_backend *b); // for people
     // "GPU-" and its UUID, as nvidia-smi -L has it. NULL on the CPU.
@@ -320,6 +330,14 @@ struct kvd_backend_ops {
     int (*copy_begin)(struct kvd_backend *b, const struct kvd_copy *copies, uint32_t n,
                       uint32_t which, struct kvd_error *err);
     int (*copy_end)(struct kvd_backend *b, uint32_t which, struct kvd_error *err);
+    // Memory of at least `least` bytes, and up to `wanted`, of which dense_most are enough, for
+    // dense tensors; and copies between them and an engine's blocks, which are in the backend's
+    // kind of memory. Done when it returns. KVD_E_FULL, KVD_E_INTERNAL.
+    int (*dense)(struct kvd_backend *b, uint64_t least, uint64_t wanted, struct kvd_dense *out,
+                 struct kvd_error *err);
+    int (*paged)(struct kvd_backend *b, const struct kvd_paged_kv *p,
+                 const struct kvd_paged_copy *copy, struct kvd_error *err);
+    uint64_t dense_most;
     // Checksums of pages where they are, out[i] that of pages[i]: kvd_words_sum. Any thread, beside
     // the other operations, which it gives way to. NULL on the CPU, where everybody can read pages.
     int (*sums)(struct kvd_backend *b, const struct kvd_span *pages, uint32_t n, uint64_t *out,

@@ -176,7 +176,7 @@ address_sanitizer() { # address_sanitizer brief|whole
         --ignore-glob="test_python*.py" --ignore=test_model.py --ignore=test_docs.py --ignore-glob="test_transformers*.py" --ignore=test_engines.py \
         --ignore=test_fairness.py --ignore=test_header.py --ignore=test_documents.py --ignore=test_observability.py --ignore=test_operator.py .
     # So what only Python calls is tried with the instrumented kvd, and a libkvd that is not.
-    KVD_PROGRAM=$PWD/$build-asan/daemon/kvd pytests "end to end, kvd with asan, python" "$build" test_latent.py test_page_queue.py test_pages.py test_pages_encode.py test_prefix.py test_survive.py test_tier_hits.py
+    KVD_PROGRAM=$PWD/$build-asan/daemon/kvd pytests "end to end, kvd with asan, python" "$build" test_latent.py test_page_blocks.py test_page_queue.py test_pages.py test_pages_encode.py test_prefix.py test_survive.py test_tier_hits.py
 }
 thread_sanitizer() { # thread_sanitizer brief|whole
     local chosen=""

@@ -144,6 +144,7 @@ void *kvd_buffer_take(kvd_buffer **bp, uint64_t deadline, bool unmap)
         return NULL;
     kvd_client *c = b->client;
     void *data = b->data;
+    kvd_registered_end(b);
     unlink_buffer(c, b);
     Kvd__V1__ReleaseBufferRequest req = KVD__V1__RELEASE_BUFFER_REQUEST__INIT;
     Kvd__V1__ReleaseBufferReply *reply;

@@ -17,6 +17,10 @@ struct kvd_buffer {
     bool local; // this process's own: kvd is elsewhere
     bool idle;  // libkvd's own, for pages, and no call uses it; under buffers_lock
     bool owned; // data is GPU memory of libkvd's own
+    // Under buffers_lock (registered.c):
+    bool engine;   // made by kvd_pages_register
+    bool closing;  // no call uses it any more but those that do
+    uint64_t uses; // page calls that are under way in it
     uint64_t key;
     _Atomic uint64_t
         id; // changes when another thread reconnects; ids of an old session name nothing
@@ -61,10 +65,12 @@ struct kvd_client {
     char why[200];     // why the latest session was not the earlier one
     uint64_t resuming; // the request that is to resume the session; 0: none yet
     _Atomic bool on_cpu;
-    int sock; // fd socket; -1 over TCP
+    _Atomic bool takes_paged; // this kvd: references to blocks
+    int sock;                 // fd socket; -1 over TCP
     char session[96];
     Kvd__V1__OpenSessionReply *opened;
     pthread_mutex_t buffers_lock;
+    pthread_cond_t buffers_idle; // a page call that used some is over
     kvd_buffer *buffers;
     bool pages; // it was opened for page calls
     _Atomic uint64_t next_request, next_key;
@@ -177,6 +183,10 @@ int kvd_pages_take(kvd_client *c, const kvd_bytes *space, const kvd_page_keys *k
 // wait until it is at the other.
 int kvd_gpu_map(void *data, uint64_t bytes, uint64_t *device, struct kvd_error *err);
 void kvd_gpu_unmap(void *data);
+// gpu_memory.c: the allocation that `data` lies in. KVD_E_INVALID, KVD_E_UNSUPPORTED.
+int kvd_gpu_allocation(const void *data, uintptr_t *base, uint64_t *bytes, struct kvd_error *err);
+// registered.c: waits until no page call uses a buffer; none does from now on.
+void kvd_registered_end(kvd_buffer *b);
 // gpu_memory.c: whether the GPU of the client's buffers is lost to this process, as after a fault
 // of another client of MPS; says so in *err.
 bool kvd_gpu_lost(kvd_client *c, struct kvd_error *err);

@@ -61,9 +61,7 @@ kvd_result kvd_buffer_cuda_fd(kvd_client *c, int fd, uint64_t bytes, kvd_buffer 
 
 #include "kernels/cuda/cuda.h"
 
-// The allocation that holds `data`: its IPC handle and where it begins.
-static int export_ipc(void *data, cudaIpcMemHandle_t *handle, uint64_t *offset,
-                      struct kvd_error *err)
+int kvd_gpu_allocation(const void *data, uintptr_t *base_at, uint64_t *bytes, struct kvd_error *err)
 {
     PFN_cuMemGetAddressRange_v3020 range = NULL;
     enum cudaDriverEntryPointQueryResult found;
@@ -75,7 +73,20 @@ static int export_ipc(void *data, cudaIpcMemHandle_t *handle, uint64_t *offset,
         cudaGetLastError();
         return kvd_fail(err, KVD_E_INVALID, "%p is not GPU memory of this process", data);
     }
-    cudaError_t rc = cudaIpcGetMemHandle(handle, (void *)(uintptr_t)base);
+    *base_at = (uintptr_t)base;
+    *bytes = size;
+    return KVD_OK;
+}
+
+// The allocation that holds `data`: its IPC handle and where it begins.
+static int export_ipc(void *data, cudaIpcMemHandle_t *handle, uint64_t *offset,
+                      struct kvd_error *err)
+{
+    uintptr_t base = 0;
+    uint64_t size = 0;
+    if (kvd_gpu_allocation(data, &base, &size, err))
+        return err->code;
+    cudaError_t rc = cudaIpcGetMemHandle(handle, (void *)base);
     if (rc != cudaSuccess) {
         cudaGetLastError();
         return kvd_fail(
@@ -84,7 +95,7 @@ static int export_ipc(void *data, cudaIpcMemHandle_t *handle, uint64_t *offset,
             "cuMemCreate (PyTorch's expandable_segments) use kvd_buffer_cuda_fd",
             data, cudaGetErrorString(rc));
     }
-    *offset = (CUdeviceptr)(uintptr_t)data - base;
+    *offset = (uintptr_t)data - base;
     return KVD_OK;
 }
 
@@ -200,6 +211,14 @@ int kvd_gpu_map(void *data, uint64_t bytes, uint64_t *device, struct kvd_error *
 void kvd_gpu_unmap(void *data)
 {
     (void)data;
+}
+
+int kvd_gpu_allocation(const void *data, uintptr_t *base, uint64_t *bytes, struct kvd_error *err)
+{
+    (void)data;
+    (void)base;
+    (void)bytes;
+    return kvd_fail(err, KVD_E_UNSUPPORTED, "this libkvd was built without CUDA");
 }
 
 bool kvd_gpu_lost(kvd_client *c, struct kvd_error *err)

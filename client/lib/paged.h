@@ -1,20 +1,24 @@
-// An engine's blocks: whether they are what they are said to be, and copying between them and dense
-// tensors, in the same memory, the host's or the GPU's. Any thread.
+// An engine's blocks, as programs name them: whether they are what they are said to be, and copying
+// between those on a GPU and dense tensors there (those in host memory: kernels/paged.h). Any
+// thread.
 #ifndef KVD_CLIENT_PAGED_H
 #define KVD_CLIENT_PAGED_H
 
+#include "kernels/paged.h"
 #include "kvd/kvd.h"
 #include "proto/base.h"
+#include "proto/kvd_limits.h"
 
 // What the pages of a client are.
 struct kvd_page_shape {
     uint32_t layers, heads, dims[2]; // of K and V
 };
 
-// Whether `pages` pages lie inside of the memory that `p` says there is and, where they are
-// `written`, no two elements are one. KVD_E_INVALID says what is wrong.
-int kvd_paged_check(const kvd_paged *p, const struct kvd_page_shape *shape, uint32_t pages,
-                    bool written, struct kvd_error *err);
+// What a program said, as it is checked and used: `pages` pages lie inside of the memory that it
+// said there is and, where they are `written`, no two elements are one. *out refers to what *p
+// does. KVD_E_INVALID says what is wrong.
+int kvd_paged_take(const kvd_paged *p, const struct kvd_page_shape *shape, uint32_t pages,
+                   bool written, struct kvd_paged_kv *out, struct kvd_error *err);
 
 // A dense tensor [layers][tokens][heads][dim] that pages are copied into, or out of.
 struct kvd_dense_pages {
@@ -22,12 +26,6 @@ struct kvd_dense_pages {
     uint32_t tokens;  // that it has room for: its layers are so far apart
     uint8_t *tables;  // on a GPU, room for tables: kvd_paged_tables
 };
-// Copies `n` pages from number `page` of the blocks on, to or from `at` pages into the tensors. `p`
-// was checked.
-void kvd_paged_gather(const kvd_paged *p, const struct kvd_page_shape *shape, uint32_t page,
-                      uint32_t n, const struct kvd_dense_pages *to, uint32_t at);
-void kvd_paged_scatter(const kvd_paged *p, const struct kvd_page_shape *shape, uint32_t page,
-                       uint32_t n, const struct kvd_dense_pages *from, uint32_t at);
 
 // paged_gpu.c, for blocks that are on_gpu: whether all of the memory is the GPU's (its two ends in
 // each layer are looked at); memory to stage pages in, which kvd_buffer_free gives back; a copy on

@@ -1,12 +1,16 @@
 // Pages: looking up, putting and getting. Pages travel through memory that is shared with kvd, some
-// tens of megabytes at a time.
+// tens of megabytes at a time; or kvd reads and writes them in the engine's memory, where that is
+// registered.
 #include "client/lib/client.h"
 #include "client/lib/paged.h"
+#include "client/lib/registered.h"
 
 #define METHOD(name) "/kvd.v1.KvCache/" name
 
 // On a GPU each call costs what it has to wait for, three or four times; so they are large.
 enum { STAGING_BYTES = 32 << 20, GPU_STAGING_BYTES = 256 << 20, MAX_STAGINGS = 4 };
+// Where nothing is staged, for what a timeout leaves time for, and what kvd has to have room for.
+enum { REGISTERED_BYTES = 256 << 20, GPU_REGISTERED_BYTES = 1 << 30 };
 
 // What a call is about: checked, as this library has it.
 struct call {
@@ -14,9 +18,11 @@ struct call {
     const kvd_bytes *space;
     kvd_page_keys keys;
     kvd_paged paged;
+    struct kvd_paged_kv kv; // the same
     struct kvd_page_shape shape;
-    uint32_t pages; // that the staging has room for
-    kvd_buffer *staging;
+    uint32_t pages;      // that a call to kvd is of at most
+    kvd_buffer **held;   // what the engine's memory is registered as, [2][layers]; NULL: it is not
+    kvd_buffer *staging; // then
     struct kvd_dense_pages staged;
     uint64_t v_at; // of V in the staging
 };
@@ -302,6 +308,22 @@ static kvd_result new_gpu_staging(struct call *call, uint32_t pages, kvd_failure
     return rc;
 }
 
+static int moved(const struct call *call, struct kvd_error *err)
+{
+    return call->paged.on_gpu ? kvd_paged_gpu_wait(&call->paged, err) : KVD_OK;
+}
+
+// Of registered memory nothing is staged. kvd orders what it does by no stream of the engine's:
+// what is on that is waited for.
+static kvd_result begin_registered(struct call *call, kvd_failure *err)
+{
+    const uint64_t page = page_bytes(&call->shape, 0) + page_bytes(&call->shape, 1);
+    const uint64_t fit = (call->paged.on_gpu ? GPU_REGISTERED_BYTES : REGISTERED_BYTES) / page;
+    struct kvd_error e = {0};
+    call->pages = (uint32_t)KVD_MIN(KVD_MAX(fit, (uint64_t)1), (uint64_t)KVD_MAX_CALL_PAGES);
+    return moved(call, &e) ? kvd_client_fail(err, &e) : KVD_SUCCESS;
+}
+
 static kvd_result take_staging(struct call *call, kvd_failure *err)
 {
     kvd_client *c = call->client;
@@ -311,6 +333,8 @@ static kvd_result take_staging(struct call *call, kvd_failure *err)
     const uint32_t most =
         (uint32_t)KVD_MIN(KVD_MAX(fit, (uint64_t)1), (uint64_t)KVD_MAX_CALL_PAGES);
     kvd_result rc = KVD_SUCCESS;
+    if (call->held)
+        return begin_registered(call, err);
     call->staging = idle_buffer(c, gpu);
     if (!call->staging)
         rc = gpu ? new_gpu_staging(call, most, err)
@@ -332,6 +356,7 @@ static void give_staging(struct call *call)
 {
     kvd_client *c = call->client;
     uint32_t idle = 0;
+    kvd_registered_release(c, &call->held, call->shape.layers);
     if (!call->staging)
         return;
     pthread_mutex_lock(&c->buffers_lock);
@@ -357,6 +382,70 @@ static void refer(const struct call *call, Kvd__V1__TensorRef refs[2])
     }
 }
 
+// A reference to pages in registered memory, and what it refers to.
+struct reference {
+    Kvd__V1__PagedRef ref;
+    Kvd__V1__PagedRef__Side side[2];
+    uint64_t numbers[2][2][KVD_MAX_LAYERS]; // of K and V: buffers, offsets
+    uint32_t *blocks;                       // of pages that do not follow each other; to be freed
+};
+
+static void refer_side(const struct call *call, struct reference *r, int v)
+{
+    const uint32_t layers = call->shape.layers;
+    const struct kvd_paged_side *from = &call->kv.side[v];
+    Kvd__V1__PagedRef__Side *side = &r->side[v];
+    kvd__v1__paged_ref__side__init(side);
+    for (uint32_t i = 0; i < layers; i++) {
+        const kvd_buffer *b = call->held[(uint32_t)v * layers + i];
+        r->numbers[v][0][i] = b->id;
+        r->numbers[v][1][i] = b->at + ((uintptr_t)from->layers[i] - (uintptr_t)b->data);
+    }
+    side->buffers = r->numbers[v][0];
+    side->offsets = r->numbers[v][1];
+    side->n_buffers = side->n_offsets = layers;
+    side->block_stride = from->strides.block;
+    side->head_stride = from->strides.head;
+    side->token_stride = from->strides.token;
+    side->dim_stride = from->strides.dim;
+}
+
+// Whether pages are whole blocks, so that they may be named in any order.
+static bool whole_blocks(const struct call *call)
+{
+    return call->kv.first_token == 0 && KVD_PAGE_TOKENS % call->kv.block_tokens == 0;
+}
+
+// Of n pages from `page` on or, of whole blocks, of those that are listed.
+static int refer_paged(const struct call *call, uint32_t page, const uint32_t *listed, uint32_t n,
+                       struct reference *r, struct kvd_error *err)
+{
+    const struct kvd_paged_kv *kv = &call->kv;
+    const uint64_t first = kv->first_token + (uint64_t)page * KVD_PAGE_TOKENS;
+    kvd__v1__paged_ref__init(&r->ref);
+    for (int v = 0; v < 2; v++)
+        refer_side(call, r, v);
+    r->blocks = NULL;
+    r->ref.k = &r->side[0];
+    r->ref.v = &r->side[1];
+    r->ref.all_blocks = kv->all_blocks;
+    r->ref.block_tokens = kv->block_tokens;
+    r->ref.first_token = (uint32_t)(first % kv->block_tokens);
+    r->ref.blocks = (uint32_t *)(uintptr_t)(kv->blocks + first / kv->block_tokens);
+    r->ref.n_blocks =
+        kvd_div_up(r->ref.first_token + (uint64_t)n * KVD_PAGE_TOKENS, kv->block_tokens);
+    if (!listed || listed[n - 1] - page == n - 1)
+        return KVD_OK;
+    const uint32_t each = KVD_PAGE_TOKENS / kv->block_tokens;
+    r->ref.blocks = r->blocks = malloc((size_t)n * each * sizeof(*r->blocks));
+    if (!r->blocks)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    for (uint32_t i = 0; i < n; i++)
+        memcpy(r->blocks + (size_t)i * each, kv->blocks + (size_t)listed[i] * each,
+               each * sizeof(*r->blocks));
+    return KVD_OK;
+}
+
 // -- putting and getting ------------------------------------------------------------------------
 
 // Copies pages into the staging, or, `out`, from there into the engine's blocks.
@@ -365,16 +454,16 @@ static int move_pages(const struct call *call, uint32_t page, uint32_t n, uint32
 {
     if (call->paged.on_gpu)
         return kvd_paged_gpu_copy(&call->paged, &call->shape, page, n, &call->staged, at, out, err);
-    if (out)
-        kvd_paged_scatter(&call->paged, &call->shape, page, n, &call->staged, at);
-    else
-        kvd_paged_gather(&call->paged, &call->shape, page, n, &call->staged, at);
+    struct kvd_paged_copy copy = {.layers = call->shape.layers,
+                                  .page = page,
+                                  .pages = n,
+                                  .dense_tokens = call->staged.tokens,
+                                  .out = out};
+    for (int v = 0; v < 2; v++)
+        copy.dense[v] =
+            call->staged.side[v] + at * (page_bytes(&call->shape, v) / call->shape.layers);
+    kvd_paged_copy(&call->kv, &copy);
     return KVD_OK;
-}
-
-static int moved(const struct call *call, struct kvd_error *err)
-{
-    return call->paged.on_gpu ? kvd_paged_gpu_wait(&call->paged, err) : KVD_OK;
 }
 
 // Copies pages of these numbers into the staging, those that follow each other at once.
@@ -416,8 +505,18 @@ static int begin(struct call *call, kvd_client *c, const kvd_bytes *space,
                                           .heads = first->kv_heads,
                                           .dims = {first->dim_k, first->dim_v}};
     if (rc == KVD_OK)
-        rc = kvd_paged_check(&call->paged, &call->shape, call->keys.pages, written, err);
+        rc = kvd_paged_take(&call->paged, &call->shape, call->keys.pages, written, &call->kv, err);
     return rc || !call->paged.on_gpu ? rc : kvd_paged_gpu_check(&call->paged, &call->shape, err);
+}
+
+static int begin_call(struct call *call, kvd_client *c, const kvd_bytes *space,
+                      const kvd_page_keys *keys, const kvd_paged *paged, bool written,
+                      struct kvd_error *err)
+{
+    int rc = begin(call, c, space, keys, paged, written, err);
+    if (rc == KVD_OK)
+        call->held = kvd_registered_hold(c, &call->kv, call->paged.on_gpu);
+    return rc;
 }
 
 int kvd_pages_take(kvd_client *c, const kvd_bytes *space, const kvd_page_keys *keys,
@@ -439,25 +538,29 @@ static kvd_result put_some(struct call *call, const bool *exact, const uint32_t 
     Kvd__V1__PutPagesRequest req = KVD__V1__PUT_PAGES_REQUEST__INIT;
     Kvd__V1__PutPagesReply *reply = NULL;
     Kvd__V1__TensorRef refs[2];
+    struct reference paged = {.blocks = NULL};
     uint8_t keys[KVD_MAX_CALL_PAGES * KVD_MAX_BLOCK_KEY], flags[KVD_MAX_CALL_PAGES];
     struct kvd_error e = {0};
     for (uint32_t i = 0; i < n; i++) {
         memcpy(keys + (size_t)i * k->key_bytes, key(k, pages[i]), k->key_bytes);
         flags[i] = exact && exact[pages[i]];
     }
-    if (stage(call, pages, n, &e))
+    if (call->held ? refer_paged(call, pages[0], pages, n, &paged, &e) : stage(call, pages, n, &e))
         return kvd_client_fail(err, &e);
-    refer(call, refs);
+    if (!call->held)
+        refer(call, refs);
     req.space = bytes(call->space->data, call->space->bytes);
     req.key_bytes = k->key_bytes;
     req.keys = bytes(keys, (size_t)n * k->key_bytes);
     const void *after = pages[0] ? key(k, pages[0] - 1) : k->after;
     req.after = bytes(after, after ? k->key_bytes : 0);
     req.exact = bytes(flags, n);
-    req.k = &refs[0];
-    req.v = &refs[1];
+    req.k = call->held ? NULL : &refs[0];
+    req.v = call->held ? NULL : &refs[1];
+    req.paged = call->held ? &paged.ref : NULL;
     kvd_result rc = kvd_client_call(call->client, METHOD("PutPages"), &req, &req.session,
                                     &kvd__v1__put_pages_reply__descriptor, &reply, err);
+    free(paged.blocks);
     if (rc)
         return rc;
     if (reply->kinds.len != n) {
@@ -480,7 +583,7 @@ kvd_result kvd_pages_put(kvd_client *c, const kvd_bytes *space, const kvd_page_k
     kvd_found found = KVD_NEW(kvd_found, .kinds = there);
     struct kvd_error e = {0};
     struct call call;
-    if (begin(&call, c, space, keys, source, false, &e))
+    if (begin_call(&call, c, space, keys, source, false, &e))
         return kvd_client_fail(err, &e);
     kvd_result rc = KVD_SUCCESS;
     if (call.keys.had)
@@ -492,7 +595,9 @@ kvd_result kvd_pages_put(kvd_client *c, const kvd_bytes *space, const kvd_page_k
     for (uint32_t i = 0; i < call.keys.pages && rc == KVD_SUCCESS; i++) {
         if (there[i] < (exact && exact[i] ? KVD_STORED_EXACT : KVD_STORED_ENCODED))
             pages[n++] = i;
-        if (n && (n == call.pages || i + 1 == call.keys.pages)) {
+        // Pages of parts of blocks are named together where they follow each other.
+        const bool apart = call.held && n && pages[n - 1] != i && !whole_blocks(&call);
+        if (n && (n == call.pages || i + 1 == call.keys.pages || apart)) {
             rc = put_some(&call, exact, pages, n, there, err);
             n = 0;
         }
@@ -510,20 +615,26 @@ static kvd_result get_some(struct call *call, uint32_t page, uint32_t n, uint8_t
     Kvd__V1__GetPagesRequest req = KVD__V1__GET_PAGES_REQUEST__INIT;
     Kvd__V1__GetPagesReply *reply = NULL;
     Kvd__V1__TensorRef refs[2];
+    struct reference paged;
     struct kvd_error e = {0};
-    refer(call, refs);
+    if (!call->held)
+        refer(call, refs);
+    else if (refer_paged(call, page, NULL, n, &paged, &e))
+        return kvd_client_fail(err, &e);
     req.space = bytes(call->space->data, call->space->bytes);
     req.key_bytes = k->key_bytes;
     req.keys = bytes(key(k, page), (size_t)n * k->key_bytes);
-    req.k = &refs[0];
-    req.v = &refs[1];
+    req.k = call->held ? NULL : &refs[0];
+    req.v = call->held ? NULL : &refs[1];
+    req.paged = call->held ? &paged.ref : NULL;
     kvd_result rc = kvd_client_call(call->client, METHOD("GetPages"), &req, &req.session,
                                     &kvd__v1__get_pages_reply__descriptor, &reply, err);
     if (rc)
         return rc;
     if (reply->kinds.len != n)
         kvd_fail(&e, KVD_E_INTERNAL, "asked for %u pages, heard of %zu", n, reply->kinds.len);
-    else if (move_pages(call, page, n, 0, true, &e) == KVD_OK && moved(call, &e) == KVD_OK)
+    else if (call->held ||
+             (move_pages(call, page, n, 0, true, &e) == KVD_OK && moved(call, &e) == KVD_OK))
         memcpy(kinds + page, reply->kinds.data, n);
     if (e.code)
         rc = kvd_client_fail(err, &e);
@@ -539,7 +650,7 @@ kvd_result kvd_pages_get(kvd_client *c, const kvd_bytes *space, const kvd_page_k
     kvd_found found = KVD_NEW(kvd_found, .kinds = there);
     struct kvd_error e = {0};
     struct call call;
-    if (begin(&call, c, space, keys, target, true, &e))
+    if (begin_call(&call, c, space, keys, target, true, &e))
         return kvd_client_fail(err, &e);
     kvd_result rc = take_staging(&call, err);
     const bool parts = rc == KVD_SUCCESS && call.keys.pages > call.pages;

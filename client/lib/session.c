@@ -123,6 +123,7 @@ static int make_session(kvd_client *c, bool resume, uint64_t deadline, struct kv
         kvd__v1__open_session_reply__free_unpacked(c->opened, NULL);
     c->opened = reply;
     c->on_cpu = strcmp(reply->backend, "cpu") == 0;
+    c->takes_paged = reply->paged;
     snprintf(c->session, sizeof(c->session), "%s", reply->session);
     c->resuming = 0;
     return KVD_OK;
@@ -300,6 +301,7 @@ static void client_free(kvd_client *c)
         close(c->sock);
     kvd_gate_deinit(&c->gate);
     pthread_mutex_destroy(&c->buffers_lock);
+    pthread_cond_destroy(&c->buffers_idle);
     pthread_mutex_destroy(&c->enqueuer_lock);
     free(c->address);
     free(c->namespace_name);
@@ -359,6 +361,7 @@ static kvd_client *client_new(const kvd_options *o)
     c->next_request = first >> 1;
     kvd_gate_init(&c->gate);
     pthread_mutex_init(&c->buffers_lock, NULL);
+    kvd_cond_init(&c->buffers_idle);
     pthread_mutex_init(&c->enqueuer_lock, NULL);
     c->address = strdup(o->address);
     c->namespace_name = copy_or(o->namespace_name, "default");

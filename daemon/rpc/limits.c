@@ -26,6 +26,9 @@ static const struct {
     {&kvd__v1__release_prefix_request__descriptor, "leases", KVD_MAX_CALL_SEQUENCES},
     {&kvd__v1__lookup_pages_request__descriptor, "requests", KVD_MAX_CALL_PROMPTS},
     {&kvd__v1__hint_pages_request__descriptor, "requests", KVD_MAX_CALL_PROMPTS},
+    {&kvd__v1__paged_ref__side__descriptor, "buffers", KVD_MAX_LAYERS},
+    {&kvd__v1__paged_ref__side__descriptor, "offsets", KVD_MAX_LAYERS},
+    {&kvd__v1__paged_ref__descriptor, "blocks", KVD_MAX_CALL_PAGES *KVD_PAGE_TOKENS + 1},
     {&kvd__v1__map_item__descriptor, "other_codec_from", KVD_MAX_PLANES - 1},
 };
 

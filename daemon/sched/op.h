@@ -1,6 +1,6 @@
 // An operation: what one kind of compute call does at each station of its way (work.h), and what
 // several of them share. One file for each: op_append.c, op_attend.c, op_step.c, op_read.c,
-// op_rotate.c, op_map.c, op_encode.c; PutPages and GetPages are in op_pages.c.
+// op_rotate.c, op_map.c, op_encode.c; PutPages and GetPages are in op_pages.c and op_paged.c.
 #ifndef KVD_DAEMON_OP_H
 #define KVD_DAEMON_OP_H
 
@@ -104,6 +104,11 @@ int kvd_work_tensor_out(struct kvd_work *w, struct kvd_session *s, const Kvd__V1
                         struct kvd_shape shape, const char *name, uint32_t item,
                         struct kvd_tensor *out, uint8_t **inline_out, size_t *inline_len,
                         struct kvd_error *err);
+// Keeps a buffer mapped until the work is done. KVD_E_INTERNAL.
+int kvd_work_hold_buffer(struct kvd_work *w, struct kvd_buffer *b, struct kvd_error *err);
+// Notes what a call reads or writes of a buffer, from `offset` on, for when all of it is known.
+int kvd_work_note_span(struct kvd_work *w, const struct kvd_buffer *b, uint64_t offset,
+                       const struct kvd_overlap *span, struct kvd_error *err);
 // Resolves a fence, which is the call's `wait` or, `written`, its `signal`. NULL: none.
 int kvd_work_fence(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__Fence *f, bool written,
                    struct kvd_fence *out, struct kvd_error *err);
@@ -194,6 +199,16 @@ void kvd_page_find_best(struct kvd_daemon *d, const struct kvd_blocks_space spac
 // Notes in w->pages->kinds what lookups find now.
 void kvd_op_pages_now(struct kvd_daemon *d, struct kvd_work *w);
 void kvd_op_pages_free(struct kvd_daemon *d, struct kvd_work_pages **pages);
+
+// -- op_paged.c: pages in an engine's own blocks --------------------------------------------------
+// Resolves and checks a reference, as w->pages->paged; `written`: its blocks are, so that no two
+// may be one. KVD_E_INVALID and KVD_E_NOT_FOUND say what is wrong.
+int kvd_op_paged_check(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__PagedRef *ref,
+                       bool written, struct kvd_error *err);
+kvd_op_phase kvd_op_paged_put, kvd_op_paged_get;
+// op_pages.c: the error for what a check of pages said, which was no KVD_OK. pages: the first of
+// each item that was checked.
+int kvd_op_explain_pages(struct kvd_work *w, int rc, const uint32_t *pages);
 
 // -- op_attend.c, for Step too ------------------------------------------------------------------
 int kvd_op_attend_alloc(struct kvd_work *w, struct kvd_error *err);

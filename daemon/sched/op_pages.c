@@ -19,7 +19,8 @@ static struct kvd_shape shape_of(const struct kvd_work *w, bool v)
 
 static struct kvd_tensor from_page(struct kvd_tensor t, uint32_t page)
 {
-    t.data += (uint64_t)page * KVD_PAGE_TOKENS * t.token_stride;
+    if (t.data) // else they are in an engine's blocks
+        t.data += (uint64_t)page * KVD_PAGE_TOKENS * t.token_stride;
     return t;
 }
 
@@ -75,6 +76,14 @@ static void release_items(struct kvd_daemon *d, const struct kvd_work *w)
             kvd_pool_seq_release(d->pool, w->items[i].seq);
 }
 
+static int check_paged(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__PagedRef *ref,
+                       bool others, bool written, struct kvd_error *err)
+{
+    if (others)
+        return kvd_fail(err, KVD_E_INVALID, "there are k or v, and paged: one is wanted");
+    return kvd_op_paged_check(w, s, ref, written, err);
+}
+
 // -- put ----------------------------------------------------------------------------------------
 
 static int check_put(struct kvd_work *w, struct kvd_session *s, const void *request,
@@ -104,6 +113,8 @@ static int check_put(struct kvd_work *w, struct kvd_session *s, const void *requ
             exact = 1;
         p->kinds[i] = exact ? KVD_PAGE_EXACT : KVD_PAGE_ENCODED;
     }
+    if (rc == KVD_OK && req->paged)
+        return check_paged(w, s, req->paged, req->k || req->v, false, err);
     if ((req->k && req->k->dtype != KVD__V1__DTYPE__DTYPE_BF16) ||
         (req->v && req->v->dtype != KVD__V1__DTYPE__DTYPE_BF16))
         rc = kvd_fail(err, KVD_E_INVALID, "K and V are bf16");
@@ -239,6 +250,7 @@ static void conclude_put(struct kvd_daemon *d, struct kvd_work *w, bool commit)
         p->stored += stored;
     }
     count->put += p->stored;
+    count->put_registered += p->paged ? p->stored : 0;
     count->put_bytes += (uint64_t)p->stored * KVD_PAGE_TOKENS * w->layer_count * g->kv_heads *
                         (g->head_dim_k + g->head_dim_v) * 2;
     release_items(d, w);
@@ -262,30 +274,37 @@ static struct kvd_append_params put_params(struct kvd_work *w, int space, uint32
                                       .slice = &w->job.slice};
 }
 
-// At all items at once, as nothing but the tensors is looked at: their shape is that of either
-// space, and a GPU is waited for once.
-static int look_for_nonfinite(struct kvd_daemon *d, struct kvd_work *w)
+int kvd_op_explain_pages(struct kvd_work *w, int rc, const uint32_t *pages)
 {
-    struct kvd_append_params p = put_params(w, ENCODED, 0, w->n_items);
     const struct kvd_nonfinite *n = &w->nonfinite;
     const struct kvd_run *run = kvd_op_run(w);
-    int rc = p.n_items ? d->backend->ops->check(d->backend, &p, &w->nonfinite) : KVD_OK;
-    if (rc == KVD_OK)
-        return rc;
     if (rc != KVD_E_INVALID)
         return kvd_fail(&w->err, rc, "the pages could not be checked; nothing was stored");
     return kvd_fail(&w->err, KVD_E_INVALID,
                     "%s of page %u holds NaN or Inf at layer %u, token %u, head %u, channel %u; "
                     "nothing was stored",
-                    n->in_v ? "v" : "k", w->pages->first[n->item] + n->token / KVD_PAGE_TOKENS,
+                    n->in_v ? "v" : "k", pages[n->item] + n->token / KVD_PAGE_TOKENS,
                     run->at + n->layer - run->layer_begin, n->token % KVD_PAGE_TOKENS, n->head,
                     n->channel);
+}
+
+// At all items at once, as nothing but the tensors is looked at: their shape is that of either
+// space, and a GPU is waited for once.
+static int look_for_nonfinite(struct kvd_daemon *d, struct kvd_work *w)
+{
+    if (w->pages->paged)
+        return KVD_OK;
+    struct kvd_append_params p = put_params(w, ENCODED, 0, w->n_items);
+    int rc = p.n_items ? d->backend->ops->check(d->backend, &p, &w->nonfinite) : KVD_OK;
+    return rc ? kvd_op_explain_pages(w, rc, w->pages->first) : KVD_OK;
 }
 
 static int append(struct kvd_daemon *d, struct kvd_work *w, int space)
 {
     const uint32_t first = space == EXACT ? w->pages->n_encoded : 0;
     const uint32_t n = (space == EXACT ? w->n_items : w->pages->n_encoded) - first;
+    if (w->pages->paged)
+        return KVD_OK;
     struct kvd_append_params p = put_params(w, space, first, n);
     return p.n_items ? d->backend->ops->append(d->backend, &p, &w->err) : KVD_OK;
 }
@@ -313,7 +332,8 @@ static int reply_put(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error 
     return KVD_OK;
 }
 
-static kvd_op_phase *const run_put[] = {look_for_nonfinite, append_encoded, append_exact, NULL};
+static kvd_op_phase *const run_put[] = {kvd_op_paged_put, look_for_nonfinite, append_encoded,
+                                        append_exact, NULL};
 
 const struct kvd_op kvd_op_put = {.id = KVD_OP_PUT,
                                   .writes = true,
@@ -344,6 +364,8 @@ static int check_get(struct kvd_work *w, struct kvd_session *s, const void *requ
     struct kvd_work_pages *p = w->pages;
     if (rc)
         return rc;
+    if (req->paged)
+        return check_paged(w, s, req->paged, req->k || req->v, true, err);
     rc = kvd_work_tensor_out(w, s, req->k, shape_of(w, false), "k", 0, &p->k, &p->k_inline,
                              &p->k_len, err);
     return rc ? rc
@@ -393,6 +415,7 @@ static void conclude_get(struct kvd_daemon *d, struct kvd_work *w, bool commit)
     const struct kvd_plane *g = w->plane;
     if (commit) {
         count->got += w->pages->n;
+        count->got_registered += w->pages->paged ? w->pages->n : 0;
         count->got_bytes += (uint64_t)w->pages->n * KVD_PAGE_TOKENS * w->layer_count * g->kv_heads *
                             (g->head_dim_k + g->head_dim_v) * 2;
     }
@@ -422,7 +445,7 @@ static int read_pages(struct kvd_daemon *d, struct kvd_work *w)
 {
     struct kvd_work_pages *p = w->pages;
     struct kvd_slice *slice = &w->job.slice;
-    while (p->at < w->n_items) {
+    while (!p->paged && p->at < w->n_items) {
         int rc = read_item(d, w, p->at);
         if (rc || slice->more)
             return rc;
@@ -451,7 +474,7 @@ static int reply_get(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error 
     return KVD_OK;
 }
 
-static kvd_op_phase *const run_get[] = {read_pages, NULL};
+static kvd_op_phase *const run_get[] = {kvd_op_paged_get, read_pages, NULL};
 
 const struct kvd_op kvd_op_get = {.id = KVD_OP_GET,
                                   .own_items = true,

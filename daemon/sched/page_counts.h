@@ -8,9 +8,10 @@
 struct kvd_page_count {
     char name[KVD_MAX_NAMESPACE + 1];
     uint64_t looked_up, found, restored, put, known, got,
-        encoded;                   // pages; known: of those that came to be put
-    uint64_t put_bytes, got_bytes; // in the engine's bf16
-    uint64_t freed;                // bytes of exact pages that encoded ones took the place of
+        encoded;                             // pages; known: of those that came to be put
+    uint64_t put_registered, got_registered; // of those put and got, pages in engines' own memory
+    uint64_t put_bytes, got_bytes;           // in the engine's bf16
+    uint64_t freed; // bytes of exact pages that encoded ones took the place of
 };
 
 // A namespace's counters.

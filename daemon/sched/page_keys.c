@@ -86,6 +86,7 @@ void kvd_op_pages_free(struct kvd_daemon *d, struct kvd_work_pages **pages)
         free(p->keys[i]);
     free(p->kinds);
     free(p->first);
+    free(p->paged);
     free(p->k_inline);
     free(p->v_inline);
     free(p);

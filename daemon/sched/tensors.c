@@ -38,7 +38,7 @@ static int lay_out(const Kvd__V1__TensorRef *ref, struct kvd_shape n, const char
     return KVD_OK;
 }
 
-static int hold_buffer(struct kvd_work *w, struct kvd_buffer *b, struct kvd_error *err)
+int kvd_work_hold_buffer(struct kvd_work *w, struct kvd_buffer *b, struct kvd_error *err)
 {
     for (uint32_t i = 0; i < w->n_buffers; i++)
         if (w->buffers[i] == b)
@@ -56,9 +56,8 @@ static int hold_buffer(struct kvd_work *w, struct kvd_buffer *b, struct kvd_erro
     return KVD_OK;
 }
 
-// Notes what a call reads or writes of a buffer, for when all of it is known.
-static int note_span(struct kvd_work *w, const struct kvd_buffer *b, uint64_t offset,
-                     const struct kvd_overlap *span, struct kvd_error *err)
+int kvd_work_note_span(struct kvd_work *w, const struct kvd_buffer *b, uint64_t offset,
+                       const struct kvd_overlap *span, struct kvd_error *err)
 {
     if (w->n_spans == w->cap_spans) {
         uint32_t cap = w->cap_spans ? 2 * w->cap_spans : 16;
@@ -92,8 +91,8 @@ static int in_buffer(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__T
                         item, name, end, b->id, b->size);
     out->data = b->data + ref->offset;
     out->on_device = b->kind != KVD_MEMORY_MEMFD;
-    int rc = hold_buffer(w, b, err);
-    return rc ? rc : note_span(w, b, ref->offset, span, err);
+    int rc = kvd_work_hold_buffer(w, b, err);
+    return rc ? rc : kvd_work_note_span(w, b, ref->offset, span, err);
 }
 
 static struct kvd_overlap span_of(const struct kvd_tensor *t, struct kvd_shape n, bool written,
@@ -131,9 +130,9 @@ int kvd_work_fence(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__Fen
     out->value = f->value;
     struct kvd_overlap span = {
         .row = sizeof(uint32_t), .written = written, .name = name, .item = KVD_OVERLAP_NO_ITEM};
-    int rc = hold_buffer(w, b, err);
+    int rc = kvd_work_hold_buffer(w, b, err);
     // One word may be waited for and then be set on: it is read no more by then.
-    return rc || !written ? rc : note_span(w, b, f->offset, &span, err);
+    return rc || !written ? rc : kvd_work_note_span(w, b, f->offset, &span, err);
 }
 
 int kvd_work_tensor_in(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__TensorRef *ref,

@@ -77,6 +77,7 @@ struct kvd_work_pages {
     uint32_t encoded;
     uint32_t stored; // pages that were new
     struct kvd_tensor k, v;
+    struct kvd_work_paged *paged; // op_paged.c: instead of those; NULL: none
     uint8_t *k_inline, *v_inline;
     size_t k_len, v_len;
     struct kvd_error err; // of what could not be settled

@@ -179,6 +179,7 @@ static void reply(struct kvd_call *call, const struct kvd_session *s)
         r.device_uuid = (char *)d->backend->ops->uuid(d->backend);
     r.lease_ms = s->lease_ms;
     r.sinks = s->n_sinks;
+    r.paged = true;
     kvd_call_reply(call, &r);
 }
 
@@ -520,10 +521,25 @@ void kvd_on_register_buffer(struct kvd_call *call, const void *request)
     kvd_call_reply(call, &r);
 }
 
+static void buffer_gone(struct kvd_buffer *b)
+{
+    Kvd__V1__ReleaseBufferReply r = KVD__V1__RELEASE_BUFFER_REPLY__INIT;
+    struct kvd_call *call = b->waits;
+    call->on_cancelled = NULL;
+    kvd_call_reply(call, &r);
+}
+
+static void on_release_cancelled(struct kvd_call *call)
+{
+    struct kvd_buffer *b = call->work;
+    b->gone = NULL;
+    kvd_call_fail(call, KVD_E_TIMEOUT, "calls still use the buffer; it is unmapped after them");
+}
+
+// Answered when no work uses the memory any more: then its owner may free it.
 void kvd_on_release_buffer(struct kvd_call *call, const void *request)
 {
     const Kvd__V1__ReleaseBufferRequest *req = request;
-    Kvd__V1__ReleaseBufferReply r = KVD__V1__RELEASE_BUFFER_REPLY__INIT;
     struct kvd_session *s = kvd_call_session(call, req->session);
     if (!s)
         return;
@@ -532,6 +548,9 @@ void kvd_on_release_buffer(struct kvd_call *call, const void *request)
         kvd_call_fail(call, KVD_E_NOT_FOUND, "there is no buffer %" PRIu64, req->buffer);
         return;
     }
+    b->gone = buffer_gone;
+    b->waits = call;
+    call->work = b;
+    call->on_cancelled = on_release_cancelled;
     kvd_session_drop_buffer(s, b);
-    kvd_call_reply(call, &r);
 }

@@ -56,6 +56,13 @@ static void discharge(struct kvd_buffer *b)
     kvd_user_unref(&b->user);
 }
 
+// What counts against max-buffer-bytes. A GPU's allocation is mapped once, however often it is
+// registered, and what there is of them the GPU bounds.
+static uint64_t counted_bytes(enum kvd_memory kind, uint64_t size)
+{
+    return kind == KVD_MEMORY_CUDA_IPC ? 0 : size;
+}
+
 // Takes a buffer's part of its user's shares.
 static int charge(struct kvd_daemon *d, const struct kvd_session *s, struct kvd_buffer *b,
                   struct kvd_error *err)
@@ -97,8 +104,9 @@ int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t
     if (HASH_COUNT(s->buffers) >= KVD_MAX_BUFFERS)
         return kvd_fail(err, KVD_E_LIMIT, "a session registers at most %d buffers; release some",
                         KVD_MAX_BUFFERS);
-    if (s->buffer_bytes > d->config.max_buffer_bytes ||
-        m->size > d->config.max_buffer_bytes - s->buffer_bytes)
+    const uint64_t counted = counted_bytes(m->kind, m->size);
+    if (counted && (s->buffer_bytes > d->config.max_buffer_bytes ||
+                    counted > d->config.max_buffer_bytes - s->buffer_bytes))
         return kvd_fail(err, KVD_E_QUOTA,
                         "the session's buffers would pass max-buffer-bytes (%" PRIu64 ")",
                         d->config.max_buffer_bytes);
@@ -124,7 +132,7 @@ int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t
     b->key = key;
     b->refs = 1;
     HASH_ADD(hh, s->buffers, id, sizeof(b->id), b);
-    s->buffer_bytes += m->size;
+    s->buffer_bytes += counted;
     *out = b;
     return KVD_OK;
 }
@@ -137,6 +145,8 @@ void kvd_buffer_unref(struct kvd_buffer *b)
         kvd_reclaim_mapping(b->d, b->data, b->size);
     else
         b->d->backend->ops->foreign_unmap(b->d->backend, b->kind, b->data, b->size);
+    if (b->gone)
+        b->gone(b);
     discharge(b);
     free(b);
 }
@@ -144,7 +154,7 @@ void kvd_buffer_unref(struct kvd_buffer *b)
 void kvd_session_drop_buffer(struct kvd_session *s, struct kvd_buffer *b)
 {
     HASH_DEL(s->buffers, b);
-    s->buffer_bytes -= b->size;
+    s->buffer_bytes -= counted_bytes(b->kind, b->size);
     kvd_buffer_unref(b);
 }
 

@@ -16,6 +16,9 @@ struct kvd_buffer {
     uint64_t size;
     uint64_t inode; // of a memfd, which may be registered more than once
     uint32_t refs;
+    // Called when it is unmapped, before it is freed; NULL: nobody waits for that.
+    void (*gone)(struct kvd_buffer *b);
+    void *waits;           // who
     struct kvd_user *user; // whose share it is
     UT_hash_handle hh;
 };

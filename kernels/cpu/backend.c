@@ -285,6 +285,7 @@ static void cpu_free(struct kvd_backend *b)
     kvd_threads_free(&cpu->threads);
     free(cpu->walks);
     free(cpu->latent_walks);
+    free(cpu->dense);
     free(cpu);
 }
 
@@ -318,6 +319,9 @@ static const struct kvd_backend_ops cpu_ops = {
     .copy = copy,
     .copy_begin = copy_begin,
     .copy_end = copy_end,
+    .dense = kvd_cpu_dense,
+    .paged = kvd_cpu_paged,
+    .dense_most = KVD_CPU_DENSE_MOST,
 };
 
 static const struct kvd_cpu_isa *choose_isa(const char *name, struct kvd_error *err)

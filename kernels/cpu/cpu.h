@@ -176,6 +176,8 @@ struct kvd_cpu {
     const struct kvd_cpu_isa *isa;
     struct kvd_threads *threads;
     void *walks, *latent_walks; // attend.c: of the attention that runs, one a thread
+    uint8_t *dense;             // dense.c
+    uint64_t dense_bytes;
     char device[96];
 };
 
@@ -185,6 +187,13 @@ int kvd_cpu_append(struct kvd_backend *b, const struct kvd_append_params *p, str
 int kvd_cpu_attend(struct kvd_backend *b, const struct kvd_attend_params *p, struct kvd_error *err);
 int kvd_cpu_read(struct kvd_backend *b, const struct kvd_read_params *p, struct kvd_error *err);
 int kvd_cpu_rotate(struct kvd_backend *b, const struct kvd_rotate_params *p, struct kvd_error *err);
+
+// dense.c. Pages are taken so many bytes at a time: they stay in a core's cache between the steps.
+enum { KVD_CPU_DENSE_MOST = 2 << 20 };
+int kvd_cpu_dense(struct kvd_backend *b, uint64_t least, uint64_t wanted, struct kvd_dense *out,
+                  struct kvd_error *err);
+int kvd_cpu_paged(struct kvd_backend *b, const struct kvd_paged_kv *p,
+                  const struct kvd_paged_copy *copy, struct kvd_error *err);
 
 // memory.c
 struct kvd_arena *kvd_cpu_arena_new(struct kvd_backend *b, uint32_t count, uint64_t bytes,

@@ -393,6 +393,7 @@ static void cuda_free(struct kvd_backend *b)
     cudaFreeHost(c->stage.host);
     cudaFree(c->stage.device);
     cudaFree(c->scratch);
+    cudaFree(c->dense);
     cudaFreeHost(c->found);
     copying_deinit(&c->copying);
     kvd_cuda_summing_deinit(&c->summing);
@@ -466,6 +467,7 @@ static int plane_check(const struct kvd_backend *b, const struct kvd_plane *p,
 
 static const struct kvd_backend_ops cuda_ops = {
     .name = "cuda",
+    .on_device = true,
     .free = cuda_free,
     .device = device,
     .uuid = uuid,
@@ -494,6 +496,9 @@ static const struct kvd_backend_ops cuda_ops = {
     .copy = copy,
     .copy_begin = copy_begin,
     .copy_end = copy_end,
+    .dense = kvd_cuda_op_dense,
+    .paged = kvd_cuda_op_paged,
+    .dense_most = KVD_CUDA_DENSE_MOST,
     .sums = kvd_cuda_op_sums,
     .host_pin = host_pin,
     .host_unpin = host_unpin,

@@ -61,6 +61,8 @@ struct kvd_cuda {
     struct kvd_stage stage;
     uint8_t *scratch;                      // of attention
     uint64_t scratch_size, scratch_zeroed; // of the latest call
+    uint8_t *dense;                        // tensors that pages of engines go through
+    uint64_t dense_size;
     bool packed;               // there was no memory for scratch with values of histories
     unsigned long long *found; // of a check: pinned memory that kernels reach too
     uint64_t piece_ns;         // of work on a layer's tokens at once; tests change it
@@ -175,6 +177,12 @@ int kvd_cuda_op_step(struct kvd_backend *b, const struct kvd_attend_params *atte
                      const struct kvd_append_params *append, struct kvd_nonfinite *where,
                      bool *done, struct kvd_error *err);
 int kvd_cuda_op_read(struct kvd_backend *b, const struct kvd_read_params *p, struct kvd_error *err);
+// dense.c
+enum { KVD_CUDA_DENSE_MOST = 256 << 20 };
+int kvd_cuda_op_dense(struct kvd_backend *b, uint64_t least, uint64_t wanted, struct kvd_dense *out,
+                      struct kvd_error *err);
+int kvd_cuda_op_paged(struct kvd_backend *b, const struct kvd_paged_kv *p,
+                      const struct kvd_paged_copy *copy, struct kvd_error *err);
 // sums.c. What init has left after a failure is for deinit.
 cudaError_t kvd_cuda_summing_init(struct kvd_cuda_summing *s);
 void kvd_cuda_summing_deinit(struct kvd_cuda_summing *s);

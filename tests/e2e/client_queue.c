@@ -404,8 +404,39 @@ int queues_killed(const char *address)
 }
 
 #ifdef KVD_EMULATED
+static void copy_all(const struct engine *to, const struct engine *from, enum cudaMemcpyKind kind,
+                     cudaStream_t stream)
+{
+    for (int v = 0; v < 2; v++)
+        for (int i = 0; i < Q_LAYERS; i++)
+            NEED(cudaMemcpyAsync(to->side[v][i], from->side[v][i], SIDE * 2, kind, stream) ==
+                 cudaSuccess);
+}
+
 // Tokens come late to the blocks that are put, and to the copy of those that were got: behind what
 // is on the engine's stream is where a ticket begins, and before all that comes once it has ended.
+static void put_and_get(kvd_queue *q, char first, const kvd_paged *p, const struct engine *given,
+                        const struct engine *on_gpu, const struct engine *got, cudaStream_t stream)
+{
+    char names[BLOCKS][KEY];
+    bool exact[BLOCKS];
+    kvd_ended ended;
+    memset(exact, true, sizeof(exact));
+    kvd_page_keys k = keys_of(names, first, 0, BLOCKS);
+    copy_all(on_gpu, given, cudaMemcpyHostToDevice, stream);
+    NEED(kvd_queue_put(q, &space, &k, exact, p, NULL, NULL, ERR) == 0);
+    ended = next(q);
+    NEED(ended.result == KVD_SUCCESS);
+    for (int v = 0; v < 2; v++)
+        for (int i = 0; i < Q_LAYERS; i++)
+            memset(on_gpu->side[v][i], 0, SIDE * 2);
+    NEED(kvd_queue_get(q, &space, &k, p, NULL, NULL, ERR) == 0);
+    ended = next(q);
+    NEED(ended.result == KVD_SUCCESS);
+    copy_all(got, on_gpu, cudaMemcpyDeviceToHost, stream);
+    NEED(cudaStreamSynchronize(stream) == cudaSuccess && equal(given, got, 0, BLOCKS));
+}
+
 int queues_gpu(const char *address)
 {
     struct engine given = engine_new(10), on_gpu = given, got = engine_new(11);
@@ -414,44 +445,37 @@ int queues_gpu(const char *address)
     kvd_ended ended;
     cudaStream_t stream;
     char names[BLOCKS][KEY];
-    bool exact[BLOCKS];
     NEED(cudaStreamCreate(&stream) == cudaSuccess);
-    memset(exact, true, sizeof(exact));
     for (int v = 0; v < 2; v++)
         for (int i = 0; i < Q_LAYERS; i++) {
             void *memory;
             NEED(cudaMalloc(&memory, SIDE * 2) == cudaSuccess);
             on_gpu.side[v][i] = memory;
-            NEED(cudaMemcpyAsync(memory, given.side[v][i], SIDE * 2, cudaMemcpyHostToDevice,
-                                 stream) == cudaSuccess);
         }
     kvd_page_keys k = keys_of(names, 'g', 0, BLOCKS);
     kvd_paged p = paged_of(&on_gpu, 0);
     p.on_gpu = true;
     p.stream = stream;
-    NEED(kvd_queue_put(q, &space, &k, exact, &p, NULL, NULL, ERR) == 0);
-    ended = next(q);
-    NEED(ended.result == KVD_SUCCESS);
-    for (int v = 0; v < 2; v++)
-        for (int i = 0; i < Q_LAYERS; i++)
-            memset(on_gpu.side[v][i], 0, SIDE * 2);
-    NEED(kvd_queue_get(q, &space, &k, &p, NULL, NULL, ERR) == 0);
-    ended = next(q);
-    NEED(ended.result == KVD_SUCCESS);
-    for (int v = 0; v < 2; v++)
-        for (int i = 0; i < Q_LAYERS; i++)
-            NEED(cudaMemcpyAsync(got.side[v][i], on_gpu.side[v][i], SIDE * 2,
-                                 cudaMemcpyDeviceToHost, stream) == cudaSuccess);
-    NEED(cudaStreamSynchronize(stream) == cudaSuccess && equal(&given, &got, 0, BLOCKS));
+    put_and_get(q, 'g', &p, &given, &on_gpu, &got, stream);
+    NEED(kvd_pages_register(c, &p, ERR) == 0); // kvd reads and writes it from now on
+    put_and_get(q, 'r', &p, &given, &on_gpu, &got, stream);
+    NEED(kvd_pages_unregister(c, 1000, ERR) == 0 && kvd_pages_unregister(c, 0, ERR) == 0);
+    put_and_get(q, 'u', &p, &given, &on_gpu, &got, stream);
     p.on_gpu = false; // as if it were the host's: the same memory here, and the same pages
+    NEED(kvd_pages_register(c, &p, ERR) == KVD_ERR_INVALID &&
+         strstr(failure.text, "memory of the host, and kvd runs on a GPU"));
     memset(on_gpu.side[0][0], 0, SIDE * 2);
     NEED(kvd_queue_get(q, &space, &k, &p, NULL, NULL, ERR) == 0);
     ended = next(q);
     NEED(ended.result == KVD_SUCCESS && equal(&given, &on_gpu, 0, BLOCKS));
     p.on_gpu = true;
     p.k = (void *const *)given.side[0];
+    NEED(kvd_pages_register(c, &p, ERR) == KVD_ERR_INVALID &&
+         strstr(failure.text, "is not GPU memory of this process"));
     NEED(kvd_queue_get(q, &space, &k, &p, NULL, NULL, ERR) == KVD_ERR_INVALID &&
          strstr(failure.text, "no memory of the GPU"));
+    p.k = NULL;
+    NEED(kvd_pages_register(c, &p, ERR) == KVD_ERR_INVALID && strstr(failure.text, "k is NULL"));
     kvd_queue_free(&q);
     kvd_close(&c);
     engine_free(&given);

@@ -181,6 +181,9 @@ class Maker:
                 m.expire = m.hint == 0 and m.ms > 0 and self.r.random() < 0.5
                 return m
             m.keys = self.keys()
+            if kind in (kv.PutPagesRequest, kv.GetPagesRequest) and self.known.memory.get(s) and self.r.random() < 0.5:
+                m.paged.CopyFrom(self.blocks(s, len(m.keys) // 16))
+                return m
             if kind is kv.PutPagesRequest:
                 n = 64 * len(m.keys) // 16
                 m.k.CopyFrom(self.tensor(s, KV_HEADS, n))
@@ -206,6 +209,19 @@ class Maker:
         if kind is kv.TruncateSequenceRequest:
             return kind(session=s, sequence=q, length=self.r.randrange(at + 1))
         return self.fill(kind())
+
+    def blocks(self, session, pages):
+        """Of an engine that has room for one page, in buffers of 64 KiB; some of it may be wrong."""
+        r, row = self.r, DIM * 2
+        tokens = r.choice([16, 16, 64, 48])
+        k, v = (kv.PagedRef.Side(buffers=[r.choice(self.known.memory[session])], offsets=[at, at + 2 * 64 * KV_HEADS * row],
+                                 block_stride=tokens * KV_HEADS * row, head_stride=row, token_stride=KV_HEADS * row, dim_stride=2)
+                for at in (0, 64 * KV_HEADS * row))
+        out = kv.PagedRef(k=k, v=v, all_blocks=64 // tokens, block_tokens=tokens, first_token=r.choice([0, 0, 0, 1]),
+                          blocks=[r.randrange(64 // tokens) if r.random() < 0.1 else i % (64 // tokens) for i in range(-(-64 * pages // tokens))])
+        for side in (k, v) if r.random() < 0.3 else ():
+            setattr(side, r.choice(["block_stride", "head_stride", "token_stride", "dim_stride"]), r.choice(WIDE) % 2 ** 64)
+        return out
 
     def keys(self):
         """Of pages that others may have put, some of them twice."""

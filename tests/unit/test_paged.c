@@ -89,7 +89,9 @@ static void round_trip(uint64_t *r, const char *k_order, const char *v_order, ui
     kvd_paged p = paged_of(&m[0], &m[1], tokens, blocks, first);
     if ((first + TOKENS + tokens - 1) / tokens > BLOCKS)
         p.first_token = first = 0;
-    ck_assert_msg(kvd_paged_check(&p, &shape, PAGES, true, &err) == 0, "%s: %s", k_order, err.text);
+    struct kvd_paged_kv kv;
+    ck_assert_msg(kvd_paged_take(&p, &shape, PAGES, true, &kv, &err) == 0, "%s: %s", k_order,
+                  err.text);
     for (int side = 0; side < 2; side++) {
         size_t n = (size_t)LAYERS * TOKENS * HEADS * dims[side];
         dense[side] = malloc(n * 2);
@@ -97,12 +99,24 @@ static void round_trip(uint64_t *r, const char *k_order, const char *v_order, ui
         for (size_t i = 0; i < n; i++)
             dense[side][i] = (uint16_t)kvd_rand(r);
     }
-    const struct kvd_dense_pages staged = {.side = {(uint8_t *)dense[0], (uint8_t *)dense[1]},
-                                           .tokens = TOKENS};
-    const struct kvd_dense_pages again = {.side = {(uint8_t *)back[0], (uint8_t *)back[1]},
-                                          .tokens = TOKENS};
-    kvd_paged_scatter(&p, &shape, 0, 1, &staged, 0); // in two parts
-    kvd_paged_scatter(&p, &shape, 1, PAGES - 1, &staged, 1);
+    const uint64_t page[2] = {64ull * HEADS * DIM * 2, 64ull * HEADS * 64 * 2};
+    struct kvd_paged_copy one = {.layers = LAYERS, // in two parts, the second a layer at a time
+                                 .pages = 1,
+                                 .dense = {(uint8_t *)dense[0], (uint8_t *)dense[1]},
+                                 .dense_tokens = TOKENS,
+                                 .out = true};
+    kvd_paged_copy(&kv, &one);
+    for (uint32_t layer = 0; layer < LAYERS; layer++) {
+        struct kvd_paged_copy more = {.layer = layer,
+                                      .layers = 1,
+                                      .page = 1,
+                                      .pages = PAGES - 1,
+                                      .dense_tokens = TOKENS,
+                                      .out = true};
+        for (int side = 0; side < 2; side++)
+            more.dense[side] = (uint8_t *)dense[side] + (layer * PAGES + 1) * page[side];
+        kvd_paged_copy(&kv, &more);
+    }
     for (int side = 0; side < 2; side++) {
         for (int layer = 0; layer < LAYERS; layer++)
             for (uint32_t t = 0; t < TOKENS; t++)
@@ -116,7 +130,11 @@ static void round_trip(uint64_t *r, const char *k_order, const char *v_order, ui
                     }
     }
     ck_assert_uint_eq(wrong, 0);
-    kvd_paged_gather(&p, &shape, 0, PAGES, &again, 0);
+    one = (struct kvd_paged_copy){.layers = LAYERS,
+                                  .pages = PAGES,
+                                  .dense = {(uint8_t *)back[0], (uint8_t *)back[1]},
+                                  .dense_tokens = TOKENS};
+    kvd_paged_copy(&kv, &one);
     for (int side = 0; side < 2; side++) {
         size_t n = (size_t)LAYERS * TOKENS * HEADS * dims[side];
         ck_assert_int_eq(memcmp(dense[side], back[side], n * 2), 0);
@@ -150,15 +168,16 @@ START_TEST(what_reaches_beyond_its_memory_or_meets_itself_is_refused)
     uint64_t r = 1;
     shuffled(&r, blocks);
     const kvd_paged good = paged_of(&k, &v, 16, blocks, 0);
+    struct kvd_paged_kv kv;
     struct kvd_error err = {0};
 #define REFUSED(says, ...)                                                                         \
     do {                                                                                           \
         kvd_paged p = good;                                                                        \
         __VA_ARGS__;                                                                               \
-        ck_assert_int_eq(kvd_paged_check(&p, &shape, PAGES, true, &err), KVD_E_INVALID);           \
+        ck_assert_int_eq(kvd_paged_take(&p, &shape, PAGES, true, &kv, &err), KVD_E_INVALID);       \
         ck_assert_msg(strstr(err.text, says) != NULL, "%s", err.text);                             \
     } while (0)
-    ck_assert_int_eq(kvd_paged_check(&good, &shape, PAGES, true, &err), 0);
+    ck_assert_int_eq(kvd_paged_take(&good, &shape, PAGES, true, &kv, &err), 0);
     REFUSED("NULL", p.k = NULL);
     REFUSED("NULL", p.blocks = NULL);
     REFUSED("block_tokens", p.block_tokens = 0);
@@ -186,7 +205,7 @@ START_TEST(what_reaches_beyond_its_memory_or_meets_itself_is_refused)
     // A source may name a block twice: nothing is written there.
     kvd_paged p = good;
     p.blocks = twice;
-    ck_assert_int_eq(kvd_paged_check(&p, &shape, PAGES, false, &err), 0);
+    ck_assert_int_eq(kvd_paged_take(&p, &shape, PAGES, false, &kv, &err), 0);
     free_memory(&k);
     free_memory(&v);
 }

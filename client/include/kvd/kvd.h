@@ -262,7 +262,8 @@ KVD_API kvd_result kvd_buffer_cuda_ipc(kvd_client *client, const void *handle, u
  * @retval KVD_ERR_EXHAUSTED the session has too many buffers */
 KVD_API kvd_result kvd_buffer_cuda_fd(kvd_client *client, int fd, uint64_t bytes, kvd_buffer **out,
                                       kvd_failure *err);
-/** Frees a buffer. Calls that use it must have returned.
+/** Frees a buffer. Calls that use it must have returned; those that put or get pages in it are
+ * waited for.
  * @param buffer what is freed, and becomes NULL; *buffer may be NULL */
 KVD_API void kvd_buffer_free(kvd_buffer **buffer);
 /** Frees a buffer but for its memory, which stays: for languages whose arrays outlive a client.

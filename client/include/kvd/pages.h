@@ -81,6 +81,34 @@ typedef struct kvd_paged {
                    * what is on it; calls wait for it. NULL: the default stream */
 } kvd_paged;
 
+/** Registers an engine's KV with kvd, once: the allocations that K and V of all layers lie in. From
+ * then on kvd's own kernels read and write the pages of it that this client puts and gets, also by
+ * its queues, and nothing is copied in this process. It changes nothing else: calls that name
+ * memory that is not registered have libkvd copy.
+ *
+ * kvd has the memory mapped until kvd_pages_unregister, or the client's end: it must not be given
+ * back before, nor unmapped, as an engine's sleep mode does. After a restart of kvd it is
+ * registered again by itself, as other buffers are.
+ * @param client whose puts and gets
+ * @param memory k, v, k_bytes, v_bytes and on_gpu say what; the rest has no meaning here. On a GPU
+ * it is memory of cudaMalloc, or an allocator above it: of cuMemCreate (PyTorch's
+ * expandable_segments) there is no handle of the whole. Memory of the host is registered by being
+ * kvd_buffer_new's, so that this only says whether it is
+ * @param[out] err says why it failed; may be NULL. Then nothing is registered that was not
+ * @retval KVD_ERR_INVALID it is no such memory, or not of what kvd computes in; kvd runs on another
+ * GPU; this kvd is too old; or libkvd has no CUDA
+ * @retval KVD_ERR_PRECONDITION the client was opened without pages
+ * @retval KVD_ERR_EXHAUSTED the session has too many buffers */
+KVD_API kvd_result kvd_pages_register(kvd_client *client, const kvd_paged *memory,
+                                      kvd_failure *err);
+/** Gives back what kvd_pages_register has registered of this client, all of it. Puts and gets that
+ * begin meanwhile, or that wait in a queue, have libkvd copy. When it returns well, none of them
+ * uses the memory any more, and kvd, if it answered within the client's timeout, has let go of it.
+ * @param client whose
+ * @param ms milliseconds to wait for puts and gets that are under way
+ * @param[out] err says why it failed; may be NULL. Then all stays registered
+ * @retval KVD_ERR_TIMEOUT some are still under way */
+KVD_API kvd_result kvd_pages_unregister(kvd_client *client, uint32_t ms, kvd_failure *err);
 /** Looks up pages of several requests. What is found counts as used.
  * @param client whose
  * @param space what the keys mean something in

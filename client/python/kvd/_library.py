@@ -253,6 +253,8 @@ _FUNCTIONS = {  # name: argument types; all of these return a kvd_result and end
     "kvd_pages_put": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.POINTER(c.c_bool), c.POINTER(PagedStruct), c.POINTER(c.c_uint8)],
     "kvd_pages_encode": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.POINTER(c.c_uint8), c.POINTER(c.c_uint32)],
     "kvd_pages_get": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.POINTER(PagedStruct), c.POINTER(c.c_uint8)],
+    "kvd_pages_register": [_P, c.POINTER(PagedStruct)],
+    "kvd_pages_unregister": [_P, c.c_uint32],
     "kvd_queue_new": [_P, c.c_uint32, c.POINTER(_P)],
     "kvd_queue_fd": [_P, c.POINTER(c.c_int)],
     "kvd_queue_put": [_P, c.POINTER(Bytes), c.POINTER(PageKeys), c.POINTER(c.c_bool), c.POINTER(PagedStruct), c.POINTER(c.c_uint8),

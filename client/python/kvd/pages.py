@@ -230,6 +230,20 @@ class Pages(lib.OfProcess):
                  _check.milliseconds("seconds", seconds), _check.flag("expire", expire), pages)
         return list(pages)
 
+    def register(self, memory: Paged) -> None:
+        """Registers an engine's KV with kvd, once: the allocations that the tensors lie in. From then on kvd itself reads and writes the
+        pages of it that are put and got, by queues too, and nothing is copied in this process. On a GPU: memory of cudaMalloc, as PyTorch's
+        without `expandable_segments`. Of the host: arrays of `client.tensor`, which are registered already. Raises where that cannot be;
+        then libkvd copies, as it does with what is not registered. kvd has the memory mapped until `unregister` or `close`: it must not
+        be given back, nor unmapped by a sleep mode, before."""
+        self._check_memory("memory", memory)
+        lib.call("kvd_pages_register", self.client._open(), c.byref(memory._struct))
+
+    def unregister(self, timeout: float = 30.0) -> None:
+        """Gives back all that was registered, once no put or get is under way in it; raises TimeoutError if some still are, and all stays
+        registered. Those that begin later have libkvd copy."""
+        lib.call("kvd_pages_unregister", self.client._open(), _check.milliseconds("timeout", timeout))
+
     def put(self, keys: Iterable[bytes], source: Paged, *, after: Optional[bytes] = None,
             exact: Optional[Union[bytes, Seq[bool]]] = None, had: Optional[bytes] = None) -> bytes:
         """Stores pages that are not there; each is seen whole or not at all. after: the key of the page before the first; eviction takes
@@ -277,13 +291,16 @@ class Pages(lib.OfProcess):
     def _arguments(self, keys: list[bytes], what: str, paged: Any, more: tuple[Any, ...], after: Optional[bytes] = None,
                    had: Optional[bytes] = None) -> tuple[Any, ...]:
         """Of libkvd's functions, behind whose they are and before the failure; the last is room for kinds."""
+        self._check_memory(what, paged)
+        return (c.byref(self._bytes), c.byref(_struct(keys, after, had)), *more, c.byref(paged._struct), (c.c_uint8 * len(keys))())
+
+    def _check_memory(self, what: str, paged: Any) -> None:
         if not isinstance(paged, Paged):
             raise TypeError(f"{what} is a {_check.describe(paged)}, and a kvd.Paged is wanted")
         wanted = (len(self.client.layers), self.client.kv_heads, self.client.head_dim)
         if (paged.layers, paged.heads, paged.dims) != wanted:
             raise lib.InvalidError(f"{what} has layers, kv_heads and head_dim {(paged.layers, paged.heads, paged.dims)}, and {wanted} are "
                                    "wanted")
-        return (c.byref(self._bytes), c.byref(_struct(keys, after, had)), *more, c.byref(paged._struct), (c.c_uint8 * len(keys))())
 
     def _call(self, function: str, *arguments: Any) -> bytes:
         lib.call(function, self.client._open(), *arguments)
