@@ -5,8 +5,8 @@ import time
 import pytest
 
 import kvd
-from kvd.engines import (COMPRESSED, EXACT, Adapters, Breaker, Lookups, PageStore, Policy, Ranks, Refused, Tails, Transfers, restore_seconds, space,
-                         split_key, weights_digest)
+from kvd.engines import (COMPRESSED, EXACT, Adapters, Breaker, Lookups, PageStore, Policy, Ranks, Refused, Tails, Transfers, registered,
+                         restore_seconds, space, split_key, weights_digest)
 
 
 class Found:
@@ -206,6 +206,37 @@ def test_a_store_turns_failures_into_misses_and_leaves_kvd_alone_after_some():
     assert store.counters.take() == {"gone": 5, "refusals": 1, "errors": 2, "skipped": 2} and store.breaker.open
     pages.error, now[0] = None, 1.0
     assert store.lookup([keys(1)], 1)[0].pages == 1 and not store.breaker.open
+
+
+def test_blocks_are_registered_where_they_can_be_and_the_log_says_once_where_not(caplog):
+    class Kvd(Pages):
+        refusal, memory, ended = None, None, []
+
+        def register(self, memory):
+            if self.refusal:
+                raise self.refusal
+            self.memory = memory
+
+        def unregister(self):
+            self.ended.append("given back")
+
+        def close(self):
+            self.ended.append("closed")
+
+    pages = Kvd()
+    store = PageStore(lambda: registered(pages, "all of it"))
+    store.start()
+    assert pages.memory == "all of it" and not caplog.records
+    store.close()
+    store.close()
+    assert pages.ended == ["given back", "closed"]
+    for refusal in (kvd.InvalidError("no handle"), kvd.InvalidError("no handle"), kvd.ExhaustedError("1024 buffers")):
+        pages.refusal = refusal
+        PageStore(lambda: registered(pages, "all of it")).start()  # works on
+    assert [r.getMessage().split(": ")[-1] for r in caplog.records] == ["no handle", "1024 buffers"]
+    pages.refusal = kvd.UnavailableError("away")
+    with pytest.raises(kvd.UnavailableError):
+        registered(pages, "all of it")
 
 
 def test_a_store_opens_later_what_was_away_and_refuses_what_is_wrong():

@@ -87,6 +87,86 @@ static bool paged_case(const struct paged_case *c, bool out, uint64_t *seed)
     return good;
 }
 
+// What kvd does with blocks that are registered: some layers and pages of them, by the backend's
+// operation, against the same in host memory.
+enum { OP_LAYERS = 4, OP_HEADS = 3, OP_BLOCKS = 7, OP_TOKENS = 48, OP_PAGES = 4 };
+
+static uint64_t op_side(uint32_t dim)
+{
+    return (uint64_t)OP_BLOCKS * OP_HEADS * OP_TOKENS * dim;
+}
+
+static struct kvd_paged_side op_side_of(void **bases, void *memory, uint32_t dim, bool columns)
+{
+    const uint64_t row = dim * 2ull;
+    for (int l = 0; l < OP_LAYERS; l++)
+        bases[l] = (uint8_t *)memory + l * op_side(dim) * 2;
+    return (struct kvd_paged_side){.layers = bases,
+                                   .bytes = op_side(dim) * 2,
+                                   .strides = {OP_HEADS * OP_TOKENS * row, OP_TOKENS * row,
+                                               columns ? 2 : row, columns ? OP_TOKENS * 2 : 2},
+                                   .dim = dim};
+}
+
+static bool paged_op(bool columns, bool out, uint64_t *seed)
+{
+    static const uint32_t dims[2] = {64, 128}, blocks[OP_BLOCKS] = {3, 0, 6, 1, 5, 2, 4};
+    struct kvd_paged_kv kv[2] = {{.layers = OP_LAYERS, // on the GPU; in host memory
+                                  .heads = OP_HEADS,
+                                  .all_blocks = OP_BLOCKS,
+                                  .block_tokens = OP_TOKENS,
+                                  .blocks = blocks,
+                                  .n_blocks = OP_BLOCKS,
+                                  .first_token = 17}};
+    const uint64_t dense_row = 2ull * OP_HEADS * (64 + 128), tokens = 2 * KVD_PAGE_TOKENS;
+    const uint64_t dense_bytes = 2 * tokens * dense_row; // two layers of two pages
+    struct kvd_paged_copy copy[2] = {{.layer = 1, .layers = 2, .page = 1, .pages = 2, .out = out}};
+    void *bases[2][2][OP_LAYERS], *on_gpu[2];
+    uint16_t *host[2], *dense = malloc(dense_bytes), *got = malloc(OP_LAYERS * op_side(128) * 2);
+    struct kvd_error err = {0};
+    struct kvd_dense room = {0};
+    bool good = cuda->ops->dense(cuda, dense_bytes, dense_bytes, &room, &err) == KVD_OK;
+    kv[1] = kv[0];
+    copy[0].dense_tokens = (uint32_t)tokens;
+    copy[1] = copy[0];
+    for (uint64_t i = 0; i < dense_bytes / 2; i++)
+        dense[i] = (uint16_t)kvd_rand(seed);
+    for (int v = 0; v < 2; v++) {
+        const uint64_t n = OP_LAYERS * op_side(dims[v]);
+        host[v] = malloc(n * 2);
+        for (uint64_t i = 0; i < n; i++)
+            host[v][i] = (uint16_t)kvd_rand(seed);
+        on_gpu[v] = to_gpu(host[v], n * 2);
+        kv[0].side[v] = op_side_of(bases[0][v], on_gpu[v], dims[v], columns && !v);
+        kv[1].side[v] = op_side_of(bases[1][v], host[v], dims[v], columns && !v);
+        const uint64_t at = v ? 2 * tokens * OP_HEADS * 64 * 2 : 0;
+        copy[0].dense[v] = room.data + at;
+        copy[1].dense[v] = (uint8_t *)dense + at;
+    }
+    if (good) {
+        upload(room.data, dense, dense_bytes);
+        good = kvd_paged_check(&kv[0], OP_PAGES, out, &err) == KVD_OK &&
+               cuda->ops->paged(cuda, &kv[0], &copy[0], &err) == KVD_OK;
+        kvd_paged_copy(&kv[1], &copy[1]);
+    }
+    for (int v = 0; v < 2 && good; v++) {
+        const uint64_t bytes = OP_LAYERS * op_side(dims[v]) * 2;
+        cudaMemcpy(got, on_gpu[v], bytes, cudaMemcpyDeviceToHost);
+        good = memcmp(got, host[v], bytes) == 0;
+    }
+    if (good) {
+        cudaMemcpy(got, room.data, dense_bytes, cudaMemcpyDeviceToHost);
+        good = memcmp(got, dense, dense_bytes) == 0;
+    }
+    for (int v = 0; v < 2; v++) {
+        cudaFree(on_gpu[v]);
+        free(host[v]);
+    }
+    free(dense);
+    free(got);
+    return good;
+}
+
 static void paged(uint64_t seed)
 {
     const struct paged_case cases[] = {
@@ -100,6 +180,8 @@ static void paged(uint64_t seed)
         for (int out = 0; out < 2; out++)
             result(paged_case(&cases[i], out, &seed),
                    out ? "into an engine's blocks" : "out of an engine's blocks");
+    for (int i = 0; i < 4; i++)
+        result(paged_op(i & 1, i >> 1, &seed), "registered blocks, some layers and pages");
 }
 
 #endif

@@ -5,9 +5,9 @@ from ._breaker import Breaker
 from ._lookups import Finding, Lookups
 from ._policy import COMPRESSED, EXACT, MISSING, PAGE, Policy, split_key
 from ._space import Adapters, Refused, space, weights_digest
-from ._store import Counters, PageStore, Ranks, restore_seconds
+from ._store import Counters, PageStore, Ranks, registered, restore_seconds
 from ._tails import Tails
 from ._transfers import Done, Transfers
 
 __all__ = ["Adapters", "Breaker", "COMPRESSED", "Counters", "Done", "EXACT", "Finding", "Lookups", "MISSING", "PAGE", "PageStore", "Policy",
-           "Ranks", "Refused", "Tails", "Transfers", "restore_seconds", "space", "split_key", "weights_digest"]
+           "Ranks", "Refused", "Tails", "Transfers", "registered", "restore_seconds", "space", "split_key", "weights_digest"]

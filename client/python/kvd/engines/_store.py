@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import threading
 import time
@@ -126,10 +127,11 @@ class PageStore:
         with self._lock:
             pages, self._pages = self._pages, None
         if pages is not None:
-            try:
-                pages.close()
-            except (lib.Error, OSError) as e:
-                logger.info("kvd: closing: %s", e)
+            for end in (pages.unregister, pages.close):  # the engine gives its memory back after this
+                try:
+                    end()
+                except (lib.Error, OSError) as e:
+                    logger.info("kvd: closing: %s", e)
 
 
 def _calls(requests: Sequence[Sequence[bytes]]) -> Iterator[list[list[bytes]]]:
@@ -142,6 +144,21 @@ def _calls(requests: Sequence[Sequence[bytes]]) -> Iterator[list[list[bytes]]]:
         some.append(first)
     if some:
         yield some
+
+
+def registered(pages: Any, memory: Any) -> Any:
+    """The same `kvd.Pages`, with kvd reading and writing the engine's blocks itself, if it can have their memory. memory: a `kvd.Paged` of
+    all of it. Where it cannot, the log says why, once, and libkvd copies."""
+    try:
+        pages.register(memory)
+    except (lib.InvalidError, lib.PreconditionError, lib.ExhaustedError) as e:
+        _say_once(f"kvd: the engine's KV is not registered, so that libkvd copies its pages, which is slower: {e}")
+    return pages
+
+
+@functools.lru_cache(maxsize=64)
+def _say_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 class Held(NamedTuple):

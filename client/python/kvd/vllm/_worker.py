@@ -9,7 +9,7 @@ import torch
 
 from .. import Paged
 from .. import _library as lib
-from ..engines import EXACT, MISSING, PAGE, Breaker, Counters, PageStore, Refused, Transfers
+from ..engines import EXACT, MISSING, PAGE, Breaker, Counters, PageStore, Refused, Transfers, registered
 from ._blocks import BlockLayout, probe
 from ._manager import Load, Run, Store, stats
 from ._setup import Setup, compat
@@ -133,15 +133,19 @@ class KvdWorker(compat.OffloadingWorker):  # type: ignore[name-defined,misc]
         self._setup, self.counters, breaker = setup, Counters(), Breaker()
         device = tensors[0].device
 
+        blocks: Any = _GpuBlocks if device.type == "cuda" else _Blocks
+        self._targets, self._sources = blocks(setup, tensors, layout), blocks(setup, tensors, layout)
+
         def opened() -> Any:
             pages = setup.open(setup.rank, "vllm-worker")
-            return on_its_gpu(pages, gpu_uuid(device), setup.rank, setup.tp_size) if device.type == "cuda" else pages
+            if device.type != "cuda":
+                return pages
+            pages = on_its_gpu(pages, gpu_uuid(device), setup.rank, setup.tp_size)
+            return registered(pages, self._sources.paged(np.zeros(0, np.int64)))
 
         self._in, self._out = stores or tuple(PageStore(opened, breaker, self.counters) for _ in range(2))
         for s in (self._in, self._out):
             s.start()
-        blocks: Any = _GpuBlocks if device.type == "cuda" else _Blocks
-        self._targets, self._sources = blocks(setup, tensors, layout), blocks(setup, tensors, layout)
         self._transfers = Transfers(start=lambda: torch.cuda.set_device(device) if device.type == "cuda" else None)
         self._loads: dict[int, np.ndarray] = {}  # that are under way, and their blocks
         self._failed: dict[int, np.ndarray] = {}
