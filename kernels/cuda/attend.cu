@@ -102,7 +102,7 @@ struct few_units {
 static bool is_many_call(const attend_params &p)
 {
     auto coded = [](uint32_t codec) { return family_of(codec) != NO_FAMILY && codec != KVD_CODEC_BF16; };
-    return coded(p.codec) && coded(p.codec_v) && same_dims(p) && (p.dim_k == 64 || p.dim_k == 128) &&
+    return coded(p.codec) && coded(p.codec_v) && most_used_dims(p) &&
            p.softcap == 0 && !p.tail.tokens;
 }
 
@@ -283,13 +283,16 @@ extern "C" int kvd_cuda_attend(const struct kvd_cuda_attend_params *p, struct CU
         return is_many_call(*p) ? (int)launch_many(*p, stream) : -1;
     if (takes_any(*p))
         return (int)launch_any(*p, stream);
-    switch (family_of(p->codec)) {
+    switch (compiled_for(*p)) {
     case INT2:
         return power_of_two(p->dim_k) ? launch_int2(*p, stream) : launch_int2_other(*p, stream);
     case INT2C:
         return power_of_two(p->dim_k) ? launch_int2c(*p, stream) : launch_int2c_other(*p, stream);
     case INT4:
         return launch_int4(*p, stream);
+    case INT4_INT2:
+    case INT2_INT4:
+        return launch_pairs(*p, stream);
     case LEVELS2:
         return launch_levels2(*p, stream);
     case LEVELS3:

@@ -373,14 +373,14 @@ template <bool MASKED, int NT, int DK, int DV, int CODEC, int C>
 __device__ inline void add_values(const uint8_t *tile_at, uint32_t codec, const tile_place &at, float score_unit,
                                   const float (&s)[NT][4], state<NT, DV> &st)
 {
-    code_words<DV, CODEC> w;
+    code_words<DV, value_codec(CODEC)> w;
     w.load(tile_at + tile<DK, DV, CODEC>::v_codes(codec), C);
     float2 p0, p1;
     load_params<CODEC>(tile_at + tile<DK, DV, CODEC>::v_params(codec), codec, C, p0, p1);
     constexpr bool FLIPPED = upside_down(CODEC, C);
     if (FLIPPED) {
         // Of tc2 and tc2.5, whose levels are about 0, the sums of scales alone say what of minima.
-        constexpr float LARGEST = (1 << code_bits(CODEC)) - 1; // code
+        constexpr float LARGEST = (1 << code_bits(value_codec(CODEC))) - 1; // code
         p0 = make_float2(-p0.x, fmaf(LARGEST, p0.x, p0.y));
         p1 = make_float2(-p1.x, fmaf(LARGEST, p1.x, p1.y));
     }
@@ -432,7 +432,7 @@ __device__ inline void attend_tile(const uint8_t *tile_at, uint32_t codec, const
         float s[CHUNKS][NT][4];
         static_for<CHUNKS / 2>([&](auto pair) { // side by side: they do not wait for each other
             constexpr int i = 2 * pair, c = half * CHUNKS + i;
-            std::conditional_t<is_tc(CODEC), key_words<DK, CODEC>, code_words<DK, CODEC>> w0, w1;
+            std::conditional_t<is_tc(CODEC), key_words<DK, CODEC>, code_words<DK, key_codec(CODEC)>> w0, w1;
             if constexpr (is_tc(CODEC)) {
                 w0.load(tile_at, codec, c);
                 w1.load(tile_at, codec, c + 1);

@@ -28,6 +28,25 @@ constexpr int INT2 = KVD_CODEC_INT2, INT2C = KVD_CODEC_INT2C, LEVELS2 = KVD_CODE
 // tc2 and tc2.5: kernels for both, and, where they are fast, for one of them (tc.cuh).
 constexpr int TC = 64, TC2 = KVD_CODEC_TC2, TC2_5 = KVD_CODEC_TC2_5;
 
+// Pairs of int4 and int2 that have kernels of their own, K's codec first.
+constexpr int INT4_INT2 = 65, INT2_INT4 = 66;
+
+__host__ __device__ constexpr int key_codec(int codec)
+{
+    return codec == INT4_INT2 ? INT4 : codec == INT2_INT4 ? INT2 : codec;
+}
+
+__host__ __device__ constexpr int value_codec(int codec)
+{
+    return codec == INT4_INT2 ? INT2 : codec == INT2_INT4 ? INT4 : codec;
+}
+
+// Codes of four bits take the room of the ring's third slot, and that of a fourth block a multiprocessor.
+__host__ __device__ constexpr bool has_int4(int codec)
+{
+    return key_codec(codec) == INT4 || value_codec(codec) == INT4;
+}
+
 __host__ __device__ constexpr bool is_tc(int codec)
 {
     return codec == TC || codec == TC2 || codec == TC2_5;
@@ -81,24 +100,24 @@ __host__ __device__ constexpr bool has_levels(int codec)
 // Bytes of one side's parameters; CODEC as compiled, `codec` as it is.
 template <int CODEC> __host__ __device__ inline int params_bytes(uint32_t codec)
 {
-    return CODEC == INT2 || CODEC == INT4 || (CODEC == LEVELS2 && codec == KVD_CODEC_INT2_LM) ? 256 : 128;
+    return CODEC == INT2 || has_int4(CODEC) || (CODEC == LEVELS2 && codec == KVD_CODEC_INT2_LM) ? 256 : 128;
 }
 
 // Layout of a tile.
 template <int DK, int DV, int CODEC> struct tile {
-    static constexpr int BITS = code_bits(CODEC);
+    static constexpr int K_BITS = code_bits(key_codec(CODEC)), V_BITS = code_bits(value_codec(CODEC));
     static constexpr int MOST_BYTES = is_tc(CODEC)
                                           ? 128 * stream_bits<CODEC>(TC2_5, DK) + 16 * DV + 256
-                                          : 8 * BITS * (DK + DV) + (CODEC == INT2 || CODEC == INT4 || CODEC == LEVELS2 ? 512 : 256);
+                                          : 8 * (K_BITS * DK + V_BITS * DV) + (CODEC == INT2 || has_int4(CODEC) || CODEC == LEVELS2 ? 512 : 256);
 
     static __host__ __device__ constexpr int v_codes(uint32_t codec)
     {
-        return is_tc(CODEC) ? 128 * stream_bits<CODEC>(codec, DK) : 8 * BITS * DK;
+        return is_tc(CODEC) ? 128 * stream_bits<CODEC>(codec, DK) : 8 * K_BITS * DK;
     }
 
     static __host__ __device__ constexpr int k_params(uint32_t codec)
     {
-        return v_codes(codec) + 8 * BITS * DV;
+        return v_codes(codec) + 8 * V_BITS * DV;
     }
 
     static __host__ __device__ inline int v_params(uint32_t codec)

@@ -77,7 +77,7 @@ template <int NT, int DK, int DV, int WARPS, int CODEC> struct block_memory {
     static constexpr int TILE = tile<DK, DV, CODEC>::MOST_BYTES;
     // Tiles of a warp's ring. Short blocks gain by a third; long ones lose by what it takes.
     static constexpr int SLOTS =
-        WARPS == 4 && NT == 1 && (DK + DV <= 256 || DK == 192) && !has_levels(CODEC) && CODEC != INT4 && CODEC != TC2_5 ? 3 : 2;
+        WARPS == 4 && NT == 1 && (DK + DV <= 256 || DK == 192) && !has_levels(CODEC) && !has_int4(CODEC) && CODEC != TC2_5 ? 3 : 2;
     static constexpr bool STAGED = KVD_BULK && DV <= 128; // is R^T
     // Units of R^T, of 8 outputs x 32 inputs, and a warp's share of them. The last warps may have less, or none.
     static constexpr int UNITS = DV <= 128 ? packed<DV>::WORDS / 128 : 0, WARP_UNITS = (UNITS + WARPS - 1) / WARPS;

@@ -15,6 +15,7 @@ cudaError_t launch_int2_other(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_int2c(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_int2c_other(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_int4(const attend_params &p, cudaStream_t stream);
+cudaError_t launch_pairs(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_levels2(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_levels3(const attend_params &p, cudaStream_t stream);
 cudaError_t launch_levels4(const attend_params &p, cudaStream_t stream);
@@ -48,11 +49,6 @@ inline bool takes_latents(const attend_params &p)
     return kvd_latent_dims_ok(p.dim_k, p.dim_v);
 }
 
-inline bool takes_any(const attend_params &p)
-{
-    return p.codec != p.codec_v;
-}
-
 inline uint32_t rows_of_head(const attend_params &p)
 {
     return p.q_len * (p.q_heads / p.kv_heads);
@@ -61,6 +57,26 @@ inline uint32_t rows_of_head(const attend_params &p)
 inline bool same_dims(const attend_params &p)
 {
     return p.dim_k == p.dim_v;
+}
+
+inline bool most_used_dims(const attend_params &p)
+{
+    return same_dims(p) && (p.dim_k == 64 || p.dim_k == 128);
+}
+
+// What a call's kernels are compiled for: a codec's family, or a pair; NO_FAMILY where only the kernel for any codecs is.
+inline int compiled_for(const attend_params &p)
+{
+    if (p.codec == p.codec_v)
+        return family_of(p.codec);
+    if (p.codec == KVD_CODEC_INT4 && p.codec_v == KVD_CODEC_INT2 && most_used_dims(p))
+        return INT4_INT2;
+    return p.codec == KVD_CODEC_INT2 && p.codec_v == KVD_CODEC_INT4 && most_used_dims(p) ? INT2_INT4 : NO_FAMILY;
+}
+
+inline bool takes_any(const attend_params &p)
+{
+    return compiled_for(p) == NO_FAMILY;
 }
 
 // Whether head_dims have variants that leave out what only some calls want (`general`).
@@ -74,18 +90,25 @@ inline bool power_of_two(uint32_t x)
     return (x & (x - 1)) == 0;
 }
 
-// Codes of two bits that are their own values have all variants; int4 and those with levels, whose tiles leave no room for more warps,
-// one a pair of head_dims. Of tc2 and tc2.5 the most used head_dims have all.
+// Codes of two bits that are their own values have all variants; those with int4 or levels, whose tiles leave no room for more warps,
+// one a pair of head_dims, those with int4 one more for the most used head_dims. Of tc2 and tc2.5 the most used head_dims have all.
 inline bool tuned(const attend_params &p)
 {
-    if (family_of(p.codec) == TC)
-        return same_dims(p) && (p.dim_k == 64 || p.dim_k == 128);
-    return !has_levels(family_of(p.codec)) && family_of(p.codec) != INT4;
+    int codec = compiled_for(p);
+    if (codec == TC)
+        return most_used_dims(p);
+    return !has_levels(codec) && !has_int4(codec);
+}
+
+// Whether more than eight rows have a variant of their own.
+inline bool takes_sixteen_rows(const attend_params &p)
+{
+    return has_int4(compiled_for(p)) ? most_used_dims(p) : tuned(p) && same_dims(p) && p.dim_k <= 128;
 }
 
 inline uint32_t n_tiles(const attend_params &p)
 {
-    return tuned(p) && same_dims(p) && p.dim_k <= 128 && rows_of_head(p) > 8 ? 2 : 1;
+    return takes_sixteen_rows(p) && rows_of_head(p) > 8 ? 2 : 1;
 }
 
 inline bool general(const attend_params &p)
@@ -108,7 +131,10 @@ cudaError_t launch_both(const attend_params &p, cudaStream_t stream)
 
 template <int CODEC, int DK, int DV> cudaError_t launch_dims(const attend_params &p, cudaStream_t stream)
 {
-    if constexpr (has_levels(CODEC) || CODEC == INT4 || CODEC == TC || (DK != DV && DK != 192)) {
+    if constexpr (has_levels(CODEC) || has_int4(CODEC) || CODEC == TC || (DK != DV && DK != 192)) {
+        if constexpr (has_int4(CODEC) && DK == DV && (DK == 64 || DK == 128))
+            if (n_tiles(p) == 2)
+                return launch_attend<true, 2, DK, DV, 4, CODEC>(p, stream);
         return launch_attend<true, 1, DK, DV, 4, CODEC>(p, stream);
     } else {
         if constexpr (DK == DV && DK <= 128) {

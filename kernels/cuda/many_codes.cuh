@@ -162,12 +162,11 @@ template <int D, bool V, typename M, typename P> __device__ inline void make_val
         barrier_wait(mem.tile_there(from), tiles.phase(tile));
         barrier_wait(mem.empty(at.slot), at.phase ^ 1);
         make_side<D, V>(p, mem.tile_slot(from), chunk, left, mem.slot(at.slot));
-        barriers_ready(); // products may read it
+        arrive(mem.tile_read(from)); // each lane for what it has read, as racecheck does not see a __syncwarp before an arrival of one
+        barriers_ready();            // products may read it
         __syncwarp();
-        if (lane == 0) {
+        if (lane == 0)
             arrive(mem.full(at.slot));
-            arrive(mem.tile_read(from));
-        }
         at.template next<M::SLOTS>(2);
     }
 }

@@ -84,7 +84,7 @@ template <int D, many_source SOURCE> struct many_memory {
         }
         if ((int)threadIdx.x < TILES) {
             barrier_init(tile_there(threadIdx.x), 1);
-            barrier_init(tile_read(threadIdx.x), 4); // warps that make values of it
+            barrier_init(tile_read(threadIdx.x), 4 * 32); // lanes of warps that make values of it
         }
         barriers_ready();
 #endif
