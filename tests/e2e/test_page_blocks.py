@@ -305,6 +305,8 @@ class Wire:
         self.session = rpc.kv("OpenSession", ticket=self.socket.ticket, layout=shape, pages=True).session
         self.socket.send(1, fd)
         self.buffer = rpc.kv("RegisterBuffer", session=self.session, key=1, size=size).buffer
+        self.socket.send(2, fd)
+        self.again = rpc.kv("RegisterBuffer", session=self.session, key=2, size=size).buffer  # the same memory
         self.memory = np.frombuffer(mmap.mmap(fd, size), np.uint16)
         os.close(fd)
 
@@ -369,11 +371,12 @@ def test_a_reference_is_checked_and_nothing_has_changed(kvd, rpc):
     w.memory[:] = 0
     for changed, text in (({"blocks": [0, 1, 2, 3, 4, 5, 6, 6]}, "block 6 is to be written twice"),
                           ({"k_offsets": [0, 0]}, "items[0].paged.k, which is written, shares memory with items[1].paged.k"),
-                          ({"v_offsets": [0, 3 * SIDE]}, "shares memory"), ({"v_offsets": [SIDE - 2, 3 * SIDE]}, "shares memory")):
+                          ({"v_offsets": [0, 3 * SIDE]}, "shares memory"),
+                          ({"v_offsets": [0, 3 * SIDE], "v_buffers": [w.again]}, "shares memory"), ({"v_offsets": [SIDE - 2, 3 * SIDE]}, "shares memory")):
         said = details(lambda: rpc.kv("GetPages", **w.request(paged=w.paged(**changed))))[1]
         assert text in said, (changed, said)
     assert not w.memory.any()
-    rpc.kv("GetPages", **w.request(paged=w.paged(k_buffers=[w.buffer] * 2)))
+    rpc.kv("GetPages", **w.request(paged=w.paged(k_buffers=[w.buffer, w.again])))
     assert np.array_equal(w.memory, before)
     w.memory[:] = 0
     assert "page 0 of 2 is not there" in details(lambda: rpc.kv("GetPages", **w.request(space=b"other", paged=w.paged())))[1]
