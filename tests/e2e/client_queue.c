@@ -445,6 +445,8 @@ int queues_gpu(const char *address)
     kvd_ended ended;
     cudaStream_t stream;
     char names[BLOCKS][KEY];
+    bool exact[BLOCKS];
+    memset(exact, true, sizeof(exact));
     NEED(cudaStreamCreate(&stream) == cudaSuccess);
     for (int v = 0; v < 2; v++)
         for (int i = 0; i < Q_LAYERS; i++) {
@@ -452,19 +454,30 @@ int queues_gpu(const char *address)
             NEED(cudaMalloc(&memory, SIDE * 2) == cudaSuccess);
             on_gpu.side[v][i] = memory;
         }
-    kvd_page_keys k = keys_of(names, 'g', 0, BLOCKS);
     kvd_paged p = paged_of(&on_gpu, 0);
     p.on_gpu = true;
     p.stream = stream;
     put_and_get(q, 'g', &p, &given, &on_gpu, &got, stream);
     NEED(kvd_pages_register(c, &p, ERR) == 0); // kvd reads and writes it from now on
     put_and_get(q, 'r', &p, &given, &on_gpu, &got, stream);
+    // No queue: the call waits for the stream itself, before kvd reads what is to be there.
+    kvd_page_keys now = keys_of(names, 'n', 0, BLOCKS);
+    for (int v = 0; v < 2; v++)
+        for (int i = 0; i < Q_LAYERS; i++)
+            memset(on_gpu.side[v][i], 0, SIDE * 2);
+    copy_all(&on_gpu, &given, cudaMemcpyHostToDevice, stream);
+    NEED(kvd_pages_put(c, &space, &now, exact, &p, NULL, ERR) == 0);
+    for (int v = 0; v < 2; v++)
+        for (int i = 0; i < Q_LAYERS; i++)
+            memset(on_gpu.side[v][i], 0, SIDE * 2);
+    NEED(kvd_pages_get(c, &space, &now, &p, NULL, ERR) == 0 && equal(&given, &on_gpu, 0, BLOCKS));
     NEED(kvd_pages_unregister(c, 1000, ERR) == 0 && kvd_pages_unregister(c, 0, ERR) == 0);
     put_and_get(q, 'u', &p, &given, &on_gpu, &got, stream);
     p.on_gpu = false; // as if it were the host's: the same memory here, and the same pages
     NEED(kvd_pages_register(c, &p, ERR) == KVD_ERR_INVALID &&
          strstr(failure.text, "memory of the host, and kvd runs on a GPU"));
     memset(on_gpu.side[0][0], 0, SIDE * 2);
+    kvd_page_keys k = keys_of(names, 'g', 0, BLOCKS);
     NEED(kvd_queue_get(q, &space, &k, &p, NULL, NULL, ERR) == 0);
     ended = next(q);
     NEED(ended.result == KVD_SUCCESS && equal(&given, &on_gpu, 0, BLOCKS));
