@@ -63,6 +63,7 @@ struct kvd_cuda {
     uint64_t scratch_size, scratch_zeroed; // of the latest call
     uint8_t *dense;                        // tensors that pages of engines go through
     uint64_t dense_size;
+    bool dense_scarce;         // there was no memory for more of them
     bool packed;               // there was no memory for scratch with values of histories
     unsigned long long *found; // of a check: pinned memory that kernels reach too
     uint64_t piece_ns;         // of work on a layer's tokens at once; tests change it

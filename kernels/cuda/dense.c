@@ -7,6 +7,8 @@ int kvd_cuda_op_dense(struct kvd_backend *b, uint64_t least, uint64_t wanted, st
     struct kvd_cuda *c = cuda_of(b);
     int rc = 0;
     cudaSetDevice(c->index);
+    if (c->dense_scarce && c->dense_size >= least)
+        wanted = KVD_MIN(wanted, c->dense_size);
     while (c->dense_size < wanted) {
         void *data = NULL;
         cudaFree(KVD_TAKE(c->dense)); // nothing is on the stream that uses it
@@ -18,6 +20,7 @@ int kvd_cuda_op_dense(struct kvd_backend *b, uint64_t least, uint64_t wanted, st
         if (rc != cudaErrorMemoryAllocation || wanted == least)
             break;
         cudaGetLastError();
+        c->dense_scarce = true;
         wanted = KVD_MAX(wanted / 2, least);
     }
     *out = (struct kvd_dense){c->dense, c->dense_size, true};

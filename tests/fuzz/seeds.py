@@ -114,6 +114,8 @@ write("config", "wrong", b"pool-size = 1\n[kvd]\nthreads = -1\nthreads = 5\n[nam
 # -- requests -------------------------------------------------------------------------------------
 
 ref = kv.TensorRef(buffer=1, offset=64, layer_stride=4096, token_stride=256, head_stride=128, dtype=1, inline_data=b"1234")
+side = kv.PagedRef.Side(buffers=[1, 2], offsets=[0, 64], block_stride=4096, head_stride=128, token_stride=256, dim_stride=2)
+paged = kv.PagedRef(k=side, v=side, all_blocks=8, block_tokens=16, first_token=3, blocks=range(9))
 fence = kv.Fence(buffer=1, offset=4, value=9)
 session = "0123456789abcdef" * 2
 prefix = kv.PrefixKeys(extra=[b"lora"], tokens=bytes(256))
@@ -152,6 +154,8 @@ requests = [
     kv.HintPagesRequest(session=session, space=b"s", requests=[bytes(32), bytes(16)], key_bytes=16, hint=2, ms=60000),
     kv.PutPagesRequest(session=session, space=b"space", keys=bytes(40), key_bytes=20, after=bytes(20), exact=b"\0\1", k=ref, v=ref),
     kv.GetPagesRequest(session=session, space=b"space", keys=bytes(48), key_bytes=24, k=ref, v=ref),
+    kv.PutPagesRequest(session=session, space=b"space", keys=bytes(40), key_bytes=20, paged=paged),
+    kv.GetPagesRequest(session=session, space=b"space", keys=bytes(48), key_bytes=24, paged=paged),
     kv.EncodePagesRequest(session=session, space=b"space", keys=bytes(range(96)), key_bytes=16),
     admin.ListPrefixesRequest(namespace_name="n", limit=4), admin.ExplainPrefixRequest(namespace_name="n", key=bytes(24)),
     admin.PinPrefixRequest(namespace_name="n", key=bytes(24), seconds=9), admin.DropPrefixRequest(namespace_name="n"),
