@@ -165,16 +165,15 @@ static void begin_walk(struct kvd_cpu_walk *w, const struct kvd_attend_job *job,
     w->active = true;
 }
 
-// Asks for the tile of a run ahead of its turn: pages lie anywhere, and the first lines of each
-// would be waited for.
-static void fetch_tile(const struct kvd_cpu_walk *w, const struct kvd_cpu_run *run)
+// What is to be asked for before a run's turn.
+static void look_ahead(struct kvd_cpu_walk *w, const struct kvd_cpu_run *run)
 {
     const struct kvd_plane *g = w->job->p->plane;
-    if (!run->tile || run->k || run->v)
-        return;
-    uint64_t bytes = kvd_tile_bytes(g->codec, g->head_dim_k, g->head_dim_v);
-    for (uint64_t at = 0; at < bytes; at += 64)
-        __builtin_prefetch(run->tile + at);
+    w->ahead_rows = run->k ? run->k : run->v;
+    w->ahead = run->tile;
+    if (run->tile && !w->ahead_rows)
+        w->ahead_lines =
+            kvd_div_up(kvd_tile_bytes(g->codec, g->head_dim_k, g->head_dim_v), KVD_WALK_ALIGN);
 }
 
 // False: the slice was over first.
@@ -184,9 +183,11 @@ static bool walk_on(struct kvd_cpu_walk *w)
     struct kvd_cpu_run next = w->at < w->end ? run_at(w, w->at, w->end) : (struct kvd_cpu_run){0};
     while (w->at < w->end) {
         struct kvd_cpu_run run = next;
+        w->ahead_rows = NULL;
+        w->ahead_lines = 0;
         if (w->at + run.n < w->end) {
             next = run_at(w, w->at + run.n, w->end);
-            fetch_tile(w, &next);
+            look_ahead(w, &next);
         }
         w->job->kernel->run(w, &run);
         w->at += run.n;

@@ -139,6 +139,30 @@ static inline vf v_bf16(const uint8_t *p)
     __m128i h = _mm_loadu_si128((const __m128i *)(const void *)p);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
+static inline vf v_even(vi w)
+{
+    return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16));
+}
+static inline vf v_odd(vi w)
+{
+    return _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32((int)0xffff0000)));
+}
+static inline vf v_in_order(vf halves) // of two vectors' lanes
+{
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(halves), 0xd8));
+}
+static inline void v_apart(const float *x, vf *even, vf *odd)
+{
+    vf a = v_load(x), b = v_load(x + V);
+    *even = v_in_order(_mm256_shuffle_ps(a, b, 0x88));
+    *odd = v_in_order(_mm256_shuffle_ps(a, b, 0xdd));
+}
+static inline void v_together(vf even, vf odd, float *x)
+{
+    vf a = _mm256_unpacklo_ps(even, odd), b = _mm256_unpackhi_ps(even, odd);
+    v_store(x, _mm256_permute2f128_ps(a, b, 0x20));
+    v_store(x + V, _mm256_permute2f128_ps(a, b, 0x31));
+}
 static inline float v_sum(vf v)
 {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -151,14 +175,26 @@ static inline float v_top(vf v)
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
-// The halves of two vectors, then the pairs of four, are added; what is left has even and odd r of
-// vectors 0, 2 | 1, 3 and of 4, 6 | 5, 7.
+// The halves of two vectors added, and what of their words is next to each other.
+static inline vf v_halves_added(vf a, vf b)
+{
+    return v_add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+static inline vf v_pairs_added(vf a, vf b)
+{
+    return v_add(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+}
+static inline vf v_sums(const vf *x)
+{
+    vf a = v_pairs_added(v_halves_added(x[0], x[4]), v_halves_added(x[1], x[5]));
+    vf b = v_pairs_added(v_halves_added(x[2], x[6]), v_halves_added(x[3], x[7]));
+    return v_add(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
+}
+// Even and odd r of vectors 0, 2 | 1, 3, or of 4, 6 | 5, 7.
 static inline vf v_fold_four(const float *x)
 {
-    vf a = v_load(x), b = v_load(x + V), c = v_load(x + 2 * V), d = v_load(x + 3 * V);
-    a = v_add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
-    c = v_add(_mm256_permute2f128_ps(c, d, 0x20), _mm256_permute2f128_ps(c, d, 0x31));
-    return v_add(_mm256_shuffle_ps(a, c, 0x44), _mm256_shuffle_ps(a, c, 0xee));
+    return v_pairs_added(v_halves_added(v_load(x), v_load(x + V)),
+                         v_halves_added(v_load(x + 2 * V), v_load(x + 3 * V)));
 }
 static inline void v_fold(const float *x, float *out)
 {

@@ -133,6 +133,28 @@ static inline vf v_bf16(const uint8_t *p)
     __m256i h = _mm256_loadu_si256((const __m256i *)(const void *)p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
+static inline vf v_even(vi w)
+{
+    return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+}
+static inline vf v_odd(vi w)
+{
+    return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000)));
+}
+static inline void v_apart(const float *x, vf *even, vf *odd)
+{
+    const __m512i from =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    vf a = v_load(x), b = v_load(x + V);
+    *even = _mm512_permutex2var_ps(a, from, b);
+    *odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(from, _mm512_set1_epi32(1)), b);
+}
+static inline void v_together(vf even, vf odd, float *x)
+{
+    const __m512i from = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    v_store(x, _mm512_permutex2var_ps(even, from, odd));
+    v_store(x + V, _mm512_permutex2var_ps(even, _mm512_add_epi32(from, _mm512_set1_epi32(8)), odd));
+}
 static inline float v_sum(vf v)
 {
     return _mm512_reduce_add_ps(v);
@@ -141,20 +163,38 @@ static inline float v_top(vf v)
 {
     return _mm512_reduce_max_ps(v);
 }
-// The halves of two vectors, then the quarters of four, are added: a quarter of what is left has
-// the four r of one of them.
+// The halves of two vectors added, their quarters, and what of their words is next to each other.
+static inline vf v_halves_added(vf a, vf b)
+{
+    return v_add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+}
+static inline vf v_quarters_added(vf a, vf b)
+{
+    return v_add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+static inline vf v_pairs_added(vf a, vf b)
+{
+    return v_add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+}
+static inline vf v_sums(const vf *x)
+{
+    vf s[4];
+    for (int i = 0; i < 4; i++)
+        s[i] =
+            v_quarters_added(v_halves_added(x[i], x[i + 4]), v_halves_added(x[i + 8], x[i + 12]));
+    vf a = v_pairs_added(s[0], s[1]), b = v_pairs_added(s[2], s[3]);
+    return v_add(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+}
+// A quarter of four vectors' sums has the four r of one of them.
 static inline vf v_fold_four(const float *x)
 {
-    vf a = v_load(x), b = v_load(x + V), c = v_load(x + 2 * V), d = v_load(x + 3 * V);
-    a = v_add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-    c = v_add(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
-    return v_add(_mm512_shuffle_f32x4(a, c, 0x88), _mm512_shuffle_f32x4(a, c, 0xdd));
+    return v_quarters_added(v_halves_added(v_load(x), v_load(x + V)),
+                            v_halves_added(v_load(x + 2 * V), v_load(x + 3 * V)));
 }
 static inline void v_fold(const float *x, float *out)
 {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15);
-    vf a = v_fold_four(x), b = v_fold_four(x + 4 * V);
-    a = v_add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    vf a = v_pairs_added(v_fold_four(x), v_fold_four(x + 4 * V));
     v_store(out, _mm512_permutexvar_ps(order, a));
 }
 // Parameters of fp16 of 16 tokens, of which g and g + 8 lie side by side. `min` is NULL where there

@@ -70,12 +70,13 @@ struct kvd_cpu_isa {
     // acc [8 * dim] -> o [dim].
     void (*v_reduce)(uint32_t codec, const float *acc, uint32_t dim, float *o);
     // scores[row][t] = k_t . q_row for n tokens; k: bf16, `stride` bytes from token to token. q:
-    // [rows][dim], not rotated. Row r's scores start at scores + r * 64.
-    void (*bf16_scores)(const uint8_t *k, uint64_t stride, uint32_t n, uint32_t dim, const float *q,
-                        uint32_t rows, float *scores);
+    // [rows][dim], not rotated. Row r's scores start at scores + r * 64. ahead: rows that will be
+    // wanted next, to be asked for in passing; k where there are none.
+    void (*bf16_scores)(const uint8_t *k, const uint8_t *ahead, uint64_t stride, uint32_t n,
+                        uint32_t dim, const float *q, uint32_t rows, float *scores);
     // o[row] += sum over n tokens of p * v. p as scores above; o: [rows][dim].
-    void (*bf16_accumulate)(const uint8_t *v, uint64_t stride, uint32_t n, uint32_t dim,
-                            const float *p, uint32_t rows, float *o);
+    void (*bf16_accumulate)(const uint8_t *v, const uint8_t *ahead, uint64_t stride, uint32_t n,
+                            uint32_t dim, const float *p, uint32_t rows, float *o);
     // One side's parameters of a tile: scale and centre, for the levels of kvd_cpu_levels, of its
     // 64 tokens in their order.
     void (*params)(uint32_t codec, const uint8_t *params, struct kvd_cpu_params *out);

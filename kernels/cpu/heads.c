@@ -51,12 +51,13 @@ static void params_of(const struct walk *w, const struct kvd_cpu_run *run, bool 
         out->scale[t] = out->centre[t] = 0;
 }
 
-static void score_tile(struct walk *w, const struct kvd_cpu_run *run)
+static void score_tile(struct walk *w, const struct kvd_cpu_run *run, uint64_t ask)
 {
     const struct kvd_plane *g = w->base.job->p->plane;
     const struct kvd_cpu_isa *isa = w->base.job->cpu->isa;
     struct kvd_cpu_params params;
     params_of(w, run, false, &params);
+    kvd_cpu_ask(&w->base, ask);
     if (kvd_codec_tc(g->codec.k))
         isa->tc_scores(&w->tc, run->tile, w->q_codes, w->base.unit.rows, w->s);
     else
@@ -180,20 +181,24 @@ static void walk_run(struct kvd_cpu_walk *base, const struct kvd_cpu_run *run)
     struct walk *w = (struct walk *)base;
     const struct kvd_plane *g = w->base.job->p->plane;
     const struct kvd_cpu_isa *isa = w->base.job->cpu->isa;
+    const uint8_t *ahead = run->v ? run->v : base->ahead_rows;
+    uint64_t third = base->ahead_lines / 3 + 1;
     if (!run->k)
-        score_tile(w, run);
+        score_tile(w, run, third);
     else
-        isa->bf16_scores(run->k, run->k_stride, run->n, g->head_dim_k, w->q[0], w->base.unit.rows,
-                         w->s);
+        isa->bf16_scores(run->k, ahead ? ahead : run->k, run->k_stride, run->n, g->head_dim_k,
+                         w->q[0], w->base.unit.rows, w->s);
     if (!mask_run(w, run))
         return;
+    kvd_cpu_ask(base, third);
     for (uint32_t r = 0; r < w->base.unit.rows; r++)
         soften(w, r);
+    kvd_cpu_ask(base, third);
     if (!run->v)
         add_tile(w, run);
     else
-        isa->bf16_accumulate(run->v, run->v_stride, run->n, g->head_dim_v, w->s, w->base.unit.rows,
-                             w->o);
+        isa->bf16_accumulate(run->v, base->ahead_rows ? base->ahead_rows : run->v, run->v_stride,
+                             run->n, g->head_dim_v, w->s, w->base.unit.rows, w->o);
     if (++w->runs == KVD_RUNS_IN_FLOAT)
         flush_sums(base);
 }

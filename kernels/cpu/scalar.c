@@ -91,9 +91,10 @@ static float bf16_at(const uint8_t *row, uint32_t c)
     return kvd_bf16_to_f32(b);
 }
 
-static void bf16_scores(const uint8_t *k, uint64_t stride, uint32_t n, uint32_t dim, const float *q,
-                        uint32_t rows, float *scores)
+static void bf16_scores(const uint8_t *k, const uint8_t *ahead, uint64_t stride, uint32_t n,
+                        uint32_t dim, const float *q, uint32_t rows, float *scores)
 {
+    (void)ahead;
     for (uint32_t r = 0; r < rows; r++)
         for (uint32_t t = 0; t < n; t++) {
             float sum = 0;
@@ -103,9 +104,10 @@ static void bf16_scores(const uint8_t *k, uint64_t stride, uint32_t n, uint32_t 
         }
 }
 
-static void bf16_accumulate(const uint8_t *v, uint64_t stride, uint32_t n, uint32_t dim,
-                            const float *p, uint32_t rows, float *o)
+static void bf16_accumulate(const uint8_t *v, const uint8_t *ahead, uint64_t stride, uint32_t n,
+                            uint32_t dim, const float *p, uint32_t rows, float *o)
 {
+    (void)ahead;
     for (uint32_t r = 0; r < rows; r++)
         for (uint32_t t = 0; t < n; t++)
             for (uint32_t c = 0; c < dim; c++)

@@ -18,7 +18,11 @@
 //   v_centred(bits)            for v_level: levels code - (2^bits - 1) / 2, bits 1 to 4
 //   v_level(bits, table, w)    which of them the lowest bits of each word say
 //   v_bf16(p)                  V bf16 from memory as floats
+//   v_even(w), v_odd(w)        of 2 V bf16 in words, those with even and odd numbers as floats
+//   v_apart(x, even, odd)      the same of 2 V floats in memory
+//   v_together(even, odd, x)   and back
 //   v_sum(v), v_top(v)         sum of the lanes, the largest where none is NaN
+//   v_sums(x)                  of V vectors the sum of each's lanes
 //   v_fold(x, out)             x: 8 vectors of lanes whose number is t * 4 + r; out[g] the sum of
 //   vector g's lanes of
 //                              even r, out[8 + g] that of odd r
@@ -472,105 +476,7 @@ static void simd_v_reduce(uint32_t codec, const float *acc, uint32_t dim, float 
         }
 }
 
-// What rows are asked for ahead, in bytes: the processor by itself stops at every 4 KiB.
-enum { BF16_AHEAD = 2048 };
-
-static KVD_BY_CASE void bf16_products(const uint8_t *row, uint32_t dim, const float *q,
-                                      const uint32_t rows, vf acc[KVD_CPU_ROWS])
-{
-    for (uint32_t r = 0; r < rows; r++)
-        acc[r] = v_zero();
-    for (uint32_t c = 0; c < dim; c += V) {
-        vf x = v_bf16(row + c * 2);
-        if (c % 32 == 0)
-            __builtin_prefetch(row + BF16_AHEAD + c * 2);
-        for (uint32_t r = 0; r < rows; r++)
-            acc[r] = v_fma(x, v_load(q + r * dim + c), acc[r]);
-    }
-}
-
-// Eight tokens' lanes are added together, which takes a fourth of what it does one by one.
-static KVD_BY_CASE void bf16_scores_rows(const uint8_t *k, uint64_t stride, uint32_t n,
-                                         uint32_t dim, const float *q, const uint32_t rows,
-                                         float *scores)
-{
-    vf acc[KVD_CPU_ROWS];
-    uint32_t t = 0;
-    for (; t + 8 <= n; t += 8) {
-        struct lanes lanes;
-        for (uint32_t g = 0; g < 8; g++) {
-            bf16_products(k + (t + g) * stride, dim, q, rows, acc);
-            for (uint32_t r = 0; r < rows; r++)
-                lanes_put(&lanes, r, g, acc[r]);
-        }
-        for (uint32_t r = 0; r < rows; r++) {
-            float sums[16];
-            v_fold(lanes.x[r], sums);
-            for (uint32_t g = 0; g < 8; g++)
-                scores[r * KVD_PAGE_TOKENS + t + g] = sums[g] + sums[8 + g];
-        }
-    }
-    for (; t < n; t++) {
-        bf16_products(k + t * stride, dim, q, rows, acc);
-        for (uint32_t r = 0; r < rows; r++)
-            scores[r * KVD_PAGE_TOKENS + t] = v_sum(acc[r]);
-    }
-}
-
-static void simd_bf16_scores(const uint8_t *k, uint64_t stride, uint32_t n, uint32_t dim,
-                             const float *q, uint32_t rows, float *scores)
-{
-    if (rows == 4)
-        bf16_scores_rows(k, stride, n, dim, q, 4, scores);
-    else
-        for (uint32_t r = 0; r < rows; r++)
-            bf16_scores_rows(k, stride, n, dim, q + r * dim, 1, scores + r * KVD_PAGE_TOKENS);
-}
-
-// Some vectors of channels from c on: sums enough that none waits for the one before it.
-static KVD_BY_CASE void bf16_accumulate_columns(const uint8_t *v, uint64_t stride, uint32_t n,
-                                                uint32_t dim, const float *p, const uint32_t rows,
-                                                const uint32_t vectors, uint32_t c, float *o)
-{
-    vf acc[KVD_CPU_ROWS][4];
-    for (uint32_t r = 0; r < rows; r++)
-        for (uint32_t j = 0; j < vectors; j++)
-            acc[r][j] = v_load(o + r * dim + c + j * V);
-    for (uint32_t t = 0; t < n; t++)
-        for (uint32_t j = 0; j < vectors; j++) {
-            vf x = v_bf16(v + t * stride + (c + j * V) * 2);
-            if (j * V % 32 == 0)
-                __builtin_prefetch(v + t * stride + BF16_AHEAD + (c + j * V) * 2);
-            for (uint32_t r = 0; r < rows; r++)
-                acc[r][j] = v_fma(x, v_set1(p[r * KVD_PAGE_TOKENS + t]), acc[r][j]);
-        }
-    for (uint32_t r = 0; r < rows; r++)
-        for (uint32_t j = 0; j < vectors; j++)
-            v_store(o + r * dim + c + j * V, acc[r][j]);
-}
-
-static KVD_BY_CASE void bf16_accumulate_rows(const uint8_t *v, uint64_t stride, uint32_t n,
-                                             uint32_t dim, const float *p, const uint32_t rows,
-                                             float *o)
-{
-    enum { COLS = V == 16 ? 4 : 2 };
-    uint32_t c = 0;
-    for (; c + COLS * V <= dim; c += COLS * V)
-        bf16_accumulate_columns(v, stride, n, dim, p, rows, COLS, c, o);
-    for (; c < dim; c += V)
-        bf16_accumulate_columns(v, stride, n, dim, p, rows, 1, c, o);
-}
-
-static void simd_bf16_accumulate(const uint8_t *v, uint64_t stride, uint32_t n, uint32_t dim,
-                                 const float *p, uint32_t rows, float *o)
-{
-    if (rows == 4)
-        bf16_accumulate_rows(v, stride, n, dim, p, 4, o);
-    else
-        for (uint32_t r = 0; r < rows; r++)
-            bf16_accumulate_rows(v, stride, n, dim, p + r * KVD_PAGE_TOKENS, 1, o + r * dim);
-}
-
+#include "kernels/cpu/simd_bf16.inc.h"
 #include "kernels/cpu/simd_tokens.inc.h"
 
 // Some rows by some vectors of outputs at a time, from output c on.
