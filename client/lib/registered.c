@@ -216,10 +216,11 @@ kvd_result kvd_pages_unregister(kvd_client *c, uint32_t ms, kvd_failure *err)
                  "puts and gets still use the engine's KV after %u ms; it stays registered", ms);
         close_engines(c, false);
     }
+    const uint64_t deadline = kvd_client_deadline(c); // of all, for a kvd that does not answer
     while (!e.code && (b = engines(c, &uses))) {
         b->engine = false; // it is this thread's
         pthread_mutex_unlock(&c->buffers_lock);
-        kvd_buffer_take(&b, kvd_client_deadline(c), false);
+        kvd_buffer_take(&b, deadline, false);
         pthread_mutex_lock(&c->buffers_lock);
     }
     pthread_mutex_unlock(&c->buffers_lock);

@@ -105,8 +105,8 @@ int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t
         return kvd_fail(err, KVD_E_LIMIT, "a session registers at most %d buffers; release some",
                         KVD_MAX_BUFFERS);
     const uint64_t counted = counted_bytes(m->kind, m->size);
-    if (counted && (s->buffer_bytes > d->config.max_buffer_bytes ||
-                    counted > d->config.max_buffer_bytes - s->buffer_bytes))
+    if (counted && (s->counted_bytes > d->config.max_buffer_bytes ||
+                    counted > d->config.max_buffer_bytes - s->counted_bytes))
         return kvd_fail(err, KVD_E_QUOTA,
                         "the session's buffers would pass max-buffer-bytes (%" PRIu64 ")",
                         d->config.max_buffer_bytes);
@@ -132,7 +132,8 @@ int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t
     b->key = key;
     b->refs = 1;
     HASH_ADD(hh, s->buffers, id, sizeof(b->id), b);
-    s->buffer_bytes += counted;
+    s->buffer_bytes += m->size;
+    s->counted_bytes += counted;
     *out = b;
     return KVD_OK;
 }
@@ -154,7 +155,8 @@ void kvd_buffer_unref(struct kvd_buffer *b)
 void kvd_session_drop_buffer(struct kvd_session *s, struct kvd_buffer *b)
 {
     HASH_DEL(s->buffers, b);
-    s->buffer_bytes -= counted_bytes(b->kind, b->size);
+    s->buffer_bytes -= b->size;
+    s->counted_bytes -= counted_bytes(b->kind, b->size);
     kvd_buffer_unref(b);
 }
 

@@ -48,7 +48,7 @@ struct kvd_session {
     struct kvd_held *held;
     uint32_t leases; // of prefixes
     struct kvd_buffer *buffers;
-    uint64_t buffer_bytes;
+    uint64_t buffer_bytes, counted_bytes; // of these, against max-buffer-bytes
     float *sinks;      // for each layer of the layout, one for each of its q heads; NULL: none
     uint32_t n_sinks;  // how many they are
     uint32_t *extents; // per extent: the version that was sent over the fd socket; NULL: none yet
