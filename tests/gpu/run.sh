@@ -13,7 +13,7 @@ nvflags="-gencode arch=compute_90a,code=sm_90a -O3 -std=c++17 -lineinfo -Xptxas 
 build() { # suffix, further flags of nvcc
     local suffix=$1 f pids=() p
     shift
-    for f in proto/base.c kernels/*.c $(ls kernels/cpu/*.c | grep -v '/a[vm]x\|/vnni') kernels/cuda/*.c tests/gpu/test_cuda.c; do
+    for f in proto/base.c proto/overlap.c kernels/*.c $(ls kernels/cpu/*.c | grep -v '/a[vm]x\|/vnni') kernels/cuda/*.c tests/gpu/test_cuda.c; do
         gcc $cflags -c "$f" -o "$out/$(echo "$f" | tr / _).o" & pids+=($!)
     done
     gcc $cflags -mavx2 -mfma -mf16c -c kernels/cpu/avx2.c -o "$out/avx2.o" & pids+=($!)
