@@ -248,12 +248,13 @@ static inline void k_sums(int32_t c[4][4 * LINES][16], const float *from, uint32
 }
 
 void kvd_amx_k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *q,
-                      uint32_t rows, float *scores)
+                      uint32_t rows, float *scores, struct kvd_cpu_ahead *ahead)
 {
     if (!digits_take(codec, dim, false)) {
-        kvd_cpu_avx512.k_scores(codec, codes, dim, q, rows, scores);
+        kvd_cpu_avx512.k_scores(codec, codes, dim, q, rows, scores, ahead);
         return;
     }
+    kvd_cpu_ask(ahead, KVD_LOOP_ASKS);
     _Alignas(LINE) int32_t c[4][4 * LINES][16];
     float from[KVD_CPU_ROWS];
     for (uint32_t r = 0; r < rows; r++)
@@ -359,12 +360,13 @@ static KVD_BY_CASE void v_products(const bool four, const uint8_t *codes, uint32
 }
 
 void kvd_amx_v_accumulate(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *p,
-                          uint32_t rows, float *acc)
+                          uint32_t rows, float *acc, struct kvd_cpu_ahead *ahead)
 {
     if (!digits_take(codec, dim, true)) {
-        kvd_cpu_avx512.v_accumulate(codec, codes, dim, p, rows, acc);
+        kvd_cpu_avx512.v_accumulate(codec, codes, dim, p, rows, acc, ahead);
         return;
     }
+    kvd_cpu_ask(ahead, KVD_LOOP_ASKS);
     __m512i digits[KVD_CPU_ROWS][LINES];
     float from[KVD_CPU_ROWS];
     for (uint32_t r = 0; r < rows; r++)

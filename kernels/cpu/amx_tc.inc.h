@@ -62,8 +62,9 @@ static void tc_unpack(const struct tc_plan *p, const uint8_t *chunk, uint8_t (*t
     }
 
 void kvd_amx_tc_scores(const struct kvd_tc_coder *t, const uint8_t *codes, const float *q,
-                       uint32_t rows, float *scores)
+                       uint32_t rows, float *scores, struct kvd_cpu_ahead *ahead)
 {
+    kvd_cpu_ask(ahead, KVD_LOOP_ASKS);
     const struct tc_plan *p = (const void *)((const uint8_t *)q + DIGITS * 2 * t->dim);
     uint32_t tiles = (p->n_pairs + 1) / 2, bytes = kvd_tc_codes_bytes(t) / 4;
     _Alignas(LINE) uint8_t b[4 * MOST_PAIRS / 2][16][LINE];

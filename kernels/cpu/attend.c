@@ -170,10 +170,12 @@ static void look_ahead(struct kvd_cpu_walk *w, const struct kvd_cpu_run *run)
 {
     const struct kvd_plane *g = w->job->p->plane;
     w->ahead_rows = run->k ? run->k : run->v;
-    w->ahead = run->tile;
-    if (run->tile && !w->ahead_rows)
-        w->ahead_lines =
-            kvd_div_up(kvd_tile_bytes(g->codec, g->head_dim_k, g->head_dim_v), KVD_WALK_ALIGN);
+    if (!run->tile || w->ahead_rows)
+        return;
+    uint64_t bytes = kvd_tile_bytes(g->codec, g->head_dim_k, g->head_dim_v);
+    w->ahead.at = run->tile;
+    w->ahead.lines = kvd_div_up(bytes, KVD_WALK_ALIGN);
+    w->ahead.step = kvd_div_up(w->ahead.lines, 2 * KVD_LOOP_ASKS + 1);
 }
 
 // False: the slice was over first.
@@ -184,7 +186,7 @@ static bool walk_on(struct kvd_cpu_walk *w)
     while (w->at < w->end) {
         struct kvd_cpu_run run = next;
         w->ahead_rows = NULL;
-        w->ahead_lines = 0;
+        w->ahead.lines = 0;
         if (w->at + run.n < w->end) {
             next = run_at(w, w->at + run.n, w->end);
             look_ahead(w, &next);

@@ -8,6 +8,7 @@
 
 enum {
     KVD_CPU_ROWS = 4,     // query rows that an inner loop over heads takes at once
+    KVD_LOOP_ASKS = 8,    // of a tile's loops over K and V, for what is ahead
     KVD_LATENT_ROWS = 32, // and one over latents: panels have a row of so many floats a token
 };
 
@@ -45,6 +46,19 @@ struct kvd_cpu_params {
     float centre[KVD_PAGE_TOKENS];
 };
 
+// What of the next tile is asked for while loops compute, a few lines of the cache at a time, and
+// to its second level: pages lie anywhere, and what is asked for at once is waited for.
+struct kvd_cpu_ahead {
+    const uint8_t *at;
+    uint64_t lines, step; // that are left; asked for at once
+};
+
+static inline void kvd_cpu_ask(struct kvd_cpu_ahead *a, uint32_t times)
+{
+    for (uint64_t n = KVD_MIN(a->lines, times * a->step); n > 0; n--, a->lines--, a->at += 64)
+        __builtin_prefetch(a->at, 0, 2);
+}
+
 // The inner loops, one implementation per instruction set. rows is 1 to KVD_CPU_ROWS.
 struct kvd_cpu_isa {
     const char *name;
@@ -56,17 +70,18 @@ struct kvd_cpu_isa {
     // their coder, where that is tc2 or tc2.5.
     void (*q_prepare)(uint32_t codec, const struct kvd_tc_coder *tc, const float *q, uint32_t dim,
                       float *out);
+    // Loops over codes ask for what is ahead KVD_LOOP_ASKS times.
     // scores[row][64] = sum over channels of level * q, without scale and centre. q: [rows][2 *
     // dim], prepared. Levels are those of kvd_cpu_levels.
     void (*k_scores)(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *q,
-                     uint32_t rows, float *scores);
+                     uint32_t rows, float *scores, struct kvd_cpu_ahead *ahead);
     // The same for K in tc2 and tc2.5: sum over channels of (code - (2^bits - 1) / 2) * q.
     void (*tc_scores)(const struct kvd_tc_coder *t, const uint8_t *codes, const float *q,
-                      uint32_t rows, float *scores);
+                      uint32_t rows, float *scores, struct kvd_cpu_ahead *ahead);
     // acc[row] += sum over tokens of p * level. p: [rows][64] in token order. acc: [rows][8 * dim],
     // in an order of the implementation's own that v_reduce resolves.
     void (*v_accumulate)(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *p,
-                         uint32_t rows, float *acc);
+                         uint32_t rows, float *acc, struct kvd_cpu_ahead *ahead);
     // acc [8 * dim] -> o [dim].
     void (*v_reduce)(uint32_t codec, const float *acc, uint32_t dim, float *o);
     // scores[row][t] = k_t . q_row for n tokens; k: bf16, `stride` bytes from token to token. q:

@@ -51,17 +51,17 @@ static void params_of(const struct walk *w, const struct kvd_cpu_run *run, bool 
         out->scale[t] = out->centre[t] = 0;
 }
 
-static void score_tile(struct walk *w, const struct kvd_cpu_run *run, uint64_t ask)
+static void score_tile(struct walk *w, const struct kvd_cpu_run *run)
 {
     const struct kvd_plane *g = w->base.job->p->plane;
     const struct kvd_cpu_isa *isa = w->base.job->cpu->isa;
     struct kvd_cpu_params params;
     params_of(w, run, false, &params);
-    kvd_cpu_ask(&w->base, ask);
     if (kvd_codec_tc(g->codec.k))
-        isa->tc_scores(&w->tc, run->tile, w->q_codes, w->base.unit.rows, w->s);
+        isa->tc_scores(&w->tc, run->tile, w->q_codes, w->base.unit.rows, w->s, &w->base.ahead);
     else
-        isa->k_scores(g->codec.k, run->tile, g->head_dim_k, w->q_codes, w->base.unit.rows, w->s);
+        isa->k_scores(g->codec.k, run->tile, g->head_dim_k, w->q_codes, w->base.unit.rows, w->s,
+                      &w->base.ahead);
     for (uint32_t r = 0; r < w->base.unit.rows; r++)
         isa->affine(w->s + r * KVD_PAGE_TOKENS, &params, w->q_sum[r], w->q_mean[r]);
 }
@@ -147,7 +147,7 @@ static void add_tile(struct walk *w, const struct kvd_cpu_run *run)
         out->coded[r] += w->run_sum[r];
     }
     isa->v_accumulate(g->codec.v, run->tile + kvd_codes_offset(g->codec, g->head_dim_k, true),
-                      g->head_dim_v, w->s, w->base.unit.rows, w->acc);
+                      g->head_dim_v, w->s, w->base.unit.rows, w->acc, &w->base.ahead);
     w->compressed = true;
 }
 
@@ -182,18 +182,17 @@ static void walk_run(struct kvd_cpu_walk *base, const struct kvd_cpu_run *run)
     const struct kvd_plane *g = w->base.job->p->plane;
     const struct kvd_cpu_isa *isa = w->base.job->cpu->isa;
     const uint8_t *ahead = run->v ? run->v : base->ahead_rows;
-    uint64_t third = base->ahead_lines / 3 + 1;
     if (!run->k)
-        score_tile(w, run, third);
+        score_tile(w, run);
     else
         isa->bf16_scores(run->k, ahead ? ahead : run->k, run->k_stride, run->n, g->head_dim_k,
                          w->q[0], w->base.unit.rows, w->s);
     if (!mask_run(w, run))
         return;
-    kvd_cpu_ask(base, third);
-    for (uint32_t r = 0; r < w->base.unit.rows; r++)
+    for (uint32_t r = 0; r < w->base.unit.rows; r++) {
+        kvd_cpu_ask(&base->ahead, 1);
         soften(w, r);
-    kvd_cpu_ask(base, third);
+    }
     if (!run->v)
         add_tile(w, run);
     else

@@ -35,8 +35,9 @@ static float level_at(uint32_t codec, const uint8_t *codes, uint32_t dim, bool v
 // Summed in double: 64 to 256 products of codes that are not about zero cancel with the minimum's
 // term, and in fp32 the reference would be what rounds most.
 static void k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *q,
-                     uint32_t rows, float *scores)
+                     uint32_t rows, float *scores, struct kvd_cpu_ahead *ahead)
 {
+    (void)ahead;
     for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t++) {
         float level[KVD_MAX_HEAD_DIM];
         for (uint32_t c = 0; c < dim; c++)
@@ -51,8 +52,9 @@ static void k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, const f
 }
 
 static void tc_scores(const struct kvd_tc_coder *t, const uint8_t *codes, const float *q,
-                      uint32_t rows, float *scores)
+                      uint32_t rows, float *scores, struct kvd_cpu_ahead *ahead)
 {
+    (void)ahead;
     for (uint32_t token = 0; token < KVD_PAGE_TOKENS; token++) {
         uint8_t row[KVD_MAX_HEAD_DIM];
         kvd_tc_unpack(t, codes, token, row);
@@ -68,8 +70,9 @@ static void tc_scores(const struct kvd_tc_coder *t, const uint8_t *codes, const 
 }
 
 static void v_accumulate(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *p,
-                         uint32_t rows, float *acc)
+                         uint32_t rows, float *acc, struct kvd_cpu_ahead *ahead)
 {
+    (void)ahead;
     for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t++)
         for (uint32_t c = 0; c < dim; c++) {
             float level = level_at(codec, codes, dim, true, t, c);

@@ -306,11 +306,13 @@ static KVD_BY_CASE void k_scores_tiles(const uint32_t lane, const uint32_t more_
 static KVD_BY_CASE void k_scores_rows(const uint32_t kind, struct levels l,
                                       const struct codes *codes, uint32_t dim,
                                       const uint32_t groups, const float *q, const uint32_t rows,
-                                      float *scores)
+                                      float *scores, struct kvd_cpu_ahead *ahead)
 {
     for (uint32_t chunk = 0; chunk < 4; chunk++) {
         struct lanes lanes;
         for (uint32_t g = 0; g < 8; g += groups) {
+            if (g % 4 == 0)
+                kvd_cpu_ask(ahead, 1);
             vf acc[PAIR][KVD_CPU_ROWS];
             for (uint32_t n = 0; n < groups; n++)
                 for (uint32_t r = 0; r < rows; r++)
@@ -328,36 +330,37 @@ static KVD_BY_CASE void k_scores_rows(const uint32_t kind, struct levels l,
 // Copies, and pairs of groups, pay for the shape that is most used; each more that had them would
 // take seconds to compile.
 static KVD_BY_CASE void k_scores_kind(const uint32_t kind, struct levels l, const uint8_t *codes,
-                                      uint32_t dim, const float *q, uint32_t rows, float *scores)
+                                      uint32_t dim, const float *q, uint32_t rows, float *scores,
+                                      struct kvd_cpu_ahead *ahead)
 {
     struct codes c = codes_plain(codes, dim);
     struct copies copies;
     if (rows == 4 && dim == 128) {
         c = codes_of(kind == EVEN_4 ? 2 : 1, codes, 128, &copies);
-        k_scores_rows(kind, l, &c, 128, PAIR, q, 4, scores);
+        k_scores_rows(kind, l, &c, 128, PAIR, q, 4, scores, ahead);
     } else if (rows == 4) {
-        k_scores_rows(kind, l, &c, dim, 1, q, 4, scores);
+        k_scores_rows(kind, l, &c, dim, 1, q, 4, scores, ahead);
     } else if (rows == 3) {
-        k_scores_rows(kind, l, &c, dim, 1, q, 3, scores);
+        k_scores_rows(kind, l, &c, dim, 1, q, 3, scores, ahead);
     } else if (rows == 2) {
-        k_scores_rows(kind, l, &c, dim, 1, q, 2, scores);
+        k_scores_rows(kind, l, &c, dim, 1, q, 2, scores, ahead);
     } else {
-        k_scores_rows(kind, l, &c, dim, 1, q, 1, scores);
+        k_scores_rows(kind, l, &c, dim, 1, q, 1, scores, ahead);
     }
 }
 
 static void simd_k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *q,
-                          uint32_t rows, float *scores)
+                          uint32_t rows, float *scores, struct kvd_cpu_ahead *ahead)
 {
     uint32_t bits = kvd_codec_bits(codec);
     if (bits == 4 && !kvd_codec_signed(codec))
-        k_scores_kind(EVEN_4, levels_of(codec), codes, dim, q, rows, scores);
+        k_scores_kind(EVEN_4, levels_of(codec), codes, dim, q, rows, scores, ahead);
     else if (bits == 2)
-        k_scores_kind(2, levels_of(codec), codes, dim, q, rows, scores);
+        k_scores_kind(2, levels_of(codec), codes, dim, q, rows, scores, ahead);
     else if (bits == 3)
-        k_scores_kind(3, levels_of(codec), codes, dim, q, rows, scores);
+        k_scores_kind(3, levels_of(codec), codes, dim, q, rows, scores, ahead);
     else
-        k_scores_kind(4, levels_of(codec), codes, dim, q, rows, scores);
+        k_scores_kind(4, levels_of(codec), codes, dim, q, rows, scores, ahead);
 }
 
 #include "kernels/cpu/simd_tc.inc.h"
@@ -415,15 +418,18 @@ static KVD_BY_CASE void v_accumulate_tiles(const uint32_t lane, const uint32_t m
 
 static KVD_BY_CASE void v_accumulate_rows(const uint32_t kind, struct levels l,
                                           const struct codes *codes, uint32_t dim,
-                                          const float *spread, const uint32_t rows, float *acc)
+                                          const float *spread, const uint32_t rows, float *acc,
+                                          struct kvd_cpu_ahead *ahead)
 {
-    for (uint32_t g = 0; g < 8; g++)
+    for (uint32_t g = 0; g < 8; g++) {
+        kvd_cpu_ask(ahead, 1);
         EACH_TILES(v_accumulate_tiles, dim, kind, &l, codes, dim, g, spread, rows, acc);
+    }
 }
 
 static KVD_BY_CASE void v_accumulate_kind(const uint32_t kind, struct levels l,
                                           const uint8_t *codes, uint32_t dim, const float *spread,
-                                          uint32_t rows, float *acc)
+                                          uint32_t rows, float *acc, struct kvd_cpu_ahead *ahead)
 {
     struct codes c = codes_plain(codes, dim);
     struct copies copies;
@@ -431,20 +437,20 @@ static KVD_BY_CASE void v_accumulate_kind(const uint32_t kind, struct levels l,
         // With eight lanes there is a port for shifts, and copies are worth less than they take.
         if (V == 16)
             c = codes_of(kind == EVEN_4 ? 2 : 1, codes, 128, &copies);
-        v_accumulate_rows(kind, l, &c, 128, spread, 4, acc);
+        v_accumulate_rows(kind, l, &c, 128, spread, 4, acc, ahead);
     } else if (rows == 4) {
-        v_accumulate_rows(kind, l, &c, dim, spread, 4, acc);
+        v_accumulate_rows(kind, l, &c, dim, spread, 4, acc, ahead);
     } else if (rows == 3) {
-        v_accumulate_rows(kind, l, &c, dim, spread, 3, acc);
+        v_accumulate_rows(kind, l, &c, dim, spread, 3, acc, ahead);
     } else if (rows == 2) {
-        v_accumulate_rows(kind, l, &c, dim, spread, 2, acc);
+        v_accumulate_rows(kind, l, &c, dim, spread, 2, acc, ahead);
     } else {
-        v_accumulate_rows(kind, l, &c, dim, spread, 1, acc);
+        v_accumulate_rows(kind, l, &c, dim, spread, 1, acc, ahead);
     }
 }
 
 static void simd_v_accumulate(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *p,
-                              uint32_t rows, float *acc)
+                              uint32_t rows, float *acc, struct kvd_cpu_ahead *ahead)
 {
     uint32_t bits = kvd_codec_bits(codec);
     float spread[KVD_CPU_ROWS * 4 * 32] __attribute__((aligned(64)));
@@ -452,13 +458,13 @@ static void simd_v_accumulate(uint32_t codec, const uint8_t *codes, uint32_t dim
         for (uint32_t chunk = 0; chunk < 4; chunk++)
             spread16(p + r * KVD_PAGE_TOKENS + chunk * 16, spread + (r * 4 + chunk) * 32);
     if (bits == 4 && !kvd_codec_signed(codec))
-        v_accumulate_kind(EVEN_4, levels_of(codec), codes, dim, spread, rows, acc);
+        v_accumulate_kind(EVEN_4, levels_of(codec), codes, dim, spread, rows, acc, ahead);
     else if (bits == 2)
-        v_accumulate_kind(2, levels_of(codec), codes, dim, spread, rows, acc);
+        v_accumulate_kind(2, levels_of(codec), codes, dim, spread, rows, acc, ahead);
     else if (bits == 3)
-        v_accumulate_kind(3, levels_of(codec), codes, dim, spread, rows, acc);
+        v_accumulate_kind(3, levels_of(codec), codes, dim, spread, rows, acc, ahead);
     else
-        v_accumulate_kind(4, levels_of(codec), codes, dim, spread, rows, acc);
+        v_accumulate_kind(4, levels_of(codec), codes, dim, spread, rows, acc, ahead);
 }
 
 static void simd_v_reduce(uint32_t codec, const float *acc, uint32_t dim, float *o)

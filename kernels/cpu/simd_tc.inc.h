@@ -151,11 +151,14 @@ static KVD_BY_CASE void tc_run(const uint32_t bits, const struct tc_plan *p, uin
 }
 
 static KVD_BY_CASE void tc_scores_rows(const struct tc_plan *p, const struct tc_copies *copies,
-                                       const float *q, const uint32_t rows, float *scores)
+                                       const float *q, const uint32_t rows, float *scores,
+                                       struct kvd_cpu_ahead *ahead)
 {
     for (uint32_t chunk = 0; chunk < 4; chunk++) {
         struct lanes lanes;
         for (uint32_t g = 0; g < 8; g += PAIR) {
+            if (g % 4 == 0)
+                kvd_cpu_ask(ahead, 1);
             vf acc[PAIR][KVD_CPU_ROWS];
             for (uint32_t n = 0; n < PAIR; n++)
                 for (uint32_t r = 0; r < rows; r++)
@@ -181,17 +184,17 @@ static KVD_BY_CASE void tc_scores_rows(const struct tc_plan *p, const struct tc_
 }
 
 static void simd_tc_scores(const struct kvd_tc_coder *t, const uint8_t *codes, const float *q,
-                           uint32_t rows, float *scores)
+                           uint32_t rows, float *scores, struct kvd_cpu_ahead *ahead)
 {
     struct tc_plan p = tc_plan_of(t);
     struct tc_copies copies;
     tc_copies_of(&p, codes, kvd_tc_codes_bytes(t) / 4, &copies);
     if (rows == 4)
-        tc_scores_rows(&p, &copies, q, 4, scores);
+        tc_scores_rows(&p, &copies, q, 4, scores, ahead);
     else if (rows == 3)
-        tc_scores_rows(&p, &copies, q, 3, scores);
+        tc_scores_rows(&p, &copies, q, 3, scores, ahead);
     else if (rows == 2)
-        tc_scores_rows(&p, &copies, q, 2, scores);
+        tc_scores_rows(&p, &copies, q, 2, scores, ahead);
     else
-        tc_scores_rows(&p, &copies, q, 1, scores);
+        tc_scores_rows(&p, &copies, q, 1, scores, ahead);
 }

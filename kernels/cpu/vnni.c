@@ -146,10 +146,11 @@ static KVD_BY_CASE void k_groups(const uint32_t rows, const __m512i x[GROUPS][SL
 // row.
 static KVD_BY_CASE void k_chunk(const bool four, const uint32_t rows, const uint8_t *codes,
                                 uint32_t plane, const struct k_block *q, uint32_t stride, bool more,
-                                float *scores)
+                                float *scores, struct kvd_cpu_ahead *ahead)
 {
     __m512 halves[8 / GROUPS][KVD_CPU_ROWS][GROUPS / 2];
     for (uint32_t half = 0; half < 8 / GROUPS; half++) {
+        kvd_cpu_ask(ahead, 1);
         __m512i x[GROUPS][SLOTS];
         for (uint32_t n = 0; n < GROUPS; n++) {
             const uint8_t *at = codes + (half * GROUPS + n) * LINE;
@@ -172,40 +173,42 @@ static KVD_BY_CASE void k_chunk(const bool four, const uint32_t rows, const uint
 }
 
 static KVD_BY_CASE void k_rows(const bool four, const uint32_t rows, const uint8_t *codes,
-                               uint32_t dim, const struct k_block *q, float *scores)
+                               uint32_t dim, const struct k_block *q, float *scores,
+                               struct kvd_cpu_ahead *ahead)
 {
     uint32_t blocks = dim / BLOCK;
     for (uint32_t i = 0; i < 4 * blocks; i++) {
         uint32_t chunk = i / blocks, block = i % blocks;
         k_chunk(four, rows, codes + chunk * 4 * dim + block * BLOCK_BYTES, four ? 16 * dim : 0,
-                q + block, blocks, block > 0, scores + chunk * 16);
+                q + block, blocks, block > 0, scores + chunk * 16, ahead);
     }
 }
 
 static KVD_BY_CASE void k_kind(const bool four, const uint8_t *codes, uint32_t dim,
-                               const struct k_block *q, uint32_t rows, float *scores)
+                               const struct k_block *q, uint32_t rows, float *scores,
+                               struct kvd_cpu_ahead *ahead)
 {
     if (rows == 4)
-        k_rows(four, 4, codes, dim, q, scores);
+        k_rows(four, 4, codes, dim, q, scores, ahead);
     else if (rows == 3)
-        k_rows(four, 3, codes, dim, q, scores);
+        k_rows(four, 3, codes, dim, q, scores, ahead);
     else if (rows == 2)
-        k_rows(four, 2, codes, dim, q, scores);
+        k_rows(four, 2, codes, dim, q, scores, ahead);
     else
-        k_rows(four, 1, codes, dim, q, scores);
+        k_rows(four, 1, codes, dim, q, scores, ahead);
 }
 
 void kvd_vnni_k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *q,
-                       uint32_t rows, float *scores)
+                       uint32_t rows, float *scores, struct kvd_cpu_ahead *ahead)
 {
     if (!digits_take(codec, dim, false)) {
-        kvd_cpu_avx512.k_scores(codec, codes, dim, q, rows, scores);
+        kvd_cpu_avx512.k_scores(codec, codes, dim, q, rows, scores, ahead);
         return;
     }
     if (kvd_codec_bits(codec) == 4)
-        k_kind(true, codes, dim, (const void *)q, rows, scores);
+        k_kind(true, codes, dim, (const void *)q, rows, scores, ahead);
     else
-        k_kind(false, codes, dim, (const void *)q, rows, scores);
+        k_kind(false, codes, dim, (const void *)q, rows, scores, ahead);
 }
 
 #include "kernels/cpu/vnni_tc.inc.h"
@@ -269,12 +272,14 @@ static KVD_BY_CASE void v_slots(const bool four, const uint32_t rows, const uint
 }
 
 static KVD_BY_CASE void v_rows(const bool four, const uint32_t rows, const uint8_t *codes,
-                               uint32_t dim, const struct v_digits *p, float *acc)
+                               uint32_t dim, const struct v_digits *p, float *acc,
+                               struct kvd_cpu_ahead *ahead)
 {
     const uint32_t slots = rows > 2 ? 2 : SLOTS;
     for (uint32_t group = 0; group < dim / BLOCK * 8; group++) {
         const uint8_t *at = codes + group / 8 * BLOCK_BYTES + group % 8 * LINE;
         __m512i low[4], high[4];
+        kvd_cpu_ask(ahead, 1);
         for (uint32_t chunk = 0; chunk < 4; chunk++) {
             low[chunk] = digit_words(at + chunk * 4 * dim);
             high[chunk] = digit_words(at + chunk * 4 * dim + (four ? 16 * dim : 0));
@@ -287,31 +292,32 @@ static KVD_BY_CASE void v_rows(const bool four, const uint32_t rows, const uint8
 }
 
 static KVD_BY_CASE void v_kind(const bool four, const uint8_t *codes, uint32_t dim,
-                               const struct v_digits *p, uint32_t rows, float *acc)
+                               const struct v_digits *p, uint32_t rows, float *acc,
+                               struct kvd_cpu_ahead *ahead)
 {
     if (rows == 4)
-        v_rows(four, 4, codes, dim, p, acc);
+        v_rows(four, 4, codes, dim, p, acc, ahead);
     else if (rows == 3)
-        v_rows(four, 3, codes, dim, p, acc);
+        v_rows(four, 3, codes, dim, p, acc, ahead);
     else if (rows == 2)
-        v_rows(four, 2, codes, dim, p, acc);
+        v_rows(four, 2, codes, dim, p, acc, ahead);
     else
-        v_rows(four, 1, codes, dim, p, acc);
+        v_rows(four, 1, codes, dim, p, acc, ahead);
 }
 
 void kvd_vnni_v_accumulate(uint32_t codec, const uint8_t *codes, uint32_t dim, const float *p,
-                           uint32_t rows, float *acc)
+                           uint32_t rows, float *acc, struct kvd_cpu_ahead *ahead)
 {
     if (!digits_take(codec, dim, true)) {
-        kvd_cpu_avx512.v_accumulate(codec, codes, dim, p, rows, acc);
+        kvd_cpu_avx512.v_accumulate(codec, codes, dim, p, rows, acc, ahead);
         return;
     }
     struct v_digits digits;
     v_digits_of(codec, p, rows, &digits);
     if (kvd_codec_bits(codec) == 4)
-        v_kind(true, codes, dim, &digits, rows, acc);
+        v_kind(true, codes, dim, &digits, rows, acc, ahead);
     else
-        v_kind(false, codes, dim, &digits, rows, acc);
+        v_kind(false, codes, dim, &digits, rows, acc, ahead);
 }
 
 void kvd_vnni_v_reduce(uint32_t codec, const float *acc, uint32_t dim, float *o)

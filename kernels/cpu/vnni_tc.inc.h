@@ -97,7 +97,8 @@ VBMI static KVD_BY_CASE void tc_groups(const uint32_t rows, const struct tc_plan
 }
 
 VBMI static KVD_BY_CASE void tc_rows(const struct kvd_tc_coder *t, const uint8_t *codes,
-                                     const float *q, uint32_t rows, float *scores)
+                                     const float *q, uint32_t rows, float *scores,
+                                     struct kvd_cpu_ahead *ahead)
 {
     const struct tc_plan *p = (const void *)((const uint8_t *)q + DIGITS * 2 * t->dim);
     struct tc_lines lines;
@@ -107,6 +108,7 @@ VBMI static KVD_BY_CASE void tc_rows(const struct kvd_tc_coder *t, const uint8_t
         const uint8_t *at = codes + chunk * (kvd_tc_codes_bytes(t) / 4);
         for (uint32_t i = 0; i < 8 / GROUPS; i++) {
             uint32_t r = 0;
+            kvd_cpu_ask(ahead, 1);
             for (; r + PAIR <= rows; r += PAIR)
                 tc_groups(PAIR, p, at, i * GROUPS, &lines, r, &halves[i][r]);
             if (r < rows)
@@ -122,10 +124,10 @@ VBMI static KVD_BY_CASE void tc_rows(const struct kvd_tc_coder *t, const uint8_t
 }
 
 VBMI void kvd_vnni_tc_scores(const struct kvd_tc_coder *t, const uint8_t *codes, const float *q,
-                             uint32_t rows, float *scores)
+                             uint32_t rows, float *scores, struct kvd_cpu_ahead *ahead)
 {
     if (!takes_tc())
-        kvd_cpu_avx512.tc_scores(t, codes, q, rows, scores);
+        kvd_cpu_avx512.tc_scores(t, codes, q, rows, scores, ahead);
     else
-        tc_rows(t, codes, q, rows, scores);
+        tc_rows(t, codes, q, rows, scores, ahead);
 }

@@ -52,12 +52,10 @@ struct kvd_cpu_walk {
     const struct kvd_attend_job *job;
     uint64_t index; // among the job's walks
     struct kvd_cpu_unit unit;
-    uint64_t at, end; // tokens that are left
-    void *out;        // its partial
-    // Of the next run, rows of bf16, where there are any; and what is not asked for yet of a tile
-    // of codes: lines of the cache.
-    const uint8_t *ahead_rows, *ahead;
-    uint64_t ahead_lines;
+    uint64_t at, end;           // tokens that are left
+    void *out;                  // its partial
+    const uint8_t *ahead_rows;  // of bf16, of the next run, where it has any
+    struct kvd_cpu_ahead ahead; // of codes
 };
 
 // A kind of attention. Walks and partials are copied and moved as bytes; their sizes are multiples
@@ -89,15 +87,6 @@ void kvd_cpu_visible(const struct kvd_cpu_walk *w, const struct kvd_cpu_run *run
 
 // Adds a sink to a row's maximum and sum. Returns what the sums of values are worth then.
 double kvd_cpu_add_sink(float sink, double *m, double *l);
-
-// Asks for some lines of the next run's tile: pages lie anywhere, and the first lines of each would
-// be waited for. Few at a time, and to the second level of the cache: what else is loaded would
-// wait until the first one has place for all of them.
-static inline void kvd_cpu_ask(struct kvd_cpu_walk *w, uint64_t lines)
-{
-    for (; lines > 0 && w->ahead_lines > 0; lines--, w->ahead_lines--, w->ahead += KVD_WALK_ALIGN)
-        __builtin_prefetch(w->ahead, 0, 2);
-}
 
 // Scale and centre of the tokens of a tile, for the levels of kvd_cpu_levels.
 void kvd_cpu_params(const struct kvd_plane *g, const struct kvd_cpu_run *run, bool v,

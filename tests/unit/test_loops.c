@@ -78,6 +78,7 @@ static void fill_loops(struct loops *l, uint64_t *rng, uint32_t codec, uint32_t 
 
 static void scores_of(const struct kvd_cpu_isa *isa, const struct loops *l, float *scores)
 {
+    struct kvd_cpu_ahead ahead = {0};
     _Alignas(64) float q[ROWS * 2 * KVD_MAX_HEAD_DIM];
     memset(q, 0xff, sizeof(q));
     memset(scores, 0xff, ROWS * T * sizeof(float));
@@ -86,20 +87,21 @@ static void scores_of(const struct kvd_cpu_isa *isa, const struct loops *l, floa
     if (isa->enter)
         isa->enter();
     if (kvd_codec_tc(l->codec))
-        isa->tc_scores(&l->tc, l->codes, q, l->rows, scores);
+        isa->tc_scores(&l->tc, l->codes, q, l->rows, scores, &ahead);
     else
-        isa->k_scores(l->codec, l->codes, l->dim, q, l->rows, scores);
+        isa->k_scores(l->codec, l->codes, l->dim, q, l->rows, scores, &ahead);
     if (isa->leave)
         isa->leave();
 }
 
 static void sums_of(const struct kvd_cpu_isa *isa, const struct loops *l, float *o)
 {
+    struct kvd_cpu_ahead ahead = {0};
     static _Alignas(64) float acc[ROWS * 8 * KVD_MAX_HEAD_DIM];
     memset(acc, 0, sizeof(acc));
     if (isa->enter)
         isa->enter();
-    isa->v_accumulate(l->codec, l->codes, l->dim, l->x, l->rows, acc);
+    isa->v_accumulate(l->codec, l->codes, l->dim, l->x, l->rows, acc, &ahead);
     if (isa->leave)
         isa->leave();
     for (uint32_t r = 0; r < l->rows; r++)
