@@ -199,6 +199,9 @@ void kvd_page_find_best(struct kvd_daemon *d, const struct kvd_blocks_space spac
 // Notes in w->pages->kinds what lookups find now.
 void kvd_op_pages_now(struct kvd_daemon *d, struct kvd_work *w);
 void kvd_op_pages_free(struct kvd_daemon *d, struct kvd_work_pages **pages);
+// The error for what a check of pages said, which was no KVD_OK. pages: the first of
+// each item that was checked.
+int kvd_op_explain_pages(struct kvd_work *w, int rc, const uint32_t *pages);
 
 // -- op_paged.c: pages in an engine's own blocks --------------------------------------------------
 // Resolves and checks a reference, as w->pages->paged; `written`: its blocks are, so that no two
@@ -206,9 +209,6 @@ void kvd_op_pages_free(struct kvd_daemon *d, struct kvd_work_pages **pages);
 int kvd_op_paged_check(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__PagedRef *ref,
                        bool written, struct kvd_error *err);
 kvd_op_phase kvd_op_paged_put, kvd_op_paged_get;
-// op_pages.c: the error for what a check of pages said, which was no KVD_OK. pages: the first of
-// each item that was checked.
-int kvd_op_explain_pages(struct kvd_work *w, int rc, const uint32_t *pages);
 
 // -- op_attend.c, for Step too ------------------------------------------------------------------
 int kvd_op_attend_alloc(struct kvd_work *w, struct kvd_error *err);

@@ -274,20 +274,6 @@ static struct kvd_append_params put_params(struct kvd_work *w, int space, uint32
                                       .slice = &w->job.slice};
 }
 
-int kvd_op_explain_pages(struct kvd_work *w, int rc, const uint32_t *pages)
-{
-    const struct kvd_nonfinite *n = &w->nonfinite;
-    const struct kvd_run *run = kvd_op_run(w);
-    if (rc != KVD_E_INVALID)
-        return kvd_fail(&w->err, rc, "the pages could not be checked; nothing was stored");
-    return kvd_fail(&w->err, KVD_E_INVALID,
-                    "%s of page %u holds NaN or Inf at layer %u, token %u, head %u, channel %u; "
-                    "nothing was stored",
-                    n->in_v ? "v" : "k", pages[n->item] + n->token / KVD_PAGE_TOKENS,
-                    run->at + n->layer - run->layer_begin, n->token % KVD_PAGE_TOKENS, n->head,
-                    n->channel);
-}
-
 // At all items at once, as nothing but the tensors is looked at: their shape is that of either
 // space, and a GPU is waited for once.
 static int look_for_nonfinite(struct kvd_daemon *d, struct kvd_work *w)

@@ -1,4 +1,5 @@
-// What page calls name: spaces and keys, from the wire to the prefix index.
+// What page calls name: spaces and keys, from the wire to the prefix index; and the page that an
+// error names.
 #include "daemon/sched/op.h"
 
 enum { ENCODED, EXACT }; // the spaces: a page's kind - 1
@@ -90,4 +91,18 @@ void kvd_op_pages_free(struct kvd_daemon *d, struct kvd_work_pages **pages)
     free(p->k_inline);
     free(p->v_inline);
     free(p);
+}
+
+int kvd_op_explain_pages(struct kvd_work *w, int rc, const uint32_t *pages)
+{
+    const struct kvd_nonfinite *n = &w->nonfinite;
+    const struct kvd_run *run = kvd_op_run(w);
+    if (rc != KVD_E_INVALID)
+        return kvd_fail(&w->err, rc, "the pages could not be checked; nothing was stored");
+    return kvd_fail(&w->err, KVD_E_INVALID,
+                    "%s of page %u holds NaN or Inf at layer %u, token %u, head %u, channel %u; "
+                    "nothing was stored",
+                    n->in_v ? "v" : "k", pages[n->item] + n->token / KVD_PAGE_TOKENS,
+                    run->at + n->layer - run->layer_begin, n->token % KVD_PAGE_TOKENS, n->head,
+                    n->channel);
 }
