@@ -1,6 +1,7 @@
 """kvctl, metrics, Prometheus and TLS: what an operator meets."""
 import json
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -37,7 +38,12 @@ def test_every_command_answers_people_and_scripts(kvd, rpc):
             json.loads(kvd.kvctl("--json", *command.split()).stdout)
     assert json.loads(kvd.kvctl("--json", "status").stdout)["sessions"] == 1
     status = json.loads(kvd.kvctl("--json", "status").stdout)
-    assert (status["backend"] == "cpu") == bool(status["no_gpu"]) and status["no_gpu"] in kvd.kvctl("doctor").stdout
+    doctor = kvd.kvctl("doctor").stdout
+    assert (status["backend"] == "cpu") == bool(status["no_gpu"]) and status["no_gpu"] in doctor
+    huge = pathlib.Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    if huge.exists() and status["backend"] == "cpu":
+        chosen = re.search(r"\[(.*)\]", huge.read_text())[1]
+        assert f"{huge} is {chosen}" in doctor
 
 
 def test_versions_are_one(kvd, rpc):
