@@ -187,7 +187,8 @@ int kvd_gpu_order(void *stream, uint64_t write_at, uint64_t wait_at, uint32_t va
         (cudaGetDriverEntryPointByVersion("cuStreamWriteValue32", (void **)&write_value, 12000,
                                           cudaEnableDefault, &found) != cudaSuccess ||
          cudaGetDriverEntryPointByVersion("cuStreamWaitValue32", (void **)&wait_value, 12000,
-                                          cudaEnableDefault, &found) != cudaSuccess))
+                                          cudaEnableDefault, &found) != cudaSuccess ||
+         !write_value || !wait_value)) // that there are none is no failure of asking
         return kvd_fail(err, KVD_E_UNSUPPORTED, "the CUDA driver has no stream memory operations");
     CUresult rc = write_value(stream, write_at, value, CU_STREAM_WRITE_VALUE_DEFAULT);
     if (rc == CUDA_SUCCESS)

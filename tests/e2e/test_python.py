@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import kvd as package
-from conftest import BUILD, SOURCE, certificates, free_port
+from conftest import BUILD, EMULATED, SOURCE, certificates, free_port
 from on_device import aligned
 
 os.environ.setdefault("KVD_LIBRARY", str(BUILD / "client/libkvd.so.0"))
@@ -168,6 +168,15 @@ def test_what_was_applied_before_is_said(client):
     assert lost.request
     b.length = 8
     assert client.append([lost]) == [False] and lost.request == 0 and b.length == b.describe().length == 12
+
+
+@pytest.mark.skipif(not EMULATED, reason="a real driver has stream memory operations")
+def test_what_a_driver_lacks_is_said(client):
+    a = client.create()
+    k = fill(client, values(1, LAYERS, 4, KV_HEADS, DIM))
+    with pytest.raises(package.Error, match="the CUDA driver has no stream memory operations"):
+        client.enqueue("append", [package.Item(a, k, k)], 0)
+    assert client.append([package.Item(a, k, k)]) == [False] and a.length == a.describe().length == 4
 
 
 def test_each_plane_says_where_tokens_are(kvd):
