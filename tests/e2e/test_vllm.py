@@ -657,11 +657,12 @@ def test_quality_with_exact_pages(make, text, what, place):
     stored(engine, (begin + 200) // 64)
     engine.call("forget")
     found = engine.call("generate", prompts=prompts, tokens=1, logprobs=20)["outputs"]
-    assert all(o["cached"] >= begin // 64 * 64 - 64 for o in found)
+    # The last four pages of the shortest prompts are encoded when longer ones have gone on by so much: these are computed anew.
+    assert all(o["cached"] >= begin // 64 * 64 - 4 * 64 for o in found)
     m = engine.call("metrics")
     top, kl = agreement(reference, found)
     print(f"\n{codec}, {pathlib.Path(file).name or 'no set'}: top-1 agreement {top:.3f}, KL {kl:.4f} over 200 continuations; "
           f"{m['vllm:kvd_stored_exact_pages']:.0f} of {m['vllm:kvd_stored_pages']:.0f} pages exact")
-    assert 0 < m["vllm:kvd_stored_exact_pages"] < m["vllm:kvd_stored_pages"] and m["vllm:kvd_loaded_pages"] >= begin // 64
+    assert 0 < m["vllm:kvd_stored_exact_pages"] < m["vllm:kvd_stored_pages"] and m["vllm:kvd_loaded_pages"] >= begin // 64 - 4
     assert top >= 0.75 and 1e-6 < kl < 0.15
     make.stop(what)
