@@ -59,9 +59,14 @@ inline bool same_dims(const attend_params &p)
     return p.dim_k == p.dim_v;
 }
 
+constexpr bool most_used(uint32_t dk, uint32_t dv)
+{
+    return dk == dv && (dk == 64 || dk == 128);
+}
+
 inline bool most_used_dims(const attend_params &p)
 {
-    return same_dims(p) && (p.dim_k == 64 || p.dim_k == 128);
+    return most_used(p.dim_k, p.dim_v);
 }
 
 // What a call's kernels are compiled for: a codec's family, or a pair; NO_FAMILY where only the kernel for any codecs is.
@@ -132,7 +137,7 @@ cudaError_t launch_both(const attend_params &p, cudaStream_t stream)
 template <int CODEC, int DK, int DV> cudaError_t launch_dims(const attend_params &p, cudaStream_t stream)
 {
     if constexpr (has_levels(CODEC) || has_int4(CODEC) || CODEC == TC || (DK != DV && DK != 192)) {
-        if constexpr (has_int4(CODEC) && DK == DV && (DK == 64 || DK == 128))
+        if constexpr (has_int4(CODEC) && most_used(DK, DV))
             if (n_tiles(p) == 2)
                 return launch_attend<true, 2, DK, DV, 4, CODEC>(p, stream);
         return launch_attend<true, 1, DK, DV, 4, CODEC>(p, stream);
@@ -153,9 +158,9 @@ template <int CODEC, int DK, int DV> cudaError_t launch_dims(const attend_params
 // is none (1), or all (0).
 constexpr bool pair_is(int which, int dk, int dv)
 {
-    bool most_used = dk == dv && (dk == 64 || dk == 128), power = (dk & (dk - 1)) == 0;
-    return which == 0 || (which == 1 && !power) || (which == 2 && power) || (which == 3 && !most_used) ||
-           (which == 4 && most_used);
+    bool power = (dk & (dk - 1)) == 0;
+    return which == 0 || (which == 1 && !power) || (which == 2 && power) || (which == 3 && !most_used(dk, dv)) ||
+           (which == 4 && most_used(dk, dv));
 }
 
 template <int CODEC, int WHICH> cudaError_t launch_codec(const attend_params &p, cudaStream_t stream)
