@@ -392,6 +392,8 @@ def test_blocks_of_prompts_outlive_kvd(start):
 def test_a_keeper_that_is_not_there(tmp_path):
     """keep without systemd wants kvd-keeper beside kvd: who has copied or built kvd alone is told so."""
     shutil.copy(BUILD / "daemon" / "kvd", tmp_path / "kvd")
+    if (tmp_path / "kvd").read_bytes()[:2] == b"#!":
+        pytest.skip("the kvd of a bundle, which has kvd-keeper beside it")
     r = subprocess.run([tmp_path / "kvd", "--keep", "--listen", f"unix:{tmp_path}/kvd.sock", "--metrics", ""], capture_output=True, text=True, timeout=60,
                        env={"PATH": os.environ["PATH"], "LD_LIBRARY_PATH": f"{BUILD}/kernels"})
     assert r.returncode not in (0, 64) and f"cannot become {tmp_path}/kvd-keeper: No such file or directory; keep wants kvd-keeper beside kvd" in r.stderr

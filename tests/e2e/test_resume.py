@@ -218,7 +218,7 @@ def test_what_was_lent(start):
 
 
 def test_what_nobody_resumes_is_freed(start):
-    keeper = start("--keep", config="[kvd]\nresume-time = 1s\n")
+    keeper = start("--keep", config="[kvd]\nresume-time = 4s\n")  # a GPU takes a second to start
     rpc = Rpc(keeper.address)
     a, b = open_(rpc).session, open_(rpc).session
     for s in (a, b):

@@ -55,12 +55,24 @@ def answer(client, i, question):
     return computed, out
 
 
-def serve(address):
-    """A worker: reads requests, one a line, and answers them. What a kvd that was killed took with it is asked for anew."""
+def opened(address):
+    """A client. Whoever opens one while kvd is away is told so at once, and may try again."""
     class Daemon:
         pass
     Daemon.address = address
-    with connect(Daemon, timeout=60) as client:
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return connect(Daemon, timeout=60)
+        except package.UnavailableError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+
+
+def serve(address):
+    """A worker: reads requests, one a line, and answers them. What a kvd that was killed took with it is asked for anew."""
+    with opened(address) as client:
         for line in sys.stdin:
             number, i, question = json.loads(line)
             for _ in range(20):

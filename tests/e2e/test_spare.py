@@ -51,7 +51,7 @@ def test_what_is_borrowed_is_given_back(start):
     kvd = start("--pool-size", "32MiB", "--extent-size", "2MiB", config="[namespace a]\nquota = 6MiB\nborrow = yes\n[namespace b]\nquota = 16MiB\n")
     with connect(kvd, namespace="a") as a, connect(kvd, namespace="b") as b:
         borrowed = 'kvd_namespace_borrowed_bytes{namespace="a"}'
-        end, i = time.time() + 20, 0  # what may be borrowed is looked at twice a second
+        end, i = time.time() + 60, 0  # what may be borrowed is looked at twice a second
         while value(kvd, borrowed) <= 8 * MIB and time.time() < end:
             publish(a, tokens_of(i, 2048))
             i += 1

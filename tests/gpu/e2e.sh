@@ -47,10 +47,11 @@ pid=
 if [ "${1:-}" != none ]; then
     echo "== end to end"
     # Not run: calibration, which runs on no GPU and is not in the bundle; what wants a developer's tools; what no GPU has
-    # (tensors of the host for transformers); and what counts on nobody else using the processor.
+    # (tensors of the host for transformers); what runs on the CPU there too (the soak); and what counts on nobody else using
+    # the processor.
     ignored=()
     for name in fit eval import tensor_parallel docs documents header python_wheel python_readme record operator observability \
-        transformers transformers_models model limits fuzz fairness; do
+        transformers transformers_models model limits fuzz fairness soak; do
         ignored+=(--ignore-glob="*/test_$name.py")
     done
     KVD_BUILD="$work/build" KVD_SOURCE="$PWD" LD_LIBRARY_PATH="$library_path" \

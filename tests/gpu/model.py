@@ -49,14 +49,15 @@ class Rounded(DynamicCache):
 
 
 @torch.no_grad()
-def follow(model, cache, prompts, mask, tokens):
-    """Logits after the prompt and after each of `tokens` [batch, steps], fed one at a time."""
+def follow(model, cache, prompts, mask, tokens, settle=lambda: None):
+    """Logits after the prompt and after each of `tokens` [batch, steps], fed one at a time; `settle` is called behind each."""
     device = model.device
     mask, out = mask.to(device), []
     ids = prompts.to(device)
     for step in range(tokens.shape[1] + 1):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
         out.append(model(input_ids=ids, attention_mask=mask, position_ids=positions, **{CACHE: cache}).logits[:, -1].float().cpu())
+        settle()
         if step < tokens.shape[1]:
             ids = tokens[:, step:step + 1].to(device)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
@@ -89,14 +90,17 @@ def equality(address):
         with connect(config, codec="bf16", address=address) as client:
             got = follow(model, KvdCache(client, direct=direct, max_tokens=1024), prompts, mask, tokens)
             agree(f"kvd, codec bf16, {'direct mode' if direct else 'calls'}, against the CPU", got, want, 3e-2, 1e-2)
+    # In direct mode kvd may be some tokens behind, which are in bf16 until then: a row may differ by what they lose, unless each
+    # step waits for kvd.
     results = []
-    for direct in (False, True):
+    for direct, waits in ((False, False), (True, True), (True, False)):
         with connect(config, codec="int2-lm", address=address) as client:
             cache = KvdCache(client, direct=direct, max_tokens=1024)
-            results.append(follow(model, cache, prompts, mask, tokens))
+            results.append(follow(model, cache, prompts, mask, tokens, cache.flush if waits else lambda: None))
             cache.flush()
             say([s.describe().length for s in cache.sequences] == [130, 557, 73, 300], "every token is in kvd")
-    agree("codec int2-lm, direct mode against calls", results[1], results[0], 5e-2, 1e-2)
+    agree("codec int2-lm, direct mode that waits for kvd against calls", results[1], results[0], 1e-2, 1e-3)
+    agree("codec int2-lm, direct mode against calls", results[2], results[0], 3e-1, 1e-2)
 
 
 @torch.no_grad()

@@ -155,7 +155,7 @@ static void check_latent_shape(const struct latent_shape *c, uint32_t codec, uin
 {
     struct kseq s;
     struct kvd_plane g = latent_plane(c->layers, c->heads, codec, c->sink, c->recent);
-    latent_init(&s, g, c->length + 64, false, seed);
+    latent_init(&s, g, c->length + KVD_MAX(c->a.new_tokens, 64u), false, seed);
     to_device(&s);
     struct kvd_rotation *rot = grow(&s, cuda, c->length, seed);
     fetch_pages(&s);

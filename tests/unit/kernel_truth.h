@@ -171,6 +171,11 @@ static inline struct attention_errors attention_error(struct kseq *s, struct kvd
                                   .items = &item,
                                   .n_items = 1};
     struct kvd_error err = {0};
+    if (s->length + a->new_tokens > s->capacity) {
+        fprintf(stderr, "%u new tokens after %llu, and room for %llu\n", a->new_tokens,
+                (unsigned long long)s->length, (unsigned long long)s->capacity);
+        abort();
+    }
     if (b->ops->attend(b, &p, &err)) {
         fprintf(stderr, "attend: %s\n", err.text);
         abort();
@@ -191,8 +196,9 @@ static inline struct attention_errors attention_error(struct kseq *s, struct kvd
             diff += d * d;
             norm += want[c] * want[c];
         }
-        err_of.worst = fmax(err_of.worst, kseq_rel(want, o + i * g->head_dim_v, g->head_dim_v));
-        err_of.lse = fmax(err_of.lse, fabs(want_lse - lse[i]));
+        const double off = kseq_rel(want, o + i * g->head_dim_v, g->head_dim_v);
+        err_of.worst = fmax(err_of.worst, isnan(off) ? INFINITY : off);
+        err_of.lse = fmax(err_of.lse, isnan(lse[i]) ? INFINITY : fabs(want_lse - lse[i]));
     }
     err_of.overall = sqrt(diff / norm); // NaN if any output is
     free(keys);
