@@ -363,7 +363,12 @@ def throughput(b, engines, cost):
                     cost.setdefault(f"{codec}, nothing stored", []).append(b.requests(e, store=False))
     without = statistics.median(cost["none"]) if "none" in cost else None
     for codec, rates in cost.items():
-        more = f"; {100 * (statistics.median(rates) / without - 1):+.1f}% of that without kvd" if without and codec != "none" else ""
+        more = ""
+        if without and codec != "none":
+            more = f"; {100 * (statistics.median(rates) / without - 1):+.1f}% of that without kvd"
+            by_round = [100 * (rate / other - 1) for rate, other in zip(rates, cost["none"])]  # what drifts is in both
+            if len(by_round) > 1:
+                more += f", round by round {statistics.mean(by_round):+.2f} +- {statistics.stdev(by_round) / len(by_round) ** 0.5:.2f}%"
         b.say(f"{b.a.batch} requests of {b.a.batch_tokens} tokens, {b.a.batch_new} new ones each, nothing found, codec {codec}: "
               f"{statistics.median(rates):.0f} tokens/s (of {min(rates):.0f} to {max(rates):.0f}){more}")
 
