@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from conftest import DIRECT, EMULATED, Rpc, layout, kv
+from test_death import wait_for
 from test_grpc import KV, LAYERS, append, code_of, random_kv, tensor
 
 EXTENT, REVOKE, ROTATIONS = 1, 2, 3
@@ -386,6 +387,29 @@ def test_a_call_waits_for_its_fence(kvd):
     assert list(w.append_later(120, 3).result().lengths) == [130] and w.signalled() == 3
     other.p.kill()
     other.p.wait()
+
+
+def test_calls_of_a_stream_are_answered_one_after_the_other(kvd):
+    """Each is signalled at once, and answered when the next one has gone on, or soon after the last."""
+    w = Fenced(kvd)
+    for at in (0, 200):
+        calls = [w.append_later(100 + at + 10 * i, at + i + 1) for i in range(20)]
+        assert wait_for(lambda: kvd.metric("kvd_queued_calls") == 20)
+        for i, call in enumerate(calls):
+            w.write(at + i + 1)
+            end = time.time() + 10
+            while w.signalled() != at + i + 1:
+                assert time.time() < end, i
+        for i, call in enumerate(calls):
+            assert list(call.result(timeout=5).lengths) == [110 + at + 10 * i]
+    never = w.append_later(500, 100)
+    for i in range(5):  # one that waits holds up no answer
+        k, v = random_kv(10)
+        item = kv.AppendItem(sequence=w.sequence(10)[0], position=10, tokens=10, k=tensor(k), v=tensor(v))
+        reply = w.rpc.kv("Append", session=w.session, items=[item], signal=w.fence(1000 + i, 64))
+        assert list(reply.lengths) == [20] and w.signalled() == 1000 + i
+    assert not never.done()
+    w.sock.close()
 
 
 def test_a_fence_that_is_never_passed(kvd):
