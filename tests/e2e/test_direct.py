@@ -402,12 +402,12 @@ def test_calls_of_a_stream_are_answered_one_after_the_other(kvd):
                 assert time.time() < end, i
         for i, call in enumerate(calls):
             assert list(call.result(timeout=5).lengths) == [110 + at + 10 * i]
-    never = w.append_later(500, 100)
+    never = w.append_later(500, 1000)
     for i in range(5):  # one that waits holds up no answer
         k, v = random_kv(10)
         item = kv.AppendItem(sequence=w.sequence(10)[0], position=10, tokens=10, k=tensor(k), v=tensor(v))
-        reply = w.rpc.kv("Append", session=w.session, items=[item], signal=w.fence(1000 + i, 64))
-        assert list(reply.lengths) == [20] and w.signalled() == 1000 + i
+        reply = w.rpc.kv("Append", session=w.session, items=[item], signal=w.fence(500 + i, 64))
+        assert list(reply.lengths) == [20] and w.signalled() == 500 + i
     assert not never.done()
     w.sock.close()
 
