@@ -234,6 +234,7 @@ enum kvd_memory {
     KVD_MEMORY_MEMFD = 0,    // host memory; the daemon maps it itself
     KVD_MEMORY_CUDA_IPC = 1, // a cudaIpcMemHandle_t: an allocation of cudaMalloc, from its start
     KVD_MEMORY_CUDA_FD = 2,  // a descriptor of cuMemExportToShareableHandle
+    KVD_MEMORY_CUDA_SEGMENTS = 3, // many of those, side by side
 };
 enum { KVD_IPC_HANDLE_BYTES = 64 };
 struct kvd_foreign {
@@ -241,6 +242,11 @@ struct kvd_foreign {
     int fd; // stays the caller's
     uint8_t ipc[KVD_IPC_HANDLE_BYTES];
     uint64_t size; // that the other process claims
+};
+// One of KVD_MEMORY_CUDA_SEGMENTS.
+struct kvd_segment {
+    int fd;         // stays the caller's, who may close it once it is mapped
+    uint64_t bytes; // that the other process claims, a multiple of KVD_SEGMENT_UNIT
 };
 
 struct kvd_backend_ops {
@@ -290,11 +296,22 @@ struct kvd_backend_ops {
                        struct kvd_error *err);
     void (*foreign_unmap)(struct kvd_backend *b, enum kvd_memory kind, uint8_t *data,
                           uint64_t size);
+    // The same of memory in many parts: addresses for `size` bytes of them, a multiple of
+    // KVD_SEGMENT_UNIT; then segments from `at` on, one behind the other, all of them or none; in
+    // the end all is let go of, of which the first `mapped` bytes have segments. KVD_E_INVALID,
+    // KVD_E_FULL, KVD_E_UNSUPPORTED.
+    int (*segments_reserve)(struct kvd_backend *b, uint64_t size, uint8_t **data,
+                            struct kvd_error *err);
+    int (*segments_map)(struct kvd_backend *b, uint8_t *at, const struct kvd_segment *segments,
+                        uint32_t n, struct kvd_error *err);
+    void (*segments_unmap)(struct kvd_backend *b, uint8_t *data, uint64_t mapped, uint64_t size);
     // Whether the device is lost to this process, so that nothing will work again; NULL where it
     // never is.
     bool (*lost)(struct kvd_backend *b);
     // Bytes of device memory that nobody uses; UINT64_MAX where it is not the scarce kind.
     uint64_t (*memory_free)(struct kvd_backend *b);
+    // Bytes of device memory in all; NULL: it is the host's.
+    uint64_t (*memory_total)(struct kvd_backend *b);
 
     // Copies the set into the backend's memory. NULL with *err set on failure: KVD_E_UNSUPPORTED
     // where the backend cannot serve transforms.

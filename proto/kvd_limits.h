@@ -40,6 +40,8 @@ enum {
     KVD_MAX_CALL_PAGES = 512, // in one PutPages, GetPages or EncodePages
     KVD_EXACT_TAIL_PAGES = 4, // of a chain's last pages, which EncodePages leaves as they are
     KVD_MAX_CALL_ADOPTIONS = 16,
+    KVD_MAX_CALL_SEGMENTS = 32, // of a GPU's memory, in one RegisterBuffer
+    KVD_SEGMENT_UNIT = 2 << 20, // bytes that their sizes are multiples of
     KVD_MAX_LEASE_MS = 600000,
     KVD_MAX_RETAIN_MS = 86400000,
     KVD_MAX_SINKS = 65536,  // layers x q_heads of a session's attention sinks

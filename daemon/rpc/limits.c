@@ -12,6 +12,7 @@ static const struct {
     {&kvd__v1__layout__descriptor, "planes", KVD_MAX_PLANES},
     {&kvd__v1__plane__descriptor, "layers", KVD_MAX_LAYERS},
     {&kvd__v1__open_session_request__descriptor, "sinks", KVD_MAX_SINKS},
+    {&kvd__v1__register_buffer_request__descriptor, "segments", KVD_MAX_CALL_SEGMENTS},
     {&kvd__v1__free_sequences_request__descriptor, "sequences", KVD_MAX_CALL_SEQUENCES},
     {&kvd__v1__describe_sequences_request__descriptor, "sequences", KVD_MAX_CALL_SEQUENCES},
     {&kvd__v1__append_request__descriptor, "items", KVD_MAX_CALL_ITEMS},

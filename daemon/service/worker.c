@@ -180,6 +180,7 @@ static void reply(struct kvd_call *call, const struct kvd_session *s)
     r.lease_ms = s->lease_ms;
     r.sinks = s->n_sinks;
     r.paged = true;
+    r.segments = KVD_MAX_CALL_SEGMENTS;
     kvd_call_reply(call, &r);
 }
 
@@ -467,18 +468,26 @@ void kvd_on_keep_alive(struct kvd_call *call, const void *request)
     kvd_call_reply(call, &r);
 }
 
+static int leased(struct kvd_error *err)
+{
+    return kvd_fail(err, KVD_E_PRECONDITION,
+                    "a leased session has no buffers; connect to the fd socket and open the "
+                    "session with its ticket");
+}
+
 // What a request says of its memory. The fd, if any, is the caller's to close.
 static int foreign_of(struct kvd_session *s, const Kvd__V1__RegisterBufferRequest *req,
                       struct kvd_foreign *out, struct kvd_error *err)
 {
     *out = (struct kvd_foreign){.kind = (enum kvd_memory)req->memory, .fd = -1, .size = req->size};
     if (!s->connection)
-        return kvd_fail(err, KVD_E_PRECONDITION,
-                        "a leased session has no buffers; connect to the fd socket and open the "
-                        "session with its ticket");
+        return leased(err);
     if (out->kind > KVD_MEMORY_CUDA_FD || (int)out->kind < 0)
-        return kvd_fail(err, KVD_E_INVALID, "memory is %d; MEMFD, CUDA_IPC and CUDA_FD are known",
+        return kvd_fail(err, KVD_E_INVALID,
+                        "memory is %d; MEMFD, CUDA_IPC, CUDA_FD and CUDA_SEGMENTS are known",
                         (int)req->memory);
+    if (req->n_segments || req->mapped)
+        return kvd_fail(err, KVD_E_INVALID, "segments and mapped are of CUDA_SEGMENTS alone");
     if (out->kind == KVD_MEMORY_CUDA_IPC) {
         if (req->cuda_ipc_handle.len != sizeof(out->ipc))
             return kvd_fail(err, KVD_E_INVALID, "cuda_ipc_handle has %zu bytes, not %zu",
@@ -490,21 +499,75 @@ static int foreign_of(struct kvd_session *s, const Kvd__V1__RegisterBufferReques
     return out->fd < 0 ? err->code : KVD_OK;
 }
 
+// Takes the descriptors of a call's segments, whatever comes of it: what is in `out` is the
+// caller's to close.
+static int take_segments(struct kvd_session *s, const Kvd__V1__RegisterBufferRequest *req,
+                         struct kvd_segment *out, struct kvd_error *err)
+{
+    int rc = KVD_OK;
+    for (uint32_t i = 0; i < req->n_segments; i++) {
+        const Kvd__V1__RegisterBufferRequest__Segment *from = req->segments[i];
+        struct kvd_error e = {0};
+        out[i] =
+            (struct kvd_segment){kvd_connection_take_fd(s->connection, from->key, &e), from->bytes};
+        // Of what was refused when it came, the connection knows the last one's reason.
+        if (out[i].fd < 0 && (rc == KVD_OK || e.code == KVD_E_LIMIT))
+            rc = kvd_fail(err, e.code, "segments[%u]: %s", i, e.text);
+    }
+    return rc;
+}
+
+// A part of a buffer's segments. The descriptors are closed either way: what is mapped needs none.
+static int add_segments(struct kvd_call *call, struct kvd_session *s,
+                        const Kvd__V1__RegisterBufferRequest *req, struct kvd_buffer **out,
+                        struct kvd_error *err)
+{
+    struct kvd_segment segments[KVD_MAX_CALL_SEGMENTS]; // limits.c has seen to it that they fit
+    const struct kvd_segments m = {req->size, req->mapped, segments, (uint32_t)req->n_segments};
+    if (!s->connection)
+        return leased(err);
+    int rc = take_segments(s, req, segments, err);
+    if (m.n == 0)
+        rc = kvd_fail(err, KVD_E_INVALID, "there are no segments");
+    else if (req->cuda_ipc_handle.len)
+        rc = kvd_fail(err, KVD_E_INVALID, "cuda_ipc_handle is of CUDA_IPC alone");
+    if (rc == KVD_OK)
+        rc = kvd_session_add_segments(call->d, s, req->key, req->buffer, &m, out, err);
+    for (uint32_t i = 0; i < m.n; i++)
+        if (segments[i].fd >= 0)
+            kvd_reclaim_fd(call->d, segments[i].fd);
+    return rc;
+}
+
+static void reply_registered(struct kvd_call *call, const struct kvd_buffer *b)
+{
+    Kvd__V1__RegisterBufferReply r = KVD__V1__REGISTER_BUFFER_REPLY__INIT;
+    r.buffer = b->id;
+    if (b->kind == KVD_MEMORY_CUDA_SEGMENTS)
+        r.mapped = b->mapped;
+    kvd_call_reply(call, &r);
+}
+
 void kvd_on_register_buffer(struct kvd_call *call, const void *request)
 {
     const Kvd__V1__RegisterBufferRequest *req = request;
-    Kvd__V1__RegisterBufferReply r = KVD__V1__REGISTER_BUFFER_REPLY__INIT;
     struct kvd_session *s = kvd_call_session(call, req->session);
     struct kvd_error err = {0};
     struct kvd_foreign memory;
     struct kvd_buffer *b, *next;
     if (!s)
         return;
+    if (req->memory == KVD__V1__REGISTER_BUFFER_REQUEST__MEMORY__CUDA_SEGMENTS) {
+        if (add_segments(call, s, req, &b, &err))
+            kvd_call_fail_error(call, &err);
+        else
+            reply_registered(call, b);
+        return;
+    }
     HASH_ITER(hh, s->buffers, b, next)
     {
-        if (b->key == req->key && b->size == req->size) {
-            r.buffer = b->id;
-            kvd_call_reply(call, &r);
+        if (b->key == req->key && b->size == req->size && b->kind != KVD_MEMORY_CUDA_SEGMENTS) {
+            reply_registered(call, b);
             return;
         }
     }
@@ -513,12 +576,10 @@ void kvd_on_register_buffer(struct kvd_call *call, const void *request)
         rc = kvd_session_add_buffer(call->d, s, req->key, req->buffer, &memory, &b, &err);
     if (memory.fd >= 0)
         kvd_reclaim_fd(call->d, memory.fd);
-    if (rc) {
+    if (rc)
         kvd_call_fail_error(call, &err);
-        return;
-    }
-    r.buffer = b->id;
-    kvd_call_reply(call, &r);
+    else
+        reply_registered(call, b);
 }
 
 static void buffer_gone(struct kvd_buffer *b)
@@ -543,7 +604,7 @@ void kvd_on_release_buffer(struct kvd_call *call, const void *request)
     struct kvd_session *s = kvd_call_session(call, req->session);
     if (!s)
         return;
-    struct kvd_buffer *b = kvd_session_buffer(s, req->buffer);
+    struct kvd_buffer *b = kvd_session_any_buffer(s, req->buffer);
     if (!b) {
         kvd_call_fail(call, KVD_E_NOT_FOUND, "there is no buffer %" PRIu64, req->buffer);
         return;

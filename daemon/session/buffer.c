@@ -8,11 +8,19 @@
 #include "daemon/rpc/users.h"
 #include "daemon/session/reclaim.h"
 
-struct kvd_buffer *kvd_session_buffer(struct kvd_session *s, uint64_t id)
+enum { SEGMENT_TIMES = 16 }; // that a GPU's memory may be registered as segments
+
+struct kvd_buffer *kvd_session_any_buffer(struct kvd_session *s, uint64_t id)
 {
     struct kvd_buffer *b;
     HASH_FIND(hh, s->buffers, &id, sizeof(id), b);
     return b;
+}
+
+struct kvd_buffer *kvd_session_buffer(struct kvd_session *s, uint64_t id)
+{
+    struct kvd_buffer *b = kvd_session_any_buffer(s, id);
+    return b && b->mapped == b->size ? b : NULL;
 }
 
 // Maps a memfd.
@@ -49,18 +57,25 @@ static uint64_t host_bytes(const struct kvd_buffer *b)
     return b->kind == KVD_MEMORY_MEMFD ? b->size : 0;
 }
 
+static uint64_t segment_bytes(const struct kvd_buffer *b)
+{
+    return b->kind == KVD_MEMORY_CUDA_SEGMENTS ? b->size : 0;
+}
+
 static void discharge(struct kvd_buffer *b)
 {
-    kvd_user_give(b->user, KVD_SHARE_MAPPINGS, 1);
+    kvd_user_give(b->user, KVD_SHARE_MAPPINGS, 1 + b->segments);
     kvd_user_give(b->user, KVD_SHARE_BUFFER_BYTES, host_bytes(b));
+    kvd_user_give(b->user, KVD_SHARE_SEGMENT_BYTES, segment_bytes(b));
     kvd_user_unref(&b->user);
 }
 
 // What counts against max-buffer-bytes. A GPU's allocation is mapped once, however often it is
-// registered, and what there is of them the GPU bounds.
+// registered, and what there is of them the GPU bounds. Segments are an engine's whole KV too; as
+// each registering maps them anew they are a share of their own.
 static uint64_t counted_bytes(enum kvd_memory kind, uint64_t size)
 {
-    return kind == KVD_MEMORY_CUDA_IPC ? 0 : size;
+    return kind == KVD_MEMORY_CUDA_IPC || kind == KVD_MEMORY_CUDA_SEGMENTS ? 0 : size;
 }
 
 // Takes a buffer's part of its user's shares.
@@ -73,6 +88,11 @@ static int charge(struct kvd_daemon *d, const struct kvd_session *s, struct kvd_
     int rc = kvd_user_take(b->user, KVD_SHARE_MAPPINGS, 1, err);
     if (rc == KVD_OK) {
         rc = kvd_user_take(b->user, KVD_SHARE_BUFFER_BYTES, host_bytes(b), err);
+        if (rc == KVD_OK) {
+            rc = kvd_user_take(b->user, KVD_SHARE_SEGMENT_BYTES, segment_bytes(b), err);
+            if (rc)
+                kvd_user_give(b->user, KVD_SHARE_BUFFER_BYTES, host_bytes(b));
+        }
         if (rc)
             kvd_user_give(b->user, KVD_SHARE_MAPPINGS, 1);
     }
@@ -95,15 +115,35 @@ static uint64_t id_for(struct kvd_daemon *d, const struct kvd_session *s, uint64
     return id;
 }
 
-int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t key, uint64_t id,
-                           const struct kvd_foreign *m, struct kvd_buffer **out,
-                           struct kvd_error *err)
+static int room_for_one(const struct kvd_session *s, uint64_t size, struct kvd_error *err)
 {
-    if (m->size == 0)
+    if (size == 0)
         return kvd_fail(err, KVD_E_INVALID, "size is 0");
     if (HASH_COUNT(s->buffers) >= KVD_MAX_BUFFERS)
         return kvd_fail(err, KVD_E_LIMIT, "a session registers at most %d buffers; release some",
                         KVD_MAX_BUFFERS);
+    return KVD_OK;
+}
+
+static void link_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t key, uint64_t id,
+                        struct kvd_buffer *b)
+{
+    b->d = d;
+    b->id = id_for(d, s, id);
+    b->key = key;
+    b->refs = 1;
+    HASH_ADD(hh, s->buffers, id, sizeof(b->id), b);
+    s->buffer_bytes += b->size;
+    s->counted_bytes += counted_bytes(b->kind, b->size);
+}
+
+int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t key, uint64_t id,
+                           const struct kvd_foreign *m, struct kvd_buffer **out,
+                           struct kvd_error *err)
+{
+    int rc = room_for_one(s, m->size, err);
+    if (rc)
+        return rc;
     const uint64_t counted = counted_bytes(m->kind, m->size);
     if (counted && (s->counted_bytes > d->config.max_buffer_bytes ||
                     counted > d->config.max_buffer_bytes - s->counted_bytes))
@@ -114,8 +154,8 @@ int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t
     if (!b)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     b->kind = m->kind;
-    b->size = m->size;
-    int rc = charge(d, s, b, err);
+    b->size = b->mapped = m->size;
+    rc = charge(d, s, b, err);
     if (rc == KVD_OK) {
         rc = m->kind == KVD_MEMORY_MEMFD
                  ? map_memfd(m, b, err)
@@ -127,16 +167,123 @@ int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t
         free(b);
         return rc;
     }
-    b->d = d;
-    b->id = id_for(d, s, id);
-    b->key = key;
-    b->refs = 1;
-    HASH_ADD(hh, s->buffers, id, sizeof(b->id), b);
-    s->buffer_bytes += m->size;
-    s->counted_bytes += counted;
+    link_buffer(d, s, key, id, b);
     *out = b;
     return KVD_OK;
 }
+
+// -- segments -----------------------------------------------------------------------------------
+
+// Whether these follow what the call says, within the buffer; *bytes: of all of them.
+static int check_segments(const struct kvd_segments *m, uint64_t *bytes, struct kvd_error *err)
+{
+    *bytes = 0;
+    if (m->size % KVD_SEGMENT_UNIT)
+        return kvd_fail(err, KVD_E_INVALID, "size is %" PRIu64 ", not a multiple of %d", m->size,
+                        KVD_SEGMENT_UNIT);
+    if (m->mapped > m->size)
+        return kvd_fail(err, KVD_E_INVALID, "mapped is %" PRIu64 ", size %" PRIu64, m->mapped,
+                        m->size);
+    for (uint32_t i = 0; i < m->n; i++) {
+        const uint64_t one = m->segments[i].bytes, left = m->size - m->mapped - *bytes;
+        if (one == 0 || one % KVD_SEGMENT_UNIT)
+            return kvd_fail(err, KVD_E_INVALID,
+                            "segments[%u] has %" PRIu64 " bytes, not a multiple of %d", i, one,
+                            KVD_SEGMENT_UNIT);
+        if (one > left)
+            return kvd_fail(err, KVD_E_INVALID,
+                            "segments[%u] has %" PRIu64 " bytes, and only %" PRIu64
+                            " of the buffer's size are left",
+                            i, one, left);
+        *bytes += one;
+    }
+    return KVD_OK;
+}
+
+// A buffer that none of its segments has come of yet.
+static int reserve(struct kvd_daemon *d, struct kvd_session *s, uint64_t size,
+                   struct kvd_buffer **out, struct kvd_error *err)
+{
+    int rc = room_for_one(s, size, err);
+    if (rc)
+        return rc;
+    if (size > kvd_share_total(d, KVD_SHARE_SEGMENT_BYTES)) // a sum of more could overflow
+        return kvd_fail(err, KVD_E_LIMIT,
+                        "size is %" PRIu64 ": so many segments of GPU memory there cannot be",
+                        size);
+    struct kvd_buffer *b = calloc(1, sizeof(*b));
+    if (!b)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    *b = (struct kvd_buffer){.kind = KVD_MEMORY_CUDA_SEGMENTS, .size = size};
+    rc = charge(d, s, b, err);
+    if (rc == KVD_OK) {
+        rc = d->backend->ops->segments_reserve(d->backend, size, &b->data, err);
+        if (rc)
+            discharge(b);
+    }
+    if (rc)
+        free(b);
+    else
+        *out = b;
+    return rc;
+}
+
+static int map_more(struct kvd_daemon *d, struct kvd_buffer *b, const struct kvd_segments *m,
+                    uint64_t bytes, struct kvd_error *err)
+{
+    int rc = kvd_user_take(b->user, KVD_SHARE_MAPPINGS, m->n, err);
+    if (rc)
+        return rc;
+    rc = d->backend->ops->segments_map(d->backend, b->data + b->mapped, m->segments, m->n, err);
+    if (rc) {
+        kvd_user_give(b->user, KVD_SHARE_MAPPINGS, m->n);
+        return rc;
+    }
+    b->segments += m->n;
+    b->mapped += bytes;
+    return KVD_OK;
+}
+
+static struct kvd_buffer *begun(struct kvd_session *s, uint64_t key, uint64_t size)
+{
+    struct kvd_buffer *b, *next;
+    HASH_ITER(hh, s->buffers, b, next)
+    if (b->kind == KVD_MEMORY_CUDA_SEGMENTS && b->key == key && b->size == size)
+        return b;
+    return NULL;
+}
+
+int kvd_session_add_segments(struct kvd_daemon *d, struct kvd_session *s, uint64_t key, uint64_t id,
+                             const struct kvd_segments *m, struct kvd_buffer **out,
+                             struct kvd_error *err)
+{
+    struct kvd_buffer *b = begun(s, key, m->size);
+    const uint64_t mapped = b ? b->mapped : 0;
+    const bool new = !b;
+    uint64_t bytes;
+    int rc = check_segments(m, &bytes, err);
+    if (rc == KVD_OK && m->mapped + bytes > mapped) {
+        if (m->mapped != mapped)
+            rc = kvd_fail(err, KVD_E_INVALID,
+                          "segments that follow %" PRIu64 " bytes of a buffer that has %" PRIu64,
+                          m->mapped, mapped);
+        if (rc == KVD_OK && new)
+            rc = reserve(d, s, m->size, &b, err);
+        if (rc == KVD_OK)
+            rc = map_more(d, b, m, bytes, err);
+    }
+    if (rc == KVD_OK && new)
+        link_buffer(d, s, key, id, b);
+    else if (rc && new &&b) {
+        d->backend->ops->segments_unmap(d->backend, b->data, 0, b->size);
+        discharge(b);
+        free(KVD_TAKE(b));
+    }
+    *out = b;
+    return rc;
+}
+
+// -- the end ------------------------------------------------------------------------------------
 
 void kvd_buffer_unref(struct kvd_buffer *b)
 {
@@ -144,6 +291,8 @@ void kvd_buffer_unref(struct kvd_buffer *b)
         return;
     if (b->kind == KVD_MEMORY_MEMFD)
         kvd_reclaim_mapping(b->d, b->data, b->size);
+    else if (b->kind == KVD_MEMORY_CUDA_SEGMENTS)
+        b->d->backend->ops->segments_unmap(b->d->backend, b->data, b->mapped, b->size);
     else
         b->d->backend->ops->foreign_unmap(b->d->backend, b->kind, b->data, b->size);
     if (b->gone)
@@ -174,6 +323,11 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
     kvd_share_possible(d, KVD_SHARE_MAPPINGS, KVD_MAX(half, (uint64_t)64));
     uint64_t memory = uv_get_total_memory(), allowed = uv_get_constrained_memory();
     kvd_share_possible(d, KVD_SHARE_BUFFER_BYTES, allowed && allowed < memory ? allowed : memory);
+    // Each of the sessions of all engines may have all that they have of the GPU. What is bounded
+    // is how many addresses somebody can take who registers the same memory again and again.
+    if (d->backend->ops->memory_total)
+        kvd_share_possible(d, KVD_SHARE_SEGMENT_BYTES,
+                           SEGMENT_TIMES * d->backend->ops->memory_total(d->backend));
     return KVD_OK;
 }
 

@@ -14,7 +14,9 @@ struct kvd_buffer {
     enum kvd_memory kind;
     uint8_t *data;
     uint64_t size;
-    uint64_t inode; // of a memfd, which may be registered more than once
+    uint64_t mapped;   // bytes of it that are: all, but of segments that are still to come
+    uint64_t segments; // how many it has
+    uint64_t inode;    // of a memfd, which may be registered more than once
     uint32_t refs;
     // Called when it is unmapped, before it is freed; NULL: nobody waits for that.
     void (*gone)(struct kvd_buffer *b);
@@ -23,12 +25,27 @@ struct kvd_buffer {
     UT_hash_handle hh;
 };
 
+// One that can be used: NULL as long as segments of it are to come.
 struct kvd_buffer *kvd_session_buffer(struct kvd_session *s, uint64_t id);
+// The same whatever is to come: to be released.
+struct kvd_buffer *kvd_session_any_buffer(struct kvd_session *s, uint64_t id);
 // Maps a worker's memory. The fd stays the caller's. KVD_E_INVALID (seals, size, holes, not
 // memory), KVD_E_UNSUPPORTED, KVD_E_QUOTA, KVD_E_LIMIT.
 int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t key, uint64_t id,
                            const struct kvd_foreign *memory, struct kvd_buffer **out,
                            struct kvd_error *err);
+// What a call says of a buffer of KVD_MEMORY_CUDA_SEGMENTS.
+struct kvd_segments {
+    uint64_t size;   // of the whole buffer
+    uint64_t mapped; // by the calls before
+    const struct kvd_segment *segments;
+    uint32_t n; // at least 1
+};
+// The same for a part of the segments: makes the buffer of that key and size, or goes on with it; a
+// part that is there already is passed over. On failure all is as it was.
+int kvd_session_add_segments(struct kvd_daemon *d, struct kvd_session *s, uint64_t key, uint64_t id,
+                             const struct kvd_segments *m, struct kvd_buffer **out,
+                             struct kvd_error *err);
 void kvd_session_drop_buffer(struct kvd_session *s, struct kvd_buffer *b);
 void kvd_buffer_unref(struct kvd_buffer *b);
 

@@ -308,6 +308,7 @@ static const struct kvd_backend_ops cpu_ops = {
     .extent_descriptor = kvd_cpu_extent_descriptor,
     .extent_adopt = kvd_cpu_extent_adopt,
     .foreign_map = kvd_cpu_foreign_map,
+    .segments_reserve = kvd_cpu_segments_reserve,
     .memory_free = kvd_cpu_memory_free,
     .rotation_new = rotation_new,
     .rotation_free = rotation_free,

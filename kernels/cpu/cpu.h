@@ -229,6 +229,8 @@ int kvd_cpu_extent_import(struct kvd_backend *b, struct kvd_arena *a, uint32_t i
                           struct kvd_error *err);
 int kvd_cpu_foreign_map(struct kvd_backend *b, const struct kvd_foreign *f, uint8_t **data,
                         struct kvd_error *err);
+int kvd_cpu_segments_reserve(struct kvd_backend *b, uint64_t size, uint8_t **data,
+                             struct kvd_error *err);
 uint64_t kvd_cpu_memory_free(struct kvd_backend *b);
 
 // Index of a layer's and kv head's matrix and clip ratio: sets may be shared by all layers or all

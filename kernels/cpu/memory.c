@@ -184,15 +184,29 @@ int kvd_cpu_extent_adopt(struct kvd_backend *b, struct kvd_arena *a, uint32_t i,
     return KVD_OK;
 }
 
+static int no_gpu(struct kvd_error *err)
+{
+    return kvd_fail(err, KVD_E_UNSUPPORTED,
+                    "kvd runs on the CPU and cannot reach GPU memory; register a memfd, or start "
+                    "kvd with backend cuda");
+}
+
 int kvd_cpu_foreign_map(struct kvd_backend *b, const struct kvd_foreign *f, uint8_t **data,
                         struct kvd_error *err)
 {
     (void)b;
     (void)f;
     (void)data;
-    return kvd_fail(err, KVD_E_UNSUPPORTED,
-                    "kvd runs on the CPU and cannot reach GPU memory; register a memfd, or start "
-                    "kvd with backend cuda");
+    return no_gpu(err);
+}
+
+int kvd_cpu_segments_reserve(struct kvd_backend *b, uint64_t size, uint8_t **data,
+                             struct kvd_error *err)
+{
+    (void)b;
+    (void)size;
+    (void)data;
+    return no_gpu(err);
 }
 
 uint64_t kvd_cpu_memory_free(struct kvd_backend *b)

@@ -158,7 +158,13 @@ int kvd_cuda_foreign_map(struct kvd_backend *b, const struct kvd_foreign *f, uin
                          struct kvd_error *err);
 void kvd_cuda_foreign_unmap(struct kvd_backend *b, enum kvd_memory kind, uint8_t *data,
                             uint64_t size);
+int kvd_cuda_segments_reserve(struct kvd_backend *b, uint64_t size, uint8_t **data,
+                              struct kvd_error *err);
+int kvd_cuda_segments_map(struct kvd_backend *b, uint8_t *at, const struct kvd_segment *segments,
+                          uint32_t n, struct kvd_error *err);
+void kvd_cuda_segments_unmap(struct kvd_backend *b, uint8_t *data, uint64_t mapped, uint64_t size);
 uint64_t kvd_cuda_memory_free(struct kvd_backend *b);
+uint64_t kvd_cuda_memory_total(struct kvd_backend *b);
 
 // pieces.c
 // Divides a part of an append into pieces of at most `most` tokens each, a multiple of a page's,

@@ -8,7 +8,7 @@
 
 #include "kernels/cuda/cuda.h"
 
-enum { GRANULARITY = 2 << 20 };
+enum { GRANULARITY = KVD_SEGMENT_UNIT };
 
 struct arena {
     struct kvd_arena base;
@@ -384,9 +384,78 @@ void kvd_cuda_foreign_unmap(struct kvd_backend *b, enum kvd_memory kind, uint8_t
     }
 }
 
+int kvd_cuda_segments_reserve(struct kvd_backend *b, uint64_t size, uint8_t **data,
+                              struct kvd_error *err)
+{
+    struct kvd_cuda *c = cuda_of(b);
+    CUdeviceptr at = 0;
+    cudaSetDevice(c->index);
+    int rc = status(c, c->driver.reserve(&at, size, GRANULARITY, 0, 0), "reserving addresses", err);
+    if (rc == KVD_OK)
+        *data = (uint8_t *)(uintptr_t)at;
+    return rc;
+}
+
+// Without access, which all of a call's get at once.
+static int map_segment(struct kvd_cuda *c, CUdeviceptr at, const struct kvd_segment *s,
+                       struct kvd_error *err)
+{
+    CUmemGenericAllocationHandle handle;
+    int rc = import(c, s->fd, &handle, err);
+    if (rc)
+        return rc;
+    // The driver refuses to map more than there is.
+    if (c->driver.map(at, s->bytes, 0, handle, 0) != CUDA_SUCCESS)
+        rc = kvd_fail(err, KVD_E_INVALID, "the allocation does not have %llu bytes",
+                      (unsigned long long)s->bytes);
+    c->driver.release(handle); // the mapping keeps the memory
+    return rc;
+}
+
+int kvd_cuda_segments_map(struct kvd_backend *b, uint8_t *data, const struct kvd_segment *segments,
+                          uint32_t n, struct kvd_error *err)
+{
+    struct kvd_cuda *c = cuda_of(b);
+    CUmemAccessDesc access = {.location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = c->index},
+                              .flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+    const CUdeviceptr at = (CUdeviceptr)(uintptr_t)data;
+    uint64_t mapped = 0;
+    int rc = KVD_OK;
+    cudaSetDevice(c->index);
+    for (uint32_t i = 0; i < n && rc == KVD_OK; i++) {
+        rc = map_segment(c, at + mapped, &segments[i], err);
+        if (rc)
+            kvd_fail_in(err, "segments[%u]", i);
+        else
+            mapped += segments[i].bytes;
+    }
+    if (rc == KVD_OK)
+        rc = status(c, c->driver.set_access(at, mapped, &access, 1), "mapping segments", err);
+    if (rc && mapped)
+        c->driver.unmap(at, mapped);
+    return rc;
+}
+
+void kvd_cuda_segments_unmap(struct kvd_backend *b, uint8_t *data, uint64_t mapped, uint64_t size)
+{
+    struct kvd_cuda *c = cuda_of(b);
+    const CUdeviceptr at = (CUdeviceptr)(uintptr_t)data;
+    cudaSetDevice(c->index);
+    if (mapped)
+        c->driver.unmap(at, mapped);
+    c->driver.unreserve(at, size);
+}
+
 uint64_t kvd_cuda_memory_free(struct kvd_backend *b)
 {
     size_t left = 0, total = 0;
     cudaSetDevice(cuda_of(b)->index);
     return cudaMemGetInfo(&left, &total) == cudaSuccess ? left : 0;
+}
+
+uint64_t kvd_cuda_memory_total(struct kvd_backend *b)
+{
+    size_t left = 0, total = 0;
+    cudaSetDevice(cuda_of(b)->index);
+    return cudaMemGetInfo(&left, &total) == cudaSuccess ? total : 0;
 }

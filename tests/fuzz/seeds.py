@@ -127,6 +127,8 @@ requests = [
     kv.OpenSessionRequest(request_id=1, namespace_name="n", ticket=session, client_name="c", layout=layout, lease_ms=1000),
     kv.CloseSessionRequest(session=session), kv.KeepAliveRequest(session=session),
     kv.RegisterBufferRequest(session=session, key=1, size=4096, memory=1, cuda_ipc_handle=bytes(64)),
+    kv.RegisterBufferRequest(session=session, key=1, size=8 << 20, memory=3, mapped=2 << 20,
+                             segments=[kv.RegisterBufferRequest.Segment(key=i, bytes=2 << 20) for i in (2, 3)]),
     kv.ReleaseBufferRequest(session=session, buffer=1), kv.CreateSequencesRequest(session=session, request_id=2, count=3),
     kv.ForkSequenceRequest(session=session, request_id=2, sequence=1 << 33, count=3),
     kv.TruncateSequenceRequest(session=session, sequence=1 << 33, length=5),
@@ -165,9 +167,9 @@ requests = [
 services = [kv.DESCRIPTOR.services_by_name["KvCache"], admin.DESCRIPTOR.services_by_name["Admin"],
             health.DESCRIPTOR.services_by_name["Health"]]
 numbers = {m.input_type.full_name: i for i, m in reversed(list(enumerate(m for s in services for m in s.methods)))}
-for message in requests:
+for i, message in enumerate(requests):  # some are there twice
     number = numbers[message.DESCRIPTOR.full_name]
-    write("request", message.DESCRIPTOR.name, bytes([number]) + message.SerializeToString())
+    write("request", f"{message.DESCRIPTOR.name}{i}", bytes([number]) + message.SerializeToString())
 
 # -- the fd socket: steps of four bytes (fuzz_fdsock.c) --------------------------------------------
 

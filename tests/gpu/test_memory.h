@@ -88,6 +88,40 @@ static void copies_under_way(const struct kvd_backend_ops *ops, uint64_t at, uin
     result(good && same, "copies under way");
 }
 
+// Memory of which `fd` is, three times side by side, as segments of one buffer.
+static void map_segments(const struct kvd_backend_ops *ops, int fd, uint64_t bytes)
+{
+    struct kvd_error err = {0};
+    const struct kvd_segment good[] = {{fd, bytes}, {fd, bytes / 2}},
+                             lie[] = {{fd, bytes}, {fd, 2 * bytes}};
+    const struct kvd_segment no_memory[] = {{fd, bytes}, {0, bytes}};
+    const uint64_t size = 4 * bytes, part = bytes + bytes / 2;
+    uint8_t *data = NULL;
+    result(ops->memory_total(cuda) > 0 && ops->segments_reserve(cuda, size, &data, &err) == 0,
+           "addresses for segments");
+    result(ops->segments_map(cuda, data, lie, 2, &err) == KVD_E_INVALID &&
+               strstr(err.text, "segments[1]: the allocation does not have"),
+           "a lie about a segment's size");
+    result(ops->segments_map(cuda, data, no_memory, 2, &err) == KVD_E_INVALID, "not a segment");
+    // What was refused has left no mapping in the way.
+    result(ops->segments_map(cuda, data, good, 2, &err) == 0, "segments are mapped");
+    result(ops->segments_map(cuda, data + part, good, 1, &err) == 0, "and more behind them");
+    const uint32_t words[2] = {11, 13};
+    upload(data + bytes - 4, words, 8); // the last of the first, and the first of the second
+    uint32_t got[3] = {0};
+    cudaMemcpy(&got[0], data + part + bytes - 4, 4, cudaMemcpyDeviceToHost);
+    cudaMemcpy(&got[1], data, 4, cudaMemcpyDeviceToHost);
+    cudaMemcpy(&got[2], data + part, 4, cudaMemcpyDeviceToHost);
+    result(got[0] == 11 && got[1] == 13 && got[2] == 13, "segments are in their order");
+    ops->segments_unmap(cuda, data, part + bytes, size);
+    result(ops->segments_reserve(cuda, size, &data, &err) == 0 &&
+               ops->segments_map(cuda, data, good, 2, &err) == 0,
+           "what was unmapped can be mapped again");
+    ops->segments_unmap(cuda, data, part, size);
+    ops->segments_reserve(cuda, size, &data, &err);
+    ops->segments_unmap(cuda, data, 0, size);
+}
+
 static void memory(void)
 {
     uint64_t bytes = 4 << 20;
@@ -142,6 +176,7 @@ static void memory(void)
     lie.size = bytes;
     result(ops->foreign_map(cuda, &lie, &data, &err) == 0, "the truth about the size");
     ops->foreign_unmap(cuda, lie.kind, data, bytes);
+    map_segments(ops, fd, bytes);
     lie.fd = 0;
     result(ops->foreign_map(cuda, &lie, &data, &err) == KVD_E_INVALID, "not a handle");
     lie.kind = KVD_MEMORY_CUDA_IPC;
