@@ -15,6 +15,8 @@ int kvd_buffer_register(kvd_client *c, kvd_buffer *b, uint64_t deadline, struct 
     int rc = KVD_OK;
     if (b->local)
         return KVD_OK;
+    if (b->kind == MEMORY_KIND(CUDA_SEGMENTS))
+        return kvd_segments_register(c, b, deadline, err);
     if (b->fd >= 0)
         rc = kvd_fdsock_send(c->sock, b->key, b->fd, kvd_left_ms(deadline), err);
     if (rc)
@@ -101,6 +103,7 @@ static void drop(kvd_buffer *b, bool unmap)
         kvd_gpu_staging_free(b->data);
     if (b->fd >= 0)
         close(b->fd);
+    free(b->segments);
     free(b);
 }
 

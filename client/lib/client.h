@@ -11,6 +11,12 @@
 #include "kvd/kvd.h"
 #include "proto/kvd_limits.h"
 
+// A mapping of cuMemCreate's memory in this process.
+struct kvd_gpu_segment {
+    uintptr_t at;
+    uint64_t bytes;
+};
+
 struct kvd_buffer {
     kvd_client *client;
     kvd_buffer *next;
@@ -25,12 +31,15 @@ struct kvd_buffer {
     _Atomic uint64_t
         id; // changes when another thread reconnects; ids of an old session name nothing
     Kvd__V1__RegisterBufferRequest__Memory kind;
-    int fd;          // of a memfd or a CUDA_FD; -1
-    uint8_t ipc[64]; // of CUDA_IPC
-    void *data;      // of a memfd, mapped; on a GPU as the caller said
-    int device;      // where data of a GPU is
-    uint64_t at;     // where data begins in what is registered
-    uint64_t size;   // from there
+    int fd;                           // of a memfd or a CUDA_FD; -1
+    uint8_t ipc[64];                  // of CUDA_IPC
+    struct kvd_gpu_segment *segments; // of CUDA_SEGMENTS, side by side; their descriptors are made
+                                      // whenever it is registered, and not kept
+    uint32_t n_segments;
+    void *data;    // of a memfd, mapped; on a GPU as the caller said
+    int device;    // where data of a GPU is
+    uint64_t at;   // where data begins in what is registered
+    uint64_t size; // from there
 };
 
 // Of the tensors of one layer.
@@ -65,8 +74,9 @@ struct kvd_client {
     char why[200];     // why the latest session was not the earlier one
     uint64_t resuming; // the request that is to resume the session; 0: none yet
     _Atomic bool on_cpu;
-    _Atomic bool takes_paged; // this kvd: references to blocks
-    int sock;                 // fd socket; -1 over TCP
+    _Atomic bool takes_paged;        // this kvd: references to blocks
+    _Atomic uint32_t takes_segments; // this kvd, in a call; 0: it does not know them
+    int sock;                        // fd socket; -1 over TCP
     char session[96];
     Kvd__V1__OpenSessionReply *opened;
     pthread_mutex_t buffers_lock;
@@ -183,8 +193,21 @@ int kvd_pages_take(kvd_client *c, const kvd_bytes *space, const kvd_page_keys *k
 // wait until it is at the other.
 int kvd_gpu_map(void *data, uint64_t bytes, uint64_t *device, struct kvd_error *err);
 void kvd_gpu_unmap(void *data);
-// gpu_memory.c: the allocation that `data` lies in. KVD_E_INVALID, KVD_E_UNSUPPORTED.
-int kvd_gpu_allocation(const void *data, uintptr_t *base, uint64_t *bytes, struct kvd_error *err);
+// gpu_memory.c: what all of the bytes at `data` lie in: an allocation of cudaMalloc, or segments of
+// cuMemCreate that are mapped side by side. KVD_E_INVALID, KVD_E_UNSUPPORTED.
+struct kvd_gpu_extent {
+    uintptr_t begin;
+    uint64_t bytes;
+    uint32_t n_segments; // 0: of cudaMalloc
+};
+int kvd_gpu_extent(const void *data, uint64_t bytes, struct kvd_gpu_extent *out,
+                   struct kvd_error *err);
+// segments.c: registers a buffer of CUDA_SEGMENTS, a part of them at a time.
+int kvd_segments_register(kvd_client *c, kvd_buffer *b, uint64_t deadline, struct kvd_error *err);
+// gpu_memory.c: a descriptor of a segment's memory, to be closed. KVD_E_INVALID: it is not mapped
+// as it was, or cannot be shared so.
+int kvd_gpu_export(const struct kvd_gpu_segment *segment, int device, int *fd,
+                   struct kvd_error *err);
 // registered.c: waits until no page call uses a buffer; none does from now on.
 void kvd_registered_end(kvd_buffer *b);
 // gpu_memory.c: whether the GPU of the client's buffers is lost to this process, as after a fault

@@ -9,6 +9,8 @@
 static bool holds(const kvd_buffer *b, const void *at, uint64_t bytes)
 {
     const uintptr_t from = (uintptr_t)at, begin = (uintptr_t)b->data;
+    if (b->n_segments && !b->client->takes_segments) // of a kvd before this one, which is older
+        return false;
     return b->data && !b->closing && !b->local && from >= begin && bytes <= b->size &&
            from - begin <= b->size - bytes;
 }
@@ -73,33 +75,46 @@ void kvd_registered_end(kvd_buffer *b)
 
 // -- registering --------------------------------------------------------------------------------
 
-// A part of an allocation that all that is wanted of it lies in.
+// Memory to be registered as one: a part of an allocation of cudaMalloc, or whole segments of
+// cuMemCreate, which tensors that lie side by side share.
 struct part {
-    uintptr_t allocation, begin, end;
+    uintptr_t allocation; // 0: of segments
+    uintptr_t begin, end;
 };
 
 static int add(struct part *parts, uint32_t *n, uintptr_t begin, uint64_t bytes,
                struct kvd_error *err)
 {
-    struct part p = {.begin = begin, .end = begin + bytes};
-    uint64_t size = 0;
-    int rc = kvd_gpu_allocation((const void *)begin, &p.allocation, &size, err);
+    struct kvd_gpu_extent in;
+    int rc = kvd_gpu_extent((const void *)begin, bytes, &in, err);
     if (rc)
         return rc;
-    if (bytes > size || begin - p.allocation > size - bytes)
-        return kvd_fail(err, KVD_E_INVALID,
-                        "the %llu bytes at %p lie in more than one allocation, of which the first "
-                        "has %llu: one of cudaMalloc is wanted",
-                        (unsigned long long)bytes, (void *)begin, (unsigned long long)size);
-    for (uint32_t i = 0; i < *n; i++) {
-        if (parts[i].allocation != p.allocation)
-            continue;
-        parts[i].begin = KVD_MIN(parts[i].begin, p.begin);
-        parts[i].end = KVD_MAX(parts[i].end, p.end);
-        return KVD_OK;
-    }
-    parts[(*n)++] = p;
+    parts[(*n)++] = in.n_segments ? (struct part){0, in.begin, in.begin + in.bytes}
+                                  : (struct part){in.begin, begin, begin + bytes};
     return KVD_OK;
+}
+
+static int by_address(const void *a, const void *b)
+{
+    const struct part *x = a, *y = b;
+    return (x->begin > y->begin) - (x->begin < y->begin);
+}
+
+// Makes as few of them as can be. What is not mapped between two segments would be no buffer.
+static void join(struct part *parts, uint32_t *n)
+{
+    uint32_t last = 0;
+    if (!*n)
+        return;
+    qsort(parts, *n, sizeof(*parts), by_address);
+    for (uint32_t i = 1; i < *n; i++) {
+        struct part *p = &parts[last];
+        if (parts[i].allocation == p->allocation && (p->allocation || parts[i].begin <= p->end))
+            p->end = KVD_MAX(p->end, parts[i].end);
+        else
+            parts[++last] = parts[i];
+    }
+    *n = last + 1;
 }
 
 static int check(kvd_client *c, const kvd_paged *p, struct kvd_error *err)
@@ -119,7 +134,7 @@ static int check(kvd_client *c, const kvd_paged *p, struct kvd_error *err)
     return KVD_OK;
 }
 
-// What is not in buffers yet, as parts of allocations: [2 * layers]. KVD_E_INVALID.
+// What is not in buffers yet: [2 * layers]. KVD_E_INVALID.
 static int missing(kvd_client *c, const kvd_paged *p, struct part *parts, uint32_t *n,
                    struct kvd_error *err)
 {
@@ -139,6 +154,7 @@ static int missing(kvd_client *c, const kvd_paged *p, struct part *parts, uint32
                                       "host cannot be shared with kvd",
                                       v ? "v" : "k", i);
         }
+    join(parts, n);
     return rc;
 }
 

@@ -124,6 +124,7 @@ static int make_session(kvd_client *c, bool resume, uint64_t deadline, struct kv
     c->opened = reply;
     c->on_cpu = strcmp(reply->backend, "cpu") == 0;
     c->takes_paged = reply->paged;
+    c->takes_segments = reply->segments;
     snprintf(c->session, sizeof(c->session), "%s", reply->session);
     c->resuming = 0;
     return KVD_OK;

@@ -48,12 +48,12 @@ class OnGpu:
 class Registered(Engine):
     """An engine whose KV is memory that kvd can have: of a client's making or, where kvd has a GPU, that one's."""
 
-    def __init__(self, pages, *args, register=True, **options):
+    def __init__(self, pages, *args, register=True, memory=OnGpu, **options):
         super().__init__(*args, **options)
         self.pages, self.gpu = pages, pages.client.on_gpu
         if self.gpu and not EMULATED:  # tests/bench/bench_pages.py and tests/gpu/engine.py register it
             pytest.skip("a real GPU's memory cannot be looked into from here")
-        self.tensors = [[OnGpu(x) if self.gpu else pages.client.tensor(*x.shape) for x in side] for side in (self.k, self.v)]
+        self.tensors = [[memory(x) if self.gpu else pages.client.tensor(*x.shape) for x in side] for side in (self.k, self.v)]
         for side, tensors in zip((self.k, self.v), self.tensors):
             for i, t in enumerate(tensors):
                 t.array[:] = side[i]

@@ -14,7 +14,10 @@ typedef enum {
 
 typedef struct CUstream_st *CUstream;
 typedef unsigned long long CUdeviceptr, CUmemGenericAllocationHandle;
-typedef enum { CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR = 1 } CUmemAllocationHandleType;
+typedef enum {
+    CU_MEM_HANDLE_TYPE_NONE = 0,
+    CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR = 1
+} CUmemAllocationHandleType;
 typedef enum { CU_MEM_LOCATION_TYPE_DEVICE = 1 } CUmemLocationType;
 typedef enum { CU_MEM_ALLOCATION_TYPE_PINNED = 1 } CUmemAllocationType;
 typedef enum {
@@ -55,6 +58,9 @@ typedef CUresult (*PFN_cuMemImportFromShareableHandle_v10020)(CUmemGenericAlloca
                                                               void *, CUmemAllocationHandleType);
 typedef CUresult (*PFN_cuMemGetAllocationPropertiesFromHandle_v10020)(CUmemAllocationProp *,
                                                                       CUmemGenericAllocationHandle);
+typedef enum { CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE = 12 } CUpointer_attribute;
+typedef CUresult (*PFN_cuPointerGetAttribute_v4000)(void *, CUpointer_attribute, CUdeviceptr);
+typedef CUresult (*PFN_cuMemRetainAllocationHandle_v11000)(CUmemGenericAllocationHandle *, void *);
 typedef CUresult (*PFN_cuMemGetAddressRange_v3020)(CUdeviceptr *, size_t *, CUdeviceptr);
 enum { CU_STREAM_WRITE_VALUE_DEFAULT = 0, CU_STREAM_WAIT_VALUE_GEQ = 0 };
 typedef CUresult (*PFN_cuStreamWriteValue32_v11070)(CUstream, CUdeviceptr, uint32_t, unsigned);

@@ -334,13 +334,19 @@ struct allocation {
     int fd;
 };
 
-std::map<const void *, allocation> allocations; // by where they end; `device` guards them
+using places = std::map<const void *, allocation>; // by where they end
+places allocations, mappings; // mappings: of handles, whose descriptors these are. `device` guards both
+
+const allocation *place_of(const places &all, const void *p)
+{
+    std::lock_guard<std::recursive_mutex> turn(device);
+    auto it = all.upper_bound(p);
+    return it != all.end() && it->second.at <= p ? &it->second : nullptr;
+}
 
 const allocation *allocation_of(const void *p)
 {
-    std::lock_guard<std::recursive_mutex> turn(device);
-    auto it = allocations.upper_bound(p);
-    return it != allocations.end() && it->second.at <= p ? &it->second : nullptr;
+    return place_of(allocations, p);
 }
 
 // Keeps the descriptor; NULL: it is none of memory.
@@ -554,7 +560,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *p)
 {
     a->device = 0;
-    a->type = allocation_of(p) ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
+    a->type = allocation_of(p) || place_of(mappings, p) ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
     return cudaSuccess;
 }
 
@@ -820,11 +826,16 @@ static CUresult unreserve(CUdeviceptr at, size_t bytes)
     return munmap((void *)(uintptr_t)at, bytes) ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
 
-static CUresult create(CUmemGenericAllocationHandle *handle, size_t bytes, const CUmemAllocationProp *, unsigned long long)
+static constexpr size_t GRANULARITY = 2 << 20;
+static const char ALONE[] = "emulated GPU alone"; // of memory that no other process can be given
+
+static CUresult create(CUmemGenericAllocationHandle *handle, size_t bytes, const CUmemAllocationProp *p, unsigned long long)
 {
+    if (bytes == 0 || bytes % GRANULARITY)
+        return CUDA_ERROR_INVALID_VALUE;
     if (bytes > DEVICE_BYTES)
         return CUDA_ERROR_OUT_OF_MEMORY;
-    int fd = memfd_create("emulated GPU", MFD_CLOEXEC);
+    int fd = memfd_create(p->requestedHandleTypes == CU_MEM_HANDLE_TYPE_NONE ? ALONE : "emulated GPU", MFD_CLOEXEC);
     if (fd < 0 || ftruncate(fd, (off_t)bytes)) {
         if (fd >= 0)
             close(fd);
@@ -844,12 +855,37 @@ static CUresult map(CUdeviceptr at, size_t bytes, size_t offset, CUmemGenericAll
     off_t size = lseek((int)handle - 1, 0, SEEK_END);
     if (size < 0 || offset + bytes > (size_t)size)
         return CUDA_ERROR_INVALID_VALUE;
-    void *p = mmap((void *)(uintptr_t)at, bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, (int)handle - 1, (off_t)offset);
-    return p == MAP_FAILED ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+    if (bytes == 0 || bytes % GRANULARITY || offset || at % GRANULARITY)
+        return CUDA_ERROR_INVALID_VALUE;
+    std::lock_guard<std::recursive_mutex> turn(device);
+    auto beside = mappings.upper_bound((void *)(uintptr_t)at);
+    if (beside != mappings.end() && (uintptr_t)beside->second.at < at + bytes)
+        return CUDA_ERROR_INVALID_VALUE; // something is mapped there
+    int fd = fcntl((int)handle - 1, F_DUPFD_CLOEXEC, 0);
+    void *p = fd < 0 ? MAP_FAILED : mmap((void *)(uintptr_t)at, bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, fd, 0);
+    if (p == MAP_FAILED) {
+        if (fd >= 0)
+            close(fd);
+        return CUDA_ERROR_INVALID_VALUE;
+    }
+    mappings[(uint8_t *)p + bytes] = {(uint8_t *)p, bytes, fd};
+    return CUDA_SUCCESS;
 }
 
+// Of one mapping or of several, but whole ones.
 static CUresult unmap(CUdeviceptr at, size_t bytes)
 {
+    std::lock_guard<std::recursive_mutex> turn(device);
+    uint8_t *begin = (uint8_t *)(uintptr_t)at, *end = begin + bytes;
+    auto first = mappings.upper_bound(begin), past = first;
+    uint8_t *reached = begin;
+    for (; past != mappings.end() && past->second.at == reached && reached < end; ++past)
+        reached = past->second.at + past->second.bytes;
+    if (bytes == 0 || reached != end)
+        return CUDA_ERROR_INVALID_VALUE;
+    for (auto it = first; it != past; ++it)
+        close(it->second.fd);
+    mappings.erase(first, past);
     void *p = mmap((void *)(uintptr_t)at, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
     return p == MAP_FAILED ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
@@ -860,11 +896,33 @@ static CUresult set_access(CUdeviceptr at, size_t bytes, const CUmemAccessDesc *
     return mprotect((void *)(uintptr_t)at, bytes, prot) ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
 
+static CUresult pointer_attribute(void *out, CUpointer_attribute, CUdeviceptr p)
+{
+    *(int *)out = allocation_of((const void *)(uintptr_t)p) != nullptr;
+    return CUDA_SUCCESS;
+}
+
+static CUresult retain(CUmemGenericAllocationHandle *handle, void *p)
+{
+    std::lock_guard<std::recursive_mutex> turn(device);
+    const allocation *a = place_of(mappings, p);
+    int fd = a ? fcntl(a->fd, F_DUPFD_CLOEXEC, 0) : -1;
+    *handle = (CUmemGenericAllocationHandle)fd + 1;
+    return fd < 0 ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+}
+
+static bool alone(CUmemGenericAllocationHandle handle)
+{
+    char link[32], name[64] = "";
+    snprintf(link, sizeof(link), "/proc/self/fd/%d", (int)handle - 1);
+    return readlink(link, name, sizeof(name) - 1) > 0 && strstr(name, ALONE);
+}
+
 static CUresult export_handle(void *to, CUmemGenericAllocationHandle handle, CUmemAllocationHandleType, unsigned long long)
 {
-    int fd = dup((int)handle - 1);
+    int fd = alone(handle) ? -1 : dup((int)handle - 1);
     *(int *)to = fd;
-    return fd < 0 ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
+    return fd < 0 ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
 
 static CUresult import_handle(CUmemGenericAllocationHandle *handle, void *from, CUmemAllocationHandleType)
@@ -877,15 +935,18 @@ static CUresult import_handle(CUmemGenericAllocationHandle *handle, void *from, 
     return CUDA_SUCCESS;
 }
 
-static CUresult properties(CUmemAllocationProp *p, CUmemGenericAllocationHandle)
+static CUresult properties(CUmemAllocationProp *p, CUmemGenericAllocationHandle handle)
 {
-    *p = {CU_MEM_ALLOCATION_TYPE_PINNED, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, {CU_MEM_LOCATION_TYPE_DEVICE, 0}};
+    *p = {CU_MEM_ALLOCATION_TYPE_PINNED, alone(handle) ? CU_MEM_HANDLE_TYPE_NONE : CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+          {CU_MEM_LOCATION_TYPE_DEVICE, 0}};
     return CUDA_SUCCESS;
 }
 
 static CUresult range(CUdeviceptr *at, size_t *bytes, CUdeviceptr p)
 {
+    std::lock_guard<std::recursive_mutex> turn(device);
     const allocation *a = allocation_of((const void *)(uintptr_t)p);
+    a = a ? a : place_of(mappings, (const void *)(uintptr_t)p); // one mapping, whatever lies beside it
     if (!a)
         return CUDA_ERROR_INVALID_VALUE;
     *at = (CUdeviceptr)(uintptr_t)a->at;
@@ -913,6 +974,8 @@ extern "C" cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void *
         {"cuMemExportToShareableHandle", (void *)export_handle},
         {"cuMemImportFromShareableHandle", (void *)import_handle},
         {"cuMemGetAllocationPropertiesFromHandle", (void *)properties},
+        {"cuPointerGetAttribute", (void *)pointer_attribute},
+        {"cuMemRetainAllocationHandle", (void *)retain},
         {"cuMemGetAddressRange", (void *)range},
         {"cuGetErrorString", (void *)error_string},
     };

@@ -53,6 +53,8 @@ def serve(options):
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # is compiled at run time, and greedy sampling has no use for it
     os.environ.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")  # wants NVLink multicast, which is not to be had everywhere
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # so does this
+    if options.pop("expandable"):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     began = time.monotonic()
     import prometheus_client
     from vllm import LLM, SamplingParams
@@ -151,7 +153,7 @@ class Bench:
         graphs = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}}
         return Engine(name, self.folder, {
             "model": str(self.model), "max_model_len": max(a.lengths) + 128, "kv_cache_memory_bytes": a.kv_gib << 30,
-            "gpu_memory_utilization": a.utilization, "kvd": kvd, **({"enforce_eager": True} if a.eager else graphs),
+            "gpu_memory_utilization": a.utilization, "kvd": kvd, "expandable": a.expandable, **({"enforce_eager": True} if a.eager else graphs),
             **({"tensor_parallel_size": self.ranks, "disable_custom_all_reduce": True} if self.ranks > 1 else {})})
 
     @contextlib.contextmanager
@@ -339,6 +341,9 @@ def run(b, phase, cost, started):
             engines[codec, i] = b.engine(f"{codec}-{i}", {"codec": codec, **b.where} if codec != "none" else None)
             started.append(engines[codec, i])
     b.say(f"engines start within {max(e.answer() for e in engines.values()):.0f} s; {taken(b.ranks)} MiB of a GPU's memory are taken")
+    for e in engines.values():
+        for line in dict.fromkeys(x for x in e.log.read_text().splitlines() if "is not registered" in x):
+            b.say(f"{e.log.name}: {line}")
     if "prefixes" in b.a.parts:
         for (codec, i), e in engines.items():
             if codec != "none" and i == 0:
@@ -395,6 +400,7 @@ if __name__ == "__main__":
     p.add_argument("--parts", nargs="+", choices=["prefixes", "cost"], default=["prefixes", "cost"],
                    help="what is measured: prefixes that are computed and loaded; throughput where nothing is found")
     p.add_argument("--tensor-parallel", type=int, default=1, metavar="RANKS", help="ranks of each engine, each on a GPU and beside a kvd of its own")
+    p.add_argument("--expandable", action="store_true", help="engines with PyTorch's expandable_segments, whose memory is many segments of cuMemCreate")
     p.add_argument("--mps", action="store_true", help="kvd and engines as clients of an MPS server, which is started and ended")
     p.add_argument("--out", help="a folder for logs and numbers")
     measure(p.parse_args())

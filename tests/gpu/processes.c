@@ -262,6 +262,63 @@ static void child_by_fd(void)
     _exit(0);
 }
 
+// Memory of several segments side by side, as an allocator with expandable segments has it: more
+// than go in one call. The buffer begins and ends within segments, K and V lie across their
+// borders.
+static void child_by_segments(void)
+{
+    enum { N = 70, ROWS = 16, ELEMENTS = LAYERS * ROWS * KV * DIM };
+    const uint64_t unit = 2 << 20, inside = 4096, part = ELEMENTS * 2;
+    static uint16_t given[2][ELEMENTS];
+    struct kvd_error err = {0};
+    struct kvd_backend *b = kvd_cuda_backend_new(0, &err);
+    struct kvd_cuda *c = (struct kvd_cuda *)b;
+    CUmemAllocationProp how = {.type = CU_MEM_ALLOCATION_TYPE_PINNED,
+                               .requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+                               .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE}};
+    CUmemAccessDesc access = {.location = how.location,
+                              .flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+    CUdeviceptr at, border[N + 1] = {0};
+    need(!b || c->driver.reserve(&at, 2 * N * unit, unit, 0, 0));
+    border[0] = at;
+    for (int i = 0; i < N; i++) {
+        CUmemGenericAllocationHandle handle;
+        const uint64_t bytes = unit * (1 + (uint64_t)(i % 2));
+        need(c->driver.create(&handle, bytes, &how, 0));
+        need(c->driver.map(border[i], bytes, 0, handle, 0));
+        need(c->driver.release(handle)); // the mapping keeps it
+        border[i + 1] = border[i] + bytes;
+    }
+    need(c->driver.set_access(at, border[N] - at, &access, 1));
+    // From the first segment to the last but one, which is not registered.
+    const CUdeviceptr from = at + inside, k = border[1] - part / 2, v = border[N - 2] - part / 2;
+    const uint64_t size = border[N - 1] - inside - from;
+    kvd_buffer *buffer, *host;
+    open_client("default");
+    need(kvd_buffer_cuda(client, (void *)(uintptr_t)from, size, &buffer, ERR));
+    need(lie(kvd_buffer_cuda(client, (void *)(uintptr_t)from, border[N] - from + 1, &host, ERR)));
+    for (int i = 0; i < 2 * ELEMENTS; i++)
+        given[i / ELEMENTS][i % ELEMENTS] = (uint16_t)(0x3f00 + i * 7 % 256);
+    need(cudaMemcpy((void *)(uintptr_t)k, given[0], part, cudaMemcpyHostToDevice));
+    need(cudaMemcpy((void *)(uintptr_t)v, given[1], part, cudaMemcpyHostToDevice));
+    need(cudaDeviceSynchronize());
+    uint64_t id;
+    need(kvd_sequences_create(client, 1, &id, ERR));
+    kvd_item item = {.size = sizeof(item),
+                     .sequence = id,
+                     .tokens = ROWS,
+                     .k = {buffer, .offset = k - from},
+                     .v = {buffer, .offset = v - from}};
+    need(kvd_append(client, (kvd_layers){0, 0}, &item, 1, ERR));
+    need(kvd_buffer_new(client, 2 * part, &host, ERR));
+    kvd_tensor_ref read_k = {host, .offset = 0}, read_v = {host, .offset = part};
+    need(kvd_read_tokens(client, (kvd_layers){0, 0}, id, 0, ROWS, &read_k, &read_v, ERR));
+    need(memcmp(kvd_buffer_data(host), given, 2 * part)); // the first tokens are exact
+    kvd_buffer_free(&buffer);
+    need(kvd_buffer_cuda(client, (void *)(uintptr_t)from, size, &buffer, ERR)); // and is left so
+    _exit(0);
+}
+
 static void child_leaking(void)
 {
     open_client("default");
@@ -290,11 +347,17 @@ static void child_free_memory(void)
 static const struct {
     const char *name;
     void (*run)(void);
-} children[] = {{"cpu buffer", child_cpu_buffer}, {"opened", child_opened},
-                {"buffers", child_buffers},       {"appending", child_appending},
-                {"replaying", child_replaying},   {"writing", child_writing},
-                {"lying", child_lying},           {"by fd", child_by_fd},
-                {"leaking", child_leaking},       {"free memory", child_free_memory}};
+} children[] = {{"cpu buffer", child_cpu_buffer},
+                {"opened", child_opened},
+                {"buffers", child_buffers},
+                {"appending", child_appending},
+                {"replaying", child_replaying},
+                {"writing", child_writing},
+                {"lying", child_lying},
+                {"by fd", child_by_fd},
+                {"by segments", child_by_segments},
+                {"leaking", child_leaking},
+                {"free memory", child_free_memory}};
 
 // -- in the parent ------------------------------------------------------------------------------
 
@@ -468,6 +531,7 @@ int main(int argc, char **argv)
         kill_at("after they leaked all they may", "leaking", 1);
         runs("a worker that lies about its memory", "lying");
         runs("memory by a descriptor", "by fd");
+        runs("memory of many segments", "by segments");
         if (!mps)
             runs("a write to a lent page fails in the writer", "writing");
         until_free();

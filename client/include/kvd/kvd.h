@@ -230,15 +230,19 @@ typedef struct kvd_buffer kvd_buffer;
 KVD_API kvd_result kvd_buffer_new(kvd_client *client, uint64_t bytes, kvd_buffer **out,
                                   kvd_failure *err);
 /** Registers memory of the GPU that kvd runs on, from cudaMalloc or an allocator above it, such as
- * PyTorch's. Work that writes or reads it must have finished before a call that uses it:
- * synchronize its stream, after a cudaMemcpy from host memory too, which may return earlier.
+ * PyTorch's. It may also be memory of cuMemCreate that is mapped, in one piece or in many side by
+ * side (PyTorch's expandable_segments), if its allocator asked for POSIX file descriptors: the
+ * whole mappings that the bytes lie in are shared, and must stay as they are. Work that writes or
+ * reads it must have finished before a call that uses it: synchronize its stream, after a
+ * cudaMemcpy from host memory too, which may return earlier.
  * @param client whose it is
  * @param data where it begins; stays the caller's and must outlive the buffer
  * @param bytes at least 1
  * @param[out] out to be freed by kvd_buffer_free, or with the client
  * @param[out] err says why it failed; may be NULL
- * @retval KVD_ERR_INVALID it is not such memory, kvd runs on another device, or libkvd has no CUDA
- * @retval KVD_ERR_EXHAUSTED the session has too many buffers */
+ * @retval KVD_ERR_INVALID it is not such memory, kvd runs on another device or is older and
+ * takes no such mappings, or libkvd has no CUDA
+ * @retval KVD_ERR_EXHAUSTED the session has too many buffers, or the user too many mappings */
 KVD_API kvd_result kvd_buffer_cuda(kvd_client *client, void *data, uint64_t bytes, kvd_buffer **out,
                                    kvd_failure *err);
 /** The same for who has a handle of the allocation already.
@@ -252,7 +256,7 @@ KVD_API kvd_result kvd_buffer_cuda(kvd_client *client, void *data, uint64_t byte
  * @retval KVD_ERR_EXHAUSTED the session has too many buffers */
 KVD_API kvd_result kvd_buffer_cuda_ipc(kvd_client *client, const void *handle, uint64_t offset,
                                        uint64_t bytes, kvd_buffer **out, kvd_failure *err);
-/** The same for memory of cuMemCreate.
+/** The same for who has a descriptor of cuMemCreate's memory already.
  * @param client whose it is
  * @param fd of cuMemExportToShareableHandle; stays the caller's, who may close it
  * @param bytes a multiple of 2 MiB

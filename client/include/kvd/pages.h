@@ -91,14 +91,15 @@ typedef struct kvd_paged {
  * registered again by itself, as other buffers are.
  * @param client whose puts and gets
  * @param memory k, v, k_bytes, v_bytes and on_gpu say what; the rest has no meaning here. On a GPU
- * it is memory of cudaMalloc, or an allocator above it: of cuMemCreate (PyTorch's
- * expandable_segments) there is no handle of the whole. Memory of the host is registered by being
+ * it is what kvd_buffer_cuda takes: memory of cudaMalloc, or an allocator above it, and mappings of
+ * cuMemCreate (PyTorch's expandable_segments), of which each is shared once whatever tensors lie in
+ * it. Memory of the host is registered by being
  * kvd_buffer_new's, so that this only says whether it is
  * @param[out] err says why it failed; may be NULL. Then nothing is registered that was not
  * @retval KVD_ERR_INVALID it is no such memory, or not of what kvd computes in; kvd runs on another
  * GPU; this kvd is too old; or libkvd has no CUDA
  * @retval KVD_ERR_PRECONDITION the client was opened without pages
- * @retval KVD_ERR_EXHAUSTED the session has too many buffers */
+ * @retval KVD_ERR_EXHAUSTED the session has too many buffers, or the user too many mappings */
 KVD_API kvd_result kvd_pages_register(kvd_client *client, const kvd_paged *memory,
                                       kvd_failure *err);
 /** Gives back what kvd_pages_register has registered of this client, all of it. Puts and gets that
