@@ -141,6 +141,22 @@ __device__ inline uint32_t sum_fp16(uint32_t a, uint32_t b)
     return a;
 }
 
+// (x & mask) ^ set as one instruction: of two constants the compiler makes two.
+__device__ inline uint32_t masked_with(uint32_t x, uint32_t mask, uint32_t set)
+{
+    uint32_t y;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(y) : "r"(x), "r"(mask), "r"(set));
+    return y;
+}
+
+// x >> BITS, once for all that is multiplied from there on.
+template <int BITS> __device__ inline uint32_t shifted_right(uint32_t x)
+{
+    uint32_t y;
+    asm("shr.u32 %0, %1, %2;" : "=r"(y) : "r"(x), "n"(BITS));
+    return y;
+}
+
 // Adds 1 and returns what was there; what other blocks wrote before they counted is seen afterwards.
 __device__ inline uint32_t count_acq_rel(uint32_t *counter)
 {

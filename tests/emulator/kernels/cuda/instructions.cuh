@@ -137,6 +137,16 @@ inline uint32_t fma_fp16(uint32_t a, uint32_t b, uint32_t c)
     return y;
 }
 
+inline uint32_t masked_with(uint32_t x, uint32_t mask, uint32_t set)
+{
+    return (x & mask) ^ set;
+}
+
+template <int BITS> inline uint32_t shifted_right(uint32_t x)
+{
+    return x >> BITS;
+}
+
 inline uint32_t sum_fp16(uint32_t a, uint32_t b)
 {
     uint32_t y = 0;
