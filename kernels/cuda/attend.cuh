@@ -362,10 +362,10 @@ __device__ inline void mask_scores(const logit_terms<NT> &x, const tile_place &a
 
 // Whether a chunk's values are summed upside down, as max - scale * (largest - code) instead of min + scale * code.
 // Codes are not negative: their sums, and those of minima, would grow with the tokens until what is left when they
-// cancel is rounding. Those of two chunks of a tile have one sign, of the other two the other. Levels are symmetric.
+// cancel is rounding. Those of two chunks of a tile have one sign, of the other two the other. Levels about zero are symmetric.
 __host__ __device__ constexpr bool upside_down(int codec, int chunk)
 {
-    return !has_levels(codec) && (chunk == 1 || chunk == 2);
+    return (!has_levels(codec) || raised(codec)) && (chunk == 1 || chunk == 2);
 }
 
 // Probabilities of a chunk, and their product with its values.
@@ -378,7 +378,10 @@ __device__ inline void add_values(const uint8_t *tile_at, uint32_t codec, const 
     float2 p0, p1;
     load_params<CODEC>(tile_at + tile<DK, DV, CODEC>::v_params(codec), codec, C, p0, p1);
     constexpr bool FLIPPED = upside_down(CODEC, C);
-    if (FLIPPED) {
+    if constexpr (raised(CODEC)) { // products are in RAISED_UNIT, what is added to them is not
+        p0 = make_float2(FLIPPED ? -p0.x : p0.x, fmaf((FLIPPED ? 0.5f : -0.5f) * RAISED_UNIT, p0.x, p0.y));
+        p1 = make_float2(FLIPPED ? -p1.x : p1.x, fmaf((FLIPPED ? 0.5f : -0.5f) * RAISED_UNIT, p1.x, p1.y));
+    } else if (FLIPPED) {
         // Of tc2 and tc2.5, whose levels are about 0, the sums of scales alone say what of minima.
         constexpr float LARGEST = (1 << code_bits(value_codec(CODEC))) - 1; // code
         p0 = make_float2(-p0.x, fmaf(LARGEST, p0.x, p0.y));
@@ -406,7 +409,7 @@ __device__ inline void add_values(const uint8_t *tile_at, uint32_t codec, const 
         if constexpr (is_tc(CODEC)) {
             st.zero_sum[n][0] += e0 * p0.x + e2 * p1.x;
             st.zero_sum[n][1] += e1 * p0.x + e3 * p1.x;
-        } else {
+        } else if constexpr (!has_levels(CODEC) || raised(CODEC)) { // others have no minima
             st.zero_sum[n][0] += e0 * p0.y + e2 * p1.y;
             st.zero_sum[n][1] += e1 * p0.y + e3 * p1.y;
         }
@@ -415,7 +418,7 @@ __device__ inline void add_values(const uint8_t *tile_at, uint32_t codec, const 
     }
     static_for<DV / 16>([&](auto ct) {
         uint32_t a[4];
-        w.template operand<C, ct, FLIPPED>(a);
+        w.template summand<C, ct, FLIPPED>(a);
 #pragma unroll
         for (int n = 0; n < NT; n++)
             mma(st.o[n][ct], a, b[n][0], b[n][1]);
@@ -441,18 +444,18 @@ __device__ inline void attend_tile(const uint8_t *tile_at, uint32_t codec, const
                 w1.load(tile_at, c + 1);
             }
 #pragma unroll
-            for (int n = 0; n < 2 * NT; n++)
+            for (int n = 0; n < 2 * NT; n++) // raised levels come to be about zero here
 #pragma unroll
                 for (int k = 0; k < 4; k++)
-                    s[i + n % 2][n / 2][k] = 0;
+                    s[i + n % 2][n / 2][k] = raised(CODEC) ? -0.5f * TWO24 * x.sum[n / 2][k % 2] : 0;
             static_for<DK / 16>([&](auto ct) {
                 uint32_t a0[4], a1[4];
                 if constexpr (is_tc(CODEC)) {
                     w0.template operand<ct>(views, a0);
                     w1.template operand<ct>(views, a1);
                 } else {
-                    w0.template operand<c, ct>(a0);
-                    w1.template operand<c + 1, ct>(a1);
+                    w0.template summand<c, ct, false>(a0);
+                    w1.template summand<c + 1, ct, false>(a1);
                 }
 #pragma unroll
                 for (int n = 0; n < NT; n++) {
@@ -466,8 +469,10 @@ __device__ inline void attend_tile(const uint8_t *tile_at, uint32_t codec, const
             constexpr int c = half * CHUNKS + i;
             float2 p0, p1;
             load_params<CODEC>(tile_at + tile<DK, DV, CODEC>::k_params(codec), codec, c, p0, p1);
-            if (has_levels(CODEC)) // scores are in the unit of int2's
-                p0.x *= 1 / TWO24, p1.x *= 1 / TWO24;
+            if (has_levels(CODEC)) { // scores are in the unit of int2's
+                constexpr float UNIT = (raised(CODEC) ? RAISED_UNIT : 1) / TWO24;
+                p0.x *= UNIT, p1.x *= UNIT;
+            }
 #pragma unroll
             for (int n = 0; n < NT; n++) {
 #pragma unroll

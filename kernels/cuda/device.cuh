@@ -97,6 +97,12 @@ __host__ __device__ constexpr bool has_levels(int codec)
     return EVEN && SIGNED && CENTRED;
 }
 
+// Whether attention takes a codec's levels from zero on, as it takes codes that are their own values: that saves instructions.
+__host__ __device__ constexpr bool raised(int codec)
+{
+    return codec == LEVELS2;
+}
+
 // Bytes of one side's parameters; CODEC as compiled, `codec` as it is.
 template <int CODEC> __host__ __device__ inline int params_bytes(uint32_t codec)
 {
@@ -272,6 +278,25 @@ template <int BITS, int SHIFT, int MORE> __device__ inline uint32_t levels_of(ui
     }
 }
 
+// Levels of two bits, halved and from the lowest one on (raised): 0, 0.3501, 0.6499 and 1 of RAISED_UNIT. The index is put where it is the
+// highest bit of an exponent, so that of x = RAISED and 65,536 times that, with their signs, RAISED_STEP x + 1 / 2 has
+// the larger one far beyond 0 and 1, within which the instruction keeps it.
+constexpr float MAGNITUDES_2[] = {KVD_MAGNITUDES_2}, RAISED_UNIT = 2 * MAGNITUDES_2[1];
+constexpr uint32_t RAISED = 0x3400, RAISED_STEP = 0x38cc, HALF = 0x3800;
+
+constexpr double raised_error() // of the smaller magnitude, by itself
+{
+    return fp16_value(RAISED) * fp16_value(RAISED_STEP) * RAISED_UNIT / MAGNITUDES_2[0] - 1;
+}
+static_assert(raised_error() > -1.5e-4 && raised_error() < 1.5e-4, "magnitudes of kernels/codebook.h");
+
+// Of codes as levels_of has them; if FLIPPED, 1 less that.
+template <int SHIFT, bool FLIPPED> __device__ inline uint32_t raised_levels_of(uint32_t w)
+{
+    uint32_t x = masked_with(w << (14 - SHIFT), 0xc000c000u, both(FLIPPED ? RAISED ^ 0x8000 : RAISED));
+    return saturated_fma_fp16(x, both(RAISED_STEP), both(HALF));
+}
+
 // Where channel tiles lie in a chunk of a plane of WIDTH bits a code: kernels/format.h's kvd_piece_of and kvd_side_by_side.
 struct piece {
     int first, lane, at; // channel tile, bytes a lane, place in the chunk
@@ -408,6 +433,18 @@ template <int D, int CODEC> struct code_words {
                 a[r] = levels_of<BITS, at.bit, above.bit>(w, BITS > 2 ? more.word[above.word] : w);
             }
         });
+    }
+
+    // The same as attention's products take them.
+    template <int C, int CT, bool FLIPPED> __device__ inline void summand(uint32_t a[4]) const
+    {
+        if constexpr (raised(CODEC))
+            static_for<4>([&](auto r) {
+                constexpr word_place at = place_in_words(D, 2, C, CT, r);
+                a[r] = raised_levels_of<at.bit, FLIPPED>(low.word[at.word]);
+            });
+        else
+            operand<C, CT, FLIPPED>(a);
     }
 };
 

@@ -522,7 +522,9 @@ __device__ inline void finish_rows(const attend_call &p, const row_block &b, con
         p.lse[row_index(p, b, b.row0 + threadIdx.x)] = (m + log2f(l)) / LOG2E;
     __syncthreads(); // sums of values have been read
     mine.each([&](int i, int quad, int channel) {
-        float unit = has_levels(M::COMPILED_CODEC) ? 1 : TWO24 * slot_factor<M::COMPILED_CODEC>(channel / 16);
+        float unit = raised(M::COMPILED_CODEC)       ? RAISED_UNIT
+                     : has_levels(M::COMPILED_CODEC) ? 1
+                                                     : TWO24 * slot_factor<M::COMPILED_CODEC>(channel / 16);
         auto put = [&](int k, float x, float y) {
             int row = quad * 4 + k;
             float zero_sum = __shfl_sync(~0u, t.zero_sum, row), f = __shfl_sync(~0u, scaled, row);

@@ -135,6 +135,13 @@ __device__ inline uint32_t fma_fp16(uint32_t a, uint32_t b, uint32_t c)
     return a;
 }
 
+// The same, kept within 0 and 1.
+__device__ inline uint32_t saturated_fma_fp16(uint32_t a, uint32_t b, uint32_t c)
+{
+    asm("fma.rn.sat.f16x2 %0, %0, %1, %2;" : "+r"(a) : "r"(b), "r"(c));
+    return a;
+}
+
 __device__ inline uint32_t sum_fp16(uint32_t a, uint32_t b)
 {
     asm("add.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));

@@ -228,6 +228,7 @@ static void long_sequences(uint64_t seed)
         result(large < fmax(1.25 * small, 6e-4), "errors do not grow with the length");
     }
     check_long(both(KVD_CODEC_INT2_LM), 64, 2000000, one, true, seed);
+    check_long(both(KVD_CODEC_TURBOQUANT_2), 64, 2000000, one, true, seed);
     check_long(both(KVD_CODEC_INT2), 64, 1200000, (struct attention){.q_len = 3}, false, seed);
     check_long(both(KVD_CODEC_INT2C), 128, 1200000, one, false, seed);
     check_long(both(KVD_CODEC_INT2), 256, 1200000, one, false, seed);
@@ -607,8 +608,9 @@ static void transformed_pages(uint64_t seed, bool quick)
 // Of everything a little: where a GPU is emulated.
 static void brief(uint64_t seed)
 {
-    uint32_t codecs[] = {KVD_CODEC_INT2, KVD_CODEC_INT2C, KVD_CODEC_INT4, KVD_CODEC_INT2_LM,
-                         KVD_CODEC_TURBOQUANT_3};
+    uint32_t codecs[] = {KVD_CODEC_INT2,        KVD_CODEC_INT2C,        KVD_CODEC_INT4,
+                         KVD_CODEC_INT2_LM,     KVD_CODEC_TURBOQUANT_3, KVD_CODEC_TURBOQUANT_2,
+                         KVD_CODEC_TURBOQUANT_4};
     for (uint32_t i = 0; i < 8; i++) {
         const uint32_t *dims = head_dims[(seed + i) % KVD_LEN(head_dims)];
         same_pages(i % KVD_SCALE_COUNT, dims[0], dims[1], i % 2, both(codecs[i % KVD_LEN(codecs)]),

@@ -137,6 +137,16 @@ inline uint32_t fma_fp16(uint32_t a, uint32_t b, uint32_t c)
     return y;
 }
 
+inline uint32_t saturated_fma_fp16(uint32_t a, uint32_t b, uint32_t c)
+{
+    uint32_t y = 0;
+    for (int i = 0; i < 2; i++) {
+        float x = fmaf(emulated_half(a, i), emulated_half(b, i), emulated_half(c, i));
+        y |= (uint32_t)__half_as_ushort(__float2half_rn(__saturatef(x))) << 16 * i;
+    }
+    return y;
+}
+
 inline uint32_t masked_with(uint32_t x, uint32_t mask, uint32_t set)
 {
     return (x & mask) ^ set;
