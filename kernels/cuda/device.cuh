@@ -266,15 +266,21 @@ template <int BITS, int SHIFT, int MORE> __device__ inline uint32_t levels_of(ui
         uint32_t y = fma_fp16(x, both(SQUARE), both(LINEAR));
         return fma_fp16(y, x, both(CONSTANT)) | (more << (15 - MORE) & 0x80008000u);
     } else {
+        // Codes eight bits apart are looked up together, first and second elements, four indices in a selector's nibbles; and what is
+        // computed of a whole word is the same for all of its codes: the compiler computes it once.
         constexpr uint32_t m[] = {KVD_MAGNITUDE_BITS_4};
         constexpr uint32_t low0 = (m[0] & 255) | (m[1] & 255) << 8 | (m[2] & 255) << 16 | m[3] << 24;
         constexpr uint32_t low1 = (m[4] & 255) | (m[5] & 255) << 8 | (m[6] & 255) << 16 | m[7] << 24;
         constexpr uint32_t high0 = m[0] >> 8 | m[1] >> 8 << 8 | m[2] >> 8 << 16 | m[3] >> 8 << 24;
         constexpr uint32_t high1 = m[4] >> 8 | m[5] >> 8 << 8 | m[6] >> 8 << 16 | m[7] >> 8 << 24;
-        uint32_t above = more >> MORE;
-        uint32_t index = (w >> SHIFT & 0x00030003u) | (above & 0x00010001u) << 2, both = index | index >> 12;
-        uint32_t bytes = __byte_perm(low0, low1, both), more_bytes = __byte_perm(high0, high1, both);
-        return __byte_perm(bytes, more_bytes, 0x5140) | (above << 14 & 0x80008000u);
+        static_assert(SHIFT == MORE, "both planes lie in the same way");
+        constexpr bool ODD = SHIFT / 4 % 2; // of a byte's nibbles the upper one: second elements come first
+        uint32_t bit2 = more & 0x55555555u;
+        uint32_t indices = SHIFT % 4 ? (w >> 2 & 0x33333333u) | (bit2 & 0xccccccccu) : (w & 0x33333333u) | (bit2 << 2 & 0xccccccccu);
+        uint32_t four = ODD ? (indices & 0xf0f0f0f0u) | (indices >> 20 & 0x0f0f0f0fu) : (indices & 0x0f0f0f0fu) | (indices >> 12 & 0xf0f0f0f0u);
+        uint32_t signs = __byte_perm(more, 0, ODD ? 0x1302 : 0x3120) << (6 - SHIFT % 8) & 0x80808080u;
+        uint32_t lows = __byte_perm(low0, low1, four), highs = __byte_perm(high0, high1, four) | signs;
+        return __byte_perm(lows, highs, SHIFT < 8 ? (ODD ? 0x4051 : 0x5140) : (ODD ? 0x6273 : 0x7362));
     }
 }
 
