@@ -106,16 +106,6 @@ static inline void kvd_cleanup_file(FILE **f)
 #define KVD_CLOSE    KVD_AUTO(kvd_cleanup_close)
 #define KVD_FCLOSE   KVD_AUTO(kvd_cleanup_file)
 
-// For loops that wait awake: lets the core's other thread have more of it.
-static inline void kvd_pause(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
 // Hands a pointer out of a cleanup variable: yields it and leaves NULL behind.
 #define KVD_TAKE(p)                                                                                \
     ({                                                                                             \

@@ -4,9 +4,6 @@
 
 #include "daemon/core/lifecycle.h"
 
-// To be woken takes a thread longer than the gap between two calls of a stream is.
-enum { LOOK_OUT_NS = 100000 };
-
 struct kvd_exec {
     uv_thread_t thread;
     uv_mutex_t lock;
@@ -17,7 +14,6 @@ struct kvd_exec {
     uint64_t begun_ns;       // when its slice began
     uint64_t charged_ns;     // until when it has been charged
     struct kvd_job *done;    // to report
-    _Atomic uint32_t handed; // jobs, in all
     _Atomic bool contended;  // another session waits for the one that runs
     _Atomic bool stop;       // set under the lock
     bool ended;
@@ -48,18 +44,6 @@ static void report_later(struct kvd_exec *x, struct kvd_job *job)
     uv_async_send(&x->async);
 }
 
-// Waits for the next job for a moment, awake. Called with the lock, which it gives back meanwhile.
-static void look_out(struct kvd_exec *x)
-{
-    const uint32_t before = atomic_load_explicit(&x->handed, memory_order_relaxed);
-    const uint64_t until = uv_hrtime() + LOOK_OUT_NS;
-    uv_mutex_unlock(&x->lock);
-    while (atomic_load_explicit(&x->handed, memory_order_relaxed) == before &&
-           !atomic_load_explicit(&x->stop, memory_order_relaxed) && uv_hrtime() < until)
-        kvd_pause();
-    uv_mutex_lock(&x->lock);
-}
-
 // One slice of the job whose turn it is. Called with the lock, which it gives back meanwhile.
 static void run_slice(struct kvd_daemon *d, struct kvd_exec *x, struct kvd_job *job)
 {
@@ -86,19 +70,13 @@ static void executor(void *arg)
     struct kvd_daemon *d = arg;
     struct kvd_exec *x = d->exec;
     struct kvd_fair_job *next;
-    bool soon = false;
     uv_mutex_lock(&x->lock);
     while (!x->stop) {
         next = kvd_fair_next(&x->fair);
-        if (next) {
-            soon = ((struct kvd_job *)next)->one_of_many; // it may be gone afterwards
+        if (next)
             run_slice(d, x, (struct kvd_job *)next);
-        } else if (soon) {
-            soon = false;
-            look_out(x);
-        } else {
+        else
             uv_cond_wait(&x->wake, &x->lock);
-        }
     }
     while ((next = kvd_fair_next(&x->fair))) {
         ((struct kvd_job *)next)->abandoned = true;
@@ -181,7 +159,6 @@ void kvd_exec_submit(struct kvd_daemon *d, struct kvd_job *job)
         x->charged_ns = job->queued_ns;
     }
     kvd_fair_push(&x->fair, &job->fair);
-    atomic_fetch_add_explicit(&x->handed, 1, memory_order_relaxed);
     if (x->running && kvd_fair_precedes(&x->fair, &job->fair, &x->running->fair))
         atomic_store(&x->running->until_ns,
                      KVD_MIN(atomic_load(&x->running->until_ns), x->begun_ns + KVD_SLICE_LEAST_NS));

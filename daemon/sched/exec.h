@@ -33,8 +33,7 @@ struct kvd_job {
     // For `run`: what it gives to operations, and whether the loop thread wants it to end.
     struct kvd_slice slice;
     _Atomic bool cancelled;
-    bool must_end;    // what `run` has begun is whole only at its end: it is not to be cancelled
-    bool one_of_many; // of a stream, which will soon have the next: the executor looks out for it
+    bool must_end; // what `run` has begun is whole only at its end: it is not to be cancelled
     // The executor's own
     struct kvd_exec *exec;
     _Atomic uint64_t until_ns;

@@ -4,18 +4,14 @@
 // both share (Fence in kvd.proto). Nothing tells the loop of that write, so while calls wait it
 // looks: all the time at first, once a millisecond when nothing has passed for a while. A waiting
 // call holds nobody up: it is not in the queue yet. GPU streams of kvd never wait for a worker.
-//
-// When a call of a stream is done, its next one gets there within microseconds. To answer takes
-// longer, so that comes behind.
 #include "daemon/sched/fences.h"
 
 #include <stdatomic.h>
 #include <utlist.h>
 
 enum {
-    EAGER_MS = 3,      // of looking all the time, after the latest arrival or passage
-    LAZY_MS = 1,       // between looks after that
-    LATER_NS = 200000, // that an answer waits for the next call, at most
+    EAGER_MS = 3, // of looking all the time, after the latest arrival or passage
+    LAZY_MS = 1,  // between looks after that
 };
 
 struct kvd_fences {
@@ -24,8 +20,6 @@ struct kvd_fences {
     uv_timer_t lazy;
     uint32_t handles;
     uint64_t latest_ms; // of an arrival or a passage
-    struct kvd_later *later;
-    uint64_t later_ns; // since when there is the first of these
 };
 
 bool kvd_fence_passed(const struct kvd_fence *f)
@@ -65,27 +59,6 @@ static void look(struct kvd_daemon *d)
     }
 }
 
-void kvd_fences_catch_up(struct kvd_daemon *d)
-{
-    struct kvd_later *l = KVD_TAKE(d->fences->later), *next;
-    for (; l; l = next) {
-        next = l->next; // it goes
-        l->run(d, l);
-    }
-}
-
-void kvd_fences_later(struct kvd_daemon *d, struct kvd_later *l)
-{
-    struct kvd_fences *f = d->fences;
-    if (!f->first) {
-        l->run(d, l);
-        return;
-    }
-    if (!f->later)
-        f->later_ns = uv_hrtime();
-    DL_APPEND(f->later, l);
-}
-
 static void on_lazy(uv_timer_t *timer);
 
 // Looks as often as is due from now on.
@@ -93,8 +66,6 @@ static void pace(struct kvd_daemon *d)
 {
     struct kvd_fences *f = d->fences;
     bool eager = f->first && kvd_now_ms(d) - f->latest_ms < EAGER_MS;
-    if (f->later && (!eager || uv_hrtime() - f->later_ns > LATER_NS))
-        kvd_fences_catch_up(d);
     if (!eager)
         uv_idle_stop(&f->eager);
     if (!f->first)
@@ -157,7 +128,6 @@ static void end(struct kvd_daemon *d)
     struct kvd_fences *f = d->fences;
     if (!f)
         return;
-    kvd_fences_catch_up(d);
     uv_close((uv_handle_t *)&f->eager, on_handle_closed);
     uv_close((uv_handle_t *)&f->lazy, on_handle_closed);
 }

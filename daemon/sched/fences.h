@@ -24,16 +24,6 @@ struct kvd_parked {
     bool parked;
     struct kvd_parked *prev, *next;
 };
-// What is not urgent, as the worker's stream has gone on already: done at once where no call waits
-// for a stream, else behind the next one that does, or after a moment.
-struct kvd_later {
-    void (*run)(struct kvd_daemon *d, struct kvd_later *l);
-    struct kvd_later *prev, *next;
-};
-void kvd_fences_later(struct kvd_daemon *d, struct kvd_later *l);
-// Does all of it: a call has gone on.
-void kvd_fences_catch_up(struct kvd_daemon *d);
-
 void kvd_fences_park(struct kvd_daemon *d, struct kvd_parked *p);
 // Takes one out that is parked; others are left alone.
 void kvd_fences_forget(struct kvd_daemon *d, struct kvd_parked *p);

@@ -127,14 +127,6 @@ static void leave(struct kvd_daemon *d, struct kvd_work *w)
         lock(d, w, false);
 }
 
-static void answer(struct kvd_daemon *d, struct kvd_later *later)
-{
-    struct kvd_work *w = (struct kvd_work *)((uint8_t *)later - offsetof(struct kvd_work, later));
-    if (w->job.rc || w->op->reply(d, w, &w->err))
-        kvd_call_fail_error(w->call, &w->err);
-    kvd_work_free(d, w);
-}
-
 static void done(struct kvd_daemon *d, struct kvd_job *job)
 {
     struct kvd_work *w = (struct kvd_work *)job;
@@ -155,11 +147,9 @@ static void done(struct kvd_daemon *d, struct kvd_job *job)
         kvd_fence_signal(&w->signal);
         d->metrics.nonfinite += job->rc == KVD_E_INVALID;
     }
-    w->later.run = answer;
-    if (w->signal.word && !job->rc)
-        kvd_fences_later(d, &w->later);
-    else
-        answer(d, &w->later);
+    if (job->rc || w->op->reply(d, w, &w->err))
+        kvd_call_fail_error(w->call, &w->err);
+    kvd_work_free(d, w);
     kvd_queue_kick(d, ns);
 }
 
@@ -217,9 +207,7 @@ static void start(struct kvd_daemon *d, struct kvd_waiter *waiter)
     w->job.done = done;
     w->job.fair.tenant = w->waiter.ns;
     w->job.fair.flow = kvd_queue_flow(&w->waiter);
-    w->job.one_of_many = w->signal.word;
     kvd_exec_submit(d, &w->job);
-    kvd_fences_catch_up(d);
 }
 
 static void on_room(struct kvd_daemon *d, struct kvd_room *room)

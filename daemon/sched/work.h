@@ -6,7 +6,7 @@
 //   it starts when no call in flight writes what it uses
 //   3. starting takes the pages (all sequences or none) and notes addresses; the executor runs the
 //   kernels, in slices (run.c)
-//   4. done: commit (or abort, and nothing has changed), let others go on, reply, unpin
+//   4. done: commit (or abort, and nothing has changed), unpin, reply
 // At any time until then it can be cancelled: by its caller, its deadline, or its session's end. It
 // owns what it uses: references to buffers and the layout, and pins of sequences.
 #ifndef KVD_DAEMON_WORK_H
@@ -87,7 +87,6 @@ struct kvd_work {
     struct kvd_job job;
     struct kvd_waiter waiter;         // in the line of its session
     struct kvd_parked parked;         // at its fence, before that
-    struct kvd_later later;           // until it is answered
     struct kvd_room room;             // at its turn, until there is some
     struct kvd_work *previous, *next; // among all
     const struct kvd_op *op;

@@ -396,7 +396,6 @@ int kvd_cuda_segments_reserve(struct kvd_backend *b, uint64_t size, uint8_t **da
     return rc;
 }
 
-// Without access, which all of a call's get at once.
 static int map_segment(struct kvd_cuda *c, CUdeviceptr at, const struct kvd_segment *s,
                        struct kvd_error *err)
 {
@@ -404,9 +403,9 @@ static int map_segment(struct kvd_cuda *c, CUdeviceptr at, const struct kvd_segm
     int rc = import(c, s->fd, &handle, err);
     if (rc)
         return rc;
-    // The driver refuses to map more than there is.
-    if (c->driver.map(at, s->bytes, 0, handle, 0) != CUDA_SUCCESS)
-        rc = kvd_fail(err, KVD_E_INVALID, "the allocation does not have %llu bytes",
+    // The driver refuses to map more than there is, and less.
+    if (map_at(c, at, s->bytes, handle, true) != CUDA_SUCCESS)
+        rc = kvd_fail(err, KVD_E_INVALID, "the allocation is not one of %llu bytes",
                       (unsigned long long)s->bytes);
     c->driver.release(handle); // the mapping keeps the memory
     return rc;
@@ -416,8 +415,6 @@ int kvd_cuda_segments_map(struct kvd_backend *b, uint8_t *data, const struct kvd
                           uint32_t n, struct kvd_error *err)
 {
     struct kvd_cuda *c = cuda_of(b);
-    CUmemAccessDesc access = {.location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = c->index},
-                              .flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
     const CUdeviceptr at = (CUdeviceptr)(uintptr_t)data;
     uint64_t mapped = 0;
     int rc = KVD_OK;
@@ -429,8 +426,6 @@ int kvd_cuda_segments_map(struct kvd_backend *b, uint8_t *data, const struct kvd
         else
             mapped += segments[i].bytes;
     }
-    if (rc == KVD_OK)
-        rc = status(c, c->driver.set_access(at, mapped, &access, 1), "mapping segments", err);
     if (rc && mapped)
         c->driver.unmap(at, mapped);
     return rc;

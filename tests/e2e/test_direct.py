@@ -390,7 +390,7 @@ def test_a_call_waits_for_its_fence(kvd):
 
 
 def test_calls_of_a_stream_are_answered_one_after_the_other(kvd):
-    """Each is signalled at once, and answered when the next one has gone on, or soon after the last."""
+    """Each is signalled at once, and one that waits holds up no answer."""
     w = Fenced(kvd)
     for at in (0, 200):
         calls = [w.append_later(100 + at + 10 * i, at + i + 1) for i in range(20)]
@@ -403,7 +403,7 @@ def test_calls_of_a_stream_are_answered_one_after_the_other(kvd):
         for i, call in enumerate(calls):
             assert list(call.result(timeout=5).lengths) == [110 + at + 10 * i]
     never = w.append_later(500, 1000)
-    for i in range(5):  # one that waits holds up no answer
+    for i in range(5):
         k, v = random_kv(10)
         item = kv.AppendItem(sequence=w.sequence(10)[0], position=10, tokens=10, k=tensor(k), v=tensor(v))
         reply = w.rpc.kv("Append", session=w.session, items=[item], signal=w.fence(500 + i, 64))

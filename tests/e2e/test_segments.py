@@ -262,7 +262,7 @@ def test_a_part_that_is_refused_changes_nothing(kvd, rpc):
         yield w.send(U), {"mapped": mapped + U}, "segments that follow"
         s = w.send(U, U)
         s[1].bytes = 2 * U
-        yield s, {}, "segments[1]: the allocation does not have"
+        yield s, {}, "segments[1]: the allocation is not one of"
         with open("/dev/null") as f:
             w.key += 1
             w.socket.send(w.key, f.fileno())

@@ -853,7 +853,7 @@ static CUresult release(CUmemGenericAllocationHandle handle)
 static CUresult map(CUdeviceptr at, size_t bytes, size_t offset, CUmemGenericAllocationHandle handle, unsigned long long)
 {
     off_t size = lseek((int)handle - 1, 0, SEEK_END);
-    if (size < 0 || offset + bytes > (size_t)size)
+    if (size < 0 || bytes != (size_t)size) // NVIDIA's maps no part of an allocation
         return CUDA_ERROR_INVALID_VALUE;
     if (bytes == 0 || bytes % GRANULARITY || offset || at % GRANULARITY)
         return CUDA_ERROR_INVALID_VALUE;

@@ -53,8 +53,6 @@ def serve(options):
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # is compiled at run time, and greedy sampling has no use for it
     os.environ.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")  # wants NVLink multicast, which is not to be had everywhere
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # so does this
-    if options.pop("expandable"):
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     began = time.monotonic()
     import prometheus_client
     from vllm import LLM, SamplingParams
@@ -153,7 +151,7 @@ class Bench:
         graphs = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]}}
         return Engine(name, self.folder, {
             "model": str(self.model), "max_model_len": max(a.lengths) + 128, "kv_cache_memory_bytes": a.kv_gib << 30,
-            "gpu_memory_utilization": a.utilization, "kvd": kvd, "expandable": a.expandable, **({"enforce_eager": True} if a.eager else graphs),
+            "gpu_memory_utilization": a.utilization, "kvd": kvd, **({"enforce_eager": True} if a.eager else graphs),
             **({"tensor_parallel_size": self.ranks, "disable_custom_all_reduce": True} if self.ranks > 1 else {})})
 
     @contextlib.contextmanager
@@ -400,7 +398,6 @@ if __name__ == "__main__":
     p.add_argument("--parts", nargs="+", choices=["prefixes", "cost"], default=["prefixes", "cost"],
                    help="what is measured: prefixes that are computed and loaded; throughput where nothing is found")
     p.add_argument("--tensor-parallel", type=int, default=1, metavar="RANKS", help="ranks of each engine, each on a GPU and beside a kvd of its own")
-    p.add_argument("--expandable", action="store_true", help="engines with PyTorch's expandable_segments, whose memory is many segments of cuMemCreate")
     p.add_argument("--mps", action="store_true", help="kvd and engines as clients of an MPS server, which is started and ended")
     p.add_argument("--out", help="a folder for logs and numbers")
     measure(p.parse_args())

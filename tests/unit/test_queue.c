@@ -346,51 +346,10 @@ START_TEST(parked_ones_go_on_in_order_and_the_forgotten_do_not)
 }
 END_TEST
 
-static void ran(struct kvd_daemon *daemon, struct kvd_later *l)
-{
-    ck_assert_ptr_eq(daemon, &d);
-    (void)l;
-    order[n_order++] = '.';
-    order[n_order] = '\0';
-}
-
-START_TEST(what_is_not_urgent_waits_for_the_next_call_but_not_for_long)
-{
-    _Atomic uint32_t never = 0;
-    struct kvd_later later[3] = {{ran}, {ran}, {ran}};
-    begin_fences();
-    kvd_fences_later(&d, &later[0]);
-    ck_assert_str_eq(order, "."); // nobody waits
-    park(0, 'a', &never, 1);
-    kvd_fences_later(&d, &later[0]);
-    kvd_fences_later(&d, &later[1]);
-    uv_run(&d.loop, UV_RUN_NOWAIT);
-    ck_assert_str_eq(order, ".");
-    kvd_fences_catch_up(&d);
-    ck_assert_str_eq(order, "...");
-    kvd_fences_catch_up(&d);
-    kvd_fences_later(&d, &later[2]);
-    go_until(4);  // after a moment
-    go_round(20); // and where it looks less often, too
-    kvd_fences_later(&d, &later[0]);
-    go_until(5);
-    kvd_fences_later(&d, &later[1]);
-    kvd_fences_forget(&d, &calls[0].parked); // the only one that waits
-    uv_run(&d.loop, UV_RUN_DEFAULT);
-    ck_assert_str_eq(order, "......");
-    park(0, 'a', &never, 1);
-    kvd_fences_later(&d, &later[2]);
-    kvd_fences_forget(&d, &calls[0].parked);
-    end_fences();
-    ck_assert_str_eq(order, ".......");
-}
-END_TEST
-
 KVD_MAIN("queue", 60, a_line_starts_in_order_and_lines_do_not_wait_for_each_other,
          a_session_does_not_wait_for_another, none_is_overtaken_by_who_wants_the_same,
          who_has_least_in_flight_is_next, a_line_goes_with_its_session, one_that_gives_up_makes_way,
          some_of_a_line_are_in_flight_at_once,
          who_asks_for_too_much_is_refused_by_name_and_others_have_room,
          a_fence_is_passed_when_its_word_gets_there,
-         parked_ones_go_on_in_order_and_the_forgotten_do_not,
-         what_is_not_urgent_waits_for_the_next_call_but_not_for_long)
+         parked_ones_go_on_in_order_and_the_forgotten_do_not)

@@ -233,9 +233,9 @@ class Pages(lib.OfProcess):
     def register(self, memory: Paged) -> None:
         """Registers an engine's KV with kvd, once: the allocations that the tensors lie in. From then on kvd itself reads and writes the
         pages of it that are put and got, by queues too, and nothing is copied in this process. On a GPU: memory of cudaMalloc or
-        cuMemCreate, as PyTorch's with and without `expandable_segments`. Of the host: arrays of `client.tensor`, which are registered already. Raises where that cannot be;
-        then libkvd copies, as it does with what is not registered. kvd has the memory mapped until `unregister` or `close`: it must not
-        be given back, nor unmapped by a sleep mode, before."""
+        cuMemCreate, as PyTorch's with and without `expandable_segments`. Of the host: arrays of `client.tensor`, which are registered
+        already. Raises where that cannot be; then libkvd copies, as it does with what is not registered. kvd has the memory mapped
+        until `unregister` or `close`: it must not be given back, nor unmapped by a sleep mode, before."""
         self._check_memory("memory", memory)
         lib.call("kvd_pages_register", self.client._open(), c.byref(memory._struct))
 
