@@ -248,8 +248,10 @@ static struct kvd_buffer *begun(struct kvd_session *s, uint64_t key, uint64_t si
 {
     struct kvd_buffer *b, *next;
     HASH_ITER(hh, s->buffers, b, next)
-    if (b->kind == KVD_MEMORY_CUDA_SEGMENTS && b->key == key && b->size == size)
-        return b;
+    {
+        if (b->kind == KVD_MEMORY_CUDA_SEGMENTS && b->key == key && b->size == size)
+            return b;
+    }
     return NULL;
 }
 
@@ -259,7 +261,7 @@ int kvd_session_add_segments(struct kvd_daemon *d, struct kvd_session *s, uint64
 {
     struct kvd_buffer *b = begun(s, key, m->size);
     const uint64_t mapped = b ? b->mapped : 0;
-    const bool new = !b;
+    const bool first = !b;
     uint64_t bytes;
     int rc = check_segments(m, &bytes, err);
     if (rc == KVD_OK && m->mapped + bytes > mapped) {
@@ -267,14 +269,14 @@ int kvd_session_add_segments(struct kvd_daemon *d, struct kvd_session *s, uint64
             rc = kvd_fail(err, KVD_E_INVALID,
                           "segments that follow %" PRIu64 " bytes of a buffer that has %" PRIu64,
                           m->mapped, mapped);
-        if (rc == KVD_OK && new)
+        if (rc == KVD_OK && first)
             rc = reserve(d, s, m->size, &b, err);
         if (rc == KVD_OK)
             rc = map_more(d, b, m, bytes, err);
     }
-    if (rc == KVD_OK && new)
+    if (rc == KVD_OK && first)
         link_buffer(d, s, key, id, b);
-    else if (rc && new &&b) {
+    else if (rc && first && b) {
         d->backend->ops->segments_unmap(d->backend, b->data, 0, b->size);
         discharge(b);
         free(KVD_TAKE(b));
