@@ -14,7 +14,9 @@
 enum {
     PIECE_NS = 1000000, // of a look; then others have their turn
     PAGES = 16384,      // between looks at the clock
-    FRESH_MS = 1000,    // how long what was seen counts
+    // How long what was seen counts: a hundred times as long as the look took, within these.
+    FRESH_MS = 50,
+    FRESH_MOST_MS = 1000,
 };
 
 // A look at what could be evicted, and what the latest has seen.
@@ -23,16 +25,21 @@ struct kvd_evictable {
     struct kvd_pool_look look;
     bool looking;
     uint64_t looked_ms; // when the latest was begun; 0: never
+    uint64_t took_ns, fresh_ms;
     uint64_t bytes, by_namespace[KVD_MAX_NAMESPACES], next_by_namespace[KVD_MAX_NAMESPACES];
 };
 
 static void look_on(struct kvd_daemon *d)
 {
     struct kvd_evictable *e = d->evictable;
-    uint64_t begin = uv_hrtime();
-    while (!kvd_pool_look_step(d->pool, &e->look, PAGES))
-        if (uv_hrtime() - begin >= PIECE_NS)
-            return;
+    uint64_t begin = uv_hrtime(), now = begin;
+    bool all;
+    while (!(all = kvd_pool_look_step(d->pool, &e->look, PAGES)) && now - begin < PIECE_NS)
+        now = uv_hrtime();
+    e->took_ns += uv_hrtime() - begin;
+    if (!all)
+        return;
+    e->fresh_ms = KVD_MAX(KVD_MIN(e->took_ns / 10000, (uint64_t)FRESH_MOST_MS), (uint64_t)FRESH_MS);
     e->looking = false;
     e->bytes = e->look.bytes;
     memcpy(e->by_namespace, e->next_by_namespace, sizeof(e->by_namespace));
@@ -48,7 +55,8 @@ uint64_t kvd_evictable(struct kvd_daemon *d, const uint64_t **by_namespace)
 {
     struct kvd_evictable *e = d->evictable;
     uint64_t now = kvd_now_ms(d) + 1;
-    if (!e->looking && (!e->looked_ms || now - e->looked_ms >= FRESH_MS)) {
+    if (!e->looking && (!e->looked_ms || now - e->looked_ms >= e->fresh_ms)) {
+        e->took_ns = 0;
         memset(e->next_by_namespace, 0, sizeof(e->next_by_namespace));
         e->look = (struct kvd_pool_look){.by_namespace = e->next_by_namespace};
         e->looking = true;

@@ -3,7 +3,8 @@
 //
 // Borrowing: a namespace that may have more than its quota may have as much more as could be
 // evicted of it, by the latest look at that, while there is room in the pool. The pool gives that
-// back first.
+// back first. What is evicted for more than that lowers it, so that workers hold no more than the
+// quota: whoever stores faster than is looked loses what it has borrowed.
 #include "daemon/session/spare.h"
 
 #include "daemon/session/pool.h"
@@ -12,7 +13,7 @@ enum {
     PIECE_NS = 1000000, // then others have their turn
     EVICTIONS = 8,      // between looks at the clock
     AGAIN_MS = 1000,    // after there was nothing to evict
-    BORROW_MS = 500,
+    BORROW_MS = 50,     // what is stored meanwhile is to be less than what can be evicted
 };
 
 struct kvd_spare {

@@ -209,6 +209,23 @@ def test_memory_is_not_freed_under_a_call(kvd):
         assert over[0][0] == bytes([ENCODED] * 16) and len(over) == 2 and counted(kvd) == (16, 0)
 
 
+def killed_meanwhile(kvd, p, keep, keys, from_, into):
+    """Kills kvd: kept, what is under way goes on; else what it had is lost and is put again, from the memory that it has again."""
+    if keep:
+        with p.queue() as q:
+            for _ in range(20):
+                q.get(keys, into)
+            kill(kvd)
+            assert [x.error for x in drain(q, 20)] == [None] * 20
+        return
+    kvd.process.kill()
+    kvd.process.wait()
+    kvd.start()
+    with pytest.raises(package.LostError):
+        p.get(keys, into)
+    p.put(keys, from_, exact=[True] * len(keys))
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_kvd_that_is_killed_has_the_memory_again(start, keep):
     kvd = start("--keep") if keep else start()
@@ -217,19 +234,7 @@ def test_a_kvd_that_is_killed_has_the_memory_again(start, keep):
         e, into = Registered(p, 32), Registered(p, 32)
         e.write(range(32), given)
         p.put(keys, e.paged(range(32)), exact=[True] * 8)
-        if keep:  # and what is under way goes on
-            with p.queue() as q:
-                for _ in range(20):
-                    q.get(keys, into.paged(range(32)))
-                kill(kvd)
-                assert [x.error for x in drain(q, 20)] == [None] * 20
-        else:
-            kvd.process.kill()
-            kvd.process.wait()
-            kvd.start()
-            with pytest.raises(package.LostError):
-                p.get(keys, into.paged(range(32)))
-            p.put(keys, e.paged(range(32)), exact=[True] * 8)
+        killed_meanwhile(kvd, p, keep, keys, e.paged(range(32)), into.paged(range(32)))
         into.write(range(32), kv(8, 8))
         p.get(keys, into.paged(range(32)))
         assert np.array_equal(into.read(range(32)), given)

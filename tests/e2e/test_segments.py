@@ -17,9 +17,7 @@ from conftest import kv as messages
 from kvd import _library as lib
 from kvd.pages import EXACT
 from test_death import FdSocket
-from test_keep import kill
-from test_page_blocks import OnGpu, Registered, counted, details
-from test_page_queue import drain
+from test_page_blocks import OnGpu, Registered, counted, details, killed_meanwhile
 from test_pages import DIM, HEADS, LAYERS, connect, keys_of, kv, wait_until
 
 pytestmark = pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
@@ -138,19 +136,7 @@ def test_a_kvd_that_is_killed_has_the_segments_again(start, keep):
         e = Registered(p, 5000, 16, memory=memory.tensor)
         e.write(range(16), given)
         p.put(keys, e.paged(range(16)), exact=[True] * 4)
-        if keep:
-            with p.queue() as q:
-                for _ in range(20):
-                    q.get(keys, e.paged(range(16)))
-                kill(kvd)
-                assert [x.error for x in drain(q, 20)] == [None] * 20
-        else:
-            kvd.process.kill()
-            kvd.process.wait()
-            kvd.start()
-            with pytest.raises(package.LostError):
-                p.get(keys, e.paged(range(16)))
-            p.put(keys, e.paged(range(16)), exact=[True] * 4)
+        killed_meanwhile(kvd, p, keep, keys, e.paged(range(16)), e.paged(range(16)))
         e.write(range(16), kv(4, 4))
         p.get(keys, e.paged(range(16)))
         assert np.array_equal(e.read(range(16)), given) and counted(kvd)[1] >= 4
