@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Runs inference engines beside kvd, on the CPU: tests/e2e/test_vllm.py and test_sglang.py, each in an environment of its own with that
-# engine (vLLM 6 GB, SGLang 10 GB), and with a kvd package made of this checkout. Half an hour on two cores.
+# engine (vLLM 6 GB, SGLang 10 GB), and with a kvd package made of this checkout. Some forty minutes on two cores.
 # Ends with one line: N passed, N failed, N skipped.
 #   usage: tests/engines.sh [BUILD]   (default: build)
 #   KVD_ENGINES=vllm,sglang           which ones; vllm is 0.32, vllm026 is 0.26
 #   KVD_ENGINES_CACHE=DIR             where environments and the model are kept (default: ~/.cache/kvd-engines)
-#   KVD_ENGINES_CODECS=int2,tc2@FILE  codecs whose quality is measured with vLLM, each without a transform set or with FILE's (default: int2)
+#   KVD_ENGINES_CODECS=int2,tc2@FILE  codecs whose quality is measured, each without a transform set or, with vLLM, with FILE's (default: int2)
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 build=$(realpath "${1:-build}")

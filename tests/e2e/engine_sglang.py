@@ -23,12 +23,14 @@ def serve(model, options):
                            disable_cuda_graph=True, disable_overlap_schedule=True, mem_fraction_static=0.2, page_size=64, context_length=4096,
                            **options, **linker)
 
-    def generate(prompts, tokens=1):
+    def generate(prompts, tokens=1, logprobs=0):
         began = time.monotonic()
-        outputs = engine.generate(input_ids=prompts, sampling_params={"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True})
+        asked = {"return_logprob": True, "top_logprobs_num": logprobs, "logprob_start_len": -1} if logprobs else {}
+        outputs = engine.generate(input_ids=prompts, sampling_params={"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}, **asked)
         seconds = time.monotonic() - began
-        return {"seconds": seconds, "outputs": [{"text": o["text"], "cached": o["meta_info"]["cached_tokens"],
-                                                 "finish": o["meta_info"]["finish_reason"]["type"]} for o in outputs]}
+        return {"seconds": seconds, "outputs": [{
+            "text": o["text"], "cached": o["meta_info"]["cached_tokens"], "finish": o["meta_info"]["finish_reason"]["type"],
+            "logprobs": [{x[1]: x[0] for x in of} for of in o["meta_info"].get("output_top_logprobs", [])]} for o in outputs]}
 
     calls = {"generate": generate}
     print(json.dumps("ready"), file=out)

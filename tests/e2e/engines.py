@@ -1,6 +1,7 @@
 """What tests of inference engines have in common: an engine in a process of its own, SmolLM2 as a folder, a text."""
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -72,3 +73,17 @@ def tokens(model):
     import tokenizers
 
     return tokenizers.Tokenizer.from_file(str(model / "tokenizer.json")).encode(LICENCE.read_text()).ids
+
+
+def agreement(reference, found):
+    """Top-1 agreement and the mean KL divergence over the reference's 20 likeliest tokens and the rest."""
+    same = total = 0
+    for a, b in zip(reference, found):
+        a, b = a["logprobs"][0], b["logprobs"][0]
+        same += max(a, key=a.get) == max(b, key=b.get)
+        lowest = min(b.values())
+        p = {t: math.exp(x) for t, x in a.items()}
+        q = {t: math.exp(b.get(t, lowest)) for t in a}
+        rest_p, rest_q = max(1e-9, 1 - sum(p.values())), max(1e-9, 1 - sum(q.values()))
+        total += sum(x * math.log(x / q[t]) for t, x in p.items()) + rest_p * math.log(rest_p / rest_q)
+    return same / len(reference), total / len(reference)

@@ -18,7 +18,7 @@ import time
 import pytest
 
 from conftest import BUILD, Daemon
-from engines import Engine, smollm2, tokens
+from engines import Engine, agreement, smollm2, tokens
 from test_keep import kill
 
 os.environ["KVD_LIBRARY"] = str(BUILD / "client/libkvd.so.0")
@@ -622,22 +622,6 @@ def test_ranks_of_tensor_parallelism_and_a_restart_of_everything(make, text, pla
     finally:
         for d in daemons:
             d.stop()
-
-
-def agreement(reference, found):
-    """Top-1 agreement and the mean KL divergence over the reference's 20 likeliest tokens and the rest."""
-    import math
-
-    same = total = 0
-    for a, b in zip(reference, found):
-        a, b = a["logprobs"][0], b["logprobs"][0]
-        same += max(a, key=a.get) == max(b, key=b.get)
-        lowest = min(b.values())
-        p = {t: math.exp(x) for t, x in a.items()}
-        q = {t: math.exp(b.get(t, lowest)) for t in a}
-        rest_p, rest_q = max(1e-9, 1 - sum(p.values())), max(1e-9, 1 - sum(q.values()))
-        total += sum(x * math.log(x / q[t]) for t, x in p.items()) + rest_p * math.log(rest_p / rest_q)
-    return same / len(reference), total / len(reference)
 
 
 @pytest.mark.parametrize("what", os.environ.get("KVD_ENGINES_CODECS", "int2").split(","))
