@@ -1,5 +1,5 @@
 """An engine's memory that many segments of cuMemCreate are mapped side by side in, as PyTorch's expandable_segments do: registered once, as
-one of cudaMalloc's is. On an emulated GPU, whose descriptors are memfds; tests/gpu/processes.c and tests/gpu/engine.py do it on a real one."""
+one of cudaMalloc's is. On an emulated GPU, whose descriptors are memfds; tests/gpu/processes.c does it on a real one."""
 import ctypes
 import os
 import signal

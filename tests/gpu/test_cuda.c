@@ -94,9 +94,8 @@ static void check_transformed(const struct shape *c, struct kvd_codecs codec, do
              kvd_codecs_name(codec, text), stretch, c->kv_heads, c->group, c->dk, c->dv, c->sink,
              c->recent, c->heads_rot, c->length, c->a.q_len, c->a.new_tokens, c->a.window,
              (double)c->a.softcap, e.overall, e.worst, e.lse);
-    // An error of a score is relative to what cancels in it, which a stretch makes larger.
-    double lse = fmax(5e-3, (stretch > 0 ? 5 : 2.5) * limit);
-    result(e.overall < limit && e.worst < fmax(4e-3, 2 * limit) && e.lse < lse, name);
+    result(e.overall < limit && e.worst < fmax(4e-3, 2 * limit) && e.lse < fmax(5e-3, 2.5 * limit),
+           name);
     worst_error = fmax(worst_error, e.overall);
     worst_row = fmax(worst_row, e.worst);
     worst_lse = fmax(worst_lse, e.lse);
