@@ -144,12 +144,9 @@ class Mute:
 LATE = 1.0 + 0.8
 
 
-@pytest.mark.parametrize("daemon", ["stopped", "dead", "mute"])
-def test_deadlines(start, daemon):
-    kvd = start()
-    if kvd.on_gpu():
-        pytest.skip("first calls on a GPU that others use too take longer than the probes' second")
-    p = subprocess.Popen([CLIENT, "deadlines", kvd.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def probed(kvd, daemon, **env):
+    """What each function said, and after how many ms, of a daemon that is stopped, dead or mute: [(name, result, ms)]."""
+    p = subprocess.Popen([CLIENT, "deadlines", kvd.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | env)
     assert p.stdout.readline() == "ready\n"
     mute = None
     if daemon == "stopped":
@@ -165,14 +162,28 @@ def test_deadlines(start, daemon):
         if mute:
             mute.close()
     assert p.returncode == 0
-    rows = [line.split() for line in out.splitlines()]
+    rows = [(name, int(result), float(ms)) for name, result, ms in map(str.split, out.splitlines())]
     assert len(rows) >= 23
-    assert not [r for r in rows if float(r[2]) > LATE * 1000], out
-    ok = {name for name, result, _ in rows if result == "0"}
+    ok = {name for name, result, _ in rows if result == 0}
     void = {"kvd_close", "kvd_buffer_free", "kvd_direct_close"}
     assert ok <= void | {"kvd_next_event"}, out  # nothing else may have gone well; that may say "none"
+    return rows
+
+
+@pytest.mark.parametrize("daemon", ["stopped", "dead", "mute"])
+def test_deadlines(start, daemon):
+    kvd = start()
+    if kvd.on_gpu():
+        pytest.skip("first calls on a GPU that others use too take longer than the probes' second")
+    rows = probed(kvd, daemon)
+    if "tsan" in BUILD.name:
+        # Of gRPC, which it cannot see into, ThreadSanitizer looks up some 10,000 reports before it suppresses them, and a
+        # call waits for tenths of a second meanwhile. How long calls take is asked where it looks for nothing.
+        kvd.stop(signal.SIGKILL)
+        rows = probed(start(), daemon, TSAN_OPTIONS="report_bugs=0")
+    assert not [r for r in rows if r[2] > LATE * 1000], rows
     if daemon == "dead":
-        assert not [r for r in rows if float(r[2]) > 700 and r[0] != "kvd_next_event"], out
+        assert not [r for r in rows if r[2] > 700 and r[0] != "kvd_next_event"], rows
 
 
 def test_a_client_works_again_at_once(start):
