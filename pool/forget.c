@@ -10,12 +10,20 @@ struct removal {
     uint64_t gone;
 };
 
+void evictable_went(struct kvd_pool *pool, uint32_t ns, uint64_t used_before)
+{
+    const uint64_t freed = used_before - pool->ns[ns].used;
+    pool->ns[ns].borrow -= KVD_MIN(pool->ns[ns].borrow, freed);
+    pool->gone[ns] += freed;
+}
+
 // An end goes with its last block.
 static void removed(void *ctx, const struct kvd_prefix_removed *r)
 {
     struct removal *m = ctx;
     struct kvd_pool *pool = m->pool;
     m->gone++;
+    const uint64_t used = pool->ns[m->ns].used;
     struct kept *k = pool->kept[m->ns];
     uint32_t end = k->end[r->entry];
     k->end[r->entry] = 0;
@@ -27,6 +35,7 @@ static void removed(void *ctx, const struct kvd_prefix_removed *r)
         lru_remove(pool, &pool->seq[end - 1]);
         seq_destroy(pool, &pool->seq[end - 1]);
     }
+    evictable_went(pool, m->ns, used);
     if (pool->on_block_gone && !told)
         pool->on_block_gone(pool->on_evict_ctx, m->ns, k->layout_of[r->domain], r);
 }
@@ -241,10 +250,6 @@ bool evict_something(struct kvd_pool *pool, uint32_t ns, enum kvd_prefix_reason 
     bool block = false;
     bool any =
         evict_passed(pool, ns) || (block = blocks_evict(pool, ns, reason)) || evict_one(pool, ns);
-    if (ns != KVD_POOL_NONE) {
-        uint64_t freed = before - pool->head->used;
-        pool->ns[ns].borrow -= KVD_MIN(pool->ns[ns].borrow, freed);
-    }
     if (sum) {
         sum->bytes += before - pool->head->used;
         sum->sequences += pool->head->evictions - sequences;

@@ -233,6 +233,7 @@ struct kvd_pool {
     kvd_pool_block_gone_fn *on_block_gone;
     void (*on_superseded)(void *ctx);
     struct kept **kept;              // by namespace; NULL: it has no index
+    uint64_t *gone;                  // by namespace: kvd_pool_namespace_info.gone
     struct blocks_room *blocks_room; // what blocks.c works in; NULL: not wanted yet
     bool notes_new;                  // blocks that get pages are noted
     bool opening;                    // indices hold nothing yet
@@ -279,6 +280,9 @@ static inline void stored(void)
 // -- pool.c -------------------------------------------------------------------------------------
 // Gives each table its place in the region. With base NULL only the size is computed.
 uint64_t region_lay_out(struct kvd_pool *pool, const struct region_head *h, uint8_t *base);
+// What a new pool and one that is opened have alike, outside of the region.
+int pool_begin(struct kvd_pool *pool, const struct kvd_pool_config *config,
+               const struct kvd_pool_mem_ops *ops, struct kvd_error *err);
 uint32_t region_shape(void);
 // The sizes of tables that a configuration asks for. KVD_E_INVALID.
 int region_sizes(const struct kvd_pool_config *c, struct region_head *h, struct kvd_error *err);
@@ -499,6 +503,8 @@ bool evict_one(struct kvd_pool *pool, uint32_t ns);
 // The least recently used sequence of a namespace that can be evicted, or KVD_POOL_NONE.
 uint32_t evictable_of(const struct kvd_pool *pool, uint32_t ns);
 void evict(struct kvd_pool *pool, struct region_seq *s);
+// To be told whenever what could be evicted of a namespace has gone, however: what it used before.
+void evictable_went(struct kvd_pool *pool, uint32_t ns, uint64_t used_before);
 
 // -- forget.c: what goes of prefix indices ------------------------------------------------------
 // Removes one block that nothing keeps, of namespace `ns`; KVD_POOL_NONE: of that whose index has

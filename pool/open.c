@@ -207,18 +207,16 @@ struct kvd_pool *kvd_pool_open(int fd, const struct kvd_pool_config *config,
     void *base = NULL;
     if (!want || !pool || copy < 0)
         kvd_fail(err, KVD_E_INTERNAL, "cannot open the pool's region: %s", strerror(errno));
-    else
+    else if (pool_begin(pool, config, ops, err) == KVD_OK)
         base = map(copy, config, want, err);
     if (!base) {
+        if (pool)
+            free(pool->gone);
         free(pool);
         return NULL;
     }
     region_lay_out(pool, want, base);
     pool->fd = KVD_TAKE_FD(copy);
-    pool->ops = *ops;
-    pool->on_evict = config->on_evict;
-    pool->on_evict_ctx = config->on_evict_ctx;
-    pool->on_block_gone = config->on_block_gone;
     if (recover(pool, err))
         kvd_pool_leave(&pool);
     return pool;

@@ -90,6 +90,20 @@ static void *map(uint64_t bytes, bool durable, int *fd, struct kvd_error *err)
     return base;
 }
 
+int pool_begin(struct kvd_pool *pool, const struct kvd_pool_config *config,
+               const struct kvd_pool_mem_ops *ops, struct kvd_error *err)
+{
+    pool->gone = calloc(config->max_namespaces, sizeof(*pool->gone));
+    if (!pool->gone)
+        return kvd_fail(err, -ENOMEM, "no memory for the pool");
+    pool->ops = *ops;
+    pool->on_evict = config->on_evict;
+    pool->on_evict_ctx = config->on_evict_ctx;
+    pool->on_block_gone = config->on_block_gone;
+    pool->on_superseded = config->on_superseded;
+    return KVD_OK;
+}
+
 struct kvd_pool *kvd_pool_new(const struct kvd_pool_config *config,
                               const struct kvd_pool_mem_ops *ops, struct kvd_error *err)
 {
@@ -99,12 +113,14 @@ struct kvd_pool *kvd_pool_new(const struct kvd_pool_config *config,
         kvd_fail(err, -ENOMEM, "no memory for the pool");
         return NULL;
     }
-    if (region_sizes(config, h, err))
+    if (region_sizes(config, h, err) || pool_begin(pool, config, ops, err))
         return NULL;
     h->region_bytes = region_lay_out(pool, h, NULL);
     void *base = map(h->region_bytes, config->durable, &pool->fd, err);
-    if (!base)
+    if (!base) {
+        free(pool->gone);
         return NULL;
+    }
     region_lay_out(pool, h, base);
     h->free_extent = 0;
     h->free_seq = h->free_block = h->free_slab = KVD_POOL_NONE;
@@ -115,11 +131,6 @@ struct kvd_pool *kvd_pool_new(const struct kvd_pool_config *config,
         e->slab = e->owner = e->free_slot = e->prev = KVD_POOL_NONE;
         e->next = i + 1 < h->n_extents ? i + 1 : KVD_POOL_NONE;
     }
-    pool->ops = *ops;
-    pool->on_evict = config->on_evict;
-    pool->on_evict_ctx = config->on_evict_ctx;
-    pool->on_block_gone = config->on_block_gone;
-    pool->on_superseded = config->on_superseded;
     return KVD_TAKE(pool);
 }
 
@@ -133,6 +144,7 @@ void kvd_pool_leave(struct kvd_pool **poolp)
         kept_leave(pool, i);
     free(pool->kept);
     free(pool->blocks_room);
+    free(pool->gone);
     munmap(pool->head, pool->head->region_bytes);
     if (pool->fd >= 0)
         close(pool->fd);
@@ -228,6 +240,7 @@ void kvd_pool_namespace_info(const struct kvd_pool *pool, uint32_t ns,
                                             .sequences = n->sequences,
                                             .tokens = n->tokens,
                                             .blocks = n->blocks,
+                                            .gone = pool->gone[ns],
                                             .holders = n->holders};
 }
 

@@ -138,8 +138,9 @@ uint32_t kvd_pool_namespace_find(const struct kvd_pool *pool, const char *name);
 // Sets the quota in bytes of pages; 0 takes it away. Evicts nothing.
 void kvd_pool_set_quota(struct kvd_pool *pool, uint32_t ns, uint64_t bytes);
 // How many bytes a namespace may have beyond its quota, where there is room in the pool: no more
-// than could be evicted of it, so that it can be given back. It shrinks by what is evicted of the
-// namespace; set it anew now and then. What is borrowed is the first to go when others want room,
+// than could be evicted of it, so that it can be given back. It shrinks by what goes of that,
+// evicted or dropped; set it anew now and then, by what was seen less what has gone since the look
+// began. What is borrowed is the first to go when others want room,
 // and whoever borrows evicts nobody's but its own.
 void kvd_pool_set_borrow(struct kvd_pool *pool, uint32_t ns, uint64_t bytes);
 
@@ -151,6 +152,7 @@ struct kvd_pool_namespace_info {
     uint64_t sequences;
     uint64_t tokens;
     uint64_t blocks; // of page tables
+    uint64_t gone;   // bytes of pages that were evicted or dropped, since the pool was opened
     uint32_t holders;
 };
 // Indices go up to here; some may mean nothing.

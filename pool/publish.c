@@ -154,8 +154,11 @@ void evict(struct kvd_pool *pool, struct region_seq *s)
         name_remove(pool, s);
         pool->head->evictions++;
     }
+    const uint32_t ns = s->ns;
+    const uint64_t used = pool->ns[ns].used;
     lru_remove(pool, s);
     seq_destroy(pool, s);
+    evictable_went(pool, ns, used);
 }
 
 bool evict_one(struct kvd_pool *pool, uint32_t ns)

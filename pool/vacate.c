@@ -228,10 +228,7 @@ static bool give_up(struct kvd_pool *pool, struct vacate *v)
 static bool cut(struct kvd_pool *pool, struct vacate *v)
 {
     uint32_t ns = pool->vacated_of, looks = KVD_MAX(v->left / CLIMB, 1u);
-    struct region_namespace *giver = &pool->ns[ns];
-    uint64_t used = pool->head->used;
     bool all = blocks_cut(pool, ns, v->cut, v->n_cut, &v->at, &looks, v->reason, &v->gone);
-    giver->borrow -= KVD_MIN(giver->borrow, used - pool->head->used); // as evict_something
     v->left = 0;
     if (!pool->shut || pool->vacated_of == KVD_POOL_NONE)
         return false; // it is empty

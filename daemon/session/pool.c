@@ -27,6 +27,8 @@ struct kvd_evictable {
     uint64_t looked_ms; // when the latest was begun; 0: never
     uint64_t took_ns, fresh_ms;
     uint64_t bytes, by_namespace[KVD_MAX_NAMESPACES], next_by_namespace[KVD_MAX_NAMESPACES];
+    // What had gone of each namespace when that was last known, and when the look under way began.
+    uint64_t gone[KVD_MAX_NAMESPACES], next_gone[KVD_MAX_NAMESPACES];
 };
 
 static void look_on(struct kvd_daemon *d)
@@ -43,12 +45,33 @@ static void look_on(struct kvd_daemon *d)
     e->looking = false;
     e->bytes = e->look.bytes;
     memcpy(e->by_namespace, e->next_by_namespace, sizeof(e->by_namespace));
+    memcpy(e->gone, e->next_gone, sizeof(e->gone));
     uv_idle_stop(&e->idle);
 }
 
 static void on_idle(uv_idle_t *idle)
 {
     look_on(idle->data);
+}
+
+static uint64_t gone_of(const struct kvd_daemon *d, uint32_t ns)
+{
+    struct kvd_pool_namespace_info info;
+    kvd_pool_namespace_info(d->pool, ns, &info);
+    return info.gone;
+}
+
+// What has gone since it was seen, or while it was looked at, cannot be evicted any more.
+static void take_off(struct kvd_daemon *d)
+{
+    struct kvd_evictable *e = d->evictable;
+    for (uint32_t i = 0; i < kvd_pool_namespace_count(d->pool); i++) {
+        const uint64_t gone = gone_of(d, i), since = gone - e->gone[i];
+        const uint64_t off = KVD_MIN(since, e->by_namespace[i]);
+        e->by_namespace[i] -= off;
+        e->bytes -= KVD_MIN(off, e->bytes);
+        e->gone[i] = gone;
+    }
 }
 
 uint64_t kvd_evictable(struct kvd_daemon *d, const uint64_t **by_namespace)
@@ -59,11 +82,14 @@ uint64_t kvd_evictable(struct kvd_daemon *d, const uint64_t **by_namespace)
         e->took_ns = 0;
         memset(e->next_by_namespace, 0, sizeof(e->next_by_namespace));
         e->look = (struct kvd_pool_look){.by_namespace = e->next_by_namespace};
+        for (uint32_t i = 0; i < kvd_pool_namespace_count(d->pool); i++)
+            e->next_gone[i] = gone_of(d, i);
         e->looking = true;
         e->looked_ms = now;
         uv_idle_start(&e->idle, on_idle);
         look_on(d);
     }
+    take_off(d);
     if (by_namespace)
         *by_namespace = e->by_namespace;
     return e->bytes;

@@ -87,7 +87,11 @@ def test_what_is_encoded_is_what_a_put_would_have_encoded(start, codec, dim):
     kvd.kvctl("verify")
 
 
-def test_what_a_lease_has_found_stays_exact_until_it_ends(kvd):
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_a_lease_has_found_stays_exact_until_it_ends(start, kept):
+    kvd = start("--keep") if kept else start()
+    if kept:  # a pool that was taken over does as a new one
+        kill(kvd)
     keys, e, back = keys_of("leased", 20), Engine(20, 64), Engine(20, 64)
     given = kv(5, 20)
     e.write(range(20), given)
