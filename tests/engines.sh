@@ -5,7 +5,7 @@
 #   usage: tests/engines.sh [BUILD]   (default: build)
 #   KVD_ENGINES=vllm,sglang           which ones; vllm is 0.32, vllm026 is 0.26
 #   KVD_ENGINES_CACHE=DIR             where environments and the model are kept (default: ~/.cache/kvd-engines)
-#   KVD_ENGINES_CODECS=int2,tc2@FILE  codecs whose quality is measured, each without a transform set or, with vLLM, with FILE's (default: int2)
+#   KVD_ENGINES_CODECS=int2,tc2@FILE  codecs whose quality is measured, each without a transform set or with FILE's (default: int2)
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 build=$(realpath "${1:-build}")

@@ -75,6 +75,16 @@ def tokens(model):
     return tokenizers.Tokenizer.from_file(str(model / "tokenizer.json")).encode(LICENCE.read_text()).ids
 
 
+def codec_of(what, store):
+    """What an engine is given for "CODEC", or "CODEC@FILE" with a transform set that is published to a store; and the set's name."""
+    codec, _, file = what.partition("@")
+    if not file:
+        return {"codec": codec}, "no set"
+    name = f"engines/{codec}@fitted"
+    subprocess.run([BUILD / "client/kvctl", "--store", store, "calib", "publish", file, name], check=True)
+    return {"codec": codec, "rotation_set": name}, pathlib.Path(file).name
+
+
 def agreement(reference, found):
     """Top-1 agreement and the mean KL divergence over the reference's 20 likeliest tokens and the rest."""
     same = total = 0

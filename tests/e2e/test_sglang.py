@@ -15,7 +15,7 @@ from types import SimpleNamespace as N
 import pytest
 
 from conftest import BUILD, Daemon
-from engines import Engine, agreement, smollm2, tokens
+from engines import Engine, agreement, codec_of, smollm2, tokens
 
 os.environ["KVD_LIBRARY"] = str(BUILD / "client/libkvd.so.0")
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "sgl_kernel_stub"))
@@ -33,7 +33,8 @@ def place():
 
 @pytest.fixture(scope="module")
 def daemon(place):
-    d = Daemon(place, "--pool-size", "512MiB")
+    (place / "store").mkdir()
+    d = Daemon(place, "--pool-size", "512MiB", "--store", str(place / "store"))
     yield d
     d.stop(signal.SIGKILL)
 
@@ -193,23 +194,24 @@ def test_what_one_process_stored_another_loads_and_says_the_same(make, daemon, t
     second.close()
 
 
-@pytest.mark.parametrize("codec", [x for x in os.environ.get("KVD_ENGINES_CODECS", "int2").split(",") if "@" not in x])
-def test_quality_with_exact_pages(make, text, codec):
+@pytest.mark.parametrize("what", os.environ.get("KVD_ENGINES_CODECS", "int2").split(","))
+def test_quality_with_exact_pages(make, text, what, place):
     """Without a transform set a codec is at its worst; the bounds are what no sound one exceeds."""
+    codec, file = codec_of(what, place / "store")
     begin = 1152  # 18 pages
     prompts = [text[:begin + 1 + i] for i in range(200)]
-    first = make(codec=codec)
+    first = make(**codec)
     first.ask(text[:begin + 200], 1)
     reference = first.call("generate", prompts=prompts, tokens=1, logprobs=20)["outputs"]
     for _ in range(3):
         first.ask([1, 2, 3], 1)
         time.sleep(1)
     first.close()
-    second = make(codec=codec)
+    second = make(**codec)
     loaded = second.ask(prompts[0], 1)  # of kvd; the others find that, and what is there of more
     found = second.call("generate", prompts=prompts, tokens=1, logprobs=20)["outputs"]
     second.close()
     assert all(o["cached"] >= begin for o in [loaded, *found])
     top, kl = agreement(reference, found)
-    print(f"\n{codec}, no set: top-1 agreement {top:.3f}, KL {kl:.4f} over 200 continuations")
+    print(f"\n{codec['codec']}, {file}: top-1 agreement {top:.3f}, KL {kl:.4f} over 200 continuations")
     assert top >= 0.75 and kl <= 0.15

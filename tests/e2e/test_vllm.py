@@ -18,7 +18,7 @@ import time
 import pytest
 
 from conftest import BUILD, Daemon
-from engines import Engine, agreement, smollm2, tokens
+from engines import Engine, agreement, codec_of, smollm2, tokens
 from test_keep import kill
 
 os.environ["KVD_LIBRARY"] = str(BUILD / "client/libkvd.so.0")
@@ -628,12 +628,8 @@ def test_ranks_of_tensor_parallelism_and_a_restart_of_everything(make, text, pla
 def test_quality_with_exact_pages(make, text, what, place):
     """Without a transform set a codec is at its worst; the bounds are what no sound one exceeds."""
     make.stop("first", "second")
-    codec, _, file = what.partition("@")
-    extra = {"codec": codec}
-    if file:
-        extra["rotation_set"] = f"engines/{codec}@fitted"
-        subprocess.run([BUILD / "client/kvctl", "--store", place / "store", "calib", "publish", file, extra["rotation_set"]], check=True)
-    engine = make(what, kvd=extra)
+    codec, file = codec_of(what, place / "store")
+    engine = make(what, kvd=codec)
     begin = 2 * CHUNK
     prompts = [text[:begin + 1 + i] for i in range(200)]
     engine.ask(text[:begin], 1)
@@ -645,7 +641,7 @@ def test_quality_with_exact_pages(make, text, what, place):
     assert all(o["cached"] >= begin // 64 * 64 - 4 * 64 for o in found)
     m = engine.call("metrics")
     top, kl = agreement(reference, found)
-    print(f"\n{codec}, {pathlib.Path(file).name or 'no set'}: top-1 agreement {top:.3f}, KL {kl:.4f} over 200 continuations; "
+    print(f"\n{codec['codec']}, {file}: top-1 agreement {top:.3f}, KL {kl:.4f} over 200 continuations; "
           f"{m['vllm:kvd_stored_exact_pages']:.0f} of {m['vllm:kvd_stored_pages']:.0f} pages exact")
     assert 0 < m["vllm:kvd_stored_exact_pages"] < m["vllm:kvd_stored_pages"] and m["vllm:kvd_loaded_pages"] >= begin // 64 - 4
     assert top >= 0.75 and 1e-6 < kl < 0.15

@@ -1,4 +1,5 @@
 // Rotation files: what is read, and what is refused.
+#include "tests/unit/scratch.h"
 #include "tests/unit/suite.h"
 
 #include <math.h>
@@ -8,18 +9,6 @@
 #include "calib/pickle.h"
 #include "calib/rotset.h"
 #include "calib/store.h"
-
-static const char *scratch(const char *name)
-{
-    static char path[256];
-    static char dir[64];
-    if (!dir[0]) {
-        strcpy(dir, "/tmp/kvd-calib.XXXXXX");
-        ck_assert_ptr_nonnull(mkdtemp(dir));
-    }
-    snprintf(path, sizeof(path), "%s/%s", dir, name);
-    return path;
-}
 
 static void parse_fails(const void *data, size_t len, const char *why)
 {
@@ -108,7 +97,7 @@ END_TEST
 static const char *make_pt(const char *name, int dim, int stride, int offset, int floats,
                            bool compress)
 {
-    const char *path = scratch(name);
+    const char *path = kvd_scratch(name);
     int code;
     zip_t *z = zip_open(path, ZIP_CREATE | ZIP_TRUNCATE, &code);
     char pickle[512];
@@ -160,7 +149,7 @@ START_TEST(pt_files)
 {
     struct kvd_error err = {0};
     struct kvd_rotset *s = kvd_rotset_import(make_pt("good.pt", 64, 64, 0, 4096, false),
-                                             scratch("good.pt"), "m", &err);
+                                             kvd_scratch("good.pt"), "m", &err);
     ck_assert_msg(s != NULL, "%s", err.text);
     ck_assert_uint_eq(s->n_layers, 1);
     ck_assert_uint_eq(s->layers[0], 3);
@@ -174,11 +163,11 @@ START_TEST(pt_files)
     import_fails(make_pt("huge.pt", 1 << 20, 1 << 20, 0, 16, false), "shape");
     import_fails(make_pt("bomb.pt", 64, 64, 0, 1 << 22, true), "compressed");
     import_fails(make_pt("notortho.pt", 64, 0, 0, 4096, false), "not orthogonal");
-    import_fails(scratch("none.pt"), "not a readable");
-    FILE *f = fopen(scratch("text.pt"), "w");
+    import_fails(kvd_scratch("none.pt"), "not a readable");
+    FILE *f = fopen(kvd_scratch("text.pt"), "w");
     fputs("this is no zip", f);
     fclose(f);
-    import_fails(scratch("text.pt"), "not a readable");
+    import_fails(kvd_scratch("text.pt"), "not a readable");
     // Truncated at every kind of place.
     const char *good = make_pt("cut.pt", 64, 64, 0, 4096, false);
     struct stat st;
@@ -219,8 +208,8 @@ START_TEST(native_files_round_trip)
     a->clip_k[1] = 0.875f;
     a->scale_k = KVD_SCALE_UNBIASED;
     a->scale_v = KVD_SCALE_LEAST_SQUARES;
-    ck_assert_msg(kvd_rotset_write(a, scratch("a.safetensors"), &err) == 0, "%s", err.text);
-    struct kvd_rotset *b = kvd_rotset_read(scratch("a.safetensors"), &err);
+    ck_assert_msg(kvd_rotset_write(a, kvd_scratch("a.safetensors"), &err) == 0, "%s", err.text);
+    struct kvd_rotset *b = kvd_rotset_read(kvd_scratch("a.safetensors"), &err);
     ck_assert_msg(b != NULL, "%s", err.text);
     ck_assert_str_eq(a->digest, b->digest);
     ck_assert_mem_eq(a->k, b->k, 3 * 128 * 128 * 4);
@@ -258,8 +247,8 @@ START_TEST(sets_of_latents)
             kvd_rotset_new(i ? "random" : "hadamard", l.layers, 2, 64, 512, &err);
         double worst = 0;
         ck_assert_msg(a && kvd_rotset_check(a, &worst, &err) == 0 && worst < 1e-6, "%s", err.text);
-        ck_assert_msg(kvd_rotset_write(a, scratch("l.safetensors"), &err) == 0, "%s", err.text);
-        struct kvd_rotset *b = kvd_rotset_read(scratch("l.safetensors"), &err);
+        ck_assert_msg(kvd_rotset_write(a, kvd_scratch("l.safetensors"), &err) == 0, "%s", err.text);
+        struct kvd_rotset *b = kvd_rotset_read(kvd_scratch("l.safetensors"), &err);
         ck_assert_msg(b != NULL, "%s", err.text);
         ck_assert_mem_eq(a->v, b->v, 2ull * 512 * 512 * sizeof(float));
         struct kvd_rotation_data d;
@@ -343,7 +332,7 @@ END_TEST
 
 static void write_native(const char *header, size_t pad)
 {
-    FILE *f = fopen(scratch("bad.safetensors"), "w");
+    FILE *f = fopen(kvd_scratch("bad.safetensors"), "w");
     uint64_t n = strlen(header);
     fwrite(&n, 8, 1, f);
     fwrite(header, n, 1, f);
@@ -355,7 +344,7 @@ static void write_native(const char *header, size_t pad)
 static void native_fails(const char *why)
 {
     struct kvd_error err = {0};
-    ck_assert_msg(!kvd_rotset_read(scratch("bad.safetensors"), &err), "accepted: %s", why);
+    ck_assert_msg(!kvd_rotset_read(kvd_scratch("bad.safetensors"), &err), "accepted: %s", why);
     ck_assert_msg(strstr(err.text, why), "'%s' is not in '%s'", why, err.text);
 }
 
@@ -415,7 +404,7 @@ START_TEST(native_files_that_are_refused)
     native_fails("digest");
     write_native(text, 0);
     native_fails("ascending");
-    FILE *f = fopen(scratch("bad.safetensors"), "w");
+    FILE *f = fopen(kvd_scratch("bad.safetensors"), "w");
     fwrite("\xff\xff\xff\xff\xff\xff\xff\x7f{}", 10, 1, f);
     fclose(f);
     native_fails("longer than the file");
@@ -426,29 +415,29 @@ START_TEST(native_files_that_are_refused)
     write_native(large, 0);
     native_fails("1 MiB");
     free(large);
-    f = fopen(scratch("bad.safetensors"), "w");
+    f = fopen(kvd_scratch("bad.safetensors"), "w");
     fclose(f);
     native_fails("truncated");
     // Every truncation and a lot of flipped bytes of a good file.
     struct kvd_error err = {0};
     struct kvd_rotset *a = new_set("identity", 1, 64, &err);
-    kvd_rotset_write(a, scratch("bad.safetensors"), &err);
+    kvd_rotset_write(a, kvd_scratch("bad.safetensors"), &err);
     kvd_rotset_free(&a);
     uint64_t rng = kvd_test_seed("native");
     struct stat st;
-    stat(scratch("bad.safetensors"), &st);
+    stat(kvd_scratch("bad.safetensors"), &st);
     for (int i = 0; i < 2000; i++) {
-        f = fopen(scratch("bad.safetensors"), "r+");
+        f = fopen(kvd_scratch("bad.safetensors"), "r+");
         long at = (long)(kvd_rand(&rng) % (i % 2 ? 900 : (uint64_t)st.st_size));
         fseek(f, at, SEEK_SET);
         int old = fgetc(f);
         fseek(f, at, SEEK_SET);
         fputc(old ^ (1 << (i % 8)), f);
         fclose(f);
-        a = kvd_rotset_read(scratch("bad.safetensors"),
+        a = kvd_rotset_read(kvd_scratch("bad.safetensors"),
                             &err); // may be good (padding, provenance); must not crash
         kvd_rotset_free(&a);
-        f = fopen(scratch("bad.safetensors"), "r+");
+        f = fopen(kvd_scratch("bad.safetensors"), "r+");
         fseek(f, at, SEEK_SET);
         fputc(old, f);
         fclose(f);

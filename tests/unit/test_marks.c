@@ -1,5 +1,6 @@
 // Sets that mark layers as sensitive: their text, files and checks, what planes they serve, and
 // what planes they make of a layout.
+#include "tests/unit/scratch.h"
 #include "tests/unit/suite.h"
 
 #include <fcntl.h>
@@ -11,17 +12,6 @@
 #include "kernels/format.h"
 
 enum { DIM = 64 };
-
-static const char *scratch(const char *name)
-{
-    static char dir[64], path[256];
-    if (!dir[0]) {
-        strcpy(dir, "/tmp/kvd-marks.XXXXXX");
-        ck_assert_ptr_nonnull(mkdtemp(dir));
-    }
-    snprintf(path, sizeof(path), "%s/%s", dir, name);
-    return path;
-}
 
 // Rotations of layers 3, 7 and 9.
 static struct kvd_rotset *rotations(void)
@@ -114,8 +104,8 @@ END_TEST
 // Writes a set, and gives what is read back.
 static struct kvd_rotset *again(struct kvd_rotset *s, struct kvd_error *err)
 {
-    ck_assert_msg(kvd_rotset_write(s, scratch("set"), err) == 0, "%s", err->text);
-    return kvd_rotset_read(scratch("set"), err);
+    ck_assert_msg(kvd_rotset_write(s, kvd_scratch("set"), err) == 0, "%s", err->text);
+    return kvd_rotset_read(kvd_scratch("set"), err);
 }
 
 static bool says(const char *path, const char *text)
@@ -136,13 +126,13 @@ START_TEST(files)
         ck_assert_ptr_nonnull(b);
         ck_assert(!b->marks && !b->n_marks);
         // A set without marks is of the format that it was of before there were any.
-        ck_assert(says(scratch("set"), t ? "kvd-rotation-set/3" : "kvd-rotation-set/2"));
+        ck_assert(says(kvd_scratch("set"), t ? "kvd-rotation-set/3" : "kvd-rotation-set/2"));
         strcpy(plain, b->digest);
         kvd_rotset_free(&b);
         marked(s, "9=int4");
         b = again(s, &err);
         ck_assert_msg(b != NULL, "%s", err.text);
-        ck_assert(says(scratch("set"), "kvd-rotation-set/4"));
+        ck_assert(says(kvd_scratch("set"), "kvd-rotation-set/4"));
         ck_assert_str_eq(kvd_marks_text(b, text), "9=int4");
         ck_assert_str_ne(b->digest, plain);
         ck_assert_int_eq(b->scale_k, s->scale_k);
@@ -163,16 +153,16 @@ static struct kvd_rotset *with(const char *from, const char *to, struct kvd_erro
 {
     static uint8_t file[1 << 21];
     ck_assert_uint_eq(strlen(from), strlen(to));
-    FILE *f = fopen(scratch("set"), "r");
+    FILE *f = fopen(kvd_scratch("set"), "r");
     size_t n = fread(file, 1, sizeof(file), f);
     fclose(f);
     uint8_t *at = memmem(file, n, from, strlen(from));
     ck_assert_msg(at != NULL, "'%s' is not in the file", from);
     memcpy(at, to, strlen(to));
-    f = fopen(scratch("changed"), "w");
+    f = fopen(kvd_scratch("changed"), "w");
     fwrite(file, 1, n, f);
     fclose(f);
-    return kvd_rotset_read(scratch("changed"), err);
+    return kvd_rotset_read(kvd_scratch("changed"), err);
 }
 
 START_TEST(files_that_do_not_hold_up)
@@ -190,7 +180,7 @@ START_TEST(files_that_do_not_hold_up)
     struct kvd_error err = {0};
     struct kvd_rotset *s = rotations(), *b;
     marked(s, "9=int4");
-    ck_assert_int_eq(kvd_rotset_write(s, scratch("set"), &err), 0);
+    ck_assert_int_eq(kvd_rotset_write(s, kvd_scratch("set"), &err), 0);
     for (size_t i = 0; i < KVD_LEN(wrong); i++) {
         err = (struct kvd_error){0};
         b = with(wrong[i].from, wrong[i].to, &err);
@@ -203,7 +193,7 @@ START_TEST(files_that_do_not_hold_up)
     kvd_rotset_free(&s);
     s = transforms(2);
     marked(s, "9=int4");
-    ck_assert_int_eq(kvd_rotset_write(s, scratch("set"), &err), 0);
+    ck_assert_int_eq(kvd_rotset_write(s, kvd_scratch("set"), &err), 0);
     static const struct {
         const char *to, *why;
     } of_transforms[] = {{"9=int2", NULL},
@@ -248,19 +238,19 @@ START_TEST(damaged_files)
     static uint8_t file[1 << 21];
     struct kvd_rotset *s = transforms(2);
     marked(s, "3=bf16+9=int4");
-    ck_assert_int_eq(kvd_rotset_write(s, scratch("set"), &err), 0);
+    ck_assert_int_eq(kvd_rotset_write(s, kvd_scratch("set"), &err), 0);
     kvd_rotset_free(&s);
-    FILE *f = fopen(scratch("set"), "r");
+    FILE *f = fopen(kvd_scratch("set"), "r");
     size_t n = fread(file, 1, sizeof(file), f);
     fclose(f);
     for (int i = 0; i < 300; i++) {
         size_t at = kvd_rand(&rng) % 1800, length = i % 3 ? n : kvd_rand(&rng) % n;
         file[at] ^= (uint8_t)(1 << i % 8);
-        f = fopen(scratch("changed"), "w");
+        f = fopen(kvd_scratch("changed"), "w");
         fwrite(file, 1, length, f);
         fclose(f);
         file[at] ^= (uint8_t)(1 << i % 8);
-        s = kvd_rotset_read(scratch("changed"), &err);
+        s = kvd_rotset_read(kvd_scratch("changed"), &err);
         ck_assert(!s || (length == n && kvd_rotset_check(s, NULL, &err) == 0));
         kvd_rotset_free(&s);
     }

@@ -1,7 +1,6 @@
 // Tiers: blocks as they are stored, the front and its limits, host memory, a directory.
 #include <errno.h>
 #include <fcntl.h>
-#include <ftw.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
 
@@ -9,6 +8,7 @@
 #include "daemon/tier/directory.h"
 #include "daemon/tier/host.h"
 #include "daemon/tier/pinned.h"
+#include "tests/unit/scratch.h"
 #include "tests/unit/tier_fixture.h"
 
 enum { BYTES = 20000 };
@@ -409,14 +409,6 @@ END_TEST
 
 // -- a directory --------------------------------------------------------------------------------
 
-static int remove_one(const char *path, const struct stat *st, int type, struct FTW *ftw)
-{
-    (void)st;
-    (void)type;
-    (void)ftw;
-    return remove(path);
-}
-
 struct place {
     uv_loop_t loop;
     char folder[64], path[80];
@@ -449,7 +441,7 @@ static void place_end(struct place *p)
     tier_end(&p->loop, &p->t);
     ck_assert_int_eq(uv_loop_close(&p->loop), 0);
     kvd_pinned_free(&p->settings.memory);
-    ck_assert_int_eq(nftw(p->folder, remove_one, 8, FTW_DEPTH | FTW_PHYS), 0);
+    kvd_remove_folder(p->folder);
 }
 
 static void file_of(const struct place *p, uint64_t number, char out[256])

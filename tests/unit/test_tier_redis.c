@@ -1,7 +1,6 @@
 // The tier on a real server, which the tests start, stop, kill and lie to.
 #include <errno.h>
 #include <fcntl.h>
-#include <ftw.h>
 #include <hiredis/hiredis.h>
 #include <signal.h>
 #include <sys/prctl.h>
@@ -12,6 +11,7 @@
 
 #include "daemon/tier/pinned.h"
 #include "daemon/tier/redis.h"
+#include "tests/unit/scratch.h"
 #include "tests/unit/tier_fixture.h"
 
 enum { BYTES = 200000 };
@@ -109,21 +109,13 @@ static bool begin(struct server *s, const char *option, const char *value, const
     return true;
 }
 
-static int remove_one(const char *path, const struct stat *st, int type, struct FTW *ftw)
-{
-    (void)st;
-    (void)type;
-    (void)ftw;
-    return remove(path);
-}
-
 static void end(struct server *s)
 {
     tier_end(&s->loop, &s->t);
     server_stop(s);
     ck_assert_int_eq(uv_loop_close(&s->loop), 0);
     kvd_pinned_free(&s->settings.memory);
-    ck_assert_int_eq(nftw(s->folder, remove_one, 8, FTW_DEPTH | FTW_PHYS), 0);
+    kvd_remove_folder(s->folder);
 }
 
 static void name_of(const struct server *s, uint64_t number, char out[80])

@@ -1,5 +1,6 @@
 // Several tiers as one: put to all, got from the nearest, looked for in all, ended amid all that.
 #include "daemon/tier/tiers.h"
+#include "tests/unit/scratch.h"
 #include "tests/unit/tier_fixture.h"
 
 enum { BYTES = 20000 };
@@ -51,7 +52,6 @@ static void begin(struct world *w)
 
 static void end(struct world *w)
 {
-    char command[100];
     kvd_part_tiers.stop(&w->d);
     ck_assert_uint_eq(kvd_tiers_count(&w->d), 0);
     kvd_part_tiers.end(&w->d);
@@ -59,8 +59,7 @@ static void end(struct world *w)
     ck_assert_int_eq(uv_loop_close(&w->d.loop), 0);
     kvd_part_tiers.deinit(&w->d);
     kvd_block_unref(&w->block);
-    snprintf(command, sizeof(command), "rm -r %s", w->folder);
-    ck_assert_int_eq(system(command), 0);
+    kvd_remove_folder(w->folder);
 }
 
 static struct kvd_block *get(struct world *w, uint64_t number)

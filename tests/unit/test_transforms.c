@@ -1,4 +1,5 @@
 // Sets of transforms: their files and checks, where they are refused, and what they do to rows.
+#include "tests/unit/scratch.h"
 #include "tests/unit/suite.h"
 
 #include <math.h>
@@ -7,23 +8,6 @@
 #include "calib/store.h"
 #include "calib/transforms.h"
 #include "kernels/format.h"
-
-static const char *directory(void)
-{
-    static char dir[64];
-    if (!dir[0]) {
-        strcpy(dir, "/tmp/kvd-transforms.XXXXXX");
-        ck_assert_ptr_nonnull(mkdtemp(dir));
-    }
-    return dir;
-}
-
-static const char *scratch(const char *name)
-{
-    static char path[256];
-    snprintf(path, sizeof(path), "%s/%s", directory(), name);
-    return path;
-}
 
 // Near normal: twelve uniform values.
 static double normal(uint64_t *rng)
@@ -124,8 +108,8 @@ START_TEST(files_round_trip)
             new_set(d % 2 ? KVD_CODEC_TC2 : KVD_CODEC_TC2_5, dims[d][0], dims[d][1], &rng);
         ck_assert_msg(kvd_rotset_check(a, &worst, &err) == 0, "%s", err.text);
         ck_assert(worst < 1e-4);
-        ck_assert_msg(kvd_rotset_write(a, scratch("set"), &err) == 0, "%s", err.text);
-        struct kvd_rotset *b = kvd_rotset_read(scratch("set"), &err);
+        ck_assert_msg(kvd_rotset_write(a, kvd_scratch("set"), &err) == 0, "%s", err.text);
+        struct kvd_rotset *b = kvd_rotset_read(kvd_scratch("set"), &err);
         ck_assert_msg(b && b->transforms, "%s", err.text);
         const struct kvd_transforms *x = a->transforms, *y = b->transforms;
         ck_assert_str_eq(a->digest, b->digest);
@@ -153,7 +137,7 @@ START_TEST(served_in_their_own_codec)
     uint64_t rng = kvd_test_seed("served");
     struct kvd_rotset *s = new_set(KVD_CODEC_TC2, 64, 64, &rng), *out = NULL;
     const struct kvd_transforms *t = s->transforms;
-    ck_assert_int_eq(kvd_rotset_write(s, scratch("set"), &err), 0); // which gives it its digest
+    ck_assert_int_eq(kvd_rotset_write(s, kvd_scratch("set"), &err), 0); // which gives it its digest
     struct kvd_layout l = {.n_layers = 1,
                            .n_planes = 1,
                            .planes = {{.n_layers = 1,
@@ -187,11 +171,11 @@ START_TEST(served_in_their_own_codec)
     ck_assert(!data.clip_k && !data.gain_v && data.scale_v == KVD_SCALE_UNBIASED);
     kvd_rotation_data_deinit(&data);
     char store[256], cache[256], object[512];
-    snprintf(store, sizeof(store), "%s", scratch("store"));
+    snprintf(store, sizeof(store), "%s", kvd_scratch("store"));
     mkdir(store, 0777);
-    mkdir(scratch("store/objects"), 0777);
-    mkdir(scratch("store/objects/sha256"), 0777);
-    snprintf(cache, sizeof(cache), "%s", scratch("cache"));
+    mkdir(kvd_scratch("store/objects"), 0777);
+    mkdir(kvd_scratch("store/objects/sha256"), 0777);
+    snprintf(cache, sizeof(cache), "%s", kvd_scratch("cache"));
     snprintf(object, sizeof(object), "%s/objects/sha256/%s.safetensors", store, s->digest + 7);
     ck_assert_int_eq(kvd_rotset_write(s, object, &err), 0);
     struct kvd_store_config c = {.url = store, .cache = cache};
@@ -259,8 +243,8 @@ START_TEST(sets_that_do_not_hold_up)
     ck_assert_int_eq(kvd_transforms_alloc(&latent, KVD_CODEC_TC2, &err), KVD_E_INVALID);
     ck_assert_ptr_nonnull(strstr(err.text, "of a latent"));
     // What a file says, a reader finds too.
-    ck_assert_int_eq(kvd_rotset_write(s, scratch("bad"), &err), 0);
-    ck_assert_ptr_null(kvd_rotset_read(scratch("bad"), &err));
+    ck_assert_int_eq(kvd_rotset_write(s, kvd_scratch("bad"), &err), 0);
+    ck_assert_ptr_null(kvd_rotset_read(kvd_scratch("bad"), &err));
     ck_assert_ptr_nonnull(strstr(err.text, "ill-conditioned"));
     kvd_rotset_free(&s);
 }
@@ -272,20 +256,20 @@ START_TEST(damaged_files)
     struct kvd_error err = {0};
     uint64_t rng = kvd_test_seed("damage");
     struct kvd_rotset *s = new_set(KVD_CODEC_TC2, 64, 64, &rng);
-    ck_assert_int_eq(kvd_rotset_write(s, scratch("damaged"), &err), 0);
+    ck_assert_int_eq(kvd_rotset_write(s, kvd_scratch("damaged"), &err), 0);
     kvd_rotset_free(&s);
     for (int i = 0; i < 500; i++) {
-        FILE *f = fopen(scratch("damaged"), "r+");
+        FILE *f = fopen(kvd_scratch("damaged"), "r+");
         long at = (long)(kvd_rand(&rng) % 1500);
         fseek(f, at, SEEK_SET);
         int old = fgetc(f);
         fseek(f, at, SEEK_SET);
         fputc(old ^ (1 << (i % 8)), f);
         fclose(f);
-        s = kvd_rotset_read(scratch("damaged"), &err);
+        s = kvd_rotset_read(kvd_scratch("damaged"), &err);
         ck_assert(!s || kvd_rotset_check(s, NULL, &err) == 0);
         kvd_rotset_free(&s);
-        f = fopen(scratch("damaged"), "r+");
+        f = fopen(kvd_scratch("damaged"), "r+");
         fseek(f, at, SEEK_SET);
         fputc(old, f);
         fclose(f);
