@@ -6,7 +6,6 @@
 #include <sys/stat.h>
 
 #include "daemon/rpc/users.h"
-#include "daemon/session/reclaim.h"
 
 enum { SEGMENT_TIMES = 16 }; // that a GPU's memory may be registered as segments
 
@@ -287,20 +286,44 @@ int kvd_session_add_segments(struct kvd_daemon *d, struct kvd_session *s, uint64
 
 // -- the end ------------------------------------------------------------------------------------
 
-void kvd_buffer_unref(struct kvd_buffer *b)
+static struct kvd_buffer *buffer_of(struct kvd_reclaim *r)
 {
-    if (--b->refs)
-        return;
-    if (b->kind == KVD_MEMORY_MEMFD)
-        kvd_reclaim_mapping(b->d, b->data, b->size);
-    else if (b->kind == KVD_MEMORY_CUDA_SEGMENTS)
-        b->d->backend->ops->segments_unmap(b->d->backend, b->data, b->mapped, b->size);
+    return (struct kvd_buffer *)r;
+}
+
+static void unmap(struct kvd_reclaim *r)
+{
+    const struct kvd_buffer *b = buffer_of(r);
+    struct kvd_backend *backend = b->d->backend;
+    if (b->kind == KVD_MEMORY_CUDA_SEGMENTS)
+        backend->ops->segments_unmap(backend, b->data, b->mapped, b->size);
     else
-        b->d->backend->ops->foreign_unmap(b->d->backend, b->kind, b->data, b->size);
+        backend->ops->foreign_unmap(backend, b->kind, b->data, b->size);
+}
+
+static void unmapped(struct kvd_reclaim *r)
+{
+    struct kvd_buffer *b = buffer_of(r);
     if (b->gone)
         b->gone(b);
     discharge(b);
     free(b);
+}
+
+// Whoever lets go of memory last frees it. That takes a second for gigabytes in many segments, and
+// a worker that dies leaves as many buffers as it had at once.
+void kvd_buffer_unref(struct kvd_buffer *b)
+{
+    if (--b->refs)
+        return;
+    b->reclaim.let_go = unmap;
+    b->reclaim.done = unmapped;
+    if (b->kind == KVD_MEMORY_MEMFD) { // its owner has it all the same
+        kvd_reclaim_mapping(b->d, b->data, b->size);
+        unmapped(&b->reclaim);
+    } else {
+        kvd_reclaim_begin(b->d, &b->reclaim);
+    }
 }
 
 void kvd_session_drop_buffer(struct kvd_session *s, struct kvd_buffer *b)

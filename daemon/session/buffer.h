@@ -3,12 +3,14 @@
 #define KVD_DAEMON_BUFFER_H
 
 #include "daemon/core/part.h"
+#include "daemon/session/reclaim.h"
 #include "daemon/session/session.h"
 
 enum { KVD_MAX_BUFFERS = 1024 }; // per session
 
 // Jobs hold references, so that releasing it does not unmap it under a kernel.
 struct kvd_buffer {
+    struct kvd_reclaim reclaim; // at its end
     struct kvd_daemon *d;
     uint64_t id, key;
     enum kvd_memory kind;

@@ -146,6 +146,29 @@ static int receive(struct kvd_connection *c)
     return -1;
 }
 
+// Receives what waits, and no more than a worker may have sent and not asked for: one that sends as
+// fast as it is refused would have the loop to itself.
+static int receive_some(struct kvd_connection *c)
+{
+    int rc = 1;
+    for (uint32_t i = 0; i < MAX_PENDING_FDS && rc > 0; i++)
+        rc = receive(c);
+    return rc;
+}
+
+// The descriptor that was sent under a key, or -1.
+static int take_pending(struct kvd_connection *c, uint64_t key)
+{
+    for (uint32_t i = 0; i < c->n_pending; i++) {
+        if (c->pending[i].key != key)
+            continue;
+        int fd = c->pending[i].fd;
+        drop_pending(c, i);
+        return fd;
+    }
+    return -1;
+}
+
 static void on_readable(uv_poll_t *poll, int status, int events)
 {
     struct kvd_connection *c = poll->data;
@@ -154,10 +177,7 @@ static void on_readable(uv_poll_t *poll, int status, int events)
         hang_up(c, "the fd socket failed");
         return;
     }
-    int rc;
-    while ((rc = receive(c)) > 0)
-        continue;
-    if (rc < 0)
+    if (receive_some(c) < 0)
         hang_up(c, "the worker hung up");
 }
 
@@ -317,18 +337,14 @@ void kvd_connection_bind(struct kvd_connection *c, struct kvd_session *s,
 int kvd_connection_take_fd(struct kvd_connection *c, uint64_t key, struct kvd_error *err)
 {
     // RegisterBuffer may arrive before the loop has polled the fd socket.
-    int rc;
-    while ((rc = receive(c)) > 0)
-        continue;
-    if (rc < 0) // hung up on when the loop polls it: the caller still has the session
-        shutdown(c->fd, SHUT_RDWR);
-    for (uint32_t i = 0; i < c->n_pending; i++) {
-        if (c->pending[i].key != key)
-            continue;
-        int fd = c->pending[i].fd;
-        drop_pending(c, i);
-        return fd;
+    int fd = take_pending(c, key);
+    if (fd < 0) {
+        if (receive_some(c) < 0) // hung up on when the loop polls it: the caller has the session
+            shutdown(c->fd, SHUT_RDWR);
+        fd = take_pending(c, key);
     }
+    if (fd >= 0)
+        return fd;
     if (c->refused.code && c->refused_key == key)
         *err = c->refused;
     else

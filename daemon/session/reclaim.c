@@ -53,6 +53,34 @@ static void reclaim(struct kvd_daemon *d, int fd, void *data, uint64_t size)
     uv_queue_work(&d->loop, &r->work, reclaim_work, reclaim_done);
 }
 
+static void owned_work(uv_work_t *work)
+{
+    struct kvd_reclaim *r = work->data;
+    r->let_go(r);
+}
+
+static void owned_done(uv_work_t *work, int status)
+{
+    struct kvd_reclaim *r = work->data;
+    struct kvd_daemon *d = r->d;
+    (void)status;
+    r->done(r);
+    kvd_daemon_work_end(d);
+}
+
+void kvd_reclaim_begin(struct kvd_daemon *d, struct kvd_reclaim *r)
+{
+    if (d->state == KVD_STOPPING) {
+        r->let_go(r);
+        r->done(r);
+        return;
+    }
+    r->d = d;
+    r->work.data = r;
+    kvd_daemon_work_begin(d);
+    uv_queue_work(&d->loop, &r->work, owned_work, owned_done);
+}
+
 void kvd_reclaim_mapping(struct kvd_daemon *d, void *data, uint64_t size)
 {
     reclaim(d, -1, data, size);

@@ -7,4 +7,14 @@
 void kvd_reclaim_mapping(struct kvd_daemon *d, void *data, uint64_t size);
 void kvd_reclaim_fd(struct kvd_daemon *d, int fd);
 
+// The same for memory of a GPU. Inside of what is its owner's.
+struct kvd_reclaim {
+    uv_work_t work;
+    struct kvd_daemon *d;
+    void (*let_go)(struct kvd_reclaim *r); // on a thread of the pool
+    void (*done)(struct kvd_reclaim *r);   // on the loop; frees it
+};
+// When kvd stops it is done at once.
+void kvd_reclaim_begin(struct kvd_daemon *d, struct kvd_reclaim *r);
+
 #endif

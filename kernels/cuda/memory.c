@@ -4,11 +4,15 @@
 // Its descriptor names the physical memory: that lives as long as any process maps it.
 #include <errno.h>
 #include <fcntl.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "kernels/cuda/cuda.h"
 
-enum { GRANULARITY = KVD_SEGMENT_UNIT };
+enum {
+    GRANULARITY = KVD_SEGMENT_UNIT,
+    UNMAPPED_AT_ONCE = 8, // segments
+};
 
 struct arena {
     struct kvd_arena base;
@@ -431,13 +435,34 @@ int kvd_cuda_segments_map(struct kvd_backend *b, uint8_t *data, const struct kvd
     return rc;
 }
 
+// How far the next piece reaches, of at most `left` bytes: a few of the segments.
+static uint64_t piece_of(const struct kvd_cuda *c, CUdeviceptr at, uint64_t left)
+{
+    uint64_t bytes = 0;
+    for (uint32_t i = 0; i < UNMAPPED_AT_ONCE && bytes < left; i++) {
+        CUdeviceptr base = 0;
+        size_t one = 0;
+        if (c->driver.range(&base, &one, at + bytes) != CUDA_SUCCESS || base != at + bytes ||
+            one == 0 || one > left - bytes)
+            return left; // so it was not mapped: whatever it is, it goes
+        bytes += one;
+    }
+    return bytes;
+}
+
+// The driver serves nobody else meanwhile, so it is called for a few at a time; and whoever waits
+// for it has it only where nobody asks for it again at once.
 void kvd_cuda_segments_unmap(struct kvd_backend *b, uint8_t *data, uint64_t mapped, uint64_t size)
 {
     struct kvd_cuda *c = cuda_of(b);
     const CUdeviceptr at = (CUdeviceptr)(uintptr_t)data;
     cudaSetDevice(c->index);
-    if (mapped)
-        c->driver.unmap(at, mapped);
+    for (uint64_t done = 0, now; done < mapped; done += now) {
+        const struct timespec pause = {.tv_nsec = 100000};
+        now = piece_of(c, at + done, mapped - done);
+        c->driver.unmap(at + done, now);
+        nanosleep(&pause, NULL);
+    }
     c->driver.unreserve(at, size);
 }
 

@@ -513,6 +513,39 @@ def test_descriptors_that_are_sent_and_not_asked_for(start):
     assert wait_for(lambda: kvd.metric('kvd_share_used{share="descriptors"}') == 0)
 
 
+FLOOD_OF_DESCRIPTORS = """
+import array, os, socket, struct, sys
+s = socket.socket(fileno=int(sys.argv[1]))
+fd = os.memfd_create("x")
+m, c = [struct.pack("<IIQ", 0x0144766B, 1, 7)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+while True:
+    s.sendmsg(m, c)
+"""
+
+
+def test_descriptors_that_are_refused_hold_nobody_up(start):
+    """However fast a worker sends more than its share, others are served meanwhile."""
+    kvd = start(config="[kvd]\nmax-connections = 16\n")
+    w, fd = FdSocket(kvd), memfd(4096)
+    for key in range(12):
+        w.send(key, fd)
+    assert wait_for(lambda: kvd.metric('kvd_share_used{share="descriptors"}') == 12)
+    rpc, longest = Rpc(kvd.address), 0
+    floods = [subprocess.Popen([sys.executable, "-c", FLOOD_OF_DESCRIPTORS, str(w.s.fileno())], pass_fds=[w.s.fileno()], stderr=subprocess.DEVNULL)
+              for _ in range(3)]
+    try:
+        time.sleep(0.3)
+        for _ in range(50):
+            began = time.monotonic()
+            rpc.admin("Ping")
+            longest = max(longest, time.monotonic() - began)
+    finally:
+        for f in floods:
+            f.kill()
+            f.wait()
+    assert longest < 0.5, longest
+
+
 def test_repeated_fields_are_bounded(kvd, rpc):
     s = rpc.kv("OpenSession", layout=layout()).session
     ids = rpc.kv("CreateSequences", session=s, request_id=1, count=4096).sequences

@@ -15,6 +15,9 @@ static uint64_t taken[KVD_SHARE_COUNT];
 static uint64_t reserved, mapped; // bytes that the backend has
 static int takes, refuses;        // takes of shares; the one that is refused
 static uint32_t bad_segment;      // the descriptor that the driver refuses
+static bool later;                // memory is not let go of before the test says so
+static struct kvd_reclaim *waits; // what then waits for that
+static uint32_t gone;             // how often it was told that a buffer is unmapped
 
 // -- the daemon around it -----------------------------------------------------------------------
 
@@ -22,6 +25,17 @@ void kvd_reclaim_mapping(struct kvd_daemon *daemon, void *data, uint64_t size)
 {
     (void)daemon, (void)data, (void)size;
     ck_abort();
+}
+
+void kvd_reclaim_begin(struct kvd_daemon *daemon, struct kvd_reclaim *r)
+{
+    ck_assert(daemon == &d && !(later && waits));
+    if (later) {
+        waits = r;
+        return;
+    }
+    r->let_go(r);
+    r->done(r);
 }
 
 struct kvd_user *kvd_user_ref(struct kvd_daemon *daemon, int64_t uid)
@@ -271,5 +285,39 @@ START_TEST(any_calls)
 }
 END_TEST
 
+static void on_gone(struct kvd_buffer *b)
+{
+    ck_assert(b && mapped == 0 && reserved == 0);
+    gone++;
+}
+
+// Unmapping takes long, so it is not the loop's. Until it is over all of it is charged, and whoever
+// waits for it is not told.
+START_TEST(it_is_unmapped_beside_the_loop)
+{
+    const struct kvd_segment two[] = {{1, UNIT}, {2, UNIT}};
+    struct kvd_error err;
+    struct kvd_buffer *b;
+    begin();
+    for (int whole = 0; whole < 2; whole++) {
+        ck_assert_int_eq(add(1, (3 - (uint64_t)whole) * UNIT, 0, two, 2, &b, &err), KVD_OK);
+        b->gone = on_gone;
+        gone = 0;
+        later = true;
+        kvd_session_drop_buffer(&s, b);
+        ck_assert(waits && !gone && mapped == 2 * UNIT && !s.buffers && s.buffer_bytes == 0);
+        ck_assert_uint_eq(taken[KVD_SHARE_MAPPINGS], 3);
+        waits->let_go(waits);
+        ck_assert(!gone && mapped == 0);
+        ck_assert_uint_eq(taken[KVD_SHARE_MAPPINGS], 3);
+        waits->done(waits);
+        ck_assert_uint_eq(gone, 1);
+        waits = NULL;
+        later = false;
+        ck_assert_uint_eq(check_all(), 0);
+    }
+}
+END_TEST
+
 KVD_MAIN("segments", 60, parts_make_one_buffer, what_is_wrong_is_named, a_refusal_changes_nothing,
-         any_calls)
+         any_calls, it_is_unmapped_beside_the_loop)
