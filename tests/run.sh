@@ -76,10 +76,10 @@ say "end to end: real processes, real sockets"
 pytests "end to end" "$build" .
 if [ -x "$build/tests/emulator/kvd_emulated" ]; then
     ln -sf ../../daemon/kvd-keeper "$build/tests/emulator/kvd-keeper"
-    KVD_PROGRAM=$PWD/$build/tests/emulator/kvd_emulated KVD_BACKEND=cuda pytests "end to end, emulated GPU" "$build" test_planes.py test_grpc.py test_python.py test_scrub.py test_sharing.py test_tier_hits.py test_fairness.py test_resume.py test_survive.py test_fault.py test_soak.py test_short.py test_direct.py test_direct_planes.py test_marks.py test_tc.py test_latent.py test_page_blocks.py test_segments.py test_libkvd.py::test_queued_calls_of_blocks_of_a_gpu \
+    KVD_PROGRAM=$PWD/$build/tests/emulator/kvd_emulated KVD_BACKEND=cuda pytests "end to end, emulated GPU" "$build" test_planes.py test_grpc.py test_python.py test_scrub.py test_sharing.py test_tier_hits.py test_fairness.py test_resume.py test_survive.py test_fault.py test_soak.py test_short.py test_direct.py test_direct_planes.py test_marks.py test_tc.py test_latent.py test_page_blocks.py test_segments.py test_another_gpu.py test_libkvd.py::test_queued_calls_of_blocks_of_a_gpu \
         -k "queued_calls or lacks_is_said or attention_over_the_wire or step_equals or append_attend_read or windows_in_python or mutated or in_flight_and_mixed or (come_back and int2c) or given_up_leaves or resume or go_on_while or damaged_is or earlier_kvd or fault or nobody_keeps or soak or neighbours or outlive_kvd \
         or (test_outputs and not (bf16-4 or int2-5 or int2c or turboquant or int2-lm)) or leaves_what_is_stored or alone_is_a_call \
-        or (steps_agree and True) or refuses_is_said or takes_the_planes_too or sets_terms or (test_latent and test_direct_mode) or test_segments or (test_page_blocks and (16-nhd or 64-vllm or given_back or killed or nan or many_parts or 48-16))"
+        or (steps_agree and True) or refuses_is_said or takes_the_planes_too or sets_terms or (test_latent and test_direct_mode) or test_segments or another_gpu or (test_page_blocks and (16-nhd or 64-vllm or given_back or killed or nan or many_parts or 48-16))"
 else
     echo "SKIP end to end on an emulated GPU: it wants g++ and an x86-64 processor"
     count "end to end, emulated GPU" 0 0 1

@@ -15,6 +15,10 @@ int kvd_buffer_register(kvd_client *c, kvd_buffer *b, uint64_t deadline, struct 
     int rc = KVD_OK;
     if (b->local)
         return KVD_OK;
+    if (b->kind != MEMORY_KIND(MEMFD) && b->data) // kvd may be another than before
+        rc = kvd_gpu_same(c, b->data, b->device, err);
+    if (rc)
+        return rc;
     if (b->kind == MEMORY_KIND(CUDA_SEGMENTS))
         return kvd_segments_register(c, b, deadline, err);
     if (b->fd >= 0)

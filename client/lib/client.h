@@ -155,6 +155,8 @@ static inline uint64_t kvd_client_deadline(const kvd_client *c)
 int kvd_client_enter(kvd_client *c, uint64_t deadline, struct kvd_error *err);
 kvd_result kvd_client_leave(kvd_client *c, int rc, const struct kvd_error *e, uint64_t deadline,
                             bool *again, kvd_failure *err);
+// Whether kvd has closed the fd socket, or does so within the time.
+bool kvd_client_hung_up(const kvd_client *c, int ms);
 // Whether a session that lost its connection may still be resumed.
 static inline bool kvd_client_resumes(const kvd_client *c)
 {
@@ -210,6 +212,9 @@ int kvd_gpu_export(const struct kvd_gpu_segment *segment, int device, int *fd,
                    struct kvd_error *err);
 // registered.c: waits until no page call uses a buffer; none does from now on.
 void kvd_registered_end(kvd_buffer *b);
+// gpu_memory.c: KVD_E_PRECONDITION: memory at `at`, of this device, is not on the GPU that kvd runs
+// on, by what it has said of that; KVD_E_UNAVAILABLE: that kvd has gone. Within the gate.
+int kvd_gpu_same(const kvd_client *c, const void *at, int device, struct kvd_error *err);
 // gpu_memory.c: whether the GPU of the client's buffers is lost to this process, as after a fault
 // of another client of MPS; says so in *err.
 bool kvd_gpu_lost(kvd_client *c, struct kvd_error *err);

@@ -513,6 +513,24 @@ kvd_result kvd_direct_bind(kvd_direct *d, uint32_t slot, uint64_t sequence, kvd_
 
 // -- opening and closing ------------------------------------------------------------------------
 
+// Kernels of another GPU would read kvd's pages across the bus, if at all.
+static int on_its_gpu(struct kvd_direct *d, struct kvd_error *err)
+{
+    const struct kvd_backend_ops *ops = d->backend->ops;
+    const char *ours = ops->uuid ? ops->uuid(d->backend) : "";
+    int rc = kvd_client_enter(d->client, kvd_client_deadline(d->client), err);
+    if (rc)
+        return rc;
+    const char *theirs = d->client->opened->device_uuid; // "": an older kvd's, or on the CPU
+    if (theirs[0] && ours[0] && strcmp(ours, theirs))
+        rc = kvd_fail(err, KVD_E_PRECONDITION,
+                      "the current CUDA device is %s, and kvd runs on %s: make that one current "
+                      "before (cudaSetDevice), or speak to the kvd of this one",
+                      ours, theirs);
+    kvd_gate_leave(&d->client->gate);
+    return rc;
+}
+
 static int open_backend(struct kvd_direct *d, struct kvd_error *err)
 {
     if (d->client->on_cpu) {
@@ -527,7 +545,7 @@ static int open_backend(struct kvd_direct *d, struct kvd_error *err)
                  "kvd runs on a GPU, and this libkvd was built without CUDA");
 #endif
     }
-    return d->backend ? KVD_OK : err->code;
+    return d->backend ? on_its_gpu(d, err) : err->code;
 }
 
 static int check_options(const kvd_client *c, kvd_direct_options *o, struct kvd_error *err)

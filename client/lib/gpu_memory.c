@@ -259,6 +259,37 @@ kvd_result kvd_buffer_cuda(kvd_client *c, void *data, uint64_t bytes, kvd_buffer
     return rc;
 }
 
+// The name of a device, for as long as the process lives: to ask CUDA takes long.
+static const char *uuid_of(int device)
+{
+    enum { DEVICES = 64 };
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    static char names[DEVICES][KVD_CUDA_UUID];
+    struct cudaDeviceProp prop;
+    if (device < 0 || device >= DEVICES)
+        return "";
+    pthread_mutex_lock(&lock);
+    if (!names[device][0] && cudaGetDeviceProperties(&prop, device) == cudaSuccess)
+        kvd_cuda_write_uuid(&prop.uuid, names[device]);
+    cudaGetLastError();
+    pthread_mutex_unlock(&lock);
+    return names[device];
+}
+
+int kvd_gpu_same(const kvd_client *c, const void *at, int device, struct kvd_error *err)
+{
+    const char *theirs = c->opened ? c->opened->device_uuid : "", *ours = uuid_of(device);
+    // An older kvd does not say, and kvd itself refuses what it cannot map.
+    if (!theirs[0] || !ours[0] || strcmp(theirs, ours) == 0)
+        return KVD_OK;
+    if (kvd_client_hung_up(c, 0)) // the next one may be on this GPU
+        return kvd_fail(err, KVD_E_UNAVAILABLE, "kvd has gone");
+    return kvd_fail(err, KVD_E_PRECONDITION,
+                    "the memory at %p is on CUDA device %d, %s, and kvd runs on %s: a kvd is "
+                    "wanted there (--backend cuda, --device), and its address",
+                    at, device, ours, theirs);
+}
+
 // A stream of its own: to ask for the default one is an error while another thread captures a
 // graph.
 static cudaError_t state_of(int device)
@@ -368,6 +399,15 @@ int kvd_gpu_export(const struct kvd_gpu_segment *segment, int device, int *fd,
     (void)device;
     (void)fd;
     return kvd_fail(err, KVD_E_UNSUPPORTED, "this libkvd was built without CUDA");
+}
+
+int kvd_gpu_same(const kvd_client *c, const void *at, int device, struct kvd_error *err)
+{
+    (void)c;
+    (void)at;
+    (void)device;
+    (void)err;
+    return KVD_OK;
 }
 
 bool kvd_gpu_lost(kvd_client *c, struct kvd_error *err)

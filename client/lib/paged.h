@@ -27,11 +27,12 @@ struct kvd_dense_pages {
     uint8_t *tables;  // on a GPU, room for tables: kvd_paged_tables
 };
 
-// paged_gpu.c, for blocks that are on_gpu: whether all of the memory is the GPU's (its two ends in
-// each layer are looked at); memory to stage pages in, which kvd_buffer_free gives back; a copy on
-// the engine's stream, into the blocks if `out`; and waiting for that stream.
-// KVD_E_INVALID; KVD_E_UNSUPPORTED: there is no CUDA here; KVD_E_FULL and KVD_E_INTERNAL of CUDA's.
-int kvd_paged_gpu_check(const kvd_paged *p, const struct kvd_page_shape *shape,
+// paged_gpu.c, for blocks that are on_gpu: whether all of the memory is of the GPU that kvd runs on
+// (its two ends in each layer are looked at); memory to stage pages in, which kvd_buffer_free gives
+// back; a copy on the engine's stream, into the blocks if `out`; and waiting for that stream.
+// KVD_E_INVALID; KVD_E_PRECONDITION: it is another GPU's; KVD_E_UNSUPPORTED: there is no CUDA here;
+// KVD_E_FULL and KVD_E_INTERNAL of CUDA's.
+int kvd_paged_gpu_check(kvd_client *c, const kvd_paged *p, const struct kvd_page_shape *shape,
                         struct kvd_error *err);
 kvd_result kvd_gpu_staging_new(kvd_client *c, uint64_t bytes, kvd_buffer **out, kvd_failure *err);
 void kvd_gpu_staging_free(void *data);

@@ -7,12 +7,15 @@
 
 #include "kernels/cuda/cuda.h"
 
-static int on_gpu(const char *name, uint32_t layer, const void *at, struct kvd_error *err)
+static int on_gpu(kvd_client *c, const char *name, uint32_t layer, const void *at,
+                  struct kvd_error *err)
 {
     struct cudaPointerAttributes a;
     cudaError_t rc = cudaPointerGetAttributes(&a, at);
-    if (rc == cudaSuccess && a.type == cudaMemoryTypeDevice)
-        return KVD_OK;
+    if (rc == cudaSuccess && a.type == cudaMemoryTypeDevice) {
+        int same = c ? kvd_gpu_same(c, at, a.device, err) : KVD_OK;
+        return same ? kvd_fail_in(err, "%s[%u]", name, layer) : KVD_OK;
+    }
     cudaGetLastError();
     return kvd_fail(err, KVD_E_INVALID,
                     "%s[%u]: at %p is no memory of the GPU; blocks of the host's memory are said "
@@ -20,16 +23,21 @@ static int on_gpu(const char *name, uint32_t layer, const void *at, struct kvd_e
                     name, layer, at);
 }
 
-int kvd_paged_gpu_check(const kvd_paged *p, const struct kvd_page_shape *shape,
+int kvd_paged_gpu_check(kvd_client *c, const kvd_paged *p, const struct kvd_page_shape *shape,
                         struct kvd_error *err)
 {
-    int rc = KVD_OK;
+    int rc = kvd_client_enter(c, kvd_client_deadline(c), err);
+    if (rc)
+        return rc;
+    // Of a kvd that has gone nothing counts: the next one is asked when memory is registered.
+    kvd_client *known = !c->lost && !kvd_client_hung_up(c, 0) ? c : NULL;
     for (uint32_t i = 0; i < shape->layers && rc == KVD_OK; i++) {
-        rc = on_gpu("k", i, p->k[i], err);
-        rc = rc ? rc : on_gpu("k", i, (const uint8_t *)p->k[i] + p->k_bytes - 1, err);
-        rc = rc ? rc : on_gpu("v", i, p->v[i], err);
-        rc = rc ? rc : on_gpu("v", i, (const uint8_t *)p->v[i] + p->v_bytes - 1, err);
+        rc = on_gpu(known, "k", i, p->k[i], err);
+        rc = rc ? rc : on_gpu(known, "k", i, (const uint8_t *)p->k[i] + p->k_bytes - 1, err);
+        rc = rc ? rc : on_gpu(known, "v", i, p->v[i], err);
+        rc = rc ? rc : on_gpu(known, "v", i, (const uint8_t *)p->v[i] + p->v_bytes - 1, err);
     }
+    kvd_gate_leave(&c->gate);
     return rc;
 }
 
@@ -155,9 +163,10 @@ static int without(struct kvd_error *err)
     return kvd_fail(err, KVD_E_UNSUPPORTED, "this libkvd was built without CUDA");
 }
 
-int kvd_paged_gpu_check(const kvd_paged *p, const struct kvd_page_shape *shape,
+int kvd_paged_gpu_check(kvd_client *c, const kvd_paged *p, const struct kvd_page_shape *shape,
                         struct kvd_error *err)
 {
+    (void)c;
     (void)p;
     (void)shape;
     return without(err);

@@ -506,7 +506,7 @@ static int begin(struct call *call, kvd_client *c, const kvd_bytes *space,
                                           .dims = {first->dim_k, first->dim_v}};
     if (rc == KVD_OK)
         rc = kvd_paged_take(&call->paged, &call->shape, call->keys.pages, written, &call->kv, err);
-    return rc || !call->paged.on_gpu ? rc : kvd_paged_gpu_check(&call->paged, &call->shape, err);
+    return rc || !call->paged.on_gpu ? rc : kvd_paged_gpu_check(c, &call->paged, &call->shape, err);
 }
 
 static int begin_call(struct call *call, kvd_client *c, const kvd_bytes *space,

@@ -134,7 +134,7 @@ static int make_session(kvd_client *c, bool resume, uint64_t deadline, struct kv
 // says. A daemon that dies may have closed its other sockets a moment before this one; on a busy
 // host that is a long moment, so whoever knows that another is closed waits longer.
 enum { MOMENT_MS = 100, LONG_MOMENT_MS = 2000 };
-static bool hung_up(const kvd_client *c, int ms)
+bool kvd_client_hung_up(const kvd_client *c, int ms)
 {
     struct pollfd p = {.fd = c->sock, .events = 0};
     return c->sock >= 0 && poll(&p, 1, ms) == 1 && p.revents & (POLLHUP | POLLERR);
@@ -144,7 +144,8 @@ static bool hung_up(const kvd_client *c, int ms)
 static int resume_or_open(kvd_client *c, uint64_t deadline, struct kvd_error *err)
 {
     int rc = c->session[0] ? make_session(c, true, deadline, err) : KVD_E_UNAUTH;
-    if ((rc != KVD_E_UNAUTH && rc != KVD_E_PRECONDITION) || (rc && hung_up(c, MOMENT_MS)))
+    if ((rc != KVD_E_UNAUTH && rc != KVD_E_PRECONDITION) ||
+        (rc && kvd_client_hung_up(c, MOMENT_MS)))
         return rc;
     if (c->session[0])
         snprintf(c->why, sizeof(c->why), "%.199s", err->text);
@@ -160,7 +161,7 @@ static int open_session(kvd_client *c, uint64_t deadline, struct kvd_error *err)
 {
     c->lost = true;
     int rc = KVD_OK;
-    if (!c->half || hung_up(c, 0)) // to hang up would end the session that is there
+    if (!c->half || kvd_client_hung_up(c, 0)) // to hang up would end the session that is there
         rc = resume_or_open(c, deadline, err);
     c->half = rc == KVD_OK;
     pthread_mutex_lock(&c->buffers_lock);
@@ -168,7 +169,7 @@ static int open_session(kvd_client *c, uint64_t deadline, struct kvd_error *err)
         rc = kvd_buffer_register(c, b, deadline, err);
     pthread_mutex_unlock(&c->buffers_lock);
     // Between two calls of this there may have come another kvd, which knows nothing of the first.
-    if (rc && rc != KVD_E_UNAVAILABLE && hung_up(c, MOMENT_MS))
+    if (rc && rc != KVD_E_UNAVAILABLE && kvd_client_hung_up(c, MOMENT_MS))
         rc = err->code = KVD_E_UNAVAILABLE;
     if (rc)
         return rc;
@@ -238,7 +239,7 @@ static bool is_lost(kvd_client *c, int rc)
     if (c->remote)
         return kvd_client_resumes(c) && !kvd_channel_connected(c->channel);
     bool closed = rc == KVD_E_UNAVAILABLE && !kvd_channel_connected(c->channel);
-    return hung_up(c, closed ? LONG_MOMENT_MS : MOMENT_MS);
+    return kvd_client_hung_up(c, closed ? LONG_MOMENT_MS : MOMENT_MS);
 }
 
 int kvd_client_enter(kvd_client *c, uint64_t deadline, struct kvd_error *err)

@@ -508,14 +508,15 @@ static const struct kvd_backend_ops cuda_ops = {
     .host_unpin = host_unpin,
 };
 
-static void write_uuid(const cudaUUID_t *from, char to[41])
+void kvd_cuda_write_uuid(const cudaUUID_t *from, char to[KVD_CUDA_UUID])
 {
     uint8_t b[16];
     _Static_assert(sizeof(*from) == sizeof(b), "a UUID");
     memcpy(b, from, sizeof(b));
-    snprintf(to, 41, "GPU-%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x",
-             b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13],
-             b[14], b[15]);
+    snprintf(to, KVD_CUDA_UUID,
+             "GPU-%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", b[0], b[1],
+             b[2], b[3], b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14],
+             b[15]);
 }
 
 static int init(struct kvd_cuda *c, uint32_t index, struct kvd_error *err)
@@ -555,7 +556,7 @@ static int init(struct kvd_cuda *c, uint32_t index, struct kvd_error *err)
     char size[32];
     snprintf(c->device, sizeof(c->device), "%.64s, %s", prop.name,
              kvd_format_size(prop.totalGlobalMem, size, sizeof(size)));
-    write_uuid(&prop.uuid, c->uuid);
+    kvd_cuda_write_uuid(&prop.uuid, c->uuid);
     c->multiprocessors = (uint32_t)prop.multiProcessorCount;
     c->piece_ns = 2000000;
     return KVD_OK;

@@ -9,6 +9,8 @@
 #include "kernels/backend.h"
 #include "kernels/cuda/api.h"
 
+enum { KVD_CUDA_UUID = 41 }; // bytes of a device's name: "GPU-" and its UUID
+
 struct kvd_rotation {
     uint32_t dim_k, dim_v;
     bool transform; // with inverses, means, deviations or bits of its own: for tc2 and tc2.5 alone
@@ -72,9 +74,11 @@ struct kvd_cuda {
     int index; // of the device
     uint32_t multiprocessors;
     char device[128];
-    char uuid[41]; // "GPU-01234567-89ab-cdef-0123-456789abcdef"
+    char uuid[KVD_CUDA_UUID]; // "GPU-01234567-89ab-cdef-0123-456789abcdef"
 };
 
+// A device's name, as nvidia-smi -L has it.
+void kvd_cuda_write_uuid(const cudaUUID_t *from, char to[KVD_CUDA_UUID]);
 // KVD_OK, or KVD_E_FULL (out of memory) or KVD_E_INTERNAL with a text.
 int kvd_cuda_status(int rc, const char *doing, struct kvd_error *err);
 // Makes room for `bytes` and empties the stage, which never shrinks. What is on the stream must be

@@ -243,6 +243,14 @@ int kvd_cuda_extent_export(struct kvd_backend *b, struct kvd_arena *a, uint32_t 
     return KVD_OK;
 }
 
+static int elsewhere(const struct kvd_cuda *c, struct kvd_error *err)
+{
+    return kvd_fail(err, KVD_E_INVALID,
+                    "the memory is not on CUDA device %d, %s: tensors are to be on kvd's GPU, or "
+                    "the kvd of theirs is wanted",
+                    c->index, c->uuid);
+}
+
 // Imports device memory of this GPU. KVD_E_INVALID for a descriptor that names anything else.
 static int import(struct kvd_cuda *c, int fd, CUmemGenericAllocationHandle *handle,
                   struct kvd_error *err)
@@ -258,7 +266,7 @@ static int import(struct kvd_cuda *c, int fd, CUmemGenericAllocationHandle *hand
         found.location.id == c->index)
         return KVD_OK;
     c->driver.release(*handle);
-    return kvd_fail(err, KVD_E_INVALID, "the memory is not on CUDA device %d", c->index);
+    return elsewhere(c, err);
 }
 
 int kvd_cuda_extent_import(struct kvd_backend *b, struct kvd_arena *a, uint32_t i, int fd,
@@ -333,7 +341,7 @@ static int map_ipc(struct kvd_cuda *c, const struct kvd_foreign *f, uint8_t **da
     if (cudaPointerGetAttributes(&where, p) != cudaSuccess || where.device != c->index) {
         cudaGetLastError();
         cudaIpcCloseMemHandle(p);
-        return kvd_fail(err, KVD_E_INVALID, "the memory is not on CUDA device %d", c->index);
+        return elsewhere(c, err);
     }
     *data = p;
     return KVD_OK;

@@ -548,6 +548,9 @@ static const int multiprocessors = 132; // an H100's, so that plans are those of
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int index)
 {
     *p = {"emulated GPU", {"emulated GPU 00"}, DEVICE_BYTES, 9, 0, multiprocessors};
+    const char *number = getenv("EMULATED_GPU"); // a process may have another than its neighbours
+    if (number && number[0])
+        p->uuid.bytes[14] = number[0];
     return result(index == 0 ? cudaSuccess : cudaErrorInvalidValue);
 }
 

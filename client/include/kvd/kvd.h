@@ -240,8 +240,9 @@ KVD_API kvd_result kvd_buffer_new(kvd_client *client, uint64_t bytes, kvd_buffer
  * @param bytes at least 1
  * @param[out] out to be freed by kvd_buffer_free, or with the client
  * @param[out] err says why it failed; may be NULL
- * @retval KVD_ERR_INVALID it is not such memory, kvd runs on another device or is older and
- * takes no such mappings, or libkvd has no CUDA
+ * @retval KVD_ERR_INVALID it is not such memory, kvd runs on the CPU or is older and takes no such
+ * mappings, or libkvd has no CUDA
+ * @retval KVD_ERR_PRECONDITION it is on another GPU than the one that kvd runs on
  * @retval KVD_ERR_EXHAUSTED the session has too many buffers, or the user too many mappings */
 KVD_API kvd_result kvd_buffer_cuda(kvd_client *client, void *data, uint64_t bytes, kvd_buffer **out,
                                    kvd_failure *err);
@@ -592,7 +593,7 @@ typedef struct kvd_direct_options {
  * @param[out] err says why it failed; may be NULL
  * @retval KVD_ERR_INVALID an option is out of range, kvd is not at a unix: address, it runs on a
  * GPU and libkvd has no CUDA, or the layers differ in heads or head_dim
- * @retval KVD_ERR_PRECONDITION the client has one already
+ * @retval KVD_ERR_PRECONDITION the client has one already, or the current CUDA device is not kvd's
  * @retval KVD_ERR_EXHAUSTED the GPU has no memory for it */
 KVD_API kvd_result kvd_direct_open(kvd_client *client, const kvd_direct_options *options,
                                    kvd_direct **out, kvd_failure *err);

@@ -96,9 +96,9 @@ typedef struct kvd_paged {
  * it. Memory of the host is registered by being
  * kvd_buffer_new's, so that this only says whether it is
  * @param[out] err says why it failed; may be NULL. Then nothing is registered that was not
- * @retval KVD_ERR_INVALID it is no such memory, or not of what kvd computes in; kvd runs on another
- * GPU; this kvd is too old; or libkvd has no CUDA
- * @retval KVD_ERR_PRECONDITION the client was opened without pages
+ * @retval KVD_ERR_INVALID it is no such memory, or not of what kvd computes in; this kvd is too
+ * old; or libkvd has no CUDA
+ * @retval KVD_ERR_PRECONDITION the client was opened without pages, or kvd runs on another GPU
  * @retval KVD_ERR_EXHAUSTED the session has too many buffers, or the user too many mappings */
 KVD_API kvd_result kvd_pages_register(kvd_client *client, const kvd_paged *memory,
                                       kvd_failure *err);
