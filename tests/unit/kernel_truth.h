@@ -2,7 +2,7 @@
 #ifndef KVD_TESTS_KERNEL_TRUTH_H
 #define KVD_TESTS_KERNEL_TRUTH_H
 
-#include "tests/unit/kernel_fixture.h"
+#include "tests/unit/kernel_rounding.h"
 
 static inline struct kvd_plane test_plane(uint32_t layers, uint32_t kv_heads, uint32_t group,
                                           uint32_t dk, uint32_t dv, uint32_t codec, uint32_t sink,
@@ -76,11 +76,12 @@ static inline double *all_rows(const struct kseq *s, uint64_t total, bool v)
     return rows;
 }
 
-// Attention in float64 for one (layer, query, q head).
+// Attention in float64 for one (layer, query, q head). weights: [tokens], or NULL: how lse changes
+// with each score.
 KVD_REFERENCE static inline void truth(const struct kseq *s, const struct attention *a,
                                        const double *keys, const double *values, const float *q,
                                        float sink, uint32_t layer, uint32_t qi, uint32_t q_head,
-                                       double *o, double *lse)
+                                       double *o, double *lse, double *weights)
 {
     const struct kvd_plane *g = &s->g;
     uint32_t head = q_head / (g->q_heads / g->kv_heads);
@@ -117,6 +118,11 @@ KVD_REFERENCE static inline void truth(const struct kseq *s, const struct attent
     for (uint32_t c = 0; c < g->head_dim_v; c++)
         o[c] /= l;
     *lse = m + log(l);
+    for (uint64_t t = 0; weights && t < total; t++) {
+        double capped = a->softcap > 0 ? logits[t] / a->softcap : 0;
+        weights[t] = exp(logits[t] - *lse);
+        weights[t] *= weights[t] > 0 ? test_scale(g) * (1 - capped * capped) : 0;
+    }
     free(logits);
 }
 
@@ -124,7 +130,35 @@ struct attention_errors {
     double worst;   // relative L2 of a (layer, query, head)
     double overall; // relative L2 of all of the output
     double lse;     // absolute
+    // Of what rounding to fp16 may make of it: of the worst row, as a part of ROUNDING_DEVIATIONS
+    // or of LSE_LEAST, whichever is more; of LSE_SAMPLE rows and some more of sets with transforms,
+    // if there are so many, the root mean square, in deviations or LSE_SMALL. The former is how far
+    // chance can go with one row; whatever is wrong with all of them shows in the latter.
+    double lse_part, lse_all;
+    uint64_t lse_rows; // of which the latter is
 };
+
+static const double LSE_LEAST = 5e-3, LSE_SMALL = 1e-3;
+enum { LSE_SAMPLE = 100 };
+
+// By what a row's log-sum-exp is off, and what is to be expected of rounding. From so many rows of
+// a kv head on values of keys are rounded too (kernels/cuda/many.cuh).
+static inline void lse_judge(const struct kseq *s, const struct attention *a, uint32_t layer,
+                             uint32_t q_head, const float *q, const double *weights, double off,
+                             bool sample, struct attention_errors *out)
+{
+    const struct kvd_plane *g = &s->g;
+    uint32_t group = g->q_heads / g->kv_heads;
+    double deviation = 0;
+    off = isnan(off) ? INFINITY : fabs(off);
+    if (sample || off > LSE_LEAST)
+        deviation = lse_rounding(s, layer, q_head / group, q, weights, s->length + a->new_tokens,
+                                 a->q_len * group > 32);
+    out->lse = fmax(out->lse, off);
+    out->lse_part = fmax(out->lse_part, off / fmax(LSE_LEAST, ROUNDING_DEVIATIONS * deviation));
+    out->lse_all += sample ? pow(off / fmax(LSE_SMALL, deviation), 2) : 0;
+    out->lse_rows += sample;
+}
 
 // Runs attention on all layers. NaN where an output was not written.
 static inline struct attention_errors attention_error(struct kseq *s, struct kvd_backend *b,
@@ -183,14 +217,14 @@ static inline struct attention_errors attention_error(struct kseq *s, struct kvd
     double *keys = all_rows(s, s->length + a->new_tokens, false),
            *values = all_rows(s, s->length + a->new_tokens, true);
     struct attention_errors err_of = {0};
-    double diff = 0, norm = 0;
+    double diff = 0, norm = 0, *weights = malloc(sizeof(double) * (s->length + a->new_tokens + 1));
     for (uint64_t i = 0; i < rows; i++) {
         double want[KVD_MAX_ROW], want_lse;
         uint32_t layer = (uint32_t)(i / (a->q_len * g->q_heads)),
                  qi = (uint32_t)(i / g->q_heads % a->q_len);
         uint32_t head = (uint32_t)(i % g->q_heads);
         truth(s, a, keys, values, q + i * dim, sinks[layer * g->q_heads + head], layer, qi, head,
-              want, &want_lse);
+              want, &want_lse, weights);
         for (uint32_t c = 0; c < g->head_dim_v; c++) {
             double d = want[c] - o[i * g->head_dim_v + c];
             diff += d * d;
@@ -198,11 +232,14 @@ static inline struct attention_errors attention_error(struct kseq *s, struct kvd
         }
         const double off = kseq_rel(want, o + i * g->head_dim_v, g->head_dim_v);
         err_of.worst = fmax(err_of.worst, isnan(off) ? INFINITY : off);
-        err_of.lse = fmax(err_of.lse, isnan(lse[i]) ? INFINITY : fabs(want_lse - lse[i]));
+        lse_judge(s, a, layer, head, q + i * dim, weights, want_lse - lse[i],
+                  s->back_k && rows >= LSE_SAMPLE && i % (rows / LSE_SAMPLE) == 0, &err_of);
     }
     err_of.overall = sqrt(diff / norm); // NaN if any output is
+    err_of.lse_all = sqrt(err_of.lse_all / (double)KVD_MAX(err_of.lse_rows, 1u));
     free(keys);
     free(values);
+    free(weights);
     free(q);
     free(short_q);
     free(o);
