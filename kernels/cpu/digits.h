@@ -54,24 +54,37 @@ static inline __m512i digits_of(__m512 x, __m512 to)
     return _mm512_xor_si512(_mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(x, to)), half), half);
 }
 
-// Three lines of 2 * dim bytes, a digit each, of `bytes` of q's numbers that are in x; the rest of
-// out [2 * dim], a line more, becomes 0. Returns half of what products are worth.
-static inline float digit_lines(const float *q, uint32_t dim, const float *x, uint32_t bytes,
-                                float *out)
+// What makes a row's numbers digits.
+static inline struct digit_scale digit_scale_of_row(const float *q, uint32_t dim)
 {
     uint32_t largest = 0;
     for (uint32_t c = 0; c < dim; c += 16)
         largest = KVD_MAX(largest, _mm512_reduce_max_epu32(_mm512_and_si512(
                                        _mm512_loadu_si512(q + c), _mm512_set1_epi32(0x7fffffff))));
-    struct digit_scale s = digit_scale_of(largest);
-    uint8_t *line = (uint8_t *)out;
-    memset(out, 0, 2 * dim * sizeof(float));
+    return digit_scale_of(largest);
+}
+
+// Three lines of `bytes`, a digit each, of the row's numbers that are in x; `stride` bytes from
+// line to line.
+static inline void digit_lines_of(const float *x, uint32_t bytes, float to, uint32_t stride,
+                                  uint8_t *line)
+{
     for (uint32_t i = 0; i < bytes; i += 16) {
         uint32_t word[16];
-        _mm512_storeu_si512(word, digits_of(_mm512_loadu_ps(x + i), _mm512_set1_ps(s.to)));
+        _mm512_storeu_si512(word, digits_of(_mm512_loadu_ps(x + i), _mm512_set1_ps(to)));
         for (uint32_t j = 0; j < 16 * DIGITS; j++)
-            line[j / 16 * 2 * dim + i + j % 16] = (uint8_t)(word[j % 16] >> (8 * (j / 16)));
+            line[j / 16 * stride + i + j % 16] = (uint8_t)(word[j % 16] >> (8 * (j / 16)));
     }
+}
+
+// The same, of 2 * dim bytes each; what is past `bytes` of out [2 * dim], and a line more, becomes
+// 0. Returns half of what products are worth.
+static inline float digit_lines(const float *q, uint32_t dim, const float *x, uint32_t bytes,
+                                float *out)
+{
+    struct digit_scale s = digit_scale_of_row(q, dim);
+    memset(out, 0, 2 * dim * sizeof(float));
+    digit_lines_of(x, bytes, s.to, 2 * dim, (uint8_t *)out);
     return s.from;
 }
 

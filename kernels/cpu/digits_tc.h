@@ -1,5 +1,4 @@
-// K of tc2 and tc2.5, whose channel tiles have codes of any width (tc.h), as bytes: for amx.c and
-// vnni.c.
+// K of tc2 and tc2.5, whose channel tiles have codes of any width (tc.h), as bytes: for amx.c.
 //
 // A *part* is what one piece of the stream has of a channel tile's codes: all their bits, but for
 // codes that lie across pieces. Two parts of one piece are a *pair*: 32 bytes of a query's lines.

@@ -9,7 +9,7 @@
 // token. For V a shuffle makes them so.
 #include "kernels/cpu/vnni.h"
 
-#include "kernels/cpu/digits_tc.h"
+#include "kernels/cpu/digits.h"
 
 // Without it a compiler loads a vector anew for every use.
 #define LOADED(x) __asm__("" : "+v"(x))
@@ -63,35 +63,6 @@ struct k_block {
     float from;                                        // half of what products are worth
 };
 
-void kvd_vnni_q_prepare(uint32_t codec, const struct kvd_tc_coder *tc, const float *q, uint32_t dim,
-                        float *out)
-{
-    if (kvd_codec_tc(codec) && takes_tc()) {
-        tc_prepare(tc, q, out);
-        return;
-    }
-    if (!digits_take(codec, dim, false)) {
-        kvd_cpu_avx512.q_prepare(codec, tc, q, dim, out);
-        return;
-    }
-    for (uint32_t at = 0; at < dim; at += BLOCK) {
-        struct k_block *b = (void *)(out + 2 * at);
-        float x[2 * BLOCK];
-        for (uint32_t i = 0; i < 2 * BLOCK; i++)
-            x[i] = q[at + k_channel(i)];
-        float from = digit_lines(q + at, BLOCK, x, 2 * BLOCK, out + 2 * at);
-        __m512i sum = _mm512_setzero_si512();
-        for (uint32_t d = DIGITS; d-- > 0;) {
-            sum = _mm512_slli_epi32(sum, 8);
-            for (uint32_t i = 0; i < SLOTS; i++)
-                sum =
-                    _mm512_dpbusd_epi32(sum, centre_of(codec), _mm512_loadu_si512(b->digit[d][i]));
-        }
-        _mm512_storeu_si512(b->centre, sum);
-        b->from = from;
-    }
-}
-
 // The halves of two vectors added.
 static inline __m512 fold_halves(__m512 a, __m512 b)
 {
@@ -114,32 +85,43 @@ static inline __m512 fold(const __m512 x[4])
 
 enum { GROUPS = 4, PAIR = 2 }; // groups whose codes are in registers, rows that are summed at once
 
-// Sums of some rows over a block, of some groups' lanes, added in pairs of groups.
-static KVD_BY_CASE void k_groups(const uint32_t rows, const __m512i x[GROUPS][SLOTS],
-                                 const struct k_block *q, uint32_t stride,
-                                 __m512 halves[PAIR][GROUPS / 2])
+// Sums of some rows over a block, of some groups' lanes. A row's lines lie one behind the other,
+// digit by digit; stride: bytes from row to row.
+static KVD_BY_CASE void k_sums(const uint32_t slots, const uint32_t rows,
+                               const __m512i x[GROUPS][SLOTS], const uint8_t *lines,
+                               uint32_t stride, __m512i sum[GROUPS][PAIR])
 {
-    __m512i sum[GROUPS][PAIR];
     for (uint32_t d = DIGITS; d-- > 0;) {
         for (uint32_t n = 0; n < GROUPS; n++)
             for (uint32_t r = 0; r < rows; r++)
                 sum[n][r] =
                     d == DIGITS - 1 ? _mm512_setzero_si512() : _mm512_slli_epi32(sum[n][r], 8);
-        for (uint32_t i = 0; i < SLOTS; i++)
+        for (uint32_t i = 0; i < slots; i++)
             for (uint32_t r = 0; r < rows; r++) {
-                __m512i y = _mm512_load_si512(q[r * stride].digit[d][i]);
+                __m512i y = _mm512_load_si512(lines + r * stride + (d * slots + i) * LINE);
                 LOADED(y);
                 for (uint32_t n = 0; n < GROUPS; n++)
                     sum[n][r] = _mm512_dpbusd_epi32(sum[n][r], x[n][i], y);
             }
     }
-    for (uint32_t r = 0; r < rows; r++) {
-        __m512i centre = _mm512_load_si512(q[r * stride].centre);
-        for (uint32_t n = 0; n < GROUPS; n += 2)
-            halves[r][n / 2] =
-                fold_halves(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum[n][r], centre)),
-                            _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[n + 1][r], centre)));
-    }
+}
+
+// A row's sums less the centre's, added in pairs of groups.
+static KVD_BY_CASE void k_halves(const __m512i sum[GROUPS][PAIR], const uint32_t row,
+                                 __m512i centre, __m512 halves[GROUPS / 2])
+{
+    for (uint32_t n = 0; n < GROUPS; n += 2)
+        halves[n / 2] = fold_halves(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum[n][row], centre)),
+                                    _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[n + 1][row], centre)));
+}
+
+// A row's scores of a chunk: its halves times what they are worth, and what it had before.
+static KVD_BY_CASE void k_store(const __m512 low[GROUPS / 2], const __m512 high[GROUPS / 2],
+                                float from, bool more, float *to)
+{
+    __m512 all[4] = {low[0], low[1], high[0], high[1]};
+    __m512 before = more ? _mm512_loadu_ps(to) : _mm512_setzero_ps();
+    _mm512_storeu_ps(to, _mm512_fmadd_ps(fold(all), _mm512_set1_ps(from), before));
 }
 
 // Adds a block's products to a chunk's scores, or begins with them. stride: of blocks, from row to
@@ -159,17 +141,17 @@ static KVD_BY_CASE void k_chunk(const bool four, const uint32_t rows, const uint
                 x[n][i] = codes_of(four, low, high, i);
         }
         for (uint32_t r = 0; r < rows; r += PAIR) {
+            const uint32_t some = KVD_MIN(rows - r, PAIR);
+            __m512i sum[GROUPS][PAIR];
             LOAD_AGAIN(q);
-            k_groups(KVD_MIN(rows - r, PAIR), x, q + r * stride, stride, &halves[half][r]);
+            k_sums(SLOTS, some, x, q[r * stride].digit[0][0], stride * sizeof(*q), sum);
+            for (uint32_t i = 0; i < some; i++)
+                k_halves(sum, i, _mm512_load_si512(q[(r + i) * stride].centre),
+                         halves[half][r + i]);
         }
     }
-    for (uint32_t r = 0; r < rows; r++) {
-        float *to = scores + r * KVD_PAGE_TOKENS;
-        __m512 all[4] = {halves[0][r][0], halves[0][r][1], halves[1][r][0], halves[1][r][1]};
-        __m512 before = more ? _mm512_loadu_ps(to) : _mm512_setzero_ps();
-        _mm512_storeu_ps(to,
-                         _mm512_fmadd_ps(fold(all), _mm512_set1_ps(q[r * stride].from), before));
-    }
+    for (uint32_t r = 0; r < rows; r++)
+        k_store(halves[0][r], halves[1][r], q[r * stride].from, more, scores + r * KVD_PAGE_TOKENS);
 }
 
 static KVD_BY_CASE void k_rows(const bool four, const uint32_t rows, const uint8_t *codes,
@@ -212,6 +194,35 @@ void kvd_vnni_k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, const
 }
 
 #include "kernels/cpu/vnni_tc.inc.h"
+
+void kvd_vnni_q_prepare(uint32_t codec, const struct kvd_tc_coder *tc, const float *q, uint32_t dim,
+                        float *out)
+{
+    if (kvd_codec_tc(codec) && takes_tc()) {
+        tc_prepare(tc, q, out);
+        return;
+    }
+    if (!digits_take(codec, dim, false)) {
+        kvd_cpu_avx512.q_prepare(codec, tc, q, dim, out);
+        return;
+    }
+    for (uint32_t at = 0; at < dim; at += BLOCK) {
+        struct k_block *b = (void *)(out + 2 * at);
+        float x[2 * BLOCK];
+        for (uint32_t i = 0; i < 2 * BLOCK; i++)
+            x[i] = q[at + k_channel(i)];
+        float from = digit_lines(q + at, BLOCK, x, 2 * BLOCK, out + 2 * at);
+        __m512i sum = _mm512_setzero_si512();
+        for (uint32_t d = DIGITS; d-- > 0;) {
+            sum = _mm512_slli_epi32(sum, 8);
+            for (uint32_t i = 0; i < SLOTS; i++)
+                sum =
+                    _mm512_dpbusd_epi32(sum, centre_of(codec), _mm512_loadu_si512(b->digit[d][i]));
+        }
+        _mm512_storeu_si512(b->centre, sum);
+        b->from = from;
+    }
+}
 
 // -- V -------------------------------------------------------------------------------------------
 
