@@ -112,6 +112,14 @@ template <bool TURNED> __device__ inline void load_matrices(uint32_t (&a)[4], co
                      : "memory");
 }
 
+// The reverse: stores them, not turned.
+__device__ inline void store_matrices(void *row, const uint32_t (&a)[4])
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"((uint32_t)__cvta_generic_to_shared(row)), "r"(a[0]),
+                 "r"(a[1]), "r"(a[2]), "r"(a[3])
+                 : "memory");
+}
+
 // Two values as fp16, rounded towards zero.
 __device__ inline uint32_t truncate_fp16(float a, float b)
 {

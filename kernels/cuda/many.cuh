@@ -148,6 +148,7 @@ template <int D> cudaError_t launch_many_dims(const attend_params &p, cudaStream
     call.early = EARLY_NONE;
     call.parts_a_tile = 1.0f / (float)p.part_tiles;
     call.first_part = 0;
+    call.thousand = 0x64006400;
     call.values = (uint8_t *)p.scratch + many_values_at(p);
     call.tile = tile_layout({p.codec, p.codec_v}, D, D);
     call.stored = 0.25f;

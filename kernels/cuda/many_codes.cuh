@@ -103,22 +103,23 @@ struct half_params {
     }
 };
 
-// Values of a chunk of one side: its codes, masked where they are, become numbers above 1,024, then codes, then values.
-template <int D, bool V> __device__ inline void make_chunk(const uint4 &words, uint32_t first_bit, const half_params &params, uint32_t *to)
+// Values of a chunk of one side: its codes, masked where they are, become numbers above 1,024, then codes, then values. Register r
+// is a core matrix of its own, whose rows `to` has the addresses of, of channel tile 0.
+template <int D, bool V> __device__ inline void make_chunk(uint32_t thousand, const uint4 &words, uint32_t first_bit, const half_params &params, uint8_t *to)
 {
     // 4^-j and -1024 4^-j, twice each: what takes a code at bit 2 j back.
     const uint32_t unit[4] = {0x3c003c00, 0x34003400, 0x2c002c00, 0x24002400};
     const uint32_t back[4] = {0xe400e400, 0xdc00dc00, 0xd400d400, 0xcc00cc00};
 #pragma unroll
-    for (int r = 0; r < 4; r++) {
-        int token_half = V ? r / 2 : r % 2, channel_half = V ? r % 2 : r / 2;
+    for (int ct = 0; ct < D / 16; ct++) {
+        uint32_t x[4];
 #pragma unroll
-        for (int ct = 0; ct < D / 16; ct++) {
-            uint32_t w = word_of(words, r) >> (ct < 4 ? first_bit : 8);
-            uint32_t code = fma_fp16((w & 0x00030003u << 2 * (ct % 4)) | 0x64006400u, unit[ct % 4], back[ct % 4]);
-            int channel8 = 2 * ct + channel_half;
-            to[(V ? channel8 * 16 + token_half : token_half * (D / 8) + channel8) * 32] = fma_fp16(code, params.scale[token_half], params.min[token_half]);
+        for (int r = 0; r < 4; r++) {
+            uint32_t half = V ? r / 2 : r % 2, w = word_of(words, r) >> (ct < 4 ? first_bit : 8);
+            uint32_t code = fma_fp16((w & 0x00030003u << 2 * (ct % 4)) | thousand, unit[ct % 4], back[ct % 4]);
+            x[r] = fma_fp16(code, params.scale[half], params.min[half]);
         }
+        store_matrices(to + ct * (V ? 2 * tile_values<D>::TOKENS / 8 : 2) * 128, x);
     }
 }
 
@@ -135,9 +136,11 @@ template <int D, bool V> __device__ inline void make_side(const many_call &p, co
     }
 #pragma unroll
     for (uint32_t i = 0; i < 2; i++) {
-        uint32_t token8 = 2 * (chunk + i);
-        uint32_t *to = (uint32_t *)slot + (V ? token8 : token8 * (D / 8)) * 32 + threadIdx.x % 32;
-        make_chunk<D, V>(words[i], D == 64 ? (chunk + i) % 2 * 8 : 0, params[i], to);
+        // Matrices of 8 tokens by 8 channels: register r's is of tokens from 8 (r % 2) on and channels from 8 (r / 2) on, or the reverse.
+        uint32_t r = threadIdx.x % 32 / 8, token8 = 2 * (chunk + i) + (V ? r / 2 : r % 2), channel8 = V ? r % 2 : r / 2;
+        uint32_t matrix = V ? channel8 * (tile_values<D>::TOKENS / 8) + token8 : token8 * (D / 8) + channel8;
+        uint8_t *to = slot + matrix * 128 + threadIdx.x % 8 * 16;
+        make_chunk<D, V>(p.thousand, words[i], D == 64 ? (chunk + i) % 2 * 8 : 0, params[i], to);
     }
 }
 

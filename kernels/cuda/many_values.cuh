@@ -17,6 +17,7 @@ namespace kvd
 struct many_call : attend_call {
     uint32_t first_part;
     uint8_t *values;
+    uint32_t thousand; // 1,024 twice in fp16: a constant here, as LOP3 takes one as it is and would otherwise be two
     float stored; // of a value, so that fp16 has it whatever scale and min are: a quarter, or less of four bits
     tile_layout tile;
     any_side side[2]; // K and V

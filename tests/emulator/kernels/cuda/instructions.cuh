@@ -195,6 +195,17 @@ template <bool TURNED> inline void load_matrices(uint32_t (&a)[4], const void *r
     }
 }
 
+inline void store_matrices(void *row, const uint32_t (&a)[4])
+{
+    if ((uintptr_t)row % 16 || shared_address(row) + 16 > emulator_shared_bytes())
+        emulator_fail("a row of a matrix in shared memory is not aligned or leaves it");
+    const emulator_words *all = emulator_exchange((uint64_t)(uintptr_t)row);
+    uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    for (uint32_t i = 0; i < 4; i++)
+        ((uint32_t *)(uintptr_t)all[8 * i + g].x)[t] = a[i];
+    emulator_exchange(0); // all lanes have stored before one goes on
+}
+
 // Copies that are waited for by copies_arrived or on a barrier come as late as they can.
 inline void copy_async(void *to, const void *from)
 {
