@@ -2,6 +2,7 @@
 // in the opposite order, and metrics are rendered in this one.
 #include "daemon/parts.h"
 
+#include "daemon/core/comeback.h"
 #include "daemon/core/device.h"
 #include "daemon/core/keep.h"
 #include "daemon/core/lifecycle.h"
@@ -45,6 +46,7 @@ const struct kvd_part *const kvd_parts[] = {
     &kvd_part_signals,   // SIGTERM, SIGINT, SIGHUP
     &kvd_part_users,     // shares
     &kvd_part_keep,      // what an earlier kvd has left
+    &kvd_part_comeback,  // and what says that there will be a next one
     &kvd_part_device,    // the backend
     &kvd_part_memory,    // extents
     &kvd_part_buffers,   // what the host has room for

@@ -394,3 +394,10 @@ uint32_t kvd_pool_page_rows(const struct kvd_pool *pool, uint32_t page)
 {
     return KVD_PAGE_TOKENS >> page_order(pool, page);
 }
+
+void evictable_went(struct kvd_pool *pool, uint32_t ns, uint64_t used_before)
+{
+    const uint64_t freed = used_before - pool->ns[ns].used;
+    pool->ns[ns].borrow -= KVD_MIN(pool->ns[ns].borrow, freed);
+    pool->gone[ns] += freed;
+}

@@ -10,13 +10,6 @@ struct removal {
     uint64_t gone;
 };
 
-void evictable_went(struct kvd_pool *pool, uint32_t ns, uint64_t used_before)
-{
-    const uint64_t freed = used_before - pool->ns[ns].used;
-    pool->ns[ns].borrow -= KVD_MIN(pool->ns[ns].borrow, freed);
-    pool->gone[ns] += freed;
-}
-
 // An end goes with its last block.
 static void removed(void *ctx, const struct kvd_prefix_removed *r)
 {

@@ -352,6 +352,8 @@ uint32_t parts_used(const struct kvd_pool *pool, uint32_t first);
 void parts_relist(struct kvd_pool *pool, struct region_slab *s, uint32_t first);
 
 // -- extent.c: slabs, extents, pages ------------------------------------------------------------
+// To be told whenever what could be evicted of a namespace has gone, however: what it used before.
+void evictable_went(struct kvd_pool *pool, uint32_t ns, uint64_t used_before);
 // No pages of an extent are given out any more, until it is opened again or has none in use and is
 // returned. One at a time.
 void extent_shut(struct kvd_pool *pool, uint32_t x);
@@ -503,8 +505,6 @@ bool evict_one(struct kvd_pool *pool, uint32_t ns);
 // The least recently used sequence of a namespace that can be evicted, or KVD_POOL_NONE.
 uint32_t evictable_of(const struct kvd_pool *pool, uint32_t ns);
 void evict(struct kvd_pool *pool, struct region_seq *s);
-// To be told whenever what could be evicted of a namespace has gone, however: what it used before.
-void evictable_went(struct kvd_pool *pool, uint32_t ns, uint64_t used_before);
 
 // -- forget.c: what goes of prefix indices ------------------------------------------------------
 // Removes one block that nothing keeps, of namespace `ns`; KVD_POOL_NONE: of that whose index has

@@ -8,6 +8,9 @@
 #define KVD_FD_MAGIC   0x0144766bu // "kvD\1"
 #define KVD_FD_VERSION 1u
 
+// Beside the gRPC socket: locked (an OFD lock) while somebody is there who starts kvd again.
+#define KVD_KEPT_SUFFIX ".kept"
+
 // Daemon to worker, once, on connect.
 struct kvd_fd_hello {
     uint32_t magic, version;

@@ -4,6 +4,10 @@
 #include <glob.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <unistd.h>
+
+#include "client/lib/kept.h"
+#include "proto/fdsock.h"
 
 enum { PATH_BYTES = 4096 };
 
@@ -25,9 +29,11 @@ static bool listens(const char *path)
            (errno != ECONNREFUSED && errno != ENOENT && errno != ENOTSOCK);
 }
 
-static void add(struct kvd_instances *all, const char *path, const char *name, size_t len)
+// `kept`: those too that are being started again.
+static void add(struct kvd_instances *all, const char *path, const char *name, size_t len,
+                bool kept)
 {
-    if (all->n == KVD_MAX_INSTANCES || !listens(path))
+    if (all->n == KVD_MAX_INSTANCES || !(listens(path) || (kept && kvd_kept(path))))
         return;
     char *copy = strndup(name, len), *address;
     if (copy && asprintf(&address, "unix:%s", path) >= 0) {
@@ -38,20 +44,33 @@ static void add(struct kvd_instances *all, const char *path, const char *name, s
     }
 }
 
-void kvd_instances_find(struct kvd_instances *all)
+// Of one whose file is not there, as it is being started again, there is the mark.
+static void find(struct kvd_instances *all, bool kept)
 {
     char pattern[PATH_BYTES];
     glob_t found = {0};
     *all = (struct kvd_instances){0};
     snprintf(pattern, sizeof(pattern), "%s/kvd.sock", kvd_runtime_folder());
-    add(all, pattern, "", 0);
-    snprintf(pattern, sizeof(pattern), "%s/*/kvd.sock", kvd_runtime_folder());
-    if (glob(pattern, 0, NULL, &found) == 0)
+    add(all, pattern, "", 0, kept);
+    snprintf(pattern, sizeof(pattern), "%s/*/kvd.sock%s", kvd_runtime_folder(),
+             kept ? "{," KVD_KEPT_SUFFIX "}" : "");
+    if (glob(pattern, kept ? GLOB_BRACE : 0, NULL, &found) == 0)
         for (size_t i = 0; i < found.gl_pathc; i++) {
-            const char *name = found.gl_pathv[i] + strlen(kvd_runtime_folder()) + 1;
-            add(all, found.gl_pathv[i], name, strcspn(name, "/"));
+            char *path = found.gl_pathv[i];
+            const char *name = path + strlen(kvd_runtime_folder()) + 1;
+            const size_t bare = strlen(path) - strlen(KVD_KEPT_SUFFIX);
+            const bool mark = strcmp(path + bare, KVD_KEPT_SUFFIX) == 0;
+            if (mark)
+                path[bare] = '\0';
+            if (!mark || access(path, F_OK))
+                add(all, path, name, strcspn(name, "/"), kept);
         }
     globfree(&found);
+}
+
+void kvd_instances_find(struct kvd_instances *all)
+{
+    find(all, false);
 }
 
 void kvd_instances_free(struct kvd_instances *all)
@@ -82,7 +101,7 @@ char *kvd_instances_default(struct kvd_error *err)
     char *address = NULL;
     struct kvd_instances all = {0};
     if (!env || !*env)
-        kvd_instances_find(&all);
+        find(&all, true);
     if (all.n > 1)
         address = several(&all, err);
     else if (all.n == 1)

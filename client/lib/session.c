@@ -5,6 +5,7 @@
 
 #include "client/lib/client.h"
 #include "client/lib/instances.h"
+#include "client/lib/kept.h"
 
 enum { CLOSE_MS = 2000 }; // that closing waits for the daemon at most
 
@@ -178,6 +179,8 @@ static int open_session(kvd_client *c, uint64_t deadline, struct kvd_error *err)
     return KVD_OK;
 }
 
+enum { FIRST_MS = 5, MOST_MS = 50 }; // between looks for a kvd that is started again
+
 static void pause_ms(uint32_t ms)
 {
     nanosleep(&(struct timespec){.tv_sec = ms / 1000, .tv_nsec = (long)(ms % 1000) * 1000000},
@@ -188,7 +191,6 @@ static void pause_ms(uint32_t ms)
 // is started again is waited for, as long as it goes on with the session.
 static int connect_again(kvd_client *c, uint64_t epoch, uint64_t deadline, struct kvd_error *err)
 {
-    enum { FIRST_MS = 5, MOST_MS = 50 };
     bool waits = kvd_client_resumes(c);
     uint64_t until = kvd_now_ms() + (waits ? c->opened->resume_ms : 0);
     for (uint32_t pause = FIRST_MS;; pause = KVD_MIN(2 * pause, (uint32_t)MOST_MS)) {
@@ -202,6 +204,29 @@ static int connect_again(kvd_client *c, uint64_t epoch, uint64_t deadline, struc
             return rc;
         if (kvd_gpu_lost(c, err)) // then kvd may be waiting for this process to end
             return err->code;
+        pause_ms(KVD_MIN(pause, left));
+    }
+}
+
+// Whether there is no kvd now and somebody is there who starts it again.
+static bool comes_back(const kvd_client *c)
+{
+    return !c->remote && (c->sock < 0 || kvd_client_hung_up(c, MOMENT_MS)) &&
+           kvd_kept(c->address + strlen("unix:"));
+}
+
+// The same for a client that has no session yet: it has nothing to lose, and waits for a kvd that
+// is started again as long as it would wait for an answer.
+static int open_first(kvd_client *c, uint64_t deadline, struct kvd_error *err)
+{
+    for (uint32_t pause = FIRST_MS;; pause = KVD_MIN(2 * pause, (uint32_t)MOST_MS)) {
+        int rc = open_session(c, deadline, err);
+        if (rc != KVD_E_UNAVAILABLE || !comes_back(c))
+            return rc;
+        uint32_t left = kvd_left_ms(deadline);
+        if (left == 0)
+            return kvd_fail_in(err, "kvd is being started again, and %u ms were not enough",
+                               c->timeout_ms);
         pause_ms(KVD_MIN(pause, left));
     }
 }
@@ -421,7 +446,7 @@ kvd_result kvd_open(const kvd_options *options, kvd_client **out, kvd_failure *e
                                                           .tls_key = o.tls_key,
                                                           .tls_server_name = o.tls_server_name},
                             &e);
-        rc = c->channel ? open_session(c, kvd_client_deadline(c), &e) : e.code;
+        rc = c->channel ? open_first(c, kvd_client_deadline(c), &e) : e.code;
     }
     if (rc == KVD_OK && c->remote)
         rc = kvd_lease_start(c, &e);

@@ -212,15 +212,22 @@ int kvd_keep_take(struct kvd_daemon *d, const char *name)
     return -1;
 }
 
-void kvd_keep_drop_rest(struct kvd_daemon *d)
+// All of it, or all but the marks.
+static void drop_held(struct kvd_daemon *d, bool all)
 {
     struct kvd_keep *k = d->keep;
     for (uint32_t i = 0; k && i < k->n; i++) {
-        if (k->held[i].fd < 0)
+        if (k->held[i].fd < 0 ||
+            (!all && strncmp(k->held[i].name, KVD_KEEP_MARK, strlen(KVD_KEEP_MARK)) == 0))
             continue;
         close(KVD_TAKE_FD(k->held[i].fd));
         kvd_keep_drop(d, k->held[i].name);
     }
+}
+
+void kvd_keep_drop_rest(struct kvd_daemon *d)
+{
+    drop_held(d, true);
 }
 
 static int ask_keeper(struct kvd_keep *k, struct kvd_error *err)
@@ -270,7 +277,7 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
     d->keep->keeper = keeper_socket();
     int rc = d->keep->keeper >= 0 ? ask_keeper(d->keep, err) : ask_systemd(d->keep, err);
     if (rc == KVD_OK && strcmp(d->config.keep, "fresh") == 0)
-        kvd_keep_drop_rest(d);
+        drop_held(d, false);
 #ifdef KVD_SYSTEMD
     if (rc == KVD_OK && d->keep->keeper < 0) {
         int old = kvd_keep_take(d, PROBE); // of the kvd before

@@ -4,6 +4,8 @@
 
 #include "daemon/core/part.h"
 
+#define KVD_KEEP_MARK "kvd-address-" // begins the names of what is no pool's (comeback.c)
+
 // Whether there is somebody who could hold them: kvd-keeper, or systemd.
 bool kvd_keep_possible(void);
 // Becomes kvd-keeper, which is beside this program and starts it again with the same arguments.

@@ -280,7 +280,7 @@ def test_systemds_descriptor_store(start, folder, monkeypatch):
     assert kvd.stop() == 0
     systemd.read()
     # Of the new one, which on a GPU makes extents ahead of need.
-    assert sorted(n for n in systemd.held if "extent-" not in n) == ["kvd-extents", "kvd-pool", "kvd-probe", "kvd-sessions"]
+    assert sorted(n for n in systemd.held if "extent-" not in n) == ["kvd-address-0", "kvd-extents", "kvd-pool", "kvd-probe", "kvd-sessions"]
     assert kvd.on_gpu() or not any("extent-" in n for n in systemd.held)
     systemd.close()
 

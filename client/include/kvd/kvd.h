@@ -170,7 +170,9 @@ typedef struct kvd_options {
     bool latent;
 } kvd_options;
 
-/** Connects and opens a session. Waits for the rotation set to be fetched, at most timeout_ms.
+/** Connects and opens a session. Waits for the rotation set to be fetched, at most timeout_ms; and
+ * as long for a kvd that keeps its pool (kvd.conf: keep) and is just being started again. Where no
+ * kvd is, and nobody is there who starts it again, it fails at once.
  * @param options what it is to be
  * @param[out] out the client, to be closed by kvd_close
  * @param[out] err says why it failed; may be NULL
@@ -181,7 +183,8 @@ typedef struct kvd_options {
  * @retval KVD_ERR_PRECONDITION the rotation set is of another shape; or the process was forked
  * @retval KVD_ERR_DENIED the namespace is not open to this user
  * @retval KVD_ERR_EXHAUSTED all sessions or namespaces are in use
- * @retval KVD_ERR_UNAVAILABLE kvd is not there, is draining, or does not reach its store */
+ * @retval KVD_ERR_UNAVAILABLE kvd is not there, is draining, or does not reach its store; or it is
+ * being started again, and timeout_ms were not enough */
 KVD_API kvd_result kvd_open(const kvd_options *options, kvd_client **out, kvd_failure *err);
 /** Ends the session and frees the client, its buffers and its queues, within 2 s; a queue's ticket
  * that has begun is waited for longer, if it must.
