@@ -14,8 +14,9 @@ import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 import time
+
+import scratch
 
 SOURCE = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(SOURCE / "client/python"))
@@ -91,7 +92,7 @@ def main():
     import kvd
     from kvd_worker import KvdCache, Model
 
-    work = pathlib.Path(tempfile.mkdtemp(prefix="kvd-bench."))
+    work = scratch.folder()
     model = Model(args.model)
     daemon = subprocess.Popen([f"{args.build}/daemon/kvd", "--listen", f"unix:{work}/s", "--metrics", "", "--pool-size", "1GiB",
                                "--cache", work / "cache"], stderr=open(work / "log", "w"))
@@ -117,6 +118,7 @@ def main():
     finally:
         daemon.terminate()
         daemon.wait()
+    scratch.remove(work)
 
 
 if __name__ == "__main__":

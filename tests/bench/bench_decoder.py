@@ -28,10 +28,10 @@ import pathlib
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 
+import scratch
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -204,7 +204,7 @@ class Daemon:
     """A kvd for one row, so that its pool is gone afterwards."""
 
     def __init__(self, program, backend, size):
-        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="kvd-decoder."))
+        self.folder = scratch.folder("kvd-decoder.")
         self.address, self.log = f"unix:{self.folder}/s", self.folder / "log"
         command = [program, "--backend", backend, "--pool-size", str(size), "--listen", self.address, "--metrics", "", "--log-level", "notice"]
         with open(self.log, "w") as log:
@@ -217,12 +217,16 @@ class Daemon:
             time.sleep(0.02)
 
     def close(self):
+        well = not sys.exc_info()[0]  # unless a row could not be measured
         self.process.terminate()
         try:
-            self.process.wait(20)
+            well &= self.process.wait(20) == 0
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+            well = False
+        if well:
+            scratch.remove(self.folder)
 
 
 class Direct:

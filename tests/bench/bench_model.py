@@ -23,9 +23,9 @@ import pathlib
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
+import scratch
 from model_trials import PIECE, Log, Trial, records_of, report, words_of
 
 SOURCE = pathlib.Path(__file__).resolve().parents[2]
@@ -156,7 +156,11 @@ def main():
         ap.error("a model and texts are wanted")
     end_all_on_sigterm()
     if args.jobs:
-        sys.exit(run_jobs(args.jobs, args.log or f"{tempfile.mkdtemp(prefix='kvd-bench.')}/log"))
+        work = None if args.log else scratch.folder()
+        code = run_jobs(args.jobs, args.log or f"{work}/log")
+        if work and code == 0:
+            scratch.remove(work)
+        sys.exit(code)
     args.share = tuple(map(int, (args.share or "0/1").split("/")))
     os.environ.setdefault("KVD_LIBRARY", str(pathlib.Path(args.build, "client/libkvd.so.0").resolve()))
     import numpy as np
@@ -164,7 +168,7 @@ def main():
     import kvd
     from kvd_worker import KvdCache, LocalCache, Model
 
-    work = pathlib.Path(tempfile.mkdtemp(prefix="kvd-bench."))
+    work = scratch.folder()
     address = f"unix:{work}/s"
     (work / "store").mkdir()
     log = Log(args.log, shares_of(args.log.rpartition(".")[0]) if args.log and args.share[1] > 1 else ())
@@ -205,6 +209,7 @@ def main():
     finally:
         daemon.terminate()
         daemon.wait()
+    scratch.remove(work)
 
 
 def shares_of(log):

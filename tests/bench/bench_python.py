@@ -8,7 +8,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 import time
 
 SOURCE = pathlib.Path(__file__).resolve().parents[2]
@@ -16,6 +15,7 @@ BUILD = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "build").resolve()
 os.environ.setdefault("KVD_LIBRARY", str(BUILD / "client/libkvd.so.0"))
 sys.path.insert(0, str(SOURCE / "client/python"))
 import numpy as np  # noqa: E402
+import scratch  # noqa: E402
 
 import kvd  # noqa: E402
 from kvd import _library  # noqa: E402
@@ -53,7 +53,7 @@ def measure(client, name, per_call):
 
 
 def main():
-    work = pathlib.Path(tempfile.mkdtemp(prefix="kvd-bench."))
+    work = scratch.folder()
     address, log = f"unix:{work}/s", work / "log"
     daemon = subprocess.Popen([BUILD / "daemon/kvd", "--backend", "cpu", "--listen", address, "--metrics", "", "--pool-size", "1GiB"],
                               stderr=open(log, "w"))
@@ -69,6 +69,7 @@ def main():
     finally:
         daemon.terminate()
         daemon.wait()
+    scratch.remove(work)
 
 
 if __name__ == "__main__":

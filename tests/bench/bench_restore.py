@@ -15,10 +15,10 @@ import pathlib
 import re
 import signal
 import subprocess
-import tempfile
 import time
 
 import numpy as np
+import scratch
 
 import kvd
 
@@ -64,7 +64,7 @@ def main():
     p.add_argument("--rounds", type=int, default=5)
     a = p.parse_args()
     layers, heads, dim = MODELS[a.model]
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="kvd-bench."))
+    folder = scratch.folder()
     address = f"unix:{folder}/s"
     tier = f"tier-directory = {a.directory} 16GiB" if a.directory else "tier-host = 16GiB"
     (folder / "conf").write_text(f"[kvd]\ntier-rate = 0\n{tier}\n")
@@ -112,6 +112,7 @@ def main():
     finally:
         daemon.send_signal(signal.SIGTERM)
         daemon.wait(30)
+    scratch.remove(folder)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ import multiprocessing
 import pathlib
 import signal
 import subprocess
-import tempfile
 import time
 
 import numpy as np
+import scratch
 
 import kvd
 
@@ -70,7 +70,7 @@ def main():
     p.add_argument("--blocks", type=int, default=100000)
     p.add_argument("--extents", type=int, default=6)
     args = p.parse_args()
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="kvd-bench-room."))
+    folder = scratch.folder("kvd-bench-room.")
     address = f"unix:{folder}/s"
     size = max(-(-args.blocks * PAGE // (4 << 20)), 8) * 4
     daemon = subprocess.Popen([args.kvd, "--listen", address, "--backend", "cpu", "--pool-size", f"{size}MiB", "--extent-size", "4MiB",
@@ -122,7 +122,7 @@ def main():
     finally:
         daemon.send_signal(signal.SIGKILL)
         daemon.wait()
-        subprocess.run(["rm", "-rf", folder], check=True)
+    scratch.remove(folder)
 
 
 if __name__ == "__main__":

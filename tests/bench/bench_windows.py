@@ -8,7 +8,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 import time
 
 SOURCE = pathlib.Path(__file__).resolve().parents[2]
@@ -17,6 +16,7 @@ TOKENS = int(sys.argv[2]) if len(sys.argv) > 2 else 32768
 os.environ.setdefault("KVD_LIBRARY", str(BUILD / "client/libkvd.so.0"))
 sys.path.insert(0, str(SOURCE / "client/python"))
 import numpy as np  # noqa: E402
+import scratch  # noqa: E402
 
 import kvd  # noqa: E402
 
@@ -36,7 +36,7 @@ def sequence_bytes(address, windows):
 
 
 def main():
-    work = pathlib.Path(tempfile.mkdtemp(prefix="kvd-bench."))
+    work = scratch.folder()
     address, log = f"unix:{work}/s", work / "log"
     daemon = subprocess.Popen([BUILD / "daemon/kvd", "--backend", "cpu", "--listen", address, "--metrics", "", "--pool-size", "1GiB"],
                               stderr=open(log, "w"))
@@ -52,6 +52,7 @@ def main():
     finally:
         daemon.terminate()
         daemon.wait()
+    scratch.remove(work)
 
 
 if __name__ == "__main__":

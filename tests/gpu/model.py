@@ -7,6 +7,7 @@ usage: model.py KVD_FOLDER    an unpacked deploy/bundle.sh; needs PyTorch and tr
 import argparse
 import copy
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -163,8 +164,13 @@ def main():
         cost(address, args.codecs)
     finally:
         daemon.terminate()
-        if daemon.wait():
+        ended = daemon.wait()
+        if ended:
             print(log.read_text(), file=sys.stderr)
+    if failed or ended:
+        print(f"{work} stays, with kvd's log", file=sys.stderr)
+    else:
+        shutil.rmtree(work)
     return failed != 0
 
 
