@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "daemon/core/keep.h"
 #include "proto/fdsock.h"
@@ -16,6 +17,15 @@ static bool same_file(int fd, const char *path)
     struct stat a, b;
     return fstat(fd, &a) == 0 && stat(path, &b) == 0 && a.st_dev == b.st_dev &&
            a.st_ino == b.st_ino;
+}
+
+// Whether it is a file that could only be this: in a folder that all may write to, it may be
+// another name of what is nobody else's to read.
+static bool is_mark(int fd)
+{
+    struct stat st;
+    return fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_size == 0 && st.st_nlink == 1 &&
+           st.st_uid == geteuid();
 }
 
 // That of the kvd before, or a new one.
@@ -29,6 +39,8 @@ static int mark(struct kvd_daemon *d, uint32_t i)
         return KVD_OK;
     struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
     int fd KVD_CLOSE = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0644);
+    if (fd >= 0 && !is_mark(fd))
+        return EEXIST;
     if (fd < 0 || fchmod(fd, 0644) || fcntl(fd, F_OFD_SETLK, &lock))
         return errno;
     kvd_keep_put(d, name, fd);

@@ -14,6 +14,7 @@ enum {
     EVICTIONS = 8,      // between looks at the clock
     AGAIN_MS = 1000,    // after there was nothing to evict
     BORROW_MS = 50,     // what is stored meanwhile is to be less than what can be evicted
+    NOBODY_MS = 1000,   // where nobody may borrow, until a reload says otherwise
 };
 
 struct kvd_spare {
@@ -70,17 +71,20 @@ static void on_timer(uv_timer_t *timer)
 {
     struct kvd_daemon *d = timer->data;
     const uint64_t *evictable = NULL;
+    bool any = false;
     for (uint32_t i = 0; i < kvd_pool_namespace_count(d->pool); i++) {
         struct kvd_pool_namespace_info info;
         kvd_pool_namespace_info(d->pool, i, &info);
         const struct kvd_config_namespace *c =
             info.name[0] ? kvd_config_namespace_find(&d->config, info.name) : NULL;
         bool borrows = c && c->borrow && info.quota;
+        any |= borrows;
         if (borrows && !evictable)
             kvd_evictable(d, &evictable);
         if (borrows || info.borrow)
             kvd_pool_set_borrow(d->pool, i, borrows ? evictable[i] : 0);
     }
+    uv_timer_start(timer, on_timer, any ? BORROW_MS : NOBODY_MS, 0);
 }
 
 // -- the part -----------------------------------------------------------------------------------
@@ -95,7 +99,7 @@ static int start(struct kvd_daemon *d, struct kvd_error *err)
     uv_timer_init(&d->loop, &s->timer);
     s->check.data = s->idle.data = s->timer.data = d;
     uv_check_start(&s->check, on_check);
-    uv_timer_start(&s->timer, on_timer, BORROW_MS, BORROW_MS);
+    uv_timer_start(&s->timer, on_timer, BORROW_MS, 0);
     return KVD_OK;
 }
 
