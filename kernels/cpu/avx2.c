@@ -84,9 +84,9 @@ static inline vf v_table(const float *four)
 {
     return _mm256_broadcast_ps((const __m128 *)(const void *)four);
 }
-static inline vf v_pick(vf table, vi w, uint32_t shift)
+static inline vf v_pick(vf table, vi w, uint32_t shift, const uint32_t odd)
 {
-    return _mm256_permutevar_ps(table, shift ? _mm256_srli_epi32(w, (int)shift) : w);
+    return _mm256_permutevar_ps(table, _mm256_srli_epi32(w, (int)(shift + 2 * odd)));
 }
 static inline vf v_select(vf a, vf b, vi w, uint32_t bit)
 {
@@ -190,16 +190,11 @@ static inline vf v_sums(const vf *x)
     vf b = v_pairs_added(v_halves_added(x[2], x[6]), v_halves_added(x[3], x[7]));
     return v_add(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
 }
-// Even and odd r of vectors 0, 2 | 1, 3, or of 4, 6 | 5, 7.
-static inline vf v_fold_four(const float *x)
-{
-    return v_pairs_added(v_halves_added(v_load(x), v_load(x + V)),
-                         v_halves_added(v_load(x + 2 * V), v_load(x + 3 * V)));
-}
 static inline void v_fold(const float *x, float *out)
 {
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-    vf a = v_fold_four(x), b = v_fold_four(x + 4 * V);
+    vf a = v_pairs_added(v_load(x), v_load(x + V)),
+       b = v_pairs_added(v_load(x + 2 * V), v_load(x + 3 * V));
     v_store(out, _mm256_permutevar8x32_ps(_mm256_shuffle_ps(a, b, 0x88), order));
     v_store(out + 8, _mm256_permutevar8x32_ps(_mm256_shuffle_ps(a, b, 0xdd), order));
 }

@@ -84,9 +84,13 @@ static inline vf v_table(const float *four)
 {
     return _mm512_broadcast_f32x4(_mm_loadu_ps(four));
 }
-static inline vf v_pick(vf table, vi w, uint32_t shift)
+// And vpermps by the low four, of which the upper two may count as well: a shift serves two codes.
+static inline vf v_pick(vf table, vi w, uint32_t shift, const uint32_t odd)
 {
-    return _mm512_permutevar_ps(table, shift ? _mm512_srli_epi32(w, shift) : w);
+    const __m512i upper = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    vi x = shift ? _mm512_srli_epi32(w, shift) : w;
+    return odd ? _mm512_permutexvar_ps(x, _mm512_permutexvar_ps(upper, table))
+               : _mm512_permutevar_ps(table, x);
 }
 static inline vf v_select(vf a, vf b, vi w, uint32_t bit)
 {
@@ -185,16 +189,11 @@ static inline vf v_sums(const vf *x)
     vf a = v_pairs_added(s[0], s[1]), b = v_pairs_added(s[2], s[3]);
     return v_add(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
 }
-// A quarter of four vectors' sums has the four r of one of them.
-static inline vf v_fold_four(const float *x)
-{
-    return v_quarters_added(v_halves_added(v_load(x), v_load(x + V)),
-                            v_halves_added(v_load(x + 2 * V), v_load(x + 3 * V)));
-}
 static inline void v_fold(const float *x, float *out)
 {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15);
-    vf a = v_pairs_added(v_fold_four(x), v_fold_four(x + 4 * V));
+    vf a = v_pairs_added(v_quarters_added(v_load(x), v_load(x + V)),
+                         v_quarters_added(v_load(x + 2 * V), v_load(x + 3 * V)));
     v_store(out, _mm512_permutexvar_ps(order, a));
 }
 // Parameters of fp16 of 16 tokens, of which g and g + 8 lie side by side. `min` is NULL where there

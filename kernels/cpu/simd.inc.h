@@ -10,10 +10,9 @@
 //                              1 bytes, so shifted that the bits of register 0, 1, 2, 3 come to the
 //                              low end of a half
 //   v_table(four)              four floats, for:
-//   v_pick(table, w, shift)    which of them the two bits at `shift` of each word say
-//   v_select(a, b, w, bit)     b where the bit is set, a elsewhere
-//   v_flip(x, w, bit)          -x where the bit is set
-//   v_or(a, b), v_low(w, n)    of words; their n lowest bits
+//   v_pick(table, w, shift, odd)  which of them two bits of each word say, those at `shift`; odd:
+//   two bits higher v_select(a, b, w, bit)     b where the bit is set, a elsewhere v_flip(x, w,
+//   bit)          -x where the bit is set v_or(a, b), v_low(w, n)    of words; their n lowest bits
 //   v_right(w, n), v_left      words shifted by n bits, the same for all
 //   v_centred(bits)            for v_level: levels code - (2^bits - 1) / 2, bits 1 to 4
 //   v_level(bits, table, w)    which of them the lowest bits of each word say
@@ -23,9 +22,10 @@
 //   v_together(even, odd, x)   and back
 //   v_sum(v), v_top(v)         sum of the lanes, the largest where none is NaN
 //   v_sums(x)                  of V vectors the sum of each's lanes
-//   v_fold(x, out)             x: 8 vectors of lanes whose number is t * 4 + r; out[g] the sum of
-//   vector g's lanes of
-//                              even r, out[8 + g] that of odd r
+//   v_halves_added(a, b)       the halves of each added, those of a in the low half
+//   v_fold(x, out)             x: of 8 vectors of lanes whose number is t * 4 + r the halves,
+//   added, of two each; out[g]
+//                              the sum of vector g's lanes of even r, out[8 + g] that of odd r
 //   v_exp(v)                   exp, relative error under 1e-6, 0 below -87
 // A *group* is 16 words, the words of lanes 4g .. 4g+3 of a load: G = 16 / V vectors. Word t*4 + r
 // of group g holds, for K, token g + 8(r & 1) and channels 2t + 8(r >> 1) + e of a channel tile;
@@ -51,21 +51,32 @@ static void simd_q_prepare(uint32_t codec, const struct kvd_tc_coder *tc, const 
         spread16(q + tile * 16, out + tile * 32);
 }
 
-// Of a chunk, what the lanes of its eight groups add up: of each row [group][V].
+enum { PAIR = 2 }; // groups that share what is loaded of q
+
+// Of a chunk, what the lanes of its eight groups add up: of each row [group][V], and of each pair
+// of groups where they come in pairs.
 struct lanes {
     _Alignas(64) float x[KVD_CPU_ROWS][8 * V];
 };
 
-static KVD_BY_CASE void lanes_put(struct lanes *l, uint32_t row, uint32_t g, vf sum)
+static KVD_BY_CASE void lanes_put(struct lanes *l, const uint32_t groups, const uint32_t rows,
+                                  uint32_t g, vf sum[PAIR][KVD_CPU_ROWS])
 {
-    v_store(l->x[row] + g * V, sum);
+    for (uint32_t r = 0; r < rows; r++)
+        v_store(l->x[r] + g / groups * V,
+                groups == PAIR ? v_halves_added(sum[0][r], sum[1][r]) : sum[0][r]);
 }
 
 // The scores of the chunk's tokens, in order.
-static KVD_BY_CASE void lanes_fold(const struct lanes *l, const uint32_t rows, float *scores)
+static KVD_BY_CASE void lanes_fold(struct lanes *l, const uint32_t groups, const uint32_t rows,
+                                   float *scores)
 {
-    for (uint32_t r = 0; r < rows; r++)
-        v_fold(l->x[r], scores + r * KVD_PAGE_TOKENS);
+    for (uint32_t r = 0; r < rows; r++) {
+        float *x = l->x[r];
+        for (uint32_t i = 0; i < 4 && groups < PAIR; i++)
+            v_store(x + i * V, v_halves_added(v_load(x + 2 * i * V), v_load(x + (2 * i + 1) * V)));
+        v_fold(x, scores + r * KVD_PAGE_TOKENS);
+    }
 }
 
 // What loops are compiled for: codes of two, three and four bits, and of four whose levels are
@@ -129,6 +140,7 @@ static KVD_BY_CASE struct codes codes_of(const uint32_t planes, const uint8_t *c
     uint32_t plane = 16 * dim, stride = planes * plane + 64;
     for (uint32_t at = 0; at < planes * plane; at += 4 * V) {
         vi w = v_words(codes + at);
+        LOADED(w); // or the first copy is made by itself, by a string instruction that is slower
         v_words_store(to->x + at, w);
         v_words_store(to->x + stride + at, v_down(w, 2));
         v_words_store(to->x + 2 * stride + at, v_down(w, 4));
@@ -160,7 +172,10 @@ static KVD_BY_CASE struct plane_words plane_of(const uint32_t width, const uint3
         p.at = p.first / 8 * KVD_UNIT_BYTES;
     }
     uint32_t shift = (tile - p.first) * width + chunk % chunks * (16 / chunks);
-    return (struct plane_words){plane + chunk / chunks * bytes + p.at + g * 4 * lane, shift, lane};
+    const uint8_t *at = plane + chunk / chunks * bytes + p.at + g * 4 * lane;
+    if (width == 2 && lane == 16) // whole bytes then; a page has more behind its last words
+        return (struct plane_words){at + shift / 8, 0, lane};
+    return (struct plane_words){at, shift, lane};
 }
 
 static KVD_BY_CASE struct code_words words_of(const uint32_t kind, const uint32_t lane,
@@ -218,11 +233,10 @@ static KVD_BY_CASE vf pick_of(vf table, const struct plane_words *p, uint32_t st
 {
     uint32_t bit = p->shift + 2 * slot + high * half_of(p);
     if (p->lane < 16 || !stride)
-        return v_pick(table, words, bit);
-    // p->shift is a multiple of 8, but for dims that have fewer than eight channel tiles.
+        return v_pick(table, words, bit - 2 * (slot & 1), slot & 1);
     return v_pick(table,
                   v_words(p->at + bit % 8 / 2 * stride + bit / 8 + (uint32_t)i * (V / 4) * p->lane),
-                  0);
+                  0, 0);
 }
 
 // The levels of these codes.
@@ -270,7 +284,25 @@ static KVD_BY_CASE vf level_of(const uint32_t kind, const struct levels *l,
             f(2, 1, 1, tile_, __VA_ARGS__);                                                        \
     } while (0)
 
-enum { PAIR = 2 }; // groups that share what is loaded of q
+// Adds the products of a channel tile's codes in low or high halves of words. `slot` is even, `odd`
+// known when this is compiled.
+static KVD_BY_CASE void k_scores_slot(const uint32_t odd, uint32_t slot, const uint32_t high,
+                                      const uint32_t kind, const struct levels *l,
+                                      const struct code_words at[PAIR],
+                                      const struct tile_words w[PAIR], uint32_t dim,
+                                      const uint32_t groups, const float *q, const uint32_t rows,
+                                      vf acc[PAIR][KVD_CPU_ROWS])
+{
+    vf x[PAIR];
+    for (uint32_t n = 0; n < groups; n++)
+        x[n] = level_of(kind, l, &at[n], &w[n], slot + odd, high);
+    for (uint32_t r = 0; r < rows; r++) {
+        vf y = v_load(q + r * 2 * dim);
+        LOADED(y);
+        for (uint32_t n = 0; n < groups; n++)
+            acc[n][r] = v_fma(x[n], y, acc[n][r]);
+    }
+}
 
 // Adds the products of some channel tiles to the scores of one group's tokens, or of two.
 static KVD_BY_CASE void k_scores_tiles(const uint32_t lane, const uint32_t more_lane,
@@ -287,18 +319,12 @@ static KVD_BY_CASE void k_scores_tiles(const uint32_t lane, const uint32_t more_
         struct tile_words w[PAIR];
         for (uint32_t n = 0; n < groups; n++)
             w[n] = load_tile(kind, &at[n], i);
-        for (uint32_t slot = 0; slot < tiles; slot++)
+        for (uint32_t slot = 0; slot < tiles; slot += 2)
             for (uint32_t high = 0; high < 2; high++) {
-                vf x[PAIR];
-                for (uint32_t n = 0; n < groups; n++)
-                    x[n] = level_of(kind, l, &at[n], &w[n], slot, high);
-                for (uint32_t r = 0; r < rows; r++) {
-                    vf y = v_load(q + r * 2 * dim + (tile + slot) * 32 + high * 16 +
-                                  (uint32_t)(i * V));
-                    LOADED(y);
-                    for (uint32_t n = 0; n < groups; n++)
-                        acc[n][r] = v_fma(x[n], y, acc[n][r]);
-                }
+                const float *y = q + (tile + slot) * 32 + high * 16 + (uint32_t)(i * V);
+                k_scores_slot(0, slot, high, kind, l, at, w, dim, groups, y, rows, acc);
+                if (tiles > 1)
+                    k_scores_slot(1, slot, high, kind, l, at, w, dim, groups, y + 32, rows, acc);
             }
     }
 }
@@ -318,17 +344,16 @@ static KVD_BY_CASE void k_scores_rows(const uint32_t kind, struct levels l,
                 for (uint32_t r = 0; r < rows; r++)
                     acc[n][r] = v_zero();
             EACH_TILES(k_scores_tiles, dim, kind, &l, codes, dim, chunk, g, groups, q, rows, acc);
-            for (uint32_t n = 0; n < groups; n++)
-                for (uint32_t r = 0; r < rows; r++)
-                    lanes_put(&lanes, r, g + n, acc[n][r]);
+            lanes_put(&lanes, groups, rows, g, acc);
             LOAD_AGAIN();
         }
-        lanes_fold(&lanes, rows, scores + chunk * 16);
+        lanes_fold(&lanes, groups, rows, scores + chunk * 16);
     }
 }
 
-// Copies, and pairs of groups, pay for the shape that is most used; each more that had them would
-// take seconds to compile.
+// Pairs of groups, and copies, pay for the shape that is most used; each more that had them would
+// take seconds to compile. With sixteen lanes a shift serves two codes, and with two bits there are
+// registers for what is shifted: copies are worth less than they take.
 static KVD_BY_CASE void k_scores_kind(const uint32_t kind, struct levels l, const uint8_t *codes,
                                       uint32_t dim, const float *q, uint32_t rows, float *scores,
                                       struct kvd_cpu_ahead *ahead)
@@ -336,7 +361,8 @@ static KVD_BY_CASE void k_scores_kind(const uint32_t kind, struct levels l, cons
     struct codes c = codes_plain(codes, dim);
     struct copies copies;
     if (rows == 4 && dim == 128) {
-        c = codes_of(kind == EVEN_4 ? 2 : 1, codes, 128, &copies);
+        if (V == 8 && kind != 2)
+            c = codes_of(kind == EVEN_4 ? 2 : 1, codes, 128, &copies);
         k_scores_rows(kind, l, &c, 128, PAIR, q, 4, scores, ahead);
     } else if (rows == 4) {
         k_scores_rows(kind, l, &c, dim, 1, q, 4, scores, ahead);
@@ -367,15 +393,17 @@ static void simd_k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, co
 
 enum { SLOTS = V == 16 ? 4 : 2 }; // channel tiles whose accumulators fit the registers
 
-// Up to SLOTS channel tiles of a group. acc of one row: [g 8][channel tile][16 lanes].
+// Up to SLOTS channel tiles of a group, from the `first` of some on. acc of one row: [g 8][channel
+// tile][16 lanes].
 static KVD_BY_CASE void v_accumulate_slots(const uint32_t lane, const uint32_t more_lane,
-                                           const uint32_t tiles, uint32_t tile, const uint32_t kind,
+                                           const uint32_t first, const uint32_t tiles,
+                                           uint32_t tile, const uint32_t kind,
                                            const struct levels *l, const struct codes *codes,
                                            uint32_t dim, uint32_t g, const float *spread,
                                            const uint32_t rows, float *acc)
 {
     for (int i = 0; i < G; i++) {
-        float *at = acc + (g * (dim / 16) + tile) * 16 + (uint32_t)(i * V);
+        float *at = acc + (g * (dim / 16) + tile + first) * 16 + (uint32_t)(i * V);
         vf a[KVD_CPU_ROWS][SLOTS];
         for (uint32_t r = 0; r < rows; r++)
             for (uint32_t s = 0; s < tiles; s++)
@@ -386,11 +414,10 @@ static KVD_BY_CASE void v_accumulate_slots(const uint32_t lane, const uint32_t m
             for (uint32_t high = 0; high < 2; high++) {
                 vf x[SLOTS];
                 for (uint32_t s = 0; s < tiles; s++)
-                    x[s] = level_of(kind, l, &where, &w, s, high);
+                    x[s] = level_of(kind, l, &where, &w, first + s, high);
                 for (uint32_t r = 0; r < rows; r++) {
                     vf p = v_load(spread + (r * 4 + chunk) * 32 + high * 16 + i * V);
-                    if (V == 16)
-                        LOADED(p); // sixteen registers are too few to keep it
+                    LOADED(p);
                     for (uint32_t s = 0; s < tiles; s++)
                         a[r][s] = v_fma(x[s], p, a[r][s]);
                 }
@@ -408,12 +435,11 @@ static KVD_BY_CASE void v_accumulate_tiles(const uint32_t lane, const uint32_t m
                                            uint32_t dim, uint32_t g, const float *spread,
                                            const uint32_t rows, float *acc)
 {
-    if (tiles <= SLOTS) {
-        v_accumulate_slots(lane, more_lane, tiles, tile, kind, l, codes, dim, g, spread, rows, acc);
-        return;
-    }
-    for (uint32_t t = tile; t < tile + tiles; t += SLOTS)
-        v_accumulate_slots(lane, more_lane, SLOTS, t, kind, l, codes, dim, g, spread, rows, acc);
+    const uint32_t some = KVD_MIN(tiles, SLOTS);
+    v_accumulate_slots(lane, more_lane, 0, some, tile, kind, l, codes, dim, g, spread, rows, acc);
+    if (tiles > SLOTS)
+        v_accumulate_slots(lane, more_lane, SLOTS, SLOTS, tile, kind, l, codes, dim, g, spread,
+                           rows, acc);
 }
 
 static KVD_BY_CASE void v_accumulate_rows(const uint32_t kind, struct levels l,
@@ -432,11 +458,7 @@ static KVD_BY_CASE void v_accumulate_kind(const uint32_t kind, struct levels l,
                                           uint32_t rows, float *acc, struct kvd_cpu_ahead *ahead)
 {
     struct codes c = codes_plain(codes, dim);
-    struct copies copies;
     if (rows == 4 && dim == 128) {
-        // With eight lanes there is a port for shifts, and copies are worth less than they take.
-        if (V == 16)
-            c = codes_of(kind == EVEN_4 ? 2 : 1, codes, 128, &copies);
         v_accumulate_rows(kind, l, &c, 128, spread, 4, acc, ahead);
     } else if (rows == 4) {
         v_accumulate_rows(kind, l, &c, dim, spread, 4, acc, ahead);

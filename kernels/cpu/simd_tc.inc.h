@@ -175,11 +175,9 @@ static KVD_BY_CASE void tc_scores_rows(const struct tc_plan *p, const struct tc_
                     else
                         tc_run(4, p, run, x, q + i * V, rows, acc);
             }
-            for (uint32_t n = 0; n < PAIR; n++)
-                for (uint32_t r = 0; r < rows; r++)
-                    lanes_put(&lanes, r, g + n, acc[n][r]);
+            lanes_put(&lanes, PAIR, rows, g, acc);
         }
-        lanes_fold(&lanes, rows, scores + chunk * 16);
+        lanes_fold(&lanes, PAIR, rows, scores + chunk * 16);
     }
 }
 

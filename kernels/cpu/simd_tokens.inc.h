@@ -51,7 +51,6 @@ static void simd_params(uint32_t codec, const uint8_t *params, struct kvd_cpu_pa
 {
     vf by = v_set1(kvd_cpu_centre(codec));
     struct kvd_affine each[KVD_PAGE_TOKENS];
-    memset(out->centre, 0, sizeof(out->centre));
 #ifdef V_HALVES
     for (uint32_t t = 0; t < KVD_PAGE_TOKENS && codec == KVD_CODEC_INT2C; t += 16)
         v_bytes(params + 2 * t, out->scale + t, out->centre + t);
@@ -66,6 +65,8 @@ static void simd_params(uint32_t codec, const uint8_t *params, struct kvd_cpu_pa
         }
     } else {
         bool both = kvd_codec_param_bytes(codec) == 4;
+        for (uint32_t t = 0; t < KVD_PAGE_TOKENS && !both; t += V)
+            v_store(out->centre + t, v_zero());
         for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t += 16)
             params_chunk(params + t * (both ? 4 : 2), out->scale + t,
                          both ? out->centre + t : NULL);
