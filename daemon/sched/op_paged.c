@@ -31,10 +31,9 @@ static int resolve(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__Pag
     const uint64_t id = side->buffers[side->n_buffers == 1 ? 0 : layer];
     const uint64_t offset = side->offsets[layer];
     const bool on_device = w->call->d->backend->ops->on_device;
-    struct kvd_buffer *b = kvd_session_buffer(s, id);
+    struct kvd_buffer *b = kvd_session_want_buffer(s, id, err);
     if (!b)
-        return kvd_fail(err, KVD_E_NOT_FOUND, "%s[%u]: this session has no buffer %" PRIu64, name,
-                        layer, id);
+        return kvd_fail_in(err, "%s[%u]", name, layer);
     if ((b->kind != KVD_MEMORY_MEMFD) != on_device)
         return kvd_fail(err, KVD_E_INVALID,
                         "%s[%u]: buffer %" PRIu64 " is memory of the %s, and kvd computes in that "

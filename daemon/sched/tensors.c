@@ -80,10 +80,9 @@ static int in_buffer(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__T
 {
     const char *name = span->name;
     uint32_t item = span->item;
-    struct kvd_buffer *b = kvd_session_buffer(s, ref->buffer);
+    struct kvd_buffer *b = kvd_session_want_buffer(s, ref->buffer, err);
     if (!b)
-        return kvd_fail(err, KVD_E_NOT_FOUND, "items[%u].%s: this session has no buffer %" PRIu64,
-                        item, name, ref->buffer);
+        return kvd_fail_in(err, "items[%u].%s", item, name);
     if (end > b->size)
         return kvd_fail(err, KVD_E_INVALID,
                         "items[%u].%s reaches to byte %" PRIu64 ", but buffer %" PRIu64
@@ -113,10 +112,9 @@ int kvd_work_fence(struct kvd_work *w, struct kvd_session *s, const Kvd__V1__Fen
     const char *name = written ? "signal" : "wait";
     if (!f)
         return KVD_OK;
-    struct kvd_buffer *b = kvd_session_buffer(s, f->buffer);
+    struct kvd_buffer *b = kvd_session_want_buffer(s, f->buffer, err);
     if (!b)
-        return kvd_fail(err, KVD_E_NOT_FOUND, "%s: this session has no buffer %" PRIu64, name,
-                        f->buffer);
+        return kvd_fail_in(err, "%s", name);
     if (b->kind != KVD_MEMORY_MEMFD)
         return kvd_fail(err, KVD_E_INVALID, "%s: a fence lies in a memfd, not in GPU memory", name);
     if (f->offset % sizeof(uint32_t) || b->size < sizeof(uint32_t) ||

@@ -22,6 +22,22 @@ struct kvd_buffer *kvd_session_buffer(struct kvd_session *s, uint64_t id)
     return b && b->mapped == b->size ? b : NULL;
 }
 
+struct kvd_buffer *kvd_session_want_buffer(struct kvd_session *s, uint64_t id,
+                                           struct kvd_error *err)
+{
+    struct kvd_buffer *b = kvd_session_any_buffer(s, id);
+    if (b && b->mapped == b->size)
+        return b;
+    if (b)
+        kvd_fail(err, KVD_E_PRECONDITION,
+                 "buffer %" PRIu64 " has %" PRIu64 " of its %" PRIu64
+                 " bytes so far: register the rest of its segments, or release it",
+                 id, b->mapped, b->size);
+    else
+        kvd_fail(err, KVD_E_NOT_FOUND, "this session has no buffer %" PRIu64, id);
+    return NULL;
+}
+
 // Maps a memfd.
 static int map_memfd(const struct kvd_foreign *m, struct kvd_buffer *b, struct kvd_error *err)
 {

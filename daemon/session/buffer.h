@@ -29,6 +29,9 @@ struct kvd_buffer {
 
 // One that can be used: NULL as long as segments of it are to come.
 struct kvd_buffer *kvd_session_buffer(struct kvd_session *s, uint64_t id);
+// The same; *err says why there is none: KVD_E_NOT_FOUND, KVD_E_PRECONDITION.
+struct kvd_buffer *kvd_session_want_buffer(struct kvd_session *s, uint64_t id,
+                                           struct kvd_error *err);
 // The same whatever is to come: to be released.
 struct kvd_buffer *kvd_session_any_buffer(struct kvd_session *s, uint64_t id);
 // Maps a worker's memory. The fd stays the caller's. KVD_E_INVALID (seals, size, holes, not
