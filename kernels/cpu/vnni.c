@@ -226,59 +226,67 @@ void kvd_vnni_q_prepare(uint32_t codec, const struct kvd_tc_coder *tc, const flo
 
 // -- V -------------------------------------------------------------------------------------------
 
-// A tile's probabilities: of each row digits of a chunk's tokens, for lanes as digit_words has
-// them; what the centre takes from each lane's sum; and what products are worth.
+// A tile's probabilities: each row's lines of digit_tokens; what the centre takes from each lane's
+// sum; and what products are worth.
 struct v_digits {
-    __m512i x[KVD_CPU_ROWS][DIGITS][4], centre[KVD_CPU_ROWS];
+    __m512i line[KVD_CPU_ROWS][DIGITS], centre[KVD_CPU_ROWS];
     float worth[KVD_CPU_ROWS];
 };
 
 static inline void v_digits_of(uint32_t codec, const float *p, uint32_t rows, struct v_digits *to)
 {
+    const __m512i centre = centre_of(codec);
     for (uint32_t r = 0; r < rows; r++) {
-        __m512i line[DIGITS], sum = _mm512_setzero_si512();
-        to->worth[r] = digit_step(codec) * digit_tokens(p + r * KVD_PAGE_TOKENS, line);
-        for (uint32_t d = DIGITS; d-- > 0;) {
-            to->x[r][d][0] = _mm512_shuffle_epi32(line[d], 0x00);
-            to->x[r][d][1] = _mm512_shuffle_epi32(line[d], 0x55);
-            to->x[r][d][2] = _mm512_shuffle_epi32(line[d], 0xaa);
-            to->x[r][d][3] = _mm512_shuffle_epi32(line[d], 0xff);
-            sum = _mm512_slli_epi32(sum, 8);
-            for (uint32_t chunk = 0; chunk < 4; chunk++)
-                sum = _mm512_dpbusd_epi32(sum, centre_of(codec), to->x[r][d][chunk]);
-        }
-        to->centre[r] = sum;
+        __m512i sum = _mm512_setzero_si512();
+        to->worth[r] = digit_step(codec) * digit_tokens(p + r * KVD_PAGE_TOKENS, to->line[r]);
+        for (uint32_t d = DIGITS; d-- > 0;)
+            sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(sum, 8), centre, to->line[r][d]);
+        // Of four chunks, which lie side by side; lanes of one pair of tokens have the same.
+        sum = _mm512_add_epi32(sum, _mm512_shuffle_epi32(sum, 0xb1));
+        to->centre[r] = _mm512_add_epi32(sum, _mm512_shuffle_epi32(sum, 0x4e));
     }
 }
 
-// Adds a group's sums at `slots` from `slot` on. acc of one row: [block][group][slot][16 lanes].
-static KVD_BY_CASE void v_slots(const bool four, const uint32_t rows, const uint32_t slots,
-                                const uint32_t slot, const __m512i low[4], const __m512i high[4],
+// A chunk's digits for lanes as digit_words has them. Shuffled as they are loaded: stored for all
+// chunks they took longer.
+static KVD_BY_CASE __m512i v_chunk(const __m512i *line, const uint32_t chunk)
+{
+    switch (chunk) {
+    case 0:
+        return _mm512_shuffle_epi32(*line, 0x00);
+    case 1:
+        return _mm512_shuffle_epi32(*line, 0x55);
+    case 2:
+        return _mm512_shuffle_epi32(*line, 0xaa);
+    default:
+        return _mm512_shuffle_epi32(*line, 0xff);
+    }
+}
+
+// Adds a group's sums of some rows from `row` on. acc of one row: [block][group][slot][16 lanes].
+static KVD_BY_CASE void v_group(const uint32_t rows, const __m512i x[SLOTS][4], uint32_t row,
                                 const struct v_digits *p, uint32_t dim, float *acc)
 {
-    __m512i x[SLOTS][4], sum[SLOTS][KVD_CPU_ROWS];
-    for (uint32_t s = 0; s < slots; s++)
-        for (uint32_t chunk = 0; chunk < 4; chunk++)
-            x[s][chunk] = codes_of(four, low[chunk], high[chunk], (int)(slot + s));
+    __m512i sum[SLOTS][PAIR];
     for (uint32_t d = DIGITS; d-- > 0;) {
-        for (uint32_t s = 0; s < slots; s++)
+        for (uint32_t s = 0; s < SLOTS; s++)
             for (uint32_t r = 0; r < rows; r++)
                 sum[s][r] =
                     d == DIGITS - 1 ? _mm512_setzero_si512() : _mm512_slli_epi32(sum[s][r], 8);
         for (uint32_t chunk = 0; chunk < 4; chunk++)
             for (uint32_t r = 0; r < rows; r++) {
-                __m512i y = p->x[r][d][chunk];
+                __m512i y = v_chunk(&p->line[row + r][d], chunk);
                 LOADED(y);
-                for (uint32_t s = 0; s < slots; s++)
+                for (uint32_t s = 0; s < SLOTS; s++)
                     sum[s][r] = _mm512_dpbusd_epi32(sum[s][r], x[s][chunk], y);
             }
     }
     for (uint32_t r = 0; r < rows; r++)
-        for (uint32_t s = 0; s < slots; s++) {
-            float *to = acc + r * 8 * dim + (slot + s) * 16;
-            __m512 all = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[s][r], p->centre[r]));
+        for (uint32_t s = 0; s < SLOTS; s++) {
+            float *to = acc + (row + r) * 8 * dim + s * 16;
+            __m512 all = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[s][r], p->centre[row + r]));
             _mm512_storeu_ps(
-                to, _mm512_fmadd_ps(all, _mm512_set1_ps(p->worth[r]), _mm512_loadu_ps(to)));
+                to, _mm512_fmadd_ps(all, _mm512_set1_ps(p->worth[row + r]), _mm512_loadu_ps(to)));
         }
 }
 
@@ -286,18 +294,19 @@ static KVD_BY_CASE void v_rows(const bool four, const uint32_t rows, const uint8
                                uint32_t dim, const struct v_digits *p, float *acc,
                                struct kvd_cpu_ahead *ahead)
 {
-    const uint32_t slots = rows > 2 ? 2 : SLOTS;
     for (uint32_t group = 0; group < dim / BLOCK * 8; group++) {
         const uint8_t *at = codes + group / 8 * BLOCK_BYTES + group % 8 * LINE;
-        __m512i low[4], high[4];
+        __m512i x[SLOTS][4];
         kvd_cpu_ask(ahead, 1);
         for (uint32_t chunk = 0; chunk < 4; chunk++) {
-            low[chunk] = digit_words(at + chunk * 4 * dim);
-            high[chunk] = digit_words(at + chunk * 4 * dim + (four ? 16 * dim : 0));
+            __m512i low = digit_words(at + chunk * 4 * dim),
+                    high = digit_words(at + chunk * 4 * dim + (four ? 16 * dim : 0));
+            for (int s = 0; s < SLOTS; s++)
+                x[s][chunk] = codes_of(four, low, high, s);
         }
-        for (uint32_t slot = 0; slot < SLOTS; slot += slots) {
+        for (uint32_t r = 0; r < rows; r += PAIR) {
             LOAD_AGAIN(p);
-            v_slots(four, rows, slots, slot, low, high, p, dim, acc + group * SLOTS * 16);
+            v_group(KVD_MIN(rows - r, PAIR), x, r, p, dim, acc + group * SLOTS * 16);
         }
     }
 }
