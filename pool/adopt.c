@@ -173,10 +173,8 @@ static int adopt_end(struct kvd_pool *pool, const struct kvd_blocks_at *at, uint
     int rc = kvd_pool_seq_fork(pool, at->end, seq, err);
     if (rc)
         return rc;
-    if (end->lru_stamp) { // one that was passed stays so
-        lru_remove(pool, end);
-        lru_add(pool, end);
-    }
+    if (end->lru_stamp) // one that was passed stays so
+        lru_move(pool, end, false);
     rc = kvd_pool_truncate(pool, *seq, (uint64_t)blocks * KVD_PAGE_TOKENS, err);
     if (rc)
         kvd_pool_seq_release(pool, *seq);
@@ -185,7 +183,7 @@ static int adopt_end(struct kvd_pool *pool, const struct kvd_blocks_at *at, uint
 
 static void refer(struct kvd_pool *pool, struct region_table *t, uint32_t entry, uint32_t page)
 {
-    pool->page[page].refs++;
+    page_ref(pool, page);
     table_set(pool, t, entry, page);
 }
 

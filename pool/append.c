@@ -391,7 +391,7 @@ static void put_back(struct kvd_pool *pool, struct region_table *t, uint32_t ent
     uint32_t now = table_get(pool, t, entry);
     if (now == page)
         return;
-    pool->page[page].refs++;
+    page_ref(pool, page);
     table_set(pool, t, entry, page);
     if (now != KVD_POOL_NONE)
         kvd_pool_page_unref(pool, now);
@@ -527,18 +527,18 @@ int kvd_pool_append_begin(struct kvd_pool *pool, const struct kvd_pool_append_re
     out->changes = calloc(pages, sizeof(*out->changes));
     if (!out->changes)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    s->pins++; // eviction must not take the very sequence that grows
+    seq_pin(pool, s); // eviction must not take the very sequence that grows
     rc = room_make(pool, s->ns, s->layout, &need, err);
-    s->pins--;
-    if (rc) {
-        free(KVD_TAKE(out->changes));
-        return rc;
+    if (rc == KVD_OK) {
+        unseal(pool, s, out);
+        set_phase(s, PHASE_RUNNING);
+        take(pool, s, out); // perhaps less than was needed: evicted sequences shared some
+        room_settle(pool, s->ns, s->layout, &need);
     }
-    unseal(pool, s, out);
-    set_phase(s, PHASE_RUNNING);
-    take(pool, s, out); // perhaps less than was needed: evicted sequences shared some
-    room_settle(pool, s->ns, s->layout, &need);
-    return KVD_OK;
+    seq_unpin(pool, s);
+    if (rc)
+        free(KVD_TAKE(out->changes));
+    return rc;
 }
 
 void kvd_pool_append_commit(struct kvd_pool *pool, struct kvd_pool_append *a)
@@ -569,14 +569,17 @@ void kvd_pool_append_commit(struct kvd_pool *pool, struct kvd_pool_append *a)
     a->n_changes = 0;
     if (whole || !keeps_pages(pool, l, a))
         drop_undo(pool, s);
+    seq_pin(pool, s);
     if (whole)
         drop_behind_windows(pool, s);
+    seq_unpin(pool, s);
 }
 
 void kvd_pool_append_abort(struct kvd_pool *pool, struct kvd_pool_append *a)
 {
     struct region_seq *s = &pool->seq[(uint32_t)a->by.seq];
     bool first = a->n_changes > 0;
+    seq_pin(pool, s);
     while (a->n_changes > 0) {
         const struct kvd_pool_change *c = &a->changes[--a->n_changes];
         struct region_table *t = &s->table[c->plane][c->kind];
@@ -600,6 +603,7 @@ void kvd_pool_append_abort(struct kvd_pool *pool, struct kvd_pool_append *a)
                 n--;
             table_truncate(pool, t, n);
         }
+    seq_unpin(pool, s);
 }
 
 // -- pages that stay where they are -------------------------------------------------------------
@@ -681,17 +685,17 @@ int kvd_pool_settle_begin(struct kvd_pool *pool, uint64_t seq, struct kvd_pool_a
     out->changes = calloc(need_pages(&need) + 1, sizeof(*out->changes));
     if (!out->changes)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
-    s->pins++; // eviction must not take the very sequence
+    seq_pin(pool, s); // eviction must not take the very sequence
     int rc = room_make(pool, s->ns, s->layout, &need, err);
-    s->pins--;
-    if (rc) {
-        free(KVD_TAKE(out->changes));
-        return rc;
+    if (rc == KVD_OK) {
+        set_phase(s, PHASE_RUNNING);
+        take_whole(pool, s, out);
+        room_settle(pool, s->ns, s->layout, &need);
     }
-    set_phase(s, PHASE_RUNNING);
-    take_whole(pool, s, out);
-    room_settle(pool, s->ns, s->layout, &need);
-    return KVD_OK;
+    seq_unpin(pool, s);
+    if (rc)
+        free(KVD_TAKE(out->changes));
+    return rc;
 }
 
 void kvd_pool_settle_commit(struct kvd_pool *pool, struct kvd_pool_append *a)
@@ -762,6 +766,7 @@ int kvd_pool_truncate(struct kvd_pool *pool, uint64_t seq, uint64_t length, stru
     int rc = check_truncate(pool, s, length, err);
     if (rc)
         return rc;
+    seq_pin(pool, s);
     if (s->pending_layers && has_undo(pool, s))
         undo(pool, s);
     journal_note(pool, &s->length, STATE_BYTES);
@@ -776,5 +781,6 @@ int kvd_pool_truncate(struct kvd_pool *pool, uint64_t seq, uint64_t length, stru
     }
     journal_end(pool);
     trim(pool, s);
+    seq_unpin(pool, s);
     return KVD_OK;
 }

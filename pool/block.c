@@ -121,7 +121,7 @@ void kvd_pool_block_hold(struct kvd_pool *pool, const struct kvd_pool_block *b)
         pool->ns[b->ns].holders++;
         kvd_pool_layout_ref(pool, b->layout);
     }
-    pool->page[b->page].refs++;
+    page_ref(pool, b->page);
 }
 
 void kvd_pool_block_drop(struct kvd_pool *pool, const struct kvd_pool_block *b)

@@ -68,8 +68,7 @@ static void pass_ends(struct kvd_pool *pool, uint32_t ns, const uint32_t *path, 
         struct region_seq *end = end_of(pool, ns, path[i], i + 1);
         if (!end || end->end_entry != path[i] + 1 || end->lru_stamp == 0)
             continue;
-        lru_remove(pool, end);
-        lru_add_first(pool, end);
+        lru_move(pool, end, true);
         pool->kept[ns]->ends_passed++;
     }
 }
@@ -109,8 +108,7 @@ static int see_to_end(struct kvd_pool *pool, struct region_seq *s, const uint32_
     struct region_seq *end = end_of(pool, s->ns, path[blocks - 1], blocks);
     int rc = KVD_OK;
     if (end && end->end_entry == path[blocks - 1] + 1) {
-        lru_remove(pool, end);
-        lru_add(pool, end);
+        lru_move(pool, end, false);
     } else {
         rc = make_end(pool, s, path, sealed, blocks, err);
     }

@@ -75,7 +75,7 @@ bool kvd_blocks_pick_up(struct kvd_pool *pool, uint32_t ns, struct kvd_blocks_lo
             uint32_t page = kept_page(pool, k, space.layout, e.value, p);
             if (page == KVD_POOL_NONE || pool->sum[page] == KVD_SUM_DAMAGED)
                 continue;
-            pool->page[page].refs++;
+            page_ref(pool, page);
             fill(pool, p, page, out);
         }
         kvd_pool_layout_ref(pool, space.layout);

@@ -347,8 +347,10 @@ uint32_t page_take(struct kvd_pool *pool, uint32_t slab, uint32_t order)
 
 void kvd_pool_page_unref(struct kvd_pool *pool, uint32_t page)
 {
-    if (--pool->page[page].refs)
+    if (--pool->page[page].refs) {
+        page_left(pool, page);
         return;
+    }
     struct region_slab *s = &pool->slab[page_extent(pool, page)->slab];
     uint64_t bytes = page_size(pool, page);
     pool->head->damaged -= pool->sum[page] == KVD_SUM_DAMAGED;
@@ -393,11 +395,4 @@ void page_addresses(const struct kvd_pool *pool, const uint32_t *pages, uint32_t
 uint32_t kvd_pool_page_rows(const struct kvd_pool *pool, uint32_t page)
 {
     return KVD_PAGE_TOKENS >> page_order(pool, page);
-}
-
-void evictable_went(struct kvd_pool *pool, uint32_t ns, uint64_t used_before)
-{
-    const uint64_t freed = used_before - pool->ns[ns].used;
-    pool->ns[ns].borrow -= KVD_MIN(pool->ns[ns].borrow, freed);
-    pool->gone[ns] += freed;
 }

@@ -118,7 +118,7 @@ static int make_sequence(struct kvd_pool *pool, const struct kvd_blocks_space *s
             struct kvd_prefix_entry_info e;
             kvd_prefix_get(k->ix, entries[i], &e);
             uint32_t page = kept_page(pool, k, space->layout, e.value, p);
-            pool->page[page].refs++;
+            page_ref(pool, page);
             table_set(pool, t, i, page);
         }
         s->reach[p].hist_end = (uint64_t)n * KVD_PAGE_TOKENS;

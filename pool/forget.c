@@ -16,7 +16,6 @@ static void removed(void *ctx, const struct kvd_prefix_removed *r)
     struct removal *m = ctx;
     struct kvd_pool *pool = m->pool;
     m->gone++;
-    const uint64_t used = pool->ns[m->ns].used;
     struct kept *k = pool->kept[m->ns];
     uint32_t end = k->end[r->entry];
     k->end[r->entry] = 0;
@@ -28,7 +27,6 @@ static void removed(void *ctx, const struct kvd_prefix_removed *r)
         lru_remove(pool, &pool->seq[end - 1]);
         seq_destroy(pool, &pool->seq[end - 1]);
     }
-    evictable_went(pool, m->ns, used);
     if (pool->on_block_gone && !told)
         pool->on_block_gone(pool->on_evict_ctx, m->ns, k->layout_of[r->domain], r);
 }

@@ -35,7 +35,7 @@ struct region_namespace {
     uint64_t quota;
     // -- derived
     uint64_t used, pages, sequences, tokens, blocks;
-    uint64_t borrow;              // bytes that it may have beyond its quota
+    uint64_t idle;                // bytes of pages that nobody uses (idle.c)
     uint32_t lru_first, lru_last; // evictable sequences; first: least recently used
 };
 
@@ -225,6 +225,13 @@ struct kept {
 
 #define NEW_LAST UINT32_MAX
 
+// What a namespace may have beyond its quota (idle.c). The process's own.
+struct lent {
+    bool may;
+    uint64_t stays;     // of what is idle, what cannot be evicted, by the latest look; before: all
+    uint64_t most_idle; // since that began
+};
+
 struct kvd_pool {
     int fd; // of the region; -1: it is private, and ends with the process
     struct kvd_pool_mem_ops ops;
@@ -233,7 +240,6 @@ struct kvd_pool {
     kvd_pool_block_gone_fn *on_block_gone;
     void (*on_superseded)(void *ctx);
     struct kept **kept;              // by namespace; NULL: it has no index
-    uint64_t *gone;                  // by namespace: kvd_pool_namespace_info.gone
     struct blocks_room *blocks_room; // what blocks.c works in; NULL: not wanted yet
     bool notes_new;                  // blocks that get pages are noted
     bool opening;                    // indices hold nothing yet
@@ -250,6 +256,8 @@ struct kvd_pool {
     uint32_t *slab_at; // by namespace, layout, plane and kind: the slab's number + 1, or 0: derived
     struct region_extent *extent;
     struct region_page *page;
+    uint32_t *idle;    // by page: how many of its references are idle; the process's own
+    struct lent *lent; // by namespace
     uint64_t *sum; // by page: of a block that is complete, or KVD_SUM_NONE, KVD_SUM_DAMAGED: truth
     struct region_block *block;
     struct region_seq *seq;
@@ -281,8 +289,8 @@ static inline void stored(void)
 // Gives each table its place in the region. With base NULL only the size is computed.
 uint64_t region_lay_out(struct kvd_pool *pool, const struct region_head *h, uint8_t *base);
 // What a new pool and one that is opened have alike, outside of the region.
-int pool_begin(struct kvd_pool *pool, const struct kvd_pool_config *config,
-               const struct kvd_pool_mem_ops *ops, struct kvd_error *err);
+void pool_begin(struct kvd_pool *pool, const struct kvd_pool_config *config,
+                const struct kvd_pool_mem_ops *ops);
 uint32_t region_shape(void);
 // The sizes of tables that a configuration asks for. KVD_E_INVALID.
 int region_sizes(const struct kvd_pool_config *c, struct region_head *h, struct kvd_error *err);
@@ -352,8 +360,6 @@ uint32_t parts_used(const struct kvd_pool *pool, uint32_t first);
 void parts_relist(struct kvd_pool *pool, struct region_slab *s, uint32_t first);
 
 // -- extent.c: slabs, extents, pages ------------------------------------------------------------
-// To be told whenever what could be evicted of a namespace has gone, however: what it used before.
-void evictable_went(struct kvd_pool *pool, uint32_t ns, uint64_t used_before);
 // No pages of an extent are given out any more, until it is opened again or has none in use and is
 // returned. One at a time.
 void extent_shut(struct kvd_pool *pool, uint32_t x);
@@ -373,6 +379,31 @@ void slab_settle(struct kvd_pool *pool, uint32_t slab);
 uint32_t page_take(struct kvd_pool *pool, uint32_t slab, uint32_t order);
 // Puts an extent into its slab's list of those with a free page.
 void partial_add(struct kvd_pool *pool, struct region_slab *s, uint32_t x);
+
+// -- idle.c: what nobody uses -------------------------------------------------------------------
+// Another reference to a page: somebody's, which kvd_pool_page_unref takes away; or an idle one,
+// which first becomes somebody's.
+void page_ref(struct kvd_pool *pool, uint32_t page);
+void page_ref_idle(struct kvd_pool *pool, uint32_t page);
+void page_unidle(struct kvd_pool *pool, uint32_t page);
+// One that was somebody's is gone, and others are left.
+void page_left(struct kvd_pool *pool, uint32_t page);
+// The references of a sequence's tables have become idle, or somebody's: where it is listed and not
+// pinned, and nowhere else, they are idle. So whatever changes its tables pins it.
+void idle_sequence(struct kvd_pool *pool, const struct region_seq *s, bool idle);
+void seq_pin(struct kvd_pool *pool, struct region_seq *s);
+void seq_unpin(struct kvd_pool *pool, struct region_seq *s);
+// Bytes that could be evicted of a namespace now, and that it may have beyond its quota.
+uint64_t evictable_bytes(const struct kvd_pool *pool, uint32_t ns);
+uint64_t lent_to(const struct kvd_pool *pool, uint32_t ns);
+// A look begins, and has found what can be evicted, by namespace.
+void lent_look(struct kvd_pool *pool);
+void lent_looked(struct kvd_pool *pool, const uint64_t *evictable);
+// Of a new namespace nothing is known.
+void lent_forget(struct kvd_pool *pool, uint32_t ns);
+// For a pool of that shape. -ENOMEM.
+int idle_init(struct kvd_pool *pool, const struct region_head *h, struct kvd_error *err);
+void idle_deinit(struct kvd_pool *pool);
 
 // -- table.c: page tables -----------------------------------------------------------------------
 void table_init(struct region_table *t, uint32_t ns);
@@ -498,6 +529,8 @@ void lru_add(struct kvd_pool *pool, struct region_seq *s);
 // The same, as the first that is to go.
 void lru_add_first(struct kvd_pool *pool, struct region_seq *s);
 void lru_remove(struct kvd_pool *pool, struct region_seq *s);
+// Of one that is listed: it becomes the last of them to go, or the first, as lru_add_first has it.
+void lru_move(struct kvd_pool *pool, struct region_seq *s, bool first);
 void name_remove(struct kvd_pool *pool, struct region_seq *s);
 // Evicts the least recently used candidate of `ns` (KVD_POOL_NONE: of any). False when there is
 // none.

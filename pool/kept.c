@@ -200,7 +200,7 @@ bool kept_refer(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t
         }
         *mine = page[p];
         stored();
-        pool->page[page[p]].refs++;
+        page_ref_idle(pool, page[p]);
         kept_count(pool, k, layout, page[p], 1);
         any = true;
     }
@@ -250,6 +250,7 @@ void kept_drop(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t 
         if (page == KVD_POOL_NONE)
             continue;
         kept_count(pool, k, layout, page, -1);
+        page_unidle(pool, page);
         kvd_pool_page_unref(pool, page);
     }
     if (value == KVD_POOL_NONE || !has_planes(pool, layout))
@@ -270,6 +271,7 @@ void kept_lose(struct kvd_pool *pool, struct kept *k, uint32_t layout, uint32_t 
         kvd_prefix_set(k->ix, entry, KVD_POOL_NONE);
     stored(); // before the page is another's
     kept_count(pool, k, layout, page, -1);
+    page_unidle(pool, page);
     kvd_pool_page_unref(pool, page);
 }
 

@@ -162,7 +162,7 @@ static void refer_to_all(struct kvd_pool *pool, uint32_t ns, const uint8_t *take
             uint32_t page = kept_page(pool, k, layout, e.value, p);
             if (page == KVD_POOL_NONE)
                 continue;
-            pool->page[page].refs++;
+            page_ref_idle(pool, page);
             kept_count(pool, k, layout, page, 1);
         }
     }

@@ -103,8 +103,10 @@ bool kvd_pool_look_step(struct kvd_pool *pool, struct kvd_pool_look *look, uint3
 {
     const struct region_head *h = pool->head;
     uint32_t seen = 0;
-    if (!look->met)
+    if (!look->met) {
+        lent_look(pool);
         look->met = calloc((size_t)h->n_extents * h->slots, sizeof(*look->met));
+    }
     if (!look->met)
         return true; // memory is short, and nothing is known then
     for (; look->next < h->n_sequences_ever && seen < pages; look->next++) {
@@ -122,6 +124,8 @@ bool kvd_pool_look_step(struct kvd_pool *pool, struct kvd_pool_look *look, uint3
     }
     if (look->next < h->n_sequences_ever || look->ns < h->n_namespaces)
         return false;
+    if (look->by_namespace)
+        lent_looked(pool, look->by_namespace);
     kvd_pool_look_drop(look);
     return true;
 }

@@ -131,7 +131,9 @@ static void finish(struct kvd_pool *pool)
         struct region_seq *s = &pool->seq[i];
         if (!(s->generation & 1))
             continue;
+        seq_pin(pool, s);
         append_recover(pool, s);
+        seq_unpin(pool, s);
         if (s->doomed || (s->holders == 0 && !s->name[0])) {
             lru_remove(pool, s);
             name_remove(pool, s);
@@ -207,16 +209,19 @@ struct kvd_pool *kvd_pool_open(int fd, const struct kvd_pool_config *config,
     void *base = NULL;
     if (!want || !pool || copy < 0)
         kvd_fail(err, KVD_E_INTERNAL, "cannot open the pool's region: %s", strerror(errno));
-    else if (pool_begin(pool, config, ops, err) == KVD_OK)
+    else
         base = map(copy, config, want, err);
+    if (base && idle_init(pool, want, err)) {
+        munmap(base, want->region_bytes);
+        base = NULL;
+    }
     if (!base) {
-        if (pool)
-            free(pool->gone);
         free(pool);
         return NULL;
     }
     region_lay_out(pool, want, base);
     pool->fd = KVD_TAKE_FD(copy);
+    pool_begin(pool, config, ops);
     if (recover(pool, err))
         kvd_pool_leave(&pool);
     return pool;

@@ -90,18 +90,14 @@ static void *map(uint64_t bytes, bool durable, int *fd, struct kvd_error *err)
     return base;
 }
 
-int pool_begin(struct kvd_pool *pool, const struct kvd_pool_config *config,
-               const struct kvd_pool_mem_ops *ops, struct kvd_error *err)
+void pool_begin(struct kvd_pool *pool, const struct kvd_pool_config *config,
+                const struct kvd_pool_mem_ops *ops)
 {
-    pool->gone = calloc(config->max_namespaces, sizeof(*pool->gone));
-    if (!pool->gone)
-        return kvd_fail(err, -ENOMEM, "no memory for the pool");
     pool->ops = *ops;
     pool->on_evict = config->on_evict;
     pool->on_evict_ctx = config->on_evict_ctx;
     pool->on_block_gone = config->on_block_gone;
     pool->on_superseded = config->on_superseded;
-    return KVD_OK;
 }
 
 struct kvd_pool *kvd_pool_new(const struct kvd_pool_config *config,
@@ -113,14 +109,15 @@ struct kvd_pool *kvd_pool_new(const struct kvd_pool_config *config,
         kvd_fail(err, -ENOMEM, "no memory for the pool");
         return NULL;
     }
-    if (region_sizes(config, h, err) || pool_begin(pool, config, ops, err))
+    if (region_sizes(config, h, err) || idle_init(pool, h, err))
         return NULL;
     h->region_bytes = region_lay_out(pool, h, NULL);
     void *base = map(h->region_bytes, config->durable, &pool->fd, err);
     if (!base) {
-        free(pool->gone);
+        idle_deinit(pool);
         return NULL;
     }
+    pool_begin(pool, config, ops);
     region_lay_out(pool, h, base);
     h->free_extent = 0;
     h->free_seq = h->free_block = h->free_slab = KVD_POOL_NONE;
@@ -144,7 +141,7 @@ void kvd_pool_leave(struct kvd_pool **poolp)
         kept_leave(pool, i);
     free(pool->kept);
     free(pool->blocks_room);
-    free(pool->gone);
+    idle_deinit(pool);
     munmap(pool->head, pool->head->region_bytes);
     if (pool->fd >= 0)
         close(pool->fd);
@@ -194,6 +191,7 @@ int kvd_pool_namespace(struct kvd_pool *pool, const char *name, uint32_t *ns, st
             (struct region_namespace){.lru_first = KVD_POOL_NONE, .lru_last = KVD_POOL_NONE};
         snprintf(pool->ns[i].name, sizeof(pool->ns[i].name), "%s", name);
         journal_end(pool);
+        lent_forget(pool, i);
     }
     pool->ns[i].holders++;
     *ns = i;
@@ -218,11 +216,6 @@ void kvd_pool_set_quota(struct kvd_pool *pool, uint32_t ns, uint64_t bytes)
     namespace_settle(pool, ns);
 }
 
-void kvd_pool_set_borrow(struct kvd_pool *pool, uint32_t ns, uint64_t bytes)
-{
-    pool->ns[ns].borrow = bytes;
-}
-
 uint32_t kvd_pool_namespace_count(const struct kvd_pool *pool)
 {
     return pool->head->n_namespaces;
@@ -234,13 +227,13 @@ void kvd_pool_namespace_info(const struct kvd_pool *pool, uint32_t ns,
     const struct region_namespace *n = &pool->ns[ns];
     *out = (struct kvd_pool_namespace_info){.name = n->name,
                                             .quota = n->quota,
-                                            .borrow = n->borrow,
+                                            .borrow = lent_to(pool, ns),
                                             .used = n->used,
                                             .pages = n->pages,
                                             .sequences = n->sequences,
                                             .tokens = n->tokens,
                                             .blocks = n->blocks,
-                                            .gone = pool->gone[ns],
+                                            .evictable = evictable_bytes(pool, ns),
                                             .holders = n->holders};
 }
 

@@ -137,22 +137,22 @@ void kvd_pool_namespace_keep(struct kvd_pool *pool, uint32_t ns, bool keep);
 uint32_t kvd_pool_namespace_find(const struct kvd_pool *pool, const char *name);
 // Sets the quota in bytes of pages; 0 takes it away. Evicts nothing.
 void kvd_pool_set_quota(struct kvd_pool *pool, uint32_t ns, uint64_t bytes);
-// How many bytes a namespace may have beyond its quota, where there is room in the pool: no more
-// than could be evicted of it, so that it can be given back. It shrinks by what goes of that,
-// evicted or dropped; set it anew now and then, by what was seen less what has gone since the look
-// began. What is borrowed is the first to go when others want room,
-// and whoever borrows evicts nobody's but its own.
-void kvd_pool_set_borrow(struct kvd_pool *pool, uint32_t ns, uint64_t bytes);
+// Whether a namespace may have more than its quota, where there is room in the pool: by as much as
+// can be evicted of it, so that it can be given back and no more than the quota is held. That is
+// counted as it changes, but for what stays though nobody uses it (idle.c): take a look with
+// by_namespace (below) now and then; nothing is borrowed before the first. What is borrowed is the
+// first to go when others want room, and whoever borrows evicts nobody's but its own.
+void kvd_pool_set_borrow(struct kvd_pool *pool, uint32_t ns, bool may);
 
 struct kvd_pool_namespace_info {
-    const char *name; // "": no namespace has this index now
-    uint64_t quota, borrow;
-    uint64_t used; // bytes of pages in use
+    const char *name;       // "": no namespace has this index now
+    uint64_t quota, borrow; // borrow: bytes that it may have beyond the quota now
+    uint64_t used;          // bytes of pages in use
     uint64_t pages;
     uint64_t sequences;
     uint64_t tokens;
-    uint64_t blocks; // of page tables
-    uint64_t gone;   // bytes of pages that were evicted or dropped, since the pool was opened
+    uint64_t blocks;    // of page tables
+    uint64_t evictable; // bytes that evicting would free, as far as looks have been taken
     uint32_t holders;
 };
 // Indices go up to here; some may mean nothing.

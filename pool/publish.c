@@ -32,11 +32,10 @@ void name_remove(struct kvd_pool *pool, struct region_seq *s)
     lru_remove(pool, s);
 }
 
-void lru_add(struct kvd_pool *pool, struct region_seq *s)
+static void link_last(struct kvd_pool *pool, struct region_seq *s)
 {
     struct region_namespace *n = &pool->ns[s->ns];
     uint32_t i = (uint32_t)(s - pool->seq);
-    s->listed = true;
     s->lru_stamp = ++pool->head->lru_clock;
     s->lru_next = KVD_POOL_NONE;
     s->lru_prev = n->lru_last;
@@ -45,33 +44,27 @@ void lru_add(struct kvd_pool *pool, struct region_seq *s)
     else
         pool->seq[n->lru_last].lru_next = i;
     n->lru_last = i;
-    pool->layout[s->layout].idle++;
     pool->layout[s->layout].used = s->lru_stamp;
 }
 
-void lru_add_first(struct kvd_pool *pool, struct region_seq *s)
+static void link_first(struct kvd_pool *pool, struct region_seq *s)
 {
     struct region_namespace *n = &pool->ns[s->ns];
     uint32_t i = (uint32_t)(s - pool->seq);
-    lru_add(pool, s);
+    pool->layout[s->layout].used = ++pool->head->lru_clock;
     s->lru_stamp = 0;
-    if (n->lru_first == i)
-        return;
-    n->lru_last = s->lru_prev;
-    pool->seq[s->lru_prev].lru_next = KVD_POOL_NONE;
     s->lru_prev = KVD_POOL_NONE;
     s->lru_next = n->lru_first;
-    pool->seq[n->lru_first].lru_prev = i;
+    if (n->lru_first == KVD_POOL_NONE)
+        n->lru_last = i;
+    else
+        pool->seq[n->lru_first].lru_prev = i;
     n->lru_first = i;
 }
 
-void lru_remove(struct kvd_pool *pool, struct region_seq *s)
+static void unlink_from_list(struct kvd_pool *pool, struct region_seq *s)
 {
     struct region_namespace *n = &pool->ns[s->ns];
-    if (!s->listed)
-        return;
-    s->listed = false;
-    pool->layout[s->layout].idle--;
     if (s->lru_prev == KVD_POOL_NONE)
         n->lru_first = s->lru_next;
     else
@@ -81,6 +74,35 @@ void lru_remove(struct kvd_pool *pool, struct region_seq *s)
     else
         pool->seq[s->lru_next].lru_prev = s->lru_prev;
     s->lru_prev = s->lru_next = KVD_POOL_NONE;
+}
+
+void lru_add(struct kvd_pool *pool, struct region_seq *s)
+{
+    link_last(pool, s);
+    s->listed = true;
+    pool->layout[s->layout].idle++;
+    if (!s->pins)
+        idle_sequence(pool, s, true);
+}
+
+void lru_remove(struct kvd_pool *pool, struct region_seq *s)
+{
+    if (!s->listed)
+        return;
+    if (!s->pins)
+        idle_sequence(pool, s, false);
+    unlink_from_list(pool, s);
+    s->listed = false;
+    pool->layout[s->layout].idle--;
+}
+
+void lru_move(struct kvd_pool *pool, struct region_seq *s, bool first)
+{
+    unlink_from_list(pool, s);
+    if (first)
+        link_first(pool, s);
+    else
+        link_last(pool, s);
 }
 
 int kvd_pool_publish(struct kvd_pool *pool, uint64_t seq, const char *name, bool replace,
@@ -131,10 +153,8 @@ uint64_t kvd_pool_lookup(struct kvd_pool *pool, uint32_t ns, const char *name)
     struct region_seq *s = name[0] ? name_find(pool, ns, name) : NULL;
     if (!s)
         return 0;
-    if (s->listed) {
-        lru_remove(pool, s);
-        lru_add(pool, s);
-    }
+    if (s->listed)
+        lru_move(pool, s, false);
     return seq_id(pool, s);
 }
 
@@ -154,11 +174,8 @@ void evict(struct kvd_pool *pool, struct region_seq *s)
         name_remove(pool, s);
         pool->head->evictions++;
     }
-    const uint32_t ns = s->ns;
-    const uint64_t used = pool->ns[ns].used;
     lru_remove(pool, s);
     seq_destroy(pool, s);
-    evictable_went(pool, ns, used);
 }
 
 bool evict_one(struct kvd_pool *pool, uint32_t ns)

@@ -23,7 +23,7 @@ static void clear_owners(struct kvd_pool *pool)
 {
     for (uint32_t i = 0; i < pool->head->n_namespaces; i++) {
         struct region_namespace *n = &pool->ns[i];
-        n->used = n->pages = n->sequences = n->tokens = n->blocks = n->borrow = 0;
+        n->used = n->pages = n->sequences = n->tokens = n->blocks = n->idle = 0;
         n->lru_first = n->lru_last = KVD_POOL_NONE;
     }
     for (uint32_t i = 0; i < pool->head->n_layouts; i++) {
@@ -39,9 +39,11 @@ static void clear_extent(struct kvd_pool *pool, uint32_t x)
     e->used = e->carved = 0;
     e->free_slot = e->prev = e->next = KVD_POOL_NONE;
     e->idle_since = 0;
-    if (e->slab != KVD_POOL_NONE)
-        memset(&pool->page[(uint64_t)x * pool->head->slots], 0,
-               sizeof(*pool->page) * pool->head->slots);
+    uint64_t first = (uint64_t)x * pool->head->slots;
+    if (e->slab == KVD_POOL_NONE)
+        return;
+    memset(&pool->page[first], 0, sizeof(*pool->page) * pool->head->slots);
+    memset(&pool->idle[first], 0, sizeof(*pool->idle) * pool->head->slots);
 }
 
 // -- slabs --------------------------------------------------------------------------------------

@@ -86,6 +86,21 @@ static bool make_some(struct kvd_pool *pool, uint32_t ns, const struct kvd_pool_
     return evict_for_room(pool, ns, need->bytes);
 }
 
+// Whether it would be more than the quota and what may be borrowed.
+static bool is_over(const struct kvd_pool *pool, uint32_t ns, const struct kvd_pool_need *need)
+{
+    const struct region_namespace *n = &pool->ns[ns];
+    return n->quota && n->used + need->bytes > n->quota + lent_to(pool, ns);
+}
+
+// Whether what is held leaves a borrower no room, whatever is evicted: then nothing is, so that it
+// does not lose for nothing what it has borrowed.
+static bool is_in_vain(const struct kvd_pool *pool, uint32_t ns, const struct kvd_pool_need *need)
+{
+    const struct region_namespace *n = &pool->ns[ns];
+    return pool->lent[ns].may && n->used - n->idle + need->bytes > n->quota;
+}
+
 int room_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout, const struct kvd_pool_need *need,
               struct kvd_error *err)
 {
@@ -94,8 +109,9 @@ int room_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout, const struct 
     int rc = need->blocks ? share_take(pool, ns, SHARE_BLOCKS, need->blocks, err) : KVD_OK;
     if (rc)
         return rc;
-    while (n->quota && n->used + need->bytes > n->quota + n->borrow) {
-        if (!evict_something(pool, ns, KVD_PREFIX_EVICTED_QUOTA, NULL))
+    while (is_over(pool, ns, need)) {
+        if (is_in_vain(pool, ns, need) ||
+            !evict_something(pool, ns, KVD_PREFIX_EVICTED_QUOTA, NULL))
             return refuse_quota(n, err);
     }
     // Eviction may take extents away from the very slabs that were provided for: from the start.
@@ -132,15 +148,15 @@ static enum vacated make_some_later(struct kvd_pool *pool, uint32_t ns,
 bool kvd_pool_room_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout,
                         const struct kvd_pool_need *need, struct kvd_pool_room *at)
 {
-    const struct region_namespace *n = &pool->ns[ns];
     uint32_t left = STEP;
     int rc = KVD_OK;
     if (!at->most)
         at->most = FEW + 2 * need_pages(need);
-    while (n->quota && n->used + need->bytes > n->quota + n->borrow) {
+    while (is_over(pool, ns, need)) {
         if (!left--)
             return false;
-        if (!evict_something(pool, ns, KVD_PREFIX_EVICTED_QUOTA, NULL))
+        if (is_in_vain(pool, ns, need) ||
+            !evict_something(pool, ns, KVD_PREFIX_EVICTED_QUOTA, NULL))
             return true;
     }
     enum vacated result = VACATE_SOME;

@@ -77,11 +77,11 @@ int kvd_pool_seq_fork(struct kvd_pool *pool, uint64_t parent, uint64_t *child,
     for (uint32_t i = 0; i < planes; i++)
         for (int k = 0; k < KVD_POOL_KINDS; k++)
             blocks += table_blocks(&p->table[i][k]);
-    p->pins++; // room is made by eviction, and not of this one
+    seq_pin(pool, p); // room is made by eviction, and not of this one
     int rc = blocks ? share_take(pool, p->ns, SHARE_BLOCKS, blocks, err) : KVD_OK;
     if (rc == KVD_OK)
         rc = seq_prepare(pool, p->ns, p->layout, &c, err);
-    p->pins--;
+    seq_unpin(pool, p);
     if (rc)
         return rc;
     for (uint32_t i = 0; i < planes; i++)
@@ -156,13 +156,16 @@ void kvd_pool_seq_pin(struct kvd_pool *pool, uint64_t seq)
 {
     struct region_seq *s = seq_find(pool, seq);
     if (s)
-        s->pins++;
+        seq_pin(pool, s);
 }
 
 void kvd_pool_seq_unpin(struct kvd_pool *pool, uint64_t seq)
 {
     struct region_seq *s = seq_find_any(pool, seq);
-    if (s && s->pins && --s->pins == 0 && s->doomed)
+    if (!s || !s->pins)
+        return;
+    seq_unpin(pool, s);
+    if (s->pins == 0 && s->doomed)
         seq_destroy(pool, s);
 }
 

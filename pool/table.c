@@ -153,7 +153,7 @@ void table_share(struct kvd_pool *pool, struct region_table *to, const struct re
             uint32_t page = pool->block[w.block].page[i];
             entry_push(pool, to, page);
             if (page != KVD_POOL_NONE)
-                pool->page[page].refs++;
+                page_ref(pool, page);
         }
     }
 }

@@ -2,16 +2,16 @@
 #include "pool/internal.h"
 
 struct tally {
-    uint32_t *refs; // by page number
+    uint32_t *refs, *idle; // by page number; idle: of those (idle.c)
     uint64_t used, sequences, tokens;
-    uint64_t *ns_used, *ns_sequences, *ns_tokens, *ns_blocks;
+    uint64_t *ns_used, *ns_sequences, *ns_tokens, *ns_blocks, *ns_idle;
     uint64_t *free_bytes; // by slab: of pages that are in use in part
     uint32_t damaged;
     uint64_t blocks, *refs_of, *idle_of, *kept_of; // the last three by layout
 };
 
 static int tally_table(const struct kvd_pool *pool, const struct region_seq *s,
-                       const struct region_table *table, uint32_t plane, uint32_t kind,
+                       const struct region_table *table, uint32_t plane, uint32_t kind, bool idle,
                        struct tally *t, struct kvd_error *err)
 {
     uint32_t last = KVD_POOL_NONE;
@@ -36,6 +36,7 @@ static int tally_table(const struct kvd_pool *pool, const struct region_seq *s,
             if (w.at + i < first)
                 return kvd_fail(err, KVD_E_CORRUPT, "page %u lies behind its plane's window", page);
             t->refs[page]++;
+            t->idle[page] += idle;
         }
     }
     if (last != table->last)
@@ -133,8 +134,9 @@ static int tally_sequence(const struct kvd_pool *pool, const struct region_seq *
         if (rc == KVD_OK && s->pending_layers)
             rc = check_pages(pool, s, p, s->pending_length, &s->pending[p], err);
         for (uint32_t k = 0; k < KVD_POOL_KINDS && rc == KVD_OK; k++)
-            if ((rc = tally_table(pool, s, &s->table[p][k], p, k, t, err)) == KVD_OK)
-                rc = tally_table(pool, s, &s->undo[p][k], p, k, t, err);
+            if ((rc = tally_table(pool, s, &s->table[p][k], p, k, s->listed && !s->pins, t, err)) ==
+                KVD_OK)
+                rc = tally_table(pool, s, &s->undo[p][k], p, k, false, t, err);
         if (rc)
             return rc;
     }
@@ -166,6 +168,7 @@ static int tally_entry(const struct kvd_pool *pool, uint32_t ns,
             return kvd_fail(err, KVD_E_CORRUPT, "page %u belongs to another slab than its block",
                             page);
         t->refs[page]++;
+        t->idle[page]++;
         t->kept_of[layout]++;
         *bytes += slab->page_bytes;
     }
@@ -228,6 +231,11 @@ static int check_slot(const struct kvd_pool *pool, const struct region_slab *s, 
         if (pool->page[page].refs != t->refs[page])
             return kvd_fail(err, KVD_E_CORRUPT, "page %u has %u references and says %u", page,
                             t->refs[page], pool->page[page].refs);
+        if (pool->idle[page] != t->idle[page])
+            return kvd_fail(err, KVD_E_CORRUPT, "page %u has %u idle references and says %u", page,
+                            t->idle[page], pool->idle[page]);
+        bool idle = t->refs[page] && t->idle[page] == t->refs[page];
+        t->ns_idle[s->ns] += idle ? page_size(pool, page) : 0;
         *bytes += pool->page[page].refs ? page_size(pool, page) : 0;
         t->damaged += pool->page[page].refs && pool->sum[page] == KVD_SUM_DAMAGED;
     }
@@ -304,7 +312,8 @@ static int compare(const struct kvd_pool *pool, const struct tally *t, struct kv
     for (uint32_t i = 0; i < h->n_namespaces; i++) {
         const struct region_namespace *n = &pool->ns[i];
         if (t->ns_used[i] != n->used || t->ns_sequences[i] != n->sequences ||
-            t->ns_tokens[i] != n->tokens || t->ns_blocks[i] != n->blocks)
+            t->ns_tokens[i] != n->tokens || t->ns_blocks[i] != n->blocks ||
+            t->ns_idle[i] != n->idle)
             return kvd_fail(err, KVD_E_CORRUPT, "the counters of namespace %s are wrong", n->name);
     }
     for (uint32_t i = 0; i < h->n_layouts; i++)
@@ -335,13 +344,16 @@ static int compare(const struct kvd_pool *pool, const struct tally *t, struct kv
 int kvd_pool_verify(const struct kvd_pool *pool, struct kvd_error *err)
 {
     const struct region_head *h = pool->head;
-    uint32_t *refs KVD_FREE = calloc((size_t)h->n_extents * h->slots, sizeof(*refs));
-    uint64_t *sums KVD_FREE = calloc((size_t)h->max_namespaces * 4, sizeof(*sums));
+    size_t pages = (size_t)h->n_extents * h->slots;
+    uint32_t *refs KVD_FREE = calloc(2 * pages, sizeof(*refs));
+    uint64_t *sums KVD_FREE = calloc((size_t)h->max_namespaces * 5, sizeof(*sums));
     uint64_t *layouts KVD_FREE = calloc((size_t)h->max_layouts * 3, sizeof(*layouts));
     uint64_t *parts KVD_FREE = calloc(h->max_slabs, sizeof(*parts));
     if (!refs || !sums || !layouts || !parts)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     struct tally t = {.refs = refs,
+                      .idle = refs + pages,
+                      .ns_idle = sums + 4 * (size_t)h->max_namespaces,
                       .free_bytes = parts,
                       .ns_used = sums,
                       .refs_of = layouts,

@@ -63,7 +63,7 @@ void kvd_on_get_status(struct kvd_call *call, const void *request)
     r.metrics = d->config.metrics;
     r.log_level = (char *)kvd_log_level_name(kvd_log_get_level());
     r.rss_bytes = rss;
-    r.evictable_bytes = kvd_evictable(d, NULL);
+    r.evictable_bytes = kvd_evictable(d);
     r.calls = kvd_metrics_calls(&d->metrics);
     r.appended_tokens = d->metrics.tokens_appended;
     r.attended_queries = d->metrics.queries_attended;

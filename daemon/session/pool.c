@@ -19,16 +19,14 @@ enum {
     FRESH_MOST_MS = 1000,
 };
 
-// A look at what could be evicted, and what the latest has seen.
+// A look at what could be evicted: the pool then knows what stays of what nobody uses.
 struct kvd_evictable {
     uv_idle_t idle; // runs while there is more to look at
     struct kvd_pool_look look;
     bool looking;
     uint64_t looked_ms; // when the latest was begun; 0: never
     uint64_t took_ns, fresh_ms;
-    uint64_t bytes, by_namespace[KVD_MAX_NAMESPACES], next_by_namespace[KVD_MAX_NAMESPACES];
-    // What had gone of each namespace when that was last known, and when the look under way began.
-    uint64_t gone[KVD_MAX_NAMESPACES], next_gone[KVD_MAX_NAMESPACES];
+    uint64_t by_namespace[KVD_MAX_NAMESPACES];
 };
 
 static void look_on(struct kvd_daemon *d)
@@ -43,9 +41,6 @@ static void look_on(struct kvd_daemon *d)
         return;
     e->fresh_ms = KVD_MAX(KVD_MIN(e->took_ns / 10000, (uint64_t)FRESH_MOST_MS), (uint64_t)FRESH_MS);
     e->looking = false;
-    e->bytes = e->look.bytes;
-    memcpy(e->by_namespace, e->next_by_namespace, sizeof(e->by_namespace));
-    memcpy(e->gone, e->next_gone, sizeof(e->gone));
     uv_idle_stop(&e->idle);
 }
 
@@ -54,45 +49,25 @@ static void on_idle(uv_idle_t *idle)
     look_on(idle->data);
 }
 
-static uint64_t gone_of(const struct kvd_daemon *d, uint32_t ns)
-{
-    struct kvd_pool_namespace_info info;
-    kvd_pool_namespace_info(d->pool, ns, &info);
-    return info.gone;
-}
-
-// What has gone since it was seen, or while it was looked at, cannot be evicted any more.
-static void take_off(struct kvd_daemon *d)
+uint64_t kvd_evictable(struct kvd_daemon *d)
 {
     struct kvd_evictable *e = d->evictable;
-    for (uint32_t i = 0; i < kvd_pool_namespace_count(d->pool); i++) {
-        const uint64_t gone = gone_of(d, i), since = gone - e->gone[i];
-        const uint64_t off = KVD_MIN(since, e->by_namespace[i]);
-        e->by_namespace[i] -= off;
-        e->bytes -= KVD_MIN(off, e->bytes);
-        e->gone[i] = gone;
-    }
-}
-
-uint64_t kvd_evictable(struct kvd_daemon *d, const uint64_t **by_namespace)
-{
-    struct kvd_evictable *e = d->evictable;
-    uint64_t now = kvd_now_ms(d) + 1;
+    uint64_t now = kvd_now_ms(d) + 1, bytes = 0;
     if (!e->looking && (!e->looked_ms || now - e->looked_ms >= e->fresh_ms)) {
         e->took_ns = 0;
-        memset(e->next_by_namespace, 0, sizeof(e->next_by_namespace));
-        e->look = (struct kvd_pool_look){.by_namespace = e->next_by_namespace};
-        for (uint32_t i = 0; i < kvd_pool_namespace_count(d->pool); i++)
-            e->next_gone[i] = gone_of(d, i);
+        memset(e->by_namespace, 0, sizeof(e->by_namespace));
+        e->look = (struct kvd_pool_look){.by_namespace = e->by_namespace};
         e->looking = true;
         e->looked_ms = now;
         uv_idle_start(&e->idle, on_idle);
         look_on(d);
     }
-    take_off(d);
-    if (by_namespace)
-        *by_namespace = e->by_namespace;
-    return e->bytes;
+    for (uint32_t i = 0; i < kvd_pool_namespace_count(d->pool); i++) {
+        struct kvd_pool_namespace_info info;
+        kvd_pool_namespace_info(d->pool, i, &info);
+        bytes += info.evictable;
+    }
+    return bytes;
 }
 
 // -- metrics ------------------------------------------------------------------------------------
@@ -113,7 +88,7 @@ static void pool_metrics(struct kvd_daemon *d, FILE *f)
     fprintf(f, "kvd_pool_bytes{state=\"free\"} %" PRIu64 "\n", info.bytes - info.used - info.slack);
     kvd_metric(f, "kvd_pool_evictable_bytes", "gauge",
                "Of the used ones, those that evicting what nobody uses would free.",
-               (double)kvd_evictable(d, NULL));
+               (double)kvd_evictable(d));
     kvd_metric(f, "kvd_pool_memory_bytes", "gauge",
                "Device memory that the pool's extents have, idle ones included.",
                (double)info.extents_made * (double)info.extent_bytes);
@@ -160,8 +135,7 @@ static void namespace_metrics(struct kvd_daemon *d, FILE *f)
         {"kvd_namespace_evictable_bytes",
          "Bytes that evicting what nobody uses would free, by namespace."},
     };
-    const uint64_t *evictable;
-    kvd_evictable(d, &evictable);
+    kvd_evictable(d);
     for (size_t g = 0; g < KVD_LEN(gauges); g++) {
         kvd_metric_head(f, gauges[g].name, "gauge", gauges[g].help);
         for (uint32_t i = 0; i < kvd_pool_namespace_count(d->pool); i++) {
@@ -170,7 +144,7 @@ static void namespace_metrics(struct kvd_daemon *d, FILE *f)
             kvd_pool_namespace_info(d->pool, i, &ns);
             if (!ns.name[0])
                 continue;
-            const uint64_t values[] = {ns.used, ns.quota, ns.tokens, ns.sequences, evictable[i]};
+            const uint64_t values[] = {ns.used, ns.quota, ns.tokens, ns.sequences, ns.evictable};
             kvd_metric_escape(ns.name, name, sizeof(name));
             fprintf(f, "%s{namespace=\"%s\"} %" PRIu64 "\n", gauges[g].name, name, values[g]);
         }

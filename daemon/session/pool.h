@@ -4,10 +4,10 @@
 
 #include "daemon/core/part.h"
 
-// Bytes that evicting would free, in all and (unless by_namespace is NULL) of each namespace, as
-// they were when they were last looked at, less what has gone since: a second ago, or a little more
-// while kvd is looking again.
-uint64_t kvd_evictable(struct kvd_daemon *d, const uint64_t **by_namespace);
+// Bytes that evicting would free, in all; of each namespace kvd_pool_namespace_info tells. Counted
+// as it changes, but for what stays though nobody uses it, which is looked at as often as this is
+// called, at most every 50 ms and less often where a look takes long.
+uint64_t kvd_evictable(struct kvd_daemon *d);
 
 extern const struct kvd_part kvd_part_pool;
 

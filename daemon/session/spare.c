@@ -2,9 +2,8 @@
 // millisecond in each round of the loop, until free-high is. So appends seldom have to evict.
 //
 // Borrowing: a namespace that may have more than its quota may have as much more as could be
-// evicted of it, by the latest look at that, while there is room in the pool. The pool gives that
-// back first. What is evicted for more than that lowers it, so that workers hold no more than the
-// quota: whoever stores faster than is looked loses what it has borrowed.
+// evicted of it, while there is room in the pool. The pool counts that as it changes, and gives it
+// back first; here it is looked at now and then, for what stays though nobody uses it (idle.c).
 #include "daemon/session/spare.h"
 
 #include "daemon/session/pool.h"
@@ -13,8 +12,8 @@ enum {
     PIECE_NS = 1000000, // then others have their turn
     EVICTIONS = 8,      // between looks at the clock
     AGAIN_MS = 1000,    // after there was nothing to evict
-    BORROW_MS = 50,     // what is stored meanwhile is to be less than what can be evicted
-    NOBODY_MS = 1000,   // where nobody may borrow, until a reload says otherwise
+    BORROW_MS = 50,     // between looks, and until a change of the configuration is seen
+    NOBODY_MS = 1000,   // the same where nobody may borrow
 };
 
 struct kvd_spare {
@@ -70,7 +69,6 @@ static void on_check(uv_check_t *check)
 static void on_timer(uv_timer_t *timer)
 {
     struct kvd_daemon *d = timer->data;
-    const uint64_t *evictable = NULL;
     bool any = false;
     for (uint32_t i = 0; i < kvd_pool_namespace_count(d->pool); i++) {
         struct kvd_pool_namespace_info info;
@@ -78,12 +76,11 @@ static void on_timer(uv_timer_t *timer)
         const struct kvd_config_namespace *c =
             info.name[0] ? kvd_config_namespace_find(&d->config, info.name) : NULL;
         bool borrows = c && c->borrow && info.quota;
+        kvd_pool_set_borrow(d->pool, i, borrows);
         any |= borrows;
-        if (borrows && !evictable)
-            kvd_evictable(d, &evictable);
-        if (borrows || info.borrow)
-            kvd_pool_set_borrow(d->pool, i, borrows ? evictable[i] : 0);
     }
+    if (any)
+        kvd_evictable(d);
     uv_timer_start(timer, on_timer, any ? BORROW_MS : NOBODY_MS, 0);
 }
 
