@@ -144,12 +144,13 @@ bool kvd_client_hung_up(const kvd_client *c, int ms)
 // Goes on with the session, or opens one if there is none to go on with.
 static int resume_or_open(kvd_client *c, uint64_t deadline, struct kvd_error *err)
 {
-    int rc = c->session[0] ? make_session(c, true, deadline, err) : KVD_E_UNAUTH;
-    if ((rc != KVD_E_UNAUTH && rc != KVD_E_PRECONDITION) ||
-        (rc && kvd_client_hung_up(c, MOMENT_MS)))
-        return rc;
-    if (c->session[0])
+    int rc = KVD_OK;
+    if (c->session[0]) {
+        rc = make_session(c, true, deadline, err);
+        if ((rc != KVD_E_UNAUTH && rc != KVD_E_PRECONDITION) || kvd_client_hung_up(c, MOMENT_MS))
+            return rc;
         snprintf(c->why, sizeof(c->why), "%.199s", err->text);
+    }
     c->resuming = 0;
     rc = make_session(c, false, deadline, err);
     c->sessions += rc == KVD_OK;
@@ -208,10 +209,13 @@ static int connect_again(kvd_client *c, uint64_t epoch, uint64_t deadline, struc
     }
 }
 
-// Whether there is no kvd now and somebody is there who starts it again.
+// Whether nobody was there, or one of the two connections was another kvd's than the other, and
+// somebody is there who starts it again.
 static bool comes_back(const kvd_client *c)
 {
-    return !c->remote && (c->sock < 0 || kvd_client_hung_up(c, MOMENT_MS)) &&
+    return !c->remote &&
+           (c->sock < 0 || !kvd_channel_connected(c->channel) ||
+            kvd_client_hung_up(c, MOMENT_MS)) &&
            kvd_kept(c->address + strlen("unix:"));
 }
 

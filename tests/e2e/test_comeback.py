@@ -141,3 +141,27 @@ def test_one_that_keeps_its_address_to_itself_is_found(start, folder):
         assert p.poll() is None, p.communicate()
     out, err = p.communicate(timeout=20)
     assert p.returncode == 0 and out.strip(), err
+
+
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM])
+def test_no_open_fails_however_often_kvd_ends(start, sig):
+    """At whatever point of opening a session it ends."""
+    keeper, over, failed, n = start("--keep"), threading.Event(), [], [0]
+
+    def opens():
+        while not over.is_set():
+            error = opened(keeper, timeout=20)[1]
+            n[0] += 1
+            if error:
+                failed.append(error)
+
+    threads = [threading.Thread(target=opens) for _ in range(3)]
+    for t in threads:
+        t.start()
+    for _ in range(int(os.environ.get("KVD_KILLS", "8"))):
+        time.sleep(0.2)
+        kill(keeper, sig)
+    over.set()
+    for t in threads:
+        t.join(30)
+    assert not failed and n[0] > 20, failed
