@@ -79,6 +79,23 @@ const char *kvd_version(void)
     return kvd_build_version();
 }
 
+// What gRPC holds may still be the connection to the kvd before this one, which is noticed by its
+// use: then it connects anew. Asked twice, a kvd answers with one session.
+static int ask_to_open(kvd_client *c, const Kvd__V1__OpenSessionRequest *req,
+                       Kvd__V1__OpenSessionReply **reply, uint64_t deadline, struct kvd_error *err)
+{
+    int rc = KVD_OK;
+    for (int i = 0; i < 2; i++) {
+        rc = kvd_channel_call(c->channel, "/kvd.v1.KvCache/OpenSession", req,
+                              &kvd__v1__open_session_reply__descriptor, kvd_left_ms(deadline),
+                              reply, err);
+        if (rc != KVD_E_UNAVAILABLE || c->remote || kvd_channel_connected(c->channel) ||
+            kvd_client_hung_up(c, 0))
+            break;
+    }
+    return rc;
+}
+
 // One attempt to open a session, or to go on with one.
 static int make_session(kvd_client *c, bool resume, uint64_t deadline, struct kvd_error *err)
 {
@@ -107,9 +124,7 @@ static int make_session(kvd_client *c, bool resume, uint64_t deadline, struct kv
     req.pages = c->pages;
     if (resume)
         req.resume = c->session;
-    int rc = kvd_channel_call(c->channel, "/kvd.v1.KvCache/OpenSession", &req,
-                              &kvd__v1__open_session_reply__descriptor, kvd_left_ms(deadline),
-                              &reply, err);
+    int rc = ask_to_open(c, &req, &reply, deadline, err);
     if (rc)
         return rc;
     if (reply->sinks != c->n_sinks) {

@@ -25,10 +25,10 @@ class Shared(OnGpu):
 
 
 def served(call):
-    """False: the connection, or the session, was still that of the kvd before."""
+    """False: the session was still that of the kvd before."""
     try:
         return call() is not None
-    except (package.UnavailableError, package.LostError):
+    except package.LostError:
         return False
 
 
