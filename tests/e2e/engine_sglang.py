@@ -13,6 +13,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent / "sgl_kernel_stub"))
 def serve(model, options):
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what SGLang prints goes where its log goes
+    if options.pop("retracts", False):  # a request, at every third step
+        os.environ["SGLANG_TEST_RETRACT"] = "1"
     import sglang
 
     extra = options.pop("kvd", None)
@@ -30,6 +32,7 @@ def serve(model, options):
         seconds = time.monotonic() - began
         return {"seconds": seconds, "outputs": [{
             "text": o["text"], "cached": o["meta_info"]["cached_tokens"], "finish": o["meta_info"]["finish_reason"]["type"],
+            "retracted": o["meta_info"]["num_retractions"],
             "logprobs": [{x[1]: x[0] for x in of} for of in o["meta_info"].get("output_top_logprobs", [])]} for o in outputs]}
 
     calls = {"generate": generate}
