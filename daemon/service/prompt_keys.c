@@ -47,7 +47,8 @@ int kvd_prompt_space(struct kvd_daemon *d, uint32_t ns, uint32_t layout,
     for (size_t i = 0; i < k->n_extra; i++) {
         for (int b = 0; b < 4; b++)
             extra[n++] = (uint8_t)(k->extra[i].len >> 8 * b);
-        memcpy(extra + n, k->extra[i].data, k->extra[i].len);
+        if (k->extra[i].len) // else there is no data either
+            memcpy(extra + n, k->extra[i].data, k->extra[i].len);
         n += k->extra[i].len;
     }
     *out = (struct kvd_blocks_space){.ns = ns, .layout = layout};

@@ -203,6 +203,7 @@ class Fuzz:
     # -- the whole ----------------------------------------------------------------------------------
 
     def rss(self):
+        assert self.kvd.process.poll() is None, self.kvd.text()[-6000:]
         with open(f"/proc/{self.kvd.process.pid}/statm") as f:
             return int(f.read().split()[1]) * 4096
 

@@ -316,6 +316,8 @@ def test_a_malicious_client(kvd, rpc):
     assert len(rpc.kv("MatchPrefix", session=session, requests=[most] * 16).matches) == 16
     refused(bad, rpc.kv, "AdoptPrefix", session=session)
     refused(bad, rpc.kv, "AdoptPrefix", session=session, items=[kv.AdoptItem()] * 17)
+    empty = kv.PrefixKeys(block_keys=keys.block_keys, key_bytes=16, extra=[b""])  # is some, and none of its bytes are read
+    assert [m.blocks for m in rpc.kv("MatchPrefix", session=session, requests=[keys, empty]).matches] == [6, 0]
     refused(missing, publish, keys, s=victim)
     refused(missing, publish, keys, q=seq + 1)
     # Leases of others are nobody's.
