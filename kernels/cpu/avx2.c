@@ -50,6 +50,105 @@ static inline vi v_down(vi w, int n)
 {
     return _mm256_srli_epi32(w, n);
 }
+// Of bytes, words of 16 bits and of 32, within lanes of 128 bits where they change places.
+static inline vi v_words0(void)
+{
+    return _mm256_setzero_si256();
+}
+static inline vi v_set1_32(int x)
+{
+    return _mm256_set1_epi32(x);
+}
+static inline vi v_bytes1(char x)
+{
+    return _mm256_set1_epi8(x);
+}
+static inline vi v_everywhere(const uint8_t *lane)
+{
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)lane));
+}
+static inline vi v_pick8(vi w, vi from)
+{
+    return _mm256_shuffle_epi8(w, from);
+}
+static inline vi v_both(vi a, vi b)
+{
+    return _mm256_and_si256(a, b);
+}
+static inline vi v_add8(vi a, vi b)
+{
+    return _mm256_add_epi8(a, b);
+}
+static inline vi v_add16(vi a, vi b)
+{
+    return _mm256_add_epi16(a, b);
+}
+static inline vi v_sub16(vi a, vi b)
+{
+    return _mm256_sub_epi16(a, b);
+}
+static inline vi v_down16(vi w, int n)
+{
+    return _mm256_srli_epi16(w, n);
+}
+static inline vi v_up16(vi w, int n)
+{
+    return _mm256_slli_epi16(w, n);
+}
+static inline vi v_add32(vi a, vi b)
+{
+    return _mm256_add_epi32(a, b);
+}
+static inline vi v_sub32(vi a, vi b)
+{
+    return _mm256_sub_epi32(a, b);
+}
+static inline vi v_up32(vi w, int n)
+{
+    return _mm256_slli_epi32(w, n);
+}
+static inline vi v_low16(vi a, vi b)
+{
+    return _mm256_unpacklo_epi16(a, b);
+}
+static inline vi v_high16(vi a, vi b)
+{
+    return _mm256_unpackhi_epi16(a, b);
+}
+static inline vi v_low32(vi a, vi b)
+{
+    return _mm256_unpacklo_epi32(a, b);
+}
+static inline vi v_high32(vi a, vi b)
+{
+    return _mm256_unpackhi_epi32(a, b);
+}
+static inline vi v_low64(vi a, vi b)
+{
+    return _mm256_unpacklo_epi64(a, b);
+}
+static inline vi v_high64(vi a, vi b)
+{
+    return _mm256_unpackhi_epi64(a, b);
+}
+static inline vi v_products16(vi w, int even, int odd)
+{
+    return _mm256_madd_epi16(w, _mm256_set1_epi32(odd << 16 | even));
+}
+static inline vi v_lanes16(const vi *x)
+{
+    return _mm256_add_epi16(_mm256_permute2x128_si256(x[0], x[1], 0x20),
+                            _mm256_permute2x128_si256(x[0], x[1], 0x31));
+}
+static inline vf v_float(vi w)
+{
+    return _mm256_cvtepi32_ps(w);
+}
+static inline void v_store_lanes(float *p, uint32_t stride, vf v)
+{
+    _mm_storeu_ps(p, _mm256_castps256_ps128(v));
+    _mm_storeu_ps(p + stride, _mm256_extractf128_ps(v, 1));
+}
 static inline vi v_spread8(const uint8_t *p)
 {
     __m256i w = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)p));

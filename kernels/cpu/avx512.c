@@ -51,6 +51,110 @@ static inline vi v_down(vi w, unsigned n)
 {
     return _mm512_srli_epi32(w, n);
 }
+// Of bytes, words of 16 bits and of 32, within lanes of 128 bits where they change places.
+static inline vi v_words0(void)
+{
+    return _mm512_setzero_si512();
+}
+static inline vi v_set1_32(int x)
+{
+    return _mm512_set1_epi32(x);
+}
+static inline vi v_bytes1(char x)
+{
+    return _mm512_set1_epi8(x);
+}
+static inline vi v_everywhere(const uint8_t *lane)
+{
+    return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)lane));
+}
+static inline vi v_pick8(vi w, vi from)
+{
+    return _mm512_shuffle_epi8(w, from);
+}
+static inline vi v_both(vi a, vi b)
+{
+    return _mm512_and_si512(a, b);
+}
+static inline vi v_add8(vi a, vi b)
+{
+    return _mm512_add_epi8(a, b);
+}
+static inline vi v_add16(vi a, vi b)
+{
+    return _mm512_add_epi16(a, b);
+}
+static inline vi v_sub16(vi a, vi b)
+{
+    return _mm512_sub_epi16(a, b);
+}
+static inline vi v_down16(vi w, unsigned n)
+{
+    return _mm512_srli_epi16(w, n);
+}
+static inline vi v_up16(vi w, unsigned n)
+{
+    return _mm512_slli_epi16(w, n);
+}
+static inline vi v_add32(vi a, vi b)
+{
+    return _mm512_add_epi32(a, b);
+}
+static inline vi v_sub32(vi a, vi b)
+{
+    return _mm512_sub_epi32(a, b);
+}
+static inline vi v_up32(vi w, unsigned n)
+{
+    return _mm512_slli_epi32(w, n);
+}
+static inline vi v_low16(vi a, vi b)
+{
+    return _mm512_unpacklo_epi16(a, b);
+}
+static inline vi v_high16(vi a, vi b)
+{
+    return _mm512_unpackhi_epi16(a, b);
+}
+static inline vi v_low32(vi a, vi b)
+{
+    return _mm512_unpacklo_epi32(a, b);
+}
+static inline vi v_high32(vi a, vi b)
+{
+    return _mm512_unpackhi_epi32(a, b);
+}
+static inline vi v_low64(vi a, vi b)
+{
+    return _mm512_unpacklo_epi64(a, b);
+}
+static inline vi v_high64(vi a, vi b)
+{
+    return _mm512_unpackhi_epi64(a, b);
+}
+static inline vi v_products16(vi w, int even, int odd)
+{
+    return _mm512_madd_epi16(w, _mm512_set1_epi32(odd << 16 | even));
+}
+static inline vi v_lanes16(const vi *x)
+{
+    vi a = _mm512_add_epi16(_mm512_shuffle_i64x2(x[0], x[1], 0x44),
+                            _mm512_shuffle_i64x2(x[0], x[1], 0xee));
+    vi b = _mm512_add_epi16(_mm512_shuffle_i64x2(x[2], x[3], 0x44),
+                            _mm512_shuffle_i64x2(x[2], x[3], 0xee));
+    return _mm512_add_epi16(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd));
+}
+static inline vf v_float(vi w)
+{
+    return _mm512_cvtepi32_ps(w);
+}
+static inline void v_store_lanes(float *p, uint32_t stride, vf v)
+{
+    _mm_storeu_ps(p, _mm512_castps512_ps128(v));
+    _mm_storeu_ps(p + stride, _mm512_extractf32x4_ps(v, 1));
+    _mm_storeu_ps(p + (uint64_t)2 * stride, _mm512_extractf32x4_ps(v, 2));
+    _mm_storeu_ps(p + (uint64_t)3 * stride, _mm512_extractf32x4_ps(v, 3));
+}
 static inline vi v_spread8(const uint8_t *p)
 {
     __m512i w = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(const void *)p));

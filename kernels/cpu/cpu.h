@@ -8,6 +8,7 @@
 
 enum {
     KVD_CPU_ROWS = 4,     // query rows that an inner loop over heads takes at once
+    KVD_CPU_PARTS = 5,    // of a prepared query of head_dim 128
     KVD_LOOP_ASKS = 8,    // of a tile's loops over K and V, for what is ahead
     KVD_LATENT_ROWS = 32, // and one over latents: panels have a row of so many floats a token
 };
@@ -59,6 +60,10 @@ static inline void kvd_cpu_ask(struct kvd_cpu_ahead *a, uint32_t times)
         __builtin_prefetch(a->at, 0, 2);
 }
 
+// Floats of prepared queries.
+enum { KVD_CPU_QUERIES = KVD_CPU_PARTS * KVD_CPU_ROWS * 2 * 128 };
+_Static_assert(KVD_CPU_QUERIES >= KVD_CPU_ROWS * 2 * KVD_MAX_HEAD_DIM, "room at every head_dim");
+
 // The inner loops, one implementation per instruction set. rows is 1 to KVD_CPU_ROWS.
 struct kvd_cpu_isa {
     const char *name;
@@ -66,8 +71,9 @@ struct kvd_cpu_isa {
     // A thread is about to run the loops below up to `logits`, or is done with them. NULL: nothing.
     void (*enter)(void);
     void (*leave)(void);
-    // q [dim] -> what k_scores or tc_scores wants of it for keys in `codec`, 2 * dim floats. tc:
-    // their coder, where that is tc2 or tc2.5.
+    // q [dim] -> what k_scores or tc_scores wants of it for keys in `codec`: 2 * dim floats, or
+    // such KVD_CPU_PARTS times, of KVD_CPU_ROWS rows each. tc: their coder, where that is tc2 or
+    // tc2.5.
     void (*q_prepare)(uint32_t codec, const struct kvd_tc_coder *tc, const float *q, uint32_t dim,
                       float *out);
     // Loops over codes ask for what is ahead KVD_LOOP_ASKS times.
@@ -102,6 +108,9 @@ struct kvd_cpu_isa {
     float (*logits)(float *s, float by);
     // The largest of them and `top`; NaN are passed over.
     float (*top)(const float *s, float top);
+    // All three at once, where all 64 tokens are seen: returns what logits does, and raises *top.
+    float (*whole)(float *s, const struct kvd_cpu_params *p, float q_sum, float q_mean, float by,
+                   float *top);
     // s[t] = exp(s[t] - m); returns their sum. -inf gives 0.
     float (*exp_sum)(float *s, float m);
     // s[t] *= scale[t]; returns the sum of s[t] * centre[t] before that.

@@ -7,15 +7,15 @@
 #ifndef KVD_KERNELS_CPU_DIGITS_H
 #define KVD_KERNELS_CPU_DIGITS_H
 
-#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/fixed.h"
 
 #include <immintrin.h>
-#include <math.h>
 
 enum {
     BLOCK = 128,                  // channels whose codes are 16 bytes a lane
     BLOCK_BYTES = KVD_UNIT_BYTES, // of a chunk, in a plane of two bits
     DIGITS = 3,                   // of a number
+    DIGIT_BITS = 22,              // that three have, and a sign
     LINE = 64,                    // bytes
     SLOTS = 4,                    // codes of a byte
 };
@@ -25,25 +25,6 @@ static inline bool digits_take(uint32_t codec, uint32_t dim, bool v)
 {
     bool even = kvd_codec_level_kind(codec) == KVD_LEVELS_EVEN && kvd_codec_bits(codec) > 0;
     return dim % BLOCK == 0 && (even || (v && kvd_codec_tc(codec)));
-}
-
-// The powers of two by which numbers are multiplied to have 22 bits, and half of what takes
-// products back. NaN where a number is not finite.
-struct digit_scale {
-    float to, from;
-};
-
-// largest: of the numbers' bits without their signs.
-static inline struct digit_scale digit_scale_of(uint32_t largest)
-{
-    uint32_t exponent = KVD_MAX(largest >> 23, 40u), to = (275 - exponent) << 23,
-             from = (exponent - 22) << 23;
-    struct digit_scale s = {0, NAN};
-    if (exponent == 255)
-        return s;
-    memcpy(&s.to, &to, sizeof(to));
-    memcpy(&s.from, &from, sizeof(from));
-    return s;
 }
 
 // Each number's digits in a word's three low bytes. With 128 added to each of them they are those
@@ -61,7 +42,7 @@ static inline struct digit_scale digit_scale_of_row(const float *q, uint32_t dim
     for (uint32_t c = 0; c < dim; c += 16)
         largest = KVD_MAX(largest, _mm512_reduce_max_epu32(_mm512_and_si512(
                                        _mm512_loadu_si512(q + c), _mm512_set1_epi32(0x7fffffff))));
-    return digit_scale_of(largest);
+    return digit_scale_of(largest, DIGIT_BITS);
 }
 
 // Three lines of `bytes`, a digit each, of the row's numbers that are in x; `stride` bytes from
@@ -99,7 +80,7 @@ static inline float digit_tokens(const float *p, __m512i lines[DIGITS])
     for (int i = 0; i < 4; i++)
         most = _mm512_max_epu32(
             most, _mm512_and_si512(_mm512_loadu_si512(p + 16 * i), _mm512_set1_epi32(0x7fffffff)));
-    struct digit_scale s = digit_scale_of(_mm512_reduce_max_epu32(most));
+    struct digit_scale s = digit_scale_of(_mm512_reduce_max_epu32(most), DIGIT_BITS);
     for (int i = 0; i < 4; i++) {
         __m512 in_order = _mm512_permutexvar_ps(order, _mm512_loadu_ps(p + 16 * i));
         x[i] = _mm512_shuffle_epi8(digits_of(in_order, _mm512_set1_ps(s.to)), apart);

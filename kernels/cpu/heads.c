@@ -23,12 +23,11 @@ struct walk {
     struct kvd_tc_coder tc; // of K
     _Alignas(KVD_WALK_ALIGN) struct partial part;
     _Alignas(KVD_WALK_ALIGN) float q[KVD_CPU_ROWS][KVD_MAX_HEAD_DIM];
-    _Alignas(KVD_WALK_ALIGN) float q_codes[KVD_CPU_ROWS * 2 *
-                                           KVD_MAX_HEAD_DIM]; // rotated and prepared, row stride 2
-                                                              // * dim_k
-    float q_sum[KVD_CPU_ROWS];                                // of the rotated query
-    float q_mean[KVD_CPU_ROWS];                               // its product with the keys' mean
-    float run_sum[KVD_CPU_ROWS];                              // of a run's probabilities
+    _Alignas(KVD_WALK_ALIGN) float q_codes[KVD_CPU_QUERIES]; // rotated and prepared
+    float q_sum[KVD_CPU_ROWS];                               // of the rotated query
+    float q_mean[KVD_CPU_ROWS];                              // its product with the keys' mean
+    float top[KVD_CPU_ROWS];                                 // of all logits, the run's too
+    float run_sum[KVD_CPU_ROWS];                             // of a run's probabilities
     // Sums of the last runs, that are not in `out` yet:
     _Alignas(KVD_WALK_ALIGN) float acc[KVD_CPU_ROWS * 8 * KVD_MAX_HEAD_DIM]; // row stride 8 * dim_v
     _Alignas(KVD_WALK_ALIGN) float o[KVD_CPU_ROWS * KVD_MAX_HEAD_DIM];       // row stride dim_v
@@ -51,19 +50,37 @@ static void params_of(const struct walk *w, const struct kvd_cpu_run *run, bool 
         out->scale[t] = out->centre[t] = 0;
 }
 
-static void score_tile(struct walk *w, const struct kvd_cpu_run *run)
+// Whether every row sees all of a run.
+static bool seen_by_all(const struct walk *w, const struct kvd_cpu_run *run)
 {
-    const struct kvd_plane *g = w->base.job->p->plane;
+    return !w->base.job->p->window && run->begin + run->n <= w->seen_by_all;
+}
+
+// Makes logits of a tile's scores at once where there is nothing to mask, and returns whether.
+static bool score_tile(struct walk *w, const struct kvd_cpu_run *run)
+{
+    const struct kvd_attend_params *p = w->base.job->p;
+    const struct kvd_plane *g = p->plane;
     const struct kvd_cpu_isa *isa = w->base.job->cpu->isa;
+    struct partial *out = w->base.out;
     struct kvd_cpu_params params;
+    bool whole = run->n == KVD_PAGE_TOKENS && p->softcap <= 0 && seen_by_all(w, run);
     params_of(w, run, false, &params);
     if (kvd_codec_tc(g->codec.k))
         isa->tc_scores(&w->tc, run->tile, w->q_codes, w->base.unit.rows, w->s, &w->base.ahead);
     else
         isa->k_scores(g->codec.k, run->tile, g->head_dim_k, w->q_codes, w->base.unit.rows, w->s,
                       &w->base.ahead);
-    for (uint32_t r = 0; r < w->base.unit.rows; r++)
-        isa->affine(w->s + r * KVD_PAGE_TOKENS, &params, w->q_sum[r], w->q_mean[r]);
+    for (uint32_t r = 0; r < w->base.unit.rows; r++) {
+        float *s = w->s + r * KVD_PAGE_TOKENS;
+        w->top[r] = out->m[r];
+        if (whole)
+            out->l[r] +=
+                (double)isa->whole(s, &params, w->q_sum[r], w->q_mean[r], p->scale, &w->top[r]);
+        else
+            isa->affine(s, &params, w->q_sum[r], w->q_mean[r]);
+    }
+    return whole;
 }
 
 static void fill(float *s, uint32_t from, uint32_t to, float x)
@@ -77,8 +94,9 @@ static void fill(float *s, uint32_t from, uint32_t to, float x)
 static bool mask_run(struct walk *w, const struct kvd_cpu_run *run)
 {
     const struct kvd_attend_params *p = w->base.job->p;
+    const struct kvd_cpu_isa *isa = w->base.job->cpu->isa;
     struct partial *out = w->base.out;
-    bool any = false, all = !p->window && run->begin + run->n <= w->seen_by_all;
+    bool any = false, all = seen_by_all(w, run);
     for (uint32_t r = 0; r < w->base.unit.rows; r++) {
         float *s = w->s + r * KVD_PAGE_TOKENS;
         uint32_t lo, hi;
@@ -91,11 +109,12 @@ static bool mask_run(struct walk *w, const struct kvd_cpu_run *run)
         fill(s, 0, lo, 0); // whatever was there is no reason for a NaN
         fill(s, hi, KVD_PAGE_TOKENS, 0);
         // Once NaN it stays so, whatever is added.
-        out->l[r] += (double)w->base.job->cpu->isa->logits(s, p->scale);
+        out->l[r] += (double)isa->logits(s, p->scale);
         for (uint32_t t = lo; t < hi && p->softcap > 0; t++)
             s[t] = p->softcap * tanhf(s[t] / p->softcap);
         fill(s, 0, lo, -INFINITY);
         fill(s, hi, KVD_PAGE_TOKENS, -INFINITY);
+        w->top[r] = isa->top(s, out->m[r]);
     }
     return any;
 }
@@ -106,14 +125,14 @@ static void scale_sums(double *x, uint32_t n, double f)
         x[i] *= f;
 }
 
-// Raises the running maximum to that of the new logits and turns these into probabilities.
+// Raises the running maximum to w->top and turns the new logits into probabilities.
 static void soften(struct walk *w, uint32_t r)
 {
     const struct kvd_plane *g = w->base.job->p->plane;
     const struct kvd_cpu_isa *isa = w->base.job->cpu->isa;
     struct partial *out = w->base.out;
     float *s = w->s + r * KVD_PAGE_TOKENS;
-    float top = isa->top(s, out->m[r]);
+    const float top = w->top[r];
     w->run_sum[r] = 0;
     if (top == -INFINITY) {
         memset(s, 0, KVD_PAGE_TOKENS * sizeof(float));
@@ -182,12 +201,13 @@ static void walk_run(struct kvd_cpu_walk *base, const struct kvd_cpu_run *run)
     const struct kvd_plane *g = w->base.job->p->plane;
     const struct kvd_cpu_isa *isa = w->base.job->cpu->isa;
     const uint8_t *ahead = run->v ? run->v : base->ahead_rows;
+    bool whole = false;
     if (!run->k)
-        score_tile(w, run);
+        whole = score_tile(w, run);
     else
         isa->bf16_scores(run->k, ahead ? ahead : run->k, run->k_stride, run->n, g->head_dim_k,
                          w->q[0], w->base.unit.rows, w->s);
-    if (!mask_run(w, run))
+    if (!whole && !mask_run(w, run))
         return;
     for (uint32_t r = 0; r < w->base.unit.rows; r++) {
         kvd_cpu_ask(&base->ahead, 1);

@@ -150,6 +150,15 @@ static float top_of(const float *s, float top)
     return top;
 }
 
+static float whole(float *s, const struct kvd_cpu_params *p, float q_sum, float q_mean, float by,
+                   float *top)
+{
+    affine(s, p, q_sum, q_mean);
+    float nan = logits(s, by);
+    *top = top_of(s, *top);
+    return nan;
+}
+
 static float weigh(float *s, const struct kvd_cpu_params *p)
 {
     float sum = 0;
@@ -280,6 +289,7 @@ const struct kvd_cpu_isa kvd_cpu_scalar = {
     .affine = affine,
     .logits = logits,
     .top = top_of,
+    .whole = whole,
     .exp_sum = exp_sum,
     .weigh = weigh,
     .scale = scale,

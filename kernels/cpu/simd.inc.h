@@ -26,6 +26,19 @@
 //   v_fold(x, out)             x: of 8 vectors of lanes whose number is t * 4 + r the halves,
 //   added, of two each; out[g]
 //                              the sum of vector g's lanes of even r, out[8 + g] that of odd r
+//   v_words0(), v_set1_32(x), v_bytes1(x)  zeros; V times x; as bytes
+//   v_everywhere(lane)         16 bytes from memory, in each lane of 128 bits
+//   v_pick8(w, from)           in each lane of 128 bits the bytes that the low four bits of from's
+//                              say, whose others are 0
+//   v_both(a, b)               bits
+//   v_add8, v_add16, v_sub16, v_add32, v_sub32, v_down16, v_up16, v_up32  of bytes, or words of so
+//                              many bits
+//   v_low16(a, b), 32, 64      units of so many bits of the low halves of each lane of 128 bits, of
+//   v_high16(a, b), 32, 64     a and b in turn; of the high halves
+//   v_products16(w, x, y)      of pairs of signed words x times the first and y times the second
+//   v_lanes16(x)               x: of V / 4 vectors the sums of each's lanes of 128 bits, by words
+//   v_float(w)                 words as floats
+//   v_store_lanes(p, n, v)     lanes of four floats, n from one to the next
 //   v_exp(v)                   exp, relative error under 1e-6, 0 below -87
 // A *group* is 16 words, the words of lanes 4g .. 4g+3 of a load: G = 16 / V vectors. Word t*4 + r
 // of group g holds, for K, token g + 8(r & 1) and channels 2t + 8(r >> 1) + e of a channel tile;
@@ -33,6 +46,11 @@
 // low and high half of the word.
 
 enum { G = 16 / V };
+
+// Without it a compiler loads a vector anew for every use.
+#define LOADED(x) __asm__("" : "+v"(x))
+
+#include "kernels/cpu/simd_tables.inc.h"
 
 // The order in which the 16 channels of a tile (or tokens of a chunk) meet the words of a group.
 static void spread16(const float *x, float *out)
@@ -45,8 +63,11 @@ static void spread16(const float *x, float *out)
 static void simd_q_prepare(uint32_t codec, const struct kvd_tc_coder *tc, const float *q,
                            uint32_t dim, float *out)
 {
-    (void)codec;
     (void)tc;
+    if (tables_take(codec, dim)) {
+        tables_prepare(codec, q, out);
+        return;
+    }
     for (uint32_t tile = 0; tile < dim / 16; tile++)
         spread16(q + tile * 16, out + tile * 32);
 }
@@ -109,9 +130,6 @@ struct plane_words {
 // Without it a compiler loads all of q before a loop, has no registers for it, and stores it on the
 // stack to load it from there.
 #define LOAD_AGAIN() __asm__ volatile("" ::: "memory")
-
-// Without it a compiler loads a vector anew for every use.
-#define LOADED(x) __asm__("" : "+v"(x))
 
 // A tile's codes on one side, and planes of two bits as four copies of its words, shifted by 0, 2,
 // 4 and 6 bits: a byte's distance more needs no shift but an address. So three shifts serve all of
@@ -352,16 +370,16 @@ static KVD_BY_CASE void k_scores_rows(const uint32_t kind, struct levels l,
 }
 
 // Pairs of groups, and copies, pay for the shape that is most used; each more that had them would
-// take seconds to compile. With sixteen lanes a shift serves two codes, and with two bits there are
-// registers for what is shifted: copies are worth less than they take.
+// take seconds to compile. With sixteen lanes a shift serves two codes, and copies are worth less
+// than they take. Codes of two bits have tables there.
 static KVD_BY_CASE void k_scores_kind(const uint32_t kind, struct levels l, const uint8_t *codes,
                                       uint32_t dim, const float *q, uint32_t rows, float *scores,
                                       struct kvd_cpu_ahead *ahead)
 {
     struct codes c = codes_plain(codes, dim);
     struct copies copies;
-    if (rows == 4 && dim == 128) {
-        if (V == 8 && kind != 2)
+    if (rows == 4 && dim == 128 && kind != 2) {
+        if (V == 8)
             c = codes_of(kind == EVEN_4 ? 2 : 1, codes, 128, &copies);
         k_scores_rows(kind, l, &c, 128, PAIR, q, 4, scores, ahead);
     } else if (rows == 4) {
@@ -379,7 +397,9 @@ static void simd_k_scores(uint32_t codec, const uint8_t *codes, uint32_t dim, co
                           uint32_t rows, float *scores, struct kvd_cpu_ahead *ahead)
 {
     uint32_t bits = kvd_codec_bits(codec);
-    if (bits == 4 && !kvd_codec_signed(codec))
+    if (tables_take(codec, dim))
+        tables_scores(codes, q, rows, scores, ahead);
+    else if (bits == 4 && !kvd_codec_signed(codec))
         k_scores_kind(EVEN_4, levels_of(codec), codes, dim, q, rows, scores, ahead);
     else if (bits == 2)
         k_scores_kind(2, levels_of(codec), codes, dim, q, rows, scores, ahead);
@@ -553,8 +573,8 @@ static void simd_rotate(const float *x, uint32_t rows, uint32_t dim, const float
 #define KVD_SIMD_COMMON                                                                            \
     .bf16_scores = simd_bf16_scores, .bf16_accumulate = simd_bf16_accumulate,                      \
     .params = simd_params, .affine = simd_affine, .logits = simd_logits, .top = simd_top,          \
-    .exp_sum = simd_exp_sum, .weigh = simd_weigh, .scale = simd_scale, .rotate = simd_rotate,      \
-    .bf16_row = simd_bf16_row, .latent_unpack = simd_latent_unpack,                                \
+    .whole = simd_whole, .exp_sum = simd_exp_sum, .weigh = simd_weigh, .scale = simd_scale,        \
+    .rotate = simd_rotate, .bf16_row = simd_bf16_row, .latent_unpack = simd_latent_unpack,         \
     .panel_scores = simd_panel_scores, .panel_sums = simd_panel_sums,                              \
     .panel_logits = simd_panel_logits, .panel_top = simd_panel_top, .panel_exp = simd_panel_exp,   \
     .panel_scale = simd_panel_scale

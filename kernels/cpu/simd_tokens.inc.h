@@ -103,6 +103,21 @@ static float simd_top(const float *s, float top)
     return v_top(most);
 }
 
+static float simd_whole(float *s, const struct kvd_cpu_params *p, float q_sum, float q_mean,
+                        float by, float *top)
+{
+    vf sum = v_set1(q_sum), mean = v_set1(q_mean), nan = v_zero(), most = v_set1(*top);
+    for (uint32_t t = 0; t < KVD_PAGE_TOKENS; t += V) {
+        vf add = v_fma(v_load(p->centre + t), sum, mean);
+        vf x = v_mul(v_fma(v_load(p->scale + t), v_load(s + t), add), v_set1(by));
+        v_store(s + t, x);
+        nan = v_fma(x, v_zero(), nan);
+        most = v_max(x, most);
+    }
+    *top = v_top(most);
+    return v_sum(nan);
+}
+
 static float simd_weigh(float *s, const struct kvd_cpu_params *p)
 {
     vf sum = v_zero();

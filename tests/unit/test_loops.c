@@ -79,7 +79,7 @@ static void fill_loops(struct loops *l, uint64_t *rng, uint32_t codec, uint32_t 
 static void scores_of(const struct kvd_cpu_isa *isa, const struct loops *l, float *scores)
 {
     struct kvd_cpu_ahead ahead = {0};
-    _Alignas(64) float q[ROWS * 2 * KVD_MAX_HEAD_DIM];
+    _Alignas(64) float q[KVD_CPU_QUERIES];
     memset(q, 0xff, sizeof(q));
     memset(scores, 0xff, ROWS * T * sizeof(float));
     for (uint32_t r = 0; r < l->rows; r++)
@@ -123,25 +123,56 @@ static void compare(const struct loops *l, const struct kvd_cpu_isa *isa, bool v
     }
 }
 
+static void compare_all(struct loops *l, const struct kvd_cpu_isa *isa, bool v)
+{
+    static float want[ROWS * KVD_MAX_HEAD_DIM], got[ROWS * KVD_MAX_HEAD_DIM];
+    if (v) {
+        sums_of(&kvd_cpu_scalar, l, want);
+        sums_of(isa, l, got);
+    } else {
+        scores_of(&kvd_cpu_scalar, l, want);
+        scores_of(isa, l, got);
+    }
+    compare(l, isa, v, got, want, v ? l->dim : T, v ? l->dim : T);
+}
+
 START_TEST(all_are_as_exact_as_floats)
 {
     uint64_t rng = kvd_test_seed("loops");
     static struct loops l;
-    static float want[ROWS * KVD_MAX_HEAD_DIM], got[ROWS * KVD_MAX_HEAD_DIM];
     for (uint32_t round = 0; round < 12; round++)
         for (uint32_t codec = KVD_CODEC_BF16 + 1; codec < KVD_CODEC_COUNT; codec++)
             for (size_t d = 0; d < KVD_LEN(dims); d++)
                 for (size_t i = 0; i < KVD_LEN(isas); i++) {
                     if (!isas[i]->supported())
                         continue;
-                    fill_loops(&l, &rng, codec, dims[d], false);
-                    scores_of(&kvd_cpu_scalar, &l, want);
-                    scores_of(isas[i], &l, got);
-                    compare(&l, isas[i], false, got, want, T, T);
-                    fill_loops(&l, &rng, codec, dims[d], true);
-                    sums_of(&kvd_cpu_scalar, &l, want);
-                    sums_of(isas[i], &l, got);
-                    compare(&l, isas[i], true, got, want, dims[d], dims[d]);
+                    for (int v = 0; v < 2; v++) {
+                        fill_loops(&l, &rng, codec, dims[d], v);
+                        compare_all(&l, isas[i], v);
+                    }
+                }
+}
+END_TEST
+
+// Loops that add in bytes, or in words of 16 bits, have room for what all the largest codes and
+// numbers add up to, and all the smallest.
+START_TEST(the_largest_sums_fit)
+{
+    uint64_t rng = kvd_test_seed("largest");
+    static struct loops l;
+    const uint8_t codes[] = {0, 0xff, 0x55, 0xaa};
+    for (uint32_t codec = KVD_CODEC_BF16 + 1; codec < KVD_CODEC_COUNT; codec++)
+        for (size_t d = 0; d < KVD_LEN(dims); d++)
+            for (size_t i = 0; i < KVD_LEN(isas); i++)
+                for (uint32_t c = 0; c < KVD_LEN(codes) * 4 && isas[i]->supported(); c++) {
+                    const bool v = c & 1, negative = c & 2 && !v;
+                    fill_loops(&l, &rng, codec, dims[d], v);
+                    memset(l.codes, codes[c / 4], sizeof(l.codes));
+                    for (uint32_t r = 0; r < ROWS; r++)
+                        l.most[r] = 4; // twice the numbers: sums of equals are rounded alike
+                    for (uint32_t j = 0; j < ROWS * (v ? T : l.dim); j++)
+                        l.x[j] = negative ? -0x1.fffffep0f : 0x1.fffffep0f;
+                    compare_all(&l, isas[i], v);
                 }
 }
 END_TEST
@@ -175,4 +206,5 @@ START_TEST(what_is_not_finite_is_not_lost)
 }
 END_TEST
 
-KVD_MAIN("loops", 300, all_are_as_exact_as_floats, what_is_not_finite_is_not_lost)
+KVD_MAIN("loops", 300, all_are_as_exact_as_floats, the_largest_sums_fit,
+         what_is_not_finite_is_not_lost)
