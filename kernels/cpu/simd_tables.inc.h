@@ -174,22 +174,25 @@ static void tables_scores(const uint8_t *codes, const float *q, uint32_t rows, f
         kvd_cpu_ask(ahead, 1);
         tables_index_of(codes, chunk, &index);
     }
-    for (uint32_t r = 0; r < rows; r++) {
-        vi below[T_DIGITS][4 / T_CHUNKS], others[T_DIGITS][4 / T_CHUNKS];
-        for (uint32_t d = 0; d < T_DIGITS; d++) {
+    // Digit by digit, as the tables lie.
+    vi below[KVD_CPU_ROWS][T_DIGITS][4 / T_CHUNKS], others[KVD_CPU_ROWS][T_DIGITS][4 / T_CHUNKS];
+    for (uint32_t d = 0; d < T_DIGITS; d++) {
+        kvd_cpu_ask(ahead, 1);
+        for (uint32_t r = 0; r < rows; r++) {
             vi sum[2][4];
-            kvd_cpu_ask(ahead, r == 0);
             tables_sums((const void *)tables_part_of(q, r, d), &index, sum[0], sum[1]);
             for (uint32_t c = 0; c < 4; c += T_CHUNKS) {
-                below[d][c / T_CHUNKS] = v_lanes16(sum[0] + c);
-                others[d][c / T_CHUNKS] = v_lanes16(sum[1] + c);
+                below[r][d][c / T_CHUNKS] = v_lanes16(sum[0] + c);
+                others[r][d][c / T_CHUNKS] = v_lanes16(sum[1] + c);
             }
         }
+    }
+    for (uint32_t r = 0; r < rows; r++) {
         const vf from = v_set1(*tables_part_of(q, r, T_DIGITS));
         for (uint32_t c = 0; c < 4 / T_CHUNKS; c++) {
             float *to = scores + r * KVD_PAGE_TOKENS + c * T_CHUNKS * 16;
-            tables_store(below, c, from, to);
-            tables_store(others, c, from, to + 8);
+            tables_store(below[r], c, from, to);
+            tables_store(others[r], c, from, to + 8);
         }
     }
 }
