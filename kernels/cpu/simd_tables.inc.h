@@ -20,7 +20,7 @@ enum {
     T_CHUNKS = V / 4,          // whose sums a vector has
     T_PAIRS = T_DIM / 2,
 };
-_Static_assert(T_DIGITS < KVD_CPU_PARTS, "and one more part, for what numbers are worth");
+_Static_assert((int)T_DIGITS < (int)KVD_CPU_PARTS, "and one more part, for what numbers are worth");
 
 static bool tables_take(uint32_t codec, uint32_t dim)
 {
