@@ -4,7 +4,6 @@
 #include <glob.h>
 #include <sys/socket.h>
 #include <sys/un.h>
-#include <unistd.h>
 
 #include "client/lib/kept.h"
 #include "proto/fdsock.h"
@@ -30,10 +29,19 @@ static bool listens(const char *path)
 }
 
 // `kept`: those too that are being started again.
+static bool known(const struct kvd_instances *all, const char *path)
+{
+    for (unsigned i = 0; i < all->n; i++)
+        if (strcmp(all->address[i] + strlen("unix:"), path) == 0)
+            return true;
+    return false;
+}
+
 static void add(struct kvd_instances *all, const char *path, const char *name, size_t len,
                 bool kept)
 {
-    if (all->n == KVD_MAX_INSTANCES || !(listens(path) || (kept && kvd_kept(path))))
+    if (all->n == KVD_MAX_INSTANCES || known(all, path) ||
+        !(listens(path) || (kept && kvd_kept(path))))
         return;
     char *copy = strndup(name, len), *address;
     if (copy && asprintf(&address, "unix:%s", path) >= 0) {
@@ -59,11 +67,9 @@ static void find(struct kvd_instances *all, bool kept)
             char *path = found.gl_pathv[i];
             const char *name = path + strlen(kvd_runtime_folder()) + 1;
             const size_t bare = strlen(path) - strlen(KVD_KEPT_SUFFIX);
-            const bool mark = strcmp(path + bare, KVD_KEPT_SUFFIX) == 0;
-            if (mark)
+            if (strcmp(path + bare, KVD_KEPT_SUFFIX) == 0)
                 path[bare] = '\0';
-            if (!mark || access(path, F_OK))
-                add(all, path, name, strcspn(name, "/"), kept);
+            add(all, path, name, strcspn(name, "/"), kept);
         }
     globfree(&found);
 }

@@ -54,13 +54,14 @@ void kvd_daemon_run(struct kvd_daemon *d)
     char size[32];
     d->state = KVD_READY;
     kvd_format_size(d->config.pool_size, size, sizeof(size));
+    // Whoever starts it knows first: who has read the line may count on being served again.
+    kvd_notify_ready(d);
+    kvd_keep_ready(d);
     kvd_notice("ready version=%s backend=%s device=\"%s\" pool=\"%s\" listen=%s metrics=%s "
                "ms=%" PRIu64,
                kvd_build_version(), d->backend->ops->name, d->backend->ops->device(d->backend),
                size, d->config.listen[0], d->config.metrics[0] ? d->config.metrics : "off",
                uv_hrtime() / 1000000 - d->started_ms);
-    kvd_notify_ready(d);
-    kvd_keep_ready(d);
     uv_run(&d->loop, UV_RUN_DEFAULT);
 }
 

@@ -74,6 +74,26 @@ def test_who_opens_meanwhile_waits_for_the_next_kvd(start, keep):
         assert marked(keeper)
 
 
+def test_who_has_read_that_it_is_ready_may_count_on_the_next_one(start):
+    """Its keeper starts a kvd again that has served, and knows of that before those who read the log do: here they run instead of kvd as
+    soon as there is something to read."""
+    first = start("--keep")
+    first.stop()
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cpus)})
+    try:
+        with subprocess.Popen(["chrt", "--idle", "0", *first.command], stderr=subprocess.PIPE, text=True) as keeper:
+            for wanted in ("ready version", "it is started again", "ready version"):
+                line = next(line for line in keeper.stderr if wanted in line or "kvd-keeper" in line)
+                assert wanted in line, line
+                if wanted == "ready version":
+                    os.kill(int(open(f"/proc/{keeper.pid}/task/{keeper.pid}/children").read().split()[0]), signal.SIGKILL)
+            keeper.terminate()
+            keeper.stderr.read()
+    finally:
+        os.sched_setaffinity(0, cpus)
+
+
 def test_no_longer_than_its_own_time(start):
     keeper = start("--keep")
     with gone(keeper):
