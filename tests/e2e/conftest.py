@@ -7,6 +7,7 @@ import importlib
 import inspect
 import os
 import pathlib
+import random
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 
 import pytest
 
@@ -226,10 +228,39 @@ def layout(**kw):
     return kv.Layout(**g)
 
 
+_ports = []
+
+
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """One that nobody else gets before it is listened on: it is below those that the kernel hands out, and tests beside this one leave it
+    alone, as a socket of its name is held until this process ends."""
+    with open("/proc/sys/net/ipv4/ip_local_port_range") as f:
+        end = max(int(f.read().split()[0]), 20000)
+    while True:
+        port, mark = random.SystemRandom().randrange(10000, end), socket.socket(socket.AF_UNIX)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            mark.bind(f"\0kvd-test-port-{port}")
+            s.bind(("127.0.0.1", port))
+            _ports.append(mark)
+            return port
+        mark.close()
+
+
+def at_some_pace(check, paces=(1, 5, 25)):
+    """check(pace), with times that are so many times as long. For tests of what ends in time: where the machine is slower than that once, it
+    is asked again at a slower pace, and what does not depend on the machine fails at each of them."""
+    for pace in paces:
+        try:
+            return check(pace)
+        except (Exception, pytest.fail.Exception):
+            if pace == paces[-1]:
+                raise
+            traceback.print_exc()
+
+
+def best_of_three(check):
+    """For tests of how long something takes beside something else: one stall of the machine makes it longer, what is wrong does so each time."""
+    at_some_pace(lambda _: check(), (1, 1, 1))
 
 
 def certificates(folder, **names):

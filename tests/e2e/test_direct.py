@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 import pytest
 
-from conftest import DIRECT, EMULATED, Rpc, layout, kv
+from conftest import DIRECT, EMULATED, Rpc, at_some_pace, layout, kv
 from test_death import wait_for
 from test_grpc import KV, LAYERS, append, code_of, random_kv, tensor
 
@@ -66,7 +66,7 @@ def test_a_slow_daemon_is_waited_for_late(kvd):
     w = Stalling(kvd)
     length, stored = w.steps(90)
     assert length == 190 and stored >= length - 96  # the ring: how far a step may be ahead
-    time.sleep(0.5)  # the thread catches up
+    assert wait_for(lambda: w.steps(0)[1] > 190 - 16)  # the thread catches up: what is left is no page
     kvd.process.send_signal(signal.SIGSTOP)
     try:
         began = time.time()
@@ -414,21 +414,24 @@ def test_calls_of_a_stream_are_answered_one_after_the_other(kvd):
 
 def test_a_fence_that_is_never_passed(kvd):
     w = Fenced(kvd)
-    with pytest.raises(grpc.RpcError):
-        w.append_later(100, 5, timeout=0.5).result()
-    end = time.time() + 5
-    while w.signalled() != 5 and time.time() < end:  # whoever waits for it goes on
-        time.sleep(0.01)
-    assert w.signalled() == 5 and w.length() == 100
-    waiting = [w.append_later(100, 7) for _ in range(50)]
-    time.sleep(0.2)
+
+    def given_up(pace):  # if its time is over before kvd has it, kvd never hears of it
+        with pytest.raises(grpc.RpcError):
+            w.append_later(100, 4 + pace, timeout=0.5 * pace).result()
+        assert wait_for(lambda: w.signalled() == 4 + pace)  # whoever waits for it goes on
+        assert w.length() == 100
+
+    at_some_pace(given_up, (1, 10))
+    waiting = [w.append_later(100, 99) for _ in range(50)]
+    assert wait_for(lambda: kvd.metric("kvd_queued_calls") == 50)
     w.sock.close()  # its session ends, and with it the calls
     for call in waiting:
         with pytest.raises(grpc.RpcError):
             call.result()
     assert kvd.kvctl("ping", 1).returncode == 0
-    waiting = Fenced(kvd).append_later(100, 7)
-    time.sleep(0.1)
+    w = Fenced(kvd)
+    waiting = w.append_later(100, 99)
+    assert wait_for(lambda: kvd.metric("kvd_queued_calls") == 1)
     assert kvd.stop() == 0  # the daemon ends all the same
     with pytest.raises(grpc.RpcError):
         waiting.result()

@@ -275,7 +275,7 @@ def test_a_page_is_there_if_all_ranks_have_it():
 def test_lookups_of_many_requests_go_in_one_call_and_never_hold_up_the_asker():
     k = keys(6)
     pages = Pages({x: EXACT for x in k[:4]})
-    lookups = Lookups(Ranks([PageStore(lambda: pages)]), lease=30)
+    lookups = Lookups(Ranks([PageStore(lambda: pages)]), lease=30, patience=10)
     pages.gate.clear()
     assert lookups.find("a", 0, k) is None
     began = time.monotonic()
@@ -304,17 +304,26 @@ def test_requests_that_come_at_once_wait_for_a_step_and_not_each_for_its_answer(
     pages = Pages({})
     answer = pages.lookup
     pages.lookup = lambda *a, **k: (time.sleep(0.001), answer(*a, **k))[1]
-    lookups = Lookups(Ranks([PageStore(lambda: pages)]))
+    lookups = Lookups(Ranks([PageStore(lambda: pages)]), patience=10)
+    wait, waits = lookups._changed.wait, []
+
+    def timed(timeout=None):
+        """Counts what was waited, without what a busy machine adds to it."""
+        began = time.monotonic()
+        try:
+            return wait(timeout)
+        finally:
+            waits.append(min(time.monotonic() - began, timeout or 0))
+
+    lookups._changed.wait = timed
     time.sleep(0.3)
-    waited, left = 0.0, {f"r{i}" for i in range(400)}
+    began, left = time.monotonic(), {f"r{i}" for i in range(400)}
     for step in range(200):
-        began = time.thread_time(), time.monotonic()
         left = {r for r in left if lookups.find(r, 0, keys(4)) is None}
-        waited += time.monotonic() - began[1] - (time.thread_time() - began[0])
         if not left:
             break
         time.sleep(0.01)
-    assert not left and step < 190 and waited < 0.2, (step, waited)
+    assert not left and step < 190 and 0 < sum(waits) < 0.1 + (time.monotonic() - began) / 50, (step, sum(waits))
     assert sum(c == "lookup" for c, _ in pages.calls) < 50  # and not one for each
     lookups.close()
 
@@ -355,7 +364,7 @@ def test_loads_do_not_wait_for_stores_and_stores_that_wait_are_given_up():
     t.load(5, lambda: 7)
     t.wait([5, 2], 0.01)
     gate.set()
-    t.wait([1, 3], 10)  # what can be done in time is done
+    t.wait([1, 3, 5], 10)  # what can be done in time is done
     done = {d.job: (d.ok, d.bytes, d.load) for d in t.finished()}
     assert done == {1: (True, 5, False), 2: (False, 0, False), 3: (True, 1, False), 4: (False, 0, False), 5: (True, 7, True)}
     assert "never" not in ran and t.finished() == []
@@ -374,12 +383,12 @@ def test_an_engine_rests_while_something_is_under_way():
         t.rest(longest)
         return time.monotonic() - began
 
-    assert seconds(5) < 2  # nothing is
+    assert seconds(60) < 20  # nothing is
     t.load(1, lambda: gate.wait(20) and 1)
     assert seconds(0.2) >= 0.19
     threading.Timer(0.2, gate.set).start()
-    assert seconds(10) < 5  # it ends
-    assert seconds(10) < 5  # and has not been asked for
+    assert seconds(60) < 20  # it ends
+    assert seconds(60) < 20  # and has not been asked for
     assert [d.job for d in t.finished()] == [1]
     t.close()
 
@@ -389,13 +398,13 @@ def test_lookups_wait_for_tiers_as_long_as_they_may():
     pages, k = Pages({x: EXACT for x in keys(2)}), keys(2)
     store = PageStore(lambda: pages)
     store.lookup([k], 0)
-    store.lookup([k], 0, 2.0)
-    assert pages.restores[0] == 0 and 1500 < pages.restores[1] <= 2000
-    store.lookup([k] * 600, 0, 2.0)
-    assert len(pages.restores) == 5 and 2000 >= pages.restores[2] >= pages.restores[3] >= pages.restores[4] > 0
+    store.lookup([k], 0, 40.0)
+    assert pages.restores[0] == 0 and 30000 < pages.restores[1] <= 40000
+    store.lookup([k] * 600, 0, 40.0)
+    assert len(pages.restores) == 5 and 40000 >= pages.restores[2] >= pages.restores[3] >= pages.restores[4] > 0
     pages.gate.clear()
     threading.Timer(0.4, pages.gate.set).start()
-    lookups = Lookups(Ranks([PageStore(lambda: pages)]), patience=0.05, restore=5.0)
+    lookups = Lookups(Ranks([PageStore(lambda: pages)]), patience=0.05, restore=20.0)
     assert found(lookups, "a", 0, k).kinds == bytes([EXACT] * 2)  # and no miss after 0.05 s
     lookups.close()
     assert restore_seconds({}, 0.5) == 0.5 and restore_seconds({"restore": 3}, 0.5) == 3.0

@@ -79,7 +79,7 @@ def test_a_fault_is_noticed_while_nobody_asks(start, folder):
     flag = folder / "fault"
     keeper = start("--keep", "--backend", "cuda", env={"EMULATED_FAULT": str(flag)})
     flag.touch()
-    assert wait_for(lambda: ended_with_70(keeper) == 1, 2)
+    assert wait_for(lambda: ended_with_70(keeper) == 1)
     keeper.lives = 2
     keeper.wait_ready()
 

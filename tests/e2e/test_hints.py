@@ -84,7 +84,7 @@ def test_what_expires_goes_from_tiers_too(start, folder):
         assert publish(c, tokens) == 6
         until(lambda: [int(t["blocks"]) for t in tiers(kvd).values()], [6, 6])
         kvd.kvctl("evict", "--namespace", "default")
-        assert c.match([package.Prompt(tokens)], restore=5, lease=0)[0].restored == 6
+        assert c.match([package.Prompt(tokens)], restore=20, lease=0)[0].restored == 6
         kvd.kvctl("prefix", "drop", "default", "--yes")
         until(lambda: [int(t["blocks"]) for t in tiers(kvd).values()], [0, 0])
 

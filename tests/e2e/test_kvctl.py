@@ -14,7 +14,8 @@ import time
 import pytest
 from google.protobuf import json_format
 
-from conftest import BUILD, KVCTL, Daemon, Rpc, admin, layout
+from conftest import BUILD, KVCTL, Daemon, Rpc, admin, at_some_pace, layout
+from test_death import wait_for
 
 SAMPLES = {"NAMESPACE": "default", "SIZE|none": "1GiB", "SECONDS": "1", "COUNT": "1", "LEVEL": "info", "TIER": "host", "KEY": "0a" * 24, "PRIORITY": "low", "COMMAND": "quota",
            "VERB": "set", "SET": "a/b@c", "SET|FILE": "a/b@c", "K.pt": "k.pt", "V.pt": "v.pt", "MODEL@TAG": "a/b@c",
@@ -272,11 +273,14 @@ def test_the_daemon_is_found(start, folder):
         assert {x["instance"]: x["reply"]["pid"] for x in both} == {"0": one.process.pid, "1": two.process.pid}
         assert {x["address"] for x in both} == {f"unix:{runtime}/{n}/kvd.sock" for n in "01"}
         # One that does not answer is told, and the others are shown all the same.
+        def told(pace):
+            r = run("status", "--all", "--json", "--timeout", pace, env=env)
+            assert r.returncode == 1 and {x["instance"]: x["reply"] is None for x in json.loads(r.stdout)} == {"": True, "0": False, "1": False}
+
         with socket.socket(socket.AF_UNIX) as silent:
             silent.bind(f"{runtime}/kvd.sock")
             silent.listen()
-            r = run("status", "--all", "--json", "--timeout", "1", env=env)
-        assert r.returncode == 1 and {x["instance"]: x["reply"] is None for x in json.loads(r.stdout)} == {"": True, "0": False, "1": False}
+            at_some_pace(told)
         os.unlink(runtime / "kvd.sock")
         text = run("--all", "pool", env=env).stdout
         assert "== 0: unix:" in text and "== 1: unix:" in text and text.count("extents granted") == 2
@@ -364,7 +368,7 @@ def test_what_is_set_at_run_time_outlives_a_reload_until_the_file_says_otherwise
     assert "kept: namespace a: a quota of 99.0 MiB was set at run time" in out and "kept: log-level: debug" in out
     assert quota(kvd, "a") == 99
     hang_up(kvd)  # the same by the signal
-    assert quota(kvd, "a") == 99 and "was set at run time and stays" in kvd.text()
+    assert quota(kvd, "a") == 99 and wait_for(lambda: "was set at run time and stays" in kvd.text())
     file.write_text(BEFORE.replace("10MiB", "12MiB").replace("[kvd]", "[kvd]\nlog-level = notice"))
     kvd.kvctl("reload")
     assert quota(kvd, "a") == 12 and "log level notice" in kvd.kvctl("status").stdout

@@ -8,6 +8,7 @@ import grpc
 import pytest
 
 from conftest import KVCTL, KVD, WORKER, Daemon, Rpc, layout
+from test_death import wait_for
 
 
 @pytest.mark.parametrize("codec", ["int2", "bf16", "int2c", "int2-lm", "turboquant-2", "turboquant-3", "turboquant-4", "tc2", "tc2.5"])
@@ -53,19 +54,17 @@ def test_reload(start):
     kvd = start(config="[kvd]\nlog-level = info\n[namespace a]\nquota = 1MiB\n")
     (kvd.folder / "kvd.conf").write_text("[kvd]\nlog-level = debug\n[namespace a]\nquota = 2MiB\n")
     kvd.process.send_signal(signal.SIGHUP)
-    time.sleep(0.3)
-    assert "configuration reloaded" in kvd.text()
+    assert wait_for(lambda: "configuration reloaded" in kvd.text())
     assert "2.00 MiB" in kvd.kvctl("quota", "ls").stdout
     assert "log level debug" in kvd.kvctl("status").stdout
     (kvd.folder / "kvd.conf").write_text("[kvd]\nlog-level = debug\nbroken\n")
     kvd.process.send_signal(signal.SIGHUP)
-    time.sleep(0.3)
-    assert "the old configuration stays" in kvd.text()
+    assert wait_for(lambda: "the old configuration stays" in kvd.text())
     kvd.kvctl("ping", 1)
 
 
 def test_drain_waits_for_workers(start):
-    kvd = start("--drain-timeout", "5s")
+    kvd = start("--drain-timeout", "60s")
     rpc = Rpc(kvd.address)
     s = rpc.kv("OpenSession", layout=layout()).session
     events = rpc.stream("Watch", session=s)
@@ -78,7 +77,7 @@ def test_drain_waits_for_workers(start):
     rpc.kv("CreateSequences", session=s, request_id=1, count=1)  # an open session goes on
     assert kvd.process.poll() is None
     rpc.kv("CloseSession", session=s)
-    assert kvd.process.wait(5) == 0
+    assert kvd.process.wait(30) == 0  # half of drain-timeout
 
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="there is a GPU")

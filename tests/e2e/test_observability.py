@@ -12,7 +12,7 @@ import urllib.request
 import grpc
 import pytest
 
-from conftest import SOURCE, Daemon, Rpc, free_port, layout, kv
+from conftest import SOURCE, Daemon, Rpc, best_of_three, free_port, layout, kv
 from test_death import wait_for
 
 RULES = SOURCE / "deploy/prometheus/kvd.rules.yml"
@@ -77,15 +77,13 @@ def test_evictable_and_refusals_are_told(start):
     warm(kvd)
     size = kvd.metric("kvd_pool_size_bytes")
     assert kvd.metric('kvd_pool_bytes{state="used"}') > 0.6 * size and kvd.metric("kvd_pool_evictions_total") > 0
-    time.sleep(1.1)  # what is evictable may be a second old
-    assert kvd.metric("kvd_pool_evictable_bytes") == kvd.metric('kvd_pool_bytes{state="used"}')
+    assert wait_for(lambda: kvd.metric("kvd_pool_evictable_bytes") == kvd.metric('kvd_pool_bytes{state="used"}'))  # it may be a second old
     assert kvd.metric('kvd_namespace_evictable_bytes{namespace="default"}') == kvd.metric("kvd_pool_evictable_bytes")
     assert kvd.metric('kvd_refused_calls_total{reason="pool"}') == 0
     again = fill(kvd)
     again()
     assert kvd.metric('kvd_refused_calls_total{reason="pool"}') >= 2
-    time.sleep(1.1)
-    assert kvd.metric("kvd_pool_evictable_bytes") == 0
+    assert wait_for(lambda: kvd.metric("kvd_pool_evictable_bytes") == 0)
     status = json.loads(kvd.kvctl("--json", "status").stdout)
     assert int(status["refused_calls"]) >= 2 and int(status["evictions"]) > 0 and status["evictable_bytes"] == "0"
 
@@ -136,14 +134,18 @@ def test_top_tells_rates(start):
 
     t = threading.Thread(target=work)
     t.start()
-    try:
+
+    def told():
         out = kvd.kvctl("top", "0.5", "3").stdout
+        rates = re.findall(r"rates +([\d.]+) calls, ([\d.]+) tokens appended, ([\d.]+) queries attended", out)
+        assert out.count("from the second look on") == 1 and len(rates) == 2
+        assert all(float(calls) > 3 and float(tokens) > 100 for calls, tokens, _ in rates), out
+
+    try:
+        best_of_three(told)
     finally:
         stop.set()
         t.join()
-    rates = re.findall(r"rates +([\d.]+) calls, ([\d.]+) tokens appended, ([\d.]+) queries attended", out)
-    assert out.count("from the second look on") == 1 and len(rates) == 2
-    assert all(float(calls) > 3 and float(tokens) > 100 for calls, tokens, _ in rates), out
 
 
 def test_process_and_identity(start):

@@ -99,7 +99,7 @@ def test_only_operators_steer(start):
 
 def test_drain(kvd):
     assert "draining" in kvd.kvctl("drain", 1).stdout
-    assert kvd.process.wait(5) == 0
+    assert kvd.process.wait(20) == 0
 
 
 def test_metrics_pages(kvd):

@@ -192,12 +192,12 @@ def test_memory_that_is_freed_is_copied_from_then_on(kvd):
 
 def test_memory_is_not_freed_under_a_call(kvd):
     with connect(kvd) as p:
-        e, keys, over = Registered(p, 64), keys_of("under", 16), []
+        e, keys, over = Registered(p, 64), keys_of("under", 16), {}
         e.write(range(64), kv(6, 16))
         kvd.process.send_signal(signal.SIGSTOP)
         try:
-            calls = [threading.Thread(target=lambda f=f: over.append((f(), f))) for f in
-                     (lambda: p.put(keys, e.paged(range(64)), had=bytes(16)), e.free)]
+            calls = [threading.Thread(target=lambda name=name, f=f: over.setdefault(name, f())) for name, f in
+                     (("put", lambda: p.put(keys, e.paged(range(64)), had=bytes(16))), ("free", e.free))]
             for c in calls:
                 c.start()
                 time.sleep(0.3)
@@ -206,7 +206,7 @@ def test_memory_is_not_freed_under_a_call(kvd):
             kvd.process.send_signal(signal.SIGCONT)
         for c in calls:
             c.join(20)
-        assert over[0][0] == bytes([ENCODED] * 16) and len(over) == 2 and counted(kvd) == (16, 0)
+        assert over == {"put": bytes([ENCODED] * 16), "free": None} and counted(kvd) == (16, 0)
 
 
 def killed_meanwhile(kvd, p, keep, keys, from_, into):

@@ -110,14 +110,14 @@ def test_watchers_hear_of_pages(kvd):
     keys, e = keys_of("events", 5), Engine(20)
     e.write(range(20), kv(1, 5))
     with connect(kvd) as p:
-        assert p.client.next_event(5).kind == "opened"
+        assert p.client.next_event(20).kind == "opened"
         p.put(keys[:3], e.paged(range(12)))
         p.put(keys, e.paged(range(20)))
-        first, second = p.client.next_event(5), p.client.next_event(5)
+        first, second = p.client.next_event(20), p.client.next_event(20)
         assert [(x.kind, len(x.keys)) for x in (first, second)] == [("stored", 3), ("stored", 2)]
         assert first.parent is None and second.parent == first.keys[-1]
         kvd.kvctl("evict", "--namespace", "default")
-        gone = p.client.next_event(5)
+        gone = p.client.next_event(20)
         assert gone.kind == "removed" and set(gone.keys) == set(first.keys + second.keys)
 
 

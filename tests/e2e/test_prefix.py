@@ -197,17 +197,17 @@ def test_eviction_under_pressure(start):
 def test_events(kvd):
     tokens = tokens_of(5, 640)
     with connect(kvd) as c, connect(kvd) as watcher, connect(kvd, namespace="another") as other:
-        assert watcher.next_event(5).kind == other.next_event(5).kind == "opened"
+        assert watcher.next_event(20).kind == other.next_event(20).kind == "opened"
         s = c.create()
         step(c, s, tokens, 640)
         s.publish_blocks(package.Prompt(tokens))
         s.publish_blocks(package.Prompt(tokens), end=True)
-        first, second = watcher.next_event(5), watcher.next_event(5)
+        first, second = watcher.next_event(20), watcher.next_event(20)
         assert (first.kind, len(first.keys), first.parent, first.tokens) == ("stored", 6, None, 64)
         assert (second.kind, len(second.keys), second.parent) == ("stored", 4, first.keys[-1])
         s.free()
         kvd.kvctl("evict", "--namespace", "default")
-        gone = watcher.next_event(5)
+        gone = watcher.next_event(20)
         assert (gone.kind, gone.miss) == ("removed", "evicted by an operator")
         assert set(gone.keys) == set(first.keys + second.keys)
         assert [e.number - first.number for e in (first, second, gone)] == [0, 1, 2]
@@ -248,11 +248,11 @@ def test_events(kvd):
 def test_kvctl(kvd):
     tokens = tokens_of(6, 640)
     with connect(kvd) as c, connect(kvd) as watcher:
-        watcher.next_event(5)
+        watcher.next_event(20)
         s = c.create()
         step(c, s, tokens, 640)
         s.publish_blocks(package.Prompt(tokens), end=True)
-        key = watcher.next_event(5).keys[-1].hex()
+        key = watcher.next_event(20).keys[-1].hex()
         s.free()
         rows = kvd.kvctl("prefix", "ls", "default").stdout
         assert key in rows and "10 of " in rows and " 640 " in rows
@@ -274,7 +274,7 @@ def test_kvctl(kvd):
         assert kvd.kvctl("prefix", "show", "default", key, check=False).returncode == 1
         kvd.kvctl("prefix", "drop", "default", "--yes")
         assert "no prefixes" in kvd.kvctl("prefix", "ls", "default").stdout
-        kinds = [watcher.next_event(5).kind for _ in range(3)]
+        kinds = [watcher.next_event(20).kind for _ in range(3)]
         assert sorted(kinds) == ["cleared", "cleared", "removed"]
 
 

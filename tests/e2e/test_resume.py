@@ -8,7 +8,7 @@ import threading
 import grpc
 import pytest
 
-from conftest import Rpc, kv, layout
+from conftest import Rpc, at_some_pace, kv, layout
 from test_death import FdSocket, memfd, refused, wait_for
 from test_direct import Raw
 from test_grpc import append, random_kv, tensor
@@ -165,7 +165,8 @@ def test_a_session_that_comes_back_to_few_descriptors_is_not_lost(start):
         sequence.append(*kv_)
         kill(keeper, signal.SIGKILL)
         Rpc(keeper.address).channel.close()
-        pid, done, seen = pid_of(keeper), threading.Event(), set()
+        pid, done, seen, alive = pid_of(keeper), threading.Event(), set(), Rpc(keeper.address)
+        alive.admin("Ping")
         free = descriptors(pid)
         old = resource.prlimit(pid, resource.RLIMIT_NOFILE)
 
@@ -173,6 +174,7 @@ def test_a_session_that_comes_back_to_few_descriptors_is_not_lost(start):
             for n in range(16):
                 resource.prlimit(pid, resource.RLIMIT_NOFILE, (free + n, old[1]))
                 done.wait(0.15)
+                alive.admin("Ping")  # it has had time for what there is
             resource.prlimit(pid, resource.RLIMIT_NOFILE, old)
 
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, old[1]))
@@ -186,6 +188,7 @@ def test_a_session_that_comes_back_to_few_descriptors_is_not_lost(start):
                 seen.add(str(e))
         done.set()
         slowly.join()
+        alive.channel.close()
         assert any("no file descriptor free" in e for e in seen), seen
         sequence.append(*kv_)
         assert sequence.describe().length == 200 and len(more) == 6
@@ -218,15 +221,24 @@ def test_what_was_lent(start):
 
 
 def test_what_nobody_resumes_is_freed(start):
-    keeper = start("--keep", config="[kvd]\nresume-time = 4s\n")  # a GPU takes a second to start
-    rpc = Rpc(keeper.address)
-    a, b = open_(rpc).session, open_(rpc).session
-    for s in (a, b):
-        append(rpc, s, rpc.kv("CreateSequences", session=s, count=2).sequences[0], 0, *random_kv(100))
-    rpc = killed(keeper, rpc)
-    a = open_(rpc, resume=a).session
-    assert keeper.metric("kvd_sessions_waiting") == 1 and keeper.metric("kvd_sequences") == 4
-    assert wait_for(lambda: keeper.metric("kvd_sequences") == 2)
+    def begun(pace):
+        """A connection, and two sessions of a kvd that was killed: one was resumed, the other still may be."""
+        nonlocal keeper
+        if keeper:
+            keeper.stop()
+        keeper = start("--keep", config=f"[kvd]\nresume-time = {4 * pace}s\n")  # a GPU takes a second to start
+        rpc = Rpc(keeper.address)
+        a, b = open_(rpc).session, open_(rpc).session
+        for s in (a, b):
+            append(rpc, s, rpc.kv("CreateSequences", session=s, count=2).sequences[0], 0, *random_kv(100))
+        rpc = killed(keeper, rpc)
+        a = open_(rpc, resume=a).session
+        assert keeper.metric("kvd_sessions_waiting") == 1 and keeper.metric("kvd_sequences") == 4
+        return rpc, a, b
+
+    keeper = None
+    rpc, a, b = at_some_pace(begun, (1, 5))
+    assert wait_for(lambda: keeper.metric("kvd_sequences") == 2, 40)
     refused(lambda: open_(rpc, resume=b), "within resume-time")
     assert 'kvd_lost_total{what="sequences"} 2' in keeper.kvctl("metrics").stdout
     assert "not resumed within resume-time" in keeper.text()

@@ -205,7 +205,7 @@ def test_one_brings_back_what_several_want(start, folder):
 def test_a_tier_that_hangs_holds_up_nobody(start, folder, server):  # noqa: F811
     """Callers have their answers in time, those who give up leave nothing behind, others do not notice."""
     process, path = server
-    kvd, tokens = start(config=f"[kvd]\ntier-redis = unix:{path}\ntier-timeout = 5s\n"), tokens_of(1, 1024)
+    kvd, tokens = start(config=f"[kvd]\ntier-redis = unix:{path}\ntier-timeout = 15s\n"), tokens_of(1, 1024)
     with connect(kvd) as c:
         publish(c, tokens)
         put(kvd, 12, "redis")
@@ -214,19 +214,19 @@ def test_a_tier_that_hangs_holds_up_nobody(start, folder, server):  # noqa: F811
         try:
             began = time.time()
             m, _ = match(kvd, tokens, restore=0.3)
-            assert (m.blocks, m.restored) == (0, 0) and time.time() - began < 4
+            assert (m.blocks, m.restored) == (0, 0) and time.time() - began < 12
             rpc, began = Rpc(kvd.address), time.time()  # the time is the call's, however many prompts it has
             rpc.kv("MatchPrefix", session=rpc.kv("OpenSession", layout=layout()).session, restore_ms=500,
                    requests=[kv.PrefixKeys(tokens=tokens.tobytes(), extra=[bytes([i])]) for i in range(30)])
             rpc.channel.close()
-            assert time.time() - began < 8
+            assert time.time() - began < 12
             with pytest.raises(grpc.RpcError) as e:
                 match(kvd, tokens, timeout=0.3)
             assert e.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
             began = time.time()
             step(c, c.create(), tokens, 300)
-            assert time.time() - began < 4
-            until(lambda: kvd.metric("kvd_restores_running"), 0)
+            assert time.time() - began < 12
+            until(lambda: kvd.metric("kvd_restores_running"), 0, 40)
         finally:
             os.kill(process.pid, 18)
         until(lambda: match(kvd, tokens)[0].blocks, 12)
@@ -489,11 +489,11 @@ def test_calls_that_want_the_same_in_another_order(start, folder):
         with pages.connect(kvd) as p:
             return p.lookup([turned], lease_ms=0, restore_ms=ms)[0].pages
 
-    for ms in (20000, 3, 20000):
+    for ms in (60000, 3, 60000):
         kvd.kvctl("evict", "--namespace", "default", check=False)  # which goes when it is empty
         began = time.monotonic()
         with concurrent.futures.ThreadPoolExecutor(9) as pool:
             found = list(pool.map(lambda i: look(i, ms), range(9)))
-        assert ms == 3 or (found == [192] * 9 and time.monotonic() - began < 15)
+        assert ms == 3 or (found == [192] * 9 and time.monotonic() - began < 45)
     kvd.kvctl("evict", "--namespace", "default", check=False)
     until(lambda: int(json.loads(kvd.kvctl("--json", "status").stdout)["pool_used_bytes"]), 0)

@@ -35,15 +35,15 @@ def tls(start, folder):
 
 
 def raw(port, source="127.0.0.1"):
-    return socket.create_connection(("127.0.0.1", port), 5, (source, 0))
+    return socket.create_connection(("127.0.0.1", port), 20, (source, 0))
 
 
 def shaken(port, context, source="127.0.0.1"):
     return context.wrap_socket(raw(port, source), server_hostname="127.0.0.1")
 
 
-def ended(sock, seconds=3):
-    """Whether the other end hangs up."""
+def ended(sock, seconds=20):
+    """Whether the other end hangs up, ever."""
     sock.settimeout(seconds)
     try:
         while sock.recv(4096):
@@ -84,19 +84,24 @@ cert = {folder}/server.pem
 key = {folder}/server.key
 """)
 
-    def connect(source, n):
-        """How many of n connections stay."""
-        held = [socket.create_connection(("127.0.0.1", port), 5, (source, 0)) for _ in range(n)]
-        time.sleep(0.3)
-        stay = [s for s in held if not select.select([s], [], [], 0)[0]]  # the others were hung up on
+    def connect(source, n, most):
+        """Those of n connections that stay."""
+        held = [socket.create_connection(("127.0.0.1", port), 20, (source, 0)) for _ in range(n)]
+        assert wait_for(lambda: len(staying(held)) <= most)
+        kvd.kvctl("ping", 1)  # has been served since
+        stay = staying(held)
         for s in held:
             if s not in stay:
                 s.close()
         return stay
 
-    held = connect("127.0.0.1", 9)
+    def staying(held):
+        return [s for s in held if not select.select([s], [], [], 0)[0]]  # the others were hung up on
+
+    held = connect("127.0.0.1", 9, 6)
     assert len(held) == 6  # half of three quarters of 16
-    held += connect("127.0.0.2", 5) + connect("127.0.0.3", 5)
+    held += connect("127.0.0.2", 5, 5)
+    held += connect("127.0.0.3", 5, 12 - len(held))
     assert len(held) == 12
     assert "127.0.0.1 has 6" in kvd.text()
     kvd.kvctl("ping", 1)  # the unix socket's are others
@@ -110,14 +115,17 @@ key = {folder}/server.key
 def test_rapid_reset_is_bounded(tls, folder, method):
     """Hundreds of MiB, while gRPC alone saw what came over TLS."""
     kvd, port, context = tls()
-    before, cut, end = status(kvd, "VmRSS"), 0, time.time() + 1.5
+    before, cut, begin = status(kvd, "VmRSS"), 0, time.time()
+
+    def goes_on():
+        return time.time() < begin + 1.5 or (cut < 8 and time.time() < begin + 30)
 
     def flood():
         nonlocal cut
-        while time.time() < end:
+        while goes_on():
             try:
                 c = Connection(None, method, sock=shaken(port, context))
-                while time.time() < end:
+                while goes_on():
                     c.s.sendall(b"".join(c.headers() + c.reset() for _ in range(200)))
             except OSError:
                 cut += 1
@@ -132,7 +140,7 @@ def test_rapid_reset_is_bounded(tls, folder, method):
         t.join()
     more = status(kvd, "VmHWM") - before
     print(f"rapid reset over TLS, {method}: {more / 1024:.0f} MiB more, cut off {cut} times")
-    assert cut >= 8 / SANITIZER and "resets calls" in kvd.text() and "address=127.0.0.1" in kvd.text()
+    assert cut >= 8 and "resets calls" in kvd.text() and "address=127.0.0.1" in kvd.text()
     assert more < (64 * SANITIZER) << 10
     assert answers(f"127.0.0.1:{port}", grpc.ssl_channel_credentials((folder / "ca.pem").read_bytes()))
 
@@ -231,7 +239,7 @@ def test_certificates_are_renewed_by_a_reload(tls, folder):
     (folder / "ext2").write_text("subjectAltName=IP:127.0.0.1\n")
     run("x509", "-req", "-in", "server.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "9", "-out", "server.pem", "-extfile", "ext2")
     kvd.process.send_signal(signal.SIGHUP)
-    assert wait_for(lambda: shown() != first) and "certificates are read anew" in kvd.text()
+    assert wait_for(lambda: shown() != first) and wait_for(lambda: "certificates are read anew" in kvd.text())
     assert until() - end > 6 * 86400
     held.admin("Ping")
     # Another authority: who has its certificate from the old one comes in no more.
