@@ -13,7 +13,8 @@ import time
 
 import pytest
 
-from conftest import BUILD, EMULATED, KVD, SOURCE, WORKER, best_of_three, certificates, free_port
+from conftest import BUILD, EMULATED, KVD, SOURCE, WORKER, at_some_pace, best_of_three, certificates, free_port
+from test_death import wait_for
 from test_keep import kill
 from test_limits import SANITIZER
 
@@ -281,13 +282,16 @@ client-ca = {folder}/ca.pem
     address = f"127.0.0.1:{port}"
     r = run(WORKER, address)
     assert r.returncode == 0, r.stdout + r.stderr
-    r = run(CLIENT, "remote", address, kvd.address)
-    assert r.returncode == 0, r.stdout + r.stderr
-    assert run(CLIENT, "remote", address, kvd.address, KVD_TEST_SERVER="kvd.test").returncode == 0
+    def works(pace, **env):
+        r = run(CLIENT, "remote", address, kvd.address, KVD_TEST_LEASE_MS=str(1000 * pace), **env)
+        assert r.returncode == 0, r.stdout + r.stderr
+
+    at_some_pace(works)
+    at_some_pace(lambda pace: works(pace, KVD_TEST_SERVER="kvd.test"))
     for words, wrong in (("handshake|certificate|connect", {"KVD_TEST_SERVER": "other.test"}),
                          ("handshake|certificate|connect|closed|reset", {"KVD_TEST_CERT": "", "KVD_TEST_KEY": ""}),
                          ("tls_cert and tls_key", {"KVD_TEST_KEY": ""}), ("cannot read", {"KVD_TEST_CA": f"{folder}/none.pem"}),
                          ("TLS wants tls_ca", {"KVD_TEST_CA": ""})):
         r = run(CLIENT, "remote", address, kvd.address, **wrong)
         assert r.returncode == 1 and re.search(words, r.stderr), (wrong, r.stderr)
-    assert kvd.metric("kvd_sessions") == 0
+    assert wait_for(lambda: kvd.metric("kvd_sessions") == 0, 40)

@@ -94,7 +94,7 @@ static void open_with(struct server *s, const char *url, const char *auth)
 static bool begin(struct server *s, const char *option, const char *value, const char *auth)
 {
     signal(SIGPIPE, SIG_IGN); // as kvd does
-    *s = (struct server){.folder = "/tmp/kvd-test-redis.XXXXXX", .settings = {.timeout_ms = 3000}};
+    *s = (struct server){.folder = "/tmp/kvd-test-redis.XXXXXX", .settings = {.timeout_ms = 20000}};
     if (!program()) {
         printf("SKIP redis: neither valkey-server nor redis-server is installed\n");
         return false;
@@ -283,7 +283,13 @@ START_TEST(a_server_that_is_stopped)
     tier_end(&s.loop, &s.t);
     s.settings.timeout_ms = 100;
     open_with(&s, s.url, "");
-    ck_assert_int_eq(get(&s, 1), KVD_TIER_OK);
+    enum kvd_tier_result rc = KVD_TIER_TIMEOUT;
+    for (uint32_t i = 0; i < 400 && rc != KVD_TIER_OK;
+         i++) { // 100 ms may be short for a server too
+        rc = get(&s, 1);
+        tier_sleep(&s.loop, 20);
+    }
+    ck_assert_int_eq(rc, KVD_TIER_OK);
     kill(s.pid, SIGSTOP);
     struct kvd_tier_key key = tier_key(1, NULL);
     struct kvd_block *b = tier_block(1, BYTES);
@@ -305,10 +311,10 @@ START_TEST(a_server_that_is_stopped)
     // Ends while it hangs, with operations on the way.
     uint64_t began = uv_hrtime();
     tier_end(&s.loop, &s.t);
-    ck_assert_uint_le((uv_hrtime() - began) / 1000000, 1500);
+    ck_assert_uint_le(tier_ms_since(began), 15000); // the server hangs for ever
     kill(s.pid, SIGCONT);
     open_with(&s, s.url, "");
-    enum kvd_tier_result rc = KVD_TIER_REFUSED;
+    rc = KVD_TIER_REFUSED;
     for (uint32_t i = 0; i < 400 && rc != KVD_TIER_OK; i++) {
         rc = get(&s, 1);
         tier_sleep(&s.loop, 20);

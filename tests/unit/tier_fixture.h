@@ -30,13 +30,13 @@ static inline void tier_no_op(uv_timer_t *timer)
     (void)timer;
 }
 
-// Runs the loop until `*n` is `want`, or fails after ten seconds.
+// Runs the loop until `*n` is `want`, or fails after forty seconds.
 static inline void tier_until(uv_loop_t *loop, const uint32_t *n, uint32_t want)
 {
     uv_timer_t timer;
     uv_timer_init(loop, &timer);
     uv_timer_start(&timer, tier_no_op, 5, 5);
-    uint64_t end = uv_hrtime() + 10000000000ull;
+    uint64_t end = uv_hrtime() + 40000000000ull;
     while (*n != want && uv_hrtime() < end)
         uv_run(loop, UV_RUN_ONCE);
     uv_close((uv_handle_t *)&timer, NULL);
@@ -54,6 +54,11 @@ static inline void tier_sleep(uv_loop_t *loop, uint64_t ms)
         uv_run(loop, UV_RUN_ONCE);
     uv_close((uv_handle_t *)&timer, NULL);
     uv_run(loop, UV_RUN_NOWAIT);
+}
+
+static inline uint64_t tier_ms_since(uint64_t began)
+{
+    return (uv_hrtime() - began) / 1000000;
 }
 
 static inline struct kvd_tier_key tier_key(uint64_t number, const struct kvd_tier_secret *secret)
