@@ -132,7 +132,7 @@ struct kvd_daemon {
     struct kvd_call *health_watchers; // linked by call->next_watch
     uv_signal_t sig_term, sig_int, sig_hup;
     uv_timer_t watchdog, lease_timer, drain_timer, memory_timer, device_timer;
-    uint64_t drain_deadline_ms;
+    uint64_t drain_deadline_ms, lease_look_ms; // when leases are looked at next
     uint32_t pool_works; // on libuv's thread pool; gRPC must outlive them, as they answer calls
     int lock_fds[KVD_MAX_LISTEN];
     uint32_t n_locks;

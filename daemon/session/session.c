@@ -279,11 +279,24 @@ static void lost(struct kvd_daemon *d, uint64_t id, uint32_t sequences, const ch
     kvd_warning("session lost id=%" PRIu64 " sequences=%u why=\"%s\"", id, sequences, why);
 }
 
+enum { LEASE_LOOK_MS = 1000 };
+
+// Whether kvd itself had no turn for so long, as on a machine that was stopped: the calls that
+// renew leases lie in sockets then, and are read before the next look.
+static bool was_away(struct kvd_daemon *d)
+{
+    uint64_t due = d->lease_look_ms, now = kvd_now_ms(d);
+    d->lease_look_ms = now + LEASE_LOOK_MS;
+    return now > due + LEASE_LOOK_MS;
+}
+
 static void on_lease_timer(uv_timer_t *timer)
 {
     struct kvd_daemon *d = timer->data;
     struct kvd_session *s, *next;
     bool leased = false;
+    if (was_away(d))
+        return;
     HASH_ITER(hh, d->sessions, s, next)
     {
         if (s->connection)
@@ -304,11 +317,12 @@ static void on_lease_timer(uv_timer_t *timer)
 
 void kvd_session_lease(struct kvd_daemon *d, struct kvd_session *s, uint32_t lease_ms)
 {
-    enum { LOOK_MS = 1000 };
     s->lease_ms = lease_ms;
     d->lease_timer.data = d;
-    if (!uv_is_active((uv_handle_t *)&d->lease_timer))
-        uv_timer_start(&d->lease_timer, on_lease_timer, LOOK_MS, LOOK_MS);
+    if (uv_is_active((uv_handle_t *)&d->lease_timer))
+        return;
+    d->lease_look_ms = kvd_now_ms(d) + LEASE_LOOK_MS;
+    uv_timer_start(&d->lease_timer, on_lease_timer, LEASE_LOOK_MS, LEASE_LOOK_MS);
 }
 
 // -- what it holds ------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """The wire API, used from a standard grpcio client with inline data."""
 import json
 import math
+import signal
+import time
 
 import grpc
 import numpy as np
@@ -240,6 +242,23 @@ def test_a_lease_runs_out(rpc, kvd):
         assert kvd.metric("kvd_sequences") == 0
 
     at_some_pace(runs_out)
+
+
+def test_a_lease_does_not_run_out_while_kvd_is_stopped(rpc, kvd):
+    """What renews it has come meanwhile, and is read before it is judged."""
+    def renewed(pace):
+        s = open_session(rpc, lease_ms=1000 * pace)
+        keep = rpc.channel.unary_unary("/kvd.v1.KvCache/KeepAlive", request_serializer=kv.KeepAliveRequest.SerializeToString)
+        kvd.process.send_signal(signal.SIGSTOP)
+        try:
+            renews = keep.future(kv.KeepAliveRequest(session=s), timeout=60)
+            time.sleep(pace + 2)
+        finally:
+            kvd.process.send_signal(signal.SIGCONT)
+        assert renews.result()
+        rpc.kv("CloseSession", session=s)
+
+    at_some_pace(renewed, (1, 5))
 
 
 GEOMETRIES = {
