@@ -9,6 +9,7 @@
 #include "daemon/tier/host.h"
 #include "daemon/tier/pinned.h"
 #include "tests/unit/scratch.h"
+#include "tests/unit/tier_fake.h"
 #include "tests/unit/tier_fixture.h"
 
 enum { BYTES = 20000 };
@@ -145,50 +146,6 @@ START_TEST(keys_differ_by_all_that_a_block_is)
 END_TEST
 
 // -- the front, before a back end that does as it is told ---------------------------------------
-
-struct fake {
-    struct kvd_tier_op *ops[64]; // that it holds
-    uint32_t n, submitted;
-    bool hold;
-    enum kvd_tier_result result;
-};
-
-static void fake_submit(void *state, struct kvd_tier_op *op)
-{
-    struct fake *f = state;
-    f->submitted++;
-    if (f->hold)
-        f->ops[f->n++] = op;
-    else if (f->result == KVD_TIER_OK && op->verb == KVD_TIER_GET)
-        kvd_tier_finish(op, KVD_TIER_MISS);
-    else
-        kvd_tier_fail(op, f->result, "as told");
-}
-
-static void fake_release(struct fake *f)
-{
-    while (f->n)
-        kvd_tier_finish(f->ops[--f->n], f->result);
-}
-
-static bool fake_close(void *state, const struct timespec *deadline)
-{
-    struct fake *f = state;
-    (void)deadline;
-    return f->n == 0; // as one whose thread hangs
-}
-
-static void fake_status(void *state, struct kvd_tier_status *out)
-{
-    (void)state;
-    (void)out;
-}
-
-static const struct kvd_tier_ops fake_ops = {.name = "fake",
-                                             .most_running = 4,
-                                             .submit = fake_submit,
-                                             .close = fake_close,
-                                             .status = fake_status};
 
 START_TEST(a_tier_that_hangs_holds_little_and_is_left_alone)
 {
