@@ -83,7 +83,7 @@ echo "== daemon"
 "$build/daemon/kvd" --listen "unix:$work/kvd.sock" --metrics 127.0.0.1:0 --store "file://$work/store" \
     --cache "$work/cache" --log-level notice 2>"$work/log" &
 pid=$!
-for _ in $(seq 100); do
+for _ in $(seq 300); do
     $kvctl ping 1 >/dev/null 2>&1 && break
     kill -0 "$pid" 2>/dev/null || { cat "$work/log"; exit 1; }
     sleep 0.1

@@ -18,7 +18,7 @@ bare() { env -i PATH=/usr/bin:/bin HOME="$work" "$@"; }
 
 env -i PATH=/usr/bin:/bin HOME="$work" "$kvd/bin/kvd" --listen "unix:$work/s" --metrics '' --pool-size 64MiB --cache "$work/cache" 2>"$work/log" &
 pid=$!
-for _ in $(seq 100); do
+for _ in $(seq 300); do
     [ -S "$work/s.fd" ] && break
     sleep 0.1
 done

@@ -56,7 +56,7 @@ server=$(command -v valkey-server || command -v redis-server || true)
 if [ -n "$server" ]; then
     "$server" --port 0 --unixsocket "$work/redis" --save "" --dir "$work" >/dev/null &
     pid=$!
-    for _ in {1..100}; do [ -S "$work/redis" ] && break; sleep 0.05; done
+    for _ in {1..400}; do [ -S "$work/redis" ] && break; sleep 0.05; done
 fi
 "$build/tests/bench_tier" -n "$count" "$tier" ${server:+"unix:$work/redis"}
 if [ -n "$server" ]; then

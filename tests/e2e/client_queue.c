@@ -7,11 +7,14 @@
 //        stream
 #include <poll.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -152,6 +155,46 @@ static bool equal(const struct engine *a, const struct engine *b, uint32_t first
     return true;
 }
 
+// -- kvd, which is stopped for a while: what is under way does not end meanwhile, however long this
+// process waits for its own turn ------------------------------------------------------------------
+
+static pid_t stopped;
+
+static void go_on(void)
+{
+    if (stopped)
+        kill(stopped, SIGCONT);
+    stopped = 0;
+}
+
+static void stop(const char *address)
+{
+    struct sockaddr_un at = {.sun_family = AF_UNIX};
+    struct ucred peer;
+    socklen_t bytes = sizeof(peer);
+    snprintf(at.sun_path, sizeof(at.sun_path), "%s.fd", address + strlen("unix:"));
+    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+    NEED(fd >= 0 && connect(fd, (struct sockaddr *)&at, sizeof(at)) == 0);
+    NEED(getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &bytes) == 0 && peer.pid > 0);
+    close(fd);
+    stopped = peer.pid;
+    NEED(kill(stopped, SIGSTOP) == 0);
+}
+
+// Another process lets it go on after a second.
+static void go_on_soon(void)
+{
+    if (fork() == 0) {
+        sleep(1);
+        go_on();
+        _exit(0);
+    }
+    stopped = 0;
+}
+
+// -- queues
+// -----------------------------------------------------------------------------------------
+
 // What was put first is there for what is got behind it.
 static void in_order(kvd_client *c)
 {
@@ -225,12 +268,14 @@ static void taken_back(const char *address)
     struct engine from = engine_new(4), to = engine_new(5);
     kvd_client *c = open_pages(address);
     kvd_queue *q = queue_new(c, 0), *loads = queue_new(c, 0);
+    stop(address);
     uint64_t first = queue_put(q, &from, 't', 0, BLOCKS), second = queue_put(q, &from, 'u', 0, 8),
              third = queue_put(q, &from, 'w', 0, 8);
     NEED(kvd_queue_cancel(q, second, ERR) == 0);
     NEED(kvd_queue_wait(q, second, 0, ERR) == 0);
     NEED(kvd_queue_cancel(q, second, ERR) == KVD_ERR_PRECONDITION);
     NEED(kvd_queue_wait(q, first, 0, ERR) == KVD_ERR_TIMEOUT);
+    go_on();
     NEED(kvd_queue_wait(q, third, 60000, ERR) == 0);
     NEED(kvd_queue_cancel(q, third, ERR) == KVD_ERR_PRECONDITION);
     NEED(next(q).ticket == first && next(q).ticket == third && !readable(q, 0));
@@ -238,8 +283,10 @@ static void taken_back(const char *address)
     queue_get(loads, &to, 'w', 0, 8, NULL);
     NEED(next(loads).result == KVD_ERR_NOT_FOUND && next(loads).result == KVD_SUCCESS);
     // Freed amid some: what has begun is done, what has not is not, and neither is touched later.
+    stop(address);
     queue_put(q, &from, 'y', 0, BLOCKS);
     queue_put(q, &from, 'z', 0, 8);
+    go_on_soon();
     kvd_queue_free(&q);
     engine_free(&from);
     queue_get(loads, &to, 'z', 0, 8, NULL);
@@ -386,6 +433,7 @@ static void registered(kvd_client *c)
 
 int queues(const char *address)
 {
+    atexit(go_on);
     kvd_client *c = open_pages(address);
     in_order(c);
     bounds(c);
@@ -408,12 +456,18 @@ int queues_killed(const char *address)
     kvd_queue *q = queue_new(c, 0);
     char line[16];
     uint32_t missed = 0;
-    for (char i = 0; i < QUEUED; i++)
+    atexit(go_on);
+    for (char i = 0; i < QUEUED; i++) {
         queue_put(q, &from, (char)('A' + i), 0, BLOCKS);
-    NEED(next(q).result == KVD_SUCCESS);
+        if (i == QUEUED / 2) {
+            NEED(next(q).result == KVD_SUCCESS);
+            stop(address);
+        }
+    }
     printf("ready\n");
     fflush(stdout);
     NEED(fgets(line, sizeof(line), stdin)); // it was killed
+    stopped = 0;
     for (uint64_t i = 2; i <= QUEUED; i++) {
         kvd_ended ended = next(q);
         NEED(ended.ticket == i);
