@@ -164,7 +164,7 @@ def test_one_worker_reads_another_goes_on(kvd):
 
 
 SCRIPT = """
-import sys
+import sys, time
 import kvd, kvd_worker
 model = kvd_worker.Model(sys.argv[1])
 c = kvd.Client(layers=range(model.layers), q_heads=model.q_heads, kv_heads=model.kv_heads, head_dim=model.head_dim,
@@ -172,8 +172,17 @@ c = kvd.Client(layers=range(model.layers), q_heads=model.q_heads, kv_heads=model
 s = c.create()
 s.publish("story")
 prompt = model.encode(sys.stdin.read())
-kvd_worker.generate(model, kvd_worker.KvdCache(c, [s]), [prompt], 40, ignore_stop=True,
-                    on_token=lambda i, t: print(t, flush=True))
+left = [None] * 30
+
+
+def told(i, t):
+    print(t, flush=True)
+    left.pop()
+    if not left:
+        time.sleep(1000)  # it is killed before it has done all
+
+
+kvd_worker.generate(model, kvd_worker.KvdCache(c, [s]), [prompt], 40, ignore_stop=True, on_token=told)
 """
 
 
