@@ -41,7 +41,7 @@ def memfd(size, seal=True):
     return fd
 
 
-def wait_for(what, timeout=10):
+def wait_for(what, timeout=25):  # less than resume-time and a lease: what waits for those is wrong
     end = time.time() + timeout
     while time.time() < end:
         if what():

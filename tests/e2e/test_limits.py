@@ -176,7 +176,9 @@ def test_few_descriptors_mean_few_connections(start):
 @pytest.mark.skipif("asan" in str(BUILD) or "tsan" in str(BUILD), reason="Python is not instrumented")
 def test_who_is_refused_on_the_fd_socket_is_told_why(start):
     kvd = start(config="[kvd]\nmax-connections = 8\n")
-    held = [FdSocket(kvd) for _ in range(6)]  # a user's three quarters
+    rpc, held = Rpc(kvd.address), [FdSocket(kvd) for _ in range(5)]  # a user's three quarters
+    for h in held:  # without a session each would make room after a second
+        rpc.kv("OpenSession", ticket=h.ticket, layout=layout())
     s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     s.settimeout(5)
     s.connect(f"{kvd.socket}.fd")
@@ -184,6 +186,7 @@ def test_who_is_refused_on_the_fd_socket_is_told_why(start):
     with pytest.raises(package.ExhaustedError) as e:
         package.Client(layers=[0], q_heads=1, kv_heads=1, head_dim=64, address=kvd.address, timeout=20)
     assert "6 are possible" in str(e.value) and "max-connections" in str(e.value), e.value
+    rpc.channel.close()
     for h in held:
         h.s.close()
     assert wait_for(lambda: kvd.kvctl("ping", 1, check=False).returncode == 0)  # refused as well, until kvd has heard of it
