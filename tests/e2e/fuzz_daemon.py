@@ -3,6 +3,8 @@ import array
 import collections
 import contextlib
 import os
+import random
+import signal
 import socket
 import struct
 import threading
@@ -12,7 +14,8 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from conftest import admin, kv
-from fuzz_messages import METHODS, Known, Maker
+from fuzz_messages import METHODS, Known, Maker, shapes_of
+from test_keep import kill, pid_of
 from scenario_holder import MAGIC, VERSION, new_memory
 
 OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1),
@@ -21,11 +24,14 @@ OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_leng
 class Fuzz:
     """Some threads that call, and one that is rude on sockets, until the time is over."""
 
-    def __init__(self, kvd, seed, seconds, threads=4):
+    def __init__(self, kvd, seed, seconds, threads=4, kills=False):
+        self.kills = kills  # kvd has been started with --keep
         self.kvd, self.known, self.end = kvd, Known(), time.monotonic() + seconds
         self.counts, self.lock, self.failures = collections.Counter(), threading.Lock(), []
         self.workers = [threading.Thread(target=self.guard, args=(self.caller, f"{seed}-{i}")) for i in range(threads)]
         self.workers.append(threading.Thread(target=self.guard, args=(self.rude, f"{seed}-rude")))
+        if kills:
+            self.workers.append(threading.Thread(target=self.guard, args=(self.killer, f"{seed}-killer")))
         self.resident = []
 
     def guard(self, work, seed):
@@ -64,7 +70,8 @@ class Fuzz:
                 timeout = 0.002 if r.random() < 0.03 else 5
                 operator = ".Admin/" in method and "Drain" not in method and r.random() < 0.7  # an operator's Drain would end it
                 metadata = [("kvd-ticket", r.choice(self.known.tickets[-40:]))] if operator else None
-                future = channel.unary_unary(method).future(data, timeout=timeout, metadata=metadata)
+                future = channel.unary_unary(method).future(data, timeout=timeout, metadata=metadata,
+                                                             wait_for_ready=self.kills)
                 waiting.append((method, kind, data, future))
                 if r.random() < 0.02:  # kvd cuts off who gives up 64 calls a second
                     future.cancel()
@@ -85,7 +92,10 @@ class Fuzz:
             if code in ("INTERNAL", "UNKNOWN", "DATA_LOSS"):
                 self.failures.append(AssertionError(f"{method}: {code} {e.details()}"))
         self.count(method, code)
-        if code == "OK":
+        if code == "UNAUTHENTICATED" or code == "OK" and method.endswith("CloseSession"):
+            with contextlib.suppress(DecodeError, AttributeError):
+                self.known.over(kind.FromString(data).session)
+        elif code == "OK":
             self.learn(method.rsplit("/", 1)[1], kind, data, reply)
 
     def learn(self, name, kind, data, reply):
@@ -95,9 +105,21 @@ class Fuzz:
         except DecodeError:
             return  # kvd's reading of damaged bytes may differ from Python's
         if name == "OpenSession":
-            session = kv.OpenSessionReply.FromString(reply).session
+            opened = kv.OpenSessionReply.FromString(reply)
+            session = opened.session
             self.known.held[session] = {}
+            self.known.shapes[session] = shapes_of(opened.layout)
+            if request.pages:
+                self.known.paged.add(session)
             self.known.add("sessions", session)
+        elif name in ("MatchPrefix", "LookupPages"):
+            answer = getattr(kv, name + "Reply").FromString(reply)
+            for found in answer.matches if name == "MatchPrefix" else answer.found:
+                self.known.leased(request.session, found.lease)
+        elif name == "AdoptPrefix":
+            adopted = kv.AdoptPrefixReply.FromString(reply)
+            for sequence, length in zip(adopted.sequences, adopted.lengths):
+                self.known.took(request.session, sequence, length)
         elif name == "RegisterBuffer":
             buffer = kv.RegisterBufferReply.FromString(reply).buffer
             self.known.add("buffers", buffer)
@@ -118,7 +140,7 @@ class Fuzz:
             self.known.took(request.session, request.sequence, request.length)
 
     def stream(self, channel, method, data, r):
-        call = channel.unary_stream(method)(data, timeout=2)
+        call = channel.unary_stream(method)(data, timeout=2, wait_for_ready=self.kills)
         try:
             if r.random() < 0.7:
                 next(call, None)
@@ -200,12 +222,21 @@ class Fuzz:
             if r.random() < 0.5:
                 s.recv(1000)
 
+    def killer(self, seed):
+        r = random.Random(seed)
+        while self.running():
+            time.sleep(r.uniform(0.05, 1))
+            kill(self.kvd, r.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+
     # -- the whole ----------------------------------------------------------------------------------
 
     def rss(self):
         assert self.kvd.process.poll() is None, self.kvd.text()[-6000:]
-        with open(f"/proc/{self.kvd.process.pid}/statm") as f:
-            return int(f.read().split()[1]) * 4096
+        try:
+            with open(f"/proc/{pid_of(self.kvd) if self.kills else self.kvd.process.pid}/statm") as f:
+                return int(f.read().split()[1]) * 4096
+        except OSError:  # it is being started again
+            return self.resident[-1] if self.resident else 0
 
     def run(self):
         for w in self.workers:

@@ -1,4 +1,5 @@
 """Random requests: any message by its descriptor, requests that are nearly right, and damage to their bytes."""
+import collections
 import random
 import struct
 
@@ -12,11 +13,27 @@ def repeated(field):
     return field.is_repeated if hasattr(field, "is_repeated") else field.label == F.LABEL_REPEATED
 
 
-LAYERS, Q_HEADS, KV_HEADS, DIM = 2, 4, 2, 64
+# A layer's heads, and the values of a vector of each: of K, V, q and o.
+Shape = collections.namedtuple("Shape", "q_heads kv_heads k v q o")
+Q_HEADS, KV_HEADS, DIM = 4, 2, 64
+PLAIN = [Shape(Q_HEADS, KV_HEADS, DIM, DIM, DIM, DIM)] * 2
+
+
+def shapes_of(layout):
+    """Of each layer of a session, from its reply."""
+    layers = {}
+    for p in layout.planes:
+        q, o = (p.head_dim_k + p.head_dim_v, p.head_dim_v) if p.latent else (p.head_dim_k, p.head_dim_v)
+        layers |= {layer: Shape(p.q_heads, p.kv_heads, p.head_dim_k, p.head_dim_v, q, o) for layer in p.layers}
+    return [layers[layer] for layer in sorted(layers)]
+
+
 NUMBERS = [0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 255, 256, 1000, 4095, 4096, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1]
 WIDE = NUMBERS + [2**32, 2**40, 2**63 - 1, 2**63, 2**64 - 1]
 TEXTS = ["", "x", "default", "..", "/", "a b", "\0", "tenant\0x", "\n", "\x7f", "\x1b[2J", "ü", "x" * 64, "x" * 65, "y" * 129, "z" * 70000,
          "%s%n", "sha256:" + "0" * 64, "model@tag", "hadamard", "identity", "random", "bf16", "int2", "int2c", "int2-lm", "turboquant-4", "tc2", "tc2.5"]
+
+CODECS = ["bf16", "int2", "int2-lm", "turboquant-2", "turboquant-4", "int4", "tc2", "tc2.5", "k=int4,v=int2", "k=bf16,v=int2"]
 
 METHODS = {f"/kvd.v1.KvCache/{m.name}": (getattr(kv, m.input_type.name), False)
            for m in kv.DESCRIPTOR.services_by_name["KvCache"].methods}
@@ -36,11 +53,18 @@ class Known:
         self.unused = []  # tickets without a session
         self.held = {}    # session: {sequence: length}
         self.memory = {}  # session: its buffers
+        self.shapes = {}  # session: of its layers
+        self.leases = {}  # session: of prefixes and pages
+        self.paged = set()  # sessions of pages
 
     def add(self, kind, value):
         values = getattr(self, kind)
         values.append(value)
         del values[:-200]
+
+    def leased(self, session, lease):
+        if lease:
+            self.leases[session] = [*self.leases.get(session, [])[-20:], lease]
 
     def took(self, session, sequence, length):
         self.add("sequences", sequence)
@@ -49,11 +73,17 @@ class Known:
         if len(held) > 30:
             held.pop(next(iter(held)), None)
 
-    def lives(self, r, filled):
-        """A session that seems to live, with a sequence of its own and its length; `filled`: of some tokens, if it can be."""
-        session = r.choice(self.sessions[-5:])
+    def over(self, session):
+        """It is unknown, or closed."""
+        if session in self.sessions[1:]:
+            self.sessions = [s for s in self.sessions if s != session]
+
+    def lives(self, r, filled, paged):
+        """A session that seems to live, with a sequence of its own and its length; `filled`: of so many tokens, if it can be."""
+        last = [s for s in self.sessions if (s in self.paged) == paged][-5:] or self.sessions[-5:]
+        session = r.choice(not paged and r.random() < 0.9 and [s for s in last if self.held.get(s)] or last)
         held = list(self.held.get(session, {}).items())
-        held = [x for x in held if x[1]] or held if filled else held
+        held = [x for x in held if x[1] >= filled] or held
         return session, *(r.choice(held) if held else (1, 0))
 
 
@@ -115,46 +145,83 @@ class Maker:
         return message
 
     def layout(self):
-        return kv.Layout(layers=[0, 1], q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim_k=DIM, head_dim_v=DIM,
-                           codec=self.r.choice(["bf16", "int2", "int2c", "turboquant-3"]), windows=kv.Windows(sink=16, recent=16))
+        r = self.r
+        kind = r.choice(["plain"] * 6 + ["dims", "window", "planes", "shapes", "latent"])
+        m = kv.Layout(q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim_k=DIM, head_dim_v=DIM, windows=kv.Windows(sink=r.choice([0, 0, 64, 16]), recent=16),
+                      codec=r.choice(["int2"] * 6 + ["bf16", "int2c", "turboquant-3"] if kind == "plain" else CODECS))
+        behind = {"window": r.choice([1, 64, 100]), "windows": kv.Windows(recent=16)}
+        if kind == "planes":
+            m.planes.extend([kv.Plane(layers=[0], **behind), kv.Plane(layers=[1], codec=r.choice(CODECS))])
+        elif kind == "shapes":
+            m.planes.extend([kv.Plane(layers=[0], **behind),
+                             kv.Plane(layers=[1], kv_heads=1, head_dim_k=192, head_dim_v=128, codec=r.choice(["bf16", "int4"]))])
+        else:
+            m.layers.extend([0, 1])
+        if kind == "dims":
+            m.head_dim_k = m.head_dim_v = r.choice([80, 96, 128])
+        elif kind == "window":
+            m.MergeFrom(kv.Layout(**behind))
+            m.windows.sink = 0
+        elif kind == "latent":
+            m.MergeFrom(kv.Layout(kv_heads=1, head_dim_v=512, latent=True, codec=r.choice(["bf16", "int2", "int4"])))
+        return m
 
-    def tensor(self, session, heads, n, size=2):
+    def tensor(self, session, layers, heads, values, n, size=2):
+        """`values`: of a head, by the name of the field of Shape."""
         buffers = self.known.memory.get(session)
         if buffers and self.r.random() < 0.5:
             return kv.TensorRef(buffer=self.r.choice(buffers), offset=self.r.choice([0, 64, 4096]), dtype=size // 4)
-        return kv.TensorRef(inline_data=b"\x00\x3f" * (LAYERS * n * heads * DIM * size // 2), dtype=size // 4)
+        total = sum(getattr(x, heads) * getattr(x, values) for x in layers)
+        return kv.TensorRef(inline_data=b"\x00\x3f" * (n * total * size // 2), dtype=size // 4)
+
+    def some_layers(self, session):
+        """Which of them a call is for: layer_begin, layer_count, and their shapes. Those that differ want calls of their own."""
+        shapes = self.known.shapes.get(session, PLAIN)
+        if len(set(shapes)) > 1 and self.r.random() < 0.95:
+            at = self.r.randrange(len(shapes))
+            return at, 1, shapes[at:at + 1]
+        count = self.r.choice([0, 0, 0, 0, 1, 2])
+        return 0, count, shapes[:count or len(shapes)]
 
     def good(self, kind):
         """A request of this kind as a worker could send it."""
-        n, (s, q, at) = self.r.choice([1, 1, 3, 20, 100]), self.known.lives(
-            self.r, kind in (kv.AttendRequest, kv.ReadTokensRequest, kv.ForkSequenceRequest, kv.TruncateSequenceRequest))
+        n, (s, q, at) = self.r.choice([1, 1, 3, 20, 100, 130]), self.known.lives(
+            self.r, {kv.AttendRequest: 1, kv.ReadTokensRequest: 1, kv.ForkSequenceRequest: 1, kv.TruncateSequenceRequest: 1,
+                     kv.PublishBlocksRequest: 64}.get(kind, 0), self.r.random() < 0.95 if "Pages" in kind.DESCRIPTOR.name else self.r.random() < 0.2)
         if kind is kv.OpenSessionRequest:
             ticket = self.known.unused.pop() if self.known.unused else ""
             m = kind(ticket=ticket, layout=self.layout(), lease_ms=3000, namespace_name=self.r.choice(["", "", "fuzz"]))
+            if self.r.random() < 0.2:
+                m.resume = self.r.choice(self.known.sessions[-5:])
             if self.r.random() < 0.5:
                 m.pages = True
-                m.layout.windows.CopyFrom(kv.Windows())
+                for x in (m.layout, *m.layout.planes):
+                    x.windows.CopyFrom(kv.Windows())
             return m
         if kind is kv.CreateSequencesRequest:
             return kind(session=s, count=self.r.choice([1, 2, 5]), request_id=self.r.choice([0, 1, 2, self.r.getrandbits(40)]))
         if kind is kv.RegisterBufferRequest:
             return kind(session=s, key=self.r.randrange(4), size=1 << 16)
         if kind in (kv.AppendRequest, kv.StepRequest, kv.AttendRequest):
-            k = dict(sequence=q)
+            k, (begin, count, layers) = dict(sequence=q), self.some_layers(s)
             if kind is not kv.AttendRequest:
-                k |= dict(position=at, tokens=n, k=self.tensor(s, KV_HEADS, n), v=self.tensor(s, KV_HEADS, n))
+                k |= dict(position=at, tokens=n, **{x: self.tensor(s, layers, "kv_heads", x, n) for x in "kv"})
             else:
                 k |= dict(q_len=max(1, min(n, at)))
             if kind is kv.AttendRequest:
                 n = k["q_len"]
             if kind is not kv.AppendRequest:
-                k |= dict(q=self.tensor(s, Q_HEADS, n, self.r.choice([2, 4])))
+                k |= dict(q=self.tensor(s, layers, "q_heads", "q", n, self.r.choice([2, 4])))
             item = {kv.AppendRequest: kv.AppendItem, kv.StepRequest: kv.StepItem, kv.AttendRequest: kv.AttendItem}[kind](**k)
-            return kind(session=s, items=[item], layer_count=self.r.choice([0, 0, 0, 0, 1, 2]))
+            m = kind(session=s, items=[item], layer_begin=begin, layer_count=count)
+            if kind is not kv.AppendRequest and any(x.q != x.k for x in layers):
+                m.params.scale = 0.1  # over a latent there is no default
+            return m
         if kind is kv.ReadTokensRequest:
-            return kind(session=s, sequence=q, begin=self.r.choice([0, 0, 1]), tokens=max(1, min(n, at - 1)))
+            begin, count, _ = self.some_layers(s)
+            return kind(session=s, sequence=q, begin=self.r.choice([0, 0, 1]), tokens=max(1, min(n, at - 1)), layer_begin=begin, layer_count=count)
         if kind is kv.RotateRequest:
-            return kind(session=s, rows=n, heads=Q_HEADS, x=self.tensor(s, Q_HEADS, n))
+            return kind(session=s, rows=n, heads=Q_HEADS, x=self.tensor(s, PLAIN, "q_heads", "q", n))
         if kind is kv.MapSequencesRequest:
             return kind(session=s, items=[kv.MapItem(sequence=q)], again=self.r.random() < 0.2)
         if kind in (kv.PublishSequenceRequest, kv.AttachSequenceRequest):
@@ -186,8 +253,8 @@ class Maker:
                 return m
             if kind is kv.PutPagesRequest:
                 n = 64 * len(m.keys) // 16
-                m.k.CopyFrom(self.tensor(s, KV_HEADS, n))
-                m.v.CopyFrom(self.tensor(s, KV_HEADS, n))
+                for x in "kv":
+                    getattr(m, x).CopyFrom(self.tensor(s, self.known.shapes.get(s, PLAIN), "kv_heads", x, n))
                 m.exact = self.r.choice([b"", bytes(n // 64), bytes([1]) * (n // 64)])
             return m
         if kind is kv.MatchPrefixRequest:
@@ -195,13 +262,17 @@ class Maker:
                      tiers=self.r.random() < 0.2, restore_ms=self.r.choice([0, 0, 20]))
             m.wait_ms = self.r.choice([0, 0, 20]) if len(m.requests) == 1 else 0
             return m
+        if kind is kv.HintPrefixRequest:
+            hint = self.r.choice([0, 1, 2, 3, 4, 5])
+            return kind(session=s, requests=[self.prompt()], hint=hint, ms=self.r.choice([0, 50, 2000]) if hint in (0, 2) else 0)
         if kind is kv.PublishBlocksRequest:
-            return kind(session=s, items=[kv.PublishItem(sequence=q, keys=self.prompt(), end=self.r.random() < 0.5)])
+            return kind(session=s, items=[kv.PublishItem(sequence=q, keys=self.prompt(at), end=self.r.random() < 0.5)])
         if kind is kv.AdoptPrefixRequest:
-            return kind(session=s, request_id=self.r.getrandbits(40), items=[kv.AdoptItem(lease=self.r.randrange(1, 200),
-                        keep=self.r.random() < 0.3)])
+            s, lease = self.lease(s)
+            return kind(session=s, request_id=self.r.getrandbits(40), items=[kv.AdoptItem(lease=lease, keep=self.r.random() < 0.3)])
         if kind is kv.ReleasePrefixRequest:
-            return kind(session=s, leases=[self.r.randrange(1, 200) for _ in range(5)])
+            s, lease = self.lease(s)
+            return kind(session=s, leases=[lease, *(self.r.randrange(1, 200) for _ in range(self.r.choice([0, 4])))])
         if kind in (admin.ListPrefixesRequest, admin.DropPrefixRequest):
             return kind(namespace_name=self.r.choice(["default", "fuzz"]))
         if kind is kv.FreeSequencesRequest:
@@ -209,6 +280,12 @@ class Maker:
         if kind is kv.TruncateSequenceRequest:
             return kind(session=s, sequence=q, length=self.r.randrange(at + 1))
         return self.fill(kind())
+
+    def lease(self, session):
+        """One that seems to be there, and whose it is."""
+        of = [s for s in self.known.sessions[-20:] if self.known.leases.get(s) and s not in self.known.paged]
+        session = self.r.choice(of) if of else session
+        return session, self.r.choice([*self.known.leases.get(session, [1])[-3:], self.r.randrange(1, 200)])
 
     def blocks(self, session, pages):
         """Of an engine that has room for one page, in buffers of 64 KiB; some of it may be wrong."""
@@ -227,10 +304,12 @@ class Maker:
         """Of pages that others may have put, some of them twice."""
         return b"".join(bytes([self.r.randrange(12)]) * 16 for _ in range(self.r.choice([1, 2, 3, 9])))
 
-    def prompt(self):
+    def prompt(self, length=0):
+        """One that others may have published. `length`: of a sequence that may be published as this."""
         begin = self.r.randrange(2)
-        tokens = b"".join(struct.pack("<I", begin + i) for i in range(self.r.choice([64, 128, 200])))
-        return kv.PrefixKeys(tokens=tokens) if self.r.random() < 0.5 else kv.PrefixKeys(block_keys=self.keys(), key_bytes=16)
+        n = length // 64 * 64 if length >= 64 and self.r.random() < 0.8 else self.r.choice([64, 128, 200])
+        tokens = b"".join(struct.pack("<I", begin + i) for i in range(min(n, 1000)))
+        return kv.PrefixKeys(tokens=tokens) if self.r.random() < 0.7 else kv.PrefixKeys(block_keys=self.keys(), key_bytes=16)
 
     # -- bytes ------------------------------------------------------------------------------------
 

@@ -250,10 +250,11 @@ class Sequence:
         if self.pending_layers == g.layers:
             self.length, self.reach, self.pending_layers = self.pending_length, self.pending, 0
 
-    def damaged(self, keep):
-        """Whether a truncation to `keep` would want tokens that an unfinished append has overwritten, or windows have freed."""
+    def damaged(self, keep, undone=False):
+        """Whether a truncation to `keep` would want tokens that an unfinished append has overwritten, or windows have freed. `undone`: kvd
+        has what it has overwritten, as a pool that is kept does."""
         for p, (first, end) in zip(self.g.planes, self.reach):
-            if self.pending_layers and self.pending_length > p.ring + end and keep > end and self.length > end:
+            if not undone and self.pending_layers and self.pending_length > p.ring + end and keep > end and self.length > end:
                 return True
             if first and 0 < keep < first + p.window - 1:
                 return True

@@ -63,15 +63,16 @@ class Prepared:
 
 
 class Scenario:
-    """One run. `kv` are the wire's messages, `places` where sessions may live: Here, and perhaps Elsewhere."""
+    """One run. `kv` are the wire's messages, `places` where sessions may live: Here, and perhaps Elsewhere. `keeps`: kvd's pool
+    is to outlive it."""
 
     OPERATIONS = (("append", 22), ("step", 20), ("attend", 18), ("read", 8), ("fork", 7), ("truncate", 7), ("publish", 5),
                   ("attach", 11), ("free", 4), ("wrong", 9), ("replay", 12), ("together", 5), ("replace", 3), ("create", 2),
                   ("direct", 2), ("unfinished", 5))
 
-    def __init__(self, kv, address, places, seed, without=(), direct=None, errors=None):
+    def __init__(self, kv, address, places, seed, without=(), direct=None, errors=None, keeps=False):
         self.kv, self.address, self.places, self.seed, self.without = kv, address, places, seed, without
-        self.direct_mode, self.errors = direct, errors or CPU_ERRORS
+        self.direct_mode, self.errors, self.keeps = direct, errors or CPU_ERRORS, keeps
         self.rng = np.random.default_rng([seed])
         self.g = random_layout(self.rng, self.errors is GPU_ERRORS)
         self.operations = int(self.rng.integers(10, 30))
@@ -400,7 +401,7 @@ class Scenario:
         self.say("truncate", f"TruncateSequence by {session.label} of {s.id} from {s.length} (history {s.reach}, "
                  f"{s.pending_layers} layers pending) to {keep}")
         code, reply = session.call("TruncateSequence", sequence=s.id, length=keep)
-        if s.damaged(keep):
+        if s.damaged(keep, undone=self.keeps):
             agree("truncation that an unfinished append or a window has damaged", code, "FAILED_PRECONDITION")
         else:
             agree("TruncateSequence", (code, getattr(reply, "length", reply)), ("OK", keep))
