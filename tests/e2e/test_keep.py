@@ -123,7 +123,7 @@ def test_a_keeper_holds_more_than_the_usual_limit_of_open_files(start):
         sequences += rpc.kv("CreateSequences", session=session, count=1).sequences
         append(rpc, session, sequences[-1], 0, *random_kv(2000))  # an extent each
         rpc.kv("PublishSequence", session=session, sequence=sequences[-1], name=f"s{i}")
-    assert len(os.listdir(f"/proc/{keeper.process.pid}/fd")) > 64
+    assert wait_for(lambda: len(os.listdir(f"/proc/{keeper.process.pid}/fd")) > 64)  # it takes them when it has a turn
     before = [attend(rpc, session, s) for s in sequences[::7]]
     rpc.channel.close()
     kill(keeper)

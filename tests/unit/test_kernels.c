@@ -632,7 +632,7 @@ START_TEST(extents_are_taken_over)
 }
 END_TEST
 
-KVD_MAIN("kernels", 300, avx2_is_among_those_tested, avx512_is_among_those_tested,
+KVD_MAIN("kernels", 900, avx2_is_among_those_tested, avx512_is_among_those_tested,
          vnni_is_among_those_tested, amx_is_among_those_tested, codes_match_a_float64_derivation,
          scales_are_chosen_by_side, attention_matches_float64, attention_with_a_codec_for_each_side,
          precision_does_not_fall_with_length, every_group_and_dim,

@@ -286,6 +286,6 @@ START_TEST(golden_tiles)
 }
 END_TEST
 
-KVD_MAIN("latent", 200, what_is_no_latent_plane_is_refused_by_name, attention_matches_float64,
+KVD_MAIN("latent", 600, what_is_no_latent_plane_is_refused_by_name, attention_matches_float64,
          transforms_that_are_not_orthogonal, precision_does_not_fall_with_length,
          rows_are_read_and_turned_back, queries_that_are_not_finite_give_nan_alone, golden_tiles)
