@@ -198,21 +198,26 @@ def test_deadlines(start, daemon):
 
 
 def test_a_client_works_again_at_once(start):
+    """However long kvd was away: gRPC's pauses would have grown with it, and the client waits for a small part of it."""
     kvd = start()
-    waits = []
-    for _ in range(3):
-        p = subprocess.Popen([CLIENT, "reconnect", kvd.address], stdout=subprocess.PIPE, text=True)
-        assert p.stdout.readline() == "ready\n"
-        kvd.stop(signal.SIGKILL)
-        time.sleep(1.5)  # gRPC's back-off would have grown
-        kvd.start(wait=False)
-        while kvd.text().count("ready version") < kvd.lives:
-            time.sleep(0.002)
-        ready = time.time()
-        out, _ = p.communicate(timeout=30)
-        assert p.returncode == 0
-        waits.append(float(out) - ready)
-    assert min(waits) < (0.2 if SANITIZER == 1 else 1), waits  # of three, as machines that run tests are busy
+
+    def waits(pace):
+        waited = []
+        for _ in range(3):
+            p = subprocess.Popen([CLIENT, "reconnect", kvd.address], stdout=subprocess.PIPE, text=True)
+            assert p.stdout.readline() == "ready\n"
+            kvd.stop(signal.SIGKILL)
+            time.sleep(1.5 * pace)
+            kvd.start(wait=False)
+            while kvd.text().count("ready version") < kvd.lives:
+                time.sleep(0.002)
+            ready = time.time()
+            out, _ = p.communicate(timeout=30)
+            assert p.returncode == 0
+            waited.append(float(out) - ready)
+        assert min(waited) < (0.2 if SANITIZER == 1 else 1) * pace, waited  # of three, as machines that run tests are busy
+
+    at_some_pace(waits, (1, 4))
 
 
 FORKS = """
