@@ -172,7 +172,7 @@ def test_a_thousand_connections(kvd):
         s.connect(str(kvd.socket))
         s.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[:7])  # half a greeting, then silence
         raw.append(s)
-    assert kvd.metric("kvd_connections") >= 1000
+    assert wait_for(lambda: kvd.metric("kvd_connections") >= 1000)
     assert subprocess.run([WORKER, kvd.address], timeout=120).returncode == 0
     for s in raw + [f.s for f in fd]:
         s.close()

@@ -128,7 +128,7 @@ client-ca = {folder}/ca.pem
 [namespace closed]
 allow-cn = ops
 """)
-    base = [KVCTL, "--address", f"127.0.0.1:{port}", "--timeout", "5", "--tls-ca", f"{folder}/ca.pem"]
+    base = [KVCTL, "--address", f"127.0.0.1:{port}", "--timeout", "20", "--tls-ca", f"{folder}/ca.pem"]
     as_ = lambda n: [*base, "--tls-cert", f"{folder}/{n}.pem", "--tls-key", f"{folder}/{n}.key"]
     run = lambda *a: subprocess.run([*map(str, a)], capture_output=True, text=True)
     assert run(*as_("guest"), "status").returncode == 0

@@ -407,7 +407,7 @@ client-ca = {folder}/ca.pem
     tls = {"tls_ca": f"{folder}/ca.pem", "tls_cert": f"{folder}/worker.pem", "tls_key": f"{folder}/worker.key"}
     address = f"127.0.0.1:{port}"
     x = values(1, LAYERS, 5, KV_HEADS, DIM)
-    with connect(kvd, address=address, lease=5, **tls) as client:
+    with connect(kvd, address=address, lease=60, **tls) as client:
         s = client.create()
         s.append(fill(client, x), fill(client, x))
         s.publish("tls")
