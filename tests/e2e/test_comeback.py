@@ -100,7 +100,7 @@ def test_no_longer_than_its_own_time(start):
     keeper = start("--keep")
     with gone(keeper):
         took, error = min((opened(keeper, timeout=0.6) for _ in range(3)), key=lambda x: x[0])
-        assert isinstance(error, package.UnavailableError) and 0.6 <= took < 3
+        assert isinstance(error, package.UnavailableError) and 0.59 <= took < 3, took  # libkvd counts whole milliseconds
         assert "is being started again, and 600 ms were not enough" in str(error) and str(keeper.socket) in str(error)
     keeper.wait_ready()
     assert opened(keeper)[1] is None
