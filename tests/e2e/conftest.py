@@ -127,7 +127,11 @@ class Daemon:
                 return self.process.wait(patience)
             except subprocess.TimeoutExpired:
                 pass
-        return self.process.wait(1)
+        threads = sorted((t / "wchan").read_text() or "runs" for t in pathlib.Path(f"/proc/{self.process.pid}/task").iterdir())
+        state = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        self.process.kill()
+        self.process.wait()
+        raise AssertionError(f"kvd did not end within {timeout} s of signal {sig}; state {state}, threads {threads}: {self.text()[-3000:]}")
 
     def kvctl(self, *args, check=True, env=None):
         r = subprocess.run([str(KVCTL), "--address", self.address, "--timeout", "40", *map(str, args)],
