@@ -155,8 +155,8 @@ static bool equal(const struct engine *a, const struct engine *b, uint32_t first
     return true;
 }
 
-// -- kvd, which is stopped for a while: what is under way does not end meanwhile, however long this
-// process waits for its own turn ------------------------------------------------------------------
+// -- stopping kvd -------------------------------------------------------------------------------
+// What is under way does not end meanwhile, however long this process waits for its own turn.
 
 static pid_t stopped;
 
@@ -192,8 +192,7 @@ static void go_on_soon(void)
     stopped = 0;
 }
 
-// -- queues
-// -----------------------------------------------------------------------------------------
+// -- queues -------------------------------------------------------------------------------------
 
 // What was put first is there for what is got behind it.
 static void in_order(kvd_client *c)
