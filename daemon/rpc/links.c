@@ -505,14 +505,19 @@ static void free_links(uv_handle_t *handle)
     d->links = NULL;
 }
 
+void kvd_links_cut(struct kvd_daemon *d)
+{
+    while (d->links->oldest)
+        kvd_link_cut(d->links->oldest, NULL);
+}
+
 void kvd_links_deinit(struct kvd_daemon *d)
 {
     struct kvd_links *all = d->links;
     if (!all)
         return;
     kvd_turns_init(NULL, NULL);
-    while (all->oldest)
-        kvd_link_cut(all->oldest, NULL);
+    kvd_links_cut(d);
     for (uint32_t i = 0; i < all->cap; i++)
         kvd_meter_forget((int)i);
     for (uint32_t i = 0; i < all->cap; i++)

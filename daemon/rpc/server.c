@@ -14,6 +14,7 @@
 enum {
     ARMED = 16, // requests kept waiting per method; a burst beyond that waits inside gRPC
     TICK_MS = 1000,
+    PARTING_MS = 500,      // for what was answered to be read
     GRPC_LINES = 10,       // that gRPC may log in a second
     READ_BYTES = 16 << 10, // that gRPC reads from a connection before it looks at others
 };
@@ -63,8 +64,11 @@ static void on_async(uv_async_t *async)
 static void on_tick(uv_timer_t *timer)
 {
     struct kvd_daemon *d = timer->data;
-    if (!d->rpc->stopping)
-        kvd_calls_arm_again(d);
+    if (d->rpc->stopping) {
+        kvd_links_cut(d); // gRPC would wait for whoever reads nothing
+        return;
+    }
+    kvd_calls_arm_again(d);
     kvd_calls_give_up_unread(d);
     kvd_tls_tick(d);
 }
@@ -172,7 +176,8 @@ static void on_server_down(struct kvd_tag *tag, bool ok)
     grpc_completion_queue_shutdown(r->cq);
 }
 
-// Cancels what is left, until gRPC has let go of everything.
+// Cancels what is left, until gRPC has let go of everything: of connections that do not read too,
+// as those of a worker that is stopped, which are cut off in a while.
 static void shut(struct kvd_daemon *d)
 {
     struct kvd_rpc *r = d->rpc;
@@ -182,6 +187,7 @@ static void shut(struct kvd_daemon *d)
     kvd_tag_arm(&r->shutdown_tag, on_server_down);
     grpc_server_shutdown_and_notify(r->server, r->cq, &r->shutdown_tag);
     grpc_server_cancel_all_calls(r->server);
+    uv_timer_start(&r->timer, on_tick, PARTING_MS, TICK_MS);
 }
 
 static void on_handle_closed(uv_handle_t *handle)

@@ -2,6 +2,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import grpc
@@ -61,6 +62,37 @@ def test_reload(start):
     kvd.process.send_signal(signal.SIGHUP)
     assert wait_for(lambda: "the old configuration stays" in kvd.text())
     kvd.kvctl("ping", 1)
+
+
+READS_NOTHING = """
+import os, signal, sys
+from conftest import Rpc, kv
+from test_grpc import append, open_session, random_kv
+rpc = Rpc(sys.argv[1])
+session = open_session(rpc)
+seq = rpc.kv("CreateSequences", session=session, count=1).sequences[0]
+append(rpc, session, seq, 0, *random_kv(2000))
+read = rpc.channel.unary_unary("/kvd.v1.KvCache/ReadTokens", request_serializer=kv.ReadTokensRequest.SerializeToString)
+calls = [read.future(kv.ReadTokensRequest(session=session, sequence=seq, tokens=2000), timeout=60) for _ in range(30)]
+calls[0].result()
+print("read one", flush=True)
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_a_worker_that_is_stopped_does_not_hold_up_the_end(start):
+    """It has asked for more than its socket holds, and reads none of it."""
+    kvd = start()
+    worker = subprocess.Popen([sys.executable, "-c", READS_NOTHING, kvd.address], stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])})
+    try:
+        assert worker.stdout.readline() == "read one\n"
+        began = time.time()
+        assert kvd.stop() == 0
+        assert time.time() - began < 15  # drain-timeout is 200 ms, reply-timeout 30 s
+    finally:
+        worker.kill()
+        worker.wait()
 
 
 def test_drain_waits_for_workers(start):
