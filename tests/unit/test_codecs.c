@@ -265,6 +265,16 @@ START_TEST(unbiased_rows_keep_their_length_and_mean)
 }
 END_TEST
 
+static double variance(const float *x, uint32_t dim)
+{
+    double mean = 0, sum = 0;
+    for (uint32_t c = 0; c < dim; c++)
+        mean += (double)x[c] / dim;
+    for (uint32_t c = 0; c < dim; c++)
+        sum += (x[c] - mean) * (x[c] - mean);
+    return sum / dim;
+}
+
 // int2c's bytes reach from tiny to large rows and centres; beyond, the error grows with what they
 // miss, not at once.
 START_TEST(int2c_reaches_far)
@@ -275,7 +285,8 @@ START_TEST(int2c_reaches_far)
         float x[128], y[128];
         double unit = ldexp(1, e);
         normal_row(&rng, 128, 0, unit, x);
-        ck_assert_double_lt(row_error(&c, x, 128, &rng, y), 0.25 * unit * unit);
+        // Of a row's own variance: 0.129 on average, 0.231 in the worst of two million rows.
+        ck_assert_double_lt(row_error(&c, x, 128, &rng, y), 0.25 * variance(x, 128));
         normal_row(&rng, 128, 100 * unit, unit, x); // a centre of some 100 scales
         ck_assert_double_lt(sqrt(row_error(&c, x, 128, &rng, y)), 100 * unit / 15);
     }
