@@ -28,7 +28,7 @@ static bool listens(const char *path)
            (errno != ECONNREFUSED && errno != ENOENT && errno != ENOTSOCK);
 }
 
-// `kept`: those too that are being started again.
+// Its mark and its socket may both be there.
 static bool known(const struct kvd_instances *all, const char *path)
 {
     for (unsigned i = 0; i < all->n; i++)
@@ -37,6 +37,7 @@ static bool known(const struct kvd_instances *all, const char *path)
     return false;
 }
 
+// `kept`: those too that are being started again.
 static void add(struct kvd_instances *all, const char *path, const char *name, size_t len,
                 bool kept)
 {

@@ -20,7 +20,8 @@ void kvd_links_accept(struct kvd_daemon *d, int fd);
 void kvd_links_accept_tls(struct kvd_daemon *d, int fd, struct kvd_peer_address *address,
                           const char *name);
 // Hangs up on all. What is held of links by calls stays good.
-void kvd_links_cut(struct kvd_daemon *d); // all of them, without a word
+void kvd_links_cut(struct kvd_daemon *d);
+// The same, and takes no more.
 void kvd_links_deinit(struct kvd_daemon *d);
 uint32_t kvd_links_count(const struct kvd_daemon *d);
 // False while no connection more would be taken from anybody.

@@ -176,8 +176,8 @@ static void on_server_down(struct kvd_tag *tag, bool ok)
     grpc_completion_queue_shutdown(r->cq);
 }
 
-// Cancels what is left, until gRPC has let go of everything: of connections that do not read too,
-// as those of a worker that is stopped, which are cut off in a while.
+// Cancels what is left, until gRPC has let go of everything. It waits for what it has begun to
+// write, which a worker that is stopped never reads: whoever is there yet in a while is cut off.
 static void shut(struct kvd_daemon *d)
 {
     struct kvd_rpc *r = d->rpc;

@@ -15,8 +15,8 @@ from google.protobuf.message import DecodeError
 
 from conftest import admin, kv
 from fuzz_messages import METHODS, Known, Maker, shapes_of
-from test_keep import kill, pid_of
 from scenario_holder import MAGIC, VERSION, new_memory
+from test_keep import kill, pid_of
 
 OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1),
            ("grpc.initial_reconnect_backoff_ms", 20), ("grpc.min_reconnect_backoff_ms", 5000), ("grpc.max_reconnect_backoff_ms", 100)]
@@ -70,8 +70,7 @@ class Fuzz:
                 timeout = 0.002 if r.random() < 0.03 else 5
                 operator = ".Admin/" in method and "Drain" not in method and r.random() < 0.7  # an operator's Drain would end it
                 metadata = [("kvd-ticket", r.choice(self.known.tickets[-40:]))] if operator else None
-                future = channel.unary_unary(method).future(data, timeout=timeout, metadata=metadata,
-                                                             wait_for_ready=self.kills)
+                future = channel.unary_unary(method).future(data, timeout=timeout, metadata=metadata, wait_for_ready=self.kills)
                 waiting.append((method, kind, data, future))
                 if r.random() < 0.02:  # kvd cuts off who gives up 64 calls a second
                     future.cancel()
