@@ -202,6 +202,18 @@ __device__ inline void copies_arrived()
     asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+// What was asked for since the last one is a group.
+__device__ inline void copies_grouped()
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// All groups but the last N are there, as after copies_arrived().
+template <int N> __device__ inline void groups_arrived()
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
 #if KVD_BULK
 __device__ inline void barrier_init(uint64_t *bar, uint32_t arrivals)
 {

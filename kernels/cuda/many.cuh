@@ -23,12 +23,14 @@ template <int D, many_source SOURCE> __global__ void __launch_bounds__(many_thre
     load_lengths(p, b);
     uint32_t part = p.first_part + blockIdx.z * rows_of::GROUPS;
     const typename rows_of::part_pairs pairs(p, b, part);
-    if constexpr (rows_of::BF16)
+    if constexpr (SOURCE == CODES)
+        __syncthreads(); // barriers are there
+    else if constexpr (rows_of::BF16)
         many_plain_queries(p, b, mem);
     else
         many_queries(p, b, mem);
     if (threadIdx.x >= MANY_WARPS * 32) {
-        fewer_registers<SOURCE == CODES ? 56 : 24>();
+        fewer_registers<SOURCE == CODES ? 64 : 24>();
         if constexpr (SOURCE != CODES) {
             if (threadIdx.x == MANY_WARPS * 32)
                 fetch_values<D>(p, b, mem, pairs);
@@ -39,7 +41,9 @@ template <int D, many_source SOURCE> __global__ void __launch_bounds__(many_thre
         }
         return;
     }
-    more_registers<SOURCE == CODES ? 200 : 240>();
+    more_registers<SOURCE == CODES ? 192 : 240>();
+    if constexpr (SOURCE == CODES)
+        many_queries(p, b, mem); // takes more registers than there were for all
     rows_of rows;
     rows.begin(p, b, mem);
     rows.attend(p, b, mem, pairs);

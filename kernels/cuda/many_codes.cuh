@@ -24,61 +24,6 @@ template <int D, typename M, typename P> __device__ inline void fetch_values(con
     }
 }
 
-// Tiles of a part in shared memory as they are in pages. One thread asks for them, a pair ahead.
-template <int D, typename M, typename P> class coded_tiles
-{
-    const many_call &p;
-    const M &mem;
-    const P &pairs;
-    const uint64_t *pages;
-    uint64_t offset;
-    uint32_t next; // tile to be asked for
-    uint64_t at[2]; // the pages of that one and the one behind it
-
-    __device__ inline void look()
-    {
-#pragma unroll
-        for (uint32_t i = 0; i < 2; i++)
-            at[i] = next + i >= pairs.first_tile && next + i < pairs.end_tile ? pages[next + i] : 0;
-    }
-
-public:
-    __device__ inline coded_tiles(const many_call &p, const row_block &b, const M &mem, const P &pairs)
-        : p(p), mem(mem), pairs(pairs), pages(p.pages.codec + (uint64_t)b.s * p.pages.codec_stride),
-          offset(p.tile.at(p.layer, p.kv_heads, b.kv)), next(2 * pairs.first)
-    {
-        look();
-    }
-
-    __device__ inline uint32_t slot(uint32_t tile) const
-    {
-        return (tile - 2 * pairs.first) % M::TILES;
-    }
-
-    __device__ inline uint32_t phase(uint32_t tile) const
-    {
-        return (tile - 2 * pairs.first) / M::TILES % 2;
-    }
-
-    // Asks for the two tiles of a pair. One that no row sees comes as nothing.
-    __device__ inline void ask()
-    {
-        if (next >= 2 * pairs.end)
-            return;
-#pragma unroll
-        for (uint32_t i = 0; i < 2; i++) {
-            uint32_t to = slot(next + i);
-            barrier_wait(mem.tile_read(to), phase(next + i) ^ 1);
-            if (at[i])
-                fetch(mem.tile_slot(to), (const uint8_t *)at[i] + offset, M::TILE, mem.tile_there(to), cache_policy(true));
-            else
-                arrive(mem.tile_there(to));
-        }
-        next += 2;
-        look();
-    }
-};
-
 // Two elements' scales and mins, for tokens g and g + 8 of a chunk where rows are tokens, or for tokens 2 t + e and 2 t + e + 8.
 struct half_params {
     uint32_t scale[2], min[2];
@@ -123,55 +68,101 @@ template <int D, bool V> __device__ inline void make_chunk(uint32_t thousand, co
     }
 }
 
-// A warp's chunks, two of a pair's eight, of one side.
-template <int D, bool V> __device__ inline void make_side(const many_call &p, const uint8_t *tile, uint32_t chunk, int left, uint8_t *slot)
+// What a warp makes values of: two chunks of each pair, of one side. They are copied two pairs ahead to where no other warp looks,
+// so that the warp waits for nobody but memory, and its place is free again as soon as it has read them.
+template <int D, bool V, typename M, typename P> class coded_chunks
 {
+    const many_call &p;
+    const M &mem;
+    const P &pairs;
+    const uint64_t *pages;
+    const uint32_t maker = threadIdx.x / 32 - MANY_WARPS, lane = threadIdx.x % 32, chunk = maker % 2 * 2; // of the tile
+    uint64_t offset, page; // of the tile to be asked for next, 0 of one that no row sees
+    uint32_t tile;
+    int tokens;
+
+    __device__ inline void look()
+    {
+        page = tile >= pairs.first_tile && tile < pairs.end_tile ? pages[tile] : 0;
+    }
+
+public:
     uint4 words[2];
     half_params params[2];
-#pragma unroll
-    for (uint32_t i = 0; i < 2; i++) {
-        uint32_t c = (chunk + i) % 4;
-        words[i] = *(const uint4 *)(tile + p.tile.codes[V] + (D == 64 ? c / 2 : c) * 512 + threadIdx.x % 32 * 16);
-        params[i].template load<V>(tile + p.tile.params[V], c, left - (int)c * 16);
+
+    __device__ inline coded_chunks(const many_call &p, const row_block &b, const M &mem, const P &pairs)
+        : p(p), mem(mem), pairs(pairs), pages(p.pages.codec + (uint64_t)b.s * p.pages.codec_stride),
+          offset(p.tile.at(p.layer, p.kv_heads, b.kv) + lane * 16), tile(2 * pairs.first + maker % 4 / 2),
+          tokens((int)(b.hist_end - p.sink))
+    {
+        look();
     }
-#pragma unroll
-    for (uint32_t i = 0; i < 2; i++) {
-        // Matrices of 8 tokens by 8 channels: register r's is of tokens from 8 (r % 2) on and channels from 8 (r / 2) on, or the reverse.
-        uint32_t r = threadIdx.x % 32 / 8, token8 = 2 * (chunk + i) + (V ? r / 2 : r % 2), channel8 = V ? r % 2 : r / 2;
-        uint32_t matrix = V ? channel8 * (tile_values<D>::TOKENS / 8) + token8 : token8 * (D / 8) + channel8;
-        uint8_t *to = slot + matrix * 128 + threadIdx.x % 8 * 16;
-        make_chunk<D, V>(p.thousand, words[i], D == 64 ? (chunk + i) % 2 * 8 : 0, params[i], to);
+
+    // Asks for those of the next pair, if there is one.
+    __device__ inline void ask(uint32_t stage)
+    {
+        if (page) {
+            const uint8_t *from = (const uint8_t *)page + offset;
+            uint8_t *to = mem.coded(maker, stage) + lane * 16;
+            copy_async(to, from + p.tile.codes[V] + (D == 64 ? chunk / 2 : chunk) * 512);
+            if (D != 64)
+                copy_async(to + 512, from + p.tile.codes[V] + (chunk + 1) * 512);
+            if (lane < 8)
+                copy_async(to + 1024, from + p.tile.params[V] + chunk * 64);
+        }
+        copies_grouped();
+        tile += 2;
+        look();
     }
-}
+
+    // Reads those of a pair, which was asked for before all others that are under way.
+    __device__ inline void read(uint32_t stage, uint32_t pair)
+    {
+        groups_arrived<M::STAGES - 1>();
+        __syncwarp();
+        uint32_t of = 2 * pair + maker % 4 / 2;
+        int left = of >= pairs.first_tile && of < pairs.end_tile ? tokens - (int)(of * PAGE + chunk * 16) : 0;
+        const uint8_t *from = mem.coded(maker, stage);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            words[i] = *(const uint4 *)(from + (D == 64 ? 0 : i) * 512 + lane * 16);
+            params[i].template load<V>(from + 1024, i, left - i * 16);
+        }
+        __syncwarp();
+    }
+};
 
 // One side, by the four warps of a warpgroup: what one waits for, the fence above all, takes as long as what it computes, so that the
 // sides have one each.
 template <int D, bool V, typename M, typename P> __device__ inline void make_values(const many_call &p, const row_block &b, const M &mem, const P &pairs)
 {
-    uint32_t warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, chunk = 2 * warp;
-    bool asks = !V && threadIdx.x % 128 == 0;
-    coded_tiles<D, M, P> tiles(p, b, mem, pairs);
-    for (int i = 0; i < M::TILES / 2 - 1 && asks; i++)
-        tiles.ask();
+    coded_chunks<D, V, M, P> codes(p, b, mem, pairs);
+    for (uint32_t i = 0; i < M::STAGES; i++)
+        codes.ask(i);
     ring_place at = {V, 0};
+    uint32_t stage = 0;
 #pragma unroll 1
     for (uint32_t pair = pairs.first; pair < pairs.end; pair++) {
-        uint32_t tile = 2 * pair + warp / 2, from = tiles.slot(tile);
-        bool seen = tile >= pairs.first_tile && tile < pairs.end_tile;
-        int left = seen ? (int)(b.hist_end - p.sink - tile * PAGE) : 0;
-        if (asks)
-            tiles.ask(); // where the pair before was
-        __syncwarp();
-        barrier_wait(mem.tile_there(from), tiles.phase(tile));
+        codes.read(stage, pair);
+        codes.ask(stage);
         barrier_wait(mem.empty(at.slot), at.phase ^ 1);
-        make_side<D, V>(p, mem.tile_slot(from), chunk, left, mem.slot(at.slot));
-        arrive(mem.tile_read(from)); // each lane for what it has read, as racecheck does not see a __syncwarp before an arrival of one
-        barriers_ready();            // products may read it
+#pragma unroll
+        for (uint32_t i = 0; i < 2; i++) {
+            // Matrices of 8 tokens by 8 channels: register r's is of tokens from 8 (r % 2) on and channels from 8 (r / 2) on, or the reverse.
+            uint32_t r = threadIdx.x % 32 / 8, chunk = threadIdx.x / 32 % 4 * 2 + i;
+            uint32_t token8 = 2 * chunk + (V ? r / 2 : r % 2), channel8 = V ? r % 2 : r / 2;
+            uint32_t matrix = V ? channel8 * (tile_values<D>::TOKENS / 8) + token8 : token8 * (D / 8) + channel8;
+            uint8_t *to = mem.slot(at.slot) + matrix * 128 + threadIdx.x % 8 * 16;
+            make_chunk<D, V>(p.thousand, codes.words[i], D == 64 ? i * 8 : 0, codes.params[i], to);
+        }
+        barriers_ready(); // products may read it
         __syncwarp();
-        if (lane == 0)
+        if (threadIdx.x % 32 == 0)
             arrive(mem.full(at.slot));
         at.template next<M::SLOTS>(2);
+        stage ^= 1;
     }
+    copies_arrived();
 }
 #endif
 

@@ -25,13 +25,14 @@ __host__ __device__ constexpr int many_threads(many_source source)
     return MANY_WARPS * 32 + (source == CODES ? 256 : 128);
 }
 
-// Shared memory: queries in one part or two, a ring of K's and V's values by turns, and one of tiles of codes.
+// Shared memory: queries in one part or two, a ring of K's and V's values by turns, and for each warp that makes values what it makes
+// them of, of STAGES pairs: codes of two chunks, and their parameters.
 template <int D, many_source SOURCE> struct many_memory {
     static constexpr int ROWS = MANY_ROWS / many_groups(SOURCE), Q_PARTS = SOURCE == WINDOWS_F32 ? 2 : 1;
     static constexpr int Q_BYTES = ROWS * D * 2, SIDE = tile_values<D>::SIDE, SLOTS = SOURCE == CODES ? 6 : 5;
-    static constexpr int TILE = tile<D, D, INT2>::MOST_BYTES, TILES = SOURCE == CODES ? 4 : 0;
-    static constexpr int RING = Q_PARTS * Q_BYTES, CODED = RING + SLOTS * SIDE, UNITS = CODED + TILES * TILE,
-                         MEANS = UNITS + MANY_WARPS * 4, BARRIERS = MEANS + MANY_ROWS * 4, BYTES = BARRIERS + (SLOTS + TILES) * 16;
+    static constexpr int CODED_BYTES = 2 * 512 + 128, MAKERS = 8, STAGES = SOURCE == CODES ? 2 : 0;
+    static constexpr int RING = Q_PARTS * Q_BYTES, CODED = RING + SLOTS * SIDE, UNITS = CODED + STAGES * MAKERS * CODED_BYTES,
+                         MEANS = UNITS + MANY_WARPS * 4, BARRIERS = MEANS + MANY_ROWS * 4, BYTES = BARRIERS + SLOTS * 16 + 16;
     uint8_t *at;
 
     __device__ inline uint8_t *slot(uint32_t i) const
@@ -39,9 +40,9 @@ template <int D, many_source SOURCE> struct many_memory {
         return at + RING + i * SIDE;
     }
 
-    __device__ inline uint8_t *tile_slot(uint32_t i) const
+    __device__ inline uint8_t *coded(uint32_t maker, uint32_t stage) const
     {
-        return at + CODED + i * TILE;
+        return at + CODED + (maker * STAGES + stage) * CODED_BYTES;
     }
 
     __device__ inline float *units() const // what 16 rows' scores are to be multiplied by
@@ -64,14 +65,9 @@ template <int D, many_source SOURCE> struct many_memory {
         return full(SLOTS + i);
     }
 
-    __device__ inline uint64_t *tile_there(uint32_t i) const
+    __device__ inline uint64_t *queries() const // rotated, for those that attend
     {
-        return full(2 * SLOTS + i);
-    }
-
-    __device__ inline uint64_t *tile_read(uint32_t i) const
-    {
-        return full(2 * SLOTS + TILES + i);
+        return full(2 * SLOTS);
     }
 
     // By all threads, before the first barrier of the block.
@@ -82,10 +78,8 @@ template <int D, many_source SOURCE> struct many_memory {
             barrier_init(full(threadIdx.x), SOURCE == CODES ? 4 : 1);  // warps that make values, or a copy
             barrier_init(empty(threadIdx.x), 2 / many_groups(SOURCE)); // warpgroups that use them
         }
-        if ((int)threadIdx.x < TILES) {
-            barrier_init(tile_there(threadIdx.x), 1);
-            barrier_init(tile_read(threadIdx.x), 4 * 32); // lanes of warps that make values of it
-        }
+        if (threadIdx.x == 0)
+            barrier_init(queries(), MANY_WARPS * 32);
         barriers_ready();
 #endif
     }

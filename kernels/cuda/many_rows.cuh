@@ -15,8 +15,8 @@ constexpr float SLACK = 3;
 
 #if KVD_WARPGROUP
 
-// Rotates a block's queries into shared memory: core matrices of 8 rows by 8 channels. By all threads; the last warps have
-// nothing to multiply. K's mean waits in the ring, which nothing else is in yet.
+// Rotates a block's queries into shared memory: core matrices of 8 rows by 8 channels. By all threads, of which the last warps
+// have nothing to multiply, and K's mean waits in the ring, which nothing else is in yet; of CODES by those that attend.
 template <int D, many_source SOURCE>
 __device__ inline void many_queries(const many_call &p, const row_block &b, const many_memory<D, SOURCE> &mem)
 {
@@ -57,7 +57,12 @@ __device__ inline void many_queries(const many_call &p, const row_block &b, cons
                 *(float2 *)&mem.means()[i * 16 + n * 8 + 2 * threadIdx.x] = make_float2(means[n][0], means[n][1]);
     }
     barriers_ready(); // products may read what was written, and copies come where the mean was
-    __syncthreads();
+    if (SOURCE == CODES) {
+        arrive(mem.queries());
+        barrier_wait(mem.queries(), 0);
+    } else {
+        __syncthreads();
+    }
 }
 
 // The same of queries as they are, in bf16.
@@ -110,7 +115,6 @@ template <bool BF16> struct many_weights {
 // in log2 units.
 template <int D, many_source SOURCE> struct many_rows {
     static constexpr bool BF16 = SOURCE == WINDOWS || SOURCE == WINDOWS_F32;
-    static constexpr bool EARLY = SOURCE == CODES;
     static constexpr uint32_t GROUPS = many_groups(SOURCE);
     using memory = many_memory<D, SOURCE>;
     using part_pairs = many_pairs<BF16, memory::ROWS, GROUPS>;
@@ -176,7 +180,8 @@ template <int D, many_source SOURCE> struct many_rows {
     // Scores to probabilities, and their sums. True: `factor` is what sums of values are to be multiplied by.
     template <bool MASKED> __device__ inline bool powers(float (&s)[16][4], const pair_tokens &tokens, float (&factor)[2])
     {
-        float most[2] = {NONE, NONE}, of[2] = {shift(0), shift(1)};
+        float of[2] = {shift(0), shift(1)};
+        uint32_t below = ~0u; // its sign: whether all scores are below the maximum so far, which takes one LOP3 for two of them
 #pragma unroll
         for (int j = 0; j < 16; j++)
 #pragma unroll
@@ -188,11 +193,18 @@ template <int D, many_source SOURCE> struct many_rows {
                 uint32_t position = tokens.template position_of<BF16>(token);
                 if (MASKED && (token >= tokens.count || position < seen[i / 2] || position > last[i / 2]))
                     s[j][i] = NONE;
-                most[i / 2] = fmaxf(most[i / 2], s[j][i]);
+                below &= __float_as_uint(s[j][i]);
             }
-        bool raised = __any_sync(~0u, fmaxf(most[0], most[1]) > 0 || !has_maximum(0) || !has_maximum(1));
-        if (raised)
+        bool raised = __any_sync(~0u, (int)below >= 0 || !has_maximum(0) || !has_maximum(1));
+        if (raised) {
+            float most[2] = {NONE, NONE};
+#pragma unroll
+            for (int j = 0; j < 16; j++)
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    most[i / 2] = fmaxf(most[i / 2], s[j][i]);
             raise(s, most, factor);
+        }
 #pragma unroll
         for (int j = 0; j < 16; j++) {
 #pragma unroll
@@ -208,8 +220,9 @@ template <int D, many_source SOURCE> struct many_rows {
     __device__ inline void ask_scores(const memory &mem, float (&s)[16][4])
     {
         const uint8_t *rows = mem.at + first_row() / 64 * (64 * D * 2);
-        uint64_t q = operand_descriptor<D>(rows), x = operand_descriptor<D>(mem.slot(k.slot));
         barrier_wait(mem.full(k.slot), k.phase);
+        // Not before the wait, which would leave them to registers of lanes.
+        uint64_t q = operand_descriptor<D>(rows), x = operand_descriptor<D>(mem.slot(k.slot));
         warpgroup_begin();
 #pragma unroll
         for (int i = 0; i < D / 16; i++)
@@ -227,8 +240,8 @@ template <int D, many_source SOURCE> struct many_rows {
     // Asks for sums of V's values, next in the ring.
     __device__ inline void ask_sums(const memory &mem, const many_weights<BF16> &weights)
     {
-        uint64_t x = operand_descriptor<tile_values<D>::TOKENS>(mem.slot(v.slot));
         barrier_wait(mem.full(v.slot), v.phase);
+        uint64_t x = operand_descriptor<tile_values<D>::TOKENS>(mem.slot(v.slot));
         warpgroup_begin();
 #pragma unroll
         for (int i = 0; i < 8; i++)
@@ -267,18 +280,14 @@ template <int D, many_source SOURCE> struct many_rows {
         for (uint32_t pair = pairs.first + group() + GROUPS; pair < pairs.end; pair += GROUPS) {
             ask_scores(mem, s);
             ask_sums(mem, weights);
-            // A slot of the ring is wanted back sooner where values are made of codes.
-            warpgroup_wait<EARLY ? 0 : 1>();
+            warpgroup_wait<1>();
             warpgroup_came(s);
             used(mem, k);
-            if (EARLY)
-                used(mem, v);
             pair_tokens tokens = pairs.tokens(p, b, pair);
             bool raised = pairs.masked(tokens) ? powers<true>(s, tokens, factor) : powers<false>(s, tokens, factor);
             warpgroup_wait();
             warpgroup_came(o);
-            if (!EARLY)
-                used(mem, v);
+            used(mem, v);
             if (raised)
 #pragma unroll
                 for (int j = 0; j < D / 8; j++)

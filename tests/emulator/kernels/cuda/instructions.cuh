@@ -217,8 +217,28 @@ inline void copy_async(void *to, const void *from)
 inline void copies_arrived()
 {
     for (const auto &x : emulator_copies())
-        memcpy(x.first, x.second, 16);
+        if (x.first)
+            memcpy(x.first, x.second, 16);
     emulator_copies().clear();
+}
+
+// The end of a group is a copy to nowhere.
+inline void copies_grouped()
+{
+    emulator_copies().push_back({nullptr, nullptr});
+}
+
+template <int N> inline void groups_arrived()
+{
+    auto &copies = emulator_copies();
+    auto ends = std::count_if(copies.begin(), copies.end(), [](const auto &x) { return !x.first; });
+    auto x = copies.begin();
+    for (; x != copies.end() && ends > N; ++x)
+        if (x->first)
+            memcpy(x->first, x->second, 16);
+        else
+            ends--;
+    copies.erase(copies.begin(), x);
 }
 
 #if KVD_BULK
