@@ -401,7 +401,8 @@ struct kvd_pool_room {
 // Makes room ahead of what takes it, by eviction too, for a matter of some hundred microseconds.
 // True: what is needed can be taken, or nothing more can be done for it; whoever takes it (
 // kvd_pool_append_begin and others, which make room themselves, all at once) will see. False: it is
-// to be called again, when kvd_pool_vacate_step has no more to do.
+// to be called again, when kvd_pool_vacate_step has no more to do, or when blocks that are held to
+// be looked at (kvd_pool_block_hold), which may be all that is in the way, have been dropped.
 bool kvd_pool_room_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout,
                         const struct kvd_pool_need *need, struct kvd_pool_room *at);
 // Goes on emptying an extent for those who wait for room: looks at about so many blocks of an

@@ -157,14 +157,14 @@ bool kvd_pool_room_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout,
             return false;
         if (is_in_vain(pool, ns, need) ||
             !evict_something(pool, ns, KVD_PREFIX_EVICTED_QUOTA, NULL))
-            return true;
+            return !pool->looked_at;
     }
     enum vacated result = VACATE_SOME;
     while (result == VACATE_SOME &&
            ((rc = provide(pool, ns, layout, need)) == KVD_E_FULL || rc == KVD_E_LIMIT))
         result = left-- ? make_some_later(pool, ns, need, at) : VACATE_RUNS;
     room_settle(pool, ns, layout, need);
-    return result != VACATE_RUNS;
+    return result == VACATE_NOTHING ? !pool->looked_at : result == VACATE_SOME;
 }
 
 void room_settle(struct kvd_pool *pool, uint32_t ns, uint32_t layout,

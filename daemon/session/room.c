@@ -59,6 +59,11 @@ void kvd_room_forget(struct kvd_daemon *d, struct kvd_room *room)
     DL_DELETE(d->rooms->waiting, room);
 }
 
+bool kvd_room_wanted(const struct kvd_daemon *d)
+{
+    return d->rooms->waiting;
+}
+
 // -- the part -----------------------------------------------------------------------------------
 
 static int init(struct kvd_daemon *d, struct kvd_error *err)

@@ -4,6 +4,7 @@
 
 #include "daemon/core/lifecycle.h"
 #include "daemon/session/ledger.h"
+#include "daemon/session/room.h"
 
 enum {
     STEPS = 4096,     // of looking for the next blocks, then others have their turn
@@ -12,6 +13,7 @@ enum {
     // A GPU's memory is so many times as fast as the host's, for which scrub-rate is meant.
     GPU_TIMES = 64,
     PACED_BYTES = 4 << 20, // of a batch where there are pauses
+    WANTED_MS = 1,         // while somebody waits for room
 };
 
 struct kvd_scrub {
@@ -273,6 +275,10 @@ static void go_on(struct kvd_daemon *d)
     struct kvd_scrub *s = d->scrub;
     if (s->busy || d->state == KVD_DRAINING || d->state == KVD_STOPPING)
         return;
+    if (kvd_room_wanted(d)) { // perhaps for nothing but what was looked at just now
+        later(d, WANTED_MS);
+        return;
+    }
     if (paced(s) && (rate(d) == 0 || s->owed_ms >= 1)) {
         uint64_t wait = rate(d) ? (uint64_t)s->owed_ms : REST_MS;
         s->owed_ms = 0;

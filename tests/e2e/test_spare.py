@@ -89,6 +89,18 @@ def test_who_stores_fast_keeps_what_is_borrowed(start):
         assert min(borrowed) > 16, borrowed
 
 
+def test_what_kvd_looks_at_itself_refuses_nobody(start):
+    """Two sequences are more than the quota, so that each has to be gone when the next is stored, whether its checksums are being made or not."""
+    kvd = start("--pool-size", "32MiB", "--extent-size", "2MiB", config="[namespace a]\nquota = 1MiB\n")
+    with connect(kvd, namespace="a") as a:
+        k, v = a.tensor(2, 2048, 2, 64), a.tensor(2, 2048, 2, 64)
+        for i in range(30):
+            s = a.create()
+            s.append(k, v)
+            s.publish_blocks(package.Prompt(tokens_of(i, 2048)))
+            s.free()
+
+
 def test_an_extent_is_emptied_while_others_go_on(start):
     """Another layout's append waits for it, a piece at a time; whoever gives up waiting leaves nothing, and what is held stays."""
     kvd = start("--pool-size", "24MiB", "--extent-size", "2MiB")

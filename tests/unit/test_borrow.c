@@ -319,5 +319,45 @@ START_TEST(works_hold_what_they_have)
 }
 END_TEST
 
+// Nobody has a sequence any more, but kvd looks at one of its blocks still: who wants the room
+// waits, whether a quota or the pool is too small for both, and is refused at once where that is
+// not why.
+START_TEST(what_is_looked_at_is_waited_for)
+{
+    enum { ALL = EXTENTS * (QUOTA_PAGES / 6) };
+    static struct model m;
+    struct tenant *t = &m.t[0];
+    for (int way = 0; way < 3; way++) {
+        struct kvd_pool_need need = {0};
+        struct kvd_pool_room room = {0};
+        struct kvd_pool_walk walk = {0};
+        struct kvd_pool_block block;
+        uint64_t seq;
+        const uint32_t pages = way == 2 ? ALL : QUOTA_PAGES;
+        model_new(&m);
+        if (way == 1)
+            borrow(&m);
+        if (way == 2)
+            kvd_pool_set_quota(m.pool, t->ns, 0);
+        need.pages[0][KVD_POOL_CODEC] = pages;
+        need.bytes = (uint64_t)pages * PAGE;
+        ck_assert_int_eq(sequence(&m, t, pages, &seq), 0);
+        ck_assert(kvd_pool_room_make(m.pool, t->ns, m.layout, &need, &room));
+        ck_assert_int_eq(kvd_pool_block_next(m.pool, &walk, 1, &block), 0);
+        kvd_pool_block_hold(m.pool, &block);
+        kvd_pool_seq_release(m.pool, seq);
+        room = (struct kvd_pool_room){0};
+        ck_assert(!kvd_pool_room_make(m.pool, t->ns, m.layout, &need, &room));
+        ck_assert(!kvd_pool_room_make(m.pool, t->ns, m.layout, &need, &room));
+        kvd_pool_block_drop(m.pool, &block);
+        ck_assert(kvd_pool_room_make(m.pool, t->ns, m.layout, &need, &room));
+        ck_assert_int_eq(sequence(&m, t, pages, &seq), 0);
+        verify(m.pool);
+        kvd_pool_free(&m.pool);
+    }
+}
+END_TEST
+
 KVD_MAIN("borrow", 120, what_is_borrowed_is_given_back, relieving_takes_what_is_borrowed_first,
-         who_stores_fast_keeps_what_is_borrowed, works_hold_what_they_have)
+         who_stores_fast_keeps_what_is_borrowed, works_hold_what_they_have,
+         what_is_looked_at_is_waited_for)
