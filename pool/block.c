@@ -122,12 +122,12 @@ void kvd_pool_block_hold(struct kvd_pool *pool, const struct kvd_pool_block *b)
         kvd_pool_layout_ref(pool, b->layout);
     }
     page_ref(pool, b->page);
-    pool->looked_at++;
+    pool->taken_up++;
 }
 
 void kvd_pool_block_drop(struct kvd_pool *pool, const struct kvd_pool_block *b)
 {
-    pool->looked_at--;
+    pool->taken_up--;
     kvd_pool_page_unref(pool, b->page);
     if (b->seq) {
         kvd_pool_seq_unpin(pool, b->seq);

@@ -127,6 +127,7 @@ bool kvd_blocks_clear(struct kvd_pool *pool, uint32_t ns, struct kvd_prefix_curs
 struct kvd_blocks_load {
     struct kvd_blocks_space space;
     struct kvd_prefix_key key;
+    bool picked_up;
     struct kvd_blocks_page {
         uint32_t page; // KVD_POOL_NONE: none in this plane
         uint64_t addr, bytes;
@@ -141,7 +142,8 @@ void kvd_blocks_note_new(struct kvd_pool *pool);
 // the next one behind `after`; KVD_POOL_NONE: none has.
 uint32_t kvd_blocks_new(const struct kvd_pool *pool, uint32_t after, uint32_t *ns);
 // Picks up the block of a namespace that has been new for longest, which is new no more. Pages that
-// are damaged are left out. False: there is none.
+// are damaged are left out. Until it is put down, who could be refused for its room waits
+// (kvd_pool_room_make). False: there is none.
 bool kvd_blocks_pick_up(struct kvd_pool *pool, uint32_t ns, struct kvd_blocks_load *out);
 // Notes it as a new one again, if it is there still.
 void kvd_blocks_new_again(struct kvd_pool *pool, const struct kvd_blocks_load *load);

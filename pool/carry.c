@@ -79,6 +79,8 @@ bool kvd_blocks_pick_up(struct kvd_pool *pool, uint32_t ns, struct kvd_blocks_lo
             fill(pool, p, page, out);
         }
         kvd_pool_layout_ref(pool, space.layout);
+        out->picked_up = true;
+        pool->taken_up++;
         return true;
     }
     return false;
@@ -99,6 +101,7 @@ void kvd_blocks_put_down(struct kvd_pool *pool, struct kvd_blocks_load *load)
     for (uint32_t p = 0; p < KVD_MAX_PLANES; p++)
         if (load->plane[p].page != KVD_POOL_NONE)
             kvd_pool_page_unref(pool, load->plane[p].page);
+    pool->taken_up -= load->picked_up;
     kvd_pool_layout_unref(pool, load->space.layout);
     namespace_settle(pool, load->space.ns);
 }

@@ -243,7 +243,7 @@ struct kvd_pool {
     struct blocks_room *blocks_room; // what blocks.c works in; NULL: not wanted yet
     bool notes_new;                  // blocks that get pages are noted
     bool opening;                    // indices hold nothing yet
-    uint32_t looked_at;              // blocks that kvd_pool_block_hold holds
+    uint32_t taken_up;               // blocks that kvd itself has for a while
     struct vacate *vacate;           // the emptying of an extent that is under way, or NULL
     uint32_t vacated_of;             // whose blocks; KVD_POOL_NONE: its index has gone meanwhile
     uint32_t shut;                   // the extent of which no pages are given out, + 1; 0: none

@@ -396,13 +396,15 @@ static inline void kvd_pool_need_add(struct kvd_pool_need *sum, const struct kvd
 struct kvd_pool_room {
     uint32_t evicted, most; // one by one, before an extent is emptied
     uint64_t vacate;        // that it waits for; 0: none
+    bool taken_up;          // it waits for nothing but blocks that kvd itself has
 };
 
 // Makes room ahead of what takes it, by eviction too, for a matter of some hundred microseconds.
 // True: what is needed can be taken, or nothing more can be done for it; whoever takes it (
 // kvd_pool_append_begin and others, which make room themselves, all at once) will see. False: it is
-// to be called again, when kvd_pool_vacate_step has no more to do, or when blocks that are held to
-// be looked at (kvd_pool_block_hold), which may be all that is in the way, have been dropped.
+// to be called again, when kvd_pool_vacate_step has no more to do, or when blocks that kvd itself
+// has for a while (kvd_pool_block_hold, kvd_blocks_pick_up), and that may be all that is in the
+// way, have been given back.
 bool kvd_pool_room_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout,
                         const struct kvd_pool_need *need, struct kvd_pool_room *at);
 // Goes on emptying an extent for those who wait for room: looks at about so many blocks of an

@@ -145,11 +145,19 @@ static enum vacated make_some_later(struct kvd_pool *pool, uint32_t ns,
     return evict_for_room(pool, ns, need->bytes) ? VACATE_SOME : VACATE_NOTHING;
 }
 
+// Nothing more can be done, or not yet: nobody is refused for what kvd itself has.
+static bool give_up(const struct kvd_pool *pool, struct kvd_pool_room *at)
+{
+    at->taken_up = pool->taken_up;
+    return !at->taken_up;
+}
+
 bool kvd_pool_room_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout,
                         const struct kvd_pool_need *need, struct kvd_pool_room *at)
 {
     uint32_t left = STEP;
     int rc = KVD_OK;
+    at->taken_up = false;
     if (!at->most)
         at->most = FEW + 2 * need_pages(need);
     while (is_over(pool, ns, need)) {
@@ -157,14 +165,14 @@ bool kvd_pool_room_make(struct kvd_pool *pool, uint32_t ns, uint32_t layout,
             return false;
         if (is_in_vain(pool, ns, need) ||
             !evict_something(pool, ns, KVD_PREFIX_EVICTED_QUOTA, NULL))
-            return !pool->looked_at;
+            return give_up(pool, at);
     }
     enum vacated result = VACATE_SOME;
     while (result == VACATE_SOME &&
            ((rc = provide(pool, ns, layout, need)) == KVD_E_FULL || rc == KVD_E_LIMIT))
         result = left-- ? make_some_later(pool, ns, need, at) : VACATE_RUNS;
     room_settle(pool, ns, layout, need);
-    return result == VACATE_NOTHING ? !pool->looked_at : result == VACATE_SOME;
+    return result == VACATE_NOTHING ? give_up(pool, at) : result == VACATE_SOME;
 }
 
 void room_settle(struct kvd_pool *pool, uint32_t ns, uint32_t layout,

@@ -15,6 +15,7 @@
 #include "daemon/sched/exec.h"
 #include "daemon/service/events.h"
 #include "daemon/service/layout.h"
+#include "daemon/session/room.h"
 #include "daemon/session/scrub.h"
 #include "daemon/tier/pinned.h"
 #include "daemon/tier/tiers.h"
@@ -323,8 +324,10 @@ static void go_on(struct kvd_daemon *d)
     struct kvd_demotion *m = d->demotion;
     uint64_t bytes = 0;
     uint32_t ns;
-    // What was dropped and is there again is put behind its drop, not before.
-    if (m->batch || m->n_drops || d->state == KVD_STOPPING || !kvd_blocks_new(d->pool, m->ns, &ns))
+    // What was dropped and is there again is put behind its drop, not before. Who waits for room
+    // may wait for nothing but the last batch.
+    if (m->batch || m->n_drops || d->state == KVD_STOPPING || kvd_room_wanted(d) ||
+        !kvd_blocks_new(d->pool, m->ns, &ns))
         return;
     if (!kvd_tiers_take(d)) {
         if (!uv_is_active((uv_handle_t *)&m->timer))

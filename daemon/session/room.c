@@ -6,13 +6,26 @@
 enum {
     PIECE_NS = 500000, // then others have their turn
     BLOCKS = 1024,     // that are looked at between looks at the clock
+    TAKEN_UP_MS = 1,   // between looks whether what kvd itself has been given back
 };
 
 struct kvd_rooms {
-    uv_idle_t idle; // runs while somebody waits, or something is begun
+    uv_idle_t idle;   // runs while somebody waits, or something is begun
+    uv_timer_t timer; // and in its place while nobody waits for anything but what kvd itself has
     struct kvd_room *waiting;
     uint64_t waits, longest_ns; // waits: that began; longest_ns: piece
 };
+
+static void on_timer(uv_timer_t *timer);
+
+static bool only_taken_up(const struct kvd_rooms *all)
+{
+    const struct kvd_room *r;
+    DL_FOREACH(all->waiting, r)
+    if (!r->at.taken_up)
+        return false;
+    return true;
+}
 
 static void on_idle(uv_idle_t *idle)
 {
@@ -32,8 +45,17 @@ static void on_idle(uv_idle_t *idle)
     }
     took = uv_hrtime() - begin;
     all->longest_ns = KVD_MAX(all->longest_ns, took);
-    if (!all->waiting && !more) // it is taken to its end though nobody waits any more
-        uv_idle_stop(idle);
+    if (more || !only_taken_up(all)) // it is taken to its end though nobody waits any more
+        return;
+    uv_idle_stop(idle);
+    if (all->waiting)
+        uv_timer_start(&all->timer, on_timer, TAKEN_UP_MS, 0);
+}
+
+static void on_timer(uv_timer_t *timer)
+{
+    struct kvd_daemon *d = timer->data;
+    uv_idle_start(&d->rooms->idle, on_idle);
 }
 
 bool kvd_room_make(struct kvd_daemon *d, struct kvd_room *room, uint32_t ns, uint32_t layout,
@@ -72,14 +94,17 @@ static int init(struct kvd_daemon *d, struct kvd_error *err)
     if (!d->rooms)
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     uv_idle_init(&d->loop, &d->rooms->idle);
-    d->rooms->idle.data = d;
+    uv_timer_init(&d->loop, &d->rooms->timer);
+    d->rooms->idle.data = d->rooms->timer.data = d;
     return KVD_OK;
 }
 
 static void end(struct kvd_daemon *d)
 {
-    if (d->rooms)
-        uv_close((uv_handle_t *)&d->rooms->idle, NULL);
+    if (!d->rooms)
+        return;
+    uv_close((uv_handle_t *)&d->rooms->idle, NULL);
+    uv_close((uv_handle_t *)&d->rooms->timer, NULL);
 }
 
 static void deinit(struct kvd_daemon *d)

@@ -89,9 +89,10 @@ def test_who_stores_fast_keeps_what_is_borrowed(start):
         assert min(borrowed) > 16, borrowed
 
 
-def test_what_kvd_looks_at_itself_refuses_nobody(start):
-    """Two sequences are more than the quota, so that each has to be gone when the next is stored, whether its checksums are being made or not."""
-    kvd = start("--pool-size", "32MiB", "--extent-size", "2MiB", config="[namespace a]\nquota = 1MiB\n")
+@pytest.mark.parametrize("tier", ["", "[kvd]\ntier-host = 64MiB\n"])
+def test_what_kvd_itself_has_refuses_nobody(start, tier):
+    """Two sequences are more than the quota, so that each has to be gone when the next is stored, whether kvd looks at its blocks then, copies them, or not."""
+    kvd = start("--pool-size", "32MiB", "--extent-size", "2MiB", config=f"{tier}[namespace a]\nquota = 1MiB\n")
     with connect(kvd, namespace="a") as a:
         k, v = a.tensor(2, 2048, 2, 64), a.tensor(2, 2048, 2, 64)
         for i in range(30):

@@ -319,45 +319,72 @@ START_TEST(works_hold_what_they_have)
 }
 END_TEST
 
-// Nobody has a sequence any more, but kvd looks at one of its blocks still: who wants the room
-// waits, whether a quota or the pool is too small for both, and is refused at once where that is
-// not why.
-START_TEST(what_is_looked_at_is_waited_for)
+// All blocks of a sequence of MOST.
+static void publish_all(struct model *m, struct tenant *t, uint64_t seq)
 {
-    enum { ALL = EXTENTS * (QUOTA_PAGES / 6) };
+    struct kvd_prefix_key keys[MOST];
+    uint8_t names[MOST][16] = {{0}};
+    struct kvd_error err = {0};
+    uint32_t stored;
+    for (uint32_t i = 0; i < MOST; i++)
+        names[i][0] = (uint8_t)i + 1;
+    ck_assert_int_eq(kvd_prefix_keys_of_pages(t->space.domain, names[0], 16, MOST, keys, &err), 0);
+    ck_assert_int_eq(
+        kvd_blocks_publish_pages(m->pool, &t->space, seq, 0, keys, MOST, NULL, &stored, &err), 0);
+}
+
+// Nobody has a sequence any more, but kvd looks at one of its blocks still, or copies it: who wants
+// the room waits, whether a quota (one that may be exceeded too) or the pool is too small for both,
+// and is refused at once where that is not why.
+START_TEST(what_kvd_itself_has_is_waited_for)
+{
+    enum { ALL = EXTENTS * (QUOTA_PAGES / 6), QUOTA = 0, BORROWED = 1, POOL = 2 };
     static struct model m;
     struct tenant *t = &m.t[0];
-    for (int way = 0; way < 3; way++) {
-        struct kvd_pool_need need = {0};
-        struct kvd_pool_room room = {0};
-        struct kvd_pool_walk walk = {0};
-        struct kvd_pool_block block;
-        uint64_t seq;
-        const uint32_t pages = way == 2 ? ALL : QUOTA_PAGES;
-        model_new(&m);
-        if (way == 1)
-            borrow(&m);
-        if (way == 2)
-            kvd_pool_set_quota(m.pool, t->ns, 0);
-        need.pages[0][KVD_POOL_CODEC] = pages;
-        need.bytes = (uint64_t)pages * PAGE;
-        ck_assert_int_eq(sequence(&m, t, pages, &seq), 0);
-        ck_assert(kvd_pool_room_make(m.pool, t->ns, m.layout, &need, &room));
-        ck_assert_int_eq(kvd_pool_block_next(m.pool, &walk, 1, &block), 0);
-        kvd_pool_block_hold(m.pool, &block);
-        kvd_pool_seq_release(m.pool, seq);
-        room = (struct kvd_pool_room){0};
-        ck_assert(!kvd_pool_room_make(m.pool, t->ns, m.layout, &need, &room));
-        ck_assert(!kvd_pool_room_make(m.pool, t->ns, m.layout, &need, &room));
-        kvd_pool_block_drop(m.pool, &block);
-        ck_assert(kvd_pool_room_make(m.pool, t->ns, m.layout, &need, &room));
-        ck_assert_int_eq(sequence(&m, t, pages, &seq), 0);
-        verify(m.pool);
-        kvd_pool_free(&m.pool);
-    }
+    for (int way = QUOTA; way <= POOL; way++)
+        for (int copies = 0; copies < 2; copies++) {
+            struct kvd_pool_need need = {.bytes = MOST * PAGE};
+            struct kvd_pool_room room = {0};
+            struct kvd_pool_walk walk = {0};
+            struct kvd_pool_block block;
+            struct kvd_blocks_load load;
+            uint64_t seq, rest;
+            need.pages[0][KVD_POOL_CODEC] = MOST;
+            model_new(&m);
+            kvd_blocks_note_new(m.pool);
+            if (way == BORROWED)
+                borrow(&m);
+            kvd_pool_set_quota(m.pool, t->ns, way == POOL ? 0 : MOST * PAGE);
+            if (way == POOL)
+                ck_assert_int_eq(sequence(&m, t, ALL - MOST, &rest), 0);
+            ck_assert_int_eq(sequence(&m, t, MOST, &seq), 0);
+            if (way != BORROWED) // nothing can be done
+                ck_assert(kvd_pool_room_make(m.pool, t->ns, m.layout, &need, &room));
+            if (copies) {
+                publish_all(&m, t, seq);
+                ck_assert(kvd_blocks_pick_up(m.pool, t->ns, &load));
+            } else {
+                walk.seq = (uint32_t)seq;
+                ck_assert_int_eq(kvd_pool_block_next(m.pool, &walk, 1, &block), 0);
+                kvd_pool_block_hold(m.pool, &block);
+            }
+            kvd_pool_seq_release(m.pool, seq);
+            room = (struct kvd_pool_room){0};
+            for (int i = 0; i < 2; i++)
+                ck_assert(!kvd_pool_room_make(m.pool, t->ns, m.layout, &need, &room));
+            ck_assert(room.taken_up);
+            if (copies)
+                kvd_blocks_put_down(m.pool, &load);
+            else
+                kvd_pool_block_drop(m.pool, &block);
+            ck_assert(kvd_pool_room_make(m.pool, t->ns, m.layout, &need, &room));
+            ck_assert_int_eq(sequence(&m, t, MOST, &seq), 0);
+            verify(m.pool);
+            kvd_pool_free(&m.pool);
+        }
 }
 END_TEST
 
 KVD_MAIN("borrow", 120, what_is_borrowed_is_given_back, relieving_takes_what_is_borrowed_first,
          who_stores_fast_keeps_what_is_borrowed, works_hold_what_they_have,
-         what_is_looked_at_is_waited_for)
+         what_kvd_itself_has_is_waited_for)
