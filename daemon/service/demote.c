@@ -324,9 +324,9 @@ static void go_on(struct kvd_daemon *d)
     struct kvd_demotion *m = d->demotion;
     uint64_t bytes = 0;
     uint32_t ns;
-    // What was dropped and is there again is put behind its drop, not before. Who waits for room
-    // may wait for nothing but the last batch.
-    if (m->batch || m->n_drops || d->state == KVD_STOPPING || kvd_room_wanted(d) ||
+    // What was dropped and is there again is put behind its drop, not before. Somebody may wait
+    // for nothing but the room of the last batch.
+    if (m->batch || m->n_drops || d->state == KVD_STOPPING || kvd_room_wanted_back(d) ||
         !kvd_blocks_new(d->pool, m->ns, &ns))
         return;
     if (!kvd_tiers_take(d)) {

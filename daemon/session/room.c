@@ -18,13 +18,14 @@ struct kvd_rooms {
 
 static void on_timer(uv_timer_t *timer);
 
-static bool only_taken_up(const struct kvd_rooms *all)
+// Whether there is one that waits for nothing but what kvd itself has (`so`), or one that waits for
+// something else.
+static bool any(const struct kvd_rooms *all, bool so)
 {
-    const struct kvd_room *r;
-    DL_FOREACH(all->waiting, r)
-    if (!r->at.taken_up)
-        return false;
-    return true;
+    const struct kvd_room *r = all->waiting;
+    while (r && r->at.taken_up != so)
+        r = r->next;
+    return r;
 }
 
 static void on_idle(uv_idle_t *idle)
@@ -45,7 +46,7 @@ static void on_idle(uv_idle_t *idle)
     }
     took = uv_hrtime() - begin;
     all->longest_ns = KVD_MAX(all->longest_ns, took);
-    if (more || !only_taken_up(all)) // it is taken to its end though nobody waits any more
+    if (more || any(all, false)) // it is taken to its end though nobody waits any more
         return;
     uv_idle_stop(idle);
     if (all->waiting)
@@ -81,9 +82,9 @@ void kvd_room_forget(struct kvd_daemon *d, struct kvd_room *room)
     DL_DELETE(d->rooms->waiting, room);
 }
 
-bool kvd_room_wanted(const struct kvd_daemon *d)
+bool kvd_room_wanted_back(const struct kvd_daemon *d)
 {
-    return d->rooms->waiting;
+    return any(d->rooms, true);
 }
 
 // -- the part -----------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ bool kvd_room_make(struct kvd_daemon *d, struct kvd_room *room, uint32_t ns, uin
                    const struct kvd_pool_need *need);
 // It waits no longer, if it does.
 void kvd_room_forget(struct kvd_daemon *d, struct kvd_room *room);
-// Whether anybody waits for room.
-bool kvd_room_wanted(const struct kvd_daemon *d);
+// Whether anybody waits for nothing but blocks that kvd itself has: it takes up no others then.
+bool kvd_room_wanted_back(const struct kvd_daemon *d);
 
 extern const struct kvd_part kvd_part_room;
 

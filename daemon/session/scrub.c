@@ -13,7 +13,7 @@ enum {
     // A GPU's memory is so many times as fast as the host's, for which scrub-rate is meant.
     GPU_TIMES = 64,
     PACED_BYTES = 4 << 20, // of a batch where there are pauses
-    WANTED_MS = 1,         // while somebody waits for room
+    WANTED_MS = 1,         // while somebody waits for the room of what was looked at
 };
 
 struct kvd_scrub {
@@ -275,7 +275,7 @@ static void go_on(struct kvd_daemon *d)
     struct kvd_scrub *s = d->scrub;
     if (s->busy || d->state == KVD_DRAINING || d->state == KVD_STOPPING)
         return;
-    if (kvd_room_wanted(d)) { // perhaps for nothing but what was looked at just now
+    if (kvd_room_wanted_back(d)) {
         later(d, WANTED_MS);
         return;
     }
