@@ -63,11 +63,12 @@ bool kvd_room_make(struct kvd_daemon *d, struct kvd_room *room, uint32_t ns, uin
                    const struct kvd_pool_need *need)
 {
     struct kvd_rooms *all = d->rooms;
+    bool begins = !room->at.most;
     if (kvd_pool_room_make(d->pool, ns, layout, need, &room->at)) {
         room->at = (struct kvd_pool_room){0};
         return true;
     }
-    all->waits++;
+    all->waits += begins;
     room->waits = true;
     DL_APPEND(all->waiting, room);
     uv_idle_start(&all->idle, on_idle);
@@ -116,7 +117,8 @@ static void deinit(struct kvd_daemon *d)
 static void metrics(struct kvd_daemon *d, FILE *f)
 {
     kvd_metric(f, "kvd_room_waits_total", "counter",
-               "Times that a call waited, as an extent had to be emptied for it.",
+               "Times that a call waited, as an extent had to be emptied for it or kvd itself had "
+               "blocks for a while that were in its way.",
                (double)d->rooms->waits);
     kvd_metric(f, "kvd_room_longest_piece_seconds", "gauge",
                "The longest time that emptying extents has kept the loop at once.",

@@ -1,5 +1,6 @@
 // Room in the pool for what takes more than some evictions: an extent is emptied for it, a piece in
-// each round of the loop, and whoever wants it waits meanwhile. Loop thread.
+// each round of the loop, or blocks that kvd itself has are given back, and whoever wants it waits
+// meanwhile. Loop thread.
 #ifndef KVD_DAEMON_ROOM_H
 #define KVD_DAEMON_ROOM_H
 
