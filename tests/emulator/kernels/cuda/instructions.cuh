@@ -3,6 +3,8 @@
 #ifndef KVD_KERNELS_CUDA_INSTRUCTIONS_CUH
 #define KVD_KERNELS_CUDA_INSTRUCTIONS_CUH
 
+#include <algorithm>
+
 #include "tests/emulator/cuda_bf16.h"
 #include "tests/emulator/cuda_fp16.h"
 
