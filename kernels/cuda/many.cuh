@@ -30,7 +30,7 @@ template <int D, many_source SOURCE> __global__ void __launch_bounds__(many_thre
     else
         many_queries(p, b, mem);
     if (threadIdx.x >= MANY_WARPS * 32) {
-        fewer_registers<SOURCE == CODES ? 64 : 24>();
+        fewer_registers<SOURCE == CODES ? 72 : 24>();
         if constexpr (SOURCE != CODES) {
             if (threadIdx.x == MANY_WARPS * 32)
                 fetch_values<D>(p, b, mem, pairs);
@@ -41,12 +41,15 @@ template <int D, many_source SOURCE> __global__ void __launch_bounds__(many_thre
         }
         return;
     }
-    more_registers<SOURCE == CODES ? 192 : 240>();
+    more_registers<SOURCE == CODES ? 184 : 240>();
     if constexpr (SOURCE == CODES)
         many_queries(p, b, mem); // takes more registers than there were for all
     rows_of rows;
     rows.begin(p, b, mem);
-    rows.attend(p, b, mem, pairs);
+    if constexpr (SOURCE == CODES)
+        rows.attend_by_turns(p, b, mem, pairs);
+    else
+        rows.attend(p, b, mem, pairs);
     rows.write(p, b, mem, part + (rows_of::BF16 ? p.splits : rows_of::group()), p.splits + p.window_splits);
 #endif
 }

@@ -115,7 +115,7 @@ public:
         look();
     }
 
-    // Reads those of a pair, which was asked for before all others that are under way.
+    // Reads those of a pair, which was asked for before all others that are under way. Of one behind the last nothing is used.
     __device__ inline void read(uint32_t stage, uint32_t pair)
     {
         groups_arrived<M::STAGES - 1>();
@@ -139,11 +139,12 @@ template <int D, bool V, typename M, typename P> __device__ inline void make_val
     coded_chunks<D, V, M, P> codes(p, b, mem, pairs);
     for (uint32_t i = 0; i < M::STAGES; i++)
         codes.ask(i);
+    if (pairs.first < pairs.end)
+        codes.read(0, pairs.first);
     ring_place at = {V, 0};
     uint32_t stage = 0;
 #pragma unroll 1
     for (uint32_t pair = pairs.first; pair < pairs.end; pair++) {
-        codes.read(stage, pair);
         codes.ask(stage);
         barrier_wait(mem.empty(at.slot), at.phase ^ 1);
 #pragma unroll
@@ -155,12 +156,13 @@ template <int D, bool V, typename M, typename P> __device__ inline void make_val
             uint8_t *to = mem.slot(at.slot) + matrix * 128 + threadIdx.x % 8 * 16;
             make_chunk<D, V>(p.thousand, codes.words[i], D == 64 ? i * 8 : 0, codes.params[i], to);
         }
-        barriers_ready(); // products may read it
+        stage ^= 1;
+        codes.read(stage, pair + 1); // while stores are under way
+        barriers_ready();            // products may read them
         __syncwarp();
         if (threadIdx.x % 32 == 0)
             arrive(mem.full(at.slot));
         at.template next<M::SLOTS>(2);
-        stage ^= 1;
     }
     copies_arrived();
 }

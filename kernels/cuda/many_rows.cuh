@@ -254,19 +254,33 @@ template <int D, many_source SOURCE> struct many_rows {
         warpgroup_commit();
     }
 
-    // A slot's values have been used, and the warpgroup's next ones of their side are two slots further, or four.
+    // The warp's products have used a slot's values (it waits for no others than its own), and the warpgroup's next ones of their side
+    // are two slots further, or four.
     __device__ inline void used(const memory &mem, ring_place &at)
     {
-        if (threadIdx.x % 128 == 0)
+        if (threadIdx.x % 32 == 0)
             arrive(mem.empty(at.slot));
         at.template next<memory::SLOTS>(2 * GROUPS);
+    }
+
+    __device__ inline bool powers_of(float (&s)[16][4], const many_call &p, const row_block &b, const part_pairs &pairs, uint32_t pair, float (&factor)[2])
+    {
+        pair_tokens tokens = pairs.tokens(p, b, pair);
+        return pairs.masked(tokens) ? powers<true>(s, tokens, factor) : powers<false>(s, tokens, factor);
+    }
+
+    __device__ inline void scale(const float (&factor)[2])
+    {
+#pragma unroll
+        for (int j = 0; j < D / 8; j++)
+            o[j][0] *= factor[0], o[j][1] *= factor[0], o[j][2] *= factor[1], o[j][3] *= factor[1];
     }
 
     // All pairs. While sums of one pair's values are formed, scores of the next become probabilities. That the two warpgroups take
     // turns besides gains nothing.
     __device__ inline void attend(const many_call &p, const row_block &b, const memory &mem, const part_pairs &pairs)
     {
-        if (pairs.first + group() >= pairs.end)
+        if (pairs.first >= pairs.end)
             return;
         float s[16][4], factor[2];
         many_weights<BF16> weights;
@@ -274,29 +288,48 @@ template <int D, many_source SOURCE> struct many_rows {
         warpgroup_wait();
         warpgroup_came(s);
         used(mem, k);
-        powers<true>(s, pairs.tokens(p, b, pairs.first + group()), factor);
+        powers<true>(s, pairs.tokens(p, b, pairs.first), factor);
         weights.pack(s);
 #pragma unroll 1
-        for (uint32_t pair = pairs.first + group() + GROUPS; pair < pairs.end; pair += GROUPS) {
+        for (uint32_t pair = pairs.first + 1; pair < pairs.end; pair++) {
             ask_scores(mem, s);
             ask_sums(mem, weights);
             warpgroup_wait<1>();
             warpgroup_came(s);
             used(mem, k);
-            pair_tokens tokens = pairs.tokens(p, b, pair);
-            bool raised = pairs.masked(tokens) ? powers<true>(s, tokens, factor) : powers<false>(s, tokens, factor);
+            bool raised = powers_of(s, p, b, pairs, pair, factor);
             warpgroup_wait();
             warpgroup_came(o);
             used(mem, v);
             if (raised)
-#pragma unroll
-                for (int j = 0; j < D / 8; j++)
-                    o[j][0] *= factor[0], o[j][1] *= factor[0], o[j][2] *= factor[1], o[j][3] *= factor[1];
+                scale(factor);
             weights.pack(s);
         }
         ask_sums(mem, weights);
         warpgroup_wait();
         warpgroup_came(o);
+    }
+
+    // Each GROUPS-th pair, one step after the other: other warpgroups have the time in between, and registers that two steps at a
+    // time would take are with those that make values.
+    __device__ inline void attend_by_turns(const many_call &p, const row_block &b, const memory &mem, const part_pairs &pairs)
+    {
+        float s[16][4], factor[2];
+        many_weights<BF16> weights;
+#pragma unroll 1
+        for (uint32_t pair = pairs.first + group(); pair < pairs.end; pair += GROUPS) {
+            ask_scores(mem, s);
+            warpgroup_wait();
+            warpgroup_came(s);
+            used(mem, k);
+            if (powers_of(s, p, b, pairs, pair, factor))
+                scale(factor);
+            weights.pack(s);
+            ask_sums(mem, weights);
+            warpgroup_wait();
+            warpgroup_came(o);
+            used(mem, v);
+        }
     }
 
     // Writes them as part `part` of n. A history's sums are left in the unit of finish.cuh, and maxima get what K's mean adds to all

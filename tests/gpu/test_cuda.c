@@ -1,5 +1,5 @@
 // The CUDA backend on a GPU, against float64 over the pages it wrote and against the CPU backend.
-// usage: test_cuda [latents] [quick|brief|many]. Needs no library but CUDA; built by
+// usage: test_cuda [latents] [quick|brief|many|fewer]. Needs no library but CUDA; built by
 // tests/gpu/run.sh, and for an emulated GPU by tests/emulator.
 #include <cuda_runtime_api.h>
 #include <errno.h>
@@ -726,6 +726,8 @@ int main(int argc, char **argv)
         latents_in_all(seed, quick);
     } else if (strcmp(how, "many") == 0) {
         many_rows(seed);
+    } else if (strcmp(how, "fewer") == 0) {
+        fewer_rows(seed);
     } else if (strcmp(how, "brief") == 0) {
         brief(seed);
     } else {
