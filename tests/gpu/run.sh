@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the CUDA backend and runs its tests and benchmark on this machine's GPU. Needs gcc and nvcc, no library.
 # usage: tests/gpu/run.sh [test|portable|bench|sanitize|build]...   (default: test; FILTER=TEXT: benches whose name has it;
-#        SANITIZE=many: what of test_cuda sanitizers run, quick if it is not given)
+#        SANITIZE=many: what of test_cuda sanitizers run, quick if it is not given; PORTABLE=quick: less of it, which takes ten minutes)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${GPU_BUILD:-build-gpu}
@@ -37,7 +37,7 @@ built=
 for what in "${@:-test}"; do
     if [ "$what" = portable ]; then # what other architectures get, on this one
         build _portable -DKVD_CUDA_PORTABLE
-        "$out/test_cuda_portable"
+        "$out/test_cuda_portable" ${PORTABLE:+"$PORTABLE"}
         built=
         continue
     fi
