@@ -75,7 +75,7 @@ template <int D, many_source SOURCE> struct many_memory {
     {
 #if KVD_BULK
         if (threadIdx.x < SLOTS) {
-            barrier_init(full(threadIdx.x), SOURCE == CODES ? 4 : 1);  // warps that make values, or a copy
+            barrier_init(full(threadIdx.x), SOURCE == CODES ? 4 : 1); // warps that make values, or a copy
             barrier_init(empty(threadIdx.x), MANY_WARPS / many_groups(SOURCE)); // warps that use them
         }
         if (threadIdx.x == 0)

@@ -254,8 +254,8 @@ template <int D, many_source SOURCE> struct many_rows {
         warpgroup_commit();
     }
 
-    // The warp's products have used a slot's values (it waits for no others than its own), and the warpgroup's next ones of their side
-    // are two slots further, or four.
+    // The warp's own products have used a slot's values; the slot is free when all warps have said so. The warpgroup's next ones of
+    // their side are two slots further, or four.
     __device__ inline void used(const memory &mem, ring_place &at)
     {
         if (threadIdx.x % 32 == 0)
@@ -263,12 +263,14 @@ template <int D, many_source SOURCE> struct many_rows {
         at.template next<memory::SLOTS>(2 * GROUPS);
     }
 
+    // The same of a pair, masked if some row does not see all of it.
     __device__ inline bool powers_of(float (&s)[16][4], const many_call &p, const row_block &b, const part_pairs &pairs, uint32_t pair, float (&factor)[2])
     {
         pair_tokens tokens = pairs.tokens(p, b, pair);
         return pairs.masked(tokens) ? powers<true>(s, tokens, factor) : powers<false>(s, tokens, factor);
     }
 
+    // To maxima that have been raised.
     __device__ inline void scale(const float (&factor)[2])
     {
 #pragma unroll
@@ -280,6 +282,7 @@ template <int D, many_source SOURCE> struct many_rows {
     // turns besides gains nothing.
     __device__ inline void attend(const many_call &p, const row_block &b, const memory &mem, const part_pairs &pairs)
     {
+        static_assert(GROUPS == 1, "a warpgroup has all pairs of its rows");
         if (pairs.first >= pairs.end)
             return;
         float s[16][4], factor[2];
