@@ -109,7 +109,8 @@ static const struct command table[] = {
      .run = cmd_prefix_priority},
     {.name = "prefix drop",
      .help = "Drop blocks that nobody uses",
-     .more = "Those up to KEY that have no others behind them; without KEY all of the namespace.",
+     .more = "Those up to KEY that have no others behind them; without KEY all of the namespace. "
+             "What workers retain goes too, what is pinned does not.",
      .arguments = {{"NAMESPACE", VALUE_NAMESPACE}, {"KEY", VALUE_TEXT}},
      .required = 1,
      .options = {{"yes", 'y', NULL, VALUE_NONE, "Without KEY: do not ask"}},

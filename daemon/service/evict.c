@@ -7,6 +7,7 @@
 #include "daemon/rpc/rpc.h"
 #include "daemon/service/events.h"
 #include "daemon/service/handlers.h"
+#include "daemon/session/leases.h"
 #include "kvd.pb-c.h"
 #include "pool/blocks.h"
 
@@ -14,6 +15,7 @@ enum {
     PIECE_NS = 1000000, // then others have their turn
     SEQUENCES = 32,     // between looks at the clock,
     ENTRIES = 1024,     // of an index
+    LEASES = 16,        // of prefixes
 };
 
 // An operator's call that is not answered yet.
@@ -117,6 +119,9 @@ static bool evict_on(struct kvd_daemon *d, struct eviction *v)
 static bool drop_on(struct kvd_daemon *d, struct eviction *v)
 {
     uint64_t begin = uv_hrtime();
+    while (!kvd_lease_end_retained(d, v->ns, LEASES))
+        if (uv_hrtime() - begin >= PIECE_NS)
+            return false;
     while (!kvd_blocks_clear(d->pool, v->ns, &v->at, ENTRIES, &v->sum.blocks))
         if (uv_hrtime() - begin >= PIECE_NS)
             return false;

@@ -235,6 +235,9 @@ void kvd_on_drop_prefix(struct kvd_call *call, const void *request)
         kvd_evict_prefixes(call, req->namespace_name);
         return;
     }
+    struct kvd_lease *retained = kvd_lease_on(d, ns, KVD_LEASE_RETAINED, &key);
+    if (retained)
+        kvd_lease_end(d, retained);
     reply.blocks = kvd_blocks_forget(d->pool, ns, &key, KVD_PREFIX_DROPPED);
     kvd_notice("prefixes dropped by operator namespace=%s blocks=%" PRIu64, req->namespace_name,
                reply.blocks);

@@ -238,6 +238,20 @@ int kvd_lease_put_pages(struct kvd_daemon *d, enum kvd_lease_kind kind, uint32_t
     return KVD_OK;
 }
 
+bool kvd_lease_end_retained(struct kvd_daemon *d, uint32_t ns, uint32_t most)
+{
+    struct kvd_lease *l, *next;
+    HASH_ITER(hh, d->leases->all, l, next)
+    {
+        if (l->kind != KVD_LEASE_RETAINED || l->at.ns != ns)
+            continue;
+        if (!most--)
+            return false;
+        kvd_lease_end(d, l);
+    }
+    return true;
+}
+
 static void session_ends(struct kvd_daemon *d, struct kvd_session *s)
 {
     struct kvd_lease *l, *next;

@@ -73,6 +73,8 @@ int kvd_lease_put_pages(struct kvd_daemon *d, enum kvd_lease_kind kind, uint32_t
                         const struct kvd_prefix_key *key, uint64_t ms, bool expires, int64_t uid,
                         struct kvd_error *err);
 void kvd_lease_end(struct kvd_daemon *d, struct kvd_lease *lease);
+// Ends what sessions retain in a namespace, `most` of it. False: there may be more.
+bool kvd_lease_end_retained(struct kvd_daemon *d, uint32_t ns, uint32_t most);
 
 extern const struct kvd_part kvd_part_leases;
 

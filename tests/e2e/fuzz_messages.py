@@ -50,6 +50,7 @@ class Known:
 
     def __init__(self):
         self.sessions, self.sequences, self.buffers, self.names, self.tickets = ["0" * 32], [1], [1], ["shared"], [""]
+        self.opened = []  # all sessions
         self.unused = []  # tickets without a session
         self.held = {}    # session: {sequence: length}
         self.memory = {}  # session: its buffers
@@ -244,7 +245,7 @@ class Maker:
             if kind is kv.HintPagesRequest:
                 m.requests.extend(self.keys() for _ in range(self.r.choice([1, 1, 3])))
                 m.hint = self.r.choice([0, 1, 2, 3, 4, 5])
-                m.ms = self.r.choice([0, 50, 2000]) if m.hint in (0, 2) else 0
+                m.ms = self.r.choice([0, 50, 2000, 3600000]) if m.hint in (0, 2) else 0
                 m.expire = m.hint == 0 and m.ms > 0 and self.r.random() < 0.5
                 return m
             m.keys = self.keys()
@@ -264,7 +265,7 @@ class Maker:
             return m
         if kind is kv.HintPrefixRequest:
             hint = self.r.choice([0, 1, 2, 3, 4, 5])
-            return kind(session=s, requests=[self.prompt()], hint=hint, ms=self.r.choice([0, 50, 2000]) if hint in (0, 2) else 0)
+            return kind(session=s, requests=[self.prompt()], hint=hint, ms=self.r.choice([0, 50, 2000, 3600000]) if hint in (0, 2) else 0)
         if kind is kv.PublishBlocksRequest:
             return kind(session=s, items=[kv.PublishItem(sequence=q, keys=self.prompt(at), end=self.r.random() < 0.5)])
         if kind is kv.AdoptPrefixRequest:

@@ -71,6 +71,22 @@ def test_retain_outlives_its_session_and_may_expire(kvd):
         assert kvd.metric("kvd_prefix_leases") == 0
 
 
+def test_an_operator_drops_what_is_retained(kvd):
+    """One prompt, or all; what he has pinned stays."""
+    prompts, keys = [package.Prompt(tokens_of(i, 640)) for i in range(3)], []
+    with connect(kvd) as c:
+        for i in range(3):
+            publish(c, tokens_of(i, 640))
+            keys += [k for k in listed(kvd) if k not in keys]
+        assert c.hint(prompts, "retain", 600) == [6, 6, 6]
+    assert kvd.metric("kvd_prefix_leases") == 3
+    kvd.kvctl("prefix", "pin", "default", keys[2], "600")
+    assert "dropped 6 blocks" in kvd.kvctl("prefix", "drop", "default", keys[0]).stdout
+    assert kvd.metric("kvd_prefix_leases") == 3
+    assert "dropped 6 blocks" in kvd.kvctl("prefix", "drop", "default", "--yes").stdout
+    assert listed(kvd) == keys[2:] and kvd.metric("kvd_prefix_leases") == 1
+
+
 def test_what_expires_goes_from_tiers_too(start, folder):
     kvd = start(config=f"[kvd]\ntier-host = 64MiB\ntier-directory = {folder}/blocks 1GiB\n")
     tokens = tokens_of(1, 640)
