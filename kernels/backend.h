@@ -262,6 +262,10 @@ struct kvd_backend_ops {
     int (*plane_check)(const struct kvd_backend *b, const struct kvd_plane *p,
                        struct kvd_error *err);
 
+    // Whether attention over one has kernels of its own, or takes one for all that may be ten times
+    // slower. NULL: it has.
+    bool (*plane_tuned)(const struct kvd_plane *p);
+
     // `bytes` is a multiple of 2 MiB. NULL with *err set on failure. Freeing drops all extents.
     struct kvd_arena *(*arena_new)(struct kvd_backend *b, uint32_t count, uint64_t bytes,
                                    struct kvd_error *err);

@@ -300,6 +300,21 @@ static const char *codecs_of(const struct kvd_layout *l, char text[])
     return text;
 }
 
+// Says of which planes attention has no kernels of its own.
+static void warn_of_slow(const struct kvd_daemon *d, const struct kvd_session *s,
+                         const struct kvd_layout *g)
+{
+    char codec[KVD_CODECS_TEXT];
+    const struct kvd_backend_ops *ops = d->backend->ops;
+    for (uint32_t i = 0; i < g->n_planes && ops->plane_tuned; i++) {
+        const struct kvd_plane *p = &g->planes[i];
+        if (!ops->plane_tuned(p))
+            kvd_info("session id=%" PRIu64 " plane=%u codec=%s head_dims=%u,%u: no kernels of its "
+                     "own were compiled; that for any codecs may take ten times as long",
+                     s->id, i, kvd_codecs_name(p->codec, codec), p->head_dim_k, p->head_dim_v);
+    }
+}
+
 // Opens the session, and answers.
 static void open_now(struct opening *o)
 {
@@ -314,6 +329,7 @@ static void open_now(struct opening *o)
              " codec=%s rotation=%s",
              s->generation > 1 ? "resumed" : "opened", s->id, s->generation, namespace_of(o->req),
              s->client_name, s->pid, codecs_of(&o->g, codecs), o->g.rotation);
+    warn_of_slow(o->call->d, s, &o->g);
     reply(o->call, s);
 }
 

@@ -22,6 +22,10 @@ extern "C" {
 
 struct CUstream_st;
 
+// Whether kernels were compiled for the current device, or its driver compiles them: asks for one,
+// as all are compiled for the same.
+int kvd_cuda_code_check(void);
+
 // One side (K or V) of a rotation set in device memory, as kvd_cuda_rotation_pack lays it out.
 // Matrix of (layer, kv head): index (n_layers == 1 ? 0 : layer) * heads + (heads == 1 ? 0 : head).
 // Unused for bf16 pages. Identity is a matrix like any other, but its *_f32 may be NULL.
@@ -131,6 +135,10 @@ struct kvd_cuda_attend_params {
                              // leaves them so
     void *scratch;           // kvd_cuda_attend_scratch bytes, 256-byte aligned
 };
+
+// Whether histories in these codecs and head_dims, latents among them, have kernels of their own,
+// or go by the one for any codecs, which may take ten times as long where query rows are few.
+bool kvd_cuda_attend_tuned(struct kvd_codecs codec, uint32_t dim_k, uint32_t dim_v);
 
 // Cuts the work for a device. To be called once for all layers of a step; stays right, if not the
 // best, when lengths change, but where `block_rows` is not 0: then a history longer than part_tiles

@@ -184,6 +184,27 @@ static bool is_latent_call(const attend_params &p)
            p.q_heads <= KVD_MAX_LATENT_GROUP && (uint64_t)p.q_len * p.q_heads <= INT32_MAX;
 }
 
+// What is not compiled is named in a branch that is discarded, and so need not be there.
+static cudaError_t launch_family(const attend_params &p, int family, cudaStream_t stream)
+{
+    bool power = power_of_two(p.dim_k);
+    if (family == INT2)
+        return power ? launch_int2(p, stream) : launch_int2_other(p, stream);
+    if constexpr (has_kernels(INT2C))
+        if (family == INT2C)
+            return power ? launch_int2c(p, stream) : launch_int2c_other(p, stream);
+    if constexpr (has_kernels(INT4))
+        if (has_int4(family))
+            return family == INT4 ? launch_int4(p, stream) : launch_pairs(p, stream);
+    if constexpr (has_kernels(LEVELS2))
+        if (has_levels(family))
+            return family == LEVELS2 ? launch_levels2(p, stream) : family == LEVELS3 ? launch_levels3(p, stream) : launch_levels4(p, stream);
+    if constexpr (has_kernels(TC))
+        if (family == TC)
+            return !tuned(p) ? launch_tc(p, stream) : p.codec == TC2 ? launch_tc2(p, stream) : launch_tc2_5(p, stream);
+    return cudaErrorInvalidValue;
+}
+
 static bool needs_transforms(const attend_params &p)
 {
     return family_of(p.codec) == TC || family_of(p.codec_v) == TC;
@@ -254,6 +275,14 @@ extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t 
     p->scratch_zeroed = scratch_of(*p, nt).parts_at;
 }
 
+extern "C" bool kvd_cuda_attend_tuned(struct kvd_codecs codec, uint32_t dim_k, uint32_t dim_v)
+{
+    struct kvd_cuda_attend_params p = {};
+    p.codec = codec.k, p.codec_v = codec.v;
+    p.dim_k = dim_k, p.dim_v = dim_v;
+    return takes_latents(p) || !takes_any(p);
+}
+
 extern "C" uint64_t kvd_cuda_attend_scratch(const struct kvd_cuda_attend_params *p)
 {
     if (takes_latents(*p))
@@ -283,27 +312,5 @@ extern "C" int kvd_cuda_attend(const struct kvd_cuda_attend_params *p, struct CU
         return is_many_call(*p) ? (int)launch_many(*p, stream) : -1;
     if (takes_any(*p))
         return (int)launch_any(*p, stream);
-    switch (compiled_for(*p)) {
-    case INT2:
-        return power_of_two(p->dim_k) ? launch_int2(*p, stream) : launch_int2_other(*p, stream);
-    case INT2C:
-        return power_of_two(p->dim_k) ? launch_int2c(*p, stream) : launch_int2c_other(*p, stream);
-    case INT4:
-        return launch_int4(*p, stream);
-    case INT4_INT2:
-    case INT2_INT4:
-        return launch_pairs(*p, stream);
-    case LEVELS2:
-        return launch_levels2(*p, stream);
-    case LEVELS3:
-        return launch_levels3(*p, stream);
-    case LEVELS4:
-        return launch_levels4(*p, stream);
-    case TC:
-        if (!tuned(*p))
-            return launch_tc(*p, stream);
-        return p->codec == TC2 ? launch_tc2(*p, stream) : launch_tc2_5(*p, stream);
-    default:
-        return -1;
-    }
+    return (int)launch_family(*p, compiled_for(*p), stream);
 }

@@ -465,6 +465,11 @@ static int plane_check(const struct kvd_backend *b, const struct kvd_plane *p,
     return KVD_OK;
 }
 
+static bool plane_tuned(const struct kvd_plane *p)
+{
+    return kvd_cuda_attend_tuned(p->codec, p->head_dim_k, p->head_dim_v);
+}
+
 static const struct kvd_backend_ops cuda_ops = {
     .name = "cuda",
     .on_device = true,
@@ -472,6 +477,7 @@ static const struct kvd_backend_ops cuda_ops = {
     .device = device,
     .uuid = uuid,
     .plane_check = plane_check,
+    .plane_tuned = plane_tuned,
     .arena_new = kvd_cuda_arena_new,
     .arena_free = kvd_cuda_arena_free,
     .extent_make = kvd_cuda_extent_make,
@@ -537,6 +543,15 @@ static int init(struct kvd_cuda *c, uint32_t index, struct kvd_error *err)
                         prop.major, prop.minor);
     if (rc == cudaSuccess)
         rc = cudaSetDevice((int)index);
+    int code = rc == cudaSuccess ? kvd_cuda_code_check() : cudaSuccess;
+    if (code != cudaSuccess)
+        return kvd_fail(
+            err, KVD_E_UNSUPPORTED,
+            "CUDA device %u, %s of compute capability %d.%d, cannot run the kernels that "
+            "were compiled: %s. They are for another GPU, or for a later driver; build "
+            "kvd with -Dgpu_capability=%d.%d, or all",
+            index, prop.name, prop.major, prop.minor, cudaGetErrorString((cudaError_t)code),
+            prop.major, prop.minor);
     if (rc == cudaSuccess)
         rc = cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking);
     if (rc == cudaSuccess)

@@ -6,8 +6,22 @@
 
 #include <algorithm>
 
+// Families of attention kernels beside int2's that are compiled, a sum of these: meson's option `kernels` says which.
+#ifndef KVD_KERNELS
+#define KVD_KERNELS kvd::ALL_KERNELS
+#endif
+
 namespace kvd
 {
+
+enum kernels : uint32_t {
+    WITH_INT2C = 1,
+    WITH_INT4 = 2, // its pairs with int2 too
+    WITH_LEVELS = 4,
+    WITH_TC = 8,
+    WITH_UNEQUAL = 16, // the others' for head_dims of K that are not V's, but 192 and 128
+    ALL_KERNELS = 31,
+};
 
 // What is compiled in one file, attend_<codec>.cu: head_dims that are powers of two, and the others.
 cudaError_t launch_int2(const attend_params &p, cudaStream_t stream);
@@ -69,8 +83,30 @@ inline bool most_used_dims(const attend_params &p)
     return most_used(p.dim_k, p.dim_v);
 }
 
-// What a call's kernels are compiled for: a codec's family, or a pair; NO_FAMILY where only the kernel for any codecs is.
-inline int compiled_for(const attend_params &p)
+// Head_dims that have variants that leave out what only some calls want (`general`).
+constexpr bool common_dims(uint32_t dk, uint32_t dv)
+{
+    return dk == dv || dk == 192;
+}
+
+// Whether a family's kernels are compiled.
+constexpr bool has_kernels(int family)
+{
+    return family == INT2 || (KVD_KERNELS & (family == INT2C     ? WITH_INT2C
+                                             : has_int4(family)   ? WITH_INT4
+                                             : has_levels(family) ? WITH_LEVELS
+                                             : is_tc(family)      ? WITH_TC
+                                                                  : 0)) != 0;
+}
+
+// And for a pair of head_dims.
+constexpr bool has_kernels(int family, uint32_t dk, uint32_t dv)
+{
+    return has_kernels(family) && (family == INT2 || common_dims(dk, dv) || (KVD_KERNELS & WITH_UNEQUAL) != 0);
+}
+
+// The family, or the pair, for which there might be kernels.
+inline int family_of_call(const attend_params &p)
 {
     if (p.codec == p.codec_v)
         return family_of(p.codec);
@@ -79,15 +115,16 @@ inline int compiled_for(const attend_params &p)
     return p.codec == KVD_CODEC_INT2 && p.codec_v == KVD_CODEC_INT4 && most_used_dims(p) ? INT2_INT4 : NO_FAMILY;
 }
 
+// What a call's kernels are compiled for; NO_FAMILY where only the kernel for any codecs is.
+inline int compiled_for(const attend_params &p)
+{
+    int family = family_of_call(p);
+    return has_kernels(family, p.dim_k, p.dim_v) ? family : NO_FAMILY;
+}
+
 inline bool takes_any(const attend_params &p)
 {
     return compiled_for(p) == NO_FAMILY;
-}
-
-// Whether head_dims have variants that leave out what only some calls want (`general`).
-inline bool common_dims(const attend_params &p)
-{
-    return same_dims(p) || p.dim_k == 192;
 }
 
 inline bool power_of_two(uint32_t x)
@@ -118,7 +155,7 @@ inline uint32_t n_tiles(const attend_params &p)
 
 inline bool general(const attend_params &p)
 {
-    return p.q_len > 1 || p.window || p.softcap > 0 || !common_dims(p) || !tuned(p);
+    return p.q_len > 1 || p.window || p.softcap > 0 || !common_dims(p.dim_k, p.dim_v) || !tuned(p);
 }
 
 // Sixteen warps a multiprocessor, in blocks of 4, 8 or 16.
@@ -136,7 +173,7 @@ cudaError_t launch_both(const attend_params &p, cudaStream_t stream)
 
 template <int CODEC, int DK, int DV> cudaError_t launch_dims(const attend_params &p, cudaStream_t stream)
 {
-    if constexpr (has_levels(CODEC) || has_int4(CODEC) || CODEC == TC || (DK != DV && DK != 192)) {
+    if constexpr (has_levels(CODEC) || has_int4(CODEC) || CODEC == TC || !common_dims(DK, DV)) {
         if constexpr (has_int4(CODEC) && most_used(DK, DV))
             if (n_tiles(p) == 2)
                 return launch_attend<true, 2, DK, DV, 4, CODEC>(p, stream);
@@ -166,7 +203,7 @@ constexpr bool pair_is(int which, int dk, int dv)
 template <int CODEC, int WHICH> cudaError_t launch_codec(const attend_params &p, cudaStream_t stream)
 {
 #define KVD_HEAD_DIMS(dk, dv)                    \
-    if constexpr (pair_is(WHICH, dk, dv))        \
+    if constexpr (pair_is(WHICH, dk, dv) && has_kernels(CODEC, dk, dv)) \
         if (p.dim_k == (dk) && p.dim_v == (dv))                           \
             return launch_dims<CODEC, dk, dv>(p, stream);
 #include "proto/head_dims.def"

@@ -74,6 +74,12 @@ template <typename T> static cudaError_t copy_rows(const paged_params &p, cudaSt
 
 using namespace kvd;
 
+extern "C" int kvd_cuda_code_check(void)
+{
+    cudaFuncAttributes code;
+    return cudaFuncGetAttributes(&code, paged_columns_kernel);
+}
+
 extern "C" int kvd_cuda_paged(const struct kvd_cuda_paged_params *p, struct CUstream_st *stream)
 {
     if (p->tokens == 0 || p->n_layers == 0)

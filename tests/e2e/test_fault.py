@@ -93,6 +93,14 @@ def test_a_pool_that_nobody_keeps_goes_with_the_gpu(start, folder):
     assert "the GPU is lost to this process after a fault" in kvd.text()
 
 
+@pytest.mark.skipif(not EMULATED, reason="only the emulated GPU fails when it is told to")
+def test_kernels_for_another_gpu(start):
+    kvd = start("--backend", "cuda", env={"EMULATED_CODE": "none"}, wait=False)
+    assert kvd.process.wait(10) != 0
+    assert "emulated GPU of compute capability 9.0, cannot run the kernels that were compiled: no kernel image is available" in kvd.text()
+    assert "build kvd with -Dgpu_capability=9.0, or all" in kvd.text()
+
+
 class Gpu:
     """A worker with CUDA, a process of its own."""
 

@@ -5,7 +5,7 @@ import grpc
 import numpy as np
 import pytest
 
-from conftest import BUILD, free_port, kv, layout
+from conftest import BUILD, Rpc, free_port, kv, layout
 from test_grpc import append, bf16, code_of, error, tensor, widen
 
 os.environ.setdefault("KVD_LIBRARY", str(BUILD / "client/libkvd.so.0"))
@@ -370,3 +370,15 @@ def test_codecs_by_plane_in_python(kvd):
 def test_bad_planes_in_python(kvd, planes, words):
     with pytest.raises(package.Error, match=words):
         package.Client(planes=planes, q_heads=4, kv_heads=2, head_dim=64, address=kvd.address)
+
+
+def test_what_has_no_kernels_of_its_own_is_told(start):
+    """Of a GPU's, by plane: int2 has some whatever was compiled, int4 beside tc2 none."""
+    kvd = start()
+    rpc = Rpc(kvd.address)
+    windows = kv.Windows(recent=16)
+    open_planes(rpc, "int2", [dict(layers=[0], windows=windows), dict(layers=[1], codec="k=int4,v=tc2", head_dim_k=64, head_dim_v=128, windows=windows)])
+    told = [line for line in kvd.text().splitlines() if "no kernels of its own" in line]
+    assert len(told) == kvd.on_gpu(), told
+    assert not told or " plane=1 codec=k=int4,v=tc2 head_dims=64,128: " in told[0]
+    rpc.channel.close()

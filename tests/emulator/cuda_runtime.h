@@ -321,10 +321,12 @@ cudaError_t emulator_shared_limit(const void *kernel, int bytes);
 cudaError_t emulator_launch(const void *kernel, const cudaLaunchConfig_t &config,
                             std::function<void()> thread);
 
+// EMULATED_CODE=none: none of what was compiled runs on this GPU.
+cudaError_t emulator_attributes(cudaFuncAttributes *code);
+
 template <typename F> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *code, F *)
 {
-    code->ptxVersion = 90;
-    return cudaSuccess;
+    return emulator_attributes(code);
 }
 
 template <typename F> cudaError_t cudaFuncSetAttribute(F *kernel, cudaFuncAttribute, int bytes)

@@ -455,6 +455,15 @@ cudaError_t emulator_shared_limit(const void *kernel, int bytes)
     return cudaSuccess;
 }
 
+cudaError_t emulator_attributes(cudaFuncAttributes *code)
+{
+    const char *runs = getenv("EMULATED_CODE");
+    if (runs && strcmp(runs, "none") == 0)
+        return result(cudaErrorNoKernelImageForDevice);
+    code->ptxVersion = 90;
+    return cudaSuccess;
+}
+
 cudaError_t emulator_launch(const void *kernel, const cudaLaunchConfig_t &config, std::function<void()> thread)
 {
     std::lock_guard<std::recursive_mutex> turn(device);
@@ -516,6 +525,8 @@ const char *cudaGetErrorString(cudaError_t e)
         return "invalid argument";
     case cudaErrorMemoryAllocation:
         return "out of memory";
+    case cudaErrorNoKernelImageForDevice:
+        return "no kernel image is available for execution on the device";
     default:
         return "an error";
     }
