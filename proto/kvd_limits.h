@@ -48,6 +48,8 @@ enum {
     KVD_MAX_NAME = 128,     // bytes of a sequence's or rotation set's name
     KVD_MAX_NAMESPACE = 64, // bytes of a namespace's name
     KVD_MAX_CLIENT_NAME = 64,
+    // Bytes of a socket's path: a socket address has 108, and the fd socket adds ".fd".
+    KVD_MAX_SOCKET_PATH = 95,
     KVD_MAX_MESSAGE = 64 << 20, // bytes of one RPC message
 
     KVD_DEFAULT_SINK = 64,

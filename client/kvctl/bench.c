@@ -37,6 +37,7 @@ struct bench {
     uint64_t id;
     uint32_t tokens;
     double read, copy, gpu; // bytes/s
+    char chunk[40];         // what a call appends or reads
     struct row rows[8];
     unsigned n;
     kvd_failure failure;
@@ -199,7 +200,7 @@ static int bench_append(struct bench *b)
         total += now_s() - began;
         progress("append", (uint64_t)t * TOKEN_BYTES, (uint64_t)b->tokens * TOKEN_BYTES);
     }
-    add_row(b, (struct row){"append", "512 tokens; bytes of bf16", total * 1e3 / KVD_MAX(calls, 1u),
+    add_row(b, (struct row){"append", b->chunk, total * 1e3 / KVD_MAX(calls, 1u),
                             (uint64_t)b->tokens * TOKEN_BYTES / KVD_MAX(calls, 1u), b->read});
     return 0;
 }
@@ -252,6 +253,8 @@ static int bench_all(struct bench *b)
 {
     kvd_sequence_info info = KVD_NEW(kvd_sequence_info);
     kvd_info daemon = KVD_NEW(kvd_info);
+    snprintf(b->chunk, sizeof(b->chunk), "%u tokens; bytes of bf16",
+             KVD_MIN(b->tokens, (uint32_t)CHUNK));
     if (open_bench(b) || kvd_get_info(b->client, &daemon, &b->failure))
         return -1;
     bool gpu = strcmp(daemon.backend, "cpu") != 0;
@@ -264,8 +267,7 @@ static int bench_all(struct bench *b)
                        call_attend) ||
            bench_calls(b, (struct row){"step", "1 token; bytes of pages", 0, info.bytes, limit},
                        call_step) ||
-           bench_calls(b, (struct row){"read", "512 tokens; bytes of bf16", 0, chunk, other},
-                       call_read) ||
+           bench_calls(b, (struct row){"read", b->chunk, 0, chunk, other}, call_read) ||
            bench_calls(b, (struct row){"call", "to the daemon and back", 0, 0, 0}, call_describe);
 }
 
@@ -337,8 +339,12 @@ int cmd_bench(struct kvctl *k)
     if (b.tokens < 1)
         return kvctl_usage("--tokens 0: a sequence has at least one");
     int code = kvctl_find(k, &err);
-    if (code)
-        return kvctl_fail(&err);
+    if (code) {
+        kvctl_fail(&err);
+        return code;
+    }
+    if (strncmp(k->address, "unix:", 5) != 0)
+        return kvctl_usage("bench wants the unix: address, not %s", k->address);
     progress("memory", 0, 2);
     b.read = memory_limit(false);
     progress("memory", 1, 2);

@@ -68,10 +68,7 @@ static void look_at_socket(const struct kvctl *k, struct findings *f)
               "%s answers (mode %04o, uid %u, gid %u)", path, st.st_mode & 07777, st.st_uid,
               st.st_gid);
     else
-        found(f, BAD, "fd socket",
-              "workers of this user cannot open sessions: join the socket's group (socket-group), "
-              "or see socket-mode",
-              "%s", err.text);
+        found(f, BAD, "fd socket", "workers of this user cannot open sessions", "%s", err.text);
 }
 
 static void look_at_daemon(struct kvctl *k, struct findings *f)
@@ -87,8 +84,12 @@ static void look_at_daemon(struct kvctl *k, struct findings *f)
     struct kvd_channel *c = kvctl_channel(k, &err);
     if (!c || kvd_channel_call(c, "/kvd.v1.Admin/GetStatus", &req,
                                &kvd__v1__status_reply__descriptor, k->timeout_ms, &r, &err)) {
-        found(f, BAD, "kvd", "start it, or say with --address where it is", "no answer from %s: %s",
-              k->address, err.text);
+        if (err.code == KVD_E_UNAVAILABLE)
+            kvctl_no_answer(k, &err);
+        found(f, BAD, "kvd",
+              err.code == KVD_E_DENIED ? "" : "start it, or say with --address where it is", "%s",
+              err.text);
+        look_at_socket(k, f);
         return;
     }
     f->gpu_daemon = strcmp(r->backend, "cuda") == 0;

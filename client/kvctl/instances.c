@@ -9,8 +9,9 @@ static int several(const struct kvd_instances *all, struct kvd_error *err)
     char list[400];
     size_t at = 0;
     for (unsigned i = 0; i < all->n && at + 1 < sizeof(list); i++)
-        at += (size_t)snprintf(list + at, sizeof(list) - at, "\n  %s%s%s", all->address[i],
-                               *all->name[i] ? "   --instance " : "", all->name[i]);
+        at += (size_t)snprintf(list + at, sizeof(list) - at, "%s%s%s%s%s", i ? ", " : " ",
+                               all->address[i], *all->name[i] ? " (--instance " : "", all->name[i],
+                               *all->name[i] ? ")" : "");
     kvd_fail(err, KVD_E_INVALID,
              "there are %u daemons; say which with --instance or --address (or --all, for "
              "each):%s",
@@ -18,13 +19,14 @@ static int several(const struct kvd_instances *all, struct kvd_error *err)
     return EXIT_USED_WRONG;
 }
 
-int kvctl_find(struct kvctl *k, struct kvd_error *err)
+// The address, not yet checked.
+static int find(struct kvctl *k, struct kvd_error *err)
 {
     static char address[PATH_BYTES];
     struct kvd_instances all = {0};
     const char *env = getenv("KVD_ADDRESS");
     if (k->address && !k->instance)
-        return kvd_address_check(k->address, err) ? EXIT_USED_WRONG : EXIT_OK;
+        return EXIT_OK;
     if (k->address) {
         kvd_fail(err, KVD_E_INVALID, "--address and --instance do not go together");
         return EXIT_USED_WRONG;
@@ -34,8 +36,6 @@ int kvctl_find(struct kvctl *k, struct kvd_error *err)
                  k->instance);
         k->instance = NULL;
     } else if (env && *env) {
-        if (kvd_address_check(env, err))
-            return EXIT_USED_WRONG;
         snprintf(address, sizeof(address), "%s", env);
     } else {
         kvd_instances_find(&all);
@@ -55,6 +55,16 @@ int kvctl_find(struct kvctl *k, struct kvd_error *err)
     }
     k->address = address;
     return EXIT_OK;
+}
+
+int kvctl_find(struct kvctl *k, struct kvd_error *err)
+{
+    int code = find(k, err);
+    if (code)
+        return code;
+    const struct kvd_channel_options o = kvctl_channel_options(k);
+    bool good = kvd_address_check(o.address, err) == KVD_OK && kvd_channel_check(&o, err) == KVD_OK;
+    return good ? EXIT_OK : EXIT_USED_WRONG;
 }
 
 int kvctl_everywhere(struct kvctl *k)

@@ -123,6 +123,10 @@ int kvctl_operator_call(struct kvctl *k, const char *method, const void *request
 // Finds the daemon, and shows it an operator's ticket in all calls from then on. An exit code.
 int kvctl_as_operator(struct kvctl *k);
 struct kvd_channel *kvctl_channel(struct kvctl *k, struct kvd_error *err);
+// What that is made of, once the daemon is found.
+struct kvd_channel_options kvctl_channel_options(const struct kvctl *k);
+// Says in *err, which has what gRPC said, that the daemon cannot be reached, and why.
+void kvctl_no_answer(const struct kvctl *k, struct kvd_error *err);
 // Forgets the daemon that was spoken to.
 void kvctl_hang_up(struct kvctl *k);
 

@@ -1,4 +1,5 @@
 // What every command stands on: calls, errors, and the way from command line to exit code.
+#include <errno.h>
 #include <stdarg.h>
 
 #include "client/kvctl/kvctl.h"
@@ -30,15 +31,31 @@ int kvctl_confirm(const struct kvctl *k, const char *fmt, ...)
     return EXIT_FAILED;
 }
 
+struct kvd_channel_options kvctl_channel_options(const struct kvctl *k)
+{
+    return (struct kvd_channel_options){
+        .address = k->address, .tls_ca = k->tls_ca, .tls_cert = k->tls_cert, .tls_key = k->tls_key};
+}
+
 struct kvd_channel *kvctl_channel(struct kvctl *k, struct kvd_error *err)
 {
-    if (!k->channel && kvctl_find(k, err) == EXIT_OK)
-        k->channel = kvd_channel_new(&(struct kvd_channel_options){.address = k->address,
-                                                                   .tls_ca = k->tls_ca,
-                                                                   .tls_cert = k->tls_cert,
-                                                                   .tls_key = k->tls_key},
-                                     err);
+    if (!k->channel && kvctl_find(k, err) == EXIT_OK) {
+        const struct kvd_channel_options o = kvctl_channel_options(k);
+        k->channel = kvd_channel_new(&o, err);
+    }
     return k->channel;
+}
+
+void kvctl_no_answer(const struct kvctl *k, struct kvd_error *err)
+{
+    bool path = strncmp(k->address, "unix:", 5) == 0;
+    if (path && access(k->address + 5, W_OK) && errno == EACCES)
+        kvd_fail(err, KVD_E_DENIED, KVD_SOCKET_DENIED, k->address + 5);
+    else
+        kvd_fail_in(
+            err, "no answer from %s (is kvd running there? --address says where to look%s)",
+            k->address,
+            path || k->tls_ca ? "" : "; if it speaks TLS, say --tls-ca, --tls-cert and --tls-key");
 }
 
 void kvctl_hang_up(struct kvctl *k)
@@ -77,9 +94,7 @@ int kvctl_call(struct kvctl *k, const char *method, const void *request,
             return EXIT_FAILED;
         }
         if (err.code == KVD_E_UNAVAILABLE)
-            kvd_fail_in(&err,
-                        "no answer from %s (is kvd running there? --address says where to look)",
-                        k->address);
+            kvctl_no_answer(k, &err);
         return kvctl_fail(&err);
     }
     return EXIT_OK;

@@ -358,7 +358,12 @@ int cmd_version(struct kvctl *k)
     struct kvd_error err = {0};
     Kvd__V1__StatusRequest req = KVD__V1__STATUS_REQUEST__INIT;
     Kvd__V1__StatusReply *r = NULL;
-    struct kvd_channel *c = kvctl_channel(k, &err);
+    int code = kvctl_find(k, &err);
+    if (code == EXIT_USED_WRONG) {
+        kvctl_fail(&err);
+        return code;
+    }
+    struct kvd_channel *c = code ? NULL : kvctl_channel(k, &err);
     if (!c ||
         kvd_channel_call(c, "/kvd.v1.Admin/GetStatus", &req, &kvd__v1__status_reply__descriptor,
                          KVD_MIN(k->timeout_ms, 2000u), &r, &err))

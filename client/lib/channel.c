@@ -75,6 +75,19 @@ static int from_grpc(grpc_status_code code)
     }
 }
 
+int kvd_channel_check(const struct kvd_channel_options *o, struct kvd_error *err)
+{
+    if (!o->tls_cert != !o->tls_key)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "tls_cert and tls_key are given together or not at all");
+    if (!o->tls_ca && (o->tls_cert || o->tls_server_name))
+        return kvd_fail(err, KVD_E_INVALID,
+                        "TLS wants tls_ca: who may have signed the daemon's certificate");
+    if (o->tls_ca && strncmp(o->address, "unix:", 5) == 0)
+        return kvd_fail(err, KVD_E_INVALID, "TLS is for host:port, not for %s", o->address);
+    return KVD_OK;
+}
+
 static int read_pem(const char *path, char **out, struct kvd_error *err)
 {
     FILE *f KVD_FCLOSE = fopen(path, "re");

@@ -14,6 +14,8 @@ struct kvd_channel_options {
     const char *tls_server_name;             // what the certificate must name; NULL: the host
 };
 
+// Refuses options of TLS that do not go together, or not with the address.
+int kvd_channel_check(const struct kvd_channel_options *options, struct kvd_error *err);
 struct kvd_channel *kvd_channel_new(const struct kvd_channel_options *options,
                                     struct kvd_error *err);
 void kvd_channel_free(struct kvd_channel **channel);
@@ -37,6 +39,11 @@ struct kvd_stream *kvd_stream_open(struct kvd_channel *channel, const char *meth
 int kvd_stream_next(struct kvd_stream *stream, const ProtobufCMessageDescriptor *type,
                     uint32_t timeout_ms, void *out, struct kvd_error *err);
 void kvd_stream_free(struct kvd_stream **stream);
+
+// Who may not use a socket is told so; of its path.
+#define KVD_SOCKET_DENIED                                                                          \
+    "%s: you may not use it: join the socket's group (kvd, or socket-group of kvd.conf), or see "  \
+    "socket-mode"
 
 // Connects to the fd socket beside a "unix:" address and reads the hello, in so many milliseconds
 // at most. The ticket gets 33 bytes. Returns the socket, or a negative status.

@@ -38,9 +38,10 @@ int kvd_fdsock_connect(const char *address, uint32_t timeout_ms, char *ticket,
         if (errno == EAGAIN)
             return -kvd_fail(err, KVD_E_TIMEOUT, "%s accepts no connections: kvd hangs there",
                              addr.sun_path);
-        return -kvd_fail(err, errno == EACCES ? KVD_E_DENIED : KVD_E_UNAVAILABLE,
-                         "cannot connect to %s: %s; is kvd running there?", addr.sun_path,
-                         strerror(errno));
+        if (errno == EACCES)
+            return -kvd_fail(err, KVD_E_DENIED, KVD_SOCKET_DENIED, addr.sun_path);
+        return -kvd_fail(err, KVD_E_UNAVAILABLE, "cannot connect to %s: %s; is kvd running there?",
+                         addr.sun_path, strerror(errno));
     }
     struct pollfd p = {.fd = sock, .events = POLLIN};
     int ready;

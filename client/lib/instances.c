@@ -7,6 +7,7 @@
 
 #include "client/lib/kept.h"
 #include "proto/fdsock.h"
+#include "proto/kvd_limits.h"
 
 enum { PATH_BYTES = 4096 };
 
@@ -132,6 +133,11 @@ int kvd_address_check(const char *address, struct kvd_error *err)
     char *end = NULL;
     if (!*address)
         return kvd_fail(err, KVD_E_INVALID, "address is empty; unix:PATH or HOST:PORT is wanted");
+    if (strncmp(address, "unix:", 5) == 0 && strlen(address + 5) > KVD_MAX_SOCKET_PATH)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "unix:/absolute/path (at most %d characters) or host:port is wanted, not "
+                        "%s",
+                        KVD_MAX_SOCKET_PATH, address);
     if (strncmp(address, "unix:", 5) == 0 && address[5])
         return KVD_OK;
     unsigned long number =

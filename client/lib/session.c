@@ -380,18 +380,14 @@ static int check_options(const kvd_options *o, struct kvd_error *err)
                         "sinks is %s and n_sinks %u; one for each q head of each layer is wanted, "
                         "at most %d, or NULL and 0",
                         o->sinks ? "given" : "NULL", o->n_sinks, KVD_MAX_SINKS);
-    if (!o->tls_cert != !o->tls_key)
-        return kvd_fail(err, KVD_E_INVALID,
-                        "tls_cert and tls_key are given together or not at all");
-    if (!o->tls_ca && (o->tls_cert || o->tls_server_name))
-        return kvd_fail(err, KVD_E_INVALID,
-                        "TLS wants tls_ca: who may have signed the daemon's "
-                        "certificate");
     if (kvd_address_check(o->address, err))
         return err->code;
-    if (strncmp(o->address, "unix:", 5) == 0 && o->tls_ca)
-        return kvd_fail(err, KVD_E_INVALID, "TLS is for host:port, not for %s", o->address);
-    return KVD_OK;
+    return kvd_channel_check(&(struct kvd_channel_options){.address = o->address,
+                                                           .tls_ca = o->tls_ca,
+                                                           .tls_cert = o->tls_cert,
+                                                           .tls_key = o->tls_key,
+                                                           .tls_server_name = o->tls_server_name},
+                             err);
 }
 
 static kvd_client *client_new(const kvd_options *o)

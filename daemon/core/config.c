@@ -172,8 +172,7 @@ static int add_listen(struct kvd_config_load *l, const char *value)
     // Those of one file, or of the command line, replace what was there before.
     if (c->n_listen && l->listen[0].file != l->at.file)
         c->n_listen = 0;
-    // A socket address has 108 bytes for a path; the fd socket adds ".fd".
-    if (unix_path ? strlen(value) > 100
+    if (unix_path ? strlen(value + 5) > KVD_MAX_SOCKET_PATH
                   : kvd_config_host_port(value, host, sizeof(host), &port) || !host[0])
         return KVD_E_INVALID;
     if (c->n_listen == KVD_MAX_LISTEN || strlen(value) >= KVD_CONFIG_TEXT)

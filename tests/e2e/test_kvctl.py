@@ -263,6 +263,10 @@ def test_the_daemon_is_found(start, folder):
     try:
         r = run("status", env=env)
         assert r.returncode == 2 and f"{runtime}/0/kvd.sock" in r.stderr and "--instance 1" in r.stderr and not r.stdout
+        assert r.stderr.count("\n") == 1 and "\\x" not in r.stderr and f"{runtime}/1/kvd.sock (--instance 1)" in r.stderr, r.stderr
+        for command in ("version", "bench"):
+            r = run(command, env=env)
+            assert r.returncode == 2 and "there are 2 daemons" in r.stderr, (command, r.returncode, r.stderr)
         assert run("evict", "--all", "--yes", env=env).returncode == 2  # not at whichever comes first
         for name, d in (("0", one), ("1", two)):
             got = json.loads(run("--json", "status", "--instance", name, env=env).stdout)
@@ -431,6 +435,32 @@ def test_addresses_that_are_none(shared):
             assert r.returncode == 2 and "unix:PATH or HOST:PORT is wanted" in r.stderr and len(r.stderr.splitlines()) == 1, (wrong, r.stderr)
     assert "perhaps unix:/run/kvd/kvd.sock" in run("--address", "/run/kvd/kvd.sock", "status").stderr
     assert run("--address", "[::1]:1", "status").returncode == 3
+    long = "unix:/" + "x" * 95
+    for r in (run("--address", long, "status"), run("status", env={"KVD_ADDRESS": long}), run("--address", long, "log-level", "info")):
+        assert r.returncode == 2 and "unix:/absolute/path (at most 95 characters)" in r.stderr, r.stderr
+    assert run("--address", long[:-1], "status").returncode == 3
+
+
+def test_options_of_tls_that_do_not_go_together(shared):
+    """They are refused, and nothing is said in the clear."""
+    for options, words in (("--tls-ca x --tls-cert x", "tls_cert and tls_key"), ("--tls-ca x --tls-key x", "tls_cert and tls_key"),
+                           ("--tls-cert x --tls-key x", "TLS wants tls_ca"), ("--tls-cert x", "tls_cert and tls_key")):
+        for command in ("status", "log-level info"):
+            r = run("--address", "127.0.0.1:1", *options.split(), *command.split())
+            assert r.returncode == 2 and words in r.stderr, (options, r.returncode, r.stderr)
+    for command in ("status", "log-level info", "version", "bench"):
+        r = run("--address", shared.address, "--tls-ca", "x", *command.split())
+        assert r.returncode == 2 and f"TLS is for host:port, not for {shared.address}" in r.stderr, r.stderr
+    r = run("--address", "127.0.0.1:1", "status")
+    assert r.returncode == 3 and "if it speaks TLS, say --tls-ca, --tls-cert and --tls-key" in r.stderr
+    assert "TLS" not in run("--address", "unix:/none", "status").stderr
+
+
+def test_what_bench_wants(shared):
+    r = run("--address", "127.0.0.1:1", "bench")
+    assert r.returncode == 2 and "unix: address" in r.stderr, r.stderr
+    r = run("--address", shared.address, "bench", "--tokens", "64")
+    assert r.returncode == 0 and r.stdout.count("64 tokens; bytes of bf16") == 2 and "512 tokens" not in r.stdout, r.stdout + r.stderr
 
 
 def test_the_list_of_commands_is_a_table(shared):

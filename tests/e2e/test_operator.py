@@ -97,6 +97,22 @@ def test_only_operators_steer(start):
     assert e.value.code().name == "PERMISSION_DENIED"
 
 
+def test_who_may_not_use_the_socket_is_told_so(start):
+    if os.getuid() != 0:
+        pytest.skip("wants root, to be somebody else")
+    kvd = start()
+    os.chmod(kvd.folder, 0o755)
+    su = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    run = lambda *a: subprocess.run([*su, KVCTL, "--address", kvd.address, *a], capture_output=True, text=True)
+    if subprocess.run([*su, KVCTL, "--version"], capture_output=True).returncode != 0:
+        pytest.skip("the build folder is closed to other users")
+    for command in ("status", "log-level info", "events default"):
+        r = run(*command.split())
+        assert r.returncode == 4 and "join the socket's group" in r.stderr and "is kvd running" not in r.stderr, (command, r.stderr)
+    r = run("doctor")
+    assert r.returncode == 1 and f"{kvd.socket}: you may not use it" in r.stdout and f"{kvd.socket}.fd: you may not use it" in r.stdout, r.stdout
+
+
 def test_drain(kvd):
     assert "draining" in kvd.kvctl("drain", 1).stdout
     assert kvd.process.wait(20) == 0
