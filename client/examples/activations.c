@@ -1,5 +1,6 @@
 #include "activations.h"
 
+#include <errno.h>
 #include <fcntl.h>
 #include <jansson.h>
 #include <math.h>
@@ -51,8 +52,12 @@ struct activations load(const char *path)
     struct activations a = {0};
     struct stat st;
     int fd = open(path, O_RDONLY);
-    if (fd < 0 || fstat(fd, &st) || st.st_size < 16)
-        die("cannot open the activations", NULL);
+    if (fd < 0 || fstat(fd, &st)) {
+        fprintf(stderr, "kvd-demo: cannot open the activations %s: %s\n", path, strerror(errno));
+        exit(1);
+    }
+    if (st.st_size < 16)
+        die("the activations are no safetensors file", NULL);
     const char *file = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
     uint64_t n = 0;
     if (file == MAP_FAILED || (memcpy(&n, file, 8), n > (uint64_t)st.st_size - 8))

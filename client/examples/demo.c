@@ -6,6 +6,7 @@
 // ACTIVATIONS is a safetensors file with bf16 q, k and v [layers, tokens, heads, 64]
 // (tests/data/record_smollm2.py).
 #include <math.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -127,12 +128,12 @@ static int read_all(const char *address, struct activations *a, const char *set,
 
 int main(int argc, char **argv)
 {
-    if (argc != 5 && argc != 6) {
+    bool writes = argc > 1 && strcmp(argv[1], "write") == 0;
+    if ((argc != 5 && argc != 6) || (!writes && strcmp(argv[1], "read") != 0)) {
         fprintf(stderr, "usage: kvd-demo write|read ADDRESS ACTIVATIONS SET [CODEC]\n");
         return 2;
     }
     struct activations a = load(argv[3]);
     const char *codec = argc > 5 ? argv[5] : "int2";
-    return strcmp(argv[1], "write") == 0 ? write_all(argv[2], &a, argv[4], codec)
-                                         : read_all(argv[2], &a, argv[4], codec);
+    return writes ? write_all(argv[2], &a, argv[4], codec) : read_all(argv[2], &a, argv[4], codec);
 }

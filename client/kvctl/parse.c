@@ -94,7 +94,7 @@ static error_t parse_common(int key, char *arg, struct argp_state *state)
         break;
     case 't':
         if (!parse_number(arg, 0.001, 1e6, &s))
-            argp_error(state, "--timeout '%s': it wants seconds", arg);
+            argp_error(state, "--timeout '%s': it wants seconds from 0.001 to 1000000", arg);
         k->timeout_ms = (uint32_t)(s * 1000);
         break;
     case 'h':

@@ -5,9 +5,6 @@
 
 #include "daemon/core/config_load.h"
 
-// No size of less is of use: whoever writes 12 has left out the unit.
-#define LEAST_SIZE ((uint64_t)4096)
-
 enum key_type { TEXT, SIZE, NUMBER, YESNO, MILLIS, OCTAL, LEVEL, LISTEN, UIDS, GIDS, CNS };
 
 struct key {
@@ -106,8 +103,11 @@ static int parse_millis(const char *value, uint64_t *out)
     return factor ? KVD_OK : KVD_E_INVALID;
 }
 
-static int parse_ids(uint32_t *ids, uint32_t *n, const char *value, bool groups)
+// KVD_E_NOT_FOUND: there is no such user or group, which has been said.
+static int parse_ids(struct kvd_config_load *l, const struct key *k, uint32_t *ids, uint32_t *n,
+                     const char *value)
 {
+    bool groups = k->type == GIDS;
     char copy[512], *save = NULL;
     *n = 0; // a later file replaces the list
     if (strlen(value) >= sizeof(copy))
@@ -120,8 +120,11 @@ static int parse_ids(uint32_t *ids, uint32_t *n, const char *value, bool groups)
         if (kvd_config_parse_number(word, &id)) {
             const struct passwd *pw = groups ? NULL : getpwnam(word);
             const struct group *gr = groups ? getgrnam(word) : NULL;
-            if (!pw && !gr)
-                return KVD_E_INVALID;
+            if (!pw && !gr) {
+                kvd_config_problem(l, l->at, "%s: there is no %s '%.80s'", k->is.name,
+                                   groups ? "group" : "user", word);
+                return KVD_E_NOT_FOUND;
+            }
             id = pw ? pw->pw_uid : gr->gr_gid;
         }
         if (id >= UINT32_MAX) // the last one stands for "nobody" in system calls
@@ -201,7 +204,7 @@ static void bad_value(struct kvd_config_load *l, const struct key *k, const char
     char range[80] = "", low[32], high[32];
     if (k->max && k->type == SIZE)
         snprintf(range, sizeof(range), "%s from %s to %s", k->min ? "" : ", 0 or",
-                 kvd_format_size(KVD_MAX(k->min, LEAST_SIZE), low, sizeof(low)),
+                 kvd_format_size(KVD_MAX(k->min, KVD_CONFIG_LEAST_SIZE), low, sizeof(low)),
                  kvd_format_size(k->max, high, sizeof(high)));
     else if (k->max)
         snprintf(range, sizeof(range), " from %" PRIu64 " to %" PRIu64 "%s", k->min, k->max,
@@ -212,7 +215,7 @@ static void bad_value(struct kvd_config_load *l, const struct key *k, const char
 
 static int store_number(const struct key *k, void *at, uint64_t n)
 {
-    if (n < k->min || n > k->max || (k->type == SIZE && n && n < LEAST_SIZE))
+    if (n < k->min || n > k->max || (k->type == SIZE && n && n < KVD_CONFIG_LEAST_SIZE))
         return KVD_E_INVALID;
     if (k->cap == sizeof(uint64_t))
         *(uint64_t *)at = n;
@@ -254,9 +257,9 @@ static int set_value(struct kvd_config_load *l, const struct key *k, void *at, c
     case LISTEN:
         return add_listen(l, value);
     case UIDS:
-        return parse_ids(allow->uids, &allow->n_uids, value, false);
+        return parse_ids(l, k, allow->uids, &allow->n_uids, value);
     case GIDS:
-        return parse_ids(allow->gids, &allow->n_gids, value, true);
+        return parse_ids(l, k, allow->gids, &allow->n_gids, value);
     case CNS:
         return parse_cns(allow, value);
     }
@@ -301,14 +304,13 @@ void kvd_config_set(struct kvd_config_load *l, const char *section, uint32_t ns,
     const struct key *k = &keys[i];
     struct kvd_place *place = of_namespace(k) ? &l->namespaces[ns][i] : &l->keys[i];
     if (k->type != LISTEN && place->file == l->at.file && place->line && l->at.line) {
-        kvd_config_problem(l, l->at,
-                           "%s is set twice, on line %u too; remove one (an indented line goes on "
-                           "with the one before it)",
-                           name, place->line);
+        kvd_config_problem(l, l->at, "%s is set twice, on line %u too; remove one", name,
+                           place->line);
         return;
     }
     *place = l->at;
-    if (set_value(l, k, field_of(l->c, of_namespace(k) ? &l->c->namespaces[ns] : NULL, k), value))
+    void *field = field_of(l->c, of_namespace(k) ? &l->c->namespaces[ns] : NULL, k);
+    if (set_value(l, k, field, value) == KVD_E_INVALID)
         bad_value(l, k, value);
 }
 

@@ -20,6 +20,9 @@ enum {
     KVD_MAX_INSTANCE = 32, // bytes of an instance's name
 };
 
+// No size of less is of use: whoever writes 12 has left out the unit.
+#define KVD_CONFIG_LEAST_SIZE ((uint64_t)4096)
+
 // Who may do something. An empty list of everything means: anybody who can connect.
 struct kvd_allow {
     uint32_t uids[KVD_MAX_ALLOW], gids[KVD_MAX_ALLOW];

@@ -72,10 +72,16 @@ static void check_sizes(struct kvd_config_load *l)
             l, kvd_config_place(l, "extent-size"),
             "extent-size: %s is not possible; it must be a multiple of 2 MiB and at most pool-size",
             kvd_format_size(c->extent_size, wanted, sizeof(wanted)));
-    if (c->free_low && !c->free_high)
+    bool alone = c->free_low && !c->free_high;
+    if (alone)
         c->free_high = KVD_MIN(2 * c->free_low, c->pool_size / 2);
-    if (c->free_high > c->pool_size / 2 || c->free_low > c->free_high ||
-        (c->free_high && !c->free_low))
+    if (alone && c->free_low > c->free_high)
+        kvd_config_problem(l, kvd_config_place(l, "free-low"),
+                           "free-low: %s is more than half of pool-size, %s",
+                           kvd_format_size(c->free_low, wanted, sizeof(wanted)),
+                           kvd_format_size(c->pool_size, have, sizeof(have)));
+    else if (c->free_high > c->pool_size / 2 || c->free_low > c->free_high ||
+             (c->free_high && !c->free_low))
         kvd_config_problem(l, kvd_config_place(l, c->free_low ? "free-low" : "free-high"),
                            "free-low and free-high: %s and %s are not possible; free-low goes with "
                            "free-high, is at "
@@ -173,6 +179,13 @@ static void check_metrics(struct kvd_config_load *l)
                            "metrics: '%s' is not possible; it wants HOST:PORT with a port from 0 "
                            "to 65535, or nothing",
                            c->metrics);
+        return;
+    }
+    if (!host[0]) {
+        kvd_config_problem(l, at,
+                           "metrics: '%s' has no host; say 127.0.0.1:%u, or 0.0.0.0:%u for all "
+                           "addresses of this host",
+                           c->metrics, port, port);
         return;
     }
     check_host(l, at, "metrics", host);

@@ -96,6 +96,7 @@ static char *read_line(char *text, int cap, void *ctx)
         return NULL;
     r->l->at.line++;
     const char *start = r->text + strspn(r->text, " \t\r\n");
+    bool indented = start > r->text && !strchr("#;[", *start); // the end is in that text, too
     if (r->l->at.line == 1 && strncmp(r->text, "\xef\xbb\xbf", 3) == 0)
         start = r->text + 3; // a byte order mark
     if (!kvd_config_text_valid(r->text, (size_t)n)) {
@@ -104,6 +105,9 @@ static char *read_line(char *text, int cap, void *ctx)
         start = "";
     } else if (*start && !strchr("#;", *start) && n > cap - 2) {
         kvd_config_problem(r->l, r->l->at, "the line is too long: at most %d characters", cap - 2);
+        start = "";
+    } else if (indented) {
+        kvd_config_problem(r->l, r->l->at, "a key is not indented: begin it where the line begins");
         start = "";
     }
     snprintf(text, (size_t)cap, "%s", *start && !strchr("#;", *start) ? r->text : "\n");

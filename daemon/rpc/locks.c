@@ -14,6 +14,9 @@ static int lock_socket(struct kvd_daemon *d, const char *path, struct kvd_error 
         return kvd_fail(err, -errno, "cannot open %s: %s%s", lock, strerror(errno),
                         errno == ENOENT
                             ? "; make the folder, or choose another path with --listen unix:PATH"
+                        : errno == EACCES || errno == EROFS
+                            ? "; choose a folder that this user may write in, with --listen "
+                              "unix:PATH"
                             : "");
     if (flock(fd, LOCK_EX | LOCK_NB)) {
         int e = errno;

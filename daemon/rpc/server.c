@@ -77,8 +77,9 @@ static int add_port(struct kvd_daemon *d, const char *address, struct kvd_error 
 {
     if (strncmp(address, "unix:", 5) == 0)
         return kvd_listen_unix(d, KVD_LISTEN_GRPC, address + 5, SOCK_STREAM, kvd_links_accept, err);
-    return kvd_listen_tcp(d, KVD_LISTEN_GRPC, address, d->tls ? kvd_tls_accept : kvd_links_accept,
-                          NULL, err);
+    int rc = kvd_listen_tcp(d, KVD_LISTEN_GRPC, address, d->tls ? kvd_tls_accept : kvd_links_accept,
+                            NULL, err);
+    return rc ? kvd_fail_in(err, "listen (choose another address with --listen)") : KVD_OK;
 }
 
 // What gRPC says goes into our log; errors of its own are mostly the doing of clients, who must not

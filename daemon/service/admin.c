@@ -146,7 +146,14 @@ void kvd_on_set_quota(struct kvd_call *call, const void *request)
                       req->namespace_name);
         return;
     }
-    if (req->quota_bytes > call->d->config.pool_size) { // as in the configuration
+    if (req->quota_bytes && req->quota_bytes < KVD_CONFIG_LEAST_SIZE) { // as in the configuration
+        kvd_call_fail(call, KVD_E_INVALID,
+                      "quota: '%" PRIu64 "' is not possible; it wants a size such as 512MiB or "
+                      "62GiB, 0 or from 4.00 KiB; 0 (kvctl: none) sets no limit",
+                      req->quota_bytes);
+        return;
+    }
+    if (req->quota_bytes > call->d->config.pool_size) { // there too
         char wanted[32], have[32];
         kvd_call_fail(call, KVD_E_INVALID,
                       "quota: %s for the namespace %.64s are more than pool-size, %s; 0 (kvctl: "

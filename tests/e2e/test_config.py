@@ -38,6 +38,7 @@ WRONG = [
     ("[kvd]\nsocket-group = no-such-group\n", [(2, "no group")]),
     ("[kvd]\nmetrics = 127.0.0.1:99999\n", [(2, "0 to 65535")]),
     ("[kvd]\nmetrics = 9464\n", [(2, "HOST:PORT")]),
+    ("[kvd]\nmetrics = :9464\n", [(2, "has no host; say 127.0.0.1:9464, or 0.0.0.0:9464 for all")]),
     ("[kvd]\nlisten = 127.0.0.1:9999\nmetrics = 127.0.0.1:9999\n", [(3, "listen already")]),
     ("[kvd]\nstore = ftp://example.org/store\n", [(2, "http://")]),
     ("[kvd]\nstore = http://\n", [(2, "http://")]),
@@ -68,11 +69,13 @@ WRONG = [
     ("[kvd]\n\nlog-level = loud\n", [(3, "error, warning")]),
     ("[kvd]\ndrain-timeout = -5s\n", [(2, "a time")]),
     ("[kvd]\nmax-sessions = 0\n", [(2, "1 to 100000")]),
-    ("[kvd]\nadmin-uid = no-such-user\n", [(2, "user names or ids")]),
+    ("[kvd]\nadmin-uid = no-such-user\n", [(2, "admin-uid: there is no user 'no-such-user'")]),
     ("[kvd]\nadmin-uid = 4294967296\n", [(2, "user names or ids")]),  # not root
     ("[kvd]\nadmin-uid =\n", [(2, "user names or ids")]),
     ("[kvd]\nmax-queue = 1\nmax-queue = 2\n", [(3, "line 2")]),
-    ("[kvd]\nstore = /tmp\n  cache = /tmp\n", [(3, "set twice")]),  # an indented line goes on with the one before
+    ("[kvd]\nstore = /tmp\n  cache = /tmp\n", [(3, "indented")]),  # it would go on with the one before
+    ("[kvd]\n  cache = /tmp\n", [(2, "indented")]),
+    ("[kvd]\nlisten = unix:FOLDER/s\n\tunix:FOLDER/t\n", [(3, "indented")]),
     ("[kvd]\nstore = " + LONG + "\n", [(2, "too long")]),
     ("[kvd]\nstore = /a\x01b\n", [(2, "control characters")]),
     ("[kvd]\nstore = /a\x00b\n", [(2, "control characters")]),
@@ -94,9 +97,9 @@ WRONG = [
     ("[namespace a]\nquota = 1MiB\nborrow = much\n", [(3, "yes or no")]),
     ("[kvd]\npool-size = 1GiB\nfree-low = 64MiB\nfree-high = 32MiB\n", [(3, "at most that")]),
     ("[kvd]\npool-size = 1GiB\nfree-high = 32MiB\n", [(3, "goes with")]),
-    ("[kvd]\npool-size = 1GiB\nfree-low = 1GiB\n", [(3, "half of pool-size")]),
+    ("[kvd]\npool-size = 1GiB\nfree-low = 1GiB\n", [(3, "free-low: 1.00 GiB is more than half of pool-size, 1.00 GiB")]),
     ("[namespace a]\nallow-uid =\n", [(2, "user names or ids")]),
-    ("[namespace a]\nallow-gid = no-such-group\n", [(2, "group names or ids")]),
+    ("[namespace a]\nallow-gid = 0, no-such-group\n", [(2, "allow-gid: there is no group 'no-such-group'")]),
     ("[namespace a]\npool-size = 1GiB\n", [(2, "known: quota, borrow, allow-uid")]),
     ("[tls]\ncert = FOLDER/server.pem\n", [(2, "cert and key go together")]),
     ("[tls]\nkey = FOLDER/server.key\n", [(2, "cert and key go together")]),
@@ -193,6 +196,23 @@ def test_what_is_wrong_on_the_command_line(arguments, words):
     checked, started = run("--check-config", *arguments), run(*arguments)
     assert checked.returncode == started.returncode == 78
     assert checked.stderr == started.stderr and words in checked.stderr
+
+
+def test_an_address_that_cannot_be_had_is_told_with_what_to_do(folder):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        where = f"127.0.0.1:{taken.getsockname()[1]}"
+        r = run("--pool-size", "64MiB", "--metrics", "", "--listen", where)
+        assert r.returncode != 0 and f"listen (choose another address with --listen): cannot listen on {where}" in r.stderr, r.stderr
+    if os.getuid() != 0:
+        pytest.skip("wants root, to be somebody else")
+    os.chmod(folder, 0o755)
+    su = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    if subprocess.run([*su, KVD, "--version"], capture_output=True).returncode != 0:
+        pytest.skip("the build folder is closed to other users")
+    r = subprocess.run([*su, KVD, "--pool-size", "64MiB", "--metrics", "", "--listen", f"unix:{folder}/s"], capture_output=True, text=True, timeout=30)
+    assert r.returncode != 0 and "choose a folder that this user may write in" in r.stderr, r.stderr
 
 
 def test_a_pool_beyond_the_cgroups_limit_is_refused(folder):

@@ -76,6 +76,14 @@ def test_a_worker_in_a_checkout_without_installing(folder):
     assert r.returncode == 0, (r.stdout + r.stderr)[-4000:]
 
 
+def test_what_the_demo_does_not_understand():
+    demo = BUILD / "client/kvd-demo"
+    r = subprocess.run([demo, "writes", "unix:/none", "/none", "hadamard"], capture_output=True, text=True)
+    assert r.returncode == 2 and r.stderr.startswith("usage: ")
+    r = subprocess.run([demo, "read", "unix:/none", "/none", "hadamard"], capture_output=True, text=True)
+    assert r.returncode == 1 and "/none: No such file" in r.stderr
+
+
 def test_commands_for_booted_systems_are_those_that_are_tested_there():
     tested = (SOURCE / "tests/packages.sh").read_text()
     for page in PAGES:

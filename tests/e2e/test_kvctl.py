@@ -115,6 +115,10 @@ def test_values_are_checked_before_anything_is_sent(shared):
     unharmed(shared)
 
 
+def test_a_time_that_is_none_is_told_what_is_possible():
+    assert "seconds from 0.001 to 1000000" in run("--timeout", "0", "status").stderr
+
+
 def test_options_of_all_commands_go_anywhere(shared):
     a, t = ("--address", shared.address), ("--timeout", "20")
     want = run(*a, "--json", "quota", "ls").stdout
@@ -151,6 +155,10 @@ def test_a_quota_for_nobody_is_refused(start):
     assert "nosuch" not in kvd.kvctl("quota", "ls").stdout
     r = kvd.kvctl("quota", "set", "known", "1TiB", check=False)  # a configuration may not say that either
     assert r.returncode == 1 and "quota: 1.00 TiB for the namespace known are more than pool-size, " in r.stderr
+    for name in ("known", "tiny"):  # nor this
+        r = kvd.kvctl("quota", "set", name, "12", "--create", check=False)
+        assert r.returncode == 1 and "quota: '12' is not possible" in r.stderr and "0 or from 4.00 KiB" in r.stderr, r.stderr
+    assert "tiny" not in kvd.kvctl("quota", "ls").stdout
     kvd.kvctl("quota", "set", "known", "1MiB")
     kvd.kvctl("quota", "set", "nosuch", "1MiB", "--create")
     assert "nosuch" in kvd.kvctl("quota", "ls").stdout
