@@ -106,7 +106,7 @@ int kvd_store_each(const char *cache, kvd_store_visit *visit, void *ctx, struct 
 
 // What the stores of a cache say of a tag.
 struct agreement {
-    const char *model, *tag;
+    const char *model, *tag, *option;
     char manifest[KVD_MAX_NAME + 16];
     char digest[KVD_DIGEST_TEXT], by[256];
 };
@@ -132,22 +132,22 @@ static int ask(void *ctx, const char *folder, const char *url, struct kvd_error 
     return strcmp(a->digest, digest) == 0
                ? KVD_OK
                : kvd_fail(err, KVD_E_PRECONDITION,
-                          "%s@%s is %s in %.200s, and %s in %.200s: name the store (--store URL), "
-                          "or the set by its digest",
-                          a->model, a->tag, a->digest, a->by, digest, url);
+                          "%s@%s is %s in %.200s, and %s in %.200s: name the store (%s), or the "
+                          "set by its digest",
+                          a->model, a->tag, a->digest, a->by, digest, url, a->option);
 }
 
 int kvd_store_resolve_cached(const struct kvd_store_config *c, const char *model, const char *tag,
                              char digest[KVD_DIGEST_TEXT], struct kvd_error *err)
 {
-    struct agreement a = {.model = model, .tag = tag};
+    struct agreement a = {.model = model, .tag = tag, .option = kvd_store_option(c)};
     snprintf(a.manifest, sizeof(a.manifest), "models/%s.json", model);
     if (kvd_store_each(c->cache, ask, &a, err))
         return err->code;
     if (!*a.digest)
         return kvd_fail(err, KVD_E_UNAVAILABLE,
-                        "%s@%s is not in the cache and no store is configured (--store URL)", model,
-                        tag);
+                        "%s@%s is not in the cache and no store is configured (%s)", model, tag,
+                        a.option);
     snprintf(digest, KVD_DIGEST_TEXT, "%s", a.digest);
     return KVD_OK;
 }

@@ -10,7 +10,7 @@
 #include "calib/sign.h"
 #include "calib/transfer.h"
 
-enum { MAX_MANIFEST = 1 << 20 };
+enum { MAX_MANIFEST = 1 << 20, MAX_DEPTH = 16 };
 
 // What a file of a store is.
 enum kind { MANIFEST, SET, SIGNATURE };
@@ -48,6 +48,11 @@ bool kvd_store_ref_valid(const char *ref)
 {
     char model[KVD_MAX_NAME + 1], tag[KVD_MAX_NAME + 1];
     return kvd_digest_valid(ref) || split_ref(ref, model, tag);
+}
+
+const char *kvd_store_option(const struct kvd_store_config *c)
+{
+    return c->option ? c->option : "store in kvd.conf, or --store of kvd";
 }
 
 int kvd_store_make_parents(const char *path, struct kvd_error *err)
@@ -146,7 +151,8 @@ static int mirror(const struct kvd_store_config *c, const char *name, enum kind 
     char url[KVD_STORE_PATH], path[KVD_STORE_PATH], tmp[KVD_STORE_PATH + 8];
     if (!c->url || !*c->url)
         return kvd_fail(err, KVD_E_UNAVAILABLE,
-                        "%s is not in the cache and no store is configured (--store URL)", name);
+                        "%s is not in the cache and no store is configured (%s)", name,
+                        kvd_store_option(c));
     struct kvd_error local = {0};
     err = err ? err : &local;
     if (kvd_store_away(c->url))
@@ -362,6 +368,31 @@ static void add_model(struct listing *l, const char *folder, const char *model, 
     json_decref(manifest);
 }
 
+// Adds those of all manifests below models/ in `folder`; `prefix` ends with a slash or is empty.
+static void add_models(struct listing *l, const char *folder, const char *prefix, int depth)
+{
+    char below[KVD_MAX_NAME + 16], path[KVD_STORE_PATH], name[KVD_MAX_NAME + 2];
+    snprintf(below, sizeof(below), "models/%s", prefix);
+    DIR *d = kvd_store_join(path, folder, below, NULL) ? NULL : opendir(path);
+    for (struct dirent *e; d && (e = readdir(d));) {
+        struct stat st;
+        size_t n = strlen(e->d_name);
+        if (*e->d_name == '.' || fstatat(dirfd(d), e->d_name, &st, AT_SYMLINK_NOFOLLOW))
+            continue;
+        bool inner = S_ISDIR(st.st_mode), manifest = n > 5 && !strcmp(e->d_name + n - 5, ".json");
+        int end = (int)(inner ? n : n - 5);
+        if ((!inner && !manifest) || (size_t)snprintf(name, sizeof(name), "%s%.*s%s", prefix, end,
+                                                      e->d_name, inner ? "/" : "") >= sizeof(name))
+            continue;
+        if (!inner)
+            add_model(l, folder, name, false);
+        else if (depth < MAX_DEPTH)
+            add_models(l, folder, name, depth + 1);
+    }
+    if (d)
+        closedir(d);
+}
+
 static int add_folder(void *ctx, const char *folder, const char *url, struct kvd_error *err)
 {
     struct listing *l = ctx;
@@ -374,6 +405,8 @@ static int add_folder(void *ctx, const char *folder, const char *url, struct kvd
     json_array_foreach(json_object_get(index, "models"), i, model) if (json_is_string(model))
         add_model(l, folder, json_string_value(model), l->refresh);
     json_decref(index);
+    if (!l->refresh) // what was fetched by name is in no index of a cache
+        add_models(l, folder, "", 0);
     return KVD_OK;
 }
 

@@ -28,7 +28,8 @@ struct kvd_store_config {
                          // 10 s is given up earlier.
     const char
         *public_key; // PEM, Ed25519: only sets signed by its private key are taken; NULL or "": any
-    uint32_t retries; // after the first try, with growing pauses; counts network failures and 5xx
+    uint32_t retries;   // after the first try, with growing pauses; counts network failures and 5xx
+    const char *option; // for messages: how its owner names a store; NULL: as kvd's is named
     // Set by any thread when nobody wants it any more: transfers fail with KVD_E_UNAVAILABLE within
     // about a second. NULL: never.
     const _Atomic bool *given_up;

@@ -18,6 +18,8 @@ int kvd_store_signature_name(char *out, size_t cap, const char *digest);
 // Locks a folder for changes of what lies in it until the descriptor that is returned is closed:
 // whoever reads, changes and writes back does it under this. A negative code with *err set.
 int kvd_store_lock(const char *directory, struct kvd_error *err);
+// How a store is named to whoever lacks one.
+const char *kvd_store_option(const struct kvd_store_config *c);
 // Where the cache keeps the manifests of c->url: stores/<hash of the URL>.
 int kvd_store_folder(const struct kvd_store_config *c, char out[KVD_STORE_PATH],
                      struct kvd_error *err);

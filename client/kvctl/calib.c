@@ -33,7 +33,15 @@ static struct kvd_store_config local_store(const struct kvctl *k)
                                      .cache = cache,
                                      .timeout_ms = k->timeout_ms,
                                      .public_key = k->public_key,
-                                     .retries = 2};
+                                     .retries = 2,
+                                     .option = "--store URL"};
+}
+
+// No daemon was asked: what is not there is a store.
+static int local_fail(const struct kvd_error *err)
+{
+    int code = kvctl_fail(err);
+    return code == EXIT_UNREACHABLE ? EXIT_FAILED : code;
 }
 
 static void on_progress(void *ctx, uint64_t have, uint64_t total)
@@ -51,7 +59,14 @@ static struct kvd_rotset *fetch_local(struct kvctl *k, const char *ref, struct k
     return set;
 }
 
-static int print_entries(struct kvctl *k, Kvd__V1__ListRotationSetsReply *r)
+// What is said where there are none.
+static const char *no_entries(bool store)
+{
+    return store ? "no rotation sets in the store or the cache"
+                 : "no store is configured, and the cache has no sets";
+}
+
+static int print_entries(struct kvctl *k, Kvd__V1__ListRotationSetsReply *r, bool store)
 {
     if (k->json)
         return kvctl_print(k, kvctl_to_json(&r->base));
@@ -65,7 +80,7 @@ static int print_entries(struct kvctl *k, Kvd__V1__ListRotationSetsReply *r)
         table_cell(t, r->sets[i]->error > 0 ? "%.3f" : "-", r->sets[i]->error);
         table_cell(t, "%s", r->sets[i]->digest);
     }
-    table_print(t, "the store has no rotation sets");
+    table_print(t, no_entries(store));
     return EXIT_OK;
 }
 
@@ -76,7 +91,7 @@ static int list_local(struct kvctl *k)
     struct kvd_store_entry *entries KVD_FREE = NULL;
     uint32_t n;
     if (kvd_store_list(&c, &entries, &n, &err))
-        return kvctl_fail(&err);
+        return local_fail(&err);
     Kvd__V1__RotationSetInfo *infos KVD_FREE = calloc(n + 1, sizeof(*infos));
     Kvd__V1__RotationSetInfo **list KVD_FREE = calloc(n + 1, sizeof(*list));
     Kvd__V1__ListRotationSetsReply r = KVD__V1__LIST_ROTATION_SETS_REPLY__INIT;
@@ -92,7 +107,19 @@ static int list_local(struct kvctl *k)
         list[r.n_sets++] = &infos[i];
     }
     r.sets = list;
-    return print_entries(k, &r);
+    return print_entries(k, &r, k->store);
+}
+
+// Whether the daemon has a store.
+static bool has_store(struct kvctl *k)
+{
+    Kvd__V1__StatusRequest req = KVD__V1__STATUS_REQUEST__INIT;
+    Kvd__V1__StatusReply *r = NULL;
+    if (kvctl_call(k, "GetStatus", &req, &kvd__v1__status_reply__descriptor, &r))
+        return true; // it has said why not
+    bool store = *r->store;
+    kvd__v1__status_reply__free_unpacked(r, NULL);
+    return store;
 }
 
 int cmd_calib_ls(struct kvctl *k)
@@ -105,7 +132,7 @@ int cmd_calib_ls(struct kvctl *k)
         kvctl_call(k, "ListRotationSets", &req, &kvd__v1__list_rotation_sets_reply__descriptor, &r);
     if (code)
         return code;
-    code = print_entries(k, r);
+    code = print_entries(k, r, r->n_sets || k->json || has_store(k));
     kvd__v1__list_rotation_sets_reply__free_unpacked(r, NULL);
     return code;
 }
@@ -214,7 +241,7 @@ static struct kvd_rotset *open_set(struct kvctl *k, const char *arg, int *code)
     } else {
         set = fetch_local(k, arg, &err);
     }
-    *code = set ? EXIT_OK : kvctl_fail(&err);
+    *code = set ? EXIT_OK : local_fail(&err);
     return set;
 }
 
@@ -419,7 +446,7 @@ static int calib_pin(struct kvctl *k, const char *ref, bool pinned)
     struct kvd_error err = {0};
     char digest[KVD_DIGEST_TEXT];
     if (kvd_store_pin(&c, ref, pinned, digest, &err))
-        return kvctl_fail(&err);
+        return local_fail(&err);
     if (k->json)
         return kvctl_print(k, json_pack("{s:s, s:b, s:o}", "digest", digest, "pinned", (int)pinned,
                                         "cache", kvctl_text_json(c.cache)));

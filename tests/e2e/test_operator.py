@@ -29,7 +29,7 @@ def test_every_command_answers_people_and_scripts(kvd, rpc):
     for command, words in {
         "status": "ready", "workers": "somebody", "sequences": "a-name", "pool": "extents", "quota ls": "default",
         "ping 2": "avg", "version": "0.1.0", "top 0.1 2": "somebody", "metrics": "kvd_build_info",
-        "calib ls": "no rotation sets", "quota set default 64MiB": "set", "log-level debug": "was info",
+        "calib ls": "no store is configured, and the cache has no sets", "quota set default 64MiB": "set", "log-level debug": "was info",
         "evict --all --yes": "evicted 0", "sequences default": "a-name", "doctor": "fd socket",
         "bench --tokens 600": "of limit",
     }.items():

@@ -255,19 +255,40 @@ def test_stores_in_one_cache_do_not_mix(folder):
     for store in (a, b):
         store.rename(f"{store}-away")
     assert calib(a, "show", REF)["digest"] == in_a and calib(b, "show", REF)["digest"] == in_b
-    assert f"the store {a} is not there" in calib(a, "show", "m/b@v1", code=3)
+    assert f"the store {a} is not there" in calib(a, "show", "m/b@v1", code=1)
     # Without a store all of them are asked, and must agree.
     assert calib(None, "show", "m/same@v1")["digest"] == both
     assert calib(None, "show", "m/b@v1")["digest"] == only_b
     said = calib(None, "show", REF, code=1)
     assert all(text in said for text in (str(a), str(b), in_a, in_b, "--store URL"))
-    assert "no store is configured" in calib(None, "show", "m/none@v1", code=3)
+    assert "no store is configured (--store URL)" in calib(None, "show", "m/none@v1", code=1)
+    assert "no store is configured (--store URL)" in calib(None, "pin", "m/none@v1", code=1)
     # What any store's tag names stays.
     assert calib(None, "gc") == {"removed": 0, "freed": "0", "kept": 4, "dry": False}
     next((cache / "stores").rglob("b.json")).unlink()
-    assert calib(None, "gc")["removed"] == 1 and "m/b" in calib(None, "show", "m/b@v1", code=3)
+    assert calib(None, "gc")["removed"] == 1 and "m/b" in calib(None, "show", "m/b@v1", code=1)
     next((cache / "stores").rglob("demo.json")).write_text("{")
     assert "demo.json" in calib(None, "show", REF, code=1) and "demo.json" in calib(None, "gc", code=1)
+
+
+def test_a_cache_without_an_index_is_listed_too(folder, store):
+    """What was fetched by name has a manifest in the cache, and no index."""
+    cache = folder / "some-cache"
+    run = lambda *a: subprocess.run([KVCTL, "--cache", cache, *a], capture_output=True, text=True)
+    assert run("calib", "ls").stdout == "no store is configured, and the cache has no sets\n"
+    (folder / "empty").mkdir()
+    (folder / "empty/index.json").write_text('{"models": []}')
+    assert run("--store", folder / "empty", "calib", "ls").stdout == "no rotation sets in the store or the cache\n"
+    assert run("--store", store[0], "calib", "fetch", REF).returncode == 0
+    assert not list(cache.rglob("stores/*/index.json")) or not any("m/demo" in p.read_text() for p in cache.rglob("index.json"))
+    listed = json.loads(run("--json", "calib", "ls").stdout)["sets"]
+    assert [(s["model"], s["tag"], s["digest"], s["state"]) for s in listed] == [("m/demo", "v1", store[1], "cached")]
+
+
+def test_a_worker_is_told_where_a_store_is_configured(kvd, rpc):
+    with pytest.raises(grpc.RpcError) as e:
+        rpc.kv("OpenSession", layout=layout(rotation_set="m/none@v1"))
+    assert "no store is configured (store in kvd.conf, or --store of kvd)" in e.value.details(), e.value.details()
 
 
 def test_many_at_once_lose_nothing(folder):
