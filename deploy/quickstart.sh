@@ -19,6 +19,10 @@ if [ "${1:-}" = --with-cuda ] && ! command -v nvcc >/dev/null; then
     echo "quickstart: --with-cuda wants nvcc, of the CUDA toolkit, on PATH or in /usr/local/cuda/bin" >&2
     exit 1
 fi
+if [ "${1:-}" = --with-cuda ] && [ -n "${BUILD:-}" ] && [ -e "$build/build.ninja" ]; then
+    echo "quickstart: BUILD names $build, which is set up and stays as it is: name a new folder, or leave --with-cuda out" >&2
+    exit 1
+fi
 
 began=$SECONDS
 took() { # took WHAT: seconds since the last one
@@ -45,10 +49,11 @@ if [ -e "$build/build.ninja" ] && [ -n "${BUILD:-}" ]; then
     what="as $build was set up"
 elif [ -e "$build/build.ninja" ]; then
     [ "$(cat "$build/quickstart.options" 2>/dev/null)" = "${cuda[*]}" ] || quietly meson configure "$build" "${cuda[@]}"
+    echo "${cuda[*]}" >"$build/quickstart.options"
 else
     quietly meson setup "$build" -Dtests=false "${cuda[@]}"
+    echo "${cuda[*]}" >"$build/quickstart.options"
 fi
-echo "${cuda[*]}" >"$build/quickstart.options"
 echo "== build: $build, $what"
 targets=(daemon/kvd daemon/kvd-keeper client/kvctl client/kvctl-calib client/kvd-demo client/kvd-compare)
 export NINJA_STATUS='   [%f/%t, %e s] '
