@@ -1,6 +1,6 @@
 # Installs what kvd wants on Debian and Ubuntu, and nothing that is there already. Sourced by quickstart.sh and
 # tests/run.sh, tests/bench/run.sh and deb.sh: kvd_deps build | kvd_deps test | kvd_deps bench | kvd_deps package |
-# kvd_deps container.
+# kvd_deps image | kvd_deps container.
 
 kvd_deps() {
     local packages="gcc meson ninja-build pkg-config libuv1-dev libgrpc-dev libprotobuf-c-dev protobuf-c-compiler

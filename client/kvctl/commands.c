@@ -119,8 +119,9 @@ static const struct command table[] = {
     {.name = "why",
      .help = "Why a block of a prompt is not there",
      .more = "KEY is a block's, as prefix ls and events show it, and as workers know it (in Python "
-             "Prompt.keys). It was never stored, or evicted for room, for the quota or for the "
-             "index, dropped by an operator, damaged, or expired.",
+             "Event.keys, of Client.next_event). It was evicted for room, for the quota, for the "
+             "index or by an operator, dropped, damaged, expired or superseded; present is one "
+             "that is there, unknown one that was never stored or is forgotten.",
      .arguments = {{"NAMESPACE", VALUE_NAMESPACE}, {"KEY", VALUE_TEXT}},
      .required = 2,
      .run = cmd_why},
@@ -136,7 +137,8 @@ static const struct command table[] = {
      .run = cmd_events},
     {.name = "drain",
      .help = "Let sessions end, then stop the daemon",
-     .more = "Without SECONDS, drain-timeout of the configuration is the longest it waits.",
+     .more = "Without SECONDS, drain-timeout of the configuration is the longest it waits. "
+             "kvd-keeper starts kvd again; SIGTERM to kvd-keeper ends both.",
      .arguments = {{"SECONDS", VALUE_SECONDS}},
      .options = {{"yes", 'y', NULL, VALUE_NONE, "With --all: do not ask"}},
      .everywhere = true,
@@ -177,7 +179,8 @@ static const struct command table[] = {
     {.name = "calib ls", .help = "Rotation sets in the store and the cache", .run = cmd_calib_ls},
     {.name = "calib show",
      .help = "What a rotation set is",
-     .more = "A FILE, native or a RotationZoo .pt, wants no daemon.",
+     .more = "A FILE, native or a RotationZoo .pt, wants no daemon. A SET without --store or "
+             "--cache is the daemon's to fetch, for operators, and less of it is shown.",
      .arguments = {{"SET|FILE", VALUE_SET_OR_FILE}},
      .required = 1,
      .run = cmd_calib_show},

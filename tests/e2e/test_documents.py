@@ -142,6 +142,43 @@ def test_completion_knows_all_commands_and_options():
     assert complete("quota", "s") == {"set"} and complete("calib", "--json", "g") == {"gc"}
 
 
+def test_commands_that_ask_all_daemons_are_named(folder):
+    page = (SOURCE / "deploy/man/kvctl.1.scd").read_text()
+    names = re.search(r"exits with 2\. ([^.]*) take \*--all\*", page.replace("\n", " "))[1]
+    samples = {"LEVEL": "info", "NAMESPACE": "n", "TIER": "host", "KEY": "0a" * 24, "SET": "a/b@c", "SET|FILE": "a/b@c", "SIZE|none": "1GiB",
+               "SECONDS": "1", "PRIORITY": "low"}
+    takes = set()
+    for c in json.loads(program(KVCTL, "--json", "help"))["commands"]:
+        needed = re.sub(r"[\[\].]", "", c["arguments"]).split()[:c["required"]]
+        if c["command"] in ("help", "events") or c["command"].startswith("calib ") or not all(n in samples for n in needed):
+            continue
+        r = subprocess.run([KVCTL, "--all", *c["command"].split(), *(samples[n] for n in needed)], capture_output=True, text=True,
+                           stdin=subprocess.DEVNULL, env={**os.environ, "KVD_RUNTIME_DIR": str(folder), "KVD_ADDRESS": ""})
+        assert r.returncode in (2, 3), (c, r.stderr)
+        if r.returncode == 3:
+            takes.add(c["command"])
+    assert set(re.findall(r"\*([a-z -]+)\*", names)) == takes
+
+
+def test_quickstart_says_no_more_than_it_did(folder):
+    """A build folder that BUILD names is left as it is: nothing says that it was set up with CUDA."""
+    for name, text in (("nvcc", "exit 0"), ("meson", "mkdir -p \"$2\""), ("ninja", "exit 1"), ("nvidia-smi", "exit 1"),
+                       ("dpkg-query", 'for p in "$@"; do echo "$p installed"; done')):
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        os.chmod(folder / name, 0o755)
+    build = folder / "b"
+    build.mkdir()
+    (build / "build.ninja").write_text("")
+    run = lambda *a, **env: subprocess.run(["bash", SOURCE / "deploy/quickstart.sh", *a], capture_output=True, text=True, timeout=60,
+                                           env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **env})
+    r = run("--with-cuda", BUILD=str(build))
+    assert r.returncode == 1 and f"BUILD names {build}" in r.stderr and not r.stdout, (r.stdout, r.stderr)
+    r = run(BUILD=str(build))
+    assert r.returncode == 1 and f"as {build} was set up" in r.stdout and not (build / "quickstart.options").exists(), (r.stdout, r.stderr)
+    r = run(BUILD=str(folder / "new"))
+    assert r.returncode == 1 and "without CUDA kernels" in r.stdout, (r.stdout, r.stderr)
+
+
 def test_a_bare_machine_gets_its_dependencies(folder):
     """dpkg-query fails where it does not know a package; quickstart.sh ends at what fails."""
     if not shutil.which("dpkg-query"):

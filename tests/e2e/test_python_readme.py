@@ -32,7 +32,7 @@ def commands(*starts):
 
 
 def test_every_command_is_run_here():
-    known = ("pip install", "kvd-worker ", "protoc ", "PYTHONPATH=", "python3 -m kvd.record ", "kvctl calib fit ")
+    known = ("pip install", "kvd-worker ", "mkdir ", "protoc ", "PYTHONPATH=", "python3 -m kvd.record ", "kvctl calib fit ")
     assert COMMANDS and all(c.startswith(known) for c in COMMANDS)
 
 
@@ -87,14 +87,13 @@ def test_installing(folder):
 def test_stubs(folder):
     if not shutil.which("protoc"):
         pytest.skip("there is no protoc")
-    (folder / "stubs").mkdir()
     for name in ("proto", "client"):
         (folder / name).symlink_to(SOURCE / name)
     (folder / "bin").mkdir()
     # A script, as a link to a virtual environment's Python leaves the environment.
     (folder / "bin/python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (folder / "bin/python3").chmod(0o755)
-    for c in commands("protoc ", "PYTHONPATH="):
+    for c in commands("mkdir ", "protoc ", "PYTHONPATH="):
         shell(c, folder, PATH=f"{folder}/bin:{os.environ['PATH']}")
 
 
