@@ -16,7 +16,7 @@ import sys
 import pytest
 
 import kvd as package
-from conftest import BUILD, SOURCE
+from conftest import BUILD, KVCTL, SOURCE
 
 README = (SOURCE / "client/python/README.md").read_text()
 BLOCKS = re.findall(r"^```(python|sh)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
@@ -82,6 +82,12 @@ def test_installing(folder):
     for c in local:
         shell(c, folder, **env, PIP_NO_BUILD_ISOLATION="0", PIP_TARGET=str(folder / "site"), PATH=f"{folder}/bin:{os.environ['PATH']}")
     assert (folder / "site/kvd/libkvd.so.0").exists() and (folder / "site/bin/kvd-worker").exists()
+
+
+def test_what_kvctl_says_of_python_exists():
+    said = subprocess.run([KVCTL, "why", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "Event.keys" in said and "Client.next_event" in said and "Prompt.keys" not in said
+    assert "keys" in package.Event.__dataclass_fields__ and hasattr(package.Client, "next_event")
 
 
 def test_stubs(folder):
