@@ -29,7 +29,7 @@ __attribute__((format(printf, 5, 6))) static void found(struct findings *f, enum
                                                         const char *what, const char *meaning,
                                                         const char *fmt, ...)
 {
-    char text[256];
+    char text[512]; // as an error has
     va_list ap;
     va_start(ap, fmt);
     vsnprintf(text, sizeof(text), fmt, ap);

@@ -68,7 +68,7 @@ static int show(const struct kvctl *k, const Kvd__V1__Event *e)
     return fflush(stdout) ? EXIT_FAILED : EXIT_OK;
 }
 
-static int follow(const struct kvctl *k, struct kvd_stream *stream, uint64_t left)
+static int follow(struct kvctl *k, struct kvd_stream *stream, uint64_t left)
 {
     struct kvd_error err = {0};
     int code = EXIT_OK;
@@ -77,6 +77,8 @@ static int follow(const struct kvctl *k, struct kvd_stream *stream, uint64_t lef
         int rc = kvd_stream_next(stream, &kvd__v1__event__descriptor, FOREVER_MS, &e, &err);
         if (rc == KVD_E_TIMEOUT)
             continue;
+        if (err.code == KVD_E_UNAVAILABLE && !kvd_channel_connected(k->channel))
+            kvctl_no_answer(k, &err);
         if (rc)
             return kvctl_fail(&err);
         code = show(k, e);

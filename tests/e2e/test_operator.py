@@ -152,6 +152,9 @@ allow-cn = ops
     assert run(*as_("ops"), "log-level", "debug").returncode == 0
     assert run(*base, "status").returncode == 3  # no certificate
     assert run(*base[:3], "--timeout", "2", "status").returncode in (1, 3)  # no TLS at all
+    for command in ("status", "events default"):
+        r = run(*base[:3], "--timeout", "20", *command.split())
+        assert r.returncode == 3 and "if it speaks TLS, say --tls-ca, --tls-cert and --tls-key" in r.stderr, r.stderr
 
     def rpc(name):
         read = lambda f: (folder / f).read_bytes()
