@@ -72,12 +72,14 @@ static int retain(struct kvd_daemon *d, const struct hint *h, uint32_t n, struct
     for (int space = 0; space < SPACES; space++) {
         encoded = space == EXACT ? n_held : 0;
         for (uint32_t i = 0; i < n; i++)
-            if (h->there[i] == space + 1 || (h->req->expire && is_there(h, space, i))) {
+            if (h->req->expire ? is_there(h, space, i) : h->there[i] == space + 1) {
                 held[n_held++] = h->entries[space][i];
                 last = &h->keys[space][i];
             }
     }
-    uint32_t single = same ? 0 : n_held - encoded;
+    // Exact pages may be superseded one by one, and where both spaces are one, all are such. What
+    // is to expire is known by its entries, so none of these may go before the lease.
+    uint32_t single = same ? n_held : n_held - encoded;
     return last ? kvd_lease_put_pages(d, KVD_LEASE_RETAINED, h->spaces[0].ns, held, n_held, single,
                                       last, h->req->ms, h->req->expire, h->uid, err)
                 : KVD_OK;

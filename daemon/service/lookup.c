@@ -102,10 +102,11 @@ static int lease(struct kvd_daemon *d, struct lookup *l, struct kvd_session *s,
     }
     if (!n || !l->req->lease_ms)
         return KVD_OK;
-    // Exact pages may be superseded one by one, where there are others.
+    // Exact pages may be superseded one by one. Where both spaces are one, which is that of exact
+    // pages of the namespace's other sessions, all may be: by what these encode.
     bool same = l->spaces[ENCODED].layout == l->spaces[EXACT].layout;
     int rc =
-        kvd_lease_new_pages(d, s, held, n, same ? 0 : n - encoded, l->req->lease_ms, &made, err);
+        kvd_lease_new_pages(d, s, held, n, same ? n : n - encoded, l->req->lease_ms, &made, err);
     if (rc == KVD_OK)
         out->lease = made->id;
     return rc;

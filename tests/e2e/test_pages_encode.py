@@ -330,6 +330,36 @@ def test_lossless_pages_are_left_alone(kvd):
         assert p.encode(keys) == 0 and kinds(p, keys) == bytes([EXACT] * 12)
 
 
+def test_a_lease_keeps_each_page_of_a_lossless_session(kvd):
+    """Whose pages are the exact ones of the namespace's other sessions, which encode what has been passed."""
+    keys, e, back, given = keys_of("leased", 20), Engine(20, 64), Engine(20, 64), kv(5, 20)
+    e.write(range(20), given)
+    with connect(kvd) as p, connect(kvd, codec="bf16") as a:
+        put(p, e, keys, 0, 9, exact=[True] * 9)
+        assert a.lookup([keys[:9]], lease_ms=60000)[0].pages == 9
+        put(p, e, keys, 9, 20)
+        assert p.encode(keys) > 0
+        assert a.get(keys[:9], back.paged(range(9))) == bytes([EXACT] * 9)
+        assert np.array_equal(back.read(range(9)), given[:, :, :9 * 64])
+
+
+def test_what_a_lossless_session_lets_expire_is_what_it_named(kvd):
+    """Though it has been encoded meanwhile, and other pages came."""
+    keys, e = keys_of("leased", 20), Engine(40, 64)
+    e.write(range(20), kv(5, 20))
+    e.write(range(20, 28), kv(6, 8))
+    with connect(kvd) as p, connect(kvd, codec="bf16") as a:
+        put(p, e, keys, 0, 9, exact=[True] * 9)
+        assert a.hint([keys[:9]], "retain", 3, expire=True) == [9]
+        put(p, e, keys, 9, 20)
+        p.encode(keys)
+        other = keys_of("other", 8)
+        p.put(other, e.paged(range(20, 28)), exact=[True] * 8)
+        wait_until(lambda: kvd.metric("kvd_prefix_leases") == 0)
+        assert kinds(p, other) == bytes([EXACT] * 8)
+        assert EXACT not in kinds(a, keys[1:9])
+
+
 def test_what_is_malformed_is_refused(kvd):
     keys = keys_of("bad", 513)
     with connect(kvd) as p:
