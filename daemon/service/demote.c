@@ -62,7 +62,8 @@ struct kvd_demotion {
     uint64_t blocks, bytes, again, damaged, waits;
     // Blocks that tiers have now, and that has not been told of.
     struct kvd_prefix_key moved[TOLD];
-    uint32_t n_moved, moved_ns, moved_tiers;
+    uint32_t n_moved, moved_tiers;
+    char moved_ns[KVD_MAX_NAMESPACE + 1];
     uint32_t old; // blocks of before the start that have not been picked up, at most
     // Keys that tiers are to drop, from `next_drop` on.
     struct kvd_tier_key *drops;
@@ -71,29 +72,33 @@ struct kvd_demotion {
 };
 
 // -- telling ------------------------------------------------------------------------------------
+// A namespace may go while its blocks are on their way, and another one have its slot: it is known
+// by its name meanwhile, as holding it would keep the slot for as long as a tier is slow.
 
 static void tell_moved(struct kvd_daemon *d)
 {
     struct kvd_demotion *m = d->demotion;
-    for (uint32_t i = 0; m->n_moved && i < kvd_tiers_count(d); i++) {
+    uint32_t ns = m->n_moved ? kvd_pool_namespace_find(d->pool, m->moved_ns) : KVD_POOL_NONE;
+    for (uint32_t i = 0; ns != KVD_POOL_NONE && i < kvd_tiers_count(d); i++) {
         const struct kvd_event_of_blocks e = {.kind = KVD__V1__EVENT__KIND__BLOCKS_MOVED,
                                               .keys = m->moved,
                                               .n = m->n_moved,
                                               .tier = kvd_tier_name(kvd_tiers_get_tier(d, i))};
         if (m->moved_tiers & 1u << i)
-            kvd_event_blocks(d, m->moved_ns, &e);
+            kvd_event_blocks(d, ns, &e);
     }
     m->n_moved = 0;
 }
 
-static void note_moved(struct kvd_daemon *d, const struct kvd_blocks_load *block, uint32_t tiers)
+static void note_moved(struct kvd_daemon *d, const char *ns, const struct kvd_prefix_key *key,
+                       uint32_t tiers)
 {
     struct kvd_demotion *m = d->demotion;
-    if (m->n_moved == TOLD || m->moved_ns != block->space.ns || m->moved_tiers != tiers)
+    if (m->n_moved == TOLD || strcmp(m->moved_ns, ns) || m->moved_tiers != tiers)
         tell_moved(d);
-    m->moved_ns = block->space.ns;
+    snprintf(m->moved_ns, sizeof(m->moved_ns), "%s", ns);
     m->moved_tiers = tiers;
-    m->moved[m->n_moved++] = block->key;
+    m->moved[m->n_moved++] = *key;
 }
 
 // -- a batch ------------------------------------------------------------------------------------
@@ -180,34 +185,44 @@ static bool copy_batch(struct kvd_daemon *d, struct kvd_job *job)
 // A block on its way to all tiers.
 struct sending {
     struct kvd_daemon *d;
-    struct kvd_blocks_load block; // without pages
-    uint32_t left;                // planes that are not there yet
-    uint32_t tiers;               // that have all of them until now
+    struct kvd_blocks_load block; // without pages, nor the number of its namespace
+    char ns[KVD_MAX_NAMESPACE + 1];
+    uint32_t left;  // planes that are not there yet
+    uint32_t tiers; // that have all of them until now
 };
+
+// It waits again, where it is there still.
+static void send_again(struct sending *s)
+{
+    s->block.space.ns = kvd_pool_namespace_find(s->d->pool, s->ns);
+    s->d->demotion->again++;
+    if (s->block.space.ns != KVD_POOL_NONE)
+        kvd_blocks_new_again(s->d->pool, &s->block);
+}
 
 static void on_stored(void *ctx, uint32_t tiers)
 {
     struct sending *s = ctx;
-    struct kvd_demotion *m = s->d->demotion;
     s->tiers &= tiers;
     if (--s->left)
         return;
-    if (s->tiers) {
-        note_moved(s->d, &s->block, s->tiers);
-    } else if (kvd_tiers_count(s->d)) { // none: kvd stops
-        m->again++;
-        kvd_blocks_new_again(s->d->pool, &s->block);
-    }
+    if (s->tiers)
+        note_moved(s->d, s->ns, &s->block.key, s->tiers);
+    else if (kvd_tiers_count(s->d)) // none: kvd stops
+        send_again(s);
     free(s);
 }
 
 static void send_block(struct kvd_daemon *d, const struct item *it)
 {
     struct sending *s = malloc(sizeof(*s));
+    struct kvd_pool_namespace_info info;
     struct kvd_tier_key key;
     if (!s)
         return;
     *s = (struct sending){.d = d, .block = it->load, .left = 1, .tiers = UINT32_MAX};
+    kvd_pool_namespace_info(d->pool, it->load.space.ns, &info);
+    snprintf(s->ns, sizeof(s->ns), "%s", info.name);
     for (uint32_t p = 0; p < KVD_MAX_PLANES; p++) {
         if (!it->copy[p] ||
             kvd_tiers_key(d, it->load.space.domain, it->layout, it->load.key.w, p, &key, NULL))

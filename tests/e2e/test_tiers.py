@@ -152,6 +152,37 @@ def test_watchers_hear_where_blocks_are(start, folder):
 
 
 @needs_libkvd
+def test_no_namespace_hears_where_blocks_of_one_are_that_has_gone(start, folder):
+    """Though it has its slot while copies wait for a slow tier."""
+    kvd = start(config=f"[kvd]\ntier-directory = {folder}/blocks 1GiB\ntier-rate = 2MiB\n")
+    with connect(kvd, namespace="secret") as c:
+        k, v = (c.tensor(2, 8192, 2, 64) for _ in range(2))
+        for i in range(6):
+            s = c.create()
+            s.append(k, v)
+            assert s.publish_blocks(package.Prompt(tokens_of(i, 8192))).blocks
+            s.free()
+        until(lambda: kvd.metric("kvd_demoted_blocks_total") > 200, True)
+    kvd.kvctl("evict", "--namespace", "secret")
+    with connect(kvd, namespace="curious") as c:
+        k, v = (c.tensor(2, 8192, 2, 64) for _ in range(2))
+        assert int(tiers(kvd)["directory"]["waiting"]) > 100
+        heard = []
+        while int(tiers(kvd)["directory"]["waiting"]) or not heard:
+            e = c.next_event(0.2)
+            heard += [e.kind] if e else []
+        assert heard == ["opened"]
+        # What it publishes itself it hears of.
+        assert publish(c, tokens_of(1, 1024)) == 12
+        assert [c.next_event(20).kind for _ in range(2)] == ["stored", "moved"]
+        s = c.create()
+        s.append(k, v)
+        s.publish_blocks(package.Prompt(tokens_of(9, 8192)))
+        until(lambda: int(tiers(kvd)["directory"]["waiting"]) > 16, True)
+    assert kvd.stop() == 0  # amid it
+
+
+@needs_libkvd
 def test_blocks_wait_for_a_server_that_is_away(start, folder):
     if not SERVERS:
         pytest.skip("neither valkey-server nor redis-server is installed")
