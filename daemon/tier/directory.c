@@ -295,13 +295,16 @@ static int write_block(struct directory *d, int root, const char *name,
     return rc;
 }
 
-// Whether the file is there and has half of its time before it.
-static bool is_fresh(int root, const char *name, uint64_t ttl_s)
+// Whether the file is there, of the length that it is to have, and has half of its time before it.
+static bool is_fresh(int root, const char *name, uint64_t bytes, uint64_t ttl_s)
 {
     uint8_t header[KVD_BLOCK_HEADER];
+    struct stat st;
     int fd KVD_CLOSE = openat(root, name, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
-    if (fd < 0 || !ttl_s)
-        return fd >= 0;
+    if (fd < 0 || fstat(fd, &st) || (uint64_t)st.st_size != bytes)
+        return false;
+    if (!ttl_s)
+        return true;
     ssize_t n = pread(fd, header, sizeof(header), KVD_BLOCK_FRONT - KVD_BLOCK_HEADER);
     return n == (ssize_t)sizeof(header) &&
            kvd_block_stored(header, sizeof(header)) + ttl_s / 2 > (uint64_t)time(NULL);
@@ -324,7 +327,7 @@ static void put(struct directory *d, int root, struct kvd_tier_op *op)
         return;
     }
     int rc = 0;
-    if (!is_fresh(root, name, op->settings.ttl_s)) {
+    if (!is_fresh(root, name, bytes, op->settings.ttl_s)) {
         make_room(d, root, bytes);
         rc = write_block(d, root, name, op->block);
     }

@@ -526,6 +526,27 @@ START_TEST(files_that_are_not_what_was_written_are_dropped)
 }
 END_TEST
 
+// Also without anybody who gets it and finds it damaged.
+START_TEST(a_file_of_another_length_is_written_anew)
+{
+    struct place p;
+    char file[256];
+    place_begin(&p);
+    for (p.settings.ttl_s = 0; p.settings.ttl_s < 200; p.settings.ttl_s += 100) {
+        tier_end(&p.loop, &p.t);
+        place_open(&p);
+        for (uint64_t i = 0; i < 2; i++) {
+            ck_assert_int_eq(tier_put(&p.loop, p.t, i, BYTES, NULL), KVD_TIER_OK);
+            file_of(&p, i, file);
+            ck_assert_int_eq(truncate(file, i ? 4096 : 1 << 16), 0);
+            ck_assert_int_eq(tier_put(&p.loop, p.t, i, BYTES, NULL), KVD_TIER_OK);
+            ck_assert_int_eq(tier_get(&p.loop, p.t, i, BYTES, NULL), KVD_TIER_OK);
+        }
+    }
+    place_end(&p);
+}
+END_TEST
+
 START_TEST(a_file_forged_without_the_secret_is_dropped)
 {
     struct place p;
@@ -760,7 +781,7 @@ KVD_MAIN("tier", 60, whatever_bit_is_flipped_is_noticed,
          a_drop_and_a_put_of_one_key_keep_their_order, what_waits_is_bounded_and_reads_go_first,
          what_is_written_has_a_rate, host_memory_is_bounded_and_keeps_what_is_used,
          a_directory_outlives_the_one_that_filled_it,
-         files_that_are_not_what_was_written_are_dropped,
+         files_that_are_not_what_was_written_are_dropped, a_file_of_another_length_is_written_anew,
          a_file_forged_without_the_secret_is_dropped, a_directory_keeps_its_limit_and_what_is_used,
          two_share_a_directory, blocks_expire, a_put_of_what_is_there_renews_its_time,
          a_full_disk_is_noticed, a_directory_that_cannot_be_used_fails_softly)
