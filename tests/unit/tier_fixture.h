@@ -2,6 +2,9 @@
 #ifndef KVD_TESTS_TIER_FIXTURE_H
 #define KVD_TESTS_TIER_FIXTURE_H
 
+#include <fcntl.h>
+#include <sys/stat.h>
+
 #include "daemon/tier/tier.h"
 #include "tests/unit/suite.h"
 
@@ -59,6 +62,26 @@ static inline void tier_sleep(uv_loop_t *loop, uint64_t ms)
 static inline uint64_t tier_ms_since(uint64_t began)
 {
     return (uv_hrtime() - began) / 1000000;
+}
+
+static inline struct kvd_tier_secret *tier_secret_of(const char *text)
+{
+    char path[] = "/tmp/kvd-test-secret.XXXXXX";
+    struct kvd_error err = {0};
+    int fd = mkstemp(path); // mode 0600
+    ck_assert_int_eq(write(fd, text, strlen(text)), (ssize_t)strlen(text));
+    struct kvd_tier_secret *s = kvd_tier_secret_load(path, &err);
+    ck_assert_msg(s != NULL, "%s", err.text);
+    ck_assert_int_eq(fchmod(fd, 0644), 0);
+    ck_assert_ptr_null(kvd_tier_secret_load(path, &err)); // others can read it
+    ck_assert_int_eq(err.code, KVD_E_DENIED);
+    ck_assert_int_eq(fchmod(fd, 0600), 0);
+    ck_assert_int_eq(ftruncate(fd, 31), 0);
+    ck_assert_ptr_null(kvd_tier_secret_load(path, &err)); // too short
+    ck_assert_int_eq(err.code, KVD_E_INVALID);
+    close(fd);
+    unlink(path);
+    return s;
 }
 
 static inline struct kvd_tier_key tier_key(uint64_t number, const struct kvd_tier_secret *secret)
