@@ -55,9 +55,12 @@ static void on_flushed(void *ctx, const struct kvd_tier_reply *reply)
                                           .tier = req->name};
     Kvd__V1__FlushTierReply r = KVD__V1__FLUSH_TIER_REPLY__INIT;
     if (reply->result == KVD_TIER_OK) {
+        kvd_notice("tier is flushed tier=%s", req->name);
         kvd_event_blocks(call->d, KVD_POOL_NONE, &e);
         kvd_call_reply(call, &r);
     } else {
+        kvd_warning("tier is not flushed, or not all of it tier=%s: %s", req->name,
+                    kvd_tier_result_name(reply->result));
         kvd_call_fail(
             call, KVD_E_UNAVAILABLE,
             "the tier was not flushed, or not all of it: %s (kvctl tier status says more)",
@@ -75,6 +78,5 @@ void kvd_on_flush_tier(struct kvd_call *call, const void *request)
                       req->name);
         return;
     }
-    kvd_notice("tier is flushed tier=%s", req->name);
     kvd_tier_flush(t, on_flushed, call);
 }

@@ -15,6 +15,7 @@ enum {
     SCAN_S = 300,
     TOUCH_S = 60,      // a file's time of use is not newer than needed
     LEFTOVER_S = 3600, // files of a crash that never got their name
+    MOST_STAY = 16,    // files that cannot be dropped, before a put finds no room
     NAME = 3 + KVD_TIER_KEY_TEXT + 40,
 };
 
@@ -22,7 +23,8 @@ struct file {
     struct kvd_tier_key key;
     uint64_t bytes;
     time_t used;
-    uint32_t scan; // the last one that met it, or in which it was made
+    uint32_t scan;  // the last one that met it, or in which it was made
+    uint32_t flush; // the last one that could not drop it
     UT_hash_handle hh;
     struct file *prev, *next; // least recently used first
 };
@@ -36,7 +38,7 @@ struct directory {
     int root;             // -1: not open yet
     bool no_direct;       // the file system has no O_DIRECT
     struct file *by_key, *by_use;
-    uint32_t scan;
+    uint32_t scan, flush;
     uint64_t names;              // made
     atomic_ullong bytes, blocks; // read without the lock
     pthread_mutex_t count_lock;  // of `lost`: the loop never waits for a scan
@@ -130,16 +132,22 @@ static void note(struct directory *d, const struct kvd_tier_key *key, uint64_t b
     DL_APPEND(d->by_use, f);
 }
 
-static void drop(struct directory *d, int root, const struct kvd_tier_key *key)
+// 0, or the errno for which the file stays. One that stays is known still, behind the others.
+static int drop(struct directory *d, int root, const struct kvd_tier_key *key)
 {
     char name[NAME];
     name_of(key, name);
-    unlinkat(root, name, 0);
+    int rc = unlinkat(root, name, 0) && errno != ENOENT ? errno : 0;
     pthread_mutex_lock(&d->lock);
     struct file *f = find(d, key);
-    if (f)
+    if (f && !rc) {
         forget(d, f);
+    } else if (f) {
+        DL_DELETE(d->by_use, f);
+        DL_APPEND(d->by_use, f);
+    }
     pthread_mutex_unlock(&d->lock);
+    return rc;
 }
 
 static void count_lost(struct directory *d, enum kvd_tier_loss why, time_t used)
@@ -149,19 +157,23 @@ static void count_lost(struct directory *d, enum kvd_tier_loss why, time_t used)
     pthread_mutex_unlock(&d->count_lock);
 }
 
-// Drops the least recently used until so many bytes more have room.
-static void make_room(struct directory *d, int root, uint64_t bytes)
+// Drops the least recently used until so many bytes more have room. 0, or the errno for which files
+// stay.
+static int make_room(struct directory *d, int root, uint64_t bytes)
 {
-    for (;;) {
+    for (uint32_t stay = 0;;) {
         pthread_mutex_lock(&d->lock);
         bool none = d->bytes + bytes <= d->limit || !d->by_use;
         struct kvd_tier_key key = none ? (struct kvd_tier_key){0} : d->by_use->key;
         time_t used = none ? 0 : d->by_use->used;
         pthread_mutex_unlock(&d->lock);
         if (none)
-            return;
-        drop(d, root, &key);
-        count_lost(d, KVD_TIER_LOST_ROOM, used);
+            return 0;
+        int rc = drop(d, root, &key);
+        if (rc && ++stay == MOST_STAY)
+            return rc;
+        if (rc == 0)
+            count_lost(d, KVD_TIER_LOST_ROOM, used);
     }
 }
 
@@ -170,11 +182,13 @@ static int by_time(const struct file *a, const struct file *b)
     return (a->used > b->used) - (a->used < b->used);
 }
 
-// One folder: notes what is new, drops what is too old.
-static void scan_folder(struct directory *d, int root, const char *folder, uint32_t scan)
+// One folder: notes what is new, drops what is too old. 0, or the errno for which nobody knows what
+// is there.
+static int scan_folder(struct directory *d, int root, const char *folder, uint32_t scan)
 {
     int fd = openat(root, folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     DIR *dir = fd >= 0 ? fdopendir(fd) : NULL;
+    int rc = dir || errno == ENOENT || errno == ENOTDIR ? 0 : errno;
     time_t now = time(NULL);
     struct dirent *e;
     if (!dir && fd >= 0)
@@ -203,25 +217,25 @@ static void scan_folder(struct directory *d, int root, const char *folder, uint3
     }
     if (dir)
         closedir(dir);
+    return rc;
 }
 
-static void scan(void *ctx)
+// 0, or an errno for which not all of it was looked at.
+static int scan(struct directory *d, int root)
 {
-    struct directory *d = ctx;
     struct file *f, *tmp;
-    int root = root_of(d);
-    if (root < 0)
-        return;
+    int bad = 0;
     pthread_mutex_lock(&d->lock);
     uint32_t number = ++d->scan;
     pthread_mutex_unlock(&d->lock);
     for (uint32_t i = 0; i < 256 && !d->ending; i++) {
         char folder[4];
         snprintf(folder, sizeof(folder), "%02x", i);
-        scan_folder(d, root, folder, number);
+        int rc = scan_folder(d, root, folder, number);
+        bad = bad ? bad : rc;
     }
     if (d->ending)
-        return;
+        return bad;
     pthread_mutex_lock(&d->lock);
     DL_FOREACH_SAFE(d->by_use, f, tmp)
     if (f->scan < number)
@@ -229,6 +243,15 @@ static void scan(void *ctx)
     DL_SORT(d->by_use, by_time);
     pthread_mutex_unlock(&d->lock);
     make_room(d, root, 0);
+    return bad;
+}
+
+static void look_over(void *ctx)
+{
+    struct directory *d = ctx;
+    int root = root_of(d);
+    if (root >= 0)
+        scan(d, root);
 }
 
 // -- operations, on a thread --------------------------------------------------------------------
@@ -326,11 +349,14 @@ static void put(struct directory *d, int root, struct kvd_tier_op *op)
         kvd_tier_fail(op, KVD_TIER_FAILED, "%.100s", err.text);
         return;
     }
-    int rc = 0;
-    if (!is_fresh(root, name, bytes, op->settings.ttl_s)) {
-        make_room(d, root, bytes);
-        rc = write_block(d, root, name, op->block);
+    bool fresh = is_fresh(root, name, bytes, op->settings.ttl_s);
+    int rc = fresh ? 0 : make_room(d, root, bytes);
+    if (rc) {
+        kvd_tier_fail(op, KVD_TIER_FULL, "%.60s: what is there cannot be dropped: %s", d->path,
+                      strerror(rc));
+        return;
     }
+    rc = fresh ? 0 : write_block(d, root, name, op->block);
     if (rc) {
         bool full = rc == ENOSPC || rc == EDQUOT || rc == EFBIG;
         kvd_tier_fail(op, full ? KVD_TIER_FULL : KVD_TIER_FAILED, "%.60s: %s", d->path,
@@ -378,9 +404,10 @@ static void get(struct directory *d, int root, struct kvd_tier_op *op)
     int rc = read_block(fd, op, &st, &err);
     if (rc) {
         kvd_block_unref(&op->block);
-        if (rc > 0)
-            drop(d, root, &op->keys[0]);
-        if (rc == KVD_E_NOT_FOUND)
+        int stays = rc > 0 ? drop(d, root, &op->keys[0]) : 0;
+        if (stays)
+            kvd_fail_in(&err, "it cannot be dropped (%s)", strerror(stays));
+        else if (rc == KVD_E_NOT_FOUND)
             count_lost(d, KVD_TIER_LOST_EXPIRED, st.st_mtime);
         kvd_tier_fail(op,
                       rc == KVD_E_CORRUPT     ? KVD_TIER_DAMAGED
@@ -411,20 +438,52 @@ static void has(struct directory *d, int root, struct kvd_tier_op *op)
     kvd_tier_finish(op, KVD_TIER_OK);
 }
 
+// The next one that a flush has not tried to drop. False: there is none.
+static bool next_to_flush(struct directory *d, uint32_t number, struct kvd_tier_key *key)
+{
+    struct file *f;
+    pthread_mutex_lock(&d->lock);
+    for (f = d->by_use; f && f->flush == number; f = f->next)
+        continue;
+    if (f) {
+        f->flush = number;
+        *key = f->key;
+    }
+    pthread_mutex_unlock(&d->lock);
+    return f;
+}
+
 // All that is ours, whoever of those that share the directory has put it.
 static void flush(struct directory *d, int root, struct kvd_tier_op *op)
 {
-    scan(d);
-    for (;;) {
-        pthread_mutex_lock(&d->lock);
-        bool none = !d->by_use || d->ending;
-        struct kvd_tier_key key = none ? (struct kvd_tier_key){0} : d->by_use->key;
-        pthread_mutex_unlock(&d->lock);
-        if (none)
-            break;
-        drop(d, root, &key);
+    struct kvd_tier_key key;
+    uint32_t stay = 0;
+    int unseen = scan(d, root), why = 0;
+    pthread_mutex_lock(&d->lock);
+    uint32_t number = ++d->flush;
+    pthread_mutex_unlock(&d->lock);
+    while (!d->ending && next_to_flush(d, number, &key)) {
+        int rc = drop(d, root, &key);
+        stay += rc != 0;
+        why = rc ? rc : why;
     }
-    kvd_tier_finish(op, KVD_TIER_OK);
+    if (stay)
+        kvd_tier_fail(op, KVD_TIER_FAILED, "%.60s: %u files stay: %s", d->path, stay,
+                      strerror(why));
+    else if (unseen)
+        kvd_tier_fail(op, KVD_TIER_FAILED, "%.60s: not all of it can be read: %s", d->path,
+                      strerror(unseen));
+    else
+        kvd_tier_finish(op, KVD_TIER_OK);
+}
+
+static void drop_one(struct directory *d, int root, struct kvd_tier_op *op)
+{
+    int rc = drop(d, root, &op->keys[0]);
+    if (rc)
+        kvd_tier_fail(op, KVD_TIER_FAILED, "%.60s: a block stays: %s", d->path, strerror(rc));
+    else
+        kvd_tier_finish(op, KVD_TIER_OK);
 }
 
 static void run(void *ctx, struct kvd_tier_op *op)
@@ -446,8 +505,7 @@ static void run(void *ctx, struct kvd_tier_op *op)
         has(d, root, op);
         return;
     case KVD_TIER_DROP:
-        drop(d, root, &op->keys[0]);
-        kvd_tier_finish(op, KVD_TIER_OK);
+        drop_one(d, root, op);
         return;
     default:
         flush(d, root, op);
@@ -473,7 +531,7 @@ void *kvd_tier_directory_new(const char *path, uint64_t limit, uint64_t ttl_s,
                              struct kvd_error *err)
 {
     static const struct kvd_tier_work work = {
-        .run = run, .now_and_then = scan, .every_s = SCAN_S, .free = directory_free};
+        .run = run, .now_and_then = look_over, .every_s = SCAN_S, .free = directory_free};
     struct directory *d = calloc(1, sizeof(*d));
     if (!d || !(d->path = strdup(path))) {
         free(d);

@@ -229,8 +229,7 @@ static void judge(struct kvd_tier *t, const struct kvd_tier_op *op)
         failed(t, op->why);
         break;
     case KVD_TIER_DAMAGED:
-        kvd_warning("tier has a damaged block, dropped tier=%s reason=\"%s\"", t->ops->name,
-                    op->why);
+        kvd_warning("tier has a damaged block tier=%s reason=\"%s\"", t->ops->name, op->why);
         snprintf(t->why, sizeof(t->why), "%s", op->why);
         worked(t);
         break;

@@ -151,6 +151,27 @@ def test_watchers_hear_where_blocks_are(start, folder):
             assert (e.kind, e.tier, e.keys) == ("cleared", "host", ())
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has files that kvd may not drop, as a kvd of another user")
+@pytest.mark.parametrize("folders", [0o755, 0o700])
+def test_a_flush_that_drops_nothing_says_so(start, folder, folders):
+    """Of files that are somebody else's, whether their names can be read or not."""
+    within = folder / "blocks/ab"
+    within.mkdir(parents=True)
+    (within / ("0" * 62)).write_bytes(bytes(8192))
+    os.chmod(within, folders)
+    for path in (folder, folder / "blocks"):
+        os.chown(path, 65534, 65534)
+    kvd = start(config=f"[kvd]\ntier-directory = {folder}/blocks 1GiB\n", prefix=("setpriv", "--reuid", "65534", "--clear-groups"))
+    r = kvd.kvctl("tier", "flush", "directory", check=False)
+    assert r.returncode and "not flushed" in r.stderr
+    assert "tier is flushed" not in kvd.text() and "tier is not flushed" in kvd.text()
+    assert "Permission denied" in tiers(kvd)["directory"]["reason"]
+    (within / ("0" * 62)).unlink()
+    within.rmdir()
+    kvd.kvctl("tier", "flush", "directory")
+    assert "tier is flushed" in kvd.text()
+
+
 @needs_libkvd
 def test_no_namespace_hears_where_blocks_of_one_are_that_has_gone(start, folder):
     """Though it has its slot while copies wait for a slow tier."""

@@ -370,6 +370,64 @@ START_TEST(a_full_disk_is_noticed)
 }
 END_TEST
 
+static enum kvd_tier_result drop(struct place *p, uint64_t number)
+{
+    struct answer a = {0};
+    struct kvd_tier_key key = tier_key(number, NULL);
+    kvd_tier_drop(p->t, &key, tier_answered, &a);
+    tier_until(&p->loop, &a.n, 1);
+    return a.result;
+}
+
+// As a read-only mount, or one with files of somebody else. What stays is said to, and known still.
+START_TEST(what_cannot_be_dropped_is_told_of)
+{
+    struct place p;
+    struct kvd_tier_status s;
+    place_begin(&p);
+    tier_end(&p.loop, &p.t);
+    mkdir(p.path, 0700);
+    if (mount("kvd-test", p.path, "tmpfs", 0, "mode=0700")) {
+        printf("SKIP what cannot be dropped: mount: %s\n", strerror(errno));
+        place_open(&p);
+        place_end(&p);
+        return;
+    }
+    p.limit = 40 * 24576;
+    place_open(&p);
+    for (uint64_t i = 0; i < 40; i++)
+        ck_assert_int_eq(tier_put(&p.loop, p.t, i, BYTES, NULL), KVD_TIER_OK);
+    bool read_only = mount(NULL, p.path, NULL, MS_REMOUNT | MS_RDONLY, NULL) == 0;
+    enum kvd_tier_result dropped = drop(&p, 1), got = tier_get(&p.loop, p.t, 1, BYTES, NULL);
+    enum kvd_tier_result full = tier_put(&p.loop, p.t, 99, BYTES, NULL);
+    struct answer a = {0};
+    kvd_tier_flush(p.t, tier_answered, &a);
+    tier_until(&p.loop, &a.n, 1);
+    kvd_tier_status(p.t, &s);
+    enum kvd_tier_result again = tier_get(&p.loop, p.t, 2, BYTES, NULL);
+    mount(NULL, p.path, NULL, MS_REMOUNT, NULL);
+    struct answer b = {0};
+    kvd_tier_flush(p.t, tier_answered, &b);
+    tier_until(&p.loop, &b.n, 1);
+    uint64_t left = file_count(&p), known_left = known(&p);
+    tier_end(&p.loop, &p.t);
+    umount2(p.path, MNT_DETACH);
+    ck_assert(read_only);
+    ck_assert_int_eq(dropped, KVD_TIER_FAILED);
+    ck_assert_int_eq(got, KVD_TIER_OK);
+    ck_assert_int_eq(full, KVD_TIER_FULL);
+    ck_assert_int_eq(a.result, KVD_TIER_FAILED);
+    ck_assert_ptr_nonnull(strstr(s.why, "40 files stay: Read-only"));
+    ck_assert_uint_eq(s.blocks, 40);
+    ck_assert_uint_eq(s.lost.blocks[KVD_TIER_LOST_ROOM], 0);
+    ck_assert_int_eq(again, KVD_TIER_OK);
+    ck_assert_int_eq(b.result, KVD_TIER_OK);
+    ck_assert_uint_eq(left + known_left, 0);
+    place_open(&p);
+    place_end(&p);
+}
+END_TEST
+
 START_TEST(a_directory_that_cannot_be_used_fails_softly)
 {
     struct place p;
@@ -401,4 +459,5 @@ KVD_MAIN("tier_directory", 60, a_directory_outlives_the_one_that_filled_it,
          files_that_are_not_what_was_written_are_dropped, a_file_of_another_length_is_written_anew,
          a_file_forged_without_the_secret_is_dropped, a_directory_keeps_its_limit_and_what_is_used,
          two_share_a_directory, blocks_expire, a_put_of_what_is_there_renews_its_time,
-         a_full_disk_is_noticed, a_directory_that_cannot_be_used_fails_softly)
+         a_full_disk_is_noticed, what_cannot_be_dropped_is_told_of,
+         a_directory_that_cannot_be_used_fails_softly)
