@@ -50,6 +50,10 @@ struct kvd_tier_ops {
 // Counts a block that went; `used`: when it was last used (Unix time).
 void kvd_tier_lose(struct kvd_tier_lost *lost, enum kvd_tier_loss why, time_t used);
 
+// For `status`: it does not work, and no operation needs to find that out.
+__attribute__((format(printf, 2, 3))) void kvd_tier_down(struct kvd_tier_status *out,
+                                                         const char *fmt, ...);
+
 // Gives the operation back. Any thread, once.
 void kvd_tier_finish(struct kvd_tier_op *op, enum kvd_tier_result result);
 __attribute__((format(printf, 3, 4))) void

@@ -8,6 +8,7 @@
 #include <uthash.h>
 #include <utlist.h>
 
+#include "daemon/core/log.h"
 #include "daemon/tier/threads.h"
 
 enum {
@@ -29,18 +30,26 @@ struct file {
     struct file *prev, *next; // least recently used first
 };
 
+// The directory as it is open. One that was removed, or is not what the path names any more, is
+// closed when nobody uses it.
+struct root {
+    int fd;
+    uint32_t users; // and the tier, while it is the one to use
+};
+
 struct directory {
     char *path;
     uint64_t limit, ttl_s;
     struct kvd_tier_threads *threads;
     atomic_bool ending;
     pthread_mutex_t lock; // of what follows
-    int root;             // -1: not open yet
+    struct root *root;    // NULL: not open yet
     bool no_direct;       // the file system has no O_DIRECT
     struct file *by_key, *by_use;
     uint32_t scan, flush;
     uint64_t names;              // made
     atomic_ullong bytes, blocks; // read without the lock
+    atomic_int unusable;         // 0, or the errno for which it was not opened
     pthread_mutex_t count_lock;  // of `lost`: the loop never waits for a scan
     struct kvd_tier_lost lost;
 };
@@ -73,23 +82,6 @@ static bool key_of(const char *folder, const char *name, struct kvd_tier_key *ou
         out->bytes[i] = (uint8_t)(high << 4 | low);
     }
     return true;
-}
-
-// The directory, opened when it is first wanted, so that a disk that comes late is found. -errno.
-static int root_of(struct directory *d)
-{
-    pthread_mutex_lock(&d->lock);
-    if (d->root < 0) {
-        if (mkdir(d->path, 0700) && errno != EEXIST)
-            d->root = -errno;
-        else
-            d->root = open(d->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-        if (d->root == -1)
-            d->root = -errno;
-    }
-    int root = d->root;
-    pthread_mutex_unlock(&d->lock);
-    return root;
 }
 
 // -- what is there, as far as is known ----------------------------------------------------------
@@ -149,6 +141,96 @@ static int drop(struct directory *d, int root, const struct kvd_tier_key *key)
     pthread_mutex_unlock(&d->lock);
     return rc;
 }
+
+// -- the directory ------------------------------------------------------------------------------
+
+// Under the lock, as root_renew.
+static void root_leave(struct root *r)
+{
+    if (--r->users)
+        return;
+    close(r->fd);
+    free(r);
+}
+
+static bool is_gone(const struct root *r)
+{
+    struct stat st;
+    return fstat(r->fd, &st) || st.st_nlink == 0;
+}
+
+static bool is_named(const struct root *r, const char *path)
+{
+    struct stat ours, there;
+    return fstat(r->fd, &ours) || stat(path, &there) ||
+           (ours.st_dev == there.st_dev && ours.st_ino == there.st_ino);
+}
+
+// Opens the directory, also where it was removed and is made again. 0 or an errno.
+static int root_open(struct directory *d)
+{
+    struct root *r = malloc(sizeof(*r));
+    if (!r)
+        return ENOMEM;
+    *r = (struct root){.fd = -1, .users = 1};
+    if (mkdir(d->path, 0700) == 0 || errno == EEXIST)
+        r->fd = open(d->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (r->fd < 0) {
+        int rc = errno;
+        free(r);
+        return rc;
+    }
+    d->root = r;
+    return 0;
+}
+
+static void tell_usable(struct directory *d, int was, int is)
+{
+    const char *name = strrchr(d->path, '/');
+    int parent = name && name > d->path ? (int)(name - d->path) : 1;
+    if (!is == !was)
+        return;
+    if (!is)
+        kvd_notice("tier directory: %s is there", d->path);
+    else if (is == ENOENT) // it would be made
+        kvd_warning("tier directory: %.*s is not there: it misses until it is", parent, d->path);
+    else
+        kvd_warning("tier directory: %s: %s: it misses until that is mended", d->path,
+                    strerror(is));
+}
+
+// The directory, which is opened when it is first wanted, so that a disk that comes late is found.
+// `looks`: also whether the path names another one by now. *fresh: what is there is not known. NULL
+// with *why set.
+static struct root *root_take(struct directory *d, bool looks, bool *fresh, int *why)
+{
+    *fresh = d->unusable;
+    *why = 0;
+    pthread_mutex_lock(&d->lock);
+    if (d->root && (is_gone(d->root) || (looks && !is_named(d->root, d->path)))) {
+        root_leave(KVD_TAKE(d->root));
+        while (d->by_use)
+            forget(d, d->by_use);
+        *fresh = true;
+    }
+    if (!d->root)
+        *why = root_open(d);
+    struct root *r = d->root;
+    if (r)
+        r->users++;
+    pthread_mutex_unlock(&d->lock);
+    tell_usable(d, atomic_exchange(&d->unusable, *why), *why);
+    return r;
+}
+
+static void root_give(struct directory *d, struct root *r)
+{
+    pthread_mutex_lock(&d->lock);
+    root_leave(r);
+    pthread_mutex_unlock(&d->lock);
+}
+
+// -- what goes ----------------------------------------------------------------------------------
 
 static void count_lost(struct directory *d, enum kvd_tier_loss why, time_t used)
 {
@@ -249,9 +331,13 @@ static int scan(struct directory *d, int root)
 static void look_over(void *ctx)
 {
     struct directory *d = ctx;
-    int root = root_of(d);
-    if (root >= 0)
-        scan(d, root);
+    bool fresh;
+    int why;
+    struct root *r = root_take(d, true, &fresh, &why);
+    if (!r)
+        return;
+    scan(d, r->fd);
+    root_give(d, r);
 }
 
 // -- operations, on a thread --------------------------------------------------------------------
@@ -486,14 +572,8 @@ static void drop_one(struct directory *d, int root, struct kvd_tier_op *op)
         kvd_tier_finish(op, KVD_TIER_OK);
 }
 
-static void run(void *ctx, struct kvd_tier_op *op)
+static void work(struct directory *d, int root, struct kvd_tier_op *op)
 {
-    struct directory *d = ctx;
-    int root = root_of(d);
-    if (root < 0) {
-        kvd_tier_fail(op, KVD_TIER_FAILED, "%.60s: %s", d->path, strerror(-root));
-        return;
-    }
     switch (op->verb) {
     case KVD_TIER_PUT:
         put(d, root, op);
@@ -512,6 +592,22 @@ static void run(void *ctx, struct kvd_tier_op *op)
     }
 }
 
+static void run(void *ctx, struct kvd_tier_op *op)
+{
+    struct directory *d = ctx;
+    bool fresh;
+    int why;
+    struct root *r = root_take(d, op->verb == KVD_TIER_FLUSH, &fresh, &why);
+    if (!r) {
+        kvd_tier_fail(op, KVD_TIER_FAILED, "%.60s: %s", d->path, strerror(why));
+        return;
+    }
+    work(d, r->fd, op);
+    if (fresh)
+        scan(d, r->fd);
+    root_give(d, r);
+}
+
 // -- its life -----------------------------------------------------------------------------------
 
 static void directory_free(void *ctx)
@@ -519,8 +615,8 @@ static void directory_free(void *ctx)
     struct directory *d = ctx;
     while (d->by_use)
         forget(d, d->by_use);
-    if (d->root >= 0)
-        close(d->root);
+    if (d->root)
+        root_leave(d->root);
     pthread_mutex_destroy(&d->lock);
     pthread_mutex_destroy(&d->count_lock);
     free(d->path);
@@ -540,7 +636,6 @@ void *kvd_tier_directory_new(const char *path, uint64_t limit, uint64_t ttl_s,
     }
     d->limit = limit;
     d->ttl_s = ttl_s;
-    d->root = -1;
     pthread_mutex_init(&d->lock, NULL);
     pthread_mutex_init(&d->count_lock, NULL);
     d->threads = kvd_tier_threads_new(THREADS, &work, d, err);
@@ -572,6 +667,9 @@ static void status(void *state, struct kvd_tier_status *out)
     out->blocks = d->blocks;
     out->bytes = d->bytes;
     out->limit = d->limit;
+    int why = d->unusable;
+    if (why)
+        kvd_tier_down(out, "%.60s: %s", d->path, strerror(why));
     pthread_mutex_lock(&d->count_lock);
     out->lost = d->lost;
     pthread_mutex_unlock(&d->count_lock);

@@ -582,6 +582,17 @@ const char *kvd_tier_name(const struct kvd_tier *t)
     return t->ops->name;
 }
 
+void kvd_tier_down(struct kvd_tier_status *out, const char *fmt, ...)
+{
+    va_list ap;
+    if (strcmp(out->state, "ok") != 0) // what operations have found out tells more
+        return;
+    out->state = "failing";
+    va_start(ap, fmt);
+    vsnprintf(out->why, sizeof(out->why), fmt, ap);
+    va_end(ap);
+}
+
 void kvd_tier_status(const struct kvd_tier *t, struct kvd_tier_status *out)
 {
     *out = t->counts;

@@ -96,7 +96,7 @@ struct kvd_tier_lost {
 struct kvd_tier_status {
     const char *name;              // of its kind
     char where[256];               // for people
-    const char *state;             // "ok", "failing" (left alone for a while), "full"
+    const char *state;             // "ok", "failing" (left alone, or known not to work), "full"
     char why[256];                 // the last failure's reason; "" if there was none
     uint64_t blocks, bytes, limit; // 0: not known, or no limit
     uint32_t waiting, running;

@@ -1,6 +1,7 @@
 """Tiers as an operator sees them: configured, looked at, flushed, and gone without harm."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -170,6 +171,30 @@ def test_a_flush_that_drops_nothing_says_so(start, folder, folders):
     within.rmdir()
     kvd.kvctl("tier", "flush", "directory")
     assert "tier is flushed" in kvd.text()
+
+
+def test_a_directory_that_is_not_there(start, folder):
+    """It is said at the start, and again when it has come."""
+    kvd = start(config=f"[kvd]\ntier-directory = {folder}/nope/blocks 1GiB\n")
+    until(lambda: f"tier directory: {folder}/nope is not there: it misses until it is" in kvd.text(), True)
+    have = tiers(kvd)["directory"]
+    assert have["state"] == "failing" and "No such file" in have["reason"]
+    assert 'kvd_tier_up{tier="directory"} 0' in kvd.kvctl("metrics").stdout
+    (folder / "nope").mkdir()
+    kvd.kvctl("tier", "flush", "directory")
+    assert tiers(kvd)["directory"]["state"] == "ok" and f"tier directory: {folder}/nope/blocks is there" in kvd.text()
+
+
+@needs_libkvd
+def test_a_directory_that_is_removed_and_made_again(start, folder):
+    kvd = start(config=f"[kvd]\ntier-directory = {folder}/blocks 1GiB\n")
+    with connect(kvd) as c:
+        for i in (1, 2):
+            assert publish(c, tokens_of(i, 640)) == 6
+            until(lambda: int(tiers(kvd)["directory"]["put"]), 6 * i)
+            assert len(list((folder / "blocks").glob("*/*"))) == 6
+            shutil.rmtree(folder / "blocks")
+            (folder / "blocks").mkdir()
 
 
 @needs_libkvd

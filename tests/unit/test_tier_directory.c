@@ -428,6 +428,78 @@ START_TEST(what_cannot_be_dropped_is_told_of)
 }
 END_TEST
 
+// Descriptors of the directory, whether it is there still or not.
+static uint32_t descriptors(const struct place *p)
+{
+    uint32_t n = 0;
+    for (int fd = 0; fd < 1000; fd++) {
+        char link[40], target[256];
+        snprintf(link, sizeof(link), "/proc/self/fd/%d", fd);
+        ssize_t bytes = readlink(link, target, sizeof(target) - 1);
+        target[bytes < 0 ? 0 : bytes] = 0;
+        n += !strncmp(target, p->path, strlen(p->path));
+    }
+    return n;
+}
+
+START_TEST(a_directory_that_is_made_again_is_used_again)
+{
+    struct place p;
+    char aside[100];
+    place_begin(&p);
+    for (uint32_t round = 0; round < 4; round++) {
+        for (uint64_t i = 0; i < 4; i++)
+            ck_assert_int_eq(tier_put(&p.loop, p.t, i, BYTES, NULL), KVD_TIER_OK);
+        ck_assert_uint_eq(file_count(&p), 4);
+        wait_known(&p, 4);
+        kvd_remove_folder(p.path);
+        if (round % 2) // by whoever has removed it, or by kvd
+            ck_assert_int_eq(mkdir(p.path, 0700), 0);
+        if (round > 1) {
+            ck_assert_int_eq(tier_get(&p.loop, p.t, 1, BYTES, NULL), KVD_TIER_MISS);
+            wait_known(&p, 0);
+        }
+    }
+    // One that is put in its place, which is looked for now and then and before it is flushed.
+    ck_assert_int_eq(tier_put(&p.loop, p.t, 1, BYTES, NULL), KVD_TIER_OK);
+    snprintf(aside, sizeof(aside), "%s/aside", p.folder);
+    ck_assert_int_eq(rename(p.path, aside), 0);
+    ck_assert_int_eq(mkdir(p.path, 0700), 0);
+    struct answer a = {0};
+    kvd_tier_flush(p.t, tier_answered, &a);
+    tier_until(&p.loop, &a.n, 1);
+    ck_assert_int_eq(tier_put(&p.loop, p.t, 2, BYTES, NULL), KVD_TIER_OK);
+    ck_assert_uint_eq(file_count(&p), 1);
+    tier_sleep(&p.loop, 50);
+    ck_assert_uint_eq(descriptors(&p), 1);
+    place_end(&p);
+}
+END_TEST
+
+START_TEST(a_directory_that_cannot_be_used_is_known_from_the_start)
+{
+    struct place p;
+    struct kvd_tier_status s = {.state = ""};
+    char parent[80];
+    place_begin(&p);
+    tier_end(&p.loop, &p.t);
+    snprintf(p.path, sizeof(p.path), "%s/not/there", p.folder);
+    place_open(&p);
+    for (uint32_t i = 0; i < 1000 && strcmp(s.state, "failing"); i++) {
+        tier_sleep(&p.loop, 5);
+        kvd_tier_status(p.t, &s);
+    }
+    ck_assert_str_eq(s.state, "failing");
+    ck_assert_ptr_nonnull(strstr(s.why, "No such file"));
+    snprintf(parent, sizeof(parent), "%s/not", p.folder);
+    ck_assert_int_eq(mkdir(parent, 0700), 0);
+    ck_assert_int_eq(tier_put(&p.loop, p.t, 1, BYTES, NULL), KVD_TIER_OK); // is not left alone
+    kvd_tier_status(p.t, &s);
+    ck_assert_str_eq(s.state, "ok");
+    place_end(&p);
+}
+END_TEST
+
 START_TEST(a_directory_that_cannot_be_used_fails_softly)
 {
     struct place p;
@@ -460,4 +532,6 @@ KVD_MAIN("tier_directory", 60, a_directory_outlives_the_one_that_filled_it,
          a_file_forged_without_the_secret_is_dropped, a_directory_keeps_its_limit_and_what_is_used,
          two_share_a_directory, blocks_expire, a_put_of_what_is_there_renews_its_time,
          a_full_disk_is_noticed, what_cannot_be_dropped_is_told_of,
+         a_directory_that_is_made_again_is_used_again,
+         a_directory_that_cannot_be_used_is_known_from_the_start,
          a_directory_that_cannot_be_used_fails_softly)
