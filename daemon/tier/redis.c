@@ -6,11 +6,14 @@
 #include <utlist.h>
 
 #include "daemon/core/config_tiers.h"
+#include "daemon/core/log.h"
 #include "daemon/tier/redis_link.h"
 
 enum {
     MOST_RUNNING = 16,
     TICK_MS = 50,
+    // Where nothing waits for it: that a server has to answer, and until it is tried again.
+    IDLE_MS = 5000,
     FLUSH_BATCH = 500,
     // Of puts, so that not all that is asked meanwhile waits behind them.
     MOST_OUT_BYTES = 4 << 20,
@@ -23,9 +26,10 @@ struct redis {
     struct kvd_redis_url url;
     char user[128], password[512];
     pthread_t thread;
-    pthread_mutex_t lock; // of the two that follow
+    pthread_mutex_t lock; // of the three that follow
     struct kvd_tier_op *line;
     bool ending;
+    char down[128]; // why the last connection was not to be had; "": it was, or none has been tried
     uv_async_t wake;
     // The thread's
     uv_loop_t loop;
@@ -36,7 +40,16 @@ struct redis {
     uint64_t out_bytes; // of puts that are sent
     uint64_t began_ms;  // the connection
     char why[128];      // it was lost
+    bool tried, warned; // a first one; that it was not to be had
 };
+
+static void where(const struct redis *r, char out[256])
+{
+    if (r->url.port)
+        snprintf(out, 256, "%.200s:%u/%u", r->url.host, r->url.port, r->url.database);
+    else
+        snprintf(out, 256, "unix:%.200s", r->url.host);
+}
 
 // -- operations that are sent -------------------------------------------------------------------
 
@@ -299,6 +312,23 @@ static void fail_waiting(struct redis *r)
     }
 }
 
+// Notes that the server is there, or why it is not (NULL). Without operations nobody else would
+// tell of that, so the first time it is logged.
+static void note_server(struct redis *r, const char *down)
+{
+    char text[256];
+    pthread_mutex_lock(&r->lock);
+    snprintf(r->down, sizeof(r->down), "%s", down ? down : "");
+    pthread_mutex_unlock(&r->lock);
+    where(r, text);
+    if (down && !r->tried)
+        kvd_warning("tier redis: %s: %s: it misses until that is mended", text, down);
+    if (!down && r->warned)
+        kvd_notice("tier redis: %s answers", text);
+    r->warned = down && (!r->tried || r->warned);
+    r->tried = true;
+}
+
 static void hang_up(struct redis *r, const char *why)
 {
     redisAsyncContext *c = KVD_TAKE(r->server);
@@ -317,6 +347,10 @@ static void on_disconnect(const redisAsyncContext *c, int status)
     if (r->server != c)
         return;
     (void)status;
+    if (!*r->why)
+        snprintf(r->why, sizeof(r->why), "the connection was lost");
+    if (!r->ready)
+        note_server(r, r->why);
     r->server = NULL; // hiredis frees it
     r->ready = false;
     fail_waiting(r);
@@ -328,6 +362,7 @@ static void on_connect(const redisAsyncContext *c, int status)
     if (r->server != c || status == REDIS_OK)
         return;
     snprintf(r->why, sizeof(r->why), "%.100s", c->errstr ? c->errstr : "no connection");
+    note_server(r, r->why);
     r->server = NULL; // hiredis frees it
     r->ready = false;
     fail_waiting(r);
@@ -343,12 +378,14 @@ static void on_ready(redisAsyncContext *c, void *answer, void *ctx)
         return;
     if (reply->type == REDIS_REPLY_ERROR) {
         snprintf(r->why, sizeof(r->why), "%.120s", reply->str);
+        note_server(r, r->why);
         fail_waiting(r);
         r->server = NULL;
         redisAsyncFree(c);
         return;
     }
     r->ready = true;
+    note_server(r, NULL);
     send_more(r);
 }
 
@@ -377,6 +414,7 @@ static void connect_server(struct redis *r)
         c = NULL;
     }
     if (!c) {
+        note_server(r, r->why);
         fail_waiting(r);
         return;
     }
@@ -396,6 +434,21 @@ static void connect_server(struct redis *r)
 
 // -- the thread ---------------------------------------------------------------------------------
 
+static void tick(uv_timer_t *timer);
+
+// Nothing waits. One that was not to be had is tried again, so that what is told of it is true.
+static void rest(struct redis *r)
+{
+    if (!r->down[0]) {
+        uv_timer_stop(&r->timer);
+    } else if (uv_timer_get_repeat(&r->timer) == TICK_MS) {
+        uv_timer_start(&r->timer, tick, IDLE_MS, IDLE_MS);
+    } else {
+        connect_server(r);
+        uv_timer_start(&r->timer, tick, TICK_MS, TICK_MS);
+    }
+}
+
 // A server that says nothing for twice the time that operations have is hung up on, as their blocks
 // are held until it answers.
 static void tick(uv_timer_t *timer)
@@ -403,10 +456,15 @@ static void tick(uv_timer_t *timer)
     struct redis *r = timer->data;
     const struct kvd_tier_op *oldest = r->ready ? r->sent : r->waiting;
     uint64_t since = r->ready && oldest ? oldest->began_ms : r->began_ms;
-    if (!r->sent && !r->waiting)
-        uv_timer_stop(timer);
-    if (r->server && oldest && uv_now(&r->loop) - since > 2 * oldest->settings.timeout_ms)
-        hang_up(r, "it does not answer");
+    uint64_t most = oldest ? 2 * oldest->settings.timeout_ms : IDLE_MS;
+    bool connecting = r->server && !r->ready;
+    if (!r->sent && !r->waiting && !connecting)
+        rest(r);
+    if (!r->server || (!oldest && !connecting) || uv_now(&r->loop) - since <= most)
+        return;
+    if (connecting)
+        note_server(r, "it does not answer");
+    hang_up(r, "it does not answer");
 }
 
 static void on_wake(uv_async_t *wake)
@@ -421,7 +479,9 @@ static void on_wake(uv_async_t *wake)
     DL_APPEND(r->waiting, op);
     if (r->ready && !ending)
         send_more(r);
-    if (line && !uv_is_active((uv_handle_t *)&r->timer))
+    bool ticks =
+        uv_is_active((uv_handle_t *)&r->timer) && uv_timer_get_repeat(&r->timer) == TICK_MS;
+    if (line && !ticks)
         uv_timer_start(&r->timer, tick, TICK_MS, TICK_MS);
     if (ending) {
         hang_up(r, "kvd stops");
@@ -432,9 +492,12 @@ static void on_wake(uv_async_t *wake)
     }
 }
 
+// The first connection is made at once: whether a server is there is known before it is wanted.
 static void *thread_main(void *arg)
 {
     struct redis *r = arg;
+    connect_server(r);
+    uv_timer_start(&r->timer, tick, TICK_MS, TICK_MS);
     uv_run(&r->loop, UV_RUN_DEFAULT); // until on_wake has closed all
     uv_loop_close(&r->loop);
     return NULL;
@@ -505,12 +568,12 @@ static bool redis_close(void *state, const struct timespec *deadline)
 
 static void status(void *state, struct kvd_tier_status *out)
 {
-    const struct redis *r = state;
-    if (r->url.port)
-        snprintf(out->where, sizeof(out->where), "%.200s:%u/%u", r->url.host, r->url.port,
-                 r->url.database);
-    else
-        snprintf(out->where, sizeof(out->where), "unix:%.200s", r->url.host);
+    struct redis *r = state;
+    where(r, out->where);
+    pthread_mutex_lock(&r->lock);
+    if (r->down[0])
+        kvd_tier_down(out, "%s", r->down);
+    pthread_mutex_unlock(&r->lock);
 }
 
 const struct kvd_tier_ops kvd_tier_redis_ops = {

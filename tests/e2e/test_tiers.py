@@ -87,6 +87,9 @@ def test_three_tiers(start, folder, server):
 
 def test_a_server_that_is_not_there(start, folder):
     kvd = start(config=f"[kvd]\ntier-redis = unix:{folder}/nothing\n")
+    until(lambda: f"tier redis: unix:{folder}/nothing: No such file or directory: it misses until that is mended" in kvd.text(), True)
+    have = tiers(kvd)["redis"]
+    assert have["state"] == "failing" and "No such file" in have["reason"], have
     for _ in range(4):
         r = kvd.kvctl("tier", "flush", "redis", check=False)
         assert r.returncode and "not flushed" in r.stderr

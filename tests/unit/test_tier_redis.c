@@ -486,9 +486,65 @@ START_TEST(a_server_that_says_no_amid_a_block_is_hung_up_on)
 }
 END_TEST
 
+static void wait_state(struct server *s, const char *state, const char *why)
+{
+    struct kvd_tier_status status = {.state = ""};
+    for (uint32_t i = 0; i < 2000 && strcmp(status.state, state); i++) {
+        tier_sleep(&s->loop, 5);
+        kvd_tier_status(s->t, &status);
+    }
+    ck_assert_str_eq(status.state, state);
+    ck_assert_msg(strstr(status.why, why) != NULL, "%s", status.why);
+}
+
+// Before anything is asked of it.
+START_TEST(a_server_that_is_not_there_or_lets_nobody_in_is_known_from_the_start)
+{
+    struct server s;
+    if (!begin(&s, "--requirepass", "open sesame", "wrong"))
+        return;
+    wait_state(&s, "failing", "WRONGPASS");
+    tier_end(&s.loop, &s.t);
+    server_stop(&s);
+    unlink(s.socket);
+    open_with(&s, s.url, "");
+    wait_state(&s, "failing", "No such file");
+    server_start(&s, "--databases", "16");
+    ck_assert_int_eq(put(&s, 1), KVD_TIER_OK); // it was not left alone
+    wait_state(&s, "ok", "");
+    end(&s);
+}
+END_TEST
+
+// One that takes the connection, and says nothing.
+START_TEST(a_server_that_says_nothing_is_known_before_it_is_wanted)
+{
+    struct server s;
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    if (!begin(&s, "--databases", "16", ""))
+        return;
+    tier_end(&s.loop, &s.t);
+    server_stop(&s);
+    unlink(s.socket);
+    snprintf(address.sun_path, sizeof(address.sun_path), "%s", s.socket);
+    int listener = socket(AF_UNIX, SOCK_STREAM, 0);
+    ck_assert_int_eq(bind(listener, (struct sockaddr *)&address, sizeof(address)), 0);
+    ck_assert_int_eq(listen(listener, 1), 0);
+    open_with(&s, s.url, "");
+    wait_state(&s, "failing", "does not answer");
+    close(listener);
+    unlink(s.socket);
+    server_start(&s, "--databases", "16");
+    wait_state(&s, "ok", "");
+    end(&s);
+}
+END_TEST
+
 KVD_MAIN("tier_redis", 60, blocks_come_back_and_others_are_left_alone,
          what_others_put_there_is_dropped, a_server_that_is_killed_and_started_again,
          a_server_that_is_stopped, passwords_expiry_and_memory,
          much_is_asked_while_large_blocks_are_on_their_way,
          a_server_that_refuses_a_block_before_it_has_it,
-         a_server_that_says_no_amid_a_block_is_hung_up_on)
+         a_server_that_says_no_amid_a_block_is_hung_up_on,
+         a_server_that_is_not_there_or_lets_nobody_in_is_known_from_the_start,
+         a_server_that_says_nothing_is_known_before_it_is_wanted)
