@@ -35,12 +35,19 @@ static void forget(struct host *h, struct kept *k)
     free(k);
 }
 
+// The clock may have been set back since: what was stored later than now is young.
+static bool expired(const struct kept *k, uint64_t ttl_s)
+{
+    time_t now = time(NULL);
+    return ttl_s && now > k->stored && (uint64_t)(now - k->stored) > ttl_s;
+}
+
 // The block if it is there and young enough, the most recently used one now.
 static struct kept *find(struct host *h, const struct kvd_tier_op *op, uint32_t i)
 {
     struct kept *k;
     HASH_FIND(hh, h->by_key, &op->keys[i], sizeof(op->keys[i]), k);
-    if (k && op->settings.ttl_s && (uint64_t)(time(NULL) - k->stored) > op->settings.ttl_s) {
+    if (k && expired(k, op->settings.ttl_s)) {
         kvd_tier_lose(&h->lost, KVD_TIER_LOST_EXPIRED, k->used);
         forget(h, k);
         return NULL;

@@ -1,10 +1,25 @@
 // Tiers: blocks as they are stored, the front and its limits, host memory.
+#include <time.h>
+
 #include "daemon/tier/backend.h"
 #include "daemon/tier/host.h"
 #include "tests/unit/tier_fake.h"
 #include "tests/unit/tier_fixture.h"
 
 enum { BYTES = 20000 };
+
+static time_t clock_set_by; // seconds
+
+// Instead of the library's, as the tests set the clock.
+time_t time(time_t *out)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    now.tv_sec += clock_set_by;
+    if (out)
+        *out = now.tv_sec;
+    return now.tv_sec;
+}
 
 static const struct kvd_tier_settings plain = {.timeout_ms = 5000};
 
@@ -358,10 +373,32 @@ START_TEST(host_memory_is_bounded_and_keeps_what_is_used)
 }
 END_TEST
 
+START_TEST(a_clock_that_is_set_back_takes_nothing)
+{
+    uv_loop_t loop;
+    const struct kvd_tier_settings expires = {.timeout_ms = 5000, .ttl_s = 1000};
+    uv_loop_init(&loop);
+    struct kvd_tier *t =
+        tier_open(&loop, &kvd_tier_host_ops, kvd_tier_host_new(10 * BYTES), &expires);
+    ck_assert_int_eq(tier_put(&loop, t, 1, BYTES, NULL), KVD_TIER_OK);
+    clock_set_by = -5000;
+    ck_assert_int_eq(tier_get(&loop, t, 1, BYTES, NULL), KVD_TIER_OK);
+    ck_assert(tier_has(&loop, t, 1));
+    clock_set_by = 900;
+    ck_assert_int_eq(tier_get(&loop, t, 1, BYTES, NULL), KVD_TIER_OK);
+    clock_set_by = 1002;
+    ck_assert_int_eq(tier_get(&loop, t, 1, BYTES, NULL), KVD_TIER_MISS);
+    clock_set_by = 0;
+    tier_end(&loop, &t);
+    ck_assert_int_eq(uv_loop_close(&loop), 0);
+}
+END_TEST
+
 KVD_MAIN("tier", 60, whatever_bit_is_flipped_is_noticed,
          a_block_is_what_was_asked_for_or_is_refused, keys_differ_by_all_that_a_block_is,
          a_tier_that_hangs_holds_little_and_is_left_alone,
          a_tier_that_fails_is_left_alone_and_tried_again,
          a_full_tier_takes_no_puts_for_a_while_and_is_read,
          a_drop_and_a_put_of_one_key_keep_their_order, what_waits_is_bounded_and_reads_go_first,
-         what_is_written_has_a_rate, host_memory_is_bounded_and_keeps_what_is_used)
+         what_is_written_has_a_rate, host_memory_is_bounded_and_keeps_what_is_used,
+         a_clock_that_is_set_back_takes_nothing)
