@@ -144,7 +144,7 @@ static int drop(struct directory *d, int root, const struct kvd_tier_key *key)
 
 // -- the directory ------------------------------------------------------------------------------
 
-// Under the lock, as root_renew.
+// Under the lock, as what follows.
 static void root_leave(struct root *r)
 {
     if (--r->users)
@@ -153,17 +153,18 @@ static void root_leave(struct root *r)
     free(r);
 }
 
-static bool is_gone(const struct root *r)
-{
-    struct stat st;
-    return fstat(r->fd, &st) || st.st_nlink == 0;
-}
-
-static bool is_named(const struct root *r, const char *path)
+// Whether it is to be used no more: it was removed, or (`looks`) the path names another one by now.
+// There are file systems on which no directory has a link.
+static bool is_gone(const struct root *r, const char *path, bool looks)
 {
     struct stat ours, there;
-    return fstat(r->fd, &ours) || stat(path, &there) ||
-           (ours.st_dev == there.st_dev && ours.st_ino == there.st_ino);
+    if (fstat(r->fd, &ours))
+        return true;
+    if (ours.st_nlink && !looks)
+        return false;
+    if (stat(path, &there))
+        return ours.st_nlink == 0;
+    return ours.st_dev != there.st_dev || ours.st_ino != there.st_ino;
 }
 
 // Opens the directory, also where it was removed and is made again. 0 or an errno.
@@ -207,10 +208,11 @@ static struct root *root_take(struct directory *d, bool looks, bool *fresh, int 
     *fresh = d->unusable;
     *why = 0;
     pthread_mutex_lock(&d->lock);
-    if (d->root && (is_gone(d->root) || (looks && !is_named(d->root, d->path)))) {
+    if (d->root && is_gone(d->root, d->path, looks)) {
         root_leave(KVD_TAKE(d->root));
         while (d->by_use)
             forget(d, d->by_use);
+        d->no_direct = false; // it may be on another file system
         *fresh = true;
     }
     if (!d->root)
