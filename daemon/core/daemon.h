@@ -29,7 +29,8 @@ struct kvd_fdsock;
 struct kvd_pieceworks;
 struct kvd_fences;
 struct kvd_events;
-struct kvd_fetch;
+struct kvd_download;
+struct kvd_listing;
 struct kvd_hints;
 struct kvd_http;
 struct kvd_keep;
@@ -103,8 +104,9 @@ struct kvd_daemon {
     struct kvd_uploads *uploads;
     struct kvd_queue *queue;
     struct kvd_fences *fences;
-    struct kvd_fetch *downloads; // those that run, and after them those that wait
-    struct kvd_work *works;      // that are not done, linked by next_work
+    struct kvd_download *downloads; // those that run, and after them those that wait
+    struct kvd_listing *listing;    // of the store, which more may wait for; NULL: none
+    struct kvd_work *works;         // that are not done, linked by next_work
     struct kvd_fdsock *fdsock;
     struct kvd_http *http;
     struct kvd_evict *evict;

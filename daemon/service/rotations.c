@@ -3,28 +3,26 @@
 #include <fcntl.h>
 #include <stdatomic.h>
 #include <sys/mman.h>
-#include <utlist.h>
 
 #include "daemon/core/lifecycle.h"
 #include "daemon/rpc/rpc.h"
+#include "daemon/service/downloads.h"
 #include "daemon/session/tenants.h"
 #include "proto/fdsock.h"
 
-enum { MAX_DOWNLOADS = 3 }; // at once: libuv's other threads are for what is near
-
-struct kvd_fetch {
+struct fetch {
+    struct kvd_download download; // first
+    bool downloads;               // it has begun, as the cache has not got the set
     struct kvd_call *call;
-    struct kvd_fetch *prev, *next; // among the downloads
-    bool download, running;
     _Atomic bool given_up;
-    uv_work_t work;
+    uv_work_t work; // looks at the cache
     struct kvd_daemon *d;
-    struct kvd_layout *g;
-    void (*done)(void *ctx, struct kvd_rotset *set, const struct kvd_error *failure);
+    struct kvd_layout *g; // NULL: no layout is meant
+    kvd_rotations_done *done;
     void *ctx;
     struct kvd_store_config store;
     char url[KVD_CONFIG_TEXT], cache[KVD_CONFIG_TEXT]; // a reload may change the daemon's
-    char ref[80];
+    char ref[KVD_MAX_NAME * 2 + 2];
     struct kvd_rotset *set;
     enum kvd_store_source source;
     struct kvd_error err;
@@ -40,81 +38,26 @@ struct kvd_store_config kvd_rotations_store(const struct kvd_daemon *d)
                                      .retries = 2};
 }
 
-static void fetch_work(uv_work_t *work)
+static void fetch(struct fetch *f)
 {
-    struct kvd_fetch *f = work->data;
     if (kvd_store_fetch(&f->store, f->ref, NULL, NULL, &f->set, &f->source, &f->err))
         f->set = NULL;
 }
 
-static void fetch_done(uv_work_t *work, int status);
-
-// Starts those downloads for which there is room. One user leaves the last place to others.
-static void start_downloads(struct kvd_daemon *d)
+static void finish(struct fetch *f)
 {
-    struct kvd_fetch *f;
-    const struct kvd_user *users[MAX_DOWNLOADS];
-    uint32_t running = 0;
-    DL_FOREACH(d->downloads, f)
-    if (f->running)
-        users[running++] = f->call->user;
-    DL_FOREACH(d->downloads, f)
-    {
-        uint32_t own = 0;
-        if (running == MAX_DOWNLOADS)
-            return;
-        for (uint32_t i = 0; i < running; i++)
-            own += users[i] == f->call->user;
-        if (f->running || own == MAX_DOWNLOADS - 1)
-            continue;
-        f->running = true;
-        users[running++] = f->call->user;
-        uv_queue_work(&d->loop, &f->work, fetch_work, fetch_done);
-    }
-}
-
-// What is not in the cache is fetched, once there is room.
-static void download(struct kvd_fetch *f)
-{
-    f->download = true;
-    f->store.url = f->url;
-    f->err = (struct kvd_error){0};
-    DL_APPEND(f->d->downloads, f);
-    start_downloads(f->d);
-}
-
-static void on_given_up(struct kvd_call *call)
-{
-    struct kvd_fetch *f = call->work;
-    atomic_store(&f->given_up, true);
-    if (!f->download || f->running)
-        return;
-    kvd_fail(&f->err, KVD_E_UNAVAILABLE, "the caller has gone");
-    fetch_done(&f->work, 0);
-}
-
-static void fetch_done(uv_work_t *work, int status)
-{
-    struct kvd_fetch *f = work->data;
     struct kvd_daemon *d = f->d;
     struct kvd_metrics *m = &d->metrics;
-    if (!f->download && !f->set && !f->given_up && f->url[0] && f->err.code != KVD_E_CORRUPT) {
-        download(f);
-        return;
-    }
-    f->call->on_cancelled = NULL;
-    if (f->download)
-        DL_DELETE(d->downloads, f);
     uint64_t ms = (uv_hrtime() - f->began_ns) / 1000000;
-    if (status < 0 && !f->set)
-        kvd_fail(&f->err, KVD_E_UNAVAILABLE, "kvd is shutting down");
+    f->call->on_cancelled = NULL;
     if (f->set) {
         bool remote = f->source == KVD_STORE_REMOTE;
         m->rotations_fetched += remote;
         m->rotations_cached += !remote;
         kvd_info("rotation set ready name=%s digest=%s from=%s ms=%" PRIu64, f->ref, f->set->digest,
                  remote ? "store" : "cache", ms);
-        snprintf(f->g->rotation, sizeof(f->g->rotation), "%s", f->set->digest);
+        if (f->g)
+            snprintf(f->g->rotation, sizeof(f->g->rotation), "%s", f->set->digest);
         f->done(f->ctx, KVD_TAKE(f->set), NULL);
     } else {
         m->rotations_failed++;
@@ -122,29 +65,67 @@ static void fetch_done(uv_work_t *work, int status)
                     f->err.text, ms);
         f->done(f->ctx, NULL, &f->err);
     }
-    kvd_rotset_free(&f->set);
     free(f);
-    start_downloads(d);
     kvd_daemon_work_end(d);
 }
 
-static bool is_rotated(const struct kvd_layout *l)
+static void download_run(struct kvd_download *w)
 {
-    return l->rotation[0] != '\0';
+    fetch((struct fetch *)w);
 }
 
-void kvd_rotations_get(struct kvd_call *call, struct kvd_layout *g,
-                       void (*done)(void *ctx, struct kvd_rotset *set,
-                                    const struct kvd_error *failure),
-                       void *ctx)
+static void download_done(struct kvd_download *w, int status)
+{
+    struct fetch *f = (struct fetch *)w;
+    if (status < 0 && !f->set)
+        kvd_fail(&f->err, KVD_E_UNAVAILABLE, "kvd is shutting down");
+    finish(f);
+}
+
+// What is not in the cache is fetched, once there is room.
+static void download(struct fetch *f)
+{
+    f->downloads = true;
+    f->store.url = f->url;
+    f->err = (struct kvd_error){0};
+    f->download =
+        (struct kvd_download){.run = download_run, .done = download_done, .user = f->call->user};
+    kvd_download_begin(f->d, &f->download);
+}
+
+static void on_given_up(struct kvd_call *call)
+{
+    struct fetch *f = call->work;
+    atomic_store(&f->given_up, true);
+    if (!f->downloads || !kvd_download_drop(&f->download))
+        return;
+    kvd_fail(&f->err, KVD_E_UNAVAILABLE, "the caller has gone");
+    finish(f);
+}
+
+static void look_work(uv_work_t *work)
+{
+    fetch(work->data);
+}
+
+static void look_done(uv_work_t *work, int status)
+{
+    struct fetch *f = work->data;
+    if (!f->set && !f->given_up && f->url[0] && f->err.code != KVD_E_CORRUPT) {
+        download(f);
+        return;
+    }
+    if (status < 0 && !f->set)
+        kvd_fail(&f->err, KVD_E_UNAVAILABLE, "kvd is shutting down");
+    finish(f);
+}
+
+static void begin(struct kvd_call *call, const char *ref, struct kvd_layout *g,
+                  kvd_rotations_done *done, void *ctx)
 {
     struct kvd_daemon *d = call->d;
     struct kvd_error err = {0};
-    if (!is_rotated(g) || kvd_rotset_built_in(g->rotation)) { // made for each plane
-        done(ctx, NULL, NULL);
-        return;
-    }
-    struct kvd_fetch *f = calloc(1, sizeof(*f));
+    struct fetch *f = calloc(1, sizeof(*f));
     if (!f) {
         kvd_fail(&err, KVD_E_INTERNAL, "out of memory");
         done(ctx, NULL, &err);
@@ -162,15 +143,30 @@ void kvd_rotations_get(struct kvd_call *call, struct kvd_layout *g,
     f->store.url = ""; // only the cache
     f->store.cache = f->cache;
     f->store.given_up = &f->given_up;
-    snprintf(f->ref, sizeof(f->ref), "%s", g->rotation);
+    snprintf(f->ref, sizeof(f->ref), "%s", ref);
     f->work.data = f;
     kvd_daemon_work_begin(d);
     call->work = f;
     call->on_cancelled = on_given_up;
     if (kvd_digest_valid(f->ref))
-        uv_queue_work(&d->loop, &f->work, fetch_work, fetch_done);
+        uv_queue_work(&d->loop, &f->work, look_work, look_done);
     else
         download(f); // what a tag means is asked anew each time
+}
+
+void kvd_rotations_get(struct kvd_call *call, struct kvd_layout *g, kvd_rotations_done *done,
+                       void *ctx)
+{
+    if (g->rotation[0] == '\0' || kvd_rotset_built_in(g->rotation))
+        done(ctx, NULL, NULL); // made for each plane
+    else
+        begin(call, g->rotation, g, done, ctx);
+}
+
+void kvd_rotations_fetch(struct kvd_call *call, const char *ref, kvd_rotations_done *done,
+                         void *ctx)
+{
+    begin(call, ref, NULL, done, ctx);
 }
 
 static bool write_all(int fd, const void *data, uint64_t bytes)

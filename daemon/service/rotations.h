@@ -6,15 +6,19 @@
 #include "calib/store.h"
 #include "daemon/core/part.h"
 
+// `set` is the callee's; NULL with `failure`, and where nothing is to be fetched.
+typedef void kvd_rotations_done(void *ctx, struct kvd_rotset *set, const struct kvd_error *failure);
+
 // Gets the set that g->rotation names and replaces the name by the set's digest (built-in names
-// stay). Calls back on the loop, perhaps at once: `set` is the callee's, and is NULL for
-// codecs that rotate nothing, and for sets that are built in. Downloads are bounded in number and
-// by user; what is built in or cached under its digest does not wait for them. When the call is
-// cancelled its download ends.
-void kvd_rotations_get(struct kvd_call *call, struct kvd_layout *g,
-                       void (*done)(void *ctx, struct kvd_rotset *set,
-                                    const struct kvd_error *failure),
+// stay). Calls back on the loop, perhaps at once: without a set for codecs that rotate nothing, and
+// for sets that are built in. Downloads are bounded in number and by user (downloads.h); what is
+// built in or cached under its digest does not wait for them. When the call is cancelled its
+// download ends.
+void kvd_rotations_get(struct kvd_call *call, struct kvd_layout *g, kvd_rotations_done *done,
                        void *ctx);
+// The same of a name that a store may have.
+void kvd_rotations_fetch(struct kvd_call *call, const char *ref, kvd_rotations_done *done,
+                         void *ctx);
 
 // The pool's layout of a resolved g, with its rotations in the backend's memory and a reference
 // that the session gives back (kvd_pool_layout_unref). KVD_E_PRECONDITION when the set does not

@@ -1,4 +1,5 @@
 """Rotation sets over file:// and HTTP, with servers that work and servers that do not."""
+import functools
 import http.server
 import json
 import os
@@ -12,7 +13,7 @@ import time
 import grpc
 import pytest
 
-from conftest import KVCTL, Rpc, free_port, layout, kv
+from conftest import KVCTL, Rpc, admin, calls, free_port, layout, kv
 from test_death import wait_for
 
 REF = "m/demo@v1"
@@ -198,6 +199,75 @@ def test_bad_servers(start, mode, code, words):
         assert server.hits >= 3  # tried again
     server.shutdown()
     server.server_close()
+
+
+class Held(http.server.SimpleHTTPRequestHandler):
+    """A store that is silent until it may answer."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        if self.server.answers.wait(60) and not self.server.over:
+            super().do_GET()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def held(store):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Held, directory=store[0]))
+    server.daemon_threads, server.asked, server.answers, server.over = True, [], threading.Event(), False
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.over = True
+    server.answers.set()
+    server.shutdown()
+    server.server_close()
+
+
+def listings(rpc, n, timeout):
+    f = rpc.channel.unary_unary("/kvd.v1.Admin/ListRotationSets", request_serializer=lambda m: m.SerializeToString(),
+                                response_deserializer=admin.ListRotationSetsReply.FromString)
+    return [f.future(admin.ListRotationSetsRequest(), timeout=timeout) for _ in range(n)]
+
+
+PATIENT = "[kvd]\nstore-timeout = 60s\n"
+
+
+def test_those_who_list_a_store_that_hangs_hold_up_nobody(start, held):
+    kvd = start("--store", held.url, config=PATIENT)
+    with calls(kvd) as rpc:
+        for f in listings(rpc, 40, 1):
+            assert f.exception().code().name == "DEADLINE_EXCEEDED"
+        assert len(held.asked) == 1
+        began = time.time()
+        kvd.kvctl("--timeout", 30, "reload")
+        assert time.time() - began < 5  # nobody waits for the store any more
+        wait = listings(rpc, 40, 40)
+        fetches = [subprocess.Popen([KVCTL, "--address", kvd.address, "--timeout", "4", "calib", "fetch", f"m/demo@v{i}"],
+                                    stderr=subprocess.DEVNULL) for i in range(8)]
+        assert wait_for(lambda: len(held.asked) >= 4)
+        began = time.time()
+        kvd.kvctl("--timeout", 30, "reload")  # while they all wait
+        assert time.time() - began < 3
+        assert all(f.wait(20) for f in fetches)
+        held.answers.set()
+        assert {tuple((s.model, s.tag) for s in f.result().sets) for f in wait} == {(("m/demo", "v1"),)}
+        assert held.asked.count("/index.json") == 2  # once for each forty
+        assert len(held.asked) <= 2 + 1 + 8
+
+
+def test_who_lists_after_a_reload_hears_of_the_store_that_is_meant(start, held, folder):
+    kvd = start(config=PATIENT + f"store = {held.url}\n")
+    with calls(kvd) as rpc:
+        (first,) = listings(rpc, 1, 30)
+        assert wait_for(lambda: held.asked)
+        (folder / "kvd.conf").write_text(PATIENT)
+        kvd.kvctl("reload")
+        assert not listings(rpc, 1, 10)[0].result().sets and not first.done()
+        held.answers.set()
+        assert len(first.result().sets) == 1
 
 
 def test_a_full_disk_under_the_cache(start, store, folder):
