@@ -303,13 +303,23 @@ static struct freeing *freeing_new(struct kvd_call *call, struct kvd_session *s,
     qsort(f->ids, req->n_sequences, sizeof(*f->ids), compare_ids);
     // One that a kvd before this one has left half done finds some of them gone.
     int rc = KVD_OK;
-    if (!kvd_ledger_freeing(s->ledger, s->record, req->request_id))
+    bool begun = kvd_ledger_freeing(s->ledger, s->record, req->request_id);
+    if (!begun)
         rc = check_holds(s, f->ids, req->n_sequences, err);
-    if (rc == KVD_OK && !kvd_ledger_freeing_begin(s->ledger, s->record, req->request_id))
-        rc = kvd_fail(err, KVD_E_LIMIT, "%d calls of this session are freeing sequences; wait",
+    if (rc == KVD_OK && !kvd_ledger_freeing_fits(s->ledger, s->record, req->request_id))
+        rc = kvd_fail(err, KVD_E_LIMIT,
+                      "%d calls of this session are freeing sequences, or one under a request id "
+                      "that is like this one's; wait",
                       KVD_LEDGER_FREEING);
-    if (rc)
-        free(KVD_TAKE(f));
+    if (rc) {
+        free(f);
+        return NULL;
+    }
+    // In this order: a kvd after this one must not take the trace of an earlier call for this
+    // one's.
+    for (size_t i = 0; i < req->n_sequences && !begun; i++)
+        kvd_session_drops_anew(s, f->ids[i], req->request_id);
+    kvd_ledger_freeing_begin(s->ledger, s->record, req->request_id);
     return f;
 }
 

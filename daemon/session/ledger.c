@@ -38,7 +38,7 @@ union count {
     struct {
         uint16_t holds;  // 0: there is no such record
         uint16_t before; // what they were before the latest call that made some
-        uint32_t by;     // the request that last released some
+        uint32_t by;     // the mark of the request that last released some; 0: none that counts
     } is;
 };
 
@@ -265,11 +265,33 @@ bool kvd_ledger_freeing(const struct kvd_ledger *l, uint32_t session, uint64_t r
     return false;
 }
 
+// What holds say of a request. Ids may have the same one.
+static uint32_t mark_of(uint64_t request)
+{
+    return (uint32_t)request ? (uint32_t)request : (uint32_t)(request >> 32);
+}
+
+bool kvd_ledger_freeing_fits(const struct kvd_ledger *l, uint32_t session, uint64_t request)
+{
+    const uint64_t *freeing = l->session[session].freeing;
+    uint32_t free = 0;
+    if (request == 0 || kvd_ledger_freeing(l, session, request))
+        return true;
+    for (size_t i = 0; i < KVD_LEDGER_FREEING; i++) {
+        free += !freeing[i];
+        if (freeing[i] && mark_of(freeing[i]) == mark_of(request))
+            return false;
+    }
+    return free > 0;
+}
+
 bool kvd_ledger_freeing_begin(struct kvd_ledger *l, uint32_t session, uint64_t request)
 {
     struct session *s = &l->session[session];
     if (request == 0 || kvd_ledger_freeing(l, session, request))
         return true;
+    if (!kvd_ledger_freeing_fits(l, session, request))
+        return false;
     for (size_t i = 0; i < KVD_LEN(s->freeing); i++) {
         if (s->freeing[i])
             continue;
@@ -406,7 +428,7 @@ void kvd_ledger_release(struct kvd_ledger *l, uint32_t hold, uint32_t n, uint64_
     union count c = h->n;
     c.is.holds = (uint16_t)(c.is.holds - n);
     c.is.before = KVD_MIN(c.is.before, c.is.holds);
-    c.is.by = (uint32_t)request;
+    c.is.by = mark_of(request);
     h->n.all = c.all;
     stored();
     if (c.is.holds == 0)
@@ -415,7 +437,7 @@ void kvd_ledger_release(struct kvd_ledger *l, uint32_t hold, uint32_t n, uint64_
 
 bool kvd_ledger_released_by(const struct kvd_ledger *l, uint32_t hold, uint64_t request)
 {
-    return (uint32_t)request && l->hold[hold].n.is.by == (uint32_t)request;
+    return request && l->hold[hold].n.is.by == mark_of(request);
 }
 
 // The session of a record, or NULL: it has ended.

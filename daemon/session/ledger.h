@@ -71,7 +71,9 @@ uint32_t kvd_ledger_hold(struct kvd_ledger *l, uint32_t session, uint32_t hold, 
 void kvd_ledger_release(struct kvd_ledger *l, uint32_t hold, uint32_t n, uint64_t request);
 // The record of a session that has been dropped.
 void kvd_ledger_forget(struct kvd_ledger *l, uint32_t hold);
-// Whether the latest call that released some of it had this request id.
+// Whether the latest call that released some of it had this request id, or one of the same mark
+// (32 bits of it). Before a call begins whose id is not `freeing` yet, what an earlier one has left
+// is to be taken off, by releasing 0 by request 0.
 bool kvd_ledger_released_by(const struct kvd_ledger *l, uint32_t hold, uint64_t request);
 // Holds of a record of a number below kvd_ledger_holds, 0 if it is none.
 uint32_t kvd_ledger_held(const struct kvd_ledger *l, uint32_t hold, uint32_t *session,
@@ -89,7 +91,9 @@ void kvd_ledger_remember(struct kvd_ledger *l, uint32_t session, uint64_t reques
 // The reply to a request, on the heap, or NULL.
 void *kvd_ledger_recall(const struct kvd_ledger *l, uint32_t session, uint64_t request,
                         uint64_t *method, size_t *length);
-// A call that frees has begun, which may be found half done. False: too many have.
+// Whether a call that frees may begin: not too many have, and none of the same mark.
+bool kvd_ledger_freeing_fits(const struct kvd_ledger *l, uint32_t session, uint64_t request);
+// A call that frees has begun, which may be found half done. False: it does not fit.
 bool kvd_ledger_freeing_begin(struct kvd_ledger *l, uint32_t session, uint64_t request);
 // Whether it has, and was not remembered yet.
 bool kvd_ledger_freeing(const struct kvd_ledger *l, uint32_t session, uint64_t request);

@@ -403,6 +403,13 @@ bool kvd_session_drop_holds(struct kvd_session *s, uint64_t seq, uint32_t n, uin
     return true;
 }
 
+void kvd_session_drops_anew(struct kvd_session *s, uint64_t seq, uint64_t request)
+{
+    const struct kvd_held *h = find_held(s, seq);
+    if (h && kvd_ledger_released_by(s->ledger, h->record, request))
+        kvd_ledger_release(s->ledger, h->record, 0, 0);
+}
+
 bool kvd_session_drop_held(struct kvd_session *s, uint64_t seq)
 {
     return kvd_session_drop_holds(s, seq, 1, 0);

@@ -106,6 +106,8 @@ bool kvd_session_drop_held(struct kvd_session *s, uint64_t seq);
 // The same for n of them, by a call of that request id. One that has done so before, and whose kvd
 // has ended, changes nothing.
 bool kvd_session_drop_holds(struct kvd_session *s, uint64_t seq, uint32_t n, uint64_t request);
+// A call of that request id has not taken any away yet, whatever one before it with a like id did.
+void kvd_session_drops_anew(struct kvd_session *s, uint64_t seq, uint64_t request);
 
 extern const struct kvd_part kvd_part_sessions;
 

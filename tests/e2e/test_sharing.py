@@ -155,3 +155,18 @@ def test_every_attach_is_a_hold(rpc, kvd):
     assert kvd.metric("kvd_sequences") == 1
     rpc.kv("CloseSession", session=b)
     assert kvd.metric("kvd_sequences") == 0
+
+
+def test_two_request_ids_that_are_alike_free_twice(rpc):
+    """What a hold remembers of who gave it up is shorter than an id."""
+    s = open_session(rpc)
+    seq = rpc.kv("CreateSequences", session=s, request_id=1, count=1).sequences[0]
+    rpc.kv("PublishSequence", session=s, sequence=seq, name="x")
+    ids = ((1 << 32) | 7, (2 << 32) | 7, 7, 1 << 32, 2 << 32)
+    for i in range(len(ids)):
+        rpc.kv("AttachSequence", session=s, name="x", request_id=10 + i)
+    holds = lambda: rpc.kv("DescribeSequences", session=s).sequences[0].holds
+    for i, request in enumerate(ids):
+        for _ in range(2):  # the second time its reply was lost
+            rpc.kv("FreeSequences", session=s, sequences=[seq], request_id=request)
+            assert holds() == len(ids) - i

@@ -177,11 +177,15 @@ static void make(uint32_t i)
 
 static void release_some(uint32_t i)
 {
-    freeing = after[i].request = ++next_request;
+    // Ids that differ in what holds remember of them, and ids that do not.
+    next_request++;
+    freeing = after[i].request = pick(2) ? next_request : next_request << 32 | 0xfffffff0;
     uint32_t n[SEQUENCES];
     for (uint32_t s = 0; s < SEQUENCES; s++) {
         n[s] = pick(3) == 0 && before[i].holds[s] ? 1 + (uint32_t)pick(before[i].holds[s]) : 0;
         after[i].holds[s] -= n[s];
+        if (n[s] && kvd_ledger_released_by(l, hold[i][s], freeing))
+            kvd_ledger_release(l, hold[i][s], 0, 0);
     }
     ck_assert(kvd_ledger_freeing_begin(l, record[i], freeing));
     for (uint32_t s = 0; s < SEQUENCES; s++) {
@@ -289,6 +293,35 @@ START_TEST(a_damaged_ledger_is_refused_or_good)
 }
 END_TEST
 
+START_TEST(ids_that_are_alike_are_two)
+{
+    const uint64_t ids[] = {1ull << 32 | 7, 2ull << 32 | 7, 7ull << 32, 8ull << 32, 7};
+    begin();
+    open_one(0);
+    uint32_t one = KVD_LEDGER_NONE, session;
+    uint64_t seq;
+    for (uint32_t i = 0; i < 7; i++)
+        one = kvd_ledger_hold(l, record[0], one, 5);
+    kvd_ledger_commit(l, record[0]);
+    for (uint32_t i = 0; i < KVD_LEN(ids); i++) {
+        ck_assert(!kvd_ledger_freeing(l, record[0], ids[i]));
+        kvd_ledger_release(l, one, 0, 0);
+        ck_assert(!kvd_ledger_released_by(l, one, ids[i]));
+        ck_assert(kvd_ledger_freeing_begin(l, record[0], ids[i]));
+        kvd_ledger_release(l, one, 1, ids[i]);
+        // The one that takes over here finds that it has been done.
+        struct kvd_error err = {0};
+        struct kvd_ledger *next = copy(&err);
+        ck_assert(kvd_ledger_freeing(next, record[0], ids[i]));
+        ck_assert(kvd_ledger_released_by(next, one, ids[i]));
+        ck_assert_uint_eq(kvd_ledger_held(next, one, &session, &seq), 6 - i);
+        kvd_ledger_close(&next);
+        kvd_ledger_remember(l, record[0], ids[i], 7, reply, 0);
+    }
+    kvd_ledger_close(&l);
+}
+END_TEST
+
 START_TEST(what_does_not_fit_is_refused)
 {
     begin();
@@ -306,6 +339,11 @@ START_TEST(what_does_not_fit_is_refused)
         ck_assert(kvd_ledger_freeing_begin(l, record[0], r));
     ck_assert(!kvd_ledger_freeing_begin(l, record[0], 99));
     ck_assert(kvd_ledger_freeing_begin(l, record[0], 1));
+    // Two whose holds would say the same of them do not free at once.
+    kvd_ledger_remember(l, record[0], 2, 1, reply, 0);
+    ck_assert(!kvd_ledger_freeing_begin(l, record[0], 1ull << 32 | 3));
+    ck_assert(!kvd_ledger_freeing_begin(l, record[0], 4ull << 32));
+    ck_assert(kvd_ledger_freeing_begin(l, record[0], 1ull << 32 | 2));
     static uint8_t large[KVD_LEDGER_REPLIES];
     uint64_t method;
     size_t length;
@@ -316,4 +354,4 @@ START_TEST(what_does_not_fit_is_refused)
 END_TEST
 
 KVD_MAIN("ledger", 120, a_ledger_is_whole_at_any_instant, a_damaged_ledger_is_refused_or_good,
-         what_does_not_fit_is_refused)
+         ids_that_are_alike_are_two, what_does_not_fit_is_refused)
