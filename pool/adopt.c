@@ -145,6 +145,16 @@ int kvd_blocks_find(struct kvd_pool *pool, uint32_t ns, const struct kvd_prefix_
     return KVD_E_NOT_FOUND;
 }
 
+uint32_t kvd_blocks_entry(const struct kvd_pool *pool, uint32_t ns,
+                          const struct kvd_prefix_key *key)
+{
+    const struct kept *k = pool->kept ? pool->kept[ns] : NULL;
+    uint32_t entry = KVD_PREFIX_NONE;
+    for (uint32_t i = 0; k && i < KVD_POOL_DOMAINS && entry == KVD_PREFIX_NONE; i++)
+        entry = kvd_prefix_entry(k->ix, i, key);
+    return entry;
+}
+
 // -- holding ------------------------------------------------------------------------------------
 
 int kvd_blocks_hold(struct kvd_pool *pool, const struct kvd_blocks_at *at, struct kvd_error *err)

@@ -92,6 +92,10 @@ bool kvd_blocks_space_at(const struct kvd_pool *pool, uint32_t ns, uint32_t numb
 int kvd_blocks_find(struct kvd_pool *pool, uint32_t ns, const struct kvd_prefix_key *key,
                     struct kvd_blocks_space *space, struct kvd_blocks_match *out);
 
+// The entry of a block by its key alone, in whatever domain; KVD_PREFIX_NONE: it is not there.
+uint32_t kvd_blocks_entry(const struct kvd_pool *pool, uint32_t ns,
+                          const struct kvd_prefix_key *key);
+
 // Removes blocks from the last of the keys on, down to the first `keep`, and stops at one that is
 // held or has others behind it. Returns how many went.
 uint32_t kvd_blocks_drop(struct kvd_pool *pool, const struct kvd_blocks_space *space,

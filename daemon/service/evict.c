@@ -25,6 +25,8 @@ struct eviction {
     bool drops;                  // prefixes
     uint32_t ns;                 // of this namespace, which it holds,
     struct kvd_prefix_cursor at; // and has come to here
+    bool one, looks;             // or of it this block; looks: at leases, and has begun to
+    struct kvd_prefix_key key;
     struct eviction *prev, *next;
 };
 
@@ -59,7 +61,8 @@ static void answer_drop(const struct eviction *v)
     struct kvd_pool_namespace_info info;
     Kvd__V1__DropPrefixReply r = KVD__V1__DROP_PREFIX_REPLY__INIT;
     r.blocks = v->sum.blocks;
-    kvd_event_send(d, v->ns, KVD__V1__EVENT__KIND__BLOCKS_CLEARED, 0, "");
+    if (!v->one)
+        kvd_event_send(d, v->ns, KVD__V1__EVENT__KIND__BLOCKS_CLEARED, 0, "");
     kvd_pool_namespace_info(d->pool, v->ns, &info);
     kvd_notice("prefixes dropped by operator namespace=%s blocks=%" PRIu64, info.name, r.blocks);
     kvd_pool_namespace_release(d->pool, v->ns);
@@ -128,8 +131,29 @@ static bool drop_on(struct kvd_daemon *d, struct eviction *v)
     return true;
 }
 
+static bool drop_one_on(struct kvd_daemon *d, struct eviction *v)
+{
+    uint64_t begin = uv_hrtime();
+    struct kvd_lease *named = kvd_lease_on(d, v->ns, KVD_LEASE_RETAINED, &v->key);
+    if (named)
+        kvd_lease_end(d, named);
+    for (bool all = false; !all;) {
+        if (v->looks && uv_hrtime() - begin >= PIECE_NS)
+            return false;
+        // Looked up each time: it may have gone meanwhile, and its entry be another's.
+        uint32_t entry = kvd_blocks_entry(d->pool, v->ns, &v->key);
+        all = entry == KVD_PREFIX_NONE ||
+              kvd_lease_end_retained_on(d, v->ns, entry, !v->looks, LEASES);
+        v->looks = true;
+    }
+    v->sum.blocks = kvd_blocks_forget(d->pool, v->ns, &v->key, KVD_PREFIX_DROPPED);
+    return true;
+}
+
 static bool go_on(struct kvd_daemon *d, struct eviction *v)
 {
+    if (v->one)
+        return drop_one_on(d, v);
     return v->drops ? drop_on(d, v) : evict_on(d, v);
 }
 
@@ -164,14 +188,23 @@ static void begin(struct kvd_call *call, const struct eviction *from)
         uv_idle_start(&e->idle, on_idle);
 }
 
-void kvd_evict_prefixes(struct kvd_call *call, const char *ns)
+static void begin_drop(struct kvd_call *call, const char *ns, struct eviction *v)
 {
-    struct eviction v = {.drops = true};
     struct kvd_error err = {0};
-    if (kvd_pool_namespace(call->d->pool, ns, &v.ns, &err))
+    if (kvd_pool_namespace(call->d->pool, ns, &v->ns, &err))
         kvd_call_fail_error(call, &err);
     else
-        begin(call, &v);
+        begin(call, v);
+}
+
+void kvd_evict_prefixes(struct kvd_call *call, const char *ns)
+{
+    begin_drop(call, ns, &(struct eviction){.drops = true});
+}
+
+void kvd_evict_prefix(struct kvd_call *call, const char *ns, const struct kvd_prefix_key *key)
+{
+    begin_drop(call, ns, &(struct eviction){.drops = true, .one = true, .key = *key});
 }
 
 void kvd_on_evict(struct kvd_call *call, const void *request)

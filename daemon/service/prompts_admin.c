@@ -225,21 +225,11 @@ void kvd_on_drop_prefix(struct kvd_call *call, const void *request)
     struct kvd_error err = {0};
     struct kvd_prefix_key key;
     uint32_t ns;
-    Kvd__V1__DropPrefixReply reply = KVD__V1__DROP_PREFIX_REPLY__INIT;
     if (find_namespace(d, req->namespace_name, &ns, &err) ||
-        (req->key.len && take_key(&req->key, &key, &err))) {
+        (req->key.len && take_key(&req->key, &key, &err)))
         kvd_call_fail_error(call, &err);
-        return;
-    }
-    if (!req->key.len) {
+    else if (req->key.len)
+        kvd_evict_prefix(call, req->namespace_name, &key);
+    else
         kvd_evict_prefixes(call, req->namespace_name);
-        return;
-    }
-    struct kvd_lease *retained = kvd_lease_on(d, ns, KVD_LEASE_RETAINED, &key);
-    if (retained)
-        kvd_lease_end(d, retained);
-    reply.blocks = kvd_blocks_forget(d->pool, ns, &key, KVD_PREFIX_DROPPED);
-    kvd_notice("prefixes dropped by operator namespace=%s blocks=%" PRIu64, req->namespace_name,
-               reply.blocks);
-    kvd_call_reply(call, &reply);
 }

@@ -8,6 +8,7 @@ enum { SWEEP_MS = 200 };
 struct kvd_leases {
     uv_timer_t timer;               // runs while there are some
     struct kvd_lease *all, *places; // places: those that are nobody's, by their place
+    struct kvd_lease *next_look;    // of kvd_lease_end_retained_on
     uint32_t weight, of_namespace[KVD_MAX_NAMESPACES];
     uint64_t next, expired;
 };
@@ -26,6 +27,8 @@ void kvd_lease_end(struct kvd_daemon *d, struct kvd_lease *l)
     if (l->user)
         kvd_user_give(l->user, KVD_SHARE_LEASES, l->weight);
     kvd_user_unref(&l->user);
+    if (all->next_look == l)
+        all->next_look = l->hh.next;
     HASH_DEL(all->all, l);
     if (l->kind != KVD_LEASE_SESSION)
         HASH_DELETE(hh_place, all->places, l);
@@ -248,6 +251,33 @@ bool kvd_lease_end_retained(struct kvd_daemon *d, uint32_t ns, uint32_t most)
         if (!most--)
             return false;
         kvd_lease_end(d, l);
+    }
+    return true;
+}
+
+// Whether it holds that entry itself. What is before one that it holds cannot go anyway.
+static bool holds(const struct kvd_lease *l, uint32_t entry)
+{
+    if (!l->pages)
+        return l->at.entry == entry;
+    for (uint32_t i = 0; i < l->n_pages; i++)
+        if (l->pages[i] == entry)
+            return true;
+    return false;
+}
+
+bool kvd_lease_end_retained_on(struct kvd_daemon *d, uint32_t ns, uint32_t entry, bool begin,
+                               uint32_t most)
+{
+    struct kvd_leases *all = d->leases;
+    if (begin)
+        all->next_look = all->all;
+    for (struct kvd_lease *l; (l = all->next_look);) {
+        if (!most--)
+            return false;
+        all->next_look = l->hh.next;
+        if (l->kind == KVD_LEASE_RETAINED && l->at.ns == ns && holds(l, entry))
+            kvd_lease_end(d, l);
     }
     return true;
 }

@@ -75,6 +75,11 @@ int kvd_lease_put_pages(struct kvd_daemon *d, enum kvd_lease_kind kind, uint32_t
 void kvd_lease_end(struct kvd_daemon *d, struct kvd_lease *lease);
 // Ends what sessions retain in a namespace, `most` of it. False: there may be more.
 bool kvd_lease_end_retained(struct kvd_daemon *d, uint32_t ns, uint32_t most);
+// Goes on ending what sessions retain and that holds an entry of a namespace's index, and looks at
+// `most` leases; with `begin` it begins anew, for one who does so at a time. True: it has looked at
+// all.
+bool kvd_lease_end_retained_on(struct kvd_daemon *d, uint32_t ns, uint32_t entry, bool begin,
+                               uint32_t most);
 
 extern const struct kvd_part kvd_part_leases;
 

@@ -87,6 +87,24 @@ def test_an_operator_drops_what_is_retained(kvd):
     assert listed(kvd) == keys[2:] and kvd.metric("kvd_prefix_leases") == 1
 
 
+def test_drop_of_a_leaf_behind_what_is_retained(kvd):
+    """Where an end keeps the window of a cut before it, what is retained is the end, under the key of the cut."""
+    tokens = tokens_of(1, 640)
+    with connect(kvd) as c:
+        k, v = (c.tensor(LAYERS, 640, KV_HEADS, DIM) for _ in range(2))
+        s = c.create()
+        s.append(k, v)
+        s.publish_blocks(package.Prompt(tokens), end=True)
+        for x in (s, k, v):
+            x.free()
+        assert publish(c, tokens_of(2, 640)) == 6
+        assert c.hint([package.Prompt(tokens[:512]), package.Prompt(tokens_of(2, 640))], "retain", 600) == [8, 6]
+    (key,) = (base64.b64decode(p["key"]).hex() for page in json.loads(kvd.kvctl("--json", "prefix", "ls", "default").stdout)
+              for p in page["prefixes"] if int(p["blocks"]) == 10)
+    assert "dropped 10" in kvd.kvctl("prefix", "drop", "default", key).stdout
+    assert len(listed(kvd)) == 1 and kvd.metric("kvd_prefix_leases") == 1
+
+
 def test_what_expires_goes_from_tiers_too(start, folder):
     kvd = start(config=f"[kvd]\ntier-host = 64MiB\ntier-directory = {folder}/blocks 1GiB\n")
     tokens = tokens_of(1, 640)

@@ -1,4 +1,5 @@
 """Pages of an engine that keeps KV of its own: put by one process, found and got by others, and by nobody else."""
+import base64
 import ctypes
 import hashlib
 import json
@@ -337,6 +338,27 @@ def test_hints_of_pages(start, folder):
         assert p.hint([keys], "retain", 0) == [24]
         assert p.hint([keys[:6]], "retain", 0) == [6]
         wait_until(lambda: kvd.metric("kvd_prefix_leases") <= 1)
+    kvd.kvctl("verify")
+
+
+@pytest.mark.parametrize("expire", [False, True])
+def test_drop_of_a_page_that_is_retained_with_others(kvd, expire):
+    """A page goes when an operator says so, whichever key the hint is remembered by; and so does no other's."""
+    keys, e = keys_of("alone", 5), Engine(20)
+    e.write(range(20), kv(1, 5))
+    with connect(kvd) as p:
+        for i in range(5):
+            p.put(keys[i:i + 1], e.paged(range(4 * i, 4 * i + 4)))
+        p.hint([keys[:3]], "retain", 600, expire=expire)
+        p.hint([keys[3:]], "retain", 600)
+        listed = [base64.b64decode(r["key"]).hex() for page in json.loads(kvd.kvctl("--json", "prefix", "ls", "default").stdout)
+                  for r in page["prefixes"]]
+        assert len(listed) == 5 and kvd.metric("kvd_prefix_leases") == 2
+        for i, key in enumerate(listed):
+            assert "dropped 1" in kvd.kvctl("prefix", "drop", "default", key).stdout
+            if i == 0:
+                assert kvd.metric("kvd_prefix_leases") == 1
+        assert p.lookup([keys], lease_ms=0)[0].kinds == bytes(5) and kvd.metric("kvd_prefix_leases") == 0
     kvd.kvctl("verify")
 
 
