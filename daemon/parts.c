@@ -30,6 +30,7 @@
 #include "daemon/service/restore.h"
 #include "daemon/service/rotations.h"
 #include "daemon/service/steps.h"
+#include "daemon/service/waits.h"
 #include "daemon/session/buffer.h"
 #include "daemon/session/fdsock.h"
 #include "daemon/session/leases.h"
@@ -73,6 +74,7 @@ const struct kvd_part *const kvd_parts[] = {
     &kvd_part_rotations, // rotation sets, and their downloads
     &kvd_part_events,    // Watch
     &kvd_part_claims,    // of prompts that somebody computes
+    &kvd_part_waits,     // and the memory of those who wait
     &kvd_part_steps,     // calls that are done step by step
     &kvd_part_prompts,   // prefixes
     &kvd_part_hints,     // about them

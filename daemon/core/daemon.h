@@ -23,6 +23,7 @@ enum {
 // The state of other rooms, each of which its own module knows.
 struct kvd_call;
 struct kvd_claims;
+struct kvd_waits;
 struct kvd_demotion;
 struct kvd_exec;
 struct kvd_fdsock;
@@ -116,6 +117,7 @@ struct kvd_daemon {
     struct kvd_demotion *demotion; // NULL: the same; so is this
     struct kvd_restores *restores;
     struct kvd_claims *claims;
+    struct kvd_waits *waits;
     struct kvd_hints *hints;
     struct kvd_leases *leases;
     struct kvd_prompts *prompts;

@@ -11,6 +11,7 @@
 #include "daemon/service/handlers.h"
 #include "daemon/service/restore.h"
 #include "daemon/service/steps.h"
+#include "daemon/service/waits.h"
 #include "daemon/session/leases.h"
 #include "daemon/session/replay.h"
 
@@ -44,6 +45,7 @@ struct lookup {
     struct part parts[KVD_RESTORE_PARTS]; // of this request
     uint32_t n_parts, running;            // running: of those
     bool waits;                           // for them, and is in no line
+    struct kvd_wait wait;                 // its memory, as long as there are parts
     uint64_t until_ms;                    // of the whole call; 0: none has begun
     uint8_t skip[KVD_MAX_PROMPT_BLOCKS];  // pages that are there
     uint32_t (*counts)[KVD_TIERS_MOST];   // what `found` points to
@@ -55,6 +57,7 @@ static void end_restores(struct lookup *l)
         for (int space = 0; space < SPACES; space++)
             kvd_restore_end(&l->parts[i].restores[space]);
     l->n_parts = l->running = 0;
+    kvd_wait_end(l->call->d, &l->wait);
 }
 
 static void lookup_free(struct lookup *l)
@@ -166,6 +169,10 @@ static bool look_behind(struct kvd_daemon *d, struct part *p)
     bool late = l->req->restore_ms && kvd_now_ms(d) >= l->until_ms;
     bool same = p->behind == ENCODED && l->spaces[ENCODED].layout == l->spaces[EXACT].layout;
     if (!lacking || late || same)
+        return false;
+    // Where there is no memory for who waits, what the pool has is the answer.
+    if (!kvd_wait_begin(d, &l->wait, l->spaces[0].ns, l->stepped.session,
+                        sizeof(*l) + l->call->request_bytes))
         return false;
     const struct kvd_prefix_key *keys = l->keys[p->behind] + p->begin;
     const struct kvd_restore_ask ask = {.space = l->spaces[p->behind],

@@ -10,6 +10,7 @@
 #include "daemon/service/handlers.h"
 #include "daemon/service/restore.h"
 #include "daemon/service/steps.h"
+#include "daemon/service/waits.h"
 #include "daemon/session/leases.h"
 #include "daemon/session/replay.h"
 
@@ -33,6 +34,8 @@ struct job {
     uint64_t restore_until_ms;   // of the whole call; 0: none has begun
     struct kvd_restore_answer answer;
     struct kvd_claim_waiter waiter; // for what another computes
+    struct kvd_wait wait;           // its memory, as long as `waits`
+    uint64_t bytes;                 // of that
     struct kvd_blocks_space space;
     struct kvd_prefix_key *keys; // room for the longest
     Kvd__V1__PrefixMatch *matches, **match_refs;
@@ -88,6 +91,7 @@ static void job_free(struct kvd_daemon *d, struct job *j)
 {
     if (!j->waits)
         kvd_steps_drop(d, &j->stepped);
+    kvd_wait_end(d, &j->wait);
     kvd_claim_forget(d, &j->waiter);
     kvd_restore_end(&j->restore);
     free(j->behind);
@@ -165,17 +169,23 @@ static void tell_known(struct kvd_daemon *d, const struct job *j, uint32_t from,
 
 // -- what is behind the pool --------------------------------------------------------------------
 
+static void go_on(struct job *j)
+{
+    j->waits = false;
+    kvd_wait_end(j->call->d, &j->wait);
+    kvd_steps_add(j->call->d, &j->stepped);
+}
+
 static void on_restored(void *ctx, const struct kvd_restore_answer *answer)
 {
     struct job *j = ctx;
     j->restored = true;
     j->answer = *answer;
-    j->waits = false;
-    kvd_steps_add(j->call->d, &j->stepped);
+    go_on(j);
 }
 
-// Begins to look behind the pool for what it lacks of the prompt, if that is wanted and was not
-// done yet. True: the job goes on when on_restored is called.
+// Begins to look behind the pool for what it lacks of the prompt, if that is wanted, was not done
+// yet, and there is memory for who waits. True: the job goes on when on_restored is called.
 static bool look_behind(struct kvd_daemon *d, struct job *j)
 {
     const Kvd__V1__MatchPrefixRequest *req = (const void *)j->call->request;
@@ -186,7 +196,8 @@ static bool look_behind(struct kvd_daemon *d, struct job *j)
     if (!j->restore_until_ms)
         j->restore_until_ms = kvd_now_ms(d) + req->restore_ms;
     bool late = req->restore_ms && kvd_now_ms(d) >= j->restore_until_ms;
-    if (m.at.blocks == j->blocks || late)
+    if (m.at.blocks == j->blocks || late ||
+        !kvd_wait_begin(d, &j->wait, j->space.ns, j->stepped.session, j->bytes))
         return false;
     const struct kvd_restore_ask ask = {.space = j->space,
                                         .keys = j->keys,
@@ -195,18 +206,18 @@ static bool look_behind(struct kvd_daemon *d, struct job *j)
                                         .ms = req->restore_ms ? j->restore_until_ms - kvd_now_ms(d)
                                                               : 0};
     j->restore = kvd_restore_begin(d, &ask, on_restored, j, NULL);
+    if (!j->restore)
+        kvd_wait_end(d, &j->wait);
     return j->restore;
 }
 
 static void on_claim(struct kvd_claim_waiter *w)
 {
-    struct job *j = (struct job *)((uint8_t *)w - offsetof(struct job, waiter));
-    j->waits = false;
-    kvd_steps_add(j->call->d, &j->stepped);
+    go_on((struct job *)((uint8_t *)w - offsetof(struct job, waiter)));
 }
 
-// Has the job wait for a session that is computing what is missing, if that is wanted. True: it
-// goes on when on_claim is called.
+// Has the job wait for a session that is computing what is missing, if that is wanted and there is
+// memory for who waits. True: it goes on when on_claim is called.
 static bool wait_for_others(struct kvd_daemon *d, struct job *j, const struct kvd_session *s)
 {
     const Kvd__V1__MatchPrefixRequest *req = (const void *)j->call->request;
@@ -217,7 +228,12 @@ static bool wait_for_others(struct kvd_daemon *d, struct job *j, const struct kv
     j->waiter.session = s->id;
     j->waiter.space = j->space;
     j->waiter.go_on = on_claim;
-    return kvd_claim_wait(d, &j->waiter, j->keys, j->blocks, m.known, req->wait_ms);
+    if (!kvd_claim_wait(d, &j->waiter, j->keys, j->blocks, m.known, req->wait_ms))
+        return false;
+    if (kvd_wait_begin(d, &j->wait, j->space.ns, s->id, j->bytes))
+        return true;
+    kvd_claim_forget(d, &j->waiter);
+    return false;
 }
 
 static void tell_restored(struct kvd_daemon *d, struct job *j, Kvd__V1__PrefixMatch *out)
@@ -411,6 +427,8 @@ static int job_begin(struct kvd_call *call, bool publishes, uint32_t n, struct k
         rc = kvd_fail(err, KVD_E_INVALID, "%" PRIu64 " blocks in all; at most %d are possible", all,
                       KVD_MAX_CALL_BLOCKS);
     j->keys = calloc(longest + 1, sizeof(*j->keys));
+    j->bytes =
+        sizeof(*j) + call->request_bytes + longest * sizeof(*j->keys) + n * sizeof(*j->matches);
     if (publishes) {
         j->published = calloc(n, sizeof(*j->published));
         j->published_refs = calloc(n, sizeof(*j->published_refs));

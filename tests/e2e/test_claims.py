@@ -1,5 +1,6 @@
 """Several workers that want one prompt at once: one computes it, the others wait for that, and nobody waits for nothing."""
 import os
+import socket
 import threading
 import time
 
@@ -144,3 +145,84 @@ def test_callers_that_go_away(kvd, workers):
     waiting(kvd, before + 1)
     assert kvd.stop() == 0
     assert waits() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE)
+
+
+def rss(kvd):
+    return int(Rpc(kvd.address).admin("GetStatus").rss_bytes) >> 20
+
+
+def flood(kvd, session, method, n, **fields):
+    """n calls of a session that may wait, over some connections; how many had an answer when no more come, and those that wait."""
+    channels = [Rpc(kvd.address) for _ in range(12)]
+    reply = getattr(kv, f"{method}Reply")
+    calls = [c.channel.unary_unary(f"/kvd.v1.KvCache/{method}", request_serializer=lambda m: m, response_deserializer=reply.FromString)
+             for c in channels]
+    raw = getattr(kv, f"{method}Request")(session=session, **fields).SerializeToString()
+    futures = [calls[i % 12].future(raw, timeout=300) for i in range(n)]
+    done, end = -1, time.time() + 60
+    while (now := sum(f.done() for f in futures)) + (kvd.metric("kvd_lookups_waiting") or 0) < n or now != done:
+        assert time.time() < end, f"{now} of {n} have an answer"
+        done = now
+        time.sleep(0.2)
+    return done, futures, channels
+
+
+LARGE = kv.PrefixKeys(tokens=bytes(4096 * 64 * 4))  # a MiB
+
+
+def test_those_who_wait_take_a_bounded_share_of_memory(kvd):
+    """Who does not fit is told what is known; other sessions and namespaces have room."""
+    a, b, c = Worker(kvd), Worker(kvd), Worker(kvd)
+    d = Rpc(kvd.address)
+    other = [d.kv("OpenSession", layout=layout(), namespace_name="other").session for _ in range(2)]
+    assert a.match(LARGE, 600)[0] == 0
+    assert d.kv("MatchPrefix", session=other[0], requests=[LARGE], wait_ms=600000).matches[0].blocks == 0
+    before = rss(kvd)
+    done, futures, channels = flood(kvd, b.session, "MatchPrefix", 300, requests=[LARGE], wait_ms=600000)
+    waits = 300 - done
+    assert 90 < waits < 200 and kvd.metric("kvd_lookups_not_waiting_total") == done
+    assert rss(kvd) - before < 350
+    assert all(f.result().matches[0].blocks == 0 for f in futures if f.done())
+    more = [c.later(LARGE, 600)]
+    again, held, there = flood(kvd, other[1], "MatchPrefix", 2, requests=[LARGE], wait_ms=600000)
+    assert again == 0 and more[0].waits() and kvd.metric("kvd_lookups_waiting") == waits + 3
+    for one in (a.session, other[0]):
+        d.kv("CloseSession", session=one)  # then somebody has the claim, and waits no more
+    for f in held[:1]:
+        f.result()
+    for channel in channels + there:
+        channel.channel.close()
+    for w in (b, c):
+        w.rpc.kv("CloseSession", session=w.session)
+    d.kv("CloseSession", session=other[1])
+    more[0]()
+    assert kvd.metric("kvd_lookups_waiting") == 0
+    assert kvd.stop() == 0
+
+
+@pytest.mark.parametrize("method", ["MatchPrefix", "LookupPages"])
+def test_those_who_wait_for_a_tier_too(start, folder, method):
+    server = socket.socket(socket.AF_UNIX)  # one that never says anything
+    server.bind(str(folder / "redis.sock"))
+    server.listen()
+    kvd = start(config=f"[kvd]\ntier-redis = unix:{folder}/redis.sock\ntier-timeout = 60s\n")
+    rpc = Rpc(kvd.address)
+    if method == "MatchPrefix":
+        session = rpc.kv("OpenSession", layout=layout()).session
+        fields = {"requests": [LARGE]}
+    else:
+        session = rpc.kv("OpenSession", layout=layout(windows=kv.Windows()), pages=True).session
+        fields = {"requests": [bytes(range(256)) * 512 for _ in range(8)], "key_bytes": 32, "space": b"s"}
+    done, futures, channels = flood(kvd, session, method, 300, restore_ms=600000, **fields)
+    assert 90 < 300 - done < 200 and kvd.metric("kvd_lookups_not_waiting_total") >= done
+    for f in futures:
+        if f.done():
+            f.result()
+    for channel in channels:
+        channel.channel.close()
+    rpc.channel.close()
+    end = time.time() + 20
+    while kvd.metric("kvd_lookups_waiting"):
+        assert time.time() < end
+        time.sleep(0.1)
+    server.close()
