@@ -5,11 +5,13 @@
 #include "daemon/service/handlers.h"
 #include "daemon/service/layout.h"
 #include "daemon/service/prompts.h"
+#include "daemon/service/steps.h"
 #include "daemon/session/leases.h"
 
 enum {
     LIST_MAX = 256,
     LOOKED_AT = 8192, // entries in a call
+    LISTED = 4,       // rows in a step
     PIN_MAX_S = 1000000,
 };
 
@@ -65,16 +67,26 @@ static void fill_row(struct kvd_daemon *d, struct row *r, const struct kvd_block
     i->domain = (ProtobufCBinaryData){sizeof(r->space.domain), r->space.domain};
 }
 
-struct listing {
+// What a call lists.
+struct rows {
     struct row rows[LIST_MAX];
     Kvd__V1__PrefixInfo *refs[LIST_MAX];
     uint32_t holds[LIST_MAX], n, limit;
 };
 
+// A call on its way: finding a row goes through all blocks before it, so it is a few at a time.
+struct listing {
+    struct kvd_stepped stepped; // first
+    struct kvd_call *call;
+    uint32_t ns;
+    struct rows *rows;    // NULL: it has had no turn yet, and takes no memory
+    uint32_t at, n, next; // row, those that are there still, where the next call goes on
+};
+
 static bool take_leaf(void *ctx, const struct kvd_prefix_entry_info *e, uint32_t layout,
                       uint32_t entry, bool end)
 {
-    struct listing *l = ctx;
+    struct rows *l = ctx;
     (void)layout;
     (void)entry;
     if (e->children && !end)
@@ -84,41 +96,97 @@ static bool take_leaf(void *ctx, const struct kvd_prefix_entry_info *e, uint32_t
     return ++l->n < l->limit;
 }
 
-void kvd_on_list_prefixes(struct kvd_call *call, const void *request)
+static void listing_free(struct kvd_daemon *d, struct listing *l)
 {
-    const Kvd__V1__ListPrefixesRequest *req = request;
-    struct kvd_daemon *d = call->d;
-    struct kvd_error err = {0};
+    kvd_steps_drop(d, &l->stepped);
+    free(l->rows);
+    free(l);
+}
+
+static void on_cancelled(struct kvd_call *call)
+{
+    listing_free(call->d, call->work);
+    kvd_call_fail(call, KVD_E_UNAVAILABLE, "the call was cancelled");
+}
+
+static int collect(struct kvd_daemon *d, struct listing *l, struct kvd_error *err)
+{
+    const Kvd__V1__ListPrefixesRequest *req = (const void *)l->call->request;
+    l->rows = calloc(1, sizeof(*l->rows));
+    if (!l->rows)
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    l->rows->limit = req->limit ? KVD_MIN(req->limit, (uint32_t)LIST_MAX) : LIST_MAX;
+    l->next = kvd_blocks_each(d->pool, l->ns, req->from, LOOKED_AT, take_leaf, l->rows);
+    return KVD_OK;
+}
+
+static void fill_next(struct kvd_daemon *d, struct listing *l)
+{
+    for (uint32_t i = 0; i < LISTED && l->at < l->rows->n; i++, l->at++) {
+        struct row *r = &l->rows->rows[l->at];
+        struct kvd_blocks_match m;
+        if (kvd_blocks_find(d->pool, l->ns, &r->key, &r->space, &m))
+            continue; // it has gone meanwhile
+        fill_row(d, r, &m, l->rows->holds[l->at]);
+        l->rows->refs[l->n++] = &r->info;
+    }
+}
+
+static void list_step(struct kvd_daemon *d, struct kvd_stepped *stepped)
+{
+    struct listing *l = (struct listing *)stepped;
+    struct kvd_call *call = l->call;
+    const Kvd__V1__ListPrefixesRequest *req = (const void *)call->request;
     struct kvd_blocks_info info;
-    uint32_t ns;
-    if (find_namespace(d, req->namespace_name, &ns, &err)) {
+    struct kvd_error err = {0};
+    uint32_t ns = KVD_POOL_NONE;
+    if (find_namespace(d, req->namespace_name, &ns, &err) == KVD_OK && ns != l->ns)
+        kvd_fail(&err, KVD_E_NOT_FOUND, "the namespace has gone meanwhile");
+    if (!err.code && !l->rows)
+        collect(d, l, &err);
+    else if (!err.code)
+        fill_next(d, l);
+    if (!err.code && l->at < l->rows->n)
+        return;
+    call->on_cancelled = NULL;
+    if (err.code) {
+        listing_free(d, l);
         kvd_call_fail_error(call, &err);
         return;
     }
-    struct listing *l KVD_FREE = calloc(1, sizeof(*l));
-    if (!l) {
-        kvd_call_fail(call, KVD_E_INTERNAL, "out of memory");
-        return;
-    }
-    l->limit = req->limit ? KVD_MIN(req->limit, (uint32_t)LIST_MAX) : LIST_MAX;
-    uint32_t next = kvd_blocks_each(d->pool, ns, req->from, LOOKED_AT, take_leaf, l), n = 0;
-    for (uint32_t i = 0; i < l->n; i++) {
-        struct kvd_blocks_match m;
-        struct row *r = &l->rows[i];
-        if (kvd_blocks_find(d->pool, ns, &r->key, &r->space, &m))
-            continue;
-        fill_row(d, r, &m, l->holds[i]);
-        l->refs[n++] = &r->info;
-    }
     Kvd__V1__ListPrefixesReply reply = KVD__V1__LIST_PREFIXES_REPLY__INIT;
     kvd_blocks_info(d->pool, ns, &info);
-    reply.prefixes = l->refs;
-    reply.n_prefixes = n;
-    reply.next = next == KVD_POOL_NONE ? 0 : next;
+    reply.prefixes = l->rows->refs;
+    reply.n_prefixes = l->n;
+    reply.next = l->next == KVD_POOL_NONE ? 0 : l->next;
     reply.blocks = info.blocks;
     reply.capacity = info.capacity;
     reply.bytes = info.bytes;
     kvd_call_reply(call, &reply);
+    listing_free(d, l);
+}
+
+void kvd_on_list_prefixes(struct kvd_call *call, const void *request)
+{
+    const Kvd__V1__ListPrefixesRequest *req = request;
+    struct kvd_error err = {0};
+    uint32_t ns;
+    if (find_namespace(call->d, req->namespace_name, &ns, &err)) {
+        kvd_call_fail_error(call, &err);
+        return;
+    }
+    struct listing *l = calloc(1, sizeof(*l));
+    if (!l) {
+        kvd_call_fail(call, KVD_E_INTERNAL, "out of memory");
+        return;
+    }
+    l->stepped.step = list_step;
+    l->call = call;
+    l->ns = ns;
+    call->work = l;
+    call->on_cancelled = on_cancelled;
+    // As in listings.c: who asks has no session, and a user's calls take turns with others'.
+    kvd_steps_begin(call->d, &l->stepped, 0, (uint64_t)(uintptr_t)call->user);
 }
 
 void kvd_on_explain_prefix(struct kvd_call *call, const void *request)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import kvd as package
-from conftest import BUILD, SOURCE, Rpc, kv, layout
+from conftest import BUILD, SOURCE, Rpc, admin, best_of_three, calls, kv, layout
 
 os.environ.setdefault("KVD_LIBRARY", str(BUILD / "client/libkvd.so.0"))
 LAYERS, Q_HEADS, KV_HEADS, DIM = 2, 4, 2, 64
@@ -383,3 +383,77 @@ def test_callers_that_go_away(kvd, rpc):
     assert slowest[0] < 10
     rpc.kv("CloseSession", session=session)
     assert kvd.metric("kvd_prefix_leases") == 0
+
+
+SMALL = layout(layers=[0], q_heads=1, kv_heads=1, windows=kv.Windows())
+DEEP = 4096  # blocks of the longest prompt
+
+
+def deep(rpc, session, leaves, depth=DEEP):
+    """Prompts of so many blocks that differ in the last of them; their sequences are gone. The keys of one."""
+    seq = rpc.kv("CreateSequences", session=session, count=1).sequences[0]
+    base, end = os.urandom(16 * (depth - 1)), 64 * (depth - 1)
+
+    def append(to, at, n):
+        zeros = kv.TensorRef(inline_data=bytes(128 * n))
+        rpc.kv("Append", session=session, items=[kv.AppendItem(sequence=to, position=at, tokens=n, k=zeros, v=zeros)])
+
+    for at in range(0, end, 8192):
+        append(seq, at, min(8192, end - at))
+    for _ in range(leaves):
+        fork = rpc.kv("ForkSequence", session=session, sequence=seq).sequences[0]
+        append(fork, end, 64)
+        keys = kv.PrefixKeys(block_keys=base + os.urandom(16), key_bytes=16)
+        assert rpc.kv("PublishBlocks", session=session, items=[kv.PublishItem(sequence=fork, keys=keys)]).items[0].blocks == depth
+        rpc.kv("FreeSequences", session=session, sequences=[fork])
+    rpc.kv("FreeSequences", session=session, sequences=[seq])
+    return keys
+
+
+def pings_beside(kvd, call, seconds=1.5, threads=2):
+    """Milliseconds that others' pings take while some threads make a call again and again: the median and the longest."""
+    over, failed, ms = threading.Event(), [], []
+
+    def run():
+        with calls(kvd) as rpc:
+            try:
+                while not over.is_set():
+                    call(rpc)
+            except grpc.RpcError as e:
+                failed.append(e)
+
+    them = [threading.Thread(target=run) for _ in range(threads)]
+    with calls(kvd) as rpc:
+        rpc.admin("Ping")
+        for t in them:
+            t.start()
+        end = time.time() + seconds
+        while time.time() < end:
+            began = time.perf_counter()
+            rpc.admin("Ping")
+            ms.append(1000 * (time.perf_counter() - began))
+            time.sleep(0.002)
+    over.set()
+    for t in them:
+        t.join()
+    assert not failed, failed
+    ms.sort()
+    return ms[len(ms) // 2], ms[-1]
+
+
+def test_listing_long_prompts_holds_up_nobody(kvd, rpc):
+    """Finding one of 256 rows goes through the 4,096 blocks before it."""
+    session = rpc.kv("OpenSession", layout=SMALL).session
+    deep(rpc, session, 256)
+    ask = lambda r: r.admin("ListPrefixes", namespace_name="default")
+    all_of_them = ask(rpc)
+    assert len(all_of_them.prefixes) == 256 and {p.blocks for p in all_of_them.prefixes} == {DEEP} and all_of_them.blocks == DEEP + 255
+
+    def beside_them():
+        median, _ = pings_beside(kvd, ask)
+        assert median < 10
+
+    best_of_three(beside_them)
+    with pytest.raises(grpc.RpcError) as e:  # those who go away leave nothing
+        rpc.call("kvd.v1.Admin", "ListPrefixes", admin.ListPrefixesRequest(namespace_name="default"), admin.ListPrefixesReply, timeout=0.005)
+    assert e.value.code().name == "DEADLINE_EXCEEDED"
