@@ -26,6 +26,7 @@
 #include "daemon/service/health.h"
 #include "daemon/service/hints.h"
 #include "daemon/service/http.h"
+#include "daemon/service/page.h"
 #include "daemon/service/prompts.h"
 #include "daemon/service/restore.h"
 #include "daemon/service/rotations.h"
@@ -76,6 +77,7 @@ const struct kvd_part *const kvd_parts[] = {
     &kvd_part_claims,    // of prompts that somebody computes
     &kvd_part_waits,     // and the memory of those who wait
     &kvd_part_steps,     // calls that are done step by step
+    &kvd_part_page,      // of metrics, for who asks
     &kvd_part_prompts,   // prefixes
     &kvd_part_hints,     // about them
     &kvd_part_health,    // grpc.health.v1

@@ -27,6 +27,7 @@ struct kvd_waits;
 struct kvd_demotion;
 struct kvd_exec;
 struct kvd_fdsock;
+struct kvd_metrics_pages;
 struct kvd_pieceworks;
 struct kvd_fences;
 struct kvd_events;
@@ -124,6 +125,7 @@ struct kvd_daemon {
     struct kvd_page_counts *page_counts;
     struct kvd_superseded_list *superseded;
     struct kvd_steps *steps;
+    struct kvd_metrics_pages *metrics_pages;
     struct kvd_users *users;
     struct kvd_user *namespace_users[KVD_MAX_NAMESPACES]; // who is charged; NULL: nobody
     struct kvd_user *layout_users[KVD_MAX_LAYOUTS];

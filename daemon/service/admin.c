@@ -8,7 +8,6 @@
 #include "daemon/rpc/rpc.h"
 #include "daemon/sched/work.h"
 #include "daemon/service/handlers.h"
-#include "daemon/service/page.h"
 #include "daemon/session/buffer.h"
 #include "daemon/session/pool.h"
 #include "daemon/session/ledger.h"
@@ -75,15 +74,6 @@ void kvd_on_get_status(struct kvd_call *call, const void *request)
     r.sequences_lost = d->metrics.sequences_lost;
     r.sessions_waiting = kvd_sessions_waiting(d);
     r.no_gpu = d->no_gpu.text;
-    kvd_call_reply(call, &r);
-}
-
-void kvd_on_get_metrics(struct kvd_call *call, const void *request)
-{
-    (void)request;
-    char *text KVD_FREE = kvd_metrics_page(call->d);
-    Kvd__V1__GetMetricsReply r = KVD__V1__GET_METRICS_REPLY__INIT;
-    r.text = text ? text : "";
     kvd_call_reply(call, &r);
 }
 

@@ -5,6 +5,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import time
 import urllib.error
 import urllib.request
 
@@ -129,6 +130,23 @@ def test_metrics_pages(kvd):
         pytest.skip("promtool is not installed")
     r = subprocess.run(["promtool", "check", "metrics"], input=page, capture_output=True, text=True)
     assert r.returncode == 0 and not r.stderr and not r.stdout, r.stderr
+
+
+def test_metrics_for_many_at_once(kvd, rpc):
+    """One page for all who ask within a while, and none that is older than its question."""
+    ask = rpc.channel.unary_unary("/kvd.v1.Admin/GetMetrics", request_serializer=lambda m: m.SerializeToString(),
+                                  response_deserializer=admin.GetMetricsReply.FromString)
+    began = time.time()
+    replies = [ask.future(admin.GetMetricsRequest(), timeout=20) for _ in range(100)]
+    texts = {f.result().text for f in replies}
+    assert len(texts) <= 3 + (time.time() - began) / 0.05  # else each says another number of calls
+    gone = [ask.future(admin.GetMetricsRequest(), timeout=20) for _ in range(50)]
+    for f in gone[::2]:
+        f.cancel()
+    for n in range(1, 6):
+        rpc.kv("OpenSession", layout=layout())
+        assert f"\nkvd_sessions {n}\n" in rpc.admin("GetMetrics").text
+    assert all(f.result().text for f in gone[1::2])
 
 
 def test_mutual_tls(start, folder):
