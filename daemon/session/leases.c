@@ -3,7 +3,11 @@
 #include "daemon/rpc/users.h"
 #include "daemon/session/session.h"
 
-enum { SWEEP_MS = 200 };
+enum {
+    SWEEP_MS = 200,
+    PIECE_NS = 1000000, // of a sweep, as what expires may be tens of thousands of blocks;
+    PAUSE_MS = 1,       // then others have their turn
+};
 
 struct kvd_leases {
     uv_timer_t timer;               // runs while there are some
@@ -43,9 +47,10 @@ static void on_timer(uv_timer_t *timer)
 {
     struct kvd_daemon *d = timer->data;
     struct kvd_lease *l, *next;
+    const uint64_t begin = uv_hrtime(), now = kvd_now_ms(d);
     HASH_ITER(hh, d->leases->all, l, next)
     {
-        if (l->until_ms > kvd_now_ms(d))
+        if (l->until_ms > now)
             continue;
         const struct kvd_prefix_key key = l->place.key;
         const uint32_t ns = l->at.ns, n_gone = l->n_gone;
@@ -58,6 +63,10 @@ static void on_timer(uv_timer_t *timer)
             kvd_blocks_forget_pages(d->pool, ns, gone, n_gone, KVD_PREFIX_EXPIRED);
         else if (drops)
             kvd_blocks_forget(d->pool, ns, &key, KVD_PREFIX_EXPIRED);
+        if (next && uv_hrtime() - begin >= PIECE_NS) {
+            uv_timer_start(timer, on_timer, PAUSE_MS, SWEEP_MS);
+            return;
+        }
     }
 }
 

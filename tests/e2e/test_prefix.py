@@ -457,3 +457,24 @@ def test_listing_long_prompts_holds_up_nobody(kvd, rpc):
     with pytest.raises(grpc.RpcError) as e:  # those who go away leave nothing
         rpc.call("kvd.v1.Admin", "ListPrefixes", admin.ListPrefixesRequest(namespace_name="default"), admin.ListPrefixesReply, timeout=0.005)
     assert e.value.code().name == "DEADLINE_EXCEEDED"
+
+
+def test_what_expires_at_once_goes_in_pieces(start):
+    """So others see some of it gone and some of it there."""
+    kvd = start("--pool-size", "1GiB")
+    rpc = Rpc(kvd.address)
+    session = rpc.kv("OpenSession", layout=SMALL).session
+
+    def between():
+        prompts = [deep(rpc, session, 1) for _ in range(5)]
+        first = [kv.PrefixKeys(block_keys=p.block_keys[:16], key_bytes=16) for p in prompts]
+        hint = kv.HintPrefixRequest.Hint.Value("RETAIN")
+        assert list(rpc.kv("HintPrefix", session=session, requests=prompts, hint=hint, ms=300, expire=True).blocks) == [DEEP] * 5
+        seen, end = set(), time.time() + 20
+        while 0 not in seen:
+            assert time.time() < end
+            seen.add(sum(m.known for m in rpc.kv("MatchPrefix", session=session, requests=first, quiet=True).matches))
+        assert seen - {0, 5}, seen
+
+    best_of_three(between)
+    rpc.channel.close()
