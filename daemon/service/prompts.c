@@ -1,4 +1,4 @@
-// MatchPrefix, AdoptPrefix, PublishBlocks, ReleasePrefix.
+// MatchPrefix, PublishBlocks, ReleasePrefix.
 //
 // Looking up and publishing go prompt by prompt: hash its keys, 512 at a time, then look them up or
 // publish them, 256 at a time. Each such step takes some hundred microseconds (steps.h).
@@ -500,60 +500,11 @@ void kvd_on_publish_blocks(struct kvd_call *call, const void *request)
         begin(call, true, req->n_items);
 }
 
-// -- adopting -----------------------------------------------------------------------------------
+// -- adopted and released -----------------------------------------------------------------------
 
-static int adopt_one(struct kvd_daemon *d, struct kvd_session *s, const Kvd__V1__AdoptItem *item,
-                     uint64_t *seq, uint64_t *length, struct kvd_error *err)
+void kvd_prompts_adopted(struct kvd_daemon *d, uint32_t ns, uint64_t tokens)
 {
-    struct kvd_lease *l = kvd_lease_find(d, s, item->lease);
-    bool first;
-    if (!l)
-        return kvd_fail(err, KVD_E_NOT_FOUND,
-                        "this session has no lease %" PRIu64 "; its time may be over", item->lease);
-    uint32_t blocks = item->blocks ? item->blocks : l->at.blocks;
-    int rc = kvd_blocks_adopt(d->pool, &l->at, blocks, seq, err);
-    if (rc)
-        return rc;
-    *length = (uint64_t)blocks * KVD_PAGE_TOKENS;
-    rc = kvd_session_add_held(s, *seq, &first, err);
-    if (rc)
-        kvd_pool_seq_release(d->pool, *seq);
-    return rc;
-}
-
-void kvd_on_adopt_prefix(struct kvd_call *call, const void *request)
-{
-    const Kvd__V1__AdoptPrefixRequest *req = request;
-    struct kvd_daemon *d = call->d;
-    struct kvd_session *s = kvd_call_session(call, req->session);
-    uint64_t ids[KVD_MAX_CALL_ADOPTIONS] = {0}, lengths[KVD_MAX_CALL_ADOPTIONS] = {0};
-    struct kvd_error err = {0};
-    size_t n = 0;
-    if (!s || kvd_call_replayed(call, s, req->request_id))
-        return;
-    if (req->n_items < 1)
-        kvd_fail(&err, KVD_E_INVALID, "no items; 1 to %d are possible", KVD_MAX_CALL_ADOPTIONS);
-    while (!err.code && n < req->n_items &&
-           adopt_one(d, s, req->items[n], &ids[n], &lengths[n], &err) == KVD_OK)
-        n++;
-    if (err.code) {
-        while (n-- > 0)
-            if (kvd_session_drop_held(s, ids[n]))
-                kvd_pool_seq_release(d->pool, ids[n]);
-        kvd_call_fail_error(call, &err);
-        return;
-    }
-    for (size_t i = 0; i < n; i++) {
-        struct kvd_lease *l = kvd_lease_find(d, s, req->items[i]->lease);
-        if (l && !req->items[i]->keep)
-            kvd_lease_end(d, l);
-        counts_of(d, s->ns)->adopted += lengths[i];
-    }
-    Kvd__V1__AdoptPrefixReply r = KVD__V1__ADOPT_PREFIX_REPLY__INIT;
-    r.n_sequences = r.n_lengths = n;
-    r.sequences = ids;
-    r.lengths = lengths;
-    kvd_call_reply_remember(call, s, req->request_id, &r);
+    counts_of(d, ns)->adopted += tokens;
 }
 
 void kvd_on_release_prefix(struct kvd_call *call, const void *request)

@@ -22,6 +22,9 @@ Kvd__V1__MissReason kvd_prompt_miss(struct kvd_daemon *d, const struct kvd_block
                                     const struct kvd_blocks_match *match);
 Kvd__V1__MissReason kvd_miss_reason(enum kvd_prefix_reason reason);
 
+// So many tokens of a namespace's prompts were adopted.
+void kvd_prompts_adopted(struct kvd_daemon *d, uint32_t ns, uint64_t tokens);
+
 extern const struct kvd_part kvd_part_prompts;
 
 #endif

@@ -39,6 +39,15 @@ bool kvd_call_replayed(struct kvd_call *call, struct kvd_session *s, uint64_t re
     return true;
 }
 
+bool kvd_call_answered(const struct kvd_session *s, uint64_t request_id)
+{
+    uint64_t method;
+    size_t length;
+    uint8_t *data KVD_FREE =
+        request_id ? kvd_ledger_recall(s->ledger, s->record, request_id, &method, &length) : NULL;
+    return data;
+}
+
 void kvd_call_reply_remember(struct kvd_call *call, struct kvd_session *s, uint64_t request_id,
                              const void *reply)
 {

@@ -478,3 +478,53 @@ def test_what_expires_at_once_goes_in_pieces(start):
 
     best_of_three(between)
     rpc.channel.close()
+
+
+def test_many_are_adopted_one_after_the_other(kvd, rpc):
+    """So others have their turn meanwhile; and all of them or none, whatever comes between."""
+    session = rpc.kv("OpenSession", layout=SMALL).session
+    prompt = deep(rpc, session, 1)
+    lease = rpc.kv("MatchPrefix", session=session, requests=[prompt], lease_ms=600000).matches[0].lease
+    items = [kv.AdoptItem(lease=lease, keep=True) for _ in range(16)]
+    sequences = lambda: rpc.admin("GetStatus").sequences
+    free = lambda ids: rpc.kv("FreeSequences", session=session, sequences=ids)
+    adopt = rpc.channel.unary_unary("/kvd.v1.KvCache/AdoptPrefix", request_serializer=lambda m: m.SerializeToString(),
+                                    response_deserializer=kv.AdoptPrefixReply.FromString)
+    assert sequences() == 0
+
+    def between():
+        made = [adopt.future(kv.AdoptPrefixRequest(session=session, items=items), timeout=20) for _ in range(12)]
+        seen = set()
+        while not all(c.done() for c in made):
+            seen.add(sequences())
+        assert sequences() == 12 * 16
+        for c in made:
+            free(c.result().sequences)
+        assert any(n % 16 for n in seen), seen
+
+    best_of_three(between)
+    # One call of a request id makes them, however often it is sent at once.
+    for request in range(100, 105):
+        twice = [adopt.future(kv.AdoptPrefixRequest(session=session, items=items, request_id=request), timeout=20) for _ in range(4)]
+        (made,) = {tuple(c.result().sequences) for c in twice}
+        assert sequences() == 16 == len(rpc.kv("DescribeSequences", session=session).sequences)
+        free(made)
+    # The last item is wrong, or the caller goes: nothing stays.
+    wrong = [*items[:15], kv.AdoptItem(lease=lease + 1)]
+    assert refused(grpc.StatusCode.NOT_FOUND, rpc.kv, "AdoptPrefix", session=session, items=wrong)
+    assert sequences() == 0
+    for ms in range(1, 12):
+        try:
+            free(adopt(kv.AdoptPrefixRequest(session=session, items=items), timeout=ms / 1000).sequences)
+        except grpc.RpcError as e:
+            assert e.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    held = rpc.kv("DescribeSequences", session=session).sequences  # of replies that came too late
+    if held:
+        free([i.sequence for i in held])
+    assert sequences() == 0
+    # The session ends meanwhile.
+    late = adopt.future(kv.AdoptPrefixRequest(session=session, items=items), timeout=20)
+    rpc.kv("CloseSession", session=session)
+    late.exception()
+    assert sequences() == 0
+    kvd.kvctl("verify")
