@@ -2,6 +2,7 @@
 // in the opposite order, and metrics are rendered in this one.
 #include "daemon/parts.h"
 
+#include "daemon/core/closer.h"
 #include "daemon/core/comeback.h"
 #include "daemon/core/device.h"
 #include "daemon/core/keep.h"
@@ -47,6 +48,7 @@
 const struct kvd_part *const kvd_parts[] = {
     &kvd_part_signals,   // SIGTERM, SIGINT, SIGHUP
     &kvd_part_users,     // shares
+    &kvd_part_closer,    // closing what workers have sent
     &kvd_part_keep,      // what an earlier kvd has left
     &kvd_part_comeback,  // and what says that there will be a next one
     &kvd_part_device,    // the backend

@@ -9,6 +9,7 @@
 #include <sys/socket.h>
 #include <utlist.h>
 
+#include "daemon/core/closer.h"
 #include "daemon/rpc/listen.h"
 #include "daemon/rpc/meter.h"
 #include "daemon/rpc/rpc_internal.h"
@@ -97,7 +98,10 @@ static void forget(struct kvd_link *l)
     else
         kvd_user_give(l->user, KVD_SHARE_CONNECTIONS, 1);
     uv_poll_stop(&l->poll);
-    close(l->control);
+    if (l->meter.rights) // there may be some in what gRPC has not read
+        kvd_closer_hang_up(l->uid, l->control, NULL, NULL);
+    else
+        close(l->control);
     uv_close((uv_handle_t *)&l->poll, on_poll_closed);
 }
 
@@ -117,7 +121,7 @@ void kvd_link_cut(struct kvd_link *l, const char *why)
         warn(l, why);
     kvd_turn_release(&l->meter.turn);
     shutdown(l->control, SHUT_RDWR);
-    while (recv(l->control, waste, sizeof(waste), MSG_DONTWAIT | MSG_TRUNC) > 0)
+    while (!l->meter.rights && recv(l->control, waste, sizeof(waste), MSG_DONTWAIT | MSG_TRUNC) > 0)
         continue;
     forget(l);
 }
@@ -257,6 +261,8 @@ static void on_tick(uv_timer_t *timer)
 static struct kvd_link *link_new(struct kvd_daemon *d, int fd, const struct ucred *peer,
                                  struct kvd_user *user)
 {
+    int may = 0; // on a kernel that does not know the option all may send descriptors
+    socklen_t len = sizeof(may);
     struct kvd_links *all = d->links;
     struct kvd_link *l = calloc(1, sizeof(*l));
     int control = fcntl(fd, F_DUPFD_CLOEXEC, 0);
@@ -275,6 +281,8 @@ static struct kvd_link *link_new(struct kvd_daemon *d, int fd, const struct ucre
                            .since_ms = kvd_now_ms(d),
                            .refs = 2,
                            .poll = l->poll};
+    l->meter.rights = l->uid != KVD_USER_UNKNOWN &&
+                      (getsockopt(fd, SOL_SOCKET, KVD_SO_PASSRIGHTS, &may, &len) || may);
     l->poll.data = l;
     uv_poll_start(&l->poll, UV_DISCONNECT, on_hung_up);
     kvd_link_unref(&all->by_number[fd]);
@@ -331,6 +339,8 @@ void kvd_links_accept(struct kvd_daemon *d, int fd)
         domain != AF_UNIX || getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &peer_len) == 0;
     if (known && !is_banned(d, peer.pid) && receive(d, fd, &peer))
         grpc_server_add_channel_from_fd(d->rpc->server, fd, d->links->insecure);
+    else if (domain == AF_UNIX)
+        kvd_closer_hang_up(peer.uid, fd, NULL, NULL);
     else
         close(fd);
 }

@@ -11,6 +11,7 @@
 #include <sys/un.h>
 #include <utlist.h>
 
+#include "daemon/core/closer.h"
 #include "daemon/core/config_load.h"
 #include "daemon/rpc/meter.h"
 
@@ -58,14 +59,27 @@ static int accept_now(int listener)
     return fd;
 }
 
+// Hangs up. Over a unix socket descriptors may have been sent already.
+static void hang_up(const struct kvd_listener *l, int fd)
+{
+    struct ucred peer = {.uid = (uid_t)-1};
+    socklen_t len = sizeof(peer);
+    if (!l->path[0]) {
+        close(fd);
+        return;
+    }
+    getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len);
+    kvd_closer_hang_up(peer.uid, fd, NULL, NULL);
+}
+
 // Accepts with the reserve and hangs up. False: nobody waits, or not even that was possible.
-static bool turn_away(int listener)
+static bool turn_away(const struct kvd_listener *l)
 {
     if (reserve >= 0)
         close(reserve);
-    int fd = accept_now(listener);
+    int fd = accept_now(l->fd);
     if (fd >= 0)
-        close(fd);
+        hang_up(l, fd);
     reserve = open("/dev/null", O_RDONLY | O_CLOEXEC);
     return fd >= 0;
 }
@@ -89,6 +103,13 @@ static void on_acceptable(uv_poll_t *poll, int status, int events)
     struct kvd_listener *l = poll->data;
     (void)status;
     (void)events;
+    // Who is hung up on could leave a descriptor behind, again and again.
+    if (l->path[0] && kvd_closer_uncharged() > KVD_CLOSER_MOST) {
+        rest(l);
+        return;
+    }
+    if (reserve < 0) // its place was not free yet
+        reserve = open("/dev/null", O_RDONLY | O_CLOEXEC);
     for (int i = 0; i < ACCEPT_AT_ONCE; i++) {
         int fd = accept_now(l->fd);
         if (fd >= 0) {
@@ -101,7 +122,7 @@ static void on_acceptable(uv_poll_t *poll, int status, int events)
             continue;
         note_shortage(errno);
         if (is_shortage(errno))
-            while (i++ < ACCEPT_AT_ONCE && turn_away(l->fd))
+            while (i++ < ACCEPT_AT_ONCE && turn_away(l))
                 continue;
         rest(l);
         return;
@@ -169,7 +190,10 @@ int kvd_listen_unix(struct kvd_daemon *d, enum kvd_listen_for what, const char *
     umask(mask);
     if (!ok)
         return kvd_fail(err, KVD_E_UNAVAILABLE, "cannot listen on %s: %s", path, strerror(e));
-    int rc = grant_access(&d->config, path, err);
+    int rc = grant_access(&d->config, path, err), off = 0;
+    // gRPC asks for no descriptors. Connections inherit this, and who sends some gets EPERM.
+    if (type == SOCK_STREAM)
+        setsockopt(fd, SOL_SOCKET, KVD_SO_PASSRIGHTS, &off, sizeof(off));
     if (rc == KVD_OK && listen(fd, BACKLOG))
         rc = kvd_fail(err, -errno, "cannot listen on %s: %s", path, strerror(errno));
     if (rc == KVD_OK)
@@ -251,9 +275,13 @@ void kvd_listen_close(struct kvd_daemon *d, enum kvd_listen_for what)
             continue;
         LL_DELETE(d->listeners, l);
         uv_poll_stop(&l->poll);
-        close(l->fd);
-        if (l->path[0])
+        if (l->path[0]) {
             unlink(l->path);
+            // Who was not accepted yet may have sent descriptors. Nobody connects any more.
+            kvd_closer_hang_up(-1, l->fd, NULL, NULL);
+        } else {
+            close(l->fd);
+        }
         uv_close((uv_handle_t *)&l->poll, on_handle_closed);
         uv_close((uv_handle_t *)&l->rest, on_handle_closed);
     }

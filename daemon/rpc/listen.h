@@ -8,6 +8,8 @@
 
 #include "daemon/core/daemon.h"
 
+enum { KVD_SO_PASSRIGHTS = 83 }; // SO_PASSRIGHTS, of Linux 6.16
+
 enum kvd_listen_for { KVD_LISTEN_GRPC, KVD_LISTEN_FD, KVD_LISTEN_HTTP };
 
 // fd: non-blocking, close-on-exec, the callee's.

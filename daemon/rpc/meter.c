@@ -149,6 +149,31 @@ static const char *feed(struct kvd_meter *m, const uint8_t *p, size_t n)
     return wrong;
 }
 
+// Ends a connection. Returns what gRPC is told: that it hung up.
+static ssize_t end(struct kvd_meter *m, int fd, const char *why)
+{
+    atomic_store(&m->verdict, why);
+    shutdown(fd, SHUT_RDWR); // the loop hears of it by that
+    return 0;
+}
+
+// What recvmsg would return, without taking it. *rights: descriptors would come along. gRPC has no
+// room for any, so who takes them from the socket lets go of them, and waits as long as their
+// sender likes. *msg becomes no longer than what there is, so that nothing that comes only now is
+// read unseen.
+static ssize_t look(int fd, struct msghdr *msg, int flags, bool *rights)
+{
+    struct msghdr seen = {.msg_iov = msg->msg_iov, .msg_iovlen = msg->msg_iovlen};
+    ssize_t n = syscall(SYS_recvmsg, fd, &seen, flags | MSG_PEEK);
+    *rights = n > 0 && seen.msg_flags & MSG_CTRUNC;
+    size_t left = n > 0 ? (size_t)n : 0;
+    for (size_t i = 0; i < msg->msg_iovlen && n > 0; i++) {
+        msg->msg_iov[i].iov_len = KVD_MIN(msg->msg_iov[i].iov_len, left);
+        left -= msg->msg_iov[i].iov_len;
+    }
+    return n;
+}
+
 // Reads what the connection's turn allows: the rest of a frame that has begun, and some bytes more.
 static ssize_t receive(struct kvd_meter *m, int fd, struct msghdr *msg, int flags)
 {
@@ -163,7 +188,12 @@ static ssize_t receive(struct kvd_meter *m, int fd, struct msghdr *msg, int flag
         most -= parts[i].iov_len;
         some.msg_iovlen++;
     }
-    ssize_t n = syscall(SYS_recvmsg, fd, &some, flags);
+    bool rights = false;
+    ssize_t n = m->rights ? look(fd, &some, flags, &rights) : 1;
+    if (rights)
+        n = end(m, fd, "it sends descriptors, which nobody asked for");
+    else if (n > 0)
+        n = syscall(SYS_recvmsg, fd, &some, flags);
     msg->msg_controllen = some.msg_controllen;
     msg->msg_flags = some.msg_flags;
     return n;
@@ -193,7 +223,5 @@ __attribute__((visibility("default"))) ssize_t recvmsg(int fd, struct msghdr *ms
     }
     if (!wrong)
         return n;
-    atomic_store(&m->verdict, wrong);
-    shutdown(fd, SHUT_RDWR); // the loop hears of it by that
-    return 0;
+    return end(m, fd, wrong);
 }

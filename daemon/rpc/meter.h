@@ -30,11 +30,13 @@ struct kvd_meter {
     uint64_t window_ns;        // in which these are counted:
     uint32_t idle;             // frames that carry nothing
     _Atomic int64_t in_flight; // calls that were neither reset nor ended
+    bool rights;               // descriptors could come too: the kernel cannot keep them out
     struct kvd_turn turn;
     _Atomic(const char *) verdict; // why the connection was ended; NULL: it was not
 };
 
-// Begins to count what is read from a descriptor; the meter must outlive it. `most`: calls in
+// Begins to count what is read from a descriptor; the meter must outlive it, and says already
+// whether rights can come. `most`: calls in
 // flight of all connections together beyond which those with many are ended.
 void kvd_meter_start(struct kvd_meter *m, int fd, uint64_t most);
 // Forgets the meter of a number: to be called when the kernel has handed it out for something else.

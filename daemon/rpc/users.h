@@ -15,7 +15,7 @@ enum kvd_share {
     KVD_SHARE_MAPPINGS,      // buffers of workers, each of which is one, and their segments
     KVD_SHARE_BUFFER_BYTES,  // in those that are host memory
     KVD_SHARE_SEGMENT_BYTES, // in those that are segments of a GPU's memory: addresses of kvd's
-    KVD_SHARE_DESCRIPTORS,   // that were sent and not yet asked for
+    KVD_SHARE_DESCRIPTORS,   // that were sent, until they are closed
     KVD_SHARE_SESSIONS,
     KVD_SHARE_SEQUENCES,  // that a session holds
     KVD_SHARE_NAMESPACES, // that it made, as long as they last

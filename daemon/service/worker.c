@@ -551,7 +551,7 @@ static int add_segments(struct kvd_call *call, struct kvd_session *s,
         rc = kvd_session_add_segments(call->d, s, req->key, req->buffer, &m, out, err);
     for (uint32_t i = 0; i < m.n; i++)
         if (segments[i].fd >= 0)
-            kvd_reclaim_fd(call->d, segments[i].fd);
+            kvd_connection_close_fd(s->connection, segments[i].fd);
     return rc;
 }
 
@@ -591,7 +591,7 @@ void kvd_on_register_buffer(struct kvd_call *call, const void *request)
     if (rc == KVD_OK)
         rc = kvd_session_add_buffer(call->d, s, req->key, req->buffer, &memory, &b, &err);
     if (memory.fd >= 0)
-        kvd_reclaim_fd(call->d, memory.fd);
+        kvd_connection_close_fd(s->connection, memory.fd);
     if (rc)
         kvd_call_fail_error(call, &err);
     else

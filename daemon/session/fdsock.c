@@ -5,21 +5,28 @@
 // to the connection. Each message from the worker carries one memfd and the key under which
 // RegisterBuffer will ask for it. To workers in direct mode the daemon sends descriptors of extents
 // and rotation sets (memory.c).
+//
+// What workers send may be any file, and the loop must not be who lets go of it last (closer.h): it
+// looks at a message before it takes it, and what it does not take is discarded beside it.
 #include "daemon/session/fdsock.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <uthash.h>
 
+#include "daemon/core/closer.h"
 #include "daemon/rpc/listen.h"
 #include "daemon/rpc/rpc.h"
 #include "daemon/rpc/users.h"
-#include "daemon/session/reclaim.h"
 
 enum {
     PEERPIDFD = 77, // SO_PEERPIDFD, of Linux 6.5
     MAX_PENDING_FDS = 64,
     YIELDS_MS = 1000, // a connection without a session for so long makes room when there is none
+    YIELDING = 16,    // that have made room and are not closed yet
+    LITTLE = 1 << 20, // bytes of memory that are freed at once
 };
 
 struct kvd_connection {
@@ -28,10 +35,11 @@ struct kvd_connection {
     int fd;
     int pidfd; // of the process that connected; -1: the kernel has none to give
     uv_poll_t poll, death;
-    uint32_t handles;
+    uint32_t handles; // and descriptors that are being closed
     uint64_t since_ms;
     struct kvd_peer peer;
     struct kvd_user *user; // whose share it is
+    bool charged;          // a connection of that
     struct kvd_session *session;
     void (*ended)(struct kvd_daemon *d, struct kvd_session *s, const char *why); // of the session
     struct {
@@ -41,6 +49,7 @@ struct kvd_connection {
     uint32_t n_pending;
     uint64_t refused_key; // the last one whose descriptor was not taken
     struct kvd_error refused;
+    bool discarding; // a message is, so nothing is received
     bool closing;
     UT_hash_handle hh;
 };
@@ -50,17 +59,63 @@ struct kvd_fdsock {
     struct kvd_connection *connections; // by ticket
 };
 
-static void on_handle_closed(uv_handle_t *handle)
+static void let_go(struct kvd_connection *c)
 {
-    struct kvd_connection *c = handle->data;
-    if (--c->handles == 0)
-        free(c);
+    if (--c->handles)
+        return;
+    kvd_user_unref(&c->user);
+    free(c);
 }
 
-static void drop_pending(struct kvd_connection *c, uint32_t i)
+static void on_handle_closed(uv_handle_t *handle)
 {
-    c->pending[i] = c->pending[--c->n_pending];
+    let_go(handle->data);
+}
+
+static void give_descriptor(void *connection)
+{
+    struct kvd_connection *c = connection;
     kvd_user_give(c->user, KVD_SHARE_DESCRIPTORS, 1);
+    let_go(c);
+}
+
+static bool is_little_memory(int fd)
+{
+    struct stat st;
+    // No file but one of memory has seals, and only of such it is known that fstat does not wait.
+    return fcntl(fd, F_GET_SEALS) >= 0 && fstat(fd, &st) == 0 &&
+           (uint64_t)st.st_blocks * 512 <= LITTLE;
+}
+
+void kvd_connection_close_fd(struct kvd_connection *c, int fd)
+{
+    c->handles++;
+    if (is_little_memory(fd)) {
+        close(fd);
+        give_descriptor(c);
+    } else {
+        kvd_closer_close(c->peer.uid, fd, give_descriptor, c);
+    }
+}
+
+// A connection is charged once, whoever gives that back first.
+static void give_connection(struct kvd_connection *c)
+{
+    if (c->charged)
+        kvd_user_give(c->user, KVD_SHARE_CONNECTIONS, 1);
+    c->charged = false;
+}
+
+static void on_socket_closed(void *connection)
+{
+    give_connection(connection);
+    let_go(connection);
+}
+
+static void close_socket(struct kvd_connection *c)
+{
+    c->handles++;
+    kvd_closer_hang_up(c->peer.uid, c->fd, on_socket_closed, c);
 }
 
 void kvd_connection_close(struct kvd_connection *c)
@@ -69,20 +124,18 @@ void kvd_connection_close(struct kvd_connection *c)
         return;
     c->closing = true;
     HASH_DEL(c->d->fdsock->connections, c);
-    while (c->n_pending) {
-        kvd_reclaim_fd(c->d, c->pending[0].fd);
-        drop_pending(c, 0);
-    }
-    kvd_user_give(c->user, KVD_SHARE_CONNECTIONS, 1);
-    kvd_user_unref(&c->user);
+    while (c->n_pending)
+        kvd_connection_close_fd(c, c->pending[--c->n_pending].fd);
     uv_poll_stop(&c->poll);
-    close(c->fd);
     uv_close((uv_handle_t *)&c->poll, on_handle_closed);
-    if (c->pidfd < 0)
-        return;
-    uv_poll_stop(&c->death);
-    close(c->pidfd);
-    uv_close((uv_handle_t *)&c->death, on_handle_closed);
+    if (c->pidfd >= 0) {
+        uv_poll_stop(&c->death);
+        close(c->pidfd);
+        uv_close((uv_handle_t *)&c->death, on_handle_closed);
+    }
+    shutdown(c->fd, SHUT_RDWR);
+    if (!c->discarding) // else when that has come back
+        close_socket(c);
 }
 
 static void hang_up(struct kvd_connection *c, const char *why)
@@ -94,56 +147,105 @@ static void hang_up(struct kvd_connection *c, const char *why)
         kvd_connection_close(c);
 }
 
-// Receives one message. 1: a message was handled; 0: none waits; negative: hang up.
+static void on_readable(uv_poll_t *poll, int status, int events);
+
+static void on_discarded(void *connection)
+{
+    struct kvd_connection *c = connection;
+    c->discarding = false;
+    if (c->closing)
+        close_socket(c);
+    else
+        uv_poll_start(&c->poll, UV_READABLE | UV_DISCONNECT, on_readable);
+    let_go(c);
+}
+
+// The message that comes next is not taken. RegisterBuffer says why.
+static void discard(struct kvd_connection *c, uint64_t key)
+{
+    c->refused_key = key;
+    c->discarding = true;
+    c->handles++;
+    uv_poll_start(&c->poll, UV_DISCONNECT, on_readable);
+    kvd_closer_discard(c->peer.uid, c->fd, on_discarded, c);
+}
+
+// Looks at the message that comes next, and leaves it where it is. The files that came along stay
+// in it, so none is let go of here, whatever goes wrong. *fd: the first of them, the caller's to
+// close; -1: there is none, or it was not asked for.
+static ssize_t look(struct kvd_connection *c, struct kvd_fd_message *m, int *flags, int *fd)
+{
+    union {
+        struct cmsghdr head;
+        uint8_t space[CMSG_SPACE(sizeof(int))];
+    } control;
+    struct iovec iov = {m, sizeof(*m)};
+    struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
+    if (fd) {
+        *fd = -1;
+        msg.msg_control = &control;
+        msg.msg_controllen = CMSG_LEN(sizeof(int)); // no room for a second one
+    }
+    ssize_t n = recvmsg(c->fd, &msg, MSG_PEEK | MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    const struct cmsghdr *h = fd && n >= 0 ? CMSG_FIRSTHDR(&msg) : NULL;
+    if (h && h->cmsg_level == SOL_SOCKET && h->cmsg_type == SCM_RIGHTS &&
+        h->cmsg_len == CMSG_LEN(sizeof(int)))
+        memcpy(fd, CMSG_DATA(h), sizeof(*fd));
+    *flags = msg.msg_flags;
+    return n;
+}
+
+// Takes the one descriptor of the message that comes next, which is charged. Returns what
+// `receive` does.
+static int take(struct kvd_connection *c)
+{
+    struct kvd_fd_message m;
+    int flags, fd;
+    ssize_t n = look(c, &m, &flags, &fd);
+    if (fd >= 0 && n == sizeof(m) && !(flags & MSG_CTRUNC) &&
+        recv(c->fd, &m, sizeof(m), MSG_DONTWAIT) == sizeof(m)) {
+        c->pending[c->n_pending].key = m.key;
+        c->pending[c->n_pending++].fd = fd;
+        return 1;
+    }
+    if (fd >= 0) {
+        kvd_connection_close_fd(c, fd);
+        return -1; // there are others
+    }
+    kvd_user_give(c->user, KVD_SHARE_DESCRIPTORS, 1);
+    if (n != sizeof(m))
+        return -1;
+    kvd_fail(&c->refused, KVD_E_LIMIT,
+             "kvd has no file descriptor free: try again, or raise the limit of open files "
+             "(LimitNOFILE=, ulimit -n)");
+    discard(c, m.key);
+    return 0;
+}
+
+// Receives one message. 1: a message was handled; 0: none waits, or it is being discarded;
+// negative: hang up.
 static int receive(struct kvd_connection *c)
 {
     struct kvd_fd_message m;
-    union {
-        struct cmsghdr head;
-        uint8_t space[CMSG_SPACE(8 * sizeof(int))];
-    } control;
-    struct iovec iov = {&m, sizeof(m)};
-    struct msghdr msg = {.msg_iov = &iov,
-                         .msg_iovlen = 1,
-                         .msg_control = &control,
-                         .msg_controllen = sizeof(control)};
-    ssize_t n = recvmsg(c->fd, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    int flags;
+    if (c->discarding)
+        return 0;
+    ssize_t n = look(c, &m, &flags, NULL);
     if (n < 0)
         return errno == EAGAIN || errno == EINTR ? 0 : -1;
-    int fds[8], n_fds = 0;
-    for (struct cmsghdr *h = CMSG_FIRSTHDR(&msg); h; h = CMSG_NXTHDR(&msg, h)) {
-        if (h->cmsg_level != SOL_SOCKET || h->cmsg_type != SCM_RIGHTS)
-            continue;
-        n_fds = (int)((h->cmsg_len - CMSG_LEN(0)) / sizeof(int));
-        memcpy(fds, CMSG_DATA(h), (size_t)n_fds * sizeof(int));
-    }
+    // Without room for descriptors MSG_CTRUNC says that there are some.
     bool ok = n == sizeof(m) && m.magic == KVD_FD_MAGIC && m.version == KVD_FD_VERSION &&
-              !(msg.msg_flags & MSG_TRUNC) && c->n_pending < MAX_PENDING_FDS;
-    if (ok && n_fds == 0 && msg.msg_flags & MSG_CTRUNC) {
-        kvd_fail(&c->refused, KVD_E_LIMIT,
-                 "kvd has no file descriptor free: try again, or raise the limit of open files "
-                 "(LimitNOFILE=, ulimit -n)");
-        c->refused_key = m.key; // RegisterBuffer says so
-        return 1;
-    }
-    ok &= n_fds == 1 && !(msg.msg_flags & MSG_CTRUNC);
+              !(flags & MSG_TRUNC) && flags & MSG_CTRUNC && c->n_pending < MAX_PENDING_FDS;
     if (ok && kvd_user_take(c->user, KVD_SHARE_DESCRIPTORS, 1, &c->refused)) {
-        kvd_reclaim_fd(c->d, fds[0]);
-        c->refused_key = m.key;
-        return 1;
+        discard(c, m.key);
+        return 0;
     }
-    if (ok) {
-        c->pending[c->n_pending].key = m.key;
-        c->pending[c->n_pending++].fd = fds[0];
-        return 1;
-    }
-    for (int i = 0; i < n_fds; i++)
-        kvd_reclaim_fd(c->d, fds[i]);
-    if (n != 0)
+    int rc = ok ? take(c) : -1;
+    if (rc < 0 && n != 0)
         kvd_warning("malformed message on the fd socket, or too many descriptors pid=%" PRId64
                     " uid=%" PRId64,
                     c->peer.pid, c->peer.uid);
-    return -1;
+    return rc;
 }
 
 // Receives what waits, and no more than a worker may have sent and not asked for: one that sends as
@@ -163,7 +265,7 @@ static int take_pending(struct kvd_connection *c, uint64_t key)
         if (c->pending[i].key != key)
             continue;
         int fd = c->pending[i].fd;
-        drop_pending(c, i);
+        c->pending[i] = c->pending[--c->n_pending];
         return fd;
     }
     return -1;
@@ -172,12 +274,11 @@ static int take_pending(struct kvd_connection *c, uint64_t key)
 static void on_readable(uv_poll_t *poll, int status, int events)
 {
     struct kvd_connection *c = poll->data;
-    (void)events;
     if (status < 0) {
         hang_up(c, "the fd socket failed");
         return;
     }
-    if (receive_some(c) < 0)
+    if ((c->discarding && events & UV_DISCONNECT) || receive_some(c) < 0)
         hang_up(c, "the worker hung up");
 }
 
@@ -230,13 +331,17 @@ static bool send_hello(struct kvd_connection *c)
     return send(c->fd, &hello, sizeof(hello), MSG_NOSIGNAL | MSG_DONTWAIT) == sizeof(hello);
 }
 
-// Room is made among the user's connections that have no session.
+// Room is made among the user's connections that have no session. It is there before the socket is
+// closed, and so not while closing hangs.
 static bool make_room(struct kvd_daemon *d, const struct kvd_user *user)
 {
     struct kvd_connection *c, *next; // by age: a hash keeps the order in which it was filled
+    if (kvd_closer_waiting(kvd_user_uid(user)) > YIELDING)
+        return false;
     HASH_ITER(hh, d->fdsock->connections, c, next)
     {
         if (kvd_now_ms(d) - c->since_ms >= YIELDS_MS && !c->session && c->user == user) {
+            give_connection(c);
             kvd_connection_close(c);
             return true;
         }
@@ -255,8 +360,10 @@ static struct kvd_connection *connection_new(struct kvd_daemon *d, int64_t uid,
     if (c && c->user &&
         (kvd_user_take(c->user, KVD_SHARE_CONNECTIONS, 1, err) == KVD_OK ||
          (make_room(d, c->user) &&
-          kvd_user_take(c->user, KVD_SHARE_CONNECTIONS, 1, err) == KVD_OK)))
+          kvd_user_take(c->user, KVD_SHARE_CONNECTIONS, 1, err) == KVD_OK))) {
+        c->charged = true;
         return c;
+    }
     kvd_debug("connection to the fd socket refused: %s", err->text);
     if (c)
         kvd_user_unref(&c->user);
@@ -264,20 +371,20 @@ static struct kvd_connection *connection_new(struct kvd_daemon *d, int64_t uid,
     return NULL;
 }
 
-// Tells who is hung up on why.
-static void refuse(int fd, const struct kvd_error *why)
+// Tells who is hung up on why. It may have sent something already.
+static void refuse(int64_t uid, int fd, const struct kvd_error *why)
 {
     struct kvd_fd_refusal m = {
         .magic = KVD_FD_MAGIC, .version = KVD_FD_VERSION, .code = (int32_t)why->code};
     snprintf(m.text, sizeof(m.text), "%s", why->text);
     send(fd, &m, sizeof(m), MSG_NOSIGNAL | MSG_DONTWAIT);
-    close(fd);
+    kvd_closer_hang_up(uid, fd, NULL, NULL);
 }
 
 static void accept_one(struct kvd_daemon *d, int fd)
 {
     struct kvd_error err = {0};
-    struct ucred cred;
+    struct ucred cred = {.uid = (uid_t)KVD_USER_UNKNOWN};
     socklen_t len = sizeof(cred);
     struct kvd_connection *c = NULL;
     if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len))
@@ -285,7 +392,7 @@ static void accept_one(struct kvd_daemon *d, int fd)
     else
         c = connection_new(d, cred.uid, &err);
     if (!c) {
-        refuse(fd, &err);
+        refuse(cred.uid, fd, &err);
         return;
     }
     c->d = d;
@@ -345,7 +452,8 @@ int kvd_connection_take_fd(struct kvd_connection *c, uint64_t key, struct kvd_er
     }
     if (fd >= 0)
         return fd;
-    if (c->refused.code && c->refused_key == key)
+    // While a message is discarded those behind it have not been read.
+    if (c->refused.code && (c->refused_key == key || c->discarding))
         *err = c->refused;
     else
         kvd_fail(err, KVD_E_NOT_FOUND,

@@ -25,8 +25,10 @@ void kvd_connection_bind(struct kvd_connection *c, struct kvd_session *s,
 int kvd_connection_send(struct kvd_connection *c, const struct kvd_fd_grant *grant, int fd,
                         struct kvd_error *err);
 // Takes the fd sent under a key out of a connection; -1 if there is none, for which err has the
-// reason.
+// reason. It counts as its user's until it is closed, which is done with the second one and takes
+// as long as it likes beside the loop.
 int kvd_connection_take_fd(struct kvd_connection *c, uint64_t key, struct kvd_error *err);
+void kvd_connection_close_fd(struct kvd_connection *c, int fd);
 // Hangs up: after its session was ended by the worker itself or by an operator.
 void kvd_connection_close(struct kvd_connection *c);
 

@@ -3,7 +3,6 @@
 #include "daemon/session/reclaim.h"
 
 #include <sys/mman.h>
-#include <sys/stat.h>
 
 #include "daemon/core/daemon.h"
 #include "daemon/core/lifecycle.h"
@@ -13,23 +12,14 @@ enum { LITTLE = 1 << 20 }; // bytes that are freed at once
 struct reclaim {
     uv_work_t work;
     struct kvd_daemon *d;
-    int fd;
     void *data;
     uint64_t size;
 };
 
-static void let_go(int fd, void *data, uint64_t size)
-{
-    if (data)
-        munmap(data, size);
-    if (fd >= 0)
-        close(fd);
-}
-
 static void reclaim_work(uv_work_t *work)
 {
     const struct reclaim *r = work->data;
-    let_go(r->fd, r->data, r->size);
+    munmap(r->data, r->size);
 }
 
 static void reclaim_done(uv_work_t *work, int status)
@@ -40,14 +30,14 @@ static void reclaim_done(uv_work_t *work, int status)
     free(r);
 }
 
-static void reclaim(struct kvd_daemon *d, int fd, void *data, uint64_t size)
+void kvd_reclaim_mapping(struct kvd_daemon *d, void *data, uint64_t size)
 {
     struct reclaim *r = size > LITTLE && d->state != KVD_STOPPING ? calloc(1, sizeof(*r)) : NULL;
     if (!r) {
-        let_go(fd, data, size);
+        munmap(data, size);
         return;
     }
-    *r = (struct reclaim){.d = d, .fd = fd, .data = data, .size = size};
+    *r = (struct reclaim){.d = d, .data = data, .size = size};
     r->work.data = r;
     kvd_daemon_work_begin(d);
     uv_queue_work(&d->loop, &r->work, reclaim_work, reclaim_done);
@@ -79,15 +69,4 @@ void kvd_reclaim_begin(struct kvd_daemon *d, struct kvd_reclaim *r)
     r->work.data = r;
     kvd_daemon_work_begin(d);
     uv_queue_work(&d->loop, &r->work, owned_work, owned_done);
-}
-
-void kvd_reclaim_mapping(struct kvd_daemon *d, void *data, uint64_t size)
-{
-    reclaim(d, -1, data, size);
-}
-
-void kvd_reclaim_fd(struct kvd_daemon *d, int fd)
-{
-    struct stat st;
-    reclaim(d, fd, NULL, fstat(fd, &st) == 0 ? (uint64_t)st.st_blocks * 512 : 0);
 }

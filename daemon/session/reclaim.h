@@ -1,11 +1,11 @@
-// Unmaps, or closes, what may be the last reference to much memory, on libuv's thread pool.
+// Unmaps what may be the last reference to much memory, on libuv's thread pool. What a worker has
+// sent, and may be any file, is closed elsewhere (core/closer.h).
 #ifndef KVD_DAEMON_RECLAIM_H
 #define KVD_DAEMON_RECLAIM_H
 
 #include "daemon/core/daemon.h"
 
 void kvd_reclaim_mapping(struct kvd_daemon *d, void *data, uint64_t size);
-void kvd_reclaim_fd(struct kvd_daemon *d, int fd);
 
 // The same for memory of a GPU. Inside of what is its owner's.
 struct kvd_reclaim {

@@ -7,6 +7,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 
+#include "daemon/core/closer.h"
 #include "daemon/core/log.h"
 #include "daemon/rpc/listen.h"
 #include "daemon/rpc/users.h"
@@ -45,11 +46,61 @@ void kvd_listen_close(struct kvd_daemon *daemon, enum kvd_listen_for what)
     (void)daemon, (void)what;
 }
 
-void kvd_reclaim_fd(struct kvd_daemon *daemon, int fd)
+// Closing is put off, as threads do, until the loop has gone round.
+static struct {
+    int fd;
+    bool discard;
+    kvd_closed *done;
+    void *arg;
+} closing[4096];
+static uint32_t n_closing;
+
+static void put_off(int fd, bool discard, kvd_closed *done, void *arg)
 {
-    (void)daemon;
-    if (close(fd))
+    if (n_closing == KVD_LEN(closing))
         abort();
+    closing[n_closing].fd = fd;
+    closing[n_closing].discard = discard;
+    closing[n_closing].done = done;
+    closing[n_closing++].arg = arg;
+}
+
+void kvd_closer_close(int64_t whose, int fd, kvd_closed *done, void *arg)
+{
+    (void)whose;
+    put_off(fd, false, done, arg);
+}
+
+void kvd_closer_hang_up(int64_t whose, int fd, kvd_closed *done, void *arg)
+{
+    (void)whose;
+    shutdown(fd, SHUT_RDWR);
+    put_off(fd, false, done, arg);
+}
+
+void kvd_closer_discard(int64_t whose, int fd, kvd_closed *done, void *arg)
+{
+    (void)whose;
+    put_off(fd, true, done, arg);
+}
+
+uint32_t kvd_closer_waiting(int64_t whose)
+{
+    (void)whose;
+    return n_closing;
+}
+
+static void close_all(void)
+{
+    char byte;
+    for (uint32_t i = 0; i < n_closing; i++) {
+        if (closing[i].discard ? recv(closing[i].fd, &byte, 1, MSG_DONTWAIT | MSG_TRUNC) < 0
+                               : close(closing[i].fd) != 0)
+            abort();
+        if (closing[i].done)
+            closing[i].done(closing[i].arg);
+    }
+    n_closing = 0;
 }
 
 void kvd_reclaim_begin(struct kvd_daemon *daemon, struct kvd_reclaim *r)
@@ -70,6 +121,12 @@ struct kvd_user *kvd_user_ref(struct kvd_daemon *daemon, int64_t uid)
 {
     (void)uid;
     return (struct kvd_user *)daemon;
+}
+
+int64_t kvd_user_uid(const struct kvd_user *user)
+{
+    (void)user;
+    return 0;
 }
 
 void kvd_user_unref(struct kvd_user **user)
@@ -145,8 +202,10 @@ static void prepare(void)
 
 static void go_round(void)
 {
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i < 3; i++) {
         uv_run(&d.loop, UV_RUN_NOWAIT);
+        close_all();
+    }
 }
 
 static void ended(struct kvd_daemon *daemon, struct kvd_session *s, const char *why)
@@ -228,7 +287,7 @@ static void register_buffer(struct worker *w, uint64_t key, uint64_t size)
     bool good = size > 0 && size <= (uint64_t)st.st_size && fcntl(fd, F_GET_SEALS) == F_SEAL_SHRINK;
     if ((rc == KVD_OK) != good || (rc && !err.text[0]))
         abort();
-    close(fd);
+    kvd_connection_close_fd(c, fd);
     if (rc)
         return;
     b->data[size - 1]++; // it can be written
@@ -332,6 +391,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             abort();
         hang_up(&workers[i]);
     }
+    close_all();
     uv_run(&d.loop, UV_RUN_DEFAULT);
     if (uv_loop_close(&d.loop) || d.fdsock || count_descriptors() != before)
         abort();

@@ -1,0 +1,317 @@
+#include "daemon/core/closer.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <sys/socket.h>
+#include <unistd.h>
+#include <uthash.h>
+#include <utlist.h>
+
+#include "daemon/core/log.h"
+
+enum { STACK_BYTES = 256 << 10 };
+
+enum what { CLOSE, DISCARD, HANG_UP };
+
+struct item {
+    enum what what;
+    int fd;
+    kvd_closed *done;
+    void *arg;
+    struct item *prev, *next;
+};
+
+// A user's. It is there while it has items.
+struct lane {
+    int64_t whose;
+    struct item *waiting, *taken; // taken: threads are at them
+    uint32_t n, n_taken;
+    bool ready;        // it is in the list of those
+    struct lane *next; // in that
+    UT_hash_handle hh;
+};
+
+// The process's, as descriptors are, and never freed: a thread that hangs comes back whenever it
+// likes.
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t more = PTHREAD_COND_INITIALIZER;
+static struct lane *lanes, *ready; // ready: a thread may take an item of it
+static struct item *over;          // whose `done` is to be called
+static uint32_t n_ready, threads, idle, uncharged;
+static uv_async_t *wake; // NULL: there is no loop, and nobody is told
+
+// Without room for descriptors: the kernel drops them, and this thread waits.
+static bool discard(int fd)
+{
+    char waste[4096];
+    return recv(fd, waste, sizeof(waste), MSG_DONTWAIT | MSG_TRUNC) > 0;
+}
+
+static void let_go(const struct item *i)
+{
+    if (i->what == DISCARD)
+        discard(i->fd);
+    while (i->what == HANG_UP && discard(i->fd))
+        continue;
+    if (i->what != DISCARD)
+        close(i->fd);
+}
+
+// -- threads. All under the lock, but for letting go --------------------------------------------
+
+static void *closer(void *arg);
+
+// Whoever sleeps wakes up, or another one begins. When there can be no more, what is ready waits
+// for those that there are, or for the next that is to be closed.
+static void call_thread(void)
+{
+    pthread_attr_t attr;
+    pthread_t thread;
+    sigset_t all, before;
+    pthread_cond_signal(&more);
+    if (n_ready <= idle || threads >= KVD_CLOSER_THREADS || pthread_attr_init(&attr))
+        return;
+    pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&attr, STACK_BYTES);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    if (pthread_create(&thread, &attr, closer, NULL) == 0)
+        threads++;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attr);
+}
+
+static void make_ready(struct lane *l)
+{
+    if (!l->ready && l->waiting && l->n_taken < KVD_CLOSER_EACH) {
+        l->ready = true;
+        LL_APPEND(ready, l);
+        n_ready++;
+    }
+    if (ready)
+        call_thread();
+}
+
+// Of the lane whose turn it is, which is at the end of the list after that.
+static struct item *take(struct lane **from)
+{
+    struct lane *l = ready;
+    struct item *i = l->waiting;
+    LL_DELETE(ready, l);
+    n_ready--;
+    l->ready = false;
+    DL_DELETE(l->waiting, i);
+    DL_APPEND(l->taken, i);
+    l->n_taken++;
+    make_ready(l);
+    *from = l;
+    return i;
+}
+
+static void finish(struct lane *l, struct item *i)
+{
+    DL_DELETE(l->taken, i);
+    l->n_taken--;
+    l->n--;
+    if (i->done) {
+        LL_PREPEND(over, i);
+        if (wake)
+            uv_async_send(wake);
+    } else {
+        uncharged--;
+        free(i);
+    }
+    make_ready(l);
+    if (l->n)
+        return;
+    HASH_DEL(lanes, l);
+    free(l);
+}
+
+static void *closer(void *arg)
+{
+    (void)arg;
+    pthread_mutex_lock(&lock);
+    for (;;) {
+        struct lane *l;
+        while (!ready) {
+            idle++;
+            pthread_cond_wait(&more, &lock);
+            idle--;
+        }
+        struct item *i = take(&l);
+        pthread_mutex_unlock(&lock);
+        let_go(i);
+        pthread_mutex_lock(&lock);
+        finish(l, i);
+    }
+    return NULL;
+}
+
+// -- what is to be let go of --------------------------------------------------------------------
+
+static struct lane *lane_of(int64_t whose, bool make)
+{
+    struct lane *l;
+    HASH_FIND(hh, lanes, &whose, sizeof(whose), l);
+    if (l || !make)
+        return l;
+    l = calloc(1, sizeof(*l));
+    if (!l)
+        return NULL;
+    l->whose = whose;
+    HASH_ADD(hh, lanes, whose, sizeof(l->whose), l);
+    return l;
+}
+
+static void add(int64_t whose, const struct item *what)
+{
+    struct item *i = malloc(sizeof(*i));
+    pthread_mutex_lock(&lock);
+    struct lane *l = i ? lane_of(whose, true) : NULL;
+    bool tell = what->done && !(l && wake);
+    if (l) {
+        *i = *what;
+        if (tell)
+            i->done = NULL;
+        DL_APPEND(l->waiting, i);
+        l->n++;
+        uncharged += !i->done;
+        make_ready(l);
+    }
+    pthread_mutex_unlock(&lock);
+    if (!l) { // it stays open: that costs a descriptor, and not the loop
+        free(i);
+        kvd_error("out of memory: a descriptor stays open uid=%" PRId64, whose);
+    }
+    if (tell) // kvd ends
+        what->done(what->arg);
+}
+
+void kvd_closer_close(int64_t whose, int fd, kvd_closed *done, void *arg)
+{
+    add(whose, &(struct item){.what = CLOSE, .fd = fd, .done = done, .arg = arg});
+}
+
+void kvd_closer_discard(int64_t whose, int fd, kvd_closed *done, void *arg)
+{
+    add(whose, &(struct item){.what = DISCARD, .fd = fd, .done = done, .arg = arg});
+}
+
+void kvd_closer_hang_up(int64_t whose, int fd, kvd_closed *done, void *arg)
+{
+    shutdown(fd, SHUT_RDWR);
+    add(whose, &(struct item){.what = HANG_UP, .fd = fd, .done = done, .arg = arg});
+}
+
+uint32_t kvd_closer_waiting(int64_t whose)
+{
+    pthread_mutex_lock(&lock);
+    const struct lane *l = lane_of(whose, false);
+    uint32_t n = l ? l->n : 0;
+    pthread_mutex_unlock(&lock);
+    return n;
+}
+
+uint32_t kvd_closer_uncharged(void)
+{
+    pthread_mutex_lock(&lock);
+    uint32_t n = uncharged;
+    pthread_mutex_unlock(&lock);
+    return n;
+}
+
+// -- start and end ------------------------------------------------------------------------------
+
+static void on_over(uv_async_t *async)
+{
+    struct item *i, *next;
+    (void)async;
+    pthread_mutex_lock(&lock);
+    struct item *some = KVD_TAKE(over);
+    pthread_mutex_unlock(&lock);
+    LL_FOREACH_SAFE(some, i, next)
+    {
+        i->done(i->arg);
+        free(i);
+    }
+}
+
+static int init(struct kvd_daemon *d, struct kvd_error *err)
+{
+    uv_async_t *async = malloc(sizeof(*async));
+    if (!async || uv_async_init(&d->loop, async, on_over)) {
+        free(async);
+        return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
+    }
+    pthread_mutex_lock(&lock);
+    wake = async;
+    pthread_mutex_unlock(&lock);
+    return KVD_OK;
+}
+
+static void free_async(uv_handle_t *handle)
+{
+    free(handle);
+}
+
+// Whom the first of some items that has somebody is to tell. It tells nobody any more then.
+static kvd_closed *take_done(struct item *items, void **arg)
+{
+    struct item *i;
+    DL_FOREACH(items, i)
+    {
+        if (!i->done)
+            continue;
+        uncharged++;
+        *arg = i->arg;
+        return KVD_TAKE(i->done);
+    }
+    return NULL;
+}
+
+// The same of all that wait, or that threads are at.
+static kvd_closed *take_any_done(void **arg)
+{
+    kvd_closed *done = NULL;
+    pthread_mutex_lock(&lock);
+    for (const struct lane *l = lanes; l && !done; l = l->hh.next) {
+        done = take_done(l->waiting, arg);
+        if (!done)
+            done = take_done(l->taken, arg);
+    }
+    pthread_mutex_unlock(&lock);
+    return done;
+}
+
+// Nobody waits for what hangs: who is to be told is told now.
+static void end(struct kvd_daemon *d)
+{
+    kvd_closed *done;
+    void *arg;
+    (void)d;
+    pthread_mutex_lock(&lock);
+    uv_async_t *async = KVD_TAKE(wake);
+    pthread_mutex_unlock(&lock);
+    if (!async)
+        return;
+    while ((done = take_any_done(&arg)))
+        done(arg);
+    on_over(async);
+    uv_close((uv_handle_t *)async, free_async);
+}
+
+static void metrics(struct kvd_daemon *d, FILE *f)
+{
+    uint64_t n = 0;
+    (void)d;
+    pthread_mutex_lock(&lock);
+    for (const struct lane *l = lanes; l; l = l->hh.next)
+        n += l->n;
+    pthread_mutex_unlock(&lock);
+    kvd_metric(f, "kvd_descriptors_closing", "gauge",
+               "Descriptors of workers, and messages with such, that are being let go of.",
+               (double)n);
+}
+
+const struct kvd_part kvd_part_closer = {.init = init, .end = end, .metrics = metrics};
