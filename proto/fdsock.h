@@ -26,7 +26,8 @@ struct kvd_fd_refusal {
     char text[512]; // ends with a NUL
 };
 
-// Worker to daemon: a memfd sealed with F_SEAL_SHRINK, or GPU memory.
+// Worker to daemon: a memfd sealed with F_SEAL_SHRINK and not of huge pages, or GPU memory. A
+// message with no descriptor, or with two, ends the connection.
 struct kvd_fd_message {
     uint32_t magic, version;
     uint64_t key; // the worker's choice; RegisterBuffer names it

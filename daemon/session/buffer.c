@@ -2,8 +2,10 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 
 #include "daemon/rpc/users.h"
 
@@ -42,12 +44,19 @@ struct kvd_buffer *kvd_session_want_buffer(struct kvd_session *s, uint64_t id,
 static int map_memfd(const struct kvd_foreign *m, struct kvd_buffer *b, struct kvd_error *err)
 {
     struct stat st;
+    struct statfs fs;
     int seals = fcntl(m->fd, F_GET_SEALS);
     // Without the seal the worker could shrink the file and make our next access a SIGBUS.
     if (seals < 0 || !(seals & F_SEAL_SHRINK))
         return kvd_fail(err, KVD_E_INVALID,
                         "buffers are memfds sealed with F_SEAL_SHRINK (memfd_create with "
                         "MFD_ALLOW_SEALING, then fcntl F_ADD_SEALS)");
+    // The seal does not keep holes from being punched later. In other memory kvd then finds zeros;
+    // a huge page can only be had while some are free, and our next access were a SIGBUS.
+    if (fstatfs(m->fd, &fs) || fs.f_type == HUGETLBFS_MAGIC)
+        return kvd_fail(err, KVD_E_INVALID,
+                        "the memfd is of huge pages, which its owner could take away while kvd "
+                        "uses them; make it without MFD_HUGETLB");
     if (fstat(m->fd, &st) || (uint64_t)st.st_size < m->size)
         return kvd_fail(err, KVD_E_INVALID, "size is %" PRIu64 ", the memfd has %" PRId64 " bytes",
                         m->size, (int64_t)st.st_size);

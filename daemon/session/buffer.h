@@ -34,8 +34,8 @@ struct kvd_buffer *kvd_session_want_buffer(struct kvd_session *s, uint64_t id,
                                            struct kvd_error *err);
 // The same whatever is to come: to be released.
 struct kvd_buffer *kvd_session_any_buffer(struct kvd_session *s, uint64_t id);
-// Maps a worker's memory. The fd stays the caller's. KVD_E_INVALID (seals, size, holes, not
-// memory), KVD_E_UNSUPPORTED, KVD_E_QUOTA, KVD_E_LIMIT.
+// Maps a worker's memory. The fd stays the caller's. KVD_E_INVALID (seals, huge pages, size,
+// holes, not memory), KVD_E_UNSUPPORTED, KVD_E_QUOTA, KVD_E_LIMIT.
 int kvd_session_add_buffer(struct kvd_daemon *d, struct kvd_session *s, uint64_t key, uint64_t id,
                            const struct kvd_foreign *memory, struct kvd_buffer **out,
                            struct kvd_error *err);
