@@ -9,7 +9,10 @@
 
 #include "daemon/core/log.h"
 
-enum { STACK_BYTES = 256 << 10 };
+enum {
+    STACK_BYTES = 256 << 10,
+    LONG_MS = 1000, // after which a thread gets a signal
+};
 
 enum what { CLOSE, DISCARD, HANG_UP };
 
@@ -18,7 +21,15 @@ struct item {
     int fd;
     kvd_closed *done;
     void *arg;
+    pthread_t thread; // that is at it
+    uint64_t since;   // in ns
     struct item *prev, *next;
+};
+
+struct loop_side {
+    uv_async_t over;
+    uv_timer_t tick; // runs while there are items
+    uint32_t handles;
 };
 
 // A user's. It is there while it has items.
@@ -38,7 +49,7 @@ static pthread_cond_t more = PTHREAD_COND_INITIALIZER;
 static struct lane *lanes, *ready; // ready: a thread may take an item of it
 static struct item *over;          // whose `done` is to be called
 static uint32_t n_ready, threads, idle, uncharged;
-static uv_async_t *wake; // NULL: there is no loop, and nobody is told
+static struct loop_side *side; // NULL: there is no loop, and nobody is told
 
 // Without room for descriptors: the kernel drops them, and this thread waits.
 static bool discard(int fd)
@@ -74,6 +85,7 @@ static void call_thread(void)
     pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
     pthread_attr_setstacksize(&attr, STACK_BYTES);
     sigfillset(&all);
+    sigdelset(&all, SIGURG);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     if (pthread_create(&thread, &attr, closer, NULL) == 0)
         threads++;
@@ -103,6 +115,8 @@ static struct item *take(struct lane **from)
     DL_DELETE(l->waiting, i);
     DL_APPEND(l->taken, i);
     l->n_taken++;
+    i->thread = pthread_self();
+    i->since = uv_hrtime();
     make_ready(l);
     *from = l;
     return i;
@@ -115,8 +129,8 @@ static void finish(struct lane *l, struct item *i)
     l->n--;
     if (i->done) {
         LL_PREPEND(over, i);
-        if (wake)
-            uv_async_send(wake);
+        if (side)
+            uv_async_send(&side->over);
     } else {
         uncharged--;
         free(i);
@@ -164,12 +178,27 @@ static struct lane *lane_of(int64_t whose, bool make)
     return l;
 }
 
+// Has whoever hangs hang no more, if a signal can do that.
+static void on_tick(uv_timer_t *timer)
+{
+    const uint64_t now = uv_hrtime();
+    const struct item *i;
+    pthread_mutex_lock(&lock);
+    for (const struct lane *l = lanes; l; l = l->hh.next)
+        DL_FOREACH(l->taken, i)
+    if (now - i->since >= (uint64_t)LONG_MS * 1000000)
+        pthread_kill(i->thread, SIGURG);
+    if (!lanes)
+        uv_timer_stop(timer);
+    pthread_mutex_unlock(&lock);
+}
+
 static void add(int64_t whose, const struct item *what)
 {
     struct item *i = malloc(sizeof(*i));
     pthread_mutex_lock(&lock);
     struct lane *l = i ? lane_of(whose, true) : NULL;
-    bool tell = what->done && !(l && wake);
+    bool tell = what->done && !(l && side);
     if (l) {
         *i = *what;
         if (tell)
@@ -180,6 +209,8 @@ static void add(int64_t whose, const struct item *what)
         make_ready(l);
     }
     pthread_mutex_unlock(&lock);
+    if (side && !uv_is_active((uv_handle_t *)&side->tick))
+        uv_timer_start(&side->tick, on_tick, LONG_MS, LONG_MS);
     if (!l) { // it stays open: that costs a descriptor, and not the loop
         free(i);
         kvd_error("out of memory: a descriptor stays open uid=%" PRId64, whose);
@@ -198,9 +229,25 @@ void kvd_closer_discard(int64_t whose, int fd, kvd_closed *done, void *arg)
     add(whose, &(struct item){.what = DISCARD, .fd = fd, .done = done, .arg = arg});
 }
 
+// Whether nothing waits in a socket that is shut down, so nothing will. With SO_PASSCRED any
+// message brings more than there is room for here, also an empty one, and the end of all does not.
+static bool is_empty(int fd)
+{
+    int on = 1;
+    struct msghdr msg = {0};
+    return setsockopt(fd, SOL_SOCKET, SO_PASSCRED, &on, sizeof(on)) == 0 &&
+           recvmsg(fd, &msg, MSG_PEEK | MSG_DONTWAIT) == 0 && !(msg.msg_flags & MSG_CTRUNC);
+}
+
 void kvd_closer_hang_up(int64_t whose, int fd, kvd_closed *done, void *arg)
 {
     shutdown(fd, SHUT_RDWR);
+    if (is_empty(fd)) {
+        close(fd);
+        if (done)
+            done(arg);
+        return;
+    }
     add(whose, &(struct item){.what = HANG_UP, .fd = fd, .done = done, .arg = arg});
 }
 
@@ -237,22 +284,34 @@ static void on_over(uv_async_t *async)
     }
 }
 
+static void on_signal(int number)
+{
+    (void)number; // that it came is enough
+}
+
 static int init(struct kvd_daemon *d, struct kvd_error *err)
 {
-    uv_async_t *async = malloc(sizeof(*async));
-    if (!async || uv_async_init(&d->loop, async, on_over)) {
-        free(async);
+    const struct sigaction nothing = {.sa_handler = on_signal};
+    struct loop_side *s = calloc(1, sizeof(*s));
+    if (!s || uv_async_init(&d->loop, &s->over, on_over)) {
+        free(s);
         return kvd_fail(err, KVD_E_INTERNAL, "out of memory");
     }
+    uv_timer_init(&d->loop, &s->tick);
+    s->over.data = s->tick.data = s;
+    s->handles = 2;
+    sigaction(SIGURG, &nothing, NULL);
     pthread_mutex_lock(&lock);
-    wake = async;
+    side = s;
     pthread_mutex_unlock(&lock);
     return KVD_OK;
 }
 
-static void free_async(uv_handle_t *handle)
+static void on_handle_closed(uv_handle_t *handle)
 {
-    free(handle);
+    struct loop_side *s = handle->data;
+    if (--s->handles == 0)
+        free(s);
 }
 
 // Whom the first of some items that has somebody is to tell. It tells nobody any more then.
@@ -284,6 +343,17 @@ static kvd_closed *take_any_done(void **arg)
     return done;
 }
 
+static void warn(void)
+{
+    pthread_mutex_lock(&lock);
+    for (const struct lane *l = lanes; l; l = l->hh.next)
+        if (l->n_taken)
+            kvd_warning("descriptors are still being closed: %u; a process that is left after this "
+                        "waits for a FUSE file system of the user uid=%" PRId64,
+                        l->n_taken, l->whose);
+    pthread_mutex_unlock(&lock);
+}
+
 // Nobody waits for what hangs: who is to be told is told now.
 static void end(struct kvd_daemon *d)
 {
@@ -291,14 +361,16 @@ static void end(struct kvd_daemon *d)
     void *arg;
     (void)d;
     pthread_mutex_lock(&lock);
-    uv_async_t *async = KVD_TAKE(wake);
+    struct loop_side *s = KVD_TAKE(side);
     pthread_mutex_unlock(&lock);
-    if (!async)
+    if (!s)
         return;
     while ((done = take_any_done(&arg)))
         done(arg);
-    on_over(async);
-    uv_close((uv_handle_t *)async, free_async);
+    on_over(&s->over);
+    warn();
+    uv_close((uv_handle_t *)&s->over, on_handle_closed);
+    uv_close((uv_handle_t *)&s->tick, on_handle_closed);
 }
 
 static void metrics(struct kvd_daemon *d, FILE *f)

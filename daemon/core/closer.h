@@ -5,7 +5,9 @@
 //
 // A user has some of them at most, so that one whose closes hang holds up its own alone. When all
 // of them hang, what is to be closed waits, keeps its descriptor and counts as its user's. When the
-// process ends nobody waits for them.
+// process ends nobody waits for them. A thread that has been at something for a second gets a
+// signal, by which sockets do not linger any more. What no signal ends is closing a file of FUSE,
+// and the process then ends when who serves that does.
 #ifndef KVD_DAEMON_CLOSER_H
 #define KVD_DAEMON_CLOSER_H
 
@@ -20,14 +22,15 @@ enum {
 
 typedef void kvd_closed(void *arg);
 
-// Closes a descriptor of user `whose`. `done` is called on the loop when that has come back, or
-// when kvd ends; NULL: it is nobody's share. Any thread if it is NULL, else the loop's.
+// Loop thread. Closes a descriptor of user `whose`. `done` is called when that has come back, or
+// when kvd ends; NULL: it is nobody's share.
 void kvd_closer_close(int64_t whose, int fd, kvd_closed *done, void *arg);
 // The same, but takes one message from a socket and drops it with all that came along. The socket
 // is to stay open until that has come back.
 void kvd_closer_discard(int64_t whose, int fd, kvd_closed *done, void *arg);
 // The same for a socket: shuts it down at once, and drops what nobody has read before it is closed,
-// so that nothing is left to who else has it open.
+// so that nothing is left to who else has it open. If there is nothing of that it is closed, and
+// `done` called, here and now.
 void kvd_closer_hang_up(int64_t whose, int fd, kvd_closed *done, void *arg);
 
 // How many of a user's wait, and how many wait that are nobody's share.
