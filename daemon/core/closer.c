@@ -9,10 +9,7 @@
 
 #include "daemon/core/log.h"
 
-enum {
-    STACK_BYTES = 256 << 10,
-    LONG_MS = 1000, // after which a thread gets a signal
-};
+enum { LONG_MS = 1000 }; // after which a thread gets a signal
 
 enum what { CLOSE, DISCARD, HANG_UP };
 
@@ -73,7 +70,7 @@ static void let_go(const struct item *i)
 static void *closer(void *arg);
 
 // Whoever sleeps wakes up, or another one begins. When there can be no more, what is ready waits
-// for those that there are, or for the next that is to be closed.
+// for those that there are, and another is tried every second.
 static void call_thread(void)
 {
     pthread_attr_t attr;
@@ -83,12 +80,13 @@ static void call_thread(void)
     if (n_ready <= idle || threads >= KVD_CLOSER_THREADS || pthread_attr_init(&attr))
         return;
     pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
-    pthread_attr_setstacksize(&attr, STACK_BYTES);
     sigfillset(&all);
     sigdelset(&all, SIGURG);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    if (pthread_create(&thread, &attr, closer, NULL) == 0)
-        threads++;
+    int rc = pthread_create(&thread, &attr, closer, NULL);
+    threads += rc == 0;
+    if (rc)
+        kvd_warning("no thread to close descriptors of workers: %s", strerror(rc));
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attr);
 }
@@ -178,7 +176,7 @@ static struct lane *lane_of(int64_t whose, bool make)
     return l;
 }
 
-// Has whoever hangs hang no more, if a signal can do that.
+// Has whoever hangs hang no more, if a signal can do that, and those work who could not begin.
 static void on_tick(uv_timer_t *timer)
 {
     const uint64_t now = uv_hrtime();
@@ -188,6 +186,8 @@ static void on_tick(uv_timer_t *timer)
         DL_FOREACH(l->taken, i)
     if (now - i->since >= (uint64_t)LONG_MS * 1000000)
         pthread_kill(i->thread, SIGURG);
+    if (ready)
+        call_thread();
     if (!lanes)
         uv_timer_stop(timer);
     pthread_mutex_unlock(&lock);
