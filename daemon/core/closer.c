@@ -1,5 +1,6 @@
 #include "daemon/core/closer.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/socket.h>
@@ -235,8 +236,12 @@ static bool is_empty(int fd)
 {
     int on = 1;
     struct msghdr msg = {0};
-    return setsockopt(fd, SOL_SOCKET, SO_PASSCRED, &on, sizeof(on)) == 0 &&
-           recvmsg(fd, &msg, MSG_PEEK | MSG_DONTWAIT) == 0 && !(msg.msg_flags & MSG_CTRUNC);
+    if (setsockopt(fd, SOL_SOCKET, SO_PASSCRED, &on, sizeof(on)))
+        return false;
+    ssize_t n = recvmsg(fd, &msg, MSG_PEEK | MSG_DONTWAIT);
+    if (n < 0 && errno == ECONNRESET) // once, when the other end did not read all
+        n = recvmsg(fd, &msg, MSG_PEEK | MSG_DONTWAIT);
+    return n == 0 && !(msg.msg_flags & MSG_CTRUNC);
 }
 
 void kvd_closer_hang_up(int64_t whose, int fd, kvd_closed *done, void *arg)
