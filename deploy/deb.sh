@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes Debian packages: kvd, kvd-calib, libkvd0, libkvd-dev, python3-kvd. Asks nothing; may be run again.
 # usage: deploy/deb.sh [--with-cuda] [OUT-DIRECTORY]   (default: build-deb)
-#   --with-cuda  builds the CUDA kernels in, for Hopper and later; wants nvcc, and minutes
+#   --with-cuda  builds all CUDA kernels in, for Hopper and, by the driver, what else has 8.0 or later; wants nvcc, and ten minutes
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source deploy/deps.sh

@@ -39,10 +39,10 @@ quietly() { # what a command prints is of interest when it fails
 }
 
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | grep -xE '[0-9]+\.[0-9]+' || true)
-cuda=(-Dcuda=disabled) what="without CUDA kernels: there is no GPU"
+cuda=(-Dcuda=disabled) what="without CUDA kernels: there is no GPU of compute capability 8.0 or later"
 if [ "${1:-}" = --with-cuda ]; then
     cuda=(-Dcuda=enabled -Dgpu_capability=all) what="with CUDA kernels for all GPUs"
-elif [ -n "$capability" ]; then
+elif [ -n "$capability" ] && [ "${capability%.*}" -ge 8 ]; then
     cuda=(-Dcuda=auto "-Dgpu_capability=$capability") what="with CUDA kernels for compute capability $capability, if nvcc is there"
 fi
 if [ -e "$build/build.ninja" ] && [ -n "${BUILD:-}" ]; then
