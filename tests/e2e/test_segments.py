@@ -69,9 +69,9 @@ class Expandable:
 
     @staticmethod
     def inodes(pid, places=None):
-        """Of what a process has mapped, there or anywhere."""
+        """With their devices, of what a process has mapped, there or anywhere: a file of a disk may have the number of a memfd."""
         maps = [x.split() for x in open(f"/proc/{pid}/maps")]
-        return {int(x[4]) for x in maps if places is None or int(x[0].split("-")[0], 16) in places} - {0}
+        return {(x[3], int(x[4])) for x in maps if int(x[4]) and (places is None or int(x[0].split("-")[0], 16) in places)}
 
     def mapped(self, kvd):
         """How many of the segments kvd has mapped, in one place or several."""
@@ -80,7 +80,8 @@ class Expandable:
     def named(self, pid):
         """How many descriptors a process has of their memory. The emulated driver has one for each mapping."""
         ours = self.inodes("self", self.places)
-        return sum(os.stat(f"/proc/{pid}/fd/{x}").st_ino in ours for x in os.listdir(f"/proc/{pid}/fd") if os.path.exists(f"/proc/{pid}/fd/{x}"))
+        found = [os.stat(f"/proc/{pid}/fd/{x}") for x in os.listdir(f"/proc/{pid}/fd") if os.path.exists(f"/proc/{pid}/fd/{x}")]
+        return sum((f"{os.major(s.st_dev):02x}:{os.minor(s.st_dev):02x}", s.st_ino) in ours for s in found)
 
     def free(self):
         for place, size in zip(self.places, self.sizes):
