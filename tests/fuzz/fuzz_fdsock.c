@@ -90,12 +90,17 @@ uint32_t kvd_closer_waiting(int64_t whose)
     return n_closing;
 }
 
-static void close_all(void)
+// Whoever hung up without having read all is told first, and the message comes again.
+static bool discard(int fd)
 {
     char byte;
+    return recv(fd, &byte, 1, MSG_DONTWAIT | MSG_TRUNC) >= 0 || errno == ECONNRESET;
+}
+
+static void close_all(void)
+{
     for (uint32_t i = 0; i < n_closing; i++) {
-        if (closing[i].discard ? recv(closing[i].fd, &byte, 1, MSG_DONTWAIT | MSG_TRUNC) < 0
-                               : close(closing[i].fd) != 0)
+        if (closing[i].discard ? !discard(closing[i].fd) : close(closing[i].fd) != 0)
             abort();
         if (closing[i].done)
             closing[i].done(closing[i].arg);
@@ -200,10 +205,13 @@ static void prepare(void)
         abort();
 }
 
+// Until nothing is let go of any more: what waits behind a message that is discarded comes after
+// it.
 static void go_round(void)
 {
-    for (int i = 0; i < 3; i++) {
+    for (uint32_t i = 0, closed = 0; i < 3 || closed; i++) {
         uv_run(&d.loop, UV_RUN_NOWAIT);
+        closed = n_closing;
         close_all();
     }
 }
@@ -263,8 +271,9 @@ static void send_message(struct worker *w, const void *data, size_t size, uint32
         return;
     struct kvd_fd_message m = {0}; // data may lie anywhere
     memcpy(&m, data, KVD_MIN(size, sizeof(m)));
+    // That there are several descriptors is not seen where their user has no share left.
     w->malformed |=
-        size != sizeof(m) || n != 1 || m.magic != KVD_FD_MAGIC || m.version != KVD_FD_VERSION;
+        size != sizeof(m) || n == 0 || m.magic != KVD_FD_MAGIC || m.version != KVD_FD_VERSION;
 }
 
 // RegisterBuffer: a descriptor by its key, mapped as a buffer if it is memory that can be.
