@@ -460,20 +460,28 @@ static void liar(int listener, size_t block)
     _exit((int)(all / block));
 }
 
+// Ends the tier and its server; what it returns listens where that was.
+static int listen_instead(struct server *s)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    tier_end(&s->loop, &s->t);
+    server_stop(s);
+    unlink(s->socket);
+    snprintf(address.sun_path, sizeof(address.sun_path), "%s", s->socket);
+    int listener = socket(AF_UNIX, SOCK_STREAM, 0);
+    ck_assert_int_eq(bind(listener, (struct sockaddr *)&address, sizeof(address)), 0);
+    ck_assert_int_eq(listen(listener, 1), 0);
+    return listener;
+}
+
 START_TEST(a_server_that_says_no_amid_a_block_is_hung_up_on)
 {
     enum { LARGE = 4000000 };
     struct server s;
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    int status;
     if (!begin(&s, "--databases", "16", ""))
         return;
-    tier_end(&s.loop, &s.t);
-    server_stop(&s);
-    unlink(s.socket);
-    snprintf(address.sun_path, sizeof(address.sun_path), "%s", s.socket);
-    int listener = socket(AF_UNIX, SOCK_STREAM, 0), status;
-    ck_assert_int_eq(bind(listener, (struct sockaddr *)&address, sizeof(address)), 0);
-    ck_assert_int_eq(listen(listener, 1), 0);
+    int listener = listen_instead(&s);
     pid_t pid = fork();
     if (pid == 0)
         liar(listener, LARGE);
@@ -520,16 +528,9 @@ END_TEST
 START_TEST(a_server_that_says_nothing_is_known_before_it_is_wanted)
 {
     struct server s;
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
     if (!begin(&s, "--databases", "16", ""))
         return;
-    tier_end(&s.loop, &s.t);
-    server_stop(&s);
-    unlink(s.socket);
-    snprintf(address.sun_path, sizeof(address.sun_path), "%s", s.socket);
-    int listener = socket(AF_UNIX, SOCK_STREAM, 0);
-    ck_assert_int_eq(bind(listener, (struct sockaddr *)&address, sizeof(address)), 0);
-    ck_assert_int_eq(listen(listener, 1), 0);
+    int listener = listen_instead(&s);
     open_with(&s, s.url, "");
     wait_state(&s, "failing", "does not answer");
     close(listener);
