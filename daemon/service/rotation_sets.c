@@ -40,9 +40,7 @@ struct waiter {
 struct kvd_listing {
     struct kvd_download download; // first
     struct waiter *waiters;
-    struct kvd_store_config store;
-    char url[KVD_CONFIG_TEXT], cache[KVD_CONFIG_TEXT]; // a reload may change the daemon's
-    _Atomic bool given_up;
+    struct kvd_rotations_store store;
     struct kvd_store_entry *entries;
     uint32_t n;
     struct kvd_error err;
@@ -51,7 +49,7 @@ struct kvd_listing {
 static void list_run(struct kvd_download *w)
 {
     struct kvd_listing *l = (struct kvd_listing *)w;
-    kvd_store_list(&l->store, &l->entries, &l->n, &l->err);
+    kvd_store_list(&l->store.config, &l->entries, &l->n, &l->err);
 }
 
 static void listing_free(struct kvd_listing *l)
@@ -125,7 +123,7 @@ static void on_given_up(struct kvd_call *call)
     kvd_call_fail(call, KVD_E_UNAVAILABLE, "the caller has gone");
     if (l->waiters)
         return;
-    atomic_store(&l->given_up, true);
+    atomic_store(&l->store.given_up, true);
     if (d->listing == l)
         d->listing = NULL;
     if (kvd_download_drop(&l->download))
@@ -138,13 +136,8 @@ static struct kvd_listing *listing_new(struct kvd_daemon *d)
     if (!l)
         return NULL;
     l->download = (struct kvd_download){.run = list_run, .done = list_done};
-    snprintf(l->url, sizeof(l->url), "%s", d->config.store);
-    snprintf(l->cache, sizeof(l->cache), "%s", d->config.cache);
-    l->store = kvd_rotations_store(d);
-    l->store.url = l->url;
-    l->store.cache = l->cache;
-    l->store.given_up = &l->given_up;
-    l->store.retries = 1;
+    kvd_rotations_store(d, &l->store);
+    l->store.config.retries = 1;
     return l;
 }
 
@@ -155,7 +148,8 @@ void kvd_on_list_rotation_sets(struct kvd_call *call, const void *request)
     struct kvd_listing *l = d->listing;
     struct waiter *w = malloc(sizeof(*w));
     // After a reload another store may be meant.
-    bool new = !l || strcmp(l->url, d->config.store) || strcmp(l->cache, d->config.cache);
+    bool new =
+        !l || strcmp(l->store.url, d->config.store) || strcmp(l->store.cache, d->config.cache);
     if (w && new)
         l = listing_new(d);
     if (!w || !l) {

@@ -14,14 +14,12 @@ struct fetch {
     struct kvd_download download; // first
     bool downloads;               // it has begun, as the cache has not got the set
     struct kvd_call *call;
-    _Atomic bool given_up;
     uv_work_t work; // looks at the cache
     struct kvd_daemon *d;
     struct kvd_layout *g; // NULL: no layout is meant
     kvd_rotations_done *done;
     void *ctx;
-    struct kvd_store_config store;
-    char url[KVD_CONFIG_TEXT], cache[KVD_CONFIG_TEXT]; // a reload may change the daemon's
+    struct kvd_rotations_store store;
     char ref[KVD_MAX_NAME * 2 + 2];
     struct kvd_rotset *set;
     enum kvd_store_source source;
@@ -29,18 +27,22 @@ struct fetch {
     uint64_t began_ns;
 };
 
-struct kvd_store_config kvd_rotations_store(const struct kvd_daemon *d)
+void kvd_rotations_store(const struct kvd_daemon *d, struct kvd_rotations_store *out)
 {
-    return (struct kvd_store_config){.url = d->config.store,
-                                     .cache = d->config.cache,
-                                     .timeout_ms = d->config.store_timeout_ms,
-                                     .public_key = d->config.store_public_key, // never reloaded
-                                     .retries = 2};
+    snprintf(out->url, sizeof(out->url), "%s", d->config.store);
+    snprintf(out->cache, sizeof(out->cache), "%s", d->config.cache);
+    snprintf(out->public_key, sizeof(out->public_key), "%s", d->config.store_public_key);
+    out->config = (struct kvd_store_config){.url = out->url,
+                                            .cache = out->cache,
+                                            .timeout_ms = d->config.store_timeout_ms,
+                                            .public_key = out->public_key,
+                                            .given_up = &out->given_up,
+                                            .retries = 2};
 }
 
 static void fetch(struct fetch *f)
 {
-    if (kvd_store_fetch(&f->store, f->ref, NULL, NULL, &f->set, &f->source, &f->err))
+    if (kvd_store_fetch(&f->store.config, f->ref, NULL, NULL, &f->set, &f->source, &f->err))
         f->set = NULL;
 }
 
@@ -86,7 +88,7 @@ static void download_done(struct kvd_download *w, int status)
 static void download(struct fetch *f)
 {
     f->downloads = true;
-    f->store.url = f->url;
+    f->store.config.url = f->store.url;
     f->err = (struct kvd_error){0};
     f->download =
         (struct kvd_download){.run = download_run, .done = download_done, .user = f->call->user};
@@ -96,7 +98,7 @@ static void download(struct fetch *f)
 static void on_given_up(struct kvd_call *call)
 {
     struct fetch *f = call->work;
-    atomic_store(&f->given_up, true);
+    atomic_store(&f->store.given_up, true);
     if (!f->downloads || !kvd_download_drop(&f->download))
         return;
     kvd_fail(&f->err, KVD_E_UNAVAILABLE, "the caller has gone");
@@ -111,7 +113,7 @@ static void look_work(uv_work_t *work)
 static void look_done(uv_work_t *work, int status)
 {
     struct fetch *f = work->data;
-    if (!f->set && !f->given_up && f->url[0] && f->err.code != KVD_E_CORRUPT) {
+    if (!f->set && !f->store.given_up && f->store.url[0] && f->err.code != KVD_E_CORRUPT) {
         download(f);
         return;
     }
@@ -137,12 +139,8 @@ static void begin(struct kvd_call *call, const char *ref, struct kvd_layout *g,
     f->done = done;
     f->ctx = ctx;
     f->began_ns = uv_hrtime();
-    f->store = kvd_rotations_store(d);
-    snprintf(f->url, sizeof(f->url), "%s", d->config.store);
-    snprintf(f->cache, sizeof(f->cache), "%s", d->config.cache);
-    f->store.url = ""; // only the cache
-    f->store.cache = f->cache;
-    f->store.given_up = &f->given_up;
+    kvd_rotations_store(d, &f->store);
+    f->store.config.url = ""; // only the cache
     snprintf(f->ref, sizeof(f->ref), "%s", ref);
     f->work.data = f;
     kvd_daemon_work_begin(d);

@@ -27,7 +27,15 @@ int kvd_rotations_bind(struct kvd_daemon *d, const struct kvd_layout *g,
                        const struct kvd_rotset *set, int64_t uid, uint32_t ns, uint32_t *layout,
                        struct kvd_error *err);
 
-struct kvd_store_config kvd_rotations_store(const struct kvd_daemon *d);
+// The store as it is configured now, for a thread. The texts are copies: a reload changes the
+// daemon's, and a key that is half of one would decide what is taken.
+struct kvd_rotations_store {
+    struct kvd_store_config config; // points to what follows
+    char url[KVD_CONFIG_TEXT], cache[KVD_CONFIG_TEXT], public_key[KVD_CONFIG_TEXT];
+    _Atomic bool given_up; // nobody wants it any more
+};
+// `out` is to stay where it is.
+void kvd_rotations_store(const struct kvd_daemon *d, struct kvd_rotations_store *out);
 
 extern const struct kvd_part kvd_part_rotations;
 

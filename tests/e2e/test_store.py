@@ -542,6 +542,23 @@ def test_signed_sets(start, folder, store):
     assert bad.process.wait(20) != 0 and "store-public-key" in bad.text()
 
 
+def test_a_key_that_is_reloaded_is_for_what_comes_later(start, held, folder):
+    """What is being fetched is judged by the key with which it began: none of it is signed."""
+    key, public = folder / "key.pem", folder / "key.pub"
+    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", key], check=True, capture_output=True)
+    subprocess.run(["openssl", "pkey", "-in", key, "-pubout", "-out", public], check=True)
+    conf = PATIENT + f"store = {held.url}\n"
+    kvd = start(config=conf + f"store-public-key = {public}\n")
+    fetch = subprocess.Popen([KVCTL, "--address", kvd.address, "--timeout", "30", "calib", "fetch", REF], stderr=subprocess.PIPE, text=True)
+    assert wait_for(lambda: held.asked)
+    (kvd.folder / "kvd.conf").write_text(conf)
+    assert "store-public-key" in kvd.kvctl("reload").stdout
+    held.answers.set()
+    said = fetch.communicate(timeout=30)[1]
+    assert fetch.returncode and ".sig" in said, said
+    open_with(kvd)
+
+
 def test_kvctl_tells_a_store_that_is_gone_from_a_kvd_that_is(start, folder):
     kvd = start("--store", f"http://127.0.0.1:{free_port()}")
     r = kvd.kvctl("calib", "fetch", REF, check=False)
