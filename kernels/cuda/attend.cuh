@@ -425,43 +425,53 @@ __device__ inline void add_values(const uint8_t *tile_at, uint32_t codec, const 
     });
 }
 
+// Whether the scores of all four chunks of a tile are formed side by side, so that products wait less for each other, or those of two,
+// which takes fewer registers. Other codecs and head_dims gain nothing, or lose by it (LOG.md).
+__host__ __device__ constexpr bool four_side_by_side(int codec, int dim)
+{
+    return (codec == INT2 || codec == INT2C || codec == LEVELS2 || codec == LEVELS3) && (dim == 64 || dim == 128);
+}
+
 // One tile. q(n, ct) gives the B operands of the scores. CHUNKS of the tile's four are scored before
 // the maxima are raised.
 template <bool GENERAL, bool MASKED, int NT, int DK, int DV, int CODEC, int CHUNKS, typename Q>
 __device__ inline void attend_tile(const uint8_t *tile_at, uint32_t codec, const tile_place &at, Q q,
                                    const key_views<DK, CODEC> &views, const logit_terms<NT> &x, state<NT, DV> &st)
 {
+    constexpr int SIDE = CHUNKS == 4 && four_side_by_side(CODEC, DK) ? 4 : 2;
     static_for<4 / CHUNKS>([&](auto half) {
         float s[CHUNKS][NT][4];
-        static_for<CHUNKS / 2>([&](auto pair) { // side by side: they do not wait for each other
-            constexpr int i = 2 * pair, c = half * CHUNKS + i;
-            std::conditional_t<is_tc(CODEC), key_words<DK, CODEC>, code_words<DK, key_codec(CODEC)>> w0, w1;
-            if constexpr (is_tc(CODEC)) {
-                w0.load(tile_at, codec, c);
-                w1.load(tile_at, codec, c + 1);
-            } else {
-                w0.load(tile_at, c);
-                w1.load(tile_at, c + 1);
-            }
+        static_for<CHUNKS / SIDE>([&](auto group) {
+            constexpr int first = SIDE * group, c = half * CHUNKS + first;
+            std::conditional_t<is_tc(CODEC), key_words<DK, CODEC>, code_words<DK, key_codec(CODEC)>> w[SIDE];
 #pragma unroll
-            for (int n = 0; n < 2 * NT; n++) // raised levels come to be about zero here
+            for (int i = 0; i < SIDE; i++) {
+                if constexpr (is_tc(CODEC))
+                    w[i].load(tile_at, codec, c + i);
+                else
+                    w[i].load(tile_at, c + i);
+            }
+            if (SIDE == 4) // loads stay in front of it, or ptxas would take one chunk after the other
+                __syncwarp();
+#pragma unroll
+            for (int n = 0; n < SIDE * NT; n++) // raised levels come to be about zero here
 #pragma unroll
                 for (int k = 0; k < 4; k++)
-                    s[i + n % 2][n / 2][k] = raised(CODEC) ? -0.5f * TWO24 * x.sum[n / 2][k % 2] : 0;
+                    s[first + n % SIDE][n / SIDE][k] = raised(CODEC) ? -0.5f * TWO24 * x.sum[n / SIDE][k % 2] : 0;
             static_for<DK / 16>([&](auto ct) {
-                uint32_t a0[4], a1[4];
-                if constexpr (is_tc(CODEC)) {
-                    w0.template operand<ct>(views, a0);
-                    w1.template operand<ct>(views, a1);
-                } else {
-                    w0.template summand<c, ct, false>(a0);
-                    w1.template summand<c + 1, ct, false>(a1);
-                }
+                uint32_t a[SIDE][4];
+                static_for<SIDE>([&](auto i) {
+                    if constexpr (is_tc(CODEC))
+                        w[i].template operand<ct>(views, a[i]);
+                    else
+                        w[i].template summand<c + i, ct, false>(a[i]);
+                });
 #pragma unroll
                 for (int n = 0; n < NT; n++) {
                     uint2 b = q(n, ct);
-                    mma(s[i][n], a0, b.x, b.y);
-                    mma(s[i + 1][n], a1, b.x, b.y);
+#pragma unroll
+                    for (int i = 0; i < SIDE; i++)
+                        mma(s[first + i][n], a[i], b.x, b.y);
                 }
             });
         });
