@@ -61,6 +61,7 @@ static void plan(struct kvd_direct *d, uint32_t plane, uint64_t sum, uint32_t lo
     kvd_cuda_attend_plan(p, sum, longest, window, backend_of(d)->multiprocessors);
     // Room for the parts was made once; fewer parts always fit.
     while (side->scratch && results_bytes(p) > side->results_bytes && p->splits > 1) {
+        p->shares = 0;
         p->splits = (p->splits + 1) / 2;
         p->part_tiles = (longest / KVD_PAGE_TOKENS + p->splits) / p->splits;
     }

@@ -18,21 +18,27 @@ static uint32_t blocks_a_multiprocessor(const attend_params &p)
 // by 65,536 tokens 1e-4 of a sum is lost.
 constexpr uint32_t MOST_TILES = 1024;
 
-// Tiles of a part, so that all parts of equally long histories take the fewest tiles one after the
-// other: `slots` blocks run at a time, and the beginning and end of a block cost some tiles' time. More
-// than one wave of parts of less than 48 tiles does not pay. A part has `most` tiles at most.
+// What the beginning and end of a block cost, in tiles. More than one wave of parts of less than LEAST_PART does not pay.
+constexpr uint32_t BLOCK_COST = 12, LEAST_PART = 48;
+
+// How many tiles parts of equally long histories take one after the other, `slots` blocks at a time.
+static uint64_t even_cost(uint32_t units, uint64_t slots, uint32_t parts, uint32_t part)
+{
+    return ((uint64_t)units * parts + slots - 1) / slots * (part + BLOCK_COST);
+}
+
+// Tiles of a part, so that these are the fewest. A part has `most` tiles at most.
 static uint32_t even_part(uint32_t units, uint64_t slots, uint32_t tiles, uint32_t most)
 {
-    const uint32_t overhead = 12, least_part = 48;
     uint64_t least = UINT64_MAX;
     uint32_t best = most;
     for (uint32_t parts = (tiles + most - 1) / most; parts <= MAX_SPLITS && parts <= tiles; parts++) {
-        uint64_t waves = ((uint64_t)units * parts + slots - 1) / slots;
         uint32_t part = (tiles + parts - 1) / parts;
-        if (parts > 1 && waves > 1 && part < least_part)
+        if (parts > 1 && (uint64_t)units * parts > slots && part < LEAST_PART)
             break;
-        if (waves * (part + overhead) < least) {
-            least = waves * (part + overhead);
+        uint64_t cost = even_cost(units, slots, parts, part);
+        if (cost < least) {
+            least = cost;
             best = part;
         }
     }
@@ -45,9 +51,9 @@ static uint32_t window_parts(uint32_t chunks, uint32_t warps)
     return std::min((chunks + 4 * warps - 1) / (4 * warps), MAX_WINDOW_SPLITS + 0u);
 }
 
-// How a call is cut: warps of a block, parts of each history and of each sink + window.
+// How a call is cut: warps of a block, parts of each history and of each sink + window; or shares of all histories of a kv head.
 struct cut {
-    uint32_t warps, parts, windows;
+    uint32_t warps, parts, windows, shares;
 };
 
 // Where all of a call's blocks run at about the same time, windows matter as much as histories: a block of theirs that
@@ -80,14 +86,14 @@ struct few_units {
 
     cut best() const
     {
-        cut best = {8, 1, 0};
+        cut best = {8, 1, 0, 0};
         float least = std::numeric_limits<float>::infinity();
         for (uint32_t warps = units * 2 > multiprocessors ? 8 : 16; warps >= 8; warps /= 2) {
             uint32_t most = std::min({32u, tiles, 3 * multiprocessors * 16 / warps / units + 1});
             uint32_t windows = window_parts(chunks, warps), more = std::min(2 * windows, (chunks + 15) / 16);
             for (bool again = true; again; again = windows < more, windows = more)
                 for (uint32_t parts = 1; parts <= most; parts++) {
-                    cut c = {warps, parts, windows};
+                    cut c = {warps, parts, windows, 0};
                     float x = cost(c);
                     if (x < least)
                         least = x, best = c;
@@ -214,6 +220,19 @@ static bool needs_transforms(const attend_params &p)
 
 using namespace kvd;
 
+// Into how many shares equally long histories are cut together, and how many tiles one has; 0: parts of their own take no longer, as some
+// numbers of sequences fill the places of blocks with them. A place may take two pieces of shares. Multiprocessors do not read
+// equally fast, so that shares end with the slowest, where of parts that come one after the other each takes what it can: 1/12.
+static uint32_t cut_together(const attend_params &p, uint32_t units, uint64_t slots, uint32_t tiles, uint32_t part, uint32_t &share)
+{
+    uint64_t shares = slots * p.sequences / units;
+    if (!takes_shares(p) || shares < p.sequences || shares / p.sequences + 2 > MAX_SPLITS)
+        return 0;
+    share = (uint32_t)(((uint64_t)tiles * p.sequences + shares - 1) / shares);
+    bool shorter = 33 * (uint64_t)(share + share / 12 + 2 * BLOCK_COST) < 32 * even_cost(units, slots, (tiles + part - 1) / part, part);
+    return share >= LEAST_PART && share <= MOST_TILES * 8 && shorter ? (uint32_t)shares : 0;
+}
+
 // Parts of many units' histories, one wave of blocks after the other.
 static cut cut_many(const attend_params &p, uint32_t units, uint64_t tiles, uint32_t tiles_max, uint32_t chunks,
                     uint32_t multiprocessors, bool ragged, uint32_t &part_tiles)
@@ -229,21 +248,30 @@ static cut cut_many(const attend_params &p, uint32_t units, uint64_t tiles, uint
         part = std::min<uint64_t>({part / 3, std::max<uint64_t>(part / 8, 96), MOST_TILES * warps});
     else if (tiles_max)
         part = even_part(units, slots, tiles_max, MOST_TILES * warps);
-    part_tiles = std::max((uint32_t)part, 2 * warps);
-    uint32_t parts = (tiles_max + part_tiles / 2) / part_tiles;
+    uint32_t shares = 0, share = 0;
+    if (warps == 8 && !ragged && tiles_max)
+        shares = cut_together(p, units, slots, tiles_max, (uint32_t)part, share);
+    part_tiles = std::max(shares ? share : (uint32_t)part, 2 * warps);
+    uint32_t parts = shares ? shares / p.sequences + 2 : (tiles_max + part_tiles / 2) / part_tiles;
     uint32_t most = (chunks + 15) / 16, windows = std::max(multiprocessors * 4 / units, 1u);
     if (small)
         windows = std::min(windows, window_parts(chunks, warps));
     windows = std::max(windows, chunks / (4 * MOST_TILES * warps));
     return {warps, std::clamp(parts, tiles_max ? 1u : 0u, MAX_SPLITS + 0u),
-            std::min({windows, most, MAX_WINDOW_SPLITS + 0u})};
+            std::min({windows, most, MAX_WINDOW_SPLITS + 0u}), shares};
+}
+
+static bool shares_are_right(const attend_params &p)
+{
+    return p.shares == 0 || (takes_shares(p) && p.warps == 8 && p.shares >= p.sequences && p.splits > (p.shares - 1) / p.sequences + 1 &&
+                             (uint64_t)p.sequences * p.shares <= INT32_MAX && p.shares + p.sequences * (1 + p.window_splits) <= 65535);
 }
 
 extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t history_sum,
                                      uint32_t history_max, uint32_t window_max,
                                      uint32_t multiprocessors)
 {
-    p->block_rows = p->unpacked = 0;
+    p->block_rows = p->unpacked = p->shares = 0;
     if (takes_latents(*p))
         return plan_latent(*p, history_sum, history_max, window_max, multiprocessors);
     if (!p->packed && cut_for_many(*p, history_max, window_max, multiprocessors)) {
@@ -271,6 +299,7 @@ extern "C" void kvd_cuda_attend_plan(struct kvd_cuda_attend_params *p, uint64_t 
     }
     p->warps = c.warps;
     p->splits = c.parts;
+    p->shares = c.shares;
     p->window_splits = c.parts + c.windows ? c.windows : 1;
     p->scratch_zeroed = scratch_of(*p, nt).parts_at;
 }
@@ -302,7 +331,7 @@ extern "C" int kvd_cuda_attend(const struct kvd_cuda_attend_params *p, struct CU
         (p->new_tokens && (p->new_tokens < p->q_len || p->tail.tokens)) ||
         (p->tail.tokens && p->tail.ring == 0) ||
         (p->warps != 4 && !latents && !takes_any(*p) && !(small_blocks(*p) && (p->warps == 8 || p->warps == 16))) ||
-        (!latents && (uint64_t)p->kv_heads * n_row_blocks(*p, n_tiles(*p)) > 65535))
+        !shares_are_right(*p) || (!latents && (uint64_t)p->kv_heads * n_row_blocks(*p, n_tiles(*p)) > 65535))
         return -1;
     if (latents)
         return is_latent_call(*p) ? (int)launch_latent(*p, stream) : -1;

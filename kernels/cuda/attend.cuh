@@ -23,12 +23,18 @@ constexpr int MAX_WINDOW_SPLITS = 32, MAX_PARTS = MAX_SPLITS + MAX_WINDOW_SPLITS
 // the warps, too.
 enum early : uint32_t { EARLY_NONE, EARLY_FIRST, EARLY_SECOND };
 
+// In which order the ends of shares come that lie behind the end of a sequence: see shares.cuh.
+struct share_order {
+    uint32_t same, cycle, step, ends;
+};
+
 // A call, with what would take divisions on the device.
 struct attend_call : kvd_cuda_attend_params {
     uint32_t group, rows; // q heads a kv head; rows of a kv head
     uint32_t row_blocks;  // of a kv head
     float parts_a_tile;   // 1 / part_tiles
     enum early early;
+    share_order order;
 };
 
 // Which rows, of what.
@@ -37,12 +43,17 @@ struct row_block {
     uint32_t length, hist_end, total;
 };
 
-// Of this block. Not kept in registers from one use to the next: these are scarce between.
-template <int NT> __device__ inline row_block place_of(const attend_call &p)
+// Of this block, of sequence s. Not kept in registers from one use to the next: these are scarce between.
+template <int NT> __device__ inline row_block place_of(const attend_call &p, uint32_t s)
 {
-    uint32_t s = block_index_y(), x = block_index_x();
+    uint32_t x = block_index_x();
     uint32_t kv = p.row_blocks == 1 ? x : x / p.row_blocks;
     return {s, kv, (x - kv * p.row_blocks) * 8 * NT};
+}
+
+template <int NT> __device__ inline row_block place_of(const attend_call &p)
+{
+    return place_of<NT>(p, block_index_y());
 }
 
 // Brings nearer what a block reads first. May run while the kernel in front still writes there: the L2

@@ -8,6 +8,7 @@
 #define KVD_KERNELS_CUDA_DECODE_CUH
 
 #include "kernels/cuda/finish.cuh"
+#include "kernels/cuda/shares.cuh"
 
 namespace kvd
 {
@@ -42,7 +43,7 @@ inline early early_tiles(const attend_params &p, uint32_t warps)
 }
 
 // The tiles [first, end) of a history that some row of a block sees, and into how many parts they are
-// cut.
+// cut. Of a share, the tiles of its piece.
 struct history_range {
     uint32_t first, end, parts;
 };
@@ -70,6 +71,20 @@ __device__ inline history_range history_of(const attend_call &p, const row_block
 __device__ inline uint32_t part_of(const attend_call &p)
 {
     return blockIdx.z < p.splits ? p.splits - 1 - blockIdx.z : blockIdx.z;
+}
+
+// Which piece of all histories, or which part of one, a block takes.
+template <bool SHARES> __device__ inline share_piece piece_of(const attend_call &p)
+{
+    if constexpr (SHARES)
+        return piece_of_share(p, block_index_y());
+    return {block_index_y(), part_of(p)};
+}
+
+__device__ inline history_range range_of(const attend_call &p, const row_block &b, const share_piece &piece)
+{
+    uint32_t tiles = (b.hist_end - p.sink + PAGE - 1) / PAGE;
+    return {share_tile(p, tiles, piece.from), share_tile(p, tiles, piece.to), tiles || !p.window_splits ? piece.parts : 0};
 }
 
 // Where a part begins; all blocks of a unit compute the same.
@@ -110,7 +125,7 @@ __device__ inline void after_previous(const attend_call &p, const row_block &b, 
 }
 
 // Streams a part of the history through the warps' rings.
-template <bool GENERAL, int NT, int DK, int DV, int WARPS, int CODEC>
+template <bool GENERAL, int NT, int DK, int DV, int WARPS, int CODEC, bool SHARES>
 __device__ inline void history_part(const attend_call &p, const row_block &b,
                                     const history_range &range, uint32_t part,
                                     const block_memory<NT, DK, DV, WARPS, CODEC> &memory,
@@ -122,8 +137,8 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
     uint32_t tokens = b.hist_end - p.sink;
     uint32_t pos_first = row_position(p, b, b.row0);
     uint32_t pos_last = row_position(p, b, min(b.row0 + 8 * NT, p.rows) - 1);
-    uint32_t first = uniform(part_begin(range, part) + (uint32_t)warp);
-    uint32_t end = uniform(part_begin(range, part + 1));
+    uint32_t first = uniform((SHARES ? range.first : part_begin(range, part)) + (uint32_t)warp);
+    uint32_t end = uniform(SHARES ? range.end : part_begin(range, part + 1));
     const uint32_t bytes = tile<DK, DV, CODEC>::bytes(p.codec);
     const uint64_t *pages = p.pages.codec + (uint64_t)b.s * p.pages.codec_stride;
     uint64_t offset = ((uint64_t)p.layer * p.kv_heads + b.kv) * bytes;
@@ -233,7 +248,7 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
         }
 #endif
     }
-    share_results(memory, x, st, p.rows - place_of<NT>(p).row0);
+    share_results(memory, x, st, p.rows - place_of<NT>(p, 0).row0);
 }
 
 template <bool GENERAL, bool F32, int NT, int DK, int DV, int WARPS, typename M>
@@ -270,15 +285,16 @@ __host__ __device__ constexpr int blocks_per_multiprocessor(bool general, int nt
     return warps_in_all / warps;
 }
 
-template <bool GENERAL, int NT, int DK, int DV, int WARPS, int CODEC>
+template <bool GENERAL, int NT, int DK, int DV, int WARPS, int CODEC, bool SHARES>
 __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL, NT, DK, DV, WARPS))
     attend_kernel(const __grid_constant__ attend_call p)
 {
     using mem = block_memory<NT, DK, DV, WARPS, CODEC>;
     KVD_DYNAMIC_SHARED(shared);
     mem memory = {shared};
-    row_block b = place_of<NT>(p);
-    uint32_t part = part_of(p);
+    share_piece piece = piece_of<SHARES>(p);
+    row_block b = place_of<NT>(p, piece.s);
+    uint32_t part = piece.part;
     bool bf16 = part >= p.splits;
     // Rotations do not change while kernels run: they may be read before the last one has finished.
     typename queries<NT, DK, WARPS>::run r;
@@ -298,7 +314,7 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
     if (bf16 || !p.early) // before the first tiles are asked for, behind which q would wait long
         after_previous(p, b, q);
     load_lengths(p, b);
-    history_range range = history_of<GENERAL>(p, b, 8 * NT);
+    history_range range = SHARES ? range_of(p, b, piece) : history_of<GENERAL>(p, b, 8 * NT);
     if (!bf16 && part >= range.parts) {
         if constexpr (is_tc(CODEC))
             copies_arrived(); // none may come when the block has ended
@@ -311,9 +327,10 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
     else if (bf16)
         window_part<GENERAL, false, NT, DK, DV, WARPS>(p, b, part - p.splits, memory, q);
     else
-        history_part<GENERAL, NT, DK, DV, WARPS, CODEC>(p, b, range, part, memory, q, terms, r);
-    b = place_of<NT>(p); // again, so that nothing of it was kept in registers
-    part = part_of(p), bf16 = part >= p.splits;
+        history_part<GENERAL, NT, DK, DV, WARPS, CODEC, SHARES>(p, b, range, part, memory, q, terms, r);
+    piece = piece_of<SHARES>(p); // again, so that nothing of it was kept in registers
+    b = place_of<NT>(p, piece.s);
+    part = piece.part, bf16 = part >= p.splits;
     uint32_t rows = min((uint32_t)mem::ROWS, p.rows - b.row0);
     if constexpr (is_tc(CODEC))
         copies_arrived(); // V's mean
@@ -353,7 +370,7 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
     finish_rows<NT, DV>(p, b, back, rows, mine, t, rotated, bf16, history, windows);
 }
 
-template <bool GENERAL, int NT, int DK, int DV, int WARPS, int CODEC>
+template <bool GENERAL, int NT, int DK, int DV, int WARPS, int CODEC, bool SHARES = false>
 cudaError_t launch_attend(const attend_params &p, cudaStream_t stream)
 {
     attend_call call;
@@ -364,7 +381,11 @@ cudaError_t launch_attend(const attend_params &p, cudaStream_t stream)
     call.early = early_tiles(p, WARPS);
     call.parts_a_tile = 1.0f / (float)p.part_tiles;
     dim3 grid(p.kv_heads * call.row_blocks, p.sequences, p.splits + p.window_splits);
-    return launch_behind(attend_kernel<GENERAL, NT, DK, DV, WARPS, CODEC>, grid, WARPS * 32,
+    if (SHARES) {
+        call.order = order_of_shares(p.sequences, p.shares);
+        grid = dim3(grid.x, share_blocks(call), 1);
+    }
+    return launch_behind(attend_kernel<GENERAL, NT, DK, DV, WARPS, CODEC, SHARES>, grid, WARPS * 32,
                          block_memory<NT, DK, DV, WARPS, CODEC>::BYTES, stream, call);
 }
 

@@ -164,6 +164,12 @@ inline bool small_blocks(const attend_params &p)
     return n_tiles(p) == 1 && p.dim_k <= 128 && !general(p);
 }
 
+// Whether histories may be cut together: by blocks of 8 warps.
+inline bool takes_shares(const attend_params &p)
+{
+    return small_blocks(p) && most_used_dims(p);
+}
+
 template <int CODEC, int NT, int DK, int DV>
 cudaError_t launch_both(const attend_params &p, cudaStream_t stream)
 {
@@ -179,6 +185,9 @@ template <int CODEC, int DK, int DV> cudaError_t launch_dims(const attend_params
                 return launch_attend<true, 2, DK, DV, 4, CODEC>(p, stream);
         return launch_attend<true, 1, DK, DV, 4, CODEC>(p, stream);
     } else {
+        if constexpr (most_used(DK, DV))
+            if (p.shares)
+                return launch_attend<false, 1, DK, DV, 8, CODEC, true>(p, stream);
         if constexpr (DK == DV && DK <= 128) {
             if (p.warps == 16)
                 return launch_attend<false, 1, DK, DV, 16, CODEC>(p, stream);

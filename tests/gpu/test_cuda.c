@@ -331,6 +331,7 @@ static void ragged(uint64_t seed, struct kvd_codecs codec, uint32_t group, uint3
 }
 
 #include "tests/gpu/test_chain.h"
+#include "tests/gpu/test_shares.h"
 
 // -- pages ---------------------------------------------------------------------------------------
 
@@ -650,6 +651,8 @@ static void brief(uint64_t seed)
     any_transforms(seed);
     values_of_size(2048, seed);
     chain(1, 1500, both(KVD_CODEC_INT4), seed);
+    shares(seed, both(KVD_CODEC_INT2), 1);
+    shares_of(5, 700, both(KVD_CODEC_TC2), seed);
     if (kvd_head_dims_ok(128, 128)) {
         nonfinite(0, seed);
         chain(1, 3000, both(KVD_CODEC_INT2), seed);
@@ -668,6 +671,8 @@ static void long_and_many(uint64_t seed)
     chain(3, 30000, both(KVD_CODEC_INT2), seed);
     chain(32, 4000, both(KVD_CODEC_INT2), seed);
     chain(32, 20000, both(KVD_CODEC_INT2), seed);
+    chain(17, 20000, both(KVD_CODEC_INT2), seed);
+    chain(25, 9000, both(KVD_CODEC_TC2), seed);
     chain(150, 2500, both(KVD_CODEC_INT2), seed);
     ragged(seed, both(KVD_CODEC_INT2), 12, 128);
     ragged(seed, both(KVD_CODEC_INT2), 7, 64);
@@ -751,6 +756,9 @@ int main(int argc, char **argv)
         chain(5, 2000, both(KVD_CODEC_INT2_LM), seed);
         chain(5, 2000, both(KVD_CODEC_TC2), seed);
         chain(1, 9000, both(KVD_CODEC_TC2_5), seed);
+        for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++)
+            if (codec == KVD_CODEC_INT2 || codec == KVD_CODEC_INT2C || kvd_codec_tc(codec))
+                shares(seed + codec, both(codec), quick ? 2 : 20);
         group_done("batches, graphs, queries that are not finite");
         any_codecs_in_all(seed, quick);
         group_done("int4 and pairs of codecs");

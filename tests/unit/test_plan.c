@@ -27,6 +27,12 @@ static uint32_t busiest(struct kvd_cuda_attend_params *p, uint32_t tiles, uint32
     kvd_cuda_attend_plan(p, (uint64_t)p->sequences * tiles * KVD_PAGE_TOKENS,
                          tiles * KVD_PAGE_TOKENS, 0, PROCESSORS);
     *slots = PROCESSORS * WARPS_A_PROCESSOR / p->warps;
+    if (p->shares) { // each place takes one, in one piece or two
+        *waves = 1;
+        ck_assert_uint_le(p->shares * p->kv_heads, *slots);
+        ck_assert_uint_ge(p->splits, (p->shares - 1) / p->sequences + 2);
+        return (tiles * p->sequences + p->shares - 1) / p->shares + 1;
+    }
     *waves = (p->sequences * p->kv_heads * p->splits + *slots - 1) / *slots;
     return *waves * ((tiles + p->splits - 1) / p->splits);
 }
@@ -46,6 +52,28 @@ START_TEST(equal_histories_fill_the_gpu)
 }
 END_TEST
 
+// Where parts of their own would leave many places empty.
+START_TEST(odd_batches_are_cut_together)
+{
+    static const uint32_t together[] = {17, 18, 25, 28}, apart[] = {12, 24, 32, 33, 66, 132};
+    for (size_t i = 0; i < KVD_LEN(together); i++) {
+        struct kvd_cuda_attend_params p = step(together[i], 32, 8, 1);
+        uint32_t slots, waves, most = busiest(&p, 512, &slots, &waves);
+        ck_assert_uint_eq(p.shares, 33);
+        ck_assert_double_le(most, 1.01 * together[i] * 8 * 512 / slots + 1);
+        p.q_len = 2; // of which there are no kernels for shares
+        busiest(&p, 512, &slots, &waves);
+        ck_assert_uint_eq(p.shares, 0);
+    }
+    for (size_t i = 0; i < KVD_LEN(apart); i++) {
+        struct kvd_cuda_attend_params p = step(apart[i], 32, 8, 1);
+        uint32_t slots, waves;
+        busiest(&p, 512, &slots, &waves);
+        ck_assert_uint_eq(p.shares, 0);
+    }
+}
+END_TEST
+
 START_TEST(parts_of_several_waves_are_long)
 {
     for (uint32_t tiles = 1; tiles <= 300; tiles++)
@@ -53,7 +81,7 @@ START_TEST(parts_of_several_waves_are_long)
             struct kvd_cuda_attend_params p = step(n, 32, 8, 1);
             uint32_t slots, waves;
             busiest(&p, tiles, &slots, &waves);
-            ck_assert_msg(p.splits <= 1 || waves == 1 || tiles / p.splits >= 40,
+            ck_assert_msg(p.splits <= 1 || waves == 1 || p.shares || tiles / p.splits >= 40,
                           "%u x %u tiles: %u parts in %u waves", n, tiles, p.splits, waves);
         }
 }
@@ -146,5 +174,6 @@ START_TEST(latents_have_plans)
 }
 END_TEST
 
-KVD_MAIN("plan", 60, equal_histories_fill_the_gpu, parts_of_several_waves_are_long,
-         few_sequences_and_their_windows_run_at_once, any_step_has_a_plan, latents_have_plans)
+KVD_MAIN("plan", 60, equal_histories_fill_the_gpu, odd_batches_are_cut_together,
+         parts_of_several_waves_are_long, few_sequences_and_their_windows_run_at_once,
+         any_step_has_a_plan, latents_have_plans)
