@@ -1,5 +1,5 @@
 // The CUDA backend on a GPU, against float64 over the pages it wrote and against the CPU backend.
-// usage: test_cuda [latents] [quick|brief|many|fewer]. Needs no library but CUDA; built by
+// usage: test_cuda [latents] [quick|brief|many|fewer|shares]. Needs no library but CUDA; built by
 // tests/gpu/run.sh, and for an emulated GPU by tests/emulator.
 #include <cuda_runtime_api.h>
 #include <errno.h>
@@ -733,6 +733,8 @@ int main(int argc, char **argv)
         many_rows(seed);
     } else if (strcmp(how, "fewer") == 0) {
         fewer_rows(seed);
+    } else if (strcmp(how, "shares") == 0) {
+        all_shares(seed, 2);
     } else if (strcmp(how, "brief") == 0) {
         brief(seed);
     } else {
@@ -756,9 +758,7 @@ int main(int argc, char **argv)
         chain(5, 2000, both(KVD_CODEC_INT2_LM), seed);
         chain(5, 2000, both(KVD_CODEC_TC2), seed);
         chain(1, 9000, both(KVD_CODEC_TC2_5), seed);
-        for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++)
-            if (codec == KVD_CODEC_INT2 || codec == KVD_CODEC_INT2C || kvd_codec_tc(codec))
-                shares(seed + codec, both(codec), quick ? 2 : 20);
+        all_shares(seed, quick ? 2 : 20);
         group_done("batches, graphs, queries that are not finite");
         any_codecs_in_all(seed, quick);
         group_done("int4 and pairs of codecs");

@@ -39,6 +39,8 @@ static void attend_shares(struct chain *c, uint32_t shares, uint32_t windows, fl
 
 static void shares_of(uint32_t n, uint32_t length, struct kvd_codecs codec, uint64_t seed)
 {
+    if (!kvd_cuda_attend_tuned(codec, chain_dim(), chain_dim()))
+        return; // its kernels were not compiled
     struct chain c;
     chain_init(&c, n, length, codec, seed);
     shares_lengths(&c, n);
@@ -60,7 +62,8 @@ static void shares_of(uint32_t n, uint32_t length, struct kvd_codecs codec, uint
                 size += y * y;
             }
             double e = sqrt(off / size);
-            worst = e <= worst ? worst : e; // not a number, too
+            if (!(e <= worst) && !isnan(worst))
+                worst = e; // which may be not a number
         }
     }
     char name[120], text[KVD_CODECS_TEXT];
@@ -78,6 +81,13 @@ static void shares(uint64_t seed, struct kvd_codecs codec, uint32_t scale)
     shares_of(3, 900 * scale, codec, seed);
     shares_of(6, 500 * scale, codec, seed);
     shares_of(17, 400 * scale, codec, seed);
+}
+
+static void all_shares(uint64_t seed, uint32_t scale)
+{
+    for (uint32_t codec = 0; codec < KVD_CODEC_COUNT; codec++)
+        if (codec == KVD_CODEC_INT2 || codec == KVD_CODEC_INT2C || kvd_codec_tc(codec))
+            shares(seed + codec, both(codec), scale);
 }
 
 #endif
