@@ -23,7 +23,7 @@ constexpr int MAX_WINDOW_SPLITS = 32, MAX_PARTS = MAX_SPLITS + MAX_WINDOW_SPLITS
 // the warps, too.
 enum early : uint32_t { EARLY_NONE, EARLY_FIRST, EARLY_SECOND };
 
-// In which order the ends of shares come that lie behind the end of a sequence: see shares.cuh.
+// In which order the pieces of shares come that lie behind the end of a sequence: shares.cuh.
 struct share_order {
     uint32_t same, cycle, step, ends;
 };

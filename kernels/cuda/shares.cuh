@@ -26,7 +26,7 @@ struct share_piece {
 inline share_order order_of_shares(uint32_t sequences, uint32_t shares)
 {
     uint32_t same = std::gcd(sequences, shares), cycle = sequences / same, step = 0;
-    for (uint32_t k = 0; k < cycle && cycle > 1; k++)
+    for (uint32_t k = 1; k < cycle && step == 0; k++)
         if ((uint64_t)k * (shares / same) % cycle == 1)
             step = k;
     return {same, cycle, step, (cycle - 1) * same};
