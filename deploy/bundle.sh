@@ -7,6 +7,9 @@ cd "$(dirname "$0")/.."
 build=${BUILD:-build}
 out=${1:-kvd-bundle.tar.gz}
 [ -x "$build/daemon/kvd" ] || { echo "bundle: build first: deploy/quickstart.sh, or ninja -C $build" >&2; exit 1; }
+if meson configure "$build" 2>/dev/null | grep -Eq '^ *quick_cuda +true'; then
+    echo "bundle: $build was set up with quick_cuda: on a GPU its kernels are slow, and made anew at the start, which takes minutes" >&2
+fi
 work=$(mktemp -d /tmp/kvd-bundle.XXXXXX)
 trap 'rm -rf "$work"' EXIT
 root=$work/kvd
