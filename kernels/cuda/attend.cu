@@ -53,7 +53,7 @@ static uint32_t window_parts(uint32_t chunks, uint32_t warps)
 
 // How a call is cut: warps of a block, parts of each history and of each sink + window; or shares of all histories of a kv head.
 struct cut {
-    uint32_t warps, parts, windows, shares;
+    uint32_t warps, parts, windows, shares = 0;
 };
 
 // Where all of a call's blocks run at about the same time, windows matter as much as histories: a block of theirs that
@@ -86,14 +86,14 @@ struct few_units {
 
     cut best() const
     {
-        cut best = {8, 1, 0, 0};
+        cut best = {8, 1, 0};
         float least = std::numeric_limits<float>::infinity();
         for (uint32_t warps = units * 2 > multiprocessors ? 8 : 16; warps >= 8; warps /= 2) {
             uint32_t most = std::min({32u, tiles, 3 * multiprocessors * 16 / warps / units + 1});
             uint32_t windows = window_parts(chunks, warps), more = std::min(2 * windows, (chunks + 15) / 16);
             for (bool again = true; again; again = windows < more, windows = more)
                 for (uint32_t parts = 1; parts <= most; parts++) {
-                    cut c = {warps, parts, windows, 0};
+                    cut c = {warps, parts, windows};
                     float x = cost(c);
                     if (x < least)
                         least = x, best = c;

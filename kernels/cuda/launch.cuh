@@ -167,7 +167,7 @@ inline bool small_blocks(const attend_params &p)
 // Whether histories may be cut together: by blocks of 8 warps.
 inline bool takes_shares(const attend_params &p)
 {
-    return small_blocks(p) && most_used_dims(p);
+    return !takes_any(p) && small_blocks(p) && most_used_dims(p);
 }
 
 template <int CODEC, int NT, int DK, int DV>

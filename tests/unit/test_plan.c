@@ -81,8 +81,9 @@ START_TEST(parts_of_several_waves_are_long)
             struct kvd_cuda_attend_params p = step(n, 32, 8, 1);
             uint32_t slots, waves;
             busiest(&p, tiles, &slots, &waves);
-            ck_assert_msg(p.splits <= 1 || waves == 1 || p.shares || tiles / p.splits >= 40,
+            ck_assert_msg(p.splits <= 1 || waves == 1 || tiles / p.splits >= 40,
                           "%u x %u tiles: %u parts in %u waves", n, tiles, p.splits, waves);
+            ck_assert(p.shares == 0 || p.part_tiles >= 48); // a place takes two pieces
         }
 }
 END_TEST
@@ -133,6 +134,8 @@ START_TEST(any_step_has_a_plan)
         if (window)
             ck_assert_uint_ge(p.window_splits, 1);
         ck_assert(p.warps == 4 || p.warps == 8 || p.warps == 16);
+        ck_assert(p.shares == 0 || (p.warps == 8 && p.shares >= p.sequences &&
+                                    p.splits > (p.shares - 1) / p.sequences + 1));
         // A counter for each (sequence, kv head), at least, and the parts behind them.
         ck_assert_uint_ge(p.scratch_zeroed, (uint64_t)p.sequences * kv * 4);
         uint64_t parts = (uint64_t)p.sequences * kv * (p.splits + p.window_splits);
