@@ -121,13 +121,13 @@ struct kvd_cuda_attend_params {
     bool settled;
     uint32_t codec_v; // of V's history
     bool packed;      // codes are not made values ahead, for want of scratch: slower with many rows
+    uint32_t shares;  // from kvd_cuda_attend_plan, too: 0, or into how many the histories of a kv head
+                      // are cut together, as if each lay behind the other: splits are enough for any
     struct kvd_cuda_rotation rotation;
     // From kvd_cuda_attend_plan:
     uint32_t part_tiles;     // tiles of a history's part, about
     uint32_t splits;         // parts of a history, at most
     uint32_t window_splits;  // parts of a sink + window
-    uint32_t shares;         // 0, or into how many the histories of a kv head are cut together,
-                             // as if each lay behind the other: splits are enough for any of them
     uint32_t warps;          // of a block: 4, 8 or 16
     uint32_t block_rows;     // of blocks of warpgroups: 128, 64, or 0: other kernels
     uint32_t unpacked;       // parts of a history whose codes are made values at a time, with 128

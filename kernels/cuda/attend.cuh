@@ -23,18 +23,12 @@ constexpr int MAX_WINDOW_SPLITS = 32, MAX_PARTS = MAX_SPLITS + MAX_WINDOW_SPLITS
 // the warps, too.
 enum early : uint32_t { EARLY_NONE, EARLY_FIRST, EARLY_SECOND };
 
-// In which order the pieces of shares come that lie behind the end of a sequence: shares.cuh.
-struct share_order {
-    uint32_t same, cycle, step, ends;
-};
-
 // A call, with what would take divisions on the device.
 struct attend_call : kvd_cuda_attend_params {
     uint32_t group, rows; // q heads a kv head; rows of a kv head
     uint32_t row_blocks;  // of a kv head
     float parts_a_tile;   // 1 / part_tiles
     enum early early;
-    share_order order;
 };
 
 // Which rows, of what.
@@ -455,13 +449,12 @@ __device__ inline void attend_tile(const uint8_t *tile_at, uint32_t codec, const
         static_for<CHUNKS / SIDE>([&](auto group) {
             constexpr int first = SIDE * group, c = half * CHUNKS + first;
             std::conditional_t<is_tc(CODEC), key_words<DK, CODEC>, code_words<DK, key_codec(CODEC)>> w[SIDE];
-#pragma unroll
-            for (int i = 0; i < SIDE; i++) {
+            static_for<SIDE>([&](auto i) {
                 if constexpr (is_tc(CODEC))
                     w[i].load(tile_at, codec, c + i);
                 else
                     w[i].load(tile_at, c + i);
-            }
+            });
             if (SIDE == 4) // loads stay in front of it, or ptxas would take one chunk after the other
                 __syncwarp();
 #pragma unroll
@@ -478,11 +471,9 @@ __device__ inline void attend_tile(const uint8_t *tile_at, uint32_t codec, const
                         w[i].template summand<c + i, ct, false>(a[i]);
                 });
 #pragma unroll
-                for (int n = 0; n < NT; n++) {
-                    uint2 b = q(n, ct);
-#pragma unroll
-                    for (int i = 0; i < SIDE; i++)
-                        mma(s[first + i][n], a[i], b.x, b.y);
+                for (int n = 0; n < SIDE * NT; n++) {
+                    uint2 b = q(n / SIDE, ct);
+                    mma(s[first + n % SIDE][n / SIDE], a[n % SIDE], b.x, b.y);
                 }
             });
         });

@@ -73,12 +73,19 @@ __device__ inline uint32_t part_of(const attend_call &p)
     return blockIdx.z < p.splits ? p.splits - 1 - blockIdx.z : blockIdx.z;
 }
 
-// Which piece of all histories, or which part of one, a block takes.
-template <bool SHARES> __device__ inline share_piece piece_of(const attend_call &p)
+template <bool SHARES> using call_of = std::conditional_t<SHARES, share_call, attend_call>;
+
+// Which rows of which sequence a block takes, and which piece of all histories or which part of one.
+template <bool SHARES, int NT> __device__ inline row_block place_of(const call_of<SHARES> &p, share_piece &piece)
 {
-    if constexpr (SHARES)
-        return piece_of_share(p, block_index_y());
-    return {block_index_y(), part_of(p)};
+    if constexpr (SHARES) {
+        piece = piece_of_share(p, block_index_y());
+        return place_of<NT>(p, piece.s);
+    } else {
+        row_block b = place_of<NT>(p);
+        piece.part = part_of(p);
+        return b;
+    }
 }
 
 __device__ inline history_range range_of(const attend_call &p, const row_block &b, const share_piece &piece)
@@ -248,7 +255,7 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
         }
 #endif
     }
-    share_results(memory, x, st, p.rows - place_of<NT>(p, 0).row0);
+    share_results(memory, x, st, p.rows - place_of<NT>(p).row0);
 }
 
 template <bool GENERAL, bool F32, int NT, int DK, int DV, int WARPS, typename M>
@@ -287,13 +294,13 @@ __host__ __device__ constexpr int blocks_per_multiprocessor(bool general, int nt
 
 template <bool GENERAL, int NT, int DK, int DV, int WARPS, int CODEC, bool SHARES>
 __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL, NT, DK, DV, WARPS))
-    attend_kernel(const __grid_constant__ attend_call p)
+    attend_kernel(const __grid_constant__ call_of<SHARES> p)
 {
     using mem = block_memory<NT, DK, DV, WARPS, CODEC>;
     KVD_DYNAMIC_SHARED(shared);
     mem memory = {shared};
-    share_piece piece = piece_of<SHARES>(p);
-    row_block b = place_of<NT>(p, piece.s);
+    share_piece piece;
+    row_block b = place_of<SHARES, NT>(p, piece);
     uint32_t part = piece.part;
     bool bf16 = part >= p.splits;
     // Rotations do not change while kernels run: they may be read before the last one has finished.
@@ -328,8 +335,7 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
         window_part<GENERAL, false, NT, DK, DV, WARPS>(p, b, part - p.splits, memory, q);
     else
         history_part<GENERAL, NT, DK, DV, WARPS, CODEC, SHARES>(p, b, range, part, memory, q, terms, r);
-    piece = piece_of<SHARES>(p); // again, so that nothing of it was kept in registers
-    b = place_of<NT>(p, piece.s);
+    b = place_of<SHARES, NT>(p, piece); // again, so that nothing of it was kept in registers
     part = piece.part, bf16 = part >= p.splits;
     uint32_t rows = min((uint32_t)mem::ROWS, p.rows - b.row0);
     if constexpr (is_tc(CODEC))
@@ -373,7 +379,7 @@ __global__ void __launch_bounds__(WARPS * 32, blocks_per_multiprocessor(GENERAL,
 template <bool GENERAL, int NT, int DK, int DV, int WARPS, int CODEC, bool SHARES = false>
 cudaError_t launch_attend(const attend_params &p, cudaStream_t stream)
 {
-    attend_call call;
+    call_of<SHARES> call;
     (attend_params &)call = p;
     call.group = p.q_heads / p.kv_heads;
     call.rows = p.q_len * call.group;
@@ -381,7 +387,7 @@ cudaError_t launch_attend(const attend_params &p, cudaStream_t stream)
     call.early = early_tiles(p, WARPS);
     call.parts_a_tile = 1.0f / (float)p.part_tiles;
     dim3 grid(p.kv_heads * call.row_blocks, p.sequences, p.splits + p.window_splits);
-    if (SHARES) {
+    if constexpr (SHARES) {
         call.order = order_of_shares(p.sequences, p.shares);
         grid = dim3(grid.x, share_blocks(call), 1);
     }

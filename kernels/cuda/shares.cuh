@@ -15,6 +15,16 @@
 namespace kvd
 {
 
+// In which order the pieces come that lie behind the end of a sequence.
+struct share_order {
+    uint32_t same, cycle, step, ends;
+};
+
+// A call whose histories are cut together.
+struct share_call : attend_call {
+    share_order order;
+};
+
 // Which part of which sequence a block takes, and how many its history has. Of a window's part, `part` counts from p.splits on.
 struct share_piece {
     uint32_t s, part, parts;
@@ -33,12 +43,12 @@ inline share_order order_of_shares(uint32_t sequences, uint32_t shares)
 }
 
 // Blocks of a kv head: pieces of shares, then parts of windows.
-inline uint32_t share_blocks(const attend_call &p)
+inline uint32_t share_blocks(const share_call &p)
 {
     return p.shares + p.order.ends + p.sequences * p.window_splits;
 }
 
-__device__ inline share_piece piece_of_share(const attend_call &p, uint32_t block)
+__device__ inline share_piece piece_of_share(const share_call &p, uint32_t block)
 {
     uint32_t share = block, window = block - p.shares - p.order.ends, s;
     bool bf16 = block >= p.shares + p.order.ends;
