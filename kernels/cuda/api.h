@@ -121,8 +121,9 @@ struct kvd_cuda_attend_params {
     bool settled;
     uint32_t codec_v; // of V's history
     bool packed;      // codes are not made values ahead, for want of scratch: slower with many rows
-    uint32_t shares;  // from kvd_cuda_attend_plan, too: 0, or into how many the histories of a kv head
-                      // are cut together, as if each lay behind the other: splits are enough for any
+    // From kvd_cuda_attend_plan, too: 0, or into how many the histories of a kv head are cut
+    // together, as if each lay behind the other; splits are enough for any of them.
+    uint32_t shares;
     struct kvd_cuda_rotation rotation;
     // From kvd_cuda_attend_plan:
     uint32_t part_tiles;     // tiles of a history's part, about

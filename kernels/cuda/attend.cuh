@@ -430,20 +430,20 @@ __device__ inline void add_values(const uint8_t *tile_at, uint32_t codec, const 
     });
 }
 
-// Whether the scores of all four chunks of a tile are formed side by side, so that products wait less for each other, or those of two,
-// which takes fewer registers. Other codecs and head_dims gain nothing, or lose by it (LOG.md).
-__host__ __device__ constexpr bool four_side_by_side(int codec, int dim)
+// How many chunks' scores are formed side by side: all four of a tile, so that products wait less for each other, or two, which takes
+// fewer registers. Other codecs and head_dims gain nothing by four, or lose by it, nor do sixteen warps, whose tiles are few (LOG.md).
+__host__ __device__ constexpr int side_by_side(int codec, int dim, int warps)
 {
-    return (codec == INT2 || codec == INT2C || codec == LEVELS2 || codec == LEVELS3) && (dim == 64 || dim == 128);
+    bool four = codec == INT2 || codec == INT2C || codec == LEVELS2 || codec == LEVELS3;
+    return four && (dim == 64 || dim == 128) && warps <= 8 ? 4 : 2;
 }
 
 // One tile. q(n, ct) gives the B operands of the scores. CHUNKS of the tile's four are scored before
-// the maxima are raised.
-template <bool GENERAL, bool MASKED, int NT, int DK, int DV, int CODEC, int CHUNKS, typename Q>
+// the maxima are raised, SIDE of them side by side.
+template <bool GENERAL, bool MASKED, int NT, int DK, int DV, int CODEC, int CHUNKS, int SIDE, typename Q>
 __device__ inline void attend_tile(const uint8_t *tile_at, uint32_t codec, const tile_place &at, Q q,
                                    const key_views<DK, CODEC> &views, const logit_terms<NT> &x, state<NT, DV> &st)
 {
-    constexpr int SIDE = CHUNKS == 4 && four_side_by_side(CODEC, DK) ? 4 : 2;
     static_for<4 / CHUNKS>([&](auto half) {
         float s[CHUNKS][NT][4];
         static_for<CHUNKS / SIDE>([&](auto group) {

@@ -237,11 +237,11 @@ __device__ inline void history_part(const attend_call &p, const row_block &b,
         if (GENERAL)
             masked |= place.position + PAGE - 1 > pos_first || place.position < first_seen(p, pos_last) ||
                       x.softcap > 0;
-        constexpr int CHUNKS = DK <= 128 ? 4 : 2;
+        constexpr int CHUNKS = DK <= 128 ? 4 : 2, SIDE = side_by_side(CODEC, DK, WARPS);
         if (masked)
-            attend_tile<GENERAL, true, NT, DK, DV, CODEC, CHUNKS>(at, p.codec, place, operands, views, x, st);
+            attend_tile<GENERAL, true, NT, DK, DV, CODEC, CHUNKS, SIDE>(at, p.codec, place, operands, views, x, st);
         else
-            attend_tile<false, false, NT, DK, DV, CODEC, CHUNKS>(at, p.codec, place, operands, views, x, st);
+            attend_tile<false, false, NT, DK, DV, CODEC, CHUNKS, SIDE>(at, p.codec, place, operands, views, x, st);
 #if KVD_BULK
         __syncwarp();
         if (ahead % 32 == 0)
