@@ -9,6 +9,7 @@
 
 enum {
     STAGES = 4,
+    NEAR = 1024, // addresses, that take no longer than a copy of their own would
     SCRATCH_LEAST = 32 << 20,
     SCRATCH_LEAST_OF_LATENTS = 128 << 20, // as their partial results are longer
 };
@@ -241,34 +242,58 @@ static void cuda_forget(struct kvd_direct *d)
     (void)d; // CUDA does not work in a child
 }
 
-// Copies `n` addresses of a table on their way to the kernels.
-static int send(struct cuda_side *side, uint64_t at, const uint64_t *table, uint64_t n,
+// Of a table's addresses, as they are for all slots.
+struct span {
+    uint64_t begin, end; // end 0: empty
+};
+
+// Copies a span of the table at `at` on its way to the kernels, and empties it.
+static int send(struct cuda_side *side, uint64_t at, const uint64_t *table, struct span *s,
                 cudaStream_t stream)
 {
-    uint8_t *from = side->pinned[side->stage] + at;
-    if (n == 0)
+    uint64_t bytes = (s->end - s->begin) * sizeof(*table);
+    uint64_t offset = at + s->begin * sizeof(*table);
+    if (bytes == 0)
         return 0;
-    memcpy(from, table, n * sizeof(*table));
-    return cudaMemcpyAsync(side->device + at, from, n * sizeof(*table), cudaMemcpyHostToDevice,
-                           stream);
+    memcpy(side->pinned[side->stage] + offset, table + s->begin, bytes);
+    *s = (struct span){0};
+    return cudaMemcpyAsync(side->device + offset, side->pinned[side->stage] + offset, bytes,
+                           cudaMemcpyHostToDevice, stream);
 }
 
-// What a slot's tables have in use.
-static int update_tables(struct kvd_direct *d, uint32_t slot, cudaStream_t stream)
+// What dirty slots have in use of a plane's table of codec pages, or of bf16 pages. Each copy holds
+// the stream up for some us, in which NEAR addresses pass: so what is between goes with them.
+static int update_table(struct kvd_direct *d, uint32_t index, bool bf16, cudaStream_t stream)
 {
     struct cuda_side *side = d->side;
+    const struct direct_plane *plane = &d->planes[index];
+    uint64_t stride = bf16 ? plane->bf16_stride : plane->codec_stride;
+    uint64_t at = bf16 ? side->planes[index].bf16_at : side->planes[index].codec_at;
+    const uint64_t *table = bf16 ? plane->bf16 : plane->codec;
+    struct span s = {0};
+    int rc = 0;
+    for (uint32_t i = 0; i < d->options.slots && rc == 0; i++) {
+        uint64_t begin = i * stride, n = bf16 ? stride : d->slots[i].now.planes[index].n_codec;
+        if (!d->slots[i].dirty || n == 0)
+            continue;
+        if (begin > s.end + NEAR)
+            rc = send(side, at, table, &s, stream);
+        s.begin = s.end ? s.begin : begin;
+        s.end = begin + n;
+    }
+    return rc ? rc : send(side, at, table, &s, stream);
+}
+
+static int update_tables(struct kvd_direct *d, cudaStream_t stream)
+{
     int rc = 0;
     for (uint32_t i = 0; i < d->n_planes && rc == 0; i++) {
-        const struct direct_plane *plane = &d->planes[i];
-        const struct cuda_plane *own = &side->planes[i];
-        uint64_t codec = (uint64_t)slot * plane->codec_stride;
-        uint64_t bf16 = (uint64_t)slot * plane->bf16_stride;
-        rc = send(side, own->codec_at + codec * sizeof(uint64_t), plane->codec + codec,
-                  d->slots[slot].now.planes[i].n_codec, stream);
+        rc = update_table(d, i, false, stream);
         if (rc == 0)
-            rc = send(side, own->bf16_at + bf16 * sizeof(uint64_t), plane->bf16 + bf16,
-                      plane->bf16_stride, stream);
+            rc = update_table(d, i, true, stream);
     }
+    for (uint32_t i = 0; i < d->options.slots; i++)
+        d->slots[i].dirty &= rc != 0;
     return rc;
 }
 
@@ -295,12 +320,8 @@ static int cuda_update(struct kvd_direct *d, void *stream, struct kvd_error *err
     if (rc == 0)
         rc = cudaMemcpyAsync(side->device, side->pinned[side->stage], numbers_bytes(d),
                              cudaMemcpyHostToDevice, stream);
-    for (uint32_t i = 0; i < d->options.slots && rc == 0; i++) {
-        if (!d->slots[i].dirty)
-            continue;
-        rc = update_tables(d, i, stream);
-        d->slots[i].dirty = false;
-    }
+    if (rc == 0)
+        rc = update_tables(d, stream);
     if (rc == 0)
         rc = cudaEventRecord(side->staged[side->stage], stream);
     for (uint32_t p = 0; p < d->n_planes; p++)

@@ -338,9 +338,11 @@ static void open_all(const char *address, const char *codec)
 
 static void open_direct(void)
 {
+    // With longer ones, slots' page tables lie so far apart that each is brought in a copy of its
+    // own.
     kvd_direct_options options = {.size = sizeof(options),
                                   .slots = SLOTS,
-                                  .max_tokens = MAX,
+                                  .max_tokens = n > 1 ? 64 * MAX : MAX,
                                   .step_tokens = n,
                                   .dtype = KVD_F32};
     TRY(kvd_direct_open(client, &options, &direct, ERR));
