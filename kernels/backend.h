@@ -333,8 +333,9 @@ struct kvd_backend_ops {
     // at a time.
     int (*append)(struct kvd_backend *b, const struct kvd_append_params *p, struct kvd_error *err);
     int (*attend)(struct kvd_backend *b, const struct kvd_attend_params *p, struct kvd_error *err);
-    // Check, attend and a whole append of the same tokens behind each other, where waiting for each
-    // would take longer than the work does. Not *done: it is not so, and nothing has happened.
+    // Check, attend and a whole append of the same tokens behind each other, or with attend NULL
+    // check and append, where waiting for each would take longer than the work does. Not *done: it
+    // is not so, and nothing has happened.
     // Where the check finds something, as that does, no output has been written. It makes no
     // pauses; NULL: it is never so.
     int (*step)(struct kvd_backend *b, const struct kvd_attend_params *attend,

@@ -229,8 +229,27 @@ static int reply(struct kvd_daemon *d, struct kvd_work *w, struct kvd_error *err
     return KVD_OK;
 }
 
-static kvd_op_phase *const run[] = {kvd_op_look_for_nonfinite, kvd_op_copy_pages,
-                                    kvd_op_append_demote, kvd_op_append_store, NULL};
+static int run_at_once(struct kvd_daemon *d, struct kvd_work *w);
+
+static kvd_op_phase *const run[] = {run_at_once,         kvd_op_look_for_nonfinite,
+                                    kvd_op_copy_pages,   kvd_op_append_demote,
+                                    kvd_op_append_store, NULL};
+
+// All phases in one, as a Step's are (op_step.c). A worker in direct mode has its GPU back sooner:
+// processes that have no MPS between them take turns, and each wait here gives the turn away.
+static int run_at_once(struct kvd_daemon *d, struct kvd_work *w)
+{
+    bool done = false;
+    if (!d->backend->ops->step || w->n_runs > 1 || w->n_copies || w->n_append == 0)
+        return KVD_OK;
+    struct kvd_append_params append = kvd_op_append_params(w, KVD_APPEND_WHOLE);
+    int rc = d->backend->ops->step(d->backend, NULL, &append, &w->nonfinite, &done, &w->err);
+    if (rc == KVD_E_INVALID)
+        return kvd_op_explain_nonfinite(w);
+    if (done)
+        w->phase = KVD_LEN(run) - 2; // the last one is behind it
+    return rc;
+}
 
 const struct kvd_op kvd_op_append = {.id = KVD_OP_APPEND,
                                      .writes = true,

@@ -455,40 +455,74 @@ static bool is_short(const struct kvd_attend_params *p, const struct group *g)
     return is;
 }
 
+// The look for NaN and Inf is over, and found nothing: the tokens are stored. After a failure what
+// is queued is waited for, too, as the stage is used again.
+static int store_queued(struct kvd_cuda *c, const struct kvd_cuda_append_params *tokens, int rc,
+                        struct kvd_error *err)
+{
+    struct kvd_error ignored;
+    if (rc == KVD_OK)
+        rc = kvd_cuda_status(kvd_cuda_append(tokens, c->stream), "storing tokens", err);
+    int waited = kvd_stage_wait(c, rc ? &ignored : err);
+    return rc ? rc : waited;
+}
+
+static int append_alone(struct kvd_cuda *c, const struct kvd_append_params *append, uint64_t bytes,
+                        struct kvd_nonfinite *where, struct kvd_error *err)
+{
+    struct kvd_cuda_append_params tokens;
+    int rc = kvd_cuda_rotation_check(append->rotation, append->plane->codec, err);
+    if (rc == KVD_OK)
+        rc = kvd_stage_begin(c, bytes, err);
+    if (rc)
+        return rc;
+    rc = kvd_cuda_short_append_begin(c, append, &tokens, err);
+    if (rc == KVD_OK)
+        rc = kvd_cuda_short_append_check(c, append, &tokens, where, err);
+    return store_queued(c, &tokens, rc, err);
+}
+
 // The tokens are looked at first, as a call that is refused writes no output. While that runs, the
 // tables of the attention are made; then all the rest is behind each other on the stream.
+static int append_attended(struct kvd_cuda *c, const struct kvd_append_params *append,
+                           uint64_t bytes, const struct group *g, struct kvd_nonfinite *where,
+                           struct kvd_error *err)
+{
+    struct slice s = {.layers = g->p->layer_count};
+    struct kvd_cuda_append_params tokens;
+    int rc = kvd_cuda_rotation_check(g->p->rotation, g->p->plane->codec, err);
+    if (rc == KVD_OK)
+        rc = kvd_stage_begin(c, bytes + tables_bytes(g) + s.layers * layer_bytes(g), err);
+    if (rc == KVD_OK)
+        rc = plan_group(c, g, &s.p, err);
+    if (rc)
+        return rc;
+    rc = kvd_cuda_short_append_begin(c, append, &tokens, err);
+    if (rc == KVD_OK)
+        stage_slice(c, g, &s);
+    if (rc == KVD_OK)
+        rc = kvd_cuda_short_append_check(c, append, &tokens, where, err);
+    if (rc == KVD_OK)
+        rc = queue_slice(c, g, &s, err);
+    return store_queued(c, &tokens, rc, err);
+}
+
 int kvd_cuda_op_step(struct kvd_backend *b, const struct kvd_attend_params *attend,
                      const struct kvd_append_params *append, struct kvd_nonfinite *where,
                      bool *done, struct kvd_error *err)
 {
     struct kvd_cuda *c = cuda_of(b);
-    const struct group g = group_at(attend, 0);
-    struct slice s = {.layers = attend->layer_count};
-    struct kvd_cuda_append_params tokens;
     uint64_t bytes = kvd_cuda_short_append(append);
-    *done = false;
-    if (!bytes || !is_short(attend, &g))
+    struct group g;
+    *done = bytes != 0;
+    if (*done && attend) {
+        g = group_at(attend, 0);
+        *done = is_short(attend, &g);
+    }
+    if (!*done)
         return KVD_OK;
-    int rc = kvd_cuda_rotation_check(attend->rotation, attend->plane->codec, err);
-    if (rc == KVD_OK)
-        rc = kvd_stage_begin(c, bytes + tables_bytes(&g) + s.layers * layer_bytes(&g), err);
-    if (rc == KVD_OK)
-        rc = plan_group(c, &g, &s.p, err);
-    if (rc)
-        return rc;
-    *done = true;
-    rc = kvd_cuda_short_append_begin(c, append, &tokens, err);
-    if (rc == KVD_OK)
-        stage_slice(c, &g, &s);
-    if (rc == KVD_OK)
-        rc = kvd_cuda_short_append_check(c, append, &tokens, where, err);
-    if (rc == KVD_OK)
-        rc = queue_slice(c, &g, &s, err);
-    if (rc == KVD_OK)
-        rc = kvd_cuda_status(kvd_cuda_append(&tokens, c->stream), "storing tokens", err);
-    struct kvd_error ignored;
-    int waited = kvd_stage_wait(c, rc ? &ignored : err); // after a failure too: it is used again
-    return rc ? rc : waited;
+    return attend ? append_attended(c, append, bytes, &g, where, err)
+                  : append_alone(c, append, bytes, where, err);
 }
 
 // -- read and rotate -----------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-// A step in one go: the same outputs and the same pages as by its phases one after the other, and
-// no trace where it is refused. Part of test_cuda.c.
+// A step or an append in one go: the same outputs and the same pages as by its phases one after the
+// other, and no trace where it is refused. Part of test_cuda.c.
 #ifndef KVD_TESTS_GPU_TEST_STEP_H
 #define KVD_TESTS_GPU_TEST_STEP_H
 
@@ -129,22 +129,36 @@ static bool same_sequences(struct step *a, struct step *b)
     return same;
 }
 
-static int in_one_go(struct step *x, struct kvd_nonfinite *where, bool *done)
+// `alone`: the append without the attention.
+static int in_one_go(struct step *x, bool alone, struct kvd_nonfinite *where, bool *done)
 {
     struct kvd_error err = {0};
-    return cuda->ops->step(cuda, &x->attend, &x->append, where, done, &err);
+    return cuda->ops->step(cuda, alone ? NULL : &x->attend, &x->append, where, done, &err);
+}
+
+// What in_one_go is to do, by phases.
+static bool by_phases(struct step *x, bool alone)
+{
+    struct kvd_append_params p = x->append;
+    if (!alone)
+        return cuda->ops->attend(cuda, &x->attend, NULL) == KVD_OK &&
+               cuda->ops->append(cuda, &x->append, NULL) == KVD_OK;
+    p.part = KVD_APPEND_DEMOTE;
+    int rc = cuda->ops->append(cuda, &p, NULL);
+    p.part = KVD_APPEND_STORE;
+    return rc == KVD_OK && cuda->ops->append(cuda, &p, NULL) == KVD_OK;
 }
 
 // A value of a step's new tokens that is not finite, in the last layer of item 1: a step with it
 // changes nothing, of `x` or of what it is to write.
-static void refused_step(struct step *x, struct step *untouched_one, uint32_t n)
+static void refused_step(struct step *x, bool alone, struct step *untouched_one, uint32_t n)
 {
     struct kvd_nonfinite w = {0};
     bool done;
     uint64_t at = (((uint64_t)STEP_CAPACITY + x->s[1].length + n - 1) * 2 + 1) * 64 + 7;
     uint16_t nan = 0x7fc1;
     upload(x->v[1] + at, &nan, sizeof(nan));
-    int rc = in_one_go(x, &w, &done);
+    int rc = in_one_go(x, alone, &w, &done);
     result(rc == KVD_E_INVALID && w.item == 1 && w.layer == 1 && w.token == n - 1 && w.head == 1 &&
                w.channel == 7 && w.in_v,
            "a step in one go that is refused says why");
@@ -155,7 +169,7 @@ static void refused_step(struct step *x, struct step *untouched_one, uint32_t n)
 static void steps_of(uint32_t codec, uint64_t seed)
 {
     const uint32_t lengths[STEP_ITEMS] = {500, 40, 333};
-    const uint32_t counts[] = {1, 1, 16, 3, 70, 1};
+    const uint32_t counts[] = {1, 1, 16, 3, 70, 1, 16, 16, 1, 60, 5};
     struct step a, b;
     struct kvd_nonfinite w;
     char name[80];
@@ -163,21 +177,22 @@ static void steps_of(uint32_t codec, uint64_t seed)
     step_init(&b, codec, lengths, seed);
     for (uint32_t i = 0; i < KVD_LEN(counts); i++) {
         uint32_t n = counts[i];
-        bool done = false;
+        bool done = false, alone = i > 5;
         step_of(&a, n, seed + i);
         step_of(&b, n, seed + i);
-        refused_step(&b, &a, n);
-        b.attend_items[0].o.on_device = false; // o goes over the bus: not in one go
-        result(in_one_go(&b, &w, &done) == KVD_OK && !done && same_sequences(&a, &b),
+        refused_step(&b, alone, &a, n);
+        bool *place = alone ? &b.append_items[0].v.on_device : &b.attend_items[0].o.on_device;
+        *place = false; // it goes over the bus: not in one go
+        result(in_one_go(&b, alone, &w, &done) == KVD_OK && !done && same_sequences(&a, &b),
                "a step with a tensor in host memory is not for one go");
-        b.attend_items[0].o.on_device = true;
-        bool ok = cuda->ops->attend(cuda, &a.attend, NULL) == KVD_OK &&
-                  cuda->ops->append(cuda, &a.append, NULL) == KVD_OK;
-        ok &= in_one_go(&b, &w, &done) == KVD_OK && done;
+        *place = true;
+        bool ok = by_phases(&a, alone);
+        ok &= in_one_go(&b, alone, &w, &done) == KVD_OK && done;
         step_taken(&a);
         step_taken(&b);
-        snprintf(name, sizeof(name), "a step of %u in one go, codec %u", n, codec);
-        result(ok && memcmp(outputs(&a), outputs(&b), a.o_bytes) == 0 && !untouched(&b) &&
+        snprintf(name, sizeof(name), "%s of %u in one go, codec %u", alone ? "an append" : "a step",
+                 n, codec);
+        result(ok && memcmp(outputs(&a), outputs(&b), a.o_bytes) == 0 && untouched(&b) == alone &&
                    same_sequences(&a, &b),
                name);
     }
