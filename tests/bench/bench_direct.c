@@ -297,17 +297,43 @@ static struct local_step make_local(const kvd_direct *d, struct tensors t, uint6
     return s;
 }
 
-// Steps with demotions under way, as a worker makes them: us a step.
-static double run_steps(struct direct_step *s, cudaGraphExec_t graph, int n)
+// Steps with demotions under way, as a worker makes them: us a step, on average and in the middle.
+// A step attends to what kvd has not taken yet in bf16, from the tail: how many tokens these are,
+// on average and at most.
+struct run_of_steps {
+    double mean, median, tail;
+    uint32_t longest_tail;
+};
+
+enum { STEPS = 256 };
+
+static struct run_of_steps run_steps(struct direct_step *s, cudaGraphExec_t graph)
 {
-    double began = now();
-    for (int i = 0; i < n; i++) {
+    struct run_of_steps r = {0};
+    cudaEvent_t ends[STEPS + 1];
+    double t[STEPS];
+    for (int i = 0; i <= STEPS; i++)
+        TRY(cudaEventCreate(&ends[i]));
+    TRY(cudaEventRecord(ends[0], stream));
+    for (int i = 0; i < STEPS; i++) {
         TRY(kvd_direct_begin(s->d, stream, ERR));
+        r.tail += (double)s->d->tail_tokens[0] / STEPS;
+        r.longest_tail = KVD_MAX(r.longest_tail, s->d->tail_tokens[0]);
         TRY(cudaGraphLaunch(graph, stream));
         TRY(kvd_direct_end(s->d, stream, NULL, ERR));
+        TRY(cudaEventRecord(ends[i + 1], stream));
     }
     TRY(cudaStreamSynchronize(stream));
-    return (now() - began) / n;
+    for (int i = 0; i < STEPS; i++) {
+        float ms;
+        TRY(cudaEventElapsedTime(&ms, ends[i], ends[i + 1]));
+        t[i] = ms * 1e3;
+        r.mean += t[i] / STEPS;
+        TRY(cudaEventDestroy(ends[i]));
+    }
+    TRY(cudaEventDestroy(ends[STEPS]));
+    r.median = median(t, STEPS);
+    return r;
 }
 
 static void direct_against_local(uint32_t slots, uint32_t length)
@@ -349,12 +375,19 @@ static void direct_against_local(uint32_t slots, uint32_t length)
     printf("36 layers, decode %u x %u in a CUDA graph: direct mode %.1f us, the same kernels over "
            "this process's memory %.1f us: %+.2f %%\n",
            slots, length, a, b, (a / b - 1) * 100);
-    double steps = run_steps(&s, graph, 256);
-    double c = (a + replay(graph, 20)) / 2; // sequences and tails have grown
+    struct run_of_steps steps = run_steps(&s, graph);
+    double behind = replay(graph, 20); // with the last step's tail, perhaps beside an append
+    TRY(kvd_direct_flush(s.d, ERR));
+    TRY(kvd_direct_begin(s.d, stream, ERR)); // to see what is stored now
+    TRY(kvd_direct_end(s.d, stream, (uint32_t[256]){0}, ERR));
+    double after = replay(graph, 20), alone = (a + after) / 2; // sequences have grown
     printf(
-        "  with begin, end and %u appends a slot under way: %.1f us a step; replays alone before "
-        "and after %.1f us: %+.2f %%\n",
-        256 / 16, steps, c, (steps / c - 1) * 100);
+        "  with begin, end and %u appends a slot under way: %.1f us a step, half of them within "
+        "%.1f; replays alone before and after %.1f us: %+.2f %%\n"
+        "    (before %.1f, behind the last step %.1f, when kvd has all tokens %.1f; tails of %.1f "
+        "tokens, %u at most)\n",
+        STEPS / 16, steps.mean, steps.median, alone, (steps.mean / alone - 1) * 100, a, behind,
+        after, steps.tail, steps.longest_tail);
     TRY(cudaGraphExecDestroy(graph));
     TRY(cudaGraphExecDestroy(local_graph));
     kvd_direct_close(&s.d);
