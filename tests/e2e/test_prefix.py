@@ -13,6 +13,7 @@ import pytest
 
 import kvd as package
 from conftest import BUILD, SOURCE, Rpc, admin, best_of_three, calls, kv, layout
+from test_memory import eventually
 
 os.environ.setdefault("KVD_LIBRARY", str(BUILD / "client/libkvd.so.0"))
 LAYERS, Q_HEADS, KV_HEADS, DIM = 2, 4, 2, 64
@@ -525,7 +526,7 @@ def test_many_are_adopted_one_after_the_other(kvd, rpc):
             free(held)
         return sequences() == 0
 
-    assert wait_for(nothing_stays)
+    eventually(nothing_stays)
     # The session ends meanwhile.
     late = adopt.future(kv.AdoptPrefixRequest(session=session, items=items), timeout=20)
     rpc.kv("CloseSession", session=session)
