@@ -8,7 +8,7 @@ kvd_deps() {
         libmicrohttpd-dev libxxhash-dev libhiredis-dev uthash-dev libopenblas-dev liblapacke-dev scdoc"
     if [ "$1" = test ]; then
         packages="$packages check g++ doxygen prometheus nginx-light python3 python3-pip python3-grpcio python3-protobuf python3-numpy
-            python3-pytest python3-pytest-xdist clang-format openssl redis-server"
+            python3-pytest python3-pytest-xdist python3-pyflakes clang-format openssl redis-server"
     fi
     if [ "$1" = bench ]; then
         packages="$packages check python3 python3-numpy"

@@ -25,6 +25,12 @@ say "source rules"
 check "include directions" tests/check_includes.sh
 check "sizes and words" tests/check_source.sh
 check "circles of files" tests/check_circles.sh "$build"
+if /usr/bin/python3 -m pyflakes --version >/dev/null 2>&1; then
+    check "names in Python" tests/check_names.sh
+else
+    echo "SKIP names in Python: python3-pyflakes is not installed"
+    count "names in Python" 0 0 1
+fi
 if command -v clang-format >/dev/null; then
     check "checks see new files" tests/check_lists.sh
 else

@@ -71,7 +71,7 @@ def transformed(x, sets, i, h, side):
     sigma = t["k.sigma"] if side == "k" else np.ones(dim)
     bits = np.repeat(t["k.bits"], 16).astype(int) if side == "k" else np.full(dim, 2)
     step, top, coded = STEPS[bits], 2.0 ** bits - 1, bits > 0
-    scale = np.sqrt(np.mean((y / sigma)[:, coded] ** 2, axis=1, keepdims=True))
+    scale, c = np.sqrt(np.mean((y / sigma)[:, coded] ** 2, axis=1, keepdims=True)), y
     for refit in range(2 if side == "k" else 3):
         if refit:
             scale = np.sum(c * y, axis=1, keepdims=True) / np.sum(c * c, axis=1, keepdims=True)
