@@ -278,7 +278,7 @@ kvd_result kvd_direct_begin(kvd_direct *d, void *stream, kvd_failure *err)
 {
     KVD_WANT(err, "direct", d);
     struct kvd_error e = {0};
-    if (kvd_fork_check(d->client, &e))
+    if (kvd_fork_check(d->client, &e) || (d->ops->ready && d->ops->ready(d, &e)))
         return kvd_client_fail(err, &e);
     pthread_mutex_lock(&d->lock);
     int rc = begin(d, stream, &e);

@@ -69,6 +69,9 @@ struct direct_ops {
     int (*init)(struct kvd_direct *d, struct kvd_error *err);
     void (*deinit)(struct kvd_direct *d);
     void (*forget)(struct kvd_direct *d);
+    // Waits until `update` has room for another step, on a GPU that is steps behind its host.
+    // Without the lock, which the thread wants meanwhile. NULL: there is always room.
+    int (*ready)(struct kvd_direct *d, struct kvd_error *err);
     // Brings lengths and dirty page tables to the kernels that follow on the stream.
     int (*update)(struct kvd_direct *d, void *stream, struct kvd_error *err);
     int (*store)(struct kvd_direct *d, void *stream, uint32_t layer, const void *k, const void *v,

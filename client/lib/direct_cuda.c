@@ -311,14 +311,24 @@ static void plan_step(struct kvd_direct *d, uint32_t index)
     plan(d, index, sum, longest, window);
 }
 
+static uint32_t next_stage(const struct cuda_side *side)
+{
+    return (side->stage + 1) % STAGES;
+}
+
+static int cuda_ready(struct kvd_direct *d, struct kvd_error *err)
+{
+    const struct cuda_side *side = d->side;
+    return kvd_cuda_status(cudaEventSynchronize(side->staged[next_stage(side)]), "an earlier step",
+                           err);
+}
+
 static int cuda_update(struct kvd_direct *d, void *stream, struct kvd_error *err)
 {
     struct cuda_side *side = d->side;
-    side->stage = (side->stage + 1) % STAGES;
-    int rc = cudaEventSynchronize(side->staged[side->stage]);
+    side->stage = next_stage(side); // which `ready` has waited for
     memcpy(side->pinned[side->stage], d->length, numbers_bytes(d));
-    if (rc == 0)
-        rc = cudaMemcpyAsync(side->device, side->pinned[side->stage], numbers_bytes(d),
+    int rc = cudaMemcpyAsync(side->device, side->pinned[side->stage], numbers_bytes(d),
                              cudaMemcpyHostToDevice, stream);
     if (rc == 0)
         rc = update_tables(d, stream);
@@ -389,6 +399,7 @@ static int cuda_wait(struct kvd_direct *d, uint32_t mark, struct kvd_error *err)
 const struct direct_ops kvd_direct_cuda = {.init = cuda_init,
                                            .deinit = cuda_deinit,
                                            .forget = cuda_forget,
+                                           .ready = cuda_ready,
                                            .update = cuda_update,
                                            .store = cuda_store,
                                            .attend = cuda_attend,

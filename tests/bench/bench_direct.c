@@ -297,28 +297,32 @@ static struct local_step make_local(const kvd_direct *d, struct tensors t, uint6
     return s;
 }
 
-// Steps with demotions under way, as a worker makes them: us a step, on average and in the middle.
-// A step attends to what kvd has not taken yet in bf16, from the tail: how many tokens these are,
-// on average and at most.
+// Steps with appends under way, as a worker makes them. A card's clock drifts by more than appends
+// cost, so steps are compared with those next to them: in a group, in which each slot fills a
+// chunk, most steps have no append beside them. A step attends to what kvd has not taken yet in
+// bf16, from the tail.
 struct run_of_steps {
-    double mean, median, tail;
+    double step, appends; // us: a step that has no append beside it, and what those add to each
+    double tail;          // tokens on average
     uint32_t longest_tail;
 };
 
-enum { STEPS = 256 };
+enum { STEPS = 256, GROUP = 16 };
 
-static struct run_of_steps run_steps(struct direct_step *s, cudaGraphExec_t graph)
+// Steps' times, in us.
+static void time_steps(struct direct_step *s, cudaGraphExec_t graph, int ahead, double t[STEPS],
+                       struct run_of_steps *r)
 {
-    struct run_of_steps r = {0};
     cudaEvent_t ends[STEPS + 1];
-    double t[STEPS];
     for (int i = 0; i <= STEPS; i++)
         TRY(cudaEventCreate(&ends[i]));
     TRY(cudaEventRecord(ends[0], stream));
     for (int i = 0; i < STEPS; i++) {
+        if (i > ahead)
+            TRY(cudaEventSynchronize(ends[i - ahead]));
         TRY(kvd_direct_begin(s->d, stream, ERR));
-        r.tail += (double)s->d->tail_tokens[0] / STEPS;
-        r.longest_tail = KVD_MAX(r.longest_tail, s->d->tail_tokens[0]);
+        r->tail += (double)s->d->tail_tokens[0] / STEPS;
+        r->longest_tail = KVD_MAX(r->longest_tail, s->d->tail_tokens[0]);
         TRY(cudaGraphLaunch(graph, stream));
         TRY(kvd_direct_end(s->d, stream, NULL, ERR));
         TRY(cudaEventRecord(ends[i + 1], stream));
@@ -328,12 +332,49 @@ static struct run_of_steps run_steps(struct direct_step *s, cudaGraphExec_t grap
         float ms;
         TRY(cudaEventElapsedTime(&ms, ends[i], ends[i + 1]));
         t[i] = ms * 1e3;
-        r.mean += t[i] / STEPS;
-        TRY(cudaEventDestroy(ends[i]));
     }
-    TRY(cudaEventDestroy(ends[STEPS]));
-    r.median = median(t, STEPS);
+    for (int i = 0; i <= STEPS; i++)
+        TRY(cudaEventDestroy(ends[i]));
+}
+
+// The host is `ahead` steps in front of its GPU, as far as libkvd lets it.
+static struct run_of_steps run_steps(struct direct_step *s, cudaGraphExec_t graph, int ahead)
+{
+    struct run_of_steps r = {0};
+    double t[STEPS];
+    time_steps(s, graph, ahead, t, &r);
+    for (int g = 0; g < STEPS; g += GROUP) {
+        double mean = 0;
+        for (int i = g; i < g + GROUP; i++)
+            mean += t[i] / GROUP;
+        double alone = median(t + g, GROUP);
+        r.step += alone * GROUP / STEPS;
+        r.appends += (mean - alone) * GROUP / STEPS;
+    }
     return r;
+}
+
+// A worker that knows a step's tokens before it makes the next but one, as engines do, and one that
+// waits for nothing.
+static void steps_beside_appends(struct direct_step *s, cudaGraphExec_t graph,
+                                 cudaGraphExec_t local_graph)
+{
+    for (int ahead = 1; ahead <= STEPS; ahead += STEPS - 1) {
+        struct run_of_steps r = run_steps(s, graph, ahead);
+        uint32_t tail = s->d->tail_tokens[0];
+        double behind = replay(graph, 20), own = replay(local_graph, 20);
+        TRY(kvd_direct_flush(s->d, ERR));
+        TRY(kvd_direct_begin(s->d, stream, ERR)); // to see what is stored now
+        TRY(kvd_direct_end(s->d, stream, (uint32_t[256]){0}, ERR));
+        double after = replay(graph, 20), own_after = replay(local_graph, 20);
+        printf("  %d steps with begin and end, the host %s: %.1f us, and %.1f for %d appends a "
+               "slot beside them: %+.2f %%; tails of %.1f tokens, %u at most\n"
+               "    (replays with a tail of %u %.1f us, without %.1f; own memory's meanwhile %.1f "
+               "and %.1f)\n",
+               STEPS, ahead == 1 ? "a step ahead" : "as far ahead as it may", r.step, r.appends,
+               STEPS / KVD_CHUNK_TOKENS, r.appends / r.step * 100, r.tail, r.longest_tail, tail,
+               behind, after, own, own_after);
+    }
 }
 
 static void direct_against_local(uint32_t slots, uint32_t length)
@@ -375,19 +416,7 @@ static void direct_against_local(uint32_t slots, uint32_t length)
     printf("36 layers, decode %u x %u in a CUDA graph: direct mode %.1f us, the same kernels over "
            "this process's memory %.1f us: %+.2f %%\n",
            slots, length, a, b, (a / b - 1) * 100);
-    struct run_of_steps steps = run_steps(&s, graph);
-    double behind = replay(graph, 20); // with the last step's tail, perhaps beside an append
-    TRY(kvd_direct_flush(s.d, ERR));
-    TRY(kvd_direct_begin(s.d, stream, ERR)); // to see what is stored now
-    TRY(kvd_direct_end(s.d, stream, (uint32_t[256]){0}, ERR));
-    double after = replay(graph, 20), alone = (a + after) / 2; // sequences have grown
-    printf(
-        "  with begin, end and %u appends a slot under way: %.1f us a step, half of them within "
-        "%.1f; replays alone before and after %.1f us: %+.2f %%\n"
-        "    (before %.1f, behind the last step %.1f, when kvd has all tokens %.1f; tails of %.1f "
-        "tokens, %u at most)\n",
-        STEPS / 16, steps.mean, steps.median, alone, (steps.mean / alone - 1) * 100, a, behind,
-        after, steps.tail, steps.longest_tail);
+    steps_beside_appends(&s, graph, local_graph);
     TRY(cudaGraphExecDestroy(graph));
     TRY(cudaGraphExecDestroy(local_graph));
     kvd_direct_close(&s.d);
