@@ -93,13 +93,6 @@ inline uint32_t row_blocks(uint64_t tokens, uint32_t layers, uint32_t kv_heads)
     return (uint32_t)((tokens * layers * kv_heads * 2 * 32 + ROW_THREADS - 1) / ROW_THREADS);
 }
 
-// A warp copies a row; both ends are 16-byte aligned.
-__device__ inline void copy_row(uint8_t *to, const uint8_t *from, uint32_t bytes)
-{
-    for (uint32_t i = threadIdx.x % 32 * 16; i < bytes; i += 512)
-        *(uint4 *)(to + i) = *(const uint4 *)(from + i);
-}
-
 } // namespace kvd
 
 #endif
