@@ -339,11 +339,11 @@ static uint64_t bytes_compared, bytes_different;
 
 // The same tokens through both backends, with K's scales of a kind and V's of the next: the pages
 // must be the same bytes, but for codes within rounding of a boundary.
-static void same_pages(enum kvd_scale kind, uint32_t dk, uint32_t dv, uint32_t heads_rot,
-                       struct kvd_codecs codec, float clip, bool ties, double stretch,
-                       uint64_t seed)
+static void pages_of_heads(uint32_t kv_heads, enum kvd_scale kind, uint32_t dk, uint32_t dv,
+                           uint32_t heads_rot, struct kvd_codecs codec, float clip, bool ties,
+                           double stretch, uint64_t seed)
 {
-    struct kvd_plane g = test_plane_of(2, 2, 1, dk, dv, codec, 64, 64);
+    struct kvd_plane g = test_plane_of(2, kv_heads, 1, dk, dv, codec, 64, 64);
     struct kseq s[2];
     float gains[4] = {0.95f, 1, 1.1f, 0.9f}; // one a matrix; sets have as many
     for (int i = 0; i < 2; i++) {
@@ -354,7 +354,7 @@ static void same_pages(enum kvd_scale kind, uint32_t dk, uint32_t dv, uint32_t h
         s[i].rot.scale_v = (enum kvd_scale)((kind + 1) % KVD_SCALE_COUNT);
         kseq_fill(&s[i]);
         skew(&s[i], stretch);
-        for (uint64_t j = 0; ties && j < 2 * 1000 * 2 * dk; j++) // few values, constant rows
+        for (uint64_t j = 0; ties && j < 2 * 1000 * kv_heads * dk; j++) // few values, constant rows
             s[i].k[j] = kvd_f32_to_bf16((float)(j / dk % 5 == 0 ? 3 : (int)(j * 7 % 5) - 2));
         for (uint32_t j = 0; j < s[i].n_codec; j++)
             memset((void *)(uintptr_t)s[i].codec[j], 0, kvd_page_bytes(&g, g.codec));
@@ -381,11 +381,12 @@ static void same_pages(enum kvd_scale kind, uint32_t dk, uint32_t dv, uint32_t h
     bytes_different += differ;
     char name[240], text[KVD_CODECS_TEXT];
     snprintf(name, sizeof(name),
-             "pages dims %u %u rotations %u %s stretch %g scales %d clip %g%s: %llu of %llu bytes "
+             "pages of %u heads, dims %u %u rotations %u %s stretch %g scales %d clip %g%s: %llu "
+             "of %llu bytes "
              "differ, windows "
              "%s",
-             dk, dv, heads_rot, kvd_codecs_name(codec, text), stretch, (int)kind, (double)clip,
-             ties ? " ties" : "", (unsigned long long)differ, (unsigned long long)all,
+             kv_heads, dk, dv, heads_rot, kvd_codecs_name(codec, text), stretch, (int)kind,
+             (double)clip, ties ? " ties" : "", (unsigned long long)differ, (unsigned long long)all,
              windows ? "equal" : "DIFFER");
     // Codes within fp32 rounding of a boundary may differ, and with the rotation's sums scales may
     // round to another fp16. What a rotation makes of a row of equal values is 0 but for rounding,
@@ -407,6 +408,13 @@ static void same_pages(enum kvd_scale kind, uint32_t dk, uint32_t dv, uint32_t h
     cuda->ops->rotation_free(cuda, &b);
     deinit(&s[0]);
     deinit(&s[1]);
+}
+
+static void same_pages(enum kvd_scale kind, uint32_t dk, uint32_t dv, uint32_t heads_rot,
+                       struct kvd_codecs codec, float clip, bool ties, double stretch,
+                       uint64_t seed)
+{
+    pages_of_heads(2, kind, dk, dv, heads_rot, codec, clip, ties, stretch, seed);
 }
 
 // Reading gives the truth; to bf16 and f32, whole and in part.
@@ -512,47 +520,6 @@ static void rotating(uint32_t dim, uint32_t heads_rot, bool inverse, enum kvd_ro
     free(z);
 }
 
-// NaN and Inf are found where they are, in host and in device memory.
-static void checking(bool on_device, bool in_v)
-{
-    struct kvd_plane g = test_plane(2, 2, 1, 64, 128, KVD_CODEC_INT2, 64, 64);
-    uint64_t nk = 2 * 50 * 2 * 64, nv = 2 * 50 * 2 * 128;
-    uint16_t *k = calloc(nk, 2), *v = calloc(nv, 2), *dk, *dv;
-    uint64_t at = ((1 * 50 + 17) * 2 + 1) * (in_v ? 128ull : 64) + 33;
-    (in_v ? v : k)[at] = in_v ? 0xff80 : 0x7fc1;
-    need(cudaMalloc((void **)&dk, nk * 2), "k");
-    need(cudaMalloc((void **)&dv, nv * 2), "v");
-    upload(dk, k, nk * 2);
-    upload(dv, v, nv * 2);
-    uint64_t none = 0;
-    struct kvd_append_item item = {
-        .pages = {&none, &none},
-        .new_length = 50,
-        .hist_end = 64,
-        .new_hist_end = 64,
-        .k = kseq_tensor(on_device ? dk : k, KVD_DTYPE_BF16, 50, 2, 64, 0),
-        .v = kseq_tensor(on_device ? dv : v, KVD_DTYPE_BF16, 50, 2, 128, 0)};
-    uint64_t table[8] = {0};
-    item.pages.bf16 = item.pages.codec = table;
-    item.k.on_device = item.v.on_device = on_device;
-    struct kvd_append_params p = {
-        .plane = &g, .layer_begin = 0, .layer_count = 2, .items = &item, .n_items = 1};
-    struct kvd_nonfinite w = {0};
-    int rc = cuda->ops->check(cuda, &p, &w);
-    result(rc == KVD_E_INVALID && w.item == 0 && w.layer == 1 && w.token == 17 && w.head == 1 &&
-               w.channel == 33 && w.in_v == in_v,
-           on_device ? "check on the device" : "check on the host");
-    if (on_device)
-        device_fill((in_v ? dv : dk) + at, 0, 2);
-    else
-        (in_v ? v : k)[at] = 0;
-    result(cuda->ops->check(cuda, &p, &w) == KVD_OK, "check of finite values");
-    cudaFree(dk);
-    cudaFree(dv);
-    free(k);
-    free(v);
-}
-
 // Pages, reading and rotations at all codecs and head_dims; each codec at a third of these where it
 // is to be quick.
 static void pages(uint64_t seed, bool quick)
@@ -604,6 +571,7 @@ static void transformed_pages(uint64_t seed, bool quick)
 }
 
 #include "tests/gpu/test_any.h"
+#include "tests/gpu/test_append.h"
 #include "tests/gpu/test_latent.h"
 #include "tests/gpu/test_many.h"
 
@@ -723,8 +691,7 @@ int main(int argc, char **argv)
         steps_in_one_go(seed);
     }
     moved_begin(cuda, seed);
-    for (int i = 0; i < 4; i++)
-        checking(i & 1, i & 2);
+    many_heads(seed);
     if (latents && strcmp(how, "brief") == 0) {
         latents_brief(seed);
     } else if (latents) {
