@@ -9,7 +9,7 @@ namespace kvd
 __device__ inline head_rows window_rows(const append_params &p, const append_item &item, uint32_t token, uint32_t layer,
                                         bool v)
 {
-    return {window_row(p, item, token, layer, 0, v), PAGE * 2ull * (p.dim_k + p.dim_v)};
+    return {window_row(p, item, token, layer, 0, v), bf16_tile_bytes(p.dim_k, p.dim_v)};
 }
 
 // Demotion of sides in codec bf16, by history tokens.

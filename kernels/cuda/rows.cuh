@@ -63,12 +63,18 @@ struct tile_layout {
     }
 };
 
+// Of a tile in a page of windows, which kv heads have one behind the other.
+__device__ inline uint32_t bf16_tile_bytes(uint32_t dim_k, uint32_t dim_v)
+{
+    return PAGE * 2 * (dim_k + dim_v);
+}
+
 // The bf16 row `row` of a tile in a page of windows.
 __device__ inline uint8_t *bf16_tile_row(uint64_t page, uint32_t layer, uint32_t kv_heads,
                                          uint32_t head, uint32_t dim_k, uint32_t dim_v,
                                          uint32_t row, bool v)
 {
-    uint64_t tile = ((uint64_t)layer * kv_heads + head) * (PAGE * 2 * (dim_k + dim_v));
+    uint64_t tile = ((uint64_t)layer * kv_heads + head) * bf16_tile_bytes(dim_k, dim_v);
     return (uint8_t *)page + tile + (v ? PAGE * 2 * dim_k + row * 2 * dim_v : row * 2 * dim_k);
 }
 

@@ -8,6 +8,8 @@
 namespace kvd
 {
 
+constexpr uint32_t TOKENS_OF_BLOCK = ROW_THREADS / 64;
+
 // By the warp's number in a grid of token_blocks.
 struct side_of_warp {
     uint32_t token, layer;
@@ -15,27 +17,27 @@ struct side_of_warp {
 
     __device__ inline side_of_warp()
     {
-        uint32_t i = blockIdx.x * (ROW_THREADS / 32) + threadIdx.x / 32;
-        token = i / 2, layer = blockIdx.y, v = i % 2 == 1;
+        token = blockIdx.x * TOKENS_OF_BLOCK + threadIdx.x / 64;
+        layer = blockIdx.y;
+        v = threadIdx.x / 32 % 2 == 1;
     }
 };
 
 // Blocks of ROW_THREADS for both sides of all tokens.
 inline dim3 token_blocks(uint32_t tokens, uint32_t layers)
 {
-    constexpr uint32_t TOKENS = ROW_THREADS / 64;
-    return dim3((tokens + TOKENS - 1) / TOKENS, layers);
+    return dim3((tokens + TOKENS_OF_BLOCK - 1) / TOKENS_OF_BLOCK, layers);
 }
 
 // Rows of as many bytes, one a kv head; 16-byte aligned.
 struct head_rows {
-    const uint8_t *at;
+    uint8_t *at;
     uint64_t stride;
 
     // Piece i, of 16 bytes, of all rows one behind the other. A row has `of_row`.
     __device__ inline uint8_t *piece(uint32_t i, uint32_t of_row) const
     {
-        return (uint8_t *)at + i / of_row * stride + i % of_row * 16;
+        return at + i / of_row * stride + i % of_row * 16;
     }
 };
 
@@ -46,13 +48,19 @@ __device__ inline head_rows rows_of(const kvd_cuda_tensor &x, uint32_t layer, ui
 
 constexpr int PIECES = 4; // that a lane has under way
 
-// A lane's next pieces from piece `first` of the warp's on; zeros beyond `all`.
+// Of all rows, a lane's piece k of those that the warp takes from piece `first` on.
+__device__ inline uint32_t piece_of_lane(uint32_t first, int k)
+{
+    return first + threadIdx.x % 32 + 32 * k;
+}
+
+// A lane's next pieces; zeros beyond `all`.
 __device__ inline void load_pieces(uint4 (&x)[PIECES], const head_rows &from, uint32_t first,
                                    uint32_t of_row, uint32_t all)
 {
 #pragma unroll
     for (int k = 0; k < PIECES; k++) {
-        uint32_t i = first + threadIdx.x % 32 + 32 * k;
+        uint32_t i = piece_of_lane(first, k);
         x[k] = i < all ? *(const uint4 *)from.piece(i, of_row) : uint4{};
     }
 }
@@ -67,7 +75,7 @@ __device__ inline void copy_rows(const head_rows &to, const head_rows &from, uin
         load_pieces(x, from, first, of_row, all);
 #pragma unroll
         for (int k = 0; k < PIECES; k++) {
-            uint32_t i = first + threadIdx.x % 32 + 32 * k;
+            uint32_t i = piece_of_lane(first, k);
             if (i < all)
                 *(uint4 *)to.piece(i, of_row) = x[k];
         }
@@ -94,7 +102,7 @@ __device__ inline uint32_t first_bad(const head_rows &from, uint32_t heads, uint
 #pragma unroll
         for (int k = 0; k < PIECES; k++)
             if (is_bad(x[k]))
-                least = min(least, first + threadIdx.x % 32 + 32 * k);
+                least = min(least, piece_of_lane(first, k));
     }
     return least / of_row;
 }

@@ -23,6 +23,17 @@ static uint64_t row_of(const struct kvd_nonfinite *at)
     return ((uint64_t)at->layer * CHECK_TOKENS + at->token) * CHECK_HEADS + at->head;
 }
 
+// Where the look for them comes to.
+static uint64_t order_of(const struct kvd_nonfinite *at)
+{
+    return row_of(at) * 2 + at->in_v;
+}
+
+static bool same_place(const struct kvd_nonfinite *a, const struct kvd_nonfinite *b)
+{
+    return a->item == b->item && order_of(a) == order_of(b) && a->channel == b->channel;
+}
+
 // Writes a value where it is wanted.
 static void put(const struct kvd_append_item *item, const struct kvd_nonfinite *at, uint16_t value)
 {
@@ -34,7 +45,7 @@ static void put(const struct kvd_append_item *item, const struct kvd_nonfinite *
         memcpy(data, &value, 2);
 }
 
-// They are found where they are, in host and in device memory.
+// They are found where they are, in host and in device memory; of two, there, the first.
 static void checking(bool on_device, uint64_t seed)
 {
     struct kvd_plane g =
@@ -62,13 +73,16 @@ static void checking(bool on_device, uint64_t seed)
     int right = 0, finite = 0;
     enum { PLACES = 40 };
     for (int i = 0; i < PLACES; i++) {
-        struct kvd_nonfinite at = some_place(&rng);
+        struct kvd_nonfinite at = some_place(&rng), other = some_place(&rng);
+        bool two = on_device && i % 2 && order_of(&at) < order_of(&other);
         put(&item, &at, bad[i % 4]);
+        if (two)
+            put(&item, &other, bad[i % 4]);
         w = (struct kvd_nonfinite){0};
-        right += cuda->ops->check(cuda, &p, &w) == KVD_E_INVALID && w.item == 0 &&
-                 w.layer == at.layer && w.token == at.token && w.head == at.head &&
-                 w.channel == at.channel && w.in_v == at.in_v;
+        right += cuda->ops->check(cuda, &p, &w) == KVD_E_INVALID && same_place(&w, &at);
         put(&item, &at, 0x7f7f); // the largest that there is
+        if (two)
+            put(&item, &other, 0x7f7f);
         finite += cuda->ops->check(cuda, &p, &w) == KVD_OK;
     }
     result(right == PLACES, on_device ? "check on the device" : "check on the host");

@@ -382,9 +382,7 @@ static void pages_of_heads(uint32_t kv_heads, enum kvd_scale kind, uint32_t dk, 
     char name[240], text[KVD_CODECS_TEXT];
     snprintf(name, sizeof(name),
              "pages of %u heads, dims %u %u rotations %u %s stretch %g scales %d clip %g%s: %llu "
-             "of %llu bytes "
-             "differ, windows "
-             "%s",
+             "of %llu bytes differ, windows %s",
              kv_heads, dk, dv, heads_rot, kvd_codecs_name(codec, text), stretch, (int)kind,
              (double)clip, ties ? " ties" : "", (unsigned long long)differ, (unsigned long long)all,
              windows ? "equal" : "DIFFER");
